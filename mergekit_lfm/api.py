@@ -1,0 +1,168 @@
+"""The Python interface: merge checkpoints by a recipe, or tensors in memory by a method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from mergekit_lfm.errors import PlanError
+from mergekit_lfm.methods import METHODS, REQUIRED
+from mergekit_lfm.methods.declare import Method, Parameter, Unit, Value
+from mergekit_lfm.recipe import Recipe
+from mergekit_lfm.settings import did_you_mean, read_setting, value_at
+from mergekit_lfm.sizes import parse_size
+
+if TYPE_CHECKING:
+    import torch
+
+
+def merge(
+    recipe: str | PathLike[str] | Mapping[str, Any] | Recipe,
+    out: str | PathLike[str] | None = None,
+    *,
+    memory: int | str | None = None,
+    threads: int | None = None,
+    max_shard_size: int | str | None = None,
+    seed: int | None = None,
+    nan: Literal["error", "warn"] = "error",
+    overwrite: bool = False,
+    resume: bool = True,
+) -> Path:
+    """Merge checkpoints as a recipe says (a YAML file, a mapping, or a `Recipe`) and return the output folder.
+
+    out: by default the recipe's `output`, else `merged/<name of the recipe file>`. memory and max_shard_size: bytes, or
+    text such as "4GB". Raises PlanError or FormatError (both ValueError) with all that is wrong, before anything is
+    written where it can be known then. Calling it again after an interruption goes on where it stopped.
+    """
+    from mergekit_lfm.execute import execute
+    from mergekit_lfm.plan import make_plan
+
+    if isinstance(recipe, Mapping):
+        recipe = Recipe.parse(recipe)
+    elif not isinstance(recipe, Recipe):
+        source, recipe = Path(recipe), Recipe.load(Path(recipe))
+        out = out or default_output(recipe, source)
+    out = out or recipe.output
+    if out is None:
+        raise PlanError("no output: pass `out`, or give the recipe an `output`")
+    if seed is not None:
+        recipe = recipe.model_copy(update={"seed": seed})
+    plan = make_plan(recipe, max_shard_size=_bytes(max_shard_size))
+    return execute(
+        plan, Path(out), memory=_bytes(memory), threads=threads, nan=nan, overwrite=overwrite, resume=resume
+    ).path
+
+
+def _bytes(size: int | str | None) -> int | None:
+    return parse_size(size) if isinstance(size, str) else size
+
+
+def default_output(recipe: Recipe, source: Path) -> Path:
+    """Where a recipe's output goes that names no other place."""
+    return Path(recipe.output or Path("merged") / source.stem)
+
+
+def merge_tensors(
+    method: str,
+    tensors: Sequence[torch.Tensor],
+    *,
+    base: torch.Tensor | None = None,
+    seed: int = 0,
+    name: str = "tensor",
+    **parameters: Any,
+) -> torch.Tensor:
+    """One tensor merged by a method, in memory, through the same reduce, solve and apply as a checkpoint's.
+
+    tensors: the method's inputs, of one shape; base: the base model's, where the method takes one. A parameter that
+    is given for each input is a number for all or a list with one for each. `lambda` is passed as `lambda_`. The
+    result has the promoted dtype of the inputs. seed and name key the random numbers, as a recipe's seed and the
+    tensor's name do.
+    """
+    from mergekit_lfm.kernels.random import key
+    from mergekit_lfm.plan import BLOCK
+
+    if method not in METHODS:
+        raise PlanError(f"there is no method {method!r}, {did_you_mean(method, METHODS)}")
+    declared = METHODS[method]
+    if base is not None and declared.base in ("first", "member"):
+        tensors, base = [base, *tensors], None
+    shared, inputs = _values(declared, name, len(tensors), parameters)
+    _check_tensors(declared, tensors, base)
+    import torch
+
+    from mergekit_lfm.blocks import Blocks, merged
+
+    everything = [*tensors, *([] if base is None else [base])]
+    dtype = everything[0].dtype
+    for tensor in everything[1:]:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    unit = Unit(
+        name=name,
+        shape=tuple(tensors[0].shape),
+        numel=tensors[0].numel(),
+        shared=shared,
+        inputs=inputs,
+        has_base=base is not None,
+        keys=tuple(key(seed, name, position) for position in range(len(tensors))),
+        double=dtype == torch.float64,
+    )
+    row = declared.row(unit)
+    flat = [tensor.detach().cpu().reshape(-1) for tensor in everything]
+    readers = [lambda start, stop, t=t: t[start:stop] for t in flat]
+    blocks = Blocks(
+        sources=readers[: len(tensors)],
+        base=readers[-1] if base is not None else None,
+        numel=unit.numel,
+        block=max(1, BLOCK // row) * row,
+        compute=torch.float64 if unit.double else torch.float32,
+    )
+    return merged(declared, unit, blocks, dtype).reshape(tensors[0].shape)
+
+
+def _values(
+    method: Method, tensor: str, count: int, given: Mapping[str, Any]
+) -> tuple[dict[str, Value], tuple[dict[str, Value], ...]]:
+    """The method's parameters for one tensor: those all inputs share, and one mapping per input."""
+    given = {"lambda" if name == "lambda_" else name: value for name, value in given.items()}
+    known = {parameter.name: parameter for parameter in method.parameters}
+    for name in given.keys() - known.keys():
+        raise PlanError(f"{method.name} has no parameter {name!r}, {did_you_mean(name, known)}")
+    shared: dict[str, Value] = {}
+    inputs: tuple[dict[str, Value], ...] = tuple({} for _ in range(count))
+    for parameter in method.parameters:
+        value = given.get(parameter.name, parameter.default)
+        if value is REQUIRED:
+            raise PlanError(f"{method.name} needs the parameter {parameter.name!r}: {parameter.doc}")
+        if not parameter.per_input:
+            shared[parameter.name] = _value(parameter, value, tensor)
+            continue
+        each = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value] * count
+        if len(each) != count:
+            raise PlanError(f"{parameter.name}: found {len(each)} values, expected one for each of {count} tensors")
+        for values, one in zip(inputs, each, strict=True):
+            values[parameter.name] = _value(parameter, one, tensor)
+    return shared, inputs
+
+
+def _value(parameter: Parameter, value: Any, tensor: str) -> Value:
+    try:
+        found = value_at(read_setting(value, parameter), parameter, tensor, None)
+    except ValueError as error:
+        raise PlanError(f"{parameter.name}{error}") from None
+    return found[0] if found else None
+
+
+def _check_tensors(method: Method, tensors: Sequence[torch.Tensor], base: torch.Tensor | None) -> None:
+    least, most = method.inputs
+    if len(tensors) < least or (most is not None and len(tensors) > most):
+        wanted = f"{least}" if most == least else f"at least {least}" if most is None else f"{least} to {most}"
+        raise PlanError(f"{method.name} merges {wanted} tensors, found {len(tensors)}")
+    if base is None and method.base == "required":
+        raise PlanError(f"{method.name} needs a base: pass base=tensor")
+    for tensor in (*tensors, *([] if base is None else [base])):
+        if tensor.shape != tensors[0].shape or not tensor.is_floating_point():
+            raise PlanError(
+                f"found {list(tensor.shape)} {tensor.dtype}, expected floating tensors of shape {list(tensors[0].shape)}"
+            )

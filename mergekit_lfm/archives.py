@@ -1,0 +1,142 @@
+"""PyTorch's zip archives (`.bin`, `.pt`) as tables of tensors with file offsets, without torch and without running a
+pickle.
+
+`torch.save` stores every storage uncompressed, so a contiguous tensor is a byte range like one of safetensors. The
+pickle is read by an unpickler that knows the few names a state dict needs and builds nothing but this table.
+"""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mergekit_lfm.errors import FormatError
+from mergekit_lfm.tensors import TensorSpec
+
+_STORAGES = {
+    "DoubleStorage": "float64",
+    "FloatStorage": "float32",
+    "HalfStorage": "float16",
+    "BFloat16Storage": "bfloat16",
+    "LongStorage": "int64",
+    "IntStorage": "int32",
+    "ShortStorage": "int16",
+    "CharStorage": "int8",
+    "ByteStorage": "uint8",
+    "BoolStorage": "bool",
+}
+WRAPPERS = ("state_dict", "model", "module")
+
+
+class Unreadable(Exception):
+    """The archive holds what this reader does not know; torch's own loader may."""
+
+
+@dataclass(frozen=True)
+class _Storage:
+    dtype: str
+    key: str
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor in the pickle: its storage, first element, shape, strides."""
+
+    storage: _Storage
+    first: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    def contiguous(self) -> bool:
+        expected, strides = 1, []
+        for size in reversed(self.shape):
+            strides.append(expected)
+            expected *= size
+        pairs = zip(self.shape, self.stride, reversed(strides), strict=True)
+        return expected == 0 or all(size == 1 or stride == want for size, stride, want in pairs)
+
+
+def _rebuild_tensor(storage: _Storage, first: int, shape: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> _Stored:
+    return _Stored(storage, first, tuple(shape), tuple(stride))
+
+
+def _rebuild_parameter(data: _Stored, *_: Any) -> _Stored:
+    return data
+
+
+_NAMES = {
+    ("collections", "OrderedDict"): OrderedDict,
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+    **{("torch", storage): dtype for storage, dtype in _STORAGES.items()},
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _NAMES:
+            raise Unreadable(f"{module}.{name}")
+        return _NAMES[module, name]
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        kind, dtype, key, *_ = pid
+        if kind != "storage" or not isinstance(dtype, str):
+            raise Unreadable(f"persistent id {pid!r}")
+        return _Storage(dtype, key)
+
+
+def state_dict(loaded: Any, path: Path, kind: type) -> dict[str, Any]:
+    """The mapping of names to tensors (instances of `kind`) in what a checkpoint file held, one wrapper deep."""
+    for key in WRAPPERS:
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
+            loaded = loaded[key]
+            break
+    if not isinstance(loaded, Mapping):
+        raise FormatError(f"{path}: holds a {type(loaded).__name__}, expected a state dict of names and tensors")
+    others = [str(key) for key, value in loaded.items() if not isinstance(value, kind)]
+    if others:
+        raise FormatError(f"{path}: {', '.join(others[:5])} are not tensors; save the model's state_dict() alone")
+    return {str(key): value for key, value in loaded.items()}
+
+
+def read_archive(path: Path) -> dict[str, tuple[TensorSpec, int]]:
+    """The tensors of a zip archive in the pickle's order, each with its offset in the file.
+
+    Raises Unreadable where the file is no such archive, or a tensor is no contiguous range of bytes in it.
+    """
+    if not zipfile.is_zipfile(path):
+        raise Unreadable("not a zip archive")
+    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+        members = {info.filename.partition("/")[2]: info for info in archive.infolist()}
+        if "data.pkl" not in members or any(info.compress_type for info in members.values()):
+            raise Unreadable("no data.pkl, or compressed members")
+        if "byteorder" in members and archive.read(members["byteorder"]) != b"little":
+            raise Unreadable("big-endian")
+        try:
+            loaded = _Unpickler(archive.open(members["data.pkl"])).load()
+        except (pickle.UnpicklingError, TypeError, ValueError, EOFError) as error:
+            raise Unreadable(str(error)) from None
+        found: dict[str, tuple[TensorSpec, int]] = {}
+        for name, stored in state_dict(loaded, path, _Stored).items():
+            info = members.get(f"data/{stored.storage.key}")
+            spec = TensorSpec(name, stored.shape, stored.storage.dtype)
+            if info is None or not stored.contiguous():
+                raise Unreadable(f"{name} is not contiguous")
+            file.seek(info.header_offset)
+            local = file.read(30)  # the local header: its name and extra field have lengths of their own
+            start = (
+                info.header_offset
+                + 30
+                + int.from_bytes(local[26:28], "little")
+                + int.from_bytes(local[28:30], "little")
+            )
+            first = stored.first * (spec.nbytes // spec.numel) if spec.numel else 0
+            if first + spec.nbytes > info.file_size:
+                raise FormatError(f"{path}: {name} reaches beyond its storage; the file is damaged")
+            found[name] = (spec, start + first)
+    return found

@@ -1,0 +1,243 @@
+"""A saved model as a mapping from names to tensors, read by ranges.
+
+A checkpoint is a folder as transformers writes it, or one file. Opening it reads headers only; the data are read by
+position into the caller's buffers, never mapped, so that a memory budget is a promise. Nothing is ever written to a
+checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import weakref
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+import xxhash
+
+from mergekit_lfm.archives import Unreadable, read_archive, state_dict
+from mergekit_lfm.errors import FormatError
+from mergekit_lfm.tensors import ITEMSIZE, TensorSpec, read_exactly, read_header
+
+if TYPE_CHECKING:
+    import torch
+
+# file names in the order of preference, as transformers has it
+SINGLE = ("model.safetensors", "pytorch_model.bin")
+INDEX = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+ARCHIVES = (".bin", ".pt", ".pth")
+
+
+class WeightFile:
+    """One file of tensors that lie in it as plain byte ranges."""
+
+    def __init__(self, path: Path, tensors: dict[str, tuple[TensorSpec, int]], data_start: int) -> None:
+        self.path, self.tensors, self.data_start = path, tensors, data_start
+        status = path.stat()
+        self.nbytes, self.mtime_ns = status.st_size, status.st_mtime_ns
+        self._lock, self._fd = Lock(), -1
+
+    def fileno(self) -> int:
+        """A descriptor open for reading, closed with this object."""
+        with self._lock:
+            if self._fd < 0:
+                self._fd = os.open(self.path, os.O_RDONLY)
+                weakref.finalize(self, os.close, self._fd)
+            return self._fd
+
+    def offset(self, name: str) -> int | None:
+        """Where the tensor's bytes start in the file; None where they are no range of it."""
+        return self.tensors[name][1]
+
+    def read_into(self, name: str, start: int, into: memoryview) -> None:
+        """Fill `into` with the tensor's bytes from byte `start` on."""
+        read_exactly(self.fileno(), self.tensors[name][1] + start, into, self.path)
+
+
+class LoadedFile(WeightFile):
+    """A file whose tensors are no byte ranges (strided, or saved before PyTorch 1.6): torch maps it, or holds it in
+    memory."""
+
+    def __init__(self, path: Path) -> None:
+        import torch
+
+        try:
+            try:
+                loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            except RuntimeError:  # files that are no zip archives cannot be mapped
+                loaded = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise FormatError(
+                f"{path}: not a checkpoint that can be loaded safely ({reason}); save its state_dict anew"
+            ) from None
+        self.held = state_dict(loaded, path, torch.Tensor)
+        specs = {n: TensorSpec(n, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in self.held.items()}
+        super().__init__(path, {name: (spec, 0) for name, spec in specs.items()}, data_start=0)
+
+    def offset(self, name: str) -> int | None:  # noqa: ARG002
+        return None
+
+    def read_into(self, name: str, start: int, into: memoryview) -> None:
+        into[:] = bytes_of(self.held[name].contiguous())[start : start + len(into)]
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU as writable bytes."""
+    import torch
+
+    raw = tensor.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(raw)  # type: ignore[arg-type]  # numpy's arrays are buffers
+
+
+def _open_file(path: Path) -> WeightFile:
+    if path.suffix not in ARCHIVES:
+        header = read_header(path)
+        return WeightFile(path, header.tensors, header.data_start)
+    if path.stat().st_size < 512:
+        head = path.read_bytes()
+        if head.startswith(b"version https://git-lfs"):
+            raise FormatError(
+                f"{path}: this is a git-lfs pointer, not the weights; run `git lfs pull` in its repository"
+            )
+    try:
+        return WeightFile(path, read_archive(path), data_start=0)
+    except Unreadable:
+        return LoadedFile(path)
+
+
+def _weight_paths(folder: Path) -> tuple[list[Path], dict[str, str]]:
+    """The weight files of a folder, and the index's map from tensors to files (empty without an index)."""
+    singles = [folder / name for name in SINGLE if (folder / name).exists()]
+    indexes = [folder / name for name in INDEX if (folder / name).exists()]
+    safe = [path for path in (*singles, *indexes) if ".safetensors" in path.name]
+    chosen = safe or [*singles, *indexes]
+    if len(chosen) > 1:
+        names = " and ".join(path.name for path in chosen)
+        raise FormatError(f"{folder} has both {names}: one of them is left from an earlier save; remove it")
+    if not chosen:
+        others = sorted(folder.glob("*.safetensors"))
+        if len(others) != 1:
+            found = f"{len(others)} other .safetensors files" if others else "no .safetensors files"
+            raise FormatError(f"{folder} holds no model: expected {', '.join((*SINGLE, *INDEX))}, found {found}")
+        chosen = others
+    if chosen[0].suffix != ".json":
+        return chosen, {}
+    try:
+        weight_map = json.loads(chosen[0].read_text(encoding="utf-8"))["weight_map"]
+        paths = [folder / name for name in sorted(set(weight_map.values()))]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise FormatError(
+            f"{chosen[0]}: expected JSON with a weight_map from tensors to files; fetch it again"
+        ) from None
+    missing = [path.name for path in paths if not path.exists()]
+    if missing:
+        raise FormatError(f"{folder}: shards named in {chosen[0].name} are missing: {', '.join(missing)}; fetch them")
+    return paths, weight_map
+
+
+class Checkpoint(Mapping[str, TensorSpec]):
+    """A model's tensors by name, in the order of the files and of their bytes. Raises FormatError where it is
+    damaged."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if path.is_dir():
+            paths, weight_map = _weight_paths(path)
+        else:
+            paths, weight_map = [path], {}
+        self.files = tuple(_open_file(file) for file in paths)
+        self._home: dict[str, WeightFile] = {}
+        for file in self.files:
+            for name in file.tensors:
+                if name in self._home:
+                    raise FormatError(f"{path}: {name} is in {self._home[name].path.name} and in {file.path.name}")
+                self._home[name] = file
+        absent = [name for name in weight_map if name not in self._home]
+        if absent:
+            more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
+            raise FormatError(f"{path}: the index names tensors that no shard holds: {', '.join(absent[:3])}{more}")
+
+    def __getitem__(self, name: str) -> TensorSpec:
+        return self._home[name].tensors[name][0]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._home)
+
+    def __len__(self) -> int:
+        return len(self._home)
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({str(self.path)!r}, {len(self)} tensors)"
+
+    @property
+    def nbytes(self) -> int:
+        return sum(spec.nbytes for spec in self.values())
+
+    def file_of(self, name: str) -> WeightFile:
+        """The file that holds the tensor."""
+        return self._home[name]
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Elements start .. stop of the flattened tensor, as a 1-D tensor of its dtype on fresh memory."""
+        import torch
+
+        spec = self[name]
+        start, stop, _ = slice(start, stop).indices(spec.numel)
+        result = torch.empty(max(0, stop - start), dtype=getattr(torch, spec.dtype))
+        if len(result):
+            self.read_into(name, start, bytes_of(result))
+        return result
+
+    def read_into(self, name: str, start: int, into: memoryview) -> None:
+        """Fill `into`, a writable view of bytes, with the tensor's data from element `start` on."""
+        self._home[name].read_into(name, start * ITEMSIZE[self[name].dtype], into)
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """config.json, or {} where there is none."""
+        path = self.path / "config.json"
+        if not self.path.is_dir() or not path.exists():
+            return {}
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise FormatError(f"{path} is not JSON ({error}); fetch it again") from None
+        if not isinstance(config, dict):
+            raise FormatError(f"{path}: expected an object, found a {type(config).__name__}")
+        return config
+
+    @cached_property
+    def identity(self) -> list[dict[str, Any]]:
+        """What tells this checkpoint from another without reading its data: per file a digest of the header, size,
+        time."""
+        return [
+            {
+                "file": file.path.name,
+                "header_xxh3": xxhash.xxh3_128_hexdigest(
+                    json.dumps([[str(spec), offset] for spec, offset in file.tensors.values()]).encode()
+                ),
+                "nbytes": file.nbytes,
+                "mtime_ns": file.mtime_ns,
+            }
+            for file in self.files
+        ]
+
+    @cached_property
+    def digest(self) -> str:
+        """xxh3-128 of the identity, in hex."""
+        return xxhash.xxh3_128_hexdigest(json.dumps(self.identity, sort_keys=True).encode())
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """The checkpoint in a folder or a file, as a mapping from tensor names to `TensorSpec`; `read` gives the data.
+
+    Raises FormatError where it is damaged, FileNotFoundError where it is not there.
+    """
+    place = Path(path)
+    if not place.exists():
+        raise FileNotFoundError(f"no such checkpoint: {place}")
+    return Checkpoint(place)

@@ -1,0 +1,132 @@
+"""What a merge method is: its parameters, and the three pure functions reduce (asked for by `solve`), solve, apply.
+
+`solve` is a generator. It yields reductions (`kernels.reductions`), receives their values, and returns coefficients;
+nothing else of a tensor is seen. So one method serves a tensor in memory, a tensor larger than memory, and a whole
+model. `apply` is elementwise: given one block of the inputs and the coefficients it returns the merged block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import torch
+
+    from mergekit_lfm.kernels.reductions import Reduction
+
+Value = bool | int | float | str | None
+
+
+class _Required:
+    """The default of a parameter that has none."""
+
+    def __repr__(self) -> str:
+        return "required"
+
+
+REQUIRED = _Required()
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One parameter of a method as a recipe gives it.
+
+    `per_input`: given for each input and each tensor; otherwise shared by all inputs of an output tensor.
+    `kind` "switch" takes true, false or one of `choices`. `above` is an exclusive lower bound.
+    """
+
+    name: str
+    default: Value | _Required
+    per_input: bool
+    doc: str
+    kind: Literal["float", "int", "bool", "str", "switch"] = "float"
+    minimum: float | None = None
+    maximum: float | None = None
+    above: float | None = None
+    choices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Over what one `solve` runs: a tensor, or with `model` scope all tensors of a model laid end to end.
+
+    numel: elements in all. shape: the tensor's, or () for a whole model.
+    shared and inputs: the resolved parameters, the latter one mapping per input. has_base: deltas to a base are taken.
+    keys: one 64-bit key per input for counter-based random numbers, from seed, tensor name and position in the recipe.
+    double: blocks are float64.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    numel: int
+    shared: Mapping[str, Value]
+    inputs: Sequence[Mapping[str, Value]]
+    has_base: bool
+    keys: tuple[int, ...]
+    double: bool = False
+
+    def floats(self, name: str) -> list[float]:
+        """The per-input parameter `name`, one number per input."""
+        return [float(values[name]) for values in self.inputs]  # type: ignore[arg-type]
+
+    def number(self, name: str) -> float:
+        """The shared parameter `name` as a number."""
+        return float(self.shared[name])  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One block of a unit, float32 (float64 for float64 inputs).
+
+    x [n, m]: the inputs, or their deltas to the base. base [m], or None where weights are merged. start: index of the
+    block's first element in its tensor.
+    """
+
+    x: torch.Tensor
+    base: torch.Tensor | None
+    start: int
+
+
+Coefficients = Any
+Solve = Callable[[Unit], "Generator[Reduction, Any, Coefficients]"]
+Apply = Callable[[Block, Coefficients], "torch.Tensor"]
+
+
+def immediate(solve: Callable[[Unit], Coefficients]) -> Solve:
+    """A `solve` that needs no reduction, from a plain function."""
+
+    @wraps(solve)
+    def generator(unit: Unit) -> Generator[Reduction, Any, Coefficients]:
+        return solve(unit)
+        yield  # makes this a generator: one that asks for nothing
+
+    return generator
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A merge method.
+
+    base: "required" or "optional" (then deltas to it are merged and it is no input itself), "member" (an input like
+    the others), "first" (required, and the first input). inputs: least and most number of inputs, None for any
+    number. scope(shared): "tensor", or "model" for one solve over all tensors. row(unit): blocks are made of whole
+    rows of so many elements. copies(unit): true where the result is the only input, byte for byte. version: raised
+    when results change.
+    """
+
+    name: str
+    source: str
+    summary: str
+    parameters: tuple[Parameter, ...]
+    base: Literal["required", "optional", "member", "first"]
+    inputs: tuple[int, int | None]
+    solve: Solve
+    apply: Apply
+    version: int = 1
+    random: bool = False
+    scope: Callable[[Mapping[str, Value]], str] = field(default=lambda _: "tensor")
+    row: Callable[[Unit], int] = field(default=lambda _: 1)
+    copies: Callable[[Unit], bool] = field(default=lambda _: False)

@@ -1,0 +1,42 @@
+"""Weighted averages: model soups and their relatives. Everything else that merges elementwise starts from here."""
+
+from mergekit_lfm.errors import PlanError
+from mergekit_lfm.kernels.sums import weighted_sum
+from mergekit_lfm.methods.declare import REQUIRED, Method, Parameter, Unit, immediate
+
+WEIGHT = Parameter("weight", REQUIRED, per_input=True, doc="relative weight of the input")
+
+
+def normalised(weights: list[float], unit: Unit, key: str = "normalize") -> list[float]:
+    """weights divided by their sum. Weights that cancel are an error: the quotient would be infinite or NaN."""
+    total = sum(weights)
+    if abs(total) < 1e-8:
+        raise PlanError(
+            f"{unit.name}: the weights {weights} sum to {total:g} and cannot be normalised; "
+            f"give weights with another sum, or set `{key}: false`"
+        )
+    return [weight / total for weight in weights]
+
+
+@immediate
+def solve(unit: Unit) -> list[float]:
+    """The weights, normalised to sum 1 unless `normalize: false`."""
+    weights = unit.floats("weight")
+    return normalised(weights, unit) if unit.shared["normalize"] else weights
+
+
+METHODS = (
+    Method(
+        name="linear",
+        source="Wortsman et al. 2022, Model soups, arXiv 2203.05482",
+        summary="weighted average of all models",
+        parameters=(
+            WEIGHT,
+            Parameter("normalize", True, per_input=False, kind="bool", doc="divide the weights by their sum"),
+        ),
+        base="member",
+        inputs=(1, None),
+        solve=solve,
+        apply=weighted_sum,
+    ),
+)

@@ -1,0 +1,59 @@
+"""Model Stock: how far to go from the base towards the average, from the angle between the fine-tunes."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import TYPE_CHECKING, Any
+
+from mergekit_lfm.kernels.reductions import Gram, Reduction, RowGram
+from mergekit_lfm.kernels.sums import Spread, weighted_sum
+from mergekit_lfm.methods.declare import Method, Parameter, Unit
+
+if TYPE_CHECKING:
+    import torch
+
+
+def _row(unit: Unit) -> int:
+    return unit.shape[-1] if unit.shared["filter_wise"] and len(unit.shape) > 1 and unit.numel else 1
+
+
+def ratio(gram: torch.Tensor) -> torch.Tensor:
+    """t of the interpolation base + t (mean - base), from the Gram matrices [..., n, n] of the deltas.
+
+    t = n c / (1 + (n - 1) c) with c the mean cosine over pairs (Jang et al. 2024, equation 7); 0 where that is 0 / 0.
+    """
+    import torch
+
+    n = gram.shape[-1]
+    norms = gram.diagonal(dim1=-2, dim2=-1).sqrt()
+    cosine = (gram / (norms[..., :, None] * norms[..., None, :]).clamp(min=1e-6)).clamp(-1, 1)
+    i, j = torch.triu_indices(n, n, offset=1, device=gram.device)
+    mean = cosine[..., i, j].mean(-1)
+    below = 1 + (n - 1) * mean
+    return torch.where(below.abs() < 1e-6, 0.0, n * mean / below)
+
+
+def _solve(unit: Unit) -> Generator[Reduction, Any, list[float] | Spread]:
+    n, row = len(unit.inputs), _row(unit)
+    gram = yield (Gram() if row == 1 else RowGram(row))
+    weights = ratio(gram)[..., None].expand(*gram.shape[:-1]) / n
+    return weights.tolist() if row == 1 else Spread(weights, row)
+
+
+METHODS = (
+    Method(
+        name="model_stock",
+        source="Jang et al. 2024, Model Stock, arXiv 2403.19522, equation 7",
+        summary="from the base towards the average of the fine-tunes, as far as the angles between them say",
+        parameters=(
+            Parameter(
+                "filter_wise", False, per_input=False, kind="bool", doc="one ratio for every row, not per tensor"
+            ),
+        ),
+        base="required",
+        inputs=(2, None),
+        solve=_solve,
+        apply=weighted_sum,
+        row=_row,
+    ),
+)

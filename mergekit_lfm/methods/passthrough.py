@@ -1,0 +1,26 @@
+"""The only input itself, byte for byte, or times a scale."""
+
+from mergekit_lfm.kernels.sums import weighted_sum
+from mergekit_lfm.methods.declare import Method, Parameter, Unit, immediate
+
+
+@immediate
+def solve(unit: Unit) -> list[float]:
+    """The scale; 1 where none is given."""
+    scale = unit.inputs[0]["scale"]
+    return [1.0 if scale is None else float(scale)]
+
+
+METHODS = (
+    Method(
+        name="passthrough",
+        source="none: a copy",
+        summary="one model, copied; `scale` multiplies the tensors that it is given for",
+        parameters=(Parameter("scale", None, per_input=True, doc="factor; without it the bytes are copied"),),
+        base="member",
+        inputs=(1, 1),
+        solve=solve,
+        apply=weighted_sum,
+        copies=lambda unit: unit.inputs[0]["scale"] is None,
+    ),
+)

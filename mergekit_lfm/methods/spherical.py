@@ -1,0 +1,208 @@
+"""Merges along great circles. Their results lie in the span of the inputs, so the Gram matrix is all that a solve
+needs.
+
+A vector is written by its coefficients in the inputs, a; its inner product with b is a G b. All solves are float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from math import acos, cos, sin, sqrt
+from typing import TYPE_CHECKING, Any
+
+from mergekit_lfm.errors import PlanError
+from mergekit_lfm.kernels.reductions import ColumnGram, Gram, Reduction, RowGram
+from mergekit_lfm.kernels.sums import Spread, weighted_sum
+from mergekit_lfm.methods.declare import REQUIRED, Method, Parameter, Unit
+from mergekit_lfm.methods.linear import WEIGHT, normalised
+
+if TYPE_CHECKING:
+    import torch
+
+Vector = list[float]
+LERP_ABOVE = 0.9995  # |cos| from which slerp takes the chord, as its common implementations do
+
+
+class _Span:
+    """Algebra on coefficient vectors under one Gram matrix."""
+
+    def __init__(self, gram: torch.Tensor) -> None:
+        self.gram: list[Vector] = gram.tolist()
+        self.size = len(self.gram)
+
+    def dot(self, a: Vector, b: Vector) -> float:
+        return sum(x * g * y for x, row in zip(a, self.gram, strict=True) for g, y in zip(row, b, strict=True))
+
+    def norm(self, a: Vector) -> float:
+        return sqrt(max(self.dot(a, a), 0.0))
+
+    def axis(self, i: int, length: float) -> Vector:
+        """The coefficients of input i divided by `length`."""
+        return [1.0 / length if k == i else 0.0 for k in range(self.size)]
+
+    def mean(self, vectors: list[Vector], weights: Vector) -> Vector:
+        return [sum(w * v[k] for w, v in zip(weights, vectors, strict=True)) for k in range(self.size)]
+
+    def exp(self, point: Vector, tangent: Vector) -> Vector:
+        """exp_point(tangent) on the unit sphere."""
+        length = self.norm(tangent)
+        along = sin(length) / length if length else 1.0
+        return [cos(length) * p + along * t for p, t in zip(point, tangent, strict=True)]
+
+
+def _scaled(vector: Vector, factor: float) -> Vector:
+    return [factor * x for x in vector]
+
+
+def _slerp(unit: Unit) -> Generator[Reduction, Any, Vector]:
+    span = _Span((yield Gram()))
+    t = unit.number("t")
+    first, second = ((n if n > 1e-8 else 1.0) for n in (sqrt(span.gram[0][0]), sqrt(span.gram[1][1])))
+    cosine = max(-1.0, min(1.0, span.gram[0][1] / first / second))
+    if abs(cosine) > LERP_ABOVE:
+        return [1.0 - t, t]
+    angle = acos(cosine)
+    return [sin((1.0 - t) * angle) / sin(angle), sin(t * angle) / sin(angle)]
+
+
+def _multislerp(unit: Unit) -> Generator[Reduction, Any, Vector]:
+    weights = unit.floats("weight")
+    if unit.shared["normalize_weights"]:
+        weights = normalised(weights, unit, "normalize_weights")
+    span = _Span((yield Gram()))
+    eps = unit.number("eps")
+    norms = [sqrt(span.gram[i][i]) for i in range(span.size)]
+    if not any(norms):
+        return [0.0] * span.size
+    units = [span.axis(i, norm + eps) for i, norm in enumerate(norms)]
+    centre = span.mean(units, weights)
+    length = span.norm(centre)
+    if length < eps:
+        if span.size == 2:
+            return weights
+        raise PlanError(
+            f"{unit.name}: the weighted mean direction of the {span.size} inputs vanishes, so multislerp has no "
+            "tangent space there; use other weights, or another method for this tensor"
+        )
+    centre = _scaled(centre, 1.0 / length)
+    tangents = [[u - span.dot(unit_, centre) * c for u, c in zip(unit_, centre, strict=True)] for unit_ in units]
+    point = span.exp(centre, span.mean(tangents, weights))
+    return _scaled(point, sum(w * n for w, n in zip(weights, norms, strict=True)))
+
+
+def _karcher(unit: Unit) -> Generator[Reduction, Any, Vector]:
+    shares = normalised(unit.floats("weight"), unit, "weight")
+    span = _Span((yield Gram()))
+    tol = unit.number("tol")
+    norms = [sqrt(span.gram[i][i]) for i in range(span.size)]
+    valid = [i for i, norm in enumerate(norms) if norm > tol and shares[i]]
+    if not valid:
+        return [0.0] * span.size
+    units = [span.axis(i, norms[i]) for i in valid]
+    weights = normalised([shares[i] for i in valid], unit, "weight")
+    mean = span.mean(units, weights)
+    length = span.norm(mean)
+    point = units[0] if length < tol else _scaled(mean, 1.0 / length)
+    for _ in range(int(unit.number("max_iter"))):
+        logs = []
+        for vector in units:
+            cosine = max(-1.0, min(1.0, span.dot(vector, point)))
+            angle = acos(cosine)
+            stretch = angle / sin(angle) if sin(angle) > 0 else 1.0
+            logs.append([stretch * (v - cosine * p) for v, p in zip(vector, point, strict=True)])
+        step = span.mean(logs, weights)
+        if span.norm(step) < tol:
+            break
+        point = span.exp(point, step)
+        point = _scaled(point, 1.0 / span.norm(point))
+    return _scaled(point, sum(s * n for s, n in zip(shares, norms, strict=True)))
+
+
+def _row(unit: Unit) -> int:
+    """Elements of one row of the matrix whose rows or columns nuslerp turns; 1 where the whole tensor is one vector."""
+    if unit.shared["nuslerp_flatten"] or len(unit.shape) < 2 or not unit.numel:
+        return 1
+    return unit.numel // unit.shape[0] if unit.shared["nuslerp_row_wise"] else unit.shape[-1]
+
+
+def _nuslerp(unit: Unit) -> Generator[Reduction, Any, Vector | Spread]:
+    row, columns = _row(unit), bool(unit.shared["nuslerp_row_wise"])
+    gram = yield (Gram() if row == 1 else ColumnGram(row) if columns else RowGram(row))
+    import torch
+
+    first, second = unit.floats("weight")
+    total = first + second
+    t = second / total if abs(total) >= 1e-6 else 0.5
+    norms = gram.diagonal(dim1=-2, dim2=-1).sqrt().clamp(min=1e-7)  # [..., 2]
+    cosine = (gram[..., 0, 1] / norms[..., 0] / norms[..., 1]).clamp(-1, 1)
+    flat = 1 - cosine.square() <= 1e-16
+    angle = cosine.acos()
+    sine = torch.where(flat, 1.0, angle.sin())
+    head = torch.where(flat, 1.0 - t, ((1.0 - t) * angle).sin() / sine)
+    tail = torch.where(flat, t, (t * angle).sin() / sine)
+    weights = torch.stack([head, tail], dim=-1)
+    return weights.tolist() if row == 1 else Spread(weights, row, columns)
+
+
+METHODS = (
+    Method(
+        name="slerp",
+        source="Shoemake 1985, Animating rotation with quaternion curves",
+        summary="spherical interpolation from the base model to the other",
+        parameters=(Parameter("t", REQUIRED, per_input=False, doc="0 gives the base model, 1 the other"),),
+        base="first",
+        inputs=(2, 2),
+        solve=_slerp,
+        apply=weighted_sum,
+    ),
+    Method(
+        name="nuslerp",
+        source="Shoemake 1985; weights and deltas as in mergekit's method of this name",
+        summary="spherical interpolation of two models, or of their deltas to a base, also by row or column",
+        parameters=(
+            WEIGHT,
+            Parameter("nuslerp_flatten", True, per_input=False, kind="bool", doc="false: turn every row by itself"),
+            Parameter(
+                "nuslerp_row_wise",
+                False,
+                per_input=False,
+                kind="bool",
+                doc="with nuslerp_flatten false: vectors along the first axis (columns) instead of the last",
+            ),
+        ),
+        base="optional",
+        inputs=(2, 2),
+        solve=_nuslerp,
+        apply=weighted_sum,
+        row=_row,
+    ),
+    Method(
+        name="multislerp",
+        source="tangent mean at the weighted mean direction, one step of Buss and Fillmore 2001, algorithm A1",
+        summary="spherical mean of any number of models, or of their deltas to a base, in one step",
+        parameters=(
+            WEIGHT,
+            Parameter("normalize_weights", True, per_input=False, kind="bool", doc="divide the weights by their sum"),
+            Parameter("eps", 1e-8, per_input=False, above=0, doc="added to the norms; below it a vector is zero"),
+        ),
+        base="optional",
+        inputs=(1, None),
+        solve=_multislerp,
+        apply=weighted_sum,
+        copies=lambda unit: len(unit.inputs) == 1,
+    ),
+    Method(
+        name="karcher",
+        source="Karcher 1977; iteration of Buss and Fillmore 2001, algorithm A1",
+        summary="weighted Riemannian mean of directions on the sphere, times the weighted mean of the norms",
+        parameters=(
+            Parameter("weight", 1.0, per_input=True, minimum=0, doc="relative weight of the input"),
+            Parameter("max_iter", 10, per_input=False, kind="int", minimum=1, doc="most iterations"),
+            Parameter("tol", 1e-5, per_input=False, above=0, doc="stop below this step; a smaller norm counts as zero"),
+        ),
+        base="member",
+        inputs=(1, None),
+        solve=_karcher,
+        apply=weighted_sum,
+    ),
+)

@@ -1,0 +1,271 @@
+"""Task arithmetic and its sparse relatives: TIES, DARE, Breadcrumbs.
+
+All are one formula, base + lambda * combine(weight_i * scale_i * mask_i * delta_i). They differ in which entries of a
+delta are kept, in how the kept are scaled, and in whether the signs are put to a vote before summing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mergekit_lfm.kernels.bits import as_integers, flipped, masked, signs
+from mergekit_lfm.kernels.order import NONE, Largest, largest, masks
+from mergekit_lfm.kernels.random import keep
+from mergekit_lfm.kernels.reductions import L1, Reduction, SignBalance
+from mergekit_lfm.methods.declare import Block, Method, Parameter, Unit
+from mergekit_lfm.methods.linear import WEIGHT, normalised
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Keeps the entries of input i in the larger set bands[i][0] and not in the smaller set bands[i][1]."""
+
+    bands: tuple[tuple[Largest, Largest], ...]
+
+    def __call__(self, block: Block) -> torch.Tensor:
+        return masks(block, self.bands)
+
+
+@dataclass(frozen=True)
+class Coins:
+    """Keeps each entry of input i with probability densities[i], by the counter-based numbers of keys[i]."""
+
+    keys: tuple[int, ...]
+    densities: tuple[float, ...]
+
+    def __call__(self, block: Block) -> torch.Tensor:
+        import torch
+
+        result = torch.empty_like(as_integers(block.x))
+        for row, key, density in zip(result, self.keys, self.densities, strict=True):
+            row.copy_(keep(key, block.start, len(row), density))
+        return result
+
+
+Mask = Ranks | Coins
+Sparsify = Callable[[Unit], Generator[Reduction, Any, Mask | None]]
+
+
+@dataclass(frozen=True)
+class Sum:
+    """Coefficients of the merge. factors: weight times rescaling; votes: the weights alone; None: no vote.
+
+    zero_is_positive: what an element whose sum is exactly zero votes for.
+    """
+
+    factors: tuple[float, ...]
+    mask: Mask | None
+    votes: tuple[float, ...] | None
+    normalize: bool
+    lambda_: float
+    zero_is_positive: bool = True
+
+
+def apply(block: Block, c: Sum) -> torch.Tensor:
+    """base + lambda * sum of the kept terms; with votes, of those that agree with the elected sign, over their
+    weights."""
+    import torch
+
+    terms = block.x * torch.tensor(c.factors, dtype=block.x.dtype)[:, None]
+    if c.mask is not None:
+        terms = masked(terms, c.mask(block))
+    total = torch.zeros_like(terms[0])
+    for term in terms:
+        total += term
+    if c.votes is not None:
+        total = _elected(terms, total, c)
+        total *= c.lambda_
+    return total if block.base is None else total.add_(block.base)
+
+
+def _elected(terms: torch.Tensor, total: torch.Tensor, c: Sum) -> torch.Tensor:
+    """The sum of the terms that agree in sign with the total, over the sum of their weights where `normalize` says so.
+
+    Terms are flipped so that those that agree are positive. A total of zero votes as `zero_is_positive` says.
+    """
+    import torch
+
+    if not c.zero_is_positive:
+        total = total - torch.finfo(total.dtype).tiny  # changes the sign of zero alone
+    elected = signs(total)
+    merged, weight = torch.zeros_like(total), torch.zeros_like(total)
+    for term, vote in zip(terms, c.votes or (), strict=True):
+        agreeing = flipped(term, elected).clamp_(min=0)
+        merged += agreeing
+        if c.normalize:
+            weight += agreeing.sign() * total.new_tensor(vote)
+    if c.normalize:
+        weight += (weight == 0).to(weight.dtype)  # no term agrees: 0 / 1
+        merged /= weight
+    return flipped(merged, elected)
+
+
+def _everything(_: Unit) -> Generator[Reduction, Any, None]:
+    return None
+    yield  # asks for nothing
+
+
+def _largest(unit: Unit) -> Generator[Reduction, Any, Mask | None]:
+    """Of every delta the `density` largest entries, at least one."""
+    if unit.shared["scope"] == "global":
+        counts = [min(unit.numel, int(d * unit.numel) + 1) for d in unit.floats("density")]
+    else:
+        counts = [max(1, int(d * unit.numel)) for d in unit.floats("density")]
+    if all(k >= unit.numel for k in counts):
+        return None
+    kept = yield from largest(unit, [[k] for k in counts], exact=unit.shared["scope"] != "global")
+    return Ranks(tuple((outer, NONE) for (outer,) in kept))
+
+
+def _coins(unit: Unit) -> Generator[Reduction, Any, Mask | None]:
+    """Every entry with probability `density`."""
+    densities = unit.floats("density")
+    return None if all(d >= 1 for d in densities) else Coins(unit.keys, tuple(densities))
+    yield  # asks for nothing
+
+
+def _middle(unit: Unit) -> Generator[Reduction, Any, Mask | None]:
+    """Without the `gamma` largest entries, the `density` largest of the rest."""
+    counts = []
+    for density, gamma in zip(unit.floats("density"), unit.floats("gamma"), strict=True):
+        target = int(density * unit.numel)
+        below = max(0, unit.numel - target - int(gamma * unit.numel))
+        whole = density >= 1
+        counts.append([unit.numel, 0] if whole else [unit.numel - below, unit.numel - below - target])
+    if all(outer >= unit.numel and inner <= 0 for outer, inner in counts):
+        return None
+    kept = yield from largest(unit, counts)
+    return Ranks(tuple((outer, inner) for outer, inner in kept))
+
+
+def _scales(unit: Unit, mask: Mask | None) -> Generator[Reduction, Any, list[float]]:
+    """What the kept entries are multiplied by: nothing, the ratio of L1 norms, or one over the density."""
+    if mask is None or not unit.shared["rescale"]:
+        return [1.0] * len(unit.inputs)
+    if unit.shared["rescale"] == "density":
+        return [1.0 / d for d in unit.floats("density")]
+    sums = yield L1(mask)
+    return [before / after if before >= 1e-7 and after >= 1e-7 else 1.0 for before, after in sums.tolist()]
+
+
+def _solve(sparsify: Sparsify, vote: bool) -> Callable[[Unit], Generator[Reduction, Any, Sum]]:
+    def solve(unit: Unit) -> Generator[Reduction, Any, Sum]:
+        weights, normalize, lambda_ = unit.floats("weight"), bool(unit.shared["normalize"]), unit.number("lambda")
+        if not vote:
+            weights = [lambda_ * w for w in (normalised(weights, unit) if normalize else weights)]
+        mask = yield from sparsify(unit)
+        scales = yield from _scales(unit, mask)
+        factors = tuple(w * s for w, s in zip(weights, scales, strict=True))
+        if not vote:
+            return Sum(factors, mask, votes=None, normalize=False, lambda_=1.0)
+        positive = True
+        if unit.shared.get("scope") == "global":
+            positive = int((yield SignBalance(factors, mask))) > 0
+        return Sum(factors, mask, tuple(weights), normalize, lambda_, positive)
+
+    return solve
+
+
+DENSITY = Parameter("density", 1.0, per_input=True, above=0, maximum=1, doc="fraction of a delta's entries to keep")
+GAMMA = Parameter(
+    "gamma", 0.01, per_input=True, minimum=0, maximum=1, doc="fraction of a delta's largest entries to drop"
+)
+SCOPE = Parameter(
+    "scope",
+    "tensor",
+    per_input=False,
+    kind="str",
+    choices=("tensor", "global"),
+    doc="one threshold per tensor, or one over the whole model as in the paper (keeps ties at the threshold)",
+)
+
+
+def _shared(normalize: bool, rescale: bool | None) -> tuple[Parameter, ...]:
+    switch = Parameter(
+        "rescale",
+        bool(rescale),
+        per_input=False,
+        kind="switch",
+        choices=("l1", "density"),
+        doc='true or "l1": restore each delta\'s L1 norm; "density": divide by the density, as the DARE paper does',
+    )
+    return (
+        Parameter("normalize", normalize, per_input=False, kind="bool", doc="divide by the sum of the weights"),
+        Parameter("lambda", 1.0, per_input=False, doc="factor of the merged delta"),
+        *(() if rescale is None else (switch,)),
+    )
+
+
+def _method(
+    name: str, source: str, summary: str, sparsify: Sparsify, parameters: tuple[Parameter, ...], **more: Any
+) -> Method:
+    vote = name in {"ties", "dare_ties", "breadcrumbs_ties"}
+    return Method(
+        name=name,
+        source=source,
+        summary=summary,
+        parameters=(WEIGHT, *parameters),
+        base="required",
+        inputs=(1, None),
+        solve=_solve(sparsify, vote),
+        apply=apply,
+        **more,
+    )
+
+
+TIES = "Yadav et al. 2023, TIES-Merging, arXiv 2306.01708"
+DARE = "Yu et al. 2024, Language models are Super Mario, arXiv 2311.03099"
+CRUMBS = "Davari and Belilovsky 2024, Model Breadcrumbs, arXiv 2312.06795"
+
+METHODS = (
+    _method(
+        "task_arithmetic",
+        "Ilharco et al. 2023, Editing models with task arithmetic, arXiv 2212.04089",
+        "base plus the weighted sum of the deltas",
+        _everything,
+        _shared(False, None),
+    ),
+    _method(
+        "ties",
+        TIES,
+        "the largest entries of each delta, signs elected by weighted mass, mean of those that agree",
+        _largest,
+        (DENSITY, *_shared(True, False), SCOPE),
+        scope=lambda shared: "model" if shared["scope"] == "global" else "tensor",
+    ),
+    _method(
+        "dare_linear",
+        DARE,
+        "random entries of each delta, summed",
+        _coins,
+        (DENSITY, *_shared(False, True)),
+        random=True,
+    ),
+    _method(
+        "dare_ties",
+        f"{DARE}; {TIES}",
+        "random entries, then TIES",
+        _coins,
+        (DENSITY, *_shared(False, True)),
+        random=True,
+    ),
+    _method(
+        "breadcrumbs",
+        CRUMBS,
+        "each delta without its largest and its smallest entries, summed",
+        _middle,
+        (DENSITY, GAMMA, *_shared(False, False)),
+    ),
+    _method(
+        "breadcrumbs_ties",
+        f"{CRUMBS}; {TIES}",
+        "without the largest and the smallest entries, then TIES",
+        _middle,
+        (DENSITY, GAMMA, *_shared(False, False)),
+    ),
+)

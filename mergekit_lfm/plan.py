@@ -1,0 +1,392 @@
+"""From a recipe and the checkpoints' headers to a plan: what is read, computed and written where. Pure data, no torch.
+
+Every input tensor is merged, copied, or listed as dropped; whatever else differs between the checkpoints is reported,
+all of it at once, before a byte is written. The plan's digest covers everything that determines the output's bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from mergekit_lfm import __version__
+from mergekit_lfm.checkpoint import Checkpoint, open_checkpoint
+from mergekit_lfm.errors import PlanError
+from mergekit_lfm.kernels.random import key
+from mergekit_lfm.layout import Shard, lay_out
+from mergekit_lfm.methods import METHODS, Method
+from mergekit_lfm.methods.declare import Unit
+from mergekit_lfm.recipe import Recipe, Settings
+from mergekit_lfm.tensors import FLOATS, ITEMSIZE, TensorSpec
+
+BLOCK = 1 << 18  # elements; every sum runs over blocks of this size, whatever the memory or the number of threads
+SEGMENT = 64  # blocks; the unit of digests and of resumption, and of parallel work within a large tensor
+
+# Buffers that loaders compute from the config. Some checkpoints carry them, others of the same model do not.
+RECOMPUTED = re.compile(r"(rotary_emb\.inv_freq|attn\.masked_bias|\.attn\.bias|embeddings\.position_ids)$")
+HEAD = "lm_head.weight"
+EMBEDDINGS = ("model.embed_tokens.weight", "transformer.wte.weight", "gpt_neox.embed_in.weight")
+TAGALONG = re.compile(r"\.(json|jsonl|txt|model|jinja|py|tiktoken|spm|bpe)$")
+NOT_TAGALONG = re.compile(
+    r"\.index\.json$|^(merge\.lock|trainer_state|adapter_config|all_results|train_results|eval_results)\.json$"
+)
+SIDE_FOLDERS = {"original", "onnx", "openvino", "runs", "logs"}
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One output tensor. sources: (model index, tensor name) of each input; base: likewise, or None.
+
+    compute is the dtype of the arithmetic. copied: the bytes of the first source, which all sources must equal.
+    """
+
+    spec: TensorSpec
+    method: str
+    sources: tuple[tuple[int, str], ...]
+    base: tuple[int, str] | None
+    settings: Settings
+    compute: str
+    copied: bool
+    block: int
+    needs_sums: bool
+
+    name = property(lambda self: self.spec.name)
+    shape = property(lambda self: self.spec.shape)
+    dtype = property(lambda self: self.spec.dtype)
+    nbytes = property(lambda self: self.spec.nbytes)
+
+    @property
+    def read(self) -> tuple[tuple[int, str], ...]:
+        """All that the job reads, the base last."""
+        return self.sources if self.base is None else (*self.sources, self.base)
+
+    @property
+    def segment_numel(self) -> int:
+        """Elements of a segment; the last may have fewer."""
+        return self.block * SEGMENT
+
+    @property
+    def segments(self) -> int:
+        """How many segments the tensor has; an empty tensor has one."""
+        return max(1, -(-self.spec.numel // self.segment_numel))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything about a merge that is decided before it starts.
+
+    groups: the jobs that are solved together, as indices into `tensors`. dropped: (model, tensor, reason).
+    """
+
+    recipe: Recipe
+    models: tuple[Checkpoint, ...]
+    labels: tuple[str, ...]
+    template: int
+    tensors: tuple[Job, ...]
+    groups: tuple[tuple[int, ...], ...]
+    shards: tuple[Shard, ...]
+    dropped: tuple[tuple[str, str, str], ...]
+    files: tuple[Path, ...] = field(default=())
+
+    @property
+    def bytes_written(self) -> int:
+        return sum(job.nbytes for job in self.tensors)
+
+    @property
+    def bytes_read(self) -> int:
+        return sum(self.models[m][name].nbytes for job in self.tensors for m, name in job.read)
+
+    @cached_property
+    def digest(self) -> str:
+        """xxh3-128 of all that determines the output's bytes: not of threads, memory, NaN policy or device."""
+        facts = {
+            "version": __version__,
+            "method": [self.recipe.merge_method, METHODS[self.recipe.merge_method].version],
+            "recipe": self.recipe.normalised(),
+            "inputs": [model.identity for model in self.models],
+            "files": [xxhash.xxh3_128_hexdigest(path.read_bytes()) for path in self.files],
+            "shards": [[shard.name, shard.congruent, *map(str, shard.tensors)] for shard in self.shards],
+        }
+        return xxhash.xxh3_128_hexdigest(json.dumps(facts, sort_keys=True).encode())
+
+    def unit(self, group: Sequence[int]) -> Unit:
+        """What the method's solve is told of a group of jobs."""
+        return _unit([self.tensors[i] for i in group], self.recipe.seed)
+
+    def scratch(self, job: Job) -> int:
+        """Bytes that one worker holds to process the job block by block."""
+        return job.block * len(job.read) * (ITEMSIZE[job.compute] * 8 + 8)
+
+    def resident(self, group: Sequence[int]) -> int:
+        """Bytes that one worker holds to read a group once and keep it: its inputs and the scratch."""
+        jobs = [self.tensors[i] for i in group]
+        inputs = sum(self.models[m][name].nbytes for job in jobs for m, name in job.read)
+        return inputs + max(self.scratch(job) for job in jobs)
+
+    def peak_memory(self, memory: int, threads: int) -> int:
+        """An upper bound of the bytes that the engine will hold, at most `memory`. PlanError if that is too little."""
+        share = memory // max(1, threads)
+        if not self.tensors:
+            return 0
+        largest = max(self.tensors, key=self.scratch)
+        if self.scratch(largest) > share:
+            raise PlanError(
+                f"{largest.name} needs {self.scratch(largest) / 1e6:,.0f} MB for one worker, a budget of "
+                f"{memory / 1e6:,.0f} MB gives each of {threads} {share / 1e6:,.0f} MB: raise --memory or lower --threads"
+            )
+        kept = [self.resident(g) for g in self.groups if self.tensors[g[0]].needs_sums and self.resident(g) <= share]
+        return min(memory, threads * max([self.scratch(largest), *kept]))
+
+    def summary(self) -> dict[str, Any]:
+        """What `--dry-run` prints, as plain data."""
+        return {
+            "method": self.recipe.merge_method,
+            "models": [
+                {"model": label, "tensors": len(model), "bytes": model.nbytes}
+                for label, model in zip(self.labels, self.models, strict=True)
+            ],
+            "template": self.labels[self.template],
+            "tensors": len(self.tensors),
+            "methods": dict(Counter(job.method for job in self.tensors)),
+            "dtypes": dict(Counter(job.dtype for job in self.tensors)),
+            "bytes_read": self.bytes_read,
+            "bytes_written": self.bytes_written,
+            "shards": [
+                {"file": shard.name, "tensors": len(shard.tensors), "bytes": shard.nbytes} for shard in self.shards
+            ],
+            "files": [path.name for path in self.files],
+            "dropped": [{"model": m, "tensor": t, "reason": why} for m, t, why in self.dropped],
+            "digest": self.digest,
+        }
+
+
+def make_plan(recipe: Recipe, *, max_shard_size: int | None = None) -> Plan:
+    """The plan of a recipe. Raises PlanError with all that does not fit, FormatError where a checkpoint is damaged."""
+    models = tuple(open_checkpoint(model.path) for model in recipe.all_models)
+    labels = tuple(model.label for model in recipe.all_models)
+    index = {model: i for i, model in enumerate(recipe.all_models)}
+    inputs = tuple(index[model] for model in recipe.inputs)
+    base = None if recipe.base is None or recipe.method.base in ("member", "first") else index[recipe.base]
+    template = index[recipe.base] if recipe.base else inputs[0]
+    names, dropped = _match(models, labels, template)
+    layers = _layers(models[template])
+    jobs, problems = [], []
+    for name in names:
+        try:
+            jobs.append(
+                _job(recipe, models, labels, names[name], inputs, base, models[template][name], layers.get(name))
+            )
+        except PlanError as error:
+            problems.append(str(error))
+    problems += _quantised(recipe, models, labels, jobs)
+    groups = () if problems else _groups(recipe, jobs)
+    if problems:
+        raise PlanError(_several("the checkpoints do not fit together", problems))
+    shards = lay_out(models[template], [job.spec for job in jobs], max_shard_size)
+    return Plan(
+        recipe, models, labels, template, tuple(jobs), groups, shards, dropped, _tagalong(models[template].path)
+    )
+
+
+def _several(what: str, problems: Sequence[str], most: int = 20) -> str:
+    if len(problems) == 1:
+        return problems[0]
+    more = [f"and {len(problems) - most} more"] if len(problems) > most else []
+    return f"{what}, {len(problems)} problems:\n  " + "\n  ".join([*problems[:most], *more])
+
+
+def _match(
+    models: Sequence[Checkpoint], labels: Sequence[str], template: int
+) -> tuple[dict[str, dict[int, str]], tuple[tuple[str, str, str], ...]]:
+    """For each output tensor the name of its source in every model; and what is dropped, (model, tensor, reason).
+
+    Tensors that only some models have are refused, but for buffers that loaders recompute and heads that are tied.
+    """
+    first = models[template]
+    names: dict[str, dict[int, str]] = {name: {} for name in first}
+    dropped: list[tuple[str, str, str]] = []
+    missing: list[str] = []
+    extra: list[str] = []
+    for i, (model, label) in enumerate(zip(models, labels, strict=True)):
+        for name in first:
+            embedding = next((e for e in EMBEDDINGS if e in model), None)
+            if name in model:
+                names[name][i] = name
+            elif name == HEAD and model.config.get("tie_word_embeddings") and embedding:
+                names[name][i] = embedding
+            elif not RECOMPUTED.search(name):
+                missing.append(f"{label} lacks {first[name]}, which {labels[template]} has")
+        for name in model:
+            if name in names:
+                continue
+            if RECOMPUTED.search(name):
+                dropped.append((label, name, "a buffer that loaders recompute, absent from " + labels[template]))
+            elif name == HEAD and model.config.get("tie_word_embeddings"):
+                dropped.append((label, name, "tied to the embedding by the model's config"))
+            else:
+                extra.append(f"{label} has {model[name]}, which {labels[template]} lacks")
+    wrong = missing + extra + _misshapen(models, labels, template, names)
+    if wrong:
+        raise PlanError(
+            _several("the checkpoints differ", wrong) + "\nMerge models of one architecture and vocabulary."
+        )
+    return names, tuple(dropped)
+
+
+def _misshapen(
+    models: Sequence[Checkpoint], labels: Sequence[str], template: int, names: Mapping[str, Mapping[int, str]]
+) -> list[str]:
+    first = models[template]
+    return [
+        f"{name} is {list(models[i][source].shape)} in {labels[i]}, {list(first[name].shape)} in {labels[template]}"
+        for name, sources in names.items()
+        for i, source in sources.items()
+        if models[i][source].shape != first[name].shape
+    ]
+
+
+def _layers(model: Checkpoint) -> dict[str, tuple[int, int]]:
+    """(index, count) of the layer of each tensor that is in one: the first integer of its name, counted per prefix."""
+    found = {name: match for name in model if (match := re.match(r"(.*?(?:^|\.))(\d+)(?:\.|$)", name))}
+    counts: dict[str, int] = {}
+    for match in found.values():
+        counts[match[1]] = max(counts.get(match[1], 0), int(match[2]) + 1)
+    return {name: (int(match[2]), counts[match[1]]) for name, match in found.items()}
+
+
+def _job(
+    recipe: Recipe,
+    models: Sequence[Checkpoint],
+    labels: Sequence[str],
+    names: Mapping[int, str],
+    inputs: Sequence[int],
+    base: int | None,
+    spec: TensorSpec,
+    layer: tuple[int, int] | None,
+) -> Job:
+    """The job of one output tensor: merged if all its sources are floating, else copied."""
+    method = recipe.method
+    sources = tuple((i, names[i]) for i in inputs if i in names)
+    base_source = (base, names[base]) if base is not None and base in names else None
+    read = sources if base_source is None else (*sources, base_source)
+    dtypes = [models[i][name].dtype for i, name in read]
+    settings = recipe.settings(spec.name, layer)
+    partial = len(sources) < len(inputs)  # a buffer that some models lack is taken from those that have it
+    if partial or not all(dtype in FLOATS for dtype in dtypes):
+        if len(set(dtypes)) > 1:
+            found = ", ".join(f"{dtype} in {labels[i]}" for dtype, (i, _) in zip(dtypes, read, strict=True))
+            raise PlanError(
+                f"{spec.name} is {found}: only floating tensors of different types can be merged; convert them"
+            )
+        kept = TensorSpec(spec.name, spec.shape, dtypes[0])
+        return Job(kept, "copy", read, None, settings, dtypes[0], copied=True, block=BLOCK, needs_sums=False)
+    dtype = recipe.out_dtype or recipe.dtype or _promoted(dtypes)
+    compute = "float64" if "float64" in (*dtypes, recipe.dtype) else "float32"
+    job = Job(
+        TensorSpec(spec.name, spec.shape, dtype),
+        method.name,
+        sources,
+        base_source,
+        settings,
+        compute,
+        False,
+        BLOCK,
+        False,
+    )
+    unit = _unit([job], recipe.seed)
+    row = method.row(unit)
+    copied = method.copies(unit) and models[sources[0][0]][sources[0][1]].dtype == dtype
+    used = sources[:1] if copied else sources
+    block = max(1, BLOCK // row) * row
+    needs_sums = not copied and _needs_sums(method, unit)
+    return Job(
+        job.spec, method.name, used, None if copied else base_source, settings, compute, copied, block, needs_sums
+    )
+
+
+def _needs_sums(method: Method, unit: Unit) -> bool:
+    """Whether the solve asks for reductions. It runs up to the first, so what it finds wrong with the weights shows
+    here."""
+    try:
+        next(method.solve(unit))
+    except StopIteration:
+        return False
+    return True
+
+
+def _promoted(dtypes: Sequence[str]) -> str:
+    widest = max(dtypes, key=lambda dtype: ITEMSIZE[dtype])
+    return "float32" if {"float16", "bfloat16"} <= set(dtypes) and ITEMSIZE[widest] == 2 else widest
+
+
+def _unit(jobs: Sequence[Job], seed: int) -> Unit:
+    first = jobs[0]
+    return Unit(
+        name=first.name if len(jobs) == 1 else f"all {len(jobs)} tensors",
+        shape=first.shape if len(jobs) == 1 else (),
+        numel=sum(job.spec.numel for job in jobs),
+        shared=first.settings.shared,
+        inputs=first.settings.inputs,
+        has_base=first.base is not None,
+        keys=tuple(key(seed, first.name, position) for position in range(len(first.sources))),
+        double=first.compute == "float64",
+    )
+
+
+def _quantised(recipe: Recipe, models: Sequence[Checkpoint], labels: Sequence[str], jobs: Sequence[Job]) -> list[str]:
+    """Models whose numbers mean nothing without their scales, where anything but a copy is asked for."""
+    if all(job.copied for job in jobs) and recipe.method.inputs == (1, 1):
+        return []
+    what = "merge the unquantised models, or dequantise them first"
+    by_config = [
+        f"{label} is quantised, says its config: {what}"
+        for label, model in zip(labels, models, strict=True)
+        if model.config.get("quantization_config")
+    ]
+    by_dtype = [f"{job.spec} is quantised: {what}" for job in jobs if job.dtype.startswith("float8")]
+    return by_config or by_dtype
+
+
+def _groups(recipe: Recipe, jobs: Sequence[Job]) -> tuple[tuple[int, ...], ...]:
+    """The jobs that are solved together: each alone, or all that are merged."""
+    together = [
+        i for i, job in enumerate(jobs) if not job.copied and recipe.method.scope(job.settings.shared) == "model"
+    ]
+    alone = [(i,) for i in range(len(jobs)) if i not in set(together)]
+    if not together:
+        return tuple(alone)
+    first = jobs[together[0]]
+    for i in together:
+        if jobs[i].settings != first.settings:
+            raise PlanError(
+                f"{jobs[i].name} and {first.name} have different parameters, but one solve runs over the whole model: "
+                "give every parameter one value, without filters or gradients, or merge with `scope: tensor`"
+            )
+        if jobs[i].compute != first.compute:
+            raise PlanError(
+                f"{jobs[i].name} is {jobs[i].compute}, {first.name} {first.compute}: one solve needs one dtype"
+            )
+    return (*alone, tuple(together))
+
+
+def _tagalong(folder: Path) -> tuple[Path, ...]:
+    """The template's config, tokenizer, processor, template and code files, relative to it."""
+    if not folder.is_dir():
+        return ()
+    return tuple(sorted(path for path in _small_files(folder)))
+
+
+def _small_files(folder: Path) -> Iterator[Path]:
+    for path in folder.iterdir():
+        if path.is_file() and TAGALONG.search(path.name) and not NOT_TAGALONG.search(path.name):
+            yield path
+        elif path.is_dir() and not path.name.startswith((".", "checkpoint-")) and path.name not in SIDE_FOLDERS:
+            yield from (p for p in path.iterdir() if p.is_file() and TAGALONG.search(p.name))

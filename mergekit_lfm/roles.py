@@ -1,0 +1,179 @@
+"""Which model of a recipe plays which part in its method, with its own settings checked.
+
+Everything that is wrong is added to a list of problems, one line each with its place in the recipe, so that a user sees
+all of it at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mergekit_lfm.methods import REQUIRED, Method
+from mergekit_lfm.settings import Setting, did_you_mean, read_setting
+
+# Parameters of mergekit that change its memory use and never a result.
+_WITHOUT_EFFECT = frozenset({"int8_mask"})
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model of a recipe: `ref` as written, `path` of its folder (absolute), `label` unique in the recipe."""
+
+    ref: str
+    path: Path
+    label: str
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A model with its own settings, and the place in the recipe that messages name."""
+
+    model: Model
+    settings: dict[str, Setting]
+    place: str
+
+
+@dataclass(frozen=True, slots=True)
+class Roles:
+    """A recipe's models as written (`entries`), by their part in the method, and the settings of the top level."""
+
+    base: Model | None
+    entries: tuple[Entry, ...]
+    inputs: tuple[Entry, ...]
+    settings: dict[str, Setting]
+
+
+def find_model(ref: str, where: Path | None) -> Path:
+    """The absolute path of model `ref`, relative to `where`, else to the working directory. ValueError names both."""
+    folders = dict.fromkeys((where or Path.cwd(), Path.cwd()))
+    tried = list(dict.fromkeys((folder / Path(ref).expanduser()).absolute() for folder in folders))
+    for path in tried:
+        if path.exists():
+            return path.resolve()
+    places = " nor ".join(str(path) for path in tried)
+    hint = "expected a local folder"
+    if "+" in ref:
+        hint = "adapters (model+lora) are not supported in this version; merge the adapter into its model first"
+    elif "@" in ref or (ref.count("/") == 1 and not ref.startswith((".", "~", "/"))):
+        hint = "models on the Hub are not read in this version; download one with `hf download NAME --local-dir FOLDER`"
+    raise ValueError(f"found {ref!r}, but there is no {places}; {hint}")
+
+
+def read_settings(
+    raw: Mapping[str, Any], method: Method, place: str, *, own: bool, problems: list[str]
+) -> dict[str, Setting]:
+    """The settings in a mapping `parameters`; `own` for those of one model."""
+    known = {parameter.name: parameter for parameter in method.parameters}
+    settings = {}
+    for name, value in raw.items():
+        at = f"{place}.{name}"
+        if name in _WITHOUT_EFFECT:
+            continue
+        if name not in known:
+            problems.append(f"{at}: {method.name} has no such parameter, {did_you_mean(name, known)}")
+            continue
+        if own and not known[name].per_input:
+            problems.append(f"{at}: {name} is shared by all inputs; move it to the top-level `parameters`")
+        try:
+            settings[name] = read_setting(value, known[name])
+        except ValueError as wrong:
+            problems.append(f"{at}{wrong}")
+    return settings
+
+
+def assign_roles(
+    method: Method,
+    models: Sequence[tuple[str, Mapping[str, Any]]],
+    base_ref: str | None,
+    parameters: Mapping[str, Any],
+    where: Path | None,
+    problems: list[str],
+) -> Roles:
+    """The roles of `models` (references with their parameters) and of the base."""
+    base = None
+    if base_ref is not None:
+        path = _find(base_ref, where, "base_model", problems)
+        base = Model(base_ref, path, base_ref)
+    entries: list[Entry] = []
+    for i, (ref, own) in enumerate(models):
+        place = f"models[{i}]"
+        path = _find(ref, where, f"{place}.model", problems)
+        settings = read_settings(own, method, f"{place}.parameters", own=True, problems=problems)
+        entries.append(Entry(_model(ref, path, base, entries), settings, place))
+    inputs = _inputs(method, base, entries, problems)
+    return Roles(
+        base, tuple(entries), inputs, read_settings(parameters, method, "parameters", own=False, problems=problems)
+    )
+
+
+def _find(ref: str, where: Path | None, place: str, problems: list[str]) -> Path:
+    try:
+        return find_model(ref, where)
+    except ValueError as wrong:
+        problems.append(f"{place}: {wrong}")
+        return Path(ref)
+
+
+def _model(ref: str, path: Path, base: Model | None, before: Sequence[Entry]) -> Model:
+    """The model of a new entry: the base where it is the first of that path, else one with a label of its own."""
+    taken = {entry.model for entry in before}
+    if base is not None and path == base.path and base not in taken:
+        return base
+    labels = {model.label for model in taken} | ({base.label} if base else set())
+    copies = (f"{ref} ({n})" for n in range(2, len(before) + 3))
+    return Model(ref, path, next(label for label in (ref, *copies) if label not in labels))
+
+
+def _inputs(method: Method, base: Model | None, entries: Sequence[Entry], problems: list[str]) -> tuple[Entry, ...]:
+    others = tuple(entry for entry in entries if entry.model != base)
+    if base is None:
+        return others
+    listed = next((entry for entry in entries if entry.model == base), Entry(base, {}, "base_model"))
+    if method.base == "member":
+        return tuple(entries) if listed in entries else (*entries, listed)
+    if method.base == "first":
+        return (listed, *others)
+    if listed.settings:
+        problems.append(
+            f"{listed.place}.parameters: {listed.model.ref} is the base, which {method.name} subtracts from the others "
+            "and takes no parameters for; remove them"
+        )
+    return others
+
+
+def unmet(method: Method, roles: Roles) -> list[str]:
+    """One line for everything that the method needs and the recipe does not give."""
+    lines = []
+    if roles.base is None and method.base in ("required", "first"):
+        lines.append(f"base_model: required by {method.name}; name the model that the others were made from")
+    least, most = method.inputs
+    found = len(roles.inputs)
+    if not lines and not (least <= found and (most is None or found <= most)):
+        wanted = f"exactly {least}" if least == most else f"at least {least}" if most is None else f"{least} to {most}"
+        role = {"member": "", "first": ", the base included"}.get(method.base, ", not counting the base")
+        labels = ", ".join(entry.model.label for entry in roles.inputs) or "none"
+        noun = "model" if wanted.endswith(" 1") else "models"
+        lines.append(f"models: {method.name} takes {wanted} {noun}{role}; found {found}: {labels}")
+    return lines + _unset(method, roles)
+
+
+def _unset(method: Method, roles: Roles) -> list[str]:
+    """One line for every parameter without a default that the recipe sets nowhere."""
+    lines = []
+    for parameter in method.parameters:
+        if parameter.default is not REQUIRED or parameter.name in roles.settings:
+            continue
+        if not parameter.per_input:
+            lines.append(f"parameters.{parameter.name}: required by {method.name}")
+            continue
+        for entry in (entry for entry in roles.inputs if parameter.name not in entry.settings):
+            role = ", for which the base is an input like the others" if entry.place == "base_model" else ""
+            advice = "list the base under models with one" if role else "or give one in the top-level `parameters`"
+            name = f"{entry.place}.parameters.{parameter.name}" if not role else "base_model"
+            lines.append(
+                f"{name}: {entry.model.label} has no {parameter.name}, required by {method.name}{role}; {advice}"
+            )
+    return lines

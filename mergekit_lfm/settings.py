@@ -1,0 +1,151 @@
+"""What a recipe says about one parameter: a value, a gradient over the layers, or rules by tensor name.
+
+Every form becomes a `Setting`, a tuple of rules of which the first that matches a tensor's name holds. A filter is a
+plain substring; no filter, or "*", matches everything. A rule's values are spread over the layers: a single one holds
+everywhere, several floats are interpolated, several values of another kind take turns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from numbers import Real
+from typing import Any
+
+from mergekit_lfm.methods import Parameter
+from mergekit_lfm.methods.declare import Value
+
+_KINDS = {
+    "float": "a number",
+    "int": "a whole number",
+    "bool": "true or false",
+    "str": "text",
+    "switch": "true or false",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """`values` for the tensors whose name contains `filter`; None matches all."""
+
+    filter: str | None
+    values: tuple[Value, ...]
+
+    def matches(self, tensor: str) -> bool:
+        """Whether the rule speaks about `tensor`."""
+        return self.filter is None or self.filter in tensor
+
+
+Setting = tuple[Rule, ...]
+
+
+def did_you_mean(word: object, known: Iterable[str]) -> str:
+    """The end of a message: the known word nearest to `word`, or all of them when none is near."""
+    names = sorted(known)
+    near = get_close_matches(str(word).lower(), names, n=1)
+    if near:
+        return f"did you mean {near[0]}?"
+    return f"known here: {', '.join(names)}" if names else "none is known here"
+
+
+def read_setting(raw: object, parameter: Parameter) -> Setting:
+    """The rules that `raw`, a value as YAML gives it, stands for.
+
+    ValueError tells what in it has none of the four forms, is not of the parameter's kind or is out of its bounds.
+    """
+    if isinstance(raw, dict):
+        return (_read_rule(raw, parameter, ""),)
+    if isinstance(raw, list | tuple) and any(isinstance(item, dict) for item in raw):
+        return tuple(_read_rule(item, parameter, f"[{i}]") for i, item in enumerate(raw))
+    return (Rule(None, _read_values(raw, parameter, "")),)
+
+
+def _read_rule(raw: object, parameter: Parameter, at: str) -> Rule:
+    if not isinstance(raw, dict):
+        raise ValueError(f"{at}: found {raw!r} beside filters, expected a mapping of `filter` and `value`")
+    for key in raw:
+        if key not in ("filter", "value"):
+            raise ValueError(f"{at}: unknown key {key!r}, {did_you_mean(key, ('filter', 'value'))}")
+    if "value" not in raw:
+        raise ValueError(f"{at}: found a filter without `value`, expected both")
+    pattern = raw.get("filter")
+    if pattern is not None and not isinstance(pattern, str):
+        raise ValueError(f"{at}.filter: found {pattern!r}, expected text that is part of a tensor's name")
+    return Rule(None if pattern in ("*", "") else pattern, _read_values(raw["value"], parameter, f"{at}.value"))
+
+
+def _read_values(raw: object, parameter: Parameter, at: str) -> tuple[Value, ...]:
+    if raw is None and parameter.default is None:
+        return (None,)
+    if not isinstance(raw, list | tuple):
+        return (_read_value(raw, parameter, at),)
+    if not raw:
+        raise ValueError(f"{at}: found an empty list, expected one value or one per point from first to last layer")
+    return tuple(_read_value(value, parameter, f"{at}[{i}]") for i, value in enumerate(raw))
+
+
+def _read_value(raw: object, parameter: Parameter, at: str) -> Value:
+    try:
+        return _typed_value(raw, parameter)
+    except ValueError as expected:
+        raise ValueError(f"{at}: found {raw!r}, expected {expected}") from None
+
+
+def _typed_value(value: object, parameter: Parameter) -> Value:
+    """`value` as the parameter's kind; ValueError says what was expected. Numbers may be text, as YAML reads 1e-1."""
+    kind, choices = parameter.kind, parameter.choices
+    if kind in ("bool", "switch") and isinstance(value, bool):
+        return value
+    if kind in ("float", "int") and isinstance(value, str | Real) and not isinstance(value, bool):
+        return _number(value, parameter)
+    if kind in ("str", "switch") and isinstance(value, str) and (value in choices or not choices):
+        return value
+    expected = f"one of {', '.join(choices)}" if choices and kind == "str" else ", ".join((_KINDS[kind], *choices))
+    raise ValueError(f"{expected}; {did_you_mean(value, choices)}" if choices and isinstance(value, str) else expected)
+
+
+def _number(value: str | Real, parameter: Parameter) -> int | float:
+    expected = _KINDS[parameter.kind]
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        raise ValueError(expected) from None
+    if not math.isfinite(number) or (parameter.kind == "int" and not number.is_integer()):
+        raise ValueError(expected if parameter.kind == "int" else "a finite number")
+    low, above, high = parameter.minimum, parameter.above, parameter.maximum
+    if low is not None and number < low:
+        raise ValueError(f"{expected} of at least {low:g}")
+    if above is not None and number <= above:
+        raise ValueError(f"{expected} above {above:g}")
+    if high is not None and number > high:
+        raise ValueError(f"{expected} of at most {high:g}")
+    return int(number) if parameter.kind == "int" else number
+
+
+def value_at(setting: Setting, parameter: Parameter, tensor: str, layer: tuple[int, int] | None) -> tuple[Value] | None:
+    """The value for `tensor` in layer (index, count), as a tuple of one; None when no rule matches.
+
+    The position runs from 0 in the first layer to 1 in the last; a single layer is at 1, and tensors outside the layers
+    (layer None: embeddings, final norm, head) are at 0.
+    """
+    rule = next((rule for rule in setting if rule.matches(tensor)), None)
+    if rule is None:
+        return None
+    index, count = layer or (0, 2)
+    last = len(rule.values) - 1
+    left, rest = divmod(index * last, count - 1) if count > 1 else (last, 0)
+    if parameter.kind != "float" or rest == 0:
+        return (rule.values[left],)
+    low, high = (float(value) for value in rule.values[left : left + 2] if value is not None)
+    share = rest / (count - 1)
+    return ((1 - share) * low + share * high,)
+
+
+def as_data(setting: Setting) -> Any:
+    """`setting` in the shortest form that reads back as it: a value, a list, or a list of mappings. JSON-able."""
+    plain = [rule.values[0] if len(rule.values) == 1 else list(rule.values) for rule in setting]
+    if len(setting) == 1 and setting[0].filter is None:
+        return plain[0]
+    return [{"filter": rule.filter or "*", "value": value} for rule, value in zip(setting, plain, strict=True)]

@@ -1,0 +1,196 @@
+"""Tensors as names, shapes and bytes: the safetensors format, and exact positioned reads and writes.
+
+A file is an 8-byte little-endian header length, a JSON header, then the tensors' bytes without a gap. Everything that a
+loader would trip over is refused here, with the name of the file. No torch is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mergekit_lfm.errors import FormatError
+
+# code in the file -> (torch's name, bytes per element)
+DTYPES = {
+    "F64": ("float64", 8),
+    "F32": ("float32", 4),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
+    "F8_E4M3FNUZ": ("float8_e4m3fnuz", 1),
+    "F8_E5M2FNUZ": ("float8_e5m2fnuz", 1),
+    "F8_E8M0": ("float8_e8m0fnu", 1),
+    "C64": ("complex64", 8),
+    "I64": ("int64", 8),
+    "I32": ("int32", 4),
+    "I16": ("int16", 2),
+    "I8": ("int8", 1),
+    "U64": ("uint64", 8),
+    "U32": ("uint32", 4),
+    "U16": ("uint16", 2),
+    "U8": ("uint8", 1),
+    "BOOL": ("bool", 1),
+}
+CODES = {name: code for code, (name, _) in DTYPES.items()}
+ITEMSIZE = dict(DTYPES.values())
+FLOATS = ("float16", "bfloat16", "float32", "float64")  # the dtypes that are merged; all others are only copied
+MAX_HEADER = 100_000_000  # the official loader's limit
+UNFINISHED = b"\xff" * 8  # a header length that every loader refuses
+READ_LIMIT = 1 << 30  # Linux reads and writes at most 2,147,479,552 bytes a call
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A tensor's name, shape and dtype (torch's name of it, such as "bfloat16")."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * ITEMSIZE[self.dtype]
+
+    def __str__(self) -> str:
+        return f"{self.name} {list(self.shape)} {self.dtype}"
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """A safetensors file's tensors in the order of their bytes, each with its offset in the file."""
+
+    tensors: dict[str, tuple[TensorSpec, int]]
+    metadata: dict[str, str]
+    data_start: int
+    nbytes: int
+
+
+def read_header(path: Path) -> Header:
+    """The header of a safetensors file, checked as the official loader does.
+
+    Raises FormatError on anything but a file whose tensors cover its data without hole, overlap or rest.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or length > MAX_HEADER or 8 + length > size:
+            raise FormatError(f"{path}: {_not_safetensors(prefix + file.read(200), size, length)}")
+        raw = file.read(length)
+    try:
+        entries = json.loads(raw, object_pairs_hook=_unique)
+    except ValueError as error:
+        raise FormatError(
+            f"{path}: the header is not JSON as safetensors has it ({error}); write the file anew"
+        ) from None
+    if not isinstance(entries, dict):
+        raise FormatError(f"{path}: the header is a {type(entries).__name__}, expected an object; write the file anew")
+    metadata = entries.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise FormatError(f"{path}: __metadata__ must map strings to strings")
+    start = 8 + length
+    placed = sorted((_entry(path, name, entry) for name, entry in entries.items()), key=lambda item: item[1:])
+    end = 0
+    for spec, begin, stop in placed:
+        if begin != end:
+            kind = "a hole" if begin > end else "an overlap"
+            raise FormatError(
+                f"{path}: {kind} in the data before {spec.name}: byte {begin}, expected {end}; write it anew"
+            )
+        end = stop
+    if start + end != size:
+        what = "is truncated" if start + end > size else "has trailing bytes"
+        raise FormatError(f"{path} {what}: {size:,} bytes, its header says {start + end:,}; fetch or write it again")
+    return Header({spec.name: (spec, start + begin) for spec, begin, _ in placed}, metadata, start, size)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} occurs twice")
+    return found
+
+
+def _not_safetensors(head: bytes, size: int, length: int) -> str:
+    if head.startswith(b"version https://git-lfs"):
+        return "this is a git-lfs pointer, not the weights; run `git lfs pull` in its repository"
+    if head.lstrip()[:1] == b"<":
+        return "this is an HTML or XML page, not the weights; download the file again"
+    if head[:8] == UNFINISHED:
+        return "this is the unfinished output of an interrupted run; run the same merge again to complete it"
+    if size < 8:
+        return f"{size} bytes are too few for a safetensors file; fetch or write it again"
+    return f"not a safetensors file, or truncated: the header would have {length:,} bytes, the file has {size:,}"
+
+
+def _entry(path: Path, name: str, entry: Any) -> tuple[TensorSpec, int, int]:
+    try:
+        code, shape, (begin, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        whole = all(type(n) is int and n >= 0 for n in (*shape, begin, stop))
+    except (TypeError, KeyError, ValueError):
+        raise FormatError(f"{path}: {name} needs dtype, shape and data_offsets, found {entry!r}") from None
+    if code not in DTYPES:
+        raise FormatError(f"{path}: {name} has dtype {code!r}, known are {', '.join(DTYPES)}")
+    spec = TensorSpec(name, tuple(shape), DTYPES[code][0])
+    if not whole or spec.nbytes != stop - begin:
+        raise FormatError(
+            f"{path}: {name} {shape} {code} needs {spec.nbytes:,} bytes, its data_offsets are {begin}, {stop}"
+        )
+    return spec, begin, stop
+
+
+def encode_header(
+    tensors: Iterable[TensorSpec], metadata: Mapping[str, str], congruent: int | None = None
+) -> tuple[bytes, dict[str, int]]:
+    """The bytes of a header, length included, and the offset of each tensor in the file. Tensors lie in the given
+    order.
+
+    With `congruent` the data starts at it modulo 4096, so that a filesystem that has reflinks can share unchanged
+    blocks with the input whose data starts there too; otherwise at a multiple of 8.
+    """
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offsets, end = {}, 0
+    for spec in tensors:
+        entries[spec.name] = {
+            "dtype": CODES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [end, end + spec.nbytes],
+        }
+        offsets[spec.name] = end
+        end += spec.nbytes
+    raw = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-len(raw) % 8 if congruent is None else (congruent - 8 - len(raw)) % 4096)
+    if len(raw) > MAX_HEADER:
+        raise FormatError(
+            f"a header of {len(raw):,} bytes is over the format's limit of {MAX_HEADER:,}; use more shards"
+        )
+    return len(raw).to_bytes(8, "little") + raw, {name: 8 + len(raw) + offset for name, offset in offsets.items()}
+
+
+def read_exactly(fd: int, offset: int, into: memoryview, path: Path) -> None:
+    """Fill `into` from the file at `offset`. Raises FormatError where the file ends before."""
+    done = 0
+    while done < len(into):
+        got = os.preadv(fd, [into[done : done + READ_LIMIT]], offset + done)
+        if not got:
+            raise FormatError(f"{path} ended at byte {offset + done:,}: it was changed while it was read; merge again")
+        done += got
+
+
+def write_exactly(fd: int, offset: int, data: memoryview) -> None:
+    """Write all of `data` to the file at `offset`."""
+    done = 0
+    while done < len(data):
+        done += os.pwrite(fd, data[done : done + READ_LIMIT], offset + done)
