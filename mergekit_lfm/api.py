@@ -164,5 +164,5 @@ def _check_tensors(method: Method, tensors: Sequence[torch.Tensor], base: torch.
     for tensor in (*tensors, *([] if base is None else [base])):
         if tensor.shape != tensors[0].shape or not tensor.is_floating_point():
             raise PlanError(
-                f"found {list(tensor.shape)} {tensor.dtype}, expected floating tensors of shape {list(tensors[0].shape)}"
+                f"found {list(tensor.shape)} {tensor.dtype}, expected floating tensors {list(tensors[0].shape)}"
             )

@@ -209,7 +209,7 @@ class Run:
     def _not_finite(self, where: str) -> str:
         if self.nan == "error":
             raise FormatError(
-                f"{where} holds NaN or infinity; repair the model, or let it pass with --nan warn, which the lock records"
+                f"{where} holds NaN or infinity; repair the model, or use --nan warn, which notes it in the lock"
             )
         return where
 

@@ -140,7 +140,7 @@ class Plan:
         if self.scratch(largest) > share:
             raise PlanError(
                 f"{largest.name} needs {self.scratch(largest) / 1e6:,.0f} MB for one worker, a budget of "
-                f"{memory / 1e6:,.0f} MB gives each of {threads} {share / 1e6:,.0f} MB: raise --memory or lower --threads"
+                f"{memory / 1e6:,.0f} MB gives each of {threads} {share / 1e6:,.0f} MB: raise --memory, lower --threads"
             )
         kept = [self.resident(g) for g in self.groups if self.tensors[g[0]].needs_sums and self.resident(g) <= share]
         return min(memory, threads * max([self.scratch(largest), *kept]))

@@ -1,0 +1,148 @@
+"""What holds for every merge method of the registry, whatever its formula."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import mergekit_lfm.plan
+from mergekit_lfm import merge_tensors
+from mergekit_lfm.execute import execute
+from mergekit_lfm.methods import METHODS, REQUIRED
+from mergekit_lfm.plan import make_plan
+from mergekit_lfm.recipe import Recipe
+
+VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "nuslerp": [{"nuslerp_flatten": False}, {"nuslerp_flatten": False, "nuslerp_row_wise": True}],
+    "model_stock": [{"filter_wise": True}],
+    "ties": [{"density": 0.4}, {"density": 0.4, "rescale": True}, {"density": 0.3, "scope": "global"}],
+    "dare_linear": [{"density": 0.4}, {"density": 0.4, "rescale": "density"}],
+    "dare_ties": [{"density": 0.4}],
+    "breadcrumbs": [{"density": 0.5, "gamma": 0.1}],
+    "breadcrumbs_ties": [{"density": 0.5, "gamma": 0.1, "normalize": True}],
+    "passthrough": [{"scale": 0.5}],
+}
+CASES = [(name, extra) for name in METHODS for extra in [{}, *VARIANTS.get(name, [])]]
+DELTAS = [name for name, method in METHODS.items() if method.base in ("required", "optional")]
+SYMMETRIC = [name for name, m in METHODS.items() if m.inputs != (1, 1) and m.base != "first" and not m.random]
+
+
+def ids(case: tuple[str, dict[str, Any]]) -> str:
+    return "-".join([case[0], *(f"{key}={value}" for key, value in case[1].items())])
+
+
+def parameters_of(name: str, extra: dict[str, Any]) -> dict[str, Any]:
+    """A value for each parameter that has no default, and the extras."""
+    return {p.name: 0.6 for p in METHODS[name].parameters if p.default is REQUIRED} | extra
+
+
+def count_of(name: str) -> int:
+    least, most = METHODS[name].inputs
+    return most or max(least, 3)
+
+
+def tensors_of(name: str, shape: tuple[int, ...] = (12, 20), dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """Arguments for merge_tensors: fine-tunes of one base."""
+    generator = torch.Generator().manual_seed(11)
+    base = torch.randn(shape, generator=generator)
+    tunes = [(base + 0.05 * torch.randn(shape, generator=generator)).to(dtype) for _ in range(count_of(name))]
+    if METHODS[name].base == "first":
+        return {"tensors": tunes[1:], "base": tunes[0]}
+    return {"tensors": tunes, "base": base.to(dtype) if name in DELTAS else None}
+
+
+@pytest.mark.parametrize("case", CASES, ids=ids)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", [(12, 20), (7,), (1,), (3, 1), (), (0, 5), (2, 3, 5)])
+def test_shape_dtype_and_inputs(case: tuple[str, dict[str, Any]], dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    name, extra = case
+    given = tensors_of(name, shape, dtype)
+    before = [tensor.clone() for tensor in [*given["tensors"], given["base"]] if tensor is not None]
+    result = merge_tensors(name, **given, **parameters_of(name, extra))
+    assert result.shape == shape and result.dtype == dtype and bool(result.isfinite().all())
+    after = [tensor for tensor in [*given["tensors"], given["base"]] if tensor is not None]
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+
+
+@pytest.mark.parametrize("case", CASES, ids=ids)
+def test_no_change_in_no_change_out(case: tuple[str, dict[str, Any]]) -> None:
+    """Equal inputs give themselves; all-zero deltas give the base."""
+    name, extra = case
+    if "scale" in extra:
+        return
+    given = tensors_of(name)
+    same = given["tensors"][0]
+    given["tensors"] = [same.clone() for _ in given["tensors"]]
+    given["base"] = None if given["base"] is None else same.clone()
+    result = merge_tensors(name, **given, **parameters_of(name, extra))
+    if name in DELTAS and given["base"] is not None:
+        assert torch.equal(result, same)
+    assert torch.allclose(result, same, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", SYMMETRIC)
+def test_the_order_of_the_inputs_does_not_matter(name: str) -> None:
+    given = tensors_of(name)
+    parameters = parameters_of(name, {})
+    one = merge_tensors(name, **given, **parameters)
+    given["tensors"] = given["tensors"][::-1]
+    assert torch.allclose(merge_tensors(name, **given, **parameters), one, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.random])
+def test_random_methods_follow_the_seed_and_the_name(name: str) -> None:
+    given = tensors_of(name)
+    parameters = parameters_of(name, {"density": 0.5})
+    one = merge_tensors(name, **given, **parameters, seed=1)
+    assert torch.equal(merge_tensors(name, **given, **parameters, seed=1), one)
+    assert not torch.equal(merge_tensors(name, **given, **parameters, seed=2), one)
+    assert not torch.equal(merge_tensors(name, **given, **parameters, seed=1, name="other"), one)
+
+
+def save_model(folder: Path, offset: int) -> None:
+    """Tensors of many sizes: less than a block, several blocks, several segments at the block size of the test."""
+    generator = torch.Generator().manual_seed(5)
+    shapes = {
+        "big": (300, 160),
+        "model.layers.0.w": (64, 48),
+        "model.layers.1.w": (64, 48),
+        "norm": (33,),
+        "empty": (0,),
+    }
+    base = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    generator = torch.Generator().manual_seed(offset)
+    tensors = {
+        name: (t + 0.05 * offset * torch.randn(t.shape, generator=generator)).bfloat16() for name, t in base.items()
+    }
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+
+
+def folder_bytes(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize("case", CASES, ids=ids)
+def test_in_passes_or_at_once_gives_the_same_bytes(
+    case: tuple[str, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With blocks of 64 elements the largest tensor has twelve segments and does not fit a worker's share."""
+    monkeypatch.setattr(mergekit_lfm.plan, "BLOCK", 64)
+    name, extra = case
+    for offset in range(4):
+        save_model(tmp_path / f"m{offset}", offset)
+    models = [{"model": str(tmp_path / f"m{i + 1}")} for i in range(count_of(name))]
+    recipe: dict[str, Any] = {"merge_method": name, "models": models, "parameters": parameters_of(name, extra)}
+    if METHODS[name].base != "member":
+        recipe["base_model"] = str(tmp_path / ("m0" if name in DELTAS else "m1"))
+    plan = make_plan(Recipe.parse(recipe))
+    big = next(job for job in plan.tensors if job.name == "big")
+    small = 3 * max(plan.scratch(job) for job in plan.tensors)
+    assert plan.resident([plan.tensors.index(big)]) > small // 3 or not big.needs_sums
+    execute(plan, tmp_path / "at-once", memory=1 << 30, threads=1)
+    execute(plan, tmp_path / "in-passes", memory=small, threads=3)
+    assert folder_bytes(tmp_path / "at-once") == folder_bytes(tmp_path / "in-passes")

@@ -1,0 +1,192 @@
+"""The kernels against direct computations: sorting, a scalar splitmix64, rational arithmetic, numpy in float64."""
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mergekit_lfm.blocks import Blocks, solved
+from mergekit_lfm.kernels.bits import above, flipped, magnitude_bits, masked, signs
+from mergekit_lfm.kernels.order import largest, masks
+from mergekit_lfm.kernels.random import bits31, keep, key
+from mergekit_lfm.kernels.reductions import L1, ColumnGram, Gram, RowGram, SignBalance
+from mergekit_lfm.kernels.sums import Spread, round_once, weighted_sum
+from mergekit_lfm.methods.declare import Block, Unit
+
+
+def blocks_of(x: torch.Tensor, block: int) -> Blocks:
+    """The rows of x [n, m] as inputs without a base."""
+    readers = [lambda start, stop, row=row: row[start:stop] for row in x]
+    return Blocks(readers, None, x.shape[1], block, x.dtype)
+
+
+def unit_of(x: torch.Tensor) -> Unit:
+    return Unit("x", (x.shape[1],), x.shape[1], {}, ({},) * len(x), False, (0,) * len(x), x.dtype == torch.float64)
+
+
+def kept_by_sorting(x: np.ndarray, count: int) -> np.ndarray:
+    """Which entries are the `count` largest by magnitude, among equals those of lowest index."""
+    order = np.lexsort((np.arange(x.size), -np.abs(x)))
+    mask = np.zeros(x.size, dtype=bool)
+    mask[order[: max(0, count)]] = True
+    return mask
+
+
+def kept_by_counting(x: torch.Tensor, counts: list[list[int]], block: int) -> np.ndarray:
+    """[n, m] the same by the kernels: the first count's set without the second's."""
+    blocks = blocks_of(x, block)
+    found = solved(largest(unit_of(x), counts), blocks.reduce)
+    pairs = [(row[0], row[1]) for row in found]
+    return np.concatenate([masks(blocks.load(i), pairs).numpy() != 0 for i in range(len(blocks))], axis=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("block", [1, 7, 64, 1000])
+@pytest.mark.parametrize("values", ["normal", "bfloat16", "equal", "zero", "few", "subnormal", "signs"])
+def test_the_largest_are_those_a_stable_sort_finds(values: str, block: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(3, 333, generator=generator, dtype=dtype)
+    if values == "bfloat16":
+        x = (x * 0.01).bfloat16().to(dtype)
+    elif values == "equal":
+        x = torch.full_like(x, -0.25)
+    elif values == "zero":
+        x = x * 0
+    elif values == "few":
+        x = x.round()
+    elif values == "subnormal":
+        x = x * 1e-40
+    elif values == "signs":
+        x = x.sign() * torch.tensor([1.0, 2.0, 3.0], dtype=dtype)[:, None]
+    counts = [[100, 20], [1, 0], [333, 332]]
+    mask = kept_by_counting(x, counts, block)
+    for row, mine, (outer, inner) in zip(mask, x.numpy(), counts, strict=True):
+        expected = kept_by_sorting(mine, outer) & ~kept_by_sorting(mine, inner)
+        assert (row == expected).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(-4, 4), min_size=1, max_size=40), st.integers(0, 45), st.integers(1, 9))
+def test_exactly_k_are_kept_whatever_the_ties(values: list[int], count: int, block: int) -> None:
+    x = torch.tensor([values], dtype=torch.float32)
+    mask = kept_by_counting(x, [[count, 0]], block)
+    assert mask.sum() == min(count, len(values))
+    assert (mask[0] == kept_by_sorting(x[0].numpy(), count)).all()
+
+
+def test_without_a_cut_all_that_equal_the_threshold_are_kept() -> None:
+    x = torch.tensor([[3.0, -1.0, 1.0, 1.0, 0.5]])
+    ((found,),) = solved(largest(unit_of(x), [[2]], exact=False), blocks_of(x, 2).reduce)
+    assert (found.mask(magnitude_bits(x[0]), 0) != 0).tolist() == [True, True, True, True, False]
+
+
+def splitmix64(state: int) -> int:
+    z = state
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) % 2**64
+    return z ^ (z >> 31)
+
+
+def test_splitmix64_has_its_published_first_numbers() -> None:
+    # The first outputs of the generator seeded with 1234567, as listed with its reference implementation.
+    golden = 0x9E3779B97F4A7C15
+    assert [splitmix64((1234567 + i * golden) % 2**64) for i in (1, 2)] == [6457827717110365317, 3203168211198807973]
+
+
+def test_random_bits_are_splitmix64_of_the_index() -> None:
+    mine = bits31(99, 0, 11).tolist()
+    for i, value in enumerate(mine):
+        word = splitmix64((99 + (i // 2 + 1) * 0x9E3779B97F4A7C15) % 2**64)
+        assert value == (word >> (32 * (i % 2))) & 0x7FFFFFFF
+
+
+@pytest.mark.parametrize(("start", "count"), [(0, 1), (1, 1), (5, 8), (6, 7), (1 << 40, 9), ((1 << 40) + 1, 9)])
+def test_random_bits_depend_on_the_index_alone(start: int, count: int) -> None:
+    whole = bits31(5, start - start % 2, count + 4)
+    assert torch.equal(bits31(5, start, count), whole[start % 2 : start % 2 + count])
+
+
+def test_a_mask_keeps_its_density() -> None:
+    n, density = 1 << 20, 0.3
+    kept = int((keep(key(0, "w", 0), 0, n, density) != 0).sum())
+    assert abs(kept - density * n) < 5 * (n * density * (1 - density)) ** 0.5
+    assert int((keep(7, 0, 100, 1.0) == -1).sum()) == 100
+    assert int((keep(7, 0, n, 1e-12) != 0).sum()) == 0
+
+
+def test_masks_of_different_keys_are_independent() -> None:
+    n = 1 << 18
+    one, two = (keep(key(0, "w", i), 0, n, 0.5) != 0 for i in (0, 1))
+    assert abs(int((one & two).sum()) - n / 4) < 5 * (n * 3 / 16) ** 0.5
+    assert len({key(s, t, p) for s in (0, 1) for t in ("a", "b") for p in (0, 1)}) == 8
+
+
+def test_bit_operations() -> None:
+    x = torch.tensor([1.5, -2.0, 0.0, -0.0])
+    mask = above(magnitude_bits(x), magnitude_bits(torch.tensor([1.75]))[0])
+    assert mask.tolist() == [0, -1, 0, 0]
+    assert masked(x, mask).tolist() == [0.0, -2.0, 0.0, 0.0]
+    assert flipped(x, signs(x)).tolist() == [1.5, 2.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("block", [4, 12, 100])
+def test_sums_equal_numpy(block: int) -> None:
+    x = torch.randn(3, 48, generator=torch.Generator().manual_seed(0))
+    blocks, wide = blocks_of(x, block), x.double().numpy()
+    assert np.allclose(blocks.reduce(Gram()), wide @ wide.T, rtol=1e-14)
+    matrix = wide.reshape(3, 12, 4)
+    assert np.allclose(blocks.reduce(RowGram(4)), np.einsum("irc,jrc->rij", matrix, matrix), rtol=1e-14, atol=1e-15)
+    assert np.allclose(blocks.reduce(ColumnGram(4)), np.einsum("irc,jrc->cij", matrix, matrix), rtol=1e-14, atol=1e-15)
+
+    def positive(b: Block) -> torch.Tensor:
+        return ~signs(b.x).sign()
+
+    sums = blocks.reduce(L1(positive)).numpy()
+    assert np.allclose(sums[:, 0], np.abs(wide).sum(1)) and np.allclose(sums[:, 1], (wide * (wide > 0)).sum(1))
+    assert int(blocks.reduce(SignBalance((1.0, 1.0, -2.0)))) == np.sign(wide[0] + wide[1] - 2 * wide[2]).sum()
+
+
+def test_weights_by_row_and_by_column() -> None:
+    x = torch.arange(24.0).reshape(2, 12)
+    by_row = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]])
+    matrix = x.reshape(2, 3, 4)
+    expected = torch.einsum("rn,nrc->rc", by_row, matrix).reshape(-1)
+    assert torch.equal(weighted_sum(Block(x, None, 0), Spread(by_row, 4)), expected)
+    assert torch.equal(weighted_sum(Block(x[:, 4:], None, 4), Spread(by_row, 4)), expected[4:])
+    by_column = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5], [2.0, -1.0]])
+    expected = torch.einsum("cn,nrc->rc", by_column, matrix).reshape(-1)
+    assert torch.equal(weighted_sum(Block(x, None, 0), Spread(by_column, 4, columns=True)), expected)
+
+
+def nearest(value: float, dtype: torch.dtype) -> float:
+    """The number of `dtype` nearest to value, ties to even, by exact comparison of the neighbours."""
+    start = torch.tensor(value).to(dtype).view(torch.int16)
+    around = [(start + step).view(dtype) for step in (-1, 0, 1)]
+    exact = Fraction(value)
+
+    def distance(candidate: torch.Tensor) -> tuple[Fraction, int]:
+        return abs(Fraction(candidate.item()) - exact), int(candidate.view(torch.int16)) & 1
+
+    return min((c for c in around if bool(c.isfinite())), key=distance).item()
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 2**16 - 1), st.integers(-3, 3), st.sampled_from([torch.bfloat16, torch.float16]))
+def test_rounding_is_done_once(bits: int, offset: int, dtype: torch.dtype) -> None:
+    low = torch.tensor(bits - 2**15, dtype=torch.int16).view(dtype)
+    high = (low.view(torch.int16) + 1).view(dtype)
+    if not (bool(low.isfinite()) and bool(high.isfinite())) or (low < 0) != (high < 0):
+        return
+    middle = (low.double() + high.double()) / 2  # a tie, then a hair off it: less than float32 can show
+    value = middle * (1 + offset * 2.0**-45)
+    assert round_once(value.reshape(1), dtype).item() == nearest(value.item(), dtype)
+
+
+def test_rounding_keeps_what_is_not_finite() -> None:
+    x = torch.tensor([torch.inf, -torch.inf, torch.nan, 1e300, -0.0, 1e-300], dtype=torch.float64)
+    rounded = round_once(x, torch.bfloat16)
+    assert torch.equal(rounded.isnan(), x.isnan()) and rounded[[0, 1, 3]].tolist() == [torch.inf, -torch.inf, torch.inf]
+    assert rounded[4].item() == 0 and rounded[5].item() < 1e-37
