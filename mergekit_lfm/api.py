@@ -81,7 +81,7 @@ def merge_tensors(
     tensor's name do.
     """
     from mergekit_lfm.kernels.random import key
-    from mergekit_lfm.plan import BLOCK
+    from mergekit_lfm.plan import block_numel
 
     if method not in METHODS:
         raise PlanError(f"there is no method {method!r}, {did_you_mean(method, METHODS)}")
@@ -108,14 +108,15 @@ def merge_tensors(
         keys=tuple(key(seed, name, position) for position in range(len(tensors))),
         double=dtype == torch.float64,
     )
-    row = declared.row(unit)
+    if declared.copies(unit):
+        tensors, base, everything = tensors[:1], None, list(tensors[:1])
     flat = [tensor.detach().cpu().reshape(-1) for tensor in everything]
     readers = [lambda start, stop, t=t: t[start:stop] for t in flat]
     blocks = Blocks(
         sources=readers[: len(tensors)],
         base=readers[-1] if base is not None else None,
         numel=unit.numel,
-        block=max(1, BLOCK // row) * row,
+        block=block_numel(declared, unit),
         compute=torch.float64 if unit.double else torch.float32,
     )
     return merged(declared, unit, blocks, dtype).reshape(tensors[0].shape)

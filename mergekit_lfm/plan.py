@@ -302,14 +302,18 @@ def _job(
         False,
     )
     unit = _unit([job], recipe.seed)
-    row = method.row(unit)
-    copied = method.copies(unit) and models[sources[0][0]][sources[0][1]].dtype == dtype
-    used = sources[:1] if copied else sources
-    block = max(1, BLOCK // row) * row
+    copies = method.copies(unit)
+    copied = copies and models[sources[0][0]][sources[0][1]].dtype == dtype
+    used, base_source = (sources[:1], None) if copies else (sources, base_source)
     needs_sums = not copied and _needs_sums(method, unit)
-    return Job(
-        job.spec, method.name, used, None if copied else base_source, settings, compute, copied, block, needs_sums
-    )
+    block = block_numel(method, unit)
+    return Job(job.spec, method.name, used, base_source, settings, compute, copied, block, needs_sums)
+
+
+def block_numel(method: Method, unit: Unit) -> int:
+    """Elements of a block: BLOCK, or as many whole rows as it has room for, at least one."""
+    row = method.row(unit) or 1
+    return max(1, BLOCK // row) * row
 
 
 def _needs_sums(method: Method, unit: Unit) -> bool:

@@ -128,5 +128,5 @@ class Method:
     version: int = 1
     random: bool = False
     scope: Callable[[Mapping[str, Value]], str] = field(default=lambda _: "tensor")
-    row: Callable[[Unit], int] = field(default=lambda _: 1)
+    row: Callable[[Unit], int | None] = field(default=lambda _: None)
     copies: Callable[[Unit], bool] = field(default=lambda _: False)

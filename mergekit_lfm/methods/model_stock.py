@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     import torch
 
 
-def _row(unit: Unit) -> int:
-    return unit.shape[-1] if unit.shared["filter_wise"] and len(unit.shape) > 1 and unit.numel else 1
+def _row(unit: Unit) -> int | None:
+    return unit.shape[-1] if unit.shared["filter_wise"] and len(unit.shape) > 1 and unit.numel else None
 
 
 def ratio(gram: torch.Tensor) -> torch.Tensor:
@@ -35,9 +35,9 @@ def ratio(gram: torch.Tensor) -> torch.Tensor:
 
 def _solve(unit: Unit) -> Generator[Reduction, Any, list[float] | Spread]:
     n, row = len(unit.inputs), _row(unit)
-    gram = yield (Gram() if row == 1 else RowGram(row))
+    gram = yield (Gram() if row is None else RowGram(row))
     weights = ratio(gram)[..., None].expand(*gram.shape[:-1]) / n
-    return weights.tolist() if row == 1 else Spread(weights, row)
+    return weights.tolist() if row is None else Spread(weights, row)
 
 
 METHODS = (

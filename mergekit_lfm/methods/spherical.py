@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 Vector = list[float]
 LERP_ABOVE = 0.9995  # |cos| from which slerp takes the chord, as its common implementations do
+RESOLUTION = 1e-7  # lengths of unit vectors' sums that rounding of a float64 Gram matrix cannot tell from 0
 
 
 class _Span:
@@ -67,6 +68,8 @@ def _slerp(unit: Unit) -> Generator[Reduction, Any, Vector]:
 
 def _multislerp(unit: Unit) -> Generator[Reduction, Any, Vector]:
     weights = unit.floats("weight")
+    if len(weights) == 1:
+        return [1.0]
     if unit.shared["normalize_weights"]:
         weights = normalised(weights, unit, "normalize_weights")
     span = _Span((yield Gram()))
@@ -77,7 +80,7 @@ def _multislerp(unit: Unit) -> Generator[Reduction, Any, Vector]:
     units = [span.axis(i, norm + eps) for i, norm in enumerate(norms)]
     centre = span.mean(units, weights)
     length = span.norm(centre)
-    if length < eps:
+    if length < max(eps, RESOLUTION):
         if span.size == 2:
             return weights
         raise PlanError(
@@ -108,7 +111,8 @@ def _karcher(unit: Unit) -> Generator[Reduction, Any, Vector]:
         for vector in units:
             cosine = max(-1.0, min(1.0, span.dot(vector, point)))
             angle = acos(cosine)
-            stretch = angle / sin(angle) if sin(angle) > 0 else 1.0
+            opposite = cosine < RESOLUTION**2 - 1  # it lies in all directions at once, and so pulls in none
+            stretch = 0.0 if opposite else angle / sin(angle) if angle > 0 else 1.0
             logs.append([stretch * (v - cosine * p) for v, p in zip(vector, point, strict=True)])
         step = span.mean(logs, weights)
         if span.norm(step) < tol:
@@ -118,16 +122,16 @@ def _karcher(unit: Unit) -> Generator[Reduction, Any, Vector]:
     return _scaled(point, sum(s * n for s, n in zip(shares, norms, strict=True)))
 
 
-def _row(unit: Unit) -> int:
-    """Elements of one row of the matrix whose rows or columns nuslerp turns; 1 where the whole tensor is one vector."""
+def _row(unit: Unit) -> int | None:
+    """Elements of one row of the matrix whose rows or columns nuslerp turns; None where the tensor is one vector."""
     if unit.shared["nuslerp_flatten"] or len(unit.shape) < 2 or not unit.numel:
-        return 1
+        return None
     return unit.numel // unit.shape[0] if unit.shared["nuslerp_row_wise"] else unit.shape[-1]
 
 
 def _nuslerp(unit: Unit) -> Generator[Reduction, Any, Vector | Spread]:
     row, columns = _row(unit), bool(unit.shared["nuslerp_row_wise"])
-    gram = yield (Gram() if row == 1 else ColumnGram(row) if columns else RowGram(row))
+    gram = yield (Gram() if row is None else ColumnGram(row) if columns else RowGram(row))
     import torch
 
     first, second = unit.floats("weight")
@@ -135,13 +139,13 @@ def _nuslerp(unit: Unit) -> Generator[Reduction, Any, Vector | Spread]:
     t = second / total if abs(total) >= 1e-6 else 0.5
     norms = gram.diagonal(dim1=-2, dim2=-1).sqrt().clamp(min=1e-7)  # [..., 2]
     cosine = (gram[..., 0, 1] / norms[..., 0] / norms[..., 1]).clamp(-1, 1)
-    flat = 1 - cosine.square() <= 1e-16
+    flat = 1 - cosine.square() <= RESOLUTION**2  # opposite vectors have no great circle, equal ones need none
     angle = cosine.acos()
     sine = torch.where(flat, 1.0, angle.sin())
     head = torch.where(flat, 1.0 - t, ((1.0 - t) * angle).sin() / sine)
     tail = torch.where(flat, t, (t * angle).sin() / sine)
     weights = torch.stack([head, tail], dim=-1)
-    return weights.tolist() if row == 1 else Spread(weights, row, columns)
+    return weights.tolist() if row is None else Spread(weights, row, columns)
 
 
 METHODS = (

@@ -1,0 +1,5 @@
+"""`python -m mergekit_lfm` is `mergekit-lfm`."""
+
+from mergekit_lfm.commands import main
+
+main(prog_name="mergekit-lfm")
