@@ -29,12 +29,14 @@ def merge(
     nan: Literal["error", "warn"] = "error",
     overwrite: bool = False,
     resume: bool = True,
+    compile: Literal["auto", "always", "never"] = "auto",
 ) -> Path:
     """Merge checkpoints as a recipe says (a YAML file, a mapping, or a `Recipe`) and return the output folder.
 
-    out: by default the recipe's `output`, else `merged/<name of the recipe file>`. memory and max_shard_size: bytes, or
-    text such as "4GB". Raises PlanError or FormatError (both ValueError) with all that is wrong, before anything is
-    written where it can be known then. Calling it again after an interruption goes on where it stopped.
+    out: by default the recipe's `output`, else `merged/<name of the recipe file>`. memory and max_shard_size: bytes,
+    or text such as "4GB". compile: as of `execute`. Raises PlanError or FormatError (both ValueError) with all that
+    is wrong, before anything is written where it can be known then. Calling it again after an interruption goes on
+    where it stopped.
     """
     from mergekit_lfm.execute import execute
     from mergekit_lfm.plan import make_plan
@@ -50,9 +52,17 @@ def merge(
     if seed is not None:
         recipe = recipe.model_copy(update={"seed": seed})
     plan = make_plan(recipe, max_shard_size=_bytes(max_shard_size))
-    return execute(
-        plan, Path(out), memory=_bytes(memory), threads=threads, nan=nan, overwrite=overwrite, resume=resume
-    ).path
+    outcome = execute(
+        plan,
+        Path(out),
+        memory=_bytes(memory),
+        threads=threads,
+        nan=nan,
+        overwrite=overwrite,
+        resume=resume,
+        compile=compile,
+    )
+    return outcome.path
 
 
 def _bytes(size: int | str | None) -> int | None:
@@ -117,7 +127,7 @@ def merge_tensors(
         base=readers[-1] if base is not None else None,
         numel=unit.numel,
         block=block_numel(declared, unit),
-        compute=torch.float64 if unit.double else torch.float32,
+        dtype=torch.float64 if unit.double else torch.float32,
     )
     return merged(declared, unit, blocks, dtype).reshape(tensors[0].shape)
 

@@ -8,30 +8,72 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 
+from mergekit_lfm.kernels.fused import Run, run_eagerly
 from mergekit_lfm.kernels.reductions import Reduction
-from mergekit_lfm.kernels.sums import round_once
-from mergekit_lfm.methods.declare import Block, Coefficients, Method, Unit
+from mergekit_lfm.methods.declare import Coefficients, Elementwise, Method, Unit
 from mergekit_lfm.plan import SEGMENT
 
 Read = Callable[[int, int], torch.Tensor]  # (first element, last) -> 1-D tensor of the stored dtype
+
+
+@dataclass
+class StoredBlock:
+    """A `Block` of inputs as they are stored; converted, and the base subtracted, when it is asked for."""
+
+    stored: tuple[torch.Tensor, ...]
+    stored_base: torch.Tensor | None
+    start: int
+    dtype: torch.dtype
+    run: Run
+
+    @property
+    def count(self) -> int:
+        return len(self.stored[0])
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+    @cached_property
+    def _wide_base(self) -> torch.Tensor | None:
+        return None if self.stored_base is None else self.stored_base.to(self.dtype)
+
+    def row(self, i: int) -> torch.Tensor:
+        row = torch.empty(self.count, dtype=self.dtype).copy_(self.stored[i])
+        return row if self._wide_base is None else row.sub_(self._wide_base)
+
+    def each(self, function: Elementwise, local: Any, out: torch.dtype | None = None) -> Any:
+        """function(rows, base, local), rounded to `out`."""
+        return self.run(function, self.stored, self.stored_base, local, self.dtype, out)
+
+    def finite(self) -> bool:
+        """Whether all that is stored is finite."""
+        return all(finite(x) for x in (*self.stored, *(() if self.stored_base is None else (self.stored_base,))))
+
+
+def finite(x: torch.Tensor) -> bool:
+    """Whether all of x is finite. A finite sum tells at once; one that is not may have overflowed."""
+    total = x.sum(dtype=torch.float32) if x.dtype == torch.float16 else x.sum()
+    return bool(total.isfinite()) or bool(x.isfinite().all())
 
 
 @dataclass(frozen=True)
 class Blocks:
     """The inputs of one tensor of `numel` elements, cut into blocks of `block`.
 
-    sources, base: readers of element ranges. compute: the dtype of the arithmetic.
+    sources, base: readers of element ranges. dtype: that of the arithmetic. run: how elementwise functions are run.
     """
 
     sources: Sequence[Read]
     base: Read | None
     numel: int
     block: int
-    compute: torch.dtype
+    dtype: torch.dtype
+    run: Run = run_eagerly
 
     def __len__(self) -> int:
         return -(-self.numel // self.block)
@@ -45,17 +87,12 @@ class Blocks:
         """The blocks of one segment."""
         return range(index * SEGMENT, min(len(self), (index + 1) * SEGMENT))
 
-    def load(self, index: int) -> Block:
-        """One block in the dtype of the arithmetic: the inputs, less the base where there is one."""
+    def load(self, index: int) -> StoredBlock:
+        """One block. It may share memory that loading the next one overwrites."""
         start = index * self.block
         stop = min(self.numel, start + self.block)
-        x = torch.empty(len(self.sources), stop - start, dtype=self.compute)
-        for row, read in zip(x, self.sources, strict=True):
-            row.copy_(read(start, stop))
-        if self.base is None:
-            return Block(x, None, start)
-        base = torch.empty(stop - start, dtype=self.compute).copy_(self.base(start, stop))
-        return Block(x.sub_(base), base, start)
+        stored = tuple(read(start, stop) for read in self.sources)
+        return StoredBlock(stored, self.base and self.base(start, stop), start, self.dtype, self.run)
 
     def part(self, request: Reduction, segment: int) -> Any:
         """The part of one segment, its blocks added in order; None if the request visits none of them."""
@@ -83,7 +120,13 @@ def solved(solve: Generator[Reduction, Any, Coefficients], over: Callable[[Reduc
         while True:
             request = solve.send(over(request))
     except StopIteration as stop:
-        return stop.value
+        return stop.value  # type: ignore[no-any-return]
+
+
+def apply_to(block: StoredBlock, method: Method, coefficients: Coefficients, out: torch.dtype) -> torch.Tensor:
+    """The merged block, rounded to `out`."""
+    local = coefficients.at(block.start, block.count, block.dtype)
+    return block.each(method.apply, local, out)  # type: ignore[no-any-return]
 
 
 def merged(method: Method, unit: Unit, blocks: Blocks, dtype: torch.dtype) -> torch.Tensor:
@@ -93,5 +136,5 @@ def merged(method: Method, unit: Unit, blocks: Blocks, dtype: torch.dtype) -> to
         coefficients = solved(method.solve(unit), blocks.reduce)
         for i in range(len(blocks)):
             block = blocks.load(i)
-            out[block.start : block.start + block.x.shape[1]] = round_once(method.apply(block, coefficients), dtype)
+            out[block.start : block.start + block.count] = apply_to(block, method, coefficients, dtype)
     return out

@@ -2,7 +2,8 @@
 
 
 class FormatError(ValueError):
-    """A file is not what it claims to be: truncated, overlapping, of an unknown dtype, or a pointer instead of weights."""
+    """A file is not what it claims to be: truncated, overlapping, of an unknown dtype, or a pointer instead of
+    weights."""
 
 
 class PlanError(ValueError):

@@ -8,7 +8,6 @@ share. The bytes are the same in each case: sums run over constant blocks in a c
 from __future__ import annotations
 
 import ctypes
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -22,14 +21,15 @@ from typing import Any, Literal, Protocol, TypeVar
 import torch
 import xxhash
 
-from mergekit_lfm.blocks import Blocks, Read, added, solved
+from mergekit_lfm.blocks import Blocks, Read, StoredBlock, added, apply_to, finite, solved
 from mergekit_lfm.checkpoint import Checkpoint, bytes_of
 from mergekit_lfm.errors import FormatError, PlanError
+from mergekit_lfm.kernels.fused import Kernels, Mode
 from mergekit_lfm.kernels.reductions import Reduction
-from mergekit_lfm.kernels.sums import round_once
+from mergekit_lfm.machine import default_memory, default_threads, free_space, occupied
 from mergekit_lfm.methods import METHODS
-from mergekit_lfm.methods.declare import Block, Coefficients
-from mergekit_lfm.plan import Job, Plan
+from mergekit_lfm.methods.declare import Coefficients
+from mergekit_lfm.plan import BLOCK, Job, Plan
 from mergekit_lfm.provenance import documents
 from mergekit_lfm.tensors import FLOATS, ITEMSIZE
 from mergekit_lfm.writer import Output, Receipt, beside, check_destination, clear_replaced, finish
@@ -55,16 +55,6 @@ class Outcome:
     resumed_bytes: int = 0
     warnings: tuple[str, ...] = ()
     seconds: float = 0.0
-
-
-def default_memory() -> int:
-    """A quarter of the RAM, at most 4 GB."""
-    return min(4_000_000_000, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4)
-
-
-def default_threads() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 class Stopped(Exception):
@@ -103,7 +93,7 @@ class Work:
 
     job: Job
     segments: tuple[int, ...]
-    coefficients: Coefficients = None
+    coefficients: Coefficients | None = None
     solve: bool = False
 
 
@@ -116,6 +106,7 @@ class Run:
     share: int
     nan: Policy
     progress: Callable[[int], None]
+    kernels: Kernels
     stop: Event = field(default_factory=Event)
 
     def blocks(self, job: Job, resident: bool = False) -> Blocks:
@@ -127,7 +118,7 @@ class Run:
         }
         base = readers[job.base] if job.base else None
         sources = [readers[source] for source in job.sources]
-        return Blocks(sources, base, job.spec.numel, job.block, getattr(torch, job.compute))
+        return Blocks(sources, base, job.spec.numel, job.block, getattr(torch, job.compute), self.kernels)
 
     def missing(self, job: Job) -> tuple[int, ...]:
         """The segments that the journal does not vouch for."""
@@ -143,8 +134,7 @@ class Run:
         blocks = self.blocks(job, resident=work.solve)
         coefficients = work.coefficients
         if work.solve and job.spec.numel:
-            unit = self.plan.unit([self.plan.tensors.index(job)])
-            coefficients = solved(METHODS[job.method].solve(unit), blocks.reduce)
+            coefficients = solved(METHODS[job.method].solve(self.plan.unit([job])), blocks.reduce)
         for segment in work.segments:
             self._merge(job, blocks, coefficients, segment)
 
@@ -154,14 +144,15 @@ class Run:
             raise Stopped
         return self.blocks(job).part(request, segment)
 
-    def _merge(self, job: Job, blocks: Blocks, coefficients: Coefficients, segment: int) -> None:
-        apply, dtype, size = METHODS[job.method].apply, getattr(torch, job.dtype), ITEMSIZE[job.dtype]
+    def _merge(self, job: Job, blocks: Blocks, coefficients: Coefficients | None, segment: int) -> None:
+        method, dtype, size = METHODS[job.method], getattr(torch, job.dtype), ITEMSIZE[job.dtype]
         digest, nbytes, bad = xxhash.xxh3_128(), 0, set[str]()
         for i in blocks.segment(segment):
             if self.stop.is_set():
                 raise Stopped
+            assert coefficients is not None
             block = blocks.load(i)
-            merged = round_once(apply(block, coefficients), dtype)
+            merged = apply_to(block, method, coefficients, dtype)
             bad |= self._check(job, block, merged)
             data = bytes_of(merged)
             self.output.write(job, block.start * size, data)
@@ -190,19 +181,19 @@ class Run:
             if not shared:
                 self.output.write(job, start, data)
             digest.update(data)
-            if job.dtype in FLOATS and not _finite(raw.view(getattr(torch, job.dtype))):
+            if job.dtype in FLOATS and not finite(raw.view(getattr(torch, job.dtype))):
                 bad.add(self._not_finite(f"{name} of {self.plan.labels[model]}"))
             self.progress(len(data))
         self.output.record(Receipt(job.name, segment, digest.hexdigest(), tuple(sorted(bad))), last - first)
 
-    def _check(self, job: Job, block: Block, merged: torch.Tensor) -> set[str]:
+    def _check(self, job: Job, block: StoredBlock, merged: torch.Tensor) -> set[str]:
         """What in a block is not finite: of the inputs, else of the result."""
-        if _finite(block.x) and (block.base is None or _finite(block.base)) and _finite(merged):
+        if block.finite() and finite(merged):
             return set()
         inputs = [
             f"{name} of {self.plan.labels[model]}"
             for model, name in job.read
-            if not _finite(self.plan.models[model].read(name, block.start, block.start + len(merged)))
+            if not finite(self.plan.models[model].read(name, block.start, block.start + len(merged)))
         ]
         return {self._not_finite(where) for where in inputs or [f"{job.name} of the output"]}
 
@@ -212,11 +203,6 @@ class Run:
                 f"{where} holds NaN or infinity; repair the model, or use --nan warn, which notes it in the lock"
             )
         return where
-
-
-def _finite(x: torch.Tensor) -> bool:
-    """Whether all of x is finite. The sum tells at once, but for an overflow of finite numbers."""
-    return bool(x.sum(dtype=torch.float32 if x.dtype.itemsize == 2 else None).isfinite()) or bool(x.isfinite().all())
 
 
 def _streamed(model: Checkpoint, name: str, block: int) -> Read:
@@ -246,13 +232,16 @@ def execute(
     nan: Policy = "error",
     resume: bool = True,
     overwrite: bool = False,
+    compile: Mode = "auto",
     progress: Callable[[int], None] | None = None,
 ) -> Outcome:
     """Write the merged checkpoint to the folder `out`, or complete what an interrupted run of the same plan left.
 
-    memory: bytes that the engine may hold. progress is called with each number of bytes newly written. Raises PlanError
-    before anything is written where `out`, the memory or the disk do not allow it; FormatError where an input turns out
-    to hold NaN or infinity (`nan="error"`). OUT appears only when it is complete.
+    memory: bytes that the engine may hold. compile: whether elementwise functions are compiled to machine code,
+    "auto" where the merge is large enough to repay it; the bytes are the same. progress is called with each number of
+    bytes newly written. Raises PlanError before anything is written where `out`, the memory or the disk do not allow
+    it; FormatError where an input turns out to hold NaN or infinity (`nan="error"`). OUT appears only when it is
+    complete.
     """
     started = time.monotonic()
     if check_destination(plan, out, overwrite):
@@ -270,7 +259,8 @@ def execute(
         resumed = sum(
             _segment_bytes(job, s) for job in plan.tensors for s in range(job.segments) if (job.name, s) in output.done
         )
-        run = Run(plan, output, budget // count, nan, progress or (lambda _: None))
+        kernels = Kernels(compile, sum(j.spec.numel // BLOCK for j in plan.tensors if not j.copied), BLOCK, count)
+        run = Run(plan, output, budget // count, nan, progress or (lambda _: None), kernels)
         for receipt in output.done.values():
             for where in receipt.nonfinite:
                 run._not_finite(where)
@@ -282,7 +272,7 @@ def execute(
             output.flush()
         output.publish(documents(plan, output.done))
     warnings = sorted({where for receipt in output.done.values() for where in receipt.nonfinite})
-    lines = tuple(f"{where} holds NaN or infinity" for where in warnings)
+    lines = (*(f"{where} holds NaN or infinity" for where in warnings), *sorted(kernels.problems))
     return Outcome(out, False, resumed, lines, time.monotonic() - started)
 
 
@@ -302,7 +292,7 @@ def _carry_out(run: Run, executor: Executor) -> None:
         elif jobs[0].needs_sums:
             alone.append(Work(jobs[0], missing[jobs[0].name], solve=True))
         else:
-            coefficients = None if jobs[0].copied else solved(METHODS[jobs[0].method].solve(plan.unit(group)), _no_sums)
+            coefficients = None if jobs[0].copied else solved(METHODS[jobs[0].method].solve(plan.unit(jobs)), _no_sums)
             alone += [Work(jobs[0], (segment,), coefficients) for segment in missing[jobs[0].name]]
     heavy = plan.bytes_written // 16
     alone.sort(key=lambda work: -work.job.nbytes if work.job.nbytes > heavy else 0)
@@ -322,7 +312,7 @@ def _in_passes(run: Run, executor: Executor, jobs: Sequence[Job]) -> None:
         return added(request, (parts[i] for i in indices))
 
     method = METHODS[jobs[0].method]
-    coefficients = solved(method.solve(run.plan.unit([run.plan.tensors.index(job) for job in jobs])), over)
+    coefficients = solved(method.solve(run.plan.unit(jobs)), over)
     works = [Work(job, (segment,), coefficients) for job in jobs for segment in run.missing(job)]
     for _ in executor(run.do, works):
         pass
@@ -361,21 +351,11 @@ def _same_bytes(plan: Plan, one: tuple[int, str], other: tuple[int, str], nbytes
     return True
 
 
-def free_space(out: Path) -> int:
-    """Bytes free on the disk where `out` would be."""
-    place = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
-    status = os.statvfs(place)
-    return status.f_bavail * status.f_frsize
-
-
 def _check_disk(plan: Plan, out: Path) -> None:
-    partial = beside(out, "partial")
-    reserved = sum(f.stat().st_blocks * 512 for f in partial.iterdir()) if partial.is_dir() else 0
-    needed = sum(shard.nbytes for shard in plan.shards) - reserved
+    needed = sum(shard.nbytes for shard in plan.shards) - occupied(beside(out, "partial"))
     if needed > free_space(out):
-        raise PlanError(
-            f"{out} needs {needed / 1e9:,.3g} GB more, the disk has {free_space(out) / 1e9:,.3g} GB free; make room"
-        )
+        free = free_space(out) / 1e9
+        raise PlanError(f"{out} needs {needed / 1e9:,.3g} GB more, the disk has {free:,.3g} GB free; make room")
 
 
 def _keep_freed_memory() -> None:

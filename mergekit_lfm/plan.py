@@ -117,9 +117,9 @@ class Plan:
         }
         return xxhash.xxh3_128_hexdigest(json.dumps(facts, sort_keys=True).encode())
 
-    def unit(self, group: Sequence[int]) -> Unit:
-        """What the method's solve is told of a group of jobs."""
-        return _unit([self.tensors[i] for i in group], self.recipe.seed)
+    def unit(self, jobs: Sequence[Job]) -> Unit:
+        """What the method's solve is told of jobs that are solved together."""
+        return _unit(jobs, self.recipe.seed)
 
     def scratch(self, job: Job) -> int:
         """Bytes that one worker holds to process the job block by block."""

@@ -50,7 +50,7 @@ def load_language_model(path: str | Path, *, dtype: str = "float32", device: str
     with _quiet(transformers):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model, report = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, output_loading_info=True
+            folder, dtype=dtype, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
         )
     _check_complete(folder, report)
     return LanguageModel(model.to(device).eval(), tokenizer)

@@ -130,8 +130,8 @@ def folder_bytes(folder: Path) -> dict[str, bytes]:
 def test_in_passes_or_at_once_gives_the_same_bytes(
     case: tuple[str, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With blocks of 64 elements the largest tensor has twelve segments and does not fit a worker's share."""
-    monkeypatch.setattr(mergekit_lfm.plan, "BLOCK", 64)
+    """With blocks of 256 elements the largest tensor has three segments and does not fit a worker's share."""
+    monkeypatch.setattr(mergekit_lfm.plan, "BLOCK", 256)
     name, extra = case
     for offset in range(4):
         save_model(tmp_path / f"m{offset}", offset)

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from mergekit_lfm.blocks import Blocks, solved
 from mergekit_lfm.kernels.bits import above, flipped, magnitude_bits, masked, signs
-from mergekit_lfm.kernels.order import largest, masks
-from mergekit_lfm.kernels.random import bits31, keep, key
+from mergekit_lfm.kernels.order import NONE, Ranks, largest
+from mergekit_lfm.kernels.random import Coins, key, words
 from mergekit_lfm.kernels.reductions import L1, ColumnGram, Gram, RowGram, SignBalance
 from mergekit_lfm.kernels.sums import Spread, round_once, weighted_sum
-from mergekit_lfm.methods.declare import Block, Unit
+from mergekit_lfm.methods.declare import Unit
 
 
 def blocks_of(x: torch.Tensor, block: int) -> Blocks:
@@ -39,8 +39,13 @@ def kept_by_counting(x: torch.Tensor, counts: list[list[int]], block: int) -> np
     """[n, m] the same by the kernels: the first count's set without the second's."""
     blocks = blocks_of(x, block)
     found = solved(largest(unit_of(x), counts), blocks.reduce)
-    pairs = [(row[0], row[1]) for row in found]
-    return np.concatenate([masks(blocks.load(i), pairs).numpy() != 0 for i in range(len(blocks))], axis=1)
+    ranks = Ranks([(row[0], row[1]) for row in found])
+    parts = []
+    for i in range(len(blocks)):
+        b = blocks.load(i)
+        local = ranks.at(b.start, b.count, b.dtype)
+        parts.append(np.stack([local.mask(k, b.row(k)).numpy() != 0 for k in range(len(b))]))
+    return np.concatenate(parts, axis=1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -80,7 +85,8 @@ def test_exactly_k_are_kept_whatever_the_ties(values: list[int], count: int, blo
 def test_without_a_cut_all_that_equal_the_threshold_are_kept() -> None:
     x = torch.tensor([[3.0, -1.0, 1.0, 1.0, 0.5]])
     ((found,),) = solved(largest(unit_of(x), [[2]], exact=False), blocks_of(x, 2).reduce)
-    assert (found.mask(magnitude_bits(x[0]), 0) != 0).tolist() == [True, True, True, True, False]
+    local = Ranks([(found, NONE)]).at(0, 5, x.dtype)
+    assert (local.mask(0, x[0]) != 0).tolist() == [True, True, True, True, False]
 
 
 def splitmix64(state: int) -> int:
@@ -96,31 +102,37 @@ def test_splitmix64_has_its_published_first_numbers() -> None:
     assert [splitmix64((1234567 + i * golden) % 2**64) for i in (1, 2)] == [6457827717110365317, 3203168211198807973]
 
 
-def test_random_bits_are_splitmix64_of_the_index() -> None:
-    mine = bits31(99, 0, 11).tolist()
-    for i, value in enumerate(mine):
-        word = splitmix64((99 + (i // 2 + 1) * 0x9E3779B97F4A7C15) % 2**64)
-        assert value == (word >> (32 * (i % 2))) & 0x7FFFFFFF
+def test_random_words_are_splitmix64_of_the_index() -> None:
+    for key_ in (0, 99, 2**63 - 1):
+        expected = [splitmix64((key_ + i * 0x9E3779B97F4A7C15) % 2**64) for i in range(1, 12)]
+        assert [word % 2**64 for word in words(torch.tensor(key_), 11).tolist()] == expected
 
 
-@pytest.mark.parametrize(("start", "count"), [(0, 1), (1, 1), (5, 8), (6, 7), (1 << 40, 9), ((1 << 40) + 1, 9)])
-def test_random_bits_depend_on_the_index_alone(start: int, count: int) -> None:
-    whole = bits31(5, start - start % 2, count + 4)
-    assert torch.equal(bits31(5, start, count), whole[start % 2 : start % 2 + count])
+def tossed(coins: Coins, start: int, count: int) -> torch.Tensor:
+    """bool [n, count]: what the coins keep."""
+    local, x = coins.at(start, count, torch.float32), torch.zeros(count)
+    return torch.stack([local.mask(i, x) for i in range(len(coins.keys))]) != 0
+
+
+@pytest.mark.parametrize(("start", "count"), [(0, 1), (4, 9), (6, 8), (64, 36)])
+def test_a_mask_depends_on_the_index_alone(start: int, count: int) -> None:
+    coins = Coins((5, 2**64 - 1), (0.3, 0.8))
+    assert torch.equal(tossed(coins, start, count), tossed(coins, 0, 100)[:, start : start + count])
 
 
 def test_a_mask_keeps_its_density() -> None:
     n, density = 1 << 20, 0.3
-    kept = int((keep(key(0, "w", 0), 0, n, density) != 0).sum())
-    assert abs(kept - density * n) < 5 * (n * density * (1 - density)) ** 0.5
-    assert int((keep(7, 0, 100, 1.0) == -1).sum()) == 100
-    assert int((keep(7, 0, n, 1e-12) != 0).sum()) == 0
+    mask = tossed(Coins((key(0, "w", 0), 7, 7), (density, 1.0, 1e-12)), 0, n)
+    assert abs(int(mask[0].sum()) - density * n) < 5 * (n * density * (1 - density)) ** 0.5
+    assert bool(mask[1].all()) and not bool(mask[2].any())
 
 
 def test_masks_of_different_keys_are_independent() -> None:
     n = 1 << 18
-    one, two = (keep(key(0, "w", i), 0, n, 0.5) != 0 for i in (0, 1))
+    one, two = tossed(Coins([key(0, "w", i) for i in (0, 1)], (0.5, 0.5)), 0, n)
     assert abs(int((one & two).sum()) - n / 4) < 5 * (n * 3 / 16) ** 0.5
+    even, odd = one[::2], one[1::2]  # the two halves of a word
+    assert abs(int((even & odd).sum()) - n / 8) < 5 * (n * 3 / 32) ** 0.5
     assert len({key(s, t, p) for s in (0, 1) for t in ("a", "b") for p in (0, 1)}) == 8
 
 
@@ -141,24 +153,22 @@ def test_sums_equal_numpy(block: int) -> None:
     assert np.allclose(blocks.reduce(RowGram(4)), np.einsum("irc,jrc->rij", matrix, matrix), rtol=1e-14, atol=1e-15)
     assert np.allclose(blocks.reduce(ColumnGram(4)), np.einsum("irc,jrc->cij", matrix, matrix), rtol=1e-14, atol=1e-15)
 
-    def positive(b: Block) -> torch.Tensor:
-        return ~signs(b.x).sign()
-
-    sums = blocks.reduce(L1(positive)).numpy()
-    assert np.allclose(sums[:, 0], np.abs(wide).sum(1)) and np.allclose(sums[:, 1], (wide * (wide > 0)).sum(1))
-    assert int(blocks.reduce(SignBalance((1.0, 1.0, -2.0)))) == np.sign(wide[0] + wide[1] - 2 * wide[2]).sum()
+    coins = Coins((1, 2, 3), (0.5, 0.5, 0.5))
+    sums, kept = blocks.reduce(L1(coins)).numpy(), tossed(coins, 0, 48).numpy()
+    assert np.allclose(sums, np.stack([np.abs(wide).sum(1), (np.abs(wide) * kept).sum(1)], 1), rtol=1e-14)
+    assert int(blocks.reduce(SignBalance((1.0, 1.0, -2.0), None))) == np.sign(wide[0] + wide[1] - 2 * wide[2]).sum()
 
 
 def test_weights_by_row_and_by_column() -> None:
     x = torch.arange(24.0).reshape(2, 12)
-    by_row = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]])
     matrix = x.reshape(2, 3, 4)
-    expected = torch.einsum("rn,nrc->rc", by_row, matrix).reshape(-1)
-    assert torch.equal(weighted_sum(Block(x, None, 0), Spread(by_row, 4)), expected)
-    assert torch.equal(weighted_sum(Block(x[:, 4:], None, 4), Spread(by_row, 4)), expected[4:])
-    by_column = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5], [2.0, -1.0]])
-    expected = torch.einsum("cn,nrc->rc", by_column, matrix).reshape(-1)
-    assert torch.equal(weighted_sum(Block(x, None, 0), Spread(by_column, 4, columns=True)), expected)
+    rows = Spread(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]]), 4)
+    expected = torch.einsum("rn,nrc->rc", rows.weights, matrix).reshape(-1)
+    assert torch.equal(weighted_sum(list(x), None, rows.at(0, 12, x.dtype)), expected)
+    assert torch.equal(weighted_sum(list(x[:, 4:]), None, rows.at(4, 8, x.dtype)), expected[4:])
+    columns = Spread(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5], [2.0, -1.0]]), 4, columns=True)
+    expected = torch.einsum("cn,nrc->rc", columns.weights, matrix).reshape(-1)
+    assert torch.equal(weighted_sum(list(x), None, columns.at(0, 12, x.dtype)), expected)
 
 
 def nearest(value: float, dtype: torch.dtype) -> float:

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mergekit_lfm.kernels.bits import above, as_integers, magnitude_bits
+from mergekit_lfm.kernels.bits import above, magnitude_bits
 from mergekit_lfm.kernels.reductions import Digits, Equal, Position, Reduction
 
 if TYPE_CHECKING:
     import torch
 
-    from mergekit_lfm.methods.declare import Block, Unit
+    from mergekit_lfm.methods.declare import Unit
 
 DIGITS_32 = ((15, 16), (0, 15))  # (shift, width): 31 bits of a float32's magnitude
 DIGITS_64 = ((47, 16), (31, 16), (15, 16), (0, 15))
@@ -29,22 +29,52 @@ class Largest:
     threshold: int
     cut: int
 
-    def mask(self, bits: torch.Tensor, start: int) -> torch.Tensor:
-        """A bit mask [m] of the entries among the K largest, in a block that starts at index `start`."""
+    def limit(self, start: int, count: int, dtype: torch.dtype) -> torch.Tensor:
+        """What bits must exceed in a block of `count` entries from index `start`: integers [1], or [count] at the
+        cut."""
         import torch
 
         before = self.cut - start  # entries of the block that are kept if they equal the threshold
-        if before <= 0:
-            return above(bits, self.threshold)
-        if before >= len(bits):
-            return above(bits, self.threshold - 1)
-        limit = torch.full_like(bits, self.threshold)
-        limit[:before] -= 1
-        return above(bits, limit)
+        threshold = min(self.threshold, torch.iinfo(dtype).max)
+        limit = torch.tensor([threshold - (before >= count)], dtype=dtype)
+        if 0 < before < count:
+            limit = limit.repeat(count)
+            limit[:before] -= 1
+        return limit
 
 
-NONE = Largest(threshold=0x7FFFFFFF, cut=0)  # no finite float32 has these bits, and see `masks`
+NONE = Largest(threshold=(1 << 63) - 1, cut=0)
 ALL = Largest(threshold=-1, cut=0)
+
+
+class LocalRanks(NamedTuple):
+    """Ranks for one block: the limits of the larger and of the smaller set of each input."""
+
+    outer: tuple[torch.Tensor, ...]
+    inner: tuple[torch.Tensor | None, ...]
+
+    def mask(self, i: int, x: torch.Tensor) -> torch.Tensor:
+        """A mask, as wide as x, of the kept entries of row i of the block."""
+        bits, inner = magnitude_bits(x), self.inner[i]
+        mask = above(bits, self.outer[i])
+        return mask if inner is None else mask & ~above(bits, inner)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Keeps the entries of input i in the larger set bands[i][0] and not in the smaller set bands[i][1]."""
+
+    bands: Sequence[tuple[Largest, Largest]]
+
+    def at(self, start: int, count: int, dtype: torch.dtype) -> LocalRanks:
+        """The limits in the block of `count` entries from index `start`, for floats of `dtype`."""
+        import torch
+
+        wide = torch.int32 if dtype == torch.float32 else torch.int64
+        return LocalRanks(
+            tuple(outer.limit(start, count, wide) for outer, _ in self.bands),
+            tuple(None if inner is NONE else inner.limit(start, count, wide) for _, inner in self.bands),
+        )
 
 
 def largest(
@@ -96,17 +126,3 @@ def _cuts(
         threshold = found[i][k].threshold
         cut = yield Position(i, threshold, ordinal - before, only=(block,))
         found[i][k] = Largest(threshold, cut)
-
-
-def masks(block: Block, kept: Sequence[tuple[Largest, Largest]]) -> torch.Tensor:
-    """Bit masks [n, m] of the entries of input i among the larger set kept[i][0] but not among the smaller
-    kept[i][1]."""
-    import torch
-
-    result = torch.empty_like(as_integers(block.x))
-    for row, x, (outer, inner) in zip(result, block.x, kept, strict=True):
-        bits = magnitude_bits(x)
-        row.copy_(outer.mask(bits, block.start) if outer is not NONE else torch.zeros_like(bits))
-        if inner is not NONE:
-            row &= ~inner.mask(bits, block.start)
-    return result

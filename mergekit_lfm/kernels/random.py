@@ -1,13 +1,15 @@
 """Counter-based random numbers: the number of an element depends on its key and its index, on nothing else.
 
-splitmix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators", the finaliser of section 4) of
-key + (index // 2) golden-ratio steps gives 64 bits, for two neighbouring elements. A mask so is the same for any chunk,
-thread, device or engine, and does not change when another tensor of the recipe does.
+splitmix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators", section 4) of key + (index // 2)
+golden-ratio steps gives 64 bits, for two neighbouring elements. So a mask is the same for any chunk, thread, device or
+engine, and does not change when another tensor of the recipe does.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import xxhash
 
@@ -22,29 +24,47 @@ def key(seed: int, tensor: str, position: int) -> int:
     return xxhash.xxh3_64_intdigest(f"{seed}\0{position}\0{tensor}".encode())
 
 
-def bits31(key: int, start: int, count: int) -> torch.Tensor:
-    """Uniform integers in [0, 2^31) for the elements start .. start + count, int32 [count].
+def _signed(value: int) -> int:
+    value &= 0xFFFFFFFFFFFFFFFF
+    return value - (1 << 64) if value >> 63 else value
 
-    In numpy, whose 64-bit products take half the time of torch's here.
-    """
-    import numpy as np
+
+def words(key: torch.Tensor, count: int) -> torch.Tensor:
+    """The generator's words 1 .. count from the state `key` (an int64 scalar), as int64 [count]."""
     import torch
 
-    z = np.arange(start // 2, (start + count + 1) // 2, dtype=np.uint64)
-    shifted = np.empty_like(z)
-    z *= np.uint64(_GOLDEN)
-    z += np.uint64((key + _GOLDEN) & 0xFFFFFFFFFFFFFFFF)
-    for shift, mix in ((30, _MIX1), (27, _MIX2), (31, 1)):
-        np.right_shift(z, np.uint64(shift), out=shifted)
-        z ^= shifted
-        if mix != 1:
-            z *= np.uint64(mix)
-    halves = z.view(np.int32)  # little-endian: the low half is the even element's
-    return torch.from_numpy(halves[start % 2 : start % 2 + count]) & 0x7FFFFFFF
+    z = (torch.arange(1, count + 1, dtype=torch.int64, device=key.device) * _signed(_GOLDEN)) + key
+    for shift, mix in ((30, _MIX1), (27, _MIX2)):
+        z = (z ^ ((z >> shift) & ((1 << (64 - shift)) - 1))) * _signed(mix)
+    return z ^ ((z >> 31) & ((1 << 33) - 1))
 
 
-def keep(key: int, start: int, count: int, density: float) -> torch.Tensor:
-    """A bit mask, int32 [count]: each element kept with probability `density`, to 2^-31."""
-    numbers = bits31(key, start, count)
-    limit = round(density * 2**31)
-    return (numbers - limit) >> 31 if limit < 1 << 31 else numbers.fill_(-1)
+class LocalCoins(NamedTuple):
+    """Coins for one block: states, int64 [n]; limits, int32 [n]."""
+
+    keys: torch.Tensor
+    limits: torch.Tensor
+
+    def mask(self, i: int, x: torch.Tensor) -> torch.Tensor:
+        """A mask, int32, of the kept entries of row i of the block."""
+        import torch
+
+        halves = words(self.keys[i], (len(x) + 1) // 2).view(torch.int32)  # little-endian: first the even element's
+        return ((halves[: len(x)] >> 1) - self.limits[i]) >> 31
+
+
+@dataclass(frozen=True)
+class Coins:
+    """Keeps each entry of input i with probability densities[i], to 2^-31, by the numbers of keys[i]."""
+
+    keys: Sequence[int]
+    densities: Sequence[float]
+
+    def at(self, start: int, count: int, dtype: torch.dtype) -> LocalCoins:  # noqa: ARG002
+        """The coins of the block that starts at an even index `start`."""
+        import torch
+
+        assert start % 2 == 0
+        keys = [_signed(key + start // 2 * _GOLDEN) for key in self.keys]
+        limits = [round(density * 2**31) - 2**30 for density in self.densities]
+        return LocalCoins(torch.tensor(keys), torch.tensor(limits, dtype=torch.int32))

@@ -8,16 +8,15 @@ has one thread.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from mergekit_lfm.kernels.bits import magnitude_bits, masked
+from mergekit_lfm.kernels.bits import as_integers, masked
 
 if TYPE_CHECKING:
     import torch
 
-    from mergekit_lfm.methods.declare import Block
+    from mergekit_lfm.methods.declare import Block, Rows
 
 
 class Reduction(Protocol):
@@ -38,7 +37,8 @@ class _Sum:
     only: tuple[int, ...] | None = None
 
     def add(self, total: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
-        return total + part
+        total += part
+        return total
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class Gram(_Sum):
     def block(self, block: Block) -> torch.Tensor:
         import torch
 
-        x = block.x.double()  # [n, m]
-        gram = torch.empty(len(x), len(x), dtype=torch.float64, device=x.device)
+        x = [block.row(i).double() for i in range(len(block))]
+        gram = torch.empty(len(x), len(x), dtype=torch.float64)
         for i in range(len(x)):
             for j in range(i + 1):
                 gram[i, j] = gram[j, i] = torch.dot(x[i], x[j])
@@ -64,8 +64,7 @@ class RowGram:
     only: tuple[int, ...] | None = None
 
     def block(self, block: Block) -> torch.Tensor:
-        x = block.x.double().reshape(len(block.x), -1, self.row)  # [n, rows, row]
-        return _pairwise(x, dim=-1)
+        return _pairwise(_matrices(block, self.row), dim=-1)
 
     def add(self, total: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
         import torch
@@ -81,12 +80,15 @@ class ColumnGram(_Sum):
     row: int
 
     def block(self, block: Block) -> torch.Tensor:
-        x = block.x.double().reshape(len(block.x), -1, self.row)  # [n, rows, row]
-        return _pairwise(x, dim=0)
+        return _pairwise(_matrices(block, self.row), dim=0)
 
 
-def _pairwise(x: torch.Tensor, dim: int) -> torch.Tensor:
-    """x [n, rows, row] -> [rows or row, n, n], the sums of x_i x_j over dim of the matrices."""
+def _matrices(block: Block, row: int) -> list[torch.Tensor]:
+    return [block.row(i).double().reshape(-1, row) for i in range(len(block))]
+
+
+def _pairwise(x: list[torch.Tensor], dim: int) -> torch.Tensor:
+    """n matrices [rows, row] -> [rows or row, n, n], the sums of x_i x_j over dim of the matrices."""
     import torch
 
     sums = [[(x[i] * x[j]).sum(dim) if j <= i else None for j in range(len(x))] for i in range(len(x))]
@@ -94,17 +96,37 @@ def _pairwise(x: torch.Tensor, dim: int) -> torch.Tensor:
     return torch.stack(rows, -2)
 
 
+class LocalMask(Protocol):
+    """A mask's parameters for one block."""
+
+    def mask(self, i: int, x: torch.Tensor) -> torch.Tensor:
+        """A mask of the kept entries of row i, see `kernels.bits`."""
+
+
+class Mask(Protocol):
+    """Which entries of the inputs are kept."""
+
+    def at(self, start: int, count: int, dtype: torch.dtype) -> LocalMask:
+        """The mask of the block of `count` entries from index `start`."""
+
+
+def magnitudes(rows: Rows, _: torch.Tensor | None, local: LocalMask) -> tuple[torch.Tensor, ...]:
+    """|x| of every row, then |x| of the kept entries of every row."""
+    sizes = tuple(x.abs() for x in rows)
+    return (*sizes, *(masked(size, local.mask(i, x)) for i, (size, x) in enumerate(zip(sizes, rows, strict=True))))
+
+
 @dataclass(frozen=True)
 class L1(_Sum):
-    """Sums of magnitudes before and after a mask, float64 [n, 2]. mask(block): bit masks [n, m], see `kernels.bits`."""
+    """Sums of magnitudes before and after a mask, float64 [n, 2]."""
 
-    mask: Callable[[Block], torch.Tensor]
+    mask: Mask
 
     def block(self, block: Block) -> torch.Tensor:
         import torch
 
-        kept = masked(block.x, self.mask(block))
-        return torch.stack([x.abs().sum(1, dtype=torch.float64) for x in (block.x, kept)], 1)
+        both = block.each(magnitudes, self.mask.at(block.start, block.count, block.dtype))
+        return torch.stack([x.sum(dtype=torch.float64) for x in both]).reshape(2, -1).T
 
 
 @dataclass(frozen=True)
@@ -125,8 +147,8 @@ class Digits(_Sum):
 
         bins = 1 << self.width
         rows = []
-        for i, x in enumerate(block.x):
-            digits = magnitude_bits(x) >> self.shift
+        for i in range(len(block)):
+            digits = _bits(block, i).bitwise_right_shift_(self.shift)
             if self.prefixes is None:
                 rows.append(torch.bincount(digits, minlength=bins)[None])
             else:
@@ -135,16 +157,21 @@ class Digits(_Sum):
         return torch.stack(rows)
 
 
+def _bits(block: Block, i: int) -> torch.Tensor:
+    """The magnitudes' bits of one row. Row by row and in place, as what fits the processor's cache is twice as fast."""
+    bits = as_integers(block.row(i))
+    return bits.bitwise_and_(0x7FFFFFFF if bits.dtype.itemsize == 4 else 0x7FFFFFFFFFFFFFFF)
+
+
 def _below(digits: torch.Tensor, width: int, prefix: int) -> torch.Tensor:
-    """The low `width` bits of the entries whose higher bits equal `prefix`.
+    """The low `width` bits of the entries whose higher bits equal `prefix` (none do if it is -1).
 
     In numpy: choosing by a mask takes 0.07 ms there and 0.45 ms in torch for 2^18 elements (torch 2.13, AVX-512).
     """
     import torch
 
     values = digits.numpy()
-    chosen = values[(values >> width) == prefix] if prefix >= 0 else values[:0]
-    return torch.from_numpy(chosen & ((1 << width) - 1))
+    return torch.from_numpy(values[(values >> width) == prefix] & ((1 << width) - 1))
 
 
 @dataclass(frozen=True)
@@ -155,10 +182,13 @@ class Equal:
     only: tuple[int, ...] | None = None
 
     def block(self, block: Block) -> torch.Tensor:
+        import numpy as np
         import torch
 
-        found = [magnitude_bits(x).numpy() for x in block.x]
-        counts = [[int((mine == value).sum()) for value in row] for mine, row in zip(found, self.bits, strict=True)]
+        counts = []
+        for i, values in enumerate(self.bits):
+            bits = _bits(block, i).numpy()
+            counts.append([int(np.count_nonzero(bits == value)) for value in values])
         return torch.tensor(counts)[..., None]
 
     def add(self, total: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
@@ -178,7 +208,7 @@ class Position:
     only: tuple[int, ...] | None
 
     def block(self, block: Block) -> int:
-        found = (magnitude_bits(block.x[self.i]) == self.bits).nonzero()
+        found = (_bits(block, self.i) == self.bits).nonzero()
         return block.start + int(found[self.ordinal - 1]) + 1
 
     def add(self, total: int, part: int) -> int:  # noqa: ARG002
@@ -190,13 +220,14 @@ class SignBalance(_Sum):
     """The sum of the signs of sum_i weights[i] mask_i x_i over all elements, an int64 scalar."""
 
     weights: tuple[float, ...]
-    mask: Callable[[Block], torch.Tensor] | None = None
+    mask: Mask | None
 
     def block(self, block: Block) -> torch.Tensor:
         import torch
 
-        kept = block.x if self.mask is None else masked(block.x, self.mask(block))
-        total = torch.zeros_like(kept[0])
-        for x, weight in zip(kept, self.weights, strict=True):
-            total += x * x.new_tensor(weight)
+        local = self.mask and self.mask.at(block.start, block.count, block.dtype)
+        total = torch.zeros(block.count, dtype=block.dtype)
+        for i, weight in enumerate(self.weights):
+            x = block.row(i)
+            total += (masked(x, local.mask(i, x)) if local else x) * weight
         return total.sign().sum(dtype=torch.int64)

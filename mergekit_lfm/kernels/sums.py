@@ -12,7 +12,20 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-    from mergekit_lfm.methods.declare import Block
+    from mergekit_lfm.methods.declare import Rows
+
+
+@dataclass(frozen=True)
+class Weights:
+    """One weight for each of the n inputs."""
+
+    values: Sequence[float]
+
+    def at(self, start: int, count: int, dtype: torch.dtype) -> torch.Tensor:  # noqa: ARG002
+        """The weights [n]."""
+        import torch
+
+        return torch.tensor(self.values, dtype=dtype)
 
 
 @dataclass(frozen=True)
@@ -24,27 +37,21 @@ class Spread:
     row: int
     columns: bool = False
 
-    def over(self, block: Block) -> torch.Tensor:
-        """The weights [n, m] of the block's elements."""
-        rows = block.x.shape[1] // self.row
-        weights = self.weights.to(block.x.dtype).T
+    def at(self, start: int, count: int, dtype: torch.dtype) -> torch.Tensor:
+        """The weights [n, count] of the elements start .. start + count."""
+        weights, rows, first = self.weights.to(dtype).T, count // self.row, start // self.row
         if self.columns:
             return weights.repeat(1, rows)
-        first = block.start // self.row
         return weights[:, first : first + rows].repeat_interleave(self.row, dim=1)
 
 
-def weighted_sum(block: Block, weights: Sequence[float] | Spread) -> torch.Tensor:
-    """base + sum_i weights[i] x_i, or without base the sum alone."""
-    import torch
-
-    factors = weights.over(block) if isinstance(weights, Spread) else torch.tensor(weights, dtype=block.x.dtype)
-    total = block.x[0] * factors[0]
-    for x, factor in zip(block.x[1:], factors[1:], strict=True):
-        total += x * factor
-    if block.base is not None:
-        total += block.base
-    return total
+def weighted_sum(rows: Rows, base: torch.Tensor | None, weights: torch.Tensor) -> torch.Tensor:
+    """base + sum_i weights[i] x_i, or without base the sum alone. weights: [n], or [n, m] with one for every
+    element."""
+    total = rows[0] * weights[0]
+    for i in range(1, len(rows)):
+        total += rows[i] * weights[i]
+    return total if base is None else total.add_(base)
 
 
 def round_once(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -2,7 +2,8 @@
 
 `solve` is a generator. It yields reductions (`kernels.reductions`), receives their values, and returns coefficients;
 nothing else of a tensor is seen. So one method serves a tensor in memory, a tensor larger than memory, and a whole
-model. `apply` is elementwise: given one block of the inputs and the coefficients it returns the merged block.
+model. `apply(rows, base, local)` is elementwise: from one block of the inputs and the coefficients for it, the merged
+block.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -77,22 +78,46 @@ class Unit:
         return float(self.shared[name])  # type: ignore[arg-type]
 
 
-@dataclass(frozen=True, slots=True)
-class Block:
-    """One block of a unit, float32 (float64 for float64 inputs).
+Rows = Sequence["torch.Tensor"]
+Elementwise = Callable[[Rows, "torch.Tensor | None", Any], Any]
 
-    x [n, m]: the inputs, or their deltas to the base. base [m], or None where weights are merged. start: index of the
-    block's first element in its tensor.
+
+class Block(Protocol):
+    """One block of a unit's inputs. start: index in its tensor of the first element; count: how many there are.
+
+    dtype: that of the arithmetic, float32 or float64.
     """
 
-    x: torch.Tensor
-    base: torch.Tensor | None
-    start: int
+    def __len__(self) -> int:
+        """The number n of inputs."""
+
+    @property
+    def start(self) -> int: ...
+
+    @property
+    def count(self) -> int: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def row(self, i: int) -> torch.Tensor:
+        """Input i, or its delta to the base where there is one, [count], on fresh memory."""
+
+    def each(self, function: Elementwise, local: Any) -> Any:
+        """function(rows, base, local), perhaps compiled: a pure function of tensors, elementwise in the rows.
+
+        local: a tensor, or tuples of tensors, None and bool.
+        """
 
 
-Coefficients = Any
+class Coefficients(Protocol):
+    """What a solve returns."""
+
+    def at(self, start: int, count: int, dtype: torch.dtype) -> Any:
+        """What `apply` needs for the block of `count` elements from index `start`, as `Block.each` takes it."""
+
+
 Solve = Callable[[Unit], "Generator[Reduction, Any, Coefficients]"]
-Apply = Callable[[Block, Coefficients], "torch.Tensor"]
 
 
 def immediate(solve: Callable[[Unit], Coefficients]) -> Solve:
@@ -124,7 +149,7 @@ class Method:
     base: Literal["required", "optional", "member", "first"]
     inputs: tuple[int, int | None]
     solve: Solve
-    apply: Apply
+    apply: Elementwise
     version: int = 1
     random: bool = False
     scope: Callable[[Mapping[str, Value]], str] = field(default=lambda _: "tensor")

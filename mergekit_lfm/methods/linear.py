@@ -1,7 +1,7 @@
 """Weighted averages: model soups and their relatives. Everything else that merges elementwise starts from here."""
 
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.kernels.sums import weighted_sum
+from mergekit_lfm.kernels.sums import Weights, weighted_sum
 from mergekit_lfm.methods.declare import REQUIRED, Method, Parameter, Unit, immediate
 
 WEIGHT = Parameter("weight", REQUIRED, per_input=True, doc="relative weight of the input")
@@ -19,10 +19,10 @@ def normalised(weights: list[float], unit: Unit, key: str = "normalize") -> list
 
 
 @immediate
-def solve(unit: Unit) -> list[float]:
+def solve(unit: Unit) -> Weights:
     """The weights, normalised to sum 1 unless `normalize: false`."""
     weights = unit.floats("weight")
-    return normalised(weights, unit) if unit.shared["normalize"] else weights
+    return Weights(normalised(weights, unit) if unit.shared["normalize"] else weights)
 
 
 METHODS = (

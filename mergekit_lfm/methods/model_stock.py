@@ -6,7 +6,7 @@ from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
 from mergekit_lfm.kernels.reductions import Gram, Reduction, RowGram
-from mergekit_lfm.kernels.sums import Spread, weighted_sum
+from mergekit_lfm.kernels.sums import Spread, Weights, weighted_sum
 from mergekit_lfm.methods.declare import Method, Parameter, Unit
 
 if TYPE_CHECKING:
@@ -33,11 +33,11 @@ def ratio(gram: torch.Tensor) -> torch.Tensor:
     return torch.where(below.abs() < 1e-6, 0.0, n * mean / below)
 
 
-def _solve(unit: Unit) -> Generator[Reduction, Any, list[float] | Spread]:
+def _solve(unit: Unit) -> Generator[Reduction, Any, Weights | Spread]:
     n, row = len(unit.inputs), _row(unit)
     gram = yield (Gram() if row is None else RowGram(row))
     weights = ratio(gram)[..., None].expand(*gram.shape[:-1]) / n
-    return weights.tolist() if row is None else Spread(weights, row)
+    return Weights(weights.tolist()) if row is None else Spread(weights, row)
 
 
 METHODS = (

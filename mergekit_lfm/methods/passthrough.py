@@ -1,14 +1,14 @@
 """The only input itself, byte for byte, or times a scale."""
 
-from mergekit_lfm.kernels.sums import weighted_sum
+from mergekit_lfm.kernels.sums import Weights, weighted_sum
 from mergekit_lfm.methods.declare import Method, Parameter, Unit, immediate
 
 
 @immediate
-def solve(unit: Unit) -> list[float]:
+def solve(unit: Unit) -> Weights:
     """The scale; 1 where none is given."""
     scale = unit.inputs[0]["scale"]
-    return [1.0 if scale is None else float(scale)]
+    return Weights([1.0 if scale is None else float(scale)])
 
 
 METHODS = (

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.kernels.reductions import ColumnGram, Gram, Reduction, RowGram
-from mergekit_lfm.kernels.sums import Spread, weighted_sum
+from mergekit_lfm.kernels.sums import Spread, Weights, weighted_sum
 from mergekit_lfm.methods.declare import REQUIRED, Method, Parameter, Unit
 from mergekit_lfm.methods.linear import WEIGHT, normalised
 
@@ -55,34 +55,34 @@ def _scaled(vector: Vector, factor: float) -> Vector:
     return [factor * x for x in vector]
 
 
-def _slerp(unit: Unit) -> Generator[Reduction, Any, Vector]:
+def _slerp(unit: Unit) -> Generator[Reduction, Any, Weights]:
     span = _Span((yield Gram()))
     t = unit.number("t")
     first, second = ((n if n > 1e-8 else 1.0) for n in (sqrt(span.gram[0][0]), sqrt(span.gram[1][1])))
     cosine = max(-1.0, min(1.0, span.gram[0][1] / first / second))
     if abs(cosine) > LERP_ABOVE:
-        return [1.0 - t, t]
+        return Weights([1.0 - t, t])
     angle = acos(cosine)
-    return [sin((1.0 - t) * angle) / sin(angle), sin(t * angle) / sin(angle)]
+    return Weights([sin((1.0 - t) * angle) / sin(angle), sin(t * angle) / sin(angle)])
 
 
-def _multislerp(unit: Unit) -> Generator[Reduction, Any, Vector]:
+def _multislerp(unit: Unit) -> Generator[Reduction, Any, Weights]:
     weights = unit.floats("weight")
     if len(weights) == 1:
-        return [1.0]
+        return Weights([1.0])
     if unit.shared["normalize_weights"]:
         weights = normalised(weights, unit, "normalize_weights")
     span = _Span((yield Gram()))
     eps = unit.number("eps")
     norms = [sqrt(span.gram[i][i]) for i in range(span.size)]
     if not any(norms):
-        return [0.0] * span.size
+        return Weights([0.0] * span.size)
     units = [span.axis(i, norm + eps) for i, norm in enumerate(norms)]
     centre = span.mean(units, weights)
     length = span.norm(centre)
     if length < max(eps, RESOLUTION):
         if span.size == 2:
-            return weights
+            return Weights(weights)
         raise PlanError(
             f"{unit.name}: the weighted mean direction of the {span.size} inputs vanishes, so multislerp has no "
             "tangent space there; use other weights, or another method for this tensor"
@@ -90,17 +90,17 @@ def _multislerp(unit: Unit) -> Generator[Reduction, Any, Vector]:
     centre = _scaled(centre, 1.0 / length)
     tangents = [[u - span.dot(unit_, centre) * c for u, c in zip(unit_, centre, strict=True)] for unit_ in units]
     point = span.exp(centre, span.mean(tangents, weights))
-    return _scaled(point, sum(w * n for w, n in zip(weights, norms, strict=True)))
+    return Weights(_scaled(point, sum(w * n for w, n in zip(weights, norms, strict=True))))
 
 
-def _karcher(unit: Unit) -> Generator[Reduction, Any, Vector]:
+def _karcher(unit: Unit) -> Generator[Reduction, Any, Weights]:
     shares = normalised(unit.floats("weight"), unit, "weight")
     span = _Span((yield Gram()))
     tol = unit.number("tol")
     norms = [sqrt(span.gram[i][i]) for i in range(span.size)]
     valid = [i for i, norm in enumerate(norms) if norm > tol and shares[i]]
     if not valid:
-        return [0.0] * span.size
+        return Weights([0.0] * span.size)
     units = [span.axis(i, norms[i]) for i in valid]
     weights = normalised([shares[i] for i in valid], unit, "weight")
     mean = span.mean(units, weights)
@@ -119,7 +119,7 @@ def _karcher(unit: Unit) -> Generator[Reduction, Any, Vector]:
             break
         point = span.exp(point, step)
         point = _scaled(point, 1.0 / span.norm(point))
-    return _scaled(point, sum(s * n for s, n in zip(shares, norms, strict=True)))
+    return Weights(_scaled(point, sum(s * n for s, n in zip(shares, norms, strict=True))))
 
 
 def _row(unit: Unit) -> int | None:
@@ -129,7 +129,7 @@ def _row(unit: Unit) -> int | None:
     return unit.numel // unit.shape[0] if unit.shared["nuslerp_row_wise"] else unit.shape[-1]
 
 
-def _nuslerp(unit: Unit) -> Generator[Reduction, Any, Vector | Spread]:
+def _nuslerp(unit: Unit) -> Generator[Reduction, Any, Weights | Spread]:
     row, columns = _row(unit), bool(unit.shared["nuslerp_row_wise"])
     gram = yield (Gram() if row is None else ColumnGram(row) if columns else RowGram(row))
     import torch
@@ -145,7 +145,7 @@ def _nuslerp(unit: Unit) -> Generator[Reduction, Any, Vector | Spread]:
     head = torch.where(flat, 1.0 - t, ((1.0 - t) * angle).sin() / sine)
     tail = torch.where(flat, t, (t * angle).sin() / sine)
     weights = torch.stack([head, tail], dim=-1)
-    return weights.tolist() if row is None else Spread(weights, row, columns)
+    return Weights(weights.tolist()) if row is None else Spread(weights, row, columns)
 
 
 METHODS = (

@@ -6,49 +6,36 @@ delta are kept, in how the kept are scaled, and in whether the signs are put to 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mergekit_lfm.kernels.bits import as_integers, flipped, masked, signs
-from mergekit_lfm.kernels.order import NONE, Largest, largest, masks
-from mergekit_lfm.kernels.random import keep
+from mergekit_lfm.kernels.bits import flipped, masked, signs
+from mergekit_lfm.kernels.order import NONE, LocalRanks, Ranks, largest
+from mergekit_lfm.kernels.random import Coins, LocalCoins
 from mergekit_lfm.kernels.reductions import L1, Reduction, SignBalance
-from mergekit_lfm.methods.declare import Block, Method, Parameter, Unit
+from mergekit_lfm.methods.declare import Method, Parameter, Rows, Unit
 from mergekit_lfm.methods.linear import WEIGHT, normalised
 
 if TYPE_CHECKING:
     import torch
 
 
-@dataclass(frozen=True)
-class Ranks:
-    """Keeps the entries of input i in the larger set bands[i][0] and not in the smaller set bands[i][1]."""
-
-    bands: tuple[tuple[Largest, Largest], ...]
-
-    def __call__(self, block: Block) -> torch.Tensor:
-        return masks(block, self.bands)
-
-
-@dataclass(frozen=True)
-class Coins:
-    """Keeps each entry of input i with probability densities[i], by the counter-based numbers of keys[i]."""
-
-    keys: tuple[int, ...]
-    densities: tuple[float, ...]
-
-    def __call__(self, block: Block) -> torch.Tensor:
-        import torch
-
-        result = torch.empty_like(as_integers(block.x))
-        for row, key, density in zip(result, self.keys, self.densities, strict=True):
-            row.copy_(keep(key, block.start, len(row), density))
-        return result
-
+SMALLEST = {4: 2.0**-126, 8: 2.0**-1022}  # the smallest normal number by bytes
 
 Mask = Ranks | Coins
 Sparsify = Callable[[Unit], Generator[Reduction, Any, Mask | None]]
+
+
+class LocalSum(NamedTuple):
+    """A sum's coefficients for one block; factors, votes [n] and lambda_ are tensors."""
+
+    factors: torch.Tensor
+    mask: LocalRanks | LocalCoins | None
+    votes: torch.Tensor | None
+    normalize: bool
+    lambda_: torch.Tensor
+    zero_is_positive: bool
 
 
 @dataclass(frozen=True)
@@ -58,50 +45,61 @@ class Sum:
     zero_is_positive: what an element whose sum is exactly zero votes for.
     """
 
-    factors: tuple[float, ...]
+    factors: Sequence[float]
     mask: Mask | None
-    votes: tuple[float, ...] | None
+    votes: Sequence[float] | None
     normalize: bool
     lambda_: float
     zero_is_positive: bool = True
 
+    def at(self, start: int, count: int, dtype: torch.dtype) -> LocalSum:
+        """The same for the block of `count` elements from index `start`."""
+        import torch
 
-def apply(block: Block, c: Sum) -> torch.Tensor:
+        return LocalSum(
+            factors=torch.tensor(self.factors, dtype=dtype),
+            mask=None if self.mask is None else self.mask.at(start, count, dtype),
+            votes=None if self.votes is None else torch.tensor(self.votes, dtype=dtype),
+            normalize=self.normalize,
+            lambda_=torch.tensor(self.lambda_, dtype=dtype),
+            zero_is_positive=self.zero_is_positive,
+        )
+
+
+def apply(rows: Rows, base: torch.Tensor | None, c: LocalSum) -> torch.Tensor:
     """base + lambda * sum of the kept terms; with votes, of those that agree with the elected sign, over their
     weights."""
-    import torch
-
-    terms = block.x * torch.tensor(c.factors, dtype=block.x.dtype)[:, None]
+    terms = [x * c.factors[i] for i, x in enumerate(rows)]
     if c.mask is not None:
-        terms = masked(terms, c.mask(block))
-    total = torch.zeros_like(terms[0])
-    for term in terms:
-        total += term
+        terms = [masked(term, c.mask.mask(i, rows[i])) for i, term in enumerate(terms)]
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
     if c.votes is not None:
-        total = _elected(terms, total, c)
-        total *= c.lambda_
-    return total if block.base is None else total.add_(block.base)
+        total = _elected(terms, total, c.votes, c.normalize, c.zero_is_positive)
+    total = total * c.lambda_
+    return total if base is None else total.add_(base)
 
 
-def _elected(terms: torch.Tensor, total: torch.Tensor, c: Sum) -> torch.Tensor:
+def _elected(
+    terms: Rows, total: torch.Tensor, votes: torch.Tensor, normalize: bool, zero_is_positive: bool
+) -> torch.Tensor:
     """The sum of the terms that agree in sign with the total, over the sum of their weights where `normalize` says so.
 
     Terms are flipped so that those that agree are positive. A total of zero votes as `zero_is_positive` says.
     """
-    import torch
-
-    if not c.zero_is_positive:
-        total = total - torch.finfo(total.dtype).tiny  # changes the sign of zero alone
+    if not zero_is_positive:
+        total = total - SMALLEST[total.dtype.itemsize]  # changes the sign of zero alone
     elected = signs(total)
-    merged, weight = torch.zeros_like(total), torch.zeros_like(total)
-    for term, vote in zip(terms, c.votes or (), strict=True):
-        agreeing = flipped(term, elected).clamp_(min=0)
-        merged += agreeing
-        if c.normalize:
-            weight += agreeing.sign() * total.new_tensor(vote)
-    if c.normalize:
-        weight += (weight == 0).to(weight.dtype)  # no term agrees: 0 / 1
-        merged /= weight
+    agreeing = [flipped(term, elected).clamp(min=0) for term in terms]
+    merged = agreeing[0]
+    for part in agreeing[1:]:
+        merged = merged + part
+    if normalize:
+        weight = agreeing[0].sign() * votes[0]
+        for i in range(1, len(agreeing)):
+            weight += agreeing[i].sign() * votes[i]
+        merged = merged / (weight + (1 - weight.sign().abs()))  # 0 / 1 where no term agrees
     return flipped(merged, elected)
 
 
