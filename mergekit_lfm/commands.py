@@ -58,6 +58,13 @@ Examples:
 @click.option(
     "--nan", type=click.Choice(["error", "warn"]), default="error", help="On NaN or infinity. [default: error]"
 )
+@click.option(
+    "--compile",
+    "compile_",
+    type=click.Choice(["auto", "always", "never"]),
+    default="auto",
+    help="Compile the arithmetic to machine code; auto where it saves time. The bytes are the same. [default: auto]",
+)
 @click.option("--overwrite", is_flag=True, help="Replace OUT where it exists.")
 @click.option("--no-resume", is_flag=True, help="Start over instead of going on with an interrupted run.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
@@ -74,6 +81,7 @@ def merge(
     max_shard_size: int | None,
     seed: int | None,
     nan: Literal["error", "warn"],
+    compile_: Literal["auto", "always", "never"],
     overwrite: bool,
     no_resume: bool,
     dry_run: bool,
@@ -105,12 +113,13 @@ def merge(
                 nan=nan,
                 resume=not no_resume,
                 overwrite=overwrite,
+                compile=compile_,
                 progress=progress,
             )
     except KeyboardInterrupt:
-        from mergekit_lfm.writer import beside
+        from mergekit_lfm.writer import partial_of
 
-        kept = beside(out, "partial")
+        kept = partial_of(out)
         done = f"what is done is kept in {kept}" if kept.exists() else "nothing was written"
         click.echo(f"interrupted: {done}; run the same command again to go on", err=True)
         ctx.exit(INTERRUPTED)
@@ -134,10 +143,11 @@ def _show_plan(
 ) -> None:
     from mergekit_lfm.display import plan_text
     from mergekit_lfm.machine import default_memory, default_threads, free_space, occupied
-    from mergekit_lfm.writer import beside
+    from mergekit_lfm.writer import partial_of
 
-    memory, threads = memory or default_memory(), threads or default_threads()
-    free, needed = free_space(out), sum(shard.nbytes for shard in plan.shards) - occupied(beside(out, "partial"))
+    memory = memory or default_memory()
+    threads = threads or min(default_threads(), plan.most_threads(memory))
+    free, needed = free_space(out), sum(shard.nbytes for shard in plan.shards) - occupied(partial_of(out))
     facts = {
         "out": str(out),
         "memory": memory,

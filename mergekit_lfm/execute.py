@@ -32,7 +32,7 @@ from mergekit_lfm.methods.declare import Coefficients
 from mergekit_lfm.plan import BLOCK, Job, Plan
 from mergekit_lfm.provenance import documents
 from mergekit_lfm.tensors import FLOATS, ITEMSIZE
-from mergekit_lfm.writer import Output, Receipt, beside, check_destination, clear_replaced, finish
+from mergekit_lfm.writer import Output, Receipt, check_destination, clear_replaced, finish, partial_of
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -247,10 +247,10 @@ def execute(
     if check_destination(plan, out, overwrite):
         clear_replaced(out)
         return Outcome(out, already_there=True)
-    if finish(plan, out):
+    if resume and finish(plan, out):
         return Outcome(out, resumed_bytes=plan.bytes_written, seconds=time.monotonic() - started)
-    count = threads or default_threads()
     budget = memory or default_memory()
+    count = threads or min(default_threads(), plan.most_threads(budget))
     plan.peak_memory(budget, count)
     _check_copies(plan)
     _check_disk(plan, out)
@@ -352,7 +352,7 @@ def _same_bytes(plan: Plan, one: tuple[int, str], other: tuple[int, str], nbytes
 
 
 def _check_disk(plan: Plan, out: Path) -> None:
-    needed = sum(shard.nbytes for shard in plan.shards) - occupied(beside(out, "partial"))
+    needed = sum(shard.nbytes for shard in plan.shards) - occupied(partial_of(out))
     if needed > free_space(out):
         free = free_space(out) / 1e9
         raise PlanError(f"{out} needs {needed / 1e9:,.3g} GB more, the disk has {free:,.3g} GB free; make room")

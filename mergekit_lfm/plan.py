@@ -10,7 +10,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -123,7 +123,12 @@ class Plan:
 
     def scratch(self, job: Job) -> int:
         """Bytes that one worker holds to process the job block by block."""
-        return job.block * len(job.read) * (ITEMSIZE[job.compute] * 8 + 8)
+        numel = min(job.block, job.spec.numel)
+        return numel * ITEMSIZE[job.dtype] if job.copied else numel * len(job.read) * (ITEMSIZE[job.compute] * 8 + 8)
+
+    def most_threads(self, memory: int) -> int:
+        """The number of threads, at least one, for which a budget of `memory` bytes suffices."""
+        return max(1, memory // max([1, *(self.scratch(job) for job in self.tensors)]))
 
     def resident(self, group: Sequence[int]) -> int:
         """Bytes that one worker holds to read a group once and keep it: its inputs and the scratch."""
@@ -176,6 +181,7 @@ def make_plan(recipe: Recipe, *, max_shard_size: int | None = None) -> Plan:
     inputs = tuple(index[model] for model in recipe.inputs)
     base = None if recipe.base is None or recipe.method.base in ("member", "first") else index[recipe.base]
     template = index[recipe.base] if recipe.base else inputs[0]
+    _refuse_quantised(recipe, models, labels)
     names, dropped = _match(models, labels, template)
     layers = _layers(models[template])
     jobs, problems = [], []
@@ -186,7 +192,6 @@ def make_plan(recipe: Recipe, *, max_shard_size: int | None = None) -> Plan:
             )
         except PlanError as error:
             problems.append(str(error))
-    problems += _quantised(recipe, models, labels, jobs)
     groups = () if problems else _groups(recipe, jobs)
     if problems:
         raise PlanError(_several("the checkpoints do not fit together", problems))
@@ -196,7 +201,7 @@ def make_plan(recipe: Recipe, *, max_shard_size: int | None = None) -> Plan:
     )
 
 
-def _several(what: str, problems: Sequence[str], most: int = 20) -> str:
+def _several(what: str, problems: Sequence[str], most: int = 100) -> str:
     if len(problems) == 1:
         return problems[0]
     more = [f"and {len(problems) - most} more"] if len(problems) > most else []
@@ -279,35 +284,26 @@ def _job(
     read = sources if base_source is None else (*sources, base_source)
     dtypes = [models[i][name].dtype for i, name in read]
     settings = recipe.settings(spec.name, layer)
-    partial = len(sources) < len(inputs)  # a buffer that some models lack is taken from those that have it
+    partial = len(read) < len(inputs) + (base is not None)  # a buffer that some models lack is another's
     if partial or not all(dtype in FLOATS for dtype in dtypes):
         if len(set(dtypes)) > 1:
             found = ", ".join(f"{dtype} in {labels[i]}" for dtype, (i, _) in zip(dtypes, read, strict=True))
             raise PlanError(
                 f"{spec.name} is {found}: only floating tensors of different types can be merged; convert them"
             )
+        if dtypes[0].startswith("float8") and settings.inputs[0].get("scale") is not None:
+            raise PlanError(f"{spec.name} is quantised ({dtypes[0]}) and cannot be scaled; leave it out of `scale`")
         kept = TensorSpec(spec.name, spec.shape, dtypes[0])
         return Job(kept, "copy", read, None, settings, dtypes[0], copied=True, block=BLOCK, needs_sums=False)
     dtype = recipe.out_dtype or recipe.dtype or _promoted(dtypes)
     compute = "float64" if "float64" in (*dtypes, recipe.dtype) else "float32"
-    job = Job(
-        TensorSpec(spec.name, spec.shape, dtype),
-        method.name,
-        sources,
-        base_source,
-        settings,
-        compute,
-        False,
-        BLOCK,
-        False,
-    )
+    out = TensorSpec(spec.name, spec.shape, dtype)
+    job = Job(out, method.name, sources, base_source, settings, compute, copied=False, block=BLOCK, needs_sums=False)
     unit = _unit([job], recipe.seed)
-    copies = method.copies(unit)
-    copied = copies and models[sources[0][0]][sources[0][1]].dtype == dtype
-    used, base_source = (sources[:1], None) if copies else (sources, base_source)
-    needs_sums = not copied and _needs_sums(method, unit)
-    block = block_numel(method, unit)
-    return Job(job.spec, method.name, used, base_source, settings, compute, copied, block, needs_sums)
+    if method.copies(unit):
+        job = replace(job, sources=sources[:1], base=None, copied=dtypes[0] == dtype)
+    needs_sums = not job.copied and _needs_sums(method, unit)
+    return replace(job, block=block_numel(method, unit), needs_sums=needs_sums)
 
 
 def block_numel(method: Method, unit: Unit) -> int:
@@ -345,18 +341,17 @@ def _unit(jobs: Sequence[Job], seed: int) -> Unit:
     )
 
 
-def _quantised(recipe: Recipe, models: Sequence[Checkpoint], labels: Sequence[str], jobs: Sequence[Job]) -> list[str]:
-    """Models whose numbers mean nothing without their scales, where anything but a copy is asked for."""
-    if all(job.copied for job in jobs) and recipe.method.inputs == (1, 1):
-        return []
-    what = "merge the unquantised models, or dequantise them first"
-    by_config = [
-        f"{label} is quantised, says its config: {what}"
-        for label, model in zip(labels, models, strict=True)
-        if model.config.get("quantization_config")
-    ]
-    by_dtype = [f"{job.spec} is quantised: {what}" for job in jobs if job.dtype.startswith("float8")]
-    return by_config or by_dtype
+def _refuse_quantised(recipe: Recipe, models: Sequence[Checkpoint], labels: Sequence[str]) -> None:
+    """Numbers that mean nothing without their scales are copied, but not merged."""
+    if recipe.method.name == "passthrough":
+        return
+    wrong = []
+    for label, model in zip(labels, models, strict=True):
+        float8 = next((spec for spec in model.values() if spec.dtype.startswith("float8")), None)
+        if model.config.get("quantization_config") or float8:
+            wrong.append(f"{label} is quantised ({float8 or 'so says its config'})")
+    if wrong:
+        raise PlanError("; ".join(wrong) + ": merge the unquantised models, or dequantise them first")
 
 
 def _groups(recipe: Recipe, jobs: Sequence[Job]) -> tuple[tuple[int, ...], ...]:

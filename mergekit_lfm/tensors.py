@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,13 +91,14 @@ def read_header(path: Path) -> Header:
         raw = file.read(length)
     try:
         entries = json.loads(raw, object_pairs_hook=_unique)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FormatError(
             f"{path}: the header is not JSON as safetensors has it ({error}); write the file anew"
         ) from None
     if not isinstance(entries, dict):
         raise FormatError(f"{path}: the header is a {type(entries).__name__}, expected an object; write the file anew")
-    metadata = entries.pop("__metadata__", None) or {}
+    metadata = entries.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise FormatError(f"{path}: __metadata__ must map strings to strings")
     start = 8 + length
@@ -117,6 +119,7 @@ def read_header(path: Path) -> Header:
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
+    "".join(found).encode()  # lone surrogates are a UnicodeEncodeError, which is a ValueError
     if len(found) != len(pairs):
         names = [name for name, _ in pairs]
         raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} occurs twice")
@@ -138,7 +141,9 @@ def _not_safetensors(head: bytes, size: int, length: int) -> str:
 def _entry(path: Path, name: str, entry: Any) -> tuple[TensorSpec, int, int]:
     try:
         code, shape, (begin, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        whole = all(type(n) is int and n >= 0 for n in (*shape, begin, stop))
+        if type(code) is not str or type(shape) is not list or any(type(n) is not int for n in (*shape, begin, stop)):
+            raise TypeError
+        whole = all(n >= 0 for n in (*shape, begin, stop))
     except (TypeError, KeyError, ValueError):
         raise FormatError(f"{path}: {name} needs dtype, shape and data_offsets, found {entry!r}") from None
     if code not in DTYPES:
@@ -179,11 +184,23 @@ def encode_header(
     return len(raw).to_bytes(8, "little") + raw, {name: 8 + len(raw) + offset for name, offset in offsets.items()}
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Gives an OSError from a descriptor the name of its file."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = os.fspath(path)
+        raise
+
+
 def read_exactly(fd: int, offset: int, into: memoryview, path: Path) -> None:
     """Fill `into` from the file at `offset`. Raises FormatError where the file ends before."""
     done = 0
     while done < len(into):
-        got = os.preadv(fd, [into[done : done + READ_LIMIT]], offset + done)
+        with naming(path):
+            got = os.preadv(fd, [into[done : done + READ_LIMIT]], offset + done)
         if not got:
             raise FormatError(f"{path} ended at byte {offset + done:,}: it was changed while it was read; merge again")
         done += got

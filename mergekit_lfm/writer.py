@@ -1,11 +1,9 @@
 """The output folder: written in place and in any order, safe against a crash at any moment, readable only when whole.
 
-    OUT.partial/   shards at full size whose header length is 0xFF (every loader refuses them), and a journal journal
-    the plan's digest, then one line per segment; a line is written after the data it vouches for are synced publish
-    header lengths, config and the like, the lock last, journal away, then rename OUT.partial to OUT
-
-A lock in OUT.partial so means: complete. `--overwrite` moves OUT to OUT.replaced before the rename and deletes it
-after.
+OUT.partial holds shards at full size whose header length is 0xFF, so that every loader refuses them, and a journal: the
+plan's digest, then one line per segment, written after the data that it vouches for are synced. Publishing writes the
+header lengths, then config and the like, the lock last, removes the journal, and renames OUT.partial to OUT. A lock in
+OUT.partial so means: complete. `--overwrite` moves OUT into OUT.partial before the rename, and deletes it afterwards.
 """
 
 from __future__ import annotations
@@ -24,10 +22,11 @@ from typing import Any
 
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.plan import Job, Plan
-from mergekit_lfm.tensors import UNFINISHED, write_exactly
+from mergekit_lfm.tensors import UNFINISHED, naming, write_exactly
 
 JOURNAL = "merge.journal"
 LOCK = "merge.lock.json"
+REPLACED = "merge.replaced"  # what --overwrite replaced, while it is not yet deleted
 SYNC_BYTES = (
     256 << 20
 )  # sync and vouch for about so many bytes at a time: syncing every tensor would cost more than merging
@@ -43,9 +42,9 @@ class Receipt:
     nonfinite: tuple[str, ...] = ()
 
 
-def beside(out: Path, suffix: str) -> Path:
-    """The folder OUT.suffix."""
-    return out.with_name(f"{out.name}.{suffix}")
+def partial_of(out: Path) -> Path:
+    """The folder OUT.partial."""
+    return out.with_name(f"{out.name}.partial")
 
 
 def lock_of(folder: Path) -> dict[str, Any]:
@@ -63,8 +62,9 @@ def check_destination(plan: Plan, out: Path, overwrite: bool) -> bool:
         home, place = model.path.resolve(), out.resolve()
         if home.is_relative_to(place) or place.is_relative_to(home):
             raise PlanError(f"the output {out} and the input {label} lie in one another; choose another output folder")
-    if beside(out, "replaced").exists() and not out.exists() and not _complete(beside(out, "partial"), plan):
-        beside(out, "replaced").rename(out)  # an overwriting run was killed before it could finish: undo its first step
+    held = partial_of(out) / REPLACED
+    if held.exists() and not out.exists() and not _complete(partial_of(out), plan):
+        held.rename(out)  # another run with --overwrite was killed between its last steps: undo the first of them
     if out.exists() and not out.is_dir():
         raise PlanError(f"{out} is a file, expected a folder to create; choose another output")
     if out.is_dir() and any(out.iterdir()):
@@ -88,7 +88,7 @@ class Output:
     """
 
     def __init__(self, plan: Plan, out: Path, resume: bool = True) -> None:
-        self.plan, self.out, self.partial = plan, out, beside(out, "partial")
+        self.plan, self.out, self.partial = plan, out, partial_of(out)
         self.done: dict[tuple[str, int], Receipt] = {}
         self._places = {
             spec.name: (s, shard.offsets[spec.name]) for s, shard in enumerate(plan.shards) for spec in shard.tensors
@@ -124,48 +124,58 @@ class Output:
             fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise PlanError(f"another run is writing {self.partial}; wait for it, or choose another output") from None
-        if not resume or not self._read_journal(journal):
+        if not (resume and self._shards_whole() and self._read_journal(journal)):
             self._start_over(journal)
         for shard in self.plan.shards:
             path = self.partial / shard.name
             fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
             self._fds.append(fd)
-            with _named(path):
+            with naming(path):
                 _reserve(fd, shard.nbytes)
                 write_exactly(fd, 0, memoryview(UNFINISHED + shard.header[8:]))
+        _sync_folder(self.partial)
+
+    def _shards_whole(self) -> bool:
+        """Whether the files that a journal may vouch for are there."""
+        paths = [(self.partial / shard.name, shard.nbytes) for shard in self.plan.shards]
+        return all(path.exists() and path.stat().st_size == nbytes for path, nbytes in paths)
 
     def _read_journal(self, journal: Path) -> bool:
-        """Take over the receipts of an earlier run of this plan, up to a torn last line. False if there are none."""
+        """Take over the receipts of an earlier run of this plan, up to a torn last line. False if it was another's."""
         kept = 0
         with journal.open("rb") as lines:
-            for number, line in enumerate(lines):
+            for line in lines:
                 try:
                     entry = json.loads(line)
-                except ValueError:
-                    break
-                if number == 0:
-                    if entry != {"plan": self.plan.digest} or not line.endswith(b"\n"):
+                    if not kept and entry != {"plan": self.plan.digest}:
                         return False
-                elif line.endswith(b"\n"):
-                    receipt = Receipt(**{**entry, "nonfinite": tuple(entry["nonfinite"])})
-                    self.done[receipt.tensor, receipt.segment] = receipt
-                else:
+                    receipt = Receipt(**{**entry, "nonfinite": tuple(entry["nonfinite"])}) if kept else None
+                except (ValueError, TypeError, KeyError):
                     break
+                if not line.endswith(b"\n"):
+                    break
+                if receipt is not None:
+                    self.done[receipt.tensor, receipt.segment] = receipt
                 kept += len(line)
         os.ftruncate(self._journal, kept)
         os.lseek(self._journal, 0, os.SEEK_END)
         return kept > 0
 
     def _start_over(self, journal: Path) -> None:
+        """Empty the folder: first what vouches for it, then the rest."""
         self.done.clear()
+        with naming(journal):
+            (self.partial / LOCK).unlink(missing_ok=True)
+            os.ftruncate(self._journal, 0)
+            os.fsync(self._journal)
+        _sync_folder(self.partial)
         for path in self.partial.iterdir():
             if path != journal:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        os.ftruncate(self._journal, 0)
-        os.lseek(self._journal, 0, os.SEEK_SET)
-        os.write(self._journal, json.dumps({"plan": self.plan.digest}).encode() + b"\n")
-        os.fsync(self._journal)
-        _sync_folder(self.partial)
+        with naming(journal):
+            os.lseek(self._journal, 0, os.SEEK_SET)
+            write_all(self._journal, json.dumps({"plan": self.plan.digest}).encode() + b"\n")
+            os.fsync(self._journal)
         _sync_folder(self.partial.parent)
 
     def place(self, name: str) -> tuple[int, int]:
@@ -176,7 +186,7 @@ class Output:
     def write(self, job: Job, start: int, data: memoryview) -> None:
         """Write bytes of a tensor from byte `start` of it on."""
         fd, offset = self.place(job.name)
-        with _named(self.partial / self.plan.shards[self._places[job.name][0]].name):
+        with naming(self.partial / self.plan.shards[self._places[job.name][0]].name):
             write_exactly(fd, offset + start, data)
 
     def copy(self, job: Job, start: int, source: int, offset: int, nbytes: int) -> bool:
@@ -193,7 +203,10 @@ class Output:
         try:
             for end in (page, page + whole, nbytes):
                 while done < end:
-                    done += os.copy_file_range(source, fd, end - done, offset + done, place + done)
+                    moved = os.copy_file_range(source, fd, end - done, offset + done, place + done)
+                    if not moved:  # the source ended early; reading it will say so
+                        return False
+                    done += moved
         except OSError as error:
             if error.errno in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
                 return False
@@ -218,9 +231,9 @@ class Output:
     def _sync(self, batch: Iterable[Receipt]) -> None:
         lines = "".join(json.dumps(asdict(receipt)) + "\n" for receipt in batch).encode()
         for shard in sorted({self._places[receipt.tensor][0] for receipt in batch}):
-            with _named(self.partial / self.plan.shards[shard].name):
+            with naming(self.partial / self.plan.shards[shard].name):
                 os.fdatasync(self._fds[shard])
-        with _named(self.partial / JOURNAL):
+        with naming(self.partial / JOURNAL):
             write_all(self._journal, lines)
             os.fdatasync(self._journal)
 
@@ -237,12 +250,13 @@ class Output:
         """Make the shards readable, add the other files (the lock is the last of them), and move everything to OUT."""
         self.flush()
         for fd, shard in zip(self._fds, self.plan.shards, strict=True):
-            write_exactly(fd, 0, memoryview(shard.header[:8]))
-            os.fsync(fd)
+            with naming(self.partial / shard.name):
+                write_exactly(fd, 0, memoryview(shard.header[:8]))
+                os.fsync(fd)
         for name, data in sorted(files.items(), key=lambda item: item[0] == LOCK):
             path = self.partial / name
             path.parent.mkdir(exist_ok=True)
-            with _named(path):
+            with naming(path):
                 temporary = path.with_name(path.name + ".tmp")
                 temporary.write_bytes(data)
                 with temporary.open("rb") as file:
@@ -254,43 +268,29 @@ class Output:
 
 def move_into_place(out: Path) -> None:
     """The last steps of publishing, each of which can be repeated: a complete OUT.partial becomes OUT."""
-    partial, replaced = beside(out, "partial"), beside(out, "replaced")
+    partial = partial_of(out)
     (partial / JOURNAL).unlink(missing_ok=True)
-    _sync_folder(partial)
     if out.exists() and any(out.iterdir()):
-        clear_replaced(out)
-        out.rename(replaced)
+        clear_replaced(partial)
+        out.rename(partial / REPLACED)
+    _sync_folder(partial)
     partial.rename(out)
     _sync_folder(out.parent)
     clear_replaced(out)
 
 
-def clear_replaced(out: Path) -> None:
+def clear_replaced(folder: Path) -> None:
     """Delete what `--overwrite` replaced."""
-    if beside(out, "replaced").exists():
-        shutil.rmtree(beside(out, "replaced"))
+    if (folder / REPLACED).exists():
+        shutil.rmtree(folder / REPLACED)
 
 
 def finish(plan: Plan, out: Path) -> bool:
     """Complete the publishing of a run that was killed in the middle of it. False where there is none of this plan."""
-    if not _complete(beside(out, "partial"), plan):
+    if not _complete(partial_of(out), plan):
         return False
     move_into_place(out)
     return True
-
-
-class _named:
-    """Gives an OSError from a descriptor the name of its file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = os.fspath(self.path)
 
 
 def write_all(fd: int, data: bytes) -> None:
@@ -314,6 +314,7 @@ def _reserve(fd: int, nbytes: int) -> None:
 def _sync_folder(folder: Path) -> None:
     fd = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(fd)
+        with naming(folder):
+            os.fsync(fd)
     finally:
         os.close(fd)

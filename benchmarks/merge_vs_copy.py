@@ -1,0 +1,303 @@
+"""How long merges take compared with copying the same bytes.
+
+    python benchmarks/merge_vs_copy.py                       # 1.1 billion parameters: 11 GB of disk, some minutes
+    python benchmarks/merge_vs_copy.py --size 0.01           # a smoke test
+
+Makes checkpoints of a Llama's shape (bf16, two shards each): a base, and three models near it. Every merge is a process
+of its own; its floor, in the same run, reads the merge's inputs to nowhere and writes as many bytes as its output by
+plain copy, with as many threads as the merge has and an fsync at the end as it does. Before each, its inputs are read
+into the page cache, the last output is removed, and what is dirty is written back. Numbers are medians; `ratio` is
+(merge - start-up) / floor, where start-up is the same merge of one tiny tensor; it means nothing for small sizes.
+`cold` is a first run, with an empty cache of compiled kernels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from mergekit_lfm.checkpoint import bytes_of
+from mergekit_lfm.machine import default_threads
+from mergekit_lfm.sizes import format_size, parse_size
+from mergekit_lfm.tensors import TensorSpec, encode_header
+
+MODELS = ("base", "one", "two", "three")
+THREE = "models: [{model: one}, {model: two}, {model: three}]\n"
+RECIPES = {
+    "linear": THREE + "parameters: {weight: 1}\n",
+    "slerp": "models: [{model: one}]\nbase_model: base\nparameters: {t: 0.4}\n",
+    "ties": THREE + "base_model: base\nparameters: {weight: 1, density: 0.5}\n",
+    "dare_linear": THREE + "base_model: base\nparameters: {weight: 0.4, density: 0.5}\n",
+    "dare_ties": THREE + "base_model: base\nparameters: {weight: 0.4, density: 0.5}\n",
+    "karcher": THREE,
+}
+CHUNK = 8 << 20  # bytes per read or write of the floor
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run took: wall and processor seconds, and the most memory it had resident, in bytes."""
+
+    seconds: float
+    cpu_s: float
+    peak: int
+
+
+# ------------------------------------------------------------------ checkpoints
+
+
+def shapes(size: float) -> list[dict[str, tuple[int, ...]]]:
+    """The tensors of a Llama of `size` times 1.1 billion parameters, in two shards. Size 1 is TinyLlama's shape."""
+    side = size ** (1 / 3)
+    hidden, layers = max(64, 64 * round(32 * side)), max(2, round(22 * side))
+    middle, vocab, heads = hidden * 11 // 4, max(256, round(32_000 * side * side)), hidden // 8
+    embedding = {"model.embed_tokens.weight": (vocab, hidden)}
+    head = {"model.norm.weight": (hidden,), "lm_head.weight": (vocab, hidden)}
+    layer = {
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (heads, hidden),
+        "self_attn.v_proj": (heads, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (middle, hidden),
+        "mlp.up_proj": (middle, hidden),
+        "mlp.down_proj": (hidden, middle),
+        "input_layernorm": (hidden,),
+        "post_attention_layernorm": (hidden,),
+    }
+    halves = [range(layers // 2), range(layers // 2, layers)]
+    first, second = ({f"model.layers.{i}.{n}.weight": s for i in half for n, s in layer.items()} for half in halves)
+    return [embedding | first, second | head]
+
+
+def make_checkpoints(folder: Path, size: float) -> None:
+    """The base, entries from N(0, 0.02), and three models, the base plus N(0, 0.001); one tensor is held at a time."""
+    unfinished = folder.with_name(folder.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    for number, model in enumerate(MODELS):
+        place = unfinished / model
+        place.mkdir(parents=True)
+        names = [f"model-{s + 1:05d}-of-00002.safetensors" for s in range(2)]
+        for name, shard in zip(names, shapes(size), strict=True):
+            specs = [TensorSpec(tensor, shape, "bfloat16") for tensor, shape in shard.items()]
+            write_shard(place / name, specs, unfinished / MODELS[0] / name if number else None, number)
+        weight_map = {tensor: name for name, shard in zip(names, shapes(size), strict=True) for tensor in shard}
+        index = {"metadata": {}, "weight_map": weight_map}
+        (place / "model.safetensors.index.json").write_text(json.dumps(index))
+        (place / "config.json").write_text('{"model_type": "llama", "dtype": "bfloat16"}\n')
+    unfinished.rename(folder)
+
+
+def write_shard(path: Path, specs: Sequence[TensorSpec], base: Path | None, seed: int) -> None:
+    """Random tensors; with a base, its shard of the same layout plus small deltas."""
+    import torch
+
+    header, offsets = encode_header(specs, {"format": "pt"})
+    random = torch.Generator().manual_seed(1000 * seed + int(path.name[6:11]))
+    with path.open("wb") as file, (base or path).open("rb") as below:
+        file.write(header)
+        for spec in specs:
+            values = torch.randn(spec.shape, generator=random).mul_(0.001 if base else 0.02)
+            if base:
+                below.seek(offsets[spec.name])
+                values += torch.frombuffer(bytearray(below.read(spec.nbytes)), dtype=torch.bfloat16).view(spec.shape)
+            file.write(bytes_of(values.bfloat16()))
+
+
+def make_tiny(folder: Path) -> None:
+    """The same models, of one tensor of four numbers."""
+    header, _ = encode_header([TensorSpec("w", (4,), "bfloat16")], {"format": "pt"})
+    for number, model in enumerate(MODELS):
+        (folder / model).mkdir(parents=True)
+        data = b"".join((0x3F80 + number + i).to_bytes(2, "little") for i in range(4))  # a little over 1
+        (folder / model / "model.safetensors").write_bytes(header + data)
+
+
+def write_recipes(folder: Path) -> None:
+    for method, text in RECIPES.items():
+        (folder / f"{method}.yaml").write_text(f"merge_method: {method}\n{text}")
+
+
+# ------------------------------------------------------------------ measuring
+
+
+def weights(folder: Path, models: Iterable[str]) -> list[Path]:
+    """The models' shards."""
+    return [path for model in models for path in sorted((folder / model).glob("*.safetensors"))]
+
+
+def inputs(method: str) -> list[str]:
+    """The models that the method's recipe reads."""
+    return [model for model in MODELS if f": {model}" in RECIPES[method]]
+
+
+def read(path: Path) -> None:
+    """Read a file to nowhere, into one buffer."""
+    buffer = bytearray(CHUNK)
+    with path.open("rb", buffering=0) as file:
+        while file.readinto(buffer):
+            pass
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copy a file through one buffer, and have the disk confirm it."""
+    buffer = memoryview(bytearray(CHUNK))
+    with source.open("rb", buffering=0) as file, target.open("wb", buffering=0) as out:
+        while count := file.readinto(buffer):
+            out.write(buffer[:count])
+        os.fsync(out.fileno())
+
+
+def floor(folder: Path, method: str, threads: int) -> float:
+    """Seconds to read the method's inputs to nowhere and to write a copy of one of them."""
+    sources = weights(folder, inputs(method))
+    copied = weights(folder, [inputs(method)[0]])
+    target = folder / "copy"
+    target.mkdir()
+    with ThreadPoolExecutor(threads) as pool:
+        started = time.monotonic()
+        jobs = [pool.submit(read, path) for path in sources]
+        jobs += [pool.submit(copy, path, target / path.name) for path in copied]
+        for job in jobs:
+            job.result()
+        return time.monotonic() - started
+
+
+def merge(folder: Path, method: str, options: Sequence[str], kernels: Path) -> Cost:
+    """One merge as a process of its own."""
+    command = [sys.executable, "-m", "mergekit_lfm", "merge", f"{method}.yaml", "out", "--quiet", *options]
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(kernels), "PYTHONPATH": str(Path(__file__).parents[1])}
+    started = time.monotonic()
+    process = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.monotonic() - started
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"{method}: the merge ended with exit code {process.returncode}")
+    return Cost(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
+
+
+def prepared(folder: Path, method: str) -> None:
+    """The same state before every run: inputs cached, no output, nothing left to write back."""
+    for name in ("out", "copy"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for path in weights(folder, inputs(method)):
+        read(path)
+    os.sync()
+
+
+def median(costs: Sequence[Cost], of: Callable[[Cost], float]) -> float:
+    return statistics.median(of(cost) for cost in costs)
+
+
+def measure(folder: Path, tiny: Path, method: str, repeats: int, threads: int, options: Sequence[str]) -> list[str]:
+    """The table's row for a method."""
+    with tempfile.TemporaryDirectory(dir=folder) as kernels:
+        cache = Path(kernels)
+        prepared(folder, method)
+        cold = merge(folder, method, options, cache)
+        floors, costs, starts = [], [], []
+        for _ in range(repeats):
+            prepared(folder, method)
+            floors.append(floor(folder, method, threads))
+            prepared(folder, method)
+            costs.append(merge(folder, method, options, cache))
+            prepared(tiny, method)
+            starts.append(merge(tiny, method, options, cache))
+        prepared(folder, method)
+    seconds, start, least = (
+        median(costs, lambda c: c.seconds),
+        median(starts, lambda c: c.seconds),
+        statistics.median(floors),
+    )
+    return [
+        method,
+        str(len(inputs(method))),
+        f"{seconds:.2f}",
+        f"{start:.2f}",
+        f"{least:.2f}",
+        f"{(seconds - start) / least:.2f}",
+        f"{median(costs, lambda c: c.cpu_s):.1f}",
+        format_size(max(cost.peak for cost in costs)),
+        f"{cold.seconds:.2f}",
+    ]
+
+
+# ------------------------------------------------------------------ the report
+
+
+def processor() -> str:
+    """The processor's name, as Linux has it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    names = (
+        [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] if cpuinfo.exists() else []
+    )
+    return names[0].partition(":")[2].strip() if names else platform.machine()
+
+
+def heading(folder: Path, threads: int, repeats: int, options: Sequence[str]) -> str:
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    size = format_size(sum(path.stat().st_size for path in weights(folder, MODELS[:1])))
+    return (
+        f"{processor()}, {default_threads()} cores, {format_size(memory)} of memory; "
+        f"Python {platform.python_version()}, torch {version('torch')}; {size} for each model, "
+        f"{threads} threads, medians of {repeats}" + (f", options {' '.join(options)}" if options else "")
+    )
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=float, default=1.0, help="part of 1.1 billion parameters [default: 1]")
+    parser.add_argument(
+        "--threads", type=int, default=default_threads(), help="of merges and floors [default: the cores]"
+    )
+    parser.add_argument("--memory", type=parse_size, help="passed on to the merges")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each kind [default: 3]")
+    parser.add_argument("--methods", nargs="+", choices=RECIPES, default=list(RECIPES), help="[default: all]")
+    parser.add_argument(
+        "--dir", type=Path, help="keeps the checkpoints here for another run [default: a temporary folder]"
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Make what is missing, measure, and print a Markdown table."""
+    given = arguments()
+    with tempfile.TemporaryDirectory(prefix="merge_vs_copy_") as temporary:
+        work = (given.dir or Path(temporary)).absolute()
+        folder, tiny = work / f"size_{given.size:g}", work / "tiny"
+        if not folder.exists():
+            # In a process of its own: a child's peak memory would count what this one had before.
+            maker = multiprocessing.get_context("spawn").Process(target=make_checkpoints, args=(folder, given.size))
+            maker.start()
+            maker.join()
+            if maker.exitcode:
+                raise SystemExit(f"the checkpoints could not be made in {folder}; is there room for them?")
+        if not tiny.exists():
+            make_tiny(tiny)
+        for place in (folder, tiny):
+            write_recipes(place)
+        options = ["--threads", str(given.threads), *(["--memory", str(given.memory)] if given.memory else [])]
+        print(heading(folder, given.threads, given.repeats, options[2:]), end="\n\n")
+        print("| method | inputs | merge s | start-up s | floor s | ratio | CPU s | peak memory | cold s |")
+        print("|---|--:|--:|--:|--:|--:|--:|--:|--:|")
+        for method in given.methods:
+            row = measure(folder, tiny, method, given.repeats, given.threads, options)
+            print(f"| {' | '.join(row)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,22 @@
+"""The benchmark runs as it is documented, and its table has every method."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+def test_merge_vs_copy_prints_a_row_for_every_method(tmp_path: Path) -> None:
+    script = ROOT / "benchmarks" / "merge_vs_copy.py"
+    command = [sys.executable, str(script), "--size", "0.0001", "--repeats", "1", "--dir", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    _, _, headings, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()]
+    assert [row[0] for row in rows] == ["linear", "slerp", "ties", "dare_linear", "dare_ties", "karcher"]
+    assert [row[headings.index("inputs")] for row in rows] == ["3", "2", "4", "4", "4", "3"]
+    assert all(
+        float(row[headings.index(seconds)]) > 0 for row in rows for seconds in ("merge s", "start-up s", "CPU s")
+    )

@@ -1,0 +1,36 @@
+"""Every merge method says what it is, where it comes from, and what each of its parameters means."""
+
+import inspect
+
+import pytest
+
+from mergekit_lfm.methods import METHODS, REQUIRED, Method, Parameter
+
+PARAMETERS = [pytest.param(m, p, id=f"{m.name}-{p.name}") for m in METHODS.values() for p in m.parameters]
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=list(METHODS))
+def test_method_is_documented(method: Method) -> None:
+    assert METHODS[method.name] is method
+    assert method.summary and not method.summary.endswith(".")
+    assert method.source
+    module = inspect.getmodule(method.apply)
+    assert module is not None and module.__doc__
+
+
+@pytest.mark.parametrize(("method", "parameter"), PARAMETERS)
+def test_parameter_is_documented_and_its_default_allowed(method: Method, parameter: Parameter) -> None:
+    assert [p.name for p in method.parameters].count(parameter.name) == 1
+    assert parameter.doc
+    default = parameter.default
+    if default is None or default is REQUIRED:
+        return
+    if parameter.kind in ("float", "int"):
+        assert isinstance(default, int | float) and not isinstance(default, bool)
+        assert parameter.minimum is None or default >= parameter.minimum
+        assert parameter.above is None or default > parameter.above
+        assert parameter.maximum is None or default <= parameter.maximum
+    elif isinstance(default, str):
+        assert default in parameter.choices or (parameter.kind == "str" and not parameter.choices)
+    else:
+        assert parameter.kind in ("bool", "switch")

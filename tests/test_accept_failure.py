@@ -1,0 +1,647 @@
+"""Bad input, a full disk, an impossible output folder: one clear message, inputs untouched, nothing at OUT."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers_faults import (
+    WRITES,
+    Forks,
+    Ran,
+    llama_tensors,
+    near,
+    save_model,
+    snapshot,
+    warm_interpreter,
+    write_raw,
+    write_tensors,
+)
+from safetensors.torch import load_file
+
+Tensors = dict[str, torch.Tensor]
+LINEAR = """\
+merge_method: linear
+models:
+  - model: models/a
+    parameters: {weight: 1}
+  - model: models/b
+    parameters: {weight: 3}
+"""
+TIES = """\
+merge_method: ties
+base_model: models/a
+models:
+  - model: models/b
+    parameters: {weight: 1, density: 0.5}
+"""
+PASSTHROUGH = "merge_method: passthrough\nmodels: [{model: models/b}]\n"
+UP = "model.layers.1.mlp.up_proj.weight"
+NORM = "model.norm.weight"
+EMBED = "model.embed_tokens.weight"
+
+
+@pytest.fixture(scope="module")
+def cli() -> Iterator[Forks]:
+    with warm_interpreter() as forks:
+        yield forks
+
+
+class Work:
+    """A folder with `models/a` and `models/b`, and a recipe that merges them."""
+
+    def __init__(self, folder: Path, cli: Forks) -> None:
+        self.folder, self.cli = folder, cli
+        self.a, self.b = folder / "models" / "a", folder / "models" / "b"
+        base = {name: tensor.bfloat16() for name, tensor in llama_tensors(0).items()}
+        self.tensors = {"a": base, "b": near(base, 1)}
+        self.save("a")
+        self.save("b")
+        self.recipe(LINEAR)
+
+    def save(self, name: str, shards: int = 1, **changes: torch.Tensor | None) -> None:
+        """Writes a model anew; a change replaces, adds or (None) removes a tensor."""
+        shutil.rmtree(self.folder / "models" / name, ignore_errors=True)
+        merged = self.tensors[name] | changes
+        kept = {key: tensor for key, tensor in merged.items() if tensor is not None}
+        save_model(self.folder / "models" / name, kept, shards=shards)
+
+    def change(self, name: str, changes: dict[str, torch.Tensor | None], shards: int = 1) -> None:
+        """`save` for names with dots in them."""
+        self.save(name, shards, **changes)
+
+    def recipe(self, text: str) -> None:
+        (self.folder / "recipe.yaml").write_text(text)
+
+    def run(self, *options: object, out: str | Path = "out", **fault: object) -> Ran:
+        return self.cli.run("recipe.yaml", out, *options, cwd=self.folder, **fault)
+
+    def refused(
+        self,
+        *needles: str,
+        options: tuple[object, ...] = (),
+        out: str | Path = "out",
+        early: bool = True,
+        **fault: object,
+    ) -> str:
+        """Runs the merge, which must fail with one message that contains all needles and leave no trace; the message.
+
+        `early`: the fault is found before any work, so that nothing unfinished is left either.
+        """
+        before = snapshot(self.folder, times=True)
+        ran = self.run(*options, out=out, **fault)
+        assert ran.code == 2, (ran.code, ran.out, ran.err)
+        assert ran.out == ""
+        assert ran.err.startswith("error: ")
+        assert ran.err.lower().count("error:") == 1
+        assert "Traceback" not in ran.err
+        missing = [needle for needle in needles if needle not in ran.err]
+        assert not missing, f"{missing} not in: {ran.err}"
+        after = snapshot(self.folder, times=True)
+        unfinished = {name for name in after if name.split("/")[0] == "out.partial"}
+        assert not (early and unfinished)
+        assert {name: entry for name, entry in after.items() if name not in unfinished} == before
+        return ran.err
+
+
+@pytest.fixture
+def work(tmp_path: Path, cli: Forks) -> Work:
+    return Work(tmp_path, cli)
+
+
+def weights(folder: Path) -> Path:
+    return folder / "model.safetensors"
+
+
+# ------------------------------------------------------------------ files that are not what they claim to be
+
+
+def cut(path: Path, keep: int) -> None:
+    path.write_bytes(path.read_bytes()[:keep])
+
+
+@pytest.mark.parametrize("keep", [-1, -5000, 300, 12, 8, 5, 0])
+def test_truncated_file(work: Work, keep: int) -> None:
+    cut(weights(work.b), keep)
+    work.refused("models/b/model.safetensors")
+
+
+def test_truncated_shard(work: Work) -> None:
+    work.save("b", shards=3)
+    cut(work.b / "model-00002-of-00003.safetensors", -7)
+    work.refused("model-00002-of-00003.safetensors", "truncated")
+
+
+def test_trailing_bytes(work: Work) -> None:
+    with weights(work.b).open("ab") as file:
+        file.write(b"\0")
+    work.refused("models/b/model.safetensors", "trailing")
+
+
+def entry(begin: int, end: int, dtype: str = "F32") -> dict[str, Any]:
+    return {"dtype": dtype, "shape": [(end - begin) // 4], "data_offsets": [begin, end]}
+
+
+BAD_HEADERS: dict[str, tuple[object, int, str]] = {
+    "hole": ({"x": entry(0, 8), "y": entry(12, 20)}, 20, "hole"),
+    "hole at the start": ({"x": entry(4, 12)}, 12, "hole"),
+    "overlap": ({"x": entry(0, 8), "y": entry(4, 12)}, 12, "overlap"),
+    "shared range": ({"x": entry(0, 8), "y": entry(0, 8)}, 8, "overlap"),
+    "unknown dtype": ({"x": entry(0, 8, "I4")}, 8, "I4"),
+    "dtype is a list": ({"x": entry(0, 8) | {"dtype": ["F32"]}}, 8, "dtype"),
+    "shape too large": ({"x": entry(0, 8) | {"shape": [3]}}, 8, "x"),
+    "shape negative": ({"x": entry(0, 8) | {"shape": [-2]}}, 8, "x"),
+    "shape of text": ({"x": entry(0, 8) | {"shape": ["2"]}}, 8, "x"),
+    "shape null": ({"x": entry(0, 8) | {"shape": None}}, 8, "x"),
+    "offsets reversed": ({"x": entry(0, 8) | {"data_offsets": [8, 0]}}, 8, "x"),
+    "offsets fractional": ({"x": entry(0, 8) | {"data_offsets": [0, 8.0]}}, 8, "x"),
+    "three offsets": ({"x": entry(0, 8) | {"data_offsets": [0, 4, 8]}}, 8, "x"),
+    "missing field": ({"x": {"dtype": "F32", "shape": [2]}}, 8, "x"),
+    "half a character": ({"\ud800": entry(0, 8)}, 8, "JSON"),
+    "entry is a number": ({"x": 3}, 0, "x"),
+    "metadata of numbers": ({"__metadata__": {"epoch": 3}}, 0, "__metadata__"),
+    "a list": ([1, 2], 0, "header"),
+}
+
+
+@pytest.mark.parametrize(("header", "nbytes", "needle"), BAD_HEADERS.values(), ids=BAD_HEADERS)
+def test_bad_header(work: Work, header: object, nbytes: int, needle: str) -> None:
+    write_raw(weights(work.b), header, bytes(nbytes))
+    work.refused("models/b/model.safetensors", needle)
+
+
+def file_of(header: bytes) -> bytes:
+    return len(header).to_bytes(8, "little") + header
+
+
+NOT_WEIGHTS: dict[str, tuple[bytes, str]] = {
+    "git-lfs pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4194304\n", "git lfs pull"),
+    "web page": (b"<!DOCTYPE html>\n<html><head><title>Sign in</title></head></html>\n", "HTML"),
+    "unfinished output": (b"\xff" * 8 + b'{"x":{}}', "unfinished"),
+    "header not JSON": (file_of(b"{not JSON}"), "JSON"),
+    "header not UTF-8": (file_of(b'{"\xff\xfe": {}}'), "JSON"),
+    "name twice": (file_of(b'{"x":{"dtype":"F32","shape":[0],"data_offsets":[0,0]},"x":{}}'), "twice"),
+    "nested without end": (file_of(b"[" * 200_000), "JSON"),
+}
+
+
+@pytest.mark.parametrize(("content", "needle"), NOT_WEIGHTS.values(), ids=NOT_WEIGHTS)
+def test_not_weights(work: Work, content: bytes, needle: str) -> None:
+    weights(work.b).write_bytes(content)
+    work.refused("models/b/model.safetensors", needle)
+
+
+def test_missing_shard(work: Work) -> None:
+    work.save("b", shards=3)
+    (work.b / "model-00002-of-00003.safetensors").unlink()
+    work.refused("models/b", "model-00002-of-00003.safetensors")
+
+
+def test_index_names_a_tensor_that_no_shard_has(work: Work) -> None:
+    work.save("b", shards=2)
+    index = work.b / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["model.ghost.weight"] = "model-00002-of-00002.safetensors"
+    index.write_text(json.dumps(content))
+    work.refused("models/b", "model.ghost.weight")
+
+
+def test_index_that_misplaces_a_tensor_is_corrected(work: Work) -> None:
+    """The shards say where a tensor is; an index that errs about it does no harm, and is not passed on."""
+    work.save("a", shards=2)
+    index = work.a / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"][EMBED] = "model-00002-of-00002.safetensors"
+    index.write_text(json.dumps(content))
+    assert work.run().code == 0
+    merged = json.loads((work.folder / "out" / "model.safetensors.index.json").read_text())
+    assert EMBED in load_file(work.folder / "out" / merged["weight_map"][EMBED])
+
+
+def test_weights_beside_an_index_of_other_weights(work: Work) -> None:
+    """Left by two saves into one folder: which of them is meant cannot be known."""
+    content = weights(work.b).read_bytes()
+    work.save("b", shards=2)
+    weights(work.b).write_bytes(content)
+    work.refused("models/b", "model.safetensors", "model.safetensors.index.json")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": 3}', '{"weight_map": {"x": 3}}', "{}"])
+def test_bad_index(work: Work, text: str) -> None:
+    work.save("b", shards=2)
+    (work.b / "model.safetensors.index.json").write_text(text)
+    work.refused("models/b/model.safetensors.index.json")
+
+
+def test_index_that_points_elsewhere_writes_nothing_elsewhere(work: Work) -> None:
+    work.save("a", shards=2)
+    secret = work.folder / "secret.safetensors"
+    write_tensors(secret, work.tensors["a"])
+    index = work.a / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(work.tensors["a"], "../../secret.safetensors")}))
+    before = snapshot(work.folder, times=True)
+    ran = work.run()
+    assert ran.code in (0, 2)
+    after = snapshot(work.folder, times=True)
+    assert {name: entry for name, entry in after.items() if name.split("/")[0] != "out"} == before
+
+
+def test_bad_config(work: Work) -> None:
+    (work.a / "config.json").write_text('{"model_type": ')
+    work.refused("models/a/config.json")
+
+
+def test_no_weights(work: Work) -> None:
+    weights(work.b).unlink()
+    work.refused("models/b", "safetensors")
+
+
+def test_no_such_model(work: Work) -> None:
+    shutil.rmtree(work.b)
+    work.refused("models/b")
+
+
+def test_a_directory_in_place_of_the_weights(work: Work) -> None:
+    weights(work.b).unlink()
+    weights(work.b).mkdir()
+    work.refused("models/b/model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "file", ["models/b/model.safetensors", "models/a/config.json", "models/a/tokenizer.json", "recipe.yaml"]
+)
+def test_unreadable_file(work: Work, file: str) -> None:
+    work.refused(file, "Permission denied", deny=file, early="tokenizer" not in file)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
+def test_file_without_permission(work: Work) -> None:
+    weights(work.b).chmod(0)
+    work.refused("models/b/model.safetensors", "Permission denied")
+    weights(work.b).chmod(0o644)
+
+
+def test_read_error_in_the_middle(work: Work) -> None:
+    work.refused(
+        "models/b/model.safetensors",
+        "Input/output error",
+        fail="preadv",
+        where="models/b",
+        error=errno.EIO,
+        early=False,
+    )
+    assert work.run().code == 0
+
+
+@pytest.mark.parametrize("nth", [1, 15])
+@pytest.mark.parametrize("call", ["preadv", "copy_file_range"])
+def test_input_that_is_cut_while_it_is_read(work: Work, call: str, nth: int) -> None:
+    """A download that starts over, say: the merge stops, and does not wait for bytes that never come."""
+    if call == "copy_file_range":
+        work.recipe(PASSTHROUGH)
+    ran = work.run(
+        fail=call, nth=nth, where="" if call == "copy_file_range" else "models", shorten=str(weights(work.b))
+    )
+    assert ran.code == 2, ran.err
+    assert "models/b/model.safetensors" in ran.err
+    assert "changed while" in ran.err
+    assert not (work.folder / "out").exists()
+
+
+def test_hostile_pickle_is_not_run(work: Work) -> None:
+    class Hostile:
+        def __reduce__(self) -> tuple[Callable[[str], object], tuple[str]]:
+            return Path.touch, (work.folder / "owned",)  # type: ignore[return-value]
+
+    weights(work.b).unlink()
+    torch.save({NORM: Hostile()}, work.b / "pytorch_model.bin", pickle_module=pickle)
+    work.refused("models/b/pytorch_model.bin")
+
+
+@pytest.mark.parametrize("keep", [-1, -1000, 2000, 100, 0])
+def test_truncated_bin(work: Work, keep: int) -> None:
+    weights(work.b).unlink()
+    torch.save(work.tensors["b"], work.b / "pytorch_model.bin")
+    cut(work.b / "pytorch_model.bin", keep)
+    work.refused("models/b/pytorch_model.bin")
+
+
+# ------------------------------------------------------------------ checkpoints that do not go together
+
+
+def test_all_missing_tensors_are_named(work: Work) -> None:
+    missing = {UP: None, NORM: None, "model.layers.0.self_attn.q_proj.weight": None}
+    work.change("b", dict(missing))
+    message = work.refused("models/b", *missing)
+    assert "lm_head" not in message
+
+
+def test_all_additional_tensors_are_named(work: Work) -> None:
+    more = {f"model.layers.{i}.self_attn.q_proj.bias": torch.zeros(32, dtype=torch.bfloat16) for i in range(2)}
+    work.change("b", dict(more))
+    work.refused("models/b", *more)
+
+
+def test_missing_and_additional_and_misshapen_in_one_message(work: Work) -> None:
+    work.change("b", {UP: None, "model.rotary.scale": torch.ones(3), NORM: torch.ones(31, dtype=torch.bfloat16)})
+    work.refused(UP, "model.rotary.scale", NORM, "31", "32")
+
+
+def test_all_wrong_shapes_are_named(work: Work) -> None:
+    wrong = {
+        UP: torch.zeros(32, 64),
+        NORM: torch.zeros(1, 32),
+        "model.layers.0.mlp.down_proj.weight": torch.zeros(32 * 64),
+    }
+    work.change("b", {name: tensor.bfloat16() for name, tensor in wrong.items()})
+    work.refused("models/b", *wrong, "64, 32", "32, 64", "1, 32", "2048")
+
+
+def test_many_differences_stay_readable(work: Work) -> None:
+    """A wholly different model: the message names many differences but has an end."""
+    more = {f"other.{i}.weight": torch.zeros(1) for i in range(5000)}
+    work.change("b", more | dict.fromkeys(work.tensors["b"]))
+    message = work.refused("models/b", "5021")
+    assert len(message) < 50_000
+
+
+@pytest.mark.parametrize("recipe", [LINEAR, TIES], ids=["linear", "ties"])
+def test_vocabularies_of_different_size(work: Work, recipe: str) -> None:
+    rows = {name: torch.zeros(66, 32, dtype=torch.bfloat16) for name in (EMBED, "lm_head.weight")}
+    work.change("b", dict(rows))
+    work.recipe(recipe)
+    work.refused("models/b", EMBED, "lm_head.weight", "66, 32", "64, 32")
+
+
+def test_integer_buffers_that_differ(work: Work) -> None:
+    work.change("a", {"model.position_ids": torch.arange(8)})
+    work.change("b", {"model.position_ids": torch.arange(8).flip(0)})
+    work.refused("model.position_ids", "int64", "models/a", "models/b")
+
+
+def test_integer_buffers_that_are_equal_are_copied(work: Work) -> None:
+    for name in "ab":
+        work.change(name, {"model.position_ids": torch.arange(8), "model.scale": torch.tensor(3)})
+    assert work.run().code == 0
+    merged = load_file(work.folder / "out" / "model.safetensors")
+    assert torch.equal(merged["model.position_ids"], torch.arange(8))
+    assert torch.equal(merged["model.scale"], torch.tensor(3))
+
+
+def test_float8_is_refused(work: Work) -> None:
+    work.change("b", {UP: work.tensors["b"][UP].to(torch.float8_e4m3fn)})
+    work.refused("models/b", UP, "float8_e4m3fn")
+
+
+def test_float8_with_scales_is_refused(work: Work) -> None:
+    work.change("b", {UP: work.tensors["b"][UP].to(torch.float8_e4m3fn), UP + "_scale_inv": torch.ones(1, 1)})
+    work.refused("models/b", "quantised")
+
+
+def test_packed_integers_are_refused(work: Work) -> None:
+    """Weights quantised to integers are no buffers: equal or not, they cannot be merged."""
+    packed = torch.ones(64, 4, dtype=torch.int32)
+    for name in "ab":
+        work.change(name, {UP: None, UP.replace("weight", "qweight"): packed})
+        config = {"model_type": "llama", "quantization_config": {"quant_method": "gptq", "bits": 4}}
+        (work.folder / "models" / name / "config.json").write_text(json.dumps(config))
+    work.refused("models/a", "models/b", "quantised")
+
+
+# ------------------------------------------------------------------ numbers
+
+
+@pytest.mark.parametrize("recipe", [LINEAR, TIES], ids=["linear", "ties"])
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_not_finite_input_is_an_error(work: Work, value: str, recipe: str) -> None:
+    tensor = work.tensors["b"][UP].clone()
+    tensor[3, 5] = float(value)
+    work.change("b", {UP: tensor})
+    work.recipe(recipe)
+    work.refused(UP, "models/b", "--nan warn", early=False)
+
+
+def test_not_finite_input_as_a_warning(work: Work) -> None:
+    """The merge is finished, says so, and records it; after a refusal as well as at once."""
+    tensor = work.tensors["b"][UP].clone()
+    tensor[3, 5] = float("nan")
+    work.change("b", {UP: tensor})
+    at_once = work.run("--nan", "warn", out="out-2")
+    assert at_once.code == 0, at_once.err
+    work.refused(UP, early=False)
+    ran = work.run("--nan", "warn")
+    assert ran.code == 0, ran.err
+    for said in (at_once.err, ran.err):
+        assert UP in said
+        assert "models/b" in said
+    assert snapshot(work.folder / "out") == snapshot(work.folder / "out-2")
+    lock = (work.folder / "out" / "merge.lock.json").read_text()
+    assert json.loads(lock)["nonfinite"] == [f"{UP} of models/b"]
+    merged = load_file(work.folder / "out" / "model.safetensors")
+    assert [name for name, t in merged.items() if not t.isfinite().all()] == [UP]
+    assert int(merged[UP].isnan().sum()) == 1
+
+
+def test_several_not_finite_tensors_as_warnings(work: Work) -> None:
+    work.change("b", {name: torch.full_like(work.tensors["b"][name], float("inf")) for name in (UP, NORM)})
+    ran = work.run("--nan", "warn")
+    assert ran.code == 0
+    assert UP in ran.err
+    assert NORM in ran.err
+
+
+def test_overflow_of_the_output_is_an_error(work: Work) -> None:
+    """Finite in, infinite out: 3 * 30000 does not fit float16."""
+    large = torch.full((32,), 30000.0, dtype=torch.float16)
+    for name in "ab":
+        work.change(name, {NORM: large})
+    text = LINEAR.replace("weight: 1", "weight: 3").replace(
+        "merge_method: linear", "merge_method: linear\ndtype: float16"
+    )
+    work.recipe(text + "parameters: {normalize: false}\n")
+    work.refused(NORM, early=False)
+
+
+def test_weights_that_sum_to_zero(work: Work) -> None:
+    work.recipe(LINEAR.replace("weight: 3", "weight: -1"))
+    work.refused("weight", "normalize")
+    work.recipe(LINEAR.replace("weight: 3", "weight: -1") + "parameters: {normalize: false}\n")
+    assert work.run().code == 0
+
+
+def test_weights_that_sum_to_zero_in_one_tensor(work: Work) -> None:
+    filtered = "weight: [{filter: layers.1.mlp.up_proj, value: -1}, {value: 3}]"
+    work.recipe(LINEAR.replace("weight: 3", filtered))
+    work.refused("weight", "normalize", UP)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "needles"),
+    [
+        ("linear", "lineer", ("merge_method", "linear")),
+        ("weight: 3", "wieght: 3", ("wieght", "weight")),
+        ("weight: 3", "weight: heavy", ("weight", "heavy")),
+        ("merge_method", "dtype: fp16\nmerge_method", ("dtype", "fp16", "float16")),
+        ("models:", "modles:", ("modles", "models")),
+        ("merge_method: linear", "", ("merge_method",)),
+        ("weight: 3", "weight: {", ("recipe.yaml", "line")),
+        ("models/b", "user/model-on-the-hub", ("user/model-on-the-hub",)),
+    ],
+)
+def test_bad_recipe(work: Work, old: str, new: str, needles: tuple[str, ...]) -> None:
+    work.recipe(LINEAR.replace(old, new, 1))
+    work.refused(*needles)
+
+
+def test_no_such_recipe(work: Work) -> None:
+    (work.folder / "recipe.yaml").unlink()
+    work.refused("recipe.yaml")
+
+
+# ------------------------------------------------------------------ the place of the output
+
+
+PLACES = {
+    "an input": "models/a",
+    "an input by another name": "models/../models/./b/",
+    "an input through a link": "link",
+    "inside an input": "models/b/merged",
+    "deep inside an input": "models/b/new/merged",
+    "a folder that contains the inputs": "models",
+    "the folder of everything": ".",
+}
+
+
+@pytest.mark.parametrize("options", [(), ("--overwrite",), ("--no-resume", "--overwrite")], ids=str)
+@pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
+def test_output_may_not_touch_an_input(work: Work, place: str, options: tuple[str, ...]) -> None:
+    (work.folder / "link").symlink_to("models/a")
+    work.refused(options=options, out=place)
+    work.refused(options=options, out=work.folder / place)
+
+
+def test_output_is_a_file(work: Work) -> None:
+    (work.folder / "out").write_text("precious")
+    work.refused("out is a file")
+    work.refused("out is a file", options=("--overwrite",))
+
+
+def test_output_in_a_file(work: Work) -> None:
+    (work.folder / "file").write_text("precious")
+    work.refused("file", out="file/out")
+
+
+@pytest.mark.parametrize("options", [(), ("--no-resume",)], ids=str)
+def test_output_exists_and_is_something_else(work: Work, options: tuple[str, ...]) -> None:
+    (work.folder / "out").mkdir()
+    (work.folder / "out" / "diary.txt").write_text("precious")
+    work.refused("out", "--overwrite", options=options)
+
+
+def test_empty_output_folder_is_used(work: Work) -> None:
+    (work.folder / "out").mkdir()
+    assert work.run().code == 0
+    assert (work.folder / "out" / "model.safetensors").exists()
+
+
+def test_folders_above_the_output_are_made(work: Work) -> None:
+    assert work.run(out="new/deep/out").code == 0
+    assert (work.folder / "new" / "deep" / "out" / "config.json").exists()
+
+
+@pytest.mark.parametrize("name", ["out.partial", "out.replaced"])
+def test_folders_that_only_look_like_ours(work: Work, name: str) -> None:
+    """A folder that happens to be called OUT.partial or OUT.replaced is not cleared away."""
+    (work.folder / name).mkdir()
+    (work.folder / name / "diary.txt").write_text("precious")
+    for options in ((), ("--no-resume",), ("--overwrite",)):
+        work.run(*options)
+        assert [path.read_text() for path in work.folder.rglob("diary.txt")] == ["precious"], options
+
+
+# ------------------------------------------------------------------ the disk
+
+
+def writing_calls(work: Work) -> dict[str, int]:
+    """The calls that can find the disk full, each with how often a whole run makes it."""
+    whole = work.run(out="whole")
+    names = (*set(WRITES) - {"copy_file_range"}, "posix_fallocate", "fdatasync", "fsync", "mkdir", "open")
+    counts = {name: whole.count(name, where="whole") for name in names}
+    return {name: count for name, count in counts.items() if count} | {"mkdir": 1}  # later ones find the folder there
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS], ids=errno.errorcode.get)
+def test_full_disk(work: Work, error: int) -> None:
+    """Whichever call first meets the full disk: one message, nothing at OUT; with space again, the merge goes on."""
+    calls = writing_calls(work)
+    assert {"pwrite", "open"} <= calls.keys()
+    expected = snapshot(work.folder / "whole")
+    shutil.rmtree(work.folder / "whole")
+    for name, count in calls.items():
+        for nth in sorted({1, 2, (count + 1) // 2, count - 1, count} & set(range(1, count + 1))):
+            work.refused(os.strerror(error), "out.partial", early=False, fail=name, nth=nth, where="out", error=error)
+            ran = work.run()
+            assert ran.code == 0, (name, nth, ran.err)
+            assert snapshot(work.folder / "out") == expected, (name, nth)
+            assert not (work.folder / "out.partial").exists()
+            shutil.rmtree(work.folder / "out")
+
+
+def test_filesystem_without_reservation(work: Work) -> None:
+    """Where space cannot be reserved or ranges copied, the plain calls do."""
+    whole = work.run(out="whole")
+    for name in ("posix_fallocate", "copy_file_range"):
+        ran = work.run(fail=name, error=errno.EOPNOTSUPP)
+        assert ran.code == 0, ran.err
+        assert snapshot(work.folder / "out") == snapshot(work.folder / "whole")
+        shutil.rmtree(work.folder / "out")
+    assert whole.code == 0
+
+
+def test_too_little_space_is_known_beforehand(work: Work) -> None:
+    work.refused("disk", free=1000)
+
+
+def test_disk_that_fills_up_in_reality(work: Work) -> None:
+    """In a file system of 40 kB of our own: refused beforehand, or, if it claims to have space, at the first write."""
+    space = work.folder / "small"
+    space.mkdir()
+    script = f"mount -t tmpfs -o size=40k none {space} || exit 77; exec {sys.executable} {__file__} {work.folder}"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", script], env=environment, capture_output=True, text=True, check=False
+    )
+    if ran.returncode in (1, 77) and ("unshare" in ran.stderr or "mount" in ran.stderr):
+        pytest.skip("no user namespaces here")
+    assert ran.returncode == 0, ran.stderr
+
+
+def in_a_small_file_system(folder: Path) -> None:
+    """The part of the last test that runs where `small` is a file system of its own."""
+    with warm_interpreter() as forks:
+        work = Work.__new__(Work)
+        work.folder, work.cli = folder, forks
+        work.refused("disk", "small", out="small/out")
+        before = snapshot(folder / "models", times=True)
+        ran = work.run(out="small/out", free=1 << 40)
+        assert (ran.code, ran.out) == (2, ""), ran.err
+        assert ran.err.startswith("error: ")
+        assert "No space left on device" in ran.err
+        assert "small/out" in ran.err
+        assert "Traceback" not in ran.err
+        assert not (folder / "small" / "out").exists()
+        assert snapshot(folder / "models", times=True) == before
+
+
+if __name__ == "__main__":
+    in_a_small_file_system(Path(sys.argv[1]))

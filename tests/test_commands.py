@@ -1,0 +1,460 @@
+"""The command line as a shell and a script see it: streams, exit codes, JSON, resuming, the progress bar."""
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file, save_file
+
+from mergekit_lfm import evaluate, runtime
+from mergekit_lfm.commands import main
+from mergekit_lfm.evaluate import Perplexity
+from mergekit_lfm.methods import METHODS
+from mergekit_lfm.sizes import format_size, parse_size
+
+ROOT = Path(__file__).parents[1]
+# As `merge` is installed, with Ctrl-C meaning what it means in a terminal wherever the tests run.
+MERGE = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from mergekit_lfm.commands import merge
+merge(prog_name="merge")
+"""
+LINEAR = "merge_method: linear\nmodels: [{model: a}, {model: b}]\nparameters: {weight: 1}\n"
+
+
+def save(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text('{"model_type": "llama", "dtype": "float32"}\n')
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory: models a and b of two tensors, and recipe.yaml, their average."""
+    for name, value in (("a", 1.0), ("b", 3.0)):
+        save(tmp_path / name, {"w": torch.full((3, 4), value), "layers.0.v": torch.full((5,), -value)})
+    (tmp_path / "recipe.yaml").write_text(LINEAR)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(*arguments: str) -> Result:
+    """`mergekit-lfm ARGUMENTS`; whatever is no ordinary end of a command is raised."""
+    return CliRunner(catch_exceptions=False).invoke(main, arguments)
+
+
+def answer(result: Result) -> Any:
+    """The one JSON object on standard output, and nothing else anywhere."""
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout.count("\n") == 1
+    return json.loads(result.stdout)
+
+
+def refusal(result: Result) -> str:
+    """The one message of a command that ended with exit code 2."""
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: ") and result.stderr.count("error: ") == 1
+    return result.stderr
+
+
+# ------------------------------------------------------------------ merge
+
+
+def test_merge_prints_where_the_result_is(folder: Path) -> None:
+    result = run("merge", "recipe.yaml", "out/model")
+    assert (result.exit_code, result.stdout) == (0, "out/model\n")
+    assert result.stderr.startswith("wrote 2 tensors, 68 B, in ")
+    assert result.stderr.count("\n") == 1
+    merged = load_file(folder / "out/model/model.safetensors")
+    assert {name: set(t.flatten().tolist()) for name, t in merged.items()} == {"w": {2.0}, "layers.0.v": {-2.0}}
+
+
+def test_quiet_leaves_the_result_alone(folder: Path) -> None:
+    result = run("merge", "recipe.yaml", "-q")
+    assert (result.stdout, result.stderr) == ("merged/recipe\n", "")
+    assert (folder / "merged/recipe/model.safetensors").exists()
+
+
+def test_the_default_output_is_the_recipes_else_merged(folder: Path) -> None:
+    (folder / "recipe.yaml").write_text(LINEAR + "output: elsewhere/x\n")
+    assert run("merge", "recipe.yaml").stdout == "elsewhere/x\n"
+    assert run("merge", "recipe.yaml", "given").stdout == "given\n"
+    assert not (folder / "merged").exists()
+
+
+def test_the_default_output_is_relative_to_the_working_directory(folder: Path) -> None:
+    (folder / "recipes").mkdir()
+    (folder / "recipe.yaml").rename(folder / "recipes/mine.yaml")
+    assert run("merge", "recipes/mine.yaml").stdout == "merged/mine\n"
+    assert (folder / "merged/mine").is_dir()
+
+
+@pytest.mark.usefixtures("folder")
+def test_the_same_plan_again_is_already_there() -> None:
+    run("merge", "recipe.yaml", "out")
+    before = Path("out/model.safetensors").stat().st_mtime_ns
+    result = run("merge", "recipe.yaml", "out")
+    assert (result.exit_code, result.stdout) == (0, "out\n")
+    assert result.stderr.startswith("already there")
+    assert answer(run("merge", "recipe.yaml", "out", "--json"))["already_there"] is True
+    assert Path("out/model.safetensors").stat().st_mtime_ns == before
+
+
+def test_another_plan_is_refused_unless_it_may_overwrite(folder: Path) -> None:
+    run("merge", "recipe.yaml", "out")
+    (folder / "recipe.yaml").write_text(LINEAR.replace("{model: b}", "{model: b, parameters: {weight: 3}}"))
+    assert "--overwrite" in refusal(run("merge", "recipe.yaml", "out"))
+    assert load_file("out/model.safetensors")["w"][0, 0] == 2.0
+    assert run("merge", "recipe.yaml", "out", "--overwrite").exit_code == 0
+    assert load_file("out/model.safetensors")["w"][0, 0] == 2.5
+
+
+@pytest.mark.usefixtures("folder")
+def test_json_is_one_object() -> None:
+    found = answer(run("merge", "recipe.yaml", "out", "--json"))
+    assert found["out"] == "out"
+    assert (found["already_there"], found["tensors"], found["bytes_written"]) == (False, 2, 68)
+    assert (found["resumed_bytes"], found["warnings"]) == (0, [])
+    assert found["digest"] == json.loads(Path("out/merge.lock.json").read_text())["plan"]
+
+
+@pytest.mark.usefixtures("folder")
+def test_max_shard_size_splits_the_output() -> None:
+    run("merge", "recipe.yaml", "out", "--max-shard-size", "50")
+    assert sorted(path.name for path in Path("out").glob("*.safetensors")) == [
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+    ]
+
+
+def test_seed_stands_in_for_the_recipes(folder: Path) -> None:
+    save(folder / "base", {"w": torch.zeros(3, 4), "layers.0.v": torch.zeros(5)})
+    text = LINEAR.replace("linear", "dare_linear") + "base_model: base\n"
+    (folder / "recipe.yaml").write_text(text.replace("weight: 1", "weight: 1, density: 0.5"))
+    digests = {seed: answer(run("plan", "recipe.yaml", "--json", "--seed", seed))["digest"] for seed in ("0", "1")}
+    assert digests["0"] == answer(run("plan", "recipe.yaml", "--json"))["digest"] != digests["1"]
+    run("merge", "recipe.yaml", "out", "--seed", "1")
+    assert json.loads(Path("out/merge.lock.json").read_text())["recipe"]["seed"] == 1
+
+
+def test_nan_warn_goes_on_and_says_so(folder: Path) -> None:
+    save(folder / "c", {"w": torch.full((3, 4), torch.nan), "layers.0.v": torch.ones(5)})
+    (folder / "recipe.yaml").write_text(LINEAR.replace("model: b", "model: c"))
+    assert "w of c" in refusal(run("merge", "recipe.yaml", "out"))
+    result = run("merge", "recipe.yaml", "out", "--nan", "warn", "-q")
+    assert (result.exit_code, result.stdout) == (0, "out\n")
+    assert result.stderr == "warning: w of c holds NaN or infinity\n"
+
+
+# ------------------------------------------------------------------ plan
+
+
+def test_dry_run_says_what_would_be_done_and_does_nothing(folder: Path) -> None:
+    result = run("merge", "recipe.yaml", "--dry-run")
+    assert result.exit_code == 0
+    lines = dict(line.split(maxsplit=1) for line in result.stdout.splitlines() if line[:1].isalpha())
+    assert lines["read"] == "136 B"
+    assert lines["write"] == "68 B in 1 file at merged/recipe"
+    assert lines["tensors"] == "2 linear"
+    assert lines["dropped"] == "nothing"
+    assert "free disk" in result.stdout and "enough" in result.stdout and "peak memory" in result.stdout
+    assert sorted(path.name for path in folder.iterdir()) == ["a", "b", "recipe.yaml"]
+    assert run("plan", "recipe.yaml").stdout.splitlines()[:4] == result.stdout.splitlines()[:4]
+
+
+def test_dry_run_names_what_is_dropped(folder: Path) -> None:
+    save(folder / "c", {"w": torch.ones(3, 4), "layers.0.v": torch.ones(5), "rotary_emb.inv_freq": torch.ones(2)})
+    (folder / "recipe.yaml").write_text(LINEAR.replace("model: b", "model: c"))
+    assert "dropped: c: rotary_emb.inv_freq: " in run("plan", "recipe.yaml").stdout
+    (dropped,) = answer(run("plan", "recipe.yaml", "--json"))["dropped"]
+    assert (dropped["model"], dropped["tensor"]) == ("c", "rotary_emb.inv_freq")
+
+
+@pytest.mark.usefixtures("folder")
+def test_verbose_plans_list_every_tensor() -> None:
+    rows = [line.split() for line in run("plan", "recipe.yaml", "-v").stdout.splitlines()]
+    assert ["w", "[3,", "4]", "float32", "linear"] in rows
+    assert ["layers.0.v", "[5]", "float32", "linear"] in rows
+    result = run("merge", "recipe.yaml", "out", "-v")
+    assert result.stdout == "out\n"
+    assert "layers.0.v" in result.stderr
+
+
+@pytest.mark.usefixtures("folder")
+def test_plan_as_json() -> None:
+    found = answer(run("plan", "recipe.yaml", "out", "--json", "--threads", "3", "--memory", "1GB"))
+    assert (found["out"], found["threads"], found["memory"]) == ("out", 3, 10**9)
+    assert (found["bytes_read"], found["bytes_written"], found["methods"]) == (136, 68, {"linear": 2})
+    assert found["enough_disk"] is True
+    assert 0 < found["peak_memory"] <= 10**9
+
+
+@pytest.mark.usefixtures("folder")
+def test_memory_that_cannot_do_is_refused_beforehand() -> None:
+    for command in (["plan", "recipe.yaml"], ["merge", "recipe.yaml", "out"]):
+        assert "--memory" in refusal(run(*command, "--memory", "1KB"))
+    assert not Path("out").exists() and not Path("out.partial").exists()
+
+
+# ------------------------------------------------------------------ errors
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize(
+    ("wrong", "expected"),
+    [
+        ("merge_metod: linear", "merge_method"),
+        (LINEAR.replace("linear", "liner"), "did you mean linear?"),
+        (LINEAR.replace("weight", "wieght"), "did you mean weight?"),
+        (LINEAR + "dtype: bfloat61\n", "did you mean bfloat16?"),
+        (LINEAR.replace("model: b", "model: nowhere"), "nowhere"),
+        ("merge_method: [", "line "),
+    ],
+)
+def test_a_wrong_recipe_is_one_message_with_a_hint(wrong: str, expected: str) -> None:
+    Path("recipe.yaml").write_text(wrong)
+    assert expected in refusal(run("merge", "recipe.yaml", "out"))
+    assert not Path("out").exists() and not Path("out.partial").exists()
+
+
+@pytest.mark.usefixtures("folder")
+def test_files_that_are_not_there_are_named() -> None:
+    assert "nowhere.yaml" in refusal(run("merge", "nowhere.yaml"))
+    assert "nowhere" in refusal(run("inspect", "nowhere"))
+    assert "nowhere" in refusal(run("verify", "nowhere"))
+
+
+@pytest.mark.parametrize("option", [["--memory", "5B"], ["--memory", "-1"], ["--threads", "0"], ["--nan", "no"]])
+def test_wrong_options_are_usage_errors(option: list[str]) -> None:
+    result = run("merge", "recipe.yaml", *option)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert option[0] in result.stderr
+
+
+# ------------------------------------------------------------------ verify, inspect, methods
+
+
+@pytest.mark.usefixtures("folder")
+def test_verify_says_good_or_what_differs() -> None:
+    run("merge", "recipe.yaml", "out")
+    result = run("verify", "out")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout.startswith("out: good")
+    with Path("out/model.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x7f")
+    result = run("verify", "out")
+    assert result.exit_code == 1
+    assert "was changed" in result.stdout and "1 difference" in result.stdout
+    found = json.loads(run("verify", "out", "--json").stdout)
+    assert found["good"] is False and len(found["problems"]) == 1
+
+
+@pytest.mark.usefixtures("folder")
+def test_verify_needs_a_lock() -> None:
+    assert "merge.lock.json" in refusal(run("verify", "a"))
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize("path", ["a", "a/model.safetensors"])
+def test_inspect_lists_tensors_and_totals(path: str) -> None:
+    rows = [line.split() for line in run("inspect", path).stdout.splitlines()]
+    assert ["w", "[3,", "4]", "float32", "48", "B"] in rows
+    assert ["all", "2", "17", "68", "B"] in rows
+    found = answer(run("inspect", path, "--json"))
+    assert {t["name"]: (t["shape"], t["dtype"], t["bytes"]) for t in found["tensors"]} == {
+        "w": ([3, 4], "float32", 48),
+        "layers.0.v": ([5], "float32", 20),
+    }
+    assert (found["numbers"], found["bytes"]) == (17, 68)
+
+
+def test_methods_lists_all_and_describes_one() -> None:
+    rows = run("methods").stdout.splitlines()
+    assert [row.split()[0] for row in rows[1:]] == list(METHODS)
+    page = run("methods", "ties").stdout
+    assert METHODS["ties"].source in page
+    assert all(parameter.doc in page for parameter in METHODS["ties"].parameters)
+    assert [row.split()[:5] for row in page.splitlines() if row.startswith("density")] == [
+        ["density", "per", "model", "1.0", "float"]
+    ]
+    assert "did you mean ties?" in refusal(run("methods", "tise"))
+
+
+def test_methods_as_json() -> None:
+    everything = answer(run("methods", "--json"))
+    assert list(everything) == list(METHODS)
+    one = answer(run("methods", "linear", "--json"))
+    assert one == everything["linear"]
+    assert one["parameters"][0] == {
+        "name": "weight",
+        "per_input": True,
+        "default": "required",
+        "values": "float",
+        "meaning": METHODS["linear"].parameters[0].doc,
+    }
+
+
+# ------------------------------------------------------------------ eval
+
+
+def fake_perplexity(model: str, text: str, *, window: int | None, stride: int | None) -> Perplexity:
+    """One bit per byte and token for model a; for others twice that, or without bound where there is a window."""
+    del stride
+    factor = 1.0 if model == "a" else 2.0 if window is None else float("inf")
+    bits = len(text) * factor
+    return Perplexity(len(text), len(text), bits * 0.6931471805599453, 2.0**factor, factor)
+
+
+@pytest.fixture
+def judged(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """`eval` of models a and b on two texts, with numbers that are known."""
+    monkeypatch.setattr(runtime, "load_language_model", str)
+    monkeypatch.setattr(evaluate, "perplexity", fake_perplexity)
+    for name, text in (("x.txt", "abc"), ("y.txt", "abcdefgh")):
+        (folder / name).write_text(text)
+    return ["eval", "a", "b", "--text", "x.txt", "--text", "y.txt"]
+
+
+def test_eval_prints_a_row_for_each_model_and_text_and_the_means(judged: list[str]) -> None:
+    assert [line.split() for line in run(*judged).stdout.splitlines()] == [
+        ["model", "text", "tokens", "perplexity", "bits/byte"],
+        ["a", "x.txt", "3", "2", "1.0000"],
+        ["a", "y.txt", "8", "2", "1.0000"],
+        ["a", "mean", "2", "1.0000"],
+        ["b", "x.txt", "3", "4", "2.0000"],
+        ["b", "y.txt", "8", "4", "2.0000"],
+        ["b", "mean", "4", "2.0000"],
+    ]
+
+
+def test_eval_as_json_has_null_for_infinity(judged: list[str]) -> None:
+    first, second = answer(run(*judged, "--json", "--window", "8"))
+    assert (first["model"], first["mean"]["bits_per_byte"]) == ("a", 1.0)
+    assert first["mean"]["perplexity"] == pytest.approx(2.0)
+    assert [text["tokens"] for text in second["texts"]] == [3, 8]
+    assert second["mean"] == {"perplexity": None, "bits_per_byte": None}
+
+
+def test_eval_of_a_file_that_is_no_text(judged: list[str]) -> None:
+    Path("x.txt").write_bytes(b"\xff\xfe")
+    assert "x.txt" in refusal(run(*judged))
+
+
+def test_eval_without_transformers_says_what_to_install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    (folder / "x.txt").write_text("abc")
+    assert 'pip install "mergekit_lfm[models]"' in refusal(run("eval", "a", "--text", "x.txt"))
+
+
+# ------------------------------------------------------------------ processes
+
+
+def sparse(folder: Path, tensors: int = 8, numel: int = 1 << 22) -> None:
+    """A checkpoint of zeros that takes no room on the disk: a header, then a hole."""
+    size = 4 * numel
+    entries = {
+        f"w{i}": {"dtype": "F32", "shape": [numel], "data_offsets": [i * size, (i + 1) * size]} for i in range(tensors)
+    }
+    header = json.dumps(entries).encode()
+    folder.mkdir()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + tensors * size)
+
+
+def start(folder: Path, *arguments: str, stderr: int = subprocess.PIPE) -> subprocess.Popen[str]:
+    """`merge ARGUMENTS` as a process in `folder`."""
+    command = [sys.executable, "-c", MERGE, *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True)
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "b"):
+        sparse(tmp_path / name)
+    (tmp_path / "recipe.yaml").write_text(LINEAR)
+    process = start(tmp_path, "recipe.yaml", "out", "--threads", "1")
+    journal = tmp_path / "out.partial/merge.journal"
+    wait_for(lambda: journal.exists() and journal.stat().st_size > 0)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stdout) == (130, "")
+    assert stderr == "interrupted: what is done is kept in out.partial; run the same command again to go on\n"
+    assert not (tmp_path / "out").exists()
+    monkeypatch.chdir(tmp_path)
+    assert run("merge", "recipe.yaml", "out", "-q").exit_code == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "out", "recipe.yaml"]
+
+
+def test_the_bar_is_shown_on_a_terminal_only(folder: Path) -> None:
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
+    process = start(folder, "recipe.yaml", "out", stderr=theirs)
+    os.close(theirs)
+    shown = b""
+    try:
+        while more := os.read(ours, 4096):
+            shown += more
+    except OSError:  # how Linux says that the other end is closed
+        pass
+    os.close(ours)
+    assert process.communicate(timeout=60)[0] == "out\n"
+    assert b"merging:" in shown and b"wrote 2 tensors" in shown
+    process = start(folder, "recipe.yaml", "out2")
+    stdout, stderr = process.communicate(timeout=60)
+    assert stdout == "out2\n"
+    assert "merging" not in stderr and stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("how", [["-m", "mergekit_lfm"], [str(ROOT / "cli.py")]])
+def test_other_ways_to_start_it(folder: Path, how: list[str]) -> None:
+    command = [sys.executable, *how, "inspect", "a", "--json"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["bytes"] == 68
+
+
+# ------------------------------------------------------------------ sizes
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [("50KB", 50_000), ("5GB", 5 * 10**9), ("1.5 mb", 1_500_000), ("3GiB", 3 << 30), ("1000", 1000), (7, 7)],
+)
+def test_sizes_are_decimal_unless_they_say_otherwise(text: str | int, nbytes: int) -> None:
+    assert parse_size(text) == nbytes
+
+
+@pytest.mark.parametrize("text", ["", "5B", "5G", "-1", "0", "1e9", "GB", "1.2.3MB", "0.1"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="expected a size such as"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1.00 KB"), (99_950, "100 KB"), (999_499, "999 KB"), (999_500, "1.00 MB")],
+)
+def test_sizes_are_written_with_three_digits(nbytes: int, text: str) -> None:
+    assert format_size(nbytes) == text
+    assert format_size(nbytes * 10**15).endswith("TB") or nbytes == 0
