@@ -427,7 +427,8 @@ def test_overwriting_killed_at_every_step_loses_no_output(one: Job) -> None:
     for moment in (5, last_data_write(whole) // 2, *range(last_data_write(whole), len(whole.calls) + 1)):
         one.put("out")
         killed = one.run("--overwrite", kill_at=moment)
-        at_out = snapshot(one.folder / "out") if (one.folder / "out").exists() else {}
+        found = snapshot(one.folder / "out") if (one.folder / "out").exists() else {}
+        at_out = {name: entry for name, entry in found.items() if not name.startswith("merge.replaced")}
         step = f"call {moment}: {killed.calls[-1]}"
         assert at_out == new or is_somewhere(one.folder, one.expected), step
         assert at_out in (new, one.expected) or is_somewhere(one.folder, new), step
