@@ -8,7 +8,7 @@ of its own; its floor, in the same run, reads the merge's inputs to nowhere and 
 plain copy, with as many threads as the merge has and an fsync at the end as it does. Before each, its inputs are read
 into the page cache, the last output is removed, and what is dirty is written back. Numbers are medians; `ratio` is
 (merge - start-up) / floor, where start-up is the same merge of one tiny tensor; it means nothing for small sizes.
-`cold` is a first run, with an empty cache of compiled kernels.
+`cold` is a first run that compiles its kernels, `eager` one that is not allowed to; the others find them in the cache.
 """
 
 from __future__ import annotations
@@ -179,7 +179,8 @@ def floor(folder: Path, method: str, threads: int) -> float:
 def merge(folder: Path, method: str, options: Sequence[str], kernels: Path) -> Cost:
     """One merge as a process of its own."""
     command = [sys.executable, "-m", "mergekit_lfm", "merge", f"{method}.yaml", "out", "--quiet", *options]
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(kernels), "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment |= {"TORCHINDUCTOR_CACHE_DIR": str(kernels / "inductor"), "XDG_CACHE_HOME": str(kernels)}
     started = time.monotonic()
     process = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
@@ -208,7 +209,9 @@ def measure(folder: Path, tiny: Path, method: str, repeats: int, threads: int, o
     with tempfile.TemporaryDirectory(dir=folder) as kernels:
         cache = Path(kernels)
         prepared(folder, method)
-        cold = merge(folder, method, options, cache)
+        cold = merge(folder, method, [*options, "--compile", "always"], cache)
+        prepared(folder, method)
+        eager = merge(folder, method, [*options, "--compile", "never"], cache)
         floors, costs, starts = [], [], []
         for _ in range(repeats):
             prepared(folder, method)
@@ -233,6 +236,7 @@ def measure(folder: Path, tiny: Path, method: str, repeats: int, threads: int, o
         f"{median(costs, lambda c: c.cpu_s):.1f}",
         format_size(max(cost.peak for cost in costs)),
         f"{cold.seconds:.2f}",
+        f"{eager.seconds:.2f}",
     ]
 
 
@@ -292,8 +296,8 @@ def main() -> None:
             write_recipes(place)
         options = ["--threads", str(given.threads), *(["--memory", str(given.memory)] if given.memory else [])]
         print(heading(folder, given.threads, given.repeats, options[2:]), end="\n\n")
-        print("| method | inputs | merge s | start-up s | floor s | ratio | CPU s | peak memory | cold s |")
-        print("|---|--:|--:|--:|--:|--:|--:|--:|--:|")
+        print("| method | inputs | merge s | start-up s | floor s | ratio | CPU s | peak memory | cold s | eager s |")
+        print("|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
         for method in given.methods:
             row = measure(folder, tiny, method, given.repeats, given.threads, options)
             print(f"| {' | '.join(row)} |", flush=True)

@@ -96,7 +96,7 @@ class Blocks:
 
     def part(self, request: Reduction, segment: int) -> Any:
         """The part of one segment, its blocks added in order; None if the request visits none of them."""
-        wanted = (i for i in self.segment(segment) if request.only is None or i in request.only)
+        wanted = (i for i in self.segment(segment) if request.visits(i))
         return added(request, (request.block(self.load(i)) for i in wanted))
 
     def reduce(self, request: Reduction) -> Any:

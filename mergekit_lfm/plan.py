@@ -131,10 +131,11 @@ class Plan:
         return max(1, memory // max([1, *(self.scratch(job) for job in self.tensors)]))
 
     def resident(self, group: Sequence[int]) -> int:
-        """Bytes that one worker holds to read a group once and keep it: its inputs and the scratch."""
+        """Bytes that one worker holds to read a group once and keep it: its inputs, the scratch, and what a search for
+        an order statistic may collect, a 16th of the entries."""
         jobs = [self.tensors[i] for i in group]
         inputs = sum(self.models[m][name].nbytes for job in jobs for m, name in job.read)
-        return inputs + max(self.scratch(job) for job in jobs)
+        return inputs * 9 // 8 + max(self.scratch(job) for job in jobs)
 
     def peak_memory(self, memory: int, threads: int) -> int:
         """An upper bound of the bytes that the engine will hold, at most `memory`. PlanError if that is too little."""

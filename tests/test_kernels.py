@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mergekit_lfm.blocks import Blocks, solved
+from mergekit_lfm.kernels import selection
 from mergekit_lfm.kernels.bits import above, flipped, magnitude_bits, masked, signs
 from mergekit_lfm.kernels.order import NONE, Ranks, largest
 from mergekit_lfm.kernels.random import Coins, key, words
@@ -48,6 +49,16 @@ def kept_by_counting(x: torch.Tensor, counts: list[list[int]], block: int) -> np
     return np.concatenate(parts, axis=1)
 
 
+@pytest.fixture(params=["digits", "bracket", "few collected"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The way in which a rank's value is found; tensors as small as here would be counted by digits."""
+    if request.param != "digits":
+        monkeypatch.setattr(selection, "WORTH", 1)
+        monkeypatch.setattr(selection, "COLLECTED", 1 << 20 if request.param == "bracket" else 3)
+    return str(request.param)
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("block", [1, 7, 64, 1000])
 @pytest.mark.parametrize("values", ["normal", "bfloat16", "equal", "zero", "few", "subnormal", "signs"])
@@ -80,6 +91,37 @@ def test_exactly_k_are_kept_whatever_the_ties(values: list[int], count: int, blo
     mask = kept_by_counting(x, [[count, 0]], block)
     assert mask.sum() == min(count, len(values))
     assert (mask[0] == kept_by_sorting(x[0].numpy(), count)).all()
+
+
+@pytest.mark.parametrize("values", ["normal", "bfloat16", "sorted", "mostly zero", "two"])
+def test_the_bracket_and_the_digits_agree_where_it_pays(values: str) -> None:
+    generator = torch.Generator().manual_seed(8)
+    x = torch.randn(2, selection.WORTH + 12345, generator=generator) * 0.01
+    if values == "bfloat16":
+        x = x.bfloat16().float()
+    elif values == "sorted":  # the sampled blocks are like no others
+        x = x.sort(1).values
+    elif values == "mostly zero":
+        x = x * (x > 0.01)
+    elif values == "two":
+        x = x.sign() * 0.5 + x.abs().round()
+    counts = [[x.shape[1] // 3, x.shape[1] // 50], [x.shape[1] // 2, 1]]
+    found = solved(largest(unit_of(x), counts), blocks_of(x, 1 << 15).reduce)
+    ranks = {(i, k): count for i, row in enumerate(counts) for k, count in enumerate(row)}
+    blocks = blocks_of(x, 1 << 15)
+    digits = solved(selection.by_digits(2, ranks, False), blocks.reduce)
+    assert {key: found[key[0]][key[1]].threshold for key in ranks} == {key: digits[key].bits for key in ranks}
+    assert solved(selection.cuts(digits, True), blocks.reduce) == {
+        (i, k): None if (cut := found[i][k].cut) == x.shape[1] and digits[i, k].ordinal == digits[i, k].equal else cut
+        for i, k in ranks
+    }
+
+
+def test_the_bracket_is_the_way_for_ordinary_deltas() -> None:
+    x = torch.randn(1, 1 << 20, generator=torch.Generator().manual_seed(1)).bfloat16().float()
+    found = solved(selection.by_bracket(x.shape[1], {(0, 0): 300_000}), blocks_of(x, 1 << 16).reduce)
+    assert found[0, 0].bits == int(magnitude_bits(x[0]).sort(descending=True).values[299_999])
+    assert sum(found[0, 0].per_block or []) == found[0, 0].equal > 1
 
 
 def test_without_a_cut_all_that_equal_the_threshold_are_kept() -> None:

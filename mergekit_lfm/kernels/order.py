@@ -11,15 +11,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mergekit_lfm.kernels.bits import above, magnitude_bits
-from mergekit_lfm.kernels.reductions import Digits, Equal, Position, Reduction
+from mergekit_lfm.kernels.reductions import Reduction
+from mergekit_lfm.kernels.selection import by_bracket, by_digits, cuts
 
 if TYPE_CHECKING:
     import torch
 
     from mergekit_lfm.methods.declare import Unit
-
-DIGITS_32 = ((15, 16), (0, 15))  # (shift, width): 31 bits of a float32's magnitude
-DIGITS_64 = ((47, 16), (31, 16), (15, 16), (0, 15))
 
 
 @dataclass(frozen=True)
@@ -80,49 +78,17 @@ class Ranks:
 def largest(
     unit: Unit, counts: Sequence[Sequence[int]], *, exact: bool = True
 ) -> Generator[Reduction, Any, list[list[Largest]]]:
-    """The counts[i][k] largest magnitudes of each input i, as thresholds. counts has the same number of entries per
-    input.
+    """The counts[i][k] largest magnitudes of each input i, as thresholds.
 
     exact=False keeps all that equal the threshold (the convention of the TIES authors' code). K <= 0 keeps nothing,
     K >= numel everything, at no cost.
     """
-    found = [[ALL if k >= unit.numel else NONE for k in row] for row in counts]
-    wanted = [(i, k) for i, row in enumerate(counts) for k, count in enumerate(row) if 0 < count < unit.numel]
-    if not wanted:
-        return found
-    rank = {(i, k): counts[i][k] for i, k in wanted}  # how many of the remaining candidates are kept
-    prefix = dict.fromkeys(wanted, 0)
-    equal = dict.fromkeys(wanted, unit.numel)
-    prefixes = None
-    for shift, width in DIGITS_64 if unit.double else DIGITS_32:
-        histogram = yield Digits(shift, width, prefixes)
-        for i, k in wanted:
-            row = histogram[i, 0 if prefixes is None else k]
-            above = row.flip(0).cumsum(0)  # entries in the top 1, 2, ... bins
-            top = int((above < rank[i, k]).sum())
-            digit = len(row) - 1 - top
-            equal[i, k] = int(row[digit])
-            rank[i, k] -= int(above[top]) - equal[i, k]
-            prefix[i, k] = prefix[i, k] << width | digit
-        prefixes = tuple(tuple(prefix.get((i, k), -1) for k in range(len(row))) for i, row in enumerate(counts))
-    for i, k in wanted:
-        found[i][k] = Largest(threshold=prefix[i, k], cut=unit.numel)
-    split = [key for key in wanted if exact and rank[key] < equal[key]]
-    if split:
-        yield from _cuts(found, {key: rank[key] for key in split}, equal)
-    return found
-
-
-def _cuts(
-    found: list[list[Largest]], rank: dict[tuple[int, int], int], equal: dict[tuple[int, int], int]
-) -> Generator[Reduction, Any, None]:
-    """Set the cuts where only the first rank[i, k] of the entries at the threshold are kept."""
-    per_block = yield Equal(tuple(tuple(e.threshold for e in row) for row in found))
-    for (i, k), ordinal in rank.items():
-        running = per_block[i, k].cumsum(0)
-        assert int(running[-1]) == equal[i, k]
-        block = int((running < ordinal).sum())
-        before = int(running[block - 1]) if block else 0
-        threshold = found[i][k].threshold
-        cut = yield Position(i, threshold, ordinal - before, only=(block,))
-        found[i][k] = Largest(threshold, cut)
+    sets = [[ALL if count >= unit.numel else NONE for count in row] for row in counts]
+    ranks = {(i, k): c for i, row in enumerate(counts) for k, c in enumerate(row) if 0 < c < unit.numel}
+    found = yield from by_bracket(unit.numel, ranks)
+    found |= yield from by_digits(
+        len(counts), {key: rank for key, rank in ranks.items() if key not in found}, unit.double
+    )
+    for key, at in (yield from cuts(found, exact)).items():
+        sets[key[0]][key[1]] = Largest(found[key].bits, unit.numel if at is None else at)
+    return sets

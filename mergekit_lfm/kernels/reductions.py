@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from mergekit_lfm.kernels.bits import as_integers, masked
+from mergekit_lfm.kernels.bits import masked
 
 if TYPE_CHECKING:
     import torch
@@ -20,21 +20,27 @@ if TYPE_CHECKING:
 
 
 class Reduction(Protocol):
-    """Maps a block to a part, adds parts. `only`: the indices of the blocks to visit, None for all."""
+    """Maps a block to a part, and adds parts."""
 
-    @property
-    def only(self) -> tuple[int, ...] | None:
-        """The blocks to visit."""
+    def visits(self, index: int) -> bool:
+        """Whether the block of this number in its tensor is needed."""
 
     def block(self, block: Block) -> Any:
         """The part of one block."""
 
     def add(self, total: Any, part: Any) -> Any:
-        """The parts of two neighbouring runs of blocks as one."""
+        """The parts of two neighbouring runs of blocks as one; may reuse the first."""
 
 
-class _Sum:
-    only: tuple[int, ...] | None = None
+class Everywhere:
+    """A reduction that needs all blocks."""
+
+    def visits(self, _: int) -> bool:
+        return True
+
+
+class Sum(Everywhere):
+    """A reduction whose parts are tensors to be summed."""
 
     def add(self, total: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
         total += part
@@ -42,7 +48,7 @@ class _Sum:
 
 
 @dataclass(frozen=True)
-class Gram(_Sum):
+class Gram(Sum):
     """Inner products of the inputs, float64 [n, n]."""
 
     def block(self, block: Block) -> torch.Tensor:
@@ -57,11 +63,10 @@ class Gram(_Sum):
 
 
 @dataclass(frozen=True)
-class RowGram:
+class RowGram(Everywhere):
     """Inner products of every row of `row` elements, float64 [rows, n, n]. Blocks are whole rows."""
 
     row: int
-    only: tuple[int, ...] | None = None
 
     def block(self, block: Block) -> torch.Tensor:
         return _pairwise(_matrices(block, self.row), dim=-1)
@@ -73,7 +78,7 @@ class RowGram:
 
 
 @dataclass(frozen=True)
-class ColumnGram(_Sum):
+class ColumnGram(Sum):
     """Inner products of every column, float64 [row, n, n], of a matrix with rows of `row` elements. Blocks are whole
     rows."""
 
@@ -117,7 +122,7 @@ def magnitudes(rows: Rows, _: torch.Tensor | None, local: LocalMask) -> tuple[to
 
 
 @dataclass(frozen=True)
-class L1(_Sum):
+class L1(Sum):
     """Sums of magnitudes before and after a mask, float64 [n, 2]."""
 
     mask: Mask
@@ -130,93 +135,7 @@ class L1(_Sum):
 
 
 @dataclass(frozen=True)
-class Digits(_Sum):
-    """Histogram of one digit of the magnitudes' bits, int64 [n, q, bins].
-
-    Counts the elements whose bits above the digit equal prefixes[i][k]; without prefixes all count and q is 1.
-    Reading a magnitude's bits as an integer keeps the order of the values, so a few digits find an order statistic
-    exactly.
-    """
-
-    shift: int
-    width: int
-    prefixes: tuple[tuple[int, ...], ...] | None = None
-
-    def block(self, block: Block) -> torch.Tensor:
-        import torch
-
-        bins = 1 << self.width
-        rows = []
-        for i in range(len(block)):
-            digits = _bits(block, i).bitwise_right_shift_(self.shift)
-            if self.prefixes is None:
-                rows.append(torch.bincount(digits, minlength=bins)[None])
-            else:
-                chosen = [_below(digits, self.width, prefix) for prefix in self.prefixes[i]]
-                rows.append(torch.stack([torch.bincount(part, minlength=bins) for part in chosen]))
-        return torch.stack(rows)
-
-
-def _bits(block: Block, i: int) -> torch.Tensor:
-    """The magnitudes' bits of one row. Row by row and in place, as what fits the processor's cache is twice as fast."""
-    bits = as_integers(block.row(i))
-    return bits.bitwise_and_(0x7FFFFFFF if bits.dtype.itemsize == 4 else 0x7FFFFFFFFFFFFFFF)
-
-
-def _below(digits: torch.Tensor, width: int, prefix: int) -> torch.Tensor:
-    """The low `width` bits of the entries whose higher bits equal `prefix` (none do if it is -1).
-
-    In numpy: choosing by a mask takes 0.07 ms there and 0.45 ms in torch for 2^18 elements (torch 2.13, AVX-512).
-    """
-    import torch
-
-    values = digits.numpy()
-    return torch.from_numpy(values[(values >> width) == prefix] & ((1 << width) - 1))
-
-
-@dataclass(frozen=True)
-class Equal:
-    """How often each magnitude bits[i][k] occurs in every block, int64 [n, q, blocks]."""
-
-    bits: tuple[tuple[int, ...], ...]
-    only: tuple[int, ...] | None = None
-
-    def block(self, block: Block) -> torch.Tensor:
-        import numpy as np
-        import torch
-
-        counts = []
-        for i, values in enumerate(self.bits):
-            bits = _bits(block, i).numpy()
-            counts.append([int(np.count_nonzero(bits == value)) for value in values])
-        return torch.tensor(counts)[..., None]
-
-    def add(self, total: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
-        import torch
-
-        return torch.cat([total, part], -1)
-
-
-@dataclass(frozen=True)
-class Position:
-    """One past the index in its tensor of the `ordinal`-th (from 1) element of input i with magnitude `bits`, in one
-    block."""
-
-    i: int
-    bits: int
-    ordinal: int
-    only: tuple[int, ...] | None
-
-    def block(self, block: Block) -> int:
-        found = (_bits(block, self.i) == self.bits).nonzero()
-        return block.start + int(found[self.ordinal - 1]) + 1
-
-    def add(self, total: int, part: int) -> int:  # noqa: ARG002
-        raise AssertionError("a position lies in one block")
-
-
-@dataclass(frozen=True)
-class SignBalance(_Sum):
+class SignBalance(Sum):
     """The sum of the signs of sum_i weights[i] mask_i x_i over all elements, an int64 scalar."""
 
     weights: tuple[float, ...]

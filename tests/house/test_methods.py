@@ -1,12 +1,36 @@
-"""Every merge method says what it is, where it comes from, and what each of its parameters means."""
+"""Every merge method is found, says what it is, where it comes from, and what each of its parameters means."""
 
 import inspect
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 
+import mergekit_lfm.methods
 from mergekit_lfm.methods import METHODS, REQUIRED, Method, Parameter
 
 PARAMETERS = [pytest.param(m, p, id=f"{m.name}-{p.name}") for m in METHODS.values() for p in m.parameters]
+
+MACHINERY = {"__init__", "declare", "registry"}
+FILES = sorted(path.stem for path in Path(mergekit_lfm.methods.__file__).parent.glob("*.py"))
+
+
+def declared(file: str) -> tuple[Method, ...]:
+    """The methods that a file of the package declares."""
+    found: tuple[Method, ...] = import_module(f"mergekit_lfm.methods.{file}").METHODS
+    return found
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file not in MACHINERY])
+def test_what_a_file_declares_is_registered(file: str) -> None:
+    methods = declared(file)
+    assert isinstance(methods, tuple) and methods
+    assert [method for method in methods if METHODS[method.name] is not method] == []
+
+
+def test_nothing_else_is_registered() -> None:
+    assert set(FILES) > MACHINERY
+    assert sorted(m.name for file in set(FILES) - MACHINERY for m in declared(file)) == list(METHODS)
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=list(METHODS))

@@ -13,7 +13,9 @@ MODULES = sorted([ROOT / "cli.py", *(path for place in PLACES for path in (ROOT 
 PACKAGE = [path for path in MODULES if path.is_relative_to(ROOT / "mergekit_lfm")]
 
 MODULE_LINES = 500
+DOCSTRING_LINES = 10
 FUNCTION_LINES = 60
+LINE_LENGTH = 120
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -45,6 +47,13 @@ def test_functions_fit_a_screen(path: Path) -> None:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     lengths = {f"{f.name}, line {f.lineno}": (f.end_lineno or 0) - f.lineno + 1 for f in functions(tree)}
     assert {where: length for where, length in lengths.items() if length > FUNCTION_LINES} == {}
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=name)
+def test_docstring_of_the_module_is_short(path: Path) -> None:
+    lines = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").splitlines()
+    assert 1 <= len(lines) <= DOCSTRING_LINES
+    assert [line for line in lines if len(line) > LINE_LENGTH] == []
 
 
 @pytest.mark.parametrize("path", PACKAGE, ids=name)

@@ -1,0 +1,108 @@
+"""Sizes that matter: a tensor many times the memory budget, and the headers of a 70-billion-parameter model."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from mergekit_lfm.checkpoint import bytes_of
+from mergekit_lfm.plan import make_plan
+from mergekit_lfm.recipe import Recipe
+from mergekit_lfm.tensors import TensorSpec, encode_header
+
+NUMEL = 600_000_000  # in bfloat16, 1.2 GB
+
+
+def write_large(folder: Path, seed: int) -> None:
+    """A checkpoint whose only tensor has 1.2 GB, written piece by piece."""
+    folder.mkdir()
+    header, _ = encode_header([TensorSpec("w", (NUMEL // 1000, 1000), "bfloat16")], {"format": "pt"})
+    generator = torch.Generator().manual_seed(seed)
+    piece = torch.randn(NUMEL // 60, generator=generator).bfloat16()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(header)
+        for _ in range(60):
+            piece = piece.roll(1)
+            file.write(bytes_of(piece))
+
+
+@pytest.mark.slow
+def test_a_tensor_larger_than_the_budget_is_merged_within_it(tmp_path: Path) -> None:
+    """--memory 300MB and two checkpoints of one 1.2 GB tensor: at most 900 MB resident in all."""
+    write_large(tmp_path / "base", 0)
+    write_large(tmp_path / "tuned", 1)
+    recipe = {
+        "merge_method": "ties",
+        "base_model": "base",
+        "models": [{"model": "tuned", "parameters": {"weight": 1.0, "density": 0.3}}],
+    }
+    (tmp_path / "ties.yaml").write_text(yaml.safe_dump(recipe))
+    command = [sys.executable, "-m", "mergekit_lfm", "merge", "ties.yaml", "out", "--memory", "300MB", "--quiet"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    assert usage.ru_maxrss * 1024 <= 900e6
+
+
+def llama_70b() -> dict[str, tuple[int, ...]]:
+    hidden, middle, layers, vocab, heads = 8192, 28672, 80, 128256, 1024
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
+    for i in range(layers):
+        for name, shape in {
+            "self_attn.q_proj": (hidden, hidden),
+            "self_attn.k_proj": (heads, hidden),
+            "self_attn.v_proj": (heads, hidden),
+            "self_attn.o_proj": (hidden, hidden),
+            "mlp.gate_proj": (middle, hidden),
+            "mlp.up_proj": (middle, hidden),
+            "mlp.down_proj": (hidden, middle),
+            "input_layernorm": (hidden,),
+            "post_attention_layernorm": (hidden,),
+        }.items():
+            shapes[f"model.layers.{i}.{name}.weight"] = shape
+    return shapes | {"model.norm.weight": (hidden,), "lm_head.weight": (vocab, hidden)}
+
+
+def write_headers(folder: Path) -> None:
+    """The files of a 70B model, whose data are holes that take no room on the disk."""
+    folder.mkdir()
+    items = list(llama_70b().items())
+    weight_map = {}
+    for number in range(30):
+        part = items[number * len(items) // 30 : (number + 1) * len(items) // 30]
+        specs = [TensorSpec(name, shape, "bfloat16") for name, shape in part]
+        header, _ = encode_header(specs, {"format": "pt"})
+        name = f"model-{number + 1:05d}-of-00030.safetensors"
+        (folder / name).write_bytes(header)
+        os.truncate(folder / name, len(header) + sum(spec.nbytes for spec in specs))
+        weight_map |= {spec.name: name for spec in specs}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "config.json").write_text('{"model_type": "llama", "dtype": "bfloat16"}')
+
+
+def test_a_70b_model_is_planned_from_its_headers(tmp_path: Path) -> None:
+    names = ("base", "a", "b", "c")
+    for name in names:
+        write_headers(tmp_path / name)
+    recipe = Recipe.parse(
+        {
+            "merge_method": "ties",
+            "base_model": str(tmp_path / "base"),
+            "models": [{"model": str(tmp_path / name)} for name in names[1:]],
+            "parameters": {"weight": [0.2, 0.8], "density": 0.3},
+        }
+    )
+    plan = make_plan(recipe)
+    assert len(plan.tensors) == 723 and plan.bytes_written == 2 * 70_553_706_496
+    assert [shard.name for shard in plan.shards] == [f"model-{i:05d}-of-00030.safetensors" for i in range(1, 31)]
+    assert plan.peak_memory(4_000_000_000, 2) <= 4_000_000_000
+    middle = next(job for job in plan.tensors if "layers.79." in job.name)
+    assert middle.settings.inputs[0]["weight"] == 0.8
