@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mergekit_lfm.blocks import Blocks, solved
 from mergekit_lfm.kernels import selection
-from mergekit_lfm.kernels.bits import above, flipped, magnitude_bits, masked, signs
+from mergekit_lfm.kernels.bits import above, flipped, magnitude_bits, masked, negative
 from mergekit_lfm.kernels.order import NONE, Ranks, largest
 from mergekit_lfm.kernels.random import Coins, key, words
 from mergekit_lfm.kernels.reductions import L1, ColumnGram, Gram, RowGram, SignBalance
@@ -183,7 +183,7 @@ def test_bit_operations() -> None:
     mask = above(magnitude_bits(x), magnitude_bits(torch.tensor([1.75]))[0])
     assert mask.tolist() == [0, -1, 0, 0]
     assert masked(x, mask).tolist() == [0.0, -2.0, 0.0, 0.0]
-    assert flipped(x, signs(x)).tolist() == [1.5, 2.0, 0.0, 0.0]
+    assert flipped(x, negative(x)).tolist() == [1.5, 2.0, 0.0, -0.0]
 
 
 @pytest.mark.parametrize("block", [4, 12, 100])

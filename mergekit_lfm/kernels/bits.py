@@ -33,15 +33,28 @@ def above(bits: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:
 
 def masked(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """x where the mask is all ones, +0 elsewhere."""
+    import torch
+
+    if torch.compiler.is_compiling():
+        return torch.where(mask < 0, x, torch.zeros_like(x))
     bits = as_integers(x)
     return (bits & mask.to(bits.dtype)).view(x.dtype)
 
 
-def signs(x: torch.Tensor) -> torch.Tensor:
-    """The sign bit of each entry and zeros below: what `^` needs to make x non-negative."""
-    return as_integers(x) & (-0x80000000 if x.dtype.itemsize == 4 else -0x8000000000000000)
+def negative(x: torch.Tensor) -> torch.Tensor:
+    """A mask of the entries below zero, to be used by `flipped`."""
+    import torch
+
+    if torch.compiler.is_compiling():
+        return x < 0
+    lowest = -0x80000000 if x.dtype.itemsize == 4 else -0x8000000000000000
+    return as_integers(x + 0.0) & lowest  # the sum makes -0 a +0
 
 
-def flipped(x: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
-    """x with the sign changed where `signs` has the sign bit. Exact."""
-    return (as_integers(x) ^ signs).view(x.dtype)
+def flipped(x: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+    """x with the sign changed where `negative` found another number to be below zero. Exact."""
+    import torch
+
+    if torch.compiler.is_compiling():
+        return torch.where(where, -x, x)
+    return (as_integers(x) ^ where).view(x.dtype)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mergekit_lfm.kernels.bits import flipped, masked, signs
+from mergekit_lfm.kernels.bits import flipped, masked, negative
 from mergekit_lfm.kernels.order import NONE, LocalRanks, Ranks, largest
 from mergekit_lfm.kernels.random import Coins, LocalCoins
 from mergekit_lfm.kernels.reductions import L1, Reduction, SignBalance
@@ -90,7 +90,7 @@ def _elected(
     """
     if not zero_is_positive:
         total = total - SMALLEST[total.dtype.itemsize]  # changes the sign of zero alone
-    elected = signs(total)
+    elected = negative(total)
     agreeing = [flipped(term, elected).clamp(min=0) for term in terms]
     merged = agreeing[0]
     for part in agreeing[1:]:
