@@ -49,12 +49,13 @@ def merge(
     out = out or recipe.output
     if out is None:
         raise PlanError("no output: pass `out`, or give the recipe an `output`")
+    out = _output(out)
     if seed is not None:
         recipe = recipe.model_copy(update={"seed": seed})
     plan = make_plan(recipe, max_shard_size=_bytes(max_shard_size))
     outcome = execute(
         plan,
-        Path(out),
+        out,
         memory=_bytes(memory),
         threads=threads,
         nan=nan,
@@ -71,7 +72,15 @@ def _bytes(size: int | str | None) -> int | None:
 
 def default_output(recipe: Recipe, source: Path) -> Path:
     """Where a recipe's output goes that names no other place."""
-    return Path(recipe.output or Path("merged") / source.stem)
+    return _output(recipe.output or Path("merged") / source.stem)
+
+
+def _output(place: str | PathLike[str]) -> Path:
+    """The path, "~" replaced by the home folder."""
+    try:
+        return Path(place).expanduser()
+    except RuntimeError:
+        raise PlanError(f"output: found {str(place)!r}, which names nobody's home; write the path in full") from None
 
 
 def merge_tensors(
@@ -114,7 +123,6 @@ def merge_tensors(
         numel=tensors[0].numel(),
         shared=shared,
         inputs=inputs,
-        has_base=base is not None,
         keys=tuple(key(seed, name, position) for position in range(len(tensors))),
         double=dtype == torch.float64,
     )
@@ -129,7 +137,12 @@ def merge_tensors(
         block=block_numel(declared, unit),
         dtype=torch.float64 if unit.double else torch.float32,
     )
-    return merged(declared, unit, blocks, dtype).reshape(tensors[0].shape)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # more would add the parts of a sum in another order
+    try:
+        return merged(declared, unit, blocks, dtype).reshape(tensors[0].shape)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _values(

@@ -1,5 +1,4 @@
-"""PyTorch's zip archives (`.bin`, `.pt`) as tables of tensors with file offsets, without torch and without running a
-pickle.
+"""PyTorch's zip archives (`.bin`, `.pt`) as tables of tensors with file offsets. No torch; no pickle is run.
 
 `torch.save` stores every storage uncompressed, so a contiguous tensor is a byte range like one of safetensors. The
 pickle is read by an unpickler that knows the few names a state dict needs and builds nothing but this table.
@@ -7,16 +6,17 @@ pickle is read by an unpickler that knows the few names a state dict needs and b
 
 from __future__ import annotations
 
+import errno
 import pickle
 import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from mergekit_lfm.errors import FormatError
-from mergekit_lfm.tensors import TensorSpec
+from mergekit_lfm.tensors import ITEMSIZE, TensorSpec, naming
 
 _STORAGES = {
     "DoubleStorage": "float64",
@@ -31,6 +31,11 @@ _STORAGES = {
     "BoolStorage": "bool",
 }
 WRAPPERS = ("state_dict", "model", "module")
+# what zipfile and pickle raise, besides errors of their own, on bytes that are no such archive
+_GARBLED = (
+    *(zipfile.BadZipFile, pickle.UnpicklingError, EOFError, ValueError, TypeError),
+    *(AttributeError, LookupError, RuntimeError, OverflowError, MemoryError),
+)
 
 
 class Unreadable(Exception):
@@ -61,8 +66,15 @@ class _Stored:
         return expected == 0 or all(size == 1 or stride == want for size, stride, want in pairs)
 
 
-def _rebuild_tensor(storage: _Storage, first: int, shape: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> _Stored:
-    return _Stored(storage, first, tuple(shape), tuple(stride))
+def _rebuild_tensor(
+    storage: Any, first: int, shape: Any, stride: Any, _grad: Any = None, _hooks: Any = None, lazy: Any = None
+) -> _Stored:
+    """The tensor of `torch._utils._rebuild_tensor_v2`. lazy: marks a conjugation or sign that the bytes lack."""
+    shape, stride = tuple(shape), tuple(stride)
+    natural = all(isinstance(n, int) and n >= 0 for n in (first, *shape, *stride)) and len(shape) == len(stride)
+    if lazy or not natural or not isinstance(storage, _Storage):
+        raise Unreadable(f"a tensor of {storage!r}, {first!r}, {shape!r}, {stride!r}, {lazy!r}")
+    return _Stored(storage, first, shape, stride)
 
 
 def _rebuild_parameter(data: _Stored, *_: Any) -> _Stored:
@@ -109,34 +121,44 @@ def read_archive(path: Path) -> dict[str, tuple[TensorSpec, int]]:
 
     Raises Unreadable where the file is no such archive, or a tensor is no contiguous range of bytes in it.
     """
-    if not zipfile.is_zipfile(path):
-        raise Unreadable("not a zip archive")
+    try:
+        with naming(path):
+            return _table(path)
+    except FormatError:
+        raise
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # zipfile seeks to wherever a garbled table points
+            raise
+        raise Unreadable(str(error)) from None
+    except _GARBLED as error:
+        raise Unreadable(f"{type(error).__name__}: {error}") from None
+
+
+def _table(path: Path) -> dict[str, tuple[TensorSpec, int]]:
     with zipfile.ZipFile(path) as archive, path.open("rb") as file:
         members = {info.filename.partition("/")[2]: info for info in archive.infolist()}
         if "data.pkl" not in members or any(info.compress_type for info in members.values()):
             raise Unreadable("no data.pkl, or compressed members")
         if "byteorder" in members and archive.read(members["byteorder"]) != b"little":
             raise Unreadable("big-endian")
-        try:
-            loaded = _Unpickler(archive.open(members["data.pkl"])).load()
-        except (pickle.UnpicklingError, TypeError, ValueError, EOFError) as error:
-            raise Unreadable(str(error)) from None
+        loaded = _Unpickler(archive.open(members["data.pkl"])).load()
         found: dict[str, tuple[TensorSpec, int]] = {}
         for name, stored in state_dict(loaded, path, _Stored).items():
             info = members.get(f"data/{stored.storage.key}")
             spec = TensorSpec(name, stored.shape, stored.storage.dtype)
             if info is None or not stored.contiguous():
                 raise Unreadable(f"{name} is not contiguous")
-            file.seek(info.header_offset)
-            local = file.read(30)  # the local header: its name and extra field have lengths of their own
-            start = (
-                info.header_offset
-                + 30
-                + int.from_bytes(local[26:28], "little")
-                + int.from_bytes(local[28:30], "little")
-            )
-            first = stored.first * (spec.nbytes // spec.numel) if spec.numel else 0
+            first = stored.first * ITEMSIZE[spec.dtype] if spec.numel else 0
             if first + spec.nbytes > info.file_size:
                 raise FormatError(f"{path}: {name} reaches beyond its storage; the file is damaged")
-            found[name] = (spec, start + first)
+            found[name] = (spec, _data_start(file, info.header_offset) + first)
     return found
+
+
+def _data_start(file: BinaryIO, header: int) -> int:
+    """Where a member's data start: its local header's name and extra field have lengths of their own."""
+    file.seek(header)
+    local = file.read(30)
+    if local[:4] != b"PK\3\4" or len(local) < 30:
+        raise Unreadable(f"no member at byte {header}")
+    return header + 30 + int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")

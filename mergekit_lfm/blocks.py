@@ -6,14 +6,14 @@ same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 
-from mergekit_lfm.kernels.fused import Run, run_eagerly
+from mergekit_lfm.kernels.fused import Run, Step, run_eagerly
 from mergekit_lfm.kernels.reductions import Reduction
 from mergekit_lfm.methods.declare import Coefficients, Elementwise, Method, Unit
 from mergekit_lfm.plan import SEGMENT
@@ -48,7 +48,7 @@ class StoredBlock:
 
     def each(self, function: Elementwise, local: Any, out: torch.dtype | None = None) -> Any:
         """function(rows, base, local), rounded to `out`."""
-        return self.run(function, self.stored, self.stored_base, local, self.dtype, out)
+        return self.run(Step(function, self.stored, self.stored_base, local, self.dtype, out))
 
     def finite(self) -> bool:
         """Whether all that is stored is finite."""
@@ -106,10 +106,19 @@ class Blocks:
 
 def added(request: Reduction, parts: Iterator[Any]) -> Any:
     """The parts that there are, added in the given order; None without any."""
-    total = None
-    for part in parts:
-        if part is not None:
-            total = part if total is None else request.add(total, part)
+    return in_order(request, enumerate(parts))
+
+
+def in_order(request: Reduction, parts: Iterable[tuple[int, Any]]) -> Any:
+    """The parts (index, part) that there are, added by index in whatever order they come, as soon as they can be."""
+    total, turn, waiting = None, 0, dict[int, Any]()
+    for index, part in parts:
+        waiting[index] = part
+        while turn in waiting:
+            ready = waiting.pop(turn)
+            turn += 1
+            if ready is not None:
+                total = ready if total is None else request.add(total, ready)
     return total
 
 

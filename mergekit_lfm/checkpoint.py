@@ -28,11 +28,14 @@ if TYPE_CHECKING:
 # file names in the order of preference, as transformers has it
 SINGLE = ("model.safetensors", "pytorch_model.bin")
 INDEX = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 ARCHIVES = (".bin", ".pt", ".pth")
 
 
 class WeightFile:
     """One file of tensors that lie in it as plain byte ranges."""
+
+    fallback = False  # whether its tensors are mapped or held in memory instead of read by position
 
     def __init__(self, path: Path, tensors: dict[str, tuple[TensorSpec, int]], data_start: int) -> None:
         self.path, self.tensors, self.data_start = path, tensors, data_start
@@ -41,11 +44,16 @@ class WeightFile:
         self._lock, self._fd = Lock(), -1
 
     def fileno(self) -> int:
-        """A descriptor open for reading, closed with this object."""
+        """A descriptor open for reading, closed with this object. FormatError if the file is not as it was read."""
         with self._lock:
             if self._fd < 0:
-                self._fd = os.open(self.path, os.O_RDONLY)
-                weakref.finalize(self, os.close, self._fd)
+                fd = os.open(self.path, os.O_RDONLY)
+                status = os.fstat(fd)
+                if (status.st_size, status.st_mtime_ns) != (self.nbytes, self.mtime_ns):
+                    os.close(fd)
+                    raise FormatError(f"{self.path} was changed since the merge was planned; merge again")
+                self._fd = fd
+                weakref.finalize(self, os.close, fd)
             return self._fd
 
     def offset(self, name: str) -> int | None:
@@ -58,8 +66,9 @@ class WeightFile:
 
 
 class LoadedFile(WeightFile):
-    """A file whose tensors are no byte ranges (strided, or saved before PyTorch 1.6): torch maps it, or holds it in
-    memory."""
+    """A file whose tensors are no byte ranges (strided, or saved before PyTorch 1.6): torch maps or holds it."""
+
+    fallback = True
 
     def __init__(self, path: Path) -> None:
         import torch
@@ -74,15 +83,45 @@ class LoadedFile(WeightFile):
             raise FormatError(
                 f"{path}: not a checkpoint that can be loaded safely ({reason}); save its state_dict anew"
             ) from None
-        self.held = state_dict(loaded, path, torch.Tensor)
-        specs = {n: TensorSpec(n, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in self.held.items()}
+        held: dict[str, torch.Tensor] = state_dict(loaded, path, torch.Tensor)
+        specs = {n: TensorSpec(n, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in held.items()}
+        for name, tensor in held.items():
+            if tensor.layout != torch.strided or tensor.device.type != "cpu" or specs[name].dtype not in ITEMSIZE:
+                raise FormatError(
+                    f"{path}: {name} is a {tensor.layout} tensor of {tensor.dtype} on {tensor.device}, expected a "
+                    f"dense one of {', '.join(ITEMSIZE)}; convert it and save the state_dict anew"
+                )
+        self.held = {name: tensor.detach().resolve_conj().resolve_neg() for name, tensor in held.items()}
         super().__init__(path, {name: (spec, 0) for name, spec in specs.items()}, data_start=0)
 
     def offset(self, name: str) -> int | None:  # noqa: ARG002
         return None
 
     def read_into(self, name: str, start: int, into: memoryview) -> None:
-        into[:] = bytes_of(self.held[name].contiguous())[start : start + len(into)]
+        """Fill `into` with the tensor's bytes from byte `start` on; both are whole elements."""
+        import torch
+
+        tensor = self.held[name]
+        if len(into):
+            _gather(tensor, start // tensor.itemsize, torch.frombuffer(into, dtype=tensor.dtype))
+
+
+def _gather(tensor: torch.Tensor, start: int, into: torch.Tensor) -> None:
+    """Fill `into` [n] with the flattened tensor's elements from `start` on, without a copy of the whole tensor."""
+    if tensor.is_contiguous():
+        into.copy_(tensor.view(-1)[start : start + len(into)])
+        return
+    row, done = tensor[0].numel(), 0
+    while done < len(into):
+        i, at = divmod(start + done, row)
+        rows = 0 if at else (len(into) - done) // row
+        n = rows * row or min(row - at, len(into) - done)
+        part = into[done : done + n]
+        if rows:
+            part.view(rows, *tensor.shape[1:]).copy_(tensor[i : i + rows])
+        else:
+            _gather(tensor[i], at, part)
+        done += n
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
@@ -119,6 +158,10 @@ def _weight_paths(folder: Path) -> tuple[list[Path], dict[str, str]]:
         names = " and ".join(path.name for path in chosen)
         raise FormatError(f"{folder} has both {names}: one of them is left from an earlier save; remove it")
     if not chosen:
+        if any((folder / name).exists() for name in ADAPTER):
+            raise FormatError(
+                f"{folder} holds an adapter and no model: merge it into its model first (peft's merge_and_unload)"
+            )
         others = sorted(folder.glob("*.safetensors"))
         if len(others) != 1:
             found = f"{len(others)} other .safetensors files" if others else "no .safetensors files"
@@ -140,8 +183,10 @@ def _weight_paths(folder: Path) -> tuple[list[Path], dict[str, str]]:
 
 
 class Checkpoint(Mapping[str, TensorSpec]):
-    """A model's tensors by name, in the order of the files and of their bytes. Raises FormatError where it is
-    damaged."""
+    """A model's tensors by name, in the order of the files and of their bytes.
+
+    Raises FormatError where it is damaged.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -204,7 +249,7 @@ class Checkpoint(Mapping[str, TensorSpec]):
             return {}
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise FormatError(f"{path} is not JSON ({error}); fetch it again") from None
         if not isinstance(config, dict):
             raise FormatError(f"{path}: expected an object, found a {type(config).__name__}")
@@ -212,8 +257,7 @@ class Checkpoint(Mapping[str, TensorSpec]):
 
     @cached_property
     def identity(self) -> list[dict[str, Any]]:
-        """What tells this checkpoint from another without reading its data: per file a digest of the header, size,
-        time."""
+        """What tells this checkpoint from another, the data unread: per file a digest of the header, size, time."""
         return [
             {
                 "file": file.path.name,

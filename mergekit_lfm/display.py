@@ -80,6 +80,7 @@ def plan_text(plan: Plan, facts: dict[str, Any], verbose: bool) -> str:
         ("plan", plan.digest),
     ]
     lines = [table(rows)]
+    lines += [f"held beside the memory budget, its tensors are no byte ranges: {file}" for file in plan.held]
     lines += [f"dropped: {model}: {tensor}: {reason}" for model, tensor, reason in plan.dropped]
     if verbose:
         lines += ["", table([("tensor", "shape", "dtype", "method"), *map(_tensor_row, plan.tensors)])]

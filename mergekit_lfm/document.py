@@ -1,14 +1,27 @@
 """One YAML document, read strictly: a key that is given twice is an error, and errors have their line and column."""
 
+from typing import Any
+
 import yaml
 
 from mergekit_lfm.errors import PlanError
 
 
+class _Loader(yaml.SafeLoader):
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, AttributeError, OverflowError) as error:  # a date such as 2024-13-45
+            problem = (
+                f"found {node.value!r:.60}, which is no {node.tag.rpartition(':')[2]} ({error}); quote what is text"
+            )
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from error
+
+
 def read_yaml(text: str, label: str) -> object:
     """The one document in `text`. PlanError with line and column for bad syntax and for a key that is given twice."""
     try:
-        loader = yaml.SafeLoader(text)
+        loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
             raise PlanError(f"{label}: it is empty, expected a recipe with merge_method and models")

@@ -2,8 +2,7 @@
 
 
 class FormatError(ValueError):
-    """A file is not what it claims to be: truncated, overlapping, of an unknown dtype, or a pointer instead of
-    weights."""
+    """A file is not what it claims to be: truncated, overlapping, of an unknown dtype, or a pointer to the weights."""
 
 
 class PlanError(ValueError):

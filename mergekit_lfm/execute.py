@@ -7,43 +7,30 @@ share. The bytes are the same in each case: sums run over constant blocks in a c
 
 from __future__ import annotations
 
-import ctypes
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from threading import Event
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any
 
 import torch
 import xxhash
 
-from mergekit_lfm.blocks import Blocks, Read, StoredBlock, added, apply_to, finite, solved
-from mergekit_lfm.checkpoint import Checkpoint, bytes_of
-from mergekit_lfm.errors import FormatError, PlanError
-from mergekit_lfm.kernels.fused import Kernels, Mode
+from mergekit_lfm.blocks import Blocks, Read, StoredBlock, apply_to, finite, in_order, solved
+from mergekit_lfm.checkpoint import bytes_of
+from mergekit_lfm.errors import FormatError
+from mergekit_lfm.kernels.fused import Kernels, Mode, run_eagerly
 from mergekit_lfm.kernels.reductions import Reduction
-from mergekit_lfm.machine import default_memory, default_threads, free_space, occupied
+from mergekit_lfm.machine import default_memory, default_threads
 from mergekit_lfm.methods import METHODS
 from mergekit_lfm.methods.declare import Coefficients
 from mergekit_lfm.plan import BLOCK, Job, Plan
-from mergekit_lfm.provenance import documents
+from mergekit_lfm.pool import Executor, Stopped, thread_pool
+from mergekit_lfm.preflight import allow_many_files, check_copies, check_disk, keep_freed_memory
+from mergekit_lfm.provenance import documents, public_names
 from mergekit_lfm.tensors import FLOATS, ITEMSIZE
-from mergekit_lfm.writer import Output, Receipt, check_destination, clear_replaced, finish, partial_of
-
-T = TypeVar("T")
-R = TypeVar("R")
-Policy = Literal["error", "warn"]
-
-
-class Executor(Protocol):
-    """An unordered map: all that an engine has to offer."""
-
-    def __call__(self, run: Callable[[T], R], tasks: Iterable[T]) -> Iterator[R]:
-        """The results as they come."""
+from mergekit_lfm.writer import Output, Policy, Receipt, already_there, finish
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,36 +42,6 @@ class Outcome:
     resumed_bytes: int = 0
     warnings: tuple[str, ...] = ()
     seconds: float = 0.0
-
-
-class Stopped(Exception):
-    """Another worker failed, or the user interrupted: this one stops at its next block."""
-
-
-@contextmanager
-def thread_pool(count: int, stop: Event) -> Iterator[Executor]:
-    """An executor on `count` threads. Leaving it by an exception sets `stop` and waits for the workers to notice."""
-    before = torch.get_num_threads()
-    pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
-
-    def unordered(run: Callable[[T], R], tasks: Iterable[T]) -> Iterator[R]:
-        queue, running = iter(tasks), set[Future[R]]()
-        while True:
-            running |= {pool.submit(run, task) for task in islice(queue, 2 * count - len(running))}
-            if not running:
-                return
-            done, running = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
-                yield future.result()
-
-    try:
-        yield unordered
-    except BaseException:
-        stop.set()
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(before)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,22 +64,50 @@ class Run:
     nan: Policy
     progress: Callable[[int], None]
     kernels: Kernels
+    names: tuple[str, ...]
     stop: Event = field(default_factory=Event)
 
     def blocks(self, job: Job, resident: bool = False) -> Blocks:
         """The job's inputs, read from the files block by block or held in memory."""
-        models = self.plan.models
-        readers = {
-            (model, name): _held(models[model], name) if resident else _streamed(models[model], name, job.block)
-            for model, name in job.read
-        }
+        readers = {source: self._reader(source, None if resident else job.block) for source in job.read}
         base = readers[job.base] if job.base else None
         sources = [readers[source] for source in job.sources]
         return Blocks(sources, base, job.spec.numel, job.block, getattr(torch, job.compute), self.kernels)
 
+    def _reader(self, source: tuple[int, str], block: int | None) -> Read:
+        """Reads ranges of up to `block` elements into a buffer that the next call overwrites, or once the whole."""
+        model, name = self.plan.models[source[0]], source[1]
+        whole = model.read(name) if block is None else None
+        buffer = torch.empty(min(block or 0, model[name].numel), dtype=getattr(torch, model[name].dtype))
+
+        def read(start: int, stop: int) -> torch.Tensor:
+            if self.stop.is_set():
+                raise Stopped
+            if whole is not None:
+                return whole[start:stop]
+            part = buffer[: stop - start]
+            model.read_into(name, start, bytes_of(part))
+            return part
+
+        return read
+
     def missing(self, job: Job) -> tuple[int, ...]:
         """The segments that the journal does not vouch for."""
         return tuple(s for s in range(job.segments) if (job.name, s) not in self.output.done)
+
+    def take_over(self) -> int:
+        """The bytes that an earlier run has written, of which the progress is told; its findings are this run's."""
+        for receipt in self.output.done.values():
+            for where in receipt.nonfinite:
+                self._not_finite(where)
+        done = sum(
+            job.segment_nbytes(s)
+            for job in self.plan.tensors
+            for s in range(job.segments)
+            if s not in self.missing(job)
+        )
+        self.progress(done)
+        return done
 
     def do(self, work: Work) -> None:
         """Merge or copy the segments of `work`, write them, and note the receipts."""
@@ -140,20 +125,19 @@ class Run:
 
     def reduce(self, job: Job, request: Reduction, segment: int) -> Any:
         """One segment's part of a reduction, read from the files."""
-        if self.stop.is_set():
-            raise Stopped
         return self.blocks(job).part(request, segment)
 
     def _merge(self, job: Job, blocks: Blocks, coefficients: Coefficients | None, segment: int) -> None:
         method, dtype, size = METHODS[job.method], getattr(torch, job.dtype), ITEMSIZE[job.dtype]
         digest, nbytes, bad = xxhash.xxh3_128(), 0, set[str]()
         for i in blocks.segment(segment):
-            if self.stop.is_set():
-                raise Stopped
             assert coefficients is not None
             block = blocks.load(i)
             merged = apply_to(block, method, coefficients, dtype)
-            bad |= self._check(job, block, merged)
+            if found := self._check(job, block, merged):
+                bad |= found
+                block.run = run_eagerly  # compiled code may give NaN other bits
+                merged = apply_to(block, method, coefficients, dtype)
             data = bytes_of(merged)
             self.output.write(job, block.start * size, data)
             digest.update(data)
@@ -182,7 +166,7 @@ class Run:
                 self.output.write(job, start, data)
             digest.update(data)
             if job.dtype in FLOATS and not finite(raw.view(getattr(torch, job.dtype))):
-                bad.add(self._not_finite(f"{name} of {self.plan.labels[model]}"))
+                bad.add(self._not_finite(f"{name} of {self.names[model]}"))
             self.progress(len(data))
         self.output.record(Receipt(job.name, segment, digest.hexdigest(), tuple(sorted(bad))), last - first)
 
@@ -191,7 +175,7 @@ class Run:
         if block.finite() and finite(merged):
             return set()
         inputs = [
-            f"{name} of {self.plan.labels[model]}"
+            f"{name} of {self.names[model]}"
             for model, name in job.read
             if not finite(self.plan.models[model].read(name, block.start, block.start + len(merged)))
         ]
@@ -203,24 +187,6 @@ class Run:
                 f"{where} holds NaN or infinity; repair the model, or use --nan warn, which notes it in the lock"
             )
         return where
-
-
-def _streamed(model: Checkpoint, name: str, block: int) -> Read:
-    """Reads element ranges of up to `block` from the file into one buffer, which the next call overwrites."""
-    buffer = torch.empty(min(block, model[name].numel), dtype=getattr(torch, model[name].dtype))
-
-    def read(start: int, stop: int) -> torch.Tensor:
-        part = buffer[: stop - start]
-        model.read_into(name, start, bytes_of(part))
-        return part
-
-    return read
-
-
-def _held(model: Checkpoint, name: str) -> Read:
-    """Reads the whole tensor once."""
-    whole = model.read(name)
-    return lambda start, stop: whole[start:stop]
 
 
 def execute(
@@ -244,27 +210,31 @@ def execute(
     complete.
     """
     started = time.monotonic()
-    if check_destination(plan, out, overwrite):
-        clear_replaced(out)
+    place = out.resolve()
+    if already_there(plan, place, overwrite=overwrite, rebuild=overwrite and not resume, nan=nan):
         return Outcome(out, already_there=True)
-    if resume and finish(plan, out):
+    if resume and finish(plan, place):
         return Outcome(out, resumed_bytes=plan.bytes_written, seconds=time.monotonic() - started)
     budget = memory or default_memory()
     count = threads or min(default_threads(), plan.most_threads(budget))
     plan.peak_memory(budget, count)
-    _check_copies(plan)
-    _check_disk(plan, out)
-    _keep_freed_memory()
-    with Output(plan, out, resume) as output:
-        resumed = sum(
-            _segment_bytes(job, s) for job in plan.tensors for s in range(job.segments) if (job.name, s) in output.done
+    check_copies(plan)
+    check_disk(plan, place)
+    keep_freed_memory()
+    allow_many_files()
+    blocks = sum(job.spec.numel // BLOCK for job in plan.tensors if not job.copied)
+    with Output(plan, place, resume) as output, Kernels(compile, blocks, BLOCK, count) as kernels:
+        names = public_names(plan.labels)
+        run = Run(
+            plan,
+            output,
+            share=budget // count,
+            nan=nan,
+            progress=progress or (lambda _: None),
+            kernels=kernels,
+            names=tuple(names[label] for label in plan.labels),
         )
-        kernels = Kernels(compile, sum(j.spec.numel // BLOCK for j in plan.tensors if not j.copied), BLOCK, count)
-        run = Run(plan, output, budget // count, nan, progress or (lambda _: None), kernels)
-        for receipt in output.done.values():
-            for where in receipt.nonfinite:
-                run._not_finite(where)
-        run.progress(resumed)
+        resumed = run.take_over()
         try:
             with thread_pool(count, run.stop) as executor:
                 _carry_out(run, executor)
@@ -277,8 +247,7 @@ def execute(
 
 
 def _carry_out(run: Run, executor: Executor) -> None:
-    """All tasks that need no barrier, heavy ones first and then in file order; then the groups that take several
-    passes."""
+    """First all tasks that need no barrier, heavy ones first, then in file order; then what takes several passes."""
     plan = run.plan
     alone: list[Work] = []
     shared: list[list[Job]] = []
@@ -307,9 +276,8 @@ def _in_passes(run: Run, executor: Executor, jobs: Sequence[Job]) -> None:
     tasks = [(job, segment) for job in jobs for segment in range(job.segments)]
 
     def over(request: Reduction) -> Any:
-        indices = range(len(tasks))
-        parts: dict[int, Any] = dict(executor(lambda i: (i, run.reduce(tasks[i][0], request, tasks[i][1])), indices))
-        return added(request, (parts[i] for i in indices))
+        parts = executor(lambda i: (i, run.reduce(tasks[i][0], request, tasks[i][1])), range(len(tasks)))
+        return in_order(request, parts)
 
     method = METHODS[jobs[0].method]
     coefficients = solved(method.solve(run.plan.unit(jobs)), over)
@@ -320,53 +288,3 @@ def _in_passes(run: Run, executor: Executor, jobs: Sequence[Job]) -> None:
 
 def _no_sums(_: Reduction) -> Any:
     raise AssertionError("the plan says that this solve asks for nothing")
-
-
-def _segment_bytes(job: Job, segment: int) -> int:
-    first = segment * job.segment_numel
-    return (min(job.spec.numel, first + job.segment_numel) - first) * ITEMSIZE[job.dtype]
-
-
-def _check_copies(plan: Plan) -> None:
-    """Tensors that are copied must be the same in all models. They are compared before anything is written."""
-    wrong = [
-        f"{job.spec} differs between {plan.labels[job.sources[0][0]]} and {plan.labels[model]}"
-        for job in plan.tensors
-        if job.copied
-        for model, name in job.sources[1:]
-        if not _same_bytes(plan, job.sources[0], (model, name), job.nbytes)
-    ]
-    if wrong:
-        raise PlanError("tensors that are not floating are copied, so they must be equal:\n  " + "\n  ".join(wrong))
-
-
-def _same_bytes(plan: Plan, one: tuple[int, str], other: tuple[int, str], nbytes: int) -> bool:
-    step = 1 << 22
-    sides = [(plan.models[model].file_of(name), name, bytearray(min(step, nbytes))) for model, name in (one, other)]
-    for start in range(0, nbytes, step):
-        for file, name, buffer in sides:
-            file.read_into(name, start, memoryview(buffer)[: nbytes - start])
-        if sides[0][2] != sides[1][2]:
-            return False
-    return True
-
-
-def _check_disk(plan: Plan, out: Path) -> None:
-    needed = sum(shard.nbytes for shard in plan.shards) - occupied(partial_of(out))
-    if needed > free_space(out):
-        free = free_space(out) / 1e9
-        raise PlanError(f"{out} needs {needed / 1e9:,.3g} GB more, the disk has {free:,.3g} GB free; make room")
-
-
-def _keep_freed_memory() -> None:
-    """Tell glibc to keep freed blocks for the next ones instead of returning them to the kernel.
-
-    Every block allocates a few MB and frees them; with glibc's defaults each is paged in anew, which doubles the time
-    of elementwise operations (measured on glibc 2.36: 1.2 ms against 0.6 ms for a mask of 2^18 elements).
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return
-    mallopt(-1, 256 << 20)  # M_TRIM_THRESHOLD
-    mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD

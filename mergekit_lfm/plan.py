@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +31,19 @@ from mergekit_lfm.tensors import FLOATS, ITEMSIZE, TensorSpec
 BLOCK = 1 << 18  # elements; every sum runs over blocks of this size, whatever the memory or the number of threads
 SEGMENT = 64  # blocks; the unit of digests and of resumption, and of parallel work within a large tensor
 
-# Buffers that loaders compute from the config. Some checkpoints carry them, others of the same model do not.
+# Buffers that loaders compute from the config: integers that some checkpoints carry and others of the same model do
+# not, and floats that are not parameters, and so are no more merged than integers.
 RECOMPUTED = re.compile(r"(rotary_emb\.inv_freq|attn\.masked_bias|\.attn\.bias|embeddings\.position_ids)$")
+CONSTANTS = re.compile(r"(rotary_emb\.inv_freq|attn\.masked_bias)$")
 HEAD = "lm_head.weight"
 EMBEDDINGS = ("model.embed_tokens.weight", "transformer.wte.weight", "gpt_neox.embed_in.weight")
-TAGALONG = re.compile(r"\.(json|jsonl|txt|model|jinja|py|tiktoken|spm|bpe)$")
-NOT_TAGALONG = re.compile(
-    r"\.index\.json$|^(merge\.lock|trainer_state|adapter_config|all_results|train_results|eval_results)\.json$"
+# What goes beside the weights: configs, tokenizers, processors, templates and the code that a config may name.
+TAGALONG = re.compile(
+    r"^(config|generation_config|.*token.*|vocab|merges|.*(processor|preprocessor|feature_extractor).*|modules|"
+    r"config_sentence_transformers|sentence_bert_config|chat_template|special_tokens_map|id2label|labels)\.(json|txt)$"
+    r"|\.(jinja|py|tiktoken|spm|bpe)$|^(tokenizer|spiece|sentencepiece.*|.*token.*)\.model$"
 )
-SIDE_FOLDERS = {"original", "onnx", "openvino", "runs", "logs"}
+TAGALONG_BYTES = 100_000_000  # the largest that is taken for one; tokenizers have up to 40 MB
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +83,11 @@ class Job:
         """How many segments the tensor has; an empty tensor has one."""
         return max(1, -(-self.spec.numel // self.segment_numel))
 
+    def segment_nbytes(self, segment: int) -> int:
+        """Bytes of one segment in the output."""
+        first = segment * self.segment_numel
+        return (min(self.spec.numel, first + self.segment_numel) - first) * ITEMSIZE[self.dtype]
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -104,11 +114,16 @@ class Plan:
     def bytes_read(self) -> int:
         return sum(self.models[m][name].nbytes for job in self.tensors for m, name in job.read)
 
+    @property
+    def held(self) -> tuple[Path, ...]:
+        """The input files that torch maps, or holds beside the budget, as their tensors are no byte ranges."""
+        return tuple(file.path for model in self.models for file in model.files if file.fallback)
+
     @cached_property
     def digest(self) -> str:
         """xxh3-128 of all that determines the output's bytes: not of threads, memory, NaN policy or device."""
         facts = {
-            "version": __version__,
+            "versions": [__version__, version("torch")],
             "method": [self.recipe.merge_method, METHODS[self.recipe.merge_method].version],
             "recipe": self.recipe.normalised(),
             "inputs": [model.identity for model in self.models],
@@ -131,11 +146,10 @@ class Plan:
         return max(1, memory // max([1, *(self.scratch(job) for job in self.tensors)]))
 
     def resident(self, group: Sequence[int]) -> int:
-        """Bytes that one worker holds to read a group once and keep it: its inputs, the scratch, and what a search for
-        an order statistic may collect, a 16th of the entries."""
+        """Bytes that one worker holds to read a group once: inputs, scratch, and what order statistics may collect."""
         jobs = [self.tensors[i] for i in group]
         inputs = sum(self.models[m][name].nbytes for job in jobs for m, name in job.read)
-        return inputs * 9 // 8 + max(self.scratch(job) for job in jobs)
+        return inputs * 5 // 4 + max(self.scratch(job) for job in jobs)
 
     def peak_memory(self, memory: int, threads: int) -> int:
         """An upper bound of the bytes that the engine will hold, at most `memory`. PlanError if that is too little."""
@@ -169,6 +183,7 @@ class Plan:
                 {"file": shard.name, "tensors": len(shard.tensors), "bytes": shard.nbytes} for shard in self.shards
             ],
             "files": [path.name for path in self.files],
+            "held": [str(file) for file in self.held],
             "dropped": [{"model": m, "tensor": t, "reason": why} for m, t, why in self.dropped],
             "digest": self.digest,
         }
@@ -178,6 +193,8 @@ def make_plan(recipe: Recipe, *, max_shard_size: int | None = None) -> Plan:
     """The plan of a recipe. Raises PlanError with all that does not fit, FormatError where a checkpoint is damaged."""
     models = tuple(open_checkpoint(model.path) for model in recipe.all_models)
     labels = tuple(model.label for model in recipe.all_models)
+    for model in models:
+        _ = model.config  # a config that cannot be read shows here
     index = {model: i for i, model in enumerate(recipe.all_models)}
     inputs = tuple(index[model] for model in recipe.inputs)
     base = None if recipe.base is None or recipe.method.base in ("member", "first") else index[recipe.base]
@@ -218,33 +235,48 @@ def _match(
     """
     first = models[template]
     names: dict[str, dict[int, str]] = {name: {} for name in first}
+    templates = {name for name in first if _is_templates(name, models)}
     dropped: list[tuple[str, str, str]] = []
     missing: list[str] = []
     extra: list[str] = []
     for i, (model, label) in enumerate(zip(models, labels, strict=True)):
+        embedding = next((e for e in EMBEDDINGS if e in model), None)
+        tied = bool(model.config.get("tie_word_embeddings"))
         for name in first:
-            embedding = next((e for e in EMBEDDINGS if e in model), None)
-            if name in model:
+            if name in templates and i != template:
+                dropped += (
+                    [(label, name, "a buffer that loaders recompute; the template's is kept")] if name in model else []
+                )
+            elif name in model:
                 names[name][i] = name
-            elif name == HEAD and model.config.get("tie_word_embeddings") and embedding:
+            elif name == HEAD and tied and embedding:
                 names[name][i] = embedding
-            elif not RECOMPUTED.search(name):
+            else:
                 missing.append(f"{label} lacks {first[name]}, which {labels[template]} has")
-        for name in model:
-            if name in names:
-                continue
+        for name in (name for name in model if name not in names):
             if RECOMPUTED.search(name):
-                dropped.append((label, name, "a buffer that loaders recompute, absent from " + labels[template]))
-            elif name == HEAD and model.config.get("tie_word_embeddings"):
+                dropped.append((label, name, "a buffer that loaders recompute, which the template lacks"))
+            elif name == HEAD and tied:
                 dropped.append((label, name, "tied to the embedding by the model's config"))
             else:
                 extra.append(f"{label} has {model[name]}, which {labels[template]} lacks")
+        if HEAD in first and HEAD in model and first.config.get("tie_word_embeddings") and not tied:
+            extra.append(
+                f"{label} has a {HEAD} of its own, but the config of {labels[template]} ties it to the embedding, so "
+                "loaders would not use the merged one: take an untied model as the base"
+            )
     wrong = missing + extra + _misshapen(models, labels, template, names)
     if wrong:
         raise PlanError(
             _several("the checkpoints differ", wrong) + "\nMerge models of one architecture and vocabulary."
         )
     return names, tuple(dropped)
+
+
+def _is_templates(name: str, models: Sequence[Checkpoint]) -> bool:
+    """Whether the template's tensor is kept, whatever the others have."""
+    everywhere = all(name in model for model in models)
+    return bool(RECOMPUTED.search(name)) and (not everywhere or bool(CONSTANTS.search(name)))
 
 
 def _misshapen(
@@ -285,8 +317,10 @@ def _job(
     read = sources if base_source is None else (*sources, base_source)
     dtypes = [models[i][name].dtype for i, name in read]
     settings = recipe.settings(spec.name, layer)
-    partial = len(read) < len(inputs) + (base is not None)  # a buffer that some models lack is another's
-    if partial or not all(dtype in FLOATS for dtype in dtypes):
+    lone = len(names) == 1 < len(models)  # a buffer of which the template's is kept
+    if lone:
+        read, dtypes = tuple(names.items()), [spec.dtype]
+    if lone or not all(dtype in FLOATS for dtype in dtypes):
         if len(set(dtypes)) > 1:
             found = ", ".join(f"{dtype} in {labels[i]}" for dtype, (i, _) in zip(dtypes, read, strict=True))
             raise PlanError(
@@ -314,8 +348,7 @@ def block_numel(method: Method, unit: Unit) -> int:
 
 
 def _needs_sums(method: Method, unit: Unit) -> bool:
-    """Whether the solve asks for reductions. It runs up to the first, so what it finds wrong with the weights shows
-    here."""
+    """Whether the solve asks for reductions. What it finds wrong with the weights before it does is raised here."""
     try:
         next(method.solve(unit))
     except StopIteration:
@@ -336,7 +369,6 @@ def _unit(jobs: Sequence[Job], seed: int) -> Unit:
         numel=sum(job.spec.numel for job in jobs),
         shared=first.settings.shared,
         inputs=first.settings.inputs,
-        has_base=first.base is not None,
         keys=tuple(key(seed, first.name, position) for position in range(len(first.sources))),
         double=first.compute == "float64",
     )
@@ -378,15 +410,11 @@ def _groups(recipe: Recipe, jobs: Sequence[Job]) -> tuple[tuple[int, ...], ...]:
 
 
 def _tagalong(folder: Path) -> tuple[Path, ...]:
-    """The template's config, tokenizer, processor, template and code files, relative to it."""
+    """The template's files that go beside the weights, and those of the modules that sentence-transformers lists."""
     if not folder.is_dir():
         return ()
-    return tuple(sorted(path for path in _small_files(folder)))
-
-
-def _small_files(folder: Path) -> Iterator[Path]:
-    for path in folder.iterdir():
-        if path.is_file() and TAGALONG.search(path.name) and not NOT_TAGALONG.search(path.name):
-            yield path
-        elif path.is_dir() and not path.name.startswith((".", "checkpoint-")) and path.name not in SIDE_FOLDERS:
-            yield from (p for p in path.iterdir() if p.is_file() and TAGALONG.search(p.name))
+    found = [path for path in folder.iterdir() if TAGALONG.search(path.name)]
+    if (folder / "modules.json").exists():
+        folders = [entry.get("path") for entry in json.loads((folder / "modules.json").read_text(encoding="utf-8"))]
+        found += [path for name in folders if name for path in (folder / name).glob("*.json")]
+    return tuple(sorted(path for path in found if path.is_file() and path.stat().st_size <= TAGALONG_BYTES))

@@ -1,5 +1,4 @@
-"""What goes beside the weights: index, config, tokenizer files, model card, and the lock that says how it all came
-about.
+"""What goes beside the weights: index, config, tokenizer files, model card, and the lock, which says how it came about.
 
 The lock (merge.lock.json) holds the normalised recipe, the identity of every input, versions, and per tensor the method
 and the xxh3-128 of its bytes: enough to verify the output, and to see what it was made of. It has no time of day and no
@@ -10,8 +9,10 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from copy import deepcopy
 from importlib.metadata import version
+from itertools import count
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -22,12 +23,13 @@ from mergekit_lfm import __version__
 from mergekit_lfm.checkpoint import Checkpoint
 from mergekit_lfm.errors import FormatError
 from mergekit_lfm.plan import Plan
-from mergekit_lfm.tensors import FLOATS, read_exactly
+from mergekit_lfm.tensors import FLOATS, ITEMSIZE, TensorSpec
 from mergekit_lfm.writer import LOCK, Receipt, lock_of
 
 INDEX = "model.safetensors.index.json"
 CARD = "README.md"
 DTYPE_KEYS = ("dtype", "torch_dtype")
+QUANTISATION_KEYS = ("quantization_config", "compression_config")
 
 
 def documents(plan: Plan, receipts: Mapping[tuple[str, int], Receipt]) -> dict[str, bytes]:
@@ -48,18 +50,32 @@ def _json(data: Any) -> bytes:
 
 
 def _config(raw: bytes, plan: Plan) -> bytes:
-    """The template's config with the dtype that most output tensors have; its bytes where nothing changes."""
+    """The template's config with the dtype that most output tensors have; its bytes where nothing changes.
+
+    In a part of the config, such as text_config, the dtype is replaced where it was that of the whole; and in all
+    parts where all output tensors have one dtype.
+    """
     floats = Counter(job.dtype for job in plan.tensors if job.dtype in FLOATS)
     if not floats:
         return raw
     dtype = floats.most_common(1)[0][0]
-    config = json.loads(raw)
-    before = json.dumps(config)
+    before = plan.models[plan.template].config
+    config = deepcopy(before)
+    old = [config[key] for key in DTYPE_KEYS if config.get(key)]
+    for part in _parts(config):
+        named = [key for key in DTYPE_KEYS if key in part]
+        part.update({key: dtype for key in named if part is config or len(floats) == 1 or part[key] in old})
     if not any(key in config for key in DTYPE_KEYS):
         config["dtype"] = dtype
-    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
-        part.update({key: dtype for key in DTYPE_KEYS if key in part})
-    return raw if json.dumps(config) == before else _json(config)
+    return raw if config == before else _json(config)
+
+
+def _parts(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A config and all in it that describe parts of the model."""
+    yield config
+    for key, value in config.items():
+        if isinstance(value, dict) and key not in QUANTISATION_KEYS:
+            yield from _parts(value)
 
 
 def _index(plan: Plan) -> bytes:
@@ -72,20 +88,36 @@ def _index(plan: Plan) -> bytes:
     )
 
 
-def public(reference: str) -> str:
-    """A model reference without the folders of this machine: the name alone where it is an absolute path."""
+def public_names(labels: Iterable[str]) -> dict[str, str]:
+    """What an output calls each model, by its label in the plan: without the folders of this machine.
+
+    That is the label, or the name alone where it is an absolute path; equal names are numbered ("final", "final-2").
+    """
+    last = {label: _last_name(label) for label in labels}
+    taken = set(last.values())
+    names: dict[str, str] = {}
+    for label, name in sorted(last.items(), key=lambda item: item[0] != item[1]):  # labels that stay as they are first
+        if name in names.values():
+            name = next(numbered for n in count(2) if (numbered := f"{name}-{n}") not in taken)
+            taken.add(name)
+        names[label] = name
+    return {label: names[label] for label in last}
+
+
+def _last_name(reference: str) -> str:
     path = PurePath(reference)
     return path.name if path.is_absolute() or reference.startswith("~") else reference
 
 
 def _public_recipe(plan: Plan) -> dict[str, Any]:
-    recipe = plan.recipe.normalised()
-    models = [{**entry, "model": public(entry["model"])} for entry in recipe["models"]]
+    recipe, names = plan.recipe.normalised(), public_names(plan.labels)
+    models = [{**entry, "model": names[entry["model"]]} for entry in recipe["models"]]
     base = recipe["base_model"]
-    return {**recipe, "models": models, "base_model": base and public(base)}
+    return {**recipe, "models": models, "base_model": base and names[base]}
 
 
 def _lock(plan: Plan, receipts: Mapping[tuple[str, int], Receipt], files: Mapping[str, bytes]) -> bytes:
+    names = public_names(plan.labels)
     shards = {spec.name: shard.name for shard in plan.shards for spec in shard.tensors}
     digests = {job.name: [receipts[job.name, s] for s in range(job.segments)] for job in plan.tensors}
     nonfinite = sorted({where for held in digests.values() for receipt in held for where in receipt.nonfinite})
@@ -96,7 +128,7 @@ def _lock(plan: Plan, receipts: Mapping[tuple[str, int], Receipt], files: Mappin
             "versions": {"mergekit_lfm": __version__, "torch": version("torch")},
             "recipe": _public_recipe(plan),
             "inputs": [
-                {"model": public(label), "files": model.identity}
+                {"model": names[label], "files": model.identity}
                 for label, model in zip(plan.labels, plan.models, strict=True)
             ],
             "tensors": {
@@ -111,7 +143,7 @@ def _lock(plan: Plan, receipts: Mapping[tuple[str, int], Receipt], files: Mappin
             },
             "segments": {job.name: job.segment_numel for job in plan.tensors if job.segments > 1},
             "files": {name: xxhash.xxh3_128_hexdigest(data) for name, data in sorted(files.items())},
-            "dropped": [{"model": public(m), "tensor": t, "reason": why} for m, t, why in plan.dropped],
+            "dropped": [{"model": names[m], "tensor": t, "reason": why} for m, t, why in plan.dropped],
             "nonfinite": nonfinite,
         }
     )
@@ -121,13 +153,13 @@ def _card(plan: Plan) -> str:
     """The model card: a front matter as the Hub reads it, the sources, the recipe."""
     method = plan.recipe.method
     lines = "\n".join(
-        f"- {public(label)}{' (base)' if i == 0 and plan.recipe.base else ''}" for i, label in enumerate(plan.labels)
+        f"- {name}{' (base)' if plan.recipe.base and label == plan.recipe.base.label else ''}"
+        for label, name in public_names(plan.labels).items()
     )
     front = yaml.safe_dump({"library_name": "transformers", "tags": ["merge", "mergekit_lfm"]}, sort_keys=False)
-    recipe = {key: value for key, value in _public_recipe(plan).items() if value not in (None, {}, [])}
-    for entry in recipe["models"]:
-        if not entry["parameters"]:
-            del entry["parameters"]
+    recipe = _public_recipe(plan)
+    recipe["models"] = [{key: value for key, value in entry.items() if value} for entry in recipe["models"]]
+    recipe = {key: value for key, value in recipe.items() if key == "models" or value not in (None, {})}
     dtypes = ", ".join(sorted({job.dtype for job in plan.tensors}))
     return (
         f"---\n{front}---\n\n# Merged model\n\n"
@@ -142,29 +174,49 @@ def _card(plan: Plan) -> str:
 def verify(out: Path, progress: Callable[[int], None] | None = None) -> list[str]:
     """What differs between the output folder and its lock, one line each; nothing where all is as it was written.
 
-    Re-reads every byte. progress is called with each number of bytes read. FormatError where there is no lock.
+    Re-reads every byte. progress is called with each number of bytes read. FormatError where there is no whole lock.
     """
-    lock = lock_of(out)
-    if lock.get("format") != 1:
-        raise FormatError(f"{out} has no {LOCK} of format 1: it is no output of `merge`, or of another version")
+    files, tensors = _locked(out)
     problems = [
         f"{name} {'is missing' if not (out / name).exists() else 'was changed'}"
-        for name, digest in lock["files"].items()
+        for name, digest in files.items()
         if not (out / name).exists() or xxhash.xxh3_128_hexdigest((out / name).read_bytes()) != digest
     ]
     try:
         checkpoint = Checkpoint(out)
     except (FormatError, OSError) as error:
         return [*problems, str(error)]
-    problems += [f"{name} is not in the lock" for name in checkpoint if name not in lock["tensors"]]
-    for name, entry in lock["tensors"].items():
+    problems += [f"{name} is not in the lock" for name in checkpoint if name not in tensors]
+    for name, (spec, segment, digests) in tensors.items():
         if name not in checkpoint:
             problems.append(f"{name} is missing")
-        elif [checkpoint[name].dtype, list(checkpoint[name].shape)] != [entry["dtype"], entry["shape"]]:
-            problems.append(f"{name} is {checkpoint[name]}, the lock says {entry['shape']} {entry['dtype']}")
-        elif not _as_locked(checkpoint, name, entry["xxh3"], lock["segments"].get(name), progress or (lambda _: None)):
+        elif checkpoint[name] != spec:
+            problems.append(f"{checkpoint[name]} is there, the lock says {spec}")
+        elif not _as_locked(checkpoint, name, digests, segment, progress or (lambda _: None)):
             problems.append(f"{name} was changed")
     return problems
+
+
+Locked = tuple[TensorSpec, int | None, list[str]]  # a tensor, the elements of a segment if it has several, digests
+
+
+def _locked(out: Path) -> tuple[dict[str, str], dict[str, Locked]]:
+    """What the lock says about the other files, each with its digest, and about the tensors."""
+    lock = lock_of(out)
+    if lock.get("format") != 1:
+        raise FormatError(f"{out} has no {LOCK} of format 1: it is no output of `merge`, or of another version")
+    try:
+        segments = {name: int(numel) for name, numel in lock["segments"].items()}
+        tensors = {
+            name: (TensorSpec(name, tuple(entry["shape"]), entry["dtype"]), segments.get(name), list(entry["xxh3"]))
+            for name, entry in lock["tensors"].items()
+        }
+        return dict(lock["files"]), tensors
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise FormatError(
+            f"{out / LOCK} is damaged ({error!r}): expected `files`, `segments`, and `tensors` with shape, dtype and "
+            "xxh3; merge again"
+        ) from None
 
 
 def _as_locked(
@@ -172,14 +224,16 @@ def _as_locked(
 ) -> bool:
     """Whether the tensor's bytes have the digests, one for each segment of so many elements."""
     spec, file = checkpoint[name], checkpoint.file_of(name)
-    offset = file.offset(name) or 0
-    step = spec.nbytes if segment is None else segment * (spec.nbytes // spec.numel)
+    step = max(1, spec.nbytes if segment is None else segment * ITEMSIZE[spec.dtype])
+    starts = range(0, max(1, spec.nbytes), step)
+    if len(starts) != len(digests):
+        return False
     buffer = memoryview(bytearray(min(1 << 20, spec.nbytes)))
-    for start, digest in zip(range(0, max(1, spec.nbytes), max(1, step)), digests, strict=False):
+    for start, digest in zip(starts, digests, strict=True):
         found, end = xxhash.xxh3_128(), min(spec.nbytes, start + step)
         for at in range(start, end, len(buffer) or 1):
             part = buffer[: min(len(buffer), end - at)]
-            read_exactly(file.fileno(), offset + at, part, file.path)
+            file.read_into(name, at, part)
             found.update(part)
             progress(len(part))
         if found.hexdigest() != digest:

@@ -49,7 +49,13 @@ class Roles:
 def find_model(ref: str, where: Path | None) -> Path:
     """The absolute path of model `ref`, relative to `where`, else to the working directory. ValueError names both."""
     folders = dict.fromkeys((where or Path.cwd(), Path.cwd()))
-    tried = list(dict.fromkeys((folder / Path(ref).expanduser()).absolute() for folder in folders))
+    try:
+        place = Path(ref).expanduser()
+    except RuntimeError:
+        raise ValueError(
+            f"found {ref!r}, but {ref.partition('/')[0]} is nobody's home; write the path in full"
+        ) from None
+    tried = list(dict.fromkeys((folder / place).absolute() for folder in folders))
     for path in tried:
         if path.exists():
             return path.resolve()

@@ -159,11 +159,11 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[TensorSpec, int, int]:
 def encode_header(
     tensors: Iterable[TensorSpec], metadata: Mapping[str, str], congruent: int | None = None
 ) -> tuple[bytes, dict[str, int]]:
-    """The bytes of a header, length included, and the offset of each tensor in the file. Tensors lie in the given
-    order.
+    """The bytes of a header, length included, and each tensor's offset in the file. Tensors lie in the given order.
 
     With `congruent` the data starts at it modulo 4096, so that a filesystem that has reflinks can share unchanged
-    blocks with the input whose data starts there too; otherwise at a multiple of 8.
+    blocks with the input whose data starts there too (aligned or not, as in the input); otherwise it starts at a
+    multiple of 8.
     """
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offsets, end = {}, 0

@@ -8,6 +8,7 @@ OUT.partial so means: complete. `--overwrite` moves OUT into OUT.partial before 
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import json
@@ -18,7 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, Literal
 
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.plan import Job, Plan
@@ -27,9 +28,10 @@ from mergekit_lfm.tensors import UNFINISHED, naming, write_exactly
 JOURNAL = "merge.journal"
 LOCK = "merge.lock.json"
 REPLACED = "merge.replaced"  # what --overwrite replaced, while it is not yet deleted
-SYNC_BYTES = (
-    256 << 20
-)  # sync and vouch for about so many bytes at a time: syncing every tensor would cost more than merging
+# Sync and vouch for about so many bytes at a time: syncing every tensor would cost more than merging.
+SYNC_BYTES = 256 << 20
+Policy = Literal["error", "warn"]  # what NaN or infinity leads to
+_fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +46,8 @@ class Receipt:
 
 def partial_of(out: Path) -> Path:
     """The folder OUT.partial."""
-    return out.with_name(f"{out.name}.partial")
+    named = out if out.name else out.resolve()  # "." has no name of its own
+    return named.with_name(f"{named.name}.partial")
 
 
 def lock_of(folder: Path) -> dict[str, Any]:
@@ -56,25 +59,53 @@ def lock_of(folder: Path) -> dict[str, Any]:
     return lock if isinstance(lock, dict) else {}
 
 
-def check_destination(plan: Plan, out: Path, overwrite: bool) -> bool:
-    """Whether OUT already holds this plan's output. PlanError where OUT must not be written."""
+def already_there(plan: Plan, out: Path, *, overwrite: bool, rebuild: bool, nan: Policy) -> bool:
+    """Whether OUT holds this plan's output. PlanError where OUT must not be written. rebuild: write it in any case."""
     for label, model in zip(plan.labels, plan.models, strict=True):
-        home, place = model.path.resolve(), out.resolve()
-        if home.is_relative_to(place) or place.is_relative_to(home):
-            raise PlanError(f"the output {out} and the input {label} lie in one another; choose another output folder")
-    held = partial_of(out) / REPLACED
-    if held.exists() and not out.exists() and not _complete(partial_of(out), plan):
-        held.rename(out)  # another run with --overwrite was killed between its last steps: undo the first of them
+        home = model.path.resolve()
+        for place in (out, partial_of(out)):
+            if home.is_relative_to(place) or place.is_relative_to(home):
+                raise PlanError(f"the output {place} and the input {label} lie in one another; choose another output")
+    _undo(plan, out)
     if out.exists() and not out.is_dir():
         raise PlanError(f"{out} is a file, expected a folder to create; choose another output")
-    if out.is_dir() and any(out.iterdir()):
-        if lock_of(out).get("plan") == plan.digest:
-            return True
-        if not overwrite:
+    if not out.is_dir() or not any(out.iterdir()):
+        return False
+    lock = lock_of(out)
+    whole = all((out / s.name).exists() and (out / s.name).stat().st_size == s.nbytes for s in plan.shards)
+    if lock.get("plan") == plan.digest and whole and not rebuild:
+        if lock.get("nonfinite") and nan == "error":
             raise PlanError(
-                f"{out} exists and is not the output of this merge; choose another output, or use --overwrite"
+                f"{out} is there, but made with --nan warn: {lock['nonfinite'][0]} is not finite; choose that"
             )
+        clear_replaced(out)
+        return True
+    if not overwrite:
+        what = "is damaged" if lock.get("plan") == plan.digest else "is not the output of this merge"
+        raise PlanError(f"{out} exists and {what}; choose another output, or use --overwrite")
     return False
+
+
+def _undo(plan: Plan, out: Path) -> None:
+    """Undo the first of the last steps of another run with --overwrite that was killed between them."""
+    held = partial_of(out) / REPLACED
+    if held.exists() and not out.exists() and not _complete(partial_of(out), plan):
+        fd = _locked(partial_of(out))
+        held.rename(out)
+        os.close(fd)
+
+
+def _locked(partial: Path) -> int:
+    """A descriptor of the folder OUT.partial, locked until it is closed. PlanError while another run has it."""
+    fd = os.open(partial, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not partial.exists() or os.fstat(fd).st_ino != partial.stat().st_ino:
+            raise BlockingIOError
+    except BlockingIOError:
+        os.close(fd)
+        raise PlanError(f"another run is writing {partial}; wait for it, or choose another output") from None
+    return fd
 
 
 def _complete(partial: Path, plan: Plan) -> bool:
@@ -97,7 +128,8 @@ class Output:
         self._syncs: list[Future[None]] = []
         self._syncer = ThreadPoolExecutor(1, thread_name_prefix="sync")
         self._fds: list[int] = []
-        self._journal = -1
+        self._journal = self._folder = -1
+        self._broken = False  # a sync failed: what else is lost cannot be known
         try:
             self._open(resume)
         except BaseException:
@@ -109,21 +141,18 @@ class Output:
 
     def __exit__(self, *_: object) -> None:
         self._syncer.shutdown()
-        for fd in (*self._fds, self._journal):
+        for fd in (*self._fds, self._journal, self._folder):
             if fd >= 0:
                 os.close(fd)
-        self._fds, self._journal = [], -1
+        self._fds, self._journal, self._folder = [], -1, -1
 
     def _open(self, resume: bool) -> None:
         journal = self.partial / JOURNAL
         if self.partial.exists() and not (journal.exists() or lock_of(self.partial) or not any(self.partial.iterdir())):
             raise PlanError(f"{self.partial} exists and is not an unfinished merge of ours; move it away")
         self.partial.mkdir(parents=True, exist_ok=True)
+        self._folder = _locked(self.partial)
         self._journal = os.open(journal, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise PlanError(f"another run is writing {self.partial}; wait for it, or choose another output") from None
         if not (resume and self._shards_whole() and self._read_journal(journal)):
             self._start_over(journal)
         for shard in self.plan.shards:
@@ -229,6 +258,9 @@ class Output:
         self._syncs.append(self._syncer.submit(self._sync, batch))
 
     def _sync(self, batch: Iterable[Receipt]) -> None:
+        if self._broken:
+            return
+        self._broken = True
         lines = "".join(json.dumps(asdict(receipt)) + "\n" for receipt in batch).encode()
         for shard in sorted({self._places[receipt.tensor][0] for receipt in batch}):
             with naming(self.partial / self.plan.shards[shard].name):
@@ -236,6 +268,7 @@ class Output:
         with naming(self.partial / JOURNAL):
             write_all(self._journal, lines)
             os.fdatasync(self._journal)
+        self._broken = False
 
     def flush(self) -> None:
         """Sync everything that was recorded and wait until the journal vouches for it."""
@@ -289,7 +322,9 @@ def finish(plan: Plan, out: Path) -> bool:
     """Complete the publishing of a run that was killed in the middle of it. False where there is none of this plan."""
     if not _complete(partial_of(out), plan):
         return False
+    fd = _locked(partial_of(out))
     move_into_place(out)
+    os.close(fd)
     return True
 
 
@@ -301,14 +336,15 @@ def write_all(fd: int, data: bytes) -> None:
 
 
 def _reserve(fd: int, nbytes: int) -> None:
-    """Give the file its full size on the disk, so that a full disk shows before work starts."""
+    """Give the file its full size on the disk, so that a full disk shows before work starts.
+
+    By the system call: where a filesystem has none, os.posix_fallocate would write every page.
+    """
     os.ftruncate(fd, nbytes)
-    if nbytes:
-        try:
-            os.posix_fallocate(fd, 0, nbytes)
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-                raise
+    if nbytes and _fallocate is not None and _fallocate(fd, 0, ctypes.c_int64(0), ctypes.c_int64(nbytes)):
+        number = ctypes.get_errno()
+        if number not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise OSError(number, os.strerror(number))
 
 
 def _sync_folder(folder: Path) -> None:

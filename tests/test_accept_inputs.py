@@ -176,6 +176,27 @@ def test_no_weights(work: Work) -> None:
     work.refused("models/b", "safetensors")
 
 
+ADAPTERS = [
+    ("adapter_model.safetensors",),
+    ("adapter_model.safetensors", "adapter_config.json"),
+    ("adapter_config.json",),
+]
+
+
+@pytest.mark.parametrize("names", ADAPTERS, ids="+".join)
+def test_an_adapter_is_no_model(work: Work, names: tuple[str, ...]) -> None:
+    weights(work.b).rename(work.b / names[0])
+    for name in names[1:]:
+        (work.b / name).write_text("{}")
+    work.refused("models/b holds an adapter", "merge it into its model first")
+
+
+def test_an_adapter_beside_a_model_is_left_alone(work: Work) -> None:
+    shutil.copy(weights(work.b), work.b / "adapter_model.safetensors")
+    (work.b / "adapter_config.json").write_text("{}")
+    assert work.run().code == 0
+
+
 def test_no_such_model(work: Work) -> None:
     shutil.rmtree(work.b)
     work.refused("models/b")
@@ -224,7 +245,7 @@ def test_input_that_is_cut_while_it_is_read(work: Work, call: str, nth: int) -> 
     )
     assert ran.code == 2, ran.err
     assert "models/b/model.safetensors" in ran.err
-    assert "changed while" in ran.err
+    assert "was changed" in ran.err
     assert not (work.folder / "out").exists()
 
 
@@ -393,6 +414,13 @@ def test_weights_that_sum_to_zero_in_one_tensor(work: Work) -> None:
     filtered = "weight: [{filter: layers.1.mlp.up_proj, value: -1}, {value: 3}]"
     work.recipe(LINEAR.replace("weight: 3", filtered))
     work.refused("weight", "normalize", UP)
+
+
+def test_karcher_has_no_switch_that_takes_weights_which_sum_to_zero(work: Work) -> None:
+    work.recipe(LINEAR.replace("linear", "karcher").replace("weight: 1", "weight: 0").replace("weight: 3", "weight: 0"))
+    assert "false" not in work.refused("the weights [0.0, 0.0] sum to 0", "give weights with another sum")
+    work.recipe(LINEAR.replace("linear", "multislerp").replace("weight: 3", "weight: -1"))
+    work.refused("set `normalize_weights: false`")
 
 
 @pytest.mark.parametrize(

@@ -204,7 +204,7 @@ def test_plan_as_json() -> None:
 @pytest.mark.usefixtures("folder")
 def test_memory_that_cannot_do_is_refused_beforehand() -> None:
     for command in (["plan", "recipe.yaml"], ["merge", "recipe.yaml", "out"]):
-        assert "--memory" in refusal(run(*command, "--memory", "1KB"))
+        assert "--memory" in refusal(run(*command, "--memory", "500"))
     assert not Path("out").exists() and not Path("out.partial").exists()
 
 
@@ -265,6 +265,30 @@ def test_verify_says_good_or_what_differs() -> None:
 @pytest.mark.usefixtures("folder")
 def test_verify_needs_a_lock() -> None:
     assert "merge.lock.json" in refusal(run("verify", "a"))
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize("key", ["files", "segments", "tensors", "w", "shape", "dtype", "xxh3"])
+def test_verify_refuses_a_lock_that_lacks_something(key: str) -> None:
+    run("merge", "recipe.yaml", "out")
+    lock = json.loads(Path("out/merge.lock.json").read_text())
+    if key == "w":
+        lock["tensors"]["w"] = None
+    else:
+        del (lock if key in lock else lock["tensors"]["w"])[key]
+    Path("out/merge.lock.json").write_text(json.dumps(lock))
+    assert "out/merge.lock.json is damaged" in refusal(run("verify", "out"))
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize("more", [[], ["0" * 32] * 2])
+def test_verify_wants_one_digest_for_each_segment(more: list[str]) -> None:
+    run("merge", "recipe.yaml", "out")
+    lock = json.loads(Path("out/merge.lock.json").read_text())
+    lock["tensors"]["w"]["xxh3"] = [*lock["tensors"]["w"]["xxh3"], *more] if more else []
+    Path("out/merge.lock.json").write_text(json.dumps(lock))
+    result = run("verify", "out")
+    assert (result.exit_code, result.stdout.splitlines()[0]) == (1, "w was changed")
 
 
 @pytest.mark.usefixtures("folder")

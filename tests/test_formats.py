@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import tempfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,10 @@ from helpers_merges import LINEAR, Tensors, load_all, write_recipe
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mergekit_lfm import merge, open_checkpoint
+from mergekit_lfm.archives import Unreadable, read_archive
 from mergekit_lfm.errors import FormatError
 from mergekit_lfm.tensors import CODES, TensorSpec, encode_header, read_header
 
@@ -197,3 +201,161 @@ def test_reading_a_bin_file_by_ranges(tmp_path: Path, form: dict[str, Any]) -> N
         flat = tensor.detach().reshape(-1)
         assert torch.equal(opened.read(name), flat)
         assert torch.equal(opened.read(name, 2, 7), flat[2:7])
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+@pytest.mark.parametrize("change", ["size", "time"])
+def test_a_file_that_changes_before_its_first_read_is_refused(tmp_path: Path, suffix: str, change: str) -> None:
+    """The header was read when the merge was planned; the data may be read hours later."""
+    path = save_model(tmp_path / "a", {"x": torch.ones(4)}) / "model.safetensors"
+    if suffix == ".pt":
+        path = tmp_path / "a.pt"
+        torch.save({"x": torch.ones(4)}, path)
+    opened = open_checkpoint(path)
+    if change == "size":
+        path.write_bytes(path.read_bytes() + b"0")
+    else:
+        os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+    with pytest.raises(FormatError, match=r"was changed since the merge was planned"):
+        opened.read("x")
+
+
+def test_files_whose_tensors_are_no_byte_ranges_say_so(tmp_path: Path) -> None:
+    for name, form in {"plain": {}, **BINS}.items():
+        save_bin(tmp_path / name, {"x": torch.ones(4, 3), "y": torch.ones(2)}, **form)
+    torch.save({"x": torch.ones(4, 3).t()}, tmp_path / "strided.pt")
+    save_model(tmp_path / "tidy", {"x": torch.ones(4)})
+    found = {path.name: {f.fallback for f in open_checkpoint(path).files} for path in tmp_path.iterdir()}
+    by_range = {name: {False} for name in ("plain", "single", "sharded", "tidy")}
+    assert found == {**by_range, "legacy": {True}, "strided.pt": {True}}
+
+
+# ------------------------------------------------------------------ strided tensors
+
+
+@st.composite
+def strided(draw: st.DrawFn) -> torch.Tensor:
+    """A view of a tensor: axes in any order, with steps, offsets, and some of them repeated without being stored."""
+    shape = draw(st.lists(st.integers(1, 4), min_size=1, max_size=4))
+    steps = [draw(st.integers(1, 2)) for _ in shape]
+    tensor = torch.arange(2 ** len(shape) * torch.Size(shape).numel()).reshape([2 * n for n in shape])
+    tensor = tensor[tuple(slice(draw(st.integers(0, 1)), None, step) for step in steps)]
+    tensor = tensor.permute(draw(st.permutations(range(len(shape)))))
+    repeated = tensor.unsqueeze(axis := draw(st.integers(0, len(shape))))
+    return repeated.expand([draw(st.integers(1, 3)) if i == axis else -1 for i in range(repeated.dim())])
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(strided(), st.sampled_from([torch.int64, torch.bfloat16, torch.bool]), st.data())
+def test_every_range_of_a_strided_tensor_reads_as_its_elements(
+    tensor: torch.Tensor, dtype: torch.dtype, data: st.DataObject
+) -> None:
+    tensor = (tensor % 251 - 100).to(dtype) if dtype != torch.bool else tensor % 3 == 0
+    start, stop = sorted((data.draw(st.integers(0, tensor.numel())), data.draw(st.integers(0, tensor.numel()))))
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save({"x": tensor, "strided": torch.ones(2, 3).t()}, Path(folder) / "a.pt")
+        read = open_checkpoint(Path(folder) / "a.pt").read("x", start, stop)
+    assert torch.equal(read, tensor.reshape(-1)[start:stop])
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of a tensor that an operation put in memory of its own."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        known = {arg.untyped_storage().data_ptr() for arg in args if isinstance(arg, torch.Tensor)}
+        if isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() not in known:
+            self.numel = max(self.numel, result.numel())
+        return result
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.arange(6000.0).reshape(60, 100).t(),
+        torch.arange(12000.0)[::2],
+        torch.arange(6000.0).reshape(2, 30, 100).permute(2, 0, 1),
+        torch.arange(6000.0).reshape(60, 100).t()[None],
+    ],
+    ids=["transposed", "every second", "permuted", "one row"],
+)
+def test_a_block_of_a_strided_tensor_is_read_without_a_copy_of_the_whole(tmp_path: Path, tensor: torch.Tensor) -> None:
+    torch.save({"x": tensor}, tmp_path / "a.pt")
+    opened = open_checkpoint(tmp_path / "a.pt")
+    with Largest() as largest:
+        blocks = [opened.read("x", start, start + 50) for start in range(0, tensor.numel(), 50)]
+    assert largest.numel == 50
+    assert torch.equal(torch.cat(blocks), tensor.reshape(-1))
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_tensors_whose_sign_or_conjugation_is_pending(tmp_path: Path, legacy: bool) -> None:
+    """torch saves the bytes as they are, with a mark."""
+    number = torch.tensor([1 + 2j, 3 - 4j])
+    imaginary, conjugate = number.conj().imag, number.conj()
+    assert imaginary.is_neg() and conjugate.is_conj()
+    for name, tensor in (("i", imaginary), ("c", conjugate)):
+        torch.save({"x": tensor}, tmp_path / f"{name}.pt", _use_new_zipfile_serialization=not legacy)
+    assert open_checkpoint(tmp_path / "i.pt").read("x").tolist() == [-2, 4]
+    assert open_checkpoint(tmp_path / "c.pt").read("x").tolist() == [1 - 2j, 3 + 4j]
+
+
+# ------------------------------------------------------------------ archives that are no checkpoint
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize(
+    "tensor",
+    [torch.eye(3).to_sparse(), torch.ones(3, dtype=torch.complex128), torch.empty(3, device="meta")],
+    ids=["sparse", "complex128", "meta"],
+)
+def test_tensors_that_cannot_be_copied_are_named(tmp_path: Path, tensor: torch.Tensor, legacy: bool) -> None:
+    tensors = {"fine": torch.ones(2), "odd.weight": tensor}
+    torch.save(tensors, tmp_path / "a.pt", _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(FormatError, match=r"a\.pt: odd\.weight is a"):
+        open_checkpoint(tmp_path / "a.pt")
+
+
+REBUILD = b"}X\x01\x00\x00\x00xctorch._utils\n_rebuild_tensor_v2\n(%sK\x00%s\x88}tR%ss."
+STORAGE = b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x01tQ"
+ONE = b"K\x01\x85K\x01\x85"  # the shape and the strides (1,)
+PICKLES = {
+    "no bytes": b"",
+    "nothing on the stack": b"0.",
+    "a name that is not let in": b"cbuiltins\nprint\n.",
+    "no storage": REBUILD % (b"K\x05", ONE, b""),
+    "a storage that is not there": REBUILD % (STORAGE, ONE, b""),
+    "a storage of short id": REBUILD % (b"X\x01\x00\x00\x00xQ", ONE, b""),
+    "a negative shape": REBUILD % (STORAGE, b"J\xff\xff\xff\xff\x85K\x01\x85", b""),
+    "strides of another rank": REBUILD % (STORAGE, b"K\x01\x85)", b""),
+    "a tensor with a state": REBUILD % (STORAGE, ONE, b"}X\x01\x00\x00\x00aK\x01sb"),
+}
+
+
+@pytest.mark.parametrize("program", PICKLES.values(), ids=PICKLES)
+def test_archives_with_any_pickle(tmp_path: Path, program: bytes) -> None:
+    with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
+        archive.writestr("archive/data.pkl", program)
+        archive.writestr("archive/version", "3\n")
+    with pytest.raises(Unreadable):
+        read_archive(tmp_path / "a.pt")
+    with pytest.raises(FormatError, match=r"a\.pt"):
+        open_checkpoint(tmp_path / "a.pt")
+
+
+def test_damaged_archives_are_refused(tmp_path: Path) -> None:
+    """Whichever byte is another: FormatError, or a checkpoint whose tensors can be read."""
+    torch.save({"x": torch.arange(5.0), "y": torch.arange(4)}, tmp_path / "a.pt")
+    whole = (tmp_path / "a.pt").read_bytes()
+    refused = 0
+    for at in range(0, len(whole), 3):
+        (tmp_path / "a.pt").write_bytes(whole[:at] + bytes([whole[at] ^ 0x55]) + whole[at + 1 :])
+        try:
+            opened = open_checkpoint(tmp_path / "a.pt")
+            assert all(len(opened.read(name)) == spec.numel for name, spec in opened.items())
+        except FormatError as error:
+            assert "a.pt" in str(error)
+            refused += 1
+    assert refused > 100

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +12,7 @@ import pytest
 import torch
 
 from mergekit_lfm.kernels import fused
-from mergekit_lfm.kernels.fused import Kernels, put_together, run_eagerly, take_apart
+from mergekit_lfm.kernels.fused import Kernels, Step, put_together, run_eagerly, take_apart
 from mergekit_lfm.kernels.order import NONE, Largest, Ranks
 from mergekit_lfm.kernels.random import Coins
 from mergekit_lfm.kernels.reductions import magnitudes
@@ -60,17 +63,17 @@ def test_compiled_is_eager_bit_for_bit(name: str, own_cache: Path) -> None:
     stored, base = stored_block(dtype)
     local = coefficients.at(BLOCK, BLOCK, torch.float32)
     kernels = Kernels("always", 1, BLOCK, threads=2)
-    compiled = kernels(function, stored, base, local, torch.float32, out)
+    compiled = kernels(Step(function, stored, base, local, torch.float32, out))
     assert not kernels.problems and len(list(own_cache.glob("*.pt2"))) == 1
-    eager = run_eagerly(function, stored, base, local, torch.float32, out)
+    eager = run_eagerly(Step(function, stored, base, local, torch.float32, out))
     assert all(torch.equal(a, b) for a, b in zip(bits(compiled), bits(eager), strict=True))
     other = Kernels("auto", 0, BLOCK, threads=1)  # a later process finds it in the cache, whatever the coefficients
     again = coefficients.at(7 * BLOCK, BLOCK, torch.float32)
     assert all(
         torch.equal(a, b)
         for a, b in zip(
-            bits(other(function, stored, base, again, torch.float32, out)),
-            bits(run_eagerly(function, stored, base, again, torch.float32, out)),
+            bits(other(Step(function, stored, base, again, torch.float32, out))),
+            bits(run_eagerly(Step(function, stored, base, again, torch.float32, out))),
             strict=True,
         )
     )
@@ -81,23 +84,60 @@ def test_nothing_is_compiled_that_does_not_pay(own_cache: Path) -> None:
     stored, base = stored_block(torch.bfloat16)
     local = Weights((1.0, 1.0, 1.0)).at(0, BLOCK, torch.float32)
     for kernels in (Kernels("auto", 1, BLOCK, 1), Kernels("never", 10**9, BLOCK, 1)):
-        kernels(weighted_sum, stored, base, local, torch.float32, torch.bfloat16)
+        kernels(Step(weighted_sum, stored, base, local, torch.float32, torch.bfloat16))
     assert not own_cache.exists()
 
 
 @pytest.mark.usefixtures("own_cache")
 def test_a_failed_compilation_is_told_and_runs_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*_: Any) -> None:
-        raise RuntimeError("no compiler here")
+    def fails(_: fused.Fused) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-c", "raise SystemExit('no compiler here')"]
+        return subprocess.Popen(command, stderr=subprocess.PIPE)
 
-    monkeypatch.setattr(fused.Fused, "compile", fails)
+    monkeypatch.setattr(fused.Fused, "start_compiling", fails)
     stored, base = stored_block(torch.bfloat16)
     local = Weights((1.0, 1.0, 1.0)).at(0, BLOCK, torch.float32)
     kernels = Kernels("always", 1, BLOCK, 1)
-    result = kernels(weighted_sum, stored, base, local, torch.float32, torch.bfloat16)
-    eager = run_eagerly(weighted_sum, stored, base, local, torch.float32, torch.bfloat16)
+    result = kernels(Step(weighted_sum, stored, base, local, torch.float32, torch.bfloat16))
+    eager = run_eagerly(Step(weighted_sum, stored, base, local, torch.float32, torch.bfloat16))
     assert torch.equal(result, eager)
-    assert kernels.problems == {"weighted_sum was not compiled: no compiler here"}
+    assert kernels.problems == {"weighted_sum runs without being compiled: no compiler here"}
+
+
+@pytest.mark.slow
+def test_the_merge_goes_on_while_something_is_compiled(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eager results before, compiled results after, of the same bits; a damaged library is compiled anew."""
+    monkeypatch.setattr(fused, "COMPILE_SECONDS", 0)
+    function, coefficients, out = FUNCTIONS["dare ties"]
+    stored, base = stored_block(torch.bfloat16)
+    local = coefficients.at(0, BLOCK, torch.float32)
+    eager = run_eagerly(Step(function, stored, base, local, torch.float32, out))
+    for _ in range(2):
+        with Kernels("auto", 1, BLOCK, threads=2) as kernels:
+            calls = 0
+            while not any(kernels._kernels.values()):
+                assert torch.equal(kernels(Step(function, stored, base, local, torch.float32, out)), eager)
+                calls += 1
+                time.sleep(0.01)
+            assert torch.equal(kernels(Step(function, stored, base, local, torch.float32, out)), eager)
+            assert calls > 1 and not kernels.problems
+        (library,) = own_cache.glob("*.pt2")
+        library.write_bytes(library.read_bytes()[:1000])
+        with Kernels("auto", 1, BLOCK, threads=2) as kernels:
+            assert torch.equal(kernels(Step(function, stored, base, local, torch.float32, out)), eager)
+            assert kernels.problems and not library.exists()
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_what_is_still_being_compiled_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "COMPILE_SECONDS", 0)
+    stored, base = stored_block(torch.bfloat16)
+    local = Weights((1.0, 1.0, 1.0)).at(0, BLOCK, torch.float32)
+    with Kernels("auto", 1, BLOCK, 1) as kernels:
+        kernels(Step(weighted_sum, stored, base, local, torch.float32, torch.bfloat16))
+        (process,) = kernels._compiling.values()
+        assert process.poll() is None
+    assert process.poll() is not None
 
 
 def test_taking_apart_and_putting_together() -> None:

@@ -25,7 +25,7 @@ def blocks_of(x: torch.Tensor, block: int) -> Blocks:
 
 
 def unit_of(x: torch.Tensor) -> Unit:
-    return Unit("x", (x.shape[1],), x.shape[1], {}, ({},) * len(x), False, (0,) * len(x), x.dtype == torch.float64)
+    return Unit("x", (x.shape[1],), x.shape[1], {}, ({},) * len(x), (0,) * len(x), x.dtype == torch.float64)
 
 
 def kept_by_sorting(x: np.ndarray, count: int) -> np.ndarray:

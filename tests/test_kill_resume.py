@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import random
 import shutil
 import signal
@@ -379,9 +380,10 @@ def test_killed_while_complete_work_is_cleared_away(one: Job, other: str) -> Non
 
 def test_two_runs_do_not_write_the_same_output(one: Job, partial: Path) -> None:
     before = snapshot(partial, times=True)
-    with (partial / "merge.journal").open("rb") as journal:
-        fcntl.flock(journal, fcntl.LOCK_EX)
-        second = one.run()
+    folder = os.open(partial, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    second = one.run()
+    os.close(folder)
     assert second.code == 2
     assert second.err.startswith("error: another run")
     assert snapshot(partial, times=True) == before

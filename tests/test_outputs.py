@@ -13,12 +13,17 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from helpers_faults import Forks, llama_tensors, near, save_model, snapshot, warm_interpreter, write_tensors
 from helpers_merges import LINEAR, TIES, Tensors, average, load_all, write_recipe
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from mergekit_lfm import merge
+from mergekit_lfm import merge, merge_tensors
+from mergekit_lfm.errors import FormatError, PlanError
+from mergekit_lfm.provenance import public_names
 from mergekit_lfm.tensors import read_header
 
 
@@ -136,6 +141,15 @@ def test_tensor_larger_than_the_limit(tmp_path: Path, models: dict[str, Tensors]
     assert load_all(out).keys() == models["a"].keys()
 
 
+def test_the_output_may_be_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_model(tmp_path / "a", llama_tensors(0))
+    recipe = write_recipe(tmp_path, "merge_method: passthrough\nmodels: [{model: a}]\n")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    assert merge(recipe, "~/given") == tmp_path / "home" / "given"
+    assert not (tmp_path / "~").exists()
+
+
 # ------------------------------------------------------------------ the same bytes however it runs
 
 
@@ -176,6 +190,23 @@ def test_threads_and_memory_change_no_byte(cli: Forks, large: Path, tmp_path: Pa
     for options, found in seen.items():
         assert found.keys() == first.keys()
         assert [name for name in found if found[name] != first[name]] == [], options
+
+
+def test_torchs_threads_change_no_merge_in_memory() -> None:
+    """Sums of float64 over many elements depend on how many threads add them."""
+    random = torch.Generator().manual_seed(0)
+    base, a, b = (torch.randn(700_000, dtype=torch.float64, generator=random) for _ in range(3))
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            found.append(merge_tensors("model_stock", [a, b], base=base))
+            with pytest.raises(PlanError, match="cannot be normalised"):
+                merge_tensors("linear", [a, b], weight=[1, -1])
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(tensor, found[0]) for tensor in found)
 
 
 # ------------------------------------------------------------------ transformers loads it
@@ -291,6 +322,102 @@ def test_dtypes_are_promoted_by_tensor(tmp_path: Path) -> None:
     assert found.pop("model.norm.weight").dtype == torch.float32
     assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
     assert json.loads((out / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+MIXED = {"torch_dtype": "bfloat16", "text_config": {"dtype": "bfloat16"}, "vision_config": {"dtype": "float32"}}
+QUANTISED = {"quantization_config": {"torch_dtype": "float16"}}
+
+
+@pytest.mark.parametrize(
+    ("lines", "config", "expected"),
+    [
+        ("", MIXED, MIXED),
+        ("", MIXED | {"torch_dtype": "float16"}, MIXED),
+        ("", {"vision_config": {"dtype": None}}, {"dtype": "bfloat16", "vision_config": {"dtype": None}}),
+        (
+            "",
+            {"dtype": "float16", "a": {"b": {"torch_dtype": "float16", "c": {"torch_dtype": "float32"}}}},
+            {"dtype": "bfloat16", "a": {"b": {"torch_dtype": "bfloat16", "c": {"torch_dtype": "float32"}}}},
+        ),
+        (
+            "dtype: float16\n",
+            MIXED | QUANTISED,
+            {"torch_dtype": "float16", **{part: {"dtype": "float16"} for part in ("text_config", "vision_config")}}
+            | QUANTISED,
+        ),
+    ],
+    ids=["as it was", "the whole only", "unnamed", "nested", "one dtype for all"],
+)
+def test_dtypes_of_parts_of_the_model(tmp_path: Path, lines: str, config: Tensors, expected: Tensors) -> None:
+    """A part keeps a dtype that differs from the whole's, unless all tensors have one. Quantisation stays."""
+    tensors = {name: tensor.bfloat16() for name, tensor in llama_tensors(0).items()}
+    tensors["vision.weight"] = torch.ones(3)
+    for name in "ab":
+        save_model(tmp_path / name, tensors)
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    recipe = "merge_method: passthrough\nmodels: [{model: a}]\nparameters: {scale: 2}\n"
+    out = merge(write_recipe(tmp_path, lines + recipe), tmp_path / "out")
+    assert json.loads((out / "config.json").read_text()) == expected
+
+
+@pytest.mark.parametrize("content", ["{", "[1]"])
+def test_a_config_that_is_no_json_object(tmp_path: Path, content: str) -> None:
+    save_model(tmp_path / "a", llama_tensors(0))
+    (tmp_path / "a" / "config.json").write_text(content)
+    with pytest.raises(FormatError, match=r"a/config\.json"):
+        merge(write_recipe(tmp_path, "merge_method: passthrough\nmodels: [{model: a}]\n"), tmp_path / "out")
+
+
+# ------------------------------------------------------------------ model names in what is written
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.lists(st.text("/~a-2", min_size=1, max_size=6), unique=True))
+def test_public_names_are_different_and_have_no_folders_of_the_machine(labels: list[str]) -> None:
+    names = public_names(labels)
+    assert list(names) == labels
+    assert len(set(names.values())) == len(labels)
+    for label, name in names.items():
+        if label.startswith(("/", "~")):
+            assert "/" not in name
+        else:
+            assert name == label
+
+
+def test_public_names_are_numbered_where_they_are_equal() -> None:
+    labels = ["/x/final", "/y/final/", "/z/final-2", "final", "../final", "/y/final (2)"]
+    expected = ["final-3", "final-4", "final-2", "final", "../final", "final (2)"]
+    assert list(public_names(labels).values()) == expected
+
+
+def test_models_of_one_name_in_two_folders_stay_apart(tmp_path: Path) -> None:
+    """In the lock (inputs, recipe, what was dropped) and the card alike, and without the folders."""
+    for seed, run in enumerate(("base", "one", "two")):
+        tensors = llama_tensors(seed)
+        if run == "two":
+            tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+        save_model(tmp_path / run / "final", tensors)
+    base, one, two = (f"{tmp_path}/{run}/final" for run in ("base", "one", "two"))
+    recipe = f"merge_method: ties\nbase_model: {base}\nmodels: [{{model: {two}}}, {{model: {one}}}, {{model: {two}}}]\n"
+    out = merge(write_recipe(tmp_path, recipe + "parameters: {weight: 1}\n"), tmp_path / "out")
+    lock = json.loads((out / "merge.lock.json").read_text())
+    assert [entry["model"] for entry in lock["inputs"]] == ["final", "final-2", "final-3", "final (2)"]
+    assert lock["recipe"]["base_model"] == "final"
+    assert [entry["model"] for entry in lock["recipe"]["models"]] == ["final-2", "final-3", "final-2"]
+    assert [entry["model"] for entry in lock["dropped"]] == ["final-2", "final (2)"]
+    card = (out / "README.md").read_text()
+    assert "- final (base)\n- final-2\n- final-3\n- final (2)\n" in card
+    assert "base_model: final\nmodels:\n- model: final-2\n- model: final-3\n- model: final-2\n" in card
+    assert [path.name for path in out.iterdir() if str(tmp_path).encode() in path.read_bytes()] == []
+
+
+def test_the_card_of_a_merge_of_the_base_alone(tmp_path: Path) -> None:
+    save_model(tmp_path / "a", llama_tensors(0))
+    text = "merge_method: linear\nbase_model: a\nmodels: []\nparameters: {weight: 1}\n"
+    out = merge(write_recipe(tmp_path, text), tmp_path / "out")
+    card = (out / "README.md").read_text()
+    recipe = yaml.safe_load(card.partition("```yaml\n")[2].partition("```")[0])
+    assert recipe == {**yaml.safe_load(text), "parameters": {"weight": 1.0}, "seed": 0}
 
 
 # ------------------------------------------------------------------ many small tensors (D21)

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mergekit_lfm.api import default_output
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.methods import METHODS, REQUIRED, Parameter
 from mergekit_lfm.recipe import Recipe
@@ -324,6 +325,11 @@ def test_parameters_of_a_base_that_takes_none_are_refused():
         ("a: 1\n---\nb: 1", "another document"),
         ("a: \x00", "not YAML"),
         ("a: !!python/object:os.system {}", "could not determine a constructor"),
+        ("merge_method: linear\noutput: 2024-13-45", "line 2, column 9:  found '2024-13-45', which is no timestamp"),
+        ("a: {b: [0x_]}", "line 1, column 9:"),
+        ("a: !!int ''", "which is no int"),
+        ("a: !!bool perhaps", "which is no bool"),
+        ("a: !!timestamp today", "which is no timestamp"),
     ],
 )
 def test_text_that_is_no_recipe(text, expected):
@@ -340,6 +346,20 @@ def test_files_that_are_no_recipe(tmp_path, content, expected):
     with pytest.raises(PlanError, match=expected) as caught:
         Recipe.load(path)
     assert str(path) in str(caught.value)
+
+
+def test_a_home_that_nobody_has_is_refused():
+    assert "models[0].model: found '~nobody-here/A', but ~nobody-here is" in refused(
+        linear(models=[{"model": "~nobody-here/A"}])
+    )
+
+
+def test_the_output_may_be_in_the_home_folder(models, monkeypatch):
+    monkeypatch.setenv("HOME", str(models / "home"))
+    assert default_output(Recipe.parse(linear(output="~/x")), Path("r.yaml")) == models / "home" / "x"
+    assert default_output(Recipe.parse(linear()), Path("r.yaml")) == Path("merged/r")
+    with pytest.raises(PlanError, match="output: found '~nobody-here/x'"):
+        default_output(Recipe.parse(linear(output="~nobody-here/x")), Path("r.yaml"))
 
 
 # The canonical form

@@ -1,16 +1,20 @@
 """Elementwise functions over a block, from the stored bytes to the stored bytes: eagerly, or compiled to one loop.
 
-The function is the same source in both cases, and so are the bits: it uses only + - * /, comparisons and integer
-operations, none of which the compiler may contract or approximate. Compiled (C++ with the CPU's vector instructions,
-by torch's inductor) TIES takes 0.3 ms for 2^18 elements of three models and eagerly 3 ms. Compiling takes 10 to 25 s,
-so it is done only for large merges; the libraries are kept on disk, and loading one takes 10 ms.
+The bits are the same in both cases: the functions use only + - * /, comparisons and integer operations, none of which
+the compiler may contract or approximate. Compiled (C++ with the CPU's vector instructions, by torch's inductor) TIES
+takes 0.4 ms for 2^18 elements of three models, and eagerly 3 ms. Compiling takes 10 s in a process of its own, beside
+the merge that goes on eagerly; it is done only for large merges. Libraries are kept on disk; loading one takes 10 ms.
 """
 
 from __future__ import annotations
 
 import os
+import pickle
 import platform
 import shutil
+import signal
+import subprocess
+import sys
 import tempfile
 import time
 import warnings
@@ -19,11 +23,12 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from threading import Lock
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 import xxhash
 
+from mergekit_lfm.kernels import bits
 from mergekit_lfm.kernels.sums import round_once
 
 Mode = Literal["auto", "always", "never"]
@@ -31,35 +36,30 @@ COMPILE_SECONDS = 10  # about what compiling one function takes
 Elementwise = Callable[[Sequence[torch.Tensor], "torch.Tensor | None", Any], Any]
 
 
-class Run(Protocol):
-    """Runs function(rows, base, local) over a block whose inputs are given as stored, and rounds the result to
-    `out`."""
+@dataclass(frozen=True)
+class Step:
+    """function(rows, base, local) over a block whose inputs are given as they are stored.
 
-    def __call__(
-        self,
-        function: Elementwise,
-        stored: tuple[torch.Tensor, ...],
-        base: torch.Tensor | None,
-        local: Any,
-        dtype: torch.dtype,
-        out: torch.dtype | None,
-    ) -> Any:
-        """rows are the inputs in `dtype`, less the base where there is one."""
+    rows are the inputs in `dtype`, less the base where there is one; the result is rounded to `out`, if that is given.
+    """
+
+    function: Elementwise
+    stored: tuple[torch.Tensor, ...]
+    base: torch.Tensor | None
+    local: Any
+    dtype: torch.dtype
+    out: torch.dtype | None
 
 
-def run_eagerly(
-    function: Elementwise,
-    stored: tuple[torch.Tensor, ...],
-    base: torch.Tensor | None,
-    local: Any,
-    dtype: torch.dtype,
-    out: torch.dtype | None,
-) -> Any:
+Run = Callable[[Step], Any]
+
+
+def run_eagerly(step: Step) -> Any:
     """The reference: one operation after the other."""
-    wide = None if base is None else base.to(dtype)
-    rows = tuple(x.to(dtype) if wide is None else x.to(dtype) - wide for x in stored)
-    result = function(rows, wide, local)
-    return result if out is None else round_once(result, out)
+    wide = None if step.base is None else step.base.to(step.dtype)
+    rows = tuple(x.to(step.dtype) if wide is None else x.to(step.dtype) - wide for x in step.stored)
+    result = step.function(rows, wide, step.local)
+    return result if step.out is None else round_once(result, step.out)
 
 
 Form = Any  # what is left of nested tuples when each tensor is replaced by its dtype and shape
@@ -87,62 +87,85 @@ def put_together(form: Form, tensors: Iterator[torch.Tensor]) -> Any:
 
 
 class Kernels:
-    """A `Run` that uses compiled code where there is some: from the cache on disk, or compiled at first use.
+    """A `Run` that uses compiled code where there is some: from the cache on disk, or compiled beside the merge.
 
-    mode "auto" compiles what would take longer eagerly, over the `blocks` of the merge, than compiling takes. problems:
-    why something could not be compiled. What is not compiled, or not yet, runs eagerly, with the same result.
+    mode "auto" compiles what would take longer eagerly, over the `blocks` of the merge, than compiling takes; "always"
+    compiles everything first. problems: why something could not be compiled. What is not compiled, or not yet, runs
+    eagerly, with the same result. Use as a context manager: leaving it ends what is still being compiled.
     """
 
     def __init__(self, mode: Mode, blocks: int, block: int, threads: int) -> None:
         self.mode, self.blocks, self.block, self.threads = mode, blocks, block, threads
         self.problems = set[str]()
         self._kernels: dict[Fused, Callable[..., Any] | None] = {}
+        self._compiling: dict[Fused, subprocess.Popen[bytes]] = {}
         self._lock = Lock()
 
-    def __call__(
-        self,
-        function: Elementwise,
-        stored: tuple[torch.Tensor, ...],
-        base: torch.Tensor | None,
-        local: Any,
-        dtype: torch.dtype,
-        out: torch.dtype | None,
-    ) -> Any:
-        if self.mode != "never" and len(stored[0]) == self.block:
+    def __enter__(self) -> Kernels:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self._compiling.values():
+            os.killpg(process.pid, signal.SIGKILL)  # with the C++ compiler that it may have started
+            process.communicate()
+        self._compiling.clear()
+
+    def __call__(self, step: Step) -> Any:
+        if self.mode != "never" and len(step.stored[0]) == self.block:
             tensors: list[torch.Tensor] = []
-            form = take_apart((stored, base, local), tensors)
-            fused = Fused(function, form, dtype, out)
+            fused = Fused(
+                step.function, take_apart((step.stored, step.base, step.local), tensors), step.dtype, step.out
+            )
             with self._lock:
                 first = fused not in self._kernels
-                kernel = self._kernels.setdefault(fused, None)  # None: the other workers go on eagerly meanwhile
+                kernel = self._kernels.setdefault(fused, None)
+                compiled = None if kernel else self._compiled(fused)
             if first:
-                kernel = self._kernels[fused] = self._obtain(fused, tensors)
+                self._obtain(fused, tensors)
+            elif compiled is not None:
+                self._load(fused, compiled)
+            kernel = kernel or self._kernels[fused]
             if kernel is not None:
                 return kernel(*tensors)
-        return run_eagerly(function, stored, base, local, dtype, out)
+        return run_eagerly(step)
 
-    def _obtain(self, fused: Fused, tensors: list[torch.Tensor]) -> Callable[..., Any] | None:
-        """The compiled function for tensors like these; None where it does not pay or cannot be had."""
+    def _compiled(self, fused: Fused) -> subprocess.Popen[bytes] | None:
+        """The process that compiled this function, the first time that it is seen to have ended."""
+        process = self._compiling.get(fused)
+        return self._compiling.pop(fused) if process is not None and process.poll() is not None else None
+
+    def _obtain(self, fused: Fused, tensors: list[torch.Tensor]) -> None:
+        """Load the function from the cache, or start to compile it where that pays."""
         if sum(t.numel() >= self.block for t in tensors) > fused.inputs:
-            return None  # coefficients for every element, as at a cut: rare
+            return  # coefficients for every element, as at a cut: rare
+        if fused.path.exists():
+            self._load(fused, None)
+        elif self.mode == "always" or (
+            compiler() is not None and self._eager_seconds(fused, tensors) >= COMPILE_SECONDS
+        ):
+            process = fused.start_compiling()
+            if self.mode == "always":
+                self._load(fused, process)
+            else:
+                with self._lock:
+                    self._compiling[fused] = process
+
+    def _load(self, fused: Fused, compiled: subprocess.Popen[bytes] | None) -> None:
+        """Load the function's library, after the process that compiled it has ended."""
+        message = compiled.communicate()[1].decode().strip() if compiled is not None else ""
         try:
-            if not fused.path.exists():
-                if self.mode == "auto" and (
-                    compiler() is None or self._eager_seconds(fused, tensors) < COMPILE_SECONDS
-                ):
-                    return None
-                fused.compile(tensors)
-            return fused.load(self.threads)
+            self._kernels[fused] = fused.load(self.threads)
         except (RuntimeError, OSError, TypeError, AttributeError) as error:  # parts of torch that differ by release
-            self.problems.add(f"{fused.function.__name__} was not compiled: {(str(error).splitlines() or [''])[0]}")
-            return None
+            fused.path.unlink(missing_ok=True)  # a damaged library; the next run compiles it anew
+            reason = (message or str(error) or type(error).__name__).splitlines()[-1]
+            self.problems.add(f"{fused.function.__name__} runs without being compiled: {reason}")
 
     def _eager_seconds(self, fused: Fused, tensors: list[torch.Tensor]) -> float:
         """How long all blocks would take, from one of them; the first, which warms the caches, is not counted."""
         fused(*tensors)
         started = time.perf_counter()
         fused(*tensors)
-        return (time.perf_counter() - started) * self.blocks
+        return (time.perf_counter() - started) * self.blocks / self.threads
 
 
 def compiler() -> str | None:
@@ -190,7 +213,7 @@ class Fused:
 
     def __call__(self, *tensors: torch.Tensor) -> Any:
         stored, base, local = put_together(self.form, iter(tensors))
-        return run_eagerly(self.function, stored, base, local, self.dtype, self.out)
+        return run_eagerly(Step(self.function, stored, base, local, self.dtype, self.out))
 
     def load(self, threads: int) -> Callable[..., Any]:
         """The library as a function of the tensors, for so many threads at once."""
@@ -204,20 +227,57 @@ class Fused:
 
         return run
 
-    def compile(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Compile for tensors like these, and move the library to its place when it is whole."""
-        from torch._inductor import aoti_compile_and_package  # 2 s, with dynamo
+    def start_compiling(self) -> subprocess.Popen[bytes]:
+        """Compile in another process: export and inductor keep global state, take 250 MB, and cannot be interrupted."""
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        process = subprocess.Popen(
+            [sys.executable, "-c", "from mergekit_lfm.kernels.fused import main; main()"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            env=environment,
+            start_new_session=True,  # Ctrl-C is for the merge, which ends this process itself
+        )
+        assert process.stdin is not None
+        process.stdin.write(pickle.dumps(self))
+        process.stdin.close()
+        process.stdin = None
+        return process
+
+    def compile(self) -> None:
+        """Compile, and move the library to its place when it is whole."""
+        from torch._inductor import aoti_compile_and_package
 
         fused = self
+        example: list[torch.Tensor] = [torch.zeros(shape, dtype=dtype) for dtype, shape in _leaves(self.form)]
 
-        class Step(torch.nn.Module):
+        class Module(torch.nn.Module):
             def forward(self, *tensors: torch.Tensor) -> Any:
                 return fused(*tensors)
 
+        exact = {"cpp.enable_floating_point_contract_flag": "off", "cpp.enable_unsafe_math_opt_flag": False}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=self.path.parent) as folder, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of its own internals
+        with tempfile.TemporaryDirectory(dir=self.path.parent) as folder:
             package = Path(folder) / "step.pt2"
-            exported = torch.export.export(Step(), tuple(tensors))
-            aoti_compile_and_package(exported, package_path=str(package), inductor_configs={"cpp.threads": 1})
+            exported = torch.export.export(Module(), tuple(example))
+            aoti_compile_and_package(exported, package_path=str(package), inductor_configs={"cpp.threads": 1, **exact})
+            with package.open("rb") as file:
+                os.fsync(file.fileno())
             package.rename(self.path)
+
+
+def _leaves(form: Form) -> Iterator[tuple[torch.dtype, tuple[int, ...]]]:
+    if isinstance(form, tuple):
+        if isinstance(form[0], torch.dtype):
+            yield form
+        else:
+            for item in form[1:]:
+                yield from _leaves(item)
+
+
+def main() -> None:
+    """Compile the `Fused` that is pickled on standard input."""
+    warnings.simplefilter("ignore")  # torch warns of its own internals
+    torch.set_num_threads(1)
+    bits.compiling = True
+    pickle.load(sys.stdin.buffer).compile()

@@ -79,8 +79,7 @@ class RowGram(Everywhere):
 
 @dataclass(frozen=True)
 class ColumnGram(Sum):
-    """Inner products of every column, float64 [row, n, n], of a matrix with rows of `row` elements. Blocks are whole
-    rows."""
+    """Inner products of every column, float64 [row, n, n], of a matrix with rows of `row` entries, whole in a block."""
 
     row: int
 

@@ -65,13 +65,18 @@ class Sample:
         return [[_bits(block, i).numpy()[:: self.step].copy()] for i in range(len(block))]
 
     def add(self, total: Any, part: Any) -> Any:
-        return [one + other for one, other in zip(total, part, strict=True)]
+        for arrays, more in zip(total, part, strict=True):
+            arrays += more
+        return total
 
 
 @dataclass
 class Bracketed:
-    """How many entries lie above a bracket; how many equal each pivot, by block; and the bits of the others inside it,
-    by block, or None once there are more than `Bracket.limit`."""
+    """How many entries lie above a bracket, and what lies inside it.
+
+    equal: how many are equal to each pivot, by block. inside: the bits of the others, by block, or None once there are
+    more than `Bracket.limit`; size counts them.
+    """
 
     above: int
     equal: list[list[int]]  # [pivots][blocks]
@@ -231,7 +236,9 @@ class Equal(Everywhere):
         return {key: [int(np.count_nonzero(rows[key[0]] == bits))] for key, bits in self.bits.items()}
 
     def add(self, total: dict[Key, list[int]], part: dict[Key, list[int]]) -> dict[Key, list[int]]:
-        return {key: counts + part[key] for key, counts in total.items()}
+        for key, counts in total.items():
+            counts += part[key]
+        return total
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Spread:
-    """Weights [groups, n] for the rows of `row` elements of a tensor, or for its columns; blocks are made of whole
-    rows."""
+    """Weights [groups, n] for the rows of `row` elements of a tensor, or for its columns. Blocks are whole rows."""
 
     weights: torch.Tensor
     row: int
@@ -39,15 +38,14 @@ class Spread:
 
     def at(self, start: int, count: int, dtype: torch.dtype) -> torch.Tensor:
         """The weights [n, count] of the elements start .. start + count."""
-        weights, rows, first = self.weights.to(dtype).T, count // self.row, start // self.row
+        rows, first = count // self.row, start // self.row
         if self.columns:
-            return weights.repeat(1, rows)
-        return weights[:, first : first + rows].repeat_interleave(self.row, dim=1)
+            return self.weights.to(dtype).T.repeat(1, rows)
+        return self.weights[first : first + rows].to(dtype).T.repeat_interleave(self.row, dim=1)
 
 
 def weighted_sum(rows: Rows, base: torch.Tensor | None, weights: torch.Tensor) -> torch.Tensor:
-    """base + sum_i weights[i] x_i, or without base the sum alone. weights: [n], or [n, m] with one for every
-    element."""
+    """base + sum_i weights[i] x_i, or the sum alone. weights: [n], or [n, m] with one for every element."""
     total = rows[0] * weights[0]
     for i in range(1, len(rows)):
         total += rows[i] * weights[i]

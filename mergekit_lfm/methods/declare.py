@@ -55,7 +55,7 @@ class Unit:
     """Over what one `solve` runs: a tensor, or with `model` scope all tensors of a model laid end to end.
 
     numel: elements in all. shape: the tensor's, or () for a whole model.
-    shared and inputs: the resolved parameters, the latter one mapping per input. has_base: deltas to a base are taken.
+    shared and inputs: the resolved parameters, the latter one mapping per input.
     keys: one 64-bit key per input for counter-based random numbers, from seed, tensor name and position in the recipe.
     double: blocks are float64.
     """
@@ -65,7 +65,6 @@ class Unit:
     numel: int
     shared: Mapping[str, Value]
     inputs: Sequence[Mapping[str, Value]]
-    has_base: bool
     keys: tuple[int, ...]
     double: bool = False
 

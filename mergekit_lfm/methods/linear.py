@@ -7,13 +7,17 @@ from mergekit_lfm.methods.declare import REQUIRED, Method, Parameter, Unit, imme
 WEIGHT = Parameter("weight", REQUIRED, per_input=True, doc="relative weight of the input")
 
 
-def normalised(weights: list[float], unit: Unit, key: str = "normalize") -> list[float]:
-    """weights divided by their sum. Weights that cancel are an error: the quotient would be infinite or NaN."""
+def normalised(weights: list[float], unit: Unit, switch: str | None = "normalize") -> list[float]:
+    """weights divided by their sum. Weights that cancel are an error: the quotient would be infinite or NaN.
+
+    switch: the parameter that turns this off, None where the method has none.
+    """
     total = sum(weights)
     if abs(total) < 1e-8:
+        advice = f", or set `{switch}: false`" if switch else ""
         raise PlanError(
             f"{unit.name}: the weights {weights} sum to {total:g} and cannot be normalised; "
-            f"give weights with another sum, or set `{key}: false`"
+            f"give weights with another sum{advice}"
         )
     return [weight / total for weight in weights]
 

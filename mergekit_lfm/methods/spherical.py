@@ -1,5 +1,4 @@
-"""Merges along great circles. Their results lie in the span of the inputs, so the Gram matrix is all that a solve
-needs.
+"""Merges along great circles. Results lie in the span of the inputs: the Gram matrix is all that a solve needs.
 
 A vector is written by its coefficients in the inputs, a; its inner product with b is a G b. All solves are float64.
 """
@@ -94,7 +93,7 @@ def _multislerp(unit: Unit) -> Generator[Reduction, Any, Weights]:
 
 
 def _karcher(unit: Unit) -> Generator[Reduction, Any, Weights]:
-    shares = normalised(unit.floats("weight"), unit, "weight")
+    shares = normalised(unit.floats("weight"), unit, switch=None)
     span = _Span((yield Gram()))
     tol = unit.number("tol")
     norms = [sqrt(span.gram[i][i]) for i in range(span.size)]
@@ -102,7 +101,7 @@ def _karcher(unit: Unit) -> Generator[Reduction, Any, Weights]:
     if not valid:
         return Weights([0.0] * span.size)
     units = [span.axis(i, norms[i]) for i in valid]
-    weights = normalised([shares[i] for i in valid], unit, "weight")
+    weights = normalised([shares[i] for i in valid], unit, switch=None)
     mean = span.mean(units, weights)
     length = span.norm(mean)
     point = units[0] if length < tol else _scaled(mean, 1.0 / length)

@@ -67,8 +67,7 @@ class Sum:
 
 
 def apply(rows: Rows, base: torch.Tensor | None, c: LocalSum) -> torch.Tensor:
-    """base + lambda * sum of the kept terms; with votes, of those that agree with the elected sign, over their
-    weights."""
+    """base + lambda * sum of the kept terms; with votes, the mean of those that agree with the elected sign."""
     terms = [x * c.factors[i] for i, x in enumerate(rows)]
     if c.mask is not None:
         terms = [masked(term, c.mask.mask(i, rows[i])) for i, term in enumerate(terms)]

@@ -1,0 +1,65 @@
+"""What is checked before the first byte is written, and how the process is prepared for a merge."""
+
+from __future__ import annotations
+
+import ctypes
+import resource
+from pathlib import Path
+
+from mergekit_lfm.errors import PlanError
+from mergekit_lfm.machine import free_space, occupied
+from mergekit_lfm.plan import Plan
+from mergekit_lfm.writer import partial_of
+
+
+def check_copies(plan: Plan) -> None:
+    """Tensors that are copied must be the same in all models. They are compared before anything is written."""
+    wrong = [
+        f"{job.spec} differs between {plan.labels[job.sources[0][0]]} and {plan.labels[model]}"
+        for job in plan.tensors
+        if job.copied
+        for model, name in job.sources[1:]
+        if not _same_bytes(plan, job.sources[0], (model, name), job.nbytes)
+    ]
+    if wrong:
+        raise PlanError("tensors that are not floating are copied, so they must be equal:\n  " + "\n  ".join(wrong))
+
+
+def _same_bytes(plan: Plan, one: tuple[int, str], other: tuple[int, str], nbytes: int) -> bool:
+    step = 1 << 22
+    sides = [(plan.models[model].file_of(name), name, bytearray(min(step, nbytes))) for model, name in (one, other)]
+    for start in range(0, nbytes, step):
+        for file, name, buffer in sides:
+            file.read_into(name, start, memoryview(buffer)[: nbytes - start])
+        if sides[0][2] != sides[1][2]:
+            return False
+    return True
+
+
+def check_disk(plan: Plan, out: Path) -> None:
+    """PlanError where the disk has no room for the output, less what an earlier run has reserved."""
+    needed = sum(shard.nbytes for shard in plan.shards) - occupied(partial_of(out))
+    if needed > free_space(out):
+        free = free_space(out) / 1e9
+        raise PlanError(f"{out} needs {needed / 1e9:,.3g} GB more, the disk has {free:,.3g} GB free; make room")
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep freed blocks for the next ones instead of returning them to the kernel.
+
+    Every block allocates a few MB and frees them; with glibc's defaults each is paged in anew, which doubles the time
+    of elementwise operations (measured on glibc 2.36: 1.2 ms against 0.6 ms for a mask of 2^18 elements).
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(-1, 256 << 20)  # M_TRIM_THRESHOLD
+    mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
+
+
+def allow_many_files() -> None:
+    """Raise the limit of open files as far as it may be: a large model has hundreds of shards, all of them open."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
