@@ -100,12 +100,8 @@ class Run:
         for receipt in self.output.done.values():
             for where in receipt.nonfinite:
                 self._not_finite(where)
-        done = sum(
-            job.segment_nbytes(s)
-            for job in self.plan.tensors
-            for s in range(job.segments)
-            if s not in self.missing(job)
-        )
+        jobs = {job.name: job for job in self.plan.tensors}
+        done = sum(jobs[name].segment_nbytes(segment) for name, segment in self.output.done)
         self.progress(done)
         return done
 

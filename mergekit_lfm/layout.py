@@ -1,4 +1,4 @@
-"""Where every output tensor goes: shards with all offsets known before a byte is written.
+"""Where every output tensor goes, and what goes beside them: all offsets are known before a byte is written.
 
 Without a size limit or a change of dtype the output has the template's files and tensor order. Otherwise tensors are
 packed in the template's order into shards of at most the limit.
@@ -6,9 +6,12 @@ packed in the template's order into shards of at most the limit.
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 from mergekit_lfm.checkpoint import Checkpoint
 from mergekit_lfm.tensors import TensorSpec, encode_header
@@ -16,6 +19,14 @@ from mergekit_lfm.tensors import TensorSpec, encode_header
 DEFAULT_SHARD = 5_000_000_000  # bytes; what transformers and the Hub's advice have
 METADATA = {"format": "pt"}  # older transformers releases refuse files without it
 SINGLE_FILE = "model.safetensors"
+
+# What goes beside the weights: configs, tokenizers, processors, templates and the code that a config may name.
+TAGALONG = re.compile(
+    r"^(config|generation_config|.*token.*|vocab|merges|.*(processor|preprocessor|feature_extractor).*|modules|"
+    r"config_sentence_transformers|sentence_bert_config|chat_template|special_tokens_map|id2label|labels)\.(json|txt)$"
+    r"|\.(jinja|py|tiktoken|spm|bpe)$|^(tokenizer|spiece|sentencepiece.*|.*token.*)\.model$"
+)
+TAGALONG_BYTES = 100_000_000  # the largest that is taken for one; tokenizers have up to 40 MB
 
 
 @dataclass(frozen=True)
@@ -78,3 +89,14 @@ def _packed(tensors: Sequence[TensorSpec], limit: int) -> tuple[Shard, ...]:
         return (Shard(SINGLE_FILE, tuple(tensors)),)
     names = [f"model-{i + 1:05d}-of-{len(bins):05d}.safetensors" for i in range(len(bins))]
     return tuple(Shard(name, tuple(specs)) for name, specs in zip(names, bins, strict=True))
+
+
+def tagalong(folder: Path) -> tuple[Path, ...]:
+    """The template's files that go beside the weights, and those of the modules that sentence-transformers lists."""
+    if not folder.is_dir():
+        return ()
+    found = [path for path in folder.iterdir() if TAGALONG.search(path.name)]
+    if (folder / "modules.json").exists():
+        folders = [entry.get("path") for entry in json.loads((folder / "modules.json").read_text(encoding="utf-8"))]
+        found += [path for name in folders if name for path in (folder / name).glob("*.json")]
+    return tuple(sorted(path for path in found if path.is_file() and path.stat().st_size <= TAGALONG_BYTES))

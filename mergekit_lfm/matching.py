@@ -1,0 +1,109 @@
+"""Which tensors of the models belong together, which are dropped, and what does not fit: told all at once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from mergekit_lfm.checkpoint import Checkpoint
+from mergekit_lfm.errors import PlanError
+from mergekit_lfm.recipe import Recipe
+
+# Buffers that loaders compute from the config: integers that some checkpoints carry and others of the same model do
+# not, and floats that are not parameters, and so are no more merged than integers.
+RECOMPUTED = re.compile(r"(rotary_emb\.inv_freq|attn\.masked_bias|\.attn\.bias|embeddings\.position_ids)$")
+CONSTANTS = re.compile(r"(rotary_emb\.inv_freq|attn\.masked_bias)$")
+HEAD = "lm_head.weight"
+EMBEDDINGS = ("model.embed_tokens.weight", "transformer.wte.weight", "gpt_neox.embed_in.weight")
+
+
+def several(what: str, problems: Sequence[str], most: int = 100) -> str:
+    if len(problems) == 1:
+        return problems[0]
+    more = [f"and {len(problems) - most} more"] if len(problems) > most else []
+    return f"{what}, {len(problems)} problems:\n  " + "\n  ".join([*problems[:most], *more])
+
+
+def match(
+    models: Sequence[Checkpoint], labels: Sequence[str], template: int
+) -> tuple[dict[str, dict[int, str]], tuple[tuple[str, str, str], ...]]:
+    """For each output tensor the name of its source in every model; and what is dropped, (model, tensor, reason).
+
+    Tensors that only some models have are refused, but for buffers that loaders recompute and heads that are tied.
+    """
+    first = models[template]
+    names: dict[str, dict[int, str]] = {name: {} for name in first}
+    templates = {name for name in first if _is_templates(name, models)}
+    dropped: list[tuple[str, str, str]] = []
+    missing: list[str] = []
+    extra: list[str] = []
+    for i, (model, label) in enumerate(zip(models, labels, strict=True)):
+        embedding = next((e for e in EMBEDDINGS if e in model), None)
+        tied = bool(model.config.get("tie_word_embeddings"))
+        for name in first:
+            if name in templates and i != template:
+                dropped += (
+                    [(label, name, "a buffer that loaders recompute; the template's is kept")] if name in model else []
+                )
+            elif name in model:
+                names[name][i] = name
+            elif name == HEAD and tied and embedding:
+                names[name][i] = embedding
+            else:
+                missing.append(f"{label} lacks {first[name]}, which {labels[template]} has")
+        for name in (name for name in model if name not in names):
+            if RECOMPUTED.search(name):
+                dropped.append((label, name, "a buffer that loaders recompute, which the template lacks"))
+            elif name == HEAD and tied:
+                dropped.append((label, name, "tied to the embedding by the model's config"))
+            else:
+                extra.append(f"{label} has {model[name]}, which {labels[template]} lacks")
+        if HEAD in first and HEAD in model and first.config.get("tie_word_embeddings") and not tied:
+            extra.append(
+                f"{label} has a {HEAD} of its own, but the config of {labels[template]} ties it to the embedding, so "
+                "loaders would not use the merged one: take an untied model as the base"
+            )
+    wrong = missing + extra + _misshapen(models, labels, template, names)
+    if wrong:
+        raise PlanError(several("the checkpoints differ", wrong) + "\nMerge models of one architecture and vocabulary.")
+    return names, tuple(dropped)
+
+
+def _is_templates(name: str, models: Sequence[Checkpoint]) -> bool:
+    """Whether the template's tensor is kept, whatever the others have."""
+    everywhere = all(name in model for model in models)
+    return bool(RECOMPUTED.search(name)) and (not everywhere or bool(CONSTANTS.search(name)))
+
+
+def _misshapen(
+    models: Sequence[Checkpoint], labels: Sequence[str], template: int, names: Mapping[str, Mapping[int, str]]
+) -> list[str]:
+    first = models[template]
+    return [
+        f"{name} is {list(models[i][source].shape)} in {labels[i]}, {list(first[name].shape)} in {labels[template]}"
+        for name, sources in names.items()
+        for i, source in sources.items()
+        if models[i][source].shape != first[name].shape
+    ]
+
+
+def layers_of(model: Checkpoint) -> dict[str, tuple[int, int]]:
+    """(index, count) of the layer of each tensor that is in one: the first integer of its name, counted per prefix."""
+    found = {name: match for name in model if (match := re.match(r"(.*?(?:^|\.))(\d+)(?:\.|$)", name))}
+    counts: dict[str, int] = {}
+    for match in found.values():
+        counts[match[1]] = max(counts.get(match[1], 0), int(match[2]) + 1)
+    return {name: (int(match[2]), counts[match[1]]) for name, match in found.items()}
+
+
+def refuse_quantised(recipe: Recipe, models: Sequence[Checkpoint], labels: Sequence[str]) -> None:
+    """Numbers that mean nothing without their scales are copied, but not merged."""
+    if recipe.method.name == "passthrough":
+        return
+    wrong = []
+    for label, model in zip(labels, models, strict=True):
+        float8 = next((spec for spec in model.values() if spec.dtype.startswith("float8")), None)
+        if model.config.get("quantization_config") or float8:
+            wrong.append(f"{label} is quantised ({float8 or 'so says its config'})")
+    if wrong:
+        raise PlanError("; ".join(wrong) + ": merge the unquantised models, or dequantise them first")
