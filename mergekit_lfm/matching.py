@@ -18,6 +18,7 @@ EMBEDDINGS = ("model.embed_tokens.weight", "transformer.wte.weight", "gpt_neox.e
 
 
 def several(what: str, problems: Sequence[str], most: int = 100) -> str:
+    """One message about all problems, each on a line of its own; the most are told, the rest counted."""
     if len(problems) == 1:
         return problems[0]
     more = [f"and {len(problems) - most} more"] if len(problems) > most else []
