@@ -18,7 +18,7 @@ from mergekit_lfm.recipe import Recipe
 from mergekit_lfm.tensors import TensorSpec, encode_header
 
 NUMEL = 600_000_000  # in bfloat16, 1.2 GB
-# Runs a command and prints the peak of its own memory in KB; what wait4 says would count its parent's, from before exec.
+# Runs a command and prints its own peak memory in KB; what wait4 says would count its parent's, from before the exec.
 MEASURED = """
 from pathlib import Path
 from mergekit_lfm.commands import main
