@@ -192,6 +192,8 @@ class Checkpoint(Mapping[str, TensorSpec]):
         self.path = path
         if path.is_dir():
             paths, weight_map = _weight_paths(path)
+        elif path.name in ADAPTER:
+            raise FormatError(f"{path} is an adapter: merge it into its model first (peft's merge_and_unload)")
         else:
             paths, weight_map = [path], {}
         self.files = tuple(_open_file(file) for file in paths)

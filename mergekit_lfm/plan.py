@@ -37,6 +37,7 @@ class Job:
     """One output tensor. sources: (model index, tensor name) of each input; base: likewise, or None.
 
     compute is the dtype of the arithmetic. copied: the bytes of the first source, which all sources must equal.
+    sums_nbytes: what sums by row or column, and the weights from them, take.
     """
 
     spec: TensorSpec
@@ -48,6 +49,7 @@ class Job:
     copied: bool
     block: int
     needs_sums: bool
+    sums_nbytes: int = 0
 
     name = property(lambda self: self.spec.name)
     shape = property(lambda self: self.spec.shape)
@@ -125,7 +127,9 @@ class Plan:
     def scratch(self, job: Job) -> int:
         """Bytes that one worker holds to process the job block by block."""
         numel = min(job.block, job.spec.numel)
-        return numel * ITEMSIZE[job.dtype] if job.copied else numel * len(job.read) * (ITEMSIZE[job.compute] * 8 + 8)
+        if job.copied:
+            return numel * ITEMSIZE[job.dtype]
+        return numel * len(job.read) * (ITEMSIZE[job.compute] * 8 + 8) + job.sums_nbytes
 
     def most_threads(self, memory: int) -> int:
         """The number of threads, at least one, for which a budget of `memory` bytes suffices."""
@@ -241,7 +245,9 @@ def _job(
     if method.copies(unit):
         job = replace(job, sources=sources[:1], base=None, copied=dtypes[0] == dtype)
     needs_sums = not job.copied and _needs_sums(method, unit)
-    return replace(job, block=block_numel(method, unit), needs_sums=needs_sums)
+    groups = max(row, unit.numel // row) if (row := method.row(unit)) else 0
+    gram = groups * len(sources) ** 2 * 8  # float64; held twice while it is gathered, and once more as weights
+    return replace(job, block=block_numel(method, unit), needs_sums=needs_sums, sums_nbytes=3 * gram)
 
 
 def block_numel(method: Method, unit: Unit) -> int:

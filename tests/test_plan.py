@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from mergekit_lfm import merge
 from mergekit_lfm.blocks import in_order
-from mergekit_lfm.errors import PlanError
+from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.kernels.reductions import Gram
 from mergekit_lfm.plan import make_plan
 from mergekit_lfm.recipe import Recipe
@@ -187,3 +187,24 @@ def test_nothing_of_this_machine_is_in_the_lock(tmp_path: Path) -> None:
     for name in ("merge.lock.json", "README.md"):
         assert str(tmp_path) not in (out / name).read_text()
     assert json.loads((out / "merge.lock.json").read_text())["nonfinite"] == ["w of b"]
+
+
+def test_memory_for_sums_by_row_is_planned(tmp_path: Path) -> None:
+    """Two million rows of two: their Gram matrices take more than the matrix itself."""
+    models = [save(tmp_path / name, {"w": torch.zeros(2_000_000, 2).bfloat16()}) for name in ("a", "b")]
+    recipe = {
+        "merge_method": "nuslerp",
+        "models": [{"model": str(model)} for model in models],
+        "parameters": {"weight": 0.5, "nuslerp_flatten": False},
+    }
+    plan = make_plan(Recipe.parse(recipe))
+    assert plan.scratch(plan.tensors[0]) > 2_000_000 * 4 * 8 * 3
+    with pytest.raises(PlanError, match="raise --memory"):
+        plan.peak_memory(100_000_000, 1)
+    assert plan.peak_memory(300_000_000, 1) <= 300_000_000
+
+
+def test_an_adapter_named_directly_is_refused(tmp_path: Path) -> None:
+    save_file({"a.lora_A.weight": torch.ones(2)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(FormatError, match="is an adapter"):
+        make_plan(Recipe.parse(linear(tmp_path / "adapter_model.safetensors")))
