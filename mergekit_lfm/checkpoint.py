@@ -11,6 +11,8 @@ import json
 import os
 import weakref
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
@@ -19,7 +21,9 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from mergekit_lfm.archives import Unreadable, read_archive, state_dict
+from mergekit_lfm.durable import replace_file
 from mergekit_lfm.errors import FormatError
+from mergekit_lfm.machine import cache_folder, default_threads
 from mergekit_lfm.tensors import ITEMSIZE, TensorSpec, read_exactly, read_header
 
 if TYPE_CHECKING:
@@ -276,6 +280,43 @@ class Checkpoint(Mapping[str, TensorSpec]):
     def digest(self) -> str:
         """xxh3-128 of the identity, in hex."""
         return xxhash.xxh3_128_hexdigest(json.dumps(self.identity, sort_keys=True).encode())
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """xxh3-128 of every tensor's bytes, in hex. Reads all of the data, once."""
+        with ThreadPoolExecutor(default_threads()) as pool:
+            return dict(zip(self, pool.map(self._digest, self), strict=True))
+
+    def _digest(self, name: str) -> str:
+        found, nbytes = xxhash.xxh3_128(), self[name].nbytes
+        buffer = memoryview(bytearray(min(1 << 20, nbytes)))
+        for start in range(0, nbytes, 1 << 20):
+            part = buffer[: nbytes - start]
+            self._home[name].read_into(name, start, part)
+            found.update(part)
+        return found.hexdigest()
+
+    @cached_property
+    def content(self) -> str:
+        """xxh3-128 of names, shapes, dtypes and data, in hex: the same for any files, sharding and order.
+
+        The data are read once on a machine: what was found is kept under the digest of the files' identity.
+        """
+        kept = cache_folder("contents") / self.digest
+        if "digests" not in self.__dict__:
+            with suppress(OSError):
+                return kept.read_text(encoding="ascii")
+        found = content_digest({self[name]: digest for name, digest in self.digests.items()})
+        with suppress(OSError):  # without it the next run reads the data again
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(kept, found.encode())
+        return found
+
+
+def content_digest(digests: Mapping[TensorSpec, str]) -> str:
+    """What `Checkpoint.content` is for tensors whose bytes have these digests."""
+    entries = sorted([str(spec), digest] for spec, digest in digests.items())
+    return xxhash.xxh3_128_hexdigest(json.dumps(entries).encode())
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:

@@ -117,7 +117,7 @@ def merge(
                 progress=progress,
             )
     except KeyboardInterrupt:
-        from mergekit_lfm.writer import partial_of
+        from mergekit_lfm.durable import partial_of
 
         kept = partial_of(out)
         done = f"what is done is kept in {kept}" if kept.exists() else "nothing was written"
@@ -142,8 +142,8 @@ def _show_plan(
     plan: Plan, out: Path, memory: int | None, threads: int | None, as_json: bool, verbose: bool, err: bool = False
 ) -> None:
     from mergekit_lfm.display import plan_text
+    from mergekit_lfm.durable import partial_of
     from mergekit_lfm.machine import default_memory, default_threads, free_space, occupied
-    from mergekit_lfm.writer import partial_of
 
     memory = memory or default_memory()
     threads = threads or min(default_threads(), plan.most_threads(memory))

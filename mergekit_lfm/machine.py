@@ -24,3 +24,8 @@ def free_space(out: Path) -> int:
 def occupied(folder: Path) -> int:
     """Bytes on the disk that the files in a folder take, reserved ones included; 0 where there is no folder."""
     return sum(file.stat().st_blocks * 512 for file in folder.iterdir()) if folder.is_dir() else 0
+
+
+def cache_folder(part: str) -> Path:
+    """Where `part` of what can be computed again is kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mergekit_lfm" / part

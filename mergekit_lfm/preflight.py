@@ -6,10 +6,10 @@ import ctypes
 import resource
 from pathlib import Path
 
+from mergekit_lfm.durable import partial_of
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.machine import free_space, occupied
 from mergekit_lfm.plan import Plan
-from mergekit_lfm.writer import partial_of
 
 
 def check_copies(plan: Plan) -> None:

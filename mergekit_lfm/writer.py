@@ -8,9 +8,7 @@ OUT.partial so means: complete. `--overwrite` moves OUT into OUT.partial before 
 
 from __future__ import annotations
 
-import ctypes
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -21,6 +19,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, Literal
 
+from mergekit_lfm.durable import lock_folder, partial_of, replace_file, reserve, sync_folder, write_all
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.plan import Job, Plan
 from mergekit_lfm.tensors import UNFINISHED, naming, write_exactly
@@ -31,7 +30,6 @@ REPLACED = "merge.replaced"  # what --overwrite replaced, while it is not yet de
 # Sync and vouch for about so many bytes at a time: syncing every tensor would cost more than merging.
 SYNC_BYTES = 256 << 20
 Policy = Literal["error", "warn"]  # what NaN or infinity leads to
-_fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +40,6 @@ class Receipt:
     segment: int
     xxh3: str
     nonfinite: tuple[str, ...] = ()
-
-
-def partial_of(out: Path) -> Path:
-    """The folder OUT.partial."""
-    named = out if out.name else out.resolve()  # "." has no name of its own
-    return named.with_name(f"{named.name}.partial")
 
 
 def lock_of(folder: Path) -> dict[str, Any]:
@@ -90,22 +82,9 @@ def _undo(plan: Plan, out: Path) -> None:
     """Undo the first of the last steps of another run with --overwrite that was killed between them."""
     held = partial_of(out) / REPLACED
     if held.exists() and not out.exists() and not _complete(partial_of(out), plan):
-        fd = _locked(partial_of(out))
+        fd = lock_folder(partial_of(out))
         held.rename(out)
         os.close(fd)
-
-
-def _locked(partial: Path) -> int:
-    """A descriptor of the folder OUT.partial, locked until it is closed. PlanError while another run has it."""
-    fd = os.open(partial, os.O_RDONLY)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not partial.exists() or os.fstat(fd).st_ino != partial.stat().st_ino:
-            raise BlockingIOError
-    except BlockingIOError:
-        os.close(fd)
-        raise PlanError(f"another run is writing {partial}; wait for it, or choose another output") from None
-    return fd
 
 
 def _complete(partial: Path, plan: Plan) -> bool:
@@ -151,7 +130,7 @@ class Output:
         if self.partial.exists() and not (journal.exists() or lock_of(self.partial) or not any(self.partial.iterdir())):
             raise PlanError(f"{self.partial} exists and is not an unfinished merge of ours; move it away")
         self.partial.mkdir(parents=True, exist_ok=True)
-        self._folder = _locked(self.partial)
+        self._folder = lock_folder(self.partial)
         self._journal = os.open(journal, os.O_RDWR | os.O_CREAT, 0o666)
         if not (resume and self._shards_whole() and self._read_journal(journal)):
             self._start_over(journal)
@@ -160,9 +139,9 @@ class Output:
             fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
             self._fds.append(fd)
             with naming(path):
-                _reserve(fd, shard.nbytes)
+                reserve(fd, shard.nbytes)
                 write_exactly(fd, 0, memoryview(UNFINISHED + shard.header[8:]))
-        _sync_folder(self.partial)
+        sync_folder(self.partial)
 
     def _shards_whole(self) -> bool:
         """Whether the files that a journal may vouch for are there."""
@@ -197,7 +176,7 @@ class Output:
             (self.partial / LOCK).unlink(missing_ok=True)
             os.ftruncate(self._journal, 0)
             os.fsync(self._journal)
-        _sync_folder(self.partial)
+        sync_folder(self.partial)
         for path in self.partial.iterdir():
             if path != journal:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -205,7 +184,7 @@ class Output:
             os.lseek(self._journal, 0, os.SEEK_SET)
             write_all(self._journal, json.dumps({"plan": self.plan.digest}).encode() + b"\n")
             os.fsync(self._journal)
-        _sync_folder(self.partial.parent)
+        sync_folder(self.partial.parent)
 
     def place(self, name: str) -> tuple[int, int]:
         """The descriptor of the tensor's shard, and the offset of its bytes there."""
@@ -289,13 +268,8 @@ class Output:
         for name, data in sorted(files.items(), key=lambda item: item[0] == LOCK):
             path = self.partial / name
             path.parent.mkdir(exist_ok=True)
-            with naming(path):
-                temporary = path.with_name(path.name + ".tmp")
-                temporary.write_bytes(data)
-                with temporary.open("rb") as file:
-                    os.fsync(file.fileno())
-                temporary.rename(path)
-            _sync_folder(path.parent)
+            replace_file(path, data)
+            sync_folder(path.parent)
         move_into_place(self.out)
 
 
@@ -306,9 +280,9 @@ def move_into_place(out: Path) -> None:
     if out.exists() and any(out.iterdir()):
         clear_replaced(partial)
         out.rename(partial / REPLACED)
-    _sync_folder(partial)
+    sync_folder(partial)
     partial.rename(out)
-    _sync_folder(out.parent)
+    sync_folder(out.parent)
     clear_replaced(out)
 
 
@@ -322,35 +296,7 @@ def finish(plan: Plan, out: Path) -> bool:
     """Complete the publishing of a run that was killed in the middle of it. False where there is none of this plan."""
     if not _complete(partial_of(out), plan):
         return False
-    fd = _locked(partial_of(out))
+    fd = lock_folder(partial_of(out))
     move_into_place(out)
     os.close(fd)
     return True
-
-
-def write_all(fd: int, data: bytes) -> None:
-    """Append all of `data`."""
-    view = memoryview(data)
-    while view:
-        view = view[os.write(fd, view) :]
-
-
-def _reserve(fd: int, nbytes: int) -> None:
-    """Give the file its full size on the disk, so that a full disk shows before work starts.
-
-    By the system call: where a filesystem has none, os.posix_fallocate would write every page.
-    """
-    os.ftruncate(fd, nbytes)
-    if nbytes and _fallocate is not None and _fallocate(fd, 0, ctypes.c_int64(0), ctypes.c_int64(nbytes)):
-        number = ctypes.get_errno()
-        if number not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-            raise OSError(number, os.strerror(number))
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        with naming(folder):
-            os.fsync(fd)
-    finally:
-        os.close(fd)

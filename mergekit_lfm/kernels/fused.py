@@ -30,6 +30,7 @@ import xxhash
 
 from mergekit_lfm.kernels import bits
 from mergekit_lfm.kernels.sums import round_once
+from mergekit_lfm.machine import cache_folder
 
 Mode = Literal["auto", "always", "never"]
 COMPILE_SECONDS = 10  # about what compiling one function takes
@@ -173,11 +174,6 @@ def compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "g++"))
 
 
-def cache_folder() -> Path:
-    """Where compiled libraries are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mergekit_lfm" / "kernels"
-
-
 @cache
 def _environment() -> str:
     """Digest of all but the function that a compiled library depends on: our sources, torch, the processor."""
@@ -203,7 +199,7 @@ class Fused:
         """Where its library is kept."""
         name = f"{self.function.__module__}.{self.function.__qualname__}"
         facts = f"{_environment()} {name} {self.form} {self.dtype} {self.out}"
-        return cache_folder() / f"{self.function.__name__}-{xxhash.xxh3_128_hexdigest(facts.encode())}.pt2"
+        return cache_folder("kernels") / f"{self.function.__name__}-{xxhash.xxh3_128_hexdigest(facts.encode())}.pt2"
 
     @property
     def inputs(self) -> int:

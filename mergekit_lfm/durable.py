@@ -1,0 +1,72 @@
+"""Files that survive a crash: synced folders, files replaced at once, folders that one run has to itself."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+from pathlib import Path
+
+from mergekit_lfm.errors import PlanError
+from mergekit_lfm.tensors import naming
+
+_fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make what was created, renamed and removed in the folder last."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        with naming(folder):
+            os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Give the file its new content at once: whoever reads it sees the old one or the new one, whole."""
+    with naming(path):
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_bytes(data)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.rename(path)
+
+
+def lock_folder(folder: Path) -> int:
+    """A descriptor of the folder, locked until it is closed. PlanError while another run has it."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not folder.exists() or os.fstat(fd).st_ino != folder.stat().st_ino:
+            raise BlockingIOError
+    except BlockingIOError:
+        os.close(fd)
+        raise PlanError(f"another run is writing {folder}; wait for it, or choose another output") from None
+    return fd
+
+
+def partial_of(out: Path) -> Path:
+    """The folder OUT.partial, where OUT is while it is not complete."""
+    named = out if out.name else out.resolve()  # "." has no name of its own
+    return named.with_name(f"{named.name}.partial")
+
+
+def write_all(fd: int, data: bytes) -> None:
+    """Append all of `data`."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def reserve(fd: int, nbytes: int) -> None:
+    """Give the file its full size on the disk, so that a full disk shows before work starts.
+
+    By the system call: where a filesystem has none, os.posix_fallocate would write every page.
+    """
+    os.ftruncate(fd, nbytes)
+    if nbytes and _fallocate is not None and _fallocate(fd, 0, ctypes.c_int64(0), ctypes.c_int64(nbytes)):
+        number = ctypes.get_errno()
+        if number not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise OSError(number, os.strerror(number))

@@ -1,0 +1,122 @@
+"""The statistics file: what a model's layers and parameters were to some data, for merges, alignment and edits.
+
+One safetensors file: `gram/LAYER`, `cross/LAYER` or `fisher/TENSOR`, float32, and metadata that say of which model and
+data they are, which tensors of the checkpoint make up each layer, and which layers share one entry. Collecting them
+needs the model; reading them needs this module alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergekit_lfm.checkpoint import Checkpoint, open_checkpoint
+from mergekit_lfm.errors import FormatError
+from mergekit_lfm.tensors import read_header
+
+if TYPE_CHECKING:
+    import torch
+
+KINDS = ("gram", "fisher", "cross")
+FORMAT = "1"
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A linear layer, y = W x + b, in the names of its checkpoint.
+
+    weight, bias: its tensors; bias is None where it has none. axis: the axis of `weight` along which the inputs run, 1
+    for a Linear [out, in], 0 for a Conv1D [in, out]. inputs: how many there are, without the appended 1. entry: the
+    layer under whose name its moment is stored: itself, or the first that reads the same inputs. count: the tokens
+    that the moment is a mean over.
+    """
+
+    weight: str
+    bias: str | None
+    axis: int
+    inputs: int
+    entry: str
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """All that a statistics file says about itself.
+
+    models: the content digest (`Checkpoint.content`) of the model, for "cross" of both. data: digest of the batches.
+    options: all else that the numbers depend on. layers: for moments, every layer that is covered; in "cross" with
+    the tensors and inputs of the first model. examples: how many went in. norm: for "fisher", the Euclidean norm over
+    all of it. skipped: what of the model is not covered, and why.
+    """
+
+    kind: str
+    models: tuple[str, ...]
+    data: str
+    options: dict[str, Any]
+    examples: int
+    layers: dict[str, Layer] = field(default_factory=dict)
+    norm: float | None = None
+    skipped: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def metadata(self) -> dict[str, str]:
+        """The facts as a safetensors header holds them."""
+        rest = {name: value for name, value in asdict(self).items() if name != "kind"}
+        parts = {f"lfm.{name}": json.dumps(value, sort_keys=True) for name, value in rest.items()}
+        return {"format": "pt", "lfm.kind": "statistics", "lfm.format": FORMAT, "lfm.statistic": self.kind, **parts}
+
+
+def read_facts(metadata: dict[str, str], label: object) -> Facts:
+    """What the metadata of a header say. FormatError where they are not those of a statistics file."""
+    if metadata.get("lfm.kind") != "statistics":
+        raise FormatError(f"{label} is no statistics file; make one with `mergekit-lfm stats`")
+    if metadata.get("lfm.format") != FORMAT or metadata.get("lfm.statistic") not in KINDS:
+        raise FormatError(f"{label} holds statistics of another version; collect them again")
+    try:
+        parts = {name: json.loads(metadata[f"lfm.{name}"]) for name in Facts.__dataclass_fields__ if name != "kind"}
+        parts["layers"] = {name: Layer(**layer) for name, layer in parts["layers"].items()}
+        return Facts(metadata["lfm.statistic"], **{**parts, "models": tuple(parts["models"])})
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise FormatError(f"{label} has damaged metadata ({error!r}); collect the statistics again") from None
+
+
+class Statistics:
+    """A statistics file that is open: its facts, and its entries as tensors of a checkpoint."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.facts = read_facts(read_header(path).metadata, path)
+        self.tensors: Checkpoint = open_checkpoint(path)
+        wanted = {f"{self.facts.kind}/{layer.entry}" for layer in self.facts.layers.values()}
+        if absent := sorted(wanted - self.tensors.keys()):
+            raise FormatError(f"{path} names {absent[0]} and does not hold it; collect the statistics again")
+
+    def __repr__(self) -> str:
+        return f"Statistics({str(self.path)!r}, {self.facts.kind}, {len(self.tensors)} entries)"
+
+    @cached_property
+    def by_weight(self) -> dict[str, tuple[str, Layer]]:
+        """The layers by the names of their weights, each with its own name."""
+        return {layer.weight: (name, layer) for name, layer in self.facts.layers.items()}
+
+    def entry(self, name: str) -> str:
+        """The tensor of this file that holds the statistic of a layer or parameter. KeyError where there is none."""
+        stored = self.facts.layers[name].entry if self.facts.layers else name
+        return self.tensors[f"{self.facts.kind}/{stored}"].name
+
+    def read(self, name: str) -> torch.Tensor:
+        """The statistic of a layer or parameter, in its shape: a Gram matrix is [inputs + 1, inputs + 1]."""
+        entry = self.entry(name)
+        return self.tensors.read(entry).view(self.tensors[entry].shape)
+
+
+def open_statistics(path: str | os.PathLike[str]) -> Statistics:
+    """The statistics in a file. FormatError where it holds none, FileNotFoundError where it is not there."""
+    place = Path(path)
+    if not place.is_file():
+        raise FileNotFoundError(f"no such statistics file: {place}")
+    return Statistics(place)
