@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -88,19 +88,21 @@ def merge_tensors(
     tensors: Sequence[torch.Tensor],
     *,
     base: torch.Tensor | None = None,
+    statistics: Sequence[torch.Tensor] | None = None,
     seed: int = 0,
     name: str = "tensor",
     **parameters: Any,
 ) -> torch.Tensor:
     """One tensor merged by a method, in memory, through the same reduce, solve and apply as a checkpoint's.
 
-    tensors: the method's inputs, of one shape; base: the base model's, where the method takes one. A parameter that
-    is given for each input is a number for all or a list with one for each. `lambda` is passed as `lambda_`. The
-    result has the promoted dtype of the inputs. seed and name key the random numbers, as a recipe's seed and the
-    tensor's name do.
+    tensors: the method's inputs, of one shape; base: the base model's, where the method takes one. statistics: for
+    `fisher` the diagonal Fisher information of each input, of its shape; for `regmean` the Gram matrix of each,
+    [inputs, inputs], and the tensors are matrices [outputs, inputs], with the bias as their last column if the Gram
+    matrix is of inputs with a 1 appended. A parameter that is given for each input is a number for all or a list with
+    one for each. `lambda` is passed as `lambda_`. The result has the promoted dtype of the inputs. seed and name key
+    the random numbers, as a recipe's seed and the tensor's name do.
     """
     from mergekit_lfm.kernels.random import key
-    from mergekit_lfm.plan import block_numel
 
     if method not in METHODS:
         raise PlanError(f"there is no method {method!r}, {did_you_mean(method, METHODS)}")
@@ -109,13 +111,11 @@ def merge_tensors(
         tensors, base = [base, *tensors], None
     shared, inputs = _values(declared, name, len(tensors), parameters)
     _check_tensors(declared, tensors, base)
+    evidence = _check_statistics(declared, tensors, statistics)
     import torch
 
-    from mergekit_lfm.blocks import Blocks, merged
-
-    everything = [*tensors, *([] if base is None else [base])]
-    dtype = everything[0].dtype
-    for tensor in everything[1:]:
+    dtype = tensors[0].dtype
+    for tensor in (*tensors[1:], *([] if base is None else [base])):
         dtype = torch.promote_types(dtype, tensor.dtype)
     unit = Unit(
         name=name,
@@ -125,24 +125,72 @@ def merge_tensors(
         inputs=inputs,
         keys=tuple(key(seed, name, position) for position in range(len(tensors))),
         double=dtype == torch.float64,
-    )
-    if declared.copies(unit):
-        tensors, base, everything = tensors[:1], None, list(tensors[:1])
-    flat = [tensor.detach().cpu().reshape(-1) for tensor in everything]
-    readers = [lambda start, stop, t=t: t[start:stop] for t in flat]
-    blocks = Blocks(
-        sources=readers[: len(tensors)],
-        base=readers[-1] if base is not None else None,
-        numel=unit.numel,
-        block=block_numel(declared, unit),
-        dtype=torch.float64 if unit.double else torch.float32,
+        norms=tuple(float(x.double().norm()) for x in evidence),
     )
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # more would add the parts of a sum in another order
     try:
-        return merged(declared, unit, blocks, dtype).reshape(tensors[0].shape)
+        return _merged(declared, unit, tensors, base, evidence, dtype)
     finally:
         torch.set_num_threads(threads)
+
+
+def _merged(
+    method: Method,
+    unit: Unit,
+    tensors: Sequence[torch.Tensor],
+    base: torch.Tensor | None,
+    statistics: Sequence[torch.Tensor],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    import torch
+
+    from mergekit_lfm.blocks import Blocks, merged
+    from mergekit_lfm.jobs import block_numel
+    from mergekit_lfm.kernels.sums import round_once
+    from mergekit_lfm.linears import HeldLinear
+
+    if method.whole is not None:
+        layer = HeldLinear([x.detach().cpu() for x in tensors], [x.detach().cpu() for x in statistics])
+        (matrix,) = method.whole.merge(unit, [layer])
+        return round_once(matrix, dtype)
+    if method.copies(unit):
+        tensors, base = tensors[:1], None
+    blocks = Blocks(
+        sources=[_reader(x) for x in (*tensors, *statistics)],
+        base=None if base is None else _reader(base),
+        numel=unit.numel,
+        block=block_numel(method, unit),
+        dtype=torch.float64 if unit.double else torch.float32,
+    )
+    return merged(method, unit, blocks, dtype).reshape(unit.shape)
+
+
+def _reader(tensor: torch.Tensor) -> Callable[[int, int], torch.Tensor]:
+    flat = tensor.detach().cpu().reshape(-1)
+    return lambda start, stop: flat[start:stop]
+
+
+def _check_statistics(
+    method: Method, tensors: Sequence[torch.Tensor], given: Sequence[torch.Tensor] | None
+) -> Sequence[torch.Tensor]:
+    """The statistics, one for each tensor, () for a method that takes none."""
+    if method.statistics is None:
+        if given is not None:
+            raise PlanError(f"{method.name} takes no statistics; leave them out")
+        return ()
+    shape = tuple(tensors[0].shape)
+    if method.whole is not None:
+        if len(shape) != 2:
+            raise PlanError(f"{method.name} merges matrices [outputs, inputs], found a tensor {list(shape)}")
+        shape = (shape[1], shape[1])
+    found = [list(x.shape) for x in given or ()]
+    if found != [list(shape)] * len(tensors):
+        raise PlanError(
+            f"{method.name} needs statistics={method.statistics} of each input, {len(tensors)} tensors "
+            f"{list(shape)}; found {found or 'none'}"
+        )
+    return given or ()
 
 
 def _values(

@@ -8,7 +8,7 @@ share. The bytes are the same in each case: sums run over constant blocks in a c
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
@@ -20,15 +20,19 @@ import xxhash
 from mergekit_lfm.blocks import Blocks, Read, StoredBlock, apply_to, finite, in_order, solved
 from mergekit_lfm.checkpoint import bytes_of
 from mergekit_lfm.errors import FormatError
+from mergekit_lfm.evidence import LinearGroup, LinearJob
+from mergekit_lfm.jobs import BLOCK, Job, Source
 from mergekit_lfm.kernels.fused import Kernels, Mode, run_eagerly
 from mergekit_lfm.kernels.reductions import Reduction
+from mergekit_lfm.kernels.sums import round_once
+from mergekit_lfm.linears import StoredLinear
 from mergekit_lfm.machine import default_memory, default_threads
 from mergekit_lfm.methods import METHODS
 from mergekit_lfm.methods.declare import Coefficients
-from mergekit_lfm.plan import BLOCK, Job, Plan
+from mergekit_lfm.plan import Plan
 from mergekit_lfm.pool import Executor, Stopped, thread_pool
 from mergekit_lfm.preflight import allow_many_files, check_copies, check_disk, keep_freed_memory
-from mergekit_lfm.provenance import documents, public_names
+from mergekit_lfm.provenance import documents, names_of
 from mergekit_lfm.tensors import FLOATS, ITEMSIZE
 from mergekit_lfm.writer import Output, Policy, Receipt, already_there, finish
 
@@ -54,6 +58,14 @@ class Work:
     solve: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class LinearWork:
+    """What one worker does without waiting: linear layers that are solved together, all but what is written already."""
+
+    group: LinearGroup
+    missing: Mapping[str, tuple[int, ...]]
+
+
 @dataclass
 class Run:
     """The state that the tasks of one execution share."""
@@ -71,12 +83,12 @@ class Run:
         """The job's inputs, read from the files block by block or held in memory."""
         readers = {source: self._reader(source, None if resident else job.block) for source in job.read}
         base = readers[job.base] if job.base else None
-        sources = [readers[source] for source in job.sources]
+        sources = [readers[source] for source in job.sources + job.statistics]
         return Blocks(sources, base, job.spec.numel, job.block, getattr(torch, job.compute), self.kernels)
 
     def _reader(self, source: tuple[int, str], block: int | None) -> Read:
         """Reads ranges of up to `block` elements into a buffer that the next call overwrites, or once the whole."""
-        model, name = self.plan.models[source[0]], source[1]
+        model, name = self.plan.sources[source[0]], source[1]
         whole = model.read(name) if block is None else None
         buffer = torch.empty(min(block or 0, model[name].numel), dtype=getattr(torch, model[name].dtype))
 
@@ -105,8 +117,11 @@ class Run:
         self.progress(done)
         return done
 
-    def do(self, work: Work) -> None:
+    def do(self, work: Work | LinearWork) -> None:
         """Merge or copy the segments of `work`, write them, and note the receipts."""
+        if isinstance(work, LinearWork):
+            self._solve(work)
+            return
         job = work.job
         if job.copied:
             for segment in work.segments:
@@ -118,6 +133,50 @@ class Run:
             coefficients = solved(METHODS[job.method].solve(self.plan.unit([job])), blocks.reduce)
         for segment in work.segments:
             self._merge(job, blocks, coefficients, segment)
+
+    def _solve(self, work: LinearWork) -> None:
+        """Merge linear layers as matrices."""
+        bad = set[str]()
+        layers = [self._linear(work.group, layer, bad) for layer in work.group.layers]
+        jobs = [self.plan.tensors[i] for i in work.group.jobs]
+        whole = METHODS[jobs[0].method].whole
+        assert whole is not None
+        waiting = iter(jobs)
+        for layer, merged in zip(layers, whole.merge(self.plan.unit(jobs[:1]), layers), strict=True):
+            for part in (part for part in layer.parts(merged) if part is not None):
+                job = next(waiting)
+                tensor = round_once(part, getattr(torch, job.dtype))
+                if not finite(tensor) and not bad:
+                    bad.add(self._not_finite(f"{job.name} of the output"))
+                for segment in work.missing[job.name]:
+                    first = segment * job.segment_numel
+                    data = bytes_of(tensor[first : first + job.segment_numel])
+                    self.output.write(job, first * ITEMSIZE[job.dtype], data)
+                    digest = xxhash.xxh3_128_hexdigest(data)
+                    self.progress(len(data))
+                    self.output.record(Receipt(job.name, segment, digest, tuple(sorted(bad))), len(data))
+
+    def _linear(self, group: LinearGroup, layer: LinearJob, bad: set[str]) -> StoredLinear:
+        """A layer whose parts are read from the files; what of them is not finite is added to `bad`."""
+        weight = self.plan.tensors[layer.weight]
+
+        def read(source: Source, start: int, stop: int) -> torch.Tensor:
+            if self.stop.is_set():
+                raise Stopped
+            part = self.plan.sources[source[0]].read(source[1], start, stop)
+            if not finite(part):
+                bad.add(self._not_finite(f"{source[1]} of {self.names[source[0]]}"))
+            return part
+
+        return StoredLinear(
+            read,
+            weights=weight.sources,
+            biases=() if layer.bias is None else self.plan.tensors[layer.bias].sources,
+            grams=group.grams,
+            axis=layer.axis,
+            outputs=layer.outputs,
+            inputs=weight.shape[layer.axis],
+        )
 
     def reduce(self, job: Job, request: Reduction, segment: int) -> Any:
         """One segment's part of a reduction, read from the files."""
@@ -171,9 +230,9 @@ class Run:
         if block.finite() and finite(merged):
             return set()
         inputs = [
-            f"{name} of {self.names[model]}"
-            for model, name in job.read
-            if not finite(self.plan.models[model].read(name, block.start, block.start + len(merged)))
+            f"{name} of {self.names[source]}"
+            for source, name in job.read
+            if not finite(self.plan.sources[source].read(name, block.start, block.start + len(merged)))
         ]
         return {self._not_finite(where) for where in inputs or [f"{job.name} of the output"]}
 
@@ -220,7 +279,7 @@ def execute(
     allow_many_files()
     blocks = sum(job.spec.numel // BLOCK for job in plan.tensors if not job.copied)
     with Output(plan, place, resume) as output, Kernels(compile, blocks, BLOCK, count) as kernels:
-        names = public_names(plan.labels)
+        names = names_of(plan)
         run = Run(
             plan,
             output,
@@ -228,7 +287,7 @@ def execute(
             nan=nan,
             progress=progress or (lambda _: None),
             kernels=kernels,
-            names=tuple(names[label] for label in plan.labels),
+            names=tuple(names[label] for label in plan.source_labels),
         )
         resumed = run.take_over()
         try:
@@ -246,6 +305,9 @@ def _carry_out(run: Run, executor: Executor) -> None:
     """First all tasks that need no barrier, heavy ones first, then in file order; then what takes several passes."""
     plan = run.plan
     alone: list[Work] = []
+    linears = [_linear_work(run, group) for group in sorted(plan.linears, key=lambda group: -group.nbytes)]
+    for _ in executor(run.do, [work for work in linears if any(work.missing.values())]):
+        pass
     shared: list[list[Job]] = []
     for group in plan.groups:
         jobs = [plan.tensors[i] for i in group]
@@ -265,6 +327,11 @@ def _carry_out(run: Run, executor: Executor) -> None:
         pass
     for jobs in shared:
         _in_passes(run, executor, jobs)
+
+
+def _linear_work(run: Run, group: LinearGroup) -> LinearWork:
+    jobs = [run.plan.tensors[i] for i in group.jobs]
+    return LinearWork(group, {job.name: run.missing(job) for job in jobs})
 
 
 def _in_passes(run: Run, executor: Executor, jobs: Sequence[Job]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -20,79 +20,63 @@ import xxhash
 from mergekit_lfm import __version__
 from mergekit_lfm.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.kernels.random import key
+from mergekit_lfm.evidence import LinearGroup, find_statistics, group_linears, open_all
+from mergekit_lfm.jobs import Cast, Job, cast_of, make_job, unit_of
 from mergekit_lfm.layout import Shard, lay_out, tagalong
 from mergekit_lfm.matching import layers_of, match, refuse_quantised, several
-from mergekit_lfm.methods import METHODS, Method
+from mergekit_lfm.methods import METHODS
 from mergekit_lfm.methods.declare import Unit
-from mergekit_lfm.recipe import Recipe, Settings
-from mergekit_lfm.tensors import FLOATS, ITEMSIZE, TensorSpec
-
-BLOCK = 1 << 18  # elements; every sum runs over blocks of this size, whatever the memory or the number of threads
-SEGMENT = 64  # blocks; the unit of digests and of resumption, and of parallel work within a large tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One output tensor. sources: (model index, tensor name) of each input; base: likewise, or None.
-
-    compute is the dtype of the arithmetic. copied: the bytes of the first source, which all sources must equal.
-    sums_nbytes: what sums by row or column, and the weights from them, take.
-    """
-
-    spec: TensorSpec
-    method: str
-    sources: tuple[tuple[int, str], ...]
-    base: tuple[int, str] | None
-    settings: Settings
-    compute: str
-    copied: bool
-    block: int
-    needs_sums: bool
-    sums_nbytes: int = 0
-
-    name = property(lambda self: self.spec.name)
-    shape = property(lambda self: self.spec.shape)
-    dtype = property(lambda self: self.spec.dtype)
-    nbytes = property(lambda self: self.spec.nbytes)
-
-    @property
-    def read(self) -> tuple[tuple[int, str], ...]:
-        """All that the job reads, the base last."""
-        return self.sources if self.base is None else (*self.sources, self.base)
-
-    @property
-    def segment_numel(self) -> int:
-        """Elements of a segment; the last may have fewer."""
-        return self.block * SEGMENT
-
-    @property
-    def segments(self) -> int:
-        """How many segments the tensor has; an empty tensor has one."""
-        return max(1, -(-self.spec.numel // self.segment_numel))
-
-    def segment_nbytes(self, segment: int) -> int:
-        """Bytes of one segment in the output."""
-        first = segment * self.segment_numel
-        return (min(self.spec.numel, first + self.segment_numel) - first) * ITEMSIZE[self.dtype]
+from mergekit_lfm.recipe import Recipe
+from mergekit_lfm.stats import Statistics
+from mergekit_lfm.tensors import ITEMSIZE
 
 
 @dataclass(frozen=True)
 class Plan:
     """Everything about a merge that is decided before it starts.
 
-    groups: the jobs that are solved together, as indices into `tensors`. dropped: (model, tensor, reason).
+    groups: the jobs that are solved together, as indices into `tensors`; linears: those that are linear layers, which
+    the method sees as matrices. Each job is in one of them. dropped: (model, tensor, reason).
     """
 
-    recipe: Recipe
-    models: tuple[Checkpoint, ...]
-    labels: tuple[str, ...]
-    template: int
+    cast: Cast
     tensors: tuple[Job, ...]
     groups: tuple[tuple[int, ...], ...]
+    linears: tuple[LinearGroup, ...]
     shards: tuple[Shard, ...]
     dropped: tuple[tuple[str, str, str], ...]
     files: tuple[Path, ...] = field(default=())
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.cast.recipe
+
+    @property
+    def models(self) -> tuple[Checkpoint, ...]:
+        return self.cast.models
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return self.cast.labels
+
+    @property
+    def template(self) -> int:
+        return self.cast.template
+
+    @property
+    def statistics(self) -> tuple[Statistics, ...]:
+        """Those of the inputs; () where the method takes none."""
+        return self.cast.statistics
+
+    @cached_property
+    def sources(self) -> tuple[Checkpoint, ...]:
+        """The models, and beyond them the statistics files: what a job's sources point into."""
+        return (*self.cast.models, *(given.tensors for given in self.cast.statistics))
+
+    @cached_property
+    def source_labels(self) -> tuple[str, ...]:
+        """What the recipe calls each of `sources`."""
+        return (*self.cast.labels, *(given.ref for given in self.cast.recipe.statistics))
 
     @property
     def bytes_written(self) -> int:
@@ -100,7 +84,9 @@ class Plan:
 
     @property
     def bytes_read(self) -> int:
-        return sum(self.models[m][name].nbytes for job in self.tensors for m, name in job.read)
+        read = [source for job in self.tensors for source in job.read]
+        read += [gram for group in self.linears for gram in group.grams]
+        return sum(self.sources[i][name].nbytes for i, name in read)
 
     @property
     def held(self) -> tuple[Path, ...]:
@@ -112,9 +98,9 @@ class Plan:
         """xxh3-128 of all that determines the output's bytes: not of threads, memory, NaN policy or device."""
         facts = {
             "versions": [__version__, version("torch")],
-            "method": [self.recipe.merge_method, METHODS[self.recipe.merge_method].version],
+            "methods": {job.method: METHODS[job.method].version for job in self.tensors if not job.copied},
             "recipe": self.recipe.normalised(),
-            "inputs": [model.identity for model in self.models],
+            "inputs": [source.identity for source in self.sources],
             "files": [xxhash.xxh3_128_hexdigest(path.read_bytes()) for path in self.files],
             "shards": [[shard.name, shard.congruent, *map(str, shard.tensors)] for shard in self.shards],
         }
@@ -122,7 +108,7 @@ class Plan:
 
     def unit(self, jobs: Sequence[Job]) -> Unit:
         """What the method's solve is told of jobs that are solved together."""
-        return _unit(jobs, self.recipe.seed)
+        return unit_of(jobs, self.recipe.seed, self.cast.norms)
 
     def scratch(self, job: Job) -> int:
         """Bytes that one worker holds to process the job block by block."""
@@ -133,12 +119,17 @@ class Plan:
 
     def most_threads(self, memory: int) -> int:
         """The number of threads, at least one, for which a budget of `memory` bytes suffices."""
-        return max(1, memory // max([1, *(self.scratch(job) for job in self.tensors)]))
+        return max(1, memory // max([1, *(nbytes for _, nbytes in self._demands())]))
+
+    def _demands(self) -> Iterator[tuple[str, int]]:
+        """What one worker has to hold at least for each tensor or group of layers, and the name of that."""
+        yield from ((job.name, self.scratch(job)) for job in self.tensors)
+        yield from ((self.tensors[group.layers[0].weight].name, group.nbytes) for group in self.linears)
 
     def resident(self, group: Sequence[int]) -> int:
         """Bytes that one worker holds to read a group once: inputs, scratch, and what order statistics may collect."""
         jobs = [self.tensors[i] for i in group]
-        inputs = sum(self.models[m][name].nbytes for job in jobs for m, name in job.read)
+        inputs = sum(self.sources[i][name].nbytes for job in jobs for i, name in job.read)
         return inputs * 5 // 4 + max(self.scratch(job) for job in jobs)
 
     def peak_memory(self, memory: int, threads: int) -> int:
@@ -146,14 +137,14 @@ class Plan:
         share = memory // max(1, threads)
         if not self.tensors:
             return 0
-        largest = max(self.tensors, key=self.scratch)
-        if self.scratch(largest) > share:
+        name, largest = max(self._demands(), key=lambda demand: demand[1])
+        if largest > share:
             raise PlanError(
-                f"{largest.name} needs {self.scratch(largest) / 1e6:,.0f} MB for one worker, a budget of "
+                f"{name} needs {largest / 1e6:,.0f} MB for one worker, a budget of "
                 f"{memory / 1e6:,.0f} MB gives each of {threads} {share / 1e6:,.0f} MB: raise --memory, lower --threads"
             )
         kept = [self.resident(g) for g in self.groups if self.tensors[g[0]].needs_sums and self.resident(g) <= share]
-        return min(memory, threads * max([self.scratch(largest), *kept]))
+        return min(memory, threads * max([largest, *kept]))
 
     def summary(self) -> dict[str, Any]:
         """What `--dry-run` prints, as plain data."""
@@ -162,6 +153,10 @@ class Plan:
             "models": [
                 {"model": label, "tensors": len(model), "bytes": model.nbytes}
                 for label, model in zip(self.labels, self.models, strict=True)
+            ],
+            "statistics": [
+                {"statistics": given.ref, "kind": held.facts.kind, "bytes": held.tensors.nbytes}
+                for given, held in zip(self.recipe.statistics, self.statistics, strict=True)
             ],
             "template": self.labels[self.template],
             "tensors": len(self.tensors),
@@ -182,113 +177,43 @@ class Plan:
 def make_plan(recipe: Recipe, *, max_shard_size: int | None = None) -> Plan:
     """The plan of a recipe. Raises PlanError with all that does not fit, FormatError where a checkpoint is damaged."""
     models = tuple(open_checkpoint(model.path) for model in recipe.all_models)
-    labels = tuple(model.label for model in recipe.all_models)
     for model in models:
         _ = model.config  # a config that cannot be read shows here
-    index = {model: i for i, model in enumerate(recipe.all_models)}
-    inputs = tuple(index[model] for model in recipe.inputs)
-    base = None if recipe.base is None or recipe.method.base in ("member", "first") else index[recipe.base]
-    template = index[recipe.base] if recipe.base else inputs[0]
+    labels = tuple(model.label for model in recipe.all_models)
+    cast = cast_of(recipe, models, open_all(recipe, dict(zip(labels, models, strict=True))))
+    template = models[cast.template]
     refuse_quantised(recipe, models, labels)
-    names, dropped = match(models, labels, template)
-    layers = layers_of(models[template])
+    names, dropped = match(models, labels, cast.template)
+    statistics = find_statistics(cast, names)
+    layers = layers_of(template)
     jobs, problems = [], []
     for name in names:
         try:
-            jobs.append(
-                _job(recipe, models, labels, names[name], inputs, base, models[template][name], layers.get(name))
-            )
+            jobs.append(make_job(cast, names[name], template[name], layers.get(name), statistics.get(name)))
         except PlanError as error:
             problems.append(str(error))
-    groups = () if problems else _groups(recipe, jobs)
     if problems:
         raise PlanError(several("the checkpoints do not fit together", problems))
-    shards = lay_out(models[template], [job.spec for job in jobs], max_shard_size)
-    return Plan(recipe, models, labels, template, tuple(jobs), groups, shards, dropped, tagalong(models[template].path))
-
-
-def _job(
-    recipe: Recipe,
-    models: Sequence[Checkpoint],
-    labels: Sequence[str],
-    names: Mapping[int, str],
-    inputs: Sequence[int],
-    base: int | None,
-    spec: TensorSpec,
-    layer: tuple[int, int] | None,
-) -> Job:
-    """The job of one output tensor: merged if all its sources are floating, else copied."""
-    method = recipe.method
-    sources = tuple((i, names[i]) for i in inputs if i in names)
-    base_source = (base, names[base]) if base is not None and base in names else None
-    read = sources if base_source is None else (*sources, base_source)
-    dtypes = [models[i][name].dtype for i, name in read]
-    settings = recipe.settings(spec.name, layer)
-    lone = len(names) == 1 < len(models)  # a buffer of which the template's is kept
-    if lone:
-        read, dtypes = tuple(names.items()), [spec.dtype]
-    if lone or not all(dtype in FLOATS for dtype in dtypes):
-        if len(set(dtypes)) > 1:
-            found = ", ".join(f"{dtype} in {labels[i]}" for dtype, (i, _) in zip(dtypes, read, strict=True))
-            raise PlanError(
-                f"{spec.name} is {found}: only floating tensors of different types can be merged; convert them"
-            )
-        if dtypes[0].startswith("float8") and settings.inputs[0].get("scale") is not None:
-            raise PlanError(f"{spec.name} is quantised ({dtypes[0]}) and cannot be scaled; leave it out of `scale`")
-        kept = TensorSpec(spec.name, spec.shape, dtypes[0])
-        return Job(kept, "copy", read, None, settings, dtypes[0], copied=True, block=BLOCK, needs_sums=False)
-    dtype = recipe.out_dtype or recipe.dtype or _promoted(dtypes)
-    compute = "float64" if "float64" in (*dtypes, recipe.dtype) else "float32"
-    out = TensorSpec(spec.name, spec.shape, dtype)
-    job = Job(out, method.name, sources, base_source, settings, compute, copied=False, block=BLOCK, needs_sums=False)
-    unit = _unit([job], recipe.seed)
-    if method.copies(unit):
-        job = replace(job, sources=sources[:1], base=None, copied=dtypes[0] == dtype)
-    needs_sums = not job.copied and _needs_sums(method, unit)
-    groups = max(row, unit.numel // row) if (row := method.row(unit)) else 0
-    gram = groups * len(sources) ** 2 * 8  # float64; held twice while it is gathered, and once more as weights
-    return replace(job, block=block_numel(method, unit), needs_sums=needs_sums, sums_nbytes=3 * gram)
-
-
-def block_numel(method: Method, unit: Unit) -> int:
-    """Elements of a block: BLOCK, or as many whole rows as it has room for, at least one."""
-    row = method.row(unit) or 1
-    return max(1, BLOCK // row) * row
-
-
-def _needs_sums(method: Method, unit: Unit) -> bool:
-    """Whether the solve asks for reductions. What it finds wrong with the weights before it does is raised here."""
-    try:
-        next(method.solve(unit))
-    except StopIteration:
-        return False
-    return True
-
-
-def _promoted(dtypes: Sequence[str]) -> str:
-    widest = max(dtypes, key=lambda dtype: ITEMSIZE[dtype])
-    return "float32" if {"float16", "bfloat16"} <= set(dtypes) and ITEMSIZE[widest] == 2 else widest
-
-
-def _unit(jobs: Sequence[Job], seed: int) -> Unit:
-    first = jobs[0]
-    return Unit(
-        name=first.name if len(jobs) == 1 else f"all {len(jobs)} tensors",
-        shape=first.shape if len(jobs) == 1 else (),
-        numel=sum(job.spec.numel for job in jobs),
-        shared=first.settings.shared,
-        inputs=first.settings.inputs,
-        keys=tuple(key(seed, first.name, position) for position in range(len(first.sources))),
-        double=first.compute == "float64",
+    linears = group_linears(cast, names, jobs, statistics)
+    for i in (i for group in linears for i in group.jobs):
+        jobs[i] = replace(jobs[i], method=recipe.merge_method)  # a bias, too, which has no statistics of its own
+    return Plan(
+        cast=cast,
+        tensors=tuple(jobs),
+        groups=_groups(recipe, jobs, {i for group in linears for i in group.jobs}),
+        linears=linears,
+        shards=lay_out(template, [job.spec for job in jobs], max_shard_size),
+        dropped=dropped,
+        files=tagalong(template.path),
     )
 
 
-def _groups(recipe: Recipe, jobs: Sequence[Job]) -> tuple[tuple[int, ...], ...]:
-    """The jobs that are solved together: each alone, or all that are merged."""
+def _groups(recipe: Recipe, jobs: Sequence[Job], linears: set[int]) -> tuple[tuple[int, ...], ...]:
+    """The jobs that are solved together, less those of linear layers: each alone, or all that are merged."""
     together = [
         i for i, job in enumerate(jobs) if not job.copied and recipe.method.scope(job.settings.shared) == "model"
     ]
-    alone = [(i,) for i in range(len(jobs)) if i not in set(together)]
+    alone = [(i,) for i in range(len(jobs)) if i not in {*together, *linears}]
     if not together:
         return tuple(alone)
     first = jobs[together[0]]

@@ -104,20 +104,28 @@ def public_names(labels: Iterable[str]) -> dict[str, str]:
     return {label: names[label] for label in last}
 
 
+def names_of(plan: Plan) -> dict[str, str]:
+    """The `public_names` of a plan's models and statistics files."""
+    return public_names(plan.source_labels)
+
+
 def _last_name(reference: str) -> str:
     path = PurePath(reference)
     return path.name if path.is_absolute() or reference.startswith("~") else reference
 
 
 def _public_recipe(plan: Plan) -> dict[str, Any]:
-    recipe, names = plan.recipe.normalised(), public_names(plan.labels)
-    models = [{**entry, "model": names[entry["model"]]} for entry in recipe["models"]]
+    recipe, names = plan.recipe.normalised(), names_of(plan)
+    models = [
+        {key: names[value] if key in ("model", "stats") else value for key, value in entry.items()}
+        for entry in recipe["models"]
+    ]
     base = recipe["base_model"]
     return {**recipe, "models": models, "base_model": base and names[base]}
 
 
 def _lock(plan: Plan, receipts: Mapping[tuple[str, int], Receipt], files: Mapping[str, bytes]) -> bytes:
-    names = public_names(plan.labels)
+    names = names_of(plan)
     shards = {spec.name: shard.name for shard in plan.shards for spec in shard.tensors}
     digests = {job.name: [receipts[job.name, s] for s in range(job.segments)] for job in plan.tensors}
     nonfinite = sorted({where for held in digests.values() for receipt in held for where in receipt.nonfinite})
@@ -130,6 +138,15 @@ def _lock(plan: Plan, receipts: Mapping[tuple[str, int], Receipt], files: Mappin
             "inputs": [
                 {"model": names[label], "files": model.identity}
                 for label, model in zip(plan.labels, plan.models, strict=True)
+            ],
+            "statistics": [
+                {
+                    "statistics": names[given.ref],
+                    "kind": held.facts.kind,
+                    "data": held.facts.data,
+                    "files": held.tensors.identity,
+                }
+                for given, held in zip(plan.recipe.statistics, plan.statistics, strict=True)
             ],
             "tensors": {
                 job.name: {
@@ -154,7 +171,8 @@ def _card(plan: Plan) -> str:
     method = plan.recipe.method
     lines = "\n".join(
         f"- {name}{' (base)' if plan.recipe.base and label == plan.recipe.base.label else ''}"
-        for label, name in public_names(plan.labels).items()
+        for label, name in names_of(plan).items()
+        if label in plan.labels
     )
     front = yaml.safe_dump({"library_name": "transformers", "tags": ["merge", "mergekit_lfm"]}, sort_keys=False)
     recipe = _public_recipe(plan)

@@ -28,7 +28,7 @@ from mergekit_lfm.document import read_yaml
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.methods import METHODS, REQUIRED, Method
 from mergekit_lfm.methods.declare import Value
-from mergekit_lfm.roles import Entry, Model, Roles, assign_roles, unmet
+from mergekit_lfm.roles import Entry, Evidence, Model, Roles, assign_roles, unmet
 from mergekit_lfm.settings import as_data, did_you_mean, value_at
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -42,7 +42,7 @@ _NOT_YET = {
     "chat_template": "changing the template is not supported in this version; without the key the base's is copied",
     "edits": "edits in a recipe are not supported in this version",
     "push": "pushing to the Hub is not supported in this version; `hf upload` does it",
-    "stats": "statistics files are not supported in this version",
+    "stats": "a statistics file belongs to one model: put `stats` beside it, under `models`",
     "align": "alignment is not supported in this version",
     "lora": "adapters are not supported in this version; merge the adapter into its model first",
     "revision": "models are read from local folders, which have no revision; remove the key",
@@ -106,9 +106,10 @@ class _Strict(BaseModel):
 
 
 class ModelEntry(_Strict):
-    """One line of `models`: a reference, and parameters that hold for this model only."""
+    """One line of `models`: a reference, parameters that hold for this model only, and its statistics file."""
 
     model: _Reference
+    stats: Annotated[str | None, BeforeValidator(_reference)] = None
     parameters: _Parameters = Field(default_factory=dict)
 
 
@@ -169,7 +170,7 @@ class Recipe(_Strict):
             known = did_you_mean(self.merge_method, METHODS)
             problems.append(f"merge_method: there is no method {self.merge_method!r}, {known}")
         else:
-            models = [(entry.model, entry.parameters) for entry in self.models]
+            models = [(entry.model, entry.parameters, entry.stats) for entry in self.models]
             self._roles = assign_roles(method, models, self.base_model, self.parameters, context["where"], problems)
             problems += [] if problems else unmet(method, self._roles)
         if problems:
@@ -190,6 +191,11 @@ class Recipe(_Strict):
     def inputs(self) -> tuple[Model, ...]:
         """The method's inputs in the recipe's order."""
         return tuple(entry.model for entry in self._roles.inputs)
+
+    @property
+    def statistics(self) -> tuple[Evidence, ...]:
+        """The statistics file of each input, or () where the method takes none."""
+        return tuple(entry.stats for entry in self._roles.inputs if entry.stats is not None)
 
     @property
     def all_models(self) -> tuple[Model, ...]:
@@ -231,6 +237,7 @@ class Recipe(_Strict):
         """The recipe in one canonical, JSON-able form that parses back to the same merge; without `output`."""
         models = [
             {"model": entry.model.ref, "parameters": {k: as_data(v) for k, v in sorted(entry.settings.items())}}
+            | ({} if entry.stats is None else {"stats": entry.stats.ref})
             for entry in self._roles.entries
         ]
         return {

@@ -28,12 +28,24 @@ class Model:
 
 
 @dataclass(frozen=True, slots=True)
+class Evidence:
+    """A model's statistics file: `ref` as written, `path` (absolute)."""
+
+    ref: str
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
 class Entry:
-    """A model with its own settings, and the place in the recipe that messages name."""
+    """A model with its own settings and statistics, and the place in the recipe that messages name."""
 
     model: Model
     settings: dict[str, Setting]
     place: str
+    stats: Evidence | None = None
+
+
+Written = tuple[str, Mapping[str, Any], str | None]  # a model's reference, its parameters, its statistics file
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +60,15 @@ class Roles:
 
 def find_model(ref: str, where: Path | None) -> Path:
     """The absolute path of model `ref`, relative to `where`, else to the working directory. ValueError names both."""
+    hint = "expected a local folder"
+    if "+" in ref:
+        hint = "adapters (model+lora) are not supported in this version; merge the adapter into its model first"
+    elif "@" in ref or (ref.count("/") == 1 and not ref.startswith((".", "~", "/"))):
+        hint = "models on the Hub are not read in this version; download one with `hf download NAME --local-dir FOLDER`"
+    return _find(ref, where, hint)
+
+
+def _find(ref: str, where: Path | None, hint: str) -> Path:
     folders = dict.fromkeys((where or Path.cwd(), Path.cwd()))
     try:
         place = Path(ref).expanduser()
@@ -60,11 +81,6 @@ def find_model(ref: str, where: Path | None) -> Path:
         if path.exists():
             return path.resolve()
     places = " nor ".join(str(path) for path in tried)
-    hint = "expected a local folder"
-    if "+" in ref:
-        hint = "adapters (model+lora) are not supported in this version; merge the adapter into its model first"
-    elif "@" in ref or (ref.count("/") == 1 and not ref.startswith((".", "~", "/"))):
-        hint = "models on the Hub are not read in this version; download one with `hf download NAME --local-dir FOLDER`"
     raise ValueError(f"found {ref!r}, but there is no {places}; {hint}")
 
 
@@ -92,30 +108,42 @@ def read_settings(
 
 def assign_roles(
     method: Method,
-    models: Sequence[tuple[str, Mapping[str, Any]]],
+    models: Sequence[Written],
     base_ref: str | None,
     parameters: Mapping[str, Any],
     where: Path | None,
     problems: list[str],
 ) -> Roles:
-    """The roles of `models` (references with their parameters) and of the base."""
+    """The roles of `models` and of the base."""
     base = None
     if base_ref is not None:
-        path = _find(base_ref, where, "base_model", problems)
+        path = _model_at(base_ref, where, "base_model", problems)
         base = Model(base_ref, path, base_ref)
     entries: list[Entry] = []
-    for i, (ref, own) in enumerate(models):
+    for i, (ref, own, stats) in enumerate(models):
         place = f"models[{i}]"
-        path = _find(ref, where, f"{place}.model", problems)
+        path = _model_at(ref, where, f"{place}.model", problems)
         settings = read_settings(own, method, f"{place}.parameters", own=True, problems=problems)
-        entries.append(Entry(_model(ref, path, base, entries), settings, place))
+        evidence = None if stats is None else _evidence(stats, method, where, f"{place}.stats", problems)
+        entries.append(Entry(_model(ref, path, base, entries), settings, place, evidence))
     inputs = _inputs(method, base, entries, problems)
     return Roles(
         base, tuple(entries), inputs, read_settings(parameters, method, "parameters", own=False, problems=problems)
     )
 
 
-def _find(ref: str, where: Path | None, place: str, problems: list[str]) -> Path:
+def _evidence(ref: str, method: Method, where: Path | None, place: str, problems: list[str]) -> Evidence | None:
+    if method.statistics is None:
+        problems.append(f"{place}: {method.name} takes no statistics; remove the key, or choose a method that does")
+        return None
+    try:
+        return Evidence(ref, _find(ref, where, "expected a file that `mergekit-lfm stats` has made"))
+    except ValueError as wrong:
+        problems.append(f"{place}: {wrong}")
+        return None
+
+
+def _model_at(ref: str, where: Path | None, place: str, problems: list[str]) -> Path:
     try:
         return find_model(ref, where)
     except ValueError as wrong:
@@ -163,7 +191,7 @@ def unmet(method: Method, roles: Roles) -> list[str]:
         labels = ", ".join(entry.model.label for entry in roles.inputs) or "none"
         noun = "model" if wanted.endswith(" 1") else "models"
         lines.append(f"models: {method.name} takes {wanted} {noun}{role}; found {found}: {labels}")
-    return lines + _unset(method, roles)
+    return lines + _unset(method, roles) + _without_statistics(method, roles)
 
 
 def _unset(method: Method, roles: Roles) -> list[str]:
@@ -182,4 +210,20 @@ def _unset(method: Method, roles: Roles) -> list[str]:
             lines.append(
                 f"{name}: {entry.model.label} has no {parameter.name}, required by {method.name}{role}; {advice}"
             )
+    return lines
+
+
+def _without_statistics(method: Method, roles: Roles) -> list[str]:
+    """One line for every input whose statistics the method needs and the recipe does not name."""
+    if method.statistics is None:
+        return []
+    lines = []
+    for entry in (entry for entry in roles.inputs if entry.stats is None):
+        label = entry.model.label
+        place = entry.place if entry.place == "base_model" else f"{entry.place}.stats"
+        role = "; the base is an input like the others: list it under models" if entry.place == "base_model" else ""
+        lines.append(
+            f"{place}: {method.name} needs the {method.statistics} statistics of {label}{role}; collect them with "
+            f"`mergekit-lfm stats {method.statistics} {label} --data FILE ...` and name the file as the model's `stats`"
+        )
     return lines

@@ -21,7 +21,8 @@ from typing import Any, Literal
 
 from mergekit_lfm.durable import lock_folder, partial_of, replace_file, reserve, sync_folder, write_all
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.plan import Job, Plan
+from mergekit_lfm.jobs import Job
+from mergekit_lfm.plan import Plan
 from mergekit_lfm.tensors import UNFINISHED, naming, write_exactly
 
 JOURNAL = "merge.journal"
@@ -53,8 +54,8 @@ def lock_of(folder: Path) -> dict[str, Any]:
 
 def already_there(plan: Plan, out: Path, *, overwrite: bool, rebuild: bool, nan: Policy) -> bool:
     """Whether OUT holds this plan's output. PlanError where OUT must not be written. rebuild: write it in any case."""
-    for label, model in zip(plan.labels, plan.models, strict=True):
-        home = model.path.resolve()
+    for label, source in zip(plan.source_labels, plan.sources, strict=True):
+        home = source.path.resolve()
         for place in (out, partial_of(out)):
             if home.is_relative_to(place) or place.is_relative_to(home):
                 raise PlanError(f"the output {place} and the input {label} lie in one another; choose another output")

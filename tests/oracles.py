@@ -139,6 +139,17 @@ def passthrough(xs: Sequence[Array], scale: Sequence[float | None] = (None,)) ->
     return _sum([1.0 if scale[0] is None else scale[0]], xs)
 
 
+def fisher(
+    xs: Sequence[Array], weight: Sequence[float], epsilon: float, normalize: bool, statistics: Sequence[Array]
+) -> Expected:
+    """sum_i l_i (F_i + e) x_i / sum_i l_i (F_i + e), l_i over the norm of F_i with `normalize`."""
+    norms = [np.linalg.norm(f) if normalize else 1.0 for f in statistics]
+    scales = [w / norm for w, norm in zip(weight, norms, strict=True)]
+    shares = [scale * (f + epsilon) for scale, f in zip(scales, statistics, strict=True)]
+    value = sum(share * x for share, x in zip(shares, xs, strict=True)) / sum(shares)
+    return Expected(value, _largest_term(xs))
+
+
 def slerp(xs: Sequence[Array], t: float) -> Expected:
     """Along the great circle from xs[0] to xs[1]; along the chord where |cos| > 0.9995. Norms up to 1e-8 count as 1."""
     norms = [n if n > 1e-8 else 1.0 for n in (np.linalg.norm(x) for x in xs)]

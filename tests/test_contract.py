@@ -7,14 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from helpers_stats import gram_of, write_fisher, write_grams
+from safetensors.torch import load_file, save_file
 
-import mergekit_lfm.plan
+import mergekit_lfm.jobs
 from mergekit_lfm import merge_tensors
+from mergekit_lfm.errors import PlanError
 from mergekit_lfm.execute import execute
 from mergekit_lfm.methods import METHODS, REQUIRED
 from mergekit_lfm.plan import make_plan
 from mergekit_lfm.recipe import Recipe
+from mergekit_lfm.stats import Layer
 
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "nuslerp": [{"nuslerp_flatten": False}, {"nuslerp_flatten": False, "nuslerp_row_wise": True}],
@@ -25,6 +28,8 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "breadcrumbs": [{"density": 0.5, "gamma": 0.1}],
     "breadcrumbs_ties": [{"density": 0.5, "gamma": 0.1, "normalize": True}],
     "passthrough": [{"scale": 0.5}],
+    "fisher": [{"normalize": True, "epsilon": 1e-3}],
+    "regmean": [{"alpha": 1.0, "ridge": 0.0}],
 }
 CASES = [(name, extra) for name in METHODS for extra in [{}, *VARIANTS.get(name, [])]]
 DELTAS = [name for name, method in METHODS.items() if method.base in ("required", "optional")]
@@ -52,7 +57,21 @@ def tensors_of(name: str, shape: tuple[int, ...] = (12, 20), dtype: torch.dtype 
     tunes = [(base + 0.05 * torch.randn(shape, generator=generator)).to(dtype) for _ in range(count_of(name))]
     if METHODS[name].base == "first":
         return {"tensors": tunes[1:], "base": tunes[0]}
-    return {"tensors": tunes, "base": base.to(dtype) if name in DELTAS else None}
+    given = {"tensors": tunes, "base": base.to(dtype) if name in DELTAS else None}
+    return given | ({"statistics": statistics_of(name, shape)} if METHODS[name].statistics else {})
+
+
+def statistics_of(name: str, shape: tuple[int, ...]) -> list[torch.Tensor]:
+    """One for each input: squares, or for methods that see matrices Gram matrices of few examples."""
+    generator = torch.Generator().manual_seed(12)
+    if METHODS[name].whole:
+        return [gram_of(torch.randn(5, shape[-1] - 1, generator=generator)).float() for _ in range(count_of(name))]
+    return [torch.randn(shape, generator=generator) ** 2 for _ in range(count_of(name))]
+
+
+def all_of(given: dict[str, Any]) -> list[torch.Tensor]:
+    """Every tensor of the arguments."""
+    return [x for x in [*given["tensors"], given["base"], *given.get("statistics", [])] if x is not None]
 
 
 @pytest.mark.parametrize("case", CASES, ids=ids)
@@ -60,12 +79,15 @@ def tensors_of(name: str, shape: tuple[int, ...] = (12, 20), dtype: torch.dtype 
 @pytest.mark.parametrize("shape", [(12, 20), (7,), (1,), (3, 1), (), (0, 5), (2, 3, 5)])
 def test_shape_dtype_and_inputs(case: tuple[str, dict[str, Any]], dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     name, extra = case
+    if METHODS[name].whole and len(shape) != 2:
+        with pytest.raises(PlanError, match="merges matrices"):
+            merge_tensors(name, [torch.ones(shape)], statistics=[torch.ones(1, 1)], **parameters_of(name, extra))
+        return
     given = tensors_of(name, shape, dtype)
-    before = [tensor.clone() for tensor in [*given["tensors"], given["base"]] if tensor is not None]
+    before = [tensor.clone() for tensor in all_of(given)]
     result = merge_tensors(name, **given, **parameters_of(name, extra))
     assert result.shape == shape and result.dtype == dtype and bool(result.isfinite().all())
-    after = [tensor for tensor in [*given["tensors"], given["base"]] if tensor is not None]
-    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(all_of(given), before, strict=True))
 
 
 @pytest.mark.parametrize("case", CASES, ids=ids)
@@ -89,7 +111,7 @@ def test_the_order_of_the_inputs_does_not_matter(name: str) -> None:
     given = tensors_of(name)
     parameters = parameters_of(name, {})
     one = merge_tensors(name, **given, **parameters)
-    given["tensors"] = given["tensors"][::-1]
+    given = {key: value[::-1] if isinstance(value, list) else value for key, value in given.items()}
     assert torch.allclose(merge_tensors(name, **given, **parameters), one, rtol=1e-5, atol=1e-6)
 
 
@@ -122,6 +144,17 @@ def save_model(folder: Path, offset: int) -> None:
     save_file(tensors, folder / "model.safetensors")
 
 
+def save_statistics(model: Path, kind: str) -> Path:
+    """A statistics file of all tensors of a model, or of its layers."""
+    tensors, path = load_file(model / "model.safetensors"), model / "stats.file"
+    generator = torch.Generator().manual_seed(len(model.name))
+    if kind == "fisher":
+        return write_fisher(path, model, {n: torch.rand(x.shape, generator=generator) for n, x in tensors.items()})
+    inputs = {name: x.shape[1] for name, x in tensors.items() if x.dim() == 2}
+    grams = {name: gram_of(torch.randn(200, n, generator=generator)) for name, n in inputs.items()}
+    return write_grams(path, model, grams, [Layer(name, None, 1, n, name, 200) for name, n in inputs.items()])
+
+
 def folder_bytes(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
@@ -131,17 +164,20 @@ def test_in_passes_or_at_once_gives_the_same_bytes(
     case: tuple[str, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With blocks of 256 elements the largest tensor has three segments and does not fit a worker's share."""
-    monkeypatch.setattr(mergekit_lfm.plan, "BLOCK", 256)
+    monkeypatch.setattr(mergekit_lfm.jobs, "BLOCK", 256)
     name, extra = case
     for offset in range(4):
         save_model(tmp_path / f"m{offset}", offset)
     models = [{"model": str(tmp_path / f"m{i + 1}")} for i in range(count_of(name))]
+    if kind := METHODS[name].statistics:
+        for model in models:
+            model["stats"] = str(save_statistics(Path(model["model"]), kind))
     recipe: dict[str, Any] = {"merge_method": name, "models": models, "parameters": parameters_of(name, extra)}
     if METHODS[name].base != "member":
         recipe["base_model"] = str(tmp_path / ("m0" if name in DELTAS else "m1"))
     plan = make_plan(Recipe.parse(recipe))
     big = next(job for job in plan.tensors if job.name == "big")
-    small = 3 * max(plan.scratch(job) for job in plan.tensors)
+    small = 3 * max([*(plan.scratch(job) for job in plan.tensors), *(group.nbytes for group in plan.linears)])
     assert plan.resident([plan.tensors.index(big)]) > small // 3 or not big.needs_sums
     execute(plan, tmp_path / "at-once", memory=1 << 30, threads=1)
     execute(plan, tmp_path / "in-passes", memory=small, threads=3)

@@ -79,6 +79,12 @@ def breadcrumbs(random):
     return count, parameters | {"gamma": [float(g) for g in random.choice([0, 0.01, 0.2], count)]}
 
 
+def fisher(random):
+    count = random.integers(1, 5)
+    epsilon = float(random.choice([1e-30, 1e-6, 0.1]))
+    return count, {"weight": positive(random, count), "epsilon": epsilon, "normalize": bool(random.integers(2))}
+
+
 DRAW = {
     "linear": linear,
     "passthrough": passthrough,
@@ -93,6 +99,7 @@ DRAW = {
     "breadcrumbs_ties": breadcrumbs,
     "dare_linear": ties,
     "dare_ties": ties,
+    "fisher": fisher,
 }
 TAKES_BASE = {"nuslerp", "multislerp"}
 ON_SPHERES = {"slerp", "nuslerp", "multislerp", "karcher"}
@@ -151,18 +158,25 @@ def compare(method, xs, base, parameters, random):
     needs = METHODS[method].base == "required" or (method in TAKES_BASE and bool(random.integers(2)))
     bases = {"base": base} if needs else {}
     before = [x.clone() for x in (*xs, base)]
+    if METHODS[method].statistics:
+        squares = [random.normal(0, 1, base.shape) ** 2 * random.choice([1e-12, 0, 1], base.shape) for _ in xs]
+        parameters["normalize"] &= all(f.any() for f in squares)
+        bases = {"statistics": [rounded(f, torch.float32) for f in squares]}
     got = merge_tensors(method, xs, **bases, **parameters)
     assert all(torch.equal(x, y) for x, y in zip((*xs, base), before, strict=True))
     assert got.dtype == base.dtype
     more = {"base": doubles(base), "exact": base.dtype == torch.float64} if needs else {}
     if method.startswith("dare"):
         more["mask"] = masks(xs, base, parameters["density"])
+    if METHODS[method].statistics:
+        more["statistics"] = [doubles(f) for f in bases["statistics"]]
     expected = getattr(oracles, method)([doubles(x) for x in xs], **parameters, **more)
     assert_close(got, expected, arithmetic=bounds(method, base.dtype))
 
 
 def test_every_method_is_compared():
-    assert set(DRAW) == set(METHODS)
+    """Those that see whole matrices are in test_merge_statistics.py."""
+    assert set(DRAW) == {name for name, method in METHODS.items() if not method.whole}
 
 
 # What the formulas leave open, by hand

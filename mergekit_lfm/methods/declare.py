@@ -8,7 +8,7 @@ block.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -50,6 +50,9 @@ class Parameter:
     choices: tuple[str, ...] = ()
 
 
+Statistic = Literal["gram", "fisher"]
+
+
 @dataclass(frozen=True, slots=True)
 class Unit:
     """Over what one `solve` runs: a tensor, or with `model` scope all tensors of a model laid end to end.
@@ -58,6 +61,7 @@ class Unit:
     shared and inputs: the resolved parameters, the latter one mapping per input.
     keys: one 64-bit key per input for counter-based random numbers, from seed, tensor name and position in the recipe.
     double: blocks are float64.
+    norms: for methods with `statistics` of a kind that has one, the Euclidean norm of each input's over its model.
     """
 
     name: str
@@ -67,6 +71,7 @@ class Unit:
     inputs: Sequence[Mapping[str, Value]]
     keys: tuple[int, ...]
     double: bool = False
+    norms: tuple[float, ...] = ()
 
     def floats(self, name: str) -> list[float]:
         """The per-input parameter `name`, one number per input."""
@@ -116,6 +121,32 @@ class Coefficients(Protocol):
         """What `apply` needs for the block of `count` elements from index `start`, as `Block.each` takes it."""
 
 
+class Linears(Protocol):
+    """One linear layer of n models, as whole matrices. Where it has a bias, it is the matrices' last column."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(outputs, inputs) of the matrices."""
+
+    def matrix(self, i: int, start: int, stop: int) -> torch.Tensor:
+        """Rows start .. stop of input i's matrix, [stop - start, inputs] float64."""
+
+    def gram(self, i: int, start: int, stop: int) -> torch.Tensor:
+        """Rows start .. stop of input i's Gram matrix, mean of x x^T, [stop - start, inputs] float64."""
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """How a method merges linear layers that it sees as whole matrices.
+
+    merge: the merged matrices [outputs, inputs], float64, of layers that have all the same Gram matrices. nbytes(unit,
+    outputs, inputs): what that holds in memory for the largest layer.
+    """
+
+    merge: Callable[[Unit, Sequence[Linears]], Iterator[torch.Tensor]]
+    nbytes: Callable[[Unit, int, int], int]
+
+
 Solve = Callable[[Unit], "Generator[Reduction, Any, Coefficients]"]
 
 
@@ -138,7 +169,9 @@ class Method:
     the others), "first" (required, and the first input). inputs: least and most number of inputs, None for any
     number. scope(shared): "tensor", or "model" for one solve over all tensors. row(unit): blocks are made of whole
     rows of so many elements. copies(unit): true where the result is the only input, byte for byte. version: raised
-    when results change.
+    when results change. statistics: the kind of the statistics that each input has to come with; the base is then a
+    "member". Elementwise methods see them as further rows, those of the n inputs followed by their n statistics.
+    whole: for methods that merge linear layers as matrices. Tensors of which there are no statistics are averaged.
     """
 
     name: str
@@ -154,3 +187,5 @@ class Method:
     scope: Callable[[Mapping[str, Value]], str] = field(default=lambda _: "tensor")
     row: Callable[[Unit], int | None] = field(default=lambda _: None)
     copies: Callable[[Unit], bool] = field(default=lambda _: False)
+    statistics: Statistic | None = None
+    whole: Whole | None = None

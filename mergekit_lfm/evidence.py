@@ -1,0 +1,168 @@
+"""Which statistics go with which tensors of a merge, and which linear layers are solved together.
+
+Statistics are of one model, by its content: a file of another is refused. Either every input has them for a tensor, or
+none has, and the tensor is averaged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from mergekit_lfm.checkpoint import Checkpoint
+from mergekit_lfm.errors import PlanError
+from mergekit_lfm.jobs import Cast, Job, Source, averaging, unit_of
+from mergekit_lfm.matching import several
+from mergekit_lfm.recipe import Recipe
+from mergekit_lfm.stats import Statistics, open_statistics
+
+Names = Mapping[str, Mapping[int, str]]  # for each output tensor the name of its source in every model
+
+
+@dataclass(frozen=True, slots=True)
+class LinearJob:
+    """One linear layer of the output: its tensors, as indices into the plan's, and the axis of the inputs."""
+
+    weight: int
+    bias: int | None
+    axis: int
+    outputs: int
+
+
+@dataclass(frozen=True, slots=True)
+class LinearGroup:
+    """Linear layers that all read the same inputs, and are solved together.
+
+    grams: each model's Gram matrix [inputs + 1, inputs + 1]. columns: those of the layers' matrices: the inputs, and
+    one more where the layers have biases. nbytes: what solving them holds in memory.
+    """
+
+    layers: tuple[LinearJob, ...]
+    grams: tuple[Source, ...]
+    columns: int
+    nbytes: int
+
+    @property
+    def jobs(self) -> tuple[int, ...]:
+        """The indices of all its tensors."""
+        return tuple(i for layer in self.layers for i in (layer.weight, layer.bias) if i is not None)
+
+
+def open_all(recipe: Recipe, models: Mapping[str, Checkpoint]) -> tuple[Statistics, ...]:
+    """The statistics of every input, () where the method takes none. models: those of the recipe, by label.
+
+    PlanError about all files that are of another kind, or of another model.
+    """
+    wanted, opened, problems = recipe.method.statistics, list[Statistics](), list[str]()
+    for model, given in zip(recipe.inputs, recipe.statistics, strict=wanted is not None):
+        statistics = open_statistics(given.path)
+        opened.append(statistics)
+        if statistics.facts.kind != wanted:
+            problems.append(
+                f"{given.ref} holds {statistics.facts.kind} statistics, {recipe.method.name} needs {wanted}: "
+                f"collect them with `mergekit-lfm stats {wanted} {model.label} ...`"
+            )
+        elif statistics.facts.models[0] != models[model.label].content:
+            problems.append(
+                f"{given.ref} was collected on another model: it is of content {statistics.facts.models[0]}, "
+                f"{model.label} has {models[model.label].content}; name the right file, or collect the statistics of "
+                f"this model with `mergekit-lfm stats {wanted} {model.label} ...`"
+            )
+    if problems:
+        raise PlanError(several("the statistics do not fit the models", problems))
+    return tuple(opened)
+
+
+def find_statistics(cast: Cast, names: Names) -> dict[str, tuple[Source, ...]]:
+    """The statistics of every output tensor that has them: an entry of each input's file.
+
+    PlanError about all tensors of which some inputs have them and others have not.
+    """
+    found: dict[str, tuple[Source, ...]] = {}
+    problems = []
+    for name, sources in names.items() if cast.statistics else ():
+        entries = [_entry(given, sources.get(i, "")) for i, given in zip(cast.inputs, cast.statistics, strict=True)]
+        lacking = [cast.recipe.statistics[k].ref for k, entry in enumerate(entries) if entry is None]
+        if not lacking:
+            found[name] = tuple((len(cast.models) + k, entry) for k, entry in enumerate(entries) if entry is not None)
+        elif len(lacking) < len(entries):
+            kind = cast.recipe.method.statistics
+            problems.append(f"{', '.join(lacking)} lacks the {kind} statistics of {name}, which the others have")
+    if problems:
+        raise PlanError(
+            several("the statistics do not cover the same layers", problems)
+            + "\nCollect all of them with the same --layers"
+        )
+    if cast.statistics and not found:
+        raise PlanError("the statistics cover no tensor of the models; collect them without --layers")
+    return found
+
+
+def _entry(given: Statistics, tensor: str) -> str | None:
+    """The entry of the file that is about a tensor."""
+    if given.facts.kind == "gram":
+        return given.entry(given.by_weight[tensor][0]) if tensor in given.by_weight else None
+    try:
+        return given.entry(tensor)
+    except KeyError:
+        return None
+
+
+def group_linears(
+    cast: Cast, names: Names, jobs: Sequence[Job], found: Mapping[str, tuple[Source, ...]]
+) -> tuple[LinearGroup, ...]:
+    """The linear layers that the method solves as matrices, together where inputs and parameters are the same.
+
+    PlanError about all layers that differ between the models.
+    """
+    whole = cast.recipe.method.whole
+    if whole is None:
+        return ()
+    index = {job.name: i for i, job in enumerate(jobs)}
+    groups: dict[tuple[object, ...], list[LinearJob]] = {}
+    problems: list[str] = []
+    for name in (name for name in found if not jobs[index[name]].copied):
+        try:
+            layer = _linear(cast, names, jobs, index, name)
+        except PlanError as error:
+            problems.append(str(error))
+            continue
+        settings = jobs[layer.weight].settings
+        groups.setdefault((found[name], layer.bias is None, repr(settings)), []).append(layer)
+    if problems:
+        raise PlanError(several("linear layers differ between the models", problems))
+    made = []
+    for layers in groups.values():
+        first = jobs[layers[0].weight]
+        columns = first.shape[layers[0].axis] + (layers[0].bias is not None)
+        most = max(layer.outputs for layer in layers)
+        nbytes = whole.nbytes(unit_of([first], cast.recipe.seed), most, columns)
+        made.append(LinearGroup(tuple(layers), found[first.name], columns, nbytes))
+    return tuple(made)
+
+
+def _linear(cast: Cast, names: Names, jobs: Sequence[Job], index: Mapping[str, int], name: str) -> LinearJob:
+    """The layer whose weight is the output tensor `name`."""
+    parts = list(zip(cast.inputs, cast.statistics, strict=True))
+    layers = [given.by_weight[names[name][i]][1] for i, given in parts]
+    for k, (layer, (_, given)) in enumerate(zip(layers, parts, strict=True)):
+        shape, entry = jobs[index[name]].shape, given.tensors[given.entry(given.by_weight[layer.weight][0])]
+        if len(shape) != 2 or layer.axis != layers[0].axis or entry.shape != (shape[layer.axis] + 1,) * 2:
+            raise PlanError(
+                f"{cast.recipe.statistics[k].ref}: {entry} is no Gram matrix for {name} {list(shape)} with its inputs "
+                f"along axis {layers[0].axis}; collect the statistics again"
+            )
+    biases = {layer.bias and _output_of(names, i, layer.bias) for layer, (i, _) in zip(layers, parts, strict=True)}
+    if len(biases) > 1:
+        raise PlanError(f"{name} has different biases in the models: {', '.join(map(str, biases))}")
+    bias, axis = biases.pop(), layers[0].axis
+    if bias is not None and jobs[index[bias]].settings != averaging(jobs[index[name]].settings):
+        raise PlanError(f"{name} and {bias} have different parameters, but are one regression: give both the same ones")
+    return LinearJob(index[name], None if bias is None else index[bias], axis, jobs[index[name]].shape[1 - axis])
+
+
+def _output_of(names: Names, model: int, tensor: str) -> str:
+    """The output tensor whose source in a model is `tensor`; most often that of the same name."""
+    if names.get(tensor, {}).get(model) == tensor:
+        return tensor
+    return next(name for name, sources in names.items() if sources.get(model) == tensor)

@@ -1,0 +1,189 @@
+"""The unit of a plan: one output tensor, what it is made from, by which method and dtype. No torch is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from mergekit_lfm.checkpoint import Checkpoint
+from mergekit_lfm.errors import PlanError
+from mergekit_lfm.kernels.random import key
+from mergekit_lfm.methods import METHODS, Method
+from mergekit_lfm.methods.declare import Unit
+from mergekit_lfm.recipe import Recipe, Settings
+from mergekit_lfm.stats import Statistics
+from mergekit_lfm.tensors import FLOATS, ITEMSIZE, TensorSpec
+
+BLOCK = 1 << 18  # elements; every sum runs over blocks of this size, whatever the memory or the number of threads
+SEGMENT = 64  # blocks; the unit of digests and of resumption, and of parallel work within a large tensor
+
+
+Source = tuple[int, str]  # (index of a model, or beyond them of a statistics file; name of a tensor there)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One output tensor. sources: those of each input; base: likewise, or None.
+
+    compute is the dtype of the arithmetic. copied: the bytes of the first source, which all sources must equal.
+    sums_nbytes: what sums by row or column, and the weights from them, take. statistics: those of each input, where the
+    method takes them elementwise.
+    """
+
+    spec: TensorSpec
+    method: str
+    sources: tuple[Source, ...]
+    base: Source | None
+    settings: Settings
+    compute: str
+    copied: bool
+    block: int
+    needs_sums: bool
+    sums_nbytes: int = 0
+    statistics: tuple[Source, ...] = ()
+
+    name = property(lambda self: self.spec.name)
+    shape = property(lambda self: self.spec.shape)
+    dtype = property(lambda self: self.spec.dtype)
+    nbytes = property(lambda self: self.spec.nbytes)
+
+    @property
+    def read(self) -> tuple[Source, ...]:
+        """All that the job reads, the base last."""
+        rows = self.sources + self.statistics
+        return rows if self.base is None else (*rows, self.base)
+
+    @property
+    def segment_numel(self) -> int:
+        """Elements of a segment; the last may have fewer."""
+        return self.block * SEGMENT
+
+    @property
+    def segments(self) -> int:
+        """How many segments the tensor has; an empty tensor has one."""
+        return max(1, -(-self.spec.numel // self.segment_numel))
+
+    def segment_nbytes(self, segment: int) -> int:
+        """Bytes of one segment in the output."""
+        first = segment * self.segment_numel
+        return (min(self.spec.numel, first + self.segment_numel) - first) * ITEMSIZE[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class Cast:
+    """A recipe's models and the parts they play: `inputs`, `base` and `template` are indices into `models`.
+
+    base: the one that the method subtracts, None where it is an input like the others. statistics: those of the inputs,
+    () for methods that take none.
+    """
+
+    recipe: Recipe
+    models: tuple[Checkpoint, ...]
+    labels: tuple[str, ...]
+    inputs: tuple[int, ...]
+    base: int | None
+    template: int
+    statistics: tuple[Statistics, ...] = ()
+
+    @property
+    def norms(self) -> tuple[float, ...]:
+        """The norms of the inputs' statistics, of those kinds that have one."""
+        return tuple(given.facts.norm for given in self.statistics if given.facts.norm is not None)
+
+
+def cast_of(recipe: Recipe, models: tuple[Checkpoint, ...], statistics: tuple[Statistics, ...]) -> Cast:
+    """The parts of the models, which are the recipe's `all_models`."""
+    index = {model: i for i, model in enumerate(recipe.all_models)}
+    inputs = tuple(index[model] for model in recipe.inputs)
+    base = None if recipe.base is None or recipe.method.base in ("member", "first") else index[recipe.base]
+    template = index[recipe.base] if recipe.base else inputs[0]
+    return Cast(recipe, models, tuple(model.label for model in recipe.all_models), inputs, base, template, statistics)
+
+
+def make_job(
+    cast: Cast,
+    names: Mapping[int, str],
+    spec: TensorSpec,
+    layer: tuple[int, int] | None,
+    statistics: tuple[Source, ...] | None = None,
+) -> Job:
+    """The job of one output tensor: merged if all its sources are floating, else copied.
+
+    names: its source in each model. statistics: those of the inputs, or None where there are none: methods that need
+    them then leave the tensor to `linear`.
+    """
+    recipe, models, labels, base = cast.recipe, cast.models, cast.labels, cast.base
+    method = recipe.method
+    sources = tuple((i, names[i]) for i in cast.inputs if i in names)
+    base_source = (base, names[base]) if base is not None and base in names else None
+    read = sources if base_source is None else (*sources, base_source)
+    dtypes = [models[i][name].dtype for i, name in read]
+    settings = recipe.settings(spec.name, layer)
+    lone = len(names) == 1 < len(models)  # a buffer of which the template's is kept
+    if lone:
+        read, dtypes = tuple(names.items()), [spec.dtype]
+    if lone or not all(dtype in FLOATS for dtype in dtypes):
+        if len(set(dtypes)) > 1:
+            found = ", ".join(f"{dtype} in {labels[i]}" for dtype, (i, _) in zip(dtypes, read, strict=True))
+            raise PlanError(
+                f"{spec.name} is {found}: only floating tensors of different types can be merged; convert them"
+            )
+        if dtypes[0].startswith("float8") and settings.inputs[0].get("scale") is not None:
+            raise PlanError(f"{spec.name} is quantised ({dtypes[0]}) and cannot be scaled; leave it out of `scale`")
+        kept = TensorSpec(spec.name, spec.shape, dtypes[0])
+        return Job(kept, "copy", read, None, settings, dtypes[0], copied=True, block=BLOCK, needs_sums=False)
+    dtype = recipe.out_dtype or recipe.dtype or _promoted(dtypes)
+    compute = "float64" if "float64" in (*dtypes, recipe.dtype) else "float32"
+    out = TensorSpec(spec.name, spec.shape, dtype)
+    if method.statistics and statistics is None:
+        method, settings = METHODS["linear"], averaging(settings)
+    job = Job(out, method.name, sources, base_source, settings, compute, copied=False, block=BLOCK, needs_sums=False)
+    if method.statistics and not method.whole:
+        job = replace(job, statistics=statistics or ())
+    unit = unit_of([job], recipe.seed, cast.norms)
+    if method.copies(unit):
+        job = replace(job, sources=sources[:1], base=None, copied=dtypes[0] == dtype)
+    needs_sums = not job.copied and _needs_sums(method, unit)
+    groups = max(row, unit.numel // row) if (row := method.row(unit)) else 0
+    gram = groups * len(sources) ** 2 * 8  # float64; held twice while it is gathered, and once more as weights
+    return replace(job, block=block_numel(method, unit), needs_sums=needs_sums, sums_nbytes=3 * gram)
+
+
+def block_numel(method: Method, unit: Unit) -> int:
+    """Elements of a block: BLOCK, or as many whole rows as it has room for, at least one."""
+    row = method.row(unit) or 1
+    return max(1, BLOCK // row) * row
+
+
+def _needs_sums(method: Method, unit: Unit) -> bool:
+    """Whether the solve asks for reductions. What it finds wrong with the weights before it does is raised here."""
+    try:
+        next(method.solve(unit))
+    except StopIteration:
+        return False
+    return True
+
+
+def _promoted(dtypes: Sequence[str]) -> str:
+    widest = max(dtypes, key=lambda dtype: ITEMSIZE[dtype])
+    return "float32" if {"float16", "bfloat16"} <= set(dtypes) and ITEMSIZE[widest] == 2 else widest
+
+
+def averaging(settings: Settings) -> Settings:
+    """The settings with which `linear` averages what a method has no statistics of."""
+    return Settings({"normalize": True}, tuple({"weight": values["weight"]} for values in settings.inputs))
+
+
+def unit_of(jobs: Sequence[Job], seed: int, norms: tuple[float, ...] = ()) -> Unit:
+    """What a method's solve is told of jobs that are solved together. norms: those of the inputs' statistics."""
+    first = jobs[0]
+    return Unit(
+        name=first.name if len(jobs) == 1 else f"all {len(jobs)} tensors",
+        shape=first.shape if len(jobs) == 1 else (),
+        numel=sum(job.spec.numel for job in jobs),
+        shared=first.settings.shared,
+        inputs=first.settings.inputs,
+        keys=tuple(key(seed, first.name, position) for position in range(len(first.sources))),
+        double=first.compute == "float64",
+        norms=norms,
+    )

@@ -1,0 +1,79 @@
+"""Linear layers as matrices, read from checkpoints and statistics files by rows, or held in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from mergekit_lfm.jobs import Source
+
+Read = Callable[[Source, int, int], torch.Tensor]  # a tensor's elements from the first to the last, 1-D
+
+
+@dataclass(frozen=True)
+class StoredLinear:
+    """A `Linears` that is read when it is asked for. The bias is the matrices' last column.
+
+    weights, biases, grams: those of every input; biases is () where the layer has none. axis: the one of the weights
+    [outputs, inputs] (1) or [inputs, outputs] (0) along which the inputs run.
+    """
+
+    read: Read
+    weights: Sequence[Source]
+    biases: Sequence[Source]
+    grams: Sequence[Source]
+    axis: int
+    outputs: int
+    inputs: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(outputs, columns) of the matrices."""
+        return self.outputs, self.inputs + bool(self.biases)
+
+    def matrix(self, i: int, start: int, stop: int) -> torch.Tensor:
+        """Rows of input i's matrix, [stop - start, columns] float64."""
+        rows = torch.empty(stop - start, self.shape[1], dtype=torch.float64)
+        if self.axis:
+            part = self.read(self.weights[i], start * self.inputs, stop * self.inputs).view(-1, self.inputs)
+        else:
+            part = self.read(self.weights[i], 0, self.inputs * self.outputs).view(self.inputs, -1)[:, start:stop].T
+        rows[:, : self.inputs] = part
+        if self.biases:
+            rows[:, -1] = self.read(self.biases[i], start, stop)
+        return rows
+
+    def gram(self, i: int, start: int, stop: int) -> torch.Tensor:
+        """Rows of input i's Gram matrix, [stop - start, columns] float64."""
+        width = self.inputs + 1
+        rows = self.read(self.grams[i], start * width, stop * width).view(-1, width)
+        return rows[:, : self.shape[1]].to(torch.float64, copy=True)
+
+    def parts(self, merged: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """A merged matrix as the checkpoint stores it: the weight, flat, and the bias."""
+        weight = merged[:, : self.inputs]
+        return (weight if self.axis else weight.T).reshape(-1), merged[:, -1].contiguous() if self.biases else None
+
+
+@dataclass(frozen=True)
+class HeldLinear:
+    """A `Linears` of matrices and Gram matrices that lie in memory."""
+
+    matrices: Sequence[torch.Tensor]
+    grams: Sequence[torch.Tensor]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(outputs, inputs) of the matrices."""
+        outputs, inputs = self.matrices[0].shape
+        return outputs, inputs
+
+    def matrix(self, i: int, start: int, stop: int) -> torch.Tensor:
+        """Rows of input i's matrix, as float64 on fresh memory."""
+        return self.matrices[i][start:stop].to(torch.float64, copy=True)
+
+    def gram(self, i: int, start: int, stop: int) -> torch.Tensor:
+        """Rows of input i's Gram matrix, as float64 on fresh memory."""
+        return self.grams[i][start:stop].to(torch.float64, copy=True)

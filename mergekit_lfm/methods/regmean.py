@@ -1,0 +1,142 @@
+"""RegMean: the linear layer whose outputs are nearest to those of every model, each on its own data.
+
+The bias belongs to the regression: inputs have a 1 appended, so matrices have the bias as their last column. The sums
+over models are taken one Gram matrix, and of it one band of rows, at a time; all of it is float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from mergekit_lfm.kernels.sums import Weights, weighted_sum
+from mergekit_lfm.methods.declare import Linears, Method, Parameter, Unit, Whole, immediate
+from mergekit_lfm.methods.linear import normalised
+
+if TYPE_CHECKING:
+    import torch
+
+BAND = 256  # rows of a Gram matrix that are read at a time
+OUTPUTS = 1024  # rows of a layer that are solved for at a time
+RESOLUTION = 2.0**-23  # of the float32 in which Gram matrices are stored
+
+
+@immediate
+def _average(unit: Unit) -> Weights:
+    return Weights(normalised(unit.floats("weight"), unit, switch=None))
+
+
+def _merge(unit: Unit, layers: Sequence[Linears]) -> Iterator[torch.Tensor]:
+    """M + (sum_i l_i (W_i - M) G_i) (sum_i l_i G_i + r I)^-1 with M the weighted average of the W_i.
+
+    The minimiser of sum_i l_i tr (W - W_i) G_i (W - W_i)^T + r |W - M|^2; for r = 0 that of Jin et al. 2023. The
+    entries of G_i off its diagonal are scaled by `alpha`; r is `ridge` times the mean diagonal of sum_i l_i G_i. Where
+    the sum is singular, directions that no model's data have keep the average.
+    """
+    import torch
+
+    weights = normalised(unit.floats("weight"), unit, switch=None)
+    divide = _division(unit, weights, layers[0])
+    for layer in layers:
+        outputs, inputs = layer.shape
+        merged = torch.empty(outputs, inputs, dtype=torch.float64)
+        for first in range(0, outputs, OUTPUTS):
+            last = min(outputs, first + OUTPUTS)
+            mean = torch.zeros(last - first, inputs, dtype=torch.float64)
+            for i, weight in enumerate(weights):
+                mean += layer.matrix(i, first, last).mul_(weight)
+            pull = torch.zeros_like(mean)
+            for i, weight in enumerate(weights):
+                apart = layer.matrix(i, first, last).sub_(mean)
+                for start, band in _bands(unit, layer, i):
+                    pull += (apart[:, start : start + len(band)] @ band).mul_(weight)
+            merged[first:last] = mean.add_(divide(pull))
+        yield merged
+
+
+def _bands(unit: Unit, layer: Linears, i: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """The rows of input i's Gram matrix by bands, each with its first row; off the diagonal times alpha."""
+    inputs, alpha = layer.shape[1], unit.number("alpha")
+    for start in range(0, inputs, BAND):
+        band = layer.gram(i, start, min(inputs, start + BAND))
+        diagonal = band.diagonal(start)
+        kept = diagonal.clone()
+        band *= alpha
+        diagonal.copy_(kept)
+        yield start, band
+
+
+def _division(unit: Unit, weights: Sequence[float], layer: Linears) -> Callable[[torch.Tensor], torch.Tensor]:
+    """x -> x S^-1, which may overwrite x, for the sum S of the weighted Gram matrices and the ridge.
+
+    By Cholesky; where S is singular or, by rounding, indefinite, by its pseudo-inverse.
+    """
+    import torch
+
+    total, scale = _scaled_sum(unit, weights, layer)
+    symmetric = total.T  # in the column order in which LAPACK factors in place
+    _, failed = torch.linalg.cholesky_ex(symmetric, out=(symmetric, torch.empty((), dtype=torch.int32)))
+    if not failed:
+        return lambda x: torch.cholesky_solve(x.mul_(scale).T, symmetric).T.mul_(scale)
+    values, vectors = torch.linalg.eigh(_scaled_sum(unit, weights, layer)[0])
+    least = len(values) * RESOLUTION * float(values[-1].clamp(min=0))
+    inverse = torch.where(values > least, 1 / values, 0.0)
+    return lambda x: ((x.mul_(scale) @ vectors).mul_(inverse) @ vectors.T).mul_(scale)
+
+
+def _scaled_sum(unit: Unit, weights: Sequence[float], layer: Linears) -> tuple[torch.Tensor, torch.Tensor]:
+    """T S T and the diagonal of T, which makes that of T S T 1 where it is not 0: so it is factored more exactly."""
+    import torch
+
+    inputs = layer.shape[1]
+    total = torch.zeros(inputs, inputs, dtype=torch.float64)
+    for i, weight in enumerate(weights):
+        for start, band in _bands(unit, layer, i):
+            total[start : start + len(band)] += band.mul_(weight)
+    diagonal = total.diagonal()
+    diagonal += unit.number("ridge") * float(diagonal.mean())
+    scale = torch.where(diagonal > 0, diagonal.rsqrt(), 1.0)
+    return total.mul_(scale).mul_(scale[:, None]), scale
+
+
+def _nbytes(unit: Unit, outputs: int, inputs: int) -> int:
+    """The sum, which is factored in place, a few bands, and the rows of a layer that are solved for.
+
+    A sum that may turn out to be singular takes five times as much more for its eigenvectors.
+    """
+    regular = unit.number("alpha") < 1 and unit.number("ridge") > 0
+    squares = 1 if regular else 6
+    return 8 * inputs * (squares * inputs + 3 * BAND + 6 * min(outputs, OUTPUTS) + 3 * outputs)
+
+
+METHODS = (
+    Method(
+        name="regmean",
+        source="Jin et al. 2023, Dataless knowledge fusion by merging weights of language models, arXiv 2212.09849",
+        summary="linear layers by least squares on each model's data, the rest averaged; needs `stats` for each model",
+        parameters=(
+            Parameter("weight", 1.0, per_input=True, minimum=0, doc="relative weight of the model's data"),
+            Parameter(
+                "alpha",
+                0.9,
+                per_input=False,
+                minimum=0,
+                maximum=1,
+                doc="factor of the Gram matrices' entries off the diagonal; 1 is plain least squares",
+            ),
+            Parameter(
+                "ridge",
+                1e-6,
+                per_input=False,
+                minimum=0,
+                doc="pull towards the average, relative to the mean diagonal of the summed Gram matrices",
+            ),
+        ),
+        base="member",
+        inputs=(1, None),
+        solve=_average,
+        apply=weighted_sum,
+        statistics="gram",
+        whole=Whole(_merge, _nbytes),
+    ),
+)
