@@ -17,6 +17,7 @@ from mergekit_lfm.kernels.order import NONE, Largest, Ranks
 from mergekit_lfm.kernels.random import Coins
 from mergekit_lfm.kernels.reductions import magnitudes
 from mergekit_lfm.kernels.sums import Weights, weighted_sum
+from mergekit_lfm.methods import fisher
 from mergekit_lfm.methods.task_vectors import Sum, apply
 
 BLOCK = 4096
@@ -29,6 +30,7 @@ FUNCTIONS: dict[str, tuple[Any, Any, torch.dtype | None]] = {
     "dare": (apply, Sum((0.5, 0.25, 1.0), COINS, None, False, 1.0), torch.float32),
     "dare ties": (apply, Sum((0.5, 0.25, 1.0), COINS, (0.5, 0.25, 1.0), True, 1.0), torch.bfloat16),
     "magnitudes": (magnitudes, COINS, None),
+    "fisher": (fisher.apply, fisher.Fisher([0.5, 1.0, 0.25], 1e-6), torch.bfloat16),
 }
 
 
@@ -42,6 +44,12 @@ def stored_block(dtype: torch.dtype) -> tuple[tuple[torch.Tensor, ...], torch.Te
         x[64:128], base[64:128] = -0.0, 0.0
         x[128:160] = base[128:160] + 1e-41
     return tuple(x.to(dtype) for x in inputs), base.to(dtype)
+
+
+def with_statistics(dtype: torch.dtype) -> tuple[tuple[torch.Tensor, ...], None]:
+    """Three inputs and, in float32, a statistic of each; some are 0."""
+    inputs, _ = stored_block(dtype)
+    return (*inputs, *(x.float() ** 2 for x in inputs)), None
 
 
 @pytest.fixture
@@ -60,7 +68,7 @@ def bits(result: Any) -> list[torch.Tensor]:
 def test_compiled_is_eager_bit_for_bit(name: str, own_cache: Path) -> None:
     function, coefficients, out = FUNCTIONS[name]
     dtype = torch.float32 if name == "dare" else torch.bfloat16
-    stored, base = stored_block(dtype)
+    stored, base = stored_block(dtype) if name != "fisher" else with_statistics(dtype)
     local = coefficients.at(BLOCK, BLOCK, torch.float32)
     kernels = Kernels("always", 1, BLOCK, threads=2)
     compiled = kernels(Step(function, stored, base, local, torch.float32, out))

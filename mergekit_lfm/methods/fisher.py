@@ -49,7 +49,7 @@ def _solve(unit: Unit) -> Fisher:
     return Fisher(scales, unit.number("epsilon"))
 
 
-def _apply(rows: Rows, base: torch.Tensor | None, local: LocalFisher) -> torch.Tensor:  # noqa: ARG001
+def apply(rows: Rows, base: torch.Tensor | None, local: LocalFisher) -> torch.Tensor:  # noqa: ARG001
     """sum_i p_i x_i with p_i = l_i (F_i + e) / sum_k l_k (F_k + e) (Matena and Raffel 2022, section 3)."""
     n = len(rows) // 2
     shares = [(rows[n + i] + local.floor) * local.scales[i] for i in range(n)]
@@ -81,7 +81,7 @@ METHODS = (
         base="member",
         inputs=(1, None),
         solve=_solve,
-        apply=_apply,
+        apply=apply,
         statistics="fisher",
     ),
 )
