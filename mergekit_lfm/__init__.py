@@ -5,23 +5,28 @@ Importing this package imports no torch; its functions do when they are called.
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "merge", "merge_tensors", "open_checkpoint"]
+__all__ = ["__version__", "collect_stats", "merge", "merge_tensors", "open_checkpoint", "open_statistics"]
 
 if TYPE_CHECKING:
     from mergekit_lfm.api import merge, merge_tensors
     from mergekit_lfm.checkpoint import open_checkpoint
+    from mergekit_lfm.collect import collect_stats
+    from mergekit_lfm.stats import open_statistics
+
+_HOMES = {
+    "collect_stats": "collect",
+    "merge": "api",
+    "merge_tensors": "api",
+    "open_checkpoint": "checkpoint",
+    "open_statistics": "stats",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("merge", "merge_tensors"):
-        from mergekit_lfm import api
-
-        return getattr(api, name)
-    if name == "open_checkpoint":
-        from mergekit_lfm.checkpoint import open_checkpoint
-
-        return open_checkpoint
+    if name in _HOMES:
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,31 +1,34 @@
-"""How good a language model is on a text: rolling log-likelihood, perplexity, bits per byte.
+"""Judges: what a model is worth on data, as numbers that a merge can be compared by.
 
-Every token of the text is predicted exactly once. Bits per byte divide by the UTF-8 bytes of the text, not by tokens,
-so that models with different tokenizers compare; perplexities compare only between models with the same tokenizer.
+Language models by rolling log-likelihood: every token of a text is predicted exactly once; bits per byte divide by the
+UTF-8 bytes of the text, not by tokens, so that models with different tokenizers compare; perplexities compare only
+between models with the same tokenizer. Classifiers by accuracy, sentence encoders by retrieval.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-from mergekit_lfm.errors import FormatError, PlanError
-from mergekit_lfm.runtime import LanguageModel, load_language_model
+import torch
+from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from mergekit_lfm.data import Batch, as_batches, read_data, read_pairs
+from mergekit_lfm.errors import PlanError
+from mergekit_lfm.runtime import Loaded, embeddings, load_model, logits, start_token, tokenizer_for_texts
 
 # The logits of a window are [window, vocabulary] in float32: 1 GB for 2,048 tokens and 128k entries. The 131,072
 # positions that recent models declare would take 67 GB.
 LONGEST_DEFAULT_WINDOW = 2048
+ROWS = 1024  # texts compared with all positives at a time: 400 MB for 100,000 of them
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """What one text cost a model; less is better."""
+    """What one text, or the documents of one file, cost a model; less is better."""
 
     tokens: int  # that were predicted
     bytes: int  # of the text in UTF-8
@@ -34,8 +37,29 @@ class Perplexity:
     bits_per_byte: float  # nll / ln 2 / bytes
 
 
+@dataclass(frozen=True)
+class Accuracy:
+    """How often a classifier is right; more is better."""
+
+    examples: int
+    correct: int
+    accuracy: float  # correct / examples
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """How well an encoder finds to each text what belongs to it; more is better."""
+
+    pairs: int
+    top1: float  # the share of texts whose own positive is the nearest of all
+    mrr: float  # mean of 1 / the place of the own positive
+
+
+Score = Perplexity | Accuracy | Retrieval
+
+
 def perplexity(
-    model: str | Path | LanguageModel, text: str, *, window: int | None = None, stride: int | None = None
+    model: str | Path | Loaded, text: str | Sequence[str], *, window: int | None = None, stride: int | None = None
 ) -> Perplexity:
     """Rolling log-likelihood of the whole text under a causal language model (a folder, or one that is loaded).
 
@@ -43,22 +67,27 @@ def perplexity(
     predicted in pieces of `stride`, each piece from the `window` tokens that end where it ends: a token is predicted
     from at least `window - stride + 1` tokens before it (all, near the beginning) and at most `window`. `window` is by
     default the longest sequence the model's config allows, but at most 2,048; `stride` is by default the window, which
-    is cheapest. A smaller stride gives tokens more context: better numbers, for more work.
+    is cheapest. A smaller stride gives tokens more context: better numbers, for more work. Of several documents every
+    one starts anew.
 
     Raises PlanError for an empty text and for a window or stride that the model cannot do, FormatError for a tokenizer
     without a start token.
     """
-    language_model = model if isinstance(model, LanguageModel) else load_language_model(model)
-    window, stride = _extent(language_model, window, stride)
-    tokens = language_model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    if not tokens:
+    model = model if isinstance(model, Loaded) else load_model(model, "lm")
+    window, stride = _extent(model, window, stride)
+    tokenizer = tokenizer_for_texts(model.tokenizer)
+    documents = [text] if isinstance(text, str) else text
+    count, total = 0, 0.0
+    for document in documents:
+        tokens = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = [start_token(tokenizer), *tokens]  # ids[i] stands before tokens[i]
+        for begin, first, end in pieces(len(tokens), window, stride):
+            total += _nll(model.model, ids[begin:end], tokens[first:end])
+        count += len(tokens)
+    if not count:
         raise PlanError("the text is empty: there is nothing to predict; give a text of at least one token")
-    total = 0.0
-    ids = [_start_token(language_model), *tokens]  # ids[i] stands before tokens[i]
-    for begin, first, end in pieces(len(tokens), window, stride):
-        total += _nll(language_model, ids[begin:end], tokens[first:end])
-    size = len(text.encode())
-    return Perplexity(len(tokens), size, total, _exp(total / len(tokens)), total / math.log(2) / size)
+    size = sum(len(document.encode()) for document in documents)
+    return Perplexity(count, size, total, _exp(total / count), total / math.log(2) / size)
 
 
 def pieces(count: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
@@ -69,8 +98,8 @@ def pieces(count: int, window: int, stride: int) -> Iterator[tuple[int, int, int
         yield max(0, end - window), first, end
 
 
-def _extent(language_model: LanguageModel, window: int | None, stride: int | None) -> tuple[int, int]:
-    positions = language_model.positions
+def _extent(model: Loaded, window: int | None, stride: int | None) -> tuple[int, int]:
+    positions = model.positions
     if window is None:
         window = min(positions or LONGEST_DEFAULT_WINDOW, LONGEST_DEFAULT_WINDOW)
     if stride is None:
@@ -85,25 +114,12 @@ def _extent(language_model: LanguageModel, window: int | None, stride: int | Non
     return window, stride
 
 
-def _start_token(language_model: LanguageModel) -> int:
-    tokenizer = language_model.tokenizer
-    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    if start is None:
-        raise FormatError(
-            "the tokenizer has neither a BOS nor an EOS token; one is expected, to predict the first token from. "
-            "Set bos_token in tokenizer_config.json"
-        )
-    return int(start)
-
-
-def _nll(language_model: LanguageModel, ids: list[int], targets: list[int]) -> float:
+def _nll(model: nn.Module, ids: list[int], targets: list[int]) -> float:
     """-ln p summed over the targets, the tokens that follow the last len(targets) of ids; in nats."""
-    import torch
-
-    device = language_model.model.device
+    device = next(model.parameters()).device
     with torch.inference_mode():
-        logits: Tensor = language_model.model(torch.tensor([ids], device=device), use_cache=False).logits[0]
-        scores = logits[-len(targets) :].float().log_softmax(-1)  # [targets, vocabulary]
+        output = model(torch.tensor([ids], device=device), use_cache=False).logits[0]
+        scores = output[-len(targets) :].float().log_softmax(-1)  # [targets, vocabulary]
         chosen = scores.gather(-1, torch.tensor(targets, device=device)[:, None])
     return -float(chosen.double().sum())
 
@@ -111,3 +127,83 @@ def _nll(language_model: LanguageModel, ids: list[int], targets: list[int]) -> f
 def _exp(nats: float) -> float:
     """exp, with infinity where it exceeds the range of a float: a broken model is no reason to fail."""
     return math.exp(nats) if nats < 709 else math.inf
+
+
+def accuracy(
+    model: str | Path | Loaded | nn.Module,
+    data: str | Path | Iterable[Any],
+    *,
+    window: int | None = None,
+    batch_size: int = 16,
+) -> Accuracy:
+    """The share of labelled examples whose most likely class is their label.
+
+    model is a folder, a loaded model, or any module that returns logits [n, classes], in evaluation mode; data a file
+    for `read_data`, or what `as_batches` takes. Of equally likely classes the first counts; scores that are NaN are
+    wrong. Raises PlanError for data without labels, or with labels of classes that the model has not.
+    """
+    if isinstance(model, str | Path):
+        model = load_model(model, "classification")
+    batches = _batches(model, data, window, batch_size)
+    module = model.model if isinstance(model, Loaded) else model
+    correct, count = 0, 0
+    for batch in batches:
+        if batch.labels is None:
+            raise PlanError("the data have no labels; expected one for each example. Give data with labels")
+        scores = logits(_forward(module, batch))  # [n, classes]
+        labels = batch.labels.to(scores.device)
+        if scores.ndim != 2 or int(labels.max()) >= scores.shape[1] or int(labels.min()) < 0:
+            raise PlanError(
+                f"the model gives scores {list(scores.shape)}, the labels go from {int(labels.min())} to "
+                f"{int(labels.max())}; expected scores [examples, classes], and labels of these classes. "
+                "Give the data that the classifier is for"
+            )
+        right = (scores.argmax(1) == labels) & ~scores.isnan().any(1)
+        correct, count = correct + int(right.sum()), count + len(batch)
+    return Accuracy(count, correct, correct / count)
+
+
+def retrieval(
+    model: str | Path | Loaded, pairs: str | Path, *, window: int | None = None, batch_size: int = 16
+) -> Retrieval:
+    """How often an encoder's vector of a text is nearest to that of the text's own positive.
+
+    pairs is a JSONL file of {"text": ..., "positive": ...}. The vectors are means over tokens, nearness is the cosine,
+    and every text is compared with all distinct positives of the file. Ties count against the model: one that gives
+    everything the same vector finds nothing.
+    """
+    model = model if isinstance(model, Loaded) else load_model(model, "embedding")
+    texts, positives, own = read_pairs(
+        pairs, model.tokenizer, window=window, positions=model.positions, batch_size=batch_size
+    )
+    left, right = _vectors(model.model, texts), _vectors(model.model, positives)
+    places = torch.cat([_places(left[i : i + ROWS] @ right.T, own[i : i + ROWS]) for i in range(0, len(left), ROWS)])
+    return Retrieval(len(own), float((places == 1).double().mean()), float((1 / places.double()).mean()))
+
+
+def _places(likeness: Tensor, own: Sequence[int]) -> Tensor:
+    """The place, from 1, of each row's own column in the order of the row [n, m]; NaN comes last."""
+    found = likeness.gather(1, torch.tensor(own, device=likeness.device)[:, None])
+    return (~(likeness < found)).sum(1)
+
+
+def _vectors(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
+    """The unit vector of every example, float64 [examples, d], in the order of their numbers."""
+    found = torch.cat([embeddings(_forward(model, batch)).double() for batch in batches])
+    order = torch.tensor([i for batch in batches for i in batch.indices], device=found.device)
+    return nn.functional.normalize(found, dim=1)[order.argsort()]
+
+
+def _forward(model: nn.Module, batch: Batch) -> Any:
+    batch = batch.to(model)
+    with torch.inference_mode():
+        return model(*batch.args, **batch.kwargs)
+
+
+def _batches(
+    model: Loaded | nn.Module, data: str | Path | Iterable[Any], window: int | None, batch_size: int
+) -> Sequence[Batch]:
+    if not isinstance(data, str | Path):
+        return as_batches(data)
+    tokenizer, positions = (model.tokenizer, model.positions) if isinstance(model, Loaded) else (None, None)
+    return read_data(data, "classification", tokenizer, window=window, positions=positions, batch_size=batch_size)

@@ -2,35 +2,19 @@
 
 import json
 import os
-import pty
 import signal
 import subprocess
 import sys
-import termios
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from helpers_commands import ROOT, answer, on_a_terminal, refusal, run, start, wait_for
 from safetensors.torch import load_file, save_file
 
-from mergekit_lfm import evaluate, runtime
-from mergekit_lfm.commands import main
-from mergekit_lfm.evaluate import Perplexity
 from mergekit_lfm.methods import METHODS
 from mergekit_lfm.sizes import format_size, parse_size
 
-ROOT = Path(__file__).parents[1]
-# As `merge` is installed, with Ctrl-C meaning what it means in a terminal wherever the tests run.
-MERGE = """
-import signal
-signal.signal(signal.SIGINT, signal.default_int_handler)
-from mergekit_lfm.commands import merge
-merge(prog_name="merge")
-"""
 LINEAR = "merge_method: linear\nmodels: [{model: a}, {model: b}]\nparameters: {weight: 1}\n"
 
 
@@ -48,25 +32,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "recipe.yaml").write_text(LINEAR)
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def run(*arguments: str) -> Result:
-    """`mergekit-lfm ARGUMENTS`; whatever is no ordinary end of a command is raised."""
-    return CliRunner(catch_exceptions=False).invoke(main, arguments)
-
-
-def answer(result: Result) -> Any:
-    """The one JSON object on standard output, and nothing else anywhere."""
-    assert (result.exit_code, result.stderr) == (0, "")
-    assert result.stdout.count("\n") == 1
-    return json.loads(result.stdout)
-
-
-def refusal(result: Result) -> str:
-    """The one message of a command that ended with exit code 2."""
-    assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr.startswith("error: ") and result.stderr.count("error: ") == 1
-    return result.stderr
 
 
 # ------------------------------------------------------------------ merge
@@ -331,58 +296,6 @@ def test_methods_as_json() -> None:
     }
 
 
-# ------------------------------------------------------------------ eval
-
-
-def fake_perplexity(model: str, text: str, *, window: int | None, stride: int | None) -> Perplexity:
-    """One bit per byte and token for model a; for others twice that, or without bound where there is a window."""
-    del stride
-    factor = 1.0 if model == "a" else 2.0 if window is None else float("inf")
-    bits = len(text) * factor
-    return Perplexity(len(text), len(text), bits * 0.6931471805599453, 2.0**factor, factor)
-
-
-@pytest.fixture
-def judged(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """`eval` of models a and b on two texts, with numbers that are known."""
-    monkeypatch.setattr(runtime, "load_language_model", str)
-    monkeypatch.setattr(evaluate, "perplexity", fake_perplexity)
-    for name, text in (("x.txt", "abc"), ("y.txt", "abcdefgh")):
-        (folder / name).write_text(text)
-    return ["eval", "a", "b", "--text", "x.txt", "--text", "y.txt"]
-
-
-def test_eval_prints_a_row_for_each_model_and_text_and_the_means(judged: list[str]) -> None:
-    assert [line.split() for line in run(*judged).stdout.splitlines()] == [
-        ["model", "text", "tokens", "perplexity", "bits/byte"],
-        ["a", "x.txt", "3", "2", "1.0000"],
-        ["a", "y.txt", "8", "2", "1.0000"],
-        ["a", "mean", "2", "1.0000"],
-        ["b", "x.txt", "3", "4", "2.0000"],
-        ["b", "y.txt", "8", "4", "2.0000"],
-        ["b", "mean", "4", "2.0000"],
-    ]
-
-
-def test_eval_as_json_has_null_for_infinity(judged: list[str]) -> None:
-    first, second = answer(run(*judged, "--json", "--window", "8"))
-    assert (first["model"], first["mean"]["bits_per_byte"]) == ("a", 1.0)
-    assert first["mean"]["perplexity"] == pytest.approx(2.0)
-    assert [text["tokens"] for text in second["texts"]] == [3, 8]
-    assert second["mean"] == {"perplexity": None, "bits_per_byte": None}
-
-
-def test_eval_of_a_file_that_is_no_text(judged: list[str]) -> None:
-    Path("x.txt").write_bytes(b"\xff\xfe")
-    assert "x.txt" in refusal(run(*judged))
-
-
-def test_eval_without_transformers_says_what_to_install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    (folder / "x.txt").write_text("abc")
-    assert 'pip install "mergekit_lfm[models]"' in refusal(run("eval", "a", "--text", "x.txt"))
-
-
 # ------------------------------------------------------------------ processes
 
 
@@ -399,25 +312,11 @@ def sparse(folder: Path, tensors: int = 8, numel: int = 1 << 22) -> None:
         file.truncate(8 + len(header) + tensors * size)
 
 
-def start(folder: Path, *arguments: str, stderr: int = subprocess.PIPE) -> subprocess.Popen[str]:
-    """`merge ARGUMENTS` as a process in `folder`."""
-    command = [sys.executable, "-c", MERGE, *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True)
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-
-
 def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("a", "b"):
         sparse(tmp_path / name)
     (tmp_path / "recipe.yaml").write_text(LINEAR)
-    process = start(tmp_path, "recipe.yaml", "out", "--threads", "1")
+    process = start(tmp_path, "merge", "recipe.yaml", "out", "--threads", "1")
     journal = tmp_path / "out.partial/merge.journal"
     wait_for(lambda: journal.exists() and journal.stat().st_size > 0)
     process.send_signal(signal.SIGINT)
@@ -431,20 +330,10 @@ def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(tmp_path: Path, monke
 
 
 def test_the_bar_is_shown_on_a_terminal_only(folder: Path) -> None:
-    ours, theirs = pty.openpty()
-    termios.tcsetwinsize(theirs, (24, 80))
-    process = start(folder, "recipe.yaml", "out", stderr=theirs)
-    os.close(theirs)
-    shown = b""
-    try:
-        while more := os.read(ours, 4096):
-            shown += more
-    except OSError:  # how Linux says that the other end is closed
-        pass
-    os.close(ours)
-    assert process.communicate(timeout=60)[0] == "out\n"
+    printed, shown = on_a_terminal(folder, "merge", "recipe.yaml", "out")
+    assert printed == "out\n"
     assert b"merging:" in shown and b"wrote 2 tensors" in shown
-    process = start(folder, "recipe.yaml", "out2")
+    process = start(folder, "merge", "recipe.yaml", "out2")
     stdout, stderr = process.communicate(timeout=60)
     assert stdout == "out2\n"
     assert "merging" not in stderr and stderr.count("\n") == 1

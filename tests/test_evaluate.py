@@ -1,61 +1,36 @@
-"""Perplexity and bits per byte: against one token at a time, transformers' own loss, and cases with a known answer."""
+"""Judges, against one token or example at a time, transformers' own loss, and cases with a known answer."""
 
 from __future__ import annotations
 
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers_text import POSITIONS, bert_config, byte_tokenizer, llama_config, save_model, write_lines
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from mergekit_lfm.errors import FormatError, PlanError
-from mergekit_lfm.evaluate import Perplexity, perplexity, pieces
-from mergekit_lfm.runtime import LanguageModel, load_language_model
-
-tokenizers = pytest.importorskip("tokenizers")
-transformers = pytest.importorskip("transformers")
+from mergekit_lfm.evaluate import Accuracy, Perplexity, Retrieval, accuracy, perplexity, pieces, retrieval
+from mergekit_lfm.runtime import Loaded, load_model
 
 TEXT = "Every token is predicted once, Überlänge included: ein Wort, 言葉.\n" * 2
-POSITIONS = 32
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama over bytes, whose predictions depend strongly on what it has read."""
-    folder = tmp_path_factory.mktemp("bytes")
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {entry: number for number, entry in enumerate(["<s>", "</s>", *alphabet])}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", model_max_length=POSITIONS
-    ).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=POSITIONS,
-        initializer_range=0.6,
-        bos_token_id=0,
-        eos_token_id=1,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    """A random Llama over bytes."""
+    return save_model(tmp_path_factory.mktemp("bytes"), "LlamaForCausalLM", llama_config(), byte_tokenizer())
 
 
 @pytest.fixture
-def loaded(folder: Path) -> LanguageModel:
-    return load_language_model(folder)
+def loaded(folder: Path) -> Loaded:
+    return load_model(folder, "lm")
 
 
 def copy_of(folder: Path, target: Path) -> Path:
@@ -69,7 +44,7 @@ def edit_json(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | changes), "utf-8")
 
 
-def one_by_one(loaded: LanguageModel, text: str, window: int, stride: int) -> float:
+def one_by_one(loaded: Loaded, text: str, window: int, stride: int) -> float:
     """Bits of the text when the model runs once for every token, in float64."""
     model = loaded.model.double()
     tokens = [0, *loaded.tokenizer(text, add_special_tokens=False)["input_ids"]]
@@ -85,9 +60,7 @@ def one_by_one(loaded: LanguageModel, text: str, window: int, stride: int) -> fl
 
 
 @pytest.mark.parametrize(("window", "stride"), [(32, 32), (32, 8), (7, 7), (5, 1), (None, None)])
-def test_agrees_with_the_model_run_once_for_every_token(
-    loaded: LanguageModel, window: int | None, stride: int | None
-) -> None:
+def test_agrees_with_the_model_run_once_for_every_token(loaded: Loaded, window: int | None, stride: int | None) -> None:
     found = perplexity(loaded, TEXT, window=window, stride=stride)
     bits = one_by_one(loaded, TEXT, window or POSITIONS, stride or POSITIONS)
     assert found.tokens == found.bytes == len(TEXT.encode())
@@ -96,7 +69,7 @@ def test_agrees_with_the_model_run_once_for_every_token(
     assert found.perplexity == pytest.approx(2 ** (bits / found.tokens), rel=1e-4)
 
 
-def test_agrees_with_the_loss_of_transformers(loaded: LanguageModel) -> None:
+def test_agrees_with_the_loss_of_transformers(loaded: Loaded) -> None:
     text = TEXT[: POSITIONS - 8]
     ids = torch.tensor([[0, *loaded.tokenizer(text)["input_ids"]]])
     with torch.no_grad():
@@ -104,7 +77,7 @@ def test_agrees_with_the_loss_of_transformers(loaded: LanguageModel) -> None:
     assert math.log(perplexity(loaded, text).perplexity) == pytest.approx(loss, rel=1e-5)
 
 
-def test_a_model_without_an_opinion_costs_the_logarithm_of_its_vocabulary(loaded: LanguageModel) -> None:
+def test_a_model_without_an_opinion_costs_the_logarithm_of_its_vocabulary(loaded: Loaded) -> None:
     torch.nn.init.zeros_(loaded.model.get_output_embeddings().weight)
     found = perplexity(loaded, "Ü言")
     assert found == Perplexity(
@@ -112,7 +85,7 @@ def test_a_model_without_an_opinion_costs_the_logarithm_of_its_vocabulary(loaded
     )
 
 
-def test_a_model_that_is_sure_and_wrong_has_infinite_perplexity(loaded: LanguageModel) -> None:
+def test_a_model_that_is_sure_and_wrong_has_infinite_perplexity(loaded: Loaded) -> None:
     weight = loaded.model.get_output_embeddings().weight
     torch.nn.init.normal_(weight, std=1e4, generator=torch.Generator().manual_seed(0))
     found = perplexity(loaded, TEXT)
@@ -138,7 +111,7 @@ def test_bits_per_byte_do_not_depend_on_how_the_bytes_are_cut(folder: Path, tmp_
     assert found.bits_per_byte == pytest.approx(2 * math.log2(259) / 4)
 
 
-def test_a_folder_gives_what_the_loaded_model_gives(folder: Path, loaded: LanguageModel) -> None:
+def test_a_folder_gives_what_the_loaded_model_gives(folder: Path, loaded: Loaded) -> None:
     assert perplexity(folder, TEXT) == perplexity(str(folder), TEXT) == perplexity(loaded, TEXT)
 
 
@@ -164,14 +137,12 @@ def test_every_token_is_predicted_once_from_the_promised_context(count: int, win
         (TEXT, {"stride": 0}, "stride is 0"),
     ],
 )
-def test_what_cannot_be_measured_is_said(
-    loaded: LanguageModel, text: str, options: dict[str, int], message: str
-) -> None:
+def test_what_cannot_be_measured_is_said(loaded: Loaded, text: str, options: dict[str, int], message: str) -> None:
     with pytest.raises(PlanError, match=message):
         perplexity(loaded, text, **options)
 
 
-def test_without_bos_the_text_starts_after_eos(folder: Path, loaded: LanguageModel, tmp_path: Path) -> None:
+def test_without_bos_the_text_starts_after_eos(folder: Path, loaded: Loaded, tmp_path: Path) -> None:
     other = copy_of(folder, tmp_path / "eos")
     edit_json(other / "tokenizer_config.json", bos_token=None)
     first = perplexity(other, "a").nll
@@ -188,35 +159,107 @@ def test_a_tokenizer_without_a_start_token_is_refused(folder: Path, tmp_path: Pa
         perplexity(other, TEXT)
 
 
-def test_a_model_with_a_tensor_missing_or_misshapen_is_refused(folder: Path, tmp_path: Path) -> None:
-    other = copy_of(folder, tmp_path / "holes")
-    tensors = load_file(other / "model.safetensors")
-    del tensors["model.layers.1.mlp.up_proj.weight"]
-    tensors["model.norm.weight"] = torch.ones(8)
-    save_file(tensors, other / "model.safetensors", {"format": "pt"})
-    with pytest.raises(FormatError) as raised:
-        load_language_model(other)
-    assert "model.layers.1.mlp.up_proj.weight: not in the files" in str(raised.value)
-    assert "model.norm.weight: of another shape" in str(raised.value)
+def test_of_several_documents_every_one_starts_anew(loaded: Loaded) -> None:
+    first, second = "one document", "and another, which is longer than the window of the model"
+    together, parts = perplexity(loaded, [first, second]), [perplexity(loaded, text) for text in (first, second)]
+    assert (together.tokens, together.bytes) == (sum(p.tokens for p in parts), len(first) + len(second))
+    assert together.nll == pytest.approx(sum(p.nll for p in parts))
+    assert together.nll != pytest.approx(perplexity(loaded, first + second).nll)
 
 
-def test_a_path_without_a_model_is_refused_and_nothing_is_looked_up(tmp_path: Path) -> None:
-    with pytest.raises(FormatError, match=r"gpt2: found no config\.json there"):
-        load_language_model(tmp_path / "gpt2")
+def test_a_text_needs_a_tokenizer(folder: Path, tmp_path: Path) -> None:
+    other = copy_of(folder, tmp_path / "bare")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (other / name).unlink()
+    with pytest.raises(PlanError, match="the model has no tokenizer"):
+        perplexity(other, TEXT)
 
 
-def test_without_transformers_the_message_has_the_line_that_installs_it(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+# ------------------------------------------------------------------ accuracy
+
+
+class Scores(nn.Module):
+    """Returns its input as logits."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def test_accuracy_by_hand() -> None:
+    """Right; wrong; a tie, which the first class wins; NaN, which is never right."""
+    scores = torch.tensor([[0.0, 2.0, 1.0], [0.0, 2.0, 1.0], [3.0, 3.0, 1.0], [math.nan, 1.0, 0.0]])
+    labels = torch.tensor([1, 2, 0, 0])
+    for cut in (1, 4):
+        data = [(scores[i : i + cut], labels[i : i + cut]) for i in range(0, 4, cut)]
+        assert accuracy(Scores(), data) == Accuracy(4, 2, 0.5)
+
+
+def test_accuracy_of_a_folder_is_that_of_each_text_alone(tmp_path: Path) -> None:
+    folder = save_model(
+        tmp_path / "m", "BertForSequenceClassification", bert_config(num_labels=3), byte_tokenizer(special=True)
+    )
+    texts = [chr(97 + i) * (i % 4 + 1) for i in range(20)]
+    loaded = load_model(folder, "classification")
+    assert loaded.tokenizer is not None
+    with torch.no_grad():
+        each = [loaded.model(**loaded.tokenizer(text, return_tensors="pt")).logits.argmax().item() for text in texts]
+    assert len(set(each)) > 1
+    labels = [(c + (i % 5 == 0)) % 3 for i, c in enumerate(each)]  # a fifth of them wrong
+    data = write_lines(tmp_path / "x.jsonl", *({"text": t, "label": c} for t, c in zip(texts, labels, strict=True)))
+    assert accuracy(folder, data) == accuracy(loaded, data, batch_size=3) == Accuracy(20, 16, 0.8)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([torch.zeros(2, 3)], "the data have no labels"),
+        ([(torch.zeros(2, 3), torch.tensor([0, 3]))], "labels go from 0 to 3; expected scores"),
+        ([(torch.zeros(2, 3), torch.tensor([-100, 0]))], "labels go from -100 to 0"),
+        ([(torch.zeros(2, 3, 4), torch.tensor([0, 1]))], r"the model gives scores \[2, 3, 4\]"),
+    ],
+)
+def test_accuracy_of_what_has_no_answer(data: Any, message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        accuracy(Scores(), data)
+
+
+# ------------------------------------------------------------------ retrieval
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tokenizer = byte_tokenizer(special=True)
+    return save_model(tmp_path_factory.mktemp("encoder"), "BertModel", bert_config(), tokenizer)
+
+
+def test_retrieval_is_what_one_text_at_a_time_finds(encoder: Path, tmp_path: Path) -> None:
+    lines = [("ab", "abc"), ("cd", "xyz"), ("hello", "hello!"), ("ef", "abc"), ("longer text", "longer test")]
+    data = write_lines(tmp_path / "x.jsonl", *({"text": t, "positive": p} for t, p in lines))
+    loaded = load_model(encoder, "embedding")
+    assert loaded.tokenizer is not None
+
+    def vector(text: str) -> Tensor:
+        assert loaded.tokenizer is not None
+        with torch.no_grad():
+            mean = loaded.model(**loaded.tokenizer(text, return_tensors="pt")).last_hidden_state[0].double().mean(0)
+        return mean / mean.norm()
+
+    candidates = sorted({positive for _, positive in lines})
+    places = []
+    for text, positive in lines:
+        nearest = sorted(candidates, key=lambda c: -float(vector(text) @ vector(c)))
+        places.append(nearest.index(positive) + 1)
+    assert len(set(places)) > 1
+    expected = Retrieval(5, places.count(1) / 5, pytest.approx(sum(1 / p for p in places) / 5))
+    assert retrieval(encoder, data) == retrieval(loaded, data, batch_size=1) == expected
+
+
+@pytest.mark.parametrize("value", [0.0, math.nan])
+def test_an_encoder_that_gives_everything_the_same_vector_finds_nothing(
+    encoder: Path, tmp_path: Path, value: float
 ) -> None:
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ImportError, match=r'pip install "mergekit_lfm\[models\]"'):
-        load_language_model(folder)
-
-
-def test_a_model_is_loaded_in_float32_unless_asked_otherwise(folder: Path, tmp_path: Path) -> None:
-    rounded = tmp_path / "bf16"
-    load_language_model(folder).model.bfloat16().save_pretrained(rounded)
-    load_language_model(folder).tokenizer.save_pretrained(rounded)
-    assert load_language_model(rounded).model.dtype == torch.float32
-    assert load_language_model(rounded, dtype="auto").model.dtype == torch.bfloat16
-    assert not load_language_model(rounded).model.training
+    data = write_lines(tmp_path / "x.jsonl", *({"text": str(i), "positive": f"p{i}"} for i in range(4)))
+    loaded = load_model(encoder, "embedding")
+    for parameter in loaded.model.parameters():
+        nn.init.constant_(parameter, value)
+    assert retrieval(loaded, data) == Retrieval(4, 0.0, 0.25)

@@ -12,7 +12,18 @@ from click.testing import CliRunner
 from mergekit_lfm.commands import main, merge
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = {"mergekit-lfm": main, **{f"mergekit-lfm {name}": command for name, command in main.commands.items()}}
+
+
+def commands(group: click.Group, name: str) -> dict[str, click.Command]:
+    """The group and all commands in it, and in groups in it, by what is typed to run them."""
+    found: dict[str, click.Command] = {name: group}
+    for part, command in group.commands.items():
+        inner = f"{name} {part}"
+        found |= commands(command, inner) if isinstance(command, click.Group) else {inner: command}
+    return found
+
+
+COMMANDS = commands(main, "mergekit-lfm")
 HEAVY = ("torch", "transformers", "numpy", "scipy")
 ON_USE = ("pydantic", "yaml", "tqdm", "xxhash")  # needed to work, not to print help
 
@@ -61,7 +72,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([name, "--help"] for name in main.commands)])
+@pytest.mark.parametrize("arguments", [["--version"], *([*name.split()[1:], "--help"] for name in COMMANDS)])
 def test_help_loads_little(arguments: list[str], folder: Path) -> None:
     assert imported(run(*arguments), folder).isdisjoint({*HEAVY, *ON_USE})
 

@@ -1,0 +1,194 @@
+"""From a model and data to a statistics file: what was asked for is checked, prepared, collected and published."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+import mergekit_lfm
+from mergekit_lfm.checkpoint import open_checkpoint
+from mergekit_lfm.collect.declare import Request, Statistic
+from mergekit_lfm.collect.partial import WIDEST_COUNT, WIDEST_NORM, Partial, clear, refuse_foreign
+from mergekit_lfm.collect.passes import Progress, divide, file_bytes, run_passes, sum_bytes
+from mergekit_lfm.collect.registry import STATISTICS
+from mergekit_lfm.collect.scores import resolve_labels
+from mergekit_lfm.collect.subject import Subject, evaluating, make_subject
+from mergekit_lfm.data import Batch, as_batches, digest_of, read_data
+from mergekit_lfm.durable import partial_of
+from mergekit_lfm.errors import FormatError, PlanError
+from mergekit_lfm.machine import default_memory, free_space, occupied
+from mergekit_lfm.runtime import Loaded, load_model
+from mergekit_lfm.sizes import format_size, parse_size
+from mergekit_lfm.stats import Facts, Statistics, open_statistics
+
+Model = nn.Module | str | Path
+Kind = Literal["gram", "fisher", "cross"]
+Task = Literal["lm", "classification", "embedding"]
+Labels = Literal["expected", "sampled", "true"]
+
+
+def collect_stats(
+    kind: Kind,
+    model: Model,
+    data: str | Path | Sequence[Any],
+    out: str | Path,
+    *,
+    other: Model | None = None,
+    task: Task = "classification",
+    checkpoint: str | Path | None = None,
+    other_checkpoint: str | Path | None = None,
+    labels: Labels | None = None,
+    samples: int = 1,
+    seed: int = 0,
+    layers: Sequence[str] = (),
+    batch_size: int = 16,
+    window: int | None = None,
+    max_examples: int | None = None,
+    device: str | None = None,
+    dtype: str = "float32",
+    memory: int | str | None = None,
+    resume: bool = True,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Statistics:
+    """Run the model on the data and leave what was found of it in the statistics file `out`, which is returned open.
+
+    kind: "gram" for the second moments of the inputs of every linear layer, "cross" for those between the same layers
+    of the model and of `other`, "fisher" for the diagonal Fisher information of every parameter. model: a folder of
+    transformers, loaded for the task on `device` in `dtype`, or any nn.Module as it is, in evaluation mode. The names
+    in the file are those of the folder, or of `checkpoint` where a module was loaded from one, else those of its
+    state_dict. data: a file (`read_data`, with batch_size, window, max_examples), or batches (`as_batches`).
+
+    labels, for "fisher": "expected" over all that the model may predict, "sampled" from it (`samples` draws for each
+    example, by `seed`), or "true" ones of the data; None takes the first that the task has of these. layers: parts of
+    names of the layers, or for "fisher" of the tensors, that are wanted; all without any. memory: bytes (or "2GB") for
+    sums; with less there are more passes over the data, and the file is the same. An interrupted run goes on from
+    OUT.partial unless resume is False. progress is called with the examples that are done, and all there are.
+
+    Raises PlanError for what cannot be done, FormatError for files that do not fit each other, and for NaN.
+    """
+    if kind not in STATISTICS:
+        raise PlanError(f"found the kind {kind!r}, expected one of {', '.join(STATISTICS)}; choose one of these")
+    if (other is not None) != (kind == "cross"):
+        raise PlanError(f"{kind} takes {'two models' if kind == 'cross' else 'one model'}; give that many (`other`)")
+    if samples < 1:
+        raise PlanError(f"samples is {samples}; expected at least 1")
+    room = default_memory() if memory is None else parse_size(memory)
+    drawn = resolve_labels(task, labels) if kind == "fisher" else None
+    models = [(model, checkpoint), *([(other, other_checkpoint)] if other is not None else [])]
+    place = _destination(Path(out), [path for pair in models for path in pair], data)
+    opened = [_open_model(m, saved, task, dtype, device) for m, saved in models]
+    batches = _batches(data, task, [loaded for _, loaded in opened], batch_size, window, max_examples)
+    request = Request(tuple(s for s, _ in opened), batches, task, drawn, samples, seed, tuple(layers))
+    facts = _known_facts(kind, request)
+    if not _already_there(place, facts, overwrite):
+        with evaluating(*(subject.module for subject in request.subjects)):
+            _collect(place, STATISTICS[kind](request), request, facts, room, resume, progress or (lambda *_: None))
+    return open_statistics(place)
+
+
+def _destination(out: Path, models: Sequence[Model | None], data: object) -> Path:
+    """Where the file goes; its folder is made. PlanError for a place where it would harm the inputs."""
+    if out.is_dir():
+        raise PlanError(f"{out} is a folder, expected a file to create; choose a name in it")
+    place = out.resolve()
+    for path in (Path(path) for path in (*models, data) if isinstance(path, str | Path)):
+        home = path.resolve()
+        if place == home or (home.is_dir() and place.is_relative_to(home)):
+            raise PlanError(f"the output {out} lies in the input {path}, which is only read; choose another output")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    refuse_foreign(place)
+    return out.absolute()
+
+
+def _open_model(
+    model: Model, saved: str | Path | None, task: str, dtype: str, device: str | None
+) -> tuple[Subject, Loaded | None]:
+    if isinstance(model, nn.Module):
+        return make_subject(model, None if saved is None else open_checkpoint(saved)), None
+    if saved is not None:
+        raise PlanError(
+            f"{model} is a checkpoint itself; `checkpoint` is for modules that were loaded from one: leave it out"
+        )
+    loaded = load_model(model, task, dtype=dtype, device=device or "cpu")
+    return make_subject(loaded.model, loaded.checkpoint), loaded
+
+
+def _batches(
+    data: Any, task: str, opened: Sequence[Loaded | None], batch_size: int, window: int | None, most: int | None
+) -> Sequence[Batch]:
+    if not isinstance(data, str | Path):
+        if window is not None or most is not None:
+            raise PlanError("window and max_examples are for data files; cut the batches as you want them instead")
+        return as_batches(data)
+    loaded = [model for model in opened if model is not None]
+    positions = min((model.positions for model in loaded if model.positions is not None), default=None)
+    tokenizer = loaded[0].tokenizer if loaded else None
+    return read_data(
+        data, task, tokenizer, window=window, positions=positions, batch_size=batch_size, max_examples=most
+    )
+
+
+def _known_facts(kind: str, request: Request) -> Facts:
+    """What is known before the model is run."""
+    options: dict[str, Any] = {"task": request.task, "layers": sorted(request.layers)}
+    options["dtype"] = [str(subject.dtype).removeprefix("torch.") for subject in request.subjects]
+    if kind == "fisher":
+        options["labels"] = request.labels
+        if request.labels == "sampled":
+            options |= {"samples": request.samples, "seed": request.seed}
+    versions = {"mergekit_lfm": mergekit_lfm.__version__, "torch": torch.__version__}
+    models = tuple(subject.digest for subject in request.subjects)
+    return Facts(kind, models, digest_of(request.data), options, request.examples, versions=versions)
+
+
+def _already_there(out: Path, facts: Facts, overwrite: bool) -> bool:
+    """Whether OUT is what would be made. PlanError where it is something else that must not be replaced."""
+    if not out.exists():
+        return False
+    try:
+        found = open_statistics(out).facts
+    except FormatError:
+        differing = ["it is no whole statistics file"]
+    else:
+        names = ("kind", "models", "data", "options", "versions")
+        differing = [name for name in names if getattr(found, name) != getattr(facts, name)]
+    if not differing:
+        clear(out)
+        return True
+    if not overwrite:
+        raise PlanError(f"{out} exists and differs: {', '.join(differing)}; choose another output, or overwrite it")
+    return False
+
+
+def _collect(
+    out: Path, statistic: Statistic, request: Request, facts: Facts, memory: int, resume: bool, tell: Progress
+) -> None:
+    unknown = dict.fromkeys(statistic.units, WIDEST_COUNT)
+    facts = replace(facts, layers=statistic.layers(unknown), skipped=statistic.skipped, norm=WIDEST_NORM)
+    passes = divide(statistic, memory, {})
+    _check_disk(out, statistic, passes)
+    with Partial(out, facts, statistic.units, resume) as partial:
+        run_passes(statistic, request, divide(statistic, memory, partial.done), partial, tell)
+        counts = {unit: partial.done[unit]["count"] for unit in statistic.units}
+        norm = math.sqrt(math.fsum(partial.done[unit]["squares"] for unit in statistic.units))
+        layers = statistic.layers(counts)
+        partial.publish(replace(facts, layers=layers, norm=norm if facts.kind == "fisher" else None))
+
+
+def _check_disk(out: Path, statistic: Statistic, passes: list[list[str]]) -> None:
+    """PlanError where the disk has no room for the file, and for the sums of a pass, twice while they are replaced."""
+    sums = max(sum(sum_bytes(statistic.units[unit]) for unit in units) for units in passes)
+    needed = sum(map(file_bytes, statistic.units.values())) + 2 * sums
+    free = free_space(out) + occupied(partial_of(out))
+    if needed > free:
+        raise PlanError(
+            f"{out.parent} has {format_size(free)} free, expected {format_size(needed)} for the file and, while it is "
+            "made, its sums; free some, choose another place, or collect fewer layers at a time (`layers`)"
+        )

@@ -1,0 +1,166 @@
+"""The diagonal of the Fisher information: how much each parameter matters for what the model predicts on its data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mergekit_lfm.collect.declare import FILTERED, Request, chosen
+from mergekit_lfm.collect.examplewise import (
+    NotSeparable,
+    Parameters,
+    add_squares,
+    add_squares_singly,
+    gradients_agree,
+    recording,
+)
+from mergekit_lfm.collect.scores import Scores, outcome, scores_of
+from mergekit_lfm.collect.subject import NO_TENSOR
+from mergekit_lfm.errors import PlanError
+from mergekit_lfm.stats import Layer
+
+if TYPE_CHECKING:
+    from mergekit_lfm.data import Batch
+
+NOT_USED = "no prediction on the data depends on it"
+
+
+class Fisher:
+    """F = 1/N sum_n E_y (d log p(y | x_n) / d theta)^2, entry by entry, for every parameter.
+
+    The square is taken per example and label, never of a sum over a batch. Source: Matena and Raffel 2022 (arXiv
+    2111.09832), the estimate of the diagonal of the Fisher information that their merge is weighted by.
+    """
+
+    def __init__(self, request: Request) -> None:
+        (self.subject,) = request.subjects
+        self.examples = request.examples
+        self.scores = scores_of(request)
+        if request.labels == "true" and request.task == "classification":
+            _check_labelled(request.data)
+        self.skipped: dict[str, str] = {}
+        self.tensors: dict[nn.Parameter, list[str]] = {}  # that each wanted parameter is stored as
+        self._choose(request)
+        used = self._used(request)
+        for parameter, names in list(self.tensors.items()):
+            if parameter not in used:
+                self.skipped |= dict.fromkeys(names, NOT_USED)
+                parameter.requires_grad_(False)
+                del self.tensors[parameter]
+        if not self.tensors:
+            raise PlanError("no prediction on the data depends on any of the parameters; choose others (`layers`)")
+        self.units = {n: {f"fisher/{n}": tuple(p.shape)} for p, names in self.tensors.items() for n in names}
+        self.together = self._separable(request)
+
+    def _choose(self, request: Request) -> None:
+        found: dict[str, nn.Parameter] = {}
+        for name, parameter in self.subject.module.named_parameters():
+            if not parameter.is_floating_point():
+                continue
+            tensors = self.subject.tensors_of(parameter)
+            found |= dict.fromkeys(tensors, parameter)
+            if not tensors:
+                self.skipped[name] = NO_TENSOR
+        wanted = chosen(list(found), request.layers, "parameter")
+        for tensor, parameter in found.items():
+            if tensor in wanted:
+                self.tensors.setdefault(parameter, []).append(tensor)
+                parameter.requires_grad_(True)  # in every pass, so that each does the same arithmetic
+            else:
+                self.skipped[tensor] = FILTERED
+
+    def _graph(self, batch: Batch, scores: Scores) -> Iterator[Tensor]:
+        """The scores of a batch from a forward pass that keeps what gradients need."""
+        return scores(self.subject.run(batch), batch)
+
+    def _used(self, request: Request) -> set[nn.Parameter]:
+        """The parameters that predictions depend on, on as many batches as it takes until all were seen."""
+        used: set[nn.Parameter] = set()
+        for batch in request.data:
+            (found,) = self._graph(batch, lambda output, _: iter([outcome(request.task, output)]))
+            used |= _leaves(found) & self.tensors.keys()
+            if len(used) == len(self.tensors):
+                break
+        return used
+
+    def _separable(self, request: Request) -> bool:
+        """Whether a batch gives the gradients that its examples give one by one, tried on the first ones of a batch."""
+        first = next(iter(request.data))
+        batch = _part(next((batch for batch in request.data if len(batch) > 1), first), slice(0, 2))
+
+        def projected(output: Any, rows: Batch) -> Iterator[Tensor]:
+            x = outcome(request.task, output)
+            flat = x.reshape(len(rows), -1)
+            random = torch.Generator().manual_seed(0)
+            yield flat.float() @ torch.randn(flat.shape[1], generator=random).to(flat.device)
+
+        together = partial(self._add_together, batch, projected)
+        return gradients_agree(list(self.tensors), together, partial(self._add_singly, batch, projected))
+
+    def add(self, batch: Batch, sums: Mapping[str, Tensor]) -> None:
+        """Add the squared gradients of every example."""
+        wanted = {
+            parameter: [sums[f"fisher/{name}"] for name in names if f"fisher/{name}" in sums]
+            for parameter, names in self.tensors.items()
+        }
+        wanted = {parameter: totals for parameter, totals in wanted.items() if totals}
+        if self.together:
+            try:
+                return self._add_together(batch, self.scores, wanted)
+            except NotSeparable:
+                pass  # raised before anything is added
+        return self._add_singly(batch, self.scores, wanted)
+
+    def _add_together(self, batch: Batch, scores: Scores, wanted: Parameters) -> None:
+        owners = [m for m in self.subject.module.modules() if any(p in wanted for p in m.parameters(recurse=False))]
+        with recording(owners, len(batch)) as calls:
+            found = self._graph(batch, scores)
+        add_squares(wanted, calls, found)
+
+    def _add_singly(self, batch: Batch, scores: Scores, wanted: Parameters) -> None:
+        for i in range(len(batch)):
+            add_squares_singly(wanted, self._graph(_part(batch, slice(i, i + 1)), scores))
+
+    def finish(self, unit: str, sums: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int]:
+        """The mean over examples."""
+        return {f"fisher/{unit}": sums[f"fisher/{unit}"].div_(self.examples)}, self.examples
+
+    def layers(self, counts: Mapping[str, int]) -> dict[str, Layer]:  # noqa: ARG002
+        """None: its entries are those of parameters."""
+        return {}
+
+
+def _check_labelled(data: Sequence[Batch]) -> None:
+    bare = sum(len(batch) for batch in data if batch.labels is None)
+    if bare:
+        raise PlanError(f"{bare} examples have no label, expected one for each; add labels, or take other `labels`")
+
+
+def _part(batch: Batch, rows: slice) -> Batch:
+    """Some of the examples of a batch."""
+    return replace(
+        batch,
+        indices=batch.indices[rows],
+        args=tuple(x[rows] for x in batch.args),
+        kwargs={name: x[rows] for name, x in batch.kwargs.items()},
+        labels=None if batch.labels is None else batch.labels[rows],
+    )
+
+
+def _leaves(x: Tensor) -> set[Any]:
+    """The leaf tensors that x was computed from, as far as they require gradients."""
+    seen, waiting, found = set(), [x.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(node.variable)
+        waiting += [following for following, _ in node.next_functions]
+    return found

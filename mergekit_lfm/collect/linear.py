@@ -1,0 +1,147 @@
+"""The linear layers of a model, and the inputs that they read while it runs.
+
+Layers that read the very same tensor (queries, keys and values; gate and up projection) have the same moments. Which
+ones do is found by running the model on some data, and checked on every batch afterwards.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mergekit_lfm.collect.declare import FILTERED, chosen
+from mergekit_lfm.collect.subject import NO_TENSOR, Subject
+from mergekit_lfm.errors import FormatError
+from mergekit_lfm.stats import Layer
+
+if TYPE_CHECKING:
+    from mergekit_lfm.data import Batch
+
+NOT_CALLED = "not called while the model ran on the data"
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether the module is a Linear, or a Conv1D of transformers, which is one whose weight is [in, out]."""
+    return isinstance(module, nn.Linear) or is_transposed(module)
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether the module is a Conv1D of transformers, told by its class so that none has to be imported."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+@dataclass(frozen=True)
+class LinearLayer:
+    """A linear layer of a model under the name it has in the checkpoint: that of its weight without ".weight"."""
+
+    module: nn.Module
+    weight: str
+    bias: str | None
+    axis: int  # of the weight, along which the inputs run
+    inputs: int
+
+    def described(self, entry: str, count: int) -> Layer:
+        """The layer as a statistics file describes it."""
+        return Layer(self.weight, self.bias, self.axis, self.inputs, entry, count)
+
+
+def linear_layers(subject: Subject, patterns: Sequence[str]) -> tuple[dict[str, LinearLayer], dict[str, str]]:
+    """The layers with one of the patterns in their name (all without patterns), and why the others are left out."""
+    found: dict[str, LinearLayer] = {}
+    skipped: dict[str, str] = {}
+    for name, module in subject.module.named_modules():
+        if is_linear(module):
+            layer, reason = _layer(subject, module)
+            if layer is None:
+                skipped[name] = reason
+            else:
+                found[layer.weight.removesuffix(".weight")] = layer
+    wanted = chosen(list(found), patterns, "linear layer")
+    skipped |= dict.fromkeys((name for name in found if name not in wanted), FILTERED)
+    return {name: layer for name, layer in found.items() if name in wanted}, skipped
+
+
+def _layer(subject: Subject, module: nn.Module) -> tuple[LinearLayer | None, str]:
+    weight, bias = module.weight, module.bias
+    if not isinstance(weight, nn.Parameter):
+        return None, "its weight is computed from other parameters"
+    if subject.owners[id(weight)] > 1:
+        return None, "another module uses its weight too (tied weights)"
+    tensors = subject.tensors_of(weight)
+    biases = subject.tensors_of(bias) if isinstance(bias, nn.Parameter) else []
+    if not tensors or (bias is not None and not biases):
+        return None, NO_TENSOR
+    axis = 0 if is_transposed(module) else 1
+    return LinearLayer(module, tensors[0], biases[0] if biases else None, axis, weight.shape[axis]), ""
+
+
+class Serials:
+    """Numbers tensors: the same object, unchanged in place, has the same number. None is kept alive."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[weakref.ref[Tensor], int, int]] = {}
+        self._next = 0
+
+    def of(self, x: Tensor) -> int:
+        """The number of x."""
+        version = 0 if x.is_inference() else x._version
+        ref, seen, serial = self._known.get(id(x), (None, 0, 0))
+        if ref is None or ref() is not x or seen != version:
+            serial, self._next = self._next, self._next + 1
+            self._known[id(x)] = (weakref.ref(x), version, serial)
+        return serial
+
+
+@contextmanager
+def listening(layers: Mapping[str, LinearLayer], hear: Callable[[str, Tensor], None]) -> Iterator[dict[str, list[int]]]:
+    """Calls hear(name, input) whenever a layer is called; yields the serial numbers of the inputs, by layer."""
+    serials, read = Serials(), {name: list[int]() for name in layers}
+
+    def listener(name: str) -> Callable[..., None]:
+        def listen(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = next(iter((*args, *kwargs.values())))
+            read[name].append(serials.of(x))
+            hear(name, x.detach())
+
+        return listen
+
+    handles = [
+        layer.module.register_forward_pre_hook(listener(name), with_kwargs=True) for name, layer in layers.items()
+    ]
+    try:
+        yield read
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def inputs_read(subject: Subject, layers: Mapping[str, LinearLayer], data: Sequence[Batch]) -> dict[str, list[object]]:
+    """Which inputs each layer read, by numbers, on as many batches as it takes until every layer was called.
+
+    Layers with equal lists read the same inputs; an empty list is that of a layer that is not called on any batch.
+    """
+    read: dict[str, list[object]] = {name: [] for name in layers}
+    for number, batch in enumerate(data):
+        with listening(layers, lambda _name, _x: None) as serials, torch.no_grad():
+            subject.run(batch)
+        for name, found in serials.items():
+            read[name] += [(number, serial) for serial in found]
+        if all(read.values()):
+            break
+    return read
+
+
+def check_sharing(groups: Mapping[str, Sequence[str]], read: Mapping[str, list[int]]) -> None:
+    """FormatError where layers of a group did not read the inputs of its first."""
+    apart = [name for first, names in groups.items() for name in names if read[name] != read[first]]
+    if apart:
+        raise FormatError(
+            f"{', '.join(apart)}: read the same inputs as other layers on the first data and different ones later, "
+            "expected the same throughout. Collect the statistics of these layers by themselves (`layers`)"
+        )

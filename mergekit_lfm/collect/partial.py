@@ -1,0 +1,177 @@
+"""OUT.partial: an unfinished statistics file, what vouches for its parts, and the sums of the pass that is running.
+
+The file has its full size from the start and cannot be read before it is whole. `progress.json` names the units that
+are in it, after their bytes are synced; `sums.safetensors`, replaced at once from time to time, holds the sums over the
+first batches of the units at hand. So whatever moment a run is killed at, the next one goes on from where these say.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from torch import Tensor
+
+from mergekit_lfm.checkpoint import bytes_of, open_checkpoint
+from mergekit_lfm.durable import lock_folder, partial_of, replace_file, reserve, sync_folder
+from mergekit_lfm.errors import FormatError, PlanError
+from mergekit_lfm.stats import Facts
+from mergekit_lfm.tensors import UNFINISHED, TensorSpec, encode_header, naming, read_header, write_exactly
+
+PROGRESS, SUMS, FILE = "progress.json", "sums.safetensors", "statistics.safetensors"
+# Stands for counts that are not known yet, so that the header has room for them. Longer than any of them.
+WIDEST_COUNT, WIDEST_NORM = 10**15, 1.2345678901234567e-300
+
+
+class Partial:
+    """OUT.partial while it is written. Use as a context manager; `publish` makes it OUT.
+
+    facts: of the finished file, but for its counts. done: what is known of the units that are complete.
+    """
+
+    def __init__(
+        self, out: Path, facts: Facts, units: Mapping[str, Mapping[str, tuple[int, ...]]], resume: bool
+    ) -> None:
+        self.out, self.folder = out, partial_of(out)
+        self.specs = [TensorSpec(name, shape, "float32") for unit in units.values() for name, shape in unit.items()]
+        header, self._offsets = encode_header(self.specs, facts.metadata())
+        self._start, self._nbytes = len(header), len(header) + sum(spec.nbytes for spec in self.specs)
+        self.key = xxhash.xxh3_128_hexdigest(header)
+        self.done: dict[str, dict[str, Any]] = {}
+        self._fd = self._lock = -1
+        try:
+            self._open(resume)
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def __enter__(self) -> Partial:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for fd in (self._fd, self._lock):
+            if fd >= 0:
+                os.close(fd)
+        self._fd = self._lock = -1
+
+    def _open(self, resume: bool) -> None:
+        refuse_foreign(self.out)
+        self.folder.mkdir(exist_ok=True)
+        self._lock = lock_folder(self.folder)
+        file = self.folder / FILE
+        whole = file.is_file() and file.stat().st_size == self._nbytes
+        found = _read_json(self.folder / PROGRESS)
+        if resume and whole and found.get("key") == self.key:
+            self.done = found["done"]
+        else:
+            self._start_over()
+        self._fd = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        with naming(file):
+            write_exactly(self._fd, 0, memoryview(UNFINISHED))
+            reserve(self._fd, self._nbytes)
+            os.fsync(self._fd)
+        sync_folder(self.folder)
+
+    def _start_over(self) -> None:
+        """Empty the folder, after what vouches for its content."""
+        self._record()
+        for name in (SUMS, FILE):
+            (self.folder / name).unlink(missing_ok=True)
+        sync_folder(self.folder.parent)
+
+    def _record(self) -> None:
+        replace_file(self.folder / PROGRESS, json.dumps({"key": self.key, "done": self.done}).encode())
+        sync_folder(self.folder)
+
+    def write(self, entries: Mapping[str, Tensor], done: Mapping[str, dict[str, Any]]) -> None:
+        """Put complete entries in their places, and note what is known of their units once they are safe."""
+        file = self.folder / FILE
+        with naming(file):
+            for name, entry in entries.items():
+                write_exactly(self._fd, self._offsets[name], bytes_of(entry.cpu().contiguous()))
+            os.fsync(self._fd)
+        self.done |= done
+        self._record()
+        (self.folder / SUMS).unlink(missing_ok=True)
+
+    def save_sums(self, sums: Mapping[str, Tensor], batches: int) -> None:
+        """Keep the sums over the first `batches` batches, in place of those kept before."""
+        specs = [TensorSpec(name, tuple(total.shape), "float64") for name, total in sums.items()]
+        header, offsets = encode_header(specs, {"key": self.key, "batches": str(batches)})
+        place = self.folder / SUMS
+        temporary = place.with_name(SUMS + ".tmp")
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        try:
+            with naming(temporary):
+                write_exactly(fd, 0, memoryview(header))
+                for name, total in sums.items():
+                    write_exactly(fd, offsets[name], bytes_of(total.cpu().contiguous()))
+                os.fsync(fd)
+        finally:
+            os.close(fd)
+        temporary.rename(place)
+        sync_folder(self.folder)
+
+    def load_sums(self, sums: Mapping[str, Tensor]) -> int:
+        """Fill the sums with those kept of the same entries; of how many batches they are. 0, and zeros, without."""
+        try:
+            metadata = read_header(self.folder / SUMS).metadata
+            kept = open_checkpoint(self.folder / SUMS)
+        except (OSError, FormatError):
+            return 0
+        if metadata.get("key") != self.key or kept.keys() != sums.keys():
+            return 0
+        for name, total in sums.items():
+            total.copy_(kept.read(name).view(total.shape))
+        return int(metadata["batches"])
+
+    def publish(self, facts: Facts) -> None:
+        """Make the file readable, with its counts, and move it to OUT."""
+        header, _ = encode_header(self.specs, facts.metadata())
+        raw = header[8:].ljust(self._start - 8)
+        with naming(self.folder / FILE):
+            write_exactly(self._fd, 8, memoryview(raw))
+            os.fsync(self._fd)
+            write_exactly(self._fd, 0, memoryview(len(raw).to_bytes(8, "little")))
+            os.fsync(self._fd)
+        (self.folder / FILE).rename(self.out)
+        sync_folder(self.out.parent)
+        shutil.rmtree(self.folder)
+        sync_folder(self.out.parent)
+
+
+def refuse_foreign(out: Path) -> None:
+    """PlanError where OUT.partial is not an unfinished statistics file of ours."""
+    folder = partial_of(out)
+    ours = folder.is_dir() and (bool(_read_json(folder / PROGRESS)) or not any(_content(folder)))
+    if folder.exists() and not ours:
+        raise PlanError(f"{folder} exists and is not an unfinished statistics file; move it away")
+
+
+def _content(folder: Path) -> list[Path]:
+    """The files in OUT.partial that are not of a first moment that was interrupted."""
+    return [path for path in folder.iterdir() if path.name != PROGRESS + ".tmp"]
+
+
+def clear(out: Path) -> None:
+    """Remove what a run that was killed at its very end left beside OUT, which is complete."""
+    folder = partial_of(out)
+    if folder.is_dir():
+        fd = lock_folder(folder)
+        shutil.rmtree(folder)
+        os.close(fd)
+        sync_folder(out.parent)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    with suppress(OSError, ValueError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(found, dict):
+            return found
+    return {}

@@ -1,0 +1,11 @@
+"""The kinds of statistics by name. A new one is a file beside this one and a line here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from mergekit_lfm.collect.declare import Request, Statistic
+from mergekit_lfm.collect.fisher import Fisher
+from mergekit_lfm.collect.moments import Cross, Gram
+
+STATISTICS: dict[str, Callable[[Request], Statistic]] = {"gram": Gram, "cross": Cross, "fisher": Fisher}

@@ -1,0 +1,122 @@
+"""The scalars of an example whose squared gradients, added up, are its part of the diagonal Fisher information.
+
+For labels y that the model draws itself, F = E_y (d log p(y | x) / d theta)^2. The expectation is written out, or y is
+drawn. Draws depend on the seed and on the example's place in the data alone, not on batches or their order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mergekit_lfm.collect.declare import Request
+from mergekit_lfm.errors import PlanError
+from mergekit_lfm.kernels.random import key
+from mergekit_lfm.runtime import embeddings, logits
+
+if TYPE_CHECKING:
+    from mergekit_lfm.data import Batch
+
+LABELS = {
+    "classification": ("expected", "sampled", "true"),
+    "lm": ("sampled", "true"),
+    "embedding": ("expected", "sampled"),
+}
+# A score of every example of a batch, [n], at a time
+Scores = Callable[[Any, "Batch"], Iterator[Tensor]]
+
+
+def resolve_labels(task: str, labels: str | None) -> str:
+    """The labels that are taken for a task, by default the first it has. PlanError for those it cannot have."""
+    if task not in LABELS:
+        raise PlanError(f"found the task {task!r}, expected one of {', '.join(LABELS)}; choose one of these")
+    if labels is not None and labels not in LABELS[task]:
+        reasons = {"lm": ": one backward pass for every entry of the vocabulary, at every position", "embedding": ""}
+        why = reasons.get(task, "") if labels == "expected" else ""
+        raise PlanError(f"{task} cannot have {labels!r} labels{why}; choose one of {', '.join(LABELS[task])}")
+    return labels or LABELS[task][0]
+
+
+def outcome(task: str, output: Any) -> Tensor:
+    """What the distribution of the task is made of: logits [n, ..., classes], or embeddings [n, d]."""
+    found: Tensor = embeddings(output) if task == "embedding" else logits(output)
+    return found
+
+
+def scores_of(request: Request) -> Scores:
+    """The scores of a batch, from what the model returns for it."""
+    made = {"classification": _classification, "lm": _language, "embedding": _embedding}[request.task]
+
+    def scores(output: Any, batch: Batch) -> Iterator[Tensor]:
+        x = outcome(request.task, output)
+        return made(x.to(torch.promote_types(x.dtype, torch.float32)), batch, request)
+
+    return scores
+
+
+def _classification(x: Tensor, batch: Batch, request: Request) -> Iterator[Tensor]:
+    """x [n, classes]: for expected labels sqrt(p_y) log p_y for every class y, the root held fixed."""
+    log_p = x.log_softmax(-1)
+    if request.labels == "expected":
+        yield from (log_p * log_p.detach().mul(0.5).exp()).unbind(-1)
+    elif request.labels == "true":
+        assert batch.labels is not None
+        yield log_p.gather(-1, _within(batch.labels, x.shape[-1]).to(x.device)[:, None])[:, 0]
+    else:
+        yield from _of_samples(log_p[:, None], batch, request)
+
+
+def _language(x: Tensor, batch: Batch, request: Request) -> Iterator[Tensor]:
+    """x [n, tokens, vocabulary]: log p of tokens 2, 3, ... summed, each after the true ones before it.
+
+    The scores of different positions are uncorrelated under the model, so that the square of the sum, for drawn
+    tokens, has the expectation of the sum of squares.
+    """
+    ids = batch.kwargs["input_ids"] if "input_ids" in batch.kwargs else batch.args[0]
+    log_p = x[:, :-1].log_softmax(-1)
+    if request.labels == "true":
+        yield log_p.gather(-1, ids[:, 1:, None].to(x.device)).sum((1, 2))
+    else:
+        yield from _of_samples(log_p, batch, request)
+
+
+def _of_samples(log_p: Tensor, batch: Batch, request: Request) -> Iterator[Tensor]:
+    """log_p [n, draws, classes]: log p of what was drawn, summed, for every sample, over the root of their number."""
+    for sample in range(request.samples):
+        drawn = []
+        for place, row in zip(batch.indices, log_p.detach(), strict=True):
+            odds = row.double().cpu().exp().cumsum(-1)
+            u = torch.rand(len(row), 1, generator=_generator(request.seed, place, sample), dtype=torch.float64)
+            drawn.append(torch.searchsorted(odds, u * odds[:, -1:]).clamp_(max=row.shape[-1] - 1))
+        chosen = torch.stack(drawn).to(log_p.device)  # [n, draws, 1]
+        yield log_p.gather(-1, chosen).sum((1, 2)) / math.sqrt(request.samples)
+
+
+def _embedding(x: Tensor, batch: Batch, request: Request) -> Iterator[Tensor]:
+    """x [n, d], the mean of a Gaussian of unit variance: its entries, or their products with Gaussian noise."""
+    if request.labels == "expected":
+        yield from x.unbind(-1)
+        return
+    for sample in range(request.samples):
+        draws = [
+            torch.randn(x.shape[-1], generator=_generator(request.seed, place, sample), dtype=torch.float64)
+            for place in batch.indices
+        ]
+        yield (x * torch.stack(draws).to(x)).sum(-1) / math.sqrt(request.samples)
+
+
+def _generator(seed: int, place: int, sample: int) -> torch.Generator:
+    return torch.Generator().manual_seed(key(seed, f"sample {sample}", place))
+
+
+def _within(labels: Tensor, classes: int) -> Tensor:
+    wrong = labels[(labels < 0) | (labels >= classes)]
+    if len(wrong):
+        raise PlanError(
+            f"found the label {int(wrong[0])}, expected 0 to {classes - 1}, the classes of the model; mend it"
+        )
+    return labels

@@ -1,0 +1,10 @@
+"""The command line: `merge`, the main job, and `mergekit-lfm`, every command; a file for each theme.
+
+Standard output carries the result, and with --json exactly one JSON object; everything else goes to standard error.
+What a command needs is imported when it runs, so that --help is quick.
+"""
+
+from mergekit_lfm.commands.app import main
+from mergekit_lfm.commands.merging import merge
+
+__all__ = ["main", "merge"]

@@ -1,0 +1,5 @@
+"""`python -m mergekit_lfm.commands` is `mergekit-lfm`."""
+
+from mergekit_lfm.commands.app import main
+
+main(prog_name="mergekit-lfm")

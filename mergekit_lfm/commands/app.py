@@ -1,0 +1,27 @@
+"""`mergekit-lfm`, the group of all commands."""
+
+from __future__ import annotations
+
+import click
+
+from mergekit_lfm import __version__
+from mergekit_lfm.commands.judging import evaluate
+from mergekit_lfm.commands.looking import inspect, methods
+from mergekit_lfm.commands.merging import merge, plan, verify
+from mergekit_lfm.commands.statistics import stats
+
+
+@click.group(
+    epilog="""\b
+Examples:
+  mergekit-lfm merge recipe.yaml out/my-model
+  mergekit-lfm methods ties
+  mergekit-lfm verify out/my-model"""
+)
+@click.version_option(__version__, prog_name="mergekit-lfm")
+def main() -> None:
+    """Merge saved models: checkpoints in, a checkpoint out."""
+
+
+for command in (merge, plan, verify, inspect, methods, evaluate, stats):
+    main.add_command(command)

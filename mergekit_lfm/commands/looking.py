@@ -1,0 +1,84 @@
+"""`inspect` and `methods`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from mergekit_lfm.commands.options import as_json
+from mergekit_lfm.console import Command
+from mergekit_lfm.errors import PlanError
+
+if TYPE_CHECKING:
+    from mergekit_lfm.stats import Statistics
+
+
+@click.command(
+    cls=Command,
+    epilog="""\b
+Examples:
+  mergekit-lfm inspect merged/quickstart
+  mergekit-lfm inspect model-00001-of-00002.safetensors --json
+  mergekit-lfm inspect stats.safetensors""",
+)
+@click.argument("path", type=click.Path(path_type=Path))
+@as_json
+def inspect(path: Path, as_json: bool) -> None:
+    """List the tensors of a model's folder or of one file: shapes, dtypes, sizes, totals.
+
+    Of a statistics file also what it says about itself: its kind, model, data and what it does not cover.
+    """
+    from mergekit_lfm.checkpoint import open_checkpoint
+    from mergekit_lfm.display.files import checkpoint_data, checkpoint_text, statistics_data, statistics_text
+
+    data = checkpoint_data(open_checkpoint(path))
+    statistics = _statistics_in(path)
+    if statistics is not None:
+        data["statistics"] = statistics_data(statistics)
+    if as_json:
+        click.echo(json.dumps(data))
+        return
+    click.echo(checkpoint_text(data))
+    if statistics is not None:
+        click.echo("\n" + statistics_text(data["statistics"]))
+
+
+def _statistics_in(path: Path) -> Statistics | None:
+    """The statistics in the file; None where it is something else."""
+    from mergekit_lfm.stats import open_statistics
+    from mergekit_lfm.tensors import read_header
+
+    if path.suffix != ".safetensors" or not path.is_file():
+        return None
+    return open_statistics(path) if read_header(path).metadata.get("lfm.kind") == "statistics" else None
+
+
+@click.command(
+    cls=Command,
+    epilog="""\b
+Examples:
+  mergekit-lfm methods
+  mergekit-lfm methods ties""",
+)
+@click.argument("name", required=False)
+@as_json
+def methods(name: str | None, as_json: bool) -> None:
+    """List the merge methods, or say all about one: parameters, defaults, source."""
+    from mergekit_lfm.display.methods import method_data, method_text
+    from mergekit_lfm.display.terminal import table
+    from mergekit_lfm.methods import METHODS
+    from mergekit_lfm.settings import did_you_mean
+
+    if name is not None and name not in METHODS:
+        raise PlanError(f"there is no method {name!r}, {did_you_mean(name, METHODS)}")
+    chosen = list(METHODS.values()) if name is None else [METHODS[name]]
+    if as_json:
+        data = {method.name: method_data(method) for method in chosen}
+        click.echo(json.dumps(data if name is None else data[name]))
+    elif name is not None:
+        click.echo(method_text(chosen[0]))
+    else:
+        click.echo(table([("method", "what it does"), *((method.name, method.summary) for method in chosen)]))

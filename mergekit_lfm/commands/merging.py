@@ -1,0 +1,215 @@
+"""`merge`, `plan` and `verify`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import click
+
+from mergekit_lfm.commands import options
+from mergekit_lfm.commands.options import as_json, going_on_later, no_resume, overwrite, quiet, together
+from mergekit_lfm.console import ANSWER_IS_NO, Command, Size
+
+if TYPE_CHECKING:
+    from mergekit_lfm.execute import Outcome
+    from mergekit_lfm.plan import Plan
+
+# What `merge` and `plan` take alike.
+planning = together(
+    click.argument("recipe", type=click.Path(path_type=Path)),
+    click.argument("out", type=click.Path(path_type=Path), required=False),
+    options.memory,
+    options.threads,
+    click.option("--max-shard-size", type=Size(), help="Size of an output file. [default: files as the base model's]"),
+    click.option("--seed", type=click.IntRange(0, 2**64 - 1), help="In place of the recipe's seed."),
+)
+
+
+@click.command(
+    cls=Command,
+    epilog="""\b
+Examples:
+  merge recipes/quickstart.yaml
+  merge recipe.yaml out/my-model --memory 2GB --threads 4
+  merge recipe.yaml --dry-run""",
+)
+@planning
+@click.option(
+    "--nan", type=click.Choice(["error", "warn"]), default="error", help="On NaN or infinity. [default: error]"
+)
+@click.option(
+    "--compile",
+    "compile_",
+    type=click.Choice(["auto", "always", "never"]),
+    default="auto",
+    help="Compile the arithmetic to machine code; auto where it saves time. The bytes are the same. [default: auto]",
+)
+@overwrite
+@no_resume
+@click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
+@as_json
+@quiet
+@click.option("-v", "--verbose", is_flag=True, help="Print the plan with all tensors, too.")
+@click.pass_context
+def merge(
+    ctx: click.Context,
+    recipe: Path,
+    out: Path | None,
+    memory: int | None,
+    threads: int | None,
+    max_shard_size: int | None,
+    seed: int | None,
+    nan: Literal["error", "warn"],
+    compile_: Literal["auto", "always", "never"],
+    overwrite: bool,
+    no_resume: bool,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+) -> None:
+    """Merge models as RECIPE says and write the result to OUT.
+
+    OUT is a new folder; without it, the recipe's `output`, else merged/ and the recipe's name. A run that was
+    interrupted goes on where it stopped when the same command is given again. Sizes are 500MB, 5GB (5e9 bytes), 3GiB,
+    or a number of bytes.
+    """
+    plan, out = _make_plan(recipe, out, seed, max_shard_size)
+    if dry_run or verbose:
+        _show_plan(plan, out, memory, threads, as_json and dry_run, verbose, err=not dry_run)
+    if dry_run:
+        return
+    from mergekit_lfm.display.terminal import progress_bar
+    from mergekit_lfm.execute import execute
+
+    with (
+        going_on_later(ctx, out),
+        progress_bar(plan.bytes_written, "merging", hidden=quiet or as_json) as progress,
+    ):
+        outcome = execute(
+            plan,
+            out,
+            memory=memory,
+            threads=threads,
+            nan=nan,
+            resume=not no_resume,
+            overwrite=overwrite,
+            compile=compile_,
+            progress=progress,
+        )
+    _show_outcome(plan, outcome, as_json, quiet)
+
+
+def _make_plan(recipe_path: Path, out: Path | None, seed: int | None, max_shard_size: int | None) -> tuple[Plan, Path]:
+    """The plan of the recipe, and where its output goes."""
+    from mergekit_lfm.api import default_output
+    from mergekit_lfm.plan import make_plan
+    from mergekit_lfm.recipe import Recipe
+
+    recipe = Recipe.load(recipe_path)
+    if seed is not None:
+        recipe = recipe.model_copy(update={"seed": seed})
+    return make_plan(recipe, max_shard_size=max_shard_size), out or default_output(recipe, recipe_path)
+
+
+def _show_plan(
+    plan: Plan, out: Path, memory: int | None, threads: int | None, as_json: bool, verbose: bool, err: bool = False
+) -> None:
+    from mergekit_lfm.display.merges import plan_text
+    from mergekit_lfm.durable import partial_of
+    from mergekit_lfm.machine import default_memory, default_threads, free_space, occupied
+
+    memory = memory or default_memory()
+    threads = threads or min(default_threads(), plan.most_threads(memory))
+    free, needed = free_space(out), sum(shard.nbytes for shard in plan.shards) - occupied(partial_of(out))
+    facts = {
+        "out": str(out),
+        "memory": memory,
+        "threads": threads,
+        "peak_memory": plan.peak_memory(memory, threads),
+        "free_disk": free,
+        "enough_disk": needed <= free,
+    }
+    click.echo(json.dumps(plan.summary() | facts) if as_json else plan_text(plan, facts, verbose), err=err)
+
+
+def _show_outcome(plan: Plan, outcome: Outcome, as_json: bool, quiet: bool) -> None:
+    from mergekit_lfm.display.merges import outcome_text
+
+    for warning in outcome.warnings:
+        click.echo(f"warning: {warning}", err=True)
+    if as_json:
+        facts = {
+            "out": str(outcome.path),
+            "already_there": outcome.already_there,
+            "tensors": len(plan.tensors),
+            "bytes_written": plan.bytes_written,
+            "resumed_bytes": outcome.resumed_bytes,
+            "seconds": round(outcome.seconds, 3),
+            "warnings": list(outcome.warnings),
+            "digest": plan.digest,
+        }
+        click.echo(json.dumps(facts))
+        return
+    if not quiet:
+        click.echo(outcome_text(plan, outcome), err=True)
+    click.echo(outcome.path)
+
+
+@click.command(
+    cls=Command,
+    epilog="""\b
+Examples:
+  mergekit-lfm plan recipe.yaml
+  mergekit-lfm plan recipe.yaml --json""",
+)
+@planning
+@as_json
+@click.option("-v", "--verbose", is_flag=True, help="List all tensors.")
+def plan(
+    recipe: Path,
+    out: Path | None,
+    memory: int | None,
+    threads: int | None,
+    max_shard_size: int | None,
+    seed: int | None,
+    as_json: bool,
+    verbose: bool,
+) -> None:
+    """Say what a merge would read, write, drop and need, and do nothing.
+
+    Of the models only the headers are read. The same as `merge --dry-run`.
+    """
+    planned, out = _make_plan(recipe, out, seed, max_shard_size)
+    _show_plan(planned, out, memory, threads, as_json, verbose)
+
+
+@click.command(
+    cls=Command,
+    epilog="""\b
+Example:
+  mergekit-lfm verify merged/quickstart""",
+)
+@click.argument("out", type=click.Path(path_type=Path))
+@as_json
+@quiet
+@click.pass_context
+def verify(ctx: click.Context, out: Path, as_json: bool, quiet: bool) -> None:
+    """Read a merged model again and compare it with its merge.lock.json.
+
+    Prints every difference; the exit code is 1 if there is one.
+    """
+    from mergekit_lfm.display.terminal import counted, progress_bar
+    from mergekit_lfm.provenance import verify as differences
+
+    nbytes = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    with progress_bar(nbytes, "verifying", hidden=quiet or as_json) as progress:
+        problems = differences(out, progress)
+    if as_json:
+        click.echo(json.dumps({"out": str(out), "good": not problems, "problems": problems}))
+    else:
+        verdict = f"{counted(len(problems), 'difference')} to its lock" if problems else "good, all as its lock says"
+        click.echo("\n".join([*problems, f"{out}: {verdict}"]))
+    ctx.exit(ANSWER_IS_NO if problems else 0)

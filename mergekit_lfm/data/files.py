@@ -1,0 +1,203 @@
+"""Data files: texts as JSONL or plain text, tokenised here, and arrays as NPZ.
+
+Every text becomes examples as long as it is, within a limit, and examples of equal length share batches: by length,
+then in the order of the file. The number of an example is its place in the file, whatever batch it is in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+from zipfile import BadZipFile
+from zlib import error as ZlibError
+
+import numpy as np
+import torch
+
+from mergekit_lfm.data.batches import Batch, as_batches
+from mergekit_lfm.data.lines import read_lines, refuse
+from mergekit_lfm.errors import FormatError, PlanError
+from mergekit_lfm.runtime import TASKS, start_token, tokenizer_for_texts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# The logits of a window are [window, vocabulary], and their gradients as much again: 512 tokens keep a batch of 16 with
+# 32k entries at 1 GB.
+LONGEST_DEFAULT_WINDOW = 512
+
+
+def read_data(
+    path: str | Path,
+    task: str,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    window: int | None = None,
+    positions: int | None = None,
+    batch_size: int = 16,
+    max_examples: int | None = None,
+) -> list[Batch]:
+    """The examples in a file, in batches of at most batch_size.
+
+    .jsonl: an object {"text": ...} on each line, with "label" a class from 0 where the data have labels. .txt: for "lm"
+    one document, else one text on each line. .npz: arrays with the names of the model's inputs, or one, "x", given to
+    it by position; first axis = examples; "labels" where they have some.
+
+    For "lm" an example is a piece of a document, of at most `window` tokens with the start token before it; for the
+    other tasks a text with its special tokens, cut off at `window`. window is by default what the model and its
+    tokenizer can do, for "lm" at most 512. positions is the longest sequence of the model, where it has a limit.
+    max_examples takes the first ones of the file. Raises FormatError for a file that is none of these, PlanError for
+    what cannot be done with it.
+    """
+    if task not in TASKS:
+        raise PlanError(f"there is no task {task!r}; expected {', '.join(TASKS)}. Choose one of them")
+    _at_least(1, batch_size=batch_size, max_examples=max_examples)
+    place = Path(path)
+    if place.suffix == ".npz":
+        if window is not None:
+            raise PlanError(f"{place}: a window cuts texts, and these are arrays; leave it out")
+        return _array_batches(place, batch_size, max_examples)
+    lines = read_lines(place, whole=task == "lm")
+    tokenizer = tokenizer_for_texts(tokenizer)
+    if task == "lm":
+        _check_window(window, positions, 2)  # the start token, and one to predict
+        size = window or min(positions or LONGEST_DEFAULT_WINDOW, LONGEST_DEFAULT_WINDOW)
+        return _group(_windows([line.text for line in lines], tokenizer, size)[:max_examples], None, batch_size)
+    limit = _limit(window, positions, tokenizer)
+    chosen = lines[:max_examples]
+    labels = None if chosen[0].label is None else [line.label or 0 for line in chosen]
+    return _group(_sequences([line.text for line in chosen], tokenizer, limit), labels, batch_size)
+
+
+def read_pairs(
+    path: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    window: int | None = None,
+    positions: int | None = None,
+    batch_size: int = 16,
+) -> tuple[list[Batch], list[Batch], list[int]]:
+    """The texts of a JSONL file of {"text": ..., "positive": ...}, the distinct positives, and whose is whose.
+
+    The positive of text i is example n of the second batches where the list has n at i. Else as `read_data`.
+    """
+    place = Path(path)
+    _at_least(1, batch_size=batch_size)
+    lines = read_lines(place, whole=False)
+    missing = [f'line {i}: no "positive"' for i, line in enumerate(lines, 1) if line.positive is None]
+    if missing:
+        refuse(place, missing, 'an object {"text": ..., "positive": ...} on each line')
+    tokenizer = tokenizer_for_texts(tokenizer)
+    limit = _limit(window, positions, tokenizer)
+    number = {positive: i for i, positive in enumerate(dict.fromkeys(line.positive or "" for line in lines))}
+    texts, positives = (
+        _group(_sequences(side, tokenizer, limit), None, batch_size)
+        for side in ([line.text for line in lines], [*number])
+    )
+    return texts, positives, [number[line.positive or ""] for line in lines]
+
+
+def read_documents(path: str | Path) -> list[str]:
+    """The documents in a JSONL file of {"text": ...}, or the one that a text file is."""
+    return [line.text for line in read_lines(Path(path), whole=True)]
+
+
+def _at_least(least: int, **numbers: int | None) -> None:
+    for name, number in numbers.items():
+        if number is not None and number < least:
+            raise PlanError(f"{name} is {number}; expected at least {least}. Give more, or leave it out")
+
+
+def _check_window(window: int | None, positions: int | None, least: int) -> None:
+    if window is not None and (window < least or (positions is not None and window > positions)):
+        limit = f"at least {least}" if positions is None else f"{least} to {positions}, the positions of the model"
+        raise PlanError(f"window is {window}; expected {limit}. Choose a window in that range, or leave it out")
+
+
+def _limit(window: int | None, positions: int | None, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The most tokens of a text: window, positions or what the tokenizer allows, the least of them; None without any.
+
+    RoBERTa's 514 positions have room for the 512 tokens that its tokenizer allows.
+    """
+    special = tokenizer.num_special_tokens_to_add()
+    _check_window(window, positions, special + 1)
+    allowed = tokenizer.model_max_length if tokenizer.model_max_length < 1 << 30 else None  # 1e30 means no limit
+    return min((limit for limit in (window, positions, allowed) if limit is not None), default=None)
+
+
+def _windows(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, window: int) -> list[list[int]]:
+    """The documents' tokens in pieces of at most window - 1, each behind the start token: every token is predicted."""
+    start = start_token(tokenizer)
+    found = []
+    for tokens in tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]:
+        found += [[start, *tokens[i : i + window - 1]] for i in range(0, len(tokens), window - 1)]
+    return found
+
+
+def _sequences(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, limit: int | None) -> list[list[int]]:
+    """The tokens of each text, special ones included, cut off at the limit."""
+    found: list[list[int]] = tokenizer(
+        list(texts), truncation=limit is not None, max_length=limit, padding=False, verbose=False
+    )["input_ids"]
+    return found
+
+
+def _group(sequences: Sequence[list[int]], labels: Sequence[int] | None, batch_size: int) -> list[Batch]:
+    """Batches of equally long sequences, by length and then in their order."""
+    by_length: dict[int, list[int]] = {}
+    for i, sequence in enumerate(sequences):
+        by_length.setdefault(len(sequence), []).append(i)
+    batches = []
+    for length in sorted(by_length):
+        rows = by_length[length]
+        for chosen in (rows[i : i + batch_size] for i in range(0, len(rows), batch_size)):
+            batches.append(
+                Batch(
+                    tuple(chosen),
+                    kwargs={"input_ids": torch.tensor([sequences[i] for i in chosen])},
+                    labels=None if labels is None else torch.tensor([labels[i] for i in chosen]),
+                )
+            )
+    return batches
+
+
+def _array_batches(path: Path, batch_size: int, max_examples: int | None) -> list[Batch]:
+    tensors = {name: x[:max_examples] for name, x in _arrays(path).items()}
+    labels = tensors.pop("labels", None)
+    if not tensors or ("x" in tensors and len(tensors) > 1):
+        raise FormatError(
+            f"{path}: found the inputs {', '.join(tensors) or '(none)'}; expected arrays with the names of the model's "
+            'inputs, or "x" alone. Name them so'
+        )
+    args = (tensors.pop("x"),) if "x" in tensors else ()
+    count = len((*args, *tensors.values())[0])
+    try:
+        (whole,) = as_batches([Batch(tuple(range(count)), args, tensors, labels)])
+    except PlanError as error:
+        raise FormatError(f"{path}: {error}") from None
+    return [_rows(whole, slice(i, i + batch_size)) for i in range(0, count, batch_size)]
+
+
+def _rows(whole: Batch, rows: slice) -> Batch:
+    return Batch(
+        whole.indices[rows],
+        tuple(x[rows] for x in whole.args),
+        {name: x[rows] for name, x in whole.kwargs.items()},
+        None if whole.labels is None else whole.labels[rows],
+    )
+
+
+def _arrays(path: Path) -> dict[str, torch.Tensor]:
+    """The arrays of an NPZ file as tensors, each of at least one axis."""
+    try:
+        with path.open("rb") as file:
+            arrays = np.load(file, allow_pickle=False)
+            if not isinstance(arrays, Mapping):
+                raise ValueError("it is a single array")
+            return {name: torch.from_numpy(np.atleast_1d(arrays[name])) for name in arrays}
+    except (ValueError, TypeError, EOFError, BadZipFile, ZlibError) as error:
+        raise FormatError(
+            f"{path} is no archive of arrays that a model takes ({error}); expected one of numbers, as numpy.savez "
+            "writes it. Write it anew"
+        ) from None

@@ -1,0 +1,74 @@
+"""The texts in a file, one for each line of JSONL or plain text, with what is said about them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+from mergekit_lfm.errors import FormatError
+
+SHOWN_PROBLEMS = 10
+
+
+class Line(NamedTuple):
+    """What one line of a data file holds."""
+
+    text: str
+    label: int | None = None
+    positive: str | None = None
+
+
+def read_lines(path: Path, *, whole: bool) -> list[Line]:
+    """What a .jsonl file has on its lines, or a .txt file; with `whole` the latter is one text."""
+    if path.suffix not in (".jsonl", ".txt"):
+        raise FormatError(
+            f"{path}: found the suffix {path.suffix or '(none)'}; expected .jsonl or .txt for texts, .npz for arrays. "
+            "Convert it, or rename it to what it is"
+        )
+    try:
+        content = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{path}: {error}; expected UTF-8 text. Save it as UTF-8") from None
+    if not content.strip():
+        raise FormatError(f"{path} is empty; expected at least one text. Give a file that has some")
+    if path.suffix == ".txt":
+        return [Line(content)] if whole else [Line(line) for line in content.splitlines() if line.strip()]
+    problems: list[str] = []
+    found = []
+    for number, text in enumerate(content.split("\n"), 1):  # splitlines would cut at U+2028, which JSON may hold
+        if text.strip():
+            entry = _json_line(text)
+            if isinstance(entry, Line):
+                found.append(entry)
+            else:
+                problems.append(f"line {number}: {entry}")
+    unlabelled = sum(line.label is None for line in found)
+    if not problems and unlabelled not in (0, len(found)):
+        problems.append(f'{unlabelled} of {len(found)} lines have no "label", the others do')
+    if problems:
+        refuse(path, problems, 'an object {"text": ...} on each line, on all of them or none with a "label" from 0')
+    return found
+
+
+def _json_line(text: str) -> Line | str:
+    """The line, or what is wrong with it."""
+    try:
+        entry = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return f"not JSON ({error})"
+    if not isinstance(entry, dict) or not isinstance(entry.get("text"), str) or not entry["text"].strip():
+        return 'no "text", or an empty one'
+    label, positive = entry.get("label"), entry.get("positive")
+    if label is not None and (not isinstance(label, int) or isinstance(label, bool) or label < 0):
+        return f'"label" is {json.dumps(label)}, no whole number from 0'
+    if positive is not None and (not isinstance(positive, str) or not positive.strip()):
+        return '"positive" is no text, or an empty one'
+    return Line(entry["text"], label, positive)
+
+
+def refuse(path: Path, problems: list[str], expected: str) -> NoReturn:
+    """Raise a FormatError that names the lines that are wrong, the first ten of them."""
+    more = [f"and {len(problems) - SHOWN_PROBLEMS} more"] if len(problems) > SHOWN_PROBLEMS else []
+    listed = "\n  ".join([*problems[:SHOWN_PROBLEMS], *more])
+    raise FormatError(f"{path}: expected {expected}; found\n  {listed}\nMend these lines")

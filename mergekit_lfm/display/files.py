@@ -1,0 +1,100 @@
+"""The contents of files: a checkpoint's tensors, and what a statistics file says about itself."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from mergekit_lfm.display.terminal import counted, table
+from mergekit_lfm.sizes import format_size
+
+if TYPE_CHECKING:
+    from mergekit_lfm.checkpoint import Checkpoint
+    from mergekit_lfm.stats import Statistics
+
+SHOWN_NAMES = 3  # of what a statistics file does not cover, for each reason
+
+
+def checkpoint_data(checkpoint: Checkpoint) -> dict[str, Any]:
+    """A checkpoint's tensors and totals as JSON has them."""
+    specs = list(checkpoint.values())
+    dtypes: dict[str, dict[str, int]] = {}
+    for spec in specs:
+        total = dtypes.setdefault(spec.dtype, {"tensors": 0, "numbers": 0, "bytes": 0})
+        for key, more in (("tensors", 1), ("numbers", spec.numel), ("bytes", spec.nbytes)):
+            total[key] += more
+    return {
+        "path": str(checkpoint.path),
+        "files": [file.path.name for file in checkpoint.files],
+        "tensors": [{"name": s.name, "shape": list(s.shape), "dtype": s.dtype, "bytes": s.nbytes} for s in specs],
+        "dtypes": dtypes,
+        "numbers": sum(spec.numel for spec in specs),
+        "bytes": checkpoint.nbytes,
+        "digest": checkpoint.digest,
+    }
+
+
+def checkpoint_text(data: dict[str, Any]) -> str:
+    """`checkpoint_data` as tables: the tensors, then totals per dtype and in all."""
+    tensors = [(t["name"], str(t["shape"]), t["dtype"], format_size(t["bytes"])) for t in data["tensors"]]
+    totals = [
+        (dtype, f"{n['tensors']:,}", f"{n['numbers']:,}", format_size(n["bytes"]))
+        for dtype, n in data["dtypes"].items()
+    ]
+    whole = ("all", f"{len(data['tensors']):,}", f"{data['numbers']:,}", format_size(data["bytes"]))
+    return "\n".join(
+        [
+            table([("tensor", "shape", "dtype", "size"), *tensors], right="size"),
+            "",
+            table([("dtype", "tensors", "numbers", "size"), *totals, whole], right="tensors numbers size"),
+            "",
+            f"{data['path']}: {counted(len(data['files']), 'file')}, digest {data['digest']}",
+        ]
+    )
+
+
+def statistics_data(statistics: Statistics) -> dict[str, Any]:
+    """What a statistics file says about itself as JSON has it."""
+    facts = statistics.facts
+    return {
+        "kind": facts.kind,
+        "models": list(facts.models),
+        "data": facts.data,
+        "examples": facts.examples,
+        "tokens": max((layer.count for layer in facts.layers.values()), default=None),
+        "layers": len(facts.layers),
+        "entries": len(statistics.tensors),
+        "bytes": statistics.tensors.nbytes,
+        "norm": facts.norm,
+        "options": facts.options,
+        "skipped": facts.skipped,
+        "versions": facts.versions,
+    }
+
+
+def statistics_text(data: dict[str, Any]) -> str:
+    """`statistics_data` as a table, with the reasons why something of the model is not covered."""
+    stored = f"{counted(data['entries'], 'tensor')}, {format_size(data['bytes'])}"
+    of = f"{counted(data['layers'], 'layer')} in {stored}" if data["layers"] else stored
+    tokens = "" if data["tokens"] is None else f", {counted(data['tokens'], 'token')}"
+    options = {name: " and ".join(v) if isinstance(v, list) else v for name, v in data["options"].items()}
+    rows = [
+        ("statistics", f"{data['kind']} of {of}"),
+        ("model" if len(data["models"]) == 1 else "models", ", ".join(data["models"])),
+        ("data", f"{data['data']}: {counted(data['examples'], 'example')}{tokens}"),
+        ("options", ", ".join(f"{name} {value}" for name, value in options.items() if value != "")),
+        *([] if data["norm"] is None else [("norm", f"{data['norm']:.6g}")]),
+        ("skipped", "nothing" if not data["skipped"] else counted(len(data["skipped"]), "name")),
+    ]
+    return "\n".join([table(rows), *_reasons(data["skipped"])])
+
+
+def _reasons(skipped: dict[str, str]) -> list[str]:
+    """A line for each reason, with the first names that it holds for."""
+    names: dict[str, list[str]] = {}
+    for name, reason in skipped.items():
+        names.setdefault(reason, []).append(name)
+    lines = []
+    for reason, those in names.items():
+        more = f" and {len(those) - SHOWN_NAMES} more" if len(those) > SHOWN_NAMES else ""
+        lines.append(f"skipped: {', '.join(those[:SHOWN_NAMES])}{more}: {reason}")
+    return lines

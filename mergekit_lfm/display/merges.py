@@ -1,0 +1,47 @@
+"""What a merge will do, and what it did."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from mergekit_lfm.display.terminal import counted, table
+from mergekit_lfm.sizes import format_size
+
+if TYPE_CHECKING:
+    from mergekit_lfm.execute import Outcome
+    from mergekit_lfm.plan import Plan
+
+
+def plan_text(plan: Plan, facts: dict[str, Any], verbose: bool) -> str:
+    """What a run of the plan would do. `facts` are those of the machine: out, memory, threads, free disk."""
+    methods = Counter(tensor.method for tensor in plan.tensors)
+    enough = "enough" if facts["enough_disk"] else "NOT ENOUGH"
+    rows = [
+        ("read", format_size(plan.bytes_read)),
+        ("write", f"{format_size(plan.bytes_written)} in {counted(len(plan.shards), 'file')} at {facts['out']}"),
+        ("tensors", ", ".join(f"{n:,} {method}" for method, n in methods.most_common())),
+        ("dropped", counted(len(plan.dropped), "tensor") if plan.dropped else "nothing"),
+        ("peak memory", f"{format_size(facts['peak_memory'])} ({counted(facts['threads'], 'thread')})"),
+        ("free disk", f"{format_size(facts['free_disk'])}, {enough}"),
+        ("plan", plan.digest),
+    ]
+    lines = [table(rows)]
+    lines += [f"held beside the memory budget, its tensors are no byte ranges: {file}" for file in plan.held]
+    lines += [f"dropped: {model}: {tensor}: {reason}" for model, tensor, reason in plan.dropped]
+    if verbose:
+        lines += ["", table([("tensor", "shape", "dtype", "method"), *map(_tensor_row, plan.tensors)])]
+    return "\n".join(lines)
+
+
+def _tensor_row(tensor: Any) -> tuple[str, str, str, str]:
+    return tensor.name, str(list(tensor.shape)), tensor.dtype, tensor.method
+
+
+def outcome_text(plan: Plan, outcome: Outcome) -> str:
+    """One line about what a merge did."""
+    if outcome.already_there:
+        return "already there: the output of this very plan; nothing was done"
+    earlier = f" ({format_size(outcome.resumed_bytes)} of it by the interrupted run)" if outcome.resumed_bytes else ""
+    size = format_size(plan.bytes_written)
+    return f"wrote {counted(len(plan.tensors), 'tensor')}, {size}{earlier}, in {outcome.seconds:.1f} s"

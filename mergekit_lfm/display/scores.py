@@ -1,0 +1,112 @@
+"""What models are worth on data: a row for each model and file, and the means."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from mergekit_lfm.display.terminal import table
+
+if TYPE_CHECKING:
+    from mergekit_lfm.evaluate import Score
+
+Scores = Mapping[str, Mapping[str, "Score"]]  # by model, then by file
+
+
+def arithmetic(numbers: Sequence[float]) -> float:
+    """The arithmetic mean."""
+    return sum(numbers) / len(numbers)
+
+
+def geometric(numbers: Sequence[float]) -> float:
+    """The geometric mean, of numbers from 1."""
+    return math.exp(arithmetic([math.log(number) for number in numbers]))
+
+
+class Column(NamedTuple):
+    """One number of a score: its heading, how it is written, and the mean that is taken of it, if any."""
+
+    heading: str
+    form: str
+    mean: Callable[[Sequence[float]], float] | None = None
+
+
+class Judgement(NamedTuple):
+    """How a kind of score is shown: what it is a score on, and its columns by their names in the score."""
+
+    on: str
+    columns: dict[str, Column]
+
+
+JUDGEMENTS = {
+    "Perplexity": Judgement(
+        "text",
+        {
+            "tokens": Column("tokens", ","),
+            "perplexity": Column("perplexity", ".4g", geometric),
+            "bits_per_byte": Column("bits/byte", ".4f", arithmetic),
+        },
+    ),
+    "Accuracy": Judgement(
+        "file",
+        {
+            "examples": Column("examples", ","),
+            "correct": Column("correct", ","),
+            "accuracy": Column("accuracy", ".4f", arithmetic),
+        },
+    ),
+    "Retrieval": Judgement(
+        "file",
+        {
+            "pairs": Column("pairs", ","),
+            "top1": Column("top-1", ".4f", arithmetic),
+            "mrr": Column("MRR", ".4f", arithmetic),
+        },
+    ),
+}
+
+
+def _judgement(scores: Scores) -> Judgement:
+    first = next(score for files in scores.values() for score in files.values())
+    return JUDGEMENTS[type(first).__name__]
+
+
+def evaluation_data(scores: Scores) -> list[dict[str, Any]]:
+    """Per model its numbers on every text or file, and their means, as JSON has them.
+
+    JSON knows no infinity and no NaN: null.
+    """
+    on, columns = _judgement(scores)
+    return [
+        {
+            "model": model,
+            f"{on}s": [{on: name, **_finite(asdict(score))} for name, score in files.items()],
+            "mean": _finite(_means(columns, list(files.values()))),
+        }
+        for model, files in scores.items()
+    ]
+
+
+def _finite(numbers: Mapping[str, float]) -> dict[str, float | None]:
+    return {key: number if math.isfinite(number) else None for key, number in numbers.items()}
+
+
+def _means(columns: dict[str, Column], scores: Sequence[Score]) -> dict[str, float]:
+    means = {name: column.mean for name, column in columns.items() if column.mean is not None}
+    return {name: mean([getattr(score, name) for score in scores]) for name, mean in means.items()}
+
+
+def evaluation_text(scores: Scores) -> str:
+    """A table with one row for each model and file, and the means where there are several files."""
+    on, columns = _judgement(scores)
+    headings = [column.heading for column in columns.values()]
+    rows = [("model", on, *headings)]
+    for model, files in scores.items():
+        for name, score in files.items():
+            rows.append((model, name, *(format(getattr(score, key), c.form) for key, c in columns.items())))
+        if len(files) > 1:
+            mean = _means(columns, list(files.values()))
+            rows.append((model, "mean", *(format(mean[k], c.form) if k in mean else "" for k, c in columns.items())))
+    return table(rows, right=" ".join(headings))

@@ -1,0 +1,62 @@
+"""Tables, counts and progress bars on a terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+
+def table(rows: Sequence[Sequence[str]], right: str = "") -> str:
+    """rows, the first one the headings, in aligned columns. `right`: headings of the columns aligned to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    sides = [str.rjust if heading in right.split() else str.ljust for heading in rows[0]]
+    lines = ("  ".join(side(cell, w) for side, cell, w in zip(sides, row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def counted(n: int, noun: str) -> str:
+    """ "1 tensor", "2 tensors"."""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
+@contextmanager
+def progress_bar(nbytes: int, doing: str, hidden: bool) -> Iterator[Callable[[int], None]]:
+    """A bar of `nbytes` with rate and time left on standard error, where that is a terminal; none where `hidden`.
+
+    Called with numbers of bytes done, from any thread. It disappears at the end.
+    """
+    lock = Lock()
+    with _bar(nbytes, doing, "B", hidden) as bar:
+
+        def advance(done: int) -> None:
+            with lock:
+                bar.update(done)
+
+        yield advance
+
+
+@contextmanager
+def counter(unit: str, doing: str, hidden: bool) -> Iterator[Callable[[int, int], None]]:
+    """The same bar, of what is counted in `unit`. Called with how many are done in all, and how many there are."""
+    with _bar(None, doing, unit, hidden) as bar:
+
+        def report(done: int, total: int) -> None:
+            if bar.total is None:  # what an interrupted run had done says nothing about the rate of this one
+                bar.total, bar.initial, bar.n = total, done, done
+                bar.refresh()
+            bar.update(done - bar.n)
+
+        yield report
+
+
+def _bar(total: int | None, doing: str, unit: str, hidden: bool) -> tqdm[Any]:
+    from tqdm import tqdm
+
+    unseen = True if hidden else None  # None: unless the stream is a terminal
+    return tqdm(total=total, desc=doing, unit=unit, unit_scale=True, leave=False, disable=unseen, file=sys.stderr)

@@ -1,0 +1,76 @@
+"""What tests of the command line share: commands in this process and in their own, and what they answer."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from click.testing import CliRunner, Result
+
+from mergekit_lfm.commands import main
+
+ROOT = Path(__file__).parents[1]
+# A command as it is installed, with Ctrl-C meaning what it means in a terminal wherever the tests run.
+PROGRAM = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from mergekit_lfm.commands import main
+main(prog_name="mergekit-lfm")
+"""
+
+
+def run(*arguments: str) -> Result:
+    """`mergekit-lfm ARGUMENTS`; whatever is no ordinary end of a command is raised."""
+    return CliRunner(catch_exceptions=False).invoke(main, arguments)
+
+
+def answer(result: Result) -> Any:
+    """The one JSON object on standard output, and nothing else anywhere."""
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout.count("\n") == 1
+    return json.loads(result.stdout)
+
+
+def refusal(result: Result) -> str:
+    """The one message of a command that ended with exit code 2."""
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: ") and result.stderr.count("error: ") == 1
+    return result.stderr
+
+
+def start(folder: Path, *arguments: str, stderr: int = subprocess.PIPE) -> subprocess.Popen[str]:
+    """`mergekit-lfm ARGUMENTS` as a process in `folder`."""
+    command = [sys.executable, "-c", PROGRAM, *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True)
+
+
+def on_a_terminal(folder: Path, *arguments: str) -> tuple[str, bytes]:
+    """What `mergekit-lfm ARGUMENTS` prints as its result, and what is shown on the terminal that is its stderr."""
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
+    process = start(folder, *arguments, stderr=theirs)
+    os.close(theirs)
+    shown = b""
+    try:
+        while more := os.read(ours, 4096):
+            shown += more
+    except OSError:  # how Linux says that the other end is closed
+        pass
+    os.close(ours)
+    return process.communicate(timeout=60)[0], shown
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
