@@ -1,14 +1,16 @@
 """How long merges take compared with copying the same bytes.
 
-    python benchmarks/merge_vs_copy.py                       # 1.1 billion parameters: 11 GB of disk, some minutes
+    python benchmarks/merge_vs_copy.py                       # 1.1 billion parameters: 28 GB of disk, half an hour
     python benchmarks/merge_vs_copy.py --size 0.01           # a smoke test
 
-Makes checkpoints of a Llama's shape (bf16, two shards each): a base, and three models near it. Every merge is a process
-of its own; its floor, in the same run, reads the merge's inputs to nowhere and writes as many bytes as its output by
-plain copy, with as many threads as the merge has and an fsync at the end as it does. Before each, its inputs are read
-into the page cache, the last output is removed, and what is dirty is written back. Numbers are medians; `ratio` is
-(merge - start-up) / floor, where start-up is the same merge of one tiny tensor; it means nothing for small sizes.
-`cold` is a first run that compiles its kernels, `eager` one that is not allowed to; the others find them in the cache.
+Makes checkpoints of a Llama's shape (bf16, two shards each): a base, and three models near it; and for two of these
+statistics files (float32) of the shapes of real ones. Every merge is a process of its own; its floor, in the same run,
+reads the merge's inputs to nowhere and writes as many bytes as its output by plain copy, with as many threads as the
+merge has and an fsync at the end as it does. Before each, its inputs are read into the page cache, the last output is
+removed, and what is dirty is written back. Numbers are medians; `ratio` is (merge - start-up) / floor, where start-up
+is the same merge of one tiny tensor; it means nothing for small sizes. `cold` is a first run that compiles its kernels,
+and reads the models that have statistics once more to know them; `eager` one that is not allowed to compile; the others
+find kernels and digests in the cache.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import json
 import multiprocessing
 import os
 import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -29,11 +32,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mergekit_lfm.checkpoint import bytes_of
+from mergekit_lfm.checkpoint import bytes_of, open_checkpoint
 from mergekit_lfm.machine import default_threads
 from mergekit_lfm.sizes import format_size, parse_size
+from mergekit_lfm.stats import Facts, Layer
 from mergekit_lfm.tensors import TensorSpec, encode_header
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MODELS = ("base", "one", "two", "three")
 THREE = "models: [{model: one}, {model: two}, {model: three}]\n"
@@ -44,7 +52,10 @@ RECIPES = {
     "dare_linear": THREE + "base_model: base\nparameters: {weight: 0.4, density: 0.5}\n",
     "dare_ties": THREE + "base_model: base\nparameters: {weight: 0.4, density: 0.5}\n",
     "karcher": THREE,
+    "fisher": "models: [{model: one, stats: one.fisher}, {model: two, stats: two.fisher}]\n",
+    "regmean": "models: [{model: one, stats: one.gram}, {model: two, stats: two.gram}]\n",
 }
+SHARED = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}  # layers that read the inputs of another
 CHUNK = 8 << 20  # bytes per read or write of the floor
 
 
@@ -98,7 +109,49 @@ def make_checkpoints(folder: Path, size: float) -> None:
         index = {"metadata": {}, "weight_map": weight_map}
         (place / "model.safetensors.index.json").write_text(json.dumps(index))
         (place / "config.json").write_text('{"model_type": "llama", "dtype": "bfloat16"}\n')
+    make_statistics(unfinished)
     unfinished.rename(folder)
+
+
+def make_statistics(folder: Path) -> None:
+    """Fisher information and Gram matrices for two of the models; one entry is held at a time."""
+    import torch
+
+    for model in MODELS[1:3]:
+        checkpoint = open_checkpoint(folder / model)
+        facts = Facts("fisher", (checkpoint.content,), "none", {}, examples=1, norm=1.0)
+        specs = [TensorSpec(f"fisher/{spec.name}", spec.shape, "float32") for spec in checkpoint.values()]
+        write_entries(folder / f"{model}.fisher", specs, facts, lambda x: x.square_())
+        layers = {spec.name.removesuffix(".weight"): spec for spec in checkpoint.values() if is_linear(spec)}
+        described = {
+            name: Layer(spec.name, None, 1, spec.shape[1], shared_with(name), 1) for name, spec in layers.items()
+        }
+        facts = Facts("gram", (checkpoint.content,), "none", {}, examples=1, layers=described)
+        sides = {layer.entry: layer.inputs + 1 for layer in described.values()}
+        specs = [TensorSpec(f"gram/{entry}", (side, side), "float32") for entry, side in sides.items()]
+        write_entries(folder / f"{model}.gram", specs, facts, lambda x: x[:64].T @ x[:64] / 64 + torch.eye(len(x)))
+
+
+def is_linear(spec: TensorSpec) -> bool:
+    return len(spec.shape) == 2 and not spec.name.startswith(("model.embed", "lm_head"))
+
+
+def shared_with(layer: str) -> str:
+    """The layer whose inputs are the same."""
+    stem, _, part = layer.rpartition(".")
+    return f"{stem}.{SHARED.get(part, part)}" if stem else layer
+
+
+def write_entries(path: Path, specs: Sequence[TensorSpec], facts: Facts, made: Callable[[Tensor], Tensor]) -> None:
+    """A statistics file of what `made` makes of normal numbers."""
+    import torch
+
+    header, _ = encode_header(specs, facts.metadata())
+    random = torch.Generator().manual_seed(0)
+    with path.open("wb") as file:
+        file.write(header)
+        for spec in specs:
+            file.write(bytes_of(made(torch.randn(spec.shape, generator=random))))
 
 
 def write_shard(path: Path, specs: Sequence[TensorSpec], base: Path | None, seed: int) -> None:
@@ -119,11 +172,12 @@ def write_shard(path: Path, specs: Sequence[TensorSpec], base: Path | None, seed
 
 def make_tiny(folder: Path) -> None:
     """The same models, of one tensor of four numbers."""
-    header, _ = encode_header([TensorSpec("w", (4,), "bfloat16")], {"format": "pt"})
+    header, _ = encode_header([TensorSpec("w", (2, 2), "bfloat16")], {"format": "pt"})
     for number, model in enumerate(MODELS):
         (folder / model).mkdir(parents=True)
         data = b"".join((0x3F80 + number + i).to_bytes(2, "little") for i in range(4))  # a little over 1
         (folder / model / "model.safetensors").write_bytes(header + data)
+    make_statistics(folder)
 
 
 def write_recipes(folder: Path) -> None:
@@ -142,6 +196,12 @@ def weights(folder: Path, models: Iterable[str]) -> list[Path]:
 def inputs(method: str) -> list[str]:
     """The models that the method's recipe reads."""
     return [model for model in MODELS if f": {model}" in RECIPES[method]]
+
+
+def read_by(folder: Path, method: str) -> list[Path]:
+    """All files that the method's recipe reads."""
+    named = [folder / name for name in re.findall(r"stats: ([\w.]+)", RECIPES[method])]
+    return weights(folder, inputs(method)) + named
 
 
 def read(path: Path) -> None:
@@ -163,7 +223,7 @@ def copy(source: Path, target: Path) -> None:
 
 def floor(folder: Path, method: str, threads: int) -> float:
     """Seconds to read the method's inputs to nowhere and to write a copy of one of them."""
-    sources = weights(folder, inputs(method))
+    sources = read_by(folder, method)
     copied = weights(folder, [inputs(method)[0]])
     target = folder / "copy"
     target.mkdir()
@@ -195,7 +255,7 @@ def prepared(folder: Path, method: str) -> None:
     """The same state before every run: inputs cached, no output, nothing left to write back."""
     for name in ("out", "copy"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for path in weights(folder, inputs(method)):
+    for path in read_by(folder, method):
         read(path)
     os.sync()
 

@@ -342,6 +342,26 @@ def test_a_loader_that_shuffles_is_found_out() -> None:
         list(batches)
 
 
+class Growing:
+    """One batch more, or less, every time."""
+
+    def __init__(self, by: int) -> None:
+        self.count, self.by = 2, by
+
+    def __iter__(self) -> Iterator[Any]:
+        self.count += self.by
+        return iter(PAIRS[: self.count])
+
+
+@pytest.mark.parametrize("by", [1, -1])
+def test_data_that_become_more_or_less_are_found_out(by: int) -> None:
+    source = Growing(0)
+    batches = as_batches(source)
+    source.by = by
+    with pytest.raises(PlanError, match="is not what it was when it was first read"):
+        list(batches)
+
+
 def test_a_batch_goes_to_a_model_in_its_dtype() -> None:
     model = torch.nn.Linear(2, 2, dtype=torch.float64)
     batch = Batch((0,), (X[:1],), {"input_ids": Y[None, :2]}, Y[:1]).to(model)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import islice, zip_longest
 from typing import Any
 
 import xxhash
@@ -121,8 +121,8 @@ class _Reread(Sequence[Batch]):
         return len(self.digests)
 
     def __iter__(self) -> Iterator[Batch]:
-        for number, (batch, digest) in enumerate(zip(self._read(), self.digests, strict=True)):
-            if _digest(batch) != digest:
+        for number, (batch, digest) in enumerate(zip_longest(self._read(), self.digests)):
+            if batch is None or _digest(batch) != digest:
                 raise PlanError(
                     f"batch {number} of the data is not what it was when it was first read; expected the same examples "
                     "in the same order on every pass. Switch off shuffling and random transforms"

@@ -15,8 +15,17 @@ def test_merge_vs_copy_prints_a_row_for_every_method(tmp_path: Path) -> None:
     command = [sys.executable, str(script), "--size", "0.0001", "--repeats", "1", "--dir", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     _, _, headings, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()]
-    assert [row[0] for row in rows] == ["linear", "slerp", "ties", "dare_linear", "dare_ties", "karcher"]
-    assert [row[headings.index("inputs")] for row in rows] == ["3", "2", "4", "4", "4", "3"]
+    assert [row[0] for row in rows] == [
+        "linear",
+        "slerp",
+        "ties",
+        "dare_linear",
+        "dare_ties",
+        "karcher",
+        "fisher",
+        "regmean",
+    ]
+    assert [row[headings.index("inputs")] for row in rows] == ["3", "2", "4", "4", "4", "3", "2", "2"]
     assert all(
         float(row[headings.index(seconds)]) > 0 for row in rows for seconds in ("merge s", "start-up s", "CPU s")
     )
