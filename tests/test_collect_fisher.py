@@ -249,7 +249,7 @@ def test_tensors_are_chosen_by_name(tmp_path: Path) -> None:
     ("task", "labels", "message"),
     [
         ("lm", "expected", "one backward pass for every entry of the vocabulary"),
-        ("embedding", "true", "embedding cannot have 'true' labels; choose one of expected, sampled"),
+        ("embedding", "true", "embedding cannot have 'true' labels; choose one of sampled, expected"),
         ("classification", "some", "cannot have 'some' labels"),
         ("classification", "true", "8 examples have no label"),
     ],

@@ -9,36 +9,61 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from click.testing import CliRunner
 
 from mergekit_lfm.commands import main, merge
 from mergekit_lfm.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README, STATISTICS = ((ROOT / name).read_text("utf-8") for name in ("README.md", "docs/statistics.md"))
 
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with the recipes, as in a clone."""
-    shutil.copytree(ROOT / "recipes", tmp_path / "recipes", ignore=shutil.ignore_patterns("minilm"))
+    shutil.copytree(ROOT / "recipes", tmp_path / "recipes", ignore=shutil.ignore_patterns("minilm", "digits"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def test_the_python_example_prints_what_its_comments_say(here: Path) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+@pytest.mark.parametrize(("document", "prints"), [(README, 2), (STATISTICS, 1)], ids=["README", "statistics"])
+def test_the_python_example_prints_what_its_comments_say(document: str, prints: int, here: Path) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", document, re.DOTALL)
     expected = re.findall(r"^print\(.*\)  # (.*)$", code, re.MULTILINE)
     ran = subprocess.run([sys.executable, "-c", code], cwd=here, capture_output=True, text=True, check=True)
-    assert len(expected) == 2 and ran.stdout.splitlines() == expected
+    assert len(expected) == prints and ran.stdout.splitlines() == expected
 
 
 def test_the_recipe_shown_is_the_quick_start(here: Path) -> None:
-    (shown,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    shown = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)[0]
     (here / "recipes" / "shown.yaml").write_text(shown)
     plans = [CliRunner().invoke(main, ["plan", f"recipes/{name}.yaml", "--json"]) for name in ("shown", "quickstart")]
     digests = [re.findall(r'"digest": "(\w+)"', plan.output) for plan in plans]
     assert digests[0] and digests[0] == digests[1]
+
+
+def test_the_recipe_with_statistics_is_the_one_in_recipes() -> None:
+    shown = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)[1])
+    there = yaml.safe_load((ROOT / "recipes" / "minilm_regmean.yaml").read_text("utf-8"))
+    assert shown == {key: there[key] for key in ("merge_method", "models")}
+
+
+def section(document: str, heading: str) -> str:
+    return document[document.index(f"## {heading}") :].partition("\n## ")[0]
+
+
+def test_the_table_of_the_digits_is_that_of_the_docs() -> None:
+    names = {"the base": "base", "`task_arithmetic`, best of eleven lambdas": "task arithmetic, best lambda"}
+    names |= {"average": "average", "`fisher`": "Fisher", "`regmean`, alpha 1": "RegMean, alpha 1"}
+    names |= {"trained on all views together": "trained on all tasks"}
+    row = re.compile(r"^\| (.+?) \| (.*\d.*) \|$", re.MULTILINE)
+    shown = dict(row.findall(section(README, "Merges that look at data")))
+    full = dict(row.findall(section(STATISTICS, "What it is worth: digits")))
+    means = {name: re.sub(r" \(.*?\)", "", numbers) for name, numbers in full.items()}
+    assert {name: numbers.replace("*", "") for name, numbers in shown.items() if name in names} == {
+        name: means[there] for name, there in names.items()
+    }
 
 
 def test_the_plan_shown_is_the_plan(here: Path) -> None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 LABELS = {
     "classification": ("expected", "sampled", "true"),
     "lm": ("sampled", "true"),
-    "embedding": ("expected", "sampled"),
+    "embedding": ("sampled", "expected"),
 }
 # A score of every example of a batch, [n], at a time
 Scores = Callable[[Any, "Batch"], Iterator[Tensor]]
