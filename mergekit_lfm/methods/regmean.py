@@ -49,7 +49,7 @@ def _merge(unit: Unit, layers: Sequence[Linears]) -> Iterator[torch.Tensor]:
             for i, weight in enumerate(weights):
                 apart = layer.matrix(i, first, last).sub_(mean)
                 for start, band in _bands(unit, layer, i):
-                    pull += (apart[:, start : start + len(band)] @ band).mul_(weight)
+                    pull.addmm_(apart[:, start : start + len(band)], band, alpha=weight)
             merged[first:last] = mean.add_(divide(pull))
         yield merged
 
