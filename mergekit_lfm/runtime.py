@@ -102,11 +102,6 @@ def start_token(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(start)
 
 
-def load_language_model(path: str | Path, *, dtype: str = "float32", device: str = "cpu") -> Loaded:
-    """`load_model` for the task "lm"."""
-    return load_model(path, "lm", dtype=dtype, device=device)
-
-
 def logits(output: Any) -> Tensor:
     """The scores of the classes or of the vocabulary in what a model returned: its `logits`, itself, or its first."""
     found = getattr(output, "logits", output)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from mergekit_lfm import merge
 from mergekit_lfm.evaluate import Perplexity, perplexity
-from mergekit_lfm.runtime import load_language_model
+from mergekit_lfm.runtime import load_model
 
 transformers = pytest.importorskip("transformers")
 
@@ -31,7 +31,7 @@ def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def measured(merged: Path) -> dict[str, dict[str, Perplexity]]:
     """Every model on every text."""
     texts = {domain: (QUICKSTART / f"{domain}.txt").read_text("utf-8") for domain in DOMAINS}
-    loaded = {name: load_language_model(QUICKSTART / name) for name in MODELS} | {"merged": load_language_model(merged)}
+    loaded = {name: load_model(QUICKSTART / name, "lm") for name in MODELS} | {"merged": load_model(merged, "lm")}
     return {name: {domain: perplexity(model, text) for domain, text in texts.items()} for name, model in loaded.items()}
 
 
@@ -86,7 +86,7 @@ def test_the_checkpoints_are_small_and_share_a_tokenizer_that_keeps_the_text(mer
 
 
 def test_the_merged_model_writes_text(merged: Path) -> None:
-    loaded = load_language_model(merged)
+    loaded = load_model(merged, "lm")
     prompt = loaded.tokenizer("<s>Returns the", return_tensors="pt")
     written = loaded.model.generate(**prompt, max_new_tokens=8, do_sample=False, pad_token_id=0)
     assert written.shape == (1, prompt["input_ids"].shape[1] + 8)

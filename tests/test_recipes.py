@@ -19,7 +19,7 @@ from mergekit_lfm.methods import METHODS
 from mergekit_lfm.plan import make_plan
 from mergekit_lfm.provenance import verify
 from mergekit_lfm.recipe import Recipe
-from mergekit_lfm.runtime import load_language_model
+from mergekit_lfm.runtime import load_model
 from mergekit_lfm.tensors import TensorSpec, encode_header
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -117,7 +117,7 @@ def test_the_result_is_none_of_its_inputs_unless_it_is_a_copy(run: Run) -> None:
 
 def test_transformers_loads_the_result(run: Run) -> None:
     pytest.importorskip("transformers")
-    loaded = load_language_model(run.out, dtype="auto")
+    loaded = load_model(run.out, "lm", dtype="auto")
     assert str(loaded.model.dtype) == f"torch.{run.recipe.dtype}"
     prompt = loaded.tokenizer("Returns the", return_tensors="pt")
     with torch.no_grad():
