@@ -184,13 +184,17 @@ def _check_statistics(
         if len(shape) != 2:
             raise PlanError(f"{method.name} merges matrices [outputs, inputs], found a tensor {list(shape)}")
         shape = (shape[1], shape[1])
-    found = [list(x.shape) for x in given or ()]
+    statistics = [] if given is None else list(given)
+    found = [list(x.shape) for x in statistics]
     if found != [list(shape)] * len(tensors):
         raise PlanError(
             f"{method.name} needs statistics={method.statistics} of each input, {len(tensors)} tensors "
             f"{list(shape)}; found {found or 'none'}"
         )
-    return given or ()
+    squares = [x.diagonal() if method.whole else x for x in statistics]
+    if not all(bool(x.isfinite().all()) for x in statistics) or any(bool((x < 0).any()) for x in squares):
+        raise PlanError(f"{method.name}: the statistics are NaN, infinite or negative; expected means of squares")
+    return statistics
 
 
 def _values(

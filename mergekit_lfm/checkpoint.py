@@ -300,9 +300,10 @@ class Checkpoint(Mapping[str, TensorSpec]):
     def content(self) -> str:
         """xxh3-128 of names, shapes, dtypes and data, in hex: the same for any files, sharding and order.
 
-        The data are read once on a machine: what was found is kept under the digest of the files' identity.
+        The data are read once on a machine: what was found is kept for these very files, as they are.
         """
-        kept = cache_folder("contents") / self.digest
+        states = [(str(file.path.resolve()), *_state(file.path.stat())) for file in self.files]
+        kept = cache_folder("contents") / xxhash.xxh3_128_hexdigest(json.dumps(states).encode())
         if "digests" not in self.__dict__:
             with suppress(OSError):
                 return kept.read_text(encoding="ascii")
@@ -311,6 +312,11 @@ class Checkpoint(Mapping[str, TensorSpec]):
             kept.parent.mkdir(parents=True, exist_ok=True)
             replace_file(kept, found.encode())
         return found
+
+
+def _state(status: os.stat_result) -> tuple[int, ...]:
+    """What changes when a file does; times that can be set at will are not enough."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def content_digest(digests: Mapping[TensorSpec, str]) -> str:

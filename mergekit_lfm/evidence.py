@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mergekit_lfm.checkpoint import Checkpoint
-from mergekit_lfm.errors import PlanError
+from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.jobs import Cast, Job, Source, averaging, unit_of
 from mergekit_lfm.matching import several
 from mergekit_lfm.recipe import Recipe
@@ -27,6 +27,11 @@ class LinearJob:
     bias: int | None
     axis: int
     outputs: int
+
+    @property
+    def jobs(self) -> tuple[int, ...]:
+        """The indices of its tensors."""
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +50,7 @@ class LinearGroup:
     @property
     def jobs(self) -> tuple[int, ...]:
         """The indices of all its tensors."""
-        return tuple(i for layer in self.layers for i in (layer.weight, layer.bias) if i is not None)
+        return tuple(i for layer in self.layers for i in layer.jobs)
 
 
 def open_all(recipe: Recipe, models: Mapping[str, Checkpoint]) -> tuple[Statistics, ...]:
@@ -55,7 +60,11 @@ def open_all(recipe: Recipe, models: Mapping[str, Checkpoint]) -> tuple[Statisti
     """
     wanted, opened, problems = recipe.method.statistics, list[Statistics](), list[str]()
     for model, given in zip(recipe.inputs, recipe.statistics, strict=wanted is not None):
-        statistics = open_statistics(given.path)
+        try:
+            statistics = open_statistics(given.path)
+        except (FormatError, FileNotFoundError) as error:
+            problems.append(f"the `stats` of {model.label}: {error}")
+            continue
         opened.append(statistics)
         if statistics.facts.kind != wanted:
             problems.append(
@@ -66,7 +75,7 @@ def open_all(recipe: Recipe, models: Mapping[str, Checkpoint]) -> tuple[Statisti
             problems.append(
                 f"{given.ref} was collected on another model: it is of content {statistics.facts.models[0]}, "
                 f"{model.label} has {models[model.label].content}; name the right file, or collect the statistics of "
-                f"this model with `mergekit-lfm stats {wanted} {model.label} ...`"
+                f"this model with `mergekit-lfm stats {wanted} {model.label} ...`, from Python with `checkpoint=`"
             )
     if problems:
         raise PlanError(several("the statistics do not fit the models", problems))
@@ -81,31 +90,27 @@ def find_statistics(cast: Cast, names: Names) -> dict[str, tuple[Source, ...]]:
     found: dict[str, tuple[Source, ...]] = {}
     problems = []
     for name, sources in names.items() if cast.statistics else ():
-        entries = [_entry(given, sources.get(i, "")) for i, given in zip(cast.inputs, cast.statistics, strict=True)]
+        entries = [given.entry_of(sources.get(i, "")) for i, given in zip(cast.inputs, cast.statistics, strict=True)]
         lacking = [cast.recipe.statistics[k].ref for k, entry in enumerate(entries) if entry is None]
         if not lacking:
             found[name] = tuple((len(cast.models) + k, entry) for k, entry in enumerate(entries) if entry is not None)
         elif len(lacking) < len(entries):
             kind = cast.recipe.method.statistics
-            problems.append(f"{', '.join(lacking)} lacks the {kind} statistics of {name}, which the others have")
+            reasons = {given.facts.skipped.get(_layer_of(name)) for given in cast.statistics} - {None}
+            why = f" ({'; '.join(sorted(map(str, reasons)))})" if reasons else ""
+            problems.append(f"{', '.join(lacking)} lacks the {kind} statistics of {name}, which the others have{why}")
     if problems:
         raise PlanError(
             several("the statistics do not cover the same layers", problems)
-            + "\nCollect all of them with the same --layers"
+            + "\nCollect all of them as the same --task, with the same --layers, on data that all layers take part in"
         )
     if cast.statistics and not found:
         raise PlanError("the statistics cover no tensor of the models; collect them without --layers")
     return found
 
 
-def _entry(given: Statistics, tensor: str) -> str | None:
-    """The entry of the file that is about a tensor."""
-    if given.facts.kind == "gram":
-        return given.entry(given.by_weight[tensor][0]) if tensor in given.by_weight else None
-    try:
-        return given.entry(tensor)
-    except KeyError:
-        return None
+def _layer_of(tensor: str) -> str:
+    return tensor.removesuffix(".weight")
 
 
 def group_linears(
@@ -121,24 +126,29 @@ def group_linears(
     index = {job.name: i for i, job in enumerate(jobs)}
     groups: dict[tuple[object, ...], list[LinearJob]] = {}
     problems: list[str] = []
+    taken: set[int] = set()
     for name in (name for name in found if not jobs[index[name]].copied):
         try:
             layer = _linear(cast, names, jobs, index, name)
         except PlanError as error:
             problems.append(str(error))
             continue
+        twice = [jobs[i].name for i in layer.jobs if i in taken]
+        if twice:
+            problems.append(f"{twice[0]} belongs to two layers; leave one of them out of the statistics")
+        taken.update(layer.jobs)
         settings = jobs[layer.weight].settings
         groups.setdefault((found[name], layer.bias is None, repr(settings)), []).append(layer)
     if problems:
-        raise PlanError(several("linear layers differ between the models", problems))
-    made = []
+        raise PlanError(several("linear layers cannot be merged", problems))
+    solved = []
     for layers in groups.values():
         first = jobs[layers[0].weight]
         columns = first.shape[layers[0].axis] + (layers[0].bias is not None)
         most = max(layer.outputs for layer in layers)
         nbytes = whole.nbytes(unit_of([first], cast.recipe.seed), most, columns)
-        made.append(LinearGroup(tuple(layers), found[first.name], columns, nbytes))
-    return tuple(made)
+        solved.append(LinearGroup(tuple(layers), found[first.name], columns, nbytes))
+    return tuple(solved)
 
 
 def _linear(cast: Cast, names: Names, jobs: Sequence[Job], index: Mapping[str, int], name: str) -> LinearJob:

@@ -89,6 +89,13 @@ class Plan:
         return sum(self.sources[i][name].nbytes for i, name in read)
 
     @property
+    def averaged(self) -> tuple[Job, ...]:
+        """The jobs that are averaged because the method needs statistics and there are none of their tensors."""
+        other = self.recipe.merge_method
+        wants = self.recipe.method.statistics is not None
+        return tuple(job for job in self.tensors if wants and not job.copied and job.method != other)
+
+    @property
     def held(self) -> tuple[Path, ...]:
         """The input files that torch maps, or holds beside the budget, as their tensors are no byte ranges."""
         return tuple(file.path for model in self.models for file in model.files if file.fallback)
@@ -158,6 +165,7 @@ class Plan:
                 {"statistics": given.ref, "kind": held.facts.kind, "bytes": held.tensors.nbytes}
                 for given, held in zip(self.recipe.statistics, self.statistics, strict=True)
             ],
+            "averaged": {"tensors": len(self.averaged), "numbers": sum(job.spec.numel for job in self.averaged)},
             "template": self.labels[self.template],
             "tensors": len(self.tensors),
             "methods": dict(Counter(job.method for job in self.tensors)),

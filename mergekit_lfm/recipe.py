@@ -28,7 +28,7 @@ from mergekit_lfm.document import read_yaml
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.methods import METHODS, REQUIRED, Method
 from mergekit_lfm.methods.declare import Value
-from mergekit_lfm.roles import Entry, Evidence, Model, Roles, assign_roles, unmet
+from mergekit_lfm.roles import Entry, Model, Roles, StatisticsFile, assign_roles, unmet
 from mergekit_lfm.settings import as_data, did_you_mean, value_at
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -193,7 +193,7 @@ class Recipe(_Strict):
         return tuple(entry.model for entry in self._roles.inputs)
 
     @property
-    def statistics(self) -> tuple[Evidence, ...]:
+    def statistics(self) -> tuple[StatisticsFile, ...]:
         """The statistics file of each input, or () where the method takes none."""
         return tuple(entry.stats for entry in self._roles.inputs if entry.stats is not None)
 

@@ -28,7 +28,7 @@ class Model:
 
 
 @dataclass(frozen=True, slots=True)
-class Evidence:
+class StatisticsFile:
     """A model's statistics file: `ref` as written, `path` (absolute)."""
 
     ref: str
@@ -42,7 +42,7 @@ class Entry:
     model: Model
     settings: dict[str, Setting]
     place: str
-    stats: Evidence | None = None
+    stats: StatisticsFile | None = None
 
 
 Written = tuple[str, Mapping[str, Any], str | None]  # a model's reference, its parameters, its statistics file
@@ -124,20 +124,22 @@ def assign_roles(
         place = f"models[{i}]"
         path = _model_at(ref, where, f"{place}.model", problems)
         settings = read_settings(own, method, f"{place}.parameters", own=True, problems=problems)
-        evidence = None if stats is None else _evidence(stats, method, where, f"{place}.stats", problems)
-        entries.append(Entry(_model(ref, path, base, entries), settings, place, evidence))
+        file = None if stats is None else _statistics_file(stats, method, where, f"{place}.stats", problems)
+        entries.append(Entry(_model(ref, path, base, entries), settings, place, file))
     inputs = _inputs(method, base, entries, problems)
     return Roles(
         base, tuple(entries), inputs, read_settings(parameters, method, "parameters", own=False, problems=problems)
     )
 
 
-def _evidence(ref: str, method: Method, where: Path | None, place: str, problems: list[str]) -> Evidence | None:
+def _statistics_file(
+    ref: str, method: Method, where: Path | None, place: str, problems: list[str]
+) -> StatisticsFile | None:
     if method.statistics is None:
         problems.append(f"{place}: {method.name} takes no statistics; remove the key, or choose a method that does")
         return None
     try:
-        return Evidence(ref, _find(ref, where, "expected a file that `mergekit-lfm stats` has made"))
+        return StatisticsFile(ref, _find(ref, where, "expected a file that `mergekit-lfm stats` has made"))
     except ValueError as wrong:
         problems.append(f"{place}: {wrong}")
         return None

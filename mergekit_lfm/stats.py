@@ -21,7 +21,6 @@ from mergekit_lfm.tensors import read_header
 if TYPE_CHECKING:
     import torch
 
-KINDS = ("gram", "fisher", "cross")
 FORMAT = "1"
 
 
@@ -74,7 +73,7 @@ def read_facts(metadata: dict[str, str], label: object) -> Facts:
     """What the metadata of a header say. FormatError where they are not those of a statistics file."""
     if metadata.get("lfm.kind") != "statistics":
         raise FormatError(f"{label} is no statistics file; make one with `mergekit-lfm stats`")
-    if metadata.get("lfm.format") != FORMAT or metadata.get("lfm.statistic") not in KINDS:
+    if metadata.get("lfm.format") != FORMAT:
         raise FormatError(f"{label} holds statistics of another version; collect them again")
     try:
         parts = {name: json.loads(metadata[f"lfm.{name}"]) for name in Facts.__dataclass_fields__ if name != "kind"}
@@ -107,6 +106,13 @@ class Statistics:
         """The tensor of this file that holds the statistic of a layer or parameter. KeyError where there is none."""
         stored = self.facts.layers[name].entry if self.facts.layers else name
         return self.tensors[f"{self.facts.kind}/{stored}"].name
+
+    def entry_of(self, tensor: str) -> str | None:
+        """The entry that is about a tensor of the model: its own, or that of the layer whose weight it is."""
+        if self.facts.layers:
+            return self.entry(self.by_weight[tensor][0]) if tensor in self.by_weight else None
+        name = f"{self.facts.kind}/{tensor}"
+        return name if name in self.tensors else None
 
     def read(self, name: str) -> torch.Tensor:
         """The statistic of a layer or parameter, in its shape: a Gram matrix is [inputs + 1, inputs + 1]."""

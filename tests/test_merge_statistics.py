@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 import signal
 from collections.abc import Iterator
@@ -18,6 +20,7 @@ from helpers_stats import gram_of, write_fisher, write_grams
 from safetensors.torch import load_file, save_file
 
 from mergekit_lfm import merge, merge_tensors
+from mergekit_lfm.display.merges import plan_text
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.plan import make_plan
 from mergekit_lfm.recipe import Recipe
@@ -25,6 +28,7 @@ from mergekit_lfm.stats import Layer
 
 Arrays = list[np.ndarray]
 INPUTS, OUTPUTS, HIDDEN = 6, 5, 7
+FACTS = {"out": "out", "peak_memory": 1, "threads": 1, "free_disk": 1, "enough_disk": True}
 
 
 def layers() -> list[Layer]:
@@ -129,13 +133,35 @@ def test_alpha_and_ridge_are_what_they_are_documented_to_be() -> None:
     alpha, ridge, weights = 0.7, 0.05, [0.25, 0.75]
     shrunk = [alpha * g + (1 - alpha) * np.diag(np.diag(g)) for g in grams]
     total = sum(w * g for w, g in zip(weights, shrunk, strict=True))
-    r = ridge * np.diag(total).mean()
+    r = ridge * np.linalg.norm(total)
     mean = sum(w * m for w, m in zip(weights, matrices, strict=True))
     above = sum(w * m @ g for w, m, g in zip(weights, matrices, shrunk, strict=True)) + r * mean
     expected = np.linalg.solve((total + r * np.eye(4)).T, above.T).T
     given = {"statistics": [torch.from_numpy(g) for g in grams], "weight": [1.0, 3.0], "alpha": alpha, "ridge": ridge}
     got = merge_tensors("regmean", [torch.from_numpy(m) for m in matrices], **given)
     assert np.allclose(got.numpy(), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("ridge", [0.0, 1e-9, 1e-6])
+@pytest.mark.parametrize(("inputs", "rank"), [(8, 3), (64, 60), (128, 60)])
+def test_null_vectors_of_the_data_keep_the_average(inputs: int, rank: int, ridge: float) -> None:
+    """Data of a low rank in both models, and inputs of very different sizes."""
+    random = np.random.default_rng(inputs)
+    sizes = 10.0 ** random.uniform(-1, 1, inputs)
+    plane = random.normal(0, 1, (rank, inputs)) * sizes
+    data = [random.normal(0, 1, (4 * inputs, rank)) @ plane for _ in range(2)]
+    matrices = [random.normal(0, 1, (3, inputs)) for _ in data]
+    grams = [torch.from_numpy(x.T @ x / len(x)).float() for x in data]
+    given = [torch.from_numpy(m) for m in matrices]
+    got = merge_tensors("regmean", given, statistics=grams, alpha=1.0, ridge=ridge).numpy()
+    null = np.linalg.svd(plane)[2][rank:].T
+    mean = (matrices[0] + matrices[1]) / 2
+    moved = np.abs((got - mean) @ null).max()
+    assert moved < (1e-3 if ridge < 1e-6 else 0.2)  # the null vectors are known to the float32 of the Gram matrices
+    best = least_squares(matrices, data, [1.0, 1.0])
+    if ridge < 1e-6:
+        for x in data:
+            assert np.abs(x @ got.T - x @ best.T).max() < 1e-2 * np.abs(x @ best.T).max()
 
 
 @pytest.mark.parametrize("ridge", [0.0, 1e-6])
@@ -197,6 +223,8 @@ def test_the_plan_and_the_lock_say_what_is_regressed_and_what_averaged(models: M
     plan = make_plan(Recipe.parse(models.recipe(), where=models.folder))
     assert plan.summary()["methods"] == {"regmean": 5, "linear": 1}
     assert [entry["statistics"] for entry in plan.summary()["statistics"]] == ["m0.gram", "m1.gram", "m2.gram"]
+    assert plan.summary()["averaged"] == {"tensors": 1, "numbers": 9 * INPUTS}
+    assert re.search(r"averaged +1 tensor, 34% of the numbers", plan_text(plan, FACTS, verbose=False))
     sizes = [path.stat().st_size for path in models.folder.glob("*.gram")]
     assert plan.bytes_read > sum(sizes) / 2
     models.merge(models.recipe())
@@ -214,6 +242,16 @@ def test_statistics_that_change_are_another_merge(models: Models) -> None:
     with pytest.raises(PlanError, match="not the output of this merge"):
         models.merge(models.recipe())
     assert models.merge(models.recipe(), overwrite=True)
+
+
+def test_fine_tunes_with_one_time_are_told_apart(models: Models) -> None:
+    """As archives that set all times to one make them: names, sizes, headers and times are the same."""
+    for i in range(3):
+        os.utime(models.folder / f"m{i}" / "model.safetensors", ns=(1, 1))
+    assert models.merge(models.recipe(), "right")
+    recipe = models.recipe()
+    recipe["models"][0]["stats"], recipe["models"][1]["stats"] = "m1.gram", "m0.gram"
+    models.refused(recipe, "2 problems", "m1.gram was collected on another model")
 
 
 def test_statistics_belong_to_a_model_wherever_it_lies(models: Models) -> None:
@@ -318,8 +356,8 @@ def test_a_method_without_statistics_refuses_them(models: Models) -> None:
 
 def test_files_that_are_no_statistics_are_refused(models: Models) -> None:
     recipe = models.recipe()
-    recipe["models"][0]["stats"] = "m0/model.safetensors"
-    models.refused(recipe, "is no statistics file", "mergekit-lfm stats")
+    recipe["models"][0]["stats"], recipe["models"][1]["stats"] = "m0/model.safetensors", "m1"
+    models.refused(recipe, "2 problems", "the `stats` of m0", "is no statistics file", "the `stats` of m1", "no such")
     write_grams(models.folder / "m0.gram", models.folder / "m0", {}, layers())
     models.refused(models.recipe(), "m0.gram names gram/a and does not hold it")
     grams = {name: gram_of(x) for name, x in models.data[0].items()}
@@ -327,6 +365,15 @@ def test_files_that_are_no_statistics_are_refused(models: Models) -> None:
     models.refused(models.recipe(), "damaged metadata")
     write_grams(models.folder / "m0.gram", models.folder / "m0", grams | {"a": grams["b"]}, layers())
     models.refused(models.recipe(), "is no Gram matrix for a.weight")
+
+
+def test_a_bias_of_two_layers_is_refused(models: Models) -> None:
+    """Two regressions would each have a value for it."""
+    shared = [Layer("a.weight", "a.bias", 1, INPUTS, "a", 50), Layer("embedding", "a.bias", 1, INPUTS, "a", 50)]
+    for i in range(3):
+        grams = {"a": gram_of(models.data[i]["a"])}
+        write_grams(models.folder / f"m{i}.gram", models.folder / f"m{i}", grams, shared)
+    models.refused(models.recipe(), "a.bias belongs to two layers")
 
 
 def test_a_weight_and_its_bias_are_one_regression(models: Models) -> None:
@@ -350,8 +397,10 @@ def test_statistics_that_are_not_finite_are_named(models: Models) -> None:
     write_grams(models.folder / "m0.gram", models.folder / "m0", grams, layers())
     with pytest.raises(FormatError, match=r"gram/a of m0\.gram holds NaN"):
         models.merge(models.recipe())
-    merged = models.merge(models.recipe(), "warned", nan="warn")
-    assert merged["embedding"].isfinite().all()
+    for ridge in (1e-6, 0.0):
+        merged = models.merge(models.recipe(ridge=ridge), f"warned {ridge}", nan="warn")
+        assert merged["embedding"].isfinite().all() and merged["b.weight"].isfinite().all()
+        assert not merged["a.weight"].isfinite().any()
 
 
 @pytest.mark.parametrize(
@@ -363,6 +412,8 @@ def test_statistics_that_are_not_finite_are_named(models: Models) -> None:
         ({"method": "fisher", "tensors": [torch.ones(2)] * 2, "statistics": [torch.ones(2)]}, "2 tensors"),
         ({"method": "linear", "tensors": [torch.ones(2)], "statistics": [torch.ones(2)], "weight": 1}, "takes no"),
         ({"method": "fisher", "tensors": [torch.ones(2)], "statistics": [torch.ones(2)], "weight": 0}, "all weights"),
+        ({"method": "fisher", "tensors": [torch.ones(2)], "statistics": [-torch.ones(2)]}, "negative"),
+        ({"method": "regmean", "tensors": [torch.ones(1, 2)], "statistics": torch.full((1, 2, 2), torch.nan)}, "NaN"),
         (
             {"method": "fisher", "tensors": [torch.ones(2)], "statistics": [torch.zeros(2)], "normalize": True},
             "0 everywhere",

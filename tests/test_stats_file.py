@@ -69,7 +69,6 @@ def test_fisher_is_found_by_the_tensor(model: Path) -> None:
     [
         ({"lfm.kind": "patch"}, "is no statistics file"),
         ({"lfm.format": "2"}, "another version"),
-        ({"lfm.statistic": "hessian"}, "another version"),
         ({"lfm.layers": "{"}, "damaged metadata"),
         ({"lfm.layers": json.dumps({"q": {"weight": "q.weight"}})}, "damaged metadata"),
         ({"lfm.models": "7"}, "damaged metadata"),

@@ -26,6 +26,10 @@ def plan_text(plan: Plan, facts: dict[str, Any], verbose: bool) -> str:
         ("free disk", f"{format_size(facts['free_disk'])}, {enough}"),
         ("plan", plan.digest),
     ]
+    if plan.averaged:
+        share = sum(job.spec.numel for job in plan.averaged) / sum(job.spec.numel for job in plan.tensors)
+        what = f"{counted(len(plan.averaged), 'tensor')}, {share:.0%} of the numbers: there are no statistics of them"
+        rows.insert(3, ("averaged", what))
     lines = [table(rows)]
     lines += [f"held beside the memory budget, its tensors are no byte ranges: {file}" for file in plan.held]
     lines += [f"dropped: {model}: {tensor}: {reason}" for model, tensor, reason in plan.dropped]

@@ -50,7 +50,7 @@ class Parameter:
     choices: tuple[str, ...] = ()
 
 
-Statistic = Literal["gram", "fisher"]
+Kind = Literal["gram", "fisher"]  # of statistics that methods take
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,5 +187,5 @@ class Method:
     scope: Callable[[Mapping[str, Value]], str] = field(default=lambda _: "tensor")
     row: Callable[[Unit], int | None] = field(default=lambda _: None)
     copies: Callable[[Unit], bool] = field(default=lambda _: False)
-    statistics: Statistic | None = None
+    statistics: Kind | None = None
     whole: Whole | None = None

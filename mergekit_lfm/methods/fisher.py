@@ -69,7 +69,9 @@ METHODS = (
         summary="average weighted for each parameter by its diagonal Fisher information; needs `stats` for each model",
         parameters=(
             Parameter("weight", 1.0, per_input=True, minimum=0, doc="factor of the model's Fisher information"),
-            Parameter("epsilon", 1e-6, per_input=False, above=0, doc="added to the Fisher information, which may be 0"),
+            Parameter(
+                "epsilon", 1e-6, per_input=False, minimum=1e-37, doc="added to the Fisher information, which may be 0"
+            ),
             Parameter(
                 "normalize",
                 False,

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 BAND = 256  # rows of a Gram matrix that are read at a time
 OUTPUTS = 1024  # rows of a layer that are solved for at a time
 RESOLUTION = 2.0**-23  # of the float32 in which Gram matrices are stored
+LEAST_RIDGE = 2.0**-20  # the rounding of a Gram matrix has at most 2^-24 of its norm
 
 
 @immediate
@@ -30,8 +31,8 @@ def _merge(unit: Unit, layers: Sequence[Linears]) -> Iterator[torch.Tensor]:
     """M + (sum_i l_i (W_i - M) G_i) (sum_i l_i G_i + r I)^-1 with M the weighted average of the W_i.
 
     The minimiser of sum_i l_i tr (W - W_i) G_i (W - W_i)^T + r |W - M|^2; for r = 0 that of Jin et al. 2023. The
-    entries of G_i off its diagonal are scaled by `alpha`; r is `ridge` times the mean diagonal of sum_i l_i G_i. Where
-    the sum is singular, directions that no model's data have keep the average.
+    entries of G_i off its diagonal are scaled by `alpha`; r is `ridge` times the Frobenius norm of sum_i l_i G_i. With
+    r = 0 directions that no model's data have keep the average.
     """
     import torch
 
@@ -67,25 +68,47 @@ def _bands(unit: Unit, layer: Linears, i: int) -> Iterator[tuple[int, torch.Tens
 
 
 def _division(unit: Unit, weights: Sequence[float], layer: Linears) -> Callable[[torch.Tensor], torch.Tensor]:
-    """x -> x S^-1, which may overwrite x, for the sum S of the weighted Gram matrices and the ridge.
+    """x -> x (S + r I)^-1, which overwrites x, for the sum S of the weighted Gram matrices.
 
-    By Cholesky; where S is singular or, by rounding, indefinite, by its pseudo-inverse.
+    By Cholesky. Without a ridge, where S is singular as far as float32 can tell, by a generalised inverse whose values
+    are orthogonal to all directions in which S is 0.
     """
     import torch
 
     total, scale = _scaled_sum(unit, weights, layer)
-    symmetric = total.T  # in the column order in which LAPACK factors in place
-    _, failed = torch.linalg.cholesky_ex(symmetric, out=(symmetric, torch.empty((), dtype=torch.int32)))
-    if not failed:
-        return lambda x: torch.cholesky_solve(x.mul_(scale).T, symmetric).T.mul_(scale)
-    values, vectors = torch.linalg.eigh(_scaled_sum(unit, weights, layer)[0])
-    least = len(values) * RESOLUTION * float(values[-1].clamp(min=0))
-    inverse = torch.where(values > least, 1 / values, 0.0)
-    return lambda x: ((x.mul_(scale) @ vectors).mul_(inverse) @ vectors.T).mul_(scale)
+    finite = bool(total.sum().isfinite())
+    factor = total.T  # symmetric, and in the column order in which LAPACK works in place
+    _, failed = torch.linalg.cholesky_ex(factor, out=(factor, torch.empty((), dtype=torch.int32)))
+    if finite and not _has_ridge(unit) and (failed or float(factor.diagonal().min()) ** 2 < len(factor) * RESOLUTION):
+        return _singular_division(*_scaled_sum(unit, weights, layer))
+
+    def divide(x: torch.Tensor) -> torch.Tensor:
+        columns = x.mul_(scale).T
+        torch.linalg.solve_triangular(factor, columns, upper=False, out=columns)
+        torch.linalg.solve_triangular(factor.T, columns, upper=True, out=columns)
+        return x.mul_(scale)
+
+    return divide
+
+
+def _singular_division(total: torch.Tensor, scale: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    import torch
+
+    values, vectors = torch.linalg.eigh(total)
+    kept = values > len(values) * RESOLUTION * float(values[-1].clamp(min=0))
+    inverse = torch.where(kept, 1 / values, 0.0)
+    null, _ = torch.linalg.qr(scale[:, None] * vectors[:, ~kept])  # of S itself, orthonormal
+
+    def divide(x: torch.Tensor) -> torch.Tensor:
+        x = ((x.mul_(scale) @ vectors).mul_(inverse) @ vectors.T).mul_(scale)
+        return x.sub_((x @ null) @ null.T)
+
+    return divide
 
 
 def _scaled_sum(unit: Unit, weights: Sequence[float], layer: Linears) -> tuple[torch.Tensor, torch.Tensor]:
-    """T S T and the diagonal of T, which makes that of T S T 1 where it is not 0: so it is factored more exactly."""
+    """T (S + r I) T and the diagonal of T, with which that has a diagonal of 1 where it is not 0: so it is factored
+    more exactly."""
     import torch
 
     inputs = layer.shape[1]
@@ -94,18 +117,23 @@ def _scaled_sum(unit: Unit, weights: Sequence[float], layer: Linears) -> tuple[t
         for start, band in _bands(unit, layer, i):
             total[start : start + len(band)] += band.mul_(weight)
     diagonal = total.diagonal()
-    diagonal += unit.number("ridge") * float(diagonal.mean())
+    if _has_ridge(unit):
+        diagonal += unit.number("ridge") * float(torch.linalg.matrix_norm(total))
     scale = torch.where(diagonal > 0, diagonal.rsqrt(), 1.0)
     return total.mul_(scale).mul_(scale[:, None]), scale
+
+
+def _has_ridge(unit: Unit) -> bool:
+    """Whether the ridge is more than the rounding of the matrices; a smaller one would be lost in it."""
+    return unit.number("ridge") >= LEAST_RIDGE
 
 
 def _nbytes(unit: Unit, outputs: int, inputs: int) -> int:
     """The sum, which is factored in place, a few bands, and the rows of a layer that are solved for.
 
-    A sum that may turn out to be singular takes five times as much more for its eigenvectors.
+    A sum that may turn out to be singular takes seven times as much more for its eigenvectors.
     """
-    regular = unit.number("alpha") < 1 and unit.number("ridge") > 0
-    squares = 1 if regular else 6
+    squares = 1 if _has_ridge(unit) else 8
     return 8 * inputs * (squares * inputs + 3 * BAND + 6 * min(outputs, OUTPUTS) + 3 * outputs)
 
 
@@ -129,7 +157,7 @@ METHODS = (
                 1e-6,
                 per_input=False,
                 minimum=0,
-                doc="pull towards the average, relative to the mean diagonal of the summed Gram matrices",
+                doc="pull towards the average, relative to the norm of the summed Gram matrices; below 9.6e-7 none",
             ),
         ),
         base="member",
