@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mergekit_lfm.data import Batch, as_batches, read_data, read_pairs
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.runtime import Loaded, embeddings, load_model, logits, start_token, tokenizer_for_texts
+from mergekit_lfm.runtime import Loaded, embeddings, load_model, logits, run, start_token, tokenizer_for_texts
 
 # The logits of a window are [window, vocabulary] in float32: 1 GB for 2,048 tokens and 128k entries. The 131,072
 # positions that recent models declare would take 67 GB.
@@ -118,8 +118,8 @@ def _nll(model: nn.Module, ids: list[int], targets: list[int]) -> float:
     """-ln p summed over the targets, the tokens that follow the last len(targets) of ids; in nats."""
     device = next(model.parameters()).device
     with torch.inference_mode():
-        output = model(torch.tensor([ids], device=device), use_cache=False).logits[0]
-        scores = output[-len(targets) :].float().log_softmax(-1)  # [targets, vocabulary]
+        output = run(model, (torch.tensor([ids], device=device),), {"use_cache": False})
+        scores = logits(output)[0, -len(targets) :].float().log_softmax(-1)  # [targets, vocabulary]
         chosen = scores.gather(-1, torch.tensor(targets, device=device)[:, None])
     return -float(chosen.double().sum())
 
@@ -197,7 +197,7 @@ def _vectors(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
 def _forward(model: nn.Module, batch: Batch) -> Any:
     batch = batch.to(model)
     with torch.inference_mode():
-        return model(*batch.args, **batch.kwargs)
+        return run(model, batch.args, batch.kwargs)
 
 
 def _batches(

@@ -7,7 +7,7 @@ transformers would start the rest at random and only log it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
@@ -31,6 +31,12 @@ TOKENIZER_FILES = (
     "tokenizer.model",
     "spiece.model",
 )
+# What from_pretrained is told: no network, and no code of the folder, which it would ask about on standard input.
+OURS = {"local_files_only": True, "trust_remote_code": False}
+PROBE = 4  # tokens, to see whether a model looks ahead
+# What moves a logit by rounding alone, as a fraction of the largest: an expert's batch depends on the other tokens. A
+# BERT of random weights looks ahead by 0.005, a trained one by far more.
+ROUNDING = 1e-4
 
 
 @dataclass(frozen=True)
@@ -47,10 +53,10 @@ class Loaded:
 
     @property
     def positions(self) -> int | None:
-        """The longest sequence the config allows, in tokens; None where it names no limit."""
+        """The longest sequence the config allows, in tokens; None where it names no limit, XLNet's -1 for one."""
         config: Any = self.model.config
         limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-        return None if limit is None else int(limit)
+        return None if limit is None or limit < 1 else int(limit)
 
 
 def load_model(path: str | Path, task: str, *, dtype: str = "float32", device: str = "cpu") -> Loaded:
@@ -59,10 +65,12 @@ def load_model(path: str | Path, task: str, *, dtype: str = "float32", device: s
     task says what of the model is wanted: "lm" a causal language model, "classification" a classifier of texts or
     images, "embedding" the encoder without a head. dtype is what it computes in: a torch dtype's name, or "auto" for
     the one it was saved in (half the memory for a bf16 model, but coarser results, and slow on most CPUs). Raises
-    FormatError where path is no such folder or its files lack tensors of the model, PlanError for an unknown task.
+    FormatError where path is no such folder or its files lack tensors of the model, PlanError for an unknown task, for
+    an architecture that cannot do it, and for a device or dtype that is not to be had.
     """
     if task not in TASKS:
         raise PlanError(f"there is no task {task!r}; expected {', '.join(TASKS)}. Choose one of them")
+    _check_place(device, dtype)
     transformers = _transformers()
     folder = Path(path)
     if not (folder / "config.json").is_file():
@@ -71,14 +79,35 @@ def load_model(path: str | Path, task: str, *, dtype: str = "float32", device: s
             "tokenizer. Give the path of such a folder (a model on the Hub has to be downloaded first)"
         )
     checkpoint = open_checkpoint(folder)
-    with _quiet(transformers):
+    with _quiet(transformers), _loading(folder, task):
+        _check_architecture(transformers.AutoConfig.from_pretrained(folder, **OURS), folder, task)
         tokenizer = _tokenizer(transformers, folder)
         model = _complete_model(_auto_class(transformers, checkpoint, task), folder, task, dtype)
-    if task == "classification" and tokenizer is not None and model.config.get_text_config().pad_token_id is None:
+    text_config = model.config.get_text_config()
+    if task == "classification" and tokenizer is not None and getattr(text_config, "pad_token_id", 0) is None:
         # Decoders refuse batches without a padding token, to find each row's last token by. No row is padded here: an
         # id that no token has makes the last one count.
-        model.config.get_text_config().pad_token_id = -1
-    return Loaded(model.to(device).eval(), tokenizer, task, checkpoint)
+        text_config.pad_token_id = -1
+    loaded = Loaded(model.to(device).eval(), tokenizer, task, checkpoint)
+    if task == "lm":
+        _check_causal(loaded)
+    return loaded
+
+
+def run(model: nn.Module, args: Sequence[Tensor] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+    """What the model returns for these inputs. PlanError where it fails on them, which says what it takes."""
+    kwargs = kwargs or {}
+    try:
+        return model(*args, **kwargs)
+    except (FormatError, PlanError):
+        raise
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        named = {**{f"input {i}": x for i, x in enumerate(args)}, **kwargs}
+        given = ", ".join(f"{name} {_shown(x)}" for name, x in named.items()) or "no inputs"
+        raise PlanError(
+            f"{type(model).__name__} failed on {given} ({_reason(error)}); expected what its forward takes: "
+            f"{', '.join(signature(model.forward).parameters)}. Give data that fit the model, or a model that fits them"
+        ) from error
 
 
 def tokenizer_for_texts(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
@@ -146,10 +175,87 @@ def _transformers() -> Any:
     return transformers
 
 
+def _shown(x: Any) -> str:
+    return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}" if hasattr(x, "dtype") else repr(x)
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what an error of others says, with its class, as a KeyError says nothing without."""
+    return f"{type(error).__name__}: {str(error).strip().split(chr(10))[0]}"
+
+
+def _check_place(device: str, dtype: str) -> None:
+    import torch
+
+    kind = getattr(torch, dtype, None)
+    if dtype != "auto" and not (isinstance(kind, torch.dtype) and kind.is_floating_point):
+        raise PlanError(
+            f"there is no dtype {dtype!r} to compute in; expected float32, float64, bfloat16, float16, auto"
+        )
+    try:
+        if torch.empty(1, device=device).is_meta:
+            raise PlanError("the device 'meta' computes nothing; expected one like cpu or cuda. Choose another")
+    except (AssertionError, ImportError, RuntimeError) as error:  # what torch raises depends on how it was built
+        raise PlanError(
+            f"the device {device!r} cannot be used here ({_reason(error)}); expected one like cpu, cuda or cuda:1. "
+            "Choose one that this machine and this torch have"
+        ) from None
+
+
+def _check_architecture(config: Any, folder: Path, task: str) -> None:
+    """PlanError for an encoder with a decoder, except to classify: its output is the decoder's."""
+    if task != "classification" and getattr(config, "is_encoder_decoder", False):
+        raise PlanError(
+            f"{folder}: its architecture, {_architecture(config)}, is no {TASKS[task]}: its decoder needs inputs of "
+            "its own. Expected one that takes the text alone; give such a model"
+        )
+
+
+def _architecture(config: Any) -> str:
+    return ", ".join(config.architectures or [type(config).__name__])
+
+
+def _check_causal(loaded: Loaded) -> None:
+    """PlanError where the scores after the first token depend on later ones, as in a BERT that is no decoder."""
+    import torch
+
+    length = min(PROBE, loaded.positions or PROBE)
+    ids = torch.zeros(2, length, dtype=torch.long, device=next(loaded.model.parameters()).device)
+    ids[1, 1:] = 1
+    with torch.inference_mode():
+        scores = logits(run(loaded.model, kwargs={"input_ids": ids}))[:, 0]  # [2, vocabulary]
+    first, second = scores.float()
+    rounding = max(ROUNDING, 4 * torch.finfo(scores.dtype).eps)
+    if float((first - second).abs().max()) > rounding * float(first.abs().max()):
+        raise PlanError(
+            f"{loaded.checkpoint.path}: its architecture, {_architecture(loaded.model.config)}, is no {TASKS['lm']}: "
+            "it scores a token with a look at those after it. Give a model that predicts the next token (of a BERT "
+            "that was trained so the config says is_decoder: true)"
+        )
+
+
+@contextmanager
+def _loading(folder: Path, task: str) -> Iterator[None]:
+    """What transformers raises for a folder that it cannot load, as one FormatError."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        yield
+    except (FormatError, PlanError):
+        raise
+    except (ImportError, LookupError, RuntimeError, StrictDataclassError, TypeError, ValueError) as error:
+        foreign = "trust_remote_code" in str(error)
+        reason = "it needs code that is in the folder, which is not run" if foreign else _reason(error)
+        raise FormatError(
+            f"{folder}: found no {TASKS[task]} that can be loaded: {reason}; expected a model and a tokenizer of a "
+            "kind that the installed transformers has. Give such a model, or choose the task that it is for"
+        ) from error
+
+
 def _tokenizer(transformers: Any, folder: Path) -> PreTrainedTokenizerBase | None:
     if not any((folder / name).exists() for name in TOKENIZER_FILES):
         return None
-    tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(folder, **OURS)
     return tokenizer
 
 
@@ -172,9 +278,9 @@ def _complete_model(auto: Any, folder: Path, task: str, dtype: str) -> Any:
         model, report = auto.from_pretrained(
             folder,
             dtype=dtype,
-            local_files_only=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
+            **OURS,
             **options,
         )
         missing = sorted(f"{name}: not in the files" for name in report["missing_keys"])

@@ -155,6 +155,20 @@ def transformer(kind: str, seed: int = 3) -> nn.Module:
     return transformers.BertModel(config).double()
 
 
+def image_model(kind: str, seed: int = 3) -> nn.Module:
+    """A fresh classifier of images in float64, "vit", "dinov2" or "beit", whose layers have other names on disk."""
+    import transformers
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_labels": 3}
+    sizes |= {"image_size": 8, "patch_size": 4, "num_channels": 1}
+    prefix = {"vit": "ViT", "dinov2": "Dinov2", "beit": "Beit"}[kind]
+    inner = {} if kind == "dinov2" else {"intermediate_size": 24}
+    torch.manual_seed(seed)
+    config = getattr(transformers, f"{prefix}Config")(**sizes, **inner)
+    model: nn.Module = getattr(transformers, f"{prefix}ForImageClassification")(config)
+    return model.double()
+
+
 def brute_force_fisher(
     model: nn.Module, batches: Sequence[Batch], scalars: Callable[[Any, Batch], Sequence[tuple[float | Tensor, Tensor]]]
 ) -> dict[str, Tensor]:

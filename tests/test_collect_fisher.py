@@ -25,7 +25,7 @@ from helpers_collect import (
 )
 from torch import Tensor, nn
 
-from mergekit_lfm.collect import collect_stats, fisher
+from mergekit_lfm.collect import collect_stats, examplewise, fisher
 from mergekit_lfm.collect.declare import Request
 from mergekit_lfm.collect.subject import Subject
 from mergekit_lfm.errors import PlanError
@@ -146,7 +146,7 @@ def test_a_whole_batch_gives_what_single_examples_give(name: str, dtype: torch.d
     made = case(name)
     model, (batch,) = made.model.to(dtype), made.data([5])
     subject = Subject(model, "", {n: n for n, _ in model.named_parameters(remove_duplicate=False)})
-    request = Request((subject,), [batch], made.task, LABELS[made.task], 1, 0, ())
+    request = Request((subject,), [batch], made.task, LABELS[made.task], 1, 0, (), 10**9)
     statistic = fisher.Fisher(request)
     found = []
     for together in (True, False):
@@ -262,3 +262,60 @@ def test_labels_that_cannot_be_had_are_refused(task: Any, labels: Any, message: 
 def test_a_label_beyond_the_classes_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=r"found the label [34], expected 0 to 2"):
         collect_stats("fisher", mlp(6, 3), arrays(6, labels=5)([20]), tmp_path / "fisher", labels="true")
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "task", "message"),
+    [
+        (
+            lambda: mlp(6, 3),
+            arrays(6),
+            "lm",
+            r"\[8, 3\], expected \[examples, tokens.*'lm'; .* task 'classification' takes",
+        ),
+        (lambda: Tied().double(), texts(4), "classification", r"\[8, 4, 29\], expected .*classes\].* task 'lm' takes"),
+        (lambda: mlp(6, 3), arrays(5, 5, 6), "lm", r"\[8, 5, 5, 3\], expected .*; wrap it"),
+        (lambda: mlp(6, 1), arrays(6), "classification", "one class, whose probability is always 1"),
+        (
+            lambda: labelled("regression"),
+            texts(4),
+            "classification",
+            "problem_type 'regression', expected a classifier",
+        ),
+        (lambda: labelled("multi_label_classification"), texts(4), "classification", "problem_type 'multi_label"),
+        (lambda: Tied().double(), texts(1), "lm", "0 everywhere"),
+    ],
+)
+def test_what_has_no_fisher_of_the_task_is_refused(
+    model: Callable[[], nn.Module], data: Any, task: Any, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(PlanError, match=message):
+        collect_stats("fisher", model(), data([8]), tmp_path / "fisher", task=task)
+    assert not (tmp_path / "fisher").exists()
+
+
+def labelled(problem: str) -> nn.Module:
+    model: Any = transformer("bert")
+    model.config.problem_type = problem
+    return model  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(("elements", "groups"), [(1000, [3]), (20, [2, 1]), (0, [1, 1, 1])])
+def test_both_ways_are_compared_within_the_memory(elements: int, groups: list[int]) -> None:
+    """The last parameter's gradients are zero but for rounding, which shows by the others, in whatever group."""
+    parameters = [nn.Parameter(torch.ones(10)) for _ in range(3)]
+    seen: list[int] = []
+
+    def way(last: float) -> Callable[[examplewise.Parameters], None]:
+        def add(wanted: examplewise.Parameters) -> None:
+            seen.append(len(wanted))
+            for parameter, (total,) in wanted.items():
+                total += last if parameter is parameters[2] else 1.0
+
+        return add
+
+    memory = elements * examplewise.TRIED_BYTES
+    assert examplewise.gradients_agree(parameters, way(1e-16), way(1e-20), memory)
+    assert seen == [n for n in groups for _ in "12"]
+    assert not examplewise.gradients_agree(parameters, way(1e-3), way(1e-20), memory)
+    assert not examplewise.gradients_agree(parameters, way(float("nan")), way(1.0), memory)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from helpers_collect import Batch, arrays, mlp, texts, transformer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mergekit_lfm.collect import collect_stats, moments
@@ -143,7 +144,10 @@ def test_all_calls_of_a_layer_count(tmp_path: Path) -> None:
     rows = np.concatenate([both.numpy(), np.ones((12, 1))], axis=1)
     assert_close(stats.read("twice"), gram(rows))
     assert stats.facts.layers["twice"].count == 12
-    assert stats.facts.layers.keys() == {"twice", "named"}
+    assert stats.facts.layers.keys() == {"twice", "named", "again"}
+    named, again = (stats.facts.layers[name] for name in ("named", "again"))
+    assert (again.weight, again.bias, again.entry) == ("again.weight", "again.bias", named.entry)
+    assert (named.weight, named.bias, named.count) == ("named.weight", "named.bias", again.count)
     assert stats.facts.skipped == {"never": "not called while the model ran on the data"}
 
 
@@ -284,3 +288,62 @@ def test_nan_names_the_layer_and_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match=r"gram/2: NaN or infinite after 3 examples"):
         collect_stats("gram", model, arrays(6)([3, 3]), tmp_path / "gram")
     assert not (tmp_path / "gram").exists()
+
+
+class Experts(nn.Module):
+    """Sends every token to one of two layers by the sign of its first entry."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left = x[:, 0] < 0
+        return torch.cat([self.left(x[left]), self.right(x[~left])])
+
+
+def test_a_layer_that_no_token_reaches_is_not_called(tmp_path: Path) -> None:
+    model, x = Experts(), torch.ones(3, 4)
+    stats = collect_stats("gram", model, [-x, -x], tmp_path / "one")
+    assert stats.facts.layers.keys() == {"left"}
+    assert stats.facts.skipped == {"right": "not called while the model ran on the data"}
+    late = collect_stats("gram", model, [-x, 2 * x], tmp_path / "both")
+    assert {name: layer.count for name, layer in late.facts.layers.items()} == {"left": 3, "right": 3}
+    assert late.read("right")[0, 0] == 4
+
+
+def test_a_shared_bias_belongs_to_no_layer(tmp_path: Path) -> None:
+    model = mlp(4, 4, 4, 3)
+    model[2].bias = model[0].bias
+    stats = collect_stats("gram", model, arrays(4)([3]), tmp_path / "gram")
+    assert stats.facts.layers.keys() == {"4"}
+    assert stats.facts.skipped == dict.fromkeys(("0", "2"), "another module uses its bias too (tied weights)")
+
+
+class Fused(nn.Module):
+    """Weights that are no linear layer's: fused ones, a table, a convolution, a scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(29, 4)
+        self.conv = nn.Conv1d(4, 4, 1)
+        self.experts = nn.Parameter(torch.randn(2, 4, 4))
+        self.scale = nn.Parameter(torch.ones(4))
+        self.out = nn.Linear(4, 3)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.conv(self.table(input_ids).mT).mT * self.scale
+        out: Tensor = self.out((x @ self.experts.sum(0)).mean(1))
+        return out
+
+
+@pytest.mark.parametrize("kind", ["gram", "cross"])
+def test_matrices_that_are_not_covered_are_named(kind: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Fused()
+    save_file({f"body.{name}": x for name, x in model.state_dict().items()}, tmp_path / "model.safetensors")
+    place = {"checkpoint": tmp_path / "model.safetensors"}
+    if kind == "cross":
+        place |= {"other": model, "other_checkpoint": tmp_path / "model.safetensors"}
+    stats = collect_stats(kind, model, texts(5)([3]), tmp_path / "out", **place)
+    assert stats.facts.skipped == {"body.experts": "not the weight of a Linear layer"}

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_collect import OutOfSight, Tied, arrays, mlp, texts, transformer
+from helpers_collect import OutOfSight, Tied, arrays, image_model, mlp, texts, transformer
 from safetensors.torch import save_file, save_model
 from torch import nn
 
 from mergekit_lfm.checkpoint import open_checkpoint
 from mergekit_lfm.collect import collect_stats
+from mergekit_lfm.collect.locate import located
 from mergekit_lfm.errors import FormatError, PlanError
 
 
@@ -100,6 +101,38 @@ def test_content_that_is_not_unique_proves_nothing(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(PlanError, match="no linear layer in the model"):
         collect_stats("gram", model, arrays(4)([3]), tmp_path / "gram", checkpoint=tmp_path / "model.safetensors")
+    stats = collect_stats(
+        "fisher", model.double(), arrays(4)([3]), tmp_path / "fisher", checkpoint=tmp_path / "model.safetensors"
+    )
+    several = "several tensors of the checkpoint hold the same values"
+    assert stats.facts.skipped == {"0.weight": several, "1.weight": several}
+    assert stats.tensors.keys() == {"fisher/x1", "fisher/x3"}
+
+
+@pytest.mark.parametrize("kind", ["vit", "dinov2", "beit"])
+def test_renamed_layers_are_found_though_values_repeat(kind: str, tmp_path: Path) -> None:
+    """A fresh model has equal biases and norms; of the same model with random numbers everywhere, values tell all."""
+    fresh, random = image_model(kind), image_model(kind)
+    with torch.no_grad():
+        for parameter in random.parameters():
+            parameter.normal_()
+    folders = [saved(model, tmp_path / name) for model, name in ((fresh, "fresh"), (random, "random"))]
+    expected, _ = located(random, open_checkpoint(folders[1]))
+    assert sorted(expected.values()) == sorted(open_checkpoint(folders[1]))
+    assert located(fresh, open_checkpoint(folders[0])) == (expected, frozenset())
+    names, skipped = layer_names(fresh, arrays(1, 8, 8)([2]), tmp_path / "gram", checkpoint=folders[0])
+    assert len(names) == 2 * 6 + 1
+    assert all(reason == "not the weight of a Linear layer" for reason in skipped.values())
+
+
+def test_a_lone_equal_tensor_of_another_name_proves_nothing(tmp_path: Path) -> None:
+    """The bias of a new head is 0 as another tensor may be: only values that vary are recognised by themselves."""
+    model = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3))
+    nn.init.zeros_(model[1].bias)
+    tensors = {"a.weight": model[0].weight, "a.bias": model[0].bias, "means": torch.zeros(3)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    expected = {"0.weight": "a.weight", "0.bias": "a.bias"}
+    assert located(model, open_checkpoint(tmp_path / "model.safetensors")) == (expected, frozenset())
 
 
 def test_a_model_trained_since_it_was_loaded_is_refused(tmp_path: Path) -> None:

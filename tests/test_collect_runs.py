@@ -216,6 +216,9 @@ def test_outputs_that_would_harm_inputs_are_refused(tmp_path: Path) -> None:
         ("cross", {}, "cross takes two models"),
         ("gram", {"other": nn.Linear(6, 3)}, "gram takes one model"),
         ("fisher", {"samples": 0}, "samples is 0"),
+        ("gram", {"seed": -1}, "seed is -1; expected 0 to"),
+        ("fisher", {"seed": 2**64}, "seed is 18446744073709551616; expected 0 to"),
+        ("gram", {"task": "vision"}, "found the task 'vision', expected one of lm, classification, embedding"),
         ("gram", {"window": 5}, "window and max_examples are for data files"),
         ("gram", {"memory": "much"}, "found 'much', expected a size"),
     ],
@@ -229,6 +232,29 @@ def test_what_cannot_be_asked_is_said(kind: Any, options: dict[str, Any], messag
 def test_a_model_without_parameters_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="ReLU has no parameters"):
         collect_stats("gram", nn.ReLU(), arrays(6)([3]), tmp_path / "out")
+
+
+def test_a_model_without_values_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match=r"0\.weight, 0\.bias, .* and 1 more of Sequential: on the meta device"):
+        collect_stats("gram", mlp(6, 5, 4, 3).to("meta"), arrays(6)([3]), tmp_path / "out")
+
+
+def test_texts_need_one_vocabulary_for_both_models(tmp_path: Path) -> None:
+    import transformers
+    from helpers_text import bert_config, byte_tokenizer
+
+    def folder(name: str, *more: str) -> Path:
+        transformers.BertForSequenceClassification(bert_config()).save_pretrained(tmp_path / name)
+        tokenizer = byte_tokenizer()
+        tokenizer.add_tokens(list(more))
+        tokenizer.save_pretrained(tmp_path / name)
+        return tmp_path / name
+
+    one, same, other = folder("one"), folder("same"), folder("other", "zzz")
+    (tmp_path / "data.txt").write_text("abc\n")
+    with pytest.raises(PlanError, match=r"one and .*other have different tokens.*one vocabulary"):
+        collect_stats("cross", one, tmp_path / "data.txt", tmp_path / "out", other=other)
+    assert collect_stats("cross", one, tmp_path / "data.txt", tmp_path / "out", other=same).facts.examples == 1
 
 
 def test_a_full_disk_shows_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import torch
 from helpers_commands import ROOT, answer, on_a_terminal, refusal, run, start, wait_for
 from safetensors.torch import load_file, save_file
 
+from mergekit_lfm import open_checkpoint
 from mergekit_lfm.methods import METHODS
 from mergekit_lfm.sizes import format_size, parse_size
 
@@ -268,6 +269,14 @@ def test_inspect_lists_tensors_and_totals(path: str) -> None:
         "layers.0.v": ([5], "float32", 20),
     }
     assert (found["numbers"], found["bytes"]) == (17, 68)
+
+
+@pytest.mark.usefixtures("folder")
+def test_inspect_gives_the_content_when_asked() -> None:
+    content = open_checkpoint("a").content
+    assert run("inspect", "a", "--content").stdout.endswith(f", content {content}\n")
+    assert answer(run("inspect", "a", "--content", "--json"))["content"] == content
+    assert content not in run("inspect", "a").stdout
 
 
 def test_methods_lists_all_and_describes_one() -> None:

@@ -13,10 +13,12 @@ import torch
 from helpers_text import BOS, EOS, VOCABULARY, byte_tokenizer, write_lines
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import normalizers
 from torch.utils.data import DataLoader, TensorDataset
 
 from mergekit_lfm.data import Batch, as_batches, digest_of, read_data, read_documents, read_pairs
 from mergekit_lfm.data.files import _windows
+from mergekit_lfm.data.lines import Line
 from mergekit_lfm.errors import FormatError, PlanError
 
 PLAIN, SPECIAL = byte_tokenizer(limit=10**30), byte_tokenizer(special=True)
@@ -100,7 +102,7 @@ def test_documents_are_cut_into_windows_of_the_models_positions(
 @given(st.lists(st.integers(1, 70), min_size=1, max_size=5), st.integers(2, 40))
 def test_every_token_of_every_document_is_predicted_once(sizes: list[int], window: int) -> None:
     documents = [chr(97 + i) * size for i, size in enumerate(sizes)]
-    found = _windows(documents, PLAIN, window)
+    found = _windows(Path("x.txt"), [Line(document) for document in documents], PLAIN, window)
     assert all(ids[0] == BOS and 2 <= len(ids) <= window for ids in found)
     assert "".join(spelled(ids) for ids in found) == "".join(documents)
     assert all(len(set(ids[1:])) == 1 for ids in found)  # no window mixes documents
@@ -373,3 +375,19 @@ def test_a_batch_goes_to_a_model_in_its_dtype() -> None:
 def test_tokens_are_of_the_vocabulary(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "x.jsonl", {"text": "".join(map(chr, range(32, 1000)))})
     assert max(max(ids) for ids, _ in rows(read_data(path, "lm", PLAIN)).values()) < VOCABULARY
+
+
+def test_a_text_without_tokens_is_told_by_line(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("?", "")
+    path = write_lines(tmp_path / "x.jsonl", {"text": "a", "positive": "?"}, "", {"text": "?", "positive": "a"})
+    for task in ("lm", "embedding"):
+        with pytest.raises(FormatError, match=r"x\.jsonl: expected texts of at least one token .*\n  line 3: no token"):
+            read_data(path, task, tokenizer)
+    with pytest.raises(FormatError, match="line 3: no token"):
+        read_pairs(path, tokenizer)
+    assert len(read_data(path, "embedding", tokenizer, max_examples=1)) == 1
+    plain = tmp_path / "x.txt"
+    plain.write_text("a\n\n??\n")
+    with pytest.raises(FormatError, match="line 3: no token"):
+        read_data(plain, "classification", tokenizer)

@@ -82,13 +82,14 @@ def test_the_first_layer_of_regmean_is_the_least_squares_fit_to_what_the_models_
         inputs.append(np.hstack([images, np.ones((len(images), 1))]))
         targets.append(images @ doubles(tensors["first.weight"]).T + doubles(tensors["first.bias"]))
     x, y = np.concatenate(inputs), np.concatenate(targets)
-    fitted = x @ np.linalg.lstsq(x, y, rcond=None)[0]
+    average = load_file(folders[AVERAGE] / "model.safetensors")
+    mean = np.vstack([doubles(average["first.weight"]).T, doubles(average["first.bias"])])  # [inputs + 1, outputs]
+    pull = np.sqrt(1e-6 * np.linalg.norm(x.T @ x)) * np.eye(len(mean))  # the recipe's ridge, as rows of the problem
+    fitted = x @ np.linalg.lstsq(np.vstack([x, pull]), np.vstack([y, pull @ mean]), rcond=None)[0]
     merged = load_file(folders["digits_regmean"] / "model.safetensors")
     found = x[:, :-1] @ doubles(merged["first.weight"]).T + doubles(merged["first.bias"])
-    # the ridge of 1e-6 and the rounding of stored Gram matrices to float32, both relative
-    assert np.abs(found - fitted).max() < 2e-4 * np.abs(fitted).max()
-    average = load_file(folders[AVERAGE] / "model.safetensors")
-    apart = x[:, :-1] @ doubles(average["first.weight"]).T + doubles(average["first.bias"])
+    assert np.abs(found - fitted).max() < 2e-4 * np.abs(fitted).max()  # Gram matrices are rounded to float32
+    apart = x @ mean
     assert np.abs(apart - fitted).max() > 0.05 * np.abs(fitted).max()
 
 

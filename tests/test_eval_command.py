@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers_commands import answer, refusal, run
 from helpers_text import bert_config, byte_tokenizer, llama_config, save_model, write_lines
@@ -127,3 +128,10 @@ def test_eval_of_options_that_do_not_go_together(options: list[str], message: st
     result = run("eval", "a", *options)
     assert (result.exit_code, result.stdout) == (2, "")
     assert message in result.stderr
+
+
+def test_eval_of_data_that_the_model_does_not_take(folder: Path) -> None:
+    models_of_texts(folder)
+    np.savez("x.npz", pixel_values=np.ones((2, 3, 4, 4), np.float32), labels=np.arange(2))
+    message = refusal(run("eval", "c", "--data", "x.npz", "--task", "classification"))
+    assert "failed on pixel_values float32 [2, 3, 4, 4]" in message and "forward takes: input_ids" in message

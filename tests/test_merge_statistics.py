@@ -8,14 +8,13 @@ import re
 import shutil
 import signal
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers_faults import Forks, warm_interpreter
+from helpers_faults import Forks, Ran, warm_interpreter
 from helpers_stats import gram_of, write_fisher, write_grams
 from safetensors.torch import load_file, save_file
 
@@ -288,7 +287,11 @@ def cli() -> Iterator[Forks]:
 
 def test_a_killed_merge_goes_on_to_the_same_bytes(models: Models, cli: Forks) -> None:
     (models.folder / "recipe.yaml").write_text(json.dumps(models.recipe()))
-    run = partial(cli.run, "recipe.yaml", cwd=models.folder, sync_bytes=100)
+
+    def run(out: str, **fault: int) -> Ran:
+        return cli.run("recipe.yaml", out, "--threads", 1, cwd=models.folder, sync_bytes=100, **fault)
+
+    run("first")  # notes the content of the models, so that later runs need not
     whole = run("whole")
     assert whole.code == 0, whole.err
     resumed = 0

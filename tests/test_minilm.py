@@ -149,7 +149,8 @@ def test_regmean_answers_as_least_squares_on_both_fine_tunes_inputs_would(
         rows = [inputs[name][layer] / (2 * len(inputs[name][layer])) ** 0.5 for name in inputs]
         average = (own[0] + own[1]) / 2
         # the ridge of 1e-6 as rows of the problem: each pulls one entry towards the average
-        pull = np.sqrt(1e-6 * np.square(np.concatenate(rows)).sum() / average.shape[1]) * np.eye(average.shape[1])
+        gram = np.concatenate(rows).T @ np.concatenate(rows)
+        pull = np.sqrt(1e-6 * np.linalg.norm(gram)) * np.eye(average.shape[1])
         targets = [*(x @ w.T for x, w in zip(rows, own, strict=True)), pull @ average.T]
         best = np.linalg.lstsq(np.concatenate([*rows, pull]), np.concatenate(targets), rcond=None)[0].T
 

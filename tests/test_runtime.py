@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from mergekit_lfm.commands.options import TASKS as OFFERED
 from mergekit_lfm.errors import FormatError, PlanError
-from mergekit_lfm.runtime import TASKS, embeddings, load_model, logits, tokenizer_for_texts
+from mergekit_lfm.runtime import TASKS, embeddings, load_model, logits, run, tokenizer_for_texts
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +76,8 @@ def test_a_classifier_of_images_needs_no_tokenizer(tmp_path: Path) -> None:
     config = transformers.ViTConfig(
         hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, image_size=8, patch_size=4
     )
+    save_model(tmp_path / "texts", "ViTForImageClassification", config, byte_tokenizer())
+    assert load_model(tmp_path / "texts", "classification").tokenizer is not None  # one without use does no harm
     save_model(tmp_path, "ViTForImageClassification", config)
     loaded = load_model(tmp_path, "classification")
     assert (type(loaded.model).__name__, loaded.tokenizer) == ("ViTForImageClassification", None)
@@ -131,6 +135,123 @@ def test_without_transformers_the_message_has_the_line_that_installs_it(
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ImportError, match=r'pip install "mergekit_lfm\[models\]"'):
         load_model(llama, "lm")
+
+
+def with_settings(folder: Path, target: Path, name: str = "config.json", **settings: Any) -> Path:
+    """A copy of the model with other entries in a JSON file of it."""
+    change(folder, target)
+    (target / name).write_text(json.dumps(json.loads((target / name).read_text()) | settings))
+    return target
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("config.json", {"model_type": "odd", "auto_map": {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}}),
+        ("tokenizer_config.json", {"tokenizer_class": "Odd", "auto_map": {"AutoTokenizer": ["code.T", None]}}),
+    ],
+)
+def test_code_in_the_folder_is_not_run_nor_asked_about(
+    llama: Path, tmp_path: Path, name: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question on standard input"))
+    folder = with_settings(llama, tmp_path / "a", name, **settings)
+    (folder / "code.py").write_text("raise SystemExit('the code was run')")
+    with pytest.raises(FormatError, match="it needs code that is in the folder, which is not run; expected"):
+        load_model(folder, "lm")
+
+
+def test_code_beside_an_architecture_that_is_known_is_ignored(llama: Path, tmp_path: Path) -> None:
+    folder = with_settings(llama, tmp_path / "a", auto_map={"AutoModelForCausalLM": "code.M"})
+    (folder / "code.py").write_text("raise SystemExit('the code was run')")
+    assert type(load_model(folder, "lm").model).__module__.startswith("transformers.")
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"model_type": "nope"}, "model type `nope`"),
+        ({"hidden_size": "x"}, "Validation error for field 'hidden_size'"),
+        ({"hidden_act": "zzz"}, "KeyError: 'zzz'"),
+    ],
+)
+def test_a_config_that_makes_no_model_is_one_message(
+    llama: Path, tmp_path: Path, settings: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(FormatError, match=f"found no causal language model that can be loaded: .*{reason}"):
+        load_model(with_settings(llama, tmp_path / "a", **settings), "lm")
+
+
+def t5(folder: Path) -> Path:
+    config = transformers.T5Config(
+        vocab_size=258, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, decoder_start_token_id=0
+    )
+    return save_model(folder, "T5ForConditionalGeneration", config, byte_tokenizer())
+
+
+@pytest.mark.parametrize("task", ["lm", "embedding"])
+def test_an_encoder_with_a_decoder_neither_embeds_nor_predicts(tmp_path: Path, task: str) -> None:
+    with pytest.raises(PlanError, match=rf"T5ForConditionalGeneration, is no {TASKS[task]}: its decoder needs inputs"):
+        load_model(t5(tmp_path / "t5"), task)
+
+
+def test_a_model_of_images_is_no_language_model(tmp_path: Path) -> None:
+    config = transformers.ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    with pytest.raises(FormatError, match=r"Unrecognized configuration class .*ViTConfig") as raised:
+        load_model(save_model(tmp_path / "v", "ViTForImageClassification", config), "lm")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_that_looks_ahead_is_no_language_model(tmp_path: Path, dtype: str) -> None:
+    ahead = save_model(tmp_path / "a", "BertLMHeadModel", bert_config())
+    with pytest.raises(PlanError, match="BertLMHeadModel, is no causal language model: it scores a token with a look"):
+        load_model(ahead, "lm", dtype=dtype)
+    behind = save_model(tmp_path / "b", "BertLMHeadModel", bert_config(is_decoder=True))
+    assert load_model(behind, "lm", dtype=dtype).task == "lm"
+
+
+def test_a_limit_below_one_is_none(tmp_path: Path) -> None:
+    config = transformers.XLNetConfig(vocab_size=258, d_model=8, n_layer=1, n_head=2, d_inner=8)
+    save_model(tmp_path, "XLNetForSequenceClassification", config)
+    loaded = load_model(tmp_path, "classification")
+    assert (loaded.model.config.max_position_embeddings, loaded.positions) == (-1, None)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("device", ["foo", "cuda:99", "meta", ""])
+def test_a_device_that_is_not_there_is_refused_before_loading(tmp_path: Path, device: str) -> None:
+    with pytest.raises(PlanError, match=f"the device '{device}' c.*expected one like cpu"):
+        load_model(tmp_path, "lm", device=device)
+
+
+@pytest.mark.parametrize("dtype", ["float23", "int8", "nn"])
+def test_a_dtype_to_compute_in_is_one_of_torch(tmp_path: Path, dtype: str) -> None:
+    with pytest.raises(PlanError, match=f"no dtype '{dtype}'"):
+        load_model(tmp_path, "lm", dtype=dtype)
+
+
+# ------------------------------------------------------------------ running
+
+
+def test_inputs_that_a_model_does_not_take_are_named_with_those_it_takes(llama: Path) -> None:
+    model = load_model(llama, "lm").model
+    with pytest.raises(PlanError) as raised:
+        run(model, kwargs={"pixel_values": torch.ones(1, 3, 8, 8)})
+    message = str(raised.value)
+    assert message.startswith("LlamaForCausalLM failed on pixel_values float32 [1, 3, 8, 8] (")
+    assert "what its forward takes: input_ids, attention_mask, " in message and "\n" not in message
+    with pytest.raises(PlanError, match=r"failed on input 0 int64 \[1, 1\] \(IndexError: "):
+        run(model, (torch.tensor([[300]]),))
+    assert torch.equal(run(torch.nn.Identity(), (torch.ones(2),)), torch.ones(2))
+
+
+def test_what_a_module_says_itself_is_left_as_it_is() -> None:
+    class Refusing(torch.nn.Module):
+        def forward(self) -> None:
+            raise FormatError("its own words")
+
+    with pytest.raises(FormatError, match=r"^its own words$"):
+        run(Refusing())
 
 
 # ------------------------------------------------------------------ outputs

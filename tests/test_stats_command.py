@@ -165,6 +165,7 @@ def test_threads_are_those_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
         (["fisher", "m", "--labels", "expected", *LM], "expected"),
         (["gram", "m", *LM, "--window", "33"], "window is 33; expected 2 to 32"),
         (["gram", "a", *CLASSIFY, "--memory", "100"], "memory"),
+        (["gram", "a", *CLASSIFY, "--device", "foo"], "the device 'foo' cannot be used here"),
     ],
 )
 def test_what_cannot_be_done_is_one_message(arguments: list[str], message: str) -> None:
@@ -195,6 +196,8 @@ def test_inspect_says_what_a_statistics_file_is() -> None:
     assert found["statistics"]["data"] == facts.data
     assert [tensor["name"] for tensor in found["tensors"]] == list(open_checkpoint("out/s.safetensors"))
     assert "statistics" not in answer(run("inspect", "a/model.safetensors", "--json"))
+    Path("out/s.safetensors").rename("renamed")  # by what it says, not by its name
+    assert run("inspect", "renamed").stdout.splitlines()[-len(summary) :] == summary
 
 
 # ------------------------------------------------------------------ processes

@@ -25,7 +25,10 @@ FILTERED = "left out: no name that was asked for is part of its name"
 
 @dataclass(frozen=True)
 class Request:
-    """What a statistic is asked for. Two subjects for "cross", else one; `labels` is None but for "fisher"."""
+    """What a statistic is asked for. Two subjects for "cross", else one; `labels` is None but for "fisher".
+
+    memory: the bytes that sums may take, of which the numbers do not depend.
+    """
 
     subjects: tuple[Subject, ...]
     data: Sequence[Batch]
@@ -34,6 +37,7 @@ class Request:
     samples: int
     seed: int
     layers: tuple[str, ...]
+    memory: int
 
     @cached_property
     def examples(self) -> int:

@@ -23,7 +23,7 @@ from mergekit_lfm.data import Batch, as_batches, digest_of, read_data
 from mergekit_lfm.durable import partial_of
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.machine import default_memory, free_space, occupied
-from mergekit_lfm.runtime import Loaded, load_model
+from mergekit_lfm.runtime import TASKS, Loaded, load_model
 from mergekit_lfm.sizes import format_size, parse_size
 from mergekit_lfm.stats import Facts, Statistics, open_statistics
 
@@ -77,20 +77,28 @@ def collect_stats(
         raise PlanError(f"found the kind {kind!r}, expected one of {', '.join(STATISTICS)}; choose one of these")
     if (other is not None) != (kind == "cross"):
         raise PlanError(f"{kind} takes {'two models' if kind == 'cross' else 'one model'}; give that many (`other`)")
-    if samples < 1:
-        raise PlanError(f"samples is {samples}; expected at least 1")
+    _check_options(task, samples, seed)
     room = default_memory() if memory is None else parse_size(memory)
     drawn = resolve_labels(task, labels) if kind == "fisher" else None
     models = [(model, checkpoint), *([(other, other_checkpoint)] if other is not None else [])]
     place = _destination(Path(out), [path for pair in models for path in pair], data)
     opened = [_open_model(m, saved, task, dtype, device) for m, saved in models]
     batches = _batches(data, task, [loaded for _, loaded in opened], batch_size, window, max_examples)
-    request = Request(tuple(s for s, _ in opened), batches, task, drawn, samples, seed, tuple(layers))
+    request = Request(tuple(s for s, _ in opened), batches, task, drawn, samples, seed, tuple(layers), room)
     facts = _known_facts(kind, request)
     if not _already_there(place, facts, overwrite):
         with evaluating(*(subject.module for subject in request.subjects)):
-            _collect(place, STATISTICS[kind](request), request, facts, room, resume, progress or (lambda *_: None))
+            _collect(place, STATISTICS[kind](request), request, facts, resume, progress or (lambda *_: None))
     return open_statistics(place)
+
+
+def _check_options(task: str, samples: int, seed: int) -> None:
+    if task not in TASKS:
+        raise PlanError(f"found the task {task!r}, expected one of {', '.join(TASKS)}; choose one of these")
+    if samples < 1:
+        raise PlanError(f"samples is {samples}; expected at least 1")
+    if not 0 <= seed < 2**64:
+        raise PlanError(f"seed is {seed}; expected 0 to 2^64 - 1")
 
 
 def _destination(out: Path, models: Sequence[Model | None], data: object) -> Path:
@@ -128,11 +136,24 @@ def _batches(
             raise PlanError("window and max_examples are for data files; cut the batches as you want them instead")
         return as_batches(data)
     loaded = [model for model in opened if model is not None]
+    if Path(data).suffix != ".npz":
+        _check_tokenizers(loaded)
     positions = min((model.positions for model in loaded if model.positions is not None), default=None)
     tokenizer = loaded[0].tokenizer if loaded else None
     return read_data(
         data, task, tokenizer, window=window, positions=positions, batch_size=batch_size, max_examples=most
     )
+
+
+def _check_tokenizers(models: Sequence[Loaded]) -> None:
+    """PlanError for models that would take the same text for different tokens."""
+    known = [model.tokenizer.get_vocab() for model in models if model.tokenizer is not None]
+    if any(vocabulary != known[0] for vocabulary in known[1:]):
+        folders = " and ".join(str(model.checkpoint.path) for model in models)
+        raise PlanError(
+            f"{folders} have different tokens in their tokenizers, expected the same, since both models read the same "
+            "ids; take models with one vocabulary, or give each what it takes as batches"
+        )
 
 
 def _known_facts(kind: str, request: Request) -> Facts:
@@ -167,17 +188,20 @@ def _already_there(out: Path, facts: Facts, overwrite: bool) -> bool:
     return False
 
 
-def _collect(
-    out: Path, statistic: Statistic, request: Request, facts: Facts, memory: int, resume: bool, tell: Progress
-) -> None:
+def _collect(out: Path, statistic: Statistic, request: Request, facts: Facts, resume: bool, tell: Progress) -> None:
     unknown = dict.fromkeys(statistic.units, WIDEST_COUNT)
     facts = replace(facts, layers=statistic.layers(unknown), skipped=statistic.skipped, norm=WIDEST_NORM)
-    passes = divide(statistic, memory, {})
+    passes = divide(statistic, request.memory, {})
     _check_disk(out, statistic, passes)
     with Partial(out, facts, statistic.units, resume) as partial:
-        run_passes(statistic, request, divide(statistic, memory, partial.done), partial, tell)
+        run_passes(statistic, request, divide(statistic, request.memory, partial.done), partial, tell)
         counts = {unit: partial.done[unit]["count"] for unit in statistic.units}
         norm = math.sqrt(math.fsum(partial.done[unit]["squares"] for unit in statistic.units))
+        if facts.kind == "fisher" and norm == 0:
+            raise PlanError(
+                "the Fisher information is 0 everywhere, expected some; what the model predicts does not change with "
+                "its parameters. Check the model, and whether there is anything to predict in the data"
+            )
         layers = statistic.layers(counts)
         partial.publish(replace(facts, layers=layers, norm=norm if facts.kind == "fisher" else None))
 

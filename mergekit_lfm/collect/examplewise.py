@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from mergekit_lfm.collect.linear import is_transposed
+from mergekit_lfm.errors import PlanError
 
 CHUNK = 1 << 22  # elements of per-example gradients that are held at a time
-TRIED = 1 << 25  # elements of parameters that both ways are compared on at a time
+TRIED = 1 << 25  # elements of parameters that both ways are compared on at a time, at most
+TRIED_BYTES = 24  # for each of them: what both ways add, and their difference, in float64
 Parameters = Mapping[nn.Parameter, Sequence[Tensor]]  # the parameters that are wanted, and the sums to add squares to
 
 
@@ -201,38 +203,46 @@ def add_squares_singly(wanted: Parameters, scores: Iterator[Tensor]) -> None:
 
 
 def gradients_agree(
-    wanted: Sequence[nn.Parameter], together: Callable[[Parameters], None], apart: Callable[[Parameters], None]
+    wanted: Sequence[nn.Parameter],
+    together: Callable[[Parameters], None],
+    apart: Callable[[Parameters], None],
+    memory: int,
 ) -> bool:
-    """Whether both ways add the same, to rounding, which has to be found out by trying."""
+    """Whether both ways add the same, to rounding, which has to be found out by trying, in so many bytes."""
+    found: list[tuple[float, float, float]] = []
     try:
-        return all(_agree(group, together, apart) for group in _grouped(wanted))
-    except (NotSeparable, RuntimeError):  # torch's, where a model does not take one row for each example
+        for group in _grouped(wanted, min(TRIED, memory // TRIED_BYTES)):
+            found += _compared(group, together, apart)
+    except (NotSeparable, PlanError, RuntimeError):  # where a model does not take one row for each example
         return False
+    # Gradients that are zero but for rounding (keys' biases) are compared with those of the other parameters: all of
+    # them, so that the answer is the same for any memory.
+    largest = max((own for _, own, _ in found), default=0.0)
+    return all(beyond <= close * (own + 1e-3 * largest) for beyond, own, close in found)
 
 
-def _grouped(wanted: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """The parameters in groups of a bounded number of elements."""
+def _grouped(wanted: Sequence[nn.Parameter], most: int) -> Iterator[list[nn.Parameter]]:
+    """The parameters in groups of a bounded number of elements, or of one parameter that has more."""
     group: list[nn.Parameter] = []
     for parameter in wanted:
-        if group and sum(p.numel() for p in group) + parameter.numel() > TRIED:
+        if group and sum(p.numel() for p in group) + parameter.numel() > most:
             yield group
             group = []
         group.append(parameter)
     yield group
 
 
-def _agree(
+def _compared(
     group: Sequence[nn.Parameter], together: Callable[[Parameters], None], apart: Callable[[Parameters], None]
-) -> bool:
+) -> Iterator[tuple[float, float, float]]:
+    """For each parameter how far the ways differ beyond rounding, its largest gradient, and what rounding is."""
     found = []
     for way in (together, apart):
         sums = {p: [torch.zeros(p.shape, dtype=torch.float64, device=p.device)] for p in group}
         way(sums)
         found.append([total.sqrt_() for (total,) in sums.values()])
-    largest = [float(x.abs().max()) if x.numel() else 0.0 for x in found[1]]
-    for parameter, one, two, own in zip(group, *found, largest, strict=True):
-        close = max(1e-3, 16 * torch.finfo(parameter.dtype).eps)
-        # gradients that are zero but for rounding (keys' biases) are compared with those of the other parameters
-        if not torch.allclose(one, two, rtol=close, atol=close * (own + 1e-3 * max(largest))):
-            return False
-    return True
+    for parameter, one, two in zip(group, *found, strict=True):
+        if parameter.numel():
+            close = max(1e-3, 16 * torch.finfo(parameter.dtype).eps)
+            own = float(two.max())
+            yield float(one.sub_(two).abs_().sub_(two, alpha=close).max()), own, close

@@ -20,7 +20,6 @@ from mergekit_lfm.collect.examplewise import (
     recording,
 )
 from mergekit_lfm.collect.scores import Scores, outcome, scores_of
-from mergekit_lfm.collect.subject import NO_TENSOR
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.stats import Layer
 
@@ -41,6 +40,8 @@ class Fisher:
         (self.subject,) = request.subjects
         self.examples = request.examples
         self.scores = scores_of(request)
+        if request.task == "classification":
+            _check_problem(self.subject.module)
         if request.labels == "true" and request.task == "classification":
             _check_labelled(request.data)
         self.skipped: dict[str, str] = {}
@@ -65,7 +66,7 @@ class Fisher:
             tensors = self.subject.tensors_of(parameter)
             found |= dict.fromkeys(tensors, parameter)
             if not tensors:
-                self.skipped[name] = NO_TENSOR
+                self.skipped[name] = self.subject.why_unknown(parameter)
         wanted = chosen(list(found), request.layers, "parameter")
         for tensor, parameter in found.items():
             if tensor in wanted:
@@ -100,7 +101,8 @@ class Fisher:
             yield flat.float() @ torch.randn(flat.shape[1], generator=random).to(flat.device)
 
         together = partial(self._add_together, batch, projected)
-        return gradients_agree(list(self.tensors), together, partial(self._add_singly, batch, projected))
+        singly = partial(self._add_singly, batch, projected)
+        return gradients_agree(list(self.tensors), together, singly, request.memory)
 
     def add(self, batch: Batch, sums: Mapping[str, Tensor]) -> None:
         """Add the squared gradients of every example."""
@@ -133,6 +135,16 @@ class Fisher:
     def layers(self, counts: Mapping[str, int]) -> dict[str, Layer]:  # noqa: ARG002
         """None: its entries are those of parameters."""
         return {}
+
+
+def _check_problem(module: nn.Module) -> None:
+    """PlanError for a model that says that its outputs are no logits of one distribution over classes."""
+    problem = getattr(getattr(module, "config", None), "problem_type", None)
+    if problem in ("regression", "multi_label_classification"):
+        raise PlanError(
+            f"the config of the model says problem_type {problem!r}, expected a classifier with one label for each "
+            "example; what it returns is no softmax over classes. Take another model, or the task 'embedding'"
+        )
 
 
 def _check_labelled(data: Sequence[Batch]) -> None:

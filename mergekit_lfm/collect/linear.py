@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mergekit_lfm.collect.declare import FILTERED, chosen
-from mergekit_lfm.collect.subject import NO_TENSOR, Subject
+from mergekit_lfm.collect.subject import Subject
 from mergekit_lfm.errors import FormatError
 from mergekit_lfm.stats import Layer
 
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from mergekit_lfm.data import Batch
 
 NOT_CALLED = "not called while the model ran on the data"
+NOT_LINEAR = "not the weight of a Linear layer"
+# What has weights that nobody takes for those of a linear layer.
+OTHER_LAYERS = (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd)
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -57,28 +60,49 @@ def linear_layers(subject: Subject, patterns: Sequence[str]) -> tuple[dict[str, 
     skipped: dict[str, str] = {}
     for name, module in subject.module.named_modules():
         if is_linear(module):
-            layer, reason = _layer(subject, module)
-            if layer is None:
+            layers, reason = _stored(subject, module)
+            if not layers:
                 skipped[name] = reason
-            else:
-                found[layer.weight.removesuffix(".weight")] = layer
+            found |= {layer.weight.removesuffix(".weight"): layer for layer in layers}
     wanted = chosen(list(found), patterns, "linear layer")
     skipped |= dict.fromkeys((name for name in found if name not in wanted), FILTERED)
+    skipped |= dict.fromkeys(_other_matrices(subject), NOT_LINEAR)
     return {name: layer for name, layer in found.items() if name in wanted}, skipped
 
 
-def _layer(subject: Subject, module: nn.Module) -> tuple[LinearLayer | None, str]:
+def _stored(subject: Subject, module: nn.Module) -> tuple[list[LinearLayer], str]:
+    """The layer under every name that it is stored by; or none, and why."""
     weight, bias = module.weight, module.bias
     if not isinstance(weight, nn.Parameter):
-        return None, "its weight is computed from other parameters"
-    if subject.owners[id(weight)] > 1:
-        return None, "another module uses its weight too (tied weights)"
+        return [], "its weight is computed from other parameters"
+    if bias is not None and not isinstance(bias, nn.Parameter):
+        return [], "its bias is computed from other parameters"
+    for parameter, what in ((weight, "weight"), (bias, "bias")):
+        if subject.owners[id(parameter)] > 1:
+            return [], f"another module uses its {what} too (tied weights)"
     tensors = subject.tensors_of(weight)
-    biases = subject.tensors_of(bias) if isinstance(bias, nn.Parameter) else []
-    if not tensors or (bias is not None and not biases):
-        return None, NO_TENSOR
+    biases = [] if bias is None else subject.tensors_of(bias)
+    if not tensors:
+        return [], subject.why_unknown(weight)
+    if bias is not None and not biases:
+        return [], subject.why_unknown(bias)
     axis = 0 if is_transposed(module) else 1
-    return LinearLayer(module, tensors[0], biases[0] if biases else None, axis, weight.shape[axis]), ""
+    found = []
+    for tensor in tensors:
+        beside = tensor.removesuffix("weight") + "bias"
+        own = beside if beside in biases else next(iter(biases), None)
+        found.append(LinearLayer(module, tensor, own, axis, weight.shape[axis]))
+    return found, ""
+
+
+def _other_matrices(subject: Subject) -> list[str]:
+    """Parameters of two or more dimensions that are neither of a linear layer nor of one that looks up or convolves."""
+    known: set[int] = set()
+    for module in subject.module.modules():
+        if is_linear(module) or isinstance(module, OTHER_LAYERS):
+            known |= {id(parameter) for parameter in module.parameters()}
+    others = [(n, p) for n, p in subject.module.named_parameters() if p.dim() > 1 and id(p) not in known]
+    return [name for own, parameter in others for name in subject.tensors_of(parameter) or [own]]
 
 
 class Serials:
@@ -124,17 +148,24 @@ def listening(layers: Mapping[str, LinearLayer], hear: Callable[[str, Tensor], N
 def inputs_read(subject: Subject, layers: Mapping[str, LinearLayer], data: Sequence[Batch]) -> dict[str, list[object]]:
     """Which inputs each layer read, by numbers, on as many batches as it takes until every layer was called.
 
-    Layers with equal lists read the same inputs; an empty list is that of a layer that is not called on any batch.
+    Layers with equal lists read the same inputs; an empty list is that of a layer that is not called on any batch, or
+    with no tokens alone, as an expert that none is routed to.
     """
     read: dict[str, list[object]] = {name: [] for name in layers}
+    fed: set[str] = set()
+
+    def note(name: str, x: Tensor) -> None:
+        if x.shape[:-1].numel():
+            fed.add(name)
+
     for number, batch in enumerate(data):
-        with listening(layers, lambda _name, _x: None) as serials, torch.no_grad():
+        with listening(layers, note) as serials, torch.no_grad():
             subject.run(batch)
         for name, found in serials.items():
             read[name] += [(number, serial) for serial in found]
-        if all(read.values()):
+        if len(fed) == len(layers):
             break
-    return read
+    return {name: found if name in fed else [] for name, found in read.items()}
 
 
 def check_sharing(groups: Mapping[str, Sequence[str]], read: Mapping[str, list[int]]) -> None:

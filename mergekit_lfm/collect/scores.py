@@ -26,14 +26,13 @@ LABELS = {
     "lm": ("sampled", "true"),
     "embedding": ("sampled", "expected"),
 }
+SHAPES = {"classification": "[examples, classes]", "lm": "[examples, tokens, vocabulary]"}
 # A score of every example of a batch, [n], at a time
 Scores = Callable[[Any, "Batch"], Iterator[Tensor]]
 
 
 def resolve_labels(task: str, labels: str | None) -> str:
     """The labels that are taken for a task, by default the first it has. PlanError for those it cannot have."""
-    if task not in LABELS:
-        raise PlanError(f"found the task {task!r}, expected one of {', '.join(LABELS)}; choose one of these")
     if labels is not None and labels not in LABELS[task]:
         reasons = {"lm": ": one backward pass for every entry of the vocabulary, at every position", "embedding": ""}
         why = reasons.get(task, "") if labels == "expected" else ""
@@ -42,8 +41,25 @@ def resolve_labels(task: str, labels: str | None) -> str:
 
 
 def outcome(task: str, output: Any) -> Tensor:
-    """What the distribution of the task is made of: logits [n, ..., classes], or embeddings [n, d]."""
-    found: Tensor = embeddings(output) if task == "embedding" else logits(output)
+    """What the distribution of the task is made of: logits in the shape of SHAPES, or embeddings [n, d].
+
+    PlanError for logits of another shape, and for those of a single class, whose probability is always 1.
+    """
+    if task == "embedding":
+        return embeddings(output)
+    found: Tensor = logits(output)
+    if found.ndim != SHAPES[task].count(",") + 1:
+        fitting = next((t for t, shape in SHAPES.items() if found.ndim == shape.count(",") + 1), None)
+        remedy = f"that is what the task {fitting!r} takes" if fitting else "wrap it in a module that returns that"
+        raise PlanError(
+            f"the model returned logits of shape {list(found.shape)}, expected {SHAPES[task]} for the task {task!r}; "
+            f"{remedy}"
+        )
+    if found.shape[-1] < 2:
+        raise PlanError(
+            f"the model returned logits of shape {list(found.shape)}: one class, whose probability is always 1; "
+            "expected at least two. Take a model that tells classes apart"
+        )
     return found
 
 

@@ -13,6 +13,7 @@ from mergekit_lfm.console import Command
 from mergekit_lfm.errors import PlanError
 
 if TYPE_CHECKING:
+    from mergekit_lfm.checkpoint import Checkpoint
     from mergekit_lfm.stats import Statistics
 
 
@@ -25,8 +26,11 @@ Examples:
   mergekit-lfm inspect stats.safetensors""",
 )
 @click.argument("path", type=click.Path(path_type=Path))
+@click.option(
+    "--content", is_flag=True, help="Also the digest of names and data, as statistics name a model. Reads all."
+)
 @as_json
-def inspect(path: Path, as_json: bool) -> None:
+def inspect(path: Path, content: bool, as_json: bool) -> None:
     """List the tensors of a model's folder or of one file: shapes, dtypes, sizes, totals.
 
     Of a statistics file also what it says about itself: its kind, model, data and what it does not cover.
@@ -34,8 +38,11 @@ def inspect(path: Path, as_json: bool) -> None:
     from mergekit_lfm.checkpoint import open_checkpoint
     from mergekit_lfm.display.files import checkpoint_data, checkpoint_text, statistics_data, statistics_text
 
-    data = checkpoint_data(open_checkpoint(path))
-    statistics = _statistics_in(path)
+    checkpoint = open_checkpoint(path)
+    data = checkpoint_data(checkpoint)
+    if content:
+        data["content"] = checkpoint.content
+    statistics = _statistics_in(checkpoint)
     if statistics is not None:
         data["statistics"] = statistics_data(statistics)
     if as_json:
@@ -46,12 +53,14 @@ def inspect(path: Path, as_json: bool) -> None:
         click.echo("\n" + statistics_text(data["statistics"]))
 
 
-def _statistics_in(path: Path) -> Statistics | None:
-    """The statistics in the file; None where it is something else."""
+def _statistics_in(checkpoint: Checkpoint) -> Statistics | None:
+    """The statistics that are the checkpoint's only file, whatever its name; None where it is something else."""
+    from mergekit_lfm.checkpoint import ARCHIVES
     from mergekit_lfm.stats import open_statistics
     from mergekit_lfm.tensors import read_header
 
-    if path.suffix != ".safetensors" or not path.is_file():
+    path = checkpoint.files[0].path
+    if len(checkpoint.files) > 1 or path.suffix in ARCHIVES:
         return None
     return open_statistics(path) if read_header(path).metadata.get("lfm.kind") == "statistics" else None
 

@@ -180,7 +180,8 @@ def plan(
 ) -> None:
     """Say what a merge would read, write, drop and need, and do nothing.
 
-    Of the models only the headers are read. The same as `merge --dry-run`.
+    Of the models only the headers are read; with statistics the models are read once, to know them by their content.
+    The same as `merge --dry-run`.
     """
     planned, out = _make_plan(recipe, out, seed, max_shard_size)
     _show_plan(planned, out, memory, threads, as_json, verbose)

@@ -10,7 +10,7 @@ import click
 
 from mergekit_lfm.commands import options
 from mergekit_lfm.commands.options import TASKS, going_on_later, needing_models, together
-from mergekit_lfm.console import Command
+from mergekit_lfm.console import Command, Size
 
 
 @click.group(
@@ -20,7 +20,7 @@ Examples:
   mergekit-lfm stats fisher --help"""
 )
 def stats() -> None:
-    """Collect what a model knows about its data, as a file that merges read.
+    """Collect what a model knows about its data, as a file; merges read gram and fisher.
 
     The data are .jsonl, lines {"text": ...} with a "label" where there is one; .txt, a text on each line (for lm one
     document); or .npz, arrays named as the model's inputs. Needs the extra: pip install "mergekit_lfm[models]"
@@ -30,13 +30,18 @@ def stats() -> None:
 # What all kinds of statistics take alike.
 collecting = together(
     click.option("--data", required=True, type=click.Path(path_type=Path), help="The data file: .jsonl, .txt or .npz."),
-    click.option("--task", required=True, type=click.Choice(TASKS), help="What the model is run as."),
+    click.option(
+        "--task",
+        required=True,
+        type=click.Choice(TASKS),
+        help="What the model is: lm, classification or embedding (a sentence encoder).",
+    ),
     click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The file to write."),
     click.option(
         "--layers",
         multiple=True,
         metavar="TEXT",
-        help="Only those with TEXT in their name. Can be given several times. [default: all]",
+        help="Only layers (fisher: tensors) with TEXT in their name. Can be given several times. [default: all]",
     ),
     click.option("--max-examples", type=click.IntRange(min=1), help="Take the first ones only. [default: all]"),
     click.option(
@@ -45,8 +50,12 @@ collecting = together(
         help="Most tokens of an example. [default: the model's; for lm at most 512]",
     ),
     click.option("--batch-size", type=click.IntRange(min=1), default=16, help="Examples at a time. [default: 16]"),
-    options.memory,
-    click.option("--threads", type=click.IntRange(min=1), help="[default: as torch has it]"),
+    click.option(
+        "--memory",
+        type=Size(),
+        help="Most for sums; the model and a batch come on top. [default: a quarter of the RAM, at most 4GB]",
+    ),
+    click.option("--threads", type=click.IntRange(min=1), help="Of the processor. [default: as torch has it]"),
     click.option("--device", help="Where the model runs: cpu, cuda, cuda:1. [default: cpu]"),
     click.option(
         "--dtype",
@@ -95,7 +104,7 @@ Examples:
     "classification, else sampled]",
 )
 @click.option("--samples", type=click.IntRange(min=1), default=1, help="Draws per example, if sampled. [default: 1]")
-@click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, help="Of the draws. [default: 0]")
+@click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, help="Of the drawn labels. [default: 0]")
 @collecting
 @click.pass_context
 def fisher(ctx: click.Context, /, model: Path, **given: Any) -> None:
@@ -120,8 +129,9 @@ Example:
 def cross(ctx: click.Context, /, model: Path, **given: Any) -> None:
     """Cross moments of what the same layers of two models take in.
 
-    To match the units of MODEL with those of OTHER, by how they respond to the same data. Of every layer that both have
-    the mean over tokens of x y', where x and y are its inputs in the two models, each with a 1 at the end.
+    To match the units of MODEL with those of OTHER, by how they respond to the same data; no merge method reads it yet.
+    Of every layer that both have the mean over tokens of x y', where x and y are its inputs in the two models, each
+    with a 1 at the end.
     """
     _collect(ctx, "cross", model, **given)
 
@@ -148,7 +158,7 @@ def _collect(
 
     if threads is not None:
         torch.set_num_threads(threads)
-    already_there = out.exists() and not given["overwrite"]  # it is refused, or found to be the result
+    before = _state(out)
     with (
         needing_models(),
         going_on_later(ctx, out),
@@ -156,6 +166,7 @@ def _collect(
     ):
         statistics = collect_stats(kind, model, data, out, resume=not no_resume, progress=progress, **given)
     found = statistics_data(statistics)
+    already_there = _state(out) == before
     if as_json:
         click.echo(json.dumps({"out": str(out), "already_there": already_there, **found}))
         return
@@ -164,3 +175,11 @@ def _collect(
             click.echo("already there: these very statistics; nothing was done", err=True)
         click.echo(statistics_text(found), err=True)
     click.echo(out)
+
+
+def _state(out: Path) -> tuple[int, int] | None:
+    """What tells a new file from the one that was there."""
+    if not out.is_file():
+        return None
+    status = out.stat()
+    return status.st_ino, status.st_mtime_ns

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile
 from zlib import error as ZlibError
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from mergekit_lfm.data.batches import Batch, as_batches
-from mergekit_lfm.data.lines import read_lines, refuse
+from mergekit_lfm.data.lines import Line, read_lines, refuse
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.runtime import TASKS, start_token, tokenizer_for_texts
 
@@ -63,11 +63,11 @@ def read_data(
     if task == "lm":
         _check_window(window, positions, 2)  # the start token, and one to predict
         size = window or min(positions or LONGEST_DEFAULT_WINDOW, LONGEST_DEFAULT_WINDOW)
-        return _group(_windows([line.text for line in lines], tokenizer, size)[:max_examples], None, batch_size)
+        return _group(_windows(place, lines, tokenizer, size)[:max_examples], None, batch_size)
     limit = _limit(window, positions, tokenizer)
     chosen = lines[:max_examples]
     labels = None if chosen[0].label is None else [line.label or 0 for line in chosen]
-    return _group(_sequences([line.text for line in chosen], tokenizer, limit), labels, batch_size)
+    return _group(_sequences(place, chosen, tokenizer, limit), labels, batch_size)
 
 
 def read_pairs(
@@ -85,17 +85,19 @@ def read_pairs(
     place = Path(path)
     _at_least(1, batch_size=batch_size)
     lines = read_lines(place, whole=False)
-    missing = [f'line {i}: no "positive"' for i, line in enumerate(lines, 1) if line.positive is None]
+    missing = [f'line {line.number}: no "positive"' for line in lines if line.positive is None]
     if missing:
         refuse(place, missing, 'an object {"text": ..., "positive": ...} on each line')
     tokenizer = tokenizer_for_texts(tokenizer)
     limit = _limit(window, positions, tokenizer)
-    number = {positive: i for i, positive in enumerate(dict.fromkeys(line.positive or "" for line in lines))}
+    distinct: dict[str, Line] = {}  # each positive with the first line that has it
+    for line in lines:
+        distinct.setdefault(line.positive or "", line._replace(text=line.positive or ""))
+    place_of = {positive: i for i, positive in enumerate(distinct)}
     texts, positives = (
-        _group(_sequences(side, tokenizer, limit), None, batch_size)
-        for side in ([line.text for line in lines], [*number])
+        _group(_sequences(place, side, tokenizer, limit), None, batch_size) for side in (lines, [*distinct.values()])
     )
-    return texts, positives, [number[line.positive or ""] for line in lines]
+    return texts, positives, [place_of[line.positive or ""] for line in lines]
 
 
 def read_documents(path: str | Path) -> list[str]:
@@ -126,20 +128,28 @@ def _limit(window: int | None, positions: int | None, tokenizer: PreTrainedToken
     return min((limit for limit in (window, positions, allowed) if limit is not None), default=None)
 
 
-def _windows(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, window: int) -> list[list[int]]:
+def _windows(path: Path, documents: Sequence[Line], tokenizer: PreTrainedTokenizerBase, window: int) -> list[list[int]]:
     """The documents' tokens in pieces of at most window - 1, each behind the start token: every token is predicted."""
     start = start_token(tokenizer)
     found = []
-    for tokens in tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]:
+    for tokens in _tokens(path, documents, tokenizer, add_special_tokens=False):
         found += [[start, *tokens[i : i + window - 1]] for i in range(0, len(tokens), window - 1)]
     return found
 
 
-def _sequences(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, limit: int | None) -> list[list[int]]:
+def _sequences(
+    path: Path, texts: Sequence[Line], tokenizer: PreTrainedTokenizerBase, limit: int | None
+) -> list[list[int]]:
     """The tokens of each text, special ones included, cut off at the limit."""
-    found: list[list[int]] = tokenizer(
-        list(texts), truncation=limit is not None, max_length=limit, padding=False, verbose=False
-    )["input_ids"]
+    return _tokens(path, texts, tokenizer, truncation=limit is not None, max_length=limit, padding=False)
+
+
+def _tokens(path: Path, texts: Sequence[Line], tokenizer: PreTrainedTokenizerBase, **options: Any) -> list[list[int]]:
+    """The tokens of each text. FormatError for texts that have none, as where the tokenizer drops all they hold."""
+    found: list[list[int]] = tokenizer([line.text for line in texts], verbose=False, **options)["input_ids"]
+    empty = [f"line {line.number}: no token" for line, tokens in zip(texts, found, strict=True) if not tokens]
+    if empty:
+        refuse(path, empty, "texts of at least one token each")
     return found
 
 

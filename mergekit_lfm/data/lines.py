@@ -15,6 +15,7 @@ class Line(NamedTuple):
     """What one line of a data file holds."""
 
     text: str
+    number: int = 1  # of the line in its file
     label: int | None = None
     positive: str | None = None
 
@@ -33,12 +34,13 @@ def read_lines(path: Path, *, whole: bool) -> list[Line]:
     if not content.strip():
         raise FormatError(f"{path} is empty; expected at least one text. Give a file that has some")
     if path.suffix == ".txt":
-        return [Line(content)] if whole else [Line(line) for line in content.splitlines() if line.strip()]
+        lines = [content] if whole else content.splitlines()
+        return [Line(line, number) for number, line in enumerate(lines, 1) if line.strip()]
     problems: list[str] = []
     found = []
     for number, text in enumerate(content.split("\n"), 1):  # splitlines would cut at U+2028, which JSON may hold
         if text.strip():
-            entry = _json_line(text)
+            entry = _json_line(text, number)
             if isinstance(entry, Line):
                 found.append(entry)
             else:
@@ -51,7 +53,7 @@ def read_lines(path: Path, *, whole: bool) -> list[Line]:
     return found
 
 
-def _json_line(text: str) -> Line | str:
+def _json_line(text: str, number: int) -> Line | str:
     """The line, or what is wrong with it."""
     try:
         entry = json.loads(text)
@@ -64,7 +66,7 @@ def _json_line(text: str) -> Line | str:
         return f'"label" is {json.dumps(label)}, no whole number from 0'
     if positive is not None and (not isinstance(positive, str) or not positive.strip()):
         return '"positive" is no text, or an empty one'
-    return Line(entry["text"], label, positive)
+    return Line(entry["text"], number, label, positive)
 
 
 def refuse(path: Path, problems: list[str], expected: str) -> NoReturn:

@@ -41,13 +41,14 @@ def checkpoint_text(data: dict[str, Any]) -> str:
         for dtype, n in data["dtypes"].items()
     ]
     whole = ("all", f"{len(data['tensors']):,}", f"{data['numbers']:,}", format_size(data["bytes"]))
+    content = f", content {data['content']}" if "content" in data else ""
     return "\n".join(
         [
             table([("tensor", "shape", "dtype", "size"), *tensors], right="size"),
             "",
             table([("dtype", "tensors", "numbers", "size"), *totals, whole], right="tensors numbers size"),
             "",
-            f"{data['path']}: {counted(len(data['files']), 'file')}, digest {data['digest']}",
+            f"{data['path']}: {counted(len(data['files']), 'file')}, digest {data['digest']}{content}",
         ]
     )
 
