@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cached_property
@@ -192,15 +192,17 @@ class Checkpoint(Mapping[str, TensorSpec]):
     Raises FormatError where it is damaged.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, files: Sequence[WeightFile] | None = None) -> None:
+        """files: views of the folder's files, to be read in their place."""
         self.path = path
-        if path.is_dir():
+        paths, weight_map = list[Path](), dict[str, str]()
+        if files is None and path.is_dir():
             paths, weight_map = _weight_paths(path)
-        elif path.name in ADAPTER:
+        elif files is None and path.name in ADAPTER:
             raise FormatError(f"{path} is an adapter: merge it into its model first (peft's merge_and_unload)")
-        else:
-            paths, weight_map = [path], {}
-        self.files = tuple(_open_file(file) for file in paths)
+        elif files is None:
+            paths = [path]
+        self.files = tuple(_open_file(file) for file in paths) if files is None else tuple(files)
         self._home: dict[str, WeightFile] = {}
         for file in self.files:
             for name in file.tensors:

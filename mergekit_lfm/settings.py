@@ -80,13 +80,14 @@ def _read_values(raw: object, parameter: Parameter, at: str) -> tuple[Value, ...
     if raw is None and parameter.default is None:
         return (None,)
     if not isinstance(raw, list | tuple):
-        return (_read_value(raw, parameter, at),)
+        return (read_value(raw, parameter, at),)
     if not raw:
         raise ValueError(f"{at}: found an empty list, expected one value or one per point from first to last layer")
-    return tuple(_read_value(value, parameter, f"{at}[{i}]") for i, value in enumerate(raw))
+    return tuple(read_value(value, parameter, f"{at}[{i}]") for i, value in enumerate(raw))
 
 
-def _read_value(raw: object, parameter: Parameter, at: str) -> Value:
+def read_value(raw: object, parameter: Parameter, at: str) -> Value:
+    """`raw` as the parameter's kind, within its bounds. ValueError tells what was found at `at`, and expected."""
     try:
         return _typed_value(raw, parameter)
     except ValueError as expected:

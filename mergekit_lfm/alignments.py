@@ -1,0 +1,110 @@
+"""What an alignment can be asked for: the methods with their parameters, and a request that is checked. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Literal
+
+from mergekit_lfm.errors import PlanError
+from mergekit_lfm.methods.declare import Parameter, Value
+from mergekit_lfm.settings import did_you_mean, read_value
+
+
+@dataclass(frozen=True, slots=True)
+class AlignMethod:
+    """One way to bring a model near another. statistics: whether it reads cross moments of both on the same data."""
+
+    name: str
+    doc: str
+    source: str
+    statistics: Literal["no", "optional", "required"]
+    parameters: tuple[Parameter, ...] = ()
+
+
+_RESTARTS = Parameter(
+    "restarts", 10, False, "Runs that visit the groups in different random orders; the best is kept.", "int", 1
+)
+_SWEEPS = Parameter("sweeps", 100, False, "Most rounds over all groups; a run that stands still ends.", "int", 1)
+_SEED = Parameter("seed", 0, False, "Of the random orders.", "int", 0)
+
+_METHODS = (
+    AlignMethod(
+        "weight_matching",
+        "Permutations that bring the weights nearest, one group at a time with the others fixed.",
+        "Ainsworth et al. 2023 (2209.04836), algorithm 1",
+        "no",
+        (_RESTARTS, _SWEEPS, _SEED),
+    ),
+    AlignMethod(
+        "activation_matching",
+        "Permutations that pair the units whose activations correlate most.",
+        "Ainsworth et al. 2023 (2209.04836), section 3.1; Li et al. 2016 (1511.07543)",
+        "required",
+        (_SWEEPS, _SEED),
+    ),
+    AlignMethod(
+        "ot",
+        "Optimal transport of units, layer after layer; widths may differ. Soft: outputs change.",
+        "Singh and Jaggi 2020 (1910.05653), algorithm 1",
+        "optional",
+        (
+            Parameter(
+                "regularisation",
+                0.0,
+                False,
+                "Entropy of the transport, as a factor of the largest cost (Sinkhorn); 0 is exact.",
+                minimum=0,
+            ),
+            Parameter(
+                "cost",
+                "euclidean",
+                False,
+                "Distance between units: of their incoming weights, or of their activations.",
+                "str",
+                choices=("euclidean", "squared", "cosine"),
+            ),
+        ),
+    ),
+    AlignMethod(
+        "rotation",
+        "Permutations, and what a Llama allows beyond them: rotations of the residual, of values and of rotary pairs; "
+        "signs.",
+        "2502.00264 (rotation symmetry), 2506.22712; polar factors by Procrustes",
+        "optional",
+        (_RESTARTS, _SWEEPS, _SEED),
+    ),
+)
+ALIGN_METHODS = MappingProxyType({method.name: method for method in _METHODS})
+
+
+def align_options(method: str, given: Mapping[str, Any], *, statistics: bool, place: str = "align") -> dict[str, Value]:
+    """Every parameter's value for a method. PlanError lists all that is wrong with what was given.
+
+    statistics: whether a statistics file is given. place: what messages call the request.
+    """
+    known = ALIGN_METHODS.get(method)
+    if known is None:
+        raise PlanError(f"{place}.method: there is no method {method!r}, {did_you_mean(method, ALIGN_METHODS)}")
+    parameters = {parameter.name: parameter for parameter in known.parameters}
+    values = {name: parameter.default for name, parameter in parameters.items()}
+    problems = []
+    for name, value in given.items():
+        if name not in parameters:
+            problems.append(f"{place}.{name}: {method} has no such parameter, {did_you_mean(name, parameters)}")
+            continue
+        try:
+            values[name] = read_value(value, parameters[name], f"{place}.{name}")
+        except ValueError as wrong:
+            problems.append(str(wrong))
+    if known.statistics == "required" and not statistics:
+        problems.append(
+            f"{place}.stats: {method} needs cross moments of both models on the same data; collect them with "
+            "`mergekit-lfm stats cross A B --data FILE ...`"
+        )
+    if known.statistics == "no" and statistics:
+        problems.append(f"{place}.stats: {method} reads no statistics; remove them, or choose another method")
+    if problems:
+        raise PlanError("\n".join(problems))
+    return values  # type: ignore[return-value]

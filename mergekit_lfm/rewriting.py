@@ -1,0 +1,320 @@
+"""Tensors rewritten by a transform: whole in memory, or while a checkpoint is read.
+
+An order is exact in any dtype. Products are float64, rounded once to the stored dtype, in panels of rows that do not
+depend on what is asked for: the bytes are the same for any range, chunk and thread.
+"""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_right
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from operator import itemgetter
+
+import torch
+from torch import Tensor
+
+from mergekit_lfm.arch.declare import Heads, Part, part_size
+from mergekit_lfm.checkpoint import Checkpoint, WeightFile, bytes_of
+from mergekit_lfm.errors import PlanError
+from mergekit_lfm.kernels.sums import round_once
+from mergekit_lfm.tensors import TensorSpec
+from mergekit_lfm.transforms import HeadsElement, Transform, UnitsElement
+
+PANEL = 1 << 18  # elements that are rewritten at a time
+NARROW = 1024  # rows that one block may mix before the whole tensor is rewritten at once
+
+
+@dataclass(frozen=True)
+class Map:
+    """What a transform does along a run of an axis: new = after * (blocks @ (before * old[index])).
+
+    index: int64 [n]; blocks: float64 [k, out, in] on the diagonal; before [n] and after [m] float64; None leaves that
+    step out. values: float64 [n] that take the place of all of it.
+    """
+
+    index: Tensor | None = None
+    blocks: Tensor | None = None
+    before: Tensor | None = None
+    after: Tensor | None = None
+    values: Tensor | None = None
+
+    @property
+    def exact(self) -> bool:
+        """Whether entries only change places."""
+        return self.blocks is None and self.before is None and self.after is None and self.values is None
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """(new units, old units) that are mixed with one another."""
+        return (1, 1) if self.blocks is None else (self.blocks.shape[1], self.blocks.shape[2])
+
+
+IDENTITY = Map()
+
+
+def map_of(transform: Transform, part: Part) -> Map:
+    """What the transform does along a part of an axis."""
+    element = transform.elements.get(part.group or "")
+    if isinstance(element, HeadsElement):
+        group = transform.symmetries.groups[part.group or ""]
+        assert isinstance(group, Heads)
+        return _map_of_heads(group, element, part.view)
+    return IDENTITY if element is None else _map_of_units(element, part, transform)
+
+
+def _map_of_units(element: UnitsElement, part: Part, transform: Transform) -> Map:
+    dual = part.view == "'"
+    if element.matrix is None:
+        if element.scale is None or part.view not in ("", "'"):
+            return Map(element.order)
+        return Map(element.order, after=1 / element.scale if dual else element.scale)
+    gain = transform.gains.get(part.norm or "")
+    matrix = element.dual if dual and element.dual is not None else element.matrix
+    blocks = matrix.double()[None]
+    if gain is None:
+        return Map(blocks=blocks)
+    if part.view == "gain":
+        return Map(values=gain.new)
+    if part.view == "shift":
+        return Map(blocks=blocks, before=1 / gain.old, after=gain.new)
+    return Map(blocks=blocks, before=gain.old, after=1 / gain.new)
+
+
+def _map_of_heads(group: Heads, element: HeadsElement, view: str) -> Map:
+    of_queries = view in ("query", "output")
+    order = torch.arange(group.groups) if element.groups is None else element.groups
+    if of_queries:
+        inside = torch.arange(group.per_group).expand(group.groups, -1) if element.queries is None else element.queries
+        order = (order[:, None] * group.per_group + inside).flatten()
+    index = (order[:, None] * group.head_dim + torch.arange(group.head_dim)).flatten()
+    blocks = element.query_key if view in ("query", "key") else element.value_output
+    if blocks is not None:
+        blocks = blocks.double()
+        if of_queries:
+            blocks = torch.linalg.inv(blocks).mT.repeat_interleave(group.per_group, dim=0)
+    return Map(None if element.groups is None and element.queries is None else index, blocks)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of an axis with what is done along it. each: entries that every unit has, in a row.
+
+    first, size: where it lies in the old axis; new_size: its length in the new one.
+    """
+
+    map: Map
+    each: int
+    first: int
+    size: int
+    new_size: int
+
+    def apply(self, x: Tensor, axis: int) -> Tensor:
+        """x with this run of its axis, and no more, rewritten; float64 unless only the order changes."""
+        if self.map.values is not None:
+            return self.map.values
+        if self.map.exact and self.map.index is None:
+            return x
+        moved = x.movedim(axis, 0)
+        rest = moved.shape[1:]
+        y = moved.reshape(self.size // self.each, -1)
+        if self.map.index is not None:
+            y = y[self.map.index]
+        if not self.map.exact:
+            y = _mixed(self.map, y.double())
+        return y.reshape(self.new_size, *rest).movedim(0, axis)
+
+
+def _mixed(way: Map, y: Tensor) -> Tensor:
+    if way.before is not None:
+        y = y * way.before[:, None]
+    if way.blocks is not None:
+        y = (way.blocks @ y.reshape(len(way.blocks), way.blocks.shape[2], -1)).flatten(0, 1)
+    return y if way.after is None else y * way.after[:, None]
+
+
+class Rewriter:
+    """How one tensor is rewritten. shape: the new one."""
+
+    def __init__(self, transform: Transform, spec: TensorSpec) -> None:
+        self.old = spec
+        self.axes = [_runs(transform, spec, axis) for axis in range(len(spec.shape))]
+        shape = tuple(sum(run.new_size for run in runs) for runs in self.axes)
+        self.spec = TensorSpec(spec.name, shape, spec.dtype)
+        self.idle = all(run.map == IDENTITY for runs in self.axes for run in runs)
+        # one axis, or one whose entries are mixed over all of it: the tensor is rewritten at once
+        wide = self.axes and any(run.map.block[1] * run.each > NARROW for run in self.axes[0])
+        self.whole = len(shape) < 2 or wide or self.spec.numel <= PANEL
+
+    @property
+    def scratch(self) -> int:
+        """Bytes that rewriting holds beside what is read and returned."""
+        if self.idle:
+            return 0
+        panel = max(last - first for first, last in self.panels) * self._row
+        return (
+            (max(self.old.numel, self.spec.numel) if self.whole else panel) * 8 * 4
+        )  # float64, and what it is made of
+
+    @property
+    def _row(self) -> int:
+        """Elements of a row of the old or new tensor, whichever has more."""
+        return max(self.old.numel // max(1, self.old.shape[0]), self.spec.numel // max(1, self.spec.shape[0]))
+
+    def apply(self, x: Tensor) -> Tensor:
+        """The rewritten tensor, of one that lies in memory."""
+        if self.whole:
+            return self._rounded(self._columns(self._along(x, 0)))
+        return torch.cat([self.rows(first, last, lambda a, b: x[a:b]) for first, last in self.panels])
+
+    def _along(self, x: Tensor, axis: int) -> Tensor:
+        runs = self.axes[axis]
+        parts = [run.apply(x.narrow(axis, run.first, run.size), axis) for run in runs]
+        if len(parts) == 1:
+            return parts[0]
+        dtype = torch.float64 if any(part.dtype == torch.float64 for part in parts) else x.dtype
+        return torch.cat([part.to(dtype) for part in parts], axis)
+
+    def _columns(self, x: Tensor) -> Tensor:
+        for axis in range(1, len(self.axes)):
+            x = self._along(x, axis)
+        return x
+
+    def _rounded(self, x: Tensor) -> Tensor:
+        return round_once(x, getattr(torch, self.spec.dtype)).contiguous()
+
+    @cached_property
+    def panels(self) -> list[tuple[int, int]]:
+        """(first row, last row) of the new tensor's panels; of one that is rewritten at once, all of its rows."""
+        if self.whole:
+            return [(0, self.spec.shape[0])]
+        edges = [0]
+        for run in self.axes[0]:
+            begin, block = edges[-1], run.map.block[0] * run.each
+            step = max(1, PANEL // (block * max(1, self._row))) * block
+            edges += [*range(begin + step, begin + run.new_size, step), begin + run.new_size]
+        return list(pairwise(edges))
+
+    def rows(self, first: int, last: int, read: Callable[[int, int], Tensor]) -> Tensor:
+        """A panel of the new tensor. read: rows of the old one, from the first to the last."""
+        begin = 0
+        for run in self.axes[0]:
+            if first < begin + run.new_size:
+                break
+            begin += run.new_size
+        new, old = (size * run.each for size in run.map.block)
+        start, stop = (first - begin) // new * old, (last - begin) // new * old
+        wanted = torch.arange(start, stop)
+        if run.map.index is not None:
+            units = run.map.index[start // run.each : stop // run.each]
+            wanted = (units[:, None] * run.each + torch.arange(run.each)).flatten()
+        x = self._columns(_gathered(wanted + run.first, read))
+        if not run.map.exact:
+            y = x.double().reshape(len(wanted) // run.each, -1)
+            x = _mixed(_cut(run.map, start // run.each, stop // run.each), y).reshape(last - first, *x.shape[1:])
+        return self._rounded(x)
+
+
+def _cut(way: Map, start: int, stop: int) -> Map:
+    """The map less its index, of the old units from start to stop, which are whole blocks."""
+    new, old = way.block
+    blocks = None if way.blocks is None else way.blocks[start // old : stop // old]
+    before = None if way.before is None else way.before[start:stop]
+    after = None if way.after is None else way.after[start // old * new : stop // old * new]
+    return Map(None, blocks, before, after)
+
+
+def _gathered(rows: Tensor, read: Callable[[int, int], Tensor]) -> Tensor:
+    """The rows with these numbers, read in runs that lie one after another."""
+    numbers = rows.tolist()
+    breaks = [0, *(i for i in range(1, len(numbers)) if numbers[i] != numbers[i - 1] + 1), len(numbers)]
+    return torch.cat([read(numbers[a], numbers[b - 1] + 1) for a, b in pairwise(breaks)])
+
+
+def _runs(transform: Transform, spec: TensorSpec, axis: int) -> list[Run]:
+    parts = transform.symmetries.tensors[spec.name][axis]
+    runs, first = [], 0
+    for part, size in zip(parts, transform.symmetries.lengths(spec.name, axis, spec.shape[axis]), strict=True):
+        way = map_of(transform, part)
+        if part.group is None:
+            runs.append(Run(IDENTITY, 1, first, size, size))
+        else:
+            each = size // part_size(transform.symmetries.groups, part)
+            new, old = way.block
+            runs.append(Run(way, each, first, size, size // old * new))
+        first += size
+    return runs
+
+
+def rewrite(tensors: Mapping[str, Tensor], transform: Transform) -> dict[str, Tensor]:
+    """Every tensor of a model as the transform rewrites it, in its dtype. PlanError where one is not in the table."""
+    result = {}
+    for name, x in tensors.items():
+        if name not in transform.symmetries.tensors:
+            raise PlanError(f"{name} {list(x.shape)} is not in the transform's table; align the models again")
+        rewriter = Rewriter(transform, TensorSpec(name, tuple(x.shape), str(x.dtype).removeprefix("torch.")))
+        result[name] = x if rewriter.idle else rewriter.apply(x)
+    return result
+
+
+class RewrittenFile(WeightFile):
+    """A file of tensors as a transform rewrites them. What is left alone still is a range of the file."""
+
+    def __init__(self, inner: WeightFile, rewriters: Mapping[str, Rewriter]) -> None:
+        self.inner, self.rewriters = inner, rewriters
+        self.path, self.data_start = inner.path, inner.data_start
+        self.nbytes, self.mtime_ns, self.fallback = inner.nbytes, inner.mtime_ns, inner.fallback
+        self.tensors = {name: (rewriters[name].spec, offset) for name, (_, offset) in inner.tensors.items()}
+        self._kept = threading.local()
+
+    def fileno(self) -> int:
+        return self.inner.fileno()
+
+    def offset(self, name: str) -> int | None:
+        return self.inner.offset(name) if self.rewriters[name].idle else None
+
+    def read_into(self, name: str, start: int, into: memoryview) -> None:
+        """Fill `into` with the rewritten tensor's bytes from byte `start` on; both are whole elements."""
+        rewriter = self.rewriters[name]
+        if rewriter.idle:
+            self.inner.read_into(name, start, into)
+            return
+        spec = rewriter.spec
+        row = spec.nbytes // max(1, spec.shape[0])
+        at = bisect_right(rewriter.panels, start // row, key=itemgetter(0)) - 1
+        for first, last in rewriter.panels[at:]:
+            begin = first * row
+            if begin >= start + len(into):
+                break
+            lower, upper = max(start, begin), min(start + len(into), last * row)
+            data = bytes_of(self._panel(name, first, last))
+            into[lower - start : upper - start] = data[lower - begin : upper - begin]
+
+    def _panel(self, name: str, first: int, last: int) -> Tensor:
+        """A panel, kept until this thread asks for another: neighbouring ranges share panels."""
+        if getattr(self._kept, "key", None) != (name, first):
+            rewriter = self.rewriters[name]
+            if rewriter.whole:
+                panel = rewriter.apply(self._read(name, 0, rewriter.old.shape[0]))
+            else:
+                panel = rewriter.rows(first, last, lambda a, b: self._read(name, a, b))
+            self._kept.key, self._kept.panel = (name, first), panel
+        kept: Tensor = self._kept.panel
+        return kept
+
+    def _read(self, name: str, first: int, last: int) -> Tensor:
+        """Rows of the tensor as it is stored."""
+        spec = self.rewriters[name].old
+        found = torch.empty(last - first, *spec.shape[1:], dtype=getattr(torch, spec.dtype))
+        row = found.nbytes // max(1, last - first)
+        self.inner.read_into(name, first * row, bytes_of(found))
+        return found
+
+
+def rewritten(checkpoint: Checkpoint, transform: Transform) -> Checkpoint:
+    """The checkpoint as the transform rewrites it, read like any other."""
+    rewriters = {name: Rewriter(transform, spec) for name, spec in checkpoint.items()}
+    return Checkpoint(checkpoint.path, [RewrittenFile(file, rewriters) for file in checkpoint.files])

@@ -1,0 +1,227 @@
+"""The transform file: how one model's hidden units are rewritten, for merges that apply it while they stream.
+
+One safetensors file: for each group of the symmetry table what acts on it, and metadata that hold the table itself, the
+method, and the content digests of both models. Applying it needs this file and the checkpoint, and no more.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergekit_lfm.arch.declare import Group, Heads, Symmetries, Units, read_axis
+from mergekit_lfm.checkpoint import bytes_of, open_checkpoint
+from mergekit_lfm.durable import replace_file
+from mergekit_lfm.errors import FormatError
+from mergekit_lfm.tensors import TensorSpec, encode_header, read_header
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMAT = "1"
+
+
+@dataclass(frozen=True)
+class UnitsElement:
+    """What acts on a `Units` group: an order with factors, or a matrix.
+
+    order: int64 [n], new unit i is the old unit order[i]; None keeps it. scale: float64 [n], the factor of new unit i;
+    None for ones. matrix: float64 [m, n], new = matrix @ old, in place of order and scale. dual: float64 [m, n], what
+    acts on axes that read the units; None where the matrix is orthogonal, and so the same.
+    """
+
+    order: Tensor | None = None
+    scale: Tensor | None = None
+    matrix: Tensor | None = None
+    dual: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class HeadsElement:
+    """What acts on a `Heads` group. None leaves that part as it is.
+
+    groups: int64 [groups], in new place j stands the old group groups[j]. queries: int64 [groups, per_group], in place
+    (j, r) stands the query head queries[j, r] of that group. query_key, value_output: float64 [groups, head_dim,
+    head_dim], what acts on the keys and on the values in new place j; on queries and the output's columns the inverse
+    transposed.
+    """
+
+    groups: Tensor | None = None
+    queries: Tensor | None = None
+    query_key: Tensor | None = None
+    value_output: Tensor | None = None
+
+
+Element = UnitsElement | HeadsElement
+
+
+@dataclass(frozen=True)
+class Gain:
+    """A norm's gain before and after, float64 [n]: where a rotation acts on what it normalises, they change places."""
+
+    old: Tensor
+    new: Tensor
+
+
+@dataclass(frozen=True)
+class TransformFacts:
+    """All that a transform file says about itself.
+
+    method: the aligner. models: content digests of the model that is rewritten and of the one that it is brought near
+    to; () where they were given as tensors. exact: whether the outputs stay the same. options: those of the method.
+    scores: the objective before and after, and the like.
+    """
+
+    method: str
+    exact: bool = True
+    models: tuple[str, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+    scores: dict[str, float] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Transform:
+    """How a model is rewritten. elements: by group, none for those left alone; gains: by norm."""
+
+    symmetries: Symmetries
+    elements: Mapping[str, Element]
+    facts: TransformFacts
+    gains: Mapping[str, Gain] = field(default_factory=dict)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the file, at once."""
+        tensors = {
+            f"{part}/{group}": value.contiguous()
+            for group, element in self.elements.items()
+            for part, value in vars(element).items()
+            if value is not None
+        }
+        for norm, gain in self.gains.items():
+            tensors |= {f"gain/old/{norm}": gain.old.contiguous(), f"gain/new/{norm}": gain.new.contiguous()}
+        specs = [TensorSpec(n, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in tensors.items()]
+        header, _ = encode_header(specs, _metadata(self))
+        replace_file(Path(path), b"".join([header, *(bytes(bytes_of(t)) for t in tensors.values())]))
+
+
+def _metadata(transform: Transform) -> dict[str, str]:
+    parts: dict[str, Any] = {
+        **asdict(transform.facts),
+        "groups": {name: asdict(group) for name, group in transform.symmetries.groups.items()},
+        "tensors": {
+            name: ["|".join(map(str, axis)) for axis in axes] for name, axes in transform.symmetries.tensors.items()
+        },
+    }
+    return {
+        "format": "pt",
+        "lfm.kind": "transform",
+        "lfm.format": FORMAT,
+        **{f"lfm.{name}": json.dumps(value, sort_keys=True) for name, value in parts.items()},
+    }
+
+
+def _group(fields: dict[str, Any]) -> Group:
+    return Heads(**fields) if "head_dim" in fields else Units(**fields)
+
+
+def read_transform_facts(path: Path) -> tuple[Symmetries, TransformFacts]:
+    """The table and the facts in a transform file's header. FormatError where it is none."""
+    metadata = read_header(path).metadata
+    if metadata.get("lfm.kind") != "transform":
+        raise FormatError(f"{path} is no transform file; make one with `mergekit-lfm align`")
+    if metadata.get("lfm.format") != FORMAT:
+        raise FormatError(f"{path} holds a transform of another version; align the models again")
+    try:
+        facts = {name: json.loads(metadata[f"lfm.{name}"]) for name in TransformFacts.__dataclass_fields__}
+        groups = {name: _group(fields) for name, fields in json.loads(metadata["lfm.groups"]).items()}
+        tensors = {
+            name: tuple(read_axis(word, groups) for word in words)
+            for name, words in json.loads(metadata["lfm.tensors"]).items()
+        }
+        return Symmetries(groups, tensors), TransformFacts(**{**facts, "models": tuple(facts["models"])})
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise FormatError(f"{path} has damaged metadata ({error!r}); align the models again") from None
+
+
+def open_transform(path: str | os.PathLike[str]) -> Transform:
+    """The transform in a file. FormatError where it holds none, FileNotFoundError where it is not there."""
+    place = Path(path)
+    if not place.is_file():
+        raise FileNotFoundError(f"no such transform file: {place}")
+    symmetries, facts = read_transform_facts(place)
+    stored = open_checkpoint(place)
+    held = {name: stored.read(name).view(spec.shape) for name, spec in stored.items()}
+    elements: dict[str, Element] = {}
+    gains = {name.removeprefix("gain/old/"): name for name in held if name.startswith("gain/old/")}
+    for name, group in symmetries.groups.items():
+        kind = UnitsElement if isinstance(group, Units) else HeadsElement
+        parts = {part: held[f"{part}/{name}"] for part in kind.__dataclass_fields__ if f"{part}/{name}" in held}
+        if parts:
+            elements[name] = kind(**parts)
+    try:
+        read = {norm: Gain(held[old], held[f"gain/new/{norm}"]) for norm, old in gains.items()}
+    except KeyError as error:
+        raise FormatError(f"{place} lacks {error}; align the models again") from None
+    transform = Transform(symmetries, elements, facts, read)
+    check_elements(transform, place)
+    return transform
+
+
+def check_elements(transform: Transform, label: object) -> None:
+    """FormatError where an order is no permutation, or a shape or number is not what its group has."""
+    problems = []
+    for name, element in transform.elements.items():
+        group = transform.symmetries.groups[name]
+        wrong = (
+            _wrong_units(group, element)
+            if isinstance(group, Units) and isinstance(element, UnitsElement)
+            else _wrong_heads(group, element)
+            if isinstance(group, Heads) and isinstance(element, HeadsElement)
+            else ["its kind"]
+        )
+        problems += [f"{part} of {name}" for part in wrong]
+    if problems:
+        raise FormatError(
+            f"{label}: {', '.join(problems)} does not fit the group in the file's table; align the models again"
+        )
+
+
+def _wrong_units(group: Units, element: UnitsElement) -> list[str]:
+    n = group.count
+    wrong = []
+    if element.order is not None and not _permutes(element.order, n):
+        wrong.append("order")
+    if element.scale is not None and not (
+        element.scale.shape == (n,) and bool((element.scale.isfinite() & (element.scale != 0)).all())
+    ):
+        wrong.append("scale")
+    for part, value in (("matrix", element.matrix), ("dual", element.dual)):
+        if value is not None and not (value.ndim == 2 and value.shape[1] == n and bool(value.isfinite().all())):
+            wrong.append(part)
+    return wrong
+
+
+def _wrong_heads(group: Heads, element: HeadsElement) -> list[str]:
+    wrong = []
+    if element.groups is not None and not _permutes(element.groups, group.groups):
+        wrong.append("groups")
+    if element.queries is not None and not (
+        element.queries.shape == (group.groups, group.per_group)
+        and all(_permutes(row, group.per_group) for row in element.queries)
+    ):
+        wrong.append("queries")
+    shape = (group.groups, group.head_dim, group.head_dim)
+    for part, value in (("query_key", element.query_key), ("value_output", element.value_output)):
+        if value is not None and not (value.shape == shape and bool(value.isfinite().all())):
+            wrong.append(part)
+    return wrong
+
+
+def _permutes(order: Tensor, n: int) -> bool:
+    import torch
+
+    return order.dtype == torch.int64 and order.shape == (n,) and bool((order.sort()[0] == torch.arange(n)).all())
