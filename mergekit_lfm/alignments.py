@@ -4,12 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.methods.declare import Parameter, Value
 from mergekit_lfm.settings import did_you_mean, read_value
+
+
+@dataclass(frozen=True, slots=True)
+class GivenFile:
+    """A file that a recipe names: `ref` as written, `path` (absolute)."""
+
+    ref: str
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class AlignRequest:
+    """That a model be brought near another: `to` is that one's label in the recipe. options: all of the method's."""
+
+    to: str
+    method: str
+    options: tuple[tuple[str, Value], ...]
+    stats: GivenFile | None = None
+
+    def as_data(self) -> dict[str, Any]:
+        """The request as a recipe has it."""
+        stats = {} if self.stats is None else {"stats": self.stats.ref}
+        return {"to": self.to, "method": self.method, **dict(self.options), **stats}
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,6 +64,10 @@ class WeightFile:
         """Where the tensor's bytes start in the file; None where they are no range of it."""
         return self.tensors[name][1]
 
+    def scratch(self, name: str) -> int:  # noqa: ARG002
+        """Bytes that reading the tensor holds in each thread, besides what it fills."""
+        return 0
+
     def read_into(self, name: str, start: int, into: memoryview) -> None:
         """Fill `into` with the tensor's bytes from byte `start` on."""
         read_exactly(self.fileno(), self.tensors[name][1] + start, into, self.path)
@@ -192,9 +196,11 @@ class Checkpoint(Mapping[str, TensorSpec]):
     Raises FormatError where it is damaged.
     """
 
-    def __init__(self, path: Path, files: Sequence[WeightFile] | None = None) -> None:
-        """files: views of the folder's files, to be read in their place."""
-        self.path = path
+    def __init__(
+        self, path: Path, files: Sequence[WeightFile] | None = None, view: Mapping[str, Any] | None = None
+    ) -> None:
+        """files: views of the folder's files, to be read in their place; view: what they depend on besides these."""
+        self.path, self.view = path, view
         paths, weight_map = list[Path](), dict[str, str]()
         if files is None and path.is_dir():
             paths, weight_map = _weight_paths(path)
@@ -265,8 +271,12 @@ class Checkpoint(Mapping[str, TensorSpec]):
 
     @cached_property
     def identity(self) -> list[dict[str, Any]]:
-        """What tells this checkpoint from another, the data unread: per file a digest of the header, size, time."""
-        return [
+        """What tells this checkpoint from another, the data unread: per file a digest of the header, size, time.
+
+        Of a view also what it depends on besides.
+        """
+        view = [] if self.view is None else [{"view": dict(self.view)}]
+        return view + [
             {
                 "file": file.path.name,
                 "header_xxh3": xxhash.xxh3_128_hexdigest(
@@ -304,7 +314,8 @@ class Checkpoint(Mapping[str, TensorSpec]):
 
         The data are read once on a machine: what was found is kept for these very files, as they are.
         """
-        states = [(str(file.path.resolve()), *_state(file.path.stat())) for file in self.files]
+        states: list[Any] = [(str(file.path.resolve()), *_state(file.path.stat())) for file in self.files]
+        states += [] if self.view is None else [dict(self.view)]
         kept = cache_folder("contents") / xxhash.xxh3_128_hexdigest(json.dumps(states).encode())
         if "digests" not in self.__dict__:
             with suppress(OSError):

@@ -255,14 +255,15 @@ def execute(
     overwrite: bool = False,
     compile: Mode = "auto",
     progress: Callable[[int], None] | None = None,
+    notice: Callable[[str], None] | None = None,
 ) -> Outcome:
     """Write the merged checkpoint to the folder `out`, or complete what an interrupted run of the same plan left.
 
     memory: bytes that the engine may hold. compile: whether elementwise functions are compiled to machine code,
     "auto" where the merge is large enough to repay it; the bytes are the same. progress is called with each number of
-    bytes newly written. Raises PlanError before anything is written where `out`, the memory or the disk do not allow
-    it; FormatError where an input turns out to hold NaN or infinity (`nan="error"`). OUT appears only when it is
-    complete.
+    bytes newly written, notice with a line about each alignment that is found before. Raises PlanError before anything
+    is written where `out`, the memory or the disk do not allow it; FormatError where an input turns out to hold NaN or
+    infinity (`nan="error"`). OUT appears only when it is complete.
     """
     started = time.monotonic()
     place = out.resolve()
@@ -270,6 +271,10 @@ def execute(
         return Outcome(out, already_there=True)
     if resume and finish(plan, place):
         return Outcome(out, resumed_bytes=plan.bytes_written, seconds=time.monotonic() - started)
+    if plan.pending:
+        from mergekit_lfm.stages import prepare
+
+        plan = prepare(plan, notice or (lambda _: None))
     budget = memory or default_memory()
     count = threads or min(default_threads(), plan.most_threads(budget))
     plan.peak_memory(budget, count)

@@ -18,7 +18,9 @@ from typing import Any
 import xxhash
 
 from mergekit_lfm import __version__
-from mergekit_lfm.checkpoint import Checkpoint, open_checkpoint
+from mergekit_lfm.aligned import PendingFile, open_models, refuse_resized
+from mergekit_lfm.alignments import GivenFile
+from mergekit_lfm.checkpoint import Checkpoint
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.evidence import LinearGroup, find_statistics, group_linears, open_all
 from mergekit_lfm.jobs import Cast, Job, cast_of, make_job, unit_of
@@ -27,6 +29,7 @@ from mergekit_lfm.matching import layers_of, match, refuse_quantised, several
 from mergekit_lfm.methods import METHODS
 from mergekit_lfm.methods.declare import Unit
 from mergekit_lfm.recipe import Recipe
+from mergekit_lfm.roles import Model
 from mergekit_lfm.stats import Statistics
 from mergekit_lfm.tensors import ITEMSIZE
 
@@ -79,6 +82,12 @@ class Plan:
         return (*self.cast.labels, *(given.ref for given in self.cast.recipe.statistics))
 
     @property
+    def pending(self) -> tuple[Model, ...]:
+        """The models whose alignment is still to be found."""
+        models = zip(self.recipe.all_models, self.models, strict=True)
+        return tuple(model for model, held in models if any(isinstance(file, PendingFile) for file in held.files))
+
+    @property
     def bytes_written(self) -> int:
         return sum(job.nbytes for job in self.tensors)
 
@@ -120,9 +129,10 @@ class Plan:
     def scratch(self, job: Job) -> int:
         """Bytes that one worker holds to process the job block by block."""
         numel = min(job.block, job.spec.numel)
+        views = sum(self.sources[i].file_of(name).scratch(name) for i, name in job.read)
         if job.copied:
-            return numel * ITEMSIZE[job.dtype]
-        return numel * len(job.read) * (ITEMSIZE[job.compute] * 8 + 8) + job.sums_nbytes
+            return numel * ITEMSIZE[job.dtype] + views
+        return numel * len(job.read) * (ITEMSIZE[job.compute] * 8 + 8) + job.sums_nbytes + views
 
     def most_threads(self, memory: int) -> int:
         """The number of threads, at least one, for which a budget of `memory` bytes suffices."""
@@ -166,6 +176,11 @@ class Plan:
                 for given, held in zip(self.recipe.statistics, self.statistics, strict=True)
             ],
             "averaged": {"tensors": len(self.averaged), "numbers": sum(job.spec.numel for job in self.averaged)},
+            "aligned": {
+                model.label: model.align.ref if isinstance(model.align, GivenFile) else model.align.as_data()
+                for model in self.recipe.all_models
+                if model.align is not None
+            },
             "template": self.labels[self.template],
             "tensors": len(self.tensors),
             "methods": dict(Counter(job.method for job in self.tensors)),
@@ -184,13 +199,14 @@ class Plan:
 
 def make_plan(recipe: Recipe, *, max_shard_size: int | None = None) -> Plan:
     """The plan of a recipe. Raises PlanError with all that does not fit, FormatError where a checkpoint is damaged."""
-    models = tuple(open_checkpoint(model.path) for model in recipe.all_models)
+    models = open_models(recipe)
     for model in models:
         _ = model.config  # a config that cannot be read shows here
     labels = tuple(model.label for model in recipe.all_models)
     cast = cast_of(recipe, models, open_all(recipe, dict(zip(labels, models, strict=True))))
     template = models[cast.template]
     refuse_quantised(recipe, models, labels)
+    refuse_resized(recipe.all_models[cast.template], template)
     names, dropped = match(models, labels, cast.template)
     statistics = find_statistics(cast, names)
     layers = layers_of(template)

@@ -117,11 +117,22 @@ def _last_name(reference: str) -> str:
 def _public_recipe(plan: Plan) -> dict[str, Any]:
     recipe, names = plan.recipe.normalised(), names_of(plan)
     models = [
-        {key: names[value] if key in ("model", "stats") else value for key, value in entry.items()}
+        {
+            key: names[value] if key in ("model", "stats") else _public_align(value, names) if key == "align" else value
+            for key, value in entry.items()
+        }
         for entry in recipe["models"]
     ]
     base = recipe["base_model"]
     return {**recipe, "models": models, "base_model": base and names[base]}
+
+
+def _public_align(align: str | dict[str, Any], names: Mapping[str, str]) -> str | dict[str, Any]:
+    """A model's `align` without the folders of this machine."""
+    if isinstance(align, str):
+        return _last_name(align)
+    stats = {"stats": _last_name(align["stats"])} if "stats" in align else {}
+    return {**align, "to": names[align["to"]], **stats}
 
 
 def _lock(plan: Plan, receipts: Mapping[tuple[str, int], Receipt], files: Mapping[str, bytes]) -> bytes:

@@ -24,11 +24,12 @@ from pydantic import (
     model_validator,
 )
 
+from mergekit_lfm.alignments import AlignRequest, GivenFile
 from mergekit_lfm.document import read_yaml
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.methods import METHODS, REQUIRED, Method
 from mergekit_lfm.methods.declare import Value
-from mergekit_lfm.roles import Entry, Model, Roles, StatisticsFile, assign_roles, unmet
+from mergekit_lfm.roles import Entry, Model, Roles, Written, assign_roles, unmet
 from mergekit_lfm.settings import as_data, did_you_mean, value_at
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -43,7 +44,7 @@ _NOT_YET = {
     "edits": "edits in a recipe are not supported in this version",
     "push": "pushing to the Hub is not supported in this version; `hf upload` does it",
     "stats": "a statistics file belongs to one model: put `stats` beside it, under `models`",
-    "align": "alignment is not supported in this version",
+    "align": "an alignment belongs to one model: put `align` beside it, under `models`",
     "lora": "adapters are not supported in this version; merge the adapter into its model first",
     "revision": "models are read from local folders, which have no revision; remove the key",
     "override_architecture": "tensors are taken as the checkpoints name them; remove the key",
@@ -82,6 +83,10 @@ def _reference(value: object) -> object:
     return _reference(value.get("model", value.get("path")))
 
 
+def _path_or_mapping(value: object) -> object:
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
 def _dtype(value: object) -> object:
     """A dtype's name without the optional "torch."."""
     name = value.removeprefix("torch.") if isinstance(value, str) else value
@@ -106,10 +111,14 @@ class _Strict(BaseModel):
 
 
 class ModelEntry(_Strict):
-    """One line of `models`: a reference, parameters that hold for this model only, and its statistics file."""
+    """One line of `models`: a reference, parameters that hold for this model only, its statistics file, its alignment.
+
+    align: a transform file, or {to, method, ...} for one that is found before the merge.
+    """
 
     model: _Reference
     stats: Annotated[str | None, BeforeValidator(_reference)] = None
+    align: Annotated[str | dict[str, Any] | None, BeforeValidator(_path_or_mapping)] = None
     parameters: _Parameters = Field(default_factory=dict)
 
 
@@ -170,7 +179,7 @@ class Recipe(_Strict):
             known = did_you_mean(self.merge_method, METHODS)
             problems.append(f"merge_method: there is no method {self.merge_method!r}, {known}")
         else:
-            models = [(entry.model, entry.parameters, entry.stats) for entry in self.models]
+            models = [Written(entry.model, entry.parameters, entry.stats, entry.align) for entry in self.models]
             self._roles = assign_roles(method, models, self.base_model, self.parameters, context["where"], problems)
             problems += [] if problems else unmet(method, self._roles)
         if problems:
@@ -193,7 +202,7 @@ class Recipe(_Strict):
         return tuple(entry.model for entry in self._roles.inputs)
 
     @property
-    def statistics(self) -> tuple[StatisticsFile, ...]:
+    def statistics(self) -> tuple[GivenFile, ...]:
         """The statistics file of each input, or () where the method takes none."""
         return tuple(entry.stats for entry in self._roles.inputs if entry.stats is not None)
 
@@ -238,6 +247,7 @@ class Recipe(_Strict):
         models = [
             {"model": entry.model.ref, "parameters": {k: as_data(v) for k, v in sorted(entry.settings.items())}}
             | ({} if entry.stats is None else {"stats": entry.stats.ref})
+            | _align_data(entry.model.align)
             for entry in self._roles.entries
         ]
         return {
@@ -249,6 +259,12 @@ class Recipe(_Strict):
             "out_dtype": self.out_dtype,
             "seed": self.seed,
         }
+
+
+def _align_data(align: GivenFile | AlignRequest | None) -> dict[str, Any]:
+    if align is None:
+        return {}
+    return {"align": align.ref if isinstance(align, GivenFile) else align.as_data()}
 
 
 def _lines(error: ValidationError) -> Iterator[str]:

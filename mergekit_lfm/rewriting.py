@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from operator import itemgetter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -276,6 +277,9 @@ class RewrittenFile(WeightFile):
     def offset(self, name: str) -> int | None:
         return self.inner.offset(name) if self.rewriters[name].idle else None
 
+    def scratch(self, name: str) -> int:
+        return self.rewriters[name].scratch
+
     def read_into(self, name: str, start: int, into: memoryview) -> None:
         """Fill `into` with the rewritten tensor's bytes from byte `start` on; both are whole elements."""
         rewriter = self.rewriters[name]
@@ -314,7 +318,7 @@ class RewrittenFile(WeightFile):
         return found
 
 
-def rewritten(checkpoint: Checkpoint, transform: Transform) -> Checkpoint:
-    """The checkpoint as the transform rewrites it, read like any other."""
+def rewritten(checkpoint: Checkpoint, transform: Transform, view: Mapping[str, Any]) -> Checkpoint:
+    """The checkpoint as the transform rewrites it, read like any other. view: what stands for the transform."""
     rewriters = {name: Rewriter(transform, spec) for name, spec in checkpoint.items()}
-    return Checkpoint(checkpoint.path, [RewrittenFile(file, rewriters) for file in checkpoint.files])
+    return Checkpoint(checkpoint.path, [RewrittenFile(file, rewriters) for file in checkpoint.files], view)

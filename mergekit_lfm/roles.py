@@ -7,10 +7,11 @@ all of it at once.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mergekit_lfm.alignments import AlignRequest, GivenFile, align_options
 from mergekit_lfm.methods import REQUIRED, Method
 from mergekit_lfm.settings import Setting, did_you_mean, read_setting
 
@@ -20,19 +21,15 @@ _WITHOUT_EFFECT = frozenset({"int8_mask"})
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A model of a recipe: `ref` as written, `path` of its folder (absolute), `label` unique in the recipe."""
+    """A model of a recipe: `ref` as written, `path` of its folder (absolute), `label` unique in the recipe.
+
+    align: how it is rewritten before it is merged: by a transform file, or one that is still to be found.
+    """
 
     ref: str
     path: Path
     label: str
-
-
-@dataclass(frozen=True, slots=True)
-class StatisticsFile:
-    """A model's statistics file: `ref` as written, `path` (absolute)."""
-
-    ref: str
-    path: Path
+    align: GivenFile | AlignRequest | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +39,17 @@ class Entry:
     model: Model
     settings: dict[str, Setting]
     place: str
-    stats: StatisticsFile | None = None
+    stats: GivenFile | None = None
 
 
-Written = tuple[str, Mapping[str, Any], str | None]  # a model's reference, its parameters, its statistics file
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A model as a recipe has it: its reference, parameters, statistics file, and alignment."""
+
+    ref: str
+    parameters: Mapping[str, Any]
+    stats: str | None = None
+    align: str | Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,26 +124,78 @@ def assign_roles(
         path = _model_at(base_ref, where, "base_model", problems)
         base = Model(base_ref, path, base_ref)
     entries: list[Entry] = []
-    for i, (ref, own, stats) in enumerate(models):
+    for i, written in enumerate(models):
         place = f"models[{i}]"
-        path = _model_at(ref, where, f"{place}.model", problems)
-        settings = read_settings(own, method, f"{place}.parameters", own=True, problems=problems)
+        path = _model_at(written.ref, where, f"{place}.model", problems)
+        settings = read_settings(written.parameters, method, f"{place}.parameters", own=True, problems=problems)
+        stats = written.stats
         file = None if stats is None else _statistics_file(stats, method, where, f"{place}.stats", problems)
-        entries.append(Entry(_model(ref, path, base, entries), settings, place, file))
+        entries.append(Entry(_model(written.ref, path, base, entries), settings, place, file))
+    entries = _aligned(models, entries, base, where, problems)
     inputs = _inputs(method, base, entries, problems)
     return Roles(
         base, tuple(entries), inputs, read_settings(parameters, method, "parameters", own=False, problems=problems)
     )
 
 
-def _statistics_file(
-    ref: str, method: Method, where: Path | None, place: str, problems: list[str]
-) -> StatisticsFile | None:
+def _aligned(
+    models: Sequence[Written], entries: Sequence[Entry], base: Model | None, where: Path | None, problems: list[str]
+) -> list[Entry]:
+    """The entries with the alignments that the recipe asks for."""
+    fixed = {entry.model.label: entry.model for entry, w in zip(entries, models, strict=True) if w.align is None}
+    if base is not None:
+        fixed[base.label] = base
+    found = []
+    for entry, written in zip(entries, models, strict=True):
+        place = f"{entry.place}.align"
+        align: GivenFile | AlignRequest | None = None
+        try:
+            if written.align is not None and entry.model == base:
+                raise ValueError(f"{place}: {base.ref} is the base; align the other models to it")
+            if written.align is not None and written.stats is not None:
+                raise ValueError(
+                    f"{place}: statistics are of the model as it is, and `align` rewrites it: save the rewritten model "
+                    "with `mergekit-lfm align --save`, collect its statistics, and merge that"
+                )
+            if isinstance(written.align, str):
+                align = GivenFile(written.align, _find(written.align, where, "expected a transform file"))
+            elif written.align is not None:
+                align = _request(written.align, fixed, where, place)
+        except ValueError as wrong:
+            text = str(wrong)
+            problems += (text if text.startswith(place) else f"{place}: {text}").split("\n")
+        found.append(replace(entry, model=replace(entry.model, align=align)))
+    return found
+
+
+def _request(given: Mapping[str, Any], fixed: Mapping[str, Model], where: Path | None, place: str) -> AlignRequest:
+    """The request in a mapping {to, method, ...}. ValueError tells what is wrong with it."""
+    rest = dict(given)
+    to, method, stats = rest.pop("to", None), rest.pop("method", "weight_matching"), rest.pop("stats", None)
+    if not isinstance(to, str) or not isinstance(method, str) or not isinstance(stats, str | None):
+        raise ValueError(f"found {dict(given)!r}, expected {{to: MODEL, method: NAME}}, and `stats` as a file's name")
+    label = next((label for label, model in fixed.items() if to in (label, model.ref)), None)
+    if label is None:
+        raise ValueError(
+            f"{place}.to: found {to!r}, expected a model of this recipe that is not aligned itself; "
+            f"{did_you_mean(to, fixed)}"
+        )
+    options = align_options(method, rest, statistics=stats is not None, place=place)
+    if stats is None:
+        return AlignRequest(label, method, tuple(options.items()))
+    try:
+        file = GivenFile(stats, _find(stats, where, "expected a file that `mergekit-lfm stats cross` has made"))
+    except ValueError as wrong:
+        raise ValueError(f"{place}.stats: {wrong}") from None
+    return AlignRequest(label, method, tuple(options.items()), file)
+
+
+def _statistics_file(ref: str, method: Method, where: Path | None, place: str, problems: list[str]) -> GivenFile | None:
     if method.statistics is None:
         problems.append(f"{place}: {method.name} takes no statistics; remove the key, or choose a method that does")
         return None
     try:
-        return StatisticsFile(ref, _find(ref, where, "expected a file that `mergekit-lfm stats` has made"))
+        return GivenFile(ref, _find(ref, where, "expected a file that `mergekit-lfm stats` has made"))
     except ValueError as wrong:
         problems.append(f"{place}: {wrong}")
         return None

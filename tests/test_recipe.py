@@ -285,7 +285,41 @@ def test_all_problems_come_in_one_message(models):
             "models[0].model: models are read",
         ),
         ({"models": [{"model": {"model": "A", "lora": "B"}}]}, "models[0].model: adapters are not supported"),
-        ({"models": [{"model": "A", "align": {"to": "B"}}]}, "models[0].align: alignment is not supported"),
+        ({"align": {"to": "A"}}, "align: an alignment belongs to one model: put `align` beside it"),
+        ({"models": [{"model": "A", "align": 3}]}, "models[0].align"),
+        ({"models": [{"model": "A", "align": "t.st"}]}, "models[0].align: found 't.st', but there is no"),
+        (
+            {"models": [{"model": "A", "align": {"to": "X"}}, {"model": "B"}]},
+            "models[0].align.to: found 'X', expected a model of this recipe that is not aligned itself",
+        ),
+        (
+            {"models": [{"model": "A", "align": {"to": "A"}}, {"model": "B"}]},
+            "models[0].align.to: found 'A', expected a model of this recipe that is not aligned itself",
+        ),
+        (
+            {"models": [{"model": "A", "align": {"to": "B", "method": "ropation"}}, {"model": "B"}]},
+            "models[0].align.method: there is no method 'ropation', did you mean rotation?",
+        ),
+        (
+            {"models": [{"model": "A", "align": {"to": "B", "restart": 2}}, {"model": "B"}]},
+            "models[0].align.restart: weight_matching has no such parameter, did you mean restarts?",
+        ),
+        (
+            {"models": [{"model": "A", "align": {"to": "B", "restarts": 0}}, {"model": "B"}]},
+            "models[0].align.restarts: found 0, expected a whole number of at least 1",
+        ),
+        (
+            {"models": [{"model": "A", "align": {"to": "B", "method": "activation_matching"}}, {"model": "B"}]},
+            "models[0].align.stats: activation_matching needs cross moments of both models",
+        ),
+        (
+            {"models": [{"model": "A", "align": {"to": "B", "method": "ot", "stats": "x"}}, {"model": "B"}]},
+            "models[0].align.stats: found 'x', but there is no",
+        ),
+        (
+            {"base_model": "B", "models": [{"model": "B", "align": {"to": "A"}}, {"model": "A"}]},
+            "models[0].align: B is the base; align the other models to it",
+        ),
     ],
 )
 def test_refused_with_its_place(change, expected):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,7 +14,6 @@ from mergekit_lfm.errors import PlanError
 
 if TYPE_CHECKING:
     from mergekit_lfm.checkpoint import Checkpoint
-    from mergekit_lfm.stats import Statistics
 
 
 @click.command(
@@ -23,7 +22,8 @@ if TYPE_CHECKING:
 Examples:
   mergekit-lfm inspect merged/quickstart
   mergekit-lfm inspect model-00001-of-00002.safetensors --json
-  mergekit-lfm inspect stats.safetensors""",
+  mergekit-lfm inspect stats.safetensors
+  mergekit-lfm inspect transform.safetensors""",
 )
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option(
@@ -33,36 +33,48 @@ Examples:
 def inspect(path: Path, content: bool, as_json: bool) -> None:
     """List the tensors of a model's folder or of one file: shapes, dtypes, sizes, totals.
 
-    Of a statistics file also what it says about itself: its kind, model, data and what it does not cover.
+    Of a statistics file also what it says about itself: its kind, model, data and what it does not cover; of a
+    transform its method, models, and what moves how much.
     """
     from mergekit_lfm.checkpoint import open_checkpoint
-    from mergekit_lfm.display.files import checkpoint_data, checkpoint_text, statistics_data, statistics_text
+    from mergekit_lfm.display.files import checkpoint_data, checkpoint_text
 
     checkpoint = open_checkpoint(path)
     data = checkpoint_data(checkpoint)
     if content:
         data["content"] = checkpoint.content
-    statistics = _statistics_in(checkpoint)
-    if statistics is not None:
-        data["statistics"] = statistics_data(statistics)
+    kind, about, text = _about(checkpoint)
+    if kind:
+        data[kind] = about
     if as_json:
         click.echo(json.dumps(data))
         return
     click.echo(checkpoint_text(data))
-    if statistics is not None:
-        click.echo("\n" + statistics_text(data["statistics"]))
+    if text:
+        click.echo("\n" + text)
 
 
-def _statistics_in(checkpoint: Checkpoint) -> Statistics | None:
-    """The statistics that are the checkpoint's only file, whatever its name; None where it is something else."""
+def _about(checkpoint: Checkpoint) -> tuple[str, dict[str, Any], str]:
+    """What a checkpoint's only file is, whatever its name, and what it says about itself, as data and as text.
+
+    ("", {}, "") where it is a model's.
+    """
     from mergekit_lfm.checkpoint import ARCHIVES
+    from mergekit_lfm.display.files import statistics_data, statistics_text
+    from mergekit_lfm.display.transforms import transform_data, transform_text
     from mergekit_lfm.stats import open_statistics
     from mergekit_lfm.tensors import read_header
+    from mergekit_lfm.transforms import open_transform
 
     path = checkpoint.files[0].path
-    if len(checkpoint.files) > 1 or path.suffix in ARCHIVES:
-        return None
-    return open_statistics(path) if read_header(path).metadata.get("lfm.kind") == "statistics" else None
+    kind = "" if len(checkpoint.files) > 1 or path.suffix in ARCHIVES else read_header(path).metadata.get("lfm.kind")
+    if kind == "statistics":
+        about = statistics_data(open_statistics(path))
+        return kind, about, statistics_text(about)
+    if kind == "transform":
+        about = transform_data(open_transform(path))
+        return kind, about, transform_text(about)
+    return "", {}, ""
 
 
 @click.command(

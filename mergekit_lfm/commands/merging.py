@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -98,6 +99,7 @@ def merge(
             overwrite=overwrite,
             compile=compile_,
             progress=progress,
+            notice=None if quiet or as_json else partial(click.echo, err=True),
         )
     _show_outcome(plan, outcome, as_json, quiet)
 

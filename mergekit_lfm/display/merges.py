@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from mergekit_lfm.alignments import AlignRequest
 from mergekit_lfm.display.terminal import counted, table
 from mergekit_lfm.sizes import format_size
 
@@ -30,6 +31,10 @@ def plan_text(plan: Plan, facts: dict[str, Any], verbose: bool) -> str:
         share = sum(job.spec.numel for job in plan.averaged) / sum(job.spec.numel for job in plan.tensors)
         what = f"{counted(len(plan.averaged), 'tensor')}, {share:.0%} of the numbers: there are no statistics of them"
         rows.insert(3, ("averaged", what))
+    for model in plan.pending:
+        assert isinstance(model.align, AlignRequest)
+        found = "is found when the merge runs"
+        rows.insert(3, ("aligned", f"{model.label} to {model.align.to}: the transform by {model.align.method} {found}"))
     lines = [table(rows)]
     lines += [f"held beside the memory budget, its tensors are no byte ranges: {file}" for file in plan.held]
     lines += [f"dropped: {model}: {tensor}: {reason}" for model, tensor, reason in plan.dropped]

@@ -1,0 +1,1 @@
+"""Alignment: transforms that bring one model near another."""

@@ -1,0 +1,133 @@
+"""The models of a recipe as they are merged: as they lie on the disk, or rewritten by an alignment.
+
+An alignment that is still to be found is checked as far as headers tell, and has the shapes of its result: a plan needs
+no more. Before anything is written, `stages.prepare` puts the rewritten model in its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from mergekit_lfm.alignments import AlignRequest, GivenFile
+from mergekit_lfm.arch import Symmetries, find_symmetries
+from mergekit_lfm.arch.declare import check_fit
+from mergekit_lfm.checkpoint import Checkpoint, WeightFile, open_checkpoint
+from mergekit_lfm.errors import FormatError, PlanError
+from mergekit_lfm.matching import several
+from mergekit_lfm.recipe import Recipe
+from mergekit_lfm.roles import Model
+from mergekit_lfm.tensors import TensorSpec
+from mergekit_lfm.transforms import Transform, open_transform
+
+SOFT = ("ot",)  # methods that map units of one width onto another
+
+
+def open_models(recipe: Recipe) -> tuple[Checkpoint, ...]:
+    """The recipe's `all_models`, aligned where it says so. PlanError about all alignments that do not fit."""
+    models = {model.label: open_checkpoint(model.path) for model in recipe.all_models}
+    opened, problems = [], []
+    for model in recipe.all_models:
+        try:
+            opened.append(_opened(model, models))
+        except (FormatError, PlanError, FileNotFoundError) as error:
+            problems.append(f"the `align` of {model.label}: {error}" if model.align else str(error))
+    if problems:
+        raise PlanError(several("the alignments do not fit the models", problems))
+    return tuple(opened)
+
+
+def _opened(model: Model, models: Mapping[str, Checkpoint]) -> Checkpoint:
+    checkpoint = models[model.label]
+    if isinstance(model.align, GivenFile):
+        return rewritten_by(checkpoint, model.align.path, model.align.ref, model.label)
+    return checkpoint if model.align is None else pending(checkpoint, models[model.align.to], model.align, model.label)
+
+
+def rewritten_by(checkpoint: Checkpoint, file: Path, ref: str, label: object) -> Checkpoint:
+    """The checkpoint as the transform in a file rewrites it. PlanError where that was made of another model."""
+    from mergekit_lfm.rewriting import rewritten
+
+    transform = open_transform(file)
+    check_source(transform, checkpoint, ref, label)
+    return rewritten(checkpoint, transform, {"transform": xxhash.xxh3_128_hexdigest(file.read_bytes())})
+
+
+def check_source(transform: Transform, checkpoint: Checkpoint, ref: str, label: object) -> None:
+    """PlanError where the transform is not one of this checkpoint."""
+    check_fit(transform.symmetries, checkpoint, label)
+    source = next(iter(transform.facts.models), None)
+    if source not in (None, checkpoint.content):
+        raise PlanError(
+            f"{ref} rewrites another model: it is of content {source}, {label} has {checkpoint.content}; name the "
+            f"right file, or align this model with `mergekit-lfm align {label} ...`"
+        )
+
+
+def common_tables(
+    source: Checkpoint, to: Checkpoint, labels: tuple[object, object], *, widths: bool
+) -> tuple[Symmetries, Symmetries]:
+    """The symmetry tables of two models, which name the same tensors and groups; with `widths`, of any sizes.
+
+    PlanError about all groups that differ.
+    """
+    tables = find_symmetries(source, labels[0]), find_symmetries(to, labels[1])
+    one, other = tables
+    problems = [f"{n} is only in {labels[0]}" for n in one.tensors if n not in other.tensors]
+    problems += [f"{n} is only in {labels[1]}" for n in other.tensors if n not in one.tensors]
+    problems += [
+        f"{name} is {group} in {labels[0]}, {other.groups.get(name)} in {labels[1]}"
+        for name, group in one.groups.items()
+        if other.groups.get(name) != group and not (widths and type(other.groups.get(name)) is type(group))
+    ]
+    if problems:
+        raise PlanError(
+            several(f"{labels[0]} cannot be aligned to {labels[1]}", problems)
+            + "\nAlign models of one architecture and size; `ot` allows other widths"
+        )
+    return tables
+
+
+class PendingFile(WeightFile):
+    """A file of tensors as they will be rewritten, once it is known how."""
+
+    def __init__(self, inner: WeightFile, specs: Mapping[str, TensorSpec]) -> None:
+        self.path, self.data_start, self.fallback = inner.path, inner.data_start, inner.fallback
+        self.nbytes, self.mtime_ns = inner.nbytes, inner.mtime_ns
+        self.tensors = {name: (specs[name], offset) for name, (_, offset) in inner.tensors.items()}
+
+    def scratch(self, name: str) -> int:
+        return self.tensors[name][0].numel * 32  # as if the tensor were rewritten at once, in float64
+
+    def read_into(self, name: str, start: int, into: memoryview) -> None:  # noqa: ARG002
+        raise AssertionError(f"{name} was read before its alignment was found")
+
+
+def pending(checkpoint: Checkpoint, to: Checkpoint, request: AlignRequest, label: object) -> Checkpoint:
+    """The checkpoint with the shapes that it will have. PlanError where the two models cannot be aligned."""
+    soft = request.method in SOFT
+    common_tables(checkpoint, to, (label, request.to), widths=soft)
+    specs = {n: TensorSpec(n, to[n].shape, s.dtype) if soft else s for n, s in checkpoint.items()}
+    return Checkpoint(checkpoint.path, [PendingFile(file, specs) for file in checkpoint.files], view_of(request, to))
+
+
+def view_of(request: AlignRequest, to: Checkpoint) -> dict[str, Any]:
+    """What the result of a request depends on, besides the model itself."""
+    stats = [] if request.stats is None else open_checkpoint(request.stats.path).identity
+    asked = {"method": request.method, **dict(request.options)}
+    return {"align": asked, "to": to.identity, "stats": stats}
+
+
+def refuse_resized(model: Model, held: Checkpoint) -> None:
+    """PlanError where the model whose config the output takes gets other shapes by its alignment."""
+    if model.align is not None:
+        before = open_checkpoint(model.path)
+        wrong = next((name for name, spec in held.items() if before[name].shape != spec.shape), None)
+        if wrong is not None:
+            raise PlanError(
+                f"{model.label} is transported to other widths ({before[wrong]} becomes {list(held[wrong].shape)}), so "
+                "its config would no longer fit: list the model that it is aligned to first, or as base_model"
+            )

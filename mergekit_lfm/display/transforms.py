@@ -1,0 +1,79 @@
+"""What a transform does to a model, and what a check of a model's symmetries found."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from mergekit_lfm.arch.declare import Units
+from mergekit_lfm.display.terminal import counted, table
+
+if TYPE_CHECKING:
+    from mergekit_lfm.transforms import Element, Transform
+
+
+def transform_data(transform: Transform) -> dict[str, Any]:
+    """What a transform file says about itself as JSON has it, and how much each group is moved."""
+    facts = transform.facts
+    groups = transform.symmetries.groups
+    return {
+        "method": facts.method,
+        "exact": facts.exact,
+        "models": list(facts.models),
+        "options": facts.options,
+        "scores": facts.scores,
+        "groups": {
+            name: {
+                "kind": "units" if isinstance(group, Units) else "heads",
+                "size": group.count if isinstance(group, Units) else group.size("query"),
+                **_moved(transform.elements.get(name)),
+            }
+            for name, group in groups.items()
+        },
+        "versions": facts.versions,
+    }
+
+
+def _moved(element: Element | None) -> dict[str, Any]:
+    """How many of the group's units or heads stand elsewhere, and what else acts on it."""
+    orders = {"order": "units", "groups": "heads"}
+    found: dict[str, Any] = {"moved": 0, "acts": []}
+    for part, value in () if element is None else vars(element).items():
+        if value is None:
+            continue
+        if part in orders:
+            found["moved"] = sum(new != old for new, old in enumerate(value.tolist()))
+        found["acts"].append(part)
+    return found
+
+
+def transform_text(data: dict[str, Any]) -> str:
+    """`transform_data` as a table: the facts, then the groups, those of all layers together in one row."""
+    scores = ", ".join(f"{name} {value:.6g}" for name, value in data["scores"].items())
+    options = ", ".join(f"{name} {value}" for name, value in data["options"].items())
+    rows = [
+        ("method", data["method"] + ("" if data["exact"] else "; the outputs change")),
+        ("options", options or "none"),
+        ("scores", scores or "none"),
+        ("models", " to ".join(data["models"]) or "given as tensors"),
+    ]
+    kinds: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
+    for name, group in data["groups"].items():
+        kinds.setdefault((name.rstrip("0123456789."), group["kind"], group["size"]), []).append(group)
+    body = [
+        (name, f"{len(found):,}", f"{size:,}", f"{sum(g['moved'] for g in found):,}", _acts(found))
+        for (name, _, size), found in kinds.items()
+    ]
+    return "\n".join([table(rows), "", table([("group", "layers", "size", "moved", "by"), *body], "layers size moved")])
+
+
+def _acts(groups: list[dict[str, Any]]) -> str:
+    acts = dict.fromkeys(act for group in groups for act in group["acts"])
+    return ", ".join(act.replace("_", " ") for act in acts) or "left as it is"
+
+
+def alignment_text(data: dict[str, Any], out: object) -> str:
+    """One line on what an alignment found."""
+    moved = sum(group["moved"] for group in data["groups"].values())
+    turned = sum("matrix" in g["acts"] or "value_output" in g["acts"] for g in data["groups"].values())
+    what = [f"{moved:,} units and heads stand elsewhere"] + ([f"{counted(turned, 'group')} mixed"] if turned else [])
+    return f"{out}: {data['method']}, " + ", ".join(what)

@@ -1,0 +1,65 @@
+"""What a recipe asks for before its merge: alignments, each of which leaves a transform file.
+
+The files are kept, by the contents of both models and all options, so that a merge that was interrupted, or is made
+again with other weights, finds them there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import xxhash
+
+from mergekit_lfm import __version__
+from mergekit_lfm.align import align_models
+from mergekit_lfm.alignments import AlignRequest
+from mergekit_lfm.checkpoint import Checkpoint, open_checkpoint
+from mergekit_lfm.errors import FormatError
+from mergekit_lfm.machine import cache_folder
+from mergekit_lfm.plan import Plan
+from mergekit_lfm.rewriting import rewritten
+from mergekit_lfm.stats import open_statistics
+from mergekit_lfm.transforms import Transform, open_transform
+
+
+def prepare(plan: Plan, notice: Callable[[str], None]) -> Plan:
+    """The plan with every alignment found, and nothing else changed. notice is called with a line for each."""
+    models = list(plan.models)
+    for i, (model, checkpoint) in enumerate(zip(plan.recipe.all_models, plan.models, strict=True)):
+        if isinstance(model.align, AlignRequest) and model in plan.pending:
+            source = open_checkpoint(model.path)
+            to = plan.models[plan.labels.index(model.align.to)]
+            notice(f"aligning {model.label} to {model.align.to} by {model.align.method}")
+            models[i] = rewritten(source, _found(source, to, model.align), checkpoint.view or {})
+    return replace(plan, cast=replace(plan.cast, models=tuple(models)))
+
+
+def _found(source: Checkpoint, to: Checkpoint, request: AlignRequest) -> Transform:
+    """The transform that was asked for, from an earlier run or found now."""
+    kept = cache_folder("transforms") / f"{_key(source, to, request)}.safetensors"
+    try:
+        return open_transform(kept)
+    except (FileNotFoundError, FormatError):
+        pass
+    statistics = None if request.stats is None else open_statistics(request.stats.path)
+    found = align_models(source, to, request.method, statistics=statistics, **dict(request.options))
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        found.save(kept)
+    except OSError:  # without it the next run aligns again
+        with TemporaryDirectory() as folder:  # what is used is what a file holds, here as there
+            found.save(Path(folder) / kept.name)
+            return open_transform(Path(folder) / kept.name)
+    return open_transform(kept)
+
+
+def _key(source: Checkpoint, to: Checkpoint, request: AlignRequest) -> str:
+    stats = None if request.stats is None else xxhash.xxh3_128_hexdigest(request.stats.path.read_bytes())
+    versions = {"mergekit_lfm": __version__, **{name: version(name) for name in ("torch", "numpy", "scipy", "pot")}}
+    asked = [source.content, to.content, stats, request.method, request.options, versions]
+    return xxhash.xxh3_128_hexdigest(json.dumps(asked).encode())
