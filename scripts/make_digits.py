@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
-"""Make the inputs of recipes/digits_*.yaml: five classifiers of digits seen in five ways, one base, their statistics.
+"""Make the inputs of recipes/digits_*.yaml: classifiers of digits, and statistics of them.
 
     pip install -c constraints.txt -e ".[test]"
-    python scripts/make_digits.py recipes/digits               # seconds; 6 MB
+    python scripts/make_digits.py recipes/digits               # seconds; 7 MB
     merge recipes/digits_regmean.yaml
     python scripts/make_digits.py --judge recipes/digits/base recipes/digits/rot90 merged/digits_regmean
 
-The images are scikit-learn's, 8 x 8; nothing is fetched. The base learns all five views from a few images, and each
-fine-tune one view from all of them. The views conflict: a 6 turned by 180 degrees is a 9.
+The images are scikit-learn's, 8 x 8; nothing is fetched. The base learns five views from a few images, and each
+fine-tune one view from all of them; the views conflict: a 6 turned by 180 degrees is a 9. `one` and `two` learn the
+images as they are, each from a start of its own: nothing pairs their units.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ TRAINED_ON = 1347  # of the 1,797 images; the others are for judging
 BASE_IMAGES = 80  # enough for features that all views share, too few to be good at any
 BASE_EPOCHS, BASE_RATE = 100, 3e-3
 TUNE_EPOCHS, TUNE_RATE = 10, 1e-3
+ALONE_EPOCHS, ALONE_RATE = 60, 1e-3
 BATCH = 64
 
 
@@ -65,7 +67,7 @@ class Classifier(nn.Module):
         return logits
 
 
-def make_tasks(seed: int) -> dict[str, Task]:
+def make_tasks(seed: int, views: Mapping[str, Callable[[Tensor], Tensor]] = VIEWS) -> dict[str, Task]:
     """The views of the same images. seed: which images are for training and in which order."""
     digits = load_digits()
     images = torch.tensor(digits.images / 16, dtype=torch.float32)  # [n, 8, 8]; pixels are 0 to 16
@@ -75,7 +77,12 @@ def make_tasks(seed: int) -> dict[str, Task]:
     def seen(view: Callable[[Tensor], Tensor], rows: Tensor) -> Examples:
         return view(images[rows]).flatten(1), labels[rows]
 
-    return {name: Task(seen(view, train), seen(view, test)) for name, view in VIEWS.items()}
+    return {name: Task(seen(view, train), seen(view, test)) for name, view in views.items()}
+
+
+def make_upright(seed: int) -> Task:
+    """The images as they are."""
+    return make_tasks(seed, {"upright": lambda images: images})["upright"]
 
 
 def together(parts: Iterable[Examples], most: int | None = None) -> Examples:
@@ -115,6 +122,15 @@ def tuned(base: Classifier, examples: Examples, seed: int) -> Classifier:
     return model
 
 
+def trained_alone(examples: Examples, width: int, seed: int) -> Classifier:
+    """A classifier with a start and an order of its own."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = Classifier(width)
+    train(model, examples, epochs=ALONE_EPOCHS, rate=ALONE_RATE, seed=seed)
+    return model.eval()
+
+
 def save(model: Classifier, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     save_file(model.state_dict(), folder / "model.safetensors", {"format": "pt"})
@@ -129,7 +145,10 @@ def load(folder: Path) -> Classifier:
 
 
 def make_digits(out: Path, *, width: int = WIDTH, seed: int = 0) -> None:
-    """base/ and a fine-tune for every view in out; beside each fine-tune its Gram matrices and Fisher information."""
+    """base/ and a fine-tune for every view in out, and beside each fine-tune its Gram matrices and Fisher information.
+
+    Also one/ and two/, and the cross moments of their activations.
+    """
     tasks = make_tasks(seed)
     base = make_base(tasks, width, seed)
     save(base, out / "base")
@@ -139,6 +158,20 @@ def make_digits(out: Path, *, width: int = WIDTH, seed: int = 0) -> None:
         for kind in ("gram", "fisher"):
             file = out / f"{name}.{kind}.safetensors"
             collect_stats(kind, model.eval(), [task.train], file, checkpoint=out / name, overwrite=True)
+    upright = make_upright(seed)
+    pair = {name: trained_alone(upright.train, width, 1000 + 2 * seed + i) for i, name in enumerate(("one", "two"))}
+    for name, model in pair.items():
+        save(model, out / name)
+    collect_stats(
+        "cross",
+        pair["one"],
+        [upright.train],
+        out / "one_two.cross.safetensors",
+        other=pair["two"],
+        checkpoint=out / "one",
+        other_checkpoint=out / "two",
+        overwrite=True,
+    )
 
 
 def judge(model: Classifier, tasks: Mapping[str, Task]) -> dict[str, float]:
@@ -146,9 +179,9 @@ def judge(model: Classifier, tasks: Mapping[str, Task]) -> dict[str, float]:
     return {name: 100 * accuracy(model, [task.test]).accuracy for name, task in tasks.items()}
 
 
-def print_table(folders: Iterable[Path], seed: int) -> None:
-    """What each model gets right of the test images of every view, in percent."""
-    tasks = make_tasks(seed)
+def print_table(folders: Iterable[Path], seed: int, upright: bool) -> None:
+    """What each model gets right of the test images of every view, in percent; or of the images as they are."""
+    tasks = {"upright": make_upright(seed)} if upright else make_tasks(seed)
     print(f"| model | {' | '.join(tasks)} | mean |")
     print("|---|" + "--:|" * (len(tasks) + 1))
     for folder in folders:
@@ -161,6 +194,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path, help="where to write; with --judge the models to judge")
     parser.add_argument("--judge", action="store_true", help="print the accuracies of models instead of making them")
+    parser.add_argument("--upright", action="store_true", help="judge on the images as they are")
     parser.add_argument("--width", type=int, default=WIDTH, help=f"of the hidden layers [default: {WIDTH}]")
     parser.add_argument("--seed", type=int, default=0, help="of the split, the base and the order [default: 0]")
     options = parser.parse_args()
@@ -168,7 +202,7 @@ def main() -> None:
     if options.judge:
         if absent := [str(folder) for folder in options.folders if not (folder / "model.safetensors").is_file()]:
             parser.error(f"found no model.safetensors in {', '.join(absent)}; make or merge the model first")
-        print_table(options.folders, options.seed)
+        print_table(options.folders, options.seed, options.upright)
         return
     if len(options.folders) > 1:
         parser.error(f"found {len(options.folders)} folders to write to, expected one; or did you mean --judge?")

@@ -20,6 +20,7 @@ model.layers.{l}.self_attn.k_proj.bias?             heads.{l}:key
 model.layers.{l}.self_attn.v_proj.bias?             heads.{l}:value
 model.layers.{l}.self_attn.q_norm.weight?           within_head
 model.layers.{l}.self_attn.k_norm.weight?           within_head
+model.layers.{l}.self_attn.rotary_emb.inv_freq?     within_head
 model.layers.{l}.self_attn.o_proj.weight            residual         heads.{l}:output
 model.layers.{l}.self_attn.o_proj.bias?             residual
 model.layers.{l}.post_attention_layernorm.weight    residual:gain@mlp.{l}

@@ -1,4 +1,7 @@
-"""The symmetry tables by the config's `model_type`. A new one is a file beside this one, and no other change."""
+"""The symmetry tables by the config's `model_type`. A new one is a file beside this one, and no other change.
+
+Where there is no model_type, the tensors themselves may form a chain of layers, and so give a table.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from pkgutil import iter_modules
 from types import MappingProxyType
 from typing import Any
 
+from mergekit_lfm.arch.chain import chain
 from mergekit_lfm.arch.declare import Symmetries, check_fit
 from mergekit_lfm.checkpoint import Checkpoint
 from mergekit_lfm.errors import PlanError
@@ -25,15 +29,24 @@ ARCHITECTURES = MappingProxyType(_collect())
 
 
 def find_symmetries(checkpoint: Checkpoint, label: object | None = None) -> Symmetries:
-    """The symmetry table of a checkpoint, by the model_type of its config. PlanError where there is none that fits."""
+    """The symmetry table of a checkpoint, by the model_type of its config; without one, as a chain of layers.
+
+    PlanError where there is none that fits.
+    """
     label = checkpoint.path if label is None else label
     kind = checkpoint.config.get("model_type")
-    build = ARCHITECTURES.get(kind or "")
+    known = (
+        f"there are tables of model_type {', '.join(sorted(ARCHITECTURES))}, and of chains of layers without a config. "
+        "Choose such a model, or give a table in Python (`symmetries=`)"
+    )
+    if kind is None:
+        try:
+            return chain(checkpoint)
+        except PlanError as error:
+            raise PlanError(f"{label} has no config.json with a model_type, and {error}; {known}") from None
+    build = ARCHITECTURES.get(kind)
     if build is None:
-        raise PlanError(
-            f"{label} is of model_type {kind!r}, for which there is no symmetry table; there are tables of "
-            f"{', '.join(sorted(ARCHITECTURES))}. Choose such a model, or give a table in Python (`symmetries=`)"
-        )
+        raise PlanError(f"{label} is of model_type {kind!r}, for which there is no symmetry table; {known}")
     try:
         found = build(checkpoint.config, checkpoint)
     except KeyError as error:

@@ -1,0 +1,179 @@
+"""What a table does not allow: for every group families of elements that are larger than its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from mergekit_lfm.align.elements import random_gains, random_order, random_query_key, random_rotation, random_scale
+from mergekit_lfm.arch.declare import Group, Heads, Part, Scale, Symmetries, Units
+from mergekit_lfm.transforms import Element, Gain, HeadsElement, Transform, TransformFacts, UnitsElement
+
+Place = tuple[str, int, int]  # a tensor, its axis, and which of the axis's parts
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model's tensors, and its table."""
+
+    tensors: Mapping[str, Tensor]
+    symmetries: Symmetries
+
+    def units(self, names: list[str]) -> dict[str, Units]:
+        """Those of the groups that are `Units`."""
+        groups = ((name, self.symmetries.groups[name]) for name in names)
+        return {name: group for name, group in groups if isinstance(group, Units)}
+
+    def heads(self, names: list[str]) -> dict[str, Heads]:
+        """Those of the groups that are `Heads`."""
+        groups = ((name, self.symmetries.groups[name]) for name in names)
+        return {name: group for name, group in groups if isinstance(group, Heads)}
+
+    def transform(
+        self,
+        elements: Mapping[str, Element],
+        symmetries: Symmetries | None = None,
+        gains: Mapping[str, Gain] = MappingProxyType({}),
+    ) -> Transform:
+        """Of these elements, by the table or by one that is changed."""
+        return Transform(symmetries or self.symmetries, elements, TransformFacts("random"), gains)
+
+
+def places_of(symmetries: Symmetries, group: str, views: Collection[str] | None = None) -> list[Place]:
+    """Where a group acts, or acts in one of these views."""
+    return [
+        (tensor, axis, place)
+        for tensor, axis in symmetries.uses(group)
+        for place, part in enumerate(symmetries.tensors[tensor][axis])
+        if part.group == group and (views is None or part.view in views)
+    ]
+
+
+def changed(symmetries: Symmetries, parts: Mapping[Place, Part], groups: Mapping[str, Group]) -> Symmetries:
+    """The table with other parts in these places, and more groups."""
+    tensors = dict(symmetries.tensors)
+    for (tensor, i, place), part in parts.items():
+        axes = [list(axis) for axis in tensors[tensor]]
+        axes[i][place] = part
+        tensors[tensor] = tuple(map(tuple, axes))
+    return Symmetries({**symmetries.groups, **groups}, tensors)
+
+
+# The scales that a group has not, by those that it has; of one without, the activation is not known to allow none.
+_NO_SCALE: Mapping[Scale | None, Scale] = {None: "nonzero", "sign": "positive", "positive": "sign"}
+
+
+def _other_scale(model: Model, names: list[str], draw: torch.Generator) -> Transform:
+    others = {name: replace(group, scale=_NO_SCALE[group.scale]) for name, group in model.units(names).items()}
+    return model.transform({name: UnitsElement(scale=random_scale(group, draw)) for name, group in others.items()})
+
+
+def _scaled_order(model: Model, names: list[str], draw: torch.Generator) -> Transform:
+    """A gate scaled with what it lets through, a convolution with the norm behind it."""
+    places = [place for name in names for place in places_of(model.symmetries, name, {"order"})]
+    plain = {(t, i, place): replace(model.symmetries.tensors[t][i][place], view="") for t, i, place in places}
+    elements = {name: UnitsElement(scale=random_scale(group, draw)) for name, group in model.units(names).items()}
+    return model.transform(elements, changed(model.symmetries, plain, {}))
+
+
+def _any_rotation(model: Model, names: list[str], draw: torch.Generator) -> Transform:
+    groups = model.units(names).items()
+    elements = {name: UnitsElement(matrix=random_rotation(group.count, draw)) for name, group in groups}
+    gains = [random_gains(model.tensors, model.symmetries, name, draw) for name in names]
+    return model.transform(elements, gains={norm: gain for found in gains for norm, gain in found.items()})
+
+
+def _order_inside(model: Model, names: list[str], draw: torch.Generator) -> Transform:
+    elements = {}
+    for name, group in model.heads(names).items():
+        orders = [random_order(group.head_dim, draw) for _ in range(group.groups)]
+        elements[name] = HeadsElement(query_key=torch.eye(group.head_dim, dtype=torch.float64)[torch.stack(orders)])
+    return model.transform(elements)
+
+
+def _phases(model: Model, names: list[str], draw: torch.Generator) -> Transform:
+    matrices = {name: random_query_key(group, "phases", draw) for name, group in model.heads(names).items()}
+    return model.transform({name: HeadsElement(query_key=found) for name, found in matrices.items()})
+
+
+def _queries_across(model: Model, names: list[str], _: torch.Generator) -> Transform:
+    return _shifted(model, names, ("query", "output"), {name: g.head_dim for name, g in model.heads(names).items()})
+
+
+def _keys_across(model: Model, names: list[str], _: torch.Generator) -> Transform:
+    return _shifted(model, names, ("query", "key"), dict.fromkeys(names, 1))
+
+
+def _values_across(model: Model, names: list[str], _: torch.Generator) -> Transform:
+    return _shifted(model, names, ("value", "output"), dict.fromkeys(names, 1))
+
+
+def _shifted(model: Model, names: list[str], views: tuple[str, str], by: Mapping[str, int]) -> Transform:
+    """The transform that moves what lies in these views on, past the borders of heads or of their groups."""
+    table, elements = model.symmetries, {}
+    for name, group in model.heads(names).items():
+        count, moved = group.size(views[0]), Part(f"{name}, shifted")
+        elements[str(moved)] = UnitsElement(order=torch.arange(count).roll(-by[name]))
+        table = changed(table, dict.fromkeys(places_of(table, name, views), moved), {str(moved): Units(count)})
+    return model.transform(elements, table)
+
+
+@dataclass(frozen=True)
+class Larger:
+    """A family, for which groups it is larger than theirs, and a random element of it on groups that are alike."""
+
+    family: str
+    than: Callable[[Symmetries, str, Group], bool]
+    transform: Callable[[Model, list[str], torch.Generator], Transform]
+
+
+LARGER = (
+    Larger(
+        "factors that are not in the table",
+        lambda _table, _name, group: isinstance(group, Units) and group.scale in _NO_SCALE,
+        _other_scale,
+    ),
+    Larger(
+        "factors of what follows the order only",
+        lambda table, name, group: isinstance(group, Units) and bool(group.scale and places_of(table, name, {"order"})),
+        _scaled_order,
+    ),
+    Larger(
+        "any rotation",
+        lambda table, name, group: (
+            isinstance(group, Units) and group.rotation != "orthogonal" and bool(places_of(table, name, {"gain"}))
+        ),
+        _any_rotation,
+    ),
+    Larger(
+        "order inside",
+        lambda _table, _name, group: isinstance(group, Heads) and group.query_key != "linear" and group.head_dim > 1,
+        _order_inside,
+    ),
+    Larger(
+        "phases inside",
+        lambda _table, _name, group: isinstance(group, Heads) and group.query_key == "signs",
+        _phases,
+    ),
+    Larger(
+        "query heads across groups",
+        lambda _table, _name, group: isinstance(group, Heads) and group.groups > 1,
+        _queries_across,
+    ),
+    Larger(
+        "queries and keys across heads",
+        lambda _table, _name, group: (
+            isinstance(group, Heads) and group.groups > 1 == group.per_group and group.query_key == "linear"
+        ),
+        _keys_across,
+    ),
+    Larger(
+        "values across heads",
+        lambda _table, _name, group: isinstance(group, Heads) and group.groups > 1 == group.per_group,
+        _values_across,
+    ),
+)
