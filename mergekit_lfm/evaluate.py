@@ -74,7 +74,7 @@ def perplexity(
     without a start token.
     """
     model = model if isinstance(model, Loaded) else load_model(model, "lm")
-    window, stride = _extent(model, window, stride)
+    window, stride = extent(model, window, stride)
     tokenizer = tokenizer_for_texts(model.tokenizer)
     documents = [text] if isinstance(text, str) else text
     count, total = 0, 0.0
@@ -98,7 +98,7 @@ def pieces(count: int, window: int, stride: int) -> Iterator[tuple[int, int, int
         yield max(0, end - window), first, end
 
 
-def _extent(model: Loaded, window: int | None, stride: int | None) -> tuple[int, int]:
+def extent(model: Loaded, window: int | None, stride: int | None) -> tuple[int, int]:
     positions = model.positions
     if window is None:
         window = min(positions or LONGEST_DEFAULT_WINDOW, LONGEST_DEFAULT_WINDOW)

@@ -7,9 +7,10 @@ transformers would start the rest at random and only log it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,30 +60,42 @@ class Loaded:
         return None if limit is None or limit < 1 else int(limit)
 
 
-def load_model(path: str | Path, task: str, *, dtype: str = "float32", device: str = "cpu") -> Loaded:
+def load_model(path: str | Path | Checkpoint, task: str, *, dtype: str = "float32", device: str = "cpu") -> Loaded:
     """The model and tokenizer in the folder at path. Nothing is fetched; no code of the folder is run.
 
-    task says what of the model is wanted: "lm" a causal language model, "classification" a classifier of texts or
-    images, "embedding" the encoder without a head. dtype is what it computes in: a torch dtype's name, or "auto" for
-    the one it was saved in (half the memory for a bf16 model, but coarser results, and slow on most CPUs). Raises
-    FormatError where path is no such folder or its files lack tensors of the model, PlanError for an unknown task, for
-    an architecture that cannot do it, and for a device or dtype that is not to be had.
+    Of a checkpoint that is a view, such as one that a transform rewrites, the tensors are read through it, and the
+    config and the tokenizer are those in its folder. task says what of the model is wanted: "lm" a causal language
+    model, "classification" a classifier of texts or images, "embedding" the encoder without a head. dtype is what it
+    computes in: a torch dtype's name, or "auto" for the one it was saved in (half the memory for a bf16 model, but
+    coarser results, and slow on most CPUs). Raises FormatError where path is no such folder or its files lack tensors
+    of the model, PlanError for an unknown task, for an architecture that cannot do it, and for a device or dtype that
+    is not to be had.
     """
     if task not in TASKS:
         raise PlanError(f"there is no task {task!r}; expected {', '.join(TASKS)}. Choose one of them")
+    import torch
+
     _check_place(device, dtype)
     transformers = _transformers()
-    folder = Path(path)
+    folder = path.path if isinstance(path, Checkpoint) else Path(path)
     if not (folder / "config.json").is_file():
         raise FormatError(
             f"{folder}: found no config.json there; expected the folder of a saved model, with its config, weights and "
             "tokenizer. Give the path of such a folder (a model on the Hub has to be downloaded first)"
         )
-    checkpoint = open_checkpoint(folder)
+    checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(folder)
     with _quiet(transformers), _loading(folder, task):
-        _check_architecture(transformers.AutoConfig.from_pretrained(folder, **OURS), folder, task)
+        config = transformers.AutoConfig.from_pretrained(folder, **OURS)
+        _check_architecture(config, folder, task)
         tokenizer = _tokenizer(transformers, folder)
-        model = _complete_model(_auto_class(transformers, checkpoint, task), folder, task, dtype)
+        auto = _auto_class(transformers, checkpoint, task)
+        if isinstance(path, Checkpoint):
+            with torch.device("meta"):
+                kind = type(auto.from_config(config, trust_remote_code=False))
+            tensors = {name: checkpoint.read(name).view(spec.shape) for name, spec in checkpoint.items()}
+            model = _complete_model(_reader_of(tensors, kind, config), folder, task, dtype)
+        else:
+            model = _complete_model(partial(auto.from_pretrained, folder), folder, task, dtype)
     text_config = model.config.get_text_config()
     if task == "classification" and tokenizer is not None and getattr(text_config, "pad_token_id", 0) is None:
         # Decoders refuse batches without a padding token, to find each row's last token by. No row is padded here: an
@@ -92,6 +105,28 @@ def load_model(path: str | Path, task: str, *, dtype: str = "float32", device: s
     if task == "lm":
         _check_causal(loaded)
     return loaded
+
+
+def load_as_saved(folder: Path, tensors: Mapping[str, Tensor]) -> Loaded:
+    """The model of the very class that the folder's config names, head and all, with these tensors for the files'.
+
+    tensors: by their names on the disk, all of one dtype if floating. Its task is "embedding", that is any. Raises as
+    `load_model` does.
+    """
+    transformers = _transformers()
+    checkpoint = open_checkpoint(folder)
+    dtype = next(str(x.dtype).removeprefix("torch.") for x in tensors.values() if x.is_floating_point())
+    with _quiet(transformers), _loading(folder, "embedding"):
+        config = transformers.AutoConfig.from_pretrained(folder, **OURS)
+        name = next(iter(config.architectures or []), None)
+        kind = getattr(transformers, name or "", None)
+        if kind is None:
+            raise FormatError(
+                f"{folder}: config.json names the class {name!r}, which transformers has not; expected one of its "
+                "models under `architectures`. Save the model with transformers"
+            )
+        model = _complete_model(_reader_of(tensors, kind, config), folder, "embedding", dtype)
+    return Loaded(model.eval(), None, "embedding", checkpoint)
 
 
 def run(model: nn.Module, args: Sequence[Tensor] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
@@ -271,12 +306,24 @@ def _auto_class(transformers: Any, checkpoint: Checkpoint, task: str) -> Any:
     return transformers.AutoModelForSequenceClassification
 
 
-def _complete_model(auto: Any, folder: Path, task: str, dtype: str) -> Any:
-    """The model with every tensor from the files. Without its pooler, where these have none: embeddings use none."""
+def _reader_of(tensors: Mapping[str, Tensor], kind: Any, config: Any) -> Callable[..., Any]:
+    """from_pretrained of a class with tensors, by their names on the disk, in place of a folder's files."""
+
+    def read(**options: Any) -> Any:
+        # the class itself: the Auto class takes no tensors without a folder
+        return kind.from_pretrained(None, config=config, state_dict=dict(tensors), **options)
+
+    return read
+
+
+def _complete_model(read: Callable[..., Any], folder: Path, task: str, dtype: str) -> Any:
+    """The model with every tensor from the files. Without its pooler, where these have none: embeddings use none.
+
+    read: from_pretrained, with what it is to read.
+    """
 
     def load(**options: bool) -> tuple[Any, list[str]]:
-        model, report = auto.from_pretrained(
-            folder,
+        model, report = read(
             dtype=dtype,
             output_loading_info=True,
             ignore_mismatched_sizes=True,

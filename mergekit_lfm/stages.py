@@ -12,6 +12,7 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import xxhash
 
@@ -47,7 +48,8 @@ def _found(source: Checkpoint, to: Checkpoint, request: AlignRequest) -> Transfo
     except (FileNotFoundError, FormatError):
         pass
     statistics = None if request.stats is None else open_statistics(request.stats.path)
-    found = align_models(source, to, request.method, statistics=statistics, **dict(request.options))
+    options: dict[str, Any] = dict(request.options)
+    found = align_models(source, to, request.method, statistics=statistics, **options)
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
         found.save(kept)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import click
 
 from mergekit_lfm import __version__
+from mergekit_lfm.commands.aligning import align
 from mergekit_lfm.commands.judging import evaluate
+from mergekit_lfm.commands.lines import barrier, repair
 from mergekit_lfm.commands.looking import inspect, methods
 from mergekit_lfm.commands.merging import merge, plan, verify
 from mergekit_lfm.commands.statistics import stats
@@ -23,5 +25,5 @@ def main() -> None:
     """Merge saved models: checkpoints in, a checkpoint out."""
 
 
-for command in (merge, plan, verify, inspect, methods, evaluate, stats):
+for command in (merge, plan, verify, inspect, methods, evaluate, stats, align, barrier, repair):
     main.add_command(command)

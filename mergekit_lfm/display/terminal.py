@@ -55,6 +55,17 @@ def counter(unit: str, doing: str, hidden: bool) -> Iterator[Callable[[int, int]
         yield report
 
 
+@contextmanager
+def ticker(unit: str, doing: str, hidden: bool) -> Iterator[Callable[[int], None]]:
+    """A count of what is done, in `unit`, where nobody knows how many there will be."""
+    with _bar(None, doing, unit, hidden) as bar:
+
+        def advance(done: int) -> None:
+            bar.update(done)
+
+        yield advance
+
+
 def _bar(total: int | None, doing: str, unit: str, hidden: bool) -> tqdm[Any]:
     from tqdm import tqdm
 

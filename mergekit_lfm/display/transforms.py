@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from mergekit_lfm.arch.declare import Units
 from mergekit_lfm.display.terminal import counted, table
 
 if TYPE_CHECKING:
+    from mergekit_lfm.align.check import Report
+    from mergekit_lfm.arch.declare import Symmetries
     from mergekit_lfm.transforms import Element, Transform
 
 
@@ -69,6 +72,35 @@ def transform_text(data: dict[str, Any]) -> str:
 def _acts(groups: list[dict[str, Any]]) -> str:
     acts = dict.fromkeys(act for group in groups for act in group["acts"])
     return ", ".join(act.replace("_", " ") for act in acts) or "left as it is"
+
+
+def report_data(report: Report, symmetries: Symmetries) -> dict[str, Any]:
+    """What the check of a model's table found as JSON has it."""
+    return {
+        "good": report.ok,
+        "tensors": len(symmetries.tensors),
+        "groups": len(symmetries.groups),
+        "tolerance": report.unchanged,
+        "findings": [asdict(row) for row in report.rows],
+    }
+
+
+def report_text(data: dict[str, Any]) -> str:
+    """`report_data` as a table, and a line with the verdict."""
+    parts = {
+        "kept": "a random element of",
+        "needed": "the same, left out of",
+        "enough": "an element of what is larger:",
+    }
+    rows = [("what acts", "outputs differ by", "expected", "")]
+    for row in data["findings"]:
+        verdict = "" if row["ok"] else "WRONG"
+        what = f"{parts[row['part']]} {row['what']}" + (f" ({row['reason']})" if row["reason"] else "")
+        rows.append((what, f"{row['difference']:.2g}", row["expected"], verdict))
+    wrong = sum(not row["ok"] for row in data["findings"])
+    named = f"{counted(data['tensors'], 'tensor')} in {counted(data['groups'], 'group')}, every one named"
+    verdict = f"{counted(wrong, 'finding')} not as expected" if wrong else "as expected"
+    return "\n".join([table(rows, "differ"), "", f"{data['model']}: {named}; {verdict}"])
 
 
 def alignment_text(data: dict[str, Any], out: object) -> str:

@@ -1,0 +1,187 @@
+"""`align`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mergekit_lfm.commands import options
+from mergekit_lfm.commands.options import needing_models
+from mergekit_lfm.console import ANSWER_IS_NO, Command
+from mergekit_lfm.errors import PlanError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mergekit_lfm.transforms import Transform
+
+# As `alignments.ALIGN_METHODS` has them, which is not imported for --help; a test compares them.
+METHODS = ("weight_matching", "activation_matching", "ot", "rotation")
+
+
+@click.command(
+    cls=Command,
+    epilog="""\b
+Examples:
+  mergekit-lfm align models/b --to models/a -o b_to_a.safetensors
+  mergekit-lfm align models/b --to models/a --method rotation -o b_to_a.safetensors --save models/b_near_a
+  mergekit-lfm align models/b --to models/a --method activation_matching --stats ab.safetensors -o b_to_a.safetensors
+  mergekit-lfm align models/a --check""",
+)
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--to", type=click.Path(path_type=Path), help="The model to bring MODEL near to.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="The transform file to write.")
+@click.option("--method", type=click.Choice(METHODS), default=METHODS[0], help=f"[default: {METHODS[0]}]")
+@click.option("--stats", type=click.Path(path_type=Path), help="Cross moments of both, as `stats cross` makes them.")
+@click.option("--initial", type=click.Path(path_type=Path), help="A transform file to start from.")
+@click.option("--order", multiple=True, metavar="GROUP", help="Visit this group; give all, in order. [default: random]")
+@click.option("--restarts", type=click.IntRange(min=1), help="Runs in other orders; the best is kept. [default: 10]")
+@click.option("--sweeps", type=click.IntRange(min=1), help="Most rounds over all groups. [default: 100]")
+@click.option("--seed", type=click.IntRange(0, 2**64 - 1), help="Of the random orders. [default: 0]")
+@click.option("--regularisation", type=click.FloatRange(min=0), help="For ot: Sinkhorn's; 0 is exact. [default: 0]")
+@click.option("--cost", type=click.Choice(["euclidean", "squared", "cosine"]), help="For ot. [default: euclidean]")
+@click.option(
+    "--save", type=click.Path(path_type=Path), help="Also write the rewritten model, and run both to compare."
+)
+@click.option("--check", is_flag=True, help="Only check MODEL's symmetry table, by running it.")
+@options.overwrite
+@options.as_json
+@options.quiet
+@click.pass_context
+def align(
+    ctx: click.Context,
+    /,
+    model: Path,
+    to: Path | None,
+    out: Path | None,
+    method: str,
+    stats: Path | None,
+    initial: Path | None,
+    order: tuple[str, ...],
+    save: Path | None,
+    check: bool,
+    overwrite: bool,
+    as_json: bool,
+    quiet: bool,
+    **given: Any,
+) -> None:
+    """Rewrite MODEL into an equivalent that lies near another, for merging.
+
+    \b
+    weight_matching      permutations of units that bring the weights nearest
+    activation_matching  permutations that pair units by their activations
+    ot                   optimal transport of units; widths may differ; soft
+    rotation             for Llama, Mistral, Qwen2, Qwen3: rotations, too
+
+    The transform goes to a file, which a recipe applies while it merges (`align: FILE` beside a model). But for `ot`
+    the rewritten model says the same as MODEL. Tables of symmetries are there for GPT-2, BERT, Llama, Mistral, Qwen2,
+    Qwen3, ResNet, and for chains of linear, convolution and BatchNorm layers.
+    """
+    if check:
+        _check(ctx, model, as_json, quiet)
+        return
+    if to is None or out is None:
+        raise click.UsageError("Give --to MODEL and -o FILE, or --check.")
+    parameters = {name: value for name, value in given.items() if value is not None}
+    transform = _align(model, to, out, method, stats, initial, order, parameters, overwrite, quiet or as_json)
+    from mergekit_lfm.display.transforms import alignment_text, transform_data, transform_text
+
+    found: dict[str, Any] = {"out": str(out), **transform_data(transform)}
+    same = True
+    if save is not None:
+        with needing_models():
+            same, found["saved"] = _save(model, out, save, transform, overwrite, quiet or as_json)
+    if as_json:
+        click.echo(json.dumps(found))
+    else:
+        if not quiet:
+            click.echo(transform_text(found), err=True)
+            click.echo(alignment_text(found, model), err=True)
+        if save is not None:
+            click.echo(f"{save}: outputs differ by {found['saved']['difference']:.2g} of their range", err=True)
+        click.echo(out)
+    ctx.exit(0 if same else ANSWER_IS_NO)
+
+
+def _align(
+    model: Path,
+    to: Path,
+    out: Path,
+    method: str,
+    stats: Path | None,
+    initial: Path | None,
+    order: tuple[str, ...],
+    parameters: dict[str, Any],
+    overwrite: bool,
+    hidden: bool,
+) -> Transform:
+    from mergekit_lfm.align import align_models
+    from mergekit_lfm.display.terminal import ticker
+    from mergekit_lfm.stats import open_statistics
+    from mergekit_lfm.transforms import open_transform
+
+    if out.exists() and not overwrite:
+        raise PlanError(f"{out} exists; choose another file, or use --overwrite")
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        raise PlanError(f"{out} is no file that can be written; expected a name in a folder that is there")
+    with ticker(" groups", "aligning", hidden=hidden) as progress:
+        transform = align_models(
+            model,
+            to,
+            method,
+            statistics=None if stats is None else open_statistics(stats),
+            initial=None if initial is None else open_transform(initial),
+            order=order or None,
+            progress=progress,
+            **parameters,
+        )
+    transform.save(out)
+    return transform
+
+
+def _save(
+    model: Path, file: Path, save: Path, transform: Transform, overwrite: bool, hidden: bool
+) -> tuple[bool, dict[str, Any]]:
+    """Write the rewritten model through a merge of it alone; whether the outputs are the same, and the facts."""
+    from mergekit_lfm.display.terminal import progress_bar
+    from mergekit_lfm.execute import execute
+    from mergekit_lfm.outputs import compare_outputs
+    from mergekit_lfm.plan import make_plan
+    from mergekit_lfm.recipe import Recipe
+
+    entry = {"model": str(model), "align": str(file)}
+    plan = make_plan(Recipe.parse({"merge_method": "passthrough", "models": [entry]}))
+    with progress_bar(plan.bytes_written, "writing", hidden=hidden) as progress:
+        execute(plan, save, overwrite=overwrite, progress=progress)
+    difference, tolerance = compare_outputs(model, save, transform)
+    same = not transform.facts.exact or difference <= tolerance
+    return same, {"path": str(save), "difference": difference, "tolerance": tolerance, "same": same}
+
+
+def _check(ctx: click.Context, model: Path, as_json: bool, quiet: bool) -> None:
+    """Run the model with random elements of every group of its table; exit code 1 where the table is wrong."""
+    from mergekit_lfm.align.check import check_symmetries
+    from mergekit_lfm.arch import find_symmetries
+    from mergekit_lfm.checkpoint import open_checkpoint
+    from mergekit_lfm.display.terminal import counter
+    from mergekit_lfm.display.transforms import report_data, report_text
+    from mergekit_lfm.outputs import all_outputs, probe
+    from mergekit_lfm.runtime import load_as_saved
+
+    checkpoint = open_checkpoint(model)
+    symmetries = find_symmetries(checkpoint)
+    tensors = {name: checkpoint.read(name).view(spec.shape) for name, spec in checkpoint.items()}
+
+    def run(changed: Mapping[str, Tensor]) -> Tensor:
+        loaded = load_as_saved(model, changed)
+        return all_outputs(loaded, probe(loaded))
+
+    with needing_models(), counter(" runs", "checking", hidden=quiet or as_json) as progress:
+        report = check_symmetries(tensors, symmetries, run, progress=progress)
+    found = {"model": str(model), **report_data(report, symmetries)}
+    click.echo(json.dumps(found) if as_json else report_text(found))
+    ctx.exit(0 if report.ok else ANSWER_IS_NO)

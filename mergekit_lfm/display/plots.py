@@ -1,0 +1,80 @@
+"""Pictures of lines between models. matplotlib comes with the extra `plots` and is imported when one is drawn."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergekit_lfm.durable import replace_file
+from mergekit_lfm.errors import PlanError
+
+if TYPE_CHECKING:
+    from mergekit_lfm.barrier import Line
+
+# Okabe and Ito's colours, which people with any colour vision tell apart; the shapes of the marks do so in print.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKS = "osD^vPX"
+INCHES, DOTS_PER_INCH = (9.0, 3.8), 150
+
+
+def check_plot(path: str | Path) -> None:
+    """PlanError where no plot could be drawn there: known before the work."""
+    place = Path(path)
+    if place.suffix.lower() != ".png":
+        raise PlanError(f"the plot {place} would be a PNG; give it a name that ends with .png")
+    if place.is_dir() or not place.absolute().parent.is_dir():
+        raise PlanError(f"the plot {place} cannot be written there; expected a file in a folder that exists")
+    _matplotlib()
+
+
+def plot_lines(
+    lines: Mapping[str, Line], path: str | Path, *, ends: Sequence[str] = ("A", "B"), loss: str = "loss (nats)"
+) -> None:
+    """Draw the losses and the accuracies of lines against t, each with its name, into one PNG.
+
+    ends: what the models at t = 0 and 1 are called. Dotted is what the ends alone would have between them. Raises
+    PlanError where matplotlib is not installed, and for a path that cannot be written.
+    """
+    check_plot(path)
+    if not lines:
+        raise PlanError("there is no line to draw; give some by their names, {'naive': line}")
+    figure_class, canvas_class = _matplotlib()
+    figure = figure_class(figsize=INCHES, layout="constrained")
+    canvas_class(figure)
+    left, right = figure.subplots(1, 2)
+    for axes, quantity, label in ((left, "loss", loss), (right, "accuracy", "accuracy")):
+        for i, (name, line) in enumerate(lines.items()):
+            _draw(axes, line, quantity, name, COLOURS[i % len(COLOURS)], MARKS[i % len(MARKS)])
+        axes.set_xlabel("t")
+        axes.set_ylabel(label)
+        axes.set_xticks([0, 0.25, 0.5, 0.75, 1], [f"0\n{ends[0]}", "0.25", "0.5", "0.75", f"1\n{ends[1]}"])
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    if len(lines) > 1:
+        handles = left.get_legend_handles_labels()
+        figure.legend(*handles, loc="outside upper center", ncols=min(len(lines), 4), frameon=False)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})
+    replace_file(Path(path), image.getvalue())
+
+
+def _draw(axes: Any, line: Line, quantity: str, name: str, colour: str, mark: str) -> None:
+    times = [point.t for point in line.points]
+    values = [getattr(point, quantity) for point in line.points]
+    values = [value if math.isfinite(value) else math.nan for value in values]
+    axes.plot(times, values, color=colour, marker=mark, markersize=4, linewidth=1.6, label=name)
+    axes.plot([0, 1], [values[0], values[-1]], color=colour, linestyle=":", linewidth=1)
+    axes.scatter([0, 1], [values[0], values[-1]], color=colour, marker=mark, s=55, zorder=3)
+
+
+def _matplotlib() -> tuple[Any, Any]:
+    """The classes of a figure and of what draws it without a screen."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise PlanError('a plot needs matplotlib: pip install "mergekit_lfm[plots]"') from None
+    return Figure, FigureCanvasAgg

@@ -1,0 +1,118 @@
+"""Whether two models say the same: inputs made for a model, and how far apart two answers to them are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mergekit_lfm.checkpoint import Checkpoint, open_checkpoint
+from mergekit_lfm.data import Batch
+from mergekit_lfm.runtime import Loaded, embeddings, load_model, logits, run
+from mergekit_lfm.transforms import Transform
+
+EXAMPLES, TOKENS, PIXELS = 4, 32, 64
+# Equal models differ by 2e-6 where sums are in another order; what is no symmetry makes differences of about 1.
+ROUNDING = 1e-4
+MARGIN = 4  # random transforms of random Llamas, rounded to 16 bits, made 0.5 to 1.8 times the difference of such noise
+
+
+def probe(model: Loaded, seed: int = 0) -> Batch:
+    """Random inputs that the model takes, from its config: token ids [4, up to 32], or images [4, channels, h, w].
+
+    Images of a model that takes any size are 64 x 64.
+    """
+    config: Any = model.model.config
+    draw = torch.Generator().manual_seed(seed)
+    rows = tuple(range(EXAMPLES))
+    if getattr(model.model, "main_input_name", "input_ids") == "pixel_values":
+        size = getattr(config, "image_size", None) or PIXELS
+        height, width = (size, size) if isinstance(size, int) else size
+        images = torch.randn(EXAMPLES, getattr(config, "num_channels", 3), height, width, generator=draw)
+        return Batch(rows, kwargs={"pixel_values": images})
+    # RoBERTa's positions begin after that of its padding token, 1
+    length = max(1, min(TOKENS, (model.positions or TOKENS + 2) - 2))
+    vocabulary = config.get_text_config().vocab_size
+    return Batch(rows, kwargs={"input_ids": torch.randint(vocabulary, (EXAMPLES, length), generator=draw)})
+
+
+def forward(module: nn.Module, batch: Batch) -> Any:
+    """What the module returns for a batch, which is brought to its device and dtype."""
+    moved = batch.to(module)
+    return run(module, moved.args, moved.kwargs)
+
+
+def answer(model: Loaded | nn.Module, inputs: Batch) -> Tensor:
+    """The logits, or an encoder's embeddings, on these inputs, float64 on the CPU; first axis = examples."""
+    module = model.model if isinstance(model, Loaded) else model
+    with torch.inference_mode():
+        output = forward(module, inputs)
+        encoder = isinstance(model, Loaded) and model.task == "embedding"
+        found = embeddings(output) if encoder else logits(output)
+    return found.double().cpu()
+
+
+def difference(first: Loaded | nn.Module, second: Loaded | nn.Module, inputs: Batch) -> float:
+    """How far apart the models' outputs are: the largest |y - y'| as a fraction of the largest |y - mean y|.
+
+    y are the first one's, their mean is that over examples and tokens. 0 where all are equal; infinity where the shapes
+    differ, where one has NaN, or where y do not depend on the inputs and y' are not y.
+    """
+    return _apart(answer(first, inputs), answer(second, inputs))
+
+
+def _apart(y: Tensor, other: Tensor) -> float:
+    if y.shape != other.shape:
+        return float("inf")
+    if torch.equal(y, other):
+        return 0.0
+    rows = y.reshape(-1, y.shape[-1])
+    spread = float((rows - rows.mean(0)).abs().max())
+    apart = float((y - other).abs().max())
+    return apart / spread if spread > 0 and apart == apart and spread == spread else float("inf")
+
+
+def all_outputs(model: Loaded, inputs: Batch) -> Tensor:
+    """Everything that the model returns for these inputs, one row for each, in its dtype."""
+    with torch.inference_mode():
+        output = forward(model.model, inputs)
+    found = [x for x in output.to_tuple() if isinstance(x, Tensor) and x.shape[:1] == (len(inputs),)]
+    return torch.cat([x.flatten(1) for x in found], 1)
+
+
+def compare_outputs(model: str | Path, rewritten: str | Path, transform: Transform) -> tuple[float, float]:
+    """The `difference` between a model and what a transform made of it, two folders, and how much rounding explains.
+
+    Both are run in float32. An order changes no number but the order of sums. What is multiplied is rounded to the
+    dtype in which it is stored: what such noise in all parameters does to the outputs is measured.
+    """
+    checkpoint = open_checkpoint(model)
+    first, second = (load_model(path, _task_of(checkpoint)) for path in (model, rewritten))
+    moved = all(
+        value is None or part in ("order", "groups", "queries")
+        for element in transform.elements.values()
+        for part, value in vars(element).items()
+    )
+    inputs = probe(first)
+    found = difference(first, second, inputs)
+    if moved:
+        return found, ROUNDING
+    del second
+    kinds = {getattr(torch, spec.dtype) for spec in checkpoint.values()}
+    coarsest = max(torch.finfo(kind).eps for kind in kinds | {torch.float32} if kind.is_floating_point)
+    before = answer(first, inputs)
+    with torch.no_grad():
+        draw = torch.Generator().manual_seed(0)
+        for x in first.model.parameters():
+            x.mul_(1 + coarsest * (torch.rand(x.shape, generator=draw) - 0.5))  # at most half a step
+    return found, max(ROUNDING, MARGIN * _apart(before, answer(first, inputs)))
+
+
+def _task_of(checkpoint: Checkpoint) -> str:
+    """What the model was saved to do, by the name of its class; without a head for it an encoder."""
+    names = " ".join(checkpoint.config.get("architectures") or [])
+    if "ForCausalLM" in names or "LMHeadModel" in names:
+        return "lm"
+    return "classification" if "Classification" in names and "Token" not in names else "embedding"

@@ -1,0 +1,123 @@
+"""A checkpoint, or a view of one, saved as a folder of its own: complete, or not there.
+
+It is written as OUT.partial, which becomes OUT with one rename. A run that was killed leaves OUT.partial at most; the
+next one starts over.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mergekit_lfm.checkpoint import Checkpoint, bytes_of
+from mergekit_lfm.durable import lock_folder, partial_of, replace_file, reserve, sync_folder
+from mergekit_lfm.errors import PlanError
+from mergekit_lfm.layout import Shard, lay_out, tagalong
+from mergekit_lfm.provenance import CARD, INDEX
+from mergekit_lfm.tensors import TensorSpec, naming, write_exactly
+from mergekit_lfm.writer import move_into_place
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+UNFINISHED = "saving.unfinished"  # in OUT.partial while it is one of ours
+BLOCK = 1 << 22  # elements that are copied at a time
+
+
+def check_out(out: Path, inputs: Mapping[str, Path], *, overwrite: bool) -> None:
+    """PlanError where the folder must not be written: it lies in an input, or is there and not to be overwritten."""
+    for label, path in inputs.items():
+        home = path.resolve()
+        for place in (out.resolve(), partial_of(out.resolve())):
+            if home.is_relative_to(place) or place.is_relative_to(home):
+                raise PlanError(f"the output {out} and the input {label} lie in one another; choose another output")
+    if out.exists() and not out.is_dir():
+        raise PlanError(f"{out} is a file, expected a folder to create; choose another output")
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        raise PlanError(f"{out} exists; choose another output, or overwrite it")
+    partial = partial_of(out)
+    if partial.exists() and not (partial / UNFINISHED).exists() and any(partial.iterdir()):
+        raise PlanError(f"{partial} exists and is nothing unfinished of ours; move it away")
+
+
+def save_checkpoint(
+    checkpoint: Checkpoint, out: Path, changed: Mapping[str, Tensor], documents: Mapping[str, bytes]
+) -> None:
+    """Write the checkpoint's tensors, those in `changed` in place of its own, and the other files of its folder.
+
+    Dtypes, shards and order are the checkpoint's; changed tensors have its shapes. documents: more files, by name. Of
+    the folder's files all that `tagalong` names come along, and the model card; a merge's lock does not, since it
+    vouches for other bytes. Replaces OUT: `check_out` before.
+    """
+    folder = checkpoint.path
+    with _partial(out) as partial:
+        shards = lay_out(checkpoint, list(checkpoint.values()), None)
+        for shard in shards:
+            _write_shard(checkpoint, shard, changed, partial / shard.name)
+        files = {path.relative_to(folder).as_posix(): path for path in tagalong(folder)}
+        if folder.is_dir() and (folder / CARD).is_file():
+            files[CARD] = folder / CARD
+        contents = {name: path.read_bytes() for name, path in files.items()} | dict(documents)
+        if len(shards) > 1:
+            contents[INDEX] = _index(checkpoint, shards)
+        for name, content in contents.items():
+            (partial / name).parent.mkdir(exist_ok=True)
+            replace_file(partial / name, content)
+            sync_folder((partial / name).parent)
+
+
+def _index(checkpoint: Checkpoint, shards: tuple[Shard, ...]) -> bytes:
+    homes = {spec.name: shard.name for shard in shards for spec in shard.tensors}
+    return (json.dumps({"metadata": {"total_size": checkpoint.nbytes}, "weight_map": homes}, indent=2) + "\n").encode()
+
+
+@contextmanager
+def _partial(out: Path) -> Iterator[Path]:
+    """OUT.partial, empty but for its mark; OUT afterwards, or nothing where there was an exception."""
+    partial = partial_of(out)
+    partial.mkdir(parents=True, exist_ok=True)
+    fd = lock_folder(partial)
+    mark = partial / UNFINISHED
+    try:
+        check_out(out, {}, overwrite=True)  # others may have written there since the last look
+        mark.touch()
+        for path in partial.iterdir():
+            if path != mark:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        yield partial
+        mark.unlink()  # complete
+        move_into_place(out)
+    except BaseException:
+        if mark.exists():
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    finally:
+        os.close(fd)
+
+
+def _write_shard(checkpoint: Checkpoint, shard: Shard, changed: Mapping[str, Tensor], path: Path) -> None:
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+    try:
+        with naming(path):
+            reserve(fd, shard.nbytes)
+            write_exactly(fd, 0, memoryview(shard.header))
+            for spec in shard.tensors:
+                _write_tensor(checkpoint, spec, changed.get(spec.name), fd, shard.offsets[spec.name])
+            os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _write_tensor(checkpoint: Checkpoint, spec: TensorSpec, changed: Tensor | None, fd: int, offset: int) -> None:
+    if changed is not None:
+        assert (tuple(changed.shape), str(changed.dtype)) == (spec.shape, f"torch.{spec.dtype}")
+        write_exactly(fd, offset, bytes_of(changed.contiguous()))
+        return
+    for start in range(0, spec.numel, BLOCK):
+        block = bytes_of(checkpoint.read(spec.name, start, start + BLOCK))
+        write_exactly(fd, offset + start * (spec.nbytes // spec.numel), block)
