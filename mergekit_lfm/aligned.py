@@ -12,9 +12,10 @@ from typing import Any
 
 import xxhash
 
-from mergekit_lfm.alignments import AlignRequest, GivenFile
-from mergekit_lfm.arch import Symmetries, find_symmetries
+from mergekit_lfm.alignments import OTHER_WIDTHS, AlignRequest, GivenFile
+from mergekit_lfm.arch import find_symmetries
 from mergekit_lfm.arch.declare import check_fit
+from mergekit_lfm.arch.pairs import check_alike
 from mergekit_lfm.checkpoint import Checkpoint, WeightFile, open_checkpoint
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.matching import several
@@ -22,8 +23,6 @@ from mergekit_lfm.recipe import Recipe
 from mergekit_lfm.roles import Model
 from mergekit_lfm.tensors import TensorSpec
 from mergekit_lfm.transforms import Transform, open_transform
-
-SOFT = ("ot",)  # methods that map units of one width onto another
 
 
 def open_models(recipe: Recipe) -> tuple[Checkpoint, ...]:
@@ -67,30 +66,6 @@ def check_source(transform: Transform, checkpoint: Checkpoint, ref: str, label: 
         )
 
 
-def common_tables(
-    source: Checkpoint, to: Checkpoint, labels: tuple[object, object], *, widths: bool
-) -> tuple[Symmetries, Symmetries]:
-    """The symmetry tables of two models, which name the same tensors and groups; with `widths`, of any sizes.
-
-    PlanError about all groups that differ.
-    """
-    tables = find_symmetries(source, labels[0]), find_symmetries(to, labels[1])
-    one, other = tables
-    problems = [f"{n} is only in {labels[0]}" for n in one.tensors if n not in other.tensors]
-    problems += [f"{n} is only in {labels[1]}" for n in other.tensors if n not in one.tensors]
-    problems += [
-        f"{name} is {group} in {labels[0]}, {other.groups.get(name)} in {labels[1]}"
-        for name, group in one.groups.items()
-        if other.groups.get(name) != group and not (widths and type(other.groups.get(name)) is type(group))
-    ]
-    if problems:
-        raise PlanError(
-            several(f"{labels[0]} cannot be aligned to {labels[1]}", problems)
-            + "\nAlign models of one architecture and size; `ot` allows other widths"
-        )
-    return tables
-
-
 class PendingFile(WeightFile):
     """A file of tensors as they will be rewritten, once it is known how."""
 
@@ -108,9 +83,10 @@ class PendingFile(WeightFile):
 
 def pending(checkpoint: Checkpoint, to: Checkpoint, request: AlignRequest, label: object) -> Checkpoint:
     """The checkpoint with the shapes that it will have. PlanError where the two models cannot be aligned."""
-    soft = request.method in SOFT
-    common_tables(checkpoint, to, (label, request.to), widths=soft)
-    specs = {n: TensorSpec(n, to[n].shape, s.dtype) if soft else s for n, s in checkpoint.items()}
+    widths = request.method in OTHER_WIDTHS
+    tables = find_symmetries(checkpoint, label), find_symmetries(to, request.to)
+    check_alike((checkpoint, to), tables, (label, request.to), widths=widths)
+    specs = {n: TensorSpec(n, to[n].shape, s.dtype) if widths else s for n, s in checkpoint.items()}
     return Checkpoint(checkpoint.path, [PendingFile(file, specs) for file in checkpoint.files], view_of(request, to))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -66,11 +66,10 @@ _METHODS = (
         "Permutations that pair the units whose activations correlate most.",
         "Ainsworth et al. 2023 (2209.04836), section 3.1; Li et al. 2016 (1511.07543)",
         "required",
-        (_SWEEPS, _SEED),
     ),
     AlignMethod(
         "ot",
-        "Optimal transport of units, layer after layer; widths may differ. Soft: outputs change.",
+        "Optimal transport of units, layer after layer; widths may differ. Where units are mixed, outputs change.",
         "Singh and Jaggi 2020 (1910.05653), algorithm 1",
         "optional",
         (
@@ -97,9 +96,10 @@ _METHODS = (
         "signs.",
         "2502.00264 (rotation symmetry), 2506.22712; polar factors by Procrustes",
         "optional",
-        (_RESTARTS, _SWEEPS, _SEED),
+        (replace(_RESTARTS, default=1), _SWEEPS, _SEED),
     ),
 )
+OTHER_WIDTHS = ("ot",)  # the methods that map units of one width onto another
 ALIGN_METHODS = MappingProxyType({method.name: method for method in _METHODS})
 
 

@@ -338,6 +338,18 @@ def content_digest(digests: Mapping[TensorSpec, str]) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(entries).encode())
 
 
+def content_of(tensors: Mapping[str, torch.Tensor]) -> str:
+    """What `Checkpoint.content` is for tensors that lie in memory."""
+    return content_digest(
+        {
+            TensorSpec(name, tuple(x.shape), str(x.dtype).removeprefix("torch.")): xxhash.xxh3_128_hexdigest(
+                bytes_of(x.detach().cpu().contiguous())
+            )
+            for name, x in tensors.items()
+        }
+    )
+
+
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """The checkpoint in a folder or a file, as a mapping from tensor names to `TensorSpec`; `read` gives the data.
 

@@ -99,6 +99,7 @@ def pieces(count: int, window: int, stride: int) -> Iterator[tuple[int, int, int
 
 
 def extent(model: Loaded, window: int | None, stride: int | None) -> tuple[int, int]:
+    """The window and the stride, or their defaults for the model. PlanError for what it cannot do."""
     positions = model.positions
     if window is None:
         window = min(positions or LONGEST_DEFAULT_WINDOW, LONGEST_DEFAULT_WINDOW)

@@ -168,10 +168,11 @@ class Rewriter:
     def apply(self, x: Tensor) -> Tensor:
         """The rewritten tensor, of one that lies in memory."""
         if self.whole:
-            return self._rounded(self._columns(self._along(x, 0)))
+            return self._rounded(self._columns(self.along(x, 0)))
         return torch.cat([self.rows(first, last, lambda a, b: x[a:b]) for first, last in self.panels])
 
-    def _along(self, x: Tensor, axis: int) -> Tensor:
+    def along(self, x: Tensor, axis: int) -> Tensor:
+        """x, or rows of it, rewritten along one axis; float64 unless only the order changes."""
         runs = self.axes[axis]
         parts = [run.apply(x.narrow(axis, run.first, run.size), axis) for run in runs]
         if len(parts) == 1:
@@ -181,7 +182,7 @@ class Rewriter:
 
     def _columns(self, x: Tensor) -> Tensor:
         for axis in range(1, len(self.axes)):
-            x = self._along(x, axis)
+            x = self.along(x, axis)
         return x
 
     def _rounded(self, x: Tensor) -> Tensor:

@@ -10,14 +10,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
-import xxhash
 from torch import Tensor, nn
 
-from mergekit_lfm.checkpoint import Checkpoint, bytes_of, content_digest
+from mergekit_lfm.checkpoint import Checkpoint, content_of
 from mergekit_lfm.collect.locate import located
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.runtime import run
-from mergekit_lfm.tensors import TensorSpec
 
 if TYPE_CHECKING:
     from mergekit_lfm.data import Batch
@@ -117,12 +115,4 @@ def make_subject(module: nn.Module, checkpoint: Checkpoint | None = None) -> Sub
         return Subject(module, checkpoint.content, *located(module, checkpoint))
     state = {name: x for name, x in module.state_dict().items() if isinstance(x, Tensor)}
     names = dict(module.named_parameters(remove_duplicate=False))
-    return Subject(module, _content(state), {name: name for name in names if name in state})
-
-
-def _content(state: Mapping[str, Tensor]) -> str:
-    digests = {}
-    for name, x in state.items():
-        spec = TensorSpec(name, tuple(x.shape), str(x.dtype).removeprefix("torch."))
-        digests[spec] = xxhash.xxh3_128_hexdigest(bytes_of(x.detach().cpu().contiguous()))
-    return content_digest(digests)
+    return Subject(module, content_of(state), {name: name for name in names if name in state})

@@ -1,0 +1,94 @@
+"""One run of weight matching: sum_t <A_t, (g B)_t> over all tensors, made greater one group at a time.
+
+For one group, the others fixed, this sum is <C, g>: C is the sum of unfold(A_t) unfold(B_t)^T over the axes on which
+the group acts, the other axes of B_t rewritten by what acts there now. What maximises it depends on the family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
+
+from torch import Tensor
+
+from mergekit_lfm.align.families import Family, Scores, best_units, complete, units_value
+from mergekit_lfm.align.heads import best_heads, heads_value
+from mergekit_lfm.align.pair import Pair, Use
+from mergekit_lfm.arch.declare import Group, Part, Units
+from mergekit_lfm.transforms import Element, HeadsElement, Transform, TransformFacts, UnitsElement
+
+# By how much of itself the sum has to grow for another sweep. Permutations come to an end, as in git-re-basin; matrices
+# approach it, and 20 sweeps are worth as much as 100.
+TOLERANCE, TOLERANCE_OF_MATRICES = 1e-12, 1e-8
+
+
+class Climb:
+    """The element of every group, and its steps. transform: these elements as one, which changes with them."""
+
+    def __init__(self, pair: Pair, allowed: Callable[[Group], Family], start: Mapping[str, Element]) -> None:
+        """start: of groups that are not left alone. PlanError where it is no element of what is allowed."""
+        self.pair = pair
+        groups = pair.symmetries.groups
+        self.families = {name: allowed(group) for name, group in groups.items()}
+        self.elements = {
+            name: complete(group, self.families[name], start.get(name), name) for name, group in groups.items()
+        }
+        exact = all(family.units in ("order", "signed") for family in self.families.values())
+        self.tolerance = TOLERANCE if exact else TOLERANCE_OF_MATRICES
+        self.transform = Transform(pair.symmetries, self.elements, TransformFacts("climb"))
+
+    def scores(self, group: str, uses: Sequence[Use]) -> Scores:
+        """C, from the uses of a group, with what the others are now."""
+
+        def products(use: Use) -> list[tuple[Part, Tensor]]:
+            return [(part, x @ y.T) for part, x, y in self.pair.unfolded(use, group, self.transform)]
+
+        return Scores.of(chain.from_iterable(self.pair.in_order(products, uses)))
+
+    def visit(self, name: str, uses: Sequence[Use]) -> bool:
+        """Makes a group the best it can be by what these uses tell. Whether their sum grew."""
+        if not uses:
+            return False
+        group, now = self.pair.symmetries.groups[name], self.elements[name]
+        scores = self.scores(name, uses)
+        found = best_element(group, self.families[name], scores, now)
+        before, after = (value(group, scores, element) for element in (now, found))
+        twice = len({tensor for tensor, _ in uses}) < len(uses)
+        if twice:  # the group acts on two axes of a tensor: the sum is not linear in it, and C holds for `now` only
+            tensors = [tensor for tensor, _ in uses]
+            before = self.pair.closeness(self.transform, tensors)[0]
+            self.elements[name] = found
+            after = self.pair.closeness(self.transform, tensors)[0]
+        self.elements[name] = found if after > before else now
+        return after - before > self.tolerance * max(abs(before), abs(after))
+
+    def anchor(self, tick: Callable[[int], None]) -> None:
+        """Visits every group once, each by what is known before it."""
+        for name, uses in self.pair.anchored(self.elements):
+            self.visit(name, uses)
+            tick(1)
+
+    def sweep(self, order: Sequence[str], tick: Callable[[int], None]) -> bool:
+        """Visits the groups in this order. Whether the sum grew."""
+        grew = False
+        for name in order:
+            grew |= self.visit(name, self.pair.uses(name))
+            tick(1)
+        return grew
+
+
+def value(group: Group, scores: Scores, element: Element) -> float:
+    """<C, element>, of a complete element."""
+    if isinstance(group, Units):
+        assert isinstance(element, UnitsElement)
+        return units_value(group, scores, element)
+    assert isinstance(element, HeadsElement)
+    return heads_value(group, scores, element)
+
+
+def best_element(group: Group, family: Family, scores: Scores, now: Element) -> Element:
+    """The element of the family of which <C, element> is greatest, as far as is known. now: a complete element."""
+    if isinstance(group, Units):
+        return best_units(group, family, scores)
+    assert isinstance(now, HeadsElement)
+    return best_heads(group, family, scores, now)

@@ -1,0 +1,145 @@
+"""From two models to the transform that brings one near the other: what was asked for is checked, found and told."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import mergekit_lfm
+from mergekit_lfm.align.declare import Found, Request
+from mergekit_lfm.align.families import shortened
+from mergekit_lfm.align.moments import Given, open_moments
+from mergekit_lfm.align.pair import Pair, Side, one_thread_each
+from mergekit_lfm.align.registry import ALIGNERS
+from mergekit_lfm.alignments import OTHER_WIDTHS, align_options
+from mergekit_lfm.arch.declare import Symmetries
+from mergekit_lfm.arch.pairs import check_alike
+from mergekit_lfm.arch.registry import find_symmetries
+from mergekit_lfm.checkpoint import Checkpoint, content_of, open_checkpoint
+from mergekit_lfm.errors import PlanError
+from mergekit_lfm.settings import did_you_mean
+from mergekit_lfm.tensors import TensorSpec
+from mergekit_lfm.transforms import Gain, Transform, TransformFacts
+
+Model = str | os.PathLike[str] | Checkpoint | Mapping[str, Tensor]
+
+
+def align_models(
+    source: Model,
+    to: Model,
+    method: str = "weight_matching",
+    *,
+    symmetries: Symmetries | None = None,
+    symmetries_to: Symmetries | None = None,
+    initial: Transform | None = None,
+    order: Sequence[str] | Sequence[Sequence[str]] | None = None,
+    statistics: Given | None = None,
+    progress: Callable[[int], None] | None = None,
+    **parameters: Any,
+) -> Transform:
+    """The transform that brings `source` near `to`, by one of `ALIGN_METHODS` with its parameters.
+
+    source, to: checkpoints, their folders, or tensors by name. symmetries: the table of both; found by the config where
+    it is not given, which tensors alone have none of. symmetries_to: the table of `to` where the widths of its hidden
+    layers differ, for "ot". initial: a transform under the same table to start from. order: the names of the groups in
+    the order in which a sweep visits them, or one such list for each sweep; by default random, by the seed.
+    statistics: a file of cross moments of both models, in either order, or {weight: (cross [m + 1, n + 1], mean squares
+    [m + 1], mean squares [n + 1])} of a layer's inputs and a 1, those of `to` first. progress is called with 1 after
+    each visit of a group.
+
+    The facts of the transform hold all options, and as scores the sum of <A, B> over all tensors and |A - B|^2, before
+    and after ("before" where the shapes are the same). The same inputs give the same transform for any number of
+    threads. PlanError for what cannot be done, FormatError for NaN or infinity in a model.
+    """
+    options = align_options(method, parameters, statistics=statistics is not None)
+    sides = _side(source, "the source"), _side(to, "the model to align to")
+    first = _table(sides[0], symmetries)
+    tables = first, symmetries_to or (symmetries or _table(sides[1], None))
+    check_alike(
+        (sides[0].specs, sides[1].specs), tables, (sides[0].label, sides[1].label), widths=method in OTHER_WIDTHS
+    )
+    visits = _order(order, first, int(options.get("sweeps") or 1))
+    if initial is not None and initial.symmetries != first:
+        raise PlanError("`initial` is under another table than the source; start from a transform under the same table")
+    with torch.no_grad(), one_thread_each() as in_order:
+        pair = Pair(*sides, *tables, in_order)
+        moments = None if statistics is None else open_moments(statistics, pair, lambda: _contents(sides))
+        used: dict[str, Any] = dict(options)
+        used |= {} if order is None else {"order": [*order]}
+        used |= {} if initial is None else {"initial": initial.facts.method}
+        found = ALIGNERS[method](Request(pair, options, initial, visits, moments, progress or (lambda _: None)))
+        return _told(found, method, used, sides)
+
+
+def _side(model: Model, label: str) -> Side:
+    """A model opened; tensors alone go by this label."""
+    if isinstance(model, str | os.PathLike):
+        model = open_checkpoint(model)
+    if isinstance(model, Checkpoint):
+        return Side(str(model.path), model, model)
+    specs = {n: TensorSpec(n, tuple(x.shape), str(x.dtype).removeprefix("torch.")) for n, x in model.items()}
+    return Side(label, specs, model)
+
+
+def _table(side: Side, given: Symmetries | None) -> Symmetries:
+    if given is not None:
+        return given
+    if isinstance(side.held, Checkpoint):
+        return find_symmetries(side.held)
+    raise PlanError(f"{side.label} is given as tensors, whose architecture is not known; give a table (`symmetries=`)")
+
+
+def _order(
+    given: Sequence[str] | Sequence[Sequence[str]] | None, table: Symmetries, most: int
+) -> list[list[str]] | None:
+    """The visits of each sweep. PlanError for what is no group."""
+    if given is None:
+        return None
+    flat = [name for name in given if isinstance(name, str)]
+    sweeps = [flat] * most if len(flat) == len(given) else [list(names) for names in given]
+    unknown = sorted({name for names in sweeps for name in names if name not in table.groups})
+    if unknown or not sweeps or not all(sweeps):
+        wrong = f"{unknown[0]!r}, {did_you_mean(unknown[0], table.groups)}" if unknown else "a sweep of no group"
+        raise PlanError(f"order: found {wrong}; expected names of groups in the table")
+    return sweeps
+
+
+def _contents(sides: tuple[Side, Side]) -> tuple[str, str]:
+    return _content(sides[0]), _content(sides[1])
+
+
+def _content(side: Side) -> str:
+    """What statistics know a model by."""
+    return side.held.content if isinstance(side.held, Checkpoint) else content_of(side.held)
+
+
+def _told(found: Found, method: str, options: Mapping[str, Any], sides: tuple[Side, Side]) -> Transform:
+    """The transform with its facts."""
+    pair = found.pair
+    scores: dict[str, float] = {}
+    untouched = Transform(pair.symmetries, {}, TransformFacts(method))
+    same = all(side.shape == pair.to.specs[name].shape for name, side in pair.source.specs.items())
+    for when, elements in (("before", {}), ("after", found.elements)) if same else (("after", found.elements),):
+        moved = untouched if not elements else Transform(pair.symmetries, elements, TransformFacts(method))
+        scores[f"inner_{when}"], scores[f"distance_{when}"] = pair.closeness(moved)
+    kept = {name: short for name, element in found.elements.items() if (short := shortened(element)) is not None}
+    gains = {
+        norm: Gain(old.double(), torch.where(new == 0, 1.0, new).double()) for norm, (new, old) in pair.gains.items()
+    }
+    checkpoints = all(isinstance(side.held, Checkpoint) for side in sides)
+    versions = {"mergekit_lfm": mergekit_lfm.__version__, "torch": torch.__version__}
+    versions |= {name: version(name) for name in ("numpy", "scipy", "pot")}
+    facts = TransformFacts(
+        method,
+        found.exact,
+        _contents(sides) if checkpoints else (),
+        dict(options),
+        scores,
+        versions,
+    )
+    return Transform(pair.symmetries, kept, facts, gains)

@@ -1,0 +1,208 @@
+"""What may act on a group, and the best of it: for each kind the matrix M of which <C, M> is greatest.
+
+C[i, j] is how well unit i of the one model goes with unit j of the other. Orders are linear assignments, orthogonal
+matrices polar factors (Procrustes), rotary pairs angles. Elements are complete here: every part is filled in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from mergekit_lfm.arch.declare import Group, Heads, Part, Units
+from mergekit_lfm.errors import PlanError
+from mergekit_lfm.transforms import Element, HeadsElement, UnitsElement
+
+Kind = Literal["fixed", "order", "signed", "orthogonal", "phases", "signs"]
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """What may act on a group. units: on `Units`; query_key, value_output: inside of `Heads`."""
+
+    units: Kind = "order"
+    query_key: Kind = "fixed"
+    value_output: Kind = "order"
+
+
+def permutations(group: Group) -> Family:
+    """Orders only: of units, of heads, and inside of heads where any matrix may act."""
+    return Family(query_key="order" if isinstance(group, Heads) and group.query_key == "linear" else "fixed")
+
+
+def rotations(group: Group) -> Family:
+    """Orthogonal matrices and signs as far as the table allows them, and orders."""
+    if isinstance(group, Units):
+        signed = group.scale in ("sign", "nonzero")
+        return Family("orthogonal" if group.rotation == "orthogonal" else "signed" if signed else "order")
+    return Family(query_key="orthogonal" if group.query_key == "linear" else group.query_key, value_output="orthogonal")
+
+
+def assign(scores: Tensor) -> Tensor:
+    """The order p, int64 [n], of which sum_i scores[i, p[i]] is greatest."""
+    _, order = linear_sum_assignment(scores.numpy(), maximize=True)
+    return torch.from_numpy(order).long()
+
+
+def polar(c: Tensor) -> Tensor:
+    """The orthogonal matrix O, float64, of which <c, O> is greatest: U V^T of c = U S V^T.
+
+    Source: Schönemann 1966, "A generalized solution of the orthogonal Procrustes problem", equation 1.7.
+    """
+    u, _, vt = torch.linalg.svd(c.double())
+    rotation: Tensor = u @ vt
+    return rotation
+
+
+def signs_of(x: Tensor) -> Tensor:
+    """float64: 1 or -1; of 0 it is 1."""
+    return torch.where(x < 0, -1.0, 1.0).to(torch.float64)
+
+
+def best_matrix(kind: Kind, c: Tensor) -> Tensor:
+    """The matrix of a kind, float64 [n, n], of which <c, matrix> is greatest. c: float64 [n, n].
+
+    phases, signs: for every rotary pair (i, i + n / 2) a rotation, or a sign.
+    """
+    identity = torch.eye(len(c), dtype=torch.float64)
+    if kind == "fixed":
+        return identity
+    if kind == "order":
+        return identity[assign(c)]
+    if kind == "orthogonal":
+        return polar(c)
+    i = torch.arange(len(c) // 2)
+    j = i + len(i)
+    along, across = c[i, i] + c[j, j], c[j, i] - c[i, j]
+    length = torch.hypot(along, across)
+    if kind == "signs":
+        cosine, sine = signs_of(along), torch.zeros_like(along)
+    else:
+        safe = torch.where(length > 0, length, 1.0)
+        cosine, sine = torch.where(length > 0, along / safe, 1.0), across / safe
+    matrix = torch.zeros_like(identity)
+    matrix[i, i], matrix[j, j], matrix[j, i], matrix[i, j] = cosine, cosine, sine, -sine
+    return matrix
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How well the units of two models go together: products added up by the view of the group that they are of.
+
+    Of `Units`: plain, float64 [m, n], where only their order acts; vector where their factors and matrices do, too. Of
+    `Heads`: key and value [groups * head_dim, the same]; query and output, the same for all query heads.
+    """
+
+    sums: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, told: Iterable[tuple[Part, Tensor]]) -> Scores:
+        """The sums of products by the parts that they are of."""
+        sums: dict[str, Tensor] = {}
+        names = {"": "vector", "'": "vector", "order": "plain", "gain": "plain", "shift": "plain"}
+        for part, product in told:
+            name = names.get(part.view, part.view)
+            sums[name] = sums[name] + product.double() if name in sums else product.double()
+        return cls(sums)
+
+    def view(self, name: str, *shape: int) -> Tensor:
+        """A sum in this shape; zeros where nothing tells of it."""
+        found = self.sums.get(name)
+        return torch.zeros(shape, dtype=torch.float64) if found is None else found.view(shape)
+
+
+def best_units(group: Units, family: Family, scores: Scores) -> UnitsElement:
+    """The element of the family of which <C, element> is greatest."""
+    plain, vector = (scores.view(name, group.count, group.count) for name in ("plain", "vector"))
+    if family.units == "orthogonal":
+        return UnitsElement(matrix=polar(plain + vector))
+    signed = family.units == "signed"
+    order = assign(plain + (vector.abs() if signed else vector))
+    one = torch.ones(group.count, dtype=torch.float64)
+    return UnitsElement(order, signs_of(vector[torch.arange(group.count), order]) if signed else one)
+
+
+def units_value(group: Units, scores: Scores, element: UnitsElement) -> float:
+    """<C, element>."""
+    plain, vector = (scores.view(name, group.count, group.count) for name in ("plain", "vector"))
+    if element.matrix is not None:
+        return float(((plain + vector) * element.matrix).sum())
+    assert element.order is not None and element.scale is not None
+    i = torch.arange(group.count)
+    return float((plain[i, element.order] + element.scale * vector[i, element.order]).sum())
+
+
+def complete(group: Group, family: Family, element: Element | None, name: str) -> Element:
+    """The element, identity by default, with every part filled in. PlanError where it is not in the family."""
+    if isinstance(group, Units):
+        filled, fits = _complete_units(group, family, element)
+    else:
+        filled, fits = _complete_heads(group, family, element)
+    if not fits:
+        raise PlanError(
+            f"what `initial` does to {name} is more than this method may do there; start from a transform of the same "
+            "method, from permutations, or without one"
+        )
+    return filled
+
+
+def _complete_units(group: Units, family: Family, element: Element | None) -> tuple[Element, bool]:
+    given = element if isinstance(element, UnitsElement) else UnitsElement()
+    order = torch.arange(group.count) if given.order is None else given.order
+    scale = torch.ones(group.count, dtype=torch.float64) if given.scale is None else given.scale.double()
+    if family.units != "orthogonal":
+        fits = bool(((scale.abs() if family.units == "signed" else scale) == 1).all())
+        return UnitsElement(order, scale), given.matrix is None and fits
+    matrix = given.matrix
+    if matrix is None:
+        matrix = torch.eye(group.count, dtype=torch.float64)[order] * scale[:, None]
+    square = matrix.shape == (group.count, group.count)
+    return UnitsElement(matrix=matrix.double()), given.dual is None and square and _of_kind("orthogonal", matrix[None])
+
+
+def _complete_heads(group: Heads, family: Family, element: Element | None) -> tuple[Element, bool]:
+    given = element if isinstance(element, HeadsElement) else HeadsElement()
+    one = torch.eye(group.head_dim, dtype=torch.float64).repeat(group.groups, 1, 1)
+    query_key = one if given.query_key is None else given.query_key.double()
+    value_output = one if given.value_output is None else given.value_output.double()
+    queries = torch.arange(group.per_group).repeat(group.groups, 1) if given.queries is None else given.queries
+    groups = torch.arange(group.groups) if given.groups is None else given.groups
+    fits = _of_kind(family.query_key, query_key) and _of_kind(family.value_output, value_output)
+    return HeadsElement(groups, queries, query_key, value_output), fits
+
+
+def _of_kind(kind: Kind, matrices: Tensor) -> bool:
+    """Whether all the matrices are of the kind, to 1e-5: each is then the best of its kind for itself."""
+    matrices = matrices.double()
+    kept = torch.stack([best_matrix(kind, matrix) for matrix in matrices])
+    return bool(torch.allclose(kept, matrices, rtol=0, atol=1e-5))
+
+
+def shortened(element: Element) -> Element | None:
+    """The element without the parts that change nothing; None where no part is left."""
+    if isinstance(element, UnitsElement):
+        scale = element.scale
+        unscaled = scale is None or bool((scale == 1).all())
+        order = _unless_straight(element.order)
+        left: Element = UnitsElement(order, None if unscaled else scale, element.matrix, element.dual)
+    else:
+        left = HeadsElement(
+            _unless_straight(element.groups),
+            _unless_straight(element.queries),
+            _unless_identity(element.query_key),
+            _unless_identity(element.value_output),
+        )
+    return None if all(part is None for part in vars(left).values()) else left
+
+
+def _unless_straight(order: Tensor | None) -> Tensor | None:
+    return None if order is None or bool((order == torch.arange(order.shape[-1])).all()) else order
+
+
+def _unless_identity(matrices: Tensor | None) -> Tensor | None:
+    return None if matrices is None or bool((matrices == torch.eye(matrices.shape[-1])).all()) else matrices

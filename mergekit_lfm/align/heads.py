@@ -1,0 +1,135 @@
+"""Attention heads of two models, paired: what acts inside is found for every pair, and by its worth heads are assigned.
+
+Heads here are groups: a head of keys and values with the query heads that read it. Inside, a matrix acts on keys and
+queries, another on values and the output, and query heads change places. The two matrices are best given the places of
+the query heads and these given the matrices; where there are several query heads, they take turns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mergekit_lfm.align.families import Family, Scores, assign, best_matrix
+from mergekit_lfm.arch.declare import HEAD_VIEWS, Heads
+from mergekit_lfm.transforms import HeadsElement
+
+ROUNDS = 20  # of taking turns at most; two or three are enough as a rule
+
+
+@dataclass(frozen=True)
+class _Inside:
+    """What acts inside of a pair, and what it is worth."""
+
+    worth: float
+    queries: Tensor  # [per_group]
+    query_key: Tensor  # [head_dim, head_dim]
+    value_output: Tensor
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """The scores of a pair: [r, s, head_dim, head_dim] of the query heads r and s in it; of keys and values one."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    output: Tensor
+
+    def sums(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """What the two matrices are scored by, with the query heads in this order."""
+        r = torch.arange(len(queries))
+        return self.key[0, 0] + self.query[r, queries].sum(0), self.value[0, 0] + self.output[r, queries].sum(0)
+
+    def judged(self, queries: Tensor, query_key: Tensor, value_output: Tensor) -> _Inside:
+        """These with their worth."""
+        of_keys, of_values = self.sums(queries)
+        worth = float((of_keys * query_key).sum() + (of_values * value_output).sum())
+        return _Inside(worth, queries, query_key, value_output)
+
+    def with_matrices(self, family: Family, queries: Tensor) -> _Inside:
+        """The best matrices for this order of the query heads."""
+        of_keys, of_values = self.sums(queries)
+        return self.judged(queries, best_matrix(family.query_key, of_keys), best_matrix(family.value_output, of_values))
+
+    def climb(self, family: Family, query_key: Tensor, value_output: Tensor) -> _Inside:
+        """Query heads and matrices in turns, from these matrices on, until the worth grows no more."""
+        found: _Inside | None = None
+        for _ in range(ROUNDS):
+            scores = (self.query * query_key).sum((2, 3)) + (self.output * value_output).sum((2, 3))
+            tried = self.with_matrices(family, assign(scores))
+            if found is not None and tried.worth <= found.worth:
+                break
+            found, query_key, value_output = tried, tried.query_key, tried.value_output
+        assert found is not None
+        return found
+
+    def best(self, family: Family, now: _Inside | None) -> _Inside:
+        """The best of the climbs from each query head that the first may go with, and from what acts there now."""
+        if len(self.query) == 1:
+            return self.with_matrices(family, torch.zeros(1, dtype=torch.int64))
+        tried = [] if now is None else [now, self.climb(family, now.query_key, now.value_output)]
+        for s in range(len(self.query)):
+            query_key = best_matrix(family.query_key, self.key[0, 0] + self.query[0, s])
+            value_output = best_matrix(family.value_output, self.value[0, 0] + self.output[0, s])
+            tried.append(self.climb(family, query_key, value_output))
+        return max(tried, key=lambda inside: inside.worth)
+
+
+def _pairs(group: Heads, scores: Scores) -> list[list[_Pair]]:
+    """The pairs of every head of the one model with every one of the other."""
+    views = {}
+    for name in HEAD_VIEWS:
+        shape = (group.groups, group.size(name) // (group.groups * group.head_dim), group.head_dim)
+        views[name] = scores.view(name, *shape, *shape).permute(0, 3, 1, 4, 2, 5)  # [j, k, r, s, head_dim, head_dim]
+    count = range(group.groups)
+    return [[_Pair(**{name: view[j, k] for name, view in views.items()}) for k in count] for j in count]
+
+
+def _present(pairs: list[list[_Pair]], element: HeadsElement) -> list[_Inside]:
+    """What a complete element does in each place."""
+    groups, queries, query_key, value_output = vars(element).values()
+    return [
+        row[int(k)].judged(*inside)
+        for row, k, *inside in zip(pairs, groups, queries, query_key, value_output, strict=True)
+    ]
+
+
+def heads_value(group: Heads, scores: Scores, element: HeadsElement) -> float:
+    """<C, element>, of a complete element."""
+    return sum(inside.worth for inside in _present(_pairs(group, scores), element))
+
+
+def best_heads(group: Heads, family: Family, scores: Scores, now: HeadsElement) -> HeadsElement:
+    """The best element that is found, never worse than `now`, a complete one.
+
+    With one query head to each head it is the best there is; with several the best of some climbs.
+    """
+    pairs, present = _pairs(group, scores), _present(_pairs(group, scores), now)
+    assert now.groups is not None
+    inside = [
+        [pair.best(family, here if k == at else None) for k, pair in enumerate(row)]
+        for row, here, at in zip(pairs, present, now.groups.tolist(), strict=True)
+    ]
+    order = assign(torch.tensor([[found.worth for found in row] for row in inside], dtype=torch.float64))
+    return _element(order, [row[int(k)] for row, k in zip(inside, order, strict=True)])
+
+
+def best_query_key(group: Heads, family: Family, scores: Scores, now: HeadsElement) -> HeadsElement:
+    """`now`, a complete element, with the best matrices on queries and keys and all else as it is."""
+    pairs = _pairs(group, scores)
+    assert now.groups is not None and now.queries is not None and now.value_output is not None
+    sums = [row[int(k)].sums(q)[0] for row, k, q in zip(pairs, now.groups, now.queries, strict=True)]
+    matrices = torch.stack([best_matrix(family.query_key, of_keys) for of_keys in sums])
+    return HeadsElement(now.groups, now.queries, matrices, now.value_output)
+
+
+def _element(groups: Tensor, inside: list[_Inside]) -> HeadsElement:
+    return HeadsElement(
+        groups,
+        torch.stack([found.queries for found in inside]),
+        torch.stack([found.query_key for found in inside]),
+        torch.stack([found.value_output for found in inside]),
+    )

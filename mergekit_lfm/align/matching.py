@@ -1,0 +1,84 @@
+"""Weight matching: permutations that bring weights nearest, or what a Llama allows beyond them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from mergekit_lfm.align.activations import fit_activations
+from mergekit_lfm.align.climb import Climb
+from mergekit_lfm.align.declare import Found, Request
+from mergekit_lfm.align.families import Family, permutations, rotations
+from mergekit_lfm.align.pair import Pair
+from mergekit_lfm.arch.declare import Group, Heads, Units
+from mergekit_lfm.errors import PlanError
+from mergekit_lfm.transforms import Element
+
+
+def match_weights(request: Request) -> Found:
+    """Permutations by weight matching, the best of several runs.
+
+    The first run starts anchored: each group is found from the tensors on whose other axes nothing acts, or groups that
+    were found before. The others start from the identity, or `initial`, and visit the groups in random orders, anew for
+    every sweep. A run ends when a sweep made nothing better. With one run and `initial` or `order` given, this is the
+    algorithm of the paper from there. Inside of heads: permutations where queries and keys have no rotary positions.
+
+    Source: Ainsworth, Hayase, Srinivasa 2023 (2209.04836), algorithm 1.
+    """
+    return _best_run(request, request.pair, permutations)
+
+
+def match_rotations(request: Request) -> Found:
+    """Permutations, and orthogonal matrices and signs where the table has them: of a model with rotary positions.
+
+    A residual that can be rotated is aligned by Procrustes with the gains of the norms folded into what reads them;
+    others by permutations, with signs where units may change theirs. Values by Procrustes inside of each head, rotary
+    pairs of queries and keys by an angle each, or a sign. With statistics, all but queries and keys by activations.
+    PlanError for an architecture without rotary positions.
+
+    Source: 2502.00264 (rotation symmetry), 2506.22712, and Procrustes' solution by polar factors.
+    """
+    groups = request.pair.symmetries.groups
+    heads = [group for group in groups.values() if isinstance(group, Heads)]
+    if not heads or any(group.query_key == "linear" for group in heads):
+        has = "attention heads without rotary positions" if heads else "no attention heads"
+        raise PlanError(
+            f"{request.pair.source.label} has {has}; rotation needs a model with rotary positions, such as Llama, "
+            "Mistral and Qwen. Use weight_matching or activation_matching, which find permutations"
+        )
+    rotated = {name for name, group in groups.items() if isinstance(group, Units) and group.rotation == "orthogonal"}
+    pair = replace(request.pair, folded=frozenset(rotated))
+    if request.moments is not None:
+        return Found(pair, fit_activations(request, pair, rotations))
+    return _best_run(request, pair, rotations)
+
+
+def _best_run(request: Request, pair: Pair, allowed: Callable[[Group], Family]) -> Found:
+    runs = int(request.number("restarts"))
+    plain = runs == 1 and (request.initial is not None or request.order is not None)
+    if request.order is not None:
+        runs = min(runs, 2)  # the anchored one and another: in a given order all others are the same
+    best: tuple[float, dict[str, Element]] | None = None
+    for run in range(runs):
+        climb = Climb(pair, allowed, request.start)
+        if run == 0 and not plain:
+            climb.anchor(request.tick)
+        for order in _orders(request, run):
+            if not climb.sweep(order, request.tick):
+                break
+        reached = pair.closeness(climb.transform)[0]
+        if best is None or reached > best[0]:
+            best = reached, climb.elements
+    assert best is not None
+    return Found(pair, best[1])
+
+
+def _orders(request: Request, run: int) -> list[Sequence[str]]:
+    """The groups in the order in which each sweep visits them."""
+    sweeps = int(request.number("sweeps"))
+    if request.order is not None:
+        return list(request.order[:sweeps])
+    draw = random.Random(f"{int(request.number('seed'))}/{run}")
+    names = list(request.pair.symmetries.groups)
+    return [draw.sample(names, len(names)) for _ in range(sweeps)]

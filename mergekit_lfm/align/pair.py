@@ -1,0 +1,242 @@
+"""Two models under one symmetry table, and the unfolded tensors whose products every alignment is made of.
+
+Tensors are read one pair at a time, and large ones by rows where nothing acts on these: no whole model is held.
+Products are float32 (float64 for float64 tensors), each computed by one thread and added up in a fixed order in
+float64: the result does not depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from mergekit_lfm.arch.declare import Part, Symmetries, part_size
+from mergekit_lfm.checkpoint import Checkpoint
+from mergekit_lfm.errors import FormatError
+from mergekit_lfm.rewriting import Rewriter
+from mergekit_lfm.tensors import TensorSpec
+from mergekit_lfm.transforms import Transform
+
+RUNNING = ("running_mean", "running_var")  # of BatchNorm: no weights, and so large that they would outweigh them
+PANEL = 1 << 24  # elements that are read at a time where nothing acts on the rows
+
+Use = tuple[str, int]  # a tensor, and one of its axes
+Unfolded = tuple[Part, Tensor, Tensor]  # a part of the axis with both models' entries [units, rest]
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class InOrder(Protocol):
+    """A map whose results come in the order of the items."""
+
+    def __call__(self, run: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
+        """The results, one after another."""
+
+
+@contextmanager
+def one_thread_each() -> Iterator[InOrder]:
+    """A map over as many threads as torch may use; inside, every operation is computed by one of them."""
+    count = torch.get_num_threads()
+    pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
+
+    def in_order(run: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
+        for first in range(0, len(items), count):  # no more than this at a time: results are large
+            yield from pool.map(run, items[first : first + count])
+
+    torch.set_num_threads(1)
+    try:
+        yield in_order
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(count)
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the models: its tensors' specs, and where their data are."""
+
+    label: str
+    specs: Mapping[str, TensorSpec]
+    held: Checkpoint | Mapping[str, Tensor]
+
+    def read(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
+        """Rows first .. last of a tensor, in float32 at least."""
+        spec = self.specs[name]
+        if isinstance(self.held, Checkpoint):
+            row = spec.numel // max(1, spec.shape[0]) if spec.shape else 1
+            found = self.held.read(name, first * row, None if last is None else last * row)
+            x = found.view(-1, *spec.shape[1:]) if spec.shape else found.view(())
+        else:
+            x = self.held[name].detach()
+            x = x[first:last] if spec.shape else x
+        return x.cpu().to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The model that is rewritten, `source`, and the one that it is brought near, `to`.
+
+    symmetries: the source's table; to_symmetries: the other's, the same but for counts where widths may differ.
+    folded: groups which a rotation acts on: the gains of the norms on them are folded into what reads these norms, in
+    both models, and count no more by themselves.
+    """
+
+    source: Side
+    to: Side
+    symmetries: Symmetries
+    to_symmetries: Symmetries
+    in_order: InOrder
+    folded: frozenset[str] = field(default=frozenset())
+
+    @cached_property
+    def gains(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """The gains of the norms on folded groups, of `to` and of the source, by norm."""
+        return {
+            part.norm: (self.to.read(name), self.source.read(name))
+            for name, axes in self.symmetries.tensors.items()
+            for part in (axes[0] if axes else ())
+            if part.view == "gain" and part.norm and part.group in self.folded
+        }
+
+    @cached_property
+    def names(self) -> list[str]:
+        """The tensors that alignment looks at: of floating dtype, no folded gain, no running statistic."""
+        return [
+            name
+            for name, axes in self.symmetries.tensors.items()
+            if getattr(torch, self.source.specs[name].dtype).is_floating_point
+            and not name.endswith(RUNNING)
+            and not any(part.view == "gain" and part.group in self.folded for axis in axes for part in axis)
+        ]
+
+    def uses(self, group: str, views: Iterable[str] | None = None) -> list[Use]:
+        """The axes on which the group acts, with views only those in which it acts in one of these."""
+        wanted = None if views is None else set(views)
+        return [
+            (name, axis)
+            for name in self.names
+            for axis, parts in enumerate(self.symmetries.tensors[name])
+            if any(part.group == group and (wanted is None or part.view in wanted) for part in parts)
+        ]
+
+    def numel(self, uses: Iterable[Use]) -> int:
+        """How many entries the tensors have, together."""
+        return sum(self.source.specs[name].numel for name, _ in uses)
+
+    def known_uses(self, uses: Iterable[Use], known: Iterable[str]) -> list[Use]:
+        """Those where nothing acts on the other axes but groups that are known."""
+        fixed = {None, *known}
+        return [
+            (name, axis)
+            for name, axis in uses
+            if all(
+                part.group in fixed
+                for other, parts in enumerate(self.symmetries.tensors[name])
+                if other != axis
+                for part in parts
+            )
+        ]
+
+    def anchored(self, groups: Iterable[str], views: Iterable[str] | None = None) -> Iterator[tuple[str, list[Use]]]:
+        """The groups in an order in which each can be found from those before it, with the uses that tell.
+
+        Next is always the group of which the greatest share is known: on whose tensors nothing else acts, or what was
+        found before. Groups that are not among these count as known. A group of which nothing is known comes last,
+        with no uses. views: as of `uses`.
+        """
+        views = None if views is None else tuple(views)
+        waiting = {group: self.uses(group, views) for group in groups}
+        known = [group for group in self.symmetries.groups if group not in waiting]
+        while waiting:
+            told = {group: self.known_uses(uses, known) for group, uses in waiting.items()}
+            group = max(waiting, key=lambda g: self.numel(told[g]) / max(1, self.numel(waiting[g])))
+            del waiting[group]
+            known.append(group)
+            yield group, told[group]
+
+    def unfolded(
+        self, use: Use, group: str, transform: Transform, views: Iterable[str] | None = None
+    ) -> Iterator[Unfolded]:
+        """Every part of the axis on which the group acts, the source's other axes rewritten by the transform.
+
+        Of large tensors several times: with the entries of some rows each. views: as of `uses`. FormatError for NaN
+        and infinity.
+        """
+        name, axis = use
+        wanted = None if views is None else set(views)
+        for a, b in self._pairs(name, transform, axis):
+            first_a = first_b = 0
+            lengths = (s.lengths(name, axis, x.shape[axis]) for s, x in ((self.to_symmetries, a), (self.symmetries, b)))
+            for part, size_a, size_b in zip(self.symmetries.tensors[name][axis], *lengths, strict=True):
+                if part.group == group and (wanted is None or part.view in wanted):
+                    x, y = a.narrow(axis, first_a, size_a), b.narrow(axis, first_b, size_b)
+                    units_a = part_size(self.to_symmetries.groups, part)
+                    units_b = part_size(self.symmetries.groups, part)
+                    yield part, *(z.movedim(axis, 0).reshape(n, -1) for z, n in ((x, units_a), (y, units_b)))
+                first_a, first_b = first_a + size_a, first_b + size_b
+
+    def closeness(self, transform: Transform, names: Iterable[str] | None = None) -> tuple[float, float]:
+        """The inner product of `to` with the source as it is rewritten, and the squared distance of the two.
+
+        names: the tensors that count; all by default.
+        """
+
+        def of(name: str) -> tuple[float, float]:
+            pairs = ((a.double(), b.double()) for a, b in self._pairs(name, transform, None))
+            both = [(float((a * b).sum()), float((a - b).square().sum())) for a, b in pairs]
+            return sum(inner for inner, _ in both), sum(squares for _, squares in both)
+
+        found = list(self.in_order(of, self.names if names is None else sorted(set(names))))
+        return sum(inner for inner, _ in found), sum(squares for _, squares in found)
+
+    def _pairs(self, name: str, transform: Transform, skip: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+        """The tensor of both models, or rows of it, folded; the source's rewritten along every axis but `skip`."""
+        axes = self.symmetries.tensors[name]
+        shape = self.source.specs[name].shape
+        free = [all(part.group is None for part in parts) for parts in axes]
+        rewriter = Rewriter(transform, self.source.specs[name])
+        for first, last in _panels(shape, bool(free) and free[0] and skip != 0):
+            a = self._fold(name, self.to.read(name, first, last), 0)
+            b = self._fold(name, self.source.read(name, first, last), 1)
+            for side, x in ((self.to, a), (self.source, b)):
+                if not x.isfinite().all():
+                    raise FormatError(f"{name} of {side.label} holds NaN or infinity, expected numbers; mend the model")
+            dtype = b.dtype
+            for axis in range(len(shape)):
+                if axis != skip and not free[axis]:
+                    b = rewriter.along(b, axis)
+            yield a, b.to(dtype)
+
+    def _fold(self, name: str, x: Tensor, which: int) -> Tensor:
+        """x times the gains of the folded norms whose outputs it reads."""
+        for axis, parts in enumerate(self.symmetries.tensors[name]):
+            if any(part.view == "'" and part.norm in self.gains for part in parts):
+                sizes = self.symmetries.lengths(name, axis, x.shape[axis])
+                factors = torch.cat([self._gain(p, which, n) for p, n in zip(parts, sizes, strict=True)])
+                x = x * factors.to(x.dtype).view(-1, *[1] * (x.ndim - axis - 1))
+        return x
+
+    def _gain(self, part: Part, which: int, size: int) -> Tensor:
+        if part.view != "'" or part.norm not in self.gains:
+            return torch.ones(size)
+        gain = self.gains[part.norm][which]
+        return gain.repeat_interleave(size // len(gain))
+
+
+def _panels(shape: Sequence[int], free: bool) -> list[tuple[int, int | None]]:
+    """(first row, last row) of what is read at a time; all rows where something acts on them."""
+    numel = 1
+    for size in shape:
+        numel *= size
+    if not free or numel <= PANEL:
+        return [(0, None)]
+    step = max(1, PANEL * shape[0] // numel)
+    return [(first, min(first + step, shape[0])) for first in range(0, shape[0], step)]

@@ -1,0 +1,20 @@
+"""The aligners by name: those of `ALIGN_METHODS`, where each has its entry."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from mergekit_lfm.align.activations import match_activations
+from mergekit_lfm.align.declare import Aligner
+from mergekit_lfm.align.matching import match_rotations, match_weights
+from mergekit_lfm.align.transport import transport_units
+
+ALIGNERS: Mapping[str, Aligner] = MappingProxyType(
+    {
+        "weight_matching": match_weights,
+        "activation_matching": match_activations,
+        "ot": transport_units,
+        "rotation": match_rotations,
+    }
+)

@@ -1,0 +1,113 @@
+"""What every aligner does: outputs stay where it says so, files hold all, and the same inputs give the same file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers_align import furthest, loaded, tensors_of, texts
+from torch import Tensor
+
+from mergekit_lfm import collect_stats
+from mergekit_lfm.align import ALIGNERS, align_models
+from mergekit_lfm.alignments import ALIGN_METHODS
+from mergekit_lfm.checkpoint import Checkpoint
+from mergekit_lfm.rewriting import rewrite
+from mergekit_lfm.transforms import Transform, open_transform
+
+transformers = pytest.importorskip("transformers")
+
+KINDS = ("llama", "qwen3")
+
+
+class Two:
+    """Two independent models of a kind, in float64, and their cross moments."""
+
+    def __init__(self, kind: str, folder: Path) -> None:
+        self.folder = folder
+        self.a, self.b = (loaded(kind, seed, folder / str(seed), torch.float64) for seed in range(2))
+        self.statistics = collect_stats(
+            "cross", self.a.path, texts(), folder / "cross", other=self.b.path, task="lm", dtype="float64"
+        ).path
+
+    def aligned(self, method: str, **given: Any) -> Transform:
+        if ALIGN_METHODS[method].statistics == "required":
+            given["statistics"] = self.statistics
+        if "restarts" in {parameter.name for parameter in ALIGN_METHODS[method].parameters}:
+            given = {"restarts": 2, "sweeps": 4, **given}
+        return align_models(self.b, self.a, method, **given)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def two(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Two:
+    return Two(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def outputs(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> Tensor:
+    """The logits of a model with these tensors."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float64)
+    model.load_state_dict(tensors, strict=False)
+    with torch.no_grad():
+        logits: Tensor = model(**texts(count=1)[0]).logits
+    return logits
+
+
+def variants() -> list[tuple[str, bool]]:
+    """The methods, with statistics where they may have them and without where they need none."""
+    return [
+        (name, with_statistics)
+        for name, method in ALIGN_METHODS.items()
+        for with_statistics in (False, True)
+        if method.statistics in ("optional", "required" if with_statistics else "no")
+    ]
+
+
+def test_every_method_has_its_aligner() -> None:
+    assert ALIGNERS.keys() == ALIGN_METHODS.keys()
+    assert all(aligner.__doc__ and "Source:" in aligner.__doc__ for aligner in ALIGNERS.values())
+
+
+@pytest.mark.parametrize(("method", "with_statistics"), variants())
+def test_outputs_stay_where_it_is_exact(two: Two, method: str, with_statistics: bool) -> None:
+    given = {"statistics": two.statistics} if with_statistics else {}
+    transform = two.aligned(method, **given)
+    before, moved = tensors_of(two.b), rewrite(tensors_of(two.b), transform)
+    expected, found = outputs(two.b, before), outputs(two.b, moved)
+    difference = float((found - expected).abs().max() / (expected - expected.mean()).abs().max())
+    assert furthest(moved, before) > 0.1
+    assert transform.facts.exact
+    assert difference < 1e-5  # a part of these models computes in float32 whatever the weights are
+
+
+def test_outputs_change_where_it_is_soft(two: Two) -> None:
+    transform = two.aligned("ot", regularisation=0.05)
+    expected, found = (outputs(two.b, x) for x in (tensors_of(two.b), rewrite(tensors_of(two.b), transform)))
+    assert not transform.facts.exact
+    assert float((found - expected).abs().max() / expected.abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize(("method", "with_statistics"), variants())
+def test_brings_the_models_nearer(two: Two, method: str, with_statistics: bool) -> None:
+    given = {"statistics": two.statistics} if with_statistics else {}
+    scores = two.aligned(method, **given).facts.scores
+    assert scores["distance_after"] < scores["distance_before"]
+
+
+@pytest.mark.parametrize("method", ALIGN_METHODS)
+def test_files_hold_all_and_repeat(two: Two, method: str, tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        two.aligned(method).save(tmp_path / name)
+    assert (tmp_path / "first").read_bytes() == (tmp_path / "second").read_bytes()
+    facts = open_transform(tmp_path / "first").facts
+    assert facts.method == method
+    assert facts.models == (two.b.content, two.a.content)
+    assert facts.options.keys() == {parameter.name for parameter in ALIGN_METHODS[method].parameters}
+
+
+@pytest.mark.parametrize("method", ALIGN_METHODS)
+def test_takes_an_initial_transform(two: Two, method: str) -> None:
+    first = two.aligned(method)
+    again = two.aligned(method, initial=first)
+    assert again.facts.scores["inner_after"] >= first.facts.scores["inner_after"] * (1 - 1e-12)
