@@ -9,20 +9,33 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "collect_stats", "merge", "merge_tensors", "open_checkpoint", "open_statistics"]
+__all__ = [
+    "__version__",
+    "align_models",
+    "collect_stats",
+    "merge",
+    "merge_tensors",
+    "open_checkpoint",
+    "open_statistics",
+    "open_transform",
+]
 
 if TYPE_CHECKING:
+    from mergekit_lfm.align import align_models
     from mergekit_lfm.api import merge, merge_tensors
     from mergekit_lfm.checkpoint import open_checkpoint
     from mergekit_lfm.collect import collect_stats
     from mergekit_lfm.stats import open_statistics
+    from mergekit_lfm.transforms import open_transform
 
 _HOMES = {
+    "align_models": "align",
     "collect_stats": "collect",
     "merge": "api",
     "merge_tensors": "api",
     "open_checkpoint": "checkpoint",
     "open_statistics": "stats",
+    "open_transform": "transforms",
 }
 
 

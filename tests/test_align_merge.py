@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mergekit_lfm import merge
 from mergekit_lfm.align.elements import random_transform
@@ -32,12 +33,13 @@ def planted(folder: Path, tensors: Tensors, seed: int, kinds: tuple[Any, ...]) -
     return rewrite(tensors, transform)
 
 
-@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.fixture
 def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Path:
     """a and b, and b rewritten by every kind of element: in the folder `saved`, and as t.safetensors."""
     monkeypatch.chdir(tmp_path)
-    b = cast(base_tensors(2), request.param)
-    save(tmp_path / "a", cast(base_tensors(1), request.param))
+    dtype = getattr(request, "param", torch.float32)
+    b = cast(base_tensors(2), dtype)
+    save(tmp_path / "a", cast(base_tensors(1), dtype))
     save(tmp_path / "b", b)
     save(tmp_path / "saved", planted(tmp_path / "b", b, 3, ("order", "scale", "rotation", "inside")))
     return tmp_path
@@ -56,6 +58,7 @@ def weights(folder: Path) -> bytes:
     ],
     ids=lambda method: method["merge_method"],
 )
+@pytest.mark.parametrize("models", [torch.float32, torch.bfloat16], indirect=True, ids=["float32", "bfloat16"])
 @pytest.mark.usefixtures("models")
 def test_a_transform_file_gives_the_merge_of_the_rewritten_model(method: dict[str, Any]):
     first = [] if "base_model" in method else [{"model": "a"}]
@@ -123,3 +126,120 @@ def test_memory_of_rewriting_is_in_the_plan():
     more = {job.name: aligned.scratch(job) - plain.scratch(before) for before, job in jobs}
     assert more["model.layers.0.mlp.down_proj.weight"] >= 64 * 96 * 8
     assert all(nbytes >= 0 for nbytes in more.values())
+
+
+REQUESTS: dict[str, dict[str, Any]] = {
+    "weight_matching": {"restarts": 2, "seed": 3},
+    "rotation": {"sweeps": 3},
+    "ot": {"regularisation": 0.05, "cost": "cosine"},
+}
+
+
+@pytest.mark.usefixtures("models")
+@pytest.mark.parametrize("method", REQUESTS)
+def test_a_request_gives_what_the_command_and_its_file_give(method: str):
+    options = REQUESTS[method]
+    request = {"to": "a", "method": method, **options}
+    average = {"merge_method": "linear", **ONE}
+    asked = merge({**average, "models": [{"model": "a"}, {"model": "b", "align": request}]}, "asked", threads=1)
+    flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    result = run("align", "b", "--to", "a", "--method", method, *flags, "-o", "found.st", "-q")
+    assert (result.exit_code, result.stdout) == (0, "found.st\n")
+    given = merge({**average, "models": [{"model": "a"}, {"model": "b", "align": "found.st"}]}, "given", threads=2)
+    assert weights(asked) == weights(given)
+    lock = json.loads((asked / "merge.lock.json").read_text())
+    assert lock["recipe"]["models"][1]["align"].items() >= request.items()
+    assert lock["inputs"][1]["files"][0]["view"]["align"]["method"] == method
+
+
+def test_a_request_is_found_once_and_kept(models: Path, monkeypatch: pytest.MonkeyPatch):
+    (models / "recipe.yaml").write_text(
+        "merge_method: linear\nparameters: {weight: 1}\n"
+        "models: [{model: a}, {model: b, align: {to: a, restarts: 1}}]\n",
+        encoding="utf-8",
+    )
+    shown = run("merge", "recipe.yaml", "out", "--dry-run").stdout
+    assert "aligned      b to a: the transform by weight_matching is found when the merge runs" in shown
+    told = run("merge", "recipe.yaml", "out")
+    assert (told.exit_code, told.stderr.splitlines()[0]) == (0, "aligning b to a by weight_matching")
+
+    def again(*_: object, **__: object) -> None:
+        raise AssertionError("found twice")
+
+    monkeypatch.setattr("mergekit_lfm.stages.align_models", again)
+    assert "already there" in run("merge", "recipe.yaml", "out").stderr
+    assert run("merge", "recipe.yaml", "other").exit_code == 0
+    assert weights(models / "out") == weights(models / "other")
+    recipe = Recipe.load(models / "recipe.yaml")
+    changed = {"merge_method": "linear", "models": [{"model": "a"}, {"model": "b", "align": {"to": "a"}}], **ONE}
+    assert make_plan(recipe).digest != make_plan(Recipe.parse(changed)).digest
+
+
+def test_models_that_cannot_be_aligned_are_refused_in_the_plan(models: Path):
+    save(models / "deeper", base_tensors(2, layers=3))
+    entry = {"model": "deeper", "align": {"to": "a"}}
+    with pytest.raises(PlanError, match=r"the `align` of deeper: deeper and a are of different shape"):
+        make_plan(Recipe.parse({"merge_method": "linear", "models": [{"model": "a"}, entry], **ONE}))
+    (models / "odd").mkdir()
+    (models / "odd" / "config.json").write_text('{"model_type": "odd"}')
+    (models / "odd" / "model.safetensors").write_bytes(weights(models / "b"))
+    entry = {"model": "odd", "align": {"to": "a"}}
+    with pytest.raises(PlanError, match="odd is of model_type 'odd', for which there is no symmetry table"):
+        make_plan(Recipe.parse({"merge_method": "linear", "models": [{"model": "a"}, entry], **ONE}))
+
+
+def test_other_widths_take_the_shapes_of_what_they_are_aligned_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    random = torch.Generator().manual_seed(0)
+    for name, width in (("narrow", 4), ("wide", 7)):
+        shapes = {"0.weight": (width, 3), "0.bias": (width,), "1.weight": (2, width), "1.bias": (2,)}
+        (tmp_path / name).mkdir()
+        made = {part: torch.randn(shape, generator=random) for part, shape in shapes.items()}
+        save_file(made, tmp_path / name / "model.safetensors")
+    wide = {"model": "wide", "align": {"to": "narrow", "method": "ot"}}
+    out = merge({"merge_method": "linear", "models": [{"model": "narrow"}, wide], **ONE}, "out")
+    assert load_file(out / "model.safetensors")["0.weight"].shape == (4, 3)
+    with pytest.raises(PlanError, match="wide is transported to other widths"):
+        merge({"merge_method": "linear", "models": [wide, {"model": "narrow"}], **ONE}, "refused")
+    wide["align"] = {"to": "narrow"}
+    with pytest.raises(PlanError, match="`ot` allows other numbers of hidden units"):
+        merge({"merge_method": "linear", "models": [{"model": "narrow"}, wide], **ONE}, "refused")
+
+
+def test_save_writes_the_rewritten_model_and_compares_what_it_says(models: Path):
+    result = run("align", "b", "--to", "a", "--method", "rotation", "-o", "found.st", "--save", "near", "--json")
+    assert (result.exit_code, result.stderr) == (0, "")
+    told = json.loads(result.stdout)
+    assert told["saved"]["same"] and told["saved"]["difference"] <= told["saved"]["tolerance"]
+    assert told["scores"]["distance_after"] < told["scores"]["distance_before"]
+    assert run("verify", "near").exit_code == 0
+    assert weights(models / "near") != weights(models / "b")
+    message = refusal(run("align", "b", "--to", "a", "-o", "found.st"))
+    assert message == "error: found.st exists; choose another file, or use --overwrite\n"
+
+
+def test_check_runs_the_model_with_random_elements(models: Path):
+    result = run("align", "a", "--check", "--json")
+    told = json.loads(result.stdout)
+    assert (result.exit_code, told["good"]) == (0, True)
+    assert {row["part"] for row in told["findings"]} == {"kept", "needed", "enough"}
+    assert told["tensors"] == 21
+    assert "21 tensors in 5 groups, every one named; as expected" in run("align", str(models / "a"), "--check").stdout
+
+
+def test_what_align_needs_is_said(models: Path):
+    assert "Give --to MODEL and -o FILE, or --check." in run("align", "a").stderr
+    message = refusal(run("align", "b", "--to", "a", "--cost", "cosine", "-o", "t.st"))
+    assert "align.cost: weight_matching has no such parameter" in message
+    message = refusal(run("align", "b", "--to", "a", "--order", "ffn.7", "-o", "t.st"))
+    assert "order: found 'ffn.7', did you mean ffn." in message
+    assert not (models / "t.st").exists()
+
+
+@pytest.mark.usefixtures("models")
+def test_inspect_tells_what_a_transform_does():
+    told = json.loads(run("inspect", "t.safetensors", "--json").stdout)["transform"]
+    assert told["groups"]["residual"] == {"kind": "units", "size": 64, "moved": 0, "acts": ["matrix"]}
+    assert told["groups"]["ffn.0"]["moved"] > 80
+    shown = run("inspect", "t.safetensors").stdout
+    assert re.search(r"^heads +2 +64 +\d+ +groups, queries, query key, value output$", shown, re.M)

@@ -20,7 +20,8 @@ script = pytest.importorskip("scripts.make_digits")
 benchmark = pytest.importorskip("benchmarks.digits_multitask")
 
 ROOT = Path(__file__).parents[1]
-REGMEAN, FISHER = (ROOT / "recipes" / name for name in ("digits_regmean.yaml", "digits_fisher.yaml"))
+NAMES = ("digits_regmean.yaml", "digits_fisher.yaml", "digits_aligned.yaml")
+REGMEAN, FISHER, ALIGNED = (ROOT / "recipes" / name for name in NAMES)
 AVERAGE, ARITHMETIC = "average", "task arithmetic, best lambda"
 
 
@@ -30,11 +31,15 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("digits")
     torch.set_num_threads(1)
     script.make_digits(root / "digits", width=32)
-    merged = {path.stem: merge(shutil.copy(path, root), root / path.stem, threads=1) for path in (REGMEAN, FISHER)}
+    merged = {
+        path.stem: merge(shutil.copy(path, root), root / path.stem, threads=1) for path in (REGMEAN, FISHER, ALIGNED)
+    }
     models = [{"model": str(root / "digits" / name)} for name in script.VIEWS]
     average = {"merge_method": "linear", "models": models, "parameters": {"weight": 1}}
     merged[AVERAGE] = merge(average, root / AVERAGE, threads=1)
-    return merged | {name: root / "digits" / name for name in ("base", *script.VIEWS)}
+    pair = [{"model": str(root / "digits" / name)} for name in ("one", "two")]
+    merged["apart"] = merge({**average, "models": pair}, root / "apart", threads=1)
+    return merged | {name: root / "digits" / name for name in ("base", "one", "two", *script.VIEWS)}
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +58,15 @@ def test_views_are_of_the_same_images_and_training_has_none_of_those_for_judging
         assert len(task.train[0]) + len(task.test[0]) == 1797
         seen = {row.tobytes() for row in task.train[0].numpy()}
         assert not any(row.tobytes() in seen for row in task.test[0].numpy())
+
+
+def test_two_that_were_trained_apart_are_merged_when_one_is_aligned_to_the_other(folders: dict[str, Path]) -> None:
+    task = {"upright": script.make_upright(0)}
+    found = {name: script.judge(script.load(folders[name]), task)["upright"] for name in ("one", "two", "apart")}
+    aligned = script.judge(script.load(folders["digits_aligned"]), task)["upright"]
+    assert min(found["one"], found["two"]) > 90
+    assert aligned > found["apart"] + 20
+    assert aligned > 60
 
 
 def test_every_fine_tune_is_good_at_its_view_and_forgets_the_others(judged: dict[str, dict[str, float]]) -> None:

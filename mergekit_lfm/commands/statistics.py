@@ -129,9 +129,9 @@ Example:
 def cross(ctx: click.Context, /, model: Path, **given: Any) -> None:
     """Cross moments of what the same layers of two models take in.
 
-    To match the units of MODEL with those of OTHER, by how they respond to the same data; no merge method reads it yet.
-    Of every layer that both have the mean over tokens of x y', where x and y are its inputs in the two models, each
-    with a 1 at the end.
+    For `align`: to match the units of MODEL with those of OTHER, by how they respond to the same data. Of every layer
+    that both have the mean over tokens of x y', where x and y are its inputs in the two models, each with a 1 at the
+    end.
     """
     _collect(ctx, "cross", model, **given)
 
