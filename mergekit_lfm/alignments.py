@@ -38,20 +38,26 @@ class AlignRequest:
 
 @dataclass(frozen=True, slots=True)
 class AlignMethod:
-    """One way to bring a model near another. statistics: whether it reads cross moments of both on the same data."""
+    """One way to bring a model near another. statistics: whether it reads cross moments of both on the same data.
+
+    idle: the parameters that mean nothing when it does. starts: whether what it finds depends on an initial transform.
+    """
 
     name: str
     doc: str
     source: str
     statistics: Literal["no", "optional", "required"]
     parameters: tuple[Parameter, ...] = ()
+    idle: tuple[str, ...] = ()
+    starts: bool = True
 
 
 _RESTARTS = Parameter(
     "restarts", 10, False, "Runs that visit the groups in different random orders; the best is kept.", "int", 1
 )
 _SWEEPS = Parameter("sweeps", 100, False, "Most rounds over all groups; a run that stands still ends.", "int", 1)
-_SEED = Parameter("seed", 0, False, "Of the random orders.", "int", 0)
+_SEED = Parameter("seed", 0, False, "Of the random orders, where there are any.", "int", 0)
+_NORMALISE = Parameter("normalise", False, False, "Divide every tensor by its norm, so that all count alike.", "bool")
 
 _METHODS = (
     AlignMethod(
@@ -59,13 +65,15 @@ _METHODS = (
         "Permutations that bring the weights nearest, one group at a time with the others fixed.",
         "Ainsworth et al. 2023 (2209.04836), algorithm 1",
         "no",
-        (_RESTARTS, _SWEEPS, _SEED),
+        (_RESTARTS, _SWEEPS, _SEED, _NORMALISE),
     ),
     AlignMethod(
         "activation_matching",
         "Permutations that pair the units whose activations correlate most.",
         "Ainsworth et al. 2023 (2209.04836), section 3.1; Li et al. 2016 (1511.07543)",
         "required",
+        (_SEED,),
+        starts=False,
     ),
     AlignMethod(
         "ot",
@@ -88,7 +96,9 @@ _METHODS = (
                 "str",
                 choices=("euclidean", "squared", "cosine"),
             ),
+            _SEED,
         ),
+        starts=False,
     ),
     AlignMethod(
         "rotation",
@@ -96,7 +106,8 @@ _METHODS = (
         "signs.",
         "2502.00264 (rotation symmetry), 2506.22712; polar factors by Procrustes",
         "optional",
-        (replace(_RESTARTS, default=1), _SWEEPS, _SEED),
+        (replace(_RESTARTS, default=1), _SWEEPS, _SEED, replace(_NORMALISE, default=True)),
+        idle=("restarts", "sweeps", "normalise"),
     ),
 )
 OTHER_WIDTHS = ("ot",)  # the methods that map units of one width onto another
@@ -118,6 +129,8 @@ def align_options(method: str, given: Mapping[str, Any], *, statistics: bool, pl
         if name not in parameters:
             problems.append(f"{place}.{name}: {method} has no such parameter, {did_you_mean(name, parameters)}")
             continue
+        if statistics and name in known.idle:
+            problems.append(f"{place}.{name}: with statistics {method} finds every group at once; remove it")
         try:
             values[name] = read_value(value, parameters[name], f"{place}.{name}")
         except ValueError as wrong:

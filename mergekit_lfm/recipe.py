@@ -7,7 +7,7 @@ scope, and every model's folder is there. Whether the tensors fit together is th
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,11 +66,12 @@ class Settings:
     inputs: tuple[dict[str, Value], ...]
 
 
-def _without_unused(data: object) -> object:
+def _without_unused(data: object, known: Iterable[str]) -> object:
     """`data` less the keys of other versions that are there but empty, as tools write them."""
     if not isinstance(data, Mapping):
         return data
-    return {key: value for key, value in data.items() if not (key in _NOT_YET and value in (None, [], {}))}
+    unused = _NOT_YET.keys() - set(known)
+    return {key: value for key, value in data.items() if not (key in unused and value in (None, [], {}))}
 
 
 def _reference(value: object) -> object:
@@ -107,7 +108,7 @@ class _Strict(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _drop_unused(cls, data: object) -> object:
-        return _without_unused(data)
+        return _without_unused(data, cls.model_fields)
 
 
 class ModelEntry(_Strict):

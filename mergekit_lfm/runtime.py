@@ -76,7 +76,7 @@ def load_model(path: str | Path | Checkpoint, task: str, *, dtype: str = "float3
     import torch
 
     _check_place(device, dtype)
-    transformers = _transformers()
+    transformers = import_transformers()
     folder = path.path if isinstance(path, Checkpoint) else Path(path)
     if not (folder / "config.json").is_file():
         raise FormatError(
@@ -113,7 +113,7 @@ def load_as_saved(folder: Path, tensors: Mapping[str, Tensor]) -> Loaded:
     tensors: by their names on the disk, all of one dtype if floating. Its task is "embedding", that is any. Raises as
     `load_model` does.
     """
-    transformers = _transformers()
+    transformers = import_transformers()
     checkpoint = open_checkpoint(folder)
     dtype = next(str(x.dtype).removeprefix("torch.") for x in tensors.values() if x.is_floating_point())
     with _quiet(transformers), _loading(folder, "embedding"):
@@ -201,7 +201,8 @@ def _tensor_in(found: Any, expected: str) -> Tensor:
     raise PlanError(f"the model returned a {type(found).__name__}; expected {expected}. Wrap it in a module that does")
 
 
-def _transformers() -> Any:
+def import_transformers() -> Any:
+    """The library; ImportError that says how to install it."""
     try:
         import transformers
     except ImportError as error:

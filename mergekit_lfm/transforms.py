@@ -105,7 +105,7 @@ class Transform:
             tensors |= {f"gain/old/{norm}": gain.old.contiguous(), f"gain/new/{norm}": gain.new.contiguous()}
         specs = [TensorSpec(n, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in tensors.items()]
         header, _ = encode_header(specs, _metadata(self))
-        replace_file(Path(path), b"".join([header, *(bytes(bytes_of(t)) for t in tensors.values())]))
+        replace_file(Path(path).resolve(), b"".join([header, *(bytes(bytes_of(t)) for t in tensors.values())]))
 
 
 def _metadata(transform: Transform) -> dict[str, str]:

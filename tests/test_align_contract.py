@@ -35,7 +35,7 @@ class Two:
     def aligned(self, method: str, **given: Any) -> Transform:
         if ALIGN_METHODS[method].statistics == "required":
             given["statistics"] = self.statistics
-        if "restarts" in {parameter.name for parameter in ALIGN_METHODS[method].parameters}:
+        if method in ("weight_matching", "rotation") and "statistics" not in given:
             given = {"restarts": 2, "sweeps": 4, **given}
         return align_models(self.b, self.a, method, **given)
 

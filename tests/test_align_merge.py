@@ -215,7 +215,48 @@ def test_save_writes_the_rewritten_model_and_compares_what_it_says(models: Path)
     assert run("verify", "near").exit_code == 0
     assert weights(models / "near") != weights(models / "b")
     message = refusal(run("align", "b", "--to", "a", "-o", "found.st"))
-    assert message == "error: found.st exists; choose another file, or use --overwrite\n"
+    assert message == "error: found.st exists; choose another output, or use --overwrite\n"
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (["-o", "b/model.safetensors", "--overwrite"], "lies in the input b, which is only read"),
+        (["-o", "a/new.st"], "lies in the input a, which is only read"),
+        (["-o", "t.safetensors", "--initial", "t.safetensors", "--overwrite"], "lies in the input t.safetensors"),
+        (["-o", "/dev/full", "--overwrite"], "/dev/full is no file, expected the name of one to write"),
+        (["-o", "absent/t.st"], "there is no folder absent to write t.st in"),
+        (["-o", "new.st", "--save", "saved"], "saved exists; choose another output, or use --overwrite"),
+        (["-o", "new.st", "--save", "b/deep"], "the output b/deep and an input lie in one another"),
+    ],
+)
+def test_what_must_not_be_written_is_refused_before_the_work(
+    models: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], expected: str
+):
+    def work(*_: object, **__: object) -> None:
+        raise AssertionError("the work was begun")
+
+    monkeypatch.setattr("mergekit_lfm.align.align_models", work)
+    before = {path: path.read_bytes() for path in models.rglob("*") if path.is_file()}
+    assert expected in refusal(run("align", "b", "--to", "a", *arguments))
+    assert {path: path.read_bytes() for path in models.rglob("*") if path.is_file()} == before
+
+
+def test_a_chain_is_saved_without_being_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    random = torch.Generator().manual_seed(0)
+    for name in "ab":
+        shapes = {"0.weight": (5, 3), "0.bias": (5,), "1.weight": (2, 5), "1.bias": (2,)}
+        (tmp_path / name).mkdir()
+        made = {part: torch.randn(shape, generator=random) for part, shape in shapes.items()}
+        save_file(made, tmp_path / name / "model.safetensors")
+    result = run("align", "b", "--to", "a", "-o", "t.st", "--save", "near")
+    assert "near: written; not run to compare, as no config.json says how" in result.stderr
+    b, near = (load_file(tmp_path / name / "model.safetensors") for name in ("b", "near"))
+    x = torch.randn(4, 3, generator=random)
+    said = [(x @ m["0.weight"].T + m["0.bias"]).relu() @ m["1.weight"].T + m["1.bias"] for m in (b, near)]
+    assert torch.allclose(*said, atol=1e-6)
+    assert not torch.equal(b["0.weight"], near["0.weight"])
 
 
 def test_check_runs_the_model_with_random_elements(models: Path):
@@ -231,6 +272,8 @@ def test_what_align_needs_is_said(models: Path):
     assert "Give --to MODEL and -o FILE, or --check." in run("align", "a").stderr
     message = refusal(run("align", "b", "--to", "a", "--cost", "cosine", "-o", "t.st"))
     assert "align.cost: weight_matching has no such parameter" in message
+    useless = run("align", "b", "--to", "a", "--method", "ot", "--initial", "t.safetensors", "-o", "t.st")
+    assert "--initial: what ot finds does not depend on a start; leave it out." in useless.stderr
     message = refusal(run("align", "b", "--to", "a", "--order", "ffn.7", "-o", "t.st"))
     assert "order: found 'ffn.7', did you mean ffn." in message
     assert not (models / "t.st").exists()

@@ -231,7 +231,7 @@ def test_files_and_tensors_give_the_same(tmp_path: Path) -> None:
     assert all(torch.equal(found[name], x) for name, x in expected.items())
     assert of_files.facts.models == (b.content, a.content)
     assert of_tensors.facts.models == ()
-    assert of_files.facts.options == {"restarts": 1, "sweeps": 100, "seed": 0}
+    assert of_files.facts.options == {"restarts": 1, "sweeps": 100, "seed": 0, "normalise": False}
     assert of_files.facts.versions.keys() == {"mergekit_lfm", "torch", "numpy", "scipy", "pot"}
 
 

@@ -287,6 +287,11 @@ def test_all_problems_come_in_one_message(models):
         ({"models": [{"model": {"model": "A", "lora": "B"}}]}, "models[0].model: adapters are not supported"),
         ({"align": {"to": "A"}}, "align: an alignment belongs to one model: put `align` beside it"),
         ({"models": [{"model": "A", "align": 3}]}, "models[0].align"),
+        ({"models": [{"model": "A", "align": {}}, {"model": "B"}]}, "models[0].align: found {}, expected {to: MODEL"),
+        (
+            {"models": [{"model": "A", "align": {"to": "B", "method": "rotation", "normalise": 1}}, {"model": "B"}]},
+            "models[0].align.normalise: found 1, expected true or false",
+        ),
         ({"models": [{"model": "A", "align": "t.st"}]}, "models[0].align: found 't.st', but there is no"),
         (
             {"models": [{"model": "A", "align": {"to": "X"}}, {"model": "B"}]},

@@ -47,7 +47,8 @@ def align_models(
     source, to: checkpoints, their folders, or tensors by name. symmetries: the table of both; found by the config where
     it is not given, which tensors alone have none of. symmetries_to: the table of `to` where the widths of its hidden
     layers differ, for "ot". initial: a transform under the same table to start from. order: the names of the groups in
-    the order in which a sweep visits them, or one such list for each sweep; by default random, by the seed.
+    the order in which a sweep visits them, or one such list for each sweep; by default random, by the seed. What looks
+    at activations finds each group by itself: neither matters then, nor does `initial` to "ot".
     statistics: a file of cross moments of both models, in either order, or {weight: (cross [m + 1, n + 1], mean squares
     [m + 1], mean squares [n + 1])} of a layer's inputs and a 1, those of `to` first. progress is called with 1 after
     each visit of a group.

@@ -55,6 +55,7 @@ def match_rotations(request: Request) -> Found:
 
 
 def _best_run(request: Request, pair: Pair, allowed: Callable[[Group], Family]) -> Found:
+    plainly, pair = pair, replace(pair, scales=pair.norms() if request.options["normalise"] else {})
     runs = int(request.number("restarts"))
     plain = runs == 1 and (request.initial is not None or request.order is not None)
     if request.order is not None:
@@ -71,7 +72,7 @@ def _best_run(request: Request, pair: Pair, allowed: Callable[[Group], Family]) 
         if best is None or reached > best[0]:
             best = reached, climb.elements
     assert best is not None
-    return Found(pair, best[1])
+    return Found(plainly, best[1])
 
 
 def _orders(request: Request, run: int) -> list[Sequence[str]]:

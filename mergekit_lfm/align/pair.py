@@ -22,7 +22,7 @@ from mergekit_lfm.checkpoint import Checkpoint
 from mergekit_lfm.errors import FormatError
 from mergekit_lfm.rewriting import Rewriter
 from mergekit_lfm.tensors import TensorSpec
-from mergekit_lfm.transforms import Transform
+from mergekit_lfm.transforms import Transform, TransformFacts
 
 RUNNING = ("running_mean", "running_var")  # of BatchNorm: no weights, and so large that they would outweigh them
 PANEL = 1 << 24  # elements that are read at a time where nothing acts on the rows
@@ -86,7 +86,8 @@ class Pair:
 
     symmetries: the source's table; to_symmetries: the other's, the same but for counts where widths may differ.
     folded: groups which a rotation acts on: the gains of the norms on them are folded into what reads these norms, in
-    both models, and count no more by themselves.
+    both models, and count no more by themselves. scales: what the tensors of both models are divided by; 1 where a name
+    is not in it.
     """
 
     source: Side
@@ -95,6 +96,7 @@ class Pair:
     to_symmetries: Symmetries
     in_order: InOrder
     folded: frozenset[str] = field(default=frozenset())
+    scales: Mapping[str, float] = field(default_factory=dict)
 
     @cached_property
     def gains(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -183,6 +185,20 @@ class Pair:
                     yield part, *(z.movedim(axis, 0).reshape(n, -1) for z, n in ((x, units_a), (y, units_b)))
                 first_a, first_b = first_a + size_a, first_b + size_b
 
+    def norms(self) -> dict[str, float]:
+        """Of every tensor the geometric mean of its two norms; 1 where one of them is 0."""
+        untouched = Transform(self.symmetries, {}, TransformFacts("norms"))
+
+        def of(name: str) -> float:
+            squares = [
+                (float(a.double().square().sum()), float(b.double().square().sum()))
+                for a, b in self._pairs(name, untouched, None)
+            ]
+            product = sum(one for one, _ in squares) * sum(other for _, other in squares)
+            return float(product**0.25) or 1.0
+
+        return dict(zip(self.names, self.in_order(of, self.names), strict=True))
+
     def closeness(self, transform: Transform, names: Iterable[str] | None = None) -> tuple[float, float]:
         """The inner product of `to` with the source as it is rewritten, and the squared distance of the two.
 
@@ -209,11 +225,12 @@ class Pair:
             for side, x in ((self.to, a), (self.source, b)):
                 if not x.isfinite().all():
                     raise FormatError(f"{name} of {side.label} holds NaN or infinity, expected numbers; mend the model")
-            dtype = b.dtype
+            dtype = torch.promote_types(a.dtype, b.dtype)
             for axis in range(len(shape)):
                 if axis != skip and not free[axis]:
                     b = rewriter.along(b, axis)
-            yield a, b.to(dtype)
+            scale = self.scales.get(name, 1.0)
+            yield a.to(dtype) / scale, b.to(dtype) / scale
 
     def _fold(self, name: str, x: Tensor, which: int) -> Tensor:
         """x times the gains of the folded norms whose outputs it reads."""

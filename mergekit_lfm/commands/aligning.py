@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +42,11 @@ Examples:
 @click.option("--restarts", type=click.IntRange(min=1), help="Runs in other orders; the best is kept. [default: 10]")
 @click.option("--sweeps", type=click.IntRange(min=1), help="Most rounds over all groups. [default: 100]")
 @click.option("--seed", type=click.IntRange(0, 2**64 - 1), help="Of the random orders. [default: 0]")
+@click.option(
+    "--normalise/--no-normalise",
+    default=None,
+    help="Divide every tensor by its norm, so that all count alike. [default: for rotation]",
+)
 @click.option("--regularisation", type=click.FloatRange(min=0), help="For ot: Sinkhorn's; 0 is exact. [default: 0]")
 @click.option("--cost", type=click.Choice(["euclidean", "squared", "cosine"]), help="For ot. [default: euclidean]")
 @click.option(
@@ -87,8 +92,12 @@ def align(
     if to is None or out is None:
         raise click.UsageError("Give --to MODEL and -o FILE, or --check.")
     parameters = {name: value for name, value in given.items() if value is not None}
-    transform = _align(model, to, out, method, stats, initial, order, parameters, overwrite, quiet or as_json)
-    from mergekit_lfm.display.transforms import alignment_text, transform_data, transform_text
+    _check_start(method, stats, initial, order)
+    _check_out(out, [path for path in (model, to, stats, initial) if path], overwrite)
+    if save is not None:
+        _check_save(model, to, save, overwrite)
+    transform = _align(model, to, out, method, stats, initial, order, parameters, quiet or as_json)
+    from mergekit_lfm.display.transforms import alignment_text, saved_text, transform_data, transform_text
 
     found: dict[str, Any] = {"out": str(out), **transform_data(transform)}
     same = True
@@ -102,7 +111,7 @@ def align(
             click.echo(transform_text(found), err=True)
             click.echo(alignment_text(found, model), err=True)
         if save is not None:
-            click.echo(f"{save}: outputs differ by {found['saved']['difference']:.2g} of their range", err=True)
+            click.echo(f"{save}: {saved_text(found['saved'])}", err=True)
         click.echo(out)
     ctx.exit(0 if same else ANSWER_IS_NO)
 
@@ -116,7 +125,6 @@ def _align(
     initial: Path | None,
     order: tuple[str, ...],
     parameters: dict[str, Any],
-    overwrite: bool,
     hidden: bool,
 ) -> Transform:
     from mergekit_lfm.align import align_models
@@ -124,10 +132,6 @@ def _align(
     from mergekit_lfm.stats import open_statistics
     from mergekit_lfm.transforms import open_transform
 
-    if out.exists() and not overwrite:
-        raise PlanError(f"{out} exists; choose another file, or use --overwrite")
-    if out.is_dir() or not out.absolute().parent.is_dir():
-        raise PlanError(f"{out} is no file that can be written; expected a name in a folder that is there")
     with ticker(" groups", "aligning", hidden=hidden) as progress:
         transform = align_models(
             model,
@@ -141,6 +145,48 @@ def _align(
         )
     transform.save(out)
     return transform
+
+
+def _check_start(method: str, stats: Path | None, initial: Path | None, order: tuple[str, ...]) -> None:
+    """A usage error for what the method would not look at."""
+    from mergekit_lfm.alignments import ALIGN_METHODS
+
+    by_activations = stats is not None and method != "ot"
+    if initial is not None and (by_activations or not ALIGN_METHODS[method].starts):
+        raise click.UsageError(f"--initial: what {method} finds does not depend on a start; leave it out.")
+    if order and by_activations:
+        raise click.UsageError(f"--order: {method} by activations finds every group by itself; leave it out.")
+
+
+def _check_out(out: Path, inputs: Sequence[Path], overwrite: bool) -> None:
+    """PlanError where the transform must not be written to `out`, before the work."""
+    from mergekit_lfm.durable import check_new_file
+
+    check_new_file(out, inputs, overwrite=overwrite)
+
+
+def _check_save(model: Path, to: Path, save: Path, overwrite: bool) -> None:
+    """PlanError where the rewritten model could not be written there, or not be run, before the work."""
+    from mergekit_lfm.checkpoint import open_checkpoint
+
+    if save.exists() and not overwrite:
+        raise PlanError(f"{save} exists; choose another output, or use --overwrite")
+    if any(
+        save.resolve().is_relative_to(path) or path.is_relative_to(save.resolve())
+        for path in (model.resolve(), to.resolve())
+    ):
+        raise PlanError(f"the output {save} and an input lie in one another; choose another output")
+    source, other = open_checkpoint(model), open_checkpoint(to)
+    if wider := next((name for name in source if name in other and source[name].shape != other[name].shape), None):
+        raise PlanError(
+            f"{model} has {source[wider]}, {to} {list(other[wider].shape)}: its config would not fit what is made of "
+            "it, so it cannot be saved by itself; merge it with `align: FILE` in a recipe"
+        )
+    if (model / "config.json").is_file():
+        with needing_models():
+            from mergekit_lfm.runtime import import_transformers
+
+            import_transformers()
 
 
 def _save(
@@ -157,6 +203,8 @@ def _save(
     plan = make_plan(Recipe.parse({"merge_method": "passthrough", "models": [entry]}))
     with progress_bar(plan.bytes_written, "writing", hidden=hidden) as progress:
         execute(plan, save, overwrite=overwrite, progress=progress)
+    if not (model / "config.json").is_file():
+        return True, {"path": str(save), "difference": None, "tolerance": None, "same": None}
     difference, tolerance = compare_outputs(model, save, transform)
     same = not transform.facts.exact or difference <= tolerance
     return same, {"path": str(save), "difference": difference, "tolerance": tolerance, "same": same}

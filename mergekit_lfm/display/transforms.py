@@ -103,6 +103,14 @@ def report_text(data: dict[str, Any]) -> str:
     return "\n".join([table(rows, "differ"), "", f"{data['model']}: {named}; {verdict}"])
 
 
+def saved_text(saved: dict[str, Any]) -> str:
+    """Whether a rewritten model that was saved says the same."""
+    if saved["difference"] is None:
+        return "written; not run to compare, as no config.json says how"
+    verdict = "the outputs are the same" if saved["same"] else "THE OUTPUTS DIFFER"
+    return f"{verdict}: by {saved['difference']:.2g} of their range, {saved['tolerance']:.2g} is rounding"
+
+
 def alignment_text(data: dict[str, Any], out: object) -> str:
     """One line on what an alignment found."""
     moved = sum(group["moved"] for group in data["groups"].values())
