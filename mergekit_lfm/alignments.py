@@ -115,7 +115,7 @@ ALIGN_METHODS = MappingProxyType({method.name: method for method in _METHODS})
 
 
 def align_options(method: str, given: Mapping[str, Any], *, statistics: bool, place: str = "align") -> dict[str, Value]:
-    """Every parameter's value for a method. PlanError lists all that is wrong with what was given.
+    """The value of every parameter that matters. PlanError lists all that is wrong with what was given.
 
     statistics: whether a statistics file is given. place: what messages call the request.
     """
@@ -123,14 +123,16 @@ def align_options(method: str, given: Mapping[str, Any], *, statistics: bool, pl
     if known is None:
         raise PlanError(f"{place}.method: there is no method {method!r}, {did_you_mean(method, ALIGN_METHODS)}")
     parameters = {parameter.name: parameter for parameter in known.parameters}
-    values = {name: parameter.default for name, parameter in parameters.items()}
+    idle = known.idle if statistics else ()
+    values = {name: parameter.default for name, parameter in parameters.items() if name not in idle}
     problems = []
     for name, value in given.items():
         if name not in parameters:
             problems.append(f"{place}.{name}: {method} has no such parameter, {did_you_mean(name, parameters)}")
             continue
-        if statistics and name in known.idle:
+        if name in idle:
             problems.append(f"{place}.{name}: with statistics {method} finds every group at once; remove it")
+            continue
         try:
             values[name] = read_value(value, parameters[name], f"{place}.{name}")
         except ValueError as wrong:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mergekit_lfm import merge
+from mergekit_lfm import align_models, collect_stats, merge, open_statistics
 from mergekit_lfm.align.elements import random_transform
 from mergekit_lfm.arch import find_symmetries
 from mergekit_lfm.checkpoint import open_checkpoint
@@ -126,6 +126,24 @@ def test_memory_of_rewriting_is_in_the_plan():
     more = {job.name: aligned.scratch(job) - plain.scratch(before) for before, job in jobs}
     assert more["model.layers.0.mlp.down_proj.weight"] >= 64 * 96 * 8
     assert all(nbytes >= 0 for nbytes in more.values())
+
+
+@pytest.mark.parametrize("method", ["activation_matching", "rotation", "ot"])
+def test_a_request_with_statistics(models: Path, method: str):
+    random = torch.Generator().manual_seed(0)
+    batches = [{"input_ids": torch.randint(260, (4, 16), generator=random)} for _ in range(4)]
+    collect_stats("cross", models / "a", batches, "ab.st", other=models / "b", task="lm")
+    align = {"to": "a", "method": method, "stats": "ab.st"}
+    found = align_models(models / "b", models / "a", method, statistics=open_statistics("ab.st"))
+    found.save("found.st")
+    average = {"merge_method": "linear", **ONE}
+    asked = merge({**average, "models": [{"model": "a"}, {"model": "b", "align": align}]}, "asked")
+    given = merge({**average, "models": [{"model": "a"}, {"model": "b", "align": "found.st"}]}, "given")
+    assert weights(asked) == weights(given)
+    other = {"model": "a", "align": {**align, "to": "saved"}}
+    with pytest.raises(PlanError, match=r"ab.st is of the models"):
+        merge({**average, "models": [{"model": "saved"}, other]}, "refused")
+    assert not (models / "refused").exists() and not (models / "refused.partial").exists()
 
 
 REQUESTS: dict[str, dict[str, Any]] = {
