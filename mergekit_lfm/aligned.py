@@ -6,7 +6,7 @@ no more. Before anything is written, `stages.prepare` puts the rewritten model i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import xxhash
 
 from mergekit_lfm.alignments import OTHER_WIDTHS, AlignRequest, GivenFile
 from mergekit_lfm.arch import find_symmetries
-from mergekit_lfm.arch.declare import check_fit
+from mergekit_lfm.arch.declare import Symmetries, Units, check_fit
 from mergekit_lfm.arch.pairs import check_alike
 from mergekit_lfm.checkpoint import Checkpoint, WeightFile, open_checkpoint
 from mergekit_lfm.errors import FormatError, PlanError
@@ -22,7 +22,9 @@ from mergekit_lfm.matching import several
 from mergekit_lfm.recipe import Recipe
 from mergekit_lfm.roles import Model
 from mergekit_lfm.tensors import TensorSpec
-from mergekit_lfm.transforms import Transform, open_transform
+from mergekit_lfm.transforms import Transform, open_transform, read_transform_facts
+
+PANEL = 1 << 18  # elements that are rewritten at a time, as `rewriting` has it, which needs torch
 
 
 def open_models(recipe: Recipe) -> tuple[Checkpoint, ...]:
@@ -36,6 +38,8 @@ def open_models(recipe: Recipe) -> tuple[Checkpoint, ...]:
             problems.append(f"the `align` of {model.label}: {error}" if model.align else str(error))
     if problems:
         raise PlanError(several("the alignments do not fit the models", problems))
+    if any(isinstance(model.align, GivenFile) for model in recipe.all_models):
+        check_targets(recipe, opened)
     return tuple(opened)
 
 
@@ -44,6 +48,22 @@ def _opened(model: Model, models: Mapping[str, Checkpoint]) -> Checkpoint:
     if isinstance(model.align, GivenFile):
         return rewritten_by(checkpoint, model.align.path, model.align.ref, model.label)
     return checkpoint if model.align is None else pending(checkpoint, models[model.align.to], model.align, model.label)
+
+
+def check_targets(recipe: Recipe, models: Sequence[Checkpoint]) -> None:
+    """PlanError where a transform brings a model near to one that is not merged with it."""
+    contents = {held.content for model, held in zip(recipe.all_models, models, strict=True) if model.align is None}
+    problems = []
+    for model in recipe.all_models if len(models) > 1 else ():
+        if isinstance(model.align, GivenFile):
+            _, facts = read_transform_facts(model.align.path)
+            if len(facts.models) > 1 and facts.models[1] not in contents:
+                problems.append(
+                    f"{model.align.ref} aligns {model.label} to a model of content {facts.models[1]}, which is not in "
+                    f"the recipe: list that one, or align {model.label} to a model that is"
+                )
+    if problems:
+        raise PlanError(several("the alignments do not fit the models", problems))
 
 
 def rewritten_by(checkpoint: Checkpoint, file: Path, ref: str, label: object) -> Checkpoint:
@@ -67,15 +87,22 @@ def check_source(transform: Transform, checkpoint: Checkpoint, ref: str, label: 
 
 
 class PendingFile(WeightFile):
-    """A file of tensors as they will be rewritten, once it is known how."""
+    """A file of tensors as they will be rewritten, once it is known how; and what that will take, at most."""
 
-    def __init__(self, inner: WeightFile, specs: Mapping[str, TensorSpec]) -> None:
+    def __init__(
+        self, inner: WeightFile, specs: Mapping[str, TensorSpec], scratch: Mapping[str, int], resident: int
+    ) -> None:
         self.path, self.data_start, self.fallback = inner.path, inner.data_start, inner.fallback
         self.nbytes, self.mtime_ns = inner.nbytes, inner.mtime_ns
         self.tensors = {name: (specs[name], offset) for name, (_, offset) in inner.tensors.items()}
+        self._scratch, self._resident = scratch, resident
+
+    @property
+    def resident(self) -> int:
+        return self._resident
 
     def scratch(self, name: str) -> int:
-        return self.tensors[name][0].numel * 32  # as if the tensor were rewritten at once, in float64
+        return self._scratch[name]
 
     def read_into(self, name: str, start: int, into: memoryview) -> None:  # noqa: ARG002
         raise AssertionError(f"{name} was read before its alignment was found")
@@ -87,7 +114,33 @@ def pending(checkpoint: Checkpoint, to: Checkpoint, request: AlignRequest, label
     tables = find_symmetries(checkpoint, label), find_symmetries(to, request.to)
     check_alike((checkpoint, to), tables, (label, request.to), widths=widths)
     specs = {n: TensorSpec(n, to[n].shape, s.dtype) if widths else s for n, s in checkpoint.items()}
-    return Checkpoint(checkpoint.path, [PendingFile(file, specs) for file in checkpoint.files], view_of(request, to))
+    scratch, resident = bounds(checkpoint, tables[0], request.method)
+    files = [PendingFile(file, specs, scratch, resident) for file in checkpoint.files]
+    return Checkpoint(checkpoint.path, files, view_of(request, to))
+
+
+def bounds(checkpoint: Checkpoint, table: Symmetries, method: str) -> tuple[dict[str, int], int]:
+    """What rewriting will hold at most: for each tensor in every thread, and as long as the merge runs. In bytes.
+
+    Where all rows of a tensor may be mixed with one another it is rewritten at once.
+    """
+    wide = {
+        name
+        for name, group in table.groups.items()
+        if isinstance(group, Units) and (method in OTHER_WIDTHS or (method == "rotation" and group.rotation))
+    }
+    scratch = {}
+    for name, spec in checkpoint.items():
+        row = spec.numel // max(1, spec.shape[0] if spec.shape else 1)
+        mixed = bool(spec.shape) and any(part.group in wide for part in table.tensors[name][0])
+        scratch[name] = (spec.numel if mixed else min(spec.numel, PANEL + 1024 * row)) * 32
+    entries = 0
+    for name, group in table.groups.items():
+        if isinstance(group, Units):
+            entries += group.count**2 if name in wide else 2 * group.count
+        else:
+            entries += 2 * (1 + group.per_group) * group.groups * group.head_dim**2 + 2 * group.size("query")
+    return scratch, entries * 20  # float64, and once more in float32 and float64
 
 
 def view_of(request: AlignRequest, to: Checkpoint) -> dict[str, Any]:

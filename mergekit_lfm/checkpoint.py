@@ -47,6 +47,11 @@ class WeightFile:
         self.nbytes, self.mtime_ns = status.st_size, status.st_mtime_ns
         self._lock, self._fd = Lock(), -1
 
+    @property
+    def resident(self) -> int:
+        """Bytes that are held as long as it is, by all files of a checkpoint together."""
+        return 0
+
     def fileno(self) -> int:
         """A descriptor open for reading, closed with this object. FormatError if the file is not as it was read."""
         with self._lock:
@@ -67,6 +72,10 @@ class WeightFile:
     def scratch(self, name: str) -> int:  # noqa: ARG002
         """Bytes that reading the tensor holds in each thread, besides what it fills."""
         return 0
+
+    def at_once(self, name: str) -> bool:  # noqa: ARG002
+        """Whether all of the tensor is made when any of it is read, so that one thread should read it."""
+        return False
 
     def read_into(self, name: str, start: int, into: memoryview) -> None:
         """Fill `into` with the tensor's bytes from byte `start` on."""
@@ -235,6 +244,11 @@ class Checkpoint(Mapping[str, TensorSpec]):
     @property
     def nbytes(self) -> int:
         return sum(spec.nbytes for spec in self.values())
+
+    @property
+    def resident(self) -> int:
+        """Bytes that a view holds as long as it is open, besides what reading a tensor takes."""
+        return max((file.resident for file in self.files), default=0)
 
     def file_of(self, name: str) -> WeightFile:
         """The file that holds the tensor."""

@@ -29,10 +29,14 @@ def replace_file(path: Path, data: bytes) -> None:
     """Give the file its new content at once: whoever reads it sees the old one or the new one, whole."""
     with naming(path):
         temporary = path.with_name(path.name + ".tmp")
-        temporary.write_bytes(data)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.rename(path)
+        try:
+            temporary.write_bytes(data)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.rename(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def check_new_file(path: Path, inputs: Iterable[Path], *, overwrite: bool) -> None:

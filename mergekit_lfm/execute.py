@@ -271,11 +271,13 @@ def execute(
         return Outcome(out, already_there=True)
     if resume and finish(plan, place):
         return Outcome(out, resumed_bytes=plan.bytes_written, seconds=time.monotonic() - started)
+    budget = memory or default_memory()
     if plan.pending:
         from mergekit_lfm.stages import prepare
 
+        plan.peak_memory(budget, threads or 1)
+        check_disk(plan, place)
         plan = prepare(plan, notice or (lambda _: None))
-    budget = memory or default_memory()
     count = threads or min(default_threads(), plan.most_threads(budget))
     plan.peak_memory(budget, count)
     check_copies(plan)
@@ -288,7 +290,7 @@ def execute(
         run = Run(
             plan,
             output,
-            share=budget // count,
+            share=plan.share(budget, count),
             nan=nan,
             progress=progress or (lambda _: None),
             kernels=kernels,
@@ -325,7 +327,9 @@ def _carry_out(run: Run, executor: Executor) -> None:
             alone.append(Work(jobs[0], missing[jobs[0].name], solve=True))
         else:
             coefficients = None if jobs[0].copied else solved(METHODS[jobs[0].method].solve(plan.unit(jobs)), _no_sums)
-            alone += [Work(jobs[0], (segment,), coefficients) for segment in missing[jobs[0].name]]
+            segments = missing[jobs[0].name]
+            parts = [segments] if plan.at_once(jobs[0]) else [(segment,) for segment in segments]
+            alone += [Work(jobs[0], part, coefficients) for part in parts]
     heavy = plan.bytes_written // 16
     alone.sort(key=lambda work: -work.job.nbytes if work.job.nbytes > heavy else 0)
     for _ in executor(run.do, alone):

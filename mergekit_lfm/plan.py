@@ -134,9 +134,14 @@ class Plan:
             return numel * ITEMSIZE[job.dtype] + views
         return numel * len(job.read) * (ITEMSIZE[job.compute] * 8 + 8) + job.sums_nbytes + views
 
+    @property
+    def resident_views(self) -> int:
+        """Bytes that the transforms of rewritten models take as long as the merge runs."""
+        return sum(model.resident for model in self.models)
+
     def most_threads(self, memory: int) -> int:
         """The number of threads, at least one, for which a budget of `memory` bytes suffices."""
-        return max(1, memory // max([1, *(nbytes for _, nbytes in self._demands())]))
+        return max(1, (memory - self.resident_views) // max([1, *(nbytes for _, nbytes in self._demands())]))
 
     def _demands(self) -> Iterator[tuple[str, int]]:
         """What one worker has to hold at least for each tensor or group of layers, and the name of that."""
@@ -151,17 +156,26 @@ class Plan:
 
     def peak_memory(self, memory: int, threads: int) -> int:
         """An upper bound of the bytes that the engine will hold, at most `memory`. PlanError if that is too little."""
-        share = memory // max(1, threads)
+        share = self.share(memory, threads)
         if not self.tensors:
             return 0
         name, largest = max(self._demands(), key=lambda demand: demand[1])
         if largest > share:
+            views = f", of which transforms take {self.resident_views / 1e6:,.0f} MB," if self.resident_views else ""
             raise PlanError(
-                f"{name} needs {largest / 1e6:,.0f} MB for one worker, a budget of "
-                f"{memory / 1e6:,.0f} MB gives each of {threads} {share / 1e6:,.0f} MB: raise --memory, lower --threads"
+                f"{name} needs {largest / 1e6:,.0f} MB for one worker, a budget of {memory / 1e6:,.0f} MB{views} gives "
+                f"each of {threads} {max(0, share) / 1e6:,.0f} MB: raise --memory, lower --threads"
             )
         kept = [self.resident(g) for g in self.groups if self.tensors[g[0]].needs_sums and self.resident(g) <= share]
-        return min(memory, threads * max([largest, *kept]))
+        return min(memory, self.resident_views + threads * max([largest, *kept]))
+
+    def share(self, memory: int, threads: int) -> int:
+        """What each worker may hold, in bytes."""
+        return (memory - self.resident_views) // max(1, threads)
+
+    def at_once(self, job: Job) -> bool:
+        """Whether one worker should do all of the job: a view would make a whole tensor for each of several."""
+        return any(self.sources[i].file_of(name).at_once(name) for i, name in job.read)
 
     def summary(self) -> dict[str, Any]:
         """What `--dry-run` prints, as plain data."""

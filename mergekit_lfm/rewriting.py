@@ -1,7 +1,7 @@
 """Tensors rewritten by a transform: whole in memory, or while a checkpoint is read.
 
-An order is exact in any dtype. Products are float64, rounded once to the stored dtype, in panels of rows that do not
-depend on what is asked for: the bytes are the same for any range, chunk and thread.
+An order is exact in any dtype. Products are float64, or float32 for 16-bit tensors, rounded once to the stored dtype,
+in panels of rows that do not depend on what is asked for: the bytes are the same for any range, chunk and thread.
 """
 
 from __future__ import annotations
@@ -9,16 +9,16 @@ from __future__ import annotations
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from operator import itemgetter
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from mergekit_lfm.arch.declare import Heads, Part, part_size
+from mergekit_lfm.arch.declare import HEAD_VIEWS, Heads, Part, part_size
 from mergekit_lfm.checkpoint import Checkpoint, WeightFile, bytes_of
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.kernels.sums import round_once
@@ -33,8 +33,8 @@ NARROW = 1024  # rows that one block may mix before the whole tensor is rewritte
 class Map:
     """What a transform does along a run of an axis: new = after * (blocks @ (before * old[index])).
 
-    index: int64 [n]; blocks: float64 [k, out, in] on the diagonal; before [n] and after [m] float64; None leaves that
-    step out. values: float64 [n] that take the place of all of it.
+    index: int64 [n]; blocks: [k, out, in] on the diagonal; before [n] and after [m]; None leaves that step out. values:
+    [n] that take the place of all of it. All but the index are of the dtype of the arithmetic.
     """
 
     index: Tensor | None = None
@@ -55,6 +55,38 @@ class Map:
 
 
 IDENTITY = Map()
+Arithmetic = Literal["float32", "float64"]
+
+
+class Maps:
+    """What a transform does along every part of its table, each made once: matrices are large, and used by many."""
+
+    def __init__(self, transform: Transform) -> None:
+        self.transform = transform
+        self._made: dict[tuple[Part, Arithmetic], Map] = {}
+        self._blocks: dict[tuple[str | None, str, Arithmetic], Tensor] = {}
+
+    def of(self, part: Part, arithmetic: Arithmetic) -> Map:
+        """The map of a part, in float32 or float64."""
+        key = part, arithmetic
+        if key not in self._made:
+            self._made[key] = self._cast(map_of(self.transform, part), part, arithmetic)
+        return self._made[key]
+
+    def _cast(self, made: Map, part: Part, arithmetic: Arithmetic) -> Map:
+        dtype = getattr(torch, arithmetic)
+        cast = {name: x.to(dtype) for name in ("before", "after", "values") if (x := getattr(made, name)) is not None}
+        if made.blocks is not None:  # the same for all norms of a group
+            shared = part.group, part.view, arithmetic
+            cast["blocks"] = self._blocks.setdefault(shared, made.blocks.to(dtype))
+        return replace(made, **cast) if cast else made
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the transform and of all maps that were made."""
+        held = [x for element in self.transform.elements.values() for x in vars(element).values() if x is not None]
+        held += [x for way in self._made.values() for x in vars(way).values() if x is not None]
+        return sum({x.data_ptr(): x.untyped_storage().nbytes() for x in held}.values())
 
 
 def map_of(transform: Transform, part: Part) -> Map:
@@ -91,13 +123,37 @@ def _map_of_heads(group: Heads, element: HeadsElement, view: str) -> Map:
     if of_queries:
         inside = torch.arange(group.per_group).expand(group.groups, -1) if element.queries is None else element.queries
         order = (order[:, None] * group.per_group + inside).flatten()
-    index = (order[:, None] * group.head_dim + torch.arange(group.head_dim)).flatten()
+    index = order[:, None] * group.head_dim + torch.arange(group.head_dim)
     blocks = element.query_key if view in ("query", "key") else element.value_output
-    if blocks is not None:
-        blocks = blocks.double()
-        if of_queries:
-            blocks = torch.linalg.inv(blocks).mT.repeat_interleave(group.per_group, dim=0)
-    return Map(None if element.groups is None and element.queries is None else index, blocks)
+    still = element.groups is None and element.queries is None
+    if blocks is None:
+        return Map(None if still else index.flatten())
+    copies = group.per_group if of_queries else 1
+    if _permute(blocks):  # orders, which are their own inverse transposed
+        return Map(index.gather(1, blocks.argmax(2).repeat_interleave(copies, dim=0)).flatten())
+    blocks = blocks.double()
+    if of_queries:
+        blocks = torch.linalg.inv(blocks).mT.repeat_interleave(copies, dim=0)
+    return Map(None if still else index.flatten(), blocks)
+
+
+def _permute(blocks: Tensor) -> bool:
+    """Whether every block [k, n, n] is a permutation matrix."""
+    ones = blocks == 1
+    once = bool((ones.sum(1) == 1).all() and (ones.sum(2) == 1).all())
+    return once and bool((ones | (blocks == 0)).all())
+
+
+def only_moves(transform: Transform, group: str | None = None) -> bool:
+    """Whether entries only change places, and keep every bit: in all groups, or in this one."""
+    elements = transform.elements if group is None else {group: transform.elements.get(group)}
+    parts = (
+        Part(name, view)
+        for name, element in elements.items()
+        if element is not None
+        for view in (HEAD_VIEWS if isinstance(element, HeadsElement) else ("", "'"))
+    )
+    return all(map_of(transform, part).exact for part in parts)
 
 
 @dataclass(frozen=True)
@@ -114,7 +170,7 @@ class Run:
     new_size: int
 
     def apply(self, x: Tensor, axis: int) -> Tensor:
-        """x with this run of its axis, and no more, rewritten; float64 unless only the order changes."""
+        """x with this run of its axis, and no more, rewritten; of the map's dtype unless only the order changes."""
         if self.map.values is not None:
             return self.map.values
         if self.map.exact and self.map.index is None:
@@ -125,24 +181,29 @@ class Run:
         if self.map.index is not None:
             y = y[self.map.index]
         if not self.map.exact:
-            y = _mixed(self.map, y.double())
+            y = _mixed(self.map, y)
         return y.reshape(self.new_size, *rest).movedim(0, axis)
 
 
 def _mixed(way: Map, y: Tensor) -> Tensor:
+    """The map of y [n, rest], but for its index."""
+    wide = next(x.dtype for x in (way.blocks, way.before, way.after) if x is not None)
+    y = y.to(wide, copy=True)
     if way.before is not None:
-        y = y * way.before[:, None]
+        y *= way.before[:, None]
     if way.blocks is not None:
         y = (way.blocks @ y.reshape(len(way.blocks), way.blocks.shape[2], -1)).flatten(0, 1)
-    return y if way.after is None else y * way.after[:, None]
+    if way.after is not None:
+        y *= way.after[:, None]
+    return y
 
 
 class Rewriter:
     """How one tensor is rewritten. shape: the new one."""
 
-    def __init__(self, transform: Transform, spec: TensorSpec) -> None:
+    def __init__(self, maps: Maps, spec: TensorSpec) -> None:
         self.old = spec
-        self.axes = [_runs(transform, spec, axis) for axis in range(len(spec.shape))]
+        self.axes = [_runs(maps, spec, axis) for axis in range(len(spec.shape))]
         shape = tuple(sum(run.new_size for run in runs) for runs in self.axes)
         self.spec = TensorSpec(spec.name, shape, spec.dtype)
         self.idle = all(run.map == IDENTITY for runs in self.axes for run in runs)
@@ -172,12 +233,12 @@ class Rewriter:
         return torch.cat([self.rows(first, last, lambda a, b: x[a:b]) for first, last in self.panels])
 
     def along(self, x: Tensor, axis: int) -> Tensor:
-        """x, or rows of it, rewritten along one axis; float64 unless only the order changes."""
+        """x, or rows of it, rewritten along one axis; float32 or float64 unless only the order changes."""
         runs = self.axes[axis]
         parts = [run.apply(x.narrow(axis, run.first, run.size), axis) for run in runs]
         if len(parts) == 1:
             return parts[0]
-        dtype = torch.float64 if any(part.dtype == torch.float64 for part in parts) else x.dtype
+        dtype = max((part.dtype for part in parts), key=lambda dtype: dtype.itemsize)
         return torch.cat([part.to(dtype) for part in parts], axis)
 
     def _columns(self, x: Tensor) -> Tensor:
@@ -215,7 +276,7 @@ class Rewriter:
             wanted = (units[:, None] * run.each + torch.arange(run.each)).flatten()
         x = self._columns(_gathered(wanted + run.first, read))
         if not run.map.exact:
-            y = x.double().reshape(len(wanted) // run.each, -1)
+            y = x.reshape(len(wanted) // run.each, -1)
             x = _mixed(_cut(run.map, start // run.each, stop // run.each), y).reshape(last - first, *x.shape[1:])
         return self._rounded(x)
 
@@ -236,15 +297,17 @@ def _gathered(rows: Tensor, read: Callable[[int, int], Tensor]) -> Tensor:
     return torch.cat([read(numbers[a], numbers[b - 1] + 1) for a, b in pairwise(breaks)])
 
 
-def _runs(transform: Transform, spec: TensorSpec, axis: int) -> list[Run]:
-    parts = transform.symmetries.tensors[spec.name][axis]
+def _runs(maps: Maps, spec: TensorSpec, axis: int) -> list[Run]:
+    symmetries = maps.transform.symmetries
+    arithmetic: Arithmetic = "float32" if spec.dtype in ("float16", "bfloat16") else "float64"
     runs, first = [], 0
-    for part, size in zip(parts, transform.symmetries.lengths(spec.name, axis, spec.shape[axis]), strict=True):
-        way = map_of(transform, part)
+    for part, size in zip(
+        symmetries.tensors[spec.name][axis], symmetries.lengths(spec.name, axis, spec.shape[axis]), strict=True
+    ):
         if part.group is None:
             runs.append(Run(IDENTITY, 1, first, size, size))
         else:
-            each = size // part_size(transform.symmetries.groups, part)
+            way, each = maps.of(part, arithmetic), size // part_size(symmetries.groups, part)
             new, old = way.block
             runs.append(Run(way, each, first, size, size // old * new))
         first += size
@@ -253,24 +316,30 @@ def _runs(transform: Transform, spec: TensorSpec, axis: int) -> list[Run]:
 
 def rewrite(tensors: Mapping[str, Tensor], transform: Transform) -> dict[str, Tensor]:
     """Every tensor of a model as the transform rewrites it, in its dtype. PlanError where one is not in the table."""
-    result = {}
+    result, maps = {}, Maps(transform)
     for name, x in tensors.items():
         if name not in transform.symmetries.tensors:
             raise PlanError(f"{name} {list(x.shape)} is not in the transform's table; align the models again")
-        rewriter = Rewriter(transform, TensorSpec(name, tuple(x.shape), str(x.dtype).removeprefix("torch.")))
+        rewriter = Rewriter(maps, TensorSpec(name, tuple(x.shape), str(x.dtype).removeprefix("torch.")))
         result[name] = x if rewriter.idle else rewriter.apply(x)
     return result
 
 
 class RewrittenFile(WeightFile):
-    """A file of tensors as a transform rewrites them. What is left alone still is a range of the file."""
+    """A file of tensors as a transform rewrites them. What is left alone still is a range of the file.
 
-    def __init__(self, inner: WeightFile, rewriters: Mapping[str, Rewriter]) -> None:
-        self.inner, self.rewriters = inner, rewriters
+    kept: of each thread the panel that it asked for last, in any file of the checkpoint: neighbouring ranges share it.
+    """
+
+    def __init__(self, inner: WeightFile, rewriters: Mapping[str, Rewriter], maps: Maps, kept: threading.local) -> None:
+        self.inner, self.rewriters, self.maps, self._kept = inner, rewriters, maps, kept
         self.path, self.data_start = inner.path, inner.data_start
         self.nbytes, self.mtime_ns, self.fallback = inner.nbytes, inner.mtime_ns, inner.fallback
         self.tensors = {name: (rewriters[name].spec, offset) for name, (_, offset) in inner.tensors.items()}
-        self._kept = threading.local()
+
+    @property
+    def resident(self) -> int:
+        return self.maps.nbytes
 
     def fileno(self) -> int:
         return self.inner.fileno()
@@ -280,6 +349,10 @@ class RewrittenFile(WeightFile):
 
     def scratch(self, name: str) -> int:
         return self.rewriters[name].scratch
+
+    def at_once(self, name: str) -> bool:
+        rewriter = self.rewriters[name]
+        return rewriter.whole and not rewriter.idle
 
     def read_into(self, name: str, start: int, into: memoryview) -> None:
         """Fill `into` with the rewritten tensor's bytes from byte `start` on; both are whole elements."""
@@ -299,8 +372,8 @@ class RewrittenFile(WeightFile):
             into[lower - start : upper - start] = data[lower - begin : upper - begin]
 
     def _panel(self, name: str, first: int, last: int) -> Tensor:
-        """A panel, kept until this thread asks for another: neighbouring ranges share panels."""
         if getattr(self._kept, "key", None) != (name, first):
+            self._kept.key = self._kept.panel = None  # not held beside the next one
             rewriter = self.rewriters[name]
             if rewriter.whole:
                 panel = rewriter.apply(self._read(name, 0, rewriter.old.shape[0]))
@@ -321,5 +394,6 @@ class RewrittenFile(WeightFile):
 
 def rewritten(checkpoint: Checkpoint, transform: Transform, view: Mapping[str, Any]) -> Checkpoint:
     """The checkpoint as the transform rewrites it, read like any other. view: what stands for the transform."""
-    rewriters = {name: Rewriter(transform, spec) for name, spec in checkpoint.items()}
-    return Checkpoint(checkpoint.path, [RewrittenFile(file, rewriters) for file in checkpoint.files], view)
+    maps, kept = Maps(transform), threading.local()
+    rewriters = {name: Rewriter(maps, spec) for name, spec in checkpoint.items()}
+    return Checkpoint(checkpoint.path, [RewrittenFile(file, rewriters, maps, kept) for file in checkpoint.files], view)

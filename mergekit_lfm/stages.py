@@ -7,6 +7,7 @@ again with other weights, finds them there.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import version
@@ -52,7 +53,9 @@ def _found(source: Checkpoint, to: Checkpoint, request: AlignRequest) -> Transfo
     found = align_models(source, to, request.method, statistics=statistics, **options)
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        found.save(kept)
+        ours = kept.with_name(f"{kept.stem}.{os.getpid()}.safetensors")  # other merges may find the same one now
+        found.save(ours)
+        ours.rename(kept)
     except OSError:  # without it the next run aligns again
         with TemporaryDirectory() as folder:  # what is used is what a file holds, here as there
             found.save(Path(folder) / kept.name)

@@ -19,6 +19,7 @@ from mergekit_lfm.errors import PlanError
 from mergekit_lfm.plan import make_plan
 from mergekit_lfm.recipe import Recipe
 from mergekit_lfm.rewriting import rewrite
+from mergekit_lfm.stages import prepare
 from tests.fixtures_llama import base_tensors, cast, fine_tuned, save
 from tests.helpers_commands import refusal, run
 
@@ -104,6 +105,40 @@ def test_a_transform_of_another_model_is_refused(models: Path):
     with pytest.raises(PlanError, match=r"of_b.safetensors rewrites another model: it is of content"):
         merge({"merge_method": "passthrough", "models": [{"model": "c", "align": "of_b.safetensors"}]}, "refused")
     assert not (models / "refused").exists()
+
+
+def test_a_transform_to_another_model_is_refused(models: Path):
+    save(models / "c", fine_tuned(base_tensors(1), 1))
+    align_models(models / "b", models / "a", restarts=1).save(models / "b_to_a.st")
+    b = {"model": "b", "align": "b_to_a.st"}
+    merge({"merge_method": "linear", "models": [b, {"model": "a"}], **ONE}, "fine")
+    with pytest.raises(PlanError, match=r"b_to_a.st aligns b to a model of content .*, which is not in the recipe"):
+        make_plan(Recipe.parse({"merge_method": "linear", "models": [{"model": "c"}, b], **ONE}))
+    merge({"merge_method": "passthrough", "models": [b]}, "alone")
+
+
+def test_too_little_memory_is_told_before_the_work(models: Path, monkeypatch: pytest.MonkeyPatch):
+    def work(*_: object, **__: object) -> None:
+        raise AssertionError("the work was begun")
+
+    monkeypatch.setattr("mergekit_lfm.stages.align_models", work)
+    entry = {"model": "b", "align": {"to": "a", "method": "rotation"}}
+    recipe = {"merge_method": "linear", "models": [{"model": "a"}, entry], **ONE}
+    with pytest.raises(PlanError, match="for one worker, a budget of 1 MB, of which transforms take"):
+        merge(recipe, "out", memory="1MB")
+    assert not (models / "out.partial").exists()
+
+
+@pytest.mark.usefixtures("models")
+def test_what_is_bounded_beforehand_bounds_what_is_held():
+    entry = {"model": "b", "align": {"to": "a", "method": "rotation"}}
+    before = make_plan(Recipe.parse({"merge_method": "linear", "models": [{"model": "a"}, entry], **ONE}))
+    after = prepare(before, lambda _: None)
+    assert after.digest == before.digest and not after.pending
+    for job in before.tensors:
+        assert after.scratch(job) <= before.scratch(job)
+        after.models[1].read(job.name)
+    assert 0 < after.resident_views <= before.resident_views
 
 
 def test_a_model_that_the_table_does_not_fit_is_refused(models: Path):

@@ -11,12 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 
-from mergekit_lfm.checkpoint import bytes_of
+from mergekit_lfm import merge
+from mergekit_lfm.align.elements import random_transform
+from mergekit_lfm.arch import find_symmetries
+from mergekit_lfm.checkpoint import bytes_of, open_checkpoint
 from mergekit_lfm.plan import make_plan
 from mergekit_lfm.recipe import Recipe
 from mergekit_lfm.tensors import TensorSpec, encode_header
 
+NORMS = ("input", "post_attention")
 NUMEL = 600_000_000  # in bfloat16, 1.2 GB
 # Runs a command and prints its own peak memory in KB; what wait4 says would count its parent's, from before the exec.
 MEASURED = """
@@ -59,6 +64,56 @@ def test_a_tensor_larger_than_the_budget_is_merged_within_it(tmp_path: Path) -> 
     assert ran.returncode == 0, ran.stderr
     peak = int(ran.stdout.split()[-1]) * 1024
     assert peak <= 900e6
+
+
+def write_llama(folder: Path, seed: int, hidden: int = 1024, middle: int = 2816, layers: int = 3) -> None:
+    """A random Llama of this width, in bfloat16: 30 million numbers and 8,000 tokens."""
+    draw = torch.Generator().manual_seed(seed)
+    shapes = {"model.embed_tokens.weight": (8000, hidden), "lm_head.weight": (8000, hidden)}
+    for i in range(layers):
+        for name, shape in {
+            "self_attn.q_proj": (hidden, hidden),
+            "self_attn.k_proj": (hidden // 4, hidden),
+            "self_attn.v_proj": (hidden // 4, hidden),
+            "self_attn.o_proj": (hidden, hidden),
+            "mlp.gate_proj": (middle, hidden),
+            "mlp.up_proj": (middle, hidden),
+            "mlp.down_proj": (hidden, middle),
+        }.items():
+            shapes[f"model.layers.{i}.{name}.weight"] = shape
+    tensors = {name: torch.randn(shape, generator=draw).mul_(0.02).bfloat16() for name, shape in shapes.items()}
+    for name in ("model.norm", *(f"model.layers.{i}.{n}_layernorm" for i in range(layers) for n in NORMS)):
+        tensors[f"{name}.weight"] = torch.rand(hidden, generator=draw).add_(0.5).bfloat16()
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = {"model_type": "llama", "hidden_size": hidden, "intermediate_size": middle, "num_hidden_layers": layers}
+    config |= {"num_attention_heads": 16, "num_key_value_heads": 4, "tie_word_embeddings": False}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_rotated_model_is_merged_within_what_the_plan_promises(tmp_path: Path, threads: int) -> None:
+    """Beyond what the same merge takes without a rotation, of a model in many files."""
+    write_llama(tmp_path / "a", 0)
+    write_llama(tmp_path / "whole", 1)
+    copy = {"merge_method": "passthrough", "models": [{"model": str(tmp_path / "whole")}]}
+    b = merge(copy, tmp_path / "b", max_shard_size="15MB")
+    held = open_checkpoint(b)
+    gains = {name: held.read(name).view(held[name].shape) for name in held if "norm" in name}
+    random_transform(gains, find_symmetries(held), seed=0).save(tmp_path / "t.safetensors")
+    peaks = {}
+    for name, more in {"plain": {}, "rotated": {"align": "t.safetensors"}}.items():
+        recipe = {"merge_method": "linear", "models": [{"model": "a"}, {"model": "b", **more}]}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({**recipe, "parameters": {"weight": 1.0}}))
+        arguments = ["merge", f"{name}.yaml", name, "--memory", "250MB", "--threads", str(threads), "--quiet"]
+        ran = subprocess.run([sys.executable, "-c", MEASURED, *arguments], cwd=tmp_path, capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stderr
+        peaks[name] = int(ran.stdout.split()[-1]) * 1024
+    plan = make_plan(Recipe.load(tmp_path / "rotated.yaml"))
+    promised = plan.peak_memory(250_000_000, threads)
+    assert plan.resident_views > 1024**2 * 8  # the rotation itself
+    assert peaks["rotated"] - peaks["plain"] <= promised
 
 
 def llama_70b() -> dict[str, tuple[int, ...]]:
