@@ -272,16 +272,7 @@ def execute(
     if resume and finish(plan, place):
         return Outcome(out, resumed_bytes=plan.bytes_written, seconds=time.monotonic() - started)
     budget = memory or default_memory()
-    if plan.pending:
-        from mergekit_lfm.stages import prepare
-
-        plan.peak_memory(budget, threads or 1)
-        check_disk(plan, place)
-        plan = prepare(plan, notice or (lambda _: None))
-    count = threads or min(default_threads(), plan.most_threads(budget))
-    plan.peak_memory(budget, count)
-    check_copies(plan)
-    check_disk(plan, place)
+    plan, count = _checked(plan, place, budget, threads, notice or (lambda _: None))
     keep_freed_memory()
     allow_many_files()
     blocks = sum(job.spec.numel // BLOCK for job in plan.tensors if not job.copied)
@@ -306,6 +297,26 @@ def execute(
     warnings = sorted({where for receipt in output.done.values() for where in receipt.nonfinite})
     lines = (*(f"{where} holds NaN or infinity" for where in warnings), *sorted(kernels.problems))
     return Outcome(out, False, resumed, lines, time.monotonic() - started)
+
+
+def _checked(
+    plan: Plan, place: Path, budget: int, threads: int | None, notice: Callable[[str], None]
+) -> tuple[Plan, int]:
+    """The plan with its alignments found, and the number of threads. PlanError where memory, disk or inputs forbid it.
+
+    What can be known before the alignments is refused before them.
+    """
+    if plan.pending:
+        from mergekit_lfm.stages import prepare
+
+        plan.peak_memory(budget, threads or 1)
+        check_disk(plan, place)
+        plan = prepare(plan, notice)
+    count = threads or min(default_threads(), plan.most_threads(budget))
+    plan.peak_memory(budget, count)
+    check_copies(plan)
+    check_disk(plan, place)
+    return plan, count
 
 
 def _carry_out(run: Run, executor: Executor) -> None:

@@ -12,11 +12,13 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from mergekit_lfm.commands import main, merge
+from mergekit_lfm.alignments import ALIGN_METHODS
+from mergekit_lfm.commands import aligning, main, merge
 from mergekit_lfm.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
-README, STATISTICS = ((ROOT / name).read_text("utf-8") for name in ("README.md", "docs/statistics.md"))
+DOCUMENTS = ("README.md", "docs/statistics.md", "docs/alignment.md")
+README, STATISTICS, ALIGNMENT = ((ROOT / name).read_text("utf-8") for name in DOCUMENTS)
 
 
 @pytest.fixture
@@ -27,7 +29,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize(("document", "prints"), [(README, 2), (STATISTICS, 1)], ids=["README", "statistics"])
+@pytest.mark.parametrize(("document", "prints"), [(README, 2), (STATISTICS, 1), (ALIGNMENT, 1)], ids=DOCUMENTS)
 def test_the_python_example_prints_what_its_comments_say(document: str, prints: int, here: Path) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", document, re.DOTALL)
     expected = re.findall(r"^print\(.*\)  # (.*)$", code, re.MULTILINE)
@@ -47,6 +49,20 @@ def test_the_recipe_with_statistics_is_the_one_in_recipes() -> None:
     shown = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)[1])
     there = yaml.safe_load((ROOT / "recipes" / "minilm_regmean.yaml").read_text("utf-8"))
     assert shown == {key: there[key] for key in ("merge_method", "models")}
+
+
+def test_the_recipe_that_aligns_is_the_one_in_recipes() -> None:
+    shown = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)[2])
+    there = yaml.safe_load((ROOT / "recipes" / "digits_aligned.yaml").read_text("utf-8"))
+    assert there["models"][1]["align"].pop("restarts") == 10  # the default
+    assert shown == there
+
+
+def test_the_table_of_aligners_and_the_option_name_what_there_is() -> None:
+    shown = re.findall(r"^\| `(\w+)` \|", section(ALIGNMENT, "Methods"), re.MULTILINE)
+    assert shown == list(ALIGN_METHODS) == list(aligning.METHODS)
+    options = {option.name for option in main.commands["align"].params}  # type: ignore[attr-defined]
+    assert {p.name for method in ALIGN_METHODS.values() for p in method.parameters} <= options
 
 
 def section(document: str, heading: str) -> str:

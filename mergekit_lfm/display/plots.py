@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's colours, which people with any colour vision tell apart; the shapes of the marks do so in print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKS = "osD^vPX"
+LEGEND = 105  # characters, those of a mark counted, that have room above the axes
 INCHES, DOTS_PER_INCH = (9.0, 3.8), 150
 
 
@@ -55,7 +56,8 @@ def plot_lines(
         axes.spines[["top", "right"]].set_visible(False)
     if len(lines) > 1:
         handles = left.get_legend_handles_labels()
-        figure.legend(*handles, loc="outside upper center", ncols=min(len(lines), 4), frameon=False)
+        columns = max(1, min(len(lines), LEGEND // (max(map(len, lines)) + 6)))
+        figure.legend(*handles, loc="outside upper center", ncols=columns, frameon=False)
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})
     replace_file(Path(path), image.getvalue())
