@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from mergekit_lfm.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lfm.data import Batch
-from mergekit_lfm.runtime import Loaded, embeddings, load_model, logits, run
+from mergekit_lfm.rewriting import only_moves
+from mergekit_lfm.runtime import Loaded, embeddings, load_as_saved, load_model, logits, run
 from mergekit_lfm.transforms import Transform
 
 EXAMPLES, TOKENS, PIXELS = 4, 32, 64
@@ -86,28 +87,37 @@ def compare_outputs(model: str | Path, rewritten: str | Path, transform: Transfo
     """The `difference` between a model and what a transform made of it, two folders, and how much rounding explains.
 
     Both are run in float32. An order changes no number but the order of sums. What is multiplied is rounded to the
-    dtype in which it is stored: what such noise in all parameters does to the outputs is measured.
+    dtype in which it is stored: what such noise in all parameters does to the outputs is measured. Encoders are
+    compared with the head with which they were saved: without it, the transform is seen in their hidden states.
     """
     checkpoint = open_checkpoint(model)
-    first, second = (load_model(path, _task_of(checkpoint)) for path in (model, rewritten))
-    moved = all(
-        value is None or part in ("order", "groups", "queries")
-        for element in transform.elements.values()
-        for part, value in vars(element).items()
+    task = _task_of(checkpoint)
+    with_head = task == "embedding" and bool(checkpoint.config.get("architectures"))
+    first, second = (
+        _with_head(open_checkpoint(path)) if with_head else load_model(path, task) for path in (model, rewritten)
     )
+    said = all_outputs if with_head else answer
     inputs = probe(first)
-    found = difference(first, second, inputs)
-    if moved:
+    before = said(first, inputs)
+    found = _apart(before.double(), said(second, inputs).double())
+    if only_moves(transform):
         return found, ROUNDING
     del second
     kinds = {getattr(torch, spec.dtype) for spec in checkpoint.values()}
     coarsest = max(torch.finfo(kind).eps for kind in kinds | {torch.float32} if kind.is_floating_point)
-    before = answer(first, inputs)
     with torch.no_grad():
         draw = torch.Generator().manual_seed(0)
         for x in first.model.parameters():
             x.mul_(1 + coarsest * (torch.rand(x.shape, generator=draw) - 0.5))  # at most half a step
-    return found, max(ROUNDING, MARGIN * _apart(before, answer(first, inputs)))
+    return found, max(ROUNDING, MARGIN * _apart(before.double(), said(first, inputs).double()))
+
+
+def _with_head(checkpoint: Checkpoint) -> Loaded:
+    """The model of the class that its config names, in float32."""
+    tensors = {name: checkpoint.read(name).view(spec.shape) for name, spec in checkpoint.items()}
+    return load_as_saved(
+        checkpoint.path, {name: x.float() if x.is_floating_point() else x for name, x in tensors.items()}
+    )
 
 
 def _task_of(checkpoint: Checkpoint) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from torch import Tensor
 
 from mergekit_lfm import collect_stats
 from mergekit_lfm.align import ALIGNERS, align_models
+from mergekit_lfm.align.elements import random_transform
 from mergekit_lfm.alignments import ALIGN_METHODS
+from mergekit_lfm.arch import Units
 from mergekit_lfm.checkpoint import Checkpoint
 from mergekit_lfm.rewriting import rewrite
 from mergekit_lfm.transforms import Transform, open_transform
@@ -104,6 +107,27 @@ def test_files_hold_all_and_repeat(two: Two, method: str, tmp_path: Path) -> Non
     assert facts.method == method
     assert facts.models == (two.b.content, two.a.content)
     assert facts.options.keys() == {parameter.name for parameter in ALIGN_METHODS[method].parameters}
+
+
+@pytest.mark.parametrize(("method", "with_statistics"), variants())
+def test_the_facts_name_what_had_an_effect(two: Two, method: str, with_statistics: bool) -> None:
+    """Every method takes an order and a start; those that do not look at them find the same without, and say so."""
+    given = {"statistics": two.statistics} if with_statistics else {}
+    plain = two.aligned(method, **given)
+    start = random_transform({}, plain.symmetries, seed=1, kinds=("order",))
+    names = [name for name, group in plain.symmetries.groups.items() if isinstance(group, Units)]
+    of_units = replace(start, elements={name: start.elements[name] for name in names})
+    heeded = set() if with_statistics else {"order"} if method == "ot" else {"order", "initial"}
+    for initial in (of_units, start):
+        found = two.aligned(method, **given, initial=initial, order=names[:1])
+        keeps_heads = method == "ot" and initial is start
+        told = {name: value for name, value in found.facts.options.items() if name not in plain.facts.options}
+        expected = {"order": names[:1], "initial": "random"}
+        assert told.keys() == heeded | ({"initial"} if keeps_heads else set())
+        assert told.items() <= expected.items()
+        if not told:
+            one, other = (rewrite(tensors_of(two.b), transform) for transform in (plain, found))
+            assert all(torch.equal(x, other[name]) for name, x in one.items())
 
 
 @pytest.mark.parametrize("method", ALIGN_METHODS)

@@ -129,6 +129,20 @@ def test_ties_and_zeros_leave_matrices_as_they_are() -> None:
     assert torch.equal(assign(torch.eye(N, dtype=torch.float64)), torch.arange(N))
 
 
+def test_of_equal_orders_the_present_one_is_kept() -> None:
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        now = random_order(N, draw)
+        assert torch.equal(assign(torch.zeros(N, N, dtype=torch.float64), now), now)
+        dead = torch.randperm(N, generator=draw)[: N // 2]
+        c = torch.eye(N, dtype=torch.float64)[now]
+        c[dead] = 0
+        c[:, now[dead]] = 0
+        assert torch.equal(assign(c, now), now)
+        found = best_units(Units(N), Family(), Scores({"plain": c}), UnitsElement(now))
+        assert found.order is not None and torch.equal(found.order, now)
+
+
 def test_completing_and_shortening_are_inverse() -> None:
     draw = torch.Generator().manual_seed(0)
     units, heads = Units(N, "sign"), Heads(2, 2, N, "signs")

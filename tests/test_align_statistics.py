@@ -26,9 +26,9 @@ from mergekit_lfm import collect_stats
 from mergekit_lfm.align import align_models
 from mergekit_lfm.align.moments import Triple
 from mergekit_lfm.arch import Units, read_table
-from mergekit_lfm.errors import PlanError
+from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.rewriting import rewrite
-from mergekit_lfm.transforms import UnitsElement
+from mergekit_lfm.transforms import Transform, TransformFacts, UnitsElement
 
 WIDTHS = (7, 12, 9, 4)
 
@@ -69,20 +69,50 @@ def test_units_are_paired_by_numpys_correlations(seed: int) -> None:
     for i, (x, y) in enumerate(zip(hidden(a, inputs)[1:], hidden(b, inputs)[1:], strict=True)):
         with np.errstate(invalid="ignore"):  # of units that are never active
             both = np.nan_to_num(np.corrcoef(x.numpy().T, y.numpy().T)[: x.shape[1], x.shape[1] :])
-        assert order_of(transform.elements[f"p{i}"]) == linear_sum_assignment(both, maximize=True)[1].tolist()
+        rows, best = linear_sum_assignment(both, maximize=True)  # units that are never active may go with any
+        found = order_of(transform.elements[f"p{i}"])
+        assert [both[i, j] for i, j in enumerate(found)] == pytest.approx(both[rows, best].tolist(), abs=1e-12)
     assert transform.facts.exact
 
 
 def test_a_dead_unit_is_correlated_with_none() -> None:
     a, symmetries = mlp(WIDTHS, 0), mlp_table(WIDTHS)
     a["0.bias"].abs_()
-    a["1.bias"].abs_()
+    a["1.bias"].abs_().add_(3)
     a["0.weight"][3], a["0.bias"][3] = 0, 5  # always 5
     a["1.weight"][4], a["1.bias"][4] = 0, -1  # never active
     b = rewrite(a, planted(a, symmetries, 1))
     inputs = some_inputs()
     found = align_models(b, a, "activation_matching", symmetries=symmetries, statistics=moments(a, b, inputs))
     assert all(torch.equal(x, a[name]) for name, x in rewrite(b, found).items())
+
+
+@pytest.mark.parametrize("method", ["activation_matching", "ot"])
+def test_dead_units_stay_in_their_places(method: str) -> None:
+    """Which of them goes with which cannot be told; the others are paired all the same."""
+    a, symmetries = mlp(WIDTHS, 0), mlp_table(WIDTHS)
+    a["0.bias"].abs_()
+    a["1.bias"].abs_()
+    dead, live = torch.tensor([1, 4, 5, 9]), torch.tensor([0, 2, 3, 6, 7, 8, 10, 11])
+    a["0.weight"][dead], a["0.bias"][dead] = 0, 0
+    order = torch.arange(12)
+    order[live] = live[torch.randperm(8, generator=torch.Generator().manual_seed(1))]
+    b = rewrite(a, Transform(symmetries, {"p0": UnitsElement(order)}, TransformFacts("planted")))
+    given = moments(a, b, some_inputs())
+    found = align_models(b, a, method, symmetries=symmetries, statistics=given)
+    assert order_of(found.elements["p0"]) == order.argsort().tolist()
+    assert "p1" not in found.elements
+
+
+@pytest.mark.parametrize(
+    ("method", "options"), [("activation_matching", {}), ("ot", {}), ("ot", {"regularisation": 1})]
+)
+def test_statistics_of_zeros_leave_the_model_alone(method: str, options: dict[str, int]) -> None:
+    a, b, symmetries = mlp(WIDTHS, 0), mlp(WIDTHS, 1), mlp_table(WIDTHS)
+    nothing = {name: tuple(x * 0 for x in triple) for name, triple in moments(a, b, some_inputs()).items()}
+    found = align_models(b, a, method, symmetries=symmetries, statistics=nothing, **options)  # type: ignore[arg-type]
+    assert found.facts.exact
+    assert furthest(rewrite(b, found), b) == 0
 
 
 def test_entries_of_a_unit_are_read_together() -> None:
@@ -168,6 +198,40 @@ def test_refuses_mappings_that_do_not_fit() -> None:
     ):
         with pytest.raises(PlanError, match=message):
             align_models(b, a, "activation_matching", symmetries=symmetries, statistics=wrong)
+
+
+@pytest.mark.parametrize("method", ["activation_matching", "ot"])
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+@pytest.mark.parametrize("place", range(3))
+def test_refuses_nan_in_statistics(method: str, wrong: float, place: int) -> None:
+    a, b, symmetries = mlp(WIDTHS, 0), mlp(WIDTHS, 1), mlp_table(WIDTHS)
+    given = moments(a, b, some_inputs())
+    given["1.weight"][place].flatten()[3:4].fill_(wrong)
+    with pytest.raises(FormatError, match=r"the moments of 1\.weight hold NaN or infinity"):
+        align_models(b, a, method, symmetries=symmetries, statistics=given)
+
+
+@pytest.mark.parametrize(("method", "options"), [("activation_matching", {}), ("ot", {"cost": "squared"})])
+def test_refuses_moments_whose_products_overflow(method: str, options: dict[str, str]) -> None:
+    a, b, symmetries = mlp(WIDTHS, 0), mlp(WIDTHS, 1), mlp_table(WIDTHS)
+    huge = {name: tuple(x * 1e307 for x in triple) for name, triple in moments(a, b, some_inputs()).items()}
+    with pytest.raises(PlanError, match=r"the products .* of p0 .*overflow"):
+        align_models(b, a, method, symmetries=symmetries, statistics=huge, **options)  # type: ignore[arg-type]
+
+
+def test_refuses_what_is_no_mapping_of_triples() -> None:
+    a, b, symmetries = mlp(WIDTHS, 0), mlp(WIDTHS, 1), mlp_table(WIDTHS)
+    given = moments(a, b, some_inputs())
+    for wrong, message in (
+        ({**given, "1.weight": given["1.weight"][:2]}, "the statistics of 1.weight are not three tensors"),
+        ({**given, "1.weight": 1, "2.weight": "abc"}, "the statistics of 1.weight, 2.weight are not three tensors"),
+        ({**given, "1.weight": [x.tolist() for x in given["1.weight"]]}, "the statistics of 1.weight are not three"),
+        ({**given, 1: given["1.weight"]}, "the statistics name 1, which the table lacks"),
+        ({**given, "0.bias": given["1.weight"]}, "the statistics name 0.bias, which is no weight of a layer"),
+        ([given], "statistics: found a list, expected a file of cross moments"),
+    ):
+        with pytest.raises(PlanError, match=message):
+            align_models(b, a, "activation_matching", symmetries=symmetries, statistics=wrong)  # type: ignore[arg-type]
 
 
 def test_channels_that_only_convolutions_read_have_no_statistics() -> None:

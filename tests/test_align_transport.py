@@ -180,11 +180,36 @@ def test_groups_are_visited_in_the_given_order() -> None:
     assert all(torch.equal(x, expected[name]) for name, x in found.items())
     other = rewrite(b, align_models(b, a, "ot", symmetries=symmetries, order=["p1", "p0"]))  # by its biases alone
     assert furthest(other, expected) > 0.1
-    with pytest.raises(PlanError, match="found the order p0; expected each of p0, p1 once"):
-        align_models(b, a, "ot", symmetries=symmetries, order=["p0"])
+    part = align_models(b, a, "ot", symmetries=symmetries, order=["p1"])
+    assert part.elements.keys() == {"p1"} and part.facts.options["order"] == ["p1"]
+    for wrong in (["p0", "p0"], [["p0"], ["p1"]]):
+        with pytest.raises(PlanError, match=r"found the order p0.*p., expected one list of some of p0, p1, each once"):
+            align_models(b, a, "ot", symmetries=symmetries, order=wrong)
+    wide, tables = mlp(B_WIDTHS, 1), {"symmetries": mlp_table(B_WIDTHS), "symmetries_to": symmetries}
+    with pytest.raises(PlanError, match="p0 cannot be left out, as the widths differ"):
+        align_models(wide, a, "ot", order=["p1"], **tables)
     bare = [{name: x for name, x in tensors.items() if "bias" not in name} for tensors in (b, a)]
     with pytest.raises(PlanError, match="nothing is known of what writes p1"):
         align_models(bare[0], bare[1], "ot", symmetries=table_of(bare[0], A_WIDTHS), order=["p1", "p0"])
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_units_that_are_equally_far_stay(metric: str) -> None:
+    a, symmetries = mlp(A_WIDTHS, 0), mlp_table(A_WIDTHS)
+    nothing = {name: torch.zeros_like(x) for name, x in a.items()}
+    for source, to in ((a, nothing), (nothing, a), (nothing, nothing)):
+        assert align_models(source, to, "ot", symmetries=symmetries, cost=metric).elements == {}
+    for n, value in ((7, 0.0), (40, 3.25)):
+        plan = solve(torch.full((n, n), value, dtype=torch.float64), 0.0, "units")
+        assert torch.equal(plan / n, torch.eye(n, dtype=torch.float64))
+
+
+def test_what_decides_ties_decides_nothing_else() -> None:
+    for seed in range(20):
+        cost = torch.rand(30, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        cost.fill_diagonal_(float(cost.max()))
+        expected = ot.emd(np.ones(30), np.ones(30), cost.numpy())
+        assert np.array_equal(solve(cost, 0.0, "units").numpy() / 30, expected)
 
 
 @pytest.mark.parametrize("regularisation", [0.0, 0.1])

@@ -80,6 +80,25 @@ def test_groups_outside_of_the_order_stay() -> None:
     assert transform.elements.keys() == {"p1"}
 
 
+@pytest.mark.parametrize("restarts", [1, 2, 5])
+def test_no_run_visits_what_the_order_leaves_out(restarts: int) -> None:
+    a, b, symmetries = two_mlps(2)
+    found = align_models(b, a, symmetries=symmetries, order=iter(["p2", "p0"]), restarts=restarts)
+    assert found.elements.keys() == {"p0", "p2"}
+    assert found.facts.options["order"] == ["p2", "p0"]
+
+
+def test_orders_may_be_iterators() -> None:
+    a, b, symmetries = two_mlps(1)
+    names = ["p2", "p0", "p1"]
+    expected = align_models(b, a, symmetries=symmetries, order=[names, names[::-1]], restarts=1)
+    found = align_models(b, a, symmetries=symmetries, order=map(iter, (names, names[::-1])), restarts=1)  # type: ignore[arg-type]
+    assert orders_of(found, names) == orders_of(expected, names)
+    assert found.facts.options == expected.facts.options
+    refused("order: found 5, expected names of groups", b, a, symmetries=symmetries, order=5)
+    refused("order: found '1', did you mean p1", b, a, symmetries=symmetries, order=[1])
+
+
 def distance(a: Tensors, b: Tensors) -> float:
     return float(sum((a[name].double() - b[name].double()).square().sum() for name in a))
 
@@ -295,6 +314,34 @@ def test_refuses_models_that_do_not_fit(tmp_path: Path) -> None:
 def test_refuses_other_sizes_of_free_axes() -> None:
     symmetries = read_table("w units input", {"units": Units(3)}, ["w"])
     refused("of different shape", {"w": torch.ones(3, 2)}, {"w": torch.ones(3, 4)}, symmetries=symmetries)
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 1e25), (torch.bfloat16, 1e25), (torch.float64, 1e200)])
+def test_refuses_products_that_overflow(dtype: torch.dtype, size: float, normalise: bool) -> None:
+    a, b, symmetries = two_mlps(0)
+    a, b = ({name: (x * size).to(dtype) for name, x in tensors.items()} for tensors in (a, b))
+    if normalise and dtype != torch.float64:  # what is divided first has room
+        scores = align_models(b, a, symmetries=symmetries, normalise=True).facts.scores
+        assert scores["inner_after"] > scores["inner_before"]
+    else:
+        refused("overflow, expected numbers whose products", b, a, symmetries=symmetries, normalise=normalise)
+    if dtype == torch.float64:
+        refused("overflow, expected numbers whose products", b, a, "ot", symmetries=symmetries)
+
+
+def test_refuses_gains_that_overflow_and_those_that_are_nan(tmp_path: Path) -> None:
+    llama = loaded("llama", 0, tmp_path / "a")
+    gain = "model.layers.1.input_layernorm.weight"
+    for value, error, message in (
+        (1e38, PlanError, r"the products of model\.layers\.1\..* with the gains of the norm that it reads overflow"),
+        (float("nan"), FormatError, rf"{gain} of the source holds NaN or infinity"),
+    ):
+        tensors = tensors_of(llama)
+        tensors = {n: x * 1e20 if "layers.1.self_attn.q_proj" in n else x for n, x in tensors.items()}
+        tensors[gain] = torch.full_like(tensors[gain], value)
+        with pytest.raises(error, match=message):
+            align_models(tensors, llama, "rotation", symmetries=table(llama), symmetries_to=table(llama))
 
 
 def test_refuses_nan() -> None:

@@ -24,7 +24,7 @@ README, STATISTICS, ALIGNMENT = ((ROOT / name).read_text("utf-8") for name in DO
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with the recipes, as in a clone."""
-    shutil.copytree(ROOT / "recipes", tmp_path / "recipes", ignore=shutil.ignore_patterns("minilm", "digits"))
+    shutil.copytree(ROOT / "recipes", tmp_path / "recipes", ignore=shutil.ignore_patterns("minilm", "digits", "llamas"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

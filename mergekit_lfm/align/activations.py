@@ -11,7 +11,7 @@ from mergekit_lfm.align.declare import Found, Request
 from mergekit_lfm.align.families import Family, Scores, permutations
 from mergekit_lfm.align.heads import best_query_key
 from mergekit_lfm.align.moments import Block
-from mergekit_lfm.align.pair import Pair
+from mergekit_lfm.align.pair import Pair, overflow
 from mergekit_lfm.arch.declare import Group, Heads
 from mergekit_lfm.transforms import Element, HeadsElement
 
@@ -33,16 +33,19 @@ def fit_activations(request: Request, pair: Pair, allowed: Callable[[Group], Fam
     """The element of every group by the moments of what reads it, queries and keys by weights given all others.
 
     Orders and signs go by correlations; orthogonal matrices by E x y^T (Procrustes of the activations themselves),
-    before the gain of a folded norm, and of equal size for every layer and head.
+    before the gain of a folded norm, and of equal size for every layer and head. Each group is found by itself, so an
+    order of groups and a start do not matter. PlanError where products of the moments overflow.
     """
     assert request.moments is not None
     request.moments.require(pair, pair.symmetries.groups)
-    climb = Climb(pair, allowed, request.start)
+    climb = Climb(pair, allowed, {})
     for name, group in pair.symmetries.groups.items():
         blocks = request.moments.of(pair, name)
         if blocks:
             family = climb.families[name]
             scores = Scores.of((block.part, _measure(pair, group, family, block)) for block in blocks)
+            if not scores.finite:
+                raise overflow(f"the products of the moments of {name}")
             climb.elements[name] = best_element(group, family, scores, climb.elements[name])
         request.tick(1)
     for name, group in pair.symmetries.groups.items():

@@ -6,14 +6,14 @@ the group acts, the other axes of B_t rewritten by what acts there now. What max
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 
 from torch import Tensor
 
 from mergekit_lfm.align.families import Family, Scores, best_units, complete, units_value
 from mergekit_lfm.align.heads import best_heads, heads_value
-from mergekit_lfm.align.pair import Pair, Use
+from mergekit_lfm.align.pair import Pair, Use, overflow
 from mergekit_lfm.arch.declare import Group, Part, Units
 from mergekit_lfm.transforms import Element, HeadsElement, Transform, TransformFacts, UnitsElement
 
@@ -38,12 +38,15 @@ class Climb:
         self.transform = Transform(pair.symmetries, self.elements, TransformFacts("climb"))
 
     def scores(self, group: str, uses: Sequence[Use]) -> Scores:
-        """C, from the uses of a group, with what the others are now."""
+        """C, from the uses of a group, with what the others are now. PlanError where products overflow."""
 
         def products(use: Use) -> list[tuple[Part, Tensor]]:
             return [(part, x @ y.T) for part, x, y in self.pair.unfolded(use, group, self.transform)]
 
-        return Scores.of(chain.from_iterable(self.pair.in_order(products, uses)))
+        found = Scores.of(chain.from_iterable(self.pair.in_order(products, uses)))
+        if not found.finite:
+            raise overflow(f"the products of the weights that {group} is read and written by")
+        return found
 
     def visit(self, name: str, uses: Sequence[Use]) -> bool:
         """Makes a group the best it can be by what these uses tell. Whether their sum grew."""
@@ -62,9 +65,9 @@ class Climb:
         self.elements[name] = found if after > before else now
         return after - before > self.tolerance * max(abs(before), abs(after))
 
-    def anchor(self, tick: Callable[[int], None]) -> None:
-        """Visits every group once, each by what is known before it."""
-        for name, uses in self.pair.anchored(self.elements):
+    def anchor(self, groups: Iterable[str], tick: Callable[[int], None]) -> None:
+        """Visits each of these groups once, by what is known before it; all others count as known."""
+        for name, uses in self.pair.anchored(groups):
             self.visit(name, uses)
             tick(1)
 
@@ -89,6 +92,7 @@ def value(group: Group, scores: Scores, element: Element) -> float:
 def best_element(group: Group, family: Family, scores: Scores, now: Element) -> Element:
     """The element of the family of which <C, element> is greatest, as far as is known. now: a complete element."""
     if isinstance(group, Units):
-        return best_units(group, family, scores)
+        assert isinstance(now, UnitsElement)
+        return best_units(group, family, scores, now)
     assert isinstance(now, HeadsElement)
     return best_heads(group, family, scores, now)

@@ -42,12 +42,14 @@ class Request:
 class Found:
     """What an aligner found: an element for every group that it rewrites, in a pair whose gains may be folded.
 
-    exact: whether the model's outputs stay the same.
+    exact: whether the model's outputs stay the same. heeded: what of "order" and "initial" the result depends on, where
+    they are given.
     """
 
     pair: Pair
     elements: Mapping[str, Element]
     exact: bool = True
+    heeded: frozenset[str] = frozenset()
 
 
 Aligner = Callable[[Request], Found]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 import mergekit_lfm
 from mergekit_lfm.align.declare import Found, Request
 from mergekit_lfm.align.families import shortened
+from mergekit_lfm.align.gains import new_gains
 from mergekit_lfm.align.moments import Given, open_moments
 from mergekit_lfm.align.pair import Pair, Side, one_thread_each
 from mergekit_lfm.align.registry import ALIGNERS
@@ -24,7 +25,7 @@ from mergekit_lfm.checkpoint import Checkpoint, content_of, open_checkpoint
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.settings import did_you_mean
 from mergekit_lfm.tensors import TensorSpec
-from mergekit_lfm.transforms import Gain, Transform, TransformFacts
+from mergekit_lfm.transforms import Transform, TransformFacts
 
 Model = str | os.PathLike[str] | Checkpoint | Mapping[str, Tensor]
 
@@ -37,7 +38,7 @@ def align_models(
     symmetries: Symmetries | None = None,
     symmetries_to: Symmetries | None = None,
     initial: Transform | None = None,
-    order: Sequence[str] | Sequence[Sequence[str]] | None = None,
+    order: Iterable[str] | Iterable[Iterable[str]] | None = None,
     statistics: Given | None = None,
     progress: Callable[[int], None] | None = None,
     **parameters: Any,
@@ -47,15 +48,17 @@ def align_models(
     source, to: checkpoints, their folders, or tensors by name. symmetries: the table of both; found by the config where
     it is not given, which tensors alone have none of. symmetries_to: the table of `to` where the widths of its hidden
     layers differ, for "ot". initial: a transform under the same table to start from. order: the names of the groups in
-    the order in which a sweep visits them, or one such list for each sweep; by default random, by the seed. What looks
-    at activations finds each group by itself: neither matters then, nor does `initial` to "ot".
+    the order in which a sweep visits them, others being left alone, or one such list for each sweep; by default random
+    by the seed, for "ot" from the input on. With statistics each group is found by itself, and neither matters; of
+    `initial` "ot" keeps what it does to heads, and looks at nothing else.
     statistics: a file of cross moments of both models, in either order, or {weight: (cross [m + 1, n + 1], mean squares
     [m + 1], mean squares [n + 1])} of a layer's inputs and a 1, those of `to` first. progress is called with 1 after
     each visit of a group.
 
-    The facts of the transform hold all options, and as scores the sum of <A, B> over all tensors and |A - B|^2, before
-    and after ("before" where the shapes are the same). The same inputs give the same transform for any number of
-    threads. PlanError for what cannot be done, FormatError for NaN or infinity in a model.
+    The facts of the transform hold all options that mattered, and as scores the sum of <A, B> over all tensors and
+    |A - B|^2, before and after ("before" where the shapes are the same). The same inputs give the same transform for
+    any number of threads. Gains of norms on what is rotated become those of `to`, as `new_gains` has it. PlanError for
+    what cannot be done, and where products overflow; FormatError for NaN or infinity in a model or the statistics.
     """
     options = align_options(method, parameters, statistics=statistics is not None)
     sides = _side(source, "the source"), _side(to, "the model to align to")
@@ -64,17 +67,17 @@ def align_models(
     check_alike(
         (sides[0].specs, sides[1].specs), tables, (sides[0].label, sides[1].label), widths=method in OTHER_WIDTHS
     )
-    visits = _order(order, first, int(options.get("sweeps") or 1))
+    asked = None if order is None else _listed(order)
+    visits = None if asked is None else _order(asked, first, int(options.get("sweeps") or 1))
     if initial is not None and initial.symmetries != first:
         raise PlanError("`initial` is under another table than the source; start from a transform under the same table")
     with torch.no_grad(), one_thread_each() as in_order:
         pair = Pair(*sides, *tables, in_order)
         moments = None if statistics is None else open_moments(statistics, pair, lambda: _contents(sides))
-        used: dict[str, Any] = dict(options)
-        used |= {} if order is None else {"order": [*order]}
-        used |= {} if initial is None else {"initial": initial.facts.method}
         found = ALIGNERS[method](Request(pair, options, initial, visits, moments, progress or (lambda _: None)))
-        return _told(found, method, used, sides)
+        started = {"order": asked, "initial": initial.facts.method if initial else None}
+        used = {name: value for name, value in started.items() if value is not None and name in found.heeded}
+        return _told(found, method, {**options, **used}, sides)
 
 
 def _side(model: Model, label: str) -> Side:
@@ -95,15 +98,20 @@ def _table(side: Side, given: Symmetries | None) -> Symmetries:
     raise PlanError(f"{side.label} is given as tensors, whose architecture is not known; give a table (`symmetries=`)")
 
 
-def _order(
-    given: Sequence[str] | Sequence[Sequence[str]] | None, table: Symmetries, most: int
-) -> list[list[str]] | None:
+def _listed(order: Iterable[str] | Iterable[Iterable[str]]) -> list[Any]:
+    """An order as lists, which are read more than once. PlanError where there is nothing to iterate over."""
+    if not isinstance(order, Iterable):
+        raise PlanError(f"order: found {order!r}, expected names of groups, or a list of names for each sweep")
+    names = [order] if isinstance(order, str) else order
+    return [list(x) if isinstance(x, Iterable) and not isinstance(x, str) else x for x in names]
+
+
+def _order(given: list[Any], table: Symmetries, most: int) -> list[list[str]]:
     """The visits of each sweep. PlanError for what is no group."""
-    if given is None:
-        return None
-    flat = [name for name in given if isinstance(name, str)]
-    sweeps = [flat] * most if len(flat) == len(given) else [list(names) for names in given]
-    unknown = sorted({name for names in sweeps for name in names if name not in table.groups})
+    sweeps = [names if isinstance(names, list) else [names] for names in given]
+    if not any(isinstance(names, list) for names in given):
+        sweeps = [given] * most if given else []
+    unknown = sorted({str(x) for names in sweeps for x in names if not isinstance(x, str) or x not in table.groups})
     if unknown or not sweeps or not all(sweeps):
         wrong = f"{unknown[0]!r}, {did_you_mean(unknown[0], table.groups)}" if unknown else "a sweep of no group"
         raise PlanError(f"order: found {wrong}; expected names of groups in the table")
@@ -129,9 +137,6 @@ def _told(found: Found, method: str, options: Mapping[str, Any], sides: tuple[Si
         moved = untouched if not elements else Transform(pair.symmetries, elements, TransformFacts(method))
         scores[f"inner_{when}"], scores[f"distance_{when}"] = pair.closeness(moved)
     kept = {name: short for name, element in found.elements.items() if (short := shortened(element)) is not None}
-    gains = {
-        norm: Gain(old.double(), torch.where(new == 0, 1.0, new).double()) for norm, (new, old) in pair.gains.items()
-    }
     checkpoints = all(isinstance(side.held, Checkpoint) for side in sides)
     versions = {"mergekit_lfm": mergekit_lfm.__version__, "torch": torch.__version__}
     versions |= {name: version(name) for name in ("numpy", "scipy", "pot")}
@@ -143,4 +148,4 @@ def _told(found: Found, method: str, options: Mapping[str, Any], sides: tuple[Si
         scores,
         versions,
     )
-    return Transform(pair.symmetries, kept, facts, gains)
+    return Transform(pair.symmetries, kept, facts, new_gains(found))

@@ -18,6 +18,8 @@ from mergekit_lfm.arch.declare import Group, Heads, Part, Units
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.transforms import Element, HeadsElement, UnitsElement
 
+TIE = 1e-12  # of the greatest score: what decides among orders that are equally good but for rounding
+
 Kind = Literal["fixed", "order", "signed", "orthogonal", "phases", "signs"]
 
 
@@ -43,9 +45,16 @@ def rotations(group: Group) -> Family:
     return Family(query_key="orthogonal" if group.query_key == "linear" else group.query_key, value_output="orthogonal")
 
 
-def assign(scores: Tensor) -> Tensor:
-    """The order p, int64 [n], of which sum_i scores[i, p[i]] is greatest."""
-    _, order = linear_sum_assignment(scores.numpy(), maximize=True)
+def assign(scores: Tensor, now: Tensor | None = None) -> Tensor:
+    """The order p, int64 [n], of which sum_i scores[i, p[i]] is greatest.
+
+    now: the order at present, by default 0, 1, ... Of several that are equally good, the one nearest to it.
+    """
+    present = (torch.arange(len(scores)) if now is None else now)[:, None]
+    scores = scores.double()
+    favour = TIE * float(scores.abs().max()) or 1.0
+    favoured = scores.scatter(1, present, scores.gather(1, present) + favour)
+    _, order = linear_sum_assignment(favoured.numpy(), maximize=True)
     return torch.from_numpy(order).long()
 
 
@@ -110,19 +119,24 @@ class Scores:
             sums[name] = sums[name] + product.double() if name in sums else product.double()
         return cls(sums)
 
+    @property
+    def finite(self) -> bool:
+        """Whether all sums of scores are numbers."""
+        return all(bool(x.abs().sum().isfinite()) for x in self.sums.values())
+
     def view(self, name: str, *shape: int) -> Tensor:
         """A sum in this shape; zeros where nothing tells of it."""
         found = self.sums.get(name)
         return torch.zeros(shape, dtype=torch.float64) if found is None else found.view(shape)
 
 
-def best_units(group: Units, family: Family, scores: Scores) -> UnitsElement:
-    """The element of the family of which <C, element> is greatest."""
+def best_units(group: Units, family: Family, scores: Scores, now: UnitsElement | None = None) -> UnitsElement:
+    """The element of the family of which <C, element> is greatest; of equally good ones that nearest to `now`."""
     plain, vector = (scores.view(name, group.count, group.count) for name in ("plain", "vector"))
     if family.units == "orthogonal":
         return UnitsElement(matrix=polar(plain + vector))
     signed = family.units == "signed"
-    order = assign(plain + (vector.abs() if signed else vector))
+    order = assign(plain + (vector.abs() if signed else vector), None if now is None else now.order)
     one = torch.ones(group.count, dtype=torch.float64)
     return UnitsElement(order, signs_of(vector[torch.arange(group.count), order]) if signed else one)
 

@@ -113,7 +113,7 @@ def best_heads(group: Heads, family: Family, scores: Scores, now: HeadsElement) 
         [pair.best(family, here if k == at else None) for k, pair in enumerate(row)]
         for row, here, at in zip(pairs, present, now.groups.tolist(), strict=True)
     ]
-    order = assign(torch.tensor([[found.worth for found in row] for row in inside], dtype=torch.float64))
+    order = assign(torch.tensor([[found.worth for found in row] for row in inside], dtype=torch.float64), now.groups)
     return _element(order, [row[int(k)] for row, k in zip(inside, order, strict=True)])
 
 

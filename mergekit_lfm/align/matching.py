@@ -21,7 +21,8 @@ def match_weights(request: Request) -> Found:
 
     The first run starts anchored: each group is found from the tensors on whose other axes nothing acts, or groups that
     were found before. The others start from the identity, or `initial`, and visit the groups in random orders, anew for
-    every sweep. A run ends when a sweep made nothing better. With one run and `initial` or `order` given, this is the
+    every sweep. A given order is that of all runs but the first, which too visits only its groups. A run ends when a
+    sweep made nothing better. With one run and `initial` or `order` given, this is the
     algorithm of the paper from there. Inside of heads: permutations where queries and keys have no rotary positions.
 
     Source: Ainsworth, Hayase, Srinivasa 2023 (2209.04836), algorithm 1.
@@ -60,11 +61,13 @@ def _best_run(request: Request, pair: Pair, allowed: Callable[[Group], Family]) 
     plain = runs == 1 and (request.initial is not None or request.order is not None)
     if request.order is not None:
         runs = min(runs, 2)  # the anchored one and another: in a given order all others are the same
+    given = {name for names in request.order or () for name in names}
+    visited = [name for name in pair.symmetries.groups if request.order is None or name in given]
     best: tuple[float, dict[str, Element]] | None = None
     for run in range(runs):
         climb = Climb(pair, allowed, request.start)
         if run == 0 and not plain:
-            climb.anchor(request.tick)
+            climb.anchor(visited, request.tick)
         for order in _orders(request, run):
             if not climb.sweep(order, request.tick):
                 break
@@ -72,7 +75,7 @@ def _best_run(request: Request, pair: Pair, allowed: Callable[[Group], Family]) 
         if best is None or reached > best[0]:
             best = reached, climb.elements
     assert best is not None
-    return Found(plainly, best[1])
+    return Found(plainly, best[1], heeded=frozenset({"order", "initial"}))
 
 
 def _orders(request: Request, run: int) -> list[Sequence[str]]:

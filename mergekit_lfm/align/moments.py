@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from mergekit_lfm.align.pair import Pair
 from mergekit_lfm.arch.declare import Part, part_size
-from mergekit_lfm.errors import PlanError
+from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.stats import Statistics, open_statistics
 
 Triple = tuple[Tensor, Tensor, Tensor]  # cross [in + 1, in + 1], and both models' mean squares [in + 1]
@@ -91,7 +92,7 @@ class Moments:
     label: str
 
     def of(self, pair: Pair, group: str) -> list[Block]:
-        """What is known of a group: a block for every part that a covered layer reads."""
+        """What is known of a group: a block for every part that a covered layer reads. FormatError for NaN."""
         blocks = []
         for moment in self.found:
             parts = pair.symmetries.tensors[moment.weight][reading_axis(pair, moment.weight)]
@@ -112,8 +113,18 @@ class Moments:
         axes = (pair.symmetries.tensors[m.weight][reading_axis(pair, m.weight)] for m in self.found)
         return any(part.group == group for axis in axes for part in axis)
 
-    def _blocks(self, pair: Pair, moment: Moment) -> list[Block]:
+    def _read(self, moment: Moment) -> Triple:
+        """The moments of a layer, float64. FormatError for NaN and infinity."""
         cross, first, second = (x.double() for x in moment.read())
+        if not all(bool(x.isfinite().all()) for x in (cross, first, second)):
+            raise FormatError(
+                f"{self.label}: the moments of {moment.weight} hold NaN or infinity, expected numbers; collect them "
+                "again, on inputs on which both models' activations are finite"
+            )
+        return cross, first, second
+
+    def _blocks(self, pair: Pair, moment: Moment) -> list[Block]:
+        cross, first, second = self._read(moment)
         axis = reading_axis(pair, moment.weight)
         tables = (pair.to_symmetries, pair.symmetries)
         sizes = [side.specs[moment.weight].shape[axis] for side in (pair.to, pair.source)]
@@ -145,13 +156,17 @@ def open_moments(given: Given, pair: Pair, contents: Callable[[], tuple[str, str
     """The cross moments in a file or a mapping from weights to `Triple`s, with `to` first.
 
     contents: the digests of the source and of `to`; a file may be of the two models in either order. PlanError where it
-    is of others, or of another kind, and for tensors that are not in the table.
+    is of others, or of another kind, for tensors that are not in the table, and for what is neither file nor mapping of
+    triples.
     """
     if isinstance(given, Mapping):
-        if unknown := sorted(set(given) - pair.symmetries.tensors.keys()):
-            raise PlanError(f"the statistics name {', '.join(unknown)}, which the table lacks; name weights of layers")
-        return Moments([_held(name, triple) for name, triple in given.items()], "the mapping of statistics")
-    statistics = given if isinstance(given, Statistics) else open_statistics(given)
+        return _of_mapping(given, pair)
+    if not isinstance(given, Statistics | str | os.PathLike):
+        raise PlanError(
+            f"statistics: found a {type(given).__name__}, expected a file of cross moments, or a mapping from weights "
+            "to their moments"
+        )
+    statistics = given if isinstance(given, Statistics) else open_statistics(Path(given))
     facts, (source, to) = statistics.facts, contents()
     if facts.kind != "cross":
         raise PlanError(
@@ -169,6 +184,25 @@ def open_moments(given: Given, pair: Pair, contents: Callable[[], tuple[str, str
         if layer.entry not in entries and layer.weight in pair.symmetries.tensors:
             entries[layer.entry] = _stored(statistics, layer.weight, layer.entry, swapped)
     return Moments(list(entries.values()), str(statistics.path))
+
+
+def _of_mapping(given: Mapping[str, Triple], pair: Pair) -> Moments:
+    """The moments in a mapping. PlanError about all names and values that are not as they have to be."""
+    if unknown := sorted(str(name) for name in given if name not in pair.symmetries.tensors):
+        raise PlanError(f"the statistics name {', '.join(unknown)}, which the table lacks; name weights of layers")
+    if vectors := [name for name in given if len(pair.symmetries.tensors[name]) < 2]:
+        raise PlanError(f"the statistics name {', '.join(vectors)}, which is no weight of a layer; name weights")
+    wrong = [
+        name
+        for name, triple in given.items()
+        if not isinstance(triple, Sequence) or len(triple) != 3 or not all(isinstance(x, Tensor) for x in triple)
+    ]
+    if wrong:
+        raise PlanError(
+            f"the statistics of {', '.join(wrong)} are not three tensors; expected for each weight the cross moments, "
+            "the mean squares of the model to align to, and those of the source"
+        )
+    return Moments([_held(name, triple) for name, triple in given.items()], "the mapping of statistics")
 
 
 def _held(name: str, triple: Triple) -> Moment:

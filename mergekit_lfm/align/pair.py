@@ -7,6 +7,7 @@ float64: the result does not depend on the number of threads.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,8 +20,8 @@ from torch import Tensor
 
 from mergekit_lfm.arch.declare import Part, Symmetries, part_size
 from mergekit_lfm.checkpoint import Checkpoint
-from mergekit_lfm.errors import FormatError
-from mergekit_lfm.rewriting import Rewriter
+from mergekit_lfm.errors import FormatError, PlanError
+from mergekit_lfm.rewriting import Maps, Rewriter
 from mergekit_lfm.tensors import TensorSpec
 from mergekit_lfm.transforms import Transform, TransformFacts
 
@@ -59,6 +60,14 @@ def one_thread_each() -> Iterator[InOrder]:
         torch.set_num_threads(count)
 
 
+def overflow(what: str) -> PlanError:
+    """The error where numbers are finite, and their products are not."""
+    return PlanError(
+        f"{what} overflow, expected numbers whose products are numbers; divide the models' weights, or store them as "
+        "float64"
+    )
+
+
 @dataclass(frozen=True)
 class Side:
     """One of the models: its tensors' specs, and where their data are."""
@@ -68,7 +77,7 @@ class Side:
     held: Checkpoint | Mapping[str, Tensor]
 
     def read(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
-        """Rows first .. last of a tensor, in float32 at least."""
+        """Rows first .. last of a tensor, in float32 at least. FormatError for NaN and infinity."""
         spec = self.specs[name]
         if isinstance(self.held, Checkpoint):
             row = spec.numel // max(1, spec.shape[0]) if spec.shape else 1
@@ -77,6 +86,8 @@ class Side:
         else:
             x = self.held[name].detach()
             x = x[first:last] if spec.shape else x
+        if not x.isfinite().all():
+            raise FormatError(f"{name} of {self.label} holds NaN or infinity, expected numbers; mend the model")
         return x.cpu().to(torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
@@ -101,8 +112,13 @@ class Pair:
     @cached_property
     def gains(self) -> dict[str, tuple[Tensor, Tensor]]:
         """The gains of the norms on folded groups, of `to` and of the source, by norm."""
+        return {norm: (self.to.read(name), self.source.read(name)) for norm, name in self.gain_names.items()}
+
+    @cached_property
+    def gain_names(self) -> dict[str, str]:
+        """The tensors that are gains of the norms on folded groups, by norm."""
         return {
-            part.norm: (self.to.read(name), self.source.read(name))
+            part.norm: name
             for name, axes in self.symmetries.tensors.items()
             for part in (axes[0] if axes else ())
             if part.view == "gain" and part.norm and part.group in self.folded
@@ -170,7 +186,7 @@ class Pair:
         """Every part of the axis on which the group acts, the source's other axes rewritten by the transform.
 
         Of large tensors several times: with the entries of some rows each. views: as of `uses`. FormatError for NaN
-        and infinity.
+        and infinity, PlanError where products with gains overflow.
         """
         name, axis = use
         wanted = None if views is None else set(views)
@@ -194,21 +210,26 @@ class Pair:
                 (float(a.double().square().sum()), float(b.double().square().sum()))
                 for a, b in self._pairs(name, untouched, None)
             ]
-            product = sum(one for one, _ in squares) * sum(other for _, other in squares)
-            return float(product**0.25) or 1.0
+            norms = [sum(numbers) ** 0.25 for numbers in zip(*squares, strict=True)]
+            if not math.isfinite(norms[0] * norms[1]):
+                raise overflow(f"the squares of {name}")
+            return norms[0] * norms[1] or 1.0
 
         return dict(zip(self.names, self.in_order(of, self.names), strict=True))
 
     def closeness(self, transform: Transform, names: Iterable[str] | None = None) -> tuple[float, float]:
         """The inner product of `to` with the source as it is rewritten, and the squared distance of the two.
 
-        names: the tensors that count; all by default.
+        names: the tensors that count; all by default. PlanError where the sums overflow.
         """
 
         def of(name: str) -> tuple[float, float]:
             pairs = ((a.double(), b.double()) for a, b in self._pairs(name, transform, None))
             both = [(float((a * b).sum()), float((a - b).square().sum())) for a, b in pairs]
-            return sum(inner for inner, _ in both), sum(squares for _, squares in both)
+            sums = sum(inner for inner, _ in both), sum(squares for _, squares in both)
+            if not (math.isfinite(sums[0]) and math.isfinite(sums[1])):
+                raise overflow(f"the products of {name} of the two models")
+            return sums
 
         found = list(self.in_order(of, self.names if names is None else sorted(set(names))))
         return sum(inner for inner, _ in found), sum(squares for _, squares in found)
@@ -218,13 +239,13 @@ class Pair:
         axes = self.symmetries.tensors[name]
         shape = self.source.specs[name].shape
         free = [all(part.group is None for part in parts) for parts in axes]
-        rewriter = Rewriter(transform, self.source.specs[name])
+        rewriter = Rewriter(Maps(transform), self.source.specs[name])
         for first, last in _panels(shape, bool(free) and free[0] and skip != 0):
             a = self._fold(name, self.to.read(name, first, last), 0)
             b = self._fold(name, self.source.read(name, first, last), 1)
             for side, x in ((self.to, a), (self.source, b)):
                 if not x.isfinite().all():
-                    raise FormatError(f"{name} of {side.label} holds NaN or infinity, expected numbers; mend the model")
+                    raise overflow(f"the products of {name} of {side.label} with the gains of the norm that it reads")
             dtype = torch.promote_types(a.dtype, b.dtype)
             for axis in range(len(shape)):
                 if axis != skip and not free[axis]:

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from mergekit_lfm.align.declare import Found, Request
-from mergekit_lfm.align.pair import Pair, Use
+from mergekit_lfm.align.pair import Pair, Use, overflow
 from mergekit_lfm.arch.declare import Units
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.transforms import Transform, TransformFacts, UnitsElement
 
 WRITERS = ("", "order")  # views of a group along which its units are computed
 ITERATIONS = 1_000_000  # of the network simplex, at least; it takes far fewer than one per pair of units
+TIE = 1e-9  # of the largest cost: what decides among plans that are equally good but for rounding
 SINKHORN_ITERATIONS, SINKHORN_ERROR = 100_000, 1e-10  # the error of the marginals, of which the sum is 1
 
 Squares = tuple[Tensor, Tensor, Tensor]  # of x [m, d] and y [n, d]: x y^T [m, n], |x|^2 [m], |y|^2 [n]
@@ -47,10 +48,19 @@ def transport_units(request: Request) -> Found:
             squares = _weights(pair, name, uses, transform)
         else:
             squares = _total(block.squares() for block in request.moments.of(pair, name))
-        plan = solve(cost_of(squares, str(request.options["cost"])), request.number("regularisation"), name)
+        cost = cost_of(squares, str(request.options["cost"]))
+        if not cost.sum().isfinite():
+            raise overflow(f"the products that tell the units of {name} apart")
+        plan = solve(cost, request.number("regularisation"), name)
         elements[name] = _element(plan / plan.sum(1, keepdim=True), plan / plan.sum(0, keepdim=True))
         request.tick(1)
-    return Found(pair, elements, exact=all(getattr(e, "matrix", None) is None for e in elements.values()))
+    heeded = {"initial": any(name not in groups for name in request.start), "order": request.moments is None}
+    return Found(
+        pair,
+        elements,
+        exact=all(getattr(e, "matrix", None) is None for e in elements.values()),
+        heeded=frozenset(name for name, matters in heeded.items() if matters),
+    )
 
 
 def _element(matrix: Tensor, dual: Tensor) -> UnitsElement:
@@ -62,14 +72,19 @@ def _element(matrix: Tensor, dual: Tensor) -> UnitsElement:
 def _visits(request: Request, groups: list[str]) -> Iterable[tuple[str, Sequence[Use]]]:
     """Every group with the uses that write it, when their other axes are known. PlanError where there are none."""
     pair = request.pair
-    if request.order is None:
+    if request.order is None or request.moments is not None:
         visits = list(pair.anchored(groups, WRITERS))
     else:
         names = list(request.order[0])
-        if sorted(names) != sorted(groups):
-            raise PlanError(f"found the order {', '.join(names)}; expected each of {', '.join(groups)} once")
-        heads = [name for name in pair.symmetries.groups if name not in groups]
-        visits = [(n, pair.known_uses(pair.uses(n, WRITERS), [*heads, *names[:i]])) for i, n in enumerate(names)]
+        left = [name for name in pair.symmetries.groups if name not in names]
+        wider = [name for name in left if pair.symmetries.groups[name] != pair.to_symmetries.groups[name]]
+        if len(request.order) > 1 or len({*names}) < len(names) or not {*names} <= {*groups} or wider:
+            of_units = f"; {', '.join(wider)} cannot be left out, as the widths differ" if wider else ""
+            raise PlanError(
+                f"found the order {'; '.join(', '.join(each) for each in request.order)}, expected one list of some of "
+                f"{', '.join(groups)}, each once at most{of_units}"
+            )
+        visits = [(n, pair.known_uses(pair.uses(n, WRITERS), [*left, *names[:i]])) for i, n in enumerate(names)]
     unknown = [name for name, uses in visits if not uses and pair.uses(name)]
     if unknown and request.moments is None:
         raise PlanError(
@@ -101,7 +116,7 @@ def cost_of(squares: Squares, metric: str) -> Tensor:
     """The distance of every x and y, float64 [m, n]: "euclidean", "squared", or "cosine" (1 - the cosine)."""
     inner, first, second = squares
     if metric == "cosine":
-        lengths = (first[:, None] * second).sqrt()
+        lengths = first.sqrt()[:, None] * second.sqrt()
         return 1 - torch.where(lengths > 0, inner / torch.where(lengths > 0, lengths, 1.0), 0.0)
     apart = (first[:, None] + second - 2 * inner).clamp(min=0)
     return apart.sqrt() if metric == "euclidean" else apart
@@ -111,12 +126,15 @@ def solve(cost: Tensor, regularisation: float, name: str, iterations: int = SINK
     """The plan [m, n], at least 0, of rows and columns of equal sums, of which <cost, plan> is least.
 
     regularisation: of the entropy, as a factor of the largest cost; 0 for the exact plan. Exact plans are whole numbers
-    times 1 / (m n), and are returned as these. PlanError where Sinkhorn's iteration does not converge.
+    times 1 / (m n), and are returned as these. Of several that are best, with m = n, the one that leaves most units in
+    their places, and where all costs are 0 all of them. PlanError where Sinkhorn's iteration does not converge.
     """
     import ot
 
     m, n = cost.shape
     if regularisation == 0:
+        if m == n:
+            cost = cost - (TIE * float(cost.max()) or 1.0) * torch.eye(n, dtype=torch.float64)
         first, second = torch.full((m,), float(n), dtype=torch.float64), torch.full((n,), float(m), dtype=torch.float64)
         most = max(ITERATIONS, 100 * m * n)
         plan, log = ot.emd(first.numpy(), second.numpy(), cost.numpy(), numItermax=most, log=True)
@@ -124,6 +142,8 @@ def solve(cost: Tensor, regularisation: float, name: str, iterations: int = SINK
         return torch.from_numpy(plan)
     first, second = torch.full((m,), 1 / m, dtype=torch.float64), torch.full((n,), 1 / n, dtype=torch.float64)
     largest = float(cost.max())
+    if largest == 0 and m == n:
+        return torch.eye(n, dtype=torch.float64) / n
     scaled = cost / largest if largest > 0 else cost
     plan, log = ot.bregman.sinkhorn_log(
         first,

@@ -38,7 +38,9 @@ Examples:
 @click.option("--method", type=click.Choice(METHODS), default=METHODS[0], help=f"[default: {METHODS[0]}]")
 @click.option("--stats", type=click.Path(path_type=Path), help="Cross moments of both, as `stats cross` makes them.")
 @click.option("--initial", type=click.Path(path_type=Path), help="A transform file to start from.")
-@click.option("--order", multiple=True, metavar="GROUP", help="Visit this group; give all, in order. [default: random]")
+@click.option(
+    "--order", multiple=True, metavar="GROUP", help="Visit only these groups, in the order given. [default: all]"
+)
 @click.option("--restarts", type=click.IntRange(min=1), help="Runs in other orders; the best is kept. [default: 10]")
 @click.option("--sweeps", type=click.IntRange(min=1), help="Most rounds over all groups. [default: 100]")
 @click.option("--seed", type=click.IntRange(0, 2**64 - 1), help="Of the random orders. [default: 0]")
@@ -87,6 +89,7 @@ def align(
     Qwen3, ResNet, and for chains of linear, convolution and BatchNorm layers.
     """
     if check:
+        _check_alone(ctx)
         _check(ctx, model, as_json, quiet)
         return
     if to is None or out is None:
@@ -147,11 +150,24 @@ def _align(
     return transform
 
 
+def _check_alone(ctx: click.Context) -> None:
+    """A usage error for options of an alignment beside --check, which aligns nothing."""
+    wanted = {"model", "check", "as_json", "quiet"}
+    given = [
+        max(parameter.opts, key=len)
+        for parameter in ctx.command.params
+        if parameter.name not in wanted
+        and ctx.get_parameter_source(parameter.name or "") is not click.core.ParameterSource.DEFAULT
+    ]
+    if given:
+        raise click.UsageError(f"--check only looks at MODEL, and writes nothing; leave out {', '.join(given)}.")
+
+
 def _check_start(method: str, stats: Path | None, initial: Path | None, order: tuple[str, ...]) -> None:
     """A usage error for what the method would not look at."""
     from mergekit_lfm.alignments import ALIGN_METHODS
 
-    by_activations = stats is not None and method != "ot"
+    by_activations = stats is not None
     if initial is not None and (by_activations or not ALIGN_METHODS[method].starts):
         raise click.UsageError(f"--initial: what {method} finds does not depend on a start; leave it out.")
     if order and by_activations:
@@ -221,6 +237,12 @@ def _check(ctx: click.Context, model: Path, as_json: bool, quiet: bool) -> None:
     from mergekit_lfm.runtime import load_as_saved
 
     checkpoint = open_checkpoint(model)
+    if not checkpoint.config.get("architectures"):
+        lacks = "whose config.json has no `architectures`" if checkpoint.config else "without a config.json"
+        raise PlanError(
+            f"--check runs the model: found {model} {lacks}, expected a folder with a config.json that names the "
+            "model's class under `architectures`. Save the model with transformers"
+        )
     symmetries = find_symmetries(checkpoint)
     tensors = {name: checkpoint.read(name).view(spec.shape) for name, spec in checkpoint.items()}
 

@@ -11,6 +11,7 @@ import click
 from mergekit_lfm.commands import options
 from mergekit_lfm.commands.options import TASKS, needing_models, together
 from mergekit_lfm.console import Command
+from mergekit_lfm.errors import PlanError
 
 ALIGN_HELP = "A transform file of `align`: rewrites the second model before anything else."
 
@@ -121,7 +122,9 @@ Examples:
 @click.option("--window", type=click.IntRange(min=1), help=WINDOW_HELP.format(512))
 @options.overwrite
 @running
-def repair(merged: Path, ends: tuple[Path, Path], out: Path, as_json: bool, quiet: bool, **given: Any) -> None:
+def repair(
+    merged: Path, ends: tuple[Path, Path], out: Path, overwrite: bool, as_json: bool, quiet: bool, **given: Any
+) -> None:
     """Give MERGED's hidden units the mean and spread that they have in its ends.
 
     Units of an average of two models vary less than in either: what reads them gets too little. Every layer with a bias
@@ -131,10 +134,12 @@ def repair(merged: Path, ends: tuple[Path, Path], out: Path, as_json: bool, quie
     from mergekit_lfm.display.alignments import repaired_data, repaired_text
     from mergekit_lfm.display.terminal import counter
 
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        raise PlanError(f"{out} exists; choose another output, or use --overwrite")
     with needing_models(), counter("examples", "repairing", hidden=quiet or as_json) as progress:
         from mergekit_lfm.repair import repair as repaired
 
-        done = repaired(merged, ends, out=out, progress=progress, **given)
+        done = repaired(merged, ends, out=out, overwrite=overwrite, progress=progress, **given)
     if as_json:
         click.echo(json.dumps({"out": str(out), **repaired_data(done)}))
         return

@@ -10,7 +10,7 @@ from mergekit_lfm.display.terminal import counted, table
 
 if TYPE_CHECKING:
     from mergekit_lfm.align.check import Report
-    from mergekit_lfm.arch.declare import Symmetries
+    from mergekit_lfm.arch.declare import Group, Symmetries
     from mergekit_lfm.transforms import Element, Transform
 
 
@@ -28,25 +28,42 @@ def transform_data(transform: Transform) -> dict[str, Any]:
             name: {
                 "kind": "units" if isinstance(group, Units) else "heads",
                 "size": group.count if isinstance(group, Units) else group.size("query"),
-                **_moved(transform.elements.get(name)),
+                **_moved(group, transform.elements.get(name)),
             }
             for name, group in groups.items()
         },
+        "mixed": _mixed(transform),
         "versions": facts.versions,
     }
 
 
-def _moved(element: Element | None) -> dict[str, Any]:
-    """How many of the group's units or heads stand elsewhere, and what else acts on it."""
-    orders = {"order": "units", "groups": "heads"}
-    found: dict[str, Any] = {"moved": 0, "acts": []}
-    for part, value in () if element is None else vars(element).items():
-        if value is None:
-            continue
-        if part in orders:
-            found["moved"] = sum(new != old for new, old in enumerate(value.tolist()))
-        found["acts"].append(part)
-    return found
+def _moved(group: Group, element: Element | None) -> dict[str, Any]:
+    """How many of the group's units or query heads stand elsewhere, and what acts on it."""
+    acts = [] if element is None else [part for part, value in vars(element).items() if value is not None]
+    order = [] if element is None else _order(group, element)
+    return {"moved": sum(new != old for new, old in enumerate(order)), "acts": acts}
+
+
+def _order(group: Group, element: Element) -> list[int]:
+    """The old unit, or query head of all, in each place; [] where all stay, or a matrix acts on the units."""
+    if isinstance(group, Units):
+        order = getattr(element, "order", None)
+        return [] if order is None else list(order.tolist())
+    groups, queries = getattr(element, "groups", None), getattr(element, "queries", None)
+    heads = range(group.groups) if groups is None else groups.tolist()
+    inside = [range(group.per_group)] * group.groups if queries is None else queries.tolist()
+    return [head * group.per_group + query for head, row in zip(heads, inside, strict=True) for query in row]
+
+
+def _mixed(transform: Transform) -> int:
+    """How many groups have matrices of real numbers on them, and not only orders and signs of units."""
+    from mergekit_lfm.rewriting import only_moves
+
+    matrices = ("matrix", "query_key", "value_output")
+    return sum(
+        any(getattr(element, part, None) is not None for part in matrices) and not only_moves(transform, name)
+        for name, element in transform.elements.items()
+    )
 
 
 def transform_text(data: dict[str, Any]) -> str:
@@ -114,6 +131,6 @@ def saved_text(saved: dict[str, Any]) -> str:
 def alignment_text(data: dict[str, Any], out: object) -> str:
     """One line on what an alignment found."""
     moved = sum(group["moved"] for group in data["groups"].values())
-    turned = sum("matrix" in g["acts"] or "value_output" in g["acts"] for g in data["groups"].values())
-    what = [f"{moved:,} units and heads stand elsewhere"] + ([f"{counted(turned, 'group')} mixed"] if turned else [])
+    mixed = [f"{counted(data['mixed'], 'group')} mixed"] if data["mixed"] else []
+    what = [f"{moved:,} units and heads stand elsewhere", *mixed]
     return f"{out}: {data['method']}, " + ", ".join(what)

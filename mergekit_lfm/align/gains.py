@@ -1,0 +1,63 @@
+"""The gains that norms get where what they normalise is rotated: the readers become diag(1 / new) O diag(old).
+
+The new gain is that of the model which the other is brought near, so that the plain mean of both is the mean of the
+models with their gains folded in; as far as the readers can be stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from mergekit_lfm.align.declare import Found
+from mergekit_lfm.align.pair import Use
+from mergekit_lfm.transforms import Gain, Transform, TransformFacts, UnitsElement
+
+ROOM = 2.0**60  # the largest entry that a division may make: its squares, and sums of these, are numbers in float32
+
+Reader = tuple[str, str, Tensor]  # the norm that it reads, its dtype, the largest |entry| of every new unit [n]
+
+
+def new_gains(found: Found) -> dict[str, Gain]:
+    """The gain before and after of every norm on a rotated group, by norm; the models say the same with any.
+
+    The new one is that of `to`, rounded to the dtype in which the source has its own. For a unit it is 1 instead where
+    no reader could be divided by it: where it is 0, less than 2^-60 or not finite in that dtype; where it is below 1
+    and an entry would become larger than half the greatest number of the reader's dtype, or 2^60; and where it is above
+    1 and all entries of a reader would become smaller than the least normal number of its dtype.
+    """
+    pair = found.pair
+    readers = list(_readers(found)) if pair.gains else []
+    gains = {}
+    for norm, (new, old) in pair.gains.items():
+        new = new.to(getattr(torch, pair.source.specs[pair.gain_names[norm]].dtype)).double()
+        size = new.abs()
+        fits = new.isfinite() & (size >= 1 / ROOM)
+        for _, dtype, largest in (reader for reader in readers if reader[0] == norm):
+            info = torch.finfo(getattr(torch, dtype))
+            fits &= (size > 1) | (largest <= size * min(info.max / 2, ROOM))
+            fits &= (size < 1) | (largest == 0) | (largest >= size * info.tiny)
+        gains[norm] = Gain(old.double(), torch.where(fits, new, 1.0))
+    return gains
+
+
+def _readers(found: Found) -> Iterator[Reader]:
+    """What reads the rotated groups behind their norms, rewritten with new gains of 1."""
+    pair = found.pair
+    transform = Transform(pair.symmetries, found.elements, TransformFacts("gains"))
+
+    def of(use: tuple[str, Use]) -> list[Reader]:
+        group, (name, axis) = use
+        element = found.elements.get(group)
+        matrix = element.matrix if isinstance(element, UnitsElement) else None
+        seen: dict[str, Tensor] = {}
+        for part, _, y in pair.unfolded((name, axis), group, transform, ("'",)):
+            if part.norm in pair.gains:
+                largest = (y.double() if matrix is None else matrix.double() @ y.double()).abs().amax(1)
+                seen[part.norm] = torch.maximum(seen[part.norm], largest) if part.norm in seen else largest
+        return [(norm, pair.source.specs[name].dtype, largest) for norm, largest in seen.items()]
+
+    uses = [(group, use) for group in sorted(pair.folded) for use in pair.uses(group, ("'",))]
+    return (reader for found_there in pair.in_order(of, uses) for reader in found_there)
