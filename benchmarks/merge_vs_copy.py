@@ -34,11 +34,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mergekit_lfm.align.elements import Kind, random_transform
+from mergekit_lfm.arch import Symmetries, find_symmetries
+from mergekit_lfm.arch.declare import Part
 from mergekit_lfm.checkpoint import bytes_of, open_checkpoint
 from mergekit_lfm.machine import default_threads
 from mergekit_lfm.sizes import format_size, parse_size
 from mergekit_lfm.stats import Facts, Layer
 from mergekit_lfm.tensors import TensorSpec, encode_header
+from mergekit_lfm.transforms import Transform, TransformFacts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,8 +57,12 @@ RECIPES = {
     "dare_ties": THREE + "base_model: base\nparameters: {weight: 0.4, density: 0.5}\n",
     "karcher": THREE,
     "fisher": "models: [{model: one, stats: one.fisher}, {model: two, stats: two.fisher}]\n",
+    "permuted": "models: [{model: one}, {model: two, align: permuted.transform}]\nparameters: {weight: 1}\n",
+    "rotated": "models: [{model: one}, {model: two, align: rotated.transform}]\nparameters: {weight: 1}\n",
     "regmean": "models: [{model: one, stats: one.gram}, {model: two, stats: two.gram}]\n",
 }
+# What a model is rewritten by before `linear` merges it: random elements of the groups of a Llama.
+REWRITTEN: dict[str, tuple[Kind, ...]] = {"permuted": ("order",), "rotated": ("order", "scale", "rotation", "inside")}
 SHARED = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}  # layers that read the inputs of another
 CHUNK = 8 << 20  # bytes per read or write of the floor
 
@@ -108,9 +116,34 @@ def make_checkpoints(folder: Path, size: float) -> None:
         weight_map = {tensor: name for name, shard in zip(names, shapes(size), strict=True) for tensor in shard}
         index = {"metadata": {}, "weight_map": weight_map}
         (place / "model.safetensors.index.json").write_text(json.dumps(index))
-        (place / "config.json").write_text('{"model_type": "llama", "dtype": "bfloat16"}\n')
+        (place / "config.json").write_text(json.dumps(config(size)))
     make_statistics(unfinished)
+    make_transforms(unfinished)
     unfinished.rename(folder)
+
+
+def config(size: float) -> dict[str, object]:
+    """That of a Llama of these shapes: 32 heads, of which eight share a key."""
+    first = {name: shape for shard in shapes(size) for name, shape in shard.items()}
+    middle, hidden = first["model.layers.0.mlp.up_proj.weight"]
+    return {
+        "model_type": "llama",
+        "dtype": "bfloat16",
+        "hidden_size": hidden,
+        "intermediate_size": middle,
+        "num_hidden_layers": sum(name.endswith("q_proj.weight") for name in first),
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": False,
+    }
+
+
+def make_transforms(folder: Path) -> None:
+    """Random transforms of the second model."""
+    two = open_checkpoint(folder / "two")
+    gains = {name: two.read(name) for name, spec in two.items() if len(spec.shape) == 1}
+    for name, kinds in REWRITTEN.items():
+        random_transform(gains, find_symmetries(two), seed=0, kinds=kinds).save(folder / f"{name}.transform")
 
 
 def make_statistics(folder: Path) -> None:
@@ -178,11 +211,15 @@ def make_tiny(folder: Path) -> None:
         data = b"".join((0x3F80 + number + i).to_bytes(2, "little") for i in range(4))  # a little over 1
         (folder / model / "model.safetensors").write_bytes(header + data)
     make_statistics(folder)
+    table = Symmetries({}, {"w": ((Part(None, free="class"),), (Part(None, free="input"),))})
+    for name in REWRITTEN:
+        Transform(table, {}, TransformFacts("none")).save(folder / f"{name}.transform")
 
 
 def write_recipes(folder: Path) -> None:
     for method, text in RECIPES.items():
-        (folder / f"{method}.yaml").write_text(f"merge_method: {method}\n{text}")
+        name = "linear" if method in REWRITTEN else method
+        (folder / f"{method}.yaml").write_text(f"merge_method: {name}\n{text}")
 
 
 # ------------------------------------------------------------------ measuring
@@ -200,7 +237,7 @@ def inputs(method: str) -> list[str]:
 
 def read_by(folder: Path, method: str) -> list[Path]:
     """All files that the method's recipe reads."""
-    named = [folder / name for name in re.findall(r"stats: ([\w.]+)", RECIPES[method])]
+    named = [folder / name for name in re.findall(r"(?:stats|align): ([\w.]+)", RECIPES[method])]
     return weights(folder, inputs(method)) + named
 
 

@@ -22,9 +22,7 @@ from mergekit_lfm.matching import several
 from mergekit_lfm.recipe import Recipe
 from mergekit_lfm.roles import Model
 from mergekit_lfm.tensors import TensorSpec
-from mergekit_lfm.transforms import Transform, open_transform, read_transform_facts
-
-PANEL = 1 << 18  # elements that are rewritten at a time, as `rewriting` has it, which needs torch
+from mergekit_lfm.transforms import PANEL, Transform, open_transform, read_transform_facts
 
 
 def open_models(recipe: Recipe) -> tuple[Checkpoint, ...]:

@@ -23,9 +23,8 @@ from mergekit_lfm.checkpoint import Checkpoint, WeightFile, bytes_of
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.kernels.sums import round_once
 from mergekit_lfm.tensors import TensorSpec
-from mergekit_lfm.transforms import HeadsElement, Transform, UnitsElement
+from mergekit_lfm.transforms import PANEL, HeadsElement, Transform, UnitsElement
 
-PANEL = 1 << 18  # elements that are rewritten at a time
 NARROW = 1024  # rows that one block may mix before the whole tensor is rewritten at once
 
 
@@ -133,8 +132,19 @@ def _map_of_heads(group: Heads, element: HeadsElement, view: str) -> Map:
         return Map(index.gather(1, blocks.argmax(2).repeat_interleave(copies, dim=0)).flatten())
     blocks = blocks.double()
     if of_queries:
-        blocks = torch.linalg.inv(blocks).mT.repeat_interleave(copies, dim=0)
+        blocks = _inverses(blocks).mT.repeat_interleave(copies, dim=0)
     return Map(None if still else index.flatten(), blocks)
+
+
+def _inverses(blocks: Tensor) -> Tensor:
+    """The inverse of every block [k, n, n], by one thread: the bits depend on how many there are."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        inverses: Tensor = torch.linalg.inv(blocks)
+    finally:
+        torch.set_num_threads(threads)
+    return inverses
 
 
 def _permute(blocks: Tensor) -> bool:

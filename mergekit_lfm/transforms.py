@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FORMAT = "1"
+PANEL = 1 << 18  # elements of a tensor that are rewritten at a time
 
 
 @dataclass(frozen=True)
