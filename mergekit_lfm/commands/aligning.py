@@ -41,7 +41,11 @@ Examples:
 @click.option(
     "--order", multiple=True, metavar="GROUP", help="Visit only these groups, in the order given. [default: all]"
 )
-@click.option("--restarts", type=click.IntRange(min=1), help="Runs in other orders; the best is kept. [default: 10]")
+@click.option(
+    "--restarts",
+    type=click.IntRange(min=1),
+    help="Runs in other orders; the best is kept. [default: 10; for rotation 1]",
+)
 @click.option("--sweeps", type=click.IntRange(min=1), help="Most rounds over all groups. [default: 100]")
 @click.option("--seed", type=click.IntRange(0, 2**64 - 1), help="Of the random orders. [default: 0]")
 @click.option(
