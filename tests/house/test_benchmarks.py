@@ -23,9 +23,11 @@ def test_merge_vs_copy_prints_a_row_for_every_method(tmp_path: Path) -> None:
         "dare_ties",
         "karcher",
         "fisher",
+        "permuted",
+        "rotated",
         "regmean",
     ]
-    assert [row[headings.index("inputs")] for row in rows] == ["3", "2", "4", "4", "4", "3", "2", "2"]
+    assert [row[headings.index("inputs")] for row in rows] == ["3", "2", "4", "4", "4", "3", "2", "2", "2", "2"]
     assert all(
         float(row[headings.index(seconds)]) > 0 for row in rows for seconds in ("merge s", "start-up s", "CPU s")
     )
