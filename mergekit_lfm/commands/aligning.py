@@ -90,7 +90,8 @@ def align(
 
     The transform goes to a file, which a recipe applies while it merges (`align: FILE` beside a model). But for `ot`
     the rewritten model says the same as MODEL. Tables of symmetries are there for GPT-2, BERT, Llama, Mistral, Qwen2,
-    Qwen3, ResNet, and for chains of linear, convolution and BatchNorm layers.
+    Qwen3, ResNet, and for chains of linear, convolution and BatchNorm layers. What runs models, --save and --check,
+    needs the extra: pip install "mergekit_lfm[models]"
     """
     if check:
         _check_alone(ctx)
