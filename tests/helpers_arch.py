@@ -15,6 +15,16 @@ from mergekit_lfm.checkpoint import open_checkpoint
 
 VOCAB = 30
 GPT2 = {"n_embd": 24, "n_head": 3, "n_layer": 2, "vocab_size": VOCAB, "n_positions": 16, "bos_token_id": 0}
+NEO = {
+    "hidden_size": 24,
+    "num_heads": 3,
+    "num_layers": 2,
+    "attention_types": [[["local", "global"], 1]],
+    "window_size": 4,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 16,
+}
+GPTJ = GPT2 | {"rotary_dim": 4}
 BERT = {
     "hidden_size": 24,
     "num_attention_heads": 3,
@@ -41,6 +51,13 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gpt2-untied": ("GPT2", "LMHeadModel", GPT2 | {"eos_token_id": 0, "tie_word_embeddings": False}),
     "gpt2-relu": ("GPT2", "LMHeadModel", GPT2 | {"eos_token_id": 0, "activation_function": "relu", "n_inner": 20}),
     "gpt2-headless": ("GPT2", "Model", GPT2 | {"eos_token_id": 0}),
+    "gpt-neo": ("GPTNeo", "ForCausalLM", NEO),
+    "gpt-neo-untied": ("GPTNeo", "ForCausalLM", NEO | {"tie_word_embeddings": False, "activation_function": "relu"}),
+    "gpt-neo-headless": ("GPTNeo", "Model", NEO),
+    "gpt-j": ("GPTJ", "ForCausalLM", GPTJ),
+    "gpt-j-whole-heads": ("GPTJ", "ForCausalLM", GPTJ | {"rotary_dim": 8}),
+    "gpt-j-tied": ("GPTJ", "ForCausalLM", GPTJ | {"tie_word_embeddings": True, "activation_function": "relu"}),
+    "gpt-j-headless": ("GPTJ", "Model", GPTJ),
     "bert": ("Bert", "ForMaskedLM", BERT),
     "bert-untied": ("Bert", "ForMaskedLM", BERT | {"tie_word_embeddings": False, "hidden_act": "relu"}),
     "bert-pretraining": ("Bert", "ForPreTraining", BERT),

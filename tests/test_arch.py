@@ -30,8 +30,9 @@ def test_the_table_says_what_the_model_allows_and_no_more(name: str, tmp_path: P
     assert [row for row in report.rows if not row.ok] == []
     for part in ("kept", "needed", "enough"):
         assert [row for row in report.rows if row.part == part]
-    # the models in float64 differ by rounding only, but for RMSNorm, which transformers computes in float32
-    exact = not name.startswith(("llama", "mistral", "qwen"))
+    # the models in float64 differ by rounding only, but for what transformers computes in float32: RMSNorm, the scores
+    # of GPT-Neo, the positions of GPT-J
+    exact = not name.startswith(("llama", "mistral", "qwen", "gpt-neo", "gpt-j"))
     assert max(row.difference for row in report.rows if row.part == "kept") < (1e-12 if exact else 1e-5)
     gauges = {row.what for row in report.rows if row.reason}
     keys = {f"{p}encoder.layer.*.attention.self.key.bias axis 0, heads.*:key" for p in ("", "bert.")}
@@ -41,7 +42,7 @@ def test_the_table_says_what_the_model_allows_and_no_more(name: str, tmp_path: P
 
 
 def test_every_architecture_is_tried() -> None:
-    assert {stem.lower() for stem, _, _ in MODELS.values()} == set(ARCHITECTURES)
+    assert {stem.lower() for stem, _, _ in MODELS.values()} == {kind.replace("_", "") for kind in ARCHITECTURES}
 
 
 def table_of(name: str, folder: Path) -> Symmetries:
@@ -55,6 +56,10 @@ def table_of(name: str, folder: Path) -> Symmetries:
         "gpt2": {"residual": Units(24), "heads.1": Heads(3, 1, 8, "linear"), "ffn.1": Units(96)},
         "gpt2-untied": {"residual": Units(24, rotation="centred")},
         "gpt2-relu": {"ffn.0": Units(20, "positive")},
+        "gpt-neo": {"residual": Units(24), "heads.1": Heads(3, 1, 8, "linear"), "ffn.1": Units(96)},
+        "gpt-neo-untied": {"residual": Units(24, rotation="centred"), "ffn.0": Units(96, "positive")},
+        "gpt-j": {"residual": Units(24, rotation="centred"), "heads.1": Heads(3, 1, 8, "fixed")},
+        "gpt-j-tied": {"residual": Units(24), "ffn.0": Units(96, "positive")},
         "bert": {"residual": Units(24), "heads.0": Heads(3, 1, 8, "linear"), "ffn.0": Units(40)},
         "bert-untied": {"predictions": Units(24), "ffn.0": Units(40, "positive")},
         "bert-classifier": {"pooler": Units(24, "sign")},
@@ -77,6 +82,8 @@ def test_groups_are_what_the_config_says(name: str, groups: dict[str, Units | He
     ("name", "outputs"),
     [
         ("gpt2-headless", {"residual"}),
+        ("gpt-neo-headless", {"residual"}),
+        ("gpt-j-headless", {"residual"}),
         ("bert-headless", {"residual", "pooler", "predictions"}),
         ("bert-tokens", {"pooler", "predictions"}),
         ("resnet-headless", {"stages.1"}),
@@ -116,8 +123,9 @@ def test_the_names_of_the_first_bert_files_are_known(tmp_path: Path) -> None:
     assert found == expected
 
 
-def test_gpt2_with_a_tied_head_may_lack_the_prefix(tmp_path: Path) -> None:
-    expected, found = renamed("gpt2", tmp_path, ("transformer.", ""))
+@pytest.mark.parametrize("name", ["gpt2", "gpt-neo", "gpt-j"])
+def test_a_gpt_may_lack_the_prefix(name: str, tmp_path: Path) -> None:
+    expected, found = renamed(name, tmp_path, ("transformer.", ""))
     assert found == expected
 
 
@@ -125,6 +133,11 @@ def test_gpt2_with_a_tied_head_may_lack_the_prefix(tmp_path: Path) -> None:
     ("name", "buffers"),
     [
         ("gpt2", {"transformer.h.1.attn.bias": (1, 1, 16, 16), "transformer.h.1.attn.masked_bias": ()}),
+        (
+            "gpt-neo",
+            {"transformer.h.0.attn.attention.bias": (1, 1, 16, 16), "transformer.h.0.attn.attention.masked_bias": ()},
+        ),
+        ("gpt-j", {"transformer.h.1.attn.bias": (1, 1, 16, 16), "transformer.h.1.attn.masked_bias": ()}),
         ("bert", {"bert.embeddings.position_ids": (1, 16)}),
         ("llama", {"model.layers.0.self_attn.rotary_emb.inv_freq": (4,)}),
     ],
@@ -161,9 +174,17 @@ def test_tensors_that_do_not_fit_are_all_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "parts"),
     [
-        ({"model_type": "t5"}, ["model_type 't5'", "bert, gpt2, llama", "symmetries="]),
+        ({"model_type": "t5"}, ["model_type 't5'", "bert, gpt2, gpt_neo, gptj, llama", "symmetries="]),
         ({"model_type": "gpt2"}, ["config.json has no 'n_embd'", "gpt2"]),
-        ({}, ["no config.json with a model_type", "form no chain", "norm.weight [4]", "bert, gpt2, llama"]),
+        (
+            {},
+            [
+                "no config.json with a model_type",
+                "form no chain",
+                "norm.weight [4]",
+                "bert, gpt2, gpt_neo, gptj, llama",
+            ],
+        ),
     ],
 )
 def test_a_model_without_a_table_is_refused(config: dict[str, str], parts: list[str], tmp_path: Path) -> None:

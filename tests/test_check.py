@@ -79,6 +79,7 @@ TOO_LARGE = [
     ("llama-tied", lambda t: with_group(t, "residual", scale="positive"), "residual scale"),
     ("llama-tied", lambda t: with_group(t, "residual", rotation="orthogonal"), "residual rotation"),
     ("qwen3", lambda t: with_group(t, "heads", query_key="phases"), "heads.* inside"),
+    ("gpt-j", lambda t: with_group(t, "heads", query_key="signs"), "heads.* inside"),
     ("resnet-basic", lambda t: with_group(t, "stages", scale="nonzero"), "stages.*.layers.*.* scale"),
     ("resnet-gelu", lambda t: with_group(t, "stem", scale="positive"), "stem scale"),
     # an axis that is not named, or in the wrong view

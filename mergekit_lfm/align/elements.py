@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mergekit_lfm.arch.declare import Heads, Symmetries, Units
+from mergekit_lfm.arch.declare import Heads, QueryKey, Symmetries, Units
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.transforms import Element, Gain, HeadsElement, Transform, TransformFacts, UnitsElement
 
@@ -83,9 +83,11 @@ def random_heads(group: Heads, kinds: Collection[Kind], draw: torch.Generator) -
 
 
 def random_query_key(
-    group: Heads, family: Literal["linear", "phases", "signs"], draw: torch.Generator
-) -> Tensor:  # [groups, head_dim, head_dim]
-    """What acts within the heads on keys, of a family that need not be the group's own."""
+    group: Heads, family: QueryKey, draw: torch.Generator
+) -> Tensor | None:  # [groups, head_dim, head_dim]
+    """What acts within the heads on keys, of a family that need not be the group's own; None where nothing does."""
+    if family == "fixed":
+        return None
     if family == "linear":
         return random_matrices(group.groups, group.head_dim, draw)
     shape = (group.groups, group.head_dim // 2)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from mergekit_lfm.arch.declare import Group, Heads, Scale, Symmetries, Units, read_table
+from mergekit_lfm.arch.declare import Group, Heads, Scale, Symmetries, Units, prefixed, read_table
 from mergekit_lfm.arch.outputs import keep_outputs
 
 MODEL_TYPES = ("bert",)
@@ -63,9 +63,7 @@ def symmetries(config: Mapping[str, Any], names: Iterable[str]) -> Symmetries:
     for layer in range(layers):
         groups[f"heads.{layer}"] = Heads(heads, 1, width // heads, "linear")
         groups[f"ffn.{layer}"] = Units(config["intermediate_size"], scale)
-    body, head = TABLE, HEADS
-    if any(name.startswith("bert.") for name in names):
-        body = re.sub(r"^(?=\S)", "bert.", body, flags=re.MULTILINE)
+    body, head = prefixed(TABLE, "bert.", names), HEADS
     if not any(name.endswith("pooler.dense.weight") for name in names):
         head = head.replace("pooler'", "residual'")  # a classifier of tokens
     if config.get("tie_word_embeddings", True):

@@ -7,6 +7,7 @@ transposed; `ffn.0:order` follows the order of the units only. Words without a g
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -20,6 +21,7 @@ UNIT_VIEWS = ("", "'", "order", "gain", "shift")
 HEAD_VIEWS = ("query", "key", "value", "output")
 
 Scale = Literal["sign", "positive", "nonzero"]
+QueryKey = Literal["linear", "phases", "signs", "fixed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,14 +46,14 @@ class Heads:
     Groups may stand in any order, and query heads within their group. query_key: what may act within a head on keys,
     with its inverse transposed on the queries: "linear" any invertible matrix (no rotary positions); "phases" for each
     pair (i, i + head_dim / 2) of rotary positions a rotation and a factor; "signs" for each such pair a sign (rotary
-    positions, and norms of queries and keys). On values any invertible matrix acts, on the output's columns its inverse
-    transposed.
+    positions, and norms of queries and keys); "fixed" nothing, where positions are rotary in other pairs and so allow
+    what has no name here. On values any invertible matrix acts, on the output's columns its inverse transposed.
     """
 
     groups: int
     per_group: int
     head_dim: int
-    query_key: Literal["linear", "phases", "signs"]
+    query_key: QueryKey
 
     def size(self, view: str) -> int:
         """The length of an axis in one of the HEAD_VIEWS."""
@@ -127,6 +129,12 @@ def read_table(
                 continue
             tensors[name.removesuffix("?")] = tuple(read_axis(word, groups) for word in words)
     return Symmetries(groups, tensors)
+
+
+def prefixed(table: str, prefix: str, present: Iterable[str]) -> str:
+    """The table with a prefix before each name, unless none of the names in the checkpoint has it."""
+    found = any(name.startswith(prefix) for name in present)
+    return re.sub(r"^(?=\S)", prefix, table, flags=re.MULTILINE) if found else table
 
 
 def _repeated(line: list[str], repeat: Mapping[str, int]) -> Iterable[list[str]]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from mergekit_lfm.arch.declare import Group, Heads, Symmetries, Units, read_table
+from mergekit_lfm.arch.declare import Group, Heads, Symmetries, Units, prefixed, read_table
 from mergekit_lfm.arch.outputs import keep_outputs
 
 MODEL_TYPES = ("gpt2",)
@@ -49,9 +48,7 @@ def symmetries(config: Mapping[str, Any], names: Iterable[str]) -> Symmetries:
     for layer in range(config["n_layer"]):
         groups[f"heads.{layer}"] = Heads(heads, 1, width // heads, "linear")
         groups[f"ffn.{layer}"] = Units(config.get("n_inner") or 4 * width, "positive" if relu else None)
-    table = TABLE
-    if any(name.startswith("transformer.") for name in names):
-        table = re.sub(r"^(?=\S)", "transformer.", table, flags=re.MULTILINE)
-    found = read_table(table + HEAD, groups, names, {"l": config["n_layer"]})
+    table = prefixed(TABLE, "transformer.", names) + HEAD
+    found = read_table(table, groups, names, {"l": config["n_layer"]})
     headless = "GPT2Model" in (config.get("architectures") or ())  # a tied head is not in the file
     return keep_outputs(found, {"residual"}) if headless else found
