@@ -4,21 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.methods.declare import Parameter, Value
-from mergekit_lfm.settings import did_you_mean, read_value
-
-
-@dataclass(frozen=True, slots=True)
-class GivenFile:
-    """A file that a recipe names: `ref` as written, `path` (absolute)."""
-
-    ref: str
-    path: Path
+from mergekit_lfm.settings import GivenFile, did_you_mean, read_value
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 import os
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ from mergekit_lfm.archives import Unreadable, read_archive, state_dict
 from mergekit_lfm.durable import replace_file
 from mergekit_lfm.errors import FormatError
 from mergekit_lfm.machine import cache_folder, default_threads
-from mergekit_lfm.tensors import ITEMSIZE, TensorSpec, read_exactly, read_header
+from mergekit_lfm.tensors import ITEMSIZE, TensorSpec, encode_header, read_exactly, read_header
 
 if TYPE_CHECKING:
     import torch
@@ -311,9 +312,10 @@ class Checkpoint(Mapping[str, TensorSpec]):
     def digests(self) -> dict[str, str]:
         """xxh3-128 of every tensor's bytes, in hex. Reads all of the data, once."""
         with ThreadPoolExecutor(default_threads()) as pool:
-            return dict(zip(self, pool.map(self._digest, self), strict=True))
+            return dict(zip(self, pool.map(self.digest_of, self), strict=True))
 
-    def _digest(self, name: str) -> str:
+    def digest_of(self, name: str) -> str:
+        """xxh3-128 of one tensor's bytes, in hex."""
         found, nbytes = xxhash.xxh3_128(), self[name].nbytes
         buffer = memoryview(bytearray(min(1 << 20, nbytes)))
         for start in range(0, nbytes, 1 << 20):
@@ -356,12 +358,24 @@ def content_of(tensors: Mapping[str, torch.Tensor]) -> str:
     """What `Checkpoint.content` is for tensors that lie in memory."""
     return content_digest(
         {
-            TensorSpec(name, tuple(x.shape), str(x.dtype).removeprefix("torch.")): xxhash.xxh3_128_hexdigest(
-                bytes_of(x.detach().cpu().contiguous())
-            )
+            spec_of(name, x): xxhash.xxh3_128_hexdigest(bytes_of(x.detach().cpu().contiguous()))
             for name, x in tensors.items()
         }
     )
+
+
+def spec_of(name: str, x: torch.Tensor) -> TensorSpec:
+    """What a checkpoint's header says of a tensor."""
+    return TensorSpec(name, tuple(x.shape), str(x.dtype).removeprefix("torch."))
+
+
+def save_tensors(
+    path: Path, specs: Sequence[TensorSpec], read: Callable[[str], torch.Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Write one safetensors file, at once. read: a tensor by name, asked for one at a time."""
+    header, _ = encode_header(specs, metadata)
+    parts = (bytes_of(read(spec.name).detach().cpu().contiguous()) for spec in specs)
+    replace_file(path.resolve(), chain([header], parts))
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:

@@ -25,13 +25,17 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def replace_file(path: Path, data: bytes) -> None:
-    """Give the file its new content at once: whoever reads it sees the old one or the new one, whole."""
+def replace_file(path: Path, data: bytes | Iterable[bytes | memoryview]) -> None:
+    """Give the file its new content at once: whoever reads it sees the old one or the new one, whole.
+
+    data: all of it, or its parts in order.
+    """
     with naming(path):
         temporary = path.with_name(path.name + ".tmp")
         try:
-            temporary.write_bytes(data)
-            with temporary.open("rb") as file:
+            with temporary.open("wb") as file:
+                file.writelines([data] if isinstance(data, bytes) else data)
+                file.flush()
                 os.fsync(file.fileno())
             temporary.rename(path)
         except BaseException:

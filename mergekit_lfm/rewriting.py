@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from operator import itemgetter
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -335,21 +335,44 @@ def rewrite(tensors: Mapping[str, Tensor], transform: Transform) -> dict[str, Te
     return result
 
 
-class RewrittenFile(WeightFile):
-    """A file of tensors as a transform rewrites them. What is left alone still is a range of the file.
+class ByRows(Protocol):
+    """What makes a tensor anew while it is read: panels of rows of the new one, from rows of the stored one."""
 
-    kept: of each thread the panel that it asked for last, in any file of the checkpoint: neighbouring ranges share it.
+    old: TensorSpec
+    spec: TensorSpec
+    idle: bool
+    whole: bool
+
+    @property
+    def panels(self) -> list[tuple[int, int]]: ...
+    @property
+    def scratch(self) -> int: ...
+    def apply(self, x: Tensor, /) -> Tensor: ...
+    def rows(self, first: int, last: int, read: Callable[[int, int], Tensor], /) -> Tensor: ...
+
+
+class RewrittenFile(WeightFile):
+    """A file of tensors that are rewritten as they are read. What is left alone still is a range of the file.
+
+    held: gives the bytes that all rewriters hold. kept: of each thread the panel that it asked for last, in any file of
+    the checkpoint: neighbouring ranges share it.
     """
 
-    def __init__(self, inner: WeightFile, rewriters: Mapping[str, Rewriter], maps: Maps, kept: threading.local) -> None:
-        self.inner, self.rewriters, self.maps, self._kept = inner, rewriters, maps, kept
+    def __init__(
+        self,
+        inner: WeightFile,
+        rewriters: Mapping[str, ByRows],
+        held: Callable[[], int],
+        kept: threading.local,
+    ) -> None:
+        self.inner, self.rewriters, self._held, self._kept = inner, rewriters, held, kept
         self.path, self.data_start = inner.path, inner.data_start
         self.nbytes, self.mtime_ns, self.fallback = inner.nbytes, inner.mtime_ns, inner.fallback
         self.tensors = {name: (rewriters[name].spec, offset) for name, (_, offset) in inner.tensors.items()}
 
     @property
     def resident(self) -> int:
-        return self.maps.nbytes
+        return self._held()
 
     def fileno(self) -> int:
         return self.inner.fileno()
@@ -406,4 +429,5 @@ def rewritten(checkpoint: Checkpoint, transform: Transform, view: Mapping[str, A
     """The checkpoint as the transform rewrites it, read like any other. view: what stands for the transform."""
     maps, kept = Maps(transform), threading.local()
     rewriters = {name: Rewriter(maps, spec) for name, spec in checkpoint.items()}
-    return Checkpoint(checkpoint.path, [RewrittenFile(file, rewriters, maps, kept) for file in checkpoint.files], view)
+    files = [RewrittenFile(file, rewriters, lambda: maps.nbytes, kept) for file in checkpoint.files]
+    return Checkpoint(checkpoint.path, files, view)

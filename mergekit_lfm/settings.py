@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
 from mergekit_lfm.methods import Parameter
@@ -24,6 +25,14 @@ _KINDS = {
     "str": "text",
     "switch": "true or false",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class GivenFile:
+    """A file that a recipe names: `ref` as written, `path` (absolute)."""
+
+    ref: str
+    path: Path
 
 
 @dataclass(frozen=True, slots=True)

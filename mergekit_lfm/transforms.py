@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_lfm.arch.declare import Group, Heads, Symmetries, Units, read_axis
-from mergekit_lfm.checkpoint import bytes_of, open_checkpoint
-from mergekit_lfm.durable import replace_file
+from mergekit_lfm.checkpoint import open_checkpoint, save_tensors, spec_of
 from mergekit_lfm.errors import FormatError
-from mergekit_lfm.tensors import TensorSpec, encode_header, read_header
+from mergekit_lfm.tensors import read_header
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,9 +103,7 @@ class Transform:
         }
         for norm, gain in self.gains.items():
             tensors |= {f"gain/old/{norm}": gain.old.contiguous(), f"gain/new/{norm}": gain.new.contiguous()}
-        specs = [TensorSpec(n, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in tensors.items()]
-        header, _ = encode_header(specs, _metadata(self))
-        replace_file(Path(path).resolve(), b"".join([header, *(bytes(bytes_of(t)) for t in tensors.values())]))
+        save_tensors(Path(path), [spec_of(n, x) for n, x in tensors.items()], tensors.__getitem__, _metadata(self))
 
 
 def _metadata(transform: Transform) -> dict[str, str]:
