@@ -1,0 +1,236 @@
+"""Facts edited in a model: ROME one after another, MEMIT all at once. The result is a patch; the model stays as it was.
+
+While it works, the weights of the edited layers are changed in place, since what comes after depends on them, and put
+back bit for bit at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mergekit_lfm.collect.locate import located
+from mergekit_lfm.edit.covariance import Covariance, second_moments, solve
+from mergekit_lfm.edit.prompts import filled
+from mergekit_lfm.edit.sites import Site, find_sites
+from mergekit_lfm.edit.targets import Progress, Subject, at_rest, find_targets, limit_of
+from mergekit_lfm.edits import EDIT_METHODS, edit_options
+from mergekit_lfm.errors import PlanError
+from mergekit_lfm.facts import Fact, FactsFile, as_facts
+from mergekit_lfm.patches import Changed, Patch
+from mergekit_lfm.runtime import Loaded, tokenizer_for_texts
+from mergekit_lfm.stats import Statistics
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ALIKE = 0.995  # the cosine above which two keys are one to least squares
+
+
+def edit(
+    model: nn.Module | Loaded,
+    tokenizer: PreTrainedTokenizerBase | None,
+    facts: Any,
+    *,
+    method: str = "memit",
+    covariance: Covariance = None,
+    preset: str | None = None,
+    dtype: torch.dtype = torch.float64,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Patch:
+    """The patch after which the model says the facts. The model itself stays as it was.
+
+    model: of transformers, or what `load_model` has loaded; then the patch is in the names of its files, and knows
+    which model it is for. facts: what `as_facts` takes. covariance: the second moments of the inputs of the layers'
+    down-projections, by layer number or weight, [in, in]; a statistics file of kind gram; or "identity". dtype: of the
+    solves; the model runs in its own. options: `layers`, `context_templates`, `steps`, `lr`, `weight_decay`,
+    `kl_factor`, `clamp`, `loss_threshold`, `lambda_` or `lambda_ratio`, `ridge`, `kl_template`, `key`, `batch`,
+    `allow_same_subject`; `EDIT_METHODS` has their defaults. progress: called with (facts searched, of how many).
+
+    Raises PlanError for options that are wrong or that the model cannot honour, and, with MEMIT, for two facts about
+    one subject, which would undo one another. Source: `EDIT_METHODS`.
+    """
+    given = {"lambda" if name == "lambda_" else name: value for name, value in options.items()}
+    if isinstance(covariance, str):
+        given["covariance"] = covariance
+    asked = edit_options(method, given, preset=preset, place="edit")
+    covariance = asked["covariance"] if covariance is None else covariance
+    known = as_facts(facts)
+    loaded = model if isinstance(model, Loaded) else None
+    module = model.model if isinstance(model, Loaded) else model
+    tokenizer = tokenizer_for_texts(tokenizer or (loaded.tokenizer if loaded else None))
+    sites = _chosen(find_sites(module), method, asked["layers"])
+    names = {site.weight: site.weight for site in sites}
+    if loaded is not None:
+        places, _ = located(module, loaded.checkpoint)
+        names = {site.weight: places[site.weight] for site in sites}
+    content = loaded.checkpoint.content if loaded is not None and isinstance(covariance, Statistics) else None
+    moments = second_moments(covariance, sites, names, content, ridge=asked["ridge"], dtype=dtype)
+    work = _Work(Subject(module, tokenizer, limit_of(module)), sites, moments, asked, dtype, progress)
+    with at_rest(module), _put_back(sites), torch.no_grad():
+        changes = (_rome if method == "rome" else _memit)(work, known.facts)
+    return _patch(changes, sites, names, loaded, method, {**asked, "layers": [s.layer for s in sites]}, known)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What both methods are given. moments: of each site."""
+
+    subject: Subject
+    sites: Sequence[Site]
+    moments: Sequence[Tensor]
+    options: Mapping[str, Any]
+    dtype: torch.dtype
+    progress: Progress | None
+
+    @property
+    def templates(self) -> list[list[str]]:
+        """The contexts by kind: as they are given in lists, or the bare prompt and the others."""
+        given = self.options["context_templates"]
+        if any(isinstance(entry, list) for entry in given):
+            return [entry if isinstance(entry, list) else [entry] for entry in given]
+        others = [template for template in given if template != "{}"]
+        return [kind for kind in (["{}"] if "{}" in given else [], others) if kind]
+
+    @property
+    def contexts(self) -> list[str]:
+        """All contexts; in the first the search measures the state that it starts from."""
+        given = self.options["context_templates"]
+        return [each for entry in given for each in (entry if isinstance(entry, list) else [entry])]
+
+    def states(self, facts: Sequence[Fact], templates: Sequence[str], module: nn.Module, *, inputs: bool) -> Tensor:
+        """The module's output or input at the subjects in these contexts, [facts, templates, width]."""
+        prompts = [filled(template, fact.prompt, fact.subject) for fact in facts for template in templates]
+        rows = self.options["batch"] * (len(self.contexts) + 1)
+        (found,) = self.subject.at_subject(self.subject.encode(prompts), [module], inputs=inputs, rows=rows)
+        return found.reshape(len(facts), len(templates), -1).to("cpu", self.dtype)
+
+
+Changes = list[tuple[Tensor, Tensor]]  # of each site (left [out, n], right [n, in])
+
+
+def _memit(work: _Work, facts: Sequence[Fact]) -> Changes:
+    """Least squares over all facts, layer by layer. Source: MEMIT, equations 14, 19 and 20."""
+    sites, options, last = work.sites, work.options, work.sites[-1].block
+    if not options["allow_same_subject"]:
+        _refuse_same_subject(facts, _keys(work, facts, sites[0]))
+    wanted = find_targets(work.subject, last, facts, options, work.contexts, work.progress).to("cpu", work.dtype)
+    changes = []
+    for i, (site, moment) in enumerate(zip(sites, work.moments, strict=True)):
+        keys = _keys(work, facts, site)  # [n, in]
+        residual = (wanted - work.states(facts, ["{}"], last, inputs=False)[:, 0]) / (len(sites) - i)
+        weight = options["lambda"]
+        if weight is None:
+            weight = options["lambda_ratio"] * site.inputs
+        solved = solve(weight * moment + keys.mT @ keys, keys.mT, f"layer {site.layer}")  # [in, n]
+        changes.append((residual.mT, solved.mT))
+        _add(site, *changes[-1])
+    return changes
+
+
+def _keys(work: _Work, facts: Sequence[Fact], site: Site) -> Tensor:
+    """The site's inputs at the subjects: the mean over kinds of contexts of the mean within each, [n, in]."""
+    kinds = [work.states(facts, kind, site.projection, inputs=True).mean(1) for kind in work.templates]
+    return torch.stack(kinds).mean(0)
+
+
+def _refuse_same_subject(facts: Sequence[Fact], keys: Tensor) -> None:
+    """PlanError where two facts have one key, and so would be averaged."""
+    unit = torch.nn.functional.normalize(keys, dim=1)
+    near = (unit @ unit.mT) > ALIKE
+    pairs = [
+        f"{a.text!r} and {b.text!r}"
+        for i, a in enumerate(facts)
+        for j, b in enumerate(facts[:i])
+        if a.subject.casefold() == b.subject.casefold() or (bool(near[i, j]) and a.target_new != b.target_new)
+    ]
+    if pairs:
+        more = f"\n  and {len(pairs) - 10} more pairs" if len(pairs) > 10 else ""
+        raise PlanError(
+            "found facts about one subject in one batch, which least squares would average:\n  "
+            + "\n  ".join(pairs[:10])
+            + f"{more}\nedit them one after another, as several patches, or with rome; allow_same_subject edits them "
+            "all the same"
+        )
+
+
+def _rome(work: _Work, facts: Sequence[Fact]) -> Changes:
+    """One change of rank one after another. Source: ROME, equation 2; which keys as the authors' code has it."""
+    (site,), (moment,) = work.sites, work.moments
+    options, parts = work.options, []
+    for i, fact in enumerate(facts):
+        (wanted,) = find_targets(work.subject, site.mlp, [fact], options, work.contexts).to("cpu", work.dtype)
+        contexts = ["{}"] if options["key"] == "bare" else work.contexts
+        mean_key = work.states([fact], contexts, site.projection, inputs=True)[0].mean(0)
+        here = contexts if options["key"] == "mean" else ["{}"]
+        key = work.states([fact], here, site.projection, inputs=True)[0].mean(0)
+        value = work.states([fact], here, site.projection, inputs=False)[0].mean(0)
+        direction = solve(moment, mean_key[:, None], f"layer {site.layer}")[:, 0]
+        parts.append((((wanted - value) / (key @ direction))[:, None], direction[None]))
+        _add(site, *parts[-1])
+        if work.progress is not None:
+            work.progress(i + 1, len(facts))
+    return [(torch.cat([left for left, _ in parts], 1), torch.cat([right for _, right in parts]))]
+
+
+def _add(site: Site, left: Tensor, right: Tensor) -> None:
+    weight = site.parameter
+    weight.copy_((weight.to("cpu", left.dtype) + site.as_stored(left @ right)).to(weight.dtype))
+
+
+@contextmanager
+def _put_back(sites: Sequence[Site]) -> Iterator[None]:
+    """The weights of the sites as they are now, whatever happens to them within."""
+    before = [site.parameter.detach().clone() for site in sites]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for site, weight in zip(sites, before, strict=True):
+                site.parameter.copy_(weight)
+
+
+def _chosen(sites: Sequence[Site], method: str, layers: Sequence[int] | None) -> list[Site]:
+    """The sites of the layers that were asked for, or of the method's band. PlanError for layers that are not there."""
+    depth, band = len(sites), EDIT_METHODS[method].band
+    if layers is None:
+        first, last = (1 / 6, 1 / 6) if band is None else band
+        layers = range(round(first * depth), max(round(first * depth), round(last * depth)) + 1)
+    if absent := [layer for layer in layers if layer >= depth]:
+        raise PlanError(f"edit.layers: there is no layer {absent[0]}; the model has {depth}, 0 to {depth - 1}")
+    if band is None and len(layers) > 1:
+        raise PlanError(f"edit.layers: found {list(layers)}, but {method} edits one layer; choose one, or use memit")
+    return [sites[layer] for layer in layers]
+
+
+def _patch(
+    changes: Changes,
+    sites: Sequence[Site],
+    names: Mapping[str, str],
+    loaded: Loaded | None,
+    method: str,
+    options: Mapping[str, Any],
+    facts: FactsFile,
+) -> Patch:
+    """The changes as a patch, in the names, dtypes and orientation of what they are for."""
+    held = {}
+    for site, (left, right) in zip(sites, changes, strict=True):
+        if not bool(left.isfinite().all() and right.isfinite().all()):
+            raise PlanError(
+                f"the change of layer {site.layer} is not finite; try a smaller lr or clamp, or a larger ridge"
+            )
+        parts = (left, right) if site.axis == 1 else (right.mT, left.mT)
+        spec = None if loaded is None else loaded.checkpoint[names[site.weight]]
+        stored = str(site.parameter.dtype).removeprefix("torch.") if spec is None else spec.dtype
+        held[names[site.weight]] = (*parts, Changed("low_rank", tuple(site.parameter.shape), stored, site.axis))
+    patch = Patch.low_rank(method, held, options=options, facts=facts.as_data())
+    if loaded is None:
+        return patch
+    checkpoint = loaded.checkpoint
+    return patch.made_for(checkpoint.content, {name: checkpoint.digest_of(name) for name in held})

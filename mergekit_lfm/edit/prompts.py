@@ -1,0 +1,122 @@
+"""Texts as the model takes them, and where in them the subject lies, by the tokenizer's offsets on the whole text.
+
+Counting the tokens of the parts would be wrong: a word is other tokens at the start of a text than within it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mergekit_lfm.errors import PlanError
+from mergekit_lfm.facts import BLANK
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Texts as rows, padded on the right. ids, mask: int64 [n, tokens]. lengths: tokens of each row, unpadded.
+
+    first, last: the positions of the subject's first and last token; -1 in texts without one.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    lengths: Tensor
+    first: Tensor
+    last: Tensor
+
+    def rows(self, start: int, stop: int) -> Encoded:
+        """Some of the rows, without columns that are padding in all of them."""
+        width = int(self.lengths[start:stop].max())
+        part = slice(start, stop)
+        return Encoded(
+            self.ids[part, :width], self.mask[part, :width], self.lengths[part], self.first[part], self.last[part]
+        )
+
+    def inputs(self, device: torch.device) -> dict[str, Tensor]:
+        """What the model is called with."""
+        return {"input_ids": self.ids.to(device), "attention_mask": self.mask.to(device)}
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    spans: Sequence[tuple[int, int] | None] | None = None,
+    endings: Sequence[Sequence[int]] | None = None,
+    *,
+    limit: int | None = None,
+) -> Encoded:
+    """The texts as the tokenizer begins them, with the tokens `endings` after them; and where the spans' tokens are.
+
+    spans: of characters. limit: the most tokens that the model takes. PlanError where a text has more, a span has no
+    token of its own, or the tokenizer gives no offsets.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise PlanError(
+            f"{type(tokenizer).__name__} does not say which characters its tokens are, expected a fast tokenizer; save "
+            "the model with one (tokenizer.json)"
+        )
+    coded: Any = tokenizer(list(texts), return_offsets_mapping=True, padding=False)
+    offsets = [_unended(each) for each in coded["offset_mapping"]]
+    rows = [ids[: len(each)] for ids, each in zip(coded["input_ids"], offsets, strict=True)]
+    if endings is not None:
+        rows = [[*row, *ending] for row, ending in zip(rows, endings, strict=True)]
+    width = max(map(len, rows))
+    if limit is not None and width > limit:
+        longest = max(range(len(rows)), key=lambda i: len(rows[i]))
+        raise PlanError(f"{texts[longest]!r:.80} has {width} tokens, the model takes {limit}; shorten it")
+    ids = torch.zeros(len(rows), width, dtype=torch.int64)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row, dtype=torch.int64)
+    lengths = torch.tensor([len(row) for row in rows])
+    mask = (torch.arange(width) < lengths[:, None]).long()
+    found = (
+        [(-1, -1)] * len(rows) if spans is None else [_tokens_of(*x) for x in zip(texts, offsets, spans, strict=True)]
+    )
+    first, last = torch.tensor(found, dtype=torch.int64).reshape(-1, 2).unbind(1)
+    return Encoded(ids, mask, lengths, first, last)
+
+
+def _unended(offsets: Sequence[tuple[int, int]]) -> Sequence[tuple[int, int]]:
+    """The offsets less those of special tokens at the end: the text goes on."""
+    last = len(offsets)
+    while last > 1 and offsets[last - 1][0] == offsets[last - 1][1]:
+        last -= 1
+    return offsets[:last]
+
+
+def _tokens_of(text: str, offsets: Sequence[tuple[int, int]], span: tuple[int, int] | None) -> tuple[int, int]:
+    """The first and last token that have characters of the span."""
+    if span is None:
+        return -1, -1
+    inside = [i for i, (start, stop) in enumerate(offsets) if start < span[1] and stop > span[0] and stop > start]
+    if not inside:
+        raise PlanError(
+            f"the tokenizer gives {text[slice(*span)]!r} in {text!r:.80} no token; give another name of the subject"
+        )
+    return inside[0], inside[-1]
+
+
+def filled(template: str, prompt: str, subject: str) -> tuple[str, tuple[int, int]]:
+    """A prompt about its subject in the context of a template, and where the subject lies in it."""
+    before, _, after = template.partition(BLANK)
+    start, _, end = prompt.partition(BLANK)
+    begin = len(before) + len(start)
+    return f"{before}{start}{subject}{end}{after}", (begin, begin + len(subject))
+
+
+def target_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str) -> list[int]:
+    """The tokens of a target as it goes on after a prompt. PlanError where there is none."""
+    coded: Any = tokenizer(f"{prompt} {target}", return_offsets_mapping=True)
+    pairs = zip(coded["input_ids"], coded["offset_mapping"], strict=True)
+    ids = [token for token, (start, stop) in pairs if stop > max(start, len(prompt))]
+    if not ids:
+        raise PlanError(f"the tokenizer gives the target {target!r} no token; give another target")
+    return ids

@@ -1,0 +1,217 @@
+"""What a model says of facts: which of two targets is the more likely, and whether the right one is what it would say.
+
+The first alone, as publications have it, hides damage. Every prompt is asked with its target after it: the text is
+tokenised as a whole, and of its tokens those after the prompt's last character are the target's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import exp
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mergekit_lfm.edit.prompts import Encoded, encode
+from mergekit_lfm.edit.targets import Progress, at_rest, limit_of
+from mergekit_lfm.errors import PlanError
+from mergekit_lfm.facts import Fact, FactsFile, as_facts
+from mergekit_lfm.runtime import logits, run, tokenizer_for_texts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What a model says of one fact. right: target_new is what it would say, token by token (EA).
+
+    p_new, p_true: exp of the mean log-probability of the target's tokens; p_true None without target_true.
+    """
+
+    subject: str
+    prompt: str
+    target_new: str
+    right: bool
+    p_new: float
+    p_true: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Shares of prompts, from 0 to 1; None where the facts file has no such prompts. counts: over how many each is.
+
+    es, ps: target_new is more likely than target_true, after the prompts and after paraphrases. ns: target_true is more
+    likely than target_new, after prompts about neighbours. ea, pa, na: after the same three all tokens of the right
+    target are the most likely of the vocabulary, each after the right ones before it. sa: that, of what stays true of
+    the subjects; unedited: that, of statements that no fact is about.
+    """
+
+    es: float | None
+    ps: float | None
+    ns: float | None
+    ea: float | None
+    pa: float | None
+    na: float | None
+    sa: float | None
+    unedited: float | None
+    counts: Mapping[str, int]
+    rows: tuple[Row, ...]
+
+    def as_data(self) -> dict[str, Any]:
+        """All of it, JSON-able."""
+        shares = {metric: getattr(self, metric) for metric in METRICS}
+        return {**shares, "counts": dict(self.counts), "rows": [asdict(row) for row in self.rows]}
+
+
+METRICS = ("es", "ps", "ns", "ea", "pa", "na", "sa", "unedited")
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """How a model takes a target. logp: the mean over its tokens; right: each of them is the most likely one."""
+
+    logp: float
+    right: bool
+
+
+Asked = tuple[str, str]  # a prompt, and a target after it
+
+
+def score_facts(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None,
+    facts: Any,
+    *,
+    batch: int = 32,
+    progress: Progress | None = None,
+) -> Scores:
+    """What the model says of the facts, and of all else that the facts file names.
+
+    facts: what `as_facts` takes. batch: texts in one forward pass; the result does not depend on it, but for rounding.
+    progress: called with (texts done, of how many). PlanError where a text is longer than the model takes, or a target
+    has no tokens. Of equally likely tokens the first counts; what is NaN is wrong. ES, PS, NS: Meng et al. 2022, ROME
+    (arXiv 2202.05262), section 3.4 and appendix, with means over prompts in place of means of every fact's mean.
+    """
+    known = as_facts(facts)
+    questions = _questions(known)
+    targets = [(q.prompt, target) for each in questions.values() for q in each for target in (q.right, q.wrong)]
+    asked = list(dict.fromkeys((prompt, target) for prompt, target in targets if target is not None))
+    said = dict(zip(asked, say(model, tokenizer, asked, batch=batch, progress=progress), strict=True))
+    found = {metric: [said[q.prompt, q.right].right for q in each] for metric, each in questions.items()}
+    for judged, compared in COMPARED.items():
+        found[compared] = [
+            said[q.prompt, q.right].logp > said[q.prompt, q.wrong].logp
+            for q in questions[judged]
+            if q.wrong is not None
+        ]
+    shares = {metric: sum(answers) / len(answers) if answers else None for metric, answers in found.items()}
+    counts = {metric: len(found[metric]) for metric in METRICS}
+    return Scores(**shares, counts=counts, rows=tuple(_row(fact, said) for fact in known.facts))
+
+
+COMPARED = {"ea": "es", "pa": "ps", "na": "ns"}  # what is asked of the same prompts
+
+
+@dataclass(frozen=True, slots=True)
+class _Question:
+    """A prompt, what the model shall say after it, and what that has to be more likely than."""
+
+    prompt: str
+    right: str
+    wrong: str | None = None
+
+
+def _questions(known: FactsFile) -> dict[str, list[_Question]]:
+    """By the metrics that ask for the most likely target."""
+    facts = known.facts
+    paraphrased = [(fact, text) for fact in facts for text in fact.paraphrase_prompts]
+    same = [statement for fact in facts for statement in fact.same_subject]
+    return {
+        "ea": [_Question(fact.text, fact.target_new, fact.target_true) for fact in facts],
+        "pa": [_Question(text, fact.target_new, fact.target_true) for fact, text in paraphrased],
+        "na": [
+            _Question(text, fact.target_true, fact.target_new)
+            for fact in facts
+            if fact.target_true is not None
+            for text in fact.neighborhood_prompts
+        ],
+        "sa": [_Question(statement.prompt, statement.target) for statement in same],
+        "unedited": [_Question(statement.prompt, statement.target) for statement in known.unedited],
+    }
+
+
+def _row(fact: Fact, said: Mapping[Asked, Said]) -> Row:
+    new = said[fact.text, fact.target_new]
+    true = None if fact.target_true is None else exp(said[fact.text, fact.target_true].logp)
+    return Row(fact.subject, fact.prompt, fact.target_new, new.right, exp(new.logp), true)
+
+
+def say(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None,
+    asked: Sequence[Asked],
+    *,
+    batch: int = 32,
+    progress: Progress | None = None,
+) -> list[Said]:
+    """How the model takes each target after its prompt, one after the other with a space between.
+
+    Texts of like length run together, padded on the right. The model is left as it was. Raises as `score_facts`.
+    """
+    encoded = encode_targets(model, tokenizer, asked)
+    order = encoded.lengths.argsort(descending=True, stable=True)
+    found: list[Said | None] = [None] * len(asked)
+    with at_rest(model), torch.no_grad():
+        for start in range(0, len(order), batch):
+            rows = order[start : start + batch]
+            for row, each in zip(rows.tolist(), _said(model, _picked(encoded, rows)), strict=True):
+                found[row] = each
+            if progress is not None:
+                progress(min(start + batch, len(order)), len(order))
+    return [each for each in found if each is not None]
+
+
+def encode_targets(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, asked: Sequence[Asked]) -> Encoded:
+    """The prompts with their targets; first and last: of the target's tokens. Raises as `score_facts`."""
+    texts = [f"{prompt} {target}" for prompt, target in asked]
+    spans = [(len(prompt), len(text)) for (prompt, _), text in zip(asked, texts, strict=True)]
+    encoded = encode(tokenizer_for_texts(tokenizer), texts, spans, limit=limit_of(model))
+    alone = [texts[row] for row in (encoded.first == 0).nonzero()[:, 0].tolist()]
+    if alone:
+        raise PlanError(
+            f"the tokenizer gives {alone[0]!r:.80} no token before the target, so that there is nothing to predict it "
+            "from; give a longer prompt"
+        )
+    return encoded
+
+
+def _picked(encoded: Encoded, rows: Tensor) -> Encoded:
+    """Some rows, without columns that are padding in all of them."""
+    width = int(encoded.lengths[rows].max())
+    return Encoded(
+        encoded.ids[rows, :width],
+        encoded.mask[rows, :width],
+        encoded.lengths[rows],
+        encoded.first[rows],
+        encoded.last[rows],
+    )
+
+
+def _said(model: nn.Module, texts: Encoded) -> list[Said]:
+    """Of every row the target, from one forward pass."""
+    device = next(model.parameters()).device
+    scores = logits(run(model, kwargs={**texts.inputs(device), "use_cache": False}))  # [rows, tokens, vocabulary]
+    counts = texts.last - texts.first + 1
+    row = torch.repeat_interleave(torch.arange(len(counts)), counts)
+    at = torch.cat([torch.arange(int(a), int(b) + 1) for a, b in zip(texts.first, texts.last, strict=True)])
+    wanted = texts.ids[row, at].to(device)
+    told = scores[row.to(device), at.to(device) - 1]  # [targets' tokens, vocabulary]
+    told = told.to(torch.promote_types(told.dtype, torch.float32)).log_softmax(-1)
+    logp = told.gather(1, wanted[:, None])[:, 0].double().cpu()
+    hit = ((told.argmax(-1) == wanted) & ~told.isnan().any(-1)).cpu()
+    ends = counts.cumsum(0).tolist()
+    spans = [slice(end - count, end) for end, count in zip(ends, counts.tolist(), strict=True)]
+    return [Said(float(logp[span].mean()), bool(hit[span].all())) for span in spans]

@@ -1,0 +1,138 @@
+"""Where a model can be edited: in each layer the down-projection of its MLP, found by the architecture's table.
+
+Which axis of the weight its inputs run along is in the table, too: never a guess from the shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from mergekit_lfm.arch.declare import Units
+from mergekit_lfm.arch.registry import ARCHITECTURES
+from mergekit_lfm.errors import PlanError
+
+
+@dataclass(frozen=True)
+class Site:
+    """The down-projection of one layer. weight: its name in the model; axis: that of its inputs, 1 for [out, in].
+
+    projection, mlp, block: the modules that hold it, each within the next. attention: that of the same block.
+    """
+
+    layer: int
+    weight: str
+    axis: int
+    projection: nn.Module
+    mlp: nn.Module
+    attention: nn.Module
+    block: nn.Module
+    inputs: int
+    outputs: int
+
+    @property
+    def parameter(self) -> Tensor:
+        """The weight, as it is stored."""
+        found: Tensor = self.projection.weight  # type: ignore[assignment]
+        return found
+
+    def as_stored(self, change: Tensor) -> Tensor:
+        """A change [out, in] in the orientation of the weight."""
+        return change if self.axis == 1 else change.mT
+
+
+def find_sites(model: nn.Module) -> tuple[Site, ...]:
+    """The site of every layer, in order. PlanError for an architecture without a table, or without such layers."""
+    config = getattr(model, "config", None)
+    kind = getattr(config, "model_type", None)
+    build = ARCHITECTURES.get(kind or "")
+    if build is None or config is None:
+        raise PlanError(
+            f"the model is of model_type {kind!r}, expected one of {', '.join(sorted(ARCHITECTURES))} to know where "
+            "its facts are stored. Choose such a model"
+        )
+    names = [name for name, _ in model.named_parameters()]
+    table = build(config.to_dict(), names)
+    sites = []
+    for layer in range(len(table.groups)):
+        group = table.groups.get(f"ffn.{layer}")
+        if not isinstance(group, Units):
+            break
+        found = [(name, axis) for name, axis in table.uses(f"ffn.{layer}") if _reads(table.tensors[name][axis])]
+        heads = [name for name, axis in table.uses(f"heads.{layer}") if table.tensors[name][axis][0].view == "output"]
+        if len(found) == len(heads) == 1 and found[0][0] in names:
+            sites.append(_site(model, layer, *found[0], heads[0]))
+    if not sites or not any(name.endswith(".weight") for name in names):
+        raise PlanError(
+            f"a model of model_type {kind!r} has no layers with one down-projection each, expected a decoder with "
+            "dense MLPs. Choose such a model; mixtures of experts cannot be edited"
+        )
+    return tuple(sites)
+
+
+def _reads(axis: Sequence[Any]) -> bool:
+    """Whether the axis is that of the inputs of what reads the hidden units, and of nothing else."""
+    return len(axis) == 1 and axis[0].view == "'"
+
+
+def _site(model: nn.Module, layer: int, weight: str, axis: int, heads: str) -> Site:
+    path = weight.removesuffix(".weight")
+    parts = path.split(".")
+    depth = parts.index(str(layer)) + 1
+    block = ".".join(parts[:depth])
+    projection = model.get_submodule(path)
+    shape = projection.weight.shape
+    assert isinstance(shape, tuple)
+    return Site(
+        layer,
+        weight,
+        axis,
+        projection,
+        model.get_submodule(path.rpartition(".")[0]),
+        model.get_submodule(f"{block}.{heads.split('.')[depth]}"),
+        model.get_submodule(block),
+        shape[axis],
+        shape[1 - axis],
+    )
+
+
+def state_of(output: Any) -> Tensor:
+    """The hidden states in what a block or MLP returned: a tensor, or the first of a tuple."""
+    found: Tensor = output[0] if isinstance(output, tuple) else output
+    return found
+
+
+@contextmanager
+def hooked(hooks: Mapping[nn.Module, Callable[[Tensor], Tensor | None]], *, inputs: bool = False) -> Iterator[None]:
+    """Call a function with the output (or the first input) of each module as the model runs; a result takes its place.
+
+    The hooks are gone afterwards, whatever happens.
+    """
+
+    def after(function: Callable[[Tensor], Tensor | None]) -> Callable[..., Any]:
+        def hook(_: nn.Module, __: Any, output: Any) -> Any:
+            new = function(state_of(output))
+            return None if new is None else (new, *output[1:]) if isinstance(output, tuple) else new
+
+        return hook
+
+    def before(function: Callable[[Tensor], Tensor | None]) -> Callable[..., Any]:
+        def hook(_: nn.Module, args: Any) -> Any:
+            new = function(args[0])
+            return None if new is None else (new, *args[1:])
+
+        return hook
+
+    handles = [
+        module.register_forward_pre_hook(before(f)) if inputs else module.register_forward_hook(after(f))
+        for module, f in hooks.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,145 @@
+"""What a recipe asks to be edited before its merge, or in its result: each leaves a patch, which the plan reads.
+
+The patches are kept, by the content of the model, the facts and all options, so that a merge that was interrupted, or
+is made again with other weights, finds them there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import xxhash
+
+from mergekit_lfm import __version__
+from mergekit_lfm.aligned import identity_of
+from mergekit_lfm.checkpoint import Checkpoint, open_checkpoint
+from mergekit_lfm.edit.driver import edit
+from mergekit_lfm.edits import EditRequest
+from mergekit_lfm.errors import FormatError, PlanError
+from mergekit_lfm.execute import execute
+from mergekit_lfm.machine import cache_folder
+from mergekit_lfm.patches import Patch, open_patch
+from mergekit_lfm.patching import patched
+from mergekit_lfm.plan import Plan, make_plan
+from mergekit_lfm.roles import Edit
+from mergekit_lfm.runtime import load_model
+from mergekit_lfm.settings import GivenFile
+from mergekit_lfm.stats import Statistics, open_statistics
+from mergekit_lfm.writer import Policy, already_there
+
+Notice = Callable[[str], None]
+
+
+def solve_edits(
+    plan: Plan,
+    out: Path,
+    notice: Notice | None = None,
+    *,
+    max_shard_size: int | None = None,
+    memory: int | None = None,
+    threads: int | None = None,
+    nan: Policy = "error",
+    resume: bool = True,
+    overwrite: bool = False,
+) -> Plan:
+    """The plan with all edits made, unless `out` holds its output already. The options are those of `execute`.
+
+    notice is called with a line for each edit that is not known from an earlier run. Edits of the result need the
+    result: it is merged once without them, beside `out`, and that is removed again. Raises what `edit` and `execute`
+    do, where `out` is in the way before anything else; ImportError without transformers.
+    """
+    notice = notice or (lambda _: None)
+    if not plan.unedited:
+        return plan
+    if already_there(plan, out.resolve(), overwrite=overwrite, rebuild=overwrite and not resume, nan=nan):
+        return plan
+    models = list(plan.models)
+    for i, model in enumerate(plan.recipe.all_models):
+        if any(isinstance(asked, EditRequest) for asked in model.edits):
+            source = open_checkpoint(model.path)
+            patches = _patches(source, model.edits, model.label, _own, notice)
+            held = patched(source, *patches)
+            models[i] = Checkpoint(held.path, held.files, models[i].view)
+    plan = replace(plan, cast=replace(plan.cast, models=tuple(models)))
+    if not plan.unedited:
+        return plan
+    plain = make_plan(plan.recipe.without_result_edits(), views=plan.models)
+    folder = out.resolve().with_name(f"{out.resolve().name}.unedited")
+    notice("merging once without the edits of the result")
+    execute(plain, folder, memory=memory, threads=threads, nan=nan, overwrite=True, notice=notice)
+    patches = _patches(open_checkpoint(folder), plan.recipe.result_edits, "the result", _of_any(plan), notice)
+    shutil.rmtree(folder)
+    return make_plan(plan.recipe, max_shard_size=max_shard_size, views=plan.models, edits=patches)
+
+
+Grams = Callable[[Statistics], Any]  # what `edit` takes as covariance, of a statistics file
+
+
+def _own(statistics: Statistics) -> Any:
+    """The statistics themselves, which `edit` checks to be of the model that it edits."""
+    return statistics
+
+
+def _of_any(plan: Plan) -> Grams:
+    """Of statistics of any model of the recipe the matrices: there are none of a result that is not there yet."""
+
+    def grams(statistics: Statistics) -> Any:
+        contents = {model.content for model in plan.models}
+        if statistics.facts.models[0] not in contents:
+            raise PlanError(
+                f"{statistics.path} is of a model of content {statistics.facts.models[0]}, which is not merged here; "
+                "collect the statistics of one of the recipe's models with `mergekit-lfm stats gram`"
+            )
+        return {layer.weight: statistics.read(name)[:-1, :-1] for name, layer in statistics.facts.layers.items()}
+
+    return grams
+
+
+def _patches(source: Checkpoint, edits: Sequence[Edit], label: str, grams: Grams, notice: Notice) -> list[Patch]:
+    """The patches of the edits, each made on the model with those before it applied."""
+    patches: list[Patch] = []
+    for asked in edits:
+        if isinstance(asked, GivenFile):
+            patches.append(open_patch(asked.path))
+            continue
+        held = patched(source, *patches, any_base=True) if patches else source
+        patches.append(_found(held, asked, label, grams, notice))
+    return patches
+
+
+def _found(source: Checkpoint, asked: EditRequest, label: str, grams: Grams, notice: Notice) -> Patch:
+    """The patch that was asked for, from an earlier run or made now."""
+    kept = cache_folder("patches") / f"{_key(source, asked)}.safetensors"
+    try:
+        return open_patch(kept)
+    except (FileNotFoundError, FormatError):
+        pass
+    notice(f"editing {label}: {asked.facts.ref} by {asked.method}")
+    covariance = None if asked.stats is None else grams(open_statistics(asked.stats.path))
+    given = {"lambda_" if name == "lambda" else name: value for name, value in asked.given.items()}
+    if covariance is not None:
+        given["covariance"] = covariance
+    made = edit(load_model(source, "lm"), None, asked.facts.path, method=asked.method, **given)
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        ours = kept.with_name(f"{kept.stem}.{os.getpid()}.safetensors")  # other merges may make the same one now
+        made.save(ours)
+        ours.rename(kept)
+    except OSError:  # without it the next run edits again
+        with TemporaryDirectory() as folder:  # what is used is what a file holds, here as there
+            made.save(Path(folder) / kept.name)
+            return open_patch(Path(folder) / kept.name)
+    return open_patch(kept)
+
+
+def _key(source: Checkpoint, asked: EditRequest) -> str:
+    versions = {"mergekit_lfm": __version__, **{name: version(name) for name in ("torch", "transformers")}}
+    return xxhash.xxh3_128_hexdigest(json.dumps([source.content, identity_of(asked), versions]).encode())

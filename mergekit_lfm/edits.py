@@ -1,0 +1,235 @@
+"""What an edit can be asked for: the methods with their options, published constants, and a request. No torch.
+
+All sizes are free of scale: the clamp is relative to the state that is changed, lambda to the width of the layer, the
+ridge to the mean of the statistics' diagonal. So one set of defaults serves models of any size.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
+
+from mergekit_lfm.errors import PlanError
+from mergekit_lfm.facts import BLANK
+from mergekit_lfm.methods.declare import Parameter
+from mergekit_lfm.settings import GivenFile, did_you_mean, read_value
+
+
+@dataclass(frozen=True, slots=True)
+class EditRequest:
+    """That a model be edited: by which facts file, method and statistics. options: those given, as JSON."""
+
+    facts: GivenFile
+    method: str
+    options: str
+    stats: GivenFile | None = None
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The options that were given."""
+        options: dict[str, Any] = json.loads(self.options)
+        return options
+
+    def as_data(self) -> dict[str, Any]:
+        """The request as a recipe has it."""
+        stats = {} if self.stats is None else {"stats": self.stats.ref}
+        return {"facts": self.facts.ref, "method": self.method, **self.given, **stats}
+
+
+@dataclass(frozen=True, slots=True)
+class EditMethod:
+    """One way to edit facts. band: the layers that it edits by default, as shares of the depth; None for one layer."""
+
+    name: str
+    doc: str
+    source: str
+    parameters: tuple[Parameter, ...]
+    band: tuple[float, float] | None = None
+
+
+_SEARCH = (
+    Parameter("steps", 25, False, "Most steps of the search; the last one only looks.", "int", 1),
+    Parameter("lr", 0.5, False, "Adam's learning rate in the search.", above=0),
+    Parameter("weight_decay", 0.5, False, "Weight of |delta| / |v0|^2 in the search's loss.", minimum=0),
+    Parameter("kl_factor", 0.0625, False, "Weight of what else the model says of the subject in the loss.", minimum=0),
+    Parameter("clamp", 0.75, False, "Largest |delta|, as a multiple of |v0|.", above=0),
+    Parameter("loss_threshold", 0.05, False, "The search ends below this loss.", minimum=0),
+    Parameter("ridge", 1e-3, False, "Added to the statistics' diagonal, as a multiple of its mean.", minimum=0),
+    Parameter("batch", 25, False, "Facts in one forward pass; the result does not depend on it.", "int", 1),
+)
+_BY_NAME = {parameter.name: parameter for parameter in _SEARCH}
+
+_METHODS = (
+    EditMethod(
+        "memit",
+        "Many facts at once by least squares, spread over several layers.",
+        "Meng et al. 2022, MEMIT, arXiv 2210.07229",
+        (
+            *_SEARCH,
+            Parameter("lambda", None, False, "Weight of what is known already, as in the paper.", minimum=0),
+            Parameter("lambda_ratio", 1.0, False, "The same, as a multiple of the layer's inputs.", minimum=0),
+            Parameter(
+                "allow_same_subject", False, False, "Edit two relations of one subject in one batch, too.", "bool"
+            ),
+        ),
+        (1 / 8, 1 / 4),
+    ),
+    EditMethod(
+        "rome",
+        "One fact after another, each by a change of rank one in one layer.",
+        "Meng et al. 2022, ROME, arXiv 2202.05262",
+        (
+            replace(_BY_NAME["steps"], default=20),
+            *(parameter for parameter in _SEARCH if parameter.name not in ("steps", "clamp")),
+            replace(_BY_NAME["clamp"], default=4.0),
+            Parameter(
+                "key",
+                "rome",
+                False,
+                "Of what the residual and divisor are: rome the bare prompt, mean all contexts, bare the bare prompt "
+                "throughout.",
+                "str",
+                choices=("rome", "mean", "bare"),
+            ),
+        ),
+    ),
+)
+EDIT_METHODS = MappingProxyType({method.name: method for method in _METHODS})
+
+KL_TEMPLATE = "{} is a"
+# Texts before the prompt, so that what is found holds in any context. The first is the bare prompt.
+CONTEXTS = ("{}", "The. {}", "Therefore. {}", "Because of this. {}", "I think so. {}", "You know. {}")
+
+_LIKE_LLAMA = {"steps": 25, "lr": 0.5, "weight_decay": 1e-3, "clamp": 4.0}
+
+
+_LIKE_GPT = {"lr": 0.5, "weight_decay": 0.5, "kl_factor": 0.0625}
+
+
+def _preset(rome: dict[str, Any], memit: dict[str, Any] | None) -> Mapping[str, Mapping[str, Any]]:
+    found = {"rome": {**_LIKE_GPT, **rome}}
+    return found if memit is None else found | {"memit": {**_LIKE_GPT, **memit}}
+
+
+_LLAMA_PRESET = _preset({"layers": [5], **_LIKE_LLAMA}, {"layers": [4, 5, 6, 7, 8], **_LIKE_LLAMA, "lambda": 15000.0})
+# The constants of the original code (gpt2-*, gpt-j-6b) and of EasyEdit (the others).
+PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = MappingProxyType(
+    {
+        "gpt2-medium": _preset({"layers": [8], "steps": 20, "clamp": 3.0}, None),
+        "gpt2-large": _preset({"layers": [12], "steps": 20, "clamp": 4.0}, None),
+        "gpt2-xl": _preset(
+            {"layers": [17], "steps": 20, "clamp": 4.0},
+            {"layers": [13, 14, 15, 16, 17], "steps": 20, "clamp": 0.75, "lambda": 20000.0},
+        ),
+        "gpt-j-6b": _preset(
+            {"layers": [5], "steps": 20, "clamp": 4.0},
+            {"layers": [3, 4, 5, 6, 7, 8], "steps": 25, "clamp": 0.75, "lambda": 15000.0},
+        ),
+        "llama-2-7b": _LLAMA_PRESET,
+        "llama-3-8b": _preset(
+            {"layers": [5], **_LIKE_LLAMA},
+            {"layers": [4, 5, 6, 7, 8], "steps": 25, "lr": 0.1, "clamp": 0.75, "lambda": 15000.0},
+        ),
+        "llama-3.2-3b": _LLAMA_PRESET,
+        "mistral-7b": _LLAMA_PRESET,
+        "qwen2.5-7b": _LLAMA_PRESET,
+    }
+)
+
+
+def edit_options(
+    method: str, given: Mapping[str, Any], *, preset: str | None = None, place: str = "edits"
+) -> dict[str, Any]:
+    """The value of every option, JSON-able. PlanError lists all that is wrong with what was given.
+
+    given: by the names that a YAML file has, `lambda` for one. What is given goes before the preset's, and that before
+    the defaults. place: what messages call the request.
+    """
+    known = EDIT_METHODS.get(method)
+    if known is None:
+        raise PlanError(f"{place}.method: there is no method {method!r}, {did_you_mean(method, EDIT_METHODS)}")
+    preset = given.get("preset", preset)
+    problems: list[str] = []
+    values: dict[str, Any] = {parameter.name: parameter.default for parameter in known.parameters}
+    values |= {"layers": None, "context_templates": list(CONTEXTS), "kl_template": KL_TEMPLATE, "covariance": None}
+    values |= _of_preset(preset, method, place, problems)
+    parameters = {parameter.name: parameter for parameter in known.parameters}
+    if given.get("lambda") is not None and given.get("lambda_ratio") is not None:
+        problems.append(f"{place}: found both lambda and lambda_ratio, expected one of them; remove the other")
+    if given.get("lambda_ratio") is not None and "lambda" in values:
+        values["lambda"] = None  # the preset's
+    for name, value in given.items():
+        try:
+            if name in parameters:
+                none = value is None and parameters[name].default is None
+                values[name] = None if none else read_value(value, parameters[name], f"{place}.{name}")
+            elif name in _SHAPED:
+                values[name] = _SHAPED[name](value, f"{place}.{name}")
+            elif name != "preset":
+                known_names = [*parameters, *_SHAPED, "preset"]
+                problems.append(f"{place}.{name}: {method} has no such option, {did_you_mean(name, known_names)}")
+        except ValueError as wrong:
+            problems.append(str(wrong))
+    if problems:
+        raise PlanError("\n".join(problems))
+    return values
+
+
+def _of_preset(preset: object, method: str, place: str, problems: list[str]) -> Mapping[str, Any]:
+    if preset is None:
+        return {}
+    if not isinstance(preset, str) or preset not in PRESETS:
+        problems.append(f"{place}.preset: there is no preset {preset!r}, {did_you_mean(preset, PRESETS)}")
+        return {}
+    if method not in PRESETS[preset]:
+        problems.append(f"{place}.preset: {preset} has none for {method}; give the options, or choose another method")
+    return PRESETS[preset].get(method, {})
+
+
+def _layers(value: Any, at: str) -> list[int] | None:
+    if value is None:
+        return None
+    numbers = [value] if isinstance(value, int) else value
+    whole = isinstance(numbers, list | tuple) and all(
+        isinstance(number, int) and not isinstance(number, bool) and number >= 0 for number in numbers
+    )
+    if not whole or not numbers or list(numbers) != sorted(set(numbers)):
+        raise ValueError(f"{at}: found {value!r}, expected numbers of layers in ascending order, such as [3, 4, 5]")
+    return list(numbers)
+
+
+def _templates(value: Any, at: str) -> list[Any]:
+    """A flat list of templates, or one of lists; None gives the default."""
+    if value is None:
+        return list(CONTEXTS)
+    lists = value if isinstance(value, list | tuple) else []
+    flat = [text for entry in lists for text in (entry if isinstance(entry, list | tuple) else [entry])]
+    if not flat or any(not isinstance(text, str) or text.count(BLANK) != 1 for text in flat):
+        raise ValueError(f"{at}: found {value!r:.60}, expected a list of texts, each with {BLANK} once for the prompt")
+    return [list(entry) if isinstance(entry, list | tuple) else entry for entry in lists]
+
+
+def _template(value: Any, at: str) -> str:
+    if not isinstance(value, str) or value.count(BLANK) != 1:
+        raise ValueError(f"{at}: found {value!r}, expected a text with {BLANK} once, where the subject stands")
+    return value
+
+
+def _covariance(value: Any, at: str) -> str | None:
+    if value not in (None, "identity"):
+        raise ValueError(f"{at}: found {value!r:.40}, expected identity; a statistics file is given as `stats`")
+    return value  # type: ignore[no-any-return]
+
+
+# Options that are no single number or word.
+_SHAPED = MappingProxyType(
+    {
+        "layers": _layers,
+        "context_templates": _templates,
+        "kl_template": _template,
+        "covariance": _covariance,
+    }
+)
