@@ -12,30 +12,38 @@ __version__ = "0.1.0"
 __all__ = [
     "__version__",
     "align_models",
+    "apply_patches",
     "collect_stats",
     "merge",
     "merge_tensors",
     "open_checkpoint",
+    "open_patch",
     "open_statistics",
     "open_transform",
+    "undo_patches",
 ]
 
 if TYPE_CHECKING:
     from mergekit_lfm.align import align_models
     from mergekit_lfm.api import merge, merge_tensors
+    from mergekit_lfm.applying import apply_patches, undo_patches
     from mergekit_lfm.checkpoint import open_checkpoint
     from mergekit_lfm.collect import collect_stats
+    from mergekit_lfm.patches import open_patch
     from mergekit_lfm.stats import open_statistics
     from mergekit_lfm.transforms import open_transform
 
 _HOMES = {
     "align_models": "align",
+    "apply_patches": "applying",
     "collect_stats": "collect",
     "merge": "api",
     "merge_tensors": "api",
     "open_checkpoint": "checkpoint",
+    "open_patch": "patches",
     "open_statistics": "stats",
     "open_transform": "transforms",
+    "undo_patches": "applying",
 }
 
 

@@ -1,7 +1,7 @@
-"""The models of a recipe as they are merged: as they lie on the disk, or rewritten by an alignment.
+"""The models of a recipe as they are merged: as they lie on the disk, or rewritten by an alignment or by edits.
 
-An alignment that is still to be found is checked as far as headers tell, and has the shapes of its result: a plan needs
-no more. Before anything is written, `stages.prepare` puts the rewritten model in its place.
+An alignment or edit that is still to be found is checked as far as headers tell, and has the shapes of its result: a
+plan needs no more. Before anything is written, `stages.prepare` and `edit.stages` put the rewritten model in its place.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import xxhash
 
-from mergekit_lfm.alignments import OTHER_WIDTHS, AlignRequest, GivenFile
+from mergekit_lfm.alignments import OTHER_WIDTHS, AlignRequest
 from mergekit_lfm.arch import find_symmetries
 from mergekit_lfm.arch.declare import Symmetries, Units, check_fit
 from mergekit_lfm.arch.pairs import check_alike
@@ -20,7 +20,8 @@ from mergekit_lfm.checkpoint import Checkpoint, WeightFile, open_checkpoint
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.matching import several
 from mergekit_lfm.recipe import Recipe
-from mergekit_lfm.roles import Model
+from mergekit_lfm.roles import Edit, Model
+from mergekit_lfm.settings import GivenFile
 from mergekit_lfm.tensors import TensorSpec
 from mergekit_lfm.transforms import PANEL, Transform, open_transform, read_transform_facts
 
@@ -33,9 +34,10 @@ def open_models(recipe: Recipe) -> tuple[Checkpoint, ...]:
         try:
             opened.append(_opened(model, models))
         except (FormatError, PlanError, FileNotFoundError) as error:
-            problems.append(f"the `align` of {model.label}: {error}" if model.align else str(error))
+            key = "align" if model.align else "edits"
+            problems.append(f"the `{key}` of {model.label}: {error}" if model.align or model.edits else str(error))
     if problems:
-        raise PlanError(several("the alignments do not fit the models", problems))
+        raise PlanError(several("what rewrites the models does not fit them", problems))
     if any(isinstance(model.align, GivenFile) for model in recipe.all_models):
         check_targets(recipe, opened)
     return tuple(opened)
@@ -45,6 +47,8 @@ def _opened(model: Model, models: Mapping[str, Checkpoint]) -> Checkpoint:
     checkpoint = models[model.label]
     if isinstance(model.align, GivenFile):
         return rewritten_by(checkpoint, model.align.path, model.align.ref, model.label)
+    if model.edits:
+        return edited(checkpoint, model.edits)
     return checkpoint if model.align is None else pending(checkpoint, models[model.align.to], model.align, model.label)
 
 
@@ -84,6 +88,26 @@ def check_source(transform: Transform, checkpoint: Checkpoint, ref: str, label: 
         )
 
 
+def edited(checkpoint: Checkpoint, edits: Sequence[Edit]) -> Checkpoint:
+    """The checkpoint with a model's edits applied, or, where facts are still to be edited, as it will be."""
+    from mergekit_lfm.patches import open_patch
+    from mergekit_lfm.patching import patched
+
+    if all(isinstance(edit, GivenFile) for edit in edits):
+        return patched(checkpoint, *(open_patch(edit.path) for edit in edits if isinstance(edit, GivenFile)))
+    files = [PendingFile(file, checkpoint, dict.fromkeys(checkpoint, 0), 0) for file in checkpoint.files]
+    return Checkpoint(checkpoint.path, files, {"edits": [identity_of(edit) for edit in edits]})
+
+
+def identity_of(edit: Edit) -> dict[str, Any]:
+    """What the changes of an edit depend on, besides the model, in words of files' contents."""
+    if isinstance(edit, GivenFile):
+        return {"patch": xxhash.xxh3_128_hexdigest(edit.path.read_bytes())}
+    stats = [] if edit.stats is None else open_checkpoint(edit.stats.path).identity
+    facts = xxhash.xxh3_128_hexdigest(edit.facts.path.read_bytes())
+    return {"facts": facts, "method": edit.method, "options": edit.given, "stats": stats}
+
+
 class PendingFile(WeightFile):
     """A file of tensors as they will be rewritten, once it is known how; and what that will take, at most."""
 
@@ -103,7 +127,7 @@ class PendingFile(WeightFile):
         return self._scratch[name]
 
     def read_into(self, name: str, start: int, into: memoryview) -> None:  # noqa: ARG002
-        raise AssertionError(f"{name} was read before its alignment was found")
+        raise AssertionError(f"{name} was read before it was known how it is rewritten")
 
 
 def pending(checkpoint: Checkpoint, to: Checkpoint, request: AlignRequest, label: object) -> Checkpoint:

@@ -53,6 +53,19 @@ def merge(
     if seed is not None:
         recipe = recipe.model_copy(update={"seed": seed})
     plan = make_plan(recipe, max_shard_size=_bytes(max_shard_size))
+    if plan.unedited:
+        from mergekit_lfm.edit.stages import solve_edits
+
+        plan = solve_edits(
+            plan,
+            out,
+            max_shard_size=_bytes(max_shard_size),
+            memory=_bytes(memory),
+            threads=threads,
+            nan=nan,
+            resume=resume,
+            overwrite=overwrite,
+        )
     outcome = execute(
         plan,
         out,

@@ -19,7 +19,7 @@ import xxhash
 
 from mergekit_lfm.blocks import Blocks, Read, StoredBlock, apply_to, finite, in_order, solved
 from mergekit_lfm.checkpoint import bytes_of
-from mergekit_lfm.errors import FormatError
+from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.evidence import LinearGroup, LinearJob
 from mergekit_lfm.jobs import BLOCK, Job, Source
 from mergekit_lfm.kernels.fused import Kernels, Mode, run_eagerly
@@ -145,6 +145,8 @@ class Run:
         for layer, merged in zip(layers, whole.merge(self.plan.unit(jobs[:1]), layers), strict=True):
             for part in (part for part in layer.parts(merged) if part is not None):
                 job = next(waiting)
+                if job.added is not None:
+                    part = part.double() + self._added(job, 0, job.spec.numel)
                 tensor = round_once(part, getattr(torch, job.dtype))
                 if not finite(tensor) and not bad:
                     bad.add(self._not_finite(f"{job.name} of the output"))
@@ -182,17 +184,31 @@ class Run:
         """One segment's part of a reduction, read from the files."""
         return self.blocks(job).part(request, segment)
 
+    def _result(self, job: Job, block: StoredBlock, coefficients: Coefficients) -> torch.Tensor:
+        """The merged block, with what edits add to it, in the output's dtype."""
+        dtype = getattr(torch, job.dtype)
+        if job.added is None:
+            return apply_to(block, METHODS[job.method], coefficients, dtype)
+        merged = apply_to(block, METHODS[job.method], coefficients, getattr(torch, job.compute))
+        return round_once(merged.double() + self._added(job, block.start, block.start + len(merged)), dtype)
+
+    def _added(self, job: Job, start: int, stop: int) -> torch.Tensor:
+        """What edits add to elements start .. stop of the result, float64."""
+        assert job.added is not None
+        source, name = job.added
+        return self.plan.sources[source].read(name, start, stop)
+
     def _merge(self, job: Job, blocks: Blocks, coefficients: Coefficients | None, segment: int) -> None:
-        method, dtype, size = METHODS[job.method], getattr(torch, job.dtype), ITEMSIZE[job.dtype]
+        size = ITEMSIZE[job.dtype]
         digest, nbytes, bad = xxhash.xxh3_128(), 0, set[str]()
         for i in blocks.segment(segment):
             assert coefficients is not None
             block = blocks.load(i)
-            merged = apply_to(block, method, coefficients, dtype)
+            merged = self._result(job, block, coefficients)
             if found := self._check(job, block, merged):
                 bad |= found
                 block.run = run_eagerly  # compiled code may give NaN other bits
-                merged = apply_to(block, method, coefficients, dtype)
+                merged = self._result(job, block, coefficients)
             data = bytes_of(merged)
             self.output.write(job, block.start * size, data)
             digest.update(data)
@@ -306,6 +322,11 @@ def _checked(
 
     What can be known before the alignments is refused before them.
     """
+    if plan.unedited:
+        raise PlanError(
+            "the recipe asks for facts to be edited, which needs a model that runs, before its merge; call "
+            "`mergekit_lfm.merge`, or give patch files"
+        )
     if plan.pending:
         from mergekit_lfm.stages import prepare
 

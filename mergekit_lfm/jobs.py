@@ -18,7 +18,7 @@ BLOCK = 1 << 18  # elements; every sum runs over blocks of this size, whatever t
 SEGMENT = 64  # blocks; the unit of digests and of resumption, and of parallel work within a large tensor
 
 
-Source = tuple[int, str]  # (index of a model, or beyond them of a statistics file; name of a tensor there)
+Source = tuple[int, str]  # (index of a model, or beyond them of a statistics file or the edits; name of a tensor there)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class Job:
 
     compute is the dtype of the arithmetic. copied: the bytes of the first source, which all sources must equal.
     sums_nbytes: what sums by row or column, and the weights from them, take. statistics: those of each input, where the
-    method takes them elementwise.
+    method takes them elementwise. added: what is added to the result before it is rounded, None where nothing is.
     """
 
     spec: TensorSpec
@@ -41,6 +41,7 @@ class Job:
     needs_sums: bool
     sums_nbytes: int = 0
     statistics: tuple[Source, ...] = ()
+    added: Source | None = None
 
     name = property(lambda self: self.spec.name)
     shape = property(lambda self: self.spec.shape)
@@ -49,9 +50,14 @@ class Job:
 
     @property
     def read(self) -> tuple[Source, ...]:
-        """All that the job reads, the base last."""
+        """All that the job reads, the base last, but for what is added to the result."""
         rows = self.sources + self.statistics
         return rows if self.base is None else (*rows, self.base)
+
+    @property
+    def read_at_all(self) -> tuple[Source, ...]:
+        """All that the job reads."""
+        return self.read if self.added is None else (*self.read, self.added)
 
     @property
     def segment_numel(self) -> int:
@@ -74,7 +80,8 @@ class Cast:
     """A recipe's models and the parts they play: `inputs`, `base` and `template` are indices into `models`.
 
     base: the one that the method subtracts, None where it is an input like the others. statistics: those of the inputs,
-    () for methods that take none.
+    () for methods that take none. added: what edits add to the result, float64 by tensor; None where there are none, or
+    where they are still to be made.
     """
 
     recipe: Recipe
@@ -84,6 +91,7 @@ class Cast:
     base: int | None
     template: int
     statistics: tuple[Statistics, ...] = ()
+    added: Checkpoint | None = None
 
     @property
     def norms(self) -> tuple[float, ...]:
@@ -143,6 +151,9 @@ def make_job(
     unit = unit_of([job], recipe.seed, cast.norms)
     if method.copies(unit):
         job = replace(job, sources=sources[:1], base=None, copied=dtypes[0] == dtype)
+    if cast.added is not None and spec.name in cast.added:
+        place = len(cast.models) + len(cast.statistics)
+        job = replace(job, added=(place, spec.name), copied=False)
     needs_sums = not job.copied and _needs_sums(method, unit)
     groups = max(row, unit.numel // row) if (row := method.row(unit)) else 0
     gram = groups * len(sources) ** 2 * 8  # float64; held twice while it is gathered, and once more as weights

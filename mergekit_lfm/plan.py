@@ -18,8 +18,7 @@ from typing import Any
 import xxhash
 
 from mergekit_lfm import __version__
-from mergekit_lfm.aligned import PendingFile, open_models, refuse_resized
-from mergekit_lfm.alignments import GivenFile
+from mergekit_lfm.aligned import PendingFile, identity_of, open_models, refuse_resized
 from mergekit_lfm.checkpoint import Checkpoint
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.evidence import LinearGroup, find_statistics, group_linears, open_all
@@ -28,10 +27,14 @@ from mergekit_lfm.layout import Shard, lay_out, tagalong
 from mergekit_lfm.matching import layers_of, match, refuse_quantised, several
 from mergekit_lfm.methods import METHODS
 from mergekit_lfm.methods.declare import Unit
+from mergekit_lfm.patches import Patch, open_patch
 from mergekit_lfm.recipe import Recipe
-from mergekit_lfm.roles import Model
+from mergekit_lfm.roles import Edit, Model
+from mergekit_lfm.settings import GivenFile
 from mergekit_lfm.stats import Statistics
 from mergekit_lfm.tensors import ITEMSIZE
+
+ADDED = "edits"  # what the plan calls the source of what edits add to the result
 
 
 @dataclass(frozen=True)
@@ -73,19 +76,27 @@ class Plan:
 
     @cached_property
     def sources(self) -> tuple[Checkpoint, ...]:
-        """The models, and beyond them the statistics files: what a job's sources point into."""
-        return (*self.cast.models, *(given.tensors for given in self.cast.statistics))
+        """The models, beyond them the statistics files, and what edits add: what a job's sources point into."""
+        added = () if self.cast.added is None else (self.cast.added,)
+        return (*self.cast.models, *(given.tensors for given in self.cast.statistics), *added)
 
     @cached_property
     def source_labels(self) -> tuple[str, ...]:
         """What the recipe calls each of `sources`."""
-        return (*self.cast.labels, *(given.ref for given in self.cast.recipe.statistics))
+        added = () if self.cast.added is None else (ADDED,)
+        return (*self.cast.labels, *(given.ref for given in self.cast.recipe.statistics), *added)
 
     @property
     def pending(self) -> tuple[Model, ...]:
-        """The models whose alignment is still to be found."""
+        """The models whose alignment is still to be found, or that are still to be edited."""
         models = zip(self.recipe.all_models, self.models, strict=True)
         return tuple(model for model, held in models if any(isinstance(file, PendingFile) for file in held.files))
+
+    @property
+    def unedited(self) -> bool:
+        """Whether edits are still to be made, of a model or of the result, which needs a model that runs."""
+        models = any(model.edits for model in self.pending)
+        return models or (bool(self.recipe.result_edits) and self.cast.added is None)
 
     @property
     def bytes_written(self) -> int:
@@ -93,7 +104,7 @@ class Plan:
 
     @property
     def bytes_read(self) -> int:
-        read = [source for job in self.tensors for source in job.read]
+        read = [source for job in self.tensors for source in job.read_at_all]
         read += [gram for group in self.linears for gram in group.grams]
         return sum(self.sources[i][name].nbytes for i, name in read)
 
@@ -116,7 +127,8 @@ class Plan:
             "versions": [__version__, version("torch")],
             "methods": {job.method: METHODS[job.method].version for job in self.tensors if not job.copied},
             "recipe": self.recipe.normalised(),
-            "inputs": [source.identity for source in self.sources],
+            "inputs": [source.identity for source in (*self.models, *(held.tensors for held in self.statistics))],
+            "edits": [identity_of(edit) for edit in self.recipe.result_edits],
             "files": [xxhash.xxh3_128_hexdigest(path.read_bytes()) for path in self.files],
             "shards": [[shard.name, shard.congruent, *map(str, shard.tensors)] for shard in self.shards],
         }
@@ -129,15 +141,15 @@ class Plan:
     def scratch(self, job: Job) -> int:
         """Bytes that one worker holds to process the job block by block."""
         numel = min(job.block, job.spec.numel)
-        views = sum(self.sources[i].file_of(name).scratch(name) for i, name in job.read)
+        views = sum(self.sources[i].file_of(name).scratch(name) for i, name in job.read_at_all)
         if job.copied:
             return numel * ITEMSIZE[job.dtype] + views
         return numel * len(job.read) * (ITEMSIZE[job.compute] * 8 + 8) + job.sums_nbytes + views
 
     @property
     def resident_views(self) -> int:
-        """Bytes that the transforms of rewritten models take as long as the merge runs."""
-        return sum(model.resident for model in self.models)
+        """Bytes that transforms and patches take as long as the merge runs."""
+        return sum(source.resident for source in self.sources)
 
     def most_threads(self, memory: int) -> int:
         """The number of threads, at least one, for which a budget of `memory` bytes suffices."""
@@ -161,7 +173,11 @@ class Plan:
             return 0
         name, largest = max(self._demands(), key=lambda demand: demand[1])
         if largest > share:
-            views = f", of which transforms take {self.resident_views / 1e6:,.0f} MB," if self.resident_views else ""
+            views = (
+                f", of which transforms and patches take {self.resident_views / 1e6:,.0f} MB,"
+                if self.resident_views
+                else ""
+            )
             raise PlanError(
                 f"{name} needs {largest / 1e6:,.0f} MB for one worker, a budget of {memory / 1e6:,.0f} MB{views} gives "
                 f"each of {threads} {max(0, share) / 1e6:,.0f} MB: raise --memory, lower --threads"
@@ -175,7 +191,7 @@ class Plan:
 
     def at_once(self, job: Job) -> bool:
         """Whether one worker should do all of the job: a view would make a whole tensor for each of several."""
-        return any(self.sources[i].file_of(name).at_once(name) for i, name in job.read)
+        return any(self.sources[i].file_of(name).at_once(name) for i, name in job.read_at_all)
 
     def summary(self) -> dict[str, Any]:
         """What `--dry-run` prints, as plain data."""
@@ -195,6 +211,10 @@ class Plan:
                 for model in self.recipe.all_models
                 if model.align is not None
             },
+            "edited": {
+                **{model.label: _shown(model.edits) for model in self.recipe.all_models if model.edits},
+                **({"the result": _shown(self.recipe.result_edits)} if self.recipe.result_edits else {}),
+            },
             "template": self.labels[self.template],
             "tensors": len(self.tensors),
             "methods": dict(Counter(job.method for job in self.tensors)),
@@ -211,14 +231,29 @@ class Plan:
         }
 
 
-def make_plan(recipe: Recipe, *, max_shard_size: int | None = None) -> Plan:
-    """The plan of a recipe. Raises PlanError with all that does not fit, FormatError where a checkpoint is damaged."""
-    models = open_models(recipe)
+def _shown(edits: Sequence[Edit]) -> list[str | dict[str, Any]]:
+    return [edit.ref if isinstance(edit, GivenFile) else edit.as_data() for edit in edits]
+
+
+def make_plan(
+    recipe: Recipe,
+    *,
+    max_shard_size: int | None = None,
+    views: tuple[Checkpoint, ...] | None = None,
+    edits: Sequence[Patch] | None = None,
+) -> Plan:
+    """The plan of a recipe. Raises PlanError with all that does not fit, FormatError where a checkpoint is damaged.
+
+    views: the recipe's `all_models`, open, in place of what it says of aligning and editing them. edits: patches in
+    place of what it says of the result's edits, such as those that were made of its facts.
+    """
+    models = open_models(recipe) if views is None else views
     for model in models:
         _ = model.config  # a config that cannot be read shows here
     labels = tuple(model.label for model in recipe.all_models)
     cast = cast_of(recipe, models, open_all(recipe, dict(zip(labels, models, strict=True))))
     template = models[cast.template]
+    cast = replace(cast, added=_added(recipe, template, edits))
     refuse_quantised(recipe, models, labels)
     refuse_resized(recipe.all_models[cast.template], template)
     names, dropped = match(models, labels, cast.template)
@@ -244,6 +279,19 @@ def make_plan(recipe: Recipe, *, max_shard_size: int | None = None) -> Plan:
         dropped=dropped,
         files=tagalong(template.path),
     )
+
+
+def _added(recipe: Recipe, template: Checkpoint, edits: Sequence[Patch] | None) -> Checkpoint | None:
+    """What edits add to the result; None without any, and while facts are still to be edited."""
+    given = [edit for edit in recipe.result_edits if isinstance(edit, GivenFile)]
+    if edits is None and len(given) < len(recipe.result_edits):
+        return None
+    patches = [open_patch(edit.path) for edit in given] if edits is None else list(edits)
+    if not patches:
+        return None
+    from mergekit_lfm.patching import changes_of
+
+    return changes_of(patches, template, given[0].path if given else template.files[0].path)
 
 
 def _groups(recipe: Recipe, jobs: Sequence[Job], linears: set[int]) -> tuple[tuple[int, ...], ...]:

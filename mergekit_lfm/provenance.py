@@ -118,13 +118,31 @@ def _public_recipe(plan: Plan) -> dict[str, Any]:
     recipe, names = plan.recipe.normalised(), names_of(plan)
     models = [
         {
-            key: names[value] if key in ("model", "stats") else _public_align(value, names) if key == "align" else value
+            key: names[value]
+            if key in ("model", "stats")
+            else _public_align(value, names)
+            if key == "align"
+            else _public_edits(value)
+            if key == "edits"
+            else value
             for key, value in entry.items()
         }
         for entry in recipe["models"]
     ]
     base = recipe["base_model"]
-    return {**recipe, "models": models, "base_model": base and names[base]}
+    edits = {"edits": _public_edits(recipe["edits"])} if "edits" in recipe else {}
+    return {**recipe, "models": models, "base_model": base and names[base], **edits}
+
+
+def _public_edits(edits: list[str | dict[str, Any]]) -> list[str | dict[str, Any]]:
+    """What a recipe says of edits without the folders of this machine."""
+    files = ("facts", "stats")
+    return [
+        _last_name(edit)
+        if isinstance(edit, str)
+        else {key: _last_name(value) if key in files else value for key, value in edit.items()}
+        for edit in edits
+    ]
 
 
 def _public_align(align: str | dict[str, Any], names: Mapping[str, str]) -> str | dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Self, cast
 
@@ -24,13 +24,13 @@ from pydantic import (
     model_validator,
 )
 
-from mergekit_lfm.alignments import AlignRequest, GivenFile
+from mergekit_lfm.alignments import AlignRequest
 from mergekit_lfm.document import read_yaml
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.methods import METHODS, REQUIRED, Method
 from mergekit_lfm.methods.declare import Value
-from mergekit_lfm.roles import Entry, Model, Roles, Written, assign_roles, unmet
-from mergekit_lfm.settings import as_data, did_you_mean, value_at
+from mergekit_lfm.roles import Edit, Entry, Model, Roles, Written, assign_roles, unmet
+from mergekit_lfm.settings import GivenFile, as_data, did_you_mean, value_at
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
@@ -41,7 +41,6 @@ _NOT_YET = {
     "tokenizer": "building a tokenizer is not supported in this version; without the key the base model's is copied",
     "tokenizer_source": "building a tokenizer is not supported in this version; without the key the base's is copied",
     "chat_template": "changing the template is not supported in this version; without the key the base's is copied",
-    "edits": "edits in a recipe are not supported in this version",
     "push": "pushing to the Hub is not supported in this version; `hf upload` does it",
     "stats": "a statistics file belongs to one model: put `stats` beside it, under `models`",
     "align": "an alignment belongs to one model: put `align` beside it, under `models`",
@@ -99,6 +98,10 @@ def _dtype(value: object) -> object:
 
 _Reference = Annotated[str, BeforeValidator(_reference), Field(min_length=1)]
 _Dtype = Annotated[str | None, BeforeValidator(_dtype)]
+_Edits = Annotated[
+    tuple[Annotated[str | dict[str, Any], BeforeValidator(_path_or_mapping)], ...],
+    BeforeValidator(lambda value: () if value is None else value),
+]
 _Parameters = Annotated[dict[str, Any], BeforeValidator(lambda value: {} if value is None else value)]
 
 
@@ -114,17 +117,21 @@ class _Strict(BaseModel):
 class ModelEntry(_Strict):
     """One line of `models`: a reference, parameters that hold for this model only, its statistics file, its alignment.
 
-    align: a transform file, or {to, method, ...} for one that is found before the merge.
+    align: a transform file, or {to, method, ...} for one that is found before the merge. edits: what is changed in it
+    before the merge, each a patch file or {facts, method, ...}.
     """
 
     model: _Reference
     stats: Annotated[str | None, BeforeValidator(_reference)] = None
     align: Annotated[str | dict[str, Any] | None, BeforeValidator(_path_or_mapping)] = None
+    edits: _Edits = ()
     parameters: _Parameters = Field(default_factory=dict)
 
 
 class Recipe(_Strict):
     """A merge as the user wrote it. `dtype` is the output's unless `out_dtype` says another; arithmetic is float32.
+
+    edits: what is changed in the result of the merge, before it is rounded.
 
     Build one with `Recipe.load` or `Recipe.parse`. Relative model paths are relative to the recipe's folder, then to
     the working directory; `output` is relative to the working directory.
@@ -133,6 +140,7 @@ class Recipe(_Strict):
     merge_method: str
     models: tuple[ModelEntry, ...]
     base_model: _Reference | None = None
+    edits: _Edits = ()
     parameters: _Parameters = Field(default_factory=dict)
     dtype: _Dtype = None
     out_dtype: _Dtype = None
@@ -180,8 +188,10 @@ class Recipe(_Strict):
             known = did_you_mean(self.merge_method, METHODS)
             problems.append(f"merge_method: there is no method {self.merge_method!r}, {known}")
         else:
-            models = [Written(entry.model, entry.parameters, entry.stats, entry.align) for entry in self.models]
-            self._roles = assign_roles(method, models, self.base_model, self.parameters, context["where"], problems)
+            models = [Written(e.model, e.parameters, e.stats, e.align, e.edits) for e in self.models]
+            self._roles = assign_roles(
+                method, models, self.base_model, self.parameters, self.edits, context["where"], problems
+            )
             problems += [] if problems else unmet(method, self._roles)
         if problems:
             raise PlanError("\n".join(problems))
@@ -206,6 +216,17 @@ class Recipe(_Strict):
     def statistics(self) -> tuple[GivenFile, ...]:
         """The statistics file of each input, or () where the method takes none."""
         return tuple(entry.stats for entry in self._roles.inputs if entry.stats is not None)
+
+    @property
+    def result_edits(self) -> tuple[Edit, ...]:
+        """What is changed in the result of the merge, in order."""
+        return self._roles.edits
+
+    def without_result_edits(self) -> Recipe:
+        """The recipe that does not change the result of its merge."""
+        plain = self.model_copy(update={"edits": ()})
+        plain._roles = replace(self._roles, edits=())
+        return plain
 
     @property
     def all_models(self) -> tuple[Model, ...]:
@@ -249,6 +270,7 @@ class Recipe(_Strict):
             {"model": entry.model.ref, "parameters": {k: as_data(v) for k, v in sorted(entry.settings.items())}}
             | ({} if entry.stats is None else {"stats": entry.stats.ref})
             | _align_data(entry.model.align)
+            | _edits_data(entry.model.edits)
             for entry in self._roles.entries
         ]
         return {
@@ -259,6 +281,7 @@ class Recipe(_Strict):
             "dtype": self.dtype,
             "out_dtype": self.out_dtype,
             "seed": self.seed,
+            **_edits_data(self.result_edits),
         }
 
 
@@ -266,6 +289,11 @@ def _align_data(align: GivenFile | AlignRequest | None) -> dict[str, Any]:
     if align is None:
         return {}
     return {"align": align.ref if isinstance(align, GivenFile) else align.as_data()}
+
+
+def _edits_data(edits: tuple[Edit, ...]) -> dict[str, Any]:
+    written = [edit.ref if isinstance(edit, GivenFile) else edit.as_data() for edit in edits]
+    return {"edits": written} if written else {}
 
 
 def _lines(error: ValidationError) -> Iterator[str]:

@@ -6,30 +6,38 @@ all of it at once.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mergekit_lfm.alignments import AlignRequest, GivenFile, align_options
+from mergekit_lfm.alignments import AlignRequest, align_options
+from mergekit_lfm.edits import EditRequest, edit_options
+from mergekit_lfm.facts import read_facts_file
 from mergekit_lfm.methods import REQUIRED, Method
-from mergekit_lfm.settings import Setting, did_you_mean, read_setting
+from mergekit_lfm.settings import GivenFile, Setting, did_you_mean, read_setting
 
 # Parameters of mergekit that change its memory use and never a result.
 _WITHOUT_EFFECT = frozenset({"int8_mask"})
+
+
+Edit = GivenFile | EditRequest
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
     """A model of a recipe: `ref` as written, `path` of its folder (absolute), `label` unique in the recipe.
 
-    align: how it is rewritten before it is merged: by a transform file, or one that is still to be found.
+    align: how it is rewritten before it is merged: by a transform file, or one that is still to be found. edits: how it
+    is changed before, likewise by patch files.
     """
 
     ref: str
     path: Path
     label: str
     align: GivenFile | AlignRequest | None = None
+    edits: tuple[Edit, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,22 +52,27 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """A model as a recipe has it: its reference, parameters, statistics file, and alignment."""
+    """A model as a recipe has it: its reference, parameters, statistics file, alignment, and edits."""
 
     ref: str
     parameters: Mapping[str, Any]
     stats: str | None = None
     align: str | Mapping[str, Any] | None = None
+    edits: Sequence[str | Mapping[str, Any]] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Roles:
-    """A recipe's models as written (`entries`), by their part in the method, and the settings of the top level."""
+    """A recipe's models as written (`entries`), by their part in the method, and the settings of the top level.
+
+    edits: those of the result.
+    """
 
     base: Model | None
     entries: tuple[Entry, ...]
     inputs: tuple[Entry, ...]
     settings: dict[str, Setting]
+    edits: tuple[Edit, ...] = ()
 
 
 def find_model(ref: str, where: Path | None) -> Path:
@@ -115,10 +128,11 @@ def assign_roles(
     models: Sequence[Written],
     base_ref: str | None,
     parameters: Mapping[str, Any],
+    edits: Sequence[str | Mapping[str, Any]],
     where: Path | None,
     problems: list[str],
 ) -> Roles:
-    """The roles of `models` and of the base."""
+    """The roles of `models` and of the base, and the edits of the result."""
     base = None
     if base_ref is not None:
         path = _model_at(base_ref, where, "base_model", problems)
@@ -130,12 +144,56 @@ def assign_roles(
         settings = read_settings(written.parameters, method, f"{place}.parameters", own=True, problems=problems)
         stats = written.stats
         file = None if stats is None else _statistics_file(stats, method, where, f"{place}.stats", problems)
-        entries.append(Entry(_model(written.ref, path, base, entries), settings, place, file))
+        model = _model(written.ref, path, base, entries, apart=bool(written.edits))
+        model = replace(model, edits=_edits(written.edits, where, f"{place}.edits", problems))
+        if model.edits and written.stats is not None:
+            problems.append(
+                f"{place}: statistics are of the model as it is, and `edits` change it: save the edited model with "
+                "`mergekit-lfm patch apply`, collect its statistics, and merge that"
+            )
+        if model.edits and written.align is not None:
+            problems.append(
+                f"{place}: `edits` and `align` of one model are not done in one go: save the edited model with "
+                "`mergekit-lfm patch apply`, and align that"
+            )
+        entries.append(Entry(model, settings, place, file))
     entries = _aligned(models, entries, base, where, problems)
     inputs = _inputs(method, base, entries, problems)
-    return Roles(
-        base, tuple(entries), inputs, read_settings(parameters, method, "parameters", own=False, problems=problems)
-    )
+    shared = read_settings(parameters, method, "parameters", own=False, problems=problems)
+    return Roles(base, tuple(entries), inputs, shared, _edits(edits, where, "edits", problems))
+
+
+def _edits(
+    written: Sequence[str | Mapping[str, Any]], where: Path | None, place: str, problems: list[str]
+) -> tuple[Edit, ...]:
+    """Patch files, and edits that are still to be made, with all that they ask for checked."""
+    found: list[Edit] = []
+    for i, raw in enumerate(written):
+        at = f"{place}[{i}]"
+        try:
+            if isinstance(raw, str):
+                found.append(GivenFile(raw, _find(raw, where, "expected a patch file")))
+            else:
+                found.append(_edit_request(raw, where, at))
+        except ValueError as wrong:
+            text = str(wrong)
+            problems += (text if text.startswith(at) else f"{at}: {text}").split("\n")
+    return tuple(found)
+
+
+def _edit_request(given: Mapping[str, Any], where: Path | None, place: str) -> EditRequest:
+    """The request in a mapping {facts, method, stats, ...}. ValueError tells what is wrong with it."""
+    rest = dict(given)
+    facts, method, stats = rest.pop("facts", None), rest.pop("method", "memit"), rest.pop("stats", None)
+    if not isinstance(facts, str) or not isinstance(method, str) or not isinstance(stats, str | None):
+        raise ValueError(f"found {dict(given)!r}, expected {{facts: FILE, method: NAME}}, and `stats` as a file's name")
+    file = GivenFile(facts, _find(facts, where, "expected a facts file"))
+    read_facts_file(file.path)
+    edit_options(method, rest, place=place)
+    gram = None
+    if stats is not None:
+        gram = GivenFile(stats, _find(stats, where, "expected a file that `mergekit-lfm stats gram` has made"))
+    return EditRequest(file, method, json.dumps(rest), gram)
 
 
 def _aligned(
@@ -209,10 +267,13 @@ def _model_at(ref: str, where: Path | None, place: str, problems: list[str]) -> 
         return Path(ref)
 
 
-def _model(ref: str, path: Path, base: Model | None, before: Sequence[Entry]) -> Model:
-    """The model of a new entry: the base where it is the first of that path, else one with a label of its own."""
+def _model(ref: str, path: Path, base: Model | None, before: Sequence[Entry], *, apart: bool = False) -> Model:
+    """The model of a new entry: the base where it is the first of that path, else one with a label of its own.
+
+    apart: whether it is never the base, because it is changed.
+    """
     taken = {entry.model for entry in before}
-    if base is not None and path == base.path and base not in taken:
+    if base is not None and path == base.path and base not in taken and not apart:
         return base
     labels = {model.label for model in taken} | ({base.label} if base else set())
     copies = (f"{ref} ({n})" for n in range(2, len(before) + 3))

@@ -6,11 +6,14 @@ import click
 
 from mergekit_lfm import __version__
 from mergekit_lfm.commands.aligning import align
+from mergekit_lfm.commands.editing import edit
 from mergekit_lfm.commands.judging import evaluate
 from mergekit_lfm.commands.lines import barrier, repair
 from mergekit_lfm.commands.looking import inspect, methods
 from mergekit_lfm.commands.merging import merge, plan, verify
+from mergekit_lfm.commands.patching import patch
 from mergekit_lfm.commands.statistics import stats
+from mergekit_lfm.commands.tracing import trace
 
 
 @click.group(
@@ -22,8 +25,8 @@ Examples:
 )
 @click.version_option(__version__, prog_name="mergekit-lfm")
 def main() -> None:
-    """Merge saved models: checkpoints in, a checkpoint out."""
+    """Merge and edit saved models: checkpoints in, a checkpoint out."""
 
 
-for command in (merge, plan, verify, inspect, methods, evaluate, stats, align, barrier, repair):
+for command in (merge, plan, verify, inspect, methods, evaluate, stats, align, barrier, repair, edit, patch, trace):
     main.add_command(command)

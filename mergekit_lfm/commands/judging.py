@@ -29,7 +29,8 @@ Examples:
   mergekit-lfm eval merged/quickstart --text news.txt
   mergekit-lfm eval base merged/quickstart --text a.txt --text b.txt
   mergekit-lfm eval merged/digits --data test.npz --task classification
-  mergekit-lfm eval merged/minilm --data pairs.jsonl --task embedding""",
+  mergekit-lfm eval merged/minilm --data pairs.jsonl --task embedding
+  mergekit-lfm eval models/a models/a-edited --facts facts.yaml""",
 )
 @click.argument("models", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
@@ -46,6 +47,7 @@ Examples:
     type=click.Path(path_type=Path),
     help="A data file of the task: .jsonl, .txt or .npz. Can be given several times.",
 )
+@click.option("--facts", type=click.Path(path_type=Path), help="A facts file as `edit` takes it, for language models.")
 @click.option("--task", type=click.Choice(TASKS), help="What the models do with --data. [default: lm, for --text]")
 @click.option(
     "--window", type=click.IntRange(min=1), help="Most tokens at a time. [default: the model's; for lm at most 2048]"
@@ -56,12 +58,13 @@ def evaluate(
     models: Sequence[Path],
     texts: Sequence[Path],
     files: Sequence[Path],
+    facts: Path | None,
     task: str | None,
     window: int | None,
     stride: int | None,
     as_json: bool,
 ) -> None:
-    """Judge MODELS on texts or data.
+    """Judge MODELS on texts, data or facts.
 
     \b
     lm              perplexity and bits per byte of texts; less is better
@@ -69,14 +72,23 @@ def evaluate(
     embedding       share of texts whose own "positive" is the nearest of all
                     (top-1), and the mean of 1 / its place (MRR)
 
+    With --facts: ES, PS, NS are shares of prompts, paraphrases and other subjects where the right target is the more
+    likely one; EA, PA, NA where its tokens are the most likely of all; SA and unedited the same of other facts, about
+    the same subjects and others.
+
     Bits per byte compare models with different tokenizers. Over several files the mean is the arithmetic one, of
     perplexities the geometric one. Data: lines {"text": ..., "label": 0} or {"text": ..., "positive": ...}, or arrays
     (.npz) named as the model's inputs, with "labels". Needs the extra: pip install "mergekit_lfm[models]"
     """
     from mergekit_lfm.display.scores import evaluation_data, evaluation_text
 
+    if facts is not None:
+        if texts or files or (task, window, stride) != (None, None, None):
+            raise click.UsageError("--facts stands alone: leave out --text, --data, --task, --window and --stride.")
+        _judge_facts(models, facts, as_json)
+        return
     if bool(texts) == bool(files):
-        raise click.UsageError("Give --text FILE, or --data FILE with --task.")
+        raise click.UsageError("Give --text FILE, or --data FILE with --task, or --facts FILE.")
     if files and task is None:
         raise click.UsageError("Give --task with --data: what do the models do with it?")
     if texts and task not in (None, "lm"):
@@ -88,6 +100,23 @@ def evaluate(
     judges |= {str(path): _judge_of_data(path, task, window, stride) for path in files}
     scores = _scores(models, task, judges)
     click.echo(json.dumps(evaluation_data(scores)) if as_json else evaluation_text(scores))
+
+
+def _judge_facts(models: Sequence[Path], path: Path, as_json: bool) -> None:
+    """Print every model's scores on the facts, one model in memory at a time."""
+    from mergekit_lfm.commands import verifying
+    from mergekit_lfm.display.edits import counts_text, scores_text
+    from mergekit_lfm.facts import read_facts_file
+
+    facts = read_facts_file(path)
+    scores = {}
+    for model in models:
+        loaded = verifying.load(model, "float32", "cpu")
+        scores[str(model)] = verifying.score(loaded, facts, "judging", hidden=as_json).as_data()
+    if as_json:
+        click.echo(json.dumps([{"model": model, "facts": str(path), **found} for model, found in scores.items()]))
+    else:
+        click.echo(f"{scores_text(scores)}\n{counts_text(next(iter(scores.values())))}")
 
 
 def _judge_of_text(path: Path, window: int | None, stride: int | None) -> Judge:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from mergekit_lfm.commands import options
-from mergekit_lfm.commands.options import as_json, going_on_later, no_resume, overwrite, quiet, together
+from mergekit_lfm.commands.options import as_json, going_on_later, needing_models, no_resume, overwrite, quiet, together
 from mergekit_lfm.console import ANSWER_IS_NO, Command, Size
 
 if TYPE_CHECKING:
@@ -85,22 +85,19 @@ def merge(
     from mergekit_lfm.display.terminal import progress_bar
     from mergekit_lfm.execute import execute
 
+    notice = None if quiet or as_json else partial(click.echo, err=True)
+    how: dict[str, Any] = {"memory": memory, "threads": threads, "nan": nan, "resume": not no_resume}
+    how |= {"overwrite": overwrite, "notice": notice}
+    if plan.unedited:
+        with going_on_later(ctx, out), needing_models():
+            from mergekit_lfm.edit.stages import solve_edits
+
+            plan = solve_edits(plan, out, max_shard_size=max_shard_size, **how)
     with (
         going_on_later(ctx, out),
         progress_bar(plan.bytes_written, "merging", hidden=quiet or as_json) as progress,
     ):
-        outcome = execute(
-            plan,
-            out,
-            memory=memory,
-            threads=threads,
-            nan=nan,
-            resume=not no_resume,
-            overwrite=overwrite,
-            compile=compile_,
-            progress=progress,
-            notice=None if quiet or as_json else partial(click.echo, err=True),
-        )
+        outcome = execute(plan, out, compile=compile_, progress=progress, **how)
     _show_outcome(plan, outcome, as_json, quiet)
 
 

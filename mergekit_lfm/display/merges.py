@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_lfm.alignments import AlignRequest
 from mergekit_lfm.display.terminal import counted, table
+from mergekit_lfm.settings import GivenFile
 from mergekit_lfm.sizes import format_size
 
 if TYPE_CHECKING:
     from mergekit_lfm.execute import Outcome
     from mergekit_lfm.plan import Plan
+    from mergekit_lfm.roles import Edit
 
 
 def plan_text(plan: Plan, facts: dict[str, Any], verbose: bool) -> str:
@@ -32,15 +34,24 @@ def plan_text(plan: Plan, facts: dict[str, Any], verbose: bool) -> str:
         what = f"{counted(len(plan.averaged), 'tensor')}, {share:.0%} of the numbers: there are no statistics of them"
         rows.insert(3, ("averaged", what))
     for model in plan.pending:
-        assert isinstance(model.align, AlignRequest)
-        found = "is found when the merge runs"
-        rows.insert(3, ("aligned", f"{model.label} to {model.align.to}: the transform by {model.align.method} {found}"))
+        if isinstance(model.align, AlignRequest):
+            how = f"the transform by {model.align.method} is found when the merge runs"
+            rows.insert(3, ("aligned", f"{model.label} to {model.align.to}: {how}"))
+    edited = {model.label: model.edits for model in plan.recipe.all_models if model.edits}
+    for label, edits in [*edited.items(), ("the result", plan.recipe.result_edits)]:
+        rows[3:3] = [("edited", f"{label}: {_edit_text(edit)}") for edit in edits]
     lines = [table(rows)]
     lines += [f"held beside the memory budget, its tensors are no byte ranges: {file}" for file in plan.held]
     lines += [f"dropped: {model}: {tensor}: {reason}" for model, tensor, reason in plan.dropped]
     if verbose:
         lines += ["", table([("tensor", "shape", "dtype", "method"), *map(_tensor_row, plan.tensors)])]
     return "\n".join(lines)
+
+
+def _edit_text(edit: Edit) -> str:
+    if isinstance(edit, GivenFile):
+        return edit.ref
+    return f"{edit.facts.ref} by {edit.method}, when the merge runs"
 
 
 def _tensor_row(tensor: Any) -> tuple[str, str, str, str]:

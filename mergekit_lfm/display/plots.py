@@ -1,4 +1,4 @@
-"""Pictures of lines between models. matplotlib comes with the extra `plots` and is imported when one is drawn."""
+"""Pictures of lines between models and of where they keep facts. matplotlib, the extra `plots`, is imported to draw."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKS = "osD^vPX"
 LEGEND = 105  # characters, those of a mark counted, that have room above the axes
 INCHES, DOTS_PER_INCH = (9.0, 3.8), 150
+HEAT_INCHES = (2.4, 2.5, 0.12, 2.4)  # width of the names and the bar, of the least panels, of a layer; height
+SHADES = {"hidden": "whole layer", "mlp": "MLP", "attention": "attention"}  # what the panels' titles call them
 
 
 def check_plot(path: str | Path) -> None:
@@ -58,6 +60,45 @@ def plot_lines(
         handles = left.get_legend_handles_labels()
         columns = max(1, min(len(lines), LEGEND // (max(map(len, lines)) + 6)))
         figure.legend(*handles, loc="outside upper center", ncols=columns, frameon=False)
+    _save(figure, path)
+
+
+def plot_effects(
+    effects: Mapping[str, Mapping[str, Sequence[float | None]]], path: str | Path, *, title: str = ""
+) -> None:
+    """Draw indirect effects as heat maps, one panel for each kind of state, with one scale of colours for all, as PNG.
+
+    effects: by kind, then by the role of the token, a number for each layer; None and NaN are left grey. Raises
+    PlanError where matplotlib is not installed, and for a path that cannot be written.
+    """
+    check_plot(path)
+    figure_class, canvas_class = _matplotlib()
+    values = {
+        kind: [[math.nan if x is None else float(x) for x in row] for row in rows.values()]
+        for kind, rows in effects.items()
+    }
+    layers = max(len(row) for rows in values.values() for row in rows)
+    names, least, cell, height = HEAT_INCHES
+    size = (names + len(values) * max(least, layers * cell), height + 0.3 * bool(title))
+    figure = figure_class(figsize=size, layout="constrained")
+    canvas_class(figure)
+    panels = figure.subplots(1, len(values), sharey=True, squeeze=False)[0]
+    most = max((x for rows in values.values() for row in rows for x in row if math.isfinite(x)), default=0.0)
+    for axes, (kind, rows) in zip(panels, values.items(), strict=True):
+        axes.set_facecolor("0.85")
+        image = axes.imshow(rows, cmap="Blues", vmin=0, vmax=max(most, 1e-9), aspect="auto", interpolation="nearest")
+        axes.set_title(SHADES.get(kind, kind), fontsize=10)
+        axes.set_xlabel("layer put back")
+        step = max(1, -(-layers // 12))
+        axes.set_xticks(range(0, layers, step))
+        axes.set_yticks(range(len(rows)), list(effects[kind]))
+    figure.colorbar(image, ax=list(panels), label="mean indirect effect", pad=0.01, fraction=0.03)
+    if title:
+        figure.suptitle(title, fontsize=10)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: str | Path) -> None:
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})
     replace_file(Path(path), image.getvalue())

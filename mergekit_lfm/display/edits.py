@@ -1,0 +1,239 @@
+"""Edits: what a patch is and how large its changes are, what applying it did, and what models say of the facts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from mergekit_lfm.display.terminal import counted, table
+from mergekit_lfm.sizes import format_size
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mergekit_lfm.applying import Applied
+    from mergekit_lfm.checkpoint import Checkpoint
+    from mergekit_lfm.patches import Patch
+
+SHOWN = 10  # facts of a patch, and of those that failed
+# The scores by their headings. What each is over is said by the help of `edit` and by docs/editing.md.
+METRICS = {name: name.upper() for name in ("es", "ps", "ns", "ea", "pa", "na", "sa")} | {"unedited": "unedited"}
+# A change smaller than this, relative to its tensor, loses part of its effect where 16 bits hold the sum.
+ROUNDS_AWAY = 5e-3
+KINDS = {"hidden": "the whole layer", "mlp": "the MLP", "attention": "attention"}  # what a trace puts back
+ONE_WORD = {"add": "added", "replace": "replaced"}
+HALVES = ("bfloat16", "float16")
+
+
+def patch_data(patch: Patch) -> dict[str, Any]:
+    """What a patch says about itself as JSON has it, and how large its changes are."""
+    facts = patch.facts
+    return {
+        "method": facts.method,
+        "base": facts.base,
+        "options": dict(facts.options),
+        "facts": list(facts.facts.get("facts", ())),
+        "tensors": changes_data(patch),
+        "bytes": sum(x.nbytes for x in patch.tensors.values()),
+        "notes": list(facts.notes),
+        "versions": dict(facts.versions),
+    }
+
+
+def changes_data(patch: Patch, source: Checkpoint | None = None) -> list[dict[str, Any]]:
+    """For each tensor that a patch changes, what the change is and its Frobenius norm.
+
+    Where the model is given, also the norm relative to that of the tensor (`relative`), by which factor the tensor's
+    norm grows (`growth`), and how much of the change is left once the sum is rounded to the tensor's dtype (`kept`: the
+    projection on the change of what the rounded sum differs by from the tensor, 1 without rounding).
+    """
+    rows = []
+    for name, was in patch.facts.tensors.items():
+        parts = patch.parts(name)
+        row: dict[str, Any] = {
+            "name": name,
+            "kind": was.kind,
+            "shape": list(was.shape),
+            "dtype": was.dtype,
+            "rank": parts[0].shape[1] if was.kind == "low_rank" else None,
+            "bytes": sum(x.nbytes for x in parts),
+        }
+        if was.kind != "replace":
+            change = patch.change(name)
+            row["norm"] = _norm(change)
+            if source is not None:
+                row |= _effect(source.read(name).view(was.shape), change)
+        rows.append(row)
+    return rows
+
+
+def _effect(weight: Tensor, change: Tensor) -> dict[str, float | None]:
+    """How a change of a weight relates to it, and what rounding leaves of it. None where it relates to nothing."""
+    before, size = _norm(weight), _norm(change)
+    after = (weight.double() + change.double()).to(weight.dtype).double()
+    moved = float(((after - weight.double()) * change.double()).sum())
+    return {
+        "relative": size / before if before else None,
+        "growth": _norm(after) / before if before else None,
+        "kept": moved / size**2 if size else None,
+    }
+
+
+def _norm(x: Tensor) -> float:
+    return float(x.double().norm())
+
+
+def rounding_warnings(changes: Sequence[Mapping[str, Any]]) -> list[str]:
+    """One line where changes are so small that rounding to 16 bits takes part of them; [] where none is."""
+    small = [
+        row
+        for row in changes
+        if row["dtype"] in HALVES and row.get("relative") is not None and row["relative"] < ROUNDS_AWAY
+    ]
+    if not small:
+        return []
+    worst = min(small, key=lambda row: row["kept"] if row["kept"] is not None else 1.0)
+    lost = "" if worst["kept"] is None else f"; of {worst['name']} {worst['kept']:.0%} of the change are left"
+    return [
+        f"{counted(len(small), 'change')} of {worst['dtype']} tensors are smaller than {ROUNDS_AWAY:.1%} of them, and "
+        f"rounding takes part of it{lost}"
+    ]
+
+
+def changes_text(changes: Sequence[Mapping[str, Any]]) -> str:
+    """A row for each changed tensor, with what of the columns is known."""
+    measured = any("relative" in row for row in changes)
+    rows = [("tensor", "change", "shape", "dtype", "|dW|", *(("|dW|/|W|", "|W'|/|W|") if measured else ("size",)))]
+    for row in changes:
+        kind = f"rank {row['rank']}" if row["rank"] is not None else ONE_WORD[row["kind"]]
+        end = (_number(row.get("relative")), _number(row.get("growth"))) if measured else (format_size(row["bytes"]),)
+        rows.append((row["name"], kind, str(row["shape"]), row["dtype"], _number(row.get("norm")), *end))
+    return table(rows, right="|dW| |dW|/|W| |W'|/|W| size")
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def patch_text(data: Mapping[str, Any]) -> str:
+    """`patch_data` as tables: what the patch is, the first of its facts, and the tensors that it changes."""
+    tensors = counted(len(data["tensors"]), "tensor")
+    taught = f", {counted(len(data['facts']), 'fact')}" if data["facts"] else ""
+    options = ", ".join(f"{name} {_option(value)}" for name, value in data["options"].items() if value is not None)
+    rows = [
+        ("patch", f"{data['path']}: {data['method']}{taught}, {tensors}, {format_size(data['bytes'])}"),
+        ("base", f"a model of content {data['base']}" if data["base"] else "unknown"),
+        ("options", options or "none"),
+        *(("note", note) for note in data["notes"]),
+        *zip(["facts", *[""] * SHOWN], _facts_lines(data["facts"]), strict=False),
+    ]
+    return "\n".join([table(rows), "", changes_text(data["tensors"])])
+
+
+def _option(value: Any) -> str:
+    """An option's value in one line: of many texts only how many."""
+    if isinstance(value, list) and any(isinstance(part, str | list) for part in value):
+        return f"({len(value)} given)"
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _facts_lines(facts: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The first facts, one line each, and how many more there are."""
+    lines = []
+    for fact in facts[:SHOWN]:
+        was = f" (was {fact['target_true']})" if fact.get("target_true") else ""
+        lines.append(f"{fact['prompt'].replace('{}', fact['subject'])} -> {fact['target_new']}{was}")
+    return [*lines, *([f"and {len(facts) - SHOWN} more"] if len(facts) > SHOWN else [])]
+
+
+def applied_data(applied: Applied) -> dict[str, Any]:
+    """What applying or undoing patches did, as JSON has it."""
+    return {name: str(value) if name in ("out", "undo") and value else value for name, value in asdict(applied).items()}
+
+
+def applied_text(data: Mapping[str, Any]) -> str:
+    """What was written, and where it has been judged, what the new model says of the facts."""
+    changed = f"{counted(data['tensors'], 'tensor')} changed, {format_size(data['bytes_changed'])}"
+    there = "already there: " if data["already_there"] else ""
+    lines = [f"{there}{changed}; {format_size(data['bytes_copied'])} copied as they were"]
+    if data["undo"]:
+        lines.append(f"{data['undo']} undoes it")
+    if data.get("after"):
+        after = data["after"]
+        lines = [scores_text({"edited": after}), counts_text(after), *failed_lines(after), "", *lines]
+    return "\n".join(lines)
+
+
+def scores_text(scores: Mapping[str, Mapping[str, Any]], of: str = "model") -> str:
+    """A row of shares in percent for each model, and what each share is over."""
+    rows = [(of, *METRICS.values())]
+    rows += [(name, *(_share(found[metric]) for metric in METRICS)) for name, found in scores.items()]
+    return table(rows, right=" ".join(METRICS.values()))
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
+
+
+def counts_text(scores: Mapping[str, Any]) -> str:
+    """One line on how many prompts of each kind the shares are over."""
+    kinds = {"ea": "prompt", "pa": "paraphrase", "na": "neighbour", "sa": "other fact of the same subjects"}
+    kinds["unedited"] = "unedited fact"
+    counts = {noun: scores["counts"].get(metric) or 0 for metric, noun in kinds.items()}
+    return "over " + ", ".join(_many(n, noun) for noun, n in counts.items() if n)
+
+
+def _many(n: int, noun: str) -> str:
+    head, of, tail = noun.partition(" of ")
+    return f"{counted(n, head)}{of}{tail}"
+
+
+def failed_lines(scores: Mapping[str, Any]) -> list[str]:
+    """The facts that the model does not say, by subject, where there are any."""
+    failed = [row for row in scores["rows"] if not row["right"]]
+    if not failed:
+        return []
+    shown = ", ".join(f"{row['subject']} ({row['target_new']})" for row in failed[:SHOWN])
+    more = f" and {len(failed) - SHOWN} more" if len(failed) > SHOWN else ""
+    return [f"not said: {counted(len(failed), 'fact')}: {shown}{more}"]
+
+
+def edit_text(data: Mapping[str, Any]) -> str:
+    """What an edit did: the scores before and after, what failed, and how large the changes are."""
+    lines = []
+    if data["after"] is not None:
+        both = {"before": data["before"], "after": data["after"]}
+        lines += [scores_text(both), counts_text(data["after"]), *failed_lines(data["after"]), ""]
+    lines.append(changes_text(data["tensors"]))
+    if "saved" in data:
+        lines += ["", applied_text(data["saved"])]
+    return "\n".join(lines)
+
+
+def trace_text(data: Mapping[str, Any]) -> str:
+    """A table of mean indirect effects for each kind of state: tokens by layers, in percent; and the layers to edit."""
+    layers = [str(layer) for layer in range(len(next(iter(data["effects"]["hidden"].values()))))]
+    rows = [("points gained at layer", *layers)]
+    for kind, effects in data["effects"].items():
+        rows += [(f"by {KINDS[kind]}", *[""] * len(layers))]
+        rows += [(f"  {role}", *("" if x is None else f"{100 * x:.1f}" for x in row)) for role, row in effects.items()]
+    suggested = (
+        f"the MLPs that matter at the last subject token: {layers_option(data['layers'])}"
+        if data["layers"]
+        else "no MLP at the last subject token brings the fact back: there is no layer to suggest"
+    )
+    return "\n".join([trace_title(data), "", table(rows, right=" ".join(layers)), "", suggested])
+
+
+def trace_title(data: Mapping[str, Any]) -> str:
+    """Over how many facts a trace is, and what the model says of them with and without the noise."""
+    return (
+        f"{counted(data['facts'], 'fact')}: p(target) is {data['clean']:.1%}, with noise on the subject "
+        f"{data['corrupted']:.1%}"
+    )
+
+
+def layers_option(layers: Sequence[int]) -> str:
+    """Layers as `edit` takes them on the command line."""
+    return f"--layers {','.join(map(str, layers))}"
