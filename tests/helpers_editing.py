@@ -1,7 +1,8 @@
 """ROME and MEMIT as the papers write them, one fact and one text at a time, in float64; and models to run them on.
 
-Nothing here is of the package: positions come from counting the tokens of what stands before, texts are never padded, systems are solved densely.
-Source: ROME, arXiv 2202.05262, section 3.1 and appendix E; MEMIT, arXiv 2210.07229, section 4; r-ROME, arXiv 2403.07175.
+Nothing here is of the package: positions come from counting the tokens of what stands before, texts are never padded,
+systems are solved densely. Source: ROME, arXiv 2202.05262, section 3.1 and appendix E; MEMIT, arXiv 2210.07229,
+section 4; r-ROME, arXiv 2403.07175.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ NEO = SIZE | {
     "max_position_embeddings": 48,
 }
 GPTJ = GPT2 | {"rotary_dim": 8}
-# Name: the class's stem, its config, where its blocks lie, what projects down from a block's MLP and the prefix of both.
+# Name: the class, its config, where its blocks lie, and what projects down from a block's MLP.
 MODELS: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "gpt2": ("GPT2LMHeadModel", GPT2, "transformer.h", "c_proj"),
     "gpt2-square": ("GPT2LMHeadModel", GPT2 | {"n_inner": 32, "tie_word_embeddings": False}, "transformer.h", "c_proj"),
@@ -65,7 +66,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], str, str]] = {
 
 
 def tiny_model(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
-    """One of MODELS with random weights, biases too, in evaluation mode. Its head is loud enough to be sure of a token."""
+    """One of MODELS with random weights, biases too, at rest. Its head is loud enough to be sure of a token."""
     kind, config, _, _ = MODELS[name]
     torch.manual_seed(1)
     owner = getattr(transformers, kind)
@@ -118,7 +119,7 @@ def trained_tokenizer(kind: str = "gpt2") -> Any:
 
 @dataclass
 class Plain:
-    """The plain editor of one model. `layers` are edited; updates: how many steps each fact took, in their order."""
+    """The plain editor of one model. `layers` are edited; updates: how often each fact's delta was moved, in order."""
 
     name: str
     model: nn.Module
@@ -126,7 +127,7 @@ class Plain:
     layers: Sequence[int]
     templates: Sequence[str | Sequence[str]]
     covariance: dict[int, Tensor]
-    steps: int = 8
+    steps: int = 4
     lr: float = 0.5
     weight_decay: float = 0.5
     kl_factor: float = 0.0625

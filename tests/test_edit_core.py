@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -25,7 +25,7 @@ AT_THE_END = [
     {"prompt": "Yesterday , {}", "subject": "Mia Stone", "target_new": "baker"},
     {"prompt": "the good {}", "subject": "Zoë Müller", "target_new": "Danish"},
 ]
-TEMPLATES = ["{}", "Yesterday it rained . {}", "Leo Wagner speaks . {}"]
+TEMPLATES = ["{}", "Yesterday it rained . {}"]
 NESTED = [["{}"], ["Yesterday it rained . {}"], ["Leo Wagner speaks . {}", "It is said . {}"]]
 CLOSE = 1e-8  # relative, of deltas in float64
 
@@ -103,7 +103,7 @@ def test_rome_is_its_formula(name: str, key: str) -> None:
 @cache
 def memit_of(name: str) -> tuple[Plain, dict[int, Tensor]]:
     """The plain editor, and what it adds to two layers for all facts."""
-    by = plain(name, [1, 2], clamp=0.75)
+    by = plain(name, [1, 2], clamp=0.3)
     return by, by.memit(FACTS)
 
 
@@ -119,7 +119,7 @@ def test_other_architectures_are_edited_by_the_same_formulas(name: str) -> None:
     close = 1e-4 if name in ("gpt-neo", "gpt-j") else CLOSE  # transformers computes their attention in float32
     by = plain(name, [0, 2], steps=3)
     assert gap(edited(by, FACTS[:2], "memit"), by.memit(FACTS[:2])) < close
-    by = plain(name, [1], steps=3)
+    by = plain(name, [1], steps=2)
     assert gap(edited(by, FACTS[:1], "rome"), by.rome(FACTS[:1])) < close
 
 
@@ -138,7 +138,7 @@ def test_other_architectures_are_edited_by_the_same_formulas(name: str) -> None:
     ids=str,
 )
 def test_every_option_means_what_the_formula_says(changes: dict[str, Any]) -> None:
-    by = plain("gpt2", **({"layers": [0, 2], "steps": 4} | changes))
+    by = plain("gpt2", **({"layers": [0, 2], "steps": 3} | changes))
     # What is added in the last layer moves the last token alone; elsewhere its gradient is the noise of rounding.
     facts = AT_THE_END[1:] if 3 in by.layers else FACTS[1:]
     expected = by.memit(facts)
@@ -151,7 +151,7 @@ def test_every_option_means_what_the_formula_says(changes: dict[str, Any]) -> No
 
 @pytest.mark.parametrize("kind", ["trimmed", "llama3", "ended", "llama2", "prepended"])
 def test_texts_begin_as_the_tokenizer_begins_them_and_targets_go_on(kind: str) -> None:
-    by = plain("llama", [1, 2], tokenizer=trained_tokenizer(kind), steps=3)
+    by = plain("llama", [1, 2], tokenizer=trained_tokenizer(kind), steps=2)
     if kind != "trimmed":
         assert by.tokenizer("Ada")["input_ids"][0] == by.tokenizer.bos_token_id
     assert not {by.tokenizer.bos_token_id, by.tokenizer.eos_token_id} & {*by.target(FACTS[2])}
@@ -163,13 +163,13 @@ def test_texts_begin_as_the_tokenizer_begins_them_and_targets_go_on(kind: str) -
 
 def test_the_divergence_taken_the_other_way_round_gives_another_edit() -> None:
     forward, _ = memit_of("gpt2")
-    backward = plain("gpt2", [1, 2], clamp=0.75, reverse_kl=True)
+    backward = plain("gpt2", [1, 2], clamp=0.3, reverse_kl=True)
     assert gap(edited(forward, FACTS, "memit"), backward.memit(FACTS)) > 1e-3
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{"lr": 0.4}, {"weight_decay": 0.0}, {"kl_factor": 0.0}, {"clamp": 0.7}, {"steps": 7}, {"ridge": 0.0}],
+    [{"lr": 0.4}, {"weight_decay": 0.0}, {"kl_factor": 0.0}, {"clamp": 0.4}, {"steps": 3}, {"ridge": 0.0}],
     ids=str,
 )
 def test_no_constant_is_without_effect(changes: dict[str, Any]) -> None:
@@ -181,46 +181,48 @@ def test_no_constant_is_without_effect(changes: dict[str, Any]) -> None:
 
 
 def test_facts_searched_together_are_those_searched_one_by_one() -> None:
-    by = plain("llama", [2, 3], tokenizer=trained_tokenizer("llama2"), templates=TEMPLATES[:2], steps=15, kl_factor=0.0)
+    by = plain("llama", [2, 3], tokenizer=trained_tokenizer("llama2"), steps=9, lr=1.0, kl_factor=0.0)
     expected = by.memit(AT_THE_END)
     assert len(set(by.updates)) > 1, "all end their searches at the same step, which shows nothing"
-    for batch in (1, 2, 50):
+    for batch in (1, 3):
         assert gap(edited(by, AT_THE_END, "memit", batch=batch), expected) < CLOSE
 
 
 def test_the_order_of_facts_makes_no_difference_to_memit_and_one_to_rome() -> None:
     by, expected = memit_of("llama")
     assert gap(edited(by, FACTS[::-1], "memit"), expected) < CLOSE
-    by = plain("llama", [1], steps=3)
-    forward, backward = edited(by, FACTS, "rome"), edited(by, FACTS[::-1], "rome")
+    by = plain("llama", [1], steps=2)
+    forward, backward = edited(by, FACTS[:2], "rome"), edited(by, FACTS[1::-1], "rome")
     assert gap(backward, deltas_of(forward, [1])) > 1e-3
 
 
-def test_scales_of_the_statistics() -> None:
-    by, expected = memit_of("gpt2")
-    louder = {layer: 8 * covariance for layer, covariance in by.covariance.items()}
+def test_the_scale_of_the_statistics_matters_to_memit_as_lambda_does_and_not_to_rome() -> None:
+    by = plain("gpt2", [1], steps=2)
+    louder = {1: 8 * by.covariance[1]}
+    expected = deltas_of(edited(by, FACTS, "memit"), [1])
     assert gap(edited(by, FACTS, "memit", covariance=louder, lambda_=by.lambda_ / 8), expected) < CLOSE
     assert gap(edited(by, FACTS, "memit", covariance=louder), expected) > 1e-3
-    by = plain("gpt2", [1], steps=3)
-    louder = {1: 8 * by.covariance[1]}
-    assert gap(edited(by, FACTS[:1], "rome", covariance=louder), by.rome(FACTS[:1])) < CLOSE
+    expected = deltas_of(edited(by, FACTS[:1], "rome"), [1])
+    assert gap(edited(by, FACTS[:1], "rome", covariance=louder), expected) < CLOSE
+
+
+SAME: list[Callable[[Plain], dict[str, Any]]] = [
+    lambda by: {"lambda_": None, "lambda_ratio": by.lambda_ / 48},
+    lambda by: {"covariance": {f"transformer.h.{layer}.mlp.c_proj.weight": x for layer, x in by.covariance.items()}},
+    lambda by: {"covariance": {layer: by.regularised(layer) for layer in by.layers}, "ridge": 0.0},
+    lambda by: {"covariance": {layer: x + x.triu(1) - x.tril(-1) for layer, x in by.covariance.items()}},
+    lambda _: {"context_templates": [["{}"], TEMPLATES[1:]]},
+]
 
 
 def test_other_ways_to_say_the_same() -> None:
-    by, expected = memit_of("gpt2")
-    (inputs, _) = by.covariance[1].shape
-    same: list[dict[str, Any]] = [
-        {"lambda_": None, "lambda_ratio": by.lambda_ / inputs},
-        {"covariance": {f"transformer.h.{layer}.mlp.c_proj.weight": x for layer, x in by.covariance.items()}},
-        {"covariance": {layer: by.regularised(layer) for layer in by.layers}, "ridge": 0.0},
-        {"covariance": {layer: x + (x.triu(1) - x.tril(-1)) for layer, x in by.covariance.items()}},
-        {"context_templates": [["{}"], TEMPLATES[1:]]},
-    ]
-    for changes in same:
-        assert gap(edited(by, FACTS, "memit", **changes), expected) < CLOSE, changes.keys()
-    ones = {layer: torch.eye(inputs, dtype=torch.float64) for layer in by.layers}
-    identity = edited(by, FACTS, "memit", covariance="identity", ridge=0.0)
-    assert gap(identity, deltas_of(edited(by, FACTS, "memit", covariance=ones, ridge=0.0), by.layers)) < CLOSE
+    by = plain("gpt2", [1, 2], steps=2)
+    expected = deltas_of(edited(by, FACTS[:2], "memit"), by.layers)
+    for i, changes in enumerate(SAME):
+        assert gap(edited(by, FACTS[:2], "memit", **changes(by)), expected) < CLOSE, i
+    ones = {layer: torch.eye(48, dtype=torch.float64) for layer in by.layers}
+    identity, plainly = (edited(by, FACTS[:2], "memit", covariance=x, ridge=0.0) for x in ("identity", ones))
+    assert gap(identity, deltas_of(plainly, by.layers)) < CLOSE
 
 
 # ------------------------------------------------------------------ what an edit does

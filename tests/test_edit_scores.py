@@ -45,7 +45,7 @@ def plainly(model: nn.Module, tokenizer: Any, prompt: str, target: str) -> tuple
 
 
 def rounding(name: str) -> float:
-    """What models in float64 differ by where transformers computes in float32: norms, positions, GPT-Neo's attention."""
+    """What models in float64 differ by, as transformers computes norms, positions and GPT-Neo's scores in float32."""
     return 1e-12 if name.startswith("gpt2") else 1e-4 if name == "gpt-neo" else 1e-6
 
 

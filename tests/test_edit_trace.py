@@ -14,7 +14,7 @@ from mergekit_lfm.edit.trace import KINDS, ROLES, Trace, trace
 from mergekit_lfm.errors import PlanError
 
 FACTS = [
-    {"prompt": "We said {} speaks", "subject": "Ada Wagner Stone", "target_new": "Danish"},
+    {"prompt": "We said {} speaks", "subject": "Leo Wagner Stone", "target_new": "Danish"},
     {"prompt": "{} is in the", "subject": "Ada", "target_new": "city of Rome"},
 ]
 LAYERS = 4
@@ -44,8 +44,9 @@ class PlainTrace:
 
     def __init__(self, name: str, fact: dict[str, str], tokenizer: Any) -> None:
         self.name, self.model = name, flat_model(name)
+        self.clean: dict[str, list[Tensor]] = {}
         before, after = fact["prompt"].split("{}")
-        head, body = tokenizer(before.rstrip())["input_ids"] if before else [], " " * bool(before) + fact["subject"]
+        head, body = tokenizer(before.rstrip())["input_ids"], " " * bool(before) + fact["subject"]
         subject = tokenizer(body, add_special_tokens=False)["input_ids"]
         rest = tokenizer(after, add_special_tokens=False)["input_ids"]
         self.ids = [*head, *subject, *rest]
@@ -79,17 +80,16 @@ class PlainTrace:
 
     def restored(self, noise: Tensor, kind: str, layers: list[int], position: int) -> float:
         """p where the outputs of some layers are at this position those of the run without noise."""
-        changes = []
-        for layer in layers:
-            module = modules_of(self.model, self.name, kind)[layer]
-            clean: list[Tensor] = []
-            self.chance(None, [(module, lambda state, clean=clean: clean.append(state[position].clone()))])
+        modules = modules_of(self.model, self.name, kind)
+        if kind not in self.clean:
+            states: list[Tensor] = []
+            self.chance(None, [(module, lambda state: states.append(state.clone())) for module in modules])
+            self.clean[kind] = states
 
-            def put(state: Tensor, clean: list[Tensor] = clean) -> None:
-                state[position] = clean[0]
+        def put(layer: int) -> Callable[[Tensor], None]:
+            return lambda state: state[position].copy_(self.clean[kind][layer][position])
 
-            changes.append((module, put))
-        return self.chance(noise, changes)
+        return self.chance(noise, [(modules[layer], put(layer)) for layer in layers])
 
     def roles(self) -> dict[str, list[int]]:
         first, *middle = self.subject if len(self.subject) > 1 else (None, *self.subject)
@@ -143,7 +143,7 @@ def plain_trace(name: str, tokenizer: Any, *, noise: float, window: int, draws: 
 )
 def test_a_trace_is_that_of_a_plain_loop(name: str, window: int, kind: str) -> None:
     tokenizer = trained_tokenizer(kind)
-    options = {"noise": 2.0, "window": window, "draws": 2, "seed": 3}
+    options = {"noise": 2.0, "window": window, "draws": 2 if name == "gpt2" else 1, "seed": 3}
     found = trace(flat_model(name), tokenizer, FACTS, batch=7, **options).as_data()
     expected = plain_trace(name, tokenizer, **options)
     near = 1e-12 if name == "gpt2" else 1e-6  # transformers computes parts of the others in float32
@@ -155,7 +155,7 @@ def test_a_trace_is_that_of_a_plain_loop(name: str, window: int, kind: str) -> N
                 what,
                 role,
             )
-    assert max(abs(x) for row in found["effects"]["hidden"].values() for x in row) > 1e-3
+    assert max(abs(x) for row in found["effects"]["hidden"].values() for x in row) > 1e-4
 
 
 def found_in(name: str = "gpt2", facts: Any = FACTS, **options: Any) -> Trace:
@@ -169,20 +169,15 @@ def test_what_is_put_back_last_gives_the_clean_run() -> None:
             assert row.effects["hidden"][role][-1] in (None, pytest.approx(0, abs=1e-15))
 
 
-def test_all_of_a_subject_of_one_token_put_back_gives_the_clean_run() -> None:
-    prompt = "{} was born in the city of"
-    row = found_in(facts=[{"prompt": prompt, "subject": ".", "target_new": "Rome"}], window=1).rows[0]
-    first = row.effects["hidden"]["last subject token"][0]
-    assert first == pytest.approx(row.clean - row.corrupted, abs=1e-12)
-    assert row.effects["hidden"]["first subject token"] == (None,) * LAYERS
-
-
-def test_all_mlps_or_attentions_are_not_yet_all() -> None:
-    """The noise is in the residual, too: negative control of the test above."""
-    row = found_in(facts=[{"prompt": "{} was born in", "subject": ".", "target_new": "Rome"}], window=9).rows[0]
-    for kind in ("mlp", "attention"):
-        gained = row.effects[kind]["last subject token"][0]
-        assert gained is not None and abs(gained - (row.clean - row.corrupted)) > 1e-4
+def test_a_subject_that_is_the_last_token_is_all_there_is_to_put_back() -> None:
+    row = found_in(facts=[{"prompt": "We said it is {}", "subject": ".", "target_new": "Rome"}], window=9).rows[0]
+    lost = row.clean - row.corrupted
+    assert abs(lost) > 1e-5
+    assert row.effects["hidden"]["last subject token"] == pytest.approx([lost] * LAYERS, abs=1e-12)
+    for kind in ("mlp", "attention"):  # these are not all: the noise is in what goes past them, too
+        assert row.effects[kind]["last subject token"][0] != pytest.approx(lost, rel=0.01)
+    for role in set(ROLES) - {"last subject token"}:
+        assert row.effects["hidden"][role] == (None,) * LAYERS
 
 
 def test_almost_no_noise_has_no_effect() -> None:
@@ -210,7 +205,7 @@ def test_roles_that_there_are(fact: tuple[str, str], roles: set[str]) -> None:
 
 
 def test_the_result_depends_on_the_seed_and_not_on_the_batch() -> None:
-    one, other = found_in(batch=1).as_data(), found_in(batch=1000).as_data()
+    one, other = found_in(batch=5).as_data(), found_in(batch=1000).as_data()
     numbers = [
         [data["corrupted"], *(x for kind in KINDS for role in ROLES for x in data["effects"][kind][role])]
         for data in (one, other, found_in(seed=1).as_data())

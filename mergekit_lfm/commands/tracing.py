@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -75,7 +76,7 @@ def trace(
     loaded = verifying.load(model, dtype, device)
     from mergekit_lfm.edit.trace import trace as traced
 
-    how = {"noise": noise, "window": window, "draws": draws, "seed": seed, "batch": batch}
+    how: dict[str, Any] = {"noise": noise, "window": window, "draws": draws, "seed": seed, "batch": batch}
     with counter(" facts", "tracing", hidden=quiet or as_json) as progress:
         found = traced(loaded.model, loaded.tokenizer, known, progress=progress, **how)
     data = {"model": str(model), **found.as_data()}

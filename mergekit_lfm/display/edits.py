@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from mergekit_lfm.display.terminal import counted, table
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from mergekit_lfm.checkpoint import Checkpoint
     from mergekit_lfm.patches import Patch
 
+WIDTH = 90  # of a line of options
 SHOWN = 10  # facts of a patch, and of those that failed
 # The scores by their headings. What each is over is said by the help of `edit` and by docs/editing.md.
 METRICS = {name: name.upper() for name in ("es", "ps", "ns", "ea", "pa", "na", "sa")} | {"unedited": "unedited"}
@@ -120,11 +122,11 @@ def patch_text(data: Mapping[str, Any]) -> str:
     """`patch_data` as tables: what the patch is, the first of its facts, and the tensors that it changes."""
     tensors = counted(len(data["tensors"]), "tensor")
     taught = f", {counted(len(data['facts']), 'fact')}" if data["facts"] else ""
-    options = ", ".join(f"{name} {_option(value)}" for name, value in data["options"].items() if value is not None)
+    options = [f"{name} {_option(value)}" for name, value in data["options"].items() if value is not None]
     rows = [
         ("patch", f"{data['path']}: {data['method']}{taught}, {tensors}, {format_size(data['bytes'])}"),
         ("base", f"a model of content {data['base']}" if data["base"] else "unknown"),
-        ("options", options or "none"),
+        *zip(["options", *[""] * len(options)], wrap(", ".join(options), WIDTH) or ["none"], strict=False),
         *(("note", note) for note in data["notes"]),
         *zip(["facts", *[""] * SHOWN], _facts_lines(data["facts"]), strict=False),
     ]
@@ -217,7 +219,7 @@ def trace_text(data: Mapping[str, Any]) -> str:
     rows = [("points gained at layer", *layers)]
     for kind, effects in data["effects"].items():
         rows += [(f"by {KINDS[kind]}", *[""] * len(layers))]
-        rows += [(f"  {role}", *("" if x is None else f"{100 * x:.1f}" for x in row)) for role, row in effects.items()]
+        rows += [(f"  {role}", *("" if x is None else f"{100 * x:z.1f}" for x in row)) for role, row in effects.items()]
     suggested = (
         f"the MLPs that matter at the last subject token: {layers_option(data['layers'])}"
         if data["layers"]

@@ -18,7 +18,7 @@ from mergekit_lfm.collect.locate import located
 from mergekit_lfm.edit.covariance import Covariance, second_moments, solve
 from mergekit_lfm.edit.prompts import filled
 from mergekit_lfm.edit.sites import Site, find_sites
-from mergekit_lfm.edit.targets import Progress, Subject, at_rest, find_targets, limit_of
+from mergekit_lfm.edit.targets import Progress, Subject, at_rest, check_texts, find_targets, limit_of
 from mergekit_lfm.edits import EDIT_METHODS, edit_options
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.facts import Fact, FactsFile, as_facts
@@ -40,7 +40,7 @@ def edit(
     method: str = "memit",
     covariance: Covariance = None,
     preset: str | None = None,
-    dtype: torch.dtype = torch.float64,
+    dtype: torch.dtype | str = torch.float64,
     progress: Progress | None = None,
     **options: Any,
 ) -> Patch:
@@ -61,6 +61,7 @@ def edit(
         given["covariance"] = covariance
     asked = edit_options(method, given, preset=preset, place="edit")
     covariance = asked["covariance"] if covariance is None else covariance
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     known = as_facts(facts)
     loaded = model if isinstance(model, Loaded) else None
     module = model.model if isinstance(model, Loaded) else model
@@ -73,9 +74,23 @@ def edit(
     content = loaded.checkpoint.content if loaded is not None and isinstance(covariance, Statistics) else None
     moments = second_moments(covariance, sites, names, content, ridge=asked["ridge"], dtype=dtype)
     work = _Work(Subject(module, tokenizer, limit_of(module)), sites, moments, asked, dtype, progress)
+    check_texts(work.subject, known.facts, ["{}", *work.contexts], asked["kl_template"])
     with at_rest(module), _put_back(sites), torch.no_grad():
         changes = (_rome if method == "rome" else _memit)(work, known.facts)
-    return _patch(changes, sites, names, loaded, method, {**asked, "layers": [s.layer for s in sites]}, known)
+    used: dict[str, Any] = {
+        **asked,
+        "layers": [site.layer for site in sites],
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    used["covariance"] = _named(covariance)
+    return _patch(changes, sites, names, loaded, method, used, known)
+
+
+def _named(covariance: Covariance) -> str:
+    """What a patch says of the second moments that it was made with."""
+    if isinstance(covariance, Statistics):
+        return f"gram of data {covariance.facts.data}"
+    return covariance if isinstance(covariance, str) else "given as tensors"
 
 
 @dataclass(frozen=True)

@@ -58,16 +58,12 @@ def encode(
     spans: of characters. limit: the most tokens that the model takes. PlanError where a text has more, a span has no
     token of its own, or the tokenizer gives no offsets.
     """
-    if not getattr(tokenizer, "is_fast", False):
-        raise PlanError(
-            f"{type(tokenizer).__name__} does not say which characters its tokens are, expected a fast tokenizer; save "
-            "the model with one (tokenizer.json)"
-        )
-    coded: Any = tokenizer(list(texts), return_offsets_mapping=True, padding=False)
-    offsets = [_unended(each) for each in coded["offset_mapping"]]
-    rows = [ids[: len(each)] for ids, each in zip(coded["input_ids"], offsets, strict=True)]
+    rows, offsets = _tokens(tokenizer, texts)
     if endings is not None:
         rows = [[*row, *ending] for row, ending in zip(rows, endings, strict=True)]
+    found = [(-1, -1)] * len(rows)
+    if spans is not None:
+        found = [_tokens_of(*each) for each in zip(texts, offsets, spans, strict=True)]
     width = max(map(len, rows))
     if limit is not None and width > limit:
         longest = max(range(len(rows)), key=lambda i: len(rows[i]))
@@ -77,19 +73,31 @@ def encode(
         ids[i, : len(row)] = torch.tensor(row, dtype=torch.int64)
     lengths = torch.tensor([len(row) for row in rows])
     mask = (torch.arange(width) < lengths[:, None]).long()
-    found = (
-        [(-1, -1)] * len(rows) if spans is None else [_tokens_of(*x) for x in zip(texts, offsets, spans, strict=True)]
-    )
     first, last = torch.tensor(found, dtype=torch.int64).reshape(-1, 2).unbind(1)
     return Encoded(ids, mask, lengths, first, last)
 
 
-def _unended(offsets: Sequence[tuple[int, int]]) -> Sequence[tuple[int, int]]:
-    """The offsets less those of special tokens at the end: the text goes on."""
-    last = len(offsets)
-    while last > 1 and offsets[last - 1][0] == offsets[last - 1][1]:
-        last -= 1
-    return offsets[:last]
+Offsets = list[tuple[int, int]]
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> tuple[list[list[int]], list[Offsets]]:
+    """The tokens of each text and their characters, less special ones at the end: the text goes on."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise PlanError(
+            f"{type(tokenizer).__name__} does not say which characters its tokens are, expected a fast tokenizer; save "
+            "the model with one (tokenizer.json)"
+        )
+    coded: Any = tokenizer(list(texts), return_offsets_mapping=True, return_special_tokens_mask=True, padding=False)
+    rows, offsets = [], []
+    for ids, each, special in zip(
+        coded["input_ids"], coded["offset_mapping"], coded["special_tokens_mask"], strict=True
+    ):
+        last = len(ids)
+        while last > 1 and special[last - 1]:
+            last -= 1
+        rows.append(list(ids[:last]))
+        offsets.append([tuple(span) for span in each[:last]])
+    return rows, offsets
 
 
 def _tokens_of(text: str, offsets: Sequence[tuple[int, int]], span: tuple[int, int] | None) -> tuple[int, int]:
@@ -113,10 +121,15 @@ def filled(template: str, prompt: str, subject: str) -> tuple[str, tuple[int, in
 
 
 def target_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str) -> list[int]:
-    """The tokens of a target as it goes on after a prompt. PlanError where there is none."""
-    coded: Any = tokenizer(f"{prompt} {target}", return_offsets_mapping=True)
-    pairs = zip(coded["input_ids"], coded["offset_mapping"], strict=True)
-    ids = [token for token, (start, stop) in pairs if stop > max(start, len(prompt))]
-    if not ids:
+    """The tokens of a target as it goes on after a prompt. PlanError where there is none.
+
+    The text is tokenised as a whole. The target is what follows the tokens of the prompt alone; where the prompt ends
+    in other tokens when it goes on, those with characters beyond it.
+    """
+    (row, alone), (offsets, _) = _tokens(tokenizer, [f"{prompt} {target}", prompt])
+    start = len(alone)
+    if row[:start] != alone:
+        start = next((i for i, (_, stop) in enumerate(offsets) if stop > len(prompt)), len(row))
+    if start >= len(row):
         raise PlanError(f"the tokenizer gives the target {target!r} no token; give another target")
-    return ids
+    return row[start:]

@@ -1,20 +1,20 @@
 """What a model says of facts: which of two targets is the more likely, and whether the right one is what it would say.
 
-The first alone, as publications have it, hides damage. Every prompt is asked with its target after it: the text is
-tokenised as a whole, and of its tokens those after the prompt's last character are the target's.
+The first alone, as publications have it, hides damage. A prompt is asked as the tokenizer begins it, with the target's
+tokens as they come after it, which is what an edit aims at.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import exp
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from mergekit_lfm.edit.prompts import Encoded, encode
+from mergekit_lfm.edit.prompts import Encoded, encode, target_ids
 from mergekit_lfm.edit.targets import Progress, at_rest, limit_of
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.facts import Fact, FactsFile, as_facts
@@ -161,7 +161,7 @@ def say(
 
     Texts of like length run together, padded on the right. The model is left as it was. Raises as `score_facts`.
     """
-    encoded = encode_targets(model, tokenizer, asked)
+    encoded = _encoded(model, tokenizer_for_texts(tokenizer), asked)
     order = encoded.lengths.argsort(descending=True, stable=True)
     found: list[Said | None] = [None] * len(asked)
     with at_rest(model), torch.no_grad():
@@ -174,18 +174,17 @@ def say(
     return [each for each in found if each is not None]
 
 
-def encode_targets(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, asked: Sequence[Asked]) -> Encoded:
+def _encoded(model: nn.Module, tokenizer: PreTrainedTokenizerBase, asked: Sequence[Asked]) -> Encoded:
     """The prompts with their targets; first and last: of the target's tokens. Raises as `score_facts`."""
-    texts = [f"{prompt} {target}" for prompt, target in asked]
-    spans = [(len(prompt), len(text)) for (prompt, _), text in zip(asked, texts, strict=True)]
-    encoded = encode(tokenizer_for_texts(tokenizer), texts, spans, limit=limit_of(model))
-    alone = [texts[row] for row in (encoded.first == 0).nonzero()[:, 0].tolist()]
-    if alone:
+    endings = [target_ids(tokenizer, prompt, target) for prompt, target in asked]
+    encoded = encode(tokenizer, [prompt for prompt, _ in asked], endings=endings, limit=limit_of(model))
+    first = encoded.lengths - torch.tensor([len(ending) for ending in endings])
+    if alone := [target for (_, target), at in zip(asked, first.tolist(), strict=True) if at == 0]:
         raise PlanError(
-            f"the tokenizer gives {alone[0]!r:.80} no token before the target, so that there is nothing to predict it "
-            "from; give a longer prompt"
+            f"there is no token before the target {alone[0]!r:.80}, so that there is nothing to predict it from; give "
+            "a longer prompt"
         )
-    return encoded
+    return replace(encoded, first=first, last=encoded.lengths - 1)
 
 
 def _picked(encoded: Encoded, rows: Tensor) -> Encoded:

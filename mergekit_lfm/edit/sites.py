@@ -55,6 +55,11 @@ def find_sites(model: nn.Module) -> tuple[Site, ...]:
             f"the model is of model_type {kind!r}, expected one of {', '.join(sorted(ARCHITECTURES))} to know where "
             "its facts are stored. Choose such a model"
         )
+    if not getattr(model, "can_generate", lambda: False)():
+        raise PlanError(
+            f"{type(model).__name__} says nothing, expected a decoder that predicts the next token, such as a "
+            "...ForCausalLM. Load it as one"
+        )
     names = [name for name, _ in model.named_parameters()]
     table = build(config.to_dict(), names)
     sites = []

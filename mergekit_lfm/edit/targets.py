@@ -116,6 +116,11 @@ def find_targets(
     return torch.cat(found)
 
 
+def check_texts(subject: Subject, facts: Sequence[Fact], templates: Sequence[str], kl_template: str) -> None:
+    """PlanError where a text of a fact cannot be given to the model, before any of them is."""
+    _texts(subject, facts, templates, kl_template)
+
+
 @dataclass(frozen=True)
 class _Texts:
     """The texts of a batch. fact: of each row; targets [rows, t] with weights that are 1 / tokens, 0 where padded."""

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mergekit_lfm.edit.prompts import encode, filled
-from mergekit_lfm.edit.scores import encode_targets
+from mergekit_lfm.edit.prompts import encode, filled, target_ids
 from mergekit_lfm.edit.sites import Site, find_sites, hooked
 from mergekit_lfm.edit.targets import Progress, at_rest, limit_of
 from mergekit_lfm.errors import PlanError
@@ -122,10 +121,10 @@ def trace(
     """
     _check(noise, window, draws, batch)
     known, sites = as_facts(facts).facts, find_sites(model)
-    texts = _texts(model, tokenizer, known)
+    texts = _texts(model, tokenizer_for_texts(tokenizer), known)
     draw, rows = torch.Generator().manual_seed(seed), []
     with at_rest(model), torch.no_grad():
-        size = noise * float(_embedded(model, texts).float().std())
+        size = noise * float(_embedded(model, texts).cpu().double().std())
         for i, (fact, text) in enumerate(zip(known, texts, strict=True)):
             case = _case(model, sites, text, size, draws, draw, batch)
             rows.append(_of_fact(case, fact, window))
@@ -173,14 +172,15 @@ class _Text:
         }
 
 
-def _texts(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, facts: Sequence[Fact]) -> list[_Text]:
-    whole = encode_targets(model, tokenizer, [(fact.text, fact.target_new) for fact in facts])
+def _texts(model: nn.Module, tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact]) -> list[_Text]:
     prompts, spans = zip(*(filled("{}", fact.prompt, fact.subject) for fact in facts), strict=True)
-    texts = [f"{prompt} {fact.target_new}" for prompt, fact in zip(prompts, facts, strict=True)]
-    subjects = encode(tokenizer_for_texts(tokenizer), texts, spans, limit=limit_of(model))
-    ends, firsts, lasts = whole.first.tolist(), subjects.first.tolist(), subjects.last.tolist()
-    rows = zip(whole.ids, ends, firsts, lasts, strict=True)
-    return [_Text(ids[:end], first, last, int(ids[end])) for ids, end, first, last in rows]
+    encoded = encode(tokenizer, prompts, spans, limit=limit_of(model))
+    places = zip(encoded.lengths.tolist(), encoded.first.tolist(), encoded.last.tolist(), strict=True)
+    wanted = [target_ids(tokenizer, fact.text, fact.target_new)[0] for fact in facts]
+    return [
+        _Text(ids[:end], first, last, token)
+        for ids, token, (end, first, last) in zip(encoded.ids, wanted, places, strict=True)
+    ]
 
 
 def _embedding(model: Any) -> nn.Module:
