@@ -13,7 +13,7 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import xxhash
 
@@ -43,24 +43,41 @@ def prepare(plan: Plan, notice: Callable[[str], None]) -> Plan:
 
 def _found(source: Checkpoint, to: Checkpoint, request: AlignRequest) -> Transform:
     """The transform that was asked for, from an earlier run or found now."""
-    kept = cache_folder("transforms") / f"{_key(source, to, request)}.safetensors"
+
+    def find() -> Transform:
+        statistics = None if request.stats is None else open_statistics(request.stats.path)
+        options: dict[str, Any] = dict(request.options)
+        return align_models(source, to, request.method, statistics=statistics, **options)
+
+    return kept_or_made(cache_folder("transforms") / f"{_key(source, to, request)}.safetensors", find, open_transform)
+
+
+class Saved(Protocol):
+    """What can be written to a file."""
+
+    def save(self, path: Path, /) -> None: ...
+
+
+T = TypeVar("T", bound=Saved)
+
+
+def kept_or_made(kept: Path, make: Callable[[], T], opened: Callable[[Path], T]) -> T:
+    """What a file of the cache holds; where it is not there, or damaged, what is made, as a file then holds it."""
     try:
-        return open_transform(kept)
+        return opened(kept)
     except (FileNotFoundError, FormatError):
         pass
-    statistics = None if request.stats is None else open_statistics(request.stats.path)
-    options: dict[str, Any] = dict(request.options)
-    found = align_models(source, to, request.method, statistics=statistics, **options)
+    made = make()
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        ours = kept.with_name(f"{kept.stem}.{os.getpid()}.safetensors")  # other merges may find the same one now
-        found.save(ours)
+        ours = kept.with_name(f"{kept.stem}.{os.getpid()}.safetensors")  # other merges may make the same one now
+        made.save(ours)
         ours.rename(kept)
-    except OSError:  # without it the next run aligns again
+    except OSError:  # without it the next run makes it again
         with TemporaryDirectory() as folder:  # what is used is what a file holds, here as there
-            found.save(Path(folder) / kept.name)
-            return open_transform(Path(folder) / kept.name)
-    return open_transform(kept)
+            made.save(Path(folder) / kept.name)
+            return opened(Path(folder) / kept.name)
+    return opened(kept)
 
 
 def _key(source: Checkpoint, to: Checkpoint, request: AlignRequest) -> str:

@@ -124,7 +124,7 @@ def test_too_little_memory_is_told_before_the_work(models: Path, monkeypatch: py
     monkeypatch.setattr("mergekit_lfm.stages.align_models", work)
     entry = {"model": "b", "align": {"to": "a", "method": "rotation"}}
     recipe = {"merge_method": "linear", "models": [{"model": "a"}, entry], **ONE}
-    with pytest.raises(PlanError, match="for one worker, a budget of 1 MB, of which transforms take"):
+    with pytest.raises(PlanError, match="for one worker, a budget of 1 MB, of which transforms and patches take"):
         merge(recipe, "out", memory="1MB")
     assert not (models / "out.partial").exists()
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from mergekit_lfm import merge
+from mergekit_lfm.commands import main
+from mergekit_lfm.commands import merge as merge_command
 from mergekit_lfm.edit import edit
 from mergekit_lfm.edit import stages as stages_module
 from mergekit_lfm.errors import PlanError
@@ -19,8 +23,10 @@ from mergekit_lfm.plan import make_plan
 from mergekit_lfm.provenance import verify
 from mergekit_lfm.recipe import Recipe
 from mergekit_lfm.runtime import load_model
+from scripts.make_facts import make_facts
 from tests.helpers_editing import tiny_model, trained_tokenizer
 
+RECIPE = Path(__file__).parents[1] / "recipes" / "facts_edited.yaml"
 OPTIONS = {"layers": [1, 2], "lr": 0.1, "steps": 6, "lambda": 1.0, "covariance": "identity"}
 
 
@@ -120,6 +126,25 @@ def test_a_plan_needs_no_model_and_its_digest_knows_the_facts(folder: Path, tmp_
     assert plan(steps=7).digest != first.digest
     facts.write_text((folder / "two.yaml").read_text())
     assert plan().digest != first.digest
+
+
+@pytest.mark.slow
+def test_the_recipe_of_facts_runs_as_its_comment_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """recipes/facts_edited.yaml, on a model that has hardly been trained."""
+    (tmp_path / "recipes" / "facts").mkdir(parents=True)
+    shutil.copy(RECIPE, tmp_path / "recipes")
+    monkeypatch.chdir(tmp_path)
+    make_facts(Path("recipes/facts"), steps=2)
+    comment = RECIPE.read_text("utf-8").replace("\\\n#", "")
+    lines = [line.removeprefix("#").split() for line in comment.splitlines() if "mergekit-lfm stats" in line]
+    (stats,) = lines
+    for command, arguments in ((main, stats[1:]), (merge_command, ["recipes/facts_edited.yaml"])):
+        done = CliRunner().invoke(command, [*arguments, "-q"])
+        assert done.exit_code == 0, done.output
+    found, base = contents(Path("merged/facts_edited")), contents(Path("recipes/facts/model"))
+    changed = {name for name in base if not torch.equal(found[name], base[name])}
+    assert changed == {"transformer.h.0.mlp.c_proj.weight"}
+    assert verify(Path("merged/facts_edited")) == []
 
 
 def test_what_is_wrong_with_a_request_is_said_before_any_work(folder: Path, tmp_path: Path) -> None:

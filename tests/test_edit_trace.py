@@ -103,9 +103,11 @@ class PlainTrace:
         }
 
 
-def plain_trace(name: str, tokenizer: Any, *, noise: float, window: int, draws: int, seed: int) -> dict[str, Any]:
-    """What `trace` finds for FACTS."""
-    plain = [PlainTrace(name, fact, tokenizer) for fact in FACTS]
+def plain_trace(
+    name: str, tokenizer: Any, facts: Any, *, noise: float, window: int, draws: int, seed: int
+) -> dict[str, Any]:
+    """What `trace` finds."""
+    plain = [PlainTrace(name, fact, tokenizer) for fact in facts]
     embedding = plain[0].model.get_input_embeddings().weight.detach()
     size = torch.cat([embedding[[one.ids[i] for i in one.subject]] for one in plain]).std() * noise
     draw = torch.Generator().manual_seed(seed)
@@ -134,7 +136,7 @@ def plain_trace(name: str, tokenizer: Any, *, noise: float, window: int, draws: 
         kind: {role: [sum(x) / len(x) for x in zip(*rows, strict=True)] or [None] * LAYERS for role, rows in e.items()}
         for kind, e in effects.items()
     }
-    return {"clean": sum(clean) / 2, "corrupted": sum(corrupted) / 2, "effects": mean}
+    return {"clean": sum(clean) / len(facts), "corrupted": sum(corrupted) / len(facts), "effects": mean}
 
 
 @pytest.mark.parametrize(
@@ -143,9 +145,10 @@ def plain_trace(name: str, tokenizer: Any, *, noise: float, window: int, draws: 
 )
 def test_a_trace_is_that_of_a_plain_loop(name: str, window: int, kind: str) -> None:
     tokenizer = trained_tokenizer(kind)
-    options = {"noise": 2.0, "window": window, "draws": 2 if name == "gpt2" else 1, "seed": 3}
-    found = trace(flat_model(name), tokenizer, FACTS, batch=7, **options).as_data()
-    expected = plain_trace(name, tokenizer, **options)
+    options = {"noise": 2.0, "window": window, "draws": 2, "seed": 3}
+    facts = FACTS if name == "gpt2" else FACTS[1:]
+    found = trace(flat_model(name), tokenizer, facts, batch=7, **options).as_data()
+    expected = plain_trace(name, tokenizer, facts, **options)
     near = 1e-12 if name == "gpt2" else 1e-6  # transformers computes parts of the others in float32
     assert found["clean"] == pytest.approx(expected["clean"], abs=near)
     assert found["corrupted"] == pytest.approx(expected["corrupted"], abs=near)
@@ -155,7 +158,7 @@ def test_a_trace_is_that_of_a_plain_loop(name: str, window: int, kind: str) -> N
                 what,
                 role,
             )
-    assert max(abs(x) for row in found["effects"]["hidden"].values() for x in row) > 1e-4
+    assert max(abs(x) for row in found["effects"]["hidden"].values() for x in row if x is not None) > 1e-4
 
 
 def found_in(name: str = "gpt2", facts: Any = FACTS, **options: Any) -> Trace:

@@ -7,13 +7,11 @@ is made again with other weights, finds them there.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import xxhash
@@ -23,7 +21,7 @@ from mergekit_lfm.aligned import identity_of
 from mergekit_lfm.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lfm.edit.driver import edit
 from mergekit_lfm.edits import EditRequest
-from mergekit_lfm.errors import FormatError, PlanError
+from mergekit_lfm.errors import PlanError
 from mergekit_lfm.execute import execute
 from mergekit_lfm.machine import cache_folder
 from mergekit_lfm.patches import Patch, open_patch
@@ -32,6 +30,7 @@ from mergekit_lfm.plan import Plan, make_plan
 from mergekit_lfm.roles import Edit
 from mergekit_lfm.runtime import load_model
 from mergekit_lfm.settings import GivenFile
+from mergekit_lfm.stages import kept_or_made
 from mergekit_lfm.stats import Statistics, open_statistics
 from mergekit_lfm.writer import Policy, already_there
 
@@ -117,27 +116,15 @@ def _patches(source: Checkpoint, edits: Sequence[Edit], label: str, grams: Grams
 
 def _found(source: Checkpoint, asked: EditRequest, label: str, grams: Grams, notice: Notice) -> Patch:
     """The patch that was asked for, from an earlier run or made now."""
-    kept = cache_folder("patches") / f"{_key(source, asked)}.safetensors"
-    try:
-        return open_patch(kept)
-    except (FileNotFoundError, FormatError):
-        pass
-    notice(f"editing {label}: {asked.facts.ref} by {asked.method}")
-    covariance = None if asked.stats is None else grams(open_statistics(asked.stats.path))
-    given = {"lambda_" if name == "lambda" else name: value for name, value in asked.given.items()}
-    if covariance is not None:
-        given["covariance"] = covariance
-    made = edit(load_model(source, "lm"), None, asked.facts.path, method=asked.method, **given)
-    try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        ours = kept.with_name(f"{kept.stem}.{os.getpid()}.safetensors")  # other merges may make the same one now
-        made.save(ours)
-        ours.rename(kept)
-    except OSError:  # without it the next run edits again
-        with TemporaryDirectory() as folder:  # what is used is what a file holds, here as there
-            made.save(Path(folder) / kept.name)
-            return open_patch(Path(folder) / kept.name)
-    return open_patch(kept)
+
+    def make() -> Patch:
+        notice(f"editing {label}: {asked.facts.ref} by {asked.method}")
+        given = {"lambda_" if name == "lambda" else name: value for name, value in asked.given.items()}
+        if asked.stats is not None:
+            given["covariance"] = grams(open_statistics(asked.stats.path))
+        return edit(load_model(source, "lm"), None, asked.facts.path, method=asked.method, **given)
+
+    return kept_or_made(cache_folder("patches") / f"{_key(source, asked)}.safetensors", make, open_patch)
 
 
 def _key(source: Checkpoint, asked: EditRequest) -> str:
