@@ -24,7 +24,7 @@ def read_yaml(text: str, label: str) -> object:
         loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
-            raise PlanError(f"{label}: it is empty, expected a recipe with merge_method and models")
+            raise PlanError(f"{label}: it is empty, expected one YAML document")
         _refuse_repeated_keys(node, label, set())
         return loader.construct_document(node)
     except yaml.MarkedYAMLError as error:

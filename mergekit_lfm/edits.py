@@ -100,7 +100,7 @@ _METHODS = (
 EDIT_METHODS = MappingProxyType({method.name: method for method in _METHODS})
 
 KL_TEMPLATE = "{} is a"
-# Texts before the prompt, so that what is found holds in any context. The first is the bare prompt.
+# Texts before the prompt, so that what is found holds in any context. One is the bare prompt.
 CONTEXTS = ("{}", "The. {}", "Therefore. {}", "Because of this. {}", "I think so. {}", "You know. {}")
 
 _LIKE_LLAMA = {"steps": 25, "lr": 0.5, "weight_decay": 1e-3, "clamp": 4.0}
@@ -209,6 +209,8 @@ def _templates(value: Any, at: str) -> list[Any]:
     flat = [text for entry in lists for text in (entry if isinstance(entry, list | tuple) else [entry])]
     if not flat or any(not isinstance(text, str) or text.count(BLANK) != 1 for text in flat):
         raise ValueError(f"{at}: found {value!r:.60}, expected a list of texts, each with {BLANK} once for the prompt")
+    if BLANK not in flat:
+        raise ValueError(f"{at}: found {value!r:.60}, expected {BLANK} itself among them: the bare prompt; add it")
     return [list(entry) if isinstance(entry, list | tuple) else entry for entry in lists]
 
 

@@ -212,6 +212,8 @@ def test_show_says_what_a_patch_is(here: Path) -> None:
         "layers 0,1",
     ):
         assert part in shown.stdout
+    assert shown.stdout in run("inspect", "patch.st").stdout
+    assert answer(run("inspect", "patch.st", "--json"))["patch"] == {"path": "patch.st", **data}
 
 
 @pytest.mark.usefixtures("here")

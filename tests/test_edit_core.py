@@ -212,6 +212,8 @@ SAME: list[Callable[[Plain], dict[str, Any]]] = [
     lambda by: {"covariance": {layer: by.regularised(layer) for layer in by.layers}, "ridge": 0.0},
     lambda by: {"covariance": {layer: x + x.triu(1) - x.tril(-1) for layer, x in by.covariance.items()}},
     lambda _: {"context_templates": [["{}"], TEMPLATES[1:]]},
+    lambda _: {"context_templates": [*TEMPLATES[1:], "{}"]},
+    lambda _: {"context_templates": [TEMPLATES[1:], ["{}"]]},
 ]
 
 
@@ -221,7 +223,7 @@ def test_other_ways_to_say_the_same() -> None:
     for i, changes in enumerate(SAME):
         assert gap(edited(by, FACTS[:2], "memit", **changes(by)), expected) < CLOSE, i
     ones = {layer: torch.eye(48, dtype=torch.float64) for layer in by.layers}
-    identity, plainly = (edited(by, FACTS[:2], "memit", covariance=x, ridge=0.0) for x in ("identity", ones))
+    identity, plainly = (edited(by, FACTS[:2], "memit", covariance=x) for x in ("identity", ones))
     assert gap(identity, deltas_of(plainly, by.layers)) < CLOSE
 
 

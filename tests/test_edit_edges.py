@@ -190,6 +190,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"method": "memmit"}, "memit"),
     ({"context_templates": ["So."]}, "once for the prompt"),
     ({"context_templates": ["{} {}"]}, "once for the prompt"),
+    ({"context_templates": ["So . {}"]}, "the bare prompt; add it"),
     ({"kl_template": "is a"}, "where the subject stands"),
     ({"step": 3}, "steps"),
     ({"key": "mean"}, "no such option"),

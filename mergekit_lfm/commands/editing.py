@@ -195,7 +195,6 @@ def _solve(
     from mergekit_lfm.edit import edit as solved
 
     loaded = verifying.load(model, dtype, device)
-    before = None if no_verify else verifying.score(loaded, facts, "judging", hidden).as_data()
     with counter(" facts", "editing", hidden=hidden) as progress:
         patch = solved(
             loaded,
@@ -206,6 +205,7 @@ def _solve(
             progress=progress,
             **asked,
         )
+    before = None if no_verify else verifying.score(loaded, facts, "judging", hidden).as_data()  # it is as it was
     return before, patch
 
 

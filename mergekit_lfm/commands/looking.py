@@ -34,7 +34,7 @@ def inspect(path: Path, content: bool, as_json: bool) -> None:
     """List the tensors of a model's folder or of one file: shapes, dtypes, sizes, totals.
 
     Of a statistics file also what it says about itself: its kind, model, data and what it does not cover; of a
-    transform its method, models, and what moves how much.
+    transform its method, models, and what moves how much; of a patch what `patch show` says.
     """
     from mergekit_lfm.checkpoint import open_checkpoint
     from mergekit_lfm.display.files import checkpoint_data, checkpoint_text
@@ -60,8 +60,10 @@ def _about(checkpoint: Checkpoint) -> tuple[str, dict[str, Any], str]:
     ("", {}, "") where it is a model's.
     """
     from mergekit_lfm.checkpoint import ARCHIVES
+    from mergekit_lfm.display.edits import patch_data, patch_text
     from mergekit_lfm.display.files import statistics_data, statistics_text
     from mergekit_lfm.display.transforms import transform_data, transform_text
+    from mergekit_lfm.patches import open_patch
     from mergekit_lfm.stats import open_statistics
     from mergekit_lfm.tensors import read_header
     from mergekit_lfm.transforms import open_transform
@@ -74,6 +76,9 @@ def _about(checkpoint: Checkpoint) -> tuple[str, dict[str, Any], str]:
     if kind == "transform":
         about = transform_data(open_transform(path))
         return kind, about, transform_text(about)
+    if kind == "patch":
+        about = {"path": str(path), **patch_data(open_patch(path))}
+        return kind, about, patch_text(about)
     return "", {}, ""
 
 

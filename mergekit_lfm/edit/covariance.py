@@ -30,7 +30,7 @@ def second_moments(
     where there is none for a site, or of another model, shape or kind.
     """
     if isinstance(given, str) and given == "identity":
-        return [torch.eye(site.inputs, dtype=dtype) for site in sites]
+        return [_ridged(torch.eye(site.inputs, dtype=dtype), ridge) for site in sites]
     if given is None or isinstance(given, str):
         raise PlanError(
             f"found {given!r} as the covariance, expected second moments of the layers' inputs; collect them with "

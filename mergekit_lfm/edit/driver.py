@@ -21,7 +21,7 @@ from mergekit_lfm.edit.sites import Site, find_sites
 from mergekit_lfm.edit.targets import Progress, Subject, at_rest, check_texts, find_targets, limit_of
 from mergekit_lfm.edits import EDIT_METHODS, edit_options
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.facts import Fact, FactsFile, as_facts
+from mergekit_lfm.facts import BLANK, Fact, FactsFile, as_facts
 from mergekit_lfm.patches import Changed, Patch
 from mergekit_lfm.runtime import Loaded, tokenizer_for_texts
 from mergekit_lfm.stats import Statistics
@@ -74,7 +74,7 @@ def edit(
     content = loaded.checkpoint.content if loaded is not None and isinstance(covariance, Statistics) else None
     moments = second_moments(covariance, sites, names, content, ridge=asked["ridge"], dtype=dtype)
     work = _Work(Subject(module, tokenizer, limit_of(module)), sites, moments, asked, dtype, progress)
-    check_texts(work.subject, known.facts, ["{}", *work.contexts], asked["kl_template"])
+    check_texts(work.subject, known.facts, work.contexts, asked["kl_template"])
     with at_rest(module), _put_back(sites), torch.no_grad():
         changes = (_rome if method == "rome" else _memit)(work, known.facts)
     used: dict[str, Any] = {
@@ -110,14 +110,13 @@ class _Work:
         given = self.options["context_templates"]
         if any(isinstance(entry, list) for entry in given):
             return [entry if isinstance(entry, list) else [entry] for entry in given]
-        others = [template for template in given if template != "{}"]
-        return [kind for kind in (["{}"] if "{}" in given else [], others) if kind]
+        others = [template for template in given if template != BLANK]
+        return [kind for kind in ([BLANK], others) if kind]
 
     @property
     def contexts(self) -> list[str]:
-        """All contexts; in the first the search measures the state that it starts from."""
-        given = self.options["context_templates"]
-        return [each for entry in given for each in (entry if isinstance(entry, list) else [entry])]
+        """All contexts, the bare prompt first: the search starts from the state there, as the changes do."""
+        return sorted((each for kind in self.templates for each in kind), key=lambda template: template != BLANK)
 
     def states(self, facts: Sequence[Fact], templates: Sequence[str], module: nn.Module, *, inputs: bool) -> Tensor:
         """The module's output or input at the subjects in these contexts, [facts, templates, width]."""
@@ -139,7 +138,7 @@ def _memit(work: _Work, facts: Sequence[Fact]) -> Changes:
     changes = []
     for i, (site, moment) in enumerate(zip(sites, work.moments, strict=True)):
         keys = _keys(work, facts, site)  # [n, in]
-        residual = (wanted - work.states(facts, ["{}"], last, inputs=False)[:, 0]) / (len(sites) - i)
+        residual = (wanted - work.states(facts, [BLANK], last, inputs=False)[:, 0]) / (len(sites) - i)
         weight = options["lambda"]
         if weight is None:
             weight = options["lambda_ratio"] * site.inputs
@@ -181,9 +180,9 @@ def _rome(work: _Work, facts: Sequence[Fact]) -> Changes:
     options, parts = work.options, []
     for i, fact in enumerate(facts):
         (wanted,) = find_targets(work.subject, site.mlp, [fact], options, work.contexts).to("cpu", work.dtype)
-        contexts = ["{}"] if options["key"] == "bare" else work.contexts
+        contexts = [BLANK] if options["key"] == "bare" else work.contexts
         mean_key = work.states([fact], contexts, site.projection, inputs=True)[0].mean(0)
-        here = contexts if options["key"] == "mean" else ["{}"]
+        here = contexts if options["key"] == "mean" else [BLANK]
         key = work.states([fact], here, site.projection, inputs=True)[0].mean(0)
         value = work.states([fact], here, site.projection, inputs=False)[0].mean(0)
         direction = solve(moment, mean_key[:, None], f"layer {site.layer}")[:, 0]
