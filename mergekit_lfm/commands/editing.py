@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mergekit_lfm.commands import options, verifying
-from mergekit_lfm.console import ANSWER_IS_NO, Command
+from mergekit_lfm.console import Command
 from mergekit_lfm.errors import PlanError
 
 if TYPE_CHECKING:
@@ -247,16 +246,5 @@ def _show(
 
     found["tensors"] = changes_data(open_patch(Path(found["out"])), open_checkpoint(model))
     found["warnings"] = rounding_warnings(found["tensors"])
-    low = verifying.low_efficacy(found["after"], min_efficacy)
-    found |= {"min_efficacy": min_efficacy, "good": low is None}
-    if as_json:
-        click.echo(json.dumps(found))
-    else:
-        if not quiet:
-            click.echo(edit_text(found), err=True)
-        for warning in found["warnings"]:
-            click.echo(f"warning: {warning}", err=True)
-        if low:
-            click.echo(low, err=True)
-        click.echo(found["saved"]["out"] if "saved" in found else found["out"])
-    ctx.exit(ANSWER_IS_NO if low else 0)
+    where = found["saved"]["out"] if "saved" in found else found["out"]
+    verifying.conclude(ctx, found, edit_text, where, min_efficacy, as_json=as_json, quiet=quiet)

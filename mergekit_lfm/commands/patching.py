@@ -11,7 +11,7 @@ import click
 
 from mergekit_lfm.commands import options, verifying
 from mergekit_lfm.commands.options import going_on_later, needing_models
-from mergekit_lfm.console import ANSWER_IS_NO, Command
+from mergekit_lfm.console import Command
 from mergekit_lfm.errors import PlanError
 
 if TYPE_CHECKING:
@@ -100,17 +100,7 @@ def apply(
     applied = _apply(ctx, model, patches, out, hidden, **given)
     after = None if facts is None else verifying.score(verifying.load(out, dtype, device), facts, "verifying", hidden)
     found = {**applied_data(applied), "after": after and after.as_data()}
-    low = verifying.low_efficacy(found["after"], min_efficacy)
-    found |= {"min_efficacy": min_efficacy, "good": low is None}
-    if as_json:
-        click.echo(json.dumps(found))
-    else:
-        if not quiet:
-            click.echo(applied_text(found), err=True)
-        if low:
-            click.echo(low, err=True)
-        click.echo(out)
-    ctx.exit(ANSWER_IS_NO if low else 0)
+    verifying.conclude(ctx, found, applied_text, out, min_efficacy, as_json=as_json, quiet=quiet)
 
 
 def _facts_of(patches: Sequence[Path]) -> FactsFile | None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from mergekit_lfm.commands.options import needing_models, together
+from mergekit_lfm.console import ANSWER_IS_NO
 from mergekit_lfm.errors import PlanError
 
 if TYPE_CHECKING:
@@ -82,3 +84,31 @@ def low_efficacy(scores: Mapping[str, Any] | None, min_efficacy: float | None) -
     if scores is None or min_efficacy is None or scores["ea"] >= min_efficacy:
         return None
     return f"the edited model says {scores['ea']:.1%} of the facts; --min-efficacy asks for {min_efficacy:.1%}"
+
+
+def conclude(
+    ctx: click.Context,
+    found: dict[str, Any],
+    text: Callable[[dict[str, Any]], str],
+    where: object,
+    min_efficacy: float | None,
+    *,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Print what was done and found, as it was asked for, and end with the code for it.
+
+    found: its "after" are the scores of the edited model or None, its "warnings" are printed. text: shows it. where:
+    what is left on standard output.
+    """
+    low = low_efficacy(found["after"], min_efficacy)
+    found |= {"min_efficacy": min_efficacy, "good": low is None}
+    if as_json:
+        click.echo(json.dumps(found))
+    else:
+        if not quiet:
+            click.echo(text(found), err=True)
+        for line in [*(f"warning: {warning}" for warning in found.get("warnings", ())), *([low] if low else [])]:
+            click.echo(line, err=True)
+        click.echo(where)
+    ctx.exit(ANSWER_IS_NO if low else 0)
