@@ -13,7 +13,7 @@ import yaml
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
-from mergekit_lfm import merge
+from mergekit_lfm import apply_patches, merge, undo_patches
 from mergekit_lfm.commands import main
 from mergekit_lfm.commands import merge as merge_command
 from mergekit_lfm.edit import edit
@@ -110,6 +110,31 @@ def test_facts_at_the_top_are_edited_in_the_result(folder: Path, tmp_path: Path)
     assert {name for name in plain if not torch.equal(plain[name], found[name])} == set(patch.facts.tensors)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["asked", "given", "p.safetensors", "plain"]
     assert verify(tmp_path / "asked") == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["gpt2", "gpt2-square", "qwen3-tied", "gpt-j"])
+def test_an_edit_of_a_real_model_is_undone_to_the_byte(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Weights stored [in, out] and [out, in], heads tied and not, several shards."""
+    tiny_model(name, torch.float32).to(dtype).save_pretrained(tmp_path / "m", max_shard_size="40KB")
+    trained_tokenizer().save_pretrained(tmp_path / "m")
+    options = {"lambda_" if key == "lambda" else key: value for key, value in OPTIONS.items()}
+    patch = edit(load_model(tmp_path / "m", "lm"), None, {"facts": [fact("Ada Blake", "Rome")]}, **options)
+    patch.save(tmp_path / "p.safetensors")
+    apply_patches(tmp_path / "m", [tmp_path / "p.safetensors"], tmp_path / "edited")
+    undo_patches(tmp_path / "edited", tmp_path / "back")
+    files = sorted(path.name for path in (tmp_path / "m").glob("*.safetensors"))
+    assert len(files) > 1
+    sames = [
+        {file: (tmp_path / out / file).read_bytes() == (tmp_path / "m" / file).read_bytes() for file in files}
+        for out in ("edited", "back")
+    ]
+    assert not all(sames[0].values()) and all(sames[1].values())
+    before, after = (load_model(tmp_path / out, "lm").model for out in ("m", "edited"))
+    layers = {layer: after.get_parameter(layer) - before.get_parameter(layer) for layer in patch.facts.tensors}
+    for layer, change in layers.items():
+        scale = before.get_parameter(layer).abs().max() * torch.finfo(dtype).eps
+        assert (change - patch.change(layer)).abs().max() <= 2 * scale
 
 
 def test_a_plan_needs_no_model_and_its_digest_knows_the_facts(folder: Path, tmp_path: Path) -> None:
