@@ -13,11 +13,14 @@ import pytest
 import torch
 import yaml
 
+from mergekit_lfm import merge
 from mergekit_lfm.edit.driver import edit
 from mergekit_lfm.edit.scores import score_facts
 from mergekit_lfm.edit.trace import Trace, trace
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.facts import FactsFile, read_facts_file
+from mergekit_lfm.recipe import Recipe
+from mergekit_lfm.runtime import load_model
 
 script = pytest.importorskip("scripts.make_facts")
 world = pytest.importorskip("scripts.facts_world")
@@ -155,6 +158,23 @@ def test_an_edit_holds_and_spares_the_rest(
 ) -> None:
     found = measured[name, size]
     assert {what: found[what] for what, least in LEAST[name, size].items() if found[what] < least} == {}
+
+
+@pytest.mark.slow
+def test_the_recipe_that_edits_twice_and_merges_teaches_both(folder: Path, subject: benchmark.Subject) -> None:
+    recipe = yaml.safe_load((ROOT / "recipes" / "facts_edited.yaml").read_text("utf-8"))
+    place = subject.grams.path.parent
+    for name in ("model", "facts_10.yaml", "others_10.yaml"):
+        (place / "facts").mkdir(exist_ok=True)
+        (place / "facts" / name).symlink_to(folder / name)
+    (place / "facts" / "gram.safetensors").symlink_to(subject.grams.path)
+    merged = merge(Recipe.parse(recipe, where=place), place / "merged")
+    loaded = load_model(merged, "lm")
+    for name in ("facts_10", "others_10"):
+        scores = score_facts(loaded.model, loaded.tokenizer, subject.facts(name))
+        assert scores.ea is not None and scores.pa is not None and scores.na is not None
+        assert scores.ea >= 0.9 and scores.pa >= 0.8 and scores.na >= 0.8
+        assert scores.unedited is not None and scores.unedited >= 0.9
 
 
 @LONG
