@@ -20,6 +20,7 @@ __all__ = [
     "open_patch",
     "open_statistics",
     "open_transform",
+    "push",
     "undo_patches",
 ]
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from mergekit_lfm.checkpoint import open_checkpoint
     from mergekit_lfm.collect import collect_stats
     from mergekit_lfm.patches import open_patch
+    from mergekit_lfm.pushing import push
     from mergekit_lfm.stats import open_statistics
     from mergekit_lfm.transforms import open_transform
 
@@ -43,6 +45,7 @@ _HOMES = {
     "open_patch": "patches",
     "open_statistics": "stats",
     "open_transform": "transforms",
+    "push": "pushing",
     "undo_patches": "applying",
 }
 

@@ -18,6 +18,7 @@ from mergekit_lfm.arch.declare import Symmetries, Units, check_fit
 from mergekit_lfm.arch.pairs import check_alike
 from mergekit_lfm.checkpoint import Checkpoint, WeightFile, open_checkpoint
 from mergekit_lfm.errors import FormatError, PlanError
+from mergekit_lfm.hub import HubName
 from mergekit_lfm.matching import several
 from mergekit_lfm.recipe import Recipe
 from mergekit_lfm.roles import Edit, Model
@@ -28,7 +29,7 @@ from mergekit_lfm.transforms import PANEL, Transform, open_transform, read_trans
 
 def open_models(recipe: Recipe) -> tuple[Checkpoint, ...]:
     """The recipe's `all_models`, aligned where it says so. PlanError about all alignments that do not fit."""
-    models = {model.label: open_checkpoint(model.path) for model in recipe.all_models}
+    models = _found(recipe)
     opened, problems = [], []
     for model in recipe.all_models:
         try:
@@ -41,6 +42,22 @@ def open_models(recipe: Recipe) -> tuple[Checkpoint, ...]:
     if any(isinstance(model.align, GivenFile) for model in recipe.all_models):
         check_targets(recipe, opened)
     return tuple(opened)
+
+
+def _found(recipe: Recipe) -> dict[str, Checkpoint]:
+    """The recipe's `all_models` as they are stored, by label. PlanError about all that are not on the Hub."""
+    places: dict[Path | HubName, Checkpoint] = {}
+    problems = []
+    for model in recipe.all_models:
+        try:
+            if model.source not in places:
+                places[model.source] = open_checkpoint(model.source)
+        except PlanError as error:
+            here = f"{model.ref} is no folder here" if model.ref in str(error) else model.ref
+            problems.append(f"{here}: {error}")
+    if problems:
+        raise PlanError(several("models of the recipe are not to be had", problems))
+    return {model.label: places[model.source] for model in recipe.all_models}
 
 
 def _opened(model: Model, models: Mapping[str, Checkpoint]) -> Checkpoint:
@@ -114,8 +131,9 @@ class PendingFile(WeightFile):
     def __init__(
         self, inner: WeightFile, specs: Mapping[str, TensorSpec], scratch: Mapping[str, int], resident: int
     ) -> None:
-        self.path, self.data_start, self.fallback = inner.path, inner.data_start, inner.fallback
-        self.nbytes, self.mtime_ns = inner.nbytes, inner.mtime_ns
+        self.inner, self.path = inner, inner.path
+        self.data_start, self.fallback = inner.data_start, inner.fallback
+        self.nbytes, self.stamp, self.snapshot = inner.nbytes, inner.stamp, inner.snapshot
         self.tensors = {name: (specs[name], offset) for name, (_, offset) in inner.tensors.items()}
         self._scratch, self._resident = scratch, resident
 
@@ -175,7 +193,7 @@ def view_of(request: AlignRequest, to: Checkpoint) -> dict[str, Any]:
 def refuse_resized(model: Model, held: Checkpoint) -> None:
     """PlanError where the model whose config the output takes gets other shapes by its alignment."""
     if model.align is not None:
-        before = open_checkpoint(model.path)
+        before = held.as_stored()
         wrong = next((name for name, spec in held.items() if before[name].shape != spec.shape), None)
         if wrong is not None:
             raise PlanError(

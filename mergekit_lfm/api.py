@@ -30,13 +30,16 @@ def merge(
     overwrite: bool = False,
     resume: bool = True,
     compile: Literal["auto", "always", "never"] = "auto",
+    push_to: str | None = None,
+    private: bool = False,
 ) -> Path:
     """Merge checkpoints as a recipe says (a YAML file, a mapping, or a `Recipe`) and return the output folder.
 
     out: by default the recipe's `output`, else `merged/<name of the recipe file>`. memory and max_shard_size: bytes,
-    or text such as "4GB". compile: as of `execute`. Raises PlanError or FormatError (both ValueError) with all that
-    is wrong, before anything is written where it can be known then. Calling it again after an interruption goes on
-    where it stopped.
+    or text such as "4GB". compile: as of `execute`. push_to: a repository on the Hub that the result is pushed to, in
+    place of the recipe's `push`; private: it has to be private. Raises PlanError or FormatError (both ValueError) with
+    all that is wrong, before anything is written where it can be known then; ConnectionError where the Hub cannot be
+    reached. Calling it again after an interruption goes on where it stopped.
     """
     from mergekit_lfm.execute import execute
     from mergekit_lfm.plan import make_plan
@@ -52,30 +55,21 @@ def merge(
     out = _output(out)
     if seed is not None:
         recipe = recipe.model_copy(update={"seed": seed})
+    goal = recipe.goal(push_to, private=private)
     plan = make_plan(recipe, max_shard_size=_bytes(max_shard_size))
+    if goal is not None:
+        from mergekit_lfm.pushing import check_repository, push
+
+        check_repository(goal.repo, private=goal.private)
+    how: dict[str, Any] = {"memory": _bytes(memory), "threads": threads, "nan": nan, "overwrite": overwrite}
+    how |= {"resume": resume}
     if plan.unedited:
         from mergekit_lfm.edit.stages import solve_edits
 
-        plan = solve_edits(
-            plan,
-            out,
-            max_shard_size=_bytes(max_shard_size),
-            memory=_bytes(memory),
-            threads=threads,
-            nan=nan,
-            resume=resume,
-            overwrite=overwrite,
-        )
-    outcome = execute(
-        plan,
-        out,
-        memory=_bytes(memory),
-        threads=threads,
-        nan=nan,
-        overwrite=overwrite,
-        resume=resume,
-        compile=compile,
-    )
+        plan = solve_edits(plan, out, max_shard_size=_bytes(max_shard_size), **how)
+    outcome = execute(plan, out, compile=compile, **how)
+    if goal is not None:
+        push(out, goal.repo, private=goal.private)
     return outcome.path
 
 

@@ -2,7 +2,7 @@
 
 A checkpoint is a folder as transformers writes it, or one file. Opening it reads headers only; the data are read by
 position into the caller's buffers, never mapped, so that a memory budget is a promise. Nothing is ever written to a
-checkpoint.
+checkpoint. Of a model on the Hub headers are read there, and its files are downloaded when their data are.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cached_property
@@ -24,11 +24,14 @@ import xxhash
 from mergekit_lfm.archives import Unreadable, read_archive, state_dict
 from mergekit_lfm.durable import replace_file
 from mergekit_lfm.errors import FormatError
+from mergekit_lfm.hub import HubName, hub_name
 from mergekit_lfm.machine import cache_folder, default_threads
-from mergekit_lfm.tensors import ITEMSIZE, TensorSpec, encode_header, read_exactly, read_header
+from mergekit_lfm.tensors import ITEMSIZE, TensorSpec, encode_header, parse_header, read_exactly, read_header
 
 if TYPE_CHECKING:
     import torch
+
+    from mergekit_lfm.hub.snapshots import Snapshot
 
 # file names in the order of preference, as transformers has it
 SINGLE = ("model.safetensors", "pytorch_model.bin")
@@ -38,15 +41,39 @@ ARCHIVES = (".bin", ".pt", ".pth")
 
 
 class WeightFile:
-    """One file of tensors that lie in it as plain byte ranges."""
+    """One file of tensors that lie in it as plain byte ranges.
+
+    stamp: what tells its present state from another one, the data unread: its time, or the commit on the Hub.
+    """
 
     fallback = False  # whether its tensors are mapped or held in memory instead of read by position
+    inner: WeightFile | None = None  # what a view reads
 
-    def __init__(self, path: Path, tensors: dict[str, tuple[TensorSpec, int]], data_start: int) -> None:
-        self.path, self.tensors, self.data_start = path, tensors, data_start
-        status = path.stat()
-        self.nbytes, self.mtime_ns = status.st_size, status.st_mtime_ns
+    def __init__(
+        self,
+        path: Path,
+        tensors: dict[str, tuple[TensorSpec, int]],
+        data_start: int,
+        snapshot: Snapshot | None = None,
+    ) -> None:
+        self.path, self.tensors, self.data_start, self.snapshot = path, tensors, data_start, snapshot
         self._lock, self._fd = Lock(), -1
+        self.stamp: dict[str, Any] = {}
+        if snapshot is None:
+            status = path.stat()
+            self.nbytes, self.stamp = status.st_size, {"mtime_ns": status.st_mtime_ns}
+        else:
+            self.nbytes, self.stamp = snapshot.sizes[self.name], {"commit": str(snapshot)}
+
+    @property
+    def name(self) -> str:
+        """Its name in the repository on the Hub, or in its folder."""
+        return self.path.name if self.snapshot is None else self.path.relative_to(self.snapshot.folder).as_posix()
+
+    @property
+    def absent(self) -> bool:
+        """Whether its data are still on the Hub."""
+        return self.snapshot is not None and not self.path.exists()
 
     @property
     def resident(self) -> int:
@@ -54,12 +81,17 @@ class WeightFile:
         return 0
 
     def fileno(self) -> int:
-        """A descriptor open for reading, closed with this object. FormatError if the file is not as it was read."""
+        """A descriptor open for reading, closed with this object. FormatError if the file is not as it was read.
+
+        A file of the Hub is downloaded where it is not there yet.
+        """
         with self._lock:
             if self._fd < 0:
+                if self.snapshot is not None:
+                    self.snapshot.fetch([self.name])
                 fd = os.open(self.path, os.O_RDONLY)
                 status = os.fstat(fd)
-                if (status.st_size, status.st_mtime_ns) != (self.nbytes, self.mtime_ns):
+                if status.st_size != self.nbytes or self.stamp.get("mtime_ns") not in (None, status.st_mtime_ns):
                     os.close(fd)
                     raise FormatError(f"{self.path} was changed since the merge was planned; merge again")
                 self._fd = fd
@@ -88,7 +120,7 @@ class LoadedFile(WeightFile):
 
     fallback = True
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, snapshot: Snapshot | None = None) -> None:
         import torch
 
         try:
@@ -110,7 +142,7 @@ class LoadedFile(WeightFile):
                     f"dense one of {', '.join(ITEMSIZE)}; convert it and save the state_dict anew"
                 )
         self.held = {name: tensor.detach().resolve_conj().resolve_neg() for name, tensor in held.items()}
-        super().__init__(path, {name: (spec, 0) for name, spec in specs.items()}, data_start=0)
+        super().__init__(path, {name: (spec, 0) for name, spec in specs.items()}, 0, snapshot)
 
     def offset(self, name: str) -> int | None:  # noqa: ARG002
         return None
@@ -150,10 +182,14 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
     return memoryview(raw)  # type: ignore[arg-type]  # numpy's arrays are buffers
 
 
-def _open_file(path: Path) -> WeightFile:
+def _open_file(path: Path, snapshot: Snapshot | None) -> WeightFile:
     if path.suffix not in ARCHIVES:
-        header = read_header(path)
-        return WeightFile(path, header.tensors, header.data_start)
+        if snapshot is None or path.exists():
+            header = read_header(path)
+        else:
+            name = path.relative_to(snapshot.folder).as_posix()
+            header = parse_header(Path(f"{snapshot}/{name}"), *snapshot.head(name))
+        return WeightFile(path, header.tensors, header.data_start, snapshot)
     if path.stat().st_size < 512:
         head = path.read_bytes()
         if head.startswith(b"version https://git-lfs"):
@@ -161,29 +197,39 @@ def _open_file(path: Path) -> WeightFile:
                 f"{path}: this is a git-lfs pointer, not the weights; run `git lfs pull` in its repository"
             )
     try:
-        return WeightFile(path, read_archive(path), data_start=0)
+        return WeightFile(path, read_archive(path), 0, snapshot)
     except Unreadable:
-        return LoadedFile(path)
+        return LoadedFile(path, snapshot)
 
 
-def _weight_paths(folder: Path) -> tuple[list[Path], dict[str, str]]:
-    """The weight files of a folder, and the index's map from tensors to files (empty without an index)."""
-    singles = [folder / name for name in SINGLE if (folder / name).exists()]
-    indexes = [folder / name for name in INDEX if (folder / name).exists()]
+def _open_files(paths: Sequence[Path], snapshot: Snapshot | None) -> list[WeightFile]:
+    """The weight files. Those on the Hub are asked for their headers, several at a time; a .bin is downloaded first."""
+    if snapshot is None:
+        return [_open_file(path, None) for path in paths]
+    names = [path.relative_to(snapshot.folder).as_posix() for path in paths if path.suffix in ARCHIVES]
+    snapshot.fetch(names)
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(lambda path: _open_file(path, snapshot), paths))
+
+
+def _weight_paths(folder: Path, names: Collection[str], label: object) -> tuple[list[Path], dict[str, str]]:
+    """The weight files of a folder that has these files, and the index's map from tensors to files, {} without one."""
+    singles = [folder / name for name in SINGLE if name in names]
+    indexes = [folder / name for name in INDEX if name in names]
     safe = [path for path in (*singles, *indexes) if ".safetensors" in path.name]
     chosen = safe or [*singles, *indexes]
     if len(chosen) > 1:
-        names = " and ".join(path.name for path in chosen)
-        raise FormatError(f"{folder} has both {names}: one of them is left from an earlier save; remove it")
+        both = " and ".join(path.name for path in chosen)
+        raise FormatError(f"{label} has both {both}: one of them is left from an earlier save; remove it")
     if not chosen:
-        if any((folder / name).exists() for name in ADAPTER):
+        if any(name in names for name in ADAPTER):
             raise FormatError(
-                f"{folder} holds an adapter and no model: merge it into its model first (peft's merge_and_unload)"
+                f"{label} holds an adapter and no model: merge it into its model first (peft's merge_and_unload)"
             )
-        others = sorted(folder.glob("*.safetensors"))
+        others = sorted(folder / name for name in names if name.endswith(".safetensors") and "/" not in name)
         if len(others) != 1:
             found = f"{len(others)} other .safetensors files" if others else "no .safetensors files"
-            raise FormatError(f"{folder} holds no model: expected {', '.join((*SINGLE, *INDEX))}, found {found}")
+            raise FormatError(f"{label} holds no model: expected {', '.join((*SINGLE, *INDEX))}, found {found}")
         chosen = others
     if chosen[0].suffix != ".json":
         return chosen, {}
@@ -192,11 +238,11 @@ def _weight_paths(folder: Path) -> tuple[list[Path], dict[str, str]]:
         paths = [folder / name for name in sorted(set(weight_map.values()))]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise FormatError(
-            f"{chosen[0]}: expected JSON with a weight_map from tensors to files; fetch it again"
+            f"{label}/{chosen[0].name}: expected JSON with a weight_map from tensors to files; fetch it again"
         ) from None
-    missing = [path.name for path in paths if not path.exists()]
+    missing = [name for name in sorted(set(weight_map.values())) if name not in names and not (folder / name).exists()]
     if missing:
-        raise FormatError(f"{folder}: shards named in {chosen[0].name} are missing: {', '.join(missing)}; fetch them")
+        raise FormatError(f"{label}: shards named in {chosen[0].name} are missing: {', '.join(missing)}; fetch them")
     return paths, weight_map
 
 
@@ -207,18 +253,27 @@ class Checkpoint(Mapping[str, TensorSpec]):
     """
 
     def __init__(
-        self, path: Path, files: Sequence[WeightFile] | None = None, view: Mapping[str, Any] | None = None
+        self,
+        path: Path,
+        files: Sequence[WeightFile] | None = None,
+        view: Mapping[str, Any] | None = None,
+        snapshot: Snapshot | None = None,
     ) -> None:
-        """files: views of the folder's files, to be read in their place; view: what they depend on besides these."""
+        """files: views of the folder's files, to be read in their place; view: what they depend on besides these.
+
+        snapshot: the model on the Hub whose folder in the cache `path` is.
+        """
         self.path, self.view = path, view
         paths, weight_map = list[Path](), dict[str, str]()
-        if files is None and path.is_dir():
-            paths, weight_map = _weight_paths(path)
+        if files is None and (snapshot is not None or path.is_dir()):
+            names = [file.name for file in path.iterdir()] if snapshot is None else list(snapshot.sizes)
+            paths, weight_map = _weight_paths(path, names, snapshot or path)
         elif files is None and path.name in ADAPTER:
             raise FormatError(f"{path} is an adapter: merge it into its model first (peft's merge_and_unload)")
         elif files is None:
             paths = [path]
-        self.files = tuple(_open_file(file) for file in paths) if files is None else tuple(files)
+        self.files = tuple(_open_files(paths, snapshot) if files is None else files)
+        self.snapshot = snapshot or next((file.snapshot for file in self.files), None)
         self._home: dict[str, WeightFile] = {}
         for file in self.files:
             for name in file.tensors:
@@ -247,9 +302,26 @@ class Checkpoint(Mapping[str, TensorSpec]):
         return sum(spec.nbytes for spec in self.values())
 
     @property
+    def absent(self) -> dict[str, int]:
+        """The files whose data are still on the Hub, and their sizes in bytes."""
+        return {file.name: file.nbytes for file in self.files if file.absent}
+
+    def fetch(self) -> None:
+        """Download the files whose data are still on the Hub. Raises as `Snapshot.fetch` does."""
+        if self.snapshot is not None and self.absent:
+            self.snapshot.fetch(list(self.absent))
+
+    @property
     def resident(self) -> int:
         """Bytes that a view holds as long as it is open, besides what reading a tensor takes."""
         return max((file.resident for file in self.files), default=0)
+
+    def as_stored(self) -> Checkpoint:
+        """The checkpoint without what a view of it changes."""
+        files = list(self.files)
+        while any(file.inner is not None for file in files):
+            files = [file.inner or file for file in files]
+        return Checkpoint(self.path, files)
 
     def file_of(self, name: str) -> WeightFile:
         """The file that holds the tensor."""
@@ -298,7 +370,7 @@ class Checkpoint(Mapping[str, TensorSpec]):
                     json.dumps([[str(spec), offset] for spec, offset in file.tensors.values()]).encode()
                 ),
                 "nbytes": file.nbytes,
-                "mtime_ns": file.mtime_ns,
+                **file.stamp,
             }
             for file in self.files
         ]
@@ -311,6 +383,7 @@ class Checkpoint(Mapping[str, TensorSpec]):
     @cached_property
     def digests(self) -> dict[str, str]:
         """xxh3-128 of every tensor's bytes, in hex. Reads all of the data, once."""
+        self.fetch()
         with ThreadPoolExecutor(default_threads()) as pool:
             return dict(zip(self, pool.map(self.digest_of, self), strict=True))
 
@@ -330,7 +403,7 @@ class Checkpoint(Mapping[str, TensorSpec]):
 
         The data are read once on a machine: what was found is kept for these very files, as they are.
         """
-        states: list[Any] = [(str(file.path.resolve()), *_state(file.path.stat())) for file in self.files]
+        states: list[Any] = [_state(file) for file in self.files]
         states += [] if self.view is None else [dict(self.view)]
         kept = cache_folder("contents") / xxhash.xxh3_128_hexdigest(json.dumps(states).encode())
         if "digests" not in self.__dict__:
@@ -343,9 +416,13 @@ class Checkpoint(Mapping[str, TensorSpec]):
         return found
 
 
-def _state(status: os.stat_result) -> tuple[int, ...]:
+def _state(file: WeightFile) -> tuple[Any, ...]:
     """What changes when a file does; times that can be set at will are not enough."""
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+    if file.snapshot is not None:
+        return str(file.snapshot), file.name
+    status = file.path.stat()
+    times = status.st_mtime_ns, status.st_ctime_ns
+    return str(file.path.resolve()), status.st_dev, status.st_ino, status.st_size, *times
 
 
 def content_digest(digests: Mapping[TensorSpec, str]) -> str:
@@ -378,12 +455,20 @@ def save_tensors(
     replace_file(path.resolve(), chain([header], parts))
 
 
-def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+def open_checkpoint(path: str | os.PathLike[str] | HubName) -> Checkpoint:
     """The checkpoint in a folder or a file, as a mapping from tensor names to `TensorSpec`; `read` gives the data.
 
-    Raises FormatError where it is damaged, FileNotFoundError where it is not there.
+    Text such as `org/name` or `org/name@revision` that is no path here is a model on the Hub: headers are read there,
+    and its files are downloaded when their data are. Raises FormatError where the checkpoint is damaged,
+    FileNotFoundError where it is not there, and as `Snapshot.fetch` does.
     """
-    place = Path(path)
-    if not place.exists():
-        raise FileNotFoundError(f"no such checkpoint: {place}")
-    return Checkpoint(place)
+    place = None if isinstance(path, HubName) else Path(path)
+    if place is not None and place.exists():
+        return Checkpoint(place)
+    name = hub_name(path) if isinstance(path, str) else path
+    if not isinstance(name, HubName):
+        raise FileNotFoundError(f"no such checkpoint: {path}")
+    from mergekit_lfm.hub.snapshots import find_snapshot
+
+    snapshot = find_snapshot(name)
+    return Checkpoint(snapshot.folder, snapshot=snapshot)

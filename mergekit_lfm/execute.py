@@ -327,11 +327,12 @@ def _checked(
             "the recipe asks for facts to be edited, which needs a model that runs, before its merge; call "
             "`mergekit_lfm.merge`, or give patch files"
         )
-    if plan.pending:
+    if plan.pending or plan.absent:
         from mergekit_lfm.stages import prepare
 
         plan.peak_memory(budget, threads or 1)
         check_disk(plan, place)
+        plan.fetch(notice)
         plan = prepare(plan, notice)
     count = threads or min(default_threads(), plan.most_threads(budget))
     plan.peak_memory(budget, count)

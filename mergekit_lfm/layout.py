@@ -91,8 +91,18 @@ def _packed(tensors: Sequence[TensorSpec], limit: int) -> tuple[Shard, ...]:
     return tuple(Shard(name, tuple(specs)) for name, specs in zip(names, bins, strict=True))
 
 
-def tagalong(folder: Path) -> tuple[Path, ...]:
-    """The template's files that go beside the weights, and those of the modules that sentence-transformers lists."""
+def tagalong(template: Checkpoint) -> tuple[Path, ...]:
+    """The template's files that go beside the weights, and those of the modules that sentence-transformers lists.
+
+    Of a model on the Hub they are downloaded.
+    """
+    folder = template.path
+    if template.snapshot is not None:
+        sizes = template.snapshot.sizes
+        small = [name for name, nbytes in sizes.items() if nbytes <= TAGALONG_BYTES]
+        template.snapshot.fetch([name for name in small if "/" not in name and TAGALONG.search(name)])
+        if "modules.json" in small:
+            template.snapshot.fetch([name for name in small if name.endswith(".json") and name.count("/") == 1])
     if not folder.is_dir():
         return ()
     found = [path for path in folder.iterdir() if TAGALONG.search(path.name)]

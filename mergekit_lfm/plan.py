@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -19,6 +19,7 @@ import xxhash
 
 from mergekit_lfm import __version__
 from mergekit_lfm.aligned import PendingFile, identity_of, open_models, refuse_resized
+from mergekit_lfm.card import stated_license
 from mergekit_lfm.checkpoint import Checkpoint
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.evidence import LinearGroup, find_statistics, group_linears, open_all
@@ -31,6 +32,7 @@ from mergekit_lfm.patches import Patch, open_patch
 from mergekit_lfm.recipe import Recipe
 from mergekit_lfm.roles import Edit, Model
 from mergekit_lfm.settings import GivenFile
+from mergekit_lfm.sizes import format_size
 from mergekit_lfm.stats import Statistics
 from mergekit_lfm.tensors import ITEMSIZE
 
@@ -42,7 +44,8 @@ class Plan:
     """Everything about a merge that is decided before it starts.
 
     groups: the jobs that are solved together, as indices into `tensors`; linears: those that are linear layers, which
-    the method sees as matrices. Each job is in one of them. dropped: (model, tensor, reason).
+    the method sees as matrices. Each job is in one of them. dropped: (model, tensor, reason). licenses: what the card
+    of each model states.
     """
 
     cast: Cast
@@ -52,6 +55,7 @@ class Plan:
     shards: tuple[Shard, ...]
     dropped: tuple[tuple[str, str, str], ...]
     files: tuple[Path, ...] = field(default=())
+    licenses: tuple[dict[str, str], ...] = field(default=())
 
     @property
     def recipe(self) -> Recipe:
@@ -93,6 +97,20 @@ class Plan:
         return tuple(model for model, held in models if any(isinstance(file, PendingFile) for file in held.files))
 
     @property
+    def absent(self) -> int:
+        """Bytes of the models that are still on the Hub."""
+        files = {(str(model.snapshot), file): nbytes for model in self.models for file, nbytes in model.absent.items()}
+        return sum(files.values())
+
+    def fetch(self, notice: Callable[[str], None]) -> None:
+        """Download the weights that are still on the Hub. notice is called with a line for each model."""
+        for label, model in zip(self.labels, self.models, strict=True):
+            if absent := model.absent:
+                files = f"{len(absent)} files" if len(absent) > 1 else next(iter(absent))
+                notice(f"downloading {files} of {label}, {format_size(sum(absent.values()))}")
+                model.fetch()
+
+    @property
     def unedited(self) -> bool:
         """Whether edits are still to be made, of a model or of the result, which needs a model that runs."""
         models = any(model.edits for model in self.pending)
@@ -130,6 +148,7 @@ class Plan:
             "inputs": [source.identity for source in (*self.models, *(held.tensors for held in self.statistics))],
             "edits": [identity_of(edit) for edit in self.recipe.result_edits],
             "files": [xxhash.xxh3_128_hexdigest(path.read_bytes()) for path in self.files],
+            "licenses": self.licenses,
             "shards": [[shard.name, shard.congruent, *map(str, shard.tensors)] for shard in self.shards],
         }
         return xxhash.xxh3_128_hexdigest(json.dumps(facts, sort_keys=True).encode())
@@ -198,7 +217,7 @@ class Plan:
         return {
             "method": self.recipe.merge_method,
             "models": [
-                {"model": label, "tensors": len(model), "bytes": model.nbytes}
+                {"model": label, "tensors": len(model), "bytes": model.nbytes, **_on_the_hub(model)}
                 for label, model in zip(self.labels, self.models, strict=True)
             ],
             "statistics": [
@@ -229,6 +248,13 @@ class Plan:
             "dropped": [{"model": m, "tensor": t, "reason": why} for m, t, why in self.dropped],
             "digest": self.digest,
         }
+
+
+def _on_the_hub(model: Checkpoint) -> dict[str, Any]:
+    """Where a model of the Hub is, and what is still to be downloaded, in bytes."""
+    if model.snapshot is None:
+        return {}
+    return {"repo": model.snapshot.repo, "commit": model.snapshot.commit, "download": sum(model.absent.values())}
 
 
 def _shown(edits: Sequence[Edit]) -> list[str | dict[str, Any]]:
@@ -277,7 +303,8 @@ def make_plan(
         linears=linears,
         shards=lay_out(template, [job.spec for job in jobs], max_shard_size),
         dropped=dropped,
-        files=tagalong(template.path),
+        files=tagalong(template),
+        licenses=tuple(stated_license(model.path) for model in models),
     )
 
 

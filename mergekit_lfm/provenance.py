@@ -20,6 +20,7 @@ import xxhash
 import yaml
 
 from mergekit_lfm import __version__
+from mergekit_lfm.card import CARD, model_card
 from mergekit_lfm.checkpoint import Checkpoint
 from mergekit_lfm.errors import FormatError
 from mergekit_lfm.plan import Plan
@@ -27,7 +28,6 @@ from mergekit_lfm.tensors import FLOATS, ITEMSIZE, TensorSpec
 from mergekit_lfm.writer import LOCK, Receipt, lock_of
 
 INDEX = "model.safetensors.index.json"
-CARD = "README.md"
 DTYPE_KEYS = ("dtype", "torch_dtype")
 QUANTISATION_KEYS = ("quantization_config", "compression_config")
 
@@ -35,7 +35,7 @@ QUANTISATION_KEYS = ("quantization_config", "compression_config")
 def documents(plan: Plan, receipts: Mapping[tuple[str, int], Receipt]) -> dict[str, bytes]:
     """Every file of the output but the shards, by name; the lock covers the others."""
     folder = plan.models[plan.template].path
-    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in plan.files}
+    files = {path.relative_to(folder).as_posix(): _without_paths(path.read_bytes()) for path in plan.files}
     if "config.json" in files:
         files["config.json"] = _config(files["config.json"], plan)
     if len(plan.shards) > 1:
@@ -43,6 +43,21 @@ def documents(plan: Plan, receipts: Mapping[tuple[str, int], Receipt]) -> dict[s
     files[CARD] = _card(plan).encode()
     files[LOCK] = _lock(plan, receipts, files)
     return files
+
+
+def _without_paths(raw: bytes) -> bytes:
+    """A file less the folder of this machine in which transformers once found its model, as it notes in its configs."""
+    if b'name_or_path"' not in raw:
+        return raw
+    try:
+        data = json.loads(raw)
+    except (ValueError, RecursionError):
+        return raw
+    keys = [
+        key for key in ("_name_or_path", "name_or_path") if isinstance(data, dict) and isinstance(data.get(key), str)
+    ]
+    told = [key for key in keys if _last_name(data[key]) != data[key]]
+    return _json({key: value for key, value in data.items() if key not in told}) if told else raw
 
 
 def _json(data: Any) -> bytes:
@@ -59,7 +74,7 @@ def _config(raw: bytes, plan: Plan) -> bytes:
     if not floats:
         return raw
     dtype = floats.most_common(1)[0][0]
-    before = plan.models[plan.template].config
+    before = json.loads(raw)
     config = deepcopy(before)
     old = [config[key] for key in DTYPE_KEYS if config.get(key)]
     for part in _parts(config):
@@ -105,13 +120,15 @@ def public_names(labels: Iterable[str]) -> dict[str, str]:
 
 
 def names_of(plan: Plan) -> dict[str, str]:
-    """The `public_names` of a plan's models and statistics files."""
-    return public_names(plan.source_labels)
+    """The `public_names` of a plan's models and statistics files; of a model on the Hub its name and commit."""
+    held = zip(plan.labels, plan.models, strict=True)
+    return public_names(plan.source_labels) | {label: str(m.snapshot) for label, m in held if m.snapshot is not None}
 
 
 def _last_name(reference: str) -> str:
     path = PurePath(reference)
-    return path.name if path.is_absolute() or reference.startswith("~") else reference
+    away = path.is_absolute() or reference.startswith("~") or ".." in path.parts
+    return path.name if away else reference
 
 
 def _public_recipe(plan: Plan) -> dict[str, Any]:
@@ -197,24 +214,21 @@ def _lock(plan: Plan, receipts: Mapping[tuple[str, int], Receipt], files: Mappin
 
 def _card(plan: Plan) -> str:
     """The model card: a front matter as the Hub reads it, the sources, the recipe."""
-    method = plan.recipe.method
-    lines = "\n".join(
-        f"- {name}{' (base)' if plan.recipe.base and label == plan.recipe.base.label else ''}"
-        for label, name in names_of(plan).items()
-        if label in plan.labels
-    )
-    front = yaml.safe_dump({"library_name": "transformers", "tags": ["merge", "mergekit_lfm"]}, sort_keys=False)
+    method, names = plan.recipe.method, names_of(plan)
+    base = plan.recipe.base
     recipe = _public_recipe(plan)
     recipe["models"] = [{key: value for key, value in entry.items() if value} for entry in recipe["models"]]
     recipe = {key: value for key, value in recipe.items() if key == "models" or value not in (None, {})}
     dtypes = ", ".join(sorted({job.dtype for job in plan.tensors}))
-    return (
-        f"---\n{front}---\n\n# Merged model\n\n"
-        f"Made with mergekit_lfm {__version__} by `{method.name}` ({method.source}).\n\n"
-        f"{len(plan.tensors)} tensors, {sum(job.spec.numel for job in plan.tensors):,} numbers, {dtypes}.\n\n"
-        f"## Models\n\n{lines}\n\n"
-        f"## Recipe\n\n```yaml\n{yaml.safe_dump(recipe, sort_keys=False)}```\n\n"
-        f"`{LOCK}` has the identity of every input and a digest of every tensor; `mergekit-lfm verify` checks them.\n"
+    return model_card(
+        method=f"`{method.name}` ({method.source})",
+        numbers=f"{len(plan.tensors)} tensors, {sum(job.spec.numel for job in plan.tensors):,} numbers, {dtypes}",
+        models={names[label]: " (base)" if base and label == base.label else "" for label in plan.labels},
+        licenses={names[label]: held for label, held in zip(plan.labels, plan.licenses, strict=True)},
+        repos=list(dict.fromkeys(model.snapshot.repo for model in plan.models if model.snapshot is not None)),
+        library="sentence-transformers" if any(file.name == "modules.json" for file in plan.files) else "transformers",
+        recipe=yaml.safe_dump(recipe, sort_keys=False),
+        lock=LOCK,
     )
 
 

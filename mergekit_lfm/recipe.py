@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Self, cast
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -27,6 +28,7 @@ from pydantic import (
 from mergekit_lfm.alignments import AlignRequest
 from mergekit_lfm.document import read_yaml
 from mergekit_lfm.errors import PlanError
+from mergekit_lfm.hub import repository
 from mergekit_lfm.methods import METHODS, REQUIRED, Method
 from mergekit_lfm.methods.declare import Value
 from mergekit_lfm.roles import Edit, Entry, Model, Roles, Written, assign_roles, unmet
@@ -41,11 +43,10 @@ _NOT_YET = {
     "tokenizer": "building a tokenizer is not supported in this version; without the key the base model's is copied",
     "tokenizer_source": "building a tokenizer is not supported in this version; without the key the base's is copied",
     "chat_template": "changing the template is not supported in this version; without the key the base's is copied",
-    "push": "pushing to the Hub is not supported in this version; `hf upload` does it",
     "stats": "a statistics file belongs to one model: put `stats` beside it, under `models`",
     "align": "an alignment belongs to one model: put `align` beside it, under `models`",
     "lora": "adapters are not supported in this version; merge the adapter into its model first",
-    "revision": "models are read from local folders, which have no revision; remove the key",
+    "revision": "write the revision after the model's name: org/name@revision",
     "override_architecture": "tensors are taken as the checkpoints name them; remove the key",
 }
 
@@ -74,13 +75,14 @@ def _without_unused(data: object, known: Iterable[str]) -> object:
 
 
 def _reference(value: object) -> object:
-    """The path in any of mergekit's forms of a model reference: text, or {model: {path: ...}}."""
+    """The path or name in any of mergekit's forms of a model reference: text, or {model: {path: ..., revision: ...}}."""
     if not isinstance(value, Mapping):
         return os.fspath(value) if isinstance(value, os.PathLike) else value
     for key, part in value.items():
-        if key not in ("model", "path") and part is not None:
+        if key not in ("model", "path", "revision") and part is not None:
             raise ValueError(_NOT_YET.get(key, f"unknown key {key!r}, expected a path or {{model: {{path: ...}}}}"))
-    return _reference(value.get("model", value.get("path")))
+    named, revision = _reference(value.get("model", value.get("path"))), value.get("revision")
+    return named if revision is None else f"{named}@{revision}"
 
 
 def _path_or_mapping(value: object) -> object:
@@ -102,6 +104,7 @@ _Edits = Annotated[
     tuple[Annotated[str | dict[str, Any], BeforeValidator(_path_or_mapping)], ...],
     BeforeValidator(lambda value: () if value is None else value),
 ]
+_Repository = Annotated[str, AfterValidator(repository)]
 _Parameters = Annotated[dict[str, Any], BeforeValidator(lambda value: {} if value is None else value)]
 
 
@@ -128,10 +131,18 @@ class ModelEntry(_Strict):
     parameters: _Parameters = Field(default_factory=dict)
 
 
+class Push(_Strict):
+    """Where the result goes on the Hub: a repository, and whether it is private if it is made."""
+
+    repo: _Repository
+    private: bool = Field(default=False, strict=True)
+
+
 class Recipe(_Strict):
     """A merge as the user wrote it. `dtype` is the output's unless `out_dtype` says another; arithmetic is float32.
 
-    edits: what is changed in the result of the merge, before it is rounded.
+    edits: what is changed in the result of the merge, before it is rounded. push: the repository on the Hub that the
+    result goes to, as `org/name` or {repo, private}.
 
     Build one with `Recipe.load` or `Recipe.parse`. Relative model paths are relative to the recipe's folder, then to
     the working directory; `output` is relative to the working directory.
@@ -145,6 +156,9 @@ class Recipe(_Strict):
     dtype: _Dtype = None
     out_dtype: _Dtype = None
     output: Annotated[str | None, BeforeValidator(_reference)] = None
+    push: Annotated[
+        Push | None, BeforeValidator(lambda value: {"repo": value} if isinstance(value, str) else value)
+    ] = None
     seed: int = Field(default=0, strict=True, ge=0, lt=2**64)
 
     _roles: Roles = PrivateAttr()
@@ -196,6 +210,17 @@ class Recipe(_Strict):
         if problems:
             raise PlanError("\n".join(problems))
         return self
+
+    def goal(self, repo: str | None, *, private: bool = False) -> Push | None:
+        """Where the result is pushed: to `repo`, else as the recipe says; None for nowhere. private: in any case.
+
+        PlanError where `repo` is no name of a repository.
+        """
+        try:
+            asked = self.push if repo is None else Push(repo=repo)
+        except ValidationError:
+            raise PlanError(f"found {repo!r} to push to, expected a repository on the Hub as org/name") from None
+        return asked and Push(repo=asked.repo, private=asked.private or private)
 
     @property
     def method(self) -> Method:
@@ -265,7 +290,7 @@ class Recipe(_Strict):
         return values
 
     def normalised(self) -> dict[str, Any]:
-        """The recipe in one canonical, JSON-able form that parses back to the same merge; without `output`."""
+        """The recipe in one canonical, JSON-able form that parses back to the same merge; without `output`, `push`."""
         models = [
             {"model": entry.model.ref, "parameters": {k: as_data(v) for k, v in sorted(entry.settings.items())}}
             | ({} if entry.stats is None else {"stats": entry.stats.ref})
@@ -308,7 +333,7 @@ def _lines(error: ValidationError) -> Iterator[str]:
         if kind == "missing" and path == ("models",) and unknown & {("slices",), ("modules",)}:
             continue
         if kind == "extra_forbidden":
-            form = Recipe if len(path) == 1 else ModelEntry
+            form = Recipe if len(path) == 1 else Push if path[0] == "push" else ModelEntry
             key = str(path[-1])
             yield f"{place}: {_NOT_YET.get(key) or 'unknown key, ' + did_you_mean(key, form.model_fields)}"
         elif kind == "missing":
@@ -326,6 +351,8 @@ def _without(data: Mapping[str, Any], error: ValidationError) -> dict[str, Any]:
     if isinstance(rest.get("models"), list | tuple):
         rest["models"] = [dict(entry) if isinstance(entry, Mapping) else entry for entry in rest["models"]]
     for path in (detail["loc"] for detail in error.errors() if detail["loc"]):
+        if path[0] == "push":
+            path = path[:1]
         parent = rest["models"][path[1]] if len(path) == 3 and path[0] == "models" else rest
         if isinstance(parent, dict):
             parent.pop(str(path[-1]), None)

@@ -358,6 +358,8 @@ class RewrittenFile(WeightFile):
     the checkpoint: neighbouring ranges share it.
     """
 
+    inner: WeightFile
+
     def __init__(
         self,
         inner: WeightFile,
@@ -367,7 +369,8 @@ class RewrittenFile(WeightFile):
     ) -> None:
         self.inner, self.rewriters, self._held, self._kept = inner, rewriters, held, kept
         self.path, self.data_start = inner.path, inner.data_start
-        self.nbytes, self.mtime_ns, self.fallback = inner.nbytes, inner.mtime_ns, inner.fallback
+        self.nbytes, self.stamp, self.snapshot = inner.nbytes, inner.stamp, inner.snapshot
+        self.fallback = inner.fallback
         self.tensors = {name: (rewriters[name].spec, offset) for name, (_, offset) in inner.tensors.items()}
 
     @property

@@ -15,6 +15,7 @@ from typing import Any
 from mergekit_lfm.alignments import AlignRequest, align_options
 from mergekit_lfm.edits import EditRequest, edit_options
 from mergekit_lfm.facts import read_facts_file
+from mergekit_lfm.hub import HubName, hub_name
 from mergekit_lfm.methods import REQUIRED, Method
 from mergekit_lfm.settings import GivenFile, Setting, did_you_mean, read_setting
 
@@ -27,14 +28,16 @@ Edit = GivenFile | EditRequest
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A model of a recipe: `ref` as written, `path` of its folder (absolute), `label` unique in the recipe.
+    """A model of a recipe: `ref` as written, its `source`, `label` unique in the recipe.
+
+    source: the path of its folder (absolute), or its name on the Hub.
 
     align: how it is rewritten before it is merged: by a transform file, or one that is still to be found. edits: how it
     is changed before, likewise by patch files.
     """
 
     ref: str
-    path: Path
+    source: Path | HubName
     label: str
     align: GivenFile | AlignRequest | None = None
     edits: tuple[Edit, ...] = ()
@@ -75,14 +78,21 @@ class Roles:
     edits: tuple[Edit, ...] = ()
 
 
-def find_model(ref: str, where: Path | None) -> Path:
-    """The absolute path of model `ref`, relative to `where`, else to the working directory. ValueError names both."""
-    hint = "expected a local folder"
+def find_model(ref: str, where: Path | None) -> Path | HubName:
+    """The absolute path of model `ref`, relative to `where`, else to the working directory, else its name on the Hub.
+
+    ValueError names both folders where it is no such name. The Hub is not asked.
+    """
+    hint = "expected a folder, or a model on the Hub as org/name or org/name@revision"
     if "+" in ref:
         hint = "adapters (model+lora) are not supported in this version; merge the adapter into its model first"
-    elif "@" in ref or (ref.count("/") == 1 and not ref.startswith((".", "~", "/"))):
-        hint = "models on the Hub are not read in this version; download one with `hf download NAME --local-dir FOLDER`"
-    return _find(ref, where, hint)
+    try:
+        return _find(ref, where, hint)
+    except ValueError:
+        name = hub_name(ref)
+        if name is None:
+            raise
+        return name
 
 
 def _find(ref: str, where: Path | None, hint: str) -> Path:
@@ -135,16 +145,15 @@ def assign_roles(
     """The roles of `models` and of the base, and the edits of the result."""
     base = None
     if base_ref is not None:
-        path = _model_at(base_ref, where, "base_model", problems)
-        base = Model(base_ref, path, base_ref)
+        base = Model(base_ref, _model_at(base_ref, where, "base_model", problems), base_ref)
     entries: list[Entry] = []
     for i, written in enumerate(models):
         place = f"models[{i}]"
-        path = _model_at(written.ref, where, f"{place}.model", problems)
+        source = _model_at(written.ref, where, f"{place}.model", problems)
         settings = read_settings(written.parameters, method, f"{place}.parameters", own=True, problems=problems)
         stats = written.stats
         file = None if stats is None else _statistics_file(stats, method, where, f"{place}.stats", problems)
-        model = _model(written.ref, path, base, entries, apart=bool(written.edits))
+        model = _model(written.ref, source, base, entries, apart=bool(written.edits))
         model = replace(model, edits=_edits(written.edits, where, f"{place}.edits", problems))
         if model.edits and written.stats is not None:
             problems.append(
@@ -259,7 +268,7 @@ def _statistics_file(ref: str, method: Method, where: Path | None, place: str, p
         return None
 
 
-def _model_at(ref: str, where: Path | None, place: str, problems: list[str]) -> Path:
+def _model_at(ref: str, where: Path | None, place: str, problems: list[str]) -> Path | HubName:
     try:
         return find_model(ref, where)
     except ValueError as wrong:
@@ -267,17 +276,19 @@ def _model_at(ref: str, where: Path | None, place: str, problems: list[str]) -> 
         return Path(ref)
 
 
-def _model(ref: str, path: Path, base: Model | None, before: Sequence[Entry], *, apart: bool = False) -> Model:
-    """The model of a new entry: the base where it is the first of that path, else one with a label of its own.
+def _model(
+    ref: str, source: Path | HubName, base: Model | None, before: Sequence[Entry], *, apart: bool = False
+) -> Model:
+    """The model of a new entry: the base where it is the first from there, else one with a label of its own.
 
     apart: whether it is never the base, because it is changed.
     """
     taken = {entry.model for entry in before}
-    if base is not None and path == base.path and base not in taken and not apart:
+    if base is not None and source == base.source and base not in taken and not apart:
         return base
     labels = {model.label for model in taken} | ({base.label} if base else set())
     copies = (f"{ref} ({n})" for n in range(2, len(before) + 3))
-    return Model(ref, path, next(label for label in (ref, *copies) if label not in labels))
+    return Model(ref, source, next(label for label in (ref, *copies) if label not in labels))
 
 
 def _inputs(method: Method, base: Model | None, entries: Sequence[Entry], problems: list[str]) -> tuple[Entry, ...]:

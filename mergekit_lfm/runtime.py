@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_lfm.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lfm.errors import FormatError, PlanError
+from mergekit_lfm.layout import tagalong
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -77,6 +78,8 @@ def load_model(path: str | Path | Checkpoint, task: str, *, dtype: str = "float3
 
     _check_place(device, dtype)
     transformers = import_transformers()
+    if isinstance(path, Checkpoint):
+        tagalong(path)  # of a model on the Hub they are fetched
     folder = path.path if isinstance(path, Checkpoint) else Path(path)
     if not (folder / "config.json").is_file():
         raise FormatError(

@@ -14,11 +14,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mergekit_lfm.card import CARD
 from mergekit_lfm.checkpoint import Checkpoint, bytes_of
 from mergekit_lfm.durable import lock_folder, partial_of, replace_file, reserve, sync_folder
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.layout import Shard, lay_out, tagalong
-from mergekit_lfm.provenance import CARD, INDEX
+from mergekit_lfm.provenance import INDEX
 from mergekit_lfm.tensors import TensorSpec, naming, write_exactly
 from mergekit_lfm.writer import move_into_place
 
@@ -59,7 +60,7 @@ def save_checkpoint(
         shards = lay_out(checkpoint, list(checkpoint.values()), None)
         for shard in shards:
             _write_shard(checkpoint, shard, changed, partial / shard.name)
-        files = {path.relative_to(folder).as_posix(): path for path in tagalong(folder)}
+        files = {path.relative_to(folder).as_posix(): path for path in tagalong(checkpoint)}
         if folder.is_dir() and (folder / CARD).is_file():
             files[CARD] = folder / CARD
         contents = {name: path.read_bytes() for name, path in files.items()} | dict(documents)

@@ -20,7 +20,7 @@ import xxhash
 from mergekit_lfm import __version__
 from mergekit_lfm.align import align_models
 from mergekit_lfm.alignments import AlignRequest
-from mergekit_lfm.checkpoint import Checkpoint, open_checkpoint
+from mergekit_lfm.checkpoint import Checkpoint
 from mergekit_lfm.errors import FormatError
 from mergekit_lfm.machine import cache_folder
 from mergekit_lfm.plan import Plan
@@ -34,7 +34,7 @@ def prepare(plan: Plan, notice: Callable[[str], None]) -> Plan:
     models = list(plan.models)
     for i, (model, checkpoint) in enumerate(zip(plan.recipe.all_models, plan.models, strict=True)):
         if isinstance(model.align, AlignRequest) and model in plan.pending:
-            source = open_checkpoint(model.path)
+            source = checkpoint.as_stored()
             to = plan.models[plan.labels.index(model.align.to)]
             notice(f"aligning {model.label} to {model.align.to} by {model.align.method}")
             models[i] = rewritten(source, _found(source, to, model.align), checkpoint.view or {})

@@ -86,9 +86,15 @@ def read_header(path: Path) -> Header:
     with path.open("rb") as file:
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or length > MAX_HEADER or 8 + length > size:
-            raise FormatError(f"{path}: {_not_safetensors(prefix + file.read(200), size, length)}")
-        raw = file.read(length)
+        return parse_header(path, prefix + file.read(length if length <= min(size, MAX_HEADER) else 200), size)
+
+
+def parse_header(path: Path, head: bytes, size: int) -> Header:
+    """The header in the first bytes of a file of `size` bytes, which messages call `path`. Raises as `read_header`."""
+    length = int.from_bytes(head[:8], "little")
+    if len(head) < 8 or length > MAX_HEADER or 8 + length > size:
+        raise FormatError(f"{path}: {_not_safetensors(head[:208], size, length)}")
+    raw = head[8 : 8 + length]
     try:
         entries = json.loads(raw, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:

@@ -175,7 +175,7 @@ def test_a_model_given_twice_is_two_inputs_with_labels_of_their_own():
     entries = [{"model": "A", "parameters": {"weight": 1}}, {"model": "A", "parameters": {"weight": 2}}]
     recipe = Recipe.parse(linear(models=entries))
     assert [model.label for model in recipe.inputs] == ["A", "A (2)"]
-    assert len({model.path for model in recipe.inputs}) == 1
+    assert len({model.source for model in recipe.inputs}) == 1
     assert weights(linear(models=entries)) == [1, 2]
 
 
@@ -183,7 +183,7 @@ def test_paths_are_relative_to_the_recipe_then_to_the_working_directory(models):
     folder = models / "recipes"
     (folder / "A").mkdir(parents=True)
     recipe = Recipe.parse(linear(), where=folder)
-    assert [model.path for model in recipe.inputs] == [(folder / "A").resolve(), (models / "B").resolve()]
+    assert [model.source for model in recipe.inputs] == [(folder / "A").resolve(), (models / "B").resolve()]
     (models / "B").rmdir()
     with pytest.raises(PlanError) as caught:
         Recipe.parse(linear(), where=folder)
@@ -193,7 +193,7 @@ def test_paths_are_relative_to_the_recipe_then_to_the_working_directory(models):
 def test_references_may_be_mappings_or_paths(models):
     for ref in ({"model": {"path": "A"}}, {"model": {"path": "A", "revision": None}, "lora": None}, models / "A"):
         entries = [{"model": ref, "parameters": {"weight": 1}}]
-        assert Recipe.parse(linear(models=entries)).inputs[0].path == (models / "A").resolve()
+        assert Recipe.parse(linear(models=entries)).inputs[0].source == (models / "A").resolve()
 
 
 def test_a_folder_whose_name_holds_a_plus_is_a_folder(models):
@@ -277,13 +277,15 @@ def test_all_problems_come_in_one_message(models):
             {"models": [{"model": "A"}, {"model": "B"}]},
             "models[1].parameters.weight: B has no weight, req",
         ),
-        ({"models": [{"model": "A@main"}]}, "models on the Hub are not read in this version"),
-        ({"models": [{"model": "org/name"}]}, "models on the Hub are not read in this version"),
+        ({"models": [{"model": "org/na--me"}]}, "expected a folder, or a model on the Hub as org/name or"),
+        ({"models": [{"model": "a/b/c"}]}, "expected a folder, or a model on the Hub as org/name or"),
+        ({"push": "name"}, "push.repo: found 'name', expected a repository on the Hub as org/name"),
+        ({"push": {"repo": "org/name@main"}}, "push.repo: found 'org/name@main', expected a repository"),
+        ({"push": {"repo": "org/name", "privat": True}}, "push.privat: unknown key, did you mean private?"),
+        ({"push": {"private": True}}, "push.repo: required"),
+        ({"push": {"repo": "org/name", "private": "yes"}}, "push.private: found 'yes', expected a valid boolean"),
+        ({"revision": "main"}, "write the revision after the model's name: org/name@revision"),
         ({"models": [{"model": "A+lora"}]}, "adapters (model+lora) are not supported in this version"),
-        (
-            {"models": [{"model": {"model": {"path": "A", "revision": "x"}}}]},
-            "models[0].model: models are read",
-        ),
         ({"models": [{"model": {"model": "A", "lora": "B"}}]}, "models[0].model: adapters are not supported"),
         ({"align": {"to": "A"}}, "align: an alignment belongs to one model: put `align` beside it"),
         ({"models": [{"model": "A", "align": 3}]}, "models[0].align"),

@@ -12,6 +12,7 @@ from mergekit_lfm.commands.lines import barrier, repair
 from mergekit_lfm.commands.looking import inspect, methods
 from mergekit_lfm.commands.merging import merge, plan, verify
 from mergekit_lfm.commands.patching import patch
+from mergekit_lfm.commands.pushing import push
 from mergekit_lfm.commands.statistics import stats
 from mergekit_lfm.commands.tracing import trace
 
@@ -28,5 +29,8 @@ def main() -> None:
     """Merge and edit saved models: checkpoints in, a checkpoint out."""
 
 
-for command in (merge, plan, verify, inspect, methods, evaluate, stats, align, barrier, repair, edit, patch, trace):
+for command in (
+    *(merge, plan, push, verify, inspect, methods, evaluate),
+    *(stats, align, barrier, repair, edit, patch, trace),
+):
     main.add_command(command)

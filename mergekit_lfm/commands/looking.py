@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -23,16 +22,18 @@ Examples:
   mergekit-lfm inspect merged/quickstart
   mergekit-lfm inspect model-00001-of-00002.safetensors --json
   mergekit-lfm inspect stats.safetensors
-  mergekit-lfm inspect transform.safetensors""",
+  mergekit-lfm inspect transform.safetensors
+  mergekit-lfm inspect Qwen/Qwen3-0.6B""",
 )
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path")
 @click.option(
     "--content", is_flag=True, help="Also the digest of names and data, as statistics name a model. Reads all."
 )
 @as_json
-def inspect(path: Path, content: bool, as_json: bool) -> None:
-    """List the tensors of a model's folder or of one file: shapes, dtypes, sizes, totals.
+def inspect(path: str, content: bool, as_json: bool) -> None:
+    """List the tensors of a model's folder, of one file, or of a model on the Hub: shapes, dtypes, sizes, totals.
 
+    On the Hub (org/name, org/name@revision) the headers are read there, and no weights are downloaded.
     Of a statistics file also what it says about itself: its kind, model, data and what it does not cover; of a
     transform its method, models, and what moves how much; of a patch what `patch show` says.
     """
@@ -69,7 +70,8 @@ def _about(checkpoint: Checkpoint) -> tuple[str, dict[str, Any], str]:
     from mergekit_lfm.transforms import open_transform
 
     path = checkpoint.files[0].path
-    kind = "" if len(checkpoint.files) > 1 or path.suffix in ARCHIVES else read_header(path).metadata.get("lfm.kind")
+    model = len(checkpoint.files) > 1 or path.suffix in ARCHIVES or checkpoint.snapshot is not None
+    kind = "" if model else read_header(path).metadata.get("lfm.kind")
     if kind == "statistics":
         about = statistics_data(open_statistics(path))
         return kind, about, statistics_text(about)

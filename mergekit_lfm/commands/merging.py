@@ -10,12 +10,24 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from mergekit_lfm.commands import options
-from mergekit_lfm.commands.options import as_json, going_on_later, needing_models, no_resume, overwrite, quiet, together
+from mergekit_lfm.commands.options import (
+    as_json,
+    going_on_later,
+    needing_models,
+    no_resume,
+    overwrite,
+    quiet,
+    shown_progress,
+    together,
+)
 from mergekit_lfm.console import ANSWER_IS_NO, Command, Size
+from mergekit_lfm.hub import hub_name
 
 if TYPE_CHECKING:
     from mergekit_lfm.execute import Outcome
     from mergekit_lfm.plan import Plan
+    from mergekit_lfm.pushing import Pushed
+    from mergekit_lfm.recipe import Push
 
 # What `merge` and `plan` take alike.
 planning = together(
@@ -34,9 +46,13 @@ planning = together(
 Examples:
   merge recipes/quickstart.yaml
   merge recipe.yaml out/my-model --memory 2GB --threads 4
-  merge recipe.yaml --dry-run""",
+  merge recipe.yaml --dry-run
+  merge recipe.yaml --push-to me/my-model --private --verify""",
 )
 @planning
+@click.option("--push-to", metavar="REPO", help="Push the result to org/name on the Hub. [default: the recipe's push]")
+@click.option("--private", is_flag=True, help="Make the repository private; one that is there has to be.")
+@click.option("--verify", "pull_back", is_flag=True, help="Download what was pushed and compare it with its lock.")
 @click.option(
     "--nan", type=click.Choice(["error", "warn"]), default="error", help="On NaN or infinity. [default: error]"
 )
@@ -62,6 +78,9 @@ def merge(
     threads: int | None,
     max_shard_size: int | None,
     seed: int | None,
+    push_to: str | None,
+    private: bool,
+    pull_back: bool,
     nan: Literal["error", "warn"],
     compile_: Literal["auto", "always", "never"],
     overwrite: bool,
@@ -73,32 +92,44 @@ def merge(
 ) -> None:
     """Merge models as RECIPE says and write the result to OUT.
 
-    OUT is a new folder; without it, the recipe's `output`, else merged/ and the recipe's name. A run that was
-    interrupted goes on where it stopped when the same command is given again. Sizes are 500MB, 5GB (5e9 bytes), 3GiB,
-    or a number of bytes.
+    Models are folders, or on the Hub: org/name, org/name@revision. OUT is a new folder; without it, the recipe's
+    `output`, else merged/ and the recipe's name. A run that was interrupted goes on where it stopped when the same
+    command is given again. Sizes are 500MB, 5GB (5e9 bytes), 3GiB, or a number of bytes.
     """
     plan, out = _make_plan(recipe, out, seed, max_shard_size)
+    goal = plan.recipe.goal(push_to, private=private)
+    if goal is None and (private or pull_back):
+        raise click.UsageError("--private and --verify are about a push: give --push-to org/name")
     if dry_run or verbose:
-        _show_plan(plan, out, memory, threads, as_json and dry_run, verbose, err=not dry_run)
+        _show_plan(plan, out, memory, threads, as_json and dry_run, verbose, err=not dry_run, goal=goal)
     if dry_run:
         return
+    if goal is not None:
+        from mergekit_lfm.pushing import check_repository
+
+        check_repository(goal.repo, private=goal.private)
     from mergekit_lfm.display.terminal import progress_bar
     from mergekit_lfm.execute import execute
 
     notice = None if quiet or as_json else partial(click.echo, err=True)
     how: dict[str, Any] = {"memory": memory, "threads": threads, "nan": nan, "resume": not no_resume}
     how |= {"overwrite": overwrite, "notice": notice}
-    if plan.unedited:
-        with going_on_later(ctx, out), needing_models():
-            from mergekit_lfm.edit.stages import solve_edits
+    with going_on_later(ctx, out), shown_progress(not (quiet or as_json)):
+        if plan.unedited:
+            with needing_models():
+                from mergekit_lfm.edit.stages import solve_edits
 
-            plan = solve_edits(plan, out, max_shard_size=max_shard_size, **how)
-    with (
-        going_on_later(ctx, out),
-        progress_bar(plan.bytes_written, "merging", hidden=quiet or as_json) as progress,
-    ):
-        outcome = execute(plan, out, compile=compile_, progress=progress, **how)
-    _show_outcome(plan, outcome, as_json, quiet)
+                plan = solve_edits(plan, out, max_shard_size=max_shard_size, **how)
+        with progress_bar(plan.bytes_written, "merging", hidden=quiet or as_json) as progress:
+            outcome = execute(plan, out, compile=compile_, progress=progress, **how)
+        pushed = None if goal is None else _push(out, goal, pull_back)
+    _show_outcome(plan, outcome, pushed, as_json, quiet)
+
+
+def _push(out: Path, goal: Push, pull_back: bool) -> Pushed:
+    from mergekit_lfm.pushing import push
+
+    return push(out, goal.repo, private=goal.private, pull_back=pull_back)
 
 
 def _make_plan(recipe_path: Path, out: Path | None, seed: int | None, max_shard_size: int | None) -> tuple[Plan, Path]:
@@ -114,7 +145,15 @@ def _make_plan(recipe_path: Path, out: Path | None, seed: int | None, max_shard_
 
 
 def _show_plan(
-    plan: Plan, out: Path, memory: int | None, threads: int | None, as_json: bool, verbose: bool, err: bool = False
+    plan: Plan,
+    out: Path,
+    memory: int | None,
+    threads: int | None,
+    as_json: bool,
+    verbose: bool,
+    *,
+    goal: Push | None,
+    err: bool = False,
 ) -> None:
     from mergekit_lfm.display.merges import plan_text
     from mergekit_lfm.durable import partial_of
@@ -130,12 +169,13 @@ def _show_plan(
         "peak_memory": plan.peak_memory(memory, threads),
         "free_disk": free,
         "enough_disk": needed <= free,
+        "push": None if goal is None else goal.model_dump(),
     }
     click.echo(json.dumps(plan.summary() | facts) if as_json else plan_text(plan, facts, verbose), err=err)
 
 
-def _show_outcome(plan: Plan, outcome: Outcome, as_json: bool, quiet: bool) -> None:
-    from mergekit_lfm.display.merges import outcome_text
+def _show_outcome(plan: Plan, outcome: Outcome, pushed: Pushed | None, as_json: bool, quiet: bool) -> None:
+    from mergekit_lfm.display.merges import outcome_text, pushed_data, pushed_text
 
     for warning in outcome.warnings:
         click.echo(f"warning: {warning}", err=True)
@@ -149,12 +189,17 @@ def _show_outcome(plan: Plan, outcome: Outcome, as_json: bool, quiet: bool) -> N
             "seconds": round(outcome.seconds, 3),
             "warnings": list(outcome.warnings),
             "digest": plan.digest,
+            "pushed": None if pushed is None else pushed_data(pushed),
         }
         click.echo(json.dumps(facts))
         return
     if not quiet:
         click.echo(outcome_text(plan, outcome), err=True)
     click.echo(outcome.path)
+    if pushed is not None:
+        if not quiet:
+            click.echo(pushed_text(pushed), err=True)
+        click.echo(pushed.url)
 
 
 @click.command(
@@ -179,36 +224,48 @@ def plan(
 ) -> None:
     """Say what a merge would read, write, drop and need, and do nothing.
 
-    Of the models only the headers are read; with statistics the models are read once, to know them by their content.
+    Of the models only the headers are read, on the Hub as well; with statistics the models are read once, to know them
+    by their content.
     The same as `merge --dry-run`.
     """
     planned, out = _make_plan(recipe, out, seed, max_shard_size)
-    _show_plan(planned, out, memory, threads, as_json, verbose)
+    _show_plan(planned, out, memory, threads, as_json, verbose, goal=planned.recipe.push)
 
 
 @click.command(
     cls=Command,
     epilog="""\b
 Example:
-  mergekit-lfm verify merged/quickstart""",
+  mergekit-lfm verify merged/quickstart
+  mergekit-lfm verify me/my-merge@main""",
 )
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out")
 @as_json
 @quiet
 @click.pass_context
-def verify(ctx: click.Context, out: Path, as_json: bool, quiet: bool) -> None:
+def verify(ctx: click.Context, out: str, as_json: bool, quiet: bool) -> None:
     """Read a merged model again and compare it with its merge.lock.json.
 
-    Prints every difference; the exit code is 1 if there is one.
+    OUT is its folder, or its name on the Hub, of which all files are then downloaded to the cache. Prints every
+    difference; the exit code is 1 if there is one.
     """
     from mergekit_lfm.display.terminal import counted, progress_bar
     from mergekit_lfm.provenance import verify as differences
 
-    nbytes = sum(file.stat().st_size for file in out.glob("*.safetensors"))
-    with progress_bar(nbytes, "verifying", hidden=quiet or as_json) as progress:
-        problems = differences(out, progress)
+    hidden = quiet or as_json
+    folder = Path(out)
+    if not folder.exists() and (name := hub_name(out)) is not None:
+        from mergekit_lfm.hub.snapshots import find_snapshot
+
+        with shown_progress(not hidden):
+            snapshot = find_snapshot(name)
+            snapshot.fetch(list(snapshot.sizes))
+        folder = snapshot.folder
+    nbytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    with progress_bar(nbytes, "verifying", hidden=hidden) as progress:
+        problems = differences(folder, progress)
     if as_json:
-        click.echo(json.dumps({"out": str(out), "good": not problems, "problems": problems}))
+        click.echo(json.dumps({"out": out, "good": not problems, "problems": problems}))
     else:
         verdict = f"{counted(len(problems), 'difference')} to its lock" if problems else "good, all as its lock says"
         click.echo("\n".join([*problems, f"{out}: {verdict}"]))

@@ -54,6 +54,18 @@ def going_on_later(ctx: click.Context, out: Path) -> Iterator[None]:
 
 
 @contextmanager
+def shown_progress(shown: bool) -> Iterator[None]:
+    """Whether transfers from and to the Hub show their progress, on a terminal."""
+    if shown:
+        yield
+        return
+    from mergekit_lfm.hub.client import no_bars
+
+    with no_bars():
+        yield
+
+
+@contextmanager
 def needing_models() -> Iterator[None]:
     """Where the extra that loads models is not installed, the message that says how to install it."""
     try:

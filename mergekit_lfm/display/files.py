@@ -23,7 +23,7 @@ def checkpoint_data(checkpoint: Checkpoint) -> dict[str, Any]:
         for key, more in (("tensors", 1), ("numbers", spec.numel), ("bytes", spec.nbytes)):
             total[key] += more
     return {
-        "path": str(checkpoint.path),
+        "path": str(checkpoint.snapshot or checkpoint.path),
         "files": [file.path.name for file in checkpoint.files],
         "tensors": [{"name": s.name, "shape": list(s.shape), "dtype": s.dtype, "bytes": s.nbytes} for s in specs],
         "dtypes": dtypes,

@@ -13,6 +13,7 @@ from mergekit_lfm.sizes import format_size
 if TYPE_CHECKING:
     from mergekit_lfm.execute import Outcome
     from mergekit_lfm.plan import Plan
+    from mergekit_lfm.pushing import Pushed
     from mergekit_lfm.roles import Edit
 
 
@@ -33,6 +34,12 @@ def plan_text(plan: Plan, facts: dict[str, Any], verbose: bool) -> str:
         share = sum(job.spec.numel for job in plan.averaged) / sum(job.spec.numel for job in plan.tensors)
         what = f"{counted(len(plan.averaged), 'tensor')}, {share:.0%} of the numbers: there are no statistics of them"
         rows.insert(3, ("averaged", what))
+    for label, held in zip(plan.labels, plan.models, strict=True):
+        if held.snapshot is not None:
+            where = f"{format_size(sum(held.absent.values()))} to download" if held.absent else "in the cache"
+            rows.insert(1, ("from the Hub", f"{label}: commit {held.snapshot.commit}, {where}"))
+    if push := facts["push"]:
+        rows.append(("push", f"to {push['repo']}" + (", private" if push["private"] else "")))
     for model in plan.pending:
         if isinstance(model.align, AlignRequest):
             how = f"the transform by {model.align.method} is found when the merge runs"
@@ -56,6 +63,34 @@ def _edit_text(edit: Edit) -> str:
 
 def _tensor_row(tensor: Any) -> tuple[str, str, str, str]:
     return tensor.name, str(list(tensor.shape)), tensor.dtype, tensor.method
+
+
+def pushed_text(pushed: Pushed) -> str:
+    """What a push did, in a line or a few."""
+    where = f"{pushed.url} at commit {pushed.commit}"
+    if not pushed.files and not pushed.removed:
+        lines = [f"already there: {where} holds these very files; nothing was pushed"]
+    else:
+        lines = [f"pushed {counted(len(pushed.files), 'file')}, {format_size(pushed.nbytes)}, to {where}"]
+    lines += [f"removed there, as they were of an earlier push: {', '.join(pushed.removed)}"] if pushed.removed else []
+    lines += [f"not pushed, as they are hidden: {', '.join(pushed.left_out)}"] if pushed.left_out else []
+    if pushed.kept_card:
+        lines.append("the model card was edited on the Hub and is kept; that of this merge is MERGE.md beside it")
+    return "\n".join(lines)
+
+
+def pushed_data(pushed: Pushed) -> dict[str, Any]:
+    """The same as data."""
+    return {
+        "repo": pushed.repo,
+        "url": pushed.url,
+        "commit": pushed.commit,
+        "files": list(pushed.files),
+        "removed": list(pushed.removed),
+        "bytes": pushed.nbytes,
+        "kept_card": pushed.kept_card,
+        "left_out": list(pushed.left_out),
+    }
 
 
 def outcome_text(plan: Plan, outcome: Outcome) -> str:

@@ -60,10 +60,11 @@ def solve_edits(
         return plan
     if already_there(plan, out.resolve(), overwrite=overwrite, rebuild=overwrite and not resume, nan=nan):
         return plan
+    plan.fetch(notice)
     models = list(plan.models)
     for i, model in enumerate(plan.recipe.all_models):
         if any(isinstance(asked, EditRequest) for asked in model.edits):
-            source = open_checkpoint(model.path)
+            source = models[i].as_stored()
             patches = _patches(source, model.edits, model.label, _own, notice)
             held = patched(source, *patches)
             models[i] = Checkpoint(held.path, held.files, models[i].view)

@@ -1,0 +1,171 @@
+"""The Hub as it is asked here: one client, and its errors as messages of ours, which name no token.
+
+What the Hub refuses is a PlanError; what failed on the way there is a ConnectionError, after the client's own retries.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    RevisionResolutionError,
+)
+from huggingface_hub.utils import (  # type: ignore[attr-defined]  # documented, but not in its __all__
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+    parse_ratelimit_headers,
+)
+
+from mergekit_lfm import __version__
+from mergekit_lfm.errors import PlanError
+
+HTTPError: type[Exception] = HfHubHTTPError.__mro__[1]  # of the client's HTTP library: httpx, or its successor
+_RETRY = "run the same command again: what is done is kept"
+
+
+def api() -> HfApi:
+    """The client; its token is HF_TOKEN, or what `hf auth login` has stored."""
+    return HfApi(endpoint=endpoint(), library_name="mergekit_lfm", library_version=__version__)
+
+
+def endpoint() -> str:
+    """The address of the Hub."""
+    return (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
+
+
+def offline() -> bool:
+    """Whether the Hub must not be asked (HF_HUB_OFFLINE)."""
+    return bool(constants.HF_HUB_OFFLINE)
+
+
+@contextmanager
+def asking(about: str) -> Iterator[None]:
+    """Gives what goes wrong in asking the Hub about something the message that a user needs."""
+    with _addresses_hidden():
+        try:
+            yield
+        except RuntimeError as error:
+            if type(error) is not RuntimeError:
+                raise
+            cause = error.__cause__  # of an upload that failed; without one, what the client's native part says
+            known = isinstance(cause, HTTPError)
+            raise _explained(about, cause if known and isinstance(cause, Exception) else error) from None
+        except LocalEntryNotFoundError as error:  # what the client says where it found nothing in the cache either
+            cause = error.__cause__ or error.__context__
+            raise _explained(about, cause if isinstance(cause, Exception) else error) from None
+        except (HTTPError, OfflineModeIsEnabled, RevisionResolutionError, EntryNotFoundError) as error:
+            raise _explained(about, error) from None
+
+
+def _explained(about: str, error: Exception) -> Exception:
+    place = endpoint()
+    if offline() or isinstance(error, OfflineModeIsEnabled):
+        return PlanError(
+            f"{about} is not whole in the cache of the Hub ({constants.HF_HUB_CACHE}), and the Hub is not asked, as "
+            "HF_HUB_OFFLINE is set: unset it, or download the model with `hf download` where there is a network"
+        )
+    if isinstance(error, GatedRepoError):
+        return PlanError(
+            f"{about} is gated: accept its conditions on {place}/{about.partition('@')[0]} with the account whose "
+            f"token is used here{_without_token()}"
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return PlanError(f"{about}: the repository is there, but no such branch, tag or commit; look at {place}")
+    if isinstance(error, RepositoryNotFoundError):
+        return PlanError(
+            f"there is no model {about} at {place}, or it is private and not open to this "
+            f"account{_without_token() or ': check the name'}"
+        )
+    if isinstance(error, EntryNotFoundError):
+        return PlanError(f"{about}: a file is not there any more; give a revision that has it")
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return _refused(about, status, error) if status is not None else _unreached(about, error)
+
+
+def _without_token() -> str:
+    return "" if get_token() else "; no token was found: set HF_TOKEN, or run `hf auth login`"
+
+
+def _refused(about: str, status: int, error: Any) -> Exception:
+    """What an answer with an error code means."""
+    said = error.response.headers.get("X-Error-Message") or getattr(error, "server_message", None) or ""
+    reason = f" ({said.strip().rstrip('.')})" if said else ""
+    if status == 401:
+        return PlanError(
+            f"the Hub at {endpoint()} refuses the token{reason}: set HF_TOKEN to a valid one, or run `hf auth login`"
+        )
+    if status == 403:
+        return PlanError(f"{about}: the token does not allow this{reason}; use one that may write there")
+    if status == 412:
+        return PlanError(
+            f"{about} was changed by somebody else in the meantime, so nothing was pushed: look at what changed, then "
+            "run the same command again; files that are uploaded already are not sent again"
+        )
+    if status == 429:
+        return ConnectionError(
+            f"the Hub at {endpoint()} limits how often it is asked (429){_wait(error.response.headers)}, then {_RETRY}"
+        )
+    if status >= 500 or status == 408:
+        return ConnectionError(f"the Hub at {endpoint()} fails to answer about {about} ({status}){reason}; {_RETRY}")
+    return PlanError(f"{about}: the Hub at {endpoint()} refuses the request ({status}){reason}")
+
+
+def _wait(headers: Any) -> str:
+    limit = parse_ratelimit_headers(headers)
+    seconds = limit.reset_in_seconds if limit else headers.get("Retry-After")
+    return f": wait {seconds} s" if seconds is not None else ": wait a minute"
+
+
+def _unreached(about: str, error: Exception) -> Exception:
+    reason = str(error).strip().split("\n")[0] or type(error).__name__
+    return ConnectionError(
+        f"the connection to the Hub at {endpoint()} failed for {about} ({reason}); {_RETRY}. With HF_HUB_OFFLINE=1, "
+        "models that are in the cache are read without it"
+    )
+
+
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """While it lasts, the client shows no progress. Elsewhere it does on a terminal, and not in a pipe."""
+    shown = not are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bars()
+
+
+class _Shorten(logging.Filter):
+    """Takes from the client's warnings what stands after the ? of an address: there, it may be a key to it."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = re.sub(r"(https?://[^\s?]*)\?\S*", r"\1", record.getMessage()), ()
+        return True
+
+
+@contextmanager
+def _addresses_hidden() -> Iterator[None]:
+    """While it lasts, the client's warnings name no signed address."""
+    handlers, shorten = logging.getLogger("huggingface_hub").handlers, _Shorten()
+    for handler in handlers:
+        handler.addFilter(shorten)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(shorten)

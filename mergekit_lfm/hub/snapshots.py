@@ -1,0 +1,142 @@
+"""A model on the Hub at one commit: which files it has, their headers, and the files themselves, in the Hub's cache.
+
+What a plan needs (configs, and the headers of weight files, by ranged requests) is fetched when a model is found; the
+weights when they are asked for. Files are only read: those of the cache belong to every program on the machine.
+"""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_url, snapshot_download
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import (  # type: ignore[attr-defined]  # documented, but not in its __all__
+    build_hf_headers,
+    hf_raise_for_status,
+    http_stream_backoff,
+)
+
+from mergekit_lfm.errors import PlanError
+from mergekit_lfm.hub.client import api, asking, endpoint, no_bars, offline
+from mergekit_lfm.hub.names import HubName
+from mergekit_lfm.machine import free_space
+from mergekit_lfm.tensors import MAX_HEADER
+
+TAKES_LONG = 20_000_000  # bytes; a download of more shows its progress
+FIRST_RANGE = 100_000  # bytes: the headers of most files are shorter
+AT_PLANNING = ("config.json", "*.index.json", "README.md")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A repository at one commit. folder: where its files are in the cache, or will be; sizes: of all, in bytes."""
+
+    repo: str
+    commit: str
+    folder: Path
+    sizes: Mapping[str, int]
+
+    def __str__(self) -> str:
+        return f"{self.repo}@{self.commit}"
+
+    def lacking(self, names: Iterable[str]) -> list[str]:
+        """Those of the files that are not in the cache."""
+        return [name for name in names if not (self.folder / name).exists()]
+
+    def fetch(self, names: Collection[str]) -> None:
+        """Download what of the files is not in the cache, several at a time.
+
+        PlanError where that may not be asked for or the disk has no room, ConnectionError where it fails on the way.
+        """
+        lacking = self.lacking(names)
+        if not lacking:
+            return
+        if offline():
+            raise PlanError(
+                f"{self} lacks {', '.join(lacking)} in the cache of the Hub, and the Hub is not asked, as "
+                "HF_HUB_OFFLINE is set: unset it"
+            )
+        needed, free = sum(self.sizes.get(name, 0) for name in lacking), free_space(self.folder)
+        if needed > free:
+            raise PlanError(
+                f"{self} needs {needed / 1e9:,.3g} GB in the cache of the Hub, {self.folder.parents[2]}, where "
+                f"{free / 1e9:,.3g} GB are free; make room, or set HF_HOME to another disk"
+            )
+        with no_bars() if needed < TAKES_LONG else nullcontext():
+            _download(self.repo, self.commit, lacking)
+        if still := self.lacking(lacking):
+            raise ConnectionError(f"{self}: {', '.join(still)} could not be downloaded; run the same command again")
+
+    def head(self, name: str) -> tuple[bytes, int]:
+        """The bytes of a safetensors file up to its data, or all where they are no header, and the size of the file."""
+        size = self.sizes[name]
+        data = self._range(name, min(size, FIRST_RANGE))
+        length = 8 + int.from_bytes(data[:8], "little")
+        if len(data) < length <= min(size, MAX_HEADER + 8):
+            data = self._range(name, length)
+        return data, size
+
+    def _range(self, name: str, nbytes: int) -> bytes:
+        """The first bytes of a file."""
+        if not nbytes:
+            return b""
+        url = hf_hub_url(self.repo, name, revision=self.commit, endpoint=endpoint())
+        headers = {**build_hf_headers(library_name="mergekit_lfm"), "Range": f"bytes=0-{nbytes - 1}"}
+        with asking(str(self)), http_stream_backoff("GET", url, headers=headers, follow_redirects=True) as response:
+            hf_raise_for_status(response)
+            found = b""
+            for part in response.iter_bytes():  # no more is read where a server gives more than was asked for
+                found += part
+                if len(found) >= nbytes:
+                    break
+        return found[:nbytes]
+
+
+def find_snapshot(name: HubName) -> Snapshot:
+    """The model at the commit that its revision stands for now, with its configs and its card in the cache.
+
+    With HF_HUB_OFFLINE, the commit and the files that were downloaded before. Raises as `Snapshot.fetch` does.
+    """
+    with asking(str(name)):
+        commit = str(api().resolve_revision(name.repo, revision=name.revision, local_files_only=offline()).resolved)
+        if offline():
+            folder = _found(name.repo, commit)
+            found = (path for path in folder.rglob("*") if path.is_file())
+            return Snapshot(
+                name.repo, commit, folder, {path.relative_to(folder).as_posix(): path.stat().st_size for path in found}
+            )
+        tree = api().list_repo_tree(name.repo, recursive=True, revision=commit)
+        sizes = {entry.path: entry.size for entry in tree if isinstance(entry, RepoFile)}
+    return Snapshot(name.repo, commit, _found(name.repo, commit), sizes)
+
+
+def _found(repo: str, commit: str) -> Path:
+    """The folder of the model in the cache, with what planning needs of it."""
+    with no_bars():
+        return Path(_download(repo, commit, AT_PLANNING))
+
+
+def pull(snapshot: Snapshot, folder: Path) -> None:
+    """Download every file of the model into a folder of its own, past the cache."""
+    _download(snapshot.repo, snapshot.commit, list(snapshot.sizes), local_dir=folder)
+
+
+def _download(repo: str, commit: str, names: Iterable[str], **options: Any) -> str:
+    patterns = [name if name in AT_PLANNING else glob.escape(name) for name in names]
+    with asking(f"{repo}@{commit}"):
+        return str(
+            snapshot_download(
+                repo,
+                revision=commit,
+                allow_patterns=patterns,
+                local_files_only=offline(),
+                endpoint=endpoint(),
+                library_name="mergekit_lfm",
+                **options,
+            )
+        )
