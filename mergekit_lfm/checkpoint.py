@@ -267,7 +267,12 @@ class Checkpoint(Mapping[str, TensorSpec]):
         paths, weight_map = list[Path](), dict[str, str]()
         if files is None and (snapshot is not None or path.is_dir()):
             names = [file.name for file in path.iterdir()] if snapshot is None else list(snapshot.sizes)
-            paths, weight_map = _weight_paths(path, names, snapshot or path)
+            try:
+                paths, weight_map = _weight_paths(path, names, snapshot or path)
+            except FormatError as error:
+                if snapshot is None or snapshot.listed:
+                    raise
+                raise FormatError(f"{error}. HF_HUB_OFFLINE is set, so only what is in the cache counts") from None
         elif files is None and path.name in ADAPTER:
             raise FormatError(f"{path} is an adapter: merge it into its model first (peft's merge_and_unload)")
         elif files is None:

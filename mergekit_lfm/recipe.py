@@ -75,7 +75,7 @@ def _without_unused(data: object, known: Iterable[str]) -> object:
 
 
 def _reference(value: object) -> object:
-    """The path or name in any of mergekit's forms of a model reference: text, or {model: {path: ..., revision: ...}}."""
+    """The path or name in any of mergekit's forms of a model reference: text, or {model: {path: ..., revision: ..}}."""
     if not isinstance(value, Mapping):
         return os.fspath(value) if isinstance(value, os.PathLike) else value
     for key, part in value.items():

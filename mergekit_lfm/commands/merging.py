@@ -122,8 +122,9 @@ def merge(
                 plan = solve_edits(plan, out, max_shard_size=max_shard_size, **how)
         with progress_bar(plan.bytes_written, "merging", hidden=quiet or as_json) as progress:
             outcome = execute(plan, out, compile=compile_, progress=progress, **how)
+        _show_outcome(plan, outcome, quiet or as_json)
         pushed = None if goal is None else _push(out, goal, pull_back)
-    _show_outcome(plan, outcome, pushed, as_json, quiet)
+    _show_result(plan, outcome, pushed, as_json, quiet)
 
 
 def _push(out: Path, goal: Push, pull_back: bool) -> Pushed:
@@ -174,11 +175,18 @@ def _show_plan(
     click.echo(json.dumps(plan.summary() | facts) if as_json else plan_text(plan, facts, verbose), err=err)
 
 
-def _show_outcome(plan: Plan, outcome: Outcome, pushed: Pushed | None, as_json: bool, quiet: bool) -> None:
-    from mergekit_lfm.display.merges import outcome_text, pushed_data, pushed_text
+def _show_outcome(plan: Plan, outcome: Outcome, quiet: bool) -> None:
+    from mergekit_lfm.display.merges import outcome_text
 
     for warning in outcome.warnings:
         click.echo(f"warning: {warning}", err=True)
+    if not quiet:
+        click.echo(outcome_text(plan, outcome), err=True)
+
+
+def _show_result(plan: Plan, outcome: Outcome, pushed: Pushed | None, as_json: bool, quiet: bool) -> None:
+    from mergekit_lfm.display.merges import pushed_data, pushed_text
+
     if as_json:
         facts = {
             "out": str(outcome.path),
@@ -193,8 +201,6 @@ def _show_outcome(plan: Plan, outcome: Outcome, pushed: Pushed | None, as_json: 
         }
         click.echo(json.dumps(facts))
         return
-    if not quiet:
-        click.echo(outcome_text(plan, outcome), err=True)
     click.echo(outcome.path)
     if pushed is not None:
         if not quiet:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,8 +56,8 @@ def going_on_later(ctx: click.Context, out: Path) -> Iterator[None]:
 
 @contextmanager
 def shown_progress(shown: bool) -> Iterator[None]:
-    """Whether transfers from and to the Hub show their progress, on a terminal."""
-    if shown:
+    """Whether transfers from and to the Hub show their progress, where standard error is a terminal."""
+    if shown and sys.stderr.isatty():
         yield
         return
     from mergekit_lfm.hub.client import no_bars

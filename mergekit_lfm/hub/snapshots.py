@@ -18,7 +18,7 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import (  # type: ignore[attr-defined]  # documented, but not in its __all__
     build_hf_headers,
     hf_raise_for_status,
-    http_stream_backoff,
+    http_backoff,
 )
 
 from mergekit_lfm.errors import PlanError
@@ -34,12 +34,16 @@ AT_PLANNING = ("config.json", "*.index.json", "README.md")
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A repository at one commit. folder: where its files are in the cache, or will be; sizes: of all, in bytes."""
+    """A repository at one commit. folder: where its files are in the cache, or will be; sizes: of all, in bytes.
+
+    listed: whether the Hub has said which files there are; else those that are in the cache count.
+    """
 
     repo: str
     commit: str
     folder: Path
     sizes: Mapping[str, int]
+    listed: bool = True
 
     def __str__(self) -> str:
         return f"{self.repo}@{self.commit}"
@@ -87,14 +91,10 @@ class Snapshot:
             return b""
         url = hf_hub_url(self.repo, name, revision=self.commit, endpoint=endpoint())
         headers = {**build_hf_headers(library_name="mergekit_lfm"), "Range": f"bytes=0-{nbytes - 1}"}
-        with asking(str(self)), http_stream_backoff("GET", url, headers=headers, follow_redirects=True) as response:
+        with asking(str(self)):
+            response = http_backoff("GET", url, headers=headers, follow_redirects=True)
             hf_raise_for_status(response)
-            found = b""
-            for part in response.iter_bytes():  # no more is read where a server gives more than was asked for
-                found += part
-                if len(found) >= nbytes:
-                    break
-        return found[:nbytes]
+            return bytes(response.content[:nbytes])
 
 
 def find_snapshot(name: HubName) -> Snapshot:
@@ -107,9 +107,8 @@ def find_snapshot(name: HubName) -> Snapshot:
         if offline():
             folder = _found(name.repo, commit)
             found = (path for path in folder.rglob("*") if path.is_file())
-            return Snapshot(
-                name.repo, commit, folder, {path.relative_to(folder).as_posix(): path.stat().st_size for path in found}
-            )
+            sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in found}
+            return Snapshot(name.repo, commit, folder, sizes, listed=False)
         tree = api().list_repo_tree(name.repo, recursive=True, revision=commit)
         sizes = {entry.path: entry.size for entry in tree if isinstance(entry, RepoFile)}
     return Snapshot(name.repo, commit, _found(name.repo, commit), sizes)

@@ -1,0 +1,326 @@
+"""Models pushed to the Hub: what goes there, what is kept there, and what is refused before anything is sent."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from helpers_commands import answer, refusal, run
+from helpers_faults import llama_tensors, near, save_model
+from hub_server import READ_TOKEN, TOKEN, HubServer
+
+from mergekit_lfm import merge, push
+from mergekit_lfm.card import front_matter
+from mergekit_lfm.errors import FormatError, PlanError
+
+RECIPE = """\
+merge_method: linear
+models: [{model: org/a}, {model: org/b}]
+parameters: {weight: 1}
+"""
+REPO = "me/merged"
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def prepare(server: HubServer, place: Path) -> None:
+    """Models org/a and org/b on the Hub, and a recipe that averages them."""
+    base = llama_tensors(0)
+    for name, tensors in (("a", base), ("b", near(base, 1))):
+        save_model(place / name, tensors)
+        server.create(f"org/{name}", files_of(place / name))
+        shutil.rmtree(place / name)
+    (place / "recipe.yaml").write_text(RECIPE)
+
+
+@pytest.fixture(params=["lfs", "xet"])
+def server(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HubServer:
+    """The Hub, with both ways in which it stores large files; the working directory has the recipe."""
+    found: HubServer = request.getfixturevalue("hub" if request.param == "lfs" else "xet_hub")
+    place = tmp_path / "here"
+    place.mkdir()
+    prepare(found, place)
+    monkeypatch.chdir(place)
+    return found
+
+
+@pytest.fixture
+def folder(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, with a merge of both models in `out`."""
+    place = tmp_path / "here"
+    place.mkdir()
+    prepare(hub, place)
+    monkeypatch.chdir(place)
+    merge("recipe.yaml", "out")
+    return place
+
+
+def writes(server: HubServer) -> list[str]:
+    """The requests that change something."""
+    reading = ("/api/validate-yaml", "/preupload/")
+    return [
+        f"{r.method} {r.path}"
+        for r in server.requests
+        if r.method in ("POST", "PUT", "DELETE") and not any(part in r.path for part in reading)
+    ]
+
+
+# ------------------------------------------------------------------ the whole way
+
+
+def test_two_models_on_the_hub_are_merged_pushed_pulled_and_verified_in_one_command(server: HubServer) -> None:
+    result = run("merge", "recipe.yaml", "out", "--push-to", REPO, "--private", "--verify")
+    assert (result.exit_code, result.stdout) == (0, f"out\n{server.url}/{REPO}\n")
+    head = server.head(REPO)
+    assert f"to {server.url}/{REPO} at commit {head}\n" in result.stderr
+    assert server.private(REPO)
+    there = server.files(REPO)
+    there.pop(".gitattributes", None)
+    assert there == files_of(Path("out"))
+    assert server.history(REPO)[0].title == "Merge by linear, with mergekit_lfm 0.1.0"
+    assert len([line for line in writes(server) if "/commit/" in line]) == 1
+    assert TOKEN not in result.output and TOKEN not in "".join(map(repr, files_of(Path("out")).values()))
+    again = answer(run("verify", REPO, "--json"))
+    assert again == {"out": REPO, "good": True, "problems": []}
+
+
+def test_the_card_says_what_it_was_made_of(server: HubServer, tmp_path: Path) -> None:
+    run("merge", "recipe.yaml", "out", "--push-to", REPO)
+    card = tmp_path / "card.md"
+    card.write_bytes(server.files(REPO)["README.md"])
+    assert front_matter(card) == {
+        "base_model": ["org/a", "org/b"],
+        "base_model_relation": "merge",
+        "library_name": "transformers",
+        "tags": ["merge", "mergekit_lfm"],
+    }
+    assert str(tmp_path).encode() not in b"".join(server.files(REPO).values())
+
+
+@pytest.mark.usefixtures("server")
+def test_what_was_pushed_is_merged_again() -> None:
+    merge("recipe.yaml", "out", push_to=REPO)
+    merge({"merge_method": "passthrough", "models": [{"model": REPO}]}, "copy")
+    assert files_of(Path("copy"))["model.safetensors"] == files_of(Path("out"))["model.safetensors"]
+
+
+def test_the_same_again_changes_nothing(server: HubServer) -> None:
+    first = answer(run("merge", "recipe.yaml", "out", "--push-to", REPO, "--json"))["pushed"]
+    assert set(first["files"]) == set(files_of(Path("out"))) and first["commit"] == server.head(REPO)
+    before = len(writes(server))
+    second = answer(run("merge", "recipe.yaml", "out", "--push-to", REPO, "--json"))["pushed"]
+    assert (second["files"], second["removed"], second["bytes"]) == ([], [], 0)
+    assert second["commit"] == first["commit"] == server.head(REPO)
+    assert len(writes(server)) == before
+    assert "already there: " in run("push", "out", REPO).stderr
+
+
+def test_another_merge_replaces_it_and_leaves_no_file_of_the_first(server: HubServer) -> None:
+    merge("recipe.yaml", "out", max_shard_size="40KB", push_to=REPO)
+    assert len([name for name in server.files(REPO) if name.endswith(".safetensors")]) > 2
+    server.commit(REPO, {"figure.png": b"of somebody"})
+    Path("recipe.yaml").write_text(RECIPE.replace("weight: 1", "weight: [0.2, 0.8]"))
+    said = answer(run("merge", "recipe.yaml", "two", "--push-to", REPO, "--json"))["pushed"]
+    assert "model.safetensors.index.json" in said["removed"]
+    there = server.files(REPO)
+    there.pop(".gitattributes", None)
+    assert there.pop("figure.png") == b"of somebody"
+    assert there == files_of(Path("two"))
+
+
+def test_a_recipe_says_where_its_result_goes(server: HubServer) -> None:
+    Path("recipe.yaml").write_text(RECIPE + f"push: {{repo: {REPO}, private: true}}\n")
+    planned = answer(run("plan", "recipe.yaml", "out", "--json"))
+    assert planned["push"] == {"repo": REPO, "private": True} and not server.exists(REPO)
+    assert f"to {REPO}, private" in run("merge", "recipe.yaml", "--dry-run").stdout
+    merge("recipe.yaml", "out")
+    assert server.exists(REPO) and server.private(REPO)
+    Path("recipe.yaml").write_text(RECIPE + "push: me/short\n")
+    run("merge", "recipe.yaml", "out2")
+    assert server.exists("me/short") and not server.private("me/short")
+    assert "push" not in Path("out/merge.lock.json").read_text().replace("pushing", "")
+
+
+# ------------------------------------------------------------------ what is on the Hub already
+
+
+def test_a_card_that_was_edited_on_the_hub_is_kept(hub: HubServer, folder: Path) -> None:
+    push("out", REPO)
+    edited = b"---\nlicense: mit\n---\n\n# My merge\n"
+    hub.commit(REPO, {"README.md": edited})
+    (folder / "recipe.yaml").write_text(RECIPE.replace("weight: 1", "weight: [0.2, 0.8]"))
+    result = run("merge", "recipe.yaml", "two", "--push-to", REPO, "--verify")
+    assert result.exit_code == 0
+    assert "the model card was edited on the Hub and is kept; that of this merge is MERGE.md beside it" in result.stderr
+    there = hub.files(REPO)
+    assert there["README.md"] == edited
+    ours = (folder / "two/README.md").read_text()
+    assert there["MERGE.md"].decode() == ours[ours.index("# Merged model") :]
+    assert there["model.safetensors"] == (folder / "two/model.safetensors").read_bytes()
+    assert run("push", "two", REPO, "--replace-card").exit_code == 0
+    assert hub.files(REPO)["README.md"] == (folder / "two/README.md").read_bytes()
+
+
+def test_a_card_of_an_earlier_push_is_replaced(hub: HubServer, folder: Path) -> None:
+    push("out", REPO)
+    (folder / "recipe.yaml").write_text(RECIPE.replace("weight: 1", "weight: [0.2, 0.8]"))
+    merge("recipe.yaml", "two", push_to=REPO)
+    assert hub.files(REPO)["README.md"] == (folder / "two/README.md").read_bytes()
+    assert "MERGE.md" not in hub.files(REPO)
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_card_that_was_there_before_is_kept(
+    hub: HubServer,
+) -> None:
+    hub.create(REPO, {"README.md": b"# Planned\n"})
+    assert push("out", REPO).kept_card
+    assert hub.files(REPO)["README.md"] == b"# Planned\n" and "MERGE.md" in hub.files(REPO)
+
+
+def test_weights_of_somebody_else_are_not_replaced_unasked(hub: HubServer, folder: Path) -> None:
+    hub.create(REPO, {"pytorch_model.bin": b"precious", "notes.txt": b"mine"})
+    head = hub.head(REPO)
+    message = refusal(run("merge", "recipe.yaml", "two", "--push-to", REPO))
+    assert f"{REPO} holds pytorch_model.bin, which is not of an earlier push of a merge" in message
+    assert hub.head(REPO) == head and not (folder / "two").exists()
+    pushed = push("out", REPO, overwrite=True)
+    assert pushed.removed == ("pytorch_model.bin",)
+    assert hub.files(REPO)["notes.txt"] == b"mine" and "pytorch_model.bin" not in hub.files(REPO)
+
+
+def test_private_is_not_made_public(hub: HubServer, folder: Path) -> None:
+    hub.create(REPO, {})
+    message = refusal(run("merge", "recipe.yaml", "two", "--push-to", REPO, "--private"))
+    assert f"{REPO} is there and is public, but a private repository was asked for" in message
+    assert not (folder / "two").exists()
+
+
+# ------------------------------------------------------------------ what is refused before anything is sent
+
+
+@pytest.mark.parametrize(
+    ("repo", "token", "message"),
+    [
+        ("merged", TOKEN, "found 'merged'"),
+        ("me/merged@main", TOKEN, "expected a repository on the Hub as org/name"),
+        ("other/merged", TOKEN, "the token is of me, who may push to me, org, but not to other"),
+        (REPO, None, "there is no token to push with: set HF_TOKEN, or run `hf auth login`"),
+        (REPO, READ_TOKEN, "the token may only read: push with one of the role `write`"),
+        (REPO, "hf_" + "x" * 34, "refuses the token (Invalid"),
+    ],
+)
+@pytest.mark.parametrize("command", ["push", "merge"])
+@pytest.mark.usefixtures("hub")
+def test_who_may_not_push_is_told_before_the_merge(
+    command: str,
+    repo: str,
+    token: str | None,
+    message: str,
+    hub: HubServer,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if token is None:
+        monkeypatch.delenv("HF_TOKEN")
+    else:
+        monkeypatch.setenv("HF_TOKEN", token)
+    before = list(writes(hub))
+    if command == "push":
+        said = refusal(run("push", "out", repo))
+    elif token is not None and token.startswith("hf_x"):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        said = refusal(run("merge", "recipe.yaml", "two", "--push-to", repo))
+    else:
+        said = refusal(run("merge", "recipe.yaml", "two", "--push-to", repo))
+    assert message in said
+    assert token is None or token not in said
+    assert writes(hub) == before and not (folder / "two").exists()
+
+
+@pytest.mark.usefixtures("folder")
+def test_offline_nothing_is_pushed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert "cannot be pushed to while HF_HUB_OFFLINE is set" in refusal(run("push", "out", REPO))
+
+
+@pytest.mark.usefixtures("hub")
+def test_only_whole_models_are_pushed(hub: HubServer, folder: Path) -> None:
+    weights = folder / "out/model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(b"\xff" * 8 + whole[8:])
+    with pytest.raises(FormatError, match="unfinished output of an interrupted run"):
+        push("out", REPO)
+    (folder / "empty").mkdir()
+    with pytest.raises(FormatError, match="holds no model"):
+        push("empty", REPO)
+    with pytest.raises(PlanError, match="is no folder"):
+        push("nowhere", REPO)
+    assert not hub.exists(REPO)
+
+
+@pytest.mark.usefixtures("folder")
+def test_private_and_verify_need_a_push() -> None:
+    for option in ("--private", "--verify"):
+        result = run("merge", "recipe.yaml", "two", option)
+        assert result.exit_code == 2 and "give --push-to org/name" in result.stderr
+
+
+def test_tokens_and_paths_do_not_go_out(hub: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = folder / "home/somebody"
+    home.mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(home))
+    (folder / "out/notes.md").write_text(f"trained with\nHF_TOKEN={TOKEN}\n")
+    (folder / "out/extra.json").write_text(json.dumps({"data": f"{home}/data.jsonl"}))
+    message = refusal(run("push", "out", REPO))
+    assert "2 problems" in message
+    assert "extra.json, line 1: a path of this machine" in message
+    assert "notes.md, line 2: a token of the Hub" in message
+    assert TOKEN not in message and not hub.exists(REPO)
+
+
+@pytest.mark.usefixtures("folder")
+def test_configs_lose_the_folder_that_transformers_noted(
+    hub: HubServer,
+) -> None:
+    for name in ("a", "b"):
+        config = {**json.loads(hub.files(f"org/{name}")["config.json"]), "_name_or_path": "/srv/secret/model"}
+        tokenizer = {"name_or_path": "/srv/secret/model", "model_max_length": 64}
+        hub.commit(
+            f"org/{name}",
+            {"config.json": json.dumps(config).encode(), "tokenizer_config.json": json.dumps(tokenizer).encode()},
+        )
+    merge("recipe.yaml", "two", push_to=REPO)
+    assert b"/srv/secret" not in b"".join(hub.files(REPO).values())
+    assert json.loads(hub.files(REPO)["tokenizer_config.json"]) == {"model_max_length": 64}
+
+
+def test_hidden_files_stay_here_and_are_named(hub: HubServer, folder: Path) -> None:
+    (folder / "out/.cache").mkdir()
+    (folder / "out/.cache/x").write_text("x")
+    (folder / "out/LICENSE").write_text("free")
+    result = run("push", "out", REPO, "-m", "A message of mine")
+    assert "not pushed, as they are hidden: .cache/x" in result.stderr
+    assert "LICENSE" in hub.files(REPO) and ".cache/x" not in hub.files(REPO)
+    assert hub.history(REPO)[0].title == "A message of mine"
+
+
+def test_a_card_that_the_hub_does_not_accept_is_said_before_the_upload(hub: HubServer, folder: Path) -> None:
+    (folder / "out/README.md").write_text("---\nbase_model: ./models/a\n---\n# X\n")
+    message = refusal(run("push", "out", REPO))
+    assert "Invalid metadata in README.md" in message and "base_model" in message
+    assert not any(r.method == "PUT" for r in hub.requests) and "model.safetensors" not in hub.files(REPO)
+
+
+def test_a_model_that_is_no_merge_is_pushed_as_it_is(hub: HubServer, folder: Path) -> None:
+    save_model(folder / "plain", llama_tensors(3))
+    assert answer(run("push", "plain", "me/plain", "--json"))["repo"] == "me/plain"
+    there = hub.files("me/plain")
+    there.pop(".gitattributes", None)
+    assert there == files_of(folder / "plain")
+    assert "has no merge.lock.json to compare with" in refusal(run("push", "plain", "me/plain2", "--verify"))
+    assert not hub.exists("me/plain2")

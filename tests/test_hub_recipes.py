@@ -1,0 +1,295 @@
+"""Recipes whose models are on the Hub: the same bytes as of local copies, at a commit, with only what is needed.
+
+The client is the real one, the Hub a server of this machine.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from helpers_commands import ROOT, answer, refusal, run
+from helpers_faults import llama_tensors, near, save_model
+from hub_server import HubServer
+from safetensors.torch import save_file
+
+from mergekit_lfm import merge, open_checkpoint
+from mergekit_lfm.errors import FormatError, PlanError
+
+RECIPE = """\
+merge_method: linear
+models:
+  - model: org/a
+    parameters: {weight: 1}
+  - model: org/b@v1
+    parameters: {weight: 3}
+"""
+pytestmark = pytest.mark.usefixtures("models")
+CARD = "---\nlicense: apache-2.0\n---\n\n# A\n"
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory: two models in local folders, a of three shards; recipe.yaml names them on the Hub."""
+    place = tmp_path / "here"
+    base = llama_tensors(0)
+    save_model(place / "local/a", base, shards=3)
+    save_model(place / "local/b", near(base, 1))
+    (place / "recipe.yaml").write_text(RECIPE)
+    monkeypatch.chdir(place)
+    return place
+
+
+@pytest.fixture
+def models(hub: HubServer, folder: Path) -> HubServer:
+    """Both models on the Hub, a with much beside it that no merge needs; b also at a later commit, of other weights."""
+    other = {
+        "original/params.json": b"{}",
+        "original/consolidated.00.pth": b"x" * 200_000,
+        "model-q4.gguf": b"y" * 200_000,
+        "pytorch_model.bin": b"z" * 200_000,
+        "figure.png": b"png",
+    }
+    hub.create("org/a", {**files_of(folder / "local/a"), **other, "README.md": CARD.encode()})
+    commit = hub.create("org/b", {**files_of(folder / "local/b"), "README.md": CARD.encode()})
+    hub.tag("org/b", "v1", commit)
+    hub.commit("org/b", {"model.safetensors": files_of(folder / "local/b")["model.safetensors"][:-4] + bytes(4)})
+    return hub
+
+
+def weights_sent(server: HubServer) -> list[str]:
+    """The files that were asked for as a whole or in part, by name, of those that are stored apart."""
+    found = [re.search(r"/resolve/\w+/(.*)", r.path) for r in server.requests if r.method == "GET"]
+    return sorted({match[1] for match in found if match and not match[1].endswith((".json", ".md", ".txt"))})
+
+
+def test_the_result_is_that_of_local_copies(folder: Path) -> None:
+    said = answer(run("merge", "recipe.yaml", "out", "--json"))
+    assert said["already_there"] is False and said["pushed"] is None
+    (folder / "local.yaml").write_text(RECIPE.replace("org/a", "local/a").replace("org/b@v1", "local/b"))
+    run("merge", "local.yaml", "same")
+    ours, theirs = files_of(folder / "out"), files_of(folder / "same")
+    assert ours.keys() == theirs.keys()
+    assert {name for name in ours if ours[name] != theirs[name]} == {"README.md", "merge.lock.json"}
+    assert answer(run("verify", "out", "--json"))["good"]
+
+
+def test_only_what_is_needed_is_downloaded(
+    models: HubServer,
+) -> None:
+    merge("recipe.yaml", "out")
+    shards = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    assert weights_sent(models) == sorted(["model.safetensors", *shards])
+    got = "\n".join(request.path for request in models.requests)
+    for name in ("original", "gguf", "pytorch_model", "figure"):
+        assert name not in got
+
+
+def test_the_commit_is_what_is_recorded(models: HubServer, folder: Path) -> None:
+    merge("recipe.yaml", "out")
+    a, b = models.head("org/a"), models.revision("org/b", "v1")
+    lock = json.loads((folder / "out/merge.lock.json").read_text())
+    assert [entry["model"] for entry in lock["inputs"]] == [f"org/a@{a}", f"org/b@{b}"]
+    assert {file["commit"] for entry in lock["inputs"] for file in entry["files"]} == {f"org/a@{a}", f"org/b@{b}"}
+    assert "mtime_ns" not in json.dumps(lock)
+    assert [entry["model"] for entry in lock["recipe"]["models"]] == [f"org/a@{a}", f"org/b@{b}"]
+    card = (folder / "out/README.md").read_text()
+    assert card.startswith("---\nlicense: apache-2.0\nbase_model:\n- org/a\n- org/b\nbase_model_relation: merge\n")
+    assert str(folder) not in card and str(folder.parent) not in json.dumps(lock)
+
+
+def test_the_recipe_of_the_card_makes_the_same_again(folder: Path) -> None:
+    merge("recipe.yaml", "out")
+    shown = re.findall(r"```yaml\n(.*?)```", (folder / "out/README.md").read_text(), re.DOTALL)
+    (folder / "again.yaml").write_text(shown[0])
+    merge("again.yaml", "again")
+    ours, theirs = files_of(folder / "out"), files_of(folder / "again")
+    assert {name for name in ours if ours[name] != theirs[name]} <= {"merge.lock.json"}
+
+
+def test_a_plan_downloads_no_weights(models: HubServer, folder: Path) -> None:
+    planned = answer(run("plan", "recipe.yaml", "--json"))
+    sizes = {
+        name: sum(
+            len(d) for n, d in files_of(folder / f"local/{name}").items() if "safetensors" in n and "index" not in n
+        )
+        for name in "ab"
+    }
+    assert [(m["repo"], m["commit"], m["download"]) for m in planned["models"]] == [
+        ("org/a", models.head("org/a"), sizes["a"]),
+        ("org/b", models.revision("org/b", "v1"), sizes["b"]),
+    ]
+    cache = [path for path in folder.parent.rglob("*.safetensors") if "snapshots" in path.parts]
+    assert cache == []
+    text = run("plan", "recipe.yaml").stdout
+    assert f"org/a: commit {models.head('org/a')}, " in text and "to download" in text
+    merge("recipe.yaml", "out")
+    assert "in the cache" in run("plan", "recipe.yaml").stdout
+    assert {m["download"] for m in answer(run("plan", "recipe.yaml", "--json"))["models"]} == {0}
+
+
+def test_the_plan_does_not_depend_on_what_is_in_the_cache() -> None:
+    before = answer(run("plan", "recipe.yaml", "--json"))["digest"]
+    merge("recipe.yaml", "out")
+    assert answer(run("plan", "recipe.yaml", "--json"))["digest"] == before
+    assert answer(run("merge", "recipe.yaml", "out", "--json"))["already_there"]
+
+
+def test_a_branch_that_moves_makes_another_plan(models: HubServer, folder: Path) -> None:
+    merge("recipe.yaml", "out")
+    changed = files_of(folder / "local/a")["model-00001-of-00003.safetensors"]
+    models.commit("org/a", {"model-00001-of-00003.safetensors": changed[:-4] + bytes(4)})
+    assert "is not the output of this merge" in refusal(run("merge", "recipe.yaml", "out"))
+    merge("recipe.yaml", "out", overwrite=True)
+    assert models.head("org/a") in (folder / "out/README.md").read_text()
+
+
+def test_offline_what_is_in_the_cache_is_merged(
+    models: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merge("recipe.yaml", "out")
+    asked = len(models.requests)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    merge("recipe.yaml", "offline")
+    assert files_of(folder / "offline") == files_of(folder / "out")
+    assert len(models.requests) == asked
+
+
+def test_offline_what_is_not_in_the_cache_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    message = refusal(run("merge", "recipe.yaml", "out"))
+    assert "org/a" in message and "org/b@v1" in message and "HF_HUB_OFFLINE is set" in message
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    run("plan", "recipe.yaml")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert "HF_HUB_OFFLINE is set" in refusal(run("merge", "recipe.yaml", "out"))
+    assert not (folder / "out").exists() and not (folder / "out.partial").exists()
+
+
+def test_what_is_not_to_be_had_is_named_all_at_once(models: HubServer, folder: Path) -> None:
+    models.create("org/secret", files_of(folder / "local/a"), private=True)
+    models.create("org/gated", files_of(folder / "local/a"))
+    models.gate("org/gated")
+    entries = ("org/nothing", "org/b@no-such-branch", "org/gated")
+    models_text = "".join(f"  - {{model: {name}, parameters: {{weight: 1}}}}\n" for name in entries)
+    (folder / "recipe.yaml").write_text(f"merge_method: linear\nmodels:\n{models_text}")
+    message = refusal(run("merge", "recipe.yaml", "out"))
+    assert "3 problems" in message
+    assert "there is no model org/nothing at " in message
+    assert "org/b@no-such-branch: the repository is there, but no such branch, tag or commit" in message
+    assert f"org/gated is gated: accept its conditions on {models.url}/org/gated" in message
+    assert list(folder.glob("out*")) == []
+
+
+def test_a_private_model_needs_a_token(models: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models.create("org/secret", files_of(folder / "local/b"), private=True)
+    (folder / "recipe.yaml").write_text(RECIPE.replace("org/b@v1", "org/secret"))
+    assert answer(run("plan", "recipe.yaml", "--json"))["tensors"] > 0
+    monkeypatch.delenv("HF_TOKEN")
+    message = refusal(run("plan", "recipe.yaml"))
+    assert "org/secret" in message and "no token was found: set HF_TOKEN, or run `hf auth login`" in message
+
+
+def test_a_folder_of_that_name_comes_first(folder: Path) -> None:
+    save_model(folder / "org/a", llama_tensors(7))
+    (folder / "recipe.yaml").write_text("merge_method: passthrough\nmodels: [{model: org/a}]\n")
+    merge("recipe.yaml", "out")
+    assert torch.equal(
+        open_checkpoint("out").read("model.norm.weight"), llama_tensors(7)["model.norm.weight"].flatten()
+    )
+    assert "commit" not in (folder / "out/merge.lock.json").read_text()
+
+
+def test_torch_archives_are_read_from_the_hub_where_there_is_nothing_else(hub: HubServer, folder: Path) -> None:
+    tensors = llama_tensors(0)
+    torch.save(tensors, folder / "pytorch_model.bin")
+    hub.create("org/old", {"pytorch_model.bin": (folder / "pytorch_model.bin").read_bytes(), "config.json": b"{}"})
+    (folder / "recipe.yaml").write_text("merge_method: passthrough\nmodels: [{model: org/old}]\n")
+    merge("recipe.yaml", "out")
+    assert all(torch.equal(open_checkpoint("out").read(n), x.flatten()) for n, x in tensors.items())
+    lock = json.loads((folder / "out/merge.lock.json").read_text())
+    assert lock["inputs"][0]["files"][0]["commit"] == f"org/old@{hub.head('org/old')}"
+
+
+def test_headers_are_checked_on_the_hub_as_on_the_disk(hub: HubServer, folder: Path) -> None:
+    whole = files_of(folder / "local/b")
+    hub.create("org/cut", {**whole, "model.safetensors": whole["model.safetensors"][:-100]})
+    with pytest.raises(FormatError, match=r"org/cut@\w{40}/model.safetensors is truncated"):
+        open_checkpoint("org/cut")
+    hub.create("org/none", {"config.json": b"{}"})
+    with pytest.raises(FormatError, match=r"org/none@\w{40} holds no model: expected model.safetensors"):
+        open_checkpoint("org/none")
+    files = files_of(folder / "local/a")
+    del files["model-00002-of-00003.safetensors"]
+    hub.create("org/gap", files)
+    with pytest.raises(FormatError, match=r"shards named in .* are missing: model-00002-of-00003.safetensors"):
+        open_checkpoint("org/gap")
+
+
+def test_a_header_larger_than_the_first_request(hub: HubServer, folder: Path) -> None:
+    tensors = {f"a.rather.long.name.of.a.tensor.number.{i}": torch.tensor([float(i)]) for i in range(2000)}
+    save_file(tensors, folder / "model.safetensors")
+    hub.create("org/many", {"model.safetensors": (folder / "model.safetensors").read_bytes()})
+    checkpoint = open_checkpoint("org/many")
+    assert len(checkpoint) == 2000 and checkpoint.absent
+    assert checkpoint.read("a.rather.long.name.of.a.tensor.number.1999").tolist() == [1999.0]
+    assert not checkpoint.absent
+
+
+def test_inspect_reads_headers_alone(models: HubServer, folder: Path) -> None:
+    data = answer(run("inspect", "org/a", "--json"))
+    assert data["path"] == f"org/a@{models.head('org/a')}" and len(data["files"]) == 3
+    local = answer(run("inspect", "local/a", "--json"))
+    assert data["tensors"] == local["tensors"]
+    assert [path for path in folder.parent.rglob("*.safetensors") if "snapshots" in path.parts] == []
+
+
+def test_the_content_is_that_of_a_copy() -> None:
+    assert open_checkpoint("org/a").content == open_checkpoint("local/a").content
+
+
+def test_a_model_of_the_hub_is_aligned_to_another(models: HubServer, folder: Path) -> None:
+    quickstart = ROOT / "recipes/quickstart"
+    for name in ("docs", "code"):
+        models.create(f"org/{name}", files_of(quickstart / name))
+    text = (
+        "merge_method: linear\nmodels:\n  - model: org/docs\n"
+        "  - {model: org/code, align: {to: org/docs, method: weight_matching}}\nparameters: {weight: 1}\n"
+    )
+    (folder / "recipe.yaml").write_text(text)
+    (folder / "local.yaml").write_text(text.replace("org/", f"{quickstart}/"))
+    merge("recipe.yaml", "out")
+    merge("local.yaml", "same")
+    ours, theirs = files_of(folder / "out"), files_of(folder / "same")
+    assert {name for name in ours if ours[name] != theirs[name]} == {"README.md", "merge.lock.json"}
+
+
+def test_licenses_that_differ_are_for_a_human_to_judge(models: HubServer, folder: Path) -> None:
+    models.commit("org/a", {"README.md": b"---\nlicense: other\nlicense_name: mine\n---\n"})
+    merge("recipe.yaml", "out")
+    card = (folder / "out/README.md").read_text()
+    assert card.startswith("---\nlicense: other\nbase_model:\n")
+    assert re.search(r"- org/a@\w{40}, license: mine\n- org/b@\w{40}, license: apache-2.0\n", card)
+
+
+def test_mergekits_revision_is_read() -> None:
+    recipe = {
+        "merge_method": "passthrough",
+        "models": [{"model": {"model": {"path": "org/b", "revision": "v1"}}}],
+    }
+    merge(recipe, "out")
+    assert torch.equal(open_checkpoint("out").read("lm_head.weight"), open_checkpoint("local/b").read("lm_head.weight"))
+
+
+def test_a_full_disk_is_noticed_before(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mergekit_lfm.hub.snapshots.free_space", lambda _: 1000)
+    with pytest.raises(PlanError, match=r"needs .* GB in the cache of the Hub, .*make room, or set HF_HOME"):
+        merge("recipe.yaml", "out")
+    assert list(folder.glob("out*")) == []
