@@ -20,8 +20,7 @@ from threading import Lock, Thread
 from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
-import yaml
-from hub_store import Blob, Commit, Refused, Repo, Store, entry, is_apart
+from hub_store import Blob, Commit, Refused, Repo, Store, card_problems, described, is_apart, listing
 
 TOKEN = "hf_" + "a" * 34  # of the user "me", a member of "org"
 READ_TOKEN = "hf_" + "r" * 34  # of the same, for reading alone
@@ -189,14 +188,12 @@ REV = r"(?P<rev>[^/]+)"
 ROUTES = [
     ("GET", r"/api/whoami-v2", "whoami"),
     ("POST", r"/api/repos/create", "create_repo"),
-    ("DELETE", r"/api/repos/delete", "delete_repo"),
     ("POST", r"/api/validate-yaml", "validate_yaml"),
     ("POST", rf"/api/models/{REPO}/preupload/{REV}", "preupload"),
     ("POST", rf"/api/models/{REPO}/commit/{REV}", "make_commit"),
     ("GET", rf"/api/models/{REPO}/xet-(?P<kind>read|write)-token/{REV}", "xet_token"),
     ("GET", rf"/api/models/{REPO}(/revision/{REV})?", "info"),
     ("GET", rf"/api/models/{REPO}/tree/{REV}(/(?P<path>.*))?", "tree"),
-    ("POST", rf"/api/models/{REPO}/paths-info/{REV}", "paths_info"),
     ("POST", rf"/{REPO}\.git/info/lfs/objects/batch", "lfs_batch"),
     ("PUT", r"/lfs/(?P<sha>\w+)(/(?P<part>\d+))?", "lfs_put"),
     ("POST", r"/lfs/(?P<sha>\w+)/complete", "lfs_complete"),
@@ -231,7 +228,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._answer()
 
-    do_HEAD = do_POST = do_PUT = do_DELETE = do_GET
+    do_HEAD = do_POST = do_PUT = do_GET
 
     def _answer(self) -> None:
         path = unquote(urlsplit(self.path).path)
@@ -341,13 +338,6 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.create(repo, private=asked.get("visibility") == "private" or bool(asked.get("private")))
         self._send(200, {"url": f"{self.hub.url}/{repo}", "name": repo})
 
-    def delete_repo(self) -> None:
-        asked = self._json()
-        owner = asked.get("organization") or USER
-        self._may_write(owner)
-        self.hub.store.repos.pop(f"{owner}/{asked['name']}", None)
-        self._send(200, {})
-
     def info(self, repo: str, rev: str = "main") -> None:
         self._may_read(repo, files=False)
         held, commit = self.hub.store.repo(repo), self.hub.store.resolve(repo, rev)
@@ -368,25 +358,12 @@ class _Handler(BaseHTTPRequestHandler):
             },
         )
 
-    def _entries(self, commit: Commit, below: str = "", *, recursive: bool = True) -> list[dict[str, Any]]:
-        known = self.hub.store.by_xet() if self.hub.xet else {}
-        found: dict[str, dict[str, Any]] = {}
-        for path, blob in sorted(commit.tree.items()):
-            if not path.startswith(below):
-                continue
-            inner = path[len(below) :]
-            folder = below + inner.partition("/")[0]
-            if "/" in inner:
-                found.setdefault(folder, {"type": "directory", "path": folder, "size": 0, "oid": commit.sha})
-            if recursive or "/" not in inner:
-                found[path] = entry(path, blob, known.get(blob.sha256))
-        return list(found.values())
-
     def tree(self, repo: str, rev: str, path: str = "") -> None:
         self._may_read(repo)
         commit = self.hub.store.resolve(repo, rev)
         recursive = self.query.get("recursive", ["false"])[0].lower() in ("1", "true")
-        entries = self._entries(commit, f"{path}/" if path else "", recursive=recursive)
+        known = self.hub.store.by_xet() if self.hub.xet else {}
+        entries = listing(commit, f"{path}/" if path else "", known, recursive=recursive)
         start = int(self.query.get("cursor", ["0"])[0])
         stop = start + self.hub.page
         headers = {}
@@ -394,11 +371,6 @@ class _Handler(BaseHTTPRequestHandler):
             place = f"{self.hub.url}{quote(urlsplit(self.path).path)}?recursive={recursive}&cursor={stop}"
             headers = {"Link": f'<{place}>; rel="next"'}
         self._send(200, entries[start:stop], headers)
-
-    def paths_info(self, repo: str, rev: str) -> None:
-        self._may_read(repo)
-        asked = parse_qs(self.body.decode()).get("paths", [])
-        self._send(200, [e for e in self._entries(self.hub.store.resolve(repo, rev)) if e["path"] in asked])
 
     # ---------------------------------------------------------------- downloads
 
@@ -439,21 +411,8 @@ class _Handler(BaseHTTPRequestHandler):
     # ---------------------------------------------------------------- uploads
 
     def validate_yaml(self) -> None:
-        content = self._json()["content"]
-        front = re.match(r"---\n(.*?)\n---", content, re.DOTALL)
-        try:
-            data = yaml.safe_load(front[1]) if front else {}
-        except yaml.YAMLError as error:
-            data = str(error)
-        problems = [] if isinstance(data, dict) else ["the metadata is no mapping"]
-        base = data.get("base_model", []) if isinstance(data, dict) else []
-        problems += [
-            f'"base_model" with value "{name}" is not valid. Use a model id from https://hf.co/models.'
-            for name in ([base] if isinstance(base, str) else base)
-            if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name)
-        ]
-        answer = {"errors": [{"message": problem} for problem in problems], "warnings": []}
-        self._send(400 if problems else 200, answer)
+        problems = card_problems(self._json()["content"])
+        self._send(400 if problems else 200, {"errors": [{"message": text} for text in problems], "warnings": []})
 
     def preupload(self, repo: str, rev: str) -> None:
         self._may_write(repo.partition("/")[0])
@@ -525,12 +484,11 @@ class _Handler(BaseHTTPRequestHandler):
             path = value["path"]
             if kind == "file":
                 data = base64.b64decode(value["content"])
-                store.keep(data)
-                changes[path] = store.described(path, store.keep(data), len(data), data)
+                changes[path] = described(store.keep(data), len(data), data)
             elif kind == "lfsFile":
                 if not store.has(value["oid"]):
                     raise Refused(400, f"the content of {path} was never uploaded")
-                changes[path] = store.described(path, value["oid"], value["size"], None)
+                changes[path] = described(value["oid"], value["size"], None)
             elif kind == "deletedFile":
                 if path not in store.resolve(repo, rev).tree:
                     raise Refused(404, "A file with this name doesn't exist", "EntryNotFound")

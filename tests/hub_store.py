@@ -11,6 +11,8 @@ from pathlib import Path
 from threading import RLock
 from typing import Any
 
+import yaml
+
 STORED_APART = re.compile(r"\.(safetensors|bin|pt|pth|gguf)$")
 LARGE = 100_000  # bytes; a larger file is stored apart whatever its name
 
@@ -157,12 +159,12 @@ class Store:
     def file(self, path: str, data: bytes) -> Blob:
         """A file of a commit, its content kept."""
         sha256 = self.keep(data)
-        return self.described(path, sha256, len(data), None if is_apart(path, len(data)) else data)
+        return described(sha256, len(data), None if is_apart(path, len(data)) else data)
 
-    def described(self, path: str, sha256: str, size: int, data: bytes | None) -> Blob:
-        """A file of a commit whose content is kept already. data: where git itself holds it."""
-        del path
-        return Blob(sha256, size, git_oid(pointer(sha256, size) if data is None else data), data is None)
+
+def described(sha256: str, size: int, data: bytes | None) -> Blob:
+    """A file of a commit whose content is kept. data: the content where git itself holds it."""
+    return Blob(sha256, size, git_oid(pointer(sha256, size) if data is None else data), data is None)
 
 
 def _hex(digest: bytes) -> str:
@@ -170,7 +172,24 @@ def _hex(digest: bytes) -> str:
     return "".join(f"{word:016x}" for word in struct.unpack("<4Q", digest))
 
 
-def entry(path: str, blob: Blob, xet_hash: str | None) -> dict[str, Any]:
+def listing(
+    commit: Commit, below: str, xet_hashes: Mapping[str, str], *, recursive: bool = True
+) -> list[dict[str, Any]]:
+    """The files and folders of a commit below a folder ("" or with a / at its end), as the Hub lists them."""
+    found: dict[str, dict[str, Any]] = {}
+    for path, blob in sorted(commit.tree.items()):
+        inner = path.removeprefix(below)
+        if not path.startswith(below):
+            continue
+        if "/" in inner:
+            folder = below + inner.partition("/")[0]
+            found.setdefault(folder, {"type": "directory", "path": folder, "size": 0, "oid": commit.sha})
+        if recursive or "/" not in inner:
+            found[path] = _entry(path, blob, xet_hashes.get(blob.sha256))
+    return list(found.values())
+
+
+def _entry(path: str, blob: Blob, xet_hash: str | None) -> dict[str, Any]:
     """What a listing says of a file."""
     found: dict[str, Any] = {"type": "file", "path": path, "size": blob.size, "oid": blob.oid}
     if blob.apart:
@@ -178,3 +197,20 @@ def entry(path: str, blob: Blob, xet_hash: str | None) -> dict[str, Any]:
         found["lfs"] = {"oid": blob.sha256, "size": blob.size, "pointerSize": length}
         found |= {} if xet_hash is None else {"xetHash": xet_hash}
     return found
+
+
+def card_problems(card: str) -> list[str]:
+    """What the Hub finds wrong with the metadata of a model card."""
+    front = re.match(r"---\n(.*?)\n---", card, re.DOTALL)
+    try:
+        data = yaml.safe_load(front[1]) if front else {}
+    except yaml.YAMLError as error:
+        return [str(error)]
+    if not isinstance(data, dict):
+        return ["the metadata is no mapping"]
+    base = data.get("base_model", [])
+    return [
+        f'"base_model" with value "{name}" is not valid. Use a model id from https://hf.co/models.'
+        for name in ([base] if isinstance(base, str) else base)
+        if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name)
+    ]

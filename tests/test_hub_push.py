@@ -145,6 +145,23 @@ def test_a_recipe_says_where_its_result_goes(server: HubServer) -> None:
     assert "push" not in Path("out/merge.lock.json").read_text().replace("pushing", "")
 
 
+def test_large_files_go_in_parts_and_long_lists_in_pages(hub: HubServer, folder: Path) -> None:
+    hub.multipart_over, hub.part_size, hub.page = 50_000, 30_000, 2
+    result = run("merge", "recipe.yaml", "two", "--push-to", REPO, "--verify", "--max-shard-size", "60KB")
+    assert result.exit_code == 0, result.stderr
+    assert len([r for r in hub.requests if r.method == "PUT" and r.path.count("/") == 3]) >= 2
+    there = hub.files(REPO)
+    there.pop(".gitattributes")
+    assert there == files_of(folder / "two")
+
+
+def test_the_token_goes_to_no_other_host(hub: HubServer, folder: Path) -> None:
+    assert run("merge", "recipe.yaml", "two", "--push-to", REPO, "--verify").exit_code == 0
+    hosts = {r.host: {q.token for q in hub.requests if q.host == r.host} for r in hub.requests}
+    assert hosts.keys() == {"127.0.0.1", "localhost"} and hosts["localhost"] == {None}
+    assert (folder / "two").is_dir()
+
+
 # ------------------------------------------------------------------ what is on the Hub already
 
 
