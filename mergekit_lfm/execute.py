@@ -260,6 +260,25 @@ class Run:
         return where
 
 
+def fetch_inputs(
+    plan: Plan,
+    out: Path,
+    *,
+    memory: int | None = None,
+    threads: int | None = None,
+    nan: Policy = "error",
+    resume: bool = True,
+    overwrite: bool = False,
+    notice: Callable[[str], None] | None = None,
+) -> None:
+    """Download the weights that `execute` would download, with the same options, after the same checks."""
+    place = out.resolve()
+    if plan.absent and not already_there(plan, place, overwrite=overwrite, rebuild=overwrite and not resume, nan=nan):
+        plan.peak_memory(memory or default_memory(), threads or 1)
+        check_disk(plan, place)
+        plan.fetch(notice or (lambda _: None))
+
+
 def execute(
     plan: Plan,
     out: Path,
@@ -333,7 +352,7 @@ def _checked(
         plan.peak_memory(budget, threads or 1)
         check_disk(plan, place)
         plan.fetch(notice)
-        plan = prepare(plan, notice)
+        plan = prepare(plan, notice) if plan.pending else plan
     count = threads or min(default_threads(), plan.most_threads(budget))
     plan.peak_memory(budget, count)
     check_copies(plan)

@@ -44,6 +44,7 @@ class Pushed:
     """What was pushed: the files that the commit changed and those that it deleted; none where all was there already.
 
     kept_card: whether a card that was edited on the Hub was kept, so that ours is MERGE.md. left_out: hidden files.
+    verified: whether it was downloaded again and compared with its lock.
     """
 
     repo: str
@@ -53,6 +54,7 @@ class Pushed:
     nbytes: int
     kept_card: bool
     left_out: tuple[str, ...]
+    verified: bool = False
 
     @property
     def url(self) -> str:
@@ -168,7 +170,7 @@ def push(
     if pull_back:
         _pull_back(_look(repo, commit), place.resolve().parent, kept)
     nbytes = sum(_nbytes(contents[name]) for name in changed)
-    return Pushed(repo, commit, tuple(changed), tuple(removed), nbytes, kept, tuple(left_out))
+    return Pushed(repo, commit, tuple(changed), tuple(removed), nbytes, kept, tuple(left_out), pull_back)
 
 
 Content = Path | bytes  # of a file to push

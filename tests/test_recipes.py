@@ -26,7 +26,7 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 PATHS = sorted(RECIPES.glob("*.yaml"))
 MINILM = RECIPES / "minilm.yaml"
 # Their inputs are not in the repository, but made by a script that their opening comment names; other tests run them.
-PREPARED = [path for path in PATHS if "python scripts/make_" in path.read_text("utf-8")]
+PREPARED = [path for path in PATHS if re.search("python (scripts/make|tests/serve)_", path.read_text("utf-8"))]
 RUNNABLE = [path for path in PATHS if path not in PREPARED]
 
 
@@ -98,7 +98,7 @@ class Run(NamedTuple):
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
     out = merge(request.param, tmp_path_factory.mktemp("recipes") / "out", threads=1)
     recipe = Recipe.load(request.param)
-    inputs = [load_file(model.path / "model.safetensors") for model in recipe.all_models]
+    inputs = [load_file(model.source / "model.safetensors") for model in recipe.all_models]
     return Run(recipe, out, load_file(out / "model.safetensors"), inputs)
 
 

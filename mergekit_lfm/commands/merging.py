@@ -109,12 +109,13 @@ def merge(
 
         check_repository(goal.repo, private=goal.private)
     from mergekit_lfm.display.terminal import progress_bar
-    from mergekit_lfm.execute import execute
+    from mergekit_lfm.execute import execute, fetch_inputs
 
     notice = None if quiet or as_json else partial(click.echo, err=True)
     how: dict[str, Any] = {"memory": memory, "threads": threads, "nan": nan, "resume": not no_resume}
     how |= {"overwrite": overwrite, "notice": notice}
     with going_on_later(ctx, out), shown_progress(not (quiet or as_json)):
+        fetch_inputs(plan, out, **how)
         if plan.unedited:
             with needing_models():
                 from mergekit_lfm.edit.stages import solve_edits

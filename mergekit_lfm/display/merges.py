@@ -34,10 +34,11 @@ def plan_text(plan: Plan, facts: dict[str, Any], verbose: bool) -> str:
         share = sum(job.spec.numel for job in plan.averaged) / sum(job.spec.numel for job in plan.tensors)
         what = f"{counted(len(plan.averaged), 'tensor')}, {share:.0%} of the numbers: there are no statistics of them"
         rows.insert(3, ("averaged", what))
-    for label, held in zip(plan.labels, plan.models, strict=True):
-        if held.snapshot is not None:
-            where = f"{format_size(sum(held.absent.values()))} to download" if held.absent else "in the cache"
-            rows.insert(1, ("from the Hub", f"{label}: commit {held.snapshot.commit}, {where}"))
+    rows[1:1] = [
+        ("from the Hub", f"{label}: commit {held.snapshot.commit}, {_whereabouts(held.absent)}")
+        for label, held in zip(plan.labels, plan.models, strict=True)
+        if held.snapshot is not None
+    ]
     if push := facts["push"]:
         rows.append(("push", f"to {push['repo']}" + (", private" if push["private"] else "")))
     for model in plan.pending:
@@ -53,6 +54,10 @@ def plan_text(plan: Plan, facts: dict[str, Any], verbose: bool) -> str:
     if verbose:
         lines += ["", table([("tensor", "shape", "dtype", "method"), *map(_tensor_row, plan.tensors)])]
     return "\n".join(lines)
+
+
+def _whereabouts(absent: dict[str, int]) -> str:
+    return f"{format_size(sum(absent.values()))} to download" if absent else "in the cache"
 
 
 def _edit_text(edit: Edit) -> str:
@@ -72,6 +77,7 @@ def pushed_text(pushed: Pushed) -> str:
         lines = [f"already there: {where} holds these very files; nothing was pushed"]
     else:
         lines = [f"pushed {counted(len(pushed.files), 'file')}, {format_size(pushed.nbytes)}, to {where}"]
+    lines += ["downloaded again, and every byte is as its lock says"] if pushed.verified else []
     lines += [f"removed there, as they were of an earlier push: {', '.join(pushed.removed)}"] if pushed.removed else []
     lines += [f"not pushed, as they are hidden: {', '.join(pushed.left_out)}"] if pushed.left_out else []
     if pushed.kept_card:
@@ -88,6 +94,7 @@ def pushed_data(pushed: Pushed) -> dict[str, Any]:
         "files": list(pushed.files),
         "removed": list(pushed.removed),
         "bytes": pushed.nbytes,
+        "verified": pushed.verified,
         "kept_card": pushed.kept_card,
         "left_out": list(pushed.left_out),
     }
