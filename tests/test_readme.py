@@ -46,13 +46,13 @@ def test_the_recipe_shown_is_the_quick_start(here: Path) -> None:
 
 
 def test_the_recipe_with_statistics_is_the_one_in_recipes() -> None:
-    shown = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)[1])
+    shown = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)[2])
     there = yaml.safe_load((ROOT / "recipes" / "minilm_regmean.yaml").read_text("utf-8"))
     assert shown == {key: there[key] for key in ("merge_method", "models")}
 
 
 def test_the_recipe_that_aligns_is_the_one_in_recipes() -> None:
-    shown = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)[2])
+    shown = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)[3])
     there = yaml.safe_load((ROOT / "recipes" / "digits_aligned.yaml").read_text("utf-8"))
     assert there["models"][1]["align"].pop("restarts") == 10  # the default
     assert shown == there
