@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import click
 
 from mergekit_lfm.errors import FormatError, PlanError
+from mergekit_lfm.hub import HubName, hub_name
 from mergekit_lfm.sizes import parse_size
 
 ANSWER_IS_NO = 1
@@ -20,8 +24,11 @@ class Command(click.Command):
     """A command whose expected errors are one message and an exit code, without a traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command."""
+        """Run the command, with the models on the Hub that it was given in the cache."""
         try:
+            for param in self.params:
+                if isinstance(param.type, ModelFolder) and param.name is not None:
+                    ctx.params[param.name] = _downloaded(ctx.params[param.name], ctx)
             return super().invoke(ctx)
         except (FormatError, PlanError) as error:
             message = str(error)
@@ -43,6 +50,41 @@ def _os_message(error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         text += "; free some space and run the same command again, it goes on where it stopped"
     return text
+
+
+class ModelFolder(click.ParamType):  # type: ignore[type-arg]
+    """A model's folder; or a model on the Hub, as org/name or org/name@revision, of which the command gets a folder."""
+
+    name = "model"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path | HubName:  # noqa: ARG002
+        """The folder, or where there is none of that name the model's name on the Hub."""
+        place = Path(value)
+        return place if place.exists() else hub_name(str(value)) or place
+
+
+def _downloaded(value: Any, ctx: click.Context) -> Any:
+    """The value, or values, of a parameter, folders in place of models on the Hub."""
+    if isinstance(value, tuple):
+        return tuple(_downloaded(part, ctx) for part in value)
+    if not isinstance(value, HubName):
+        return value
+    from mergekit_lfm.layout import download
+
+    with transfers(hidden=bool(ctx.params.get("quiet") or ctx.params.get("as_json"))):
+        try:
+            return download(value)
+        except PlanError as error:
+            raise PlanError(f"{value} is no folder here: {error}") from None
+
+
+def transfers(*, hidden: bool) -> AbstractContextManager[None]:
+    """While it lasts, transfers from and to the Hub show their progress on a terminal, unless hidden."""
+    if not hidden and sys.stderr.isatty():
+        return nullcontext()
+    from mergekit_lfm.hub.client import no_bars
+
+    return no_bars()
 
 
 class Size(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.5 only

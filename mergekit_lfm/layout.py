@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from mergekit_lfm.checkpoint import Checkpoint
+from mergekit_lfm.checkpoint import Checkpoint, open_checkpoint
+from mergekit_lfm.hub import HubName
 from mergekit_lfm.tensors import TensorSpec, encode_header
 
 DEFAULT_SHARD = 5_000_000_000  # bytes; what transformers and the Hub's advice have
@@ -89,6 +90,14 @@ def _packed(tensors: Sequence[TensorSpec], limit: int) -> tuple[Shard, ...]:
         return (Shard(SINGLE_FILE, tuple(tensors)),)
     names = [f"model-{i + 1:05d}-of-{len(bins):05d}.safetensors" for i in range(len(bins))]
     return tuple(Shard(name, tuple(specs)) for name, specs in zip(names, bins, strict=True))
+
+
+def download(name: HubName) -> Path:
+    """The folder, in the cache of the Hub, of a model with all that loading it takes. Raises as `open_checkpoint`."""
+    model = open_checkpoint(name)
+    model.fetch()
+    tagalong(model)
+    return model.path
 
 
 def tagalong(template: Checkpoint) -> tuple[Path, ...]:

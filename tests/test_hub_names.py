@@ -1,8 +1,10 @@
 """Which texts are names of models on the Hub, and which are not."""
 
+from pathlib import Path
+
 import pytest
 
-from mergekit_lfm.hub import HubName, hub_name, repository
+from mergekit_lfm.hub import HubName, called, hub_name, repository
 
 
 @pytest.mark.parametrize(
@@ -52,6 +54,12 @@ def test_a_name_is_read_and_written_alike(text: str, repo: str, revision: str | 
 )
 def test_what_is_no_name(text: str) -> None:
     assert hub_name(text) is None
+
+
+def test_a_folder_in_the_cache_is_called_by_its_models_name() -> None:
+    assert called(Path("/home/me/hub/models--org--na-me/snapshots") / ("0" * 40)) == "org/na-me@" + "0" * 40
+    assert called(Path("/home/me/hub/models--gpt2/snapshots") / ("0" * 40)) == "gpt2@" + "0" * 40
+    assert called(Path("models/a")) == "models/a"
 
 
 def test_a_repository_to_push_to_has_an_owner_and_no_revision() -> None:

@@ -11,8 +11,9 @@ import click
 
 from mergekit_lfm.commands import options
 from mergekit_lfm.commands.options import needing_models
-from mergekit_lfm.console import ANSWER_IS_NO, Command
+from mergekit_lfm.console import ANSWER_IS_NO, Command, ModelFolder
 from mergekit_lfm.errors import PlanError
+from mergekit_lfm.hub import called
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,8 +33,8 @@ Examples:
   mergekit-lfm align models/b --to models/a --method activation_matching --stats ab.safetensors -o b_to_a.safetensors
   mergekit-lfm align models/a --check""",
 )
-@click.argument("model", type=click.Path(path_type=Path))
-@click.option("--to", type=click.Path(path_type=Path), help="The model to bring MODEL near to.")
+@click.argument("model", type=ModelFolder())
+@click.option("--to", type=ModelFolder(), help="The model to bring MODEL near to.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="The transform file to write.")
 @click.option("--method", type=click.Choice(METHODS), default=METHODS[0], help=f"[default: {METHODS[0]}]")
 @click.option("--stats", type=click.Path(path_type=Path), help="Cross moments of both, as `stats cross` makes them.")
@@ -257,6 +258,6 @@ def _check(ctx: click.Context, model: Path, as_json: bool, quiet: bool) -> None:
 
     with needing_models(), counter(" runs", "checking", hidden=quiet or as_json) as progress:
         report = check_symmetries(tensors, symmetries, run, progress=progress)
-    found = {"model": str(model), **report_data(report, symmetries)}
+    found = {"model": called(model), **report_data(report, symmetries)}
     click.echo(json.dumps(found) if as_json else report_text(found))
     ctx.exit(0 if report.ok else ANSWER_IS_NO)

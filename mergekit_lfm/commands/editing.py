@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mergekit_lfm.commands import options, verifying
-from mergekit_lfm.console import Command
+from mergekit_lfm.console import Command, ModelFolder
 from mergekit_lfm.errors import PlanError
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ Examples:
     --min-efficacy 0.9 -o patch.safetensors --save models/a-edited
   mergekit-lfm edit models/a --facts one.yaml --method rome --layers 5 --identity -o patch.safetensors""",
 )
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=ModelFolder())
 @click.option("--facts", required=True, type=click.Path(path_type=Path), help="The facts file: YAML, JSON or JSONL.")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The patch file to write.")
 @click.option("--method", type=click.Choice(METHODS), default=METHODS[0], help=f"[default: {METHODS[0]}]")

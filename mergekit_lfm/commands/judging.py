@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 import click
 
 from mergekit_lfm.commands.options import TASKS, as_json, needing_models
-from mergekit_lfm.console import Command
+from mergekit_lfm.console import Command, ModelFolder
 from mergekit_lfm.errors import PlanError
+from mergekit_lfm.hub import called
 
 if TYPE_CHECKING:
     from mergekit_lfm.evaluate import Score
@@ -32,7 +33,7 @@ Examples:
   mergekit-lfm eval merged/minilm --data pairs.jsonl --task embedding
   mergekit-lfm eval models/a models/a-edited --facts facts.yaml""",
 )
-@click.argument("models", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("models", nargs=-1, required=True, type=ModelFolder())
 @click.option(
     "--text",
     "texts",
@@ -112,7 +113,7 @@ def _judge_facts(models: Sequence[Path], path: Path, as_json: bool) -> None:
     scores = {}
     for model in models:
         loaded = verifying.load(model, "float32", "cpu")
-        scores[str(model)] = verifying.score(loaded, facts, "judging", hidden=as_json).as_data()
+        scores[called(model)] = verifying.score(loaded, facts, "judging", hidden=as_json).as_data()
     if as_json:
         click.echo(json.dumps([{"model": model, "facts": str(path), **found} for model, found in scores.items()]))
     else:
@@ -148,5 +149,5 @@ def _scores(models: Sequence[Path], task: str, judges: dict[str, Judge]) -> dict
     for path in models:
         with needing_models():
             model = load_model(path, task)
-        scores[str(path)] = {name: judge(model) for name, judge in judges.items()}
+        scores[called(path)] = {name: judge(model) for name, judge in judges.items()}
     return scores

@@ -10,7 +10,7 @@ import click
 
 from mergekit_lfm.commands import options
 from mergekit_lfm.commands.options import TASKS, needing_models, together
-from mergekit_lfm.console import Command
+from mergekit_lfm.console import Command, ModelFolder
 from mergekit_lfm.errors import PlanError
 
 ALIGN_HELP = "A transform file of `align`: rewrites the second model before anything else."
@@ -36,8 +36,8 @@ Examples:
   mergekit-lfm barrier models/a models/b --data test.jsonl --task classification --plot line.png
   mergekit-lfm barrier models/a models/b --text news.txt --align b-to-a.safetensors""",
 )
-@click.argument("first", metavar="A", type=click.Path(path_type=Path))
-@click.argument("second", metavar="B", type=click.Path(path_type=Path))
+@click.argument("first", metavar="A", type=ModelFolder())
+@click.argument("second", metavar="B", type=ModelFolder())
 @click.option("--data", type=click.Path(path_type=Path), help="A data file of the task: .jsonl, .txt or .npz.")
 @click.option("--text", type=click.Path(path_type=Path), help="A file of UTF-8 text, for language models.")
 @click.option("--task", type=click.Choice(TASKS[:2]), help="What the models do with --data. [default: lm, for --text]")
@@ -99,13 +99,13 @@ Examples:
   mergekit-lfm repair merged/ab --ends models/a models/b --data x.jsonl --task classification
     --align b-to-a.safetensors -o merged/ab-repaired""",
 )
-@click.argument("merged", type=click.Path(path_type=Path))
+@click.argument("merged", type=ModelFolder())
 @click.option(
     "--ends",
     required=True,
     nargs=2,
     metavar="A B",
-    type=click.Path(path_type=Path),
+    type=ModelFolder(),
     help="The models that were merged.",
 )
 @click.option("--data", required=True, type=click.Path(path_type=Path), help="The data file: .jsonl, .txt or .npz.")

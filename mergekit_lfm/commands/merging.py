@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,10 +18,9 @@ from mergekit_lfm.commands.options import (
     no_resume,
     overwrite,
     quiet,
-    shown_progress,
     together,
 )
-from mergekit_lfm.console import ANSWER_IS_NO, Command, Size
+from mergekit_lfm.console import ANSWER_IS_NO, Command, Size, transfers
 from mergekit_lfm.hub import hub_name
 
 if TYPE_CHECKING:
@@ -114,7 +114,8 @@ def merge(
     notice = None if quiet or as_json else partial(click.echo, err=True)
     how: dict[str, Any] = {"memory": memory, "threads": threads, "nan": nan, "resume": not no_resume}
     how |= {"overwrite": overwrite, "notice": notice}
-    with going_on_later(ctx, out), shown_progress(not (quiet or as_json)):
+    on_the_hub = goal is not None or any(model.snapshot is not None for model in plan.models)
+    with going_on_later(ctx, out), transfers(hidden=quiet or as_json) if on_the_hub else nullcontext():
         fetch_inputs(plan, out, **how)
         if plan.unedited:
             with needing_models():
@@ -264,7 +265,7 @@ def verify(ctx: click.Context, out: str, as_json: bool, quiet: bool) -> None:
     if not folder.exists() and (name := hub_name(out)) is not None:
         from mergekit_lfm.hub.snapshots import find_snapshot
 
-        with shown_progress(not hidden):
+        with transfers(hidden=hidden):
             snapshot = find_snapshot(name)
             snapshot.fetch(list(snapshot.sizes))
         folder = snapshot.folder

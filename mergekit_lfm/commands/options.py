@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,18 +51,6 @@ def going_on_later(ctx: click.Context, out: Path) -> Iterator[None]:
         done = f"what is done is kept in {kept}" if kept.exists() else "nothing was written"
         click.echo(f"interrupted: {done}; run the same command again to go on", err=True)
         ctx.exit(INTERRUPTED)
-
-
-@contextmanager
-def shown_progress(shown: bool) -> Iterator[None]:
-    """Whether transfers from and to the Hub show their progress, where standard error is a terminal."""
-    if shown and sys.stderr.isatty():
-        yield
-        return
-    from mergekit_lfm.hub.client import no_bars
-
-    with no_bars():
-        yield
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import click
 
 from mergekit_lfm.commands import options, verifying
 from mergekit_lfm.commands.options import going_on_later, needing_models
-from mergekit_lfm.console import Command
+from mergekit_lfm.console import Command, ModelFolder
 from mergekit_lfm.errors import PlanError
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ Examples:
   mergekit-lfm patch apply models/a first.safetensors second.safetensors --min-efficacy 0.9 -o models/a-edited
   mergekit-lfm patch apply models/tuned patch.safetensors --any-base --no-verify -o models/tuned-edited""",
 )
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=ModelFolder())
 @click.argument("patches", metavar="PATCH...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The folder to write.")
 @click.option("--any-base", is_flag=True, help="Apply to tensors of other values than the patch was made for, too.")
@@ -152,7 +152,7 @@ Examples:
     type=click.Path(path_type=Path),
     help="The file that applying has left. [default: EDITED.undo.safetensors]",
 )
-@click.option("--base", type=click.Path(path_type=Path), help="In its place, the model that was edited.")
+@click.option("--base", type=ModelFolder(), help="In its place, the model that was edited.")
 @options.memory
 @options.threads
 @options.overwrite

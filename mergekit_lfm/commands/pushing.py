@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
-from mergekit_lfm.commands.options import as_json, quiet, shown_progress
-from mergekit_lfm.console import Command
+from mergekit_lfm.commands.options import as_json, quiet
+from mergekit_lfm.console import Command, transfers
 
 
 @click.command(
@@ -47,7 +47,7 @@ def push(
     from mergekit_lfm.display.merges import pushed_data, pushed_text
     from mergekit_lfm.pushing import push as push_to
 
-    with shown_progress(not (quiet or as_json)):
+    with transfers(hidden=quiet or as_json):
         pushed = push_to(
             folder,
             repo,

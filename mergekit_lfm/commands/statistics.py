@@ -10,7 +10,7 @@ import click
 
 from mergekit_lfm.commands import options
 from mergekit_lfm.commands.options import TASKS, going_on_later, needing_models, together
-from mergekit_lfm.console import Command, Size
+from mergekit_lfm.console import Command, ModelFolder, Size
 
 
 @click.group(
@@ -77,7 +77,7 @@ Examples:
   mergekit-lfm stats gram models/a --data a.jsonl --task classification -o a.safetensors
   mergekit-lfm stats gram models/a --data a.txt --task lm --layers mlp -o a.safetensors""",
 )
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=ModelFolder())
 @collecting
 @click.pass_context
 def gram(ctx: click.Context, /, model: Path, **given: Any) -> None:
@@ -96,7 +96,7 @@ Examples:
   mergekit-lfm stats fisher models/a --data a.jsonl --task classification -o a.safetensors
   mergekit-lfm stats fisher models/a --data a.txt --task lm --labels true -o a.safetensors""",
 )
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=ModelFolder())
 @click.option(
     "--labels",
     type=click.Choice(["expected", "sampled", "true"]),
@@ -122,8 +122,8 @@ def fisher(ctx: click.Context, /, model: Path, **given: Any) -> None:
 Example:
   mergekit-lfm stats cross models/a models/b --data a.jsonl --task classification -o ab.safetensors""",
 )
-@click.argument("model", type=click.Path(path_type=Path))
-@click.argument("other", type=click.Path(path_type=Path))
+@click.argument("model", type=ModelFolder())
+@click.argument("other", type=ModelFolder())
 @collecting
 @click.pass_context
 def cross(ctx: click.Context, /, model: Path, **given: Any) -> None:

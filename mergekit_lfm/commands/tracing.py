@@ -9,7 +9,8 @@ from typing import Any
 import click
 
 from mergekit_lfm.commands import options, verifying
-from mergekit_lfm.console import Command
+from mergekit_lfm.console import Command, ModelFolder
+from mergekit_lfm.hub import called
 
 
 @click.command(
@@ -19,7 +20,7 @@ Examples:
   mergekit-lfm trace models/a --facts known.yaml
   mergekit-lfm trace models/a --facts known.yaml --window 5 -o trace.json --plot trace.png""",
 )
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=ModelFolder())
 @click.option("--facts", required=True, type=click.Path(path_type=Path), help="Facts that MODEL knows.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), metavar="FILE.json", help="Write all numbers there, too.")
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Draw them as a heat map.")
@@ -79,7 +80,7 @@ def trace(
     how: dict[str, Any] = {"noise": noise, "window": window, "draws": draws, "seed": seed, "batch": batch}
     with counter(" facts", "tracing", hidden=quiet or as_json) as progress:
         found = traced(loaded.model, loaded.tokenizer, known, progress=progress, **how)
-    data = {"model": str(model), **found.as_data()}
+    data = {"model": called(model), **found.as_data()}
     if out is not None:
         replace_file(out, json.dumps(data, indent=1).encode())
     if plot is not None:

@@ -140,7 +140,7 @@ def _unreached(about: str, error: Exception) -> Exception:
 
 @contextmanager
 def no_bars() -> Iterator[None]:
-    """While it lasts, the client shows no progress. Elsewhere it does on a terminal, and not in a pipe."""
+    """While it lasts, the client shows no progress."""
     shown = not are_progress_bars_disabled()
     disable_progress_bars()
     try:

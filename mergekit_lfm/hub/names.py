@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import PurePath
+from pathlib import Path, PurePath
 
 _PART = r"[A-Za-z0-9_](?:[\w.-]*[\w])?"
 _NAME = re.compile(rf"(?:(?P<owner>{_PART})/)?(?P<name>{_PART})(?:@(?P<revision>[\w][\w./-]*))?", re.ASCII)
@@ -28,6 +28,12 @@ def repository(text: str) -> str:
     if name is None or name.revision is not None or "/" not in name.repo:
         raise ValueError(f"found {text!r}, expected a repository on the Hub as org/name, or user/name")
     return name.repo
+
+
+def called(folder: Path) -> str:
+    """What a folder is called in what is printed: in the cache of the Hub, its model's name and commit."""
+    found = re.search(r"/models--([^/]+)/snapshots/(\w{40})$", folder.as_posix())
+    return f"{found[1].replace('--', '/')}@{found[2]}" if found else str(folder)
 
 
 def hub_name(text: str) -> HubName | None:

@@ -1,0 +1,66 @@
+"""Commands that run models take their names on the Hub, and print these."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from helpers_commands import ROOT, answer, refusal, run
+from hub_server import HubServer
+
+from mergekit_lfm.checkpoint import open_checkpoint
+from mergekit_lfm.stats import open_statistics
+
+QUICKSTART = ROOT / "recipes/quickstart"
+TEXT = str(QUICKSTART / "docs.txt")
+
+
+@pytest.fixture
+def models(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HubServer:
+    """The quick start's models on the Hub as org/docs and org/code; an empty working directory."""
+    for name in ("docs", "code"):
+        hub.create(f"org/{name}", {path.name: path.read_bytes() for path in (QUICKSTART / name).iterdir()})
+    place = tmp_path / "here"
+    place.mkdir()
+    monkeypatch.chdir(place)
+    return hub
+
+
+def test_eval_judges_a_model_of_the_hub_as_its_copy(models: HubServer) -> None:
+    pytest.importorskip("transformers")
+    short = Path("short.txt")
+    short.write_text(Path(TEXT).read_text()[:2000])
+    ours, theirs = answer(run("eval", "org/docs", str(QUICKSTART / "docs"), "--text", str(short), "--json"))
+    assert ours["model"] == f"org/docs@{models.head('org/docs')}"
+    assert ours | {"model": theirs["model"]} == theirs
+
+
+def test_statistics_are_collected_on_a_model_of_the_hub(models: HubServer) -> None:
+    pytest.importorskip("transformers")
+    assert models.exists("org/docs")
+    Path("a.txt").write_text("def a(): pass\n")
+    result = run("stats", "gram", "org/docs@main", "--data", "a.txt", "--task", "lm", "-o", "a.safetensors")
+    assert result.exit_code == 0, result.stderr
+    assert open_statistics("a.safetensors").facts.models == (open_checkpoint(QUICKSTART / "docs").content,)
+
+
+def test_a_model_is_aligned_to_one_of_the_hub(models: HubServer) -> None:
+    assert models.exists("org/code")
+    line = ("align", str(QUICKSTART / "docs"), "--to", "org/code", "--method", "weight_matching", "-o", "t.safetensors")
+    result = run(*line)
+    assert result.exit_code == 0, result.stderr
+    assert Path("t.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("eval", "org/nothing", "--text", TEXT),
+        ("trace", "org/nothing", "--facts", "f.yaml"),
+        ("align", "org/nothing", "--check"),
+        ("barrier", "org/docs", "org/nothing", "--text", TEXT),
+    ],
+)
+def test_a_name_that_is_nowhere(command: tuple[str, ...], models: HubServer) -> None:
+    message = refusal(run(*command))
+    assert f"org/nothing is no folder here: there is no model org/nothing at {models.url}" in message
