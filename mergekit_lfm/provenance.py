@@ -106,7 +106,8 @@ def _index(plan: Plan) -> bytes:
 def public_names(labels: Iterable[str]) -> dict[str, str]:
     """What an output calls each model, by its label in the plan: without the folders of this machine.
 
-    That is the label, or the name alone where it is an absolute path; equal names are numbered ("final", "final-2").
+    That is the label, or the name alone where it is an absolute path or leads through a parent folder; equal names are
+    numbered ("final", "final-2").
     """
     last = {label: _last_name(label) for label in labels}
     taken = set(last.values())

@@ -386,7 +386,7 @@ def test_public_names_are_different_and_have_no_folders_of_the_machine(labels: l
 
 def test_public_names_are_numbered_where_they_are_equal() -> None:
     labels = ["/x/final", "/y/final/", "/z/final-2", "final", "../final", "/y/final (2)"]
-    expected = ["final-3", "final-4", "final-2", "final", "../final", "final (2)"]
+    expected = ["final-3", "final-4", "final-2", "final", "final-5", "final (2)"]
     assert list(public_names(labels).values()) == expected
 
 

@@ -34,12 +34,7 @@ def plan_text(plan: Plan, facts: dict[str, Any], verbose: bool) -> str:
         share = sum(job.spec.numel for job in plan.averaged) / sum(job.spec.numel for job in plan.tensors)
         what = f"{counted(len(plan.averaged), 'tensor')}, {share:.0%} of the numbers: there are no statistics of them"
         rows.insert(3, ("averaged", what))
-    rows[1:1] = [
-        ("from the Hub", f"{label}: commit {held.snapshot.commit}, {_whereabouts(held.absent)}")
-        for label, held in zip(plan.labels, plan.models, strict=True)
-        if held.snapshot is not None
-    ]
-    if push := facts["push"]:
+    if push := facts.get("push"):
         rows.append(("push", f"to {push['repo']}" + (", private" if push["private"] else "")))
     for model in plan.pending:
         if isinstance(model.align, AlignRequest):
@@ -48,6 +43,11 @@ def plan_text(plan: Plan, facts: dict[str, Any], verbose: bool) -> str:
     edited = {model.label: model.edits for model in plan.recipe.all_models if model.edits}
     for label, edits in [*edited.items(), ("the result", plan.recipe.result_edits)]:
         rows[3:3] = [("edited", f"{label}: {_edit_text(edit)}") for edit in edits]
+    rows[1:1] = [
+        ("from the Hub", f"{label}: commit {held.snapshot.commit}, {_whereabouts(held.absent)}")
+        for label, held in zip(plan.labels, plan.models, strict=True)
+        if held.snapshot is not None
+    ]
     lines = [table(rows)]
     lines += [f"held beside the memory budget, its tensors are no byte ranges: {file}" for file in plan.held]
     lines += [f"dropped: {model}: {tensor}: {reason}" for model, tensor, reason in plan.dropped]
