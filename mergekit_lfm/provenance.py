@@ -259,6 +259,13 @@ def verify(out: Path, progress: Callable[[int], None] | None = None) -> list[str
     return problems
 
 
+def covered(out: Path) -> set[str]:
+    """The names of all files that the lock in a folder vouches for, itself among them. FormatError without one."""
+    _locked(out)
+    lock = lock_of(out)
+    return {LOCK, *lock["files"], *(str(entry["file"]) for entry in lock["tensors"].values())}
+
+
 Locked = tuple[TensorSpec, int | None, list[str]]  # a tensor, the elements of a segment if it has several, digests
 
 

@@ -254,11 +254,13 @@ Example:
 def verify(ctx: click.Context, out: str, as_json: bool, quiet: bool) -> None:
     """Read a merged model again and compare it with its merge.lock.json.
 
-    OUT is its folder, or its name on the Hub, of which all files are then downloaded to the cache. Prints every
+    OUT is its folder, or its name on the Hub, from where what the lock names is downloaded to the cache. Prints every
     difference; the exit code is 1 if there is one.
     """
     from mergekit_lfm.display.terminal import counted, progress_bar
+    from mergekit_lfm.provenance import covered
     from mergekit_lfm.provenance import verify as differences
+    from mergekit_lfm.writer import LOCK
 
     hidden = quiet or as_json
     folder = Path(out)
@@ -267,7 +269,8 @@ def verify(ctx: click.Context, out: str, as_json: bool, quiet: bool) -> None:
 
         with transfers(hidden=hidden):
             snapshot = find_snapshot(name)
-            snapshot.fetch(list(snapshot.sizes))
+            snapshot.fetch([LOCK] if LOCK in snapshot.sizes else [])
+            snapshot.fetch([file for file in covered(snapshot.folder) if file in snapshot.sizes])
         folder = snapshot.folder
     nbytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     with progress_bar(nbytes, "verifying", hidden=hidden) as progress:

@@ -11,6 +11,7 @@ from mergekit_lfm.settings import GivenFile
 from mergekit_lfm.sizes import format_size
 
 if TYPE_CHECKING:
+    from mergekit_lfm.checkpoint import Checkpoint
     from mergekit_lfm.execute import Outcome
     from mergekit_lfm.plan import Plan
     from mergekit_lfm.pushing import Pushed
@@ -44,7 +45,7 @@ def plan_text(plan: Plan, facts: dict[str, Any], verbose: bool) -> str:
     for label, edits in [*edited.items(), ("the result", plan.recipe.result_edits)]:
         rows[3:3] = [("edited", f"{label}: {_edit_text(edit)}") for edit in edits]
     rows[1:1] = [
-        ("from the Hub", f"{label}: commit {held.snapshot.commit}, {_whereabouts(held.absent)}")
+        ("from the Hub", f"{label}: commit {held.snapshot.commit}, {_whereabouts(held)}")
         for label, held in zip(plan.labels, plan.models, strict=True)
         if held.snapshot is not None
     ]
@@ -56,8 +57,11 @@ def plan_text(plan: Plan, facts: dict[str, Any], verbose: bool) -> str:
     return "\n".join(lines)
 
 
-def _whereabouts(absent: dict[str, int]) -> str:
-    return f"{format_size(sum(absent.values()))} to download" if absent else "in the cache"
+def _whereabouts(model: Checkpoint) -> str:
+    if model.absent:
+        return f"{format_size(sum(model.absent.values()))} to download"
+    listed = model.snapshot is not None and model.snapshot.listed
+    return "in the cache" if listed else "in the cache, whose files alone are known offline"
 
 
 def _edit_text(edit: Edit) -> str:
