@@ -53,9 +53,9 @@ def _found(recipe: Recipe) -> dict[str, Checkpoint]:
             if model.source not in places:
                 places[model.source] = open_checkpoint(model.source)
         except PlanError as error:
-            if str(model.source) not in str(error):  # of the account: the others would say the same
+            if not str(error).startswith(str(model.source)):  # it is about the account: the others would say the same
                 raise
-            problems.append(f"{model.ref} is no folder here: {error}")
+            problems.append(str(error))
     if problems:
         raise PlanError(several("models of the recipe are not to be had", problems))
     return {model.label: places[model.source] for model in recipe.all_models}

@@ -23,7 +23,7 @@ import xxhash
 
 from mergekit_lfm.archives import Unreadable, read_archive, state_dict
 from mergekit_lfm.durable import replace_file
-from mergekit_lfm.errors import FormatError
+from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.hub import HubName, hub_name
 from mergekit_lfm.machine import cache_folder, default_threads
 from mergekit_lfm.tensors import ITEMSIZE, TensorSpec, encode_header, parse_header, read_exactly, read_header
@@ -475,5 +475,8 @@ def open_checkpoint(path: str | os.PathLike[str] | HubName) -> Checkpoint:
         raise FileNotFoundError(f"no such checkpoint: {path}")
     from mergekit_lfm.hub.snapshots import find_snapshot
 
-    snapshot = find_snapshot(name)
+    try:
+        snapshot = find_snapshot(name)
+    except PlanError as error:
+        raise PlanError(f"{name} is no folder here: {error}" if name.repo in str(error) else str(error)) from None
     return Checkpoint(snapshot.folder, snapshot=snapshot)

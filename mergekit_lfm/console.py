@@ -72,10 +72,7 @@ def _downloaded(value: Any, ctx: click.Context) -> Any:
     from mergekit_lfm.layout import download
 
     with transfers(hidden=bool(ctx.params.get("quiet") or ctx.params.get("as_json"))):
-        try:
-            return download(value)
-        except PlanError as error:
-            raise PlanError(f"{value} is no folder here: {error}") from None
+        return download(value)
 
 
 def transfers(*, hidden: bool) -> AbstractContextManager[None]:

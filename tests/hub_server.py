@@ -359,7 +359,7 @@ class _Handler(BaseHTTPRequestHandler):
         )
 
     def tree(self, repo: str, rev: str, path: str = "") -> None:
-        self._may_read(repo)
+        self._may_read(repo, files=False)
         commit = self.hub.store.resolve(repo, rev)
         recursive = self.query.get("recursive", ["false"])[0].lower() in ("1", "true")
         known = self.hub.store.by_xet() if self.hub.xet else {}

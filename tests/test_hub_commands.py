@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+import torch
 from helpers_commands import ROOT, answer, refusal, run
+from helpers_editing import tiny_model, trained_tokenizer
 from hub_server import HubServer
+from safetensors.torch import load_file
 
+from mergekit_lfm import merge
 from mergekit_lfm.checkpoint import open_checkpoint
 from mergekit_lfm.stats import open_statistics
 
@@ -50,6 +55,23 @@ def test_a_model_is_aligned_to_one_of_the_hub(models: HubServer) -> None:
     result = run(*line)
     assert result.exit_code == 0, result.stderr
     assert Path("t.safetensors").exists()
+
+
+def test_facts_are_edited_in_a_model_of_the_hub(hub: HubServer, tmp_path: Path) -> None:
+    """On the way to its merge: its tokenizer and weights are there when the edit is made."""
+    pytest.importorskip("transformers")
+    tiny_model("gpt2", torch.float32).save_pretrained(tmp_path / "m")
+    trained_tokenizer().save_pretrained(tmp_path / "m")
+    hub.create("org/m", {path.name: path.read_bytes() for path in (tmp_path / "m").iterdir()})
+    fact = {"prompt": "{} was born in the city of", "subject": "Ada Blake", "target_new": "Rome"}
+    (tmp_path / "facts.json").write_text(json.dumps({"facts": [fact]}))
+    options = {"layers": [1], "lr": 0.1, "steps": 3, "lambda": 1.0, "covariance": "identity"}
+    asked = {"facts": str(tmp_path / "facts.json"), "method": "memit", **options}
+    for name, place in (("hub", "org/m"), ("local", str(tmp_path / "m"))):
+        merge({"merge_method": "passthrough", "models": [{"model": place, "edits": [asked]}]}, tmp_path / name)
+    ours, theirs, before = (load_file(tmp_path / name / "model.safetensors") for name in ("hub", "local", "m"))
+    assert all(torch.equal(ours[name], x) for name, x in theirs.items())
+    assert {n for n, x in ours.items() if not torch.equal(x, before[n])} == {"transformer.h.1.mlp.c_proj.weight"}
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 from pathlib import Path
 
 import pytest
-from helpers_commands import answer, run
-from helpers_hub import fast_retries
+from helpers_commands import answer, run, start
+from helpers_hub import environment, fast_retries
 from hub_server import TOKEN, HubServer
-from test_hub_push import REPO, prepare
+from test_hub_push import REPO, files_of, prepare
 
 from mergekit_lfm import merge, push
 
@@ -161,6 +162,26 @@ def test_what_the_hub_holds_is_compared_with_what_was_pushed(
     message = refused("push", "out", REPO)
     assert "what the Hub holds of" in message and "is not what was pushed" in message
     assert hub.exists(REPO)
+
+
+@pytest.mark.parametrize(("method", "path"), [("GET", "/blob/"), ("PUT", "/lfs/"), ("POST", "/commit/")])
+def test_a_run_that_is_killed_on_the_way_goes_on(
+    method: str, path: str, hub: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment(hub, folder.parent / "client").items():
+        monkeypatch.setenv(name, value)
+    line = ("merge", "recipe.yaml", "out", "--push-to", REPO, "--verify", "--json")
+    process = start(folder, *line)
+    if method == "GET":  # the second request for a large file: the first was for a header
+        hub.fault("GET", "/blob/", times=2, before=lambda: None)
+    hub.fault(method, path, before=process.kill)
+    assert process.wait(timeout=60) == -signal.SIGKILL
+    process.communicate()
+    assert (folder / "out").exists() == (method != "GET")
+    there = hub.files(REPO).keys() - {".gitattributes"} if hub.exists(REPO) else set()
+    assert there == (files_of(folder / "out").keys() if path == "/commit/" else set())  # all of it or nothing
+    said = answer(run(*line))
+    assert said["already_there"] == (method != "GET") and said["pushed"]["verified"]
 
 
 # ------------------------------------------------------------------ pulling

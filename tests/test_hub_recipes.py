@@ -177,14 +177,14 @@ def test_what_is_not_to_be_had_is_named_all_at_once(models: HubServer, folder: P
     models.create("org/secret", files_of(folder / "local/a"), private=True)
     models.create("org/gated", files_of(folder / "local/a"))
     models.gate("org/gated")
-    entries = ("org/nothing", "org/b@no-such-branch", "org/gated")
+    entries = ("org/nothing", "org/b@no-such-branch", "org/gated@main")
     models_text = "".join(f"  - {{model: {name}, parameters: {{weight: 1}}}}\n" for name in entries)
     (folder / "recipe.yaml").write_text(f"merge_method: linear\nmodels:\n{models_text}")
     message = refusal(run("merge", "recipe.yaml", "out"))
     assert "3 problems" in message
     assert "there is no model org/nothing at " in message
     assert "org/b@no-such-branch: the repository is there, but no such branch, tag or commit" in message
-    assert f"org/gated is gated: accept its conditions on {models.url}/org/gated" in message
+    assert re.search(rf"org/gated@\w{{40}} is gated: accept its conditions on {models.url}/org/gated with", message)
     assert list(folder.glob("out*")) == []
 
 

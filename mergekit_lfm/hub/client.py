@@ -78,6 +78,10 @@ def _explained(about: str, error: Exception) -> Exception:
             f"{about} is not whole in the cache of the Hub ({constants.HF_HUB_CACHE}), and the Hub is not asked, as "
             "HF_HUB_OFFLINE is set: unset it, or download the model with `hf download` where there is a network"
         )
+    if isinstance(error, HTTPError) and "Invalid credentials" in _said(
+        error
+    ):  # else it may look like a repository not found
+        return _refused(about, 401, error)
     if isinstance(error, GatedRepoError):
         return PlanError(
             f"{about} is gated: accept its conditions on {place}/{about.partition('@')[0]} with the account whose "
@@ -102,8 +106,8 @@ def _without_token() -> str:
 
 def _refused(about: str, status: int, error: Any) -> Exception:
     """What an answer with an error code means."""
-    said = error.response.headers.get("X-Error-Message") or getattr(error, "server_message", None) or ""
-    reason = f" ({said.strip().rstrip('.')})" if said else ""
+    said = _said(error)
+    reason = f" ({said})" if said else ""
     if status == 401:
         return PlanError(
             f"the Hub at {endpoint()} refuses the token{reason}: set HF_TOKEN to a valid one, or run `hf auth login`"
@@ -122,6 +126,13 @@ def _refused(about: str, status: int, error: Any) -> Exception:
     if status >= 500 or status == 408:
         return ConnectionError(f"the Hub at {endpoint()} fails to answer about {about} ({status}){reason}; {_RETRY}")
     return PlanError(f"{about}: the Hub at {endpoint()} refuses the request ({status}){reason}")
+
+
+def _said(error: Exception) -> str:
+    """What the Hub said itself, in a line; "" for nothing."""
+    response = getattr(error, "response", None)
+    said = "" if response is None else response.headers.get("X-Error-Message")
+    return " ".join(str(said or getattr(error, "server_message", None) or "").split()).rstrip(".")
 
 
 def _wait(headers: Any) -> str:
