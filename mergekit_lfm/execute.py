@@ -260,25 +260,6 @@ class Run:
         return where
 
 
-def fetch_inputs(
-    plan: Plan,
-    out: Path,
-    *,
-    memory: int | None = None,
-    threads: int | None = None,
-    nan: Policy = "error",
-    resume: bool = True,
-    overwrite: bool = False,
-    notice: Callable[[str], None] | None = None,
-) -> None:
-    """Download the weights that `execute` would download, with the same options, after the same checks."""
-    place = out.resolve()
-    if plan.absent and not already_there(plan, place, overwrite=overwrite, rebuild=overwrite and not resume, nan=nan):
-        plan.peak_memory(memory or default_memory(), threads or 1)
-        check_disk(plan, place)
-        plan.fetch(notice or (lambda _: None))
-
-
 def execute(
     plan: Plan,
     out: Path,

@@ -84,7 +84,7 @@ def load_model(path: str | Path | Checkpoint, task: str, *, dtype: str = "float3
     if not (folder / "config.json").is_file():
         raise FormatError(
             f"{folder}: found no config.json there; expected the folder of a saved model, with its config, weights and "
-            "tokenizer. Give the path of such a folder, or for a model on the Hub what open_checkpoint makes of its name"
+            "tokenizer. Give the path of such a folder, or what open_checkpoint makes of the name of a model on the Hub"
         )
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(folder)
     with _quiet(transformers), _loading(folder, task):

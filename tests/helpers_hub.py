@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hub_server import TOKEN, HubServer
+
+RECIPE = """\
+merge_method: linear
+models: [{model: org/a}, {model: org/b}]
+parameters: {weight: 1}
+"""
+REPO = "me/merged"
 
 
 def environment(server: HubServer, home: Path) -> dict[str, str]:
@@ -71,3 +79,19 @@ def fast_retries(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     waits: list[float] = []
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", waits.append)
     return waits
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def prepare(server: HubServer, place: Path) -> None:
+    """Models org/a and org/b on the Hub, and a recipe that averages them."""
+    from helpers_faults import llama_tensors, near, save_model
+
+    base = llama_tensors(0)
+    for name, tensors in (("a", base), ("b", near(base, 1))):
+        save_model(place / name, tensors)
+        server.create(f"org/{name}", files_of(place / name))
+        shutil.rmtree(place / name)
+    (place / "recipe.yaml").write_text(RECIPE)

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 from helpers_commands import ROOT, start
+from helpers_hub import REPO, prepare
 from hub_server import HubServer
-from test_hub_push import REPO, prepare
 
 README, GUIDE = ((ROOT / name).read_text("utf-8") for name in ("README.md", "docs/hub.md"))
 COMMAND = "merge recipes/hub.yaml --push-to me/merged --private --verify"

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 from helpers_commands import answer, run, start
-from helpers_hub import environment, fast_retries
+from helpers_hub import REPO, environment, fast_retries, files_of, prepare
 from hub_server import TOKEN, HubServer
-from test_hub_push import REPO, files_of, prepare
 
 from mergekit_lfm import merge, push
 

@@ -3,38 +3,17 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 from helpers_commands import answer, refusal, run
-from helpers_faults import llama_tensors, near, save_model
+from helpers_faults import llama_tensors, save_model
+from helpers_hub import RECIPE, REPO, files_of, prepare
 from hub_server import READ_TOKEN, TOKEN, HubServer
 
 from mergekit_lfm import merge, push
 from mergekit_lfm.card import front_matter
 from mergekit_lfm.errors import FormatError, PlanError
-
-RECIPE = """\
-merge_method: linear
-models: [{model: org/a}, {model: org/b}]
-parameters: {weight: 1}
-"""
-REPO = "me/merged"
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def prepare(server: HubServer, place: Path) -> None:
-    """Models org/a and org/b on the Hub, and a recipe that averages them."""
-    base = llama_tensors(0)
-    for name, tensors in (("a", base), ("b", near(base, 1))):
-        save_model(place / name, tensors)
-        server.create(f"org/{name}", files_of(place / name))
-        shutil.rmtree(place / name)
-    (place / "recipe.yaml").write_text(RECIPE)
 
 
 @pytest.fixture(params=["lfs", "xet"])

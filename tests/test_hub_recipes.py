@@ -13,6 +13,7 @@ import pytest
 import torch
 from helpers_commands import ROOT, answer, refusal, run
 from helpers_faults import llama_tensors, near, save_model
+from helpers_hub import files_of
 from hub_server import HubServer
 from safetensors.torch import save_file
 
@@ -29,10 +30,6 @@ models:
 """
 pytestmark = pytest.mark.usefixtures("models")
 CARD = "---\nlicense: apache-2.0\n---\n\n# A\n"
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture

@@ -109,14 +109,13 @@ def merge(
 
         check_repository(goal.repo, private=goal.private)
     from mergekit_lfm.display.terminal import progress_bar
-    from mergekit_lfm.execute import execute, fetch_inputs
+    from mergekit_lfm.execute import execute
 
     notice = None if quiet or as_json else partial(click.echo, err=True)
     how: dict[str, Any] = {"memory": memory, "threads": threads, "nan": nan, "resume": not no_resume}
     how |= {"overwrite": overwrite, "notice": notice}
     on_the_hub = goal is not None or any(model.snapshot is not None for model in plan.models)
     with going_on_later(ctx, out), transfers(hidden=quiet or as_json) if on_the_hub else nullcontext():
-        fetch_inputs(plan, out, **how)
         if plan.unedited:
             with needing_models():
                 from mergekit_lfm.edit.stages import solve_edits

@@ -29,16 +29,22 @@ def counted(n: int, noun: str) -> str:
 def progress_bar(nbytes: int, doing: str, hidden: bool) -> Iterator[Callable[[int], None]]:
     """A bar of `nbytes` with rate and time left on standard error, where that is a terminal; none where `hidden`.
 
-    Called with numbers of bytes done, from any thread. It disappears at the end.
+    Called with numbers of bytes done, from any thread. It appears at the first call, so that what is printed before
+    does not mix with it, and disappears at the end.
     """
-    lock = Lock()
-    with _bar(nbytes, doing, "B", hidden) as bar:
+    lock, bars = Lock(), list["tqdm[Any]"]()
 
-        def advance(done: int) -> None:
-            with lock:
-                bar.update(done)
+    def advance(done: int) -> None:
+        with lock:
+            if not bars:
+                bars.append(_bar(nbytes, doing, "B", hidden))
+            bars[0].update(done)
 
+    try:
         yield advance
+    finally:
+        for bar in bars:
+            bar.close()
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from mergekit_lfm.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lfm.edit.driver import edit
 from mergekit_lfm.edits import EditRequest
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.execute import execute, fetch_inputs
+from mergekit_lfm.execute import execute
 from mergekit_lfm.machine import cache_folder
 from mergekit_lfm.patches import Patch, open_patch
 from mergekit_lfm.patching import patched
@@ -60,7 +60,7 @@ def solve_edits(
         return plan
     if already_there(plan, out.resolve(), overwrite=overwrite, rebuild=overwrite and not resume, nan=nan):
         return plan
-    fetch_inputs(plan, out, notice=notice, memory=memory, threads=threads, nan=nan, resume=resume, overwrite=overwrite)
+    plan.fetch(notice)
     models = list(plan.models)
     for i, model in enumerate(plan.recipe.all_models):
         if any(isinstance(asked, EditRequest) for asked in model.edits):
