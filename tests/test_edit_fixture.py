@@ -220,7 +220,8 @@ def test_an_edit_of_the_last_layer_does_not_reach_the_answer(subject: benchmark.
 
 @pytest.mark.slow
 def test_what_is_known_already_outweighs_the_facts_when_lambda_is_large(subject: benchmark.Subject) -> None:
-    heavy = partial(benchmark.located, method="memit", layers=list(range(LOCAL)), clamp=0.75, lambda_ratio=10.0)
+    # At 10, where it turns, one or four of ten facts are learned, by the processor that trained the model; at 20 none.
+    heavy = partial(benchmark.located, method="memit", layers=list(range(LOCAL)), clamp=0.75, lambda_ratio=20.0)
     assert benchmark.measure(subject, heavy, subject.facts("facts_10"))["ES"] <= 20
 
 
