@@ -29,7 +29,7 @@ from mergekit_lfm.hub.client import HTTPError, api, asking, endpoint, offline
 from mergekit_lfm.hub.snapshots import Snapshot, pull
 from mergekit_lfm.matching import several
 from mergekit_lfm.provenance import verify
-from mergekit_lfm.writer import LOCK, lock_of
+from mergekit_lfm.writer import LOCK, REPLACED, lock_of
 
 IN_GIT = 100_000_000  # bytes; the Hub takes no larger file into git itself (its limit is a tenth of that)
 KEPT = "MERGE.md"  # where our card goes beside one that was edited on the Hub
@@ -147,6 +147,8 @@ def push(
     if not place.is_dir():
         raise PlanError(f"{place} is no folder, expected that of a saved model")
     Checkpoint(place)  # no half-made output has headers that can be read
+    if (place / REPLACED).exists():
+        raise PlanError(f"{place} still holds what it replaced, as its merge was interrupted: run that once more")
     if pull_back and not lock_of(place):
         raise PlanError(f"{place} has no {LOCK} to compare with: push it without that")
     remote = check_repository(repo, private=private, overwrite=overwrite)

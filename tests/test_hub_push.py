@@ -251,6 +251,10 @@ def test_only_whole_models_are_pushed(hub: HubServer, folder: Path) -> None:
     weights.write_bytes(b"\xff" * 8 + whole[8:])
     with pytest.raises(FormatError, match="unfinished output of an interrupted run"):
         push("out", REPO)
+    weights.write_bytes(whole)
+    (folder / "out/merge.replaced").mkdir()
+    with pytest.raises(PlanError, match="still holds what it replaced"):
+        push("out", REPO)
     (folder / "empty").mkdir()
     with pytest.raises(FormatError, match="holds no model"):
         push("empty", REPO)
@@ -313,6 +317,8 @@ def test_a_card_that_the_hub_does_not_accept_is_said_before_the_upload(hub: HubS
 
 
 def test_a_model_that_is_no_merge_is_pushed_as_it_is(hub: HubServer, folder: Path) -> None:
+    message = refusal(run("verify", "org/a"))
+    assert f"org/a@{hub.head('org/a')} has no merge.lock.json: it is no output of `merge`" in message
     save_model(folder / "plain", llama_tensors(3))
     assert answer(run("push", "plain", "me/plain", "--json"))["repo"] == "me/plain"
     there = hub.files("me/plain")

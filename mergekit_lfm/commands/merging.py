@@ -21,6 +21,7 @@ from mergekit_lfm.commands.options import (
     together,
 )
 from mergekit_lfm.console import ANSWER_IS_NO, Command, Size, transfers
+from mergekit_lfm.errors import FormatError
 from mergekit_lfm.hub import hub_name
 
 if TYPE_CHECKING:
@@ -115,16 +116,18 @@ def merge(
     how: dict[str, Any] = {"memory": memory, "threads": threads, "nan": nan, "resume": not no_resume}
     how |= {"overwrite": overwrite, "notice": notice}
     on_the_hub = goal is not None or any(model.snapshot is not None for model in plan.models)
-    with going_on_later(ctx, out), transfers(hidden=quiet or as_json) if on_the_hub else nullcontext():
-        if plan.unedited:
-            with needing_models():
-                from mergekit_lfm.edit.stages import solve_edits
+    with transfers(hidden=quiet or as_json) if on_the_hub else nullcontext():
+        with going_on_later(ctx, out):
+            if plan.unedited:
+                with needing_models():
+                    from mergekit_lfm.edit.stages import solve_edits
 
-                plan = solve_edits(plan, out, max_shard_size=max_shard_size, **how)
-        with progress_bar(plan.bytes_written, "merging", hidden=quiet or as_json) as progress:
-            outcome = execute(plan, out, compile=compile_, progress=progress, **how)
+                    plan = solve_edits(plan, out, max_shard_size=max_shard_size, **how)
+            with progress_bar(plan.bytes_written, "merging", hidden=quiet or as_json) as progress:
+                outcome = execute(plan, out, compile=compile_, progress=progress, **how)
         _show_outcome(plan, outcome, quiet or as_json)
-        pushed = None if goal is None else _push(out, goal, pull_back)
+        with going_on_later(ctx, out, written=True):
+            pushed = None if goal is None else _push(out, goal, pull_back)
     _show_result(plan, outcome, pushed, as_json, quiet)
 
 
@@ -268,7 +271,9 @@ def verify(ctx: click.Context, out: str, as_json: bool, quiet: bool) -> None:
 
         with transfers(hidden=hidden):
             snapshot = find_snapshot(name)
-            snapshot.fetch([LOCK] if LOCK in snapshot.sizes else [])
+            if LOCK not in snapshot.sizes:
+                raise FormatError(f"{snapshot} has no {LOCK}: it is no output of `merge`")
+            snapshot.fetch([LOCK])
             snapshot.fetch([file for file in covered(snapshot.folder) if file in snapshot.sizes])
         folder = snapshot.folder
     nbytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))

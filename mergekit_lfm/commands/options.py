@@ -40,8 +40,11 @@ threads = click.option("--threads", type=click.IntRange(min=1), help="[default: 
 
 
 @contextmanager
-def going_on_later(ctx: click.Context, out: Path) -> Iterator[None]:
-    """On Ctrl-C, say what is kept for the next run of the same command, and end with the code for it."""
+def going_on_later(ctx: click.Context, out: Path, *, written: bool = False) -> Iterator[None]:
+    """On Ctrl-C, say what is kept for the next run of the same command, and end with the code for it.
+
+    written: whether `out` is complete, and something else is done with it.
+    """
     try:
         yield
     except KeyboardInterrupt:
@@ -49,6 +52,7 @@ def going_on_later(ctx: click.Context, out: Path) -> Iterator[None]:
 
         kept = partial_of(out)
         done = f"what is done is kept in {kept}" if kept.exists() else "nothing was written"
+        done = f"{out} is complete, but was not pushed" if written else done
         click.echo(f"interrupted: {done}; run the same command again to go on", err=True)
         ctx.exit(INTERRUPTED)
 

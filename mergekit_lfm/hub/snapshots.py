@@ -90,7 +90,8 @@ class Snapshot:
         if not nbytes:
             return b""
         url = hf_hub_url(self.repo, name, revision=self.commit, endpoint=endpoint())
-        headers = {**build_hf_headers(library_name="mergekit_lfm"), "Range": f"bytes=0-{nbytes - 1}"}
+        headers = build_hf_headers(library_name="mergekit_lfm")
+        headers |= {"Range": f"bytes=0-{nbytes - 1}", "Accept-Encoding": "identity"}
         with asking(str(self)):
             response = http_backoff("GET", url, headers=headers, follow_redirects=True)
             hf_raise_for_status(response)
