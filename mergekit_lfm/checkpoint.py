@@ -240,7 +240,9 @@ def _weight_paths(folder: Path, names: Collection[str], label: object) -> tuple[
         raise FormatError(
             f"{label}/{chosen[0].name}: expected JSON with a weight_map from tensors to files; fetch it again"
         ) from None
-    missing = [name for name in sorted(set(weight_map.values())) if name not in names and not (folder / name).exists()]
+    missing = sorted({*weight_map.values()} - {*names})
+    if label == folder:  # of a folder, `names` has no files of folders in it
+        missing = [name for name in missing if not (folder / name).exists()]
     if missing:
         raise FormatError(f"{label}: shards named in {chosen[0].name} are missing: {', '.join(missing)}; fetch them")
     return paths, weight_map

@@ -312,6 +312,7 @@ def execute(
         output.publish(documents(plan, output.done))
     warnings = sorted({where for receipt in output.done.values() for where in receipt.nonfinite})
     lines = (*(f"{where} holds NaN or infinity" for where in warnings), *sorted(kernels.problems))
+    lines += tuple(f"{label}: offline, only those of its files that are in the cache count" for label in plan.unlisted)
     return Outcome(out, False, resumed, lines, time.monotonic() - started)
 
 

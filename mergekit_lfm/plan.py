@@ -102,6 +102,12 @@ class Plan:
         files = {(str(model.snapshot), file): nbytes for model in self.models for file, nbytes in model.absent.items()}
         return sum(files.values())
 
+    @property
+    def unlisted(self) -> tuple[str, ...]:
+        """The models on the Hub of which, offline, only the files in the cache are known."""
+        held = zip(self.labels, self.models, strict=True)
+        return tuple(label for label, m in held if m.snapshot is not None and not m.snapshot.listed)
+
     def fetch(self, notice: Callable[[str], None]) -> None:
         """Download the weights that are still on the Hub. notice is called with a line for each model."""
         for label, model in zip(self.labels, self.models, strict=True):

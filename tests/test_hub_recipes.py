@@ -154,7 +154,11 @@ def test_offline_what_is_in_the_cache_is_merged(
     merge("recipe.yaml", "out")
     asked = len(models.requests)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    merge("recipe.yaml", "offline")
+    result = run("merge", "recipe.yaml", "offline", "--json")
+    said = json.loads(result.stdout)
+    assert said["warnings"] == [
+        f"{name}: offline, only those of its files that are in the cache count" for name in ("org/a", "org/b@v1")
+    ]
     assert files_of(folder / "offline") == files_of(folder / "out")
     assert len(models.requests) == asked
 
