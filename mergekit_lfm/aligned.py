@@ -58,6 +58,13 @@ def _found(recipe: Recipe) -> dict[str, Checkpoint]:
             problems.append(str(error))
     if problems:
         raise PlanError(several("models of the recipe are not to be had", problems))
+    names: dict[str, Path | HubName] = {}
+    for source, held in places.items():
+        other = names.setdefault(str(held.snapshot), source) if held.snapshot is not None else source
+        if other != source:
+            raise PlanError(
+                f"{other} and {source} are one model, {held.snapshot}, under two names: write it alike everywhere"
+            )
     return {model.label: places[model.source] for model in recipe.all_models}
 
 

@@ -11,6 +11,7 @@ import yaml
 from mergekit_lfm import __version__
 
 CARD = "README.md"
+KEPT = "MERGE.md"  # where our card goes beside one that was edited on the Hub
 LICENSE = ("license", "license_name", "license_link")
 
 

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cached_property
 from itertools import chain
-from pathlib import Path
+from pathlib import Path, PurePath
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
@@ -212,6 +212,11 @@ def _open_files(paths: Sequence[Path], snapshot: Snapshot | None) -> list[Weight
         return list(pool.map(lambda path: _open_file(path, snapshot), paths))
 
 
+def leads_away(name: object) -> bool:
+    """Whether what a file says is the name of another, below its folder, is none or leads out of there."""
+    return not isinstance(name, str) or not name or PurePath(name).is_absolute() or ".." in PurePath(name).parts
+
+
 def _weight_paths(folder: Path, names: Collection[str], label: object) -> tuple[list[Path], dict[str, str]]:
     """The weight files of a folder that has these files, and the index's map from tensors to files, {} without one."""
     singles = [folder / name for name in SINGLE if name in names]
@@ -235,11 +240,13 @@ def _weight_paths(folder: Path, names: Collection[str], label: object) -> tuple[
         return chosen, {}
     try:
         weight_map = json.loads(chosen[0].read_text(encoding="utf-8"))["weight_map"]
-        paths = [folder / name for name in sorted(set(weight_map.values()))]
+        paths = [folder / str(name) for name in sorted(set(weight_map.values()))]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise FormatError(
             f"{label}/{chosen[0].name}: expected JSON with a weight_map from tensors to files; fetch it again"
         ) from None
+    if away := next((name for name in weight_map.values() if leads_away(name)), None):
+        raise FormatError(f"{label}/{chosen[0].name}: {away!r} is no file of that folder; fetch the index again")
     missing = sorted({*weight_map.values()} - {*names})
     if label == folder:  # of a folder, `names` has no files of folders in it
         missing = [name for name in missing if not (folder / name).exists()]

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from mergekit_lfm.checkpoint import Checkpoint, open_checkpoint
+from mergekit_lfm.checkpoint import Checkpoint, leads_away, open_checkpoint
+from mergekit_lfm.errors import FormatError
 from mergekit_lfm.hub import HubName
 from mergekit_lfm.tensors import TensorSpec, encode_header
 
@@ -116,6 +117,20 @@ def tagalong(template: Checkpoint) -> tuple[Path, ...]:
         return ()
     found = [path for path in folder.iterdir() if TAGALONG.search(path.name)]
     if (folder / "modules.json").exists():
-        folders = [entry.get("path") for entry in json.loads((folder / "modules.json").read_text(encoding="utf-8"))]
-        found += [path for name in folders if name for path in (folder / name).glob("*.json")]
+        found += [path for name in _modules(folder) for path in (folder / name).glob("*.json")]
     return tuple(sorted(path for path in found if path.is_file() and path.stat().st_size <= TAGALONG_BYTES))
+
+
+def _modules(folder: Path) -> list[str]:
+    """The folders of the modules that sentence-transformers lists. FormatError where they are no folders in there."""
+    try:
+        names = [entry["path"] for entry in json.loads((folder / "modules.json").read_text(encoding="utf-8"))]
+    except (ValueError, TypeError, KeyError):
+        names = [None]
+    wrong = [name for name in names if name != "" and leads_away(name)]
+    if wrong:
+        raise FormatError(
+            f"{folder / 'modules.json'}: found {wrong[0]!r}, expected a list of modules, each with the path of a "
+            "folder in this one"
+        )
+    return [name for name in names if name]

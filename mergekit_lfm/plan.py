@@ -110,6 +110,11 @@ class Plan:
 
     def fetch(self, notice: Callable[[str], None]) -> None:
         """Download the weights that are still on the Hub. notice is called with a line for each model."""
+        snapshot = next((model.snapshot for model in self.models if model.absent), None)
+        if snapshot is not None:
+            from mergekit_lfm.hub.snapshots import check_room
+
+            check_room(snapshot, self.absent)
         for label, model in zip(self.labels, self.models, strict=True):
             if absent := model.absent:
                 files = f"{len(absent)} files" if len(absent) > 1 else next(iter(absent))

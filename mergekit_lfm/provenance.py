@@ -53,11 +53,12 @@ def _without_paths(raw: bytes) -> bytes:
         data = json.loads(raw)
     except (ValueError, RecursionError):
         return raw
-    keys = [
-        key for key in ("_name_or_path", "name_or_path") if isinstance(data, dict) and isinstance(data.get(key), str)
-    ]
-    told = [key for key in keys if _last_name(data[key]) != data[key]]
-    return _json({key: value for key, value in data.items() if key not in told}) if told else raw
+    before = deepcopy(data)
+    for part in _parts(data) if isinstance(data, dict) else ():
+        for key in ("_name_or_path", "name_or_path"):
+            if isinstance(part.get(key), str) and _last_name(part[key]) != part[key]:
+                del part[key]
+    return raw if data == before else _json(data)
 
 
 def _json(data: Any) -> bytes:
@@ -88,7 +89,7 @@ def _config(raw: bytes, plan: Plan) -> bytes:
 def _parts(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """A config and all in it that describe parts of the model."""
     yield config
-    for key, value in config.items():
+    for key, value in list(config.items()):
         if isinstance(value, dict) and key not in QUANTISATION_KEYS:
             yield from _parts(value)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
 from mergekit_lfm import __version__
-from mergekit_lfm.card import CARD, without_front_matter
+from mergekit_lfm.card import CARD, KEPT, without_front_matter
 from mergekit_lfm.checkpoint import Checkpoint
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.hub import repository
@@ -32,11 +33,14 @@ from mergekit_lfm.provenance import verify
 from mergekit_lfm.writer import LOCK, REPLACED, lock_of
 
 IN_GIT = 100_000_000  # bytes; the Hub takes no larger file into git itself (its limit is a tenth of that)
-KEPT = "MERGE.md"  # where our card goes beside one that was edited on the Hub
-WEIGHTS = re.compile(r"^(pytorch_)?model[^/]*\.(safetensors|bin)(\.index\.json)?$")
+# The weights that loaders look for, of which a repository should hold one set; and what tells that it is in use.
+WEIGHTS = re.compile(r"^(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?$")
+IN_USE = re.compile(r"\.(safetensors|bin|gguf|pt|pth|onnx|msgpack|h5)$|(^|/)(config|adapter_config)\.json$")
 TEXTS = re.compile(r"\.(md|json|yaml|yml|txt|py|jinja)$")
 VOCABULARIES = re.compile(r"(^|/)(tokenizer|vocab|merges)\.(json|txt)$")  # any text may be a token
-TOKEN = re.compile(rb"hf_[A-Za-z0-9]{30,}")
+TOKEN = re.compile(rb"\b(api_org|hf)_[A-Za-z0-9_-]{30,}")
+NOTED_PATH = re.compile(rb'name_or_path"\s*:\s*"[/~]')  # where transformers once found the model
+SEARCHED = 50_000_000  # bytes; larger files are no notes
 
 
 @dataclass(frozen=True)
@@ -84,17 +88,22 @@ def check_repository(repo: str, *, private: bool = False, overwrite: bool = Fals
     if offline():
         raise PlanError(f"{repo} cannot be pushed to while HF_HUB_OFFLINE is set: unset it")
     _check_account(repo)
-    remote = _look(repo)
+    return _suitable(_look(repo), private=private, overwrite=overwrite)
+
+
+def _suitable(remote: Remote, *, private: bool, overwrite: bool) -> Remote:
+    """The repository, if it may be pushed to. PlanError if not."""
+    repo = remote.repo
     if remote.commit is not None and private and not remote.private:
         raise PlanError(
             f"{repo} is there and is public, but a private repository was asked for: make it private at "
             f"{endpoint()}/{repo}/settings, or push to another name"
         )
-    weights = sorted(name for name in remote.files if WEIGHTS.search(name))
-    if weights and LOCK not in remote.files and not overwrite:
+    used = sorted(name for name in remote.files if IN_USE.search(name))
+    if used and LOCK not in remote.files and not overwrite:
         raise PlanError(
-            f"{repo} holds {weights[0]}, which is not of an earlier push of a merge: push to another name, or replace "
-            "it with `mergekit-lfm push DIR REPO --overwrite`"
+            f"{repo} holds {used[0]}, which is not of an earlier push of a merge: push to another name, or replace it "
+            "with `mergekit-lfm push DIR REPO --overwrite`"
         )
     return remote
 
@@ -151,6 +160,8 @@ def push(
         raise PlanError(f"{place} still holds what it replaced, as its merge was interrupted: run that once more")
     if pull_back and not lock_of(place):
         raise PlanError(f"{place} has no {LOCK} to compare with: push it without that")
+    if pull_back and (problems := verify(place)):
+        raise PlanError(several(f"{place} is not what its lock says", problems) + "\nPush it without comparing.")
     remote = check_repository(repo, private=private, overwrite=overwrite)
     contents, left_out = _contents(place)
     kept = not replace_card and _card_kept(remote, place)
@@ -160,10 +171,10 @@ def push(
     if remote.commit is None:
         with asking(repo):
             api().create_repo(repo, private=private or None, exist_ok=True)
-        remote = _look(repo)
+        remote = _suitable(_look(repo), private=private, overwrite=overwrite)
     oids = {name: _oids(content) for name, content in contents.items()}
     changed = [name for name in contents if not _is(remote.files.get(name), oids[name])]
-    removed = sorted(_outdated(remote) - contents.keys())
+    removed = sorted(_outdated(remote, kept) - contents.keys())
     commit = remote.commit
     if changed or removed:
         commit = _commit(remote, {name: contents[name] for name in changed}, removed, message or _message(place))
@@ -188,21 +199,21 @@ def _contents(folder: Path) -> tuple[dict[str, Content], list[str]]:
             hidden.append(name.as_posix())
             continue
         found[name.as_posix()] = path
-        if TEXTS.search(path.name) and not VOCABULARIES.search(name.as_posix()):
-            told += [f"{name}, line {line}: {what}" for line, what in _private(path.read_bytes())]
+        if path.stat().st_size <= SEARCHED and not VOCABULARIES.search(name.as_posix()):
+            told += [f"{name}, line {line}: {what}" for line, what in _private(path)]
     if told:
         raise PlanError(several("the folder holds what must not be public", told) + "\nRemove it, then push again.")
     return found, hidden
 
 
-def _private(text: bytes) -> list[tuple[int, str]]:
-    """The lines that hold a token, or a path of this machine's user."""
-    home = str(Path.home()).encode()
-    found = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if TOKEN.search(line):
+def _private(path: Path) -> list[tuple[int, str]]:
+    """The lines of a file that hold a token, or, of a text, a path of this machine."""
+    home, token = os.environ.get("HOME", "").rstrip("/").encode(), (get_token() or "\0").encode()
+    found, text = [], TEXTS.search(path.name)
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        if TOKEN.search(line) or token in line:
             found.append((number, "a token of the Hub"))
-        if home.count(b"/") > 1 and home + b"/" in line:
+        if text and (NOTED_PATH.search(line) or (home and home + b"/" in line)):
             found.append((number, "a path of this machine"))
     return found
 
@@ -226,7 +237,7 @@ def _lock(remote: Remote) -> dict[str, dict[str, str]]:
         lock = json.loads(_read(remote, LOCK))
     except ValueError:
         return {}
-    return lock if isinstance(lock, dict) else {}
+    return lock if isinstance(lock, dict) and isinstance(lock.get("files"), dict) else {}
 
 
 def _read(remote: Remote, name: str) -> bytes:
@@ -235,10 +246,10 @@ def _read(remote: Remote, name: str) -> bytes:
     return Path(path).read_bytes()
 
 
-def _outdated(remote: Remote) -> set[str]:
+def _outdated(remote: Remote, kept_card: bool) -> set[str]:
     """The files of the repository that a new push replaces: weights, and what an earlier push has put there."""
     lock = _lock(remote)
-    ours = {*lock.get("files", {}), LOCK} if lock else set()
+    ours = {*lock["files"], LOCK, *(() if kept_card else (KEPT,))} if lock else set()
     return {name for name in remote.files if name in ours or WEIGHTS.search(name)} - {CARD}
 
 
@@ -303,4 +314,5 @@ def _pull_back(remote: Remote, pushed: Iterable[str], near: Path) -> None:
         pull(Snapshot(remote.repo, remote.commit, place, sizes), place)
         problems = [line for line in verify(place) if CARD in sizes or not line.startswith(f"{CARD} ")]  # a kept one
     if problems:
-        raise PlanError(several(f"{remote.repo}@{remote.commit}, pulled again, is not what its lock says", problems))
+        what = f"{remote.repo}@{remote.commit} was pushed, but downloaded again it is not what its lock says:\n  "
+        raise PlanError(what + "\n  ".join(problems[:10]))

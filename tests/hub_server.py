@@ -6,7 +6,6 @@ the client was seen to need, and the errors those of the Hub.
 
 from __future__ import annotations
 
-import base64
 import json
 import re
 import socket
@@ -20,7 +19,7 @@ from threading import Lock, Thread
 from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
-from hub_store import Blob, Commit, Refused, Repo, Store, card_problems, described, is_apart, listing
+from hub_store import Blob, Commit, Refused, Repo, Store, card_problems, is_apart, listing
 
 TOKEN = "hf_" + "a" * 34  # of the user "me", a member of "org"
 READ_TOKEN = "hf_" + "r" * 34  # of the same, for reading alone
@@ -245,8 +244,13 @@ class _Handler(BaseHTTPRequestHandler):
             with suppress(OSError):
                 self.connection.shutdown(socket.SHUT_RDWR)
         finally:
-            host = self.headers.get("Host", "").partition(":")[0]
-            self.hub.requests.append(Request(self.command, path, self.status, self.got, self.token, host))
+            if not self.status:
+                self._record()
+
+    def _record(self) -> None:
+        """Note the request: before its answer goes out, so that who has the answer finds it noted."""
+        path, host = unquote(urlsplit(self.path).path), self.headers.get("Host", "").partition(":")[0]
+        self.hub.requests.append(Request(self.command, path, self.status, self.got, self.token, host))
 
     def _serve(self, path: str) -> None:
         fault = self.fault
@@ -289,6 +293,7 @@ class _Handler(BaseHTTPRequestHandler):
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         headers = {"Content-Length": str(len(data)), **(headers or {})}
         self.status = status
+        self._record()
         self.send_response_only(status)
         for key, value in headers.items():
             self.send_header(key, value)
@@ -334,7 +339,8 @@ class _Handler(BaseHTTPRequestHandler):
         repo = f"{owner}/{asked['name']}"
         self._may_write(owner)
         if self.hub.exists(repo):
-            raise Refused(409, "You already created this model repo", **{"X-Url": self.hub.url})
+            self._send(409, {"error": "You already created this model repo", "url": f"{self.hub.url}/{repo}"})
+            return
         self.hub.create(repo, private=asked.get("visibility") == "private" or bool(asked.get("private")))
         self._send(200, {"url": f"{self.hub.url}/{repo}", "name": repo})
 
@@ -477,23 +483,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def make_commit(self, repo: str, rev: str) -> None:
         self._may_write(repo.partition("/")[0])
-        store, lines = self.hub.store, [json.loads(line) for line in self.body.splitlines() if line.strip()]
-        header, changes = lines[0]["value"], dict[str, Blob | None]()
-        for line in lines[1:]:
-            kind, value = line["key"], line["value"]
-            path = value["path"]
-            if kind == "file":
-                data = base64.b64decode(value["content"])
-                changes[path] = described(store.keep(data), len(data), data)
-            elif kind == "lfsFile":
-                if not store.has(value["oid"]):
-                    raise Refused(400, f"the content of {path} was never uploaded")
-                changes[path] = described(value["oid"], value["size"], None)
-            elif kind == "deletedFile":
-                if path not in store.resolve(repo, rev).tree:
-                    raise Refused(404, "A file with this name doesn't exist", "EntryNotFound")
-                changes[path] = None
-            else:
-                raise Refused(400, f"unknown operation {kind}")
-        commit = store.commit(repo, rev, header["summary"], changes, header.get("parentCommit"))
+        header, *lines = [json.loads(line) for line in self.body.splitlines() if line.strip()]
+        changes, asked = self.hub.store.changes(repo, rev, lines), header["value"]
+        commit = self.hub.store.commit(repo, rev, asked["summary"], changes, asked.get("parentCommit"))
         self._send(200, {"commitOid": commit.sha, "commitUrl": f"{self.hub.url}/{repo}/commit/{commit.sha}"})

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from threading import RLock
 from typing import Any
 
@@ -84,7 +86,9 @@ class Store:
     def keep(self, data: bytes) -> str:
         """Keep a content; its sha256."""
         sha256 = hashlib.sha256(data).hexdigest()
-        (self.blobs / sha256).write_bytes(data)
+        with NamedTemporaryFile(dir=self.blobs.parent, delete=False) as file:  # others may be asking for it
+            file.write(data)
+        Path(file.name).replace(self.blobs / sha256)
         return sha256
 
     def has(self, sha256: str) -> bool:
@@ -155,6 +159,31 @@ class Store:
             repo.commits[sha] = Commit(sha, title, head, tree)
             repo.refs[branch] = sha
             return repo.commits[sha]
+
+    def changes(self, name: str, branch: str, lines: Iterable[Mapping[str, Any]]) -> dict[str, Blob | None]:
+        """What the lines of a commit change. Refused where a content or a file that they speak of is not there."""
+        found: dict[str, Blob | None] = {}
+        tree = self.resolve(name, branch).tree
+        for line in lines:
+            kind, value = line["key"], line["value"]
+            path = value["path"]
+            if kind == "file":
+                data = base64.b64decode(value["content"])
+                found[path] = described(self.keep(data), len(data), data)
+            elif kind == "lfsFile":
+                if not self.has(value["oid"]):
+                    raise Refused(400, f"the content of {path} was never uploaded")
+                found[path] = described(value["oid"], value["size"], None)
+            elif kind in ("deletedFile", "deletedFolder"):
+                gone = [
+                    p for p in tree if p == path or (kind == "deletedFolder" and p.startswith(f"{path.strip('/')}/"))
+                ]
+                if not gone:
+                    raise Refused(404, "A file with this name doesn't exist", "EntryNotFound")
+                found |= dict.fromkeys(gone)
+            else:
+                raise Refused(400, f"unknown operation {kind}")
+        return found
 
     def file(self, path: str, data: bytes) -> Blob:
         """A file of a commit, its content kept."""

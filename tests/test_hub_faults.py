@@ -149,7 +149,7 @@ def test_a_token_that_may_not_write_there(
     merge("recipe.yaml", "out")
     hub.fault("POST", "/commit/", status=403, headers={"X-Error-Message": "you have no rights"}, times=None)
     message = refused("push", "out", REPO)
-    assert "the token does not allow this (you have no rights); use one that may write there" in message
+    assert "the account of the token may not do this (you have no rights); use a token that may" in message
 
 
 def test_what_the_hub_holds_is_compared_with_what_was_pushed(

@@ -151,7 +151,10 @@ def test_a_card_that_was_edited_on_the_hub_is_kept(hub: HubServer, folder: Path)
     (folder / "recipe.yaml").write_text(RECIPE.replace("weight: 1", "weight: [0.2, 0.8]"))
     result = run("merge", "recipe.yaml", "two", "--push-to", REPO, "--verify")
     assert result.exit_code == 0
-    assert "the model card was edited on the Hub and is kept; that of this merge is MERGE.md beside it" in result.stderr
+    assert (
+        "the model card was edited on the Hub and is kept (--replace-card replaces it); that of this merge is"
+        in result.stderr
+    )
     there = hub.files(REPO)
     assert there["README.md"] == edited
     ours = (folder / "two/README.md").read_text()
@@ -187,6 +190,69 @@ def test_weights_of_somebody_else_are_not_replaced_unasked(hub: HubServer, folde
     pushed = push("out", REPO, overwrite=True)
     assert pushed.removed == ("pytorch_model.bin",)
     assert hub.files(REPO)["notes.txt"] == b"mine" and "pytorch_model.bin" not in hub.files(REPO)
+
+
+@pytest.mark.parametrize("theirs", ["adapter_model.safetensors", "config.json", "model-q4.gguf", "unet/weights.bin"])
+@pytest.mark.usefixtures("folder")
+def test_a_repository_of_another_kind_is_not_written_over(theirs: str, hub: HubServer) -> None:
+    hub.create(REPO, {theirs: b"{}"})
+    assert f"{REPO} holds {theirs}, which is not of an earlier push" in refusal(run("push", "out", REPO))
+
+
+def test_weights_of_the_user_beside_a_push_stay(hub: HubServer, folder: Path) -> None:
+    push("out", REPO)
+    hub.commit(REPO, {"model-int8.safetensors": b"mine", "gguf/model.gguf": b"mine"})
+    (folder / "recipe.yaml").write_text(RECIPE.replace("weight: 1", "weight: [0.2, 0.8]"))
+    merge("recipe.yaml", "two", push_to=REPO)
+    assert hub.files(REPO)["model-int8.safetensors"] == b"mine" and "gguf/model.gguf" in hub.files(REPO)
+
+
+@pytest.mark.usefixtures("folder")
+def test_what_appears_while_it_is_made_is_looked_at(hub: HubServer) -> None:
+    """Between the look at a repository that is not there and its making somebody makes it, public and with weights."""
+    hub.fault("POST", "/api/repos/create", before=lambda: hub.create(REPO, {"model.safetensors": b"theirs"}))
+    assert "a private repository was asked for" in refusal(run("push", "out", REPO, "--private"))
+    assert hub.files(REPO)["model.safetensors"] == b"theirs"
+
+
+@pytest.mark.usefixtures("folder")
+def test_pulling_back_downloads_whatever_is_in_the_cache(hub: HubServer) -> None:
+    push("out", REPO)
+    assert run("verify", REPO).exit_code == 0  # now it is in the cache
+    before = len(hub.requests)
+    assert push("out", REPO, pull_back=True).verified
+    assert any(r.path.startswith("/blob/") for r in hub.requests[before:] if r.method == "GET")
+    tree = hub.history(REPO)[0].tree
+    blob = hub.store.blobs / tree["model.safetensors"].sha256
+    blob.write_bytes(blob.read_bytes()[:-1] + b"x")
+    message = refusal(run("push", "out", REPO, "--verify"))
+    assert f"{REPO}@{hub.head(REPO)} was pushed, but downloaded again it is not what its lock says" in message
+
+
+def test_what_differs_from_its_lock_is_not_pushed_to_be_verified(hub: HubServer, folder: Path) -> None:
+    with (folder / "out/README.md").open("a") as card:
+        card.write("My words.\n")
+    assert "README.md was changed" in refusal(run("push", "out", REPO, "--verify"))
+    assert not hub.exists(REPO)
+    push("out", REPO)
+    assert hub.files(REPO)["README.md"].endswith(b"My words.\n")
+
+
+def test_a_kept_card_is_no_difference_to_the_lock(hub: HubServer, folder: Path) -> None:
+    push("out", REPO)
+    hub.commit(REPO, {"README.md": b"# Mine\n"})
+    (folder / "recipe.yaml").write_text(RECIPE.replace("weight: 1", "weight: [0.2, 0.8]"))
+    merge("recipe.yaml", "two", push_to=REPO)
+    assert answer(run("verify", REPO, "--json"))["good"]
+    push("two", REPO, replace_card=True)
+    assert "MERGE.md" not in hub.files(REPO)
+
+
+@pytest.mark.parametrize("lock", [b'{"files": []}', b'{"files": null}', b"[]", b"{"])
+@pytest.mark.usefixtures("folder")
+def test_a_damaged_lock_on_the_hub(lock: bytes, hub: HubServer) -> None:
+    hub.create(REPO, {"merge.lock.json": lock, "README.md": b"# X\n"})
+    assert push("out", REPO).kept_card
 
 
 def test_private_is_not_made_public(hub: HubServer, folder: Path) -> None:
@@ -283,6 +349,33 @@ def test_tokens_and_paths_do_not_go_out(hub: HubServer, folder: Path, monkeypatc
     assert TOKEN not in message and not hub.exists(REPO)
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "found"),
+    [
+        ("run.sh", f"export HF_TOKEN={TOKEN}", "a token of the Hub"),
+        ("training_args.bin", f"\0{TOKEN}\0", "a token of the Hub"),
+        ("a.txt", "hf_oauth_" + "x" * 40, "a token of the Hub"),
+        ("config.json", '{"text_config": {"_name_or_path": "/data/a"}}', "a path of this machine"),
+        ("notes.md", "/home/client/data", "a path of this machine"),
+    ],
+)
+def test_secrets_in_other_files_are_seen(
+    name: str, text: str, found: str, hub: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home")
+    (folder / "out" / name).write_text(text)
+    assert f"{name}, line 1: {found}" in refusal(run("push", "out", REPO))
+    assert not hub.exists(REPO)
+
+
+@pytest.mark.parametrize("token", ["\u201chf_x\u201d", "hf_x y"])
+@pytest.mark.usefixtures("folder")
+def test_a_token_that_can_be_none_is_said_to_be(token: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", token)
+    message = refusal(run("push", "out", REPO))
+    assert "the token of the Hub has characters that no token has" in message and token not in message
+
+
 @pytest.mark.usefixtures("folder")
 def test_configs_lose_the_folder_that_transformers_noted(
     hub: HubServer,
@@ -292,7 +385,10 @@ def test_configs_lose_the_folder_that_transformers_noted(
         tokenizer = {"name_or_path": "/srv/secret/model", "model_max_length": 64}
         hub.commit(
             f"org/{name}",
-            {"config.json": json.dumps(config).encode(), "tokenizer_config.json": json.dumps(tokenizer).encode()},
+            {
+                "config.json": json.dumps({**config, "text_config": {"_name_or_path": "/srv/secret/x"}}).encode(),
+                "tokenizer_config.json": json.dumps(tokenizer).encode(),
+            },
         )
     merge("recipe.yaml", "two", push_to=REPO)
     assert b"/srv/secret" not in b"".join(hub.files(REPO).values())

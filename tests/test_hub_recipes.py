@@ -280,6 +280,51 @@ def test_licenses_that_differ_are_for_a_human_to_judge(models: HubServer, folder
     assert re.search(r"- org/a@\w{40}, license: mine\n- org/b@\w{40}, license: apache-2.0\n", card)
 
 
+def test_the_room_for_all_models_is_checked_before_the_first_is_fetched(
+    models: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mergekit_lfm.hub.snapshots.free_space", lambda _: 150_000)  # one of them would fit
+    with pytest.raises(PlanError, match="make room"):
+        merge("recipe.yaml", "out")
+    assert [r for r in models.requests if r.path.startswith("/blob/") and r.status == 200] == []
+
+
+def test_one_model_under_two_names_is_refused(models: HubServer, folder: Path) -> None:
+    (folder / "recipe.yaml").write_text(RECIPE.replace("org/b@v1", "org/a@main"))
+    message = refusal(run("plan", "recipe.yaml"))
+    assert f"org/a and org/a@main are one model, org/a@{models.head('org/a')}, under two names" in message
+
+
+def test_no_old_commit_is_taken_where_the_hub_fails_to_answer(models: HubServer, folder: Path) -> None:
+    run("plan", "recipe.yaml")
+    changed = files_of(folder / "local/a")["model-00001-of-00003.safetensors"]
+    models.commit("org/a", {"model-00001-of-00003.safetensors": changed[:-4] + bytes(4)})
+    models.fault("GET", "^/api/models/org/a(/revision/main)?$", status=503, times=1)
+    result = run("plan", "recipe.yaml", "--json")
+    assert result.exit_code == 2 or json.loads(result.stdout)["models"][0]["commit"] == models.head("org/a")
+
+
+@pytest.mark.parametrize("path", ["../../here/private", "/etc", 1, None])
+def test_a_list_of_modules_that_leads_away_is_refused(path: object, models: HubServer, folder: Path) -> None:
+    (folder / "private").mkdir()
+    (folder / "private/secret.json").write_text("{}")
+    files = {**files_of(folder / "local/b"), "modules.json": json.dumps([{"path": path}]).encode()}
+    models.create("org/bad", files)
+    (folder / "recipe.yaml").write_text("merge_method: passthrough\nmodels: [{model: org/bad}]\n")
+    assert "expected a list of modules, each with the path of a folder in this one" in refusal(
+        run("plan", "recipe.yaml")
+    )
+
+
+@pytest.mark.parametrize("name", ["/etc/model.safetensors", "../../../local/b/model.safetensors", 3])
+def test_an_index_that_leads_away_is_refused(name: object, models: HubServer, folder: Path) -> None:
+    index = {"weight_map": {"a": name}}
+    models.create("org/bad", {"config.json": b"{}", "model.safetensors.index.json": json.dumps(index).encode()})
+    with pytest.raises(FormatError, match="is no file of that folder"):
+        open_checkpoint("org/bad")
+    assert (folder / "local").is_dir()
+
+
 def test_mergekits_revision_is_read() -> None:
     recipe = {
         "merge_method": "passthrough",
@@ -291,6 +336,6 @@ def test_mergekits_revision_is_read() -> None:
 
 def test_a_full_disk_is_noticed_before(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mergekit_lfm.hub.snapshots.free_space", lambda _: 1000)
-    with pytest.raises(PlanError, match=r"needs .* GB in the cache of the Hub, .*make room, or set HF_HOME"):
+    with pytest.raises(PlanError, match=r"need .* GB more in the cache of the Hub, .*make room, or set HF_HOME"):
         merge("recipe.yaml", "out")
     assert list(folder.glob("out*")) == []

@@ -85,7 +85,10 @@ def pushed_text(pushed: Pushed) -> str:
     lines += [f"removed there, as they were of an earlier push: {', '.join(pushed.removed)}"] if pushed.removed else []
     lines += [f"not pushed, as they are hidden: {', '.join(pushed.left_out)}"] if pushed.left_out else []
     if pushed.kept_card:
-        lines.append("the model card was edited on the Hub and is kept; that of this merge is MERGE.md beside it")
+        lines.append(
+            "the model card was edited on the Hub and is kept (--replace-card replaces it); that of this merge is "
+            "MERGE.md beside it"
+        )
     return "\n".join(lines)
 
 

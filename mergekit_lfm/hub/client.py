@@ -30,15 +30,26 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # documented,
     parse_ratelimit_headers,
 )
 
+try:
+    import hf_xet
+except ImportError:  # it is not there for every kind of machine
+    hf_xet = None
+
 from mergekit_lfm import __version__
 from mergekit_lfm.errors import PlanError
 
 HTTPError: type[Exception] = HfHubHTTPError.__mro__[1]  # of the client's HTTP library: httpx, or its successor
+XET_ERRORS: tuple[type[Exception], ...] = tuple(
+    getattr(hf_xet, name) for name in ("XetAuthenticationError", "XetObjectNotFoundError") if hasattr(hf_xet, name)
+)
 _RETRY = "run the same command again: what is done is kept"
 
 
 def api() -> HfApi:
-    """The client; its token is HF_TOKEN, or what `hf auth login` has stored."""
+    """The client; its token is HF_TOKEN, or what `hf auth login` has stored. PlanError where that can be no token."""
+    token = get_token()
+    if token is not None and not (token.isascii() and token.isprintable() and " " not in token):
+        raise PlanError("the token of the Hub has characters that no token has: set HF_TOKEN anew, without quotes")
     return HfApi(endpoint=endpoint(), library_name="mergekit_lfm", library_version=__version__)
 
 
@@ -58,6 +69,8 @@ def asking(about: str) -> Iterator[None]:
     with _addresses_hidden():
         try:
             yield
+        except XET_ERRORS as error:
+            raise _unreached(about, error) from None
         except RuntimeError as error:
             if type(error) is not RuntimeError:
                 raise
@@ -85,7 +98,7 @@ def _explained(about: str, error: Exception) -> Exception:
     if isinstance(error, GatedRepoError):
         return PlanError(
             f"{about} is gated: accept its conditions on {place}/{about.partition('@')[0]} with the account whose "
-            f"token is used here{_without_token()}"
+            f"token is used here{_without_token()}{_in_brackets(error)}"
         )
     if isinstance(error, RevisionNotFoundError):
         return PlanError(f"{about}: the repository is there, but no such branch, tag or commit; look at {place}")
@@ -106,14 +119,13 @@ def _without_token() -> str:
 
 def _refused(about: str, status: int, error: Any) -> Exception:
     """What an answer with an error code means."""
-    said = _said(error)
-    reason = f" ({said})" if said else ""
+    reason = _in_brackets(error)
     if status == 401:
         return PlanError(
             f"the Hub at {endpoint()} refuses the token{reason}: set HF_TOKEN to a valid one, or run `hf auth login`"
         )
     if status == 403:
-        return PlanError(f"{about}: the token does not allow this{reason}; use one that may write there")
+        return PlanError(f"{about}: the account of the token may not do this{reason}; use a token that may")
     if status == 412:
         return PlanError(
             f"{about} was changed by somebody else in the meantime, so nothing was pushed: look at what changed, then "
@@ -132,7 +144,17 @@ def _said(error: Exception) -> str:
     """What the Hub said itself, in a line; "" for nothing."""
     response = getattr(error, "response", None)
     said = "" if response is None else response.headers.get("X-Error-Message")
-    return " ".join(str(said or getattr(error, "server_message", None) or "").split()).rstrip(".")
+    return shortened(" ".join(str(said or getattr(error, "server_message", None) or "").split()).rstrip("."))
+
+
+def _in_brackets(error: Exception) -> str:
+    said = _said(error)
+    return f" ({said})" if said else ""
+
+
+def shortened(text: str) -> str:
+    """The text without what stands after the ? of an address: there, it may be a key to it."""
+    return re.sub(r"(https?://[^\s?]*)\?[^\s)]*", r"\1", text)
 
 
 def _wait(headers: Any) -> str:
@@ -142,7 +164,7 @@ def _wait(headers: Any) -> str:
 
 
 def _unreached(about: str, error: Exception) -> Exception:
-    reason = str(error).strip().split("\n")[0] or type(error).__name__
+    reason = shortened(str(error).strip().split("\n")[0]) or type(error).__name__
     return ConnectionError(
         f"the connection to the Hub at {endpoint()} failed for {about} ({reason}); {_RETRY}. With HF_HUB_OFFLINE=1, "
         "models that are in the cache are read without it"
@@ -162,10 +184,10 @@ def no_bars() -> Iterator[None]:
 
 
 class _Shorten(logging.Filter):
-    """Takes from the client's warnings what stands after the ? of an address: there, it may be a key to it."""
+    """Takes from the client's warnings what may be a key."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        record.msg, record.args = re.sub(r"(https?://[^\s?]*)\?\S*", r"\1", record.getMessage()), ()
+        record.msg, record.args = shortened(record.getMessage()), ()
         return True
 
 

@@ -65,12 +65,8 @@ class Snapshot:
                 f"{self} lacks {', '.join(lacking)} in the cache of the Hub, and the Hub is not asked, as "
                 "HF_HUB_OFFLINE is set: unset it"
             )
-        needed, free = sum(self.sizes.get(name, 0) for name in lacking), free_space(self.folder)
-        if needed > free:
-            raise PlanError(
-                f"{self} needs {needed / 1e9:,.3g} GB in the cache of the Hub, {self.folder.parents[2]}, where "
-                f"{free / 1e9:,.3g} GB are free; make room, or set HF_HOME to another disk"
-            )
+        needed = sum(self.sizes.get(name, 0) for name in lacking)
+        check_room(self, needed)
         with no_bars() if needed < TAKES_LONG else nullcontext():
             _download(self.repo, self.commit, lacking)
         if still := self.lacking(lacking):
@@ -98,18 +94,31 @@ class Snapshot:
             return bytes(response.content[:nbytes])
 
 
+def check_room(snapshot: Snapshot, nbytes: int) -> None:
+    """PlanError where the cache, in which the snapshot is, has no room for so many bytes."""
+    free = free_space(snapshot.folder)
+    if nbytes > free:
+        raise PlanError(
+            f"the models need {nbytes / 1e9:,.3g} GB more in the cache of the Hub, {snapshot.folder.parents[2]}, where "
+            f"{free / 1e9:,.3g} GB are free; make room, or set HF_HOME to another disk"
+        )
+
+
 def find_snapshot(name: HubName) -> Snapshot:
     """The model at the commit that its revision stands for now, with its configs and its card in the cache.
 
     With HF_HUB_OFFLINE, the commit and the files that were downloaded before. Raises as `Snapshot.fetch` does.
     """
     with asking(str(name)):
-        commit = str(api().resolve_revision(name.repo, revision=name.revision, local_files_only=offline()).resolved)
+        resolved = api().resolve_revision(name.repo, revision=name.revision, local_files_only=offline())
+        commit = str(resolved.resolved)
         if offline():
             folder = _found(name.repo, commit)
             found = (path for path in folder.rglob("*") if path.is_file())
             sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in found}
             return Snapshot(name.repo, commit, folder, sizes, listed=False)
+        if commit != name.revision:  # where the Hub fails to answer, the client gives what it said the last time
+            commit = str(api().model_info(name.repo, revision=name.revision).sha)
         tree = api().list_repo_tree(name.repo, recursive=True, revision=commit)
         sizes = {entry.path: entry.size for entry in tree if isinstance(entry, RepoFile)}
     return Snapshot(name.repo, commit, _found(name.repo, commit), sizes)
@@ -117,13 +126,13 @@ def find_snapshot(name: HubName) -> Snapshot:
 
 def _found(repo: str, commit: str) -> Path:
     """The folder of the model in the cache, with what planning needs of it."""
-    with no_bars():
-        return Path(_download(repo, commit, AT_PLANNING))
+    with no_bars():  # a card that is not in the cache is no reason to refuse a merge offline
+        return Path(_download(repo, commit, [name for name in AT_PLANNING if not (offline() and name == "README.md")]))
 
 
 def pull(snapshot: Snapshot, folder: Path) -> None:
-    """Download every file of the model into a folder of its own, past the cache."""
-    _download(snapshot.repo, snapshot.commit, list(snapshot.sizes), local_dir=folder)
+    """Download every file of the model into a folder of its own, whatever is in the cache."""
+    _download(snapshot.repo, snapshot.commit, list(snapshot.sizes), local_dir=folder, force_download=True)
 
 
 def _download(repo: str, commit: str, names: Iterable[str], **options: Any) -> str:
