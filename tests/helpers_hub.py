@@ -59,7 +59,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
 @pytest.fixture
 def xet_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     """A Hub that stores large files by xet; the client asks it."""
-    yield from _serving(HubServer(tmp_path / "server", xet=True), tmp_path / "client", monkeypatch)
+    yield from _serving(HubServer(tmp_path / "xet-server", xet=True), tmp_path / "xet-client", monkeypatch)
 
 
 def _serving(server: HubServer, home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:

@@ -241,11 +241,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(refused.status, {"error": refused.message}, refused.headers)
         except (_Cut, BrokenPipeError, ConnectionResetError):
             self.close_connection = True
-            with suppress(OSError):
-                self.connection.shutdown(socket.SHUT_RDWR)
-        finally:
             if not self.status:
                 self._record()
+            with suppress(OSError):
+                self.connection.shutdown(socket.SHUT_RDWR)
 
     def _record(self) -> None:
         """Note the request: before its answer goes out, so that who has the answer finds it noted."""

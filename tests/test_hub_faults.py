@@ -196,6 +196,20 @@ def test_ctrl_c_in_an_upload_says_what_is_complete(
     assert "model.safetensors" not in hub.files(REPO)
 
 
+@pytest.mark.parametrize(
+    ("status", "found"),
+    [(401, "refuses the token: set HF_TOKEN to a valid one"), (403, "may not do this; use a token that may")],
+)
+def test_an_upload_by_xet_that_is_refused(status: int, found: str, request: pytest.FixtureRequest) -> None:
+    """There the client's native part asks for a token to write with, and has words of its own."""
+    merge("recipe.yaml", "out")
+    xet_hub: HubServer = request.getfixturevalue("xet_hub")
+    xet_hub.fault("GET", "/xet-write-token/", status=status, times=None)
+    message = refused("push", "out", REPO)
+    assert found in message
+    assert "model.safetensors" not in xet_hub.files(REPO)
+
+
 # ------------------------------------------------------------------ pulling
 
 

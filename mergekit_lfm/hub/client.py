@@ -42,6 +42,8 @@ HTTPError: type[Exception] = HfHubHTTPError.__mro__[1]  # of the client's HTTP l
 XET_ERRORS: tuple[type[Exception], ...] = tuple(
     getattr(hf_xet, name) for name in ("XetAuthenticationError", "XetObjectNotFoundError") if hasattr(hf_xet, name)
 )
+# What the client's native part says in a ConnectionError: it asks for the tokens of uploads by itself.
+NATIVE = re.compile("Network error|Rate limited|Server error")
 _RETRY = "run the same command again: what is done is kept"
 
 
@@ -71,6 +73,13 @@ def asking(about: str) -> Iterator[None]:
             yield
         except XET_ERRORS as error:
             raise _unreached(about, error) from None
+        except ConnectionError as error:
+            if isinstance(error, OfflineModeIsEnabled):
+                raise _explained(about, error) from None
+            if not NATIVE.match(str(error)):  # it is one of ours
+                raise
+            status = re.search(r"\((\d{3}) ", str(error))
+            raise (_refused(about, int(status[1]), error) if status else _unreached(about, error)) from None
         except RuntimeError as error:
             if type(error) is not RuntimeError:
                 raise
@@ -80,7 +89,7 @@ def asking(about: str) -> Iterator[None]:
         except LocalEntryNotFoundError as error:  # what the client says where it found nothing in the cache either
             cause = error.__cause__ or error.__context__
             raise _explained(about, cause if isinstance(cause, Exception) else error) from None
-        except (HTTPError, OfflineModeIsEnabled, RevisionResolutionError, EntryNotFoundError) as error:
+        except (HTTPError, RevisionResolutionError, EntryNotFoundError) as error:
             raise _explained(about, error) from None
 
 
@@ -133,7 +142,7 @@ def _refused(about: str, status: int, error: Any) -> Exception:
         )
     if status == 429:
         return ConnectionError(
-            f"the Hub at {endpoint()} limits how often it is asked (429){_wait(error.response.headers)}, then {_RETRY}"
+            f"the Hub at {endpoint()} limits how often it is asked (429){_wait(error)}, then {_RETRY}"
         )
     if status >= 500 or status == 408:
         return ConnectionError(f"the Hub at {endpoint()} fails to answer about {about} ({status}){reason}; {_RETRY}")
@@ -157,7 +166,8 @@ def shortened(text: str) -> str:
     return re.sub(r"(https?://[^\s?]*)\?[^\s)]*", r"\1", text)
 
 
-def _wait(headers: Any) -> str:
+def _wait(error: Any) -> str:
+    headers = getattr(getattr(error, "response", None), "headers", {})
     limit = parse_ratelimit_headers(headers)
     seconds = limit.reset_in_seconds if limit else headers.get("Retry-After")
     return f": wait {seconds} s" if seconds is not None else ": wait a minute"
