@@ -161,7 +161,8 @@ def push(
     if pull_back and not lock_of(place):
         raise PlanError(f"{place} has no {LOCK} to compare with: push it without that")
     if pull_back and (problems := verify(place)):
-        raise PlanError(several(f"{place} is not what its lock says", problems) + "\nPush it without comparing.")
+        found = "\n  ".join(problems[:10])
+        raise PlanError(f"{place} is not what its lock says, so it is pushed without comparing alone:\n  {found}")
     remote = check_repository(repo, private=private, overwrite=overwrite)
     contents, left_out = _contents(place)
     kept = not replace_card and _card_kept(remote, place)

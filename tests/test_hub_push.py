@@ -232,7 +232,8 @@ def test_pulling_back_downloads_whatever_is_in_the_cache(hub: HubServer) -> None
 def test_what_differs_from_its_lock_is_not_pushed_to_be_verified(hub: HubServer, folder: Path) -> None:
     with (folder / "out/README.md").open("a") as card:
         card.write("My words.\n")
-    assert "README.md was changed" in refusal(run("push", "out", REPO, "--verify"))
+    message = refusal(run("push", "out", REPO, "--verify"))
+    assert "out is not what its lock says" in message and "README.md was changed" in message
     assert not hub.exists(REPO)
     push("out", REPO)
     assert hub.files(REPO)["README.md"].endswith(b"My words.\n")
