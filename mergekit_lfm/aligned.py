@@ -53,8 +53,8 @@ def _found(recipe: Recipe) -> dict[str, Checkpoint]:
             if model.source not in places:
                 places[model.source] = open_checkpoint(model.source)
         except PlanError as error:
-            if not str(error).startswith(str(model.source)):  # it is about the account: the others would say the same
-                raise
+            if not isinstance(model.source, HubName) or model.source.repo not in str(error):
+                raise  # it is about the account: the others would say the same
             problems.append(str(error))
     if problems:
         raise PlanError(several("models of the recipe are not to be had", problems))

@@ -55,6 +55,8 @@ def test_a_model_is_aligned_to_one_of_the_hub(models: HubServer) -> None:
     result = run(*line)
     assert result.exit_code == 0, result.stderr
     assert Path("t.safetensors").exists()
+    result = run("align", "org/code", "--to", str(QUICKSTART / "docs"), "-o", "u.safetensors")
+    assert "snapshots" not in result.output
 
 
 def test_facts_are_edited_in_a_model_of_the_hub(hub: HubServer, tmp_path: Path) -> None:

@@ -184,7 +184,7 @@ def test_what_is_not_to_be_had_is_named_all_at_once(models: HubServer, folder: P
     message = refusal(run("merge", "recipe.yaml", "out"))
     assert "3 problems" in message
     assert "there is no model org/nothing at " in message
-    assert "org/b@no-such-branch: the repository is there, but no such branch, tag or commit" in message
+    assert "\n  org/b@no-such-branch: the repository is there, but no such branch, tag or commit" in message
     assert re.search(rf"org/gated@\w{{40}} is gated: accept its conditions on {models.url}/org/gated with", message)
     assert list(folder.glob("out*")) == []
 

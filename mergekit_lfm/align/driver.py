@@ -23,6 +23,7 @@ from mergekit_lfm.arch.pairs import check_alike
 from mergekit_lfm.arch.registry import find_symmetries
 from mergekit_lfm.checkpoint import Checkpoint, content_of, open_checkpoint
 from mergekit_lfm.errors import PlanError
+from mergekit_lfm.hub import called
 from mergekit_lfm.settings import did_you_mean
 from mergekit_lfm.tensors import TensorSpec
 from mergekit_lfm.transforms import Transform, TransformFacts
@@ -85,7 +86,7 @@ def _side(model: Model, label: str) -> Side:
     if isinstance(model, str | os.PathLike):
         model = open_checkpoint(model)
     if isinstance(model, Checkpoint):
-        return Side(str(model.path), model, model)
+        return Side(called(model.path), model, model)
     specs = {n: TensorSpec(n, tuple(x.shape), str(x.dtype).removeprefix("torch.")) for n, x in model.items()}
     return Side(label, specs, model)
 

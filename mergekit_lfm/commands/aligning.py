@@ -118,7 +118,7 @@ def align(
     else:
         if not quiet:
             click.echo(transform_text(found), err=True)
-            click.echo(alignment_text(found, model), err=True)
+            click.echo(alignment_text(found, called(model)), err=True)
         if save is not None:
             click.echo(f"{save}: {saved_text(found['saved'])}", err=True)
         click.echo(out)

@@ -100,9 +100,7 @@ def _explained(about: str, error: Exception) -> Exception:
             f"{about} is not whole in the cache of the Hub ({constants.HF_HUB_CACHE}), and the Hub is not asked, as "
             "HF_HUB_OFFLINE is set: unset it, or download the model with `hf download` where there is a network"
         )
-    if isinstance(error, HTTPError) and "Invalid credentials" in _said(
-        error
-    ):  # else it may look like a repository not found
+    if "Invalid credentials" in _said(error):  # else it may look like a repository that is not found
         return _refused(about, 401, error)
     if isinstance(error, GatedRepoError):
         return PlanError(
