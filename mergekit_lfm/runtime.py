@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_lfm.checkpoint import Checkpoint, open_checkpoint
+from mergekit_lfm.devices import find_device, reason
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.layout import tagalong
 
@@ -76,7 +77,7 @@ def load_model(path: str | Path | Checkpoint, task: str, *, dtype: str = "float3
         raise PlanError(f"there is no task {task!r}; expected {', '.join(TASKS)}. Choose one of them")
     import torch
 
-    _check_place(device, dtype)
+    device = _check_place(device, dtype)
     transformers = import_transformers()
     if isinstance(path, Checkpoint):
         tagalong(path)  # of a model on the Hub they are fetched
@@ -143,7 +144,7 @@ def run(model: nn.Module, args: Sequence[Tensor] = (), kwargs: Mapping[str, Any]
         named = {**{f"input {i}": x for i, x in enumerate(args)}, **kwargs}
         given = ", ".join(f"{name} {_shown(x)}" for name, x in named.items()) or "no inputs"
         raise PlanError(
-            f"{type(model).__name__} failed on {given} ({_reason(error)}); expected what its forward takes: "
+            f"{type(model).__name__} failed on {given} ({reason(error)}); expected what its forward takes: "
             f"{', '.join(signature(model.forward).parameters)}. Give data that fit the model, or a model that fits them"
         ) from error
 
@@ -218,12 +219,8 @@ def _shown(x: Any) -> str:
     return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}" if hasattr(x, "dtype") else repr(x)
 
 
-def _reason(error: BaseException) -> str:
-    """The first line of what an error of others says, with its class, as a KeyError says nothing without."""
-    return f"{type(error).__name__}: {str(error).strip().split(chr(10))[0]}"
-
-
-def _check_place(device: str, dtype: str) -> None:
+def _check_place(device: str, dtype: str) -> str:
+    """The device's name in full. PlanError for one that is not there, and for a dtype that is none."""
     import torch
 
     kind = getattr(torch, dtype, None)
@@ -231,14 +228,7 @@ def _check_place(device: str, dtype: str) -> None:
         raise PlanError(
             f"there is no dtype {dtype!r} to compute in; expected float32, float64, bfloat16, float16, auto"
         )
-    try:
-        if torch.empty(1, device=device).is_meta:
-            raise PlanError("the device 'meta' computes nothing; expected one like cpu or cuda. Choose another")
-    except (AssertionError, ImportError, RuntimeError) as error:  # what torch raises depends on how it was built
-        raise PlanError(
-            f"the device {device!r} cannot be used here ({_reason(error)}); expected one like cpu, cuda or cuda:1. "
-            "Choose one that this machine and this torch have"
-        ) from None
+    return str(find_device(device))
 
 
 def _check_architecture(config: Any, folder: Path, task: str) -> None:
@@ -284,9 +274,9 @@ def _loading(folder: Path, task: str) -> Iterator[None]:
         raise
     except (ImportError, LookupError, RuntimeError, StrictDataclassError, TypeError, ValueError) as error:
         foreign = "trust_remote_code" in str(error)
-        reason = "it needs code that is in the folder, which is not run" if foreign else _reason(error)
+        why = "it needs code that is in the folder, which is not run" if foreign else reason(error)
         raise FormatError(
-            f"{folder}: found no {TASKS[task]} that can be loaded: {reason}; expected a model and a tokenizer of a "
+            f"{folder}: found no {TASKS[task]} that can be loaded: {why}; expected a model and a tokenizer of a "
             "kind that the installed transformers has. Give such a model, or choose the task that it is for"
         ) from error
 

@@ -21,7 +21,7 @@ WINDOW_HELP = "Most tokens at a time. [default: the model's; for lm at most {}]"
 running = together(
     click.option("--align", "transform", type=click.Path(path_type=Path), help=ALIGN_HELP),
     click.option("--batch-size", type=click.IntRange(min=1), default=16, help="Examples at a time. [default: 16]"),
-    click.option("--device", default="cpu", help="Where the models run: cpu, cuda, cuda:1. [default: cpu]"),
+    click.option("--device", default="cpu", help="Where the models run: cpu, cuda, cuda:1, auto. [default: cpu]"),
     options.as_json,
     options.quiet,
 )

@@ -56,7 +56,7 @@ collecting = together(
         help="Most for sums; the model and a batch come on top. [default: a quarter of the RAM, at most 4GB]",
     ),
     click.option("--threads", type=click.IntRange(min=1), help="Of the processor. [default: as torch has it]"),
-    click.option("--device", help="Where the model runs: cpu, cuda, cuda:1. [default: cpu]"),
+    click.option("--device", help="Where the model runs: cpu, cuda, cuda:1, auto. [default: cpu]"),
     click.option(
         "--dtype",
         type=click.Choice(["float32", "float64", "bfloat16", "float16", "auto"]),

@@ -27,7 +27,7 @@ running = together(
         default="float32",
         help="What the model computes in; auto as it is saved. [default: float32]",
     ),
-    click.option("--device", default="cpu", help="Where the model runs: cpu, cuda, cuda:1. [default: cpu]"),
+    click.option("--device", default="cpu", help="Where the model runs: cpu, cuda, cuda:1, auto. [default: cpu]"),
 )
 
 # What is asked of the edited model.
