@@ -25,6 +25,7 @@ from mergekit_lfm.kernels.sums import round_once
 from mergekit_lfm.tensors import TensorSpec
 from mergekit_lfm.transforms import PANEL, HeadsElement, Transform, UnitsElement
 
+CPU = torch.device("cpu")
 NARROW = 1024  # rows that one block may mix before the whole tensor is rewritten at once
 
 
@@ -58,10 +59,13 @@ Arithmetic = Literal["float32", "float64"]
 
 
 class Maps:
-    """What a transform does along every part of its table, each made once: matrices are large, and used by many."""
+    """What a transform does along every part of its table, each made once: matrices are large, and used by many.
 
-    def __init__(self, transform: Transform) -> None:
-        self.transform = transform
+    device: where the maps lie, and what they rewrite has to.
+    """
+
+    def __init__(self, transform: Transform, device: torch.device = CPU) -> None:
+        self.transform, self.device = transform, device
         self._made: dict[tuple[Part, Arithmetic], Map] = {}
         self._blocks: dict[tuple[str | None, str, Arithmetic], Tensor] = {}
 
@@ -73,11 +77,14 @@ class Maps:
         return self._made[key]
 
     def _cast(self, made: Map, part: Part, arithmetic: Arithmetic) -> Map:
-        dtype = getattr(torch, arithmetic)
-        cast = {name: x.to(dtype) for name in ("before", "after", "values") if (x := getattr(made, name)) is not None}
+        place, dtype = self.device, getattr(torch, arithmetic)
+        wide = ("before", "after", "values")
+        cast = {name: x.to(place, dtype) for name in wide if (x := getattr(made, name)) is not None}
+        if made.index is not None:
+            cast["index"] = made.index.to(place)
         if made.blocks is not None:  # the same for all norms of a group
             shared = part.group, part.view, arithmetic
-            cast["blocks"] = self._blocks.setdefault(shared, made.blocks.to(dtype))
+            cast["blocks"] = self._blocks.setdefault(shared, made.blocks.to(place, dtype))
         return replace(made, **cast) if cast else made
 
     @property

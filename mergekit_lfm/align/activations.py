@@ -43,7 +43,8 @@ def fit_activations(request: Request, pair: Pair, allowed: Callable[[Group], Fam
         blocks = request.moments.of(pair, name)
         if blocks:
             family = climb.families[name]
-            scores = Scores.of((block.part, _measure(pair, group, family, block)) for block in blocks)
+            measured = ((block.part, _measure(pair, group, family, block)) for block in blocks)
+            scores = Scores.of(measured, pair.device)
             if not scores.finite:
                 raise overflow(f"the products of the moments of {name}")
             climb.elements[name] = best_element(group, family, scores, climb.elements[name])

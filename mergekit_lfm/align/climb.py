@@ -31,7 +31,8 @@ class Climb:
         groups = pair.symmetries.groups
         self.families = {name: allowed(group) for name, group in groups.items()}
         self.elements = {
-            name: complete(group, self.families[name], start.get(name), name) for name, group in groups.items()
+            name: complete(group, self.families[name], start.get(name), name, pair.device)
+            for name, group in groups.items()
         }
         exact = all(family.units in ("order", "signed") for family in self.families.values())
         self.tolerance = TOLERANCE if exact else TOLERANCE_OF_MATRICES
@@ -43,7 +44,7 @@ class Climb:
         def products(use: Use) -> list[tuple[Part, Tensor]]:
             return [(part, x @ y.T) for part, x, y in self.pair.unfolded(use, group, self.transform)]
 
-        found = Scores.of(chain.from_iterable(self.pair.in_order(products, uses)))
+        found = Scores.of(chain.from_iterable(self.pair.in_order(products, uses)), self.pair.device)
         if not found.finite:
             raise overflow(f"the products of the weights that {group} is read and written by")
         return found

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
 
@@ -22,8 +23,10 @@ from mergekit_lfm.arch.declare import Symmetries
 from mergekit_lfm.arch.pairs import check_alike
 from mergekit_lfm.arch.registry import find_symmetries
 from mergekit_lfm.checkpoint import Checkpoint, content_of, open_checkpoint
+from mergekit_lfm.devices import find_gpu, reason
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.hub import called
+from mergekit_lfm.rewriting import CPU
 from mergekit_lfm.settings import did_you_mean
 from mergekit_lfm.tensors import TensorSpec
 from mergekit_lfm.transforms import Transform, TransformFacts
@@ -42,6 +45,7 @@ def align_models(
     order: Iterable[str] | Iterable[Iterable[str]] | None = None,
     statistics: Given | None = None,
     progress: Callable[[int], None] | None = None,
+    device: str = "cpu",
     **parameters: Any,
 ) -> Transform:
     """The transform that brings `source` near `to`, by one of `ALIGN_METHODS` with its parameters.
@@ -54,13 +58,17 @@ def align_models(
     `initial` "ot" keeps what it does to heads, and looks at nothing else.
     statistics: a file of cross moments of both models, in either order, or {weight: (cross [m + 1, n + 1], mean squares
     [m + 1], mean squares [n + 1])} of a layer's inputs and a 1, those of `to` first. progress is called with 1 after
-    each visit of a group.
+    each visit of a group. device: where tensors are multiplied, matrices factored and Sinkhorn's iteration runs:
+    "cpu", "cuda", "cuda:1", "auto". Assignments, exact transport, and what acts inside of heads are found on the CPU,
+    where the transform lies.
 
     The facts of the transform hold all options that mattered, and as scores the sum of <A, B> over all tensors and
     |A - B|^2, before and after ("before" where the shapes are the same). The same inputs give the same transform for
-    any number of threads. Gains of norms on what is rotated become those of `to`, as `new_gains` has it. PlanError for
-    what cannot be done, and where products overflow; FormatError for NaN or infinity in a model or the statistics.
+    any number of threads; a GPU's agrees with the CPU's within rounding, and permutes alike unless scores tie within
+    that. Gains of norms on what is rotated become those of `to`, as `new_gains` has it. PlanError for what cannot be
+    done, and where products overflow; FormatError for NaN or infinity in a model or the statistics.
     """
+    place = _place(device)
     options = align_options(method, parameters, statistics=statistics is not None)
     sides = _side(source, "the source"), _side(to, "the model to align to")
     first = _table(sides[0], symmetries)
@@ -72,13 +80,43 @@ def align_models(
     visits = None if asked is None else _order(asked, first, int(options.get("sweeps") or 1))
     if initial is not None and initial.symmetries != first:
         raise PlanError("`initial` is under another table than the source; start from a transform under the same table")
-    with torch.no_grad(), one_thread_each() as in_order:
-        pair = Pair(*sides, *tables, in_order)
+    with torch.no_grad(), _room_on(place), one_thread_each(place) as in_order:
+        pair = Pair(*sides, *tables, in_order, device=place)
         moments = None if statistics is None else open_moments(statistics, pair, lambda: _contents(sides))
         found = ALIGNERS[method](Request(pair, options, initial, visits, moments, progress or (lambda _: None)))
         started = {"order": asked, "initial": initial.facts.method if initial else None}
         used = {name: value for name, value in started.items() if value is not None and name in found.heeded}
+        if place != CPU:
+            used["device"] = place.type
         return _told(found, method, {**options, **used}, sides)
+
+
+def _place(device: str) -> torch.device:
+    """Where tensors are multiplied. PlanError where that is not there, or would round the factors of its products."""
+    place = find_gpu(device)
+    if place is None:
+        return CPU
+    matmul = torch.backends.cuda.matmul
+    precision = getattr(matmul, "fp32_precision", None)  # since torch 2.9, where reading the older flag may raise
+    if precision == "tf32" if precision is not None else matmul.allow_tf32:
+        raise PlanError(
+            "torch is set to multiply float32 matrices as TF32, which has 11 bits; expected all 24, as alignments are "
+            'compared by their sums. Call torch.set_float32_matmul_precision("highest"), or unset the variable '
+            "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"
+        )
+    return place
+
+
+@contextmanager
+def _room_on(place: torch.device) -> Iterator[None]:
+    """What torch raises where the memory of a GPU is full, as a PlanError."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise PlanError(
+            f"the memory of {place} is full ({reason(error)}); expected room for some tensors of both models in "
+            "float64, and for the squares of the groups' sizes. Align on the CPU, or on a larger GPU"
+        ) from None
 
 
 def _side(model: Model, label: str) -> Side:

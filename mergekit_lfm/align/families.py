@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mergekit_lfm.arch.declare import Group, Heads, Part, Units
 from mergekit_lfm.errors import PlanError
+from mergekit_lfm.rewriting import CPU
 from mergekit_lfm.transforms import Element, HeadsElement, UnitsElement
 
 TIE = 1e-12  # of the greatest score: what decides among orders that are equally good but for rounding
@@ -58,13 +59,13 @@ def assign(scores: Tensor, now: Tensor | None = None) -> Tensor:
     return torch.from_numpy(order).long()
 
 
-def polar(c: Tensor) -> Tensor:
-    """The orthogonal matrix O, float64, of which <c, O> is greatest: U V^T of c = U S V^T.
+def polar(c: Tensor, device: torch.device = CPU) -> Tensor:
+    """The orthogonal matrix O, float64, of which <c, O> is greatest: U V^T of c = U S V^T. device: where it is found.
 
     Source: Schönemann 1966, "A generalized solution of the orthogonal Procrustes problem", equation 1.7.
     """
-    u, _, vt = torch.linalg.svd(c.double())
-    rotation: Tensor = u @ vt
+    u, _, vt = torch.linalg.svd(c.to(device, torch.float64))
+    rotation: Tensor = (u @ vt).cpu()
     return rotation
 
 
@@ -73,10 +74,10 @@ def signs_of(x: Tensor) -> Tensor:
     return torch.where(x < 0, -1.0, 1.0).to(torch.float64)
 
 
-def best_matrix(kind: Kind, c: Tensor) -> Tensor:
+def best_matrix(kind: Kind, c: Tensor, device: torch.device = CPU) -> Tensor:
     """The matrix of a kind, float64 [n, n], of which <c, matrix> is greatest. c: float64 [n, n].
 
-    phases, signs: for every rotary pair (i, i + n / 2) a rotation, or a sign.
+    phases, signs: for every rotary pair (i, i + n / 2) a rotation, or a sign. device: where a polar factor is found.
     """
     identity = torch.eye(len(c), dtype=torch.float64)
     if kind == "fixed":
@@ -84,7 +85,7 @@ def best_matrix(kind: Kind, c: Tensor) -> Tensor:
     if kind == "order":
         return identity[assign(c)]
     if kind == "orthogonal":
-        return polar(c)
+        return polar(c, device)
     i = torch.arange(len(c) // 2)
     j = i + len(i)
     along, across = c[i, i] + c[j, j], c[j, i] - c[i, j]
@@ -104,20 +105,22 @@ class Scores:
     """How well the units of two models go together: products added up by the view of the group that they are of.
 
     Of `Units`: plain, float64 [m, n], where only their order acts; vector where their factors and matrices do, too. Of
-    `Heads`: key and value [groups * head_dim, the same]; query and output, the same for all query heads.
+    `Heads`: key and value [groups * head_dim, the same]; query and output, the same for all query heads. device: where
+    the polar factor of a group's scores is found; of what acts inside of heads it is small, and found on the CPU.
     """
 
     sums: dict[str, Tensor]
+    device: torch.device = CPU
 
     @classmethod
-    def of(cls, told: Iterable[tuple[Part, Tensor]]) -> Scores:
-        """The sums of products by the parts that they are of."""
+    def of(cls, told: Iterable[tuple[Part, Tensor]], device: torch.device = CPU) -> Scores:
+        """The sums of products by the parts that they are of, added up where the products lie."""
         sums: dict[str, Tensor] = {}
         names = {"": "vector", "'": "vector", "order": "plain", "gain": "plain", "shift": "plain"}
         for part, product in told:
             name = names.get(part.view, part.view)
             sums[name] = sums[name] + product.double() if name in sums else product.double()
-        return cls(sums)
+        return cls({name: x.cpu() for name, x in sums.items()}, device)
 
     @property
     def finite(self) -> bool:
@@ -134,7 +137,7 @@ def best_units(group: Units, family: Family, scores: Scores, now: UnitsElement |
     """The element of the family of which <C, element> is greatest; of equally good ones that nearest to `now`."""
     plain, vector = (scores.view(name, group.count, group.count) for name in ("plain", "vector"))
     if family.units == "orthogonal":
-        return UnitsElement(matrix=polar(plain + vector))
+        return UnitsElement(matrix=polar(plain + vector, scores.device))
     signed = family.units == "signed"
     order = assign(plain + (vector.abs() if signed else vector), None if now is None else now.order)
     one = torch.ones(group.count, dtype=torch.float64)
@@ -151,10 +154,13 @@ def units_value(group: Units, scores: Scores, element: UnitsElement) -> float:
     return float((plain[i, element.order] + element.scale * vector[i, element.order]).sum())
 
 
-def complete(group: Group, family: Family, element: Element | None, name: str) -> Element:
-    """The element, identity by default, with every part filled in. PlanError where it is not in the family."""
+def complete(group: Group, family: Family, element: Element | None, name: str, device: torch.device = CPU) -> Element:
+    """The element, identity by default, with every part filled in. PlanError where it is not in the family.
+
+    device: where it is found out whether a matrix on units is orthogonal.
+    """
     if isinstance(group, Units):
-        filled, fits = _complete_units(group, family, element)
+        filled, fits = _complete_units(group, family, element, device)
     else:
         filled, fits = _complete_heads(group, family, element)
     if not fits:
@@ -165,7 +171,9 @@ def complete(group: Group, family: Family, element: Element | None, name: str) -
     return filled
 
 
-def _complete_units(group: Units, family: Family, element: Element | None) -> tuple[Element, bool]:
+def _complete_units(
+    group: Units, family: Family, element: Element | None, device: torch.device
+) -> tuple[Element, bool]:
     given = element if isinstance(element, UnitsElement) else UnitsElement()
     order = torch.arange(group.count) if given.order is None else given.order
     scale = torch.ones(group.count, dtype=torch.float64) if given.scale is None else given.scale.double()
@@ -176,7 +184,8 @@ def _complete_units(group: Units, family: Family, element: Element | None) -> tu
     if matrix is None:
         matrix = torch.eye(group.count, dtype=torch.float64)[order] * scale[:, None]
     square = matrix.shape == (group.count, group.count)
-    return UnitsElement(matrix=matrix.double()), given.dual is None and square and _of_kind("orthogonal", matrix[None])
+    fits = given.dual is None and square and _of_kind("orthogonal", matrix[None], device)
+    return UnitsElement(matrix=matrix.double()), fits
 
 
 def _complete_heads(group: Heads, family: Family, element: Element | None) -> tuple[Element, bool]:
@@ -190,10 +199,10 @@ def _complete_heads(group: Heads, family: Family, element: Element | None) -> tu
     return HeadsElement(groups, queries, query_key, value_output), fits
 
 
-def _of_kind(kind: Kind, matrices: Tensor) -> bool:
+def _of_kind(kind: Kind, matrices: Tensor, device: torch.device = CPU) -> bool:
     """Whether all the matrices are of the kind, to 1e-5: each is then the best of its kind for itself."""
     matrices = matrices.double()
-    kept = torch.stack([best_matrix(kind, matrix) for matrix in matrices])
+    kept = torch.stack([best_matrix(kind, matrix, device) for matrix in matrices])
     return bool(torch.allclose(kept, matrices, rtol=0, atol=1e-5))
 
 

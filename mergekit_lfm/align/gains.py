@@ -52,10 +52,11 @@ def _readers(found: Found) -> Iterator[Reader]:
         group, (name, axis) = use
         element = found.elements.get(group)
         matrix = element.matrix if isinstance(element, UnitsElement) else None
+        matrix = None if matrix is None else matrix.to(pair.device, torch.float64)
         seen: dict[str, Tensor] = {}
         for part, _, y in pair.unfolded((name, axis), group, transform, ("'",)):
             if part.norm in pair.gains:
-                largest = (y.double() if matrix is None else matrix.double() @ y.double()).abs().amax(1)
+                largest = (y.double() if matrix is None else matrix @ y.double()).abs().amax(1).cpu()
                 seen[part.norm] = torch.maximum(seen[part.norm], largest) if part.norm in seen else largest
         return [(norm, pair.source.specs[name].dtype, largest) for norm, largest in seen.items()]
 

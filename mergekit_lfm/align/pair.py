@@ -2,7 +2,7 @@
 
 Tensors are read one pair at a time, and large ones by rows where nothing acts on these: no whole model is held.
 Products are float32 (float64 for float64 tensors), each computed by one thread and added up in a fixed order in
-float64: the result does not depend on the number of threads.
+float64: the result does not depend on the number of threads. On a GPU tensors are brought there as they are stored.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from torch import Tensor
 from mergekit_lfm.arch.declare import Part, Symmetries, part_size
 from mergekit_lfm.checkpoint import Checkpoint
 from mergekit_lfm.errors import FormatError, PlanError
-from mergekit_lfm.rewriting import Maps, Rewriter
+from mergekit_lfm.rewriting import CPU, Maps, Rewriter
 from mergekit_lfm.tensors import TensorSpec
 from mergekit_lfm.transforms import Transform, TransformFacts
 
 RUNNING = ("running_mean", "running_var")  # of BatchNorm: no weights, and so large that they would outweigh them
 PANEL = 1 << 24  # elements that are read at a time where nothing acts on the rows
+ON_A_GPU = 4  # tensors that are read and multiplied at a time: some are read while others are there, and few fill it
 
 Use = tuple[str, int]  # a tensor, and one of its axes
 Unfolded = tuple[Part, Tensor, Tensor]  # a part of the axis with both models' entries [units, rest]
@@ -43,14 +44,15 @@ class InOrder(Protocol):
 
 
 @contextmanager
-def one_thread_each() -> Iterator[InOrder]:
-    """A map over as many threads as torch may use; inside, every operation is computed by one of them."""
+def one_thread_each(device: torch.device = CPU) -> Iterator[InOrder]:
+    """A map over as many threads as torch may use; inside, every operation is computed by one of them, or the GPU."""
     count = torch.get_num_threads()
-    pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
+    at_once = count if device == CPU else min(count, ON_A_GPU)
+    pool = ThreadPoolExecutor(at_once, initializer=torch.set_num_threads, initargs=(1,))
 
     def in_order(run: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
-        for first in range(0, len(items), count):  # no more than this at a time: results are large
-            yield from pool.map(run, items[first : first + count])
+        for first in range(0, len(items), at_once):  # no more than this at a time: results are large
+            yield from pool.map(run, items[first : first + at_once])
 
     torch.set_num_threads(1)
     try:
@@ -76,8 +78,8 @@ class Side:
     specs: Mapping[str, TensorSpec]
     held: Checkpoint | Mapping[str, Tensor]
 
-    def read(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
-        """Rows first .. last of a tensor, in float32 at least. FormatError for NaN and infinity."""
+    def read(self, name: str, first: int = 0, last: int | None = None, device: torch.device = CPU) -> Tensor:
+        """Rows first .. last of a tensor, on a device, in float32 at least. FormatError for NaN and infinity."""
         spec = self.specs[name]
         if isinstance(self.held, Checkpoint):
             row = spec.numel // max(1, spec.shape[0]) if spec.shape else 1
@@ -86,9 +88,10 @@ class Side:
         else:
             x = self.held[name].detach()
             x = x[first:last] if spec.shape else x
+        x = x.to(device)
         if not x.isfinite().all():
             raise FormatError(f"{name} of {self.label} holds NaN or infinity, expected numbers; mend the model")
-        return x.cpu().to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+        return x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ class Pair:
     symmetries: the source's table; to_symmetries: the other's, the same but for counts where widths may differ.
     folded: groups which a rotation acts on: the gains of the norms on them are folded into what reads these norms, in
     both models, and count no more by themselves. scales: what the tensors of both models are divided by; 1 where a name
-    is not in it.
+    is not in it. device: where tensors are multiplied; gains and the elements of transforms lie on the CPU.
     """
 
     source: Side
@@ -108,6 +111,7 @@ class Pair:
     in_order: InOrder
     folded: frozenset[str] = field(default=frozenset())
     scales: Mapping[str, float] = field(default_factory=dict)
+    device: torch.device = CPU
 
     @cached_property
     def gains(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -183,7 +187,7 @@ class Pair:
     def unfolded(
         self, use: Use, group: str, transform: Transform, views: Iterable[str] | None = None
     ) -> Iterator[Unfolded]:
-        """Every part of the axis on which the group acts, the source's other axes rewritten by the transform.
+        """Every part of the axis on which the group acts, the source's other axes rewritten, on the pair's device.
 
         Of large tensors several times: with the entries of some rows each. views: as of `uses`. FormatError for NaN
         and infinity, PlanError where products with gains overflow.
@@ -239,10 +243,10 @@ class Pair:
         axes = self.symmetries.tensors[name]
         shape = self.source.specs[name].shape
         free = [all(part.group is None for part in parts) for parts in axes]
-        rewriter = Rewriter(Maps(transform), self.source.specs[name])
+        rewriter = Rewriter(Maps(transform, self.device), self.source.specs[name])
         for first, last in _panels(shape, bool(free) and free[0] and skip != 0):
-            a = self._fold(name, self.to.read(name, first, last), 0)
-            b = self._fold(name, self.source.read(name, first, last), 1)
+            a = self._fold(name, self.to.read(name, first, last, self.device), 0)
+            b = self._fold(name, self.source.read(name, first, last, self.device), 1)
             for side, x in ((self.to, a), (self.source, b)):
                 if not x.isfinite().all():
                     raise overflow(f"the products of {name} of {side.label} with the gains of the norm that it reads")
@@ -259,7 +263,7 @@ class Pair:
             if any(part.view == "'" and part.norm in self.gains for part in parts):
                 sizes = self.symmetries.lengths(name, axis, x.shape[axis])
                 factors = torch.cat([self._gain(p, which, n) for p, n in zip(parts, sizes, strict=True)])
-                x = x * factors.to(x.dtype).view(-1, *[1] * (x.ndim - axis - 1))
+                x = x * factors.to(x).view(-1, *[1] * (x.ndim - axis - 1))
         return x
 
     def _gain(self, part: Part, which: int, size: int) -> Tensor:

@@ -48,7 +48,7 @@ def transport_units(request: Request) -> Found:
             squares = _weights(pair, name, uses, transform)
         else:
             squares = _total(block.squares() for block in request.moments.of(pair, name))
-        cost = cost_of(squares, str(request.options["cost"]))
+        cost = cost_of(squares, str(request.options["cost"])).to(pair.device)
         if not cost.sum().isfinite():
             raise overflow(f"the products that tell the units of {name} apart")
         plan = solve(cost, request.number("regularisation"), name)
@@ -127,12 +127,14 @@ def solve(cost: Tensor, regularisation: float, name: str, iterations: int = SINK
 
     regularisation: of the entropy, as a factor of the largest cost; 0 for the exact plan. Exact plans are whole numbers
     times 1 / (m n), and are returned as these. Of several that are best, with m = n, the one that leaves most units in
-    their places, and where all costs are 0 all of them. PlanError where Sinkhorn's iteration does not converge.
+    their places, and where all costs are 0 all of them. Sinkhorn's iteration runs where the cost lies, the exact solver
+    on the CPU, where the plan is. PlanError where the iteration does not converge.
     """
     import ot
 
     m, n = cost.shape
     if regularisation == 0:
+        cost = cost.cpu()
         if m == n:
             cost = cost - (TIE * float(cost.max()) or 1.0) * torch.eye(n, dtype=torch.float64)
         first, second = torch.full((m,), float(n), dtype=torch.float64), torch.full((n,), float(m), dtype=torch.float64)
@@ -140,7 +142,7 @@ def solve(cost: Tensor, regularisation: float, name: str, iterations: int = SINK
         plan, log = ot.emd(first.numpy(), second.numpy(), cost.numpy(), numItermax=most, log=True)
         assert log["warning"] is None, log["warning"]
         return torch.from_numpy(plan)
-    first, second = torch.full((m,), 1 / m, dtype=torch.float64), torch.full((n,), 1 / n, dtype=torch.float64)
+    first, second = cost.new_full((m,), 1 / m), cost.new_full((n,), 1 / n)
     largest = float(cost.max())
     if largest == 0 and m == n:
         return torch.eye(n, dtype=torch.float64) / n
@@ -160,4 +162,4 @@ def solve(cost: Tensor, regularisation: float, name: str, iterations: int = SINK
             f"Sinkhorn's iteration for {name} has not converged after {iterations} steps with regularisation "
             f"{regularisation:g}; expected marginals to {SINKHORN_ERROR:g}. Raise it, or set it to 0 for the exact plan"
         )
-    return torch.as_tensor(plan)
+    return torch.as_tensor(plan).cpu()

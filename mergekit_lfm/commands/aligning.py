@@ -56,6 +56,7 @@ Examples:
 )
 @click.option("--regularisation", type=click.FloatRange(min=0), help="For ot: Sinkhorn's; 0 is exact. [default: 0]")
 @click.option("--cost", type=click.Choice(["euclidean", "squared", "cosine"]), help="For ot. [default: euclidean]")
+@click.option("--device", default="cpu", help="Where matrices are multiplied: cpu, cuda, cuda:1, auto. [default: cpu]")
 @click.option(
     "--save", type=click.Path(path_type=Path), help="Also write the rewritten model, and run both to compare."
 )
@@ -74,6 +75,7 @@ def align(
     stats: Path | None,
     initial: Path | None,
     order: tuple[str, ...],
+    device: str,
     save: Path | None,
     check: bool,
     overwrite: bool,
@@ -105,7 +107,7 @@ def align(
     _check_out(out, [path for path in (model, to, stats, initial) if path], overwrite)
     if save is not None:
         _check_save(model, to, save, overwrite)
-    transform = _align(model, to, out, method, stats, initial, order, parameters, quiet or as_json)
+    transform = _align(model, to, out, method, stats, initial, order, device, parameters, quiet or as_json)
     from mergekit_lfm.display.transforms import alignment_text, saved_text, transform_data, transform_text
 
     found: dict[str, Any] = {"out": str(out), **transform_data(transform)}
@@ -133,6 +135,7 @@ def _align(
     stats: Path | None,
     initial: Path | None,
     order: tuple[str, ...],
+    device: str,
     parameters: dict[str, Any],
     hidden: bool,
 ) -> Transform:
@@ -150,6 +153,7 @@ def _align(
             initial=None if initial is None else open_transform(initial),
             order=order or None,
             progress=progress,
+            device=device,
             **parameters,
         )
     transform.save(out)
