@@ -1,7 +1,7 @@
 """What a recipe asks for before its merge: alignments, each of which leaves a transform file.
 
-The files are kept, by the contents of both models and all options, so that a merge that was interrupted, or is made
-again with other weights, finds them there.
+The files are kept, by the contents of both models, all options and the kind of device, so that a merge that was
+interrupted, or is made again with other weights, finds them there.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from mergekit_lfm import __version__
 from mergekit_lfm.align import align_models
 from mergekit_lfm.alignments import AlignRequest
 from mergekit_lfm.checkpoint import Checkpoint
+from mergekit_lfm.devices import find_device
 from mergekit_lfm.errors import FormatError
 from mergekit_lfm.machine import cache_folder
 from mergekit_lfm.plan import Plan
@@ -29,27 +30,54 @@ from mergekit_lfm.stats import open_statistics
 from mergekit_lfm.transforms import Transform, open_transform
 
 
-def prepare(plan: Plan, notice: Callable[[str], None]) -> Plan:
-    """The plan with every alignment found, and nothing else changed. notice is called with a line for each."""
+def kind_of(device: str) -> str | None:
+    """What a result that is kept says of the device: its kind, None of the CPU. PlanError where it is not there."""
+    kind = find_device(device).type
+    return None if kind == "cpu" else kind
+
+
+def noted(plan: Plan, device: str) -> Plan:
+    """The plan in which models that are still to be aligned or edited say on what kind of device, but for the CPU.
+
+    What is found differs by rounding: no output is to hold tensors by the one and by the other. PlanError where the
+    device is not there.
+    """
+    kind, waiting = kind_of(device), plan.pending
+    if kind is None or not waiting:
+        return plan
+    models = tuple(
+        Checkpoint(held.path, held.files, {**(held.view or {}), "device": kind}) if model in waiting else held
+        for model, held in zip(plan.recipe.all_models, plan.models, strict=True)
+    )
+    return replace(plan, cast=replace(plan.cast, models=models))
+
+
+def prepare(plan: Plan, notice: Callable[[str], None], device: str = "cpu") -> Plan:
+    """The plan with every alignment found, and no more changed than `noted` does. notice: called with a line for each.
+
+    device: where matrices are multiplied, as of `align_models`.
+    """
+    plan = noted(plan, device)
     models = list(plan.models)
     for i, (model, checkpoint) in enumerate(zip(plan.recipe.all_models, plan.models, strict=True)):
         if isinstance(model.align, AlignRequest) and model in plan.pending:
             source = checkpoint.as_stored()
             to = plan.models[plan.labels.index(model.align.to)]
             notice(f"aligning {model.label} to {model.align.to} by {model.align.method}")
-            models[i] = rewritten(source, _found(source, to, model.align), checkpoint.view or {})
+            models[i] = rewritten(source, _found(source, to, model.align, device), checkpoint.view or {})
     return replace(plan, cast=replace(plan.cast, models=tuple(models)))
 
 
-def _found(source: Checkpoint, to: Checkpoint, request: AlignRequest) -> Transform:
+def _found(source: Checkpoint, to: Checkpoint, request: AlignRequest, device: str) -> Transform:
     """The transform that was asked for, from an earlier run or found now."""
 
     def find() -> Transform:
         statistics = None if request.stats is None else open_statistics(request.stats.path)
         options: dict[str, Any] = dict(request.options)
-        return align_models(source, to, request.method, statistics=statistics, **options)
+        return align_models(source, to, request.method, statistics=statistics, device=device, **options)
 
-    return kept_or_made(cache_folder("transforms") / f"{_key(source, to, request)}.safetensors", find, open_transform)
+    key = _key(source, to, request, device)
+    return kept_or_made(cache_folder("transforms") / f"{key}.safetensors", find, open_transform)
 
 
 class Saved(Protocol):
@@ -80,8 +108,14 @@ def kept_or_made(kept: Path, make: Callable[[], T], opened: Callable[[Path], T])
     return opened(kept)
 
 
-def _key(source: Checkpoint, to: Checkpoint, request: AlignRequest) -> str:
+def key_of(asked: list[Any], device: str) -> str:
+    """The name under which a result is kept: a digest of what it depends on, which is JSON-able, and of the device."""
+    kind = kind_of(device)
+    return xxhash.xxh3_128_hexdigest(json.dumps(asked if kind is None else [*asked, kind]).encode())
+
+
+def _key(source: Checkpoint, to: Checkpoint, request: AlignRequest, device: str) -> str:
     stats = None if request.stats is None else xxhash.xxh3_128_hexdigest(request.stats.path.read_bytes())
     versions = {"mergekit_lfm": __version__, **{name: version(name) for name in ("torch", "numpy", "scipy", "pot")}}
     asked = [source.content, to.content, stats, request.method, request.options, versions]
-    return xxhash.xxh3_128_hexdigest(json.dumps(asked).encode())
+    return key_of(asked, device)

@@ -1,0 +1,95 @@
+"""A GPU that is pretended: tensors that say that they lie on another device, and hold their numbers on the CPU.
+
+What mixes devices raises where CUDA would; all else computes what the CPU does, so that results are the same to the
+bit. Values are real, unlike those of torch's FakeTensorMode: whole runs go through. The device goes by the name of
+"meta", which torch has everywhere: it refuses much of what is asked of "cuda" where it was built without.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, return_and_correct_aliasing
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from mergekit_lfm.rewriting import CPU
+
+GPU = torch.device("meta")
+aten = torch.ops.aten
+COPIES = {aten._to_copy.default, aten.copy_.default}
+# CUDA takes indices of the CPU, too; the CPU takes none of a GPU.
+INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
+PRODUCTS = {aten.mm.default: 0, aten.bmm.default: 0, aten.addmm.default: 1}  # which argument is the left factor
+HEAVY = {"mm", "bmm", "addmm", "_linalg_svd", "linalg_cholesky_ex", "cholesky_solve"}
+
+
+class OnGpu(Tensor):
+    """A tensor on the pretended GPU."""
+
+    held: Tensor
+
+    @staticmethod
+    def __new__(cls, held: Tensor) -> OnGpu:
+        place = {"strides": held.stride(), "storage_offset": held.storage_offset(), "device": GPU}
+        made = Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype, **place)  # type: ignore[attr-defined]
+        made.held = held
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise AssertionError(f"{func} outside of PretendedGpu")
+
+    def __repr__(self, **_: Any) -> str:
+        return f"OnGpu({self.held})"
+
+
+class PretendedGpu(TorchDispatchMode):
+    """While it is entered, GPU is a device of the thread. there, here: what was called on it and on the CPU.
+
+    backwards: products there are added up from the end on, so that they are rounded otherwise.
+    """
+
+    def __init__(self, *, backwards: bool = False) -> None:
+        super().__init__()
+        self.backwards = backwards
+        self.there, self.here = Counter[str](), Counter[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        there = [x for x in tensors if isinstance(x, OnGpu)]
+        allowed = func in COPIES or (func in INDEXING and isinstance(args[0], OnGpu))
+        if there and not allowed and any(x.dim() and not isinstance(x, OnGpu) for x in tensors):
+            raise RuntimeError(f"Expected all tensors to be on the same device, but {func} was given both")
+        place = kwargs.get("device")
+        on_gpu = bool(there) if place is None else torch.device(place) == GPU
+        (self.there if on_gpu else self.here)[func.overloadpacket.__name__] += 1
+        given = kwargs if place is None else {**kwargs, "device": CPU}
+        inner, options = tree_map_only(OnGpu, lambda x: x.held, (args, given))
+        if on_gpu and self.backwards and func in PRODUCTS:
+            i = PRODUCTS[func]
+            inner = (*inner[:i], inner[i].flip(-1), inner[i + 1].flip(-2))
+        with _disable_current_modes():
+            out = func(*inner, **options)
+        if func is aten.copy_.default:
+            return args[0]
+        if not on_gpu:
+            return out
+        out = tree_map_only(Tensor, OnGpu, out)
+        return return_and_correct_aliasing(func, args, kwargs, out) if there else out
+
+
+@contextmanager
+def one_after_another(*_: object) -> Iterator[Callable[..., Iterable[Any]]]:
+    """In place of `one_thread_each`: a mode of torch holds for the thread that enters it."""
+    yield map
+
+
+def on_cpu(*tensors: Tensor) -> bool:
+    """Whether none of them lies on the pretended GPU."""
+    return all(type(x) is Tensor and x.device == CPU for x in tensors)
