@@ -1,18 +1,20 @@
 """One output tensor's inputs as blocks, and the driver of a method's solve.
 
 The same blocks, in the same order, whether the inputs lie in memory or are read from files, so the results are the
-same.
+same. A GPU is given chunks of several blocks at once, as a block alone is too little work for it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 
+from mergekit_lfm.accelerator import Accelerator
 from mergekit_lfm.jobs import SEGMENT
 from mergekit_lfm.kernels.fused import Run, Step, run_eagerly
 from mergekit_lfm.kernels.reductions import Reduction
@@ -23,13 +25,19 @@ Read = Callable[[int, int], torch.Tensor]  # (first element, last) -> 1-D tensor
 
 @dataclass
 class StoredBlock:
-    """A `Block` of inputs as they are stored; converted, and the base subtracted, when it is asked for."""
+    """A `Block` of inputs as they are stored; converted, and the base subtracted, when it is asked for.
+
+    A `Chunk`, too, where these lie on a device: size is the number of elements of a block. flag: [1] there, not 0 once
+    what was stored, or came of it, is not finite.
+    """
 
     stored: tuple[torch.Tensor, ...]
     stored_base: torch.Tensor | None
     start: int
     dtype: torch.dtype
     run: Run
+    size: int
+    flag: torch.Tensor | None = None
 
     @property
     def count(self) -> int:
@@ -42,17 +50,51 @@ class StoredBlock:
     def _wide_base(self) -> torch.Tensor | None:
         return None if self.stored_base is None else self.stored_base.to(self.dtype)
 
+    @property
+    def device(self) -> torch.device:
+        return self.stored[0].device
+
+    @property
+    def native(self) -> bool:
+        return bool(getattr(self.run, "native", False))
+
     def row(self, i: int) -> torch.Tensor:
-        row = torch.empty(self.count, dtype=self.dtype).copy_(self.stored[i])
+        row = torch.empty(self.count, dtype=self.dtype, device=self.stored[i].device).copy_(self.stored[i])
         return row if self._wide_base is None else row.sub_(self._wide_base)
 
     def each(self, function: Elementwise, local: Any, out: torch.dtype | None = None) -> Any:
         """function(rows, base, local), rounded to `out`."""
-        return self.run(Step(function, self.stored, self.stored_base, local, self.dtype, out))
+        return self.run(Step(function, self.stored, self.stored_base, local, self.dtype, out, self.flag))
 
-    def finite(self) -> bool:
-        """Whether all that is stored is finite."""
-        return all(finite(x) for x in (*self.stored, *(() if self.stored_base is None else (self.stored_base,))))
+    def blocks(self) -> Iterator[tuple[int, StoredBlock]]:
+        """Every block of a chunk with its number in the tensor."""
+        for first in range(0, self.count, self.size):
+            here = slice(first, first + self.size)
+            stored, base = tuple(x[here] for x in self.stored), self.stored_base
+            part = None if base is None else base[here]
+            start = self.start + first
+            yield start // self.size, StoredBlock(stored, part, start, self.dtype, self.run, self.size)
+
+    def sound(self, result: torch.Tensor) -> bool:
+        """Whether all that is stored, and what came of it, is finite."""
+        if self.flag is None:
+            return all(finite(x) for x in (*self.everything, result))
+        return not bool(self.flag) and (not result.is_cpu or finite(result))
+
+    @property
+    def everything(self) -> tuple[torch.Tensor, ...]:
+        """All that is stored."""
+        return self.stored if self.stored_base is None else (*self.stored, self.stored_base)
+
+    def at_home(self) -> StoredBlock:
+        """The same in the processor's memory, for the reference to run on."""
+        base = None if self.stored_base is None else self.stored_base.cpu()
+        return StoredBlock(tuple(x.cpu() for x in self.stored), base, self.start, self.dtype, run_eagerly, self.size)
+
+
+def making_on(device: torch.device) -> AbstractContextManager[object]:
+    """Within, tensors that are made are on this device."""
+    return nullcontext() if device == torch.get_default_device() else device
 
 
 def finite(x: torch.Tensor) -> bool:
@@ -66,6 +108,8 @@ class Blocks:
     """The inputs of one tensor of `numel` elements, cut into blocks of `block`.
 
     sources, base: readers of element ranges. dtype: that of the arithmetic. run: how elementwise functions are run.
+    gpu: where the readers leave what they read, None for the processor's memory. It is given chunks of `at_once`
+    blocks, a divisor of SEGMENT.
     """
 
     sources: Sequence[Read]
@@ -74,6 +118,8 @@ class Blocks:
     block: int
     dtype: torch.dtype
     run: Run = run_eagerly
+    gpu: Accelerator | None = None
+    at_once: int = 1
 
     def __len__(self) -> int:
         return -(-self.numel // self.block)
@@ -84,20 +130,33 @@ class Blocks:
         return max(1, -(-len(self) // SEGMENT))
 
     def segment(self, index: int) -> range:
-        """The blocks of one segment."""
-        return range(index * SEGMENT, min(len(self), (index + 1) * SEGMENT))
+        """The blocks of one segment, of chunks the first ones."""
+        return range(index * SEGMENT, min(len(self), (index + 1) * SEGMENT), self.at_once)
 
     def load(self, index: int) -> StoredBlock:
-        """One block. It may share memory that loading the next one overwrites."""
+        """One block, or the chunk that begins with it. It may share memory that loading the next one overwrites."""
         start = index * self.block
-        stop = min(self.numel, start + self.block)
+        stop = min(self.numel, start + self.block * self.at_once)
         stored = tuple(read(start, stop) for read in self.sources)
-        return StoredBlock(stored, self.base and self.base(start, stop), start, self.dtype, self.run)
+        base = self.base and self.base(start, stop)
+        flag = None if self.gpu is None else torch.zeros(1, dtype=torch.int32, device=self.gpu.device)
+        return StoredBlock(stored, base, start, self.dtype, self.run, self.block, flag)
 
     def part(self, request: Reduction, segment: int) -> Any:
         """The part of one segment, its blocks added in order; None if the request visits none of them."""
-        wanted = (i for i in self.segment(segment) if request.visits(i))
-        return added(request, (request.block(self.load(i)) for i in wanted))
+        return added(request, self._parts(request, segment))
+
+    def _parts(self, request: Reduction, segment: int) -> Iterator[Any]:
+        for i in self.segment(segment):
+            if any(request.visits(j) for j in range(i, min(len(self), i + self.at_once))):
+                yield from [request.block(self.load(i))] if self.gpu is None else self._of_chunk(request, i)
+
+    def _of_chunk(self, request: Reduction, index: int) -> list[Any]:
+        """The parts of a chunk, brought home, where they are added in the same order for any size of chunks."""
+        chunk = self.load(index)
+        with making_on(chunk.device):
+            parts = request.chunk(chunk)
+        return [part.cpu() if isinstance(part, torch.Tensor) else part for part in parts]
 
     def reduce(self, request: Reduction) -> Any:
         """The value of a reduction over all blocks."""
@@ -134,16 +193,17 @@ def solved(solve: Generator[Reduction, Any, Coefficients], over: Callable[[Reduc
 
 def apply_to(block: StoredBlock, method: Method, coefficients: Coefficients, out: torch.dtype) -> torch.Tensor:
     """The merged block, rounded to `out`."""
-    local = coefficients.at(block.start, block.count, block.dtype)
+    with making_on(block.device):
+        local = coefficients.at(block.start, block.count, block.dtype)
     return block.each(method.apply, local, out)  # type: ignore[no-any-return]
 
 
 def merged(method: Method, unit: Unit, blocks: Blocks, dtype: torch.dtype) -> torch.Tensor:
-    """The merged tensor, flat, of inputs that lie in memory."""
-    out = torch.empty(blocks.numel, dtype=dtype)
+    """The merged tensor, flat, of inputs that lie in memory: that of the place."""
+    out = torch.empty(blocks.numel, dtype=dtype, device=None if blocks.gpu is None else blocks.gpu.device)
     if blocks.numel:
         coefficients = solved(method.solve(unit), blocks.reduce)
-        for i in range(len(blocks)):
+        for i in range(0, len(blocks), blocks.at_once):
             block = blocks.load(i)
             out[block.start : block.start + block.count] = apply_to(block, method, coefficients, dtype)
     return out

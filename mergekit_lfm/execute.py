@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
@@ -17,12 +18,14 @@ from typing import Any
 import torch
 import xxhash
 
-from mergekit_lfm.blocks import Blocks, Read, StoredBlock, apply_to, finite, in_order, solved
+from mergekit_lfm.accelerator import CHUNK, Accelerator
+from mergekit_lfm.blocks import Blocks, Read, StoredBlock, apply_to, finite, in_order, making_on, solved
 from mergekit_lfm.checkpoint import bytes_of
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.evidence import LinearGroup, LinearJob
 from mergekit_lfm.jobs import BLOCK, Job, Source
-from mergekit_lfm.kernels.fused import Kernels, Mode, run_eagerly
+from mergekit_lfm.kernels.fused import Kernels, Mode
+from mergekit_lfm.kernels.gpu import GpuKernels
 from mergekit_lfm.kernels.reductions import Reduction
 from mergekit_lfm.kernels.sums import round_once
 from mergekit_lfm.linears import StoredLinear
@@ -35,6 +38,9 @@ from mergekit_lfm.preflight import allow_many_files, check_copies, check_disk, k
 from mergekit_lfm.provenance import documents, names_of
 from mergekit_lfm.tensors import FLOATS, ITEMSIZE
 from mergekit_lfm.writer import Output, Policy, Receipt, already_there, finish
+
+HOST = torch.device("cpu")
+DEVICE_PARTS = 2  # of a GPU's memory: what a tensor's inputs may take that stay there, and what one chunk may
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,33 +81,48 @@ class Run:
     share: int
     nan: Policy
     progress: Callable[[int], None]
-    kernels: Kernels
+    kernels: Kernels | GpuKernels
     names: tuple[str, ...]
+    gpu: Accelerator | None = None
+    device_share: int = 0
     stop: Event = field(default_factory=Event)
 
     def blocks(self, job: Job, resident: bool = False) -> Blocks:
-        """The job's inputs, read from the files block by block or held in memory."""
-        readers = {source: self._reader(source, None if resident else job.block) for source in job.read}
+        """The job's inputs, read from the files block by block or held in memory: the processor's, or the GPU's."""
+        at_once = 1 if self.gpu is None else self._at_once(job)
+        readers = {source: self._reader(source, job.block * at_once, resident) for source in job.read}
         base = readers[job.base] if job.base else None
         sources = [readers[source] for source in job.sources + job.statistics]
-        return Blocks(sources, base, job.spec.numel, job.block, getattr(torch, job.compute), self.kernels)
+        dtype = getattr(torch, job.compute)
+        return Blocks(sources, base, job.spec.numel, job.block, dtype, self.kernels, self.gpu, at_once)
 
-    def _reader(self, source: tuple[int, str], block: int | None) -> Read:
-        """Reads ranges of up to `block` elements into a buffer that the next call overwrites, or once the whole."""
+    def _at_once(self, job: Job) -> int:
+        """How many blocks a GPU is given at once: a divisor of SEGMENT that host and device have room for."""
+        fitting = min(self.share, self.device_share) // max(1, self.plan.scratch(job))
+        return 1 << (max(1, min(CHUNK, fitting)).bit_length() - 1)
+
+    def _reader(self, source: tuple[int, str], most: int, resident: bool) -> Read:
+        """Reads ranges of up to `most` elements: into memory that the next call may overwrite, or once the whole."""
         model, name = self.plan.sources[source[0]], source[1]
-        whole = model.read(name) if block is None else None
-        buffer = torch.empty(min(block or 0, model[name].numel), dtype=getattr(torch, model[name].dtype))
+        numel, dtype = model[name].numel, getattr(torch, model[name].dtype)
+        buffer = torch.empty(0 if resident or self.gpu else min(most, numel), dtype=dtype)
 
-        def read(start: int, stop: int) -> torch.Tensor:
+        def read(start: int, stop: int, to: torch.Tensor | None = None) -> torch.Tensor:
             if self.stop.is_set():
                 raise Stopped
-            if whole is not None:
-                return whole[start:stop]
-            part = buffer[: stop - start]
+            part = buffer[: stop - start] if self.gpu is None else self.gpu.buffer(stop - start, dtype)
             model.read_into(name, start, bytes_of(part))
-            return part
+            return part if self.gpu is None else self.gpu.up(part, to)
 
-        return read
+        if not resident:
+            return read
+        if self.gpu is None:
+            whole = model.read(name)
+        else:
+            whole = torch.empty(numel, dtype=dtype, device=self.gpu.device)
+            for start in range(0, numel, most):
+                read(start, min(numel, start + most), whole[start : start + most])
+        return lambda start, stop: whole[start:stop]
 
     def missing(self, job: Job) -> tuple[int, ...]:
         """The segments that the journal does not vouch for."""
@@ -119,6 +140,14 @@ class Run:
 
     def do(self, work: Work | LinearWork) -> None:
         """Merge or copy the segments of `work`, write them, and note the receipts."""
+        with self._working():
+            self._do(work)
+
+    def _working(self) -> AbstractContextManager[None]:
+        """Within, a worker computes on the GPU, if there is one."""
+        return nullcontext() if self.gpu is None else self.gpu.working()
+
+    def _do(self, work: Work | LinearWork) -> None:
         if isinstance(work, LinearWork):
             self._solve(work)
             return
@@ -141,13 +170,13 @@ class Run:
         jobs = [self.plan.tensors[i] for i in work.group.jobs]
         whole = METHODS[jobs[0].method].whole
         assert whole is not None
-        waiting = iter(jobs)
-        for layer, merged in zip(layers, whole.merge(self.plan.unit(jobs[:1]), layers), strict=True):
+        waiting, merging = iter(jobs), whole.merge(self.plan.unit(jobs[:1]), layers)
+        for layer in layers:
+            with nullcontext() if self.gpu is None else making_on(self.gpu.device):
+                merged = next(merging)
             for part in (part for part in layer.parts(merged) if part is not None):
                 job = next(waiting)
-                if job.added is not None:
-                    part = part.double() + self._added(job, 0, job.spec.numel)
-                tensor = round_once(part, getattr(torch, job.dtype))
+                tensor = self._finished(job, 0, part)
                 if not finite(tensor) and not bad:
                     bad.add(self._not_finite(f"{job.name} of the output"))
                 for segment in work.missing[job.name]:
@@ -165,7 +194,8 @@ class Run:
         def read(source: Source, start: int, stop: int) -> torch.Tensor:
             if self.stop.is_set():
                 raise Stopped
-            part = self.plan.sources[source[0]].read(source[1], start, stop)
+            with nullcontext() if self.gpu is None else making_on(HOST):
+                part = self.plan.sources[source[0]].read(source[1], start, stop)
             if not finite(part):
                 bad.add(self._not_finite(f"{source[1]} of {self.names[source[0]]}"))
             return part
@@ -182,15 +212,25 @@ class Run:
 
     def reduce(self, job: Job, request: Reduction, segment: int) -> Any:
         """One segment's part of a reduction, read from the files."""
-        return self.blocks(job).part(request, segment)
+        with self._working():
+            return self.blocks(job).part(request, segment)
 
     def _result(self, job: Job, block: StoredBlock, coefficients: Coefficients) -> torch.Tensor:
         """The merged block, with what edits add to it, in the output's dtype."""
+        method, exact = METHODS[job.method], job.added is not None
+        merged = apply_to(block, method, coefficients, getattr(torch, job.compute if exact else job.dtype))
+        return self._finished(job, block.start, merged) if exact else merged
+
+    def _finished(self, job: Job, start: int, merged: torch.Tensor) -> torch.Tensor:
+        """Elements from `start` on, with what edits add to them, in the output's dtype and the processor's memory."""
         dtype = getattr(torch, job.dtype)
         if job.added is None:
-            return apply_to(block, METHODS[job.method], coefficients, dtype)
-        merged = apply_to(block, METHODS[job.method], coefficients, getattr(torch, job.compute))
-        return round_once(merged.double() + self._added(job, block.start, block.start + len(merged)), dtype)
+            return self._home(round_once(merged, dtype))
+        return round_once(self._home(merged).double() + self._added(job, start, start + len(merged)), dtype)
+
+    def _home(self, x: torch.Tensor) -> torch.Tensor:
+        """x in the processor's memory."""
+        return x if self.gpu is None or x.is_cpu else self.gpu.down(x)
 
     def _added(self, job: Job, start: int, stop: int) -> torch.Tensor:
         """What edits add to elements start .. stop of the result, float64."""
@@ -207,9 +247,8 @@ class Run:
             merged = self._result(job, block, coefficients)
             if found := self._check(job, block, merged):
                 bad |= found
-                block.run = run_eagerly  # compiled code may give NaN other bits
-                merged = self._result(job, block, coefficients)
-            data = bytes_of(merged)
+                merged = self._result(job, block.at_home(), coefficients)  # compiled, NaN may have other bits
+            data = bytes_of(self._home(merged))
             self.output.write(job, block.start * size, data)
             digest.update(data)
             nbytes += len(data)
@@ -243,7 +282,7 @@ class Run:
 
     def _check(self, job: Job, block: StoredBlock, merged: torch.Tensor) -> set[str]:
         """What in a block is not finite: of the inputs, else of the result."""
-        if block.finite() and finite(merged):
+        if block.sound(merged):
             return set()
         inputs = [
             f"{name} of {self.names[source]}"
@@ -270,13 +309,15 @@ def execute(
     resume: bool = True,
     overwrite: bool = False,
     compile: Mode = "auto",
+    gpu: Accelerator | None = None,
     progress: Callable[[int], None] | None = None,
     notice: Callable[[str], None] | None = None,
 ) -> Outcome:
     """Write the merged checkpoint to the folder `out`, or complete what an interrupted run of the same plan left.
 
     memory: bytes that the engine may hold. compile: whether elementwise functions are compiled to machine code,
-    "auto" where the merge is large enough to repay it; the bytes are the same. progress is called with each number of
+    "auto" where the merge is large enough to repay it; the bytes are the same. gpu: where arithmetic runs instead of
+    on the processor; docs/gpu.md says what that changes of the bytes. progress is called with each number of
     bytes newly written, notice with a line about each alignment that is found before. Raises PlanError before anything
     is written where `out`, the memory or the disk do not allow it; FormatError where an input turns out to hold NaN or
     infinity (`nan="error"`). OUT appears only when it is complete.
@@ -288,11 +329,16 @@ def execute(
     if resume and finish(plan, place):
         return Outcome(out, resumed_bytes=plan.bytes_written, seconds=time.monotonic() - started)
     budget = memory or default_memory()
-    plan, count = _checked(plan, place, budget, threads, notice or (lambda _: None))
+    plan, count = _checked(plan, place, budget, threads, gpu, notice or (lambda _: None))
     keep_freed_memory()
     allow_many_files()
-    blocks = sum(job.spec.numel // BLOCK for job in plan.tensors if not job.copied)
-    with Output(plan, place, resume) as output, Kernels(compile, blocks, BLOCK, count) as kernels:
+    merged = [job.spec.numel for job in plan.tensors if not job.copied]
+    with (
+        Output(plan, place, resume) as output,
+        GpuKernels(compile, sum(merged), gpu.device)
+        if gpu
+        else Kernels(compile, sum(numel // BLOCK for numel in merged), BLOCK, count) as kernels,
+    ):
         names = names_of(plan)
         run = Run(
             plan,
@@ -302,6 +348,8 @@ def execute(
             progress=progress or (lambda _: None),
             kernels=kernels,
             names=tuple(names[label] for label in plan.source_labels),
+            gpu=gpu,
+            device_share=gpu.room() // DEVICE_PARTS // count if gpu else 0,
         )
         resumed = run.take_over()
         try:
@@ -317,7 +365,12 @@ def execute(
 
 
 def _checked(
-    plan: Plan, place: Path, budget: int, threads: int | None, notice: Callable[[str], None]
+    plan: Plan,
+    place: Path,
+    budget: int,
+    threads: int | None,
+    gpu: Accelerator | None,
+    notice: Callable[[str], None],
 ) -> tuple[Plan, int]:
     """The plan with its alignments found, and the number of threads. PlanError where memory, disk or inputs forbid it.
 
@@ -334,9 +387,12 @@ def _checked(
         plan.peak_memory(budget, threads or 1)
         check_disk(plan, place)
         plan.fetch(notice)
-        plan = prepare(plan, notice) if plan.pending else plan
-    count = threads or min(default_threads(), plan.most_threads(budget))
+        plan = prepare(plan, notice, device=str(gpu.device) if gpu else "cpu") if plan.pending else plan
+    room = gpu.room() // DEVICE_PARTS if gpu else None
+    count = threads or min(default_threads(), plan.most_threads(budget, room))
     plan.peak_memory(budget, count)
+    if room is not None:
+        plan.check_room(room, count)
     check_copies(plan)
     check_disk(plan, place)
     return plan, count
@@ -355,7 +411,9 @@ def _carry_out(run: Run, executor: Executor) -> None:
         missing = {job.name: run.missing(job) for job in jobs}
         if not any(missing.values()):
             continue
-        if len(jobs) > 1 or (jobs[0].needs_sums and plan.resident(group) > run.share):
+        if len(jobs) > 1 or (
+            jobs[0].needs_sums and plan.resident(group) > (run.device_share if run.gpu else run.share)
+        ):
             shared.append(jobs)
         elif jobs[0].needs_sums:
             alone.append(Work(jobs[0], missing[jobs[0].name], solve=True))

@@ -1,4 +1,7 @@
-"""Linear layers as matrices, read from checkpoints and statistics files by rows, or held in memory."""
+"""Linear layers as matrices, read from checkpoints and statistics files by rows, or held in memory.
+
+Matrices are on torch's default device, whatever the memory that they are read into.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,7 @@ class StoredLinear:
         """Rows of input i's Gram matrix, [stop - start, columns] float64."""
         width = self.inputs + 1
         rows = self.read(self.grams[i], start * width, stop * width).view(-1, width)
-        return rows[:, : self.shape[1]].to(torch.float64, copy=True)
+        return rows[:, : self.shape[1]].to(torch.get_default_device(), torch.float64, copy=True)
 
     def parts(self, merged: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """A merged matrix as the checkpoint stores it: the weight, flat, and the bias."""
@@ -72,8 +75,8 @@ class HeldLinear:
 
     def matrix(self, i: int, start: int, stop: int) -> torch.Tensor:
         """Rows of input i's matrix, as float64 on fresh memory."""
-        return self.matrices[i][start:stop].to(torch.float64, copy=True)
+        return self.matrices[i][start:stop].to(torch.get_default_device(), torch.float64, copy=True)
 
     def gram(self, i: int, start: int, stop: int) -> torch.Tensor:
         """Rows of input i's Gram matrix, as float64 on fresh memory."""
-        return self.grams[i][start:stop].to(torch.float64, copy=True)
+        return self.grams[i][start:stop].to(torch.get_default_device(), torch.float64, copy=True)

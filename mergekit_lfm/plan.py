@@ -181,9 +181,19 @@ class Plan:
         """Bytes that transforms and patches take as long as the merge runs."""
         return sum(source.resident for source in self.sources)
 
-    def most_threads(self, memory: int) -> int:
-        """The number of threads, at least one, for which a budget of `memory` bytes suffices."""
-        return max(1, (memory - self.resident_views) // max([1, *(nbytes for _, nbytes in self._demands())]))
+    def most_threads(self, memory: int, room: int | None = None) -> int:
+        """The number of threads, at least one, for which a budget of `memory` bytes suffices, and `room` on a GPU."""
+        left = memory - self.resident_views
+        return max(1, min(left, left if room is None else room) // max([1, *(nbytes for _, nbytes in self._demands())]))
+
+    def check_room(self, room: int, threads: int) -> None:
+        """PlanError where a GPU's memory is too little: each of so many threads has its share of `room` bytes."""
+        name, largest = max(self._demands(), key=lambda demand: demand[1], default=("", 0))
+        if largest > room // threads:
+            raise PlanError(
+                f"{name} needs {format_size(largest)} of the GPU's memory for one worker, what is free gives each of "
+                f"{threads} {format_size(room // threads)}: lower --threads, or use --device cpu"
+            )
 
     def _demands(self) -> Iterator[tuple[str, int]]:
         """What one worker has to hold at least for each tensor or group of layers, and the name of that."""

@@ -42,6 +42,7 @@ class Step:
     """function(rows, base, local) over a block whose inputs are given as they are stored.
 
     rows are the inputs in `dtype`, less the base where there is one; the result is rounded to `out`, if that is given.
+    flag: [1] on a device, where what runs there notes that an input or the result is not finite.
     """
 
     function: Elementwise
@@ -50,6 +51,7 @@ class Step:
     local: Any
     dtype: torch.dtype
     out: torch.dtype | None
+    flag: torch.Tensor | None = None
 
 
 Run = Callable[[Step], Any]
@@ -211,6 +213,10 @@ class Fused:
         stored, base, local = put_together(self.form, iter(tensors))
         return run_eagerly(Step(self.function, stored, base, local, self.dtype, self.out))
 
+    def leaves(self) -> list[tuple[torch.dtype, tuple[int, ...]]]:
+        """The dtype and shape of every tensor that it takes."""
+        return list(_leaves(self.form))
+
     def load(self, threads: int) -> Callable[..., Any]:
         """The library as a function of the tensors, for so many threads at once."""
         # What torch._inductor.package.load_package calls, without the 2 s that importing it takes.
@@ -245,7 +251,7 @@ class Fused:
         from torch._inductor import aoti_compile_and_package
 
         fused = self
-        example: list[torch.Tensor] = [torch.zeros(shape, dtype=dtype) for dtype, shape in _leaves(self.form)]
+        example: list[torch.Tensor] = [torch.zeros(shape, dtype=dtype) for dtype, shape in self.leaves()]
 
         class Module(torch.nn.Module):
             def forward(self, *tensors: torch.Tensor) -> Any:

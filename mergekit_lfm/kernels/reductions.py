@@ -8,6 +8,8 @@ has one thread.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -16,30 +18,33 @@ from mergekit_lfm.kernels.bits import masked
 if TYPE_CHECKING:
     import torch
 
-    from mergekit_lfm.methods.declare import Block, Rows
+    from mergekit_lfm.methods.declare import Block, Chunk, Rows
 
 
-class Reduction(Protocol):
+class Reduction(ABC):
     """Maps a block to a part, and adds parts."""
 
-    def visits(self, index: int) -> bool:
-        """Whether the block of this number in its tensor is needed."""
+    def visits(self, index: int) -> bool:  # noqa: ARG002
+        """Whether the block of this number in its tensor is needed; all are by default."""
+        return True
 
+    @abstractmethod
     def block(self, block: Block) -> Any:
         """The part of one block."""
 
+    def chunk(self, chunk: Chunk) -> Iterable[Any]:
+        """The parts, in order, of the blocks of a chunk that lies on a device: by default one block after another.
+
+        In place of those of single blocks it may yield parts that `add` makes of them, where adding is exact.
+        """
+        return [self.block(block) for index, block in chunk.blocks() if self.visits(index)]
+
+    @abstractmethod
     def add(self, total: Any, part: Any) -> Any:
         """The parts of two neighbouring runs of blocks as one; may reuse the first."""
 
 
-class Everywhere:
-    """A reduction that needs all blocks."""
-
-    def visits(self, _: int) -> bool:
-        return True
-
-
-class Sum(Everywhere):
+class Sum(Reduction):
     """A reduction whose parts are tensors to be summed."""
 
     def add(self, total: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
@@ -61,9 +66,14 @@ class Gram(Sum):
                 gram[i, j] = gram[j, i] = torch.dot(x[i], x[j])
         return gram
 
+    def chunk(self, chunk: Chunk) -> Iterable[torch.Tensor]:
+        from mergekit_lfm.kernels.lanes import grams
+
+        return grams(chunk).cpu().unbind()
+
 
 @dataclass(frozen=True)
-class RowGram(Everywhere):
+class RowGram(Reduction):
     """Inner products of every row of `row` elements, float64 [rows, n, n]. Blocks are whole rows."""
 
     row: int
@@ -129,8 +139,20 @@ class L1(Sum):
     def block(self, block: Block) -> torch.Tensor:
         import torch
 
-        both = block.each(magnitudes, self.mask.at(block.start, block.count, block.dtype))
+        both = self._magnitudes(block)
         return torch.stack([x.sum(dtype=torch.float64) for x in both]).reshape(2, -1).T
+
+    def chunk(self, chunk: Chunk) -> Iterable[torch.Tensor]:
+        import torch
+
+        from mergekit_lfm.kernels.lanes import sums
+
+        each = torch.stack([sums(x, chunk.size) for x in self._magnitudes(chunk)], -1)  # [blocks, 2n]
+        return each.reshape(len(each), 2, -1).mT.cpu().unbind()
+
+    def _magnitudes(self, block: Block) -> tuple[torch.Tensor, ...]:
+        found: tuple[torch.Tensor, ...] = block.each(magnitudes, self.mask.at(block.start, block.count, block.dtype))
+        return found
 
 
 @dataclass(frozen=True)
@@ -144,8 +166,13 @@ class SignBalance(Sum):
         import torch
 
         local = self.mask and self.mask.at(block.start, block.count, block.dtype)
-        total = torch.zeros(block.count, dtype=block.dtype)
+        total: torch.Tensor | None = None
         for i, weight in enumerate(self.weights):
             x = block.row(i)
-            total += (masked(x, local.mask(i, x)) if local else x) * weight
+            term = (masked(x, local.mask(i, x)) if local else x) * weight
+            total = term if total is None else total.add_(term)
+        assert total is not None
         return total.sign().sum(dtype=torch.int64)
+
+    def chunk(self, chunk: Chunk) -> Iterable[torch.Tensor]:
+        return [self.block(chunk)]

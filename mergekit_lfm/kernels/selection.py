@@ -9,19 +9,19 @@ not depend on the way.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, sqrt
 from typing import TYPE_CHECKING, Any
 
 from mergekit_lfm.kernels.bits import as_integers
-from mergekit_lfm.kernels.reductions import Everywhere, Reduction, Sum
+from mergekit_lfm.kernels.reductions import Reduction, Sum
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from mergekit_lfm.methods.declare import Block
+    from mergekit_lfm.methods.declare import Block, Chunk
 
 DIGITS_32 = ((15, 16), (0, 15))  # (shift, width): 31 bits of a float32's magnitude
 DIGITS_64 = ((47, 16), (31, 16), (15, 16), (0, 15))
@@ -46,14 +46,14 @@ class Found:
     per_block: list[int] | None = None
 
 
-def _bits(block: Block, i: int) -> torch.Tensor:
+def bits_of(block: Block, i: int) -> torch.Tensor:
     """The magnitudes' bits of one row. Row by row and in place, as what fits the processor's cache is twice as fast."""
     bits = as_integers(block.row(i))
     return bits.bitwise_and_(0x7FFFFFFF if bits.dtype.itemsize == 4 else 0x7FFFFFFFFFFFFFFF)
 
 
 @dataclass(frozen=True)
-class Sample:
+class Sample(Reduction):
     """The bits of every `step`-th entry of some blocks, a list of arrays for each input."""
 
     step: int
@@ -62,7 +62,7 @@ class Sample:
         return index % SAMPLED == 0
 
     def block(self, block: Block) -> list[list[np.ndarray[Any, Any]]]:
-        return [[_bits(block, i).numpy()[:: self.step].copy()] for i in range(len(block))]
+        return [[bits_of(block, i)[:: self.step].cpu().numpy().copy()] for i in range(len(block))]
 
     def add(self, total: Any, part: Any) -> Any:
         for arrays, more in zip(total, part, strict=True):
@@ -74,14 +74,15 @@ class Sample:
 class Bracketed:
     """How many entries lie above a bracket, and what lies inside it.
 
-    equal: how many are equal to each pivot, by block. inside: the bits of the others, by block, or None once there are
-    more than `Bracket.limit`; size counts them.
+    equal: how many are equal to each pivot, by block. inside: the bits of the others, by block, or of those of several
+    in any order where by_block is false; None once there are more than `Bracket.limit`. size counts them.
     """
 
     above: int
     equal: list[list[int]]  # [pivots][blocks]
     inside: list[np.ndarray[Any, Any]] | None
     size: int
+    by_block: bool = True
 
     def at(self, pivots: Sequence[int], rank: int) -> Found | None:
         """The value of a rank, if it lies in the bracket. pivots: descending, the bracket's ends among them."""
@@ -97,7 +98,7 @@ class Bracketed:
                 bits = int(np.partition(between, len(between) - left)[len(between) - left])
                 greater = int(np.count_nonzero(between > bits))
                 counts = [int(np.count_nonzero(part == bits)) for part in self.inside]
-                return Found(bits, left - greater, sum(counts), counts)
+                return Found(bits, left - greater, sum(counts), counts if self.by_block else None)
             left -= len(between)
             if left <= sum(self.equal[n]):
                 return Found(pivot, left, sum(self.equal[n]), self.equal[n])
@@ -106,7 +107,7 @@ class Bracketed:
 
 
 @dataclass(frozen=True)
-class Bracket(Everywhere):
+class Bracket(Reduction):
     """`Bracketed` for the descending pivots of each key, the first and last of which are the bracket's ends."""
 
     pivots: Mapping[Key, Sequence[int]]
@@ -118,7 +119,7 @@ class Bracket(Everywhere):
         parts = {}
         for i in range(len(block)):
             mine = {key: pivots for key, pivots in self.pivots.items() if key[0] == i}
-            bits = _bits(block, i).numpy() if mine else None
+            bits = bits_of(block, i).numpy() if mine else None
             for key, pivots in mine.items():
                 assert bits is not None
                 inside = bits[(bits > pivots[-1]) & (bits < pivots[0])]
@@ -128,6 +129,17 @@ class Bracket(Everywhere):
                 equal = [[int(np.count_nonzero(bits == pivot))] for pivot in pivots]
                 parts[key] = Bracketed(above, equal, [inside], len(inside))
         return parts
+
+    def chunk(self, chunk: Chunk) -> Iterable[dict[Key, Bracketed]]:
+        from mergekit_lfm.kernels.bracket import bracketed
+
+        part = {}
+        for key, pivots in self.pivots.items():
+            counts, inside = bracketed(chunk, key[0], pivots)
+            above, *equal = counts.T.tolist()
+            kept = [inside.cpu().numpy()] if len(inside) <= self.limit else None
+            part[key] = Bracketed(sum(above), equal, kept, len(inside), by_block=False)
+        return [part]
 
     def add(self, total: dict[Key, Bracketed], part: dict[Key, Bracketed]) -> dict[Key, Bracketed]:
         for key, more in part.items():
@@ -183,13 +195,16 @@ class Digits(Sum):
         bins = 1 << self.width
         rows = []
         for i in range(len(block)):
-            digits = _bits(block, i).bitwise_right_shift_(self.shift)
+            digits = bits_of(block, i).bitwise_right_shift_(self.shift)
             if self.prefixes is None:
                 rows.append(torch.bincount(digits, minlength=bins)[None])
             else:
                 chosen = [_below(digits, self.width, prefix) for prefix in self.prefixes[i]]
                 rows.append(torch.stack([torch.bincount(part, minlength=bins) for part in chosen]))
         return torch.stack(rows)
+
+    def chunk(self, chunk: Chunk) -> Iterable[torch.Tensor]:
+        return [self.block(chunk)]
 
 
 def _below(digits: torch.Tensor, width: int, prefix: int) -> torch.Tensor:
@@ -199,6 +214,8 @@ def _below(digits: torch.Tensor, width: int, prefix: int) -> torch.Tensor:
     """
     import torch
 
+    if not digits.is_cpu:
+        return digits[(digits >> width) == prefix] & ((1 << width) - 1)
     values = digits.numpy()
     return torch.from_numpy(values[(values >> width) == prefix] & ((1 << width) - 1))
 
@@ -224,7 +241,7 @@ def by_digits(inputs: int, ranks: Mapping[Key, int], double: bool) -> Generator[
 
 
 @dataclass(frozen=True)
-class Equal(Everywhere):
+class Equal(Reduction):
     """How often given bits occur in every block, a list of counts for each key."""
 
     bits: Mapping[Key, int]
@@ -232,8 +249,13 @@ class Equal(Everywhere):
     def block(self, block: Block) -> dict[Key, list[int]]:
         import numpy as np
 
-        rows = {i: _bits(block, i).numpy() for i in {i for i, _ in self.bits}}
+        rows = {i: bits_of(block, i).numpy() for i in {i for i, _ in self.bits}}
         return {key: [int(np.count_nonzero(rows[key[0]] == bits))] for key, bits in self.bits.items()}
+
+    def chunk(self, chunk: Chunk) -> Iterable[dict[Key, list[int]]]:
+        from mergekit_lfm.kernels.bracket import bracketed
+
+        return [{key: bracketed(chunk, key[0], [bits])[0][:, 1].tolist() for key, bits in self.bits.items()}]
 
     def add(self, total: dict[Key, list[int]], part: dict[Key, list[int]]) -> dict[Key, list[int]]:
         for key, counts in total.items():
@@ -242,7 +264,7 @@ class Equal(Everywhere):
 
 
 @dataclass(frozen=True)
-class Position:
+class Position(Reduction):
     """One past the index in its tensor of the `ordinal`-th (from 1) entry of input i with these bits, in one block."""
 
     i: int
@@ -254,7 +276,7 @@ class Position:
         return index == self.where
 
     def block(self, block: Block) -> int:
-        equal = (_bits(block, self.i) == self.bits).nonzero()
+        equal = (bits_of(block, self.i) == self.bits).nonzero()
         return block.start + int(equal[self.ordinal - 1]) + 1
 
     def add(self, total: int, part: int) -> int:  # noqa: ARG002

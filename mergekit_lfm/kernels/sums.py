@@ -38,10 +38,12 @@ class Spread:
 
     def at(self, start: int, count: int, dtype: torch.dtype) -> torch.Tensor:
         """The weights [n, count] of the elements start .. start + count."""
+        import torch
+
         rows, first = count // self.row, start // self.row
-        if self.columns:
-            return self.weights.to(dtype).T.repeat(1, rows)
-        return self.weights[first : first + rows].to(dtype).T.repeat_interleave(self.row, dim=1)
+        weights = self.weights if self.columns else self.weights[first : first + rows]
+        weights = weights.to(torch.get_default_device(), dtype).T
+        return weights.repeat(1, rows) if self.columns else weights.repeat_interleave(self.row, dim=1)
 
 
 def weighted_sum(rows: Rows, base: torch.Tensor | None, weights: torch.Tensor) -> torch.Tensor:

@@ -114,8 +114,32 @@ class Block(Protocol):
         """
 
 
+class Chunk(Block, Protocol):
+    """Several neighbouring blocks at once, on a device. size: elements of a block; the last may be shorter.
+
+    native: whether hand-written kernels are to be used where there are some.
+    """
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def native(self) -> bool: ...
+
+    @property
+    def stored(self) -> tuple[torch.Tensor, ...]:
+        """The inputs as they are stored, [count]."""
+
+    @property
+    def stored_base(self) -> torch.Tensor | None:
+        """The base as it is stored, where there is one."""
+
+    def blocks(self) -> Iterator[tuple[int, Block]]:
+        """Every block with its number in the tensor."""
+
+
 class Coefficients(Protocol):
-    """What a solve returns."""
+    """What a solve returns. Tensors that it makes are on torch's default device, which is that of the block."""
 
     def at(self, start: int, count: int, dtype: torch.dtype) -> Any:
         """What `apply` needs for the block of `count` elements from index `start`, as `Block.each` takes it."""

@@ -1,0 +1,44 @@
+"""One pass over a chunk on a device: how many entries lie above a bracket, equal its pivots, and what is inside of it.
+
+The order of what is inside is left open: only which values there are matters. Counts are integers, hence exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from mergekit_lfm.kernels.selection import bits_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from mergekit_lfm.methods.declare import Chunk
+
+
+def bracketed(chunk: Chunk, i: int, pivots: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the bits of |x|, x being row i of the chunk: counts [blocks, 1 + pivots], and those inside, in any order.
+
+    pivots: descending, the first and the last are the bracket's ends. The first count is of what lies above it, the
+    others of what equals each pivot. Inside is what lies between the ends and equals no pivot.
+    """
+    if chunk.native:
+        from mergekit_lfm.kernels import by_triton
+
+        return by_triton.bracketed(chunk, i, pivots)
+    bits = bits_of(chunk, i)
+    inside = (bits > pivots[-1]) & (bits < pivots[0])
+    masks = [bits > pivots[0]]
+    for pivot in pivots:
+        masks.append(bits == pivot)
+        inside &= ~masks[-1]
+    return by_block(masks, chunk.size), bits[inside]
+
+
+def by_block(masks: Sequence[torch.Tensor], size: int) -> torch.Tensor:
+    """How many are true in every block of `size` entries, of which the last may be shorter: int64 [blocks, masks]."""
+    import torch
+
+    missing = -len(masks[0]) % size
+    whole = [torch.nn.functional.pad(mask, (0, missing)) if missing else mask for mask in masks]
+    return torch.stack([mask.view(-1, size).sum(1) for mask in whole], 1)

@@ -1,0 +1,77 @@
+"""Float64 sums on a device, in an order that does not change with the chunk, the device or the kernel.
+
+Element e of a block belongs to lane e % LANES. Lanes are summed one row after the other, then the upper half of them is
+added to the lower half until one is left: additions of single elements, which every device rounds alike. A processor
+sums blocks in its own, faster order, so that its sums differ from these by rounding, about 1e-14.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from mergekit_lfm.methods.declare import Chunk
+
+LANES = 4096
+
+
+def sums(x: torch.Tensor, block: int) -> torch.Tensor:
+    """The sum of every block of x [m], float64 [blocks]. The last block may be shorter than `block` elements."""
+    return folded(_added_rows((x.double(),), block))
+
+
+def grams(chunk: Chunk) -> torch.Tensor:
+    """Inner products of the inputs in every block of a chunk, float64 [blocks, n, n]."""
+    import torch
+
+    n = len(chunk)
+    i, j = torch.tril_indices(n, n, device="cpu").tolist()
+    pairs = list(zip(i, j, strict=True))
+    if chunk.native:
+        from mergekit_lfm.kernels.by_triton import lane_products
+
+        lanes = lane_products(chunk, pairs)
+    else:
+        rows = [chunk.row(k).double() for k in range(n)]
+        lanes = torch.stack([_added_rows((rows[a], rows[b]), chunk.size) for a, b in pairs], 1)
+    found = folded(lanes)  # [blocks, pairs]
+    gram = torch.empty(len(found), n, n, dtype=torch.float64, device=found.device)
+    gram[:, i, j] = gram[:, j, i] = found
+    return gram
+
+
+def _added_rows(factors: tuple[torch.Tensor, ...], block: int) -> torch.Tensor:
+    """The products of the factors [m], or the one factor, summed within each lane: [blocks, LANES]."""
+    import torch
+
+    count = len(factors[0])
+    blocks, height = -(-count // block), -(-min(block, count) // LANES)
+    grids = [_grid(x, blocks, block, height) for x in factors]
+    total = torch.zeros_like(grids[0][:, 0])
+    for row in range(height):
+        term = grids[0][:, row]
+        for grid in grids[1:]:
+            term = term * grid[:, row]
+        total += term
+    return total
+
+
+def _grid(x: torch.Tensor, blocks: int, block: int, height: int) -> torch.Tensor:
+    """x [m] as [blocks, height, LANES], zeros beyond its end and that of every block."""
+    import torch
+
+    whole = x if len(x) == blocks * block else torch.nn.functional.pad(x, (0, blocks * block - len(x)))
+    rows = whole.view(blocks, block)
+    if height * LANES > block:
+        rows = torch.nn.functional.pad(rows, (0, height * LANES - block))
+    return rows[:, : height * LANES].view(blocks, height, LANES)
+
+
+def folded(lanes: torch.Tensor) -> torch.Tensor:
+    """The sum over the last axis, of LANES entries."""
+    while lanes.shape[-1] > 1:
+        half = lanes.shape[-1] // 2
+        lanes = lanes[..., :half] + lanes[..., half:]
+    return lanes[..., 0]
