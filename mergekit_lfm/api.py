@@ -17,6 +17,8 @@ from mergekit_lfm.sizes import parse_size
 if TYPE_CHECKING:
     import torch
 
+    from mergekit_lfm.accelerator import Accelerator
+
 
 def merge(
     recipe: str | PathLike[str] | Mapping[str, Any] | Recipe,
@@ -26,6 +28,7 @@ def merge(
     threads: int | None = None,
     max_shard_size: int | str | None = None,
     seed: int | None = None,
+    device: str | None = None,
     nan: Literal["error", "warn"] = "error",
     overwrite: bool = False,
     resume: bool = True,
@@ -36,7 +39,8 @@ def merge(
     """Merge checkpoints as a recipe says (a YAML file, a mapping, or a `Recipe`) and return the output folder.
 
     out: by default the recipe's `output`, else `merged/<name of the recipe file>`. memory and max_shard_size: bytes,
-    or text such as "4GB". compile: as of `execute`. push_to: a repository on the Hub that the result is pushed to, in
+    or text such as "4GB". device: "cpu", "cuda", "cuda:1" or "auto", in place of the recipe's. compile: as of
+    `execute`. push_to: a repository on the Hub that the result is pushed to, in
     place of the recipe's `push`; private: it has to be private. Raises PlanError or FormatError (both ValueError) with
     all that is wrong, before anything is written where it can be known then; ConnectionError where the Hub cannot be
     reached. Calling it again after an interruption goes on where it stopped.
@@ -63,14 +67,28 @@ def merge(
         check_repository(goal.repo, private=goal.private)
     how: dict[str, Any] = {"memory": _bytes(memory), "threads": threads, "nan": nan, "overwrite": overwrite}
     how |= {"resume": resume}
+    gpu = accelerator_of(recipe, device)
     if plan.unedited:
         from mergekit_lfm.edit.stages import solve_edits
 
-        plan = solve_edits(plan, out, max_shard_size=_bytes(max_shard_size), **how)
-    outcome = execute(plan, out, compile=compile, **how)
+        where = str(gpu.device) if gpu else "cpu"
+        plan = solve_edits(plan, out, max_shard_size=_bytes(max_shard_size), device=where, **how)
+    outcome = execute(plan, out, gpu=gpu, compile=compile, **how)
     if goal is not None:
         push(out, goal.repo, private=goal.private)
     return outcome.path
+
+
+def accelerator_of(recipe: Recipe, device: str | None) -> Accelerator | None:
+    """The GPU that is asked for, by name or by the recipe; None for the processor. PlanError where it is not there."""
+    asked = device or recipe.device
+    if asked == "cpu":
+        return None
+    from mergekit_lfm.accelerator import Accelerator
+    from mergekit_lfm.devices import find_gpu
+
+    gpu = find_gpu(asked)
+    return None if gpu is None else Accelerator(gpu)
 
 
 def _bytes(size: int | str | None) -> int | None:
@@ -106,8 +124,9 @@ def merge_tensors(
     `fisher` the diagonal Fisher information of each input, of its shape; for `regmean` the Gram matrix of each,
     [inputs, inputs], and the tensors are matrices [outputs, inputs], with the bias as their last column if the Gram
     matrix is of inputs with a 1 appended. A parameter that is given for each input is a number for all or a list with
-    one for each. `lambda` is passed as `lambda_`. The result has the promoted dtype of the inputs. seed and name key
-    the random numbers, as a recipe's seed and the tensor's name do.
+    one for each. `lambda` is passed as `lambda_`. The result has the promoted dtype of the inputs, and lies on their
+    device if they have one in common, else in the processor's memory. seed and name key the random numbers, as a
+    recipe's seed and the tensor's name do.
     """
     from mergekit_lfm.kernels.random import key
 
@@ -152,29 +171,39 @@ def _merged(
 ) -> torch.Tensor:
     import torch
 
-    from mergekit_lfm.blocks import Blocks, merged
+    from mergekit_lfm.accelerator import CHUNK, Accelerator
+    from mergekit_lfm.blocks import Blocks, making_on, merged
     from mergekit_lfm.jobs import block_numel
+    from mergekit_lfm.kernels.fused import run_eagerly
+    from mergekit_lfm.kernels.gpu import GpuKernels
     from mergekit_lfm.kernels.sums import round_once
     from mergekit_lfm.linears import HeldLinear
 
+    devices = {x.device for x in (*tensors, *statistics, *([] if base is None else [base]))}
+    device = devices.pop() if len(devices) == 1 else torch.device("cpu")
     if method.whole is not None:
-        layer = HeldLinear([x.detach().cpu() for x in tensors], [x.detach().cpu() for x in statistics])
-        (matrix,) = method.whole.merge(unit, [layer])
+        layer = HeldLinear(*([x.detach().to(device) for x in given] for given in (tensors, statistics)))
+        with making_on(device):
+            (matrix,) = method.whole.merge(unit, [layer])
         return round_once(matrix, dtype)
     if method.copies(unit):
         tensors, base = tensors[:1], None
+    gpu = None if device.type == "cpu" else Accelerator(device)
     blocks = Blocks(
-        sources=[_reader(x) for x in (*tensors, *statistics)],
-        base=None if base is None else _reader(base),
+        sources=[_reader(x, device) for x in (*tensors, *statistics)],
+        base=None if base is None else _reader(base, device),
         numel=unit.numel,
         block=block_numel(method, unit),
         dtype=torch.float64 if unit.double else torch.float32,
+        run=run_eagerly if gpu is None else GpuKernels("auto", unit.numel, device),
+        gpu=gpu,
+        at_once=1 if gpu is None else CHUNK,
     )
     return merged(method, unit, blocks, dtype).reshape(unit.shape)
 
 
-def _reader(tensor: torch.Tensor) -> Callable[[int, int], torch.Tensor]:
-    flat = tensor.detach().cpu().reshape(-1)
+def _reader(tensor: torch.Tensor, device: torch.device) -> Callable[[int, int], torch.Tensor]:
+    flat = tensor.detach().to(device).reshape(-1)
     return lambda start, stop: flat[start:stop]
 
 

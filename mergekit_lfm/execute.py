@@ -8,8 +8,8 @@ share. The bytes are the same in each case: sums run over constant blocks in a c
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
@@ -21,6 +21,7 @@ import xxhash
 from mergekit_lfm.accelerator import CHUNK, Accelerator
 from mergekit_lfm.blocks import Blocks, Read, StoredBlock, apply_to, finite, in_order, making_on, solved
 from mergekit_lfm.checkpoint import bytes_of
+from mergekit_lfm.devices import reason
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.evidence import LinearGroup, LinearJob
 from mergekit_lfm.jobs import BLOCK, Job, Source
@@ -324,6 +325,10 @@ def execute(
     """
     started = time.monotonic()
     place = out.resolve()
+    if gpu is not None and plan.pending:
+        from mergekit_lfm.stages import noted
+
+        plan = noted(plan, str(gpu.device))
     if already_there(plan, place, overwrite=overwrite, rebuild=overwrite and not resume, nan=nan):
         return Outcome(out, already_there=True)
     if resume and finish(plan, place):
@@ -332,13 +337,7 @@ def execute(
     plan, count = _checked(plan, place, budget, threads, gpu, notice or (lambda _: None))
     keep_freed_memory()
     allow_many_files()
-    merged = [job.spec.numel for job in plan.tensors if not job.copied]
-    with (
-        Output(plan, place, resume) as output,
-        GpuKernels(compile, sum(merged), gpu.device)
-        if gpu
-        else Kernels(compile, sum(numel // BLOCK for numel in merged), BLOCK, count) as kernels,
-    ):
+    with Output(plan, place, resume) as output, _kernels(plan, compile, count, gpu) as kernels:
         names = names_of(plan)
         run = Run(
             plan,
@@ -353,7 +352,7 @@ def execute(
         )
         resumed = run.take_over()
         try:
-            with thread_pool(count, run.stop) as executor:
+            with _telling_of_room(), thread_pool(count, run.stop) as executor:
                 _carry_out(run, executor)
         finally:
             output.flush()
@@ -362,6 +361,25 @@ def execute(
     lines = (*(f"{where} holds NaN or infinity" for where in warnings), *sorted(kernels.problems))
     lines += tuple(f"{label}: offline, only those of its files that are in the cache count" for label in plan.unlisted)
     return Outcome(out, False, resumed, lines, time.monotonic() - started)
+
+
+def _kernels(plan: Plan, compile: Mode, threads: int, gpu: Accelerator | None) -> Kernels | GpuKernels:
+    numels = [job.spec.numel for job in plan.tensors if not job.copied]
+    if gpu is not None:
+        return GpuKernels(compile, sum(numels), gpu.device)
+    return Kernels(compile, sum(numel // BLOCK for numel in numels), BLOCK, threads)
+
+
+@contextmanager
+def _telling_of_room() -> Iterator[None]:
+    """PlanError where a GPU's memory is taken by others after it was found to suffice."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise PlanError(
+            f"the GPU has no memory left ({reason(error)}): other programs have taken it since the merge began. End "
+            "them, lower --threads, or use --device cpu; the same command goes on from what is done"
+        ) from None
 
 
 def _checked(

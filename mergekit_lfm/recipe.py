@@ -55,6 +55,7 @@ _EXPECTED = {
     "tuple_type": "expected a list of models",
     "dict_type": "expected a mapping of parameter names to values",
     "string_type": "expected text",
+    "string_pattern_mismatch": "expected cpu, cuda, cuda:1 or auto",
 }
 
 
@@ -142,7 +143,7 @@ class Recipe(_Strict):
     """A merge as the user wrote it. `dtype` is the output's unless `out_dtype` says another; arithmetic is float32.
 
     edits: what is changed in the result of the merge, before it is rounded. push: the repository on the Hub that the
-    result goes to, as `org/name` or {repo, private}.
+    result goes to, as `org/name` or {repo, private}. device: where it is computed, cpu, cuda, cuda:1 or auto.
 
     Build one with `Recipe.load` or `Recipe.parse`. Relative model paths are relative to the recipe's folder, then to
     the working directory; `output` is relative to the working directory.
@@ -160,6 +161,7 @@ class Recipe(_Strict):
         Push | None, BeforeValidator(lambda value: {"repo": value} if isinstance(value, str) else value)
     ] = None
     seed: int = Field(default=0, strict=True, ge=0, lt=2**64)
+    device: str = Field(default="cpu", pattern=r"^(cpu|auto|cuda(:\d+)?)$")
 
     _roles: Roles = PrivateAttr()
 
@@ -290,7 +292,7 @@ class Recipe(_Strict):
         return values
 
     def normalised(self) -> dict[str, Any]:
-        """The recipe in one canonical, JSON-able form that parses back to the same merge; without `output`, `push`."""
+        """The recipe in one canonical, JSON-able form that parses back to the same merge, wherever that is done."""
         models = [
             {"model": entry.model.ref, "parameters": {k: as_data(v) for k, v in sorted(entry.settings.items())}}
             | ({} if entry.stats is None else {"stats": entry.stats.ref})

@@ -43,6 +43,9 @@ def stored_block(dtype: torch.dtype) -> tuple[tuple[torch.Tensor, ...], torch.Te
         x[:64] = base[:64]
         x[64:128], base[64:128] = -0.0, 0.0
         x[128:160] = base[128:160] + 1e-41
+        x[160:192] = base[160:192] = -0.0
+        x[192:224] = x[192:224] * 1e-38
+        base[192:224] = base[192:224] * 1e-38
     return tuple(x.to(dtype) for x in inputs), base.to(dtype)
 
 

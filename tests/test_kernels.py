@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mergekit_lfm.accelerator import Accelerator
 from mergekit_lfm.blocks import Blocks, solved
 from mergekit_lfm.kernels import selection
 from mergekit_lfm.kernels.bits import above, flipped, magnitude_bits, masked, negative
@@ -18,10 +19,10 @@ from mergekit_lfm.kernels.sums import Spread, round_once, weighted_sum
 from mergekit_lfm.methods.declare import Unit
 
 
-def blocks_of(x: torch.Tensor, block: int) -> Blocks:
+def blocks_of(x: torch.Tensor, block: int, gpu: Accelerator | None = None, at_once: int = 1) -> Blocks:
     """The rows of x [n, m] as inputs without a base."""
     readers = [lambda start, stop, row=row: row[start:stop] for row in x]
-    return Blocks(readers, None, x.shape[1], block, x.dtype)
+    return Blocks(readers, None, x.shape[1], block, x.dtype, gpu=gpu, at_once=at_once)
 
 
 def unit_of(x: torch.Tensor) -> Unit:

@@ -47,6 +47,7 @@ planning = together(
 Examples:
   merge recipes/quickstart.yaml
   merge recipe.yaml out/my-model --memory 2GB --threads 4
+  merge recipe.yaml --device cuda
   merge recipe.yaml --dry-run
   merge recipe.yaml --push-to me/my-model --private --verify""",
 )
@@ -64,6 +65,7 @@ Examples:
     default="auto",
     help="Compile the arithmetic to machine code; auto where it saves time. The bytes are the same. [default: auto]",
 )
+@click.option("--device", help="Where to compute: cpu, cuda, cuda:1, auto. [default: the recipe's device, else cpu]")
 @overwrite
 @no_resume
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
@@ -84,6 +86,7 @@ def merge(
     pull_back: bool,
     nan: Literal["error", "warn"],
     compile_: Literal["auto", "always", "never"],
+    device: str | None,
     overwrite: bool,
     no_resume: bool,
     dry_run: bool,
@@ -97,10 +100,11 @@ def merge(
     `output`, else merged/ and the recipe's name. A run that was interrupted goes on where it stopped when the same
     command is given again. Sizes are 500MB, 5GB (5e9 bytes), 3GiB, or a number of bytes.
     """
+    from mergekit_lfm.api import accelerator_of
+
     plan, out = _make_plan(recipe, out, seed, max_shard_size, hidden=quiet or as_json)
-    goal = plan.recipe.goal(push_to, private=private)
-    if goal is None and (private or pull_back):
-        raise click.UsageError("--private and --verify are about a push: give --push-to org/name")
+    goal = _goal(plan, push_to, private, pull_back)
+    gpu = accelerator_of(plan.recipe, device)
     if dry_run or verbose:
         _show_plan(plan, out, memory, threads, as_json and dry_run, verbose, err=not dry_run, goal=goal)
     if dry_run:
@@ -122,13 +126,22 @@ def merge(
                 with needing_models():
                     from mergekit_lfm.edit.stages import solve_edits
 
-                    plan = solve_edits(plan, out, max_shard_size=max_shard_size, **how)
+                    where = str(gpu.device) if gpu else "cpu"
+                    plan = solve_edits(plan, out, max_shard_size=max_shard_size, device=where, **how)
             with progress_bar(plan.bytes_written, "merging", hidden=quiet or as_json) as progress:
-                outcome = execute(plan, out, compile=compile_, progress=progress, **how)
+                outcome = execute(plan, out, gpu=gpu, compile=compile_, progress=progress, **how)
         _show_outcome(plan, outcome, quiet or as_json)
         with going_on_later(ctx, out, written=True):
             pushed = None if goal is None else _push(out, goal, pull_back)
     _show_result(plan, outcome, pushed, as_json, quiet)
+
+
+def _goal(plan: Plan, push_to: str | None, private: bool, pull_back: bool) -> Push | None:
+    """Where the result is pushed, if it is."""
+    goal = plan.recipe.goal(push_to, private=private)
+    if goal is None and (private or pull_back):
+        raise click.UsageError("--private and --verify are about a push: give --push-to org/name")
+    return goal
 
 
 def _push(out: Path, goal: Push, pull_back: bool) -> Pushed:

@@ -25,6 +25,14 @@ PAIRS = 10  # sums that a program keeps in registers
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _widened(x, kind: tl.constexpr):  # type: ignore[no-untyped-def]
+    """x as the type of the arithmetic. bfloat16 by its bits: Triton's interpreter loses subnormal ones."""
+    if x.dtype == tl.bfloat16:
+        return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True).to(kind)
+    return x.to(kind)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _bracket(  # type: ignore[no-untyped-def]
     x, base, pivots, counts, inside, cursor, block, count, PIVOTS: tl.constexpr, BASE: tl.constexpr, TILE: tl.constexpr
 ):
@@ -35,9 +43,9 @@ def _bracket(  # type: ignore[no-untyped-def]
     live = (place < block) & (first + place < count)
     kind = pivots.dtype.element_ty
     wide = tl.float32 if kind == tl.int32 else tl.float64
-    value = tl.load(x + first + place, mask=live, other=0).to(wide)
+    value = _widened(tl.load(x + first + place, mask=live, other=0), wide)
     if BASE:
-        value = value - tl.load(base + first + place, mask=live, other=0).to(wide)
+        value = value - _widened(tl.load(base + first + place, mask=live, other=0), wide)
     bits = tl.abs(value).to(kind, bitcast=True)
     top, bottom = tl.load(pivots), tl.load(pivots + PIVOTS - 1)
     rest = live & (bits > bottom) & (bits < top)
@@ -112,7 +120,7 @@ def _summing(pairs: tuple[tuple[int, int], ...], base: bool, double: bool) -> An
     """The kernel that sums the products of these pairs of its inputs in one pass."""
     n, wide = 1 + max(i for pair in pairs for i in pair), "tl.float64" if double else "tl.float32"
     names = [f"p{i}" for i in range(n)] + (["base"] if base else [])
-    load = "tl.load({} + first + place, mask=live, other=0).to({})".format
+    load = "widened(tl.load({} + first + place, mask=live, other=0), {})".format
     read = [f"x{i} = {load(f'p{i}', wide)}" for i in range(n)]
     if base:
         read = [f"b = {load('base', wide)}", *read, *(f"x{i} = x{i} - b" for i in range(n))]
@@ -120,6 +128,7 @@ def _summing(pairs: tuple[tuple[int, int], ...], base: bool, double: bool) -> An
     text = f"""
 import triton
 import triton.language as tl
+from mergekit_lfm.kernels.by_triton import _widened as widened
 
 
 @triton.jit

@@ -131,7 +131,7 @@ class _Writer:
     def judge(self, value: str, dtype: torch.dtype) -> None:
         """Note where a float is NaN or infinite: there x - x is not 0."""
         if dtype.is_floating_point:
-            wide = value if dtype in (torch.float32, torch.float64) else f"{value}.to(tl.float32)"
+            wide = self.name(widened(value, dtype, torch.promote_types(dtype, torch.float32)))
             self.lines.append(f"bad = bad | (({wide} - {wide}) != 0)")
 
     def _written(self, node: fx.Node, index: str) -> str:
@@ -232,8 +232,8 @@ class _Writer:
         (source,) = node.args
         assert isinstance(source, fx.Node)
         value, before, after = self.at(source, index), _dtype(source), _dtype(node)
-        if before == after:
-            return value
+        if before == after or after == torch.float32 == torch.promote_types(before, after):
+            return widened(value, before, after)
         if after == torch.bfloat16 and before == torch.float32:
             bits = self.name(f"{value}.to(tl.int32, bitcast=True)")  # to nearest even; of NaN it makes no NaN
             even = self.name(f"({bits} + (({bits} >> 16) & 1) + 32767) >> 16")
@@ -241,6 +241,15 @@ class _Writer:
         if before.itemsize == 8 and after.itemsize == 2:
             raise Unsupported(f"{before} as {after}, which rounds twice")
         return f"{value}.to({TYPES[after]})"
+
+
+def widened(value: str, before: torch.dtype, after: torch.dtype) -> str:
+    """A float as one of a wider type, or its own. bfloat16 by its bits: Triton's interpreter loses subnormal ones."""
+    if before == after:
+        return value
+    if (before, after) != (torch.bfloat16, torch.float32):
+        return f"{value}.to({TYPES[after]})"
+    return f"({value}.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)"
 
 
 def _constant(value: Any, dtype: torch.dtype | None) -> str:

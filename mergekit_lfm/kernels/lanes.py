@@ -27,8 +27,7 @@ def grams(chunk: Chunk) -> torch.Tensor:
     import torch
 
     n = len(chunk)
-    i, j = torch.tril_indices(n, n, device="cpu").tolist()
-    pairs = list(zip(i, j, strict=True))
+    pairs = [(i, j) for i in range(n) for j in range(i + 1)]
     if chunk.native:
         from mergekit_lfm.kernels.by_triton import lane_products
 
@@ -36,10 +35,9 @@ def grams(chunk: Chunk) -> torch.Tensor:
     else:
         rows = [chunk.row(k).double() for k in range(n)]
         lanes = torch.stack([_added_rows((rows[a], rows[b]), chunk.size) for a, b in pairs], 1)
-    found = folded(lanes)  # [blocks, pairs]
-    gram = torch.empty(len(found), n, n, dtype=torch.float64, device=found.device)
-    gram[:, i, j] = gram[:, j, i] = found
-    return gram
+    found = dict(zip(pairs, folded(lanes).unbind(1), strict=True))
+    rows = [torch.stack([found[max(i, j), min(i, j)] for j in range(n)], -1) for i in range(n)]
+    return torch.stack(rows, -2)
 
 
 def _added_rows(factors: tuple[torch.Tensor, ...], block: int) -> torch.Tensor:

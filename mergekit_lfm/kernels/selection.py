@@ -136,7 +136,7 @@ class Bracket(Reduction):
         part = {}
         for key, pivots in self.pivots.items():
             counts, inside = bracketed(chunk, key[0], pivots)
-            above, *equal = counts.T.tolist()
+            above, *equal = counts.T.cpu().tolist()
             kept = [inside.cpu().numpy()] if len(inside) <= self.limit else None
             part[key] = Bracketed(sum(above), equal, kept, len(inside), by_block=False)
         return [part]
@@ -255,7 +255,7 @@ class Equal(Reduction):
     def chunk(self, chunk: Chunk) -> Iterable[dict[Key, list[int]]]:
         from mergekit_lfm.kernels.bracket import bracketed
 
-        return [{key: bracketed(chunk, key[0], [bits])[0][:, 1].tolist() for key, bits in self.bits.items()}]
+        return [{key: bracketed(chunk, key[0], [bits])[0][:, 1].cpu().tolist() for key, bits in self.bits.items()}]
 
     def add(self, total: dict[Key, list[int]], part: dict[Key, list[int]]) -> dict[Key, list[int]]:
         for key, counts in total.items():

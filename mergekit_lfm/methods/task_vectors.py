@@ -91,7 +91,7 @@ def _elected(
         total = total - SMALLEST[total.dtype.itemsize]  # changes the sign of zero alone
     elected = negative(total)
     agreeing = [flipped(term, elected).clamp(min=0) for term in terms]
-    merged = agreeing[0]
+    merged = agreeing[0] + 0.0  # the greater of -0 and 0 is another on every device
     for part in agreeing[1:]:
         merged = merged + part
     if normalize:
@@ -211,6 +211,7 @@ def _method(
         inputs=(1, None),
         solve=_solve(sparsify, vote),
         apply=apply,
+        version=2 if vote else 1,
         **more,
     )
 
