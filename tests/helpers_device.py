@@ -1,8 +1,9 @@
 """A GPU that is pretended: tensors that say that they lie on another device, and hold their numbers on the CPU.
 
 What mixes devices raises where CUDA would; all else computes what the CPU does, so that results are the same to the
-bit. Values are real, unlike those of torch's FakeTensorMode: whole runs go through. The device goes by the name of
-"meta", which torch has everywhere: it refuses much of what is asked of "cuda" where it was built without.
+bit, but for what torch does in other steps on other devices, as attention. Values are real, unlike those of torch's
+FakeTensorMode: whole runs go through. The device goes by the name of "meta", which torch has everywhere: it refuses
+much of what is asked of "cuda" where it was built without.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -32,20 +34,32 @@ class OnGpu(Tensor):
     """A tensor on the pretended GPU."""
 
     held: Tensor
+    is_meta = False  # it has numbers
 
     @staticmethod
     def __new__(cls, held: Tensor) -> OnGpu:
         place = {"strides": held.stride(), "storage_offset": held.storage_offset(), "device": GPU}
-        made = Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype, **place)  # type: ignore[attr-defined]
+        with torch.inference_mode(False):  # views of what was made outside of it are no inference tensors
+            made = Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype, **place)  # type: ignore[attr-defined]
         made.held = held
         return made
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise AssertionError(f"{func} outside of PretendedGpu")
+        raise AssertionError(f"{func} outside of `pretended_gpu`")
 
     def __repr__(self, **_: Any) -> str:
         return f"OnGpu({self.held})"
+
+
+class _Sent(TorchFunctionMode):
+    """What torch.tensor makes for the device is made on the CPU, and sent there: it would make one without numbers."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.tensor, torch.as_tensor) and (place := kwargs.get("device")) is not None:
+            return func(*args, **{**kwargs, "device": None}).to(place)
+        return func(*args, **kwargs)
 
 
 class PretendedGpu(TorchDispatchMode):
@@ -54,13 +68,18 @@ class PretendedGpu(TorchDispatchMode):
     backwards: products there are added up from the end on, so that they are rounded otherwise.
     """
 
-    def __init__(self, *, backwards: bool = False) -> None:
+    def __init__(self, backwards: bool) -> None:
         super().__init__()
         self.backwards = backwards
         self.there, self.here = Counter[str](), Counter[str]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if torch.is_inference_mode_enabled():  # where torch leaves it to us to take operations apart
+            with self:
+                taken_apart = func.decompose(*args, **kwargs)
+            if taken_apart is not NotImplemented:
+                return taken_apart
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         there = [x for x in tensors if isinstance(x, OnGpu)]
         allowed = func in COPIES or (func in INDEXING and isinstance(args[0], OnGpu))
@@ -81,7 +100,19 @@ class PretendedGpu(TorchDispatchMode):
         if not on_gpu:
             return out
         out = tree_map_only(Tensor, OnGpu, out)
-        return return_and_correct_aliasing(func, args, kwargs, out) if there else out
+        aliased = there and not torch.is_inference_mode_enabled()
+        return return_and_correct_aliasing(func, args, kwargs, out) if aliased else out
+
+
+@contextmanager
+def pretended_gpu(*, backwards: bool = False) -> Iterator[PretendedGpu]:
+    """The mode, entered; modules that are moved keep what ties their parameters, as on a real GPU."""
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        with _Sent(), PretendedGpu(backwards) as gpu:
+            yield gpu
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
 
 
 @contextmanager

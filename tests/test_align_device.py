@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers_align import convolutions, loaded, mlp, mlp_table, texts
-from helpers_device import GPU, HEAVY, PretendedGpu, on_cpu, one_after_another
+from helpers_device import GPU, HEAVY, on_cpu, one_after_another, pretended_gpu
 from torch import Tensor
 
 from mergekit_lfm import collect_stats, stages
@@ -120,7 +120,7 @@ def assert_agree(found: Transform, expected: Transform, *, to: float) -> None:
 @pytest.mark.usefixtures("pretended")
 def test_a_gpu_finds_what_the_cpu_finds(case: Given) -> None:
     expected = align_models(**case)
-    with PretendedGpu() as gpu:
+    with pretended_gpu() as gpu:
         found = align_models(**case, device="cuda")
     assert_agree(found, expected, to=0)
     assert gpu.there
@@ -128,7 +128,7 @@ def test_a_gpu_finds_what_the_cpu_finds(case: Given) -> None:
 
 @pytest.mark.usefixtures("pretended")
 def test_the_cpu_is_the_default() -> None:
-    with PretendedGpu() as gpu:
+    with pretended_gpu() as gpu:
         found = [align_models(**perceptrons(torch.float32), **given) for given in ({}, {"device": "cpu"})]
     assert not gpu.there and found[0].facts == found[1].facts
 
@@ -142,7 +142,7 @@ def bound(case: Given) -> float:
 
 @pytest.mark.usefixtures("pretended")
 def test_other_rounding_permutes_alike(case: Given) -> None:
-    with PretendedGpu(backwards=True):
+    with pretended_gpu(backwards=True):
         found = align_models(**case, device="cuda")
     assert_agree(found, align_models(**case), to=bound(case))
 
@@ -155,17 +155,17 @@ def test_a_real_gpu_agrees_within_rounding(case: Given) -> None:
 @pytest.mark.usefixtures("pretended")
 def test_what_is_large_is_computed_there(tmp_path: Path) -> None:
     given = saved("llama", tmp_path)
-    with PretendedGpu() as gpu:
+    with pretended_gpu() as gpu:
         align_models(**given, method="rotation", **FEWER, device="cuda")
     assert gpu.there["mm"] and gpu.there["bmm"] and gpu.there["_linalg_svd"]
     assert HEAVY & set(gpu.here) == {"_linalg_svd", "mm"}  # of what acts inside of heads
-    with PretendedGpu() as gpu:
+    with pretended_gpu() as gpu:
         align_models(**perceptrons(torch.float32), device="cuda")
     assert gpu.there["mm"] and not HEAVY & set(gpu.here)
 
 
 def test_operations_that_mix_devices_are_refused_by_the_pretended_gpu() -> None:
-    with PretendedGpu():
+    with pretended_gpu():
         x = torch.ones(3, device=GPU)
         assert float((x + torch.tensor(1.0)).sum()) == 6
         assert x[torch.tensor([0, 2])].device == GPU
@@ -197,7 +197,7 @@ def test_a_full_memory_is_one_message() -> None:
     def full(_: int) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nMore lines")
 
-    with PretendedGpu(), pytest.raises(PlanError, match=r"the memory of meta is full \(OutOfMemoryError: CUDA out of"):
+    with pretended_gpu(), pytest.raises(PlanError, match=r"the memory of meta is full \(OutOfMemoryError: CUDA out of"):
         align_models(**perceptrons(torch.float32), device="cuda", progress=full)
 
 

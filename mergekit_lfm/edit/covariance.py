@@ -26,8 +26,9 @@ def second_moments(
 ) -> list[Tensor]:
     """E[k k^T] of every site's inputs, [in, in], with `ridge` times the mean of its diagonal added to that.
 
-    stored: the sites' weights as the checkpoint names them. content: the checkpoint's, None where unknown. PlanError
-    where there is none for a site, or of another model, shape or kind.
+    They lie on the CPU: a GPU may have room for one at a time only. stored: the sites' weights as the checkpoint names
+    them. content: the checkpoint's, None where unknown. PlanError where there is none for a site, or of another model,
+    shape or kind.
     """
     if isinstance(given, str) and given == "identity":
         return [_ridged(torch.eye(site.inputs, dtype=dtype), ridge) for site in sites]
@@ -50,7 +51,7 @@ def second_moments(
         elif not bool(matrix.isfinite().all()):
             problems.append(f"that of layer {site.layer} is not finite")
         else:
-            found.append(_ridged(matrix.to(dtype), ridge))
+            found.append(_ridged(matrix.to("cpu", dtype), ridge))
     if problems:
         raise PlanError(
             "the covariance does not fit the layers to edit:\n  "

@@ -29,6 +29,7 @@ from mergekit_lfm.stats import Statistics
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+CPU = torch.device("cpu")
 ALIKE = 0.995  # the cosine above which two keys are one to least squares
 
 
@@ -47,11 +48,12 @@ def edit(
     """The patch after which the model says the facts. The model itself stays as it was.
 
     model: of transformers, or what `load_model` has loaded; then the patch is in the names of its files, and knows
-    which model it is for. facts: what `as_facts` takes. covariance: the second moments of the inputs of the layers'
-    down-projections, by layer number or weight, [in, in]; a statistics file of kind gram; or "identity". dtype: of the
-    solves; the model runs in its own. options: `layers`, `context_templates`, `steps`, `lr`, `weight_decay`,
-    `kl_factor`, `clamp`, `loss_threshold`, `lambda_` or `lambda_ratio`, `ridge`, `kl_template`, `key`, `batch`,
-    `allow_same_subject`; `EDIT_METHODS` has their defaults. progress: called with (facts searched, of how many).
+    which model it is for. Its tensors lie on the CPU. facts: what `as_facts` takes. covariance: the second moments of
+    the inputs of the layers' down-projections, by layer number or weight, [in, in]; a statistics file of kind gram; or
+    "identity". dtype: of the solves, which are on the GPU where the model is on one; the model runs in its own.
+    options: `layers`, `context_templates`, `steps`, `lr`, `weight_decay`, `kl_factor`, `clamp`, `loss_threshold`,
+    `lambda_` or `lambda_ratio`, `ridge`, `kl_template`, `key`, `batch`, `allow_same_subject`; `EDIT_METHODS` has their
+    defaults. progress: called with (facts searched, of how many).
 
     Raises PlanError for options that are wrong or that the model cannot honour, and, with MEMIT, for two facts about
     one subject, which would undo one another. Source: `EDIT_METHODS`.
@@ -83,6 +85,8 @@ def edit(
         "dtype": str(dtype).removeprefix("torch."),
     }
     used["covariance"] = _named(covariance)
+    if work.device != CPU:
+        used["device"] = work.device.type
     return _patch(changes, sites, names, loaded, method, used, known)
 
 
@@ -105,6 +109,12 @@ class _Work:
     progress: Progress | None
 
     @property
+    def device(self) -> torch.device:
+        """Where the solves are: the model's GPU, or the CPU, as devices of other kinds may have no float64."""
+        device = self.subject.device
+        return device if device.type == "cuda" else CPU
+
+    @property
     def templates(self) -> list[list[str]]:
         """The contexts by kind: as they are given in lists, or the bare prompt and the others."""
         given = self.options["context_templates"]
@@ -119,11 +129,11 @@ class _Work:
         return sorted((each for kind in self.templates for each in kind), key=lambda template: template != BLANK)
 
     def states(self, facts: Sequence[Fact], templates: Sequence[str], module: nn.Module, *, inputs: bool) -> Tensor:
-        """The module's output or input at the subjects in these contexts, [facts, templates, width]."""
+        """The module's output or input at the subjects in these contexts, [facts, templates, width], to solve with."""
         prompts = [filled(template, fact.prompt, fact.subject) for fact in facts for template in templates]
         rows = self.options["batch"] * (len(self.contexts) + 1)
         (found,) = self.subject.at_subject(self.subject.encode(prompts), [module], inputs=inputs, rows=rows)
-        return found.reshape(len(facts), len(templates), -1).to("cpu", self.dtype)
+        return found.reshape(len(facts), len(templates), -1).to(self.device, self.dtype)
 
 
 Changes = list[tuple[Tensor, Tensor]]  # of each site (left [out, n], right [n, in])
@@ -134,7 +144,8 @@ def _memit(work: _Work, facts: Sequence[Fact]) -> Changes:
     sites, options, last = work.sites, work.options, work.sites[-1].block
     if not options["allow_same_subject"]:
         _refuse_same_subject(facts, _keys(work, facts, sites[0]))
-    wanted = find_targets(work.subject, last, facts, options, work.contexts, work.progress).to("cpu", work.dtype)
+    wanted = find_targets(work.subject, last, facts, options, work.contexts, work.progress)
+    wanted = wanted.to(work.device, work.dtype)
     changes = []
     for i, (site, moment) in enumerate(zip(sites, work.moments, strict=True)):
         keys = _keys(work, facts, site)  # [n, in]
@@ -142,7 +153,7 @@ def _memit(work: _Work, facts: Sequence[Fact]) -> Changes:
         weight = options["lambda"]
         if weight is None:
             weight = options["lambda_ratio"] * site.inputs
-        solved = solve(weight * moment + keys.mT @ keys, keys.mT, f"layer {site.layer}")  # [in, n]
+        solved = solve(weight * moment.to(work.device) + keys.mT @ keys, keys.mT, f"layer {site.layer}")  # [in, n]
         changes.append((residual.mT, solved.mT))
         _add(site, *changes[-1])
     return changes
@@ -157,7 +168,7 @@ def _keys(work: _Work, facts: Sequence[Fact], site: Site) -> Tensor:
 def _refuse_same_subject(facts: Sequence[Fact], keys: Tensor) -> None:
     """PlanError where two facts have one key, and so would be averaged."""
     unit = torch.nn.functional.normalize(keys, dim=1)
-    near = (unit @ unit.mT) > ALIKE
+    near = ((unit @ unit.mT) > ALIKE).cpu()
     pairs = [
         f"{a.text!r} and {b.text!r}"
         for i, a in enumerate(facts)
@@ -177,9 +188,10 @@ def _refuse_same_subject(facts: Sequence[Fact], keys: Tensor) -> None:
 def _rome(work: _Work, facts: Sequence[Fact]) -> Changes:
     """One change of rank one after another. Source: ROME, equation 2; which keys as the authors' code has it."""
     (site,), (moment,) = work.sites, work.moments
+    moment = moment.to(work.device)
     options, parts = work.options, []
     for i, fact in enumerate(facts):
-        (wanted,) = find_targets(work.subject, site.mlp, [fact], options, work.contexts).to("cpu", work.dtype)
+        (wanted,) = find_targets(work.subject, site.mlp, [fact], options, work.contexts).to(work.device, work.dtype)
         contexts = [BLANK] if options["key"] == "bare" else work.contexts
         mean_key = work.states([fact], contexts, site.projection, inputs=True)[0].mean(0)
         here = contexts if options["key"] == "mean" else [BLANK]
@@ -195,7 +207,8 @@ def _rome(work: _Work, facts: Sequence[Fact]) -> Changes:
 
 def _add(site: Site, left: Tensor, right: Tensor) -> None:
     weight = site.parameter
-    weight.copy_((weight.to("cpu", left.dtype) + site.as_stored(left @ right)).to(weight.dtype))
+    change = site.as_stored(left @ right).to(weight.device)
+    weight.copy_((weight.to(left.dtype) + change).to(weight.dtype))
 
 
 @contextmanager
@@ -239,6 +252,7 @@ def _patch(
             raise PlanError(
                 f"the change of layer {site.layer} is not finite; try a smaller lr or clamp, or a larger ridge"
             )
+        left, right = left.cpu(), right.cpu()
         parts = (left, right) if site.axis == 1 else (right.mT, left.mT)
         spec = None if loaded is None else loaded.checkpoint[names[site.weight]]
         stored = str(site.parameter.dtype).removeprefix("torch.") if spec is None else spec.dtype

@@ -1,20 +1,17 @@
 """What a recipe asks to be edited before its merge, or in its result: each leaves a patch, which the plan reads.
 
-The patches are kept, by the content of the model, the facts and all options, so that a merge that was interrupted, or
-is made again with other weights, finds them there.
+The patches are kept, by the content of the model, the facts, all options and the kind of device, so that a merge that
+was interrupted, or is made again with other weights, finds them there.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import xxhash
 
 from mergekit_lfm import __version__
 from mergekit_lfm.aligned import identity_of
@@ -30,7 +27,7 @@ from mergekit_lfm.plan import Plan, make_plan
 from mergekit_lfm.roles import Edit
 from mergekit_lfm.runtime import load_model
 from mergekit_lfm.settings import GivenFile
-from mergekit_lfm.stages import kept_or_made
+from mergekit_lfm.stages import kept_or_made, key_of, kind_of, noted, prepare
 from mergekit_lfm.stats import Statistics, open_statistics
 from mergekit_lfm.writer import Policy, already_there
 
@@ -48,9 +45,11 @@ def solve_edits(
     nan: Policy = "error",
     resume: bool = True,
     overwrite: bool = False,
+    device: str = "cpu",
 ) -> Plan:
     """The plan with all edits made, unless `out` holds its output already. The options are those of `execute`.
 
+    device: where the models run that are edited, and what solves for the changes; `noted` says it of the plan.
     notice is called with a line for each edit that is not known from an earlier run. Edits of the result need the
     result: it is merged once without them, beside `out`, and that is removed again. Raises what `edit` and `execute`
     do, where `out` is in the way before anything else; ImportError without transformers.
@@ -58,6 +57,7 @@ def solve_edits(
     notice = notice or (lambda _: None)
     if not plan.unedited:
         return plan
+    plan = noted(plan, device)
     if already_there(plan, out.resolve(), overwrite=overwrite, rebuild=overwrite and not resume, nan=nan):
         return plan
     plan.fetch(notice)
@@ -65,17 +65,20 @@ def solve_edits(
     for i, model in enumerate(plan.recipe.all_models):
         if any(isinstance(asked, EditRequest) for asked in model.edits):
             source = models[i].as_stored()
-            patches = _patches(source, model.edits, model.label, _own, notice)
+            patches = _patches(source, model.edits, model.label, _own, notice, device)
             held = patched(source, *patches)
             models[i] = Checkpoint(held.path, held.files, models[i].view)
     plan = replace(plan, cast=replace(plan.cast, models=tuple(models)))
     if not plan.unedited:
         return plan
+    if kind_of(device) is not None:
+        plan = prepare(plan, notice, device)  # once for both merges, of which the first runs on the CPU
     plain = make_plan(plan.recipe.without_result_edits(), views=plan.models)
     folder = out.resolve().with_name(f"{out.resolve().name}.unedited")
     notice("merging once without the edits of the result")
     execute(plain, folder, memory=memory, threads=threads, nan=nan, overwrite=True, notice=notice)
-    patches = _patches(open_checkpoint(folder), plan.recipe.result_edits, "the result", _of_any(plan), notice)
+    result = open_checkpoint(folder)
+    patches = _patches(result, plan.recipe.result_edits, "the result", _of_any(plan), notice, device)
     shutil.rmtree(folder)
     return make_plan(plan.recipe, max_shard_size=max_shard_size, views=plan.models, edits=patches)
 
@@ -103,7 +106,9 @@ def _of_any(plan: Plan) -> Grams:
     return grams
 
 
-def _patches(source: Checkpoint, edits: Sequence[Edit], label: str, grams: Grams, notice: Notice) -> list[Patch]:
+def _patches(
+    source: Checkpoint, edits: Sequence[Edit], label: str, grams: Grams, notice: Notice, device: str
+) -> list[Patch]:
     """The patches of the edits, each made on the model with those before it applied."""
     patches: list[Patch] = []
     for asked in edits:
@@ -111,11 +116,11 @@ def _patches(source: Checkpoint, edits: Sequence[Edit], label: str, grams: Grams
             patches.append(open_patch(asked.path))
             continue
         held = patched(source, *patches, any_base=True) if patches else source
-        patches.append(_found(held, asked, label, grams, notice))
+        patches.append(_found(held, asked, label, grams, notice, device))
     return patches
 
 
-def _found(source: Checkpoint, asked: EditRequest, label: str, grams: Grams, notice: Notice) -> Patch:
+def _found(source: Checkpoint, asked: EditRequest, label: str, grams: Grams, notice: Notice, device: str) -> Patch:
     """The patch that was asked for, from an earlier run or made now."""
 
     def make() -> Patch:
@@ -123,11 +128,11 @@ def _found(source: Checkpoint, asked: EditRequest, label: str, grams: Grams, not
         given = {"lambda_" if name == "lambda" else name: value for name, value in asked.given.items()}
         if asked.stats is not None:
             given["covariance"] = grams(open_statistics(asked.stats.path))
-        return edit(load_model(source, "lm"), None, asked.facts.path, method=asked.method, **given)
+        return edit(load_model(source, "lm", device=device), None, asked.facts.path, method=asked.method, **given)
 
-    return kept_or_made(cache_folder("patches") / f"{_key(source, asked)}.safetensors", make, open_patch)
+    return kept_or_made(cache_folder("patches") / f"{_key(source, asked, device)}.safetensors", make, open_patch)
 
 
-def _key(source: Checkpoint, asked: EditRequest) -> str:
+def _key(source: Checkpoint, asked: EditRequest, device: str) -> str:
     versions = {"mergekit_lfm": __version__, **{name: version(name) for name in ("torch", "transformers")}}
-    return xxhash.xxh3_128_hexdigest(json.dumps([source.content, identity_of(asked), versions]).encode())
+    return key_of([source.content, identity_of(asked), versions], device)
