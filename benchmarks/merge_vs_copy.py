@@ -366,6 +366,7 @@ def arguments() -> argparse.Namespace:
         "--threads", type=int, default=default_threads(), help="of merges and floors [default: the cores]"
     )
     parser.add_argument("--memory", type=parse_size, help="passed on to the merges")
+    parser.add_argument("--device", help="passed on to the merges")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each kind [default: 3]")
     parser.add_argument("--methods", nargs="+", choices=RECIPES, default=list(RECIPES), help="[default: all]")
     parser.add_argument(
@@ -391,7 +392,9 @@ def main() -> None:
             make_tiny(tiny)
         for place in (folder, tiny):
             write_recipes(place)
-        options = ["--threads", str(given.threads), *(["--memory", str(given.memory)] if given.memory else [])]
+        options = ["--threads", str(given.threads)]
+        options += ["--memory", str(given.memory)] if given.memory else []
+        options += ["--device", given.device] if given.device else []
         print(heading(folder, given.threads, given.repeats, options[2:]), end="\n\n")
         print("| method | inputs | merge s | start-up s | floor s | ratio | CPU s | peak memory | cold s | eager s |")
         print("|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|")

@@ -63,3 +63,8 @@ class Accelerator:
             return 1 << 62
         free, _ = torch.cuda.mem_get_info(self.device)
         return int(USED * free)
+
+
+def name_of(gpu: Accelerator | None) -> str:
+    """What torch calls the GPU, or the processor where there is none."""
+    return "cpu" if gpu is None else str(gpu.device)

@@ -69,10 +69,10 @@ def merge(
     how |= {"resume": resume}
     gpu = accelerator_of(recipe, device)
     if plan.unedited:
+        from mergekit_lfm.accelerator import name_of
         from mergekit_lfm.edit.stages import solve_edits
 
-        where = str(gpu.device) if gpu else "cpu"
-        plan = solve_edits(plan, out, max_shard_size=_bytes(max_shard_size), device=where, **how)
+        plan = solve_edits(plan, out, max_shard_size=_bytes(max_shard_size), device=name_of(gpu), **how)
     outcome = execute(plan, out, gpu=gpu, compile=compile, **how)
     if goal is not None:
         push(out, goal.repo, private=goal.private)

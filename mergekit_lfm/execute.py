@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import xxhash
 
-from mergekit_lfm.accelerator import CHUNK, Accelerator
+from mergekit_lfm.accelerator import CHUNK, Accelerator, name_of
 from mergekit_lfm.blocks import Blocks, Read, StoredBlock, apply_to, finite, in_order, making_on, solved
 from mergekit_lfm.checkpoint import bytes_of
 from mergekit_lfm.devices import reason
@@ -328,7 +328,7 @@ def execute(
     if gpu is not None and plan.pending:
         from mergekit_lfm.stages import noted
 
-        plan = noted(plan, str(gpu.device))
+        plan = noted(plan, name_of(gpu))
     if already_there(plan, place, overwrite=overwrite, rebuild=overwrite and not resume, nan=nan):
         return Outcome(out, already_there=True)
     if resume and finish(plan, place):
@@ -357,10 +357,16 @@ def execute(
         finally:
             output.flush()
         output.publish(documents(plan, output.done))
-    warnings = sorted({where for receipt in output.done.values() for where in receipt.nonfinite})
-    lines = (*(f"{where} holds NaN or infinity" for where in warnings), *sorted(kernels.problems))
-    lines += tuple(f"{label}: offline, only those of its files that are in the cache count" for label in plan.unlisted)
+    lines = (*_findings(plan, output), *sorted(kernels.problems))
     return Outcome(out, False, resumed, lines, time.monotonic() - started)
+
+
+def _findings(plan: Plan, output: Output) -> Iterator[str]:
+    """What a user has to know of a merge that was done all the same."""
+    for where in sorted({where for receipt in output.done.values() for where in receipt.nonfinite}):
+        yield f"{where} holds NaN or infinity"
+    for label in plan.unlisted:
+        yield f"{label}: offline, only those of its files that are in the cache count"
 
 
 def _kernels(plan: Plan, compile: Mode, threads: int, gpu: Accelerator | None) -> Kernels | GpuKernels:
@@ -405,7 +411,7 @@ def _checked(
         plan.peak_memory(budget, threads or 1)
         check_disk(plan, place)
         plan.fetch(notice)
-        plan = prepare(plan, notice, device=str(gpu.device) if gpu else "cpu") if plan.pending else plan
+        plan = prepare(plan, notice, name_of(gpu)) if plan.pending else plan
     room = gpu.room() // DEVICE_PARTS if gpu else None
     count = threads or min(default_threads(), plan.most_threads(budget, room))
     plan.peak_memory(budget, count)

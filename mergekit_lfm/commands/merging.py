@@ -25,6 +25,7 @@ from mergekit_lfm.errors import FormatError
 from mergekit_lfm.hub import HubName, hub_name
 
 if TYPE_CHECKING:
+    from mergekit_lfm.accelerator import Accelerator
     from mergekit_lfm.execute import Outcome
     from mergekit_lfm.plan import Plan
     from mergekit_lfm.pushing import Pushed
@@ -123,17 +124,21 @@ def merge(
     with transfers(hidden=quiet or as_json) if on_the_hub else nullcontext():
         with going_on_later(ctx, out):
             if plan.unedited:
-                with needing_models():
-                    from mergekit_lfm.edit.stages import solve_edits
-
-                    where = str(gpu.device) if gpu else "cpu"
-                    plan = solve_edits(plan, out, max_shard_size=max_shard_size, device=where, **how)
+                plan = _edited(plan, out, gpu, max_shard_size=max_shard_size, **how)
             with progress_bar(plan.bytes_written, "merging", hidden=quiet or as_json) as progress:
                 outcome = execute(plan, out, gpu=gpu, compile=compile_, progress=progress, **how)
         _show_outcome(plan, outcome, quiet or as_json)
         with going_on_later(ctx, out, written=True):
             pushed = None if goal is None else _push(out, goal, pull_back)
     _show_result(plan, outcome, pushed, as_json, quiet)
+
+
+def _edited(plan: Plan, out: Path, gpu: Accelerator | None, **how: Any) -> Plan:
+    with needing_models():
+        from mergekit_lfm.accelerator import name_of
+        from mergekit_lfm.edit.stages import solve_edits
+
+        return solve_edits(plan, out, device=name_of(gpu), **how)
 
 
 def _goal(plan: Plan, push_to: str | None, private: bool, pull_back: bool) -> Push | None:
