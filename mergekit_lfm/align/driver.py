@@ -109,7 +109,7 @@ def _place(device: str) -> torch.device:
 
 @contextmanager
 def _room_on(place: torch.device) -> Iterator[None]:
-    """What torch raises where the memory of a GPU is full, as a PlanError."""
+    """What torch raises where the memory of a GPU is full, as a PlanError; afterwards it is free for what follows."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -117,6 +117,8 @@ def _room_on(place: torch.device) -> Iterator[None]:
             f"the memory of {place} is full ({reason(error)}); expected room for some tensors of both models in "
             "float64, and for the squares of the groups' sizes. Align on the CPU, or on a larger GPU"
         ) from None
+    finally:
+        torch.cuda.empty_cache()  # which does nothing where no GPU was used
 
 
 def _side(model: Model, label: str) -> Side:

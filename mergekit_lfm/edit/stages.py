@@ -13,9 +13,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mergekit_lfm import __version__
+from mergekit_lfm.accelerator import Accelerator
 from mergekit_lfm.aligned import identity_of
 from mergekit_lfm.checkpoint import Checkpoint, open_checkpoint
+from mergekit_lfm.devices import find_gpu
 from mergekit_lfm.edit.driver import edit
 from mergekit_lfm.edits import EditRequest
 from mergekit_lfm.errors import PlanError
@@ -27,7 +31,7 @@ from mergekit_lfm.plan import Plan, make_plan
 from mergekit_lfm.roles import Edit
 from mergekit_lfm.runtime import load_model
 from mergekit_lfm.settings import GivenFile
-from mergekit_lfm.stages import kept_or_made, key_of, kind_of, noted, prepare
+from mergekit_lfm.stages import kept_or_made, key_of, noted
 from mergekit_lfm.stats import Statistics, open_statistics
 from mergekit_lfm.writer import Policy, already_there
 
@@ -49,7 +53,7 @@ def solve_edits(
 ) -> Plan:
     """The plan with all edits made, unless `out` holds its output already. The options are those of `execute`.
 
-    device: where the models run that are edited, and what solves for the changes; `noted` says it of the plan.
+    device: where the models run that are edited, what solves for the changes, and merges; `noted` says it of the plan.
     notice is called with a line for each edit that is not known from an earlier run. Edits of the result need the
     result: it is merged once without them, beside `out`, and that is removed again. Raises what `edit` and `execute`
     do, where `out` is in the way before anything else; ImportError without transformers.
@@ -71,12 +75,12 @@ def solve_edits(
     plan = replace(plan, cast=replace(plan.cast, models=tuple(models)))
     if not plan.unedited:
         return plan
-    if kind_of(device) is not None:
-        plan = prepare(plan, notice, device)  # once for both merges, of which the first runs on the CPU
     plain = make_plan(plan.recipe.without_result_edits(), views=plan.models)
     folder = out.resolve().with_name(f"{out.resolve().name}.unedited")
     notice("merging once without the edits of the result")
-    execute(plain, folder, memory=memory, threads=threads, nan=nan, overwrite=True, notice=notice)
+    place = find_gpu(device)
+    gpu = None if place is None else Accelerator(place)
+    execute(plain, folder, memory=memory, threads=threads, nan=nan, overwrite=True, gpu=gpu, notice=notice)
     result = open_checkpoint(folder)
     patches = _patches(result, plan.recipe.result_edits, "the result", _of_any(plan), notice, device)
     shutil.rmtree(folder)
@@ -128,7 +132,9 @@ def _found(source: Checkpoint, asked: EditRequest, label: str, grams: Grams, not
         given = {"lambda_" if name == "lambda" else name: value for name, value in asked.given.items()}
         if asked.stats is not None:
             given["covariance"] = grams(open_statistics(asked.stats.path))
-        return edit(load_model(source, "lm", device=device), None, asked.facts.path, method=asked.method, **given)
+        patch = edit(load_model(source, "lm", device=device), None, asked.facts.path, method=asked.method, **given)
+        torch.cuda.empty_cache()  # the merge takes what is free
+        return patch
 
     return kept_or_made(cache_folder("patches") / f"{_key(source, asked, device)}.safetensors", make, open_patch)
 
