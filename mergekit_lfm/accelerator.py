@@ -14,6 +14,7 @@ from threading import local
 import torch
 
 CHUNK = 16  # blocks that a GPU is given at once, at most: 2^22 elements, which float32 intermediates fit the cache with
+WORKERS = 16  # threads that feed a GPU by default: more would share its memory, and so work on smaller chunks
 USED = 0.8  # of the free memory of a GPU; the rest is for the caches of its libraries and for fragments
 
 
@@ -53,14 +54,19 @@ class Accelerator:
         """x, which has arrived, in the processor's memory."""
         home = self.buffer(x.numel(), x.dtype)
         home.copy_(x, non_blocking=True)
-        if self._cuda:
-            self._mine.stream.synchronize()
+        self.settle()
         return home
+
+    def settle(self) -> None:
+        """Wait for all that this thread has asked of the device."""
+        if self._cuda:
+            torch.cuda.current_stream(self.device).synchronize()
 
     def room(self) -> int:
         """Bytes of the device's memory that the engine may take."""
         if not self._cuda:
             return 1 << 62
+        torch.cuda.empty_cache()  # what torch keeps of earlier work is free, too
         free, _ = torch.cuda.mem_get_info(self.device)
         return int(USED * free)
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import xxhash
 
-from mergekit_lfm.accelerator import CHUNK, Accelerator, name_of
+from mergekit_lfm.accelerator import CHUNK, WORKERS, Accelerator, name_of
 from mergekit_lfm.blocks import Blocks, Read, StoredBlock, apply_to, finite, in_order, making_on, solved
 from mergekit_lfm.checkpoint import bytes_of
 from mergekit_lfm.devices import reason
@@ -123,6 +123,7 @@ class Run:
             whole = torch.empty(numel, dtype=dtype, device=self.gpu.device)
             for start in range(0, numel, most):
                 read(start, min(numel, start + most), whole[start : start + most])
+                self.gpu.settle()  # so that no more than one range of it is pinned
         return lambda start, stop: whole[start:stop]
 
     def missing(self, job: Job) -> tuple[int, ...]:
@@ -413,7 +414,7 @@ def _checked(
         plan.fetch(notice)
         plan = prepare(plan, notice, name_of(gpu)) if plan.pending else plan
     room = gpu.room() // DEVICE_PARTS if gpu else None
-    count = threads or min(default_threads(), plan.most_threads(budget, room))
+    count = threads or min(WORKERS if gpu else default_threads(), default_threads(), plan.most_threads(budget, room))
     plan.peak_memory(budget, count)
     if room is not None:
         plan.check_room(room, count)

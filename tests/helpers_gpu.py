@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from importlib.util import find_spec
 
 import pytest
@@ -11,10 +10,6 @@ import torch
 from mergekit_lfm.accelerator import Accelerator
 
 CUDA = torch.cuda.is_available()
-if not CUDA:
-    os.environ["TRITON_INTERPRET"] = "1"  # its kernels then run on the processor, if slowly; set before it is imported
-
-needs_gpu = pytest.mark.skipif(not CUDA, reason="needs a GPU")
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton: pip install triton")
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers_device import GPU, OnGpu, PretendedGpu
+from helpers_device import GPU, OnGpu, pretended_gpu
 from helpers_gpu import CUDA, needs_triton, stand_in
 from helpers_merges import load_all
 from safetensors.torch import load_file, save_file
@@ -131,7 +131,7 @@ def test_tensors_on_a_gpu_are_merged_there(case: Case, dtype: torch.dtype) -> No
     name, extra = case
     given = tensors_of(name, (60, 200), dtype)
     here = merge_tensors(name, **given, **parameters_of(name, extra))
-    with PretendedGpu():
+    with pretended_gpu():
         found = merge_tensors(name, **{key: there(x) for key, x in given.items()}, **parameters_of(name, extra))
         assert isinstance(found, OnGpu)
         found = found.cpu()

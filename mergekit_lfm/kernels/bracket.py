@@ -22,10 +22,10 @@ def bracketed(chunk: Chunk, i: int, pivots: Sequence[int]) -> tuple[torch.Tensor
     pivots: descending, the first and the last are the bracket's ends. The first count is of what lies above it, the
     others of what equals each pivot. Inside is what lies between the ends and equals no pivot.
     """
-    if chunk.native:
-        from mergekit_lfm.kernels import by_triton
+    if chunk.native and chunk.count:
+        from mergekit_lfm.kernels.native import bracket
 
-        return by_triton.bracketed(chunk, i, pivots)
+        return bracket.bracketed(chunk, i, pivots)
     bits = bits_of(chunk, i)
     inside = (bits > pivots[-1]) & (bits < pivots[0])
     masks = [bits > pivots[0]]

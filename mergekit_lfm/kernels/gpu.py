@@ -10,6 +10,7 @@ from __future__ import annotations
 import linecache
 import subprocess
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from threading import Lock
 from typing import Any
 
@@ -116,8 +117,9 @@ def _kernel_of(fused: Fused) -> Callable[[Step], Any]:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """Start a kernel, compiled so that no product and sum are contracted."""
-    with _launching:
+    """Start a kernel where its first argument lies, compiled so that no product and sum are contracted."""
+    device = arguments[0].device
+    with _launching, torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[grid](*arguments, **constants, enable_fp_fusion=False)
 
 

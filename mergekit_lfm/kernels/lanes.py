@@ -28,8 +28,8 @@ def grams(chunk: Chunk) -> torch.Tensor:
 
     n = len(chunk)
     pairs = [(i, j) for i in range(n) for j in range(i + 1)]
-    if chunk.native:
-        from mergekit_lfm.kernels.by_triton import lane_products
+    if chunk.native and chunk.count:
+        from mergekit_lfm.kernels.native.gram import lane_products
 
         lanes = lane_products(chunk, pairs)
     else:
@@ -45,7 +45,7 @@ def _added_rows(factors: tuple[torch.Tensor, ...], block: int) -> torch.Tensor:
     import torch
 
     count = len(factors[0])
-    blocks, height = -(-count // block), -(-min(block, count) // LANES)
+    blocks, height = -(-count // block), max(1, -(-min(block, count) // LANES))
     grids = [_grid(x, blocks, block, height) for x in factors]
     total = torch.zeros_like(grids[0][:, 0])
     for row in range(height):
