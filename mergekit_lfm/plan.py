@@ -45,7 +45,7 @@ class Plan:
 
     groups: the jobs that are solved together, as indices into `tensors`; linears: those that are linear layers, which
     the method sees as matrices. Each job is in one of them. dropped: (model, tensor, reason). licenses: what the card
-    of each model states.
+    of each model states. edited_on: the kind of device on which edits of the result are solved, "" for the processor.
     """
 
     cast: Cast
@@ -56,6 +56,7 @@ class Plan:
     dropped: tuple[tuple[str, str, str], ...]
     files: tuple[Path, ...] = field(default=())
     licenses: tuple[dict[str, str], ...] = field(default=())
+    edited_on: str = ""
 
     @property
     def recipe(self) -> Recipe:
@@ -154,10 +155,11 @@ class Plan:
         """xxh3-128 of all that determines the output's bytes: not of threads, memory, NaN policy or device."""
         facts = {
             "versions": [__version__, version("torch")],
-            "methods": {job.method: METHODS[job.method].version for job in self.tensors if not job.copied},
+            "methods": {job.method: METHODS[job.method].version for job in self.tensors if job.method in METHODS},
             "recipe": self.recipe.normalised(),
             "inputs": [source.identity for source in (*self.models, *(held.tensors for held in self.statistics))],
             "edits": [identity_of(edit) for edit in self.recipe.result_edits],
+            **({"edited_on": self.edited_on} if self.edited_on else {}),
             "files": [xxhash.xxh3_128_hexdigest(path.read_bytes()) for path in self.files],
             "licenses": self.licenses,
             "shards": [[shard.name, shard.congruent, *map(str, shard.tensors)] for shard in self.shards],

@@ -26,6 +26,7 @@ from mergekit_lfm.errors import FormatError
 from mergekit_lfm.machine import cache_folder
 from mergekit_lfm.plan import Plan
 from mergekit_lfm.rewriting import rewritten
+from mergekit_lfm.settings import GivenFile
 from mergekit_lfm.stats import open_statistics
 from mergekit_lfm.transforms import Transform, open_transform
 
@@ -37,19 +38,20 @@ def kind_of(device: str) -> str | None:
 
 
 def noted(plan: Plan, device: str) -> Plan:
-    """The plan in which models that are still to be aligned or edited say on what kind of device, but for the CPU.
+    """The plan in which what is still to be aligned or edited says on what kind of device, but for the CPU.
 
     What is found differs by rounding: no output is to hold tensors by the one and by the other. PlanError where the
     device is not there.
     """
     kind, waiting = kind_of(device), plan.pending
-    if kind is None or not waiting:
+    if kind is None or not (waiting or plan.unedited):
         return plan
+    asked = any(not isinstance(edit, GivenFile) for edit in plan.recipe.result_edits)
     models = tuple(
         Checkpoint(held.path, held.files, {**(held.view or {}), "device": kind}) if model in waiting else held
         for model, held in zip(plan.recipe.all_models, plan.models, strict=True)
     )
-    return replace(plan, cast=replace(plan.cast, models=models))
+    return replace(plan, cast=replace(plan.cast, models=models), edited_on=kind if asked else "")
 
 
 def prepare(plan: Plan, notice: Callable[[str], None], device: str = "cpu") -> Plan:

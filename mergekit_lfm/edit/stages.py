@@ -84,7 +84,8 @@ def solve_edits(
     result = open_checkpoint(folder)
     patches = _patches(result, plan.recipe.result_edits, "the result", _of_any(plan), notice, device)
     shutil.rmtree(folder)
-    return make_plan(plan.recipe, max_shard_size=max_shard_size, views=plan.models, edits=patches)
+    made = make_plan(plan.recipe, max_shard_size=max_shard_size, views=plan.models, edits=patches)
+    return replace(made, edited_on=plan.edited_on)
 
 
 Grams = Callable[[Statistics], Any]  # what `edit` takes as covariance, of a statistics file
