@@ -10,6 +10,7 @@ import torch
 from mergekit_lfm.accelerator import Accelerator
 
 CUDA = torch.cuda.is_available()
+needs_gpu = pytest.mark.skipif(not CUDA, reason="needs a GPU")
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton: pip install triton")
 
 

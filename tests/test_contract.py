@@ -125,11 +125,11 @@ def test_random_methods_follow_the_seed_and_the_name(name: str) -> None:
     assert not torch.equal(merge_tensors(name, **given, **parameters, seed=1, name="other"), one)
 
 
-def save_model(folder: Path, offset: int) -> None:
+def save_model(folder: Path, offset: int, big: tuple[int, int] = (300, 160)) -> None:
     """Tensors of many sizes: less than a block, several blocks, several segments at the block size of the test."""
     generator = torch.Generator().manual_seed(5)
     shapes = {
-        "big": (300, 160),
+        "big": big,
         "model.layers.0.w": (64, 48),
         "model.layers.1.w": (64, 48),
         "norm": (33,),

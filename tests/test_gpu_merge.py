@@ -13,7 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from helpers_device import GPU, OnGpu, pretended_gpu
-from helpers_gpu import CUDA, needs_triton, stand_in
+from helpers_gpu import CUDA, needs_gpu, needs_triton, stand_in
 from helpers_merges import load_all
 from safetensors.torch import load_file, save_file
 from test_contract import (
@@ -66,11 +66,11 @@ def sums(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[type]]:
     yield asked
 
 
-def plan_of(case: Case, folder: Path, **more: Any) -> Plan:
+def plan_of(case: Case, folder: Path, *, big: tuple[int, int] = (300, 160), **more: Any) -> Plan:
     """A merge of small models by a method of the registry."""
     name, extra = case
     for offset in range(4):
-        save_model(folder / f"m{offset}", offset)
+        save_model(folder / f"m{offset}", offset, big)
     models: list[dict[str, Any]] = [{"model": str(folder / f"m{i + 1}")} for i in range(count_of(name))]
     if kind := METHODS[name].statistics:
         for model in models:
@@ -117,6 +117,23 @@ def test_merges_by_kernels_have_the_same_bytes(case: Case, tmp_path: Path) -> No
     outcome = execute(plan, tmp_path / "gpu", threads=2, gpu=stand_in(), compile="always")
     assert not outcome.warnings
     assert folder_bytes(tmp_path / "cpu") == folder_bytes(tmp_path / "gpu")
+
+
+@needs_gpu
+@pytest.mark.parametrize("case", CASES, ids=ids)
+def test_large_tensors_on_a_real_gpu(
+    case: Case, tmp_path: Path, sums: set[type], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks and chunks of full size, by kernels, with all threads; resident, and in passes."""
+    monkeypatch.setattr(mergekit_lfm.jobs, "BLOCK", 1 << 18)
+    plan = plan_of(case, tmp_path, big=(4096, 5000))
+    execute(plan, tmp_path / "cpu")
+    execute(plan, tmp_path / "gpu", gpu=stand_in(), compile="always")
+    assert steps_apart(tmp_path / "cpu", tmp_path / "gpu") <= (1 if sums or METHODS[case[0]].whole else 0)
+    least = max([*(plan.scratch(job) for job in plan.tensors), *(group.nbytes for group in plan.linears)])
+    monkeypatch.setattr(Accelerator, "room", lambda _: 2 * 2 * least)
+    execute(plan, tmp_path / "small", threads=2, gpu=stand_in(), compile="always")
+    assert folder_bytes(tmp_path / "small") == folder_bytes(tmp_path / "gpu")
 
 
 def there(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The benchmark runs as it is documented, and its table has every method."""
+"""The benchmarks run as they are documented, and their tables have every method."""
 
 import subprocess
 import sys
@@ -31,3 +31,24 @@ def test_merge_vs_copy_prints_a_row_for_every_method(tmp_path: Path) -> None:
     assert all(
         float(row[headings.index(seconds)]) > 0 for row in rows for seconds in ("merge s", "start-up s", "CPU s")
     )
+
+
+def test_gpu_kernels_prints_a_row_for_every_operation() -> None:
+    script = ROOT / "benchmarks" / "gpu_kernels.py"
+    command = [sys.executable, str(script), "--device", "cpu", "--numel", "300000", "--repeats", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    title, _, headings, _, *rows = [line.split(" | ") for line in done.stdout.splitlines()]
+    assert "300,000 elements" in title[0] and headings[-3:-1] == ["kernels ms", "ratio"]
+    assert [row[0] for row in rows] == [
+        "| linear",
+        "| task_arithmetic",
+        "| ties",
+        "| dare_linear",
+        "| dare_ties",
+        "| fisher, of 1.5 models",
+        "| order statistics: bracket",
+        "| order statistics: digits",
+        "| Gram matrix",
+        "| L1 norms",
+    ]
+    assert all(float(row[2]) > 0 and float(row[3]) > 0 for row in rows)
