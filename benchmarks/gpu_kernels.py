@@ -6,7 +6,7 @@
 bfloat16 inputs of `--numel` elements, a base and three models near it. `copy` is a copy on the device that moves as
 many bytes, read and written, as the row's operation has to; `ratio` is that operation's time by Triton's kernels over
 it, `torch` the time of the same operation by torch's operations one after another. All are medians of `--repeats`, in
-chunks as the engine gives them. Files to files is measured by `benchmarks/merge_vs_copy.py --device cuda`.
+chunks as `merge_tensors` has them. Files to files is measured by `benchmarks/merge_vs_copy.py --device cuda`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from mergekit_lfm.accelerator import CHUNK, Accelerator
 from mergekit_lfm.blocks import Blocks, apply_to
 from mergekit_lfm.devices import find_device
-from mergekit_lfm.jobs import BLOCK
+from mergekit_lfm.jobs import BLOCK, SEGMENT
 from mergekit_lfm.kernels.gpu import GpuKernels
 from mergekit_lfm.kernels.order import NONE, Largest, Ranks
 from mergekit_lfm.kernels.random import Coins
@@ -69,7 +69,8 @@ class Bench:
         readers = [lambda start, stop, x=x: x[start:stop] for x in self.rows[:rows]]
         base: Any = (lambda start, stop: self.base[start:stop]) if with_base else None
         gpu = Accelerator(self.base.device)
-        return Blocks(readers, base, len(self.base), BLOCK, torch.float32, kernels, gpu, CHUNK)
+        at_once = SEGMENT if kernels.native else CHUNK
+        return Blocks(readers, base, len(self.base), BLOCK, torch.float32, kernels, gpu, at_once)
 
     def seconds(self, run: Callable[[], object]) -> float:
         """The median time of a run, after two that are not counted."""

@@ -62,6 +62,10 @@ class Accelerator:
         if self._cuda:
             torch.cuda.current_stream(self.device).synchronize()
 
+    def load_solvers(self) -> None:
+        """Have torch load its library of solvers, which fails where several threads are the first to need it."""
+        torch.linalg.cholesky_ex(torch.ones(1, 1, dtype=torch.float64, device=self.device))
+
     def room(self) -> int:
         """Bytes of the device's memory that the engine may take."""
         if not self._cuda:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+from warnings import warn
 
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.methods import METHODS, REQUIRED
@@ -59,7 +60,7 @@ def merge(
     out = _output(out)
     if seed is not None:
         recipe = recipe.model_copy(update={"seed": seed})
-    goal = recipe.goal(push_to, private=private)
+    goal, gpu = recipe.goal(push_to, private=private), accelerator_of(recipe, device)
     plan = make_plan(recipe, max_shard_size=_bytes(max_shard_size))
     if goal is not None:
         from mergekit_lfm.pushing import check_repository, push
@@ -67,7 +68,6 @@ def merge(
         check_repository(goal.repo, private=goal.private)
     how: dict[str, Any] = {"memory": _bytes(memory), "threads": threads, "nan": nan, "overwrite": overwrite}
     how |= {"resume": resume}
-    gpu = accelerator_of(recipe, device)
     if plan.unedited:
         from mergekit_lfm.accelerator import name_of
         from mergekit_lfm.edit.stages import solve_edits
@@ -81,7 +81,7 @@ def merge(
 
 def accelerator_of(recipe: Recipe, device: str | None) -> Accelerator | None:
     """The GPU that is asked for, by name or by the recipe; None for the processor. PlanError where it is not there."""
-    asked = device or recipe.device
+    asked = recipe.device if device is None else device
     if asked == "cpu":
         return None
     from mergekit_lfm.accelerator import Accelerator
@@ -125,7 +125,7 @@ def merge_tensors(
     [inputs, inputs], and the tensors are matrices [outputs, inputs], with the bias as their last column if the Gram
     matrix is of inputs with a 1 appended. A parameter that is given for each input is a number for all or a list with
     one for each. `lambda` is passed as `lambda_`. The result has the promoted dtype of the inputs, and lies on their
-    device if they have one in common, else in the processor's memory. seed and name key the random numbers, as a
+    GPU if all are on the same, else in the processor's memory. seed and name key the random numbers, as a
     recipe's seed and the tensor's name do.
     """
     from mergekit_lfm.kernels.random import key
@@ -173,14 +173,15 @@ def _merged(
 
     from mergekit_lfm.accelerator import CHUNK, Accelerator
     from mergekit_lfm.blocks import Blocks, making_on, merged
-    from mergekit_lfm.jobs import block_numel
+    from mergekit_lfm.devices import merges
+    from mergekit_lfm.jobs import SEGMENT, block_numel
     from mergekit_lfm.kernels.fused import run_eagerly
     from mergekit_lfm.kernels.gpu import GpuKernels
     from mergekit_lfm.kernels.sums import round_once
     from mergekit_lfm.linears import HeldLinear
 
-    devices = {x.device for x in (*tensors, *statistics, *([] if base is None else [base]))}
-    device = devices.pop() if len(devices) == 1 else torch.device("cpu")
+    first, *others = {x.device for x in (*tensors, *statistics, *([] if base is None else [base]))}
+    device = torch.device("cpu") if others or not merges(first) else first
     if method.whole is not None:
         layer = HeldLinear(*([x.detach().to(device) for x in given] for given in (tensors, statistics)))
         with making_on(device):
@@ -189,15 +190,18 @@ def _merged(
     if method.copies(unit):
         tensors, base = tensors[:1], None
     gpu = None if device.type == "cpu" else Accelerator(device)
+    kernels = None if gpu is None else GpuKernels("auto", unit.numel, device)
+    for problem in () if kernels is None else sorted(kernels.problems):
+        warn(problem, stacklevel=4)
     blocks = Blocks(
         sources=[_reader(x, device) for x in (*tensors, *statistics)],
         base=None if base is None else _reader(base, device),
         numel=unit.numel,
         block=block_numel(method, unit),
         dtype=torch.float64 if unit.double else torch.float32,
-        run=run_eagerly if gpu is None else GpuKernels("auto", unit.numel, device),
+        run=kernels or run_eagerly,
         gpu=gpu,
-        at_once=1 if gpu is None else CHUNK,
+        at_once=1 if gpu is None else SEGMENT if kernels and kernels.native else CHUNK,
     )
     return merged(method, unit, blocks, dtype).reshape(unit.shape)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -148,12 +148,18 @@ class Blocks:
 
     def _parts(self, request: Reduction, segment: int) -> Iterator[Any]:
         for i in self.segment(segment):
-            if any(request.visits(j) for j in range(i, min(len(self), i + self.at_once))):
-                yield from [request.block(self.load(i))] if self.gpu is None else self._of_chunk(request, i)
+            chunk = range(i, min(len(self), i + self.at_once))
+            wanted = [j for j in chunk if request.visits(j)]
+            if self.gpu is None:
+                yield from (request.block(self.load(j)) for j in wanted)
+            elif len(wanted) == len(chunk):
+                yield from self._of_chunk(request, self.load(i))
+            else:
+                alone = replace(self, at_once=1)
+                yield from (part for j in wanted for part in self._of_chunk(request, alone.load(j)))
 
-    def _of_chunk(self, request: Reduction, index: int) -> list[Any]:
+    def _of_chunk(self, request: Reduction, chunk: StoredBlock) -> list[Any]:
         """The parts of a chunk, brought home, where they are added in the same order for any size of chunks."""
-        chunk = self.load(index)
         with making_on(chunk.device):
             parts = request.chunk(chunk)
         return [part.cpu() if isinstance(part, torch.Tensor) else part for part in parts]

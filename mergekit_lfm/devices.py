@@ -36,12 +36,17 @@ def find_device(name: str) -> torch.device:
 def find_gpu(name: str) -> torch.device | None:
     """The GPU of that name, None for the processor. PlanError for devices of other kinds, whose arithmetic differs."""
     device = find_device(name)
-    if device.type not in ("cpu", "cuda"):
+    if device.type != "cpu" and not merges(device):
         raise PlanError(
             f"the device {name!r} is a {device.type}, on which results are not known to be exact; expected cpu, cuda, "
             "cuda:1 or auto. Choose one of these"
         )
-    return device if device.type == "cuda" else None
+    return None if device.type == "cpu" else device
+
+
+def merges(device: torch.device) -> bool:
+    """Whether merges are computed on such a device, if tensors lie there: whether it is a GPU of CUDA."""
+    return device.type == "cuda"
 
 
 def reason(error: BaseException) -> str:

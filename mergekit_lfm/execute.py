@@ -24,7 +24,7 @@ from mergekit_lfm.checkpoint import bytes_of
 from mergekit_lfm.devices import reason
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.evidence import LinearGroup, LinearJob
-from mergekit_lfm.jobs import BLOCK, Job, Source
+from mergekit_lfm.jobs import BLOCK, SEGMENT, Job, Source
 from mergekit_lfm.kernels.fused import Kernels, Mode
 from mergekit_lfm.kernels.gpu import GpuKernels
 from mergekit_lfm.kernels.reductions import Reduction
@@ -90,17 +90,19 @@ class Run:
 
     def blocks(self, job: Job, resident: bool = False) -> Blocks:
         """The job's inputs, read from the files block by block or held in memory: the processor's, or the GPU's."""
-        at_once = 1 if self.gpu is None else self._at_once(job)
-        readers = {source: self._reader(source, job.block * at_once, resident) for source in job.read}
+        ranges = (
+            1 if self.gpu is None else self._fitting(job, min(self.share - self.plan.views(job), self.device_share))
+        )
+        at_once = ranges if self.gpu is None or not resident else self._fitting(job, self.device_share, SEGMENT)
+        readers = {source: self._reader(source, job.block * ranges, resident) for source in job.read}
         base = readers[job.base] if job.base else None
         sources = [readers[source] for source in job.sources + job.statistics]
         dtype = getattr(torch, job.compute)
         return Blocks(sources, base, job.spec.numel, job.block, dtype, self.kernels, self.gpu, at_once)
 
-    def _at_once(self, job: Job) -> int:
-        """How many blocks a GPU is given at once: a divisor of SEGMENT that host and device have room for."""
-        fitting = min(self.share, self.device_share) // max(1, self.plan.scratch(job))
-        return 1 << (max(1, min(CHUNK, fitting)).bit_length() - 1)
+    def _fitting(self, job: Job, nbytes: int, most: int = CHUNK) -> int:
+        """How many blocks of a job are worked on at once in so many bytes: a divisor of SEGMENT."""
+        return 1 << (max(1, min(most, nbytes // max(1, self.plan.working(job)))).bit_length() - 1)
 
     def _reader(self, source: tuple[int, str], most: int, resident: bool) -> Read:
         """Reads ranges of up to `most` elements: into memory that the next call may overwrite, or once the whole."""
@@ -121,9 +123,10 @@ class Run:
             whole = model.read(name)
         else:
             whole = torch.empty(numel, dtype=dtype, device=self.gpu.device)
-            for start in range(0, numel, most):
+            for number, start in enumerate(range(0, numel, most)):
                 read(start, min(numel, start + most), whole[start : start + most])
-                self.gpu.settle()  # so that no more than one range of it is pinned
+                if number % 2:  # one range is read while another is copied, and no more of them is pinned
+                    self.gpu.settle()
         return lambda start, stop: whole[start:stop]
 
     def missing(self, job: Job) -> tuple[int, ...]:
@@ -243,10 +246,14 @@ class Run:
     def _merge(self, job: Job, blocks: Blocks, coefficients: Coefficients | None, segment: int) -> None:
         size = ITEMSIZE[job.dtype]
         digest, nbytes, bad = xxhash.xxh3_128(), 0, set[str]()
-        for i in blocks.segment(segment):
+        numbers, ahead = blocks.segment(segment), None
+        for i in numbers:
             assert coefficients is not None
-            block = blocks.load(i)
+            block = blocks.load(i) if ahead is None else ahead
             merged = self._result(job, block, coefficients)
+            following = i + blocks.at_once
+            more = self.gpu is not None and following in numbers
+            ahead = blocks.load(following) if more else None  # read and copied while the GPU merges this one
             if found := self._check(job, block, merged):
                 bad |= found
                 merged = self._result(job, block.at_home(), coefficients)  # compiled, NaN may have other bits
@@ -382,10 +389,12 @@ def _telling_of_room() -> Iterator[None]:
     """PlanError where a GPU's memory is taken by others after it was found to suffice."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:  # of torch, its libraries and Triton, which have no class for it in common
+        if not any(sign in str(error) for sign in ("out of memory", "ALLOC_FAILED", "NOT_INITIALIZED")):
+            raise
         raise PlanError(
-            f"the GPU has no memory left ({reason(error)}): other programs have taken it since the merge began. End "
-            "them, lower --threads, or use --device cpu; the same command goes on from what is done"
+            f"the GPU has no memory left, or the host none to pin ({reason(error)}): others have taken it since the "
+            "merge began. End them, lower --threads, or use --device cpu; the same command goes on from what is done"
         ) from None
 
 
@@ -427,6 +436,8 @@ def _carry_out(run: Run, executor: Executor) -> None:
     """First all tasks that need no barrier, heavy ones first, then in file order; then what takes several passes."""
     plan = run.plan
     alone: list[Work] = []
+    if run.gpu is not None and plan.linears:
+        run.gpu.load_solvers()
     linears = [_linear_work(run, group) for group in sorted(plan.linears, key=lambda group: -group.nbytes)]
     for _ in executor(run.do, [work for work in linears if any(work.missing.values())]):
         pass

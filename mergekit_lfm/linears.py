@@ -43,7 +43,7 @@ class StoredLinear:
             part = self.read(self.weights[i], start * self.inputs, stop * self.inputs).view(-1, self.inputs)
         else:
             part = self.read(self.weights[i], 0, self.inputs * self.outputs).view(self.inputs, -1)[:, start:stop].T
-        rows[:, : self.inputs] = part
+        rows[:, : self.inputs] = part.to(rows.device)  # as it is stored: float64 would be four times as much to send
         if self.biases:
             rows[:, -1] = self.read(self.biases[i], start, stop)
         return rows
@@ -52,7 +52,7 @@ class StoredLinear:
         """Rows of input i's Gram matrix, [stop - start, columns] float64."""
         width = self.inputs + 1
         rows = self.read(self.grams[i], start * width, stop * width).view(-1, width)
-        return rows[:, : self.shape[1]].to(torch.get_default_device(), torch.float64, copy=True)
+        return rows[:, : self.shape[1]].to(torch.get_default_device()).to(torch.float64, copy=True)
 
     def parts(self, merged: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """A merged matrix as the checkpoint stores it: the weight, flat, and the bias."""

@@ -172,11 +172,17 @@ class Plan:
 
     def scratch(self, job: Job) -> int:
         """Bytes that one worker holds to process the job block by block."""
-        numel = min(job.block, job.spec.numel)
-        views = sum(self.sources[i].file_of(name).scratch(name) for i, name in job.read_at_all)
         if job.copied:
-            return numel * ITEMSIZE[job.dtype] + views
-        return numel * len(job.read) * (ITEMSIZE[job.compute] * 8 + 8) + job.sums_nbytes + views
+            return min(job.block, job.spec.numel) * ITEMSIZE[job.dtype] + self.views(job)
+        return self.working(job) + self.views(job)
+
+    def working(self, job: Job) -> int:
+        """The same without what views take of it: what it takes of a GPU."""
+        return min(job.block, job.spec.numel) * len(job.read) * (ITEMSIZE[job.compute] * 8 + 8) + job.sums_nbytes
+
+    def views(self, job: Job) -> int:
+        """Bytes that transforms and patches take while a part of the job's inputs is read, however large it is."""
+        return sum(self.sources[i].file_of(name).scratch(name) for i, name in job.read_at_all)
 
     @property
     def resident_views(self) -> int:
@@ -185,12 +191,13 @@ class Plan:
 
     def most_threads(self, memory: int, room: int | None = None) -> int:
         """The number of threads, at least one, for which a budget of `memory` bytes suffices, and `room` on a GPU."""
-        left = memory - self.resident_views
-        return max(1, min(left, left if room is None else room) // max([1, *(nbytes for _, nbytes in self._demands())]))
+        most = (memory - self.resident_views) // max([1, *(nbytes for _, nbytes in self._demands())])
+        on_gpu = most if room is None else room // max([1, *(nbytes for _, nbytes in self._demands_of_gpu())])
+        return max(1, min(most, on_gpu))
 
     def check_room(self, room: int, threads: int) -> None:
         """PlanError where a GPU's memory is too little: each of so many threads has its share of `room` bytes."""
-        name, largest = max(self._demands(), key=lambda demand: demand[1], default=("", 0))
+        name, largest = max(self._demands_of_gpu(), key=lambda demand: demand[1], default=("", 0))
         if largest > room // threads:
             raise PlanError(
                 f"{name} needs {format_size(largest)} of the GPU's memory for one worker, what is free gives each of "
@@ -200,6 +207,10 @@ class Plan:
     def _demands(self) -> Iterator[tuple[str, int]]:
         """What one worker has to hold at least for each tensor or group of layers, and the name of that."""
         yield from ((job.name, self.scratch(job)) for job in self.tensors)
+        yield from ((self.tensors[group.layers[0].weight].name, group.nbytes) for group in self.linears)
+
+    def _demands_of_gpu(self) -> Iterator[tuple[str, int]]:
+        yield from ((job.name, self.working(job)) for job in self.tensors if not job.copied)
         yield from ((self.tensors[group.layers[0].weight].name, group.nbytes) for group in self.linears)
 
     def resident(self, group: Sequence[int]) -> int:

@@ -17,7 +17,7 @@ from test_fused import BLOCK, COINS, FUNCTIONS, RANKS, bits, stored_block, with_
 from test_kernels import blocks_of, kept_by_sorting, unit_of
 
 from mergekit_lfm.blocks import StoredBlock, solved
-from mergekit_lfm.kernels import bracket, selection
+from mergekit_lfm.kernels import bracket, gpu, selection
 from mergekit_lfm.kernels.emit import COUNT, Unsupported, emit
 from mergekit_lfm.kernels.fused import Step, run_eagerly, take_apart
 from mergekit_lfm.kernels.gpu import LEAST, GpuKernels
@@ -85,7 +85,7 @@ def test_a_kernel_has_the_bits_of_its_function(name: str, dtype: torch.dtype, co
     kernels = GpuKernels("always", 0, DEVICE)
     there = tuple(x.to(DEVICE) for x in stored), None if wide is None else wide.to(DEVICE)
     found = kernels(Step(function, *there, local, compute, out, flag))
-    assert kernels.native and not kernels.problems and next(iter(kernels._kernels.values())) is not None
+    assert kernels.native and not kernels.problems and not kernels._unfit
     assert all(torch.equal(a.cpu(), b) for a, b in zip(bits(found), bits(expected), strict=True))
     assert not flag
 
@@ -127,12 +127,13 @@ def test_what_is_not_finite_is_noted(native: bool, bad: str, where: int) -> None
 
 
 @needs_triton
-def test_small_blocks_run_eagerly() -> None:
+def test_small_blocks_run_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = GpuKernels("always", 0, DEVICE)
     step = Step(
         weighted_sum, (torch.ones(LEAST - 1),), None, Weights((2.0,)).at(0, 1, torch.float32), torch.float32, None
     )
-    assert bool((kernels(step) == 2).all()) and not kernels._kernels
+    monkeypatch.setattr(gpu, "kernel_of", None)
+    assert bool((kernels(step) == 2).all())
 
 
 def test_small_merges_use_no_kernels() -> None:
@@ -150,7 +151,9 @@ def test_a_function_that_has_no_kernel_is_told_and_runs_eagerly() -> None:
     x = torch.rand(BLOCK, device=DEVICE)
     found = kernels(Step(_with_sine, (x,), None, None, torch.float32, None))
     assert torch.equal(found, x.sin())
-    assert kernels.problems == {"_with_sine runs on the GPU without being compiled: the operation sin.default"}
+    assert kernels.problems == {
+        "_with_sine runs on the GPU without being compiled: Unsupported: the operation sin.default"
+    }
 
 
 @pytest.mark.parametrize(
@@ -173,9 +176,57 @@ def test_what_might_round_otherwise_is_refused(function: Any, what: str) -> None
 
 def test_without_triton_all_runs_eagerly_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.setattr(gpu, "unusable", gpu.unusable.__wrapped__)
     kernels = GpuKernels("always", 0, DEVICE)
     (problem,) = kernels.problems
     assert not kernels.native and problem.startswith("the GPU runs without kernels of Triton: ModuleNotFoundError: ")
+
+
+@needs_triton
+def test_kernels_that_round_otherwise_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of older versions, which make 0 of subnormal quotients."""
+    made = gpu.kernel_of
+
+    def flushing(fused: Any) -> Any:
+        return lambda step: tuple(torch.where(x.abs() < 2.0**-126, 0.0, x) for x in made(fused)(step))
+
+    assert gpu.unusable.__wrapped__(DEVICE) == ""
+    monkeypatch.setattr(gpu, "kernel_of", flushing)
+    assert "round otherwise than the processor" in gpu.unusable.__wrapped__(DEVICE)
+
+
+@needs_triton
+def test_a_kernel_that_triton_cannot_make_is_told_and_runs_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.errors import PTXASError
+
+    def fails(*_: object, **__: object) -> None:
+        raise PTXASError("no such architecture")
+
+    kernels = GpuKernels("always", 0, DEVICE)
+    monkeypatch.setattr(gpu, "launch", fails)
+    x = torch.rand(BLOCK, device=DEVICE)
+    step = Step(weighted_sum, (x,), None, Weights((2.0,)).at(0, BLOCK, torch.float32).to(DEVICE), torch.float32, None)
+    assert torch.equal(kernels(step), x * 2) and len(kernels.problems) == 1
+    assert torch.equal(kernels(step), x * 2)
+    monkeypatch.setattr(gpu, "unusable", gpu.unusable.__wrapped__)
+    assert not GpuKernels("always", 0, DEVICE).native
+
+
+@needs_triton
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # of the interpreter
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, -1, 0x7F800001])
+def test_any_nan_that_a_device_makes_is_nan_and_noted(bits: int) -> None:
+    """That of NVIDIA has all bits set, and would be rounded to -0."""
+    flag, nan = torch.zeros(1, dtype=torch.int32, device=DEVICE), torch.tensor([bits], dtype=torch.int32)
+    x = nan.view(torch.float32).repeat(BLOCK).to(DEVICE)
+    kernels = GpuKernels("always", 0, DEVICE)
+    found = kernels(Step(_first, (x,), None, None, torch.float32, torch.bfloat16, flag))
+    assert bool(found.isnan().all()) and bool(flag) and not kernels._unfit
+
+
+def _first(rows: Any, base: Any, local: Any) -> torch.Tensor:
+    del base, local
+    return rows[0].abs()
 
 
 COMPILE = """
@@ -184,7 +235,7 @@ import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from mergekit_lfm.kernels import gpu
-from mergekit_lfm.kernels.native import bracket, gram
+from mergekit_lfm.kernels.native import bracket, sums
 from mergekit_lfm.kernels.fused import Step
 from test_fused import FUNCTIONS, stored_block, with_statistics
 import test_fused
@@ -216,10 +267,10 @@ for dtype in (torch.bfloat16, torch.float64):
     kinds = [NAMES[dtype], NAMES[dtype], wide, "*i32", wide, "*i32", "i32", "i32"]
     constants = {"PIVOTS": 5, "BASE": True, "TILE": bracket.TILE}
     check("bracket", bracket._bracket, dict(zip(bracket._bracket.arg_names, kinds)), constants)
-    kernel = gram._summing(((0, 0), (1, 0), (1, 1)), True, dtype == torch.float64)
+    kernel = sums._summing(((0, 0), (1, 0), (1, 1), (0,)), True, dtype == torch.float64)
     kinds = [NAMES[dtype]] * 3 + ["*fp64", "i32", "i32", "i32"]
-    constants = {"LANES": 4096, "SIDE": gram.SIDE, "ROWS": gram.ROWS}
-    check("gram", kernel, dict(zip(kernel.arg_names, kinds)), constants)
+    constants = {"LANES": 4096, "SIDE": sums.SIDE, "ROWS": sums.ROWS}
+    check("sums", kernel, dict(zip(kernel.arg_names, kinds)), constants)
 print("compiled")
 """
 
@@ -290,7 +341,7 @@ def test_the_largest_in_chunks_are_those_a_stable_sort_finds(
 )
 def test_sums_are_those_of_exact_arithmetic_within_rounding(kind: str, count: int, size: int) -> None:
     x = values_of(kind, (count,))
-    found = sums(x.to(DEVICE), size).tolist()
+    found = sums([x.to(DEVICE)], size, native=False)[:, 0].tolist()
     parts = [x[first : first + size].double() for first in range(0, count, size)]
     for value, part in zip(found, parts, strict=True):
         bound = 2.0**-52 * (len(part) / LANES + 13) * math.fsum(part.abs().tolist())
@@ -324,6 +375,9 @@ def test_a_kernels_sums_have_the_bits_of_the_formula(dtype: torch.dtype) -> None
     """Of five inputs, whose fifteen products take two kernels; the last block is shorter."""
     rows, base = list(values_of("normal", (5, 9001), dtype)), values_of("few", (9001,), dtype)
     native, plain = (grams(chunk_of(rows, 6000, base=base, native=native)) for native in (True, False))
+    assert torch.equal(native.view(torch.int64), plain.view(torch.int64))
+    there = [x.float().to(DEVICE) for x in rows]
+    native, plain = (sums(there, 6000, native) for native in (True, False))
     assert torch.equal(native.view(torch.int64), plain.view(torch.int64))
 
 

@@ -29,12 +29,13 @@ from test_contract import (
 )
 
 import mergekit_lfm.jobs
-from mergekit_lfm import merge, merge_tensors
+from mergekit_lfm import devices, merge, merge_tensors
 from mergekit_lfm.accelerator import Accelerator
 from mergekit_lfm.blocks import Blocks
 from mergekit_lfm.commands import main
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.execute import execute
+from mergekit_lfm.kernels import gpu
 from mergekit_lfm.kernels.reductions import L1, ColumnGram, Gram, Reduction, RowGram
 from mergekit_lfm.methods import METHODS
 from mergekit_lfm.patches import Changed, Patch
@@ -111,11 +112,19 @@ def test_a_merge_on_a_gpu_is_that_on_the_processor(
 @pytest.mark.parametrize(
     "case", [("linear", {}), ("dare_ties", {"density": 0.4, "rescale": "density"}), ("fisher", {})]
 )
-def test_merges_by_kernels_have_the_same_bytes(case: Case, tmp_path: Path) -> None:
+def test_merges_by_kernels_have_the_same_bytes(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = plan_of(case, tmp_path)
     execute(plan, tmp_path / "cpu", threads=1, compile="never")
+    launched: list[Any] = []
+    launch = gpu.launch
+
+    def noted(kernel: Any, *given: Any, **more: Any) -> None:
+        launched.append(kernel)
+        launch(kernel, *given, **more)
+
+    monkeypatch.setattr(gpu, "launch", noted)
     outcome = execute(plan, tmp_path / "gpu", threads=2, gpu=stand_in(), compile="always")
-    assert not outcome.warnings
+    assert not outcome.warnings and len(launched) >= 11
     assert folder_bytes(tmp_path / "cpu") == folder_bytes(tmp_path / "gpu")
 
 
@@ -143,11 +152,12 @@ def there(value: Any) -> Any:
 
 @pytest.mark.parametrize("case", CASES, ids=ids)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_tensors_on_a_gpu_are_merged_there(case: Case, dtype: torch.dtype) -> None:
+def test_tensors_on_a_gpu_are_merged_there(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """No operation mixes devices, which the pretended one refuses as CUDA does, and the result stays there."""
     name, extra = case
     given = tensors_of(name, (60, 200), dtype)
     here = merge_tensors(name, **given, **parameters_of(name, extra))
+    monkeypatch.setattr(devices, "merges", lambda device: device == GPU)
     with pretended_gpu():
         found = merge_tensors(name, **{key: there(x) for key, x in given.items()}, **parameters_of(name, extra))
         assert isinstance(found, OnGpu)
@@ -170,8 +180,8 @@ def test_nan_gives_the_bytes_of_the_processor_and_is_told(tmp_path: Path) -> Non
         execute(plan, tmp_path / "refused", gpu=stand_in())
     assert not (tmp_path / "refused").exists()
     outcomes = [
-        execute(plan, tmp_path / where, threads=1, nan="warn", gpu=gpu)
-        for where, gpu in (("cpu", None), ("gpu", stand_in()))
+        execute(plan, tmp_path / where, threads=1, nan="warn", gpu=on)
+        for where, on in (("cpu", None), ("gpu", stand_in()))
     ]
     assert outcomes[0].warnings == outcomes[1].warnings != ()
     assert folder_bytes(tmp_path / "cpu") == folder_bytes(tmp_path / "gpu")
@@ -186,8 +196,8 @@ def test_edits_of_the_result_are_added_before_the_one_rounding(tmp_path: Path) -
     models = [{"model": str(tmp_path / f"m{i}")} for i in (1, 2)]
     recipe = {"merge_method": "linear", "models": models, "parameters": {"weight": 1}}
     plan = make_plan(Recipe.parse({**recipe, "edits": [str(tmp_path / "patch.safetensors")]}))
-    for where, gpu in (("cpu", None), ("gpu", stand_in())):
-        execute(plan, tmp_path / where, threads=1, gpu=gpu)
+    for where, on in (("cpu", None), ("gpu", stand_in())):
+        execute(plan, tmp_path / where, threads=1, gpu=on)
     assert folder_bytes(tmp_path / "cpu") == folder_bytes(tmp_path / "gpu")
 
 
@@ -228,7 +238,7 @@ def test_memory_that_others_take_is_told(tmp_path: Path, monkeypatch: pytest.Mon
 
     with (
         monkeypatch.context() as patched,
-        pytest.raises(PlanError, match=r"no memory left .*; the same command goes on"),
+        pytest.raises(PlanError, match=r"no memory left, .*; the same command goes on"),
     ):
         patched.setattr(Accelerator, "up", taken)
         execute(plan, tmp_path / "out", threads=2, gpu=stand_in())

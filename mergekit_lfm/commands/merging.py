@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from mergekit_lfm.execute import Outcome
     from mergekit_lfm.plan import Plan
     from mergekit_lfm.pushing import Pushed
-    from mergekit_lfm.recipe import Push
+    from mergekit_lfm.recipe import Push, Recipe
 
 # What `merge` and `plan` take alike.
 planning = together(
@@ -103,9 +103,10 @@ def merge(
     """
     from mergekit_lfm.api import accelerator_of
 
-    plan, out = _make_plan(recipe, out, seed, max_shard_size, hidden=quiet or as_json)
+    asked = _load(recipe, seed)
+    gpu = accelerator_of(asked, device)
+    plan, out = _make_plan(asked, recipe, out, max_shard_size, hidden=quiet or as_json)
     goal = _goal(plan, push_to, private, pull_back)
-    gpu = accelerator_of(plan.recipe, device)
     if dry_run or verbose:
         _show_plan(plan, out, memory, threads, as_json and dry_run, verbose, err=not dry_run, goal=goal)
     if dry_run:
@@ -155,20 +156,23 @@ def _push(out: Path, goal: Push, pull_back: bool) -> Pushed:
     return push(out, goal.repo, private=goal.private, pull_back=pull_back)
 
 
-def _make_plan(
-    recipe_path: Path, out: Path | None, seed: int | None, max_shard_size: int | None, *, hidden: bool
-) -> tuple[Plan, Path]:
-    """The plan of the recipe, and where its output goes."""
-    from mergekit_lfm.api import default_output
-    from mergekit_lfm.plan import make_plan
+def _load(path: Path, seed: int | None) -> Recipe:
     from mergekit_lfm.recipe import Recipe
 
-    recipe = Recipe.load(recipe_path)
-    if seed is not None:
-        recipe = recipe.model_copy(update={"seed": seed})
+    recipe = Recipe.load(path)
+    return recipe if seed is None else recipe.model_copy(update={"seed": seed})
+
+
+def _make_plan(
+    recipe: Recipe, source: Path, out: Path | None, max_shard_size: int | None, *, hidden: bool
+) -> tuple[Plan, Path]:
+    """The plan of the recipe in the file `source`, and where its output goes."""
+    from mergekit_lfm.api import default_output
+    from mergekit_lfm.plan import make_plan
+
     on_the_hub = any(isinstance(model.source, HubName) for model in recipe.all_models)
     with transfers(hidden=hidden) if on_the_hub else nullcontext():
-        return make_plan(recipe, max_shard_size=max_shard_size), out or default_output(recipe, recipe_path)
+        return make_plan(recipe, max_shard_size=max_shard_size), out or default_output(recipe, source)
 
 
 def _show_plan(
@@ -260,7 +264,7 @@ def plan(
     by their content.
     The same as `merge --dry-run`.
     """
-    planned, out = _make_plan(recipe, out, seed, max_shard_size, hidden=as_json)
+    planned, out = _make_plan(_load(recipe, seed), recipe, out, max_shard_size, hidden=as_json)
     _show_plan(planned, out, memory, threads, as_json, verbose, goal=planned.recipe.push)
 
 

@@ -96,7 +96,7 @@ def emit(function: Callable[..., Any], examples: Sequence[torch.Tensor], inputs:
         "live = i < count",
         "bad = i < 0",
     ]
-    end = ["tl.atomic_or(flag + tl.zeros_like(i), tl.full((BLOCK,), 1, tl.int32), mask=bad & live)"]
+    end = ["tl.atomic_or(flag + tl.zeros_like(i), tl.full((BLOCK,), 1, tl.int32), mask=bad & live, sem='relaxed')"]
     return Source("\n".join([*head, *(f"    {line}" for line in (*start, *writer.lines, *end)), ""]), outputs)
 
 
@@ -235,9 +235,10 @@ class _Writer:
         if before == after or after == torch.float32 == torch.promote_types(before, after):
             return widened(value, before, after)
         if after == torch.bfloat16 and before == torch.float32:
-            bits = self.name(f"{value}.to(tl.int32, bitcast=True)")  # to nearest even; of NaN it makes no NaN
-            even = self.name(f"({bits} + (({bits} >> 16) & 1) + 32767) >> 16")
-            return f"{even}.to(tl.int16).to(tl.bfloat16, bitcast=True)"
+            bits = self.name(f"{value}.to(tl.int32, bitcast=True)")
+            even = self.name(f"({bits} + (({bits} >> 16) & 1) + 32767) >> 16")  # to nearest even; NaN may become 0
+            numbers = self.name(f"tl.where({value} == {value}, {even}, 0x7FC0)")
+            return f"{numbers}.to(tl.int16).to(tl.bfloat16, bitcast=True)"
         if before.itemsize == 8 and after.itemsize == 2:
             raise Unsupported(f"{before} as {after}, which rounds twice")
         return f"{value}.to({TYPES[after]})"

@@ -11,6 +11,8 @@ import linecache
 import subprocess
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
+from functools import cache
 from threading import Lock
 from typing import Any
 
@@ -35,9 +37,11 @@ class GpuKernels:
 
     def __init__(self, mode: Mode, numel: int, device: torch.device) -> None:
         self.problems = set[str]()
-        self._kernels: dict[Fused, Callable[[Step], Any] | None] = {}
-        self._lock = Lock()
-        self.native = (mode == "always" or (mode == "auto" and numel >= WORTH)) and self._usable(device)
+        self._unfit = set[Fused]()
+        self.native = mode == "always" or (mode == "auto" and numel >= WORTH)
+        if self.native and (why := unusable(device)):
+            self.problems.add(f"the GPU runs without kernels of Triton: {why}")
+            self.native = False
 
     def __enter__(self) -> GpuKernels:
         return self
@@ -46,9 +50,12 @@ class GpuKernels:
         """There is nothing to end."""
 
     def __call__(self, step: Step) -> Any:
-        kernel = self._kernel(step) if self.native and len(step.stored[0]) >= LEAST else None
-        if kernel is not None:
-            return kernel(step)
+        if self.native and len(step.stored[0]) >= LEAST and (fused := _fused(step)) not in self._unfit:
+            try:
+                return kernel_of(fused)(step)
+            except _failures() as error:
+                self._unfit.add(fused)
+                self.problems.add(f"{step.function.__name__} runs on the GPU without being compiled: {reason(error)}")
         result = run_eagerly(step)
         if step.flag is not None:
             results = result if isinstance(result, tuple) else (result,)
@@ -56,31 +63,37 @@ class GpuKernels:
             step.flag.logical_or_(~torch.stack([x.isfinite().all() for x in looked_at]).all())
         return result
 
-    def _usable(self, device: torch.device) -> bool:
-        """Whether a kernel that does next to nothing can be made and run."""
-        step = Step(_as_it_is, (torch.ones(LEAST, device=device),), None, None, torch.float32, None)
-        try:
-            _kernel_of(_fused(step))(step)
-        except (ImportError, OSError, RuntimeError, subprocess.CalledProcessError) as error:
-            self.problems.add(f"the GPU runs without kernels of Triton: {reason(error)}")
-            return False
-        return True
 
-    def _kernel(self, step: Step) -> Callable[[Step], Any] | None:
-        """The kernel for steps of this form, made when the first comes; None where there can be none."""
-        fused = _fused(step)
-        with self._lock:
-            if fused not in self._kernels:
-                try:
-                    self._kernels[fused] = _kernel_of(fused)
-                except Unsupported as error:
-                    self._kernels[fused] = None
-                    self.problems.add(f"{step.function.__name__} runs on the GPU without being compiled: {error}")
-            return self._kernels[fused]
+def _failures() -> tuple[type[Exception], ...]:
+    """What is raised for a kernel that cannot be made."""
+    from triton.errors import TritonError
+
+    return Unsupported, TritonError, subprocess.CalledProcessError
 
 
-def _as_it_is(rows: Sequence[torch.Tensor], _: torch.Tensor | None, __: Any) -> torch.Tensor:
-    return rows[0] + 0.0
+@cache
+def unusable(device: torch.device) -> str:
+    """Why kernels of Triton cannot be used on a device: it is not there, or rounds as the processor does not; or ""."""
+    random = torch.Generator().manual_seed(0)
+    rows = torch.randn(3, LEAST, generator=random) * torch.tensor([[1e-30], [1e9], [1.0]])
+    step = Step(_delicate, tuple(rows), None, None, torch.float32, None)
+    try:
+        import triton
+
+        there = replace(step, stored=tuple(row.to(device) for row in rows))
+        found = torch.stack(kernel_of(_fused(there))(there)).cpu()
+    except (ImportError, OSError, RuntimeError) as error:
+        return reason(error)
+    except _failures() as error:
+        return reason(error)
+    if torch.equal(found.view(torch.int32), torch.stack(run_eagerly(step)).view(torch.int32)):
+        return ""
+    return f"those of version {triton.__version__} round otherwise than the processor; 3.6 and newer are known not to"
+
+
+def _delicate(rows: Sequence[torch.Tensor], _: torch.Tensor | None, __: Any) -> tuple[torch.Tensor, ...]:
+    """Subnormal quotients; quotients; sums of products, which would be other numbers if they were contracted."""
+    return rows[0] / rows[1], rows[2] / rows[1], rows[2] * rows[2] + rows[2]
 
 
 def _fused(step: Step) -> Fused:
@@ -98,8 +111,14 @@ def _as_traced(form: Form, count: int) -> Form:
     return form[0], *(_as_traced(item, count) for item in form[1:])
 
 
-def _kernel_of(fused: Fused) -> Callable[[Step], Any]:
-    """The kernel of a function whose form has COUNT elements, as a `Run`."""
+def kernel_of(fused: Fused) -> Callable[[Step], Any]:
+    """The kernel of a function whose form has COUNT elements, as a `Run`. Raises Unsupported."""
+    with _launching:
+        return _made(fused)
+
+
+@cache
+def _made(fused: Fused) -> Callable[[Step], Any]:
     source = source_of(fused)
     kernel = build(source.text, fused.function.__name__)
 

@@ -7,6 +7,7 @@ sums blocks in its own, faster order, so that its sums differ from these by roun
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,9 +18,18 @@ if TYPE_CHECKING:
 LANES = 4096
 
 
-def sums(x: torch.Tensor, block: int) -> torch.Tensor:
-    """The sum of every block of x [m], float64 [blocks]. The last block may be shorter than `block` elements."""
-    return folded(_added_rows((x.double(),), block))
+def sums(parts: Sequence[torch.Tensor], size: int, native: bool) -> torch.Tensor:
+    """The sums of tensors [m] over every block of `size` elements, of which the last may be shorter: [blocks, parts].
+
+    float64. native: by the kernel, not torch's operations.
+    """
+    import torch
+
+    if native and len(parts[0]):
+        from mergekit_lfm.kernels.native.sums import lane_sums
+
+        return folded(lane_sums(parts, size))
+    return torch.stack([folded(_added_rows((x.double(),), size)) for x in parts], 1)
 
 
 def grams(chunk: Chunk) -> torch.Tensor:
@@ -29,7 +39,7 @@ def grams(chunk: Chunk) -> torch.Tensor:
     n = len(chunk)
     pairs = [(i, j) for i in range(n) for j in range(i + 1)]
     if chunk.native and chunk.count:
-        from mergekit_lfm.kernels.native.gram import lane_products
+        from mergekit_lfm.kernels.native.sums import lane_products
 
         lanes = lane_products(chunk, pairs)
     else:

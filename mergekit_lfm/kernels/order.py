@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mergekit_lfm.kernels.bits import above, magnitude_bits
+from mergekit_lfm.kernels.constants import constant
 from mergekit_lfm.kernels.reductions import Reduction
 from mergekit_lfm.kernels.selection import by_bracket, by_digits, cuts
 
@@ -33,7 +34,7 @@ class Largest:
 
         before = self.cut - start  # entries of the block that are kept if they equal the threshold
         threshold = min(self.threshold, torch.iinfo(dtype).max)
-        limit = torch.tensor([threshold - (before >= count)], dtype=dtype)
+        limit = constant((threshold - (before >= count),), dtype)
         if 0 < before < count:
             limit = limit.repeat(count)
             limit[:before] -= 1

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import xxhash
 
+from mergekit_lfm.kernels.constants import constant
+
 if TYPE_CHECKING:
     import torch
 
@@ -67,4 +69,4 @@ class Coins:
         assert start % 2 == 0
         keys = [_signed(key + start // 2 * _GOLDEN) for key in self.keys]
         limits = [round(density * 2**31) - 2**30 for density in self.densities]
-        return LocalCoins(torch.tensor(keys), torch.tensor(limits, dtype=torch.int32))
+        return LocalCoins(torch.tensor(keys), constant(tuple(limits), torch.int32))

@@ -143,11 +143,9 @@ class L1(Sum):
         return torch.stack([x.sum(dtype=torch.float64) for x in both]).reshape(2, -1).T
 
     def chunk(self, chunk: Chunk) -> Iterable[torch.Tensor]:
-        import torch
-
         from mergekit_lfm.kernels.lanes import sums
 
-        each = torch.stack([sums(x, chunk.size) for x in self._magnitudes(chunk)], -1)  # [blocks, 2n]
+        each = sums(self._magnitudes(chunk), chunk.size, chunk.native)  # [blocks, 2n]
         return each.reshape(len(each), 2, -1).mT.cpu().unbind()
 
     def _magnitudes(self, block: Block) -> tuple[torch.Tensor, ...]:

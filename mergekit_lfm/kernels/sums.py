@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mergekit_lfm.kernels.constants import constant
+
 if TYPE_CHECKING:
     import torch
 
@@ -23,9 +25,7 @@ class Weights:
 
     def at(self, start: int, count: int, dtype: torch.dtype) -> torch.Tensor:  # noqa: ARG002
         """The weights [n]."""
-        import torch
-
-        return torch.tensor(self.values, dtype=dtype)
+        return constant(tuple(self.values), dtype)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from mergekit_lfm.errors import PlanError
+from mergekit_lfm.kernels.constants import constant
 from mergekit_lfm.methods.declare import Method, Parameter, Rows, Unit, immediate
 
 if TYPE_CHECKING:
@@ -28,9 +29,7 @@ class Fisher:
 
     def at(self, start: int, count: int, dtype: torch.dtype) -> LocalFisher:  # noqa: ARG002
         """The coefficients as tensors."""
-        import torch
-
-        return LocalFisher(torch.tensor(self.scales, dtype=dtype), torch.tensor(self.floor, dtype=dtype))
+        return LocalFisher(constant(tuple(self.scales), dtype), constant(self.floor, dtype))
 
 
 @immediate

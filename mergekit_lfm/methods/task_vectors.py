@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mergekit_lfm.kernels.bits import flipped, masked, negative
+from mergekit_lfm.kernels.constants import constant
 from mergekit_lfm.kernels.order import NONE, LocalRanks, Ranks, largest
 from mergekit_lfm.kernels.random import Coins, LocalCoins
 from mergekit_lfm.kernels.reductions import L1, Reduction, SignBalance
@@ -54,14 +55,12 @@ class Sum:
 
     def at(self, start: int, count: int, dtype: torch.dtype) -> LocalSum:
         """The same for the block of `count` elements from index `start`."""
-        import torch
-
         return LocalSum(
-            factors=torch.tensor(self.factors, dtype=dtype),
+            factors=constant(tuple(self.factors), dtype),
             mask=None if self.mask is None else self.mask.at(start, count, dtype),
-            votes=None if self.votes is None else torch.tensor(self.votes, dtype=dtype),
+            votes=None if self.votes is None else constant(tuple(self.votes), dtype),
             normalize=self.normalize,
-            lambda_=torch.tensor(self.lambda_, dtype=dtype),
+            lambda_=constant(self.lambda_, dtype),
             zero_is_positive=self.zero_is_positive,
         )
 

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from mergekit_lfm.kernels.constants import constant
 from mergekit_lfm.kernels.gpu import launch
 from mergekit_lfm.kernels.native.floats import widened
 
@@ -36,38 +37,38 @@ def _bracket(  # type: ignore[no-untyped-def]
     top, bottom = tl.load(pivots), tl.load(pivots + PIVOTS - 1)
     rest = live & (bits > bottom) & (bits < top)
     of_block = counts + number * (1 + PIVOTS)
-    tl.atomic_add(of_block, tl.sum((live & (bits > top)).to(tl.int32)))
+    tl.atomic_add(of_block, tl.sum((live & (bits > top)).to(tl.int32)), sem="relaxed")
     for n in tl.static_range(PIVOTS):
         pivot = tl.load(pivots + n)
-        tl.atomic_add(of_block + 1 + n, tl.sum((live & (bits == pivot)).to(tl.int32)))
+        tl.atomic_add(of_block + 1 + n, tl.sum((live & (bits == pivot)).to(tl.int32)), sem="relaxed")
         rest = rest & (bits != pivot)
-    ones = rest.to(tl.int32)
-    start = tl.atomic_add(cursor, tl.sum(ones))
-    tl.store(inside + start + tl.cumsum(ones, 0) - 1, bits, mask=rest)
+    if PIVOTS > 1:
+        ones = rest.to(tl.int32)
+        start = tl.atomic_add(cursor, tl.sum(ones), sem="relaxed")
+        tl.store(inside + start + tl.cumsum(ones, 0) - 1, bits, mask=rest)
 
 
 def bracketed(chunk: Chunk, i: int, pivots: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `bracket.bracketed` returns, in one pass over the input."""
+    """What `bracket.bracketed` returns, in one pass over the input; the counts in the processor's memory."""
     x, base = chunk.stored[i], chunk.stored_base
-    blocks = -(-len(x) // chunk.size)
+    blocks, each = -(-len(x) // chunk.size), 1 + len(pivots)
     kind = torch.int32 if chunk.dtype == torch.float32 else torch.int64
-    counts = torch.zeros(blocks, 1 + len(pivots), dtype=torch.int32, device=x.device)
-    inside = torch.empty(len(x), dtype=kind, device=x.device)
-    cursor = torch.zeros(1, dtype=torch.int32, device=x.device)
-    given = torch.tensor(pivots, dtype=kind, device=x.device)
+    counts = torch.zeros(blocks * each + 1, dtype=torch.int32, device=x.device)  # the last: how many are inside
+    inside = torch.empty(len(x) if len(pivots) > 1 else 0, dtype=kind, device=x.device)
     launch(
         _bracket,
         (-(-min(chunk.size, len(x)) // TILE), blocks),
         x,
         x if base is None else base,
-        given,
+        constant(tuple(pivots), kind, x.device),
         counts,
         inside,
-        cursor,
+        counts[-1:],
         chunk.size,
         len(x),
         PIVOTS=len(pivots),
         BASE=base is not None,
         TILE=TILE,
     )
-    return counts, inside[: int(cursor)]
+    home = counts.cpu()
+    return home[:-1].view(blocks, each), inside[: int(home[-1])]
