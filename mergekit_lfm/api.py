@@ -41,10 +41,10 @@ def merge(
 
     out: by default the recipe's `output`, else `merged/<name of the recipe file>`. memory and max_shard_size: bytes,
     or text such as "4GB". device: "cpu", "cuda", "cuda:1" or "auto", in place of the recipe's. compile: as of
-    `execute`. push_to: a repository on the Hub that the result is pushed to, in
-    place of the recipe's `push`; private: it has to be private. Raises PlanError or FormatError (both ValueError) with
-    all that is wrong, before anything is written where it can be known then; ConnectionError where the Hub cannot be
-    reached. Calling it again after an interruption goes on where it stopped.
+    `execute`. push_to: a repository on the Hub that the result is pushed to, in place of the recipe's `push`; private:
+    it has to be private. Raises PlanError or FormatError (both ValueError) with all that is wrong, before anything is
+    written where it can be known then; ConnectionError where the Hub cannot be reached. Calling it again after an
+    interruption goes on where it stopped.
     """
     from mergekit_lfm.execute import execute
     from mergekit_lfm.plan import make_plan
@@ -125,8 +125,8 @@ def merge_tensors(
     [inputs, inputs], and the tensors are matrices [outputs, inputs], with the bias as their last column if the Gram
     matrix is of inputs with a 1 appended. A parameter that is given for each input is a number for all or a list with
     one for each. `lambda` is passed as `lambda_`. The result has the promoted dtype of the inputs, and lies on their
-    GPU if all are on the same, else in the processor's memory. seed and name key the random numbers, as a
-    recipe's seed and the tensor's name do.
+    GPU if all are on the same, else in the processor's memory. seed and name key the random numbers, as a recipe's seed
+    and the tensor's name do.
     """
     from mergekit_lfm.kernels.random import key
 

@@ -90,10 +90,12 @@ class Run:
 
     def blocks(self, job: Job, resident: bool = False) -> Blocks:
         """The job's inputs, read from the files block by block or held in memory: the processor's, or the GPU's."""
-        ranges = (
-            1 if self.gpu is None else self._fitting(job, min(self.share - self.plan.views(job), self.device_share))
-        )
-        at_once = ranges if self.gpu is None or not resident else self._fitting(job, self.device_share, SEGMENT)
+        ranges = at_once = 1
+        if self.gpu is not None:
+            ranges = at_once = self._fitting(job, min(self.share - self.plan.views(job), self.device_share))
+            if resident:  # of a chunk there only the result is in the host's memory, pinned and rounded up
+                result = job.block * ITEMSIZE[job.dtype]
+                at_once = self._fitting(job, self.device_share, min(SEGMENT, self.share // (4 * result)))
         readers = {source: self._reader(source, job.block * ranges, resident) for source in job.read}
         base = readers[job.base] if job.base else None
         sources = [readers[source] for source in job.sources + job.statistics]
@@ -254,9 +256,11 @@ class Run:
             following = i + blocks.at_once
             more = self.gpu is not None and following in numbers
             ahead = blocks.load(following) if more else None  # read and copied while the GPU merges this one
-            if found := self._check(job, block, merged):
-                bad |= found
-                merged = self._result(job, block.at_home(), coefficients)  # compiled, NaN may have other bits
+            if not block.sound(merged):  # compiled code and GPUs may give NaN other bits
+                parts = [part for _, part in block.at_home().blocks()]
+                results = [self._result(job, part, coefficients) for part in parts]
+                bad = bad.union(*(self._check(job, *pair) for pair in zip(parts, results, strict=True)))
+                merged = torch.cat(results)
             data = bytes_of(self._home(merged))
             self.output.write(job, block.start * size, data)
             digest.update(data)
@@ -325,11 +329,11 @@ def execute(
     """Write the merged checkpoint to the folder `out`, or complete what an interrupted run of the same plan left.
 
     memory: bytes that the engine may hold. compile: whether elementwise functions are compiled to machine code,
-    "auto" where the merge is large enough to repay it; the bytes are the same. gpu: where arithmetic runs instead of
-    on the processor; docs/gpu.md says what that changes of the bytes. progress is called with each number of
-    bytes newly written, notice with a line about each alignment that is found before. Raises PlanError before anything
-    is written where `out`, the memory or the disk do not allow it; FormatError where an input turns out to hold NaN or
-    infinity (`nan="error"`). OUT appears only when it is complete.
+    "auto" where the merge is large enough to repay it; the bytes are the same. gpu: where arithmetic runs instead of on
+    the processor; docs/gpu.md says what that changes of the bytes. progress is called with each number of bytes newly
+    written, notice with a line about each alignment that is found before. Raises PlanError before anything is written
+    where `out`, the memory or the disk do not allow it; FormatError where an input turns out to hold NaN or infinity
+    (`nan="error"`). OUT appears only when it is complete.
     """
     started = time.monotonic()
     place = out.resolve()

@@ -168,13 +168,19 @@ def test_tensors_on_a_gpu_are_merged_there(case: Case, dtype: torch.dtype, monke
         assert torch.allclose(found, here, rtol=1e-12, atol=1e-12)
 
 
-def test_nan_gives_the_bytes_of_the_processor_and_is_told(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["ties", "task_arithmetic"])
+def test_nan_gives_the_bytes_of_the_processor_and_is_told(name: str, tmp_path: Path) -> None:
+    """Of inputs, and in another block of the same chunk of the result alone, which overflows."""
     plan_of(TIES, tmp_path)
-    path = tmp_path / "m2" / "model.safetensors"
-    tensors = load_file(path)
-    tensors["big"][17, 5], tensors["big"][290, 1], tensors["norm"][3] = float("nan"), float("inf"), -float("inf")
-    save_file(tensors, path)
-    recipe = {"merge_method": "ties", "base_model": str(tmp_path / "m0"), "parameters": {"weight": 1, "density": 0.4}}
+    for model in (1, 2):
+        path = tmp_path / f"m{model}" / "model.safetensors"
+        tensors = load_file(path)
+        tensors["big"][20, 7] = 3e38
+        if model == 2:
+            tensors["big"][17, 5], tensors["big"][290, 1], tensors["norm"][3] = torch.nan, torch.inf, -torch.inf
+        save_file(tensors, path)
+    parameters = {"weight": 1} | ({"density": 0.4} if name == "ties" else {})
+    recipe = {"merge_method": name, "base_model": str(tmp_path / "m0"), "parameters": parameters}
     plan = make_plan(Recipe.parse({**recipe, "models": [{"model": str(tmp_path / f"m{i}")} for i in (1, 2)]}))
     with pytest.raises(FormatError, match="of m2 holds NaN or infinity"):
         execute(plan, tmp_path / "refused", gpu=stand_in())
@@ -184,6 +190,7 @@ def test_nan_gives_the_bytes_of_the_processor_and_is_told(tmp_path: Path) -> Non
         for where, on in (("cpu", None), ("gpu", stand_in()))
     ]
     assert outcomes[0].warnings == outcomes[1].warnings != ()
+    assert {"big of m2 holds NaN or infinity", "big of the output holds NaN or infinity"} <= {*outcomes[1].warnings}
     assert folder_bytes(tmp_path / "cpu") == folder_bytes(tmp_path / "gpu")
 
 
