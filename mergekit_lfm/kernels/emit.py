@@ -199,6 +199,8 @@ class _Writer:
     def _detach(self, node: fx.Node, index: str) -> str:
         return self.at(node.args[0], index)
 
+    _alias = _clone = _detach  # what tracing calls it depends on torch's version
+
     def _select(self, node: fx.Node, index: str) -> str:
         source, axis, position = node.args
         assert isinstance(source, fx.Node) and isinstance(position, int)
