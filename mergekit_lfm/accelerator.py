@@ -6,6 +6,7 @@ processor, where the tests run, the same calls copy.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -63,7 +64,11 @@ class Accelerator:
             torch.cuda.current_stream(self.device).synchronize()
 
     def load_solvers(self) -> None:
-        """Have torch load its library of solvers, which fails where several threads are the first to need it."""
+        """Have torch load its library of solvers, which fails where several threads are the first to need it.
+
+        Its products are the same for any number of streams only with a workspace of constant size for each.
+        """
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.linalg.cholesky_ex(torch.ones(1, 1, dtype=torch.float64, device=self.device))
 
     def room(self) -> int:

@@ -124,7 +124,8 @@ def asked(name: str, device: torch.device, dtype: torch.dtype = torch.float64) -
 def test_scores_and_traces_are_those_of_the_cpu(name: str) -> None:
     with pretended_gpu():
         assert asked(name, GPU) == pytest.approx(asked(name, CPU), rel=1e-9, abs=SAME)
-        asked(name, GPU, torch.bfloat16)
+        if name == NAMES[0]:
+            asked(name, GPU, torch.bfloat16)
 
 
 @REAL
