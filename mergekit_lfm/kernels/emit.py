@@ -67,7 +67,7 @@ def emit(function: Callable[..., Any], examples: Sequence[torch.Tensor], inputs:
     The first `inputs` tensors, and the results, are looked at for NaN and infinity, which are noted in the flag.
     """
     graph = make_fx(function)(*examples).graph
-    writer = _Writer(len(examples))
+    writer = _Writer()
     *_, output = graph.nodes
     results = output.args[0] if isinstance(output.args[0], list | tuple) else (output.args[0],)
     places = [node for node in graph.nodes if node.op == "placeholder"]
@@ -108,11 +108,10 @@ def _dtype(node: fx.Node) -> torch.dtype:
 class _Writer:
     """The lines of a kernel. A value is written once for each index at which it is asked for."""
 
-    def __init__(self, tensors: int) -> None:
+    def __init__(self) -> None:
         self.pointers: dict[fx.Node, str] = {}
         self.lines: list[str] = []
         self.known: dict[tuple[fx.Node, str], str] = {}
-        self.tensors = tensors
 
     def at(self, node: Any, index: str, like: torch.dtype | None = None) -> str:
         """The name of what holds a node at an index; of a number as a constant of the dtype `like`."""

@@ -23,9 +23,7 @@ from mergekit_lfm.kernels.emit import BLOCK, COUNT, Source, Unsupported, emit
 from mergekit_lfm.kernels.fused import Form, Fused, Mode, Step, run_eagerly, take_apart
 
 WORTH = 1 << 28  # elements of a merge from which kernels pay
-LEAST = (
-    1 << 12
-)  # elements of a block from which they do; below, sizes of other things could be taken for that of blocks
+LEAST = 1 << 12  # elements of a block from which they do; other things of that size are not taken for blocks
 _launching = Lock()  # Triton's compiler, which a first launch calls, is not known to bear several threads
 
 
@@ -73,7 +71,7 @@ def _failures() -> tuple[type[Exception], ...]:
 
 @cache
 def unusable(device: torch.device) -> str:
-    """Why kernels of Triton cannot be used on a device: it is not there, or rounds as the processor does not; or ""."""
+    """Why kernels of Triton cannot be used on a device: there are none, or they round otherwise; "" where they can."""
     random = torch.Generator().manual_seed(0)
     rows = torch.randn(3, LEAST, generator=random) * torch.tensor([[1e-30], [1e9], [1.0]])
     step = Step(_delicate, tuple(rows), None, None, torch.float32, None)

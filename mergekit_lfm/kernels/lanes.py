@@ -46,8 +46,7 @@ def grams(chunk: Chunk) -> torch.Tensor:
         rows = [chunk.row(k).double() for k in range(n)]
         lanes = torch.stack([_added_rows((rows[a], rows[b]), chunk.size) for a, b in pairs], 1)
     found = dict(zip(pairs, folded(lanes).unbind(1), strict=True))
-    rows = [torch.stack([found[max(i, j), min(i, j)] for j in range(n)], -1) for i in range(n)]
-    return torch.stack(rows, -2)
+    return torch.stack([torch.stack([found[max(i, j), min(i, j)] for j in range(n)], -1) for i in range(n)], -2)
 
 
 def _added_rows(factors: tuple[torch.Tensor, ...], block: int) -> torch.Tensor:
