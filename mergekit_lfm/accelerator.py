@@ -15,7 +15,6 @@ from threading import local
 import torch
 
 CHUNK = 16  # blocks that a GPU is given at once, at most: 2^22 elements, which float32 intermediates fit the cache with
-WORKERS = 16  # threads that feed a GPU by default: more would share its memory, and so work on smaller chunks
 USED = 0.8  # of the free memory of a GPU; the rest is for the caches of its libraries and for fragments
 
 
@@ -72,12 +71,12 @@ class Accelerator:
         torch.linalg.cholesky_ex(torch.ones(1, 1, dtype=torch.float64, device=self.device))
 
     def room(self) -> int:
-        """Bytes of the device's memory that the engine may take."""
+        """Bytes of the device that chunks may take; as many are for what stays there while several chunks pass."""
         if not self._cuda:
             return 1 << 62
         torch.cuda.empty_cache()  # what torch keeps of earlier work is free, too
         free, _ = torch.cuda.mem_get_info(self.device)
-        return int(USED * free)
+        return int(USED * free) // 2
 
 
 def name_of(gpu: Accelerator | None) -> str:

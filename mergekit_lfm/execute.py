@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import xxhash
 
-from mergekit_lfm.accelerator import CHUNK, WORKERS, Accelerator, name_of
+from mergekit_lfm.accelerator import CHUNK, Accelerator, name_of
 from mergekit_lfm.blocks import Blocks, Read, StoredBlock, apply_to, finite, in_order, making_on, solved
 from mergekit_lfm.checkpoint import bytes_of
 from mergekit_lfm.devices import reason
@@ -30,18 +30,17 @@ from mergekit_lfm.kernels.gpu import GpuKernels
 from mergekit_lfm.kernels.reductions import Reduction
 from mergekit_lfm.kernels.sums import round_once
 from mergekit_lfm.linears import StoredLinear
-from mergekit_lfm.machine import default_memory, default_threads
+from mergekit_lfm.machine import default_memory
 from mergekit_lfm.methods import METHODS
 from mergekit_lfm.methods.declare import Coefficients
 from mergekit_lfm.plan import Plan
 from mergekit_lfm.pool import Executor, Stopped, thread_pool
-from mergekit_lfm.preflight import allow_many_files, check_copies, check_disk, keep_freed_memory
+from mergekit_lfm.preflight import allow_many_files, check_copies, check_disk, keep_freed_memory, workers
 from mergekit_lfm.provenance import documents, names_of
 from mergekit_lfm.tensors import FLOATS, ITEMSIZE
 from mergekit_lfm.writer import Output, Policy, Receipt, already_there, finish
 
 HOST = torch.device("cpu")
-DEVICE_PARTS = 2  # of a GPU's memory: what a tensor's inputs may take that stay there, and what one chunk may
 
 
 @dataclass(frozen=True, slots=True)
@@ -360,7 +359,7 @@ def execute(
             kernels=kernels,
             names=tuple(names[label] for label in plan.source_labels),
             gpu=gpu,
-            device_share=gpu.room() // DEVICE_PARTS // count if gpu else 0,
+            device_share=gpu.room() // count if gpu else 0,
         )
         resumed = run.take_over()
         try:
@@ -426,11 +425,7 @@ def _checked(
         check_disk(plan, place)
         plan.fetch(notice)
         plan = prepare(plan, notice, name_of(gpu)) if plan.pending else plan
-    room = gpu.room() // DEVICE_PARTS if gpu else None
-    count = threads or min(WORKERS if gpu else default_threads(), default_threads(), plan.most_threads(budget, room))
-    plan.peak_memory(budget, count)
-    if room is not None:
-        plan.check_room(room, count)
+    count = workers(plan, budget, threads, gpu)
     check_copies(plan)
     check_disk(plan, place)
     return plan, count

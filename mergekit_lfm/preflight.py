@@ -5,11 +5,29 @@ from __future__ import annotations
 import ctypes
 import resource
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mergekit_lfm.durable import partial_of
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.machine import free_space, occupied
+from mergekit_lfm.machine import default_threads, free_space, occupied
 from mergekit_lfm.plan import Plan
+
+if TYPE_CHECKING:
+    from mergekit_lfm.accelerator import Accelerator
+
+
+WORKERS = 16  # threads that feed a GPU by default: more would share its memory, and so work on smaller chunks
+
+
+def workers(plan: Plan, memory: int, threads: int | None, gpu: Accelerator | None) -> int:
+    """How many threads a merge has in so many bytes. PlanError where these, or a GPU's memory, are too few for them."""
+    room = None if gpu is None else gpu.room()
+    most = default_threads() if room is None else min(WORKERS, default_threads())
+    count = threads or min(most, plan.most_threads(memory, room))
+    plan.peak_memory(memory, count)
+    if room is not None:
+        plan.check_room(room, count)
+    return count
 
 
 def check_copies(plan: Plan) -> None:

@@ -5,6 +5,7 @@ Where there is a GPU they run on it. Elsewhere the processor stands in, or is pr
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from test_contract import (
 )
 
 import mergekit_lfm.jobs
-from mergekit_lfm import devices, merge, merge_tensors
+from mergekit_lfm import api, devices, merge, merge_tensors, preflight
 from mergekit_lfm.accelerator import Accelerator
 from mergekit_lfm.blocks import Blocks
 from mergekit_lfm.commands import main
@@ -103,7 +104,7 @@ def test_a_merge_on_a_gpu_is_that_on_the_processor(
     else:
         assert folder_bytes(tmp_path / "cpu") == folder_bytes(tmp_path / "gpu")
     least = max([*(plan.scratch(job) for job in plan.tensors), *(group.nbytes for group in plan.linears)])
-    monkeypatch.setattr(Accelerator, "room", lambda _: 2 * 3 * least)  # in passes, and block by block
+    monkeypatch.setattr(Accelerator, "room", lambda _: 3 * least)  # in passes, and block by block
     execute(plan, tmp_path / "small", threads=3, gpu=stand_in())
     assert folder_bytes(tmp_path / "small") == folder_bytes(tmp_path / "gpu")
 
@@ -140,7 +141,7 @@ def test_large_tensors_on_a_real_gpu(
     execute(plan, tmp_path / "gpu", gpu=stand_in(), compile="always")
     assert steps_apart(tmp_path / "cpu", tmp_path / "gpu") <= (1 if sums or METHODS[case[0]].whole else 0)
     least = max([*(plan.scratch(job) for job in plan.tensors), *(group.nbytes for group in plan.linears)])
-    monkeypatch.setattr(Accelerator, "room", lambda _: 2 * 2 * least)
+    monkeypatch.setattr(Accelerator, "room", lambda _: 2 * least)
     execute(plan, tmp_path / "small", threads=2, gpu=stand_in(), compile="always")
     assert folder_bytes(tmp_path / "small") == folder_bytes(tmp_path / "gpu")
 
@@ -231,7 +232,7 @@ def test_a_gpu_without_room_is_refused_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = plan_of(TIES, tmp_path)
-    monkeypatch.setattr(Accelerator, "room", lambda _: 4000)
+    monkeypatch.setattr(Accelerator, "room", lambda _: 2000)
     with pytest.raises(PlanError, match=r"needs 41.0 KB of the GPU's memory .* each of 2 1.00 KB: lower --threads"):
         execute(plan, tmp_path / "out", threads=2, gpu=stand_in())
     assert not list(tmp_path.glob("out*"))
@@ -282,6 +283,21 @@ def test_what_asks_for_a_gpu_that_is_not_there_ends_before_it_begins(tmp_path: P
 def test_a_recipe_names_a_device_that_there_may_be(given: object, tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=r"device: found .*, expected "):
         plan_of(TIES, tmp_path, device=given)
+
+
+def test_a_dry_run_counts_for_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its threads, its room, and its name."""
+    for offset in (1, 2):
+        save_model(tmp_path / f"m{offset}", offset)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("merge_method: linear\nmodels: [{model: m1}, {model: m2}]\nparameters: {weight: 1}\n")
+    monkeypatch.setattr(preflight, "default_threads", lambda: 64)
+    monkeypatch.setattr(api, "accelerator_of", lambda *_: Accelerator(torch.device("meta")))
+    shown = CliRunner().invoke(main, ["merge", str(recipe), str(tmp_path / "out"), "--dry-run"]).output
+    assert "(16 threads)" in shown and re.search(r"^device +meta$", shown, re.MULTILINE)
+    monkeypatch.setattr(Accelerator, "room", lambda _: 2000)
+    found = CliRunner().invoke(main, ["merge", str(recipe), str(tmp_path / "out"), "--dry-run"])
+    assert found.exit_code == 2 and "of the GPU's memory for one worker" in found.output
 
 
 @pytest.mark.skipif(CUDA, reason="needs a machine without a GPU")

@@ -108,7 +108,7 @@ def merge(
     plan, out = _make_plan(asked, recipe, out, max_shard_size, hidden=quiet or as_json)
     goal = _goal(plan, push_to, private, pull_back)
     if dry_run or verbose:
-        _show_plan(plan, out, memory, threads, as_json and dry_run, verbose, err=not dry_run, goal=goal)
+        _show_plan(plan, out, memory, threads, as_json and dry_run, verbose, err=not dry_run, goal=goal, gpu=gpu)
     if dry_run:
         return
     if goal is not None:
@@ -184,14 +184,16 @@ def _show_plan(
     verbose: bool,
     *,
     goal: Push | None,
+    gpu: Accelerator | None = None,
     err: bool = False,
 ) -> None:
     from mergekit_lfm.display.merges import plan_text
     from mergekit_lfm.durable import partial_of
-    from mergekit_lfm.machine import default_memory, default_threads, free_space, occupied
+    from mergekit_lfm.machine import default_memory, free_space, occupied
+    from mergekit_lfm.preflight import workers
 
     memory = memory or default_memory()
-    threads = threads or min(default_threads(), plan.most_threads(memory))
+    threads = workers(plan, memory, threads, gpu)
     free, needed = free_space(out), sum(shard.nbytes for shard in plan.shards) - occupied(partial_of(out))
     facts = {
         "out": str(out),
@@ -201,6 +203,7 @@ def _show_plan(
         "free_disk": free,
         "enough_disk": needed <= free,
         "push": None if goal is None else goal.model_dump(),
+        "device": "cpu" if gpu is None else str(gpu.device),
     }
     click.echo(json.dumps(plan.summary() | facts) if as_json else plan_text(plan, facts, verbose), err=err)
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def plan_text(plan: Plan, facts: dict[str, Any], verbose: bool) -> str:
-    """What a run of the plan would do. `facts` are those of the machine: out, memory, threads, free disk."""
+    """What a run of the plan would do. `facts` are those of the machine: out, memory, threads, free disk, device."""
     methods = Counter(tensor.method for tensor in plan.tensors)
     enough = "enough" if facts["enough_disk"] else "NOT ENOUGH"
     rows = [
@@ -31,6 +31,8 @@ def plan_text(plan: Plan, facts: dict[str, Any], verbose: bool) -> str:
         ("free disk", f"{format_size(facts['free_disk'])}, {enough}"),
         ("plan", plan.digest),
     ]
+    if facts["device"] != "cpu":
+        rows.insert(-1, ("device", facts["device"]))
     if plan.averaged:
         share = sum(job.spec.numel for job in plan.averaged) / sum(job.spec.numel for job in plan.tensors)
         what = f"{counted(len(plan.averaged), 'tensor')}, {share:.0%} of the numbers: there are no statistics of them"
