@@ -31,7 +31,7 @@ def plan_text(plan: Plan, facts: dict[str, Any], verbose: bool) -> str:
         ("free disk", f"{format_size(facts['free_disk'])}, {enough}"),
         ("plan", plan.digest),
     ]
-    if facts["device"] != "cpu":
+    if facts.get("device", "cpu") != "cpu":
         rows.insert(-1, ("device", facts["device"]))
     if plan.averaged:
         share = sum(job.spec.numel for job in plan.averaged) / sum(job.spec.numel for job in plan.tensors)
