@@ -23,6 +23,7 @@ import torch
 from mergekit_lfm.accelerator import CHUNK, Accelerator
 from mergekit_lfm.blocks import Blocks, apply_to
 from mergekit_lfm.devices import find_device
+from mergekit_lfm.errors import PlanError
 from mergekit_lfm.jobs import BLOCK, SEGMENT
 from mergekit_lfm.kernels.gpu import GpuKernels
 from mergekit_lfm.kernels.order import NONE, Largest, Ranks
@@ -128,7 +129,10 @@ def main() -> None:
     parser.add_argument("--numel", type=int, default=1 << 28, help="elements of each tensor [default: 2^28]")
     parser.add_argument("--repeats", type=int, default=9, help="[default: 9]")
     given = parser.parse_args()
-    device = find_device(given.device)
+    try:
+        device = find_device(given.device)
+    except PlanError as error:
+        raise SystemExit(f"error: {error}") from None
     bench = make_bench(given.numel, device, given.repeats)
     native = GpuKernels("never" if device.type == "cpu" else "always", given.numel, device)
     plain = GpuKernels("never", given.numel, device)

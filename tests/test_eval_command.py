@@ -32,7 +32,7 @@ def fake_perplexity(model: str, text: str, *, window: int | None, stride: int | 
 @pytest.fixture
 def judged(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """`eval` of models a and b on two texts, with numbers that are known."""
-    monkeypatch.setattr(runtime, "load_model", lambda path, _task: str(path))
+    monkeypatch.setattr(runtime, "load_model", lambda path, _task, device: str(path) if device == "cpu" else device)
     monkeypatch.setattr(evaluate, "perplexity", fake_perplexity)
     for name, text in (("x.txt", "abc"), ("y.txt", "abcdefgh")):
         (folder / name).write_text(text)
@@ -49,6 +49,22 @@ def test_eval_prints_a_row_for_each_model_and_text_and_the_means(judged: list[st
         ["b", "y.txt", "8", "4", "2.0000"],
         ["b", "mean", "4", "2.0000"],
     ]
+
+
+def test_eval_runs_models_where_it_is_asked_to(judged: list[str]) -> None:
+    """The judge takes the device that it is given for a model."""
+    rows = run(*judged, "--device", "a").stdout.splitlines()
+    assert [line.split()[-2:] for line in rows[1:3]] == [["2", "1.0000"]] * 2
+    assert rows[4:6] == [line.replace("a", "b", 1) for line in rows[1:3]]
+
+
+def test_eval_on_a_device_that_is_not_there(folder: Path) -> None:
+    save_model(folder / "a", "LlamaForCausalLM", llama_config())
+    byte_tokenizer().save_pretrained(folder / "a")
+    (folder / "x.txt").write_text("abc")
+    (folder / "f.yaml").write_text("facts: [{prompt: '{} is', subject: A, target_new: b, target_true: c}]\n")
+    for given in (["--text", "x.txt"], ["--facts", "f.yaml"]):
+        assert "the device 'cuda:99' cannot be used here" in refusal(run("eval", "a", *given, "--device", "cuda:99"))
 
 
 def test_eval_as_json_has_null_for_infinity(judged: list[str]) -> None:

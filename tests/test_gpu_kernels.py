@@ -14,7 +14,7 @@ import pytest
 import torch
 from helpers_gpu import needs_triton, stand_in
 from test_fused import BLOCK, COINS, FUNCTIONS, RANKS, bits, stored_block, with_statistics
-from test_kernels import blocks_of, kept_by_sorting, unit_of
+from test_kernels import blocks_of, kept_by_sorting, unit_of, values_of
 
 from mergekit_lfm.blocks import StoredBlock, solved
 from mergekit_lfm.kernels import bracket, gpu, selection
@@ -27,22 +27,6 @@ from mergekit_lfm.kernels.sums import Spread, Weights, weighted_sum
 
 DEVICE = stand_in().device
 VALUES = ["normal", "bfloat16", "equal", "zero", "few", "subnormal"]
-
-
-def values_of(kind: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Numbers of which many, few or none are equal."""
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-    if kind == "bfloat16":
-        x = (x * 0.01).bfloat16().double()
-    elif kind == "equal":
-        x = torch.full_like(x, -0.25)
-    elif kind == "zero":
-        x = x * 0
-    elif kind == "few":
-        x = x.round()
-    elif kind == "subnormal":
-        x = x * 1e-40
-    return x.to(dtype)
 
 
 class Native:

@@ -50,6 +50,24 @@ def kept_by_counting(x: torch.Tensor, counts: list[list[int]], block: int) -> np
     return np.concatenate(parts, axis=1)
 
 
+def values_of(kind: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Numbers of which many, few or none are equal."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    if kind == "bfloat16":
+        x = (x * 0.01).bfloat16()
+    elif kind == "equal":
+        x = torch.full_like(x, -0.25)
+    elif kind == "zero":
+        x = x * 0
+    elif kind == "few":
+        x = x.round()
+    elif kind == "subnormal":
+        x = x * 1e-40
+    elif kind == "signs":
+        x = x.sign() * torch.arange(1.0, 1.0 + len(x))[:, None]
+    return x.to(dtype)
+
+
 @pytest.fixture(params=["digits", "bracket", "few collected"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The way in which a rank's value is found; tensors as small as here would be counted by digits."""
@@ -64,20 +82,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.mark.parametrize("block", [1, 7, 64, 1000])
 @pytest.mark.parametrize("values", ["normal", "bfloat16", "equal", "zero", "few", "subnormal", "signs"])
 def test_the_largest_are_those_a_stable_sort_finds(values: str, block: int, dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(3)
-    x = torch.randn(3, 333, generator=generator, dtype=dtype)
-    if values == "bfloat16":
-        x = (x * 0.01).bfloat16().to(dtype)
-    elif values == "equal":
-        x = torch.full_like(x, -0.25)
-    elif values == "zero":
-        x = x * 0
-    elif values == "few":
-        x = x.round()
-    elif values == "subnormal":
-        x = x * 1e-40
-    elif values == "signs":
-        x = x.sign() * torch.tensor([1.0, 2.0, 3.0], dtype=dtype)[:, None]
+    x = values_of(values, (3, 333), dtype)
     counts = [[100, 20], [1, 0], [333, 332]]
     mask = kept_by_counting(x, counts, block)
     for row, mine, (outer, inner) in zip(mask, x.numpy(), counts, strict=True):

@@ -54,6 +54,7 @@ Examples:
     "--window", type=click.IntRange(min=1), help="Most tokens at a time. [default: the model's; for lm at most 2048]"
 )
 @click.option("--stride", type=click.IntRange(min=1), help="For lm: tokens predicted at a time. [default: the window]")
+@click.option("--device", default="cpu", help="Where the models run: cpu, cuda, cuda:1, auto. [default: cpu]")
 @as_json
 def evaluate(
     models: Sequence[Path],
@@ -63,6 +64,7 @@ def evaluate(
     task: str | None,
     window: int | None,
     stride: int | None,
+    device: str,
     as_json: bool,
 ) -> None:
     """Judge MODELS on texts, data or facts.
@@ -86,7 +88,7 @@ def evaluate(
     if facts is not None:
         if texts or files or (task, window, stride) != (None, None, None):
             raise click.UsageError("--facts stands alone: leave out --text, --data, --task, --window and --stride.")
-        _judge_facts(models, facts, as_json)
+        _judge_facts(models, facts, device, as_json)
         return
     if bool(texts) == bool(files):
         raise click.UsageError("Give --text FILE, or --data FILE with --task, or --facts FILE.")
@@ -99,11 +101,11 @@ def evaluate(
         raise click.UsageError("--stride is for language models.")
     judges = {str(path): _judge_of_text(path, window, stride) for path in texts}
     judges |= {str(path): _judge_of_data(path, task, window, stride) for path in files}
-    scores = _scores(models, task, judges)
+    scores = _scores(models, task, judges, device)
     click.echo(json.dumps(evaluation_data(scores)) if as_json else evaluation_text(scores))
 
 
-def _judge_facts(models: Sequence[Path], path: Path, as_json: bool) -> None:
+def _judge_facts(models: Sequence[Path], path: Path, device: str, as_json: bool) -> None:
     """Print every model's scores on the facts, one model in memory at a time."""
     from mergekit_lfm.commands import verifying
     from mergekit_lfm.display.edits import counts_text, scores_text
@@ -112,7 +114,7 @@ def _judge_facts(models: Sequence[Path], path: Path, as_json: bool) -> None:
     facts = read_facts_file(path)
     scores = {}
     for model in models:
-        loaded = verifying.load(model, "float32", "cpu")
+        loaded = verifying.load(model, "float32", device)
         scores[called(model)] = verifying.score(loaded, facts, "judging", hidden=as_json).as_data()
     if as_json:
         click.echo(json.dumps([{"model": model, "facts": str(path), **found} for model, found in scores.items()]))
@@ -141,13 +143,13 @@ def _judge_of_data(path: Path, task: str, window: int | None, stride: int | None
     return partial(retrieval, pairs=path, window=window)
 
 
-def _scores(models: Sequence[Path], task: str, judges: dict[str, Judge]) -> dict[str, dict[str, Score]]:
+def _scores(models: Sequence[Path], task: str, judges: dict[str, Judge], device: str) -> dict[str, dict[str, Score]]:
     """Every model's score on every file, one model in memory at a time."""
     from mergekit_lfm.runtime import load_model
 
     scores = {}
     for path in models:
         with needing_models():
-            model = load_model(path, task)
+            model = load_model(path, task, device=device)
         scores[called(path)] = {name: judge(model) for name, judge in judges.items()}
     return scores
