@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mergekit_lfm import __version__, merge
+from mergekit_lfm import merge
 from mergekit_lfm.align import align_models
 from mergekit_lfm.arch import Symmetries, Units, read_table
 from mergekit_lfm.barrier import barrier
@@ -34,6 +34,7 @@ from mergekit_lfm.evaluate import accuracy
 from mergekit_lfm.repair import repair_module
 from mergekit_lfm.rewriting import rewrite
 from mergekit_lfm.transforms import Transform
+from mergekit_lfm.version import __version__
 
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))
 from make_digits import Examples, make_upright, train

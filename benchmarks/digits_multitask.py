@@ -24,7 +24,8 @@ from typing import Any
 
 import torch
 
-from mergekit_lfm import __version__, merge
+from mergekit_lfm import merge
+from mergekit_lfm.version import __version__
 
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))
 from make_digits import VIEWS, Task, judge, load, make_digits, make_tasks, save, together, tuned

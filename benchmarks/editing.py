@@ -30,7 +30,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from mergekit_lfm import __version__
 from mergekit_lfm.collect import collect_stats
 from mergekit_lfm.edit.driver import edit
 from mergekit_lfm.edit.scores import Scores, score_facts
@@ -39,6 +38,7 @@ from mergekit_lfm.facts import Fact, FactsFile, read_facts_file
 from mergekit_lfm.patching import patched
 from mergekit_lfm.runtime import Loaded, load_model, logits
 from mergekit_lfm.stats import Statistics
+from mergekit_lfm.version import __version__
 
 SIZES = (1, 10, 40, 100)
 SINGLES = 20  # edits of one fact each

@@ -8,7 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from mergekit_lfm.version import __version__
+
 __all__ = [
     "__version__",
     "align_models",

@@ -17,9 +17,8 @@ from mergekit_lfm.arch import find_symmetries
 from mergekit_lfm.arch.declare import Symmetries, Units, check_fit
 from mergekit_lfm.arch.pairs import check_alike
 from mergekit_lfm.checkpoint import Checkpoint, WeightFile, open_checkpoint
-from mergekit_lfm.errors import FormatError, PlanError
+from mergekit_lfm.errors import FormatError, PlanError, several
 from mergekit_lfm.hub import HubName
-from mergekit_lfm.matching import several
 from mergekit_lfm.recipe import Recipe
 from mergekit_lfm.roles import Edit, Model
 from mergekit_lfm.settings import GivenFile

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from warnings import warn
 
-from mergekit_lfm.errors import PlanError
+from mergekit_lfm.errors import PlanError, did_you_mean
 from mergekit_lfm.methods import METHODS, REQUIRED
 from mergekit_lfm.methods.declare import Method, Parameter, Unit, Value
 from mergekit_lfm.recipe import Recipe
-from mergekit_lfm.settings import did_you_mean, read_setting, value_at
+from mergekit_lfm.settings import read_setting, value_at
 from mergekit_lfm.sizes import parse_size
 
 if TYPE_CHECKING:

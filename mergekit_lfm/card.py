@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from mergekit_lfm import __version__
+from mergekit_lfm.version import __version__
 
 CARD = "README.md"
 KEPT = "MERGE.md"  # where our card goes beside one that was edited on the Hub

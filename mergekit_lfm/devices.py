@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mergekit_lfm.errors import PlanError
+from mergekit_lfm.errors import PlanError, reason
 
 if TYPE_CHECKING:
     import torch
@@ -47,8 +47,3 @@ def find_gpu(name: str) -> torch.device | None:
 def merges(device: torch.device) -> bool:
     """Whether merges are computed on such a device, if tensors lie there: whether it is a GPU of CUDA."""
     return device.type == "cuda"
-
-
-def reason(error: BaseException) -> str:
-    """The first line of what an error of others says, with its class, as a KeyError says nothing without."""
-    return f"{type(error).__name__}: {str(error).strip().split(chr(10))[0]}"

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
-from mergekit_lfm.errors import PlanError
+from mergekit_lfm.errors import PlanError, did_you_mean
 from mergekit_lfm.facts import BLANK
 from mergekit_lfm.methods.declare import Parameter
-from mergekit_lfm.settings import GivenFile, did_you_mean, read_value
+from mergekit_lfm.settings import GivenFile, read_value
 
 
 @dataclass(frozen=True, slots=True)

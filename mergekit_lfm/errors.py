@@ -1,5 +1,8 @@
 """The two errors a user can cause. Both are ValueErrors; the command line prints their text and exits with code 2."""
 
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+
 
 class FormatError(ValueError):
     """A file is not what it claims to be: truncated, overlapping, of an unknown dtype, or a pointer to the weights."""
@@ -7,3 +10,25 @@ class FormatError(ValueError):
 
 class PlanError(ValueError):
     """A recipe cannot be carried out on these inputs: unknown keys, differing tensors, too little memory or disk."""
+
+
+def reason(error: BaseException) -> str:
+    """The first line of what an error of others says, with its class, as a KeyError says nothing without."""
+    return f"{type(error).__name__}: {str(error).strip().split(chr(10))[0]}"
+
+
+def several(what: str, problems: Sequence[str], most: int = 100) -> str:
+    """One message about all problems, each on a line of its own; the most are told, the rest counted."""
+    if len(problems) == 1:
+        return problems[0]
+    more = [f"and {len(problems) - most} more"] if len(problems) > most else []
+    return f"{what}, {len(problems)} problems:\n  " + "\n  ".join([*problems[:most], *more])
+
+
+def did_you_mean(word: object, known: Iterable[str]) -> str:
+    """The end of a message: the known word nearest to `word`, or all of them when none is near."""
+    names = sorted(known)
+    near = get_close_matches(str(word).lower(), names, n=1)
+    if near:
+        return f"did you mean {near[0]}?"
+    return f"known here: {', '.join(names)}" if names else "none is known here"

@@ -10,9 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mergekit_lfm.checkpoint import Checkpoint
-from mergekit_lfm.errors import FormatError, PlanError
+from mergekit_lfm.errors import FormatError, PlanError, several
 from mergekit_lfm.jobs import Cast, Job, Source, averaging, unit_of
-from mergekit_lfm.matching import several
 from mergekit_lfm.recipe import Recipe
 from mergekit_lfm.stats import Statistics, open_statistics
 

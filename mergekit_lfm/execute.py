@@ -21,8 +21,7 @@ import xxhash
 from mergekit_lfm.accelerator import CHUNK, Accelerator, name_of
 from mergekit_lfm.blocks import Blocks, Read, StoredBlock, apply_to, finite, in_order, making_on, solved
 from mergekit_lfm.checkpoint import bytes_of
-from mergekit_lfm.devices import reason
-from mergekit_lfm.errors import FormatError, PlanError
+from mergekit_lfm.errors import FormatError, PlanError, reason
 from mergekit_lfm.evidence import LinearGroup, LinearJob
 from mergekit_lfm.jobs import BLOCK, SEGMENT, Job, Source
 from mergekit_lfm.kernels.fused import Kernels, Mode

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_lfm.document import read_yaml
-from mergekit_lfm.errors import PlanError
-from mergekit_lfm.settings import did_you_mean
+from mergekit_lfm.errors import PlanError, did_you_mean
 
 BLANK = "{}"  # where the subject stands in a prompt
 

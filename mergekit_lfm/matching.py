@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from mergekit_lfm.checkpoint import Checkpoint
-from mergekit_lfm.errors import PlanError
+from mergekit_lfm.errors import PlanError, several
 from mergekit_lfm.recipe import Recipe
 
 # Buffers that loaders compute from the config: integers that some checkpoints carry and others of the same model do
@@ -15,14 +15,6 @@ RECOMPUTED = re.compile(r"(rotary_emb\.inv_freq|attn\.masked_bias|\.attn\.bias|e
 CONSTANTS = re.compile(r"(rotary_emb\.inv_freq|attn\.masked_bias)$")
 HEAD = "lm_head.weight"
 EMBEDDINGS = ("model.embed_tokens.weight", "transformer.wte.weight", "gpt_neox.embed_in.weight")
-
-
-def several(what: str, problems: Sequence[str], most: int = 100) -> str:
-    """One message about all problems, each on a line of its own; the most are told, the rest counted."""
-    if len(problems) == 1:
-        return problems[0]
-    more = [f"and {len(problems) - most} more"] if len(problems) > most else []
-    return f"{what}, {len(problems)} problems:\n  " + "\n  ".join([*problems[:most], *more])
 
 
 def match(

@@ -140,7 +140,7 @@ def versions() -> dict[str, str]:
     """The versions that a patch's numbers depend on."""
     from importlib.metadata import version
 
-    from mergekit_lfm import __version__
+    from mergekit_lfm.version import __version__
 
     return {"mergekit_lfm": __version__, "torch": version("torch")}
 

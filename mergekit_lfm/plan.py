@@ -17,15 +17,14 @@ from typing import Any
 
 import xxhash
 
-from mergekit_lfm import __version__
 from mergekit_lfm.aligned import PendingFile, identity_of, open_models, refuse_resized
 from mergekit_lfm.card import stated_license
 from mergekit_lfm.checkpoint import Checkpoint
-from mergekit_lfm.errors import PlanError
+from mergekit_lfm.errors import PlanError, several
 from mergekit_lfm.evidence import LinearGroup, find_statistics, group_linears, open_all
 from mergekit_lfm.jobs import Cast, Job, cast_of, make_job, unit_of
 from mergekit_lfm.layout import Shard, lay_out, tagalong
-from mergekit_lfm.matching import layers_of, match, refuse_quantised, several
+from mergekit_lfm.matching import layers_of, match, refuse_quantised
 from mergekit_lfm.methods import METHODS
 from mergekit_lfm.methods.declare import Unit
 from mergekit_lfm.patches import Patch, open_patch
@@ -35,6 +34,7 @@ from mergekit_lfm.settings import GivenFile
 from mergekit_lfm.sizes import format_size
 from mergekit_lfm.stats import Statistics
 from mergekit_lfm.tensors import ITEMSIZE
+from mergekit_lfm.version import __version__
 
 ADDED = "edits"  # what the plan calls the source of what edits add to the result
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_lfm.checkpoint import Checkpoint, open_checkpoint
-from mergekit_lfm.devices import find_device, reason
-from mergekit_lfm.errors import FormatError, PlanError
+from mergekit_lfm.devices import find_device
+from mergekit_lfm.errors import FormatError, PlanError, reason
 from mergekit_lfm.layout import tagalong
 
 if TYPE_CHECKING:

@@ -8,13 +8,12 @@ everywhere, several floats are interpolated, several values of another kind take
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
+from mergekit_lfm.errors import did_you_mean
 from mergekit_lfm.methods import Parameter
 from mergekit_lfm.methods.declare import Value
 
@@ -48,15 +47,6 @@ class Rule:
 
 
 Setting = tuple[Rule, ...]
-
-
-def did_you_mean(word: object, known: Iterable[str]) -> str:
-    """The end of a message: the known word nearest to `word`, or all of them when none is near."""
-    names = sorted(known)
-    near = get_close_matches(str(word).lower(), names, n=1)
-    if near:
-        return f"did you mean {near[0]}?"
-    return f"known here: {', '.join(names)}" if names else "none is known here"
 
 
 def read_setting(raw: object, parameter: Parameter) -> Setting:

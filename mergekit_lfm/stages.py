@@ -17,7 +17,6 @@ from typing import Any, Protocol, TypeVar
 
 import xxhash
 
-from mergekit_lfm import __version__
 from mergekit_lfm.align import align_models
 from mergekit_lfm.alignments import AlignRequest
 from mergekit_lfm.checkpoint import Checkpoint
@@ -29,6 +28,7 @@ from mergekit_lfm.rewriting import rewritten
 from mergekit_lfm.settings import GivenFile
 from mergekit_lfm.stats import open_statistics
 from mergekit_lfm.transforms import Transform, open_transform
+from mergekit_lfm.version import __version__
 
 
 def kind_of(device: str) -> str | None:

@@ -130,9 +130,8 @@ def artifacts(inputs: Path, out: Path) -> Iterator[tuple[str, Path]]:
     """Transforms by every aligner, patches by every editor, and models to which they were applied."""
     one, two, base = (inputs / "quickstart" / name for name in ("docs", "code", "base"))
     for method in ("weight_matching", "activation_matching", "ot", "rotation"):
-        file, given = out / f"{method}.safetensors", ()
-        if method == "activation_matching":
-            given = ("--stats", out / "cross.safetensors")
+        file = out / f"{method}.safetensors"
+        given = ("--stats", out / "cross.safetensors") if method == "activation_matching" else ()
         command("align", one, "--to", two, "--method", method, *given, "-o", file, cwd=out)
         yield file.name, file
     facts = out / "facts.yaml"

@@ -8,6 +8,7 @@ python scripts/prose.py docs README.md
 from __future__ import annotations
 
 import ast
+import os
 import re
 import sys
 import tokenize

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import mergekit_lfm
 from mergekit_lfm.align.declare import Found, Request
 from mergekit_lfm.align.families import shortened
 from mergekit_lfm.align.gains import new_gains
@@ -23,13 +22,13 @@ from mergekit_lfm.arch.declare import Symmetries
 from mergekit_lfm.arch.pairs import check_alike
 from mergekit_lfm.arch.registry import find_symmetries
 from mergekit_lfm.checkpoint import Checkpoint, content_of, open_checkpoint
-from mergekit_lfm.devices import find_gpu, reason
-from mergekit_lfm.errors import PlanError
+from mergekit_lfm.devices import find_gpu
+from mergekit_lfm.errors import PlanError, did_you_mean, reason
 from mergekit_lfm.hub import called
 from mergekit_lfm.rewriting import CPU
-from mergekit_lfm.settings import did_you_mean
 from mergekit_lfm.tensors import TensorSpec
 from mergekit_lfm.transforms import Transform, TransformFacts
+from mergekit_lfm.version import __version__
 
 Model = str | os.PathLike[str] | Checkpoint | Mapping[str, Tensor]
 
@@ -179,7 +178,7 @@ def _told(found: Found, method: str, options: Mapping[str, Any], sides: tuple[Si
         scores[f"inner_{when}"], scores[f"distance_{when}"] = pair.closeness(moved)
     kept = {name: short for name, element in found.elements.items() if (short := shortened(element)) is not None}
     checkpoints = all(isinstance(side.held, Checkpoint) for side in sides)
-    versions = {"mergekit_lfm": mergekit_lfm.__version__, "torch": torch.__version__}
+    versions = {"mergekit_lfm": __version__, "torch": torch.__version__}
     versions |= {name: version(name) for name in ("numpy", "scipy", "pot")}
     facts = TransformFacts(
         method,

@@ -11,7 +11,6 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-import mergekit_lfm
 from mergekit_lfm.checkpoint import open_checkpoint
 from mergekit_lfm.collect.declare import Request, Statistic
 from mergekit_lfm.collect.partial import WIDEST_COUNT, WIDEST_NORM, Partial, clear, refuse_foreign
@@ -26,6 +25,7 @@ from mergekit_lfm.machine import default_memory, free_space, occupied
 from mergekit_lfm.runtime import TASKS, Loaded, load_model
 from mergekit_lfm.sizes import format_size, parse_size
 from mergekit_lfm.stats import Facts, Statistics, open_statistics
+from mergekit_lfm.version import __version__
 
 Model = nn.Module | str | Path
 Kind = Literal["gram", "fisher", "cross"]
@@ -164,7 +164,7 @@ def _known_facts(kind: str, request: Request) -> Facts:
         options["labels"] = request.labels
         if request.labels == "sampled":
             options |= {"samples": request.samples, "seed": request.seed}
-    versions = {"mergekit_lfm": mergekit_lfm.__version__, "torch": torch.__version__}
+    versions = {"mergekit_lfm": __version__, "torch": torch.__version__}
     models = tuple(subject.digest for subject in request.subjects)
     return Facts(kind, models, digest_of(request.data), options, request.examples, versions=versions)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import click
 
-from mergekit_lfm import __version__
 from mergekit_lfm.commands.aligning import align
 from mergekit_lfm.commands.editing import edit
 from mergekit_lfm.commands.judging import evaluate
@@ -15,6 +14,7 @@ from mergekit_lfm.commands.patching import patch
 from mergekit_lfm.commands.pushing import push
 from mergekit_lfm.commands.statistics import stats
 from mergekit_lfm.commands.tracing import trace
+from mergekit_lfm.version import __version__
 
 
 @click.group(

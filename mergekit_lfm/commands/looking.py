@@ -97,8 +97,8 @@ def methods(name: str | None, as_json: bool) -> None:
     """List the merge methods, or say all about one: parameters, defaults, source."""
     from mergekit_lfm.display.methods import method_data, method_text
     from mergekit_lfm.display.terminal import table
+    from mergekit_lfm.errors import did_you_mean
     from mergekit_lfm.methods import METHODS
-    from mergekit_lfm.settings import did_you_mean
 
     if name is not None and name not in METHODS:
         raise PlanError(f"there is no method {name!r}, {did_you_mean(name, METHODS)}")

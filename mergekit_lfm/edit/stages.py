@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from mergekit_lfm import __version__
 from mergekit_lfm.accelerator import Accelerator
 from mergekit_lfm.aligned import identity_of
 from mergekit_lfm.checkpoint import Checkpoint, open_checkpoint
@@ -33,6 +32,7 @@ from mergekit_lfm.runtime import load_model
 from mergekit_lfm.settings import GivenFile
 from mergekit_lfm.stages import kept_or_made, key_of, noted
 from mergekit_lfm.stats import Statistics, open_statistics
+from mergekit_lfm.version import __version__
 from mergekit_lfm.writer import Policy, already_there
 
 Notice = Callable[[str], None]

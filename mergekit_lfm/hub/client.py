@@ -35,8 +35,8 @@ try:
 except ImportError:  # it is not there for every kind of machine
     hf_xet = None
 
-from mergekit_lfm import __version__
 from mergekit_lfm.errors import PlanError
+from mergekit_lfm.version import __version__
 
 HTTPError: type[Exception] = HfHubHTTPError.__mro__[1]  # of the client's HTTP library: httpx, or its successor
 XET_ERRORS: tuple[type[Exception], ...] = tuple(

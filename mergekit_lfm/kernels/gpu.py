@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from mergekit_lfm.devices import reason
+from mergekit_lfm.errors import reason
 from mergekit_lfm.kernels.emit import BLOCK, COUNT, Source, Unsupported, emit
 from mergekit_lfm.kernels.fused import Form, Fused, Mode, Step, run_eagerly, take_apart
 

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergekit_lfm import __version__
 from mergekit_lfm.arch import Symmetries, find_symmetries
 from mergekit_lfm.batchnorm import batchnorms
 from mergekit_lfm.checkpoint import Checkpoint, open_checkpoint
@@ -26,6 +25,7 @@ from mergekit_lfm.questions import Data, batches_of
 from mergekit_lfm.repair.layers import HiddenLayer, Moments, measure
 from mergekit_lfm.repair.modules import Repaired, check_weights, combine, plan_repair, repair_layers, telling
 from mergekit_lfm.saving import check_out, save_checkpoint
+from mergekit_lfm.version import __version__
 
 FACTS = "repair.json"
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
