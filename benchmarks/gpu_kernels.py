@@ -20,9 +20,7 @@ from typing import Any
 
 import torch
 
-from mergekit_lfm.accelerator import CHUNK, Accelerator
 from mergekit_lfm.blocks import Blocks, apply_to
-from mergekit_lfm.devices import find_device
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.jobs import BLOCK, SEGMENT
 from mergekit_lfm.kernels.gpu import GpuKernels
@@ -31,6 +29,8 @@ from mergekit_lfm.kernels.random import Coins
 from mergekit_lfm.kernels.reductions import L1, Gram, Reduction
 from mergekit_lfm.kernels.selection import Bracket, Digits
 from mergekit_lfm.kernels.sums import Weights
+from mergekit_lfm.machine.accelerators import CHUNK, Accelerator
+from mergekit_lfm.machine.devices import find_device
 from mergekit_lfm.methods import METHODS
 from mergekit_lfm.methods.declare import Coefficients
 from mergekit_lfm.methods.fisher import Fisher

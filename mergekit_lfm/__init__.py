@@ -29,11 +29,11 @@ if TYPE_CHECKING:
     from mergekit_lfm.align import align_models
     from mergekit_lfm.api import merge, merge_tensors
     from mergekit_lfm.applying import apply_patches, undo_patches
-    from mergekit_lfm.checkpoint import open_checkpoint
     from mergekit_lfm.collect import collect_stats
     from mergekit_lfm.patches import open_patch
     from mergekit_lfm.pushing import push
     from mergekit_lfm.stats import open_statistics
+    from mergekit_lfm.store.checkpoint import open_checkpoint
     from mergekit_lfm.transforms import open_transform
 
 _HOMES = {
@@ -42,7 +42,7 @@ _HOMES = {
     "collect_stats": "collect",
     "merge": "api",
     "merge_tensors": "api",
-    "open_checkpoint": "checkpoint",
+    "open_checkpoint": "store.checkpoint",
     "open_patch": "patches",
     "open_statistics": "stats",
     "open_transform": "transforms",

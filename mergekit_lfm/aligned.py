@@ -16,13 +16,14 @@ from mergekit_lfm.alignments import OTHER_WIDTHS, AlignRequest
 from mergekit_lfm.arch import find_symmetries
 from mergekit_lfm.arch.declare import Symmetries, Units, check_fit
 from mergekit_lfm.arch.pairs import check_alike
-from mergekit_lfm.checkpoint import Checkpoint, WeightFile, open_checkpoint
 from mergekit_lfm.errors import FormatError, PlanError, several
-from mergekit_lfm.hub import HubName
 from mergekit_lfm.recipe import Recipe
 from mergekit_lfm.roles import Edit, Model
 from mergekit_lfm.settings import GivenFile
-from mergekit_lfm.tensors import TensorSpec
+from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
+from mergekit_lfm.store.formats import WeightFile
+from mergekit_lfm.store.hub import HubName
+from mergekit_lfm.store.tensors import TensorSpec
 from mergekit_lfm.transforms import PANEL, Transform, open_transform, read_transform_facts
 
 

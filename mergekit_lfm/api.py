@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any, Literal
 from warnings import warn
 
 from mergekit_lfm.errors import PlanError, did_you_mean
+from mergekit_lfm.machine.sizes import parse_size
 from mergekit_lfm.methods import METHODS, REQUIRED
 from mergekit_lfm.methods.declare import Method, Parameter, Unit, Value
 from mergekit_lfm.recipe import Recipe
 from mergekit_lfm.settings import read_setting, value_at
-from mergekit_lfm.sizes import parse_size
 
 if TYPE_CHECKING:
     import torch
 
-    from mergekit_lfm.accelerator import Accelerator
+    from mergekit_lfm.machine.accelerators import Accelerator
 
 
 def merge(
@@ -69,8 +69,8 @@ def merge(
     how: dict[str, Any] = {"memory": _bytes(memory), "threads": threads, "nan": nan, "overwrite": overwrite}
     how |= {"resume": resume}
     if plan.unedited:
-        from mergekit_lfm.accelerator import name_of
         from mergekit_lfm.edit.stages import solve_edits
+        from mergekit_lfm.machine.accelerators import name_of
 
         plan = solve_edits(plan, out, max_shard_size=_bytes(max_shard_size), device=name_of(gpu), **how)
     outcome = execute(plan, out, gpu=gpu, compile=compile, **how)
@@ -84,8 +84,8 @@ def accelerator_of(recipe: Recipe, device: str | None) -> Accelerator | None:
     asked = recipe.device if device is None else device
     if asked == "cpu":
         return None
-    from mergekit_lfm.accelerator import Accelerator
-    from mergekit_lfm.devices import find_gpu
+    from mergekit_lfm.machine.accelerators import Accelerator
+    from mergekit_lfm.machine.devices import find_gpu
 
     gpu = find_gpu(asked)
     return None if gpu is None else Accelerator(gpu)
@@ -171,14 +171,14 @@ def _merged(
 ) -> torch.Tensor:
     import torch
 
-    from mergekit_lfm.accelerator import CHUNK, Accelerator
     from mergekit_lfm.blocks import Blocks, making_on, merged
-    from mergekit_lfm.devices import merges
     from mergekit_lfm.jobs import SEGMENT, block_numel
     from mergekit_lfm.kernels.fused import run_eagerly
     from mergekit_lfm.kernels.gpu import GpuKernels
     from mergekit_lfm.kernels.sums import round_once
     from mergekit_lfm.linears import HeldLinear
+    from mergekit_lfm.machine.accelerators import CHUNK, Accelerator
+    from mergekit_lfm.machine.devices import merges
 
     first, *others = {x.device for x in (*tensors, *statistics, *([] if base is None else [base]))}
     device = torch.device("cpu") if others or not merges(first) else first

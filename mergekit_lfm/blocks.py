@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from mergekit_lfm.accelerator import Accelerator
 from mergekit_lfm.jobs import SEGMENT
 from mergekit_lfm.kernels.fused import Run, Step, run_eagerly
 from mergekit_lfm.kernels.reductions import Reduction
+from mergekit_lfm.machine.accelerators import Accelerator
 from mergekit_lfm.methods.declare import Coefficients, Elementwise, Method, Unit
 
 Read = Callable[[int, int], torch.Tensor]  # (first element, last) -> 1-D tensor of the stored dtype

@@ -12,8 +12,8 @@ from typing import Any
 import click
 
 from mergekit_lfm.errors import FormatError, PlanError
-from mergekit_lfm.hub import HubName, hub_name
-from mergekit_lfm.sizes import parse_size
+from mergekit_lfm.machine.sizes import parse_size
+from mergekit_lfm.store.hub import HubName, hub_name
 
 ANSWER_IS_NO = 1
 BAD_INPUT = 2  # or a bad environment; also what click exits with on bad usage
@@ -69,7 +69,7 @@ def _downloaded(value: Any, ctx: click.Context) -> Any:
         return tuple(_downloaded(part, ctx) for part in value)
     if not isinstance(value, HubName):
         return value
-    from mergekit_lfm.layout import download
+    from mergekit_lfm.store.sidecars import download
 
     with transfers(hidden=bool(ctx.params.get("quiet") or ctx.params.get("as_json"))):
         return download(value)
@@ -79,7 +79,7 @@ def transfers(*, hidden: bool) -> AbstractContextManager[None]:
     """While it lasts, transfers from and to the Hub show their progress on a terminal, unless hidden."""
     if not hidden and sys.stderr.isatty():
         return nullcontext()
-    from mergekit_lfm.hub.client import no_bars
+    from mergekit_lfm.store.hub.client import no_bars
 
     return no_bars()
 

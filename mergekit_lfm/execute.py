@@ -18,9 +18,7 @@ from typing import Any
 import torch
 import xxhash
 
-from mergekit_lfm.accelerator import CHUNK, Accelerator, name_of
 from mergekit_lfm.blocks import Blocks, Read, StoredBlock, apply_to, finite, in_order, making_on, solved
-from mergekit_lfm.checkpoint import bytes_of
 from mergekit_lfm.errors import FormatError, PlanError, reason
 from mergekit_lfm.evidence import LinearGroup, LinearJob
 from mergekit_lfm.jobs import BLOCK, SEGMENT, Job, Source
@@ -29,14 +27,16 @@ from mergekit_lfm.kernels.gpu import GpuKernels
 from mergekit_lfm.kernels.reductions import Reduction
 from mergekit_lfm.kernels.sums import round_once
 from mergekit_lfm.linears import StoredLinear
-from mergekit_lfm.machine import default_memory
+from mergekit_lfm.machine.accelerators import CHUNK, Accelerator, name_of
+from mergekit_lfm.machine.resources import allow_many_files, default_memory, keep_freed_memory
 from mergekit_lfm.methods import METHODS
 from mergekit_lfm.methods.declare import Coefficients
 from mergekit_lfm.plan import Plan
 from mergekit_lfm.pool import Executor, Stopped, thread_pool
-from mergekit_lfm.preflight import allow_many_files, check_copies, check_disk, keep_freed_memory, workers
+from mergekit_lfm.preflight import check_copies, check_disk, workers
 from mergekit_lfm.provenance import documents, names_of
-from mergekit_lfm.tensors import FLOATS, ITEMSIZE
+from mergekit_lfm.store.formats import bytes_of
+from mergekit_lfm.store.tensors import FLOATS, ITEMSIZE
 from mergekit_lfm.writer import Output, Policy, Receipt, already_there, finish
 
 HOST = torch.device("cpu")

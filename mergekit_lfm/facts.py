@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mergekit_lfm.document import read_yaml
 from mergekit_lfm.errors import PlanError, did_you_mean
+from mergekit_lfm.store.yaml import read_yaml
 
 BLANK = "{}"  # where the subject stands in a prompt
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from mergekit_lfm.checkpoint import Checkpoint
 from mergekit_lfm.errors import PlanError, several
 from mergekit_lfm.recipe import Recipe
+from mergekit_lfm.store.checkpoint import Checkpoint
 
 # Buffers that loaders compute from the config: integers that some checkpoints carry and others of the same model do
 # not, and floats that are not parameters, and so are no more merged than integers.

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mergekit_lfm.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lfm.data import Batch
 from mergekit_lfm.rewriting import only_moves
 from mergekit_lfm.runtime import Loaded, embeddings, load_as_saved, load_model, logits, run
+from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lfm.transforms import Transform
 
 EXAMPLES, TOKENS, PIXELS = 4, 32, 64

@@ -14,9 +14,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from mergekit_lfm.checkpoint import open_checkpoint, save_tensors, spec_of
 from mergekit_lfm.errors import FormatError, PlanError
-from mergekit_lfm.tensors import FLOATS, read_header
+from mergekit_lfm.store.checkpoint import open_checkpoint, save_tensors
+from mergekit_lfm.store.identity import spec_of
+from mergekit_lfm.store.tensors import FLOATS, read_header
 
 if TYPE_CHECKING:
     from torch import Tensor

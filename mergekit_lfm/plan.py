@@ -19,11 +19,11 @@ import xxhash
 
 from mergekit_lfm.aligned import PendingFile, identity_of, open_models, refuse_resized
 from mergekit_lfm.card import stated_license
-from mergekit_lfm.checkpoint import Checkpoint
 from mergekit_lfm.errors import PlanError, several
 from mergekit_lfm.evidence import LinearGroup, find_statistics, group_linears, open_all
 from mergekit_lfm.jobs import Cast, Job, cast_of, make_job, unit_of
-from mergekit_lfm.layout import Shard, lay_out, tagalong
+from mergekit_lfm.layout import Shard, lay_out
+from mergekit_lfm.machine.sizes import format_size
 from mergekit_lfm.matching import layers_of, match, refuse_quantised
 from mergekit_lfm.methods import METHODS
 from mergekit_lfm.methods.declare import Unit
@@ -31,9 +31,10 @@ from mergekit_lfm.patches import Patch, open_patch
 from mergekit_lfm.recipe import Recipe
 from mergekit_lfm.roles import Edit, Model
 from mergekit_lfm.settings import GivenFile
-from mergekit_lfm.sizes import format_size
 from mergekit_lfm.stats import Statistics
-from mergekit_lfm.tensors import ITEMSIZE
+from mergekit_lfm.store.checkpoint import Checkpoint
+from mergekit_lfm.store.sidecars import tagalong
+from mergekit_lfm.store.tensors import ITEMSIZE
 from mergekit_lfm.version import __version__
 
 ADDED = "edits"  # what the plan calls the source of what edits add to the result
@@ -113,7 +114,7 @@ class Plan:
         """Download the weights that are still on the Hub. notice is called with a line for each model."""
         snapshot = next((model.snapshot for model in self.models if model.absent), None)
         if snapshot is not None:
-            from mergekit_lfm.hub.snapshots import check_room
+            from mergekit_lfm.store.hub.snapshots import check_room
 
             check_room(snapshot, self.absent)
         for label, model in zip(self.labels, self.models, strict=True):

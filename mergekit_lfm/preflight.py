@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
-import resource
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mergekit_lfm.durable import partial_of
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.machine import default_threads, free_space, occupied
+from mergekit_lfm.machine.resources import default_threads, free_space, occupied
 from mergekit_lfm.plan import Plan
+from mergekit_lfm.store.places import partial_of
 
 if TYPE_CHECKING:
-    from mergekit_lfm.accelerator import Accelerator
+    from mergekit_lfm.machine.accelerators import Accelerator
 
 
 WORKERS = 16  # threads that feed a GPU by default: more would share its memory, and so work on smaller chunks
@@ -60,24 +58,3 @@ def check_disk(plan: Plan, out: Path) -> None:
     if needed > free_space(out):
         free = free_space(out) / 1e9
         raise PlanError(f"{out} needs {needed / 1e9:,.3g} GB more, the disk has {free:,.3g} GB free; make room")
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc to keep freed blocks for the next ones instead of returning them to the kernel.
-
-    Every block allocates a few MB and frees them; with glibc's defaults each is paged in anew, which doubles the time
-    of elementwise operations (measured on glibc 2.36: 1.2 ms against 0.6 ms for a mask of 2^18 elements).
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return
-    mallopt(-1, 256 << 20)  # M_TRIM_THRESHOLD
-    mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
-
-
-def allow_many_files() -> None:
-    """Raise the limit of open files as far as it may be: a large model has hundreds of shards, all of them open."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

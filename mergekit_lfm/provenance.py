@@ -20,10 +20,10 @@ import xxhash
 import yaml
 
 from mergekit_lfm.card import CARD, model_card
-from mergekit_lfm.checkpoint import Checkpoint
 from mergekit_lfm.errors import FormatError
 from mergekit_lfm.plan import Plan
-from mergekit_lfm.tensors import FLOATS, ITEMSIZE, TensorSpec
+from mergekit_lfm.store.checkpoint import Checkpoint
+from mergekit_lfm.store.tensors import FLOATS, ITEMSIZE, TensorSpec
 from mergekit_lfm.version import __version__
 from mergekit_lfm.writer import LOCK, Receipt, lock_of
 

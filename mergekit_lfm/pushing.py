@@ -22,12 +22,12 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
 from mergekit_lfm.card import CARD, KEPT, without_front_matter
-from mergekit_lfm.checkpoint import Checkpoint
 from mergekit_lfm.errors import PlanError, several
-from mergekit_lfm.hub import repository
-from mergekit_lfm.hub.client import HTTPError, api, asking, endpoint, offline
-from mergekit_lfm.hub.snapshots import Snapshot, pull
 from mergekit_lfm.provenance import verify
+from mergekit_lfm.store.checkpoint import Checkpoint
+from mergekit_lfm.store.hub import repository
+from mergekit_lfm.store.hub.client import HTTPError, api, asking, endpoint, offline
+from mergekit_lfm.store.hub.snapshots import Snapshot, pull
 from mergekit_lfm.version import __version__
 from mergekit_lfm.writer import LOCK, REPLACED, lock_of
 

@@ -16,9 +16,9 @@ from mergekit_lfm.alignments import AlignRequest, align_options
 from mergekit_lfm.edits import EditRequest, edit_options
 from mergekit_lfm.errors import did_you_mean
 from mergekit_lfm.facts import read_facts_file
-from mergekit_lfm.hub import HubName, hub_name
 from mergekit_lfm.methods import REQUIRED, Method
 from mergekit_lfm.settings import GivenFile, Setting, read_setting
+from mergekit_lfm.store.hub import HubName, hub_name
 
 # Parameters of mergekit that change its memory use and never a result.
 _WITHOUT_EFFECT = frozenset({"int8_mask"})

@@ -15,10 +15,10 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergekit_lfm.checkpoint import Checkpoint, open_checkpoint
-from mergekit_lfm.devices import find_device
 from mergekit_lfm.errors import FormatError, PlanError, reason
-from mergekit_lfm.layout import tagalong
+from mergekit_lfm.machine.devices import find_device
+from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
+from mergekit_lfm.store.sidecars import tagalong
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

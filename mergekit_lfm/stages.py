@@ -19,14 +19,14 @@ import xxhash
 
 from mergekit_lfm.align import align_models
 from mergekit_lfm.alignments import AlignRequest
-from mergekit_lfm.checkpoint import Checkpoint
-from mergekit_lfm.devices import find_device
 from mergekit_lfm.errors import FormatError
-from mergekit_lfm.machine import cache_folder
+from mergekit_lfm.machine.devices import find_device
+from mergekit_lfm.machine.resources import cache_folder
 from mergekit_lfm.plan import Plan
 from mergekit_lfm.rewriting import rewritten
 from mergekit_lfm.settings import GivenFile
 from mergekit_lfm.stats import open_statistics
+from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.transforms import Transform, open_transform
 from mergekit_lfm.version import __version__
 

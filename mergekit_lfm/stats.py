@@ -14,9 +14,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergekit_lfm.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lfm.errors import FormatError
-from mergekit_lfm.tensors import read_header
+from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
+from mergekit_lfm.store.tensors import read_header
 
 if TYPE_CHECKING:
     import torch

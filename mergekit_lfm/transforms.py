@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_lfm.arch.declare import Group, Heads, Symmetries, Units, read_axis
-from mergekit_lfm.checkpoint import open_checkpoint, save_tensors, spec_of
 from mergekit_lfm.errors import FormatError
-from mergekit_lfm.tensors import read_header
+from mergekit_lfm.store.checkpoint import open_checkpoint, save_tensors
+from mergekit_lfm.store.identity import spec_of
+from mergekit_lfm.store.tensors import read_header
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -19,11 +19,12 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, Literal
 
-from mergekit_lfm.durable import lock_folder, partial_of, replace_file, reserve, sync_folder, write_all
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.jobs import Job
 from mergekit_lfm.plan import Plan
-from mergekit_lfm.tensors import UNFINISHED, naming, write_exactly
+from mergekit_lfm.store.durable import lock_folder, replace_file, reserve, sync_folder, write_all
+from mergekit_lfm.store.places import partial_of
+from mergekit_lfm.store.tensors import UNFINISHED, naming, write_exactly
 
 JOURNAL = "merge.journal"
 LOCK = "merge.lock.json"

@@ -8,7 +8,6 @@ python scripts/prose.py docs README.md
 from __future__ import annotations
 
 import ast
-import os
 import re
 import sys
 import tokenize

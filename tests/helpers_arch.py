@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor
 from torch.func import functional_call
 
-from mergekit_lfm.checkpoint import open_checkpoint
+from mergekit_lfm.store.checkpoint import open_checkpoint
 
 VOCAB = 30
 GPT2 = {"n_embd": 24, "n_head": 3, "n_layer": 2, "vocab_size": VOCAB, "n_positions": 16, "bos_token_id": 0}

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from mergekit_lfm.arch import Units, find_symmetries, read_table
 from mergekit_lfm.barrier import Line, Point, barrier
 from mergekit_lfm.batchnorm import reset_batchnorm
-from mergekit_lfm.checkpoint import open_checkpoint
 from mergekit_lfm.commands.lines import barrier as command
 from mergekit_lfm.data import as_batches, read_data
 from mergekit_lfm.display.plots import plot_lines
@@ -27,6 +26,7 @@ from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.evaluate import accuracy, perplexity
 from mergekit_lfm.rewriting import rewrite
 from mergekit_lfm.runtime import load_model
+from mergekit_lfm.store.checkpoint import open_checkpoint
 from mergekit_lfm.transforms import HeadsElement, Transform, TransformFacts, UnitsElement
 
 

@@ -12,10 +12,10 @@ from helpers_collect import OutOfSight, Tied, arrays, image_model, mlp, texts, t
 from safetensors.torch import save_file, save_model
 from torch import nn
 
-from mergekit_lfm.checkpoint import open_checkpoint
 from mergekit_lfm.collect import collect_stats
 from mergekit_lfm.collect.locate import located
 from mergekit_lfm.errors import FormatError, PlanError
+from mergekit_lfm.store.checkpoint import open_checkpoint
 
 
 def saved(model: nn.Module, folder: Path, dtype: torch.dtype = torch.float64) -> Path:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from mergekit_lfm.collect import collect_stats, passes, pauses, registry
 from mergekit_lfm.collect.declare import Request, Statistic
 from mergekit_lfm.errors import FormatError, PlanError
-from mergekit_lfm.machine import default_memory
+from mergekit_lfm.machine.resources import default_memory
 from mergekit_lfm.stats import open_statistics
 
 SIZES = [3, 4, 1]

@@ -13,8 +13,8 @@ from helpers_commands import ROOT, answer, on_a_terminal, refusal, run, start, w
 from safetensors.torch import load_file, save_file
 
 from mergekit_lfm import open_checkpoint
+from mergekit_lfm.machine.sizes import format_size, parse_size
 from mergekit_lfm.methods import METHODS
-from mergekit_lfm.sizes import format_size, parse_size
 
 LINEAR = "merge_method: linear\nmodels: [{model: a}, {model: b}]\nparameters: {weight: 1}\n"
 

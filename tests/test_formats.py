@@ -20,9 +20,9 @@ from safetensors import safe_open
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mergekit_lfm import merge, open_checkpoint
-from mergekit_lfm.archives import Unreadable, read_archive
 from mergekit_lfm.errors import FormatError
-from mergekit_lfm.tensors import CODES, TensorSpec, encode_header, read_header
+from mergekit_lfm.store.archive import Unreadable, read_archive
+from mergekit_lfm.store.tensors import CODES, TensorSpec, encode_header, read_header
 
 # ------------------------------------------------------------------ headers
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mergekit_lfm.hub import HubName, called, hub_name, repository
+from mergekit_lfm.store.hub import HubName, called, hub_name, repository
 
 
 @pytest.mark.parametrize(

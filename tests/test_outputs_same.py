@@ -14,11 +14,11 @@ from torch import nn
 
 from mergekit_lfm.arch import Symmetries, Units, find_symmetries
 from mergekit_lfm.arch.declare import read_axis
-from mergekit_lfm.checkpoint import open_checkpoint
 from mergekit_lfm.data import Batch
 from mergekit_lfm.outputs import answer, compare_outputs, difference, probe
 from mergekit_lfm.rewriting import rewritten
 from mergekit_lfm.runtime import Loaded, load_model
+from mergekit_lfm.store.checkpoint import open_checkpoint
 from mergekit_lfm.transforms import Transform, TransformFacts, UnitsElement
 
 IMAGES: dict[str, Any] = {

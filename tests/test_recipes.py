@@ -20,7 +20,7 @@ from mergekit_lfm.plan import make_plan
 from mergekit_lfm.provenance import verify
 from mergekit_lfm.recipe import Recipe
 from mergekit_lfm.runtime import load_model
-from mergekit_lfm.tensors import TensorSpec, encode_header
+from mergekit_lfm.store.tensors import TensorSpec, encode_header
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 PATHS = sorted(RECIPES.glob("*.yaml"))

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 from mergekit_lfm import saving
 from mergekit_lfm.arch import find_symmetries
-from mergekit_lfm.checkpoint import open_checkpoint
 from mergekit_lfm.commands.lines import repair as command
 from mergekit_lfm.data import read_data
-from mergekit_lfm.durable import partial_of
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.repair import repair
 from mergekit_lfm.rewriting import rewrite
 from mergekit_lfm.runtime import load_model
+from mergekit_lfm.store.checkpoint import open_checkpoint
+from mergekit_lfm.store.places import partial_of
 from mergekit_lfm.transforms import Transform, TransformFacts, UnitsElement
 
 

@@ -16,10 +16,11 @@ from safetensors.torch import save_file
 from mergekit_lfm import merge
 from mergekit_lfm.align.elements import random_transform
 from mergekit_lfm.arch import find_symmetries
-from mergekit_lfm.checkpoint import bytes_of, open_checkpoint
 from mergekit_lfm.plan import make_plan
 from mergekit_lfm.recipe import Recipe
-from mergekit_lfm.tensors import TensorSpec, encode_header
+from mergekit_lfm.store.checkpoint import open_checkpoint
+from mergekit_lfm.store.formats import bytes_of
+from mergekit_lfm.store.tensors import TensorSpec, encode_header
 
 NORMS = ("input", "post_attention")
 NUMEL = 600_000_000  # in bfloat16, 1.2 GB

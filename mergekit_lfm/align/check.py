@@ -22,7 +22,7 @@ from mergekit_lfm.align.larger import LARGER, Model, Place, changed, places_of
 from mergekit_lfm.arch.declare import Group, Heads, Part, Symmetries, Units, check_fit, part_size
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.rewriting import rewrite
-from mergekit_lfm.tensors import TensorSpec
+from mergekit_lfm.store.tensors import TensorSpec
 from mergekit_lfm.transforms import Transform
 
 Run = Callable[[Mapping[str, Tensor]], Tensor]

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from mergekit_lfm.arch.declare import Part, Symmetries, part_size
-from mergekit_lfm.checkpoint import Checkpoint
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.rewriting import CPU, Maps, Rewriter
-from mergekit_lfm.tensors import TensorSpec
+from mergekit_lfm.store.checkpoint import Checkpoint
+from mergekit_lfm.store.tensors import TensorSpec
 from mergekit_lfm.transforms import Transform, TransformFacts
 
 RUNNING = ("running_mean", "running_var")  # of BatchNorm: no weights, and so large that they would outweigh them

@@ -14,7 +14,7 @@ from itertools import islice, pairwise
 
 from mergekit_lfm.arch.declare import FREE, Group, Part, Symmetries, Units
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.tensors import TensorSpec
+from mergekit_lfm.store.tensors import TensorSpec
 
 _INPUT, _OUTPUT, _KERNEL = (Part(None, free=word) for word in ("input", "class", "kernel"))
 _STATISTICS = ("running_mean", "running_var")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.tensors import TensorSpec
+from mergekit_lfm.store.tensors import TensorSpec
 
 # Words for axes on which nothing acts.
 FREE = frozenset({"vocab", "position", "type", "class", "input", "kernel", "within_head"})

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from mergekit_lfm.arch.declare import Symmetries, Units, check_fit, part_size
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.tensors import TensorSpec
+from mergekit_lfm.store.tensors import TensorSpec
 
 Specs = Mapping[str, TensorSpec]
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from mergekit_lfm.arch.chain import chain
 from mergekit_lfm.arch.declare import Symmetries, check_fit
-from mergekit_lfm.checkpoint import Checkpoint
 from mergekit_lfm.errors import PlanError
+from mergekit_lfm.store.checkpoint import Checkpoint
 
 Build = Callable[[Mapping[str, Any], Iterable[str]], Symmetries]  # from the config and the tensors' names
 

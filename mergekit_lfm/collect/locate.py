@@ -13,9 +13,10 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
-from mergekit_lfm.checkpoint import Checkpoint, bytes_of
 from mergekit_lfm.errors import FormatError
-from mergekit_lfm.tensors import TensorSpec
+from mergekit_lfm.store.checkpoint import Checkpoint
+from mergekit_lfm.store.formats import bytes_of
+from mergekit_lfm.store.tensors import TensorSpec
 
 
 def located(module: nn.Module, checkpoint: Checkpoint) -> tuple[dict[str, str], frozenset[str]]:

@@ -18,11 +18,13 @@ from typing import Any
 import xxhash
 from torch import Tensor
 
-from mergekit_lfm.checkpoint import bytes_of, open_checkpoint
-from mergekit_lfm.durable import lock_folder, partial_of, replace_file, reserve, sync_folder
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.stats import Facts
-from mergekit_lfm.tensors import UNFINISHED, TensorSpec, encode_header, naming, read_header, write_exactly
+from mergekit_lfm.store.checkpoint import open_checkpoint
+from mergekit_lfm.store.durable import lock_folder, replace_file, reserve, sync_folder
+from mergekit_lfm.store.formats import bytes_of
+from mergekit_lfm.store.places import partial_of
+from mergekit_lfm.store.tensors import UNFINISHED, TensorSpec, encode_header, naming, read_header, write_exactly
 
 PROGRESS, SUMS, FILE = "progress.json", "sums.safetensors", "statistics.safetensors"
 # Stands for counts that are not known yet, so that the header has room for them. Longer than any of them.

@@ -13,8 +13,8 @@ from mergekit_lfm.collect.declare import Request, Statistic
 from mergekit_lfm.collect.partial import Partial
 from mergekit_lfm.collect.pauses import Pauses, interrupts_noted
 from mergekit_lfm.errors import FormatError, PlanError
-from mergekit_lfm.sizes import format_size
-from mergekit_lfm.tensors import ITEMSIZE, TensorSpec
+from mergekit_lfm.machine.sizes import format_size
+from mergekit_lfm.store.tensors import ITEMSIZE, TensorSpec
 
 Progress = Callable[[int, int], None]
 

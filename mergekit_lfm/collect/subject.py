@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mergekit_lfm.checkpoint import Checkpoint, content_of
 from mergekit_lfm.collect.locate import located
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.runtime import run
+from mergekit_lfm.store.checkpoint import Checkpoint
+from mergekit_lfm.store.identity import content_of
 
 if TYPE_CHECKING:
     from mergekit_lfm.data import Batch

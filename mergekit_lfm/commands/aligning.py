@@ -13,7 +13,7 @@ from mergekit_lfm.commands import options
 from mergekit_lfm.commands.options import needing_models
 from mergekit_lfm.console import ANSWER_IS_NO, Command, ModelFolder
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.hub import called
+from mergekit_lfm.store.hub import called
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -186,14 +186,14 @@ def _check_start(method: str, stats: Path | None, initial: Path | None, order: t
 
 def _check_out(out: Path, inputs: Sequence[Path], overwrite: bool) -> None:
     """PlanError where the transform must not be written to `out`, before the work."""
-    from mergekit_lfm.durable import check_new_file
+    from mergekit_lfm.store.places import check_new_file
 
     check_new_file(out, inputs, overwrite=overwrite)
 
 
 def _check_save(model: Path, to: Path, save: Path, overwrite: bool) -> None:
     """PlanError where the rewritten model could not be written there, or not be run, before the work."""
-    from mergekit_lfm.checkpoint import open_checkpoint
+    from mergekit_lfm.store.checkpoint import open_checkpoint
 
     if save.exists() and not overwrite:
         raise PlanError(f"{save} exists; choose another output, or use --overwrite")
@@ -240,11 +240,11 @@ def _check(ctx: click.Context, model: Path, as_json: bool, quiet: bool) -> None:
     """Run the model with random elements of every group of its table; exit code 1 where the table is wrong."""
     from mergekit_lfm.align.check import check_symmetries
     from mergekit_lfm.arch import find_symmetries
-    from mergekit_lfm.checkpoint import open_checkpoint
     from mergekit_lfm.display.terminal import counter
     from mergekit_lfm.display.transforms import report_data, report_text
     from mergekit_lfm.outputs import all_outputs, probe
     from mergekit_lfm.runtime import load_as_saved
+    from mergekit_lfm.store.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(model)
     if not checkpoint.config.get("architectures"):

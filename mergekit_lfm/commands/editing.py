@@ -132,8 +132,8 @@ def edit(
 
 def _read_options(method: str, config: Path | None, preset: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
     """The options of the file and of the line, which go first, checked; by the names that `edit` has for them."""
-    from mergekit_lfm.document import read_yaml
     from mergekit_lfm.edits import edit_options
+    from mergekit_lfm.store.yaml import read_yaml
 
     asked: dict[str, Any] = {}
     if config is not None:
@@ -157,7 +157,7 @@ def _read_facts(path: Path) -> FactsFile:
 
 def _check_places(inputs: list[Path], out: Path, save: Path | None, overwrite: bool) -> None:
     """PlanError where an output must not be written, before the work."""
-    from mergekit_lfm.durable import check_new_file
+    from mergekit_lfm.store.places import check_new_file
 
     check_new_file(out, inputs, overwrite=overwrite)
     if save is not None:
@@ -211,9 +211,9 @@ def _solve(
 def _save(model: Path, patch: Path, save: Path, overwrite: bool, hidden: bool) -> dict[str, Any]:
     """Write the edited model; where it is, and what undoes it."""
     from mergekit_lfm.applying import apply_patches
-    from mergekit_lfm.checkpoint import open_checkpoint
     from mergekit_lfm.display.edits import applied_data
     from mergekit_lfm.display.terminal import progress_bar
+    from mergekit_lfm.store.checkpoint import open_checkpoint
 
     with progress_bar(open_checkpoint(model).nbytes, "writing", hidden=hidden) as progress:
         return applied_data(apply_patches(model, [patch], save, overwrite=overwrite, progress=progress))
@@ -223,9 +223,9 @@ def _judged(
     model: Path, patch: Path, save: Path | None, facts: FactsFile, dtype: str, device: str, hidden: bool
 ) -> dict[str, Any]:
     """The scores of the edited model as its files have it: of the folder, or of the model through the patch."""
-    from mergekit_lfm.checkpoint import open_checkpoint
     from mergekit_lfm.patches import open_patch
     from mergekit_lfm.patching import patched
+    from mergekit_lfm.store.checkpoint import open_checkpoint
 
     edited = patched(open_checkpoint(model), open_patch(patch)) if save is None else save
     return verifying.score(verifying.load(edited, dtype, device), facts, "verifying", hidden).as_data()
@@ -240,9 +240,9 @@ def _show(
     quiet: bool,
 ) -> None:
     """Print what was done, as it was asked for, and end with the code for it."""
-    from mergekit_lfm.checkpoint import open_checkpoint
     from mergekit_lfm.display.edits import changes_data, edit_text, rounding_warnings
     from mergekit_lfm.patches import open_patch
+    from mergekit_lfm.store.checkpoint import open_checkpoint
 
     found["tensors"] = changes_data(open_patch(Path(found["out"])), open_checkpoint(model))
     found["warnings"] = rounding_warnings(found["tensors"])

@@ -13,7 +13,7 @@ import click
 from mergekit_lfm.commands.options import TASKS, as_json, needing_models
 from mergekit_lfm.console import Command, ModelFolder
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.hub import called
+from mergekit_lfm.store.hub import called
 
 if TYPE_CHECKING:
     from mergekit_lfm.evaluate import Score

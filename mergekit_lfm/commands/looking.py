@@ -12,7 +12,7 @@ from mergekit_lfm.console import Command
 from mergekit_lfm.errors import PlanError
 
 if TYPE_CHECKING:
-    from mergekit_lfm.checkpoint import Checkpoint
+    from mergekit_lfm.store.checkpoint import Checkpoint
 
 
 @click.command(
@@ -37,8 +37,8 @@ def inspect(path: str, content: bool, as_json: bool) -> None:
     Of a statistics file also what it says about itself: its kind, model, data and what it does not cover; of a
     transform its method, models, and what moves how much; of a patch what `patch show` says.
     """
-    from mergekit_lfm.checkpoint import open_checkpoint
     from mergekit_lfm.display.files import checkpoint_data, checkpoint_text
+    from mergekit_lfm.store.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(path)
     data = checkpoint_data(checkpoint)
@@ -60,13 +60,13 @@ def _about(checkpoint: Checkpoint) -> tuple[str, dict[str, Any], str]:
 
     ("", {}, "") where it is a model's.
     """
-    from mergekit_lfm.checkpoint import ARCHIVES
     from mergekit_lfm.display.edits import patch_data, patch_text
     from mergekit_lfm.display.files import statistics_data, statistics_text
     from mergekit_lfm.display.transforms import transform_data, transform_text
     from mergekit_lfm.patches import open_patch
     from mergekit_lfm.stats import open_statistics
-    from mergekit_lfm.tensors import read_header
+    from mergekit_lfm.store.formats import ARCHIVES
+    from mergekit_lfm.store.tensors import read_header
     from mergekit_lfm.transforms import open_transform
 
     path = checkpoint.files[0].path

@@ -22,11 +22,11 @@ from mergekit_lfm.commands.options import (
 )
 from mergekit_lfm.console import ANSWER_IS_NO, Command, Size, transfers
 from mergekit_lfm.errors import FormatError
-from mergekit_lfm.hub import HubName, hub_name
+from mergekit_lfm.store.hub import HubName, hub_name
 
 if TYPE_CHECKING:
-    from mergekit_lfm.accelerator import Accelerator
     from mergekit_lfm.execute import Outcome
+    from mergekit_lfm.machine.accelerators import Accelerator
     from mergekit_lfm.plan import Plan
     from mergekit_lfm.pushing import Pushed
     from mergekit_lfm.recipe import Push, Recipe
@@ -136,8 +136,8 @@ def merge(
 
 def _edited(plan: Plan, out: Path, gpu: Accelerator | None, **how: Any) -> Plan:
     with needing_models():
-        from mergekit_lfm.accelerator import name_of
         from mergekit_lfm.edit.stages import solve_edits
+        from mergekit_lfm.machine.accelerators import name_of
 
         return solve_edits(plan, out, device=name_of(gpu), **how)
 
@@ -188,9 +188,9 @@ def _show_plan(
     err: bool = False,
 ) -> None:
     from mergekit_lfm.display.merges import plan_text
-    from mergekit_lfm.durable import partial_of
-    from mergekit_lfm.machine import default_memory, free_space, occupied
+    from mergekit_lfm.machine.resources import default_memory, free_space, occupied
     from mergekit_lfm.preflight import workers
+    from mergekit_lfm.store.places import partial_of
 
     memory = memory or default_memory()
     threads = workers(plan, memory, threads, gpu)
@@ -297,7 +297,7 @@ def verify(ctx: click.Context, out: str, as_json: bool, quiet: bool) -> None:
     hidden = quiet or as_json
     folder = Path(out)
     if not folder.exists() and (name := hub_name(out)) is not None:
-        from mergekit_lfm.hub.snapshots import find_snapshot
+        from mergekit_lfm.store.hub.snapshots import find_snapshot
 
         with transfers(hidden=hidden):
             snapshot = find_snapshot(name)

@@ -48,7 +48,7 @@ def going_on_later(ctx: click.Context, out: Path, *, written: bool = False) -> I
     try:
         yield
     except KeyboardInterrupt:
-        from mergekit_lfm.durable import partial_of
+        from mergekit_lfm.store.places import partial_of
 
         kept = partial_of(out)
         done = f"what is done is kept in {kept}" if kept.exists() else "nothing was written"

@@ -129,8 +129,8 @@ def _check_runs(model: Path) -> None:
 
 def _apply(ctx: click.Context, model: Path, patches: Sequence[Path], out: Path, hidden: bool, **given: Any) -> Applied:
     from mergekit_lfm.applying import apply_patches
-    from mergekit_lfm.checkpoint import open_checkpoint
     from mergekit_lfm.display.terminal import progress_bar
+    from mergekit_lfm.store.checkpoint import open_checkpoint
 
     nbytes = open_checkpoint(model).nbytes
     with going_on_later(ctx, out), progress_bar(nbytes, "applying", hidden=hidden) as progress:
@@ -167,9 +167,9 @@ def undo(
     The original tensors are taken from the file that applying has left, or from the model that was edited.
     """
     from mergekit_lfm.applying import undo_patches
-    from mergekit_lfm.checkpoint import open_checkpoint
     from mergekit_lfm.display.edits import applied_data, applied_text
     from mergekit_lfm.display.terminal import progress_bar
+    from mergekit_lfm.store.checkpoint import open_checkpoint
 
     if undo is not None and given["base"] is not None:
         raise click.UsageError("Give --undo FILE or --base MODEL, not both.")

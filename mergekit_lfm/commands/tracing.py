@@ -10,7 +10,7 @@ import click
 
 from mergekit_lfm.commands import options, verifying
 from mergekit_lfm.console import Command, ModelFolder
-from mergekit_lfm.hub import called
+from mergekit_lfm.store.hub import called
 
 
 @click.command(
@@ -66,8 +66,9 @@ def trace(
     from mergekit_lfm.display.edits import trace_text, trace_title
     from mergekit_lfm.display.plots import check_plot, plot_effects
     from mergekit_lfm.display.terminal import counter
-    from mergekit_lfm.durable import check_new_file, replace_file
     from mergekit_lfm.facts import read_facts_file
+    from mergekit_lfm.store.durable import replace_file
+    from mergekit_lfm.store.places import check_new_file
 
     known = read_facts_file(facts)
     if plot is not None:

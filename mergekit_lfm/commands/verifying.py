@@ -14,10 +14,10 @@ from mergekit_lfm.console import ANSWER_IS_NO
 from mergekit_lfm.errors import PlanError
 
 if TYPE_CHECKING:
-    from mergekit_lfm.checkpoint import Checkpoint
     from mergekit_lfm.edit.scores import Scores
     from mergekit_lfm.facts import FactsFile
     from mergekit_lfm.runtime import Loaded
+    from mergekit_lfm.store.checkpoint import Checkpoint
 
 # How models run that are edited, traced or judged.
 running = together(
@@ -50,7 +50,7 @@ def check_verifying(min_efficacy: float | None, no_verify: bool) -> None:
 def check_new_folder(out: Path, inputs: Sequence[Path], *, overwrite: bool) -> None:
     """PlanError where an edited model must not be written to a folder, before the work."""
     from mergekit_lfm.applying import undo_file
-    from mergekit_lfm.durable import check_new_file
+    from mergekit_lfm.store.places import check_new_file
 
     if out.exists() and not overwrite:
         raise PlanError(f"{out} exists; choose another output, or use --overwrite")

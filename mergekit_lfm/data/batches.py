@@ -14,8 +14,8 @@ from typing import Any
 import xxhash
 from torch import Tensor, nn
 
-from mergekit_lfm.checkpoint import bytes_of
 from mergekit_lfm.errors import PlanError
+from mergekit_lfm.store.formats import bytes_of
 
 
 @dataclass(frozen=True, eq=False)

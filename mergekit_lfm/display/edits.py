@@ -8,14 +8,14 @@ from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from mergekit_lfm.display.terminal import counted, table
-from mergekit_lfm.sizes import format_size
+from mergekit_lfm.machine.sizes import format_size
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from mergekit_lfm.applying import Applied
-    from mergekit_lfm.checkpoint import Checkpoint
     from mergekit_lfm.patches import Patch
+    from mergekit_lfm.store.checkpoint import Checkpoint
 
 WIDTH = 90  # of a line of options
 SHOWN = 10  # facts of a patch, and of those that failed

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_lfm.alignments import AlignRequest
 from mergekit_lfm.display.terminal import counted, table
+from mergekit_lfm.machine.sizes import format_size
 from mergekit_lfm.settings import GivenFile
-from mergekit_lfm.sizes import format_size
 
 if TYPE_CHECKING:
-    from mergekit_lfm.checkpoint import Checkpoint
     from mergekit_lfm.execute import Outcome
     from mergekit_lfm.plan import Plan
     from mergekit_lfm.pushing import Pushed
     from mergekit_lfm.roles import Edit
+    from mergekit_lfm.store.checkpoint import Checkpoint
 
 
 def plan_text(plan: Plan, facts: dict[str, Any], verbose: bool) -> str:

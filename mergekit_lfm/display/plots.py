@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergekit_lfm.durable import replace_file
 from mergekit_lfm.errors import PlanError
+from mergekit_lfm.store.durable import replace_file
 
 if TYPE_CHECKING:
     from mergekit_lfm.barrier import Line

@@ -30,7 +30,7 @@ import xxhash
 
 from mergekit_lfm.kernels import bits
 from mergekit_lfm.kernels.sums import round_once
-from mergekit_lfm.machine import cache_folder
+from mergekit_lfm.machine.resources import cache_folder
 
 Mode = Literal["auto", "always", "never"]
 COMPILE_SECONDS = 10  # about what compiling one function takes

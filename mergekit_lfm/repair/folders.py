@@ -14,7 +14,6 @@ from torch import Tensor
 
 from mergekit_lfm.arch import Symmetries, find_symmetries
 from mergekit_lfm.batchnorm import batchnorms
-from mergekit_lfm.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lfm.collect.subject import Subject, evaluating, make_subject
 from mergekit_lfm.data import Batch, digest_of
 from mergekit_lfm.ends import Alignment, Progress, module_of, open_aligned, open_model
@@ -25,6 +24,7 @@ from mergekit_lfm.questions import Data, batches_of
 from mergekit_lfm.repair.layers import HiddenLayer, Moments, measure
 from mergekit_lfm.repair.modules import Repaired, check_weights, combine, plan_repair, repair_layers, telling
 from mergekit_lfm.saving import check_out, save_checkpoint
+from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lfm.version import __version__
 
 FACTS = "repair.json"

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mergekit_lfm.errors import FormatError
-from mergekit_lfm.tensors import ITEMSIZE, TensorSpec, naming
+from mergekit_lfm.store.tensors import ITEMSIZE, TensorSpec, naming
 
 _STORAGES = {
     "DoubleStorage": "float64",

@@ -22,10 +22,10 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # documented,
 )
 
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.hub.client import api, asking, endpoint, no_bars, offline
-from mergekit_lfm.hub.names import HubName
-from mergekit_lfm.machine import free_space
-from mergekit_lfm.tensors import MAX_HEADER
+from mergekit_lfm.machine.resources import free_space
+from mergekit_lfm.store.hub.client import api, asking, endpoint, no_bars, offline
+from mergekit_lfm.store.hub.names import HubName
+from mergekit_lfm.store.tensors import MAX_HEADER
 
 TAKES_LONG = 20_000_000  # bytes; a download of more shows its progress
 FIRST_RANGE = 100_000  # bytes: the headers of most files are shorter

@@ -1,0 +1,1 @@
+"""Saved models as tensors by name: files, folders, the Hub; read by ranges, written durably."""

@@ -1,0 +1,59 @@
+"""A model's folder: which of its files hold the weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from pathlib import Path, PurePath
+
+from mergekit_lfm.errors import FormatError
+
+# file names in the order of preference, as transformers has it
+SINGLE = ("model.safetensors", "pytorch_model.bin")
+
+INDEX = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+
+
+def leads_away(name: object) -> bool:
+    """Whether what a file says is the name of another, below its folder, is none or leads out of there."""
+    return not isinstance(name, str) or not name or PurePath(name).is_absolute() or ".." in PurePath(name).parts
+
+
+def _weight_paths(folder: Path, names: Collection[str], label: object) -> tuple[list[Path], dict[str, str]]:
+    """The weight files of a folder that has these files, and the index's map from tensors to files, {} without one."""
+    singles = [folder / name for name in SINGLE if name in names]
+    indexes = [folder / name for name in INDEX if name in names]
+    safe = [path for path in (*singles, *indexes) if ".safetensors" in path.name]
+    chosen = safe or [*singles, *indexes]
+    if len(chosen) > 1:
+        both = " and ".join(path.name for path in chosen)
+        raise FormatError(f"{label} has both {both}: one of them is left from an earlier save; remove it")
+    if not chosen:
+        if any(name in names for name in ADAPTER):
+            raise FormatError(
+                f"{label} holds an adapter and no model: merge it into its model first (peft's merge_and_unload)"
+            )
+        others = sorted(folder / name for name in names if name.endswith(".safetensors") and "/" not in name)
+        if len(others) != 1:
+            found = f"{len(others)} other .safetensors files" if others else "no .safetensors files"
+            raise FormatError(f"{label} holds no model: expected {', '.join((*SINGLE, *INDEX))}, found {found}")
+        chosen = others
+    if chosen[0].suffix != ".json":
+        return chosen, {}
+    try:
+        weight_map = json.loads(chosen[0].read_text(encoding="utf-8"))["weight_map"]
+        paths = [folder / str(name) for name in sorted(set(weight_map.values()))]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise FormatError(
+            f"{label}/{chosen[0].name}: expected JSON with a weight_map from tensors to files; fetch it again"
+        ) from None
+    if away := next((name for name in weight_map.values() if leads_away(name)), None):
+        raise FormatError(f"{label}/{chosen[0].name}: {away!r} is no file of that folder; fetch the index again")
+    missing = sorted({*weight_map.values()} - {*names})
+    if label == folder:  # of a folder, `names` has no files of folders in it
+        missing = [name for name in missing if not (folder / name).exists()]
+    if missing:
+        raise FormatError(f"{label}: shards named in {chosen[0].name} are missing: {', '.join(missing)}; fetch them")
+    return paths, weight_map

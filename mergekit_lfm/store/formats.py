@@ -1,0 +1,194 @@
+"""One file of tensors: a byte range for each, or tensors that torch maps or loads."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+from mergekit_lfm.errors import FormatError
+from mergekit_lfm.store.archive import Unreadable, read_archive, state_dict
+from mergekit_lfm.store.tensors import ITEMSIZE, TensorSpec, parse_header, read_exactly, read_header
+
+if TYPE_CHECKING:
+    import torch
+
+    from mergekit_lfm.store.hub.snapshots import Snapshot
+
+ARCHIVES = (".bin", ".pt", ".pth")
+
+
+class WeightFile:
+    """One file of tensors that lie in it as plain byte ranges.
+
+    stamp: what tells its present state from another one, the data unread: its time, or the commit on the Hub.
+    """
+
+    fallback = False  # whether its tensors are mapped or held in memory instead of read by position
+    inner: WeightFile | None = None  # what a view reads
+
+    def __init__(
+        self,
+        path: Path,
+        tensors: dict[str, tuple[TensorSpec, int]],
+        data_start: int,
+        snapshot: Snapshot | None = None,
+    ) -> None:
+        self.path, self.tensors, self.data_start, self.snapshot = path, tensors, data_start, snapshot
+        self._lock, self._fd = Lock(), -1
+        self.stamp: dict[str, Any] = {}
+        if snapshot is None:
+            status = path.stat()
+            self.nbytes, self.stamp = status.st_size, {"mtime_ns": status.st_mtime_ns}
+        else:
+            self.nbytes, self.stamp = snapshot.sizes[self.name], {"commit": str(snapshot)}
+
+    @property
+    def name(self) -> str:
+        """Its name in the repository on the Hub, or in its folder."""
+        return self.path.name if self.snapshot is None else self.path.relative_to(self.snapshot.folder).as_posix()
+
+    @property
+    def absent(self) -> bool:
+        """Whether its data are still on the Hub."""
+        return self.snapshot is not None and not self.path.exists()
+
+    @property
+    def resident(self) -> int:
+        """Bytes that are held as long as it is, by all files of a checkpoint together."""
+        return 0
+
+    def fileno(self) -> int:
+        """A descriptor open for reading, closed with this object. FormatError if the file is not as it was read.
+
+        A file of the Hub is downloaded where it is not there yet.
+        """
+        with self._lock:
+            if self._fd < 0:
+                if self.snapshot is not None:
+                    self.snapshot.fetch([self.name])
+                fd = os.open(self.path, os.O_RDONLY)
+                status = os.fstat(fd)
+                if status.st_size != self.nbytes or self.stamp.get("mtime_ns") not in (None, status.st_mtime_ns):
+                    os.close(fd)
+                    raise FormatError(f"{self.path} was changed since the merge was planned; merge again")
+                self._fd = fd
+                weakref.finalize(self, os.close, fd)
+            return self._fd
+
+    def offset(self, name: str) -> int | None:
+        """Where the tensor's bytes start in the file; None where they are no range of it."""
+        return self.tensors[name][1]
+
+    def scratch(self, name: str) -> int:  # noqa: ARG002
+        """Bytes that reading the tensor holds in each thread, besides what it fills."""
+        return 0
+
+    def at_once(self, name: str) -> bool:  # noqa: ARG002
+        """Whether all of the tensor is made when any of it is read, so that one thread should read it."""
+        return False
+
+    def read_into(self, name: str, start: int, into: memoryview) -> None:
+        """Fill `into` with the tensor's bytes from byte `start` on."""
+        read_exactly(self.fileno(), self.tensors[name][1] + start, into, self.path)
+
+
+class LoadedFile(WeightFile):
+    """A file whose tensors are no byte ranges (strided, or saved before PyTorch 1.6): torch maps or holds it."""
+
+    fallback = True
+
+    def __init__(self, path: Path, snapshot: Snapshot | None = None) -> None:
+        import torch
+
+        try:
+            try:
+                loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            except RuntimeError:  # files that are no zip archives cannot be mapped
+                loaded = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise FormatError(
+                f"{path}: not a checkpoint that can be loaded safely ({reason}); save its state_dict anew"
+            ) from None
+        held: dict[str, torch.Tensor] = state_dict(loaded, path, torch.Tensor)
+        specs = {n: TensorSpec(n, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in held.items()}
+        for name, tensor in held.items():
+            if tensor.layout != torch.strided or tensor.device.type != "cpu" or specs[name].dtype not in ITEMSIZE:
+                raise FormatError(
+                    f"{path}: {name} is a {tensor.layout} tensor of {tensor.dtype} on {tensor.device}, expected a "
+                    f"dense one of {', '.join(ITEMSIZE)}; convert it and save the state_dict anew"
+                )
+        self.held = {name: tensor.detach().resolve_conj().resolve_neg() for name, tensor in held.items()}
+        super().__init__(path, {name: (spec, 0) for name, spec in specs.items()}, 0, snapshot)
+
+    def offset(self, name: str) -> int | None:  # noqa: ARG002
+        return None
+
+    def read_into(self, name: str, start: int, into: memoryview) -> None:
+        """Fill `into` with the tensor's bytes from byte `start` on; both are whole elements."""
+        import torch
+
+        tensor = self.held[name]
+        if len(into):
+            _gather(tensor, start // tensor.itemsize, torch.frombuffer(into, dtype=tensor.dtype))
+
+
+def _gather(tensor: torch.Tensor, start: int, into: torch.Tensor) -> None:
+    """Fill `into` [n] with the flattened tensor's elements from `start` on, without a copy of the whole tensor."""
+    if tensor.is_contiguous():
+        into.copy_(tensor.view(-1)[start : start + len(into)])
+        return
+    row, done = tensor[0].numel(), 0
+    while done < len(into):
+        i, at = divmod(start + done, row)
+        rows = 0 if at else (len(into) - done) // row
+        n = rows * row or min(row - at, len(into) - done)
+        part = into[done : done + n]
+        if rows:
+            part.view(rows, *tensor.shape[1:]).copy_(tensor[i : i + rows])
+        else:
+            _gather(tensor[i], at, part)
+        done += n
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU as writable bytes."""
+    import torch
+
+    raw = tensor.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(raw)  # type: ignore[arg-type]  # numpy's arrays are buffers
+
+
+def _open_file(path: Path, snapshot: Snapshot | None) -> WeightFile:
+    if path.suffix not in ARCHIVES:
+        if snapshot is None or path.exists():
+            header = read_header(path)
+        else:
+            name = path.relative_to(snapshot.folder).as_posix()
+            header = parse_header(Path(f"{snapshot}/{name}"), *snapshot.head(name))
+        return WeightFile(path, header.tensors, header.data_start, snapshot)
+    if path.stat().st_size < 512:
+        head = path.read_bytes()
+        if head.startswith(b"version https://git-lfs"):
+            raise FormatError(
+                f"{path}: this is a git-lfs pointer, not the weights; run `git lfs pull` in its repository"
+            )
+    try:
+        return WeightFile(path, read_archive(path), 0, snapshot)
+    except Unreadable:
+        return LoadedFile(path, snapshot)
+
+
+def _open_files(paths: Sequence[Path], snapshot: Snapshot | None) -> list[WeightFile]:
+    """The weight files. Those on the Hub are asked for their headers, several at a time; a .bin is downloaded first."""
+    if snapshot is None:
+        return [_open_file(path, None) for path in paths]
+    names = [path.relative_to(snapshot.folder).as_posix() for path in paths if path.suffix in ARCHIVES]
+    snapshot.fetch(names)
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(lambda path: _open_file(path, snapshot), paths))

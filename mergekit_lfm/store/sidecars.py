@@ -1,0 +1,64 @@
+"""The files beside the weights: configs, tokenizers, templates and the code that a config may name."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from mergekit_lfm.errors import FormatError
+from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
+from mergekit_lfm.store.folder import leads_away
+from mergekit_lfm.store.hub import HubName
+
+# What goes beside the weights: configs, tokenizers, processors, templates and the code that a config may name.
+TAGALONG = re.compile(
+    r"^(config|generation_config|.*token.*|vocab|merges|.*(processor|preprocessor|feature_extractor).*|modules|"
+    r"config_sentence_transformers|sentence_bert_config|chat_template|special_tokens_map|id2label|labels)\.(json|txt)$"
+    r"|\.(jinja|py|tiktoken|spm|bpe)$|^(tokenizer|spiece|sentencepiece.*|.*token.*)\.model$"
+)
+
+TAGALONG_BYTES = 100_000_000  # the largest that is taken for one; tokenizers have up to 40 MB
+
+
+def download(name: HubName) -> Path:
+    """The folder, in the cache of the Hub, of a model with all that loading it takes. Raises as `open_checkpoint`."""
+    model = open_checkpoint(name)
+    model.fetch()
+    tagalong(model)
+    return model.path
+
+
+def tagalong(template: Checkpoint) -> tuple[Path, ...]:
+    """The template's files that go beside the weights, and those of the modules that sentence-transformers lists.
+
+    Of a model on the Hub they are downloaded.
+    """
+    folder = template.path
+    if template.snapshot is not None:
+        sizes = template.snapshot.sizes
+        small = [name for name, nbytes in sizes.items() if nbytes <= TAGALONG_BYTES]
+        template.snapshot.fetch([name for name in small if "/" not in name and TAGALONG.search(name)])
+        if "modules.json" in small:
+            template.snapshot.fetch([name for name in small if name.endswith(".json") and name.count("/") == 1])
+    if not folder.is_dir():
+        return ()
+    found = [path for path in folder.iterdir() if TAGALONG.search(path.name)]
+    if (folder / "modules.json").exists():
+        found += [path for name in _modules(folder) for path in (folder / name).glob("*.json")]
+    return tuple(sorted(path for path in found if path.is_file() and path.stat().st_size <= TAGALONG_BYTES))
+
+
+def _modules(folder: Path) -> list[str]:
+    """The folders of the modules that sentence-transformers lists. FormatError where they are no folders in there."""
+    try:
+        names = [entry["path"] for entry in json.loads((folder / "modules.json").read_text(encoding="utf-8"))]
+    except (ValueError, TypeError, KeyError):
+        names = [None]
+    wrong = [name for name in names if name != "" and leads_away(name)]
+    if wrong:
+        raise FormatError(
+            f"{folder / 'modules.json'}: found {wrong[0]!r}, expected a list of modules, each with the path of a "
+            "folder in this one"
+        )
+    return [name for name in names if name]
