@@ -22,17 +22,16 @@ import torch
 
 from mergekit_lfm.blocks import Blocks, apply_to
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.jobs import BLOCK, SEGMENT
+from mergekit_lfm.kernels.block import BLOCK, SEGMENT, Coefficients
 from mergekit_lfm.kernels.gpu import GpuKernels
-from mergekit_lfm.kernels.order import NONE, Largest, Ranks
 from mergekit_lfm.kernels.random import Coins
+from mergekit_lfm.kernels.ranks import NONE, Largest, Ranks
 from mergekit_lfm.kernels.reductions import L1, Gram, Reduction
 from mergekit_lfm.kernels.selection import Bracket, Digits
 from mergekit_lfm.kernels.sums import Weights
 from mergekit_lfm.machine.accelerators import CHUNK, Accelerator
 from mergekit_lfm.machine.devices import find_device
 from mergekit_lfm.methods import METHODS
-from mergekit_lfm.methods.declare import Coefficients
 from mergekit_lfm.methods.fisher import Fisher
 from mergekit_lfm.methods.task_vectors import Sum
 

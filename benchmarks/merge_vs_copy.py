@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING
 
 from mergekit_lfm.align.elements import Kind, random_transform
 from mergekit_lfm.arch import Symmetries, find_symmetries
-from mergekit_lfm.arch.declare import Part
+from mergekit_lfm.arch.table import Part
 from mergekit_lfm.machine.resources import default_threads
 from mergekit_lfm.machine.sizes import format_size, parse_size
 from mergekit_lfm.stats import Facts, Layer

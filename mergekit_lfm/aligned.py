@@ -14,8 +14,8 @@ import xxhash
 
 from mergekit_lfm.alignments import OTHER_WIDTHS, AlignRequest
 from mergekit_lfm.arch import find_symmetries
-from mergekit_lfm.arch.declare import Symmetries, Units, check_fit
 from mergekit_lfm.arch.pairs import check_alike
+from mergekit_lfm.arch.table import Symmetries, Units, check_fit
 from mergekit_lfm.errors import FormatError, PlanError, several
 from mergekit_lfm.recipe import Recipe
 from mergekit_lfm.roles import Edit, Model

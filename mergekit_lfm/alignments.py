@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from mergekit_lfm.errors import PlanError, did_you_mean
-from mergekit_lfm.methods.declare import Parameter, Value
+from mergekit_lfm.methods.method import Parameter, Value
 from mergekit_lfm.settings import GivenFile, read_value
 
 

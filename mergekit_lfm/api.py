@@ -11,7 +11,7 @@ from warnings import warn
 from mergekit_lfm.errors import PlanError, did_you_mean
 from mergekit_lfm.machine.sizes import parse_size
 from mergekit_lfm.methods import METHODS, REQUIRED
-from mergekit_lfm.methods.declare import Method, Parameter, Unit, Value
+from mergekit_lfm.methods.method import Method, Parameter, Unit, Value
 from mergekit_lfm.recipe import Recipe
 from mergekit_lfm.settings import read_setting, value_at
 
@@ -172,9 +172,10 @@ def _merged(
     import torch
 
     from mergekit_lfm.blocks import Blocks, making_on, merged
-    from mergekit_lfm.jobs import SEGMENT, block_numel
-    from mergekit_lfm.kernels.fused import run_eagerly
+    from mergekit_lfm.jobs import block_numel
+    from mergekit_lfm.kernels.block import SEGMENT
     from mergekit_lfm.kernels.gpu import GpuKernels
+    from mergekit_lfm.kernels.step import run_eagerly
     from mergekit_lfm.kernels.sums import round_once
     from mergekit_lfm.linears import HeldLinear
     from mergekit_lfm.machine.accelerators import CHUNK, Accelerator

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from mergekit_lfm.jobs import SEGMENT
-from mergekit_lfm.kernels.fused import Run, Step, run_eagerly
+from mergekit_lfm.kernels.block import SEGMENT, Coefficients, Elementwise
 from mergekit_lfm.kernels.reductions import Reduction
+from mergekit_lfm.kernels.step import Run, Step, run_eagerly
 from mergekit_lfm.machine.accelerators import Accelerator
-from mergekit_lfm.methods.declare import Coefficients, Elementwise, Method, Unit
+from mergekit_lfm.methods.method import Method, Unit
 
 Read = Callable[[int, int], torch.Tensor]  # (first element, last) -> 1-D tensor of the stored dtype
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from mergekit_lfm.errors import PlanError, did_you_mean
 from mergekit_lfm.facts import BLANK
-from mergekit_lfm.methods.declare import Parameter
+from mergekit_lfm.methods.method import Parameter
 from mergekit_lfm.settings import GivenFile, read_value
 
 

@@ -21,8 +21,9 @@ import xxhash
 from mergekit_lfm.blocks import Blocks, Read, StoredBlock, apply_to, finite, in_order, making_on, solved
 from mergekit_lfm.errors import FormatError, PlanError, reason
 from mergekit_lfm.evidence import LinearGroup, LinearJob
-from mergekit_lfm.jobs import BLOCK, SEGMENT, Job, Source
-from mergekit_lfm.kernels.fused import Kernels, Mode
+from mergekit_lfm.jobs import Job, Source
+from mergekit_lfm.kernels.block import BLOCK, SEGMENT, Coefficients
+from mergekit_lfm.kernels.compiled import Kernels, Mode
 from mergekit_lfm.kernels.gpu import GpuKernels
 from mergekit_lfm.kernels.reductions import Reduction
 from mergekit_lfm.kernels.sums import round_once
@@ -30,7 +31,6 @@ from mergekit_lfm.linears import StoredLinear
 from mergekit_lfm.machine.accelerators import CHUNK, Accelerator, name_of
 from mergekit_lfm.machine.resources import allow_many_files, default_memory, keep_freed_memory
 from mergekit_lfm.methods import METHODS
-from mergekit_lfm.methods.declare import Coefficients
 from mergekit_lfm.plan import Plan
 from mergekit_lfm.pool import Executor, Stopped, thread_pool
 from mergekit_lfm.preflight import check_copies, check_disk, workers

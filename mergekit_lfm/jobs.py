@@ -6,17 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from mergekit_lfm.errors import PlanError
+from mergekit_lfm.kernels.block import BLOCK, SEGMENT
 from mergekit_lfm.kernels.random import key
 from mergekit_lfm.methods import METHODS, Method
-from mergekit_lfm.methods.declare import Unit
+from mergekit_lfm.methods.method import Unit
 from mergekit_lfm.recipe import Recipe, Settings
 from mergekit_lfm.stats import Statistics
 from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.store.tensors import FLOATS, ITEMSIZE, TensorSpec
-
-BLOCK = 1 << 18  # elements; every sum runs over blocks of this size, whatever the memory or the number of threads
-SEGMENT = 64  # blocks; the unit of digests and of resumption, and of parallel work within a large tensor
-
 
 Source = tuple[int, str]  # (index of a model, or beyond them of a statistics file or the edits; name of a tensor there)
 

@@ -26,7 +26,7 @@ from mergekit_lfm.layout import Shard, lay_out
 from mergekit_lfm.machine.sizes import format_size
 from mergekit_lfm.matching import layers_of, match, refuse_quantised
 from mergekit_lfm.methods import METHODS
-from mergekit_lfm.methods.declare import Unit
+from mergekit_lfm.methods.method import Unit
 from mergekit_lfm.patches import Patch, open_patch
 from mergekit_lfm.recipe import Recipe
 from mergekit_lfm.roles import Edit, Model

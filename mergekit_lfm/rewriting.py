@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from mergekit_lfm.arch.declare import HEAD_VIEWS, Heads, Part, part_size
+from mergekit_lfm.arch.table import HEAD_VIEWS, Heads, Part, part_size
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.kernels.sums import round_once
 from mergekit_lfm.store.checkpoint import Checkpoint

@@ -15,7 +15,7 @@ from typing import Any
 
 from mergekit_lfm.errors import did_you_mean
 from mergekit_lfm.methods import Parameter
-from mergekit_lfm.methods.declare import Value
+from mergekit_lfm.methods.method import Value
 
 _KINDS = {
     "float": "a number",

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergekit_lfm.arch.declare import Group, Heads, Symmetries, Units, read_axis
+from mergekit_lfm.arch.table import Group, Heads, Symmetries, Units, read_axis
 from mergekit_lfm.errors import FormatError
 from mergekit_lfm.store.checkpoint import open_checkpoint, save_tensors
 from mergekit_lfm.store.identity import spec_of

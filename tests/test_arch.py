@@ -15,7 +15,7 @@ from torch import nn
 from mergekit_lfm.align.check import check_symmetries
 from mergekit_lfm.arch import ARCHITECTURES, find_symmetries
 from mergekit_lfm.arch.chain import chain
-from mergekit_lfm.arch.declare import Heads, Symmetries, Units
+from mergekit_lfm.arch.table import Heads, Symmetries, Units
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.store.checkpoint import open_checkpoint
 from mergekit_lfm.store.tensors import TensorSpec

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from mergekit_lfm.kernels import fused
-from mergekit_lfm.kernels.fused import Kernels, Step, put_together, run_eagerly, take_apart
-from mergekit_lfm.kernels.order import NONE, Largest, Ranks
+from mergekit_lfm.kernels.compiled import Kernels
 from mergekit_lfm.kernels.random import Coins
+from mergekit_lfm.kernels.ranks import NONE, Largest, Ranks
 from mergekit_lfm.kernels.reductions import magnitudes
+from mergekit_lfm.kernels.step import Step, put_together, run_eagerly, take_apart
 from mergekit_lfm.kernels.sums import Weights, weighted_sum
 from mergekit_lfm.methods import fisher
 from mergekit_lfm.methods.task_vectors import Sum, apply

@@ -19,10 +19,10 @@ from test_kernels import blocks_of, kept_by_sorting, unit_of, values_of
 from mergekit_lfm.blocks import StoredBlock, solved
 from mergekit_lfm.kernels import bracket, gpu, selection
 from mergekit_lfm.kernels.emit import COUNT, Unsupported, emit
-from mergekit_lfm.kernels.fused import Step, run_eagerly, take_apart
 from mergekit_lfm.kernels.gpu import LEAST, GpuKernels
 from mergekit_lfm.kernels.lanes import LANES, grams, sums
-from mergekit_lfm.kernels.order import largest
+from mergekit_lfm.kernels.ranks import largest
+from mergekit_lfm.kernels.step import Step, run_eagerly, take_apart
 from mergekit_lfm.kernels.sums import Spread, Weights, weighted_sum
 
 DEVICE = stand_in().device

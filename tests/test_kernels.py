@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from mergekit_lfm.blocks import Blocks, solved
 from mergekit_lfm.kernels import selection
 from mergekit_lfm.kernels.bits import above, flipped, magnitude_bits, masked, negative
-from mergekit_lfm.kernels.order import NONE, Ranks, largest
 from mergekit_lfm.kernels.random import Coins, key, words
+from mergekit_lfm.kernels.ranks import NONE, Ranks, largest
 from mergekit_lfm.kernels.reductions import L1, ColumnGram, Gram, RowGram, SignBalance
 from mergekit_lfm.kernels.sums import Spread, round_once, weighted_sum
 from mergekit_lfm.machine.accelerators import Accelerator
-from mergekit_lfm.methods.declare import Unit
+from mergekit_lfm.methods.method import Unit
 
 
 def blocks_of(x: torch.Tensor, block: int, gpu: Accelerator | None = None, at_once: int = 1) -> Blocks:

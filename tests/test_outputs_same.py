@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mergekit_lfm.arch import Symmetries, Units, find_symmetries
-from mergekit_lfm.arch.declare import read_axis
+from mergekit_lfm.arch.table import read_axis
 from mergekit_lfm.data import Batch
 from mergekit_lfm.outputs import answer, compare_outputs, difference, probe
 from mergekit_lfm.rewriting import rewritten

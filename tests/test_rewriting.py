@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import mergekit_lfm.rewriting as rewriting
 from mergekit_lfm.align.elements import random_transform
 from mergekit_lfm.arch import Heads, Units, find_symmetries, read_table
-from mergekit_lfm.arch.declare import check_fit
+from mergekit_lfm.arch.table import check_fit
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.rewriting import rewrite, rewritten
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint

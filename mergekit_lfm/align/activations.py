@@ -12,7 +12,7 @@ from mergekit_lfm.align.families import Family, Scores, permutations
 from mergekit_lfm.align.heads import best_query_key
 from mergekit_lfm.align.moments import Block
 from mergekit_lfm.align.pair import Pair, overflow
-from mergekit_lfm.arch.declare import Group, Heads
+from mergekit_lfm.arch.table import Group, Heads
 from mergekit_lfm.transforms import Element, HeadsElement
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from mergekit_lfm.align.families import Family, Scores, best_units, complete, units_value
 from mergekit_lfm.align.heads import best_heads, heads_value
 from mergekit_lfm.align.pair import Pair, Use, overflow
-from mergekit_lfm.arch.declare import Group, Part, Units
+from mergekit_lfm.arch.table import Group, Part, Units
 from mergekit_lfm.transforms import Element, HeadsElement, Transform, TransformFacts, UnitsElement
 
 # By how much of itself the sum has to grow for another sweep. Permutations come to an end, as in git-re-basin; matrices

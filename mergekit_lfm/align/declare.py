@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mergekit_lfm.align.moments import Moments
 from mergekit_lfm.align.pair import Pair
-from mergekit_lfm.methods.declare import Value
+from mergekit_lfm.methods.method import Value
 from mergekit_lfm.transforms import Element, Transform
 
 

@@ -18,9 +18,9 @@ from mergekit_lfm.align.moments import Given, open_moments
 from mergekit_lfm.align.pair import Pair, Side, one_thread_each
 from mergekit_lfm.align.registry import ALIGNERS
 from mergekit_lfm.alignments import OTHER_WIDTHS, align_options
-from mergekit_lfm.arch.declare import Symmetries
 from mergekit_lfm.arch.pairs import check_alike
 from mergekit_lfm.arch.registry import find_symmetries
+from mergekit_lfm.arch.table import Symmetries
 from mergekit_lfm.errors import PlanError, did_you_mean, reason
 from mergekit_lfm.machine.devices import find_gpu
 from mergekit_lfm.rewriting import CPU

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mergekit_lfm.arch.declare import Heads, QueryKey, Symmetries, Units
+from mergekit_lfm.arch.table import Heads, QueryKey, Symmetries, Units
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.transforms import Element, Gain, HeadsElement, Transform, TransformFacts, UnitsElement
 

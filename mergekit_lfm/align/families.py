@@ -14,7 +14,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from mergekit_lfm.arch.declare import Group, Heads, Part, Units
+from mergekit_lfm.arch.table import Group, Heads, Part, Units
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.rewriting import CPU
 from mergekit_lfm.transforms import Element, HeadsElement, UnitsElement

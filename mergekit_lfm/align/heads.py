@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mergekit_lfm.align.families import Family, Scores, assign, best_matrix
-from mergekit_lfm.arch.declare import HEAD_VIEWS, Heads
+from mergekit_lfm.arch.table import HEAD_VIEWS, Heads
 from mergekit_lfm.transforms import HeadsElement
 
 ROUNDS = 20  # of taking turns at most; two or three are enough as a rule

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mergekit_lfm.align.elements import random_gains, random_order, random_query_key, random_rotation, random_scale
-from mergekit_lfm.arch.declare import Group, Heads, Part, Scale, Symmetries, Units
+from mergekit_lfm.arch.table import Group, Heads, Part, Scale, Symmetries, Units
 from mergekit_lfm.transforms import Element, Gain, HeadsElement, Transform, TransformFacts, UnitsElement
 
 Place = tuple[str, int, int]  # a tensor, its axis, and which of the axis's parts

@@ -11,7 +11,7 @@ from mergekit_lfm.align.climb import Climb
 from mergekit_lfm.align.declare import Found, Request
 from mergekit_lfm.align.families import Family, permutations, rotations
 from mergekit_lfm.align.pair import Pair
-from mergekit_lfm.arch.declare import Group, Heads, Units
+from mergekit_lfm.arch.table import Group, Heads, Units
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.transforms import Element
 

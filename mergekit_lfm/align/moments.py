@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mergekit_lfm.align.pair import Pair
-from mergekit_lfm.arch.declare import Part, part_size
+from mergekit_lfm.arch.table import Part, part_size
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.stats import Statistics, open_statistics
 

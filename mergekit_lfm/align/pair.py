@@ -18,7 +18,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from mergekit_lfm.arch.declare import Part, Symmetries, part_size
+from mergekit_lfm.arch.table import Part, Symmetries, part_size
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.rewriting import CPU, Maps, Rewriter
 from mergekit_lfm.store.checkpoint import Checkpoint

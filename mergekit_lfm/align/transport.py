@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mergekit_lfm.align.declare import Found, Request
 from mergekit_lfm.align.pair import Pair, Use, overflow
-from mergekit_lfm.arch.declare import Units
+from mergekit_lfm.arch.table import Units
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.transforms import Transform, TransformFacts, UnitsElement
 

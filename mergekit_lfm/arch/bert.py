@@ -6,8 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from mergekit_lfm.arch.declare import Group, Heads, Scale, Symmetries, Units, prefixed, read_table
-from mergekit_lfm.arch.outputs import keep_outputs
+from mergekit_lfm.arch.table import Group, Heads, Scale, Symmetries, Units, keep_outputs, prefixed, read_table
 
 MODEL_TYPES = ("bert",)
 

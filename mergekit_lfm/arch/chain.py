@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, pairwise
 
-from mergekit_lfm.arch.declare import FREE, Group, Part, Symmetries, Units
+from mergekit_lfm.arch.table import FREE, Group, Part, Symmetries, Units
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.store.tensors import TensorSpec
 

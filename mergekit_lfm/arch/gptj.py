@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from mergekit_lfm.arch.declare import Group, Heads, Symmetries, Units, prefixed, read_table
-from mergekit_lfm.arch.outputs import keep_outputs
+from mergekit_lfm.arch.table import Group, Heads, Symmetries, Units, keep_outputs, prefixed, read_table
 
 MODEL_TYPES = ("gptj",)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from mergekit_lfm.arch.declare import Group, Heads, Symmetries, Units, read_table
+from mergekit_lfm.arch.table import Group, Heads, Symmetries, Units, read_table
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 

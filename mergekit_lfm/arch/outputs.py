@@ -1,20 +1,3 @@
 """Units that are a model's outputs: where no head reads the last hidden units, nothing may act on them."""
 
 from __future__ import annotations
-
-from collections.abc import Collection
-
-from mergekit_lfm.arch.declare import Part, Symmetries
-
-_OUTPUT = Part(None, free="class")
-
-
-def keep_outputs(symmetries: Symmetries, outputs: Collection[str]) -> Symmetries:
-    """The same table with these groups left out, and the axes on which they acted free."""
-    return Symmetries(
-        {name: group for name, group in symmetries.groups.items() if name not in outputs},
-        {
-            tensor: tuple(tuple(_OUTPUT if part.group in outputs else part for part in axis) for axis in axes)
-            for tensor, axes in symmetries.tensors.items()
-        },
-    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from mergekit_lfm.arch.declare import Symmetries, Units, check_fit, part_size
+from mergekit_lfm.arch.table import Symmetries, Units, check_fit, part_size
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.store.tensors import TensorSpec
 

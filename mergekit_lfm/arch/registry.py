@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from mergekit_lfm.arch.chain import chain
-from mergekit_lfm.arch.declare import Symmetries, check_fit
+from mergekit_lfm.arch.table import Symmetries, check_fit
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.store.checkpoint import Checkpoint
 

@@ -9,8 +9,7 @@ from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from typing import Any
 
-from mergekit_lfm.arch.declare import Group, Scale, Symmetries, Units, read_table
-from mergekit_lfm.arch.outputs import keep_outputs
+from mergekit_lfm.arch.table import Group, Scale, Symmetries, Units, keep_outputs, read_table
 
 MODEL_TYPES = ("resnet",)
 

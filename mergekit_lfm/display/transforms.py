@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from mergekit_lfm.arch.declare import Units
+from mergekit_lfm.arch.table import Units
 from mergekit_lfm.display.terminal import counted, table
 
 if TYPE_CHECKING:
     from mergekit_lfm.align.check import Report
-    from mergekit_lfm.arch.declare import Group, Symmetries
+    from mergekit_lfm.arch.table import Group, Symmetries
     from mergekit_lfm.transforms import Element, Transform
 
 

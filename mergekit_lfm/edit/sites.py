@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mergekit_lfm.arch.declare import Units
 from mergekit_lfm.arch.registry import ARCHITECTURES
+from mergekit_lfm.arch.table import Units
 from mergekit_lfm.errors import PlanError
 
 

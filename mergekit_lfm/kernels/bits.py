@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+    from mergekit_lfm.kernels.block import Block
+
 compiling = False  # set in the process that compiles, which does nothing else
 
 
@@ -59,3 +61,9 @@ def flipped(x: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
 
         return torch.where(where, -x, x)
     return (as_integers(x) ^ where).view(x.dtype)
+
+
+def bits_of(block: Block, i: int) -> torch.Tensor:
+    """The magnitudes' bits of one row. Row by row and in place, as what fits the processor's cache is twice as fast."""
+    bits = as_integers(block.row(i))
+    return bits.bitwise_and_(0x7FFFFFFF if bits.dtype.itemsize == 4 else 0x7FFFFFFFFFFFFFFF)

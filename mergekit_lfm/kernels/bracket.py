@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from mergekit_lfm.kernels.selection import bits_of
+from mergekit_lfm.kernels.bits import bits_of
 
 if TYPE_CHECKING:
     import torch
 
-    from mergekit_lfm.methods.declare import Chunk
+    from mergekit_lfm.kernels.block import Chunk
 
 
 def bracketed(chunk: Chunk, i: int, pivots: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:

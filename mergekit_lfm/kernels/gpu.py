@@ -19,8 +19,9 @@ from typing import Any
 import torch
 
 from mergekit_lfm.errors import reason
+from mergekit_lfm.kernels.compiled import Fused, Mode
 from mergekit_lfm.kernels.emit import BLOCK, COUNT, Source, Unsupported, emit
-from mergekit_lfm.kernels.fused import Form, Fused, Mode, Step, run_eagerly, take_apart
+from mergekit_lfm.kernels.step import Form, Step, run_eagerly, take_apart
 
 WORTH = 1 << 28  # elements of a merge from which kernels pay
 LEAST = 1 << 12  # elements of a block from which they do; other things of that size are not taken for blocks

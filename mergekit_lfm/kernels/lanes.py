@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-    from mergekit_lfm.methods.declare import Chunk
+    from mergekit_lfm.kernels.block import Chunk
 
 LANES = 4096
 

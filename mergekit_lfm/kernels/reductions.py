@@ -18,7 +18,7 @@ from mergekit_lfm.kernels.bits import masked
 if TYPE_CHECKING:
     import torch
 
-    from mergekit_lfm.methods.declare import Block, Chunk, Rows
+    from mergekit_lfm.kernels.block import Block, Chunk, Rows
 
 
 class Reduction(ABC):

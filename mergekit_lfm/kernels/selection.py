@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from math import ceil, sqrt
 from typing import TYPE_CHECKING, Any
 
-from mergekit_lfm.kernels.bits import as_integers
+from mergekit_lfm.kernels.bits import bits_of
 from mergekit_lfm.kernels.reductions import Reduction, Sum
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from mergekit_lfm.methods.declare import Block, Chunk
+    from mergekit_lfm.kernels.block import Block, Chunk
 
 DIGITS_32 = ((15, 16), (0, 15))  # (shift, width): 31 bits of a float32's magnitude
 DIGITS_64 = ((47, 16), (31, 16), (15, 16), (0, 15))
@@ -44,12 +44,6 @@ class Found:
     ordinal: int
     equal: int
     per_block: list[int] | None = None
-
-
-def bits_of(block: Block, i: int) -> torch.Tensor:
-    """The magnitudes' bits of one row. Row by row and in place, as what fits the processor's cache is twice as fast."""
-    bits = as_integers(block.row(i))
-    return bits.bitwise_and_(0x7FFFFFFF if bits.dtype.itemsize == 4 else 0x7FFFFFFFFFFFFFFF)
 
 
 @dataclass(frozen=True)

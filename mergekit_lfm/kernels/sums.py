@@ -14,7 +14,7 @@ from mergekit_lfm.kernels.constants import constant
 if TYPE_CHECKING:
     import torch
 
-    from mergekit_lfm.methods.declare import Rows
+    from mergekit_lfm.kernels.block import Rows
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ small coefficients, and an elementwise `apply`. Files of this package register t
 `METHODS`, a tuple. Nothing here imports torch; the functions work on whatever tensors they are handed.
 """
 
-from mergekit_lfm.methods.declare import REQUIRED, Method, Parameter
+from mergekit_lfm.methods.method import REQUIRED, Method, Parameter
 from mergekit_lfm.methods.registry import METHODS
 
 __all__ = ["METHODS", "REQUIRED", "Method", "Parameter"]

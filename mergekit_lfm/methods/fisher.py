@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from mergekit_lfm.errors import PlanError
+from mergekit_lfm.kernels.block import Rows
 from mergekit_lfm.kernels.constants import constant
-from mergekit_lfm.methods.declare import Method, Parameter, Rows, Unit, immediate
+from mergekit_lfm.methods.method import Method, Parameter, Unit, immediate
 
 if TYPE_CHECKING:
     import torch

@@ -2,7 +2,7 @@
 
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.kernels.sums import Weights, weighted_sum
-from mergekit_lfm.methods.declare import REQUIRED, Method, Parameter, Unit, immediate
+from mergekit_lfm.methods.method import REQUIRED, Method, Parameter, Unit, immediate
 
 WEIGHT = Parameter("weight", REQUIRED, per_input=True, doc="relative weight of the input")
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_lfm.kernels.reductions import Gram, Reduction, RowGram
 from mergekit_lfm.kernels.sums import Spread, Weights, weighted_sum
-from mergekit_lfm.methods.declare import Method, Parameter, Unit
+from mergekit_lfm.methods.method import Method, Parameter, Unit
 
 if TYPE_CHECKING:
     import torch

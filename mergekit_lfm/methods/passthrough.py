@@ -1,7 +1,7 @@
 """The only input itself, byte for byte, or times a scale."""
 
 from mergekit_lfm.kernels.sums import Weights, weighted_sum
-from mergekit_lfm.methods.declare import Method, Parameter, Unit, immediate
+from mergekit_lfm.methods.method import Method, Parameter, Unit, immediate
 
 
 @immediate

@@ -4,7 +4,7 @@ from importlib import import_module
 from pkgutil import iter_modules
 from types import MappingProxyType
 
-from mergekit_lfm.methods.declare import Method
+from mergekit_lfm.methods.method import Method
 
 
 def _collect() -> dict[str, Method]:

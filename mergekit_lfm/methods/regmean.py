@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from mergekit_lfm.kernels.sums import Weights, weighted_sum
-from mergekit_lfm.methods.declare import Linears, Method, Parameter, Unit, Whole, immediate
 from mergekit_lfm.methods.linear import normalised
+from mergekit_lfm.methods.method import Linears, Method, Parameter, Unit, Whole, immediate
 
 if TYPE_CHECKING:
     import torch

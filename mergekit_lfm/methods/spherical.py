@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.kernels.reductions import ColumnGram, Gram, Reduction, RowGram
 from mergekit_lfm.kernels.sums import Spread, Weights, weighted_sum
-from mergekit_lfm.methods.declare import REQUIRED, Method, Parameter, Unit
 from mergekit_lfm.methods.linear import WEIGHT, normalised
+from mergekit_lfm.methods.method import REQUIRED, Method, Parameter, Unit
 
 if TYPE_CHECKING:
     import torch

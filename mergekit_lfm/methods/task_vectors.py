@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mergekit_lfm.kernels.bits import flipped, masked, negative
+from mergekit_lfm.kernels.block import Rows
 from mergekit_lfm.kernels.constants import constant
-from mergekit_lfm.kernels.order import NONE, LocalRanks, Ranks, largest
 from mergekit_lfm.kernels.random import Coins, LocalCoins
+from mergekit_lfm.kernels.ranks import NONE, LocalRanks, Ranks, largest
 from mergekit_lfm.kernels.reductions import L1, Reduction, SignBalance
-from mergekit_lfm.methods.declare import Method, Parameter, Rows, Unit
 from mergekit_lfm.methods.linear import WEIGHT, normalised
+from mergekit_lfm.methods.method import Method, Parameter, Unit
 
 if TYPE_CHECKING:
     import torch

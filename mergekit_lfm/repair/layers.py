@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mergekit_lfm.arch.declare import Symmetries, Units
+from mergekit_lfm.arch.table import Symmetries, Units
 from mergekit_lfm.batchnorm import batchnorms
 from mergekit_lfm.collect.linear import Serials, is_linear, is_transposed
 from mergekit_lfm.collect.subject import Subject

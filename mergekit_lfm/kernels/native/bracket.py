@@ -14,7 +14,7 @@ from mergekit_lfm.kernels.gpu import launch
 from mergekit_lfm.kernels.native.floats import widened
 
 if TYPE_CHECKING:
-    from mergekit_lfm.methods.declare import Chunk
+    from mergekit_lfm.kernels.block import Chunk
 
 TILE = 2048  # elements of a program
 

@@ -12,7 +12,7 @@ from mergekit_lfm.kernels.gpu import build, launch
 from mergekit_lfm.kernels.lanes import LANES
 
 if TYPE_CHECKING:
-    from mergekit_lfm.methods.declare import Chunk
+    from mergekit_lfm.kernels.block import Chunk
 
 SIDE, ROWS = 256, 16  # lanes of a program, and rows whose reads are under way at once
 TERMS = 10  # sums that a program keeps in registers

@@ -8,7 +8,7 @@ transposed; `ffn.0:order` follows the order of the units only. Words without a g
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -197,3 +197,17 @@ def _misfits(symmetries: Symmetries, spec: TensorSpec, axes: tuple[Axis, ...]) -
             word = "|".join(map(str, axis))
             problems.append(f"{spec}: {word} has {units} units, the axis {size} entries")
     return problems
+
+
+_OUTPUT = Part(None, free="class")
+
+
+def keep_outputs(symmetries: Symmetries, outputs: Collection[str]) -> Symmetries:
+    """The same table with these groups left out, and the axes on which they acted free."""
+    return Symmetries(
+        {name: group for name, group in symmetries.groups.items() if name not in outputs},
+        {
+            tensor: tuple(tuple(_OUTPUT if part.group in outputs else part for part in axis) for axis in axes)
+            for tensor, axes in symmetries.tensors.items()
+        },
+    )

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -29,64 +29,11 @@ import torch
 import xxhash
 
 from mergekit_lfm.kernels import bits
-from mergekit_lfm.kernels.sums import round_once
+from mergekit_lfm.kernels.step import Elementwise, Form, Step, _leaves, put_together, run_eagerly, take_apart
 from mergekit_lfm.machine.resources import cache_folder
 
 Mode = Literal["auto", "always", "never"]
 COMPILE_SECONDS = 10  # about what compiling one function takes
-Elementwise = Callable[[Sequence[torch.Tensor], "torch.Tensor | None", Any], Any]
-
-
-@dataclass(frozen=True)
-class Step:
-    """function(rows, base, local) over a block whose inputs are given as they are stored.
-
-    rows are the inputs in `dtype`, less the base where there is one; the result is rounded to `out`, if that is given.
-    flag: [1] on a device, where what runs there notes that an input or the result is not finite.
-    """
-
-    function: Elementwise
-    stored: tuple[torch.Tensor, ...]
-    base: torch.Tensor | None
-    local: Any
-    dtype: torch.dtype
-    out: torch.dtype | None
-    flag: torch.Tensor | None = None
-
-
-Run = Callable[[Step], Any]
-
-
-def run_eagerly(step: Step) -> Any:
-    """The reference: one operation after the other."""
-    wide = None if step.base is None else step.base.to(step.dtype)
-    rows = tuple(x.to(step.dtype) if wide is None else x.to(step.dtype) - wide for x in step.stored)
-    result = step.function(rows, wide, step.local)
-    return result if step.out is None else round_once(result, step.out)
-
-
-Form = Any  # what is left of nested tuples when each tensor is replaced by its dtype and shape
-
-
-def take_apart(value: Any, tensors: list[torch.Tensor]) -> Form:
-    """The form of nested tuples of tensors, None and bool; the tensors are appended to `tensors`."""
-    if isinstance(value, torch.Tensor):
-        tensors.append(value)
-        return value.dtype, tuple(value.shape)
-    if isinstance(value, tuple):
-        return type(value), *(take_apart(item, tensors) for item in value)
-    return value
-
-
-def put_together(form: Form, tensors: Iterator[torch.Tensor]) -> Any:
-    """The value that `take_apart` took apart."""
-    if not isinstance(form, tuple):
-        return form
-    kind, *items = form
-    if isinstance(kind, torch.dtype):
-        return next(tensors)
-    values = [put_together(item, tensors) for item in items]
-    return kind(*values) if hasattr(kind, "_fields") else tuple(values)
 
 
 class Kernels:
@@ -233,7 +180,7 @@ class Fused:
         """Compile in another process: export and inductor keep global state, take 250 MB, and cannot be interrupted."""
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         process = subprocess.Popen(
-            [sys.executable, "-c", "from mergekit_lfm.kernels.fused import main; main()"],
+            [sys.executable, "-c", "from mergekit_lfm.kernels.compiled import main; main()"],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -266,15 +213,6 @@ class Fused:
             with package.open("rb") as file:
                 os.fsync(file.fileno())
             package.rename(self.path)
-
-
-def _leaves(form: Form) -> Iterator[tuple[torch.dtype, tuple[int, ...]]]:
-    if isinstance(form, tuple):
-        if isinstance(form[0], torch.dtype):
-            yield form
-        else:
-            for item in form[1:]:
-                yield from _leaves(item)
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from mergekit_lfm.kernels.selection import by_bracket, by_digits, cuts
 if TYPE_CHECKING:
     import torch
 
-    from mergekit_lfm.methods.declare import Unit
+    from mergekit_lfm.methods.method import Unit
 
 
 @dataclass(frozen=True)

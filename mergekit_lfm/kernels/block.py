@@ -1,0 +1,76 @@
+"""The block, the unit of arithmetic: its size, and what reductions and elementwise functions may read of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+BLOCK = 1 << 18  # elements; every sum runs over blocks of this size, whatever the memory or the number of threads
+
+SEGMENT = 64  # blocks; the unit of digests and of resumption, and of parallel work within a large tensor
+
+Rows = Sequence["torch.Tensor"]
+
+Elementwise = Callable[[Rows, "torch.Tensor | None", Any], Any]
+
+
+class Block(Protocol):
+    """One block of a unit's inputs. start: index in its tensor of the first element; count: how many there are.
+
+    dtype: that of the arithmetic, float32 or float64.
+    """
+
+    def __len__(self) -> int:
+        """The number n of inputs."""
+
+    @property
+    def start(self) -> int: ...
+
+    @property
+    def count(self) -> int: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def row(self, i: int) -> torch.Tensor:
+        """Input i, or its delta to the base where there is one, [count], on fresh memory."""
+
+    def each(self, function: Elementwise, local: Any) -> Any:
+        """function(rows, base, local), perhaps compiled: a pure function of tensors, elementwise in the rows.
+
+        local: a tensor, or tuples of tensors, None and bool.
+        """
+
+
+class Chunk(Block, Protocol):
+    """Several neighbouring blocks at once, on a device. size: elements of a block; the last may be shorter.
+
+    native: whether hand-written kernels are to be used where there are some.
+    """
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def native(self) -> bool: ...
+
+    @property
+    def stored(self) -> tuple[torch.Tensor, ...]:
+        """The inputs as they are stored, [count]."""
+
+    @property
+    def stored_base(self) -> torch.Tensor | None:
+        """The base as it is stored, where there is one."""
+
+    def blocks(self) -> Iterator[tuple[int, Block]]:
+        """Every block with its number in the tensor."""
+
+
+class Coefficients(Protocol):
+    """What a solve returns. Tensors that it makes are on torch's default device, which is that of the block."""
+
+    def at(self, start: int, count: int, dtype: torch.dtype) -> Any:
+        """What `apply` needs for the block of `count` elements from index `start`, as `Block.each` takes it."""
