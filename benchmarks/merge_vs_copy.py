@@ -37,13 +37,13 @@ from typing import TYPE_CHECKING
 from mergekit_lfm.align.elements import Kind, random_transform
 from mergekit_lfm.arch import Symmetries, find_symmetries
 from mergekit_lfm.arch.table import Part
+from mergekit_lfm.artifacts.statistics import Facts, Layer
+from mergekit_lfm.artifacts.transform import Transform, TransformFacts
 from mergekit_lfm.machine.resources import default_threads
 from mergekit_lfm.machine.sizes import format_size, parse_size
-from mergekit_lfm.stats import Facts, Layer
 from mergekit_lfm.store.checkpoint import open_checkpoint
 from mergekit_lfm.store.formats import bytes_of
 from mergekit_lfm.store.tensors import TensorSpec, encode_header
-from mergekit_lfm.transforms import Transform, TransformFacts
 
 if TYPE_CHECKING:
     from torch import Tensor

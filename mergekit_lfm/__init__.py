@@ -29,12 +29,12 @@ if TYPE_CHECKING:
     from mergekit_lfm.align import align_models
     from mergekit_lfm.api import merge, merge_tensors
     from mergekit_lfm.applying import apply_patches, undo_patches
+    from mergekit_lfm.artifacts.patch import open_patch
+    from mergekit_lfm.artifacts.statistics import open_statistics
+    from mergekit_lfm.artifacts.transform import open_transform
     from mergekit_lfm.collect import collect_stats
-    from mergekit_lfm.patches import open_patch
-    from mergekit_lfm.pushing import push
-    from mergekit_lfm.stats import open_statistics
+    from mergekit_lfm.output.push import push
     from mergekit_lfm.store.checkpoint import open_checkpoint
-    from mergekit_lfm.transforms import open_transform
 
 _HOMES = {
     "align_models": "align",
@@ -43,10 +43,10 @@ _HOMES = {
     "merge": "api",
     "merge_tensors": "api",
     "open_checkpoint": "store.checkpoint",
-    "open_patch": "patches",
-    "open_statistics": "stats",
-    "open_transform": "transforms",
-    "push": "pushing",
+    "open_patch": "artifacts.patch",
+    "open_statistics": "artifacts.statistics",
+    "open_transform": "artifacts.transform",
+    "push": "output.push",
     "undo_patches": "applying",
 }
 

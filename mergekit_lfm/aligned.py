@@ -16,6 +16,7 @@ from mergekit_lfm.alignments import OTHER_WIDTHS, AlignRequest
 from mergekit_lfm.arch import find_symmetries
 from mergekit_lfm.arch.pairs import check_alike
 from mergekit_lfm.arch.table import Symmetries, Units, check_fit
+from mergekit_lfm.artifacts.transform import PANEL, Transform, open_transform, read_transform_facts
 from mergekit_lfm.errors import FormatError, PlanError, several
 from mergekit_lfm.recipe import Recipe
 from mergekit_lfm.roles import Edit, Model
@@ -24,7 +25,6 @@ from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lfm.store.formats import WeightFile
 from mergekit_lfm.store.hub import HubName
 from mergekit_lfm.store.tensors import TensorSpec
-from mergekit_lfm.transforms import PANEL, Transform, open_transform, read_transform_facts
 
 
 def open_models(recipe: Recipe) -> tuple[Checkpoint, ...]:
@@ -115,7 +115,7 @@ def check_source(transform: Transform, checkpoint: Checkpoint, ref: str, label: 
 
 def edited(checkpoint: Checkpoint, edits: Sequence[Edit]) -> Checkpoint:
     """The checkpoint with a model's edits applied, or, where facts are still to be edited, as it will be."""
-    from mergekit_lfm.patches import open_patch
+    from mergekit_lfm.artifacts.patch import open_patch
     from mergekit_lfm.patching import patched
 
     if all(isinstance(edit, GivenFile) for edit in edits):

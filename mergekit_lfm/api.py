@@ -63,7 +63,7 @@ def merge(
     goal, gpu = recipe.goal(push_to, private=private), accelerator_of(recipe, device)
     plan = make_plan(recipe, max_shard_size=_bytes(max_shard_size))
     if goal is not None:
-        from mergekit_lfm.pushing import check_repository, push
+        from mergekit_lfm.output.push import check_repository, push
 
         check_repository(goal.repo, private=goal.private)
     how: dict[str, Any] = {"memory": _bytes(memory), "threads": threads, "nan": nan, "overwrite": overwrite}

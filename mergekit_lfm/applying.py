@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from mergekit_lfm.artifacts.patch import Changed, Patch, PatchFacts, open_patch, read_patch_facts, versions
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.execute import execute
-from mergekit_lfm.patches import Changed, Patch, PatchFacts, open_patch, read_patch_facts, versions
 from mergekit_lfm.patching import patched
 from mergekit_lfm.plan import Plan, make_plan
 from mergekit_lfm.recipe import Recipe

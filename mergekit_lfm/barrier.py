@@ -10,13 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mergekit_lfm.batchnorm import reset_batchnorm as reset
-from mergekit_lfm.collect.subject import evaluating
 from mergekit_lfm.ends import Alignment, Model, Opened, Progress, common_tensors, module_of, open_aligned, open_model
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.outputs import difference, probe
 from mergekit_lfm.questions import TASKS, Data, Question, batches_of, judge, questions_of
-from mergekit_lfm.runtime import Loaded
+from mergekit_lfm.runtime.batchnorm import reset_batchnorm as reset
+from mergekit_lfm.runtime.load import Loaded
+from mergekit_lfm.runtime.probe import difference, probe
+from mergekit_lfm.runtime.subject import evaluating
 
 # How far the outputs of one module with the other's tensors may be from the other's: they differ by more where the two
 # compute something else, with another base of rotary positions for one.

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
+from mergekit_lfm.artifacts.facts import BLANK
 from mergekit_lfm.errors import PlanError, did_you_mean
-from mergekit_lfm.facts import BLANK
 from mergekit_lfm.methods.method import Parameter
 from mergekit_lfm.settings import GivenFile, read_value
 

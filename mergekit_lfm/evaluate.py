@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mergekit_lfm.data import Batch, as_batches, read_data, read_pairs
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.runtime import Loaded, embeddings, load_model, logits, run, start_token, tokenizer_for_texts
+from mergekit_lfm.runtime.batches import Batch, as_batches
+from mergekit_lfm.runtime.data import read_data, read_pairs
+from mergekit_lfm.runtime.load import Loaded, embeddings, load_model, logits, run, start_token, tokenizer_for_texts
 
 # The logits of a window are [window, vocabulary] in float32: 1 GB for 2,048 tokens and 128k entries. The 131,072
 # positions that recent models declare would take 67 GB.

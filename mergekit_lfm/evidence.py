@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from mergekit_lfm.artifacts.statistics import Statistics, open_statistics
 from mergekit_lfm.errors import FormatError, PlanError, several
 from mergekit_lfm.jobs import Cast, Job, Source, averaging, unit_of
 from mergekit_lfm.recipe import Recipe
-from mergekit_lfm.stats import Statistics, open_statistics
 from mergekit_lfm.store.checkpoint import Checkpoint
 
 Names = Mapping[str, Mapping[int, str]]  # for each output tensor the name of its source in every model

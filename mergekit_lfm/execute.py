@@ -31,13 +31,13 @@ from mergekit_lfm.linears import StoredLinear
 from mergekit_lfm.machine.accelerators import CHUNK, Accelerator, name_of
 from mergekit_lfm.machine.resources import allow_many_files, default_memory, keep_freed_memory
 from mergekit_lfm.methods import METHODS
+from mergekit_lfm.output.writer import Output, Policy, Receipt, already_there, finish
 from mergekit_lfm.plan import Plan
 from mergekit_lfm.pool import Executor, Stopped, thread_pool
 from mergekit_lfm.preflight import check_copies, check_disk, workers
 from mergekit_lfm.provenance import documents, names_of
 from mergekit_lfm.store.formats import bytes_of
 from mergekit_lfm.store.tensors import FLOATS, ITEMSIZE
-from mergekit_lfm.writer import Output, Policy, Receipt, already_there, finish
 
 HOST = torch.device("cpu")
 

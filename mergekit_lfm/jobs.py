@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from mergekit_lfm.artifacts.statistics import Statistics
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.kernels.block import BLOCK, SEGMENT
 from mergekit_lfm.kernels.random import key
 from mergekit_lfm.methods import METHODS, Method
 from mergekit_lfm.methods.method import Unit
 from mergekit_lfm.recipe import Recipe, Settings
-from mergekit_lfm.stats import Statistics
 from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.store.tensors import FLOATS, ITEMSIZE, TensorSpec
 

@@ -16,14 +16,14 @@ import torch
 import xxhash
 from torch import Tensor
 
+from mergekit_lfm.artifacts.patch import Patch
+from mergekit_lfm.artifacts.transform import PANEL
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.kernels.sums import round_once
-from mergekit_lfm.patches import Patch
 from mergekit_lfm.rewriting import RewrittenFile
 from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.store.formats import WeightFile, bytes_of
 from mergekit_lfm.store.tensors import TensorSpec
-from mergekit_lfm.transforms import PANEL
 
 
 class Patcher:

@@ -18,20 +18,20 @@ from typing import Any
 import xxhash
 
 from mergekit_lfm.aligned import PendingFile, identity_of, open_models, refuse_resized
-from mergekit_lfm.card import stated_license
+from mergekit_lfm.artifacts.patch import Patch, open_patch
+from mergekit_lfm.artifacts.statistics import Statistics
 from mergekit_lfm.errors import PlanError, several
 from mergekit_lfm.evidence import LinearGroup, find_statistics, group_linears, open_all
 from mergekit_lfm.jobs import Cast, Job, cast_of, make_job, unit_of
-from mergekit_lfm.layout import Shard, lay_out
 from mergekit_lfm.machine.sizes import format_size
 from mergekit_lfm.matching import layers_of, match, refuse_quantised
 from mergekit_lfm.methods import METHODS
 from mergekit_lfm.methods.method import Unit
-from mergekit_lfm.patches import Patch, open_patch
+from mergekit_lfm.output.card import stated_license
+from mergekit_lfm.output.layout import Shard, lay_out
 from mergekit_lfm.recipe import Recipe
 from mergekit_lfm.roles import Edit, Model
 from mergekit_lfm.settings import GivenFile
-from mergekit_lfm.stats import Statistics
 from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.store.sidecars import tagalong
 from mergekit_lfm.store.tensors import ITEMSIZE

@@ -9,23 +9,21 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from importlib.metadata import version
-from itertools import count
-from pathlib import Path, PurePath
 from typing import Any
 
 import xxhash
 import yaml
 
-from mergekit_lfm.card import CARD, model_card
-from mergekit_lfm.errors import FormatError
+from mergekit_lfm.output.card import CARD, model_card
+from mergekit_lfm.output.lock import LOCK
+from mergekit_lfm.output.names import _last_name, public_names
+from mergekit_lfm.output.writer import Receipt
 from mergekit_lfm.plan import Plan
-from mergekit_lfm.store.checkpoint import Checkpoint
-from mergekit_lfm.store.tensors import FLOATS, ITEMSIZE, TensorSpec
+from mergekit_lfm.store.tensors import FLOATS
 from mergekit_lfm.version import __version__
-from mergekit_lfm.writer import LOCK, Receipt, lock_of
 
 INDEX = "model.safetensors.index.json"
 DTYPE_KEYS = ("dtype", "torch_dtype")
@@ -104,33 +102,10 @@ def _index(plan: Plan) -> bytes:
     )
 
 
-def public_names(labels: Iterable[str]) -> dict[str, str]:
-    """What an output calls each model, by its label in the plan: without the folders of this machine.
-
-    That is the label, or the name alone where it is an absolute path or leads through a parent folder; equal names are
-    numbered ("final", "final-2").
-    """
-    last = {label: _last_name(label) for label in labels}
-    taken = set(last.values())
-    names: dict[str, str] = {}
-    for label, name in sorted(last.items(), key=lambda item: item[0] != item[1]):  # labels that stay as they are first
-        if name in names.values():
-            name = next(numbered for n in count(2) if (numbered := f"{name}-{n}") not in taken)
-            taken.add(name)
-        names[label] = name
-    return {label: names[label] for label in last}
-
-
 def names_of(plan: Plan) -> dict[str, str]:
     """The `public_names` of a plan's models and statistics files; of a model on the Hub its name and commit."""
     held = zip(plan.labels, plan.models, strict=True)
     return public_names(plan.source_labels) | {label: str(m.snapshot) for label, m in held if m.snapshot is not None}
-
-
-def _last_name(reference: str) -> str:
-    path = PurePath(reference)
-    away = path.is_absolute() or reference.startswith("~") or ".." in path.parts
-    return path.name if away else reference
 
 
 def _public_recipe(plan: Plan) -> dict[str, Any]:
@@ -232,80 +207,3 @@ def _card(plan: Plan) -> str:
         recipe=yaml.safe_dump(recipe, sort_keys=False),
         lock=LOCK,
     )
-
-
-def verify(out: Path, progress: Callable[[int], None] | None = None) -> list[str]:
-    """What differs between the output folder and its lock, one line each; nothing where all is as it was written.
-
-    Re-reads every byte. progress is called with each number of bytes read. FormatError where there is no whole lock.
-    """
-    files, tensors = _locked(out)
-    problems = [
-        f"{name} {'is missing' if not (out / name).exists() else 'was changed'}"
-        for name, digest in files.items()
-        if not (out / name).exists() or xxhash.xxh3_128_hexdigest((out / name).read_bytes()) != digest
-    ]
-    try:
-        checkpoint = Checkpoint(out)
-    except (FormatError, OSError) as error:
-        return [*problems, str(error)]
-    problems += [f"{name} is not in the lock" for name in checkpoint if name not in tensors]
-    for name, (spec, segment, digests) in tensors.items():
-        if name not in checkpoint:
-            problems.append(f"{name} is missing")
-        elif checkpoint[name] != spec:
-            problems.append(f"{checkpoint[name]} is there, the lock says {spec}")
-        elif not _as_locked(checkpoint, name, digests, segment, progress or (lambda _: None)):
-            problems.append(f"{name} was changed")
-    return problems
-
-
-def covered(out: Path) -> set[str]:
-    """The names of all files that the lock in a folder vouches for, itself among them. FormatError without one."""
-    _locked(out)
-    lock = lock_of(out)
-    return {LOCK, *lock["files"], *(str(entry["file"]) for entry in lock["tensors"].values())}
-
-
-Locked = tuple[TensorSpec, int | None, list[str]]  # a tensor, the elements of a segment if it has several, digests
-
-
-def _locked(out: Path) -> tuple[dict[str, str], dict[str, Locked]]:
-    """What the lock says about the other files, each with its digest, and about the tensors."""
-    lock = lock_of(out)
-    if lock.get("format") != 1:
-        raise FormatError(f"{out} has no {LOCK} of format 1: it is no output of `merge`, or of another version")
-    try:
-        segments = {name: int(numel) for name, numel in lock["segments"].items()}
-        tensors = {
-            name: (TensorSpec(name, tuple(entry["shape"]), entry["dtype"]), segments.get(name), list(entry["xxh3"]))
-            for name, entry in lock["tensors"].items()
-        }
-        return dict(lock["files"]), tensors
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise FormatError(
-            f"{out / LOCK} is damaged ({error!r}): expected `files`, `segments`, and `tensors` with shape, dtype and "
-            "xxh3; merge again"
-        ) from None
-
-
-def _as_locked(
-    checkpoint: Checkpoint, name: str, digests: list[str], segment: int | None, progress: Callable[[int], None]
-) -> bool:
-    """Whether the tensor's bytes have the digests, one for each segment of so many elements."""
-    spec, file = checkpoint[name], checkpoint.file_of(name)
-    step = max(1, spec.nbytes if segment is None else segment * ITEMSIZE[spec.dtype])
-    starts = range(0, max(1, spec.nbytes), step)
-    if len(starts) != len(digests):
-        return False
-    buffer = memoryview(bytearray(min(1 << 20, spec.nbytes)))
-    for start, digest in zip(starts, digests, strict=True):
-        found, end = xxhash.xxh3_128(), min(spec.nbytes, start + step)
-        for at in range(start, end, len(buffer) or 1):
-            part = buffer[: min(len(buffer), end - at)]
-            file.read_into(name, at, part)
-            found.update(part)
-            progress(len(part))
-        if found.hexdigest() != digest:
-            return False
-    return True

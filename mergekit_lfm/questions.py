@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mergekit_lfm.data import Batch, as_batches, read_data, read_documents
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.evaluate import LONGEST_DEFAULT_WINDOW, pieces
 from mergekit_lfm.evaluate import extent as extent
-from mergekit_lfm.outputs import forward
-from mergekit_lfm.runtime import Loaded, logits, start_token, tokenizer_for_texts
+from mergekit_lfm.runtime.batches import Batch, as_batches
+from mergekit_lfm.runtime.data import read_data, read_documents
+from mergekit_lfm.runtime.load import Loaded, logits, start_token, tokenizer_for_texts
+from mergekit_lfm.runtime.probe import forward
 
 TASKS = ("lm", "classification")
 IGNORED = -100  # a target where nothing is asked

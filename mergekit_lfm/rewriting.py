@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from mergekit_lfm.arch.table import HEAD_VIEWS, Heads, Part, part_size
+from mergekit_lfm.artifacts.transform import PANEL, HeadsElement, Transform, UnitsElement
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.kernels.sums import round_once
 from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.store.formats import WeightFile, bytes_of
 from mergekit_lfm.store.tensors import TensorSpec
-from mergekit_lfm.transforms import PANEL, HeadsElement, Transform, UnitsElement
 
 CPU = torch.device("cpu")
 NARROW = 1024  # rows that one block may mix before the whole tensor is rewritten at once

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_lfm.alignments import AlignRequest, align_options
+from mergekit_lfm.artifacts.facts import read_facts_file
 from mergekit_lfm.edits import EditRequest, edit_options
 from mergekit_lfm.errors import did_you_mean
-from mergekit_lfm.facts import read_facts_file
 from mergekit_lfm.methods import REQUIRED, Method
 from mergekit_lfm.settings import GivenFile, Setting, read_setting
 from mergekit_lfm.store.hub import HubName, hub_name

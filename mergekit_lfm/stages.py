@@ -6,35 +6,24 @@ interrupted, or is made again with other weights, finds them there.
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import version
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import xxhash
 
 from mergekit_lfm.align import align_models
 from mergekit_lfm.alignments import AlignRequest
-from mergekit_lfm.errors import FormatError
-from mergekit_lfm.machine.devices import find_device
+from mergekit_lfm.artifacts.cache import kept_or_made, key_of, kind_of
+from mergekit_lfm.artifacts.statistics import open_statistics
+from mergekit_lfm.artifacts.transform import Transform, open_transform
 from mergekit_lfm.machine.resources import cache_folder
 from mergekit_lfm.plan import Plan
 from mergekit_lfm.rewriting import rewritten
 from mergekit_lfm.settings import GivenFile
-from mergekit_lfm.stats import open_statistics
 from mergekit_lfm.store.checkpoint import Checkpoint
-from mergekit_lfm.transforms import Transform, open_transform
 from mergekit_lfm.version import __version__
-
-
-def kind_of(device: str) -> str | None:
-    """What a result that is kept says of the device: its kind, None of the CPU. PlanError where it is not there."""
-    kind = find_device(device).type
-    return None if kind == "cpu" else kind
 
 
 def noted(plan: Plan, device: str) -> Plan:
@@ -80,40 +69,6 @@ def _found(source: Checkpoint, to: Checkpoint, request: AlignRequest, device: st
 
     key = _key(source, to, request, device)
     return kept_or_made(cache_folder("transforms") / f"{key}.safetensors", find, open_transform)
-
-
-class Saved(Protocol):
-    """What can be written to a file."""
-
-    def save(self, path: Path, /) -> None: ...
-
-
-T = TypeVar("T", bound=Saved)
-
-
-def kept_or_made(kept: Path, make: Callable[[], T], opened: Callable[[Path], T]) -> T:
-    """What a file of the cache holds; where it is not there, or damaged, what is made, as a file then holds it."""
-    try:
-        return opened(kept)
-    except (FileNotFoundError, FormatError):
-        pass
-    made = make()
-    try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        ours = kept.with_name(f"{kept.stem}.{os.getpid()}.safetensors")  # other merges may make the same one now
-        made.save(ours)
-        ours.rename(kept)
-    except OSError:  # without it the next run makes it again
-        with TemporaryDirectory() as folder:  # what is used is what a file holds, here as there
-            made.save(Path(folder) / kept.name)
-            return opened(Path(folder) / kept.name)
-    return opened(kept)
-
-
-def key_of(asked: list[Any], device: str) -> str:
-    """The name under which a result is kept: a digest of what it depends on, which is JSON-able, and of the device."""
-    kind = kind_of(device)
-    return xxhash.xxh3_128_hexdigest(json.dumps(asked if kind is None else [*asked, kind]).encode())
 
 
 def _key(source: Checkpoint, to: Checkpoint, request: AlignRequest, device: str) -> str:

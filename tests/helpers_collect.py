@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mergekit_lfm.data import Batch
+from mergekit_lfm.runtime.batches import Batch
 
 VOCABULARY, WIDTH = 29, 8
 

@@ -328,7 +328,8 @@ def child(request: dict[str, Any], folder: Path) -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(request["cwd"])
     sys.argv = ["merge", *request["arguments"]]
-    from mergekit_lfm import commands, writer
+    from mergekit_lfm import commands
+    from mergekit_lfm.output import writer
 
     writer.SYNC_BYTES = fault.sync_bytes or writer.SYNC_BYTES
     with (folder / "calls").open("w") as trace:
@@ -380,7 +381,7 @@ def serve(requests: Iterable[str], replies: IO[str]) -> None:
 if __name__ == "__main__":
     import torch
 
-    from mergekit_lfm import commands, execute, plan, writer  # noqa: F401  (loaded once, for all children)
+    from mergekit_lfm.output import writer  # noqa: F401  (loaded once, for all children)
 
     torch.set_num_threads(1)
     gc.collect()

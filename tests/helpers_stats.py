@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from mergekit_lfm import open_checkpoint
-from mergekit_lfm.stats import Facts, Layer
+from mergekit_lfm.artifacts.statistics import Facts, Layer
 
 Tensors = dict[str, torch.Tensor]
 

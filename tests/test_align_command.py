@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mergekit_lfm.transforms import open_transform
+from mergekit_lfm.artifacts.transform import open_transform
 from tests.fixtures_llama import base_tensors, save
 from tests.helpers_commands import refusal, run
 

@@ -25,9 +25,9 @@ from mergekit_lfm.align.families import (
 from mergekit_lfm.align.heads import best_heads, heads_value
 from mergekit_lfm.align.pair import Pair, Side
 from mergekit_lfm.arch import Heads, Units
+from mergekit_lfm.artifacts.transform import HeadsElement, UnitsElement
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.store.tensors import TensorSpec
-from mergekit_lfm.transforms import HeadsElement, UnitsElement
 
 N = 6
 

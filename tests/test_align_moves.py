@@ -12,10 +12,10 @@ from helpers_align import Tensors, loaded, planted, rewritten_model, table, tens
 
 from mergekit_lfm.align import align_models
 from mergekit_lfm.arch import Heads, read_table
+from mergekit_lfm.artifacts.transform import HeadsElement, Transform, TransformFacts
 from mergekit_lfm.display.transforms import alignment_text, transform_data
-from mergekit_lfm.outputs import ROUNDING, compare_outputs
+from mergekit_lfm.judge.same import ROUNDING, compare_outputs
 from mergekit_lfm.rewriting import only_moves, rewrite
-from mergekit_lfm.transforms import HeadsElement, Transform, TransformFacts
 
 pytest.importorskip("transformers")
 

@@ -26,9 +26,9 @@ from mergekit_lfm import collect_stats
 from mergekit_lfm.align import align_models
 from mergekit_lfm.align.moments import Triple
 from mergekit_lfm.arch import Units, read_table
+from mergekit_lfm.artifacts.transform import Transform, TransformFacts, UnitsElement
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.rewriting import rewrite
-from mergekit_lfm.transforms import Transform, TransformFacts, UnitsElement
 
 WIDTHS = (7, 12, 9, 4)
 

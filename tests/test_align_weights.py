@@ -16,9 +16,9 @@ from scipy.optimize import linear_sum_assignment
 
 from mergekit_lfm.align import align_models, pair
 from mergekit_lfm.arch import Symmetries, Units, read_table
+from mergekit_lfm.artifacts.transform import Transform, TransformFacts, UnitsElement, open_transform
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.rewriting import rewrite
-from mergekit_lfm.transforms import Transform, TransformFacts, UnitsElement, open_transform
 
 WIDTHS = (7, 12, 9, 10, 4)
 Tensors = dict[str, torch.Tensor]

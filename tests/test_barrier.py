@@ -17,17 +17,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mergekit_lfm.arch import Units, find_symmetries, read_table
+from mergekit_lfm.artifacts.transform import HeadsElement, Transform, TransformFacts, UnitsElement
 from mergekit_lfm.barrier import Line, Point, barrier
-from mergekit_lfm.batchnorm import reset_batchnorm
 from mergekit_lfm.commands.lines import barrier as command
-from mergekit_lfm.data import as_batches, read_data
 from mergekit_lfm.display.plots import plot_lines
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.evaluate import accuracy, perplexity
 from mergekit_lfm.rewriting import rewrite
-from mergekit_lfm.runtime import load_model
+from mergekit_lfm.runtime.batches import as_batches
+from mergekit_lfm.runtime.batchnorm import reset_batchnorm
+from mergekit_lfm.runtime.data import read_data
+from mergekit_lfm.runtime.load import load_model
 from mergekit_lfm.store.checkpoint import open_checkpoint
-from mergekit_lfm.transforms import HeadsElement, Transform, TransformFacts, UnitsElement
 
 
 class Constant(nn.Module):

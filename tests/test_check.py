@@ -15,10 +15,10 @@ from mergekit_lfm.align.check import CHANGED, UNCHANGED, Report, check_symmetrie
 from mergekit_lfm.align.elements import random_gains, random_rotation, random_transform
 from mergekit_lfm.arch import find_symmetries, read_table
 from mergekit_lfm.arch.table import Group, Heads, Part, Symmetries, Units
+from mergekit_lfm.artifacts.transform import HeadsElement, Transform, UnitsElement, check_elements, open_transform
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.rewriting import rewrite
 from mergekit_lfm.store.checkpoint import open_checkpoint
-from mergekit_lfm.transforms import HeadsElement, Transform, UnitsElement, check_elements, open_transform
 
 
 @pytest.fixture(scope="module")

@@ -25,11 +25,11 @@ from helpers_collect import (
 )
 from torch import Tensor, nn
 
+from mergekit_lfm.artifacts.statistics import Statistics
 from mergekit_lfm.collect import collect_stats, examplewise, fisher
 from mergekit_lfm.collect.declare import Request
-from mergekit_lfm.collect.subject import Subject
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.stats import Statistics
+from mergekit_lfm.runtime.subject import Subject
 
 SIZES = [3, 4, 1]
 

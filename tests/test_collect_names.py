@@ -13,8 +13,8 @@ from safetensors.torch import save_file, save_model
 from torch import nn
 
 from mergekit_lfm.collect import collect_stats
-from mergekit_lfm.collect.locate import located
 from mergekit_lfm.errors import FormatError, PlanError
+from mergekit_lfm.runtime.locate import located
 from mergekit_lfm.store.checkpoint import open_checkpoint
 
 

@@ -18,11 +18,11 @@ from helpers_collect import Tied, arrays, mlp, texts, transformer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from mergekit_lfm.artifacts.statistics import open_statistics
 from mergekit_lfm.collect import collect_stats, passes, pauses, registry
 from mergekit_lfm.collect.declare import Request, Statistic
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.machine.resources import default_memory
-from mergekit_lfm.stats import open_statistics
 
 SIZES = [3, 4, 1]
 HELPER = Path(__file__).with_name("helpers_collect.py")

@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 
 import mergekit_lfm.jobs
 from mergekit_lfm import merge_tensors
+from mergekit_lfm.artifacts.statistics import Layer
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.execute import execute
 from mergekit_lfm.methods import METHODS, REQUIRED
 from mergekit_lfm.plan import make_plan
 from mergekit_lfm.recipe import Recipe
-from mergekit_lfm.stats import Layer
 
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "nuslerp": [{"nuslerp_flatten": False}, {"nuslerp_flatten": False, "nuslerp_row_wise": True}],

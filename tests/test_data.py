@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from tokenizers import normalizers
 from torch.utils.data import DataLoader, TensorDataset
 
-from mergekit_lfm.data import Batch, as_batches, digest_of, read_data, read_documents, read_pairs
-from mergekit_lfm.data.files import _windows
-from mergekit_lfm.data.lines import Line
 from mergekit_lfm.errors import FormatError, PlanError
+from mergekit_lfm.runtime.batches import Batch, as_batches, digest_of
+from mergekit_lfm.runtime.data import _windows, read_data, read_documents, read_pairs
+from mergekit_lfm.runtime.lines import Line
 
 PLAIN, SPECIAL = byte_tokenizer(limit=10**30), byte_tokenizer(special=True)
 TEXTS = ["seven b", "three", "one", "équal", "two"]  # of 7, 5, 3, 6 and 3 bytes

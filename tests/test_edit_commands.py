@@ -16,12 +16,12 @@ from helpers_commands import ROOT, answer, refusal, run
 from helpers_text import byte_tokenizer, llama_config, save_model
 from safetensors.torch import load_file, save_file
 
-from mergekit_lfm import runtime
+from mergekit_lfm.artifacts.patch import Changed, Patch, open_patch
 from mergekit_lfm.commands import editing, main
 from mergekit_lfm.display.edits import METRICS, changes_data, rounding_warnings, trace_text
 from mergekit_lfm.display.plots import plot_effects
 from mergekit_lfm.edits import EDIT_METHODS, PRESETS
-from mergekit_lfm.patches import Changed, Patch, open_patch
+from mergekit_lfm.runtime import load as runtime
 from mergekit_lfm.store.checkpoint import open_checkpoint
 
 FACTS = """

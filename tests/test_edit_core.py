@@ -11,8 +11,8 @@ import torch
 from helpers_editing import MODELS, Plain, random_covariance, tiny_model, trained_tokenizer
 from torch import Tensor, nn
 
+from mergekit_lfm.artifacts.patch import Patch
 from mergekit_lfm.edit.driver import edit
-from mergekit_lfm.patches import Patch
 
 FACTS = [
     {"prompt": "{} was born in the city of", "subject": "Ada Blake", "target_new": "Rome"},

@@ -12,17 +12,18 @@ import yaml
 from helpers_device import GPU, HEAVY, on_cpu, pretended_gpu
 from helpers_editing import random_covariance, tiny_model, trained_tokenizer
 
-from mergekit_lfm import runtime, stages
+from mergekit_lfm import stages
+from mergekit_lfm.artifacts.patch import Patch
 from mergekit_lfm.edit import stages as edit_stages
 from mergekit_lfm.edit.driver import _Work, edit
 from mergekit_lfm.edit.scores import score_facts
 from mergekit_lfm.edit.stages import solve_edits
 from mergekit_lfm.edit.trace import trace
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.patches import Patch
 from mergekit_lfm.plan import Plan, make_plan
 from mergekit_lfm.recipe import Recipe
 from mergekit_lfm.rewriting import CPU
+from mergekit_lfm.runtime import load as runtime
 from tests.helpers_commands import run
 
 FACTS = [

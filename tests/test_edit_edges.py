@@ -12,15 +12,15 @@ import transformers
 from helpers_editing import tiny_model, trained_tokenizer
 from torch import nn
 
+from mergekit_lfm.artifacts.patch import Patch, open_patch
+from mergekit_lfm.artifacts.statistics import open_statistics
 from mergekit_lfm.collect import collect_stats
 from mergekit_lfm.edit.driver import edit
 from mergekit_lfm.edit.prompts import encode, filled
 from mergekit_lfm.edit.sites import find_sites
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.patches import Patch, open_patch
 from mergekit_lfm.patching import patched
-from mergekit_lfm.runtime import load_model
-from mergekit_lfm.stats import open_statistics
+from mergekit_lfm.runtime.load import load_model
 from mergekit_lfm.store.checkpoint import open_checkpoint
 
 ADA = {"prompt": "The city of {}", "subject": "Ada Blake", "target_new": "Rome"}

@@ -14,13 +14,13 @@ import torch
 import yaml
 
 from mergekit_lfm import merge
+from mergekit_lfm.artifacts.facts import FactsFile, read_facts_file
 from mergekit_lfm.edit.driver import edit
 from mergekit_lfm.edit.scores import score_facts
 from mergekit_lfm.edit.trace import Trace, trace
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.facts import FactsFile, read_facts_file
 from mergekit_lfm.recipe import Recipe
-from mergekit_lfm.runtime import load_model
+from mergekit_lfm.runtime.load import load_model
 
 script = pytest.importorskip("scripts.make_facts")
 world = pytest.importorskip("scripts.facts_world")

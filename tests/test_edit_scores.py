@@ -10,9 +10,9 @@ import torch
 from helpers_editing import MODELS, tiny_model, trained_tokenizer
 from torch import Tensor, nn
 
+from mergekit_lfm.artifacts.facts import as_facts
 from mergekit_lfm.edit.scores import METRICS, Scores, say, score_facts
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.facts import as_facts
 
 FACTS = {
     "facts": [

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.evaluate import Accuracy, Perplexity, Retrieval, accuracy, perplexity, pieces, retrieval
-from mergekit_lfm.runtime import Loaded, load_model
+from mergekit_lfm.runtime.load import Loaded, load_model
 
 TEXT = "Every token is predicted once, Überlänge included: ein Wort, 言葉.\n" * 2
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
+from mergekit_lfm.artifacts.facts import Fact, FactsFile, Statement, as_facts, read_facts_file
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.facts import Fact, FactsFile, Statement, as_facts, read_facts_file
 
 FULL: dict[str, Any] = {
     "prompt": "{} was born in the city of",

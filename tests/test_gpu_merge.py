@@ -31,6 +31,7 @@ from test_contract import (
 
 import mergekit_lfm.jobs
 from mergekit_lfm import api, merge, merge_tensors, preflight
+from mergekit_lfm.artifacts.patch import Changed, Patch
 from mergekit_lfm.blocks import Blocks
 from mergekit_lfm.commands import main
 from mergekit_lfm.errors import FormatError, PlanError
@@ -40,7 +41,6 @@ from mergekit_lfm.kernels.reductions import L1, ColumnGram, Gram, Reduction, Row
 from mergekit_lfm.machine import devices
 from mergekit_lfm.machine.accelerators import Accelerator
 from mergekit_lfm.methods import METHODS
-from mergekit_lfm.patches import Changed, Patch
 from mergekit_lfm.plan import Plan, make_plan
 from mergekit_lfm.recipe import Recipe
 

@@ -13,7 +13,7 @@ from hub_server import HubServer
 from safetensors.torch import load_file
 
 from mergekit_lfm import merge
-from mergekit_lfm.stats import open_statistics
+from mergekit_lfm.artifacts.statistics import open_statistics
 from mergekit_lfm.store.checkpoint import open_checkpoint
 
 QUICKSTART = ROOT / "recipes/quickstart"

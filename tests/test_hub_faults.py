@@ -157,7 +157,7 @@ def test_what_the_hub_holds_is_compared_with_what_was_pushed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     merge("recipe.yaml", "out")
-    monkeypatch.setattr("mergekit_lfm.pushing._is", lambda *_: False)
+    monkeypatch.setattr("mergekit_lfm.output.push._is", lambda *_: False)
     message = refused("push", "out", REPO)
     assert "what the Hub holds of" in message and "is not what was pushed" in message
     assert hub.exists(REPO)

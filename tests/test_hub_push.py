@@ -12,8 +12,8 @@ from helpers_hub import RECIPE, REPO, files_of, prepare
 from hub_server import READ_TOKEN, TOKEN, HubServer
 
 from mergekit_lfm import merge, push
-from mergekit_lfm.card import front_matter
 from mergekit_lfm.errors import FormatError, PlanError
+from mergekit_lfm.output.card import front_matter
 
 
 @pytest.fixture(params=["lfs", "xet"])

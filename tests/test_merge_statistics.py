@@ -19,11 +19,11 @@ from helpers_stats import gram_of, write_fisher, write_grams
 from safetensors.torch import load_file, save_file
 
 from mergekit_lfm import merge, merge_tensors
+from mergekit_lfm.artifacts.statistics import Layer
 from mergekit_lfm.display.merges import plan_text
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.plan import make_plan
 from mergekit_lfm.recipe import Recipe
-from mergekit_lfm.stats import Layer
 
 Arrays = list[np.ndarray]
 INPUTS, OUTPUTS, HIDDEN = 6, 5, 7

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from mergekit_lfm import merge, merge_tensors
 from mergekit_lfm.errors import FormatError, PlanError
-from mergekit_lfm.provenance import public_names
+from mergekit_lfm.output.names import public_names
 from mergekit_lfm.store.tensors import read_header
 
 

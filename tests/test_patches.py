@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from mergekit_lfm import merge
 from mergekit_lfm.applying import apply_patches, undo_file, undo_patches
+from mergekit_lfm.artifacts.patch import Changed, Patch, PatchFacts, open_patch
 from mergekit_lfm.errors import FormatError, PlanError
-from mergekit_lfm.patches import Changed, Patch, PatchFacts, open_patch
+from mergekit_lfm.output.lock import verify
 from mergekit_lfm.patching import patched
-from mergekit_lfm.provenance import verify
 from mergekit_lfm.store.checkpoint import open_checkpoint
 
 NAME = "h.0.mlp.c_proj.weight"

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from mergekit_lfm import merge
 from mergekit_lfm.evaluate import Perplexity, perplexity
-from mergekit_lfm.runtime import load_model
+from mergekit_lfm.runtime.load import load_model
 
 transformers = pytest.importorskip("transformers")
 

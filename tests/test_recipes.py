@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from mergekit_lfm import merge
 from mergekit_lfm.evaluate import perplexity
 from mergekit_lfm.methods import METHODS
+from mergekit_lfm.output.lock import verify
 from mergekit_lfm.plan import make_plan
-from mergekit_lfm.provenance import verify
 from mergekit_lfm.recipe import Recipe
-from mergekit_lfm.runtime import load_model
+from mergekit_lfm.runtime.load import load_model
 from mergekit_lfm.store.tensors import TensorSpec, encode_header
 
 RECIPES = Path(__file__).parents[1] / "recipes"

@@ -16,17 +16,17 @@ from helpers_text import bert_config, byte_tokenizer, llama_config, save_model, 
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mergekit_lfm import saving
 from mergekit_lfm.arch import find_symmetries
+from mergekit_lfm.artifacts.transform import Transform, TransformFacts, UnitsElement
 from mergekit_lfm.commands.lines import repair as command
-from mergekit_lfm.data import read_data
 from mergekit_lfm.errors import PlanError
+from mergekit_lfm.output import save as saving
 from mergekit_lfm.repair import repair
 from mergekit_lfm.rewriting import rewrite
-from mergekit_lfm.runtime import load_model
+from mergekit_lfm.runtime.data import read_data
+from mergekit_lfm.runtime.load import load_model
 from mergekit_lfm.store.checkpoint import open_checkpoint
 from mergekit_lfm.store.places import partial_of
-from mergekit_lfm.transforms import Transform, TransformFacts, UnitsElement
 
 
 def varied(folder: Path, kind: str, config: Any, tokenizer: Any = None) -> tuple[Path, Path, Path]:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from mergekit_lfm.commands.options import TASKS as OFFERED
 from mergekit_lfm.errors import FormatError, PlanError
-from mergekit_lfm.runtime import TASKS, embeddings, load_model, logits, run, tokenizer_for_texts
+from mergekit_lfm.runtime.load import TASKS, embeddings, load_model, logits, run, tokenizer_for_texts
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,10 @@ from helpers_commands import answer, on_a_terminal, refusal, run, start, wait_fo
 from helpers_text import bert_config, byte_tokenizer, llama_config, save_model, write_lines
 
 from mergekit_lfm import collect, open_checkpoint
-from mergekit_lfm.data import digest_of, read_data
+from mergekit_lfm.artifacts.statistics import open_statistics
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.stats import open_statistics
+from mergekit_lfm.runtime.batches import digest_of
+from mergekit_lfm.runtime.data import read_data
 
 CLASSIFY = ("--data", "x.jsonl", "--task", "classification", "-o", "out/s.safetensors")
 LM = ("--data", "x.txt", "--task", "lm", "-o", "s.safetensors")

@@ -11,8 +11,8 @@ from helpers_stats import gram_of, write_fisher, write_grams
 from safetensors.torch import load_file, save_file
 
 from mergekit_lfm import open_checkpoint
+from mergekit_lfm.artifacts.statistics import Facts, Layer, open_statistics, read_facts
 from mergekit_lfm.errors import FormatError
-from mergekit_lfm.stats import Facts, Layer, open_statistics, read_facts
 from mergekit_lfm.store.identity import content_digest
 
 GRAM = gram_of(torch.randn(20, 3, generator=torch.Generator().manual_seed(0)))

@@ -13,7 +13,7 @@ from mergekit_lfm.align.heads import best_query_key
 from mergekit_lfm.align.moments import Block
 from mergekit_lfm.align.pair import Pair, overflow
 from mergekit_lfm.arch.table import Group, Heads
-from mergekit_lfm.transforms import Element, HeadsElement
+from mergekit_lfm.artifacts.transform import Element, HeadsElement
 
 
 def match_activations(request: Request) -> Found:

@@ -20,10 +20,10 @@ from torch import Tensor
 from mergekit_lfm.align.elements import KINDS, Kind, elements_of, random_transform
 from mergekit_lfm.align.larger import LARGER, Model, Place, changed, places_of
 from mergekit_lfm.arch.table import Group, Heads, Part, Symmetries, Units, check_fit, part_size
+from mergekit_lfm.artifacts.transform import Transform
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.rewriting import rewrite
 from mergekit_lfm.store.tensors import TensorSpec
-from mergekit_lfm.transforms import Transform
 
 Run = Callable[[Mapping[str, Tensor]], Tensor]
 

@@ -15,7 +15,7 @@ from mergekit_lfm.align.families import Family, Scores, best_units, complete, un
 from mergekit_lfm.align.heads import best_heads, heads_value
 from mergekit_lfm.align.pair import Pair, Use, overflow
 from mergekit_lfm.arch.table import Group, Part, Units
-from mergekit_lfm.transforms import Element, HeadsElement, Transform, TransformFacts, UnitsElement
+from mergekit_lfm.artifacts.transform import Element, HeadsElement, Transform, TransformFacts, UnitsElement
 
 # By how much of itself the sum has to grow for another sweep. Permutations come to an end, as in git-re-basin; matrices
 # approach it, and 20 sweeps are worth as much as 100.

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from mergekit_lfm.align.moments import Moments
 from mergekit_lfm.align.pair import Pair
+from mergekit_lfm.artifacts.transform import Element, Transform
 from mergekit_lfm.methods.method import Value
-from mergekit_lfm.transforms import Element, Transform
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from mergekit_lfm.arch.table import Heads, QueryKey, Symmetries, Units
+from mergekit_lfm.artifacts.transform import Element, Gain, HeadsElement, Transform, TransformFacts, UnitsElement
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.transforms import Element, Gain, HeadsElement, Transform, TransformFacts, UnitsElement
 
 Kind = Literal["order", "scale", "rotation", "inside"]
 KINDS: tuple[Kind, ...] = ("order", "scale", "rotation", "inside")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mergekit_lfm.align.declare import Found
 from mergekit_lfm.align.pair import Use
-from mergekit_lfm.transforms import Gain, Transform, TransformFacts, UnitsElement
+from mergekit_lfm.artifacts.transform import Gain, Transform, TransformFacts, UnitsElement
 
 ROOM = 2.0**60  # the largest entry that a division may make: its squares, and sums of these, are numbers in float32
 

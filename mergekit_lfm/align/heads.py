@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mergekit_lfm.align.families import Family, Scores, assign, best_matrix
 from mergekit_lfm.arch.table import HEAD_VIEWS, Heads
-from mergekit_lfm.transforms import HeadsElement
+from mergekit_lfm.artifacts.transform import HeadsElement
 
 ROUNDS = 20  # of taking turns at most; two or three are enough as a rule
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mergekit_lfm.align.elements import random_gains, random_order, random_query_key, random_rotation, random_scale
 from mergekit_lfm.arch.table import Group, Heads, Part, Scale, Symmetries, Units
-from mergekit_lfm.transforms import Element, Gain, HeadsElement, Transform, TransformFacts, UnitsElement
+from mergekit_lfm.artifacts.transform import Element, Gain, HeadsElement, Transform, TransformFacts, UnitsElement
 
 Place = tuple[str, int, int]  # a tensor, its axis, and which of the axis's parts
 

@@ -12,8 +12,8 @@ from mergekit_lfm.align.declare import Found, Request
 from mergekit_lfm.align.families import Family, permutations, rotations
 from mergekit_lfm.align.pair import Pair
 from mergekit_lfm.arch.table import Group, Heads, Units
+from mergekit_lfm.artifacts.transform import Element
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.transforms import Element
 
 
 def match_weights(request: Request) -> Found:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from mergekit_lfm.align.pair import Pair
 from mergekit_lfm.arch.table import Part, part_size
+from mergekit_lfm.artifacts.statistics import Statistics, open_statistics
 from mergekit_lfm.errors import FormatError, PlanError
-from mergekit_lfm.stats import Statistics, open_statistics
 
 Triple = tuple[Tensor, Tensor, Tensor]  # cross [in + 1, in + 1], and both models' mean squares [in + 1]
 Given = Statistics | str | Path | Mapping[str, Triple]

@@ -10,8 +10,8 @@ from torch import Tensor
 from mergekit_lfm.align.declare import Found, Request
 from mergekit_lfm.align.pair import Pair, Use, overflow
 from mergekit_lfm.arch.table import Units
+from mergekit_lfm.artifacts.transform import Transform, TransformFacts, UnitsElement
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.transforms import Transform, TransformFacts, UnitsElement
 
 WRITERS = ("", "order")  # views of a group along which its units are computed
 ITERATIONS = 1_000_000  # of the network simplex, at least; it takes far fewer than one per pair of units

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
-from mergekit_lfm.collect.subject import Subject
+from mergekit_lfm.artifacts.statistics import Layer
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.stats import Layer
+from mergekit_lfm.runtime.subject import Subject
 
 if TYPE_CHECKING:
-    from mergekit_lfm.data import Batch
+    from mergekit_lfm.runtime.batches import Batch
 
 FILTERED = "left out: no name that was asked for is part of its name"
 

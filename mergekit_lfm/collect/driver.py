@@ -11,18 +11,19 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from mergekit_lfm.artifacts.statistics import Facts, Statistics, open_statistics
 from mergekit_lfm.collect.declare import Request, Statistic
 from mergekit_lfm.collect.partial import WIDEST_COUNT, WIDEST_NORM, Partial, clear, refuse_foreign
 from mergekit_lfm.collect.passes import Progress, divide, file_bytes, run_passes, sum_bytes
 from mergekit_lfm.collect.registry import STATISTICS
 from mergekit_lfm.collect.scores import resolve_labels
-from mergekit_lfm.collect.subject import Subject, evaluating, make_subject
-from mergekit_lfm.data import Batch, as_batches, digest_of, read_data
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.machine.resources import default_memory, free_space, occupied
 from mergekit_lfm.machine.sizes import format_size, parse_size
-from mergekit_lfm.runtime import TASKS, Loaded, load_model
-from mergekit_lfm.stats import Facts, Statistics, open_statistics
+from mergekit_lfm.runtime.batches import Batch, as_batches, digest_of
+from mergekit_lfm.runtime.data import read_data
+from mergekit_lfm.runtime.load import TASKS, Loaded, load_model
+from mergekit_lfm.runtime.subject import Subject, evaluating, make_subject
 from mergekit_lfm.store.checkpoint import open_checkpoint
 from mergekit_lfm.store.places import partial_of
 from mergekit_lfm.version import __version__

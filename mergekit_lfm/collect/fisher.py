@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from mergekit_lfm.artifacts.statistics import Layer
 from mergekit_lfm.collect.declare import FILTERED, Request, chosen
 from mergekit_lfm.collect.examplewise import (
     NotSeparable,
@@ -21,10 +22,9 @@ from mergekit_lfm.collect.examplewise import (
 )
 from mergekit_lfm.collect.scores import Scores, outcome, scores_of
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.stats import Layer
 
 if TYPE_CHECKING:
-    from mergekit_lfm.data import Batch
+    from mergekit_lfm.runtime.batches import Batch
 
 NOT_USED = "no prediction on the data depends on it"
 

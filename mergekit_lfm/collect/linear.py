@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from mergekit_lfm.artifacts.statistics import Layer
 from mergekit_lfm.collect.declare import FILTERED, chosen
-from mergekit_lfm.collect.subject import Subject
 from mergekit_lfm.errors import FormatError
-from mergekit_lfm.stats import Layer
+from mergekit_lfm.runtime.subject import Subject
 
 if TYPE_CHECKING:
-    from mergekit_lfm.data import Batch
+    from mergekit_lfm.runtime.batches import Batch
 
 NOT_CALLED = "not called while the model ran on the data"
 NOT_LINEAR = "not the weight of a Linear layer"

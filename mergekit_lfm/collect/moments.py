@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from mergekit_lfm.artifacts.statistics import Layer
 from mergekit_lfm.collect.declare import Request
 from mergekit_lfm.collect.linear import NOT_CALLED, check_sharing, inputs_read, linear_layers, listening
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.stats import Layer
 
 if TYPE_CHECKING:
-    from mergekit_lfm.data import Batch
+    from mergekit_lfm.runtime.batches import Batch
 
 TOKENS = 1024  # that are multiplied at a time
 PANEL = 256  # columns of a product at a time: a symmetric one is computed above the diagonal only, to this width

@@ -18,8 +18,8 @@ from typing import Any
 import xxhash
 from torch import Tensor
 
+from mergekit_lfm.artifacts.statistics import Facts
 from mergekit_lfm.errors import FormatError, PlanError
-from mergekit_lfm.stats import Facts
 from mergekit_lfm.store.checkpoint import open_checkpoint
 from mergekit_lfm.store.durable import lock_folder, replace_file, reserve, sync_folder
 from mergekit_lfm.store.formats import bytes_of

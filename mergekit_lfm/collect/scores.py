@@ -16,10 +16,10 @@ from torch import Tensor
 from mergekit_lfm.collect.declare import Request
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.kernels.random import key
-from mergekit_lfm.runtime import embeddings, logits
+from mergekit_lfm.runtime.load import embeddings, logits
 
 if TYPE_CHECKING:
-    from mergekit_lfm.data import Batch
+    from mergekit_lfm.runtime.batches import Batch
 
 LABELS = {
     "classification": ("expected", "sampled", "true"),

@@ -18,7 +18,7 @@ from mergekit_lfm.store.hub import called
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mergekit_lfm.transforms import Transform
+    from mergekit_lfm.artifacts.transform import Transform
 
 # As `alignments.ALIGN_METHODS` has them, which is not imported for --help; a test compares them.
 METHODS = ("weight_matching", "activation_matching", "ot", "rotation")
@@ -140,9 +140,9 @@ def _align(
     hidden: bool,
 ) -> Transform:
     from mergekit_lfm.align import align_models
+    from mergekit_lfm.artifacts.statistics import open_statistics
+    from mergekit_lfm.artifacts.transform import open_transform
     from mergekit_lfm.display.terminal import ticker
-    from mergekit_lfm.stats import open_statistics
-    from mergekit_lfm.transforms import open_transform
 
     with ticker(" groups", "aligning", hidden=hidden) as progress:
         transform = align_models(
@@ -210,7 +210,7 @@ def _check_save(model: Path, to: Path, save: Path, overwrite: bool) -> None:
         )
     if (model / "config.json").is_file():
         with needing_models():
-            from mergekit_lfm.runtime import import_transformers
+            from mergekit_lfm.runtime.load import import_transformers
 
             import_transformers()
 
@@ -221,7 +221,7 @@ def _save(
     """Write the rewritten model through a merge of it alone; whether the outputs are the same, and the facts."""
     from mergekit_lfm.display.terminal import progress_bar
     from mergekit_lfm.execute import execute
-    from mergekit_lfm.outputs import compare_outputs
+    from mergekit_lfm.judge.same import compare_outputs
     from mergekit_lfm.plan import make_plan
     from mergekit_lfm.recipe import Recipe
 
@@ -242,8 +242,8 @@ def _check(ctx: click.Context, model: Path, as_json: bool, quiet: bool) -> None:
     from mergekit_lfm.arch import find_symmetries
     from mergekit_lfm.display.terminal import counter
     from mergekit_lfm.display.transforms import report_data, report_text
-    from mergekit_lfm.outputs import all_outputs, probe
-    from mergekit_lfm.runtime import load_as_saved
+    from mergekit_lfm.runtime.load import load_as_saved
+    from mergekit_lfm.runtime.probe import all_outputs, probe
     from mergekit_lfm.store.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(model)

@@ -13,9 +13,9 @@ from mergekit_lfm.console import Command, ModelFolder
 from mergekit_lfm.errors import PlanError
 
 if TYPE_CHECKING:
-    from mergekit_lfm.facts import FactsFile
-    from mergekit_lfm.patches import Patch
-    from mergekit_lfm.stats import Statistics
+    from mergekit_lfm.artifacts.facts import FactsFile
+    from mergekit_lfm.artifacts.patch import Patch
+    from mergekit_lfm.artifacts.statistics import Statistics
 
 # As `edits.EDIT_METHODS` has them, which is not imported for --help; a test compares them.
 METHODS = ("memit", "rome")
@@ -150,7 +150,7 @@ def _read_options(method: str, config: Path | None, preset: str | None, given: M
 
 
 def _read_facts(path: Path) -> FactsFile:
-    from mergekit_lfm.facts import read_facts_file
+    from mergekit_lfm.artifacts.facts import read_facts_file
 
     return read_facts_file(path)
 
@@ -167,7 +167,7 @@ def _check_places(inputs: list[Path], out: Path, save: Path | None, overwrite: b
 
 
 def _open_gram(path: Path) -> Statistics:
-    from mergekit_lfm.stats import open_statistics
+    from mergekit_lfm.artifacts.statistics import open_statistics
 
     statistics = open_statistics(path)
     if statistics.facts.kind != "gram":
@@ -223,7 +223,7 @@ def _judged(
     model: Path, patch: Path, save: Path | None, facts: FactsFile, dtype: str, device: str, hidden: bool
 ) -> dict[str, Any]:
     """The scores of the edited model as its files have it: of the folder, or of the model through the patch."""
-    from mergekit_lfm.patches import open_patch
+    from mergekit_lfm.artifacts.patch import open_patch
     from mergekit_lfm.patching import patched
     from mergekit_lfm.store.checkpoint import open_checkpoint
 
@@ -240,8 +240,8 @@ def _show(
     quiet: bool,
 ) -> None:
     """Print what was done, as it was asked for, and end with the code for it."""
+    from mergekit_lfm.artifacts.patch import open_patch
     from mergekit_lfm.display.edits import changes_data, edit_text, rounding_warnings
-    from mergekit_lfm.patches import open_patch
     from mergekit_lfm.store.checkpoint import open_checkpoint
 
     found["tensors"] = changes_data(open_patch(Path(found["out"])), open_checkpoint(model))

@@ -17,7 +17,7 @@ from mergekit_lfm.store.hub import called
 
 if TYPE_CHECKING:
     from mergekit_lfm.evaluate import Score
-    from mergekit_lfm.runtime import Loaded
+    from mergekit_lfm.runtime.load import Loaded
 
 Judge = Callable[["Loaded"], "Score"]
 
@@ -107,9 +107,9 @@ def evaluate(
 
 def _judge_facts(models: Sequence[Path], path: Path, device: str, as_json: bool) -> None:
     """Print every model's scores on the facts, one model in memory at a time."""
+    from mergekit_lfm.artifacts.facts import read_facts_file
     from mergekit_lfm.commands import verifying
     from mergekit_lfm.display.edits import counts_text, scores_text
-    from mergekit_lfm.facts import read_facts_file
 
     facts = read_facts_file(path)
     scores = {}
@@ -133,8 +133,8 @@ def _judge_of_text(path: Path, window: int | None, stride: int | None) -> Judge:
 
 
 def _judge_of_data(path: Path, task: str, window: int | None, stride: int | None) -> Judge:
-    from mergekit_lfm.data import read_documents
     from mergekit_lfm.evaluate import accuracy, perplexity, retrieval
+    from mergekit_lfm.runtime.data import read_documents
 
     if task == "lm":
         return partial(perplexity, text=read_documents(path), window=window, stride=stride)
@@ -145,7 +145,7 @@ def _judge_of_data(path: Path, task: str, window: int | None, stride: int | None
 
 def _scores(models: Sequence[Path], task: str, judges: dict[str, Judge], device: str) -> dict[str, dict[str, Score]]:
     """Every model's score on every file, one model in memory at a time."""
-    from mergekit_lfm.runtime import load_model
+    from mergekit_lfm.runtime.load import load_model
 
     scores = {}
     for path in models:

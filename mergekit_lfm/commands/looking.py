@@ -60,14 +60,14 @@ def _about(checkpoint: Checkpoint) -> tuple[str, dict[str, Any], str]:
 
     ("", {}, "") where it is a model's.
     """
+    from mergekit_lfm.artifacts.patch import open_patch
+    from mergekit_lfm.artifacts.statistics import open_statistics
+    from mergekit_lfm.artifacts.transform import open_transform
     from mergekit_lfm.display.edits import patch_data, patch_text
     from mergekit_lfm.display.files import statistics_data, statistics_text
     from mergekit_lfm.display.transforms import transform_data, transform_text
-    from mergekit_lfm.patches import open_patch
-    from mergekit_lfm.stats import open_statistics
     from mergekit_lfm.store.formats import ARCHIVES
     from mergekit_lfm.store.tensors import read_header
-    from mergekit_lfm.transforms import open_transform
 
     path = checkpoint.files[0].path
     model = len(checkpoint.files) > 1 or path.suffix in ARCHIVES or checkpoint.snapshot is not None

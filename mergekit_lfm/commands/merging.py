@@ -27,8 +27,8 @@ from mergekit_lfm.store.hub import HubName, hub_name
 if TYPE_CHECKING:
     from mergekit_lfm.execute import Outcome
     from mergekit_lfm.machine.accelerators import Accelerator
+    from mergekit_lfm.output.push import Pushed
     from mergekit_lfm.plan import Plan
-    from mergekit_lfm.pushing import Pushed
     from mergekit_lfm.recipe import Push, Recipe
 
 # What `merge` and `plan` take alike.
@@ -112,7 +112,7 @@ def merge(
     if dry_run:
         return
     if goal is not None:
-        from mergekit_lfm.pushing import check_repository
+        from mergekit_lfm.output.push import check_repository
 
         check_repository(goal.repo, private=goal.private)
     from mergekit_lfm.display.terminal import progress_bar
@@ -151,7 +151,7 @@ def _goal(plan: Plan, push_to: str | None, private: bool, pull_back: bool) -> Pu
 
 
 def _push(out: Path, goal: Push, pull_back: bool) -> Pushed:
-    from mergekit_lfm.pushing import push
+    from mergekit_lfm.output.push import push
 
     return push(out, goal.repo, private=goal.private, pull_back=pull_back)
 
@@ -288,11 +288,10 @@ def verify(ctx: click.Context, out: str, as_json: bool, quiet: bool) -> None:
     OUT is its folder, or its name on the Hub, from where what the lock names is downloaded to the cache. Prints every
     difference; the exit code is 1 if there is one.
     """
-    from mergekit_lfm.card import CARD, KEPT
     from mergekit_lfm.display.terminal import counted, progress_bar
-    from mergekit_lfm.provenance import covered
-    from mergekit_lfm.provenance import verify as differences
-    from mergekit_lfm.writer import LOCK
+    from mergekit_lfm.output.card import CARD, KEPT
+    from mergekit_lfm.output.lock import LOCK, covered
+    from mergekit_lfm.output.lock import verify as differences
 
     hidden = quiet or as_json
     folder = Path(out)

@@ -16,7 +16,7 @@ from mergekit_lfm.errors import PlanError
 
 if TYPE_CHECKING:
     from mergekit_lfm.applying import Applied
-    from mergekit_lfm.facts import FactsFile
+    from mergekit_lfm.artifacts.facts import FactsFile
 
 
 @click.group(
@@ -41,8 +41,8 @@ Examples:
 @options.as_json
 def show(file: Path, as_json: bool) -> None:
     """Say what a patch changes, of which model, how it was made, and what it teaches."""
+    from mergekit_lfm.artifacts.patch import open_patch
     from mergekit_lfm.display.edits import patch_data, patch_text
-    from mergekit_lfm.patches import open_patch
 
     data = {"path": str(file), **patch_data(open_patch(file))}
     click.echo(json.dumps(data) if as_json else patch_text(data))
@@ -105,8 +105,8 @@ def apply(
 
 def _facts_of(patches: Sequence[Path]) -> FactsFile | None:
     """What the patches teach, the last word on each prompt; None where they teach nothing."""
-    from mergekit_lfm.facts import FactsFile, as_facts
-    from mergekit_lfm.patches import open_patch
+    from mergekit_lfm.artifacts.facts import FactsFile, as_facts
+    from mergekit_lfm.artifacts.patch import open_patch
 
     files = [as_facts(said) for said in (open_patch(path).facts.facts for path in patches) if said]
     facts = {fact.text: fact for file in files for fact in file.facts}
@@ -117,7 +117,7 @@ def _facts_of(patches: Sequence[Path]) -> FactsFile | None:
 def _check_runs(model: Path) -> None:
     """PlanError where the edited model could not be run to verify it, before anything is written."""
     with needing_models():
-        from mergekit_lfm.runtime import import_transformers
+        from mergekit_lfm.runtime.load import import_transformers
 
         import_transformers()
     if not (model / "config.json").is_file():

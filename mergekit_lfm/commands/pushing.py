@@ -45,7 +45,7 @@ def push(
     `hf auth login` has stored. A push that fails leaves the repository as it was.
     """
     from mergekit_lfm.display.merges import pushed_data, pushed_text
-    from mergekit_lfm.pushing import push as push_to
+    from mergekit_lfm.output.push import push as push_to
 
     with transfers(hidden=quiet or as_json):
         pushed = push_to(

@@ -63,10 +63,10 @@ def trace(
     target_new is what it says. Source: Meng et al. 2022 (ROME, 2202.05262), section 2. Needs the extra:
     pip install "mergekit_lfm[models]"; for plots "mergekit_lfm[plots]"
     """
+    from mergekit_lfm.artifacts.facts import read_facts_file
     from mergekit_lfm.display.edits import trace_text, trace_title
     from mergekit_lfm.display.plots import check_plot, plot_effects
     from mergekit_lfm.display.terminal import counter
-    from mergekit_lfm.facts import read_facts_file
     from mergekit_lfm.store.durable import replace_file
     from mergekit_lfm.store.places import check_new_file
 

@@ -14,9 +14,9 @@ from mergekit_lfm.console import ANSWER_IS_NO
 from mergekit_lfm.errors import PlanError
 
 if TYPE_CHECKING:
+    from mergekit_lfm.artifacts.facts import FactsFile
     from mergekit_lfm.edit.scores import Scores
-    from mergekit_lfm.facts import FactsFile
-    from mergekit_lfm.runtime import Loaded
+    from mergekit_lfm.runtime.load import Loaded
     from mergekit_lfm.store.checkpoint import Checkpoint
 
 # How models run that are edited, traced or judged.
@@ -62,7 +62,7 @@ def check_new_folder(out: Path, inputs: Sequence[Path], *, overwrite: bool) -> N
 
 def load(model: Path | Checkpoint, dtype: str, device: str) -> Loaded:
     """The language model in a folder, or as a view of its files has it. PlanError without transformers or tokenizer."""
-    from mergekit_lfm.runtime import load_model, tokenizer_for_texts
+    from mergekit_lfm.runtime.load import load_model, tokenizer_for_texts
 
     with needing_models():
         loaded = load_model(model, "lm", dtype=dtype, device=device)

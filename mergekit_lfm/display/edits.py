@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mergekit_lfm.applying import Applied
-    from mergekit_lfm.patches import Patch
+    from mergekit_lfm.artifacts.patch import Patch
     from mergekit_lfm.store.checkpoint import Checkpoint
 
 WIDTH = 90  # of a line of options

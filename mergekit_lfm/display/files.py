@@ -8,7 +8,7 @@ from mergekit_lfm.display.terminal import counted, table
 from mergekit_lfm.machine.sizes import format_size
 
 if TYPE_CHECKING:
-    from mergekit_lfm.stats import Statistics
+    from mergekit_lfm.artifacts.statistics import Statistics
     from mergekit_lfm.store.checkpoint import Checkpoint
 
 SHOWN_NAMES = 3  # of what a statistics file does not cover, for each reason

@@ -12,8 +12,8 @@ from mergekit_lfm.settings import GivenFile
 
 if TYPE_CHECKING:
     from mergekit_lfm.execute import Outcome
+    from mergekit_lfm.output.push import Pushed
     from mergekit_lfm.plan import Plan
-    from mergekit_lfm.pushing import Pushed
     from mergekit_lfm.roles import Edit
     from mergekit_lfm.store.checkpoint import Checkpoint
 

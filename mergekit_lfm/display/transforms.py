@@ -11,7 +11,7 @@ from mergekit_lfm.display.terminal import counted, table
 if TYPE_CHECKING:
     from mergekit_lfm.align.check import Report
     from mergekit_lfm.arch.table import Group, Symmetries
-    from mergekit_lfm.transforms import Element, Transform
+    from mergekit_lfm.artifacts.transform import Element, Transform
 
 
 def transform_data(transform: Transform) -> dict[str, Any]:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mergekit_lfm.artifacts.statistics import Statistics
 from mergekit_lfm.edit.sites import Site
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.stats import Statistics
 
 Covariance = Mapping[Any, Tensor] | Statistics | str | None  # by layer number or weight; "identity"
 

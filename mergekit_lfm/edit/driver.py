@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mergekit_lfm.collect.locate import located
+from mergekit_lfm.artifacts.facts import BLANK, Fact, FactsFile, as_facts
+from mergekit_lfm.artifacts.patch import Changed, Patch
+from mergekit_lfm.artifacts.statistics import Statistics
 from mergekit_lfm.edit.covariance import Covariance, second_moments, solve
 from mergekit_lfm.edit.prompts import filled
 from mergekit_lfm.edit.sites import Site, find_sites
 from mergekit_lfm.edit.targets import Progress, Subject, at_rest, check_texts, find_targets, limit_of
 from mergekit_lfm.edits import EDIT_METHODS, edit_options
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.facts import BLANK, Fact, FactsFile, as_facts
-from mergekit_lfm.patches import Changed, Patch
-from mergekit_lfm.runtime import Loaded, tokenizer_for_texts
-from mergekit_lfm.stats import Statistics
+from mergekit_lfm.runtime.load import Loaded, tokenizer_for_texts
+from mergekit_lfm.runtime.locate import located
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from mergekit_lfm.artifacts.facts import BLANK
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.facts import BLANK
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

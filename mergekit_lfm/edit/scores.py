@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from mergekit_lfm.artifacts.facts import Fact, FactsFile, as_facts
 from mergekit_lfm.edit.prompts import Encoded, encode, target_ids
 from mergekit_lfm.edit.targets import Progress, at_rest, limit_of
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.facts import Fact, FactsFile, as_facts
-from mergekit_lfm.runtime import logits, run, tokenizer_for_texts
+from mergekit_lfm.runtime.load import logits, run, tokenizer_for_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

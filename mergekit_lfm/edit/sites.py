@@ -5,8 +5,7 @@ Which axis of the weight its inputs run along is in the table, too: never a gues
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,41 +102,3 @@ def _site(model: nn.Module, layer: int, weight: str, axis: int, heads: str) -> S
         shape[axis],
         shape[1 - axis],
     )
-
-
-def state_of(output: Any) -> Tensor:
-    """The hidden states in what a block or MLP returned: a tensor, or the first of a tuple."""
-    found: Tensor = output[0] if isinstance(output, tuple) else output
-    return found
-
-
-@contextmanager
-def hooked(hooks: Mapping[nn.Module, Callable[[Tensor], Tensor | None]], *, inputs: bool = False) -> Iterator[None]:
-    """Call a function with the output (or the first input) of each module as the model runs; a result takes its place.
-
-    The hooks are gone afterwards, whatever happens.
-    """
-
-    def after(function: Callable[[Tensor], Tensor | None]) -> Callable[..., Any]:
-        def hook(_: nn.Module, __: Any, output: Any) -> Any:
-            new = function(state_of(output))
-            return None if new is None else (new, *output[1:]) if isinstance(output, tuple) else new
-
-        return hook
-
-    def before(function: Callable[[Tensor], Tensor | None]) -> Callable[..., Any]:
-        def hook(_: nn.Module, args: Any) -> Any:
-            new = function(args[0])
-            return None if new is None else (new, *args[1:])
-
-        return hook
-
-    handles = [
-        module.register_forward_pre_hook(before(f)) if inputs else module.register_forward_hook(after(f))
-        for module, f in hooks.items()
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from mergekit_lfm.artifacts.facts import Fact
 from mergekit_lfm.edit.prompts import Encoded, encode, filled, target_ids
-from mergekit_lfm.edit.sites import hooked
-from mergekit_lfm.facts import Fact
-from mergekit_lfm.runtime import logits, run
+from mergekit_lfm.runtime.hooks import hooked
+from mergekit_lfm.runtime.load import logits, run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from mergekit_lfm.artifacts.facts import Fact, as_facts
 from mergekit_lfm.edit.prompts import encode, filled, target_ids
-from mergekit_lfm.edit.sites import Site, find_sites, hooked
+from mergekit_lfm.edit.sites import Site, find_sites
 from mergekit_lfm.edit.targets import Progress, at_rest, limit_of
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.facts import Fact, as_facts
-from mergekit_lfm.runtime import logits, run, tokenizer_for_texts
+from mergekit_lfm.runtime.hooks import hooked
+from mergekit_lfm.runtime.load import logits, run, tokenizer_for_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 
 from mergekit_lfm.arch import Symmetries, find_symmetries
-from mergekit_lfm.batchnorm import batchnorms
-from mergekit_lfm.collect.subject import Subject, evaluating, make_subject
-from mergekit_lfm.data import Batch, digest_of
 from mergekit_lfm.ends import Alignment, Progress, module_of, open_aligned, open_model
 from mergekit_lfm.errors import FormatError
 from mergekit_lfm.kernels.sums import round_once
-from mergekit_lfm.provenance import public_names
+from mergekit_lfm.output.names import public_names
+from mergekit_lfm.output.save import check_out, save_checkpoint
 from mergekit_lfm.questions import Data, batches_of
 from mergekit_lfm.repair.layers import HiddenLayer, Moments, measure
 from mergekit_lfm.repair.modules import Repaired, check_weights, combine, plan_repair, repair_layers, telling
-from mergekit_lfm.saving import check_out, save_checkpoint
+from mergekit_lfm.runtime.batches import Batch, digest_of
+from mergekit_lfm.runtime.batchnorm import batchnorms
+from mergekit_lfm.runtime.subject import Subject, evaluating, make_subject
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lfm.version import __version__
 

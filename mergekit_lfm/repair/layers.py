@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from mergekit_lfm.arch.table import Symmetries, Units
-from mergekit_lfm.batchnorm import batchnorms
 from mergekit_lfm.collect.linear import Serials, is_linear, is_transposed
-from mergekit_lfm.collect.subject import Subject
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.outputs import forward
+from mergekit_lfm.runtime.batchnorm import batchnorms
+from mergekit_lfm.runtime.probe import forward
+from mergekit_lfm.runtime.subject import Subject
 
 if TYPE_CHECKING:
-    from mergekit_lfm.data import Batch
+    from mergekit_lfm.runtime.batches import Batch
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 UNUSED = "not called while the model ran on the data"

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from mergekit_lfm.arch import Symmetries
-from mergekit_lfm.batchnorm import batchnorms, reset_batchnorm
-from mergekit_lfm.collect.subject import Subject, evaluating, make_subject
-from mergekit_lfm.data import Batch, as_batches
 from mergekit_lfm.ends import Progress
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.kernels.sums import round_once
 from mergekit_lfm.repair.layers import HiddenLayer, Moments, hidden_layers, measure
+from mergekit_lfm.runtime.batches import Batch, as_batches
+from mergekit_lfm.runtime.batchnorm import batchnorms, reset_batchnorm
+from mergekit_lfm.runtime.subject import Subject, evaluating, make_subject
 from mergekit_lfm.store.checkpoint import Checkpoint
 
 # A unit whose spread is less than this part of its size is a constant: float32 outputs resolve no less.

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mergekit_lfm.collect.locate import located
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.runtime import run
+from mergekit_lfm.runtime.load import run
+from mergekit_lfm.runtime.locate import located
 from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.store.identity import content_of
 
 if TYPE_CHECKING:
-    from mergekit_lfm.data import Batch
+    from mergekit_lfm.runtime.batches import Batch
 
 NO_TENSOR = "the checkpoint has no tensor of its own for it"
 SEVERAL = "several tensors of the checkpoint hold the same values"

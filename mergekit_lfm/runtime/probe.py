@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mergekit_lfm.data import Batch
-from mergekit_lfm.rewriting import only_moves
-from mergekit_lfm.runtime import Loaded, embeddings, load_as_saved, load_model, logits, run
-from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
-from mergekit_lfm.transforms import Transform
+from mergekit_lfm.runtime.batches import Batch
+from mergekit_lfm.runtime.load import Loaded, embeddings, logits, run
 
 EXAMPLES, TOKENS, PIXELS = 4, 32, 64
-# Equal models differ by 2e-6 where sums are in another order; what is no symmetry makes differences of about 1.
-ROUNDING = 1e-4
-MARGIN = 4  # random transforms of random Llamas, rounded to 16 bits, made 0.5 to 1.8 times the difference of such noise
 
 
 def probe(model: Loaded, seed: int = 0) -> Batch:
@@ -81,48 +74,3 @@ def all_outputs(model: Loaded, inputs: Batch) -> Tensor:
         output = forward(model.model, inputs)
     found = [x for x in output.to_tuple() if isinstance(x, Tensor) and x.shape[:1] == (len(inputs),)]
     return torch.cat([x.flatten(1) for x in found], 1)
-
-
-def compare_outputs(model: str | Path, rewritten: str | Path, transform: Transform) -> tuple[float, float]:
-    """The `difference` between a model and what a transform made of it, two folders, and how much rounding explains.
-
-    Both are run in float32. An order changes no number but the order of sums. What is multiplied is rounded to the
-    dtype in which it is stored: what such noise in all parameters does to the outputs is measured. Encoders are
-    compared with the head with which they were saved: without it, the transform is seen in their hidden states.
-    """
-    checkpoint = open_checkpoint(model)
-    task = _task_of(checkpoint)
-    with_head = task == "embedding" and bool(checkpoint.config.get("architectures"))
-    first, second = (
-        _with_head(open_checkpoint(path)) if with_head else load_model(path, task) for path in (model, rewritten)
-    )
-    said = all_outputs if with_head else answer
-    inputs = probe(first)
-    before = said(first, inputs)
-    found = _apart(before.double(), said(second, inputs).double())
-    if only_moves(transform):
-        return found, ROUNDING
-    del second
-    kinds = {getattr(torch, spec.dtype) for spec in checkpoint.values()}
-    coarsest = max(torch.finfo(kind).eps for kind in kinds | {torch.float32} if kind.is_floating_point)
-    with torch.no_grad():
-        draw = torch.Generator().manual_seed(0)
-        for x in first.model.parameters():
-            x.mul_(1 + coarsest * (torch.rand(x.shape, generator=draw) - 0.5))  # at most half a step
-    return found, max(ROUNDING, MARGIN * _apart(before.double(), said(first, inputs).double()))
-
-
-def _with_head(checkpoint: Checkpoint) -> Loaded:
-    """The model of the class that its config names, in float32."""
-    tensors = {name: checkpoint.read(name).view(spec.shape) for name, spec in checkpoint.items()}
-    return load_as_saved(
-        checkpoint.path, {name: x.float() if x.is_floating_point() else x for name, x in tensors.items()}
-    )
-
-
-def _task_of(checkpoint: Checkpoint) -> str:
-    """What the model was saved to do, by the name of its class; without a head for it an encoder."""
-    names = " ".join(checkpoint.config.get("architectures") or [])
-    if "ForCausalLM" in names or "LMHeadModel" in names:
-        return "lm"
-    return "classification" if "Classification" in names and "Token" not in names else "embedding"

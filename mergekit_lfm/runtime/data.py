@@ -15,10 +15,10 @@ from zlib import error as ZlibError
 import numpy as np
 import torch
 
-from mergekit_lfm.data.batches import Batch, as_batches
-from mergekit_lfm.data.lines import Line, read_lines, refuse
 from mergekit_lfm.errors import FormatError, PlanError
-from mergekit_lfm.runtime import TASKS, start_token, tokenizer_for_texts
+from mergekit_lfm.runtime.batches import Batch, as_batches
+from mergekit_lfm.runtime.lines import Line, read_lines, refuse
+from mergekit_lfm.runtime.load import TASKS, start_token, tokenizer_for_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

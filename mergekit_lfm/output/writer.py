@@ -17,17 +17,17 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Lock
-from typing import Any, Literal
+from typing import Literal
 
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.jobs import Job
+from mergekit_lfm.output.lock import LOCK, lock_of
 from mergekit_lfm.plan import Plan
 from mergekit_lfm.store.durable import lock_folder, replace_file, reserve, sync_folder, write_all
 from mergekit_lfm.store.places import partial_of
 from mergekit_lfm.store.tensors import UNFINISHED, naming, write_exactly
 
 JOURNAL = "merge.journal"
-LOCK = "merge.lock.json"
 REPLACED = "merge.replaced"  # what --overwrite replaced, while it is not yet deleted
 # Sync and vouch for about so many bytes at a time: syncing every tensor would cost more than merging.
 SYNC_BYTES = 256 << 20
@@ -42,15 +42,6 @@ class Receipt:
     segment: int
     xxh3: str
     nonfinite: tuple[str, ...] = ()
-
-
-def lock_of(folder: Path) -> dict[str, Any]:
-    """The lock of a finished output, or {} where there is none that can be read."""
-    try:
-        lock = json.loads((folder / LOCK).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return lock if isinstance(lock, dict) else {}
 
 
 def already_there(plan: Plan, out: Path, *, overwrite: bool, rebuild: bool, nan: Policy) -> bool:

@@ -21,15 +21,15 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, get_token
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
-from mergekit_lfm.card import CARD, KEPT, without_front_matter
 from mergekit_lfm.errors import PlanError, several
-from mergekit_lfm.provenance import verify
+from mergekit_lfm.output.card import CARD, KEPT, without_front_matter
+from mergekit_lfm.output.lock import LOCK, lock_of, verify
+from mergekit_lfm.output.writer import REPLACED
 from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.store.hub import repository
 from mergekit_lfm.store.hub.client import HTTPError, api, asking, endpoint, offline
 from mergekit_lfm.store.hub.snapshots import Snapshot, pull
 from mergekit_lfm.version import __version__
-from mergekit_lfm.writer import LOCK, REPLACED, lock_of
 
 IN_GIT = 100_000_000  # bytes; the Hub takes no larger file into git itself (its limit is a tenth of that)
 # The weights that loaders look for, of which a repository should hold one set; and what tells that it is in use.

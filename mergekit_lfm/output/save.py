@@ -14,9 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mergekit_lfm.card import CARD
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.layout import Shard, lay_out
+from mergekit_lfm.output.card import CARD
+from mergekit_lfm.output.layout import Shard, lay_out
+from mergekit_lfm.output.writer import move_into_place
 from mergekit_lfm.provenance import INDEX
 from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.store.durable import lock_folder, replace_file, reserve, sync_folder
@@ -24,7 +25,6 @@ from mergekit_lfm.store.formats import bytes_of
 from mergekit_lfm.store.places import partial_of
 from mergekit_lfm.store.sidecars import tagalong
 from mergekit_lfm.store.tensors import TensorSpec, naming, write_exactly
-from mergekit_lfm.writer import move_into_place
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,10 +10,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.outputs import forward
+from mergekit_lfm.runtime.probe import forward
 
 if TYPE_CHECKING:
-    from mergekit_lfm.data import Batch
+    from mergekit_lfm.runtime.batches import Batch
 
 
 def batchnorms(module: nn.Module) -> dict[str, _BatchNorm]:

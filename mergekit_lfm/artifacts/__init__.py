@@ -1,0 +1,1 @@
+"""Files that one step leaves for the next: statistics, transforms, patches, facts."""

@@ -1,0 +1,1 @@
+"""A folder that is complete or not there: laid out, written, described, verified, pushed."""

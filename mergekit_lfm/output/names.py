@@ -1,0 +1,30 @@
+"""What an output calls the models that it is made of: no folder of this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import count
+from pathlib import PurePath
+
+
+def public_names(labels: Iterable[str]) -> dict[str, str]:
+    """What an output calls each model, by its label in the plan: without the folders of this machine.
+
+    That is the label, or the name alone where it is an absolute path or leads through a parent folder; equal names are
+    numbered ("final", "final-2").
+    """
+    last = {label: _last_name(label) for label in labels}
+    taken = set(last.values())
+    names: dict[str, str] = {}
+    for label, name in sorted(last.items(), key=lambda item: item[0] != item[1]):  # labels that stay as they are first
+        if name in names.values():
+            name = next(numbered for n in count(2) if (numbered := f"{name}-{n}") not in taken)
+            taken.add(name)
+        names[label] = name
+    return {label: names[label] for label in last}
+
+
+def _last_name(reference: str) -> str:
+    path = PurePath(reference)
+    away = path.is_absolute() or reference.startswith("~") or ".." in path.parts
+    return path.name if away else reference

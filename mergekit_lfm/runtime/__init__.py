@@ -1,0 +1,1 @@
+"""Models that run: loading, data, batches, hooks. Below this room nothing imports transformers."""
