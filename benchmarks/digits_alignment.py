@@ -33,8 +33,8 @@ from mergekit_lfm.barrier import barrier
 from mergekit_lfm.collect import collect_stats
 from mergekit_lfm.evaluate import accuracy
 from mergekit_lfm.repair import repair_module
-from mergekit_lfm.rewriting import rewrite
 from mergekit_lfm.version import __version__
+from mergekit_lfm.views.rewritten import rewrite
 
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))
 from make_digits import Examples, make_upright, train

@@ -36,9 +36,9 @@ from mergekit_lfm.collect import collect_stats
 from mergekit_lfm.edit.driver import edit
 from mergekit_lfm.edit.scores import Scores, score_facts
 from mergekit_lfm.edit.sites import find_sites
-from mergekit_lfm.patching import patched
 from mergekit_lfm.runtime.load import Loaded, load_model, logits
 from mergekit_lfm.version import __version__
+from mergekit_lfm.views.patched import patched
 
 SIZES = (1, 10, 40, 100)
 SINGLES = 20  # edits of one fact each

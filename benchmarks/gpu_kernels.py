@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from mergekit_lfm.blocks import Blocks, apply_to
+from mergekit_lfm.engine.blocks import Blocks, apply_to
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.kernels.block import BLOCK, SEGMENT, Coefficients
 from mergekit_lfm.kernels.gpu import GpuKernels

@@ -12,8 +12,8 @@ from mergekit_lfm.errors import PlanError, did_you_mean
 from mergekit_lfm.machine.sizes import parse_size
 from mergekit_lfm.methods import METHODS, REQUIRED
 from mergekit_lfm.methods.method import Method, Parameter, Unit, Value
-from mergekit_lfm.recipe import Recipe
-from mergekit_lfm.settings import read_setting, value_at
+from mergekit_lfm.recipe.recipe import Recipe
+from mergekit_lfm.recipe.values import read_setting, value_at
 
 if TYPE_CHECKING:
     import torch
@@ -46,8 +46,8 @@ def merge(
     written where it can be known then; ConnectionError where the Hub cannot be reached. Calling it again after an
     interruption goes on where it stopped.
     """
-    from mergekit_lfm.execute import execute
-    from mergekit_lfm.plan import make_plan
+    from mergekit_lfm.engine.execute import execute
+    from mergekit_lfm.plan.plan import make_plan
 
     if isinstance(recipe, Mapping):
         recipe = Recipe.parse(recipe)
@@ -171,15 +171,15 @@ def _merged(
 ) -> torch.Tensor:
     import torch
 
-    from mergekit_lfm.blocks import Blocks, making_on, merged
-    from mergekit_lfm.jobs import block_numel
+    from mergekit_lfm.engine.blocks import Blocks, making_on, merged
+    from mergekit_lfm.engine.linears import HeldLinear
     from mergekit_lfm.kernels.block import SEGMENT
     from mergekit_lfm.kernels.gpu import GpuKernels
     from mergekit_lfm.kernels.step import run_eagerly
     from mergekit_lfm.kernels.sums import round_once
-    from mergekit_lfm.linears import HeldLinear
     from mergekit_lfm.machine.accelerators import CHUNK, Accelerator
     from mergekit_lfm.machine.devices import merges
+    from mergekit_lfm.plan.job import block_numel
 
     first, *others = {x.device for x in (*tensors, *statistics, *([] if base is None else [base]))}
     device = torch.device("cpu") if others or not merges(first) else first

@@ -12,14 +12,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mergekit_lfm.artifacts.patch import Changed, Patch, PatchFacts, open_patch, read_patch_facts, versions
+from mergekit_lfm.engine.execute import execute
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.execute import execute
-from mergekit_lfm.patching import patched
-from mergekit_lfm.plan import Plan, make_plan
-from mergekit_lfm.recipe import Recipe
-from mergekit_lfm.rewriting import RewrittenFile
+from mergekit_lfm.plan.plan import Plan, make_plan
+from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lfm.store.places import check_new_file
+from mergekit_lfm.views.base import RewrittenFile
+from mergekit_lfm.views.patched import patched
 
 UNDO = "undo"  # the method of a patch that undoes others
 

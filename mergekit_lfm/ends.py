@@ -12,12 +12,12 @@ from tempfile import TemporaryDirectory
 
 from torch import Tensor, nn
 
-from mergekit_lfm.aligned import rewritten_by
 from mergekit_lfm.artifacts.transform import Transform, open_transform
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.rewriting import rewrite
+from mergekit_lfm.plan.sources import rewritten_by
 from mergekit_lfm.runtime.load import Loaded, load_model
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
+from mergekit_lfm.views.rewritten import rewrite
 
 Model = str | Path | Loaded | nn.Module
 Opened = Loaded | nn.Module

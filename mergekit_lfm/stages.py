@@ -14,16 +14,16 @@ from typing import Any
 import xxhash
 
 from mergekit_lfm.align import align_models
-from mergekit_lfm.alignments import AlignRequest
 from mergekit_lfm.artifacts.cache import kept_or_made, key_of, kind_of
 from mergekit_lfm.artifacts.statistics import open_statistics
 from mergekit_lfm.artifacts.transform import Transform, open_transform
 from mergekit_lfm.machine.resources import cache_folder
-from mergekit_lfm.plan import Plan
-from mergekit_lfm.rewriting import rewritten
-from mergekit_lfm.settings import GivenFile
+from mergekit_lfm.plan.plan import Plan
+from mergekit_lfm.recipe.align import AlignRequest
+from mergekit_lfm.recipe.values import GivenFile
 from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.version import __version__
+from mergekit_lfm.views.rewritten import rewritten
 
 
 def noted(plan: Plan, device: str) -> Plan:

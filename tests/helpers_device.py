@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from mergekit_lfm.rewriting import CPU
+from mergekit_lfm.views.maps import CPU
 
 GPU = torch.device("meta")
 aten = torch.ops.aten

@@ -14,11 +14,11 @@ from torch import Tensor
 from mergekit_lfm import collect_stats
 from mergekit_lfm.align import ALIGNERS, align_models
 from mergekit_lfm.align.elements import random_transform
-from mergekit_lfm.alignments import ALIGN_METHODS
 from mergekit_lfm.arch import Units
 from mergekit_lfm.artifacts.transform import Transform, open_transform
-from mergekit_lfm.rewriting import rewrite
+from mergekit_lfm.recipe.align import ALIGN_METHODS
 from mergekit_lfm.store.checkpoint import Checkpoint
+from mergekit_lfm.views.rewritten import rewrite
 
 transformers = pytest.importorskip("transformers")
 

@@ -18,10 +18,10 @@ from mergekit_lfm.align import align_models, driver
 from mergekit_lfm.align.pair import ON_A_GPU, one_thread_each
 from mergekit_lfm.artifacts.transform import Transform, UnitsElement
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.plan import make_plan
-from mergekit_lfm.recipe import Recipe
-from mergekit_lfm.rewriting import CPU
+from mergekit_lfm.plan.plan import make_plan
+from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.stages import noted, prepare
+from mergekit_lfm.views.maps import CPU
 from tests.fixtures_llama import base_tensors, save
 from tests.helpers_commands import refusal, run
 

@@ -11,8 +11,8 @@ from helpers_align import Tensors, furthest, loaded, rewritten_model, table, ten
 from mergekit_lfm import collect_stats
 from mergekit_lfm.align import align_models
 from mergekit_lfm.artifacts.transform import Transform
-from mergekit_lfm.rewriting import rewrite
 from mergekit_lfm.store.checkpoint import Checkpoint
+from mergekit_lfm.views.rewritten import rewrite
 
 transformers = pytest.importorskip("transformers")
 

@@ -15,11 +15,11 @@ from mergekit_lfm import align_models, collect_stats, merge, open_statistics
 from mergekit_lfm.align.elements import random_transform
 from mergekit_lfm.arch import find_symmetries
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.plan import make_plan
-from mergekit_lfm.recipe import Recipe
-from mergekit_lfm.rewriting import rewrite
+from mergekit_lfm.plan.plan import make_plan
+from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.stages import prepare
 from mergekit_lfm.store.checkpoint import open_checkpoint
+from mergekit_lfm.views.rewritten import rewrite
 from tests.fixtures_llama import base_tensors, cast, fine_tuned, save
 from tests.helpers_commands import refusal, run
 

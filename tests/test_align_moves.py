@@ -15,7 +15,8 @@ from mergekit_lfm.arch import Heads, read_table
 from mergekit_lfm.artifacts.transform import HeadsElement, Transform, TransformFacts
 from mergekit_lfm.display.transforms import alignment_text, transform_data
 from mergekit_lfm.judge.same import ROUNDING, compare_outputs
-from mergekit_lfm.rewriting import only_moves, rewrite
+from mergekit_lfm.views.maps import only_moves
+from mergekit_lfm.views.rewritten import rewrite
 
 pytest.importorskip("transformers")
 

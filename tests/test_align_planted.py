@@ -20,7 +20,7 @@ from helpers_align import (
 
 from mergekit_lfm.align import align_models
 from mergekit_lfm.arch import Heads
-from mergekit_lfm.rewriting import rewrite
+from mergekit_lfm.views.rewritten import rewrite
 
 WIDTHS = (7, 12, 9, 10, 4)
 NETWORKS = {

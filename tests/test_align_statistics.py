@@ -28,7 +28,7 @@ from mergekit_lfm.align.moments import Triple
 from mergekit_lfm.arch import Units, read_table
 from mergekit_lfm.artifacts.transform import Transform, TransformFacts, UnitsElement
 from mergekit_lfm.errors import FormatError, PlanError
-from mergekit_lfm.rewriting import rewrite
+from mergekit_lfm.views.rewritten import rewrite
 
 WIDTHS = (7, 12, 9, 4)
 

@@ -16,7 +16,7 @@ from mergekit_lfm.align import align_models
 from mergekit_lfm.align.transport import cost_of, solve
 from mergekit_lfm.artifacts.transform import UnitsElement, open_transform
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.rewriting import rewrite
+from mergekit_lfm.views.rewritten import rewrite
 
 A_WIDTHS, B_WIDTHS = (12, 9, 7, 5), (12, 11, 8, 5)
 METRICS = {"euclidean": "euclidean", "squared": "sqeuclidean", "cosine": "cosine"}

@@ -18,7 +18,7 @@ from mergekit_lfm.align import align_models, pair
 from mergekit_lfm.arch import Symmetries, Units, read_table
 from mergekit_lfm.artifacts.transform import Transform, TransformFacts, UnitsElement, open_transform
 from mergekit_lfm.errors import FormatError, PlanError
-from mergekit_lfm.rewriting import rewrite
+from mergekit_lfm.views.rewritten import rewrite
 
 WIDTHS = (7, 12, 9, 10, 4)
 Tensors = dict[str, torch.Tensor]

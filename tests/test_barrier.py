@@ -23,12 +23,12 @@ from mergekit_lfm.commands.lines import barrier as command
 from mergekit_lfm.display.plots import plot_lines
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.evaluate import accuracy, perplexity
-from mergekit_lfm.rewriting import rewrite
 from mergekit_lfm.runtime.batches import as_batches
 from mergekit_lfm.runtime.batchnorm import reset_batchnorm
 from mergekit_lfm.runtime.data import read_data
 from mergekit_lfm.runtime.load import load_model
 from mergekit_lfm.store.checkpoint import open_checkpoint
+from mergekit_lfm.views.rewritten import rewrite
 
 
 class Constant(nn.Module):

@@ -17,8 +17,8 @@ from mergekit_lfm.arch import find_symmetries, read_table
 from mergekit_lfm.arch.table import Group, Heads, Part, Symmetries, Units
 from mergekit_lfm.artifacts.transform import HeadsElement, Transform, UnitsElement, check_elements, open_transform
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.rewriting import rewrite
 from mergekit_lfm.store.checkpoint import open_checkpoint
+from mergekit_lfm.views.rewritten import rewrite
 
 
 @pytest.fixture(scope="module")

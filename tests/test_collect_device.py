@@ -13,8 +13,8 @@ from helpers_device import GPU, pretended_gpu
 from torch import Tensor, nn
 
 from mergekit_lfm import collect_stats
-from mergekit_lfm.rewriting import CPU
 from mergekit_lfm.runtime.batches import Batch
+from mergekit_lfm.views.maps import CPU
 
 Data = Callable[[Sequence[int]], list[Batch]]
 LM = {"task": "lm"}

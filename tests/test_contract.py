@@ -10,14 +10,14 @@ import torch
 from helpers_stats import gram_of, write_fisher, write_grams
 from safetensors.torch import load_file, save_file
 
-import mergekit_lfm.jobs
+import mergekit_lfm.plan.job
 from mergekit_lfm import merge_tensors
 from mergekit_lfm.artifacts.statistics import Layer
+from mergekit_lfm.engine.execute import execute
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.execute import execute
 from mergekit_lfm.methods import METHODS, REQUIRED
-from mergekit_lfm.plan import make_plan
-from mergekit_lfm.recipe import Recipe
+from mergekit_lfm.plan.plan import make_plan
+from mergekit_lfm.recipe.recipe import Recipe
 
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "nuslerp": [{"nuslerp_flatten": False}, {"nuslerp_flatten": False, "nuslerp_row_wise": True}],
@@ -164,7 +164,7 @@ def test_in_passes_or_at_once_gives_the_same_bytes(
     case: tuple[str, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With blocks of 256 elements the largest tensor has three segments and does not fit a worker's share."""
-    monkeypatch.setattr(mergekit_lfm.jobs, "BLOCK", 256)
+    monkeypatch.setattr(mergekit_lfm.plan.job, "BLOCK", 256)
     name, extra = case
     for offset in range(4):
         save_model(tmp_path / f"m{offset}", offset)

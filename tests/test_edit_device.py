@@ -20,10 +20,10 @@ from mergekit_lfm.edit.scores import score_facts
 from mergekit_lfm.edit.stages import solve_edits
 from mergekit_lfm.edit.trace import trace
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.plan import Plan, make_plan
-from mergekit_lfm.recipe import Recipe
-from mergekit_lfm.rewriting import CPU
+from mergekit_lfm.plan.plan import Plan, make_plan
+from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.runtime import load as runtime
+from mergekit_lfm.views.maps import CPU
 from tests.helpers_commands import run
 
 FACTS = [

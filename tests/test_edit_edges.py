@@ -19,9 +19,9 @@ from mergekit_lfm.edit.driver import edit
 from mergekit_lfm.edit.prompts import encode, filled
 from mergekit_lfm.edit.sites import find_sites
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.patching import patched
 from mergekit_lfm.runtime.load import load_model
 from mergekit_lfm.store.checkpoint import open_checkpoint
+from mergekit_lfm.views.patched import patched
 
 ADA = {"prompt": "The city of {}", "subject": "Ada Blake", "target_new": "Rome"}
 MIA = {"prompt": "{} speaks", "subject": "Mia Stone", "target_new": "glass blower"}

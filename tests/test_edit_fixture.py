@@ -19,7 +19,7 @@ from mergekit_lfm.edit.driver import edit
 from mergekit_lfm.edit.scores import score_facts
 from mergekit_lfm.edit.trace import Trace, trace
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.recipe import Recipe
+from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.runtime.load import load_model
 
 script = pytest.importorskip("scripts.make_facts")

@@ -20,8 +20,8 @@ from mergekit_lfm.edit import edit
 from mergekit_lfm.edit import stages as stages_module
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.output.lock import verify
-from mergekit_lfm.plan import make_plan
-from mergekit_lfm.recipe import Recipe
+from mergekit_lfm.plan.plan import make_plan
+from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.runtime.load import load_model
 from scripts.make_facts import make_facts
 from tests.helpers_editing import tiny_model, trained_tokenizer

@@ -16,7 +16,7 @@ from helpers_gpu import needs_triton, stand_in
 from test_fused import BLOCK, COINS, FUNCTIONS, RANKS, bits, stored_block, with_statistics
 from test_kernels import blocks_of, kept_by_sorting, unit_of, values_of
 
-from mergekit_lfm.blocks import StoredBlock, solved
+from mergekit_lfm.engine.blocks import StoredBlock, solved
 from mergekit_lfm.kernels import bracket, gpu, selection
 from mergekit_lfm.kernels.emit import COUNT, Unsupported, emit
 from mergekit_lfm.kernels.gpu import LEAST, GpuKernels

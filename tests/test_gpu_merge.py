@@ -29,20 +29,20 @@ from test_contract import (
     tensors_of,
 )
 
-import mergekit_lfm.jobs
+import mergekit_lfm.plan.job
 from mergekit_lfm import api, merge, merge_tensors, preflight
 from mergekit_lfm.artifacts.patch import Changed, Patch
-from mergekit_lfm.blocks import Blocks
 from mergekit_lfm.commands import main
+from mergekit_lfm.engine.blocks import Blocks
+from mergekit_lfm.engine.execute import execute
 from mergekit_lfm.errors import FormatError, PlanError
-from mergekit_lfm.execute import execute
 from mergekit_lfm.kernels import gpu
 from mergekit_lfm.kernels.reductions import L1, ColumnGram, Gram, Reduction, RowGram
 from mergekit_lfm.machine import devices
 from mergekit_lfm.machine.accelerators import Accelerator
 from mergekit_lfm.methods import METHODS
-from mergekit_lfm.plan import Plan, make_plan
-from mergekit_lfm.recipe import Recipe
+from mergekit_lfm.plan.plan import Plan, make_plan
+from mergekit_lfm.recipe.recipe import Recipe
 
 Case = tuple[str, dict[str, Any]]
 TIES: Case = ("ties", {"density": 0.4})
@@ -52,7 +52,7 @@ KERNELS: list[Case] = [("linear", {}), ("dare_ties", {"density": 0.4, "rescale":
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """With blocks of 256 elements the largest tensor has three segments, of several chunks each."""
-    monkeypatch.setattr(mergekit_lfm.jobs, "BLOCK", 256)
+    monkeypatch.setattr(mergekit_lfm.plan.job, "BLOCK", 256)
 
 
 @pytest.fixture
@@ -136,7 +136,7 @@ def test_large_tensors_on_a_real_gpu(
     case: Case, tmp_path: Path, sums: set[type], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Blocks and chunks of full size, by kernels, with all threads; resident, and in passes."""
-    monkeypatch.setattr(mergekit_lfm.jobs, "BLOCK", 1 << 18)
+    monkeypatch.setattr(mergekit_lfm.plan.job, "BLOCK", 1 << 18)
     plan = plan_of(case, tmp_path, big=(4096, 5000))
     execute(plan, tmp_path / "cpu")
     execute(plan, tmp_path / "gpu", gpu=stand_in(), compile="always")

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergekit_lfm.blocks import Blocks, solved
+from mergekit_lfm.engine.blocks import Blocks, solved
 from mergekit_lfm.kernels import selection
 from mergekit_lfm.kernels.bits import above, flipped, magnitude_bits, masked, negative
 from mergekit_lfm.kernels.random import Coins, key, words

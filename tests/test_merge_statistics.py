@@ -22,8 +22,8 @@ from mergekit_lfm import merge, merge_tensors
 from mergekit_lfm.artifacts.statistics import Layer
 from mergekit_lfm.display.merges import plan_text
 from mergekit_lfm.errors import FormatError, PlanError
-from mergekit_lfm.plan import make_plan
-from mergekit_lfm.recipe import Recipe
+from mergekit_lfm.plan.plan import make_plan
+from mergekit_lfm.recipe.recipe import Recipe
 
 Arrays = list[np.ndarray]
 INPUTS, OUTPUTS, HIDDEN = 6, 5, 7

@@ -440,7 +440,7 @@ def test_ten_thousand_tiny_tensors(tmp_path: Path) -> None:
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
     seconds = processor_seconds("-m", "mergekit_lfm.commands", "merge", "recipe.yaml", "out")
-    assert seconds < max(15, 8 * processor_seconds("-c", "import mergekit_lfm.execute"))
+    assert seconds < max(15, 8 * processor_seconds("-c", "import mergekit_lfm.engine.execute"))
     found = load_all(tmp_path / "out")
     assert len(found) == 10_000
     assert all(torch.equal(tensor, torch.full((4,), 4.0)) for tensor in found.values())

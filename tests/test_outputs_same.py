@@ -16,11 +16,11 @@ from mergekit_lfm.arch import Symmetries, Units, find_symmetries
 from mergekit_lfm.arch.table import read_axis
 from mergekit_lfm.artifacts.transform import Transform, TransformFacts, UnitsElement
 from mergekit_lfm.judge.same import compare_outputs
-from mergekit_lfm.rewriting import rewritten
 from mergekit_lfm.runtime.batches import Batch
 from mergekit_lfm.runtime.load import Loaded, load_model
 from mergekit_lfm.runtime.probe import answer, difference, probe
 from mergekit_lfm.store.checkpoint import open_checkpoint
+from mergekit_lfm.views.rewritten import rewritten
 
 IMAGES: dict[str, Any] = {
     "ViT": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}

@@ -14,8 +14,8 @@ from mergekit_lfm.applying import apply_patches, undo_file, undo_patches
 from mergekit_lfm.artifacts.patch import Changed, Patch, PatchFacts, open_patch
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.output.lock import verify
-from mergekit_lfm.patching import patched
 from mergekit_lfm.store.checkpoint import open_checkpoint
+from mergekit_lfm.views.patched import patched
 
 NAME = "h.0.mlp.c_proj.weight"
 

@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mergekit_lfm import merge
-from mergekit_lfm.blocks import in_order
+from mergekit_lfm.engine.blocks import in_order
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.kernels.reductions import Gram
-from mergekit_lfm.plan import make_plan
-from mergekit_lfm.recipe import Recipe
+from mergekit_lfm.plan.plan import make_plan
+from mergekit_lfm.recipe.recipe import Recipe
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 

@@ -12,9 +12,9 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from mergekit_lfm.alignments import ALIGN_METHODS
 from mergekit_lfm.commands import aligning, main, merge
 from mergekit_lfm.methods import METHODS
+from mergekit_lfm.recipe.align import ALIGN_METHODS
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ("README.md", "docs/statistics.md", "docs/alignment.md")

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from mergekit_lfm.api import default_output
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.methods import METHODS, REQUIRED, Parameter
-from mergekit_lfm.recipe import Recipe
-from mergekit_lfm.settings import as_data, read_setting, value_at
+from mergekit_lfm.recipe.recipe import Recipe
+from mergekit_lfm.recipe.values import as_data, read_setting, value_at
 
 WEIGHT = Parameter("weight", REQUIRED, per_input=True, doc="")
 Q0, LAST = "model.layers.0.self_attn.q_proj.weight", (3, 4)
@@ -454,5 +454,5 @@ def test_every_default_is_a_value_that_a_recipe_could_give():
 
 
 def test_reading_a_recipe_imports_no_torch():
-    code = "import mergekit_lfm.recipe, sys; assert not {'torch', 'numpy'} & set(sys.modules)"
+    code = "import mergekit_lfm.recipe.recipe, sys; assert not {'torch', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])

@@ -17,8 +17,8 @@ from mergekit_lfm import merge
 from mergekit_lfm.evaluate import perplexity
 from mergekit_lfm.methods import METHODS
 from mergekit_lfm.output.lock import verify
-from mergekit_lfm.plan import make_plan
-from mergekit_lfm.recipe import Recipe
+from mergekit_lfm.plan.plan import make_plan
+from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.runtime.load import load_model
 from mergekit_lfm.store.tensors import TensorSpec, encode_header
 

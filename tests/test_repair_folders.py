@@ -22,11 +22,11 @@ from mergekit_lfm.commands.lines import repair as command
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.output import save as saving
 from mergekit_lfm.repair import repair
-from mergekit_lfm.rewriting import rewrite
 from mergekit_lfm.runtime.data import read_data
 from mergekit_lfm.runtime.load import load_model
 from mergekit_lfm.store.checkpoint import open_checkpoint
 from mergekit_lfm.store.places import partial_of
+from mergekit_lfm.views.rewritten import rewrite
 
 
 def varied(folder: Path, kind: str, config: Any, tokenizer: Any = None) -> tuple[Path, Path, Path]:

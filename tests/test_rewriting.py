@@ -9,15 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import mergekit_lfm.rewriting as rewriting
+import mergekit_lfm.views.rewritten as rewriting
 from mergekit_lfm.align.elements import random_transform
 from mergekit_lfm.arch import Heads, Units, find_symmetries, read_table
 from mergekit_lfm.arch.table import check_fit
 from mergekit_lfm.artifacts.transform import HeadsElement, Transform, TransformFacts, UnitsElement, open_transform
 from mergekit_lfm.errors import FormatError, PlanError
-from mergekit_lfm.rewriting import rewrite, rewritten
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lfm.store.tensors import read_header
+from mergekit_lfm.views.rewritten import rewrite, rewritten
 from tests.fixtures_llama import base_tensors, cast, save
 
 FACTS = TransformFacts("by hand")

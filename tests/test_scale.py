@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from mergekit_lfm import merge
 from mergekit_lfm.align.elements import random_transform
 from mergekit_lfm.arch import find_symmetries
-from mergekit_lfm.plan import make_plan
-from mergekit_lfm.recipe import Recipe
+from mergekit_lfm.plan.plan import make_plan
+from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.store.checkpoint import open_checkpoint
 from mergekit_lfm.store.formats import bytes_of
 from mergekit_lfm.store.tensors import TensorSpec, encode_header

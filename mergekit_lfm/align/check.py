@@ -22,8 +22,8 @@ from mergekit_lfm.align.larger import LARGER, Model, Place, changed, places_of
 from mergekit_lfm.arch.table import Group, Heads, Part, Symmetries, Units, check_fit, part_size
 from mergekit_lfm.artifacts.transform import Transform
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.rewriting import rewrite
 from mergekit_lfm.store.tensors import TensorSpec
+from mergekit_lfm.views.rewritten import rewrite
 
 Run = Callable[[Mapping[str, Tensor]], Tensor]
 

@@ -17,19 +17,19 @@ from mergekit_lfm.align.gains import new_gains
 from mergekit_lfm.align.moments import Given, open_moments
 from mergekit_lfm.align.pair import Pair, Side, one_thread_each
 from mergekit_lfm.align.registry import ALIGNERS
-from mergekit_lfm.alignments import OTHER_WIDTHS, align_options
 from mergekit_lfm.arch.pairs import check_alike
 from mergekit_lfm.arch.registry import find_symmetries
 from mergekit_lfm.arch.table import Symmetries
 from mergekit_lfm.artifacts.transform import Transform, TransformFacts
 from mergekit_lfm.errors import PlanError, did_you_mean, reason
 from mergekit_lfm.machine.devices import find_gpu
-from mergekit_lfm.rewriting import CPU
+from mergekit_lfm.recipe.align import OTHER_WIDTHS, align_options
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lfm.store.hub import called
 from mergekit_lfm.store.identity import content_of
 from mergekit_lfm.store.tensors import TensorSpec
 from mergekit_lfm.version import __version__
+from mergekit_lfm.views.maps import CPU
 
 Model = str | os.PathLike[str] | Checkpoint | Mapping[str, Tensor]
 

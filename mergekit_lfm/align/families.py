@@ -17,7 +17,7 @@ from torch import Tensor
 from mergekit_lfm.arch.table import Group, Heads, Part, Units
 from mergekit_lfm.artifacts.transform import Element, HeadsElement, UnitsElement
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.rewriting import CPU
+from mergekit_lfm.views.maps import CPU
 
 TIE = 1e-12  # of the greatest score: what decides among orders that are equally good but for rounding
 

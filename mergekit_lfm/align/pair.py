@@ -21,9 +21,10 @@ from torch import Tensor
 from mergekit_lfm.arch.table import Part, Symmetries, part_size
 from mergekit_lfm.artifacts.transform import Transform, TransformFacts
 from mergekit_lfm.errors import FormatError, PlanError
-from mergekit_lfm.rewriting import CPU, Maps, Rewriter
 from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.store.tensors import TensorSpec
+from mergekit_lfm.views.maps import CPU, Maps
+from mergekit_lfm.views.rewritten import Rewriter
 
 RUNNING = ("running_mean", "running_var")  # of BatchNorm: no weights, and so large that they would outweigh them
 PANEL = 1 << 24  # elements that are read at a time where nothing acts on the rows

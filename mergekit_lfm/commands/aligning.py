@@ -175,7 +175,7 @@ def _check_alone(ctx: click.Context) -> None:
 
 def _check_start(method: str, stats: Path | None, initial: Path | None, order: tuple[str, ...]) -> None:
     """A usage error for what the method would not look at."""
-    from mergekit_lfm.alignments import ALIGN_METHODS
+    from mergekit_lfm.recipe.align import ALIGN_METHODS
 
     by_activations = stats is not None
     if initial is not None and (by_activations or not ALIGN_METHODS[method].starts):
@@ -220,10 +220,10 @@ def _save(
 ) -> tuple[bool, dict[str, Any]]:
     """Write the rewritten model through a merge of it alone; whether the outputs are the same, and the facts."""
     from mergekit_lfm.display.terminal import progress_bar
-    from mergekit_lfm.execute import execute
+    from mergekit_lfm.engine.execute import execute
     from mergekit_lfm.judge.same import compare_outputs
-    from mergekit_lfm.plan import make_plan
-    from mergekit_lfm.recipe import Recipe
+    from mergekit_lfm.plan.plan import make_plan
+    from mergekit_lfm.recipe.recipe import Recipe
 
     entry = {"model": str(model), "align": str(file)}
     plan = make_plan(Recipe.parse({"merge_method": "passthrough", "models": [entry]}))

@@ -132,7 +132,7 @@ def edit(
 
 def _read_options(method: str, config: Path | None, preset: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
     """The options of the file and of the line, which go first, checked; by the names that `edit` has for them."""
-    from mergekit_lfm.edits import edit_options
+    from mergekit_lfm.recipe.edit import edit_options
     from mergekit_lfm.store.yaml import read_yaml
 
     asked: dict[str, Any] = {}
@@ -224,8 +224,8 @@ def _judged(
 ) -> dict[str, Any]:
     """The scores of the edited model as its files have it: of the folder, or of the model through the patch."""
     from mergekit_lfm.artifacts.patch import open_patch
-    from mergekit_lfm.patching import patched
     from mergekit_lfm.store.checkpoint import open_checkpoint
+    from mergekit_lfm.views.patched import patched
 
     edited = patched(open_checkpoint(model), open_patch(patch)) if save is None else save
     return verifying.score(verifying.load(edited, dtype, device), facts, "verifying", hidden).as_data()

@@ -25,11 +25,11 @@ from mergekit_lfm.errors import FormatError
 from mergekit_lfm.store.hub import HubName, hub_name
 
 if TYPE_CHECKING:
-    from mergekit_lfm.execute import Outcome
+    from mergekit_lfm.engine.execute import Outcome
     from mergekit_lfm.machine.accelerators import Accelerator
     from mergekit_lfm.output.push import Pushed
-    from mergekit_lfm.plan import Plan
-    from mergekit_lfm.recipe import Push, Recipe
+    from mergekit_lfm.plan.plan import Plan
+    from mergekit_lfm.recipe.recipe import Push, Recipe
 
 # What `merge` and `plan` take alike.
 planning = together(
@@ -116,7 +116,7 @@ def merge(
 
         check_repository(goal.repo, private=goal.private)
     from mergekit_lfm.display.terminal import progress_bar
-    from mergekit_lfm.execute import execute
+    from mergekit_lfm.engine.execute import execute
 
     notice = None if quiet or as_json else partial(click.echo, err=True)
     how: dict[str, Any] = {"memory": memory, "threads": threads, "nan": nan, "resume": not no_resume}
@@ -157,7 +157,7 @@ def _push(out: Path, goal: Push, pull_back: bool) -> Pushed:
 
 
 def _load(path: Path, seed: int | None) -> Recipe:
-    from mergekit_lfm.recipe import Recipe
+    from mergekit_lfm.recipe.recipe import Recipe
 
     recipe = Recipe.load(path)
     return recipe if seed is None else recipe.model_copy(update={"seed": seed})
@@ -168,7 +168,7 @@ def _make_plan(
 ) -> tuple[Plan, Path]:
     """The plan of the recipe in the file `source`, and where its output goes."""
     from mergekit_lfm.api import default_output
-    from mergekit_lfm.plan import make_plan
+    from mergekit_lfm.plan.plan import make_plan
 
     on_the_hub = any(isinstance(model.source, HubName) for model in recipe.all_models)
     with transfers(hidden=hidden) if on_the_hub else nullcontext():
@@ -189,7 +189,7 @@ def _show_plan(
 ) -> None:
     from mergekit_lfm.display.merges import plan_text
     from mergekit_lfm.machine.resources import default_memory, free_space, occupied
-    from mergekit_lfm.preflight import workers
+    from mergekit_lfm.plan.budget import workers
     from mergekit_lfm.store.places import partial_of
 
     memory = memory or default_memory()

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from mergekit_lfm.alignments import AlignRequest
 from mergekit_lfm.display.terminal import counted, table
 from mergekit_lfm.machine.sizes import format_size
-from mergekit_lfm.settings import GivenFile
+from mergekit_lfm.recipe.align import AlignRequest
+from mergekit_lfm.recipe.values import GivenFile
 
 if TYPE_CHECKING:
-    from mergekit_lfm.execute import Outcome
+    from mergekit_lfm.engine.execute import Outcome
     from mergekit_lfm.output.push import Pushed
-    from mergekit_lfm.plan import Plan
-    from mergekit_lfm.roles import Edit
+    from mergekit_lfm.plan.plan import Plan
+    from mergekit_lfm.recipe.roles import Edit
     from mergekit_lfm.store.checkpoint import Checkpoint
 
 

@@ -57,7 +57,7 @@ def _order(group: Group, element: Element) -> list[int]:
 
 def _mixed(transform: Transform) -> int:
     """How many groups have matrices of real numbers on them, and not only orders and signs of units."""
-    from mergekit_lfm.rewriting import only_moves
+    from mergekit_lfm.views.maps import only_moves
 
     matrices = ("matrix", "query_key", "value_output")
     return sum(

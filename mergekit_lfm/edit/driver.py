@@ -21,8 +21,8 @@ from mergekit_lfm.edit.covariance import Covariance, second_moments, solve
 from mergekit_lfm.edit.prompts import filled
 from mergekit_lfm.edit.sites import Site, find_sites
 from mergekit_lfm.edit.targets import Progress, Subject, at_rest, check_texts, find_targets, limit_of
-from mergekit_lfm.edits import EDIT_METHODS, edit_options
 from mergekit_lfm.errors import PlanError
+from mergekit_lfm.recipe.edit import EDIT_METHODS, edit_options
 from mergekit_lfm.runtime.load import Loaded, tokenizer_for_texts
 from mergekit_lfm.runtime.locate import located
 

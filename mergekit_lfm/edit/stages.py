@@ -15,26 +15,26 @@ from typing import Any
 
 import torch
 
-from mergekit_lfm.aligned import identity_of
 from mergekit_lfm.artifacts.cache import kept_or_made, key_of
 from mergekit_lfm.artifacts.patch import Patch, open_patch
 from mergekit_lfm.artifacts.statistics import Statistics, open_statistics
 from mergekit_lfm.edit.driver import edit
-from mergekit_lfm.edits import EditRequest
+from mergekit_lfm.engine.execute import execute
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.execute import execute
 from mergekit_lfm.machine.accelerators import Accelerator
 from mergekit_lfm.machine.devices import find_gpu
 from mergekit_lfm.machine.resources import cache_folder
 from mergekit_lfm.output.writer import Policy, already_there
-from mergekit_lfm.patching import patched
-from mergekit_lfm.plan import Plan, make_plan
-from mergekit_lfm.roles import Edit
+from mergekit_lfm.plan.plan import Plan, make_plan
+from mergekit_lfm.plan.sources import identity_of
+from mergekit_lfm.recipe.edit import EditRequest
+from mergekit_lfm.recipe.roles import Edit
+from mergekit_lfm.recipe.values import GivenFile
 from mergekit_lfm.runtime.load import load_model
-from mergekit_lfm.settings import GivenFile
 from mergekit_lfm.stages import noted
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lfm.version import __version__
+from mergekit_lfm.views.patched import patched
 
 Notice = Callable[[str], None]
 

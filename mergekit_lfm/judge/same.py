@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 
 from mergekit_lfm.artifacts.transform import Transform
-from mergekit_lfm.rewriting import only_moves
 from mergekit_lfm.runtime.load import Loaded, load_as_saved, load_model
 from mergekit_lfm.runtime.probe import _apart, all_outputs, answer, probe
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
+from mergekit_lfm.views.maps import only_moves
 
 # Equal models differ by 2e-6 where sums are in another order; what is no symmetry makes differences of about 1.
 ROUNDING = 1e-4

@@ -14,11 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mergekit_lfm.engine.documents import INDEX
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.output.card import CARD
 from mergekit_lfm.output.layout import Shard, lay_out
 from mergekit_lfm.output.writer import move_into_place
-from mergekit_lfm.provenance import INDEX
 from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.store.durable import lock_folder, replace_file, reserve, sync_folder
 from mergekit_lfm.store.formats import bytes_of

@@ -20,9 +20,9 @@ from threading import Lock
 from typing import Literal
 
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.jobs import Job
 from mergekit_lfm.output.lock import LOCK, lock_of
-from mergekit_lfm.plan import Plan
+from mergekit_lfm.plan.job import Job
+from mergekit_lfm.plan.plan import Plan
 from mergekit_lfm.store.durable import lock_folder, replace_file, reserve, sync_folder, write_all
 from mergekit_lfm.store.places import partial_of
 from mergekit_lfm.store.tensors import UNFINISHED, naming, write_exactly

@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mergekit_lfm.alignments import AlignRequest, align_options
 from mergekit_lfm.artifacts.facts import read_facts_file
-from mergekit_lfm.edits import EditRequest, edit_options
 from mergekit_lfm.errors import did_you_mean
 from mergekit_lfm.methods import REQUIRED, Method
-from mergekit_lfm.settings import GivenFile, Setting, read_setting
+from mergekit_lfm.recipe.align import AlignRequest, align_options
+from mergekit_lfm.recipe.edit import EditRequest, edit_options
+from mergekit_lfm.recipe.values import GivenFile, Setting, read_setting
 from mergekit_lfm.store.hub import HubName, hub_name
 
 # Parameters of mergekit that change its memory use and never a result.

@@ -9,11 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from mergekit_lfm.artifacts.statistics import Statistics, open_statistics
-from mergekit_lfm.errors import FormatError, PlanError, several
-from mergekit_lfm.jobs import Cast, Job, Source, averaging, unit_of
-from mergekit_lfm.recipe import Recipe
-from mergekit_lfm.store.checkpoint import Checkpoint
+from mergekit_lfm.errors import PlanError, several
+from mergekit_lfm.plan.job import Job, averaging, unit_of
+from mergekit_lfm.plan.sources import Cast, Source
 
 Names = Mapping[str, Mapping[int, str]]  # for each output tensor the name of its source in every model
 
@@ -50,35 +48,6 @@ class LinearGroup:
     def jobs(self) -> tuple[int, ...]:
         """The indices of all its tensors."""
         return tuple(i for layer in self.layers for i in layer.jobs)
-
-
-def open_all(recipe: Recipe, models: Mapping[str, Checkpoint]) -> tuple[Statistics, ...]:
-    """The statistics of every input, () where the method takes none. models: those of the recipe, by label.
-
-    PlanError about all files that are of another kind, or of another model.
-    """
-    wanted, opened, problems = recipe.method.statistics, list[Statistics](), list[str]()
-    for model, given in zip(recipe.inputs, recipe.statistics, strict=wanted is not None):
-        try:
-            statistics = open_statistics(given.path)
-        except (FormatError, FileNotFoundError) as error:
-            problems.append(f"the `stats` of {model.label}: {error}")
-            continue
-        opened.append(statistics)
-        if statistics.facts.kind != wanted:
-            problems.append(
-                f"{given.ref} holds {statistics.facts.kind} statistics, {recipe.method.name} needs {wanted}: "
-                f"collect them with `mergekit-lfm stats {wanted} {model.label} ...`"
-            )
-        elif statistics.facts.models[0] != models[model.label].content:
-            problems.append(
-                f"{given.ref} was collected on another model: it is of content {statistics.facts.models[0]}, "
-                f"{model.label} has {models[model.label].content}; name the right file, or collect the statistics of "
-                f"this model with `mergekit-lfm stats {wanted} {model.label} ...`, from Python with `checkpoint=`"
-            )
-    if problems:
-        raise PlanError(several("the statistics do not fit the models", problems))
-    return tuple(opened)
 
 
 def find_statistics(cast: Cast, names: Names) -> dict[str, tuple[Source, ...]]:

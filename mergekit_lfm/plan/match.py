@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from mergekit_lfm.errors import PlanError, several
-from mergekit_lfm.recipe import Recipe
+from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.store.checkpoint import Checkpoint
 
 # Buffers that loaders compute from the config: integers that some checkpoints carry and others of the same model do

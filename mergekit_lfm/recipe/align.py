@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from mergekit_lfm.errors import PlanError, did_you_mean
 from mergekit_lfm.methods.method import Parameter, Value
-from mergekit_lfm.settings import GivenFile, read_value
+from mergekit_lfm.recipe.values import GivenFile, read_value
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,10 +20,10 @@ from mergekit_lfm.artifacts.patch import Patch
 from mergekit_lfm.artifacts.transform import PANEL
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.kernels.sums import round_once
-from mergekit_lfm.rewriting import RewrittenFile
 from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.store.formats import WeightFile, bytes_of
 from mergekit_lfm.store.tensors import TensorSpec
+from mergekit_lfm.views.base import RewrittenFile
 
 
 class Patcher:

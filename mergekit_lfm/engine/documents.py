@@ -21,7 +21,7 @@ from mergekit_lfm.output.card import CARD, model_card
 from mergekit_lfm.output.lock import LOCK
 from mergekit_lfm.output.names import _last_name, public_names
 from mergekit_lfm.output.writer import Receipt
-from mergekit_lfm.plan import Plan
+from mergekit_lfm.plan.plan import Plan
 from mergekit_lfm.store.tensors import FLOATS
 from mergekit_lfm.version import __version__
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mergekit_lfm.jobs import Source
+from mergekit_lfm.plan.sources import Source
 
 Read = Callable[[Source, int, int], torch.Tensor]  # a tensor's elements from the first to the last, 1-D
 

@@ -7,24 +7,27 @@ plan needs no more. Before anything is written, `stages.prepare` and `edit.stage
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from mergekit_lfm.alignments import OTHER_WIDTHS, AlignRequest
 from mergekit_lfm.arch import find_symmetries
 from mergekit_lfm.arch.pairs import check_alike
 from mergekit_lfm.arch.table import Symmetries, Units, check_fit
+from mergekit_lfm.artifacts.patch import Patch, open_patch
+from mergekit_lfm.artifacts.statistics import Statistics, open_statistics
 from mergekit_lfm.artifacts.transform import PANEL, Transform, open_transform, read_transform_facts
 from mergekit_lfm.errors import FormatError, PlanError, several
-from mergekit_lfm.recipe import Recipe
-from mergekit_lfm.roles import Edit, Model
-from mergekit_lfm.settings import GivenFile
+from mergekit_lfm.recipe.align import OTHER_WIDTHS, AlignRequest
+from mergekit_lfm.recipe.recipe import Recipe
+from mergekit_lfm.recipe.roles import Edit, Model
+from mergekit_lfm.recipe.values import GivenFile
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
-from mergekit_lfm.store.formats import WeightFile
 from mergekit_lfm.store.hub import HubName
 from mergekit_lfm.store.tensors import TensorSpec
+from mergekit_lfm.views.pending import PendingFile
 
 
 def open_models(recipe: Recipe) -> tuple[Checkpoint, ...]:
@@ -95,7 +98,7 @@ def check_targets(recipe: Recipe, models: Sequence[Checkpoint]) -> None:
 
 def rewritten_by(checkpoint: Checkpoint, file: Path, ref: str, label: object) -> Checkpoint:
     """The checkpoint as the transform in a file rewrites it. PlanError where that was made of another model."""
-    from mergekit_lfm.rewriting import rewritten
+    from mergekit_lfm.views.rewritten import rewritten
 
     transform = open_transform(file)
     check_source(transform, checkpoint, ref, label)
@@ -116,7 +119,7 @@ def check_source(transform: Transform, checkpoint: Checkpoint, ref: str, label: 
 def edited(checkpoint: Checkpoint, edits: Sequence[Edit]) -> Checkpoint:
     """The checkpoint with a model's edits applied, or, where facts are still to be edited, as it will be."""
     from mergekit_lfm.artifacts.patch import open_patch
-    from mergekit_lfm.patching import patched
+    from mergekit_lfm.views.patched import patched
 
     if all(isinstance(edit, GivenFile) for edit in edits):
         return patched(checkpoint, *(open_patch(edit.path) for edit in edits if isinstance(edit, GivenFile)))
@@ -131,29 +134,6 @@ def identity_of(edit: Edit) -> dict[str, Any]:
     stats = [] if edit.stats is None else open_checkpoint(edit.stats.path).identity
     facts = xxhash.xxh3_128_hexdigest(edit.facts.path.read_bytes())
     return {"facts": facts, "method": edit.method, "options": edit.given, "stats": stats}
-
-
-class PendingFile(WeightFile):
-    """A file of tensors as they will be rewritten, once it is known how; and what that will take, at most."""
-
-    def __init__(
-        self, inner: WeightFile, specs: Mapping[str, TensorSpec], scratch: Mapping[str, int], resident: int
-    ) -> None:
-        self.inner, self.path = inner, inner.path
-        self.data_start, self.fallback = inner.data_start, inner.fallback
-        self.nbytes, self.stamp, self.snapshot = inner.nbytes, inner.stamp, inner.snapshot
-        self.tensors = {name: (specs[name], offset) for name, (_, offset) in inner.tensors.items()}
-        self._scratch, self._resident = scratch, resident
-
-    @property
-    def resident(self) -> int:
-        return self._resident
-
-    def scratch(self, name: str) -> int:
-        return self._scratch[name]
-
-    def read_into(self, name: str, start: int, into: memoryview) -> None:  # noqa: ARG002
-        raise AssertionError(f"{name} was read before it was known how it is rewritten")
 
 
 def pending(checkpoint: Checkpoint, to: Checkpoint, request: AlignRequest, label: object) -> Checkpoint:
@@ -208,3 +188,84 @@ def refuse_resized(model: Model, held: Checkpoint) -> None:
                 f"{model.label} is transported to other widths ({before[wrong]} becomes {list(held[wrong].shape)}), so "
                 "its config would no longer fit: list the model that it is aligned to first, or as base_model"
             )
+
+
+Source = tuple[int, str]  # (index of a model, or beyond them of a statistics file or the edits; name of a tensor there)
+
+
+@dataclass(frozen=True, slots=True)
+class Cast:
+    """A recipe's models and the parts they play: `inputs`, `base` and `template` are indices into `models`.
+
+    base: the one that the method subtracts, None where it is an input like the others. statistics: those of the inputs,
+    () for methods that take none. added: what edits add to the result, float64 by tensor; None where there are none, or
+    where they are still to be made.
+    """
+
+    recipe: Recipe
+    models: tuple[Checkpoint, ...]
+    labels: tuple[str, ...]
+    inputs: tuple[int, ...]
+    base: int | None
+    template: int
+    statistics: tuple[Statistics, ...] = ()
+    added: Checkpoint | None = None
+
+    @property
+    def norms(self) -> tuple[float, ...]:
+        """The norms of the inputs' statistics, of those kinds that have one."""
+        return tuple(given.facts.norm for given in self.statistics if given.facts.norm is not None)
+
+
+def cast_of(recipe: Recipe, models: tuple[Checkpoint, ...], statistics: tuple[Statistics, ...]) -> Cast:
+    """The parts of the models, which are the recipe's `all_models`."""
+    index = {model: i for i, model in enumerate(recipe.all_models)}
+    inputs = tuple(index[model] for model in recipe.inputs)
+    base = None if recipe.base is None or recipe.method.base in ("member", "first") else index[recipe.base]
+    template = index[recipe.base] if recipe.base else inputs[0]
+    return Cast(recipe, models, tuple(model.label for model in recipe.all_models), inputs, base, template, statistics)
+
+
+def open_all(recipe: Recipe, models: Mapping[str, Checkpoint]) -> tuple[Statistics, ...]:
+    """The statistics of every input, () where the method takes none. models: those of the recipe, by label.
+
+    PlanError about all files that are of another kind, or of another model.
+    """
+    wanted, opened, problems = recipe.method.statistics, list[Statistics](), list[str]()
+    for model, given in zip(recipe.inputs, recipe.statistics, strict=wanted is not None):
+        try:
+            statistics = open_statistics(given.path)
+        except (FormatError, FileNotFoundError) as error:
+            problems.append(f"the `stats` of {model.label}: {error}")
+            continue
+        opened.append(statistics)
+        if statistics.facts.kind != wanted:
+            problems.append(
+                f"{given.ref} holds {statistics.facts.kind} statistics, {recipe.method.name} needs {wanted}: "
+                f"collect them with `mergekit-lfm stats {wanted} {model.label} ...`"
+            )
+        elif statistics.facts.models[0] != models[model.label].content:
+            problems.append(
+                f"{given.ref} was collected on another model: it is of content {statistics.facts.models[0]}, "
+                f"{model.label} has {models[model.label].content}; name the right file, or collect the statistics of "
+                f"this model with `mergekit-lfm stats {wanted} {model.label} ...`, from Python with `checkpoint=`"
+            )
+    if problems:
+        raise PlanError(several("the statistics do not fit the models", problems))
+    return tuple(opened)
+
+
+ADDED = "edits"  # what the plan calls the source of what edits add to the result
+
+
+def _added(recipe: Recipe, template: Checkpoint, edits: Sequence[Patch] | None) -> Checkpoint | None:
+    """What edits add to the result; None without any, and while facts are still to be edited."""
+    given = [edit for edit in recipe.result_edits if isinstance(edit, GivenFile)]
+    if edits is None and len(given) < len(recipe.result_edits):
+        return None
+    patches = [open_patch(edit.path) for edit in given] if edits is None else list(edits)
+    if not patches:
+        return None
+    from mergekit_lfm.views.patched import changes_of
+
+    return changes_of(patches, template, given[0].path if given else template.files[0].path)

@@ -15,7 +15,7 @@ from typing import Any
 from mergekit_lfm.artifacts.facts import BLANK
 from mergekit_lfm.errors import PlanError, did_you_mean
 from mergekit_lfm.methods.method import Parameter
-from mergekit_lfm.settings import GivenFile, read_value
+from mergekit_lfm.recipe.values import GivenFile, read_value
 
 
 @dataclass(frozen=True, slots=True)

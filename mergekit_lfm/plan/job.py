@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from mergekit_lfm.artifacts.statistics import Statistics
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.kernels.block import BLOCK, SEGMENT
 from mergekit_lfm.kernels.random import key
 from mergekit_lfm.methods import METHODS, Method
 from mergekit_lfm.methods.method import Unit
-from mergekit_lfm.recipe import Recipe, Settings
-from mergekit_lfm.store.checkpoint import Checkpoint
+from mergekit_lfm.plan.sources import Cast, Source
+from mergekit_lfm.recipe.recipe import Settings
 from mergekit_lfm.store.tensors import FLOATS, ITEMSIZE, TensorSpec
-
-Source = tuple[int, str]  # (index of a model, or beyond them of a statistics file or the edits; name of a tensor there)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,39 +67,6 @@ class Job:
         """Bytes of one segment in the output."""
         first = segment * self.segment_numel
         return (min(self.spec.numel, first + self.segment_numel) - first) * ITEMSIZE[self.dtype]
-
-
-@dataclass(frozen=True, slots=True)
-class Cast:
-    """A recipe's models and the parts they play: `inputs`, `base` and `template` are indices into `models`.
-
-    base: the one that the method subtracts, None where it is an input like the others. statistics: those of the inputs,
-    () for methods that take none. added: what edits add to the result, float64 by tensor; None where there are none, or
-    where they are still to be made.
-    """
-
-    recipe: Recipe
-    models: tuple[Checkpoint, ...]
-    labels: tuple[str, ...]
-    inputs: tuple[int, ...]
-    base: int | None
-    template: int
-    statistics: tuple[Statistics, ...] = ()
-    added: Checkpoint | None = None
-
-    @property
-    def norms(self) -> tuple[float, ...]:
-        """The norms of the inputs' statistics, of those kinds that have one."""
-        return tuple(given.facts.norm for given in self.statistics if given.facts.norm is not None)
-
-
-def cast_of(recipe: Recipe, models: tuple[Checkpoint, ...], statistics: tuple[Statistics, ...]) -> Cast:
-    """The parts of the models, which are the recipe's `all_models`."""
-    index = {model: i for i, model in enumerate(recipe.all_models)}
-    inputs = tuple(index[model] for model in recipe.inputs)
-    base = None if recipe.base is None or recipe.method.base in ("member", "first") else index[recipe.base]
-    template = index[recipe.base] if recipe.base else inputs[0]
-    return Cast(recipe, models, tuple(model.label for model in recipe.all_models), inputs, base, template, statistics)
 
 
 def make_job(

@@ -17,27 +17,26 @@ from typing import Any
 
 import xxhash
 
-from mergekit_lfm.aligned import PendingFile, identity_of, open_models, refuse_resized
-from mergekit_lfm.artifacts.patch import Patch, open_patch
+from mergekit_lfm.artifacts.patch import Patch
 from mergekit_lfm.artifacts.statistics import Statistics
 from mergekit_lfm.errors import PlanError, several
-from mergekit_lfm.evidence import LinearGroup, find_statistics, group_linears, open_all
-from mergekit_lfm.jobs import Cast, Job, cast_of, make_job, unit_of
 from mergekit_lfm.machine.sizes import format_size
-from mergekit_lfm.matching import layers_of, match, refuse_quantised
 from mergekit_lfm.methods import METHODS
 from mergekit_lfm.methods.method import Unit
 from mergekit_lfm.output.card import stated_license
 from mergekit_lfm.output.layout import Shard, lay_out
-from mergekit_lfm.recipe import Recipe
-from mergekit_lfm.roles import Edit, Model
-from mergekit_lfm.settings import GivenFile
+from mergekit_lfm.plan.job import Job, make_job, unit_of
+from mergekit_lfm.plan.match import layers_of, match, refuse_quantised
+from mergekit_lfm.plan.sources import ADDED, Cast, _added, cast_of, identity_of, open_all, open_models, refuse_resized
+from mergekit_lfm.plan.statistics import LinearGroup, find_statistics, group_linears
+from mergekit_lfm.recipe.recipe import Recipe
+from mergekit_lfm.recipe.roles import Edit, Model
+from mergekit_lfm.recipe.values import GivenFile
 from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.store.sidecars import tagalong
 from mergekit_lfm.store.tensors import ITEMSIZE
 from mergekit_lfm.version import __version__
-
-ADDED = "edits"  # what the plan calls the source of what edits add to the result
+from mergekit_lfm.views.pending import PendingFile
 
 
 @dataclass(frozen=True)
@@ -341,19 +340,6 @@ def make_plan(
         files=tagalong(template),
         licenses=tuple(stated_license(model.path) for model in models),
     )
-
-
-def _added(recipe: Recipe, template: Checkpoint, edits: Sequence[Patch] | None) -> Checkpoint | None:
-    """What edits add to the result; None without any, and while facts are still to be edited."""
-    given = [edit for edit in recipe.result_edits if isinstance(edit, GivenFile)]
-    if edits is None and len(given) < len(recipe.result_edits):
-        return None
-    patches = [open_patch(edit.path) for edit in given] if edits is None else list(edits)
-    if not patches:
-        return None
-    from mergekit_lfm.patching import changes_of
-
-    return changes_of(patches, template, given[0].path if given else template.files[0].path)
 
 
 def _groups(recipe: Recipe, jobs: Sequence[Job], linears: set[int]) -> tuple[tuple[int, ...], ...]:

@@ -25,12 +25,12 @@ from pydantic import (
     model_validator,
 )
 
-from mergekit_lfm.alignments import AlignRequest
 from mergekit_lfm.errors import PlanError, did_you_mean
 from mergekit_lfm.methods import METHODS, REQUIRED, Method
 from mergekit_lfm.methods.method import Value
-from mergekit_lfm.roles import Edit, Entry, Model, Roles, Written, assign_roles, unmet
-from mergekit_lfm.settings import GivenFile, as_data, value_at
+from mergekit_lfm.recipe.align import AlignRequest
+from mergekit_lfm.recipe.roles import Edit, Entry, Model, Roles, Written, assign_roles, unmet
+from mergekit_lfm.recipe.values import GivenFile, as_data, value_at
 from mergekit_lfm.store.hub import repository
 from mergekit_lfm.store.yaml import read_yaml
 

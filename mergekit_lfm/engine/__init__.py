@@ -1,0 +1,1 @@
+"""Carries a plan out: tasks, workers, and the documents beside the weights."""

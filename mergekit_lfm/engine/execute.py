@@ -1,0 +1,246 @@
+"""Carries out a plan: reads blocks, merges, writes segments, with a pool of threads and within a budget of memory.
+
+A tensor whose method needs no sums is worked on by segments; one that needs sums and fits a worker's share of the
+budget is read once and done by one worker; a larger one, or a whole model, takes several passes that all workers
+share. The bytes are the same in each case: sums run over constant blocks in a constant order.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mergekit_lfm.engine.blocks import in_order, solved
+from mergekit_lfm.engine.documents import documents, names_of
+from mergekit_lfm.engine.threads import Executor, thread_pool
+from mergekit_lfm.engine.worker import LinearWork, Run, Work
+from mergekit_lfm.errors import PlanError, reason
+from mergekit_lfm.kernels.block import BLOCK
+from mergekit_lfm.kernels.compiled import Kernels, Mode
+from mergekit_lfm.kernels.gpu import GpuKernels
+from mergekit_lfm.kernels.reductions import Reduction
+from mergekit_lfm.machine.accelerators import Accelerator, name_of
+from mergekit_lfm.machine.resources import allow_many_files, default_memory, keep_freed_memory
+from mergekit_lfm.methods import METHODS
+from mergekit_lfm.output.writer import Output, Policy, already_there, finish
+from mergekit_lfm.plan.budget import check_disk, workers
+from mergekit_lfm.plan.job import Job
+from mergekit_lfm.plan.plan import Plan
+from mergekit_lfm.plan.statistics import LinearGroup
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What `execute` did. resumed_bytes: written by an earlier, interrupted run. warnings: one line each."""
+
+    path: Path
+    already_there: bool = False
+    resumed_bytes: int = 0
+    warnings: tuple[str, ...] = ()
+    seconds: float = 0.0
+
+
+def execute(
+    plan: Plan,
+    out: Path,
+    *,
+    memory: int | None = None,
+    threads: int | None = None,
+    nan: Policy = "error",
+    resume: bool = True,
+    overwrite: bool = False,
+    compile: Mode = "auto",
+    gpu: Accelerator | None = None,
+    progress: Callable[[int], None] | None = None,
+    notice: Callable[[str], None] | None = None,
+) -> Outcome:
+    """Write the merged checkpoint to the folder `out`, or complete what an interrupted run of the same plan left.
+
+    memory: bytes that the engine may hold. compile: whether elementwise functions are compiled to machine code,
+    "auto" where the merge is large enough to repay it; the bytes are the same. gpu: where arithmetic runs instead of on
+    the processor; docs/gpu.md says what that changes of the bytes. progress is called with each number of bytes newly
+    written, notice with a line about each alignment that is found before. Raises PlanError before anything is written
+    where `out`, the memory or the disk do not allow it; FormatError where an input turns out to hold NaN or infinity
+    (`nan="error"`). OUT appears only when it is complete.
+    """
+    started = time.monotonic()
+    place = out.resolve()
+    if gpu is not None and plan.pending:
+        from mergekit_lfm.stages import noted
+
+        plan = noted(plan, name_of(gpu))
+    if already_there(plan, place, overwrite=overwrite, rebuild=overwrite and not resume, nan=nan):
+        return Outcome(out, already_there=True)
+    if resume and finish(plan, place):
+        return Outcome(out, resumed_bytes=plan.bytes_written, seconds=time.monotonic() - started)
+    budget = memory or default_memory()
+    plan, count = _checked(plan, place, budget, threads, gpu, notice or (lambda _: None))
+    keep_freed_memory()
+    allow_many_files()
+    with Output(plan, place, resume) as output, _kernels(plan, compile, count, gpu) as kernels:
+        names = names_of(plan)
+        run = Run(
+            plan,
+            output,
+            share=plan.share(budget, count),
+            nan=nan,
+            progress=progress or (lambda _: None),
+            kernels=kernels,
+            names=tuple(names[label] for label in plan.source_labels),
+            gpu=gpu,
+            device_share=gpu.room() // count if gpu else 0,
+        )
+        resumed = run.take_over()
+        try:
+            with _telling_of_room(), thread_pool(count, run.stop) as executor:
+                _carry_out(run, executor)
+        finally:
+            output.flush()
+        output.publish(documents(plan, output.done))
+    lines = (*_findings(plan, output), *sorted(kernels.problems))
+    return Outcome(out, False, resumed, lines, time.monotonic() - started)
+
+
+def _findings(plan: Plan, output: Output) -> Iterator[str]:
+    """What a user has to know of a merge that was done all the same."""
+    for where in sorted({where for receipt in output.done.values() for where in receipt.nonfinite}):
+        yield f"{where} holds NaN or infinity"
+    for label in plan.unlisted:
+        yield f"{label}: offline, only those of its files that are in the cache count"
+
+
+def _kernels(plan: Plan, compile: Mode, threads: int, gpu: Accelerator | None) -> Kernels | GpuKernels:
+    numels = [job.spec.numel for job in plan.tensors if not job.copied]
+    if gpu is not None:
+        return GpuKernels(compile, sum(numels), gpu.device)
+    return Kernels(compile, sum(numel // BLOCK for numel in numels), BLOCK, threads)
+
+
+@contextmanager
+def _telling_of_room() -> Iterator[None]:
+    """PlanError where a GPU's memory is taken by others after it was found to suffice."""
+    try:
+        yield
+    except RuntimeError as error:  # of torch, its libraries and Triton, which have no class for it in common
+        if not any(sign in str(error) for sign in ("out of memory", "ALLOC_FAILED", "NOT_INITIALIZED")):
+            raise
+        raise PlanError(
+            f"the GPU has no memory left, or the host none to pin ({reason(error)}): others have taken it since the "
+            "merge began. End them, lower --threads, or use --device cpu; the same command goes on from what is done"
+        ) from None
+
+
+def _checked(
+    plan: Plan,
+    place: Path,
+    budget: int,
+    threads: int | None,
+    gpu: Accelerator | None,
+    notice: Callable[[str], None],
+) -> tuple[Plan, int]:
+    """The plan with its alignments found, and the number of threads. PlanError where memory, disk or inputs forbid it.
+
+    What can be known before the alignments is refused before them.
+    """
+    if plan.unedited:
+        raise PlanError(
+            "the recipe asks for facts to be edited, which needs a model that runs, before its merge; call "
+            "`mergekit_lfm.merge`, or give patch files"
+        )
+    if plan.pending or plan.absent:
+        from mergekit_lfm.stages import prepare
+
+        plan.peak_memory(budget, threads or 1)
+        check_disk(plan, place)
+        plan.fetch(notice)
+        plan = prepare(plan, notice, name_of(gpu)) if plan.pending else plan
+    count = workers(plan, budget, threads, gpu)
+    check_copies(plan)
+    check_disk(plan, place)
+    return plan, count
+
+
+def _carry_out(run: Run, executor: Executor) -> None:
+    """First all tasks that need no barrier, heavy ones first, then in file order; then what takes several passes."""
+    plan = run.plan
+    alone: list[Work] = []
+    if run.gpu is not None and plan.linears:
+        run.gpu.load_solvers()
+    linears = [_linear_work(run, group) for group in sorted(plan.linears, key=lambda group: -group.nbytes)]
+    for _ in executor(run.do, [work for work in linears if any(work.missing.values())]):
+        pass
+    shared: list[list[Job]] = []
+    for group in plan.groups:
+        jobs = [plan.tensors[i] for i in group]
+        missing = {job.name: run.missing(job) for job in jobs}
+        if not any(missing.values()):
+            continue
+        if len(jobs) > 1 or (
+            jobs[0].needs_sums and plan.resident(group) > (run.device_share if run.gpu else run.share)
+        ):
+            shared.append(jobs)
+        elif jobs[0].needs_sums:
+            alone.append(Work(jobs[0], missing[jobs[0].name], solve=True))
+        else:
+            coefficients = None if jobs[0].copied else solved(METHODS[jobs[0].method].solve(plan.unit(jobs)), _no_sums)
+            segments = missing[jobs[0].name]
+            parts = [segments] if plan.at_once(jobs[0]) else [(segment,) for segment in segments]
+            alone += [Work(jobs[0], part, coefficients) for part in parts]
+    heavy = plan.bytes_written // 16
+    alone.sort(key=lambda work: -work.job.nbytes if work.job.nbytes > heavy else 0)
+    for _ in executor(run.do, alone):
+        pass
+    for jobs in shared:
+        _in_passes(run, executor, jobs)
+
+
+def _linear_work(run: Run, group: LinearGroup) -> LinearWork:
+    jobs = [run.plan.tensors[i] for i in group.jobs]
+    return LinearWork(group, {job.name: run.missing(job) for job in jobs})
+
+
+def _in_passes(run: Run, executor: Executor, jobs: Sequence[Job]) -> None:
+    """Solve a group that does not fit a worker's share: one pass over its inputs for each reduction, one to apply."""
+    tasks = [(job, segment) for job in jobs for segment in range(job.segments)]
+
+    def over(request: Reduction) -> Any:
+        parts = executor(lambda i: (i, run.reduce(tasks[i][0], request, tasks[i][1])), range(len(tasks)))
+        return in_order(request, parts)
+
+    method = METHODS[jobs[0].method]
+    coefficients = solved(method.solve(run.plan.unit(jobs)), over)
+    works = [Work(job, (segment,), coefficients) for job in jobs for segment in run.missing(job)]
+    for _ in executor(run.do, works):
+        pass
+
+
+def _no_sums(_: Reduction) -> Any:
+    raise AssertionError("the plan says that this solve asks for nothing")
+
+
+def check_copies(plan: Plan) -> None:
+    """Tensors that are copied must be the same in all models. They are compared before anything is written."""
+    wrong = [
+        f"{job.spec} differs between {plan.labels[job.sources[0][0]]} and {plan.labels[model]}"
+        for job in plan.tensors
+        if job.copied
+        for model, name in job.sources[1:]
+        if not _same_bytes(plan, job.sources[0], (model, name), job.nbytes)
+    ]
+    if wrong:
+        raise PlanError("tensors that are not floating are copied, so they must be equal:\n  " + "\n  ".join(wrong))
+
+
+def _same_bytes(plan: Plan, one: tuple[int, str], other: tuple[int, str], nbytes: int) -> bool:
+    step = 1 << 22
+    sides = [(plan.models[model].file_of(name), name, bytearray(min(step, nbytes))) for model, name in (one, other)]
+    for start in range(0, nbytes, step):
+        for file, name, buffer in sides:
+            file.read_into(name, start, memoryview(buffer)[: nbytes - start])
+        if sides[0][2] != sides[1][2]:
+            return False
+    return True

@@ -1,0 +1,1 @@
+"""Checkpoints made from others while they are read: rewritten, patched, or still to be found."""

@@ -1,0 +1,181 @@
+"""Tensors rewritten by a transform: whole in memory, or while a checkpoint is read.
+
+An order is exact in any dtype. Products are float64, or float32 for 16-bit tensors, rounded once to the stored dtype,
+in panels of rows that do not depend on what is asked for: the bytes are the same for any range, chunk and thread.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mergekit_lfm.arch.table import part_size
+from mergekit_lfm.artifacts.transform import PANEL, Transform
+from mergekit_lfm.errors import PlanError
+from mergekit_lfm.kernels.sums import round_once
+from mergekit_lfm.store.checkpoint import Checkpoint
+from mergekit_lfm.store.tensors import TensorSpec
+from mergekit_lfm.views.base import RewrittenFile
+from mergekit_lfm.views.maps import IDENTITY, NARROW, Arithmetic, Map, Maps, _cut, _mixed
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of an axis with what is done along it. each: entries that every unit has, in a row.
+
+    first, size: where it lies in the old axis; new_size: its length in the new one.
+    """
+
+    map: Map
+    each: int
+    first: int
+    size: int
+    new_size: int
+
+    def apply(self, x: Tensor, axis: int) -> Tensor:
+        """x with this run of its axis, and no more, rewritten; of the map's dtype unless only the order changes."""
+        if self.map.values is not None:
+            return self.map.values
+        if self.map.exact and self.map.index is None:
+            return x
+        moved = x.movedim(axis, 0)
+        rest = moved.shape[1:]
+        y = moved.reshape(self.size // self.each, -1)
+        if self.map.index is not None:
+            y = y[self.map.index]
+        if not self.map.exact:
+            y = _mixed(self.map, y)
+        return y.reshape(self.new_size, *rest).movedim(0, axis)
+
+
+class Rewriter:
+    """How one tensor is rewritten. shape: the new one."""
+
+    def __init__(self, maps: Maps, spec: TensorSpec) -> None:
+        self.old = spec
+        self.axes = [_runs(maps, spec, axis) for axis in range(len(spec.shape))]
+        shape = tuple(sum(run.new_size for run in runs) for runs in self.axes)
+        self.spec = TensorSpec(spec.name, shape, spec.dtype)
+        self.idle = all(run.map == IDENTITY for runs in self.axes for run in runs)
+        # one axis, or one whose entries are mixed over all of it: the tensor is rewritten at once
+        wide = self.axes and any(run.map.block[1] * run.each > NARROW for run in self.axes[0])
+        self.whole = len(shape) < 2 or wide or self.spec.numel <= PANEL
+
+    @property
+    def scratch(self) -> int:
+        """Bytes that rewriting holds beside what is read and returned."""
+        if self.idle:
+            return 0
+        panel = max(last - first for first, last in self.panels) * self._row
+        return (
+            (max(self.old.numel, self.spec.numel) if self.whole else panel) * 8 * 4
+        )  # float64, and what it is made of
+
+    @property
+    def _row(self) -> int:
+        """Elements of a row of the old or new tensor, whichever has more."""
+        return max(self.old.numel // max(1, self.old.shape[0]), self.spec.numel // max(1, self.spec.shape[0]))
+
+    def apply(self, x: Tensor) -> Tensor:
+        """The rewritten tensor, of one that lies in memory."""
+        if self.whole:
+            return self._rounded(self._columns(self.along(x, 0)))
+        return torch.cat([self.rows(first, last, lambda a, b: x[a:b]) for first, last in self.panels])
+
+    def along(self, x: Tensor, axis: int) -> Tensor:
+        """x, or rows of it, rewritten along one axis; float32 or float64 unless only the order changes."""
+        runs = self.axes[axis]
+        parts = [run.apply(x.narrow(axis, run.first, run.size), axis) for run in runs]
+        if len(parts) == 1:
+            return parts[0]
+        dtype = max((part.dtype for part in parts), key=lambda dtype: dtype.itemsize)
+        return torch.cat([part.to(dtype) for part in parts], axis)
+
+    def _columns(self, x: Tensor) -> Tensor:
+        for axis in range(1, len(self.axes)):
+            x = self.along(x, axis)
+        return x
+
+    def _rounded(self, x: Tensor) -> Tensor:
+        return round_once(x, getattr(torch, self.spec.dtype)).contiguous()
+
+    @cached_property
+    def panels(self) -> list[tuple[int, int]]:
+        """(first row, last row) of the new tensor's panels; of one that is rewritten at once, all of its rows."""
+        if self.whole:
+            return [(0, self.spec.shape[0])]
+        edges = [0]
+        for run in self.axes[0]:
+            begin, block = edges[-1], run.map.block[0] * run.each
+            step = max(1, PANEL // (block * max(1, self._row))) * block
+            edges += [*range(begin + step, begin + run.new_size, step), begin + run.new_size]
+        return list(pairwise(edges))
+
+    def rows(self, first: int, last: int, read: Callable[[int, int], Tensor]) -> Tensor:
+        """A panel of the new tensor. read: rows of the old one, from the first to the last."""
+        begin = 0
+        for run in self.axes[0]:
+            if first < begin + run.new_size:
+                break
+            begin += run.new_size
+        new, old = (size * run.each for size in run.map.block)
+        start, stop = (first - begin) // new * old, (last - begin) // new * old
+        wanted = torch.arange(start, stop)
+        if run.map.index is not None:
+            units = run.map.index[start // run.each : stop // run.each]
+            wanted = (units[:, None] * run.each + torch.arange(run.each)).flatten()
+        x = self._columns(_gathered(wanted + run.first, read))
+        if not run.map.exact:
+            y = x.reshape(len(wanted) // run.each, -1)
+            x = _mixed(_cut(run.map, start // run.each, stop // run.each), y).reshape(last - first, *x.shape[1:])
+        return self._rounded(x)
+
+
+def _gathered(rows: Tensor, read: Callable[[int, int], Tensor]) -> Tensor:
+    """The rows with these numbers, read in runs that lie one after another."""
+    numbers = rows.tolist()
+    breaks = [0, *(i for i in range(1, len(numbers)) if numbers[i] != numbers[i - 1] + 1), len(numbers)]
+    return torch.cat([read(numbers[a], numbers[b - 1] + 1) for a, b in pairwise(breaks)])
+
+
+def _runs(maps: Maps, spec: TensorSpec, axis: int) -> list[Run]:
+    symmetries = maps.transform.symmetries
+    arithmetic: Arithmetic = "float32" if spec.dtype in ("float16", "bfloat16") else "float64"
+    runs, first = [], 0
+    for part, size in zip(
+        symmetries.tensors[spec.name][axis], symmetries.lengths(spec.name, axis, spec.shape[axis]), strict=True
+    ):
+        if part.group is None:
+            runs.append(Run(IDENTITY, 1, first, size, size))
+        else:
+            way, each = maps.of(part, arithmetic), size // part_size(symmetries.groups, part)
+            new, old = way.block
+            runs.append(Run(way, each, first, size, size // old * new))
+        first += size
+    return runs
+
+
+def rewrite(tensors: Mapping[str, Tensor], transform: Transform) -> dict[str, Tensor]:
+    """Every tensor of a model as the transform rewrites it, in its dtype. PlanError where one is not in the table."""
+    result, maps = {}, Maps(transform)
+    for name, x in tensors.items():
+        if name not in transform.symmetries.tensors:
+            raise PlanError(f"{name} {list(x.shape)} is not in the transform's table; align the models again")
+        rewriter = Rewriter(maps, TensorSpec(name, tuple(x.shape), str(x.dtype).removeprefix("torch.")))
+        result[name] = x if rewriter.idle else rewriter.apply(x)
+    return result
+
+
+def rewritten(checkpoint: Checkpoint, transform: Transform, view: Mapping[str, Any]) -> Checkpoint:
+    """The checkpoint as the transform rewrites it, read like any other. view: what stands for the transform."""
+    maps, kept = Maps(transform), threading.local()
+    rewriters = {name: Rewriter(maps, spec) for name, spec in checkpoint.items()}
+    files = [RewrittenFile(file, rewriters, lambda: maps.nbytes, kept) for file in checkpoint.files]
+    return Checkpoint(checkpoint.path, files, view)
