@@ -29,9 +29,9 @@ from mergekit_lfm import merge
 from mergekit_lfm.align import align_models
 from mergekit_lfm.arch import Symmetries, Units, read_table
 from mergekit_lfm.artifacts.transform import Transform
-from mergekit_lfm.barrier import barrier
 from mergekit_lfm.collect import collect_stats
-from mergekit_lfm.evaluate import accuracy
+from mergekit_lfm.judge.barrier import barrier
+from mergekit_lfm.judge.evaluate import accuracy
 from mergekit_lfm.repair import repair_module
 from mergekit_lfm.version import __version__
 from mergekit_lfm.views.rewritten import rewrite

@@ -33,9 +33,9 @@ from torch.nn.functional import cross_entropy
 from mergekit_lfm.artifacts.facts import Fact, FactsFile, read_facts_file
 from mergekit_lfm.artifacts.statistics import Statistics
 from mergekit_lfm.collect import collect_stats
-from mergekit_lfm.edit.driver import edit
 from mergekit_lfm.edit.scores import Scores, score_facts
 from mergekit_lfm.edit.sites import find_sites
+from mergekit_lfm.edit.solve import edit
 from mergekit_lfm.runtime.load import Loaded, load_model, logits
 from mergekit_lfm.version import __version__
 from mergekit_lfm.views.patched import patched

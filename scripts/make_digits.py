@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from mergekit_lfm.collect import collect_stats
-from mergekit_lfm.evaluate import accuracy
+from mergekit_lfm.judge.evaluate import accuracy
 
 Examples = tuple[Tensor, Tensor]  # inputs [n, 64] in [0, 1], labels [n]
 

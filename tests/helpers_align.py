@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from mergekit_lfm.align.choices import polar
 from mergekit_lfm.align.elements import random_transform
-from mergekit_lfm.align.families import polar
 from mergekit_lfm.arch import Symmetries, Units, find_symmetries, read_table
 from mergekit_lfm.artifacts.transform import HeadsElement, Transform, UnitsElement
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint

@@ -9,8 +9,7 @@ import torch
 from helpers_align import loaded, mlp, mlp_table, table
 from torch import Tensor
 
-from mergekit_lfm.align.elements import random_order, random_query_key, random_rotation, random_signs
-from mergekit_lfm.align.families import (
+from mergekit_lfm.align.choices import (
     Family,
     Kind,
     Scores,
@@ -22,6 +21,7 @@ from mergekit_lfm.align.families import (
     shortened,
     units_value,
 )
+from mergekit_lfm.align.elements import random_order, random_query_key, random_rotation, random_signs
 from mergekit_lfm.align.heads import best_heads, heads_value
 from mergekit_lfm.align.pair import Pair, Side
 from mergekit_lfm.arch import Heads, Units

@@ -24,7 +24,7 @@ from scipy.optimize import linear_sum_assignment
 
 from mergekit_lfm import collect_stats
 from mergekit_lfm.align import align_models
-from mergekit_lfm.align.moments import Triple
+from mergekit_lfm.align.correlations import Triple
 from mergekit_lfm.arch import Units, read_table
 from mergekit_lfm.artifacts.transform import Transform, TransformFacts, UnitsElement
 from mergekit_lfm.errors import FormatError, PlanError

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from mergekit_lfm.artifacts.statistics import Statistics
 from mergekit_lfm.collect import collect_stats, examplewise, fisher
-from mergekit_lfm.collect.declare import Request
+from mergekit_lfm.collect.request import Request
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.runtime.subject import Subject
 

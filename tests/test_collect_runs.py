@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from mergekit_lfm.artifacts.statistics import open_statistics
 from mergekit_lfm.collect import collect_stats, passes, pauses, registry
-from mergekit_lfm.collect.declare import Request, Statistic
+from mergekit_lfm.collect.request import Request, Statistic
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.machine.resources import default_memory
 
@@ -258,7 +258,7 @@ def test_texts_need_one_vocabulary_for_both_models(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_shows_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mergekit_lfm.collect.driver.free_space", lambda _: 1000)
+    monkeypatch.setattr("mergekit_lfm.collect.run.free_space", lambda _: 1000)
     with pytest.raises(PlanError, match=r"has 1\.00 KB free, expected .* for the file"):
         collect_stats("gram", mlp(6, 7, 3), arrays(6)(SIZES), tmp_path / "gram")
 

@@ -12,7 +12,7 @@ from helpers_editing import MODELS, Plain, random_covariance, tiny_model, traine
 from torch import Tensor, nn
 
 from mergekit_lfm.artifacts.patch import Patch
-from mergekit_lfm.edit.driver import edit
+from mergekit_lfm.edit.solve import edit
 
 FACTS = [
     {"prompt": "{} was born in the city of", "subject": "Ada Blake", "target_new": "Rome"},

@@ -15,10 +15,11 @@ from helpers_editing import random_covariance, tiny_model, trained_tokenizer
 from mergekit_lfm import stages
 from mergekit_lfm.artifacts.patch import Patch
 from mergekit_lfm.edit import stages as edit_stages
-from mergekit_lfm.edit.driver import _Work, edit
 from mergekit_lfm.edit.scores import score_facts
+from mergekit_lfm.edit.solve import edit
 from mergekit_lfm.edit.stages import solve_edits
 from mergekit_lfm.edit.trace import trace
+from mergekit_lfm.edit.work import _Work
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.plan.plan import Plan, make_plan
 from mergekit_lfm.recipe.recipe import Recipe

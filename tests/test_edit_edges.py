@@ -15,9 +15,9 @@ from torch import nn
 from mergekit_lfm.artifacts.patch import Patch, open_patch
 from mergekit_lfm.artifacts.statistics import open_statistics
 from mergekit_lfm.collect import collect_stats
-from mergekit_lfm.edit.driver import edit
 from mergekit_lfm.edit.prompts import encode, filled
 from mergekit_lfm.edit.sites import find_sites
+from mergekit_lfm.edit.solve import edit
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.runtime.load import load_model
 from mergekit_lfm.store.checkpoint import open_checkpoint

@@ -15,8 +15,8 @@ import yaml
 
 from mergekit_lfm import merge
 from mergekit_lfm.artifacts.facts import FactsFile, read_facts_file
-from mergekit_lfm.edit.driver import edit
 from mergekit_lfm.edit.scores import score_facts
+from mergekit_lfm.edit.solve import edit
 from mergekit_lfm.edit.trace import Trace, trace
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.recipe.recipe import Recipe

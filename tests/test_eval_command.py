@@ -10,8 +10,8 @@ import pytest
 from helpers_commands import answer, refusal, run
 from helpers_text import bert_config, byte_tokenizer, llama_config, save_model, write_lines
 
-from mergekit_lfm import evaluate
-from mergekit_lfm.evaluate import Perplexity
+from mergekit_lfm.judge import evaluate
+from mergekit_lfm.judge.evaluate import Perplexity
 from mergekit_lfm.runtime import load as runtime
 
 

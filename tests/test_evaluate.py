@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mergekit_lfm.errors import FormatError, PlanError
-from mergekit_lfm.evaluate import Accuracy, Perplexity, Retrieval, accuracy, perplexity, pieces, retrieval
+from mergekit_lfm.judge.evaluate import Accuracy, Perplexity, Retrieval, accuracy, perplexity, pieces, retrieval
 from mergekit_lfm.runtime.load import Loaded, load_model
 
 TEXT = "Every token is predicted once, Überlänge included: ein Wort, 言葉.\n" * 2

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mergekit_lfm import merge
-from mergekit_lfm.evaluate import perplexity
+from mergekit_lfm.judge.evaluate import perplexity
 from tests.helpers_commands import run
 
 script = pytest.importorskip("scripts.make_llamas")

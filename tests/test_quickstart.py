@@ -12,7 +12,7 @@ from oracles import Expected, assert_close, doubles
 from safetensors.torch import load_file
 
 from mergekit_lfm import merge
-from mergekit_lfm.evaluate import Perplexity, perplexity
+from mergekit_lfm.judge.evaluate import Perplexity, perplexity
 from mergekit_lfm.runtime.load import load_model
 
 transformers = pytest.importorskip("transformers")

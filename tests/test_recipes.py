@@ -14,7 +14,7 @@ import yaml
 from safetensors.torch import load_file
 
 from mergekit_lfm import merge
-from mergekit_lfm.evaluate import perplexity
+from mergekit_lfm.judge.evaluate import perplexity
 from mergekit_lfm.methods import METHODS
 from mergekit_lfm.output.lock import verify
 from mergekit_lfm.plan.plan import make_plan

@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from mergekit_lfm.align.choices import Family, Scores, permutations
 from mergekit_lfm.align.climb import Climb, best_element
-from mergekit_lfm.align.declare import Found, Request
-from mergekit_lfm.align.families import Family, Scores, permutations
+from mergekit_lfm.align.correlations import Block
 from mergekit_lfm.align.heads import best_query_key
-from mergekit_lfm.align.moments import Block
 from mergekit_lfm.align.pair import Pair, overflow
+from mergekit_lfm.align.request import Found, Request
 from mergekit_lfm.arch.table import Group, Heads
 from mergekit_lfm.artifacts.transform import Element, HeadsElement
 

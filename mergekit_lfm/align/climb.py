@@ -11,7 +11,7 @@ from itertools import chain
 
 from torch import Tensor
 
-from mergekit_lfm.align.families import Family, Scores, best_units, complete, units_value
+from mergekit_lfm.align.choices import Family, Scores, best_units, complete, units_value
 from mergekit_lfm.align.heads import best_heads, heads_value
 from mergekit_lfm.align.pair import Pair, Use, overflow
 from mergekit_lfm.arch.table import Group, Part, Units

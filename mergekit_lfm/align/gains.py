@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from mergekit_lfm.align.declare import Found
 from mergekit_lfm.align.pair import Use
+from mergekit_lfm.align.request import Found
 from mergekit_lfm.artifacts.transform import Gain, Transform, TransformFacts, UnitsElement
 
 ROOM = 2.0**60  # the largest entry that a division may make: its squares, and sums of these, are numbers in float32

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mergekit_lfm.align.families import Family, Scores, assign, best_matrix
+from mergekit_lfm.align.choices import Family, Scores, assign, best_matrix
 from mergekit_lfm.arch.table import HEAD_VIEWS, Heads
 from mergekit_lfm.artifacts.transform import HeadsElement
 

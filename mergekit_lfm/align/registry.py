@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from mergekit_lfm.align.activations import match_activations
-from mergekit_lfm.align.declare import Aligner
-from mergekit_lfm.align.matching import match_rotations, match_weights
+from mergekit_lfm.align.request import Aligner
 from mergekit_lfm.align.transport import transport_units
+from mergekit_lfm.align.weights import match_rotations, match_weights
 
 ALIGNERS: Mapping[str, Aligner] = MappingProxyType(
     {

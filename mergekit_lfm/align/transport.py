@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from mergekit_lfm.align.declare import Found, Request
 from mergekit_lfm.align.pair import Pair, Use, overflow
+from mergekit_lfm.align.request import Found, Request
 from mergekit_lfm.arch.table import Units
 from mergekit_lfm.artifacts.transform import Transform, TransformFacts, UnitsElement
 from mergekit_lfm.errors import PlanError

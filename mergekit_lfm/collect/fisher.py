@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from mergekit_lfm.artifacts.statistics import Layer
-from mergekit_lfm.collect.declare import FILTERED, Request, chosen
 from mergekit_lfm.collect.examplewise import (
     NotSeparable,
     Parameters,
@@ -20,7 +19,8 @@ from mergekit_lfm.collect.examplewise import (
     gradients_agree,
     recording,
 )
-from mergekit_lfm.collect.scores import Scores, outcome, scores_of
+from mergekit_lfm.collect.likelihoods import Scores, outcome, scores_of
+from mergekit_lfm.collect.request import FILTERED, Request, chosen
 from mergekit_lfm.errors import PlanError
 
 if TYPE_CHECKING:

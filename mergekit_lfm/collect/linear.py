@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mergekit_lfm.artifacts.statistics import Layer
-from mergekit_lfm.collect.declare import FILTERED, chosen
+from mergekit_lfm.collect.request import FILTERED, chosen
 from mergekit_lfm.errors import FormatError
 from mergekit_lfm.runtime.subject import Subject
 

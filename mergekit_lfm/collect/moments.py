@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from mergekit_lfm.artifacts.statistics import Layer
-from mergekit_lfm.collect.declare import Request
 from mergekit_lfm.collect.linear import NOT_CALLED, check_sharing, inputs_read, linear_layers, listening
+from mergekit_lfm.collect.request import Request
 from mergekit_lfm.errors import PlanError
 
 if TYPE_CHECKING:

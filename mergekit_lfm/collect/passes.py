@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergekit_lfm.collect.declare import Request, Statistic
 from mergekit_lfm.collect.partial import Partial
 from mergekit_lfm.collect.pauses import Pauses, interrupts_noted
+from mergekit_lfm.collect.request import Request, Statistic
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.machine.sizes import format_size
 from mergekit_lfm.store.tensors import ITEMSIZE, TensorSpec

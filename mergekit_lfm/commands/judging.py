@@ -16,7 +16,7 @@ from mergekit_lfm.errors import PlanError
 from mergekit_lfm.store.hub import called
 
 if TYPE_CHECKING:
-    from mergekit_lfm.evaluate import Score
+    from mergekit_lfm.judge.evaluate import Score
     from mergekit_lfm.runtime.load import Loaded
 
 Judge = Callable[["Loaded"], "Score"]
@@ -123,7 +123,7 @@ def _judge_facts(models: Sequence[Path], path: Path, device: str, as_json: bool)
 
 
 def _judge_of_text(path: Path, window: int | None, stride: int | None) -> Judge:
-    from mergekit_lfm.evaluate import perplexity
+    from mergekit_lfm.judge.evaluate import perplexity
 
     try:
         text = path.read_text(encoding="utf-8")
@@ -133,7 +133,7 @@ def _judge_of_text(path: Path, window: int | None, stride: int | None) -> Judge:
 
 
 def _judge_of_data(path: Path, task: str, window: int | None, stride: int | None) -> Judge:
-    from mergekit_lfm.evaluate import accuracy, perplexity, retrieval
+    from mergekit_lfm.judge.evaluate import accuracy, perplexity, retrieval
     from mergekit_lfm.runtime.data import read_documents
 
     if task == "lm":

@@ -82,7 +82,7 @@ def barrier(
     if plot:
         check_plot(plot)
     with needing_models(), counter("points", "judging", hidden=quiet or as_json) as progress:
-        from mergekit_lfm.barrier import barrier as judged
+        from mergekit_lfm.judge.barrier import barrier as judged
 
         line = judged(first, second, data or text, task=task or "lm", progress=progress, **given)  # type: ignore[arg-type]
     if plot:

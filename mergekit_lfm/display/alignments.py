@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mergekit_lfm.display.terminal import counted, table
 
 if TYPE_CHECKING:
-    from mergekit_lfm.barrier import Barrier, Line
+    from mergekit_lfm.judge.barrier import Barrier, Line
     from mergekit_lfm.repair import Repaired
 
 

@@ -12,7 +12,7 @@ from mergekit_lfm.errors import PlanError
 from mergekit_lfm.store.durable import replace_file
 
 if TYPE_CHECKING:
-    from mergekit_lfm.barrier import Line
+    from mergekit_lfm.judge.barrier import Line
 
 # Okabe and Ito's colours, which people with any colour vision tell apart; the shapes of the marks do so in print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from mergekit_lfm.display.terminal import table
 
 if TYPE_CHECKING:
-    from mergekit_lfm.evaluate import Score
+    from mergekit_lfm.judge.evaluate import Score
 
 Scores = Mapping[str, Mapping[str, "Score"]]  # by model, then by file
 

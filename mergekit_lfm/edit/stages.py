@@ -18,7 +18,7 @@ import torch
 from mergekit_lfm.artifacts.cache import kept_or_made, key_of
 from mergekit_lfm.artifacts.patch import Patch, open_patch
 from mergekit_lfm.artifacts.statistics import Statistics, open_statistics
-from mergekit_lfm.edit.driver import edit
+from mergekit_lfm.edit.solve import edit
 from mergekit_lfm.engine.execute import execute
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.machine.accelerators import Accelerator

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from mergekit_lfm.arch import Symmetries, find_symmetries
-from mergekit_lfm.ends import Alignment, Progress, module_of, open_aligned, open_model
 from mergekit_lfm.errors import FormatError
+from mergekit_lfm.judge.ends import Alignment, Progress, module_of, open_aligned, open_model
+from mergekit_lfm.judge.questions import Data, batches_of
 from mergekit_lfm.kernels.sums import round_once
 from mergekit_lfm.output.names import public_names
 from mergekit_lfm.output.save import check_out, save_checkpoint
-from mergekit_lfm.questions import Data, batches_of
 from mergekit_lfm.repair.layers import HiddenLayer, Moments, measure
 from mergekit_lfm.repair.modules import Repaired, check_weights, combine, plan_repair, repair_layers, telling
 from mergekit_lfm.runtime.batches import Batch, digest_of

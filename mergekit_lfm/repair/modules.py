@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from mergekit_lfm.arch import Symmetries
-from mergekit_lfm.ends import Progress
 from mergekit_lfm.errors import PlanError
+from mergekit_lfm.judge.ends import Progress
 from mergekit_lfm.kernels.sums import round_once
 from mergekit_lfm.repair.layers import HiddenLayer, Moments, hidden_layers, measure
 from mergekit_lfm.runtime.batches import Batch, as_batches

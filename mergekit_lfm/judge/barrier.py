@@ -10,9 +10,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mergekit_lfm.ends import Alignment, Model, Opened, Progress, common_tensors, module_of, open_aligned, open_model
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.questions import TASKS, Data, Question, batches_of, judge, questions_of
+from mergekit_lfm.judge.ends import (
+    Alignment,
+    Model,
+    Opened,
+    Progress,
+    common_tensors,
+    module_of,
+    open_aligned,
+    open_model,
+)
+from mergekit_lfm.judge.questions import TASKS, Data, Question, batches_of, judge, questions_of
 from mergekit_lfm.runtime.batchnorm import reset_batchnorm as reset
 from mergekit_lfm.runtime.load import Loaded
 from mergekit_lfm.runtime.probe import difference, probe

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mergekit_lfm.collect.declare import Request
+from mergekit_lfm.collect.request import Request
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.kernels.random import key
 from mergekit_lfm.runtime.load import embeddings, logits

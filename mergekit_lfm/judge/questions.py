@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.evaluate import LONGEST_DEFAULT_WINDOW, pieces
-from mergekit_lfm.evaluate import extent as extent
+from mergekit_lfm.judge.evaluate import LONGEST_DEFAULT_WINDOW, pieces
+from mergekit_lfm.judge.evaluate import extent as extent
 from mergekit_lfm.runtime.batches import Batch, as_batches
 from mergekit_lfm.runtime.data import read_data, read_documents
 from mergekit_lfm.runtime.load import Loaded, logits, start_token, tokenizer_for_texts

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from mergekit_lfm.align.moments import Moments
+from mergekit_lfm.align.correlations import Moments
 from mergekit_lfm.align.pair import Pair
 from mergekit_lfm.artifacts.transform import Element, Transform
 from mergekit_lfm.methods.method import Value

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from mergekit_lfm.align.activations import fit_activations
+from mergekit_lfm.align.choices import Family, permutations, rotations
 from mergekit_lfm.align.climb import Climb
-from mergekit_lfm.align.declare import Found, Request
-from mergekit_lfm.align.families import Family, permutations, rotations
 from mergekit_lfm.align.pair import Pair
+from mergekit_lfm.align.request import Found, Request
 from mergekit_lfm.arch.table import Group, Heads, Units
 from mergekit_lfm.artifacts.transform import Element
 from mergekit_lfm.errors import PlanError

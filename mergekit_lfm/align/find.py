@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergekit_lfm.align.declare import Found, Request
-from mergekit_lfm.align.families import shortened
+from mergekit_lfm.align.choices import shortened
+from mergekit_lfm.align.correlations import Given, open_moments
 from mergekit_lfm.align.gains import new_gains
-from mergekit_lfm.align.moments import Given, open_moments
 from mergekit_lfm.align.pair import Pair, Side, one_thread_each
 from mergekit_lfm.align.registry import ALIGNERS
+from mergekit_lfm.align.request import Found, Request
 from mergekit_lfm.arch.pairs import check_alike
 from mergekit_lfm.arch.registry import find_symmetries
 from mergekit_lfm.arch.table import Symmetries

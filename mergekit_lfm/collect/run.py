@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from mergekit_lfm.artifacts.statistics import Facts, Statistics, open_statistics
-from mergekit_lfm.collect.declare import Request, Statistic
+from mergekit_lfm.collect.likelihoods import resolve_labels
 from mergekit_lfm.collect.partial import WIDEST_COUNT, WIDEST_NORM, Partial, clear, refuse_foreign
 from mergekit_lfm.collect.passes import Progress, divide, file_bytes, run_passes, sum_bytes
 from mergekit_lfm.collect.registry import STATISTICS
-from mergekit_lfm.collect.scores import resolve_labels
+from mergekit_lfm.collect.request import Request, Statistic
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.machine.resources import default_memory, free_space, occupied
 from mergekit_lfm.machine.sizes import format_size, parse_size

@@ -1,0 +1,63 @@
+"""MEMIT: many facts at once, by least squares over a band of layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mergekit_lfm.artifacts.facts import BLANK, Fact
+from mergekit_lfm.edit.covariance import solve
+from mergekit_lfm.edit.sites import Site
+from mergekit_lfm.edit.targets import find_targets
+from mergekit_lfm.edit.work import Changes, _add, _Work
+from mergekit_lfm.errors import PlanError
+
+ALIKE = 0.995  # the cosine above which two keys are one to least squares
+
+
+def _memit(work: _Work, facts: Sequence[Fact]) -> Changes:
+    """Least squares over all facts, layer by layer. Source: MEMIT, equations 14, 19 and 20."""
+    sites, options, last = work.sites, work.options, work.sites[-1].block
+    if not options["allow_same_subject"]:
+        _refuse_same_subject(facts, _keys(work, facts, sites[0]))
+    wanted = find_targets(work.subject, last, facts, options, work.contexts, work.progress)
+    wanted = wanted.to(work.device, work.dtype)
+    changes = []
+    for i, (site, moment) in enumerate(zip(sites, work.moments, strict=True)):
+        keys = _keys(work, facts, site)  # [n, in]
+        residual = (wanted - work.states(facts, [BLANK], last, inputs=False)[:, 0]) / (len(sites) - i)
+        weight = options["lambda"]
+        if weight is None:
+            weight = options["lambda_ratio"] * site.inputs
+        solved = solve(weight * moment.to(work.device) + keys.mT @ keys, keys.mT, f"layer {site.layer}")  # [in, n]
+        changes.append((residual.mT, solved.mT))
+        _add(site, *changes[-1])
+    return changes
+
+
+def _keys(work: _Work, facts: Sequence[Fact], site: Site) -> Tensor:
+    """The site's inputs at the subjects: the mean over kinds of contexts of the mean within each, [n, in]."""
+    kinds = [work.states(facts, kind, site.projection, inputs=True).mean(1) for kind in work.templates]
+    return torch.stack(kinds).mean(0)
+
+
+def _refuse_same_subject(facts: Sequence[Fact], keys: Tensor) -> None:
+    """PlanError where two facts have one key, and so would be averaged."""
+    unit = torch.nn.functional.normalize(keys, dim=1)
+    near = ((unit @ unit.mT) > ALIKE).cpu()
+    pairs = [
+        f"{a.text!r} and {b.text!r}"
+        for i, a in enumerate(facts)
+        for j, b in enumerate(facts[:i])
+        if a.subject.casefold() == b.subject.casefold() or (bool(near[i, j]) and a.target_new != b.target_new)
+    ]
+    if pairs:
+        more = f"\n  and {len(pairs) - 10} more pairs" if len(pairs) > 10 else ""
+        raise PlanError(
+            "found facts about one subject in one batch, which least squares would average:\n  "
+            + "\n  ".join(pairs[:10])
+            + f"{more}\nedit them one after another, as several patches, or with rome; allow_same_subject edits them "
+            "all the same"
+        )

@@ -1,0 +1,32 @@
+"""ROME: facts one after another, a rank-one change of one layer for each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from mergekit_lfm.artifacts.facts import BLANK, Fact
+from mergekit_lfm.edit.covariance import solve
+from mergekit_lfm.edit.targets import find_targets
+from mergekit_lfm.edit.work import Changes, _add, _Work
+
+
+def _rome(work: _Work, facts: Sequence[Fact]) -> Changes:
+    """One change of rank one after another. Source: ROME, equation 2; which keys as the authors' code has it."""
+    (site,), (moment,) = work.sites, work.moments
+    moment = moment.to(work.device)
+    options, parts = work.options, []
+    for i, fact in enumerate(facts):
+        (wanted,) = find_targets(work.subject, site.mlp, [fact], options, work.contexts).to(work.device, work.dtype)
+        contexts = [BLANK] if options["key"] == "bare" else work.contexts
+        mean_key = work.states([fact], contexts, site.projection, inputs=True)[0].mean(0)
+        here = contexts if options["key"] == "mean" else [BLANK]
+        key = work.states([fact], here, site.projection, inputs=True)[0].mean(0)
+        value = work.states([fact], here, site.projection, inputs=False)[0].mean(0)
+        direction = solve(moment, mean_key[:, None], f"layer {site.layer}")[:, 0]
+        parts.append((((wanted - value) / (key @ direction))[:, None], direction[None]))
+        _add(site, *parts[-1])
+        if work.progress is not None:
+            work.progress(i + 1, len(facts))
+    return [(torch.cat([left for left, _ in parts], 1), torch.cat([right for _, right in parts]))]

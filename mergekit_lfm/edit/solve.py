@@ -1,0 +1,135 @@
+"""Facts edited in a model: ROME one after another, MEMIT all at once. The result is a patch; the model stays as it was.
+
+While it works, the weights of the edited layers are changed in place, since what comes after depends on them, and put
+back bit for bit at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from mergekit_lfm.artifacts.facts import FactsFile, as_facts
+from mergekit_lfm.artifacts.patch import Changed, Patch
+from mergekit_lfm.artifacts.statistics import Statistics
+from mergekit_lfm.edit.covariance import Covariance, second_moments
+from mergekit_lfm.edit.memit import _memit
+from mergekit_lfm.edit.rome import _rome
+from mergekit_lfm.edit.sites import Site, find_sites
+from mergekit_lfm.edit.targets import Progress, Subject, at_rest, check_texts, limit_of
+from mergekit_lfm.edit.work import CPU, Changes, _put_back, _Work
+from mergekit_lfm.errors import PlanError
+from mergekit_lfm.recipe.edit import EDIT_METHODS, edit_options
+from mergekit_lfm.runtime.load import Loaded, tokenizer_for_texts
+from mergekit_lfm.runtime.locate import located
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def edit(
+    model: nn.Module | Loaded,
+    tokenizer: PreTrainedTokenizerBase | None,
+    facts: Any,
+    *,
+    method: str = "memit",
+    covariance: Covariance = None,
+    preset: str | None = None,
+    dtype: torch.dtype | str = torch.float64,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Patch:
+    """The patch after which the model says the facts. The model itself stays as it was.
+
+    model: of transformers, or what `load_model` has loaded; then the patch is in the names of its files, and knows
+    which model it is for. Its tensors lie on the CPU. facts: what `as_facts` takes. covariance: the second moments of
+    the inputs of the layers' down-projections, by layer number or weight, [in, in]; a statistics file of kind gram; or
+    "identity". dtype: of the solves, which are on the GPU where the model is on one; the model runs in its own.
+    options: `layers`, `context_templates`, `steps`, `lr`, `weight_decay`, `kl_factor`, `clamp`, `loss_threshold`,
+    `lambda_` or `lambda_ratio`, `ridge`, `kl_template`, `key`, `batch`, `allow_same_subject`; `EDIT_METHODS` has their
+    defaults. progress: called with (facts searched, of how many).
+
+    Raises PlanError for options that are wrong or that the model cannot honour, and, with MEMIT, for two facts about
+    one subject, which would undo one another. Source: `EDIT_METHODS`.
+    """
+    given = {"lambda" if name == "lambda_" else name: value for name, value in options.items()}
+    if isinstance(covariance, str):
+        given["covariance"] = covariance
+    asked = edit_options(method, given, preset=preset, place="edit")
+    covariance = asked["covariance"] if covariance is None else covariance
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    known = as_facts(facts)
+    loaded = model if isinstance(model, Loaded) else None
+    module = model.model if isinstance(model, Loaded) else model
+    tokenizer = tokenizer_for_texts(tokenizer or (loaded.tokenizer if loaded else None))
+    sites = _chosen(find_sites(module), method, asked["layers"])
+    names = {site.weight: site.weight for site in sites}
+    if loaded is not None:
+        places, _ = located(module, loaded.checkpoint)
+        names = {site.weight: places[site.weight] for site in sites}
+    content = loaded.checkpoint.content if loaded is not None and isinstance(covariance, Statistics) else None
+    moments = second_moments(covariance, sites, names, content, ridge=asked["ridge"], dtype=dtype)
+    work = _Work(Subject(module, tokenizer, limit_of(module)), sites, moments, asked, dtype, progress)
+    check_texts(work.subject, known.facts, work.contexts, asked["kl_template"])
+    with at_rest(module), _put_back(sites), torch.no_grad():
+        changes = (_rome if method == "rome" else _memit)(work, known.facts)
+    used: dict[str, Any] = {
+        **asked,
+        "layers": [site.layer for site in sites],
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    used["covariance"] = _named(covariance)
+    if work.device != CPU:
+        used["device"] = work.device.type
+    return _patch(changes, sites, names, loaded, method, used, known)
+
+
+def _named(covariance: Covariance) -> str:
+    """What a patch says of the second moments that it was made with."""
+    if isinstance(covariance, Statistics):
+        return f"gram of data {covariance.facts.data}"
+    return covariance if isinstance(covariance, str) else "given as tensors"
+
+
+def _chosen(sites: Sequence[Site], method: str, layers: Sequence[int] | None) -> list[Site]:
+    """The sites of the layers that were asked for, or of the method's band. PlanError for layers that are not there."""
+    depth, band = len(sites), EDIT_METHODS[method].band
+    if layers is None:
+        first, last = (1 / 6, 1 / 6) if band is None else band
+        layers = range(round(first * depth), max(round(first * depth), round(last * depth)) + 1)
+    if absent := [layer for layer in layers if layer >= depth]:
+        raise PlanError(f"edit.layers: there is no layer {absent[0]}; the model has {depth}, 0 to {depth - 1}")
+    if band is None and len(layers) > 1:
+        raise PlanError(f"edit.layers: found {list(layers)}, but {method} edits one layer; choose one, or use memit")
+    return [sites[layer] for layer in layers]
+
+
+def _patch(
+    changes: Changes,
+    sites: Sequence[Site],
+    names: Mapping[str, str],
+    loaded: Loaded | None,
+    method: str,
+    options: Mapping[str, Any],
+    facts: FactsFile,
+) -> Patch:
+    """The changes as a patch, in the names, dtypes and orientation of what they are for."""
+    held = {}
+    for site, (left, right) in zip(sites, changes, strict=True):
+        if not bool(left.isfinite().all() and right.isfinite().all()):
+            raise PlanError(
+                f"the change of layer {site.layer} is not finite; try a smaller lr or clamp, or a larger ridge"
+            )
+        left, right = left.cpu(), right.cpu()
+        parts = (left, right) if site.axis == 1 else (right.mT, left.mT)
+        spec = None if loaded is None else loaded.checkpoint[names[site.weight]]
+        stored = str(site.parameter.dtype).removeprefix("torch.") if spec is None else spec.dtype
+        held[names[site.weight]] = (*parts, Changed("low_rank", tuple(site.parameter.shape), stored, site.axis))
+    patch = Patch.low_rank(method, held, options=options, facts=facts.as_data())
+    if loaded is None:
+        return patch
+    checkpoint = loaded.checkpoint
+    return patch.made_for(checkpoint.content, {name: checkpoint.digest_of(name) for name in held})

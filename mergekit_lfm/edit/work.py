@@ -1,0 +1,78 @@
+"""The model while it is edited: its layers, statistics and the changes made so far."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mergekit_lfm.artifacts.facts import BLANK, Fact
+from mergekit_lfm.edit.prompts import filled
+from mergekit_lfm.edit.sites import Site
+from mergekit_lfm.edit.targets import Progress, Subject
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What both methods are given. moments: of each site."""
+
+    subject: Subject
+    sites: Sequence[Site]
+    moments: Sequence[Tensor]
+    options: Mapping[str, Any]
+    dtype: torch.dtype
+    progress: Progress | None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the solves are: the model's GPU, or the CPU, as devices of other kinds may have no float64."""
+        device = self.subject.device
+        return device if device.type == "cuda" else CPU
+
+    @property
+    def templates(self) -> list[list[str]]:
+        """The contexts by kind: as they are given in lists, or the bare prompt and the others."""
+        given = self.options["context_templates"]
+        if any(isinstance(entry, list) for entry in given):
+            return [entry if isinstance(entry, list) else [entry] for entry in given]
+        others = [template for template in given if template != BLANK]
+        return [kind for kind in ([BLANK], others) if kind]
+
+    @property
+    def contexts(self) -> list[str]:
+        """All contexts, the bare prompt first: the search starts from the state there, as the changes do."""
+        return sorted((each for kind in self.templates for each in kind), key=lambda template: template != BLANK)
+
+    def states(self, facts: Sequence[Fact], templates: Sequence[str], module: nn.Module, *, inputs: bool) -> Tensor:
+        """The module's output or input at the subjects in these contexts, [facts, templates, width], to solve with."""
+        prompts = [filled(template, fact.prompt, fact.subject) for fact in facts for template in templates]
+        rows = self.options["batch"] * (len(self.contexts) + 1)
+        (found,) = self.subject.at_subject(self.subject.encode(prompts), [module], inputs=inputs, rows=rows)
+        return found.reshape(len(facts), len(templates), -1).to(self.device, self.dtype)
+
+
+Changes = list[tuple[Tensor, Tensor]]  # of each site (left [out, n], right [n, in])
+
+
+def _add(site: Site, left: Tensor, right: Tensor) -> None:
+    weight = site.parameter
+    change = site.as_stored(left @ right).to(weight.device)
+    weight.copy_((weight.to(left.dtype) + change).to(weight.dtype))
+
+
+@contextmanager
+def _put_back(sites: Sequence[Site]) -> Iterator[None]:
+    """The weights of the sites as they are now, whatever happens to them within."""
+    before = [site.parameter.detach().clone() for site in sites]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for site, weight in zip(sites, before, strict=True):
+                site.parameter.copy_(weight)
