@@ -24,7 +24,7 @@ from make_llamas import STEPS, make_llamas
 from mergekit_lfm.align import align_models
 from mergekit_lfm.artifacts.transform import Transform
 from mergekit_lfm.collect import collect_stats
-from mergekit_lfm.display.plots import plot_lines
+from mergekit_lfm.commands.show.plots import plot_lines
 from mergekit_lfm.judge.barrier import Line, barrier
 
 SEEDS = (0, 1, 2)

@@ -27,8 +27,9 @@ __all__ = [
 
 if TYPE_CHECKING:
     from mergekit_lfm.align import align_models
-    from mergekit_lfm.api import merge, merge_tensors
-    from mergekit_lfm.applying import apply_patches, undo_patches
+    from mergekit_lfm.api.merge import merge
+    from mergekit_lfm.api.patches import apply_patches, undo_patches
+    from mergekit_lfm.api.tensors import merge_tensors
     from mergekit_lfm.artifacts.patch import open_patch
     from mergekit_lfm.artifacts.statistics import open_statistics
     from mergekit_lfm.artifacts.transform import open_transform
@@ -38,16 +39,16 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "align_models": "align",
-    "apply_patches": "applying",
+    "apply_patches": "api.patches",
     "collect_stats": "collect",
-    "merge": "api",
-    "merge_tensors": "api",
+    "merge": "api.merge",
+    "merge_tensors": "api.tensors",
     "open_checkpoint": "store.checkpoint",
     "open_patch": "artifacts.patch",
     "open_statistics": "artifacts.statistics",
     "open_transform": "artifacts.transform",
     "push": "output.push",
-    "undo_patches": "applying",
+    "undo_patches": "api.patches",
 }
 
 

@@ -13,14 +13,15 @@ from helpers_align import convolutions, loaded, mlp, mlp_table, texts
 from helpers_device import GPU, HEAVY, on_cpu, one_after_another, pretended_gpu
 from torch import Tensor
 
-from mergekit_lfm import collect_stats, stages
+from mergekit_lfm import collect_stats
 from mergekit_lfm.align import align_models, driver
 from mergekit_lfm.align.pair import ON_A_GPU, one_thread_each
+from mergekit_lfm.api import prepare as stages
+from mergekit_lfm.api.prepare import noted, prepare
 from mergekit_lfm.artifacts.transform import Transform, UnitsElement
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.plan.plan import make_plan
 from mergekit_lfm.recipe.recipe import Recipe
-from mergekit_lfm.stages import noted, prepare
 from mergekit_lfm.views.maps import CPU
 from tests.fixtures_llama import base_tensors, save
 from tests.helpers_commands import refusal, run

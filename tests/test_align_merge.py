@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from mergekit_lfm import align_models, collect_stats, merge, open_statistics
 from mergekit_lfm.align.elements import random_transform
+from mergekit_lfm.api.prepare import prepare
 from mergekit_lfm.arch import find_symmetries
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.plan.plan import make_plan
 from mergekit_lfm.recipe.recipe import Recipe
-from mergekit_lfm.stages import prepare
 from mergekit_lfm.store.checkpoint import open_checkpoint
 from mergekit_lfm.views.rewritten import rewrite
 from tests.fixtures_llama import base_tensors, cast, fine_tuned, save
@@ -121,7 +121,7 @@ def test_too_little_memory_is_told_before_the_work(models: Path, monkeypatch: py
     def work(*_: object, **__: object) -> None:
         raise AssertionError("the work was begun")
 
-    monkeypatch.setattr("mergekit_lfm.stages.align_models", work)
+    monkeypatch.setattr("mergekit_lfm.api.prepare.align_models", work)
     entry = {"model": "b", "align": {"to": "a", "method": "rotation"}}
     recipe = {"merge_method": "linear", "models": [{"model": "a"}, entry], **ONE}
     with pytest.raises(PlanError, match="for one worker, a budget of 1 MB, of which transforms and patches take"):
@@ -219,7 +219,7 @@ def test_a_request_is_found_once_and_kept(models: Path, monkeypatch: pytest.Monk
     def again(*_: object, **__: object) -> None:
         raise AssertionError("found twice")
 
-    monkeypatch.setattr("mergekit_lfm.stages.align_models", again)
+    monkeypatch.setattr("mergekit_lfm.api.prepare.align_models", again)
     assert "already there" in run("merge", "recipe.yaml", "out").stderr
     assert run("merge", "recipe.yaml", "other").exit_code == 0
     assert weights(models / "out") == weights(models / "other")

@@ -13,7 +13,7 @@ from helpers_align import Tensors, loaded, planted, rewritten_model, table, tens
 from mergekit_lfm.align import align_models
 from mergekit_lfm.arch import Heads, read_table
 from mergekit_lfm.artifacts.transform import HeadsElement, Transform, TransformFacts
-from mergekit_lfm.display.transforms import alignment_text, transform_data
+from mergekit_lfm.commands.show.transforms import alignment_text, transform_data
 from mergekit_lfm.judge.same import ROUNDING, compare_outputs
 from mergekit_lfm.views.maps import only_moves
 from mergekit_lfm.views.rewritten import rewrite

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from mergekit_lfm.arch import Units, find_symmetries, read_table
 from mergekit_lfm.artifacts.transform import HeadsElement, Transform, TransformFacts, UnitsElement
-from mergekit_lfm.commands.lines import barrier as command
-from mergekit_lfm.display.plots import plot_lines
+from mergekit_lfm.commands.barrier import barrier as command
+from mergekit_lfm.commands.show.plots import plot_lines
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.judge.barrier import Line, Point, barrier
 from mergekit_lfm.judge.evaluate import accuracy, perplexity

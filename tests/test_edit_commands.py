@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from mergekit_lfm.artifacts.patch import Changed, Patch, open_patch
 from mergekit_lfm.commands import editing, main
-from mergekit_lfm.display.edits import METRICS, changes_data, rounding_warnings, trace_text
-from mergekit_lfm.display.plots import plot_effects
+from mergekit_lfm.commands.show.patches import METRICS, changes_data, rounding_warnings, trace_text
+from mergekit_lfm.commands.show.plots import plot_effects
 from mergekit_lfm.recipe.edit import EDIT_METHODS, PRESETS
 from mergekit_lfm.runtime import load as runtime
 from mergekit_lfm.store.checkpoint import open_checkpoint

@@ -12,7 +12,7 @@ import yaml
 from helpers_device import GPU, HEAVY, on_cpu, pretended_gpu
 from helpers_editing import random_covariance, tiny_model, trained_tokenizer
 
-from mergekit_lfm import stages
+from mergekit_lfm.api import prepare as stages
 from mergekit_lfm.artifacts.patch import Patch
 from mergekit_lfm.edit import stages as edit_stages
 from mergekit_lfm.edit.scores import score_facts

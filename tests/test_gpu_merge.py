@@ -30,7 +30,8 @@ from test_contract import (
 )
 
 import mergekit_lfm.plan.job
-from mergekit_lfm import api, merge, merge_tensors, preflight
+from mergekit_lfm import merge, merge_tensors, preflight
+from mergekit_lfm.api import merge as api
 from mergekit_lfm.artifacts.patch import Changed, Patch
 from mergekit_lfm.commands import main
 from mergekit_lfm.engine.blocks import Blocks

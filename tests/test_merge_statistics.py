@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from mergekit_lfm import merge, merge_tensors
 from mergekit_lfm.artifacts.statistics import Layer
-from mergekit_lfm.display.merges import plan_text
+from mergekit_lfm.commands.show.plans import plan_text
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.plan.plan import make_plan
 from mergekit_lfm.recipe.recipe import Recipe

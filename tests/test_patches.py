@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mergekit_lfm import merge
-from mergekit_lfm.applying import apply_patches, undo_file, undo_patches
+from mergekit_lfm.api.patches import apply_patches, undo_file, undo_patches
 from mergekit_lfm.artifacts.patch import Changed, Patch, PatchFacts, open_patch
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.output.lock import verify

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mergekit_lfm.api import default_output
+from mergekit_lfm.api.merge import default_output
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.methods import METHODS, REQUIRED, Parameter
 from mergekit_lfm.recipe.recipe import Recipe

@@ -5,6 +5,6 @@ What a command needs is imported when it runs, so that --help is quick.
 """
 
 from mergekit_lfm.commands.app import main
-from mergekit_lfm.commands.merging import merge
+from mergekit_lfm.commands.merge import merge
 
 __all__ = ["main", "merge"]

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import click
 
-from mergekit_lfm.commands.aligning import align
-from mergekit_lfm.commands.editing import edit
-from mergekit_lfm.commands.judging import evaluate
-from mergekit_lfm.commands.lines import barrier, repair
-from mergekit_lfm.commands.looking import inspect, methods
-from mergekit_lfm.commands.merging import merge, plan, verify
-from mergekit_lfm.commands.patching import patch
-from mergekit_lfm.commands.pushing import push
-from mergekit_lfm.commands.statistics import stats
-from mergekit_lfm.commands.tracing import trace
+from mergekit_lfm.commands.align import align
+from mergekit_lfm.commands.barrier import barrier, repair
+from mergekit_lfm.commands.edit import edit
+from mergekit_lfm.commands.eval import evaluate
+from mergekit_lfm.commands.inspect import inspect, methods
+from mergekit_lfm.commands.merge import merge, plan, verify
+from mergekit_lfm.commands.patch import patch
+from mergekit_lfm.commands.push import push
+from mergekit_lfm.commands.stats import stats
+from mergekit_lfm.commands.trace import trace
 from mergekit_lfm.version import __version__
 
 

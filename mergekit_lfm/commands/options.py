@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
-from mergekit_lfm.console import INTERRUPTED, Size
+from mergekit_lfm.commands.shell import INTERRUPTED, Size
 from mergekit_lfm.errors import PlanError
 
 F = TypeVar("F", bound=Callable[..., Any])

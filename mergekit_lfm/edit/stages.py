@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from mergekit_lfm.api.prepare import noted
 from mergekit_lfm.artifacts.cache import kept_or_made, key_of
 from mergekit_lfm.artifacts.patch import Patch, open_patch
 from mergekit_lfm.artifacts.statistics import Statistics, open_statistics
@@ -31,7 +32,6 @@ from mergekit_lfm.recipe.edit import EditRequest
 from mergekit_lfm.recipe.roles import Edit
 from mergekit_lfm.recipe.values import GivenFile
 from mergekit_lfm.runtime.load import load_model
-from mergekit_lfm.stages import noted
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lfm.version import __version__
 from mergekit_lfm.views.patched import patched

@@ -70,7 +70,7 @@ def execute(
     started = time.monotonic()
     place = out.resolve()
     if gpu is not None and plan.pending:
-        from mergekit_lfm.stages import noted
+        from mergekit_lfm.api.prepare import noted
 
         plan = noted(plan, name_of(gpu))
     if already_there(plan, place, overwrite=overwrite, rebuild=overwrite and not resume, nan=nan):
@@ -152,7 +152,7 @@ def _checked(
             "`mergekit_lfm.merge`, or give patch files"
         )
     if plan.pending or plan.absent:
-        from mergekit_lfm.stages import prepare
+        from mergekit_lfm.api.prepare import prepare
 
         plan.peak_memory(budget, threads or 1)
         check_disk(plan, place)

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from mergekit_lfm.arch.table import Units
-from mergekit_lfm.display.terminal import counted, table
+from mergekit_lfm.commands.show.terminal import counted, table
 
 if TYPE_CHECKING:
     from mergekit_lfm.align.check import Report

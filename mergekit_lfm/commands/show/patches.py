@@ -7,13 +7,13 @@ from dataclasses import asdict
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
-from mergekit_lfm.display.terminal import counted, table
+from mergekit_lfm.commands.show.terminal import counted, table
 from mergekit_lfm.machine.sizes import format_size
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mergekit_lfm.applying import Applied
+    from mergekit_lfm.api.patches import Applied
     from mergekit_lfm.artifacts.patch import Patch
     from mergekit_lfm.store.checkpoint import Checkpoint
 

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergekit_lfm.commands import options, verifying
+from mergekit_lfm.commands import checks, options
 from mergekit_lfm.commands.options import going_on_later, needing_models
-from mergekit_lfm.console import Command, ModelFolder
+from mergekit_lfm.commands.shell import Command, ModelFolder
 from mergekit_lfm.errors import PlanError
 
 if TYPE_CHECKING:
-    from mergekit_lfm.applying import Applied
+    from mergekit_lfm.api.patches import Applied
     from mergekit_lfm.artifacts.facts import FactsFile
 
 
@@ -42,7 +42,7 @@ Examples:
 def show(file: Path, as_json: bool) -> None:
     """Say what a patch changes, of which model, how it was made, and what it teaches."""
     from mergekit_lfm.artifacts.patch import open_patch
-    from mergekit_lfm.display.edits import patch_data, patch_text
+    from mergekit_lfm.commands.show.patches import patch_data, patch_text
 
     data = {"path": str(file), **patch_data(open_patch(file))}
     click.echo(json.dumps(data) if as_json else patch_text(data))
@@ -60,8 +60,8 @@ Examples:
 @click.argument("patches", metavar="PATCH...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The folder to write.")
 @click.option("--any-base", is_flag=True, help="Apply to tensors of other values than the patch was made for, too.")
-@verifying.verifying
-@verifying.running
+@checks.verifying
+@checks.running
 @options.memory
 @options.threads
 @options.overwrite
@@ -88,19 +88,19 @@ def apply(
     new model is loaded from its files and asked for the facts that the patches teach, which needs the extra:
     pip install "mergekit_lfm[models]"; --no-verify does without.
     """
-    from mergekit_lfm.display.edits import applied_data, applied_text
+    from mergekit_lfm.commands.show.patches import applied_data, applied_text
 
     hidden = quiet or as_json
-    verifying.check_verifying(min_efficacy, no_verify)
+    checks.check_verifying(min_efficacy, no_verify)
     facts = None if no_verify else _facts_of(patches)
     if facts is None and min_efficacy is not None:
         raise PlanError("--min-efficacy: the patches teach no facts, expected some to judge the model by; leave it out")
     if facts is not None:
         _check_runs(model)
     applied = _apply(ctx, model, patches, out, hidden, **given)
-    after = None if facts is None else verifying.score(verifying.load(out, dtype, device), facts, "verifying", hidden)
+    after = None if facts is None else checks.score(checks.load(out, dtype, device), facts, "verifying", hidden)
     found = {**applied_data(applied), "after": after and after.as_data()}
-    verifying.conclude(ctx, found, applied_text, out, min_efficacy, as_json=as_json, quiet=quiet)
+    checks.conclude(ctx, found, applied_text, out, min_efficacy, as_json=as_json, quiet=quiet)
 
 
 def _facts_of(patches: Sequence[Path]) -> FactsFile | None:
@@ -128,8 +128,8 @@ def _check_runs(model: Path) -> None:
 
 
 def _apply(ctx: click.Context, model: Path, patches: Sequence[Path], out: Path, hidden: bool, **given: Any) -> Applied:
-    from mergekit_lfm.applying import apply_patches
-    from mergekit_lfm.display.terminal import progress_bar
+    from mergekit_lfm.api.patches import apply_patches
+    from mergekit_lfm.commands.show.terminal import progress_bar
     from mergekit_lfm.store.checkpoint import open_checkpoint
 
     nbytes = open_checkpoint(model).nbytes
@@ -166,9 +166,9 @@ def undo(
 
     The original tensors are taken from the file that applying has left, or from the model that was edited.
     """
-    from mergekit_lfm.applying import undo_patches
-    from mergekit_lfm.display.edits import applied_data, applied_text
-    from mergekit_lfm.display.terminal import progress_bar
+    from mergekit_lfm.api.patches import undo_patches
+    from mergekit_lfm.commands.show.patches import applied_data, applied_text
+    from mergekit_lfm.commands.show.terminal import progress_bar
     from mergekit_lfm.store.checkpoint import open_checkpoint
 
     if undo is not None and given["base"] is not None:

@@ -11,7 +11,7 @@ import click
 
 from mergekit_lfm.commands import options
 from mergekit_lfm.commands.options import needing_models
-from mergekit_lfm.console import ANSWER_IS_NO, Command, ModelFolder
+from mergekit_lfm.commands.shell import ANSWER_IS_NO, Command, ModelFolder
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.store.hub import called
 
@@ -108,7 +108,7 @@ def align(
     if save is not None:
         _check_save(model, to, save, overwrite)
     transform = _align(model, to, out, method, stats, initial, order, device, parameters, quiet or as_json)
-    from mergekit_lfm.display.transforms import alignment_text, saved_text, transform_data, transform_text
+    from mergekit_lfm.commands.show.transforms import alignment_text, saved_text, transform_data, transform_text
 
     found: dict[str, Any] = {"out": str(out), **transform_data(transform)}
     same = True
@@ -142,7 +142,7 @@ def _align(
     from mergekit_lfm.align import align_models
     from mergekit_lfm.artifacts.statistics import open_statistics
     from mergekit_lfm.artifacts.transform import open_transform
-    from mergekit_lfm.display.terminal import ticker
+    from mergekit_lfm.commands.show.terminal import ticker
 
     with ticker(" groups", "aligning", hidden=hidden) as progress:
         transform = align_models(
@@ -219,7 +219,7 @@ def _save(
     model: Path, file: Path, save: Path, transform: Transform, overwrite: bool, hidden: bool
 ) -> tuple[bool, dict[str, Any]]:
     """Write the rewritten model through a merge of it alone; whether the outputs are the same, and the facts."""
-    from mergekit_lfm.display.terminal import progress_bar
+    from mergekit_lfm.commands.show.terminal import progress_bar
     from mergekit_lfm.engine.execute import execute
     from mergekit_lfm.judge.same import compare_outputs
     from mergekit_lfm.plan.plan import make_plan
@@ -240,8 +240,8 @@ def _check(ctx: click.Context, model: Path, as_json: bool, quiet: bool) -> None:
     """Run the model with random elements of every group of its table; exit code 1 where the table is wrong."""
     from mergekit_lfm.align.check import check_symmetries
     from mergekit_lfm.arch import find_symmetries
-    from mergekit_lfm.display.terminal import counter
-    from mergekit_lfm.display.transforms import report_data, report_text
+    from mergekit_lfm.commands.show.terminal import counter
+    from mergekit_lfm.commands.show.transforms import report_data, report_text
     from mergekit_lfm.runtime.load import load_as_saved
     from mergekit_lfm.runtime.probe import all_outputs, probe
     from mergekit_lfm.store.checkpoint import open_checkpoint

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mergekit_lfm.display.terminal import table
+from mergekit_lfm.commands.show.terminal import table
 
 if TYPE_CHECKING:
     from mergekit_lfm.methods import Method, Parameter

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mergekit_lfm.commands.options import as_json
-from mergekit_lfm.console import Command
+from mergekit_lfm.commands.shell import Command
 from mergekit_lfm.errors import PlanError
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def inspect(path: str, content: bool, as_json: bool) -> None:
     Of a statistics file also what it says about itself: its kind, model, data and what it does not cover; of a
     transform its method, models, and what moves how much; of a patch what `patch show` says.
     """
-    from mergekit_lfm.display.files import checkpoint_data, checkpoint_text
+    from mergekit_lfm.commands.show.files import checkpoint_data, checkpoint_text
     from mergekit_lfm.store.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(path)
@@ -63,9 +63,9 @@ def _about(checkpoint: Checkpoint) -> tuple[str, dict[str, Any], str]:
     from mergekit_lfm.artifacts.patch import open_patch
     from mergekit_lfm.artifacts.statistics import open_statistics
     from mergekit_lfm.artifacts.transform import open_transform
-    from mergekit_lfm.display.edits import patch_data, patch_text
-    from mergekit_lfm.display.files import statistics_data, statistics_text
-    from mergekit_lfm.display.transforms import transform_data, transform_text
+    from mergekit_lfm.commands.show.files import statistics_data, statistics_text
+    from mergekit_lfm.commands.show.patches import patch_data, patch_text
+    from mergekit_lfm.commands.show.transforms import transform_data, transform_text
     from mergekit_lfm.store.formats import ARCHIVES
     from mergekit_lfm.store.tensors import read_header
 
@@ -95,8 +95,8 @@ Examples:
 @as_json
 def methods(name: str | None, as_json: bool) -> None:
     """List the merge methods, or say all about one: parameters, defaults, source."""
-    from mergekit_lfm.display.methods import method_data, method_text
-    from mergekit_lfm.display.terminal import table
+    from mergekit_lfm.commands.show.methods import method_data, method_text
+    from mergekit_lfm.commands.show.terminal import table
     from mergekit_lfm.errors import did_you_mean
     from mergekit_lfm.methods import METHODS
 

@@ -10,7 +10,7 @@ import click
 
 from mergekit_lfm.commands import options
 from mergekit_lfm.commands.options import TASKS, going_on_later, needing_models, together
-from mergekit_lfm.console import Command, ModelFolder, Size
+from mergekit_lfm.commands.shell import Command, ModelFolder, Size
 
 
 @click.group(
@@ -153,8 +153,8 @@ def _collect(
     import torch
 
     from mergekit_lfm.collect import collect_stats
-    from mergekit_lfm.display.files import statistics_data, statistics_text
-    from mergekit_lfm.display.terminal import counter
+    from mergekit_lfm.commands.show.files import statistics_data, statistics_text
+    from mergekit_lfm.commands.show.terminal import counter
 
     if threads is not None:
         torch.set_num_threads(threads)

@@ -20,7 +20,7 @@ from mergekit_lfm.commands.options import (
     quiet,
     together,
 )
-from mergekit_lfm.console import ANSWER_IS_NO, Command, Size, transfers
+from mergekit_lfm.commands.shell import ANSWER_IS_NO, Command, Size, transfers
 from mergekit_lfm.errors import FormatError
 from mergekit_lfm.store.hub import HubName, hub_name
 
@@ -101,7 +101,7 @@ def merge(
     `output`, else merged/ and the recipe's name. A run that was interrupted goes on where it stopped when the same
     command is given again. Sizes are 500MB, 5GB (5e9 bytes), 3GiB, or a number of bytes.
     """
-    from mergekit_lfm.api import accelerator_of
+    from mergekit_lfm.api.merge import accelerator_of
 
     asked = _load(recipe, seed)
     gpu = accelerator_of(asked, device)
@@ -115,7 +115,7 @@ def merge(
         from mergekit_lfm.output.push import check_repository
 
         check_repository(goal.repo, private=goal.private)
-    from mergekit_lfm.display.terminal import progress_bar
+    from mergekit_lfm.commands.show.terminal import progress_bar
     from mergekit_lfm.engine.execute import execute
 
     notice = None if quiet or as_json else partial(click.echo, err=True)
@@ -167,7 +167,7 @@ def _make_plan(
     recipe: Recipe, source: Path, out: Path | None, max_shard_size: int | None, *, hidden: bool
 ) -> tuple[Plan, Path]:
     """The plan of the recipe in the file `source`, and where its output goes."""
-    from mergekit_lfm.api import default_output
+    from mergekit_lfm.api.merge import default_output
     from mergekit_lfm.plan.plan import make_plan
 
     on_the_hub = any(isinstance(model.source, HubName) for model in recipe.all_models)
@@ -187,7 +187,7 @@ def _show_plan(
     gpu: Accelerator | None = None,
     err: bool = False,
 ) -> None:
-    from mergekit_lfm.display.merges import plan_text
+    from mergekit_lfm.commands.show.plans import plan_text
     from mergekit_lfm.machine.resources import default_memory, free_space, occupied
     from mergekit_lfm.plan.budget import workers
     from mergekit_lfm.store.places import partial_of
@@ -209,7 +209,7 @@ def _show_plan(
 
 
 def _show_outcome(plan: Plan, outcome: Outcome, quiet: bool) -> None:
-    from mergekit_lfm.display.merges import outcome_text
+    from mergekit_lfm.commands.show.plans import outcome_text
 
     for warning in outcome.warnings:
         click.echo(f"warning: {warning}", err=True)
@@ -218,7 +218,7 @@ def _show_outcome(plan: Plan, outcome: Outcome, quiet: bool) -> None:
 
 
 def _show_result(plan: Plan, outcome: Outcome, pushed: Pushed | None, as_json: bool, quiet: bool) -> None:
-    from mergekit_lfm.display.merges import pushed_data, pushed_text
+    from mergekit_lfm.commands.show.plans import pushed_data, pushed_text
 
     if as_json:
         facts = {
@@ -288,7 +288,7 @@ def verify(ctx: click.Context, out: str, as_json: bool, quiet: bool) -> None:
     OUT is its folder, or its name on the Hub, from where what the lock names is downloaded to the cache. Prints every
     difference; the exit code is 1 if there is one.
     """
-    from mergekit_lfm.display.terminal import counted, progress_bar
+    from mergekit_lfm.commands.show.terminal import counted, progress_bar
     from mergekit_lfm.output.card import CARD, KEPT
     from mergekit_lfm.output.lock import LOCK, covered
     from mergekit_lfm.output.lock import verify as differences

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from mergekit_lfm.commands.options import as_json, quiet
-from mergekit_lfm.console import Command, transfers
+from mergekit_lfm.commands.shell import Command, transfers
 
 
 @click.command(
@@ -44,7 +44,7 @@ def push(
     push that are no more are deleted. A model card that was edited on the Hub is kept. The token is HF_TOKEN, or what
     `hf auth login` has stored. A push that fails leaves the repository as it was.
     """
-    from mergekit_lfm.display.merges import pushed_data, pushed_text
+    from mergekit_lfm.commands.show.plans import pushed_data, pushed_text
     from mergekit_lfm.output.push import push as push_to
 
     with transfers(hidden=quiet or as_json):

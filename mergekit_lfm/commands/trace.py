@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
-from mergekit_lfm.commands import options, verifying
-from mergekit_lfm.console import Command, ModelFolder
+from mergekit_lfm.commands import checks, options
+from mergekit_lfm.commands.shell import Command, ModelFolder
 from mergekit_lfm.store.hub import called
 
 
@@ -36,7 +36,7 @@ Examples:
 @click.option("--draws", type=click.IntRange(min=1), default=2, help="Of the noise, for each fact. [default: 2]")
 @click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, help="Of the noise. [default: 0]")
 @click.option("--batch", type=click.IntRange(min=1), default=32, help="Runs of the model at a time. [default: 32]")
-@verifying.running
+@checks.running
 @options.overwrite
 @options.as_json
 @options.quiet
@@ -64,9 +64,9 @@ def trace(
     pip install "mergekit_lfm[models]"; for plots "mergekit_lfm[plots]"
     """
     from mergekit_lfm.artifacts.facts import read_facts_file
-    from mergekit_lfm.display.edits import trace_text, trace_title
-    from mergekit_lfm.display.plots import check_plot, plot_effects
-    from mergekit_lfm.display.terminal import counter
+    from mergekit_lfm.commands.show.patches import trace_text, trace_title
+    from mergekit_lfm.commands.show.plots import check_plot, plot_effects
+    from mergekit_lfm.commands.show.terminal import counter
     from mergekit_lfm.store.durable import replace_file
     from mergekit_lfm.store.places import check_new_file
 
@@ -75,7 +75,7 @@ def trace(
         check_plot(plot)
     if out is not None:
         check_new_file(out, [model, facts], overwrite=overwrite)
-    loaded = verifying.load(model, dtype, device)
+    loaded = checks.load(model, dtype, device)
     from mergekit_lfm.edit.trace import trace as traced
 
     how: dict[str, Any] = {"noise": noise, "window": window, "draws": draws, "seed": seed, "batch": batch}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mergekit_lfm.commands.options import needing_models, together
-from mergekit_lfm.console import ANSWER_IS_NO
+from mergekit_lfm.commands.shell import ANSWER_IS_NO
 from mergekit_lfm.errors import PlanError
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def check_verifying(min_efficacy: float | None, no_verify: bool) -> None:
 
 def check_new_folder(out: Path, inputs: Sequence[Path], *, overwrite: bool) -> None:
     """PlanError where an edited model must not be written to a folder, before the work."""
-    from mergekit_lfm.applying import undo_file
+    from mergekit_lfm.api.patches import undo_file
     from mergekit_lfm.store.places import check_new_file
 
     if out.exists() and not overwrite:
@@ -72,7 +72,7 @@ def load(model: Path | Checkpoint, dtype: str, device: str) -> Loaded:
 
 def score(loaded: Loaded, facts: FactsFile, doing: str, hidden: bool) -> Scores:
     """What the model says of the facts. doing: what the bar on the terminal calls it."""
-    from mergekit_lfm.display.terminal import counter
+    from mergekit_lfm.commands.show.terminal import counter
     from mergekit_lfm.edit.scores import score_facts
 
     with counter(" prompts", doing, hidden=hidden) as progress:

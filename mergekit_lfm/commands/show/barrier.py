@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from mergekit_lfm.display.terminal import counted, table
+from mergekit_lfm.commands.show.terminal import counted, table
 
 if TYPE_CHECKING:
     from mergekit_lfm.judge.barrier import Barrier, Line

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergekit_lfm.commands import options, verifying
-from mergekit_lfm.console import Command, ModelFolder
+from mergekit_lfm.commands import checks, options
+from mergekit_lfm.commands.shell import Command, ModelFolder
 from mergekit_lfm.errors import PlanError
 
 if TYPE_CHECKING:
@@ -72,9 +72,9 @@ Examples:
 )
 @click.option("--allow-same-subject", is_flag=True, default=None, help="memit: take several facts about one subject.")
 @click.option("--batch", type=click.IntRange(min=1), help="Facts at a time; the result is the same. [default: 25]")
-@verifying.running
+@checks.running
 @click.option("--save", type=click.Path(path_type=Path), help="Also apply the patch: the folder to write.")
-@verifying.verifying
+@checks.verifying
 @options.overwrite
 @options.as_json
 @options.quiet
@@ -113,7 +113,7 @@ def edit(
     Look at all of them: an edit that succeeds may damage the rest. Needs the extra: pip install "mergekit_lfm[models]"
     """
     hidden = quiet or as_json
-    verifying.check_verifying(min_efficacy, no_verify)
+    checks.check_verifying(min_efficacy, no_verify)
     asked = _read_options(method, config, preset, given)
     if (stats is None) != (asked.pop("covariance", None) == "identity" or identity):
         raise click.UsageError("Give --stats FILE, or --identity to edit without statistics.")
@@ -163,7 +163,7 @@ def _check_places(inputs: list[Path], out: Path, save: Path | None, overwrite: b
     if save is not None:
         if out.resolve().is_relative_to(save.resolve()):
             raise PlanError(f"the patch {out} would lie in the folder {save}, which is written, too; choose another")
-        verifying.check_new_folder(save, inputs, overwrite=overwrite)
+        checks.check_new_folder(save, inputs, overwrite=overwrite)
 
 
 def _open_gram(path: Path) -> Statistics:
@@ -190,10 +190,10 @@ def _solve(
     hidden: bool,
 ) -> tuple[dict[str, Any] | None, Patch]:
     """The scores of the model as it is, unless nothing is to be verified, and the patch."""
-    from mergekit_lfm.display.terminal import counter
+    from mergekit_lfm.commands.show.terminal import counter
     from mergekit_lfm.edit import edit as solved
 
-    loaded = verifying.load(model, dtype, device)
+    loaded = checks.load(model, dtype, device)
     with counter(" facts", "editing", hidden=hidden) as progress:
         patch = solved(
             loaded,
@@ -204,15 +204,15 @@ def _solve(
             progress=progress,
             **asked,
         )
-    before = None if no_verify else verifying.score(loaded, facts, "judging", hidden).as_data()  # it is as it was
+    before = None if no_verify else checks.score(loaded, facts, "judging", hidden).as_data()  # it is as it was
     return before, patch
 
 
 def _save(model: Path, patch: Path, save: Path, overwrite: bool, hidden: bool) -> dict[str, Any]:
     """Write the edited model; where it is, and what undoes it."""
-    from mergekit_lfm.applying import apply_patches
-    from mergekit_lfm.display.edits import applied_data
-    from mergekit_lfm.display.terminal import progress_bar
+    from mergekit_lfm.api.patches import apply_patches
+    from mergekit_lfm.commands.show.patches import applied_data
+    from mergekit_lfm.commands.show.terminal import progress_bar
     from mergekit_lfm.store.checkpoint import open_checkpoint
 
     with progress_bar(open_checkpoint(model).nbytes, "writing", hidden=hidden) as progress:
@@ -228,7 +228,7 @@ def _judged(
     from mergekit_lfm.views.patched import patched
 
     edited = patched(open_checkpoint(model), open_patch(patch)) if save is None else save
-    return verifying.score(verifying.load(edited, dtype, device), facts, "verifying", hidden).as_data()
+    return checks.score(checks.load(edited, dtype, device), facts, "verifying", hidden).as_data()
 
 
 def _show(
@@ -241,10 +241,10 @@ def _show(
 ) -> None:
     """Print what was done, as it was asked for, and end with the code for it."""
     from mergekit_lfm.artifacts.patch import open_patch
-    from mergekit_lfm.display.edits import changes_data, edit_text, rounding_warnings
+    from mergekit_lfm.commands.show.patches import changes_data, edit_text, rounding_warnings
     from mergekit_lfm.store.checkpoint import open_checkpoint
 
     found["tensors"] = changes_data(open_patch(Path(found["out"])), open_checkpoint(model))
     found["warnings"] = rounding_warnings(found["tensors"])
     where = found["saved"]["out"] if "saved" in found else found["out"]
-    verifying.conclude(ctx, found, edit_text, where, min_efficacy, as_json=as_json, quiet=quiet)
+    checks.conclude(ctx, found, edit_text, where, min_efficacy, as_json=as_json, quiet=quiet)

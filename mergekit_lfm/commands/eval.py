@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mergekit_lfm.commands.options import TASKS, as_json, needing_models
-from mergekit_lfm.console import Command, ModelFolder
+from mergekit_lfm.commands.shell import Command, ModelFolder
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.store.hub import called
 
@@ -83,7 +83,7 @@ def evaluate(
     perplexities the geometric one. Data: lines {"text": ..., "label": 0} or {"text": ..., "positive": ...}, or arrays
     (.npz) named as the model's inputs, with "labels". Needs the extra: pip install "mergekit_lfm[models]"
     """
-    from mergekit_lfm.display.scores import evaluation_data, evaluation_text
+    from mergekit_lfm.commands.show.evaluations import evaluation_data, evaluation_text
 
     if facts is not None:
         if texts or files or (task, window, stride) != (None, None, None):
@@ -108,14 +108,14 @@ def evaluate(
 def _judge_facts(models: Sequence[Path], path: Path, device: str, as_json: bool) -> None:
     """Print every model's scores on the facts, one model in memory at a time."""
     from mergekit_lfm.artifacts.facts import read_facts_file
-    from mergekit_lfm.commands import verifying
-    from mergekit_lfm.display.edits import counts_text, scores_text
+    from mergekit_lfm.commands import checks
+    from mergekit_lfm.commands.show.patches import counts_text, scores_text
 
     facts = read_facts_file(path)
     scores = {}
     for model in models:
-        loaded = verifying.load(model, "float32", device)
-        scores[called(model)] = verifying.score(loaded, facts, "judging", hidden=as_json).as_data()
+        loaded = checks.load(model, "float32", device)
+        scores[called(model)] = checks.score(loaded, facts, "judging", hidden=as_json).as_data()
     if as_json:
         click.echo(json.dumps([{"model": model, "facts": str(path), **found} for model, found in scores.items()]))
     else:

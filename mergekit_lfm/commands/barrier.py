@@ -10,7 +10,7 @@ import click
 
 from mergekit_lfm.commands import options
 from mergekit_lfm.commands.options import TASKS, needing_models, together
-from mergekit_lfm.console import Command, ModelFolder
+from mergekit_lfm.commands.shell import Command, ModelFolder
 from mergekit_lfm.errors import PlanError
 
 ALIGN_HELP = "A transform file of `align`: rewrites the second model before anything else."
@@ -69,9 +69,9 @@ def barrier(
     what lies on a straight line between the numbers of A and B. Near 0 says that an average of the two is as good as
     they are. Needs the extra: pip install "mergekit_lfm[models]"; for plots "mergekit_lfm[plots]"
     """
-    from mergekit_lfm.display.alignments import line_data, line_text
-    from mergekit_lfm.display.plots import check_plot, plot_lines
-    from mergekit_lfm.display.terminal import counter
+    from mergekit_lfm.commands.show.barrier import line_data, line_text
+    from mergekit_lfm.commands.show.plots import check_plot, plot_lines
+    from mergekit_lfm.commands.show.terminal import counter
 
     if bool(data) == bool(text):
         raise click.UsageError("Give --text FILE, or --data FILE with --task.")
@@ -131,8 +131,8 @@ def repair(
     that writes hidden units of its own is scaled and shifted, first to last, and BatchNorm's running statistics are
     re-estimated. Data without labels do. Needs the extra: pip install "mergekit_lfm[models]"
     """
-    from mergekit_lfm.display.alignments import repaired_data, repaired_text
-    from mergekit_lfm.display.terminal import counter
+    from mergekit_lfm.commands.show.barrier import repaired_data, repaired_text
+    from mergekit_lfm.commands.show.terminal import counter
 
     if out.is_dir() and any(out.iterdir()) and not overwrite:
         raise PlanError(f"{out} exists; choose another output, or use --overwrite")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mergekit_lfm.display.terminal import counted, table
+from mergekit_lfm.commands.show.terminal import counted, table
 from mergekit_lfm.machine.sizes import format_size
 
 if TYPE_CHECKING:

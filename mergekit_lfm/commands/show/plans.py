@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from mergekit_lfm.display.terminal import counted, table
+from mergekit_lfm.commands.show.terminal import counted, table
 from mergekit_lfm.machine.sizes import format_size
 from mergekit_lfm.recipe.align import AlignRequest
 from mergekit_lfm.recipe.values import GivenFile

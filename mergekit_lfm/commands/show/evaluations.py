@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mergekit_lfm.display.terminal import table
+from mergekit_lfm.commands.show.terminal import table
 
 if TYPE_CHECKING:
     from mergekit_lfm.judge.evaluate import Score

@@ -1,0 +1,1 @@
+"""One function for each workflow: Python users and commands call these."""
