@@ -72,7 +72,7 @@ def measure(folder: Path, width: int, seed: int, lambdas: Sequence[float]) -> di
         judge(load(folder / name), {name: task})[name] for name, task in tasks.items()
     )
     for row, recipes in make_recipes(folder, lambdas).items():
-        outs = [merge(recipe, folder / f"{row} {i}", threads=1) for i, recipe in enumerate(recipes)]
+        outs = [Path(merge(recipe, folder / f"{row} {i}", threads=1)) for i, recipe in enumerate(recipes)]
         found[row] = max(mean_accuracy(out, tasks) for out in outs)
     return found | {"trained on all tasks": mean_accuracy(folder / "everything", tasks)}
 

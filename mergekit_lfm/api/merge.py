@@ -1,22 +1,86 @@
-"""The Python interface: merge checkpoints by a recipe, or tensors in memory by a method."""
+"""`plan_merge` and `merge`: from a recipe to a plan, and from a plan to the merged checkpoint, pushed if asked for."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from mergekit_lfm.api.outcome import Outcome, warn_of
+from mergekit_lfm.api.progress import SILENCE, Progress
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.machine.sizes import parse_size
-from mergekit_lfm.recipe.recipe import Recipe
+from mergekit_lfm.recipe.recipe import Push, Recipe
 
 if TYPE_CHECKING:
     from mergekit_lfm.machine.accelerators import Accelerator
+    from mergekit_lfm.output.push import Pushed
+    from mergekit_lfm.plan.plan import Plan
+
+RecipeLike = str | PathLike[str] | Mapping[str, Any] | Recipe
+
+
+@dataclass(frozen=True)
+class PlannedMerge:
+    """A merge that is planned and checked, and not made yet. goal: where the result is pushed, None for nowhere."""
+
+    plan: Plan
+    out: Path
+    gpu: Accelerator | None
+    goal: Push | None
+    max_shard_size: int | None
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a merge did. resumed_bytes: written by an earlier, interrupted run. pushed: None without a push."""
+
+    plan: Plan
+    resumed_bytes: int = 0
+    pushed: Pushed | None = None
+
+
+def plan_merge(
+    recipe: RecipeLike,
+    out: str | PathLike[str] | None = None,
+    *,
+    max_shard_size: int | str | None = None,
+    seed: int | None = None,
+    device: str | None = None,
+    push_to: str | None = None,
+    private: bool = False,
+) -> Outcome[PlannedMerge]:
+    """Plan the merge of a recipe (a YAML file, a mapping, or a `Recipe`): what it would read, write and drop.
+
+    Of the models only the headers are read; with statistics the models are read once, to know them by their content.
+    The options are those of `merge`, which takes the result, too. Raises PlanError or FormatError with everything
+    that is wrong; ConnectionError if the Hub cannot be reached. The outcome's path is where the output would go.
+    """
+    from mergekit_lfm.plan.plan import make_plan
+
+    started = time.monotonic()
+    if isinstance(recipe, Mapping):
+        recipe = Recipe.parse(recipe)
+    elif not isinstance(recipe, Recipe):
+        source, recipe = Path(recipe), Recipe.load(Path(recipe))
+        out = out or recipe.output or Path("merged") / source.stem
+    out = out or recipe.output
+    if out is None:
+        raise PlanError("no output: pass `out`, or give the recipe an `output`")
+    place = _expand(out)
+    if seed is not None:
+        recipe = recipe.model_copy(update={"seed": seed})
+    goal, gpu = recipe.goal(push_to, private=private), accelerator_of(recipe, device)
+    plan = make_plan(recipe, max_shard_size=_as_bytes(max_shard_size))
+    planned = PlannedMerge(plan, place, gpu, goal, _as_bytes(max_shard_size))
+    return Outcome(place, planned, plan.digest, seconds=time.monotonic() - started)
 
 
 def merge(
-    recipe: str | PathLike[str] | Mapping[str, Any] | Recipe,
+    recipe: RecipeLike | PlannedMerge,
     out: str | PathLike[str] | None = None,
     *,
     memory: int | str | None = None,
@@ -30,71 +94,73 @@ def merge(
     compile: Literal["auto", "always", "never"] = "auto",
     push_to: str | None = None,
     private: bool = False,
-) -> Path:
-    """Merge checkpoints as a recipe says (a YAML file, a mapping, or a `Recipe`) and return the output folder.
+    verify_push: bool = False,
+    progress: Progress = SILENCE,
+    on_merged: Callable[[Outcome[Merged]], None] | None = None,
+) -> Outcome[Merged]:
+    """Merge checkpoints as a recipe says (a YAML file, a mapping, a `Recipe`, or the result of `plan_merge`).
 
     out: by default the recipe's `output`, else `merged/<name of the recipe file>`. memory and max_shard_size: bytes,
-    or text such as "4GB". device: "cpu", "cuda", "cuda:1" or "auto", in place of the recipe's. compile: as of
-    `execute`. push_to: a repository on the Hub that the result is pushed to, in place of the recipe's `push`; private:
-    it has to be private. Raises PlanError or FormatError (both ValueError) with all that is wrong, before anything is
-    written where it can be known then; ConnectionError where the Hub cannot be reached. Calling it again after an
-    interruption goes on where it stopped.
+    or text such as "4GB". device: "cpu", "cuda", "cuda:1" or "auto", in place of the recipe's. nan: "warn" notes NaN
+    and infinity in the lock and as a warning, "error" refuses them. compile: as of `execute`. push_to: a repository on
+    the Hub that the result is pushed to, in place of the recipe's `push`; private: it has to be; verify_push: download
+    it again and compare it with its lock. on_merged is called when OUT is complete, before the push.
+
+    Raises PlanError or FormatError (both ValueError) with everything that is wrong, before anything is written if it
+    can be known then; ConnectionError if the Hub cannot be reached. Calling it again after an interruption goes on
+    where it stopped.
     """
     from mergekit_lfm.engine.execute import execute
-    from mergekit_lfm.plan.plan import make_plan
 
-    if isinstance(recipe, Mapping):
-        recipe = Recipe.parse(recipe)
-    elif not isinstance(recipe, Recipe):
-        source, recipe = Path(recipe), Recipe.load(Path(recipe))
-        out = out or default_output(recipe, source)
-    out = out or recipe.output
-    if out is None:
-        raise PlanError("no output: pass `out`, or give the recipe an `output`")
-    out = _output(out)
-    if seed is not None:
-        recipe = recipe.model_copy(update={"seed": seed})
-    goal, gpu = recipe.goal(push_to, private=private), accelerator_of(recipe, device)
-    plan = make_plan(recipe, max_shard_size=_bytes(max_shard_size))
+    started = time.monotonic()
+    if not isinstance(recipe, PlannedMerge):
+        how: dict[str, Any] = {"max_shard_size": max_shard_size, "seed": seed, "device": device}
+        recipe = plan_merge(recipe, out, push_to=push_to, private=private, **how).result
+    plan, place, gpu, goal = recipe.plan, recipe.out, recipe.gpu, recipe.goal
     if goal is not None:
-        from mergekit_lfm.output.push import check_repository, push
+        from mergekit_lfm.output.push import check_repository
 
         check_repository(goal.repo, private=goal.private)
-    how: dict[str, Any] = {"memory": _bytes(memory), "threads": threads, "nan": nan, "overwrite": overwrite}
-    how |= {"resume": resume}
-    if plan.unedited:
-        from mergekit_lfm.edit.stages import solve_edits
+    options: dict[str, Any] = {"memory": _as_bytes(memory), "threads": threads, "nan": nan}
+    options |= {"overwrite": overwrite, "resume": resume}
+    if plan.pending or plan.unedited or plan.absent:
+        from mergekit_lfm.api.prepare import prepare
         from mergekit_lfm.machine.accelerators import name_of
 
-        plan = solve_edits(plan, out, max_shard_size=_bytes(max_shard_size), device=name_of(gpu), **how)
-    outcome = execute(plan, out, gpu=gpu, compile=compile, **how)
-    if goal is not None:
-        push(out, goal.repo, private=goal.private)
-    return outcome.path
+        where: dict[str, Any] = {"max_shard_size": recipe.max_shard_size, "device": name_of(gpu)}
+        plan = prepare(plan, place, notice=progress.notice, **where, **options)
+    with progress.by_bytes(plan.bytes_written, "merging") as advance:
+        done = execute(plan, place, gpu=gpu, compile=compile, progress=advance, **options)
+    warnings, merged = warn_of(done.findings), Merged(plan, done.resumed_bytes)
+    outcome = Outcome(place, merged, plan.digest, done.already_there, warnings, time.monotonic() - started)
+    if on_merged is not None:
+        on_merged(outcome)
+    if goal is None:
+        return outcome
+    from mergekit_lfm.output.push import push
+
+    pushed = push(place, goal.repo, private=goal.private, pull_back=verify_push)
+    merged = Merged(plan, done.resumed_bytes, pushed)
+    return Outcome(place, merged, plan.digest, done.already_there, warnings, time.monotonic() - started)
 
 
 def accelerator_of(recipe: Recipe, device: str | None) -> Accelerator | None:
-    """The GPU that is asked for, by name or by the recipe; None for the processor. PlanError where it is not there."""
-    asked = recipe.device if device is None else device
-    if asked == "cpu":
+    """The GPU that `device`, else the recipe, names; None for the processor. Raises PlanError if it does not exist."""
+    name = recipe.device if device is None else device
+    if name == "cpu":
         return None
     from mergekit_lfm.machine.accelerators import Accelerator
     from mergekit_lfm.machine.devices import find_gpu
 
-    gpu = find_gpu(asked)
+    gpu = find_gpu(name)
     return None if gpu is None else Accelerator(gpu)
 
 
-def _bytes(size: int | str | None) -> int | None:
+def _as_bytes(size: int | str | None) -> int | None:
     return parse_size(size) if isinstance(size, str) else size
 
 
-def default_output(recipe: Recipe, source: Path) -> Path:
-    """Where a recipe's output goes that names no other place."""
-    return _output(recipe.output or Path("merged") / source.stem)
-
-
-def _output(place: str | PathLike[str]) -> Path:
+def _expand(place: str | PathLike[str]) -> Path:
     """The path, "~" replaced by the home folder."""
     try:
         return Path(place).expanduser()

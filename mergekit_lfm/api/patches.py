@@ -17,7 +17,7 @@ from mergekit_lfm.errors import PlanError
 from mergekit_lfm.plan.plan import Plan, make_plan
 from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
-from mergekit_lfm.store.places import check_new_file
+from mergekit_lfm.store.places import check_file
 from mergekit_lfm.views.base import RewrittenFile
 from mergekit_lfm.views.patched import patched
 
@@ -70,7 +70,7 @@ def apply_patches(
     plan = make_plan(recipe, views=(view,))
     undo = undo_file(out)
     known = undo.is_file() and read_patch_facts(undo).options.get("plan") == plan.digest
-    check_new_file(undo, [model, *patches], overwrite=overwrite or known)
+    check_file(undo, [model, *patches], overwrite=overwrite or known)
     if not known:
         back = _back(source, view, {name for patch in opened for name in patch.facts.tensors})
         replace(back, facts=replace(back.facts, options={"plan": plan.digest})).save(undo)

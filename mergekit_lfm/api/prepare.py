@@ -1,78 +1,209 @@
-"""What a recipe asks for before its merge: alignments, each of which leaves a transform file.
+"""Everything that a plan needs before the engine can carry it out: downloads, alignments, edits.
 
-The files are kept, by the contents of both models, all options and the kind of device, so that a merge that was
-interrupted, or is made again with other weights, finds them there.
+Transforms and patches that a recipe asks for are kept in the cache, by the contents of the models, all options and the
+kind of device: a merge that was interrupted, or is made again with other weights, finds them there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
+import torch
 import xxhash
 
 from mergekit_lfm.align import align_models
-from mergekit_lfm.artifacts.cache import kept_or_made, key_of, kind_of
-from mergekit_lfm.artifacts.statistics import open_statistics
+from mergekit_lfm.artifacts.cache import key_of, kind_of, load_or_make
+from mergekit_lfm.artifacts.patch import Patch, open_patch
+from mergekit_lfm.artifacts.statistics import Statistics, open_statistics
 from mergekit_lfm.artifacts.transform import Transform, open_transform
-from mergekit_lfm.machine.resources import cache_folder
-from mergekit_lfm.plan.plan import Plan
+from mergekit_lfm.edit.solve import edit
+from mergekit_lfm.engine.execute import execute, is_written
+from mergekit_lfm.errors import PlanError
+from mergekit_lfm.machine.accelerators import Accelerator
+from mergekit_lfm.machine.devices import find_gpu
+from mergekit_lfm.machine.resources import cache_folder, default_memory
+from mergekit_lfm.output.writer import Policy
+from mergekit_lfm.plan.budget import check_disk
+from mergekit_lfm.plan.plan import Plan, make_plan
+from mergekit_lfm.plan.sources import identity_of
 from mergekit_lfm.recipe.align import AlignRequest
+from mergekit_lfm.recipe.edit import EditRequest
+from mergekit_lfm.recipe.roles import Edit
 from mergekit_lfm.recipe.values import GivenFile
-from mergekit_lfm.store.checkpoint import Checkpoint
+from mergekit_lfm.runtime.load import load_model
+from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lfm.version import __version__
+from mergekit_lfm.views.patched import patched
 from mergekit_lfm.views.rewritten import rewritten
 
+Notice = Callable[[str], None]
+Grams = Callable[[Statistics], Any]  # from a statistics file to what `edit` takes as covariance
 
-def noted(plan: Plan, device: str) -> Plan:
-    """The plan in which what is still to be aligned or edited says on what kind of device, but for the CPU.
 
-    What is found differs by rounding: no output is to hold tensors by the one and by the other. PlanError where the
-    device is not there.
+def prepare(
+    plan: Plan,
+    out: Path,
+    *,
+    memory: int | None = None,
+    threads: int | None = None,
+    max_shard_size: int | None = None,
+    nan: Policy = "error",
+    resume: bool = True,
+    overwrite: bool = False,
+    device: str = "cpu",
+    notice: Notice | None = None,
+) -> Plan:
+    """The plan with its weights downloaded and all alignments and edits made, unless `out` holds its output already.
+
+    The options are those of `execute`; device: where matrices are multiplied and models run. notice is called with a
+    line for each download, alignment and edit that is not known from an earlier run. Edits of the result need the
+    result: it is merged once without them, beside `out`, and removed again. Raises what `align_models`, `edit` and
+    `execute` raise, PlanError about `out`, memory and disk before anything else; ImportError without transformers.
+    """
+    plan = note_device(plan, device)
+    place = out.resolve()
+    if is_written(plan, place, overwrite=overwrite, resume=resume, nan=nan):
+        return plan
+    if not (plan.pending or plan.absent or plan.unedited):
+        return plan
+    notice = notice or (lambda _: None)
+    plan.peak_memory(memory or default_memory(), threads or 1)
+    check_disk(plan, place)
+    plan.fetch(notice)
+    plan = _with_edits(_with_alignments(plan, notice, device), notice, device)
+    if not plan.unedited:
+        return plan
+    how: dict[str, Any] = {"memory": memory, "threads": threads, "nan": nan}
+    patches = _result_patches(plan, place, notice, device, **how)
+    made = make_plan(plan.recipe, max_shard_size=max_shard_size, views=plan.models, edits=patches)
+    return replace(made, edited_on=plan.edited_on)
+
+
+def note_device(plan: Plan, device: str) -> Plan:
+    """Record the kind of device in all that is still to be aligned or edited, but for the CPU.
+
+    CPU and GPU results differ by rounding: no output may mix them. Raises PlanError if the device does not exist.
     """
     kind, waiting = kind_of(device), plan.pending
     if kind is None or not (waiting or plan.unedited):
         return plan
-    asked = any(not isinstance(edit, GivenFile) for edit in plan.recipe.result_edits)
+    asked = any(not isinstance(request, GivenFile) for request in plan.recipe.result_edits)
     models = tuple(
-        Checkpoint(held.path, held.files, {**(held.view or {}), "device": kind}) if model in waiting else held
-        for model, held in zip(plan.recipe.all_models, plan.models, strict=True)
+        Checkpoint(checkpoint.path, checkpoint.files, {**(checkpoint.view or {}), "device": kind})
+        if model in waiting
+        else checkpoint
+        for model, checkpoint in zip(plan.recipe.all_models, plan.models, strict=True)
     )
     return replace(plan, cast=replace(plan.cast, models=models), edited_on=kind if asked else "")
 
 
-def prepare(plan: Plan, notice: Callable[[str], None], device: str = "cpu") -> Plan:
-    """The plan with every alignment found, and no more changed than `noted` does. notice: called with a line for each.
-
-    device: where matrices are multiplied, as of `align_models`.
-    """
-    plan = noted(plan, device)
+def _with_alignments(plan: Plan, notice: Notice, device: str) -> Plan:
+    """The plan with every alignment found."""
     models = list(plan.models)
     for i, (model, checkpoint) in enumerate(zip(plan.recipe.all_models, plan.models, strict=True)):
         if isinstance(model.align, AlignRequest) and model in plan.pending:
             source = checkpoint.as_stored()
             to = plan.models[plan.labels.index(model.align.to)]
             notice(f"aligning {model.label} to {model.align.to} by {model.align.method}")
-            models[i] = rewritten(source, _found(source, to, model.align, device), checkpoint.view or {})
+            models[i] = rewritten(source, _transform_of(source, to, model.align, device), checkpoint.view or {})
     return replace(plan, cast=replace(plan.cast, models=tuple(models)))
 
 
-def _found(source: Checkpoint, to: Checkpoint, request: AlignRequest, device: str) -> Transform:
-    """The transform that was asked for, from an earlier run or found now."""
+def _with_edits(plan: Plan, notice: Notice, device: str) -> Plan:
+    """The plan with the facts edited that a model's own `edits` name."""
+    models = list(plan.models)
+    for i, model in enumerate(plan.recipe.all_models):
+        if any(isinstance(request, EditRequest) for request in model.edits):
+            source = models[i].as_stored()
+            patches = _patches(source, model.edits, model.label, _own_statistics, notice, device)
+            view = patched(source, *patches)
+            models[i] = Checkpoint(view.path, view.files, models[i].view)
+    return replace(plan, cast=replace(plan.cast, models=tuple(models)))
+
+
+def _result_patches(plan: Plan, place: Path, notice: Notice, device: str, **how: Any) -> list[Patch]:
+    """The patches of the result's edits, made on the merge without them, which is removed again."""
+    plain = make_plan(plan.recipe.without_result_edits(), views=plan.models)
+    folder = place.with_name(f"{place.name}.unedited")
+    notice("merging once without the edits of the result")
+    found = find_gpu(device)
+    execute(plain, folder, overwrite=True, gpu=None if found is None else Accelerator(found), **how)
+    result = open_checkpoint(folder)
+    patches = _patches(result, plan.recipe.result_edits, "the result", _any_statistics(plan), notice, device)
+    shutil.rmtree(folder)
+    return patches
+
+
+def _own_statistics(statistics: Statistics) -> Any:
+    """The statistics themselves: `edit` checks that they are of the model that it edits."""
+    return statistics
+
+
+def _any_statistics(plan: Plan) -> Grams:
+    """Gram matrices from any input model's statistics: the merge result has none yet."""
+
+    def grams(statistics: Statistics) -> Any:
+        contents = {model.content for model in plan.models}
+        if statistics.facts.models[0] not in contents:
+            raise PlanError(
+                f"{statistics.path} is of a model of content {statistics.facts.models[0]}, which is not merged here; "
+                "collect the statistics of one of the recipe's models with `mergekit-lfm stats gram`"
+            )
+        return {layer.weight: statistics.read(name)[:-1, :-1] for name, layer in statistics.facts.layers.items()}
+
+    return grams
+
+
+def _patches(
+    source: Checkpoint, edits: Sequence[Edit], label: str, grams: Grams, notice: Notice, device: str
+) -> list[Patch]:
+    """The patches of the edits, each made on the model with those before it applied."""
+    patches: list[Patch] = []
+    for request in edits:
+        if isinstance(request, GivenFile):
+            patches.append(open_patch(request.path))
+            continue
+        edited = patched(source, *patches, any_base=True) if patches else source
+        patches.append(_patch_of(edited, request, label, grams, notice, device))
+    return patches
+
+
+def _transform_of(source: Checkpoint, to: Checkpoint, request: AlignRequest, device: str) -> Transform:
+    """The requested transform, from an earlier run or found now."""
 
     def find() -> Transform:
         statistics = None if request.stats is None else open_statistics(request.stats.path)
         options: dict[str, Any] = dict(request.options)
         return align_models(source, to, request.method, statistics=statistics, device=device, **options)
 
-    key = _key(source, to, request, device)
-    return kept_or_made(cache_folder("transforms") / f"{key}.safetensors", find, open_transform)
-
-
-def _key(source: Checkpoint, to: Checkpoint, request: AlignRequest, device: str) -> str:
     stats = None if request.stats is None else xxhash.xxh3_128_hexdigest(request.stats.path.read_bytes())
-    versions = {"mergekit_lfm": __version__, **{name: version(name) for name in ("torch", "numpy", "scipy", "pot")}}
-    asked = [source.content, to.content, stats, request.method, request.options, versions]
-    return key_of(asked, device)
+    versions = _versions("torch", "numpy", "scipy", "pot")
+    key = key_of([source.content, to.content, stats, request.method, request.options, versions], device)
+    return load_or_make(cache_folder("transforms") / f"{key}.safetensors", find, open_transform)
+
+
+def _patch_of(source: Checkpoint, request: EditRequest, label: str, grams: Grams, notice: Notice, device: str) -> Patch:
+    """The requested patch, from an earlier run or solved now."""
+
+    def make() -> Patch:
+        notice(f"editing {label}: {request.facts.ref} by {request.method}")
+        options = {"lambda_" if name == "lambda" else name: value for name, value in request.given.items()}
+        if request.stats is not None:
+            options["covariance"] = grams(open_statistics(request.stats.path))
+        patch = edit(
+            load_model(source, "lm", device=device), None, request.facts.path, method=request.method, **options
+        )
+        torch.cuda.empty_cache()  # the merge takes what is free
+        return patch
+
+    key = key_of([source.content, identity_of(request), _versions("torch", "transformers")], device)
+    return load_or_make(cache_folder("patches") / f"{key}.safetensors", make, open_patch)
+
+
+def _versions(*packages: str) -> dict[str, str]:
+    return {"mergekit_lfm": __version__, **{name: version(name) for name in packages}}

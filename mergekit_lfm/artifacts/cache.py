@@ -30,7 +30,7 @@ class Saved(Protocol):
 T = TypeVar("T", bound=Saved)
 
 
-def kept_or_made(kept: Path, make: Callable[[], T], opened: Callable[[Path], T]) -> T:
+def load_or_make(kept: Path, make: Callable[[], T], opened: Callable[[Path], T]) -> T:
     """What a file of the cache holds; where it is not there, or damaged, what is made, as a file then holds it."""
     try:
         return opened(kept)

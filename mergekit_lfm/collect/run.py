@@ -25,7 +25,7 @@ from mergekit_lfm.runtime.data import read_data
 from mergekit_lfm.runtime.load import TASKS, Loaded, load_model
 from mergekit_lfm.runtime.subject import Subject, evaluating, make_subject
 from mergekit_lfm.store.checkpoint import open_checkpoint
-from mergekit_lfm.store.places import partial_of
+from mergekit_lfm.store.places import check_file, partial_of
 from mergekit_lfm.version import __version__
 
 Model = nn.Module | str | Path
@@ -103,14 +103,10 @@ def _check_options(task: str, samples: int, seed: int) -> None:
 
 
 def _destination(out: Path, models: Sequence[Model | None], data: object) -> Path:
-    """Where the file goes; its folder is made. PlanError for a place where it would harm the inputs."""
-    if out.is_dir():
-        raise PlanError(f"{out} is a folder, expected a file to create; choose a name in it")
+    """Where the file goes; its folder is made. Raises PlanError if the file must not go there."""
+    inputs = [Path(path) for path in (*models, data) if isinstance(path, str | Path)]
+    check_file(out, inputs, overwrite=True)  # an earlier output is compared with the request before it is replaced
     place = out.resolve()
-    for path in (Path(path) for path in (*models, data) if isinstance(path, str | Path)):
-        home = path.resolve()
-        if place == home or (home.is_dir() and place.is_relative_to(home)):
-            raise PlanError(f"the output {out} lies in the input {path}, which is only read; choose another output")
     place.parent.mkdir(parents=True, exist_ok=True)
     refuse_foreign(place)
     return out.absolute()

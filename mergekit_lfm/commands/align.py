@@ -186,9 +186,9 @@ def _check_start(method: str, stats: Path | None, initial: Path | None, order: t
 
 def _check_out(out: Path, inputs: Sequence[Path], overwrite: bool) -> None:
     """PlanError where the transform must not be written to `out`, before the work."""
-    from mergekit_lfm.store.places import check_new_file
+    from mergekit_lfm.store.places import check_file
 
-    check_new_file(out, inputs, overwrite=overwrite)
+    check_file(out, inputs, overwrite=overwrite)
 
 
 def _check_save(model: Path, to: Path, save: Path, overwrite: bool) -> None:

@@ -50,14 +50,14 @@ def check_verifying(min_efficacy: float | None, no_verify: bool) -> None:
 def check_new_folder(out: Path, inputs: Sequence[Path], *, overwrite: bool) -> None:
     """PlanError where an edited model must not be written to a folder, before the work."""
     from mergekit_lfm.api.patches import undo_file
-    from mergekit_lfm.store.places import check_new_file
+    from mergekit_lfm.store.places import check_file
 
     if out.exists() and not overwrite:
         raise PlanError(f"{out} exists; choose another output, or use --overwrite")
     place = out.resolve()
     if any(place.is_relative_to(path) or path.is_relative_to(place) for path in (given.resolve() for given in inputs)):
         raise PlanError(f"the output {out} and an input lie in one another; choose another output")
-    check_new_file(undo_file(out), inputs, overwrite=overwrite)
+    check_file(undo_file(out), inputs, overwrite=overwrite)
 
 
 def load(model: Path | Checkpoint, dtype: str, device: str) -> Loaded:

@@ -157,9 +157,9 @@ def _read_facts(path: Path) -> FactsFile:
 
 def _check_places(inputs: list[Path], out: Path, save: Path | None, overwrite: bool) -> None:
     """PlanError where an output must not be written, before the work."""
-    from mergekit_lfm.store.places import check_new_file
+    from mergekit_lfm.store.places import check_file
 
-    check_new_file(out, inputs, overwrite=overwrite)
+    check_file(out, inputs, overwrite=overwrite)
     if save is not None:
         if out.resolve().is_relative_to(save.resolve()):
             raise PlanError(f"the patch {out} would lie in the folder {save}, which is written, too; choose another")

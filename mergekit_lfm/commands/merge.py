@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -14,7 +13,6 @@ from mergekit_lfm.commands import options
 from mergekit_lfm.commands.options import (
     as_json,
     going_on_later,
-    needing_models,
     no_resume,
     overwrite,
     quiet,
@@ -22,14 +20,11 @@ from mergekit_lfm.commands.options import (
 )
 from mergekit_lfm.commands.shell import ANSWER_IS_NO, Command, Size, transfers
 from mergekit_lfm.errors import FormatError
-from mergekit_lfm.store.hub import HubName, hub_name
+from mergekit_lfm.store.hub import hub_name
 
 if TYPE_CHECKING:
-    from mergekit_lfm.engine.execute import Outcome
-    from mergekit_lfm.machine.accelerators import Accelerator
-    from mergekit_lfm.output.push import Pushed
-    from mergekit_lfm.plan.plan import Plan
-    from mergekit_lfm.recipe.recipe import Push, Recipe
+    from mergekit_lfm.api.merge import Merged, PlannedMerge
+    from mergekit_lfm.api.outcome import Outcome
 
 # What `merge` and `plan` take alike.
 planning = together(
@@ -101,99 +96,54 @@ def merge(
     `output`, else merged/ and the recipe's name. A run that was interrupted goes on where it stopped when the same
     command is given again. Sizes are 500MB, 5GB (5e9 bytes), 3GiB, or a number of bytes.
     """
-    from mergekit_lfm.api.merge import accelerator_of
+    from mergekit_lfm.api.merge import merge as run
+    from mergekit_lfm.api.merge import plan_merge
+    from mergekit_lfm.commands.show.terminal import Terminal
 
-    asked = _load(recipe, seed)
-    gpu = accelerator_of(asked, device)
-    plan, out = _make_plan(asked, recipe, out, max_shard_size, hidden=quiet or as_json)
-    goal = _goal(plan, push_to, private, pull_back)
-    if dry_run or verbose:
-        _show_plan(plan, out, memory, threads, as_json and dry_run, verbose, err=not dry_run, goal=goal, gpu=gpu)
-    if dry_run:
-        return
-    if goal is not None:
-        from mergekit_lfm.output.push import check_repository
-
-        check_repository(goal.repo, private=goal.private)
-    from mergekit_lfm.commands.show.terminal import progress_bar
-    from mergekit_lfm.engine.execute import execute
-
-    notice = None if quiet or as_json else partial(click.echo, err=True)
-    how: dict[str, Any] = {"memory": memory, "threads": threads, "nan": nan, "resume": not no_resume}
-    how |= {"overwrite": overwrite, "notice": notice}
-    on_the_hub = goal is not None or any(model.snapshot is not None for model in plan.models)
-    with transfers(hidden=quiet or as_json) if on_the_hub else nullcontext():
-        with going_on_later(ctx, out):
-            if plan.unedited:
-                plan = _edited(plan, out, gpu, max_shard_size=max_shard_size, **how)
-            with progress_bar(plan.bytes_written, "merging", hidden=quiet or as_json) as progress:
-                outcome = execute(plan, out, gpu=gpu, compile=compile_, progress=progress, **how)
-        _show_outcome(plan, outcome, quiet or as_json)
-        with going_on_later(ctx, out, written=True):
-            pushed = None if goal is None else _push(out, goal, pull_back)
-    _show_result(plan, outcome, pushed, as_json, quiet)
-
-
-def _edited(plan: Plan, out: Path, gpu: Accelerator | None, **how: Any) -> Plan:
-    with needing_models():
-        from mergekit_lfm.edit.stages import solve_edits
-        from mergekit_lfm.machine.accelerators import name_of
-
-        return solve_edits(plan, out, device=name_of(gpu), **how)
-
-
-def _goal(plan: Plan, push_to: str | None, private: bool, pull_back: bool) -> Push | None:
-    """Where the result is pushed, if it is."""
-    goal = plan.recipe.goal(push_to, private=private)
-    if goal is None and (private or pull_back):
-        raise click.UsageError("--private and --verify are about a push: give --push-to org/name")
-    return goal
-
-
-def _push(out: Path, goal: Push, pull_back: bool) -> Pushed:
-    from mergekit_lfm.output.push import push
-
-    return push(out, goal.repo, private=goal.private, pull_back=pull_back)
-
-
-def _load(path: Path, seed: int | None) -> Recipe:
-    from mergekit_lfm.recipe.recipe import Recipe
-
-    recipe = Recipe.load(path)
-    return recipe if seed is None else recipe.model_copy(update={"seed": seed})
-
-
-def _make_plan(
-    recipe: Recipe, source: Path, out: Path | None, max_shard_size: int | None, *, hidden: bool
-) -> tuple[Plan, Path]:
-    """The plan of the recipe in the file `source`, and where its output goes."""
-    from mergekit_lfm.api.merge import default_output
-    from mergekit_lfm.plan.plan import make_plan
-
-    on_the_hub = any(isinstance(model.source, HubName) for model in recipe.all_models)
-    with transfers(hidden=hidden) if on_the_hub else nullcontext():
-        return make_plan(recipe, max_shard_size=max_shard_size), out or default_output(recipe, source)
+    hidden = quiet or as_json
+    with transfers(hidden=hidden):
+        planned = plan_merge(
+            recipe,
+            out,
+            max_shard_size=max_shard_size,
+            seed=seed,
+            device=device,
+            push_to=push_to,
+            private=private,
+        ).result
+        if planned.goal is None and (private or pull_back):
+            raise click.UsageError("--private and --verify are about a push: give --push-to org/name")
+        if dry_run or verbose:
+            _show_plan(planned, memory, threads, as_json and dry_run, verbose, err=not dry_run)
+        if dry_run:
+            return
+        with going_on_later(ctx, planned.out, planned.plan.digest):
+            outcome = run(
+                planned,
+                memory=memory,
+                threads=threads,
+                nan=nan,
+                overwrite=overwrite,
+                resume=not no_resume,
+                compile=compile_,
+                verify_push=pull_back,
+                progress=Terminal(hidden=hidden),
+                on_merged=partial(_show_outcome, hidden=hidden),
+            )
+    _show_result(outcome, as_json, quiet)
 
 
 def _show_plan(
-    plan: Plan,
-    out: Path,
-    memory: int | None,
-    threads: int | None,
-    as_json: bool,
-    verbose: bool,
-    *,
-    goal: Push | None,
-    gpu: Accelerator | None = None,
-    err: bool = False,
+    planned: PlannedMerge, memory: int | None, threads: int | None, as_json: bool, verbose: bool, *, err: bool = False
 ) -> None:
     from mergekit_lfm.commands.show.plans import plan_text
     from mergekit_lfm.machine.resources import default_memory, free_space, occupied
     from mergekit_lfm.plan.budget import workers
     from mergekit_lfm.store.places import partial_of
 
+    plan, out = planned.plan, planned.out
     memory = memory or default_memory()
-    threads = workers(plan, memory, threads, gpu)
+    threads = workers(plan, memory, threads, planned.gpu)
     free, needed = free_space(out), sum(shard.nbytes for shard in plan.shards) - occupied(partial_of(out))
     facts = {
         "out": str(out),
@@ -202,34 +152,35 @@ def _show_plan(
         "peak_memory": plan.peak_memory(memory, threads),
         "free_disk": free,
         "enough_disk": needed <= free,
-        "push": None if goal is None else goal.model_dump(),
-        "device": "cpu" if gpu is None else str(gpu.device),
+        "push": None if planned.goal is None else planned.goal.model_dump(),
+        "device": "cpu" if planned.gpu is None else str(planned.gpu.device),
     }
     click.echo(json.dumps(plan.summary() | facts) if as_json else plan_text(plan, facts, verbose), err=err)
 
 
-def _show_outcome(plan: Plan, outcome: Outcome, quiet: bool) -> None:
+def _show_outcome(outcome: Outcome[Merged], *, hidden: bool) -> None:
     from mergekit_lfm.commands.show.plans import outcome_text
 
     for warning in outcome.warnings:
         click.echo(f"warning: {warning}", err=True)
-    if not quiet:
-        click.echo(outcome_text(plan, outcome), err=True)
+    if not hidden:
+        click.echo(outcome_text(outcome), err=True)
 
 
-def _show_result(plan: Plan, outcome: Outcome, pushed: Pushed | None, as_json: bool, quiet: bool) -> None:
+def _show_result(outcome: Outcome[Merged], as_json: bool, quiet: bool) -> None:
     from mergekit_lfm.commands.show.plans import pushed_data, pushed_text
 
+    plan, pushed = outcome.result.plan, outcome.result.pushed
     if as_json:
         facts = {
             "out": str(outcome.path),
             "already_there": outcome.already_there,
             "tensors": len(plan.tensors),
             "bytes_written": plan.bytes_written,
-            "resumed_bytes": outcome.resumed_bytes,
+            "resumed_bytes": outcome.result.resumed_bytes,
             "seconds": round(outcome.seconds, 3),
             "warnings": list(outcome.warnings),
-            "digest": plan.digest,
+            "digest": outcome.digest,
             "pushed": None if pushed is None else pushed_data(pushed),
         }
         click.echo(json.dumps(facts))
@@ -267,8 +218,11 @@ def plan(
     by their content.
     The same as `merge --dry-run`.
     """
-    planned, out = _make_plan(_load(recipe, seed), recipe, out, max_shard_size, hidden=as_json)
-    _show_plan(planned, out, memory, threads, as_json, verbose, goal=planned.recipe.push)
+    from mergekit_lfm.api.merge import plan_merge
+
+    with transfers(hidden=as_json):
+        planned = plan_merge(recipe, out, max_shard_size=max_shard_size, seed=seed, device="cpu").result
+    _show_plan(planned, memory, threads, as_json, verbose)
 
 
 @click.command(

@@ -40,19 +40,20 @@ threads = click.option("--threads", type=click.IntRange(min=1), help="[default: 
 
 
 @contextmanager
-def going_on_later(ctx: click.Context, out: Path, *, written: bool = False) -> Iterator[None]:
-    """On Ctrl-C, say what is kept for the next run of the same command, and end with the code for it.
+def going_on_later(ctx: click.Context, out: Path, plan: str | None = None) -> Iterator[None]:
+    """On Ctrl-C, print what is kept for the next run of the same command, and end with the code for it.
 
-    written: whether `out` is complete, and something else is done with it.
+    plan: the digest of a plan; if `out` holds its output, only a push was interrupted.
     """
     try:
         yield
     except KeyboardInterrupt:
+        from mergekit_lfm.output.lock import lock_of
         from mergekit_lfm.store.places import partial_of
 
         kept = partial_of(out)
         done = f"what is done is kept in {kept}" if kept.exists() else "nothing was written"
-        done = f"{out} is complete, but was not pushed" if written else done
+        done = f"{out} is complete, but was not pushed" if plan and lock_of(out).get("plan") == plan else done
         click.echo(f"interrupted: {done}; run the same command again to go on", err=True)
         ctx.exit(INTERRUPTED)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,16 @@ class Command(click.Command):
             for param in self.params:
                 if isinstance(param.type, ModelFolder) and param.name is not None:
                     ctx.params[param.name] = _downloaded(ctx.params[param.name], ctx)
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                from mergekit_lfm.api.outcome import Finding
+
+                warnings.simplefilter("ignore", Finding)  # the command prints an outcome's warnings
+                return super().invoke(ctx)
         except (FormatError, PlanError) as error:
+            message = str(error)
+        except ImportError as error:  # the extra that loads models is not installed
+            if error.name != "transformers":
+                raise
             message = str(error)
         except OSError as error:
             if error.errno == errno.EPIPE:  # the reader of our output has gone; click ends quietly

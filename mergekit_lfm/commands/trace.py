@@ -68,13 +68,13 @@ def trace(
     from mergekit_lfm.commands.show.plots import check_plot, plot_effects
     from mergekit_lfm.commands.show.terminal import counter
     from mergekit_lfm.store.durable import replace_file
-    from mergekit_lfm.store.places import check_new_file
+    from mergekit_lfm.store.places import check_file
 
     known = read_facts_file(facts)
     if plot is not None:
         check_plot(plot)
     if out is not None:
-        check_new_file(out, [model, facts], overwrite=overwrite)
+        check_file(out, [model, facts], overwrite=overwrite)
     loaded = checks.load(model, dtype, device)
     from mergekit_lfm.edit.trace import trace as traced
 

@@ -18,6 +18,7 @@ import xxhash
 import yaml
 
 from mergekit_lfm.output.card import CARD, model_card
+from mergekit_lfm.output.layout import INDEX
 from mergekit_lfm.output.lock import LOCK
 from mergekit_lfm.output.names import _last_name, public_names
 from mergekit_lfm.output.writer import Receipt
@@ -25,7 +26,6 @@ from mergekit_lfm.plan.plan import Plan
 from mergekit_lfm.store.tensors import FLOATS
 from mergekit_lfm.version import __version__
 
-INDEX = "model.safetensors.index.json"
 DTYPE_KEYS = ("dtype", "torch_dtype")
 QUANTISATION_KEYS = ("quantization_config", "compression_config")
 

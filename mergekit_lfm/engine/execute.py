@@ -7,7 +7,6 @@ share. The bytes are the same in each case: sums run over constant blocks in a c
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,10 +22,10 @@ from mergekit_lfm.kernels.block import BLOCK
 from mergekit_lfm.kernels.compiled import Kernels, Mode
 from mergekit_lfm.kernels.gpu import GpuKernels
 from mergekit_lfm.kernels.reductions import Reduction
-from mergekit_lfm.machine.accelerators import Accelerator, name_of
+from mergekit_lfm.machine.accelerators import Accelerator
 from mergekit_lfm.machine.resources import allow_many_files, default_memory, keep_freed_memory
 from mergekit_lfm.methods import METHODS
-from mergekit_lfm.output.writer import Output, Policy, already_there, finish
+from mergekit_lfm.output.writer import Output, Policy, already_there, finish, is_complete
 from mergekit_lfm.plan.budget import check_disk, workers
 from mergekit_lfm.plan.job import Job
 from mergekit_lfm.plan.plan import Plan
@@ -34,14 +33,12 @@ from mergekit_lfm.plan.statistics import LinearGroup
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    """What `execute` did. resumed_bytes: written by an earlier, interrupted run. warnings: one line each."""
+class Execution:
+    """What `execute` did. resumed_bytes: written by an earlier, interrupted run. findings: one line each."""
 
-    path: Path
     already_there: bool = False
     resumed_bytes: int = 0
-    warnings: tuple[str, ...] = ()
-    seconds: float = 0.0
+    findings: tuple[str, ...] = ()
 
 
 def execute(
@@ -56,32 +53,27 @@ def execute(
     compile: Mode = "auto",
     gpu: Accelerator | None = None,
     progress: Callable[[int], None] | None = None,
-    notice: Callable[[str], None] | None = None,
-) -> Outcome:
+) -> Execution:
     """Write the merged checkpoint to the folder `out`, or complete what an interrupted run of the same plan left.
 
-    memory: bytes that the engine may hold. compile: whether elementwise functions are compiled to machine code,
-    "auto" where the merge is large enough to repay it; the bytes are the same. gpu: where arithmetic runs instead of on
-    the processor; docs/gpu.md says what that changes of the bytes. progress is called with each number of bytes newly
-    written, notice with a line about each alignment that is found before. Raises PlanError before anything is written
-    where `out`, the memory or the disk do not allow it; FormatError where an input turns out to hold NaN or infinity
-    (`nan="error"`). OUT appears only when it is complete.
-    """
-    started = time.monotonic()
-    place = out.resolve()
-    if gpu is not None and plan.pending:
-        from mergekit_lfm.api.prepare import noted
+    The plan is ready: its downloads, alignments and edits are made. memory: bytes that the engine may hold. compile:
+    whether elementwise functions are compiled to machine code, "auto" where the merge is large enough to repay it; the
+    bytes are the same. gpu: where arithmetic runs instead of on the processor; docs/gpu.md says what that changes of
+    the bytes. progress is called with each number of bytes newly written. OUT appears only when it is complete.
 
-        plan = noted(plan, name_of(gpu))
-    if already_there(plan, place, overwrite=overwrite, rebuild=overwrite and not resume, nan=nan):
-        return Outcome(out, already_there=True)
-    if resume and finish(plan, place):
-        return Outcome(out, resumed_bytes=plan.bytes_written, seconds=time.monotonic() - started)
+    Raises PlanError before anything is written if the plan is not ready, or if `out`, the memory or the disk do not
+    allow it; FormatError if an input turns out to hold NaN or infinity (`nan="error"`).
+    """
+    place = out.resolve()
+    if _already_there(plan, place, overwrite=overwrite, resume=resume, nan=nan):
+        return Execution(already_there=True)
+    if resume and finish(plan.digest, place):
+        return Execution(resumed_bytes=plan.bytes_written)
     budget = memory or default_memory()
-    plan, count = _checked(plan, place, budget, threads, gpu, notice or (lambda _: None))
+    count = _check(plan, place, budget, threads, gpu)
     keep_freed_memory()
     allow_many_files()
-    with Output(plan, place, resume) as output, _kernels(plan, compile, count, gpu) as kernels:
+    with Output(plan.digest, plan.shards, place, resume) as output, _kernels(plan, compile, count, gpu) as kernels:
         names = names_of(plan)
         run = Run(
             plan,
@@ -102,7 +94,7 @@ def execute(
             output.flush()
         output.publish(documents(plan, output.done))
     lines = (*_findings(plan, output), *sorted(kernels.problems))
-    return Outcome(out, False, resumed, lines, time.monotonic() - started)
+    return Execution(False, resumed, lines)
 
 
 def _findings(plan: Plan, output: Output) -> Iterator[str]:
@@ -134,34 +126,29 @@ def _telling_of_room() -> Iterator[None]:
         ) from None
 
 
-def _checked(
-    plan: Plan,
-    place: Path,
-    budget: int,
-    threads: int | None,
-    gpu: Accelerator | None,
-    notice: Callable[[str], None],
-) -> tuple[Plan, int]:
-    """The plan with its alignments found, and the number of threads. PlanError where memory, disk or inputs forbid it.
+def is_written(plan: Plan, place: Path, *, overwrite: bool, resume: bool, nan: Policy) -> bool:
+    """True if `execute` with these options has no tensor left to write. Raises PlanError if it must not write there."""
+    there = _already_there(plan, place, overwrite=overwrite, resume=resume, nan=nan)
+    return there or (resume and is_complete(plan.digest, place))
 
-    What can be known before the alignments is refused before them.
-    """
-    if plan.unedited:
+
+def _already_there(plan: Plan, place: Path, *, overwrite: bool, resume: bool, nan: Policy) -> bool:
+    inputs = {label: source.path for label, source in zip(plan.source_labels, plan.sources, strict=True)}
+    rebuild = overwrite and not resume
+    return already_there(plan.digest, plan.shards, inputs, place, overwrite=overwrite, rebuild=rebuild, nan=nan)
+
+
+def _check(plan: Plan, place: Path, budget: int, threads: int | None, gpu: Accelerator | None) -> int:
+    """The number of threads. Raises PlanError if the plan is not ready, or memory, disk or inputs forbid it."""
+    if plan.pending or plan.unedited or plan.absent:
         raise PlanError(
-            "the recipe asks for facts to be edited, which needs a model that runs, before its merge; call "
-            "`mergekit_lfm.merge`, or give patch files"
+            "the recipe asks for downloads, alignments or edits before its merge; call `mergekit_lfm.merge`, which "
+            "makes them, or `prepare` the plan first"
         )
-    if plan.pending or plan.absent:
-        from mergekit_lfm.api.prepare import prepare
-
-        plan.peak_memory(budget, threads or 1)
-        check_disk(plan, place)
-        plan.fetch(notice)
-        plan = prepare(plan, notice, name_of(gpu)) if plan.pending else plan
     count = workers(plan, budget, threads, gpu)
     check_copies(plan)
     check_disk(plan, place)
-    return plan, count
+    return count
 
 
 def _carry_out(run: Run, executor: Executor) -> None:

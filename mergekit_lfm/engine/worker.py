@@ -167,7 +167,7 @@ class Run:
                 for segment in work.missing[job.name]:
                     first = segment * job.segment_numel
                     data = bytes_of(tensor[first : first + job.segment_numel])
-                    self.output.write(job, first * ITEMSIZE[job.dtype], data)
+                    self.output.write(job.name, first * ITEMSIZE[job.dtype], data)
                     digest = xxhash.xxh3_128_hexdigest(data)
                     self.progress(len(data))
                     self.output.record(Receipt(job.name, segment, digest, tuple(sorted(bad))), len(data))
@@ -240,7 +240,7 @@ class Run:
                 bad = bad.union(*(self._check(job, *pair) for pair in zip(parts, results, strict=True)))
                 merged = torch.cat(results)
             data = bytes_of(self._home(merged))
-            self.output.write(job, block.start * size, data)
+            self.output.write(job.name, block.start * size, data)
             digest.update(data)
             nbytes += len(data)
             self.progress(len(data))
@@ -255,7 +255,7 @@ class Run:
         last = min(job.nbytes, first + job.segment_numel * size)
         digest, bad = xxhash.xxh3_128(), set[str]()
         offset = file.offset(name)
-        shared = offset is not None and self.output.copy(job, first, file.fileno(), offset + first, last - first)
+        shared = offset is not None and self.output.copy(job.name, first, file.fileno(), offset + first, last - first)
         buffer = torch.empty(min(step, last - first), dtype=torch.uint8)
         for start in range(first, last, step):
             if self.stop.is_set():
@@ -264,7 +264,7 @@ class Run:
             data = bytes_of(raw)
             file.read_into(name, start, data)
             if not shared:
-                self.output.write(job, start, data)
+                self.output.write(job.name, start, data)
             digest.update(data)
             if job.dtype in FLOATS and not finite(raw.view(getattr(torch, job.dtype))):
                 bad.add(self._not_finite(f"{name} of {self.names[model]}"))

@@ -18,8 +18,6 @@ from mergekit_lfm.kernels.selection import by_bracket, by_digits, cuts
 if TYPE_CHECKING:
     import torch
 
-    from mergekit_lfm.methods.method import Unit
-
 
 @dataclass(frozen=True)
 class Largest:
@@ -76,19 +74,17 @@ class Ranks:
 
 
 def largest(
-    unit: Unit, counts: Sequence[Sequence[int]], *, exact: bool = True
+    numel: int, counts: Sequence[Sequence[int]], *, double: bool, exact: bool = True
 ) -> Generator[Reduction, Any, list[list[Largest]]]:
-    """The counts[i][k] largest magnitudes of each input i, as thresholds.
+    """The counts[i][k] largest magnitudes of each input i, of `numel` entries, as thresholds.
 
-    exact=False keeps all that equal the threshold (the convention of the TIES authors' code). K <= 0 keeps nothing,
-    K >= numel everything, at no cost.
+    double: the entries are float64, else float32. exact=False keeps all that equal the threshold (the convention of the
+    TIES authors' code). K <= 0 keeps nothing, K >= numel everything, at no cost.
     """
-    sets = [[ALL if count >= unit.numel else NONE for count in row] for row in counts]
-    ranks = {(i, k): c for i, row in enumerate(counts) for k, c in enumerate(row) if 0 < c < unit.numel}
-    found = yield from by_bracket(unit.numel, ranks)
-    found |= yield from by_digits(
-        len(counts), {key: rank for key, rank in ranks.items() if key not in found}, unit.double
-    )
+    sets = [[ALL if count >= numel else NONE for count in row] for row in counts]
+    ranks = {(i, k): c for i, row in enumerate(counts) for k, c in enumerate(row) if 0 < c < numel}
+    found = yield from by_bracket(numel, ranks)
+    found |= yield from by_digits(len(counts), {key: rank for key, rank in ranks.items() if key not in found}, double)
     for key, at in (yield from cuts(found, exact)).items():
-        sets[key[0]][key[1]] = Largest(found[key].bits, unit.numel if at is None else at)
+        sets[key[0]][key[1]] = Largest(found[key].bits, numel if at is None else at)
     return sets

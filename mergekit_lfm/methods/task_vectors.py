@@ -115,7 +115,9 @@ def _largest(unit: Unit) -> Generator[Reduction, Any, Mask | None]:
         counts = [max(1, int(d * unit.numel)) for d in unit.floats("density")]
     if all(k >= unit.numel for k in counts):
         return None
-    kept = yield from largest(unit, [[k] for k in counts], exact=unit.shared["scope"] != "global")
+    kept = yield from largest(
+        unit.numel, [[k] for k in counts], double=unit.double, exact=unit.shared["scope"] != "global"
+    )
     return Ranks(tuple((outer, NONE) for (outer,) in kept))
 
 
@@ -136,7 +138,7 @@ def _middle(unit: Unit) -> Generator[Reduction, Any, Mask | None]:
         counts.append([unit.numel, 0] if whole else [unit.numel - below, unit.numel - below - target])
     if all(outer >= unit.numel and inner <= 0 for outer, inner in counts):
         return None
-    kept = yield from largest(unit, counts)
+    kept = yield from largest(unit.numel, counts, double=unit.double)
     return Ranks(tuple((outer, inner) for outer, inner in kept))
 
 

@@ -16,6 +16,7 @@ from mergekit_lfm.store.tensors import TensorSpec, encode_header
 DEFAULT_SHARD = 5_000_000_000  # bytes; what transformers and the Hub's advice have
 METADATA = {"format": "pt"}  # older transformers releases refuse files without it
 SINGLE_FILE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)

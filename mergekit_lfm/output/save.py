@@ -14,15 +14,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mergekit_lfm.engine.documents import INDEX
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.output.card import CARD
-from mergekit_lfm.output.layout import Shard, lay_out
+from mergekit_lfm.output.layout import INDEX, Shard, lay_out
 from mergekit_lfm.output.writer import move_into_place
 from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.store.durable import lock_folder, replace_file, reserve, sync_folder
 from mergekit_lfm.store.formats import bytes_of
-from mergekit_lfm.store.places import partial_of
+from mergekit_lfm.store.places import check_folder, has_files, partial_of
 from mergekit_lfm.store.sidecars import tagalong
 from mergekit_lfm.store.tensors import TensorSpec, naming, write_exactly
 
@@ -34,18 +33,10 @@ BLOCK = 1 << 22  # elements that are copied at a time
 
 
 def check_out(out: Path, inputs: Mapping[str, Path], *, overwrite: bool) -> None:
-    """PlanError where the folder must not be written: it lies in an input, or is there and not to be overwritten."""
-    for label, path in inputs.items():
-        home = path.resolve()
-        for place in (out.resolve(), partial_of(out.resolve())):
-            if home.is_relative_to(place) or place.is_relative_to(home):
-                raise PlanError(f"the output {out} and the input {label} lie in one another; choose another output")
-    if out.exists() and not out.is_dir():
-        raise PlanError(f"{out} is a file, expected a folder to create; choose another output")
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
-        raise PlanError(f"{out} exists; choose another output, or overwrite it")
+    """Raise PlanError if a folder must not be saved as `out`, or if OUT.partial holds something else."""
+    check_folder(out, inputs, overwrite=overwrite)
     partial = partial_of(out)
-    if partial.exists() and not (partial / UNFINISHED).exists() and any(partial.iterdir()):
+    if has_files(partial) and not (partial / UNFINISHED).exists():
         raise PlanError(f"{partial} exists and is nothing unfinished of ours; move it away")
 
 

@@ -12,7 +12,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,11 +20,10 @@ from threading import Lock
 from typing import Literal
 
 from mergekit_lfm.errors import PlanError
+from mergekit_lfm.output.layout import Shard
 from mergekit_lfm.output.lock import LOCK, lock_of
-from mergekit_lfm.plan.job import Job
-from mergekit_lfm.plan.plan import Plan
 from mergekit_lfm.store.durable import lock_folder, replace_file, reserve, sync_folder, write_all
-from mergekit_lfm.store.places import partial_of
+from mergekit_lfm.store.places import check_apart, check_kind, has_files, partial_of
 from mergekit_lfm.store.tensors import UNFINISHED, naming, write_exactly
 
 JOURNAL = "merge.journal"
@@ -44,21 +43,28 @@ class Receipt:
     nonfinite: tuple[str, ...] = ()
 
 
-def already_there(plan: Plan, out: Path, *, overwrite: bool, rebuild: bool, nan: Policy) -> bool:
-    """Whether OUT holds this plan's output. PlanError where OUT must not be written. rebuild: write it in any case."""
-    for label, source in zip(plan.source_labels, plan.sources, strict=True):
-        home = source.path.resolve()
-        for place in (out, partial_of(out)):
-            if home.is_relative_to(place) or place.is_relative_to(home):
-                raise PlanError(f"the output {place} and the input {label} lie in one another; choose another output")
-    _undo(plan, out)
-    if out.exists() and not out.is_dir():
-        raise PlanError(f"{out} is a file, expected a folder to create; choose another output")
-    if not out.is_dir() or not any(out.iterdir()):
+def already_there(
+    digest: str,
+    shards: Sequence[Shard],
+    inputs: Mapping[str, Path],
+    out: Path,
+    *,
+    overwrite: bool,
+    rebuild: bool,
+    nan: Policy,
+) -> bool:
+    """True if OUT holds the output of the plan with this digest and these shards. rebuild: write it in any case.
+
+    inputs: what is read, by label. Raises PlanError if OUT must not be written.
+    """
+    check_apart(out, inputs)
+    _undo(digest, out)
+    check_kind(out)
+    if not has_files(out):
         return False
     lock = lock_of(out)
-    whole = all((out / s.name).exists() and (out / s.name).stat().st_size == s.nbytes for s in plan.shards)
-    if lock.get("plan") == plan.digest and whole and not rebuild:
+    whole = all((out / s.name).exists() and (out / s.name).stat().st_size == s.nbytes for s in shards)
+    if lock.get("plan") == digest and whole and not rebuild:
         if lock.get("nonfinite") and nan == "error":
             raise PlanError(
                 f"{out} is there, but made with --nan warn: {lock['nonfinite'][0]} is not finite; choose that"
@@ -66,22 +72,18 @@ def already_there(plan: Plan, out: Path, *, overwrite: bool, rebuild: bool, nan:
         clear_replaced(out)
         return True
     if not overwrite:
-        what = "is damaged" if lock.get("plan") == plan.digest else "is not the output of this merge"
+        what = "is damaged" if lock.get("plan") == digest else "is not the output of this merge"
         raise PlanError(f"{out} exists and {what}; choose another output, or use --overwrite")
     return False
 
 
-def _undo(plan: Plan, out: Path) -> None:
+def _undo(digest: str, out: Path) -> None:
     """Undo the first of the last steps of another run with --overwrite that was killed between them."""
     held = partial_of(out) / REPLACED
-    if held.exists() and not out.exists() and not _complete(partial_of(out), plan):
+    if held.exists() and not out.exists() and not is_complete(digest, out):
         fd = lock_folder(partial_of(out))
         held.rename(out)
         os.close(fd)
-
-
-def _complete(partial: Path, plan: Plan) -> bool:
-    return lock_of(partial).get("plan") == plan.digest
 
 
 class Output:
@@ -90,11 +92,11 @@ class Output:
     done: the receipts of the segments that need no more work, from the journal of an interrupted run of the same plan.
     """
 
-    def __init__(self, plan: Plan, out: Path, resume: bool = True) -> None:
-        self.plan, self.out, self.partial = plan, out, partial_of(out)
+    def __init__(self, digest: str, shards: Sequence[Shard], out: Path, resume: bool = True) -> None:
+        self.digest, self.shards, self.out, self.partial = digest, shards, out, partial_of(out)
         self.done: dict[tuple[str, int], Receipt] = {}
         self._places = {
-            spec.name: (s, shard.offsets[spec.name]) for s, shard in enumerate(plan.shards) for spec in shard.tensors
+            spec.name: (s, shard.offsets[spec.name]) for s, shard in enumerate(shards) for spec in shard.tensors
         }
         self._lock, self._pending, self._pending_bytes = Lock(), list[Receipt](), 0
         self._syncs: list[Future[None]] = []
@@ -127,7 +129,7 @@ class Output:
         self._journal = os.open(journal, os.O_RDWR | os.O_CREAT, 0o666)
         if not (resume and self._shards_whole() and self._read_journal(journal)):
             self._start_over(journal)
-        for shard in self.plan.shards:
+        for shard in self.shards:
             path = self.partial / shard.name
             fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
             self._fds.append(fd)
@@ -138,7 +140,7 @@ class Output:
 
     def _shards_whole(self) -> bool:
         """Whether the files that a journal may vouch for are there."""
-        paths = [(self.partial / shard.name, shard.nbytes) for shard in self.plan.shards]
+        paths = [(self.partial / shard.name, shard.nbytes) for shard in self.shards]
         return all(path.exists() and path.stat().st_size == nbytes for path, nbytes in paths)
 
     def _read_journal(self, journal: Path) -> bool:
@@ -148,7 +150,7 @@ class Output:
             for line in lines:
                 try:
                     entry = json.loads(line)
-                    if not kept and entry != {"plan": self.plan.digest}:
+                    if not kept and entry != {"plan": self.digest}:
                         return False
                     receipt = Receipt(**{**entry, "nonfinite": tuple(entry["nonfinite"])}) if kept else None
                 except (ValueError, TypeError, KeyError):
@@ -175,7 +177,7 @@ class Output:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         with naming(journal):
             os.lseek(self._journal, 0, os.SEEK_SET)
-            write_all(self._journal, json.dumps({"plan": self.plan.digest}).encode() + b"\n")
+            write_all(self._journal, json.dumps({"plan": self.digest}).encode() + b"\n")
             os.fsync(self._journal)
         sync_folder(self.partial.parent)
 
@@ -184,19 +186,19 @@ class Output:
         shard, offset = self._places[name]
         return self._fds[shard], offset
 
-    def write(self, job: Job, start: int, data: memoryview) -> None:
+    def write(self, name: str, start: int, data: memoryview) -> None:
         """Write bytes of a tensor from byte `start` of it on."""
-        fd, offset = self.place(job.name)
-        with naming(self.partial / self.plan.shards[self._places[job.name][0]].name):
+        fd, offset = self.place(name)
+        with naming(self.partial / self.shards[self._places[name][0]].name):
             write_exactly(fd, offset + start, data)
 
-    def copy(self, job: Job, start: int, source: int, offset: int, nbytes: int) -> bool:
+    def copy(self, name: str, start: int, source: int, offset: int, nbytes: int) -> bool:
         """Copy bytes from a file's descriptor and offset to byte `start` of the tensor. False if the kernel cannot.
 
         Where source and destination lie alike modulo 4096, whole pages are copied by themselves: a filesystem that has
         reflinks then shares them.
         """
-        fd, place = self.place(job.name)
+        fd, place = self.place(name)
         place += start
         page = min(nbytes, -place % 4096) if (place - offset) % 4096 == 0 else 0
         whole = (nbytes - page) // 4096 * 4096 if page else nbytes
@@ -235,7 +237,7 @@ class Output:
         self._broken = True
         lines = "".join(json.dumps(asdict(receipt)) + "\n" for receipt in batch).encode()
         for shard in sorted({self._places[receipt.tensor][0] for receipt in batch}):
-            with naming(self.partial / self.plan.shards[shard].name):
+            with naming(self.partial / self.shards[shard].name):
                 os.fdatasync(self._fds[shard])
         with naming(self.partial / JOURNAL):
             write_all(self._journal, lines)
@@ -254,7 +256,7 @@ class Output:
     def publish(self, files: dict[str, bytes]) -> None:
         """Make the shards readable, add the other files (the lock is the last of them), and move everything to OUT."""
         self.flush()
-        for fd, shard in zip(self._fds, self.plan.shards, strict=True):
+        for fd, shard in zip(self._fds, self.shards, strict=True):
             with naming(self.partial / shard.name):
                 write_exactly(fd, 0, memoryview(shard.header[:8]))
                 os.fsync(fd)
@@ -285,9 +287,14 @@ def clear_replaced(folder: Path) -> None:
         shutil.rmtree(folder / REPLACED)
 
 
-def finish(plan: Plan, out: Path) -> bool:
-    """Complete the publishing of a run that was killed in the middle of it. False where there is none of this plan."""
-    if not _complete(partial_of(out), plan):
+def is_complete(digest: str, out: Path) -> bool:
+    """True if a run of the plan with this digest was killed while it published: `finish` completes it."""
+    return lock_of(partial_of(out)).get("plan") == digest
+
+
+def finish(digest: str, out: Path) -> bool:
+    """Complete the publishing of a run that was killed in the middle of it. False without such a run of the plan."""
+    if not is_complete(digest, out):
         return False
     fd = lock_folder(partial_of(out))
     move_into_place(out)

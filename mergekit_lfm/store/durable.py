@@ -31,6 +31,7 @@ def replace_file(path: Path, data: bytes | Iterable[bytes | memoryview]) -> None
     data: all of it, or its parts in order.
     """
     with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(path.name + ".tmp")
         try:
             with temporary.open("wb") as file:

@@ -1,29 +1,68 @@
-"""Where an output may be written: the one answer for every command."""
+"""Where an output may be written: the one answer for every command and function.
+
+A folder or file may be written where nothing is, over an empty folder, or over an earlier output with --overwrite;
+never over an input, into one, or around one. Missing parent folders are made when it is written.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from mergekit_lfm.errors import PlanError
 
 
-def check_new_file(path: Path, inputs: Iterable[Path], *, overwrite: bool) -> None:
-    """PlanError where a new file must not go there: over an input, into one's folder, over anything but a file."""
-    place = path.resolve()
-    for given in inputs:
-        home = given.resolve()
-        if place == home or (home.is_dir() and place.is_relative_to(home)):
-            raise PlanError(f"the output {path} lies in the input {given}, which is only read; choose another output")
+def check_folder(out: Path, inputs: Mapping[str, Path], *, overwrite: bool) -> None:
+    """Raise PlanError if a new folder must not go to `out`. inputs: what is read, by label."""
+    check_apart(out, inputs)
+    check_kind(out)
+    if has_files(out) and not overwrite:
+        raise PlanError(f"{out} exists; choose another output, or use --overwrite")
+
+
+def check_file(out: Path, inputs: Iterable[Path], *, overwrite: bool) -> None:
+    """Raise PlanError if a new file must not go to `out`. inputs: what is read."""
+    check_outside(out, inputs)
+    place = out.resolve()
     if place.exists() and not place.is_file():
-        raise PlanError(f"{path} is no file, expected the name of one to write; choose another output")
-    if path.exists() and not overwrite:
-        raise PlanError(f"{path} exists; choose another output, or use --overwrite")
-    if not place.parent.is_dir():
-        raise PlanError(f"there is no folder {path.parent} to write {path.name} in; make it, or choose another output")
-    if not os.access(place.parent, os.W_OK):
-        raise PlanError(f"the folder {path.parent} cannot be written in; choose another output")
+        raise PlanError(f"{out} is a folder, expected the name of a file to write; choose a name in it")
+    if out.exists() and not overwrite:
+        raise PlanError(f"{out} exists; choose another output, or use --overwrite")
+    parent = next(folder for folder in place.parents if folder.exists())
+    if not parent.is_dir():
+        raise PlanError(f"{parent} is a file, expected a folder to write {out.name} in; choose another output")
+    if not os.access(parent, os.W_OK):
+        raise PlanError(f"the folder {parent} cannot be written in; choose another output")
+
+
+def check_apart(out: Path, inputs: Mapping[str, Path]) -> None:
+    """Raise PlanError if the folder `out`, or its OUT.partial, is an input, lies in one or has one in it."""
+    for label, path in inputs.items():
+        home = path.resolve()
+        for place in (out.resolve(), partial_of(out.resolve())):
+            if home.is_relative_to(place) or place.is_relative_to(home):
+                raise PlanError(f"the output {place} and the input {label} lie in one another; choose another output")
+
+
+def check_outside(out: Path, inputs: Iterable[Path]) -> None:
+    """Raise PlanError if the file `out` is an input, or lies in the folder of one."""
+    place = out.resolve()
+    for path in inputs:
+        home = path.resolve()
+        if place == home or (home.is_dir() and place.is_relative_to(home)):
+            raise PlanError(f"the output {out} lies in the input {path}, which is only read; choose another output")
+
+
+def check_kind(out: Path) -> None:
+    """Raise PlanError if `out` is there and not a folder."""
+    if out.exists() and not out.is_dir():
+        raise PlanError(f"{out} is a file, expected a folder to create; choose another output")
+
+
+def has_files(folder: Path) -> bool:
+    """True if the folder exists and is not empty."""
+    return folder.is_dir() and any(folder.iterdir())
 
 
 def partial_of(out: Path) -> Path:

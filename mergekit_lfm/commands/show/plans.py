@@ -11,7 +11,8 @@ from mergekit_lfm.recipe.align import AlignRequest
 from mergekit_lfm.recipe.values import GivenFile
 
 if TYPE_CHECKING:
-    from mergekit_lfm.engine.execute import Outcome
+    from mergekit_lfm.api.merge import Merged
+    from mergekit_lfm.api.outcome import Outcome
     from mergekit_lfm.output.push import Pushed
     from mergekit_lfm.plan.plan import Plan
     from mergekit_lfm.recipe.roles import Edit
@@ -109,10 +110,11 @@ def pushed_data(pushed: Pushed) -> dict[str, Any]:
     }
 
 
-def outcome_text(plan: Plan, outcome: Outcome) -> str:
+def outcome_text(outcome: Outcome[Merged]) -> str:
     """One line about what a merge did."""
     if outcome.already_there:
         return "already there: the output of this very plan; nothing was done"
-    earlier = f" ({format_size(outcome.resumed_bytes)} of it by the interrupted run)" if outcome.resumed_bytes else ""
+    plan, resumed = outcome.result.plan, outcome.result.resumed_bytes
+    earlier = f" ({format_size(resumed)} of it by the interrupted run)" if resumed else ""
     size = format_size(plan.bytes_written)
     return f"wrote {counted(len(plan.tensors), 'tensor')}, {size}{earlier}, in {outcome.seconds:.1f} s"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +70,30 @@ def ticker(unit: str, doing: str, hidden: bool) -> Iterator[Callable[[int], None
             bar.update(done)
 
         yield advance
+
+
+class Terminal:
+    """Progress on standard error: lines, and bars where that is a terminal; nothing where `hidden`."""
+
+    def __init__(self, *, hidden: bool) -> None:
+        self.hidden = hidden
+
+    def notice(self, line: str) -> None:
+        """Print the line."""
+        if not self.hidden:
+            print(line, file=sys.stderr)
+
+    def by_bytes(self, nbytes: int, doing: str) -> AbstractContextManager[Callable[[int], None]]:
+        """A bar with rate and time left."""
+        return progress_bar(nbytes, doing, self.hidden)
+
+    def by_count(self, unit: str, doing: str) -> AbstractContextManager[Callable[[int, int], None]]:
+        """A bar of what is counted in `unit`."""
+        return counter(unit, doing, self.hidden)
+
+    def by_tick(self, unit: str, doing: str) -> AbstractContextManager[Callable[[int], None]]:
+        """A count."""
+        return ticker(unit, doing, self.hidden)
 
 
 def _bar(total: int | None, doing: str, unit: str, hidden: bool) -> tqdm[Any]:
