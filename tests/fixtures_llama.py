@@ -92,7 +92,7 @@ def merger(tmp_path: Path) -> Callable[..., Tensors]:
 
     def run(recipe: Mapping[str, Any], **options: Any) -> Tensors:
         out = tmp_path / f"out-{next(count)}"
-        assert mergekit_lfm.merge(dict(recipe), out, **options) == out
+        assert mergekit_lfm.merge(dict(recipe), out, **options).path == out
         return load(out)
 
     return run

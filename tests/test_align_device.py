@@ -14,10 +14,11 @@ from helpers_device import GPU, HEAVY, on_cpu, one_after_another, pretended_gpu
 from torch import Tensor
 
 from mergekit_lfm import collect_stats
-from mergekit_lfm.align import align_models, driver
+from mergekit_lfm.align import align_models, find
 from mergekit_lfm.align.pair import ON_A_GPU, one_thread_each
 from mergekit_lfm.api import prepare as stages
-from mergekit_lfm.api.prepare import noted, prepare
+from mergekit_lfm.api.prepare import note_device, prepare
+from mergekit_lfm.artifacts import cache
 from mergekit_lfm.artifacts.transform import Transform, UnitsElement
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.plan.plan import make_plan
@@ -94,8 +95,8 @@ def case(request: pytest.FixtureRequest, tmp_path: Path) -> Given:
 @pytest.fixture
 def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
     """A pretended GPU by the name of "cuda"."""
-    monkeypatch.setattr(driver, "find_gpu", {"cpu": None, "cuda": GPU}.__getitem__)
-    monkeypatch.setattr(driver, "one_thread_each", one_after_another)
+    monkeypatch.setattr(find, "find_gpu", {"cpu": None, "cuda": GPU}.__getitem__)
+    monkeypatch.setattr(find, "one_thread_each", one_after_another)
 
 
 def tensors(transform: Transform) -> dict[str, Tensor]:
@@ -253,7 +254,7 @@ def found(models: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         }
         return dataclasses.replace(made, elements={**made.elements, **shifted})
 
-    monkeypatch.setattr(stages, "find_device", torch.device)
+    monkeypatch.setattr(cache, "find_device", torch.device)
     monkeypatch.setattr(stages, "align_models", align)
     monkeypatch.setenv("XDG_CACHE_HOME", str(models / "cache"))
     yield asked
@@ -266,8 +267,8 @@ def test_a_recipe_never_takes_for_one_device_what_another_found(found: list[str]
     name = next(iter(plan.models[1]))
     digests, values = [], []
     for device in ("cpu", "cuda", "cpu", "cuda"):
-        after = prepare(plan, lambda _: None, device)
-        assert not after.pending and after.digest == noted(plan, device).digest
+        after = prepare(plan, Path("out"), device=device)
+        assert not after.pending and after.digest == note_device(plan, device).digest
         digests.append(after.digest)
         values.append(after.models[1].read(name))
     assert found == ["cpu", "cuda"]
@@ -276,4 +277,4 @@ def test_a_recipe_never_takes_for_one_device_what_another_found(found: list[str]
     assert torch.equal(values[0], values[2]) and torch.equal(values[1], values[3])
     assert not torch.equal(values[0], values[1])
     plain = make_plan(Recipe.parse({**recipe, "models": [{"model": "a"}, {"model": "b"}]}))
-    assert noted(plain, "cuda").digest == plain.digest
+    assert note_device(plain, "cuda").digest == plain.digest

@@ -63,16 +63,16 @@ def weights(folder: Path) -> bytes:
 @pytest.mark.usefixtures("models")
 def test_a_transform_file_gives_the_merge_of_the_rewritten_model(method: dict[str, Any]):
     first = [] if "base_model" in method else [{"model": "a"}]
-    whole = merge({**method, "models": [*first, {"model": "saved"}]}, "whole")
+    whole = Path(merge({**method, "models": [*first, {"model": "saved"}]}, "whole"))
     for number, options in enumerate(({}, {"threads": 1, "memory": "40MB"}, {"threads": 3})):
         recipe = {**method, "models": [*first, {"model": "b", "align": "t.safetensors"}]}
-        streamed = merge(recipe, f"streamed{number}", **options)
+        streamed = Path(merge(recipe, f"streamed{number}", **options))
         assert weights(streamed) == weights(whole)
     assert run("verify", str(streamed)).exit_code == 0
 
 
 def test_passthrough_writes_the_rewritten_model(models: Path):
-    out = merge({"merge_method": "passthrough", "models": [{"model": "b", "align": "t.safetensors"}]}, "out")
+    out = Path(merge({"merge_method": "passthrough", "models": [{"model": "b", "align": "t.safetensors"}]}, "out"))
     expected, found = load_file(models / "saved" / "model.safetensors"), load_file(out / "model.safetensors")
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     lock = json.loads((out / "merge.lock.json").read_text())
@@ -82,7 +82,7 @@ def test_passthrough_writes_the_rewritten_model(models: Path):
 
 def test_the_files_place_is_not_told(models: Path):
     recipe = {"merge_method": "passthrough", "models": [{"model": "b", "align": str(models / "t.safetensors")}]}
-    out = merge(recipe, "out")
+    out = Path(merge(recipe, "out"))
     for file in ("merge.lock.json", "README.md"):
         assert str(models) not in (out / file).read_text()
 
@@ -133,7 +133,7 @@ def test_too_little_memory_is_told_before_the_work(models: Path, monkeypatch: py
 def test_what_is_bounded_beforehand_bounds_what_is_held():
     entry = {"model": "b", "align": {"to": "a", "method": "rotation"}}
     before = make_plan(Recipe.parse({"merge_method": "linear", "models": [{"model": "a"}, entry], **ONE}))
-    after = prepare(before, lambda _: None)
+    after = prepare(before, Path("out"))
     assert after.digest == before.digest and not after.pending
     for job in before.tensors:
         assert after.scratch(job) <= before.scratch(job)
@@ -172,8 +172,8 @@ def test_a_request_with_statistics(models: Path, method: str):
     found = align_models(models / "b", models / "a", method, statistics=open_statistics("ab.st"))
     found.save("found.st")
     average = {"merge_method": "linear", **ONE}
-    asked = merge({**average, "models": [{"model": "a"}, {"model": "b", "align": align}]}, "asked")
-    given = merge({**average, "models": [{"model": "a"}, {"model": "b", "align": "found.st"}]}, "given")
+    asked = Path(merge({**average, "models": [{"model": "a"}, {"model": "b", "align": align}]}, "asked"))
+    given = Path(merge({**average, "models": [{"model": "a"}, {"model": "b", "align": "found.st"}]}, "given"))
     assert weights(asked) == weights(given)
     other = {"model": "a", "align": {**align, "to": "saved"}}
     with pytest.raises(PlanError, match=r"ab.st is of the models"):
@@ -194,11 +194,13 @@ def test_a_request_gives_what_the_command_and_its_file_give(method: str):
     options = REQUESTS[method]
     request = {"to": "a", "method": method, **options}
     average = {"merge_method": "linear", **ONE}
-    asked = merge({**average, "models": [{"model": "a"}, {"model": "b", "align": request}]}, "asked", threads=1)
+    asked = Path(merge({**average, "models": [{"model": "a"}, {"model": "b", "align": request}]}, "asked", threads=1))
     flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
     result = run("align", "b", "--to", "a", "--method", method, *flags, "-o", "found.st", "-q")
     assert (result.exit_code, result.stdout) == (0, "found.st\n")
-    given = merge({**average, "models": [{"model": "a"}, {"model": "b", "align": "found.st"}]}, "given", threads=2)
+    given = Path(
+        merge({**average, "models": [{"model": "a"}, {"model": "b", "align": "found.st"}]}, "given", threads=2)
+    )
     assert weights(asked) == weights(given)
     lock = json.loads((asked / "merge.lock.json").read_text())
     assert lock["recipe"]["models"][1]["align"].items() >= request.items()
@@ -250,7 +252,7 @@ def test_other_widths_take_the_shapes_of_what_they_are_aligned_to(tmp_path: Path
         made = {part: torch.randn(shape, generator=random) for part, shape in shapes.items()}
         save_file(made, tmp_path / name / "model.safetensors")
     wide = {"model": "wide", "align": {"to": "narrow", "method": "ot"}}
-    out = merge({"merge_method": "linear", "models": [{"model": "narrow"}, wide], **ONE}, "out")
+    out = Path(merge({"merge_method": "linear", "models": [{"model": "narrow"}, wide], **ONE}, "out"))
     assert load_file(out / "model.safetensors")["0.weight"].shape == (4, 3)
     with pytest.raises(PlanError, match="wide is transported to other widths"):
         merge({"merge_method": "linear", "models": [wide, {"model": "narrow"}], **ONE}, "refused")
@@ -277,7 +279,7 @@ def test_save_writes_the_rewritten_model_and_compares_what_it_says(models: Path)
         (["-o", "b/model.safetensors", "--overwrite"], "lies in the input b, which is only read"),
         (["-o", "a/new.st"], "lies in the input a, which is only read"),
         (["-o", "t.safetensors", "--initial", "t.safetensors", "--overwrite"], "lies in the input t.safetensors"),
-        (["-o", "/dev/full", "--overwrite"], "/dev/full is no file, expected the name of one to write"),
+        (["-o", "/dev/full", "--overwrite"], "/dev/full is not a file, expected the name of one to write"),
         (["-o", "absent/t.st"], "there is no folder absent to write t.st in"),
         (["-o", "new.st", "--save", "saved"], "saved exists; choose another output, or use --overwrite"),
         (["-o", "new.st", "--save", "b/deep"], "the output b/deep and an input lie in one another"),

@@ -193,7 +193,7 @@ def test_outputs_that_would_harm_inputs_are_refused(tmp_path: Path) -> None:
     data = texts(6)([2])
     with pytest.raises(PlanError, match=r"lies in the input .*llama, which is only read"):
         collect_stats("gram", folder, data, folder / "gram.safetensors", task="lm")
-    with pytest.raises(PlanError, match="is a folder, expected a file"):
+    with pytest.raises(PlanError, match="is a folder, expected the name of a file"):
         collect_stats("gram", folder, data, tmp_path, task="lm")
     model = mlp(6, 3)
     save_file(model.state_dict(), tmp_path / "model.safetensors")

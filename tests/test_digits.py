@@ -36,9 +36,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
     models = [{"model": str(root / "digits" / name)} for name in script.VIEWS]
     average = {"merge_method": "linear", "models": models, "parameters": {"weight": 1}}
-    merged[AVERAGE] = merge(average, root / AVERAGE, threads=1)
+    merged[AVERAGE] = Path(merge(average, root / AVERAGE, threads=1))
     pair = [{"model": str(root / "digits" / name)} for name in ("one", "two")]
-    merged["apart"] = merge({**average, "models": pair}, root / "apart", threads=1)
+    merged["apart"] = Path(merge({**average, "models": pair}, root / "apart", threads=1))
     return merged | {name: root / "digits" / name for name in ("base", "one", "two", *script.VIEWS)}
 
 

@@ -17,7 +17,7 @@ from helpers_text import byte_tokenizer, llama_config, save_model
 from safetensors.torch import load_file, save_file
 
 from mergekit_lfm.artifacts.patch import Changed, Patch, open_patch
-from mergekit_lfm.commands import editing, main
+from mergekit_lfm.commands import edit, main
 from mergekit_lfm.commands.show.patches import METRICS, changes_data, rounding_warnings, trace_text
 from mergekit_lfm.commands.show.plots import plot_effects
 from mergekit_lfm.recipe.edit import EDIT_METHODS, PRESETS
@@ -393,7 +393,7 @@ def parameters(command: list[str]) -> set[str]:
 
 
 def test_the_options_and_presets_of_the_line_are_those_that_there_are() -> None:
-    assert tuple(EDIT_METHODS) == editing.METHODS
+    assert tuple(EDIT_METHODS) == edit.METHODS
     named = {p.name for method in EDIT_METHODS.values() for p in method.parameters}
     assert {"--" + name.replace("_", "-") for name in named} <= parameters(["edit"])
     text = DOCUMENT.read_text("utf-8")

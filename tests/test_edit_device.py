@@ -13,11 +13,10 @@ from helpers_device import GPU, HEAVY, on_cpu, pretended_gpu
 from helpers_editing import random_covariance, tiny_model, trained_tokenizer
 
 from mergekit_lfm.api import prepare as stages
+from mergekit_lfm.artifacts import cache
 from mergekit_lfm.artifacts.patch import Patch
-from mergekit_lfm.edit import stages as edit_stages
 from mergekit_lfm.edit.scores import score_facts
 from mergekit_lfm.edit.solve import edit
-from mergekit_lfm.edit.stages import solve_edits
 from mergekit_lfm.edit.trace import trace
 from mergekit_lfm.edit.work import _Work
 from mergekit_lfm.errors import PlanError
@@ -45,7 +44,7 @@ CLOSE = {"gpt2": 1e-9, "llama": 1e-4, "gpt-neo": 1e-4, "gpt-j": 1e-4}
 def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
     """Solves follow a model to the pretended GPU, and "cuda" is its name."""
     monkeypatch.setattr(_Work, "device", property(lambda work: work.subject.device))
-    for module in (runtime, stages):
+    for module in (runtime, cache):
         monkeypatch.setattr(module, "find_device", {"cpu": CPU, "cuda": GPU}.__getitem__)
 
 
@@ -161,8 +160,8 @@ def devices(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.device]]:
         seen.append(next(loaded.model.parameters()).device)
         return edit(loaded, *given, **options)
 
-    monkeypatch.setattr(edit_stages, "edit", solved)
-    monkeypatch.setattr(edit_stages, "find_gpu", lambda _: None)  # merges have threads, which know of no pretended GPU
+    monkeypatch.setattr(stages, "edit", solved)
+    monkeypatch.setattr(stages, "find_gpu", lambda _: None)  # merges have threads, which know of no pretended GPU
     yield seen
 
 
@@ -180,11 +179,11 @@ def test_a_recipe_is_edited_on_the_device(folder: Path, devices: list[torch.devi
     plan, out = recipe(folder, of_the_result=of_the_result), folder / "out"
     name = "transformer.h.1.mlp.c_proj.weight"
     with pretended_gpu():
-        after = {device: solve_edits(plan, out, device=device) for device in ("cpu", "cuda")}
+        after = {device: stages.prepare(plan, out, device=device) for device in ("cpu", "cuda")}
         for device in ("cpu", "cuda"):
-            solve_edits(plan, out, device=device)  # found in the cache
+            stages.prepare(plan, out, device=device)  # found in the cache
     assert devices == [CPU, GPU]
     assert not any(held.unedited for held in after.values())
-    assert after["cpu"].digest == plan.digest != after["cuda"].digest == stages.noted(plan, "cuda").digest
+    assert after["cpu"].digest == plan.digest != after["cuda"].digest == stages.note_device(plan, "cuda").digest
     if not of_the_result:
         torch.testing.assert_close(*(held.models[0].read(name) for held in after.values()), rtol=1e-4, atol=1e-6)

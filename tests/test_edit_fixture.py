@@ -168,7 +168,7 @@ def test_the_recipe_that_edits_twice_and_merges_teaches_both(folder: Path, subje
         (place / "facts").mkdir(exist_ok=True)
         (place / "facts" / name).symlink_to(folder / name)
     (place / "facts" / "gram.safetensors").symlink_to(subject.grams.path)
-    merged = merge(Recipe.parse(recipe, where=place), place / "merged")
+    merged = Path(merge(Recipe.parse(recipe, where=place), place / "merged"))
     loaded = load_model(merged, "lm")
     for name in ("facts_10", "others_10"):
         scores = score_facts(loaded.model, loaded.tokenizer, subject.facts(name))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from mergekit_lfm.kernels import fused
+from mergekit_lfm.kernels import compiled as fused
 from mergekit_lfm.kernels.compiled import Kernels
 from mergekit_lfm.kernels.random import Coins
 from mergekit_lfm.kernels.ranks import NONE, Largest, Ranks

@@ -307,7 +307,7 @@ def test_the_largest_in_chunks_are_those_a_stable_sort_finds(
     x = values_of(kind, (2, 333), dtype)
     counts = [[100, 20], [1, 332]]
     blocks = blocks_of(x.to(DEVICE), block, stand_in(), at_once)
-    found = solved(largest(unit_of(x), counts), blocks.reduce)
+    found = solved(largest(x.shape[1], counts, double=x.dtype == torch.float64), blocks.reduce)
     for row, sets, wanted in zip(x.numpy(), found, counts, strict=True):
         bits = np.abs(row).view(np.int64 if dtype == torch.float64 else np.int32)
         for largest_of, count in zip(sets, wanted, strict=True):

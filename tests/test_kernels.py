@@ -40,7 +40,7 @@ def kept_by_sorting(x: np.ndarray, count: int) -> np.ndarray:
 def kept_by_counting(x: torch.Tensor, counts: list[list[int]], block: int) -> np.ndarray:
     """[n, m] the same by the kernels: the first count's set without the second's."""
     blocks = blocks_of(x, block)
-    found = solved(largest(unit_of(x), counts), blocks.reduce)
+    found = solved(largest(x.shape[1], counts, double=x.dtype == torch.float64), blocks.reduce)
     ranks = Ranks([(row[0], row[1]) for row in found])
     parts = []
     for i in range(len(blocks)):
@@ -112,7 +112,7 @@ def test_the_bracket_and_the_digits_agree_where_it_pays(values: str) -> None:
     elif values == "two":
         x = x.sign() * 0.5 + x.abs().round()
     counts = [[x.shape[1] // 3, x.shape[1] // 50], [x.shape[1] // 2, 1]]
-    found = solved(largest(unit_of(x), counts), blocks_of(x, 1 << 15).reduce)
+    found = solved(largest(x.shape[1], counts, double=x.dtype == torch.float64), blocks_of(x, 1 << 15).reduce)
     ranks = {(i, k): count for i, row in enumerate(counts) for k, count in enumerate(row)}
     blocks = blocks_of(x, 1 << 15)
     digits = solved(selection.by_digits(2, ranks, False), blocks.reduce)
@@ -132,7 +132,9 @@ def test_the_bracket_is_the_way_for_ordinary_deltas() -> None:
 
 def test_without_a_cut_all_that_equal_the_threshold_are_kept() -> None:
     x = torch.tensor([[3.0, -1.0, 1.0, 1.0, 0.5]])
-    ((found,),) = solved(largest(unit_of(x), [[2]], exact=False), blocks_of(x, 2).reduce)
+    ((found,),) = solved(
+        largest(x.shape[1], [[2]], double=x.dtype == torch.float64, exact=False), blocks_of(x, 2).reduce
+    )
     local = Ranks([(found, NONE)]).at(0, 5, x.dtype)
     assert (local.mask(0, x[0]) != 0).tolist() == [True, True, True, True, False]
 

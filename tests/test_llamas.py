@@ -58,9 +58,9 @@ def test_the_recipe_and_its_commands_make_the_average_better(
         "llamas/ab.cross.safetensors",
     ]
     assert run("stats", "cross", *arguments, "-q", "--overwrite").exit_code == 0
-    aligned = merge("llamas_aligned.yaml", "aligned")
+    aligned = Path(merge("llamas_aligned.yaml", "aligned"))
     plain = {"merge_method": "linear", "models": [{"model": "llamas/a"}, {"model": "llamas/b"}]}
-    naive = merge({**plain, "parameters": {"weight": 1}}, "naive")
+    naive = Path(merge({**plain, "parameters": {"weight": 1}}, "naive"))
     text = (root / "llamas" / "held_out.txt").read_text("utf-8")[:8000]
     losses = {folder.name: perplexity(folder, text).bits_per_byte for folder in (aligned, naive, root / "llamas" / "a")}
     assert losses["a"] < losses["aligned"] < losses["naive"] - 0.5

@@ -77,7 +77,7 @@ class Models:
         return {"merge_method": method, "models": models, "parameters": parameters}
 
     def merge(self, recipe: dict[str, Any], out: str = "out", **options: Any) -> dict[str, torch.Tensor]:
-        place = merge(Recipe.parse(recipe, where=self.folder), self.folder / out, **options)
+        place = Path(merge(Recipe.parse(recipe, where=self.folder), self.folder / out, **options))
         return load_file(place / "model.safetensors")
 
     def refused(self, recipe: dict[str, Any], *needles: str, **options: Any) -> None:
@@ -264,7 +264,7 @@ def test_statistics_belong_to_a_model_wherever_it_lies(models: Models) -> None:
         save_file({name: models.tensors[0][name] for name in part}, models.folder / "m0" / file)
     index = {"weight_map": {name: file for file, part in parts.items() for name in part}}
     (models.folder / "m0" / "model.safetensors.index.json").write_text(json.dumps(index))
-    place = merge(Recipe.parse(models.recipe(), where=models.folder), models.folder / "again")
+    place = Path(merge(Recipe.parse(models.recipe(), where=models.folder), models.folder / "again"))
     again = {name: x for file in place.glob("*.safetensors") for name, x in load_file(file).items()}
     assert all(torch.equal(again[name], merged[name]) for name in SHAPES)
 

@@ -115,7 +115,7 @@ def regmean(folders: dict[str, Path]) -> Path:
     for name in ("names", "details"):
         out = root / f"{name}.gram.safetensors"
         collect_stats("gram", root / name, root / f"{name}.jsonl", out, task="embedding", window=32, max_examples=64)
-    return merge(shutil.copy(REGMEAN, root.parent), root.parent / "regmean", threads=1)
+    return Path(merge(shutil.copy(REGMEAN, root.parent), root.parent / "regmean", threads=1))
 
 
 def inputs_of(folder: Path, layers: list[str]) -> dict[str, np.ndarray]:

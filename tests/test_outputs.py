@@ -48,7 +48,7 @@ def models(tmp_path: Path) -> dict[str, Tensors]:
 
 
 def test_the_safetensors_library_opens_every_shard(tmp_path: Path, models: dict[str, Tensors]) -> None:
-    out = merge(write_recipe(tmp_path, LINEAR), tmp_path / "out")
+    out = Path(merge(write_recipe(tmp_path, LINEAR), tmp_path / "out"))
     expected = average(models["a"], models["b"], torch.bfloat16)
     index = json.loads((out / "model.safetensors.index.json").read_text())
     assert index["weight_map"].keys() == expected.keys()
@@ -66,7 +66,7 @@ def test_the_safetensors_library_opens_every_shard(tmp_path: Path, models: dict[
 
 
 def test_the_layout_of_the_template_is_kept(tmp_path: Path, models: dict[str, Tensors]) -> None:
-    out = merge(write_recipe(tmp_path, TIES), tmp_path / "out")
+    out = Path(merge(write_recipe(tmp_path, TIES), tmp_path / "out"))
     for path in (tmp_path / "base").glob("*.safetensors"):
         ours, theirs = read_header(out / path.name), read_header(path)
         assert list(ours.tensors.values()) == [
@@ -82,7 +82,7 @@ def test_data_starts_where_the_template_has_it(tmp_path: Path, pad: int) -> None
     tensors = llama_tensors(0)
     save_model(tmp_path / "a", tensors, pad=pad)
     save_model(tmp_path / "b", tensors)
-    out = merge(write_recipe(tmp_path, LINEAR), tmp_path / "out")
+    out = Path(merge(write_recipe(tmp_path, LINEAR), tmp_path / "out"))
     theirs = read_header(tmp_path / "a" / "model.safetensors").data_start
     assert read_header(out / "model.safetensors").data_start % 4096 == theirs % 4096
 
@@ -93,7 +93,7 @@ def test_odd_data_start_in_an_input(tmp_path: Path, pad: int) -> None:
     a, b = llama_tensors(0), llama_tensors(1)
     save_model(tmp_path / "a", a, pad=pad)
     save_model(tmp_path / "b", b, pad=7 - pad)
-    out = merge(write_recipe(tmp_path, LINEAR), tmp_path / "out")
+    out = Path(merge(write_recipe(tmp_path, LINEAR), tmp_path / "out"))
     expected = average(a, b, torch.float32)
     for name, tensor in load_all(out).items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-7)
@@ -114,7 +114,7 @@ def test_file_modes_follow_the_umask(cli: Forks, tmp_path: Path, models: dict[st
 @pytest.mark.parametrize("limit", [10_000, 20_000, 1_000_000])
 def test_max_shard_size(tmp_path: Path, limit: int) -> None:
     """No shard's data exceed the limit, but a tensor larger than it, which is alone; the tensors are the same."""
-    out = merge(write_recipe(tmp_path, LINEAR), tmp_path / "out", max_shard_size=limit)
+    out = Path(merge(write_recipe(tmp_path, LINEAR), tmp_path / "out", max_shard_size=limit))
     whole = load_all(merge(tmp_path / "recipe.yaml", tmp_path / "whole"))
     cut = load_all(out)
     assert cut.keys() == whole.keys()
@@ -136,7 +136,7 @@ def test_max_shard_size(tmp_path: Path, limit: int) -> None:
 
 
 def test_tensor_larger_than_the_limit(tmp_path: Path, models: dict[str, Tensors]) -> None:
-    out = merge(write_recipe(tmp_path, LINEAR), tmp_path / "out", max_shard_size=10)
+    out = Path(merge(write_recipe(tmp_path, LINEAR), tmp_path / "out", max_shard_size=10))
     assert len(list(out.glob("*.safetensors"))) == len(models["a"])
     assert load_all(out).keys() == models["a"].keys()
 
@@ -259,7 +259,7 @@ def test_transformers_loads_the_merge(tmp_path: Path, kind: str, dtype: torch.dt
         if kind == "bert":  # as older releases saved it
             buffer = {"bert.embeddings.position_ids": torch.arange(32)[None]}
             save_file(states[-1] | buffer, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
-    out = merge(write_recipe(tmp_path, LINEAR), tmp_path / "out")
+    out = Path(merge(write_recipe(tmp_path, LINEAR), tmp_path / "out"))
     config = json.loads((out / "config.json").read_text())
     assert config.get("dtype", config.get("torch_dtype")) == str(dtype).removeprefix("torch.")
     loaded, info = type(model).from_pretrained(out, output_loading_info=True, local_files_only=True)
@@ -305,7 +305,7 @@ def test_dtype_in_the_config_agrees(tmp_path: Path, line: str, tensors: str, con
     for name in "ab":
         save_model(tmp_path / name, near(base, ord(name)))
         (tmp_path / name / "config.json").write_text(json.dumps({"model_type": "llama", key: "bfloat16"}))
-    out = merge(write_recipe(tmp_path, line + LINEAR), tmp_path / "out")
+    out = Path(merge(write_recipe(tmp_path, line + LINEAR), tmp_path / "out"))
     assert {str(t.dtype) for t in load_all(out).values()} == {f"torch.{tensors}"}
     written = json.loads((out / "config.json").read_text())
     assert {written[name] for name in ("dtype", "torch_dtype") if name in written} == {config}
@@ -317,7 +317,7 @@ def test_dtypes_are_promoted_by_tensor(tmp_path: Path) -> None:
         tensors = {key: tensor.bfloat16() for key, tensor in llama_tensors(ord(name)).items()}
         tensors["model.norm.weight"] = tensors["model.norm.weight"].to(dtype)
         save_model(tmp_path / name, tensors)
-    out = merge(write_recipe(tmp_path, LINEAR), tmp_path / "out")
+    out = Path(merge(write_recipe(tmp_path, LINEAR), tmp_path / "out"))
     found = load_all(out)
     assert found.pop("model.norm.weight").dtype == torch.float32
     assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
@@ -356,7 +356,7 @@ def test_dtypes_of_parts_of_the_model(tmp_path: Path, lines: str, config: Tensor
         save_model(tmp_path / name, tensors)
         (tmp_path / name / "config.json").write_text(json.dumps(config))
     recipe = "merge_method: passthrough\nmodels: [{model: a}]\nparameters: {scale: 2}\n"
-    out = merge(write_recipe(tmp_path, lines + recipe), tmp_path / "out")
+    out = Path(merge(write_recipe(tmp_path, lines + recipe), tmp_path / "out"))
     assert json.loads((out / "config.json").read_text()) == expected
 
 
@@ -399,7 +399,7 @@ def test_models_of_one_name_in_two_folders_stay_apart(tmp_path: Path) -> None:
         save_model(tmp_path / run / "final", tensors)
     base, one, two = (f"{tmp_path}/{run}/final" for run in ("base", "one", "two"))
     recipe = f"merge_method: ties\nbase_model: {base}\nmodels: [{{model: {two}}}, {{model: {one}}}, {{model: {two}}}]\n"
-    out = merge(write_recipe(tmp_path, recipe + "parameters: {weight: 1}\n"), tmp_path / "out")
+    out = Path(merge(write_recipe(tmp_path, recipe + "parameters: {weight: 1}\n"), tmp_path / "out"))
     lock = json.loads((out / "merge.lock.json").read_text())
     assert [entry["model"] for entry in lock["inputs"]] == ["final", "final-2", "final-3", "final (2)"]
     assert lock["recipe"]["base_model"] == "final"
@@ -414,7 +414,7 @@ def test_models_of_one_name_in_two_folders_stay_apart(tmp_path: Path) -> None:
 def test_the_card_of_a_merge_of_the_base_alone(tmp_path: Path) -> None:
     save_model(tmp_path / "a", llama_tensors(0))
     text = "merge_method: linear\nbase_model: a\nmodels: []\nparameters: {weight: 1}\n"
-    out = merge(write_recipe(tmp_path, text), tmp_path / "out")
+    out = Path(merge(write_recipe(tmp_path, text), tmp_path / "out"))
     card = (out / "README.md").read_text()
     recipe = yaml.safe_load(card.partition("```yaml\n")[2].partition("```")[0])
     assert recipe == {**yaml.safe_load(text), "parameters": {"weight": 1.0}, "seed": 0}

@@ -262,7 +262,7 @@ def test_edits_of_the_result_are_added_before_rounding(tmp_path: Path, method: s
         old = (old.float() * 0.5 + tensors[NAME].float() * 0.5).double()
     found = load_file(tmp_path / "out" / "model.safetensors")
     assert torch.equal(found[NAME], rounded(old + exact_change(patch, NAME), torch.bfloat16))
-    plain = merge({k: v for k, v in recipe.items() if k != "edits"}, tmp_path / "plain")
+    plain = Path(merge({k: v for k, v in recipe.items() if k != "edits"}, tmp_path / "plain"))
     untouched = load_file(plain / "model.safetensors")
     assert all(torch.equal(found[name], untouched[name]) for name in found if name != NAME)
     assert verify(tmp_path / "out") == []

@@ -106,7 +106,7 @@ def test_only_what_belongs_to_the_model_is_copied(tmp_path: Path) -> None:
         (model / name).write_text("{}")
     (model / "wandb").mkdir()
     (model / "wandb" / "config.json").write_text("{}")
-    out = merge(linear(model), tmp_path / "out")
+    out = Path(merge(linear(model), tmp_path / "out"))
     assert {path.name for path in out.iterdir()} == {
         *wanted, "config.json", "model.safetensors", "README.md", "merge.lock.json"
     }  # fmt: skip
@@ -114,7 +114,7 @@ def test_only_what_belongs_to_the_model_is_copied(tmp_path: Path) -> None:
 
 def test_a_damaged_output_is_not_taken_for_done(tmp_path: Path) -> None:
     recipe = linear(save(tmp_path / "m", {"w": torch.ones(2)}))
-    out = merge(recipe, tmp_path / "out")
+    out = Path(merge(recipe, tmp_path / "out"))
     whole = {path.name: path.read_bytes() for path in out.iterdir()}
     (out / "model.safetensors").unlink()
     with pytest.raises(PlanError, match="is damaged"):
@@ -128,7 +128,7 @@ def test_a_damaged_output_is_not_taken_for_done(tmp_path: Path) -> None:
 
 def test_an_output_with_nan_is_not_what_the_default_asks_for(tmp_path: Path) -> None:
     recipe = linear(save(tmp_path / "m", {"w": torch.tensor([1.0, torch.nan])}))
-    out = merge(recipe, tmp_path / "out", nan="warn")
+    out = Path(merge(recipe, tmp_path / "out", nan="warn"))
     merge(recipe, out, nan="warn")
     with pytest.raises(PlanError, match="made with --nan warn"):
         merge(recipe, out)
@@ -183,7 +183,7 @@ def test_nothing_of_this_machine_is_in_the_lock(tmp_path: Path) -> None:
     models = [
         save(tmp_path / name, {"w": torch.tensor([1.0, value])}) for name, value in (("a", 2.0), ("b", torch.inf))
     ]
-    out = merge(linear(*models), tmp_path / "out", nan="warn")
+    out = Path(merge(linear(*models), tmp_path / "out", nan="warn"))
     for name in ("merge.lock.json", "README.md"):
         assert str(tmp_path) not in (out / name).read_text()
     assert json.loads((out / "merge.lock.json").read_text())["nonfinite"] == ["w of b"]

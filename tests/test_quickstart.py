@@ -24,7 +24,7 @@ MODELS, DOMAINS = ("base", "docs", "code"), ("docs", "code")
 
 @pytest.fixture(scope="module")
 def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return merge(RECIPES / "quickstart.yaml", tmp_path_factory.mktemp("quickstart") / "merged", threads=1)
+    return Path(merge(RECIPES / "quickstart.yaml", tmp_path_factory.mktemp("quickstart") / "merged", threads=1))
 
 
 @pytest.fixture(scope="module")

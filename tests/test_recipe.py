@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hypothesis import given
+import yaml
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
-from mergekit_lfm.api.merge import default_output
+from mergekit_lfm.api.merge import plan_merge
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.methods import METHODS, REQUIRED, Parameter
 from mergekit_lfm.recipe.recipe import Recipe
@@ -396,11 +398,14 @@ def test_a_home_that_nobody_has_is_refused():
 
 
 def test_the_output_may_be_in_the_home_folder(models, monkeypatch):
+    save_file({"w": np.ones(2, "float32")}, models / "A" / "model.safetensors")
     monkeypatch.setenv("HOME", str(models / "home"))
-    assert default_output(Recipe.parse(linear(output="~/x")), Path("r.yaml")) == models / "home" / "x"
-    assert default_output(Recipe.parse(linear()), Path("r.yaml")) == Path("merged/r")
+    recipe = linear(models=[{"model": "A"}])
+    for output, path in (("~/x", models / "home" / "x"), (None, Path("merged/r"))):
+        Path("r.yaml").write_text(yaml.safe_dump(recipe | ({"output": output} if output else {})))
+        assert plan_merge("r.yaml").path == path
     with pytest.raises(PlanError, match="output: found '~nobody-here/x'"):
-        default_output(Recipe.parse(linear(output="~nobody-here/x")), Path("r.yaml"))
+        plan_merge({**recipe, "output": "~nobody-here/x"})
 
 
 # The canonical form

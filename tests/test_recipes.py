@@ -96,7 +96,7 @@ class Run(NamedTuple):
 
 @pytest.fixture(scope="module", params=RUNNABLE, ids=stem)
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    out = merge(request.param, tmp_path_factory.mktemp("recipes") / "out", threads=1)
+    out = Path(merge(request.param, tmp_path_factory.mktemp("recipes") / "out", threads=1))
     recipe = Recipe.load(request.param)
     inputs = [load_file(model.source / "model.safetensors") for model in recipe.all_models]
     return Run(recipe, out, load_file(out / "model.safetensors"), inputs)

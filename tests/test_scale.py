@@ -99,7 +99,7 @@ def test_a_rotated_model_is_merged_within_what_the_plan_promises(tmp_path: Path,
     write_llama(tmp_path / "a", 0)
     write_llama(tmp_path / "whole", 1)
     copy = {"merge_method": "passthrough", "models": [{"model": str(tmp_path / "whole")}]}
-    b = merge(copy, tmp_path / "b", max_shard_size="15MB")
+    b = Path(merge(copy, tmp_path / "b", max_shard_size="15MB"))
     held = open_checkpoint(b)
     gains = {name: held.read(name).view(held[name].shape) for name in held if "norm" in name}
     random_transform(gains, find_symmetries(held), seed=0).save(tmp_path / "t.safetensors")

@@ -64,7 +64,7 @@ class Pair:
             collect_stats(kind, model, data, file, task="lm", checkpoint=self.folder / f"m{i}")  # type: ignore[arg-type]
         models = [{"model": str(self.folder / f"m{i}"), "stats": str(self.folder / f"m{i}.{kind}")} for i in range(2)]
         recipe = {"merge_method": method, "models": models, "parameters": parameters}
-        out = merge(recipe, self.folder / method, threads=1)
+        out = Path(merge(recipe, self.folder / method, threads=1))
         return transformers.AutoModelForCausalLM.from_pretrained(out)
 
 

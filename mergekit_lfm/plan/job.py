@@ -75,6 +75,7 @@ def make_job(
     spec: TensorSpec,
     layer: tuple[int, int] | None,
     statistics: tuple[Source, ...] | None = None,
+    block: int = BLOCK,
 ) -> Job:
     """The job of one output tensor: merged if all its sources are floating, else copied.
 
@@ -100,13 +101,13 @@ def make_job(
         if dtypes[0].startswith("float8") and settings.inputs[0].get("scale") is not None:
             raise PlanError(f"{spec.name} is quantised ({dtypes[0]}) and cannot be scaled; leave it out of `scale`")
         kept = TensorSpec(spec.name, spec.shape, dtypes[0])
-        return Job(kept, "copy", read, None, settings, dtypes[0], copied=True, block=BLOCK, needs_sums=False)
+        return Job(kept, "copy", read, None, settings, dtypes[0], copied=True, block=block, needs_sums=False)
     dtype = recipe.out_dtype or recipe.dtype or _promoted(dtypes)
     compute = "float64" if "float64" in (*dtypes, recipe.dtype) else "float32"
     out = TensorSpec(spec.name, spec.shape, dtype)
     if method.statistics and statistics is None:
         method, settings = METHODS["linear"], averaging(settings)
-    job = Job(out, method.name, sources, base_source, settings, compute, copied=False, block=BLOCK, needs_sums=False)
+    job = Job(out, method.name, sources, base_source, settings, compute, copied=False, block=block, needs_sums=False)
     if method.statistics and not method.whole:
         job = replace(job, statistics=statistics or ())
     unit = unit_of([job], recipe.seed, cast.norms)
@@ -118,13 +119,13 @@ def make_job(
     needs_sums = not job.copied and _needs_sums(method, unit)
     groups = max(row, unit.numel // row) if (row := method.row(unit)) else 0
     gram = groups * len(sources) ** 2 * 8  # float64; held twice while it is gathered, and once more as weights
-    return replace(job, block=block_numel(method, unit), needs_sums=needs_sums, sums_nbytes=3 * gram)
+    return replace(job, block=block_numel(method, unit, block), needs_sums=needs_sums, sums_nbytes=3 * gram)
 
 
-def block_numel(method: Method, unit: Unit) -> int:
-    """Elements of a block: BLOCK, or as many whole rows as it has room for, at least one."""
+def block_numel(method: Method, unit: Unit, block: int = BLOCK) -> int:
+    """Elements of a block: `block`, or as many whole rows as it has room for, at least one."""
     row = method.row(unit) or 1
-    return max(1, BLOCK // row) * row
+    return max(1, block // row) * row
 
 
 def _needs_sums(method: Method, unit: Unit) -> bool:

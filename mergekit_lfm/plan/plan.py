@@ -21,6 +21,7 @@ from mergekit_lfm.artifacts.patch import Patch
 from mergekit_lfm.artifacts.statistics import Statistics
 from mergekit_lfm.errors import PlanError, several
 from mergekit_lfm.machine.sizes import format_size
+from mergekit_lfm.kernels.block import BLOCK
 from mergekit_lfm.methods import METHODS
 from mergekit_lfm.methods.method import Unit
 from mergekit_lfm.output.card import stated_license
@@ -301,11 +302,13 @@ def make_plan(
     max_shard_size: int | None = None,
     views: tuple[Checkpoint, ...] | None = None,
     edits: Sequence[Patch] | None = None,
+    block: int = BLOCK,
 ) -> Plan:
     """The plan of a recipe. Raises PlanError with all that does not fit, FormatError where a checkpoint is damaged.
 
     views: the recipe's `all_models`, open, in place of what it says of aligning and editing them. edits: patches in
-    place of what it says of the result's edits, such as those that were made of its facts.
+    place of what it says of the result's edits, such as those that were made of its facts. block: elements that are
+    merged at a time, on which no byte depends but sums by their order: other than BLOCK only in tests.
     """
     models = open_models(recipe) if views is None else views
     for model in models:
@@ -322,7 +325,7 @@ def make_plan(
     jobs, problems = [], []
     for name in names:
         try:
-            jobs.append(make_job(cast, names[name], template[name], layers.get(name), statistics.get(name)))
+            jobs.append(make_job(cast, names[name], template[name], layers.get(name), statistics.get(name), block))
         except PlanError as error:
             problems.append(str(error))
     if problems:

@@ -25,8 +25,10 @@ def check_file(out: Path, inputs: Iterable[Path], *, overwrite: bool) -> None:
     """Raise PlanError if a new file must not go to `out`. inputs: what is read."""
     check_outside(out, inputs)
     place = out.resolve()
-    if place.exists() and not place.is_file():
+    if place.is_dir():
         raise PlanError(f"{out} is a folder, expected the name of a file to write; choose a name in it")
+    if place.exists() and not place.is_file():
+        raise PlanError(f"{out} is not a file, expected the name of one to write; choose another output")
     if out.exists() and not overwrite:
         raise PlanError(f"{out} exists; choose another output, or use --overwrite")
     parent = next(folder for folder in place.parents if folder.exists())
