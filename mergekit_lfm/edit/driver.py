@@ -1,7 +1,7 @@
-"""Facts edited in a model: ROME one after another, MEMIT all at once. The result is a patch; the model stays as it was.
+"""Edit facts in a model: ROME one after another, MEMIT all at once. The result is a patch; the model does not change.
 
-While it works, the weights of the edited layers are changed in place, since what comes after depends on them, and put
-back bit for bit at the end.
+The search changes the weights of the edited layers in place, since later layers depend on them, and puts them back bit
+for bit at the end.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CPU = torch.device("cpu")
-ALIKE = 0.995  # the cosine above which two keys are one to least squares
+ALIKE = 0.995  # the cosine above which least squares cannot tell two keys apart
 
 
 def edit(
@@ -45,18 +45,18 @@ def edit(
     progress: Progress | None = None,
     **options: Any,
 ) -> Patch:
-    """The patch after which the model says the facts. The model itself stays as it was.
+    """A patch that makes the model say the facts. The model itself does not change.
 
-    model: of transformers, or what `load_model` has loaded; then the patch is in the names of its files, and knows
-    which model it is for. Its tensors lie on the CPU. facts: what `as_facts` takes. covariance: the second moments of
-    the inputs of the layers' down-projections, by layer number or weight, [in, in]; a statistics file of kind gram; or
-    "identity". dtype: of the solves, which are on the GPU where the model is on one; the model runs in its own.
+    model: a transformers model, or a result of `load_model`; then the patch uses its files' names and records which
+    model it is for. The patch's tensors are on the CPU. facts: as `as_facts` takes them. covariance: second
+    moments of the inputs of the layers' down-projections, by layer number or weight, [in, in]; a statistics file of
+    kind gram; or "identity". dtype: of the solves, which run on the GPU if the model does; the model keeps its own.
     options: `layers`, `context_templates`, `steps`, `lr`, `weight_decay`, `kl_factor`, `clamp`, `loss_threshold`,
     `lambda_` or `lambda_ratio`, `ridge`, `kl_template`, `key`, `batch`, `allow_same_subject`; `EDIT_METHODS` has their
-    defaults. progress: called with (facts searched, of how many).
+    defaults. progress: called with (facts searched, all facts).
 
-    Raises PlanError for options that are wrong or that the model cannot honour, and, with MEMIT, for two facts about
-    one subject, which would undo one another. Source: `EDIT_METHODS`.
+    Raises PlanError for options that are wrong or that the model cannot honour and, with MEMIT, for two facts about one
+    subject, which would undo each other. Source: `EDIT_METHODS`.
     """
     given = {"lambda" if name == "lambda_" else name: value for name, value in options.items()}
     if isinstance(covariance, str):
@@ -91,7 +91,7 @@ def edit(
 
 
 def _named(covariance: Covariance) -> str:
-    """What a patch says of the second moments that it was made with."""
+    """How a patch names the second moments used for it."""
     if isinstance(covariance, Statistics):
         return f"gram of data {covariance.facts.data}"
     return covariance if isinstance(covariance, str) else "given as tensors"
@@ -99,7 +99,7 @@ def _named(covariance: Covariance) -> str:
 
 @dataclass(frozen=True)
 class _Work:
-    """What both methods are given. moments: of each site."""
+    """The inputs of both methods. moments: one matrix for each site."""
 
     subject: Subject
     sites: Sequence[Site]
@@ -110,13 +110,13 @@ class _Work:
 
     @property
     def device(self) -> torch.device:
-        """Where the solves are: the model's GPU, or the CPU, as devices of other kinds may have no float64."""
+        """The device of the solves: the model's GPU, else the CPU, since other devices may lack float64."""
         device = self.subject.device
         return device if device.type == "cuda" else CPU
 
     @property
     def templates(self) -> list[list[str]]:
-        """The contexts by kind: as they are given in lists, or the bare prompt and the others."""
+        """The contexts by kind: the lists in the option, or else the bare prompt and the others."""
         given = self.options["context_templates"]
         if any(isinstance(entry, list) for entry in given):
             return [entry if isinstance(entry, list) else [entry] for entry in given]
@@ -125,7 +125,7 @@ class _Work:
 
     @property
     def contexts(self) -> list[str]:
-        """All contexts, the bare prompt first: the search starts from the state there, as the changes do."""
+        """All contexts, the bare prompt first: the search and the changes start from its state."""
         return sorted((each for kind in self.templates for each in kind), key=lambda template: template != BLANK)
 
     def states(self, facts: Sequence[Fact], templates: Sequence[str], module: nn.Module, *, inputs: bool) -> Tensor:
@@ -136,7 +136,7 @@ class _Work:
         return found.reshape(len(facts), len(templates), -1).to(self.device, self.dtype)
 
 
-Changes = list[tuple[Tensor, Tensor]]  # of each site (left [out, n], right [n, in])
+Changes = list[tuple[Tensor, Tensor]]  # for each site (left [out, n], right [n, in])
 
 
 def _memit(work: _Work, facts: Sequence[Fact]) -> Changes:
@@ -166,7 +166,7 @@ def _keys(work: _Work, facts: Sequence[Fact], site: Site) -> Tensor:
 
 
 def _refuse_same_subject(facts: Sequence[Fact], keys: Tensor) -> None:
-    """PlanError where two facts have one key, and so would be averaged."""
+    """Raise PlanError if two facts share a key: least squares would average them."""
     unit = torch.nn.functional.normalize(keys, dim=1)
     near = ((unit @ unit.mT) > ALIKE).cpu()
     pairs = [
@@ -178,15 +178,15 @@ def _refuse_same_subject(facts: Sequence[Fact], keys: Tensor) -> None:
     if pairs:
         more = f"\n  and {len(pairs) - 10} more pairs" if len(pairs) > 10 else ""
         raise PlanError(
-            "found facts about one subject in one batch, which least squares would average:\n  "
+            "one batch has several facts about one subject, which least squares would average:\n  "
             + "\n  ".join(pairs[:10])
-            + f"{more}\nedit them one after another, as several patches, or with rome; allow_same_subject edits them "
-            "all the same"
+            + f"{more}\nEdit them one after another, as several patches, or with rome; allow_same_subject edits them "
+            "anyway"
         )
 
 
 def _rome(work: _Work, facts: Sequence[Fact]) -> Changes:
-    """One change of rank one after another. Source: ROME, equation 2; which keys as the authors' code has it."""
+    """Rank-one changes, one fact after another. Source: ROME, equation 2; keys as in the authors' code."""
     (site,), (moment,) = work.sites, work.moments
     moment = moment.to(work.device)
     options, parts = work.options, []
@@ -224,15 +224,17 @@ def _put_back(sites: Sequence[Site]) -> Iterator[None]:
 
 
 def _chosen(sites: Sequence[Site], method: str, layers: Sequence[int] | None) -> list[Site]:
-    """The sites of the layers that were asked for, or of the method's band. PlanError for layers that are not there."""
+    """The sites of `layers`, or of the method's band. Raises PlanError for layers that the model does not have."""
     depth, band = len(sites), EDIT_METHODS[method].band
     if layers is None:
         first, last = (1 / 6, 1 / 6) if band is None else band
         layers = range(round(first * depth), max(round(first * depth), round(last * depth)) + 1)
     if absent := [layer for layer in layers if layer >= depth]:
-        raise PlanError(f"edit.layers: there is no layer {absent[0]}; the model has {depth}, 0 to {depth - 1}")
+        raise PlanError(
+            f"edit.layers: the model has no layer {absent[0]}; it has {depth}, 0 to {depth - 1}. Choose from them"
+        )
     if band is None and len(layers) > 1:
-        raise PlanError(f"edit.layers: found {list(layers)}, but {method} edits one layer; choose one, or use memit")
+        raise PlanError(f"edit.layers is {list(layers)}, but {method} edits one layer. Choose one, or use memit")
     return [sites[layer] for layer in layers]
 
 
@@ -245,12 +247,12 @@ def _patch(
     options: Mapping[str, Any],
     facts: FactsFile,
 ) -> Patch:
-    """The changes as a patch, in the names, dtypes and orientation of what they are for."""
+    """The changes as a patch, in the target's names, dtypes and orientation."""
     held = {}
     for site, (left, right) in zip(sites, changes, strict=True):
         if not bool(left.isfinite().all() and right.isfinite().all()):
             raise PlanError(
-                f"the change of layer {site.layer} is not finite; try a smaller lr or clamp, or a larger ridge"
+                f"the change of layer {site.layer} is not finite. Try a smaller lr or clamp, or a larger ridge"
             )
         left, right = left.cpu(), right.cpu()
         parts = (left, right) if site.axis == 1 else (right.mT, left.mT)
