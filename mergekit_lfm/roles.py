@@ -159,7 +159,7 @@ def assign_roles(
             )
         if model.edits and written.align is not None:
             problems.append(
-                f"{place}: one merge cannot both edit and align a model. Save the edited model with "
+                f"{place}: one merge cannot do both `edits` and `align` of a model. Save the edited model with "
                 "`mergekit-lfm patch apply`, and align that"
             )
         entries.append(Entry(model, settings, place, file))
