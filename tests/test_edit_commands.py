@@ -367,7 +367,7 @@ def test_what_rounding_leaves_of_a_small_change(relative: float, kept: float, tm
     assert changes[0]["relative"] == pytest.approx(relative, rel=1e-3)
     assert changes[0]["kept"] == pytest.approx(kept, abs=0.06)
     warnings = rounding_warnings(changes)
-    assert len(warnings) == (relative < 5e-3) and all(f"of w {changes[0]['kept']:.0%}" in line for line in warnings)
+    assert len(warnings) == (relative < 5e-3) and all(f"w keeps {changes[0]['kept']:.0%}" in line for line in warnings)
 
 
 def test_a_heat_map_is_the_same_again_and_takes_what_is_no_number(tmp_path: Path) -> None:
