@@ -18,7 +18,7 @@ def reason(error: BaseException) -> str:
 
 
 def several(what: str, problems: Sequence[str], most: int = 100) -> str:
-    """One message about all problems, each on a line of its own; the most are told, the rest counted."""
+    """One message about all problems, one per line; it lists the first `most` and counts the rest."""
     if len(problems) == 1:
         return problems[0]
     more = [f"and {len(problems) - most} more"] if len(problems) > most else []
@@ -26,9 +26,9 @@ def several(what: str, problems: Sequence[str], most: int = 100) -> str:
 
 
 def did_you_mean(word: object, known: Iterable[str]) -> str:
-    """The end of a message: the known word nearest to `word`, or all of them when none is near."""
+    """The end of a message: the known word nearest to `word`, or all of them if none is near."""
     names = sorted(known)
     near = get_close_matches(str(word).lower(), names, n=1)
     if near:
         return f"did you mean {near[0]}?"
-    return f"known here: {', '.join(names)}" if names else "none is known here"
+    return f"known here: {', '.join(names)}" if names else "no names are known here"

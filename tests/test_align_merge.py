@@ -214,7 +214,7 @@ def test_a_request_is_found_once_and_kept(models: Path, monkeypatch: pytest.Monk
         encoding="utf-8",
     )
     shown = run("merge", "recipe.yaml", "out", "--dry-run").stdout
-    assert "aligned      b to a: the transform by weight_matching is found when the merge runs" in shown
+    assert "aligned      b to a: the merge finds the transform by weight_matching when it runs" in shown
     told = run("merge", "recipe.yaml", "out")
     assert (told.exit_code, told.stderr.splitlines()[0]) == (0, "aligning b to a by weight_matching")
 
@@ -306,7 +306,7 @@ def test_a_chain_is_saved_without_being_run(tmp_path: Path, monkeypatch: pytest.
         made = {part: torch.randn(shape, generator=random) for part, shape in shapes.items()}
         save_file(made, tmp_path / name / "model.safetensors")
     result = run("align", "b", "--to", "a", "-o", "t.st", "--save", "near")
-    assert "near: written; not run to compare, as no config.json says how" in result.stderr
+    assert "near: written; not compared: running it needs a config.json" in result.stderr
     b, near = (load_file(tmp_path / name / "model.safetensors") for name in ("b", "near"))
     x = torch.randn(4, 3, generator=random)
     said = [(x @ m["0.weight"].T + m["0.bias"]).relu() @ m["1.weight"].T + m["1.bias"] for m in (b, near)]

@@ -400,7 +400,7 @@ def test_the_command_prints_the_line(llamas: tuple[Path, Path], texts: Path, tmp
         (["--data", "x"], "Give --task with --data"),
         (["--text", "x", "--task", "classification"], "--text is for language models"),
         (["--text", "x", "--plot", "x.pdf"], "ends with .png"),
-        (["--text", "x", "--plot", "no/such/x.png"], "a folder that exists"),
+        (["--text", "x", "--plot", "no/such/x.png"], "an existing folder"),
         (["--text", "x"], "no config.json"),
     ],
 )
@@ -427,7 +427,7 @@ def test_a_plot_of_several_lines_is_the_same_again_and_takes_what_is_no_number(t
     for name in ("x", "y"):
         plot_lines(lines, tmp_path / f"{name}.png", ends=("first", "second"))
     assert (tmp_path / "x.png").read_bytes() == (tmp_path / "y.png").read_bytes()
-    with pytest.raises(PlanError, match="no line to draw"):
+    with pytest.raises(PlanError, match="found no lines to draw"):
         plot_lines({}, tmp_path / "z.png")
 
 

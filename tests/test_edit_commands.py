@@ -225,9 +225,9 @@ def test_show_of_many_facts_shows_ten() -> None:
 
 
 def test_what_is_no_patch_is_refused(here: Path) -> None:
-    assert "no patch file" in refusal(run("patch", "show", "g.st"))
+    assert "not a patch file" in refusal(run("patch", "show", "g.st"))
     assert "no such patch file: no.st" in refusal(run("patch", "show", "no.st"))
-    assert "no patch file" in refusal(run("patch", "apply", "m", "g.st", "-o", "edited", "--no-verify"))
+    assert "not a patch file" in refusal(run("patch", "apply", "m", "g.st", "-o", "edited", "--no-verify"))
     assert not (here / "edited").exists()
 
 
@@ -267,7 +267,7 @@ def test_a_patch_of_another_model_needs_any_base(here: Path) -> None:
     tensors = load_file("m/model.safetensors")
     save_file({name: x + 1 for name, x in tensors.items()}, "m/model.safetensors", {"format": "pt"})
     apply = ["patch", "apply", "m", "patch.st", "-o", "edited", "--no-verify", "-q"]
-    assert "has other values than the patch was made for" in refusal(run(*apply))
+    assert "has other values than those the patch was made for" in refusal(run(*apply))
     assert not (here / "edited").exists() and not (here / "edited.undo.safetensors").exists()
     assert run(*apply, "--any-base").exit_code == 0
 
@@ -315,7 +315,7 @@ def test_trace_prints_the_effects_and_the_layers_to_edit(here: Path) -> None:
     layers = ",".join(map(str, found["layers"]))
     assert result.stdout.endswith(f"--layers {layers}\n" if layers else "no layer to suggest\n")
     told = [trace_text(found | {"layers": layers}).splitlines()[-1] for layers in ([3, 4], [])]
-    assert told[0].endswith(": --layers 3,4") and told[1].endswith("there is no layer to suggest")
+    assert told[0].endswith(": --layers 3,4") and told[1].endswith("no layer to suggest")
 
 
 @pytest.mark.usefixtures("here")
@@ -367,7 +367,7 @@ def test_what_rounding_leaves_of_a_small_change(relative: float, kept: float, tm
     assert changes[0]["relative"] == pytest.approx(relative, rel=1e-3)
     assert changes[0]["kept"] == pytest.approx(kept, abs=0.06)
     warnings = rounding_warnings(changes)
-    assert len(warnings) == (relative < 5e-3) and all(f"of w {changes[0]['kept']:.0%}" in line for line in warnings)
+    assert len(warnings) == (relative < 5e-3) and all(f"w keeps {changes[0]['kept']:.0%}" in line for line in warnings)
 
 
 def test_a_heat_map_is_the_same_again_and_takes_what_is_no_number(tmp_path: Path) -> None:

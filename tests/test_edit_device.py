@@ -105,7 +105,7 @@ def test_statistics_may_lie_on_a_gpu() -> None:
 
 @pytest.mark.usefixtures("pretended")
 def test_what_is_refused_on_the_cpu_is_refused_on_a_gpu() -> None:
-    with pretended_gpu(), pytest.raises(PlanError, match="found facts about one subject in one batch"):
+    with pretended_gpu(), pytest.raises(PlanError, match="one batch has several facts about one subject"):
         twice = [*FACTS, {**FACTS[0], "prompt": "{} is of"}]
         edit(tiny_model("gpt2").to(GPU), trained_tokenizer(), twice, layers=[1], covariance="identity")
     with pretended_gpu(), pytest.raises(PlanError, match="the second moments of layer 1 are singular"):

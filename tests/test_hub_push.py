@@ -152,7 +152,7 @@ def test_a_card_that_was_edited_on_the_hub_is_kept(hub: HubServer, folder: Path)
     result = run("merge", "recipe.yaml", "two", "--push-to", REPO, "--verify")
     assert result.exit_code == 0
     assert (
-        "the model card was edited on the Hub and is kept (--replace-card replaces it); that of this merge is"
+        "the model card was edited on the Hub and is kept (--replace-card replaces it); this merge's card is"
         in result.stderr
     )
     there = hub.files(REPO)

@@ -367,7 +367,7 @@ def test_files_that_are_no_statistics_are_refused(models: Models) -> None:
     write_grams(models.folder / "m0.gram", models.folder / "m0", grams, layers(), **{"lfm.layers": "[1]"})
     models.refused(models.recipe(), "damaged metadata")
     write_grams(models.folder / "m0.gram", models.folder / "m0", grams | {"a": grams["b"]}, layers())
-    models.refused(models.recipe(), "is no Gram matrix for a.weight")
+    models.refused(models.recipe(), "is not a Gram matrix for a.weight")
 
 
 def test_a_bias_of_two_layers_is_refused(models: Models) -> None:

@@ -142,7 +142,7 @@ def test_a_patch_is_for_the_tensors_it_was_made_of(tmp_path: Path) -> None:
     other[NAME] = other[NAME] + 1
     (tmp_path / "b").mkdir()
     save_file(other, tmp_path / "b" / "model.safetensors")
-    with pytest.raises(PlanError, match=f"{NAME} has other values than the patch was made for"):
+    with pytest.raises(PlanError, match=f"{NAME} has other values than those the patch was made for"):
         patched(open_checkpoint(tmp_path / "b"), patch)
     there = patched(open_checkpoint(tmp_path / "b"), patch, any_base=True).read(NAME)
     torch.testing.assert_close(there.view(32, 8), other[NAME] + patch.change(NAME))
@@ -197,12 +197,12 @@ def test_applying_again_is_already_there(tmp_path: Path) -> None:
 
 def test_damaged_patches_are_refused(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "a")
-    with pytest.raises(FormatError, match="no patch file"):
+    with pytest.raises(FormatError, match="not a patch file"):
         open_patch(folder / "model.safetensors")
     good = low_rank(folder)
     cut = Patch(good.facts, {name: x for name, x in good.tensors.items() if not name.endswith("right")})
     cut.save(tmp_path / "cut.safetensors")
-    with pytest.raises(FormatError, match="not both in its metadata and in its data"):
+    with pytest.raises(FormatError, match="in its metadata or its data, but not in both"):
         open_patch(tmp_path / "cut.safetensors")
     bad = {name: x.clone() for name, x in good.tensors.items()}
     bad[f"{NAME}.left"][0, 0] = torch.nan
@@ -279,7 +279,7 @@ def test_recipes_say_what_of_their_edits_does_not_fit(tmp_path: Path) -> None:
         ({"models": [{**line, "edits": ["gone.safetensors"]}]}, r"models\[0\].edits\[0\]: found 'gone.safetensors'"),
         ({"models": [{**line, "edits": [{"facts": "gone.yaml"}]}]}, r"models\[0\].edits\[0\]: found 'gone.yaml'"),
         ({"models": [{**line, "edits": [3]}]}, "edits"),
-        ({"models": [line], "edits": [str(tmp_path / "r.safetensors")]}, "give that patch beside a model"),
+        ({"models": [line], "edits": [str(tmp_path / "r.safetensors")]}, "give it beside a model"),
         ({"models": [{**line, "edits": [patch], "align": {"to": "b"}}]}, "`edits` and `align`"),
     ]
     for recipe, message in cases:

@@ -307,7 +307,7 @@ def test_all_problems_come_in_one_message(models):
         ),
         (
             {"models": [{"model": "A", "align": {"to": "B", "method": "ropation"}}, {"model": "B"}]},
-            "models[0].align.method: there is no method 'ropation', did you mean rotation?",
+            "models[0].align.method: unknown method 'ropation', did you mean rotation?",
         ),
         (
             {"models": [{"model": "A", "align": {"to": "B", "restart": 2}}, {"model": "B"}]},
@@ -392,7 +392,7 @@ def test_files_that_are_no_recipe(tmp_path, content, expected):
 
 
 def test_a_home_that_nobody_has_is_refused():
-    assert "models[0].model: found '~nobody-here/A', but ~nobody-here is" in refused(
+    assert "models[0].model: found '~nobody-here/A', but no user has the home folder ~nobody-here" in refused(
         linear(models=[{"model": "~nobody-here/A"}])
     )
 

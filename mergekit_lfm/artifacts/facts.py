@@ -1,6 +1,6 @@
-"""The facts file: what a model shall say from now on, and what it is judged by. YAML, JSON, or CounterFact's records.
+"""The facts file: facts to teach a model, and prompts to judge it by. YAML, JSON, or CounterFact's records.
 
-A prompt names its subject by {}. Everything that is wrong with a file is said at once, with its place in it.
+A prompt has {} in place of its subject. One message lists all problems of a file with their places in it.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any
 from mergekit_lfm.errors import PlanError, did_you_mean
 from mergekit_lfm.store.yaml import read_yaml
 
-BLANK = "{}"  # where the subject stands in a prompt
+BLANK = "{}"  # in place of the subject in a prompt
 
 
 @dataclass(frozen=True, slots=True)
 class Statement:
-    """A text and how it goes on."""
+    """A text and its continuation."""
 
     prompt: str
     target: str
@@ -30,9 +30,9 @@ class Statement:
 class Fact:
     """One fact to teach: after `prompt` with the subject in place of {} the model shall say target_new.
 
-    target_true: what it says before. paraphrase_prompts: other texts after which it shall say the same;
-    neighborhood_prompts: texts about others, of whom target_true stays true; same_subject: what stays true of the
-    subject. Names and roles are CounterFact's (Meng et al. 2022, arXiv 2202.05262, section 3.4).
+    target_true: the model's answer before. paraphrase_prompts: other texts that the model shall continue likewise;
+    neighborhood_prompts: texts about other subjects, for which target_true stays true; same_subject: statements that
+    stay true of the subject. Names and roles are CounterFact's (Meng et al. 2022, arXiv 2202.05262, section 3.4).
     """
 
     prompt: str
@@ -45,19 +45,19 @@ class Fact:
 
     @property
     def text(self) -> str:
-        """The prompt about its subject."""
+        """The prompt with its subject filled in."""
         return self.prompt.replace(BLANK, self.subject)
 
 
 @dataclass(frozen=True, slots=True)
 class FactsFile:
-    """The facts to teach, and `unedited`, statements that have nothing to do with them and shall stay true."""
+    """The facts to teach, and `unedited`, unrelated statements that shall stay true."""
 
     facts: tuple[Fact, ...]
     unedited: tuple[Statement, ...] = ()
 
     def as_data(self) -> dict[str, Any]:
-        """As a file has it, without what is empty. JSON-able."""
+        """The file's contents without empty fields. JSON-able."""
         facts = [{key: value for key, value in asdict(fact).items() if value not in (None, ())} for fact in self.facts]
         unedited = [asdict(statement) for statement in self.unedited]
         data: dict[str, Any] = json.loads(json.dumps({"facts": facts, **({"unedited": unedited} if unedited else {})}))
@@ -65,22 +65,22 @@ class FactsFile:
 
 
 def read_facts_file(path: str | os.PathLike[str]) -> FactsFile:
-    """The facts in a file. PlanError about all that is wrong with it."""
-    place = Path(path)
+    """The facts in a file. Raises PlanError with a list of all its problems."""
+    file = Path(path)
     try:
-        text = place.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise PlanError(f"{place}: cannot be read: {reason}; expected a facts file in YAML or JSON") from error
-    if place.suffix == ".jsonl":
-        data: object = [_json(line, f"{place}: line {i + 1}") for i, line in enumerate(text.splitlines()) if line]
+        raise PlanError(f"{file}: cannot be read: {reason}; expected a facts file in YAML or JSON") from error
+    if file.suffix == ".jsonl":
+        data: object = [_json(line, f"{file}: line {i + 1}") for i, line in enumerate(text.splitlines()) if line]
     else:
-        data = _json(text, str(place)) if place.suffix == ".json" else read_yaml(text, str(place))
-    return _read(data, str(place))
+        data = _json(text, str(file)) if file.suffix == ".json" else read_yaml(text, str(file))
+    return _read(data, str(file))
 
 
 def as_facts(given: str | os.PathLike[str] | FactsFile | Mapping[str, Any] | Sequence[Any]) -> FactsFile:
-    """Facts in any of their forms: a file, its data, a list of facts or of their mappings. PlanError likewise."""
+    """Facts from a file, its data, or a list of facts or mappings. Raises PlanError with a list of all problems."""
     if isinstance(given, FactsFile):
         return given
     if isinstance(given, str | os.PathLike):
@@ -103,7 +103,7 @@ def _read(data: object, label: str) -> FactsFile:
     whole = {"facts": data} if isinstance(data, list | tuple) else data
     if not isinstance(whole, Mapping) or not isinstance(whole.get("facts"), list | tuple) or not whole["facts"]:
         raise PlanError(f"{label}: found {data!r:.60}, expected `facts`, a list of mappings with {', '.join(REQUIRED)}")
-    _unknown(whole, ("facts", "unedited"), "", problems)
+    _refuse_unknown(whole, ("facts", "unedited"), "", problems)
     facts = [_fact(raw, f"facts[{i}]", problems) for i, raw in enumerate(whole["facts"])]
     unedited = _statements(whole.get("unedited"), "unedited", problems)
     seen: dict[tuple[str, str], int] = {}
@@ -111,8 +111,8 @@ def _read(data: object, label: str) -> FactsFile:
         if fact is not None and (first := seen.setdefault((fact.subject, fact.prompt), i)) != i:
             earlier = facts[first]
             same = earlier is not None and earlier.target_new == fact.target_new
-            what = "is given twice" if same else "has two targets"
-            problems.append(f"facts[{i}]: {fact.text!r} {what}, here and in facts[{first}]; keep one of them")
+            conflict = "is given twice" if same else "has two targets"
+            problems.append(f"facts[{i}]: {fact.text!r} {conflict}, here and in facts[{first}]; keep one of them")
     if problems:
         count = f"{len(problems)} problems\n  " if len(problems) > 1 else ""
         raise PlanError(f"{label}: {count}" + "\n  ".join(problems))
@@ -123,28 +123,28 @@ REQUIRED = ("prompt", "subject", "target_new")
 
 
 def _fact(raw: object, at: str, problems: list[str]) -> Fact | None:
-    """The fact in a mapping, None where problems were found."""
+    """The fact in a mapping, None if it has problems."""
     if not isinstance(raw, Mapping):
         problems.append(f"{at}: found {raw!r:.60}, expected a mapping with {', '.join(REQUIRED)}")
         return None
     before = len(problems)
-    raw = _of_counterfact(raw)
-    _unknown(raw, Fact.__slots__, f"{at}.", problems)
+    raw = _from_counterfact(raw)
+    _refuse_unknown(raw, Fact.__slots__, f"{at}.", problems)
     for name in (*REQUIRED, "target_true"):
         value = raw.get(name)
         if value is None and name not in REQUIRED:
             continue
         if not isinstance(value, str) or not value.strip():
-            found = "nothing" if value is None else repr(value)
-            hint = "; quote what YAML reads as another kind" if isinstance(value, bool | int | float) else ""
-            problems.append(f"{at}.{name}: found {found}, expected text{hint}")
+            shown = "nothing" if value is None else repr(value)
+            hint = "; quote it, as YAML reads another type" if isinstance(value, bool | int | float) else ""
+            problems.append(f"{at}.{name}: found {shown}, expected text{hint}")
     lists: dict[str, Any] = {name: _texts(raw.get(name), f"{at}.{name}", problems) for name in LISTS}
     same_subject = _statements(raw.get("same_subject"), f"{at}.same_subject", problems)
     if len(problems) > before:
         return None
     if raw["prompt"].count(BLANK) != 1:
         problems.append(
-            f"{at}.prompt: found {raw['prompt']!r}, expected {BLANK} exactly once, where the subject stands: "
+            f"{at}.prompt: found {raw['prompt']!r}, expected {BLANK} exactly once, in place of the subject: "
             f"{raw['prompt'].replace(raw['subject'], BLANK)!r}?"
         )
         return None
@@ -162,19 +162,19 @@ def _fact(raw: object, at: str, problems: list[str]) -> Fact | None:
 LISTS = ("paraphrase_prompts", "neighborhood_prompts")
 
 
-def _of_counterfact(raw: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A record of CounterFact, or of its likes, in our form; anything else as it is."""
-    asked = raw.get("requested_rewrite")
-    if not isinstance(asked, Mapping):
+def _from_counterfact(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A record of CounterFact, or of a data set in its format, in our form; anything else unchanged."""
+    rewrite = raw.get("requested_rewrite")
+    if not isinstance(rewrite, Mapping):
         return raw
-    flat = {name: asked.get(name) for name in ("prompt", "subject")}
+    flat = {name: rewrite.get(name) for name in ("prompt", "subject")}
     for name in ("target_new", "target_true"):
-        target = asked.get(name)
+        target = rewrite.get(name)
         flat[name] = target.get("str") if isinstance(target, Mapping) else target
     return flat | {name: raw[name] for name in LISTS if name in raw}
 
 
-def _unknown(raw: Mapping[str, Any], known: Sequence[str], at: str, problems: list[str]) -> None:
+def _refuse_unknown(raw: Mapping[str, Any], known: Sequence[str], at: str, problems: list[str]) -> None:
     problems += [f"{at}{key}: unknown key, {did_you_mean(key, known)}" for key in raw if key not in known]
 
 
@@ -193,11 +193,11 @@ def _statements(raw: object, at: str, problems: list[str]) -> tuple[Statement, .
     if not isinstance(raw, list | tuple):
         problems.append(f"{at}: found {raw!r:.60}, expected a list of {{prompt, target}}")
         return ()
-    found = []
+    statements = []
     for i, entry in enumerate(raw):
-        good = isinstance(entry, Mapping) and set(entry) == {"prompt", "target"}
-        if good and all(isinstance(value, str) and value.strip() for value in entry.values()):
-            found.append(Statement(entry["prompt"].rstrip(), entry["target"].strip()))
+        complete = isinstance(entry, Mapping) and set(entry) == {"prompt", "target"}
+        if complete and all(isinstance(value, str) and value.strip() for value in entry.values()):
+            statements.append(Statement(entry["prompt"].rstrip(), entry["target"].strip()))
         else:
             problems.append(f"{at}[{i}]: found {entry!r:.60}, expected {{prompt, target}}, both text")
-    return tuple(found)
+    return tuple(statements)

@@ -1,8 +1,8 @@
-"""The patch file: what changes in a model, and nothing else. Edits leave one, applying one leaves another to undo it.
+"""The patch file: the changes to a model, and nothing else. Edits write one; applying it writes one to undo it.
 
-One safetensors file. A tensor of the model that is replaced lies there under its own name, a dense change as NAME.add,
-a change of low rank as NAME.left and NAME.right, float32, whose product has the orientation in which the checkpoint
-stores the tensor. The metadata say of which model the patch is and how it was made.
+It is one safetensors file. It stores the new value of a replaced tensor under the tensor's own name, a dense change as
+NAME.add, and a low-rank change as NAME.left and NAME.right, float32, whose product has the orientation in which the
+checkpoint stores the tensor. The metadata say which model the patch is for and how it was made.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ if TYPE_CHECKING:
 
 FORMAT = "1"
 Kind = Literal["replace", "add", "low_rank"]
-# What a patch holds for a tensor, by the kind of its change: the ends of the names.
+# The name endings of the patch's tensors for one changed tensor, by the kind of its change.
 PARTS: Mapping[Kind, tuple[str, ...]] = {"replace": ("",), "add": (".add",), "low_rank": (".left", ".right")}
 
 
 @dataclass(frozen=True, slots=True)
 class Changed:
-    """What a patch does to one tensor of a model, of this shape and dtype there.
+    """A patch's change to one tensor. shape, dtype: the tensor's in the model.
 
-    axis: that along which a layer's inputs run, 1 for a Linear [out, in], 0 for a Conv1D [in, out]; None where the
-    tensor is no layer's weight. digest: the xxh3-128 of the bytes that the patch was made for, None where unknown.
+    axis: of a layer's inputs, 1 for a Linear [out, in], 0 for a Conv1D [in, out]; None if the tensor is not a layer's
+    weight. digest: the xxh3-128 of the bytes that the patch was made for, None if unknown.
     """
 
     kind: Kind
@@ -45,10 +45,10 @@ class Changed:
 
 @dataclass(frozen=True, slots=True)
 class PatchFacts:
-    """All that a patch says about itself.
+    """A patch's metadata.
 
-    base: the content digest (`Checkpoint.content`) of the model it was made for, None where unknown. options: every
-    constant that the changes depend on. facts: what the edit was to teach, as `FactsFile.as_data` has it, or {}.
+    base: the content digest (`Checkpoint.content`) of the model it was made for, None if unknown. options: every
+    constant that the changes depend on. facts: the facts to teach, as from `FactsFile.as_data`, or {}.
     """
 
     method: str
@@ -60,14 +60,14 @@ class PatchFacts:
     notes: tuple[str, ...] = ()
 
     def metadata(self) -> dict[str, str]:
-        """The facts as a safetensors header holds them."""
+        """The metadata of the safetensors header."""
         parts = {f"lfm.{name}": json.dumps(value, sort_keys=True) for name, value in asdict(self).items()}
         return {"format": "pt", "lfm.kind": "patch", "lfm.format": FORMAT, **parts}
 
 
 @dataclass(frozen=True)
 class Patch:
-    """Changes to the tensors of a model. tensors: the parts of each change, by the names they have in a file."""
+    """Changes to the tensors of a model. tensors: the parts of each change, by their names in a file."""
 
     facts: PatchFacts
     tensors: Mapping[str, Tensor]
@@ -85,56 +85,60 @@ class Patch:
         facts: Mapping[str, Any] | None = None,
         notes: tuple[str, ...] = (),
     ) -> Patch:
-        """A patch of products: by weight (left [rows, n], right [n, columns], what it changes), as stored."""
+        """A patch of products: by weight (left [rows, n], right [n, columns], the changed tensor), as stored."""
         tensors = {}
         for name, (left, right, _) in changes.items():
             tensors[f"{name}.left"], tensors[f"{name}.right"] = left, right
         changed = {name: change for name, (_, _, change) in changes.items()}
-        said = PatchFacts(method, changed, options=options or {}, facts=facts or {}, versions=versions(), notes=notes)
-        return cls(said, tensors)
+        metadata = PatchFacts(
+            method, changed, options=options or {}, facts=facts or {}, versions=versions(), notes=notes
+        )
+        return cls(metadata, tensors)
 
     def made_for(self, base: str | None, digests: Mapping[str, str]) -> Patch:
-        """This patch with what is known of the model it is for: its content, and the digests of tensors by name."""
+        """This patch, tied to its model: the model's content digest, and its tensors' digests by name."""
         changed = {name: replace(was, digest=digests.get(name)) for name, was in self.facts.tensors.items()}
         return replace(self, facts=replace(self.facts, base=base, tensors=changed))
 
     def parts(self, name: str) -> tuple[Tensor, ...]:
-        """What the patch holds for a tensor: (new,), (added,) or (left, right)."""
+        """The patch's tensors for one changed tensor: (new,), (added,) or (left, right)."""
         return tuple(self.tensors[name + end] for end in PARTS[self.facts.tensors[name].kind])
 
     def change(self, name: str) -> Tensor:
-        """What is added to a tensor, in its shape. PlanError for one that is replaced."""
+        """The change that is added to a tensor, in its shape. Raises PlanError for a replaced tensor."""
         parts = self.parts(name)
         if self.facts.tensors[name].kind == "replace":
-            raise PlanError(f"{name} is replaced by this patch, and has no difference; read it with `parts`")
+            raise PlanError(
+                f"this patch replaces {name} and holds no difference to it; read the new tensor with `parts`"
+            )
         return parts[0] if len(parts) == 1 else parts[0] @ parts[1]
 
     def delta(self, layer: str | int) -> Tensor:
-        """What is added to a layer's weight, [out, in] however it is stored.
+        """The change that is added to a layer's weight, [out, in] however it is stored.
 
-        layer: the name of the weight, that of its module, or the layer's number where one tensor alone has it. KeyError
-        where the patch has no such layer.
+        layer: the name of the weight or its module, or the layer's number if only one changed tensor has it. Raises
+        KeyError if the patch has no such layer.
         """
         name = self._name_of(layer)
         change = self.change(name)
         return change.mT if self.facts.tensors[name].axis == 0 else change
 
     def _name_of(self, layer: str | int) -> str:
-        known = self.facts.tensors
+        changed = self.facts.tensors
         if isinstance(layer, int):
-            found = [name for name in known if str(layer) in name.split(".")]
+            matches = [name for name in changed if str(layer) in name.split(".")]
         else:
-            found = [name for name in known if name in (layer, f"{layer}.weight")]
-        if len(found) == 1:
-            return found[0]
-        count = "several" if found else "none"
-        raise KeyError(f"the patch changes {', '.join(known)}; {layer!r} is {count} of them")
+            matches = [name for name in changed if name in (layer, f"{layer}.weight")]
+        if len(matches) == 1:
+            return matches[0]
+        count = "several" if matches else "none"
+        raise KeyError(f"the patch changes {', '.join(changed)}; {layer!r} names {count} of them")
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the patch to a file; what is added is float32 there."""
+        """Write the patch to a file, with added changes in float32."""
         exact = {name for name, was in self.facts.tensors.items() if was.kind == "replace"}
-        held = {name: x if name in exact else x.float() for name, x in self.tensors.items()}
-        save_tensors(Path(path), [spec_of(n, x) for n, x in held.items()], held.__getitem__, self.facts.metadata())
+        stored = {name: x if name in exact else x.float() for name, x in self.tensors.items()}
+        save_tensors(Path(path), [spec_of(n, x) for n, x in stored.items()], stored.__getitem__, self.facts.metadata())
 
 
 def versions() -> dict[str, str]:
@@ -147,10 +151,10 @@ def versions() -> dict[str, str]:
 
 
 def read_patch_facts(path: Path) -> PatchFacts:
-    """The facts in a patch file's header. FormatError where it is none."""
+    """The metadata in a patch file's header. Raises FormatError for any other file."""
     metadata = read_header(path).metadata
     if metadata.get("lfm.kind") != "patch":
-        raise FormatError(f"{path} is no patch file; make one with `mergekit-lfm edit`")
+        raise FormatError(f"{path} is not a patch file; make one with `mergekit-lfm edit`")
     if metadata.get("lfm.format") != FORMAT:
         raise FormatError(f"{path} holds a patch of another version; make it again")
     try:
@@ -164,33 +168,33 @@ def read_patch_facts(path: Path) -> PatchFacts:
 
 
 def open_patch(path: str | os.PathLike[str]) -> Patch:
-    """The patch in a file. FormatError where it holds none, FileNotFoundError where it is not there."""
-    place = Path(path)
-    if not place.is_file():
-        raise FileNotFoundError(f"no such patch file: {place}")
-    facts = read_patch_facts(place)
-    stored = open_checkpoint(place)
+    """The patch in a file. Raises FormatError if it holds no patch, FileNotFoundError if it does not exist."""
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"no such patch file: {file}")
+    facts = read_patch_facts(file)
+    stored = open_checkpoint(file)
     wanted = {name + end for name, was in facts.tensors.items() for end in PARTS.get(was.kind, ("?",))}
     if differ := sorted(wanted ^ stored.keys()):
-        raise FormatError(f"{place}: {differ[0]} is not both in its metadata and in its data; make the patch again")
+        raise FormatError(f"{file}: {differ[0]} is in its metadata or its data, but not in both; make the patch again")
     patch = Patch(facts, {name: stored.read(name).view(spec.shape) for name, spec in stored.items()})
     if problems := [problem for name in facts.tensors for problem in _misfits(patch, name)]:
-        raise FormatError(f"{place}: {'; '.join(problems)}; make the patch again")
+        raise FormatError(f"{file}: {'; '.join(problems)}; make the patch again")
     return patch
 
 
 def _misfits(patch: Patch, name: str) -> list[str]:
-    """What of a tensor's parts does not have the shape or type that the patch says of it, or is not finite."""
+    """The problems of a tensor's parts: shapes or types other than in the metadata, or numbers that are not finite."""
     was, parts = patch.facts.tensors[name], patch.parts(name)
     if not was.shape:
-        return [f"{name} is a single number, which no patch changes"]
+        return [f"{name} is a single number, which a patch cannot change"]
     if was.kind == "replace":
         (new,) = parts
-        good = tuple(new.shape) == was.shape and str(new.dtype) == f"torch.{was.dtype}"
-        return [] if good else [f"{name} is {new.dtype} {list(new.shape)}, not {was.dtype} {list(was.shape)}"]
-    problems = [f"what is added to {name} is not finite" for x in parts if not bool(x.isfinite().all())][:1]
+        fits = tuple(new.shape) == was.shape and str(new.dtype) == f"torch.{was.dtype}"
+        return [] if fits else [f"{name} is {new.dtype} {list(new.shape)}, not {was.dtype} {list(was.shape)}"]
+    problems = [f"the change of {name} is not finite" for x in parts if not bool(x.isfinite().all())][:1]
     if was.dtype not in FLOATS or was.dtype.startswith("float8"):
-        problems.append(f"{name} is {was.dtype}, to which nothing can be added")
+        problems.append(f"{name} is {was.dtype}, which takes no additions")
     if was.kind == "low_rank":
         left, right = parts
         shapes = left.ndim == right.ndim == 2 and left.shape[1] == right.shape[0]

@@ -1,4 +1,4 @@
-"""Facts edited in saved models: requests and a model become a patch file, which the engine applies."""
+"""Edit facts in saved models: turn requests and a model into a patch file, which the engine applies."""
 
 from mergekit_lfm.edit.solve import edit
 

@@ -1,4 +1,4 @@
-"""What else a layer's inputs are: their second moments, by which an edit leaves alone what it is not about."""
+"""Second moments of a layer's inputs. With them an edit leaves other inputs' outputs alone."""
 
 from __future__ import annotations
 
@@ -24,71 +24,71 @@ def second_moments(
     ridge: float,
     dtype: torch.dtype,
 ) -> list[Tensor]:
-    """E[k k^T] of every site's inputs, [in, in], with `ridge` times the mean of its diagonal added to that.
+    """E[k k^T] of every site's inputs, [in, in], with `ridge` times the mean of its diagonal added to the diagonal.
 
-    They lie on the CPU: a GPU may have room for one at a time only. stored: the sites' weights as the checkpoint names
-    them. content: the checkpoint's, None where unknown. PlanError where there is none for a site, or of another model,
-    shape or kind.
+    They stay on the CPU: a GPU may have room for only one at a time. stored: the checkpoint's names of the sites'
+    weights. content: the checkpoint's, None if unknown. Raises PlanError if a site has no matrix, or one of another
+    model, shape or kind.
     """
     if isinstance(given, str) and given == "identity":
-        return [_ridged(torch.eye(site.inputs, dtype=dtype), ridge) for site in sites]
+        return [_add_ridge(torch.eye(site.inputs, dtype=dtype), ridge) for site in sites]
     if given is None or isinstance(given, str):
         raise PlanError(
-            f"found {given!r} as the covariance, expected second moments of the layers' inputs; collect them with "
+            f"the covariance is {given!r}, expected second moments of the layers' inputs. Collect them with "
             '`mergekit-lfm stats gram MODEL --data FILE`, or edit without them ("identity")'
         )
     if isinstance(given, Statistics):
-        given = _of_statistics(given, sites, stored, content)
-    found, problems = [], []
+        given = _read_statistics(given, sites, stored, content)
+    matrices, problems = [], []
     for site in sites:
         names = (site.layer, stored[site.weight], site.weight, site.weight.removesuffix(".weight"))
-        held: Mapping[Any, Tensor] = given
-        matrix = next((held[name] for name in names if name in held), None)
+        by_name: Mapping[Any, Tensor] = given
+        matrix = next((by_name[name] for name in names if name in by_name), None)
         if matrix is None:
-            problems.append(f"there is none for layer {site.layer} ({stored[site.weight]})")
+            problems.append(f"layer {site.layer} ({stored[site.weight]}) has no matrix")
         elif tuple(matrix.shape) != (site.inputs, site.inputs):
-            problems.append(f"that of layer {site.layer} is {list(matrix.shape)}, not {[site.inputs] * 2}")
+            problems.append(f"the matrix of layer {site.layer} is {list(matrix.shape)}, not {[site.inputs] * 2}")
         elif not bool(matrix.isfinite().all()):
-            problems.append(f"that of layer {site.layer} is not finite")
+            problems.append(f"the matrix of layer {site.layer} is not finite")
         else:
-            found.append(_ridged(matrix.to("cpu", dtype), ridge))
+            matrices.append(_add_ridge(matrix.to("cpu", dtype), ridge))
     if problems:
         raise PlanError(
             "the covariance does not fit the layers to edit:\n  "
             + "\n  ".join(problems)
-            + "\ncollect it for these layers with `mergekit-lfm stats gram`"
+            + "\nCollect it for these layers with `mergekit-lfm stats gram`"
         )
-    return found
+    return matrices
 
 
-def _of_statistics(
-    given: Statistics, sites: Sequence[Site], stored: Mapping[str, str], content: str | None
+def _read_statistics(
+    gram: Statistics, sites: Sequence[Site], stored: Mapping[str, str], content: str | None
 ) -> dict[str, Tensor]:
-    """The matrices of a statistics file, by weight, without the row and column of the appended 1."""
-    facts = given.facts
+    """A statistics file's matrices by weight, without the row and column of the appended 1."""
+    facts = gram.facts
     if facts.kind != "gram":
-        raise PlanError(f"{given.path} holds {facts.kind} statistics, expected gram; collect them with `stats gram`")
+        raise PlanError(f"{gram.path} holds {facts.kind} statistics, expected gram. Use `stats gram`")
     if content is not None and facts.models[0] != content:
         raise PlanError(
-            f"{given.path} was collected on another model: it is of content {facts.models[0]}, this one has {content}; "
-            "name the right file, or collect the statistics of this model with `mergekit-lfm stats gram`"
+            f"{gram.path} was collected on another model: on content {facts.models[0]}, this one has {content}. "
+            "Name the right file, or collect this model's statistics with `mergekit-lfm stats gram`"
         )
     wanted = {stored[site.weight] for site in sites}
-    return {weight: given.read(name)[:-1, :-1] for weight, (name, _) in given.by_weight.items() if weight in wanted}
+    return {weight: gram.read(name)[:-1, :-1] for weight, (name, _) in gram.by_weight.items() if weight in wanted}
 
 
-def _ridged(matrix: Tensor, ridge: float) -> Tensor:
+def _add_ridge(matrix: Tensor, ridge: float) -> Tensor:
     symmetric = (matrix + matrix.mT) / 2
     return symmetric + ridge * symmetric.diagonal().mean() * torch.eye(len(matrix), dtype=matrix.dtype)
 
 
 def solve(matrix: Tensor, right: Tensor, label: object) -> Tensor:
-    """matrix^-1 right, of a symmetric positive definite matrix, by Cholesky. PlanError where it is not."""
+    """matrix^-1 right by Cholesky. Raises PlanError unless the matrix is symmetric positive definite."""
     factor, wrong = torch.linalg.cholesky_ex(matrix)
     if int(wrong):
         raise PlanError(
             f"the second moments of {label} are singular (to order {int(wrong)} of {len(matrix)}): the layer has more "
-            "inputs than the data have directions. Give a larger ridge, such as 1e-3, or collect them on more text"
+            "inputs than the data have directions. Give a larger ridge, such as 1e-3, or collect on more text"
         )
     solved: Tensor = torch.cholesky_solve(right, factor)
     return solved

@@ -14,7 +14,7 @@ from mergekit_lfm.edit.targets import find_targets
 from mergekit_lfm.edit.work import Changes, _add, _Work
 from mergekit_lfm.errors import PlanError
 
-ALIKE = 0.995  # the cosine above which two keys are one to least squares
+ALIKE = 0.995  # the cosine above which least squares cannot tell two keys apart
 
 
 def _memit(work: _Work, facts: Sequence[Fact]) -> Changes:
@@ -44,7 +44,7 @@ def _keys(work: _Work, facts: Sequence[Fact], site: Site) -> Tensor:
 
 
 def _refuse_same_subject(facts: Sequence[Fact], keys: Tensor) -> None:
-    """PlanError where two facts have one key, and so would be averaged."""
+    """Raise PlanError if two facts share a key: least squares would average them."""
     unit = torch.nn.functional.normalize(keys, dim=1)
     near = ((unit @ unit.mT) > ALIKE).cpu()
     pairs = [
@@ -56,8 +56,8 @@ def _refuse_same_subject(facts: Sequence[Fact], keys: Tensor) -> None:
     if pairs:
         more = f"\n  and {len(pairs) - 10} more pairs" if len(pairs) > 10 else ""
         raise PlanError(
-            "found facts about one subject in one batch, which least squares would average:\n  "
+            "one batch has several facts about one subject, which least squares would average:\n  "
             + "\n  ".join(pairs[:10])
-            + f"{more}\nedit them one after another, as several patches, or with rome; allow_same_subject edits them "
-            "all the same"
+            + f"{more}\nEdit them one after another, as several patches, or with rome; allow_same_subject edits them "
+            "anyway"
         )

@@ -1,6 +1,6 @@
-"""Texts as the model takes them, and where in them the subject lies, by the tokenizer's offsets on the whole text.
+"""Tokenise texts and locate the subject in them, by the tokenizer's offsets on the whole text.
 
-Counting the tokens of the parts would be wrong: a word is other tokens at the start of a text than within it.
+Counting the tokens of the parts would be wrong: a word at the start of a text has other tokens than within it.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ class Encoded:
     last: Tensor
 
     def rows(self, start: int, stop: int) -> Encoded:
-        """Some of the rows, without columns that are padding in all of them."""
+        """Rows start to stop, without the columns in which all of them are padding."""
         width = int(self.lengths[start:stop].max())
-        part = slice(start, stop)
+        rows = slice(start, stop)
         return Encoded(
-            self.ids[part, :width], self.mask[part, :width], self.lengths[part], self.first[part], self.last[part]
+            self.ids[rows, :width], self.mask[rows, :width], self.lengths[rows], self.first[rows], self.last[rows]
         )
 
     def inputs(self, device: torch.device) -> dict[str, Tensor]:
-        """What the model is called with."""
+        """The model's keyword arguments."""
         return {"input_ids": self.ids.to(device), "attention_mask": self.mask.to(device)}
 
 
@@ -53,27 +53,27 @@ def encode(
     *,
     limit: int | None = None,
 ) -> Encoded:
-    """The texts as the tokenizer begins them, with the tokens `endings` after them; and where the spans' tokens are.
+    """The texts with the tokenizer's special tokens before and the tokens `endings` after; and the spans' tokens.
 
-    spans: of characters. limit: the most tokens that the model takes. PlanError where a text has more, a span has no
-    token of its own, or the tokenizer gives no offsets.
+    spans: of characters. limit: the most tokens that the model takes. Raises PlanError if a text has more, a span has
+    no token, or the tokenizer gives no offsets.
     """
     rows, offsets = _tokens(tokenizer, texts)
     if endings is not None:
         rows = [[*row, *ending] for row, ending in zip(rows, endings, strict=True)]
-    found = [(-1, -1)] * len(rows)
+    subjects = [(-1, -1)] * len(rows)
     if spans is not None:
-        found = [_tokens_of(*each) for each in zip(texts, offsets, spans, strict=True)]
+        subjects = [_tokens_of(*each) for each in zip(texts, offsets, spans, strict=True)]
     width = max(map(len, rows))
     if limit is not None and width > limit:
         longest = max(range(len(rows)), key=lambda i: len(rows[i]))
-        raise PlanError(f"{texts[longest]!r:.80} has {width} tokens, the model takes {limit}; shorten it")
+        raise PlanError(f"{texts[longest]!r:.80} has {width} tokens, the model takes {limit}. Shorten it")
     ids = torch.zeros(len(rows), width, dtype=torch.int64)
     for i, row in enumerate(rows):
         ids[i, : len(row)] = torch.tensor(row, dtype=torch.int64)
     lengths = torch.tensor([len(row) for row in rows])
     mask = (torch.arange(width) < lengths[:, None]).long()
-    first, last = torch.tensor(found, dtype=torch.int64).reshape(-1, 2).unbind(1)
+    first, last = torch.tensor(subjects, dtype=torch.int64).reshape(-1, 2).unbind(1)
     return Encoded(ids, mask, lengths, first, last)
 
 
@@ -81,11 +81,11 @@ Offsets = list[tuple[int, int]]
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> tuple[list[list[int]], list[Offsets]]:
-    """The tokens of each text and their characters, less special ones at the end: the text goes on."""
+    """The tokens of each text and their character spans, less special tokens at the end: the text continues."""
     if not getattr(tokenizer, "is_fast", False):
         raise PlanError(
-            f"{type(tokenizer).__name__} does not say which characters its tokens are, expected a fast tokenizer; save "
-            "the model with one (tokenizer.json)"
+            f"{type(tokenizer).__name__} does not map its tokens to characters, expected a fast tokenizer. Save the "
+            "model with one (tokenizer.json)"
         )
     coded: Any = tokenizer(list(texts), return_offsets_mapping=True, return_special_tokens_mask=True, padding=False)
     rows, offsets = [], []
@@ -101,19 +101,19 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> tuple[l
 
 
 def _tokens_of(text: str, offsets: Sequence[tuple[int, int]], span: tuple[int, int] | None) -> tuple[int, int]:
-    """The first and last token that have characters of the span."""
+    """The first and last token with characters of the span."""
     if span is None:
         return -1, -1
     inside = [i for i, (start, stop) in enumerate(offsets) if start < span[1] and stop > span[0] and stop > start]
     if not inside:
         raise PlanError(
-            f"the tokenizer gives {text[slice(*span)]!r} in {text!r:.80} no token; give another name of the subject"
+            f"the tokenizer gives {text[slice(*span)]!r} in {text!r:.80} no token. Use another name of the subject"
         )
     return inside[0], inside[-1]
 
 
 def filled(template: str, prompt: str, subject: str) -> tuple[str, tuple[int, int]]:
-    """A prompt about its subject in the context of a template, and where the subject lies in it."""
+    """The prompt with its subject and the template's context filled in, and the subject's span of characters."""
     before, _, after = template.partition(BLANK)
     start, _, end = prompt.partition(BLANK)
     begin = len(before) + len(start)
@@ -121,15 +121,15 @@ def filled(template: str, prompt: str, subject: str) -> tuple[str, tuple[int, in
 
 
 def target_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str) -> list[int]:
-    """The tokens of a target as it goes on after a prompt. PlanError where there is none.
+    """The tokens of a target that continues a prompt. Raises PlanError if it has none.
 
-    The text is tokenised as a whole. The target is what follows the tokens of the prompt alone; where the prompt ends
-    in other tokens when it goes on, those with characters beyond it.
+    The text is tokenised as a whole. The target's tokens follow those of the prompt alone; if the prompt has other
+    tokens when it continues, they are the tokens with characters beyond the prompt.
     """
     (row, alone), (offsets, _) = _tokens(tokenizer, [f"{prompt} {target}", prompt])
     start = len(alone)
     if row[:start] != alone:
         start = next((i for i, (_, stop) in enumerate(offsets) if stop > len(prompt)), len(row))
     if start >= len(row):
-        raise PlanError(f"the tokenizer gives the target {target!r} no token; give another target")
+        raise PlanError(f"the tokenizer gives the target {target!r} no token. Give another target")
     return row[start:]

@@ -13,7 +13,7 @@ from mergekit_lfm.edit.work import Changes, _add, _Work
 
 
 def _rome(work: _Work, facts: Sequence[Fact]) -> Changes:
-    """One change of rank one after another. Source: ROME, equation 2; which keys as the authors' code has it."""
+    """Rank-one changes, one fact after another. Source: ROME, equation 2; keys as in the authors' code."""
     (site,), (moment,) = work.sites, work.moments
     moment = moment.to(work.device)
     options, parts = work.options, []

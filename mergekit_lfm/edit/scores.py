@@ -1,7 +1,7 @@
-"""What a model says of facts: which of two targets is the more likely, and whether the right one is what it would say.
+"""Score a model on facts: which of two targets is more likely, and whether the model would say the right one.
 
-The first alone, as publications have it, hides damage. A prompt is asked as the tokenizer begins it, with the target's
-tokens as they come after it, which is what an edit aims at.
+Publications report the first alone, which hides damage. The tokenizer's special tokens precede a prompt, and the
+target's tokens follow it as they do in running text: the same tokens that an edit aims at.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What a model says of one fact. right: target_new is what it would say, token by token (EA).
+    """A model's answer to one fact. right: it would say target_new, token by token (EA).
 
-    p_new, p_true: exp of the mean log-probability of the target's tokens; p_true None without target_true.
+    p_new, p_true: exp of the mean log-probability of the target's tokens; p_true: None without target_true.
     """
 
     subject: str
@@ -41,12 +41,12 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Shares of prompts, from 0 to 1; None where the facts file has no such prompts. counts: over how many each is.
+    """Shares of prompts, from 0 to 1; None if the facts file has no such prompts. counts: the prompts of each share.
 
     es, ps: target_new is more likely than target_true, after the prompts and after paraphrases. ns: target_true is more
-    likely than target_new, after prompts about neighbours. ea, pa, na: after the same three all tokens of the right
-    target are the most likely of the vocabulary, each after the right ones before it. sa: that, of what stays true of
-    the subjects; unedited: that, of statements that no fact is about.
+    likely than target_new, after prompts about neighbours. ea, pa, na: after the same prompts, each token of the right
+    target is the most likely of the vocabulary, given the right ones before it. sa: the same for statements that stay
+    true of the subjects; unedited: the same for statements that no fact is about.
     """
 
     es: float | None
@@ -71,13 +71,13 @@ METRICS = ("es", "ps", "ns", "ea", "pa", "na", "sa", "unedited")
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """How a model takes a target. logp: the mean over its tokens; right: each of them is the most likely one."""
+    """A model's view of a target. logp: the mean over its tokens; right: each token is the most likely one."""
 
     logp: float
     right: bool
 
 
-Asked = tuple[str, str]  # a prompt, and a target after it
+Asked = tuple[str, str]  # a prompt and the target after it
 
 
 def score_facts(
@@ -88,45 +88,45 @@ def score_facts(
     batch: int = 32,
     progress: Progress | None = None,
 ) -> Scores:
-    """What the model says of the facts, and of all else that the facts file names.
+    """Score the model on the facts and on everything else in the facts file.
 
-    facts: what `as_facts` takes. batch: texts in one forward pass; the result does not depend on it, but for rounding.
-    progress: called with (texts done, of how many). PlanError where a text is longer than the model takes, or a target
-    has no tokens. Of equally likely tokens the first counts; what is NaN is wrong. ES, PS, NS: Meng et al. 2022, ROME
-    (arXiv 2202.05262), section 3.4 and appendix, with means over prompts in place of means of every fact's mean.
+    facts: as `as_facts` takes them. batch: texts in one forward pass; it changes the result by rounding only.
+    progress: called with (texts done, all texts). Raises PlanError if a text is longer than the model takes, or a
+    target has no tokens. Of equally likely tokens the first counts; NaN counts as wrong. ES, PS, NS: Meng et al. 2022,
+    ROME (arXiv 2202.05262), section 3.4 and appendix, but with means over prompts instead of means of facts' means.
     """
-    known = as_facts(facts)
-    questions = _questions(known)
+    facts_file = as_facts(facts)
+    questions = _questions(facts_file)
     targets = [(q.prompt, target) for each in questions.values() for q in each for target in (q.right, q.wrong)]
     asked = list(dict.fromkeys((prompt, target) for prompt, target in targets if target is not None))
-    said = dict(zip(asked, say(model, tokenizer, asked, batch=batch, progress=progress), strict=True))
-    found = {metric: [said[q.prompt, q.right].right for q in each] for metric, each in questions.items()}
+    answer_to = dict(zip(asked, say(model, tokenizer, asked, batch=batch, progress=progress), strict=True))
+    answers_of = {metric: [answer_to[q.prompt, q.right].right for q in each] for metric, each in questions.items()}
     for judged, compared in COMPARED.items():
-        found[compared] = [
-            said[q.prompt, q.right].logp > said[q.prompt, q.wrong].logp
+        answers_of[compared] = [
+            answer_to[q.prompt, q.right].logp > answer_to[q.prompt, q.wrong].logp
             for q in questions[judged]
             if q.wrong is not None
         ]
-    shares = {metric: sum(answers) / len(answers) if answers else None for metric, answers in found.items()}
-    counts = {metric: len(found[metric]) for metric in METRICS}
-    return Scores(**shares, counts=counts, rows=tuple(_row(fact, said) for fact in known.facts))
+    shares = {metric: sum(answers) / len(answers) if answers else None for metric, answers in answers_of.items()}
+    counts = {metric: len(answers_of[metric]) for metric in METRICS}
+    return Scores(**shares, counts=counts, rows=tuple(_row(fact, answer_to) for fact in facts_file.facts))
 
 
-COMPARED = {"ea": "es", "pa": "ps", "na": "ns"}  # what is asked of the same prompts
+COMPARED = {"ea": "es", "pa": "ps", "na": "ns"}  # metrics of the same prompts
 
 
 @dataclass(frozen=True, slots=True)
 class _Question:
-    """A prompt, what the model shall say after it, and what that has to be more likely than."""
+    """A prompt, the right target after it, and the target that must be less likely."""
 
     prompt: str
     right: str
     wrong: str | None = None
 
 
-def _questions(known: FactsFile) -> dict[str, list[_Question]]:
-    """By the metrics that ask for the most likely target."""
-    facts = known.facts
+def _questions(facts_file: FactsFile) -> dict[str, list[_Question]]:
+    """The questions of each metric that asks for the most likely target."""
+    facts = facts_file.facts
     paraphrased = [(fact, text) for fact in facts for text in fact.paraphrase_prompts]
     same = [statement for fact in facts for statement in fact.same_subject]
     return {
@@ -139,7 +139,7 @@ def _questions(known: FactsFile) -> dict[str, list[_Question]]:
             for text in fact.neighborhood_prompts
         ],
         "sa": [_Question(statement.prompt, statement.target) for statement in same],
-        "unedited": [_Question(statement.prompt, statement.target) for statement in known.unedited],
+        "unedited": [_Question(statement.prompt, statement.target) for statement in facts_file.unedited],
     }
 
 
@@ -157,38 +157,38 @@ def say(
     batch: int = 32,
     progress: Progress | None = None,
 ) -> list[Said]:
-    """How the model takes each target after its prompt, one after the other with a space between.
+    """Judge each target after its prompt and a space.
 
-    Texts of like length run together, padded on the right. The model is left as it was. Raises as `score_facts`.
+    Texts of similar length run together, padded on the right. The model does not change. Raises as `score_facts`.
     """
-    encoded = _encoded(model, tokenizer_for_texts(tokenizer), asked)
+    encoded = _encode(model, tokenizer_for_texts(tokenizer), asked)
     order = encoded.lengths.argsort(descending=True, stable=True)
-    found: list[Said | None] = [None] * len(asked)
+    answers: list[Said | None] = [None] * len(asked)
     with at_rest(model), torch.no_grad():
         for start in range(0, len(order), batch):
             rows = order[start : start + batch]
-            for row, each in zip(rows.tolist(), _said(model, _picked(encoded, rows)), strict=True):
-                found[row] = each
+            for row, each in zip(rows.tolist(), _judge(model, _select(encoded, rows)), strict=True):
+                answers[row] = each
             if progress is not None:
                 progress(min(start + batch, len(order)), len(order))
-    return [each for each in found if each is not None]
+    return [each for each in answers if each is not None]
 
 
-def _encoded(model: nn.Module, tokenizer: PreTrainedTokenizerBase, asked: Sequence[Asked]) -> Encoded:
-    """The prompts with their targets; first and last: of the target's tokens. Raises as `score_facts`."""
+def _encode(model: nn.Module, tokenizer: PreTrainedTokenizerBase, asked: Sequence[Asked]) -> Encoded:
+    """The prompts with their targets; first and last locate the target. Raises as `score_facts`."""
     endings = [target_ids(tokenizer, prompt, target) for prompt, target in asked]
     encoded = encode(tokenizer, [prompt for prompt, _ in asked], endings=endings, limit=limit_of(model))
     first = encoded.lengths - torch.tensor([len(ending) for ending in endings])
     if alone := [target for (_, target), at in zip(asked, first.tolist(), strict=True) if at == 0]:
         raise PlanError(
-            f"there is no token before the target {alone[0]!r:.80}, so that there is nothing to predict it from; give "
-            "a longer prompt"
+            f"no token comes before the target {alone[0]!r:.80}, so the model has nothing to predict it from. Give a "
+            "longer prompt"
         )
     return replace(encoded, first=first, last=encoded.lengths - 1)
 
 
-def _picked(encoded: Encoded, rows: Tensor) -> Encoded:
-    """Some rows, without columns that are padding in all of them."""
+def _select(encoded: Encoded, rows: Tensor) -> Encoded:
+    """Some rows, without the columns in which all of them are padding."""
     width = int(encoded.lengths[rows].max())
     return Encoded(
         encoded.ids[rows, :width],
@@ -199,18 +199,18 @@ def _picked(encoded: Encoded, rows: Tensor) -> Encoded:
     )
 
 
-def _said(model: nn.Module, texts: Encoded) -> list[Said]:
-    """Of every row the target, from one forward pass."""
+def _judge(model: nn.Module, texts: Encoded) -> list[Said]:
+    """Judge the target of every row, in one forward pass."""
     device = next(model.parameters()).device
     scores = logits(run(model, kwargs={**texts.inputs(device), "use_cache": False}))  # [rows, tokens, vocabulary]
     counts = texts.last - texts.first + 1
     row = torch.repeat_interleave(torch.arange(len(counts)), counts)
     at = torch.cat([torch.arange(int(a), int(b) + 1) for a, b in zip(texts.first, texts.last, strict=True)])
     wanted = texts.ids[row, at].to(device)
-    told = scores[row.to(device), at.to(device) - 1]  # [targets' tokens, vocabulary]
-    told = told.to(torch.promote_types(told.dtype, torch.float32)).log_softmax(-1)
-    logp = told.gather(1, wanted[:, None])[:, 0].double().cpu()
-    hit = ((told.argmax(-1) == wanted) & ~told.isnan().any(-1)).cpu()
+    logp_all = scores[row.to(device), at.to(device) - 1]  # [targets' tokens, vocabulary]
+    logp_all = logp_all.to(torch.promote_types(logp_all.dtype, torch.float32)).log_softmax(-1)
+    logp = logp_all.gather(1, wanted[:, None])[:, 0].double().cpu()
+    hit = ((logp_all.argmax(-1) == wanted) & ~logp_all.isnan().any(-1)).cpu()
     ends = counts.cumsum(0).tolist()
     spans = [slice(end - count, end) for end, count in zip(ends, counts.tolist(), strict=True)]
     return [Said(float(logp[span].mean()), bool(hit[span].all())) for span in spans]

@@ -1,6 +1,6 @@
-"""Where a model can be edited: in each layer the down-projection of its MLP, found by the architecture's table.
+"""The sites where a model can be edited: each layer's MLP down-projection, as the architecture's table names it.
 
-Which axis of the weight its inputs run along is in the table, too: never a guess from the shape.
+The table also names the axis of the inputs: the shape never decides it.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from mergekit_lfm.errors import PlanError
 
 @dataclass(frozen=True)
 class Site:
-    """The down-projection of one layer. weight: its name in the model; axis: that of its inputs, 1 for [out, in].
+    """The down-projection of one layer. weight: its name in the model; axis: of its inputs, 1 for [out, in].
 
-    projection, mlp, block: the modules that hold it, each within the next. attention: that of the same block.
+    projection, mlp, block: the modules that contain the weight, each within the next. attention: of the same block.
     """
 
     layer: int
@@ -35,9 +35,9 @@ class Site:
 
     @property
     def parameter(self) -> Tensor:
-        """The weight, as it is stored."""
-        found: Tensor = self.projection.weight  # type: ignore[assignment]
-        return found
+        """The weight, in its stored orientation."""
+        weight: Tensor = self.projection.weight  # type: ignore[assignment]
+        return weight
 
     def as_stored(self, change: Tensor) -> Tensor:
         """A change [out, in] in the orientation of the weight."""
@@ -45,19 +45,19 @@ class Site:
 
 
 def find_sites(model: nn.Module) -> tuple[Site, ...]:
-    """The site of every layer, in order. PlanError for an architecture without a table, or without such layers."""
+    """The site of every layer, in order. Raises PlanError if the architecture has no table or no such layers."""
     config = getattr(model, "config", None)
     kind = getattr(config, "model_type", None)
     build = ARCHITECTURES.get(kind or "")
     if build is None or config is None:
         raise PlanError(
-            f"the model is of model_type {kind!r}, expected one of {', '.join(sorted(ARCHITECTURES))} to know where "
-            "its facts are stored. Choose such a model"
+            f"the model has model_type {kind!r}, expected one of {', '.join(sorted(ARCHITECTURES))}, whose layers that "
+            "store facts are known. Choose such a model"
         )
     if not getattr(model, "can_generate", lambda: False)():
         raise PlanError(
-            f"{type(model).__name__} says nothing, expected a decoder that predicts the next token, such as a "
-            "...ForCausalLM. Load it as one"
+            f"{type(model).__name__} does not generate text, expected a decoder that predicts the next token, such as "
+            "a ...ForCausalLM. Load it as one"
         )
     names = [name for name, _ in model.named_parameters()]
     table = build(config.to_dict(), names)
@@ -66,10 +66,10 @@ def find_sites(model: nn.Module) -> tuple[Site, ...]:
         group = table.groups.get(f"ffn.{layer}")
         if not isinstance(group, Units):
             break
-        found = [(name, axis) for name, axis in table.uses(f"ffn.{layer}") if _reads(table.tensors[name][axis])]
+        projections = [(name, axis) for name, axis in table.uses(f"ffn.{layer}") if _reads(table.tensors[name][axis])]
         heads = [name for name, axis in table.uses(f"heads.{layer}") if table.tensors[name][axis][0].view == "output"]
-        if len(found) == len(heads) == 1 and found[0][0] in names:
-            sites.append(_site(model, layer, *found[0], heads[0]))
+        if len(projections) == len(heads) == 1 and projections[0][0] in names:
+            sites.append(_site(model, layer, *projections[0], heads[0]))
     if not sites or not any(name.endswith(".weight") for name in names):
         raise PlanError(
             f"a model of model_type {kind!r} has no layers with one down-projection each, expected a decoder with "
@@ -79,7 +79,7 @@ def find_sites(model: nn.Module) -> tuple[Site, ...]:
 
 
 def _reads(axis: Sequence[Any]) -> bool:
-    """Whether the axis is that of the inputs of what reads the hidden units, and of nothing else."""
+    """True if the axis holds only the inputs of a weight that reads the hidden units."""
     return len(axis) == 1 and axis[0].view == "'"
 
 

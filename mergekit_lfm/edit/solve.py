@@ -1,7 +1,7 @@
-"""Facts edited in a model: ROME one after another, MEMIT all at once. The result is a patch; the model stays as it was.
+"""Edit facts in a model: ROME one after another, MEMIT all at once. The result is a patch; the model does not change.
 
-While it works, the weights of the edited layers are changed in place, since what comes after depends on them, and put
-back bit for bit at the end.
+The search changes the weights of the edited layers in place, since later layers depend on them, and puts them back bit
+for bit at the end.
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ def edit(
     progress: Progress | None = None,
     **options: Any,
 ) -> Patch:
-    """The patch after which the model says the facts. The model itself stays as it was.
+    """A patch that makes the model say the facts. The model itself does not change.
 
-    model: of transformers, or what `load_model` has loaded; then the patch is in the names of its files, and knows
-    which model it is for. Its tensors lie on the CPU. facts: what `as_facts` takes. covariance: the second moments of
-    the inputs of the layers' down-projections, by layer number or weight, [in, in]; a statistics file of kind gram; or
-    "identity". dtype: of the solves, which are on the GPU where the model is on one; the model runs in its own.
+    model: a transformers model, or a result of `load_model`; then the patch uses its files' names and records which
+    model it is for. The patch's tensors are on the CPU. facts: as `as_facts` takes them. covariance: second
+    moments of the inputs of the layers' down-projections, by layer number or weight, [in, in]; a statistics file of
+    kind gram; or "identity". dtype: of the solves, which run on the GPU if the model does; the model keeps its own.
     options: `layers`, `context_templates`, `steps`, `lr`, `weight_decay`, `kl_factor`, `clamp`, `loss_threshold`,
     `lambda_` or `lambda_ratio`, `ridge`, `kl_template`, `key`, `batch`, `allow_same_subject`; `EDIT_METHODS` has their
-    defaults. progress: called with (facts searched, of how many).
+    defaults. progress: called with (facts searched, all facts).
 
-    Raises PlanError for options that are wrong or that the model cannot honour, and, with MEMIT, for two facts about
-    one subject, which would undo one another. Source: `EDIT_METHODS`.
+    Raises PlanError for options that are wrong or that the model cannot honour and, with MEMIT, for two facts about one
+    subject, which would undo each other. Source: `EDIT_METHODS`.
     """
     given = {"lambda" if name == "lambda_" else name: value for name, value in options.items()}
     if isinstance(covariance, str):
@@ -88,22 +88,24 @@ def edit(
 
 
 def _named(covariance: Covariance) -> str:
-    """What a patch says of the second moments that it was made with."""
+    """How a patch names the second moments used for it."""
     if isinstance(covariance, Statistics):
         return f"gram of data {covariance.facts.data}"
     return covariance if isinstance(covariance, str) else "given as tensors"
 
 
 def _chosen(sites: Sequence[Site], method: str, layers: Sequence[int] | None) -> list[Site]:
-    """The sites of the layers that were asked for, or of the method's band. PlanError for layers that are not there."""
+    """The sites of `layers`, or of the method's band. Raises PlanError for layers that the model does not have."""
     depth, band = len(sites), EDIT_METHODS[method].band
     if layers is None:
         first, last = (1 / 6, 1 / 6) if band is None else band
         layers = range(round(first * depth), max(round(first * depth), round(last * depth)) + 1)
     if absent := [layer for layer in layers if layer >= depth]:
-        raise PlanError(f"edit.layers: there is no layer {absent[0]}; the model has {depth}, 0 to {depth - 1}")
+        raise PlanError(
+            f"edit.layers: the model has no layer {absent[0]}; it has {depth}, 0 to {depth - 1}. Choose from them"
+        )
     if band is None and len(layers) > 1:
-        raise PlanError(f"edit.layers: found {list(layers)}, but {method} edits one layer; choose one, or use memit")
+        raise PlanError(f"edit.layers is {list(layers)}, but {method} edits one layer. Choose one, or use memit")
     return [sites[layer] for layer in layers]
 
 
@@ -116,12 +118,12 @@ def _patch(
     options: Mapping[str, Any],
     facts: FactsFile,
 ) -> Patch:
-    """The changes as a patch, in the names, dtypes and orientation of what they are for."""
+    """The changes as a patch, in the target's names, dtypes and orientation."""
     held = {}
     for site, (left, right) in zip(sites, changes, strict=True):
         if not bool(left.isfinite().all() and right.isfinite().all()):
             raise PlanError(
-                f"the change of layer {site.layer} is not finite; try a smaller lr or clamp, or a larger ridge"
+                f"the change of layer {site.layer} is not finite. Try a smaller lr or clamp, or a larger ridge"
             )
         left, right = left.cpu(), right.cpu()
         parts = (left, right) if site.axis == 1 else (right.mT, left.mT)

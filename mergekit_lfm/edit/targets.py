@@ -1,7 +1,7 @@
-"""What the state at the subject's last token has to be for the model to say a fact: found by gradient descent.
+"""Find, by gradient descent, the state at the subject's last token that makes the model say a fact.
 
-The searches of many facts run in one forward and backward pass. They do not touch one another: the losses are added up,
-Adam works on each number by itself, and a fact that has ended its search stays where it is.
+The searches of many facts share each forward and backward pass but do not affect one another: the losses are summed,
+Adam treats each number by itself, and a fact whose search has ended stays where it is.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from mergekit_lfm.runtime.load import logits, run
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Progress = Callable[[int, int], None]  # (done, of how many)
+Progress = Callable[[int, int], None]  # (done, all)
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model that is edited: itself, its tokenizer, and the most tokens that it takes."""
+    """The model to edit, its tokenizer, and the most tokens that it takes."""
 
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
@@ -35,38 +35,38 @@ class Subject:
 
     @property
     def device(self) -> torch.device:
-        """Where it runs."""
+        """The device of the model's first parameter."""
         return next(self.model.parameters()).device
 
     def encode(
         self, prompts: Sequence[tuple[str, tuple[int, int]]], endings: Sequence[Sequence[int]] | None = None
     ) -> Encoded:
-        """Texts with the spans of their subjects, and tokens after them."""
+        """Encode texts with the spans of their subjects, and the tokens `endings` after them."""
         texts, spans = [text for text, _ in prompts], [span for _, span in prompts]
         return encode(self.tokenizer, texts, spans, endings, limit=self.limit)
 
     def at_subject(self, encoded: Encoded, modules: Sequence[nn.Module], *, inputs: bool, rows: int) -> list[Tensor]:
-        """The output, or input, of each module at the last token of the subject in every text, [n, width]."""
-        found: dict[nn.Module, list[Tensor]] = {module: [] for module in modules}
+        """The output or input of each module at the last token of every text's subject, [n, width]."""
+        states_of: dict[nn.Module, list[Tensor]] = {module: [] for module in modules}
         for start in range(0, len(encoded.ids), rows):
-            part = encoded.rows(start, start + rows)
-            index = torch.arange(len(part.ids)), part.last
+            chunk = encoded.rows(start, start + rows)
+            index = torch.arange(len(chunk.ids)), chunk.last
 
-            def keep(state: Tensor, kept: list[Tensor], index: tuple[Tensor, Tensor] = index) -> None:
-                kept.append(state[index].detach().clone())
+            def keep(state: Tensor, states: list[Tensor], index: tuple[Tensor, Tensor] = index) -> None:
+                states.append(state[index].detach().clone())
 
-            hooks = {module: _partial(keep, kept) for module, kept in found.items()}
+            hooks = {module: _partial(keep, states) for module, states in states_of.items()}
             with torch.no_grad(), hooked(hooks, inputs=inputs):
-                run(self.model, kwargs=part.inputs(self.device))
-        return [torch.cat(parts) for parts in found.values()]
+                run(self.model, kwargs=chunk.inputs(self.device))
+        return [torch.cat(parts) for parts in states_of.values()]
 
 
-def _partial(keep: Callable[[Tensor, list[Tensor]], None], kept: list[Tensor]) -> Callable[[Tensor], None]:
-    return lambda state: keep(state, kept)
+def _partial(keep: Callable[[Tensor, list[Tensor]], None], states: list[Tensor]) -> Callable[[Tensor], None]:
+    return lambda state: keep(state, states)
 
 
 def limit_of(model: nn.Module) -> int | None:
-    """The most tokens that the model takes; None where its config names no limit."""
+    """The most tokens that the model takes; None if its config names no limit."""
     config: Any = model.config
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     return None if limit is None or limit < 1 else int(limit)
@@ -74,16 +74,16 @@ def limit_of(model: nn.Module) -> int | None:
 
 @contextmanager
 def at_rest(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode with no parameter that asks for gradients; afterwards as it was."""
+    """Put the model into evaluation mode without gradients; restore it afterwards."""
     training = {module: module.training for module in model.modules()}
-    asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.eval().requires_grad_(False)
     try:
         yield
     finally:
         for module, was in training.items():
             module.training = was
-        for parameter in asking:
+        for parameter in trainable:
             parameter.requires_grad_(True)
 
 
@@ -95,35 +95,35 @@ def find_targets(
     templates: Sequence[str],
     progress: Progress | None = None,
 ) -> Tensor:
-    """For every fact the output of the module at the subject's last token with which the model says it, [n, width].
+    """For each fact, the module's output at the subject's last token that makes the model say it, [n, width].
 
-    templates: the contexts; the state that the search starts from is that in the first. Of each fact the loss is
+    templates: the contexts; the search starts from the state in the first. The loss of a fact is
 
         mean over contexts of the target's mean negative log-probability
-        + kl_factor KL(edited || as it was) at the subject's last token in kl_template
+        + kl_factor KL(edited || original) at the subject's last token in kl_template
         + weight_decay |delta| / |v0|^2
 
-    delta is added to the output at the subject's last token in all these texts, and is at most clamp |v0|.
-    Source: Meng et al. 2022, ROME (arXiv 2202.05262), equation 4; MEMIT (arXiv 2210.07229), equation 16; as their code
-    has it: the last of `steps` only looks, and a search ends below loss_threshold.
+    delta, at most clamp |v0| long, is added to the output at the subject's last token in all these texts.
+    Source: Meng et al. 2022, ROME (arXiv 2202.05262), equation 4; MEMIT (arXiv 2210.07229), equation 16. As in their
+    code, the last of `steps` only computes the loss, and a search ends below loss_threshold.
     """
-    found, size = [], options["batch"]
+    targets, size = [], options["batch"]
     for start in range(0, len(facts), size):
-        part = facts[start : start + size]
-        found.append(_search(subject, module, part, options, templates))
+        chunk = facts[start : start + size]
+        targets.append(_search(subject, module, chunk, options, templates))
         if progress is not None:
-            progress(start + len(part), len(facts))
-    return torch.cat(found)
+            progress(start + len(chunk), len(facts))
+    return torch.cat(targets)
 
 
 def check_texts(subject: Subject, facts: Sequence[Fact], templates: Sequence[str], kl_template: str) -> None:
-    """PlanError where a text of a fact cannot be given to the model, before any of them is."""
+    """Raise PlanError if the model cannot take some text of a fact, before it runs on any."""
     _texts(subject, facts, templates, kl_template)
 
 
 @dataclass(frozen=True)
 class _Texts:
-    """The texts of a batch. fact: of each row; targets [rows, t] with weights that are 1 / tokens, 0 where padded."""
+    """The texts of a batch. fact: of each row; targets [rows, t] with weights 1 / tokens, 0 for padding."""
 
     encoded: Encoded
     fact: Tensor
@@ -166,7 +166,7 @@ def _search(
     texts = _texts(subject, facts, templates, options["kl_template"])
     rows, device = torch.arange(len(texts.fact)), subject.device
     inputs, last, fact = texts.encoded.inputs(device), texts.encoded.last, texts.fact
-    clean: list[Tensor] = []  # the state of every row before anything is added
+    clean: list[Tensor] = []  # every row's state before the addition
     delta: Tensor | None = None
 
     def add(state: Tensor) -> Tensor:
@@ -174,8 +174,8 @@ def _search(
         if delta is None:
             clean.append(state[rows, last].detach().clone())
             delta = torch.zeros(len(facts), state.shape[-1], dtype=state.dtype, device=device, requires_grad=True)
-        added = torch.zeros_like(state).index_put((rows.to(device), last.to(device)), delta[fact.to(device)])
-        return state + added
+        addition = torch.zeros_like(state).index_put((rows.to(device), last.to(device)), delta[fact.to(device)])
+        return state + addition
 
     original: Tensor | None = None
     active = torch.ones(len(facts), dtype=torch.bool, device=device)
@@ -191,7 +191,7 @@ def _search(
             break
         optimiser = optimiser or torch.optim.Adam([delta], lr=options["lr"])
         optimiser.zero_grad()
-        torch.autograd.backward(loss, active.to(loss))  # each fact's own gradient; none for those that have ended
+        torch.autograd.backward(loss, active.to(loss))  # each fact's own gradient; 0 for ended searches
         before = delta.detach().clone()
         optimiser.step()
         with torch.no_grad():
@@ -211,14 +211,14 @@ def _losses(
     options: Mapping[str, Any],
     count: int,
 ) -> tuple[Tensor, Tensor]:
-    """The loss of every fact, [n], and what the model said of its subject before, in log-probabilities [n, v]."""
+    """Every fact's loss, [n], and the original log-probabilities at the subject in kl_template, [n, v]."""
     device = scores.device
     rows = torch.arange(len(texts.fact), device=device)[:, None]
-    said = scores[rows, texts.scored.to(device)].log_softmax(-1)  # [rows, t, v]
-    of_target = said.gather(2, texts.targets.to(device)[..., None])[..., 0]
-    each = -(of_target * texts.weights.to(said)).sum(1)
-    contexts = torch.bincount(texts.fact, minlength=count).to(said) - 1
-    nll = torch.zeros(count, dtype=said.dtype, device=device).index_add(0, texts.fact.to(device), each) / contexts
+    logp = scores[rows, texts.scored.to(device)].log_softmax(-1)  # [rows, t, v]
+    of_target = logp.gather(2, texts.targets.to(device)[..., None])[..., 0]
+    each = -(of_target * texts.weights.to(logp)).sum(1)
+    contexts = torch.bincount(texts.fact, minlength=count).to(logp) - 1
+    nll = torch.zeros(count, dtype=logp.dtype, device=device).index_add(0, texts.fact.to(device), each) / contexts
     kl_rows = texts.kl.to(device)
     now = scores[kl_rows, texts.encoded.last[texts.kl].to(device)].log_softmax(-1)
     if original is None:

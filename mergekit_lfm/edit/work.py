@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class _Work:
-    """What both methods are given. moments: of each site."""
+    """The inputs of both methods. moments: one matrix for each site."""
 
     subject: Subject
     sites: Sequence[Site]
@@ -31,13 +31,13 @@ class _Work:
 
     @property
     def device(self) -> torch.device:
-        """Where the solves are: the model's GPU, or the CPU, as devices of other kinds may have no float64."""
+        """The device of the solves: the model's GPU, else the CPU, since other devices may lack float64."""
         device = self.subject.device
         return device if device.type == "cuda" else CPU
 
     @property
     def templates(self) -> list[list[str]]:
-        """The contexts by kind: as they are given in lists, or the bare prompt and the others."""
+        """The contexts by kind: the lists in the option, or else the bare prompt and the others."""
         given = self.options["context_templates"]
         if any(isinstance(entry, list) for entry in given):
             return [entry if isinstance(entry, list) else [entry] for entry in given]
@@ -46,7 +46,7 @@ class _Work:
 
     @property
     def contexts(self) -> list[str]:
-        """All contexts, the bare prompt first: the search starts from the state there, as the changes do."""
+        """All contexts, the bare prompt first: the search and the changes start from its state."""
         return sorted((each for kind in self.templates for each in kind), key=lambda template: template != BLANK)
 
     def states(self, facts: Sequence[Fact], templates: Sequence[str], module: nn.Module, *, inputs: bool) -> Tensor:
@@ -57,7 +57,7 @@ class _Work:
         return found.reshape(len(facts), len(templates), -1).to(self.device, self.dtype)
 
 
-Changes = list[tuple[Tensor, Tensor]]  # of each site (left [out, n], right [n, in])
+Changes = list[tuple[Tensor, Tensor]]  # for each site (left [out, n], right [n, in])
 
 
 def _add(site: Site, left: Tensor, right: Tensor) -> None:

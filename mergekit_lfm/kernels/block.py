@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     import torch
 
-BLOCK = 1 << 18  # elements; every sum runs over blocks of this size, whatever the memory or the number of threads
+BLOCK = 1 << 18  # elements; every sum runs over blocks of this size, whatever the memory or number of threads
 
 SEGMENT = 64  # blocks; the unit of digests and of resumption, and of parallel work within a large tensor
 

@@ -1,4 +1,4 @@
-"""The unit of a plan: one output tensor, what it is made from, by which method and dtype. No torch is imported."""
+"""The unit of a plan: one output tensor, with its sources, method and dtype. Imports no torch."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from mergekit_lfm.store.tensors import FLOATS, ITEMSIZE, TensorSpec
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One output tensor. sources: those of each input; base: likewise, or None.
+    """One output tensor. sources: one per input; base: the base's, or None.
 
-    compute is the dtype of the arithmetic. copied: the bytes of the first source, which all sources must equal.
-    sums_nbytes: what sums by row or column, and the weights from them, take. statistics: those of each input, where the
-    method takes them elementwise. added: what is added to the result before it is rounded, None where nothing is.
+    compute: the dtype of the arithmetic. copied: True to take the bytes of the first source, which all sources must
+    equal. sums_nbytes: memory for sums by row or column and the weights from them. statistics: one per input, if the
+    method takes them elementwise. added: the change added to the result before it is rounded, or None.
     """
 
     spec: TensorSpec
@@ -44,13 +44,13 @@ class Job:
 
     @property
     def read(self) -> tuple[Source, ...]:
-        """All that the job reads, the base last, but for what is added to the result."""
+        """Everything that the job reads except `added`, the base last."""
         rows = self.sources + self.statistics
         return rows if self.base is None else (*rows, self.base)
 
     @property
     def read_at_all(self) -> tuple[Source, ...]:
-        """All that the job reads."""
+        """Everything that the job reads."""
         return self.read if self.added is None else (*self.read, self.added)
 
     @property
@@ -60,7 +60,7 @@ class Job:
 
     @property
     def segments(self) -> int:
-        """How many segments the tensor has; an empty tensor has one."""
+        """The number of segments; an empty tensor has one."""
         return max(1, -(-self.spec.numel // self.segment_numel))
 
     def segment_nbytes(self, segment: int) -> int:
@@ -79,8 +79,8 @@ def make_job(
 ) -> Job:
     """The job of one output tensor: merged if all its sources are floating, else copied.
 
-    names: its source in each model. statistics: those of the inputs, or None where there are none: methods that need
-    them then leave the tensor to `linear`.
+    names: its source in each model. statistics: the inputs', or None without any: methods that need them then leave the
+    tensor to `linear`.
     """
     recipe, models, labels, base = cast.recipe, cast.models, cast.labels, cast.base
     method = recipe.method
@@ -89,20 +89,20 @@ def make_job(
     read = sources if base_source is None else (*sources, base_source)
     dtypes = [models[i][name].dtype for i, name in read]
     settings = recipe.settings(spec.name, layer)
-    lone = len(names) == 1 < len(models)  # a buffer of which the template's is kept
+    lone = len(names) == 1 < len(models)  # a buffer that only the template keeps
     if lone:
         read, dtypes = tuple(names.items()), [spec.dtype]
     if lone or not all(dtype in FLOATS for dtype in dtypes):
         if len(set(dtypes)) > 1:
-            found = ", ".join(f"{dtype} in {labels[i]}" for dtype, (i, _) in zip(dtypes, read, strict=True))
+            types = ", ".join(f"{dtype} in {labels[i]}" for dtype, (i, _) in zip(dtypes, read, strict=True))
             raise PlanError(
-                f"{spec.name} is {found}: only floating tensors of different types can be merged; convert them"
+                f"{spec.name} is {types}: only floating-point tensors of different types can be merged; convert them"
             )
         if dtypes[0].startswith("float8") and settings.inputs[0].get("scale") is not None:
             raise PlanError(f"{spec.name} is quantised ({dtypes[0]}) and cannot be scaled; leave it out of `scale`")
         kept = TensorSpec(spec.name, spec.shape, dtypes[0])
         return Job(kept, "copy", read, None, settings, dtypes[0], copied=True, block=block, needs_sums=False)
-    dtype = recipe.out_dtype or recipe.dtype or _promoted(dtypes)
+    dtype = recipe.out_dtype or recipe.dtype or _promote(dtypes)
     compute = "float64" if "float64" in (*dtypes, recipe.dtype) else "float32"
     out = TensorSpec(spec.name, spec.shape, dtype)
     if method.statistics and statistics is None:
@@ -114,8 +114,8 @@ def make_job(
     if method.copies(unit):
         job = replace(job, sources=sources[:1], base=None, copied=dtypes[0] == dtype)
     if cast.added is not None and spec.name in cast.added:
-        place = len(cast.models) + len(cast.statistics)
-        job = replace(job, added=(place, spec.name), copied=False)
+        index = len(cast.models) + len(cast.statistics)
+        job = replace(job, added=(index, spec.name), copied=False)
     needs_sums = not job.copied and _needs_sums(method, unit)
     groups = max(row, unit.numel // row) if (row := method.row(unit)) else 0
     gram = groups * len(sources) ** 2 * 8  # float64; held twice while it is gathered, and once more as weights
@@ -129,7 +129,7 @@ def block_numel(method: Method, unit: Unit, block: int = BLOCK) -> int:
 
 
 def _needs_sums(method: Method, unit: Unit) -> bool:
-    """Whether the solve asks for reductions. What it finds wrong with the weights before it does is raised here."""
+    """True if the solve asks for reductions. Raises the solve's errors about the weights before the first one."""
     try:
         next(method.solve(unit))
     except StopIteration:
@@ -137,18 +137,18 @@ def _needs_sums(method: Method, unit: Unit) -> bool:
     return True
 
 
-def _promoted(dtypes: Sequence[str]) -> str:
+def _promote(dtypes: Sequence[str]) -> str:
     widest = max(dtypes, key=lambda dtype: ITEMSIZE[dtype])
     return "float32" if {"float16", "bfloat16"} <= set(dtypes) and ITEMSIZE[widest] == 2 else widest
 
 
 def averaging(settings: Settings) -> Settings:
-    """The settings with which `linear` averages what a method has no statistics of."""
+    """Settings with which `linear` averages tensors without statistics."""
     return Settings({"normalize": True}, tuple({"weight": values["weight"]} for values in settings.inputs))
 
 
 def unit_of(jobs: Sequence[Job], seed: int, norms: tuple[float, ...] = ()) -> Unit:
-    """What a method's solve is told of jobs that are solved together. norms: those of the inputs' statistics."""
+    """The input of a method's solve for jobs that are solved together. norms: of the inputs' statistics."""
     first = jobs[0]
     return Unit(
         name=first.name if len(jobs) == 1 else f"all {len(jobs)} tensors",

@@ -1,4 +1,4 @@
-"""Which tensors of the models belong together, which are dropped, and what does not fit: told all at once."""
+"""Match tensors across models, list those dropped, and report all misfits in one message."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from mergekit_lfm.errors import PlanError, several
 from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.store.checkpoint import Checkpoint
 
-# Buffers that loaders compute from the config: integers that some checkpoints carry and others of the same model do
-# not, and floats that are not parameters, and so are no more merged than integers.
+# Buffers that loaders compute from the config: integers that only some checkpoints of a model carry, and floats that
+# are not parameters and are therefore not merged either.
 RECOMPUTED = re.compile(r"(rotary_emb\.inv_freq|attn\.masked_bias|\.attn\.bias|embeddings\.position_ids)$")
 CONSTANTS = re.compile(r"(rotary_emb\.inv_freq|attn\.masked_bias)$")
 HEAD = "lm_head.weight"
@@ -20,9 +20,9 @@ EMBEDDINGS = ("model.embed_tokens.weight", "transformer.wte.weight", "gpt_neox.e
 def match(
     models: Sequence[Checkpoint], labels: Sequence[str], template: int
 ) -> tuple[dict[str, dict[int, str]], tuple[tuple[str, str, str], ...]]:
-    """For each output tensor the name of its source in every model; and what is dropped, (model, tensor, reason).
+    """For each output tensor the name of its source in every model; and the dropped (model, tensor, reason).
 
-    Tensors that only some models have are refused, but for buffers that loaders recompute and heads that are tied.
+    Raises PlanError for tensors that only some models have, except buffers that loaders recompute and tied heads.
     """
     first = models[template]
     names: dict[str, dict[int, str]] = {name: {} for name in first}
@@ -54,7 +54,7 @@ def match(
         if HEAD in first and HEAD in model and first.config.get("tie_word_embeddings") and not tied:
             extra.append(
                 f"{label} has a {HEAD} of its own, but the config of {labels[template]} ties it to the embedding, so "
-                "loaders would not use the merged one: take an untied model as the base"
+                "loaders would not use the merged head: choose an untied model as the base"
             )
     wrong = missing + extra + _misshapen(models, labels, template, names)
     if wrong:
@@ -63,7 +63,7 @@ def match(
 
 
 def _is_templates(name: str, models: Sequence[Checkpoint]) -> bool:
-    """Whether the template's tensor is kept, whatever the others have."""
+    """True if the template's tensor is kept whatever the others have."""
     everywhere = all(name in model for model in models)
     return bool(RECOMPUTED.search(name)) and (not everywhere or bool(CONSTANTS.search(name)))
 
@@ -81,22 +81,22 @@ def _misshapen(
 
 
 def layers_of(model: Checkpoint) -> dict[str, tuple[int, int]]:
-    """(index, count) of the layer of each tensor that is in one: the first integer of its name, counted per prefix."""
-    found = {name: match for name in model if (match := re.match(r"(.*?(?:^|\.))(\d+)(?:\.|$)", name))}
+    """(layer index, layer count) of each tensor in a layer: the first integer of its name, counted per prefix."""
+    matches = {name: match for name in model if (match := re.match(r"(.*?(?:^|\.))(\d+)(?:\.|$)", name))}
     counts: dict[str, int] = {}
-    for match in found.values():
+    for match in matches.values():
         counts[match[1]] = max(counts.get(match[1], 0), int(match[2]) + 1)
-    return {name: (int(match[2]), counts[match[1]]) for name, match in found.items()}
+    return {name: (int(match[2]), counts[match[1]]) for name, match in matches.items()}
 
 
 def refuse_quantised(recipe: Recipe, models: Sequence[Checkpoint], labels: Sequence[str]) -> None:
-    """Numbers that mean nothing without their scales are copied, but not merged."""
+    """Raise PlanError for quantised models: without scales their values can only be copied, not merged."""
     if recipe.method.name == "passthrough":
         return
-    wrong = []
+    quantised = []
     for label, model in zip(labels, models, strict=True):
         float8 = next((spec for spec in model.values() if spec.dtype.startswith("float8")), None)
         if model.config.get("quantization_config") or float8:
-            wrong.append(f"{label} is quantised ({float8 or 'so says its config'})")
-    if wrong:
-        raise PlanError("; ".join(wrong) + ": merge the unquantised models, or dequantise them first")
+            quantised.append(f"{label} is quantised ({float8 or 'according to its config'})")
+    if quantised:
+        raise PlanError("; ".join(quantised) + ": merge the unquantised models, or dequantise them first")

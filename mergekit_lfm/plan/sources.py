@@ -190,16 +190,16 @@ def refuse_resized(model: Model, held: Checkpoint) -> None:
             )
 
 
-Source = tuple[int, str]  # (index of a model, or beyond them of a statistics file or the edits; name of a tensor there)
+Source = tuple[int, str]  # (index of a model, then of a statistics file, then of the edits; name of a tensor there)
 
 
 @dataclass(frozen=True, slots=True)
 class Cast:
-    """A recipe's models and the parts they play: `inputs`, `base` and `template` are indices into `models`.
+    """A recipe's models and their roles: `inputs`, `base` and `template` are indices into `models`.
 
-    base: the one that the method subtracts, None where it is an input like the others. statistics: those of the inputs,
-    () for methods that take none. added: what edits add to the result, float64 by tensor; None where there are none, or
-    where they are still to be made.
+    base: the model that the method subtracts, None if the base is an input like the others. statistics: the inputs', ()
+    for methods without statistics. added: the edits' changes to the result, float64 by tensor; None without edits, or
+    if they are still to be made.
     """
 
     recipe: Recipe
@@ -213,12 +213,12 @@ class Cast:
 
     @property
     def norms(self) -> tuple[float, ...]:
-        """The norms of the inputs' statistics, of those kinds that have one."""
-        return tuple(given.facts.norm for given in self.statistics if given.facts.norm is not None)
+        """The norms of the inputs' statistics, for kinds that have one."""
+        return tuple(statistics.facts.norm for statistics in self.statistics if statistics.facts.norm is not None)
 
 
 def cast_of(recipe: Recipe, models: tuple[Checkpoint, ...], statistics: tuple[Statistics, ...]) -> Cast:
-    """The parts of the models, which are the recipe's `all_models`."""
+    """The roles of the models, which are the recipe's `all_models`."""
     index = {model: i for i, model in enumerate(recipe.all_models)}
     inputs = tuple(index[model] for model in recipe.inputs)
     base = None if recipe.base is None or recipe.method.base in ("member", "first") else index[recipe.base]
@@ -227,26 +227,26 @@ def cast_of(recipe: Recipe, models: tuple[Checkpoint, ...], statistics: tuple[St
 
 
 def open_all(recipe: Recipe, models: Mapping[str, Checkpoint]) -> tuple[Statistics, ...]:
-    """The statistics of every input, () where the method takes none. models: those of the recipe, by label.
+    """The statistics of every input, () if the method takes none. models: the recipe's, by label.
 
-    PlanError about all files that are of another kind, or of another model.
+    Raises PlanError naming all files of another kind or another model.
     """
     wanted, opened, problems = recipe.method.statistics, list[Statistics](), list[str]()
-    for model, given in zip(recipe.inputs, recipe.statistics, strict=wanted is not None):
+    for model, file in zip(recipe.inputs, recipe.statistics, strict=wanted is not None):
         try:
-            statistics = open_statistics(given.path)
+            statistics = open_statistics(file.path)
         except (FormatError, FileNotFoundError) as error:
             problems.append(f"the `stats` of {model.label}: {error}")
             continue
         opened.append(statistics)
         if statistics.facts.kind != wanted:
             problems.append(
-                f"{given.ref} holds {statistics.facts.kind} statistics, {recipe.method.name} needs {wanted}: "
+                f"{file.ref} holds {statistics.facts.kind} statistics, {recipe.method.name} needs {wanted}: "
                 f"collect them with `mergekit-lfm stats {wanted} {model.label} ...`"
             )
         elif statistics.facts.models[0] != models[model.label].content:
             problems.append(
-                f"{given.ref} was collected on another model: it is of content {statistics.facts.models[0]}, "
+                f"{file.ref} was collected on another model: on content {statistics.facts.models[0]}, "
                 f"{model.label} has {models[model.label].content}; name the right file, or collect the statistics of "
                 f"this model with `mergekit-lfm stats {wanted} {model.label} ...`, from Python with `checkpoint=`"
             )

@@ -1,7 +1,7 @@
-"""Which statistics go with which tensors of a merge, and which linear layers are solved together.
+"""Match statistics to the tensors of a merge, and group the linear layers that are solved together.
 
-Statistics are of one model, by its content: a file of another is refused. Either every input has them for a tensor, or
-none has, and the tensor is averaged.
+A statistics file belongs to one model, by its content; a file of another model is an error. Either all inputs have
+statistics of a tensor, or none, and then the tensor is averaged.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class LinearJob:
 
 @dataclass(frozen=True, slots=True)
 class LinearGroup:
-    """Linear layers that all read the same inputs, and are solved together.
+    """Linear layers that read the same inputs and are solved together.
 
-    grams: each model's Gram matrix [inputs + 1, inputs + 1]. columns: those of the layers' matrices: the inputs, and
-    one more where the layers have biases. nbytes: what solving them holds in memory.
+    grams: each model's Gram matrix [inputs + 1, inputs + 1]. columns: of the layers' matrices: the inputs, and one more
+    if the layers have biases. nbytes: memory for solving them.
     """
 
     layers: tuple[LinearJob, ...]
@@ -53,28 +53,32 @@ class LinearGroup:
 def find_statistics(cast: Cast, names: Names) -> dict[str, tuple[Source, ...]]:
     """The statistics of every output tensor that has them: an entry of each input's file.
 
-    PlanError about all tensors of which some inputs have them and others have not.
+    Raises PlanError naming all tensors for which only some inputs have them.
     """
-    found: dict[str, tuple[Source, ...]] = {}
+    sources_of: dict[str, tuple[Source, ...]] = {}
     problems = []
     for name, sources in names.items() if cast.statistics else ():
-        entries = [given.entry_of(sources.get(i, "")) for i, given in zip(cast.inputs, cast.statistics, strict=True)]
+        entries = [
+            statistics.entry_of(sources.get(i, "")) for i, statistics in zip(cast.inputs, cast.statistics, strict=True)
+        ]
         lacking = [cast.recipe.statistics[k].ref for k, entry in enumerate(entries) if entry is None]
         if not lacking:
-            found[name] = tuple((len(cast.models) + k, entry) for k, entry in enumerate(entries) if entry is not None)
+            sources_of[name] = tuple(
+                (len(cast.models) + k, entry) for k, entry in enumerate(entries) if entry is not None
+            )
         elif len(lacking) < len(entries):
             kind = cast.recipe.method.statistics
-            reasons = {given.facts.skipped.get(_layer_of(name)) for given in cast.statistics} - {None}
+            reasons = {statistics.facts.skipped.get(_layer_of(name)) for statistics in cast.statistics} - {None}
             why = f" ({'; '.join(sorted(map(str, reasons)))})" if reasons else ""
             problems.append(f"{', '.join(lacking)} lacks the {kind} statistics of {name}, which the others have{why}")
     if problems:
         raise PlanError(
             several("the statistics do not cover the same layers", problems)
-            + "\nCollect all of them as the same --task, with the same --layers, on data that all layers take part in"
+            + "\nCollect them all with the same --task and the same --layers, on data that all layers see"
         )
-    if cast.statistics and not found:
+    if cast.statistics and not sources_of:
         raise PlanError("the statistics cover no tensor of the models; collect them without --layers")
-    return found
+    return sources_of
 
 
 def _layer_of(tensor: str) -> str:
@@ -84,9 +88,9 @@ def _layer_of(tensor: str) -> str:
 def group_linears(
     cast: Cast, names: Names, jobs: Sequence[Job], found: Mapping[str, tuple[Source, ...]]
 ) -> tuple[LinearGroup, ...]:
-    """The linear layers that the method solves as matrices, together where inputs and parameters are the same.
+    """The linear layers that the method solves as matrices, grouped by equal inputs and parameters.
 
-    PlanError about all layers that differ between the models.
+    Raises PlanError naming all layers that differ between the models.
     """
     whole = cast.recipe.method.whole
     if whole is None:
@@ -121,26 +125,31 @@ def group_linears(
 
 def _linear(cast: Cast, names: Names, jobs: Sequence[Job], index: Mapping[str, int], name: str) -> LinearJob:
     """The layer whose weight is the output tensor `name`."""
-    parts = list(zip(cast.inputs, cast.statistics, strict=True))
-    layers = [given.by_weight[names[name][i]][1] for i, given in parts]
-    for k, (layer, (_, given)) in enumerate(zip(layers, parts, strict=True)):
-        shape, entry = jobs[index[name]].shape, given.tensors[given.entry(given.by_weight[layer.weight][0])]
+    inputs = list(zip(cast.inputs, cast.statistics, strict=True))
+    layers = [statistics.by_weight[names[name][i]][1] for i, statistics in inputs]
+    for k, (layer, (_, statistics)) in enumerate(zip(layers, inputs, strict=True)):
+        shape, entry = (
+            jobs[index[name]].shape,
+            statistics.tensors[statistics.entry(statistics.by_weight[layer.weight][0])],
+        )
         if len(shape) != 2 or layer.axis != layers[0].axis or entry.shape != (shape[layer.axis] + 1,) * 2:
             raise PlanError(
-                f"{cast.recipe.statistics[k].ref}: {entry} is no Gram matrix for {name} {list(shape)} with its inputs "
+                f"{cast.recipe.statistics[k].ref}: {entry} is not a Gram matrix for {name} {list(shape)} with inputs "
                 f"along axis {layers[0].axis}; collect the statistics again"
             )
-    biases = {layer.bias and _output_of(names, i, layer.bias) for layer, (i, _) in zip(layers, parts, strict=True)}
+    biases = {layer.bias and _output_of(names, i, layer.bias) for layer, (i, _) in zip(layers, inputs, strict=True)}
     if len(biases) > 1:
         raise PlanError(f"{name} has different biases in the models: {', '.join(map(str, biases))}")
     bias, axis = biases.pop(), layers[0].axis
     if bias is not None and jobs[index[bias]].settings != averaging(jobs[index[name]].settings):
-        raise PlanError(f"{name} and {bias} have different parameters, but are one regression: give both the same ones")
+        raise PlanError(
+            f"{name} and {bias} have different parameters, but are one regression: give both the same parameters"
+        )
     return LinearJob(index[name], None if bias is None else index[bias], axis, jobs[index[name]].shape[1 - axis])
 
 
 def _output_of(names: Names, model: int, tensor: str) -> str:
-    """The output tensor whose source in a model is `tensor`; most often that of the same name."""
+    """The output tensor whose source in a model is `tensor`; usually the one of the same name."""
     if names.get(tensor, {}).get(model) == tensor:
         return tensor
     return next(name for name, sources in names.items() if sources.get(model) == tensor)

@@ -1,4 +1,4 @@
-"""What an alignment can be asked for: the methods with their parameters, and a request that is checked. No torch."""
+"""Methods of alignment with their parameters, and checked requests for an alignment. No torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mergekit_lfm.recipe.values import GivenFile, read_value
 
 @dataclass(frozen=True, slots=True)
 class AlignRequest:
-    """That a model be brought near another: `to` is that one's label in the recipe. options: all of the method's."""
+    """A request to align a model to another, whose label in the recipe is `to`. options: all of the method's."""
 
     to: str
     method: str
@@ -22,16 +22,16 @@ class AlignRequest:
     stats: GivenFile | None = None
 
     def as_data(self) -> dict[str, Any]:
-        """The request as a recipe has it."""
+        """The request as in a recipe."""
         stats = {} if self.stats is None else {"stats": self.stats.ref}
         return {"to": self.to, "method": self.method, **dict(self.options), **stats}
 
 
 @dataclass(frozen=True, slots=True)
 class AlignMethod:
-    """One way to bring a model near another. statistics: whether it reads cross moments of both on the same data.
+    """One way to align a model to another. statistics: whether it reads cross moments of both on the same data.
 
-    idle: the parameters that mean nothing when it does. starts: whether what it finds depends on an initial transform.
+    idle: parameters without effect when it does. starts: True if its result depends on an initial transform.
     """
 
     name: str
@@ -46,14 +46,16 @@ class AlignMethod:
 _RESTARTS = Parameter(
     "restarts", 10, False, "Runs that visit the groups in different random orders; the best is kept.", "int", 1
 )
-_SWEEPS = Parameter("sweeps", 100, False, "Most rounds over all groups; a run that stands still ends.", "int", 1)
-_SEED = Parameter("seed", 0, False, "Of the random orders, where there are any.", "int", 0)
-_NORMALISE = Parameter("normalise", False, False, "Divide every tensor by its norm, so that all count alike.", "bool")
+_SWEEPS = Parameter(
+    "sweeps", 100, False, "Most rounds over all groups; a run ends early when nothing changes.", "int", 1
+)
+_SEED = Parameter("seed", 0, False, "Seed of the random orders, if there are any.", "int", 0)
+_NORMALISE = Parameter("normalise", False, False, "Divide every tensor by its norm, so that all count equally.", "bool")
 
 _METHODS = (
     AlignMethod(
         "weight_matching",
-        "Permutations that bring the weights nearest, one group at a time with the others fixed.",
+        "Permutations that bring the weights closest, one group at a time with the others fixed.",
         "Ainsworth et al. 2023 (2209.04836), algorithm 1",
         "no",
         (_RESTARTS, _SWEEPS, _SEED, _NORMALISE),
@@ -68,7 +70,7 @@ _METHODS = (
     ),
     AlignMethod(
         "ot",
-        "Optimal transport of units, layer after layer; widths may differ. Where units are mixed, outputs change.",
+        "Optimal transport of units, layer after layer; widths may differ. Mixing units changes outputs.",
         "Singh and Jaggi 2020 (1910.05653), algorithm 1",
         "optional",
         (
@@ -93,7 +95,7 @@ _METHODS = (
     ),
     AlignMethod(
         "rotation",
-        "Permutations, and what a Llama allows beyond them: rotations of the residual, of values and of rotary pairs; "
+        "Permutations, and the other symmetries of a Llama: rotations of the residual, of values and of rotary pairs; "
         "signs.",
         "2502.00264 (rotation symmetry), 2506.22712; polar factors by Procrustes",
         "optional",
@@ -101,20 +103,20 @@ _METHODS = (
         idle=("restarts", "sweeps", "normalise"),
     ),
 )
-OTHER_WIDTHS = ("ot",)  # the methods that map units of one width onto another
+OTHER_WIDTHS = ("ot",)  # methods that map units of one width onto another
 ALIGN_METHODS = MappingProxyType({method.name: method for method in _METHODS})
 
 
 def align_options(method: str, given: Mapping[str, Any], *, statistics: bool, place: str = "align") -> dict[str, Value]:
-    """The value of every parameter that matters. PlanError lists all that is wrong with what was given.
+    """The value of every parameter with an effect. Raises PlanError with a list of all problems.
 
-    statistics: whether a statistics file is given. place: what messages call the request.
+    statistics: True with a statistics file. place: the request's name in messages.
     """
-    known = ALIGN_METHODS.get(method)
-    if known is None:
-        raise PlanError(f"{place}.method: there is no method {method!r}, {did_you_mean(method, ALIGN_METHODS)}")
-    parameters = {parameter.name: parameter for parameter in known.parameters}
-    idle = known.idle if statistics else ()
+    spec = ALIGN_METHODS.get(method)
+    if spec is None:
+        raise PlanError(f"{place}.method: unknown method {method!r}, {did_you_mean(method, ALIGN_METHODS)}")
+    parameters = {parameter.name: parameter for parameter in spec.parameters}
+    idle = spec.idle if statistics else ()
     values = {name: parameter.default for name, parameter in parameters.items() if name not in idle}
     problems = []
     for name, value in given.items():
@@ -128,12 +130,12 @@ def align_options(method: str, given: Mapping[str, Any], *, statistics: bool, pl
             values[name] = read_value(value, parameters[name], f"{place}.{name}")
         except ValueError as wrong:
             problems.append(str(wrong))
-    if known.statistics == "required" and not statistics:
+    if spec.statistics == "required" and not statistics:
         problems.append(
-            f"{place}.stats: {method} needs cross moments of both models on the same data; collect them with "
+            f"{place}.stats: {method} needs cross moments of both models on the same data. Collect them with "
             "`mergekit-lfm stats cross A B --data FILE ...`"
         )
-    if known.statistics == "no" and statistics:
+    if spec.statistics == "no" and statistics:
         problems.append(f"{place}.stats: {method} reads no statistics; remove them, or choose another method")
     if problems:
         raise PlanError("\n".join(problems))

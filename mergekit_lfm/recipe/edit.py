@@ -1,7 +1,7 @@
-"""What an edit can be asked for: the methods with their options, published constants, and a request. No torch.
+"""Methods of editing with their options, published constants, and requests for an edit. No torch.
 
-All sizes are free of scale: the clamp is relative to the state that is changed, lambda to the width of the layer, the
-ridge to the mean of the statistics' diagonal. So one set of defaults serves models of any size.
+No size depends on the model's scale: the clamp is relative to the state that is changed, lambda to the width of the
+layer, the ridge to the mean of the statistics' diagonal. So one set of defaults serves models of any size.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mergekit_lfm.recipe.values import GivenFile, read_value
 
 @dataclass(frozen=True, slots=True)
 class EditRequest:
-    """That a model be edited: by which facts file, method and statistics. options: those given, as JSON."""
+    """A request to edit a model: facts file, method and statistics. options: the user's, as JSON."""
 
     facts: GivenFile
     method: str
@@ -29,19 +29,19 @@ class EditRequest:
 
     @property
     def given(self) -> dict[str, Any]:
-        """The options that were given."""
+        """The user's options."""
         options: dict[str, Any] = json.loads(self.options)
         return options
 
     def as_data(self) -> dict[str, Any]:
-        """The request as a recipe has it."""
+        """The request as in a recipe."""
         stats = {} if self.stats is None else {"stats": self.stats.ref}
         return {"facts": self.facts.ref, "method": self.method, **self.given, **stats}
 
 
 @dataclass(frozen=True, slots=True)
 class EditMethod:
-    """One way to edit facts. band: the layers that it edits by default, as shares of the depth; None for one layer."""
+    """One way to edit facts. band: its default layers, as shares of the depth; None if it edits one layer."""
 
     name: str
     doc: str
@@ -51,10 +51,12 @@ class EditMethod:
 
 
 _SEARCH = (
-    Parameter("steps", 25, False, "Most steps of the search; the last one only looks.", "int", 1),
+    Parameter("steps", 25, False, "Most steps of the search; the last one only computes the loss.", "int", 1),
     Parameter("lr", 0.5, False, "Adam's learning rate in the search.", above=0),
     Parameter("weight_decay", 0.5, False, "Weight of |delta| / |v0|^2 in the search's loss.", minimum=0),
-    Parameter("kl_factor", 0.0625, False, "Weight of what else the model says of the subject in the loss.", minimum=0),
+    Parameter(
+        "kl_factor", 0.0625, False, "Weight in the loss of the KL divergence from the original model.", minimum=0
+    ),
     Parameter("clamp", 0.75, False, "Largest |delta|, as a multiple of |v0|.", above=0),
     Parameter("loss_threshold", 0.05, False, "The search ends below this loss.", minimum=0),
     Parameter("ridge", 1e-3, False, "Added to the statistics' diagonal, as a multiple of its mean.", minimum=0),
@@ -69,17 +71,15 @@ _METHODS = (
         "Meng et al. 2022, MEMIT, arXiv 2210.07229",
         (
             *_SEARCH,
-            Parameter("lambda", None, False, "Weight of what is known already, as in the paper.", minimum=0),
+            Parameter("lambda", None, False, "Weight of existing knowledge, as in the paper.", minimum=0),
             Parameter("lambda_ratio", 1.0, False, "The same, as a multiple of the layer's inputs.", minimum=0),
-            Parameter(
-                "allow_same_subject", False, False, "Edit two relations of one subject in one batch, too.", "bool"
-            ),
+            Parameter("allow_same_subject", False, False, "Allow several facts about one subject in a batch.", "bool"),
         ),
         (1 / 8, 1 / 4),
     ),
     EditMethod(
         "rome",
-        "One fact after another, each by a change of rank one in one layer.",
+        "One fact after another, each by a rank-one change of one layer.",
         "Meng et al. 2022, ROME, arXiv 2202.05262",
         (
             replace(_BY_NAME["steps"], default=20),
@@ -89,7 +89,7 @@ _METHODS = (
                 "key",
                 "rome",
                 False,
-                "Of what the residual and divisor are: rome the bare prompt, mean all contexts, bare the bare prompt "
+                "Contexts of the residual and divisor: rome the bare prompt, mean all contexts, bare the bare prompt "
                 "throughout.",
                 "str",
                 choices=("rome", "mean", "bare"),
@@ -100,7 +100,7 @@ _METHODS = (
 EDIT_METHODS = MappingProxyType({method.name: method for method in _METHODS})
 
 KL_TEMPLATE = "{} is a"
-# Texts before the prompt, so that what is found holds in any context. One is the bare prompt.
+# Texts before the prompt, so that the found state works in any context. One is the bare prompt.
 CONTEXTS = ("{}", "The. {}", "Therefore. {}", "Because of this. {}", "I think so. {}", "You know. {}")
 
 _LIKE_LLAMA = {"steps": 25, "lr": 0.5, "weight_decay": 1e-3, "clamp": 4.0}
@@ -110,8 +110,8 @@ _LIKE_GPT = {"lr": 0.5, "weight_decay": 0.5, "kl_factor": 0.0625}
 
 
 def _preset(rome: dict[str, Any], memit: dict[str, Any] | None) -> Mapping[str, Mapping[str, Any]]:
-    found = {"rome": {**_LIKE_GPT, **rome}}
-    return found if memit is None else found | {"memit": {**_LIKE_GPT, **memit}}
+    presets = {"rome": {**_LIKE_GPT, **rome}}
+    return presets if memit is None else presets | {"memit": {**_LIKE_GPT, **memit}}
 
 
 _LLAMA_PRESET = _preset({"layers": [5], **_LIKE_LLAMA}, {"layers": [4, 5, 6, 7, 8], **_LIKE_LLAMA, "lambda": 15000.0})
@@ -143,22 +143,22 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = MappingProxyType(
 def edit_options(
     method: str, given: Mapping[str, Any], *, preset: str | None = None, place: str = "edits"
 ) -> dict[str, Any]:
-    """The value of every option, JSON-able. PlanError lists all that is wrong with what was given.
+    """The value of every option, JSON-able. Raises PlanError with a list of all problems.
 
-    given: by the names that a YAML file has, `lambda` for one. What is given goes before the preset's, and that before
-    the defaults. place: what messages call the request.
+    given: options by their names in YAML, such as `lambda`. They win over the preset's, and these over the defaults.
+    place: the request's name in messages.
     """
-    known = EDIT_METHODS.get(method)
-    if known is None:
-        raise PlanError(f"{place}.method: there is no method {method!r}, {did_you_mean(method, EDIT_METHODS)}")
+    spec = EDIT_METHODS.get(method)
+    if spec is None:
+        raise PlanError(f"{place}.method: unknown method {method!r}, {did_you_mean(method, EDIT_METHODS)}")
     preset = given.get("preset", preset)
     problems: list[str] = []
-    values: dict[str, Any] = {parameter.name: parameter.default for parameter in known.parameters}
+    values: dict[str, Any] = {parameter.name: parameter.default for parameter in spec.parameters}
     values |= {"layers": None, "context_templates": list(CONTEXTS), "kl_template": KL_TEMPLATE, "covariance": None}
-    values |= _of_preset(preset, method, place, problems)
-    parameters = {parameter.name: parameter for parameter in known.parameters}
+    values |= _read_preset(preset, method, place, problems)
+    parameters = {parameter.name: parameter for parameter in spec.parameters}
     if given.get("lambda") is not None and given.get("lambda_ratio") is not None:
-        problems.append(f"{place}: found both lambda and lambda_ratio, expected one of them; remove the other")
+        problems.append(f"{place}: found both lambda and lambda_ratio, expected one; remove the other")
     if given.get("lambda_ratio") is not None and "lambda" in values:
         values["lambda"] = None  # the preset's
     for name, value in given.items():
@@ -178,14 +178,16 @@ def edit_options(
     return values
 
 
-def _of_preset(preset: object, method: str, place: str, problems: list[str]) -> Mapping[str, Any]:
+def _read_preset(preset: object, method: str, place: str, problems: list[str]) -> Mapping[str, Any]:
     if preset is None:
         return {}
     if not isinstance(preset, str) or preset not in PRESETS:
-        problems.append(f"{place}.preset: there is no preset {preset!r}, {did_you_mean(preset, PRESETS)}")
+        problems.append(f"{place}.preset: unknown preset {preset!r}, {did_you_mean(preset, PRESETS)}")
         return {}
     if method not in PRESETS[preset]:
-        problems.append(f"{place}.preset: {preset} has none for {method}; give the options, or choose another method")
+        problems.append(
+            f"{place}.preset: {preset} has no constants for {method}; give the options, or choose another method"
+        )
     return PRESETS[preset].get(method, {})
 
 
@@ -202,7 +204,7 @@ def _layers(value: Any, at: str) -> list[int] | None:
 
 
 def _templates(value: Any, at: str) -> list[Any]:
-    """A flat list of templates, or one of lists; None gives the default."""
+    """A flat list of templates, or a list of lists; None gives the default."""
     if value is None:
         return list(CONTEXTS)
     lists = value if isinstance(value, list | tuple) else []
@@ -210,23 +212,23 @@ def _templates(value: Any, at: str) -> list[Any]:
     if not flat or any(not isinstance(text, str) or text.count(BLANK) != 1 for text in flat):
         raise ValueError(f"{at}: found {value!r:.60}, expected a list of texts, each with {BLANK} once for the prompt")
     if BLANK not in flat:
-        raise ValueError(f"{at}: found {value!r:.60}, expected {BLANK} itself among them: the bare prompt; add it")
+        raise ValueError(f"{at}: found {value!r:.60}, expected {BLANK} itself among them, the bare prompt; add it")
     return [list(entry) if isinstance(entry, list | tuple) else entry for entry in lists]
 
 
 def _template(value: Any, at: str) -> str:
     if not isinstance(value, str) or value.count(BLANK) != 1:
-        raise ValueError(f"{at}: found {value!r}, expected a text with {BLANK} once, where the subject stands")
+        raise ValueError(f"{at}: found {value!r}, expected a text with {BLANK} once, in place of the subject")
     return value
 
 
 def _covariance(value: Any, at: str) -> str | None:
     if value not in (None, "identity"):
-        raise ValueError(f"{at}: found {value!r:.40}, expected identity; a statistics file is given as `stats`")
+        raise ValueError(f"{at}: found {value!r:.40}, expected identity; give a statistics file as `stats`")
     return value  # type: ignore[no-any-return]
 
 
-# Options that are no single number or word.
+# Options that are not a single number or word.
 _SHAPED = MappingProxyType(
     {
         "layers": _layers,

@@ -1,7 +1,7 @@
-"""What the user writes: a merge recipe, in mergekit's YAML or as a mapping, checked completely before any work.
+"""Merge recipes, in mergekit's YAML or as a mapping, checked completely before any work.
 
-A `Recipe` that exists is sound in itself: every key, method, parameter and value is known and within bounds at every
-scope, and every model's folder is there. Whether the tensors fit together is the plan's question.
+A `Recipe` object is valid in itself: every key, method, parameter and value is known and within bounds at every scope,
+and every model's folder exists. The plan checks whether the tensors fit together.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from mergekit_lfm.store.yaml import read_yaml
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
-# Keys of mergekit and of our design that this version does not carry out, and what to do instead.
+# Keys of mergekit and of our design that this version does not support, each with what to do instead.
 _NOT_YET = {
     "slices": "stacking layers is not supported in this version; merge whole models with `models`",
     "modules": "merging single modules is not supported in this version; use filters in `parameters`",
@@ -61,14 +61,14 @@ _EXPECTED = {
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Every parameter's value for one output tensor: those all inputs share, and one mapping per input."""
+    """Every parameter's value for one output tensor: the values that all inputs share, and one mapping per input."""
 
     shared: dict[str, Value]
     inputs: tuple[dict[str, Value], ...]
 
 
 def _without_unused(data: object, known: Iterable[str]) -> object:
-    """`data` less the keys of other versions that are there but empty, as tools write them."""
+    """`data` less empty keys of other versions, which some tools write."""
     if not isinstance(data, Mapping):
         return data
     unused = _NOT_YET.keys() - set(known)
@@ -76,14 +76,14 @@ def _without_unused(data: object, known: Iterable[str]) -> object:
 
 
 def _reference(value: object) -> object:
-    """The path or name in any of mergekit's forms of a model reference: text, or {model: {path: ..., revision: ..}}."""
+    """The path or name in any of mergekit's model references: text, or {model: {path: ..., revision: ..}}."""
     if not isinstance(value, Mapping):
         return os.fspath(value) if isinstance(value, os.PathLike) else value
     for key, part in value.items():
         if key not in ("model", "path", "revision") and part is not None:
             raise ValueError(_NOT_YET.get(key, f"unknown key {key!r}, expected a path or {{model: {{path: ...}}}}"))
-    named, revision = _reference(value.get("model", value.get("path"))), value.get("revision")
-    return named if revision is None else f"{named}@{revision}"
+    name, revision = _reference(value.get("model", value.get("path"))), value.get("revision")
+    return name if revision is None else f"{name}@{revision}"
 
 
 def _path_or_mapping(value: object) -> object:
@@ -119,10 +119,10 @@ class _Strict(BaseModel):
 
 
 class ModelEntry(_Strict):
-    """One line of `models`: a reference, parameters that hold for this model only, its statistics file, its alignment.
+    """One line of `models`: a reference, this model's own parameters, its statistics file, alignment and edits.
 
-    align: a transform file, or {to, method, ...} for one that is found before the merge. edits: what is changed in it
-    before the merge, each a patch file or {facts, method, ...}.
+    align: a transform file, or {to, method, ...} to find one before the merge. edits: changes to the model before the
+    merge, each a patch file or {facts, method, ...}.
     """
 
     model: _Reference
@@ -133,17 +133,17 @@ class ModelEntry(_Strict):
 
 
 class Push(_Strict):
-    """Where the result goes on the Hub: a repository, and whether it is private if it is made."""
+    """The result's repository on the Hub, and whether to make it private if it is new."""
 
     repo: _Repository
     private: bool = Field(default=False, strict=True)
 
 
 class Recipe(_Strict):
-    """A merge as the user wrote it. `dtype` is the output's unless `out_dtype` says another; arithmetic is float32.
+    """A merge as the user wrote it. `dtype` is the output's unless `out_dtype` names another; arithmetic is float32.
 
-    edits: what is changed in the result of the merge, before it is rounded. push: the repository on the Hub that the
-    result goes to, as `org/name` or {repo, private}. device: where it is computed, cpu, cuda, cuda:1 or auto.
+    edits: changes to the result of the merge, before it is rounded. push: the result's repository on the Hub, as
+    `org/name` or {repo, private}. device: where the merge is computed: cpu, cuda, cuda:1 or auto.
 
     Build one with `Recipe.load` or `Recipe.parse`. Relative model paths are relative to the recipe's folder, then to
     the working directory; `output` is relative to the working directory.
@@ -167,7 +167,7 @@ class Recipe(_Strict):
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """The recipe in the file `path`. PlanError lists everything that is wrong with it."""
+        """The recipe in the file `path`. Raises PlanError with a list of all its problems."""
         path = Path(path)
         try:
             text = path.read_text(encoding="utf-8")
@@ -178,7 +178,7 @@ class Recipe(_Strict):
 
     @classmethod
     def parse(cls, source: Mapping[str, Any] | str, where: Path | None = None, label: str = "recipe") -> Self:
-        """The recipe in YAML text or a mapping, written in the folder `where`; `label` names it in messages."""
+        """The recipe in YAML text or a mapping, as if read from the folder `where`; messages call it `label`."""
         data = read_yaml(source, label) if isinstance(source, str) else source
         if not isinstance(data, Mapping):
             raise PlanError(f"{label}: found {data!r:.40}, expected a mapping with merge_method and models")
@@ -189,7 +189,7 @@ class Recipe(_Strict):
         except ValidationError as error:
             problems += _lines(error)
             rest = _without(data, error)
-        if rest != data:  # what is wrong in form hides what is wrong in content
+        if rest != data:  # errors of form hide errors of content
             with suppress(ValidationError):
                 cls.model_validate(rest, context=context)
         count = f"{len(problems)} problems\n  " if len(problems) > 1 else ""
@@ -202,7 +202,7 @@ class Recipe(_Strict):
         method = METHODS.get(self.merge_method)
         if method is None:
             known = did_you_mean(self.merge_method, METHODS)
-            problems.append(f"merge_method: there is no method {self.merge_method!r}, {known}")
+            problems.append(f"merge_method: unknown method {self.merge_method!r}, {known}")
         else:
             models = [Written(e.model, e.parameters, e.stats, e.align, e.edits) for e in self.models]
             self._roles = assign_roles(
@@ -214,15 +214,15 @@ class Recipe(_Strict):
         return self
 
     def goal(self, repo: str | None, *, private: bool = False) -> Push | None:
-        """Where the result is pushed: to `repo`, else as the recipe says; None for nowhere. private: in any case.
+        """Where to push the result: `repo`, else the recipe's `push`, else None. private: make it private in any case.
 
-        PlanError where `repo` is no name of a repository.
+        Raises PlanError if `repo` is not a repository's name.
         """
         try:
-            asked = self.push if repo is None else Push(repo=repo)
+            push = self.push if repo is None else Push(repo=repo)
         except ValidationError:
             raise PlanError(f"found {repo!r} to push to, expected a repository on the Hub as org/name") from None
-        return asked and Push(repo=asked.repo, private=asked.private or private)
+        return push and Push(repo=push.repo, private=push.private or private)
 
     @property
     def method(self) -> Method:
@@ -241,16 +241,16 @@ class Recipe(_Strict):
 
     @property
     def statistics(self) -> tuple[GivenFile, ...]:
-        """The statistics file of each input, or () where the method takes none."""
+        """The statistics file of each input, or () if the method takes no statistics."""
         return tuple(entry.stats for entry in self._roles.inputs if entry.stats is not None)
 
     @property
     def result_edits(self) -> tuple[Edit, ...]:
-        """What is changed in the result of the merge, in order."""
+        """The edits of the merge's result, in order."""
         return self._roles.edits
 
     def without_result_edits(self) -> Recipe:
-        """The recipe that does not change the result of its merge."""
+        """The recipe without the edits of its result."""
         plain = self.model_copy(update={"edits": ()})
         plain._roles = replace(self._roles, edits=())
         return plain
@@ -264,8 +264,8 @@ class Recipe(_Strict):
     def settings(self, tensor: str, layer: tuple[int, int] | None) -> Settings:
         """The values of all parameters for the output tensor `tensor` in layer (index, count), None outside the layers.
 
-        A model's own settings come first, then the top level's, then the method's default. PlanError when a parameter
-        without a default has filters of which none matches.
+        A model's own settings win over the top level's, and these over the method's default. Raises PlanError if a
+        parameter without a default has filters but none matches.
         """
         missing: list[str] = []
         shared = self._values(None, tensor, layer, missing)
@@ -277,13 +277,13 @@ class Recipe(_Strict):
     def _values(
         self, entry: Entry | None, tensor: str, layer: tuple[int, int] | None, missing: list[str]
     ) -> dict[str, Value]:
-        """The per-input values of `entry`, or with None the shared ones; what has no value is added to `missing`."""
+        """The per-input values of `entry`, or the shared ones for None; adds those without a value to `missing`."""
         scopes = [entry.settings, self._roles.settings] if entry else [self._roles.settings]
         values: dict[str, Value] = {}
         for parameter in (p for p in self.method.parameters if p.per_input == (entry is not None)):
             name = parameter.name
-            said = (value_at(scope[name], parameter, tensor, layer) for scope in scopes if name in scope)
-            value = next((found[0] for found in said if found is not None), parameter.default)
+            candidates = (value_at(scope[name], parameter, tensor, layer) for scope in scopes if name in scope)
+            value = next((candidate[0] for candidate in candidates if candidate is not None), parameter.default)
             if value is REQUIRED:
                 place = f"{entry.place}." if entry else ""
                 missing.append(f"{place}parameters.{name}: no filter matches {tensor}; add an entry without a filter")
@@ -292,7 +292,7 @@ class Recipe(_Strict):
         return values
 
     def normalised(self) -> dict[str, Any]:
-        """The recipe in one canonical, JSON-able form that parses back to the same merge, wherever that is done."""
+        """The recipe in one canonical JSON-able form, which parses back to the same merge on any machine."""
         models = [
             {"model": entry.model.ref, "parameters": {k: as_data(v) for k, v in sorted(entry.settings.items())}}
             | ({} if entry.stats is None else {"stats": entry.stats.ref})
@@ -319,17 +319,17 @@ def _align_data(align: GivenFile | AlignRequest | None) -> dict[str, Any]:
 
 
 def _edits_data(edits: tuple[Edit, ...]) -> dict[str, Any]:
-    written = [edit.ref if isinstance(edit, GivenFile) else edit.as_data() for edit in edits]
-    return {"edits": written} if written else {}
+    data = [edit.ref if isinstance(edit, GivenFile) else edit.as_data() for edit in edits]
+    return {"edits": data} if data else {}
 
 
 def _lines(error: ValidationError) -> Iterator[str]:
-    """One line per problem of form; those of content have been collected where they were found."""
+    """One line per problem of form; problems of content were collected during the check."""
     details = error.errors(include_url=False)
     unknown = {detail["loc"] for detail in details if detail["type"] == "extra_forbidden"}
     for detail in details:
-        kind, path, found = detail["type"], detail["loc"], detail["input"]
-        place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
+        kind, path, value = detail["type"], detail["loc"], detail["input"]
+        key_path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
         if path == () and isinstance(detail.get("ctx", {}).get("error"), PlanError):
             continue
         if kind == "missing" and path == ("models",) and unknown & {("slices",), ("modules",)}:
@@ -337,18 +337,18 @@ def _lines(error: ValidationError) -> Iterator[str]:
         if kind == "extra_forbidden":
             form = Recipe if len(path) == 1 else Push if path[0] == "push" else ModelEntry
             key = str(path[-1])
-            yield f"{place}: {_NOT_YET.get(key) or 'unknown key, ' + did_you_mean(key, form.model_fields)}"
+            yield f"{key_path}: {_NOT_YET.get(key) or 'unknown key, ' + did_you_mean(key, form.model_fields)}"
         elif kind == "missing":
-            yield f"{place}: required"
+            yield f"{key_path}: required"
         elif kind == "value_error":
-            yield f"{place}: {detail['ctx']['error']}"
+            yield f"{key_path}: {detail['ctx']['error']}"
         else:
             expected = _EXPECTED.get(kind) or detail["msg"].replace("Input should be", "expected")
-            yield f"{place}: found {found!r:.60}, {expected}"
+            yield f"{key_path}: found {value!r:.60}, {expected}"
 
 
 def _without(data: Mapping[str, Any], error: ValidationError) -> dict[str, Any]:
-    """A copy of `data` less the keys of the top level and of `models` that `error` is about."""
+    """A copy of `data` less the keys of the top level and of `models` that `error` names."""
     rest = dict(data)
     if isinstance(rest.get("models"), list | tuple):
         rest["models"] = [dict(entry) if isinstance(entry, Mapping) else entry for entry in rest["models"]]

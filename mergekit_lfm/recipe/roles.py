@@ -1,7 +1,6 @@
-"""Which model of a recipe plays which part in its method, with its own settings checked.
+"""Assign a recipe's models their roles in its method, and check their settings.
 
-Everything that is wrong is added to a list of problems, one line each with its place in the recipe, so that a user sees
-all of it at once.
+Every problem becomes one line in a list, with its place in the recipe, so that a user sees all of them at once.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from mergekit_lfm.recipe.edit import EditRequest, edit_options
 from mergekit_lfm.recipe.values import GivenFile, Setting, read_setting
 from mergekit_lfm.store.hub import HubName, hub_name
 
-# Parameters of mergekit that change its memory use and never a result.
+# Parameters of mergekit that change its memory use but never a result.
 _WITHOUT_EFFECT = frozenset({"int8_mask"})
 
 
@@ -29,12 +28,10 @@ Edit = GivenFile | EditRequest
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A model of a recipe: `ref` as written, its `source`, `label` unique in the recipe.
+    """A model of a recipe: `ref` as written, its `source`, and a `label` unique in the recipe.
 
-    source: the path of its folder (absolute), or its name on the Hub.
-
-    align: how it is rewritten before it is merged: by a transform file, or one that is still to be found. edits: how it
-    is changed before, likewise by patch files.
+    source: the absolute path of its folder, or its name on the Hub. align: the transform file that rewrites it before
+    the merge, or the request to find one. edits: patch files that change it before the merge, or requests to make one.
     """
 
     ref: str
@@ -46,7 +43,7 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A model with its own settings and statistics, and the place in the recipe that messages name."""
+    """A model with its own settings and statistics, and its place in the recipe for messages."""
 
     model: Model
     settings: dict[str, Setting]
@@ -67,9 +64,9 @@ class Written:
 
 @dataclass(frozen=True, slots=True)
 class Roles:
-    """A recipe's models as written (`entries`), by their part in the method, and the settings of the top level.
+    """A recipe's models as written (`entries`) and by role in the method, and the top level's settings.
 
-    edits: those of the result.
+    edits: of the result.
     """
 
     base: Model | None
@@ -82,7 +79,7 @@ class Roles:
 def find_model(ref: str, where: Path | None) -> Path | HubName:
     """The absolute path of model `ref`, relative to `where`, else to the working directory, else its name on the Hub.
 
-    ValueError names both folders where it is no such name. The Hub is not asked.
+    Raises ValueError, naming both folders, for any other name. Does not ask the Hub.
     """
     hint = "expected a folder, or a model on the Hub as org/name or org/name@revision"
     if "+" in ref:
@@ -99,23 +96,23 @@ def find_model(ref: str, where: Path | None) -> Path | HubName:
 def _find(ref: str, where: Path | None, hint: str) -> Path:
     folders = dict.fromkeys((where or Path.cwd(), Path.cwd()))
     try:
-        place = Path(ref).expanduser()
+        relative = Path(ref).expanduser()
     except RuntimeError:
         raise ValueError(
-            f"found {ref!r}, but {ref.partition('/')[0]} is nobody's home; write the path in full"
+            f"found {ref!r}, but no user has the home folder {ref.partition('/')[0]}; write the path in full"
         ) from None
-    tried = list(dict.fromkeys((folder / place).absolute() for folder in folders))
+    tried = list(dict.fromkeys((folder / relative).absolute() for folder in folders))
     for path in tried:
         if path.exists():
             return path.resolve()
-    places = " nor ".join(str(path) for path in tried)
-    raise ValueError(f"found {ref!r}, but there is no {places}; {hint}")
+    missing = " nor ".join(str(path) for path in tried)
+    raise ValueError(f"found {ref!r}, but there is no {missing}; {hint}")
 
 
 def read_settings(
     raw: Mapping[str, Any], method: Method, place: str, *, own: bool, problems: list[str]
 ) -> dict[str, Setting]:
-    """The settings in a mapping `parameters`; `own` for those of one model."""
+    """The settings in a mapping `parameters`; `own` if it belongs to one model."""
     known = {parameter.name: parameter for parameter in method.parameters}
     settings = {}
     for name, value in raw.items():
@@ -143,7 +140,7 @@ def assign_roles(
     where: Path | None,
     problems: list[str],
 ) -> Roles:
-    """The roles of `models` and of the base, and the edits of the result."""
+    """The roles of `models` and of the base, and the result's edits."""
     base = None
     if base_ref is not None:
         base = Model(base_ref, _model_at(base_ref, where, "base_model", problems), base_ref)
@@ -158,16 +155,16 @@ def assign_roles(
         model = replace(model, edits=_edits(written.edits, where, f"{place}.edits", problems))
         if model.edits and written.stats is not None:
             problems.append(
-                f"{place}: statistics are of the model as it is, and `edits` change it: save the edited model with "
+                f"{place}: the statistics describe the model before `edits` change it. Save the edited model with "
                 "`mergekit-lfm patch apply`, collect its statistics, and merge that"
             )
         if model.edits and written.align is not None:
             problems.append(
-                f"{place}: `edits` and `align` of one model are not done in one go: save the edited model with "
+                f"{place}: one merge cannot do both `edits` and `align` of a model. Save the edited model with "
                 "`mergekit-lfm patch apply`, and align that"
             )
         entries.append(Entry(model, settings, place, file))
-    entries = _aligned(models, entries, base, where, problems)
+    entries = _align_entries(models, entries, base, where, problems)
     inputs = _inputs(method, base, entries, problems)
     shared = read_settings(parameters, method, "parameters", own=False, problems=problems)
     return Roles(base, tuple(entries), inputs, shared, _edits(edits, where, "edits", problems))
@@ -176,23 +173,23 @@ def assign_roles(
 def _edits(
     written: Sequence[str | Mapping[str, Any]], where: Path | None, place: str, problems: list[str]
 ) -> tuple[Edit, ...]:
-    """Patch files, and edits that are still to be made, with all that they ask for checked."""
-    found: list[Edit] = []
+    """The patch files, and checked requests for edits still to be made."""
+    edits: list[Edit] = []
     for i, raw in enumerate(written):
         at = f"{place}[{i}]"
         try:
             if isinstance(raw, str):
-                found.append(GivenFile(raw, _find(raw, where, "expected a patch file")))
+                edits.append(GivenFile(raw, _find(raw, where, "expected a patch file")))
             else:
-                found.append(_edit_request(raw, where, at))
+                edits.append(_edit_request(raw, where, at))
         except ValueError as wrong:
             text = str(wrong)
             problems += (text if text.startswith(at) else f"{at}: {text}").split("\n")
-    return tuple(found)
+    return tuple(edits)
 
 
 def _edit_request(given: Mapping[str, Any], where: Path | None, place: str) -> EditRequest:
-    """The request in a mapping {facts, method, stats, ...}. ValueError tells what is wrong with it."""
+    """The request in a mapping {facts, method, stats, ...}. Raises ValueError with its problems."""
     rest = dict(given)
     facts, method, stats = rest.pop("facts", None), rest.pop("method", "memit"), rest.pop("stats", None)
     if not isinstance(facts, str) or not isinstance(method, str) or not isinstance(stats, str | None):
@@ -202,18 +199,18 @@ def _edit_request(given: Mapping[str, Any], where: Path | None, place: str) -> E
     edit_options(method, rest, place=place)
     gram = None
     if stats is not None:
-        gram = GivenFile(stats, _find(stats, where, "expected a file that `mergekit-lfm stats gram` has made"))
+        gram = GivenFile(stats, _find(stats, where, "expected a file made by `mergekit-lfm stats gram`"))
     return EditRequest(file, method, json.dumps(rest), gram)
 
 
-def _aligned(
+def _align_entries(
     models: Sequence[Written], entries: Sequence[Entry], base: Model | None, where: Path | None, problems: list[str]
 ) -> list[Entry]:
-    """The entries with the alignments that the recipe asks for."""
+    """The entries with their alignments or requests for one."""
     fixed = {entry.model.label: entry.model for entry, w in zip(entries, models, strict=True) if w.align is None}
     if base is not None:
         fixed[base.label] = base
-    found = []
+    aligned = []
     for entry, written in zip(entries, models, strict=True):
         place = f"{entry.place}.align"
         align: GivenFile | AlignRequest | None = None
@@ -222,7 +219,7 @@ def _aligned(
                 raise ValueError(f"{place}: {base.ref} is the base; align the other models to it")
             if written.align is not None and written.stats is not None:
                 raise ValueError(
-                    f"{place}: statistics are of the model as it is, and `align` rewrites it: save the rewritten model "
+                    f"{place}: the statistics describe the model before `align` rewrites it. Save the rewritten model "
                     "with `mergekit-lfm align --save`, collect its statistics, and merge that"
                 )
             if isinstance(written.align, str):
@@ -232,12 +229,12 @@ def _aligned(
         except ValueError as wrong:
             text = str(wrong)
             problems += (text if text.startswith(place) else f"{place}: {text}").split("\n")
-        found.append(replace(entry, model=replace(entry.model, align=align)))
-    return found
+        aligned.append(replace(entry, model=replace(entry.model, align=align)))
+    return aligned
 
 
 def _request(given: Mapping[str, Any], fixed: Mapping[str, Model], where: Path | None, place: str) -> AlignRequest:
-    """The request in a mapping {to, method, ...}. ValueError tells what is wrong with it."""
+    """The request in a mapping {to, method, ...}. Raises ValueError with its problems."""
     rest = dict(given)
     to, method, stats = rest.pop("to", None), rest.pop("method", "weight_matching"), rest.pop("stats", None)
     if not isinstance(to, str) or not isinstance(method, str) or not isinstance(stats, str | None):
@@ -252,7 +249,7 @@ def _request(given: Mapping[str, Any], fixed: Mapping[str, Model], where: Path |
     if stats is None:
         return AlignRequest(label, method, tuple(options.items()))
     try:
-        file = GivenFile(stats, _find(stats, where, "expected a file that `mergekit-lfm stats cross` has made"))
+        file = GivenFile(stats, _find(stats, where, "expected a file made by `mergekit-lfm stats cross`"))
     except ValueError as wrong:
         raise ValueError(f"{place}.stats: {wrong}") from None
     return AlignRequest(label, method, tuple(options.items()), file)
@@ -263,7 +260,7 @@ def _statistics_file(ref: str, method: Method, where: Path | None, place: str, p
         problems.append(f"{place}: {method.name} takes no statistics; remove the key, or choose a method that does")
         return None
     try:
-        return GivenFile(ref, _find(ref, where, "expected a file that `mergekit-lfm stats` has made"))
+        return GivenFile(ref, _find(ref, where, "expected a file made by `mergekit-lfm stats`"))
     except ValueError as wrong:
         problems.append(f"{place}: {wrong}")
         return None
@@ -280,9 +277,9 @@ def _model_at(ref: str, where: Path | None, place: str, problems: list[str]) -> 
 def _model(
     ref: str, source: Path | HubName, base: Model | None, before: Sequence[Entry], *, apart: bool = False
 ) -> Model:
-    """The model of a new entry: the base where it is the first from there, else one with a label of its own.
+    """The model of a new entry: the base if this is its first entry, else a model with its own label.
 
-    apart: whether it is never the base, because it is changed.
+    apart: True for a changed model, which is never the base.
     """
     taken = {entry.model for entry in before}
     if base is not None and source == base.source and base not in taken and not apart:
@@ -310,18 +307,18 @@ def _inputs(method: Method, base: Model | None, entries: Sequence[Entry], proble
 
 
 def unmet(method: Method, roles: Roles) -> list[str]:
-    """One line for everything that the method needs and the recipe does not give."""
+    """One line for everything that the method needs and the recipe lacks."""
     lines = []
     if roles.base is None and method.base in ("required", "first"):
         lines.append(f"base_model: required by {method.name}; name the model that the others were made from")
     least, most = method.inputs
-    found = len(roles.inputs)
-    if not lines and not (least <= found and (most is None or found <= most)):
+    count = len(roles.inputs)
+    if not lines and not (least <= count and (most is None or count <= most)):
         wanted = f"exactly {least}" if least == most else f"at least {least}" if most is None else f"{least} to {most}"
         role = {"member": "", "first": ", the base included"}.get(method.base, ", not counting the base")
         labels = ", ".join(entry.model.label for entry in roles.inputs) or "none"
         noun = "model" if wanted.endswith(" 1") else "models"
-        lines.append(f"models: {method.name} takes {wanted} {noun}{role}; found {found}: {labels}")
+        lines.append(f"models: {method.name} takes {wanted} {noun}{role}; found {count}: {labels}")
     return lines + _unset(method, roles) + _without_statistics(method, roles)
 
 
@@ -345,7 +342,7 @@ def _unset(method: Method, roles: Roles) -> list[str]:
 
 
 def _without_statistics(method: Method, roles: Roles) -> list[str]:
-    """One line for every input whose statistics the method needs and the recipe does not name."""
+    """One line for every input that lacks the statistics that the method needs."""
     if method.statistics is None:
         return []
     lines = []

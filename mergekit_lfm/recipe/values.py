@@ -1,7 +1,7 @@
-"""What a recipe says about one parameter: a value, a gradient over the layers, or rules by tensor name.
+"""Read a recipe's setting of one parameter: a value, a gradient over the layers, or rules by tensor name.
 
-Every form becomes a `Setting`, a tuple of rules of which the first that matches a tensor's name holds. A filter is a
-plain substring; no filter, or "*", matches everything. A rule's values are spread over the layers: a single one holds
+Every form becomes a `Setting`, a tuple of rules; the first rule that matches a tensor's name holds. A filter is a plain
+substring; no filter, or "*", matches everything. A rule's values are spread over the layers: a single value holds
 everywhere, several floats are interpolated, several values of another kind take turns.
 """
 
@@ -42,7 +42,7 @@ class Rule:
     values: tuple[Value, ...]
 
     def matches(self, tensor: str) -> bool:
-        """Whether the rule speaks about `tensor`."""
+        """True if the rule applies to `tensor`."""
         return self.filter is None or self.filter in tensor
 
 
@@ -50,9 +50,9 @@ Setting = tuple[Rule, ...]
 
 
 def read_setting(raw: object, parameter: Parameter) -> Setting:
-    """The rules that `raw`, a value as YAML gives it, stands for.
+    """The rules for `raw`, a value as YAML gives it.
 
-    ValueError tells what in it has none of the four forms, is not of the parameter's kind or is out of its bounds.
+    Raises ValueError if some value has none of the four forms, is not of the parameter's kind or is out of bounds.
     """
     if isinstance(raw, dict):
         return (_read_rule(raw, parameter, ""),)
@@ -86,7 +86,7 @@ def _read_values(raw: object, parameter: Parameter, at: str) -> tuple[Value, ...
 
 
 def read_value(raw: object, parameter: Parameter, at: str) -> Value:
-    """`raw` as the parameter's kind, within its bounds. ValueError tells what was found at `at`, and expected."""
+    """`raw` as the parameter's kind, within its bounds. Raises ValueError with `at`, value and expectation."""
     try:
         return _typed_value(raw, parameter)
     except ValueError as expected:
@@ -94,7 +94,7 @@ def read_value(raw: object, parameter: Parameter, at: str) -> Value:
 
 
 def _typed_value(value: object, parameter: Parameter) -> Value:
-    """`value` as the parameter's kind; ValueError says what was expected. Numbers may be text, as YAML reads 1e-1."""
+    """`value` as the parameter's kind; ValueError names the expectation. Numbers may be text, as YAML reads 1e-1."""
     kind, choices = parameter.kind, parameter.choices
     if kind in ("bool", "switch") and isinstance(value, bool):
         return value
@@ -125,7 +125,7 @@ def _number(value: str | Real, parameter: Parameter) -> int | float:
 
 
 def value_at(setting: Setting, parameter: Parameter, tensor: str, layer: tuple[int, int] | None) -> tuple[Value] | None:
-    """The value for `tensor` in layer (index, count), as a tuple of one; None when no rule matches.
+    """The value for `tensor` in layer (index, count), as a tuple of one; None if no rule matches.
 
     The position runs from 0 in the first layer to 1 in the last; a single layer is at 1, and tensors outside the layers
     (layer None: embeddings, final norm, head) are at 0.
@@ -144,7 +144,7 @@ def value_at(setting: Setting, parameter: Parameter, tensor: str, layer: tuple[i
 
 
 def as_data(setting: Setting) -> Any:
-    """`setting` in the shortest form that reads back as it: a value, a list, or a list of mappings. JSON-able."""
+    """`setting` in its shortest form that reads back the same: a value, a list, or a list of mappings. JSON-able."""
     plain = [rule.values[0] if len(rule.values) == 1 else list(rule.values) for rule in setting]
     if len(setting) == 1 and setting[0].filter is None:
         return plain[0]

@@ -10,16 +10,16 @@ from torch import Tensor, nn
 
 
 def state_of(output: Any) -> Tensor:
-    """The hidden states in what a block or MLP returned: a tensor, or the first of a tuple."""
-    found: Tensor = output[0] if isinstance(output, tuple) else output
-    return found
+    """The hidden states in the output of a block or MLP: the tensor, or the first of a tuple."""
+    state: Tensor = output[0] if isinstance(output, tuple) else output
+    return state
 
 
 @contextmanager
 def hooked(hooks: Mapping[nn.Module, Callable[[Tensor], Tensor | None]], *, inputs: bool = False) -> Iterator[None]:
-    """Call a function with the output (or the first input) of each module as the model runs; a result takes its place.
+    """Call a function with the output (or first input) of each module as the model runs; its result replaces that.
 
-    The hooks are gone afterwards, whatever happens.
+    The hooks are removed at the end, also after an error.
     """
 
     def after(function: Callable[[Tensor], Tensor | None]) -> Callable[..., Any]:

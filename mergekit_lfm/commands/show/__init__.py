@@ -1,1 +1,1 @@
-"""What people and scripts read: tables, pages, progress bars, and the same as JSON has it. No torch is imported."""
+"""Output for people and scripts: tables, pages, progress bars, and the same as JSON data. Imports no torch."""

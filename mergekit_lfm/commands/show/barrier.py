@@ -1,4 +1,4 @@
-"""Lines between models, and what a repair did."""
+"""Show lines between models, and repairs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _barrier(barrier: Barrier) -> dict[str, float | None]:
 
 
 def line_data(line: Line) -> dict[str, Any]:
-    """The line as JSON has it, which knows no infinity and no NaN: null."""
+    """The line for JSON, which has null for infinity and NaN."""
     return {
         "predictions": line.predictions,
         "points": [{name: _finite(x) for name, x in asdict(point).items()} for point in line.points],
@@ -32,7 +32,7 @@ def line_data(line: Line) -> dict[str, Any]:
 
 
 def line_text(line: Line) -> str:
-    """A row for each point, and both barriers."""
+    """The line as a table with a row for each point, and both barriers."""
     rows = [("t", "loss", "accuracy")]
     rows += [(f"{point.t:.3g}", f"{point.loss:.4f}", f"{point.accuracy:.4f}") for point in line.points]
     barriers = (
@@ -45,12 +45,12 @@ def line_text(line: Line) -> str:
 
 
 def repaired_data(repaired: Repaired) -> dict[str, Any]:
-    """What a repair did, as JSON has it."""
+    """The result of a repair for JSON."""
     return asdict(repaired)
 
 
 def repaired_text(repaired: Repaired) -> str:
-    """A row for each layer that was repaired, and what was left alone."""
+    """The result of a repair as a table of the repaired layers, and a line for each layer left alone."""
     lines = []
     if repaired.layers:
         rows = [("layer", "units", "spread before", "shift before")]

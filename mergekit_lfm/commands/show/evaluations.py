@@ -1,4 +1,4 @@
-"""What models are worth on data: a row for each model and file, and the means."""
+"""Show models' scores on data: a row for each model and file, and the means."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def arithmetic(numbers: Sequence[float]) -> float:
 
 
 def geometric(numbers: Sequence[float]) -> float:
-    """The geometric mean, of numbers from 1."""
+    """The geometric mean of numbers of at least 1."""
     return math.exp(arithmetic([math.log(number) for number in numbers]))
 
 
 class Column(NamedTuple):
-    """One number of a score: its heading, how it is written, and the mean that is taken of it, if any."""
+    """One number of a score: its heading, its format, and the function for its mean, if any."""
 
     heading: str
     form: str
@@ -34,7 +34,7 @@ class Column(NamedTuple):
 
 
 class Judgement(NamedTuple):
-    """How a kind of score is shown: what it is a score on, and its columns by their names in the score."""
+    """How to show a kind of score: the kind of data it is on, and its columns by their names in the score."""
 
     on: str
     columns: dict[str, Column]
@@ -74,9 +74,9 @@ def _judgement(scores: Scores) -> Judgement:
 
 
 def evaluation_data(scores: Scores) -> list[dict[str, Any]]:
-    """Per model its numbers on every text or file, and their means, as JSON has them.
+    """Each model's numbers on every text or file, and their means, for JSON.
 
-    JSON knows no infinity and no NaN: null.
+    JSON has null for infinity and NaN.
     """
     on, columns = _judgement(scores)
     return [
@@ -99,7 +99,7 @@ def _means(columns: dict[str, Column], scores: Sequence[Score]) -> dict[str, flo
 
 
 def evaluation_text(scores: Scores) -> str:
-    """A table with one row for each model and file, and the means where there are several files."""
+    """A table with one row for each model and file, and the means if there are several files."""
     on, columns = _judgement(scores)
     headings = [column.heading for column in columns.values()]
     rows = [("model", on, *headings)]

@@ -1,4 +1,4 @@
-"""The contents of files: a checkpoint's tensors, and what a statistics file says about itself."""
+"""Show the contents of files: a checkpoint's tensors, and a statistics file's metadata."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     from mergekit_lfm.artifacts.statistics import Statistics
     from mergekit_lfm.store.checkpoint import Checkpoint
 
-SHOWN_NAMES = 3  # of what a statistics file does not cover, for each reason
+SHOWN_NAMES = 3  # most names not covered by a statistics file, for each reason
 
 
 def checkpoint_data(checkpoint: Checkpoint) -> dict[str, Any]:
-    """A checkpoint's tensors and totals as JSON has them."""
+    """A checkpoint's tensors and totals for JSON."""
     specs = list(checkpoint.values())
     dtypes: dict[str, dict[str, int]] = {}
     for spec in specs:
@@ -34,7 +34,7 @@ def checkpoint_data(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def checkpoint_text(data: dict[str, Any]) -> str:
-    """`checkpoint_data` as tables: the tensors, then totals per dtype and in all."""
+    """`checkpoint_data` as tables: the tensors, then totals per dtype and overall."""
     tensors = [(t["name"], str(t["shape"]), t["dtype"], format_size(t["bytes"])) for t in data["tensors"]]
     totals = [
         (dtype, f"{n['tensors']:,}", f"{n['numbers']:,}", format_size(n["bytes"]))
@@ -54,7 +54,7 @@ def checkpoint_text(data: dict[str, Any]) -> str:
 
 
 def statistics_data(statistics: Statistics) -> dict[str, Any]:
-    """What a statistics file says about itself as JSON has it."""
+    """A statistics file's metadata for JSON."""
     facts = statistics.facts
     return {
         "kind": facts.kind,
@@ -73,7 +73,7 @@ def statistics_data(statistics: Statistics) -> dict[str, Any]:
 
 
 def statistics_text(data: dict[str, Any]) -> str:
-    """`statistics_data` as a table, with the reasons why something of the model is not covered."""
+    """`statistics_data` as a table, with the reason for everything that the file does not cover."""
     stored = f"{counted(data['entries'], 'tensor')}, {format_size(data['bytes'])}"
     of = f"{counted(data['layers'], 'layer')} in {stored}" if data["layers"] else stored
     tokens = "" if data["tokens"] is None else f", {counted(data['tokens'], 'token')}"
@@ -90,12 +90,12 @@ def statistics_text(data: dict[str, Any]) -> str:
 
 
 def _reasons(skipped: dict[str, str]) -> list[str]:
-    """A line for each reason, with the first names that it holds for."""
+    """A line for each reason, with its first names."""
     names: dict[str, list[str]] = {}
     for name, reason in skipped.items():
         names.setdefault(reason, []).append(name)
     lines = []
-    for reason, those in names.items():
-        more = f" and {len(those) - SHOWN_NAMES} more" if len(those) > SHOWN_NAMES else ""
-        lines.append(f"skipped: {', '.join(those[:SHOWN_NAMES])}{more}: {reason}")
+    for reason, skipped_names in names.items():
+        more = f" and {len(skipped_names) - SHOWN_NAMES} more" if len(skipped_names) > SHOWN_NAMES else ""
+        lines.append(f"skipped: {', '.join(skipped_names[:SHOWN_NAMES])}{more}: {reason}")
     return lines

@@ -24,7 +24,7 @@ COUNTS = {
 
 
 def method_data(method: Method) -> dict[str, Any]:
-    """A method's declaration as JSON has it."""
+    """A method's declaration for JSON."""
     least, most = method.inputs
     return {
         "summary": method.summary,
@@ -36,7 +36,7 @@ def method_data(method: Method) -> dict[str, Any]:
 
 
 def method_text(method: Method) -> str:
-    """A method's page: what it does, what it takes, and where it comes from."""
+    """A method's page: summary, source, inputs and parameters."""
     least, most = method.inputs
     number = str(least) if least == most else f"{least} or more" if most is None else f"{least} to {most}"
     page = [
@@ -64,7 +64,7 @@ def _parameter_row(parameter: Parameter) -> tuple[str, ...]:
 
 
 def parameter_data(parameter: Parameter) -> dict[str, Any]:
-    """A parameter as JSON has it; its default is "required" where it has none."""
+    """A parameter for JSON; the default "required" if it has no default."""
     from mergekit_lfm.methods import REQUIRED
 
     return {
@@ -77,7 +77,7 @@ def parameter_data(parameter: Parameter) -> dict[str, Any]:
 
 
 def _values(parameter: Parameter) -> str:
-    """The values a parameter takes, in words: "float in (0, 1]", "true, false or l1"."""
+    """The values of a parameter, in words: "float in (0, 1]", "true, false or l1"."""
     if parameter.kind in ("bool", "switch"):
         names = ("true", "false", *parameter.choices)
         return f"{', '.join(names[:-1])} or {names[-1]}"

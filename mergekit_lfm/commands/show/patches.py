@@ -1,4 +1,4 @@
-"""Edits: what a patch is and how large its changes are, what applying it did, and what models say of the facts."""
+"""Show edits: patches and the sizes of their changes, applied patches, and models' scores on facts."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
     from mergekit_lfm.store.checkpoint import Checkpoint
 
 WIDTH = 90  # of a line of options
-SHOWN = 10  # facts of a patch, and of those that failed
-# The scores by their headings. What each is over is said by the help of `edit` and by docs/editing.md.
+SHOWN = 10  # most facts of a patch to list, and most failed ones
+# The headings of the scores. The help of `edit` and docs/editing.md explain them.
 METRICS = {name: name.upper() for name in ("es", "ps", "ns", "ea", "pa", "na", "sa")} | {"unedited": "unedited"}
-# A change smaller than this, relative to its tensor, loses part of its effect where 16 bits hold the sum.
+# A change smaller than this, relative to its tensor, loses part of its effect if the sum is stored in 16 bits.
 ROUNDS_AWAY = 5e-3
-KINDS = {"hidden": "the whole layer", "mlp": "the MLP", "attention": "attention"}  # what a trace puts back
+KINDS = {"hidden": "the whole layer", "mlp": "the MLP", "attention": "attention"}  # the states that a trace puts back
 ONE_WORD = {"add": "added", "replace": "replaced"}
 HALVES = ("bfloat16", "float16")
 
 
 def patch_data(patch: Patch) -> dict[str, Any]:
-    """What a patch says about itself as JSON has it, and how large its changes are."""
+    """A patch's metadata and the sizes of its changes, for JSON."""
     facts = patch.facts
     return {
         "method": facts.method,
@@ -44,11 +44,11 @@ def patch_data(patch: Patch) -> dict[str, Any]:
 
 
 def changes_data(patch: Patch, source: Checkpoint | None = None) -> list[dict[str, Any]]:
-    """For each tensor that a patch changes, what the change is and its Frobenius norm.
+    """The kind, size and Frobenius norm of the change of each tensor that a patch changes.
 
-    Where the model is given, also the norm relative to that of the tensor (`relative`), by which factor the tensor's
-    norm grows (`growth`), and how much of the change is left once the sum is rounded to the tensor's dtype (`kept`: the
-    projection on the change of what the rounded sum differs by from the tensor, 1 without rounding).
+    With the model also the norm relative to the tensor's (`relative`), the factor by which the tensor's norm grows
+    (`growth`), and the share of the change left after rounding the sum to the tensor's dtype (`kept`: the difference
+    of rounded sum and tensor, projected on the change; 1 without rounding).
     """
     rows = []
     for name, was in patch.facts.tensors.items():
@@ -71,7 +71,7 @@ def changes_data(patch: Patch, source: Checkpoint | None = None) -> list[dict[st
 
 
 def _effect(weight: Tensor, change: Tensor) -> dict[str, float | None]:
-    """How a change of a weight relates to it, and what rounding leaves of it. None where it relates to nothing."""
+    """The change relative to its weight, and the share that rounding leaves. None for a ratio to zero."""
     before, size = _norm(weight), _norm(change)
     after = (weight.double() + change.double()).to(weight.dtype).double()
     moved = float(((after - weight.double()) * change.double()).sum())
@@ -87,7 +87,7 @@ def _norm(x: Tensor) -> float:
 
 
 def rounding_warnings(changes: Sequence[Mapping[str, Any]]) -> list[str]:
-    """One line where changes are so small that rounding to 16 bits takes part of them; [] where none is."""
+    """One line if some changes are so small that rounding to 16 bits loses part of them; else []."""
     small = [
         row
         for row in changes
@@ -96,15 +96,15 @@ def rounding_warnings(changes: Sequence[Mapping[str, Any]]) -> list[str]:
     if not small:
         return []
     worst = min(small, key=lambda row: row["kept"] if row["kept"] is not None else 1.0)
-    lost = "" if worst["kept"] is None else f"; of {worst['name']} {worst['kept']:.0%} of the change are left"
+    lost = "" if worst["kept"] is None else f"; {worst['name']} keeps {worst['kept']:.0%} of its change"
     return [
         f"{counted(len(small), 'change')} of {worst['dtype']} tensors are smaller than {ROUNDS_AWAY:.1%} of them, and "
-        f"rounding takes part of it{lost}"
+        f"rounding loses part of it{lost}"
     ]
 
 
 def changes_text(changes: Sequence[Mapping[str, Any]]) -> str:
-    """A row for each changed tensor, with what of the columns is known."""
+    """The changes as a table with a row for each tensor and the known columns."""
     measured = any("relative" in row for row in changes)
     rows = [("tensor", "change", "shape", "dtype", "|dW|", *(("|dW|/|W|", "|W'|/|W|") if measured else ("size",)))]
     for row in changes:
@@ -119,7 +119,7 @@ def _number(value: float | None) -> str:
 
 
 def patch_text(data: Mapping[str, Any]) -> str:
-    """`patch_data` as tables: what the patch is, the first of its facts, and the tensors that it changes."""
+    """`patch_data` as tables: the patch's metadata with its first facts, and the tensors that it changes."""
     tensors = counted(len(data["tensors"]), "tensor")
     taught = f", {counted(len(data['facts']), 'fact')}" if data["facts"] else ""
     options = [f"{name} {_option(value)}" for name, value in data["options"].items() if value is not None]
@@ -134,14 +134,14 @@ def patch_text(data: Mapping[str, Any]) -> str:
 
 
 def _option(value: Any) -> str:
-    """An option's value in one line: of many texts only how many."""
+    """An option's value in one line; for a list of texts only their number."""
     if isinstance(value, list) and any(isinstance(part, str | list) for part in value):
         return f"({len(value)} given)"
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _facts_lines(facts: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The first facts, one line each, and how many more there are."""
+    """The first facts, one line each, and the number of further ones."""
     lines = []
     for fact in facts[:SHOWN]:
         was = f" (was {fact['target_true']})" if fact.get("target_true") else ""
@@ -150,12 +150,12 @@ def _facts_lines(facts: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def applied_data(applied: Applied) -> dict[str, Any]:
-    """What applying or undoing patches did, as JSON has it."""
+    """The result of applying or undoing patches for JSON."""
     return {name: str(value) if name in ("out", "undo") and value else value for name, value in asdict(applied).items()}
 
 
 def applied_text(data: Mapping[str, Any]) -> str:
-    """What was written, and where it has been judged, what the new model says of the facts."""
+    """The result of applying patches, after the new model's scores on the facts if it was judged."""
     changed = f"{counted(data['tensors'], 'tensor')} changed, {format_size(data['bytes_changed'])}"
     there = "already there: " if data["already_there"] else ""
     lines = [f"{there}{changed}; {format_size(data['bytes_copied'])} copied as they were"]
@@ -168,9 +168,9 @@ def applied_text(data: Mapping[str, Any]) -> str:
 
 
 def scores_text(scores: Mapping[str, Mapping[str, Any]], of: str = "model") -> str:
-    """A row of shares in percent for each model, and what each share is over."""
+    """A table with a row of shares in percent for each model."""
     rows = [(of, *METRICS.values())]
-    rows += [(name, *(_share(found[metric]) for metric in METRICS)) for name, found in scores.items()]
+    rows += [(name, *(_share(shares[metric]) for metric in METRICS)) for name, shares in scores.items()]
     return table(rows, right=" ".join(METRICS.values()))
 
 
@@ -179,7 +179,7 @@ def _share(value: float | None) -> str:
 
 
 def counts_text(scores: Mapping[str, Any]) -> str:
-    """One line on how many prompts of each kind the shares are over."""
+    """One line with the number of prompts of each kind behind the shares."""
     kinds = {"ea": "prompt", "pa": "paraphrase", "na": "neighbour", "sa": "other fact of the same subjects"}
     kinds["unedited"] = "unedited fact"
     counts = {noun: scores["counts"].get(metric) or 0 for metric, noun in kinds.items()}
@@ -192,7 +192,7 @@ def _many(n: int, noun: str) -> str:
 
 
 def failed_lines(scores: Mapping[str, Any]) -> list[str]:
-    """The facts that the model does not say, by subject, where there are any."""
+    """One line with the facts that the model does not say, by subject; [] if it says all."""
     failed = [row for row in scores["rows"] if not row["right"]]
     if not failed:
         return []
@@ -202,7 +202,7 @@ def failed_lines(scores: Mapping[str, Any]) -> list[str]:
 
 
 def edit_text(data: Mapping[str, Any]) -> str:
-    """What an edit did: the scores before and after, what failed, and how large the changes are."""
+    """An edit's result: the scores before and after, the failed facts, and the sizes of the changes."""
     lines = []
     if data["after"] is not None:
         both = {"before": data["before"], "after": data["after"]}
@@ -223,13 +223,13 @@ def trace_text(data: Mapping[str, Any]) -> str:
     suggested = (
         f"the MLPs that matter at the last subject token: {layers_option(data['layers'])}"
         if data["layers"]
-        else "no MLP at the last subject token brings the fact back: there is no layer to suggest"
+        else "no MLP at the last subject token brings the fact back: no layer to suggest"
     )
     return "\n".join([trace_title(data), "", table(rows, right=" ".join(layers)), "", suggested])
 
 
 def trace_title(data: Mapping[str, Any]) -> str:
-    """Over how many facts a trace is, and what the model says of them with and without the noise."""
+    """The number of facts in a trace, and their probability with and without the noise."""
     return (
         f"{counted(data['facts'], 'fact')}: p(target) is {data['clean']:.1%}, with noise on the subject "
         f"{data['corrupted']:.1%}"
@@ -237,5 +237,5 @@ def trace_title(data: Mapping[str, Any]) -> str:
 
 
 def layers_option(layers: Sequence[int]) -> str:
-    """Layers as `edit` takes them on the command line."""
+    """Layers as an option of `edit` on the command line."""
     return f"--layers {','.join(map(str, layers))}"

@@ -1,4 +1,4 @@
-"""What a merge will do, and what it did."""
+"""Show plans, and the results of merges and pushes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def plan_text(plan: Plan, facts: dict[str, Any], verbose: bool) -> str:
-    """What a run of the plan would do. `facts` are those of the machine: out, memory, threads, free disk, device."""
+    """A plan as a table. `facts` come from the machine: out, memory, threads, free disk, device."""
     methods = Counter(tensor.method for tensor in plan.tensors)
     enough = "enough" if facts["enough_disk"] else "NOT ENOUGH"
     rows = [
@@ -36,14 +36,14 @@ def plan_text(plan: Plan, facts: dict[str, Any], verbose: bool) -> str:
         rows.insert(-1, ("device", facts["device"]))
     if plan.averaged:
         share = sum(job.spec.numel for job in plan.averaged) / sum(job.spec.numel for job in plan.tensors)
-        what = f"{counted(len(plan.averaged), 'tensor')}, {share:.0%} of the numbers: there are no statistics of them"
-        rows.insert(3, ("averaged", what))
+        averaged = f"{counted(len(plan.averaged), 'tensor')}, {share:.0%} of the numbers: they have no statistics"
+        rows.insert(3, ("averaged", averaged))
     if push := facts.get("push"):
         rows.append(("push", f"to {push['repo']}" + (", private" if push["private"] else "")))
     for model in plan.pending:
         if isinstance(model.align, AlignRequest):
-            how = f"the transform by {model.align.method} is found when the merge runs"
-            rows.insert(3, ("aligned", f"{model.label} to {model.align.to}: {how}"))
+            pending = f"the merge finds the transform by {model.align.method} when it runs"
+            rows.insert(3, ("aligned", f"{model.label} to {model.align.to}: {pending}"))
     edited = {model.label: model.edits for model in plan.recipe.all_models if model.edits}
     for label, edits in [*edited.items(), ("the result", plan.recipe.result_edits)]:
         rows[3:3] = [("edited", f"{label}: {_edit_text(edit)}") for edit in edits]
@@ -53,7 +53,7 @@ def plan_text(plan: Plan, facts: dict[str, Any], verbose: bool) -> str:
         if held.snapshot is not None
     ]
     lines = [table(rows)]
-    lines += [f"held beside the memory budget, its tensors are no byte ranges: {file}" for file in plan.held]
+    lines += [f"held outside the memory budget, as its tensors are not plain byte ranges: {file}" for file in plan.held]
     lines += [f"dropped: {model}: {tensor}: {reason}" for model, tensor, reason in plan.dropped]
     if verbose:
         lines += ["", table([("tensor", "shape", "dtype", "method"), *map(_tensor_row, plan.tensors)])]
@@ -64,7 +64,7 @@ def _whereabouts(model: Checkpoint) -> str:
     if model.absent:
         return f"{format_size(sum(model.absent.values()))} to download"
     listed = model.snapshot is not None and model.snapshot.listed
-    return "in the cache" if listed else "in the cache, whose files alone are known offline"
+    return "in the cache" if listed else "in the cache; offline, other files are unknown"
 
 
 def _edit_text(edit: Edit) -> str:
@@ -78,25 +78,25 @@ def _tensor_row(tensor: Any) -> tuple[str, str, str, str]:
 
 
 def pushed_text(pushed: Pushed) -> str:
-    """What a push did, in a line or a few."""
+    """The result of a push, in one or a few lines."""
     where = f"{pushed.url} at commit {pushed.commit}"
     if not pushed.files and not pushed.removed:
-        lines = [f"already there: {where} holds these very files; nothing was pushed"]
+        lines = [f"already there: {where} holds the same files; nothing was pushed"]
     else:
         lines = [f"pushed {counted(len(pushed.files), 'file')}, {format_size(pushed.nbytes)}, to {where}"]
-    lines += ["downloaded again, and every byte is as its lock says"] if pushed.verified else []
-    lines += [f"removed there, as they were of an earlier push: {', '.join(pushed.removed)}"] if pushed.removed else []
+    lines += ["downloaded again: every byte is as the lock says"] if pushed.verified else []
+    lines += [f"removed there, left over from an earlier push: {', '.join(pushed.removed)}"] if pushed.removed else []
     lines += [f"not pushed, as they are hidden: {', '.join(pushed.left_out)}"] if pushed.left_out else []
     if pushed.kept_card:
         lines.append(
-            "the model card was edited on the Hub and is kept (--replace-card replaces it); that of this merge is "
+            "the model card was edited on the Hub and is kept (--replace-card replaces it); this merge's card is "
             "MERGE.md beside it"
         )
     return "\n".join(lines)
 
 
 def pushed_data(pushed: Pushed) -> dict[str, Any]:
-    """The same as data."""
+    """The result of a push for JSON."""
     return {
         "repo": pushed.repo,
         "url": pushed.url,
@@ -111,9 +111,9 @@ def pushed_data(pushed: Pushed) -> dict[str, Any]:
 
 
 def outcome_text(outcome: Outcome[Merged]) -> str:
-    """One line about what a merge did."""
+    """The result of a merge, in one line."""
     if outcome.already_there:
-        return "already there: the output of this very plan; nothing was done"
+        return "already there: the output of the same plan; nothing was done"
     plan, resumed = outcome.result.plan, outcome.result.resumed_bytes
     earlier = f" ({format_size(resumed)} of it by the interrupted run)" if resumed else ""
     size = format_size(plan.bytes_written)

@@ -1,4 +1,4 @@
-"""Pictures of lines between models and of where they keep facts. matplotlib, the extra `plots`, is imported to draw."""
+"""Plot lines between models, and traces of facts. Imports matplotlib, the extra `plots`, only to draw."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from mergekit_lfm.store.durable import replace_file
 if TYPE_CHECKING:
     from mergekit_lfm.judge.barrier import Line
 
-# Okabe and Ito's colours, which people with any colour vision tell apart; the shapes of the marks do so in print.
+# Okabe and Ito's colours, distinct for any colour vision; the shapes of the marks are distinct in print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKS = "osD^vPX"
-LEGEND = 105  # characters, those of a mark counted, that have room above the axes
+LEGEND = 105  # characters, marks included, that fit above the axes
 INCHES, DOTS_PER_INCH = (9.0, 3.8), 150
-HEAT_INCHES = (2.4, 2.5, 0.12, 2.4)  # width of the names and the bar, of the least panels, of a layer; height
-SHADES = {"hidden": "whole layer", "mlp": "MLP", "attention": "attention"}  # what the panels' titles call them
+HEAT_INCHES = (2.4, 2.5, 0.12, 2.4)  # widths: names and bar, smallest panel, one layer; height
+SHADES = {"hidden": "whole layer", "mlp": "MLP", "attention": "attention"}  # titles of the panels
 
 
 def check_plot(path: str | Path) -> None:
-    """PlanError where no plot could be drawn there: known before the work."""
-    place = Path(path)
-    if place.suffix.lower() != ".png":
-        raise PlanError(f"the plot {place} would be a PNG; give it a name that ends with .png")
-    if place.is_dir() or not place.absolute().parent.is_dir():
-        raise PlanError(f"the plot {place} cannot be written there; expected a file in a folder that exists")
+    """Raise PlanError, before the work, if no plot can be drawn to this path."""
+    file = Path(path)
+    if file.suffix.lower() != ".png":
+        raise PlanError(f"the plot {file} is written as a PNG; give it a name that ends with .png")
+    if file.is_dir() or not file.absolute().parent.is_dir():
+        raise PlanError(f"the plot {file} cannot be written; expected a file in an existing folder")
     _matplotlib()
 
 
@@ -38,12 +38,12 @@ def plot_lines(
 ) -> None:
     """Draw the losses and the accuracies of lines against t, each with its name, into one PNG.
 
-    ends: what the models at t = 0 and 1 are called. Dotted is what the ends alone would have between them. Raises
-    PlanError where matplotlib is not installed, and for a path that cannot be written.
+    ends: names of the models at t = 0 and 1. A dotted line joins the ends. Raises PlanError if matplotlib is not
+    installed or the path cannot be written.
     """
     check_plot(path)
     if not lines:
-        raise PlanError("there is no line to draw; give some by their names, {'naive': line}")
+        raise PlanError("found no lines to draw; give some by name, {'naive': line}")
     figure_class, canvas_class = _matplotlib()
     figure = figure_class(figsize=INCHES, layout="constrained")
     canvas_class(figure)
@@ -68,8 +68,8 @@ def plot_effects(
 ) -> None:
     """Draw indirect effects as heat maps, one panel for each kind of state, with one scale of colours for all, as PNG.
 
-    effects: by kind, then by the role of the token, a number for each layer; None and NaN are left grey. Raises
-    PlanError where matplotlib is not installed, and for a path that cannot be written.
+    effects: by kind, then by the role of the token, a number for each layer; None and NaN are grey. Raises PlanError if
+    matplotlib is not installed or the path cannot be written.
     """
     check_plot(path)
     figure_class, canvas_class = _matplotlib()
@@ -114,7 +114,7 @@ def _draw(axes: Any, line: Line, quantity: str, name: str, colour: str, mark: st
 
 
 def _matplotlib() -> tuple[Any, Any]:
-    """The classes of a figure and of what draws it without a screen."""
+    """The classes of a figure and of the canvas that draws it without a screen."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def table(rows: Sequence[Sequence[str]], right: str = "") -> str:
-    """rows, the first one the headings, in aligned columns. `right`: headings of the columns aligned to the right."""
+    """The rows in aligned columns, the first row as headings. `right`: headings of the columns aligned to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     sides = [str.rjust if heading in right.split() else str.ljust for heading in rows[0]]
     lines = ("  ".join(side(cell, w) for side, cell, w in zip(sides, row, widths, strict=True)) for row in rows)
@@ -27,10 +27,10 @@ def counted(n: int, noun: str) -> str:
 
 @contextmanager
 def progress_bar(nbytes: int, doing: str, hidden: bool) -> Iterator[Callable[[int], None]]:
-    """A bar of `nbytes` with rate and time left on standard error, where that is a terminal; none where `hidden`.
+    """A bar of `nbytes` with rate and time left on standard error, if that is a terminal and not `hidden`.
 
-    Called with numbers of bytes done, from any thread. It appears at the first call, so that what is printed before
-    does not mix with it, and disappears at the end.
+    Call it with numbers of bytes done, from any thread. It appears at the first call, so that earlier output does not
+    mix with it, and disappears at the end.
     """
     lock, bars = Lock(), list["tqdm[Any]"]()
 
@@ -49,11 +49,11 @@ def progress_bar(nbytes: int, doing: str, hidden: bool) -> Iterator[Callable[[in
 
 @contextmanager
 def counter(unit: str, doing: str, hidden: bool) -> Iterator[Callable[[int, int], None]]:
-    """The same bar, of what is counted in `unit`. Called with how many are done in all, and how many there are."""
+    """The same bar, counting in `unit`. Call it with the number done so far and the total."""
     with _bar(None, doing, unit, hidden) as bar:
 
         def report(done: int, total: int) -> None:
-            if bar.total is None:  # what an interrupted run had done says nothing about the rate of this one
+            if bar.total is None:  # an interrupted run's share must not count in this run's rate
                 bar.total, bar.initial, bar.n = total, done, done
                 bar.refresh()
             bar.update(done - bar.n)
@@ -63,7 +63,7 @@ def counter(unit: str, doing: str, hidden: bool) -> Iterator[Callable[[int, int]
 
 @contextmanager
 def ticker(unit: str, doing: str, hidden: bool) -> Iterator[Callable[[int], None]]:
-    """A count of what is done, in `unit`, where nobody knows how many there will be."""
+    """A count in `unit` without a known total."""
     with _bar(None, doing, unit, hidden) as bar:
 
         def advance(done: int) -> None:

@@ -1,4 +1,4 @@
-"""What a transform does to a model, and what a check of a model's symmetries found."""
+"""Show transforms, alignments, and checks of a model's symmetries."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def transform_data(transform: Transform) -> dict[str, Any]:
-    """What a transform file says about itself as JSON has it, and how much each group is moved."""
+    """A transform's metadata, and how much it moves each group, for JSON."""
     facts = transform.facts
     groups = transform.symmetries.groups
     return {
@@ -28,7 +28,7 @@ def transform_data(transform: Transform) -> dict[str, Any]:
             name: {
                 "kind": "units" if isinstance(group, Units) else "heads",
                 "size": group.count if isinstance(group, Units) else group.size("query"),
-                **_moved(group, transform.elements.get(name)),
+                **_movement(group, transform.elements.get(name)),
             }
             for name, group in groups.items()
         },
@@ -37,15 +37,15 @@ def transform_data(transform: Transform) -> dict[str, Any]:
     }
 
 
-def _moved(group: Group, element: Element | None) -> dict[str, Any]:
-    """How many of the group's units or query heads stand elsewhere, and what acts on it."""
+def _movement(group: Group, element: Element | None) -> dict[str, Any]:
+    """How many of the group's units or query heads move, and which parts of the element act on it."""
     acts = [] if element is None else [part for part, value in vars(element).items() if value is not None]
     order = [] if element is None else _order(group, element)
     return {"moved": sum(new != old for new, old in enumerate(order)), "acts": acts}
 
 
 def _order(group: Group, element: Element) -> list[int]:
-    """The old unit, or query head of all, in each place; [] where all stay, or a matrix acts on the units."""
+    """The old unit or query head in each place; [] if all stay or a matrix acts on the units."""
     if isinstance(group, Units):
         order = getattr(element, "order", None)
         return [] if order is None else list(order.tolist())
@@ -56,7 +56,7 @@ def _order(group: Group, element: Element) -> list[int]:
 
 
 def _mixed(transform: Transform) -> int:
-    """How many groups have matrices of real numbers on them, and not only orders and signs of units."""
+    """The number of groups on which matrices of real numbers act, not only orders and signs of units."""
     from mergekit_lfm.views.maps import only_moves
 
     matrices = ("matrix", "query_key", "value_output")
@@ -67,7 +67,7 @@ def _mixed(transform: Transform) -> int:
 
 
 def transform_text(data: dict[str, Any]) -> str:
-    """`transform_data` as a table: the facts, then the groups, those of all layers together in one row."""
+    """`transform_data` as tables: the metadata, then the groups, with one row for the same group of all layers."""
     scores = ", ".join(f"{name} {value:.6g}" for name, value in data["scores"].items())
     options = ", ".join(f"{name} {value}" for name, value in data["options"].items())
     rows = [
@@ -80,8 +80,8 @@ def transform_text(data: dict[str, Any]) -> str:
     for name, group in data["groups"].items():
         kinds.setdefault((name.rstrip("0123456789."), group["kind"], group["size"]), []).append(group)
     body = [
-        (name, f"{len(found):,}", f"{size:,}", f"{sum(g['moved'] for g in found):,}", _acts(found))
-        for (name, _, size), found in kinds.items()
+        (name, f"{len(layers):,}", f"{size:,}", f"{sum(g['moved'] for g in layers):,}", _acts(layers))
+        for (name, _, size), layers in kinds.items()
     ]
     return "\n".join([table(rows), "", table([("group", "layers", "size", "moved", "by"), *body], "layers size moved")])
 
@@ -92,7 +92,7 @@ def _acts(groups: list[dict[str, Any]]) -> str:
 
 
 def report_data(report: Report, symmetries: Symmetries) -> dict[str, Any]:
-    """What the check of a model's table found as JSON has it."""
+    """The findings of a check of a model's table, for JSON."""
     return {
         "good": report.ok,
         "tensors": len(symmetries.tensors),
@@ -121,16 +121,16 @@ def report_text(data: dict[str, Any]) -> str:
 
 
 def saved_text(saved: dict[str, Any]) -> str:
-    """Whether a rewritten model that was saved says the same."""
+    """Whether a saved rewritten model gives the same outputs, in one line."""
     if saved["difference"] is None:
-        return "written; not run to compare, as no config.json says how"
+        return "written; not compared: running it needs a config.json"
     verdict = "the outputs are the same" if saved["same"] else "THE OUTPUTS DIFFER"
     return f"{verdict}: by {saved['difference']:.2g} of their range, {saved['tolerance']:.2g} is rounding"
 
 
 def alignment_text(data: dict[str, Any], out: object) -> str:
-    """One line on what an alignment found."""
+    """The result of an alignment, in one line."""
     moved = sum(group["moved"] for group in data["groups"].values())
     mixed = [f"{counted(data['mixed'], 'group')} mixed"] if data["mixed"] else []
-    what = [f"{moved:,} units and heads stand elsewhere", *mixed]
-    return f"{out}: {data['method']}, " + ", ".join(what)
+    changes = [f"{moved:,} units and heads stand elsewhere", *mixed]
+    return f"{out}: {data['method']}, " + ", ".join(changes)
