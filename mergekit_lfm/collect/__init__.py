@@ -1,7 +1,7 @@
 """Statistics of a model on data, collected by running it: Gram matrices of layers' inputs, cross moments, Fisher.
 
-The result is a statistics file (`mergekit_lfm.stats`), from which merges, alignment and edits work without the model.
-`registry` names the kinds; a kind is one class that says which entries it has and adds a batch to their sums.
+The result is a statistics file (`mergekit_lfm.stats`) that merges, alignment and edits read without the model.
+`registry` names the kinds; each is one class that declares its entries and adds batches to their sums.
 """
 
 from mergekit_lfm.collect.driver import collect_stats
