@@ -1,4 +1,4 @@
-"""Data as a model takes them: batches out of files, or out of what a Python user has."""
+"""Data as models take them: batches from files, or from Python objects."""
 
 from mergekit_lfm.data.batches import Batch, as_batches, digest_of
 from mergekit_lfm.data.files import read_data, read_documents, read_pairs
