@@ -241,7 +241,7 @@ def test_inputs_that_a_model_does_not_take_are_named_with_those_it_takes(llama: 
         run(model, kwargs={"pixel_values": torch.ones(1, 3, 8, 8)})
     message = str(raised.value)
     assert message.startswith("LlamaForCausalLM failed on pixel_values float32 [1, 3, 8, 8] (")
-    assert "what its forward takes: input_ids, attention_mask, " in message and "\n" not in message
+    assert "the inputs of its forward: input_ids, attention_mask, " in message and "\n" not in message
     with pytest.raises(PlanError, match=r"failed on input 0 int64 \[1, 1\] \(IndexError: "):
         run(model, (torch.tensor([[300]]),))
     assert torch.equal(run(torch.nn.Identity(), (torch.ones(2),)), torch.ones(2))
