@@ -1,9 +1,9 @@
 """Elementwise functions over a block, from the stored bytes to the stored bytes: eagerly, or compiled to one loop.
 
-The bits are the same in both cases: the functions use only + - * /, comparisons and integer operations, none of which
-the compiler may contract or approximate. Compiled (C++ with the CPU's vector instructions, by torch's inductor) TIES
-takes 0.4 ms for 2^18 elements of three models, and eagerly 3 ms. Compiling takes 10 s in a process of its own, beside
-the merge that goes on eagerly; it is done only for large merges. Libraries are kept on disk; loading one takes 10 ms.
+The bits are the same in both cases: the functions use only + - * /, comparisons and integer operations, and the
+compiler may not contract or approximate them. Compiled (C++ with the CPU's vector instructions, by torch's inductor)
+TIES takes 0.4 ms for 2^18 elements of three models, and eagerly 3 ms. Compiling takes 10 s in a separate process, while
+the merge goes on eagerly; only large merges do it. Libraries are kept on disk; loading one takes 10 ms.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from mergekit_lfm.kernels.sums import round_once
 from mergekit_lfm.machine import cache_folder
 
 Mode = Literal["auto", "always", "never"]
-COMPILE_SECONDS = 10  # about what compiling one function takes
+COMPILE_SECONDS = 10  # about the time to compile one function
 Elementwise = Callable[[Sequence[torch.Tensor], "torch.Tensor | None", Any], Any]
 
 
 @dataclass(frozen=True)
 class Step:
-    """function(rows, base, local) over a block whose inputs are given as they are stored.
+    """function(rows, base, local) over a block of inputs in their stored dtypes.
 
-    rows are the inputs in `dtype`, less the base where there is one; the result is rounded to `out`, if that is given.
-    flag: [1] on a device, where what runs there notes that an input or the result is not finite.
+    rows are the inputs in `dtype`, minus the base if there is one; the result is rounded to `out` if that is a dtype.
+    flag: [1] on a device; set there if an input or the result is not finite.
     """
 
     function: Elementwise
@@ -65,11 +65,11 @@ def run_eagerly(step: Step) -> Any:
     return result if step.out is None else round_once(result, step.out)
 
 
-Form = Any  # what is left of nested tuples when each tensor is replaced by its dtype and shape
+Form = Any  # nested tuples with each tensor replaced by its dtype and shape
 
 
 def take_apart(value: Any, tensors: list[torch.Tensor]) -> Form:
-    """The form of nested tuples of tensors, None and bool; the tensors are appended to `tensors`."""
+    """The form of nested tuples of tensors, None and bool; appends the tensors to `tensors`."""
     if isinstance(value, torch.Tensor):
         tensors.append(value)
         return value.dtype, tuple(value.shape)
@@ -90,11 +90,11 @@ def put_together(form: Form, tensors: Iterator[torch.Tensor]) -> Any:
 
 
 class Kernels:
-    """A `Run` that uses compiled code where there is some: from the cache on disk, or compiled beside the merge.
+    """A `Run` that uses compiled code if available: from the cache on disk, or compiled beside the merge.
 
-    mode "auto" compiles what would take longer eagerly, over the `blocks` of the merge, than compiling takes; "always"
-    compiles everything first. problems: why something could not be compiled. What is not compiled, or not yet, runs
-    eagerly, with the same result. Use as a context manager: leaving it ends what is still being compiled.
+    mode "auto" compiles functions that would take longer eagerly, over the `blocks` of the merge, than compiling takes;
+    "always" compiles everything first. problems: why functions could not be compiled. Functions not compiled, or not
+    yet, run eagerly, with the same result. Use as a context manager: leaving it stops unfinished compilations.
     """
 
     def __init__(self, mode: Mode, blocks: int, block: int, threads: int) -> None:
@@ -133,12 +133,12 @@ class Kernels:
         return run_eagerly(step)
 
     def _compiled(self, fused: Fused) -> subprocess.Popen[bytes] | None:
-        """The process that compiled this function, the first time that it is seen to have ended."""
+        """The process that compiled this function if it has ended; afterwards None."""
         process = self._compiling.get(fused)
         return self._compiling.pop(fused) if process is not None and process.poll() is not None else None
 
     def _obtain(self, fused: Fused, tensors: list[torch.Tensor]) -> None:
-        """Load the function from the cache, or start to compile it where that pays."""
+        """Load the function from the cache, or start to compile it if that pays."""
         if sum(t.numel() >= self.block for t in tensors) > fused.inputs:
             return  # coefficients for every element, as at a cut: rare
         if fused.path.exists():
@@ -164,7 +164,7 @@ class Kernels:
             self.problems.add(f"{fused.function.__name__} runs without being compiled: {reason}")
 
     def _eager_seconds(self, fused: Fused, tensors: list[torch.Tensor]) -> float:
-        """How long all blocks would take, from one of them; the first, which warms the caches, is not counted."""
+        """Estimated seconds for all blocks, from timing one; an untimed run before it warms the caches."""
         fused(*tensors)
         started = time.perf_counter()
         fused(*tensors)
@@ -178,7 +178,7 @@ def compiler() -> str | None:
 
 @cache
 def _environment() -> str:
-    """Digest of all but the function that a compiled library depends on: our sources, torch, the processor."""
+    """Digest of a compiled library's dependencies besides the function: our sources, torch, the processor."""
     package = Path(__file__).parent.parent
     sources = [path.read_bytes() for part in ("kernels", "methods") for path in sorted((package / part).glob("*.py"))]
     cpuinfo = Path("/proc/cpuinfo")
@@ -189,7 +189,7 @@ def _environment() -> str:
 
 @dataclass(frozen=True)
 class Fused:
-    """An elementwise function with the form of its arguments: what one compiled library is for."""
+    """An elementwise function with the form of its arguments: the content of one compiled library."""
 
     function: Elementwise
     form: Form
@@ -198,14 +198,14 @@ class Fused:
 
     @property
     def path(self) -> Path:
-        """Where its library is kept."""
+        """The path of its library in the cache."""
         name = f"{self.function.__module__}.{self.function.__qualname__}"
         facts = f"{_environment()} {name} {self.form} {self.dtype} {self.out}"
         return cache_folder("kernels") / f"{self.function.__name__}-{xxhash.xxh3_128_hexdigest(facts.encode())}.pt2"
 
     @property
     def inputs(self) -> int:
-        """How many of the tensors are inputs, the base included; the others are coefficients."""
+        """The number of tensors that are inputs, base included; the others are coefficients."""
         _, stored, base, _ = self.form
         return len(stored) - 1 + (base is not None)
 
@@ -218,8 +218,8 @@ class Fused:
         return list(_leaves(self.form))
 
     def load(self, threads: int) -> Callable[..., Any]:
-        """The library as a function of the tensors, for so many threads at once."""
-        # What torch._inductor.package.load_package calls, without the 2 s that importing it takes.
+        """The library as a function of the tensors, usable by this many threads at once."""
+        # torch._inductor.package.load_package calls this, too, but importing it takes 2 s.
         library = torch._C._aoti.AOTIModelPackageLoader(str(self.path), "model", False, threads, -1)
         single = self.out is not None
 
@@ -247,7 +247,7 @@ class Fused:
         return process
 
     def compile(self) -> None:
-        """Compile, and move the library to its place when it is whole."""
+        """Compile, and move the complete library to `path`."""
         from torch._inductor import aoti_compile_and_package
 
         fused = self

@@ -29,7 +29,7 @@ class Largest:
     cut: int
 
     def limit(self, start: int, count: int, dtype: torch.dtype) -> torch.Tensor:
-        """What bits must exceed in a block of `count` entries from `start`: integers [1], or [count] at the cut."""
+        """The limit that kept bits exceed in the `count` entries from `start`: integers [1], or [count] at the cut."""
         import torch
 
         before = self.cut - start  # entries of the block that are kept if they equal the threshold
@@ -80,7 +80,7 @@ def largest(
 ) -> Generator[Reduction, Any, list[list[Largest]]]:
     """The counts[i][k] largest magnitudes of each input i, as thresholds.
 
-    exact=False keeps all that equal the threshold (the convention of the TIES authors' code). K <= 0 keeps nothing,
+    exact=False keeps all entries at the threshold (the convention of the TIES authors' code). K <= 0 keeps nothing,
     K >= numel everything, at no cost.
     """
     sets = [[ALL if count >= unit.numel else NONE for count in row] for row in counts]
