@@ -1,7 +1,7 @@
-"""What a merge method is: its parameters, and the three pure functions reduce (asked for by `solve`), solve, apply.
+"""A merge method's declaration: its parameters, and the pure functions reduce (requested by `solve`), solve and apply.
 
 `solve` is a generator. It yields reductions (`kernels.reductions`), receives their values, and returns coefficients;
-nothing else of a tensor is seen. So one method serves a tensor in memory, a tensor larger than memory, and a whole
+it sees nothing else of a tensor. So one method serves a tensor in memory, a tensor larger than memory, and a whole
 model. `apply(rows, base, local)` is elementwise: from one block of the inputs and the coefficients for it, the merged
 block.
 """
@@ -22,7 +22,7 @@ Value = bool | int | float | str | None
 
 
 class _Required:
-    """The default of a parameter that has none."""
+    """The default of a required parameter."""
 
     def __repr__(self) -> str:
         return "required"
@@ -33,7 +33,7 @@ REQUIRED = _Required()
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """One parameter of a method as a recipe gives it.
+    """One parameter of a method in a recipe.
 
     `per_input`: given for each input and each tensor; otherwise shared by all inputs of an output tensor.
     `kind` "switch" takes true, false or one of `choices`. `above` is an exclusive lower bound.
@@ -55,13 +55,13 @@ Kind = Literal["gram", "fisher"]  # of statistics that methods take
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """Over what one `solve` runs: a tensor, or with `model` scope all tensors of a model laid end to end.
+    """The input of one `solve`: a tensor, or with `model` scope all tensors of a model laid end to end.
 
     numel: elements in all. shape: the tensor's, or () for a whole model.
     shared and inputs: the resolved parameters, the latter one mapping per input.
     keys: one 64-bit key per input for counter-based random numbers, from seed, tensor name and position in the recipe.
     double: blocks are float64.
-    norms: for methods with `statistics` of a kind that has one, the Euclidean norm of each input's over its model.
+    norms: if the method's kind of `statistics` has a norm, the Euclidean norm of each input's over its model.
     """
 
     name: str
@@ -87,7 +87,7 @@ Elementwise = Callable[[Rows, "torch.Tensor | None", Any], Any]
 
 
 class Block(Protocol):
-    """One block of a unit's inputs. start: index in its tensor of the first element; count: how many there are.
+    """One block of a unit's inputs. start: index in its tensor of the first element; count: number of elements.
 
     dtype: that of the arithmetic, float32 or float64.
     """
@@ -105,7 +105,7 @@ class Block(Protocol):
     def dtype(self) -> torch.dtype: ...
 
     def row(self, i: int) -> torch.Tensor:
-        """Input i, or its delta to the base where there is one, [count], on fresh memory."""
+        """Input i, or its delta to the base if there is one, [count], in fresh memory."""
 
     def each(self, function: Elementwise, local: Any) -> Any:
         """function(rows, base, local), perhaps compiled: a pure function of tensors, elementwise in the rows.
@@ -117,7 +117,7 @@ class Block(Protocol):
 class Chunk(Block, Protocol):
     """Several neighbouring blocks at once, on a device. size: elements of a block; the last may be shorter.
 
-    native: whether hand-written kernels are to be used where there are some.
+    native: True to use hand-written kernels if available.
     """
 
     @property
@@ -132,21 +132,21 @@ class Chunk(Block, Protocol):
 
     @property
     def stored_base(self) -> torch.Tensor | None:
-        """The base as it is stored, where there is one."""
+        """The base as it is stored, or None."""
 
     def blocks(self) -> Iterator[tuple[int, Block]]:
         """Every block with its number in the tensor."""
 
 
 class Coefficients(Protocol):
-    """What a solve returns. Tensors that it makes are on torch's default device, which is that of the block."""
+    """The result of a solve. It makes tensors on torch's default device, which is that of the block."""
 
     def at(self, start: int, count: int, dtype: torch.dtype) -> Any:
-        """What `apply` needs for the block of `count` elements from index `start`, as `Block.each` takes it."""
+        """The `local` of `apply` and `Block.each` for the block of `count` elements from index `start`."""
 
 
 class Linears(Protocol):
-    """One linear layer of n models, as whole matrices. Where it has a bias, it is the matrices' last column."""
+    """One linear layer of n models, as whole matrices. A bias is the matrices' last column."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -161,10 +161,10 @@ class Linears(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Whole:
-    """How a method merges linear layers that it sees as whole matrices.
+    """How a method merges linear layers as whole matrices.
 
-    merge: the merged matrices [outputs, inputs], float64, of layers that have all the same Gram matrices. nbytes(unit,
-    outputs, inputs): what that holds in memory for the largest layer.
+    merge: yields the merged matrices [outputs, inputs], float64, of layers that share their Gram matrices. nbytes(unit,
+    outputs, inputs): the memory that this takes for the largest layer.
     """
 
     merge: Callable[[Unit, Sequence[Linears]], Iterator[torch.Tensor]]
@@ -189,13 +189,13 @@ def immediate(solve: Callable[[Unit], Coefficients]) -> Solve:
 class Method:
     """A merge method.
 
-    base: "required" or "optional" (then deltas to it are merged and it is no input itself), "member" (an input like
+    base: "required" or "optional" (then deltas to it are merged and it is not itself an input), "member" (an input like
     the others), "first" (required, and the first input). inputs: least and most number of inputs, None for any
-    number. scope(shared): "tensor", or "model" for one solve over all tensors. row(unit): blocks are made of whole
-    rows of so many elements. copies(unit): true where the result is the only input, byte for byte. version: raised
-    when results change. statistics: the kind of the statistics that each input has to come with; the base is then a
-    "member". Elementwise methods see them as further rows, those of the n inputs followed by their n statistics.
-    whole: for methods that merge linear layers as matrices. Tensors of which there are no statistics are averaged.
+    number. scope(shared): "tensor", or "model" for one solve over all tensors. row(unit): blocks are whole rows of this
+    many elements. copies(unit): true if the result is the only input, byte for byte. version: raised when results
+    change. statistics: the kind of statistics that each input needs; the base is then a "member". Elementwise methods
+    see them as further rows: those of the n inputs, then their n statistics. whole: for methods that merge linear
+    layers as matrices. Tensors without statistics are averaged.
     """
 
     name: str
