@@ -145,7 +145,7 @@ def test_a_model_trained_since_it_was_loaded_is_refused(tmp_path: Path) -> None:
         collect_stats("gram", model, arrays(6)([3]), tmp_path / "gram", checkpoint=tmp_path / "model.safetensors")
     lines = str(raised.value).splitlines()
     assert "is not the checkpoint of this model" in lines[0]
-    assert lines[1:3] == ["  0.bias: not what 0.bias is", "  2.weight: not what 2.weight is"]
+    assert lines[1:3] == ["  0.bias: differs from 0.bias", "  2.weight: differs from 2.weight"]
     assert "changed since it was loaded? Save it" in lines[3]
     assert not (tmp_path / "gram").exists()
 

@@ -166,7 +166,7 @@ def test_another_file_is_replaced_only_when_asked(tmp_path: Path) -> None:
         collect_stats("gram", mlp(6, 7, 3, seed=4), data[:2], out)
     assert collect_stats("fisher", model, data, out, overwrite=True).facts.kind == "fisher"
     out.write_bytes(b"notes")
-    with pytest.raises(PlanError, match="gram exists and differs: it is no whole statistics file"):
+    with pytest.raises(PlanError, match="gram exists and differs: it is not a complete statistics file"):
         collect_stats("gram", model, data, out)
     assert out.read_bytes() == b"notes"
 

@@ -136,11 +136,11 @@ def test_pairs_without_a_positive_are_told_by_line(tmp_path: Path) -> None:
         ([{"text": "a"}, {"txet": "b"}], r'line 2: no "text"'),
         ([{"text": "a"}, {"text": " "}], r'line 2: no "text", or an empty one'),
         ([{"text": "a"}, "[1]"], r'line 2: no "text"'),
-        ([{"text": "a", "label": 1}, {"text": "b", "label": "1"}], r'line 2: "label" is "1", no whole number'),
+        ([{"text": "a", "label": 1}, {"text": "b", "label": "1"}], r'line 2: "label" is "1", not a whole number'),
         ([{"text": "a", "label": True}], r'line 1: "label" is true'),
         ([{"text": "a", "label": -1}], r'line 1: "label" is -1'),
         ([{"text": "a", "label": 1}, {"text": "b"}], r'1 of 2 lines have no "label"'),
-        ([{"text": "a", "positive": 3}], r'line 1: "positive" is no text'),
+        ([{"text": "a", "positive": 3}], r'line 1: "positive" is not a text'),
         (["", ""], r"x\.jsonl is empty"),
     ],
 )
@@ -177,7 +177,7 @@ def test_what_is_no_data_file(tmp_path: Path) -> None:
         ("embedding", {"window": 33, "positions": 32}, "window is 33; expected 3 to 32"),
         ("embedding", {"batch_size": 0}, "batch_size is 0"),
         ("embedding", {"max_examples": 0}, "max_examples is 0"),
-        ("embeding", {}, "no task 'embeding'; expected lm, classification, embedding"),
+        ("embeding", {}, "the task 'embeding'; expected lm, classification, embedding"),
     ],
 )
 def test_what_cannot_be_done_is_said(tmp_path: Path, task: str, options: dict[str, int], message: str) -> None:
@@ -215,8 +215,8 @@ def test_arrays_are_the_models_inputs_by_position_or_by_name(tmp_path: Path) -> 
         ({"labels": np.zeros(3, int)}, r"found the inputs \(none\)"),
         ({"x": np.zeros((3, 2)), "labels": np.zeros(3)}, "labels are torch.float64"),
         ({"x": np.zeros((0, 2))}, "holds no example"),
-        ({"x": np.array(["a", "b"])}, "no archive of arrays that a model takes"),
-        ({"x": np.array([{}, {}])}, "no archive of arrays that a model takes"),
+        ({"x": np.array(["a", "b"])}, "not an archive of arrays that a model takes"),
+        ({"x": np.array([{}, {}])}, "not an archive of arrays that a model takes"),
         ({"input_ids": np.ones((2, 2), int), "attention_mask": np.eye(2, dtype=int)}, "attention_mask has zeros"),
     ],
 )
@@ -229,7 +229,7 @@ def test_arrays_that_are_wrong(tmp_path: Path, arrays: dict[str, Any], message: 
 @pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04 cut off"])
 def test_a_file_that_is_no_archive(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.npz").write_bytes(content)
-    with pytest.raises(FormatError, match=r"x\.npz is no archive"):
+    with pytest.raises(FormatError, match=r"x\.npz is not an archive"):
         read_data(tmp_path / "x.npz", "classification")
 
 
@@ -326,7 +326,7 @@ def test_a_digest_depends_on_all_that_the_model_sees() -> None:
         (TensorDataset(X, Y), r"batch 0: labels has shape \[\].*A Dataset of single examples goes into a DataLoader"),
         ([(X, Y[:3])], r"labels has shape \[3\], other inputs have 6 examples"),
         ([(X, Y.float())], r"labels are torch.float32"),
-        ([PAIRS[0], "text"], r"batch 1: input 0 is a str, no Tensor"),
+        ([PAIRS[0], "text"], r"batch 1: input 0 is a str, not a Tensor"),
         ([{"x": X, "attention_mask": Y}], "attention_mask has zeros"),
         ([Batch((0, 1), (X,))], "other inputs have 2 examples"),
         ([Batch((0, 1), (X[:2],)), Batch((1, 2), (X[2:4],))], "batches share the numbers of examples"),
@@ -360,7 +360,7 @@ def test_data_that_become_more_or_less_are_found_out(by: int) -> None:
     source = Growing(0)
     batches = as_batches(source)
     source.by = by
-    with pytest.raises(PlanError, match="is not what it was when it was first read"):
+    with pytest.raises(PlanError, match="differs from the first time that it was read"):
         list(batches)
 
 

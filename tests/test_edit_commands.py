@@ -177,7 +177,7 @@ def test_statistics_of_another_kind_are_refused() -> None:
     fisher = ["stats", "fisher", "m", "--data", "text.txt", "--task", "lm", "--layers", "down", "-o", "f.st", "-q"]
     assert run(*fisher).exit_code == 0
     assert "f.st holds fisher statistics, expected second moments" in refusal(run(*EDIT, "--stats", "f.st"))
-    assert "no statistics file" in refusal(run(*EDIT, "--stats", "patch.st"))
+    assert "not a statistics file" in refusal(run(*EDIT, "--stats", "patch.st"))
 
 
 def test_a_model_that_cannot_run_is_refused(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -151,4 +151,4 @@ def test_eval_of_data_that_the_model_does_not_take(folder: Path) -> None:
     models_of_texts(folder)
     np.savez("x.npz", pixel_values=np.ones((2, 3, 4, 4), np.float32), labels=np.arange(2))
     message = refusal(run("eval", "c", "--data", "x.npz", "--task", "classification"))
-    assert "failed on pixel_values float32 [2, 3, 4, 4]" in message and "forward takes: input_ids" in message
+    assert "failed on pixel_values float32 [2, 3, 4, 4]" in message and "inputs of its forward: input_ids" in message

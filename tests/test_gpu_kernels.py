@@ -176,7 +176,7 @@ def test_kernels_that_round_otherwise_are_not_used(monkeypatch: pytest.MonkeyPat
 
     assert gpu.unusable.__wrapped__(DEVICE) == ""
     monkeypatch.setattr(gpu, "kernel_of", flushing)
-    assert "round otherwise than the processor" in gpu.unusable.__wrapped__(DEVICE)
+    assert "round differently from the processor" in gpu.unusable.__wrapped__(DEVICE)
 
 
 @needs_triton

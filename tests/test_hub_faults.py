@@ -62,7 +62,7 @@ def test_somebody_else_commits_in_the_middle_of_the_upload(hub: HubServer, folde
     (folder / "out/notes.txt").write_text("new\n")
     hub.fault("POST", "/preupload/", before=lambda: hub.commit(REPO, {"theirs.txt": b"1"}))
     message = refused("push", "out", REPO)
-    assert f"{REPO} was changed by somebody else in the meantime, so nothing was pushed" in message
+    assert f"somebody else changed {REPO} in the meantime, so nothing was pushed" in message
     assert "notes.txt" not in hub.files(REPO)
     assert answer(run("push", "out", REPO, "--json"))["files"] == ["notes.txt"]
     assert hub.files(REPO)["theirs.txt"] == b"1"
@@ -116,7 +116,7 @@ def test_too_many_requests(
     hub.fault("PUT", ".", status=429, headers=headers, times=times)
     if times is None:
         message = refused("push", "out", REPO)
-        assert f"the Hub at {hub.url} limits how often it is asked (429): wait 7 s, then {AGAIN}" in message
+        assert f"the Hub at {hub.url} limits the rate of requests (429): wait 7 s, then {AGAIN}" in message
         assert "model.safetensors" not in hub.files(REPO)
         hub.clear_faults()
     assert run("push", "out", REPO, "--verify").exit_code == 0
@@ -129,7 +129,7 @@ def test_too_many_requests_while_looking(
     merge("recipe.yaml", "out")
     hub.fault("GET", "/api/", status=429, headers={"Retry-After": "7"}, times=None)
     for command in (("push", "out", REPO), ("plan", "recipe.yaml")):
-        assert f"limits how often it is asked (429): wait 7 s, then {AGAIN}" in refused(*command)
+        assert f"limits the rate of requests (429): wait 7 s, then {AGAIN}" in refused(*command)
 
 
 def test_a_token_that_is_withdrawn_in_the_middle(
@@ -159,7 +159,7 @@ def test_what_the_hub_holds_is_compared_with_what_was_pushed(
     merge("recipe.yaml", "out")
     monkeypatch.setattr("mergekit_lfm.output.push._is", lambda *_: False)
     message = refused("push", "out", REPO)
-    assert "what the Hub holds of" in message and "is not what was pushed" in message
+    assert "on the Hub, " in message and "differ from the pushed files" in message
     assert hub.exists(REPO)
 
 
@@ -247,7 +247,7 @@ def test_a_hub_that_is_not_there(
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     message = refused("merge", "recipe.yaml", "out")
     assert "org/a is no folder here, and the connection to the Hub at http://127.0.0.1:9 failed for org/a" in message
-    assert "With HF_HUB_OFFLINE=1, models that are in the cache are read without it" in message
+    assert "With HF_HUB_OFFLINE=1, models in the cache are read without it" in message
 
 
 def test_a_wrong_token_is_told_for_reading_too(

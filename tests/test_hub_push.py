@@ -185,7 +185,7 @@ def test_weights_of_somebody_else_are_not_replaced_unasked(hub: HubServer, folde
     hub.create(REPO, {"pytorch_model.bin": b"precious", "notes.txt": b"mine"})
     head = hub.head(REPO)
     message = refusal(run("merge", "recipe.yaml", "two", "--push-to", REPO))
-    assert f"{REPO} holds pytorch_model.bin, which is not of an earlier push of a merge" in message
+    assert f"{REPO} holds pytorch_model.bin, which is not from an earlier push of a merge" in message
     assert hub.head(REPO) == head and not (folder / "two").exists()
     pushed = push("out", REPO, overwrite=True)
     assert pushed.removed == ("pytorch_model.bin",)
@@ -196,7 +196,7 @@ def test_weights_of_somebody_else_are_not_replaced_unasked(hub: HubServer, folde
 @pytest.mark.usefixtures("folder")
 def test_a_repository_of_another_kind_is_not_written_over(theirs: str, hub: HubServer) -> None:
     hub.create(REPO, {theirs: b"{}"})
-    assert f"{REPO} holds {theirs}, which is not of an earlier push" in refusal(run("push", "out", REPO))
+    assert f"{REPO} holds {theirs}, which is not from an earlier push" in refusal(run("push", "out", REPO))
 
 
 def test_weights_of_the_user_beside_a_push_stay(hub: HubServer, folder: Path) -> None:
@@ -211,7 +211,7 @@ def test_weights_of_the_user_beside_a_push_stay(hub: HubServer, folder: Path) ->
 def test_what_appears_while_it_is_made_is_looked_at(hub: HubServer) -> None:
     """Between the look at a repository that is not there and its making somebody makes it, public and with weights."""
     hub.fault("POST", "/api/repos/create", before=lambda: hub.create(REPO, {"model.safetensors": b"theirs"}))
-    assert "a private repository was asked for" in refusal(run("push", "out", REPO, "--private"))
+    assert "you asked for a private repository" in refusal(run("push", "out", REPO, "--private"))
     assert hub.files(REPO)["model.safetensors"] == b"theirs"
 
 
@@ -226,14 +226,14 @@ def test_pulling_back_downloads_whatever_is_in_the_cache(hub: HubServer) -> None
     blob = hub.store.blobs / tree["model.safetensors"].sha256
     blob.write_bytes(blob.read_bytes()[:-1] + b"x")
     message = refusal(run("push", "out", REPO, "--verify"))
-    assert f"{REPO}@{hub.head(REPO)} was pushed, but downloaded again it is not what its lock says" in message
+    assert f"{REPO}@{hub.head(REPO)} was pushed, but downloaded again it differs from its lock" in message
 
 
 def test_what_differs_from_its_lock_is_not_pushed_to_be_verified(hub: HubServer, folder: Path) -> None:
     with (folder / "out/README.md").open("a") as card:
         card.write("My words.\n")
     message = refusal(run("push", "out", REPO, "--verify"))
-    assert "out is not what its lock says" in message and "README.md was changed" in message
+    assert "out differs from its lock" in message and "README.md was changed" in message
     assert not hub.exists(REPO)
     push("out", REPO)
     assert hub.files(REPO)["README.md"].endswith(b"My words.\n")
@@ -259,7 +259,7 @@ def test_a_damaged_lock_on_the_hub(lock: bytes, hub: HubServer) -> None:
 def test_private_is_not_made_public(hub: HubServer, folder: Path) -> None:
     hub.create(REPO, {})
     message = refusal(run("merge", "recipe.yaml", "two", "--push-to", REPO, "--private"))
-    assert f"{REPO} is there and is public, but a private repository was asked for" in message
+    assert f"{REPO} exists and is public, but you asked for a private repository" in message
     assert not (folder / "two").exists()
 
 
@@ -272,7 +272,7 @@ def test_private_is_not_made_public(hub: HubServer, folder: Path) -> None:
         ("merged", TOKEN, "found 'merged'"),
         ("me/merged@main", TOKEN, "expected a repository on the Hub as org/name"),
         ("other/merged", TOKEN, "the token is of me, who may push to me, org, but not to other"),
-        (REPO, None, "there is no token to push with: set HF_TOKEN, or run `hf auth login`"),
+        (REPO, None, "found no token to push with: set HF_TOKEN, or run `hf auth login`"),
         (REPO, READ_TOKEN, "the token may only read: push with one of the role `write`"),
         (REPO, "hf_" + "x" * 34, "refuses the token (Invalid"),
     ],
@@ -320,12 +320,12 @@ def test_only_whole_models_are_pushed(hub: HubServer, folder: Path) -> None:
         push("out", REPO)
     weights.write_bytes(whole)
     (folder / "out/merge.replaced").mkdir()
-    with pytest.raises(PlanError, match="still holds what it replaced"):
+    with pytest.raises(PlanError, match="still holds the files it replaced"):
         push("out", REPO)
     (folder / "empty").mkdir()
     with pytest.raises(FormatError, match="holds no model"):
         push("empty", REPO)
-    with pytest.raises(PlanError, match="is no folder"):
+    with pytest.raises(PlanError, match="is not a folder"):
         push("nowhere", REPO)
     assert not hub.exists(REPO)
 

@@ -166,7 +166,7 @@ def test_offline_what_is_in_the_cache_is_merged(
 def test_offline_what_is_not_in_the_cache_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     message = refusal(run("merge", "recipe.yaml", "out"))
-    assert "org/a" in message and "org/b@v1" in message and "HF_HUB_OFFLINE is set" in message
+    assert "org/a" in message and "org/b@v1" in message and "HF_HUB_OFFLINE forbids downloads" in message
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     run("plan", "recipe.yaml")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -183,8 +183,8 @@ def test_what_is_not_to_be_had_is_named_all_at_once(models: HubServer, folder: P
     (folder / "recipe.yaml").write_text(f"merge_method: linear\nmodels:\n{models_text}")
     message = refusal(run("merge", "recipe.yaml", "out"))
     assert "3 problems" in message
-    assert "there is no model org/nothing at " in message
-    assert "\n  org/b@no-such-branch: the repository is there, but no such branch, tag or commit" in message
+    assert "found no model org/nothing at " in message
+    assert "\n  org/b@no-such-branch: the repository exists, but has no such branch, tag or commit" in message
     assert re.search(rf"org/gated@\w{{40}} is gated: accept its conditions on {models.url}/org/gated with", message)
     assert list(folder.glob("out*")) == []
 

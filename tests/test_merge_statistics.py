@@ -360,9 +360,9 @@ def test_a_method_without_statistics_refuses_them(models: Models) -> None:
 def test_files_that_are_no_statistics_are_refused(models: Models) -> None:
     recipe = models.recipe()
     recipe["models"][0]["stats"], recipe["models"][1]["stats"] = "m0/model.safetensors", "m1"
-    models.refused(recipe, "2 problems", "the `stats` of m0", "is no statistics file", "the `stats` of m1", "no such")
+    models.refused(recipe, "2 problems", "the `stats` of m0", "not a statistics file", "the `stats` of m1", "no such")
     write_grams(models.folder / "m0.gram", models.folder / "m0", {}, layers())
-    models.refused(models.recipe(), "m0.gram names gram/a and does not hold it")
+    models.refused(models.recipe(), "m0.gram names gram/a but does not hold it")
     grams = {name: gram_of(x) for name, x in models.data[0].items()}
     write_grams(models.folder / "m0.gram", models.folder / "m0", grams, layers(), **{"lfm.layers": "[1]"})
     models.refused(models.recipe(), "damaged metadata")

@@ -125,7 +125,7 @@ def test_a_path_without_a_model_is_refused_and_nothing_is_looked_up(tmp_path: Pa
 
 
 def test_an_unknown_task_is_refused(llama: Path) -> None:
-    with pytest.raises(PlanError, match="no task 'lms'; expected lm, classification, embedding"):
+    with pytest.raises(PlanError, match="the task 'lms'; expected lm, classification, embedding"):
         load_model(llama, "lms")
 
 
@@ -191,7 +191,9 @@ def t5(folder: Path) -> Path:
 
 @pytest.mark.parametrize("task", ["lm", "embedding"])
 def test_an_encoder_with_a_decoder_neither_embeds_nor_predicts(tmp_path: Path, task: str) -> None:
-    with pytest.raises(PlanError, match=rf"T5ForConditionalGeneration, is no {TASKS[task]}: its decoder needs inputs"):
+    with pytest.raises(
+        PlanError, match=f"T5ForConditionalGeneration, does not fit the task {task!r}: its decoder needs inputs"
+    ):
         load_model(t5(tmp_path / "t5"), task)
 
 
@@ -205,7 +207,7 @@ def test_a_model_of_images_is_no_language_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_model_that_looks_ahead_is_no_language_model(tmp_path: Path, dtype: str) -> None:
     ahead = save_model(tmp_path / "a", "BertLMHeadModel", bert_config())
-    with pytest.raises(PlanError, match="BertLMHeadModel, is no causal language model: it scores a token with a look"):
+    with pytest.raises(PlanError, match="BertLMHeadModel, is not a causal language model: its scores of a token"):
         load_model(ahead, "lm", dtype=dtype)
     behind = save_model(tmp_path / "b", "BertLMHeadModel", bert_config(is_decoder=True))
     assert load_model(behind, "lm", dtype=dtype).task == "lm"
@@ -226,7 +228,7 @@ def test_a_device_that_is_not_there_is_refused_before_loading(tmp_path: Path, de
 
 @pytest.mark.parametrize("dtype", ["float23", "int8", "nn"])
 def test_a_dtype_to_compute_in_is_one_of_torch(tmp_path: Path, dtype: str) -> None:
-    with pytest.raises(PlanError, match=f"no dtype '{dtype}'"):
+    with pytest.raises(PlanError, match=f"the dtype '{dtype}'"):
         load_model(tmp_path, "lm", dtype=dtype)
 
 
@@ -239,7 +241,7 @@ def test_inputs_that_a_model_does_not_take_are_named_with_those_it_takes(llama: 
         run(model, kwargs={"pixel_values": torch.ones(1, 3, 8, 8)})
     message = str(raised.value)
     assert message.startswith("LlamaForCausalLM failed on pixel_values float32 [1, 3, 8, 8] (")
-    assert "what its forward takes: input_ids, attention_mask, " in message and "\n" not in message
+    assert "the inputs of its forward: input_ids, attention_mask, " in message and "\n" not in message
     with pytest.raises(PlanError, match=r"failed on input 0 int64 \[1, 1\] \(IndexError: "):
         run(model, (torch.tensor([[300]]),))
     assert torch.equal(run(torch.nn.Identity(), (torch.ones(2),)), torch.ones(2))

@@ -67,7 +67,7 @@ def test_fisher_is_found_by_the_tensor(model: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lfm.kind": "patch"}, "is no statistics file"),
+        ({"lfm.kind": "patch"}, "is not a statistics file"),
         ({"lfm.format": "2"}, "another version"),
         ({"lfm.layers": "{"}, "damaged metadata"),
         ({"lfm.layers": json.dumps({"q": {"weight": "q.weight"}})}, "damaged metadata"),

@@ -1,8 +1,8 @@
-"""The statistics file: what a model's layers and parameters were to some data, for merges, alignment and edits.
+"""The statistics file: measurements of a model's layers and parameters on data, for merges, alignment and edits.
 
-One safetensors file: `gram/LAYER`, `cross/LAYER` or `fisher/TENSOR`, float32, and metadata that say of which model and
-data they are, which tensors of the checkpoint make up each layer, and which layers share one entry. Collecting them
-needs the model; reading them needs this module alone.
+One safetensors file: `gram/LAYER`, `cross/LAYER` or `fisher/TENSOR`, float32, and metadata that name the model and
+data, the tensors of the checkpoint that make up each layer, and the layers that share one entry. Collecting them needs
+the model; reading them needs this module alone.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ FORMAT = "1"
 class Layer:
     """A linear layer, y = W x + b, in the names of its checkpoint.
 
-    weight, bias: its tensors; bias is None where it has none. axis: the axis of `weight` along which the inputs run, 1
-    for a Linear [out, in], 0 for a Conv1D [in, out]. inputs: how many there are, without the appended 1. entry: the
-    layer under whose name its moment is stored: itself, or the first that reads the same inputs. count: the tokens
-    that the moment is a mean over.
+    weight, bias: its tensors; bias may be None. axis: the axis of `weight` along which the inputs run, 1 for a Linear
+    [out, in], 0 for a Conv1D [in, out]. inputs: their number, without the appended 1. entry: the layer under whose name
+    its moment is stored: itself, or the first that reads the same inputs. count: the tokens that the moment is a mean
+    over.
     """
 
     weight: str
@@ -47,9 +47,9 @@ class Facts:
     """All that a statistics file says about itself.
 
     models: the content digest (`Checkpoint.content`) of the model, for "cross" of both. data: digest of the batches.
-    options: all else that the numbers depend on. layers: for moments, every layer that is covered; in "cross" with
-    the tensors and inputs of the first model. examples: how many went in. norm: for "fisher", the Euclidean norm over
-    all of it. skipped: what of the model is not covered, and why.
+    options: all else that the numbers depend on. layers: for moments, every covered layer; in "cross" with the tensors
+    and inputs of the first model. examples: their number. norm: for "fisher", the Euclidean norm over all entries.
+    skipped: the layers or parameters that are not covered, and why.
     """
 
     kind: str
@@ -65,26 +65,26 @@ class Facts:
     def metadata(self) -> dict[str, str]:
         """The facts as a safetensors header holds them."""
         rest = {name: value for name, value in asdict(self).items() if name != "kind"}
-        parts = {f"lfm.{name}": json.dumps(value, sort_keys=True) for name, value in rest.items()}
-        return {"format": "pt", "lfm.kind": "statistics", "lfm.format": FORMAT, "lfm.statistic": self.kind, **parts}
+        fields = {f"lfm.{name}": json.dumps(value, sort_keys=True) for name, value in rest.items()}
+        return {"format": "pt", "lfm.kind": "statistics", "lfm.format": FORMAT, "lfm.statistic": self.kind, **fields}
 
 
 def read_facts(metadata: dict[str, str], label: object) -> Facts:
-    """What the metadata of a header say. FormatError where they are not those of a statistics file."""
+    """The facts in a header's metadata. Raises FormatError if they are not those of a statistics file."""
     if metadata.get("lfm.kind") != "statistics":
-        raise FormatError(f"{label} is no statistics file; make one with `mergekit-lfm stats`")
+        raise FormatError(f"{label} is not a statistics file; make one with `mergekit-lfm stats`")
     if metadata.get("lfm.format") != FORMAT:
         raise FormatError(f"{label} holds statistics of another version; collect them again")
     try:
-        parts = {name: json.loads(metadata[f"lfm.{name}"]) for name in Facts.__dataclass_fields__ if name != "kind"}
-        parts["layers"] = {name: Layer(**layer) for name, layer in parts["layers"].items()}
-        return Facts(metadata["lfm.statistic"], **{**parts, "models": tuple(parts["models"])})
+        fields = {name: json.loads(metadata[f"lfm.{name}"]) for name in Facts.__dataclass_fields__ if name != "kind"}
+        fields["layers"] = {name: Layer(**layer) for name, layer in fields["layers"].items()}
+        return Facts(metadata["lfm.statistic"], **{**fields, "models": tuple(fields["models"])})
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FormatError(f"{label} has damaged metadata ({error!r}); collect the statistics again") from None
 
 
 class Statistics:
-    """A statistics file that is open: its facts, and its entries as tensors of a checkpoint."""
+    """An open statistics file: its facts, and its entries as tensors of a checkpoint."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -92,7 +92,7 @@ class Statistics:
         self.tensors: Checkpoint = open_checkpoint(path)
         wanted = {f"{self.facts.kind}/{layer.entry}" for layer in self.facts.layers.values()}
         if absent := sorted(wanted - self.tensors.keys()):
-            raise FormatError(f"{path} names {absent[0]} and does not hold it; collect the statistics again")
+            raise FormatError(f"{path} names {absent[0]} but does not hold it; collect the statistics again")
 
     def __repr__(self) -> str:
         return f"Statistics({str(self.path)!r}, {self.facts.kind}, {len(self.tensors)} entries)"
@@ -103,12 +103,12 @@ class Statistics:
         return {layer.weight: (name, layer) for name, layer in self.facts.layers.items()}
 
     def entry(self, name: str) -> str:
-        """The tensor of this file that holds the statistic of a layer or parameter. KeyError where there is none."""
+        """The tensor of this file with the statistic of a layer or parameter. Raises KeyError if it has none."""
         stored = self.facts.layers[name].entry if self.facts.layers else name
         return self.tensors[f"{self.facts.kind}/{stored}"].name
 
     def entry_of(self, tensor: str) -> str | None:
-        """The entry that is about a tensor of the model: its own, or that of the layer whose weight it is."""
+        """The entry for a tensor of the model: its own, or that of the layer whose weight it is; None without one."""
         if self.facts.layers:
             return self.entry(self.by_weight[tensor][0]) if tensor in self.by_weight else None
         name = f"{self.facts.kind}/{tensor}"
@@ -121,8 +121,8 @@ class Statistics:
 
 
 def open_statistics(path: str | os.PathLike[str]) -> Statistics:
-    """The statistics in a file. FormatError where it holds none, FileNotFoundError where it is not there."""
-    place = Path(path)
-    if not place.is_file():
-        raise FileNotFoundError(f"no such statistics file: {place}")
-    return Statistics(place)
+    """Open a statistics file. Raises FormatError if it is not one, FileNotFoundError if it does not exist."""
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"no such statistics file: {file}")
+    return Statistics(file)

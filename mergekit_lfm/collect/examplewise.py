@@ -1,8 +1,8 @@
 """Squares of per-example gradients of any model, from one forward and backward pass of a whole batch.
 
-The gradient of a parameter for one example is found where the parameter is used: from the input of its module and the
-gradient of its output, which have a row for every example. All uses of a parameter are added before squaring. A model
-that mixes examples, or uses parameters out of sight of the modules that own them, is taken one example at a time.
+The gradient of a parameter for one example follows from the input of the module that uses it and the gradient of its
+output, which have a row for every example. All uses of a parameter are added before squaring. A model that mixes
+examples, or uses parameters outside the modules that own them, runs one example at a time.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from mergekit_lfm.collect.linear import is_transposed
 from mergekit_lfm.errors import PlanError
 
-CHUNK = 1 << 22  # elements of per-example gradients that are held at a time
-TRIED = 1 << 25  # elements of parameters that both ways are compared on at a time, at most
-TRIED_BYTES = 24  # for each of them: what both ways add, and their difference, in float64
-Parameters = Mapping[nn.Parameter, Sequence[Tensor]]  # the parameters that are wanted, and the sums to add squares to
+CHUNK = 1 << 22  # elements of per-example gradients in memory at a time
+TRIED = 1 << 25  # the most elements of parameters on which both ways are compared at a time
+TRIED_BYTES = 24  # per element: the sums of both ways and their difference, in float64
+Parameters = Mapping[nn.Parameter, Sequence[Tensor]]  # each wanted parameter, with the sums to add its squares to
 
 
 class NotSeparable(Exception):
-    """The batch cannot be taken apart into examples: it has to be run one by one."""
+    """The batch's gradients cannot be separated: its examples must run one by one."""
 
 
 @dataclass(frozen=True)
 class Call:
     """One call of a module on a batch: x, its only tensor, has a row for every example, and so has its output.
 
-    version: of x when it was read. edge: the output in the graph, as it was before anything could change it in place.
+    version: of x when it was read. edge: the output in the graph, before anything could change it in place.
     """
 
     module: nn.Module
@@ -45,22 +45,22 @@ class Call:
 
     @property
     def is_linear(self) -> bool:
-        """Whether the module is a Linear or Conv1D; one that extends them may do more."""
+        """True if the module is exactly a Linear or Conv1D: a subclass of Linear may do more."""
         return type(self.module) is nn.Linear or is_transposed(self.module)
 
     @property
     def is_embedding(self) -> bool:
-        """Whether the module looks up rows of a table, and does no more."""
+        """True if the module only looks up rows of a table."""
         plain = type(self.module) is nn.Embedding
         return plain and self.module.max_norm is None and not self.module.scale_grad_by_freq
 
 
 @contextmanager
 def recording(modules: Sequence[nn.Module], n: int) -> Iterator[list[Call]]:
-    """The calls of modules that take part in the gradient. NotSeparable for one that does not map n rows to n rows.
+    """Record the calls of modules that take part in the gradient.
 
-    A module called with one row for all examples (position embeddings) is made to return n equal ones, so that every
-    example has a gradient of its own.
+    Raises NotSeparable if a module does not map n rows to n rows. A module called with one row for all examples
+    (position embeddings) returns n equal rows instead, so that every example has a gradient of its own.
     """
     calls: list[Call] = []
 
@@ -88,16 +88,16 @@ def recording(modules: Sequence[nn.Module], n: int) -> Iterator[list[Call]]:
 
 
 def _call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor) -> Any:
-    """What the module returns, without its hooks, with x in place of the tensor among its arguments."""
+    """Call the module without its hooks, with x in place of the tensor among its arguments."""
 
-    def placed(value: Any) -> Any:
+    def substitute(value: Any) -> Any:
         return x if isinstance(value, Tensor) else value
 
-    return module.forward(*map(placed, args), **{name: placed(value) for name, value in kwargs.items()})
+    return module.forward(*map(substitute, args), **{name: substitute(value) for name, value in kwargs.items()})
 
 
 def add_squares(wanted: Parameters, calls: Sequence[Call], scores: Iterator[Tensor]) -> None:
-    """Add the squared gradients of every example's score, for each of the scores [n], to the sums of the parameters."""
+    """Add the squared gradient of every example's score to the parameters' sums, for each of the scores [n]."""
     uses: dict[nn.Parameter, list[tuple[int, str]]] = {}
     for i, call in enumerate(calls):
         if call.x._version != call.version:
@@ -110,17 +110,17 @@ def add_squares(wanted: Parameters, calls: Sequence[Call], scores: Iterator[Tens
     for score in scores:
         edges = [call.edge for call in calls]
         grads = torch.autograd.grad(score.sum(), edges, retain_graph=True, allow_unused=True)
-        for parameter, places in uses.items():
-            there = [(calls[i], name, d) for i, name in places if (d := grads[i]) is not None]
-            if there:
-                _add_parameter(parameter, wanted[parameter], there)
+        for parameter, call_names in uses.items():
+            reached = [(calls[i], name, d) for i, name in call_names if (d := grads[i]) is not None]
+            if reached:
+                _add_parameter(parameter, wanted[parameter], reached)
 
 
 def _add_parameter(parameter: nn.Parameter, sums: Sequence[Tensor], uses: list[tuple[Call, str, Tensor]]) -> None:
     if len(uses) == 1:
         call, name, d = uses[0]
         if call.is_linear and name == "weight" and call.x.dim() == 2:
-            # The gradient of an example is the outer product of d and x: its squares are that of their squares.
+            # An example's gradient is the outer product of d and x: its square is that of their squares.
             left, right = (call.x, d) if is_transposed(call.module) else (d, call.x)
             return _add(sums, _wide(left).square().T @ _wide(right).square())
         if call.is_embedding:
@@ -143,10 +143,10 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _add_touched_rows(sums: Sequence[Tensor], call: Call, d: Tensor) -> None:
-    """An embedding's gradient has only the rows that the example looks up: added up per row, then squared."""
-    keys, place = torch.unique(_places(call, slice(None)), return_inverse=True)
-    d = _of_looked_up(call, d, slice(None))
-    rows = d.new_zeros(len(keys), d.shape[-1]).index_add_(0, place, d).square_().double()
+    """Add an embedding's squares: only rows that the example looks up have gradients, summed per row, then squared."""
+    keys, position = torch.unique(_table_rows(call, slice(None)), return_inverse=True)
+    d = _row_gradients(call, d, slice(None))
+    rows = d.new_zeros(len(keys), d.shape[-1]).index_add_(0, position, d).square_().double()
     for total in sums:
         total.index_add_(0, (keys % len(total)).to(total.device), rows.to(total.device))
 
@@ -156,23 +156,23 @@ def _table(call: Call) -> nn.Embedding:
     return call.module
 
 
-def _places(call: Call, rows: slice) -> Tensor:
-    """The rows of the table that some examples look up, in one table for each of them: [examples * looked up]."""
+def _table_rows(call: Call, rows: slice) -> Tensor:
+    """The table rows that some examples look up, as if each example had its own table: [examples * looked up]."""
     ids = call.x[rows]
     tables = _table(call).num_embeddings * torch.arange(len(ids), device=ids.device)
     return (ids.reshape(len(ids), -1) + tables[:, None]).reshape(-1)
 
 
-def _of_looked_up(call: Call, d: Tensor, rows: slice) -> Tensor:
-    """The gradients of the rows that were looked up, [examples * looked up, width]; 0 for padding, which has none."""
-    found, padding = d[rows], _table(call).padding_idx
+def _row_gradients(call: Call, d: Tensor, rows: slice) -> Tensor:
+    """The gradients of the looked-up rows, [examples * looked up, width]; 0 for padding, which gets no gradient."""
+    gradients, padding = d[rows], _table(call).padding_idx
     if padding is not None:
-        found = found.masked_fill((call.x[rows] == padding)[..., None], 0)
-    return _wide(found.reshape(-1, d.shape[-1]))
+        gradients = gradients.masked_fill((call.x[rows] == padding)[..., None], 0)
+    return _wide(gradients.reshape(-1, d.shape[-1]))
 
 
 def _gradients(call: Call, name: str, d: Tensor, rows: slice) -> Tensor:
-    """The gradients of some examples by this use of the parameter, [examples, *shape], in float32 at least."""
+    """The gradients of some examples through this use of the parameter, [examples, *shape], in float32 at least."""
     if call.is_linear:
         x, d = (_wide(t[rows].reshape(len(t[rows]), -1, t.shape[-1])) for t in (call.x, d))
         if name == "bias":
@@ -181,20 +181,20 @@ def _gradients(call: Call, name: str, d: Tensor, rows: slice) -> Tensor:
     if call.is_embedding:
         shape = (len(d[rows]), *_table(call).weight.shape)
         tables = _wide(d[:0]).new_zeros(shape[0] * shape[1], shape[2])
-        return tables.index_add_(0, _places(call, rows), _of_looked_up(call, d, rows)).view(shape)
+        return tables.index_add_(0, _table_rows(call, rows), _row_gradients(call, d, rows)).view(shape)
     return torch.stack([_local_gradient(call, name, d, i) for i in range(len(d))[rows]])
 
 
 def _local_gradient(call: Call, name: str, d: Tensor, i: int) -> Tensor:
-    """The gradient of example i by running the module once more, on that example alone."""
+    """The gradient of example i, from running the module once more on that example alone."""
     parameter: Tensor = getattr(call.module, name)
     output = call.again(call.x[i : i + 1])
-    (found,) = torch.autograd.grad(output, parameter, d[i : i + 1], allow_unused=True)
-    return _wide(torch.zeros_like(parameter) if found is None else found.detach())
+    (gradient,) = torch.autograd.grad(output, parameter, d[i : i + 1], allow_unused=True)
+    return _wide(torch.zeros_like(parameter) if gradient is None else gradient.detach())
 
 
 def add_squares_singly(wanted: Parameters, scores: Iterator[Tensor]) -> None:
-    """The same for the scores [1] of one example, by autograd: right for any model."""
+    """Add the squared gradients for the scores [1] of one example, by autograd: right for any model."""
     for score in scores:
         grads = torch.autograd.grad(score.sum(), list(wanted), retain_graph=True, allow_unused=True)
         for sums, grad in zip(wanted.values(), grads, strict=True):
@@ -208,41 +208,41 @@ def gradients_agree(
     apart: Callable[[Parameters], None],
     memory: int,
 ) -> bool:
-    """Whether both ways add the same, to rounding, which has to be found out by trying, in so many bytes."""
-    found: list[tuple[float, float, float]] = []
+    """True if both ways add the same up to rounding; tries them, in at most `memory` bytes."""
+    differences: list[tuple[float, float, float]] = []
     try:
-        for group in _grouped(wanted, min(TRIED, memory // TRIED_BYTES)):
-            found += _compared(group, together, apart)
-    except (NotSeparable, PlanError, RuntimeError):  # where a model does not take one row for each example
+        for group in _group(wanted, min(TRIED, memory // TRIED_BYTES)):
+            differences += _compare(group, together, apart)
+    except (NotSeparable, PlanError, RuntimeError):  # the model does not take one row for each example
         return False
-    # Gradients that are zero but for rounding (keys' biases) are compared with those of the other parameters: all of
-    # them, so that the answer is the same for any memory.
-    largest = max((own for _, own, _ in found), default=0.0)
-    return all(beyond <= close * (own + 1e-3 * largest) for beyond, own, close in found)
+    # Gradients that are zero but for rounding (keys' biases) are compared with those of all other parameters, so that
+    # the answer is the same for any memory.
+    largest = max((size for _, size, _ in differences), default=0.0)
+    return all(excess <= close * (size + 1e-3 * largest) for excess, size, close in differences)
 
 
-def _grouped(wanted: Sequence[nn.Parameter], most: int) -> Iterator[list[nn.Parameter]]:
-    """The parameters in groups of a bounded number of elements, or of one parameter that has more."""
+def _group(wanted: Sequence[nn.Parameter], limit: int) -> Iterator[list[nn.Parameter]]:
+    """The parameters in groups of at most this many elements, or of one parameter that has more."""
     group: list[nn.Parameter] = []
     for parameter in wanted:
-        if group and sum(p.numel() for p in group) + parameter.numel() > most:
+        if group and sum(p.numel() for p in group) + parameter.numel() > limit:
             yield group
             group = []
         group.append(parameter)
     yield group
 
 
-def _compared(
+def _compare(
     group: Sequence[nn.Parameter], together: Callable[[Parameters], None], apart: Callable[[Parameters], None]
 ) -> Iterator[tuple[float, float, float]]:
-    """For each parameter how far the ways differ beyond rounding, its largest gradient, and what rounding is."""
-    found = []
+    """For each parameter: how far the ways differ beyond rounding, its largest gradient, and the rounding tolerance."""
+    totals = []
     for way in (together, apart):
         sums = {p: [torch.zeros(p.shape, dtype=torch.float64, device=p.device)] for p in group}
         way(sums)
-        found.append([total.sqrt_() for (total,) in sums.values()])
-    for parameter, one, two in zip(group, *found, strict=True):
+        totals.append([total.sqrt_() for (total,) in sums.values()])
+    for parameter, one, two in zip(group, *totals, strict=True):
         if parameter.numel():
             close = max(1e-3, 16 * torch.finfo(parameter.dtype).eps)
-            own = float(two.max())
-            yield float(one.sub_(two).abs_().sub_(two, alpha=close).max()), own, close
+            size = float(two.max())
+            yield float(one.sub_(two).abs_().sub_(two, alpha=close).max()), size, close

@@ -1,4 +1,4 @@
-"""The diagonal of the Fisher information: how much each parameter matters for what the model predicts on its data."""
+"""The diagonal of the Fisher information: how much each parameter matters for the model's predictions on its data."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Fisher:
     """F = 1/N sum_n E_y (d log p(y | x_n) / d theta)^2, entry by entry, for every parameter.
 
     The square is taken per example and label, never of a sum over a batch. Source: Matena and Raffel 2022 (arXiv
-    2111.09832), the estimate of the diagonal of the Fisher information that their merge is weighted by.
+    2111.09832), the estimate of the Fisher information's diagonal that weights their merge.
     """
 
     def __init__(self, request: Request) -> None:
@@ -45,7 +45,7 @@ class Fisher:
         if request.labels == "true" and request.task == "classification":
             _check_labelled(request.data)
         self.skipped: dict[str, str] = {}
-        self.tensors: dict[nn.Parameter, list[str]] = {}  # that each wanted parameter is stored as
+        self.tensors: dict[nn.Parameter, list[str]] = {}  # the names under which each wanted parameter is stored
         self._choose(request)
         used = self._used(request)
         for parameter, names in list(self.tensors.items()):
@@ -59,16 +59,16 @@ class Fisher:
         self.together = self._separable(request)
 
     def _choose(self, request: Request) -> None:
-        found: dict[str, nn.Parameter] = {}
+        parameters: dict[str, nn.Parameter] = {}
         for name, parameter in self.subject.module.named_parameters():
             if not parameter.is_floating_point():
                 continue
             tensors = self.subject.tensors_of(parameter)
-            found |= dict.fromkeys(tensors, parameter)
+            parameters |= dict.fromkeys(tensors, parameter)
             if not tensors:
                 self.skipped[name] = self.subject.why_unknown(parameter)
-        wanted = chosen(list(found), request.layers, "parameter")
-        for tensor, parameter in found.items():
+        wanted = chosen(list(parameters), request.layers, "parameter")
+        for tensor, parameter in parameters.items():
             if tensor in wanted:
                 self.tensors.setdefault(parameter, []).append(tensor)
                 parameter.requires_grad_(True)  # in every pass, so that each does the same arithmetic
@@ -76,23 +76,23 @@ class Fisher:
                 self.skipped[tensor] = FILTERED
 
     def _graph(self, batch: Batch, scores: Scores) -> Iterator[Tensor]:
-        """The scores of a batch from a forward pass that keeps what gradients need."""
+        """The scores of a batch, from a forward pass that keeps the graph for gradients."""
         return scores(self.subject.run(batch), batch)
 
     def _used(self, request: Request) -> set[nn.Parameter]:
-        """The parameters that predictions depend on, on as many batches as it takes until all were seen."""
+        """The parameters that predictions depend on; reads batches until all were seen, or to the end."""
         used: set[nn.Parameter] = set()
         for batch in request.data:
-            (found,) = self._graph(batch, lambda output, _: iter([outcome(request.task, output)]))
-            used |= _leaves(found) & self.tensors.keys()
+            (result,) = self._graph(batch, lambda output, _: iter([outcome(request.task, output)]))
+            used |= _leaves(result) & self.tensors.keys()
             if len(used) == len(self.tensors):
                 break
         return used
 
     def _separable(self, request: Request) -> bool:
-        """Whether a batch gives the gradients that its examples give one by one, tried on the first ones of a batch."""
+        """True if a batch gives the gradients that its examples give one by one, tried on the first two of a batch."""
         first = next(iter(request.data))
-        batch = _part(next((batch for batch in request.data if len(batch) > 1), first), slice(0, 2))
+        batch = _slice(next((batch for batch in request.data if len(batch) > 1), first), slice(0, 2))
 
         def projected(output: Any, rows: Batch) -> Iterator[Tensor]:
             x = outcome(request.task, output)
@@ -115,46 +115,46 @@ class Fisher:
             try:
                 return self._add_together(batch, self.scores, wanted)
             except NotSeparable:
-                pass  # raised before anything is added
+                pass  # it was raised before anything was added
         return self._add_singly(batch, self.scores, wanted)
 
     def _add_together(self, batch: Batch, scores: Scores, wanted: Parameters) -> None:
         owners = [m for m in self.subject.module.modules() if any(p in wanted for p in m.parameters(recurse=False))]
         with recording(owners, len(batch)) as calls:
-            found = self._graph(batch, scores)
-        add_squares(wanted, calls, found)
+            example_scores = self._graph(batch, scores)
+        add_squares(wanted, calls, example_scores)
 
     def _add_singly(self, batch: Batch, scores: Scores, wanted: Parameters) -> None:
         for i in range(len(batch)):
-            add_squares_singly(wanted, self._graph(_part(batch, slice(i, i + 1)), scores))
+            add_squares_singly(wanted, self._graph(_slice(batch, slice(i, i + 1)), scores))
 
     def finish(self, unit: str, sums: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int]:
         """The mean over examples."""
         return {f"fisher/{unit}": sums[f"fisher/{unit}"].div_(self.examples)}, self.examples
 
     def layers(self, counts: Mapping[str, int]) -> dict[str, Layer]:  # noqa: ARG002
-        """None: its entries are those of parameters."""
+        """No layers: the entries belong to parameters."""
         return {}
 
 
 def _check_problem(module: nn.Module) -> None:
-    """PlanError for a model that says that its outputs are no logits of one distribution over classes."""
+    """Raises PlanError if the config says that the outputs are not logits of one distribution over classes."""
     problem = getattr(getattr(module, "config", None), "problem_type", None)
     if problem in ("regression", "multi_label_classification"):
         raise PlanError(
             f"the config of the model says problem_type {problem!r}, expected a classifier with one label for each "
-            "example; what it returns is no softmax over classes. Take another model, or the task 'embedding'"
+            "example: a softmax over classes. Take another model, or the task 'embedding'"
         )
 
 
 def _check_labelled(data: Sequence[Batch]) -> None:
-    bare = sum(len(batch) for batch in data if batch.labels is None)
-    if bare:
-        raise PlanError(f"{bare} examples have no label, expected one for each; add labels, or take other `labels`")
+    unlabelled = sum(len(batch) for batch in data if batch.labels is None)
+    if unlabelled:
+        raise PlanError(f"{unlabelled} examples have no label, expected one each; add some, or choose other `labels`")
 
 
-def _part(batch: Batch, rows: slice) -> Batch:
-    """Some of the examples of a batch."""
+def _slice(batch: Batch, rows: slice) -> Batch:
+    """These examples of the batch."""
     return replace(
         batch,
         indices=batch.indices[rows],
@@ -165,14 +165,14 @@ def _part(batch: Batch, rows: slice) -> Batch:
 
 
 def _leaves(x: Tensor) -> set[Any]:
-    """The leaf tensors that x was computed from, as far as they require gradients."""
-    seen, waiting, found = set(), [x.grad_fn], set()
-    while waiting:
-        node = waiting.pop()
+    """The leaf tensors that x was computed from and that require gradients."""
+    seen, pending, leaves = set(), [x.grad_fn], set()
+    while pending:
+        node = pending.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
         if hasattr(node, "variable"):
-            found.add(node.variable)
-        waiting += [following for following, _ in node.next_functions]
-    return found
+            leaves.add(node.variable)
+        pending += [following for following, _ in node.next_functions]
+    return leaves

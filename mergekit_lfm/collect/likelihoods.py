@@ -1,7 +1,7 @@
-"""The scalars of an example whose squared gradients, added up, are its part of the diagonal Fisher information.
+"""The scores of an example: scalars whose squared gradients add up to its share of the diagonal Fisher information.
 
-For labels y that the model draws itself, F = E_y (d log p(y | x) / d theta)^2. The expectation is written out, or y is
-drawn. Draws depend on the seed and on the example's place in the data alone, not on batches or their order.
+For labels y drawn from the model itself, F = E_y (d log p(y | x) / d theta)^2. The expectation is exact, or y is
+drawn. Draws depend only on the seed and the example's number in the data, not on batches or their order.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ LABELS = {
     "embedding": ("sampled", "expected"),
 }
 SHAPES = {"classification": "[examples, classes]", "lm": "[examples, tokens, vocabulary]"}
-# A score of every example of a batch, [n], at a time
+# Each item holds one score for every example of a batch, [n]
 Scores = Callable[[Any, "Batch"], Iterator[Tensor]]
 
 
 def resolve_labels(task: str, labels: str | None) -> str:
-    """The labels that are taken for a task, by default the first it has. PlanError for those it cannot have."""
+    """The labels to use for a task, by default its first. Raises PlanError if the task does not have `labels`."""
     if labels is not None and labels not in LABELS[task]:
         reasons = {"lm": ": one backward pass for every entry of the vocabulary, at every position", "embedding": ""}
         why = reasons.get(task, "") if labels == "expected" else ""
@@ -41,35 +41,35 @@ def resolve_labels(task: str, labels: str | None) -> str:
 
 
 def outcome(task: str, output: Any) -> Tensor:
-    """What the distribution of the task is made of: logits in the shape of SHAPES, or embeddings [n, d].
+    """The parameters of the task's distribution: logits in the shape of SHAPES, or embeddings [n, d].
 
-    PlanError for logits of another shape, and for those of a single class, whose probability is always 1.
+    Raises PlanError for logits of another shape, or of a single class, whose probability is always 1.
     """
     if task == "embedding":
         return embeddings(output)
-    found: Tensor = logits(output)
-    if found.ndim != SHAPES[task].count(",") + 1:
-        fitting = next((t for t, shape in SHAPES.items() if found.ndim == shape.count(",") + 1), None)
-        remedy = f"that is what the task {fitting!r} takes" if fitting else "wrap it in a module that returns that"
+    x: Tensor = logits(output)
+    if x.ndim != SHAPES[task].count(",") + 1:
+        fitting = next((t for t, shape in SHAPES.items() if x.ndim == shape.count(",") + 1), None)
+        remedy = f"the task {fitting!r} takes such logits" if fitting else "wrap it in a module that returns that"
         raise PlanError(
-            f"the model returned logits of shape {list(found.shape)}, expected {SHAPES[task]} for the task {task!r}; "
+            f"the model returned logits of shape {list(x.shape)}, expected {SHAPES[task]} for the task {task!r}; "
             f"{remedy}"
         )
-    if found.shape[-1] < 2:
+    if x.shape[-1] < 2:
         raise PlanError(
-            f"the model returned logits of shape {list(found.shape)}: one class, whose probability is always 1; "
+            f"the model returned logits of shape {list(x.shape)}: one class, whose probability is always 1; "
             "expected at least two. Take a model that tells classes apart"
         )
-    return found
+    return x
 
 
 def scores_of(request: Request) -> Scores:
-    """The scores of a batch, from what the model returns for it."""
-    made = {"classification": _classification, "lm": _language, "embedding": _embedding}[request.task]
+    """A function from a model's output and its batch to the scores."""
+    compute = {"classification": _classification, "lm": _language, "embedding": _embedding}[request.task]
 
     def scores(output: Any, batch: Batch) -> Iterator[Tensor]:
         x = outcome(request.task, output)
-        return made(x.to(torch.promote_types(x.dtype, torch.float32)), batch, request)
+        return compute(x.to(torch.promote_types(x.dtype, torch.float32)), batch, request)
 
     return scores
 
@@ -81,9 +81,9 @@ def _classification(x: Tensor, batch: Batch, request: Request) -> Iterator[Tenso
         yield from (log_p * log_p.detach().mul(0.5).exp()).unbind(-1)
     elif request.labels == "true":
         assert batch.labels is not None
-        yield log_p.gather(-1, _within(batch.labels, x.shape[-1]).to(x.device)[:, None])[:, 0]
+        yield log_p.gather(-1, _check_range(batch.labels, x.shape[-1]).to(x.device)[:, None])[:, 0]
     else:
-        yield from _of_samples(log_p[:, None], batch, request)
+        yield from _sample(log_p[:, None], batch, request)
 
 
 def _language(x: Tensor, batch: Batch, request: Request) -> Iterator[Tensor]:
@@ -97,19 +97,19 @@ def _language(x: Tensor, batch: Batch, request: Request) -> Iterator[Tensor]:
     if request.labels == "true":
         yield log_p.gather(-1, ids[:, 1:, None].to(x.device)).sum((1, 2))
     else:
-        yield from _of_samples(log_p, batch, request)
+        yield from _sample(log_p, batch, request)
 
 
-def _of_samples(log_p: Tensor, batch: Batch, request: Request) -> Iterator[Tensor]:
-    """log_p [n, draws, classes]: log p of what was drawn, summed, for every sample, over the root of their number."""
+def _sample(log_p: Tensor, batch: Batch, request: Request) -> Iterator[Tensor]:
+    """log_p [n, draws, classes]: for every sample, the summed log p of its draws over the root of the sample count."""
     for sample in range(request.samples):
-        drawn = []
-        for place, row in zip(batch.indices, log_p.detach(), strict=True):
+        draws = []
+        for index, row in zip(batch.indices, log_p.detach(), strict=True):
             odds = row.double().cpu().exp().cumsum(-1)
-            u = torch.rand(len(row), 1, generator=_generator(request.seed, place, sample), dtype=torch.float64)
-            drawn.append(torch.searchsorted(odds, u * odds[:, -1:]).clamp_(max=row.shape[-1] - 1))
-        chosen = torch.stack(drawn).to(log_p.device)  # [n, draws, 1]
-        yield log_p.gather(-1, chosen).sum((1, 2)) / math.sqrt(request.samples)
+            u = torch.rand(len(row), 1, generator=_generator(request.seed, index, sample), dtype=torch.float64)
+            draws.append(torch.searchsorted(odds, u * odds[:, -1:]).clamp_(max=row.shape[-1] - 1))
+        indices = torch.stack(draws).to(log_p.device)  # [n, draws, 1]
+        yield log_p.gather(-1, indices).sum((1, 2)) / math.sqrt(request.samples)
 
 
 def _embedding(x: Tensor, batch: Batch, request: Request) -> Iterator[Tensor]:
@@ -119,20 +119,20 @@ def _embedding(x: Tensor, batch: Batch, request: Request) -> Iterator[Tensor]:
         return
     for sample in range(request.samples):
         draws = [
-            torch.randn(x.shape[-1], generator=_generator(request.seed, place, sample), dtype=torch.float64)
-            for place in batch.indices
+            torch.randn(x.shape[-1], generator=_generator(request.seed, index, sample), dtype=torch.float64)
+            for index in batch.indices
         ]
         yield (x * torch.stack(draws).to(x)).sum(-1) / math.sqrt(request.samples)
 
 
-def _generator(seed: int, place: int, sample: int) -> torch.Generator:
-    return torch.Generator().manual_seed(key(seed, f"sample {sample}", place))
+def _generator(seed: int, index: int, sample: int) -> torch.Generator:
+    return torch.Generator().manual_seed(key(seed, f"sample {sample}", index))
 
 
-def _within(labels: Tensor, classes: int) -> Tensor:
+def _check_range(labels: Tensor, classes: int) -> Tensor:
     wrong = labels[(labels < 0) | (labels >= classes)]
     if len(wrong):
         raise PlanError(
-            f"found the label {int(wrong[0])}, expected 0 to {classes - 1}, the classes of the model; mend it"
+            f"found the label {int(wrong[0])}, expected 0 to {classes - 1}, the classes of the model. Correct it"
         )
     return labels

@@ -1,7 +1,7 @@
 """The linear layers of a model, and the inputs that they read while it runs.
 
-Layers that read the very same tensor (queries, keys and values; gate and up projection) have the same moments. Which
-ones do is found by running the model on some data, and checked on every batch afterwards.
+Layers that read the very same tensor (queries, keys and values; gate and up projection) have the same moments. A run on
+some data finds these layers, and every later batch checks them.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ if TYPE_CHECKING:
 
 NOT_CALLED = "not called while the model ran on the data"
 NOT_LINEAR = "not the weight of a Linear layer"
-# What has weights that nobody takes for those of a linear layer.
+# Layers whose weights cannot be mistaken for those of a linear layer.
 OTHER_LAYERS = (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd)
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether the module is a Linear, or a Conv1D of transformers, which is one whose weight is [in, out]."""
+    """True for a Linear, and for transformers' Conv1D, a linear layer whose weight is [in, out]."""
     return isinstance(module, nn.Linear) or is_transposed(module)
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Whether the module is a Conv1D of transformers, told by its class so that none has to be imported."""
+    """True for transformers' Conv1D, recognised by class name to avoid importing it."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
 @dataclass(frozen=True)
 class LinearLayer:
-    """A linear layer of a model under the name it has in the checkpoint: that of its weight without ".weight"."""
+    """A linear layer of a model, named in the checkpoint like its weight without ".weight"."""
 
     module: nn.Module
     weight: str
@@ -55,31 +55,31 @@ class LinearLayer:
 
 
 def linear_layers(subject: Subject, patterns: Sequence[str]) -> tuple[dict[str, LinearLayer], dict[str, str]]:
-    """The layers with one of the patterns in their name (all without patterns), and why the others are left out."""
-    found: dict[str, LinearLayer] = {}
+    """The layers with one of the patterns in their name (all without patterns), and why the others are skipped."""
+    linear: dict[str, LinearLayer] = {}
     skipped: dict[str, str] = {}
     for name, module in subject.module.named_modules():
         if is_linear(module):
-            layers, reason = _stored(subject, module)
+            layers, reason = _find_stored(subject, module)
             if not layers:
                 skipped[name] = reason
-            found |= {layer.weight.removesuffix(".weight"): layer for layer in layers}
-    wanted = chosen(list(found), patterns, "linear layer")
-    skipped |= dict.fromkeys((name for name in found if name not in wanted), FILTERED)
+            linear |= {layer.weight.removesuffix(".weight"): layer for layer in layers}
+    wanted = chosen(list(linear), patterns, "linear layer")
+    skipped |= dict.fromkeys((name for name in linear if name not in wanted), FILTERED)
     skipped |= dict.fromkeys(_other_matrices(subject), NOT_LINEAR)
-    return {name: layer for name, layer in found.items() if name in wanted}, skipped
+    return {name: layer for name, layer in linear.items() if name in wanted}, skipped
 
 
-def _stored(subject: Subject, module: nn.Module) -> tuple[list[LinearLayer], str]:
-    """The layer under every name that it is stored by; or none, and why."""
+def _find_stored(subject: Subject, module: nn.Module) -> tuple[list[LinearLayer], str]:
+    """The layer under every name by which it is stored; or no layer, and why."""
     weight, bias = module.weight, module.bias
     if not isinstance(weight, nn.Parameter):
         return [], "its weight is computed from other parameters"
     if bias is not None and not isinstance(bias, nn.Parameter):
         return [], "its bias is computed from other parameters"
-    for parameter, what in ((weight, "weight"), (bias, "bias")):
+    for parameter, role in ((weight, "weight"), (bias, "bias")):
         if subject.owners[id(parameter)] > 1:
-            return [], f"another module uses its {what} too (tied weights)"
+            return [], f"another module uses its {role} too (tied weights)"
     tensors = subject.tensors_of(weight)
     biases = [] if bias is None else subject.tensors_of(bias)
     if not tensors:
@@ -87,16 +87,16 @@ def _stored(subject: Subject, module: nn.Module) -> tuple[list[LinearLayer], str
     if bias is not None and not biases:
         return [], subject.why_unknown(bias)
     axis = 0 if is_transposed(module) else 1
-    found = []
+    layers = []
     for tensor in tensors:
-        beside = tensor.removesuffix("weight") + "bias"
-        own = beside if beside in biases else next(iter(biases), None)
-        found.append(LinearLayer(module, tensor, own, axis, weight.shape[axis]))
-    return found, ""
+        sibling = tensor.removesuffix("weight") + "bias"
+        own = sibling if sibling in biases else next(iter(biases), None)
+        layers.append(LinearLayer(module, tensor, own, axis, weight.shape[axis]))
+    return layers, ""
 
 
 def _other_matrices(subject: Subject) -> list[str]:
-    """Parameters of two or more dimensions that are neither of a linear layer nor of one that looks up or convolves."""
+    """Parameters of two or more dimensions outside linear layers, embeddings and convolutions."""
     known: set[int] = set()
     for module in subject.module.modules():
         if is_linear(module) or isinstance(module, OTHER_LAYERS):
@@ -106,7 +106,7 @@ def _other_matrices(subject: Subject) -> list[str]:
 
 
 class Serials:
-    """Numbers tensors: the same object, unchanged in place, has the same number. None is kept alive."""
+    """Numbers tensors: the same object, unchanged in place, has the same number. Keeps no tensor alive."""
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[weakref.ref[Tensor], int, int]] = {}
@@ -124,7 +124,7 @@ class Serials:
 
 @contextmanager
 def listening(layers: Mapping[str, LinearLayer], hear: Callable[[str, Tensor], None]) -> Iterator[dict[str, list[int]]]:
-    """Calls hear(name, input) whenever a layer is called; yields the serial numbers of the inputs, by layer."""
+    """Call hear(name, input) whenever a layer is called; yields the serial numbers of the inputs, by layer."""
     serials, read = Serials(), {name: list[int]() for name in layers}
 
     def listener(name: str) -> Callable[..., None]:
@@ -146,10 +146,10 @@ def listening(layers: Mapping[str, LinearLayer], hear: Callable[[str, Tensor], N
 
 
 def inputs_read(subject: Subject, layers: Mapping[str, LinearLayer], data: Sequence[Batch]) -> dict[str, list[object]]:
-    """Which inputs each layer read, by numbers, on as many batches as it takes until every layer was called.
+    """The numbers of the inputs that each layer read, on as many batches as it takes until every layer was called.
 
-    Layers with equal lists read the same inputs; an empty list is that of a layer that is not called on any batch, or
-    with no tokens alone, as an expert that none is routed to.
+    Layers with equal lists read the same inputs. The list is empty for a layer that no batch calls, or that gets no
+    tokens, like an expert to which none are routed.
     """
     read: dict[str, list[object]] = {name: [] for name in layers}
     fed: set[str] = set()
@@ -161,18 +161,18 @@ def inputs_read(subject: Subject, layers: Mapping[str, LinearLayer], data: Seque
     for number, batch in enumerate(data):
         with listening(layers, note) as serials, torch.no_grad():
             subject.run(batch)
-        for name, found in serials.items():
-            read[name] += [(number, serial) for serial in found]
+        for name, serials_of_layer in serials.items():
+            read[name] += [(number, serial) for serial in serials_of_layer]
         if len(fed) == len(layers):
             break
-    return {name: found if name in fed else [] for name, found in read.items()}
+    return {name: serials_of_layer if name in fed else [] for name, serials_of_layer in read.items()}
 
 
 def check_sharing(groups: Mapping[str, Sequence[str]], read: Mapping[str, list[int]]) -> None:
-    """FormatError where layers of a group did not read the inputs of its first."""
-    apart = [name for first, names in groups.items() for name in names if read[name] != read[first]]
-    if apart:
+    """Raises FormatError if layers of a group did not read the inputs of its first layer."""
+    different = [name for first, names in groups.items() for name in names if read[name] != read[first]]
+    if different:
         raise FormatError(
-            f"{', '.join(apart)}: read the same inputs as other layers on the first data and different ones later, "
+            f"{', '.join(different)}: read the same inputs as other layers on the first data and different ones later, "
             "expected the same throughout. Collect the statistics of these layers by themselves (`layers`)"
         )

@@ -1,7 +1,7 @@
 """Second moments of the inputs of linear layers: Gram matrices of one model, cross moments of two on the same data.
 
-Products are taken of a fixed number of tokens at a time, in float32 at least, and added up in float64: their error does
-not grow with the data. Of the inputs a 1 is appended, so that the last row and column hold the mean, and the corner of
+Products cover a fixed number of tokens at a time, in float32 at least, and are added up in float64: their error does
+not grow with the data. The inputs get a 1 appended, so that the last row and column hold the mean, and the corner of
 the sum is the number of tokens.
 """
 
@@ -21,7 +21,7 @@ from mergekit_lfm.errors import PlanError
 if TYPE_CHECKING:
     from mergekit_lfm.runtime.batches import Batch
 
-TOKENS = 1024  # that are multiplied at a time
+TOKENS = 1024  # tokens multiplied at a time
 PANEL = 256  # columns of a product at a time: a symmetric one is computed above the diagonal only, to this width
 
 
@@ -29,11 +29,11 @@ def _tokens(x: Tensor) -> list[Tensor]:
     """x [..., in] as matrices [at most TOKENS, in + 1], in float32 at least, with a 1 appended to every row."""
     flat = x.reshape(-1, x.shape[-1])
     dtype = torch.promote_types(x.dtype, torch.float32)
-    return [torch.nn.functional.pad(part.to(dtype), (0, 1), value=1.0) for part in torch.split(flat, TOKENS)]
+    return [torch.nn.functional.pad(rows.to(dtype), (0, 1), value=1.0) for rows in torch.split(flat, TOKENS)]
 
 
 def _add_product(total: Tensor, first: Tensor, second: Tensor, *, symmetric: bool) -> None:
-    """total += first^T second; of a symmetric one, only the part on and above the diagonal (and a little below)."""
+    """total += first^T second; if symmetric, only the part on and above the diagonal (and a little below)."""
     for begin in range(0, second.shape[1], PANEL):
         end = begin + PANEL
         rows = end if symmetric else None
@@ -41,7 +41,7 @@ def _add_product(total: Tensor, first: Tensor, second: Tensor, *, symmetric: boo
 
 
 def _mirror(total: Tensor) -> None:
-    """Copies what is above the diagonal to below it, in place."""
+    """Copy the triangle above the diagonal to below it, in place."""
     for begin in range(0, len(total), PANEL):
         rows = slice(begin, begin + PANEL)
         total[rows, :begin] = total[:begin, rows].T
@@ -50,15 +50,15 @@ def _mirror(total: Tensor) -> None:
 
 
 class _Moments:
-    """What Gram and cross moments share: the layers by name, the groups of them that read the same inputs."""
+    """The common part of Gram and cross moments: the layers by name, and the groups that read the same inputs."""
 
     units: dict[str, dict[str, tuple[int, ...]]]
 
     def __init__(self, request: Request) -> None:
         self.subjects = request.subjects
-        listed = [linear_layers(subject, request.layers) for subject in self.subjects]
-        self.linear = [layers for layers, _ in listed]
-        self.skipped = {name: reason for _, skipped in reversed(listed) for name, reason in skipped.items()}
+        layers_and_skipped = [linear_layers(subject, request.layers) for subject in self.subjects]
+        self.linear = [layers for layers, _ in layers_and_skipped]
+        self.skipped = {name: reason for _, skipped in reversed(layers_and_skipped) for name, reason in skipped.items()}
         read = []
         for subject, layers in zip(self.subjects, self.linear, strict=True):
             read.append(inputs_read(subject, layers, request.data))
@@ -75,11 +75,11 @@ class _Moments:
             raise PlanError("no linear layer was called while the model ran on the data; give a model that calls some")
 
     def _wanted(self, prefix: str, sums: Mapping[str, Tensor]) -> dict[str, list[str]]:
-        """The groups whose sums are asked for."""
+        """The groups whose sums are requested."""
         return {first: names for first, names in self.groups.items() if f"{prefix}/{first}" in sums}
 
     def layers(self, counts: Mapping[str, int]) -> dict[str, Layer]:
-        """The layers with their entries; of two models those of the first."""
+        """The layers with their entries; for two models, those of the first."""
         entries = {name: first for first, names in self.groups.items() for name in names}
         return {name: layer.described(entries[name], counts[entries[name]]) for name, layer in self.linear[0].items()}
 
@@ -96,11 +96,11 @@ def _check_names(names: list[list[str]]) -> None:
 
 
 def _groups(read: list[dict[str, list[object]]], names: Iterable[str]) -> dict[str, list[str]]:
-    """The layers that read the same inputs, in every model, under the first of them."""
-    alike: dict[str, list[str]] = {}
+    """The layers that read the same inputs in every model, grouped under the first of them."""
+    groups: dict[str, list[str]] = {}
     for name in names:
-        alike.setdefault(repr([inputs[name] for inputs in read]), []).append(name)
-    return {group[0]: group for group in alike.values()}
+        groups.setdefault(repr([inputs[name] for inputs in read]), []).append(name)
+    return {group[0]: group for group in groups.values()}
 
 
 class Gram(_Moments):
@@ -146,28 +146,28 @@ class Cross(_Moments):
         for first in self.groups:
             one, two = (layers[first].inputs + 1 for layers in self.linear)
             shapes = {"cross": (one, two), "power/first": (one,), "power/second": (two,)}
-            self.units[first] = {f"{part}/{first}": shape for part, shape in shapes.items()}
+            self.units[first] = {f"{prefix}/{first}": shape for prefix, shape in shapes.items()}
 
     def add(self, batch: Batch, sums: Mapping[str, Tensor]) -> None:
         """Run both models on the batch and add the products of inputs of the same token."""
         groups = self._wanted("cross", sums)
-        held: dict[str, list[Tensor]] = {first: [] for first in groups}
+        queues: dict[str, list[Tensor]] = {first: [] for first in groups}
 
         def keep(name: str, x: Tensor) -> None:
             if name in groups:
-                held[name].append(x.reshape(-1, x.shape[-1]).clone())  # the model may change it in place
+                queues[name].append(x.reshape(-1, x.shape[-1]).clone())  # the model may change it in place
 
         def hear(name: str, y: Tensor) -> None:
             if name in groups:
-                _check_tokens(name, held[name], y)
-                self._add_pair(name, held[name].pop(0), y, sums)
+                _check_tokens(name, queues[name], y)
+                self._add_pair(name, queues[name].pop(0), y, sums)
 
         members = [name for names in groups.values() for name in names]
         for subject, layers, use in zip(self.subjects, self.linear, (keep, hear), strict=True):
             with listening({name: layers[name] for name in members}, use) as read, torch.no_grad():
                 subject.run(batch)
             check_sharing(groups, read)
-        for name, rest in held.items():
+        for name, rest in queues.items():
             if rest:
                 _check_tokens(name, rest, rest[0][:0])
 
@@ -175,8 +175,8 @@ class Cross(_Moments):
         for first, second in zip(_tokens(x), _tokens(y), strict=True):
             both = torch.promote_types(first.dtype, second.dtype)
             _add_product(sums[f"cross/{name}"], first.to(both), second.to(first.device, both), symmetric=False)
-            for part, rows in (("first", first), ("second", second)):
-                power = sums[f"power/{part}/{name}"]
+            for side, rows in (("first", first), ("second", second)):
+                power = sums[f"power/{side}/{name}"]
                 power += rows.square().sum(0).to(power.device)
 
     def finish(self, unit: str, sums: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int]:
@@ -185,10 +185,10 @@ class Cross(_Moments):
         return {name: sums[name].div_(count) for name in self.units[unit]}, count
 
 
-def _check_tokens(name: str, held: list[Tensor], y: Tensor) -> None:
-    found, expected = y.numel() // max(1, y.shape[-1]), len(held[0]) if held else 0
-    if found != expected:
+def _check_tokens(name: str, queue: list[Tensor], y: Tensor) -> None:
+    second, first = y.numel() // max(1, y.shape[-1]), len(queue[0]) if queue else 0
+    if second != first:
         raise PlanError(
-            f"{name}: the first model read {expected} tokens where the second read {found}; expected as many, since "
+            f"{name}: the first model read {first} tokens where the second read {second}; expected as many, since "
             "tokens are compared one by one. Give models that cut the data into the same tokens"
         )

@@ -1,8 +1,8 @@
-"""OUT.partial: an unfinished statistics file, what vouches for its parts, and the sums of the pass that is running.
+"""OUT.partial: an unfinished statistics file, the record of its complete parts, and the sums of the current pass.
 
-The file has its full size from the start and cannot be read before it is whole. `progress.json` names the units that
-are in it, after their bytes are synced; `sums.safetensors`, replaced at once from time to time, holds the sums over the
-first batches of the units at hand. So whatever moment a run is killed at, the next one goes on from where these say.
+The file has its full size from the start and is unreadable until complete. `progress.json` names the units that are in
+it, after their bytes are synced; `sums.safetensors`, replaced atomically from time to time, holds the current units'
+sums over the first batches. So the next run can go on from these, whenever a run was killed.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from mergekit_lfm.store.places import partial_of
 from mergekit_lfm.store.tensors import UNFINISHED, TensorSpec, encode_header, naming, read_header, write_exactly
 
 PROGRESS, SUMS, FILE = "progress.json", "sums.safetensors", "statistics.safetensors"
-# Stands for counts that are not known yet, so that the header has room for them. Longer than any of them.
+# Placeholders for counts not known yet, longer than any count, so that the header has room for them.
 WIDEST_COUNT, WIDEST_NORM = 10**15, 1.2345678901234567e-300
 
 
 class Partial:
     """OUT.partial while it is written. Use as a context manager; `publish` makes it OUT.
 
-    facts: of the finished file, but for its counts. done: what is known of the units that are complete.
+    facts: of the finished file, except its counts. done: counts and squares of the complete units.
     """
 
     def __init__(
@@ -67,10 +67,10 @@ class Partial:
         self.folder.mkdir(exist_ok=True)
         self._lock = lock_folder(self.folder)
         file = self.folder / FILE
-        whole = file.is_file() and file.stat().st_size == self._nbytes
-        found = _read_json(self.folder / PROGRESS)
-        if resume and whole and found.get("key") == self.key:
-            self.done = found["done"]
+        complete = file.is_file() and file.stat().st_size == self._nbytes
+        progress = _read_json(self.folder / PROGRESS)
+        if resume and complete and progress.get("key") == self.key:
+            self.done = progress["done"]
         else:
             self._start_over()
         self._fd = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
@@ -81,7 +81,7 @@ class Partial:
         sync_folder(self.folder)
 
     def _start_over(self) -> None:
-        """Empty the folder, after what vouches for its content."""
+        """Empty the folder, after resetting the record of its content."""
         self._record()
         for name in (SUMS, FILE):
             (self.folder / name).unlink(missing_ok=True)
@@ -92,7 +92,7 @@ class Partial:
         sync_folder(self.folder)
 
     def write(self, entries: Mapping[str, Tensor], done: Mapping[str, dict[str, Any]]) -> None:
-        """Put complete entries in their places, and note what is known of their units once they are safe."""
+        """Write complete entries to the file, and record their units once the bytes are safe."""
         file = self.folder / FILE
         with naming(file):
             for name, entry in entries.items():
@@ -106,8 +106,8 @@ class Partial:
         """Keep the sums over the first `batches` batches, in place of those kept before."""
         specs = [TensorSpec(name, tuple(total.shape), "float64") for name, total in sums.items()]
         header, offsets = encode_header(specs, {"key": self.key, "batches": str(batches)})
-        place = self.folder / SUMS
-        temporary = place.with_name(SUMS + ".tmp")
+        path = self.folder / SUMS
+        temporary = path.with_name(SUMS + ".tmp")
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         try:
             with naming(temporary):
@@ -117,20 +117,20 @@ class Partial:
                 os.fsync(fd)
         finally:
             os.close(fd)
-        temporary.rename(place)
+        temporary.rename(path)
         sync_folder(self.folder)
 
     def load_sums(self, sums: Mapping[str, Tensor]) -> int:
-        """Fill the sums with those kept of the same entries; of how many batches they are. 0, and zeros, without."""
+        """Fill the sums with saved ones of the same entries; returns their number of batches, 0 if none are saved."""
         try:
             metadata = read_header(self.folder / SUMS).metadata
-            kept = open_checkpoint(self.folder / SUMS)
+            saved = open_checkpoint(self.folder / SUMS)
         except (OSError, FormatError):
             return 0
-        if metadata.get("key") != self.key or kept.keys() != sums.keys():
+        if metadata.get("key") != self.key or saved.keys() != sums.keys():
             return 0
         for name, total in sums.items():
-            total.copy_(kept.read(name).view(total.shape))
+            total.copy_(saved.read(name).view(total.shape))
         return int(metadata["batches"])
 
     def publish(self, facts: Facts) -> None:
@@ -149,7 +149,7 @@ class Partial:
 
 
 def refuse_foreign(out: Path) -> None:
-    """PlanError where OUT.partial is not an unfinished statistics file of ours."""
+    """Raises PlanError if OUT.partial is not an unfinished statistics file of ours."""
     folder = partial_of(out)
     ours = folder.is_dir() and (bool(_read_json(folder / PROGRESS)) or not any(_content(folder)))
     if folder.exists() and not ours:
@@ -157,12 +157,12 @@ def refuse_foreign(out: Path) -> None:
 
 
 def _content(folder: Path) -> list[Path]:
-    """The files in OUT.partial that are not of a first moment that was interrupted."""
+    """The files in OUT.partial, except the temporary one of a run that was killed at its very start."""
     return [path for path in folder.iterdir() if path.name != PROGRESS + ".tmp"]
 
 
 def clear(out: Path) -> None:
-    """Remove what a run that was killed at its very end left beside OUT, which is complete."""
+    """Remove the folder that a run killed at its very end left beside the complete OUT."""
     folder = partial_of(out)
     if folder.is_dir():
         fd = lock_folder(folder)
@@ -173,7 +173,7 @@ def clear(out: Path) -> None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     with suppress(OSError, ValueError):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(found, dict):
-            return found
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict):
+            return content
     return {}

@@ -1,4 +1,4 @@
-"""Passes over the data: as many units at a time as the memory has room for, kept across interruptions."""
+"""Passes over the data: as many units at a time as fit in memory; interrupted passes resume."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ Progress = Callable[[int, int], None]
 
 
 def divide(statistic: Statistic, memory: int, done: Mapping[str, object]) -> list[list[str]]:
-    """The units that are not done, in passes whose sums fit the memory. PlanError for a unit that alone does not."""
+    """Units not done yet, in passes whose sums fit the memory. Raises PlanError if a single unit does not fit."""
     sizes = {unit: sum_bytes(shapes) for unit, shapes in statistic.units.items()}
-    large = [f"{unit}: {format_size(nbytes)}" for unit, nbytes in sizes.items() if nbytes > memory]
-    if large:
+    too_large = [f"{unit}: {format_size(nbytes)}" for unit, nbytes in sizes.items() if nbytes > memory]
+    if too_large:
         raise PlanError(
             f"found a memory of {format_size(memory)}, expected room for the sums of any one of\n  "
-            + "\n  ".join(large)
+            + "\n  ".join(too_large)
             + "\nGive more memory, or leave these out (`layers`)"
         )
     passes: list[list[str]] = []
@@ -41,47 +41,47 @@ def divide(statistic: Statistic, memory: int, done: Mapping[str, object]) -> lis
 
 
 def sum_bytes(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """What the sums of a unit take in memory."""
+    """Bytes of memory for the sums of a unit."""
     return sum(TensorSpec(name, shape, "float64").nbytes for name, shape in shapes.items())
 
 
 def file_bytes(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """What a unit takes in the file."""
+    """Bytes of a unit in the file."""
     return sum_bytes(shapes) // ITEMSIZE["float64"] * ITEMSIZE["float32"]
 
 
 def run_passes(
     statistic: Statistic, request: Request, passes: list[list[str]], partial: Partial, tell: Progress
 ) -> None:
-    """Everything that is not done, into `partial`. tell(examples, in all) is called after every batch."""
+    """Collect the units of all passes into `partial`. Calls tell(examples done, total) after every batch."""
     examples = request.examples
     for number, units in enumerate(passes):
         shapes = {name: shape for unit in units for name, shape in statistic.units[unit].items()}
         device = request.subjects[0].device
         sums = {name: torch.zeros(shape, dtype=torch.float64, device=device) for name, shape in shapes.items()}
 
-        def told(seen: int, before: int = number * examples) -> None:
+        def report(seen: int, before: int = number * examples) -> None:
             tell(before + seen, len(passes) * examples)
 
-        _add_batches(statistic, request, sums, partial, told)
+        _add_batches(statistic, request, sums, partial, report)
         entries: dict[str, Tensor] = {}
         done: dict[str, dict[str, Any]] = {}
         for unit in units:
-            made, count = statistic.finish(unit, sums)
-            stored = {name: entry.float() for name, entry in made.items()}
+            tensors, count = statistic.finish(unit, sums)
+            stored = {name: entry.float() for name, entry in tensors.items()}
             _check_finite(stored, examples)
             squares = sum(float(entry.double().square().sum()) for entry in stored.values())
             entries |= stored
             done[unit] = {"count": count, "squares": squares}
-            for name in made:
+            for name in tensors:
                 del sums[name]
         partial.write(entries, done)
 
 
 def _add_batches(
-    statistic: Statistic, request: Request, sums: dict[str, Tensor], partial: Partial, told: Callable[[int], None]
+    statistic: Statistic, request: Request, sums: dict[str, Tensor], partial: Partial, report: Callable[[int], None]
 ) -> None:
-    """Add all batches to the sums, from the first on that the kept sums do not have."""
+    """Add all batches to the sums, starting after those in the saved sums."""
     start = partial.load_sums(sums)
     pauses = Pauses()
     seen = sum(len(batch) for batch in islice(request.data, start))
@@ -93,7 +93,7 @@ def _add_batches(
             seen += len(batch)
             if number == start:
                 _check_finite(sums, seen)  # early: a broken model shows on the first batch
-            told(seen)
+            report(seen)
             if pauses.due or interrupted():
                 with pauses.taken():
                     partial.save_sums(sums, number + 1)

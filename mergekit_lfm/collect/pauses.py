@@ -1,4 +1,4 @@
-"""When a long run keeps what it has: from time to time, and when it is interrupted, between two batches."""
+"""When a long run saves its state: from time to time and on Ctrl-C, always between two batches."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from contextlib import contextmanager
 from types import FrameType
 
 EVERY_S = 30.0
-SHARE = 0.05  # of the time, at most, that goes into keeping
+SHARE = 0.05  # saving takes at most this share of the time
 
 
 class Pauses:
-    """Whether it is time to keep what there is. Pauses are longer apart where keeping takes long."""
+    """Says when to save. Slow saves are further apart."""
 
     def __init__(self) -> None:
         self._next = time.monotonic() + EVERY_S
 
     @property
     def due(self) -> bool:
-        """Whether the time has come."""
+        """True if it is time to save."""
         return time.monotonic() >= self._next
 
     @contextmanager
     def taken(self) -> Iterator[None]:
-        """Around what is done in a pause."""
+        """Wrap a save: times it, and schedules the next one."""
         start = time.monotonic()
         yield
         now = time.monotonic()
@@ -35,10 +35,10 @@ class Pauses:
 
 @contextmanager
 def interrupts_noted() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C waits until it is asked for: yields whether it was pressed. Pressed again, it raises at once.
+    """Delay Ctrl-C: yields a function that returns True once it was pressed. Pressed again, it raises at once.
 
-    Sums that a batch was added to by half could not be kept. Where this is not the main thread, or Ctrl-C is handled
-    by someone else, nothing changes.
+    Otherwise it could leave sums with half a batch added, which cannot be kept. Does nothing outside the main thread,
+    or if someone else handles Ctrl-C.
     """
     pressed: list[int] = []
 

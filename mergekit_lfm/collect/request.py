@@ -1,6 +1,6 @@
-"""What a kind of statistic is: entries, sums over batches, and what is stored of the sums.
+"""The interface of a kind of statistic: its entries, their sums over batches, and the stored tensors.
 
-The driver knows no more of a statistic than this. It divides the units into passes that fit the memory, keeps the sums
+The driver knows nothing else about a statistic. It divides the units into passes that fit the memory, keeps the sums
 across interruptions, and writes the file.
 """
 
@@ -25,9 +25,9 @@ FILTERED = "left out: no name that was asked for is part of its name"
 
 @dataclass(frozen=True)
 class Request:
-    """What a statistic is asked for. Two subjects for "cross", else one; `labels` is None but for "fisher".
+    """The input of a statistic: two subjects for "cross", else one; only "fisher" has `labels`, others None.
 
-    memory: the bytes that sums may take, of which the numbers do not depend.
+    memory: the bytes that sums may take; the numbers do not depend on it.
     """
 
     subjects: tuple[Subject, ...]
@@ -41,14 +41,14 @@ class Request:
 
     @cached_property
     def examples(self) -> int:
-        """How many there are in the data."""
+        """The number of examples in the data."""
         return sum(map(len, self.data))
 
 
 class Statistic(Protocol):
-    """One kind of statistic, made ready for a request: the layout of its file is known.
+    """One kind of statistic, prepared for a request: it knows the layout of its file.
 
-    units: what can be collected in separate passes, each with its tensors in the file and their shapes. skipped: the
+    units: the parts that separate passes can collect, each with its tensors in the file and their shapes. skipped: the
     layers or parameters that it does not cover, and why.
     """
 
@@ -56,20 +56,20 @@ class Statistic(Protocol):
     skipped: dict[str, str]
 
     def add(self, batch: Batch, sums: Mapping[str, Tensor]) -> None:
-        """Add what a batch contributes to the sums, float64 in the shapes of the tensors, of some of the units."""
+        """Add a batch to the sums of some of the units: float64, in the shapes of the units' tensors."""
 
     def finish(self, unit: str, sums: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int]:
-        """What is stored of a unit, made in place of its sums over all batches, and how many tokens it is a mean of."""
+        """Turn a unit's sums over all batches, in place, into its stored tensors; also return their token count."""
 
     def layers(self, counts: Mapping[str, int]) -> dict[str, Layer]:
-        """The layers that are covered, with the counts of their units; {} for a statistic of parameters."""
+        """The covered layers, with the counts of their units; {} for a statistic of parameters."""
 
 
 def chosen(names: Sequence[str], patterns: Sequence[str], what: str) -> set[str]:
-    """The names with one of the patterns in them; all without patterns. PlanError for a pattern that is in none."""
-    idle = [pattern for pattern in patterns if not any(pattern in name for name in names)]
-    if idle or not names:
-        some = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-        wanted = f"with {', '.join(map(repr, idle))} in the name" if idle else "in the model"
-        raise PlanError(f"found no {what} {wanted}; there are {some or 'none'}. Choose among these names")
+    """The names that contain one of the patterns; all without patterns. Raises PlanError if a pattern matches none."""
+    unmatched = [pattern for pattern in patterns if not any(pattern in name for name in names)]
+    if unmatched or not names:
+        examples = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        wanted = f"with {', '.join(map(repr, unmatched))} in the name" if unmatched else "in the model"
+        raise PlanError(f"found no {what} {wanted}; there are {examples or 'none'}. Choose among these names")
     return {name for name in names if not patterns or any(pattern in name for pattern in patterns)}

@@ -1,4 +1,4 @@
-"""From a model and data to a statistics file: what was asked for is checked, prepared, collected and published."""
+"""Turn a model and data into a statistics file: check the request, prepare, collect and publish."""
 
 from __future__ import annotations
 
@@ -58,39 +58,39 @@ def collect_stats(
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Statistics:
-    """Run the model on the data and leave what was found of it in the statistics file `out`, which is returned open.
+    """Run the model on the data, write the statistics file `out`, and return it open.
 
     kind: "gram" for the second moments of the inputs of every linear layer, "cross" for those between the same layers
     of the model and of `other`, "fisher" for the diagonal Fisher information of every parameter. model: a folder of
     transformers, loaded for the task on `device` in `dtype`, or any nn.Module as it is, in evaluation mode. The names
-    in the file are those of the folder, or of `checkpoint` where a module was loaded from one, else those of its
+    in the file are those of the folder, or of the `checkpoint` that a module was loaded from, else those of its
     state_dict. data: a file (`read_data`, with batch_size, window, max_examples), or batches (`as_batches`).
 
     labels, for "fisher": "expected" over all that the model may predict, "sampled" from it (`samples` draws for each
-    example, by `seed`), or "true" ones of the data; None takes the first that the task has of these. layers: parts of
-    names of the layers, or for "fisher" of the tensors, that are wanted; all without any. memory: bytes (or "2GB") for
+    example, by `seed`), or "true" ones of the data; None takes the first of these that the task has. layers: keep only
+    layers (for "fisher" tensors) whose names contain one of these; all without any. memory: bytes (or "2GB") for
     sums; with less there are more passes over the data, and the file is the same. An interrupted run goes on from
-    OUT.partial unless resume is False. progress is called with the examples that are done, and all there are.
+    OUT.partial unless resume is False. progress is called with the number of examples done and the total.
 
-    Raises PlanError for what cannot be done, FormatError for files that do not fit each other, and for NaN.
+    Raises PlanError for a request that cannot be met, FormatError for files that do not fit each other, and for NaN.
     """
     if kind not in STATISTICS:
         raise PlanError(f"found the kind {kind!r}, expected one of {', '.join(STATISTICS)}; choose one of these")
     if (other is not None) != (kind == "cross"):
         raise PlanError(f"{kind} takes {'two models' if kind == 'cross' else 'one model'}; give that many (`other`)")
     _check_options(task, samples, seed)
-    room = default_memory() if memory is None else parse_size(memory)
-    drawn = resolve_labels(task, labels) if kind == "fisher" else None
+    nbytes = default_memory() if memory is None else parse_size(memory)
+    targets = resolve_labels(task, labels) if kind == "fisher" else None
     models = [(model, checkpoint), *([(other, other_checkpoint)] if other is not None else [])]
-    place = _destination(Path(out), [path for pair in models for path in pair], data)
-    opened = [_open_model(m, saved, task, dtype, device) for m, saved in models]
-    batches = _batches(data, task, [loaded for _, loaded in opened], batch_size, window, max_examples)
-    request = Request(tuple(s for s, _ in opened), batches, task, drawn, samples, seed, tuple(layers), room)
+    destination = _destination(Path(out), [path for pair in models for path in pair], data)
+    subjects = [_open_model(m, saved_as, task, dtype, device) for m, saved_as in models]
+    batches = _batches(data, task, [loaded for _, loaded in subjects], batch_size, window, max_examples)
+    request = Request(tuple(s for s, _ in subjects), batches, task, targets, samples, seed, tuple(layers), nbytes)
     facts = _known_facts(kind, request)
-    if not _already_there(place, facts, overwrite):
+    if not _already_there(destination, facts, overwrite):
         with evaluating(*(subject.module for subject in request.subjects)):
-            _collect(place, STATISTICS[kind](request), request, facts, resume, progress or (lambda *_: None))
-    return open_statistics(place)
+            _collect(destination, STATISTICS[kind](request), request, facts, resume, progress or (lambda *_: None))
+    return open_statistics(destination)
 
 
 def _check_options(task: str, samples: int, seed: int) -> None:
@@ -119,7 +119,7 @@ def _open_model(
         return make_subject(model, None if saved is None else open_checkpoint(saved)), None
     if saved is not None:
         raise PlanError(
-            f"{model} is a checkpoint itself; `checkpoint` is for modules that were loaded from one: leave it out"
+            f"{model} is a checkpoint itself; `checkpoint` is for modules that were loaded from one. Leave it out"
         )
     loaded = load_model(model, task, dtype=dtype, device=device or "cpu")
     return make_subject(loaded.model, loaded.checkpoint), loaded
@@ -130,7 +130,7 @@ def _batches(
 ) -> Sequence[Batch]:
     if not isinstance(data, str | Path):
         if window is not None or most is not None:
-            raise PlanError("window and max_examples are for data files; cut the batches as you want them instead")
+            raise PlanError("window and max_examples are for data files; these are batches. Cut the batches yourself")
         return as_batches(data)
     loaded = [model for model in opened if model is not None]
     if Path(data).suffix != ".npz":
@@ -143,18 +143,18 @@ def _batches(
 
 
 def _check_tokenizers(models: Sequence[Loaded]) -> None:
-    """PlanError for models that would take the same text for different tokens."""
+    """Raises PlanError if the models' tokenizers have different vocabularies."""
     known = [model.tokenizer.get_vocab() for model in models if model.tokenizer is not None]
     if any(vocabulary != known[0] for vocabulary in known[1:]):
         folders = " and ".join(str(model.checkpoint.path) for model in models)
         raise PlanError(
-            f"{folders} have different tokens in their tokenizers, expected the same, since both models read the same "
-            "ids; take models with one vocabulary, or give each what it takes as batches"
+            f"{folders} have different tokens in their tokenizers; expected the same, since both models read the same "
+            "ids. Take models with one vocabulary, or give batches that both can read"
         )
 
 
 def _known_facts(kind: str, request: Request) -> Facts:
-    """What is known before the model is run."""
+    """The facts known before the model runs."""
     options: dict[str, Any] = {"task": request.task, "layers": sorted(request.layers)}
     options["dtype"] = [str(subject.dtype).removeprefix("torch.") for subject in request.subjects]
     if kind == "fisher":
@@ -167,16 +167,16 @@ def _known_facts(kind: str, request: Request) -> Facts:
 
 
 def _already_there(out: Path, facts: Facts, overwrite: bool) -> bool:
-    """Whether OUT is what would be made. PlanError where it is something else that must not be replaced."""
+    """True if OUT already is the requested file. Raises PlanError if it differs and may not be overwritten."""
     if not out.exists():
         return False
     try:
-        found = open_statistics(out).facts
+        existing = open_statistics(out).facts
     except FormatError:
-        differing = ["it is no whole statistics file"]
+        differing = ["it is not a complete statistics file"]
     else:
         names = ("kind", "models", "data", "options", "versions")
-        differing = [name for name in names if getattr(found, name) != getattr(facts, name)]
+        differing = [name for name in names if getattr(existing, name) != getattr(facts, name)]
     if not differing:
         clear(out)
         return True
@@ -185,18 +185,18 @@ def _already_there(out: Path, facts: Facts, overwrite: bool) -> bool:
     return False
 
 
-def _collect(out: Path, statistic: Statistic, request: Request, facts: Facts, resume: bool, tell: Progress) -> None:
+def _collect(out: Path, statistic: Statistic, request: Request, facts: Facts, resume: bool, report: Progress) -> None:
     unknown = dict.fromkeys(statistic.units, WIDEST_COUNT)
     facts = replace(facts, layers=statistic.layers(unknown), skipped=statistic.skipped, norm=WIDEST_NORM)
     passes = divide(statistic, request.memory, {})
     _check_disk(out, statistic, passes)
     with Partial(out, facts, statistic.units, resume) as partial:
-        run_passes(statistic, request, divide(statistic, request.memory, partial.done), partial, tell)
+        run_passes(statistic, request, divide(statistic, request.memory, partial.done), partial, report)
         counts = {unit: partial.done[unit]["count"] for unit in statistic.units}
         norm = math.sqrt(math.fsum(partial.done[unit]["squares"] for unit in statistic.units))
         if facts.kind == "fisher" and norm == 0:
             raise PlanError(
-                "the Fisher information is 0 everywhere, expected some; what the model predicts does not change with "
+                "the Fisher information is 0 everywhere, expected some: the model's predictions do not change with "
                 "its parameters. Check the model, and whether there is anything to predict in the data"
             )
         layers = statistic.layers(counts)
@@ -204,12 +204,12 @@ def _collect(out: Path, statistic: Statistic, request: Request, facts: Facts, re
 
 
 def _check_disk(out: Path, statistic: Statistic, passes: list[list[str]]) -> None:
-    """PlanError where the disk has no room for the file, and for the sums of a pass, twice while they are replaced."""
+    """Raises PlanError if the disk cannot hold the file and a pass's sums, twice while they are replaced."""
     sums = max(sum(sum_bytes(statistic.units[unit]) for unit in units) for units in passes)
     needed = sum(map(file_bytes, statistic.units.values())) + 2 * sums
     free = free_space(out) + occupied(partial_of(out))
     if needed > free:
         raise PlanError(
-            f"{out.parent} has {format_size(free)} free, expected {format_size(needed)} for the file and, while it is "
-            "made, its sums; free some, choose another place, or collect fewer layers at a time (`layers`)"
+            f"{out.parent} has {format_size(free)} free, expected {format_size(needed)} for the file and its temporary "
+            "sums. Free some, choose another folder, or collect fewer layers at a time (`layers`)"
         )

@@ -1,7 +1,7 @@
 """One output tensor's inputs as blocks, and the driver of a method's solve.
 
-The same blocks, in the same order, whether the inputs lie in memory or are read from files, so the results are the
-same. A GPU is given chunks of several blocks at once, as a block alone is too little work for it.
+Inputs in memory and in files have the same blocks in the same order, so the results are the same. A GPU gets chunks of
+several blocks at once, as a single block is too little work for it.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ Read = Callable[[int, int], torch.Tensor]  # (first element, last) -> 1-D tensor
 
 @dataclass
 class StoredBlock:
-    """A `Block` of inputs as they are stored; converted, and the base subtracted, when it is asked for.
+    """A `Block` of inputs as they are stored; converts them, and subtracts the base, on demand.
 
-    A `Chunk`, too, where these lie on a device: size is the number of elements of a block. flag: [1] there, not 0 once
-    what was stored, or came of it, is not finite.
+    Also a `Chunk` if they lie on a device: size is the number of elements of a block. flag: [1] there, not 0 once a
+    stored or computed value is not finite.
     """
 
     stored: tuple[torch.Tensor, ...]
@@ -71,34 +71,34 @@ class StoredBlock:
         for first in range(0, self.count, self.size):
             here = slice(first, first + self.size)
             stored, base = tuple(x[here] for x in self.stored), self.stored_base
-            part = None if base is None else base[here]
+            base = None if base is None else base[here]
             start = self.start + first
-            yield start // self.size, StoredBlock(stored, part, start, self.dtype, self.run, self.size)
+            yield start // self.size, StoredBlock(stored, base, start, self.dtype, self.run, self.size)
 
     def sound(self, result: torch.Tensor) -> bool:
-        """Whether all that is stored, and what came of it, is finite."""
+        """True if the stored tensors and the result are finite."""
         if self.flag is None:
             return all(finite(x) for x in (*self.everything, result))
         return not bool(self.flag) and (not result.is_cpu or finite(result))
 
     @property
     def everything(self) -> tuple[torch.Tensor, ...]:
-        """All that is stored."""
+        """The stored inputs, and the base if there is one."""
         return self.stored if self.stored_base is None else (*self.stored, self.stored_base)
 
     def at_home(self) -> StoredBlock:
-        """The same in the processor's memory, for the reference to run on."""
+        """A copy in the processor's memory, for the reference implementation."""
         base = None if self.stored_base is None else self.stored_base.cpu()
         return StoredBlock(tuple(x.cpu() for x in self.stored), base, self.start, self.dtype, run_eagerly, self.size)
 
 
 def making_on(device: torch.device) -> AbstractContextManager[object]:
-    """Within, tensors that are made are on this device."""
+    """Context in which new tensors are made on this device."""
     return nullcontext() if device == torch.get_default_device() else device
 
 
 def finite(x: torch.Tensor) -> bool:
-    """Whether all of x is finite. A finite sum tells at once; one that is not may have overflowed."""
+    """True if all of x is finite. A finite sum proves it at once; another sum may have overflowed."""
     total = x.sum(dtype=torch.float32) if x.dtype == torch.float16 else x.sum()
     return bool(total.isfinite()) or bool(x.isfinite().all())
 
@@ -108,8 +108,8 @@ class Blocks:
     """The inputs of one tensor of `numel` elements, cut into blocks of `block`.
 
     sources, base: readers of element ranges. dtype: that of the arithmetic. run: how elementwise functions are run.
-    gpu: where the readers leave what they read, None for the processor's memory. It is given chunks of `at_once`
-    blocks, a divisor of SEGMENT.
+    gpu: the device that the readers read to, None for the processor's memory. It gets chunks of `at_once` blocks, a
+    divisor of SEGMENT.
     """
 
     sources: Sequence[Read]
@@ -126,15 +126,15 @@ class Blocks:
 
     @property
     def segments(self) -> int:
-        """How many segments the tensor has; an empty tensor has one."""
+        """The number of segments of the tensor; an empty tensor has one."""
         return max(1, -(-len(self) // SEGMENT))
 
     def segment(self, index: int) -> range:
-        """The blocks of one segment, of chunks the first ones."""
+        """The blocks of one segment; on a GPU the first block of every chunk."""
         return range(index * SEGMENT, min(len(self), (index + 1) * SEGMENT), self.at_once)
 
     def load(self, index: int) -> StoredBlock:
-        """One block, or the chunk that begins with it. It may share memory that loading the next one overwrites."""
+        """One block, or the chunk that begins with it. Loading the next one may overwrite its memory."""
         start = index * self.block
         stop = min(self.numel, start + self.block * self.at_once)
         stored = tuple(read(start, stop) for read in self.sources)
@@ -159,7 +159,7 @@ class Blocks:
                 yield from (part for j in wanted for part in self._of_chunk(request, alone.load(j)))
 
     def _of_chunk(self, request: Reduction, chunk: StoredBlock) -> list[Any]:
-        """The parts of a chunk, brought home, where they are added in the same order for any size of chunks."""
+        """The parts of a chunk, moved to the CPU, which adds them in the same order for any size of chunks."""
         with making_on(chunk.device):
             parts = request.chunk(chunk)
         return [part.cpu() if isinstance(part, torch.Tensor) else part for part in parts]
@@ -170,17 +170,17 @@ class Blocks:
 
 
 def added(request: Reduction, parts: Iterator[Any]) -> Any:
-    """The parts that there are, added in the given order; None without any."""
+    """Add the parts that are not None in the given order; None without any."""
     return in_order(request, enumerate(parts))
 
 
 def in_order(request: Reduction, parts: Iterable[tuple[int, Any]]) -> Any:
-    """The parts (index, part) that there are, added by index in whatever order they come, as soon as they can be."""
-    total, turn, waiting = None, 0, dict[int, Any]()
+    """Add the parts of (index, part) that are not None by index, as soon as possible, whatever order they come in."""
+    total, turn, pending = None, 0, dict[int, Any]()
     for index, part in parts:
-        waiting[index] = part
-        while turn in waiting:
-            ready = waiting.pop(turn)
+        pending[index] = part
+        while turn in pending:
+            ready = pending.pop(turn)
             turn += 1
             if ready is not None:
                 total = ready if total is None else request.add(total, ready)
@@ -188,7 +188,7 @@ def in_order(request: Reduction, parts: Iterable[tuple[int, Any]]) -> Any:
 
 
 def solved(solve: Generator[Reduction, Any, Coefficients], over: Callable[[Reduction], Any]) -> Coefficients:
-    """The coefficients of a solve whose reductions are computed by `over`."""
+    """Run a solve, computing its reductions by `over`; returns its coefficients."""
     try:
         request = next(solve)
         while True:
@@ -205,7 +205,7 @@ def apply_to(block: StoredBlock, method: Method, coefficients: Coefficients, out
 
 
 def merged(method: Method, unit: Unit, blocks: Blocks, dtype: torch.dtype) -> torch.Tensor:
-    """The merged tensor, flat, of inputs that lie in memory: that of the place."""
+    """The merged tensor, flat, on the device of the blocks."""
     out = torch.empty(blocks.numel, dtype=dtype, device=None if blocks.gpu is None else blocks.gpu.device)
     if blocks.numel:
         coefficients = solved(method.solve(unit), blocks.reduce)

@@ -1,6 +1,6 @@
 """Linear layers as matrices, read from checkpoints and statistics files by rows, or held in memory.
 
-Matrices are on torch's default device, whatever the memory that they are read into.
+Matrices are on torch's default device, wherever they were read into memory.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ Read = Callable[[Source, int, int], torch.Tensor]  # a tensor's elements from th
 
 @dataclass(frozen=True)
 class StoredLinear:
-    """A `Linears` that is read when it is asked for. The bias is the matrices' last column.
+    """A `Linears` that is read on demand. The bias is the matrices' last column.
 
-    weights, biases, grams: those of every input; biases is () where the layer has none. axis: the one of the weights
-    [outputs, inputs] (1) or [inputs, outputs] (0) along which the inputs run.
+    weights, biases, grams: those of every input; biases is () for a layer without one. axis: the weights' axis along
+    which the inputs run: 1 for [outputs, inputs], 0 for [inputs, outputs].
     """
 
     read: Read
@@ -40,10 +40,10 @@ class StoredLinear:
         """Rows of input i's matrix, [stop - start, columns] float64."""
         rows = torch.empty(stop - start, self.shape[1], dtype=torch.float64)
         if self.axis:
-            part = self.read(self.weights[i], start * self.inputs, stop * self.inputs).view(-1, self.inputs)
+            weight = self.read(self.weights[i], start * self.inputs, stop * self.inputs).view(-1, self.inputs)
         else:
-            part = self.read(self.weights[i], 0, self.inputs * self.outputs).view(self.inputs, -1)[:, start:stop].T
-        rows[:, : self.inputs] = part.to(rows.device)  # as it is stored: float64 would be four times as much to send
+            weight = self.read(self.weights[i], 0, self.inputs * self.outputs).view(self.inputs, -1)[:, start:stop].T
+        rows[:, : self.inputs] = weight.to(rows.device)  # in its stored dtype: float64 would be four times the bytes
         if self.biases:
             rows[:, -1] = self.read(self.biases[i], start, stop)
         return rows
@@ -62,7 +62,7 @@ class StoredLinear:
 
 @dataclass(frozen=True)
 class HeldLinear:
-    """A `Linears` of matrices and Gram matrices that lie in memory."""
+    """A `Linears` of matrices and Gram matrices in memory."""
 
     matrices: Sequence[torch.Tensor]
     grams: Sequence[torch.Tensor]

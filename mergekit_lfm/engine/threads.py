@@ -1,4 +1,4 @@
-"""Executors: an unordered map over tasks is all that the engine asks of one. Here, threads."""
+"""Executors: the engine only needs an unordered map over tasks. Here, by threads."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ R = TypeVar("R")
 
 
 class Executor(Protocol):
-    """An unordered map: all that an engine has to offer."""
+    """An unordered map over tasks."""
 
     def __call__(self, run: Callable[[T], R], tasks: Iterable[T]) -> Iterator[R]:
-        """The results as they come."""
+        """The results in order of completion."""
 
 
 class Stopped(Exception):
@@ -28,7 +28,7 @@ class Stopped(Exception):
 
 @contextmanager
 def thread_pool(count: int, stop: Event) -> Iterator[Executor]:
-    """An executor on `count` threads. Leaving it by an exception sets `stop` and waits for the workers to notice."""
+    """An executor on `count` threads. An exception inside sets `stop` and waits for the workers to notice."""
     before = torch.get_num_threads()
     pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
 

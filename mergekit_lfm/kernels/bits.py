@@ -64,6 +64,6 @@ def flipped(x: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
 
 
 def bits_of(block: Block, i: int) -> torch.Tensor:
-    """The magnitudes' bits of one row. Row by row and in place, as what fits the processor's cache is twice as fast."""
+    """The magnitudes' bits of one row. Row by row and in place, as data that fit the CPU's cache are twice as fast."""
     bits = as_integers(block.row(i))
     return bits.bitwise_and_(0x7FFFFFFF if bits.dtype.itemsize == 4 else 0x7FFFFFFFFFFFFFFF)

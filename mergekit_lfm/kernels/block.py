@@ -18,7 +18,7 @@ Elementwise = Callable[[Rows, "torch.Tensor | None", Any], Any]
 
 
 class Block(Protocol):
-    """One block of a unit's inputs. start: index in its tensor of the first element; count: how many there are.
+    """One block of a unit's inputs. start: index in its tensor of the first element; count: number of elements.
 
     dtype: that of the arithmetic, float32 or float64.
     """
@@ -36,7 +36,7 @@ class Block(Protocol):
     def dtype(self) -> torch.dtype: ...
 
     def row(self, i: int) -> torch.Tensor:
-        """Input i, or its delta to the base where there is one, [count], on fresh memory."""
+        """Input i, or its delta to the base if there is one, [count], in fresh memory."""
 
     def each(self, function: Elementwise, local: Any) -> Any:
         """function(rows, base, local), perhaps compiled: a pure function of tensors, elementwise in the rows.
@@ -48,7 +48,7 @@ class Block(Protocol):
 class Chunk(Block, Protocol):
     """Several neighbouring blocks at once, on a device. size: elements of a block; the last may be shorter.
 
-    native: whether hand-written kernels are to be used where there are some.
+    native: True to use hand-written kernels if available.
     """
 
     @property
@@ -63,14 +63,14 @@ class Chunk(Block, Protocol):
 
     @property
     def stored_base(self) -> torch.Tensor | None:
-        """The base as it is stored, where there is one."""
+        """The base as it is stored, or None."""
 
     def blocks(self) -> Iterator[tuple[int, Block]]:
         """Every block with its number in the tensor."""
 
 
 class Coefficients(Protocol):
-    """What a solve returns. Tensors that it makes are on torch's default device, which is that of the block."""
+    """The result of a solve. It makes tensors on torch's default device, which is that of the block."""
 
     def at(self, start: int, count: int, dtype: torch.dtype) -> Any:
-        """What `apply` needs for the block of `count` elements from index `start`, as `Block.each` takes it."""
+        """The `local` of `apply` and `Block.each` for the block of `count` elements from index `start`."""

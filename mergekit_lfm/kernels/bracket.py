@@ -1,6 +1,6 @@
-"""One pass over a chunk on a device: how many entries lie above a bracket, equal its pivots, and what is inside of it.
+"""One pass over a chunk on a device: count the entries above a bracket and at its pivots, collect those inside it.
 
-The order of what is inside is left open: only which values there are matters. Counts are integers, hence exact.
+The order of the entries inside does not matter, only their values. Counts are integers, hence exact.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 def bracketed(chunk: Chunk, i: int, pivots: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of the bits of |x|, x being row i of the chunk: counts [blocks, 1 + pivots], and those inside, in any order.
+    """For the bits of |x|, x being row i of the chunk: counts [blocks, 1 + pivots], and the bits inside, in any order.
 
-    pivots: descending, the first and the last are the bracket's ends. The first count is of what lies above it, the
-    others of what equals each pivot. Inside is what lies between the ends and equals no pivot.
+    pivots: descending, the first and the last are the bracket's ends. The first count is of the bits above it, the
+    others of the bits equal to each pivot. Bits inside lie between the ends and equal no pivot.
     """
     if chunk.native and chunk.count:
         from mergekit_lfm.kernels.native import bracket
@@ -36,7 +36,7 @@ def bracketed(chunk: Chunk, i: int, pivots: Sequence[int]) -> tuple[torch.Tensor
 
 
 def by_block(masks: Sequence[torch.Tensor], size: int) -> torch.Tensor:
-    """How many are true in every block of `size` entries, of which the last may be shorter: int64 [blocks, masks]."""
+    """Count the true entries in every block of `size` entries (the last may be shorter): int64 [blocks, masks]."""
     import torch
 
     missing = -len(masks[0]) % size

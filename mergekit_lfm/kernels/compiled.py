@@ -1,9 +1,9 @@
 """Elementwise functions over a block, from the stored bytes to the stored bytes: eagerly, or compiled to one loop.
 
-The bits are the same in both cases: the functions use only + - * /, comparisons and integer operations, none of which
-the compiler may contract or approximate. Compiled (C++ with the CPU's vector instructions, by torch's inductor) TIES
-takes 0.4 ms for 2^18 elements of three models, and eagerly 3 ms. Compiling takes 10 s in a process of its own, beside
-the merge that goes on eagerly; it is done only for large merges. Libraries are kept on disk; loading one takes 10 ms.
+The bits are the same in both cases: the functions use only + - * /, comparisons and integer operations, and the
+compiler may not contract or approximate them. Compiled (C++ with the CPU's vector instructions, by torch's inductor)
+TIES takes 0.4 ms for 2^18 elements of three models, and eagerly 3 ms. Compiling takes 10 s in a separate process, while
+the merge goes on eagerly; only large merges do it. Libraries are kept on disk; loading one takes 10 ms.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ COMPILE_SECONDS = 10  # about what compiling one function takes
 
 
 class Kernels:
-    """A `Run` that uses compiled code where there is some: from the cache on disk, or compiled beside the merge.
+    """A `Run` that uses compiled code if available: from the cache on disk, or compiled beside the merge.
 
-    mode "auto" compiles what would take longer eagerly, over the `blocks` of the merge, than compiling takes; "always"
-    compiles everything first. problems: why something could not be compiled. What is not compiled, or not yet, runs
-    eagerly, with the same result. Use as a context manager: leaving it ends what is still being compiled.
+    mode "auto" compiles functions that would take longer eagerly, over the `blocks` of the merge, than compiling takes;
+    "always" compiles everything first. problems: why functions could not be compiled. Functions not compiled, or not
+    yet, run eagerly, with the same result. Use as a context manager: leaving it stops unfinished compilations.
     """
 
     def __init__(self, mode: Mode, blocks: int, block: int, threads: int) -> None:
@@ -80,12 +80,12 @@ class Kernels:
         return run_eagerly(step)
 
     def _compiled(self, fused: Fused) -> subprocess.Popen[bytes] | None:
-        """The process that compiled this function, the first time that it is seen to have ended."""
+        """The process that compiled this function if it has ended; afterwards None."""
         process = self._compiling.get(fused)
         return self._compiling.pop(fused) if process is not None and process.poll() is not None else None
 
     def _obtain(self, fused: Fused, tensors: list[torch.Tensor]) -> None:
-        """Load the function from the cache, or start to compile it where that pays."""
+        """Load the function from the cache, or start to compile it if that pays."""
         if sum(t.numel() >= self.block for t in tensors) > fused.inputs:
             return  # coefficients for every element, as at a cut: rare
         if fused.path.exists():
@@ -111,7 +111,7 @@ class Kernels:
             self.problems.add(f"{fused.function.__name__} runs without being compiled: {reason}")
 
     def _eager_seconds(self, fused: Fused, tensors: list[torch.Tensor]) -> float:
-        """How long all blocks would take, from one of them; the first, which warms the caches, is not counted."""
+        """Estimated seconds for all blocks, from timing one; an untimed run before it warms the caches."""
         fused(*tensors)
         started = time.perf_counter()
         fused(*tensors)
@@ -125,7 +125,7 @@ def compiler() -> str | None:
 
 @cache
 def _environment() -> str:
-    """Digest of all but the function that a compiled library depends on: our sources, torch, the processor."""
+    """Digest of a compiled library's dependencies besides the function: our sources, torch, the processor."""
     package = Path(__file__).parent.parent
     sources = [path.read_bytes() for part in ("kernels", "methods") for path in sorted((package / part).glob("*.py"))]
     cpuinfo = Path("/proc/cpuinfo")
@@ -136,7 +136,7 @@ def _environment() -> str:
 
 @dataclass(frozen=True)
 class Fused:
-    """An elementwise function with the form of its arguments: what one compiled library is for."""
+    """An elementwise function with the form of its arguments: the content of one compiled library."""
 
     function: Elementwise
     form: Form
@@ -145,14 +145,14 @@ class Fused:
 
     @property
     def path(self) -> Path:
-        """Where its library is kept."""
+        """The path of its library in the cache."""
         name = f"{self.function.__module__}.{self.function.__qualname__}"
         facts = f"{_environment()} {name} {self.form} {self.dtype} {self.out}"
         return cache_folder("kernels") / f"{self.function.__name__}-{xxhash.xxh3_128_hexdigest(facts.encode())}.pt2"
 
     @property
     def inputs(self) -> int:
-        """How many of the tensors are inputs, the base included; the others are coefficients."""
+        """The number of tensors that are inputs, base included; the others are coefficients."""
         _, stored, base, _ = self.form
         return len(stored) - 1 + (base is not None)
 
@@ -165,8 +165,8 @@ class Fused:
         return list(_leaves(self.form))
 
     def load(self, threads: int) -> Callable[..., Any]:
-        """The library as a function of the tensors, for so many threads at once."""
-        # What torch._inductor.package.load_package calls, without the 2 s that importing it takes.
+        """The library as a function of the tensors, usable by this many threads at once."""
+        # torch._inductor.package.load_package calls this, too, but importing it takes 2 s.
         library = torch._C._aoti.AOTIModelPackageLoader(str(self.path), "model", False, threads, -1)
         single = self.out is not None
 
@@ -194,7 +194,7 @@ class Fused:
         return process
 
     def compile(self) -> None:
-        """Compile, and move the library to its place when it is whole."""
+        """Compile, and move the complete library to `path`."""
         from torch._inductor import aoti_compile_and_package
 
         fused = self

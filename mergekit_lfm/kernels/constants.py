@@ -1,4 +1,4 @@
-"""Numbers that a solve found, as tensors: made once for each device and thread, as every upload waits for the GPU."""
+"""A solve's numbers as tensors: made once for each device and thread, as every upload waits for the GPU."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Numbers = float | tuple[float, ...]
 
 
 def constant(numbers: Numbers, dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:
-    """The numbers as a tensor, by default on torch's default device. Others may hold it: it is not to be changed."""
+    """The numbers as a tensor, by default on torch's default device. It is shared: do not change it."""
     import torch
 
     return _made(numbers, repr(numbers), dtype, device or torch.get_default_device(), get_ident())
@@ -21,7 +21,7 @@ def constant(numbers: Numbers, dtype: torch.dtype, device: torch.device | None =
 
 @lru_cache(maxsize=4096)
 def _made(numbers: Numbers, text: str, dtype: torch.dtype, device: torch.device, thread: int) -> torch.Tensor:  # noqa: ARG001
-    """text: by which -0 is not 0. thread: on whose stream the tensor's memory is used, and given back."""
+    """text: part of the key, to distinguish -0 from 0. thread: its stream uses and frees the tensor's memory."""
     import torch
 
     return torch.tensor(numbers, dtype=dtype, device=device)

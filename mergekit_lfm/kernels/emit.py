@@ -1,9 +1,9 @@
 """Elementwise functions as the source of one Triton kernel each: from the stored bytes to the stored bytes.
 
 The function is traced once, to a graph of tensor operations, and each is written as the Triton operation that rounds
-like it, at an index: what a slice or a narrower view of integers does is done to the index. So the kernel has the bits
-of the function run eagerly, if it is compiled without contracting products and sums. What has no such form raises
-`Unsupported`, and is run eagerly.
+like it, at an index: slices and narrower views of integers change the index. So the kernel has the bits of the function
+run eagerly, if it is compiled without contracting products and sums. A function without such a form raises
+`Unsupported`, and runs eagerly.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-COUNT = 2 * 65537  # elements of the block that is traced: a number that is no other size
+COUNT = 2 * 65537  # elements of the traced block: a number that no other size equals
 BLOCK = 1024  # elements of a program, of 4 warps: 16 bytes of a 16-bit tensor for each thread
 TYPES = {
     torch.float64: "tl.float64",
@@ -50,7 +50,7 @@ INFIX = {
 
 
 class Unsupported(Exception):
-    """A function has an operation that no Triton operation is known to equal bit for bit."""
+    """The function has an operation without a Triton operation known to equal it bit for bit."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,9 @@ class Source:
 
 
 def emit(function: Callable[..., Any], examples: Sequence[torch.Tensor], inputs: int) -> Source:
-    """The kernel of a function of tensors, of which COUNT elements are given as examples.
+    """The kernel of a function of tensors, traced on examples of COUNT elements.
 
-    The first `inputs` tensors, and the results, are looked at for NaN and infinity, which are noted in the flag.
+    The kernel sets the flag if the first `inputs` tensors or the results have a NaN or infinity.
     """
     graph = make_fx(function)(*examples).graph
     writer = _Writer()
@@ -101,12 +101,12 @@ def emit(function: Callable[..., Any], examples: Sequence[torch.Tensor], inputs:
 
 
 def _dtype(node: fx.Node) -> torch.dtype:
-    found: torch.dtype = node.meta["val"].dtype
-    return found
+    dtype: torch.dtype = node.meta["val"].dtype
+    return dtype
 
 
 class _Writer:
-    """The lines of a kernel. A value is written once for each index at which it is asked for."""
+    """The lines of a kernel. Each value is written once for each index at which it is used."""
 
     def __init__(self) -> None:
         self.pointers: dict[fx.Node, str] = {}
@@ -114,7 +114,7 @@ class _Writer:
         self.known: dict[tuple[fx.Node, str], str] = {}
 
     def at(self, node: Any, index: str, like: torch.dtype | None = None) -> str:
-        """The name of what holds a node at an index; of a number as a constant of the dtype `like`."""
+        """The name of a node's value at an index; a plain number becomes a constant of the dtype `like`."""
         if not isinstance(node, fx.Node):
             return _constant(node, like)
         if (node, index) not in self.known:
@@ -128,7 +128,7 @@ class _Writer:
         return name
 
     def judge(self, value: str, dtype: torch.dtype) -> None:
-        """Note where a float is NaN or infinite: there x - x is not 0."""
+        """Mark the elements where a float is NaN or infinite: there x - x is not 0."""
         if dtype.is_floating_point:
             wide = self.name(widened(value, dtype, torch.promote_types(dtype, torch.float32)))
             self.lines.append(f"bad = bad | (({wide} - {wide}) != 0)")
@@ -146,7 +146,7 @@ class _Writer:
         return text
 
     def _loaded(self, node: fx.Node, chosen: tuple[int, ...], index: str) -> str:
-        """An element of a tensor: of all elements, of a row of them, or one number."""
+        """Load an element of an argument: a tensor of all elements, a row of such a tensor, or one number."""
         shape, pointer = tuple(node.meta["val"].shape), self.pointers[node]
         row = f" + {chosen[0]} * count" if len(shape) == 2 and chosen else ""
         if shape[len(chosen) :] == (COUNT,) and len(shape) <= 2:
@@ -198,13 +198,13 @@ class _Writer:
     def _detach(self, node: fx.Node, index: str) -> str:
         return self.at(node.args[0], index)
 
-    _alias = _clone = _detach  # what tracing calls it depends on torch's version
+    _alias = _clone = _detach  # the name in traces depends on torch's version
 
     def _select(self, node: fx.Node, index: str) -> str:
         source, axis, position = node.args
         assert isinstance(source, fx.Node) and isinstance(position, int)
         if source.op != "placeholder" or axis != 0 or position < 0:
-            raise Unsupported("select of what is no argument")
+            raise Unsupported("select from a computed tensor")
         return self._loaded(source, (position,), index)
 
     def _slice(self, node: fx.Node, index: str) -> str:
@@ -246,7 +246,7 @@ class _Writer:
 
 
 def widened(value: str, before: torch.dtype, after: torch.dtype) -> str:
-    """A float as one of a wider type, or its own. bfloat16 by its bits: Triton's interpreter loses subnormal ones."""
+    """A float in the same or a wider type. bfloat16 by its bits: Triton's interpreter loses subnormal ones."""
     if before == after:
         return value
     if (before, after) != (torch.bfloat16, torch.float32):
@@ -255,7 +255,7 @@ def widened(value: str, before: torch.dtype, after: torch.dtype) -> str:
 
 
 def _constant(value: Any, dtype: torch.dtype | None) -> str:
-    """A number in a kernel, of this dtype: plain numbers are float32 there."""
+    """A number of this dtype as kernel source: plain numbers would be float32."""
     if dtype is None or not isinstance(value, int | float):
         raise Unsupported(f"the argument {value!r}")
     text = f'float("{value}")' if isinstance(value, float) and not math.isfinite(value) else repr(value)

@@ -1,7 +1,7 @@
 """Elementwise functions and sums on a GPU: eagerly by torch, or by Triton kernels with the same bits.
 
 A kernel is made in a third of a second, from one tracing of the function, and Triton keeps it on disk; importing Triton
-takes a second. So small merges run eagerly. Where Triton is missing or cannot be used everything does, and says so.
+takes a second. So small merges run eagerly. If Triton is missing or unusable everything does, with a warning.
 Kernels are compiled without contracting products and sums, and divide as IEEE 754 has it.
 """
 
@@ -25,13 +25,13 @@ from mergekit_lfm.kernels.step import Form, Step, run_eagerly, take_apart
 
 WORTH = 1 << 28  # elements of a merge from which kernels pay
 LEAST = 1 << 12  # elements of a block from which they do; other things of that size are not taken for blocks
-_launching = Lock()  # Triton's compiler, which a first launch calls, is not known to bear several threads
+_launching = Lock()  # a first launch calls Triton's compiler, which is not known to be thread-safe
 
 
 class GpuKernels:
-    """A `Run` for chunks on a device. native: whether Triton's kernels are used, those written by hand among them.
+    """A `Run` for chunks on a device. native: True to use Triton's kernels, including hand-written ones.
 
-    mode "auto" uses them where the merge has enough elements. problems: why they cannot be used.
+    mode "auto" uses them if the merge has enough elements. problems: why they cannot be used.
     """
 
     def __init__(self, mode: Mode, numel: int, device: torch.device) -> None:
@@ -46,7 +46,7 @@ class GpuKernels:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """There is nothing to end."""
+        """No compiler processes to stop."""
 
     def __call__(self, step: Step) -> Any:
         if self.native and len(step.stored[0]) >= LEAST and (fused := _fused(step)) not in self._unfit:
@@ -64,7 +64,7 @@ class GpuKernels:
 
 
 def _failures() -> tuple[type[Exception], ...]:
-    """What is raised for a kernel that cannot be made."""
+    """The exceptions raised if a kernel cannot be built."""
     from triton.errors import TritonError
 
     return Unsupported, TritonError, subprocess.CalledProcessError
@@ -72,7 +72,7 @@ def _failures() -> tuple[type[Exception], ...]:
 
 @cache
 def unusable(device: torch.device) -> str:
-    """Why kernels of Triton cannot be used on a device: there are none, or they round otherwise; "" where they can."""
+    """Why Triton's kernels cannot be used on a device: they are missing or round differently; "" if they can."""
     random = torch.Generator().manual_seed(0)
     rows = torch.randn(3, LEAST, generator=random) * torch.tensor([[1e-30], [1e9], [1.0]])
     step = Step(_delicate, tuple(rows), None, None, torch.float32, None)
@@ -87,16 +87,16 @@ def unusable(device: torch.device) -> str:
         return reason(error)
     if torch.equal(found.view(torch.int32), torch.stack(run_eagerly(step)).view(torch.int32)):
         return ""
-    return f"those of version {triton.__version__} round otherwise than the processor; 3.6 and newer are known not to"
+    return f"kernels of version {triton.__version__} round differently from the processor; 3.6 and newer do not"
 
 
 def _delicate(rows: Sequence[torch.Tensor], _: torch.Tensor | None, __: Any) -> tuple[torch.Tensor, ...]:
-    """Subnormal quotients; quotients; sums of products, which would be other numbers if they were contracted."""
+    """Subnormal quotients; quotients; sums of products, which would differ if they were contracted."""
     return rows[0] / rows[1], rows[2] / rows[1], rows[2] * rows[2] + rows[2]
 
 
 def _fused(step: Step) -> Fused:
-    """What a kernel is for: the step's function and form, with as many elements as are traced."""
+    """The key of a kernel: the step's function and form, with the number of elements of the traced block."""
     form = _as_traced(take_apart((step.stored, step.base, step.local), []), len(step.stored[0]))
     return Fused(step.function, form, step.dtype, step.out)
 
@@ -135,7 +135,7 @@ def _made(fused: Fused) -> Callable[[Step], Any]:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """Start a kernel where its first argument lies, compiled so that no product and sum are contracted."""
+    """Start a kernel on the device of its first argument, compiled without contracting products and sums."""
     device = arguments[0].device
     with _launching, torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[grid](*arguments, **constants, enable_fp_fusion=False)
@@ -148,9 +148,9 @@ def source_of(fused: Fused) -> Source:
 
 
 def build(text: str, name: str) -> Any:
-    """The kernel of this text; Triton reads it again as if it were a file."""
+    """The kernel with this source; Triton reads it again like a file."""
     file = f"<kernel {name} {hash(text):x}>"
     linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
-    found: dict[str, Any] = {}
-    exec(compile(text, file, "exec"), found)
-    return found["kernel"]
+    namespace: dict[str, Any] = {}
+    exec(compile(text, file, "exec"), namespace)
+    return namespace["kernel"]

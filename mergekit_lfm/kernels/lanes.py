@@ -19,9 +19,9 @@ LANES = 4096
 
 
 def sums(parts: Sequence[torch.Tensor], size: int, native: bool) -> torch.Tensor:
-    """The sums of tensors [m] over every block of `size` elements, of which the last may be shorter: [blocks, parts].
+    """The sums of tensors [m] over every block of `size` elements (the last may be shorter): [blocks, parts].
 
-    float64. native: by the kernel, not torch's operations.
+    float64. native: use the kernel, not torch's operations.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Counter-based random numbers: the number of an element depends on its key and its index, on nothing else.
+"""Counter-based random numbers: the number of an element depends only on its key and its index.
 
 splitmix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators", section 4) of key + (index // 2)
 golden-ratio steps gives 64 bits, for two neighbouring elements. So a mask is the same for any chunk, thread, device or

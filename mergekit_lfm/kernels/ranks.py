@@ -27,7 +27,7 @@ class Largest:
     cut: int
 
     def limit(self, start: int, count: int, dtype: torch.dtype) -> torch.Tensor:
-        """What bits must exceed in a block of `count` entries from `start`: integers [1], or [count] at the cut."""
+        """The limit that kept bits exceed in the `count` entries from `start`: integers [1], or [count] at the cut."""
         import torch
 
         before = self.cut - start  # entries of the block that are kept if they equal the threshold

@@ -1,4 +1,4 @@
-"""What a `solve` may ask of its inputs: sums and counts over blocks, small and independent of how blocks are grouped.
+"""The reductions that a `solve` may request: small sums and counts over blocks, independent of their grouping.
 
 A reduction maps one block to a part and adds parts. Counts are integers. Floating sums are float64, of constant
 blocks, added in block order within a segment and in segment order within a unit: the same bits for any memory,
@@ -25,7 +25,7 @@ class Reduction(ABC):
     """Maps a block to a part, and adds parts."""
 
     def visits(self, index: int) -> bool:  # noqa: ARG002
-        """Whether the block of this number in its tensor is needed; all are by default."""
+        """True if the block of this number in its tensor is needed; by default all are."""
         return True
 
     @abstractmethod
@@ -33,15 +33,15 @@ class Reduction(ABC):
         """The part of one block."""
 
     def chunk(self, chunk: Chunk) -> Iterable[Any]:
-        """The parts, in order, of the blocks of a chunk that lies on a device: by default one block after another.
+        """The parts, in order, of the blocks of a chunk on a device: by default one block after another.
 
-        In place of those of single blocks it may yield parts that `add` makes of them, where adding is exact.
+        If adding is exact, it may return sums of several blocks' parts instead.
         """
         return [self.block(block) for index, block in chunk.blocks() if self.visits(index)]
 
     @abstractmethod
     def add(self, total: Any, part: Any) -> Any:
-        """The parts of two neighbouring runs of blocks as one; may reuse the first."""
+        """Add the parts of two neighbouring runs of blocks; may reuse the first."""
 
 
 class Sum(Reduction):
@@ -118,7 +118,7 @@ class LocalMask(Protocol):
 
 
 class Mask(Protocol):
-    """Which entries of the inputs are kept."""
+    """The kept entries of the inputs."""
 
     def at(self, start: int, count: int, dtype: torch.dtype) -> LocalMask:
         """The mask of the block of `count` entries from index `start`."""

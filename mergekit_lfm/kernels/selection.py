@@ -1,10 +1,10 @@
 """The magnitude of a given rank, exactly, without sorting and in bounded memory.
 
-`by_bracket` guesses a narrow bracket of values from a sample. In one pass it counts what lies above, counts what equals
-one of three pivots (in bfloat16 single values are frequent), and collects the rest of what lies inside. Where the guess
-fails or there is too much to collect, `by_digits` counts the digits of the magnitudes' bits, in passes that never fail.
-`cuts` finds up to which index entries at the value are kept, where only some are: those of lowest index. The results do
-not depend on the way.
+`by_bracket` guesses a narrow bracket of values from a sample. In one pass it counts the entries above and those equal
+to one of three pivots (in bfloat16 single values are frequent), and collects the rest of those inside. If the guess
+fails or there are too many to collect, `by_digits` counts the digits of the magnitudes' bits, in passes that never
+fail. `cuts` finds the index up to which entries at the value are kept if only some are: those of lowest index. Both
+ways give the same results.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ Key = tuple[int, int]  # the input, and which of its ranks
 
 @dataclass
 class Found:
-    """The value of a rank: its bits, how many of the `equal` entries that have it are within the rank (`ordinal`).
+    """The value of a rank: its bits, the number `equal` of entries that have it, and `ordinal` of them within the rank.
 
-    per_block: how many entries with these bits each block has, where that is known already.
+    per_block: the number of entries with these bits in each block, if known already.
     """
 
     bits: int
@@ -66,10 +66,10 @@ class Sample(Reduction):
 
 @dataclass
 class Bracketed:
-    """How many entries lie above a bracket, and what lies inside it.
+    """The number of entries above a bracket, and the entries inside it.
 
-    equal: how many are equal to each pivot, by block. inside: the bits of the others, by block, or of those of several
-    in any order where by_block is false; None once there are more than `Bracket.limit`. size counts them.
+    equal: the counts of entries equal to each pivot, by block. inside: the bits of the others, by block, or of several
+    blocks in any order if by_block is false; None once there are more than `Bracket.limit`. size: their number.
     """
 
     above: int
@@ -102,7 +102,7 @@ class Bracketed:
 
 @dataclass(frozen=True)
 class Bracket(Reduction):
-    """`Bracketed` for the descending pivots of each key, the first and last of which are the bracket's ends."""
+    """`Bracketed` for the descending pivots of each key; the first and last are the bracket's ends."""
 
     pivots: Mapping[Key, Sequence[int]]
     limit: int
@@ -149,7 +149,7 @@ class Bracket(Reduction):
 
 
 def by_bracket(numel: int, ranks: Mapping[Key, int]) -> Generator[Reduction, Any, dict[Key, Found]]:
-    """The values of the ranks (from 1, the largest) that a bracket catches; the others are left out."""
+    """The values of the ranks (from 1, the largest) that a bracket catches; omits the others."""
     import numpy as np
 
     if numel < WORTH or not ranks:
@@ -278,7 +278,7 @@ class Position(Reduction):
 
 
 def cuts(found: Mapping[Key, Found], exact: bool) -> Generator[Reduction, Any, dict[Key, int | None]]:
-    """For each value one past the index of the last entry with it that is within its rank; None if all of them are."""
+    """For each value, one past the index of its last entry within the rank; None if all its entries are."""
     import numpy as np
 
     result: dict[Key, int | None] = dict.fromkeys(found)

@@ -15,10 +15,10 @@ Elementwise = Callable[[Sequence[torch.Tensor], "torch.Tensor | None", Any], Any
 
 @dataclass(frozen=True)
 class Step:
-    """function(rows, base, local) over a block whose inputs are given as they are stored.
+    """function(rows, base, local) over a block of inputs in their stored dtypes.
 
-    rows are the inputs in `dtype`, less the base where there is one; the result is rounded to `out`, if that is given.
-    flag: [1] on a device, where what runs there notes that an input or the result is not finite.
+    rows are the inputs in `dtype`, minus the base if there is one; the result is rounded to `out` if that is a dtype.
+    flag: [1] on a device; set there if an input or the result is not finite.
     """
 
     function: Elementwise
@@ -41,11 +41,11 @@ def run_eagerly(step: Step) -> Any:
     return result if step.out is None else round_once(result, step.out)
 
 
-Form = Any  # what is left of nested tuples when each tensor is replaced by its dtype and shape
+Form = Any  # nested tuples with each tensor replaced by its dtype and shape
 
 
 def take_apart(value: Any, tensors: list[torch.Tensor]) -> Form:
-    """The form of nested tuples of tensors, None and bool; the tensors are appended to `tensors`."""
+    """The form of nested tuples of tensors, None and bool; appends the tensors to `tensors`."""
     if isinstance(value, torch.Tensor):
         tensors.append(value)
         return value.dtype, tuple(value.shape)

@@ -1,6 +1,6 @@
-"""A GPU as the engine sees it: tensors go up from pinned memory and come down to it, each worker on its own stream.
+"""A GPU for the engine: tensors go up from pinned memory and come down to it, each worker on its own stream.
 
-While one worker waits for its disk, the copies and kernels of the others go on; within a worker all is in order. On the
+While one worker waits for its disk, the copies and kernels of the others go on; each worker's own run in order. On the
 processor, where the tests run, the same calls copy.
 """
 
@@ -14,13 +14,13 @@ from threading import local
 
 import torch
 
-CHUNK = 16  # blocks that a GPU is given at once, at most: 2^22 elements, which float32 intermediates fit the cache with
-USED = 0.8  # of the free memory of a GPU; the rest is for the caches of its libraries and for fragments
+CHUNK = 16  # the most blocks that a GPU gets at once: with 2^22 elements, float32 intermediates fit its cache
+USED = 0.8  # share of a GPU's free memory to use; the rest is for the caches of its libraries and for fragments
 
 
 @dataclass(frozen=True)
 class Accelerator:
-    """Where arithmetic runs instead of the processor."""
+    """The device that does arithmetic instead of the processor."""
 
     device: torch.device
     _mine: local = field(default_factory=local, compare=False)
@@ -31,7 +31,7 @@ class Accelerator:
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Within, what this thread asks of the GPU is on a stream of its own."""
+        """Run this thread's GPU work on a stream of its own."""
         if not self._cuda:
             yield
             return
@@ -41,44 +41,44 @@ class Accelerator:
             yield
 
     def buffer(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
-        """Pinned memory, which is not given to another while copies from it are on their way."""
+        """Pinned memory that torch does not reuse while copies from it are running."""
         return torch.empty(numel, dtype=dtype, pin_memory=self._cuda)
 
     def up(self, x: torch.Tensor, to: torch.Tensor | None = None) -> torch.Tensor:
-        """x, of a `buffer`, on the device, or in a tensor there: on its way, but before what is asked for next."""
+        """Start copying x (from `buffer`) to the device, into `to` if given. Later work on this stream sees it."""
         if to is None:
             to = torch.empty(x.shape, dtype=x.dtype, device=self.device)
         return to.copy_(x, non_blocking=True)
 
     def down(self, x: torch.Tensor) -> torch.Tensor:
-        """x, which has arrived, in the processor's memory."""
+        """Copy x to the processor's memory, and wait for it."""
         home = self.buffer(x.numel(), x.dtype)
         home.copy_(x, non_blocking=True)
         self.settle()
         return home
 
     def settle(self) -> None:
-        """Wait for all that this thread has asked of the device."""
+        """Wait for all of this thread's work on the device."""
         if self._cuda:
             torch.cuda.current_stream(self.device).synchronize()
 
     def load_solvers(self) -> None:
-        """Have torch load its library of solvers, which fails where several threads are the first to need it.
+        """Make torch load its library of solvers, which fails if several threads are the first to need it.
 
-        Its products are the same for any number of streams only with a workspace of constant size for each.
+        Products are the same for any number of streams only if each stream has a workspace of constant size.
         """
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.linalg.cholesky_ex(torch.ones(1, 1, dtype=torch.float64, device=self.device))
 
     def room(self) -> int:
-        """Bytes of the device that chunks may take; as many are for what stays there while several chunks pass."""
+        """Bytes of device memory for chunks; as many are left for data that stay there across chunks."""
         if not self._cuda:
             return 1 << 62
-        torch.cuda.empty_cache()  # what torch keeps of earlier work is free, too
+        torch.cuda.empty_cache()  # memory that torch keeps from earlier work is free, too
         free, _ = torch.cuda.mem_get_info(self.device)
         return int(USED * free) // 2
 
 
 def name_of(gpu: Accelerator | None) -> str:
-    """What torch calls the GPU, or the processor where there is none."""
+    """Torch's name of the device; "cpu" for None."""
     return "cpu" if gpu is None else str(gpu.device)

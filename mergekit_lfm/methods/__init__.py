@@ -2,7 +2,7 @@
 
 A method is a value (`Method`) made of a generator `solve`, which asks for reductions over the inputs and returns
 small coefficients, and an elementwise `apply`. Files of this package register themselves by being here: each defines
-`METHODS`, a tuple. Nothing here imports torch; the functions work on whatever tensors they are handed.
+`METHODS`, a tuple. Nothing here imports torch; the functions work on any tensors.
 """
 
 from mergekit_lfm.methods.method import REQUIRED, Method, Parameter

@@ -1,4 +1,4 @@
-"""Fisher merging: each parameter is averaged with the certainty that each model has of it."""
+"""Fisher merging: average each parameter, weighted by each model's certainty of it."""
 
 from __future__ import annotations
 

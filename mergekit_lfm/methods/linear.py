@@ -10,7 +10,7 @@ WEIGHT = Parameter("weight", REQUIRED, per_input=True, doc="relative weight of t
 def normalised(weights: list[float], unit: Unit, switch: str | None = "normalize") -> list[float]:
     """weights divided by their sum. Weights that cancel are an error: the quotient would be infinite or NaN.
 
-    switch: the parameter that turns this off, None where the method has none.
+    switch: the method's parameter that turns this off, or None.
     """
     total = sum(weights)
     if abs(total) < 1e-8:

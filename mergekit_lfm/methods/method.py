@@ -1,7 +1,7 @@
-"""What a merge method is: its parameters, and the three pure functions reduce (asked for by `solve`), solve, apply.
+"""A merge method's declaration: its parameters, and the pure functions reduce (requested by `solve`), solve and apply.
 
 `solve` is a generator. It yields reductions (`kernels.reductions`), receives their values, and returns coefficients;
-nothing else of a tensor is seen. So one method serves a tensor in memory, a tensor larger than memory, and a whole
+it sees nothing else of a tensor. So one method serves a tensor in memory, a tensor larger than memory, and a whole
 model. `apply(rows, base, local)` is elementwise: from one block of the inputs and the coefficients for it, the merged
 block.
 """
@@ -24,7 +24,7 @@ Value = bool | int | float | str | None
 
 
 class _Required:
-    """The default of a parameter that has none."""
+    """The default of a required parameter."""
 
     def __repr__(self) -> str:
         return "required"
@@ -35,7 +35,7 @@ REQUIRED = _Required()
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """One parameter of a method as a recipe gives it.
+    """One parameter of a method in a recipe.
 
     `per_input`: given for each input and each tensor; otherwise shared by all inputs of an output tensor.
     `kind` "switch" takes true, false or one of `choices`. `above` is an exclusive lower bound.
@@ -57,13 +57,13 @@ Kind = Literal["gram", "fisher"]  # of statistics that methods take
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """Over what one `solve` runs: a tensor, or with `model` scope all tensors of a model laid end to end.
+    """The input of one `solve`: a tensor, or with `model` scope all tensors of a model laid end to end.
 
     numel: elements in all. shape: the tensor's, or () for a whole model.
     shared and inputs: the resolved parameters, the latter one mapping per input.
     keys: one 64-bit key per input for counter-based random numbers, from seed, tensor name and position in the recipe.
     double: blocks are float64.
-    norms: for methods with `statistics` of a kind that has one, the Euclidean norm of each input's over its model.
+    norms: if the method's kind of `statistics` has a norm, the Euclidean norm of each input's over its model.
     """
 
     name: str
@@ -85,7 +85,7 @@ class Unit:
 
 
 class Linears(Protocol):
-    """One linear layer of n models, as whole matrices. Where it has a bias, it is the matrices' last column."""
+    """One linear layer of n models, as whole matrices. A bias is the matrices' last column."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -100,10 +100,10 @@ class Linears(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Whole:
-    """How a method merges linear layers that it sees as whole matrices.
+    """How a method merges linear layers as whole matrices.
 
-    merge: the merged matrices [outputs, inputs], float64, of layers that have all the same Gram matrices. nbytes(unit,
-    outputs, inputs): what that holds in memory for the largest layer.
+    merge: yields the merged matrices [outputs, inputs], float64, of layers that share their Gram matrices. nbytes(unit,
+    outputs, inputs): the memory that this takes for the largest layer.
     """
 
     merge: Callable[[Unit, Sequence[Linears]], Iterator[torch.Tensor]]
@@ -128,13 +128,13 @@ def immediate(solve: Callable[[Unit], Coefficients]) -> Solve:
 class Method:
     """A merge method.
 
-    base: "required" or "optional" (then deltas to it are merged and it is no input itself), "member" (an input like
+    base: "required" or "optional" (then deltas to it are merged and it is not itself an input), "member" (an input like
     the others), "first" (required, and the first input). inputs: least and most number of inputs, None for any
-    number. scope(shared): "tensor", or "model" for one solve over all tensors. row(unit): blocks are made of whole
-    rows of so many elements. copies(unit): true where the result is the only input, byte for byte. version: raised
-    when results change. statistics: the kind of the statistics that each input has to come with; the base is then a
-    "member". Elementwise methods see them as further rows, those of the n inputs followed by their n statistics.
-    whole: for methods that merge linear layers as matrices. Tensors of which there are no statistics are averaged.
+    number. scope(shared): "tensor", or "model" for one solve over all tensors. row(unit): blocks are whole rows of this
+    many elements. copies(unit): true if the result is the only input, byte for byte. version: raised when results
+    change. statistics: the kind of statistics that each input needs; the base is then a "member". Elementwise methods
+    see them as further rows: those of the n inputs, then their n statistics. whole: for methods that merge linear
+    layers as matrices. Tensors without statistics are averaged.
     """
 
     name: str

@@ -6,7 +6,7 @@ from mergekit_lfm.methods.method import Method, Parameter, Unit, immediate
 
 @immediate
 def solve(unit: Unit) -> Weights:
-    """The scale; 1 where none is given."""
+    """The scale; by default 1."""
     scale = unit.inputs[0]["scale"]
     return Weights([1.0 if scale is None else float(scale)])
 

@@ -1,7 +1,7 @@
 """RegMean: the linear layer whose outputs are nearest to those of every model, each on its own data.
 
 The bias belongs to the regression: inputs have a 1 appended, so matrices have the bias as their last column. The sums
-over models are taken one Gram matrix, and of it one band of rows, at a time; all of it is float64.
+over models read one band of rows of one Gram matrix at a time, in float64.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from mergekit_lfm.methods.method import Linears, Method, Parameter, Unit, Whole,
 if TYPE_CHECKING:
     import torch
 
-BAND = 256  # rows of a Gram matrix that are read at a time
-OUTPUTS = 1024  # rows of a layer that are solved for at a time
+BAND = 256  # rows of a Gram matrix read at a time
+OUTPUTS = 1024  # rows of a layer solved at a time
 RESOLUTION = 2.0**-23  # of the float32 in which Gram matrices are stored
 LEAST_RIDGE = 2.0**-20  # the rounding of a Gram matrix has at most 2^-24 of its norm
 
@@ -56,7 +56,7 @@ def _merge(unit: Unit, layers: Sequence[Linears]) -> Iterator[torch.Tensor]:
 
 
 def _bands(unit: Unit, layer: Linears, i: int) -> Iterator[tuple[int, torch.Tensor]]:
-    """The rows of input i's Gram matrix by bands, each with its first row; off the diagonal times alpha."""
+    """The bands of rows of input i's Gram matrix with their first rows; entries off the diagonal are times alpha."""
     inputs, alpha = layer.shape[1], unit.number("alpha")
     for start in range(0, inputs, BAND):
         band = layer.gram(i, start, min(inputs, start + BAND))
@@ -68,10 +68,10 @@ def _bands(unit: Unit, layer: Linears, i: int) -> Iterator[tuple[int, torch.Tens
 
 
 def _division(unit: Unit, weights: Sequence[float], layer: Linears) -> Callable[[torch.Tensor], torch.Tensor]:
-    """x -> x (S + r I)^-1, which overwrites x, for the sum S of the weighted Gram matrices.
+    """The function x -> x (S + r I)^-1, which overwrites x, for the sum S of the weighted Gram matrices.
 
-    By Cholesky. Without a ridge, where S is singular as far as float32 can tell, by a generalised inverse whose values
-    are orthogonal to all directions in which S is 0.
+    Uses Cholesky; if S is singular as far as float32 can tell and has no ridge, a generalised inverse whose values are
+    orthogonal to all directions in which S is 0.
     """
     import torch
 
@@ -124,7 +124,7 @@ def _scaled_sum(unit: Unit, weights: Sequence[float], layer: Linears) -> tuple[t
 
 
 def _has_ridge(unit: Unit) -> bool:
-    """Whether the ridge is more than the rounding of the matrices; a smaller one would be lost in it."""
+    """True if the ridge exceeds the rounding of the matrices, which would hide a smaller one."""
     return unit.number("ridge") >= LEAST_RIDGE
 
 

@@ -122,7 +122,7 @@ def _karcher(unit: Unit) -> Generator[Reduction, Any, Weights]:
 
 
 def _row(unit: Unit) -> int | None:
-    """Elements of one row of the matrix whose rows or columns nuslerp turns; None where the tensor is one vector."""
+    """Elements of one row of the matrix whose rows or columns nuslerp turns; None if the tensor is one vector."""
     if unit.shared["nuslerp_flatten"] or len(unit.shape) < 2 or not unit.numel:
         return None
     return unit.numel // unit.shape[0] if unit.shared["nuslerp_row_wise"] else unit.shape[-1]

@@ -42,9 +42,9 @@ class LocalSum(NamedTuple):
 
 @dataclass(frozen=True)
 class Sum:
-    """Coefficients of the merge. factors: weight times rescaling; votes: the weights alone; None: no vote.
+    """Coefficients of the merge. factors: weight times rescaling; votes: the weights alone, None for no vote.
 
-    zero_is_positive: what an element whose sum is exactly zero votes for.
+    zero_is_positive: True if an element whose sum is exactly zero votes for plus.
     """
 
     factors: Sequence[float]
@@ -83,7 +83,7 @@ def apply(rows: Rows, base: torch.Tensor | None, c: LocalSum) -> torch.Tensor:
 def _elected(
     terms: Rows, total: torch.Tensor, votes: torch.Tensor, normalize: bool, zero_is_positive: bool
 ) -> torch.Tensor:
-    """The sum of the terms that agree in sign with the total, over the sum of their weights where `normalize` says so.
+    """The sum of the terms that agree in sign with the total, divided by the sum of their weights if `normalize`.
 
     Terms are flipped so that those that agree are positive. A total of zero votes as `zero_is_positive` says.
     """
@@ -108,7 +108,7 @@ def _everything(_: Unit) -> Generator[Reduction, Any, None]:
 
 
 def _largest(unit: Unit) -> Generator[Reduction, Any, Mask | None]:
-    """Of every delta the `density` largest entries, at least one."""
+    """Keep the fraction `density` of every delta's largest entries, at least one."""
     if unit.shared["scope"] == "global":
         counts = [min(unit.numel, int(d * unit.numel) + 1) for d in unit.floats("density")]
     else:
@@ -122,14 +122,14 @@ def _largest(unit: Unit) -> Generator[Reduction, Any, Mask | None]:
 
 
 def _coins(unit: Unit) -> Generator[Reduction, Any, Mask | None]:
-    """Every entry with probability `density`."""
+    """Keep every entry with probability `density`."""
     densities = unit.floats("density")
     return None if all(d >= 1 for d in densities) else Coins(unit.keys, tuple(densities))
     yield  # asks for nothing
 
 
 def _middle(unit: Unit) -> Generator[Reduction, Any, Mask | None]:
-    """Without the `gamma` largest entries, the `density` largest of the rest."""
+    """Drop the fraction `gamma` of largest entries, keep the fraction `density` of largest ones among the rest."""
     counts = []
     for density, gamma in zip(unit.floats("density"), unit.floats("gamma"), strict=True):
         target = int(density * unit.numel)
@@ -143,7 +143,7 @@ def _middle(unit: Unit) -> Generator[Reduction, Any, Mask | None]:
 
 
 def _scales(unit: Unit, mask: Mask | None) -> Generator[Reduction, Any, list[float]]:
-    """What the kept entries are multiplied by: nothing, the ratio of L1 norms, or one over the density."""
+    """The factors of the kept entries: 1, the ratio of L1 norms, or one over the density."""
     if mask is None or not unit.shared["rescale"]:
         return [1.0] * len(unit.inputs)
     if unit.shared["rescale"] == "density":

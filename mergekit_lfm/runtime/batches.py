@@ -1,7 +1,7 @@
 """Batches of examples of equal length, the same ones in the same order every time.
 
 Nothing is ever padded: texts are grouped by their number of tokens instead, so that a mean over tokens or examples
-counts real ones only and no result depends on a batch's neighbours. A digest says which data they were.
+counts real ones only and no result depends on an example's neighbours. A digest identifies the data.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mergekit_lfm.store.formats import bytes_of
 class Batch:
     """Examples of one shape, as the model takes them.
 
-    indices: which examples of the data these are, one per row of every tensor. args, kwargs: the model's inputs by
+    indices: the examples' numbers in the data, one per row of every tensor. args, kwargs: the model's inputs by
     position and by name, first axis = examples. labels: int64 classes [n], never given to the model.
     """
 
@@ -35,45 +35,45 @@ class Batch:
         return len(self.indices)
 
     def to(self, model: nn.Module) -> Batch:
-        """The batch on the model's device, inputs of floating point in its dtype."""
+        """The batch on the model's device, its floating-point inputs in the model's dtype."""
         like = next((p for p in model.parameters() if p.is_floating_point()), None)
         if like is None:
             return self
 
-        def moved(x: Tensor) -> Tensor:
+        def move(x: Tensor) -> Tensor:
             return x.to(like.device, like.dtype if x.is_floating_point() else x.dtype)
 
         labels = None if self.labels is None else self.labels.to(like.device)
         return replace(
             self,
-            args=tuple(map(moved, self.args)),
-            kwargs={name: moved(x) for name, x in self.kwargs.items()},
+            args=tuple(map(move, self.args)),
+            kwargs={name: move(x) for name, x in self.kwargs.items()},
             labels=labels,
         )
 
 
 def digest_of(batches: Iterable[Batch]) -> str:
     """xxh3-128 of the examples' numbers and of their tensors (names, dtypes, shapes, bytes), in hex, in this order."""
-    found = batches.digests if isinstance(batches, _Reread) else [_digest(batch) for batch in batches]
-    return xxhash.xxh3_128_hexdigest("".join(found).encode())
+    digests = batches.digests if isinstance(batches, _Reread) else [_digest(batch) for batch in batches]
+    return xxhash.xxh3_128_hexdigest("".join(digests).encode())
 
 
 def _digest(batch: Batch) -> str:
-    found = xxhash.xxh3_128(repr(batch.indices).encode())
+    digest = xxhash.xxh3_128(repr(batch.indices).encode())
     for name, x in (*enumerate(batch.args), *sorted(batch.kwargs.items()), ("", batch.labels)):
         if x is not None:
-            found.update(f"{name!r} {x.dtype} {tuple(x.shape)}".encode())
-            found.update(bytes_of(x.detach().cpu().contiguous()))
-    return found.hexdigest()
+            digest.update(f"{name!r} {x.dtype} {tuple(x.shape)}".encode())
+            digest.update(bytes_of(x.detach().cpu().contiguous()))
+    return digest.hexdigest()
 
 
 def as_batches(data: Iterable[Any]) -> Sequence[Batch]:
-    """The batches in what a Python user has: a list, or whatever gives the same batches whenever it is iterated.
+    """Batches from a list, or from any object that yields the same batches on every iteration.
 
     Each item is one batch, first axis = examples, all of one length: a Tensor, (inputs, labels), a dictionary of the
     model's keyword inputs with or without "labels", or a Batch. inputs are a Tensor, a tuple of Tensors or such a
-    dictionary. Items are read anew on every pass, so that a DataLoader need not fit into memory; one that shuffles is
-    found out on the second pass. Raises PlanError for what is none of these, is padded, or holds no example.
+    dictionary. Items are read anew on every pass, so that a DataLoader need not fit into memory; the second pass
+    detects one that shuffles. Raises PlanError for any other item, for padding, and for data without examples.
     """
     readable = hasattr(data, "__iter__") or (hasattr(data, "__len__") and hasattr(data, "__getitem__"))
     if not readable or isinstance(data, Batch | Tensor | Mapping | tuple | str):
@@ -82,16 +82,16 @@ def as_batches(data: Iterable[Any]) -> Sequence[Batch]:
         )
     if hasattr(data, "__next__"):
         raise PlanError(
-            "data is an iterator, which can be read only once; expected what can be read again, because there may be "
-            "several passes. Give the list, or the DataLoader itself"
+            "data is an iterator, which can be read only once; expected data that can be read again, because there may "
+            "be several passes. Give the list, or the DataLoader itself"
         )
     if isinstance(data, list) and all(isinstance(item, Batch) for item in data):
-        batches: Sequence[Batch] = [_checked(batch, f"batch {i}") for i, batch in enumerate(data)]
+        batches: Sequence[Batch] = [_check(batch, f"batch {i}") for i, batch in enumerate(data)]
         numbers = [i for batch in batches for i in batch.indices]
         if len(set(numbers)) < len(numbers):
             raise PlanError(
                 "batches share the numbers of examples (`indices`); expected each number once, because random draws "
-                "depend on it. Number the examples through"
+                "depend on it. Number the examples consecutively"
             )
     else:
         batches = _Reread(data)
@@ -101,7 +101,7 @@ def as_batches(data: Iterable[Any]) -> Sequence[Batch]:
 
 
 class _Reread(Sequence[Batch]):
-    """Batches made from the items of a source on every pass, and compared with those of the first."""
+    """Batches made from the items of a source on every pass, and compared with those of the first pass."""
 
     def __init__(self, source: Any) -> None:
         self.source = source
@@ -124,8 +124,8 @@ class _Reread(Sequence[Batch]):
         for number, (batch, digest) in enumerate(zip_longest(self._read(), self.digests)):
             if batch is None or _digest(batch) != digest:
                 raise PlanError(
-                    f"batch {number} of the data is not what it was when it was first read; expected the same examples "
-                    "in the same order on every pass. Switch off shuffling and random transforms"
+                    f"batch {number} of the data differs from the first time that it was read; expected the same "
+                    "examples in the same order on every pass. Switch off shuffling and random transforms"
                 )
             yield batch
 
@@ -136,9 +136,9 @@ class _Reread(Sequence[Batch]):
 
 
 def _batch(item: Any, start: int, where: str) -> Batch:
-    """An item of a user's data as a batch; the numbers of its examples go on from start."""
+    """An item of a user's data as a batch, its examples numbered from start."""
     if isinstance(item, Batch):
-        return _checked(item, where)
+        return _check(item, where)
     inputs, labels = item, None
     if isinstance(item, tuple | list) and len(item) == 2:
         inputs, labels = item
@@ -151,16 +151,16 @@ def _batch(item: Any, start: int, where: str) -> Batch:
         args, kwargs = inputs if isinstance(inputs, tuple) else (inputs,), {}
     first = next(iter((*args, *kwargs.values())), None)
     count = len(first) if isinstance(first, Tensor) and first.ndim else 0
-    return _checked(Batch(tuple(range(start, start + count)), args, kwargs, labels), where)
+    return _check(Batch(tuple(range(start, start + count)), args, kwargs, labels), where)
 
 
-def _checked(batch: Batch, where: str) -> Batch:
-    """The batch, its labels as int64; PlanError where it is not one."""
+def _check(batch: Batch, where: str) -> Batch:
+    """The batch, its labels as int64. Raises PlanError if it is not a valid batch."""
     named = {f"input {i}": x for i, x in enumerate(batch.args)} | batch.kwargs
     if batch.labels is not None:
         named["labels"] = batch.labels
     problems = [
-        f"{name} is a {type(x).__name__}, no Tensor"
+        f"{name} is a {type(x).__name__}, not a Tensor"
         if not isinstance(x, Tensor)
         else f"{name} has shape {list(x.shape)}, other inputs have {len(batch)} examples"
         for name, x in named.items()
@@ -170,10 +170,10 @@ def _checked(batch: Batch, where: str) -> Batch:
         problems = ["it holds no example"]
     labels = batch.labels
     if not problems and labels is not None and (labels.ndim != 1 or labels.is_floating_point() or labels.is_complex()):
-        problems = [f"labels are {labels.dtype} {list(labels.shape)}, no whole numbers [examples]"]
+        problems = [f"labels are {labels.dtype} {list(labels.shape)}, not whole numbers [examples]"]
     if problems:
         raise PlanError(
-            f"{where}: {'; '.join(problems)}. Expected tensors whose first axis are the examples of the batch, or "
+            f"{where}: {'; '.join(problems)}. Expected tensors whose first axis is the examples of the batch, or "
             "(inputs, labels), or a dictionary of such tensors. A Dataset of single examples goes into a DataLoader"
         )
     mask = batch.kwargs.get("attention_mask")

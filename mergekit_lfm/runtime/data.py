@@ -1,7 +1,7 @@
 """Data files: texts as JSONL or plain text, tokenised here, and arrays as NPZ.
 
-Every text becomes examples as long as it is, within a limit, and examples of equal length share batches: by length,
-then in the order of the file. The number of an example is its place in the file, whatever batch it is in.
+Every text becomes examples of its own length, within a limit, and examples of equal length share batches: by length,
+then in the order of the file. The number of an example is its position in the file, whatever its batch.
 """
 
 from __future__ import annotations
@@ -40,34 +40,34 @@ def read_data(
 ) -> list[Batch]:
     """The examples in a file, in batches of at most batch_size.
 
-    .jsonl: an object {"text": ...} on each line, with "label" a class from 0 where the data have labels. .txt: for "lm"
-    one document, else one text on each line. .npz: arrays with the names of the model's inputs, or one, "x", given to
-    it by position; first axis = examples; "labels" where they have some.
+    .jsonl: an object {"text": ...} on each line, with "label" a class from 0 if the data have labels. .txt: for "lm"
+    one document, else one text on each line. .npz: arrays with the names of the model's inputs, or a single "x", passed
+    by position; first axis = examples; optionally "labels".
 
-    For "lm" an example is a piece of a document, of at most `window` tokens with the start token before it; for the
-    other tasks a text with its special tokens, cut off at `window`. window is by default what the model and its
-    tokenizer can do, for "lm" at most 512. positions is the longest sequence of the model, where it has a limit.
-    max_examples takes the first ones of the file. Raises FormatError for a file that is none of these, PlanError for
-    what cannot be done with it.
+    For "lm" an example is a piece of a document, of at most `window` tokens including the start token before it; for
+    the other tasks a text with its special tokens, cut off at `window`. window defaults to the limit of the model and
+    its tokenizer, for "lm" to at most 512. positions: the longest sequence of the model, None without a limit.
+    max_examples: read only the first ones of the file. Raises FormatError for any other file, PlanError for options
+    that do not fit it.
     """
     if task not in TASKS:
-        raise PlanError(f"there is no task {task!r}; expected {', '.join(TASKS)}. Choose one of them")
+        raise PlanError(f"found the task {task!r}; expected {', '.join(TASKS)}. Choose one of them")
     _at_least(1, batch_size=batch_size, max_examples=max_examples)
-    place = Path(path)
-    if place.suffix == ".npz":
+    file = Path(path)
+    if file.suffix == ".npz":
         if window is not None:
-            raise PlanError(f"{place}: a window cuts texts, and these are arrays; leave it out")
-        return _array_batches(place, batch_size, max_examples)
-    lines = read_lines(place, whole=task == "lm")
+            raise PlanError(f"{file}: a window cuts texts, and these are arrays. Leave it out")
+        return _array_batches(file, batch_size, max_examples)
+    lines = read_lines(file, whole=task == "lm")
     tokenizer = tokenizer_for_texts(tokenizer)
     if task == "lm":
         _check_window(window, positions, 2)  # the start token, and one to predict
         size = window or min(positions or LONGEST_DEFAULT_WINDOW, LONGEST_DEFAULT_WINDOW)
-        return _group(_windows(place, lines, tokenizer, size)[:max_examples], None, batch_size)
+        return _group(_windows(file, lines, tokenizer, size)[:max_examples], None, batch_size)
     limit = _limit(window, positions, tokenizer)
-    chosen = lines[:max_examples]
-    labels = None if chosen[0].label is None else [line.label or 0 for line in chosen]
-    return _group(_sequences(place, chosen, tokenizer, limit), labels, batch_size)
+    texts = lines[:max_examples]
+    labels = None if texts[0].label is None else [line.label or 0 for line in texts]
+    return _group(_sequences(file, texts, tokenizer, limit), labels, batch_size)
 
 
 def read_pairs(
@@ -78,30 +78,30 @@ def read_pairs(
     positions: int | None = None,
     batch_size: int = 16,
 ) -> tuple[list[Batch], list[Batch], list[int]]:
-    """The texts of a JSONL file of {"text": ..., "positive": ...}, the distinct positives, and whose is whose.
+    """The texts of a JSONL file of {"text": ..., "positive": ...}, the distinct positives, and each text's positive.
 
-    The positive of text i is example n of the second batches where the list has n at i. Else as `read_data`.
+    The list holds at i the number of text i's positive among the second batches' examples. Else like `read_data`.
     """
-    place = Path(path)
+    file = Path(path)
     _at_least(1, batch_size=batch_size)
-    lines = read_lines(place, whole=False)
+    lines = read_lines(file, whole=False)
     missing = [f'line {line.number}: no "positive"' for line in lines if line.positive is None]
     if missing:
-        refuse(place, missing, 'an object {"text": ..., "positive": ...} on each line')
+        refuse(file, missing, 'an object {"text": ..., "positive": ...} on each line')
     tokenizer = tokenizer_for_texts(tokenizer)
     limit = _limit(window, positions, tokenizer)
     distinct: dict[str, Line] = {}  # each positive with the first line that has it
     for line in lines:
         distinct.setdefault(line.positive or "", line._replace(text=line.positive or ""))
-    place_of = {positive: i for i, positive in enumerate(distinct)}
+    number_of = {positive: i for i, positive in enumerate(distinct)}
     texts, positives = (
-        _group(_sequences(place, side, tokenizer, limit), None, batch_size) for side in (lines, [*distinct.values()])
+        _group(_sequences(file, side, tokenizer, limit), None, batch_size) for side in (lines, [*distinct.values()])
     )
-    return texts, positives, [place_of[line.positive or ""] for line in lines]
+    return texts, positives, [number_of[line.positive or ""] for line in lines]
 
 
 def read_documents(path: str | Path) -> list[str]:
-    """The documents in a JSONL file of {"text": ...}, or the one that a text file is."""
+    """The documents in a JSONL file of {"text": ...}, or a whole text file as one document."""
     return [line.text for line in read_lines(Path(path), whole=True)]
 
 
@@ -118,7 +118,7 @@ def _check_window(window: int | None, positions: int | None, least: int) -> None
 
 
 def _limit(window: int | None, positions: int | None, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The most tokens of a text: window, positions or what the tokenizer allows, the least of them; None without any.
+    """The most tokens of a text: the least of window, positions and the tokenizer's limit; None without any.
 
     RoBERTa's 514 positions have room for the 512 tokens that its tokenizer allows.
     """
@@ -129,12 +129,12 @@ def _limit(window: int | None, positions: int | None, tokenizer: PreTrainedToken
 
 
 def _windows(path: Path, documents: Sequence[Line], tokenizer: PreTrainedTokenizerBase, window: int) -> list[list[int]]:
-    """The documents' tokens in pieces of at most window - 1, each behind the start token: every token is predicted."""
+    """The documents' tokens in pieces of at most window - 1, each after the start token: every token is predicted."""
     start = start_token(tokenizer)
-    found = []
+    pieces = []
     for tokens in _tokens(path, documents, tokenizer, add_special_tokens=False):
-        found += [[start, *tokens[i : i + window - 1]] for i in range(0, len(tokens), window - 1)]
-    return found
+        pieces += [[start, *tokens[i : i + window - 1]] for i in range(0, len(tokens), window - 1)]
+    return pieces
 
 
 def _sequences(
@@ -145,28 +145,28 @@ def _sequences(
 
 
 def _tokens(path: Path, texts: Sequence[Line], tokenizer: PreTrainedTokenizerBase, **options: Any) -> list[list[int]]:
-    """The tokens of each text. FormatError for texts that have none, as where the tokenizer drops all they hold."""
-    found: list[list[int]] = tokenizer([line.text for line in texts], verbose=False, **options)["input_ids"]
-    empty = [f"line {line.number}: no token" for line, tokens in zip(texts, found, strict=True) if not tokens]
+    """The tokens of each text. Raises FormatError for texts without tokens: a tokenizer may drop all they hold."""
+    sequences: list[list[int]] = tokenizer([line.text for line in texts], verbose=False, **options)["input_ids"]
+    empty = [f"line {line.number}: no token" for line, tokens in zip(texts, sequences, strict=True) if not tokens]
     if empty:
         refuse(path, empty, "texts of at least one token each")
-    return found
+    return sequences
 
 
 def _group(sequences: Sequence[list[int]], labels: Sequence[int] | None, batch_size: int) -> list[Batch]:
-    """Batches of equally long sequences, by length and then in their order."""
+    """Batches of equally long sequences, by length and then in their given order."""
     by_length: dict[int, list[int]] = {}
     for i, sequence in enumerate(sequences):
         by_length.setdefault(len(sequence), []).append(i)
     batches = []
     for length in sorted(by_length):
         rows = by_length[length]
-        for chosen in (rows[i : i + batch_size] for i in range(0, len(rows), batch_size)):
+        for numbers in (rows[i : i + batch_size] for i in range(0, len(rows), batch_size)):
             batches.append(
                 Batch(
-                    tuple(chosen),
-                    kwargs={"input_ids": torch.tensor([sequences[i] for i in chosen])},
-                    labels=None if labels is None else torch.tensor([labels[i] for i in chosen]),
+                    tuple(numbers),
+                    kwargs={"input_ids": torch.tensor([sequences[i] for i in numbers])},
+                    labels=None if labels is None else torch.tensor([labels[i] for i in numbers]),
                 )
             )
     return batches
@@ -178,7 +178,7 @@ def _array_batches(path: Path, batch_size: int, max_examples: int | None) -> lis
     if not tensors or ("x" in tensors and len(tensors) > 1):
         raise FormatError(
             f"{path}: found the inputs {', '.join(tensors) or '(none)'}; expected arrays with the names of the model's "
-            'inputs, or "x" alone. Name them so'
+            'inputs, or "x" alone. Rename them'
         )
     args = (tensors.pop("x"),) if "x" in tensors else ()
     count = len((*args, *tensors.values())[0])
@@ -208,6 +208,6 @@ def _arrays(path: Path) -> dict[str, torch.Tensor]:
             return {name: torch.from_numpy(np.atleast_1d(arrays[name])) for name in arrays}
     except (ValueError, TypeError, EOFError, BadZipFile, ZlibError) as error:
         raise FormatError(
-            f"{path} is no archive of arrays that a model takes ({error}); expected one of numbers, as numpy.savez "
-            "writes it. Write it anew"
+            f"{path} is not an archive of arrays that a model takes ({error}); expected arrays of numbers, written by "
+            "numpy.savez. Write it anew"
         ) from None

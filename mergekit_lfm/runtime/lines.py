@@ -1,4 +1,4 @@
-"""The texts in a file, one for each line of JSONL or plain text, with what is said about them."""
+"""The texts in a file, one for each line of JSONL or plain text, with their labels and positives."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SHOWN_PROBLEMS = 10
 
 
 class Line(NamedTuple):
-    """What one line of a data file holds."""
+    """The content of one line of a data file."""
 
     text: str
     number: int = 1  # of the line in its file
@@ -21,11 +21,11 @@ class Line(NamedTuple):
 
 
 def read_lines(path: Path, *, whole: bool) -> list[Line]:
-    """What a .jsonl file has on its lines, or a .txt file; with `whole` the latter is one text."""
+    """The lines of a .jsonl or .txt file that are not blank; with `whole` a .txt file is one text."""
     if path.suffix not in (".jsonl", ".txt"):
         raise FormatError(
             f"{path}: found the suffix {path.suffix or '(none)'}; expected .jsonl or .txt for texts, .npz for arrays. "
-            "Convert it, or rename it to what it is"
+            "Convert it, or correct its suffix"
         )
     try:
         content = path.read_text(encoding="utf-8")
@@ -37,24 +37,24 @@ def read_lines(path: Path, *, whole: bool) -> list[Line]:
         lines = [content] if whole else content.splitlines()
         return [Line(line, number) for number, line in enumerate(lines, 1) if line.strip()]
     problems: list[str] = []
-    found = []
+    parsed = []
     for number, text in enumerate(content.split("\n"), 1):  # splitlines would cut at U+2028, which JSON may hold
         if text.strip():
             entry = _json_line(text, number)
             if isinstance(entry, Line):
-                found.append(entry)
+                parsed.append(entry)
             else:
                 problems.append(f"line {number}: {entry}")
-    unlabelled = sum(line.label is None for line in found)
-    if not problems and unlabelled not in (0, len(found)):
-        problems.append(f'{unlabelled} of {len(found)} lines have no "label", the others do')
+    unlabelled = sum(line.label is None for line in parsed)
+    if not problems and unlabelled not in (0, len(parsed)):
+        problems.append(f'{unlabelled} of {len(parsed)} lines have no "label", the others do')
     if problems:
-        refuse(path, problems, 'an object {"text": ...} on each line, on all of them or none with a "label" from 0')
-    return found
+        refuse(path, problems, 'an object {"text": ...} on each line, and a "label" from 0 on all lines or none')
+    return parsed
 
 
 def _json_line(text: str, number: int) -> Line | str:
-    """The line, or what is wrong with it."""
+    """The parsed line, or a description of its problem."""
     try:
         entry = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -63,14 +63,14 @@ def _json_line(text: str, number: int) -> Line | str:
         return 'no "text", or an empty one'
     label, positive = entry.get("label"), entry.get("positive")
     if label is not None and (not isinstance(label, int) or isinstance(label, bool) or label < 0):
-        return f'"label" is {json.dumps(label)}, no whole number from 0'
+        return f'"label" is {json.dumps(label)}, not a whole number from 0'
     if positive is not None and (not isinstance(positive, str) or not positive.strip()):
-        return '"positive" is no text, or an empty one'
+        return '"positive" is not a text, or is empty'
     return Line(entry["text"], number, label, positive)
 
 
 def refuse(path: Path, problems: list[str], expected: str) -> NoReturn:
-    """Raise a FormatError that names the lines that are wrong, the first ten of them."""
+    """Raise a FormatError that lists the first ten wrong lines."""
     more = [f"and {len(problems) - SHOWN_PROBLEMS} more"] if len(problems) > SHOWN_PROBLEMS else []
     listed = "\n  ".join([*problems[:SHOWN_PROBLEMS], *more])
-    raise FormatError(f"{path}: expected {expected}; found\n  {listed}\nMend these lines")
+    raise FormatError(f"{path}: expected {expected}; found\n  {listed}\nCorrect these lines")

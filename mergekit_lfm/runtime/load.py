@@ -1,8 +1,8 @@
 """Models that can run: the only way from a checkpoint folder to a forward pass.
 
-The engine sees tensors and files; what needs a model loads it here, from local files alone. transformers comes with the
-extra `models` and is imported when a model is loaded. A model that the files do not fill completely is refused:
-transformers would start the rest at random and only log it.
+The engine sees tensors and files; code that needs a model loads it here, from local files alone. transformers comes
+with the extra `models` and is imported when a model is loaded. A model that the files do not fill completely is
+refused: transformers would initialise the rest at random and only log it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedTokenizerBase
 
-# What a model is loaded to do, and what messages call it then.
+# The tasks that a model can be loaded for, with the model's name in messages.
 TASKS = {"lm": "causal language model", "classification": "classifier", "embedding": "encoder"}
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -34,19 +34,19 @@ TOKENIZER_FILES = (
     "tokenizer.model",
     "spiece.model",
 )
-# What from_pretrained is told: no network, and no code of the folder, which it would ask about on standard input.
+# Options of from_pretrained: no network, and no code of the folder, which it would ask about on standard input.
 OURS = {"local_files_only": True, "trust_remote_code": False}
 PROBE = 4  # tokens, to see whether a model looks ahead
-# What moves a logit by rounding alone, as a fraction of the largest: an expert's batch depends on the other tokens. A
-# BERT of random weights looks ahead by 0.005, a trained one by far more.
+# Rounding alone moves a logit by up to this fraction of the largest: an expert's batch depends on the other tokens. In
+# a BERT of random weights, later tokens move it by 0.005, in a trained one by far more.
 ROUNDING = 1e-4
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model in evaluation mode that was loaded for a task, its tokenizer, and the checkpoint it comes from.
+    """A model in evaluation mode, loaded for a task, with its tokenizer and the checkpoint it comes from.
 
-    tokenizer is None where the folder holds none, as for a model of images.
+    tokenizer: None if the folder lacks one, as for a model of images.
     """
 
     model: nn.Module
@@ -56,36 +56,35 @@ class Loaded:
 
     @property
     def positions(self) -> int | None:
-        """The longest sequence the config allows, in tokens; None where it names no limit, XLNet's -1 for one."""
+        """The longest sequence the config allows, in tokens; None if it names no limit (XLNet says -1)."""
         config: Any = self.model.config
         limit = getattr(config.get_text_config(), "max_position_embeddings", None)
         return None if limit is None or limit < 1 else int(limit)
 
 
 def load_model(path: str | Path | Checkpoint, task: str, *, dtype: str = "float32", device: str = "cpu") -> Loaded:
-    """The model and tokenizer in the folder at path. Nothing is fetched; no code of the folder is run.
+    """Load the model and tokenizer in the folder at path. Fetches nothing and runs no code of the folder.
 
-    Of a checkpoint that is a view, such as one that a transform rewrites, the tensors are read through it, and the
-    config and the tokenizer are those in its folder. task says what of the model is wanted: "lm" a causal language
-    model, "classification" a classifier of texts or images, "embedding" the encoder without a head. dtype is what it
-    computes in: a torch dtype's name, or "auto" for the one it was saved in (half the memory for a bf16 model, but
-    coarser results, and slow on most CPUs). Raises FormatError where path is no such folder or its files lack tensors
-    of the model, PlanError for an unknown task, for an architecture that cannot do it, and for a device or dtype that
-    is not to be had.
+    If path is a view, such as a checkpoint rewritten by a transform, the tensors are read through it, and the config
+    and the tokenizer come from its folder. task: "lm" for a causal language model, "classification" for a classifier of
+    texts or images, "embedding" for the encoder without a head. dtype: the torch dtype to compute in, by name, or
+    "auto" for the one it was saved in (half the memory for a bf16 model, but coarser results, and slow on most CPUs).
+    Raises FormatError if path is not such a folder or its files lack tensors of the model, PlanError for an unknown
+    task, for an architecture that cannot do it, and for an unavailable device or dtype.
     """
     if task not in TASKS:
-        raise PlanError(f"there is no task {task!r}; expected {', '.join(TASKS)}. Choose one of them")
+        raise PlanError(f"found the task {task!r}; expected {', '.join(TASKS)}. Choose one of them")
     import torch
 
     device = _check_place(device, dtype)
     transformers = import_transformers()
     if isinstance(path, Checkpoint):
-        tagalong(path)  # of a model on the Hub they are fetched
+        tagalong(path)  # fetches the other files of a model on the Hub
     folder = path.path if isinstance(path, Checkpoint) else Path(path)
     if not (folder / "config.json").is_file():
         raise FormatError(
             f"{folder}: found no config.json there; expected the folder of a saved model, with its config, weights and "
-            "tokenizer. Give the path of such a folder, or what open_checkpoint makes of the name of a model on the Hub"
+            "tokenizer. Give the path of such a folder, or open_checkpoint(NAME) for a model on the Hub"
         )
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(folder)
     with _quiet(transformers), _loading(folder, task):
@@ -102,8 +101,8 @@ def load_model(path: str | Path | Checkpoint, task: str, *, dtype: str = "float3
             model = _complete_model(partial(auto.from_pretrained, folder), folder, task, dtype)
     text_config = model.config.get_text_config()
     if task == "classification" and tokenizer is not None and getattr(text_config, "pad_token_id", 0) is None:
-        # Decoders refuse batches without a padding token, to find each row's last token by. No row is padded here: an
-        # id that no token has makes the last one count.
+        # Decoders need a padding token to find each row's last token. No row is padded here: an id that no token has
+        # makes the last one count.
         text_config.pad_token_id = -1
     loaded = Loaded(model.to(device).eval(), tokenizer, task, checkpoint)
     if task == "lm":
@@ -112,10 +111,10 @@ def load_model(path: str | Path | Checkpoint, task: str, *, dtype: str = "float3
 
 
 def load_as_saved(folder: Path, tensors: Mapping[str, Tensor]) -> Loaded:
-    """The model of the very class that the folder's config names, head and all, with these tensors for the files'.
+    """Load the model as the class that the folder's config names, head included, with `tensors` instead of the files'.
 
-    tensors: by their names on the disk, all of one dtype if floating. Its task is "embedding", that is any. Raises as
-    `load_model` does.
+    tensors: by their names on the disk, all of one dtype if floating. Its task is "embedding", a placeholder for any.
+    Raises the errors of `load_model`.
     """
     transformers = import_transformers()
     checkpoint = open_checkpoint(folder)
@@ -126,15 +125,15 @@ def load_as_saved(folder: Path, tensors: Mapping[str, Tensor]) -> Loaded:
         kind = getattr(transformers, name or "", None)
         if kind is None:
             raise FormatError(
-                f"{folder}: config.json names the class {name!r}, which transformers has not; expected one of its "
-                "models under `architectures`. Save the model with transformers"
+                f"{folder}: config.json names the class {name!r}, which transformers does not have; expected one of "
+                "its models under `architectures`. Save the model with transformers"
             )
         model = _complete_model(_reader_of(tensors, kind, config), folder, "embedding", dtype)
     return Loaded(model.eval(), None, "embedding", checkpoint)
 
 
 def run(model: nn.Module, args: Sequence[Tensor] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
-    """What the model returns for these inputs. PlanError where it fails on them, which says what it takes."""
+    """The model's output for these inputs. Raises a PlanError that names the expected inputs if the model fails."""
     kwargs = kwargs or {}
     try:
         return model(*args, **kwargs)
@@ -142,44 +141,43 @@ def run(model: nn.Module, args: Sequence[Tensor] = (), kwargs: Mapping[str, Any]
         raise
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         named = {**{f"input {i}": x for i, x in enumerate(args)}, **kwargs}
-        given = ", ".join(f"{name} {_shown(x)}" for name, x in named.items()) or "no inputs"
+        inputs = ", ".join(f"{name} {_describe(x)}" for name, x in named.items()) or "no inputs"
         raise PlanError(
-            f"{type(model).__name__} failed on {given} ({reason(error)}); expected what its forward takes: "
+            f"{type(model).__name__} failed on {inputs} ({reason(error)}); expected the inputs of its forward: "
             f"{', '.join(signature(model.forward).parameters)}. Give data that fit the model, or a model that fits them"
         ) from error
 
 
 def tokenizer_for_texts(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
-    """The tokenizer, which texts need; PlanError where there is none."""
+    """The tokenizer, which texts need. Raises PlanError for None."""
     if tokenizer is None:
         raise PlanError(
-            "the data are texts, and the model has no tokenizer; expected tokenizer.json or its like in the model's "
+            "the data are texts, and the model has no tokenizer; expected a file like tokenizer.json in the model's "
             "folder. Save the tokenizer there, or give arrays (.npz, or batches in Python)"
         )
     return tokenizer
 
 
 def start_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """What the first token of a text is predicted from: the tokenizer's BOS, else its EOS. FormatError without both."""
+    """The token before a text's first: the tokenizer's BOS, else its EOS. Raises FormatError if it has neither."""
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if start is None:
         raise FormatError(
-            "the tokenizer has neither a BOS nor an EOS token; one is expected, to predict the first token from. "
+            "the tokenizer has neither a BOS nor an EOS token; expected one, to predict the first token from. "
             "Set bos_token in tokenizer_config.json"
         )
     return int(start)
 
 
 def logits(output: Any) -> Tensor:
-    """The scores of the classes or of the vocabulary in what a model returned: its `logits`, itself, or its first."""
-    found = getattr(output, "logits", output)
-    return _tensor_in(found, "logits [examples, classes]")
+    """The scores of classes or vocabulary in a model's output: its `logits`, itself, or its first item."""
+    return _tensor_in(getattr(output, "logits", output), "logits [examples, classes]")
 
 
 def embeddings(output: Any) -> Tensor:
     """One vector for each example, [n, d]: the mean over the tokens of the last hidden state, of length 1.
 
-    What is [n, d] already, as some models return, stays as it is. Source: Reimers and Gurevych 2019 (Sentence-BERT,
+    Some models return [n, d] already; it stays as it is. Source: Reimers and Gurevych 2019 (Sentence-BERT,
     arXiv 1908.10084), section 3, mean pooling; over all tokens, because nothing is padded here.
     """
     import torch
@@ -195,18 +193,18 @@ def embeddings(output: Any) -> Tensor:
     return torch.nn.functional.normalize(states.mean(1), dim=-1)
 
 
-def _tensor_in(found: Any, expected: str) -> Tensor:
+def _tensor_in(output: Any, expected: str) -> Tensor:
     import torch
 
-    if not isinstance(found, torch.Tensor) and isinstance(found, tuple | list) and found:
-        found = found[0]
-    if isinstance(found, torch.Tensor):
-        return found
-    raise PlanError(f"the model returned a {type(found).__name__}; expected {expected}. Wrap it in a module that does")
+    if not isinstance(output, torch.Tensor) and isinstance(output, tuple | list) and output:
+        output = output[0]
+    if isinstance(output, torch.Tensor):
+        return output
+    raise PlanError(f"the model returned a {type(output).__name__}; expected {expected}. Wrap it in a module that does")
 
 
 def import_transformers() -> Any:
-    """The library; ImportError that says how to install it."""
+    """The transformers library. Raises an ImportError that says how to install it."""
     try:
         import transformers
     except ImportError as error:
@@ -215,28 +213,28 @@ def import_transformers() -> Any:
     return transformers
 
 
-def _shown(x: Any) -> str:
+def _describe(x: Any) -> str:
     return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}" if hasattr(x, "dtype") else repr(x)
 
 
 def _check_place(device: str, dtype: str) -> str:
-    """The device's name in full. PlanError for one that is not there, and for a dtype that is none."""
+    """The device's name in full. Raises PlanError for an unavailable device or an unknown dtype."""
     import torch
 
     kind = getattr(torch, dtype, None)
     if dtype != "auto" and not (isinstance(kind, torch.dtype) and kind.is_floating_point):
         raise PlanError(
-            f"there is no dtype {dtype!r} to compute in; expected float32, float64, bfloat16, float16, auto"
+            f"found the dtype {dtype!r}; expected float32, float64, bfloat16, float16 or auto. Choose one of these"
         )
     return str(find_device(device))
 
 
 def _check_architecture(config: Any, folder: Path, task: str) -> None:
-    """PlanError for an encoder with a decoder, except to classify: its output is the decoder's."""
+    """Raises PlanError for an encoder with a decoder, except to classify: its output is the decoder's."""
     if task != "classification" and getattr(config, "is_encoder_decoder", False):
         raise PlanError(
-            f"{folder}: its architecture, {_architecture(config)}, is no {TASKS[task]}: its decoder needs inputs of "
-            "its own. Expected one that takes the text alone; give such a model"
+            f"{folder}: its architecture, {_architecture(config)}, does not fit the task {task!r}: its decoder needs "
+            "inputs of its own. Give a model that takes the text alone"
         )
 
 
@@ -245,7 +243,7 @@ def _architecture(config: Any) -> str:
 
 
 def _check_causal(loaded: Loaded) -> None:
-    """PlanError where the scores after the first token depend on later ones, as in a BERT that is no decoder."""
+    """Raises PlanError if the first token's scores depend on later tokens, as in a BERT that is not a decoder."""
     import torch
 
     length = min(PROBE, loaded.positions or PROBE)
@@ -257,15 +255,15 @@ def _check_causal(loaded: Loaded) -> None:
     rounding = max(ROUNDING, 4 * torch.finfo(scores.dtype).eps)
     if float((first - second).abs().max()) > rounding * float(first.abs().max()):
         raise PlanError(
-            f"{loaded.checkpoint.path}: its architecture, {_architecture(loaded.model.config)}, is no {TASKS['lm']}: "
-            "it scores a token with a look at those after it. Give a model that predicts the next token (of a BERT "
-            "that was trained so the config says is_decoder: true)"
+            f"{loaded.checkpoint.path}: its architecture, {_architecture(loaded.model.config)}, is not a "
+            f"{TASKS['lm']}: its scores of a token depend on later tokens. Give a model that predicts the next token "
+            "(for a BERT trained that way, set is_decoder: true in the config)"
         )
 
 
 @contextmanager
 def _loading(folder: Path, task: str) -> Iterator[None]:
-    """What transformers raises for a folder that it cannot load, as one FormatError."""
+    """Turn the errors of transformers for a folder that it cannot load into one FormatError."""
     from huggingface_hub.errors import StrictDataclassError
 
     try:
@@ -273,11 +271,11 @@ def _loading(folder: Path, task: str) -> Iterator[None]:
     except (FormatError, PlanError):
         raise
     except (ImportError, LookupError, RuntimeError, StrictDataclassError, TypeError, ValueError) as error:
-        foreign = "trust_remote_code" in str(error)
-        why = "it needs code that is in the folder, which is not run" if foreign else reason(error)
+        needs_code = "trust_remote_code" in str(error)
+        why = "it needs code that is in the folder, which is not run" if needs_code else reason(error)
         raise FormatError(
-            f"{folder}: found no {TASKS[task]} that can be loaded: {why}; expected a model and a tokenizer of a "
-            "kind that the installed transformers has. Give such a model, or choose the task that it is for"
+            f"{folder}: found no {TASKS[task]} that can be loaded: {why}; expected a model and a tokenizer that the "
+            "installed transformers supports. Give such a model, or choose the task that it was made for"
         ) from error
 
 
@@ -301,7 +299,7 @@ def _auto_class(transformers: Any, checkpoint: Checkpoint, task: str) -> Any:
 
 
 def _reader_of(tensors: Mapping[str, Tensor], kind: Any, config: Any) -> Callable[..., Any]:
-    """from_pretrained of a class with tensors, by their names on the disk, in place of a folder's files."""
+    """`from_pretrained` of a class, fed with tensors, by their names on the disk, instead of files."""
 
     def read(**options: Any) -> Any:
         # the class itself: the Auto class takes no tensors without a folder
@@ -311,9 +309,9 @@ def _reader_of(tensors: Mapping[str, Tensor], kind: Any, config: Any) -> Callabl
 
 
 def _complete_model(read: Callable[..., Any], folder: Path, task: str, dtype: str) -> Any:
-    """The model with every tensor from the files. Without its pooler, where these have none: embeddings use none.
+    """The model with every tensor from the files; without its pooler if they lack it: embeddings do not use it.
 
-    read: from_pretrained, with what it is to read.
+    read: from_pretrained, bound to its source.
     """
 
     def load(**options: bool) -> tuple[Any, list[str]]:
@@ -342,7 +340,7 @@ def _complete_model(read: Callable[..., Any], folder: Path, task: str, dtype: st
 
 @contextmanager
 def _quiet(transformers: Any) -> Iterator[None]:
-    """No bar for reading weights and no warning of what _complete_model reports as an error."""
+    """Hide the bar for reading weights and the warnings of problems that _complete_model reports as errors."""
     logging = transformers.utils.logging
     bar, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""A model that statistics are taken of: how it is run, and which tensor of its checkpoint each parameter is."""
+"""A model to collect statistics from: how to run it, and which tensor of its checkpoint each parameter is."""
 
 from __future__ import annotations
 
@@ -27,33 +27,33 @@ SEVERAL = "several tensors of the checkpoint hold the same values"
 
 @dataclass(frozen=True)
 class Subject:
-    """A model with the digest of its content, and the tensors that each parameter is, by the parameter's name.
+    """A model with the digest of its content, and the tensor of each parameter, by the parameter's name.
 
     unclear: names of parameters that may be any of several tensors.
     """
 
     module: nn.Module
     digest: str
-    tensors: Mapping[str, str]  # a parameter that has several names occurs with each of them
+    tensors: Mapping[str, str]  # a parameter with several names occurs under each
     unclear: frozenset[str] = frozenset()
 
     @cached_property
     def names(self) -> dict[int, list[str]]:
         """All names of each parameter, by the parameter's id; the first is that of `named_parameters`."""
-        found: dict[int, list[str]] = {}
+        names: dict[int, list[str]] = {}
         for name, parameter in self.module.named_parameters(remove_duplicate=False):
-            found.setdefault(id(parameter), []).append(name)
-        return found
+            names.setdefault(id(parameter), []).append(name)
+        return names
 
     @cached_property
     def owners(self) -> Counter[int]:
-        """How many modules have each parameter for their own, by the parameter's id."""
+        """How many modules own each parameter directly, by the parameter's id."""
         return Counter(
             key for module in self.module.modules() for key in {id(p) for p in module.parameters(recurse=False)}
         )
 
     def tensors_of(self, parameter: nn.Parameter) -> list[str]:
-        """The tensors of the checkpoint that hold the parameter; more than one where it is stored twice."""
+        """The tensors of the checkpoint that hold the parameter; several if it is stored more than once."""
         names = self.names.get(id(parameter), ())
         return list(dict.fromkeys(self.tensors[name] for name in names if name in self.tensors))
 
@@ -63,23 +63,23 @@ class Subject:
 
     @cached_property
     def device(self) -> torch.device:
-        """Where the model computes."""
+        """The device of the model's first parameter; the CPU without parameters."""
         return next((p.device for p in self.module.parameters()), torch.device("cpu"))
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """What the model computes in: the dtype of its first floating parameter."""
+        """The dtype of the model's first floating-point parameter; float32 without one."""
         return next((p.dtype for p in self.module.parameters() if p.is_floating_point()), torch.float32)
 
     def run(self, batch: Batch) -> Any:
-        """What the model returns for a batch, which is brought to its device and dtype."""
+        """Run the model on a batch, moved to its device and dtype; returns its output."""
         moved = batch.to(self.module)
         return run(self.module, moved.args, moved.kwargs)
 
 
 @contextmanager
 def evaluating(*modules: nn.Module) -> Iterator[None]:
-    """Models in evaluation mode, no parameter requiring gradients, but recorded; afterwards as they were."""
+    """Set models to evaluation mode with gradients enabled but required by no parameter; restores them afterwards."""
     training = {module: module.training for model in modules for module in model.modules()}
     wanted = {parameter: parameter.requires_grad for model in modules for parameter in model.parameters()}
     try:
@@ -99,18 +99,18 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
 def make_subject(module: nn.Module, checkpoint: Checkpoint | None = None) -> Subject:
     """The model under the names of its state_dict, or of the checkpoint that it was loaded from.
 
-    Raises FormatError where the model does not hold what the checkpoint does, PlanError for a model without parameters
-    or without values for them.
+    Raises FormatError if the model's values differ from the checkpoint's, PlanError if the model has no parameters, or
+    no values for them.
     """
     if not any(p.is_floating_point() for p in module.parameters()):
         raise PlanError(
-            f"{type(module).__name__} has no parameters: there is nothing to collect; give a model with some"
+            f"{type(module).__name__} has no parameters, so there is nothing to collect. Give a model with some"
         )
     empty = [name for name, x in (*module.named_parameters(), *module.named_buffers()) if x.is_meta]
     if empty:
-        some = ", ".join(empty[:5]) + (f" and {len(empty) - 5} more" if len(empty) > 5 else "")
+        listed = ", ".join(empty[:5]) + (f" and {len(empty) - 5} more" if len(empty) > 5 else "")
         raise PlanError(
-            f"{some} of {type(module).__name__}: on the meta device, expected values; load the model into memory"
+            f"{listed} of {type(module).__name__}: on the meta device, expected values; load the model into memory"
         )
     if checkpoint is not None:
         return Subject(module, checkpoint.content, *located(module, checkpoint))

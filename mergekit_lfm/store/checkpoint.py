@@ -236,7 +236,7 @@ def open_checkpoint(path: str | os.PathLike[str] | HubName) -> Checkpoint:
     try:
         snapshot = find_snapshot(name)
     except PlanError as error:
-        nowhere = str(error).startswith("there is no model")
+        nowhere = str(error).startswith("found no model")
         raise PlanError(f"{name} is no folder here: {error}" if nowhere else str(error)) from None
     except ConnectionError as error:
         raise ConnectionError(f"{name} is no folder here, and {error}") from None

@@ -1,4 +1,4 @@
-"""The count around an order statistic, in one pass: what lies above a bracket, equals its pivots, and is inside it."""
+"""The count around an order statistic, in one pass: entries above a bracket, equal to its pivots, and inside it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TILE = 2048  # elements of a program
 def _bracket(  # type: ignore[no-untyped-def]
     x, base, pivots, counts, inside, cursor, block, count, PIVOTS: tl.constexpr, BASE: tl.constexpr, TILE: tl.constexpr
 ):
-    """One tile of a block: its counts are added to the block's, and what is inside is appended."""
+    """One tile of a block: adds its counts to the block's, and appends the entries inside."""
     number = tl.program_id(1)
     first = number.to(tl.int64) * block
     place = tl.program_id(0) * TILE + tl.arange(0, TILE)
@@ -49,7 +49,7 @@ def _bracket(  # type: ignore[no-untyped-def]
 
 
 def bracketed(chunk: Chunk, i: int, pivots: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `bracket.bracketed` returns, in one pass over the input; the counts in the processor's memory."""
+    """The result of `bracket.bracketed`, in one pass over the input; the counts in the processor's memory."""
     x, base = chunk.stored[i], chunk.stored_base
     blocks, each = -(-len(x) // chunk.size), 1 + len(pivots)
     kind = torch.int32 if chunk.dtype == torch.float32 else torch.int64

@@ -1,4 +1,4 @@
-"""Sums, and sums of products, of several tensors, each of which is read once. A kernel is written for each form."""
+"""Sums, and sums of products, of several tensors, reading each once. Each form gets its own kernel."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models on the Hub: their names, and their files at one commit. What talks to the Hub is imported when needed."""
+"""Models on the Hub: their names, and their files at one commit. Modules that use the network are imported lazily."""
 
 from mergekit_lfm.store.hub.names import HubName, called, hub_name, repository
 

@@ -1,4 +1,4 @@
-"""What a model on the Hub is called: org/name, with @ and a branch, tag or commit where it is not the newest."""
+"""Names of models on the Hub: org/name, or org/name@revision for a branch, tag or commit other than the newest."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class HubName:
 
 
 def repository(text: str) -> str:
-    """`text`, the name of a repository to push to. ValueError where it is none."""
+    """`text`, the name of a repository to push to. Raises ValueError if it is not one."""
     name = hub_name(text)
     if name is None or name.revision is not None or "/" not in name.repo:
         raise ValueError(f"found {text!r}, expected a repository on the Hub as org/name, or user/name")
@@ -31,22 +31,22 @@ def repository(text: str) -> str:
 
 
 def called(folder: Path) -> str:
-    """What a folder is called in what is printed: in the cache of the Hub, its model's name and commit."""
-    found = re.search(r"/models--([^/]+)/snapshots/(\w{40})$", folder.as_posix())
-    return f"{found[1].replace('--', '/')}@{found[2]}" if found else str(folder)
+    """A folder's name for messages: its path, or in the cache of the Hub its model's name and commit."""
+    match = re.search(r"/models--([^/]+)/snapshots/(\w{40})$", folder.as_posix())
+    return f"{match[1].replace('--', '/')}@{match[2]}" if match else str(folder)
 
 
 def hub_name(text: str) -> HubName | None:
-    """The model that `org/name`, `org/name@revision` or `name@revision` stands for; None where it can be none.
+    """The model named by `org/name`, `org/name@revision` or `name@revision`; None for any other text.
 
-    A name alone is none: it is a folder's as a rule, and on the Hub only a few old models have no owner.
+    A name alone does not count: it usually means a folder, and only a few old models on the Hub have no owner.
     """
-    found = _NAME.fullmatch(text)
-    if found is None or PurePath(found["name"]).suffix in _FILES:
+    match = _NAME.fullmatch(text)
+    if match is None or PurePath(match["name"]).suffix in _FILES:
         return None
-    parts = [part for part in (found["owner"], found["name"]) if part is not None]
+    parts = [part for part in (match["owner"], match["name"]) if part is not None]
     if any(len(part) > 96 or ".." in part or "--" in part or part.endswith(".git") for part in parts):
         return None
-    if len(parts) == 1 and found["revision"] is None:
+    if len(parts) == 1 and match["revision"] is None:
         return None
-    return HubName("/".join(parts), found["revision"])
+    return HubName("/".join(parts), match["revision"])

@@ -1,7 +1,7 @@
-"""A model on the Hub at one commit: which files it has, their headers, and the files themselves, in the Hub's cache.
+"""A model on the Hub at one commit: the list of its files, their headers, and the files themselves, in the Hub's cache.
 
-What a plan needs (configs, and the headers of weight files, by ranged requests) is fetched when a model is found; the
-weights when they are asked for. Files are only read: those of the cache belong to every program on the machine.
+Finding a model fetches what a plan needs (configs, and the headers of weight files, by ranged requests); weights come
+on request. Files are only read: every program on the machine shares the cache.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from mergekit_lfm.store.hub.client import api, asking, endpoint, no_bars, offlin
 from mergekit_lfm.store.hub.names import HubName
 from mergekit_lfm.store.tensors import MAX_HEADER
 
-TAKES_LONG = 20_000_000  # bytes; a download of more shows its progress
+TAKES_LONG = 20_000_000  # bytes; larger downloads show their progress
 FIRST_RANGE = 100_000  # bytes: the headers of most files are shorter
 AT_PLANNING = ("config.json", "*.index.json", "README.md")
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A repository at one commit. folder: where its files are in the cache, or will be; sizes: of all, in bytes.
+    """A repository at one commit. folder: the present or future folder of its files in the cache; sizes: in bytes.
 
-    listed: whether the Hub has said which files there are; else those that are in the cache count.
+    listed: True if `sizes` has the files on the Hub; else it has those in the cache.
     """
 
     repo: str
@@ -49,21 +49,21 @@ class Snapshot:
         return f"{self.repo}@{self.commit}"
 
     def lacking(self, names: Iterable[str]) -> list[str]:
-        """Those of the files that are not in the cache."""
+        """The files among `names` that are not in the cache."""
         return [name for name in names if not (self.folder / name).exists()]
 
     def fetch(self, names: Collection[str]) -> None:
-        """Download what of the files is not in the cache, several at a time.
+        """Download the files that are not in the cache, several at a time.
 
-        PlanError where that may not be asked for or the disk has no room, ConnectionError where it fails on the way.
+        Raises PlanError if the Hub refuses, is offline or the disk is full, ConnectionError if the connection fails.
         """
         lacking = self.lacking(names)
         if not lacking:
             return
         if offline():
             raise PlanError(
-                f"{self} lacks {', '.join(lacking)} in the cache of the Hub, and the Hub is not asked, as "
-                "HF_HUB_OFFLINE is set: unset it"
+                f"{self} lacks {', '.join(lacking)} in the cache of the Hub, and HF_HUB_OFFLINE forbids downloads: "
+                "unset it"
             )
         needed = sum(self.sizes.get(name, 0) for name in lacking)
         check_room(self, needed)
@@ -73,7 +73,7 @@ class Snapshot:
             raise ConnectionError(f"{self}: {', '.join(still)} could not be downloaded; run the same command again")
 
     def head(self, name: str) -> tuple[bytes, int]:
-        """The bytes of a safetensors file up to its data, or all where they are no header, and the size of the file."""
+        """The bytes of a safetensors file up to its data (if not a header, the first ones), and the file's size."""
         size = self.sizes[name]
         data = self._range(name, min(size, FIRST_RANGE))
         length = 8 + int.from_bytes(data[:8], "little")
@@ -95,7 +95,7 @@ class Snapshot:
 
 
 def check_room(snapshot: Snapshot, nbytes: int) -> None:
-    """PlanError where the cache, in which the snapshot is, has no room for so many bytes."""
+    """Raises PlanError if the disk of the snapshot's cache has no room for `nbytes`."""
     free = free_space(snapshot.folder)
     if nbytes > free:
         raise PlanError(
@@ -105,33 +105,33 @@ def check_room(snapshot: Snapshot, nbytes: int) -> None:
 
 
 def find_snapshot(name: HubName) -> Snapshot:
-    """The model at the commit that its revision stands for now, with its configs and its card in the cache.
+    """The model at the current commit of its revision, with its configs and its card in the cache.
 
-    With HF_HUB_OFFLINE, the commit and the files that were downloaded before. Raises as `Snapshot.fetch` does.
+    With HF_HUB_OFFLINE, the commit and the files downloaded before. Raises the errors of `Snapshot.fetch`.
     """
     with asking(str(name)):
         resolved = api().resolve_revision(name.repo, revision=name.revision, local_files_only=offline())
         commit = str(resolved.resolved)
         if offline():
-            folder = _found(name.repo, commit)
-            found = (path for path in folder.rglob("*") if path.is_file())
-            sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in found}
+            folder = _fetch_for_planning(name.repo, commit)
+            paths = (path for path in folder.rglob("*") if path.is_file())
+            sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
             return Snapshot(name.repo, commit, folder, sizes, listed=False)
-        if commit != name.revision:  # where the Hub fails to answer, the client gives what it said the last time
+        if commit != name.revision:  # if the Hub fails to answer, the client returns its previous answer
             commit = str(api().model_info(name.repo, revision=name.revision).sha)
         tree = api().list_repo_tree(name.repo, recursive=True, revision=commit)
         sizes = {entry.path: entry.size for entry in tree if isinstance(entry, RepoFile)}
-    return Snapshot(name.repo, commit, _found(name.repo, commit), sizes)
+    return Snapshot(name.repo, commit, _fetch_for_planning(name.repo, commit), sizes)
 
 
-def _found(repo: str, commit: str) -> Path:
-    """The folder of the model in the cache, with what planning needs of it."""
-    with no_bars():  # a card that is not in the cache is no reason to refuse a merge offline
+def _fetch_for_planning(repo: str, commit: str) -> Path:
+    """The folder of the model in the cache, with the files that planning needs."""
+    with no_bars():  # a merge offline must not fail for a card that is missing in the cache
         return Path(_download(repo, commit, [name for name in AT_PLANNING if not (offline() and name == "README.md")]))
 
 
 def pull(snapshot: Snapshot, folder: Path) -> None:
-    """Download every file of the model into a folder of its own, whatever is in the cache."""
+    """Download every file of the model into a separate folder, bypassing the cache."""
     _download(snapshot.repo, snapshot.commit, list(snapshot.sizes), local_dir=folder, force_download=True)
 
 
