@@ -1,4 +1,4 @@
-"""Units that are a model's outputs: where no head reads the last hidden units, nothing may act on them."""
+"""Units that are a model's outputs: if no head reads the last hidden units, no group may act on them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _OUTPUT = Part(None, free="class")
 
 
 def keep_outputs(symmetries: Symmetries, outputs: Collection[str]) -> Symmetries:
-    """The same table with these groups left out, and the axes on which they acted free."""
+    """The same table without these groups, with the axes on which they acted free."""
     return Symmetries(
         {name: group for name, group in symmetries.groups.items() if name not in outputs},
         {
