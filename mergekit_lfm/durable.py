@@ -1,4 +1,4 @@
-"""Files that survive a crash: synced folders, files replaced at once, folders that one run has to itself."""
+"""Files that survive a crash: sync folders, replace files whole or not at all, lock folders for one run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
 
 
 def sync_folder(folder: Path) -> None:
-    """Make what was created, renamed and removed in the folder last."""
+    """Make creations, renames and removals in the folder permanent."""
     fd = os.open(folder, os.O_RDONLY)
     try:
         with naming(folder):
@@ -26,7 +26,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def replace_file(path: Path, data: bytes | Iterable[bytes | memoryview]) -> None:
-    """Give the file its new content at once: whoever reads it sees the old one or the new one, whole.
+    """Replace the file's content atomically: a reader sees either the old or the new one, whole.
 
     data: all of it, or its parts in order.
     """
@@ -44,24 +44,24 @@ def replace_file(path: Path, data: bytes | Iterable[bytes | memoryview]) -> None
 
 
 def check_new_file(path: Path, inputs: Iterable[Path], *, overwrite: bool) -> None:
-    """PlanError where a new file must not go there: over an input, into one's folder, over anything but a file."""
-    place = path.resolve()
-    for given in inputs:
-        home = given.resolve()
-        if place == home or (home.is_dir() and place.is_relative_to(home)):
-            raise PlanError(f"the output {path} lies in the input {given}, which is only read; choose another output")
-    if place.exists() and not place.is_file():
-        raise PlanError(f"{path} is no file, expected the name of one to write; choose another output")
+    """Raises PlanError if a new file must not be written there, such as over an input or into an input's folder."""
+    target = path.resolve()
+    for source in inputs:
+        folder = source.resolve()
+        if target == folder or (folder.is_dir() and target.is_relative_to(folder)):
+            raise PlanError(f"the output {path} lies in the input {source}, which is only read; choose another output")
+    if target.exists() and not target.is_file():
+        raise PlanError(f"{path} is not a file, expected the name of one to write; choose another output")
     if path.exists() and not overwrite:
         raise PlanError(f"{path} exists; choose another output, or use --overwrite")
-    if not place.parent.is_dir():
-        raise PlanError(f"there is no folder {path.parent} to write {path.name} in; make it, or choose another output")
-    if not os.access(place.parent, os.W_OK):
-        raise PlanError(f"the folder {path.parent} cannot be written in; choose another output")
+    if not target.parent.is_dir():
+        raise PlanError(f"the folder {path.parent} for {path.name} does not exist; make it, or choose another output")
+    if not os.access(target.parent, os.W_OK):
+        raise PlanError(f"the folder {path.parent} is not writable; choose another output")
 
 
 def lock_folder(folder: Path) -> int:
-    """A descriptor of the folder, locked until it is closed. PlanError while another run has it."""
+    """A descriptor of the folder, locked until it is closed. Raises PlanError while another run has the lock."""
     fd = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -74,7 +74,7 @@ def lock_folder(folder: Path) -> int:
 
 
 def partial_of(out: Path) -> Path:
-    """The folder OUT.partial, where OUT is while it is not complete."""
+    """The folder OUT.partial, which becomes OUT once it is complete."""
     named = out if out.name else out.resolve()  # "." has no name of its own
     return named.with_name(f"{named.name}.partial")
 
@@ -89,7 +89,7 @@ def write_all(fd: int, data: bytes) -> None:
 def reserve(fd: int, nbytes: int) -> None:
     """Give the file its full size on the disk, so that a full disk shows before work starts.
 
-    By the system call: where a filesystem has none, os.posix_fallocate would write every page.
+    Uses the system call, because os.posix_fallocate writes every page on filesystems without it.
     """
     os.ftruncate(fd, nbytes)
     if nbytes and _fallocate is not None and _fallocate(fd, 0, ctypes.c_int64(0), ctypes.c_int64(nbytes)):

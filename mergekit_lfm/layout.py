@@ -1,4 +1,4 @@
-"""Where every output tensor goes, and what goes beside them: all offsets are known before a byte is written.
+"""Lay out an output folder, its tensors and the files beside them: all offsets are known before a byte is written.
 
 Without a size limit or a change of dtype the output has the template's files and tensor order. Otherwise tensors are
 packed in the template's order into shards of at most the limit.
@@ -18,17 +18,17 @@ from mergekit_lfm.errors import FormatError
 from mergekit_lfm.hub import HubName
 from mergekit_lfm.tensors import TensorSpec, encode_header
 
-DEFAULT_SHARD = 5_000_000_000  # bytes; what transformers and the Hub's advice have
+DEFAULT_SHARD = 5_000_000_000  # bytes; as in transformers and in the Hub's advice
 METADATA = {"format": "pt"}  # older transformers releases refuse files without it
 SINGLE_FILE = "model.safetensors"
 
-# What goes beside the weights: configs, tokenizers, processors, templates and the code that a config may name.
+# Files to copy beside the weights: configs, tokenizers, processors, templates and the code that a config may name.
 TAGALONG = re.compile(
     r"^(config|generation_config|.*token.*|vocab|merges|.*(processor|preprocessor|feature_extractor).*|modules|"
     r"config_sentence_transformers|sentence_bert_config|chat_template|special_tokens_map|id2label|labels)\.(json|txt)$"
     r"|\.(jinja|py|tiktoken|spm|bpe)$|^(tokenizer|spiece|sentencepiece.*|.*token.*)\.model$"
 )
-TAGALONG_BYTES = 100_000_000  # the largest that is taken for one; tokenizers have up to 40 MB
+TAGALONG_BYTES = 100_000_000  # the largest file to copy; tokenizers have up to 40 MB
 
 
 @dataclass(frozen=True)
@@ -59,14 +59,14 @@ class Shard:
 
 
 def lay_out(template: Checkpoint, tensors: Sequence[TensorSpec], max_shard_size: int | None) -> tuple[Shard, ...]:
-    """The shards for the output `tensors`, which are the template's in its order."""
+    """The shards for the output `tensors`: the template's tensors in its order."""
     safe = all(file.path.suffix == ".safetensors" for file in template.files)
     if max_shard_size is None and safe and all(template[spec.name].dtype == spec.dtype for spec in tensors):
-        return _like(template, tensors)
-    return _packed(tensors, max_shard_size or DEFAULT_SHARD)
+        return _shards_of_template(template, tensors)
+    return _pack(tensors, max_shard_size or DEFAULT_SHARD)
 
 
-def _like(template: Checkpoint, tensors: Sequence[TensorSpec]) -> tuple[Shard, ...]:
+def _shards_of_template(template: Checkpoint, tensors: Sequence[TensorSpec]) -> tuple[Shard, ...]:
     by_file: dict[str, list[TensorSpec]] = {file.path.name: [] for file in template.files}
     for spec in tensors:
         by_file[template.file_of(spec.name).path.name].append(spec)
@@ -77,8 +77,8 @@ def _like(template: Checkpoint, tensors: Sequence[TensorSpec]) -> tuple[Shard, .
     return tuple(Shard(name, tuple(specs), starts[name]) for name, specs in by_file.items())
 
 
-def _packed(tensors: Sequence[TensorSpec], limit: int) -> tuple[Shard, ...]:
-    """Greedy in order; a tensor larger than the limit gets a shard of its own."""
+def _pack(tensors: Sequence[TensorSpec], limit: int) -> tuple[Shard, ...]:
+    """Fill shards greedily in order; a tensor larger than the limit gets a shard of its own."""
     bins: list[list[TensorSpec]] = []
     room = 0
     for spec in tensors:
@@ -94,7 +94,7 @@ def _packed(tensors: Sequence[TensorSpec], limit: int) -> tuple[Shard, ...]:
 
 
 def download(name: HubName) -> Path:
-    """The folder, in the cache of the Hub, of a model with all that loading it takes. Raises as `open_checkpoint`."""
+    """Download all files that loading a model needs, and return their folder. Raises as `open_checkpoint`."""
     model = open_checkpoint(name)
     model.fetch()
     tagalong(model)
@@ -104,7 +104,7 @@ def download(name: HubName) -> Path:
 def tagalong(template: Checkpoint) -> tuple[Path, ...]:
     """The template's files that go beside the weights, and those of the modules that sentence-transformers lists.
 
-    Of a model on the Hub they are downloaded.
+    They are downloaded if the model is on the Hub.
     """
     folder = template.path
     if template.snapshot is not None:
@@ -115,14 +115,14 @@ def tagalong(template: Checkpoint) -> tuple[Path, ...]:
             template.snapshot.fetch([name for name in small if name.endswith(".json") and name.count("/") == 1])
     if not folder.is_dir():
         return ()
-    found = [path for path in folder.iterdir() if TAGALONG.search(path.name)]
+    files = [path for path in folder.iterdir() if TAGALONG.search(path.name)]
     if (folder / "modules.json").exists():
-        found += [path for name in _modules(folder) for path in (folder / name).glob("*.json")]
-    return tuple(sorted(path for path in found if path.is_file() and path.stat().st_size <= TAGALONG_BYTES))
+        files += [path for name in _modules(folder) for path in (folder / name).glob("*.json")]
+    return tuple(sorted(path for path in files if path.is_file() and path.stat().st_size <= TAGALONG_BYTES))
 
 
 def _modules(folder: Path) -> list[str]:
-    """The folders of the modules that sentence-transformers lists. FormatError where they are no folders in there."""
+    """The folders of the modules that sentence-transformers lists. Raises FormatError for paths that lead elsewhere."""
     try:
         names = [entry["path"] for entry in json.loads((folder / "modules.json").read_text(encoding="utf-8"))]
     except (ValueError, TypeError, KeyError):

@@ -1,4 +1,4 @@
-"""Whether two models say the same: inputs made for a model, and how far apart two answers to them are."""
+"""Compare the outputs of two models: make inputs for a model, and measure how far apart two outputs are."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from mergekit_lfm.runtime import Loaded, embeddings, load_as_saved, load_model, 
 from mergekit_lfm.transforms import Transform
 
 EXAMPLES, TOKENS, PIXELS = 4, 32, 64
-# Equal models differ by 2e-6 where sums are in another order; what is no symmetry makes differences of about 1.
+# Equal models differ by 2e-6 if sums have another order; a transform that is wrong makes differences of about 1.
 ROUNDING = 1e-4
 MARGIN = 4  # random transforms of random Llamas, rounded to 16 bits, made 0.5 to 1.8 times the difference of such noise
 
 
 def probe(model: Loaded, seed: int = 0) -> Batch:
-    """Random inputs that the model takes, from its config: token ids [4, up to 32], or images [4, channels, h, w].
+    """Random inputs that fit the model's config: token ids [4, up to 32], or images [4, channels, h, w].
 
-    Images of a model that takes any size are 64 x 64.
+    Images are 64 x 64 if the model takes any size.
     """
     config: Any = model.model.config
     draw = torch.Generator().manual_seed(seed)
@@ -33,14 +33,14 @@ def probe(model: Loaded, seed: int = 0) -> Batch:
         height, width = (size, size) if isinstance(size, int) else size
         images = torch.randn(EXAMPLES, getattr(config, "num_channels", 3), height, width, generator=draw)
         return Batch(rows, kwargs={"pixel_values": images})
-    # RoBERTa's positions begin after that of its padding token, 1
+    # RoBERTa's positions begin after its padding token's, 1
     length = max(1, min(TOKENS, (model.positions or TOKENS + 2) - 2))
     vocabulary = config.get_text_config().vocab_size
     return Batch(rows, kwargs={"input_ids": torch.randint(vocabulary, (EXAMPLES, length), generator=draw)})
 
 
 def forward(module: nn.Module, batch: Batch) -> Any:
-    """What the module returns for a batch, which is brought to its device and dtype."""
+    """Run the module on a batch, moved to its device and dtype."""
     moved = batch.to(module)
     return run(module, moved.args, moved.kwargs)
 
@@ -51,20 +51,20 @@ def answer(model: Loaded | nn.Module, inputs: Batch) -> Tensor:
     with torch.inference_mode():
         output = forward(module, inputs)
         encoder = isinstance(model, Loaded) and model.task == "embedding"
-        found = embeddings(output) if encoder else logits(output)
-    return found.double().cpu()
+        y = embeddings(output) if encoder else logits(output)
+    return y.double().cpu()
 
 
 def difference(first: Loaded | nn.Module, second: Loaded | nn.Module, inputs: Batch) -> float:
     """How far apart the models' outputs are: the largest |y - y'| as a fraction of the largest |y - mean y|.
 
-    y are the first one's, their mean is that over examples and tokens. 0 where all are equal; infinity where the shapes
-    differ, where one has NaN, or where y do not depend on the inputs and y' are not y.
+    y are the first one's outputs, their mean is over examples and tokens. 0 if all are equal; infinity if the shapes
+    differ, if one has NaN, or if y does not depend on the inputs and y' differs from y.
     """
-    return _apart(answer(first, inputs), answer(second, inputs))
+    return _distance(answer(first, inputs), answer(second, inputs))
 
 
-def _apart(y: Tensor, other: Tensor) -> float:
+def _distance(y: Tensor, other: Tensor) -> float:
     if y.shape != other.shape:
         return float("inf")
     if torch.equal(y, other):
@@ -76,19 +76,19 @@ def _apart(y: Tensor, other: Tensor) -> float:
 
 
 def all_outputs(model: Loaded, inputs: Batch) -> Tensor:
-    """Everything that the model returns for these inputs, one row for each, in its dtype."""
+    """All tensors that the model returns for these inputs, one row per input, in its dtype."""
     with torch.inference_mode():
         output = forward(model.model, inputs)
-    found = [x for x in output.to_tuple() if isinstance(x, Tensor) and x.shape[:1] == (len(inputs),)]
-    return torch.cat([x.flatten(1) for x in found], 1)
+    tensors = [x for x in output.to_tuple() if isinstance(x, Tensor) and x.shape[:1] == (len(inputs),)]
+    return torch.cat([x.flatten(1) for x in tensors], 1)
 
 
 def compare_outputs(model: str | Path, rewritten: str | Path, transform: Transform) -> tuple[float, float]:
-    """The `difference` between a model and what a transform made of it, two folders, and how much rounding explains.
+    """The `difference` between a model and its rewritten copy, two folders, and how much of it rounding explains.
 
-    Both are run in float32. An order changes no number but the order of sums. What is multiplied is rounded to the
-    dtype in which it is stored: what such noise in all parameters does to the outputs is measured. Encoders are
-    compared with the head with which they were saved: without it, the transform is seen in their hidden states.
+    Both run in float32. An order changes only the order of sums. Products are rounded to the stored dtype: the effect
+    of such noise in all parameters on the outputs is measured. Encoders are compared with the head that they were saved
+    with: without it, the transform shows in their hidden states.
     """
     checkpoint = open_checkpoint(model)
     task = _task_of(checkpoint)
@@ -96,12 +96,12 @@ def compare_outputs(model: str | Path, rewritten: str | Path, transform: Transfo
     first, second = (
         _with_head(open_checkpoint(path)) if with_head else load_model(path, task) for path in (model, rewritten)
     )
-    said = all_outputs if with_head else answer
+    outputs_of = all_outputs if with_head else answer
     inputs = probe(first)
-    before = said(first, inputs)
-    found = _apart(before.double(), said(second, inputs).double())
+    before = outputs_of(first, inputs)
+    distance = _distance(before.double(), outputs_of(second, inputs).double())
     if only_moves(transform):
-        return found, ROUNDING
+        return distance, ROUNDING
     del second
     kinds = {getattr(torch, spec.dtype) for spec in checkpoint.values()}
     coarsest = max(torch.finfo(kind).eps for kind in kinds | {torch.float32} if kind.is_floating_point)
@@ -109,7 +109,7 @@ def compare_outputs(model: str | Path, rewritten: str | Path, transform: Transfo
         draw = torch.Generator().manual_seed(0)
         for x in first.model.parameters():
             x.mul_(1 + coarsest * (torch.rand(x.shape, generator=draw) - 0.5))  # at most half a step
-    return found, max(ROUNDING, MARGIN * _apart(before.double(), said(first, inputs).double()))
+    return distance, max(ROUNDING, MARGIN * _distance(before.double(), outputs_of(first, inputs).double()))
 
 
 def _with_head(checkpoint: Checkpoint) -> Loaded:
@@ -121,7 +121,7 @@ def _with_head(checkpoint: Checkpoint) -> Loaded:
 
 
 def _task_of(checkpoint: Checkpoint) -> str:
-    """What the model was saved to do, by the name of its class; without a head for it an encoder."""
+    """The task of a saved model, by the name of its class: "lm", "classification", else "embedding"."""
     names = " ".join(checkpoint.config.get("architectures") or [])
     if "ForCausalLM" in names or "LMHeadModel" in names:
         return "lm"

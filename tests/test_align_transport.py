@@ -161,7 +161,7 @@ def test_wider_layers_of_networks_are_narrowed(kind: str, options: dict[str, int
 
 def test_heads_have_to_be_the_same(tmp_path: Path) -> None:
     a, b = loaded("llama", 0, tmp_path / "a"), loaded("llama", 1, tmp_path / "b", num_key_value_heads=4)
-    with pytest.raises(PlanError, match=r"of different shape:\n  group heads.0"):
+    with pytest.raises(PlanError, match=r"differ in shape:\n  group heads.0"):
         align_models(b, a, "ot")
 
 

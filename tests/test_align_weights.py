@@ -298,8 +298,8 @@ def test_refuses_models_that_do_not_fit(tmp_path: Path) -> None:
     gpt2 = loaded("gpt2", 0, tmp_path / "c")
     refused("the source is given as tensors", b, a)
     refused("does not fit the symmetry table", b, mlp((7, 12, 8, 10, 4), 0), symmetries=symmetries)
-    refused("of different shape:\n  group ffn.0", llama, wider)
-    refused("of different shape:\n  .* is in one table only", llama, gpt2)
+    refused("differ in shape:\n  group ffn.0", llama, wider)
+    refused("differ in shape:\n  .* is in one table only", llama, gpt2)
     refused("no method 'weight_maching', did you mean weight_matching", b, a, "weight_maching", symmetries=symmetries)
     refused("order: found 'p3', known here: p0, p1, p2", b, a, symmetries=symmetries, order=["p3"])
     refused("order: found a sweep without groups", b, a, symmetries=symmetries, order=[])
@@ -313,7 +313,7 @@ def test_refuses_models_that_do_not_fit(tmp_path: Path) -> None:
 
 def test_refuses_other_sizes_of_free_axes() -> None:
     symmetries = read_table("w units input", {"units": Units(3)}, ["w"])
-    refused("of different shape", {"w": torch.ones(3, 2)}, {"w": torch.ones(3, 4)}, symmetries=symmetries)
+    refused("differ in shape", {"w": torch.ones(3, 2)}, {"w": torch.ones(3, 4)}, symmetries=symmetries)
 
 
 @pytest.mark.parametrize("normalise", [False, True])

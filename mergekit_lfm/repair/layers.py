@@ -124,7 +124,7 @@ def _is_skip_path(symmetries: Symmetries, group: str) -> bool:
 
 
 def _trace(subject: Subject, batch: Batch) -> tuple[list[str], set[str]]:
-    """The layers that the module calls on a batch, in the order of their first call; and those that a BatchNorm reads."""
+    """The layers called on a batch, in the order of their first call; and those that a BatchNorm reads."""
     serials, writers = Serials(), dict[int, str]()
     called: dict[str, None] = {}
     normed: set[str] = set()
@@ -167,7 +167,7 @@ def hearing(layers: Mapping[str, nn.Module], hear: Callable[[str, Tensor], None]
 
 @dataclass
 class _Sums:
-    """Sums over the outputs of one layer: the count of examples x positions, and per unit the sum and that of squares."""
+    """Sums over all examples and positions of a layer's outputs: the count, and per unit the sum and sum of squares."""
 
     count: int = 0
     first: Tensor = field(default_factory=lambda: torch.zeros(()))
