@@ -346,7 +346,7 @@ def test_a_transform_of_another_model(llamas: tuple[Path, Path], texts: Path) ->
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"task": "embedding"}, "no barrier for the task 'embedding'"),
+        ({"task": "embedding"}, "the task 'embedding' has no barrier"),
         ({"points": 2}, "points is 2; expected at least 3"),
         ({"data": [torch.zeros(2, 5, dtype=torch.float64)]}, "the data have no labels"),
         ({"data": [(torch.zeros(2, 5, dtype=torch.float64), torch.tensor([0, 3]))]}, "classes from 0 to 3"),

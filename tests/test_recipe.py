@@ -362,7 +362,7 @@ def test_parameters_of_a_base_that_takes_none_are_refused():
         ("- a", "expected a mapping"),
         ("models: [1", "recipe: line 1, column 11:"),
         ("merge_method: linear\nmodels: []\nmerge_method: ties", "line 3: merge_method repeats the key of line 1"),
-        ("models: [{model: A, parameters: {weight: 1, weight: 2}}]", "line 1: weight is given again"),
+        ("models: [{model: A, parameters: {weight: 1, weight: 2}}]", "line 1: weight repeats the key of line 1"),
         ("a: 1\n---\nb: 1", "another document"),
         ("a: \x00", "not YAML"),
         ("a: !!python/object:os.system {}", "could not determine a constructor"),

@@ -83,12 +83,12 @@ def align_models(
     with torch.no_grad(), _report_full_memory(target), one_thread_each(target) as in_order:
         pair = Pair(*sides, *tables, in_order, device=target)
         moments = None if statistics is None else open_moments(statistics, pair, lambda: _contents(sides))
-        found = ALIGNERS[method](Request(pair, options, initial, visits, moments, progress or (lambda _: None)))
+        aligned = ALIGNERS[method](Request(pair, options, initial, visits, moments, progress or (lambda _: None)))
         started = {"order": listed, "initial": initial.facts.method if initial else None}
-        used = {name: value for name, value in started.items() if value is not None and name in found.heeded}
+        used = {name: value for name, value in started.items() if value is not None and name in aligned.heeded}
         if target != CPU:
             used["device"] = target.type
-        return _make_transform(found, method, {**options, **used}, sides)
+        return _make_transform(aligned, method, {**options, **used}, sides)
 
 
 def _find_device(device: str) -> torch.device:
@@ -131,9 +131,9 @@ def _side(model: Model, label: str) -> Side:
     return Side(label, specs, model)
 
 
-def _table(side: Side, given: Symmetries | None) -> Symmetries:
-    if given is not None:
-        return given
+def _table(side: Side, symmetries: Symmetries | None) -> Symmetries:
+    if symmetries is not None:
+        return symmetries
     if isinstance(side.held, Checkpoint):
         return find_symmetries(side.held)
     raise PlanError(
@@ -149,11 +149,11 @@ def _as_lists(order: Iterable[str] | Iterable[Iterable[str]]) -> list[Any]:
     return [list(x) if isinstance(x, Iterable) and not isinstance(x, str) else x for x in names]
 
 
-def _order(given: list[Any], table: Symmetries, most: int) -> list[list[str]]:
+def _order(order: list[Any], table: Symmetries, most: int) -> list[list[str]]:
     """The visits of each sweep. Raises PlanError for names that are not groups."""
-    sweeps = [names if isinstance(names, list) else [names] for names in given]
-    if not any(isinstance(names, list) for names in given):
-        sweeps = [given] * most if given else []
+    sweeps = [names if isinstance(names, list) else [names] for names in order]
+    if not any(isinstance(names, list) for names in order):
+        sweeps = [order] * most if order else []
     unknown = sorted({str(x) for names in sweeps for x in names if not isinstance(x, str) or x not in table.groups})
     if unknown or not sweeps or not all(sweeps):
         wrong = f"{unknown[0]!r}, {did_you_mean(unknown[0], table.groups)}" if unknown else "a sweep without groups"
@@ -170,25 +170,25 @@ def _content(side: Side) -> str:
     return side.held.content if isinstance(side.held, Checkpoint) else content_of(side.held)
 
 
-def _make_transform(found: Found, method: str, options: Mapping[str, Any], sides: tuple[Side, Side]) -> Transform:
-    """The transform with its facts: how it was found, and how near it brings the models."""
-    pair = found.pair
+def _make_transform(aligned: Found, method: str, options: Mapping[str, Any], sides: tuple[Side, Side]) -> Transform:
+    """The transform with its facts: the options, and how near it brings the models."""
+    pair = aligned.pair
     scores: dict[str, float] = {}
     untouched = Transform(pair.symmetries, {}, TransformFacts(method))
     same = all(side.shape == pair.to.specs[name].shape for name, side in pair.source.specs.items())
-    for when, elements in (("before", {}), ("after", found.elements)) if same else (("after", found.elements),):
+    for when, elements in (("before", {}), ("after", aligned.elements)) if same else (("after", aligned.elements),):
         moved = untouched if not elements else Transform(pair.symmetries, elements, TransformFacts(method))
         scores[f"inner_{when}"], scores[f"distance_{when}"] = pair.closeness(moved)
-    kept = {name: short for name, element in found.elements.items() if (short := shortened(element)) is not None}
+    kept = {name: short for name, element in aligned.elements.items() if (short := shortened(element)) is not None}
     checkpoints = all(isinstance(side.held, Checkpoint) for side in sides)
     versions = {"mergekit_lfm": mergekit_lfm.__version__, "torch": torch.__version__}
     versions |= {name: version(name) for name in ("numpy", "scipy", "pot")}
     facts = TransformFacts(
         method,
-        found.exact,
+        aligned.exact,
         _contents(sides) if checkpoints else (),
         dict(options),
         scores,
         versions,
     )
-    return Transform(pair.symmetries, kept, facts, new_gains(found))
+    return Transform(pair.symmetries, kept, facts, new_gains(aligned))

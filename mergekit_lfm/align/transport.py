@@ -50,7 +50,7 @@ def transport_units(request: Request) -> Found:
             squares = _total(block.squares() for block in request.moments.of(pair, name))
         cost = cost_of(squares, str(request.options["cost"])).to(pair.device)
         if not cost.sum().isfinite():
-            raise overflow(f"the distances between the units of {name}")
+            raise overflow(f"the products for the distances between the units of {name}")
         plan = solve(cost, request.number("regularisation"), name)
         elements[name] = _element(plan / plan.sum(1, keepdim=True), plan / plan.sum(0, keepdim=True))
         request.tick(1)
