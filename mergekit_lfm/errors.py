@@ -13,7 +13,7 @@ class PlanError(ValueError):
 
 
 def reason(error: BaseException) -> str:
-    """The first line of what an error of others says, with its class, as a KeyError says nothing without."""
+    """The class and the first line of another library's error; a KeyError is unclear without its class."""
     return f"{type(error).__name__}: {str(error).strip().split(chr(10))[0]}"
 
 

@@ -168,7 +168,7 @@ def test_completing_and_shortening_are_inverse() -> None:
     ],
 )
 def test_elements_beyond_the_family_are_refused(family: Family, element: UnitsElement) -> None:
-    with pytest.raises(PlanError, match="what `initial` does to units"):
+    with pytest.raises(PlanError, match="`initial` transforms units"):
         complete(Units(N), family, element, "units")
 
 

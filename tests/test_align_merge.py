@@ -233,13 +233,13 @@ def test_a_request_is_found_once_and_kept(models: Path, monkeypatch: pytest.Monk
 def test_models_that_cannot_be_aligned_are_refused_in_the_plan(models: Path):
     save(models / "deeper", base_tensors(2, layers=3))
     entry = {"model": "deeper", "align": {"to": "a"}}
-    with pytest.raises(PlanError, match=r"the `align` of deeper: deeper and a are of different shape"):
+    with pytest.raises(PlanError, match=r"the `align` of deeper: deeper and a differ in shape"):
         make_plan(Recipe.parse({"merge_method": "linear", "models": [{"model": "a"}, entry], **ONE}))
     (models / "odd").mkdir()
     (models / "odd" / "config.json").write_text('{"model_type": "odd"}')
     (models / "odd" / "model.safetensors").write_bytes(weights(models / "b"))
     entry = {"model": "odd", "align": {"to": "a"}}
-    with pytest.raises(PlanError, match="odd is of model_type 'odd', for which there is no symmetry table"):
+    with pytest.raises(PlanError, match="odd has model_type 'odd', which has no symmetry table"):
         make_plan(Recipe.parse({"merge_method": "linear", "models": [{"model": "a"}, entry], **ONE}))
 
 

@@ -184,7 +184,7 @@ def test_refuses_statistics_that_do_not_fit(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="needs cross moments"):
         align_models(b, a, "activation_matching")
     some = collect_stats("cross", a.path, texts(), tmp_path / "some", other=b.path, task="lm", layers=["down_proj"])
-    with pytest.raises(PlanError, match=r"tells nothing of residual, heads.0, heads.1: no linear layer"):
+    with pytest.raises(PlanError, match=r"has no moments for residual, heads.0, heads.1: no linear layer"):
         align_models(b, a, "activation_matching", statistics=some)
 
 
@@ -194,7 +194,7 @@ def test_refuses_mappings_that_do_not_fit() -> None:
     for wrong, message in (
         ({**given, "other": given["1.weight"]}, "the statistics name other, which the table lacks"),
         ({**given, "1.weight": given["2.weight"]}, r"the moments of 1.weight are \[\(10, 10\)"),
-        ({"1.weight": given["1.weight"]}, "tells nothing of p1"),
+        ({"1.weight": given["1.weight"]}, "has no moments for p1"),
     ):
         with pytest.raises(PlanError, match=message):
             align_models(b, a, "activation_matching", symmetries=symmetries, statistics=wrong)
@@ -227,7 +227,7 @@ def test_refuses_what_is_no_mapping_of_triples() -> None:
         ({**given, "1.weight": 1, "2.weight": "abc"}, "the statistics of 1.weight, 2.weight are not three tensors"),
         ({**given, "1.weight": [x.tolist() for x in given["1.weight"]]}, "the statistics of 1.weight are not three"),
         ({**given, 1: given["1.weight"]}, "the statistics name 1, which the table lacks"),
-        ({**given, "0.bias": given["1.weight"]}, "the statistics name 0.bias, which is no weight of a layer"),
+        ({**given, "0.bias": given["1.weight"]}, "the statistics name 0.bias, expected weights of layers"),
         ([given], "statistics: found a list, expected a file of cross moments"),
     ):
         with pytest.raises(PlanError, match=message):
@@ -238,7 +238,7 @@ def test_channels_that_only_convolutions_read_have_no_statistics() -> None:
     model, symmetries = convolutions(0)
     tensors = model.state_dict()
     one = torch.eye(25)
-    with pytest.raises(PlanError, match=r"tells nothing of inside: .* use weight_matching"):
+    with pytest.raises(PlanError, match=r"has no moments for inside: .* use weight_matching"):
         align_models(
             tensors,
             tensors,

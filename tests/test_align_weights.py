@@ -213,7 +213,7 @@ def test_rotation_goes_on_from_permutations_and_from_rotations(tmp_path: Path) -
     sums = [folded_product(tensors_of(a), rewrite(tensors_of(b), transform)) for transform in (first, second, third)]
     assert sums[0] < sums[1] < sums[2]
     assert [t.facts.scores["inner_after"] for t in (second, third)] == pytest.approx(sums[1:], rel=1e-5)
-    with pytest.raises(PlanError, match="what `initial` does to residual"):
+    with pytest.raises(PlanError, match="`initial` transforms residual"):
         align_models(b, a, initial=second)
 
 
@@ -298,11 +298,11 @@ def test_refuses_models_that_do_not_fit(tmp_path: Path) -> None:
     gpt2 = loaded("gpt2", 0, tmp_path / "c")
     refused("the source is given as tensors", b, a)
     refused("does not fit the symmetry table", b, mlp((7, 12, 8, 10, 4), 0), symmetries=symmetries)
-    refused("of different shape:\n  group ffn.0", llama, wider)
-    refused("of different shape:\n  .* is in one table only", llama, gpt2)
+    refused("differ in shape:\n  group ffn.0", llama, wider)
+    refused("differ in shape:\n  .* is in one table only", llama, gpt2)
     refused("no method 'weight_maching', did you mean weight_matching", b, a, "weight_maching", symmetries=symmetries)
     refused("order: found 'p3', known here: p0, p1, p2", b, a, symmetries=symmetries, order=["p3"])
-    refused("order: found a sweep of no group", b, a, symmetries=symmetries, order=[])
+    refused("order: found a sweep without groups", b, a, symmetries=symmetries, order=[])
     other = Transform(mlp_table((7, 12, 9, 11, 4)), {}, TransformFacts("none"))
     refused("`initial` is under another table", b, a, symmetries=symmetries, initial=other)
     refused("has attention heads without rotary positions", gpt2, gpt2, "rotation")
@@ -313,7 +313,7 @@ def test_refuses_models_that_do_not_fit(tmp_path: Path) -> None:
 
 def test_refuses_other_sizes_of_free_axes() -> None:
     symmetries = read_table("w units input", {"units": Units(3)}, ["w"])
-    refused("of different shape", {"w": torch.ones(3, 2)}, {"w": torch.ones(3, 4)}, symmetries=symmetries)
+    refused("differ in shape", {"w": torch.ones(3, 2)}, {"w": torch.ones(3, 4)}, symmetries=symmetries)
 
 
 @pytest.mark.parametrize("normalise", [False, True])
@@ -325,9 +325,9 @@ def test_refuses_products_that_overflow(dtype: torch.dtype, size: float, normali
         scores = align_models(b, a, symmetries=symmetries, normalise=True).facts.scores
         assert scores["inner_after"] > scores["inner_before"]
     else:
-        refused("overflow, expected numbers whose products", b, a, symmetries=symmetries, normalise=normalise)
+        refused("overflow, expected finite products", b, a, symmetries=symmetries, normalise=normalise)
     if dtype == torch.float64:
-        refused("overflow, expected numbers whose products", b, a, "ot", symmetries=symmetries)
+        refused("overflow, expected finite products", b, a, "ot", symmetries=symmetries)
 
 
 def test_refuses_gains_that_overflow_and_those_that_are_nan(tmp_path: Path) -> None:

@@ -164,7 +164,7 @@ def test_tensors_that_do_not_fit_are_all_named(tmp_path: Path) -> None:
     for part in (
         "B does not fit",
         "model.layers.0.extra [3] float32 is not in the table",
-        "model.layers.1.mlp.up_proj.weight is in the table, and missing",
+        "model.layers.1.mlp.up_proj.weight is in the table, but missing",
         "residual:gain@final has 32 units, the axis 31 entries",
         "has 1 axes, the table names 2",
     ):

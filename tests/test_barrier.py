@@ -347,12 +347,12 @@ def test_a_transform_of_another_model(llamas: tuple[Path, Path], texts: Path) ->
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"task": "embedding"}, "no barrier for the task 'embedding'"),
+        ({"task": "embedding"}, "the task 'embedding' has no barrier"),
         ({"points": 2}, "points is 2; expected at least 3"),
         ({"data": [torch.zeros(2, 5, dtype=torch.float64)]}, "the data have no labels"),
         ({"data": [(torch.zeros(2, 5, dtype=torch.float64), torch.tensor([0, 3]))]}, "classes from 0 to 3"),
         ({"reset_batchnorm": batches()}, "has no BatchNorm layer"),
-        ({"task": "lm"}, "no sequences of tokens"),
+        ({"task": "lm"}, "not token sequences"),
         ({"task": "lm", "data": [torch.zeros(2, 1, dtype=torch.long)]}, "nothing to predict"),
         ({"task": "lm", "data": "x.txt"}, "a module has no tokenizer"),
     ],

@@ -216,7 +216,7 @@ def test_layers_that_cannot_be_shifted_are_named() -> None:
         ({"weights": (0.5, 0.6)}, "weights are 0.5, 0.6; expected 2 numbers"),
         ({"weights": (1.0,)}, "expected 2 numbers"),
         ({"weights": (1.5, -0.5)}, "expected 2 numbers"),
-        ({"ends": []}, "there are no ends"),
+        ({"ends": []}, "found no ends"),
         ({"ends": [perceptron(0, 6, 5, 4), perceptron(1, 6, 4)]}, "has no 2|not called|units"),
         ({"ends": [perceptron(0, 6, 5, 4), perceptron(1, 6, 9, 4)]}, "0: 9 units, the merged model has 5"),
         ({"data": []}, "no batch"),

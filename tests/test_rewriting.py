@@ -151,7 +151,7 @@ def test_a_transform_that_fits_no_group_is_refused(llama: Checkpoint, tmp_path: 
 
 
 def test_other_files_are_no_transforms(llama: Checkpoint, tmp_path: Path):
-    with pytest.raises(FormatError, match="is no transform file; make one with `mergekit-lfm align`"):
+    with pytest.raises(FormatError, match="is not a transform file; make one with `mergekit-lfm align`"):
         open_transform(llama.files[0].path)
     with pytest.raises(FileNotFoundError, match="no such transform file"):
         open_transform(tmp_path / "absent")
@@ -167,12 +167,12 @@ def test_what_does_not_fit_a_table_is_told_at_once(llama: Checkpoint):
         check_fit(table, specs, "the model")
     text = str(refused.value)
     assert "is not in the table" in text
-    assert "lm_head.weight is in the table, and missing" in text
+    assert "lm_head.weight is in the table, but missing" in text
     assert "has 2 axes, the table names 1" in text
 
 
 def test_tables_name_what_they_do_not_know():
     with pytest.raises(PlanError, match="'resdual' is neither a group nor a free axis"):
         read_table("w resdual", {"residual": Units(2)}, ())
-    with pytest.raises(PlanError, match="'ffn:query' has no known view"):
+    with pytest.raises(PlanError, match="'ffn:query' has an unknown view"):
         read_table("w ffn:query", {"ffn": Units(2)}, ())

@@ -1,4 +1,4 @@
-"""Activation matching: units are paired by how their activations go together on data, each group by itself."""
+"""Activation matching: pair units by how their activations correlate on data, each group by itself."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from mergekit_lfm.artifacts.transform import Element, HeadsElement
 
 
 def match_activations(request: Request) -> Found:
-    """Permutations by the correlations of activations, summed over the layers that read a group.
+    """Find permutations from correlations of activations, summed over the layers that read a group.
 
-    Heads are paired by what the layer after them reads, and the values inside of each with them; queries and keys are
-    read by no layer, and are paired by weights given all else. A unit that does not vary counts as correlated with
-    none. PlanError names the groups that no covered layer reads.
+    Heads, and the values inside each, are paired by the inputs of the next layer; no layer reads queries and keys, so
+    they are paired by weights, with all else fixed. A constant unit counts as uncorrelated with every other.
+    Raises PlanError with the groups that no covered layer reads.
 
     Source: Ainsworth, Hayase, Srinivasa 2023 (2209.04836), section 3.1; Li et al. 2016 (1511.07543).
     """
@@ -30,11 +30,11 @@ def match_activations(request: Request) -> Found:
 
 
 def fit_activations(request: Request, pair: Pair, allowed: Callable[[Group], Family]) -> dict[str, Element]:
-    """The element of every group by the moments of what reads it, queries and keys by weights given all others.
+    """Fit every group to the moments of the layers that read it; queries and keys to weights, with all else fixed.
 
-    Orders and signs go by correlations; orthogonal matrices by E x y^T (Procrustes of the activations themselves),
-    before the gain of a folded norm, and of equal size for every layer and head. Each group is found by itself, so an
-    order of groups and a start do not matter. PlanError where products of the moments overflow.
+    Orders and signs use correlations; orthogonal matrices E x y^T (Procrustes of the activations themselves), before
+    the gain of a folded norm, scaled alike for every layer and head. Each group is fitted by itself, so neither the
+    order of groups nor a start matters. Raises PlanError if products of the moments overflow.
     """
     assert request.moments is not None
     request.moments.require(pair, pair.symmetries.groups)
@@ -58,7 +58,7 @@ def fit_activations(request: Request, pair: Pair, allowed: Callable[[Group], Fam
 
 
 def _measure(pair: Pair, group: Group, family: Family, block: Block) -> Tensor:
-    """How the units of a block go together, [units, units]."""
+    """How well each unit of one model matches each of the other, [units, units]."""
     if isinstance(group, Heads):
         return block.product(size=group.head_dim) if family.value_output == "orthogonal" else block.correlation()
     return block.product(pair.gains.get(block.part.norm or "")) if family.units == "orthogonal" else block.correlation()

@@ -1,8 +1,8 @@
-"""The check of a symmetry table against the model that it describes.
+"""Check a symmetry table against the model that it describes.
 
 Three questions: do random elements of every group keep the outputs; does every axis that the table names have to be
-named; and is no larger family kept, so that the table says all there is. The weights get noise beforehand, lest equal
-values (gains of 1, biases of 0) hide mistakes.
+named; and do larger families change the outputs, so that the table is complete. The weights first get noise, so that
+equal values (gains of 1, biases of 0) hide no mistakes.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from mergekit_lfm.views.rewritten import rewrite
 
 Run = Callable[[Mapping[str, Tensor]], Tensor]
 
-# Differences up to which outputs count as unchanged, by the dtype of the tensors. With float64 the rest is from norms,
-# rotary positions and softmax, which transformers computes in float32 all the same.
+# Outputs that differ by no more than this count as unchanged, by the dtype of the tensors. In float64 the remaining
+# difference comes from norms, rotary positions and softmax, which transformers computes in float32 even then.
 UNCHANGED = {torch.float64: 1e-5, torch.float32: 3e-4}
-CHANGED = 1e-3  # and above which they count as changed
+CHANGED = 1e-3  # outputs that differ by more count as changed
 NOISE = 0.3  # of vectors, relative to their own size
 
 
@@ -38,9 +38,9 @@ NOISE = 0.3  # of vectors, relative to their own size
 class Row:
     """One finding. part: "kept" (a family of the table), "needed" (an axis left out), "enough" (a larger family).
 
-    what: the groups and the kind of element, or the tensors and the axis, numbers of layers replaced by "*".
-    difference: of the outputs, max |y' - y| / max |y - mean of y over the examples|; inf where they are not finite.
-    reason: why outputs cannot change, where nothing depends on what lies there.
+    what: the groups and the kind of element, or the tensors and the axis, with layer numbers replaced by "*".
+    difference: between outputs, max |y' - y| / max |y - mean of y over the examples|; inf if they are not finite.
+    reason: why the outputs cannot change, if they do not depend on the transformed entries.
     """
 
     part: Literal["kept", "needed", "enough"]
@@ -53,20 +53,20 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """All findings. unchanged: the largest difference that counts as none."""
+    """All findings. unchanged: outputs with at most this difference count as the same."""
 
     rows: tuple[Row, ...]
     unchanged: float
 
     @property
     def ok(self) -> bool:
-        """Whether every finding is as expected."""
+        """True if every finding is as expected."""
         return all(row.ok for row in self.rows)
 
 
 @dataclass(frozen=True)
 class _Trial:
-    """A row to be: the transform whose outputs are compared, and the places by which they should change."""
+    """A row before its measurement: the transform whose outputs are compared, and the places that it changes."""
 
     part: Literal["kept", "needed", "enough"]
     what: str
@@ -82,19 +82,19 @@ def check_symmetries(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
-    """What the table claims, and what the model says to it.
+    """Test every claim of the table on the model.
 
-    run: the outputs [..., n] of the model with these tensors, for several inputs; all outputs that it has, in the dtype
-    of the tensors, dropout off and BatchNorm in evaluation. It gets float64 where the tensors are, else float32.
-    progress is called with the trials done, and all there are. PlanError where the table does not fit the tensors, or
-    the outputs say nothing. The same report for the same seed.
+    run: returns the outputs [..., n] of the model with the given tensors, for several inputs; all its outputs, in the
+    dtype of the tensors, with dropout off and BatchNorm in evaluation mode. float64 tensors stay float64, others become
+    float32. progress is called with the number of finished trials and of all. The same seed gives the same report.
+    Raises PlanError if the table does not fit the tensors, or if the outputs do not depend on the inputs.
     """
     specs = {n: TensorSpec(n, tuple(x.shape), str(x.dtype).removeprefix("torch.")) for n, x in tensors.items()}
     check_fit(symmetries, specs, "the model")
     draw = torch.Generator().manual_seed(seed)
-    model = Model({name: _unequal(x, draw) for name, x in tensors.items()}, symmetries)
+    model = Model({name: _add_noise(x, draw) for name, x in tensors.items()}, symmetries)
     judge = _Judge(model, random_transform(model.tensors, symmetries, seed=seed), run)
-    trials = [*_kept(model), *_needed(judge.whole), *_enough(model)]
+    trials = [*_family_trials(model), *_axis_trials(judge.whole), *_larger_trials(model)]
     rows = []
     for i, trial in enumerate(trials):
         rows.append(judge.row(trial, draw.manual_seed(seed + i)))
@@ -103,9 +103,9 @@ def check_symmetries(
     return Report(tuple(rows), judge.unchanged)
 
 
-def _unequal(x: Tensor, draw: torch.Generator) -> Tensor:
-    """The tensor, float32 at least, with seeded noise: a vector of its own size, positive ones staying positive; a
-    matrix as far as it is weak, as before training, when attention is so flat that it says nothing.
+def _add_noise(x: Tensor, draw: torch.Generator) -> Tensor:
+    """Add seeded noise to the tensor, in float32 or float64. A vector gets noise relative to its own size, and stays
+    positive if it was. A matrix gets it only if it is small, as before training, when flat attention hides mistakes.
     """
     if not x.is_floating_point() or x.ndim == 0:
         return x
@@ -123,7 +123,7 @@ def _unequal(x: Tensor, draw: torch.Generator) -> Tensor:
 
 
 class _Judge:
-    """The outputs of the model, as they are and rewritten. whole: acts on every group."""
+    """Compares the outputs of the model with those of rewritten tensors. whole: a transform of every group."""
 
     def __init__(self, model: Model, whole: Transform, run: Run) -> None:
         self.model, self.whole, self._run = model, whole, run
@@ -140,26 +140,26 @@ class _Judge:
             )
 
     def difference(self, tensors: Mapping[str, Tensor]) -> float:
-        """Of the outputs with these tensors, relative to their spread."""
+        """How far the outputs with these tensors are from the model's own, relative to their spread."""
         change = float((self._run(tensors).detach().double() - self._outputs).abs().max())
         return change / self._spread if math.isfinite(change) else math.inf
 
     def row(self, trial: _Trial, draw: torch.Generator) -> Row:
-        """What comes of a trial."""
+        """Carry out a trial."""
         transform = trial.transform(draw)
         if trial.part == "needed":  # the whole transform, but for these tensors
             tensors = {tensor: self.model.tensors[tensor] for tensor, _, _ in trial.places}
-            found = self.difference({**self._rewritten, **rewrite(tensors, transform)})
+            difference = self.difference({**self._rewritten, **rewrite(tensors, transform)})
         else:
-            found = self.difference(rewrite(self.model.tensors, transform))
+            difference = self.difference(rewrite(self.model.tensors, transform))
         if trial.part == "kept":
-            return Row(trial.part, trial.what, found, "unchanged", found <= self.unchanged)
-        if found <= self.unchanged and (reason := self._reason(trial.places, draw)):
-            return Row(trial.part, trial.what, found, "unchanged", True, reason)
-        return Row(trial.part, trial.what, found, "changed", found > CHANGED)
+            return Row(trial.part, trial.what, difference, "unchanged", difference <= self.unchanged)
+        if difference <= self.unchanged and (reason := self._reason(trial.places, draw)):
+            return Row(trial.part, trial.what, difference, "unchanged", True, reason)
+        return Row(trial.part, trial.what, difference, "changed", difference > CHANGED)
 
     def _reason(self, places: Sequence[Place], draw: torch.Generator) -> str:
-        """Why no transform of these places can matter: nothing depends on what lies there. "" where something does."""
+        """Why no transform of these places can change the outputs; "" if the outputs depend on them."""
         symmetries, noisy = self.model.symmetries, dict(self.model.tensors)
         for tensor, axis, place in places:
             x = noisy[tensor].clone()
@@ -179,29 +179,29 @@ class _Judge:
 
 
 def _kind(name: str) -> str:
-    """A name with the numbers of layers replaced: what its likes share."""
+    """The name with layer numbers replaced, the same for all layers."""
     return re.sub(r"(?<!\w)\d+(?!\w)", "*", name)
 
 
-def _alike(symmetries: Symmetries) -> Iterator[tuple[str, Group, list[str]]]:
-    """Groups of one kind: what they are called, one of them, and the names of all."""
-    found: dict[tuple[str, Group], list[str]] = {}
+def _group_by_kind(symmetries: Symmetries) -> Iterator[tuple[str, Group, list[str]]]:
+    """Groups of one kind: their common name, one of them, and the names of all."""
+    kinds: dict[tuple[str, Group], list[str]] = {}
     for name, group in symmetries.groups.items():
         family = group if isinstance(group, Heads) else replace(group, count=min(group.count, 2))
-        found.setdefault((_kind(name), family), []).append(name)
-    return ((what, symmetries.groups[names[0]], names) for (what, _), names in found.items())
+        kinds.setdefault((_kind(name), family), []).append(name)
+    return ((what, symmetries.groups[names[0]], names) for (what, _), names in kinds.items())
 
 
 def _has(group: Group, kind: Kind) -> bool:
-    """Whether a group has elements of a kind other than the identity."""
+    """True if a group has elements of this kind other than the identity."""
     if isinstance(group, Heads):
         return kind == "inside" or (kind == "order" and max(group.groups, group.per_group) > 1)
     has = {"order": group.count > 1, "scale": group.scale is not None, "rotation": group.rotation is not None}
     return has.get(kind, False)
 
 
-def _kept(model: Model) -> Iterator[_Trial]:
-    for what, group, names in _alike(model.symmetries):
+def _family_trials(model: Model) -> Iterator[_Trial]:
+    for what, group, names in _group_by_kind(model.symmetries):
         for kind in KINDS:
             if _has(group, kind):
                 yield _Trial("kept", f"{what} {kind}", partial(_of_groups, model, names, {kind}))
@@ -213,7 +213,7 @@ def _of_groups(model: Model, names: list[str], kinds: Collection[Kind], draw: to
     return Transform(model.symmetries, *elements_of(model.tensors, model.symmetries, names, kinds, draw))
 
 
-def _needed(whole: Transform) -> Iterator[_Trial]:
+def _axis_trials(whole: Transform) -> Iterator[_Trial]:
     lines: dict[str, list[Place]] = {}
     for tensor, axes in whole.symmetries.tensors.items():
         for i, axis in enumerate(axes):
@@ -222,11 +222,11 @@ def _needed(whole: Transform) -> Iterator[_Trial]:
                     what = f"{_kind(tensor)} axis {i}, {_kind(str(part))}"
                     lines.setdefault(what, []).append((tensor, i, place))
     for what, places in lines.items():
-        yield _Trial("needed", what, partial(_left_out, whole, places), places)
+        yield _Trial("needed", what, partial(_leave_out, whole, places), places)
 
 
-def _left_out(whole: Transform, places: list[Place], _: torch.Generator) -> Transform:
-    """The transform with nothing done in these places: there stand groups of the same size that have no element."""
+def _leave_out(whole: Transform, places: list[Place], _: torch.Generator) -> Transform:
+    """The transform without these places: other groups of the same size, without elements, take them over."""
     table = whole.symmetries
     parts = {place: table.tensors[place[0]][place[1]][place[2]] for place in places}
     still = {place: Part(f"{part}, left out") for place, part in parts.items()}
@@ -234,8 +234,8 @@ def _left_out(whole: Transform, places: list[Place], _: torch.Generator) -> Tran
     return replace(whole, symmetries=changed(table, still, sizes))
 
 
-def _enough(model: Model) -> Iterator[_Trial]:
-    for what, group, names in _alike(model.symmetries):
+def _larger_trials(model: Model) -> Iterator[_Trial]:
+    for what, group, names in _group_by_kind(model.symmetries):
         places = [place for name in names for place in places_of(model.symmetries, name)]
         for larger in LARGER:
             if larger.than(model.symmetries, names[0], group):

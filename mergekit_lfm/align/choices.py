@@ -1,6 +1,6 @@
-"""What may act on a group, and the best of it: for each kind the matrix M of which <C, M> is greatest.
+"""The families of elements for a group, and the best of each: the matrix M of a kind with the greatest <C, M>.
 
-C[i, j] is how well unit i of the one model goes with unit j of the other. Orders are linear assignments, orthogonal
+C[i, j] is how well unit i of the one model matches unit j of the other. Orders are linear assignments, orthogonal
 matrices polar factors (Procrustes), rotary pairs angles. Elements are complete here: every part is filled in.
 """
 
@@ -19,14 +19,14 @@ from mergekit_lfm.artifacts.transform import Element, HeadsElement, UnitsElement
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.views.maps import CPU
 
-TIE = 1e-12  # of the greatest score: what decides among orders that are equally good but for rounding
+TIE = 1e-12  # of the greatest score: a bonus that decides among orders that differ only by rounding
 
 Kind = Literal["fixed", "order", "signed", "orthogonal", "phases", "signs"]
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """What may act on a group. units: on `Units`; query_key, value_output: inside of `Heads`."""
+    """The kinds of matrices that may act on a group. units: on `Units`; query_key, value_output: inside `Heads`."""
 
     units: Kind = "order"
     query_key: Kind = "fixed"
@@ -34,12 +34,12 @@ class Family:
 
 
 def permutations(group: Group) -> Family:
-    """Orders only: of units, of heads, and inside of heads where any matrix may act."""
+    """Orders only: of units, of heads, and inside heads if the table allows any matrix there."""
     return Family(query_key="order" if isinstance(group, Heads) and group.query_key == "linear" else "fixed")
 
 
 def rotations(group: Group) -> Family:
-    """Orthogonal matrices and signs as far as the table allows them, and orders."""
+    """Orthogonal matrices and signs if the table allows them, else orders."""
     if isinstance(group, Units):
         signed = group.scale in ("sign", "nonzero")
         return Family("orthogonal" if group.rotation == "orthogonal" else "signed" if signed else "order")
@@ -47,9 +47,9 @@ def rotations(group: Group) -> Family:
 
 
 def assign(scores: Tensor, now: Tensor | None = None) -> Tensor:
-    """The order p, int64 [n], of which sum_i scores[i, p[i]] is greatest.
+    """The order p, int64 [n], with the greatest sum_i scores[i, p[i]].
 
-    now: the order at present, by default 0, 1, ... Of several that are equally good, the one nearest to it.
+    now: the present order, by default 0, 1, ... Among equally good orders the one nearest to it wins.
     """
     present = (torch.arange(len(scores)) if now is None else now)[:, None]
     scores = scores.double()
@@ -60,7 +60,7 @@ def assign(scores: Tensor, now: Tensor | None = None) -> Tensor:
 
 
 def polar(c: Tensor, device: torch.device = CPU) -> Tensor:
-    """The orthogonal matrix O, float64, of which <c, O> is greatest: U V^T of c = U S V^T. device: where it is found.
+    """The orthogonal matrix O, float64, with the greatest <c, O>: U V^T of c = U S V^T. device: computes it.
 
     Source: Schönemann 1966, "A generalized solution of the orthogonal Procrustes problem", equation 1.7.
     """
@@ -70,14 +70,14 @@ def polar(c: Tensor, device: torch.device = CPU) -> Tensor:
 
 
 def signs_of(x: Tensor) -> Tensor:
-    """float64: 1 or -1; of 0 it is 1."""
+    """The signs of x, float64: 1 or -1; 1 for 0."""
     return torch.where(x < 0, -1.0, 1.0).to(torch.float64)
 
 
 def best_matrix(kind: Kind, c: Tensor, device: torch.device = CPU) -> Tensor:
-    """The matrix of a kind, float64 [n, n], of which <c, matrix> is greatest. c: float64 [n, n].
+    """The matrix of a kind, float64 [n, n], with the greatest <c, matrix>. c: float64 [n, n].
 
-    phases, signs: for every rotary pair (i, i + n / 2) a rotation, or a sign. device: where a polar factor is found.
+    phases, signs: a rotation, or a sign, for every rotary pair (i, i + n / 2). device: computes polar factors.
     """
     identity = torch.eye(len(c), dtype=torch.float64)
     if kind == "fixed":
@@ -102,39 +102,39 @@ def best_matrix(kind: Kind, c: Tensor, device: torch.device = CPU) -> Tensor:
 
 @dataclass(frozen=True)
 class Scores:
-    """How well the units of two models go together: products added up by the view of the group that they are of.
+    """How well the units of two models match: sums of products, one for each view of a group.
 
-    Of `Units`: plain, float64 [m, n], where only their order acts; vector where their factors and matrices do, too. Of
-    `Heads`: key and value [groups * head_dim, the same]; query and output, the same for all query heads. device: where
-    the polar factor of a group's scores is found; of what acts inside of heads it is small, and found on the CPU.
+    For `Units`, float64 [m, n]: plain for axes that follow only the order; vector for those that factors and matrices
+    act on, too. For `Heads`: key and value [groups * head_dim, the same]; query and output likewise, of all query
+    heads. device: computes the polar factor of `Units`; those inside heads are small, and computed on the CPU.
     """
 
     sums: dict[str, Tensor]
     device: torch.device = CPU
 
     @classmethod
-    def of(cls, told: Iterable[tuple[Part, Tensor]], device: torch.device = CPU) -> Scores:
-        """The sums of products by the parts that they are of, added up where the products lie."""
+    def of(cls, products: Iterable[tuple[Part, Tensor]], device: torch.device = CPU) -> Scores:
+        """Sum the products by the views of their parts, on the device where they lie."""
         sums: dict[str, Tensor] = {}
         names = {"": "vector", "'": "vector", "order": "plain", "gain": "plain", "shift": "plain"}
-        for part, product in told:
+        for part, product in products:
             name = names.get(part.view, part.view)
             sums[name] = sums[name] + product.double() if name in sums else product.double()
         return cls({name: x.cpu() for name, x in sums.items()}, device)
 
     @property
     def finite(self) -> bool:
-        """Whether all sums of scores are numbers."""
+        """True if every sum of scores is finite."""
         return all(bool(x.abs().sum().isfinite()) for x in self.sums.values())
 
     def view(self, name: str, *shape: int) -> Tensor:
-        """A sum in this shape; zeros where nothing tells of it."""
-        found = self.sums.get(name)
-        return torch.zeros(shape, dtype=torch.float64) if found is None else found.view(shape)
+        """A sum in this shape; zeros without products for it."""
+        total = self.sums.get(name)
+        return torch.zeros(shape, dtype=torch.float64) if total is None else total.view(shape)
 
 
 def best_units(group: Units, family: Family, scores: Scores, now: UnitsElement | None = None) -> UnitsElement:
-    """The element of the family of which <C, element> is greatest; of equally good ones that nearest to `now`."""
+    """The element of the family with the greatest <C, element>; among equally good ones the nearest to `now`."""
     plain, vector = (scores.view(name, group.count, group.count) for name in ("plain", "vector"))
     if family.units == "orthogonal":
         return UnitsElement(matrix=polar(plain + vector, scores.device))
@@ -155,9 +155,9 @@ def units_value(group: Units, scores: Scores, element: UnitsElement) -> float:
 
 
 def complete(group: Group, family: Family, element: Element | None, name: str, device: torch.device = CPU) -> Element:
-    """The element, identity by default, with every part filled in. PlanError where it is not in the family.
+    """The element, identity by default, with every part filled in. Raises PlanError if it is not in the family.
 
-    device: where it is found out whether a matrix on units is orthogonal.
+    device: checks whether a matrix on units is orthogonal.
     """
     if isinstance(group, Units):
         filled, fits = _complete_units(group, family, element, device)
@@ -165,7 +165,7 @@ def complete(group: Group, family: Family, element: Element | None, name: str, d
         filled, fits = _complete_heads(group, family, element)
     if not fits:
         raise PlanError(
-            f"what `initial` does to {name} is more than this method may do there; start from a transform of the same "
+            f"`initial` transforms {name} in a way that this method cannot; start from a transform of the same "
             "method, from permutations, or without one"
         )
     return filled
@@ -174,40 +174,40 @@ def complete(group: Group, family: Family, element: Element | None, name: str, d
 def _complete_units(
     group: Units, family: Family, element: Element | None, device: torch.device
 ) -> tuple[Element, bool]:
-    given = element if isinstance(element, UnitsElement) else UnitsElement()
-    order = torch.arange(group.count) if given.order is None else given.order
-    scale = torch.ones(group.count, dtype=torch.float64) if given.scale is None else given.scale.double()
+    start = element if isinstance(element, UnitsElement) else UnitsElement()
+    order = torch.arange(group.count) if start.order is None else start.order
+    scale = torch.ones(group.count, dtype=torch.float64) if start.scale is None else start.scale.double()
     if family.units != "orthogonal":
         fits = bool(((scale.abs() if family.units == "signed" else scale) == 1).all())
-        return UnitsElement(order, scale), given.matrix is None and fits
-    matrix = given.matrix
+        return UnitsElement(order, scale), start.matrix is None and fits
+    matrix = start.matrix
     if matrix is None:
         matrix = torch.eye(group.count, dtype=torch.float64)[order] * scale[:, None]
     square = matrix.shape == (group.count, group.count)
-    fits = given.dual is None and square and _of_kind("orthogonal", matrix[None], device)
+    fits = start.dual is None and square and _are_of_kind("orthogonal", matrix[None], device)
     return UnitsElement(matrix=matrix.double()), fits
 
 
 def _complete_heads(group: Heads, family: Family, element: Element | None) -> tuple[Element, bool]:
-    given = element if isinstance(element, HeadsElement) else HeadsElement()
+    start = element if isinstance(element, HeadsElement) else HeadsElement()
     one = torch.eye(group.head_dim, dtype=torch.float64).repeat(group.groups, 1, 1)
-    query_key = one if given.query_key is None else given.query_key.double()
-    value_output = one if given.value_output is None else given.value_output.double()
-    queries = torch.arange(group.per_group).repeat(group.groups, 1) if given.queries is None else given.queries
-    groups = torch.arange(group.groups) if given.groups is None else given.groups
-    fits = _of_kind(family.query_key, query_key) and _of_kind(family.value_output, value_output)
+    query_key = one if start.query_key is None else start.query_key.double()
+    value_output = one if start.value_output is None else start.value_output.double()
+    queries = torch.arange(group.per_group).repeat(group.groups, 1) if start.queries is None else start.queries
+    groups = torch.arange(group.groups) if start.groups is None else start.groups
+    fits = _are_of_kind(family.query_key, query_key) and _are_of_kind(family.value_output, value_output)
     return HeadsElement(groups, queries, query_key, value_output), fits
 
 
-def _of_kind(kind: Kind, matrices: Tensor, device: torch.device = CPU) -> bool:
-    """Whether all the matrices are of the kind, to 1e-5: each is then the best of its kind for itself."""
+def _are_of_kind(kind: Kind, matrices: Tensor, device: torch.device = CPU) -> bool:
+    """True if all the matrices are of the kind, to 1e-5: each is then its own best match of that kind."""
     matrices = matrices.double()
-    kept = torch.stack([best_matrix(kind, matrix, device) for matrix in matrices])
-    return bool(torch.allclose(kept, matrices, rtol=0, atol=1e-5))
+    nearest = torch.stack([best_matrix(kind, matrix, device) for matrix in matrices])
+    return bool(torch.allclose(nearest, matrices, rtol=0, atol=1e-5))
 
 
 def shortened(element: Element) -> Element | None:
-    """The element without the parts that change nothing; None where no part is left."""
+    """The element without the parts that change nothing; None if no part is left."""
     if isinstance(element, UnitsElement):
         scale = element.scale
         unscaled = scale is None or bool((scale == 1).all())

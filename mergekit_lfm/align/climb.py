@@ -1,7 +1,7 @@
-"""One run of weight matching: sum_t <A_t, (g B)_t> over all tensors, made greater one group at a time.
+"""One run of weight matching: increase sum_t <A_t, (g B)_t> over all tensors, one group at a time.
 
 For one group, the others fixed, this sum is <C, g>: C is the sum of unfold(A_t) unfold(B_t)^T over the axes on which
-the group acts, the other axes of B_t rewritten by what acts there now. What maximises it depends on the family.
+the group acts, the other axes of B_t rewritten by the present elements. The family determines the best g.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from mergekit_lfm.align.pair import Pair, Use, overflow
 from mergekit_lfm.arch.table import Group, Part, Units
 from mergekit_lfm.artifacts.transform import Element, HeadsElement, Transform, TransformFacts, UnitsElement
 
-# By how much of itself the sum has to grow for another sweep. Permutations come to an end, as in git-re-basin; matrices
-# approach it, and 20 sweeps are worth as much as 100.
+# The relative growth of the sum that earns another sweep. Permutations converge exactly, as in git-re-basin; matrices
+# only approach their limit, and 20 sweeps are worth as much as 100.
 TOLERANCE, TOLERANCE_OF_MATRICES = 1e-12, 1e-8
 
 
 class Climb:
-    """The element of every group, and its steps. transform: these elements as one, which changes with them."""
+    """The element of every group, and the steps that improve it. transform: a live view of these elements."""
 
     def __init__(self, pair: Pair, allowed: Callable[[Group], Family], start: Mapping[str, Element]) -> None:
-        """start: of groups that are not left alone. PlanError where it is no element of what is allowed."""
+        """start: elements to begin with, else the identity. Raises PlanError if one is not in its group's family."""
         self.pair = pair
         groups = pair.symmetries.groups
         self.families = {name: allowed(group) for name, group in groups.items()}
@@ -39,41 +39,41 @@ class Climb:
         self.transform = Transform(pair.symmetries, self.elements, TransformFacts("climb"))
 
     def scores(self, group: str, uses: Sequence[Use]) -> Scores:
-        """C, from the uses of a group, with what the others are now. PlanError where products overflow."""
+        """C, from these uses of a group, with the others as they are now. Raises PlanError if products overflow."""
 
         def products(use: Use) -> list[tuple[Part, Tensor]]:
             return [(part, x @ y.T) for part, x, y in self.pair.unfolded(use, group, self.transform)]
 
-        found = Scores.of(chain.from_iterable(self.pair.in_order(products, uses)), self.pair.device)
-        if not found.finite:
-            raise overflow(f"the products of the weights that {group} is read and written by")
-        return found
+        scores = Scores.of(chain.from_iterable(self.pair.in_order(products, uses)), self.pair.device)
+        if not scores.finite:
+            raise overflow(f"the products of the weights that read and write {group}")
+        return scores
 
     def visit(self, name: str, uses: Sequence[Use]) -> bool:
-        """Makes a group the best it can be by what these uses tell. Whether their sum grew."""
+        """Replace a group's element by the best for these uses. Returns True if their sum grew."""
         if not uses:
             return False
         group, now = self.pair.symmetries.groups[name], self.elements[name]
         scores = self.scores(name, uses)
-        found = best_element(group, self.families[name], scores, now)
-        before, after = (value(group, scores, element) for element in (now, found))
+        best = best_element(group, self.families[name], scores, now)
+        before, after = (value(group, scores, element) for element in (now, best))
         twice = len({tensor for tensor, _ in uses}) < len(uses)
         if twice:  # the group acts on two axes of a tensor: the sum is not linear in it, and C holds for `now` only
             tensors = [tensor for tensor, _ in uses]
             before = self.pair.closeness(self.transform, tensors)[0]
-            self.elements[name] = found
+            self.elements[name] = best
             after = self.pair.closeness(self.transform, tensors)[0]
-        self.elements[name] = found if after > before else now
+        self.elements[name] = best if after > before else now
         return after - before > self.tolerance * max(abs(before), abs(after))
 
     def anchor(self, groups: Iterable[str], tick: Callable[[int], None]) -> None:
-        """Visits each of these groups once, by what is known before it; all others count as known."""
+        """Visit each of these groups once, using only groups visited before it; all other groups count as known."""
         for name, uses in self.pair.anchored(groups):
             self.visit(name, uses)
             tick(1)
 
     def sweep(self, order: Sequence[str], tick: Callable[[int], None]) -> bool:
-        """Visits the groups in this order. Whether the sum grew."""
+        """Visit the groups in this order. Returns True if the sum grew."""
         grew = False
         for name in order:
             grew |= self.visit(name, self.pair.uses(name))
@@ -82,7 +82,7 @@ class Climb:
 
 
 def value(group: Group, scores: Scores, element: Element) -> float:
-    """<C, element>, of a complete element."""
+    """<C, element> of a complete element."""
     if isinstance(group, Units):
         assert isinstance(element, UnitsElement)
         return units_value(group, scores, element)
@@ -91,7 +91,7 @@ def value(group: Group, scores: Scores, element: Element) -> float:
 
 
 def best_element(group: Group, family: Family, scores: Scores, now: Element) -> Element:
-    """The element of the family of which <C, element> is greatest, as far as is known. now: a complete element."""
+    """The element of the family with the greatest known <C, element>. now: a complete element."""
     if isinstance(group, Units):
         assert isinstance(now, UnitsElement)
         return best_units(group, family, scores, now)

@@ -1,4 +1,4 @@
-"""Second moments of the inputs of both models' layers on the same data, and what they say of the groups read there."""
+"""Second moments of the inputs of both models' layers on the same data, in blocks for the groups that they read."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ RESOLUTION = 1e-6  # of the mean square: a variance below it is rounding in floa
 
 @dataclass(frozen=True)
 class Moment:
-    """What the inputs of one layer are to those of the same layer in the other model.
+    """The moments of one layer's inputs in both models.
 
-    weight: its tensor; read: the cross moments [m + 1, n + 1] of `to` with the source, and the mean squares of each.
+    weight: its tensor; read: returns the cross moments [m + 1, n + 1] of `to` with the source, and the mean squares of
+    each.
     """
 
     weight: str
@@ -35,9 +36,10 @@ class Moment:
 
 @dataclass(frozen=True)
 class Block:
-    """The moments of the units of a part that a layer reads, float64.
+    """The moments of the units in a part of a layer's inputs, float64.
 
-    cross [m, n]: E x y^T; means and mean squares of x [m], of `to`, and y [n], of the source. each: entries per unit.
+    cross [m, n]: E x y^T; mean and power: the means and mean squares of x [m], from `to`, and y [n], from the source.
+    each: entries per unit.
     """
 
     part: Part
@@ -47,7 +49,7 @@ class Block:
     power: tuple[Tensor, Tensor]
 
     def correlation(self) -> Tensor:
-        """Pearson's, [units, units]; 0 for a unit that does not vary. Of several entries per unit, their sum."""
+        """Pearson's correlations, [units, units]; 0 for a constant unit; the sum over a unit's entries."""
         covariance = self.cross - self.mean[0][:, None] * self.mean[1]
         inverse = [
             torch.where(p - m.square() > RESOLUTION * p, p - m.square(), torch.inf).rsqrt()
@@ -58,8 +60,8 @@ class Block:
     def product(self, gains: tuple[Tensor, Tensor] | None = None, size: int | None = None) -> Tensor:
         """E x y^T [units, units], divided by the root mean squares of x and y.
 
-        gains: what x and y are divided by before, where it is not 0. size: of the runs of units, each of which has a
-        root mean square of its own; all of them together by default.
+        gains: x and y are first divided by these, except that entries with gain 0 become 0. size: each run of so many
+        units has its own root mean square; by default all units share one.
         """
         factors = []
         for i, power in enumerate(self.power):
@@ -70,12 +72,12 @@ class Block:
         return self.by_unit(self.cross * factors[0][:, None] * factors[1])
 
     def squares(self) -> tuple[Tensor, Tensor, Tensor]:
-        """E x y^T, E x^2 and E y^2 of the units, summed over the entries of each."""
+        """E x y^T, E x^2 and E y^2 of the units, summed over each unit's entries."""
         first, second = (p.view(-1, self.each).sum(1) for p in self.power)
         return self.by_unit(self.cross), first, second
 
     def by_unit(self, c: Tensor) -> Tensor:
-        """c summed over the entries of each unit: those in the same place of both."""
+        """c summed over the entries of each unit: entry i of one with entry i of the other."""
         m, n = (size // self.each for size in c.shape)
         return c.view(m, self.each, n, self.each).diagonal(dim1=1, dim2=3).sum(-1)
 
@@ -86,13 +88,13 @@ def _inverse(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Moments:
-    """The moments of all layers that are covered; of layers that read the same inputs, those of one."""
+    """The moments of all covered layers, one for all layers with the same inputs."""
 
     found: Sequence[Moment]
     label: str
 
     def of(self, pair: Pair, group: str) -> list[Block]:
-        """What is known of a group: a block for every part that a covered layer reads. FormatError for NaN."""
+        """A block for every part of the group that a covered layer reads. Raises FormatError for NaN or infinity."""
         blocks = []
         for moment in self.found:
             parts = pair.symmetries.tensors[moment.weight][reading_axis(pair, moment.weight)]
@@ -101,12 +103,13 @@ class Moments:
         return blocks
 
     def require(self, pair: Pair, groups: Mapping[str, object]) -> None:
-        """PlanError about all of these groups that no covered layer reads."""
+        """Raises PlanError with all of these groups that no covered layer reads."""
         lacking = [group for group in groups if pair.uses(group) and not self._covered(pair, group)]
         if lacking:
             raise PlanError(
-                f"{self.label} tells nothing of {', '.join(lacking)}: no linear layer in it reads these units. Collect "
-                "cross moments of all layers; where only other layers read them, as convolutions, use weight_matching"
+                f"{self.label} has no moments for {', '.join(lacking)}: no linear layer in it reads these units. "
+                "Collect cross moments of all layers; if only other layers, such as convolutions, read them, use "
+                "weight_matching"
             )
 
     def _covered(self, pair: Pair, group: str) -> bool:
@@ -114,12 +117,12 @@ class Moments:
         return any(part.group == group for axis in axes for part in axis)
 
     def _read(self, moment: Moment) -> Triple:
-        """The moments of a layer, float64. FormatError for NaN and infinity."""
+        """The moments of a layer, float64. Raises FormatError for NaN or infinity."""
         cross, first, second = (x.double() for x in moment.read())
         if not all(bool(x.isfinite().all()) for x in (cross, first, second)):
             raise FormatError(
-                f"{self.label}: the moments of {moment.weight} hold NaN or infinity, expected numbers; collect them "
-                "again, on inputs on which both models' activations are finite"
+                f"{self.label}: the moments of {moment.weight} hold NaN or infinity, expected finite numbers; collect "
+                "them again, on inputs that keep both models' activations finite"
             )
         return cross, first, second
 
@@ -146,18 +149,18 @@ class Moments:
 
 
 def reading_axis(pair: Pair, weight: str) -> int:
-    """The axis along which a layer's inputs run; the last where nothing that is read acts on any."""
+    """The axis of a layer's inputs: the first that reads a group, else the last."""
     axes = pair.symmetries.tensors[weight]
-    found = [i for i, parts in enumerate(axes) if any(part.view in READERS for part in parts)]
-    return found[0] if found else len(axes) - 1
+    reading = [i for i, parts in enumerate(axes) if any(part.view in READERS for part in parts)]
+    return reading[0] if reading else len(axes) - 1
 
 
 def open_moments(given: Given, pair: Pair, contents: Callable[[], tuple[str, str]]) -> Moments:
     """The cross moments in a file or a mapping from weights to `Triple`s, with `to` first.
 
-    contents: the digests of the source and of `to`; a file may be of the two models in either order. PlanError where it
-    is of others, or of another kind, for tensors that are not in the table, and for what is neither file nor mapping of
-    triples.
+    contents: returns the digests of the source and of `to`; a file may hold the two models in either order. Raises
+    PlanError for statistics of other models or of another kind, for tensors that are not in the table, and for anything
+    but a file or a mapping of triples.
     """
     if isinstance(given, Mapping):
         return _of_mapping(given, pair)
@@ -182,16 +185,16 @@ def open_moments(given: Given, pair: Pair, contents: Callable[[], tuple[str, str
     entries: dict[str, Moment] = {}
     for layer in facts.layers.values():
         if layer.entry not in entries and layer.weight in pair.symmetries.tensors:
-            entries[layer.entry] = _stored(statistics, layer.weight, layer.entry, swapped)
+            entries[layer.entry] = _from_file(statistics, layer.weight, layer.entry, swapped)
     return Moments(list(entries.values()), str(statistics.path))
 
 
 def _of_mapping(given: Mapping[str, Triple], pair: Pair) -> Moments:
-    """The moments in a mapping. PlanError about all names and values that are not as they have to be."""
+    """The moments in a mapping. Raises PlanError with all wrong names, or all wrong values."""
     if unknown := sorted(str(name) for name in given if name not in pair.symmetries.tensors):
         raise PlanError(f"the statistics name {', '.join(unknown)}, which the table lacks; name weights of layers")
     if vectors := [name for name in given if len(pair.symmetries.tensors[name]) < 2]:
-        raise PlanError(f"the statistics name {', '.join(vectors)}, which is no weight of a layer; name weights")
+        raise PlanError(f"the statistics name {', '.join(vectors)}, expected weights of layers; name only those")
     wrong = [
         name
         for name, triple in given.items()
@@ -202,14 +205,14 @@ def _of_mapping(given: Mapping[str, Triple], pair: Pair) -> Moments:
             f"the statistics of {', '.join(wrong)} are not three tensors; expected for each weight the cross moments, "
             "the mean squares of the model to align to, and those of the source"
         )
-    return Moments([_held(name, triple) for name, triple in given.items()], "the mapping of statistics")
+    return Moments([_from_triple(name, triple) for name, triple in given.items()], "the mapping of statistics")
 
 
-def _held(name: str, triple: Triple) -> Moment:
+def _from_triple(name: str, triple: Triple) -> Moment:
     return Moment(name, lambda: triple)
 
 
-def _stored(statistics: Statistics, weight: str, entry: str, swapped: bool) -> Moment:
+def _from_file(statistics: Statistics, weight: str, entry: str, swapped: bool) -> Moment:
     def read() -> Triple:
         names = (f"cross/{entry}", f"power/first/{entry}", f"power/second/{entry}")
         cross, first, second = (statistics.tensors.read(n).view(statistics.tensors[n].shape) for n in names)

@@ -1,4 +1,4 @@
-"""Random elements of a table's groups: what tests plant, and what the check of a table rewrites a model by."""
+"""Random elements of a table's groups: tests plant them, and the check of a table rewrites a model with them."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ KINDS: tuple[Kind, ...] = ("order", "scale", "rotation", "inside")
 def random_transform(
     tensors: Mapping[str, Tensor], symmetries: Symmetries, *, seed: int, kinds: Collection[Kind] = KINDS
 ) -> Transform:
-    """A random element of every group, of these kinds: it changes the tensors, and leaves the outputs as they are.
+    """A random element of every group, of these kinds: it changes the tensors, but not the outputs.
 
-    "order": units, heads, and query heads within their group change places. "scale": factors from 1/2 to 2, of the
-    signs that the group allows. "rotation": where the group allows one, in place of order and scale; new gains are
-    random, from 1/2 to 3/2. "inside": matrices within heads. tensors: of which the norms' old gains are read.
-    PlanError where one of those is missing. The same for the same seed.
+    "order": units, heads, and query heads within their group change places. "scale": factors from 1/2 to 2, with the
+    signs that the group allows. "rotation": in place of order and scale if the group allows one; new gains are random,
+    from 1/2 to 3/2. "inside": matrices within heads. tensors: the norms' old gains among them. The same seed gives the
+    same transform. Raises PlanError if a gain is missing.
     """
     draw = torch.Generator().manual_seed(seed)
     return Transform(symmetries, *elements_of(tensors, symmetries, symmetries.groups, kinds, draw))
@@ -38,7 +38,7 @@ def elements_of(
     kinds: Collection[Kind],
     draw: torch.Generator,
 ) -> tuple[dict[str, Element], TransformFacts, dict[str, Gain]]:
-    """The parts of a transform that acts on these groups alone."""
+    """The elements, facts and gains of a transform that acts on these groups only."""
     elements: dict[str, Element] = {}
     gains: dict[str, Gain] = {}
     for name in groups:
@@ -63,7 +63,7 @@ def random_units(group: Units, kinds: Collection[Kind], draw: torch.Generator) -
 
 
 def random_scale(group: Units, draw: torch.Generator) -> Tensor:
-    """float64 [n]: factors of the kind that the group allows."""
+    """Factors of the kind that the group allows, float64 [n]."""
     factors = _factors((group.count,), draw)
     if group.scale == "sign":
         return random_signs((group.count,), draw)
@@ -85,7 +85,7 @@ def random_heads(group: Heads, kinds: Collection[Kind], draw: torch.Generator) -
 def random_query_key(
     group: Heads, family: QueryKey, draw: torch.Generator
 ) -> Tensor | None:  # [groups, head_dim, head_dim]
-    """What acts within the heads on keys, of a family that need not be the group's own; None where nothing does."""
+    """Random matrices that act on keys inside heads, of any family, not only the group's own; None for "fixed"."""
     if family == "fixed":
         return None
     if family == "linear":
@@ -108,20 +108,20 @@ def random_query_key(
 def random_gains(
     tensors: Mapping[str, Tensor], symmetries: Symmetries, group: str, draw: torch.Generator
 ) -> dict[str, Gain]:
-    """For every norm of the group the gain that it has, and a random one. PlanError where a gain is not in tensors."""
-    found = {}
+    """The old gain and a random new one for every norm of the group. Raises PlanError if tensors lack a gain."""
+    gains = {}
     for tensor, axis in symmetries.uses(group):
         for part in symmetries.tensors[tensor][axis]:
             if part.view == "gain" and part.norm:
                 if tensor not in tensors:
-                    raise PlanError(f"{tensor}, the gain of {part.norm}, is in the table, and missing; pass it too")
+                    raise PlanError(f"{tensor}, the gain of {part.norm} in the table, is missing; pass it too")
                 old = tensors[tensor].double()
-                found[part.norm] = Gain(old, 0.5 + _uniform(tuple(old.shape), draw))
-    return found
+                gains[part.norm] = Gain(old, 0.5 + _uniform(tuple(old.shape), draw))
+    return gains
 
 
 def random_order(n: int, draw: torch.Generator) -> Tensor:
-    """int64 [n]: a permutation other than the identity, but for n = 1."""
+    """A permutation, int64 [n], other than the identity unless n = 1."""
     order = torch.randperm(n, generator=draw)
     while n > 1 and bool((order == torch.arange(n)).all()):
         order = torch.randperm(n, generator=draw)
@@ -129,7 +129,7 @@ def random_order(n: int, draw: torch.Generator) -> Tensor:
 
 
 def random_signs(shape: tuple[int, ...], draw: torch.Generator) -> Tensor:
-    """float64: 1 and -1, both of them along the last axis where it is longer than 1."""
+    """Random 1 and -1, float64; both occur along the last axis if it is longer than 1."""
     signs = torch.randint(2, shape, generator=draw).double() * 2 - 1
     signs[..., 0] = -1
     signs[..., 1:2] = 1
@@ -137,7 +137,7 @@ def random_signs(shape: tuple[int, ...], draw: torch.Generator) -> Tensor:
 
 
 def random_rotation(n: int, draw: torch.Generator, *, keep_ones: bool = False) -> Tensor:
-    """float64 [n, n]: orthogonal, of uniform distribution; with keep_ones among those that keep the vector of ones.
+    """A uniformly random orthogonal matrix, float64 [n, n]; with keep_ones among those that keep the vector of ones.
 
     Source: Mezzadri 2007 (math-ph/0609050), section 5: QR of a normal matrix, with the signs of R's diagonal.
     """
@@ -155,13 +155,13 @@ def random_rotation(n: int, draw: torch.Generator, *, keep_ones: bool = False) -
 
 
 def random_matrices(count: int, n: int, draw: torch.Generator) -> Tensor:
-    """float64 [count, n, n]: invertible, with singular values from 1/2 to 2."""
+    """Random invertible matrices, float64 [count, n, n], with singular values from 1/2 to 2."""
     left, right = (torch.stack([random_rotation(n, draw) for _ in range(count)]) for _ in range(2))
     return left * _factors((count, 1, n), draw) @ right
 
 
 def _factors(shape: tuple[int, ...], draw: torch.Generator) -> Tensor:
-    """From 1/2 to 2."""
+    """Random factors from 1/2 to 2."""
     return 2 ** (2 * _uniform(shape, draw) - 1)
 
 

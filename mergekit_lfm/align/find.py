@@ -1,4 +1,4 @@
-"""From two models to the transform that brings one near the other: what was asked for is checked, found and told."""
+"""Align one model to another: check the request, find the transform, record how."""
 
 from __future__ import annotations
 
@@ -50,25 +50,25 @@ def align_models(
 ) -> Transform:
     """The transform that brings `source` near `to`, by one of `ALIGN_METHODS` with its parameters.
 
-    source, to: checkpoints, their folders, or tensors by name. symmetries: the table of both; found by the config where
-    it is not given, which tensors alone have none of. symmetries_to: the table of `to` where the widths of its hidden
-    layers differ, for "ot". initial: a transform under the same table to start from. order: the names of the groups in
-    the order in which a sweep visits them, others being left alone, or one such list for each sweep; by default random
-    by the seed, for "ot" from the input on. With statistics each group is found by itself, and neither matters; of
-    `initial` "ot" keeps what it does to heads, and looks at nothing else.
+    source, to: checkpoints, their folders, or tensors by name. symmetries: the table of both; by default found from
+    the config, so tensors need it. symmetries_to: the table of `to` if the widths of its hidden layers differ, for
+    "ot". initial: a transform under the same table to start from. order: the names of the groups that a sweep visits,
+    in its order, or one such list for each sweep; by default all groups, in random orders by the seed, for "ot" from
+    the input on. With statistics each group is found by itself, and neither matters; of `initial` "ot" uses only the
+    elements of heads, and keeps them.
     statistics: a file of cross moments of both models, in either order, or {weight: (cross [m + 1, n + 1], mean squares
     [m + 1], mean squares [n + 1])} of a layer's inputs and a 1, those of `to` first. progress is called with 1 after
     each visit of a group. device: where tensors are multiplied, matrices factored and Sinkhorn's iteration runs:
-    "cpu", "cuda", "cuda:1", "auto". Assignments, exact transport, and what acts inside of heads are found on the CPU,
+    "cpu", "cuda", "cuda:1", "auto". Assignments, exact transport, and the matrices inside heads are found on the CPU,
     where the transform lies.
 
     The facts of the transform hold all options that mattered, and as scores the sum of <A, B> over all tensors and
-    |A - B|^2, before and after ("before" where the shapes are the same). The same inputs give the same transform for
+    |A - B|^2, before and after ("before" only if the shapes are the same). The same inputs give the same transform for
     any number of threads; a GPU's agrees with the CPU's within rounding, and permutes alike unless scores tie within
-    that. Gains of norms on what is rotated become those of `to`, as `new_gains` has it. PlanError for what cannot be
-    done, and where products overflow; FormatError for NaN or infinity in a model or the statistics.
+    that. Gains of norms on rotated groups become those of `to`, see `new_gains`. Raises PlanError for impossible
+    requests and if products overflow, FormatError for NaN or infinity in a model or the statistics.
     """
-    place = _place(device)
+    target = _find_device(device)
     options = align_options(method, parameters, statistics=statistics is not None)
     sides = _side(source, "the source"), _side(to, "the model to align to")
     first = _table(sides[0], symmetries)
@@ -76,53 +76,53 @@ def align_models(
     check_alike(
         (sides[0].specs, sides[1].specs), tables, (sides[0].label, sides[1].label), widths=method in OTHER_WIDTHS
     )
-    asked = None if order is None else _listed(order)
-    visits = None if asked is None else _order(asked, first, int(options.get("sweeps") or 1))
+    listed = None if order is None else _as_lists(order)
+    visits = None if listed is None else _order(listed, first, int(options.get("sweeps") or 1))
     if initial is not None and initial.symmetries != first:
         raise PlanError("`initial` is under another table than the source; start from a transform under the same table")
-    with torch.no_grad(), _room_on(place), one_thread_each(place) as in_order:
-        pair = Pair(*sides, *tables, in_order, device=place)
+    with torch.no_grad(), _report_full_memory(target), one_thread_each(target) as in_order:
+        pair = Pair(*sides, *tables, in_order, device=target)
         moments = None if statistics is None else open_moments(statistics, pair, lambda: _contents(sides))
-        found = ALIGNERS[method](Request(pair, options, initial, visits, moments, progress or (lambda _: None)))
-        started = {"order": asked, "initial": initial.facts.method if initial else None}
-        used = {name: value for name, value in started.items() if value is not None and name in found.heeded}
-        if place != CPU:
-            used["device"] = place.type
-        return _told(found, method, {**options, **used}, sides)
+        aligned = ALIGNERS[method](Request(pair, options, initial, visits, moments, progress or (lambda _: None)))
+        started = {"order": listed, "initial": initial.facts.method if initial else None}
+        used = {name: value for name, value in started.items() if value is not None and name in aligned.heeded}
+        if target != CPU:
+            used["device"] = target.type
+        return _make_transform(aligned, method, {**options, **used}, sides)
 
 
-def _place(device: str) -> torch.device:
-    """Where tensors are multiplied. PlanError where that is not there, or would round the factors of its products."""
-    place = find_gpu(device)
-    if place is None:
+def _find_device(device: str) -> torch.device:
+    """The device for products. Raises PlanError if it is missing, or if torch would multiply float32 as TF32 on it."""
+    target = find_gpu(device)
+    if target is None:
         return CPU
     matmul = torch.backends.cuda.matmul
     precision = getattr(matmul, "fp32_precision", None)  # since torch 2.9, where reading the older flag may raise
     if precision == "tf32" if precision is not None else matmul.allow_tf32:
         raise PlanError(
-            "torch is set to multiply float32 matrices as TF32, which has 11 bits; expected all 24, as alignments are "
-            'compared by their sums. Call torch.set_float32_matmul_precision("highest"), or unset the variable '
+            "torch is set to multiply float32 matrices as TF32, which has 11 bits; expected all 24, because alignments "
+            'compare sums of products. Call torch.set_float32_matmul_precision("highest"), or unset the variable '
             "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"
         )
-    return place
+    return target
 
 
 @contextmanager
-def _room_on(place: torch.device) -> Iterator[None]:
-    """What torch raises where the memory of a GPU is full, as a PlanError; afterwards it is free for what follows."""
+def _report_full_memory(target: torch.device) -> Iterator[None]:
+    """Turn torch's error about a full GPU into a PlanError, and free the GPU's memory afterwards."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise PlanError(
-            f"the memory of {place} is full ({reason(error)}); expected room for some tensors of both models in "
+            f"the memory of {target} is full ({reason(error)}); expected room for some tensors of both models in "
             "float64, and for the squares of the groups' sizes. Align on the CPU, or on a larger GPU"
         ) from None
     finally:
-        torch.cuda.empty_cache()  # which does nothing where no GPU was used
+        torch.cuda.empty_cache()  # does nothing if no GPU was used
 
 
 def _side(model: Model, label: str) -> Side:
-    """A model opened; tensors alone go by this label."""
+    """Open a model. label: the name of a model given as tensors."""
     if isinstance(model, str | os.PathLike):
         model = open_checkpoint(model)
     if isinstance(model, Checkpoint):
@@ -131,30 +131,32 @@ def _side(model: Model, label: str) -> Side:
     return Side(label, specs, model)
 
 
-def _table(side: Side, given: Symmetries | None) -> Symmetries:
-    if given is not None:
-        return given
+def _table(side: Side, symmetries: Symmetries | None) -> Symmetries:
+    if symmetries is not None:
+        return symmetries
     if isinstance(side.held, Checkpoint):
         return find_symmetries(side.held)
-    raise PlanError(f"{side.label} is given as tensors, whose architecture is not known; give a table (`symmetries=`)")
+    raise PlanError(
+        f"{side.label} is given as tensors, which do not name their architecture; give its table (`symmetries=`)"
+    )
 
 
-def _listed(order: Iterable[str] | Iterable[Iterable[str]]) -> list[Any]:
-    """An order as lists, which are read more than once. PlanError where there is nothing to iterate over."""
+def _as_lists(order: Iterable[str] | Iterable[Iterable[str]]) -> list[Any]:
+    """An order as lists, which can be read more than once. Raises PlanError if it is not iterable."""
     if not isinstance(order, Iterable):
         raise PlanError(f"order: found {order!r}, expected names of groups, or a list of names for each sweep")
     names = [order] if isinstance(order, str) else order
     return [list(x) if isinstance(x, Iterable) and not isinstance(x, str) else x for x in names]
 
 
-def _order(given: list[Any], table: Symmetries, most: int) -> list[list[str]]:
-    """The visits of each sweep. PlanError for what is no group."""
-    sweeps = [names if isinstance(names, list) else [names] for names in given]
-    if not any(isinstance(names, list) for names in given):
-        sweeps = [given] * most if given else []
+def _order(order: list[Any], table: Symmetries, most: int) -> list[list[str]]:
+    """The visits of each sweep. Raises PlanError for names that are not groups."""
+    sweeps = [names if isinstance(names, list) else [names] for names in order]
+    if not any(isinstance(names, list) for names in order):
+        sweeps = [order] * most if order else []
     unknown = sorted({str(x) for names in sweeps for x in names if not isinstance(x, str) or x not in table.groups})
     if unknown or not sweeps or not all(sweeps):
-        wrong = f"{unknown[0]!r}, {did_you_mean(unknown[0], table.groups)}" if unknown else "a sweep of no group"
+        wrong = f"{unknown[0]!r}, {did_you_mean(unknown[0], table.groups)}" if unknown else "a sweep without groups"
         raise PlanError(f"order: found {wrong}; expected names of groups in the table")
     return sweeps
 
@@ -164,29 +166,29 @@ def _contents(sides: tuple[Side, Side]) -> tuple[str, str]:
 
 
 def _content(side: Side) -> str:
-    """What statistics know a model by."""
+    """The digest by which statistics identify a model."""
     return side.held.content if isinstance(side.held, Checkpoint) else content_of(side.held)
 
 
-def _told(found: Found, method: str, options: Mapping[str, Any], sides: tuple[Side, Side]) -> Transform:
-    """The transform with its facts."""
-    pair = found.pair
+def _make_transform(aligned: Found, method: str, options: Mapping[str, Any], sides: tuple[Side, Side]) -> Transform:
+    """The transform with its facts: the options, and how near it brings the models."""
+    pair = aligned.pair
     scores: dict[str, float] = {}
     untouched = Transform(pair.symmetries, {}, TransformFacts(method))
     same = all(side.shape == pair.to.specs[name].shape for name, side in pair.source.specs.items())
-    for when, elements in (("before", {}), ("after", found.elements)) if same else (("after", found.elements),):
+    for when, elements in (("before", {}), ("after", aligned.elements)) if same else (("after", aligned.elements),):
         moved = untouched if not elements else Transform(pair.symmetries, elements, TransformFacts(method))
         scores[f"inner_{when}"], scores[f"distance_{when}"] = pair.closeness(moved)
-    kept = {name: short for name, element in found.elements.items() if (short := shortened(element)) is not None}
+    kept = {name: short for name, element in aligned.elements.items() if (short := shortened(element)) is not None}
     checkpoints = all(isinstance(side.held, Checkpoint) for side in sides)
     versions = {"mergekit_lfm": __version__, "torch": torch.__version__}
     versions |= {name: version(name) for name in ("numpy", "scipy", "pot")}
     facts = TransformFacts(
         method,
-        found.exact,
+        aligned.exact,
         _contents(sides) if checkpoints else (),
         dict(options),
         scores,
         versions,
     )
-    return Transform(pair.symmetries, kept, facts, new_gains(found))
+    return Transform(pair.symmetries, kept, facts, new_gains(aligned))

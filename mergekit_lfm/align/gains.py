@@ -1,7 +1,7 @@
-"""The gains that norms get where what they normalise is rotated: the readers become diag(1 / new) O diag(old).
+"""New gains for norms whose inputs are rotated: the readers become diag(1 / new) O diag(old).
 
-The new gain is that of the model which the other is brought near, so that the plain mean of both is the mean of the
-models with their gains folded in; as far as the readers can be stored.
+The new gain is that of the model to align to, so that the plain mean of both models is the mean of the models with
+their gains folded in, as far as the readers' dtypes can hold it.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from mergekit_lfm.align.pair import Use
 from mergekit_lfm.align.request import Found
 from mergekit_lfm.artifacts.transform import Gain, Transform, TransformFacts, UnitsElement
 
-ROOM = 2.0**60  # the largest entry that a division may make: its squares, and sums of these, are numbers in float32
+ROOM = 2.0**60  # the largest entry that a division may make: its square, and sums of these, stay finite in float32
 
-Reader = tuple[str, str, Tensor]  # the norm that it reads, its dtype, the largest |entry| of every new unit [n]
+Reader = tuple[str, str, Tensor]  # the norm that it reads, its dtype, its largest |entry| for every new unit [n]
 
 
 def new_gains(found: Found) -> dict[str, Gain]:
-    """The gain before and after of every norm on a rotated group, by norm; the models say the same with any.
+    """The old and new gain of every norm on a rotated group, by norm; the outputs are the same with any new gain.
 
-    The new one is that of `to`, rounded to the dtype in which the source has its own. For a unit it is 1 instead where
-    no reader could be divided by it: where it is 0, less than 2^-60 or not finite in that dtype; where it is below 1
-    and an entry would become larger than half the greatest number of the reader's dtype, or 2^60; and where it is above
-    1 and all entries of a reader would become smaller than the least normal number of its dtype.
+    The new gain is that of `to`, rounded to the dtype of the source's gain. A unit gets 1 instead if its readers cannot
+    be divided by it: if it is 0, less than 2^-60 or not finite in that dtype; if it is below 1 and an entry would
+    exceed half the greatest number of the reader's dtype, or 2^60; or if it is above 1 and all entries of a reader
+    would fall below the least normal number of its dtype.
     """
     pair = found.pair
     readers = list(_readers(found)) if pair.gains else []
@@ -44,7 +44,7 @@ def new_gains(found: Found) -> dict[str, Gain]:
 
 
 def _readers(found: Found) -> Iterator[Reader]:
-    """What reads the rotated groups behind their norms, rewritten with new gains of 1."""
+    """The readers of rotated groups behind their norms, as they are with new gains of 1."""
     pair = found.pair
     transform = Transform(pair.symmetries, found.elements, TransformFacts("gains"))
 
@@ -61,4 +61,4 @@ def _readers(found: Found) -> Iterator[Reader]:
         return [(norm, pair.source.specs[name].dtype, largest) for norm, largest in seen.items()]
 
     uses = [(group, use) for group in sorted(pair.folded) for use in pair.uses(group, ("'",))]
-    return (reader for found_there in pair.in_order(of, uses) for reader in found_there)
+    return (reader for readers in pair.in_order(of, uses) for reader in readers)

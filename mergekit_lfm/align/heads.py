@@ -1,8 +1,8 @@
-"""Attention heads of two models, paired: what acts inside is found for every pair, and by its worth heads are assigned.
+"""Pair the attention heads of two models: find the best matrices inside every pair, then assign heads by their worth.
 
-Heads here are groups: a head of keys and values with the query heads that read it. Inside, a matrix acts on keys and
-queries, another on values and the output, and query heads change places. The two matrices are best given the places of
-the query heads and these given the matrices; where there are several query heads, they take turns.
+A head here is a group: a head of keys and values with the query heads that read it. Inside, a matrix acts on keys and
+queries, another on values and the output, and query heads change places. The best matrices depend on the places of
+the query heads, and these on the matrices; with several query heads, the two are improved in turns.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from mergekit_lfm.align.choices import Family, Scores, assign, best_matrix
 from mergekit_lfm.arch.table import HEAD_VIEWS, Heads
 from mergekit_lfm.artifacts.transform import HeadsElement
 
-ROUNDS = 20  # of taking turns at most; two or three are enough as a rule
+ROUNDS = 20  # the most turns; two or three usually suffice
 
 
 @dataclass(frozen=True)
 class _Inside:
-    """What acts inside of a pair, and what it is worth."""
+    """The matrices and query heads inside a pair, with their score."""
 
     worth: float
     queries: Tensor  # [per_group]
@@ -31,7 +31,7 @@ class _Inside:
 
 @dataclass(frozen=True)
 class _Pair:
-    """The scores of a pair: [r, s, head_dim, head_dim] of the query heads r and s in it; of keys and values one."""
+    """The scores of a pair, [r, s, head_dim, head_dim] for its query heads r and s; r = s = 1 for key and value."""
 
     query: Tensor
     key: Tensor
@@ -39,12 +39,12 @@ class _Pair:
     output: Tensor
 
     def sums(self, queries: Tensor) -> tuple[Tensor, Tensor]:
-        """What the two matrices are scored by, with the query heads in this order."""
+        """The scores of the two matrices, with the query heads in this order."""
         r = torch.arange(len(queries))
         return self.key[0, 0] + self.query[r, queries].sum(0), self.value[0, 0] + self.output[r, queries].sum(0)
 
-    def judged(self, queries: Tensor, query_key: Tensor, value_output: Tensor) -> _Inside:
-        """These with their worth."""
+    def judge(self, queries: Tensor, query_key: Tensor, value_output: Tensor) -> _Inside:
+        """These with their score."""
         of_keys, of_values = self.sums(queries)
         worth = float((of_keys * query_key).sum() + (of_values * value_output).sum())
         return _Inside(worth, queries, query_key, value_output)
@@ -52,22 +52,22 @@ class _Pair:
     def with_matrices(self, family: Family, queries: Tensor) -> _Inside:
         """The best matrices for this order of the query heads."""
         of_keys, of_values = self.sums(queries)
-        return self.judged(queries, best_matrix(family.query_key, of_keys), best_matrix(family.value_output, of_values))
+        return self.judge(queries, best_matrix(family.query_key, of_keys), best_matrix(family.value_output, of_values))
 
     def climb(self, family: Family, query_key: Tensor, value_output: Tensor) -> _Inside:
-        """Query heads and matrices in turns, from these matrices on, until the worth grows no more."""
-        found: _Inside | None = None
+        """Improve query heads and matrices in turns, starting from these matrices, until the score stops growing."""
+        best: _Inside | None = None
         for _ in range(ROUNDS):
             scores = (self.query * query_key).sum((2, 3)) + (self.output * value_output).sum((2, 3))
             tried = self.with_matrices(family, assign(scores))
-            if found is not None and tried.worth <= found.worth:
+            if best is not None and tried.worth <= best.worth:
                 break
-            found, query_key, value_output = tried, tried.query_key, tried.value_output
-        assert found is not None
-        return found
+            best, query_key, value_output = tried, tried.query_key, tried.value_output
+        assert best is not None
+        return best
 
     def best(self, family: Family, now: _Inside | None) -> _Inside:
-        """The best of the climbs from each query head that the first may go with, and from what acts there now."""
+        """The best of several climbs: one from each possible partner of the first query head, one from `now`."""
         if len(self.query) == 1:
             return self.with_matrices(family, torch.zeros(1, dtype=torch.int64))
         tried = [] if now is None else [now, self.climb(family, now.query_key, now.value_output)]
@@ -79,7 +79,7 @@ class _Pair:
 
 
 def _pairs(group: Heads, scores: Scores) -> list[list[_Pair]]:
-    """The pairs of every head of the one model with every one of the other."""
+    """The scores of every head of one model with every head of the other."""
     views = {}
     for name in HEAD_VIEWS:
         shape = (group.groups, group.size(name) // (group.groups * group.head_dim), group.head_dim)
@@ -89,23 +89,23 @@ def _pairs(group: Heads, scores: Scores) -> list[list[_Pair]]:
 
 
 def _present(pairs: list[list[_Pair]], element: HeadsElement) -> list[_Inside]:
-    """What a complete element does in each place."""
+    """A complete element's matrices and query heads for each head, with their scores."""
     groups, queries, query_key, value_output = vars(element).values()
     return [
-        row[int(k)].judged(*inside)
+        row[int(k)].judge(*inside)
         for row, k, *inside in zip(pairs, groups, queries, query_key, value_output, strict=True)
     ]
 
 
 def heads_value(group: Heads, scores: Scores, element: HeadsElement) -> float:
-    """<C, element>, of a complete element."""
+    """<C, element> of a complete element."""
     return sum(inside.worth for inside in _present(_pairs(group, scores), element))
 
 
 def best_heads(group: Heads, family: Family, scores: Scores, now: HeadsElement) -> HeadsElement:
-    """The best element that is found, never worse than `now`, a complete one.
+    """The best known element, never worse than `now`, a complete one.
 
-    With one query head to each head it is the best there is; with several the best of some climbs.
+    With one query head per head it is optimal; with several it is the best of some climbs.
     """
     pairs, present = _pairs(group, scores), _present(_pairs(group, scores), now)
     assert now.groups is not None
@@ -113,12 +113,12 @@ def best_heads(group: Heads, family: Family, scores: Scores, now: HeadsElement) 
         [pair.best(family, here if k == at else None) for k, pair in enumerate(row)]
         for row, here, at in zip(pairs, present, now.groups.tolist(), strict=True)
     ]
-    order = assign(torch.tensor([[found.worth for found in row] for row in inside], dtype=torch.float64), now.groups)
+    order = assign(torch.tensor([[each.worth for each in row] for row in inside], dtype=torch.float64), now.groups)
     return _element(order, [row[int(k)] for row, k in zip(inside, order, strict=True)])
 
 
 def best_query_key(group: Heads, family: Family, scores: Scores, now: HeadsElement) -> HeadsElement:
-    """`now`, a complete element, with the best matrices on queries and keys and all else as it is."""
+    """`now`, a complete element, with the best matrices on queries and keys; the rest stays."""
     pairs = _pairs(group, scores)
     assert now.groups is not None and now.queries is not None and now.value_output is not None
     sums = [row[int(k)].sums(q)[0] for row, k, q in zip(pairs, now.groups, now.queries, strict=True)]
@@ -129,7 +129,7 @@ def best_query_key(group: Heads, family: Family, scores: Scores, now: HeadsEleme
 def _element(groups: Tensor, inside: list[_Inside]) -> HeadsElement:
     return HeadsElement(
         groups,
-        torch.stack([found.queries for found in inside]),
-        torch.stack([found.query_key for found in inside]),
-        torch.stack([found.value_output for found in inside]),
+        torch.stack([each.queries for each in inside]),
+        torch.stack([each.query_key for each in inside]),
+        torch.stack([each.value_output for each in inside]),
     )

@@ -1,4 +1,4 @@
-"""What a table does not allow: for every group families of elements that are larger than its own."""
+"""Families of elements larger than those that a table allows, for every group."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mergekit_lfm.align.elements import random_gains, random_order, random_query
 from mergekit_lfm.arch.table import Group, Heads, Part, Scale, Symmetries, Units
 from mergekit_lfm.artifacts.transform import Element, Gain, HeadsElement, Transform, TransformFacts, UnitsElement
 
-Place = tuple[str, int, int]  # a tensor, its axis, and which of the axis's parts
+Place = tuple[str, int, int]  # a tensor, its axis, and the index of a part of that axis
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,12 @@ class Model:
     symmetries: Symmetries
 
     def units(self, names: list[str]) -> dict[str, Units]:
-        """Those of the groups that are `Units`."""
+        """The `Units` among these groups."""
         groups = ((name, self.symmetries.groups[name]) for name in names)
         return {name: group for name, group in groups if isinstance(group, Units)}
 
     def heads(self, names: list[str]) -> dict[str, Heads]:
-        """Those of the groups that are `Heads`."""
+        """The `Heads` among these groups."""
         groups = ((name, self.symmetries.groups[name]) for name in names)
         return {name: group for name, group in groups if isinstance(group, Heads)}
 
@@ -39,12 +39,12 @@ class Model:
         symmetries: Symmetries | None = None,
         gains: Mapping[str, Gain] = MappingProxyType({}),
     ) -> Transform:
-        """Of these elements, by the table or by one that is changed."""
+        """A transform with these elements, under the model's table or another."""
         return Transform(symmetries or self.symmetries, elements, TransformFacts("random"), gains)
 
 
 def places_of(symmetries: Symmetries, group: str, views: Collection[str] | None = None) -> list[Place]:
-    """Where a group acts, or acts in one of these views."""
+    """The places where a group acts, or acts in one of these views."""
     return [
         (tensor, axis, place)
         for tensor, axis in symmetries.uses(group)
@@ -54,7 +54,7 @@ def places_of(symmetries: Symmetries, group: str, views: Collection[str] | None 
 
 
 def changed(symmetries: Symmetries, parts: Mapping[Place, Part], groups: Mapping[str, Group]) -> Symmetries:
-    """The table with other parts in these places, and more groups."""
+    """The table with these parts in place of its own, and with these additional groups."""
     tensors = dict(symmetries.tensors)
     for (tensor, i, place), part in parts.items():
         axes = [list(axis) for axis in tensors[tensor]]
@@ -63,7 +63,7 @@ def changed(symmetries: Symmetries, parts: Mapping[Place, Part], groups: Mapping
     return Symmetries({**symmetries.groups, **groups}, tensors)
 
 
-# The scales that a group has not, by those that it has; of one without, the activation is not known to allow none.
+# A scale outside a group's own. Without one nothing is known of the activation, which may then allow any ("nonzero").
 _NO_SCALE: Mapping[Scale | None, Scale] = {None: "nonzero", "sign": "positive", "positive": "sign"}
 
 
@@ -73,7 +73,7 @@ def _other_scale(model: Model, names: list[str], draw: torch.Generator) -> Trans
 
 
 def _scaled_order(model: Model, names: list[str], draw: torch.Generator) -> Transform:
-    """A gate scaled with what it lets through, a convolution with the norm behind it."""
+    """Scale a gate together with its values, a convolution together with the norm behind it."""
     places = [place for name in names for place in places_of(model.symmetries, name, {"order"})]
     plain = {(t, i, place): replace(model.symmetries.tensors[t][i][place], view="") for t, i, place in places}
     elements = {name: UnitsElement(scale=random_scale(group, draw)) for name, group in model.units(names).items()}
@@ -84,7 +84,7 @@ def _any_rotation(model: Model, names: list[str], draw: torch.Generator) -> Tran
     groups = model.units(names).items()
     elements = {name: UnitsElement(matrix=random_rotation(group.count, draw)) for name, group in groups}
     gains = [random_gains(model.tensors, model.symmetries, name, draw) for name in names]
-    return model.transform(elements, gains={norm: gain for found in gains for norm, gain in found.items()})
+    return model.transform(elements, gains={norm: gain for each in gains for norm, gain in each.items()})
 
 
 def _order_inside(model: Model, names: list[str], draw: torch.Generator) -> Transform:
@@ -97,23 +97,23 @@ def _order_inside(model: Model, names: list[str], draw: torch.Generator) -> Tran
 
 def _phases(model: Model, names: list[str], draw: torch.Generator) -> Transform:
     matrices = {name: random_query_key(group, "phases", draw) for name, group in model.heads(names).items()}
-    return model.transform({name: HeadsElement(query_key=found) for name, found in matrices.items()})
+    return model.transform({name: HeadsElement(query_key=matrix) for name, matrix in matrices.items()})
 
 
 def _queries_across(model: Model, names: list[str], _: torch.Generator) -> Transform:
-    return _shifted(model, names, ("query", "output"), {name: g.head_dim for name, g in model.heads(names).items()})
+    return _shift(model, names, ("query", "output"), {name: g.head_dim for name, g in model.heads(names).items()})
 
 
 def _keys_across(model: Model, names: list[str], _: torch.Generator) -> Transform:
-    return _shifted(model, names, ("query", "key"), dict.fromkeys(names, 1))
+    return _shift(model, names, ("query", "key"), dict.fromkeys(names, 1))
 
 
 def _values_across(model: Model, names: list[str], _: torch.Generator) -> Transform:
-    return _shifted(model, names, ("value", "output"), dict.fromkeys(names, 1))
+    return _shift(model, names, ("value", "output"), dict.fromkeys(names, 1))
 
 
-def _shifted(model: Model, names: list[str], views: tuple[str, str], by: Mapping[str, int]) -> Transform:
-    """The transform that moves what lies in these views on, past the borders of heads or of their groups."""
+def _shift(model: Model, names: list[str], views: tuple[str, str], by: Mapping[str, int]) -> Transform:
+    """A transform that shifts the units in these views by so many places, across the borders of heads or groups."""
     table, elements = model.symmetries, {}
     for name, group in model.heads(names).items():
         count, moved = group.size(views[0]), Part(f"{name}, shifted")
@@ -124,7 +124,7 @@ def _shifted(model: Model, names: list[str], views: tuple[str, str], by: Mapping
 
 @dataclass(frozen=True)
 class Larger:
-    """A family, for which groups it is larger than theirs, and a random element of it on groups that are alike."""
+    """A family. than: True for a group whose own family is smaller; transform: a random element on similar groups."""
 
     family: str
     than: Callable[[Symmetries, str, Group], bool]
@@ -138,7 +138,7 @@ LARGER = (
         _other_scale,
     ),
     Larger(
-        "factors of what follows the order only",
+        "factors on axes that follow the order only",
         lambda table, name, group: isinstance(group, Units) and bool(group.scale and places_of(table, name, {"order"})),
         _scaled_order,
     ),

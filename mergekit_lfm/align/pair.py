@@ -1,8 +1,8 @@
-"""Two models under one symmetry table, and the unfolded tensors whose products every alignment is made of.
+"""Two models under one symmetry table, and their unfolded tensors, whose products are the basis of every alignment.
 
-Tensors are read one pair at a time, and large ones by rows where nothing acts on these: no whole model is held.
+Tensors are read one pair at a time, large ones by rows if no group acts on these: memory never holds a whole model.
 Products are float32 (float64 for float64 tensors), each computed by one thread and added up in a fixed order in
-float64: the result does not depend on the number of threads. On a GPU tensors are brought there as they are stored.
+float64: the result does not depend on the number of threads. A GPU gets tensors in their stored dtype.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from mergekit_lfm.store.tensors import TensorSpec
 from mergekit_lfm.views.maps import CPU, Maps
 from mergekit_lfm.views.rewritten import Rewriter
 
-RUNNING = ("running_mean", "running_var")  # of BatchNorm: no weights, and so large that they would outweigh them
-PANEL = 1 << 24  # elements that are read at a time where nothing acts on the rows
-ON_A_GPU = 4  # tensors that are read and multiplied at a time: some are read while others are there, and few fill it
+RUNNING = ("running_mean", "running_var")  # of BatchNorm: statistics, so large that they would outweigh the weights
+PANEL = 1 << 24  # elements to read at a time if no group acts on the rows
+ON_A_GPU = 4  # tensors to read and multiply at a time: reading overlaps with products, and a few fill the GPU
 
 Use = tuple[str, int]  # a tensor, and one of its axes
 Unfolded = tuple[Part, Tensor, Tensor]  # a part of the axis with both models' entries [units, rest]
@@ -46,13 +46,13 @@ class InOrder(Protocol):
 
 @contextmanager
 def one_thread_each(device: torch.device = CPU) -> Iterator[InOrder]:
-    """A map over as many threads as torch may use; inside, every operation is computed by one of them, or the GPU."""
+    """A map over as many threads as torch may use; inside, a single thread, or the GPU, computes each operation."""
     count = torch.get_num_threads()
     at_once = count if device == CPU else min(count, ON_A_GPU)
     pool = ThreadPoolExecutor(at_once, initializer=torch.set_num_threads, initargs=(1,))
 
     def in_order(run: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
-        for first in range(0, len(items), at_once):  # no more than this at a time: results are large
+        for first in range(0, len(items), at_once):  # in batches, because results are large
             yield from pool.map(run, items[first : first + at_once])
 
     torch.set_num_threads(1)
@@ -64,45 +64,44 @@ def one_thread_each(device: torch.device = CPU) -> Iterator[InOrder]:
 
 
 def overflow(what: str) -> PlanError:
-    """The error where numbers are finite, and their products are not."""
+    """The error for finite numbers whose products are not finite."""
     return PlanError(
-        f"{what} overflow, expected numbers whose products are numbers; divide the models' weights, or store them as "
-        "float64"
+        f"{what} overflow, expected finite products; divide the models' weights by a constant, or store them as float64"
     )
 
 
 @dataclass(frozen=True)
 class Side:
-    """One of the models: its tensors' specs, and where their data are."""
+    """One of the models: its tensors' specs, and the checkpoint or mapping with their data."""
 
     label: str
     specs: Mapping[str, TensorSpec]
     held: Checkpoint | Mapping[str, Tensor]
 
     def read(self, name: str, first: int = 0, last: int | None = None, device: torch.device = CPU) -> Tensor:
-        """Rows first .. last of a tensor, on a device, in float32 at least. FormatError for NaN and infinity."""
+        """Rows first .. last of a tensor, on a device, float32 or float64. Raises FormatError for NaN or infinity."""
         spec = self.specs[name]
         if isinstance(self.held, Checkpoint):
             row = spec.numel // max(1, spec.shape[0]) if spec.shape else 1
-            found = self.held.read(name, first * row, None if last is None else last * row)
-            x = found.view(-1, *spec.shape[1:]) if spec.shape else found.view(())
+            flat = self.held.read(name, first * row, None if last is None else last * row)
+            x = flat.view(-1, *spec.shape[1:]) if spec.shape else flat.view(())
         else:
             x = self.held[name].detach()
             x = x[first:last] if spec.shape else x
         x = x.to(device)
         if not x.isfinite().all():
-            raise FormatError(f"{name} of {self.label} holds NaN or infinity, expected numbers; mend the model")
+            raise FormatError(f"{name} of {self.label} holds NaN or infinity, expected finite numbers; mend it")
         return x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
 @dataclass(frozen=True)
 class Pair:
-    """The model that is rewritten, `source`, and the one that it is brought near, `to`.
+    """The model to rewrite, `source`, and the one to align it to, `to`.
 
-    symmetries: the source's table; to_symmetries: the other's, the same but for counts where widths may differ.
-    folded: groups which a rotation acts on: the gains of the norms on them are folded into what reads these norms, in
-    both models, and count no more by themselves. scales: what the tensors of both models are divided by; 1 where a name
-    is not in it. device: where tensors are multiplied; gains and the elements of transforms lie on the CPU.
+    symmetries: the source's table; to_symmetries: the other's, the same except for counts if widths may differ.
+    folded: the rotated groups: the gains of their norms are folded into the readers of these norms, in both models, and
+    no longer count as tensors. scales: divisors for the tensors of both models; 1 for a name without one. device:
+    multiplies the tensors; gains and the elements of transforms lie on the CPU.
     """
 
     source: Side
@@ -131,7 +130,7 @@ class Pair:
 
     @cached_property
     def names(self) -> list[str]:
-        """The tensors that alignment looks at: of floating dtype, no folded gain, no running statistic."""
+        """The tensors that alignment compares: of floating dtype, without folded gains and running statistics."""
         return [
             name
             for name, axes in self.symmetries.tensors.items()
@@ -141,7 +140,7 @@ class Pair:
         ]
 
     def uses(self, group: str, views: Iterable[str] | None = None) -> list[Use]:
-        """The axes on which the group acts, with views only those in which it acts in one of these."""
+        """The axes on which the group acts, with `views` only those where it acts in one of these."""
         wanted = None if views is None else set(views)
         return [
             (name, axis)
@@ -151,11 +150,11 @@ class Pair:
         ]
 
     def numel(self, uses: Iterable[Use]) -> int:
-        """How many entries the tensors have, together."""
+        """The number of entries of these tensors, together."""
         return sum(self.source.specs[name].numel for name, _ in uses)
 
     def known_uses(self, uses: Iterable[Use], known: Iterable[str]) -> list[Use]:
-        """Those where nothing acts on the other axes but groups that are known."""
+        """The uses whose other axes are free or belong to known groups."""
         fixed = {None, *known}
         return [
             (name, axis)
@@ -169,29 +168,29 @@ class Pair:
         ]
 
     def anchored(self, groups: Iterable[str], views: Iterable[str] | None = None) -> Iterator[tuple[str, list[Use]]]:
-        """The groups in an order in which each can be found from those before it, with the uses that tell.
+        """The groups in an order in which each can be found from those before it, with the uses that determine it.
 
-        Next is always the group of which the greatest share is known: on whose tensors nothing else acts, or what was
-        found before. Groups that are not among these count as known. A group of which nothing is known comes last,
-        with no uses. views: as of `uses`.
+        Next is always the group with the greatest known share of entries: those in tensors whose other axes are free
+        or belong to earlier groups. Groups outside `groups` count as known. A group without known uses comes last,
+        with no uses. views: as in `uses`.
         """
         views = None if views is None else tuple(views)
         waiting = {group: self.uses(group, views) for group in groups}
         known = [group for group in self.symmetries.groups if group not in waiting]
         while waiting:
-            told = {group: self.known_uses(uses, known) for group, uses in waiting.items()}
-            group = max(waiting, key=lambda g: self.numel(told[g]) / max(1, self.numel(waiting[g])))
+            usable = {group: self.known_uses(uses, known) for group, uses in waiting.items()}
+            group = max(waiting, key=lambda g: self.numel(usable[g]) / max(1, self.numel(waiting[g])))
             del waiting[group]
             known.append(group)
-            yield group, told[group]
+            yield group, usable[group]
 
     def unfolded(
         self, use: Use, group: str, transform: Transform, views: Iterable[str] | None = None
     ) -> Iterator[Unfolded]:
         """Every part of the axis on which the group acts, the source's other axes rewritten, on the pair's device.
 
-        Of large tensors several times: with the entries of some rows each. views: as of `uses`. FormatError for NaN
-        and infinity, PlanError where products with gains overflow.
+        A part of a large tensor comes several times, each time with the entries of some rows. views: as in `uses`.
+        Raises FormatError for NaN or infinity, PlanError if products with gains overflow.
         """
         name, axis = use
         wanted = None if views is None else set(views)
@@ -207,7 +206,7 @@ class Pair:
                 first_a, first_b = first_a + size_a, first_b + size_b
 
     def norms(self) -> dict[str, float]:
-        """Of every tensor the geometric mean of its two norms; 1 where one of them is 0."""
+        """The geometric mean of every tensor's norms in both models; 1 if one of them is 0."""
         untouched = Transform(self.symmetries, {}, TransformFacts("norms"))
 
         def of(name: str) -> float:
@@ -223,24 +222,24 @@ class Pair:
         return dict(zip(self.names, self.in_order(of, self.names), strict=True))
 
     def closeness(self, transform: Transform, names: Iterable[str] | None = None) -> tuple[float, float]:
-        """The inner product of `to` with the source as it is rewritten, and the squared distance of the two.
+        """The inner product of `to` with the rewritten source, and the squared distance between the two.
 
-        names: the tensors that count; all by default. PlanError where the sums overflow.
+        names: the tensors that count; all by default. Raises PlanError if the sums overflow.
         """
 
         def of(name: str) -> tuple[float, float]:
             pairs = ((a.double(), b.double()) for a, b in self._pairs(name, transform, None))
-            both = [(float((a * b).sum()), float((a - b).square().sum())) for a, b in pairs]
-            sums = sum(inner for inner, _ in both), sum(squares for _, squares in both)
-            if not (math.isfinite(sums[0]) and math.isfinite(sums[1])):
+            panels = [(float((a * b).sum()), float((a - b).square().sum())) for a, b in pairs]
+            total = sum(inner for inner, _ in panels), sum(squares for _, squares in panels)
+            if not (math.isfinite(total[0]) and math.isfinite(total[1])):
                 raise overflow(f"the products of {name} of the two models")
-            return sums
+            return total
 
-        found = list(self.in_order(of, self.names if names is None else sorted(set(names))))
-        return sum(inner for inner, _ in found), sum(squares for _, squares in found)
+        sums = list(self.in_order(of, self.names if names is None else sorted(set(names))))
+        return sum(inner for inner, _ in sums), sum(squares for _, squares in sums)
 
     def _pairs(self, name: str, transform: Transform, skip: int | None) -> Iterator[tuple[Tensor, Tensor]]:
-        """The tensor of both models, or rows of it, folded; the source's rewritten along every axis but `skip`."""
+        """Both models' tensor, or panels of its rows, folded; the source's rewritten along all axes but `skip`."""
         axes = self.symmetries.tensors[name]
         shape = self.source.specs[name].shape
         free = [all(part.group is None for part in parts) for parts in axes]
@@ -250,7 +249,7 @@ class Pair:
             b = self._fold(name, self.source.read(name, first, last, self.device), 1)
             for side, x in ((self.to, a), (self.source, b)):
                 if not x.isfinite().all():
-                    raise overflow(f"the products of {name} of {side.label} with the gains of the norm that it reads")
+                    raise overflow(f"the products of {name} in {side.label} with the gains of the norm that it reads")
             dtype = torch.promote_types(a.dtype, b.dtype)
             for axis in range(len(shape)):
                 if axis != skip and not free[axis]:
@@ -259,7 +258,7 @@ class Pair:
             yield a.to(dtype) / scale, b.to(dtype) / scale
 
     def _fold(self, name: str, x: Tensor, which: int) -> Tensor:
-        """x times the gains of the folded norms whose outputs it reads."""
+        """x times the gains of the folded norms that it reads."""
         for axis, parts in enumerate(self.symmetries.tensors[name]):
             if any(part.view == "'" and part.norm in self.gains for part in parts):
                 sizes = self.symmetries.lengths(name, axis, x.shape[axis])
@@ -275,7 +274,7 @@ class Pair:
 
 
 def _panels(shape: Sequence[int], free: bool) -> list[tuple[int, int | None]]:
-    """(first row, last row) of what is read at a time; all rows where something acts on them."""
+    """(first row, last row) of each panel; one panel of all rows if a group acts on them."""
     numel = 1
     for size in shape:
         numel *= size

@@ -1,4 +1,4 @@
-"""What an aligner is given and what it returns. An aligner is a function from a `Request` to a `Found`."""
+"""The contract of aligners: an aligner is a function from a `Request` to a `Found`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from mergekit_lfm.methods.method import Value
 
 @dataclass(frozen=True)
 class Request:
-    """A pair of models, and how one is to be brought near the other.
+    """A pair of models, and how to align one to the other.
 
-    options: all parameters of the method. initial: what to start from. order: the groups of each sweep, by name; None
-    for random ones. moments: of both models on the same data. tick: called after groups.
+    options: all parameters of the method. initial: the transform to start from. order: the groups of each sweep, by
+    name; None for random orders. moments: of both models on the same data. tick: called with 1 after each group.
     """
 
     pair: Pair
@@ -28,11 +28,11 @@ class Request:
 
     @property
     def start(self) -> Mapping[str, Element]:
-        """The elements to start from, of groups that are not left alone."""
+        """The elements to start from; groups without one start from the identity."""
         return {} if self.initial is None else self.initial.elements
 
     def number(self, name: str) -> float:
-        """A parameter that is a number."""
+        """The value of a numeric parameter."""
         value = self.options[name]
         assert isinstance(value, int | float)
         return value
@@ -40,10 +40,9 @@ class Request:
 
 @dataclass(frozen=True)
 class Found:
-    """What an aligner found: an element for every group that it rewrites, in a pair whose gains may be folded.
+    """The result of an aligner: an element for every group that it rewrites, in a pair whose gains may be folded.
 
-    exact: whether the model's outputs stay the same. heeded: what of "order" and "initial" the result depends on, where
-    they are given.
+    exact: True if the model's outputs stay the same. heeded: which of "order" and "initial" affect the result if given.
     """
 
     pair: Pair

@@ -1,4 +1,4 @@
-"""Optimal transport of units, layer after layer: the fusion of models of one width, or of several."""
+"""Optimal transport of units, layer after layer: fuse models of the same width, or of different widths."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from mergekit_lfm.arch.table import Units
 from mergekit_lfm.artifacts.transform import Transform, TransformFacts, UnitsElement
 from mergekit_lfm.errors import PlanError
 
-WRITERS = ("", "order")  # views of a group along which its units are computed
-ITERATIONS = 1_000_000  # of the network simplex, at least; it takes far fewer than one per pair of units
-TIE = 1e-9  # of the largest cost: what decides among plans that are equally good but for rounding
-SINKHORN_ITERATIONS, SINKHORN_ERROR = 100_000, 1e-10  # the error of the marginals, of which the sum is 1
+WRITERS = ("", "order")  # the views of a group in the tensors that compute its units
+ITERATIONS = 1_000_000  # the least limit for the network simplex; it needs far fewer than one per pair of units
+TIE = 1e-9  # of the largest cost: a bonus that decides among plans that differ only by rounding
+SINKHORN_ITERATIONS, SINKHORN_ERROR = 100_000, 1e-10  # the error of the marginals, which sum to 1
 
 Squares = tuple[Tensor, Tensor, Tensor]  # of x [m, d] and y [n, d]: x y^T [m, n], |x|^2 [m], |y|^2 [n]
 
 
 def transport_units(request: Request) -> Found:
-    """Each group by the optimal plan between the units of both models, given the groups before it.
+    """Transport each group by the optimal plan between the units of both models, given the groups before it.
 
-    Layers are visited from the input on. The cost of a pair of units is the distance of what they are computed by: the
-    rows of weights that write them, those of the source already rewritten along the axes that they read, and biases as
-    another column; or, with moments, the distance of their activations. With a plan T [m, n] of uniform marginals, a
-    unit of the source is written as m T^T says, a mean, and read as n T^T says, a sum: a unit that is split into equal
-    ones, or merged from such, leaves the outputs as they are. Where both models have m units, both are the T diag(1 /
-    beta) of the paper. Heads stay as they are. Outputs and inputs of the model are never transported.
+    Layers are visited from the input on. The cost of a pair of units is the distance of the weight rows that write
+    them, the source's already rewritten along the axes that they read, with biases as another column; or, with moments,
+    the distance of their activations. With a plan T [m, n] of uniform marginals, the source's units are written through
+    m T^T, a mean, and read through n T^T, a sum: to split a unit into equal ones, or to merge equal ones, keeps the
+    outputs. If both models have m units, both are the T diag(1 / beta) of the paper. Heads stay as they are. Outputs
+    and inputs of the model are never transported.
 
-    The authors' code differs: it scales by n where m is meant, knows no biases, and transports the output layer unless
-    told otherwise. With widths that differ the paper scales readers by m, too. An exact plan between models of one
-    width is a permutation, which leaves the outputs as they are.
+    The authors' code differs: it scales by n where m is meant, ignores biases, and by default transports the output
+    layer. With different widths the paper scales readers by m, too. An exact plan between models of one width is a
+    permutation, which keeps the outputs.
 
     Source: Singh and Jaggi 2020 (1910.05653), algorithm 1.
     """
@@ -50,7 +50,7 @@ def transport_units(request: Request) -> Found:
             squares = _total(block.squares() for block in request.moments.of(pair, name))
         cost = cost_of(squares, str(request.options["cost"])).to(pair.device)
         if not cost.sum().isfinite():
-            raise overflow(f"the products that tell the units of {name} apart")
+            raise overflow(f"the products for the distances between the units of {name}")
         plan = solve(cost, request.number("regularisation"), name)
         elements[name] = _element(plan / plan.sum(1, keepdim=True), plan / plan.sum(0, keepdim=True))
         request.tick(1)
@@ -64,13 +64,13 @@ def transport_units(request: Request) -> Found:
 
 
 def _element(matrix: Tensor, dual: Tensor) -> UnitsElement:
-    """What writes and reads the units as these say: where they only permute them, as an order."""
+    """The element that writes the units through matrix and reads them through dual; an order if these only permute."""
     permutes = matrix.shape[0] == matrix.shape[1] and bool(((matrix == 0) | (matrix == 1)).all())
     return UnitsElement(order=matrix.argmax(1)) if permutes else UnitsElement(matrix=matrix, dual=dual)
 
 
 def _visits(request: Request, groups: list[str]) -> Iterable[tuple[str, Sequence[Use]]]:
-    """Every group with the uses that write it, when their other axes are known. PlanError where there are none."""
+    """Every group with the uses that write it and whose other axes are known. Raises PlanError for one without."""
     pair = request.pair
     if request.order is None or request.moments is not None:
         visits = list(pair.anchored(groups, WRITERS))
@@ -79,28 +79,28 @@ def _visits(request: Request, groups: list[str]) -> Iterable[tuple[str, Sequence
         left = [name for name in pair.symmetries.groups if name not in names]
         wider = [name for name in left if pair.symmetries.groups[name] != pair.to_symmetries.groups[name]]
         if len(request.order) > 1 or len({*names}) < len(names) or not {*names} <= {*groups} or wider:
-            of_units = f"; {', '.join(wider)} cannot be left out, as the widths differ" if wider else ""
+            needed = f"; {', '.join(wider)} cannot be left out, because the widths differ" if wider else ""
             raise PlanError(
                 f"found the order {'; '.join(', '.join(each) for each in request.order)}, expected one list of some of "
-                f"{', '.join(groups)}, each once at most{of_units}"
+                f"{', '.join(groups)}, each once at most{needed}"
             )
         visits = [(n, pair.known_uses(pair.uses(n, WRITERS), [*left, *names[:i]])) for i, n in enumerate(names)]
     unknown = [name for name, uses in visits if not uses and pair.uses(name)]
     if unknown and request.moments is None:
         raise PlanError(
-            f"nothing is known of what writes {', '.join(unknown)} when it is visited; expected a group's inputs to be "
+            f"{', '.join(unknown)} comes before the groups that its weights read; expected a group's inputs to be "
             "transported before it. Visit the groups from the input on"
         )
     return [(name, uses) for name, uses in visits if pair.uses(name)]
 
 
 def _weights(pair: Pair, group: str, uses: Sequence[Use], transform: Transform) -> Squares:
-    """The products of both models' rows of all weights that write the group."""
+    """The products of both models' rows, over all weights that write the group."""
 
     def of(use: Use) -> list[Squares]:
         return [_products(x.double(), y.double()) for _, x, y in pair.unfolded(use, group, transform, WRITERS)]
 
-    return _total(squares for found in pair.in_order(of, uses) for squares in found)
+    return _total(squares for each in pair.in_order(of, uses) for squares in each)
 
 
 def _products(x: Tensor, y: Tensor) -> Squares:
@@ -113,7 +113,7 @@ def _total(parts: Iterable[Squares]) -> Squares:
 
 
 def cost_of(squares: Squares, metric: str) -> Tensor:
-    """The distance of every x and y, float64 [m, n]: "euclidean", "squared", or "cosine" (1 - the cosine)."""
+    """The distance between every x and y, float64 [m, n]: "euclidean", "squared", or "cosine" (1 - the cosine)."""
     inner, first, second = squares
     if metric == "cosine":
         lengths = first.sqrt()[:, None] * second.sqrt()
@@ -123,12 +123,12 @@ def cost_of(squares: Squares, metric: str) -> Tensor:
 
 
 def solve(cost: Tensor, regularisation: float, name: str, iterations: int = SINKHORN_ITERATIONS) -> Tensor:
-    """The plan [m, n], at least 0, of rows and columns of equal sums, of which <cost, plan> is least.
+    """The plan [m, n], >= 0 with equal row sums and equal column sums, with the least <cost, plan>.
 
-    regularisation: of the entropy, as a factor of the largest cost; 0 for the exact plan. Exact plans are whole numbers
-    times 1 / (m n), and are returned as these. Of several that are best, with m = n, the one that leaves most units in
-    their places, and where all costs are 0 all of them. Sinkhorn's iteration runs where the cost lies, the exact solver
-    on the CPU, where the plan is. PlanError where the iteration does not converge.
+    regularisation: the weight of the entropy, as a factor of the largest cost; 0 for the exact plan. Exact plans are
+    whole numbers times 1 / (m n), and returned as these whole numbers. Among equally good plans with m = n the one that
+    moves the fewest units wins; if all costs are 0, none moves. Sinkhorn's iteration runs on the cost's device, the
+    exact solver on the CPU, where the plan lies. Raises PlanError if the iteration does not converge.
     """
     import ot
 

@@ -1,4 +1,4 @@
-"""Weight matching: permutations that bring weights nearest, or what a Llama allows beyond them."""
+"""Weight matching: the permutations that bring weights nearest, or the rotations and signs that a Llama allows."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from mergekit_lfm.errors import PlanError
 
 
 def match_weights(request: Request) -> Found:
-    """Permutations by weight matching, the best of several runs.
+    """Find permutations by weight matching, the best of several runs.
 
-    The first run starts anchored: each group is found from the tensors on whose other axes nothing acts, or groups that
-    were found before. The others start from the identity, or `initial`, and visit the groups in random orders, anew for
-    every sweep. A given order is that of all runs but the first, which too visits only its groups. A run ends when a
-    sweep made nothing better. With one run and `initial` or `order` given, this is the
-    algorithm of the paper from there. Inside of heads: permutations where queries and keys have no rotary positions.
+    The first run starts anchored: it finds each group from tensors whose other axes are free or belong to groups found
+    before. The others start from the identity, or `initial`, and visit the groups in random orders, anew for every
+    sweep. If `order` is given, every run visits only its groups, and all but the first run follow it. A run ends after
+    a sweep without improvement. One run with `initial` or `order` is the paper's algorithm from there. Inside heads,
+    queries and keys are permuted if they have no rotary positions.
 
     Source: Ainsworth, Hayase, Srinivasa 2023 (2209.04836), algorithm 1.
     """
@@ -31,12 +31,12 @@ def match_weights(request: Request) -> Found:
 
 
 def match_rotations(request: Request) -> Found:
-    """Permutations, and orthogonal matrices and signs where the table has them: of a model with rotary positions.
+    """Find permutations, and the orthogonal matrices and signs that the table allows, for rotary positions only.
 
-    A residual that can be rotated is aligned by Procrustes with the gains of the norms folded into what reads them;
-    others by permutations, with signs where units may change theirs. Values by Procrustes inside of each head, rotary
-    pairs of queries and keys by an angle each, or a sign. With statistics, all but queries and keys by activations.
-    PlanError for an architecture without rotary positions.
+    A residual that can be rotated is aligned by Procrustes, with the gains of the norms folded into their readers;
+    others by permutations, with signs if units may change theirs. Values are aligned by Procrustes inside each head,
+    each rotary pair of queries and keys by an angle or a sign. Statistics align all but queries and keys by
+    activations. Raises PlanError for an architecture without rotary positions.
 
     Source: 2502.00264 (rotation symmetry), 2506.22712, and Procrustes' solution by polar factors.
     """
@@ -46,7 +46,7 @@ def match_rotations(request: Request) -> Found:
         has = "attention heads without rotary positions" if heads else "no attention heads"
         raise PlanError(
             f"{request.pair.source.label} has {has}; rotation needs a model with rotary positions, such as Llama, "
-            "Mistral and Qwen. Use weight_matching or activation_matching, which find permutations"
+            "Mistral or Qwen. Use weight_matching or activation_matching, which find permutations"
         )
     rotated = {name for name, group in groups.items() if isinstance(group, Units) and group.rotation == "orthogonal"}
     pair = replace(request.pair, folded=frozenset(rotated))
@@ -56,13 +56,13 @@ def match_rotations(request: Request) -> Found:
 
 
 def _best_run(request: Request, pair: Pair, allowed: Callable[[Group], Family]) -> Found:
-    plainly, pair = pair, replace(pair, scales=pair.norms() if request.options["normalise"] else {})
+    unscaled, pair = pair, replace(pair, scales=pair.norms() if request.options["normalise"] else {})
     runs = int(request.number("restarts"))
     plain = runs == 1 and (request.initial is not None or request.order is not None)
     if request.order is not None:
-        runs = min(runs, 2)  # the anchored one and another: in a given order all others are the same
-    given = {name for names in request.order or () for name in names}
-    visited = [name for name in pair.symmetries.groups if request.order is None or name in given]
+        runs = min(runs, 2)  # the anchored one and another: with a given order all others are the same
+    ordered = {name for names in request.order or () for name in names}
+    visited = [name for name in pair.symmetries.groups if request.order is None or name in ordered]
     best: tuple[float, dict[str, Element]] | None = None
     for run in range(runs):
         climb = Climb(pair, allowed, request.start)
@@ -75,11 +75,11 @@ def _best_run(request: Request, pair: Pair, allowed: Callable[[Group], Family]) 
         if best is None or reached > best[0]:
             best = reached, climb.elements
     assert best is not None
-    return Found(plainly, best[1], heeded=frozenset({"order", "initial"}))
+    return Found(unscaled, best[1], heeded=frozenset({"order", "initial"}))
 
 
 def _orders(request: Request, run: int) -> list[Sequence[str]]:
-    """The groups in the order in which each sweep visits them."""
+    """The order of the groups in each sweep."""
     sweeps = int(request.number("sweeps"))
     if request.order is not None:
         return list(request.order[:sweeps])

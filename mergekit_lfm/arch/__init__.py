@@ -1,4 +1,4 @@
-"""Symmetry tables of architectures: what can be rewritten in a model without changing what it says."""
+"""Symmetry tables of architectures: the transforms of a model's weights that keep its outputs."""
 
 from mergekit_lfm.arch.registry import ARCHITECTURES, find_symmetries
 from mergekit_lfm.arch.table import Group, Heads, Symmetries, Units, read_table

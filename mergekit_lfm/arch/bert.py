@@ -1,4 +1,4 @@
-"""BERT: LayerNorm after each block, so that its gain acts on the skip path too; learned positions; and its heads."""
+"""BERT: LayerNorm after each block, so that its gain acts on the skip path too; learned positions; all task heads."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ qa_outputs.bias?                                      class
 
 
 def symmetries(config: Mapping[str, Any], names: Iterable[str]) -> Symmetries:
-    """The groups of a model with this config. Units that no head reads are outputs, as a BertModel's residual."""
+    """The table of a model with this config. Units that no head reads are outputs, such as a BertModel's residual."""
     names = set(names)
     layers, width, heads = (config[key] for key in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
     scale: Scale | None = "positive" if config.get("hidden_act") == "relu" else None
@@ -68,9 +68,9 @@ def symmetries(config: Mapping[str, Any], names: Iterable[str]) -> Symmetries:
     if config.get("tie_word_embeddings", True):
         head = re.sub(r"\bpredictions(?=['\s])", "residual", head)  # the embeddings read them
     table = body + head
-    if any(name.endswith("LayerNorm.gamma") for name in names):  # as the first published files have it
+    if any(name.endswith("LayerNorm.gamma") for name in names):  # the names in the first published files
         table = table.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
-    found = read_table(table, groups, names, {"l": layers})
+    whole = read_table(table, groups, names, {"l": layers})
     headless = not any(name.startswith(("cls.", "classifier.", "qa_outputs.")) for name in names)
-    read = {part.group for axes in found.tensors.values() for axis in axes for part in axis if part.view == "'"}
-    return keep_outputs(found, {"pooler", "predictions"} - read | ({"residual"} if headless else set()))
+    read = {part.group for axes in whole.tensors.values() for axis in axes for part in axis if part.view == "'"}
+    return keep_outputs(whole, {"pooler", "predictions"} - read | ({"residual"} if headless else set()))

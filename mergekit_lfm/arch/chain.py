@@ -1,7 +1,7 @@
-"""Chains of layers, found in the tensors alone: perceptrons, and plain convolutional networks with BatchNorm.
+"""Chains of layers, derived from the tensors alone: perceptrons, and plain convolutional networks with BatchNorm.
 
-Each layer reads what the one before it writes, and no other. The order comes from the sizes, among equals from the
-numbers in the names. A file does not say which activation lies between: the units may change places, and no more.
+Each layer reads only the outputs of the one before it. Sizes determine the order, and among equal sizes the numbers in
+the names. A file does not name the activations between layers, so units may only change places.
 Nor does it show skip connections or grouped convolutions: a model that has them needs a table of its own.
 """
 
@@ -18,12 +18,12 @@ from mergekit_lfm.store.tensors import TensorSpec
 
 _INPUT, _OUTPUT, _KERNEL = (Part(None, free=word) for word in ("input", "class", "kernel"))
 _STATISTICS = ("running_mean", "running_var")
-_MOST = 1000  # orders that are looked at; more of them are as good as none
+_MOST = 1000  # orders to look at; with so many the order is ambiguous
 
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """A layer by its name, with its tensors by the last word of theirs."""
+    """A layer with its name, and its tensors by the last part of their names."""
 
     name: str
     tensors: dict[str, TensorSpec] = field(default_factory=dict)
@@ -38,7 +38,7 @@ class _Layer:
 
     @property
     def kind(self) -> str:
-        """The name without its numbers: what layers share that are told apart by number."""
+        """The name without its numbers, common to layers that differ only by number."""
         return re.sub(r"\d+", "#", self.name)
 
     @property
@@ -53,9 +53,9 @@ class _Layer:
 def chain(specs: Mapping[str, TensorSpec]) -> Symmetries:
     """The table of a chain of layers: every hidden layer's units are a group with the layer's name.
 
-    Linear layers [out, in], convolutions [out, in, ...] and BatchNorms, with or without biases. After a convolution a
-    linear layer may read several entries of each channel, as after flattening. PlanError where the tensors form no
-    chain, or more than one.
+    A chain has linear layers [out, in], convolutions [out, in, ...] and BatchNorms, with or without biases. After a
+    convolution a linear layer may read several entries of each channel, as after flattening. Raises PlanError if the
+    tensors form no chain, or more than one.
     """
     layers = _layers(specs)
     norms = [layer for layer in layers if layer.norm]
@@ -68,30 +68,30 @@ def chain(specs: Mapping[str, TensorSpec]) -> Symmetries:
     for layer in layers:
         home = homes[layer.name]
         written = _INPUT if home is None else Part(names[home]) if home in names else _OUTPUT
-        undone = not layer.norm and layer.name in (homes[norm.name] for norm in norms)  # by the norm that follows
+        normed = not layer.norm and layer.name in (homes[norm.name] for norm in norms)  # a norm undoes its scale
         ordered = Part(written.group, "order") if written.group else written
         for last, spec in layer.tensors.items():
-            first = ordered if last in _STATISTICS or undone else written
+            first = ordered if last in _STATISTICS or normed else written
             others = [reads[layer.name], *[_KERNEL] * (len(spec.shape) - 2)] if len(spec.shape) > 1 else []
             tensors[spec.name] = tuple((part,) for part in ([first, *others] if spec.shape else []))
     return Symmetries(groups, {name: tensors[name] for name in specs})
 
 
 def _layers(specs: Mapping[str, TensorSpec]) -> list[_Layer]:
-    """The layers in the order of their first tensors. PlanError about all tensors that are in none."""
+    """The layers in the order of their first tensors. Raises PlanError with all tensors that fit no layer."""
     layers: dict[str, _Layer] = {}
     for name, spec in specs.items():
-        place, _, last = name.rpartition(".")
-        layers.setdefault(place, _Layer(place)).tensors[last] = spec
+        layer_name, _, last = name.rpartition(".")
+        layers.setdefault(layer_name, _Layer(layer_name)).tensors[last] = spec
     problems = [problem for layer in layers.values() for problem in _problems(layer)]
     if problems or all(layer.norm for layer in layers.values()):
-        found = _few(problems, "; ") or "none of them is a weight"
-        raise PlanError(f"the tensors form no chain of linear layers, convolutions and BatchNorms: {found}")
+        listed = _few(problems, "; ") or "none of them is a weight"
+        raise PlanError(f"the tensors form no chain of linear layers, convolutions and BatchNorms: {listed}")
     return list(layers.values())
 
 
 def _problems(layer: _Layer) -> list[str]:
-    """The tensors that a linear layer, a convolution or a BatchNorm has not."""
+    """The tensors that do not belong in a linear layer, a convolution or a BatchNorm."""
     known: Mapping[str, tuple[int, ...]]
     if layer.norm:
         size = layer.shape
@@ -105,39 +105,40 @@ def _problems(layer: _Layer) -> list[str]:
 
 
 def _few(words: list[str], between: str) -> str:
+    """The first eight words, and how many more there are."""
     return between.join(words[:8]) + (f"{between}and {len(words) - 8} more" if len(words) > 8 else "")
 
 
 def _follows(before: _Layer, after: _Layer) -> bool:
-    """Whether a layer can read the units of another: as many, or several entries for each after flattening."""
+    """True if `after` can read the units of `before`: as many, or several entries per unit after flattening."""
     units, inputs = before.shape[0], after.shape[1]
     flattened = len(before.shape) > 2 and len(after.shape) == 2
     return inputs % units == 0 if flattened else inputs == units
 
 
 def _order(layers: list[_Layer]) -> list[_Layer]:
-    """The layers from the input to the output. PlanError where there is no such order, or more than one is as good."""
-    found = list(islice(_orders(layers), _MOST))
-    whole = [order for order in found if _unbroken(order)] if len(found) > 1 else found
+    """The layers from input to output. Raises PlanError if no order is possible, or if several are equally good."""
+    orders = list(islice(_orders(layers), _MOST))
+    whole = [order for order in orders if _keeps_modules_together(order)] if len(orders) > 1 else orders
     if len(whole) > 1 and layers != sorted(layers, key=lambda layer: layer.name):
-        whole = [order for order in whole if order == layers]  # not sorted by name: as the model has them
-    if len(whole) == 1 and len(found) < _MOST:
+        whole = [order for order in whole if order == layers]  # not sorted by name: the file has the model's order
+    if len(whole) == 1 and len(orders) < _MOST:
         return whole[0]
     shapes = _few([f"{layer.name} {list(layer.shape)}" for layer in layers], ", ")
-    if not found:
-        raise PlanError(f"the layers form no chain in which each reads what the one before it writes: {shapes}")
-    raise PlanError(f"neither sizes nor numbers tell the order of these layers: {shapes}")
+    if not orders:
+        raise PlanError(f"the layers form no chain in which each reads the outputs of the one before it: {shapes}")
+    raise PlanError(f"neither sizes nor numbers determine the order of these layers: {shapes}")
 
 
 def _orders(layers: list[_Layer]) -> Iterator[list[_Layer]]:
-    """All orders in which each layer follows the one before, and layers that differ by number stand by it."""
+    """All orders in which each layer can read the one before, and layers that differ only by number stay in order."""
     kinds: dict[str, list[_Layer]] = {}
     for layer in sorted(layers, key=lambda layer: layer.numbers):
         kinds.setdefault(layer.kind, []).append(layer)
 
     dead = set()
 
-    def extended(order: list[_Layer], left: list[Sequence[_Layer]]) -> Iterator[list[_Layer]]:
+    def extend(order: list[_Layer], left: list[Sequence[_Layer]]) -> Iterator[list[_Layer]]:
         if not left:
             yield order
             return
@@ -148,26 +149,27 @@ def _orders(layers: list[_Layer]) -> Iterator[list[_Layer]]:
         for i, (first, *others) in enumerate(left):
             if not order or _follows(order[-1], first):
                 rest = [others] if others else []
-                for whole in extended([*order, first], [*left[:i], *rest, *left[i + 1 :]]):
+                for whole in extend([*order, first], [*left[:i], *rest, *left[i + 1 :]]):
                     complete = True
                     yield whole
         if not complete:
             dead.add(state)
 
-    return extended([], list(kinds.values()))
+    return extend([], list(kinds.values()))
 
 
-def _unbroken(order: list[_Layer]) -> bool:
-    """Whether the layers of each module stand together."""
+def _keeps_modules_together(order: list[_Layer]) -> bool:
+    """True if the layers of each module are adjacent."""
     parents = [layer.parent for layer in order]
     entered = [parent for i, parent in enumerate(parents) if parent and parent != (parents[i - 1] if i else None)]
     return len(entered) == len(set(entered))
 
 
 def _home(norm: _Layer, order: list[_Layer]) -> str | None:
-    """The layer whose outputs a norm takes in, None for the model's inputs. PlanError where it cannot be told.
+    """The layer whose outputs a norm reads, None for the model's inputs. Raises PlanError if it is ambiguous.
 
-    The only one of its size; else the last one before it by number among those named alike, or the one of its number.
+    The layer is the only one of the norm's size; else the last before it by number among those of the same kind of
+    name, or the one with the same number.
     """
     fits = [layer.name for layer in order if layer.shape[0] == norm.shape[0]]
     if order[0].shape[1] != norm.shape[0] and len(fits) == 1:
@@ -180,4 +182,6 @@ def _home(norm: _Layer, order: list[_Layer]) -> str | None:
         return before[-1]
     if not before and len(same) == 1 and same[0] in fits:
         return same[0]
-    raise PlanError(f"neither sizes nor numbers tell which layer comes before the norm {norm.name} {list(norm.shape)}")
+    raise PlanError(
+        f"neither sizes nor numbers determine which layer comes before the norm {norm.name} {list(norm.shape)}"
+    )

@@ -35,7 +35,7 @@ lm_head.weight?                 vocab                 residual'@final
 
 
 def symmetries(config: Mapping[str, Any], names: Iterable[str]) -> Symmetries:
-    """The groups of a model with this config. The residual can be rotated where the head is not tied.
+    """The table of a model with this config. The residual can be rotated if the head is not tied.
 
     The residual of a GPT2Model, which has no head, is its output.
     """

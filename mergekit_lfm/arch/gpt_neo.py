@@ -1,4 +1,4 @@
-"""GPT-Neo: LayerNorm before each block, learned positions; of its layers some attend to the last few tokens only."""
+"""GPT-Neo: LayerNorm before each block, learned positions; some layers attend to the last few tokens only."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ lm_head.weight?                            vocab                 residual'@final
 
 
 def symmetries(config: Mapping[str, Any], names: Iterable[str]) -> Symmetries:
-    """The groups of a model with this config. The residual can be rotated where the head is not tied.
+    """The table of a model with this config. The residual can be rotated if the head is not tied.
 
     The residual of a GPTNeoModel, which has no head, is its output.
     """

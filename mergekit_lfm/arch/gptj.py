@@ -1,6 +1,6 @@
-"""GPT-J: one LayerNorm that attention and MLP read side by side, rotary positions in part of each head.
+"""GPT-J: attention and MLP read the same LayerNorm side by side; rotary positions in part of each head.
 
-The positions turn pairs of neighbours (2i, 2i + 1) of a head's first `rotary_dim` units, not (i, i + head_dim / 2).
+The positions rotate pairs of neighbours (2i, 2i + 1) of a head's first `rotary_dim` units, not (i, i + head_dim / 2).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ lm_head.bias?                    vocab
 
 
 def symmetries(config: Mapping[str, Any], names: Iterable[str]) -> Symmetries:
-    """The groups of a model with this config. The residual can be rotated where the head is not tied.
+    """The table of a model with this config. The residual can be rotated if the head is not tied.
 
     The residual of a GPTJModel, which has no head, is its output.
     """

@@ -36,7 +36,7 @@ lm_head.weight?                                     vocab            residual'@f
 
 
 def symmetries(config: Mapping[str, Any], names: Iterable[str]) -> Symmetries:
-    """The groups of a model with this config. The residual can be rotated where the head is not tied."""
+    """The table of a model with this config. The residual can be rotated if the head is not tied."""
     names = list(names)
     layers, width, heads = (config[key] for key in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
     kv_heads = config.get("num_key_value_heads") or heads

@@ -1,3 +1,3 @@
-"""Units that are a model's outputs: where no head reads the last hidden units, nothing may act on them."""
+"""Units that are a model's outputs: if no head reads the last hidden units, no group may act on them."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whether two models are of one table, so that one can be aligned to the other."""
+"""Check that two models fit one table, so that one can be aligned to the other."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def check_alike(
     *,
     widths: bool,
 ) -> None:
-    """PlanError where a model does not fit its table, or where the two differ in more than what is allowed.
+    """Raises PlanError if a model does not fit its table, or if the two models differ too much.
 
-    widths: whether groups of units may differ in size.
+    widths: True if groups of units may differ in size.
     """
-    for held, table, label in zip(specs, tables, labels, strict=True):
-        check_fit(table, held, label)
+    for tensors, table, label in zip(specs, tables, labels, strict=True):
+        check_fit(table, tensors, label)
     first, second = tables
     problems = [f"{name} is in one table only" for name in sorted(first.tensors.keys() ^ second.tensors.keys())]
     both = [name for name in first.tensors if name in second.tensors]
@@ -40,20 +40,20 @@ def check_alike(
         shown = problems[:20] + ([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])
         wider = "" if widths else "; `ot` allows other numbers of hidden units"
         raise PlanError(
-            f"{labels[0]} and {labels[1]} are of different shape:\n  " + "\n  ".join(shown) + "\nExpected models of "
+            f"{labels[0]} and {labels[1]} differ in shape:\n  " + "\n  ".join(shown) + "\nExpected models of "
             f"one architecture and size{wider}"
         )
 
 
 def _alike(name: str, specs: tuple[Specs, Specs], tables: tuple[Symmetries, Symmetries]) -> bool:
-    """Whether a tensor has as many entries for each unit, along every axis, in both models."""
+    """True if a tensor has the same number of entries per unit, along every axis, in both models."""
     both = zip(specs, tables, strict=True)
-    first, second = ([_each(table, name, i, n) for i, n in enumerate(held[name].shape)] for held, table in both)
+    first, second = ([_each(table, name, i, n) for i, n in enumerate(tensors[name].shape)] for tensors, table in both)
     return first == second
 
 
 def _each(table: Symmetries, name: str, axis: int, size: int) -> int:
-    """The entries for each unit on an axis of this size; all of them where nothing acts."""
+    """The entries per unit on an axis of this size; all entries of a free axis."""
     parts = table.tensors[name][axis]
     acted_on = [part for part in parts if part.group is not None]
     return size // sum(part_size(table.groups, part) for part in acted_on) if acted_on else size

@@ -1,6 +1,6 @@
-"""The symmetry tables by the config's `model_type`. A new one is a file beside this one, and no other change.
+"""The symmetry tables by the config's `model_type`. To add one, put a file beside this one; nothing else changes.
 
-Where there is no model_type, the tensors themselves may form a chain of layers, and so give a table.
+Without a model_type, the tensors themselves may form a chain of layers, which gives a table.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ ARCHITECTURES = MappingProxyType(_collect())
 
 
 def find_symmetries(checkpoint: Checkpoint, label: object | None = None) -> Symmetries:
-    """The symmetry table of a checkpoint, by the model_type of its config; without one, as a chain of layers.
+    """The symmetry table of a checkpoint, by the model_type of its config; without one, that of a chain of layers.
 
-    PlanError where there is none that fits.
+    Raises PlanError if no table fits.
     """
     label = checkpoint.path if label is None else label
     kind = checkpoint.config.get("model_type")
@@ -46,10 +46,10 @@ def find_symmetries(checkpoint: Checkpoint, label: object | None = None) -> Symm
             raise PlanError(f"{label} has no config.json with a model_type, and {error}; {known}") from None
     build = ARCHITECTURES.get(kind)
     if build is None:
-        raise PlanError(f"{label} is of model_type {kind!r}, for which there is no symmetry table; {known}")
+        raise PlanError(f"{label} has model_type {kind!r}, which has no symmetry table; {known}")
     try:
-        found = build(checkpoint.config, checkpoint)
+        symmetries = build(checkpoint.config, checkpoint)
     except KeyError as error:
         raise PlanError(f"{label}: config.json has no {error}, which the table of {kind} needs") from None
-    check_fit(found, checkpoint, label)
-    return found
+    check_fit(symmetries, checkpoint, label)
+    return symmetries

@@ -13,7 +13,7 @@ from mergekit_lfm.arch.table import Group, Scale, Symmetries, Units, keep_output
 
 MODEL_TYPES = ("resnet",)
 
-# A convolution and its norm: what its units are, and what it reads.
+# A convolution and its norm: {out} names its units, {read} its inputs.
 CONVOLUTION = """
 {name}.convolution.weight                  {out}:order  {read}  kernel  kernel
 {name}.normalization.weight                {out}
@@ -29,7 +29,7 @@ classifier.1.bias?                         class
 
 
 def symmetries(config: Mapping[str, Any], names: Iterable[str]) -> Symmetries:
-    """The groups of a model with this config. The last stage of a ResNetModel, which has no head, is its output."""
+    """The table of a model with this config. The last stage of a ResNetModel, which has no head, is its output."""
     names = set(names)
     prefix = "resnet." if any(name.startswith("resnet.") for name in names) else ""
     reduction, between = (4, 2) if config["layer_type"] == "bottleneck" else (1, 1)
@@ -46,7 +46,7 @@ def symmetries(config: Mapping[str, Any], names: Iterable[str]) -> Symmetries:
                 groups[skip] = Units(width, scale)
                 table += CONVOLUTION.format(name=f"{name}.shortcut", out=skip, read=f"{before}'")
             inside = [f"{place}.{i}" for i in range(between)]
-            # transformers has ReLU within a layer whatever the config says
+            # transformers always uses ReLU within a layer, whatever the config says
             groups |= {group: Units(width // reduction, "positive") for group in inside}
             for i, (read, out) in enumerate(pairwise([before, *inside, skip])):
                 table += CONVOLUTION.format(name=f"{name}.layer.{i}", out=out, read=f"{read}'")

@@ -1,8 +1,9 @@
-"""What an architecture is to alignment: which axes of which tensors move together when hidden units are rewritten.
+"""Symmetry tables: the axes of an architecture's tensors that move together when hidden units are rewritten.
 
 A table is text: for each tensor its name in the file and one word for each axis. A word names the group that acts on
-the axis, and how. `ffn.0` is moved as a vector of hidden units is; `ffn.0'` as what reads such vectors, by the inverse
-transposed; `ffn.0:order` follows the order of the units only. Words without a group (`vocab`, `class`, ...) are free.
+the axis, and how. `ffn.0` transforms like a vector of hidden units; `ffn.0'` like a reader of such vectors, by the
+inverse transposed; `ffn.0:order` follows the order of the units only. Words without a group (`vocab`, `class`, ...)
+are free.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Literal
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.store.tensors import TensorSpec
 
-# Words for axes on which nothing acts.
+# Words for axes on which no group acts.
 FREE = frozenset({"vocab", "position", "type", "class", "input", "kernel", "within_head"})
 UNIT_VIEWS = ("", "'", "order", "gain", "shift")
 HEAD_VIEWS = ("query", "key", "value", "output")
@@ -28,10 +29,10 @@ QueryKey = Literal["linear", "phases", "signs", "fixed"]
 class Units:
     """Hidden units that may stand in any order.
 
-    scale: the factors by which each unit may be multiplied where it is written and divided where it is read, none with
-    None: "positive" through a ReLU, "sign" on a residual with RMSNorm, "nonzero" (any sign) on the linear half of a
-    gated layer. rotation: the matrices that may act on all units at once when the gains of the norms are folded into
-    what reads them: "orthogonal" with RMSNorm, "centred" (orthogonal, and keeping the vector of ones) with LayerNorm.
+    scale: factors that may multiply each unit where it is written and divide it where it is read: "positive" through a
+    ReLU, "sign" on a residual with RMSNorm, "nonzero" (any sign) on the linear half of a gated layer; None for no
+    factors. rotation: matrices that may act on all units at once after the gains of the norms are folded into their
+    readers: "orthogonal" with RMSNorm, "centred" (orthogonal, and keeping the vector of ones) with LayerNorm.
     """
 
     count: int
@@ -43,11 +44,12 @@ class Units:
 class Heads:
     """Attention heads: `groups` key and value heads of `head_dim`, each read by `per_group` query heads.
 
-    Groups may stand in any order, and query heads within their group. query_key: what may act within a head on keys,
-    with its inverse transposed on the queries: "linear" any invertible matrix (no rotary positions); "phases" for each
-    pair (i, i + head_dim / 2) of rotary positions a rotation and a factor; "signs" for each such pair a sign (rotary
-    positions, and norms of queries and keys); "fixed" nothing, where positions are rotary in other pairs and so allow
-    what has no name here. On values any invertible matrix acts, on the output's columns its inverse transposed.
+    Groups may stand in any order, and query heads in any order within their group. query_key: the matrices that may
+    act on keys within a head, with their inverse transposed on the queries: "linear" any invertible matrix (no rotary
+    positions); "phases" a rotation and a factor for each pair (i, i + head_dim / 2) of rotary positions; "signs" a sign
+    for each such pair (rotary positions, and norms of queries and keys); "fixed" none, for rotary positions in other
+    pairs, whose matrices have no name here. Any invertible matrix may act on values, with its inverse transposed on the
+    output's columns.
     """
 
     groups: int
@@ -65,9 +67,9 @@ Group = Units | Heads
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What acts on an axis, or on a run of it: a group in one of its views; or nothing, with group None.
+    """An axis, or a run of it, with the group and view that act there; a free axis has no group.
 
-    norm: for what reads the output of a norm, and for the norm's own gain and shift, the norm.
+    norm: the norm whose output the axis reads, or whose gain or shift it is.
     """
 
     group: str | None
@@ -87,7 +89,7 @@ Axis = tuple[Part, ...]  # one part, or several that lie one after another
 
 @dataclass(frozen=True)
 class Symmetries:
-    """The groups of a model and, for every tensor by its name in the file, what acts on each of its axes."""
+    """The groups of a model and, for every tensor by its name in the file, its axes."""
 
     groups: Mapping[str, Group]
     tensors: Mapping[str, tuple[Axis, ...]]
@@ -102,13 +104,13 @@ class Symmetries:
         ]
 
     def lengths(self, tensor: str, axis: int, size: int) -> list[int]:
-        """How many entries of an axis of `size` each of its parts takes."""
+        """The number of entries of each part of an axis of `size`."""
         parts = self.tensors[tensor][axis]
         return [size] if len(parts) == 1 else [part_size(self.groups, part) for part in parts]
 
 
 def part_size(groups: Mapping[str, Group], part: Part) -> int:
-    """The units of a part; an axis may have several entries for each, as after flattening an image."""
+    """The number of units of a part; an axis may have several entries per unit, as after flattening an image."""
     group = groups[part.group or ""]
     return group.count if isinstance(group, Units) else group.size(part.view)
 
@@ -116,15 +118,15 @@ def part_size(groups: Mapping[str, Group], part: Part) -> int:
 def read_table(
     text: str, groups: Mapping[str, Group], present: Iterable[str], repeat: Mapping[str, int] | None = None
 ) -> Symmetries:
-    """The symmetries in a table of lines `NAME AXIS AXIS ...`; a norm's scalars have a name alone.
+    """Read a table of lines `NAME AXIS AXIS ...`; a scalar's line has only a name.
 
-    A line with {l} stands for as many as `repeat` says of l. A name that ends with "?" is left out where `present`, the
-    names in the checkpoint, lacks it. Parts that lie one after another on an axis are divided by "|".
+    A line with {l} is repeated for l from 0 to `repeat["l"]` - 1. A name that ends with "?" is left out
+    if `present`, the names in the checkpoint, lacks it. "|" divides parts that lie one after another on an axis.
     """
     names = set(present)
     tensors: dict[str, tuple[Axis, ...]] = {}
     for line in (line.split() for line in text.splitlines() if line.strip()):
-        for name, *words in _repeated(line, repeat or {}):
+        for name, *words in _repeat(line, repeat or {}):
             if name.endswith("?") and name[:-1] not in names:
                 continue
             tensors[name.removesuffix("?")] = tuple(read_axis(word, groups) for word in words)
@@ -132,12 +134,12 @@ def read_table(
 
 
 def prefixed(table: str, prefix: str, present: Iterable[str]) -> str:
-    """The table with a prefix before each name, unless none of the names in the checkpoint has it."""
-    found = any(name.startswith(prefix) for name in present)
-    return re.sub(r"^(?=\S)", prefix, table, flags=re.MULTILINE) if found else table
+    """The table with a prefix before each name if any name in the checkpoint has it."""
+    used = any(name.startswith(prefix) for name in present)
+    return re.sub(r"^(?=\S)", prefix, table, flags=re.MULTILINE) if used else table
 
 
-def _repeated(line: list[str], repeat: Mapping[str, int]) -> Iterable[list[str]]:
+def _repeat(line: list[str], repeat: Mapping[str, int]) -> Iterable[list[str]]:
     for letter, count in repeat.items():
         if f"{{{letter}}}" in line[0]:
             return ([word.replace(f"{{{letter}}}", str(i)) for word in line] for i in range(count))
@@ -145,15 +147,15 @@ def _repeated(line: list[str], repeat: Mapping[str, int]) -> Iterable[list[str]]
 
 
 def read_axis(word: str, groups: Mapping[str, Group]) -> Axis:
-    """The parts of one word of a table. PlanError where it names no group and no free axis."""
+    """The parts of one word of a table. Raises PlanError if it names neither a group nor a free axis."""
     return tuple(_read_part(part, groups) for part in word.split("|"))
 
 
 def _read_part(word: str, groups: Mapping[str, Group]) -> Part:
     if word in FREE:
         return Part(None, free=word)
-    place, _, norm = word.partition("@")
-    name, _, view = place.partition(":")
+    acting, _, norm = word.partition("@")
+    name, _, view = acting.partition(":")
     if name.endswith("'"):
         name, view = name[:-1], "'"
     group = groups.get(name)
@@ -164,14 +166,14 @@ def _read_part(word: str, groups: Mapping[str, Group]) -> Part:
         )
     views = UNIT_VIEWS if isinstance(group, Units) else HEAD_VIEWS
     if view not in views or (view in ("gain", "shift") and not norm):
-        raise PlanError(f"the table's {word!r} has no known view; expected one of {', '.join(filter(None, views))}")
+        raise PlanError(f"the table's {word!r} has an unknown view; expected one of {', '.join(filter(None, views))}")
     return Part(name, view, norm or None)
 
 
 def check_fit(symmetries: Symmetries, specs: Mapping[str, TensorSpec], label: object) -> None:
-    """PlanError about all tensors that the table does not name, or that do not fit it."""
+    """Raises PlanError with all tensors that are missing, absent from the table, or of another shape."""
     problems = [f"{specs[name]} is not in the table" for name in specs if name not in symmetries.tensors]
-    problems += [f"{name} is in the table, and missing" for name in symmetries.tensors if name not in specs]
+    problems += [f"{name} is in the table, but missing" for name in symmetries.tensors if name not in specs]
     for name, axes in symmetries.tensors.items():
         if name in specs:
             problems += _misfits(symmetries, specs[name], axes)
@@ -180,7 +182,7 @@ def check_fit(symmetries: Symmetries, specs: Mapping[str, TensorSpec], label: ob
         raise PlanError(
             f"{label} does not fit the symmetry table of its architecture:\n  "
             + "\n  ".join(shown)
-            + "\nEvery tensor has to be named there, with its axes: give a table that does, or another model"
+            + "\nThe table must name every tensor with its axes: give a table that does, or another model"
         )
 
 
@@ -203,7 +205,7 @@ _OUTPUT = Part(None, free="class")
 
 
 def keep_outputs(symmetries: Symmetries, outputs: Collection[str]) -> Symmetries:
-    """The same table with these groups left out, and the axes on which they acted free."""
+    """The same table without these groups, with the axes on which they acted free."""
     return Symmetries(
         {name: group for name, group in symmetries.groups.items() if name not in outputs},
         {

@@ -1,7 +1,7 @@
-"""The transform file: how one model's hidden units are rewritten, for merges that apply it while they stream.
+"""The transform file: how to rewrite one model's hidden units; merges apply it while they stream.
 
-One safetensors file: for each group of the symmetry table what acts on it, and metadata that hold the table itself, the
-method, and the content digests of both models. Applying it needs this file and the checkpoint, and no more.
+One safetensors file: an element for each group of the symmetry table, and metadata with the table itself, the method,
+and the content digests of both models. Applying it needs only this file and the checkpoint.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FORMAT = "1"
-PANEL = 1 << 18  # elements of a tensor that are rewritten at a time
+PANEL = 1 << 18  # elements of a tensor to rewrite at a time
 
 
 @dataclass(frozen=True)
 class UnitsElement:
-    """What acts on a `Units` group: an order with factors, or a matrix.
+    """An element of a `Units` group: an order with factors, or a matrix.
 
     order: int64 [n], new unit i is the old unit order[i]; None keeps it. scale: float64 [n], the factor of new unit i;
-    None for ones. matrix: float64 [m, n], new = matrix @ old, in place of order and scale. dual: float64 [m, n], what
-    acts on axes that read the units; None where the matrix is orthogonal, and so the same.
+    None for ones. matrix: float64 [m, n], new = matrix @ old, in place of order and scale. dual: float64 [m, n], acts
+    on axes that read the units; None if the matrix is orthogonal, and so acts there, too.
     """
 
     order: Tensor | None = None
@@ -43,12 +43,11 @@ class UnitsElement:
 
 @dataclass(frozen=True)
 class HeadsElement:
-    """What acts on a `Heads` group. None leaves that part as it is.
+    """An element of a `Heads` group. None leaves that part as it is.
 
-    groups: int64 [groups], in new place j stands the old group groups[j]. queries: int64 [groups, per_group], in place
-    (j, r) stands the query head queries[j, r] of that group. query_key, value_output: float64 [groups, head_dim,
-    head_dim], what acts on the keys and on the values in new place j; on queries and the output's columns the inverse
-    transposed.
+    groups: int64 [groups], new group j is the old group groups[j]. queries: int64 [groups, per_group], its query head r
+    is the query head queries[j, r] of that old group. query_key, value_output: float64 [groups, head_dim, head_dim],
+    act on the keys and on the values of new group j; the inverse transposed acts on queries and the output's columns.
     """
 
     groups: Tensor | None = None
@@ -62,7 +61,7 @@ Element = UnitsElement | HeadsElement
 
 @dataclass(frozen=True)
 class Gain:
-    """A norm's gain before and after, float64 [n]: where a rotation acts on what it normalises, they change places."""
+    """A norm's gain before and after a rotation of its inputs, float64 [n]: the new one replaces the old."""
 
     old: Tensor
     new: Tensor
@@ -70,11 +69,11 @@ class Gain:
 
 @dataclass(frozen=True)
 class TransformFacts:
-    """All that a transform file says about itself.
+    """The facts in a transform file.
 
-    method: the aligner. models: content digests of the model that is rewritten and of the one that it is brought near
-    to; () where they were given as tensors. exact: whether the outputs stay the same. options: those of the method.
-    scores: the objective before and after, and the like.
+    method: the aligner. models: content digests of the rewritten model and of the one that it is aligned to; () for
+    models given as tensors. exact: True if the outputs stay the same. options: those of the method. scores: the
+    objective and the distance, before and after.
     """
 
     method: str
@@ -87,7 +86,7 @@ class TransformFacts:
 
 @dataclass(frozen=True)
 class Transform:
-    """How a model is rewritten. elements: by group, none for those left alone; gains: by norm."""
+    """How to rewrite a model. elements: by group, without untouched groups; gains: by norm."""
 
     symmetries: Symmetries
     elements: Mapping[str, Element]
@@ -95,7 +94,7 @@ class Transform:
     gains: Mapping[str, Gain] = field(default_factory=dict)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the file, at once."""
+        """Write the transform file, whole or not at all."""
         tensors = {
             f"{part}/{group}": value.contiguous()
             for group, element in self.elements.items()
@@ -128,10 +127,10 @@ def _group(fields: dict[str, Any]) -> Group:
 
 
 def read_transform_facts(path: Path) -> tuple[Symmetries, TransformFacts]:
-    """The table and the facts in a transform file's header. FormatError where it is none."""
+    """The table and the facts in a transform file's header. Raises FormatError for any other file."""
     metadata = read_header(path).metadata
     if metadata.get("lfm.kind") != "transform":
-        raise FormatError(f"{path} is no transform file; make one with `mergekit-lfm align`")
+        raise FormatError(f"{path} is not a transform file; make one with `mergekit-lfm align`")
     if metadata.get("lfm.format") != FORMAT:
         raise FormatError(f"{path} holds a transform of another version; align the models again")
     try:
@@ -147,31 +146,31 @@ def read_transform_facts(path: Path) -> tuple[Symmetries, TransformFacts]:
 
 
 def open_transform(path: str | os.PathLike[str]) -> Transform:
-    """The transform in a file. FormatError where it holds none, FileNotFoundError where it is not there."""
-    place = Path(path)
-    if not place.is_file():
-        raise FileNotFoundError(f"no such transform file: {place}")
-    symmetries, facts = read_transform_facts(place)
-    stored = open_checkpoint(place)
-    held = {name: stored.read(name).view(spec.shape) for name, spec in stored.items()}
+    """The transform in a file. Raises FormatError for any other file, FileNotFoundError for a missing one."""
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"no such transform file: {file}")
+    symmetries, facts = read_transform_facts(file)
+    stored = open_checkpoint(file)
+    tensors = {name: stored.read(name).view(spec.shape) for name, spec in stored.items()}
     elements: dict[str, Element] = {}
-    gains = {name.removeprefix("gain/old/"): name for name in held if name.startswith("gain/old/")}
+    gain_names = {name.removeprefix("gain/old/"): name for name in tensors if name.startswith("gain/old/")}
     for name, group in symmetries.groups.items():
         kind = UnitsElement if isinstance(group, Units) else HeadsElement
-        parts = {part: held[f"{part}/{name}"] for part in kind.__dataclass_fields__ if f"{part}/{name}" in held}
+        parts = {part: tensors[f"{part}/{name}"] for part in kind.__dataclass_fields__ if f"{part}/{name}" in tensors}
         if parts:
             elements[name] = kind(**parts)
     try:
-        read = {norm: Gain(held[old], held[f"gain/new/{norm}"]) for norm, old in gains.items()}
+        gains = {norm: Gain(tensors[old], tensors[f"gain/new/{norm}"]) for norm, old in gain_names.items()}
     except KeyError as error:
-        raise FormatError(f"{place} lacks {error}; align the models again") from None
-    transform = Transform(symmetries, elements, facts, read)
-    check_elements(transform, place)
+        raise FormatError(f"{file} lacks {error}; align the models again") from None
+    transform = Transform(symmetries, elements, facts, gains)
+    check_elements(transform, file)
     return transform
 
 
 def check_elements(transform: Transform, label: object) -> None:
-    """FormatError where an order is no permutation, or a shape or number is not what its group has."""
+    """Raises FormatError if an order is not a permutation, or if a shape or number does not fit its group."""
     problems = []
     for name, element in transform.elements.items():
         group = transform.symmetries.groups[name]

@@ -1,4 +1,4 @@
-"""Loss and accuracy along the straight line between two models, and by how much its middle is worse than its ends."""
+"""Loss and accuracy along the straight line between two models, and how much worse its middle is than its ends."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from mergekit_lfm.runtime.load import Loaded
 from mergekit_lfm.runtime.probe import difference, probe
 from mergekit_lfm.runtime.subject import evaluating
 
-# How far the outputs of one module with the other's tensors may be from the other's: they differ by more where the two
-# compute something else, with another base of rotary positions for one.
+# How far the outputs of one module with the other's tensors may be from the other's. They differ by more if the modules
+# compute different things, for example with different bases of rotary positions.
 SAME = 1e-3
 
 
 @dataclass(frozen=True)
 class Point:
-    """A model on the line, (1 - t) A + t B. loss: mean cross entropy in nats; accuracy: the share that is right."""
+    """A model on the line, (1 - t) A + t B. loss: mean cross entropy in nats; accuracy: the share of right answers."""
 
     t: float
     loss: float
@@ -43,7 +43,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Barrier:
-    """By how much a point of the line is worse than the ends would have it, at the worst point, and where that is."""
+    """The worst point t of the line, and how much worse it is than interpolation between the ends."""
 
     height: float
     t: float
@@ -51,9 +51,9 @@ class Barrier:
 
 @dataclass(frozen=True)
 class Line:
-    """The points from A (t = 0) to B (t = 1), and on how many predictions each was judged.
+    """The points from A (t = 0) to B (t = 1), and the number of predictions that each was judged on.
 
-    A prediction is one of a label, or for a language model of a token.
+    A prediction is that of one label, or of one token for a language model.
     """
 
     points: tuple[Point, ...]
@@ -71,10 +71,10 @@ class Line:
         return self._barrier([-point.accuracy for point in self.points])
 
     def _barrier(self, costs: Sequence[float]) -> Barrier:
-        """Of costs at the points; what is no number counts as infinite."""
+        """The barrier of these costs at the points; NaN counts as infinite."""
         known = [math.inf if math.isnan(cost) else cost for cost in costs]
         ends = known[0], known[-1]
-        if math.inf in ends:  # nothing is worse than such an end
+        if math.inf in ends:  # no point is worse than such an end
             return Barrier(0.0, 0.0)
         times = [point.t for point in self.points]
         heights = [cost - (1 - t) * ends[0] - t * ends[1] for t, cost in zip(times, known, strict=True)]
@@ -97,19 +97,18 @@ def barrier(
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> Line:
-    """The line from the first model to the second, which a transform rewrites before: losses and accuracies on data.
+    """Losses and accuracies on data along the line from the first model to the second, rewritten by `transform`.
 
-    Models are folders, or what is loaded, or modules that return logits: [n, classes], for task "lm" [n, tokens,
-    vocabulary]. Parameters are interpolated, and the running statistics of BatchNorm with them; given data to reset
-    them by, these are re-estimated at the points between the ends. data: a file for `read_data`, or what `as_batches`
-    takes; of a text every token is predicted as `evaluate.perplexity` does it, so that the losses at the ends are the
-    logarithms of those perplexities. Batches of a language model are token ids [n, tokens], of which each
-    but the first is predicted. Two models are in memory at a time, and the first one's tensors once more; a module that
-    is given is as it was afterwards. Raises PlanError where there is no line between the two, for data without labels,
-    and for numbers out of range.
+    Models are folders, loaded models, or modules that return logits: [n, classes], for task "lm" [n, tokens,
+    vocabulary]. Parameters are interpolated, with the running statistics of BatchNorm; with `reset_batchnorm`, these
+    are estimated anew on its data at the points between the ends. data: a file for `read_data`, or any input of
+    `as_batches`. Every token of a text is predicted as in `evaluate.perplexity`, so that the losses at the ends are the
+    logarithms of those perplexities. Batches for a language model are token ids [n, tokens]; it predicts all but the
+    first. Two models are in memory at a time, and the first one's tensors once more; modules are restored afterwards.
+    Raises PlanError if no line joins the two models, for data without labels, and for numbers out of range.
     """
     if task not in TASKS:
-        raise PlanError(f"there is no barrier for the task {task!r}; expected {' or '.join(TASKS)}. Choose one of them")
+        raise PlanError(f"the task {task!r} has no barrier; expected {' or '.join(TASKS)}. Choose one")
     if points < 3:
         raise PlanError(f"points is {points}; expected at least 3, the ends and one between them. Give more")
     one = open_model(first, task, device)
@@ -119,8 +118,8 @@ def barrier(
     fresh = None
     if reset_batchnorm is not None:
         fresh = batches_of(one, reset_batchnorm, task, window=window, batch_size=batch_size)
-    module, found = module_of(one), list[Point]()
-    with evaluating(module, module_of(other)), _moving(module, *ends) as move_to:
+    module, line = module_of(one), list[Point]()
+    with evaluating(module, module_of(other)), _move_and_restore(module, *ends) as move_to:
         move_to(1.0)
         _check_same(one, other, questions)
         for i in range(points):
@@ -128,23 +127,23 @@ def barrier(
             move_to(t)
             if fresh is not None and 0 < t < 1:
                 reset(module, fresh)
-            found.append(Point(t, *judge(module, questions)))
+            line.append(Point(t, *judge(module, questions)))
             if progress is not None:
                 progress(i + 1, points)
-    return Line(tuple(found), sum(question.asked for question in questions))
+    return Line(tuple(line), sum(question.asked for question in questions))
 
 
 @contextmanager
-def _moving(
-    module: nn.Module, held: Mapping[str, Tensor], end: Mapping[str, Tensor]
+def _move_and_restore(
+    module: nn.Module, tensors: Mapping[str, Tensor], end: Mapping[str, Tensor]
 ) -> Iterator[Callable[[float], None]]:
-    """What puts the point t of the line in place of the module's tensors `held`; afterwards they are as they were."""
-    start = {name: x.clone() for name, x in held.items()}
+    """A function that sets the module's `tensors` to the point t of the line; restores them afterwards."""
+    start = {name: x.clone() for name, x in tensors.items()}
     counts = {x: x.clone() for x in module.buffers() if not x.is_floating_point()}
 
     def move_to(t: float) -> None:
         with torch.no_grad():
-            for name, x in held.items():
+            for name, x in tensors.items():
                 exact = torch.promote_types(x.dtype, torch.float32)
                 x.copy_(torch.lerp(start[name].to(exact), end[name].to(x.device, exact), t))  # t = 0, 1: bit for bit
 
@@ -152,14 +151,14 @@ def _moving(
         yield move_to
     finally:
         with torch.no_grad():
-            for name, x in held.items():
+            for name, x in tensors.items():
                 x.copy_(start[name])
             for x, before in counts.items():
                 x.copy_(before)
 
 
 def _check_same(first: Opened, second: Opened, questions: Sequence[Question]) -> None:
-    """PlanError where the first module, which holds the second's tensors, is another function of them."""
+    """Raises PlanError if the first module, with the second's tensors, computes different outputs."""
     inputs = questions[0].batch
     if isinstance(first, Loaded) and first.task == "lm":  # the logits of long texts are large
         inputs = probe(first)

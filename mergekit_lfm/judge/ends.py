@@ -1,6 +1,6 @@
-"""The two ends of a line between models: opened, the second one rewritten where an alignment says so, and comparable.
+"""The two ends of a line between models: open both, rewrite the second by an alignment, and check that they match.
 
-Modules of one class name their tensors alike whatever the files call them, so it is theirs that are put together.
+Tensors are paired by their names in the modules: modules of one class agree on these, whatever the files call them.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ from mergekit_lfm.views.rewritten import rewrite
 Model = str | Path | Loaded | nn.Module
 Opened = Loaded | nn.Module
 Alignment = str | Path | Transform
-Progress = Callable[[int, int], None]  # called with how much is done, and how much there is
+Progress = Callable[[int, int], None]  # called with the amount of work done, and in all
 
 
 def module_of(model: Opened) -> nn.Module:
-    """What runs."""
+    """The torch module of a model."""
     return model.model if isinstance(model, Loaded) else model
 
 
 def open_model(model: Model, task: str, device: str = "cpu") -> Opened:
-    """The model; one that is given as a folder is loaded for the task, in float32."""
+    """The model; from a folder it is loaded for the task, in float32."""
     return load_model(model, task, device=device) if isinstance(model, str | Path) else model
 
 
 def open_aligned(model: Model, alignment: Alignment | None, to: Opened, task: str, device: str = "cpu") -> Opened:
-    """The model as the alignment rewrites it, a new one; without an alignment as `open_model` has it.
+    """A new model, rewritten by the alignment; without one the result of `open_model`.
 
-    What an alignment gives other shapes gets the config, or the module, of the model that it is brought near `to`.
-    Raises PlanError for an alignment of another model.
+    If the alignment changes shapes, the result has the config, or a copy of the module, of `to`, the model that it is
+    aligned to. Raises PlanError for an alignment of another model.
     """
     if alignment is None:
         return open_model(model, task, device)
     if isinstance(model, nn.Module):
-        return _rewritten_module(model, alignment, module_of(to))
+        return _rewrite_module(model, alignment, module_of(to))
     checkpoint = model.checkpoint if isinstance(model, Loaded) else open_checkpoint(model)
     view = _view(checkpoint, alignment)
     if isinstance(to, Loaded) and any(view[name].shape != spec.shape for name, spec in checkpoint.items()):
@@ -55,13 +55,13 @@ def open_aligned(model: Model, alignment: Alignment | None, to: Opened, task: st
 def _view(checkpoint: Checkpoint, alignment: Alignment) -> Checkpoint:
     if not isinstance(alignment, Transform):
         return rewritten_by(checkpoint, Path(alignment), str(alignment), checkpoint.path)
-    with TemporaryDirectory() as folder:  # a file is what tells one view from another
+    with TemporaryDirectory() as folder:  # views are identified by files
         file = Path(folder) / "transform.safetensors"
         alignment.save(file)
         return rewritten_by(checkpoint, file, "the transform", checkpoint.path)
 
 
-def _rewritten_module(module: nn.Module, alignment: Alignment, to: nn.Module) -> nn.Module:
+def _rewrite_module(module: nn.Module, alignment: Alignment, to: nn.Module) -> nn.Module:
     transform = alignment if isinstance(alignment, Transform) else open_transform(alignment)
     old = _tensors(module)
     new = rewrite({name: x.detach().cpu() for name, x in old.items()}, transform)
@@ -71,7 +71,7 @@ def _rewritten_module(module: nn.Module, alignment: Alignment, to: nn.Module) ->
         result.load_state_dict(new)
     except RuntimeError as error:
         raise PlanError(
-            f"{type(to).__name__} cannot hold what the alignment makes of {type(module).__name__}: {error}; align "
+            f"{type(to).__name__} cannot hold the tensors of the aligned {type(module).__name__}: {error}; align "
             "models of one class"
         ) from None
     return result
@@ -82,10 +82,11 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def common_tensors(first: Opened, second: Opened) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The parameters and buffers of floating point of both, by the same names.
+    """The floating-point parameters and buffers of both, by the same names.
 
-    Of whole numbers the first one's stay as they are, those that count batches for one. PlanError about all tensors
-    that one of them lacks or has in another shape, all of whole numbers that differ, and about different tokens.
+    The first model's integer tensors, such as counts of batches, stay as they are. Raises PlanError with all tensors
+    that one of them lacks or has in another shape, and all integer tensors that differ except counts of batches; and
+    for different tokens.
     """
     one, other = (_tensors(module_of(model)) for model in (first, second))
     problems = [f"{name} is only in the first" for name in one if name not in other]
@@ -95,11 +96,11 @@ def common_tensors(first: Opened, second: Opened) -> tuple[dict[str, Tensor], di
         if x.shape != y.shape:
             problems.append(f"{name} is {list(x.shape)} in the first, {list(y.shape)} in the second")
         elif not (x.is_floating_point() or name.endswith("num_batches_tracked") or bool((x == y.to(x.device)).all())):
-            problems.append(f"{name} are whole numbers, and differ")
+            problems.append(f"{name} holds whole numbers that differ")
     if problems:
         shown = problems[:20] + ([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])
         raise PlanError(
-            "there is no line between the two models:\n  "
+            "the two models cannot be interpolated:\n  "
             + "\n  ".join(shown)
             + "\nGive models of one architecture, size and set of classes"
         )
@@ -115,5 +116,5 @@ def _check_tokens(first: Loaded, second: Loaded) -> None:
     if first.tokenizer.get_vocab() != second.tokenizer.get_vocab():
         raise PlanError(
             f"{first.checkpoint.path} and {second.checkpoint.path} have different tokens in their tokenizers, expected "
-            "the same: the same row of their embeddings would mean two tokens. Give models with one vocabulary"
+            "the same: one row of their embeddings would stand for two tokens. Give models with one vocabulary"
         )

@@ -1,8 +1,8 @@
-"""Judges: what a model is worth on data, as numbers that a merge can be compared by.
+"""Score models on data, in numbers that compare merges.
 
-Language models by rolling log-likelihood: every token of a text is predicted exactly once; bits per byte divide by the
-UTF-8 bytes of the text, not by tokens, so that models with different tokenizers compare; perplexities compare only
-between models with the same tokenizer. Classifiers by accuracy, sentence encoders by retrieval.
+Language models by rolling log-likelihood, which predicts every token of a text exactly once; bits per byte divide by
+the UTF-8 bytes of the text, not by tokens, and so compare models with different tokenizers; perplexities compare only
+models with the same tokenizer. Classifiers by accuracy, sentence encoders by retrieval.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from mergekit_lfm.runtime.load import Loaded, embeddings, load_model, logits, ru
 # The logits of a window are [window, vocabulary] in float32: 1 GB for 2,048 tokens and 128k entries. The 131,072
 # positions that recent models declare would take 67 GB.
 LONGEST_DEFAULT_WINDOW = 2048
-ROWS = 1024  # texts compared with all positives at a time: 400 MB for 100,000 of them
+ROWS = 1024  # texts to compare with all positives at a time: 400 MB for 100,000 positives
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """What one text, or the documents of one file, cost a model; less is better."""
+    """How badly a model predicts one text, or the documents of one file; less is better."""
 
-    tokens: int  # that were predicted
+    tokens: int  # predicted tokens
     bytes: int  # of the text in UTF-8
     nll: float  # sum of -ln p over all tokens, in nats
     perplexity: float  # exp(nll / tokens)
@@ -49,11 +49,11 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Retrieval:
-    """How well an encoder finds to each text what belongs to it; more is better."""
+    """How well an encoder finds each text's own positive; more is better."""
 
     pairs: int
     top1: float  # the share of texts whose own positive is the nearest of all
-    mrr: float  # mean of 1 / the place of the own positive
+    mrr: float  # mean of 1 / the rank of the own positive
 
 
 Score = Perplexity | Accuracy | Retrieval
@@ -62,17 +62,16 @@ Score = Perplexity | Accuracy | Retrieval
 def perplexity(
     model: str | Path | Loaded, text: str | Sequence[str], *, window: int | None = None, stride: int | None = None
 ) -> Perplexity:
-    """Rolling log-likelihood of the whole text under a causal language model (a folder, or one that is loaded).
+    """Rolling log-likelihood of the whole text under a causal language model (a folder, or a loaded model).
 
     The tokens of the text, without special ones, follow one start token: the tokenizer's BOS, else its EOS. They are
     predicted in pieces of `stride`, each piece from the `window` tokens that end where it ends: a token is predicted
     from at least `window - stride + 1` tokens before it (all, near the beginning) and at most `window`. `window` is by
     default the longest sequence the model's config allows, but at most 2,048; `stride` is by default the window, which
-    is cheapest. A smaller stride gives tokens more context: better numbers, for more work. Of several documents every
-    one starts anew.
+    is cheapest. A smaller stride gives tokens more context: better numbers, for more work. Every document starts anew.
 
-    Raises PlanError for an empty text and for a window or stride that the model cannot do, FormatError for a tokenizer
-    without a start token.
+    Raises PlanError for an empty text and for a window or stride that the model does not support, FormatError for a
+    tokenizer without a start token.
     """
     model = model if isinstance(model, Loaded) else load_model(model, "lm")
     window, stride = extent(model, window, stride)
@@ -92,7 +91,7 @@ def perplexity(
 
 
 def pieces(count: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """(begin, first, end) of each piece: tokens first..end are predicted from the ids begin..end, where ids[0] is the
+    """(begin, first, end) of each piece: it predicts tokens first..end from the ids begin..end, where ids[0] is the
     start token and ids[i + 1] is token i. The ranges first..end cover 0..count without overlap."""
     for first in range(0, count, stride):
         end = min(first + stride, count)
@@ -100,7 +99,7 @@ def pieces(count: int, window: int, stride: int) -> Iterator[tuple[int, int, int
 
 
 def extent(model: Loaded, window: int | None, stride: int | None) -> tuple[int, int]:
-    """The window and the stride, or their defaults for the model. PlanError for what it cannot do."""
+    """The window and the stride, or their defaults for the model. Raises PlanError for values out of its range."""
     positions = model.positions
     if window is None:
         window = min(positions or LONGEST_DEFAULT_WINDOW, LONGEST_DEFAULT_WINDOW)
@@ -117,7 +116,7 @@ def extent(model: Loaded, window: int | None, stride: int | None) -> tuple[int, 
 
 
 def _nll(model: nn.Module, ids: list[int], targets: list[int]) -> float:
-    """-ln p summed over the targets, the tokens that follow the last len(targets) of ids; in nats."""
+    """The sum of -ln p over the targets, which follow the last len(targets) of ids; in nats."""
     device = next(model.parameters()).device
     with torch.inference_mode():
         output = run(model, (torch.tensor([ids], device=device),), {"use_cache": False})
@@ -127,7 +126,7 @@ def _nll(model: nn.Module, ids: list[int], targets: list[int]) -> float:
 
 
 def _exp(nats: float) -> float:
-    """exp, with infinity where it exceeds the range of a float: a broken model is no reason to fail."""
+    """exp, or infinity beyond the range of a float, so that a broken model gets a score instead of an error."""
     return math.exp(nats) if nats < 709 else math.inf
 
 
@@ -141,8 +140,8 @@ def accuracy(
     """The share of labelled examples whose most likely class is their label.
 
     model is a folder, a loaded model, or any module that returns logits [n, classes], in evaluation mode; data a file
-    for `read_data`, or what `as_batches` takes. Of equally likely classes the first counts; scores that are NaN are
-    wrong. Raises PlanError for data without labels, or with labels of classes that the model has not.
+    for `read_data`, or any input of `as_batches`. The first of equally likely classes wins; NaN scores count as wrong.
+    Raises PlanError for data without labels, or with labels of classes that the model lacks.
     """
     if isinstance(model, str | Path):
         model = load_model(model, "classification")
@@ -158,7 +157,7 @@ def accuracy(
             raise PlanError(
                 f"the model gives scores {list(scores.shape)}, the labels go from {int(labels.min())} to "
                 f"{int(labels.max())}; expected scores [examples, classes], and labels of these classes. "
-                "Give the data that the classifier is for"
+                "Give data that the classifier was made for"
             )
         right = (scores.argmax(1) == labels) & ~scores.isnan().any(1)
         correct, count = correct + int(right.sum()), count + len(batch)
@@ -171,29 +170,29 @@ def retrieval(
     """How often an encoder's vector of a text is nearest to that of the text's own positive.
 
     pairs is a JSONL file of {"text": ..., "positive": ...}. The vectors are means over tokens, nearness is the cosine,
-    and every text is compared with all distinct positives of the file. Ties count against the model: one that gives
-    everything the same vector finds nothing.
+    and every text is compared with all distinct positives of the file. Ties count against the model: one with the same
+    vector for everything scores 0.
     """
     model = model if isinstance(model, Loaded) else load_model(model, "embedding")
     texts, positives, own = read_pairs(
         pairs, model.tokenizer, window=window, positions=model.positions, batch_size=batch_size
     )
     left, right = _vectors(model.model, texts), _vectors(model.model, positives)
-    places = torch.cat([_places(left[i : i + ROWS] @ right.T, own[i : i + ROWS]) for i in range(0, len(left), ROWS)])
-    return Retrieval(len(own), float((places == 1).double().mean()), float((1 / places.double()).mean()))
+    ranks = torch.cat([_ranks(left[i : i + ROWS] @ right.T, own[i : i + ROWS]) for i in range(0, len(left), ROWS)])
+    return Retrieval(len(own), float((ranks == 1).double().mean()), float((1 / ranks.double()).mean()))
 
 
-def _places(likeness: Tensor, own: Sequence[int]) -> Tensor:
-    """The place, from 1, of each row's own column in the order of the row [n, m]; NaN comes last."""
-    found = likeness.gather(1, torch.tensor(own, device=likeness.device)[:, None])
-    return (~(likeness < found)).sum(1)
+def _ranks(similarity: Tensor, own: Sequence[int]) -> Tensor:
+    """The rank, from 1, of each row's own column among the columns of similarity [n, m]; NaN comes last."""
+    right = similarity.gather(1, torch.tensor(own, device=similarity.device)[:, None])
+    return (~(similarity < right)).sum(1)
 
 
 def _vectors(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
     """The unit vector of every example, float64 [examples, d], in the order of their numbers."""
-    found = torch.cat([embeddings(_forward(model, batch)).double() for batch in batches])
-    order = torch.tensor([i for batch in batches for i in batch.indices], device=found.device)
-    return nn.functional.normalize(found, dim=1)[order.argsort()]
+    vectors = torch.cat([embeddings(_forward(model, batch)).double() for batch in batches])
+    order = torch.tensor([i for batch in batches for i in batch.indices], device=vectors.device)
+    return nn.functional.normalize(vectors, dim=1)[order.argsort()]
 
 
 def _forward(model: nn.Module, batch: Batch) -> Any:

@@ -12,18 +12,18 @@ from mergekit_lfm.runtime.probe import _apart, all_outputs, answer, probe
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lfm.views.maps import only_moves
 
-# Equal models differ by 2e-6 where sums are in another order; what is no symmetry makes differences of about 1.
+# Equal models differ by 2e-6 if sums have another order; a transform that is wrong makes differences of about 1.
 ROUNDING = 1e-4
 
 MARGIN = 4  # random transforms of random Llamas, rounded to 16 bits, made 0.5 to 1.8 times the difference of such noise
 
 
 def compare_outputs(model: str | Path, rewritten: str | Path, transform: Transform) -> tuple[float, float]:
-    """The `difference` between a model and what a transform made of it, two folders, and how much rounding explains.
+    """The `difference` between a model and its rewritten copy, two folders, and how much of it rounding explains.
 
-    Both are run in float32. An order changes no number but the order of sums. What is multiplied is rounded to the
-    dtype in which it is stored: what such noise in all parameters does to the outputs is measured. Encoders are
-    compared with the head with which they were saved: without it, the transform is seen in their hidden states.
+    Both run in float32. An order changes only the order of sums. Products are rounded to the stored dtype: the effect
+    of such noise in all parameters on the outputs is measured. Encoders are compared with the head that they were saved
+    with: without it, the transform shows in their hidden states.
     """
     checkpoint = open_checkpoint(model)
     task = _task_of(checkpoint)
@@ -31,12 +31,12 @@ def compare_outputs(model: str | Path, rewritten: str | Path, transform: Transfo
     first, second = (
         _with_head(open_checkpoint(path)) if with_head else load_model(path, task) for path in (model, rewritten)
     )
-    said = all_outputs if with_head else answer
+    outputs_of = all_outputs if with_head else answer
     inputs = probe(first)
-    before = said(first, inputs)
-    found = _apart(before.double(), said(second, inputs).double())
+    before = outputs_of(first, inputs)
+    distance = _distance(before.double(), outputs_of(second, inputs).double())
     if only_moves(transform):
-        return found, ROUNDING
+        return distance, ROUNDING
     del second
     kinds = {getattr(torch, spec.dtype) for spec in checkpoint.values()}
     coarsest = max(torch.finfo(kind).eps for kind in kinds | {torch.float32} if kind.is_floating_point)
@@ -44,7 +44,7 @@ def compare_outputs(model: str | Path, rewritten: str | Path, transform: Transfo
         draw = torch.Generator().manual_seed(0)
         for x in first.model.parameters():
             x.mul_(1 + coarsest * (torch.rand(x.shape, generator=draw) - 0.5))  # at most half a step
-    return found, max(ROUNDING, MARGIN * _apart(before.double(), said(first, inputs).double()))
+    return distance, max(ROUNDING, MARGIN * _distance(before.double(), outputs_of(first, inputs).double()))
 
 
 def _with_head(checkpoint: Checkpoint) -> Loaded:
@@ -56,7 +56,7 @@ def _with_head(checkpoint: Checkpoint) -> Loaded:
 
 
 def _task_of(checkpoint: Checkpoint) -> str:
-    """What the model was saved to do, by the name of its class; without a head for it an encoder."""
+    """The task of a saved model, by the name of its class: "lm", "classification", else "embedding"."""
     names = " ".join(checkpoint.config.get("architectures") or [])
     if "ForCausalLM" in names or "LMHeadModel" in names:
         return "lm"

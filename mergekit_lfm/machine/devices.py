@@ -1,4 +1,4 @@
-"""Where arithmetic runs: the processor, or a GPU. torch is imported when a device is asked for."""
+"""Where arithmetic runs: the processor, or a GPU. Each function imports torch only when it is called."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ if TYPE_CHECKING:
 
 
 def find_device(name: str) -> torch.device:
-    """The device of that name: cpu, cuda, cuda:1, ..., or what "auto" is: the first GPU where there is one, else cpu.
+    """The device of that name: cpu, cuda, cuda:1, ..., or "auto", the first GPU, or cpu without one.
 
-    PlanError where it is not there, or torch was built without it.
+    Raises PlanError if it does not exist, or if torch was built without it.
     """
     import torch
 
@@ -24,7 +24,7 @@ def find_device(name: str) -> torch.device:
     except (AssertionError, ImportError, RuntimeError) as error:  # what torch raises depends on how it was built
         raise PlanError(
             f"the device {name!r} cannot be used here ({reason(error)}); expected one like cpu, cuda, cuda:1 or auto. "
-            "Choose one that this machine and this torch have"
+            "Choose one that this machine has and this torch supports"
         ) from None
     if device.type == "meta":
         raise PlanError(
@@ -34,7 +34,7 @@ def find_device(name: str) -> torch.device:
 
 
 def find_gpu(name: str) -> torch.device | None:
-    """The GPU of that name, None for the processor. PlanError for devices of other kinds, whose arithmetic differs."""
+    """The GPU of that name, None for the processor. Raises PlanError for other devices, whose arithmetic differs."""
     device = find_device(name)
     if device.type != "cpu" and not merges(device):
         raise PlanError(
@@ -45,5 +45,5 @@ def find_gpu(name: str) -> torch.device | None:
 
 
 def merges(device: torch.device) -> bool:
-    """Whether merges are computed on such a device, if tensors lie there: whether it is a GPU of CUDA."""
+    """True if merges can be computed on this device: if it is a CUDA GPU."""
     return device.type == "cuda"

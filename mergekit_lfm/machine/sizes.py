@@ -13,9 +13,9 @@ _UNITS = {
 
 
 def parse_size(text: str | int) -> int:
-    """The bytes in "50KB", "1.5 GB", "3GiB" or "1000000"; upper and lower case are the same. At least 1.
+    """The bytes in "50KB", "1.5 GB", "3GiB" or "1000000", at least 1; upper and lower case are the same.
 
-    A unit is required to end in B, and "5B" is refused: elsewhere it means five billion parameters.
+    A unit must end in B, and "5B" is refused: elsewhere it means five billion parameters.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(text).lower())
     factor = _UNITS.get(match[2]) if match else None

@@ -1,4 +1,4 @@
-"""The model card of a merge: what the Hub reads of it (its base models, license, tags), its models, and its recipe."""
+"""The model card of a merge: the front matter for the Hub (base models, license, tags), its models, and its recipe."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import yaml
 from mergekit_lfm.version import __version__
 
 CARD = "README.md"
-KEPT = "MERGE.md"  # where our card goes beside one that was edited on the Hub
+KEPT = "MERGE.md"  # our card's name beside one that was edited on the Hub
 LICENSE = ("license", "license_name", "license_link")
 
 
 def stated_license(folder: Path) -> dict[str, str]:
-    """What the card of a model in a folder says of its license, {} where it says nothing."""
+    """The license entries in the card of a model's folder, {} without a license."""
     front = front_matter(folder / CARD) if folder.is_dir() else {}
-    said = {key: front[key] for key in LICENSE if isinstance(front.get(key), str)}
-    return said if "license" in said else {}
+    entries = {key: front[key] for key in LICENSE if isinstance(front.get(key), str)}
+    return entries if "license" in entries else {}
 
 
 def front_matter(card: Path) -> dict[str, Any]:
-    """The mapping at the top of a model card, {} where there is none that can be read."""
+    """The mapping at the top of a model card, {} without a readable one."""
     try:
         text = card.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
@@ -32,14 +32,14 @@ def front_matter(card: Path) -> dict[str, Any]:
     if opening.strip():
         return {}
     try:
-        found = yaml.safe_load(rest.partition("\n---")[0])
+        front = yaml.safe_load(rest.partition("\n---")[0])
     except (yaml.YAMLError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return front if isinstance(front, dict) else {}
 
 
 def without_front_matter(card: str) -> str:
-    """The text of a model card alone."""
+    """The text of a model card without its front matter."""
     return card.partition("\n---\n")[2].lstrip("\n") if card.startswith("---\n") else card
 
 
@@ -56,15 +56,15 @@ def model_card(
 ) -> str:
     """The card's text.
 
-    method: its name and source; numbers: how large the result is. models: by name, with what they are besides in the
-    merge ("" or " (base)"); licenses: what each of them states; repos: those that are on the Hub; recipe: in YAML.
+    method: its name and source; numbers: the size of the result. models: names with their roles in the merge ("" or
+    " (base)"); licenses: the license entries of each; repos: the models on the Hub; recipe: in YAML; lock: file name.
     """
     front: dict[str, Any] = _license(licenses)
     front |= {"base_model": repos, "base_model_relation": "merge"} if repos else {}
     front |= {"library_name": library, "tags": ["merge", "mergekit_lfm"]}
     stated = any(licenses.values())
     lines = "\n".join(
-        f"- {name}{role}" + (f", license: {_named(licenses[name])}" if stated else "") for name, role in models.items()
+        f"- {name}{role}" + (f", license: {_label(licenses[name])}" if stated else "") for name, role in models.items()
     )
     return (
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# Merged model\n\n"
@@ -77,12 +77,12 @@ def model_card(
 
 
 def _license(licenses: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
-    """What all models state alike; "other" where they differ or some state nothing, for a human to look at."""
+    """The license that all models share; "other" if they differ or some state none, for a human to look at."""
     stated = [dict(license) for license in licenses.values()]
     if not any(stated):
         return {}
     return stated[0] if all(license == stated[0] for license in stated) else {"license": "other"}
 
 
-def _named(license: Mapping[str, str]) -> str:
+def _label(license: Mapping[str, str]) -> str:
     return license.get("license_name") or license.get("license") or "not stated"

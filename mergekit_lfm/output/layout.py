@@ -1,4 +1,4 @@
-"""Where every output tensor goes, and what goes beside them: all offsets are known before a byte is written.
+"""Lay out an output folder, its tensors and the files beside them: all offsets are known before a byte is written.
 
 Without a size limit or a change of dtype the output has the template's files and tensor order. Otherwise tensors are
 packed in the template's order into shards of at most the limit.
@@ -13,7 +13,7 @@ from functools import cached_property
 from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.store.tensors import TensorSpec, encode_header
 
-DEFAULT_SHARD = 5_000_000_000  # bytes; what transformers and the Hub's advice have
+DEFAULT_SHARD = 5_000_000_000  # bytes; as in transformers and in the Hub's advice
 METADATA = {"format": "pt"}  # older transformers releases refuse files without it
 SINGLE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -47,14 +47,14 @@ class Shard:
 
 
 def lay_out(template: Checkpoint, tensors: Sequence[TensorSpec], max_shard_size: int | None) -> tuple[Shard, ...]:
-    """The shards for the output `tensors`, which are the template's in its order."""
+    """The shards for the output `tensors`: the template's tensors in its order."""
     safe = all(file.path.suffix == ".safetensors" for file in template.files)
     if max_shard_size is None and safe and all(template[spec.name].dtype == spec.dtype for spec in tensors):
-        return _like(template, tensors)
-    return _packed(tensors, max_shard_size or DEFAULT_SHARD)
+        return _shards_of_template(template, tensors)
+    return _pack(tensors, max_shard_size or DEFAULT_SHARD)
 
 
-def _like(template: Checkpoint, tensors: Sequence[TensorSpec]) -> tuple[Shard, ...]:
+def _shards_of_template(template: Checkpoint, tensors: Sequence[TensorSpec]) -> tuple[Shard, ...]:
     by_file: dict[str, list[TensorSpec]] = {file.path.name: [] for file in template.files}
     for spec in tensors:
         by_file[template.file_of(spec.name).path.name].append(spec)
@@ -65,8 +65,8 @@ def _like(template: Checkpoint, tensors: Sequence[TensorSpec]) -> tuple[Shard, .
     return tuple(Shard(name, tuple(specs), starts[name]) for name, specs in by_file.items())
 
 
-def _packed(tensors: Sequence[TensorSpec], limit: int) -> tuple[Shard, ...]:
-    """Greedy in order; a tensor larger than the limit gets a shard of its own."""
+def _pack(tensors: Sequence[TensorSpec], limit: int) -> tuple[Shard, ...]:
+    """Fill shards greedily in order; a tensor larger than the limit gets a shard of its own."""
     bins: list[list[TensorSpec]] = []
     room = 0
     for spec in tensors:

@@ -1,4 +1,4 @@
-"""REPAIR: a merged model's hidden units brought back to the mean and spread that they have in the models it is of."""
+"""REPAIR: restore the mean and spread of a merged model's hidden units to those in the models that were merged."""
 
 from mergekit_lfm.repair.folders import repair
 from mergekit_lfm.repair.modules import Repaired, RepairedLayer, repair_module

@@ -1,4 +1,4 @@
-"""A merged model in a folder repaired, into a folder of its own that is complete or not there."""
+"""Repair a merged model in a folder, and write the result to a new folder, whole or not at all."""
 
 from __future__ import annotations
 
@@ -47,19 +47,19 @@ def repair(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Repaired:
-    """`repair_module` of a merged model in a folder, into the folder `out`; what is not repaired is copied.
+    """Apply `repair_module` to a merged model in a folder, and write the folder `out`; other tensors are copied.
 
-    ends, weights: the two models that were merged, and how much of each. transform: by which the second was rewritten
-    before. symmetries: the table of the merged model, by default that of its architecture. task: what the models are
-    loaded for. data: a file for `read_data`, or what `as_batches` takes. Beside the weights lies what the merged model
-    has (but its lock, as the bytes are others), and repair.json, which says what was repaired with what. Parameters
-    keep their names and dtypes, and are measured as they are stored. Two models are in memory at a time. Raises
-    PlanError where there is nothing to repair, for weights that do not fit, and where `out` exists and is not to be
-    overwritten; FormatError where the merged model lacks statistics that are to be re-estimated.
+    ends, weights: the two models that were merged, and how much of each. transform: rewrote the second before the
+    merge. symmetries: the table of the merged model, by default that of its architecture. task: the task to load the
+    models for. data: a file for `read_data`, or any input of `as_batches`. `out` also gets the merged model's other
+    files (but not its lock, because the bytes differ), and repair.json, which records the repair and its inputs.
+    Parameters keep their names and dtypes, and are measured as they are stored. Two models are in memory at a time.
+    Raises PlanError if there is nothing to repair, if the weights do not fit, and if `out` exists without `overwrite`;
+    FormatError if the merged model lacks running statistics that need a new estimate.
     """
-    source, place = open_checkpoint(merged), Path(out)
+    source, folder = open_checkpoint(merged), Path(out)
     shares = check_weights(weights, 2)
-    check_out(place, {str(path): Path(path) for path in (merged, *ends)}, overwrite=overwrite)
+    check_out(folder, {str(path): Path(path) for path in (merged, *ends)}, overwrite=overwrite)
     table = find_symmetries(source) if symmetries is None else symmetries
     model = open_model(source.path, task, device)
     module = module_of(model)
@@ -68,50 +68,50 @@ def repair(
     with evaluating(module):
         layers, left = plan_repair(subject, table, batches)
         statistics = _statistics(subject, source)
-        tell = telling(progress, len(layers), 2, batches)
+        count = telling(progress, len(layers), 2, batches)
 
         def moments(end: str | Path, alignment: Alignment | None) -> dict[str, Moments]:
             opened = module_of(open_aligned(end, alignment, model, task, device))
             with evaluating(opened):
-                return measure(opened, layers, batches, tell)
+                return measure(opened, layers, batches, count)
 
-        found = [moments(ends[0], None), moments(ends[1], transform)] if layers else [{}, {}]
-        done = repair_layers(subject, layers, left, combine(found, shares), batches, tell=tell, stored=source)
-    facts = _facts((merged, *ends), shares, transform is not None, task, batches) | asdict(done)
-    changed = _repaired(layers, source) | {name: _stored(x, source, name) for name, x in statistics.items()}
-    save_checkpoint(source, place, changed, {FACTS: (json.dumps(facts, indent=2) + "\n").encode()})
-    return done
+        measured = [moments(ends[0], None), moments(ends[1], transform)] if layers else [{}, {}]
+        repaired = repair_layers(subject, layers, left, combine(measured, shares), batches, tell=count, stored=source)
+    facts = _facts((merged, *ends), shares, transform is not None, task, batches) | asdict(repaired)
+    changed = _parameters(layers, source) | {name: _as_stored(x, source, name) for name, x in statistics.items()}
+    save_checkpoint(source, folder, changed, {FACTS: (json.dumps(facts, indent=2) + "\n").encode()})
+    return repaired
 
 
 def _statistics(subject: Subject, source: Checkpoint) -> dict[str, Tensor]:
-    """The buffers of the BatchNorm layers by the names of their tensors. FormatError about all that have none."""
-    found: dict[str, Tensor] = {}
+    """The buffers of the BatchNorm layers by tensor name. Raises FormatError with all that the checkpoint lacks."""
+    buffers: dict[str, Tensor] = {}
     absent = []
     for name, layer in batchnorms(subject.module).items():
         tensors = subject.tensors_of(layer.weight) if layer.affine else []
-        home = tensors[0].rpartition(".")[0] if tensors else name
-        held = {f"{home}.{part}": x for part in STATISTICS if isinstance(x := getattr(layer, part), Tensor)}
-        absent += [tensor for tensor in held if tensor not in source and not tensor.endswith(STATISTICS[-1])]
-        found |= {tensor: x for tensor, x in held.items() if tensor in source}
+        prefix = tensors[0].rpartition(".")[0] if tensors else name
+        own = {f"{prefix}.{part}": x for part in STATISTICS if isinstance(x := getattr(layer, part), Tensor)}
+        absent += [tensor for tensor in own if tensor not in source and not tensor.endswith(STATISTICS[-1])]
+        buffers |= {tensor: x for tensor, x in own.items() if tensor in source}
     if absent:
         raise FormatError(
             f"{source.path} lacks {', '.join(absent)}, expected the running statistics of its BatchNorm layers; save "
             "the model with them"
         )
-    return found
+    return buffers
 
 
-def _repaired(layers: Sequence[HiddenLayer], source: Checkpoint) -> dict[str, Tensor]:
-    """The parameters of the layers by the names of their tensors, as they are stored."""
-    found: dict[str, Tensor] = {}
+def _parameters(layers: Sequence[HiddenLayer], source: Checkpoint) -> dict[str, Tensor]:
+    """The parameters of the layers by tensor name, in their stored dtypes."""
+    parameters: dict[str, Tensor] = {}
     for layer in layers:
         for names, parameter in ((layer.weights, layer.module.weight), (layer.biases, layer.module.bias)):
             assert isinstance(parameter, Tensor)
-            found |= {name: _stored(parameter, source, name) for name in names}
-    return found
+            parameters |= {name: _as_stored(parameter, source, name) for name in names}
+    return parameters
 
 
-def _stored(x: Tensor, source: Checkpoint, name: str) -> Tensor:
+def _as_stored(x: Tensor, source: Checkpoint, name: str) -> Tensor:
     return round_once(x.detach().cpu(), getattr(torch, source[name].dtype))
 
 
@@ -122,7 +122,7 @@ def _facts(
     task: str,
     batches: Sequence[Batch],
 ) -> dict[str, Any]:
-    """What was repaired with what; no absolute path, no time of day."""
+    """The inputs of the repair, without absolute paths and times, so that equal repairs give equal files."""
     names = public_names(map(str, models))
     named = [{"model": names[str(path)], "content": open_checkpoint(path).content} for path in models]
     return {

@@ -1,4 +1,4 @@
-"""The layers that write hidden units and can shift and scale them, and what their units are like on data."""
+"""The layers that write hidden units and can shift and scale them, and the moments of their units on data."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ NORMED = "a BatchNorm follows, whose statistics are re-estimated"
 
 @dataclass(frozen=True)
 class HiddenLayer:
-    """A layer of a module under its name there, and the tensors of the checkpoint that its parameters are.
+    """A layer of a module with its name there, and the names of its parameters' tensors in the checkpoint.
 
-    axis: of the weight, along which its units lie; output_axis: of what it returns.
+    axis: the axis of its units in the weight; output_axis: their axis in its output.
     """
 
     name: str
@@ -42,7 +42,7 @@ class HiddenLayer:
 
     @property
     def units(self) -> int:
-        """How many it writes."""
+        """The number of units that it writes."""
         weight = self.module.weight
         assert isinstance(weight, Tensor)
         return int(weight.shape[self.axis])
@@ -53,11 +53,11 @@ def hidden_layers(
 ) -> tuple[list[HiddenLayer], dict[str, str]]:
     """The layers whose hidden units can be shifted and scaled, in the order of their first call; and why not others.
 
-    With a table a layer is one whose weight writes a group of units by itself; skip paths, to which several layers add,
-    and heads are left alone. Without one it is any but the last that is called. batch: what the module is traced on.
+    With a table these are the layers whose weights alone write a group of units; skip paths, which several layers add
+    to, and heads are left alone. Without one these are all layers but the last to be called. batch: traces the module.
     """
-    called, normed = _traced(subject, batch)
-    found: dict[str, HiddenLayer] = {}
+    called, normed = _trace(subject, batch)
+    hidden: dict[str, HiddenLayer] = {}
     left: dict[str, str] = {}
     for name, module in _layers(subject.module).items():
         layer: HiddenLayer | str
@@ -65,19 +65,19 @@ def hidden_layers(
         if isinstance(layer, HiddenLayer):
             layer = _why_not(layer, symmetries, last=name == called[-1]) or layer
         if isinstance(layer, HiddenLayer):
-            found[name] = layer
+            hidden[name] = layer
         else:
             left[name] = layer
-    return [found[name] for name in called if name in found], left
+    return [hidden[name] for name in called if name in hidden], left
 
 
 def _layers(module: nn.Module) -> dict[str, nn.Module]:
-    """All that could be repaired, by name."""
+    """All Linear and convolution layers, by name."""
     return {name: m for name, m in module.named_modules() if is_linear(m) or isinstance(m, CONVOLUTIONS)}
 
 
 def _layer(subject: Subject, name: str, module: nn.Module) -> HiddenLayer | str:
-    """The layer, or why it cannot be one."""
+    """The layer, or why it cannot be repaired."""
     weight, bias = module.weight, module.bias
     for what, x in (("weight", weight), ("bias", bias)):
         if x is not None and not isinstance(x, nn.Parameter):
@@ -96,7 +96,7 @@ def _layer(subject: Subject, name: str, module: nn.Module) -> HiddenLayer | str:
 
 
 def _why_not(layer: HiddenLayer, symmetries: Symmetries | None, *, last: bool) -> str:
-    """Why the units that a layer writes are not hidden ones of its own; empty where they are."""
+    """Why a layer does not write hidden units of its own; empty if it does."""
     if symmetries is None:
         return LAST if last else ""
     weight = layer.weights[0]
@@ -112,7 +112,7 @@ def _why_not(layer: HiddenLayer, symmetries: Symmetries | None, *, last: bool) -
 
 
 def _is_skip_path(symmetries: Symmetries, group: str) -> bool:
-    """Whether a norm reads the group, or several matrices write it."""
+    """True if a norm reads the group, or several matrices write it."""
     parts = [
         (part, len(axes) > 1)
         for axes in symmetries.tensors.values()
@@ -123,8 +123,8 @@ def _is_skip_path(symmetries: Symmetries, group: str) -> bool:
     return any(part.norm for part, _ in parts) or sum(matrix and part.view == "" for part, matrix in parts) > 1
 
 
-def _traced(subject: Subject, batch: Batch) -> tuple[list[str], set[str]]:
-    """The layers that are called on a batch, in the order of their first call; and those that a BatchNorm reads."""
+def _trace(subject: Subject, batch: Batch) -> tuple[list[str], set[str]]:
+    """The layers called on a batch, in the order of their first call; and those that a BatchNorm reads."""
     serials, writers = Serials(), dict[int, str]()
     called: dict[str, None] = {}
     normed: set[str] = set()
@@ -149,7 +149,7 @@ def _traced(subject: Subject, batch: Batch) -> tuple[list[str], set[str]]:
 
 @contextmanager
 def hearing(layers: Mapping[str, nn.Module], hear: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Calls hear(name, output) whenever a layer was called."""
+    """Call hear(name, output) after every call of a layer."""
 
     def listener(name: str) -> Callable[..., None]:
         def listen(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
@@ -167,7 +167,7 @@ def hearing(layers: Mapping[str, nn.Module], hear: Callable[[str, Tensor], None]
 
 @dataclass
 class _Sums:
-    """Of the outputs of one layer, over examples and places: how many, and per unit the sum and that of squares."""
+    """Sums over all examples and positions of a layer's outputs: the count, and per unit the sum and sum of squares."""
 
     count: int = 0
     first: Tensor = field(default_factory=lambda: torch.zeros(()))
@@ -175,7 +175,7 @@ class _Sums:
 
     def add(self, output: Tensor, axis: int) -> None:
         """Add the outputs of a call."""
-        rows = output.detach().movedim(axis, -1).flatten(0, -2).double().cpu()  # [examples x places, units]
+        rows = output.detach().movedim(axis, -1).flatten(0, -2).double().cpu()  # [examples x positions, units]
         self.count += len(rows)
         self.first, self.second = self.first + rows.sum(0), self.second + (rows * rows).sum(0)
 
@@ -191,9 +191,10 @@ Moments = tuple[Tensor, Tensor]  # mean and standard deviation of each unit, flo
 def measure(
     module: nn.Module, layers: Sequence[HiddenLayer], batches: Sequence[Batch], tell: Callable[[Batch], None]
 ) -> dict[str, Moments]:
-    """The moments of what layers of these names write in the module, over all examples and places, by name.
+    """The moments of the outputs of these layers in the module, over all examples and positions, by name.
 
-    PlanError where the module has no such layer, or where what it writes is not finite.
+    Raises PlanError if the module lacks such a layer, does not call it, or writes values that are not finite or of
+    another number of units. tell: called with each batch after it.
     """
     inside = dict(module.named_modules())
     wanted = {layer.name: layer for layer in layers}
@@ -209,18 +210,18 @@ def measure(
             with torch.inference_mode():
                 forward(module, batch)
             tell(batch)
-    found = {name: each.moments() for name, each in sums.items() if each.count}
-    wrong = [f"{name}: was not called" for name in wanted if name not in found]
-    wrong += [f"{n}: not finite" for n, (mean, std) in found.items() if not bool((mean + std).isfinite().all())]
+    moments = {name: each.moments() for name, each in sums.items() if each.count}
+    wrong = [f"{name}: was not called" for name in wanted if name not in moments]
+    wrong += [f"{n}: not finite" for n, (mean, std) in moments.items() if not bool((mean + std).isfinite().all())]
     wrong += [
         f"{n}: {len(mean)} units, the merged model has {wanted[n].units}"
-        for n, (mean, _) in found.items()
+        for n, (mean, _) in moments.items()
         if len(mean) != wanted[n].units
     ]
     if wrong:
         raise PlanError(
-            f"what layers of {type(module).__name__} write on the data cannot be used:\n  "
+            f"layers of {type(module).__name__} give unusable outputs on the data:\n  "
             + "\n  ".join(wrong)
-            + "\nExpected finite numbers of as many units as the merged model has; check the models and the data"
+            + "\nExpected finite numbers, and as many units as in the merged model; check the models and the data"
         )
-    return found
+    return moments

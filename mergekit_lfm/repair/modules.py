@@ -1,4 +1,4 @@
-"""A module repaired in memory: one hidden layer after the other, each measured when those before it are repaired."""
+"""Repair a module in memory, one hidden layer after the other: measure each after the ones before it are repaired."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from mergekit_lfm.runtime.batchnorm import batchnorms, reset_batchnorm
 from mergekit_lfm.runtime.subject import Subject, evaluating, make_subject
 from mergekit_lfm.store.checkpoint import Checkpoint
 
-# A unit whose spread is less than this part of its size is a constant: float32 outputs resolve no less.
+# A unit whose spread is below this fraction of its size counts as constant: float32 outputs resolve no less.
 CONSTANT = 1e-6
 
 
 @dataclass(frozen=True)
 class RepairedLayer:
-    """What was done to a layer. spread: the mean over its units of their standard deviation before, in terms of the
-    one that they have now; shift: the mean of the distances of their means, in the same terms."""
+    """The change of a layer. spread: the mean over its units of their standard deviation before, divided by the new
+    one; shift: the mean distance between their old and new means, divided by the same."""
 
     name: str
     units: int
@@ -37,8 +37,8 @@ class RepairedLayer:
 
 @dataclass(frozen=True)
 class Repaired:
-    """What a repair did: the layers in the order in which it was done, the names of the BatchNorm layers that were
-    re-estimated, and by name why other layers were left alone."""
+    """The result of a repair: the layers in the order of their repair, the names of the BatchNorm layers with new
+    estimates, and by name why other layers were left alone."""
 
     layers: tuple[RepairedLayer, ...]
     batchnorms: tuple[str, ...]
@@ -57,16 +57,16 @@ def repair_module(
     """Bring the hidden units of a merged module, in place, to the mean and spread that they have in its ends.
 
     ends: modules of the same class, as they were merged (a rewritten one as it was rewritten); weights: how much of
-    each, 1 in all, equal by default. data: what `as_batches` takes. Of every unit y that a Linear or convolution with a
-    bias writes, y' = c y + d has mean sum w m_i and standard deviation sum w s_i on the data, where m_i and s_i are
-    those in the ends; c and d go into weight and bias. A unit that is constant in the merged module is shifted alone.
-    Running statistics of BatchNorm are re-estimated instead, also where layers before it are repaired. Which layers:
-    those that write hidden units by the symmetry table; without one all but the last that is called. It takes one pass
-    over the data for the module and layer, two with BatchNorm, and one for each end.
+    each, summing to 1, equal by default. data: any input of `as_batches`. Every unit y that a Linear or convolution
+    with a bias writes becomes y' = c y + d, with mean sum w m_i and standard deviation sum w s_i on the data, where m_i
+    and s_i are those in the ends; c and d go into weight and bias. A unit that is constant in the merged module is only
+    shifted. BatchNorm gets new running statistics instead, and again after the repair of layers before it. The
+    symmetry table decides which layers write hidden units; without one all do but the last to be called. The repair
+    takes one pass over the data for each layer of the module, two with BatchNorm, and one for each end.
 
     Source: Jordan et al. 2023 (REPAIR, arXiv 2211.08403), its conditions on mean and standard deviation; these are
     mixed, not the variances.
-    Raises PlanError where there is nothing to repair, with the reasons, and for weights that do not fit.
+    Raises PlanError if there is nothing to repair, with the reasons, and if the weights do not fit.
     """
     batches = as_batches(data)
     shares = check_weights(weights, len(ends))
@@ -74,20 +74,20 @@ def repair_module(
     with evaluating(module, *ends):
         layers, left = plan_repair(subject, symmetries, batches)
         tell = telling(progress, len(layers), len(ends), batches)
-        found = [measure(end, layers, batches, tell) if layers else {} for end in ends]
-        return repair_layers(subject, layers, left, combine(found, shares), batches, tell=tell)
+        measured = [measure(end, layers, batches, tell) if layers else {} for end in ends]
+        return repair_layers(subject, layers, left, combine(measured, shares), batches, tell=tell)
 
 
 def check_weights(weights: Sequence[float] | None, count: int) -> tuple[float, ...]:
-    """The weights of the ends. PlanError where they are not one for each, from 0, and 1 in all."""
+    """The weights of the ends. Raises PlanError unless there is one for each, all at least 0, with sum 1."""
     if not count:
-        raise PlanError("there are no ends, the models that were merged; give them")
+        raise PlanError("found no ends, expected the models that were merged; give them")
     shares = tuple(1 / count for _ in range(count)) if weights is None else tuple(weights)
     fits = len(shares) == count and all(math.isfinite(w) and w >= 0 for w in shares)
     if not fits or abs(sum(shares) - 1) > 1e-6:
         raise PlanError(
-            f"weights are {', '.join(map(str, shares))}; expected {count} numbers from 0 that are 1 in all, one for "
-            "each end. Give what the models were merged with"
+            f"weights are {', '.join(map(str, shares))}; expected {count} numbers of at least 0 with sum 1, one for "
+            "each end. Give the weights of the merge"
         )
     return shares
 
@@ -95,22 +95,22 @@ def check_weights(weights: Sequence[float] | None, count: int) -> tuple[float, .
 def plan_repair(
     subject: Subject, symmetries: Symmetries | None, batches: Sequence[Batch]
 ) -> tuple[list[HiddenLayer], dict[str, str]]:
-    """The layers to repair, and why others are left alone. PlanError where there are none, and no BatchNorm."""
+    """The layers to repair, and why others are left alone. Raises PlanError without any such layer and BatchNorm."""
     layers, left = hidden_layers(subject, symmetries, next(iter(batches)))
     if not layers and not batchnorms(subject.module):
-        reasons = [f"{name}: {reason}" for name, reason in left.items()] or ["it has no Linear and no convolution"]
+        reasons = [f"{name}: {reason}" for name, reason in left.items()] or ["it has neither Linear nor convolution"]
         shown = reasons[:20] + ([f"and {len(reasons) - 20} more"] if len(reasons) > 20 else [])
         raise PlanError(
             f"there is nothing to repair in {type(subject.module).__name__}:\n  "
             + "\n  ".join(shown)
             + "\nExpected hidden units that a Linear or convolution with a bias writes, or BatchNorm layers; a model "
-            "without them, such as a Llama, has to do without repair"
+            "without them, such as a Llama, cannot be repaired"
         )
     return layers, left
 
 
 def telling(progress: Progress | None, layers: int, ends: int, batches: Sequence[Batch]) -> Callable[[Batch], None]:
-    """What is called with every batch on which a model was measured, and counts its examples."""
+    """A function to call with every measured batch: it reports the number of examples so far and in all."""
     total = (ends + layers) * sum(map(len, batches))
     done = 0
 
@@ -124,12 +124,12 @@ def telling(progress: Progress | None, layers: int, ends: int, batches: Sequence
 
 
 def combine(ends: Sequence[Mapping[str, Moments]], weights: Sequence[float]) -> dict[str, Moments]:
-    """The moments that the units of each layer are to have: sum w m_i and sum w s_i."""
+    """The target moments of each layer's units: sum w m_i and sum w s_i."""
 
-    def mixed(name: str, which: int) -> Tensor:
+    def mix(name: str, which: int) -> Tensor:
         return torch.stack([w * end[name][which] for w, end in zip(weights, ends, strict=True)]).sum(0)
 
-    return {name: (mixed(name, 0), mixed(name, 1)) for name in ends[0]}
+    return {name: (mix(name, 0), mix(name, 1)) for name in ends[0]}
 
 
 def repair_layers(
@@ -142,7 +142,7 @@ def repair_layers(
     tell: Callable[[Batch], None],
     stored: Checkpoint | None = None,
 ) -> Repaired:
-    """Repair the layers one by one. stored: the checkpoint in whose dtypes the repaired parameters are to fit."""
+    """Repair the layers one by one. stored: round the repaired parameters to the dtypes of this checkpoint."""
     norms = batchnorms(subject.module)
     done = []
     for layer in layers:
@@ -156,7 +156,7 @@ def repair_layers(
 
 
 def _repair(layer: HiddenLayer, now: Moments, target: Moments, stored: Checkpoint | None) -> RepairedLayer:
-    """W' = c W and b' = c b + d, with y' = c y + d of the target's mean and standard deviation."""
+    """Set W' = c W and b' = c b + d, so that y' = c y + d has the target's mean and standard deviation."""
     (mean, std), (wanted_mean, wanted_std) = now, target
     varied = std > CONSTANT * (mean.square() + std.square()).sqrt()
     c = torch.where(varied, wanted_std / std.where(varied, torch.ones_like(std)), 1.0)  # [units]

@@ -1,4 +1,4 @@
-"""What BatchNorm layers know of the data: re-estimated where weights changed and the running statistics did not."""
+"""BatchNorm's running statistics, estimated anew on data after the weights have changed."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def batchnorms(module: nn.Module) -> dict[str, _BatchNorm]:
 def reset_batchnorm(module: nn.Module, batches: Sequence[Batch]) -> None:
     """Re-estimate the running mean and variance of every BatchNorm layer, in place, from one pass over the batches.
 
-    They become the means over the batches of the batches' own means and unbiased variances, every batch counting alike.
-    Nothing else is in training mode: dropout stays off. Source: Izmailov et al. 2018 (SWA, arXiv 1803.05407), section
-    3.2. PlanError where the module has no such layer.
+    They become the means of the batches' own means and unbiased variances; every batch has the same weight. All other
+    layers stay out of training mode: dropout stays off. Source: Izmailov et al. 2018 (SWA, arXiv 1803.05407), section
+    3.2. Raises PlanError if the module has no such layer.
     """
     layers = list(batchnorms(module).values())
     if not layers:

@@ -1,4 +1,4 @@
-"""Whether two models say the same: inputs made for a model, and how far apart two answers to them are."""
+"""Compare the outputs of two models: make inputs for a model, and measure how far apart two outputs are."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ EXAMPLES, TOKENS, PIXELS = 4, 32, 64
 
 
 def probe(model: Loaded, seed: int = 0) -> Batch:
-    """Random inputs that the model takes, from its config: token ids [4, up to 32], or images [4, channels, h, w].
+    """Random inputs that fit the model's config: token ids [4, up to 32], or images [4, channels, h, w].
 
-    Images of a model that takes any size are 64 x 64.
+    Images are 64 x 64 if the model takes any size.
     """
     config: Any = model.model.config
     draw = torch.Generator().manual_seed(seed)
@@ -26,14 +26,14 @@ def probe(model: Loaded, seed: int = 0) -> Batch:
         height, width = (size, size) if isinstance(size, int) else size
         images = torch.randn(EXAMPLES, getattr(config, "num_channels", 3), height, width, generator=draw)
         return Batch(rows, kwargs={"pixel_values": images})
-    # RoBERTa's positions begin after that of its padding token, 1
+    # RoBERTa's positions begin after its padding token's, 1
     length = max(1, min(TOKENS, (model.positions or TOKENS + 2) - 2))
     vocabulary = config.get_text_config().vocab_size
     return Batch(rows, kwargs={"input_ids": torch.randint(vocabulary, (EXAMPLES, length), generator=draw)})
 
 
 def forward(module: nn.Module, batch: Batch) -> Any:
-    """What the module returns for a batch, which is brought to its device and dtype."""
+    """Run the module on a batch, moved to its device and dtype."""
     moved = batch.to(module)
     return run(module, moved.args, moved.kwargs)
 
@@ -44,20 +44,20 @@ def answer(model: Loaded | nn.Module, inputs: Batch) -> Tensor:
     with torch.inference_mode():
         output = forward(module, inputs)
         encoder = isinstance(model, Loaded) and model.task == "embedding"
-        found = embeddings(output) if encoder else logits(output)
-    return found.double().cpu()
+        y = embeddings(output) if encoder else logits(output)
+    return y.double().cpu()
 
 
 def difference(first: Loaded | nn.Module, second: Loaded | nn.Module, inputs: Batch) -> float:
     """How far apart the models' outputs are: the largest |y - y'| as a fraction of the largest |y - mean y|.
 
-    y are the first one's, their mean is that over examples and tokens. 0 where all are equal; infinity where the shapes
-    differ, where one has NaN, or where y do not depend on the inputs and y' are not y.
+    y are the first one's outputs, their mean is over examples and tokens. 0 if all are equal; infinity if the shapes
+    differ, if one has NaN, or if y does not depend on the inputs and y' differs from y.
     """
-    return _apart(answer(first, inputs), answer(second, inputs))
+    return _distance(answer(first, inputs), answer(second, inputs))
 
 
-def _apart(y: Tensor, other: Tensor) -> float:
+def _distance(y: Tensor, other: Tensor) -> float:
     if y.shape != other.shape:
         return float("inf")
     if torch.equal(y, other):
@@ -69,7 +69,7 @@ def _apart(y: Tensor, other: Tensor) -> float:
 
 
 def all_outputs(model: Loaded, inputs: Batch) -> Tensor:
-    """Everything that the model returns for these inputs, one row for each, in its dtype."""
+    """All tensors that the model returns for these inputs, one row per input, in its dtype."""
     with torch.inference_mode():
         output = forward(model.model, inputs)
     found = [x for x in output.to_tuple() if isinstance(x, Tensor) and x.shape[:1] == (len(inputs),)]

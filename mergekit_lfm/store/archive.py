@@ -1,7 +1,7 @@
-"""PyTorch's zip archives (`.bin`, `.pt`) as tables of tensors with file offsets. No torch; no pickle is run.
+"""PyTorch's zip archives (`.bin`, `.pt`) as tables of tensors with file offsets, without torch or pickled code.
 
-`torch.save` stores every storage uncompressed, so a contiguous tensor is a byte range like one of safetensors. The
-pickle is read by an unpickler that knows the few names a state dict needs and builds nothing but this table.
+`torch.save` stores every storage uncompressed, so a contiguous tensor is a byte range as in safetensors. The unpickler
+here knows the few names that a state dict needs, and builds only this table.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _STORAGES = {
     "BoolStorage": "bool",
 }
 WRAPPERS = ("state_dict", "model", "module")
-# what zipfile and pickle raise, besides errors of their own, on bytes that are no such archive
+# Everything that zipfile and pickle raise on bytes that are not such an archive.
 _GARBLED = (
     *(zipfile.BadZipFile, pickle.UnpicklingError, EOFError, ValueError, TypeError),
     *(AttributeError, LookupError, RuntimeError, OverflowError, MemoryError),
@@ -39,7 +39,7 @@ _GARBLED = (
 
 
 class Unreadable(Exception):
-    """The archive holds what this reader does not know; torch's own loader may."""
+    """This reader does not support the archive; torch's own loader may."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class _Stored:
 def _rebuild_tensor(
     storage: Any, first: int, shape: Any, stride: Any, _grad: Any = None, _hooks: Any = None, lazy: Any = None
 ) -> _Stored:
-    """The tensor of `torch._utils._rebuild_tensor_v2`. lazy: marks a conjugation or sign that the bytes lack."""
+    """The tensor of `torch._utils._rebuild_tensor_v2`. lazy: marks a conjugation or sign missing in the bytes."""
     shape, stride = tuple(shape), tuple(stride)
     natural = all(isinstance(n, int) and n >= 0 for n in (first, *shape, *stride)) and len(shape) == len(stride)
     if lazy or not natural or not isinstance(storage, _Storage):
@@ -103,23 +103,23 @@ class _Unpickler(pickle.Unpickler):
 
 
 def state_dict(loaded: Any, path: Path, kind: type) -> dict[str, Any]:
-    """The mapping of names to tensors (instances of `kind`) in what a checkpoint file held, one wrapper deep."""
+    """The mapping of names to tensors (instances of `kind`) in a loaded checkpoint file, one wrapper deep."""
     for key in WRAPPERS:
         if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
             loaded = loaded[key]
             break
     if not isinstance(loaded, Mapping):
-        raise FormatError(f"{path}: holds a {type(loaded).__name__}, expected a state dict of names and tensors")
+        raise FormatError(f"{path} holds a {type(loaded).__name__}, expected a state dict of names and tensors")
     others = [str(key) for key, value in loaded.items() if not isinstance(value, kind)]
     if others:
-        raise FormatError(f"{path}: {', '.join(others[:5])} are not tensors; save the model's state_dict() alone")
+        raise FormatError(f"{path}: {', '.join(others[:5])} are not tensors; save only the model's state_dict()")
     return {str(key): value for key, value in loaded.items()}
 
 
 def read_archive(path: Path) -> dict[str, tuple[TensorSpec, int]]:
     """The tensors of a zip archive in the pickle's order, each with its offset in the file.
 
-    Raises Unreadable where the file is no such archive, or a tensor is no contiguous range of bytes in it.
+    Raises Unreadable if the file is not such an archive, or if a tensor is not a contiguous range of bytes in it.
     """
     try:
         with naming(path):
@@ -142,7 +142,7 @@ def _table(path: Path) -> dict[str, tuple[TensorSpec, int]]:
         if "byteorder" in members and archive.read(members["byteorder"]) != b"little":
             raise Unreadable("big-endian")
         loaded = _Unpickler(archive.open(members["data.pkl"])).load()
-        found: dict[str, tuple[TensorSpec, int]] = {}
+        table: dict[str, tuple[TensorSpec, int]] = {}
         for name, stored in state_dict(loaded, path, _Stored).items():
             info = members.get(f"data/{stored.storage.key}")
             spec = TensorSpec(name, stored.shape, stored.storage.dtype)
@@ -151,12 +151,12 @@ def _table(path: Path) -> dict[str, tuple[TensorSpec, int]]:
             first = stored.first * ITEMSIZE[spec.dtype] if spec.numel else 0
             if first + spec.nbytes > info.file_size:
                 raise FormatError(f"{path}: {name} reaches beyond its storage; the file is damaged")
-            found[name] = (spec, _data_start(file, info.header_offset) + first)
-    return found
+            table[name] = (spec, _data_start(file, info.header_offset) + first)
+    return table
 
 
 def _data_start(file: BinaryIO, header: int) -> int:
-    """Where a member's data start: its local header's name and extra field have lengths of their own."""
+    """The offset of a member's data; its local header states the lengths of its name and extra field."""
     file.seek(header)
     local = file.read(30)
     if local[:4] != b"PK\3\4" or len(local) < 30:

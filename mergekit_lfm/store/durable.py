@@ -1,4 +1,4 @@
-"""Files that survive a crash: synced folders, files replaced at once, folders that one run has to itself."""
+"""Files that survive a crash: sync folders, replace files whole or not at all, lock folders for one run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
 
 
 def sync_folder(folder: Path) -> None:
-    """Make what was created, renamed and removed in the folder last."""
+    """Make creations, renames and removals in the folder permanent."""
     fd = os.open(folder, os.O_RDONLY)
     try:
         with naming(folder):
@@ -26,7 +26,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def replace_file(path: Path, data: bytes | Iterable[bytes | memoryview]) -> None:
-    """Give the file its new content at once: whoever reads it sees the old one or the new one, whole.
+    """Replace the file's content atomically: a reader sees either the old or the new one, whole.
 
     data: all of it, or its parts in order.
     """
@@ -45,7 +45,7 @@ def replace_file(path: Path, data: bytes | Iterable[bytes | memoryview]) -> None
 
 
 def lock_folder(folder: Path) -> int:
-    """A descriptor of the folder, locked until it is closed. PlanError while another run has it."""
+    """A descriptor of the folder, locked until it is closed. Raises PlanError while another run has the lock."""
     fd = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -67,7 +67,7 @@ def write_all(fd: int, data: bytes) -> None:
 def reserve(fd: int, nbytes: int) -> None:
     """Give the file its full size on the disk, so that a full disk shows before work starts.
 
-    By the system call: where a filesystem has none, os.posix_fallocate would write every page.
+    Uses the system call, because os.posix_fallocate writes every page on filesystems without it.
     """
     os.ftruncate(fd, nbytes)
     if nbytes and _fallocate is not None and _fallocate(fd, 0, ctypes.c_int64(0), ctypes.c_int64(nbytes)):

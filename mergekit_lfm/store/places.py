@@ -68,6 +68,6 @@ def has_files(folder: Path) -> bool:
 
 
 def partial_of(out: Path) -> Path:
-    """The folder OUT.partial, where OUT is while it is not complete."""
+    """The folder OUT.partial, which becomes OUT once it is complete."""
     named = out if out.name else out.resolve()  # "." has no name of its own
     return named.with_name(f"{named.name}.partial")

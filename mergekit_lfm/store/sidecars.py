@@ -11,18 +11,18 @@ from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lfm.store.folder import leads_away
 from mergekit_lfm.store.hub import HubName
 
-# What goes beside the weights: configs, tokenizers, processors, templates and the code that a config may name.
+# Files to copy beside the weights: configs, tokenizers, processors, templates and the code that a config may name.
 TAGALONG = re.compile(
     r"^(config|generation_config|.*token.*|vocab|merges|.*(processor|preprocessor|feature_extractor).*|modules|"
     r"config_sentence_transformers|sentence_bert_config|chat_template|special_tokens_map|id2label|labels)\.(json|txt)$"
     r"|\.(jinja|py|tiktoken|spm|bpe)$|^(tokenizer|spiece|sentencepiece.*|.*token.*)\.model$"
 )
 
-TAGALONG_BYTES = 100_000_000  # the largest that is taken for one; tokenizers have up to 40 MB
+TAGALONG_BYTES = 100_000_000  # the largest file to copy; tokenizers have up to 40 MB
 
 
 def download(name: HubName) -> Path:
-    """The folder, in the cache of the Hub, of a model with all that loading it takes. Raises as `open_checkpoint`."""
+    """Download all files that loading a model needs, and return their folder. Raises as `open_checkpoint`."""
     model = open_checkpoint(name)
     model.fetch()
     tagalong(model)
@@ -32,7 +32,7 @@ def download(name: HubName) -> Path:
 def tagalong(template: Checkpoint) -> tuple[Path, ...]:
     """The template's files that go beside the weights, and those of the modules that sentence-transformers lists.
 
-    Of a model on the Hub they are downloaded.
+    They are downloaded if the model is on the Hub.
     """
     folder = template.path
     if template.snapshot is not None:
@@ -43,14 +43,14 @@ def tagalong(template: Checkpoint) -> tuple[Path, ...]:
             template.snapshot.fetch([name for name in small if name.endswith(".json") and name.count("/") == 1])
     if not folder.is_dir():
         return ()
-    found = [path for path in folder.iterdir() if TAGALONG.search(path.name)]
+    files = [path for path in folder.iterdir() if TAGALONG.search(path.name)]
     if (folder / "modules.json").exists():
-        found += [path for name in _modules(folder) for path in (folder / name).glob("*.json")]
-    return tuple(sorted(path for path in found if path.is_file() and path.stat().st_size <= TAGALONG_BYTES))
+        files += [path for name in _modules(folder) for path in (folder / name).glob("*.json")]
+    return tuple(sorted(path for path in files if path.is_file() and path.stat().st_size <= TAGALONG_BYTES))
 
 
 def _modules(folder: Path) -> list[str]:
-    """The folders of the modules that sentence-transformers lists. FormatError where they are no folders in there."""
+    """The folders of the modules that sentence-transformers lists. Raises FormatError for paths that lead elsewhere."""
     try:
         names = [entry["path"] for entry in json.loads((folder / "modules.json").read_text(encoding="utf-8"))]
     except (ValueError, TypeError, KeyError):

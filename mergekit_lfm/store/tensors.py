@@ -1,7 +1,7 @@
 """Tensors as names, shapes and bytes: the safetensors format, and exact positioned reads and writes.
 
-A file is an 8-byte little-endian header length, a JSON header, then the tensors' bytes without a gap. Everything that a
-loader would trip over is refused here, with the name of the file. No torch is imported.
+A file is an 8-byte little-endian header length, a JSON header, then the tensors' bytes without a gap. Files that a
+loader would reject are refused here, by name. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ DTYPES = {
 }
 CODES = {name: code for code, (name, _) in DTYPES.items()}
 ITEMSIZE = dict(DTYPES.values())
-FLOATS = ("float16", "bfloat16", "float32", "float64")  # the dtypes that are merged; all others are only copied
+FLOATS = ("float16", "bfloat16", "float32", "float64")  # the dtypes to merge; tensors of all others are only copied
 MAX_HEADER = 100_000_000  # the official loader's limit
 UNFINISHED = b"\xff" * 8  # a header length that every loader refuses
 READ_LIMIT = 1 << 30  # Linux reads and writes at most 2,147,479,552 bytes a call
@@ -49,7 +49,7 @@ READ_LIMIT = 1 << 30  # Linux reads and writes at most 2,147,479,552 bytes a cal
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """A tensor's name, shape and dtype (torch's name of it, such as "bfloat16")."""
+    """A tensor's name, shape and dtype (by torch's name, such as "bfloat16")."""
 
     name: str
     shape: tuple[int, ...]
@@ -80,7 +80,7 @@ class Header:
 def read_header(path: Path) -> Header:
     """The header of a safetensors file, checked as the official loader does.
 
-    Raises FormatError on anything but a file whose tensors cover its data without hole, overlap or rest.
+    Raises FormatError unless the file's tensors cover its data without hole, overlap or rest.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -90,23 +90,23 @@ def read_header(path: Path) -> Header:
 
 
 def parse_header(path: Path, head: bytes, size: int) -> Header:
-    """The header in the first bytes of a file of `size` bytes, which messages call `path`. Raises as `read_header`."""
+    """The header in the first bytes of a file of `size` bytes; messages call it `path`. Raises as `read_header`."""
     length = int.from_bytes(head[:8], "little")
     if len(head) < 8 or length > MAX_HEADER or 8 + length > size:
         raise FormatError(f"{path}: {_not_safetensors(head[:208], size, length)}")
     raw = head[8 : 8 + length]
     try:
-        entries = json.loads(raw, object_pairs_hook=_unique)
+        entries = json.loads(raw, object_pairs_hook=_refuse_repeats)
     except (ValueError, RecursionError) as error:
         raise FormatError(
-            f"{path}: the header is not JSON as safetensors has it ({error}); write the file anew"
+            f"{path}: the header is not JSON as safetensors requires it ({error}); write the file anew"
         ) from None
     if not isinstance(entries, dict):
         raise FormatError(f"{path}: the header is a {type(entries).__name__}, expected an object; write the file anew")
     metadata = entries.pop("__metadata__", None)
     metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise FormatError(f"{path}: __metadata__ must map strings to strings")
+        raise FormatError(f"{path}: __metadata__ must map strings to strings; write the file anew")
     start = 8 + length
     placed = sorted((_entry(path, name, entry) for name, entry in entries.items()), key=lambda item: item[1:])
     end = 0
@@ -118,18 +118,19 @@ def parse_header(path: Path, head: bytes, size: int) -> Header:
             )
         end = stop
     if start + end != size:
-        what = "is truncated" if start + end > size else "has trailing bytes"
-        raise FormatError(f"{path} {what}: {size:,} bytes, its header says {start + end:,}; fetch or write it again")
+        fault = "is truncated" if start + end > size else "has trailing bytes"
+        raise FormatError(f"{path} {fault}: {size:,} bytes, its header says {start + end:,}; fetch or write it again")
     return Header({spec.name: (spec, start + begin) for spec, begin, _ in placed}, metadata, start, size)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    "".join(found).encode()  # lone surrogates are a UnicodeEncodeError, which is a ValueError
-    if len(found) != len(pairs):
+def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The pairs as a dict. Raises ValueError for a repeated key or one that is not valid UTF-8."""
+    entries = dict(pairs)
+    "".join(entries).encode()  # lone surrogates raise UnicodeEncodeError, which is a ValueError
+    if len(entries) != len(pairs):
         names = [name for name, _ in pairs]
         raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} occurs twice")
-    return found
+    return entries
 
 
 def _not_safetensors(head: bytes, size: int, length: int) -> str:
@@ -153,7 +154,7 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[TensorSpec, int, int]:
     except (TypeError, KeyError, ValueError):
         raise FormatError(f"{path}: {name} needs dtype, shape and data_offsets, found {entry!r}") from None
     if code not in DTYPES:
-        raise FormatError(f"{path}: {name} has dtype {code!r}, known are {', '.join(DTYPES)}")
+        raise FormatError(f"{path}: {name} has dtype {code!r}, expected one of {', '.join(DTYPES)}")
     spec = TensorSpec(name, tuple(shape), DTYPES[code][0])
     if not whole or spec.nbytes != stop - begin:
         raise FormatError(
@@ -165,11 +166,10 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[TensorSpec, int, int]:
 def encode_header(
     tensors: Iterable[TensorSpec], metadata: Mapping[str, str], congruent: int | None = None
 ) -> tuple[bytes, dict[str, int]]:
-    """The bytes of a header, length included, and each tensor's offset in the file. Tensors lie in the given order.
+    """The bytes of a header, length included, and each tensor's offset in the file. Tensors keep their order.
 
-    With `congruent` the data starts at it modulo 4096, so that a filesystem that has reflinks can share unchanged
-    blocks with the input whose data starts there too (aligned or not, as in the input); otherwise it starts at a
-    multiple of 8.
+    With `congruent` the data starts at this offset modulo 4096, so that a filesystem with reflinks can share unchanged
+    blocks with the input whose data starts there too (aligned or not, as in the input); otherwise at a multiple of 8.
     """
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offsets, end = {}, 0
@@ -192,7 +192,7 @@ def encode_header(
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Gives an OSError from a descriptor the name of its file."""
+    """Add the name of the file to an OSError from a descriptor."""
     try:
         yield
     except OSError as error:
@@ -202,13 +202,13 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def read_exactly(fd: int, offset: int, into: memoryview, path: Path) -> None:
-    """Fill `into` from the file at `offset`. Raises FormatError where the file ends before."""
+    """Fill `into` from the file at `offset`. Raises FormatError if the file ends too early."""
     done = 0
     while done < len(into):
         with naming(path):
             got = os.preadv(fd, [into[done : done + READ_LIMIT]], offset + done)
         if not got:
-            raise FormatError(f"{path} ended at byte {offset + done:,}: it was changed while it was read; merge again")
+            raise FormatError(f"{path} ended at byte {offset + done:,}: it changed during the merge; merge again")
         done += got
 
 

@@ -1,4 +1,4 @@
-"""One YAML document, read strictly: a key that is given twice is an error, and errors have their line and column."""
+"""Read one YAML document strictly: a repeated key is an error, and errors have their line and column."""
 
 from typing import Any
 
@@ -13,13 +13,13 @@ class _Loader(yaml.SafeLoader):
             return super().construct_object(node, deep)
         except (ValueError, LookupError, AttributeError, OverflowError) as error:  # a date such as 2024-13-45
             problem = (
-                f"found {node.value!r:.60}, which is no {node.tag.rpartition(':')[2]} ({error}); quote what is text"
+                f"found {node.value!r:.60}, not a valid {node.tag.rpartition(':')[2]} ({error}); quote it if it is text"
             )
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from error
 
 
 def read_yaml(text: str, label: str) -> object:
-    """The one document in `text`. PlanError with line and column for bad syntax and for a key that is given twice."""
+    """The one document in `text`. Raises PlanError with line and column for bad syntax and for a repeated key."""
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
@@ -49,7 +49,7 @@ def _refuse_repeated_keys(node: yaml.Node, label: str, seen: set[int]) -> None:
         name = (key.tag, str(key.value))
         if name in first:
             raise PlanError(
-                f"{label}: line {line}: {key.value} is given again after line {first[name]}; keep one of them"
+                f"{label}: line {line}: {key.value} repeats the key of line {first[name]}; keep one of them"
             )
         first[name] = line
         _refuse_repeated_keys(value, label, seen)
