@@ -14,7 +14,7 @@ import pytest
 import torch
 from helpers_gpu import needs_triton, stand_in
 from test_fused import BLOCK, COINS, FUNCTIONS, RANKS, bits, stored_block, with_statistics
-from test_kernels import blocks_of, kept_by_sorting, unit_of, values_of
+from test_kernels import blocks_of, kept_by_sorting, values_of
 
 from mergekit_lfm.engine.blocks import StoredBlock, solved
 from mergekit_lfm.kernels import bracket, gpu, selection

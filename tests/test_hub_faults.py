@@ -157,7 +157,7 @@ def test_what_the_hub_holds_is_compared_with_what_was_pushed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     merge("recipe.yaml", "out")
-    monkeypatch.setattr("mergekit_lfm.output.push._is", lambda *_: False)
+    monkeypatch.setattr("mergekit_lfm.output.push._matches", lambda *_: False)
     message = refused("push", "out", REPO)
     assert "on the Hub, " in message and "differ from the pushed files" in message
     assert hub.exists(REPO)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
 import yaml
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 

@@ -8,7 +8,7 @@ import torch
 
 from mergekit_lfm.artifacts.transform import Transform
 from mergekit_lfm.runtime.load import Loaded, load_as_saved, load_model
-from mergekit_lfm.runtime.probe import _apart, all_outputs, answer, probe
+from mergekit_lfm.runtime.probe import all_outputs, answer, probe, relative_distance
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lfm.views.maps import only_moves
 
@@ -34,7 +34,7 @@ def compare_outputs(model: str | Path, rewritten: str | Path, transform: Transfo
     outputs_of = all_outputs if with_head else answer
     inputs = probe(first)
     before = outputs_of(first, inputs)
-    distance = _distance(before.double(), outputs_of(second, inputs).double())
+    distance = relative_distance(before.double(), outputs_of(second, inputs).double())
     if only_moves(transform):
         return distance, ROUNDING
     del second
@@ -44,7 +44,7 @@ def compare_outputs(model: str | Path, rewritten: str | Path, transform: Transfo
         draw = torch.Generator().manual_seed(0)
         for x in first.model.parameters():
             x.mul_(1 + coarsest * (torch.rand(x.shape, generator=draw) - 0.5))  # at most half a step
-    return distance, max(ROUNDING, MARGIN * _distance(before.double(), outputs_of(first, inputs).double()))
+    return distance, max(ROUNDING, MARGIN * relative_distance(before.double(), outputs_of(first, inputs).double()))
 
 
 def _with_head(checkpoint: Checkpoint) -> Loaded:

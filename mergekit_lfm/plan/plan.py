@@ -20,8 +20,8 @@ import xxhash
 from mergekit_lfm.artifacts.patch import Patch
 from mergekit_lfm.artifacts.statistics import Statistics
 from mergekit_lfm.errors import PlanError, several
-from mergekit_lfm.machine.sizes import format_size
 from mergekit_lfm.kernels.block import BLOCK
+from mergekit_lfm.machine.sizes import format_size
 from mergekit_lfm.methods import METHODS
 from mergekit_lfm.methods.method import Unit
 from mergekit_lfm.output.card import stated_license

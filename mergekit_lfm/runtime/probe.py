@@ -54,10 +54,10 @@ def difference(first: Loaded | nn.Module, second: Loaded | nn.Module, inputs: Ba
     y are the first one's outputs, their mean is over examples and tokens. 0 if all are equal; infinity if the shapes
     differ, if one has NaN, or if y does not depend on the inputs and y' differs from y.
     """
-    return _distance(answer(first, inputs), answer(second, inputs))
+    return relative_distance(answer(first, inputs), answer(second, inputs))
 
 
-def _distance(y: Tensor, other: Tensor) -> float:
+def relative_distance(y: Tensor, other: Tensor) -> float:
     if y.shape != other.shape:
         return float("inf")
     if torch.equal(y, other):
