@@ -33,12 +33,12 @@ from torch.nn.functional import cross_entropy
 from mergekit_lfm.artifacts.facts import Fact, FactsFile, read_facts_file
 from mergekit_lfm.artifacts.statistics import Statistics
 from mergekit_lfm.collect import collect_stats
-from mergekit_lfm.edit.scores import Scores, score_facts
+from mergekit_lfm.edit.scores import FactScores, score_facts
 from mergekit_lfm.edit.sites import find_sites
 from mergekit_lfm.edit.solve import edit
 from mergekit_lfm.runtime.load import Loaded, load_model, logits
 from mergekit_lfm.version import __version__
-from mergekit_lfm.views.patched import patched
+from mergekit_lfm.views.patched import patched_view
 
 SIZES = (1, 10, 40, 100)
 SINGLES = 20  # edits of one fact each
@@ -103,7 +103,7 @@ def located(subject: Subject, facts: FactsFile, **options: Any) -> Edited:
     given = {"covariance": subject.grams, "context_templates": CONTEXTS, **options}
     patch = edit(subject.loaded, None, FactsFile(facts.facts), **given)
     seconds = time.perf_counter() - start
-    return _judged(subject, load_model(patched(subject.loaded.checkpoint, patch), "lm").model, seconds)
+    return _judged(subject, load_model(patched_view(subject.loaded.checkpoint, patch), "lm").model, seconds)
 
 
 def fine_tuned(subject: Subject, facts: FactsFile, *, layer: int = 0, rate: float = RATE) -> Edited:
@@ -151,7 +151,7 @@ METHODS: Mapping[str, Editor] = {
 def measure(subject: Subject, editor: Editor, facts: FactsFile) -> dict[str, float]:
     """Every column's number."""
     edited = editor(subject, facts)
-    scores: Scores = score_facts(edited.model, subject.loaded.tokenizer, facts)
+    scores: FactScores = score_facts(edited.model, subject.loaded.tokenizer, facts)
     found = {shown: 100 * getattr(scores, name) for name, shown in SHOWN.items() if getattr(scores, name) is not None}
     return {**found, GROWTH: edited.growth, "seconds": edited.seconds}
 

@@ -32,8 +32,8 @@ from mergekit_lfm.kernels.sums import Weights
 from mergekit_lfm.machine.accelerators import CHUNK, Accelerator
 from mergekit_lfm.machine.devices import find_device
 from mergekit_lfm.methods import METHODS
-from mergekit_lfm.methods.fisher import Fisher
-from mergekit_lfm.methods.task_vectors import Sum
+from mergekit_lfm.methods.fisher import FisherAverage
+from mergekit_lfm.methods.task_vectors import SparseSum
 
 HALF = 0x3A300000  # about the median of |x| for x from N(0, 0.001), as the bits of a float32
 RANKS = Ranks([(Largest(HALF, 0), NONE)] * 3)
@@ -42,11 +42,11 @@ THIRDS = (0.4, 0.3, 0.3)
 PIVOTS = {(i, 0): [HALF + 20_000, HALF, HALF - 20_000] for i in range(3)}
 MERGES: dict[str, tuple[str, bool, Coefficients]] = {
     "linear": ("linear", False, Weights(THIRDS)),
-    "task_arithmetic": ("task_arithmetic", True, Sum(THIRDS, None, None, False, 1.0)),
-    "ties": ("ties", True, Sum(THIRDS, RANKS, THIRDS, True, 1.0)),
-    "dare_linear": ("dare_linear", True, Sum(THIRDS, COINS, None, False, 1.0)),
-    "dare_ties": ("dare_ties", True, Sum(THIRDS, COINS, THIRDS, True, 1.0)),
-    "fisher, of 1.5 models": ("fisher", False, Fisher([0.5], 1e-6)),
+    "task_arithmetic": ("task_arithmetic", True, SparseSum(THIRDS, None, None, False, 1.0)),
+    "ties": ("ties", True, SparseSum(THIRDS, RANKS, THIRDS, True, 1.0)),
+    "dare_linear": ("dare_linear", True, SparseSum(THIRDS, COINS, None, False, 1.0)),
+    "dare_ties": ("dare_ties", True, SparseSum(THIRDS, COINS, THIRDS, True, 1.0)),
+    "fisher, of 1.5 models": ("fisher", False, FisherAverage([0.5], 1e-6)),
 }
 REDUCTIONS: dict[str, Reduction] = {
     "order statistics: bracket": Bracket(PIVOTS, 1 << 30),

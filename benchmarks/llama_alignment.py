@@ -25,7 +25,7 @@ from mergekit_lfm.align import align_models
 from mergekit_lfm.artifacts.transform import Transform
 from mergekit_lfm.collect import collect_stats
 from mergekit_lfm.commands.show.plots import plot_lines
-from mergekit_lfm.judge.barrier import Line, barrier
+from mergekit_lfm.judge.barrier import Interpolation, barrier
 
 SEEDS = (0, 1, 2)
 # What is done to the second model: a method, and whether it looks at activations.
@@ -48,7 +48,7 @@ def transforms(folder: Path) -> dict[str, Transform | None]:
     return found
 
 
-def lines(folder: Path, points: int = 11) -> dict[str, Line]:
+def lines(folder: Path, points: int = 11) -> dict[str, Interpolation]:
     """The line from folder/a to folder/b, as it is and as each method rewrites it."""
     return {
         label: barrier(folder / "a", folder / "b", folder / "held_out.txt", task="lm", points=points, transform=found)
@@ -56,12 +56,12 @@ def lines(folder: Path, points: int = 11) -> dict[str, Line]:
     }
 
 
-def heights(found: Sequence[Mapping[str, Line]]) -> dict[str, list[float]]:
+def heights(found: Sequence[Mapping[str, Interpolation]]) -> dict[str, list[float]]:
     """The barriers of the loss, by what was done, one for each pair."""
     return {label: [pair[label].loss_barrier.height for pair in found] for label in found[0]}
 
 
-def table(found: Sequence[Mapping[str, Line]], seeds: Sequence[int]) -> str:
+def table(found: Sequence[Mapping[str, Interpolation]], seeds: Sequence[int]) -> str:
     """The barriers of every pair and their means, in Markdown."""
     rows = [
         "| `b` | " + " | ".join(f"seed {seed}" for seed in seeds) + " | mean |",

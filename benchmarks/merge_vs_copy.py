@@ -34,11 +34,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mergekit_lfm.align.elements import Kind, random_transform
+from mergekit_lfm.align.elements import ElementKind, random_transform
 from mergekit_lfm.arch import Symmetries, find_symmetries
 from mergekit_lfm.arch.table import Part
-from mergekit_lfm.artifacts.statistics import Facts, Layer
-from mergekit_lfm.artifacts.transform import Transform, TransformFacts
+from mergekit_lfm.artifacts.statistics import Layer, StatisticsInfo
+from mergekit_lfm.artifacts.transform import Transform, TransformInfo
 from mergekit_lfm.machine.resources import default_threads
 from mergekit_lfm.machine.sizes import format_size, parse_size
 from mergekit_lfm.store.checkpoint import open_checkpoint
@@ -63,7 +63,10 @@ RECIPES = {
     "regmean": "models: [{model: one, stats: one.gram}, {model: two, stats: two.gram}]\n",
 }
 # What a model is rewritten by before `linear` merges it: random elements of the groups of a Llama.
-REWRITTEN: dict[str, tuple[Kind, ...]] = {"permuted": ("order",), "rotated": ("order", "scale", "rotation", "inside")}
+REWRITTEN: dict[str, tuple[ElementKind, ...]] = {
+    "permuted": ("order",),
+    "rotated": ("order", "scale", "rotation", "inside"),
+}
 SHARED = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}  # layers that read the inputs of another
 CHUNK = 8 << 20  # bytes per read or write of the floor
 
@@ -153,14 +156,14 @@ def make_statistics(folder: Path) -> None:
 
     for model in MODELS[1:3]:
         checkpoint = open_checkpoint(folder / model)
-        facts = Facts("fisher", (checkpoint.content,), "none", {}, examples=1, norm=1.0)
+        facts = StatisticsInfo("fisher", (checkpoint.content,), "none", {}, examples=1, norm=1.0)
         specs = [TensorSpec(f"fisher/{spec.name}", spec.shape, "float32") for spec in checkpoint.values()]
         write_entries(folder / f"{model}.fisher", specs, facts, lambda x: x.square_())
         layers = {spec.name.removesuffix(".weight"): spec for spec in checkpoint.values() if is_linear(spec)}
         described = {
             name: Layer(spec.name, None, 1, spec.shape[1], shared_with(name), 1) for name, spec in layers.items()
         }
-        facts = Facts("gram", (checkpoint.content,), "none", {}, examples=1, layers=described)
+        facts = StatisticsInfo("gram", (checkpoint.content,), "none", {}, examples=1, layers=described)
         sides = {layer.entry: layer.inputs + 1 for layer in described.values()}
         specs = [TensorSpec(f"gram/{entry}", (side, side), "float32") for entry, side in sides.items()]
         write_entries(folder / f"{model}.gram", specs, facts, lambda x: x[:64].T @ x[:64] / 64 + torch.eye(len(x)))
@@ -176,7 +179,9 @@ def shared_with(layer: str) -> str:
     return f"{stem}.{SHARED.get(part, part)}" if stem else layer
 
 
-def write_entries(path: Path, specs: Sequence[TensorSpec], facts: Facts, made: Callable[[Tensor], Tensor]) -> None:
+def write_entries(
+    path: Path, specs: Sequence[TensorSpec], facts: StatisticsInfo, made: Callable[[Tensor], Tensor]
+) -> None:
     """A statistics file of what `made` makes of normal numbers."""
     import torch
 
@@ -214,7 +219,7 @@ def make_tiny(folder: Path) -> None:
     make_statistics(folder)
     table = Symmetries({}, {"w": ((Part(None, free="class"),), (Part(None, free="input"),))})
     for name in REWRITTEN:
-        Transform(table, {}, TransformFacts("none")).save(folder / f"{name}.transform")
+        Transform(table, {}, TransformInfo("none")).save(folder / f"{name}.transform")
 
 
 def write_recipes(folder: Path) -> None:

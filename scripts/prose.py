@@ -8,6 +8,7 @@ python scripts/prose.py docs README.md
 from __future__ import annotations
 
 import ast
+import os
 import re
 import sys
 import tokenize
@@ -85,9 +86,7 @@ def main() -> int:
             for pattern, cure in PATTERNS:
                 if match := pattern.search(line):
                     found += 1
-                    print(
-                        f"{path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}:{number}: {match[0]!r}: {cure}"
-                    )
+                    print(f"{os.path.relpath(path)}:{number}: {match[0]!r}: {cure}")
     print(f"{found} sentences to rewrite")
     return 1 if found else 0
 

@@ -214,7 +214,7 @@ def killed_job(kind: str, out: Path) -> None:
     from mergekit_lfm.collect import collect_stats, pauses
 
     pauses.EVERY_S = 0.0
-    pauses.SHARE = float("inf")
+    pauses.SAVING_SHARE = float("inf")
     memory = {"gram": 8 * 8**2 + 8 * 7**2, "cross": 8 * (7 * 7 + 14) + 900, "fisher": 8 * 7 * 7}[kind]
     other = {"other": mlp(6, 7, 5, 3, seed=2)} if kind == "cross" else {}
     batches = arrays(6)([3, 2, 1])

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from mergekit_lfm import open_checkpoint
-from mergekit_lfm.artifacts.statistics import Facts, Layer
+from mergekit_lfm.artifacts.statistics import Layer, StatisticsInfo
 
 Tensors = dict[str, torch.Tensor]
 
@@ -18,7 +18,7 @@ Tensors = dict[str, torch.Tensor]
 def write_fisher(path: Path, model: Path, fisher: Mapping[str, torch.Tensor], **changes: Any) -> Path:
     """A Fisher file of the model in a folder."""
     norm = float(torch.cat([x.double().flatten() for x in fisher.values()]).norm())
-    facts = Facts("fisher", (open_checkpoint(model).content,), "data", {}, examples=1, norm=norm)
+    facts = StatisticsInfo("fisher", (open_checkpoint(model).content,), "data", {}, examples=1, norm=norm)
     return _write(path, {f"fisher/{name}": x.float() for name, x in fisher.items()}, facts, changes)
 
 
@@ -27,11 +27,11 @@ def write_grams(
 ) -> Path:
     """A Gram file of the model in a folder; layers are called as their weights without the last part."""
     named = {layer.weight.removesuffix(".weight"): layer for layer in layers}
-    facts = Facts("gram", (open_checkpoint(model).content,), "data", {}, examples=1, layers=named)
+    facts = StatisticsInfo("gram", (open_checkpoint(model).content,), "data", {}, examples=1, layers=named)
     return _write(path, {f"gram/{name}": x.float() for name, x in grams.items()}, facts, changes)
 
 
-def _write(path: Path, tensors: Tensors, facts: Facts, changes: Mapping[str, str]) -> Path:
+def _write(path: Path, tensors: Tensors, facts: StatisticsInfo, changes: Mapping[str, str]) -> Path:
     save_file(tensors, path, facts.metadata() | changes)
     return path
 

@@ -6,17 +6,17 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from mergekit_lfm.align.choices import Family, Scores, permutations
+from mergekit_lfm.align.choices import Family, MatchScores, permutations
 from mergekit_lfm.align.climb import Climb, best_element
-from mergekit_lfm.align.correlations import Block
+from mergekit_lfm.align.correlations import UnitMoments
 from mergekit_lfm.align.heads import best_query_key
 from mergekit_lfm.align.pair import Pair, overflow
-from mergekit_lfm.align.request import Found, Request
+from mergekit_lfm.align.request import AlignProblem, AlignResult
 from mergekit_lfm.arch.table import Group, Heads
 from mergekit_lfm.artifacts.transform import Element, HeadsElement
 
 
-def match_activations(request: Request) -> Found:
+def match_activations(request: AlignProblem) -> AlignResult:
     """Find permutations from correlations of activations, summed over the layers that read a group.
 
     Heads, and the values inside each, are paired by the inputs of the next layer; no layer reads queries and keys, so
@@ -26,10 +26,10 @@ def match_activations(request: Request) -> Found:
     Source: Ainsworth, Hayase, Srinivasa 2023 (2209.04836), section 3.1; Li et al. 2016 (1511.07543).
     """
     assert request.moments is not None
-    return Found(request.pair, fit_activations(request, request.pair, permutations))
+    return AlignResult(request.pair, fit_activations(request, request.pair, permutations))
 
 
-def fit_activations(request: Request, pair: Pair, allowed: Callable[[Group], Family]) -> dict[str, Element]:
+def fit_activations(request: AlignProblem, pair: Pair, allowed: Callable[[Group], Family]) -> dict[str, Element]:
     """Fit every group to the moments of the layers that read it; queries and keys to weights, with all else fixed.
 
     Orders and signs use correlations; orthogonal matrices E x y^T (Procrustes of the activations themselves), before
@@ -44,7 +44,7 @@ def fit_activations(request: Request, pair: Pair, allowed: Callable[[Group], Fam
         if blocks:
             family = climb.families[name]
             measured = ((block.part, _measure(pair, group, family, block)) for block in blocks)
-            scores = Scores.of(measured, pair.device)
+            scores = MatchScores.of(measured, pair.device)
             if not scores.finite:
                 raise overflow(f"the products of the moments of {name}")
             climb.elements[name] = best_element(group, family, scores, climb.elements[name])
@@ -57,7 +57,7 @@ def fit_activations(request: Request, pair: Pair, allowed: Callable[[Group], Fam
     return climb.elements
 
 
-def _measure(pair: Pair, group: Group, family: Family, block: Block) -> Tensor:
+def _measure(pair: Pair, group: Group, family: Family, block: UnitMoments) -> Tensor:
     """How well each unit of one model matches each of the other, [units, units]."""
     if isinstance(group, Heads):
         return block.product(size=group.head_dim) if family.value_output == "orthogonal" else block.correlation()

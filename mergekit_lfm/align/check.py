@@ -17,15 +17,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mergekit_lfm.align.elements import KINDS, Kind, elements_of, random_transform
-from mergekit_lfm.align.larger import LARGER, Model, Place, changed, places_of
+from mergekit_lfm.align.elements import ELEMENT_KINDS, ElementKind, elements_of, random_transform
+from mergekit_lfm.align.larger import LARGER, ModelTensors, Place, places_of, replace_parts
 from mergekit_lfm.arch.table import Group, Heads, Part, Symmetries, Units, check_fit, part_size
 from mergekit_lfm.artifacts.transform import Transform
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.store.tensors import TensorSpec
 from mergekit_lfm.views.rewritten import rewrite
 
-Run = Callable[[Mapping[str, Tensor]], Tensor]
+Forward = Callable[[Mapping[str, Tensor]], Tensor]
 
 # Outputs that differ by no more than this count as unchanged, by the dtype of the tensors. In float64 the remaining
 # difference comes from norms, rotary positions and softmax, which transformers computes in float32 even then.
@@ -35,7 +35,7 @@ NOISE = 0.3  # of vectors, relative to their own size
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class CheckRow:
     """One finding. part: "kept" (a family of the table), "needed" (an axis left out), "enough" (a larger family).
 
     what: the groups and the kind of element, or the tensors and the axis, with layer numbers replaced by "*".
@@ -55,7 +55,7 @@ class Row:
 class Report:
     """All findings. unchanged: outputs with at most this difference count as the same."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[CheckRow, ...]
     unchanged: float
 
     @property
@@ -77,7 +77,7 @@ class _Trial:
 def check_symmetries(
     tensors: Mapping[str, Tensor],
     symmetries: Symmetries,
-    run: Run,
+    run: Forward,
     *,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
@@ -92,7 +92,7 @@ def check_symmetries(
     specs = {n: TensorSpec(n, tuple(x.shape), str(x.dtype).removeprefix("torch.")) for n, x in tensors.items()}
     check_fit(symmetries, specs, "the model")
     draw = torch.Generator().manual_seed(seed)
-    model = Model({name: _add_noise(x, draw) for name, x in tensors.items()}, symmetries)
+    model = ModelTensors({name: _add_noise(x, draw) for name, x in tensors.items()}, symmetries)
     judge = _Judge(model, random_transform(model.tensors, symmetries, seed=seed), run)
     trials = [*_family_trials(model), *_axis_trials(judge.whole), *_larger_trials(model)]
     rows = []
@@ -125,7 +125,7 @@ def _add_noise(x: Tensor, draw: torch.Generator) -> Tensor:
 class _Judge:
     """Compares the outputs of the model with those of rewritten tensors. whole: a transform of every group."""
 
-    def __init__(self, model: Model, whole: Transform, run: Run) -> None:
+    def __init__(self, model: ModelTensors, whole: Transform, run: Forward) -> None:
         self.model, self.whole, self._run = model, whole, run
         self._rewritten = rewrite(model.tensors, whole)
         double = all(x.dtype == torch.float64 for x in model.tensors.values() if x.is_floating_point())
@@ -144,7 +144,7 @@ class _Judge:
         change = float((self._run(tensors).detach().double() - self._outputs).abs().max())
         return change / self._spread if math.isfinite(change) else math.inf
 
-    def row(self, trial: _Trial, draw: torch.Generator) -> Row:
+    def row(self, trial: _Trial, draw: torch.Generator) -> CheckRow:
         """Carry out a trial."""
         transform = trial.transform(draw)
         if trial.part == "needed":  # the whole transform, but for these tensors
@@ -153,10 +153,10 @@ class _Judge:
         else:
             difference = self.difference(rewrite(self.model.tensors, transform))
         if trial.part == "kept":
-            return Row(trial.part, trial.what, difference, "unchanged", difference <= self.unchanged)
+            return CheckRow(trial.part, trial.what, difference, "unchanged", difference <= self.unchanged)
         if difference <= self.unchanged and (reason := self._reason(trial.places, draw)):
-            return Row(trial.part, trial.what, difference, "unchanged", True, reason)
-        return Row(trial.part, trial.what, difference, "changed", difference > CHANGED)
+            return CheckRow(trial.part, trial.what, difference, "unchanged", True, reason)
+        return CheckRow(trial.part, trial.what, difference, "changed", difference > CHANGED)
 
     def _reason(self, places: Sequence[Place], draw: torch.Generator) -> str:
         """Why no transform of these places can change the outputs; "" if the outputs depend on them."""
@@ -192,7 +192,7 @@ def _group_by_kind(symmetries: Symmetries) -> Iterator[tuple[str, Group, list[st
     return ((what, symmetries.groups[names[0]], names) for (what, _), names in kinds.items())
 
 
-def _has(group: Group, kind: Kind) -> bool:
+def _has(group: Group, kind: ElementKind) -> bool:
     """True if a group has elements of this kind other than the identity."""
     if isinstance(group, Heads):
         return kind == "inside" or (kind == "order" and max(group.groups, group.per_group) > 1)
@@ -200,16 +200,20 @@ def _has(group: Group, kind: Kind) -> bool:
     return has.get(kind, False)
 
 
-def _family_trials(model: Model) -> Iterator[_Trial]:
+def _family_trials(model: ModelTensors) -> Iterator[_Trial]:
     for what, group, names in _group_by_kind(model.symmetries):
-        for kind in KINDS:
+        for kind in ELEMENT_KINDS:
             if _has(group, kind):
                 yield _Trial("kept", f"{what} {kind}", partial(_of_groups, model, names, {kind}))
     if model.symmetries.groups:
-        yield _Trial("kept", "all at once", partial(_of_groups, model, list(model.symmetries.groups), set(KINDS)))
+        yield _Trial(
+            "kept", "all at once", partial(_of_groups, model, list(model.symmetries.groups), set(ELEMENT_KINDS))
+        )
 
 
-def _of_groups(model: Model, names: list[str], kinds: Collection[Kind], draw: torch.Generator) -> Transform:
+def _of_groups(
+    model: ModelTensors, names: list[str], kinds: Collection[ElementKind], draw: torch.Generator
+) -> Transform:
     return Transform(model.symmetries, *elements_of(model.tensors, model.symmetries, names, kinds, draw))
 
 
@@ -231,10 +235,10 @@ def _leave_out(whole: Transform, places: list[Place], _: torch.Generator) -> Tra
     parts = {place: table.tensors[place[0]][place[1]][place[2]] for place in places}
     still = {place: Part(f"{part}, left out") for place, part in parts.items()}
     sizes = {str(still[place]): Units(part_size(table.groups, part)) for place, part in parts.items()}
-    return replace(whole, symmetries=changed(table, still, sizes))
+    return replace(whole, symmetries=replace_parts(table, still, sizes))
 
 
-def _larger_trials(model: Model) -> Iterator[_Trial]:
+def _larger_trials(model: ModelTensors) -> Iterator[_Trial]:
     for what, group, names in _group_by_kind(model.symmetries):
         places = [place for name in names for place in places_of(model.symmetries, name)]
         for larger in LARGER:

@@ -21,16 +21,16 @@ from mergekit_lfm.views.maps import CPU
 
 TIE = 1e-12  # of the greatest score: a bonus that decides among orders that differ only by rounding
 
-Kind = Literal["fixed", "order", "signed", "orthogonal", "phases", "signs"]
+ChoiceKind = Literal["fixed", "order", "signed", "orthogonal", "phases", "signs"]
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
     """The kinds of matrices that may act on a group. units: on `Units`; query_key, value_output: inside `Heads`."""
 
-    units: Kind = "order"
-    query_key: Kind = "fixed"
-    value_output: Kind = "order"
+    units: ChoiceKind = "order"
+    query_key: ChoiceKind = "fixed"
+    value_output: ChoiceKind = "order"
 
 
 def permutations(group: Group) -> Family:
@@ -74,7 +74,7 @@ def signs_of(x: Tensor) -> Tensor:
     return torch.where(x < 0, -1.0, 1.0).to(torch.float64)
 
 
-def best_matrix(kind: Kind, c: Tensor, device: torch.device = CPU) -> Tensor:
+def best_matrix(kind: ChoiceKind, c: Tensor, device: torch.device = CPU) -> Tensor:
     """The matrix of a kind, float64 [n, n], with the greatest <c, matrix>. c: float64 [n, n].
 
     phases, signs: a rotation, or a sign, for every rotary pair (i, i + n / 2). device: computes polar factors.
@@ -101,7 +101,7 @@ def best_matrix(kind: Kind, c: Tensor, device: torch.device = CPU) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Scores:
+class MatchScores:
     """How well the units of two models match: sums of products, one for each view of a group.
 
     For `Units`, float64 [m, n]: plain for axes that follow only the order; vector for those that factors and matrices
@@ -113,7 +113,7 @@ class Scores:
     device: torch.device = CPU
 
     @classmethod
-    def of(cls, products: Iterable[tuple[Part, Tensor]], device: torch.device = CPU) -> Scores:
+    def of(cls, products: Iterable[tuple[Part, Tensor]], device: torch.device = CPU) -> MatchScores:
         """Sum the products by the views of their parts, on the device where they lie."""
         sums: dict[str, Tensor] = {}
         names = {"": "vector", "'": "vector", "order": "plain", "gain": "plain", "shift": "plain"}
@@ -133,7 +133,7 @@ class Scores:
         return torch.zeros(shape, dtype=torch.float64) if total is None else total.view(shape)
 
 
-def best_units(group: Units, family: Family, scores: Scores, now: UnitsElement | None = None) -> UnitsElement:
+def best_units(group: Units, family: Family, scores: MatchScores, now: UnitsElement | None = None) -> UnitsElement:
     """The element of the family with the greatest <C, element>; among equally good ones the nearest to `now`."""
     plain, vector = (scores.view(name, group.count, group.count) for name in ("plain", "vector"))
     if family.units == "orthogonal":
@@ -144,7 +144,7 @@ def best_units(group: Units, family: Family, scores: Scores, now: UnitsElement |
     return UnitsElement(order, signs_of(vector[torch.arange(group.count), order]) if signed else one)
 
 
-def units_value(group: Units, scores: Scores, element: UnitsElement) -> float:
+def units_value(group: Units, scores: MatchScores, element: UnitsElement) -> float:
     """<C, element>."""
     plain, vector = (scores.view(name, group.count, group.count) for name in ("plain", "vector"))
     if element.matrix is not None:
@@ -199,14 +199,14 @@ def _complete_heads(group: Heads, family: Family, element: Element | None) -> tu
     return HeadsElement(groups, queries, query_key, value_output), fits
 
 
-def _are_of_kind(kind: Kind, matrices: Tensor, device: torch.device = CPU) -> bool:
+def _are_of_kind(kind: ChoiceKind, matrices: Tensor, device: torch.device = CPU) -> bool:
     """True if all the matrices are of the kind, to 1e-5: each is then its own best match of that kind."""
     matrices = matrices.double()
     nearest = torch.stack([best_matrix(kind, matrix, device) for matrix in matrices])
     return bool(torch.allclose(nearest, matrices, rtol=0, atol=1e-5))
 
 
-def shortened(element: Element) -> Element | None:
+def shorten(element: Element) -> Element | None:
     """The element without the parts that change nothing; None if no part is left."""
     if isinstance(element, UnitsElement):
         scale = element.scale

@@ -11,11 +11,11 @@ from itertools import chain
 
 from torch import Tensor
 
-from mergekit_lfm.align.choices import Family, Scores, best_units, complete, units_value
+from mergekit_lfm.align.choices import Family, MatchScores, best_units, complete, units_value
 from mergekit_lfm.align.heads import best_heads, heads_value
 from mergekit_lfm.align.pair import Pair, Use, overflow
 from mergekit_lfm.arch.table import Group, Part, Units
-from mergekit_lfm.artifacts.transform import Element, HeadsElement, Transform, TransformFacts, UnitsElement
+from mergekit_lfm.artifacts.transform import Element, HeadsElement, Transform, TransformInfo, UnitsElement
 
 # The relative growth of the sum that earns another sweep. Permutations converge exactly, as in git-re-basin; matrices
 # only approach their limit, and 20 sweeps are worth as much as 100.
@@ -36,15 +36,15 @@ class Climb:
         }
         exact = all(family.units in ("order", "signed") for family in self.families.values())
         self.tolerance = TOLERANCE if exact else TOLERANCE_OF_MATRICES
-        self.transform = Transform(pair.symmetries, self.elements, TransformFacts("climb"))
+        self.transform = Transform(pair.symmetries, self.elements, TransformInfo("climb"))
 
-    def scores(self, group: str, uses: Sequence[Use]) -> Scores:
+    def scores(self, group: str, uses: Sequence[Use]) -> MatchScores:
         """C, from these uses of a group, with the others as they are now. Raises PlanError if products overflow."""
 
         def products(use: Use) -> list[tuple[Part, Tensor]]:
             return [(part, x @ y.T) for part, x, y in self.pair.unfolded(use, group, self.transform)]
 
-        scores = Scores.of(chain.from_iterable(self.pair.in_order(products, uses)), self.pair.device)
+        scores = MatchScores.of(chain.from_iterable(self.pair.in_order(products, uses)), self.pair.device)
         if not scores.finite:
             raise overflow(f"the products of the weights that read and write {group}")
         return scores
@@ -81,7 +81,7 @@ class Climb:
         return grew
 
 
-def value(group: Group, scores: Scores, element: Element) -> float:
+def value(group: Group, scores: MatchScores, element: Element) -> float:
     """<C, element> of a complete element."""
     if isinstance(group, Units):
         assert isinstance(element, UnitsElement)
@@ -90,7 +90,7 @@ def value(group: Group, scores: Scores, element: Element) -> float:
     return heads_value(group, scores, element)
 
 
-def best_element(group: Group, family: Family, scores: Scores, now: Element) -> Element:
+def best_element(group: Group, family: Family, scores: MatchScores, now: Element) -> Element:
     """The element of the family with the greatest known <C, element>. now: a complete element."""
     if isinstance(group, Units):
         assert isinstance(now, UnitsElement)

@@ -16,10 +16,10 @@ from mergekit_lfm.artifacts.statistics import Statistics, open_statistics
 from mergekit_lfm.errors import FormatError, PlanError
 
 Triple = tuple[Tensor, Tensor, Tensor]  # cross [in + 1, in + 1], and both models' mean squares [in + 1]
-Given = Statistics | str | Path | Mapping[str, Triple]
+MomentsSource = Statistics | str | Path | Mapping[str, Triple]
 
 READERS = ("'", "output")  # views in which a layer reads a group
-RESOLUTION = 1e-6  # of the mean square: a variance below it is rounding in float32
+VARIANCE_RESOLUTION = 1e-6  # of the mean square: a variance below it is rounding in float32
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Moment:
 
 
 @dataclass(frozen=True)
-class Block:
+class UnitMoments:
     """The moments of the units in a part of a layer's inputs, float64.
 
     cross [m, n]: E x y^T; mean and power: the means and mean squares of x [m], from `to`, and y [n], from the source.
@@ -52,7 +52,7 @@ class Block:
         """Pearson's correlations, [units, units]; 0 for a constant unit; the sum over a unit's entries."""
         covariance = self.cross - self.mean[0][:, None] * self.mean[1]
         inverse = [
-            torch.where(p - m.square() > RESOLUTION * p, p - m.square(), torch.inf).rsqrt()
+            torch.where(p - m.square() > VARIANCE_RESOLUTION * p, p - m.square(), torch.inf).rsqrt()
             for m, p in zip(self.mean, self.power, strict=True)
         ]
         return self.by_unit(covariance * inverse[0][:, None] * inverse[1])
@@ -93,7 +93,7 @@ class Moments:
     found: Sequence[Moment]
     label: str
 
-    def of(self, pair: Pair, group: str) -> list[Block]:
+    def of(self, pair: Pair, group: str) -> list[UnitMoments]:
         """A block for every part of the group that a covered layer reads. Raises FormatError for NaN or infinity."""
         blocks = []
         for moment in self.found:
@@ -126,7 +126,7 @@ class Moments:
             )
         return cross, first, second
 
-    def _blocks(self, pair: Pair, moment: Moment) -> list[Block]:
+    def _blocks(self, pair: Pair, moment: Moment) -> list[UnitMoments]:
         cross, first, second = self._read(moment)
         axis = reading_axis(pair, moment.weight)
         tables = (pair.to_symmetries, pair.symmetries)
@@ -143,7 +143,7 @@ class Moments:
             i, j = (slice(a, a + n) for a, n in zip(at, run, strict=True))
             each = run[1] // part_size(pair.symmetries.groups, part) if part.group else 1
             means, powers = (cross[:-1, -1][i], cross[-1, :-1][j]), (first[:-1][i], second[:-1][j])
-            blocks.append(Block(part, each, cross[:-1, :-1][i, j], means, powers))
+            blocks.append(UnitMoments(part, each, cross[:-1, :-1][i, j], means, powers))
             at = [a + n for a, n in zip(at, run, strict=True)]
         return blocks
 
@@ -155,7 +155,7 @@ def reading_axis(pair: Pair, weight: str) -> int:
     return reading[0] if reading else len(axes) - 1
 
 
-def open_moments(given: Given, pair: Pair, contents: Callable[[], tuple[str, str]]) -> Moments:
+def open_moments(given: MomentsSource, pair: Pair, contents: Callable[[], tuple[str, str]]) -> Moments:
     """The cross moments in a file or a mapping from weights to `Triple`s, with `to` first.
 
     contents: returns the digests of the source and of `to`; a file may hold the two models in either order. Raises

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from mergekit_lfm.arch.table import Heads, QueryKey, Symmetries, Units
-from mergekit_lfm.artifacts.transform import Element, Gain, HeadsElement, Transform, TransformFacts, UnitsElement
+from mergekit_lfm.artifacts.transform import Element, Gain, HeadsElement, Transform, TransformInfo, UnitsElement
 from mergekit_lfm.errors import PlanError
 
-Kind = Literal["order", "scale", "rotation", "inside"]
-KINDS: tuple[Kind, ...] = ("order", "scale", "rotation", "inside")
+ElementKind = Literal["order", "scale", "rotation", "inside"]
+ELEMENT_KINDS: tuple[ElementKind, ...] = ("order", "scale", "rotation", "inside")
 
 
 def random_transform(
-    tensors: Mapping[str, Tensor], symmetries: Symmetries, *, seed: int, kinds: Collection[Kind] = KINDS
+    tensors: Mapping[str, Tensor], symmetries: Symmetries, *, seed: int, kinds: Collection[ElementKind] = ELEMENT_KINDS
 ) -> Transform:
     """A random element of every group, of these kinds: it changes the tensors, but not the outputs.
 
@@ -35,9 +35,9 @@ def elements_of(
     tensors: Mapping[str, Tensor],
     symmetries: Symmetries,
     groups: Iterable[str],
-    kinds: Collection[Kind],
+    kinds: Collection[ElementKind],
     draw: torch.Generator,
-) -> tuple[dict[str, Element], TransformFacts, dict[str, Gain]]:
+) -> tuple[dict[str, Element], TransformInfo, dict[str, Gain]]:
     """The elements, facts and gains of a transform that acts on these groups only."""
     elements: dict[str, Element] = {}
     gains: dict[str, Gain] = {}
@@ -49,10 +49,10 @@ def elements_of(
             elements[name] = random_units(group, kinds, draw)
             if "rotation" in kinds and group.rotation:
                 gains |= random_gains(tensors, symmetries, name, draw)
-    return elements, TransformFacts("random", options={"kinds": sorted(kinds)}), gains
+    return elements, TransformInfo("random", options={"kinds": sorted(kinds)}), gains
 
 
-def random_units(group: Units, kinds: Collection[Kind], draw: torch.Generator) -> UnitsElement:
+def random_units(group: Units, kinds: Collection[ElementKind], draw: torch.Generator) -> UnitsElement:
     """A random element of a `Units` group."""
     if "rotation" in kinds and group.rotation:
         return UnitsElement(matrix=random_rotation(group.count, draw, keep_ones=group.rotation == "centred"))
@@ -70,7 +70,7 @@ def random_scale(group: Units, draw: torch.Generator) -> Tensor:
     return factors if group.scale == "positive" else factors * random_signs((group.count,), draw)
 
 
-def random_heads(group: Heads, kinds: Collection[Kind], draw: torch.Generator) -> HeadsElement:
+def random_heads(group: Heads, kinds: Collection[ElementKind], draw: torch.Generator) -> HeadsElement:
     """A random element of a `Heads` group."""
     ordered, inside = "order" in kinds, "inside" in kinds
     shape = (group.groups, group.head_dim)

@@ -11,39 +11,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergekit_lfm.align.choices import shortened
-from mergekit_lfm.align.correlations import Given, open_moments
+from mergekit_lfm.align.choices import shorten
+from mergekit_lfm.align.correlations import MomentsSource, open_moments
 from mergekit_lfm.align.gains import new_gains
 from mergekit_lfm.align.pair import Pair, Side, one_thread_each
 from mergekit_lfm.align.registry import ALIGNERS
-from mergekit_lfm.align.request import Found, Request
+from mergekit_lfm.align.request import AlignProblem, AlignResult
 from mergekit_lfm.arch.pairs import check_alike
 from mergekit_lfm.arch.registry import find_symmetries
 from mergekit_lfm.arch.table import Symmetries
-from mergekit_lfm.artifacts.transform import Transform, TransformFacts
+from mergekit_lfm.artifacts.transform import Transform, TransformInfo
 from mergekit_lfm.errors import PlanError, did_you_mean, reason
 from mergekit_lfm.machine.devices import find_gpu
 from mergekit_lfm.recipe.align import OTHER_WIDTHS, align_options
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
-from mergekit_lfm.store.hub import called
+from mergekit_lfm.store.hub import display_name
 from mergekit_lfm.store.identity import content_of
 from mergekit_lfm.store.tensors import TensorSpec
 from mergekit_lfm.version import __version__
 from mergekit_lfm.views.maps import CPU
 
-Model = str | os.PathLike[str] | Checkpoint | Mapping[str, Tensor]
+ModelSource = str | os.PathLike[str] | Checkpoint | Mapping[str, Tensor]
 
 
 def align_models(
-    source: Model,
-    to: Model,
+    source: ModelSource,
+    to: ModelSource,
     method: str = "weight_matching",
     *,
     symmetries: Symmetries | None = None,
     symmetries_to: Symmetries | None = None,
     initial: Transform | None = None,
     order: Iterable[str] | Iterable[Iterable[str]] | None = None,
-    statistics: Given | None = None,
+    statistics: MomentsSource | None = None,
     progress: Callable[[int], None] | None = None,
     device: str = "cpu",
     **parameters: Any,
@@ -83,7 +83,7 @@ def align_models(
     with torch.no_grad(), _report_full_memory(target), one_thread_each(target) as in_order:
         pair = Pair(*sides, *tables, in_order, device=target)
         moments = None if statistics is None else open_moments(statistics, pair, lambda: _contents(sides))
-        aligned = ALIGNERS[method](Request(pair, options, initial, visits, moments, progress or (lambda _: None)))
+        aligned = ALIGNERS[method](AlignProblem(pair, options, initial, visits, moments, progress or (lambda _: None)))
         started = {"order": listed, "initial": initial.facts.method if initial else None}
         used = {name: value for name, value in started.items() if value is not None and name in aligned.heeded}
         if target != CPU:
@@ -121,12 +121,12 @@ def _report_full_memory(target: torch.device) -> Iterator[None]:
         torch.cuda.empty_cache()  # does nothing if no GPU was used
 
 
-def _side(model: Model, label: str) -> Side:
+def _side(model: ModelSource, label: str) -> Side:
     """Open a model. label: the name of a model given as tensors."""
     if isinstance(model, str | os.PathLike):
         model = open_checkpoint(model)
     if isinstance(model, Checkpoint):
-        return Side(called(model.path), model, model)
+        return Side(display_name(model.path), model, model)
     specs = {n: TensorSpec(n, tuple(x.shape), str(x.dtype).removeprefix("torch.")) for n, x in model.items()}
     return Side(label, specs, model)
 
@@ -170,20 +170,22 @@ def _content(side: Side) -> str:
     return side.held.content if isinstance(side.held, Checkpoint) else content_of(side.held)
 
 
-def _make_transform(aligned: Found, method: str, options: Mapping[str, Any], sides: tuple[Side, Side]) -> Transform:
+def _make_transform(
+    aligned: AlignResult, method: str, options: Mapping[str, Any], sides: tuple[Side, Side]
+) -> Transform:
     """The transform with its facts: the options, and how near it brings the models."""
     pair = aligned.pair
     scores: dict[str, float] = {}
-    untouched = Transform(pair.symmetries, {}, TransformFacts(method))
+    untouched = Transform(pair.symmetries, {}, TransformInfo(method))
     same = all(side.shape == pair.to.specs[name].shape for name, side in pair.source.specs.items())
     for when, elements in (("before", {}), ("after", aligned.elements)) if same else (("after", aligned.elements),):
-        moved = untouched if not elements else Transform(pair.symmetries, elements, TransformFacts(method))
+        moved = untouched if not elements else Transform(pair.symmetries, elements, TransformInfo(method))
         scores[f"inner_{when}"], scores[f"distance_{when}"] = pair.closeness(moved)
-    kept = {name: short for name, element in aligned.elements.items() if (short := shortened(element)) is not None}
+    kept = {name: short for name, element in aligned.elements.items() if (short := shorten(element)) is not None}
     checkpoints = all(isinstance(side.held, Checkpoint) for side in sides)
     versions = {"mergekit_lfm": __version__, "torch": torch.__version__}
     versions |= {name: version(name) for name in ("numpy", "scipy", "pot")}
-    facts = TransformFacts(
+    facts = TransformInfo(
         method,
         aligned.exact,
         _contents(sides) if checkpoints else (),

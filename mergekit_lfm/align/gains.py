@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from mergekit_lfm.align.pair import Use
-from mergekit_lfm.align.request import Found
-from mergekit_lfm.artifacts.transform import Gain, Transform, TransformFacts, UnitsElement
+from mergekit_lfm.align.request import AlignResult
+from mergekit_lfm.artifacts.transform import Gain, Transform, TransformInfo, UnitsElement
 
 ROOM = 2.0**60  # the largest entry that a division may make: its square, and sums of these, stay finite in float32
 
 Reader = tuple[str, str, Tensor]  # the norm that it reads, its dtype, its largest |entry| for every new unit [n]
 
 
-def new_gains(found: Found) -> dict[str, Gain]:
+def new_gains(found: AlignResult) -> dict[str, Gain]:
     """The old and new gain of every norm on a rotated group, by norm; the outputs are the same with any new gain.
 
     The new gain is that of `to`, rounded to the dtype of the source's gain. A unit gets 1 instead if its readers cannot
@@ -43,10 +43,10 @@ def new_gains(found: Found) -> dict[str, Gain]:
     return gains
 
 
-def _readers(found: Found) -> Iterator[Reader]:
+def _readers(found: AlignResult) -> Iterator[Reader]:
     """The readers of rotated groups behind their norms, as they are with new gains of 1."""
     pair = found.pair
-    transform = Transform(pair.symmetries, found.elements, TransformFacts("gains"))
+    transform = Transform(pair.symmetries, found.elements, TransformInfo("gains"))
 
     def of(use: tuple[str, Use]) -> list[Reader]:
         group, (name, axis) = use

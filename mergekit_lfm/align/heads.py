@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mergekit_lfm.align.choices import Family, Scores, assign, best_matrix
+from mergekit_lfm.align.choices import Family, MatchScores, assign, best_matrix
 from mergekit_lfm.arch.table import HEAD_VIEWS, Heads
 from mergekit_lfm.artifacts.transform import HeadsElement
 
@@ -78,7 +78,7 @@ class _Pair:
         return max(tried, key=lambda inside: inside.worth)
 
 
-def _pairs(group: Heads, scores: Scores) -> list[list[_Pair]]:
+def _pairs(group: Heads, scores: MatchScores) -> list[list[_Pair]]:
     """The scores of every head of one model with every head of the other."""
     views = {}
     for name in HEAD_VIEWS:
@@ -97,12 +97,12 @@ def _present(pairs: list[list[_Pair]], element: HeadsElement) -> list[_Inside]:
     ]
 
 
-def heads_value(group: Heads, scores: Scores, element: HeadsElement) -> float:
+def heads_value(group: Heads, scores: MatchScores, element: HeadsElement) -> float:
     """<C, element> of a complete element."""
     return sum(inside.worth for inside in _present(_pairs(group, scores), element))
 
 
-def best_heads(group: Heads, family: Family, scores: Scores, now: HeadsElement) -> HeadsElement:
+def best_heads(group: Heads, family: Family, scores: MatchScores, now: HeadsElement) -> HeadsElement:
     """The best known element, never worse than `now`, a complete one.
 
     With one query head per head it is optimal; with several it is the best of some climbs.
@@ -117,7 +117,7 @@ def best_heads(group: Heads, family: Family, scores: Scores, now: HeadsElement) 
     return _element(order, [row[int(k)] for row, k in zip(inside, order, strict=True)])
 
 
-def best_query_key(group: Heads, family: Family, scores: Scores, now: HeadsElement) -> HeadsElement:
+def best_query_key(group: Heads, family: Family, scores: MatchScores, now: HeadsElement) -> HeadsElement:
     """`now`, a complete element, with the best matrices on queries and keys; the rest stays."""
     pairs = _pairs(group, scores)
     assert now.groups is not None and now.queries is not None and now.value_output is not None

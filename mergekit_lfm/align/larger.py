@@ -11,13 +11,13 @@ from torch import Tensor
 
 from mergekit_lfm.align.elements import random_gains, random_order, random_query_key, random_rotation, random_scale
 from mergekit_lfm.arch.table import Group, Heads, Part, Scale, Symmetries, Units
-from mergekit_lfm.artifacts.transform import Element, Gain, HeadsElement, Transform, TransformFacts, UnitsElement
+from mergekit_lfm.artifacts.transform import Element, Gain, HeadsElement, Transform, TransformInfo, UnitsElement
 
 Place = tuple[str, int, int]  # a tensor, its axis, and the index of a part of that axis
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelTensors:
     """A model's tensors, and its table."""
 
     tensors: Mapping[str, Tensor]
@@ -40,7 +40,7 @@ class Model:
         gains: Mapping[str, Gain] = MappingProxyType({}),
     ) -> Transform:
         """A transform with these elements, under the model's table or another."""
-        return Transform(symmetries or self.symmetries, elements, TransformFacts("random"), gains)
+        return Transform(symmetries or self.symmetries, elements, TransformInfo("random"), gains)
 
 
 def places_of(symmetries: Symmetries, group: str, views: Collection[str] | None = None) -> list[Place]:
@@ -53,7 +53,7 @@ def places_of(symmetries: Symmetries, group: str, views: Collection[str] | None 
     ]
 
 
-def changed(symmetries: Symmetries, parts: Mapping[Place, Part], groups: Mapping[str, Group]) -> Symmetries:
+def replace_parts(symmetries: Symmetries, parts: Mapping[Place, Part], groups: Mapping[str, Group]) -> Symmetries:
     """The table with these parts in place of its own, and with these additional groups."""
     tensors = dict(symmetries.tensors)
     for (tensor, i, place), part in parts.items():
@@ -67,27 +67,27 @@ def changed(symmetries: Symmetries, parts: Mapping[Place, Part], groups: Mapping
 _NO_SCALE: Mapping[Scale | None, Scale] = {None: "nonzero", "sign": "positive", "positive": "sign"}
 
 
-def _other_scale(model: Model, names: list[str], draw: torch.Generator) -> Transform:
+def _other_scale(model: ModelTensors, names: list[str], draw: torch.Generator) -> Transform:
     others = {name: replace(group, scale=_NO_SCALE[group.scale]) for name, group in model.units(names).items()}
     return model.transform({name: UnitsElement(scale=random_scale(group, draw)) for name, group in others.items()})
 
 
-def _scaled_order(model: Model, names: list[str], draw: torch.Generator) -> Transform:
+def _scaled_order(model: ModelTensors, names: list[str], draw: torch.Generator) -> Transform:
     """Scale a gate together with its values, a convolution together with the norm behind it."""
     places = [place for name in names for place in places_of(model.symmetries, name, {"order"})]
     plain = {(t, i, place): replace(model.symmetries.tensors[t][i][place], view="") for t, i, place in places}
     elements = {name: UnitsElement(scale=random_scale(group, draw)) for name, group in model.units(names).items()}
-    return model.transform(elements, changed(model.symmetries, plain, {}))
+    return model.transform(elements, replace_parts(model.symmetries, plain, {}))
 
 
-def _any_rotation(model: Model, names: list[str], draw: torch.Generator) -> Transform:
+def _any_rotation(model: ModelTensors, names: list[str], draw: torch.Generator) -> Transform:
     groups = model.units(names).items()
     elements = {name: UnitsElement(matrix=random_rotation(group.count, draw)) for name, group in groups}
     gains = [random_gains(model.tensors, model.symmetries, name, draw) for name in names]
     return model.transform(elements, gains={norm: gain for each in gains for norm, gain in each.items()})
 
 
-def _order_inside(model: Model, names: list[str], draw: torch.Generator) -> Transform:
+def _order_inside(model: ModelTensors, names: list[str], draw: torch.Generator) -> Transform:
     elements = {}
     for name, group in model.heads(names).items():
         orders = [random_order(group.head_dim, draw) for _ in range(group.groups)]
@@ -95,30 +95,30 @@ def _order_inside(model: Model, names: list[str], draw: torch.Generator) -> Tran
     return model.transform(elements)
 
 
-def _phases(model: Model, names: list[str], draw: torch.Generator) -> Transform:
+def _phases(model: ModelTensors, names: list[str], draw: torch.Generator) -> Transform:
     matrices = {name: random_query_key(group, "phases", draw) for name, group in model.heads(names).items()}
     return model.transform({name: HeadsElement(query_key=matrix) for name, matrix in matrices.items()})
 
 
-def _queries_across(model: Model, names: list[str], _: torch.Generator) -> Transform:
+def _queries_across(model: ModelTensors, names: list[str], _: torch.Generator) -> Transform:
     return _shift(model, names, ("query", "output"), {name: g.head_dim for name, g in model.heads(names).items()})
 
 
-def _keys_across(model: Model, names: list[str], _: torch.Generator) -> Transform:
+def _keys_across(model: ModelTensors, names: list[str], _: torch.Generator) -> Transform:
     return _shift(model, names, ("query", "key"), dict.fromkeys(names, 1))
 
 
-def _values_across(model: Model, names: list[str], _: torch.Generator) -> Transform:
+def _values_across(model: ModelTensors, names: list[str], _: torch.Generator) -> Transform:
     return _shift(model, names, ("value", "output"), dict.fromkeys(names, 1))
 
 
-def _shift(model: Model, names: list[str], views: tuple[str, str], by: Mapping[str, int]) -> Transform:
+def _shift(model: ModelTensors, names: list[str], views: tuple[str, str], by: Mapping[str, int]) -> Transform:
     """A transform that shifts the units in these views by so many places, across the borders of heads or groups."""
     table, elements = model.symmetries, {}
     for name, group in model.heads(names).items():
         count, moved = group.size(views[0]), Part(f"{name}, shifted")
         elements[str(moved)] = UnitsElement(order=torch.arange(count).roll(-by[name]))
-        table = changed(table, dict.fromkeys(places_of(table, name, views), moved), {str(moved): Units(count)})
+        table = replace_parts(table, dict.fromkeys(places_of(table, name, views), moved), {str(moved): Units(count)})
     return model.transform(elements, table)
 
 
@@ -128,7 +128,7 @@ class Larger:
 
     family: str
     than: Callable[[Symmetries, str, Group], bool]
-    transform: Callable[[Model, list[str], torch.Generator], Transform]
+    transform: Callable[[ModelTensors, list[str], torch.Generator], Transform]
 
 
 LARGER = (

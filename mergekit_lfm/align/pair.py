@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mergekit_lfm.arch.table import Part, Symmetries, part_size
-from mergekit_lfm.artifacts.transform import Transform, TransformFacts
+from mergekit_lfm.artifacts.transform import Transform, TransformInfo
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.store.tensors import TensorSpec
@@ -27,7 +27,7 @@ from mergekit_lfm.views.maps import CPU, Maps
 from mergekit_lfm.views.rewritten import Rewriter
 
 RUNNING = ("running_mean", "running_var")  # of BatchNorm: statistics, so large that they would outweigh the weights
-PANEL = 1 << 24  # elements to read at a time if no group acts on the rows
+READ_AT_ONCE = 1 << 24  # elements to read at a time if no group acts on the rows
 ON_A_GPU = 4  # tensors to read and multiply at a time: reading overlaps with products, and a few fill the GPU
 
 Use = tuple[str, int]  # a tensor, and one of its axes
@@ -207,7 +207,7 @@ class Pair:
 
     def norms(self) -> dict[str, float]:
         """The geometric mean of every tensor's norms in both models; 1 if one of them is 0."""
-        untouched = Transform(self.symmetries, {}, TransformFacts("norms"))
+        untouched = Transform(self.symmetries, {}, TransformInfo("norms"))
 
         def of(name: str) -> float:
             squares = [
@@ -278,7 +278,7 @@ def _panels(shape: Sequence[int], free: bool) -> list[tuple[int, int | None]]:
     numel = 1
     for size in shape:
         numel *= size
-    if not free or numel <= PANEL:
+    if not free or numel <= READ_AT_ONCE:
         return [(0, None)]
-    step = max(1, PANEL * shape[0] // numel)
+    step = max(1, READ_AT_ONCE * shape[0] // numel)
     return [(first, min(first + step, shape[0])) for first in range(0, shape[0], step)]

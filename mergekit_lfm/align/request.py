@@ -1,4 +1,4 @@
-"""The contract of aligners: an aligner is a function from a `Request` to a `Found`."""
+"""The contract of aligners: an aligner is a function from a `AlignProblem` to a `AlignResult`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mergekit_lfm.methods.method import Value
 
 
 @dataclass(frozen=True)
-class Request:
+class AlignProblem:
     """A pair of models, and how to align one to the other.
 
     options: all parameters of the method. initial: the transform to start from. order: the groups of each sweep, by
@@ -39,7 +39,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Found:
+class AlignResult:
     """The result of an aligner: an element for every group that it rewrites, in a pair whose gains may be folded.
 
     exact: True if the model's outputs stay the same. heeded: which of "order" and "initial" affect the result if given.
@@ -51,4 +51,4 @@ class Found:
     heeded: frozenset[str] = frozenset()
 
 
-Aligner = Callable[[Request], Found]
+Aligner = Callable[[AlignProblem], AlignResult]

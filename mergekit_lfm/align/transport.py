@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from mergekit_lfm.align.pair import Pair, Use, overflow
-from mergekit_lfm.align.request import Found, Request
+from mergekit_lfm.align.request import AlignProblem, AlignResult
 from mergekit_lfm.arch.table import Units
-from mergekit_lfm.artifacts.transform import Transform, TransformFacts, UnitsElement
+from mergekit_lfm.artifacts.transform import Transform, TransformInfo, UnitsElement
 from mergekit_lfm.errors import PlanError
 
 WRITERS = ("", "order")  # the views of a group in the tensors that compute its units
@@ -21,7 +21,7 @@ SINKHORN_ITERATIONS, SINKHORN_ERROR = 100_000, 1e-10  # the error of the margina
 Squares = tuple[Tensor, Tensor, Tensor]  # of x [m, d] and y [n, d]: x y^T [m, n], |x|^2 [m], |y|^2 [n]
 
 
-def transport_units(request: Request) -> Found:
+def transport_units(request: AlignProblem) -> AlignResult:
     """Transport each group by the optimal plan between the units of both models, given the groups before it.
 
     Layers are visited from the input on. The cost of a pair of units is the distance of the weight rows that write
@@ -42,7 +42,7 @@ def transport_units(request: Request) -> Found:
     if request.moments is not None:
         request.moments.require(pair, groups)
     elements = {name: element for name, element in request.start.items() if name not in groups}
-    transform = Transform(pair.symmetries, elements, TransformFacts("ot"))
+    transform = Transform(pair.symmetries, elements, TransformInfo("ot"))
     for name, uses in _visits(request, list(groups)):
         if request.moments is None:
             squares = _weights(pair, name, uses, transform)
@@ -55,7 +55,7 @@ def transport_units(request: Request) -> Found:
         elements[name] = _element(plan / plan.sum(1, keepdim=True), plan / plan.sum(0, keepdim=True))
         request.tick(1)
     heeded = {"initial": any(name not in groups for name in request.start), "order": request.moments is None}
-    return Found(
+    return AlignResult(
         pair,
         elements,
         exact=all(getattr(e, "matrix", None) is None for e in elements.values()),
@@ -69,7 +69,7 @@ def _element(matrix: Tensor, dual: Tensor) -> UnitsElement:
     return UnitsElement(order=matrix.argmax(1)) if permutes else UnitsElement(matrix=matrix, dual=dual)
 
 
-def _visits(request: Request, groups: list[str]) -> Iterable[tuple[str, Sequence[Use]]]:
+def _visits(request: AlignProblem, groups: list[str]) -> Iterable[tuple[str, Sequence[Use]]]:
     """Every group with the uses that write it and whose other axes are known. Raises PlanError for one without."""
     pair = request.pair
     if request.order is None or request.moments is not None:

@@ -10,13 +10,13 @@ from mergekit_lfm.align.activations import fit_activations
 from mergekit_lfm.align.choices import Family, permutations, rotations
 from mergekit_lfm.align.climb import Climb
 from mergekit_lfm.align.pair import Pair
-from mergekit_lfm.align.request import Found, Request
+from mergekit_lfm.align.request import AlignProblem, AlignResult
 from mergekit_lfm.arch.table import Group, Heads, Units
 from mergekit_lfm.artifacts.transform import Element
 from mergekit_lfm.errors import PlanError
 
 
-def match_weights(request: Request) -> Found:
+def match_weights(request: AlignProblem) -> AlignResult:
     """Find permutations by weight matching, the best of several runs.
 
     The first run starts anchored: it finds each group from tensors whose other axes are free or belong to groups found
@@ -30,7 +30,7 @@ def match_weights(request: Request) -> Found:
     return _best_run(request, request.pair, permutations)
 
 
-def match_rotations(request: Request) -> Found:
+def match_rotations(request: AlignProblem) -> AlignResult:
     """Find permutations, and the orthogonal matrices and signs that the table allows, for rotary positions only.
 
     A residual that can be rotated is aligned by Procrustes, with the gains of the norms folded into their readers;
@@ -51,11 +51,11 @@ def match_rotations(request: Request) -> Found:
     rotated = {name for name, group in groups.items() if isinstance(group, Units) and group.rotation == "orthogonal"}
     pair = replace(request.pair, folded=frozenset(rotated))
     if request.moments is not None:
-        return Found(pair, fit_activations(request, pair, rotations))
+        return AlignResult(pair, fit_activations(request, pair, rotations))
     return _best_run(request, pair, rotations)
 
 
-def _best_run(request: Request, pair: Pair, allowed: Callable[[Group], Family]) -> Found:
+def _best_run(request: AlignProblem, pair: Pair, allowed: Callable[[Group], Family]) -> AlignResult:
     unscaled, pair = pair, replace(pair, scales=pair.norms() if request.options["normalise"] else {})
     runs = int(request.number("restarts"))
     plain = runs == 1 and (request.initial is not None or request.order is not None)
@@ -75,10 +75,10 @@ def _best_run(request: Request, pair: Pair, allowed: Callable[[Group], Family]) 
         if best is None or reached > best[0]:
             best = reached, climb.elements
     assert best is not None
-    return Found(unscaled, best[1], heeded=frozenset({"order", "initial"}))
+    return AlignResult(unscaled, best[1], heeded=frozenset({"order", "initial"}))
 
 
-def _orders(request: Request, run: int) -> list[Sequence[str]]:
+def _orders(request: AlignProblem, run: int) -> list[Sequence[str]]:
     """The order of the groups in each sweep."""
     sweeps = int(request.number("sweeps"))
     if request.order is not None:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mergekit_lfm.artifacts.patch import Changed, Patch, PatchFacts, open_patch, read_patch_facts, versions
+from mergekit_lfm.artifacts.patch import Patch, PatchInfo, TensorChange, open_patch, read_patch_info, versions
 from mergekit_lfm.engine.execute import execute
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.plan.plan import Plan, make_plan
@@ -19,7 +19,7 @@ from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lfm.store.places import check_file
 from mergekit_lfm.views.base import RewrittenFile
-from mergekit_lfm.views.patched import patched
+from mergekit_lfm.views.patched import patched_view
 
 UNDO = "undo"  # the method of a patch that undoes others
 
@@ -63,13 +63,13 @@ def apply_patches(
     """
     source = open_checkpoint(model)
     opened = [open_patch(path) for path in patches]
-    view = patched(source, *opened, any_base=any_base)
+    view = patched_view(source, *opened, any_base=any_base)
     recipe = Recipe.parse(
         {"merge_method": "passthrough", "models": [{"model": str(model), "edits": [*map(str, patches)]}]}
     )
     plan = make_plan(recipe, views=(view,))
     undo = undo_file(out)
-    known = undo.is_file() and read_patch_facts(undo).options.get("plan") == plan.digest
+    known = undo.is_file() and read_patch_info(undo).options.get("plan") == plan.digest
     check_file(undo, [model, *patches], overwrite=overwrite or known)
     if not known:
         back = _back(source, view, {name for patch in opened for name in patch.facts.tensors})
@@ -111,7 +111,7 @@ def undo_patches(
             raise PlanError(f"{given} is a patch by {back.facts.method}, expected the undo file that applying it left")
     edits = [] if base else [str(given)]
     recipe = Recipe.parse({"merge_method": "passthrough", "models": [{"model": str(model), "edits": edits}]})
-    plan = make_plan(recipe, views=(patched(source, back),))
+    plan = make_plan(recipe, views=(patched_view(source, back),))
     return _written(plan, out, None, memory=memory, threads=threads, overwrite=overwrite, progress=progress)
 
 
@@ -152,10 +152,11 @@ def _back(before: Checkpoint, after: Checkpoint, names: set[str]) -> Patch:
     """The patch that gives the tensors their values before, applied to the checkpoint after."""
     wanted = [name for name in before if name in names]
     changed = {
-        name: Changed("replace", before[name].shape, before[name].dtype, None, after.digest_of(name)) for name in wanted
+        name: TensorChange("replace", before[name].shape, before[name].dtype, None, after.digest_of(name))
+        for name in wanted
     }
     held = {name: before.read(name).view(before[name].shape) for name in wanted}
-    return Patch(PatchFacts(UNDO, changed, versions=versions()), held)
+    return Patch(PatchInfo(UNDO, changed, versions=versions()), held)
 
 
 def _differing(model: Checkpoint, base: Checkpoint, label: Path, base_label: Path) -> set[str]:

@@ -34,12 +34,12 @@ from mergekit_lfm.plan.sources import identity_of
 from mergekit_lfm.recipe.align import AlignRequest
 from mergekit_lfm.recipe.edit import EditRequest
 from mergekit_lfm.recipe.roles import Edit
-from mergekit_lfm.recipe.values import GivenFile
+from mergekit_lfm.recipe.values import NamedFile
 from mergekit_lfm.runtime.load import load_model
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lfm.version import __version__
-from mergekit_lfm.views.patched import patched
-from mergekit_lfm.views.rewritten import rewritten
+from mergekit_lfm.views.patched import patched_view
+from mergekit_lfm.views.rewritten import rewritten_view
 
 Notice = Callable[[str], None]
 Grams = Callable[[Statistics], Any]  # from a statistics file to what `edit` takes as covariance
@@ -92,14 +92,14 @@ def note_device(plan: Plan, device: str) -> Plan:
     kind, waiting = kind_of(device), plan.pending
     if kind is None or not (waiting or plan.unedited):
         return plan
-    asked = any(not isinstance(request, GivenFile) for request in plan.recipe.result_edits)
+    asked = any(not isinstance(request, NamedFile) for request in plan.recipe.result_edits)
     models = tuple(
         Checkpoint(checkpoint.path, checkpoint.files, {**(checkpoint.view or {}), "device": kind})
         if model in waiting
         else checkpoint
         for model, checkpoint in zip(plan.recipe.all_models, plan.models, strict=True)
     )
-    return replace(plan, cast=replace(plan.cast, models=models), edited_on=kind if asked else "")
+    return replace(plan, roles=replace(plan.roles, models=models), edited_on=kind if asked else "")
 
 
 def _with_alignments(plan: Plan, notice: Notice, device: str) -> Plan:
@@ -110,8 +110,8 @@ def _with_alignments(plan: Plan, notice: Notice, device: str) -> Plan:
             source = checkpoint.as_stored()
             to = plan.models[plan.labels.index(model.align.to)]
             notice(f"aligning {model.label} to {model.align.to} by {model.align.method}")
-            models[i] = rewritten(source, _transform_of(source, to, model.align, device), checkpoint.view or {})
-    return replace(plan, cast=replace(plan.cast, models=tuple(models)))
+            models[i] = rewritten_view(source, _transform_of(source, to, model.align, device), checkpoint.view or {})
+    return replace(plan, roles=replace(plan.roles, models=tuple(models)))
 
 
 def _with_edits(plan: Plan, notice: Notice, device: str) -> Plan:
@@ -121,9 +121,9 @@ def _with_edits(plan: Plan, notice: Notice, device: str) -> Plan:
         if any(isinstance(request, EditRequest) for request in model.edits):
             source = models[i].as_stored()
             patches = _patches(source, model.edits, model.label, _own_statistics, notice, device)
-            view = patched(source, *patches)
+            view = patched_view(source, *patches)
             models[i] = Checkpoint(view.path, view.files, models[i].view)
-    return replace(plan, cast=replace(plan.cast, models=tuple(models)))
+    return replace(plan, roles=replace(plan.roles, models=tuple(models)))
 
 
 def _result_patches(plan: Plan, place: Path, notice: Notice, device: str, **how: Any) -> list[Patch]:
@@ -165,10 +165,10 @@ def _patches(
     """The patches of the edits, each made on the model with those before it applied."""
     patches: list[Patch] = []
     for request in edits:
-        if isinstance(request, GivenFile):
+        if isinstance(request, NamedFile):
             patches.append(open_patch(request.path))
             continue
-        edited = patched(source, *patches, any_base=True) if patches else source
+        edited = patched_view(source, *patches, any_base=True) if patches else source
         patches.append(_patch_of(edited, request, label, grams, notice, device))
     return patches
 

@@ -78,21 +78,21 @@ def _merged(
 ) -> torch.Tensor:
     import torch
 
-    from mergekit_lfm.engine.blocks import Blocks, making_on, merged
-    from mergekit_lfm.engine.linears import HeldLinear
+    from mergekit_lfm.engine.blocks import Blocks, default_device, merge_blocks
+    from mergekit_lfm.engine.linears import InMemoryLinear
     from mergekit_lfm.kernels.block import SEGMENT
     from mergekit_lfm.kernels.gpu import GpuKernels
     from mergekit_lfm.kernels.step import run_eagerly
     from mergekit_lfm.kernels.sums import round_once
     from mergekit_lfm.machine.accelerators import CHUNK, Accelerator
-    from mergekit_lfm.machine.devices import merges
+    from mergekit_lfm.machine.devices import can_merge_on
     from mergekit_lfm.plan.job import block_numel
 
     first, *others = {x.device for x in (*tensors, *statistics, *([] if base is None else [base]))}
-    device = torch.device("cpu") if others or not merges(first) else first
+    device = torch.device("cpu") if others or not can_merge_on(first) else first
     if method.whole is not None:
-        layer = HeldLinear(*([x.detach().to(device) for x in given] for given in (tensors, statistics)))
-        with making_on(device):
+        layer = InMemoryLinear(*([x.detach().to(device) for x in given] for given in (tensors, statistics)))
+        with default_device(device):
             (matrix,) = method.whole.merge(unit, [layer])
         return round_once(matrix, dtype)
     if method.copies(unit):
@@ -111,7 +111,7 @@ def _merged(
         gpu=gpu,
         at_once=1 if gpu is None else SEGMENT if kernels and kernels.native else CHUNK,
     )
-    return merged(method, unit, blocks, dtype).reshape(unit.shape)
+    return merge_blocks(method, unit, blocks, dtype).reshape(unit.shape)
 
 
 def _reader(tensor: torch.Tensor, device: torch.device) -> Callable[[int, int], torch.Tensor]:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from mergekit_lfm.arch.table import Group, Heads, Scale, Symmetries, Units, keep_outputs, prefixed, read_table
+from mergekit_lfm.arch.table import Group, Heads, Scale, Symmetries, Units, add_prefix, keep_outputs, read_table
 
 MODEL_TYPES = ("bert",)
 
@@ -62,7 +62,7 @@ def symmetries(config: Mapping[str, Any], names: Iterable[str]) -> Symmetries:
     for layer in range(layers):
         groups[f"heads.{layer}"] = Heads(heads, 1, width // heads, "linear")
         groups[f"ffn.{layer}"] = Units(config["intermediate_size"], scale)
-    body, head = prefixed(TABLE, "bert.", names), HEADS
+    body, head = add_prefix(TABLE, "bert.", names), HEADS
     if not any(name.endswith("pooler.dense.weight") for name in names):
         head = head.replace("pooler'", "residual'")  # a classifier of tokens
     if config.get("tie_word_embeddings", True):

@@ -50,7 +50,7 @@ class _Layer:
         return self.name.rpartition(".")[0]
 
 
-def chain(specs: Mapping[str, TensorSpec]) -> Symmetries:
+def chain_table(specs: Mapping[str, TensorSpec]) -> Symmetries:
     """The table of a chain of layers: every hidden layer's units are a group with the layer's name.
 
     A chain has linear layers [out, in], convolutions [out, in, ...] and BatchNorms, with or without biases. After a

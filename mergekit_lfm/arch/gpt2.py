@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from mergekit_lfm.arch.table import Group, Heads, Symmetries, Units, keep_outputs, prefixed, read_table
+from mergekit_lfm.arch.table import Group, Heads, Symmetries, Units, add_prefix, keep_outputs, read_table
 
 MODEL_TYPES = ("gpt2",)
 
@@ -47,7 +47,7 @@ def symmetries(config: Mapping[str, Any], names: Iterable[str]) -> Symmetries:
     for layer in range(config["n_layer"]):
         groups[f"heads.{layer}"] = Heads(heads, 1, width // heads, "linear")
         groups[f"ffn.{layer}"] = Units(config.get("n_inner") or 4 * width, "positive" if relu else None)
-    table = prefixed(TABLE, "transformer.", names) + HEAD
+    table = add_prefix(TABLE, "transformer.", names) + HEAD
     found = read_table(table, groups, names, {"l": config["n_layer"]})
     headless = "GPT2Model" in (config.get("architectures") or ())  # a tied head is not in the file
     return keep_outputs(found, {"residual"}) if headless else found

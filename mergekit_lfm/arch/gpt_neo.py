@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from mergekit_lfm.arch.table import Group, Heads, Symmetries, Units, keep_outputs, prefixed, read_table
+from mergekit_lfm.arch.table import Group, Heads, Symmetries, Units, add_prefix, keep_outputs, read_table
 
 MODEL_TYPES = ("gpt_neo",)
 
@@ -48,6 +48,6 @@ def symmetries(config: Mapping[str, Any], names: Iterable[str]) -> Symmetries:
     for layer in range(layers):
         groups[f"heads.{layer}"] = Heads(heads, 1, width // heads, "linear")
         groups[f"ffn.{layer}"] = Units(config.get("intermediate_size") or 4 * width, "positive" if relu else None)
-    found = read_table(prefixed(TABLE, "transformer.", names) + HEAD, groups, names, {"l": layers})
+    found = read_table(add_prefix(TABLE, "transformer.", names) + HEAD, groups, names, {"l": layers})
     headless = "GPTNeoModel" in (config.get("architectures") or ())  # a tied head is not in the file
     return keep_outputs(found, {"residual"}) if headless else found

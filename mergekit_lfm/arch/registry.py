@@ -11,7 +11,7 @@ from pkgutil import iter_modules
 from types import MappingProxyType
 from typing import Any
 
-from mergekit_lfm.arch.chain import chain
+from mergekit_lfm.arch.chain import chain_table
 from mergekit_lfm.arch.table import Symmetries, check_fit
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.store.checkpoint import Checkpoint
@@ -41,7 +41,7 @@ def find_symmetries(checkpoint: Checkpoint, label: object | None = None) -> Symm
     )
     if kind is None:
         try:
-            return chain(checkpoint)
+            return chain_table(checkpoint)
         except PlanError as error:
             raise PlanError(f"{label} has no config.json with a model_type, and {error}; {known}") from None
     build = ARCHITECTURES.get(kind)

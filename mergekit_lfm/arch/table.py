@@ -133,7 +133,7 @@ def read_table(
     return Symmetries(groups, tensors)
 
 
-def prefixed(table: str, prefix: str, present: Iterable[str]) -> str:
+def add_prefix(table: str, prefix: str, present: Iterable[str]) -> str:
     """The table with a prefix before each name if any name in the checkpoint has it."""
     used = any(name.startswith(prefix) for name in present)
     return re.sub(r"^(?=\S)", prefix, table, flags=re.MULTILINE) if used else table

@@ -102,7 +102,9 @@ def _read(data: object, label: str) -> FactsFile:
     problems: list[str] = []
     whole = {"facts": data} if isinstance(data, list | tuple) else data
     if not isinstance(whole, Mapping) or not isinstance(whole.get("facts"), list | tuple) or not whole["facts"]:
-        raise PlanError(f"{label}: found {data!r:.60}, expected `facts`, a list of mappings with {', '.join(REQUIRED)}")
+        raise PlanError(
+            f"{label}: found {data!r:.60}, expected `facts`, a list of mappings with {', '.join(REQUIRED_KEYS)}"
+        )
     _refuse_unknown(whole, ("facts", "unedited"), "", problems)
     facts = [_fact(raw, f"facts[{i}]", problems) for i, raw in enumerate(whole["facts"])]
     unedited = _statements(whole.get("unedited"), "unedited", problems)
@@ -119,20 +121,20 @@ def _read(data: object, label: str) -> FactsFile:
     return FactsFile(tuple(fact for fact in facts if fact is not None), unedited)
 
 
-REQUIRED = ("prompt", "subject", "target_new")
+REQUIRED_KEYS = ("prompt", "subject", "target_new")
 
 
 def _fact(raw: object, at: str, problems: list[str]) -> Fact | None:
     """The fact in a mapping, None if it has problems."""
     if not isinstance(raw, Mapping):
-        problems.append(f"{at}: found {raw!r:.60}, expected a mapping with {', '.join(REQUIRED)}")
+        problems.append(f"{at}: found {raw!r:.60}, expected a mapping with {', '.join(REQUIRED_KEYS)}")
         return None
     before = len(problems)
     raw = _from_counterfact(raw)
     _refuse_unknown(raw, Fact.__slots__, f"{at}.", problems)
-    for name in (*REQUIRED, "target_true"):
+    for name in (*REQUIRED_KEYS, "target_true"):
         value = raw.get(name)
-        if value is None and name not in REQUIRED:
+        if value is None and name not in REQUIRED_KEYS:
             continue
         if not isinstance(value, str) or not value.strip():
             shown = "nothing" if value is None else repr(value)

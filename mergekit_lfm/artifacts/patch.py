@@ -23,20 +23,20 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FORMAT = "1"
-Kind = Literal["replace", "add", "low_rank"]
+ChangeKind = Literal["replace", "add", "low_rank"]
 # The name endings of the patch's tensors for one changed tensor, by the kind of its change.
-PARTS: Mapping[Kind, tuple[str, ...]] = {"replace": ("",), "add": (".add",), "low_rank": (".left", ".right")}
+PARTS: Mapping[ChangeKind, tuple[str, ...]] = {"replace": ("",), "add": (".add",), "low_rank": (".left", ".right")}
 
 
 @dataclass(frozen=True, slots=True)
-class Changed:
+class TensorChange:
     """A patch's change to one tensor. shape, dtype: the tensor's in the model.
 
     axis: of a layer's inputs, 1 for a Linear [out, in], 0 for a Conv1D [in, out]; None if the tensor is not a layer's
     weight. digest: the xxh3-128 of the bytes that the patch was made for, None if unknown.
     """
 
-    kind: Kind
+    kind: ChangeKind
     shape: tuple[int, ...]
     dtype: str
     axis: int | None = None
@@ -44,7 +44,7 @@ class Changed:
 
 
 @dataclass(frozen=True, slots=True)
-class PatchFacts:
+class PatchInfo:
     """A patch's metadata.
 
     base: the content digest (`Checkpoint.content`) of the model it was made for, None if unknown. options: every
@@ -52,7 +52,7 @@ class PatchFacts:
     """
 
     method: str
-    tensors: Mapping[str, Changed]
+    tensors: Mapping[str, TensorChange]
     base: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
@@ -69,7 +69,7 @@ class PatchFacts:
 class Patch:
     """Changes to the tensors of a model. tensors: the parts of each change, by their names in a file."""
 
-    facts: PatchFacts
+    facts: PatchInfo
     tensors: Mapping[str, Tensor]
 
     def __repr__(self) -> str:
@@ -79,7 +79,7 @@ class Patch:
     def low_rank(
         cls,
         method: str,
-        changes: Mapping[str, tuple[Tensor, Tensor, Changed]],
+        changes: Mapping[str, tuple[Tensor, Tensor, TensorChange]],
         *,
         options: Mapping[str, Any] | None = None,
         facts: Mapping[str, Any] | None = None,
@@ -90,7 +90,7 @@ class Patch:
         for name, (left, right, _) in changes.items():
             tensors[f"{name}.left"], tensors[f"{name}.right"] = left, right
         changed = {name: change for name, (_, _, change) in changes.items()}
-        metadata = PatchFacts(
+        metadata = PatchInfo(
             method, changed, options=options or {}, facts=facts or {}, versions=versions(), notes=notes
         )
         return cls(metadata, tensors)
@@ -150,7 +150,7 @@ def versions() -> dict[str, str]:
     return {"mergekit_lfm": __version__, "torch": version("torch")}
 
 
-def read_patch_facts(path: Path) -> PatchFacts:
+def read_patch_info(path: Path) -> PatchInfo:
     """The metadata in a patch file's header. Raises FormatError for any other file."""
     metadata = read_header(path).metadata
     if metadata.get("lfm.kind") != "patch":
@@ -158,11 +158,12 @@ def read_patch_facts(path: Path) -> PatchFacts:
     if metadata.get("lfm.format") != FORMAT:
         raise FormatError(f"{path} holds a patch of another version; make it again")
     try:
-        facts = {name: json.loads(metadata[f"lfm.{name}"]) for name in PatchFacts.__dataclass_fields__}
+        facts = {name: json.loads(metadata[f"lfm.{name}"]) for name in PatchInfo.__dataclass_fields__}
         tensors = {
-            name: Changed(**{**fields, "shape": tuple(fields["shape"])}) for name, fields in facts["tensors"].items()
+            name: TensorChange(**{**fields, "shape": tuple(fields["shape"])})
+            for name, fields in facts["tensors"].items()
         }
-        return PatchFacts(**{**facts, "tensors": tensors, "notes": tuple(facts["notes"])})
+        return PatchInfo(**{**facts, "tensors": tensors, "notes": tuple(facts["notes"])})
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FormatError(f"{path} has damaged metadata ({error!r}); make the patch again") from None
 
@@ -172,7 +173,7 @@ def open_patch(path: str | os.PathLike[str]) -> Patch:
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"no such patch file: {file}")
-    facts = read_patch_facts(file)
+    facts = read_patch_info(file)
     stored = open_checkpoint(file)
     wanted = {name + end for name, was in facts.tensors.items() for end in PARTS.get(was.kind, ("?",))}
     if differ := sorted(wanted ^ stored.keys()):

@@ -43,7 +43,7 @@ class Layer:
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
+class StatisticsInfo:
     """All that a statistics file says about itself.
 
     models: the content digest (`Checkpoint.content`) of the model, for "cross" of both. data: digest of the batches.
@@ -69,16 +69,18 @@ class Facts:
         return {"format": "pt", "lfm.kind": "statistics", "lfm.format": FORMAT, "lfm.statistic": self.kind, **fields}
 
 
-def read_facts(metadata: dict[str, str], label: object) -> Facts:
+def read_statistics_info(metadata: dict[str, str], label: object) -> StatisticsInfo:
     """The facts in a header's metadata. Raises FormatError if they are not those of a statistics file."""
     if metadata.get("lfm.kind") != "statistics":
         raise FormatError(f"{label} is not a statistics file; make one with `mergekit-lfm stats`")
     if metadata.get("lfm.format") != FORMAT:
         raise FormatError(f"{label} holds statistics of another version; collect them again")
     try:
-        fields = {name: json.loads(metadata[f"lfm.{name}"]) for name in Facts.__dataclass_fields__ if name != "kind"}
+        fields = {
+            name: json.loads(metadata[f"lfm.{name}"]) for name in StatisticsInfo.__dataclass_fields__ if name != "kind"
+        }
         fields["layers"] = {name: Layer(**layer) for name, layer in fields["layers"].items()}
-        return Facts(metadata["lfm.statistic"], **{**fields, "models": tuple(fields["models"])})
+        return StatisticsInfo(metadata["lfm.statistic"], **{**fields, "models": tuple(fields["models"])})
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FormatError(f"{label} has damaged metadata ({error!r}); collect the statistics again") from None
 
@@ -88,7 +90,7 @@ class Statistics:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.facts = read_facts(read_header(path).metadata, path)
+        self.facts = read_statistics_info(read_header(path).metadata, path)
         self.tensors: Checkpoint = open_checkpoint(path)
         wanted = {f"{self.facts.kind}/{layer.entry}" for layer in self.facts.layers.values()}
         if absent := sorted(wanted - self.tensors.keys()):

@@ -68,7 +68,7 @@ class Gain:
 
 
 @dataclass(frozen=True)
-class TransformFacts:
+class TransformInfo:
     """The facts in a transform file.
 
     method: the aligner. models: content digests of the rewritten model and of the one that it is aligned to; () for
@@ -90,7 +90,7 @@ class Transform:
 
     symmetries: Symmetries
     elements: Mapping[str, Element]
-    facts: TransformFacts
+    facts: TransformInfo
     gains: Mapping[str, Gain] = field(default_factory=dict)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -126,7 +126,7 @@ def _group(fields: dict[str, Any]) -> Group:
     return Heads(**fields) if "head_dim" in fields else Units(**fields)
 
 
-def read_transform_facts(path: Path) -> tuple[Symmetries, TransformFacts]:
+def read_transform_info(path: Path) -> tuple[Symmetries, TransformInfo]:
     """The table and the facts in a transform file's header. Raises FormatError for any other file."""
     metadata = read_header(path).metadata
     if metadata.get("lfm.kind") != "transform":
@@ -134,13 +134,13 @@ def read_transform_facts(path: Path) -> tuple[Symmetries, TransformFacts]:
     if metadata.get("lfm.format") != FORMAT:
         raise FormatError(f"{path} holds a transform of another version; align the models again")
     try:
-        facts = {name: json.loads(metadata[f"lfm.{name}"]) for name in TransformFacts.__dataclass_fields__}
+        facts = {name: json.loads(metadata[f"lfm.{name}"]) for name in TransformInfo.__dataclass_fields__}
         groups = {name: _group(fields) for name, fields in json.loads(metadata["lfm.groups"]).items()}
         tensors = {
             name: tuple(read_axis(word, groups) for word in words)
             for name, words in json.loads(metadata["lfm.tensors"]).items()
         }
-        return Symmetries(groups, tensors), TransformFacts(**{**facts, "models": tuple(facts["models"])})
+        return Symmetries(groups, tensors), TransformInfo(**{**facts, "models": tuple(facts["models"])})
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FormatError(f"{path} has damaged metadata ({error!r}); align the models again") from None
 
@@ -150,7 +150,7 @@ def open_transform(path: str | os.PathLike[str]) -> Transform:
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"no such transform file: {file}")
-    symmetries, facts = read_transform_facts(file)
+    symmetries, facts = read_transform_info(file)
     stored = open_checkpoint(file)
     tensors = {name: stored.read(name).view(spec.shape) for name, spec in stored.items()}
     elements: dict[str, Element] = {}

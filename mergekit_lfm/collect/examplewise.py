@@ -20,7 +20,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from mergekit_lfm.collect.linear import is_transposed
 from mergekit_lfm.errors import PlanError
 
-CHUNK = 1 << 22  # elements of per-example gradients in memory at a time
+GRADIENTS_AT_ONCE = 1 << 22  # elements of per-example gradients in memory at a time
 TRIED = 1 << 25  # the most elements of parameters on which both ways are compared at a time
 TRIED_BYTES = 24  # per element: the sums of both ways and their difference, in float64
 Parameters = Mapping[nn.Parameter, Sequence[Tensor]]  # each wanted parameter, with the sums to add its squares to
@@ -56,7 +56,7 @@ class Call:
 
 
 @contextmanager
-def recording(modules: Sequence[nn.Module], n: int) -> Iterator[list[Call]]:
+def record_calls(modules: Sequence[nn.Module], n: int) -> Iterator[list[Call]]:
     """Record the calls of modules that take part in the gradient.
 
     Raises NotSeparable if a module does not map n rows to n rows. A module called with one row for all examples
@@ -125,7 +125,7 @@ def _add_parameter(parameter: nn.Parameter, sums: Sequence[Tensor], uses: list[t
             return _add(sums, _wide(left).square().T @ _wide(right).square())
         if call.is_embedding:
             return _add_touched_rows(sums, call, d)
-    step = max(1, CHUNK // max(1, parameter.numel()))
+    step = max(1, GRADIENTS_AT_ONCE // max(1, parameter.numel()))
     for begin in range(0, len(uses[0][2]), step):
         rows = slice(begin, begin + step)
         gradient = reduce(torch.add, (_gradients(call, name, d, rows) for call, name, d in uses))

@@ -17,10 +17,10 @@ from mergekit_lfm.collect.examplewise import (
     add_squares,
     add_squares_singly,
     gradients_agree,
-    recording,
+    record_calls,
 )
-from mergekit_lfm.collect.likelihoods import Scores, outcome, scores_of
-from mergekit_lfm.collect.request import FILTERED, Request, chosen
+from mergekit_lfm.collect.likelihoods import LikelihoodScores, outcome, scores_of
+from mergekit_lfm.collect.request import FILTERED, StatisticsRequest, select_names
 from mergekit_lfm.errors import PlanError
 
 if TYPE_CHECKING:
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
 NOT_USED = "no prediction on the data depends on it"
 
 
-class Fisher:
+class FisherStatistic:
     """F = 1/N sum_n E_y (d log p(y | x_n) / d theta)^2, entry by entry, for every parameter.
 
     The square is taken per example and label, never of a sum over a batch. Source: Matena and Raffel 2022 (arXiv
     2111.09832), the estimate of the Fisher information's diagonal that weights their merge.
     """
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: StatisticsRequest) -> None:
         (self.subject,) = request.subjects
         self.examples = request.examples
         self.scores = scores_of(request)
@@ -58,7 +58,7 @@ class Fisher:
         self.units = {n: {f"fisher/{n}": tuple(p.shape)} for p, names in self.tensors.items() for n in names}
         self.together = self._separable(request)
 
-    def _choose(self, request: Request) -> None:
+    def _choose(self, request: StatisticsRequest) -> None:
         parameters: dict[str, nn.Parameter] = {}
         for name, parameter in self.subject.module.named_parameters():
             if not parameter.is_floating_point():
@@ -67,7 +67,7 @@ class Fisher:
             parameters |= dict.fromkeys(tensors, parameter)
             if not tensors:
                 self.skipped[name] = self.subject.why_unknown(parameter)
-        wanted = chosen(list(parameters), request.layers, "parameter")
+        wanted = select_names(list(parameters), request.layers, "parameter")
         for tensor, parameter in parameters.items():
             if tensor in wanted:
                 self.tensors.setdefault(parameter, []).append(tensor)
@@ -75,11 +75,11 @@ class Fisher:
             else:
                 self.skipped[tensor] = FILTERED
 
-    def _graph(self, batch: Batch, scores: Scores) -> Iterator[Tensor]:
+    def _graph(self, batch: Batch, scores: LikelihoodScores) -> Iterator[Tensor]:
         """The scores of a batch, from a forward pass that keeps the graph for gradients."""
         return scores(self.subject.run(batch), batch)
 
-    def _used(self, request: Request) -> set[nn.Parameter]:
+    def _used(self, request: StatisticsRequest) -> set[nn.Parameter]:
         """The parameters that predictions depend on; reads batches until all were seen, or to the end."""
         used: set[nn.Parameter] = set()
         for batch in request.data:
@@ -89,7 +89,7 @@ class Fisher:
                 break
         return used
 
-    def _separable(self, request: Request) -> bool:
+    def _separable(self, request: StatisticsRequest) -> bool:
         """True if a batch gives the gradients that its examples give one by one, tried on the first two of a batch."""
         first = next(iter(request.data))
         batch = _slice(next((batch for batch in request.data if len(batch) > 1), first), slice(0, 2))
@@ -118,13 +118,13 @@ class Fisher:
                 pass  # it was raised before anything was added
         return self._add_singly(batch, self.scores, wanted)
 
-    def _add_together(self, batch: Batch, scores: Scores, wanted: Parameters) -> None:
+    def _add_together(self, batch: Batch, scores: LikelihoodScores, wanted: Parameters) -> None:
         owners = [m for m in self.subject.module.modules() if any(p in wanted for p in m.parameters(recurse=False))]
-        with recording(owners, len(batch)) as calls:
+        with record_calls(owners, len(batch)) as calls:
             example_scores = self._graph(batch, scores)
         add_squares(wanted, calls, example_scores)
 
-    def _add_singly(self, batch: Batch, scores: Scores, wanted: Parameters) -> None:
+    def _add_singly(self, batch: Batch, scores: LikelihoodScores, wanted: Parameters) -> None:
         for i in range(len(batch)):
             add_squares_singly(wanted, self._graph(_slice(batch, slice(i, i + 1)), scores))
 

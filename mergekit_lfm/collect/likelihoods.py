@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mergekit_lfm.collect.request import Request
+from mergekit_lfm.collect.request import StatisticsRequest
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.kernels.random import key
 from mergekit_lfm.runtime.load import embeddings, logits
@@ -28,7 +28,7 @@ LABELS = {
 }
 SHAPES = {"classification": "[examples, classes]", "lm": "[examples, tokens, vocabulary]"}
 # Each item holds one score for every example of a batch, [n]
-Scores = Callable[[Any, "Batch"], Iterator[Tensor]]
+LikelihoodScores = Callable[[Any, "Batch"], Iterator[Tensor]]
 
 
 def resolve_labels(task: str, labels: str | None) -> str:
@@ -63,7 +63,7 @@ def outcome(task: str, output: Any) -> Tensor:
     return x
 
 
-def scores_of(request: Request) -> Scores:
+def scores_of(request: StatisticsRequest) -> LikelihoodScores:
     """A function from a model's output and its batch to the scores."""
     compute = {"classification": _classification, "lm": _language, "embedding": _embedding}[request.task]
 
@@ -74,7 +74,7 @@ def scores_of(request: Request) -> Scores:
     return scores
 
 
-def _classification(x: Tensor, batch: Batch, request: Request) -> Iterator[Tensor]:
+def _classification(x: Tensor, batch: Batch, request: StatisticsRequest) -> Iterator[Tensor]:
     """x [n, classes]: for expected labels sqrt(p_y) log p_y for every class y, the root held fixed."""
     log_p = x.log_softmax(-1)
     if request.labels == "expected":
@@ -86,7 +86,7 @@ def _classification(x: Tensor, batch: Batch, request: Request) -> Iterator[Tenso
         yield from _sample(log_p[:, None], batch, request)
 
 
-def _language(x: Tensor, batch: Batch, request: Request) -> Iterator[Tensor]:
+def _language(x: Tensor, batch: Batch, request: StatisticsRequest) -> Iterator[Tensor]:
     """x [n, tokens, vocabulary]: log p of tokens 2, 3, ... summed, each after the true ones before it.
 
     The scores of different positions are uncorrelated under the model, so that the square of the sum, for drawn
@@ -100,7 +100,7 @@ def _language(x: Tensor, batch: Batch, request: Request) -> Iterator[Tensor]:
         yield from _sample(log_p, batch, request)
 
 
-def _sample(log_p: Tensor, batch: Batch, request: Request) -> Iterator[Tensor]:
+def _sample(log_p: Tensor, batch: Batch, request: StatisticsRequest) -> Iterator[Tensor]:
     """log_p [n, draws, classes]: for every sample, the summed log p of its draws over the root of the sample count."""
     for sample in range(request.samples):
         draws = []
@@ -112,7 +112,7 @@ def _sample(log_p: Tensor, batch: Batch, request: Request) -> Iterator[Tensor]:
         yield log_p.gather(-1, indices).sum((1, 2)) / math.sqrt(request.samples)
 
 
-def _embedding(x: Tensor, batch: Batch, request: Request) -> Iterator[Tensor]:
+def _embedding(x: Tensor, batch: Batch, request: StatisticsRequest) -> Iterator[Tensor]:
     """x [n, d], the mean of a Gaussian of unit variance: its entries, or their products with Gaussian noise."""
     if request.labels == "expected":
         yield from x.unbind(-1)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mergekit_lfm.artifacts.statistics import Layer
-from mergekit_lfm.collect.request import FILTERED, chosen
+from mergekit_lfm.collect.request import FILTERED, select_names
 from mergekit_lfm.errors import FormatError
 from mergekit_lfm.runtime.subject import Subject
 
@@ -64,7 +64,7 @@ def linear_layers(subject: Subject, patterns: Sequence[str]) -> tuple[dict[str, 
             if not layers:
                 skipped[name] = reason
             linear |= {layer.weight.removesuffix(".weight"): layer for layer in layers}
-    wanted = chosen(list(linear), patterns, "linear layer")
+    wanted = select_names(list(linear), patterns, "linear layer")
     skipped |= dict.fromkeys((name for name in linear if name not in wanted), FILTERED)
     skipped |= dict.fromkeys(_other_matrices(subject), NOT_LINEAR)
     return {name: layer for name, layer in linear.items() if name in wanted}, skipped
@@ -123,7 +123,9 @@ class Serials:
 
 
 @contextmanager
-def listening(layers: Mapping[str, LinearLayer], hear: Callable[[str, Tensor], None]) -> Iterator[dict[str, list[int]]]:
+def listen_to_inputs(
+    layers: Mapping[str, LinearLayer], hear: Callable[[str, Tensor], None]
+) -> Iterator[dict[str, list[int]]]:
     """Call hear(name, input) whenever a layer is called; yields the serial numbers of the inputs, by layer."""
     serials, read = Serials(), {name: list[int]() for name in layers}
 
@@ -145,7 +147,9 @@ def listening(layers: Mapping[str, LinearLayer], hear: Callable[[str, Tensor], N
             handle.remove()
 
 
-def inputs_read(subject: Subject, layers: Mapping[str, LinearLayer], data: Sequence[Batch]) -> dict[str, list[object]]:
+def find_inputs_read(
+    subject: Subject, layers: Mapping[str, LinearLayer], data: Sequence[Batch]
+) -> dict[str, list[object]]:
     """The numbers of the inputs that each layer read, on as many batches as it takes until every layer was called.
 
     Layers with equal lists read the same inputs. The list is empty for a layer that no batch calls, or that gets no
@@ -159,7 +163,7 @@ def inputs_read(subject: Subject, layers: Mapping[str, LinearLayer], data: Seque
             fed.add(name)
 
     for number, batch in enumerate(data):
-        with listening(layers, note) as serials, torch.no_grad():
+        with listen_to_inputs(layers, note) as serials, torch.no_grad():
             subject.run(batch)
         for name, serials_of_layer in serials.items():
             read[name] += [(number, serial) for serial in serials_of_layer]

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from mergekit_lfm.artifacts.statistics import Layer
-from mergekit_lfm.collect.linear import NOT_CALLED, check_sharing, inputs_read, linear_layers, listening
-from mergekit_lfm.collect.request import Request
+from mergekit_lfm.collect.linear import NOT_CALLED, check_sharing, find_inputs_read, linear_layers, listen_to_inputs
+from mergekit_lfm.collect.request import StatisticsRequest
 from mergekit_lfm.errors import PlanError
 
 if TYPE_CHECKING:
     from mergekit_lfm.runtime.batches import Batch
 
 TOKENS = 1024  # tokens multiplied at a time
-PANEL = 256  # columns of a product at a time: a symmetric one is computed above the diagonal only, to this width
+COLUMNS = 256  # columns of a product at a time: a symmetric one is computed above the diagonal only, to this width
 
 
 def _tokens(x: Tensor) -> list[Tensor]:
@@ -34,16 +34,16 @@ def _tokens(x: Tensor) -> list[Tensor]:
 
 def _add_product(total: Tensor, first: Tensor, second: Tensor, *, symmetric: bool) -> None:
     """total += first^T second; if symmetric, only the part on and above the diagonal (and a little below)."""
-    for begin in range(0, second.shape[1], PANEL):
-        end = begin + PANEL
+    for begin in range(0, second.shape[1], COLUMNS):
+        end = begin + COLUMNS
         rows = end if symmetric else None
         total[:rows, begin:end] += (first[:, :rows].T @ second[:, begin:end]).to(total.device)
 
 
 def _mirror(total: Tensor) -> None:
     """Copy the triangle above the diagonal to below it, in place."""
-    for begin in range(0, len(total), PANEL):
-        rows = slice(begin, begin + PANEL)
+    for begin in range(0, len(total), COLUMNS):
+        rows = slice(begin, begin + COLUMNS)
         total[rows, :begin] = total[:begin, rows].T
         above = total[rows, rows].triu(1)
         total[rows, rows].tril_().triu_().add_(above).add_(above.T)
@@ -54,14 +54,14 @@ class _Moments:
 
     units: dict[str, dict[str, tuple[int, ...]]]
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: StatisticsRequest) -> None:
         self.subjects = request.subjects
         layers_and_skipped = [linear_layers(subject, request.layers) for subject in self.subjects]
         self.linear = [layers for layers, _ in layers_and_skipped]
         self.skipped = {name: reason for _, skipped in reversed(layers_and_skipped) for name, reason in skipped.items()}
         read = []
         for subject, layers in zip(self.subjects, self.linear, strict=True):
-            read.append(inputs_read(subject, layers, request.data))
+            read.append(find_inputs_read(subject, layers, request.data))
         self._drop_uncalled(read)
         _check_names([list(layers) for layers in self.linear])
         self.groups = _groups(read, self.linear[0])
@@ -103,10 +103,10 @@ def _groups(read: list[dict[str, list[object]]], names: Iterable[str]) -> dict[s
     return {group[0]: group for group in groups.values()}
 
 
-class Gram(_Moments):
+class GramStatistic(_Moments):
     """G = mean over tokens of [x; 1][x; 1]^T, [in + 1, in + 1], for the inputs x of every linear layer."""
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: StatisticsRequest) -> None:
         super().__init__(request)
         sizes = {name: layer.inputs + 1 for name, layer in self.linear[0].items()}
         self.units = {first: {f"gram/{first}": (sizes[first], sizes[first])} for first in self.groups}
@@ -121,7 +121,7 @@ class Gram(_Moments):
                     _add_product(sums[f"gram/{name}"], rows, rows, symmetric=True)
 
         members = {name: self.linear[0][name] for names in groups.values() for name in names}
-        with listening(members, hear) as read, torch.no_grad():
+        with listen_to_inputs(members, hear) as read, torch.no_grad():
             self.subjects[0].run(batch)
         check_sharing(groups, read)
 
@@ -133,14 +133,14 @@ class Gram(_Moments):
         return {f"gram/{unit}": total.div_(count)}, count
 
 
-class Cross(_Moments):
+class CrossStatistic(_Moments):
     """C = mean over tokens of [x; 1][y; 1]^T for inputs x, y of the same layer in two models, and their mean squares.
 
     `cross/LAYER` is [in of the first + 1, in of the second + 1]; `power/first/LAYER` and `power/second/LAYER` are the
     means of [x; 1]^2 and [y; 1]^2, from which correlations follow.
     """
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: StatisticsRequest) -> None:
         super().__init__(request)
         self.units = {}
         for first in self.groups:
@@ -164,7 +164,7 @@ class Cross(_Moments):
 
         members = [name for names in groups.values() for name in names]
         for subject, layers, use in zip(self.subjects, self.linear, (keep, hear), strict=True):
-            with listening({name: layers[name] for name in members}, use) as read, torch.no_grad():
+            with listen_to_inputs({name: layers[name] for name in members}, use) as read, torch.no_grad():
                 subject.run(batch)
             check_sharing(groups, read)
         for name, rest in queues.items():

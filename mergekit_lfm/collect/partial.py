@@ -18,13 +18,13 @@ from typing import Any
 import xxhash
 from torch import Tensor
 
-from mergekit_lfm.artifacts.statistics import Facts
+from mergekit_lfm.artifacts.statistics import StatisticsInfo
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.store.checkpoint import open_checkpoint
 from mergekit_lfm.store.durable import lock_folder, replace_file, reserve, sync_folder
 from mergekit_lfm.store.formats import bytes_of
 from mergekit_lfm.store.places import partial_of
-from mergekit_lfm.store.tensors import UNFINISHED, TensorSpec, encode_header, naming, read_header, write_exactly
+from mergekit_lfm.store.tensors import UNFINISHED, TensorSpec, encode_header, name_file, read_header, write_exactly
 
 PROGRESS, SUMS, FILE = "progress.json", "sums.safetensors", "statistics.safetensors"
 # Placeholders for counts not known yet, longer than any count, so that the header has room for them.
@@ -38,7 +38,7 @@ class Partial:
     """
 
     def __init__(
-        self, out: Path, facts: Facts, units: Mapping[str, Mapping[str, tuple[int, ...]]], resume: bool
+        self, out: Path, facts: StatisticsInfo, units: Mapping[str, Mapping[str, tuple[int, ...]]], resume: bool
     ) -> None:
         self.out, self.folder = out, partial_of(out)
         self.specs = [TensorSpec(name, shape, "float32") for unit in units.values() for name, shape in unit.items()]
@@ -63,7 +63,7 @@ class Partial:
         self._fd = self._lock = -1
 
     def _open(self, resume: bool) -> None:
-        refuse_foreign(self.out)
+        check_partial_is_ours(self.out)
         self.folder.mkdir(exist_ok=True)
         self._lock = lock_folder(self.folder)
         file = self.folder / FILE
@@ -74,7 +74,7 @@ class Partial:
         else:
             self._start_over()
         self._fd = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
-        with naming(file):
+        with name_file(file):
             write_exactly(self._fd, 0, memoryview(UNFINISHED))
             reserve(self._fd, self._nbytes)
             os.fsync(self._fd)
@@ -94,7 +94,7 @@ class Partial:
     def write(self, entries: Mapping[str, Tensor], done: Mapping[str, dict[str, Any]]) -> None:
         """Write complete entries to the file, and record their units once the bytes are safe."""
         file = self.folder / FILE
-        with naming(file):
+        with name_file(file):
             for name, entry in entries.items():
                 write_exactly(self._fd, self._offsets[name], bytes_of(entry.cpu().contiguous()))
             os.fsync(self._fd)
@@ -110,7 +110,7 @@ class Partial:
         temporary = path.with_name(SUMS + ".tmp")
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         try:
-            with naming(temporary):
+            with name_file(temporary):
                 write_exactly(fd, 0, memoryview(header))
                 for name, total in sums.items():
                     write_exactly(fd, offsets[name], bytes_of(total.cpu().contiguous()))
@@ -133,11 +133,11 @@ class Partial:
             total.copy_(saved.read(name).view(total.shape))
         return int(metadata["batches"])
 
-    def publish(self, facts: Facts) -> None:
+    def publish(self, facts: StatisticsInfo) -> None:
         """Make the file readable, with its counts, and move it to OUT."""
         header, _ = encode_header(self.specs, facts.metadata())
         raw = header[8:].ljust(self._start - 8)
-        with naming(self.folder / FILE):
+        with name_file(self.folder / FILE):
             write_exactly(self._fd, 8, memoryview(raw))
             os.fsync(self._fd)
             write_exactly(self._fd, 0, memoryview(len(raw).to_bytes(8, "little")))
@@ -148,7 +148,7 @@ class Partial:
         sync_folder(self.out.parent)
 
 
-def refuse_foreign(out: Path) -> None:
+def check_partial_is_ours(out: Path) -> None:
     """Raises PlanError if OUT.partial is not an unfinished statistics file of ours."""
     folder = partial_of(out)
     ours = folder.is_dir() and (bool(_read_json(folder / PROGRESS)) or not any(_content(folder)))

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from mergekit_lfm.collect.partial import Partial
-from mergekit_lfm.collect.pauses import Pauses, interrupts_noted
-from mergekit_lfm.collect.request import Request, Statistic
+from mergekit_lfm.collect.pauses import Pauses, delay_interrupts
+from mergekit_lfm.collect.request import Statistic, StatisticsRequest
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.machine.sizes import format_size
 from mergekit_lfm.store.tensors import ITEMSIZE, TensorSpec
@@ -51,7 +51,7 @@ def file_bytes(shapes: Mapping[str, tuple[int, ...]]) -> int:
 
 
 def run_passes(
-    statistic: Statistic, request: Request, passes: list[list[str]], partial: Partial, tell: Progress
+    statistic: Statistic, request: StatisticsRequest, passes: list[list[str]], partial: Partial, tell: Progress
 ) -> None:
     """Collect the units of all passes into `partial`. Calls tell(examples done, total) after every batch."""
     examples = request.examples
@@ -79,13 +79,17 @@ def run_passes(
 
 
 def _add_batches(
-    statistic: Statistic, request: Request, sums: dict[str, Tensor], partial: Partial, report: Callable[[int], None]
+    statistic: Statistic,
+    request: StatisticsRequest,
+    sums: dict[str, Tensor],
+    partial: Partial,
+    report: Callable[[int], None],
 ) -> None:
     """Add all batches to the sums, starting after those in the saved sums."""
     start = partial.load_sums(sums)
     pauses = Pauses()
     seen = sum(len(batch) for batch in islice(request.data, start))
-    with interrupts_noted() as interrupted:
+    with delay_interrupts() as interrupted:
         for number, batch in enumerate(request.data):
             if number < start:
                 continue

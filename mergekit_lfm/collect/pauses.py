@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 EVERY_S = 30.0
-SHARE = 0.05  # saving takes at most this share of the time
+SAVING_SHARE = 0.05  # saving takes at most this share of the time
 
 
 class Pauses:
@@ -30,11 +30,11 @@ class Pauses:
         start = time.monotonic()
         yield
         now = time.monotonic()
-        self._next = now + max(EVERY_S, (now - start) / SHARE)
+        self._next = now + max(EVERY_S, (now - start) / SAVING_SHARE)
 
 
 @contextmanager
-def interrupts_noted() -> Iterator[Callable[[], bool]]:
+def delay_interrupts() -> Iterator[Callable[[], bool]]:
     """Delay Ctrl-C: yields a function that returns True once it was pressed. Pressed again, it raises at once.
 
     Otherwise it could leave sums with half a batch added, which cannot be kept. Does nothing outside the main thread,

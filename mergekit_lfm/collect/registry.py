@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from mergekit_lfm.collect.fisher import Fisher
-from mergekit_lfm.collect.moments import Cross, Gram
-from mergekit_lfm.collect.request import Request, Statistic
+from mergekit_lfm.collect.fisher import FisherStatistic
+from mergekit_lfm.collect.moments import CrossStatistic, GramStatistic
+from mergekit_lfm.collect.request import Statistic, StatisticsRequest
 
-STATISTICS: dict[str, Callable[[Request], Statistic]] = {"gram": Gram, "cross": Cross, "fisher": Fisher}
+STATISTICS: dict[str, Callable[[StatisticsRequest], Statistic]] = {
+    "gram": GramStatistic,
+    "cross": CrossStatistic,
+    "fisher": FisherStatistic,
+}

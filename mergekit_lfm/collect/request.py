@@ -24,7 +24,7 @@ FILTERED = "left out: no name that was asked for is part of its name"
 
 
 @dataclass(frozen=True)
-class Request:
+class StatisticsRequest:
     """The input of a statistic: two subjects for "cross", else one; only "fisher" has `labels`, others None.
 
     memory: the bytes that sums may take; the numbers do not depend on it.
@@ -65,7 +65,7 @@ class Statistic(Protocol):
         """The covered layers, with the counts of their units; {} for a statistic of parameters."""
 
 
-def chosen(names: Sequence[str], patterns: Sequence[str], what: str) -> set[str]:
+def select_names(names: Sequence[str], patterns: Sequence[str], what: str) -> set[str]:
     """The names that contain one of the patterns; all without patterns. Raises PlanError if a pattern matches none."""
     unmatched = [pattern for pattern in patterns if not any(pattern in name for name in names)]
     if unmatched or not names:

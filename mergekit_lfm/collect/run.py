@@ -11,31 +11,31 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from mergekit_lfm.artifacts.statistics import Facts, Statistics, open_statistics
+from mergekit_lfm.artifacts.statistics import Statistics, StatisticsInfo, open_statistics
 from mergekit_lfm.collect.likelihoods import resolve_labels
-from mergekit_lfm.collect.partial import WIDEST_COUNT, WIDEST_NORM, Partial, clear, refuse_foreign
+from mergekit_lfm.collect.partial import WIDEST_COUNT, WIDEST_NORM, Partial, check_partial_is_ours, clear
 from mergekit_lfm.collect.passes import Progress, divide, file_bytes, run_passes, sum_bytes
 from mergekit_lfm.collect.registry import STATISTICS
-from mergekit_lfm.collect.request import Request, Statistic
+from mergekit_lfm.collect.request import Statistic, StatisticsRequest
 from mergekit_lfm.errors import FormatError, PlanError
-from mergekit_lfm.machine.resources import default_memory, free_space, occupied
+from mergekit_lfm.machine.resources import allocated_bytes, default_memory, free_space
 from mergekit_lfm.machine.sizes import format_size, parse_size
 from mergekit_lfm.runtime.batches import Batch, as_batches, digest_of
 from mergekit_lfm.runtime.data import read_data
 from mergekit_lfm.runtime.load import TASKS, Loaded, load_model
-from mergekit_lfm.runtime.subject import Subject, evaluating, make_subject
+from mergekit_lfm.runtime.subject import Subject, evaluation_mode, make_subject
 from mergekit_lfm.store.checkpoint import open_checkpoint
 from mergekit_lfm.store.places import check_file, partial_of
 from mergekit_lfm.version import __version__
 
 Model = nn.Module | str | Path
-Kind = Literal["gram", "fisher", "cross"]
+StatisticsKind = Literal["gram", "fisher", "cross"]
 Task = Literal["lm", "classification", "embedding"]
 Labels = Literal["expected", "sampled", "true"]
 
 
 def collect_stats(
-    kind: Kind,
+    kind: StatisticsKind,
     model: Model,
     data: str | Path | Sequence[Any],
     out: str | Path,
@@ -85,10 +85,12 @@ def collect_stats(
     destination = _destination(Path(out), [path for pair in models for path in pair], data)
     subjects = [_open_model(m, saved_as, task, dtype, device) for m, saved_as in models]
     batches = _batches(data, task, [loaded for _, loaded in subjects], batch_size, window, max_examples)
-    request = Request(tuple(s for s, _ in subjects), batches, task, targets, samples, seed, tuple(layers), nbytes)
+    request = StatisticsRequest(
+        tuple(s for s, _ in subjects), batches, task, targets, samples, seed, tuple(layers), nbytes
+    )
     facts = _known_facts(kind, request)
     if not _already_there(destination, facts, overwrite):
-        with evaluating(*(subject.module for subject in request.subjects)):
+        with evaluation_mode(*(subject.module for subject in request.subjects)):
             _collect(destination, STATISTICS[kind](request), request, facts, resume, progress or (lambda *_: None))
     return open_statistics(destination)
 
@@ -108,7 +110,7 @@ def _destination(out: Path, models: Sequence[Model | None], data: object) -> Pat
     check_file(out, inputs, overwrite=True)  # an earlier output is compared with the request before it is replaced
     place = out.resolve()
     place.parent.mkdir(parents=True, exist_ok=True)
-    refuse_foreign(place)
+    check_partial_is_ours(place)
     return out.absolute()
 
 
@@ -153,7 +155,7 @@ def _check_tokenizers(models: Sequence[Loaded]) -> None:
         )
 
 
-def _known_facts(kind: str, request: Request) -> Facts:
+def _known_facts(kind: str, request: StatisticsRequest) -> StatisticsInfo:
     """The facts known before the model runs."""
     options: dict[str, Any] = {"task": request.task, "layers": sorted(request.layers)}
     options["dtype"] = [str(subject.dtype).removeprefix("torch.") for subject in request.subjects]
@@ -163,10 +165,10 @@ def _known_facts(kind: str, request: Request) -> Facts:
             options |= {"samples": request.samples, "seed": request.seed}
     versions = {"mergekit_lfm": __version__, "torch": torch.__version__}
     models = tuple(subject.digest for subject in request.subjects)
-    return Facts(kind, models, digest_of(request.data), options, request.examples, versions=versions)
+    return StatisticsInfo(kind, models, digest_of(request.data), options, request.examples, versions=versions)
 
 
-def _already_there(out: Path, facts: Facts, overwrite: bool) -> bool:
+def _already_there(out: Path, facts: StatisticsInfo, overwrite: bool) -> bool:
     """True if OUT already is the requested file. Raises PlanError if it differs and may not be overwritten."""
     if not out.exists():
         return False
@@ -185,7 +187,9 @@ def _already_there(out: Path, facts: Facts, overwrite: bool) -> bool:
     return False
 
 
-def _collect(out: Path, statistic: Statistic, request: Request, facts: Facts, resume: bool, report: Progress) -> None:
+def _collect(
+    out: Path, statistic: Statistic, request: StatisticsRequest, facts: StatisticsInfo, resume: bool, report: Progress
+) -> None:
     unknown = dict.fromkeys(statistic.units, WIDEST_COUNT)
     facts = replace(facts, layers=statistic.layers(unknown), skipped=statistic.skipped, norm=WIDEST_NORM)
     passes = divide(statistic, request.memory, {})
@@ -207,7 +211,7 @@ def _check_disk(out: Path, statistic: Statistic, passes: list[list[str]]) -> Non
     """Raises PlanError if the disk cannot hold the file and a pass's sums, twice while they are replaced."""
     sums = max(sum(sum_bytes(statistic.units[unit]) for unit in units) for units in passes)
     needed = sum(map(file_bytes, statistic.units.values())) + 2 * sums
-    free = free_space(out) + occupied(partial_of(out))
+    free = free_space(out) + allocated_bytes(partial_of(out))
     if needed > free:
         raise PlanError(
             f"{out.parent} has {format_size(free)} free, expected {format_size(needed)} for the file and its temporary "

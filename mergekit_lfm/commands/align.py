@@ -13,7 +13,7 @@ from mergekit_lfm.commands import options
 from mergekit_lfm.commands.options import needing_models
 from mergekit_lfm.commands.shell import ANSWER_IS_NO, Command, ModelFolder
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.store.hub import called
+from mergekit_lfm.store.hub import display_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -120,7 +120,7 @@ def align(
     else:
         if not quiet:
             click.echo(transform_text(found), err=True)
-            click.echo(alignment_text(found, called(model)), err=True)
+            click.echo(alignment_text(found, display_name(model)), err=True)
         if save is not None:
             click.echo(f"{save}: {saved_text(found['saved'])}", err=True)
         click.echo(out)
@@ -262,6 +262,6 @@ def _check(ctx: click.Context, model: Path, as_json: bool, quiet: bool) -> None:
 
     with needing_models(), counter(" runs", "checking", hidden=quiet or as_json) as progress:
         report = check_symmetries(tensors, symmetries, run, progress=progress)
-    found = {"model": called(model), **report_data(report, symmetries)}
+    found = {"model": display_name(model), **report_data(report, symmetries)}
     click.echo(json.dumps(found) if as_json else report_text(found))
     ctx.exit(0 if report.ok else ANSWER_IS_NO)

@@ -15,7 +15,7 @@ from mergekit_lfm.errors import PlanError
 
 if TYPE_CHECKING:
     from mergekit_lfm.artifacts.facts import FactsFile
-    from mergekit_lfm.edit.scores import Scores
+    from mergekit_lfm.edit.scores import FactScores
     from mergekit_lfm.runtime.load import Loaded
     from mergekit_lfm.store.checkpoint import Checkpoint
 
@@ -70,7 +70,7 @@ def load(model: Path | Checkpoint, dtype: str, device: str) -> Loaded:
     return loaded
 
 
-def score(loaded: Loaded, facts: FactsFile, doing: str, hidden: bool) -> Scores:
+def score(loaded: Loaded, facts: FactsFile, doing: str, hidden: bool) -> FactScores:
     """What the model says of the facts. doing: what the bar on the terminal calls it."""
     from mergekit_lfm.commands.show.terminal import counter
     from mergekit_lfm.edit.scores import score_facts

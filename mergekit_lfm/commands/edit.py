@@ -211,12 +211,12 @@ def _solve(
 def _save(model: Path, patch: Path, save: Path, overwrite: bool, hidden: bool) -> dict[str, Any]:
     """Write the edited model; where it is, and what undoes it."""
     from mergekit_lfm.api.patches import apply_patches
-    from mergekit_lfm.commands.show.patches import applied_data
+    from mergekit_lfm.commands.show.patches import apply_data
     from mergekit_lfm.commands.show.terminal import progress_bar
     from mergekit_lfm.store.checkpoint import open_checkpoint
 
     with progress_bar(open_checkpoint(model).nbytes, "writing", hidden=hidden) as progress:
-        return applied_data(apply_patches(model, [patch], save, overwrite=overwrite, progress=progress))
+        return apply_data(apply_patches(model, [patch], save, overwrite=overwrite, progress=progress))
 
 
 def _judged(
@@ -225,9 +225,9 @@ def _judged(
     """The scores of the edited model as its files have it: of the folder, or of the model through the patch."""
     from mergekit_lfm.artifacts.patch import open_patch
     from mergekit_lfm.store.checkpoint import open_checkpoint
-    from mergekit_lfm.views.patched import patched
+    from mergekit_lfm.views.patched import patched_view
 
-    edited = patched(open_checkpoint(model), open_patch(patch)) if save is None else save
+    edited = patched_view(open_checkpoint(model), open_patch(patch)) if save is None else save
     return checks.score(checks.load(edited, dtype, device), facts, "verifying", hidden).as_data()
 
 

@@ -13,7 +13,7 @@ import click
 from mergekit_lfm.commands.options import TASKS, as_json, needing_models
 from mergekit_lfm.commands.shell import Command, ModelFolder
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.store.hub import called
+from mergekit_lfm.store.hub import display_name
 
 if TYPE_CHECKING:
     from mergekit_lfm.judge.evaluate import Score
@@ -115,7 +115,7 @@ def _judge_facts(models: Sequence[Path], path: Path, device: str, as_json: bool)
     scores = {}
     for model in models:
         loaded = checks.load(model, "float32", device)
-        scores[called(model)] = checks.score(loaded, facts, "judging", hidden=as_json).as_data()
+        scores[display_name(model)] = checks.score(loaded, facts, "judging", hidden=as_json).as_data()
     if as_json:
         click.echo(json.dumps([{"model": model, "facts": str(path), **found} for model, found in scores.items()]))
     else:
@@ -151,5 +151,5 @@ def _scores(models: Sequence[Path], task: str, judges: dict[str, Judge], device:
     for path in models:
         with needing_models():
             model = load_model(path, task, device=device)
-        scores[called(path)] = {name: judge(model) for name, judge in judges.items()}
+        scores[display_name(path)] = {name: judge(model) for name, judge in judges.items()}
     return scores

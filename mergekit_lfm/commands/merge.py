@@ -137,14 +137,14 @@ def _show_plan(
     planned: PlannedMerge, memory: int | None, threads: int | None, as_json: bool, verbose: bool, *, err: bool = False
 ) -> None:
     from mergekit_lfm.commands.show.plans import plan_text
-    from mergekit_lfm.machine.resources import default_memory, free_space, occupied
+    from mergekit_lfm.machine.resources import allocated_bytes, default_memory, free_space
     from mergekit_lfm.plan.budget import workers
     from mergekit_lfm.store.places import partial_of
 
     plan, out = planned.plan, planned.out
     memory = memory or default_memory()
     threads = workers(plan, memory, threads, planned.gpu)
-    free, needed = free_space(out), sum(shard.nbytes for shard in plan.shards) - occupied(partial_of(out))
+    free, needed = free_space(out), sum(shard.nbytes for shard in plan.shards) - allocated_bytes(partial_of(out))
     facts = {
         "out": str(out),
         "memory": memory,
@@ -168,7 +168,7 @@ def _show_outcome(outcome: Outcome[Merged], *, hidden: bool) -> None:
 
 
 def _show_result(outcome: Outcome[Merged], as_json: bool, quiet: bool) -> None:
-    from mergekit_lfm.commands.show.plans import pushed_data, pushed_text
+    from mergekit_lfm.commands.show.plans import push_data, push_text
 
     plan, pushed = outcome.result.plan, outcome.result.pushed
     if as_json:
@@ -181,14 +181,14 @@ def _show_result(outcome: Outcome[Merged], as_json: bool, quiet: bool) -> None:
             "seconds": round(outcome.seconds, 3),
             "warnings": list(outcome.warnings),
             "digest": outcome.digest,
-            "pushed": None if pushed is None else pushed_data(pushed),
+            "pushed": None if pushed is None else push_data(pushed),
         }
         click.echo(json.dumps(facts))
         return
     click.echo(outcome.path)
     if pushed is not None:
         if not quiet:
-            click.echo(pushed_text(pushed), err=True)
+            click.echo(push_text(pushed), err=True)
         click.echo(pushed.url)
 
 
@@ -242,8 +242,8 @@ def verify(ctx: click.Context, out: str, as_json: bool, quiet: bool) -> None:
     OUT is its folder, or its name on the Hub, from where what the lock names is downloaded to the cache. Prints every
     difference; the exit code is 1 if there is one.
     """
-    from mergekit_lfm.commands.show.terminal import counted, progress_bar
-    from mergekit_lfm.output.card import CARD, KEPT
+    from mergekit_lfm.commands.show.terminal import count_noun, progress_bar
+    from mergekit_lfm.output.card import CARD, OWN_CARD
     from mergekit_lfm.output.lock import LOCK, covered
     from mergekit_lfm.output.lock import verify as differences
 
@@ -262,11 +262,11 @@ def verify(ctx: click.Context, out: str, as_json: bool, quiet: bool) -> None:
     nbytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     with progress_bar(nbytes, "verifying", hidden=hidden) as progress:
         problems = differences(folder, progress)
-    if folder != Path(out) and KEPT in snapshot.sizes:  # beside a card that was edited there
+    if folder != Path(out) and OWN_CARD in snapshot.sizes:  # beside a card that was edited there
         problems = [line for line in problems if not line.startswith(f"{CARD} ")]
     if as_json:
         click.echo(json.dumps({"out": out, "good": not problems, "problems": problems}))
     else:
-        verdict = f"{counted(len(problems), 'difference')} to its lock" if problems else "good, all as its lock says"
+        verdict = f"{count_noun(len(problems), 'difference')} to its lock" if problems else "good, all as its lock says"
         click.echo("\n".join([*problems, f"{out}: {verdict}"]))
     ctx.exit(ANSWER_IS_NO if problems else 0)

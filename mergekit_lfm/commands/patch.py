@@ -88,7 +88,7 @@ def apply(
     new model is loaded from its files and asked for the facts that the patches teach, which needs the extra:
     pip install "mergekit_lfm[models]"; --no-verify does without.
     """
-    from mergekit_lfm.commands.show.patches import applied_data, applied_text
+    from mergekit_lfm.commands.show.patches import apply_data, apply_text
 
     hidden = quiet or as_json
     checks.check_verifying(min_efficacy, no_verify)
@@ -99,8 +99,8 @@ def apply(
         _check_runs(model)
     applied = _apply(ctx, model, patches, out, hidden, **given)
     after = None if facts is None else checks.score(checks.load(out, dtype, device), facts, "verifying", hidden)
-    found = {**applied_data(applied), "after": after and after.as_data()}
-    checks.conclude(ctx, found, applied_text, out, min_efficacy, as_json=as_json, quiet=quiet)
+    found = {**apply_data(applied), "after": after and after.as_data()}
+    checks.conclude(ctx, found, apply_text, out, min_efficacy, as_json=as_json, quiet=quiet)
 
 
 def _facts_of(patches: Sequence[Path]) -> FactsFile | None:
@@ -167,7 +167,7 @@ def undo(
     The original tensors are taken from the file that applying has left, or from the model that was edited.
     """
     from mergekit_lfm.api.patches import undo_patches
-    from mergekit_lfm.commands.show.patches import applied_data, applied_text
+    from mergekit_lfm.commands.show.patches import apply_data, apply_text
     from mergekit_lfm.commands.show.terminal import progress_bar
     from mergekit_lfm.store.checkpoint import open_checkpoint
 
@@ -175,10 +175,10 @@ def undo(
         raise click.UsageError("Give --undo FILE or --base MODEL, not both.")
     nbytes = open_checkpoint(edited).nbytes
     with going_on_later(ctx, out), progress_bar(nbytes, "undoing", hidden=quiet or as_json) as progress:
-        found = applied_data(undo_patches(edited, out, undo=undo, progress=progress, **given))
+        found = apply_data(undo_patches(edited, out, undo=undo, progress=progress, **given))
     if as_json:
         click.echo(json.dumps(found))
         return
     if not quiet:
-        click.echo(applied_text(found), err=True)
+        click.echo(apply_text(found), err=True)
     click.echo(out)

@@ -44,7 +44,7 @@ def push(
     push that are no more are deleted. A model card that was edited on the Hub is kept. The token is HF_TOKEN, or what
     `hf auth login` has stored. A push that fails leaves the repository as it was.
     """
-    from mergekit_lfm.commands.show.plans import pushed_data, pushed_text
+    from mergekit_lfm.commands.show.plans import push_data, push_text
     from mergekit_lfm.output.push import push as push_to
 
     with transfers(hidden=quiet or as_json):
@@ -58,8 +58,8 @@ def push(
             pull_back=verify,
         )
     if as_json:
-        click.echo(json.dumps(pushed_data(pushed)))
+        click.echo(json.dumps(push_data(pushed)))
         return
     if not quiet:
-        click.echo(pushed_text(pushed), err=True)
+        click.echo(push_text(pushed), err=True)
     click.echo(pushed.url)

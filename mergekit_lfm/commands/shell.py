@@ -88,9 +88,9 @@ def transfers(*, hidden: bool) -> AbstractContextManager[None]:
     """While it lasts, transfers from and to the Hub show their progress on a terminal, unless hidden."""
     if not hidden and sys.stderr.isatty():
         return nullcontext()
-    from mergekit_lfm.store.hub.client import no_bars
+    from mergekit_lfm.store.hub.client import hide_progress_bars
 
-    return no_bars()
+    return hide_progress_bars()
 
 
 class Size(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.5 only

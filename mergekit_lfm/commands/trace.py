@@ -10,7 +10,7 @@ import click
 
 from mergekit_lfm.commands import checks, options
 from mergekit_lfm.commands.shell import Command, ModelFolder
-from mergekit_lfm.store.hub import called
+from mergekit_lfm.store.hub import display_name
 
 
 @click.command(
@@ -81,7 +81,7 @@ def trace(
     how: dict[str, Any] = {"noise": noise, "window": window, "draws": draws, "seed": seed, "batch": batch}
     with counter(" facts", "tracing", hidden=quiet or as_json) as progress:
         found = traced(loaded.model, loaded.tokenizer, known, progress=progress, **how)
-    data = {"model": called(model), **found.as_data()}
+    data = {"model": display_name(model), **found.as_data()}
     if out is not None:
         replace_file(out, json.dumps(data, indent=1).encode())
     if plot is not None:

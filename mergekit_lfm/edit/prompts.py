@@ -16,7 +16,7 @@ from mergekit_lfm.artifacts.facts import BLANK
 from mergekit_lfm.errors import PlanError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from mergekit_lfm.runtime.load import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Encoded:
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     texts: Sequence[str],
     spans: Sequence[tuple[int, int] | None] | None = None,
     endings: Sequence[Sequence[int]] | None = None,
@@ -80,7 +80,7 @@ def encode(
 Offsets = list[tuple[int, int]]
 
 
-def _tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> tuple[list[list[int]], list[Offsets]]:
+def _tokens(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[list[list[int]], list[Offsets]]:
     """The tokens of each text and their character spans, less special tokens at the end: the text continues."""
     if not getattr(tokenizer, "is_fast", False):
         raise PlanError(
@@ -112,7 +112,7 @@ def _tokens_of(text: str, offsets: Sequence[tuple[int, int]], span: tuple[int, i
     return inside[0], inside[-1]
 
 
-def filled(template: str, prompt: str, subject: str) -> tuple[str, tuple[int, int]]:
+def fill_template(template: str, prompt: str, subject: str) -> tuple[str, tuple[int, int]]:
     """The prompt with its subject and the template's context filled in, and the subject's span of characters."""
     before, _, after = template.partition(BLANK)
     start, _, end = prompt.partition(BLANK)
@@ -120,7 +120,7 @@ def filled(template: str, prompt: str, subject: str) -> tuple[str, tuple[int, in
     return f"{before}{start}{subject}{end}{after}", (begin, begin + len(subject))
 
 
-def target_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str) -> list[int]:
+def target_ids(tokenizer: Tokenizer, prompt: str, target: str) -> list[int]:
     """The tokens of a target that continues a prompt. Raises PlanError if it has none.
 
     The text is tokenised as a whole. The target's tokens follow those of the prompt alone; if the prompt has other

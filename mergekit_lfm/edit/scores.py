@@ -16,16 +16,16 @@ from torch import Tensor, nn
 
 from mergekit_lfm.artifacts.facts import Fact, FactsFile, as_facts
 from mergekit_lfm.edit.prompts import Encoded, encode, target_ids
-from mergekit_lfm.edit.targets import Progress, at_rest, limit_of
+from mergekit_lfm.edit.targets import Progress, frozen_eval, max_tokens
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.runtime.load import logits, run, tokenizer_for_texts
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from mergekit_lfm.runtime.load import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class ScoreRow:
     """A model's answer to one fact. right: it would say target_new, token by token (EA).
 
     p_new, p_true: exp of the mean log-probability of the target's tokens; p_true: None without target_true.
@@ -40,7 +40,7 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class Scores:
+class FactScores:
     """Shares of prompts, from 0 to 1; None if the facts file has no such prompts. counts: the prompts of each share.
 
     es, ps: target_new is more likely than target_true, after the prompts and after paraphrases. ns: target_true is more
@@ -58,7 +58,7 @@ class Scores:
     sa: float | None
     unedited: float | None
     counts: Mapping[str, int]
-    rows: tuple[Row, ...]
+    rows: tuple[ScoreRow, ...]
 
     def as_data(self) -> dict[str, Any]:
         """All of it, JSON-able."""
@@ -70,7 +70,7 @@ METRICS = ("es", "ps", "ns", "ea", "pa", "na", "sa", "unedited")
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
+class Answer:
     """A model's view of a target. logp: the mean over its tokens; right: each token is the most likely one."""
 
     logp: float
@@ -82,12 +82,12 @@ Asked = tuple[str, str]  # a prompt and the target after it
 
 def score_facts(
     model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: Tokenizer | None,
     facts: Any,
     *,
     batch: int = 32,
     progress: Progress | None = None,
-) -> Scores:
+) -> FactScores:
     """Score the model on the facts and on everything else in the facts file.
 
     facts: as `as_facts` takes them. batch: texts in one forward pass; it changes the result by rounding only.
@@ -99,9 +99,9 @@ def score_facts(
     questions = _questions(facts_file)
     targets = [(q.prompt, target) for each in questions.values() for q in each for target in (q.right, q.wrong)]
     asked = list(dict.fromkeys((prompt, target) for prompt, target in targets if target is not None))
-    answer_to = dict(zip(asked, say(model, tokenizer, asked, batch=batch, progress=progress), strict=True))
+    answer_to = dict(zip(asked, answer_prompts(model, tokenizer, asked, batch=batch, progress=progress), strict=True))
     answers_of = {metric: [answer_to[q.prompt, q.right].right for q in each] for metric, each in questions.items()}
-    for judged, compared in COMPARED.items():
+    for judged, compared in COMPARED_METRIC.items():
         answers_of[compared] = [
             answer_to[q.prompt, q.right].logp > answer_to[q.prompt, q.wrong].logp
             for q in questions[judged]
@@ -109,10 +109,10 @@ def score_facts(
         ]
     shares = {metric: sum(answers) / len(answers) if answers else None for metric, answers in answers_of.items()}
     counts = {metric: len(answers_of[metric]) for metric in METRICS}
-    return Scores(**shares, counts=counts, rows=tuple(_row(fact, answer_to) for fact in facts_file.facts))
+    return FactScores(**shares, counts=counts, rows=tuple(_row(fact, answer_to) for fact in facts_file.facts))
 
 
-COMPARED = {"ea": "es", "pa": "ps", "na": "ns"}  # metrics of the same prompts
+COMPARED_METRIC = {"ea": "es", "pa": "ps", "na": "ns"}  # metrics of the same prompts
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,28 +143,28 @@ def _questions(facts_file: FactsFile) -> dict[str, list[_Question]]:
     }
 
 
-def _row(fact: Fact, said: Mapping[Asked, Said]) -> Row:
+def _row(fact: Fact, said: Mapping[Asked, Answer]) -> ScoreRow:
     new = said[fact.text, fact.target_new]
     true = None if fact.target_true is None else exp(said[fact.text, fact.target_true].logp)
-    return Row(fact.subject, fact.prompt, fact.target_new, new.right, exp(new.logp), true)
+    return ScoreRow(fact.subject, fact.prompt, fact.target_new, new.right, exp(new.logp), true)
 
 
-def say(
+def answer_prompts(
     model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: Tokenizer | None,
     asked: Sequence[Asked],
     *,
     batch: int = 32,
     progress: Progress | None = None,
-) -> list[Said]:
+) -> list[Answer]:
     """Judge each target after its prompt and a space.
 
     Texts of similar length run together, padded on the right. The model does not change. Raises as `score_facts`.
     """
     encoded = _encode(model, tokenizer_for_texts(tokenizer), asked)
     order = encoded.lengths.argsort(descending=True, stable=True)
-    answers: list[Said | None] = [None] * len(asked)
-    with at_rest(model), torch.no_grad():
+    answers: list[Answer | None] = [None] * len(asked)
+    with frozen_eval(model), torch.no_grad():
         for start in range(0, len(order), batch):
             rows = order[start : start + batch]
             for row, each in zip(rows.tolist(), _judge(model, _select(encoded, rows)), strict=True):
@@ -174,10 +174,10 @@ def say(
     return [each for each in answers if each is not None]
 
 
-def _encode(model: nn.Module, tokenizer: PreTrainedTokenizerBase, asked: Sequence[Asked]) -> Encoded:
+def _encode(model: nn.Module, tokenizer: Tokenizer, asked: Sequence[Asked]) -> Encoded:
     """The prompts with their targets; first and last locate the target. Raises as `score_facts`."""
     endings = [target_ids(tokenizer, prompt, target) for prompt, target in asked]
-    encoded = encode(tokenizer, [prompt for prompt, _ in asked], endings=endings, limit=limit_of(model))
+    encoded = encode(tokenizer, [prompt for prompt, _ in asked], endings=endings, limit=max_tokens(model))
     first = encoded.lengths - torch.tensor([len(ending) for ending in endings])
     if alone := [target for (_, target), at in zip(asked, first.tolist(), strict=True) if at == 0]:
         raise PlanError(
@@ -199,7 +199,7 @@ def _select(encoded: Encoded, rows: Tensor) -> Encoded:
     )
 
 
-def _judge(model: nn.Module, texts: Encoded) -> list[Said]:
+def _judge(model: nn.Module, texts: Encoded) -> list[Answer]:
     """Judge the target of every row, in one forward pass."""
     device = next(model.parameters()).device
     scores = logits(run(model, kwargs={**texts.inputs(device), "use_cache": False}))  # [rows, tokens, vocabulary]
@@ -213,4 +213,4 @@ def _judge(model: nn.Module, texts: Encoded) -> list[Said]:
     hit = ((logp_all.argmax(-1) == wanted) & ~logp_all.isnan().any(-1)).cpu()
     ends = counts.cumsum(0).tolist()
     spans = [slice(end - count, end) for end, count in zip(ends, counts.tolist(), strict=True)]
-    return [Said(float(logp[span].mean()), bool(hit[span].all())) for span in spans]
+    return [Answer(float(logp[span].mean()), bool(hit[span].all())) for span in spans]

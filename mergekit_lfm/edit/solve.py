@@ -13,26 +13,26 @@ import torch
 from torch import nn
 
 from mergekit_lfm.artifacts.facts import FactsFile, as_facts
-from mergekit_lfm.artifacts.patch import Changed, Patch
+from mergekit_lfm.artifacts.patch import Patch, TensorChange
 from mergekit_lfm.artifacts.statistics import Statistics
 from mergekit_lfm.edit.covariance import Covariance, second_moments
 from mergekit_lfm.edit.memit import _memit
 from mergekit_lfm.edit.rome import _rome
 from mergekit_lfm.edit.sites import Site, find_sites
-from mergekit_lfm.edit.targets import Progress, Subject, at_rest, check_texts, limit_of
+from mergekit_lfm.edit.targets import EditedModel, Progress, check_texts, frozen_eval, max_tokens
 from mergekit_lfm.edit.work import CPU, Changes, _put_back, _Work
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.recipe.edit import EDIT_METHODS, edit_options
 from mergekit_lfm.runtime.load import Loaded, tokenizer_for_texts
-from mergekit_lfm.runtime.locate import located
+from mergekit_lfm.runtime.locate import locate_tensors
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from mergekit_lfm.runtime.load import Tokenizer
 
 
 def edit(
     model: nn.Module | Loaded,
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: Tokenizer | None,
     facts: Any,
     *,
     method: str = "memit",
@@ -68,13 +68,13 @@ def edit(
     sites = _chosen(find_sites(module), method, asked["layers"])
     names = {site.weight: site.weight for site in sites}
     if loaded is not None:
-        places, _ = located(module, loaded.checkpoint)
+        places, _ = locate_tensors(module, loaded.checkpoint)
         names = {site.weight: places[site.weight] for site in sites}
     content = loaded.checkpoint.content if loaded is not None and isinstance(covariance, Statistics) else None
     moments = second_moments(covariance, sites, names, content, ridge=asked["ridge"], dtype=dtype)
-    work = _Work(Subject(module, tokenizer, limit_of(module)), sites, moments, asked, dtype, progress)
+    work = _Work(EditedModel(module, tokenizer, max_tokens(module)), sites, moments, asked, dtype, progress)
     check_texts(work.subject, known.facts, work.contexts, asked["kl_template"])
-    with at_rest(module), _put_back(sites), torch.no_grad():
+    with frozen_eval(module), _put_back(sites), torch.no_grad():
         changes = (_rome if method == "rome" else _memit)(work, known.facts)
     used: dict[str, Any] = {
         **asked,
@@ -129,7 +129,7 @@ def _patch(
         parts = (left, right) if site.axis == 1 else (right.mT, left.mT)
         spec = None if loaded is None else loaded.checkpoint[names[site.weight]]
         stored = str(site.parameter.dtype).removeprefix("torch.") if spec is None else spec.dtype
-        held[names[site.weight]] = (*parts, Changed("low_rank", tuple(site.parameter.shape), stored, site.axis))
+        held[names[site.weight]] = (*parts, TensorChange("low_rank", tuple(site.parameter.shape), stored, site.axis))
     patch = Patch.low_rank(method, held, options=options, facts=facts.as_data())
     if loaded is None:
         return patch

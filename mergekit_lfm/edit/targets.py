@@ -15,22 +15,22 @@ import torch
 from torch import Tensor, nn
 
 from mergekit_lfm.artifacts.facts import Fact
-from mergekit_lfm.edit.prompts import Encoded, encode, filled, target_ids
-from mergekit_lfm.runtime.hooks import hooked
+from mergekit_lfm.edit.prompts import Encoded, encode, fill_template, target_ids
+from mergekit_lfm.runtime.hooks import hook_modules
 from mergekit_lfm.runtime.load import logits, run
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from mergekit_lfm.runtime.load import Tokenizer
 
 Progress = Callable[[int, int], None]  # (done, all)
 
 
 @dataclass(frozen=True)
-class Subject:
+class EditedModel:
     """The model to edit, its tokenizer, and the most tokens that it takes."""
 
     model: nn.Module
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Tokenizer
     limit: int | None
 
     @property
@@ -56,7 +56,7 @@ class Subject:
                 states.append(state[index].detach().clone())
 
             hooks = {module: _partial(keep, states) for module, states in states_of.items()}
-            with torch.no_grad(), hooked(hooks, inputs=inputs):
+            with torch.no_grad(), hook_modules(hooks, inputs=inputs):
                 run(self.model, kwargs=chunk.inputs(self.device))
         return [torch.cat(parts) for parts in states_of.values()]
 
@@ -65,7 +65,7 @@ def _partial(keep: Callable[[Tensor, list[Tensor]], None], states: list[Tensor])
     return lambda state: keep(state, states)
 
 
-def limit_of(model: nn.Module) -> int | None:
+def max_tokens(model: nn.Module) -> int | None:
     """The most tokens that the model takes; None if its config names no limit."""
     config: Any = model.config
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -73,7 +73,7 @@ def limit_of(model: nn.Module) -> int | None:
 
 
 @contextmanager
-def at_rest(model: nn.Module) -> Iterator[None]:
+def frozen_eval(model: nn.Module) -> Iterator[None]:
     """Put the model into evaluation mode without gradients; restore it afterwards."""
     training = {module: module.training for module in model.modules()}
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -88,7 +88,7 @@ def at_rest(model: nn.Module) -> Iterator[None]:
 
 
 def find_targets(
-    subject: Subject,
+    subject: EditedModel,
     module: nn.Module,
     facts: Sequence[Fact],
     options: Mapping[str, Any],
@@ -116,7 +116,7 @@ def find_targets(
     return torch.cat(targets)
 
 
-def check_texts(subject: Subject, facts: Sequence[Fact], templates: Sequence[str], kl_template: str) -> None:
+def check_texts(subject: EditedModel, facts: Sequence[Fact], templates: Sequence[str], kl_template: str) -> None:
     """Raise PlanError if the model cannot take some text of a fact, before it runs on any."""
     _texts(subject, facts, templates, kl_template)
 
@@ -134,12 +134,12 @@ class _Texts:
     bare: Tensor
 
 
-def _texts(subject: Subject, facts: Sequence[Fact], templates: Sequence[str], kl_template: str) -> _Texts:
+def _texts(subject: EditedModel, facts: Sequence[Fact], templates: Sequence[str], kl_template: str) -> _Texts:
     prompts, endings, owner, wanted = [], list[Sequence[int]](), [], list[list[int]]()
     for i, fact in enumerate(facts):
         ids = target_ids(subject.tokenizer, fact.text, fact.target_new)
-        prompts += [filled(template, fact.prompt, fact.subject) for template in templates]
-        prompts.append(filled("{}", kl_template, fact.subject))
+        prompts += [fill_template(template, fact.prompt, fact.subject) for template in templates]
+        prompts.append(fill_template("{}", kl_template, fact.subject))
         endings += [ids[:-1]] * len(templates) + [[]]
         wanted += [ids] * len(templates) + [[]]
         owner += [i] * (len(templates) + 1)
@@ -161,7 +161,7 @@ def _texts(subject: Subject, facts: Sequence[Fact], templates: Sequence[str], kl
 
 
 def _search(
-    subject: Subject, module: nn.Module, facts: Sequence[Fact], options: Mapping[str, Any], templates: Sequence[str]
+    subject: EditedModel, module: nn.Module, facts: Sequence[Fact], options: Mapping[str, Any], templates: Sequence[str]
 ) -> Tensor:
     texts = _texts(subject, facts, templates, options["kl_template"])
     rows, device = torch.arange(len(texts.fact)), subject.device
@@ -181,7 +181,7 @@ def _search(
     active = torch.ones(len(facts), dtype=torch.bool, device=device)
     optimiser: torch.optim.Adam | None = None
     for step in range(options["steps"]):
-        with torch.enable_grad(), hooked({module: add}):
+        with torch.enable_grad(), hook_modules({module: add}):
             scores = logits(run(subject.model, kwargs=inputs))
             assert delta is not None
             size = clean[0][texts.bare].norm(dim=1)

@@ -15,24 +15,24 @@ import torch
 from torch import Tensor, nn
 
 from mergekit_lfm.artifacts.facts import Fact, as_facts
-from mergekit_lfm.edit.prompts import encode, filled, target_ids
+from mergekit_lfm.edit.prompts import encode, fill_template, target_ids
 from mergekit_lfm.edit.sites import Site, find_sites
-from mergekit_lfm.edit.targets import Progress, at_rest, limit_of
+from mergekit_lfm.edit.targets import Progress, frozen_eval, max_tokens
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.runtime.hooks import hooked
+from mergekit_lfm.runtime.hooks import hook_modules
 from mergekit_lfm.runtime.load import logits, run, tokenizer_for_texts
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from mergekit_lfm.runtime.load import Tokenizer
 
 # The kinds of states to put back: the output of a layer, or of its MLP or attention alone.
-KINDS: Mapping[str, Callable[[Site], nn.Module]] = {
+STATE_KINDS: Mapping[str, Callable[[Site], nn.Module]] = {
     "hidden": lambda site: site.block,
     "mlp": lambda site: site.mlp,
     "attention": lambda site: site.attention,
 }
 ROLES = ("first subject token", "middle subject tokens", "last subject token", "further tokens", "last token")
-SHARE = 0.5  # of the greatest effect: the least effect of a suggested layer
+EFFECT_SHARE = 0.5  # of the greatest effect: the least effect of a suggested layer
 MOST = 5  # suggested layers, as many as MEMIT edits in most published settings
 
 Effects = Mapping[str, Mapping[str, tuple[float | None, ...]]]  # by KINDS, ROLES and layer; None without such a token
@@ -78,7 +78,7 @@ class Trace:
         best = max(range(len(effects)), key=effects.__getitem__)
         if effects[best] <= 0:
             return ()
-        enough = [x >= SHARE * effects[best] for x in effects]
+        enough = [x >= EFFECT_SHARE * effects[best] for x in effects]
         first, end = best, best + 1
         while first > 0 and enough[first - 1]:
             first -= 1
@@ -98,7 +98,7 @@ class Trace:
 
 def trace(
     model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: Tokenizer | None,
     facts: Any,
     *,
     noise: float = 3.0,
@@ -124,7 +124,7 @@ def trace(
     known, sites = as_facts(facts).facts, find_sites(model)
     texts = _texts(model, tokenizer_for_texts(tokenizer), known)
     draw, rows = torch.Generator().manual_seed(seed), []
-    with at_rest(model), torch.no_grad():
+    with frozen_eval(model), torch.no_grad():
         size = noise * float(_embed(model, texts).cpu().double().std())
         for i, (fact, text) in enumerate(zip(known, texts, strict=True)):
             case = _case(model, sites, text, size, draws, draw, batch)
@@ -173,9 +173,9 @@ class _Text:
         }
 
 
-def _texts(model: nn.Module, tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact]) -> list[_Text]:
-    prompts, spans = zip(*(filled("{}", fact.prompt, fact.subject) for fact in facts), strict=True)
-    encoded = encode(tokenizer, prompts, spans, limit=limit_of(model))
+def _texts(model: nn.Module, tokenizer: Tokenizer, facts: Sequence[Fact]) -> list[_Text]:
+    prompts, spans = zip(*(fill_template("{}", fact.prompt, fact.subject) for fact in facts), strict=True)
+    encoded = encode(tokenizer, prompts, spans, limit=max_tokens(model))
     positions = zip(encoded.lengths.tolist(), encoded.first.tolist(), encoded.last.tolist(), strict=True)
     wanted = [target_ids(tokenizer, fact.text, fact.target_new)[0] for fact in facts]
     return [
@@ -228,10 +228,10 @@ def _case(
     def keep(state: Tensor, key: tuple[str, int]) -> None:
         states[key] = state[0].clone()
 
-    modules = {(kind, i): module(site) for kind, module in KINDS.items() for i, site in enumerate(sites)}
+    modules = {(kind, i): module(site) for kind, module in STATE_KINDS.items() for i, site in enumerate(sites)}
     hooks = {module: partial(keep, key=key) for key, module in modules.items()}
     (p_clean,) = _chances(model, text, 1, hooks).tolist()
-    clean = {kind: torch.stack([states[kind, i] for i in range(len(sites))]) for kind in KINDS}
+    clean = {kind: torch.stack([states[kind, i] for i in range(len(sites))]) for kind in STATE_KINDS}
     shape = (draws, *_embed(model, [text]).shape)
     noise = size * torch.randn(shape, dtype=torch.float64, generator=draw)
     return _Case(model, sites, text, batch, noise, clean, p_clean)
@@ -242,7 +242,7 @@ def _chances(model: nn.Module, text: _Text, rows: int, hooks: Mapping[nn.Module,
     device = next(model.parameters()).device
     ids = text.ids.expand(rows, -1).to(device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
-    with hooked(hooks):
+    with hook_modules(hooks):
         scores = logits(run(model, kwargs=inputs))[:, -1]  # [rows, vocabulary]
     p = scores.to(torch.promote_types(scores.dtype, torch.float32)).softmax(-1)
     return p[:, text.wanted].double().cpu()
@@ -266,7 +266,7 @@ def _trace_fact(case: _Case, fact: Fact, window: int) -> FactTrace:
     draws = torch.arange(len(case.noise))
     corrupted = case.chances(draws, lambda _: {})
     effects = {}
-    for kind in KINDS:
+    for kind in STATE_KINDS:
         restored = _restore(case, kind, 1 if kind == "hidden" else window)
         effect = (restored - corrupted[:, None, None]).mean(0)  # [layers, positions from the subject on]
         offsets = {role: [i - case.text.first for i in positions] for role, positions in case.text.of_role().items()}
@@ -292,7 +292,10 @@ def _restore(case: _Case, kind: str, window: int) -> Tensor:
             (rows,) = ((begin[chunk] <= layer) & (layer < end[chunk])).nonzero(as_tuple=True)
             if len(rows):
                 at = positions[chunk][rows]
-                yield KINDS[kind](site), partial(_put_back, rows=rows, positions=at, clean=case.clean[kind][layer])
+                yield (
+                    STATE_KINDS[kind](site),
+                    partial(_put_back, rows=rows, positions=at, clean=case.clean[kind][layer]),
+                )
 
     return case.chances(draws, lambda chunk: dict(hooks(chunk))).reshape(shape)
 
@@ -309,4 +312,4 @@ def _means(each: Sequence[Effects]) -> Effects:
         return _mean(numbers) if numbers else None
 
     depth = len(each[0]["hidden"]["last token"])
-    return {kind: {role: tuple(mean(kind, role, i) for i in range(depth)) for role in ROLES} for kind in KINDS}
+    return {kind: {role: tuple(mean(kind, role, i) for i in range(depth)) for role in ROLES} for kind in STATE_KINDS}

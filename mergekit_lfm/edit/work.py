@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from mergekit_lfm.artifacts.facts import BLANK, Fact
-from mergekit_lfm.edit.prompts import filled
+from mergekit_lfm.edit.prompts import fill_template
 from mergekit_lfm.edit.sites import Site
-from mergekit_lfm.edit.targets import Progress, Subject
+from mergekit_lfm.edit.targets import EditedModel, Progress
 
 CPU = torch.device("cpu")
 
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 class _Work:
     """The inputs of both methods. moments: one matrix for each site."""
 
-    subject: Subject
+    subject: EditedModel
     sites: Sequence[Site]
     moments: Sequence[Tensor]
     options: Mapping[str, Any]
@@ -51,7 +51,7 @@ class _Work:
 
     def states(self, facts: Sequence[Fact], templates: Sequence[str], module: nn.Module, *, inputs: bool) -> Tensor:
         """The module's output or input at the subjects in these contexts, [facts, templates, width], to solve with."""
-        prompts = [filled(template, fact.prompt, fact.subject) for fact in facts for template in templates]
+        prompts = [fill_template(template, fact.prompt, fact.subject) for fact in facts for template in templates]
         rows = self.options["batch"] * (len(self.contexts) + 1)
         (found,) = self.subject.at_subject(self.subject.encode(prompts), [module], inputs=inputs, rows=rows)
         return found.reshape(len(facts), len(templates), -1).to(self.device, self.dtype)

@@ -16,11 +16,11 @@ import torch
 
 from mergekit_lfm.kernels.block import SEGMENT, Coefficients, Elementwise
 from mergekit_lfm.kernels.reductions import Reduction
-from mergekit_lfm.kernels.step import Run, Step, run_eagerly
+from mergekit_lfm.kernels.step import RunStep, Step, run_eagerly
 from mergekit_lfm.machine.accelerators import Accelerator
 from mergekit_lfm.methods.method import Method, Unit
 
-Read = Callable[[int, int], torch.Tensor]  # (first element, last) -> 1-D tensor of the stored dtype
+ReadRange = Callable[[int, int], torch.Tensor]  # (first element, last) -> 1-D tensor of the stored dtype
 
 
 @dataclass
@@ -35,7 +35,7 @@ class StoredBlock:
     stored_base: torch.Tensor | None
     start: int
     dtype: torch.dtype
-    run: Run
+    run: RunStep
     size: int
     flag: torch.Tensor | None = None
 
@@ -78,8 +78,8 @@ class StoredBlock:
     def sound(self, result: torch.Tensor) -> bool:
         """True if the stored tensors and the result are finite."""
         if self.flag is None:
-            return all(finite(x) for x in (*self.everything, result))
-        return not bool(self.flag) and (not result.is_cpu or finite(result))
+            return all(is_finite(x) for x in (*self.everything, result))
+        return not bool(self.flag) and (not result.is_cpu or is_finite(result))
 
     @property
     def everything(self) -> tuple[torch.Tensor, ...]:
@@ -92,12 +92,12 @@ class StoredBlock:
         return StoredBlock(tuple(x.cpu() for x in self.stored), base, self.start, self.dtype, run_eagerly, self.size)
 
 
-def making_on(device: torch.device) -> AbstractContextManager[object]:
+def default_device(device: torch.device) -> AbstractContextManager[object]:
     """Context in which new tensors are made on this device."""
     return nullcontext() if device == torch.get_default_device() else device
 
 
-def finite(x: torch.Tensor) -> bool:
+def is_finite(x: torch.Tensor) -> bool:
     """True if all of x is finite. A finite sum proves it at once; another sum may have overflowed."""
     total = x.sum(dtype=torch.float32) if x.dtype == torch.float16 else x.sum()
     return bool(total.isfinite()) or bool(x.isfinite().all())
@@ -112,12 +112,12 @@ class Blocks:
     divisor of SEGMENT.
     """
 
-    sources: Sequence[Read]
-    base: Read | None
+    sources: Sequence[ReadRange]
+    base: ReadRange | None
     numel: int
     block: int
     dtype: torch.dtype
-    run: Run = run_eagerly
+    run: RunStep = run_eagerly
     gpu: Accelerator | None = None
     at_once: int = 1
 
@@ -144,7 +144,7 @@ class Blocks:
 
     def part(self, request: Reduction, segment: int) -> Any:
         """The part of one segment, its blocks added in order; None if the request visits none of them."""
-        return added(request, self._parts(request, segment))
+        return add_parts(request, self._parts(request, segment))
 
     def _parts(self, request: Reduction, segment: int) -> Iterator[Any]:
         for i in self.segment(segment):
@@ -160,21 +160,21 @@ class Blocks:
 
     def _of_chunk(self, request: Reduction, chunk: StoredBlock) -> list[Any]:
         """The parts of a chunk, moved to the CPU, which adds them in the same order for any size of chunks."""
-        with making_on(chunk.device):
+        with default_device(chunk.device):
             parts = request.chunk(chunk)
         return [part.cpu() if isinstance(part, torch.Tensor) else part for part in parts]
 
     def reduce(self, request: Reduction) -> Any:
         """The value of a reduction over all blocks."""
-        return added(request, (self.part(request, i) for i in range(self.segments)))
+        return add_parts(request, (self.part(request, i) for i in range(self.segments)))
 
 
-def added(request: Reduction, parts: Iterator[Any]) -> Any:
+def add_parts(request: Reduction, parts: Iterator[Any]) -> Any:
     """Add the parts that are not None in the given order; None without any."""
-    return in_order(request, enumerate(parts))
+    return add_in_order(request, enumerate(parts))
 
 
-def in_order(request: Reduction, parts: Iterable[tuple[int, Any]]) -> Any:
+def add_in_order(request: Reduction, parts: Iterable[tuple[int, Any]]) -> Any:
     """Add the parts of (index, part) that are not None by index, as soon as possible, whatever order they come in."""
     total, turn, pending = None, 0, dict[int, Any]()
     for index, part in parts:
@@ -187,7 +187,7 @@ def in_order(request: Reduction, parts: Iterable[tuple[int, Any]]) -> Any:
     return total
 
 
-def solved(solve: Generator[Reduction, Any, Coefficients], over: Callable[[Reduction], Any]) -> Coefficients:
+def run_solve(solve: Generator[Reduction, Any, Coefficients], over: Callable[[Reduction], Any]) -> Coefficients:
     """Run a solve, computing its reductions by `over`; returns its coefficients."""
     try:
         request = next(solve)
@@ -199,16 +199,16 @@ def solved(solve: Generator[Reduction, Any, Coefficients], over: Callable[[Reduc
 
 def apply_to(block: StoredBlock, method: Method, coefficients: Coefficients, out: torch.dtype) -> torch.Tensor:
     """The merged block, rounded to `out`."""
-    with making_on(block.device):
+    with default_device(block.device):
         local = coefficients.at(block.start, block.count, block.dtype)
     return block.each(method.apply, local, out)  # type: ignore[no-any-return]
 
 
-def merged(method: Method, unit: Unit, blocks: Blocks, dtype: torch.dtype) -> torch.Tensor:
+def merge_blocks(method: Method, unit: Unit, blocks: Blocks, dtype: torch.dtype) -> torch.Tensor:
     """The merged tensor, flat, on the device of the blocks."""
     out = torch.empty(blocks.numel, dtype=dtype, device=None if blocks.gpu is None else blocks.gpu.device)
     if blocks.numel:
-        coefficients = solved(method.solve(unit), blocks.reduce)
+        coefficients = run_solve(method.solve(unit), blocks.reduce)
         for i in range(0, len(blocks), blocks.at_once):
             block = blocks.load(i)
             out[block.start : block.start + block.count] = apply_to(block, method, coefficients, dtype)

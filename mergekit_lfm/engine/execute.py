@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mergekit_lfm.engine.blocks import in_order, solved
+from mergekit_lfm.engine.blocks import add_in_order, run_solve
 from mergekit_lfm.engine.documents import documents, names_of
 from mergekit_lfm.engine.threads import Executor, thread_pool
-from mergekit_lfm.engine.worker import LinearWork, Run, Work
+from mergekit_lfm.engine.worker import LinearWork, Work, Worker
 from mergekit_lfm.errors import PlanError, reason
 from mergekit_lfm.kernels.block import BLOCK
 from mergekit_lfm.kernels.compiled import Kernels, Mode
@@ -75,7 +75,7 @@ def execute(
     allow_many_files()
     with Output(plan.digest, plan.shards, place, resume) as output, _kernels(plan, compile, count, gpu) as kernels:
         names = names_of(plan)
-        run = Run(
+        run = Worker(
             plan,
             output,
             share=plan.share(budget, count),
@@ -151,7 +151,7 @@ def _check(plan: Plan, place: Path, budget: int, threads: int | None, gpu: Accel
     return count
 
 
-def _carry_out(run: Run, executor: Executor) -> None:
+def _carry_out(run: Worker, executor: Executor) -> None:
     """First all tasks that need no barrier, heavy ones first, then in file order; then what takes several passes."""
     plan = run.plan
     alone: list[Work] = []
@@ -173,7 +173,9 @@ def _carry_out(run: Run, executor: Executor) -> None:
         elif jobs[0].needs_sums:
             alone.append(Work(jobs[0], missing[jobs[0].name], solve=True))
         else:
-            coefficients = None if jobs[0].copied else solved(METHODS[jobs[0].method].solve(plan.unit(jobs)), _no_sums)
+            coefficients = (
+                None if jobs[0].copied else run_solve(METHODS[jobs[0].method].solve(plan.unit(jobs)), _no_sums)
+            )
             segments = missing[jobs[0].name]
             parts = [segments] if plan.at_once(jobs[0]) else [(segment,) for segment in segments]
             alone += [Work(jobs[0], part, coefficients) for part in parts]
@@ -185,21 +187,21 @@ def _carry_out(run: Run, executor: Executor) -> None:
         _in_passes(run, executor, jobs)
 
 
-def _linear_work(run: Run, group: LinearGroup) -> LinearWork:
+def _linear_work(run: Worker, group: LinearGroup) -> LinearWork:
     jobs = [run.plan.tensors[i] for i in group.jobs]
     return LinearWork(group, {job.name: run.missing(job) for job in jobs})
 
 
-def _in_passes(run: Run, executor: Executor, jobs: Sequence[Job]) -> None:
+def _in_passes(run: Worker, executor: Executor, jobs: Sequence[Job]) -> None:
     """Solve a group that does not fit a worker's share: one pass over its inputs for each reduction, one to apply."""
     tasks = [(job, segment) for job in jobs for segment in range(job.segments)]
 
     def over(request: Reduction) -> Any:
         parts = executor(lambda i: (i, run.reduce(tasks[i][0], request, tasks[i][1])), range(len(tasks)))
-        return in_order(request, parts)
+        return add_in_order(request, parts)
 
     method = METHODS[jobs[0].method]
-    coefficients = solved(method.solve(run.plan.unit(jobs)), over)
+    coefficients = run_solve(method.solve(run.plan.unit(jobs)), over)
     works = [Work(job, (segment,), coefficients) for job in jobs for segment in run.missing(job)]
     for _ in executor(run.do, works):
         pass

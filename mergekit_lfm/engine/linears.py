@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
-from mergekit_lfm.plan.sources import Source
+from mergekit_lfm.plan.sources import TensorRef
 
-Read = Callable[[Source, int, int], torch.Tensor]  # a tensor's elements from the first to the last, 1-D
+ReadTensor = Callable[[TensorRef, int, int], torch.Tensor]  # a tensor's elements from the first to the last, 1-D
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,10 @@ class StoredLinear:
     which the inputs run: 1 for [outputs, inputs], 0 for [inputs, outputs].
     """
 
-    read: Read
-    weights: Sequence[Source]
-    biases: Sequence[Source]
-    grams: Sequence[Source]
+    read: ReadTensor
+    weights: Sequence[TensorRef]
+    biases: Sequence[TensorRef]
+    grams: Sequence[TensorRef]
     axis: int
     outputs: int
     inputs: int
@@ -61,7 +61,7 @@ class StoredLinear:
 
 
 @dataclass(frozen=True)
-class HeldLinear:
+class InMemoryLinear:
     """A `Linears` of matrices and Gram matrices in memory."""
 
     matrices: Sequence[torch.Tensor]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import xxhash
 
-from mergekit_lfm.engine.blocks import Blocks, Read, StoredBlock, apply_to, finite, making_on, solved
+from mergekit_lfm.engine.blocks import Blocks, ReadRange, StoredBlock, apply_to, default_device, is_finite, run_solve
 from mergekit_lfm.engine.linears import StoredLinear
 from mergekit_lfm.engine.threads import Stopped
 from mergekit_lfm.errors import FormatError
@@ -25,7 +25,7 @@ from mergekit_lfm.methods import METHODS
 from mergekit_lfm.output.writer import Output, Policy, Receipt
 from mergekit_lfm.plan.job import Job
 from mergekit_lfm.plan.plan import Plan
-from mergekit_lfm.plan.sources import Source
+from mergekit_lfm.plan.sources import TensorRef
 from mergekit_lfm.plan.statistics import LinearGroup, LinearJob
 from mergekit_lfm.store.formats import bytes_of
 from mergekit_lfm.store.tensors import FLOATS, ITEMSIZE
@@ -52,7 +52,7 @@ class LinearWork:
 
 
 @dataclass
-class Run:
+class Worker:
     """The state that the tasks of one execution share."""
 
     plan: Plan
@@ -84,7 +84,7 @@ class Run:
         """How many blocks of a job are worked on at once in so many bytes: a divisor of SEGMENT."""
         return 1 << (max(1, min(most, nbytes // max(1, self.plan.working(job)))).bit_length() - 1)
 
-    def _reader(self, source: tuple[int, str], most: int, resident: bool) -> Read:
+    def _reader(self, source: tuple[int, str], most: int, resident: bool) -> ReadRange:
         """Reads ranges of up to `most` elements: into memory that the next call may overwrite, or once the whole."""
         model, name = self.plan.sources[source[0]], source[1]
         numel, dtype = model[name].numel, getattr(torch, model[name].dtype)
@@ -144,7 +144,7 @@ class Run:
         blocks = self.blocks(job, resident=work.solve)
         coefficients = work.coefficients
         if work.solve and job.spec.numel:
-            coefficients = solved(METHODS[job.method].solve(self.plan.unit([job])), blocks.reduce)
+            coefficients = run_solve(METHODS[job.method].solve(self.plan.unit([job])), blocks.reduce)
         for segment in work.segments:
             self._merge(job, blocks, coefficients, segment)
 
@@ -157,12 +157,12 @@ class Run:
         assert whole is not None
         waiting, merging = iter(jobs), whole.merge(self.plan.unit(jobs[:1]), layers)
         for layer in layers:
-            with nullcontext() if self.gpu is None else making_on(self.gpu.device):
+            with nullcontext() if self.gpu is None else default_device(self.gpu.device):
                 merged = next(merging)
             for part in (part for part in layer.parts(merged) if part is not None):
                 job = next(waiting)
                 tensor = self._finished(job, 0, part)
-                if not finite(tensor) and not bad:
+                if not is_finite(tensor) and not bad:
                     bad.add(self._not_finite(f"{job.name} of the output"))
                 for segment in work.missing[job.name]:
                     first = segment * job.segment_numel
@@ -176,12 +176,12 @@ class Run:
         """A layer whose parts are read from the files; what of them is not finite is added to `bad`."""
         weight = self.plan.tensors[layer.weight]
 
-        def read(source: Source, start: int, stop: int) -> torch.Tensor:
+        def read(source: TensorRef, start: int, stop: int) -> torch.Tensor:
             if self.stop.is_set():
                 raise Stopped
-            with nullcontext() if self.gpu is None else making_on(HOST):
+            with nullcontext() if self.gpu is None else default_device(HOST):
                 part = self.plan.sources[source[0]].read(source[1], start, stop)
-            if not finite(part):
+            if not is_finite(part):
                 bad.add(self._not_finite(f"{source[1]} of {self.names[source[0]]}"))
             return part
 
@@ -266,7 +266,7 @@ class Run:
             if not shared:
                 self.output.write(job.name, start, data)
             digest.update(data)
-            if job.dtype in FLOATS and not finite(raw.view(getattr(torch, job.dtype))):
+            if job.dtype in FLOATS and not is_finite(raw.view(getattr(torch, job.dtype))):
                 bad.add(self._not_finite(f"{name} of {self.names[model]}"))
             self.progress(len(data))
         self.output.record(Receipt(job.name, segment, digest.hexdigest(), tuple(sorted(bad))), last - first)
@@ -278,7 +278,7 @@ class Run:
         inputs = [
             f"{name} of {self.names[source]}"
             for source, name in job.read
-            if not finite(self.plan.sources[source].read(name, block.start, block.start + len(merged)))
+            if not is_finite(self.plan.sources[source].read(name, block.start, block.start + len(merged)))
         ]
         return {self._not_finite(where) for where in inputs or [f"{job.name} of the output"]}
 

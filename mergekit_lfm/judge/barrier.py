@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.judge.ends import (
     Alignment,
-    Model,
+    EndModel,
     Opened,
     Progress,
     common_tensors,
@@ -21,15 +21,15 @@ from mergekit_lfm.judge.ends import (
     open_aligned,
     open_model,
 )
-from mergekit_lfm.judge.questions import TASKS, Data, Question, batches_of, judge, questions_of
+from mergekit_lfm.judge.questions import QUESTION_TASKS, Data, Question, batches_of, judge, questions_of
 from mergekit_lfm.runtime.batchnorm import reset_batchnorm as reset
 from mergekit_lfm.runtime.load import Loaded
 from mergekit_lfm.runtime.probe import difference, probe
-from mergekit_lfm.runtime.subject import evaluating
+from mergekit_lfm.runtime.subject import evaluation_mode
 
 # How far the outputs of one module with the other's tensors may be from the other's. They differ by more if the modules
 # compute different things, for example with different bases of rotary positions.
-SAME = 1e-3
+TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Barrier:
 
 
 @dataclass(frozen=True)
-class Line:
+class Interpolation:
     """The points from A (t = 0) to B (t = 1), and the number of predictions that each was judged on.
 
     A prediction is that of one label, or of one token for a language model.
@@ -84,8 +84,8 @@ class Line:
 
 
 def barrier(
-    first: Model,
-    second: Model,
+    first: EndModel,
+    second: EndModel,
     data: Data,
     *,
     task: str,
@@ -96,7 +96,7 @@ def barrier(
     batch_size: int = 16,
     device: str = "cpu",
     progress: Progress | None = None,
-) -> Line:
+) -> Interpolation:
     """Losses and accuracies on data along the line from the first model to the second, rewritten by `transform`.
 
     Models are folders, loaded models, or modules that return logits: [n, classes], for task "lm" [n, tokens,
@@ -107,8 +107,8 @@ def barrier(
     first. Two models are in memory at a time, and the first one's tensors once more; modules are restored afterwards.
     Raises PlanError if no line joins the two models, for data without labels, and for numbers out of range.
     """
-    if task not in TASKS:
-        raise PlanError(f"the task {task!r} has no barrier; expected {' or '.join(TASKS)}. Choose one")
+    if task not in QUESTION_TASKS:
+        raise PlanError(f"the task {task!r} has no barrier; expected {' or '.join(QUESTION_TASKS)}. Choose one")
     if points < 3:
         raise PlanError(f"points is {points}; expected at least 3, the ends and one between them. Give more")
     one = open_model(first, task, device)
@@ -119,7 +119,7 @@ def barrier(
     if reset_batchnorm is not None:
         fresh = batches_of(one, reset_batchnorm, task, window=window, batch_size=batch_size)
     module, line = module_of(one), list[Point]()
-    with evaluating(module, module_of(other)), _move_and_restore(module, *ends) as move_to:
+    with evaluation_mode(module, module_of(other)), _move_and_restore(module, *ends) as move_to:
         move_to(1.0)
         _check_same(one, other, questions)
         for i in range(points):
@@ -130,7 +130,7 @@ def barrier(
             line.append(Point(t, *judge(module, questions)))
             if progress is not None:
                 progress(i + 1, points)
-    return Line(tuple(line), sum(question.asked for question in questions))
+    return Interpolation(tuple(line), sum(question.asked for question in questions))
 
 
 @contextmanager
@@ -163,7 +163,7 @@ def _check_same(first: Opened, second: Opened, questions: Sequence[Question]) ->
     if isinstance(first, Loaded) and first.task == "lm":  # the logits of long texts are large
         inputs = probe(first)
     apart = difference(second, first, inputs)
-    if math.isfinite(apart) and apart > SAME:
+    if math.isfinite(apart) and apart > TOLERANCE:
         raise PlanError(
             f"with the tensors of the second model the first gives other outputs than the second (by {apart:.2g} of "
             "their spread), so they compute different things: compare their config.json, and give models whose "

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from mergekit_lfm.artifacts.transform import Transform, open_transform
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.plan.sources import rewritten_by
+from mergekit_lfm.plan.sources import aligned_view
 from mergekit_lfm.runtime.load import Loaded, load_model
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lfm.views.rewritten import rewrite
 
-Model = str | Path | Loaded | nn.Module
+EndModel = str | Path | Loaded | nn.Module
 Opened = Loaded | nn.Module
 Alignment = str | Path | Transform
 Progress = Callable[[int, int], None]  # called with the amount of work done, and in all
@@ -30,12 +30,12 @@ def module_of(model: Opened) -> nn.Module:
     return model.model if isinstance(model, Loaded) else model
 
 
-def open_model(model: Model, task: str, device: str = "cpu") -> Opened:
+def open_model(model: EndModel, task: str, device: str = "cpu") -> Opened:
     """The model; from a folder it is loaded for the task, in float32."""
     return load_model(model, task, device=device) if isinstance(model, str | Path) else model
 
 
-def open_aligned(model: Model, alignment: Alignment | None, to: Opened, task: str, device: str = "cpu") -> Opened:
+def open_aligned(model: EndModel, alignment: Alignment | None, to: Opened, task: str, device: str = "cpu") -> Opened:
     """A new model, rewritten by the alignment; without one the result of `open_model`.
 
     If the alignment changes shapes, the result has the config, or a copy of the module, of `to`, the model that it is
@@ -54,11 +54,11 @@ def open_aligned(model: Model, alignment: Alignment | None, to: Opened, task: st
 
 def _view(checkpoint: Checkpoint, alignment: Alignment) -> Checkpoint:
     if not isinstance(alignment, Transform):
-        return rewritten_by(checkpoint, Path(alignment), str(alignment), checkpoint.path)
+        return aligned_view(checkpoint, Path(alignment), str(alignment), checkpoint.path)
     with TemporaryDirectory() as folder:  # views are identified by files
         file = Path(folder) / "transform.safetensors"
         alignment.save(file)
-        return rewritten_by(checkpoint, file, "the transform", checkpoint.path)
+        return aligned_view(checkpoint, file, "the transform", checkpoint.path)
 
 
 def _rewrite_module(module: nn.Module, alignment: Alignment, to: nn.Module) -> nn.Module:

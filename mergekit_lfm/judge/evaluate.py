@@ -23,7 +23,7 @@ from mergekit_lfm.runtime.load import Loaded, embeddings, load_model, logits, ru
 
 # The logits of a window are [window, vocabulary] in float32: 1 GB for 2,048 tokens and 128k entries. The 131,072
 # positions that recent models declare would take 67 GB.
-LONGEST_DEFAULT_WINDOW = 2048
+LM_WINDOW = 2048
 ROWS = 1024  # texts to compare with all positives at a time: 400 MB for 100,000 positives
 
 
@@ -74,7 +74,7 @@ def perplexity(
     tokenizer without a start token.
     """
     model = model if isinstance(model, Loaded) else load_model(model, "lm")
-    window, stride = extent(model, window, stride)
+    window, stride = window_and_stride(model, window, stride)
     tokenizer = tokenizer_for_texts(model.tokenizer)
     documents = [text] if isinstance(text, str) else text
     count, total = 0, 0.0
@@ -98,11 +98,11 @@ def pieces(count: int, window: int, stride: int) -> Iterator[tuple[int, int, int
         yield max(0, end - window), first, end
 
 
-def extent(model: Loaded, window: int | None, stride: int | None) -> tuple[int, int]:
+def window_and_stride(model: Loaded, window: int | None, stride: int | None) -> tuple[int, int]:
     """The window and the stride, or their defaults for the model. Raises PlanError for values out of its range."""
     positions = model.positions
     if window is None:
-        window = min(positions or LONGEST_DEFAULT_WINDOW, LONGEST_DEFAULT_WINDOW)
+        window = min(positions or LM_WINDOW, LM_WINDOW)
     if stride is None:
         stride = window
     if window < 1 or (positions is not None and window > positions):

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.judge.evaluate import LONGEST_DEFAULT_WINDOW, pieces
-from mergekit_lfm.judge.evaluate import extent as extent
+from mergekit_lfm.judge.evaluate import LM_WINDOW, pieces
+from mergekit_lfm.judge.evaluate import window_and_stride as window_and_stride
 from mergekit_lfm.runtime.batches import Batch, as_batches
 from mergekit_lfm.runtime.data import read_data, read_documents
 from mergekit_lfm.runtime.load import Loaded, logits, start_token, tokenizer_for_texts
 from mergekit_lfm.runtime.probe import forward
 
-TASKS = ("lm", "classification")
-IGNORED = -100  # a target that no prediction is wanted for
+QUESTION_TASKS = ("lm", "classification")
+IGNORE_INDEX = -100  # a target that no prediction is wanted for
 
 Data = str | Path | Iterable[Any]
 
@@ -38,7 +38,7 @@ class Question:
     @cached_property
     def asked(self) -> int:
         """The number of predictions."""
-        return int((self.targets != IGNORED).sum())
+        return int((self.targets != IGNORE_INDEX).sum())
 
 
 def judge(module: nn.Module, questions: Sequence[Question]) -> tuple[float, float]:
@@ -52,7 +52,7 @@ def judge(module: nn.Module, questions: Sequence[Question]) -> tuple[float, floa
             scores = logits(forward(module, question.batch))
             targets = question.targets.to(scores.device)
             _check_scores(scores, targets)
-            here = targets != IGNORED
+            here = targets != IGNORE_INDEX
             rows, classes = scores[here].float(), targets[here]  # [asked, classes], [asked]
             total += float(nn.functional.cross_entropy(rows, classes, reduction="none").double().sum())
             right += int(((rows.argmax(1) == classes) & ~rows.isnan().any(1)).sum())
@@ -61,7 +61,7 @@ def judge(module: nn.Module, questions: Sequence[Question]) -> tuple[float, floa
 
 
 def _check_scores(scores: Tensor, targets: Tensor) -> None:
-    least, most = int(targets[targets != IGNORED].min()), int(targets.max())
+    least, most = int(targets[targets != IGNORE_INDEX].min()), int(targets.max())
     if scores.shape[:-1] != targets.shape or most >= scores.shape[-1] or least < 0:
         raise PlanError(
             f"the model gives scores {list(scores.shape)}, the data have {list(targets.shape)} classes from {least} "
@@ -106,27 +106,27 @@ def _next_tokens(batch: Batch) -> Tensor:
     ids = batch.kwargs.get("input_ids", next(iter(batch.args), None))
     if ids is None or ids.ndim != 2 or ids.is_floating_point():
         raise PlanError("the data are not token sequences; expected whole numbers [examples, tokens] as input_ids")
-    return torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], IGNORED)], dim=1).long()
+    return torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], IGNORE_INDEX)], dim=1).long()
 
 
 def _of_texts(model: Loaded | nn.Module, path: Path, window: int | None, batch_size: int) -> list[Question]:
     """The pieces in which `perplexity` predicts the documents in a file, in batches of equal length."""
     if not isinstance(model, Loaded):
         raise PlanError(f"{path} holds texts, but a module has no tokenizer; give batches of tokens, or a model folder")
-    window, stride = extent(model, window, None)
+    window, stride = window_and_stride(model, window, None)
     tokenizer = tokenizer_for_texts(model.tokenizer)
     by_length: dict[int, list[tuple[list[int], list[int]]]] = {}
     for document in read_documents(path):
         tokens = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
         ids = [start_token(tokenizer), *tokens]
         for begin, first, end in pieces(len(tokens), window, stride):
-            targets = [IGNORED] * (first - begin) + tokens[first:end]
+            targets = [IGNORE_INDEX] * (first - begin) + tokens[first:end]
             by_length.setdefault(end - begin, []).append((ids[begin:end], targets))
     if not by_length:
         raise PlanError(f"{path}: the text is empty: there is nothing to predict; give a text of at least one token")
     questions, start = list[Question](), 0
     for length, rows in sorted(by_length.items()):
-        size = max(1, min(batch_size, LONGEST_DEFAULT_WINDOW // length))  # at most the scores of the longest window
+        size = max(1, min(batch_size, LM_WINDOW // length))  # at most the scores of the longest window
         for chunk in (rows[i : i + size] for i in range(0, len(rows), size)):
             inputs, right = (torch.tensor(side) for side in zip(*chunk, strict=True))
             batch = Batch(tuple(range(start, start + len(chunk))), kwargs={"input_ids": inputs})

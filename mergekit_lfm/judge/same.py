@@ -8,12 +8,12 @@ import torch
 
 from mergekit_lfm.artifacts.transform import Transform
 from mergekit_lfm.runtime.load import Loaded, load_as_saved, load_model
-from mergekit_lfm.runtime.probe import all_outputs, answer, probe, relative_distance
+from mergekit_lfm.runtime.probe import all_outputs, outputs_of, probe, relative_distance
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lfm.views.maps import only_moves
 
 # Equal models differ by 2e-6 if sums have another order; a transform that is wrong makes differences of about 1.
-ROUNDING = 1e-4
+SAME_WITHIN = 1e-4
 
 MARGIN = 4  # random transforms of random Llamas, rounded to 16 bits, made 0.5 to 1.8 times the difference of such noise
 
@@ -31,12 +31,12 @@ def compare_outputs(model: str | Path, rewritten: str | Path, transform: Transfo
     first, second = (
         _with_head(open_checkpoint(path)) if with_head else load_model(path, task) for path in (model, rewritten)
     )
-    outputs_of = all_outputs if with_head else answer
+    compared = all_outputs if with_head else outputs_of
     inputs = probe(first)
-    before = outputs_of(first, inputs)
-    distance = relative_distance(before.double(), outputs_of(second, inputs).double())
+    before = compared(first, inputs)
+    distance = relative_distance(before.double(), compared(second, inputs).double())
     if only_moves(transform):
-        return distance, ROUNDING
+        return distance, SAME_WITHIN
     del second
     kinds = {getattr(torch, spec.dtype) for spec in checkpoint.values()}
     coarsest = max(torch.finfo(kind).eps for kind in kinds | {torch.float32} if kind.is_floating_point)
@@ -44,7 +44,7 @@ def compare_outputs(model: str | Path, rewritten: str | Path, transform: Transfo
         draw = torch.Generator().manual_seed(0)
         for x in first.model.parameters():
             x.mul_(1 + coarsest * (torch.rand(x.shape, generator=draw) - 0.5))  # at most half a step
-    return distance, max(ROUNDING, MARGIN * relative_distance(before.double(), outputs_of(first, inputs).double()))
+    return distance, max(SAME_WITHIN, MARGIN * relative_distance(before.double(), compared(first, inputs).double()))
 
 
 def _with_head(checkpoint: Checkpoint) -> Loaded:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mergekit_lfm.kernels.block import Chunk
 
 
-def bracketed(chunk: Chunk, i: int, pivots: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+def count_bracket(chunk: Chunk, i: int, pivots: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """For the bits of |x|, x being row i of the chunk: counts [blocks, 1 + pivots], and the bits inside, in any order.
 
     pivots: descending, the first and the last are the bracket's ends. The first count is of the bits above it, the

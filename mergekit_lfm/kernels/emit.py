@@ -18,7 +18,7 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 COUNT = 2 * 65537  # elements of the traced block: a number that no other size equals
-BLOCK = 1024  # elements of a program, of 4 warps: 16 bytes of a 16-bit tensor for each thread
+PROGRAM = 1024  # elements of a program, of 4 warps: 16 bytes of a 16-bit tensor for each thread
 TYPES = {
     torch.float64: "tl.float64",
     torch.float32: "tl.float32",
@@ -54,14 +54,14 @@ class Unsupported(Exception):
 
 
 @dataclass(frozen=True)
-class Source:
+class KernelText:
     """A kernel's text. It takes the function's tensors, an output for each dtype, a flag, and the count."""
 
     text: str
     outputs: tuple[torch.dtype, ...]
 
 
-def emit(function: Callable[..., Any], examples: Sequence[torch.Tensor], inputs: int) -> Source:
+def emit(function: Callable[..., Any], examples: Sequence[torch.Tensor], inputs: int) -> KernelText:
     """The kernel of a function of tensors, traced on examples of COUNT elements.
 
     The kernel sets the flag if the first `inputs` tensors or the results have a NaN or infinity.
@@ -97,7 +97,7 @@ def emit(function: Callable[..., Any], examples: Sequence[torch.Tensor], inputs:
         "bad = i < 0",
     ]
     end = ["tl.atomic_or(flag + tl.zeros_like(i), tl.full((BLOCK,), 1, tl.int32), mask=bad & live, sem='relaxed')"]
-    return Source("\n".join([*head, *(f"    {line}" for line in (*start, *writer.lines, *end)), ""]), outputs)
+    return KernelText("\n".join([*head, *(f"    {line}" for line in (*start, *writer.lines, *end)), ""]), outputs)
 
 
 def _dtype(node: fx.Node) -> torch.dtype:
@@ -130,7 +130,7 @@ class _Writer:
     def judge(self, value: str, dtype: torch.dtype) -> None:
         """Mark the elements where a float is NaN or infinite: there x - x is not 0."""
         if dtype.is_floating_point:
-            wide = self.name(widened(value, dtype, torch.promote_types(dtype, torch.float32)))
+            wide = self.name(widen(value, dtype, torch.promote_types(dtype, torch.float32)))
             self.lines.append(f"bad = bad | (({wide} - {wide}) != 0)")
 
     def _written(self, node: fx.Node, index: str) -> str:
@@ -234,7 +234,7 @@ class _Writer:
         assert isinstance(source, fx.Node)
         value, before, after = self.at(source, index), _dtype(source), _dtype(node)
         if before == after or after == torch.float32 == torch.promote_types(before, after):
-            return widened(value, before, after)
+            return widen(value, before, after)
         if after == torch.bfloat16 and before == torch.float32:
             bits = self.name(f"{value}.to(tl.int32, bitcast=True)")
             even = self.name(f"({bits} + (({bits} >> 16) & 1) + 32767) >> 16")  # to nearest even; NaN may become 0
@@ -245,7 +245,7 @@ class _Writer:
         return f"{value}.to({TYPES[after]})"
 
 
-def widened(value: str, before: torch.dtype, after: torch.dtype) -> str:
+def widen(value: str, before: torch.dtype, after: torch.dtype) -> str:
     """A float in the same or a wider type. bfloat16 by its bits: Triton's interpreter loses subnormal ones."""
     if before == after:
         return value

@@ -20,10 +20,10 @@ import torch
 
 from mergekit_lfm.errors import reason
 from mergekit_lfm.kernels.compiled import Fused, Mode
-from mergekit_lfm.kernels.emit import BLOCK, COUNT, Source, Unsupported, emit
+from mergekit_lfm.kernels.emit import COUNT, PROGRAM, KernelText, Unsupported, emit
 from mergekit_lfm.kernels.step import Form, Step, run_eagerly, take_apart
 
-WORTH = 1 << 28  # elements of a merge from which kernels pay
+KERNELS_PAY = 1 << 28  # elements of a merge from which kernels pay
 LEAST = 1 << 12  # elements of a block from which they do; other things of that size are not taken for blocks
 _launching = Lock()  # a first launch calls Triton's compiler, which is not known to be thread-safe
 
@@ -37,7 +37,7 @@ class GpuKernels:
     def __init__(self, mode: Mode, numel: int, device: torch.device) -> None:
         self.problems = set[str]()
         self._unfit = set[Fused]()
-        self.native = mode == "always" or (mode == "auto" and numel >= WORTH)
+        self.native = mode == "always" or (mode == "auto" and numel >= KERNELS_PAY)
         if self.native and (why := unusable(device)):
             self.problems.add(f"the GPU runs without kernels of Triton: {why}")
             self.native = False
@@ -128,7 +128,7 @@ def _made(fused: Fused) -> Callable[[Step], Any]:
         outputs = [torch.empty(count, dtype=dtype, device=device) for dtype in source.outputs]
         flag = torch.zeros(1, dtype=torch.int32, device=device) if step.flag is None else step.flag
         arguments = (*(x.contiguous() for x in tensors), *outputs, flag, count)
-        launch(kernel, (-(-count // BLOCK),), *arguments, BLOCK=BLOCK)
+        launch(kernel, (-(-count // PROGRAM),), *arguments, BLOCK=PROGRAM)
         return outputs[0] if step.out is not None or len(outputs) == 1 else tuple(outputs)
 
     return run
@@ -141,7 +141,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
         kernel[grid](*arguments, **constants, enable_fp_fusion=False)
 
 
-def source_of(fused: Fused) -> Source:
+def source_of(fused: Fused) -> KernelText:
     """The kernel's text, from a trace on the processor."""
     examples = [torch.zeros(shape, dtype=dtype, device="cpu") for dtype, shape in fused.leaves()]
     return emit(fused, examples, fused.inputs)

@@ -28,8 +28,8 @@ def sums(parts: Sequence[torch.Tensor], size: int, native: bool) -> torch.Tensor
     if native and len(parts[0]):
         from mergekit_lfm.kernels.native.sums import lane_sums
 
-        return folded(lane_sums(parts, size))
-    return torch.stack([folded(_added_rows((x.double(),), size)) for x in parts], 1)
+        return fold_lanes(lane_sums(parts, size))
+    return torch.stack([fold_lanes(_added_rows((x.double(),), size)) for x in parts], 1)
 
 
 def grams(chunk: Chunk) -> torch.Tensor:
@@ -45,7 +45,7 @@ def grams(chunk: Chunk) -> torch.Tensor:
     else:
         rows = [chunk.row(k).double() for k in range(n)]
         lanes = torch.stack([_added_rows((rows[a], rows[b]), chunk.size) for a, b in pairs], 1)
-    found = dict(zip(pairs, folded(lanes).unbind(1), strict=True))
+    found = dict(zip(pairs, fold_lanes(lanes).unbind(1), strict=True))
     return torch.stack([torch.stack([found[max(i, j), min(i, j)] for j in range(n)], -1) for i in range(n)], -2)
 
 
@@ -76,7 +76,7 @@ def _grid(x: torch.Tensor, blocks: int, block: int, height: int) -> torch.Tensor
     return rows[:, : height * LANES].view(blocks, height, LANES)
 
 
-def folded(lanes: torch.Tensor) -> torch.Tensor:
+def fold_lanes(lanes: torch.Tensor) -> torch.Tensor:
     """The sum over the last axis, of LANES entries."""
     while lanes.shape[-1] > 1:
         half = lanes.shape[-1] // 2

@@ -10,7 +10,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mergekit_lfm.kernels.bits import above, magnitude_bits
+from mergekit_lfm.kernels.bits import magnitude_bits, mask_above
 from mergekit_lfm.kernels.constants import constant
 from mergekit_lfm.kernels.reductions import Reduction
 from mergekit_lfm.kernels.selection import by_bracket, by_digits, cuts
@@ -52,8 +52,8 @@ class LocalRanks(NamedTuple):
     def mask(self, i: int, x: torch.Tensor) -> torch.Tensor:
         """A mask, as wide as x, of the kept entries of row i of the block."""
         bits, inner = magnitude_bits(x), self.inner[i]
-        mask = above(bits, self.outer[i])
-        return mask if inner is None else mask & ~above(bits, inner)
+        mask = mask_above(bits, self.outer[i])
+        return mask if inner is None else mask & ~mask_above(bits, inner)
 
 
 @dataclass(frozen=True)

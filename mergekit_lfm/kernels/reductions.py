@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from mergekit_lfm.kernels.bits import masked
+from mergekit_lfm.kernels.bits import apply_mask
 
 if TYPE_CHECKING:
     import torch
@@ -127,7 +127,7 @@ class Mask(Protocol):
 def magnitudes(rows: Rows, _: torch.Tensor | None, local: LocalMask) -> tuple[torch.Tensor, ...]:
     """|x| of every row, then |x| of the kept entries of every row."""
     sizes = tuple(x.abs() for x in rows)
-    return (*sizes, *(masked(size, local.mask(i, x)) for i, (size, x) in enumerate(zip(sizes, rows, strict=True))))
+    return (*sizes, *(apply_mask(size, local.mask(i, x)) for i, (size, x) in enumerate(zip(sizes, rows, strict=True))))
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ class SignBalance(Sum):
         total: torch.Tensor | None = None
         for i, weight in enumerate(self.weights):
             x = block.row(i)
-            term = (masked(x, local.mask(i, x)) if local else x) * weight
+            term = (apply_mask(x, local.mask(i, x)) if local else x) * weight
             total = term if total is None else total.add_(term)
         assert total is not None
         return total.sign().sum(dtype=torch.int64)

@@ -27,14 +27,14 @@ DIGITS_32 = ((15, 16), (0, 15))  # (shift, width): 31 bits of a float32's magnit
 DIGITS_64 = ((47, 16), (31, 16), (15, 16), (0, 15))
 SAMPLED = 8  # one block in so many is sampled
 SAMPLE = 1 << 18  # about the most entries of an input to sample
-WORTH = 1 << 19  # entries from which sampling pays
+SAMPLING_PAYS = 1 << 19  # entries from which sampling pays
 COLLECTED = 1 << 23  # the most entries inside a bracket, and at most a 16th of all
 
 Key = tuple[int, int]  # the input, and which of its ranks
 
 
 @dataclass
-class Found:
+class RankValue:
     """The value of a rank: its bits, the number `equal` of entries that have it, and `ordinal` of them within the rank.
 
     per_block: the number of entries with these bits in each block, if known already.
@@ -78,7 +78,7 @@ class Bracketed:
     size: int
     by_block: bool = True
 
-    def at(self, pivots: Sequence[int], rank: int) -> Found | None:
+    def at(self, pivots: Sequence[int], rank: int) -> RankValue | None:
         """The value of a rank, if it lies in the bracket. pivots: descending, the bracket's ends among them."""
         import numpy as np
 
@@ -92,10 +92,10 @@ class Bracketed:
                 bits = int(np.partition(between, len(between) - left)[len(between) - left])
                 greater = int(np.count_nonzero(between > bits))
                 counts = [int(np.count_nonzero(part == bits)) for part in self.inside]
-                return Found(bits, left - greater, sum(counts), counts if self.by_block else None)
+                return RankValue(bits, left - greater, sum(counts), counts if self.by_block else None)
             left -= len(between)
             if left <= sum(self.equal[n]):
-                return Found(pivot, left, sum(self.equal[n]), self.equal[n])
+                return RankValue(pivot, left, sum(self.equal[n]), self.equal[n])
             left -= sum(self.equal[n])
         return None
 
@@ -125,11 +125,11 @@ class Bracket(Reduction):
         return parts
 
     def chunk(self, chunk: Chunk) -> Iterable[dict[Key, Bracketed]]:
-        from mergekit_lfm.kernels.bracket import bracketed
+        from mergekit_lfm.kernels.bracket import count_bracket
 
         part = {}
         for key, pivots in self.pivots.items():
-            counts, inside = bracketed(chunk, key[0], pivots)
+            counts, inside = count_bracket(chunk, key[0], pivots)
             above, *equal = counts.T.cpu().tolist()
             kept = [inside.cpu().numpy()] if len(inside) <= self.limit else None
             part[key] = Bracketed(sum(above), equal, kept, len(inside), by_block=False)
@@ -148,11 +148,11 @@ class Bracket(Reduction):
         return total
 
 
-def by_bracket(numel: int, ranks: Mapping[Key, int]) -> Generator[Reduction, Any, dict[Key, Found]]:
+def by_bracket(numel: int, ranks: Mapping[Key, int]) -> Generator[Reduction, Any, dict[Key, RankValue]]:
     """The values of the ranks (from 1, the largest) that a bracket catches; omits the others."""
     import numpy as np
 
-    if numel < WORTH or not ranks:
+    if numel < SAMPLING_PAYS or not ranks:
         return {}
     samples = yield Sample(max(1, numel // SAMPLED // SAMPLE))
     pivots = {}
@@ -167,8 +167,8 @@ def by_bracket(numel: int, ranks: Mapping[Key, int]) -> Generator[Reduction, Any
         values |= {0} if low < 0 else set()
         values |= {int(np.iinfo(sample.dtype).max)} if high >= len(sample) else set()
         pivots[i, k] = sorted(values, reverse=True)
-    bracketed = yield Bracket(pivots, min(numel // 16, COLLECTED))
-    found = {key: part.at(pivots[key], ranks[key]) for key, part in bracketed.items()}
+    count_bracket = yield Bracket(pivots, min(numel // 16, COLLECTED))
+    found = {key: part.at(pivots[key], ranks[key]) for key, part in count_bracket.items()}
     return {key: value for key, value in found.items() if value is not None}
 
 
@@ -214,11 +214,11 @@ def _below(digits: torch.Tensor, width: int, prefix: int) -> torch.Tensor:
     return torch.from_numpy(values[(values >> width) == prefix] & ((1 << width) - 1))
 
 
-def by_digits(inputs: int, ranks: Mapping[Key, int], double: bool) -> Generator[Reduction, Any, dict[Key, Found]]:
+def by_digits(inputs: int, ranks: Mapping[Key, int], double: bool) -> Generator[Reduction, Any, dict[Key, RankValue]]:
     """The values of the ranks (from 1, the largest)."""
     if not ranks:
         return {}
-    found = {key: Found(bits=0, ordinal=rank, equal=0) for key, rank in ranks.items()}
+    found = {key: RankValue(bits=0, ordinal=rank, equal=0) for key, rank in ranks.items()}
     most = 1 + max(k for _, k in ranks)
     prefixes = None
     for shift, width in DIGITS_64 if double else DIGITS_32:
@@ -247,9 +247,9 @@ class Equal(Reduction):
         return {key: [int(np.count_nonzero(rows[key[0]] == bits))] for key, bits in self.bits.items()}
 
     def chunk(self, chunk: Chunk) -> Iterable[dict[Key, list[int]]]:
-        from mergekit_lfm.kernels.bracket import bracketed
+        from mergekit_lfm.kernels.bracket import count_bracket
 
-        return [{key: bracketed(chunk, key[0], [bits])[0][:, 1].cpu().tolist() for key, bits in self.bits.items()}]
+        return [{key: count_bracket(chunk, key[0], [bits])[0][:, 1].cpu().tolist() for key, bits in self.bits.items()}]
 
     def add(self, total: dict[Key, list[int]], part: dict[Key, list[int]]) -> dict[Key, list[int]]:
         for key, counts in total.items():
@@ -277,7 +277,7 @@ class Position(Reduction):
         raise AssertionError("a position lies in one block")
 
 
-def cuts(found: Mapping[Key, Found], exact: bool) -> Generator[Reduction, Any, dict[Key, int | None]]:
+def cuts(found: Mapping[Key, RankValue], exact: bool) -> Generator[Reduction, Any, dict[Key, int | None]]:
     """For each value, one past the index of its last entry within the rank; None if all its entries are."""
     import numpy as np
 

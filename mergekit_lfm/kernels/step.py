@@ -30,7 +30,7 @@ class Step:
     flag: torch.Tensor | None = None
 
 
-Run = Callable[[Step], Any]
+RunStep = Callable[[Step], Any]
 
 
 def run_eagerly(step: Step) -> Any:

@@ -36,7 +36,7 @@ def find_device(name: str) -> torch.device:
 def find_gpu(name: str) -> torch.device | None:
     """The GPU of that name, None for the processor. Raises PlanError for other devices, whose arithmetic differs."""
     device = find_device(name)
-    if device.type != "cpu" and not merges(device):
+    if device.type != "cpu" and not can_merge_on(device):
         raise PlanError(
             f"the device {name!r} is a {device.type}, on which results are not known to be exact; expected cpu, cuda, "
             "cuda:1 or auto. Choose one of these"
@@ -44,6 +44,6 @@ def find_gpu(name: str) -> torch.device | None:
     return None if device.type == "cpu" else device
 
 
-def merges(device: torch.device) -> bool:
+def can_merge_on(device: torch.device) -> bool:
     """True if merges can be computed on this device: if it is a CUDA GPU."""
     return device.type == "cuda"

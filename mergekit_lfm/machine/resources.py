@@ -23,7 +23,7 @@ def free_space(out: Path) -> int:
     return status.f_bavail * status.f_frsize
 
 
-def occupied(folder: Path) -> int:
+def allocated_bytes(folder: Path) -> int:
     """Bytes on the disk that the files in a folder take, reserved ones included; 0 without the folder."""
     return sum(file.stat().st_blocks * 512 for file in folder.iterdir()) if folder.is_dir() else 0
 

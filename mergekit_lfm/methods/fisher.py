@@ -22,7 +22,7 @@ class LocalFisher(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Fisher:
+class FisherAverage:
     """The coefficients of a Fisher merge: the same for every block."""
 
     scales: list[float]
@@ -34,7 +34,7 @@ class Fisher:
 
 
 @immediate
-def _solve(unit: Unit) -> Fisher:
+def _solve(unit: Unit) -> FisherAverage:
     scales = unit.floats("weight")
     if not any(scales):
         raise PlanError(f"{unit.name}: all weights are 0; give at least one model a weight above 0")
@@ -46,7 +46,7 @@ def _solve(unit: Unit) -> Fisher:
             )
         scales = [scale / (norm or 1.0) for scale, norm in zip(scales, unit.norms, strict=True)]
         scales = [scale / max(scales) for scale in scales]
-    return Fisher(scales, unit.number("epsilon"))
+    return FisherAverage(scales, unit.number("epsilon"))
 
 
 def apply(rows: Rows, base: torch.Tensor | None, local: LocalFisher) -> torch.Tensor:  # noqa: ARG001

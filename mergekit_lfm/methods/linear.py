@@ -7,7 +7,7 @@ from mergekit_lfm.methods.method import REQUIRED, Method, Parameter, Unit, immed
 WEIGHT = Parameter("weight", REQUIRED, per_input=True, doc="relative weight of the input")
 
 
-def normalised(weights: list[float], unit: Unit, switch: str | None = "normalize") -> list[float]:
+def normalise(weights: list[float], unit: Unit, switch: str | None = "normalize") -> list[float]:
     """weights divided by their sum. Weights that cancel are an error: the quotient would be infinite or NaN.
 
     switch: the method's parameter that turns this off, or None.
@@ -26,7 +26,7 @@ def normalised(weights: list[float], unit: Unit, switch: str | None = "normalize
 def solve(unit: Unit) -> Weights:
     """The weights, normalised to sum 1 unless `normalize: false`."""
     weights = unit.floats("weight")
-    return Weights(normalised(weights, unit) if unit.shared["normalize"] else weights)
+    return Weights(normalise(weights, unit) if unit.shared["normalize"] else weights)
 
 
 METHODS = (

@@ -52,7 +52,7 @@ class Parameter:
     choices: tuple[str, ...] = ()
 
 
-Kind = Literal["gram", "fisher"]  # of statistics that methods take
+ParameterKind = Literal["gram", "fisher"]  # of statistics that methods take
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,5 +150,5 @@ class Method:
     scope: Callable[[Mapping[str, Value]], str] = field(default=lambda _: "tensor")
     row: Callable[[Unit], int | None] = field(default=lambda _: None)
     copies: Callable[[Unit], bool] = field(default=lambda _: False)
-    statistics: Kind | None = None
+    statistics: ParameterKind | None = None
     whole: Whole | None = None

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from mergekit_lfm.kernels.sums import Weights, weighted_sum
-from mergekit_lfm.methods.linear import normalised
+from mergekit_lfm.methods.linear import normalise
 from mergekit_lfm.methods.method import Linears, Method, Parameter, Unit, Whole, immediate
 
 if TYPE_CHECKING:
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 BAND = 256  # rows of a Gram matrix read at a time
 OUTPUTS = 1024  # rows of a layer solved at a time
-RESOLUTION = 2.0**-23  # of the float32 in which Gram matrices are stored
+GRAM_RESOLUTION = 2.0**-23  # of the float32 in which Gram matrices are stored
 LEAST_RIDGE = 2.0**-20  # the rounding of a Gram matrix has at most 2^-24 of its norm
 
 
 @immediate
 def _average(unit: Unit) -> Weights:
-    return Weights(normalised(unit.floats("weight"), unit, switch=None))
+    return Weights(normalise(unit.floats("weight"), unit, switch=None))
 
 
 def _merge(unit: Unit, layers: Sequence[Linears]) -> Iterator[torch.Tensor]:
@@ -36,7 +36,7 @@ def _merge(unit: Unit, layers: Sequence[Linears]) -> Iterator[torch.Tensor]:
     """
     import torch
 
-    weights = normalised(unit.floats("weight"), unit, switch=None)
+    weights = normalise(unit.floats("weight"), unit, switch=None)
     divide = _division(unit, weights, layers[0])
     for layer in layers:
         outputs, inputs = layer.shape
@@ -79,7 +79,11 @@ def _division(unit: Unit, weights: Sequence[float], layer: Linears) -> Callable[
     finite = bool(total.sum().isfinite())
     factor = total.T  # symmetric, and in the column order in which LAPACK works in place
     _, failed = torch.linalg.cholesky_ex(factor, out=(factor, torch.empty((), dtype=torch.int32)))
-    if finite and not _has_ridge(unit) and (failed or float(factor.diagonal().min()) ** 2 < len(factor) * RESOLUTION):
+    if (
+        finite
+        and not _has_ridge(unit)
+        and (failed or float(factor.diagonal().min()) ** 2 < len(factor) * GRAM_RESOLUTION)
+    ):
         return _singular_division(*_scaled_sum(unit, weights, layer))
 
     def divide(x: torch.Tensor) -> torch.Tensor:
@@ -95,7 +99,7 @@ def _singular_division(total: torch.Tensor, scale: torch.Tensor) -> Callable[[to
     import torch
 
     values, vectors = torch.linalg.eigh(total)
-    kept = values > len(values) * RESOLUTION * float(values[-1].clamp(min=0))
+    kept = values > len(values) * GRAM_RESOLUTION * float(values[-1].clamp(min=0))
     inverse = torch.where(kept, 1 / values, 0.0)
     null, _ = torch.linalg.qr(scale[:, None] * vectors[:, ~kept])  # of S itself, orthonormal
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.kernels.reductions import ColumnGram, Gram, Reduction, RowGram
 from mergekit_lfm.kernels.sums import Spread, Weights, weighted_sum
-from mergekit_lfm.methods.linear import WEIGHT, normalised
+from mergekit_lfm.methods.linear import WEIGHT, normalise
 from mergekit_lfm.methods.method import REQUIRED, Method, Parameter, Unit
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Vector = list[float]
 LERP_ABOVE = 0.9995  # |cos| from which slerp takes the chord, as its common implementations do
-RESOLUTION = 1e-7  # lengths of unit vectors' sums that rounding of a float64 Gram matrix cannot tell from 0
+ANGLE_RESOLUTION = 1e-7  # lengths of unit vectors' sums that rounding of a float64 Gram matrix cannot tell from 0
 
 
 class _Span:
@@ -70,7 +70,7 @@ def _multislerp(unit: Unit) -> Generator[Reduction, Any, Weights]:
     if len(weights) == 1:
         return Weights([1.0])
     if unit.shared["normalize_weights"]:
-        weights = normalised(weights, unit, "normalize_weights")
+        weights = normalise(weights, unit, "normalize_weights")
     span = _Span((yield Gram()))
     eps = unit.number("eps")
     norms = [sqrt(span.gram[i][i]) for i in range(span.size)]
@@ -79,7 +79,7 @@ def _multislerp(unit: Unit) -> Generator[Reduction, Any, Weights]:
     units = [span.axis(i, norm + eps) for i, norm in enumerate(norms)]
     centre = span.mean(units, weights)
     length = span.norm(centre)
-    if length < max(eps, RESOLUTION):
+    if length < max(eps, ANGLE_RESOLUTION):
         if span.size == 2:
             return Weights(weights)
         raise PlanError(
@@ -93,7 +93,7 @@ def _multislerp(unit: Unit) -> Generator[Reduction, Any, Weights]:
 
 
 def _karcher(unit: Unit) -> Generator[Reduction, Any, Weights]:
-    shares = normalised(unit.floats("weight"), unit, switch=None)
+    shares = normalise(unit.floats("weight"), unit, switch=None)
     span = _Span((yield Gram()))
     tol = unit.number("tol")
     norms = [sqrt(span.gram[i][i]) for i in range(span.size)]
@@ -101,7 +101,7 @@ def _karcher(unit: Unit) -> Generator[Reduction, Any, Weights]:
     if not valid:
         return Weights([0.0] * span.size)
     units = [span.axis(i, norms[i]) for i in valid]
-    weights = normalised([shares[i] for i in valid], unit, switch=None)
+    weights = normalise([shares[i] for i in valid], unit, switch=None)
     mean = span.mean(units, weights)
     length = span.norm(mean)
     point = units[0] if length < tol else _scaled(mean, 1.0 / length)
@@ -110,7 +110,7 @@ def _karcher(unit: Unit) -> Generator[Reduction, Any, Weights]:
         for vector in units:
             cosine = max(-1.0, min(1.0, span.dot(vector, point)))
             angle = acos(cosine)
-            opposite = cosine < RESOLUTION**2 - 1  # it lies in all directions at once, and so pulls in none
+            opposite = cosine < ANGLE_RESOLUTION**2 - 1  # it lies in all directions at once, and so pulls in none
             stretch = 0.0 if opposite else angle / sin(angle) if angle > 0 else 1.0
             logs.append([stretch * (v - cosine * p) for v, p in zip(vector, point, strict=True)])
         step = span.mean(logs, weights)
@@ -138,7 +138,7 @@ def _nuslerp(unit: Unit) -> Generator[Reduction, Any, Weights | Spread]:
     t = second / total if abs(total) >= 1e-6 else 0.5
     norms = gram.diagonal(dim1=-2, dim2=-1).sqrt().clamp(min=1e-7)  # [..., 2]
     cosine = (gram[..., 0, 1] / norms[..., 0] / norms[..., 1]).clamp(-1, 1)
-    flat = 1 - cosine.square() <= RESOLUTION**2  # opposite vectors have no great circle, equal ones need none
+    flat = 1 - cosine.square() <= ANGLE_RESOLUTION**2  # opposite vectors have no great circle, equal ones need none
     angle = cosine.acos()
     sine = torch.where(flat, 1.0, angle.sin())
     head = torch.where(flat, 1.0 - t, ((1.0 - t) * angle).sin() / sine)

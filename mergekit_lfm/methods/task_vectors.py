@@ -10,13 +10,13 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mergekit_lfm.kernels.bits import flipped, masked, negative
+from mergekit_lfm.kernels.bits import apply_mask, flip_signs, negative
 from mergekit_lfm.kernels.block import Rows
 from mergekit_lfm.kernels.constants import constant
 from mergekit_lfm.kernels.random import Coins, LocalCoins
 from mergekit_lfm.kernels.ranks import NONE, LocalRanks, Ranks, largest
 from mergekit_lfm.kernels.reductions import L1, Reduction, SignBalance
-from mergekit_lfm.methods.linear import WEIGHT, normalised
+from mergekit_lfm.methods.linear import WEIGHT, normalise
 from mergekit_lfm.methods.method import Method, Parameter, Unit
 
 if TYPE_CHECKING:
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 SMALLEST = {4: 2.0**-126, 8: 2.0**-1022}  # the smallest normal number by bytes
 
-Mask = Ranks | Coins
-Sparsify = Callable[[Unit], Generator[Reduction, Any, Mask | None]]
+Kept = Ranks | Coins
+Sparsify = Callable[[Unit], Generator[Reduction, Any, Kept | None]]
 
 
 class LocalSum(NamedTuple):
@@ -41,14 +41,14 @@ class LocalSum(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Sum:
+class SparseSum:
     """Coefficients of the merge. factors: weight times rescaling; votes: the weights alone, None for no vote.
 
     zero_is_positive: True if an element whose sum is exactly zero votes for plus.
     """
 
     factors: Sequence[float]
-    mask: Mask | None
+    mask: Kept | None
     votes: Sequence[float] | None
     normalize: bool
     lambda_: float
@@ -70,7 +70,7 @@ def apply(rows: Rows, base: torch.Tensor | None, c: LocalSum) -> torch.Tensor:
     """base + lambda * sum of the kept terms; with votes, the mean of those that agree with the elected sign."""
     terms = [x * c.factors[i] for i, x in enumerate(rows)]
     if c.mask is not None:
-        terms = [masked(term, c.mask.mask(i, rows[i])) for i, term in enumerate(terms)]
+        terms = [apply_mask(term, c.mask.mask(i, rows[i])) for i, term in enumerate(terms)]
     total = terms[0]
     for term in terms[1:]:
         total = total + term
@@ -90,7 +90,7 @@ def _elected(
     if not zero_is_positive:
         total = total - SMALLEST[total.dtype.itemsize]  # changes the sign of zero alone
     elected = negative(total)
-    agreeing = [flipped(term, elected).clamp(min=0) for term in terms]
+    agreeing = [flip_signs(term, elected).clamp(min=0) for term in terms]
     merged = agreeing[0] + 0.0  # the greater of -0 and 0 is another on every device
     for part in agreeing[1:]:
         merged = merged + part
@@ -99,7 +99,7 @@ def _elected(
         for i in range(1, len(agreeing)):
             weight += agreeing[i].sign() * votes[i]
         merged = merged / (weight + (1 - weight.sign().abs()))  # 0 / 1 where no term agrees
-    return flipped(merged, elected)
+    return flip_signs(merged, elected)
 
 
 def _everything(_: Unit) -> Generator[Reduction, Any, None]:
@@ -107,7 +107,7 @@ def _everything(_: Unit) -> Generator[Reduction, Any, None]:
     yield  # asks for nothing
 
 
-def _largest(unit: Unit) -> Generator[Reduction, Any, Mask | None]:
+def _largest(unit: Unit) -> Generator[Reduction, Any, Kept | None]:
     """Keep the fraction `density` of every delta's largest entries, at least one."""
     if unit.shared["scope"] == "global":
         counts = [min(unit.numel, int(d * unit.numel) + 1) for d in unit.floats("density")]
@@ -121,14 +121,14 @@ def _largest(unit: Unit) -> Generator[Reduction, Any, Mask | None]:
     return Ranks(tuple((outer, NONE) for (outer,) in kept))
 
 
-def _coins(unit: Unit) -> Generator[Reduction, Any, Mask | None]:
+def _coins(unit: Unit) -> Generator[Reduction, Any, Kept | None]:
     """Keep every entry with probability `density`."""
     densities = unit.floats("density")
     return None if all(d >= 1 for d in densities) else Coins(unit.keys, tuple(densities))
     yield  # asks for nothing
 
 
-def _middle(unit: Unit) -> Generator[Reduction, Any, Mask | None]:
+def _middle(unit: Unit) -> Generator[Reduction, Any, Kept | None]:
     """Drop the fraction `gamma` of largest entries, keep the fraction `density` of largest ones among the rest."""
     counts = []
     for density, gamma in zip(unit.floats("density"), unit.floats("gamma"), strict=True):
@@ -142,7 +142,7 @@ def _middle(unit: Unit) -> Generator[Reduction, Any, Mask | None]:
     return Ranks(tuple((outer, inner) for outer, inner in kept))
 
 
-def _scales(unit: Unit, mask: Mask | None) -> Generator[Reduction, Any, list[float]]:
+def _scales(unit: Unit, mask: Kept | None) -> Generator[Reduction, Any, list[float]]:
     """The factors of the kept entries: 1, the ratio of L1 norms, or one over the density."""
     if mask is None or not unit.shared["rescale"]:
         return [1.0] * len(unit.inputs)
@@ -152,20 +152,20 @@ def _scales(unit: Unit, mask: Mask | None) -> Generator[Reduction, Any, list[flo
     return [before / after if before >= 1e-7 and after >= 1e-7 else 1.0 for before, after in sums.tolist()]
 
 
-def _solve(sparsify: Sparsify, vote: bool) -> Callable[[Unit], Generator[Reduction, Any, Sum]]:
-    def solve(unit: Unit) -> Generator[Reduction, Any, Sum]:
+def _solve(sparsify: Sparsify, vote: bool) -> Callable[[Unit], Generator[Reduction, Any, SparseSum]]:
+    def solve(unit: Unit) -> Generator[Reduction, Any, SparseSum]:
         weights, normalize, lambda_ = unit.floats("weight"), bool(unit.shared["normalize"]), unit.number("lambda")
         if not vote:
-            weights = [lambda_ * w for w in (normalised(weights, unit) if normalize else weights)]
+            weights = [lambda_ * w for w in (normalise(weights, unit) if normalize else weights)]
         mask = yield from sparsify(unit)
         scales = yield from _scales(unit, mask)
         factors = tuple(w * s for w, s in zip(weights, scales, strict=True))
         if not vote:
-            return Sum(factors, mask, votes=None, normalize=False, lambda_=1.0)
+            return SparseSum(factors, mask, votes=None, normalize=False, lambda_=1.0)
         positive = True
         if unit.shared.get("scope") == "global":
             positive = int((yield SignBalance(factors, mask))) > 0
-        return Sum(factors, mask, tuple(weights), normalize, lambda_, positive)
+        return SparseSum(factors, mask, tuple(weights), normalize, lambda_, positive)
 
     return solve
 

@@ -11,11 +11,11 @@ import yaml
 from mergekit_lfm.version import __version__
 
 CARD = "README.md"
-KEPT = "MERGE.md"  # our card's name beside one that was edited on the Hub
+OWN_CARD = "MERGE.md"  # our card's name beside one that was edited on the Hub
 LICENSE = ("license", "license_name", "license_link")
 
 
-def stated_license(folder: Path) -> dict[str, str]:
+def read_license(folder: Path) -> dict[str, str]:
     """The license entries in the card of a model's folder, {} without a license."""
     front = front_matter(folder / CARD) if folder.is_dir() else {}
     entries = {key: front[key] for key in LICENSE if isinstance(front.get(key), str)}

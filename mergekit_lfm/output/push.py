@@ -22,12 +22,12 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
 from mergekit_lfm.errors import PlanError, several
-from mergekit_lfm.output.card import CARD, KEPT, without_front_matter
+from mergekit_lfm.output.card import CARD, OWN_CARD, without_front_matter
 from mergekit_lfm.output.lock import LOCK, lock_of, verify
 from mergekit_lfm.output.writer import REPLACED
 from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.store.hub import repository
-from mergekit_lfm.store.hub.client import HTTPError, api, asking, endpoint, offline
+from mergekit_lfm.store.hub.client import HTTPError, api, endpoint, offline, translate_errors
 from mergekit_lfm.store.hub.snapshots import Snapshot, pull
 from mergekit_lfm.version import __version__
 
@@ -38,7 +38,7 @@ IN_USE = re.compile(r"\.(safetensors|bin|gguf|pt|pth|onnx|msgpack|h5)$|(^|/)(con
 TEXTS = re.compile(r"\.(md|json|yaml|yml|txt|py|jinja)$")
 VOCABULARIES = re.compile(r"(^|/)(tokenizer|vocab|merges)\.(json|txt)$")  # any text may be a token
 TOKEN = re.compile(rb"\b(api_org|hf)_[A-Za-z0-9_-]{30,}")
-NOTED_PATH = re.compile(rb'name_or_path"\s*:\s*"[/~]')  # where transformers once found the model
+RECORDED_PATH = re.compile(rb'name_or_path"\s*:\s*"[/~]')  # where transformers once found the model
 SEARCHED = 50_000_000  # bytes; larger files are not searched, since they are not text
 
 
@@ -112,7 +112,7 @@ def _check_account(repo: str) -> None:
     """Raises PlanError if the token is missing, invalid or read-only, or its account may not push to that owner."""
     if get_token() is None:
         raise PlanError("found no token to push with: set HF_TOKEN, or run `hf auth login`")
-    with asking(repo):
+    with translate_errors(repo):
         account = api().whoami()
     role = ((account.get("auth") or {}).get("accessToken") or {}).get("role")
     if role == "read":
@@ -124,7 +124,7 @@ def _check_account(repo: str) -> None:
 
 
 def _look(repo: str, revision: str | None = None) -> Remote:
-    with asking(repo):
+    with translate_errors(repo):
         try:
             info = api().model_info(repo, revision=revision)
         except RepositoryNotFoundError:
@@ -167,10 +167,10 @@ def push(
     contents, left_out = _contents(source)
     kept = not replace_card and _card_kept(remote, source)
     if kept:
-        contents[KEPT] = without_front_matter((source / CARD).read_text(encoding="utf-8")).encode()
+        contents[OWN_CARD] = without_front_matter((source / CARD).read_text(encoding="utf-8")).encode()
         del contents[CARD]
     if remote.commit is None:
-        with asking(repo):
+        with translate_errors(repo):
             api().create_repo(repo, private=private or None, exist_ok=True)
         remote = _check_suitable(_look(repo), private=private, overwrite=overwrite)
     oids = {name: _oids(content) for name, content in contents.items()}
@@ -214,7 +214,7 @@ def _private(path: Path) -> list[tuple[int, str]]:
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if TOKEN.search(line) or token in line:
             problems.append((number, "a token of the Hub"))
-        if text and (NOTED_PATH.search(line) or (home and home + b"/" in line)):
+        if text and (RECORDED_PATH.search(line) or (home and home + b"/" in line)):
             problems.append((number, "a path of this machine"))
     return problems
 
@@ -242,7 +242,7 @@ def _lock(remote: Remote) -> dict[str, dict[str, str]]:
 
 
 def _read(remote: Remote, name: str) -> bytes:
-    with asking(remote.repo):
+    with translate_errors(remote.repo):
         path = hf_hub_download(remote.repo, name, revision=remote.commit, endpoint=endpoint())
     return Path(path).read_bytes()
 
@@ -250,7 +250,7 @@ def _read(remote: Remote, name: str) -> bytes:
 def _outdated(remote: Remote, kept_card: bool) -> set[str]:
     """The files of the repository that a new push replaces: weights, and files of an earlier push."""
     lock = _lock(remote)
-    ours = {*lock["files"], LOCK, *(() if kept_card else (KEPT,))} if lock else set()
+    ours = {*lock["files"], LOCK, *(() if kept_card else (OWN_CARD,))} if lock else set()
     return {name for name in remote.files if name in ours or WEIGHTS.search(name)} - {CARD}
 
 
@@ -284,7 +284,7 @@ def _commit(remote: Remote, contents: Mapping[str, Content], removed: list[str],
     """Commit on top of the commit that was checked, or fail; returns the new commit."""
     additions = [CommitOperationAdd(name, x if isinstance(x, bytes) else str(x)) for name, x in contents.items()]
     deletions = [CommitOperationDelete(name, is_folder=False) for name in removed]
-    with asking(remote.repo):
+    with translate_errors(remote.repo):
         try:
             done = api().create_commit(
                 remote.repo, [*additions, *deletions], commit_message=message, parent_commit=remote.commit

@@ -22,21 +22,21 @@ from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.store.durable import lock_folder, replace_file, reserve, sync_folder
 from mergekit_lfm.store.formats import bytes_of
 from mergekit_lfm.store.places import check_folder, has_files, partial_of
-from mergekit_lfm.store.sidecars import tagalong
-from mergekit_lfm.store.tensors import TensorSpec, naming, write_exactly
+from mergekit_lfm.store.sidecars import sidecars_of
+from mergekit_lfm.store.tensors import TensorSpec, name_file, write_exactly
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-UNFINISHED = "saving.unfinished"  # in OUT.partial while it is one of ours
-BLOCK = 1 << 22  # elements that are copied at a time
+MARK = "saving.unfinished"  # in OUT.partial while it is one of ours
+COPIED_AT_ONCE = 1 << 22  # elements that are copied at a time
 
 
 def check_out(out: Path, inputs: Mapping[str, Path], *, overwrite: bool) -> None:
     """Raise PlanError if a folder must not be saved as `out`, or if OUT.partial holds something else."""
     check_folder(out, inputs, overwrite=overwrite)
     partial = partial_of(out)
-    if has_files(partial) and not (partial / UNFINISHED).exists():
+    if has_files(partial) and not (partial / MARK).exists():
         raise PlanError(f"{partial} exists and is nothing unfinished of ours; move it away")
 
 
@@ -46,7 +46,7 @@ def save_checkpoint(
     """Write the checkpoint's tensors, those in `changed` in place of its own, and the other files of its folder.
 
     Dtypes, shards and order are the checkpoint's; changed tensors have its shapes. documents: more files, by name. Of
-    the folder's files all that `tagalong` names come along, and the model card; a merge's lock does not, since it
+    the folder's files all that `sidecars_of` names come along, and the model card; a merge's lock does not, since it
     vouches for other bytes. Replaces OUT: `check_out` before.
     """
     folder = checkpoint.path
@@ -54,7 +54,7 @@ def save_checkpoint(
         shards = lay_out(checkpoint, list(checkpoint.values()), None)
         for shard in shards:
             _write_shard(checkpoint, shard, changed, partial / shard.name)
-        files = {path.relative_to(folder).as_posix(): path for path in tagalong(checkpoint)}
+        files = {path.relative_to(folder).as_posix(): path for path in sidecars_of(checkpoint)}
         if folder.is_dir() and (folder / CARD).is_file():
             files[CARD] = folder / CARD
         contents = {name: path.read_bytes() for name, path in files.items()} | dict(documents)
@@ -77,7 +77,7 @@ def _partial(out: Path) -> Iterator[Path]:
     partial = partial_of(out)
     partial.mkdir(parents=True, exist_ok=True)
     fd = lock_folder(partial)
-    mark = partial / UNFINISHED
+    mark = partial / MARK
     try:
         check_out(out, {}, overwrite=True)  # others may have written there since the last look
         mark.touch()
@@ -98,7 +98,7 @@ def _partial(out: Path) -> Iterator[Path]:
 def _write_shard(checkpoint: Checkpoint, shard: Shard, changed: Mapping[str, Tensor], path: Path) -> None:
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
     try:
-        with naming(path):
+        with name_file(path):
             reserve(fd, shard.nbytes)
             write_exactly(fd, 0, memoryview(shard.header))
             for spec in shard.tensors:
@@ -113,6 +113,6 @@ def _write_tensor(checkpoint: Checkpoint, spec: TensorSpec, changed: Tensor | No
         assert (tuple(changed.shape), str(changed.dtype)) == (spec.shape, f"torch.{spec.dtype}")
         write_exactly(fd, offset, bytes_of(changed.contiguous()))
         return
-    for start in range(0, spec.numel, BLOCK):
-        block = bytes_of(checkpoint.read(spec.name, start, start + BLOCK))
+    for start in range(0, spec.numel, COPIED_AT_ONCE):
+        block = bytes_of(checkpoint.read(spec.name, start, start + COPIED_AT_ONCE))
         write_exactly(fd, offset + start * (spec.nbytes // spec.numel), block)

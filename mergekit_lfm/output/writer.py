@@ -24,7 +24,7 @@ from mergekit_lfm.output.layout import Shard
 from mergekit_lfm.output.lock import LOCK, lock_of
 from mergekit_lfm.store.durable import lock_folder, replace_file, reserve, sync_folder, write_all
 from mergekit_lfm.store.places import check_apart, check_kind, has_files, partial_of
-from mergekit_lfm.store.tensors import UNFINISHED, naming, write_exactly
+from mergekit_lfm.store.tensors import UNFINISHED, name_file, write_exactly
 
 JOURNAL = "merge.journal"
 REPLACED = "merge.replaced"  # what --overwrite replaced, while it is not yet deleted
@@ -133,7 +133,7 @@ class Output:
             path = self.partial / shard.name
             fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
             self._fds.append(fd)
-            with naming(path):
+            with name_file(path):
                 reserve(fd, shard.nbytes)
                 write_exactly(fd, 0, memoryview(UNFINISHED + shard.header[8:]))
         sync_folder(self.partial)
@@ -167,7 +167,7 @@ class Output:
     def _start_over(self, journal: Path) -> None:
         """Empty the folder: first what vouches for it, then the rest."""
         self.done.clear()
-        with naming(journal):
+        with name_file(journal):
             (self.partial / LOCK).unlink(missing_ok=True)
             os.ftruncate(self._journal, 0)
             os.fsync(self._journal)
@@ -175,7 +175,7 @@ class Output:
         for path in self.partial.iterdir():
             if path != journal:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        with naming(journal):
+        with name_file(journal):
             os.lseek(self._journal, 0, os.SEEK_SET)
             write_all(self._journal, json.dumps({"plan": self.digest}).encode() + b"\n")
             os.fsync(self._journal)
@@ -189,7 +189,7 @@ class Output:
     def write(self, name: str, start: int, data: memoryview) -> None:
         """Write bytes of a tensor from byte `start` of it on."""
         fd, offset = self.place(name)
-        with naming(self.partial / self.shards[self._places[name][0]].name):
+        with name_file(self.partial / self.shards[self._places[name][0]].name):
             write_exactly(fd, offset + start, data)
 
     def copy(self, name: str, start: int, source: int, offset: int, nbytes: int) -> bool:
@@ -237,9 +237,9 @@ class Output:
         self._broken = True
         lines = "".join(json.dumps(asdict(receipt)) + "\n" for receipt in batch).encode()
         for shard in sorted({self._places[receipt.tensor][0] for receipt in batch}):
-            with naming(self.partial / self.shards[shard].name):
+            with name_file(self.partial / self.shards[shard].name):
                 os.fdatasync(self._fds[shard])
-        with naming(self.partial / JOURNAL):
+        with name_file(self.partial / JOURNAL):
             write_all(self._journal, lines)
             os.fdatasync(self._journal)
         self._broken = False
@@ -257,7 +257,7 @@ class Output:
         """Make the shards readable, add the other files (the lock is the last of them), and move everything to OUT."""
         self.flush()
         for fd, shard in zip(self._fds, self.shards, strict=True):
-            with naming(self.partial / shard.name):
+            with name_file(self.partial / shard.name):
                 write_exactly(fd, 0, memoryview(shard.header[:8]))
                 os.fsync(fd)
         for name, data in sorted(files.items(), key=lambda item: item[0] == LOCK):

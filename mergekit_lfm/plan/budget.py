@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.machine.resources import default_threads, free_space, occupied
+from mergekit_lfm.machine.resources import allocated_bytes, default_threads, free_space
 from mergekit_lfm.plan.plan import Plan
 from mergekit_lfm.store.places import partial_of
 
@@ -29,7 +29,7 @@ def workers(plan: Plan, memory: int, threads: int | None, gpu: Accelerator | Non
 
 def check_disk(plan: Plan, out: Path) -> None:
     """PlanError where the disk has no room for the output, less what an earlier run has reserved."""
-    needed = sum(shard.nbytes for shard in plan.shards) - occupied(partial_of(out))
+    needed = sum(shard.nbytes for shard in plan.shards) - allocated_bytes(partial_of(out))
     if needed > free_space(out):
         free = free_space(out) / 1e9
         raise PlanError(f"{out} needs {needed / 1e9:,.3g} GB more, the disk has {free:,.3g} GB free; make room")

@@ -10,7 +10,7 @@ from mergekit_lfm.kernels.block import BLOCK, SEGMENT
 from mergekit_lfm.kernels.random import key
 from mergekit_lfm.methods import METHODS, Method
 from mergekit_lfm.methods.method import Unit
-from mergekit_lfm.plan.sources import Cast, Source
+from mergekit_lfm.plan.sources import ModelRoles, TensorRef
 from mergekit_lfm.recipe.recipe import Settings
 from mergekit_lfm.store.tensors import FLOATS, ITEMSIZE, TensorSpec
 
@@ -26,16 +26,16 @@ class Job:
 
     spec: TensorSpec
     method: str
-    sources: tuple[Source, ...]
-    base: Source | None
+    sources: tuple[TensorRef, ...]
+    base: TensorRef | None
     settings: Settings
     compute: str
     copied: bool
     block: int
     needs_sums: bool
     sums_nbytes: int = 0
-    statistics: tuple[Source, ...] = ()
-    added: Source | None = None
+    statistics: tuple[TensorRef, ...] = ()
+    added: TensorRef | None = None
 
     name = property(lambda self: self.spec.name)
     shape = property(lambda self: self.spec.shape)
@@ -43,13 +43,13 @@ class Job:
     nbytes = property(lambda self: self.spec.nbytes)
 
     @property
-    def read(self) -> tuple[Source, ...]:
+    def read(self) -> tuple[TensorRef, ...]:
         """Everything that the job reads except `added`, the base last."""
         rows = self.sources + self.statistics
         return rows if self.base is None else (*rows, self.base)
 
     @property
-    def read_at_all(self) -> tuple[Source, ...]:
+    def read_at_all(self) -> tuple[TensorRef, ...]:
         """Everything that the job reads."""
         return self.read if self.added is None else (*self.read, self.added)
 
@@ -70,11 +70,11 @@ class Job:
 
 
 def make_job(
-    cast: Cast,
+    roles: ModelRoles,
     names: Mapping[int, str],
     spec: TensorSpec,
     layer: tuple[int, int] | None,
-    statistics: tuple[Source, ...] | None = None,
+    statistics: tuple[TensorRef, ...] | None = None,
     block: int = BLOCK,
 ) -> Job:
     """The job of one output tensor: merged if all its sources are floating, else copied.
@@ -82,9 +82,9 @@ def make_job(
     names: its source in each model. statistics: the inputs', or None without any: methods that need them then leave the
     tensor to `linear`.
     """
-    recipe, models, labels, base = cast.recipe, cast.models, cast.labels, cast.base
+    recipe, models, labels, base = roles.recipe, roles.models, roles.labels, roles.base
     method = recipe.method
-    sources = tuple((i, names[i]) for i in cast.inputs if i in names)
+    sources = tuple((i, names[i]) for i in roles.inputs if i in names)
     base_source = (base, names[base]) if base is not None and base in names else None
     read = sources if base_source is None else (*sources, base_source)
     dtypes = [models[i][name].dtype for i, name in read]
@@ -106,15 +106,15 @@ def make_job(
     compute = "float64" if "float64" in (*dtypes, recipe.dtype) else "float32"
     out = TensorSpec(spec.name, spec.shape, dtype)
     if method.statistics and statistics is None:
-        method, settings = METHODS["linear"], averaging(settings)
+        method, settings = METHODS["linear"], averaging_settings(settings)
     job = Job(out, method.name, sources, base_source, settings, compute, copied=False, block=block, needs_sums=False)
     if method.statistics and not method.whole:
         job = replace(job, statistics=statistics or ())
-    unit = unit_of([job], recipe.seed, cast.norms)
+    unit = unit_of([job], recipe.seed, roles.norms)
     if method.copies(unit):
         job = replace(job, sources=sources[:1], base=None, copied=dtypes[0] == dtype)
-    if cast.added is not None and spec.name in cast.added:
-        index = len(cast.models) + len(cast.statistics)
+    if roles.added is not None and spec.name in roles.added:
+        index = len(roles.models) + len(roles.statistics)
         job = replace(job, added=(index, spec.name), copied=False)
     needs_sums = not job.copied and _needs_sums(method, unit)
     groups = max(row, unit.numel // row) if (row := method.row(unit)) else 0
@@ -142,7 +142,7 @@ def _promote(dtypes: Sequence[str]) -> str:
     return "float32" if {"float16", "bfloat16"} <= set(dtypes) and ITEMSIZE[widest] == 2 else widest
 
 
-def averaging(settings: Settings) -> Settings:
+def averaging_settings(settings: Settings) -> Settings:
     """Settings with which `linear` averages tensors without statistics."""
     return Settings({"normalize": True}, tuple({"weight": values["weight"]} for values in settings.inputs))
 

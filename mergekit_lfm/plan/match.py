@@ -13,11 +13,11 @@ from mergekit_lfm.store.checkpoint import Checkpoint
 # are not parameters and are therefore not merged either.
 RECOMPUTED = re.compile(r"(rotary_emb\.inv_freq|attn\.masked_bias|\.attn\.bias|embeddings\.position_ids)$")
 CONSTANTS = re.compile(r"(rotary_emb\.inv_freq|attn\.masked_bias)$")
-HEAD = "lm_head.weight"
+HEAD_NAME = "lm_head.weight"
 EMBEDDINGS = ("model.embed_tokens.weight", "transformer.wte.weight", "gpt_neox.embed_in.weight")
 
 
-def match(
+def match_tensors(
     models: Sequence[Checkpoint], labels: Sequence[str], template: int
 ) -> tuple[dict[str, dict[int, str]], tuple[tuple[str, str, str], ...]]:
     """For each output tensor the name of its source in every model; and the dropped (model, tensor, reason).
@@ -40,21 +40,21 @@ def match(
                 )
             elif name in model:
                 names[name][i] = name
-            elif name == HEAD and tied and embedding:
+            elif name == HEAD_NAME and tied and embedding:
                 names[name][i] = embedding
             else:
                 missing.append(f"{label} lacks {first[name]}, which {labels[template]} has")
         for name in (name for name in model if name not in names):
             if RECOMPUTED.search(name):
                 dropped.append((label, name, "a buffer that loaders recompute, which the template lacks"))
-            elif name == HEAD and tied:
+            elif name == HEAD_NAME and tied:
                 dropped.append((label, name, "tied to the embedding by the model's config"))
             else:
                 extra.append(f"{label} has {model[name]}, which {labels[template]} lacks")
-        if HEAD in first and HEAD in model and first.config.get("tie_word_embeddings") and not tied:
+        if HEAD_NAME in first and HEAD_NAME in model and first.config.get("tie_word_embeddings") and not tied:
             extra.append(
-                f"{label} has a {HEAD} of its own, but the config of {labels[template]} ties it to the embedding, so "
-                "loaders would not use the merged head: choose an untied model as the base"
+                f"{label} has a {HEAD_NAME} of its own, but the config of {labels[template]} ties it to the embedding, "
+                "so loaders would not use the merged head: choose an untied model as the base"
             )
     wrong = missing + extra + _misshapen(models, labels, template, names)
     if wrong:
@@ -82,11 +82,13 @@ def _misshapen(
 
 def layers_of(model: Checkpoint) -> dict[str, tuple[int, int]]:
     """(layer index, layer count) of each tensor in a layer: the first integer of its name, counted per prefix."""
-    matches = {name: match for name in model if (match := re.match(r"(.*?(?:^|\.))(\d+)(?:\.|$)", name))}
+    matches = {
+        name: match_tensors for name in model if (match_tensors := re.match(r"(.*?(?:^|\.))(\d+)(?:\.|$)", name))
+    }
     counts: dict[str, int] = {}
-    for match in matches.values():
-        counts[match[1]] = max(counts.get(match[1], 0), int(match[2]) + 1)
-    return {name: (int(match[2]), counts[match[1]]) for name, match in matches.items()}
+    for match_tensors in matches.values():
+        counts[match_tensors[1]] = max(counts.get(match_tensors[1], 0), int(match_tensors[2]) + 1)
+    return {name: (int(match_tensors[2]), counts[match_tensors[1]]) for name, match_tensors in matches.items()}
 
 
 def refuse_quantised(recipe: Recipe, models: Sequence[Checkpoint], labels: Sequence[str]) -> None:

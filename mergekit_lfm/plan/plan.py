@@ -24,17 +24,26 @@ from mergekit_lfm.kernels.block import BLOCK
 from mergekit_lfm.machine.sizes import format_size
 from mergekit_lfm.methods import METHODS
 from mergekit_lfm.methods.method import Unit
-from mergekit_lfm.output.card import stated_license
+from mergekit_lfm.output.card import read_license
 from mergekit_lfm.output.layout import Shard, lay_out
 from mergekit_lfm.plan.job import Job, make_job, unit_of
-from mergekit_lfm.plan.match import layers_of, match, refuse_quantised
-from mergekit_lfm.plan.sources import ADDED, Cast, _added, cast_of, identity_of, open_all, open_models, refuse_resized
+from mergekit_lfm.plan.match import layers_of, match_tensors, refuse_quantised
+from mergekit_lfm.plan.sources import (
+    ADDED,
+    ModelRoles,
+    _added,
+    assign_roles,
+    identity_of,
+    open_all,
+    open_models,
+    refuse_resized,
+)
 from mergekit_lfm.plan.statistics import LinearGroup, find_statistics, group_linears
 from mergekit_lfm.recipe.recipe import Recipe
-from mergekit_lfm.recipe.roles import Edit, Model
-from mergekit_lfm.recipe.values import GivenFile
+from mergekit_lfm.recipe.roles import Edit, Input
+from mergekit_lfm.recipe.values import NamedFile
 from mergekit_lfm.store.checkpoint import Checkpoint
-from mergekit_lfm.store.sidecars import tagalong
+from mergekit_lfm.store.sidecars import sidecars_of
 from mergekit_lfm.store.tensors import ITEMSIZE
 from mergekit_lfm.version import __version__
 from mergekit_lfm.views.pending import PendingFile
@@ -49,7 +58,7 @@ class Plan:
     of each model states. edited_on: the kind of device on which edits of the result are solved, "" for the processor.
     """
 
-    cast: Cast
+    roles: ModelRoles
     tensors: tuple[Job, ...]
     groups: tuple[tuple[int, ...], ...]
     linears: tuple[LinearGroup, ...]
@@ -61,39 +70,39 @@ class Plan:
 
     @property
     def recipe(self) -> Recipe:
-        return self.cast.recipe
+        return self.roles.recipe
 
     @property
     def models(self) -> tuple[Checkpoint, ...]:
-        return self.cast.models
+        return self.roles.models
 
     @property
     def labels(self) -> tuple[str, ...]:
-        return self.cast.labels
+        return self.roles.labels
 
     @property
     def template(self) -> int:
-        return self.cast.template
+        return self.roles.template
 
     @property
     def statistics(self) -> tuple[Statistics, ...]:
         """Those of the inputs; () where the method takes none."""
-        return self.cast.statistics
+        return self.roles.statistics
 
     @cached_property
     def sources(self) -> tuple[Checkpoint, ...]:
         """The models, beyond them the statistics files, and what edits add: what a job's sources point into."""
-        added = () if self.cast.added is None else (self.cast.added,)
-        return (*self.cast.models, *(given.tensors for given in self.cast.statistics), *added)
+        added = () if self.roles.added is None else (self.roles.added,)
+        return (*self.roles.models, *(given.tensors for given in self.roles.statistics), *added)
 
     @cached_property
     def source_labels(self) -> tuple[str, ...]:
         """What the recipe calls each of `sources`."""
-        added = () if self.cast.added is None else (ADDED,)
-        return (*self.cast.labels, *(given.ref for given in self.cast.recipe.statistics), *added)
+        added = () if self.roles.added is None else (ADDED,)
+        return (*self.roles.labels, *(given.ref for given in self.roles.recipe.statistics), *added)
 
     @property
-    def pending(self) -> tuple[Model, ...]:
+    def pending(self) -> tuple[Input, ...]:
         """The models whose alignment is still to be found, or that are still to be edited."""
         models = zip(self.recipe.all_models, self.models, strict=True)
         return tuple(model for model, held in models if any(isinstance(file, PendingFile) for file in held.files))
@@ -127,7 +136,7 @@ class Plan:
     def unedited(self) -> bool:
         """Whether edits are still to be made, of a model or of the result, which needs a model that runs."""
         models = any(model.edits for model in self.pending)
-        return models or (bool(self.recipe.result_edits) and self.cast.added is None)
+        return models or (bool(self.recipe.result_edits) and self.roles.added is None)
 
     @property
     def bytes_written(self) -> int:
@@ -169,7 +178,7 @@ class Plan:
 
     def unit(self, jobs: Sequence[Job]) -> Unit:
         """What the method's solve is told of jobs that are solved together."""
-        return unit_of(jobs, self.recipe.seed, self.cast.norms)
+        return unit_of(jobs, self.recipe.seed, self.roles.norms)
 
     def scratch(self, job: Job) -> int:
         """Bytes that one worker holds to process the job block by block."""
@@ -261,7 +270,7 @@ class Plan:
             ],
             "averaged": {"tensors": len(self.averaged), "numbers": sum(job.spec.numel for job in self.averaged)},
             "aligned": {
-                model.label: model.align.ref if isinstance(model.align, GivenFile) else model.align.as_data()
+                model.label: model.align.ref if isinstance(model.align, NamedFile) else model.align.as_data()
                 for model in self.recipe.all_models
                 if model.align is not None
             },
@@ -293,7 +302,7 @@ def _on_the_hub(model: Checkpoint) -> dict[str, Any]:
 
 
 def _shown(edits: Sequence[Edit]) -> list[str | dict[str, Any]]:
-    return [edit.ref if isinstance(edit, GivenFile) else edit.as_data() for edit in edits]
+    return [edit.ref if isinstance(edit, NamedFile) else edit.as_data() for edit in edits]
 
 
 def make_plan(
@@ -314,34 +323,34 @@ def make_plan(
     for model in models:
         _ = model.config  # a config that cannot be read shows here
     labels = tuple(model.label for model in recipe.all_models)
-    cast = cast_of(recipe, models, open_all(recipe, dict(zip(labels, models, strict=True))))
-    template = models[cast.template]
-    cast = replace(cast, added=_added(recipe, template, edits))
+    roles = assign_roles(recipe, models, open_all(recipe, dict(zip(labels, models, strict=True))))
+    template = models[roles.template]
+    roles = replace(roles, added=_added(recipe, template, edits))
     refuse_quantised(recipe, models, labels)
-    refuse_resized(recipe.all_models[cast.template], template)
-    names, dropped = match(models, labels, cast.template)
-    statistics = find_statistics(cast, names)
+    refuse_resized(recipe.all_models[roles.template], template)
+    names, dropped = match_tensors(models, labels, roles.template)
+    statistics = find_statistics(roles, names)
     layers = layers_of(template)
     jobs, problems = [], []
     for name in names:
         try:
-            jobs.append(make_job(cast, names[name], template[name], layers.get(name), statistics.get(name), block))
+            jobs.append(make_job(roles, names[name], template[name], layers.get(name), statistics.get(name), block))
         except PlanError as error:
             problems.append(str(error))
     if problems:
         raise PlanError(several("the checkpoints do not fit together", problems))
-    linears = group_linears(cast, names, jobs, statistics)
+    linears = group_linears(roles, names, jobs, statistics)
     for i in (i for group in linears for i in group.jobs):
         jobs[i] = replace(jobs[i], method=recipe.merge_method)  # a bias, too, which has no statistics of its own
     return Plan(
-        cast=cast,
+        roles=roles,
         tensors=tuple(jobs),
         groups=_groups(recipe, jobs, {i for group in linears for i in group.jobs}),
         linears=linears,
         shards=lay_out(template, [job.spec for job in jobs], max_shard_size),
         dropped=dropped,
-        files=tagalong(template),
-        licenses=tuple(stated_license(model.path) for model in models),
+        files=sidecars_of(template),
+        licenses=tuple(read_license(model.path) for model in models),
     )
 
 

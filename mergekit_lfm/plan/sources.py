@@ -18,12 +18,12 @@ from mergekit_lfm.arch.pairs import check_alike
 from mergekit_lfm.arch.table import Symmetries, Units, check_fit
 from mergekit_lfm.artifacts.patch import Patch, open_patch
 from mergekit_lfm.artifacts.statistics import Statistics, open_statistics
-from mergekit_lfm.artifacts.transform import PANEL, Transform, open_transform, read_transform_facts
+from mergekit_lfm.artifacts.transform import PANEL, Transform, open_transform, read_transform_info
 from mergekit_lfm.errors import FormatError, PlanError, several
 from mergekit_lfm.recipe.align import OTHER_WIDTHS, AlignRequest
 from mergekit_lfm.recipe.recipe import Recipe
-from mergekit_lfm.recipe.roles import Edit, Model
-from mergekit_lfm.recipe.values import GivenFile
+from mergekit_lfm.recipe.roles import Edit, Input
+from mergekit_lfm.recipe.values import NamedFile
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lfm.store.hub import HubName
 from mergekit_lfm.store.tensors import TensorSpec
@@ -42,7 +42,7 @@ def open_models(recipe: Recipe) -> tuple[Checkpoint, ...]:
             problems.append(f"the `{key}` of {model.label}: {error}" if model.align or model.edits else str(error))
     if problems:
         raise PlanError(several("what rewrites the models does not fit them", problems))
-    if any(isinstance(model.align, GivenFile) for model in recipe.all_models):
+    if any(isinstance(model.align, NamedFile) for model in recipe.all_models):
         check_targets(recipe, opened)
     return tuple(opened)
 
@@ -71,13 +71,17 @@ def _found(recipe: Recipe) -> dict[str, Checkpoint]:
     return {model.label: places[model.source] for model in recipe.all_models}
 
 
-def _opened(model: Model, models: Mapping[str, Checkpoint]) -> Checkpoint:
+def _opened(model: Input, models: Mapping[str, Checkpoint]) -> Checkpoint:
     checkpoint = models[model.label]
-    if isinstance(model.align, GivenFile):
-        return rewritten_by(checkpoint, model.align.path, model.align.ref, model.label)
+    if isinstance(model.align, NamedFile):
+        return aligned_view(checkpoint, model.align.path, model.align.ref, model.label)
     if model.edits:
-        return edited(checkpoint, model.edits)
-    return checkpoint if model.align is None else pending(checkpoint, models[model.align.to], model.align, model.label)
+        return edited_view(checkpoint, model.edits)
+    return (
+        checkpoint
+        if model.align is None
+        else pending_view(checkpoint, models[model.align.to], model.align, model.label)
+    )
 
 
 def check_targets(recipe: Recipe, models: Sequence[Checkpoint]) -> None:
@@ -85,8 +89,8 @@ def check_targets(recipe: Recipe, models: Sequence[Checkpoint]) -> None:
     contents = {held.content for model, held in zip(recipe.all_models, models, strict=True) if model.align is None}
     problems = []
     for model in recipe.all_models if len(models) > 1 else ():
-        if isinstance(model.align, GivenFile):
-            _, facts = read_transform_facts(model.align.path)
+        if isinstance(model.align, NamedFile):
+            _, facts = read_transform_info(model.align.path)
             if len(facts.models) > 1 and facts.models[1] not in contents:
                 problems.append(
                     f"{model.align.ref} aligns {model.label} to a model of content {facts.models[1]}, which is not in "
@@ -96,13 +100,13 @@ def check_targets(recipe: Recipe, models: Sequence[Checkpoint]) -> None:
         raise PlanError(several("the alignments do not fit the models", problems))
 
 
-def rewritten_by(checkpoint: Checkpoint, file: Path, ref: str, label: object) -> Checkpoint:
+def aligned_view(checkpoint: Checkpoint, file: Path, ref: str, label: object) -> Checkpoint:
     """The checkpoint as the transform in a file rewrites it. PlanError where that was made of another model."""
-    from mergekit_lfm.views.rewritten import rewritten
+    from mergekit_lfm.views.rewritten import rewritten_view
 
     transform = open_transform(file)
     check_source(transform, checkpoint, ref, label)
-    return rewritten(checkpoint, transform, {"transform": xxhash.xxh3_128_hexdigest(file.read_bytes())})
+    return rewritten_view(checkpoint, transform, {"transform": xxhash.xxh3_128_hexdigest(file.read_bytes())})
 
 
 def check_source(transform: Transform, checkpoint: Checkpoint, ref: str, label: object) -> None:
@@ -116,27 +120,27 @@ def check_source(transform: Transform, checkpoint: Checkpoint, ref: str, label: 
         )
 
 
-def edited(checkpoint: Checkpoint, edits: Sequence[Edit]) -> Checkpoint:
+def edited_view(checkpoint: Checkpoint, edits: Sequence[Edit]) -> Checkpoint:
     """The checkpoint with a model's edits applied, or, where facts are still to be edited, as it will be."""
     from mergekit_lfm.artifacts.patch import open_patch
-    from mergekit_lfm.views.patched import patched
+    from mergekit_lfm.views.patched import patched_view
 
-    if all(isinstance(edit, GivenFile) for edit in edits):
-        return patched(checkpoint, *(open_patch(edit.path) for edit in edits if isinstance(edit, GivenFile)))
+    if all(isinstance(edit, NamedFile) for edit in edits):
+        return patched_view(checkpoint, *(open_patch(edit.path) for edit in edits if isinstance(edit, NamedFile)))
     files = [PendingFile(file, checkpoint, dict.fromkeys(checkpoint, 0), 0) for file in checkpoint.files]
     return Checkpoint(checkpoint.path, files, {"edits": [identity_of(edit) for edit in edits]})
 
 
 def identity_of(edit: Edit) -> dict[str, Any]:
     """What the changes of an edit depend on, besides the model, in words of files' contents."""
-    if isinstance(edit, GivenFile):
+    if isinstance(edit, NamedFile):
         return {"patch": xxhash.xxh3_128_hexdigest(edit.path.read_bytes())}
     stats = [] if edit.stats is None else open_checkpoint(edit.stats.path).identity
     facts = xxhash.xxh3_128_hexdigest(edit.facts.path.read_bytes())
     return {"facts": facts, "method": edit.method, "options": edit.given, "stats": stats}
 
 
-def pending(checkpoint: Checkpoint, to: Checkpoint, request: AlignRequest, label: object) -> Checkpoint:
+def pending_view(checkpoint: Checkpoint, to: Checkpoint, request: AlignRequest, label: object) -> Checkpoint:
     """The checkpoint with the shapes that it will have. PlanError where the two models cannot be aligned."""
     widths = request.method in OTHER_WIDTHS
     tables = find_symmetries(checkpoint, label), find_symmetries(to, request.to)
@@ -178,7 +182,7 @@ def view_of(request: AlignRequest, to: Checkpoint) -> dict[str, Any]:
     return {"align": asked, "to": to.identity, "stats": stats}
 
 
-def refuse_resized(model: Model, held: Checkpoint) -> None:
+def refuse_resized(model: Input, held: Checkpoint) -> None:
     """PlanError where the model whose config the output takes gets other shapes by its alignment."""
     if model.align is not None:
         before = held.as_stored()
@@ -190,11 +194,11 @@ def refuse_resized(model: Model, held: Checkpoint) -> None:
             )
 
 
-Source = tuple[int, str]  # (index of a model, then of a statistics file, then of the edits; name of a tensor there)
+TensorRef = tuple[int, str]  # (index of a model, then of a statistics file, then of the edits; name of a tensor there)
 
 
 @dataclass(frozen=True, slots=True)
-class Cast:
+class ModelRoles:
     """A recipe's models and their roles: `inputs`, `base` and `template` are indices into `models`.
 
     base: the model that the method subtracts, None if the base is an input like the others. statistics: the inputs', ()
@@ -217,13 +221,15 @@ class Cast:
         return tuple(statistics.facts.norm for statistics in self.statistics if statistics.facts.norm is not None)
 
 
-def cast_of(recipe: Recipe, models: tuple[Checkpoint, ...], statistics: tuple[Statistics, ...]) -> Cast:
+def assign_roles(recipe: Recipe, models: tuple[Checkpoint, ...], statistics: tuple[Statistics, ...]) -> ModelRoles:
     """The roles of the models, which are the recipe's `all_models`."""
     index = {model: i for i, model in enumerate(recipe.all_models)}
     inputs = tuple(index[model] for model in recipe.inputs)
     base = None if recipe.base is None or recipe.method.base in ("member", "first") else index[recipe.base]
     template = index[recipe.base] if recipe.base else inputs[0]
-    return Cast(recipe, models, tuple(model.label for model in recipe.all_models), inputs, base, template, statistics)
+    return ModelRoles(
+        recipe, models, tuple(model.label for model in recipe.all_models), inputs, base, template, statistics
+    )
 
 
 def open_all(recipe: Recipe, models: Mapping[str, Checkpoint]) -> tuple[Statistics, ...]:
@@ -260,12 +266,12 @@ ADDED = "edits"  # what the plan calls the source of what edits add to the resul
 
 def _added(recipe: Recipe, template: Checkpoint, edits: Sequence[Patch] | None) -> Checkpoint | None:
     """What edits add to the result; None without any, and while facts are still to be edited."""
-    given = [edit for edit in recipe.result_edits if isinstance(edit, GivenFile)]
+    given = [edit for edit in recipe.result_edits if isinstance(edit, NamedFile)]
     if edits is None and len(given) < len(recipe.result_edits):
         return None
     patches = [open_patch(edit.path) for edit in given] if edits is None else list(edits)
     if not patches:
         return None
-    from mergekit_lfm.views.patched import changes_of
+    from mergekit_lfm.views.patched import summed_changes
 
-    return changes_of(patches, template, given[0].path if given else template.files[0].path)
+    return summed_changes(patches, template, given[0].path if given else template.files[0].path)

@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mergekit_lfm.errors import PlanError, several
-from mergekit_lfm.plan.job import Job, averaging, unit_of
-from mergekit_lfm.plan.sources import Cast, Source
+from mergekit_lfm.plan.job import Job, averaging_settings, unit_of
+from mergekit_lfm.plan.sources import ModelRoles, TensorRef
 
-Names = Mapping[str, Mapping[int, str]]  # for each output tensor the name of its source in every model
+SourceNames = Mapping[str, Mapping[int, str]]  # for each output tensor the name of its source in every model
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class LinearGroup:
     """
 
     layers: tuple[LinearJob, ...]
-    grams: tuple[Source, ...]
+    grams: tuple[TensorRef, ...]
     columns: int
     nbytes: int
 
@@ -50,25 +50,26 @@ class LinearGroup:
         return tuple(i for layer in self.layers for i in layer.jobs)
 
 
-def find_statistics(cast: Cast, names: Names) -> dict[str, tuple[Source, ...]]:
+def find_statistics(roles: ModelRoles, names: SourceNames) -> dict[str, tuple[TensorRef, ...]]:
     """The statistics of every output tensor that has them: an entry of each input's file.
 
     Raises PlanError naming all tensors for which only some inputs have them.
     """
-    sources_of: dict[str, tuple[Source, ...]] = {}
+    sources_of: dict[str, tuple[TensorRef, ...]] = {}
     problems = []
-    for name, sources in names.items() if cast.statistics else ():
+    for name, sources in names.items() if roles.statistics else ():
         entries = [
-            statistics.entry_of(sources.get(i, "")) for i, statistics in zip(cast.inputs, cast.statistics, strict=True)
+            statistics.entry_of(sources.get(i, ""))
+            for i, statistics in zip(roles.inputs, roles.statistics, strict=True)
         ]
-        lacking = [cast.recipe.statistics[k].ref for k, entry in enumerate(entries) if entry is None]
+        lacking = [roles.recipe.statistics[k].ref for k, entry in enumerate(entries) if entry is None]
         if not lacking:
             sources_of[name] = tuple(
-                (len(cast.models) + k, entry) for k, entry in enumerate(entries) if entry is not None
+                (len(roles.models) + k, entry) for k, entry in enumerate(entries) if entry is not None
             )
         elif len(lacking) < len(entries):
-            kind = cast.recipe.method.statistics
-            reasons = {statistics.facts.skipped.get(_layer_of(name)) for statistics in cast.statistics} - {None}
+            kind = roles.recipe.method.statistics
+            reasons = {statistics.facts.skipped.get(_layer_of(name)) for statistics in roles.statistics} - {None}
             why = f" ({'; '.join(sorted(map(str, reasons)))})" if reasons else ""
             problems.append(f"{', '.join(lacking)} lacks the {kind} statistics of {name}, which the others have{why}")
     if problems:
@@ -76,7 +77,7 @@ def find_statistics(cast: Cast, names: Names) -> dict[str, tuple[Source, ...]]:
             several("the statistics do not cover the same layers", problems)
             + "\nCollect them all with the same --task and the same --layers, on data that all layers see"
         )
-    if cast.statistics and not sources_of:
+    if roles.statistics and not sources_of:
         raise PlanError("the statistics cover no tensor of the models; collect them without --layers")
     return sources_of
 
@@ -86,13 +87,13 @@ def _layer_of(tensor: str) -> str:
 
 
 def group_linears(
-    cast: Cast, names: Names, jobs: Sequence[Job], found: Mapping[str, tuple[Source, ...]]
+    roles: ModelRoles, names: SourceNames, jobs: Sequence[Job], found: Mapping[str, tuple[TensorRef, ...]]
 ) -> tuple[LinearGroup, ...]:
     """The linear layers that the method solves as matrices, grouped by equal inputs and parameters.
 
     Raises PlanError naming all layers that differ between the models.
     """
-    whole = cast.recipe.method.whole
+    whole = roles.recipe.method.whole
     if whole is None:
         return ()
     index = {job.name: i for i, job in enumerate(jobs)}
@@ -101,7 +102,7 @@ def group_linears(
     taken: set[int] = set()
     for name in (name for name in found if not jobs[index[name]].copied):
         try:
-            layer = _linear(cast, names, jobs, index, name)
+            layer = _linear(roles, names, jobs, index, name)
         except PlanError as error:
             problems.append(str(error))
             continue
@@ -118,14 +119,16 @@ def group_linears(
         first = jobs[layers[0].weight]
         columns = first.shape[layers[0].axis] + (layers[0].bias is not None)
         most = max(layer.outputs for layer in layers)
-        nbytes = whole.nbytes(unit_of([first], cast.recipe.seed), most, columns)
+        nbytes = whole.nbytes(unit_of([first], roles.recipe.seed), most, columns)
         solved.append(LinearGroup(tuple(layers), found[first.name], columns, nbytes))
     return tuple(solved)
 
 
-def _linear(cast: Cast, names: Names, jobs: Sequence[Job], index: Mapping[str, int], name: str) -> LinearJob:
+def _linear(
+    roles: ModelRoles, names: SourceNames, jobs: Sequence[Job], index: Mapping[str, int], name: str
+) -> LinearJob:
     """The layer whose weight is the output tensor `name`."""
-    inputs = list(zip(cast.inputs, cast.statistics, strict=True))
+    inputs = list(zip(roles.inputs, roles.statistics, strict=True))
     layers = [statistics.by_weight[names[name][i]][1] for i, statistics in inputs]
     for k, (layer, (_, statistics)) in enumerate(zip(layers, inputs, strict=True)):
         shape, entry = (
@@ -134,21 +137,21 @@ def _linear(cast: Cast, names: Names, jobs: Sequence[Job], index: Mapping[str, i
         )
         if len(shape) != 2 or layer.axis != layers[0].axis or entry.shape != (shape[layer.axis] + 1,) * 2:
             raise PlanError(
-                f"{cast.recipe.statistics[k].ref}: {entry} is not a Gram matrix for {name} {list(shape)} with inputs "
+                f"{roles.recipe.statistics[k].ref}: {entry} is not a Gram matrix for {name} {list(shape)} with inputs "
                 f"along axis {layers[0].axis}; collect the statistics again"
             )
     biases = {layer.bias and _output_of(names, i, layer.bias) for layer, (i, _) in zip(layers, inputs, strict=True)}
     if len(biases) > 1:
         raise PlanError(f"{name} has different biases in the models: {', '.join(map(str, biases))}")
     bias, axis = biases.pop(), layers[0].axis
-    if bias is not None and jobs[index[bias]].settings != averaging(jobs[index[name]].settings):
+    if bias is not None and jobs[index[bias]].settings != averaging_settings(jobs[index[name]].settings):
         raise PlanError(
             f"{name} and {bias} have different parameters, but are one regression: give both the same parameters"
         )
     return LinearJob(index[name], None if bias is None else index[bias], axis, jobs[index[name]].shape[1 - axis])
 
 
-def _output_of(names: Names, model: int, tensor: str) -> str:
+def _output_of(names: SourceNames, model: int, tensor: str) -> str:
     """The output tensor whose source in a model is `tensor`; usually the one of the same name."""
     if names.get(tensor, {}).get(model) == tensor:
         return tensor

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from mergekit_lfm.errors import PlanError, did_you_mean
 from mergekit_lfm.methods.method import Parameter, Value
-from mergekit_lfm.recipe.values import GivenFile, read_value
+from mergekit_lfm.recipe.values import NamedFile, read_value
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +19,7 @@ class AlignRequest:
     to: str
     method: str
     options: tuple[tuple[str, Value], ...]
-    stats: GivenFile | None = None
+    stats: NamedFile | None = None
 
     def as_data(self) -> dict[str, Any]:
         """The request as in a recipe."""

@@ -15,17 +15,17 @@ from typing import Any
 from mergekit_lfm.artifacts.facts import BLANK
 from mergekit_lfm.errors import PlanError, did_you_mean
 from mergekit_lfm.methods.method import Parameter
-from mergekit_lfm.recipe.values import GivenFile, read_value
+from mergekit_lfm.recipe.values import NamedFile, read_value
 
 
 @dataclass(frozen=True, slots=True)
 class EditRequest:
     """A request to edit a model: facts file, method and statistics. options: the user's, as JSON."""
 
-    facts: GivenFile
+    facts: NamedFile
     method: str
     options: str
-    stats: GivenFile | None = None
+    stats: NamedFile | None = None
 
     @property
     def given(self) -> dict[str, Any]:

@@ -29,12 +29,12 @@ from mergekit_lfm.errors import PlanError, did_you_mean
 from mergekit_lfm.methods import METHODS, REQUIRED, Method
 from mergekit_lfm.methods.method import Value
 from mergekit_lfm.recipe.align import AlignRequest
-from mergekit_lfm.recipe.roles import Edit, Entry, Model, Roles, Written, assign_roles, unmet
-from mergekit_lfm.recipe.values import GivenFile, as_data, value_at
+from mergekit_lfm.recipe.roles import Edit, Entry, Input, ModelLine, Roles, assign_roles, missing_requirements
+from mergekit_lfm.recipe.values import NamedFile, as_data, value_at
 from mergekit_lfm.store.hub import repository
 from mergekit_lfm.store.yaml import read_yaml
 
-DTYPES = ("float16", "bfloat16", "float32", "float64")
+OUTPUT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 # Keys of mergekit and of our design that this version does not support, each with what to do instead.
 _NOT_YET = {
@@ -93,9 +93,11 @@ def _path_or_mapping(value: object) -> object:
 def _dtype(value: object) -> object:
     """A dtype's name without the optional "torch."."""
     name = value.removeprefix("torch.") if isinstance(value, str) else value
-    if name is not None and name not in DTYPES:
+    if name is not None and name not in OUTPUT_DTYPES:
         short = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "fp64": "float64"}
-        raise ValueError(f"found {value!r}, expected a dtype; {did_you_mean(short.get(str(name), name), DTYPES)}")
+        raise ValueError(
+            f"found {value!r}, expected a dtype; {did_you_mean(short.get(str(name), name), OUTPUT_DTYPES)}"
+        )
     return name
 
 
@@ -204,11 +206,11 @@ class Recipe(_Strict):
             known = did_you_mean(self.merge_method, METHODS)
             problems.append(f"merge_method: unknown method {self.merge_method!r}, {known}")
         else:
-            models = [Written(e.model, e.parameters, e.stats, e.align, e.edits) for e in self.models]
+            models = [ModelLine(e.model, e.parameters, e.stats, e.align, e.edits) for e in self.models]
             self._roles = assign_roles(
                 method, models, self.base_model, self.parameters, self.edits, context["where"], problems
             )
-            problems += [] if problems else unmet(method, self._roles)
+            problems += [] if problems else missing_requirements(method, self._roles)
         if problems:
             raise PlanError("\n".join(problems))
         return self
@@ -230,17 +232,17 @@ class Recipe(_Strict):
         return METHODS[self.merge_method]
 
     @property
-    def base(self) -> Model | None:
+    def base(self) -> Input | None:
         """The base model; with some methods it is also one of the inputs."""
         return self._roles.base
 
     @property
-    def inputs(self) -> tuple[Model, ...]:
+    def inputs(self) -> tuple[Input, ...]:
         """The method's inputs in the recipe's order."""
         return tuple(entry.model for entry in self._roles.inputs)
 
     @property
-    def statistics(self) -> tuple[GivenFile, ...]:
+    def statistics(self) -> tuple[NamedFile, ...]:
         """The statistics file of each input, or () if the method takes no statistics."""
         return tuple(entry.stats for entry in self._roles.inputs if entry.stats is not None)
 
@@ -256,7 +258,7 @@ class Recipe(_Strict):
         return plain
 
     @property
-    def all_models(self) -> tuple[Model, ...]:
+    def all_models(self) -> tuple[Input, ...]:
         """Every model the recipe reads, the base first."""
         base = () if self.base is None else (self.base,)
         return tuple(dict.fromkeys((*base, *self.inputs)))
@@ -312,14 +314,14 @@ class Recipe(_Strict):
         }
 
 
-def _align_data(align: GivenFile | AlignRequest | None) -> dict[str, Any]:
+def _align_data(align: NamedFile | AlignRequest | None) -> dict[str, Any]:
     if align is None:
         return {}
-    return {"align": align.ref if isinstance(align, GivenFile) else align.as_data()}
+    return {"align": align.ref if isinstance(align, NamedFile) else align.as_data()}
 
 
 def _edits_data(edits: tuple[Edit, ...]) -> dict[str, Any]:
-    data = [edit.ref if isinstance(edit, GivenFile) else edit.as_data() for edit in edits]
+    data = [edit.ref if isinstance(edit, NamedFile) else edit.as_data() for edit in edits]
     return {"edits": data} if data else {}
 
 

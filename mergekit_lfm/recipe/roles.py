@@ -16,18 +16,18 @@ from mergekit_lfm.errors import did_you_mean
 from mergekit_lfm.methods import REQUIRED, Method
 from mergekit_lfm.recipe.align import AlignRequest, align_options
 from mergekit_lfm.recipe.edit import EditRequest, edit_options
-from mergekit_lfm.recipe.values import GivenFile, Setting, read_setting
+from mergekit_lfm.recipe.values import NamedFile, Setting, read_setting
 from mergekit_lfm.store.hub import HubName, hub_name
 
 # Parameters of mergekit that change its memory use but never a result.
 _WITHOUT_EFFECT = frozenset({"int8_mask"})
 
 
-Edit = GivenFile | EditRequest
+Edit = NamedFile | EditRequest
 
 
 @dataclass(frozen=True, slots=True)
-class Model:
+class Input:
     """A model of a recipe: `ref` as written, its `source`, and a `label` unique in the recipe.
 
     source: the absolute path of its folder, or its name on the Hub. align: the transform file that rewrites it before
@@ -37,7 +37,7 @@ class Model:
     ref: str
     source: Path | HubName
     label: str
-    align: GivenFile | AlignRequest | None = None
+    align: NamedFile | AlignRequest | None = None
     edits: tuple[Edit, ...] = ()
 
 
@@ -45,14 +45,14 @@ class Model:
 class Entry:
     """A model with its own settings and statistics, and its place in the recipe for messages."""
 
-    model: Model
+    model: Input
     settings: dict[str, Setting]
     place: str
-    stats: GivenFile | None = None
+    stats: NamedFile | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
+class ModelLine:
     """A model as a recipe has it: its reference, parameters, statistics file, alignment, and edits."""
 
     ref: str
@@ -69,7 +69,7 @@ class Roles:
     edits: of the result.
     """
 
-    base: Model | None
+    base: Input | None
     entries: tuple[Entry, ...]
     inputs: tuple[Entry, ...]
     settings: dict[str, Setting]
@@ -133,7 +133,7 @@ def read_settings(
 
 def assign_roles(
     method: Method,
-    models: Sequence[Written],
+    models: Sequence[ModelLine],
     base_ref: str | None,
     parameters: Mapping[str, Any],
     edits: Sequence[str | Mapping[str, Any]],
@@ -143,7 +143,7 @@ def assign_roles(
     """The roles of `models` and of the base, and the result's edits."""
     base = None
     if base_ref is not None:
-        base = Model(base_ref, _model_at(base_ref, where, "base_model", problems), base_ref)
+        base = Input(base_ref, _model_at(base_ref, where, "base_model", problems), base_ref)
     entries: list[Entry] = []
     for i, written in enumerate(models):
         place = f"models[{i}]"
@@ -179,7 +179,7 @@ def _edits(
         at = f"{place}[{i}]"
         try:
             if isinstance(raw, str):
-                edits.append(GivenFile(raw, _find(raw, where, "expected a patch file")))
+                edits.append(NamedFile(raw, _find(raw, where, "expected a patch file")))
             else:
                 edits.append(_edit_request(raw, where, at))
         except ValueError as wrong:
@@ -194,17 +194,17 @@ def _edit_request(given: Mapping[str, Any], where: Path | None, place: str) -> E
     facts, method, stats = rest.pop("facts", None), rest.pop("method", "memit"), rest.pop("stats", None)
     if not isinstance(facts, str) or not isinstance(method, str) or not isinstance(stats, str | None):
         raise ValueError(f"found {dict(given)!r}, expected {{facts: FILE, method: NAME}}, and `stats` as a file's name")
-    file = GivenFile(facts, _find(facts, where, "expected a facts file"))
+    file = NamedFile(facts, _find(facts, where, "expected a facts file"))
     read_facts_file(file.path)
     edit_options(method, rest, place=place)
     gram = None
     if stats is not None:
-        gram = GivenFile(stats, _find(stats, where, "expected a file made by `mergekit-lfm stats gram`"))
+        gram = NamedFile(stats, _find(stats, where, "expected a file made by `mergekit-lfm stats gram`"))
     return EditRequest(file, method, json.dumps(rest), gram)
 
 
 def _align_entries(
-    models: Sequence[Written], entries: Sequence[Entry], base: Model | None, where: Path | None, problems: list[str]
+    models: Sequence[ModelLine], entries: Sequence[Entry], base: Input | None, where: Path | None, problems: list[str]
 ) -> list[Entry]:
     """The entries with their alignments or requests for one."""
     fixed = {entry.model.label: entry.model for entry, w in zip(entries, models, strict=True) if w.align is None}
@@ -213,7 +213,7 @@ def _align_entries(
     aligned = []
     for entry, written in zip(entries, models, strict=True):
         place = f"{entry.place}.align"
-        align: GivenFile | AlignRequest | None = None
+        align: NamedFile | AlignRequest | None = None
         try:
             if written.align is not None and entry.model == base:
                 raise ValueError(f"{place}: {base.ref} is the base; align the other models to it")
@@ -223,7 +223,7 @@ def _align_entries(
                     "with `mergekit-lfm align --save`, collect its statistics, and merge that"
                 )
             if isinstance(written.align, str):
-                align = GivenFile(written.align, _find(written.align, where, "expected a transform file"))
+                align = NamedFile(written.align, _find(written.align, where, "expected a transform file"))
             elif written.align is not None:
                 align = _request(written.align, fixed, where, place)
         except ValueError as wrong:
@@ -233,7 +233,7 @@ def _align_entries(
     return aligned
 
 
-def _request(given: Mapping[str, Any], fixed: Mapping[str, Model], where: Path | None, place: str) -> AlignRequest:
+def _request(given: Mapping[str, Any], fixed: Mapping[str, Input], where: Path | None, place: str) -> AlignRequest:
     """The request in a mapping {to, method, ...}. Raises ValueError with its problems."""
     rest = dict(given)
     to, method, stats = rest.pop("to", None), rest.pop("method", "weight_matching"), rest.pop("stats", None)
@@ -249,18 +249,18 @@ def _request(given: Mapping[str, Any], fixed: Mapping[str, Model], where: Path |
     if stats is None:
         return AlignRequest(label, method, tuple(options.items()))
     try:
-        file = GivenFile(stats, _find(stats, where, "expected a file made by `mergekit-lfm stats cross`"))
+        file = NamedFile(stats, _find(stats, where, "expected a file made by `mergekit-lfm stats cross`"))
     except ValueError as wrong:
         raise ValueError(f"{place}.stats: {wrong}") from None
     return AlignRequest(label, method, tuple(options.items()), file)
 
 
-def _statistics_file(ref: str, method: Method, where: Path | None, place: str, problems: list[str]) -> GivenFile | None:
+def _statistics_file(ref: str, method: Method, where: Path | None, place: str, problems: list[str]) -> NamedFile | None:
     if method.statistics is None:
         problems.append(f"{place}: {method.name} takes no statistics; remove the key, or choose a method that does")
         return None
     try:
-        return GivenFile(ref, _find(ref, where, "expected a file made by `mergekit-lfm stats`"))
+        return NamedFile(ref, _find(ref, where, "expected a file made by `mergekit-lfm stats`"))
     except ValueError as wrong:
         problems.append(f"{place}: {wrong}")
         return None
@@ -275,8 +275,8 @@ def _model_at(ref: str, where: Path | None, place: str, problems: list[str]) -> 
 
 
 def _model(
-    ref: str, source: Path | HubName, base: Model | None, before: Sequence[Entry], *, apart: bool = False
-) -> Model:
+    ref: str, source: Path | HubName, base: Input | None, before: Sequence[Entry], *, apart: bool = False
+) -> Input:
     """The model of a new entry: the base if this is its first entry, else a model with its own label.
 
     apart: True for a changed model, which is never the base.
@@ -286,10 +286,10 @@ def _model(
         return base
     labels = {model.label for model in taken} | ({base.label} if base else set())
     copies = (f"{ref} ({n})" for n in range(2, len(before) + 3))
-    return Model(ref, source, next(label for label in (ref, *copies) if label not in labels))
+    return Input(ref, source, next(label for label in (ref, *copies) if label not in labels))
 
 
-def _inputs(method: Method, base: Model | None, entries: Sequence[Entry], problems: list[str]) -> tuple[Entry, ...]:
+def _inputs(method: Method, base: Input | None, entries: Sequence[Entry], problems: list[str]) -> tuple[Entry, ...]:
     others = tuple(entry for entry in entries if entry.model != base)
     if base is None:
         return others
@@ -306,7 +306,7 @@ def _inputs(method: Method, base: Model | None, entries: Sequence[Entry], proble
     return others
 
 
-def unmet(method: Method, roles: Roles) -> list[str]:
+def missing_requirements(method: Method, roles: Roles) -> list[str]:
     """One line for everything that the method needs and the recipe lacks."""
     lines = []
     if roles.base is None and method.base in ("required", "first"):

@@ -27,7 +27,7 @@ _KINDS = {
 
 
 @dataclass(frozen=True, slots=True)
-class GivenFile:
+class NamedFile:
     """A file that a recipe names: `ref` as written, `path` (absolute)."""
 
     ref: str

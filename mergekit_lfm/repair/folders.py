@@ -19,16 +19,16 @@ from mergekit_lfm.judge.questions import Data, batches_of
 from mergekit_lfm.kernels.sums import round_once
 from mergekit_lfm.output.names import public_names
 from mergekit_lfm.output.save import check_out, save_checkpoint
-from mergekit_lfm.repair.layers import HiddenLayer, Moments, measure
-from mergekit_lfm.repair.modules import Repaired, check_weights, combine, plan_repair, repair_layers, telling
+from mergekit_lfm.repair.layers import HiddenLayer, LayerMoments, measure
+from mergekit_lfm.repair.modules import Repaired, check_weights, combine, make_counter, plan_repair, repair_layers
 from mergekit_lfm.runtime.batches import Batch, digest_of
 from mergekit_lfm.runtime.batchnorm import batchnorms
-from mergekit_lfm.runtime.subject import Subject, evaluating, make_subject
+from mergekit_lfm.runtime.subject import Subject, evaluation_mode, make_subject
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lfm.version import __version__
 
 FACTS = "repair.json"
-STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+RUNNING_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def repair(
@@ -65,14 +65,14 @@ def repair(
     module = module_of(model)
     batches = batches_of(model, data, task, window=window, batch_size=batch_size)
     subject = make_subject(module, source)
-    with evaluating(module):
+    with evaluation_mode(module):
         layers, left = plan_repair(subject, table, batches)
         statistics = _statistics(subject, source)
-        count = telling(progress, len(layers), 2, batches)
+        count = make_counter(progress, len(layers), 2, batches)
 
-        def moments(end: str | Path, alignment: Alignment | None) -> dict[str, Moments]:
+        def moments(end: str | Path, alignment: Alignment | None) -> dict[str, LayerMoments]:
             opened = module_of(open_aligned(end, alignment, model, task, device))
-            with evaluating(opened):
+            with evaluation_mode(opened):
                 return measure(opened, layers, batches, count)
 
         measured = [moments(ends[0], None), moments(ends[1], transform)] if layers else [{}, {}]
@@ -90,8 +90,8 @@ def _statistics(subject: Subject, source: Checkpoint) -> dict[str, Tensor]:
     for name, layer in batchnorms(subject.module).items():
         tensors = subject.tensors_of(layer.weight) if layer.affine else []
         prefix = tensors[0].rpartition(".")[0] if tensors else name
-        own = {f"{prefix}.{part}": x for part in STATISTICS if isinstance(x := getattr(layer, part), Tensor)}
-        absent += [tensor for tensor in own if tensor not in source and not tensor.endswith(STATISTICS[-1])]
+        own = {f"{prefix}.{part}": x for part in RUNNING_STATISTICS if isinstance(x := getattr(layer, part), Tensor)}
+        absent += [tensor for tensor in own if tensor not in source and not tensor.endswith(RUNNING_STATISTICS[-1])]
         buffers |= {tensor: x for tensor, x in own.items() if tensor in source}
     if absent:
         raise FormatError(

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mergekit_lfm.runtime.batches import Batch
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-UNUSED = "not called while the model ran on the data"
+NOT_CALLED = "not called while the model ran on the data"
 LAST = "its outputs are those of the model"
 NORMED = "a BatchNorm follows, whose statistics are re-estimated"
 
@@ -61,7 +61,7 @@ def hidden_layers(
     left: dict[str, str] = {}
     for name, module in _layers(subject.module).items():
         layer: HiddenLayer | str
-        layer = NORMED if name in normed else _layer(subject, name, module) if name in called else UNUSED
+        layer = NORMED if name in normed else _layer(subject, name, module) if name in called else NOT_CALLED
         if isinstance(layer, HiddenLayer):
             layer = _why_not(layer, symmetries, last=name == called[-1]) or layer
         if isinstance(layer, HiddenLayer):
@@ -139,7 +139,7 @@ def _trace(subject: Subject, batch: Batch) -> tuple[list[str], set[str]]:
 
     handles = [layer.register_forward_pre_hook(read) for layer in batchnorms(subject.module).values()]
     try:
-        with hearing(_layers(subject.module), wrote), torch.no_grad():
+        with listen(_layers(subject.module), wrote), torch.no_grad():
             subject.run(batch)
     finally:
         for handle in handles:
@@ -148,7 +148,7 @@ def _trace(subject: Subject, batch: Batch) -> tuple[list[str], set[str]]:
 
 
 @contextmanager
-def hearing(layers: Mapping[str, nn.Module], hear: Callable[[str, Tensor], None]) -> Iterator[None]:
+def listen(layers: Mapping[str, nn.Module], hear: Callable[[str, Tensor], None]) -> Iterator[None]:
     """Call hear(name, output) after every call of a layer."""
 
     def listener(name: str) -> Callable[..., None]:
@@ -185,12 +185,12 @@ class _Sums:
         return mean, (self.second / self.count - mean * mean).clamp_min(0).sqrt()
 
 
-Moments = tuple[Tensor, Tensor]  # mean and standard deviation of each unit, float64 [units]
+LayerMoments = tuple[Tensor, Tensor]  # mean and standard deviation of each unit, float64 [units]
 
 
 def measure(
     module: nn.Module, layers: Sequence[HiddenLayer], batches: Sequence[Batch], tell: Callable[[Batch], None]
-) -> dict[str, Moments]:
+) -> dict[str, LayerMoments]:
     """The moments of the outputs of these layers in the module, over all examples and positions, by name.
 
     Raises PlanError if the module lacks such a layer, does not call it, or writes values that are not finite or of
@@ -205,7 +205,7 @@ def measure(
             "models that were merged"
         )
     sums = {name: _Sums() for name in wanted}
-    with hearing({name: inside[name] for name in wanted}, lambda n, y: sums[n].add(y, wanted[n].output_axis)):
+    with listen({name: inside[name] for name in wanted}, lambda n, y: sums[n].add(y, wanted[n].output_axis)):
         for batch in batches:
             with torch.inference_mode():
                 forward(module, batch)

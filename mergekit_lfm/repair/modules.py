@@ -14,10 +14,10 @@ from mergekit_lfm.arch import Symmetries
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.judge.ends import Progress
 from mergekit_lfm.kernels.sums import round_once
-from mergekit_lfm.repair.layers import HiddenLayer, Moments, hidden_layers, measure
+from mergekit_lfm.repair.layers import HiddenLayer, LayerMoments, hidden_layers, measure
 from mergekit_lfm.runtime.batches import Batch, as_batches
 from mergekit_lfm.runtime.batchnorm import batchnorms, reset_batchnorm
-from mergekit_lfm.runtime.subject import Subject, evaluating, make_subject
+from mergekit_lfm.runtime.subject import Subject, evaluation_mode, make_subject
 from mergekit_lfm.store.checkpoint import Checkpoint
 
 # A unit whose spread is below this fraction of its size counts as constant: float32 outputs resolve no less.
@@ -71,9 +71,9 @@ def repair_module(
     batches = as_batches(data)
     shares = check_weights(weights, len(ends))
     subject = make_subject(module)
-    with evaluating(module, *ends):
+    with evaluation_mode(module, *ends):
         layers, left = plan_repair(subject, symmetries, batches)
-        tell = telling(progress, len(layers), len(ends), batches)
+        tell = make_counter(progress, len(layers), len(ends), batches)
         measured = [measure(end, layers, batches, tell) if layers else {} for end in ends]
         return repair_layers(subject, layers, left, combine(measured, shares), batches, tell=tell)
 
@@ -109,7 +109,9 @@ def plan_repair(
     return layers, left
 
 
-def telling(progress: Progress | None, layers: int, ends: int, batches: Sequence[Batch]) -> Callable[[Batch], None]:
+def make_counter(
+    progress: Progress | None, layers: int, ends: int, batches: Sequence[Batch]
+) -> Callable[[Batch], None]:
     """A function to call with every measured batch: it reports the number of examples so far and in all."""
     total = (ends + layers) * sum(map(len, batches))
     done = 0
@@ -123,7 +125,7 @@ def telling(progress: Progress | None, layers: int, ends: int, batches: Sequence
     return tell
 
 
-def combine(ends: Sequence[Mapping[str, Moments]], weights: Sequence[float]) -> dict[str, Moments]:
+def combine(ends: Sequence[Mapping[str, LayerMoments]], weights: Sequence[float]) -> dict[str, LayerMoments]:
     """The target moments of each layer's units: sum w m_i and sum w s_i."""
 
     def mix(name: str, which: int) -> Tensor:
@@ -136,7 +138,7 @@ def repair_layers(
     subject: Subject,
     layers: Sequence[HiddenLayer],
     left: Mapping[str, str],
-    targets: Mapping[str, Moments],
+    targets: Mapping[str, LayerMoments],
     batches: Sequence[Batch],
     *,
     tell: Callable[[Batch], None],
@@ -155,7 +157,7 @@ def repair_layers(
     return Repaired(tuple(done), tuple(norms), dict(left))
 
 
-def _repair(layer: HiddenLayer, now: Moments, target: Moments, stored: Checkpoint | None) -> RepairedLayer:
+def _repair(layer: HiddenLayer, now: LayerMoments, target: LayerMoments, stored: Checkpoint | None) -> RepairedLayer:
     """Set W' = c W and b' = c b + d, so that y' = c y + d has the target's mean and standard deviation."""
     (mean, std), (wanted_mean, wanted_std) = now, target
     varied = std > CONSTANT * (mean.square() + std.square()).sqrt()

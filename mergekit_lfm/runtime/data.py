@@ -17,21 +17,21 @@ import torch
 
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.runtime.batches import Batch, as_batches
-from mergekit_lfm.runtime.lines import Line, read_lines, refuse
+from mergekit_lfm.runtime.lines import DataLine, read_lines, refuse
 from mergekit_lfm.runtime.load import TASKS, start_token, tokenizer_for_texts
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from mergekit_lfm.runtime.load import Tokenizer
 
 # The logits of a window are [window, vocabulary], and their gradients as much again: 512 tokens keep a batch of 16 with
 # 32k entries at 1 GB.
-LONGEST_DEFAULT_WINDOW = 512
+DATA_WINDOW = 512
 
 
 def read_data(
     path: str | Path,
     task: str,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: Tokenizer | None = None,
     *,
     window: int | None = None,
     positions: int | None = None,
@@ -62,7 +62,7 @@ def read_data(
     tokenizer = tokenizer_for_texts(tokenizer)
     if task == "lm":
         _check_window(window, positions, 2)  # the start token, and one to predict
-        size = window or min(positions or LONGEST_DEFAULT_WINDOW, LONGEST_DEFAULT_WINDOW)
+        size = window or min(positions or DATA_WINDOW, DATA_WINDOW)
         return _group(_windows(file, lines, tokenizer, size)[:max_examples], None, batch_size)
     limit = _limit(window, positions, tokenizer)
     texts = lines[:max_examples]
@@ -72,7 +72,7 @@ def read_data(
 
 def read_pairs(
     path: str | Path,
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: Tokenizer | None,
     *,
     window: int | None = None,
     positions: int | None = None,
@@ -90,7 +90,7 @@ def read_pairs(
         refuse(file, missing, 'an object {"text": ..., "positive": ...} on each line')
     tokenizer = tokenizer_for_texts(tokenizer)
     limit = _limit(window, positions, tokenizer)
-    distinct: dict[str, Line] = {}  # each positive with the first line that has it
+    distinct: dict[str, DataLine] = {}  # each positive with the first line that has it
     for line in lines:
         distinct.setdefault(line.positive or "", line._replace(text=line.positive or ""))
     number_of = {positive: i for i, positive in enumerate(distinct)}
@@ -117,7 +117,7 @@ def _check_window(window: int | None, positions: int | None, least: int) -> None
         raise PlanError(f"window is {window}; expected {limit}. Choose a window in that range, or leave it out")
 
 
-def _limit(window: int | None, positions: int | None, tokenizer: PreTrainedTokenizerBase) -> int | None:
+def _limit(window: int | None, positions: int | None, tokenizer: Tokenizer) -> int | None:
     """The most tokens of a text: the least of window, positions and the tokenizer's limit; None without any.
 
     RoBERTa's 514 positions have room for the 512 tokens that its tokenizer allows.
@@ -128,7 +128,7 @@ def _limit(window: int | None, positions: int | None, tokenizer: PreTrainedToken
     return min((limit for limit in (window, positions, allowed) if limit is not None), default=None)
 
 
-def _windows(path: Path, documents: Sequence[Line], tokenizer: PreTrainedTokenizerBase, window: int) -> list[list[int]]:
+def _windows(path: Path, documents: Sequence[DataLine], tokenizer: Tokenizer, window: int) -> list[list[int]]:
     """The documents' tokens in pieces of at most window - 1, each after the start token: every token is predicted."""
     start = start_token(tokenizer)
     pieces = []
@@ -137,14 +137,12 @@ def _windows(path: Path, documents: Sequence[Line], tokenizer: PreTrainedTokeniz
     return pieces
 
 
-def _sequences(
-    path: Path, texts: Sequence[Line], tokenizer: PreTrainedTokenizerBase, limit: int | None
-) -> list[list[int]]:
+def _sequences(path: Path, texts: Sequence[DataLine], tokenizer: Tokenizer, limit: int | None) -> list[list[int]]:
     """The tokens of each text, special ones included, cut off at the limit."""
     return _tokens(path, texts, tokenizer, truncation=limit is not None, max_length=limit, padding=False)
 
 
-def _tokens(path: Path, texts: Sequence[Line], tokenizer: PreTrainedTokenizerBase, **options: Any) -> list[list[int]]:
+def _tokens(path: Path, texts: Sequence[DataLine], tokenizer: Tokenizer, **options: Any) -> list[list[int]]:
     """The tokens of each text. Raises FormatError for texts without tokens: a tokenizer may drop all they hold."""
     sequences: list[list[int]] = tokenizer([line.text for line in texts], verbose=False, **options)["input_ids"]
     empty = [f"line {line.number}: no token" for line, tokens in zip(texts, sequences, strict=True) if not tokens]

@@ -16,7 +16,9 @@ def state_of(output: Any) -> Tensor:
 
 
 @contextmanager
-def hooked(hooks: Mapping[nn.Module, Callable[[Tensor], Tensor | None]], *, inputs: bool = False) -> Iterator[None]:
+def hook_modules(
+    hooks: Mapping[nn.Module, Callable[[Tensor], Tensor | None]], *, inputs: bool = False
+) -> Iterator[None]:
     """Call a function with the output (or first input) of each module as the model runs; its result replaces that.
 
     The hooks are removed at the end, also after an error.

@@ -11,7 +11,7 @@ from mergekit_lfm.errors import FormatError
 SHOWN_PROBLEMS = 10
 
 
-class Line(NamedTuple):
+class DataLine(NamedTuple):
     """The content of one line of a data file."""
 
     text: str
@@ -20,7 +20,7 @@ class Line(NamedTuple):
     positive: str | None = None
 
 
-def read_lines(path: Path, *, whole: bool) -> list[Line]:
+def read_lines(path: Path, *, whole: bool) -> list[DataLine]:
     """The lines of a .jsonl or .txt file that are not blank; with `whole` a .txt file is one text."""
     if path.suffix not in (".jsonl", ".txt"):
         raise FormatError(
@@ -35,13 +35,13 @@ def read_lines(path: Path, *, whole: bool) -> list[Line]:
         raise FormatError(f"{path} is empty; expected at least one text. Give a file that has some")
     if path.suffix == ".txt":
         lines = [content] if whole else content.splitlines()
-        return [Line(line, number) for number, line in enumerate(lines, 1) if line.strip()]
+        return [DataLine(line, number) for number, line in enumerate(lines, 1) if line.strip()]
     problems: list[str] = []
     parsed = []
     for number, text in enumerate(content.split("\n"), 1):  # splitlines would cut at U+2028, which JSON may hold
         if text.strip():
             entry = _json_line(text, number)
-            if isinstance(entry, Line):
+            if isinstance(entry, DataLine):
                 parsed.append(entry)
             else:
                 problems.append(f"line {number}: {entry}")
@@ -53,7 +53,7 @@ def read_lines(path: Path, *, whole: bool) -> list[Line]:
     return parsed
 
 
-def _json_line(text: str, number: int) -> Line | str:
+def _json_line(text: str, number: int) -> DataLine | str:
     """The parsed line, or a description of its problem."""
     try:
         entry = json.loads(text)
@@ -66,7 +66,7 @@ def _json_line(text: str, number: int) -> Line | str:
         return f'"label" is {json.dumps(label)}, not a whole number from 0'
     if positive is not None and (not isinstance(positive, str) or not positive.strip()):
         return '"positive" is not a text, or is empty'
-    return Line(entry["text"], number, label, positive)
+    return DataLine(entry["text"], number, label, positive)
 
 
 def refuse(path: Path, problems: list[str], expected: str) -> NoReturn:

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 from mergekit_lfm.errors import FormatError, PlanError, reason
 from mergekit_lfm.machine.devices import find_device
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
-from mergekit_lfm.store.sidecars import tagalong
+from mergekit_lfm.store.sidecars import sidecars_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 # The tasks that a model can be loaded for, with the model's name in messages.
 TASKS = {"lm": "causal language model", "classification": "classifier", "embedding": "encoder"}
@@ -50,7 +50,7 @@ class Loaded:
     """
 
     model: nn.Module
-    tokenizer: PreTrainedTokenizerBase | None
+    tokenizer: Tokenizer | None
     task: str
     checkpoint: Checkpoint
 
@@ -79,7 +79,7 @@ def load_model(path: str | Path | Checkpoint, task: str, *, dtype: str = "float3
     device = _check_place(device, dtype)
     transformers = import_transformers()
     if isinstance(path, Checkpoint):
-        tagalong(path)  # fetches the other files of a model on the Hub
+        sidecars_of(path)  # fetches the other files of a model on the Hub
     folder = path.path if isinstance(path, Checkpoint) else Path(path)
     if not (folder / "config.json").is_file():
         raise FormatError(
@@ -148,7 +148,7 @@ def run(model: nn.Module, args: Sequence[Tensor] = (), kwargs: Mapping[str, Any]
         ) from error
 
 
-def tokenizer_for_texts(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
+def tokenizer_for_texts(tokenizer: Tokenizer | None) -> Tokenizer:
     """The tokenizer, which texts need. Raises PlanError for None."""
     if tokenizer is None:
         raise PlanError(
@@ -158,7 +158,7 @@ def tokenizer_for_texts(tokenizer: PreTrainedTokenizerBase | None) -> PreTrained
     return tokenizer
 
 
-def start_token(tokenizer: PreTrainedTokenizerBase) -> int:
+def start_token(tokenizer: Tokenizer) -> int:
     """The token before a text's first: the tokenizer's BOS, else its EOS. Raises FormatError if it has neither."""
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if start is None:
@@ -279,10 +279,10 @@ def _loading(folder: Path, task: str) -> Iterator[None]:
         ) from error
 
 
-def _tokenizer(transformers: Any, folder: Path) -> PreTrainedTokenizerBase | None:
+def _tokenizer(transformers: Any, folder: Path) -> Tokenizer | None:
     if not any((folder / name).exists() for name in TOKENIZER_FILES):
         return None
-    tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(folder, **OURS)
+    tokenizer: Tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **OURS)
     return tokenizer
 
 

@@ -19,7 +19,7 @@ from mergekit_lfm.store.formats import bytes_of
 from mergekit_lfm.store.tensors import TensorSpec
 
 
-def located(module: nn.Module, checkpoint: Checkpoint) -> tuple[dict[str, str], frozenset[str]]:
+def locate_tensors(module: nn.Module, checkpoint: Checkpoint) -> tuple[dict[str, str], frozenset[str]]:
     """The tensor of every parameter that has one, by parameter names; and the parameters with several candidates.
 
     Raises FormatError if a parameter differs from the tensor of its name, or if no parameter has a tensor.

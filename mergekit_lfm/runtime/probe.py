@@ -38,7 +38,7 @@ def forward(module: nn.Module, batch: Batch) -> Any:
     return run(module, moved.args, moved.kwargs)
 
 
-def answer(model: Loaded | nn.Module, inputs: Batch) -> Tensor:
+def outputs_of(model: Loaded | nn.Module, inputs: Batch) -> Tensor:
     """The logits, or an encoder's embeddings, on these inputs, float64 on the CPU; first axis = examples."""
     module = model.model if isinstance(model, Loaded) else model
     with torch.inference_mode():
@@ -54,7 +54,7 @@ def difference(first: Loaded | nn.Module, second: Loaded | nn.Module, inputs: Ba
     y are the first one's outputs, their mean is over examples and tokens. 0 if all are equal; infinity if the shapes
     differ, if one has NaN, or if y does not depend on the inputs and y' differs from y.
     """
-    return relative_distance(answer(first, inputs), answer(second, inputs))
+    return relative_distance(outputs_of(first, inputs), outputs_of(second, inputs))
 
 
 def relative_distance(y: Tensor, other: Tensor) -> float:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.runtime.load import run
-from mergekit_lfm.runtime.locate import located
+from mergekit_lfm.runtime.locate import locate_tensors
 from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.store.identity import content_of
 
@@ -78,7 +78,7 @@ class Subject:
 
 
 @contextmanager
-def evaluating(*modules: nn.Module) -> Iterator[None]:
+def evaluation_mode(*modules: nn.Module) -> Iterator[None]:
     """Set models to evaluation mode with gradients enabled but required by no parameter; restores them afterwards."""
     training = {module: module.training for model in modules for module in model.modules()}
     wanted = {parameter: parameter.requires_grad for model in modules for parameter in model.parameters()}
@@ -113,7 +113,7 @@ def make_subject(module: nn.Module, checkpoint: Checkpoint | None = None) -> Sub
             f"{listed} of {type(module).__name__}: on the meta device, expected values; load the model into memory"
         )
     if checkpoint is not None:
-        return Subject(module, checkpoint.content, *located(module, checkpoint))
+        return Subject(module, checkpoint.content, *locate_tensors(module, checkpoint))
     state = {name: x for name, x in module.state_dict().items() if isinstance(x, Tensor)}
     names = dict(module.named_parameters(remove_duplicate=False))
     return Subject(module, content_of(state), {name: name for name in names if name in state})

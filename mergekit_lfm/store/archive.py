@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mergekit_lfm.errors import FormatError
-from mergekit_lfm.store.tensors import ITEMSIZE, TensorSpec, naming
+from mergekit_lfm.store.tensors import ITEMSIZE, TensorSpec, name_file
 
 _STORAGES = {
     "DoubleStorage": "float64",
@@ -122,7 +122,7 @@ def read_archive(path: Path) -> dict[str, tuple[TensorSpec, int]]:
     Raises Unreadable if the file is not such an archive, or if a tensor is not a contiguous range of bytes in it.
     """
     try:
-        with naming(path):
+        with name_file(path):
             return _table(path)
     except FormatError:
         raise

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.store.tensors import naming
+from mergekit_lfm.store.tensors import name_file
 
 _fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
 
@@ -19,7 +19,7 @@ def sync_folder(folder: Path) -> None:
     """Make creations, renames and removals in the folder permanent."""
     fd = os.open(folder, os.O_RDONLY)
     try:
-        with naming(folder):
+        with name_file(folder):
             os.fsync(fd)
     finally:
         os.close(fd)
@@ -30,7 +30,7 @@ def replace_file(path: Path, data: bytes | Iterable[bytes | memoryview]) -> None
 
     data: all of it, or its parts in order.
     """
-    with naming(path):
+    with name_file(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(path.name + ".tmp")
         try:

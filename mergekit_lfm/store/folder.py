@@ -9,9 +9,9 @@ from pathlib import Path, PurePath
 from mergekit_lfm.errors import FormatError
 
 # file names in the order of preference, as transformers has it
-SINGLE = ("model.safetensors", "pytorch_model.bin")
+SINGLES = ("model.safetensors", "pytorch_model.bin")
 
-INDEX = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
@@ -23,8 +23,8 @@ def leads_away(name: object) -> bool:
 
 def _weight_paths(folder: Path, names: Collection[str], label: object) -> tuple[list[Path], dict[str, str]]:
     """The weight files of a folder that has these files, and the index's map from tensors to files, {} without one."""
-    singles = [folder / name for name in SINGLE if name in names]
-    indexes = [folder / name for name in INDEX if name in names]
+    singles = [folder / name for name in SINGLES if name in names]
+    indexes = [folder / name for name in INDEXES if name in names]
     safe = [path for path in (*singles, *indexes) if ".safetensors" in path.name]
     chosen = safe or [*singles, *indexes]
     if len(chosen) > 1:
@@ -38,7 +38,7 @@ def _weight_paths(folder: Path, names: Collection[str], label: object) -> tuple[
         others = sorted(folder / name for name in names if name.endswith(".safetensors") and "/" not in name)
         if len(others) != 1:
             found = f"{len(others)} other .safetensors files" if others else "no .safetensors files"
-            raise FormatError(f"{label} holds no model: expected {', '.join((*SINGLE, *INDEX))}, found {found}")
+            raise FormatError(f"{label} holds no model: expected {', '.join((*SINGLES, *INDEXES))}, found {found}")
         chosen = others
     if chosen[0].suffix != ".json":
         return chosen, {}

@@ -12,24 +12,24 @@ from mergekit_lfm.store.folder import leads_away
 from mergekit_lfm.store.hub import HubName
 
 # Files to copy beside the weights: configs, tokenizers, processors, templates and the code that a config may name.
-TAGALONG = re.compile(
+SIDECAR = re.compile(
     r"^(config|generation_config|.*token.*|vocab|merges|.*(processor|preprocessor|feature_extractor).*|modules|"
     r"config_sentence_transformers|sentence_bert_config|chat_template|special_tokens_map|id2label|labels)\.(json|txt)$"
     r"|\.(jinja|py|tiktoken|spm|bpe)$|^(tokenizer|spiece|sentencepiece.*|.*token.*)\.model$"
 )
 
-TAGALONG_BYTES = 100_000_000  # the largest file to copy; tokenizers have up to 40 MB
+SIDECAR_BYTES = 100_000_000  # the largest file to copy; tokenizers have up to 40 MB
 
 
 def download(name: HubName) -> Path:
     """Download all files that loading a model needs, and return their folder. Raises as `open_checkpoint`."""
     model = open_checkpoint(name)
     model.fetch()
-    tagalong(model)
+    sidecars_of(model)
     return model.path
 
 
-def tagalong(template: Checkpoint) -> tuple[Path, ...]:
+def sidecars_of(template: Checkpoint) -> tuple[Path, ...]:
     """The template's files that go beside the weights, and those of the modules that sentence-transformers lists.
 
     They are downloaded if the model is on the Hub.
@@ -37,16 +37,16 @@ def tagalong(template: Checkpoint) -> tuple[Path, ...]:
     folder = template.path
     if template.snapshot is not None:
         sizes = template.snapshot.sizes
-        small = [name for name, nbytes in sizes.items() if nbytes <= TAGALONG_BYTES]
-        template.snapshot.fetch([name for name in small if "/" not in name and TAGALONG.search(name)])
+        small = [name for name, nbytes in sizes.items() if nbytes <= SIDECAR_BYTES]
+        template.snapshot.fetch([name for name in small if "/" not in name and SIDECAR.search(name)])
         if "modules.json" in small:
             template.snapshot.fetch([name for name in small if name.endswith(".json") and name.count("/") == 1])
     if not folder.is_dir():
         return ()
-    files = [path for path in folder.iterdir() if TAGALONG.search(path.name)]
+    files = [path for path in folder.iterdir() if SIDECAR.search(path.name)]
     if (folder / "modules.json").exists():
         files += [path for name in _modules(folder) for path in (folder / name).glob("*.json")]
-    return tuple(sorted(path for path in files if path.is_file() and path.stat().st_size <= TAGALONG_BYTES))
+    return tuple(sorted(path for path in files if path.is_file() and path.stat().st_size <= SIDECAR_BYTES))
 
 
 def _modules(folder: Path) -> list[str]:

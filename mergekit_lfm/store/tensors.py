@@ -191,7 +191,7 @@ def encode_header(
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
+def name_file(path: Path) -> Iterator[None]:
     """Add the name of the file to an OSError from a descriptor."""
     try:
         yield
@@ -205,7 +205,7 @@ def read_exactly(fd: int, offset: int, into: memoryview, path: Path) -> None:
     """Fill `into` from the file at `offset`. Raises FormatError if the file ends too early."""
     done = 0
     while done < len(into):
-        with naming(path):
+        with name_file(path):
             got = os.preadv(fd, [into[done : done + READ_LIMIT]], offset + done)
         if not got:
             raise FormatError(f"{path} ended at byte {offset + done:,}: it changed during the merge; merge again")

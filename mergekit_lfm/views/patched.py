@@ -88,7 +88,7 @@ class Patcher:
         return round_once(total, getattr(torch, self.spec.dtype)).contiguous()
 
 
-def patched(checkpoint: Checkpoint, *patches: Patch, any_base: bool = False) -> Checkpoint:
+def patched_view(checkpoint: Checkpoint, *patches: Patch, any_base: bool = False) -> Checkpoint:
     """The checkpoint with the patches applied, read like any other. Tensors that they do not change stay as they are.
 
     Raises PlanError naming all tensors that are missing, of another shape or dtype, or, unless any_base, of other bytes
@@ -102,7 +102,7 @@ def patched(checkpoint: Checkpoint, *patches: Patch, any_base: bool = False) -> 
 
 
 def check_base(checkpoint: Checkpoint, patches: Sequence[Patch], *, any_base: bool = False) -> None:
-    """Raise the PlanError of `patched` if the patches do not fit the checkpoint."""
+    """Raise the PlanError of `patched_view` if the patches do not fit the checkpoint."""
     problems, seen = [], set[str]()
     for patch in patches:
         for name, was in patch.facts.tensors.items():
@@ -126,7 +126,7 @@ def check_base(checkpoint: Checkpoint, patches: Sequence[Patch], *, any_base: bo
         )
 
 
-def changes_of(patches: Sequence[Patch], specs: Mapping[str, TensorSpec], path: Path) -> Checkpoint:
+def summed_changes(patches: Sequence[Patch], specs: Mapping[str, TensorSpec], path: Path) -> Checkpoint:
     """The patches' changes, float64, as a checkpoint of the tensors that they change. path: of their file.
 
     specs: the tensors of the model that they are added to. Raises PlanError if one is missing, of another shape, or

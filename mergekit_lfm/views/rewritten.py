@@ -27,7 +27,7 @@ from mergekit_lfm.views.maps import IDENTITY, NARROW, Arithmetic, Map, Maps, _cu
 
 
 @dataclass(frozen=True)
-class Run:
+class Stretch:
     """A run of an axis with what is done along it. each: entries that every unit has, in a row.
 
     first, size: where it lies in the old axis; new_size: its length in the new one.
@@ -145,7 +145,7 @@ def _gathered(rows: Tensor, read: Callable[[int, int], Tensor]) -> Tensor:
     return torch.cat([read(numbers[a], numbers[b - 1] + 1) for a, b in pairwise(breaks)])
 
 
-def _runs(maps: Maps, spec: TensorSpec, axis: int) -> list[Run]:
+def _runs(maps: Maps, spec: TensorSpec, axis: int) -> list[Stretch]:
     symmetries = maps.transform.symmetries
     arithmetic: Arithmetic = "float32" if spec.dtype in ("float16", "bfloat16") else "float64"
     runs, first = [], 0
@@ -153,11 +153,11 @@ def _runs(maps: Maps, spec: TensorSpec, axis: int) -> list[Run]:
         symmetries.tensors[spec.name][axis], symmetries.lengths(spec.name, axis, spec.shape[axis]), strict=True
     ):
         if part.group is None:
-            runs.append(Run(IDENTITY, 1, first, size, size))
+            runs.append(Stretch(IDENTITY, 1, first, size, size))
         else:
             way, each = maps.of(part, arithmetic), size // part_size(symmetries.groups, part)
             new, old = way.block
-            runs.append(Run(way, each, first, size, size // old * new))
+            runs.append(Stretch(way, each, first, size, size // old * new))
         first += size
     return runs
 
@@ -173,7 +173,7 @@ def rewrite(tensors: Mapping[str, Tensor], transform: Transform) -> dict[str, Te
     return result
 
 
-def rewritten(checkpoint: Checkpoint, transform: Transform, view: Mapping[str, Any]) -> Checkpoint:
+def rewritten_view(checkpoint: Checkpoint, transform: Transform, view: Mapping[str, Any]) -> Checkpoint:
     """The checkpoint as the transform rewrites it, read like any other. view: what stands for the transform."""
     maps, kept = Maps(transform), threading.local()
     rewriters = {name: Rewriter(maps, spec) for name, spec in checkpoint.items()}

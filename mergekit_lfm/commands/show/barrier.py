@@ -6,10 +6,10 @@ import math
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from mergekit_lfm.commands.show.terminal import counted, table
+from mergekit_lfm.commands.show.terminal import count_noun, table
 
 if TYPE_CHECKING:
-    from mergekit_lfm.judge.barrier import Barrier, Line
+    from mergekit_lfm.judge.barrier import Barrier, Interpolation
     from mergekit_lfm.repair import Repaired
 
 
@@ -21,7 +21,7 @@ def _barrier(barrier: Barrier) -> dict[str, float | None]:
     return {"barrier": _finite(barrier.height), "t": barrier.t}
 
 
-def line_data(line: Line) -> dict[str, Any]:
+def line_data(line: Interpolation) -> dict[str, Any]:
     """The line for JSON, which has null for infinity and NaN."""
     return {
         "predictions": line.predictions,
@@ -31,7 +31,7 @@ def line_data(line: Line) -> dict[str, Any]:
     }
 
 
-def line_text(line: Line) -> str:
+def line_text(line: Interpolation) -> str:
     """The line as a table with a row for each point, and both barriers."""
     rows = [("t", "loss", "accuracy")]
     rows += [(f"{point.t:.3g}", f"{point.loss:.4f}", f"{point.accuracy:.4f}") for point in line.points]
@@ -40,7 +40,7 @@ def line_text(line: Line) -> str:
         for name, barrier in (("loss", line.loss_barrier), ("accuracy", line.accuracy_barrier))
     )
     return "\n".join(
-        [table(rows, right="t loss accuracy"), f"over {counted(line.predictions, 'prediction')}", *barriers]
+        [table(rows, right="t loss accuracy"), f"over {count_noun(line.predictions, 'prediction')}", *barriers]
     )
 
 
@@ -57,5 +57,5 @@ def repaired_text(repaired: Repaired) -> str:
         rows += [(x.name, f"{x.units:,}", f"{x.spread:.1%}", f"{x.shift:.1%}") for x in repaired.layers]
         lines.append(table(rows, right="units"))
     if repaired.batchnorms:
-        lines.append(f"re-estimated: {counted(len(repaired.batchnorms), 'BatchNorm layer')}")
+        lines.append(f"re-estimated: {count_noun(len(repaired.batchnorms), 'BatchNorm layer')}")
     return "\n".join([*lines, *(f"left alone: {name}: {reason}" for name, reason in repaired.left.items())])

@@ -12,7 +12,7 @@ from mergekit_lfm.commands.show.terminal import table
 if TYPE_CHECKING:
     from mergekit_lfm.judge.evaluate import Score
 
-Scores = Mapping[str, Mapping[str, "Score"]]  # by model, then by file
+ScoreTable = Mapping[str, Mapping[str, "Score"]]  # by model, then by file
 
 
 def arithmetic(numbers: Sequence[float]) -> float:
@@ -68,12 +68,12 @@ JUDGEMENTS = {
 }
 
 
-def _judgement(scores: Scores) -> Judgement:
+def _judgement(scores: ScoreTable) -> Judgement:
     first = next(score for files in scores.values() for score in files.values())
     return JUDGEMENTS[type(first).__name__]
 
 
-def evaluation_data(scores: Scores) -> list[dict[str, Any]]:
+def evaluation_data(scores: ScoreTable) -> list[dict[str, Any]]:
     """Each model's numbers on every text or file, and their means, for JSON.
 
     JSON has null for infinity and NaN.
@@ -98,7 +98,7 @@ def _means(columns: dict[str, Column], scores: Sequence[Score]) -> dict[str, flo
     return {name: mean([getattr(score, name) for score in scores]) for name, mean in means.items()}
 
 
-def evaluation_text(scores: Scores) -> str:
+def evaluation_text(scores: ScoreTable) -> str:
     """A table with one row for each model and file, and the means if there are several files."""
     on, columns = _judgement(scores)
     headings = [column.heading for column in columns.values()]

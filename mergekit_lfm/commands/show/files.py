@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mergekit_lfm.commands.show.terminal import counted, table
+from mergekit_lfm.commands.show.terminal import count_noun, table
 from mergekit_lfm.machine.sizes import format_size
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def checkpoint_text(data: dict[str, Any]) -> str:
             "",
             table([("dtype", "tensors", "numbers", "size"), *totals, whole], right="tensors numbers size"),
             "",
-            f"{data['path']}: {counted(len(data['files']), 'file')}, digest {data['digest']}{content}",
+            f"{data['path']}: {count_noun(len(data['files']), 'file')}, digest {data['digest']}{content}",
         ]
     )
 
@@ -74,17 +74,17 @@ def statistics_data(statistics: Statistics) -> dict[str, Any]:
 
 def statistics_text(data: dict[str, Any]) -> str:
     """`statistics_data` as a table, with the reason for everything that the file does not cover."""
-    stored = f"{counted(data['entries'], 'tensor')}, {format_size(data['bytes'])}"
-    of = f"{counted(data['layers'], 'layer')} in {stored}" if data["layers"] else stored
-    tokens = "" if data["tokens"] is None else f", {counted(data['tokens'], 'token')}"
+    stored = f"{count_noun(data['entries'], 'tensor')}, {format_size(data['bytes'])}"
+    of = f"{count_noun(data['layers'], 'layer')} in {stored}" if data["layers"] else stored
+    tokens = "" if data["tokens"] is None else f", {count_noun(data['tokens'], 'token')}"
     options = {name: " and ".join(v) if isinstance(v, list) else v for name, v in data["options"].items()}
     rows = [
         ("statistics", f"{data['kind']} of {of}"),
         ("model" if len(data["models"]) == 1 else "models", ", ".join(data["models"])),
-        ("data", f"{data['data']}: {counted(data['examples'], 'example')}{tokens}"),
+        ("data", f"{data['data']}: {count_noun(data['examples'], 'example')}{tokens}"),
         ("options", ", ".join(f"{name} {value}" for name, value in options.items() if value != "")),
         *([] if data["norm"] is None else [("norm", f"{data['norm']:.6g}")]),
-        ("skipped", "nothing" if not data["skipped"] else counted(len(data["skipped"]), "name")),
+        ("skipped", "nothing" if not data["skipped"] else count_noun(len(data["skipped"]), "name")),
     ]
     return "\n".join([table(rows), *_reasons(data["skipped"])])
 

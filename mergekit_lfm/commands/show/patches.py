@@ -7,7 +7,7 @@ from dataclasses import asdict
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
-from mergekit_lfm.commands.show.terminal import counted, table
+from mergekit_lfm.commands.show.terminal import count_noun, table
 from mergekit_lfm.machine.sizes import format_size
 
 if TYPE_CHECKING:
@@ -20,10 +20,14 @@ if TYPE_CHECKING:
 WIDTH = 90  # of a line of options
 SHOWN = 10  # most facts of a patch to list, and most failed ones
 # The headings of the scores. The help of `edit` and docs/editing.md explain them.
-METRICS = {name: name.upper() for name in ("es", "ps", "ns", "ea", "pa", "na", "sa")} | {"unedited": "unedited"}
+METRIC_NAMES = {name: name.upper() for name in ("es", "ps", "ns", "ea", "pa", "na", "sa")} | {"unedited": "unedited"}
 # A change smaller than this, relative to its tensor, loses part of its effect if the sum is stored in 16 bits.
 ROUNDS_AWAY = 5e-3
-KINDS = {"hidden": "the whole layer", "mlp": "the MLP", "attention": "attention"}  # the states that a trace puts back
+STATE_NAMES = {
+    "hidden": "the whole layer",
+    "mlp": "the MLP",
+    "attention": "attention",
+}  # the states that a trace puts back
 ONE_WORD = {"add": "added", "replace": "replaced"}
 HALVES = ("bfloat16", "float16")
 
@@ -98,8 +102,8 @@ def rounding_warnings(changes: Sequence[Mapping[str, Any]]) -> list[str]:
     worst = min(small, key=lambda row: row["kept"] if row["kept"] is not None else 1.0)
     lost = "" if worst["kept"] is None else f"; {worst['name']} keeps {worst['kept']:.0%} of its change"
     return [
-        f"{counted(len(small), 'change')} of {worst['dtype']} tensors are smaller than {ROUNDS_AWAY:.1%} of them, and "
-        f"rounding loses part of it{lost}"
+        f"{count_noun(len(small), 'change')} of {worst['dtype']} tensors are smaller than {ROUNDS_AWAY:.1%} of them, "
+        f"and rounding loses part of it{lost}"
     ]
 
 
@@ -120,8 +124,8 @@ def _number(value: float | None) -> str:
 
 def patch_text(data: Mapping[str, Any]) -> str:
     """`patch_data` as tables: the patch's metadata with its first facts, and the tensors that it changes."""
-    tensors = counted(len(data["tensors"]), "tensor")
-    taught = f", {counted(len(data['facts']), 'fact')}" if data["facts"] else ""
+    tensors = count_noun(len(data["tensors"]), "tensor")
+    taught = f", {count_noun(len(data['facts']), 'fact')}" if data["facts"] else ""
     options = [f"{name} {_option(value)}" for name, value in data["options"].items() if value is not None]
     rows = [
         ("patch", f"{data['path']}: {data['method']}{taught}, {tensors}, {format_size(data['bytes'])}"),
@@ -149,14 +153,14 @@ def _facts_lines(facts: Sequence[Mapping[str, Any]]) -> list[str]:
     return [*lines, *([f"and {len(facts) - SHOWN} more"] if len(facts) > SHOWN else [])]
 
 
-def applied_data(applied: Applied) -> dict[str, Any]:
+def apply_data(applied: Applied) -> dict[str, Any]:
     """The result of applying or undoing patches for JSON."""
     return {name: str(value) if name in ("out", "undo") and value else value for name, value in asdict(applied).items()}
 
 
-def applied_text(data: Mapping[str, Any]) -> str:
+def apply_text(data: Mapping[str, Any]) -> str:
     """The result of applying patches, after the new model's scores on the facts if it was judged."""
-    changed = f"{counted(data['tensors'], 'tensor')} changed, {format_size(data['bytes_changed'])}"
+    changed = f"{count_noun(data['tensors'], 'tensor')} changed, {format_size(data['bytes_changed'])}"
     there = "already there: " if data["already_there"] else ""
     lines = [f"{there}{changed}; {format_size(data['bytes_copied'])} copied as they were"]
     if data["undo"]:
@@ -169,9 +173,9 @@ def applied_text(data: Mapping[str, Any]) -> str:
 
 def scores_text(scores: Mapping[str, Mapping[str, Any]], of: str = "model") -> str:
     """A table with a row of shares in percent for each model."""
-    rows = [(of, *METRICS.values())]
-    rows += [(name, *(_share(shares[metric]) for metric in METRICS)) for name, shares in scores.items()]
-    return table(rows, right=" ".join(METRICS.values()))
+    rows = [(of, *METRIC_NAMES.values())]
+    rows += [(name, *(_share(shares[metric]) for metric in METRIC_NAMES)) for name, shares in scores.items()]
+    return table(rows, right=" ".join(METRIC_NAMES.values()))
 
 
 def _share(value: float | None) -> str:
@@ -188,7 +192,7 @@ def counts_text(scores: Mapping[str, Any]) -> str:
 
 def _many(n: int, noun: str) -> str:
     head, of, tail = noun.partition(" of ")
-    return f"{counted(n, head)}{of}{tail}"
+    return f"{count_noun(n, head)}{of}{tail}"
 
 
 def failed_lines(scores: Mapping[str, Any]) -> list[str]:
@@ -198,7 +202,7 @@ def failed_lines(scores: Mapping[str, Any]) -> list[str]:
         return []
     shown = ", ".join(f"{row['subject']} ({row['target_new']})" for row in failed[:SHOWN])
     more = f" and {len(failed) - SHOWN} more" if len(failed) > SHOWN else ""
-    return [f"not said: {counted(len(failed), 'fact')}: {shown}{more}"]
+    return [f"not said: {count_noun(len(failed), 'fact')}: {shown}{more}"]
 
 
 def edit_text(data: Mapping[str, Any]) -> str:
@@ -209,7 +213,7 @@ def edit_text(data: Mapping[str, Any]) -> str:
         lines += [scores_text(both), counts_text(data["after"]), *failed_lines(data["after"]), ""]
     lines.append(changes_text(data["tensors"]))
     if "saved" in data:
-        lines += ["", applied_text(data["saved"])]
+        lines += ["", apply_text(data["saved"])]
     return "\n".join(lines)
 
 
@@ -218,7 +222,7 @@ def trace_text(data: Mapping[str, Any]) -> str:
     layers = [str(layer) for layer in range(len(next(iter(data["effects"]["hidden"].values()))))]
     rows = [("points gained at layer", *layers)]
     for kind, effects in data["effects"].items():
-        rows += [(f"by {KINDS[kind]}", *[""] * len(layers))]
+        rows += [(f"by {STATE_NAMES[kind]}", *[""] * len(layers))]
         rows += [(f"  {role}", *("" if x is None else f"{100 * x:z.1f}" for x in row)) for role, row in effects.items()]
     suggested = (
         f"the MLPs that matter at the last subject token: {layers_option(data['layers'])}"
@@ -231,7 +235,7 @@ def trace_text(data: Mapping[str, Any]) -> str:
 def trace_title(data: Mapping[str, Any]) -> str:
     """The number of facts in a trace, and their probability with and without the noise."""
     return (
-        f"{counted(data['facts'], 'fact')}: p(target) is {data['clean']:.1%}, with noise on the subject "
+        f"{count_noun(data['facts'], 'fact')}: p(target) is {data['clean']:.1%}, with noise on the subject "
         f"{data['corrupted']:.1%}"
     )
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from mergekit_lfm.commands.show.terminal import counted, table
+from mergekit_lfm.commands.show.terminal import count_noun, table
 from mergekit_lfm.machine.sizes import format_size
 from mergekit_lfm.recipe.align import AlignRequest
-from mergekit_lfm.recipe.values import GivenFile
+from mergekit_lfm.recipe.values import NamedFile
 
 if TYPE_CHECKING:
     from mergekit_lfm.api.merge import Merged
@@ -25,10 +25,10 @@ def plan_text(plan: Plan, facts: dict[str, Any], verbose: bool) -> str:
     enough = "enough" if facts["enough_disk"] else "NOT ENOUGH"
     rows = [
         ("read", format_size(plan.bytes_read)),
-        ("write", f"{format_size(plan.bytes_written)} in {counted(len(plan.shards), 'file')} at {facts['out']}"),
+        ("write", f"{format_size(plan.bytes_written)} in {count_noun(len(plan.shards), 'file')} at {facts['out']}"),
         ("tensors", ", ".join(f"{n:,} {method}" for method, n in methods.most_common())),
-        ("dropped", counted(len(plan.dropped), "tensor") if plan.dropped else "nothing"),
-        ("peak memory", f"{format_size(facts['peak_memory'])} ({counted(facts['threads'], 'thread')})"),
+        ("dropped", count_noun(len(plan.dropped), "tensor") if plan.dropped else "nothing"),
+        ("peak memory", f"{format_size(facts['peak_memory'])} ({count_noun(facts['threads'], 'thread')})"),
         ("free disk", f"{format_size(facts['free_disk'])}, {enough}"),
         ("plan", plan.digest),
     ]
@@ -36,7 +36,7 @@ def plan_text(plan: Plan, facts: dict[str, Any], verbose: bool) -> str:
         rows.insert(-1, ("device", facts["device"]))
     if plan.averaged:
         share = sum(job.spec.numel for job in plan.averaged) / sum(job.spec.numel for job in plan.tensors)
-        averaged = f"{counted(len(plan.averaged), 'tensor')}, {share:.0%} of the numbers: they have no statistics"
+        averaged = f"{count_noun(len(plan.averaged), 'tensor')}, {share:.0%} of the numbers: they have no statistics"
         rows.insert(3, ("averaged", averaged))
     if push := facts.get("push"):
         rows.append(("push", f"to {push['repo']}" + (", private" if push["private"] else "")))
@@ -68,7 +68,7 @@ def _whereabouts(model: Checkpoint) -> str:
 
 
 def _edit_text(edit: Edit) -> str:
-    if isinstance(edit, GivenFile):
+    if isinstance(edit, NamedFile):
         return edit.ref
     return f"{edit.facts.ref} by {edit.method}, when the merge runs"
 
@@ -77,13 +77,13 @@ def _tensor_row(tensor: Any) -> tuple[str, str, str, str]:
     return tensor.name, str(list(tensor.shape)), tensor.dtype, tensor.method
 
 
-def pushed_text(pushed: Pushed) -> str:
+def push_text(pushed: Pushed) -> str:
     """The result of a push, in one or a few lines."""
     where = f"{pushed.url} at commit {pushed.commit}"
     if not pushed.files and not pushed.removed:
         lines = [f"already there: {where} holds the same files; nothing was pushed"]
     else:
-        lines = [f"pushed {counted(len(pushed.files), 'file')}, {format_size(pushed.nbytes)}, to {where}"]
+        lines = [f"pushed {count_noun(len(pushed.files), 'file')}, {format_size(pushed.nbytes)}, to {where}"]
     lines += ["downloaded again: every byte is as the lock says"] if pushed.verified else []
     lines += [f"removed there, left over from an earlier push: {', '.join(pushed.removed)}"] if pushed.removed else []
     lines += [f"not pushed, as they are hidden: {', '.join(pushed.left_out)}"] if pushed.left_out else []
@@ -95,7 +95,7 @@ def pushed_text(pushed: Pushed) -> str:
     return "\n".join(lines)
 
 
-def pushed_data(pushed: Pushed) -> dict[str, Any]:
+def push_data(pushed: Pushed) -> dict[str, Any]:
     """The result of a push for JSON."""
     return {
         "repo": pushed.repo,
@@ -117,4 +117,4 @@ def outcome_text(outcome: Outcome[Merged]) -> str:
     plan, resumed = outcome.result.plan, outcome.result.resumed_bytes
     earlier = f" ({format_size(resumed)} of it by the interrupted run)" if resumed else ""
     size = format_size(plan.bytes_written)
-    return f"wrote {counted(len(plan.tensors), 'tensor')}, {size}{earlier}, in {outcome.seconds:.1f} s"
+    return f"wrote {count_noun(len(plan.tensors), 'tensor')}, {size}{earlier}, in {outcome.seconds:.1f} s"

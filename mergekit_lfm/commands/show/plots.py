@@ -12,7 +12,7 @@ from mergekit_lfm.errors import PlanError
 from mergekit_lfm.store.durable import replace_file
 
 if TYPE_CHECKING:
-    from mergekit_lfm.judge.barrier import Line
+    from mergekit_lfm.judge.barrier import Interpolation
 
 # Okabe and Ito's colours, distinct for any colour vision; the shapes of the marks are distinct in print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -34,7 +34,7 @@ def check_plot(path: str | Path) -> None:
 
 
 def plot_lines(
-    lines: Mapping[str, Line], path: str | Path, *, ends: Sequence[str] = ("A", "B"), loss: str = "loss (nats)"
+    lines: Mapping[str, Interpolation], path: str | Path, *, ends: Sequence[str] = ("A", "B"), loss: str = "loss (nats)"
 ) -> None:
     """Draw the losses and the accuracies of lines against t, each with its name, into one PNG.
 
@@ -104,7 +104,7 @@ def _save(figure: Any, path: str | Path) -> None:
     replace_file(Path(path), image.getvalue())
 
 
-def _draw(axes: Any, line: Line, quantity: str, name: str, colour: str, mark: str) -> None:
+def _draw(axes: Any, line: Interpolation, quantity: str, name: str, colour: str, mark: str) -> None:
     times = [point.t for point in line.points]
     values = [getattr(point, quantity) for point in line.points]
     values = [value if math.isfinite(value) else math.nan for value in values]

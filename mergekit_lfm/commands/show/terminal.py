@@ -20,7 +20,7 @@ def table(rows: Sequence[Sequence[str]], right: str = "") -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def counted(n: int, noun: str) -> str:
+def count_noun(n: int, noun: str) -> str:
     """ "1 tensor", "2 tensors"."""
     return f"{n:,} {noun}{'' if n == 1 else 's'}"
 

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from mergekit_lfm.arch.table import Units
-from mergekit_lfm.commands.show.terminal import counted, table
+from mergekit_lfm.commands.show.terminal import count_noun, table
 
 if TYPE_CHECKING:
     from mergekit_lfm.align.check import Report
@@ -115,8 +115,8 @@ def report_text(data: dict[str, Any]) -> str:
         what = f"{parts[row['part']]} {row['what']}" + (f" ({row['reason']})" if row["reason"] else "")
         rows.append((what, f"{row['difference']:.2g}", row["expected"], verdict))
     wrong = sum(not row["ok"] for row in data["findings"])
-    named = f"{counted(data['tensors'], 'tensor')} in {counted(data['groups'], 'group')}, every one named"
-    verdict = f"{counted(wrong, 'finding')} not as expected" if wrong else "as expected"
+    named = f"{count_noun(data['tensors'], 'tensor')} in {count_noun(data['groups'], 'group')}, every one named"
+    verdict = f"{count_noun(wrong, 'finding')} not as expected" if wrong else "as expected"
     return "\n".join([table(rows, "differ"), "", f"{data['model']}: {named}; {verdict}"])
 
 
@@ -131,6 +131,6 @@ def saved_text(saved: dict[str, Any]) -> str:
 def alignment_text(data: dict[str, Any], out: object) -> str:
     """The result of an alignment, in one line."""
     moved = sum(group["moved"] for group in data["groups"].values())
-    mixed = [f"{counted(data['mixed'], 'group')} mixed"] if data["mixed"] else []
+    mixed = [f"{count_noun(data['mixed'], 'group')} mixed"] if data["mixed"] else []
     changes = [f"{moved:,} units and heads stand elsewhere", *mixed]
     return f"{out}: {data['method']}, " + ", ".join(changes)

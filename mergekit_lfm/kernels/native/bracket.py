@@ -11,7 +11,7 @@ import triton.language as tl
 
 from mergekit_lfm.kernels.constants import constant
 from mergekit_lfm.kernels.gpu import launch
-from mergekit_lfm.kernels.native.floats import widened
+from mergekit_lfm.kernels.native.floats import widen
 
 if TYPE_CHECKING:
     from mergekit_lfm.kernels.block import Chunk
@@ -30,9 +30,9 @@ def _bracket(  # type: ignore[no-untyped-def]
     live = (place < block) & (first + place < count)
     kind = pivots.dtype.element_ty
     wide = tl.float32 if kind == tl.int32 else tl.float64
-    value = widened(tl.load(x + first + place, mask=live, other=0), wide)
+    value = widen(tl.load(x + first + place, mask=live, other=0), wide)
     if BASE:
-        value = value - widened(tl.load(base + first + place, mask=live, other=0), wide)
+        value = value - widen(tl.load(base + first + place, mask=live, other=0), wide)
     bits = tl.abs(value).to(kind, bitcast=True)
     top, bottom = tl.load(pivots), tl.load(pivots + PIVOTS - 1)
     rest = live & (bits > bottom) & (bits < top)

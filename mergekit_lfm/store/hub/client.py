@@ -66,7 +66,7 @@ def offline() -> bool:
 
 
 @contextmanager
-def asking(about: str) -> Iterator[None]:
+def translate_errors(about: str) -> Iterator[None]:
     """Turn errors of requests to the Hub about a model into messages for the user."""
     with _hide_addresses():
         try:
@@ -151,7 +151,7 @@ def _server_message(error: Exception) -> str:
     """The Hub's own message, in a line; "" without one."""
     response = getattr(error, "response", None)
     message = "" if response is None else response.headers.get("X-Error-Message")
-    return shortened(" ".join(str(message or getattr(error, "server_message", None) or "").split()).rstrip("."))
+    return strip_queries(" ".join(str(message or getattr(error, "server_message", None) or "").split()).rstrip("."))
 
 
 def _in_brackets(error: Exception) -> str:
@@ -159,7 +159,7 @@ def _in_brackets(error: Exception) -> str:
     return f" ({message})" if message else ""
 
 
-def shortened(text: str) -> str:
+def strip_queries(text: str) -> str:
     """The text with the query strings of its URLs removed: they may hold signatures."""
     return re.sub(r"(https?://[^\s?]*)\?[^\s)]*", r"\1", text)
 
@@ -172,7 +172,7 @@ def _wait(error: Any) -> str:
 
 
 def _connection_error(about: str, error: Exception) -> Exception:
-    reason = shortened(str(error).strip().split("\n")[0]) or type(error).__name__
+    reason = strip_queries(str(error).strip().split("\n")[0]) or type(error).__name__
     return ConnectionError(
         f"the connection to the Hub at {endpoint()} failed for {about} ({reason}); {_RETRY}. With HF_HUB_OFFLINE=1, "
         "models in the cache are read without it"
@@ -180,7 +180,7 @@ def _connection_error(about: str, error: Exception) -> Exception:
 
 
 @contextmanager
-def no_bars() -> Iterator[None]:
+def hide_progress_bars() -> Iterator[None]:
     """Hide the client's progress bars."""
     were_shown = not are_progress_bars_disabled()
     disable_progress_bars()
@@ -195,7 +195,7 @@ class _Shorten(logging.Filter):
     """Log filter that removes the query strings of signed URLs."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        record.msg, record.args = shortened(record.getMessage()), ()
+        record.msg, record.args = strip_queries(record.getMessage()), ()
         return True
 
 

@@ -30,7 +30,7 @@ def repository(text: str) -> str:
     return name.repo
 
 
-def called(folder: Path) -> str:
+def display_name(folder: Path) -> str:
     """A folder's name for messages: its path, or in the cache of the Hub its model's name and commit."""
     match = re.search(r"/models--([^/]+)/snapshots/(\w{40})$", folder.as_posix())
     return f"{match[1].replace('--', '/')}@{match[2]}" if match else str(folder)

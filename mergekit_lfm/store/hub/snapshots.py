@@ -23,7 +23,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # documented,
 
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.machine.resources import free_space
-from mergekit_lfm.store.hub.client import api, asking, endpoint, no_bars, offline
+from mergekit_lfm.store.hub.client import api, endpoint, hide_progress_bars, offline, translate_errors
 from mergekit_lfm.store.hub.names import HubName
 from mergekit_lfm.store.tensors import MAX_HEADER
 
@@ -67,7 +67,7 @@ class Snapshot:
             )
         needed = sum(self.sizes.get(name, 0) for name in lacking)
         check_room(self, needed)
-        with no_bars() if needed < TAKES_LONG else nullcontext():
+        with hide_progress_bars() if needed < TAKES_LONG else nullcontext():
             _download(self.repo, self.commit, lacking)
         if still := self.lacking(lacking):
             raise ConnectionError(f"{self}: {', '.join(still)} could not be downloaded; run the same command again")
@@ -88,7 +88,7 @@ class Snapshot:
         url = hf_hub_url(self.repo, name, revision=self.commit, endpoint=endpoint())
         headers = build_hf_headers(library_name="mergekit_lfm")
         headers |= {"Range": f"bytes=0-{nbytes - 1}", "Accept-Encoding": "identity"}
-        with asking(str(self)):
+        with translate_errors(str(self)):
             response = http_backoff("GET", url, headers=headers, follow_redirects=True)
             hf_raise_for_status(response)
             return bytes(response.content[:nbytes])
@@ -109,7 +109,7 @@ def find_snapshot(name: HubName) -> Snapshot:
 
     With HF_HUB_OFFLINE, the commit and the files downloaded before. Raises the errors of `Snapshot.fetch`.
     """
-    with asking(str(name)):
+    with translate_errors(str(name)):
         resolved = api().resolve_revision(name.repo, revision=name.revision, local_files_only=offline())
         commit = str(resolved.resolved)
         if offline():
@@ -126,7 +126,7 @@ def find_snapshot(name: HubName) -> Snapshot:
 
 def _fetch_for_planning(repo: str, commit: str) -> Path:
     """The folder of the model in the cache, with the files that planning needs."""
-    with no_bars():  # a merge offline must not fail for a card that is missing in the cache
+    with hide_progress_bars():  # a merge offline must not fail for a card that is missing in the cache
         return Path(_download(repo, commit, [name for name in AT_PLANNING if not (offline() and name == "README.md")]))
 
 
@@ -137,7 +137,7 @@ def pull(snapshot: Snapshot, folder: Path) -> None:
 
 def _download(repo: str, commit: str, names: Iterable[str], **options: Any) -> str:
     patterns = [name if name in AT_PLANNING else glob.escape(name) for name in names]
-    with asking(f"{repo}@{commit}"):
+    with translate_errors(f"{repo}@{commit}"):
         return str(
             snapshot_download(
                 repo,

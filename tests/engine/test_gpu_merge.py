@@ -1,0 +1,313 @@
+"""Merges by the path of a GPU: in chunks, with the bytes of the processor but for sums of floats.
+
+Where there is a GPU they run on it. Elsewhere the processor stands in, or is pretended to be another device.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from helpers_device import GPU, OnGpu, pretended_gpu
+from helpers_gpu import CUDA, needs_gpu, needs_triton, stand_in
+from helpers_merges import load_all
+from safetensors.torch import load_file, save_file
+from test_contract import (
+    CASES,
+    DELTAS,
+    count_of,
+    folder_bytes,
+    ids,
+    parameters_of,
+    save_model,
+    save_statistics,
+    tensors_of,
+)
+
+from mergekit_lfm import merge, merge_tensors
+from mergekit_lfm.api import merge as api
+from mergekit_lfm.artifacts.patch import Patch, TensorChange
+from mergekit_lfm.commands import main
+from mergekit_lfm.engine.blocks import Blocks
+from mergekit_lfm.engine.execute import execute
+from mergekit_lfm.errors import FormatError, PlanError
+from mergekit_lfm.kernels import gpu
+from mergekit_lfm.kernels.reductions import L1, ColumnGram, Gram, Reduction, RowGram
+from mergekit_lfm.machine import devices
+from mergekit_lfm.machine.accelerators import Accelerator
+from mergekit_lfm.methods import METHODS
+from mergekit_lfm.plan import budget
+from mergekit_lfm.plan.plan import Plan, make_plan
+from mergekit_lfm.recipe.recipe import Recipe
+
+Case = tuple[str, dict[str, Any]]
+TIES: Case = ("ties", {"density": 0.4})
+KERNELS: list[Case] = [("linear", {}), ("dare_ties", {"density": 0.4, "rescale": "density"}), ("fisher", {})]
+
+
+SMALL = 256  # elements of a block: the largest tensor has three segments, of several chunks each
+
+
+@pytest.fixture
+def sums(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[type]]:
+    """The kinds of sums of floats that were asked for: these, and what comes of them, are rounded otherwise."""
+    asked = set[type]()
+    part = Blocks.part
+
+    def recorded(self: Blocks, request: Reduction, segment: int) -> Any:
+        asked.update({type(request)} & {Gram, RowGram, ColumnGram, L1})
+        return part(self, request, segment)
+
+    monkeypatch.setattr(Blocks, "part", recorded)
+    yield asked
+
+
+def plan_of(case: Case, folder: Path, *, big: tuple[int, int] = (300, 160), block: int = SMALL, **more: Any) -> Plan:
+    """A merge of small models by a method of the registry."""
+    name, extra = case
+    for offset in range(4):
+        save_model(folder / f"m{offset}", offset, big)
+    models: list[dict[str, Any]] = [{"model": str(folder / f"m{i + 1}")} for i in range(count_of(name))]
+    if kind := METHODS[name].statistics:
+        for model in models:
+            model["stats"] = str(save_statistics(Path(model["model"]), kind))
+    recipe = {"merge_method": name, "models": models, "parameters": parameters_of(name, extra), **more}
+    if METHODS[name].base != "member":
+        recipe["base_model"] = str(folder / ("m0" if name in DELTAS else "m1"))
+    return make_plan(Recipe.parse(recipe), block=block)
+
+
+def steps_apart(a: Path, b: Path) -> int:
+    """By how many bfloat16 numbers the tensors of two outputs differ at most."""
+    first, second = load_all(a), load_all(b)
+    assert first.keys() == second.keys()
+    apart = [x.view(torch.int16).int() - second[name].view(torch.int16).int() for name, x in first.items()]
+    return max(int(x.abs().max()) for x in apart if x.numel())
+
+
+@pytest.mark.parametrize("case", CASES, ids=ids)
+def test_a_merge_on_a_gpu_is_that_on_the_processor(
+    case: Case, tmp_path: Path, sums: set[type], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the byte, or where floats are summed up to one rounding; the same for any room, threads and passes."""
+    plan = plan_of(case, tmp_path)
+    execute(plan, tmp_path / "cpu", threads=1)
+    execute(plan, tmp_path / "gpu", threads=2, gpu=stand_in())
+    if sums or METHODS[case[0]].whole:
+        assert steps_apart(tmp_path / "cpu", tmp_path / "gpu") <= 1
+    else:
+        assert folder_bytes(tmp_path / "cpu") == folder_bytes(tmp_path / "gpu")
+    least = max([*(plan.scratch(job) for job in plan.tensors), *(group.nbytes for group in plan.linears)])
+    monkeypatch.setattr(Accelerator, "room", lambda _: 3 * least)  # in passes, and block by block
+    execute(plan, tmp_path / "small", threads=3, gpu=stand_in())
+    assert folder_bytes(tmp_path / "small") == folder_bytes(tmp_path / "gpu")
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "case", [("linear", {}), ("dare_ties", {"density": 0.4, "rescale": "density"}), ("fisher", {})]
+)
+def test_merges_by_kernels_have_the_same_bytes(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_of(case, tmp_path)
+    execute(plan, tmp_path / "cpu", threads=1, compile="never")
+    launched: list[Any] = []
+    launch = gpu.launch
+
+    def noted(kernel: Any, *given: Any, **more: Any) -> None:
+        launched.append(kernel)
+        launch(kernel, *given, **more)
+
+    monkeypatch.setattr(gpu, "launch", noted)
+    outcome = execute(plan, tmp_path / "gpu", threads=2, gpu=stand_in(), compile="always")
+    assert not outcome.findings and len(launched) >= 11
+    assert folder_bytes(tmp_path / "cpu") == folder_bytes(tmp_path / "gpu")
+
+
+@needs_gpu
+@pytest.mark.parametrize("case", CASES, ids=ids)
+def test_large_tensors_on_a_real_gpu(
+    case: Case, tmp_path: Path, sums: set[type], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks and chunks of full size, by kernels, with all threads; resident, and in passes."""
+    plan = plan_of(case, tmp_path, big=(4096, 5000), block=1 << 18)
+    execute(plan, tmp_path / "cpu")
+    execute(plan, tmp_path / "gpu", gpu=stand_in(), compile="always")
+    assert steps_apart(tmp_path / "cpu", tmp_path / "gpu") <= (1 if sums or METHODS[case[0]].whole else 0)
+    least = max([*(plan.scratch(job) for job in plan.tensors), *(group.nbytes for group in plan.linears)])
+    monkeypatch.setattr(Accelerator, "room", lambda _: 2 * least)
+    execute(plan, tmp_path / "small", threads=2, gpu=stand_in(), compile="always")
+    assert folder_bytes(tmp_path / "small") == folder_bytes(tmp_path / "gpu")
+
+
+def there(value: Any) -> Any:
+    """What a test merges, on the pretended GPU."""
+    return [x.to(GPU) for x in value] if isinstance(value, list) else value if value is None else value.to(GPU)
+
+
+@pytest.mark.parametrize("case", CASES, ids=ids)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_tensors_on_a_gpu_are_merged_there(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No operation mixes devices, which the pretended one refuses as CUDA does, and the result stays there."""
+    name, extra = case
+    given = tensors_of(name, (60, 200), dtype)
+    here = merge_tensors(name, **given, **parameters_of(name, extra))
+    monkeypatch.setattr(devices, "can_merge_on", lambda device: device == GPU)
+    with pretended_gpu():
+        found = merge_tensors(name, **{key: there(x) for key, x in given.items()}, **parameters_of(name, extra))
+        assert isinstance(found, OnGpu)
+        found = found.cpu()
+    if dtype == torch.bfloat16:
+        assert torch.equal(found.view(torch.int16), here.view(torch.int16))
+    else:
+        assert torch.allclose(found, here, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["ties", "task_arithmetic"])
+def test_nan_gives_the_bytes_of_the_processor_and_is_told(name: str, tmp_path: Path) -> None:
+    """Of inputs, and in another block of the same chunk of the result alone, which overflows."""
+    plan_of(TIES, tmp_path)
+    for model in (1, 2):
+        path = tmp_path / f"m{model}" / "model.safetensors"
+        tensors = load_file(path)
+        tensors["big"][20, 7] = 3e38
+        if model == 2:
+            tensors["big"][17, 5], tensors["big"][290, 1], tensors["norm"][3] = torch.nan, torch.inf, -torch.inf
+        save_file(tensors, path)
+    parameters = {"weight": 1} | ({"density": 0.4} if name == "ties" else {})
+    recipe = {"merge_method": name, "base_model": str(tmp_path / "m0"), "parameters": parameters}
+    plan = make_plan(
+        Recipe.parse({**recipe, "models": [{"model": str(tmp_path / f"m{i}")} for i in (1, 2)]}), block=SMALL
+    )
+    with pytest.raises(FormatError, match="of m2 holds NaN or infinity"):
+        execute(plan, tmp_path / "refused", gpu=stand_in())
+    assert not (tmp_path / "refused").exists()
+    outcomes = [
+        execute(plan, tmp_path / where, threads=1, nan="warn", gpu=on)
+        for where, on in (("cpu", None), ("gpu", stand_in()))
+    ]
+    assert outcomes[0].warnings == outcomes[1].warnings != ()
+    assert {"big of m2 holds NaN or infinity", "big of the output holds NaN or infinity"} <= {*outcomes[1].warnings}
+    assert folder_bytes(tmp_path / "cpu") == folder_bytes(tmp_path / "gpu")
+
+
+def test_edits_of_the_result_are_added_before_the_one_rounding(tmp_path: Path) -> None:
+    plan_of(TIES, tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(shape, dtype=torch.float64, generator=generator) for shape in ((300, 2), (2, 160)))
+    changed = TensorChange("low_rank", (300, 160), "bfloat16", 1)
+    Patch.low_rank("test", {"big": (left, right, changed)}, options={}, facts=[]).save(tmp_path / "patch.safetensors")
+    models = [{"model": str(tmp_path / f"m{i}")} for i in (1, 2)]
+    recipe = {"merge_method": "linear", "models": models, "parameters": {"weight": 1}}
+    plan = make_plan(Recipe.parse({**recipe, "edits": [str(tmp_path / "patch.safetensors")]}), block=SMALL)
+    for where, on in (("cpu", None), ("gpu", stand_in())):
+        execute(plan, tmp_path / where, threads=1, gpu=on)
+    assert folder_bytes(tmp_path / "cpu") == folder_bytes(tmp_path / "gpu")
+
+
+def test_a_merge_goes_on_where_the_processor_stopped(tmp_path: Path) -> None:
+    """What the one wrote before it was interrupted counts for the other."""
+    plan = plan_of(TIES, tmp_path)
+    execute(plan, tmp_path / "whole", threads=1)
+    written = 0
+
+    def interrupt(nbytes: int) -> None:
+        nonlocal written
+        written += nbytes
+        if written > plan.bytes_written // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        execute(plan, tmp_path / "out", threads=1, progress=interrupt)
+    outcome = execute(plan, tmp_path / "out", threads=1, gpu=stand_in())
+    assert 0 < outcome.resumed_bytes < plan.bytes_written
+    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "whole")
+
+
+def test_a_gpu_without_room_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_of(TIES, tmp_path)
+    monkeypatch.setattr(Accelerator, "room", lambda _: 2000)
+    with pytest.raises(PlanError, match=r"needs 41.0 KB of the GPU's memory .* each of 2 1.00 KB: lower --threads"):
+        execute(plan, tmp_path / "out", threads=2, gpu=stand_in())
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_memory_that_others_take_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_of(TIES, tmp_path)
+
+    def taken(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    with (
+        monkeypatch.context() as patched,
+        pytest.raises(PlanError, match=r"no memory left, .*; the same command goes on"),
+    ):
+        patched.setattr(Accelerator, "up", taken)
+        execute(plan, tmp_path / "out", threads=2, gpu=stand_in())
+    execute(plan, tmp_path / "out", threads=2, gpu=stand_in())
+    execute(plan, tmp_path / "cpu", threads=2)
+    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "cpu")
+
+
+def test_the_device_of_a_recipe_does_not_change_its_plan(tmp_path: Path) -> None:
+    plain = plan_of(TIES, tmp_path)
+    asked = plain.recipe.model_copy(update={"device": "auto"})
+    assert make_plan(asked).digest == plain.digest and "device" not in asked.normalised()
+
+
+@pytest.mark.skipif(CUDA, reason="needs a machine without a GPU")
+def test_what_asks_for_a_gpu_that_is_not_there_ends_before_it_begins(tmp_path: Path) -> None:
+    recipe = plan_of(TIES, tmp_path, device="cuda").recipe
+    message = "the device 'cuda' cannot be used here .*expected one like cpu, cuda, cuda:1 or auto"
+    with pytest.raises(PlanError, match=message):
+        merge(recipe, tmp_path / "out")
+    assert merge(recipe, tmp_path / "cpu", device="cpu").path == tmp_path / "cpu"
+    assert merge(recipe, tmp_path / "auto", device="auto").path == tmp_path / "auto"
+    for device, why in (
+        ("meta", "computes nothing"),
+        ("cuda:1", "cannot be used here"),
+        ("tpu", "cannot be used here"),
+    ):
+        with pytest.raises(PlanError, match=why):
+            merge(recipe, tmp_path / "out", device=device)
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("given", ["gpu", "cuda:", "mps", "", 0])
+def test_a_recipe_names_a_device_that_there_may_be(given: object, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match=r"device: found .*, expected "):
+        plan_of(TIES, tmp_path, device=given)
+
+
+def test_a_dry_run_counts_for_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its threads, its room, and its name."""
+    for offset in (1, 2):
+        save_model(tmp_path / f"m{offset}", offset)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("merge_method: linear\nmodels: [{model: m1}, {model: m2}]\nparameters: {weight: 1}\n")
+    monkeypatch.setattr(budget, "default_threads", lambda: 64)
+    monkeypatch.setattr(api, "accelerator_of", lambda *_: Accelerator(torch.device("meta")))
+    shown = CliRunner().invoke(main, ["merge", str(recipe), str(tmp_path / "out"), "--dry-run"]).output
+    assert "(16 threads)" in shown and re.search(r"^device +meta$", shown, re.MULTILINE)
+    monkeypatch.setattr(Accelerator, "room", lambda _: 2000)
+    found = CliRunner().invoke(main, ["merge", str(recipe), str(tmp_path / "out"), "--dry-run"])
+    assert found.exit_code == 2 and "of the GPU's memory for one worker" in found.output
+
+
+@pytest.mark.skipif(CUDA, reason="needs a machine without a GPU")
+def test_the_command_says_so_in_one_message(tmp_path: Path) -> None:
+    for offset in (1, 2):
+        save_model(tmp_path / f"m{offset}", offset)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("merge_method: linear\nmodels: [{model: m1}, {model: m2}]\nparameters: {weight: 1}\n")
+    for more in ([], ["--dry-run"]):
+        found = CliRunner().invoke(main, ["merge", str(recipe), str(tmp_path / "out"), "--device", "cuda", *more])
+        assert found.exit_code == 2 and found.output.startswith("error: the device 'cuda' cannot be used here")
+    assert not list(tmp_path.glob("out*"))
+    assert CliRunner().invoke(main, ["merge", str(recipe), str(tmp_path / "out"), "--device", "auto"]).exit_code == 0

@@ -1,0 +1,162 @@
+"""Compiled elementwise functions give the bits of the eager ones. Slow: each is compiled once, some 10 s."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mergekit_lfm.kernels import compiled as fused
+from mergekit_lfm.kernels.compiled import Kernels
+from mergekit_lfm.kernels.random import Coins
+from mergekit_lfm.kernels.ranks import NONE, Largest, Ranks
+from mergekit_lfm.kernels.reductions import magnitudes
+from mergekit_lfm.kernels.step import Step, put_together, run_eagerly, take_apart
+from mergekit_lfm.kernels.sums import Weights, weighted_sum
+from mergekit_lfm.methods import fisher
+from mergekit_lfm.methods.task_vectors import SparseSum, apply
+
+BLOCK = 4096
+RANKS = Ranks([(Largest(0x3C500000, 1 << 40), Largest(0x3D000000, 0)), (Largest(0x3C000000, 0), NONE), (NONE, NONE)])
+COINS = Coins((1, 2**63 + 5, 7), (0.3, 0.7, 1.0))
+FUNCTIONS: dict[str, tuple[Any, Any, torch.dtype | None]] = {
+    "weighted sum": (weighted_sum, Weights((0.3, 0.3, 0.4)), torch.bfloat16),
+    "ties": (apply, SparseSum((0.5, -0.25, 1.0), RANKS, (0.5, -0.25, 1.0), True, 0.7), torch.bfloat16),
+    "global ties": (apply, SparseSum((0.5, 0.25, 1.0), RANKS, (0.5, 0.25, 1.0), False, 1.0, False), torch.float16),
+    "dare": (apply, SparseSum((0.5, 0.25, 1.0), COINS, None, False, 1.0), torch.float32),
+    "dare ties": (apply, SparseSum((0.5, 0.25, 1.0), COINS, (0.5, 0.25, 1.0), True, 1.0), torch.bfloat16),
+    "magnitudes": (magnitudes, COINS, None),
+    "fisher": (fisher.apply, fisher.FisherAverage([0.5, 1.0, 0.25], 1e-6), torch.bfloat16),
+}
+
+
+def stored_block(dtype: torch.dtype) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    """Three inputs and a base, with equal entries, zeros of both signs and subnormal numbers among them."""
+    generator = torch.Generator().manual_seed(2)
+    base = torch.randn(BLOCK, generator=generator) * 0.02
+    inputs = [base + torch.randn(BLOCK, generator=generator) * 0.01 for _ in range(3)]
+    for x in inputs:
+        x[:64] = base[:64]
+        x[64:128], base[64:128] = -0.0, 0.0
+        x[128:160] = base[128:160] + 1e-41
+        x[160:192] = base[160:192] = -0.0
+        x[192:224] = x[192:224] * 1e-38
+        base[192:224] = base[192:224] * 1e-38
+    return tuple(x.to(dtype) for x in inputs), base.to(dtype)
+
+
+def with_statistics(dtype: torch.dtype) -> tuple[tuple[torch.Tensor, ...], None]:
+    """Three inputs and, in float32, a statistic of each; some are 0."""
+    inputs, _ = stored_block(dtype)
+    return (*inputs, *(x.float() ** 2 for x in inputs)), None
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "mergekit_lfm" / "kernels"
+
+
+def bits(result: Any) -> list[torch.Tensor]:
+    tensors = result if isinstance(result, tuple) else (result,)
+    return [tensor.view(torch.uint8) for tensor in tensors]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_compiled_is_eager_bit_for_bit(name: str, own_cache: Path) -> None:
+    function, coefficients, out = FUNCTIONS[name]
+    dtype = torch.float32 if name == "dare" else torch.bfloat16
+    stored, base = stored_block(dtype) if name != "fisher" else with_statistics(dtype)
+    local = coefficients.at(BLOCK, BLOCK, torch.float32)
+    kernels = Kernels("always", 1, BLOCK, threads=2)
+    compiled = kernels(Step(function, stored, base, local, torch.float32, out))
+    assert not kernels.problems and len(list(own_cache.glob("*.pt2"))) == 1
+    eager = run_eagerly(Step(function, stored, base, local, torch.float32, out))
+    assert all(torch.equal(a, b) for a, b in zip(bits(compiled), bits(eager), strict=True))
+    other = Kernels("auto", 0, BLOCK, threads=1)  # a later process finds it in the cache, whatever the coefficients
+    again = coefficients.at(7 * BLOCK, BLOCK, torch.float32)
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(
+            bits(other(Step(function, stored, base, again, torch.float32, out))),
+            bits(run_eagerly(Step(function, stored, base, again, torch.float32, out))),
+            strict=True,
+        )
+    )
+    assert next(iter(other._kernels.values())) is not None
+
+
+def test_nothing_is_compiled_that_does_not_pay(own_cache: Path) -> None:
+    stored, base = stored_block(torch.bfloat16)
+    local = Weights((1.0, 1.0, 1.0)).at(0, BLOCK, torch.float32)
+    for kernels in (Kernels("auto", 1, BLOCK, 1), Kernels("never", 10**9, BLOCK, 1)):
+        kernels(Step(weighted_sum, stored, base, local, torch.float32, torch.bfloat16))
+    assert not own_cache.exists()
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_a_failed_compilation_is_told_and_runs_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(_: fused.Fused) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-c", "raise SystemExit('no compiler here')"]
+        return subprocess.Popen(command, stderr=subprocess.PIPE)
+
+    monkeypatch.setattr(fused.Fused, "start_compiling", fails)
+    stored, base = stored_block(torch.bfloat16)
+    local = Weights((1.0, 1.0, 1.0)).at(0, BLOCK, torch.float32)
+    kernels = Kernels("always", 1, BLOCK, 1)
+    result = kernels(Step(weighted_sum, stored, base, local, torch.float32, torch.bfloat16))
+    eager = run_eagerly(Step(weighted_sum, stored, base, local, torch.float32, torch.bfloat16))
+    assert torch.equal(result, eager)
+    assert kernels.problems == {"weighted_sum runs without being compiled: no compiler here"}
+
+
+@pytest.mark.slow
+def test_the_merge_goes_on_while_something_is_compiled(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eager results before, compiled results after, of the same bits; a damaged library is compiled anew."""
+    monkeypatch.setattr(fused, "COMPILE_SECONDS", 0)
+    function, coefficients, out = FUNCTIONS["dare ties"]
+    stored, base = stored_block(torch.bfloat16)
+    local = coefficients.at(0, BLOCK, torch.float32)
+    eager = run_eagerly(Step(function, stored, base, local, torch.float32, out))
+    for _ in range(2):
+        with Kernels("auto", 1, BLOCK, threads=2) as kernels:
+            calls = 0
+            while not any(kernels._kernels.values()):
+                assert torch.equal(kernels(Step(function, stored, base, local, torch.float32, out)), eager)
+                calls += 1
+                time.sleep(0.01)
+            assert torch.equal(kernels(Step(function, stored, base, local, torch.float32, out)), eager)
+            assert calls > 1 and not kernels.problems
+        (library,) = own_cache.glob("*.pt2")
+        library.write_bytes(library.read_bytes()[:1000])
+        with Kernels("auto", 1, BLOCK, threads=2) as kernels:
+            assert torch.equal(kernels(Step(function, stored, base, local, torch.float32, out)), eager)
+            assert kernels.problems and not library.exists()
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_what_is_still_being_compiled_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "COMPILE_SECONDS", 0)
+    stored, base = stored_block(torch.bfloat16)
+    local = Weights((1.0, 1.0, 1.0)).at(0, BLOCK, torch.float32)
+    with Kernels("auto", 1, BLOCK, 1) as kernels:
+        kernels(Step(weighted_sum, stored, base, local, torch.float32, torch.bfloat16))
+        (process,) = kernels._compiling.values()
+        assert process.poll() is None
+    assert process.poll() is not None
+
+
+def test_taking_apart_and_putting_together() -> None:
+    value = (torch.ones(2), None, COINS.at(0, 4, torch.float32), (True, torch.zeros(1)))
+    tensors: list[torch.Tensor] = []
+    form = take_apart(value, tensors)
+    assert len(tensors) == 4 and hash(form) == hash(take_apart(value, []))
+    again = put_together(form, iter(tensors))
+    assert type(again[2]) is type(value[2]) and again[1] is None and again[3][0] is True
+    assert again[2].keys is tensors[1]
