@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mergekit_lfm.api.outcome import Outcome, warn_of
-from mergekit_lfm.api.progress import SILENCE, Progress
 from mergekit_lfm.errors import PlanError
+from mergekit_lfm.machine.progress import SILENCE, Progress
 from mergekit_lfm.machine.sizes import parse_size
 from mergekit_lfm.recipe.recipe import Push, Recipe
 

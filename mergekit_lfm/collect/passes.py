@@ -13,10 +13,9 @@ from mergekit_lfm.collect.partial import Partial
 from mergekit_lfm.collect.pauses import Pauses, delay_interrupts
 from mergekit_lfm.collect.request import Statistic, StatisticsRequest
 from mergekit_lfm.errors import FormatError, PlanError
+from mergekit_lfm.machine.progress import Count
 from mergekit_lfm.machine.sizes import format_size
 from mergekit_lfm.store.tensors import ITEMSIZE, TensorSpec
-
-Progress = Callable[[int, int], None]
 
 
 def divide(statistic: Statistic, memory: int, done: Mapping[str, object]) -> list[list[str]]:
@@ -51,7 +50,7 @@ def file_bytes(shapes: Mapping[str, tuple[int, ...]]) -> int:
 
 
 def run_passes(
-    statistic: Statistic, request: StatisticsRequest, passes: list[list[str]], partial: Partial, tell: Progress
+    statistic: Statistic, request: StatisticsRequest, passes: list[list[str]], partial: Partial, tell: Count
 ) -> None:
     """Collect the units of all passes into `partial`. Calls tell(examples done, total) after every batch."""
     examples = request.examples

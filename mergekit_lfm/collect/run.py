@@ -14,10 +14,11 @@ from torch import nn
 from mergekit_lfm.artifacts.statistics import Statistics, StatisticsInfo, open_statistics
 from mergekit_lfm.collect.likelihoods import resolve_labels
 from mergekit_lfm.collect.partial import WIDEST_COUNT, WIDEST_NORM, Partial, check_partial_is_ours, clear
-from mergekit_lfm.collect.passes import Progress, divide, file_bytes, run_passes, sum_bytes
+from mergekit_lfm.collect.passes import divide, file_bytes, run_passes, sum_bytes
 from mergekit_lfm.collect.registry import STATISTICS
 from mergekit_lfm.collect.request import Statistic, StatisticsRequest
 from mergekit_lfm.errors import FormatError, PlanError
+from mergekit_lfm.machine.progress import Count
 from mergekit_lfm.machine.resources import allocated_bytes, default_memory, free_space
 from mergekit_lfm.machine.sizes import format_size, parse_size
 from mergekit_lfm.runtime.batches import Batch, as_batches, digest_of
@@ -188,7 +189,7 @@ def _already_there(out: Path, facts: StatisticsInfo, overwrite: bool) -> bool:
 
 
 def _collect(
-    out: Path, statistic: Statistic, request: StatisticsRequest, facts: StatisticsInfo, resume: bool, report: Progress
+    out: Path, statistic: Statistic, request: StatisticsRequest, facts: StatisticsInfo, resume: bool, report: Count
 ) -> None:
     unknown = dict.fromkeys(statistic.units, WIDEST_COUNT)
     facts = replace(facts, layers=statistic.layers(unknown), skipped=statistic.skipped, norm=WIDEST_NORM)

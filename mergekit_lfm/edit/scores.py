@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from mergekit_lfm.artifacts.facts import Fact, FactsFile, as_facts
 from mergekit_lfm.edit.prompts import Encoded, encode, target_ids
-from mergekit_lfm.edit.targets import Progress, frozen_eval, max_tokens
+from mergekit_lfm.edit.targets import frozen_eval, max_tokens
 from mergekit_lfm.errors import PlanError
+from mergekit_lfm.machine.progress import Count
 from mergekit_lfm.runtime.load import logits, run, tokenizer_for_texts
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def score_facts(
     facts: Any,
     *,
     batch: int = 32,
-    progress: Progress | None = None,
+    progress: Count | None = None,
 ) -> FactScores:
     """Score the model on the facts and on everything else in the facts file.
 
@@ -155,7 +156,7 @@ def answer_prompts(
     asked: Sequence[Asked],
     *,
     batch: int = 32,
-    progress: Progress | None = None,
+    progress: Count | None = None,
 ) -> list[Answer]:
     """Judge each target after its prompt and a space.
 

@@ -19,9 +19,10 @@ from mergekit_lfm.edit.covariance import Covariance, second_moments
 from mergekit_lfm.edit.memit import _memit
 from mergekit_lfm.edit.rome import _rome
 from mergekit_lfm.edit.sites import Site, find_sites
-from mergekit_lfm.edit.targets import EditedModel, Progress, check_texts, frozen_eval, max_tokens
+from mergekit_lfm.edit.targets import EditedModel, check_texts, frozen_eval, max_tokens
 from mergekit_lfm.edit.work import CPU, Changes, _put_back, _Work
 from mergekit_lfm.errors import PlanError
+from mergekit_lfm.machine.progress import Count
 from mergekit_lfm.recipe.edit import EDIT_METHODS, edit_options
 from mergekit_lfm.runtime.load import Loaded, tokenizer_for_texts
 from mergekit_lfm.runtime.locate import locate_tensors
@@ -39,7 +40,7 @@ def edit(
     covariance: Covariance = None,
     preset: str | None = None,
     dtype: torch.dtype | str = torch.float64,
-    progress: Progress | None = None,
+    progress: Count | None = None,
     **options: Any,
 ) -> Patch:
     """A patch that makes the model say the facts. The model itself does not change.

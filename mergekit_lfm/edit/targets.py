@@ -16,13 +16,12 @@ from torch import Tensor, nn
 
 from mergekit_lfm.artifacts.facts import Fact
 from mergekit_lfm.edit.prompts import Encoded, encode, fill_template, target_ids
+from mergekit_lfm.machine.progress import Count
 from mergekit_lfm.runtime.hooks import hook_modules
 from mergekit_lfm.runtime.load import logits, run
 
 if TYPE_CHECKING:
     from mergekit_lfm.runtime.load import Tokenizer
-
-Progress = Callable[[int, int], None]  # (done, all)
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ def find_targets(
     facts: Sequence[Fact],
     options: Mapping[str, Any],
     templates: Sequence[str],
-    progress: Progress | None = None,
+    progress: Count | None = None,
 ) -> Tensor:
     """For each fact, the module's output at the subject's last token that makes the model say it, [n, width].
 

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from mergekit_lfm.artifacts.facts import Fact, as_facts
 from mergekit_lfm.edit.prompts import encode, fill_template, target_ids
 from mergekit_lfm.edit.sites import Site, find_sites
-from mergekit_lfm.edit.targets import Progress, frozen_eval, max_tokens
+from mergekit_lfm.edit.targets import frozen_eval, max_tokens
 from mergekit_lfm.errors import PlanError
+from mergekit_lfm.machine.progress import Count
 from mergekit_lfm.runtime.hooks import hook_modules
 from mergekit_lfm.runtime.load import logits, run, tokenizer_for_texts
 
@@ -106,7 +107,7 @@ def trace(
     draws: int = 2,
     seed: int = 0,
     batch: int = 32,
-    progress: Progress | None = None,
+    progress: Count | None = None,
 ) -> Trace:
     """Trace where the model knows that target_new follows each prompt: facts that it knows, not those of an edit.
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from mergekit_lfm.artifacts.facts import BLANK, Fact
 from mergekit_lfm.edit.prompts import fill_template
 from mergekit_lfm.edit.sites import Site
-from mergekit_lfm.edit.targets import EditedModel, Progress
+from mergekit_lfm.edit.targets import EditedModel
+from mergekit_lfm.machine.progress import Count
 
 CPU = torch.device("cpu")
 
@@ -27,7 +28,7 @@ class _Work:
     moments: Sequence[Tensor]
     options: Mapping[str, Any]
     dtype: torch.dtype
-    progress: Progress | None
+    progress: Count | None
 
     @property
     def device(self) -> torch.device:

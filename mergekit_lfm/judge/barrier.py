@@ -15,13 +15,13 @@ from mergekit_lfm.judge.ends import (
     Alignment,
     EndModel,
     Opened,
-    Progress,
     common_tensors,
     module_of,
     open_aligned,
     open_model,
 )
 from mergekit_lfm.judge.questions import QUESTION_TASKS, Data, Question, batches_of, judge, questions_of
+from mergekit_lfm.machine.progress import Count
 from mergekit_lfm.runtime.batchnorm import reset_batchnorm as reset
 from mergekit_lfm.runtime.load import Loaded
 from mergekit_lfm.runtime.probe import difference, probe
@@ -95,7 +95,7 @@ def barrier(
     window: int | None = None,
     batch_size: int = 16,
     device: str = "cpu",
-    progress: Progress | None = None,
+    progress: Count | None = None,
 ) -> Interpolation:
     """Losses and accuracies on data along the line from the first model to the second, rewritten by `transform`.
 

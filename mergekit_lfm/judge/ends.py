@@ -5,7 +5,6 @@ Tensors are paired by their names in the modules: modules of one class agree on 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,7 +21,6 @@ from mergekit_lfm.views.rewritten import rewrite
 EndModel = str | Path | Loaded | nn.Module
 Opened = Loaded | nn.Module
 Alignment = str | Path | Transform
-Progress = Callable[[int, int], None]  # called with the amount of work done, and in all
 
 
 def module_of(model: Opened) -> nn.Module:

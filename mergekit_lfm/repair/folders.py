@@ -14,9 +14,10 @@ from torch import Tensor
 
 from mergekit_lfm.arch import Symmetries, find_symmetries
 from mergekit_lfm.errors import FormatError
-from mergekit_lfm.judge.ends import Alignment, Progress, module_of, open_aligned, open_model
+from mergekit_lfm.judge.ends import Alignment, module_of, open_aligned, open_model
 from mergekit_lfm.judge.questions import Data, batches_of
 from mergekit_lfm.kernels.sums import round_once
+from mergekit_lfm.machine.progress import Count
 from mergekit_lfm.output.names import public_names
 from mergekit_lfm.output.save import check_out, save_checkpoint
 from mergekit_lfm.repair.layers import HiddenLayer, LayerMoments, measure
@@ -45,7 +46,7 @@ def repair(
     batch_size: int = 16,
     device: str = "cpu",
     overwrite: bool = False,
-    progress: Progress | None = None,
+    progress: Count | None = None,
 ) -> Repaired:
     """Apply `repair_module` to a merged model in a folder, and write the folder `out`; other tensors are copied.
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from mergekit_lfm.arch import Symmetries
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.judge.ends import Progress
 from mergekit_lfm.kernels.sums import round_once
+from mergekit_lfm.machine.progress import Count
 from mergekit_lfm.repair.layers import HiddenLayer, LayerMoments, hidden_layers, measure
 from mergekit_lfm.runtime.batches import Batch, as_batches
 from mergekit_lfm.runtime.batchnorm import batchnorms, reset_batchnorm
@@ -52,7 +52,7 @@ def repair_module(
     *,
     weights: Sequence[float] | None = None,
     symmetries: Symmetries | None = None,
-    progress: Progress | None = None,
+    progress: Count | None = None,
 ) -> Repaired:
     """Bring the hidden units of a merged module, in place, to the mean and spread that they have in its ends.
 
@@ -109,9 +109,7 @@ def plan_repair(
     return layers, left
 
 
-def make_counter(
-    progress: Progress | None, layers: int, ends: int, batches: Sequence[Batch]
-) -> Callable[[Batch], None]:
+def make_counter(progress: Count | None, layers: int, ends: int, batches: Sequence[Batch]) -> Callable[[Batch], None]:
     """A function to call with every measured batch: it reports the number of examples so far and in all."""
     total = (ends + layers) * sum(map(len, batches))
     done = 0

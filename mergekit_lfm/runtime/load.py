@@ -22,7 +22,9 @@ from mergekit_lfm.store.sidecars import sidecars_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-    from transformers import PreTrainedTokenizerBase as Tokenizer
+    from transformers import PreTrainedTokenizerBase
+
+    Tokenizer = PreTrainedTokenizerBase
 
 # The tasks that a model can be loaded for, with the model's name in messages.
 TASKS = {"lm": "causal language model", "classification": "classifier", "embedding": "encoder"}

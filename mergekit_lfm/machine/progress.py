@@ -6,6 +6,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
+Count = Callable[[int, int], None]  # called with how many are done, and of how many
+
 
 class Progress(Protocol):
     """Shows what a workflow does. Each method but `notice` is a context around one part of the work."""
@@ -16,7 +18,7 @@ class Progress(Protocol):
     def by_bytes(self, nbytes: int, doing: str) -> AbstractContextManager[Callable[[int], None]]:
         """Work on so many bytes: the context is called with each number of bytes done, from any thread."""
 
-    def by_count(self, unit: str, doing: str) -> AbstractContextManager[Callable[[int, int], None]]:
+    def by_count(self, unit: str, doing: str) -> AbstractContextManager[Count]:
         """Work on things counted in `unit`: the context is called with how many are done, and of how many."""
 
     def by_tick(self, unit: str, doing: str) -> AbstractContextManager[Callable[[int], None]]:
@@ -33,7 +35,7 @@ class Silence:
         """Show nothing."""
         return nullcontext(lambda _: None)
 
-    def by_count(self, unit: str, doing: str) -> AbstractContextManager[Callable[[int, int], None]]:  # noqa: ARG002
+    def by_count(self, unit: str, doing: str) -> AbstractContextManager[Count]:  # noqa: ARG002
         """Show nothing."""
         return nullcontext(lambda *_: None)
 
