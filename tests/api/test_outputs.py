@@ -115,7 +115,7 @@ def test_file_modes_follow_the_umask(cli: Forks, tmp_path: Path, models: dict[st
 def test_max_shard_size(tmp_path: Path, limit: int) -> None:
     """No shard's data exceed the limit, but a tensor larger than it, which is alone; the tensors are the same."""
     out = Path(merge(write_recipe(tmp_path, LINEAR), tmp_path / "out", max_shard_size=limit))
-    whole = load_all(merge(tmp_path / "recipe.yaml", tmp_path / "whole"))
+    whole = load_all(Path(merge(tmp_path / "recipe.yaml", tmp_path / "whole")))
     cut = load_all(out)
     assert cut.keys() == whole.keys()
     assert all(torch.equal(cut[name], whole[name]) for name in whole)
@@ -282,7 +282,7 @@ def test_biases_are_kept(tmp_path: Path) -> None:
     tensors = [tiny("llama").state_dict(), perturbed(tiny("llama").state_dict(), 1)]
     for name, state in zip("ab", tensors, strict=True):
         save_model(tmp_path / name, state)
-    found = load_all(merge(write_recipe(tmp_path, LINEAR), tmp_path / "out"))
+    found = load_all(Path(merge(write_recipe(tmp_path, LINEAR), tmp_path / "out")))
     assert len(found) == 29
     for name, expected in average(tensors[0], tensors[1], torch.float32).items():
         torch.testing.assert_close(found[name], expected, rtol=1e-6, atol=1e-7)

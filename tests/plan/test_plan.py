@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mergekit_lfm import merge
+from mergekit_lfm.api.outcome import Finding
 from mergekit_lfm.engine.blocks import add_in_order
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.kernels.reductions import Gram
@@ -46,7 +47,7 @@ def language_model(seed: int, head: bool) -> dict[str, torch.Tensor]:
 def test_a_tied_model_lends_its_embedding_as_head(tmp_path: Path) -> None:
     untied = save(tmp_path / "untied", language_model(0, True), tie_word_embeddings=False)
     tied = save(tmp_path / "tied", language_model(1, False), tie_word_embeddings=True)
-    merged = load_file(merge(linear(untied, tied), tmp_path / "out") / "model.safetensors")
+    merged = load_file(merge(linear(untied, tied), tmp_path / "out").path / "model.safetensors")
     one, two = language_model(0, True), language_model(1, False)
     assert torch.equal(merged[HEAD], one[HEAD] * 0.5 + two[EMBEDDING] * 0.5)
 
@@ -74,7 +75,7 @@ def test_buffers_that_are_no_parameters_are_not_merged(tmp_path: Path) -> None:
         for i, same in ((0, 1.0), (1, 1.0))
     ]
     recipe = linear(*models, parameters={"weight": 1.0, "normalize": False})
-    merged = load_file(merge(recipe, tmp_path / "out") / "model.safetensors")
+    merged = load_file(merge(recipe, tmp_path / "out").path / "model.safetensors")
     assert merged["w"].tolist() == [2.0, 2.0] and merged[name].tolist() == [0.0, 1.0, 2.0]
     assert [tensor for _, tensor, _ in make_plan(Recipe.parse(recipe)).dropped] == [name]
 
@@ -86,7 +87,7 @@ def test_an_integer_buffer_that_one_model_lacks(tmp_path: Path, first: str) -> N
     have = save(tmp_path / "with", {"w": torch.ones(2), name: torch.arange(4)})
     lack = save(tmp_path / "without", {"w": torch.zeros(2)})
     order = (have, lack) if first == "with" else (lack, have)
-    merged = load_file(merge(linear(*order), tmp_path / "out") / "model.safetensors")
+    merged = load_file(merge(linear(*order), tmp_path / "out").path / "model.safetensors")
     assert merged["w"].tolist() == [0.5, 0.5]
     assert (name in merged) == (first == "with")
 
@@ -128,7 +129,8 @@ def test_a_damaged_output_is_not_taken_for_done(tmp_path: Path) -> None:
 
 def test_an_output_with_nan_is_not_what_the_default_asks_for(tmp_path: Path) -> None:
     recipe = linear(save(tmp_path / "m", {"w": torch.tensor([1.0, torch.nan])}))
-    out = Path(merge(recipe, tmp_path / "out", nan="warn"))
+    with pytest.warns(Finding, match="w of m holds NaN or infinity"):
+        out = Path(merge(recipe, tmp_path / "out", nan="warn"))
     merge(recipe, out, nan="warn")
     with pytest.raises(PlanError, match="made with --nan warn"):
         merge(recipe, out)
@@ -163,7 +165,7 @@ def test_parts_are_added_in_order_and_as_soon_as_they_can_be() -> None:
 def test_quantised_models_are_copied_but_not_scaled(tmp_path: Path) -> None:
     model = save(tmp_path / "m", {"w": torch.ones(2).to(torch.float8_e4m3fn)})
     recipe = {"merge_method": "passthrough", "models": [{"model": str(model)}]}
-    copied = load_file(merge(recipe, tmp_path / "out") / "model.safetensors")
+    copied = load_file(merge(recipe, tmp_path / "out").path / "model.safetensors")
     assert copied["w"].dtype == torch.float8_e4m3fn
     with pytest.raises(PlanError, match="cannot be scaled"):
         make_plan(Recipe.parse(recipe | {"parameters": {"scale": 2.0}}))
@@ -174,7 +176,7 @@ def test_a_file_that_must_be_held_is_named(tmp_path: Path) -> None:
     torch.save({"w": torch.arange(6.0).reshape(3, 2)}, tmp_path / "plain.bin")
     recipe = linear(tmp_path / "strided.bin", tmp_path / "plain.bin")
     assert [file.name for file in make_plan(Recipe.parse(recipe)).held] == ["strided.bin"]
-    merged = load_file(merge(recipe, tmp_path / "out") / "model.safetensors")
+    merged = load_file(merge(recipe, tmp_path / "out").path / "model.safetensors")
     expected = (torch.arange(6.0).reshape(2, 3).T + torch.arange(6.0).reshape(3, 2)) / 2
     assert torch.equal(merged["w"], expected)
 
@@ -183,7 +185,8 @@ def test_nothing_of_this_machine_is_in_the_lock(tmp_path: Path) -> None:
     models = [
         save(tmp_path / name, {"w": torch.tensor([1.0, value])}) for name, value in (("a", 2.0), ("b", torch.inf))
     ]
-    out = Path(merge(linear(*models), tmp_path / "out", nan="warn"))
+    with pytest.warns(Finding, match="w of b holds NaN or infinity"):
+        out = Path(merge(linear(*models), tmp_path / "out", nan="warn"))
     for name in ("merge.lock.json", "README.md"):
         assert str(tmp_path) not in (out / name).read_text()
     assert json.loads((out / "merge.lock.json").read_text())["nonfinite"] == ["w of b"]

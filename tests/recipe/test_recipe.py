@@ -400,7 +400,7 @@ def test_a_home_that_nobody_has_is_refused():
 def test_the_output_may_be_in_the_home_folder(models, monkeypatch):
     save_file({"w": np.ones(2, "float32")}, models / "A" / "model.safetensors")
     monkeypatch.setenv("HOME", str(models / "home"))
-    recipe = linear(models=[{"model": "A"}])
+    recipe = linear(models=[{"model": "A"}], parameters={"weight": 1})
     for output, path in (("~/x", models / "home" / "x"), (None, Path("merged/r"))):
         Path("r.yaml").write_text(yaml.safe_dump(recipe | ({"output": output} if output else {})))
         assert plan_merge("r.yaml").path == path

@@ -159,8 +159,8 @@ def test_bin_files_give_the_same_bytes_as_safetensors(tmp_path: Path, form: dict
         save_bin(loose / name, tensors, **form)
         save_model(tidy / name, {key: tensor.detach().clone() for key, tensor in tensors.items()})
     assert sorted(p.suffix for p in (loose / "a").iterdir()).count(".safetensors") == 0
-    found = load_all(merge(write_recipe(loose, LINEAR), loose / "out"))
-    expected = load_all(merge(write_recipe(tidy, LINEAR), tidy / "out"))
+    found = load_all(Path(merge(write_recipe(loose, LINEAR), loose / "out")))
+    expected = load_all(Path(merge(write_recipe(tidy, LINEAR), tidy / "out")))
     assert found.keys() == expected.keys() == odd_tensors(1).keys()
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype
@@ -179,7 +179,7 @@ def test_bin_and_safetensors_in_one_merge(tmp_path: Path) -> None:
     a, b = odd_tensors(1), odd_tensors(2)
     save_bin(tmp_path / "a", a)
     save_model(tmp_path / "b", {key: tensor.detach().clone() for key, tensor in b.items()})
-    found = load_all(merge(write_recipe(tmp_path, LINEAR), tmp_path / "out"))
+    found = load_all(Path(merge(write_recipe(tmp_path, LINEAR), tmp_path / "out")))
     torch.testing.assert_close(found["transposed.weight"], (a["transposed.weight"] + 3 * b["transposed.weight"]) / 4)
     assert torch.equal(found["position_ids"], a["position_ids"])
     assert not list((tmp_path / "out").glob("*.bin"))
