@@ -135,7 +135,7 @@ def test_disk_that_fills_up_in_reality(work: Work) -> None:
     space = work.folder / "small"
     space.mkdir()
     script = f"mount -t tmpfs -o size=40k none {space} || exit 77; exec {sys.executable} {__file__} {work.folder}"
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     ran = subprocess.run(
         ["unshare", "-rm", "sh", "-c", script], env=environment, capture_output=True, text=True, check=False
     )

@@ -39,7 +39,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     script.make_finetunes(root / "minilm", steps=2)
     recipe = shutil.copy(RECIPE, root)
     return {name: root / "minilm" / name for name in ("base", "names", "details")} | {
-        "merged": merge(recipe, root / "merged", memory="300MB", threads=1)
+        "merged": Path(merge(recipe, root / "merged", memory="300MB", threads=1))
     }
 
 

@@ -146,7 +146,7 @@ def test_the_output_may_be_in_the_home_folder(tmp_path: Path, monkeypatch: pytes
     recipe = write_recipe(tmp_path, "merge_method: passthrough\nmodels: [{model: a}]\n")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
-    assert merge(recipe, "~/given") == tmp_path / "home" / "given"
+    assert merge(recipe, "~/given").path == tmp_path / "home" / "given"
     assert not (tmp_path / "~").exists()
 
 

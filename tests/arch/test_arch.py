@@ -260,6 +260,8 @@ def test_a_chain_allows_orders(name: str) -> None:
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
             nn.init.kaiming_normal_(module.weight)
+            if module.bias is not None:
+                nn.init.normal_(module.bias)
     x = torch.randn(20, *shape, dtype=torch.float64)
     report = check_symmetries(
         model.state_dict(), chain_table(specs_of(model)), lambda t: torch.func.functional_call(model, dict(t), x)

@@ -154,7 +154,6 @@ def test_options_that_do_not_go_together(here: Path) -> None:
         (["--preset", "gpt-j-6"], "gpt-j-6b"),
         (["-o", "patch.st"], "patch.st exists; choose another output, or use --overwrite"),
         (["-o", "m/p.st"], "lies in the input m"),
-        (["-o", "none/p.st"], "the folder none for p.st does not exist"),
         (["-o", "facts.yaml", "--overwrite"], "lies in the input facts.yaml"),
         (["--save", "m"], "m exists"),
         (["--save", "m/n"], "lie in one another"),
