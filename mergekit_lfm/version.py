@@ -1,3 +1,10 @@
-"""The version of this package, in a module that imports nothing."""
+"""The version of this package, and the versions that a result depends on. It imports nothing of the package."""
+
+from importlib.metadata import version
 
 __version__ = "0.1.0"
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """The version of this package and of others, by name, as files record them."""
+    return {"mergekit_lfm": __version__, **{name: version(name) for name in packages}}

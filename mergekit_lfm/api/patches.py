@@ -11,13 +11,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mergekit_lfm.artifacts.patch import Patch, PatchInfo, TensorChange, open_patch, read_patch_info, versions
+from mergekit_lfm.artifacts.patch import Patch, PatchInfo, TensorChange, open_patch, read_patch_info
 from mergekit_lfm.engine.execute import execute
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.plan.plan import Plan, make_plan
 from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lfm.store.places import check_file
+from mergekit_lfm.version import versions
 from mergekit_lfm.views.base import RewrittenFile
 from mergekit_lfm.views.patched import patched_view
 
@@ -156,7 +157,7 @@ def _back(before: Checkpoint, after: Checkpoint, names: set[str]) -> Patch:
         for name in wanted
     }
     held = {name: before.read(name).view(before[name].shape) for name in wanted}
-    return Patch(PatchInfo(UNDO, changed, versions=versions()), held)
+    return Patch(PatchInfo(UNDO, changed, versions=versions("torch")), held)
 
 
 def _differing(model: Checkpoint, base: Checkpoint, label: Path, base_label: Path) -> set[str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ from mergekit_lfm.recipe.roles import Edit
 from mergekit_lfm.recipe.values import NamedFile
 from mergekit_lfm.runtime.load import load_model
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
-from mergekit_lfm.version import __version__
+from mergekit_lfm.version import versions
 from mergekit_lfm.views.patched import patched_view
 from mergekit_lfm.views.rewritten import rewritten_view
 
@@ -182,8 +181,8 @@ def _transform_of(source: Checkpoint, to: Checkpoint, request: AlignRequest, dev
         return align_models(source, to, request.method, statistics=statistics, device=device, **options)
 
     stats = None if request.stats is None else xxhash.xxh3_128_hexdigest(request.stats.path.read_bytes())
-    versions = _versions("torch", "numpy", "scipy", "pot")
-    key = key_of([source.content, to.content, stats, request.method, request.options, versions], device)
+    needed = versions("torch", "numpy", "scipy", "pot")
+    key = key_of([source.content, to.content, stats, request.method, request.options, needed], device)
     return load_or_make(cache_folder("transforms") / f"{key}.safetensors", find, open_transform)
 
 
@@ -201,9 +200,5 @@ def _patch_of(source: Checkpoint, request: EditRequest, label: str, grams: Grams
         torch.cuda.empty_cache()  # the merge takes what is free
         return patch
 
-    key = key_of([source.content, identity_of(request), _versions("torch", "transformers")], device)
+    key = key_of([source.content, identity_of(request), versions("torch", "transformers")], device)
     return load_or_make(cache_folder("patches") / f"{key}.safetensors", make, open_patch)
-
-
-def _versions(*packages: str) -> dict[str, str]:
-    return {"mergekit_lfm": __version__, **{name: version(name) for name in packages}}

@@ -7,22 +7,23 @@ checkpoint stores the tensor. The metadata say which model the patch is for and 
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from mergekit_lfm.artifacts.header import Kind
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.store.checkpoint import open_checkpoint, save_tensors
 from mergekit_lfm.store.identity import spec_of
 from mergekit_lfm.store.tensors import FLOATS, read_header
+from mergekit_lfm.version import versions
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORMAT = "1"
+PATCH = Kind("patch", "mergekit-lfm edit", "make the patch again")
 ChangeKind = Literal["replace", "add", "low_rank"]
 # The name endings of the patch's tensors for one changed tensor, by the kind of its change.
 PARTS: Mapping[ChangeKind, tuple[str, ...]] = {"replace": ("",), "add": (".add",), "low_rank": (".left", ".right")}
@@ -61,8 +62,7 @@ class PatchInfo:
 
     def metadata(self) -> dict[str, str]:
         """The metadata of the safetensors header."""
-        parts = {f"lfm.{name}": json.dumps(value, sort_keys=True) for name, value in asdict(self).items()}
-        return {"format": "pt", "lfm.kind": "patch", "lfm.format": FORMAT, **parts}
+        return PATCH.encode(asdict(self))
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Patch:
             tensors[f"{name}.left"], tensors[f"{name}.right"] = left, right
         changed = {name: change for name, (_, _, change) in changes.items()}
         metadata = PatchInfo(
-            method, changed, options=options or {}, facts=facts or {}, versions=versions(), notes=notes
+            method, changed, options=options or {}, facts=facts or {}, versions=versions("torch"), notes=notes
         )
         return cls(metadata, tensors)
 
@@ -141,38 +141,22 @@ class Patch:
         save_tensors(Path(path), [spec_of(n, x) for n, x in stored.items()], stored.__getitem__, self.facts.metadata())
 
 
-def versions() -> dict[str, str]:
-    """The versions that a patch's numbers depend on."""
-    from importlib.metadata import version
-
-    from mergekit_lfm.version import __version__
-
-    return {"mergekit_lfm": __version__, "torch": version("torch")}
-
-
 def read_patch_info(path: Path) -> PatchInfo:
     """The metadata in a patch file's header. Raises FormatError for any other file."""
-    metadata = read_header(path).metadata
-    if metadata.get("lfm.kind") != "patch":
-        raise FormatError(f"{path} is not a patch file; make one with `mergekit-lfm edit`")
-    if metadata.get("lfm.format") != FORMAT:
-        raise FormatError(f"{path} holds a patch of another version; make it again")
-    try:
-        facts = {name: json.loads(metadata[f"lfm.{name}"]) for name in PatchInfo.__dataclass_fields__}
+
+    def build(facts: dict[str, Any]) -> PatchInfo:
         tensors = {
             name: TensorChange(**{**fields, "shape": tuple(fields["shape"])})
             for name, fields in facts["tensors"].items()
         }
         return PatchInfo(**{**facts, "tensors": tensors, "notes": tuple(facts["notes"])})
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise FormatError(f"{path} has damaged metadata ({error!r}); make the patch again") from None
+
+    return PATCH.decode(read_header(path).metadata, PatchInfo.__dataclass_fields__, build, path)
 
 
 def open_patch(path: str | os.PathLike[str]) -> Patch:
     """The patch in a file. Raises FormatError if it holds no patch, FileNotFoundError if it does not exist."""
-    file = Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"no such patch file: {file}")
+    file = PATCH.find(path)
     facts = read_patch_info(file)
     stored = open_checkpoint(file)
     wanted = {name + end for name, was in facts.tensors.items() for end in PARTS.get(was.kind, ("?",))}

@@ -7,13 +7,13 @@ the model; reading them needs this module alone.
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergekit_lfm.artifacts.header import Kind
 from mergekit_lfm.errors import FormatError
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lfm.store.tensors import read_header
@@ -21,7 +21,7 @@ from mergekit_lfm.store.tensors import read_header
 if TYPE_CHECKING:
     import torch
 
-FORMAT = "1"
+STATISTICS = Kind("statistics", "mergekit-lfm stats", "collect the statistics again")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,24 +65,20 @@ class StatisticsInfo:
     def metadata(self) -> dict[str, str]:
         """The facts as a safetensors header holds them."""
         rest = {name: value for name, value in asdict(self).items() if name != "kind"}
-        fields = {f"lfm.{name}": json.dumps(value, sort_keys=True) for name, value in rest.items()}
-        return {"format": "pt", "lfm.kind": "statistics", "lfm.format": FORMAT, "lfm.statistic": self.kind, **fields}
+        return STATISTICS.encode(rest, statistic=self.kind)
 
 
 def read_statistics_info(metadata: dict[str, str], label: object) -> StatisticsInfo:
     """The facts in a header's metadata. Raises FormatError if they are not those of a statistics file."""
-    if metadata.get("lfm.kind") != "statistics":
-        raise FormatError(f"{label} is not a statistics file; make one with `mergekit-lfm stats`")
-    if metadata.get("lfm.format") != FORMAT:
-        raise FormatError(f"{label} holds statistics of another version; collect them again")
-    try:
-        fields = {
-            name: json.loads(metadata[f"lfm.{name}"]) for name in StatisticsInfo.__dataclass_fields__ if name != "kind"
-        }
-        fields["layers"] = {name: Layer(**layer) for name, layer in fields["layers"].items()}
-        return StatisticsInfo(metadata["lfm.statistic"], **{**fields, "models": tuple(fields["models"])})
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise FormatError(f"{label} has damaged metadata ({error!r}); collect the statistics again") from None
+
+    def build(facts: dict[str, Any]) -> StatisticsInfo:
+        layers = {name: Layer(**layer) for name, layer in facts["layers"].items()}
+        return StatisticsInfo(
+            metadata["lfm.statistic"], **{**facts, "layers": layers, "models": tuple(facts["models"])}
+        )
+
+    names = [name for name in StatisticsInfo.__dataclass_fields__ if name != "kind"]
+    return STATISTICS.decode(metadata, names, build, label)
 
 
 class Statistics:
@@ -124,7 +120,4 @@ class Statistics:
 
 def open_statistics(path: str | os.PathLike[str]) -> Statistics:
     """Open a statistics file. Raises FormatError if it is not one, FileNotFoundError if it does not exist."""
-    file = Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"no such statistics file: {file}")
-    return Statistics(file)
+    return Statistics(STATISTICS.find(path))

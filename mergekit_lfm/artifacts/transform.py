@@ -6,7 +6,6 @@ and the content digests of both models. Applying it needs only this file and the
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_lfm.arch.table import Group, Heads, Symmetries, Units, read_axis
+from mergekit_lfm.artifacts.header import Kind
 from mergekit_lfm.errors import FormatError
 from mergekit_lfm.store.checkpoint import open_checkpoint, save_tensors
 from mergekit_lfm.store.identity import spec_of
@@ -22,7 +22,7 @@ from mergekit_lfm.store.tensors import read_header
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORMAT = "1"
+TRANSFORM = Kind("transform", "mergekit-lfm align", "align the models again")
 PANEL = 1 << 18  # elements of a tensor to rewrite at a time
 
 
@@ -114,12 +114,7 @@ def _metadata(transform: Transform) -> dict[str, str]:
             name: ["|".join(map(str, axis)) for axis in axes] for name, axes in transform.symmetries.tensors.items()
         },
     }
-    return {
-        "format": "pt",
-        "lfm.kind": "transform",
-        "lfm.format": FORMAT,
-        **{f"lfm.{name}": json.dumps(value, sort_keys=True) for name, value in parts.items()},
-    }
+    return TRANSFORM.encode(parts)
 
 
 def _group(fields: dict[str, Any]) -> Group:
@@ -128,28 +123,21 @@ def _group(fields: dict[str, Any]) -> Group:
 
 def read_transform_info(path: Path) -> tuple[Symmetries, TransformInfo]:
     """The table and the facts in a transform file's header. Raises FormatError for any other file."""
-    metadata = read_header(path).metadata
-    if metadata.get("lfm.kind") != "transform":
-        raise FormatError(f"{path} is not a transform file; make one with `mergekit-lfm align`")
-    if metadata.get("lfm.format") != FORMAT:
-        raise FormatError(f"{path} holds a transform of another version; align the models again")
-    try:
-        facts = {name: json.loads(metadata[f"lfm.{name}"]) for name in TransformInfo.__dataclass_fields__}
-        groups = {name: _group(fields) for name, fields in json.loads(metadata["lfm.groups"]).items()}
+
+    def build(facts: dict[str, Any]) -> tuple[Symmetries, TransformInfo]:
+        groups = {name: _group(fields) for name, fields in facts.pop("groups").items()}
         tensors = {
-            name: tuple(read_axis(word, groups) for word in words)
-            for name, words in json.loads(metadata["lfm.tensors"]).items()
+            name: tuple(read_axis(word, groups) for word in words) for name, words in facts.pop("tensors").items()
         }
         return Symmetries(groups, tensors), TransformInfo(**{**facts, "models": tuple(facts["models"])})
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise FormatError(f"{path} has damaged metadata ({error!r}); align the models again") from None
+
+    names = [*TransformInfo.__dataclass_fields__, "groups", "tensors"]
+    return TRANSFORM.decode(read_header(path).metadata, names, build, path)
 
 
 def open_transform(path: str | os.PathLike[str]) -> Transform:
     """The transform in a file. Raises FormatError for any other file, FileNotFoundError for a missing one."""
-    file = Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"no such transform file: {file}")
+    file = TRANSFORM.find(path)
     symmetries, facts = read_transform_info(file)
     stored = open_checkpoint(file)
     tensors = {name: stored.read(name).view(spec.shape) for name, spec in stored.items()}

@@ -11,7 +11,6 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
-from importlib.metadata import version
 from typing import Any
 
 import xxhash
@@ -24,7 +23,7 @@ from mergekit_lfm.output.names import _last_name, public_names
 from mergekit_lfm.output.writer import Receipt
 from mergekit_lfm.plan.plan import Plan
 from mergekit_lfm.store.tensors import FLOATS
-from mergekit_lfm.version import __version__
+from mergekit_lfm.version import versions
 
 DTYPE_KEYS = ("dtype", "torch_dtype")
 QUANTISATION_KEYS = ("quantization_config", "compression_config")
@@ -156,7 +155,7 @@ def _lock(plan: Plan, receipts: Mapping[tuple[str, int], Receipt], files: Mappin
         {
             "format": 1,
             "plan": plan.digest,
-            "versions": {"mergekit_lfm": __version__, "torch": version("torch")},
+            "versions": versions("torch"),
             "recipe": _public_recipe(plan),
             "inputs": [
                 {"model": names[label], "files": model.identity}

@@ -300,7 +300,9 @@ def test_refuses_models_that_do_not_fit(tmp_path: Path) -> None:
     refused("does not fit the symmetry table", b, mlp((7, 12, 8, 10, 4), 0), symmetries=symmetries)
     refused("differ in shape:\n  group ffn.0", llama, wider)
     refused("differ in shape:\n  .* is in one table only", llama, gpt2)
-    refused("unknown method 'weight_maching', did you mean weight_matching", b, a, "weight_maching", symmetries=symmetries)
+    refused(
+        "unknown method 'weight_maching', did you mean weight_matching", b, a, "weight_maching", symmetries=symmetries
+    )
     refused("order: found 'p3', known here: p0, p1, p2", b, a, symmetries=symmetries, order=["p3"])
     refused("order: found a sweep without groups", b, a, symmetries=symmetries, order=[])
     other = Transform(mlp_table((7, 12, 9, 11, 4)), {}, TransformInfo("none"))

@@ -32,7 +32,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     torch.set_num_threads(1)
     script.make_digits(root / "digits", width=32)
     merged = {
-        path.stem: Path(merge(shutil.copy(path, root), root / path.stem, threads=1)) for path in (REGMEAN, FISHER, ALIGNED)
+        path.stem: Path(merge(shutil.copy(path, root), root / path.stem, threads=1))
+        for path in (REGMEAN, FISHER, ALIGNED)
     }
     models = [{"model": str(root / "digits" / name)} for name in script.VIEWS]
     average = {"merge_method": "linear", "models": models, "parameters": {"weight": 1}}

@@ -1,0 +1,54 @@
+"""The header of an artifact: its kind, format and facts as JSON in a safetensors file's metadata.
+
+One codec for statistics, transforms and patches. A file of another kind or format, or with damaged facts, is refused
+with the command that makes a good one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mergekit_lfm.errors import FormatError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A kind of artifact. command: what makes one; again: what to do about a file that is too old or damaged."""
+
+    name: str
+    command: str
+    again: str
+    format: str = "1"
+
+    def encode(self, facts: Mapping[str, Any], **texts: str) -> dict[str, str]:
+        """The facts as metadata. texts: facts that are written as they are, not as JSON."""
+        plain = {f"lfm.{name}": text for name, text in texts.items()}
+        fields = {f"lfm.{name}": json.dumps(value, sort_keys=True) for name, value in facts.items()}
+        return {"format": "pt", "lfm.kind": self.name, "lfm.format": self.format, **plain, **fields}
+
+    def decode(
+        self, metadata: Mapping[str, str], names: Iterable[str], build: Callable[[dict[str, Any]], T], label: object
+    ) -> T:
+        """build(facts), of the facts with these names. Raises FormatError if the metadata are of anything else."""
+        if metadata.get("lfm.kind") != self.name:
+            raise FormatError(f"{label} is not a {self.name} file; make one with `{self.command}`")
+        if metadata.get("lfm.format") != self.format:
+            raise FormatError(f"{label} is a {self.name} file of another version; {self.again}")
+        try:
+            return build({name: json.loads(metadata[f"lfm.{name}"]) for name in names})
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise FormatError(f"{label} has damaged metadata ({error!r}); {self.again}") from None
+
+    def find(self, path: str | os.PathLike[str]) -> Path:
+        """The path of a file that exists. Raises FileNotFoundError for any other."""
+        file = Path(path)
+        if not file.is_file():
+            raise FileNotFoundError(f"no such {self.name} file: {file}")
+        return file
