@@ -27,7 +27,7 @@ from mergekit_lfm.machine.accelerators import Accelerator
 from mergekit_lfm.machine.devices import find_gpu
 from mergekit_lfm.machine.resources import cache_folder, default_memory
 from mergekit_lfm.output.writer import Policy
-from mergekit_lfm.plan.budget import check_disk
+from mergekit_lfm.plan.budget import Budget, check_disk
 from mergekit_lfm.plan.plan import Plan, make_plan
 from mergekit_lfm.plan.sources import identity_of
 from mergekit_lfm.recipe.align import AlignRequest
@@ -71,7 +71,7 @@ def prepare(
     if not (plan.pending or plan.absent or plan.unedited):
         return plan
     notice = notice or (lambda _: None)
-    plan.peak_memory(memory or default_memory(), threads or 1)
+    Budget(plan).peak(memory or default_memory(), threads or 1)
     check_disk(plan, place)
     plan.fetch(notice)
     plan = _with_edits(_with_alignments(plan, notice, device), notice, device)

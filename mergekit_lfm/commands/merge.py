@@ -138,7 +138,7 @@ def _show_plan(
 ) -> None:
     from mergekit_lfm.commands.show.plans import plan_text
     from mergekit_lfm.machine.resources import allocated_bytes, default_memory, free_space
-    from mergekit_lfm.plan.budget import workers
+    from mergekit_lfm.plan.budget import Budget, workers
     from mergekit_lfm.store.places import partial_of
 
     plan, out = planned.plan, planned.out
@@ -149,7 +149,7 @@ def _show_plan(
         "out": str(out),
         "memory": memory,
         "threads": threads,
-        "peak_memory": plan.peak_memory(memory, threads),
+        "peak_memory": Budget(plan).peak(memory, threads),
         "free_disk": free,
         "enough_disk": needed <= free,
         "push": None if planned.goal is None else planned.goal.model_dump(),

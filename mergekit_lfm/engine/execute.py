@@ -26,7 +26,7 @@ from mergekit_lfm.machine.accelerators import Accelerator
 from mergekit_lfm.machine.resources import allow_many_files, default_memory, keep_freed_memory
 from mergekit_lfm.methods import METHODS
 from mergekit_lfm.output.writer import Output, Policy, already_there, finish, is_complete
-from mergekit_lfm.plan.budget import check_disk, workers
+from mergekit_lfm.plan.budget import Budget, check_disk, workers
 from mergekit_lfm.plan.job import Job
 from mergekit_lfm.plan.plan import Plan
 from mergekit_lfm.plan.statistics import LinearGroup
@@ -78,7 +78,7 @@ def execute(
         run = Worker(
             plan,
             output,
-            share=plan.share(budget, count),
+            share=Budget(plan).share(budget, count),
             nan=nan,
             progress=progress or (lambda _: None),
             kernels=kernels,
@@ -167,7 +167,7 @@ def _carry_out(run: Worker, executor: Executor) -> None:
         if not any(missing.values()):
             continue
         if len(jobs) > 1 or (
-            jobs[0].needs_sums and plan.resident(group) > (run.device_share if run.gpu else run.share)
+            jobs[0].needs_sums and run.budget.resident(group) > (run.device_share if run.gpu else run.share)
         ):
             shared.append(jobs)
         elif jobs[0].needs_sums:
@@ -177,7 +177,7 @@ def _carry_out(run: Worker, executor: Executor) -> None:
                 None if jobs[0].copied else run_solve(METHODS[jobs[0].method].solve(plan.unit(jobs)), _no_sums)
             )
             segments = missing[jobs[0].name]
-            parts = [segments] if plan.at_once(jobs[0]) else [(segment,) for segment in segments]
+            parts = [segments] if run.budget.by_one_worker(jobs[0]) else [(segment,) for segment in segments]
             alone += [Work(jobs[0], part, coefficients) for part in parts]
     heavy = plan.bytes_written // 16
     alone.sort(key=lambda work: -work.job.nbytes if work.job.nbytes > heavy else 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from threading import Event
 from typing import Any
 
@@ -23,6 +24,7 @@ from mergekit_lfm.kernels.sums import round_once
 from mergekit_lfm.machine.accelerators import CHUNK, Accelerator
 from mergekit_lfm.methods import METHODS
 from mergekit_lfm.output.writer import Output, Policy, Receipt
+from mergekit_lfm.plan.budget import Budget
 from mergekit_lfm.plan.job import Job
 from mergekit_lfm.plan.plan import Plan
 from mergekit_lfm.plan.sources import TensorRef
@@ -66,11 +68,16 @@ class Worker:
     device_share: int = 0
     stop: Event = field(default_factory=Event)
 
+    @cached_property
+    def budget(self) -> Budget:
+        """The memory that its work takes."""
+        return Budget(self.plan)
+
     def blocks(self, job: Job, resident: bool = False) -> Blocks:
         """The job's inputs, read from the files block by block or held in memory: the processor's, or the GPU's."""
         ranges = at_once = 1
         if self.gpu is not None:
-            ranges = at_once = self._fitting(job, min(self.share - self.plan.views(job), self.device_share))
+            ranges = at_once = self._fitting(job, min(self.share - self.budget.views(job), self.device_share))
             if resident:  # of a chunk there only the result is in the host's memory, pinned and rounded up
                 result = job.block * ITEMSIZE[job.dtype]
                 at_once = self._fitting(job, self.device_share, min(SEGMENT, self.share // (4 * result)))
@@ -82,7 +89,7 @@ class Worker:
 
     def _fitting(self, job: Job, nbytes: int, most: int = CHUNK) -> int:
         """How many blocks of a job are worked on at once in so many bytes: a divisor of SEGMENT."""
-        return 1 << (max(1, min(most, nbytes // max(1, self.plan.working(job)))).bit_length() - 1)
+        return 1 << (max(1, min(most, nbytes // max(1, self.budget.working(job)))).bit_length() - 1)
 
     def _reader(self, source: tuple[int, str], most: int, resident: bool) -> ReadRange:
         """Reads ranges of up to `most` elements: into memory that the next call may overwrite, or once the whole."""

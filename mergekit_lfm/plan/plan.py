@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -44,7 +44,6 @@ from mergekit_lfm.recipe.roles import Edit, Input
 from mergekit_lfm.recipe.values import NamedFile
 from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.store.sidecars import sidecars_of
-from mergekit_lfm.store.tensors import ITEMSIZE
 from mergekit_lfm.version import __version__
 from mergekit_lfm.views.pending import PendingFile
 
@@ -179,82 +178,6 @@ class Plan:
     def unit(self, jobs: Sequence[Job]) -> Unit:
         """What the method's solve is told of jobs that are solved together."""
         return unit_of(jobs, self.recipe.seed, self.roles.norms)
-
-    def scratch(self, job: Job) -> int:
-        """Bytes that one worker holds to process the job block by block."""
-        if job.copied:
-            return min(job.block, job.spec.numel) * ITEMSIZE[job.dtype] + self.views(job)
-        return self.working(job) + self.views(job)
-
-    def working(self, job: Job) -> int:
-        """The same without what views take of it: what it takes of a GPU."""
-        return min(job.block, job.spec.numel) * len(job.read) * (ITEMSIZE[job.compute] * 8 + 8) + job.sums_nbytes
-
-    def views(self, job: Job) -> int:
-        """Bytes that transforms and patches take while a part of the job's inputs is read, however large it is."""
-        return sum(self.sources[i].file_of(name).scratch(name) for i, name in job.read_at_all)
-
-    @property
-    def resident_views(self) -> int:
-        """Bytes that transforms and patches take as long as the merge runs."""
-        return sum(source.resident for source in self.sources)
-
-    def most_threads(self, memory: int, room: int | None = None) -> int:
-        """The number of threads, at least one, for which a budget of `memory` bytes suffices, and `room` on a GPU."""
-        most = (memory - self.resident_views) // max([1, *(nbytes for _, nbytes in self._demands())])
-        on_gpu = most if room is None else room // max([1, *(nbytes for _, nbytes in self._demands_of_gpu())])
-        return max(1, min(most, on_gpu))
-
-    def check_room(self, room: int, threads: int) -> None:
-        """PlanError where a GPU's memory is too little: each of so many threads has its share of `room` bytes."""
-        name, largest = max(self._demands_of_gpu(), key=lambda demand: demand[1], default=("", 0))
-        if largest > room // threads:
-            raise PlanError(
-                f"{name} needs {format_size(largest)} of the GPU's memory for one worker, what is free gives each of "
-                f"{threads} {format_size(room // threads)}: lower --threads, or use --device cpu"
-            )
-
-    def _demands(self) -> Iterator[tuple[str, int]]:
-        """What one worker has to hold at least for each tensor or group of layers, and the name of that."""
-        yield from ((job.name, self.scratch(job)) for job in self.tensors)
-        yield from ((self.tensors[group.layers[0].weight].name, group.nbytes) for group in self.linears)
-
-    def _demands_of_gpu(self) -> Iterator[tuple[str, int]]:
-        yield from ((job.name, self.working(job)) for job in self.tensors if not job.copied)
-        yield from ((self.tensors[group.layers[0].weight].name, group.nbytes) for group in self.linears)
-
-    def resident(self, group: Sequence[int]) -> int:
-        """Bytes that one worker holds to read a group once: inputs, scratch, and what order statistics may collect."""
-        jobs = [self.tensors[i] for i in group]
-        inputs = sum(self.sources[i][name].nbytes for job in jobs for i, name in job.read)
-        return inputs * 5 // 4 + max(self.scratch(job) for job in jobs)
-
-    def peak_memory(self, memory: int, threads: int) -> int:
-        """An upper bound of the bytes that the engine will hold, at most `memory`. PlanError if that is too little."""
-        share = self.share(memory, threads)
-        if not self.tensors:
-            return 0
-        name, largest = max(self._demands(), key=lambda demand: demand[1])
-        if largest > share:
-            views = (
-                f", of which transforms and patches take {self.resident_views / 1e6:,.0f} MB,"
-                if self.resident_views
-                else ""
-            )
-            raise PlanError(
-                f"{name} needs {largest / 1e6:,.0f} MB for one worker, a budget of {memory / 1e6:,.0f} MB{views} gives "
-                f"each of {threads} {max(0, share) / 1e6:,.0f} MB: raise --memory, lower --threads"
-            )
-        kept = [self.resident(g) for g in self.groups if self.tensors[g[0]].needs_sums and self.resident(g) <= share]
-        return min(memory, self.resident_views + threads * max([largest, *kept]))
-
-    def share(self, memory: int, threads: int) -> int:
-        """What each worker may hold, in bytes."""
-        return (memory - self.resident_views) // max(1, threads)
-
-    def at_once(self, job: Job) -> bool:
-        """Whether one worker should do all of the job: a view would make a whole tensor for each of several."""
-        return any(self.sources[i].file_of(name).at_once(name) for i, name in job.read_at_all)
 
     def summary(self) -> dict[str, Any]:
         """What `--dry-run` prints, as plain data."""

@@ -23,6 +23,7 @@ from mergekit_lfm.api.outcome import Finding
 from mergekit_lfm.artifacts.statistics import Layer
 from mergekit_lfm.commands.show.plans import plan_text
 from mergekit_lfm.errors import FormatError, PlanError
+from mergekit_lfm.plan.budget import Budget
 from mergekit_lfm.plan.plan import make_plan
 from mergekit_lfm.recipe.recipe import Recipe
 
@@ -272,7 +273,7 @@ def test_statistics_belong_to_a_model_wherever_it_lies(models: Models) -> None:
 
 def test_any_memory_and_threads_give_the_same_bytes(models: Models) -> None:
     plan = make_plan(Recipe.parse(models.recipe(), where=models.folder))
-    least = max([*(plan.scratch(job) for job in plan.tensors), *(group.nbytes for group in plan.linears)])
+    least = max([*(Budget(plan).scratch(job) for job in plan.tensors), *(group.nbytes for group in plan.linears)])
     models.merge(models.recipe(), "one", threads=1)
     models.merge(models.recipe(), "three", threads=3, memory=3 * least)
     for path in (models.folder / "one").iterdir():

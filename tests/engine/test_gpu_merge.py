@@ -42,6 +42,7 @@ from mergekit_lfm.machine import devices
 from mergekit_lfm.machine.accelerators import Accelerator
 from mergekit_lfm.methods import METHODS
 from mergekit_lfm.plan import budget
+from mergekit_lfm.plan.budget import Budget
 from mergekit_lfm.plan.plan import Plan, make_plan
 from mergekit_lfm.recipe.recipe import Recipe
 
@@ -102,7 +103,7 @@ def test_a_merge_on_a_gpu_is_that_on_the_processor(
         assert steps_apart(tmp_path / "cpu", tmp_path / "gpu") <= 1
     else:
         assert folder_bytes(tmp_path / "cpu") == folder_bytes(tmp_path / "gpu")
-    least = max([*(plan.scratch(job) for job in plan.tensors), *(group.nbytes for group in plan.linears)])
+    least = max([*(Budget(plan).scratch(job) for job in plan.tensors), *(group.nbytes for group in plan.linears)])
     monkeypatch.setattr(Accelerator, "room", lambda _: 3 * least)  # in passes, and block by block
     execute(plan, tmp_path / "small", threads=3, gpu=stand_in())
     assert folder_bytes(tmp_path / "small") == folder_bytes(tmp_path / "gpu")
@@ -138,7 +139,7 @@ def test_large_tensors_on_a_real_gpu(
     execute(plan, tmp_path / "cpu")
     execute(plan, tmp_path / "gpu", gpu=stand_in(), compile="always")
     assert steps_apart(tmp_path / "cpu", tmp_path / "gpu") <= (1 if sums or METHODS[case[0]].whole else 0)
-    least = max([*(plan.scratch(job) for job in plan.tensors), *(group.nbytes for group in plan.linears)])
+    least = max([*(Budget(plan).scratch(job) for job in plan.tensors), *(group.nbytes for group in plan.linears)])
     monkeypatch.setattr(Accelerator, "room", lambda _: 2 * least)
     execute(plan, tmp_path / "small", threads=2, gpu=stand_in(), compile="always")
     assert folder_bytes(tmp_path / "small") == folder_bytes(tmp_path / "gpu")

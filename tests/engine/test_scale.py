@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from mergekit_lfm import merge
 from mergekit_lfm.align.elements import random_transform
 from mergekit_lfm.arch import find_symmetries
+from mergekit_lfm.plan.budget import Budget
 from mergekit_lfm.plan.plan import make_plan
 from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.store.checkpoint import open_checkpoint
@@ -112,8 +113,8 @@ def test_a_rotated_model_is_merged_within_what_the_plan_promises(tmp_path: Path,
         assert ran.returncode == 0, ran.stderr
         peaks[name] = int(ran.stdout.split()[-1]) * 1024
     plan = make_plan(Recipe.load(tmp_path / "rotated.yaml"))
-    promised = plan.peak_memory(250_000_000, threads)
-    assert plan.resident_views > 1024**2 * 8  # the rotation itself
+    promised = Budget(plan).peak(250_000_000, threads)
+    assert Budget(plan).resident_views > 1024**2 * 8  # the rotation itself
     assert peaks["rotated"] - peaks["plain"] <= promised
 
 
@@ -168,6 +169,6 @@ def test_a_70b_model_is_planned_from_its_headers(tmp_path: Path) -> None:
     plan = make_plan(recipe)
     assert len(plan.tensors) == 723 and plan.bytes_written == 2 * 70_553_706_496
     assert [shard.name for shard in plan.shards] == [f"model-{i:05d}-of-00030.safetensors" for i in range(1, 31)]
-    assert plan.peak_memory(4_000_000_000, 2) <= 4_000_000_000
+    assert Budget(plan).peak(4_000_000_000, 2) <= 4_000_000_000
     middle = next(job for job in plan.tensors if "layers.79." in job.name)
     assert middle.settings.inputs[0]["weight"] == 0.8

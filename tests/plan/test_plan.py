@@ -16,6 +16,7 @@ from mergekit_lfm.api.outcome import Finding
 from mergekit_lfm.engine.blocks import add_in_order
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.kernels.reductions import Gram
+from mergekit_lfm.plan.budget import Budget
 from mergekit_lfm.plan.plan import make_plan
 from mergekit_lfm.recipe.recipe import Recipe
 
@@ -201,10 +202,10 @@ def test_memory_for_sums_by_row_is_planned(tmp_path: Path) -> None:
         "parameters": {"weight": 0.5, "nuslerp_flatten": False},
     }
     plan = make_plan(Recipe.parse(recipe))
-    assert plan.scratch(plan.tensors[0]) > 2_000_000 * 4 * 8 * 3
+    assert Budget(plan).scratch(plan.tensors[0]) > 2_000_000 * 4 * 8 * 3
     with pytest.raises(PlanError, match="raise --memory"):
-        plan.peak_memory(100_000_000, 1)
-    assert plan.peak_memory(300_000_000, 1) <= 300_000_000
+        Budget(plan).peak(100_000_000, 1)
+    assert Budget(plan).peak(300_000_000, 1) <= 300_000_000
 
 
 def test_an_adapter_named_directly_is_refused(tmp_path: Path) -> None:
