@@ -7,18 +7,11 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from helpers_faults import WRITES, Forks, snapshot, warm_interpreter
 from helpers_work import Work
-
-
-@pytest.fixture(scope="module")
-def cli() -> Iterator[Forks]:
-    with warm_interpreter() as forks:
-        yield forks
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +26,6 @@ from helpers_faults import (
     near,
     save_model,
     snapshot,
-    warm_interpreter,
 )
 
 Content = dict[str, tuple[object, ...]]
@@ -125,12 +124,6 @@ def make_models(folder: Path, *, hidden: int = 32, vocab: int = 64) -> None:
     for name, tensors in {"base": base, "a": near(base, 1), "b": near(base, 2)}.items():
         save_model(folder / "models" / name, tensors, shards=3)
     (folder / "recipe.yaml").write_text(RECIPE)
-
-
-@pytest.fixture(scope="module")
-def cli() -> Iterator[Forks]:
-    with warm_interpreter() as forks:
-        yield forks
 
 
 @pytest.fixture(scope="module", params=["1", "2"], ids=["one thread", "two threads"])

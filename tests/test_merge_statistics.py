@@ -7,14 +7,13 @@ import os
 import re
 import shutil
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers_faults import Forks, Ran, warm_interpreter
+from helpers_faults import Forks, Ran
 from helpers_stats import gram_of, write_fisher, write_grams
 from safetensors.torch import load_file, save_file
 
@@ -277,12 +276,6 @@ def test_any_memory_and_threads_give_the_same_bytes(models: Models) -> None:
     for path in (models.folder / "one").iterdir():
         assert (models.folder / "three" / path.name).read_bytes() == path.read_bytes()
     models.refused(models.recipe(), "raise --memory", memory=least - 1, threads=1)
-
-
-@pytest.fixture(scope="module")
-def cli() -> Iterator[Forks]:
-    with warm_interpreter() as forks:
-        yield forks
 
 
 def test_a_killed_merge_goes_on_to_the_same_bytes(models: Models, cli: Forks) -> None:

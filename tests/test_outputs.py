@@ -7,14 +7,13 @@ import resource
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from helpers_faults import Forks, llama_tensors, near, save_model, snapshot, warm_interpreter, write_tensors
+from helpers_faults import Forks, llama_tensors, near, save_model, snapshot, write_tensors
 from helpers_merges import LINEAR, TIES, Tensors, average, load_all, write_recipe
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,13 +24,6 @@ from mergekit_lfm import merge, merge_tensors
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.provenance import public_names
 from mergekit_lfm.tensors import read_header
-
-
-@pytest.fixture(scope="module")
-def cli() -> Iterator[Forks]:
-    with warm_interpreter() as forks:
-        yield forks
-
 
 # ------------------------------------------------------------------ the official library, shards, modes
 
