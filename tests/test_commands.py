@@ -342,10 +342,9 @@ def test_the_bar_is_shown_on_a_terminal_only(folder: Path) -> None:
     printed, shown = on_a_terminal(folder, "merge", "recipe.yaml", "out")
     assert printed == "out\n"
     assert b"merging:" in shown and b"wrote 2 tensors" in shown
-    process = start(folder, "merge", "recipe.yaml", "out2")
-    stdout, stderr = process.communicate(timeout=60)
-    assert stdout == "out2\n"
-    assert "merging" not in stderr and stderr.count("\n") == 1
+    elsewhere = run("merge", "recipe.yaml", "out2")
+    assert elsewhere.stdout == "out2\n"
+    assert "merging" not in elsewhere.stderr and elsewhere.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("how", [["-m", "mergekit_lfm"], [str(ROOT / "cli.py")]])

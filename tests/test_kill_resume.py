@@ -190,18 +190,24 @@ def test_the_faults_see_the_work(job: Job) -> None:
     assert len(job.whole.calls) - last_data_write(job.whole) >= 8
 
 
-def test_killed_at_random_moments(job: Job) -> None:
-    assert killed_and_finished(job, spread(job.whole, 20, seed=1)) >= 18
+KILLS = [12, pytest.param(60, marks=pytest.mark.slow)]
 
 
-def test_killed_at_every_publish_step(job: Job) -> None:
-    moments = range(last_data_write(job.whole), len(job.whole.calls) + 1)
-    assert killed_and_finished(job, moments) >= len(moments) - 5
+@pytest.mark.parametrize("kills", KILLS)
+def test_killed_at_random_moments(job: Job, kills: int) -> None:
+    assert killed_and_finished(job, spread(job.whole, kills, seed=1)) >= kills - 2
 
 
-def test_power_failure_loses_nothing_that_the_journal_vouches_for(job: Job) -> None:
+def test_killed_at_every_publish_step(one: Job) -> None:
+    """One thread publishes, however many have merged."""
+    moments = range(last_data_write(one.whole), len(one.whole.calls) + 1)
+    assert killed_and_finished(one, moments) >= len(moments) - 5
+
+
+@pytest.mark.parametrize("kills", KILLS)
+def test_power_failure_loses_nothing_that_the_journal_vouches_for(job: Job, kills: int) -> None:
     """The journal survives, but what no sync covered is damaged."""
-    assert killed_and_finished(job, spread(job.whole, 20, seed=3), lose_unsynced=True) >= 18
+    assert killed_and_finished(job, spread(job.whole, kills, seed=3), lose_unsynced=True) >= kills - 2
 
 
 def test_everything_is_synced_before_it_is_published(one: Job) -> None:
@@ -360,12 +366,12 @@ def test_no_resume_starts_over_even_from_complete_work(one: Job) -> None:
     one.finish("--no-resume")
 
 
-@pytest.mark.parametrize("other", ["--no-resume", "--seed=9"])
-def test_killed_while_complete_work_is_cleared_away(one: Job, other: str) -> None:
-    """What is half cleared is not taken for complete."""
+@pytest.mark.parametrize(("other", "step"), [("--no-resume", 1), ("--seed=9", 3)])
+def test_killed_while_complete_work_is_cleared_away(one: Job, other: str, step: int) -> None:
+    """What is half cleared is not taken for complete; the same code clears it, whatever asks for it."""
     one.kill(kill_at=renaming(one.whole))
     one.keep("out.partial")
-    for moment in range(1, 25):
+    for moment in range(1, 25, step):
         one.put("out.partial")
         one.run(other, kill_at=moment)
         one.finish("--overwrite")

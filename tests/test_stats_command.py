@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 from pathlib import Path
@@ -224,7 +223,5 @@ def test_the_bar_is_shown_on_a_terminal_only(folder: Path) -> None:
     printed, shown = on_a_terminal(folder, "stats", "gram", "a", *CLASSIFY)
     assert printed == "out/s.safetensors\n"
     assert b"collecting:" in shown and b"/10.0 [" in shown and b"statistics" in shown
-    process = start(folder, "stats", "gram", "b", *CLASSIFY, "--overwrite", "--json")
-    stdout, stderr = process.communicate(timeout=60)
-    assert json.loads(stdout)["kind"] == "gram"
-    assert (stderr, [path.name for path in (folder / "out").iterdir()]) == ("", ["s.safetensors"])
+    assert answer(run("stats", "gram", "b", *CLASSIFY, "--overwrite", "--json"))["kind"] == "gram"
+    assert [path.name for path in (folder / "out").iterdir()] == ["s.safetensors"]
