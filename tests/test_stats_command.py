@@ -203,7 +203,7 @@ def test_inspect_says_what_a_statistics_file_is() -> None:
 
 
 def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(folder: Path) -> None:
-    (folder / "long.txt").write_text("a document of some length, " * 250)
+    (folder / "long.txt").write_text("a document of some length, " * 120)
     command = ["stats", "fisher", "m", "--data", "long.txt", "--task", "lm", "--batch-size", "1", "-o"]
     process = start(folder, *command, "s.safetensors")
     wait_for(lambda: (folder / "s.safetensors.partial").exists())
