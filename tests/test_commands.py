@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from helpers_commands import ROOT, answer, on_a_terminal, refusal, run, start, wait_for
-from safetensors.torch import load_file, save_file
+from models import save_checkpoint
+from safetensors.torch import load_file
 
 from mergekit_lfm import open_checkpoint
 from mergekit_lfm.methods import METHODS
@@ -20,9 +21,7 @@ LINEAR = "merge_method: linear\nmodels: [{model: a}, {model: b}]\nparameters: {w
 
 
 def save(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
-    folder.mkdir()
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text('{"model_type": "llama", "dtype": "float32"}\n')
+    save_checkpoint(folder, tensors, {"model_type": "llama", "dtype": "float32"})
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers_stats import gram_of, write_fisher, write_grams
+from models import files_of
 from safetensors.torch import load_file, save_file
 
 import mergekit_lfm.jobs
@@ -160,10 +161,6 @@ def save_statistics(model: Path, kind: str) -> Path:
     return write_grams(path, model, grams, [Layer(name, None, 1, n, name, 200) for name, n in inputs.items()])
 
 
-def folder_bytes(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-
-
 @pytest.mark.parametrize("case", CASES, ids=ids)
 def test_in_passes_or_at_once_gives_the_same_bytes(
     case: tuple[str, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -186,4 +183,4 @@ def test_in_passes_or_at_once_gives_the_same_bytes(
     assert plan.resident([plan.tensors.index(big)]) > small // 3 or not big.needs_sums
     execute(plan, tmp_path / "at-once", memory=1 << 30, threads=1)
     execute(plan, tmp_path / "in-passes", memory=small, threads=3)
-    assert folder_bytes(tmp_path / "at-once") == folder_bytes(tmp_path / "in-passes")
+    assert files_of(tmp_path / "at-once") == files_of(tmp_path / "in-passes")
