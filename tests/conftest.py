@@ -1,18 +1,60 @@
-"""What holds for every test: one thread, no network, no terminal colours, a cache of its own, Triton's interpreter."""
+"""What holds for every test: one thread, no network, no terminal colours, a cache of its own, Triton's interpreter.
+
+The workers of a run share one cache, and what takes long to make: the first that asks for it makes it.
+"""
 
 import atexit
 import os
 import shutil
+import signal
 import tempfile
 
 # Set before torch is imported, and inherited by the processes that tests start.
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "NO_COLOR": "1"}
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="cache-of-tests-")
-atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+if "PYTEST_XDIST_WORKER" not in os.environ:  # a worker has the cache of the process that started it
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="cache-of-tests-")
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.environ["XDG_CACHE_HOME"] + "/inductor"
+    os.environ["TRITON_CACHE_DIR"] = os.environ["XDG_CACHE_HOME"] + "/triton"
+    atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+# A shell ignores Ctrl-C in what it starts in the background, and children would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the processor, if slowly; read when Triton is imported
 
+import fcntl  # noqa: E402
+from collections.abc import Callable, Iterator  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+from helpers_faults import Forks, warm_interpreter  # noqa: E402
 from helpers_hub import hub, xet_hub  # noqa: E402, F401  # fixtures of several modules
+
+
+@pytest.fixture(scope="session")
+def cli() -> Iterator[Forks]:
+    """`merge` in forks of an interpreter that has everything loaded."""
+    with warm_interpreter() as forks:
+        yield forks
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """`made_once(name, make)`: a folder that `make(folder)` fills in one worker, for the others to read."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+
+    def folder_of(name: str, make: Callable[[Path], object]) -> Path:
+        folder, making = root / f"made-{name}", root / f"making-{name}"
+        with (root / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.exists():
+                shutil.rmtree(making, ignore_errors=True)
+                making.mkdir()
+                make(making)
+                making.rename(folder)
+        return folder
+
+    return folder_of

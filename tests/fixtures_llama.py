@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from models import save_checkpoint
+from safetensors.torch import load_file
 
 import mergekit_lfm
 
@@ -51,8 +51,6 @@ def cast(tensors: Tensors, dtype: torch.dtype) -> Tensors:
 
 def save(folder: Path, tensors: Tensors) -> Path:
     """Writes a checkpoint that transformers would load."""
-    folder.mkdir(parents=True)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     dtype = DTYPES[tensors["lm_head.weight"].dtype]
     layers = sum(name.endswith("q_proj.weight") for name in tensors)
     config = {
@@ -67,8 +65,7 @@ def save(folder: Path, tensors: Tensors) -> Path:
         "tie_word_embeddings": False,
         "dtype": dtype,
     }
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
-    return folder
+    return save_checkpoint(folder, tensors, config)
 
 
 def load(folder: Path) -> Tensors:

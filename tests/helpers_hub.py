@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from hub_server import TOKEN, HubServer
+from models import files_of
 
 RECIPE = """\
 merge_method: linear
@@ -79,10 +80,6 @@ def fast_retries(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     waits: list[float] = []
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", waits.append)
     return waits
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def prepare(server: HubServer, place: Path) -> None:

@@ -85,11 +85,17 @@ CASES: dict[str, tuple[str, Callable[[Path], Given], Given]] = {
 }
 
 
-@pytest.fixture(params=CASES)
-def case(request: pytest.FixtureRequest, tmp_path: Path) -> Given:
+@pytest.fixture(scope="module", params=CASES)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Given:
     """Two models, and how one is aligned to the other."""
     method, given, parameters = CASES[request.param]
-    return {**given(tmp_path), "method": method, **parameters}
+    return {**given(tmp_path_factory.mktemp("case")), "method": method, **parameters}
+
+
+@pytest.fixture(scope="module")
+def expected(case: Given) -> Transform:
+    """What is found on the CPU."""
+    return align_models(**case)
 
 
 @pytest.fixture
@@ -120,8 +126,7 @@ def assert_agree(found: Transform, expected: Transform, *, to: float) -> None:
 
 
 @pytest.mark.usefixtures("pretended")
-def test_a_gpu_finds_what_the_cpu_finds(case: Given) -> None:
-    expected = align_models(**case)
+def test_a_gpu_finds_what_the_cpu_finds(case: Given, expected: Transform) -> None:
     with pretended_gpu() as gpu:
         found = align_models(**case, device="cuda")
     assert_agree(found, expected, to=0)
@@ -143,15 +148,15 @@ def bound(case: Given) -> float:
 
 
 @pytest.mark.usefixtures("pretended")
-def test_other_rounding_permutes_alike(case: Given) -> None:
+def test_other_rounding_permutes_alike(case: Given, expected: Transform) -> None:
     with pretended_gpu(backwards=True):
         found = align_models(**case, device="cuda")
-    assert_agree(found, align_models(**case), to=bound(case))
+    assert_agree(found, expected, to=bound(case))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-def test_a_real_gpu_agrees_within_rounding(case: Given) -> None:
-    assert_agree(align_models(**case, device="cuda"), align_models(**case), to=bound(case))
+def test_a_real_gpu_agrees_within_rounding(case: Given, expected: Transform) -> None:
+    assert_agree(align_models(**case, device="cuda"), expected, to=bound(case))
 
 
 @pytest.mark.usefixtures("pretended")

@@ -7,21 +7,15 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers_faults import Forks, snapshot, warm_interpreter, write_raw, write_tensors
+from helpers_faults import Forks, snapshot, write_raw, write_tensors
 from helpers_work import EMBED, LINEAR, NORM, PASSTHROUGH, TIES, UP, Work
 from safetensors.torch import load_file
-
-
-@pytest.fixture(scope="module")
-def cli() -> Iterator[Forks]:
-    with warm_interpreter() as forks:
-        yield forks
 
 
 @pytest.fixture

@@ -39,7 +39,7 @@ def linear(models, *weights, **parameters):
     }
 
 
-def test_b01_gradients_run_over_layers_and_start_for_everything_else(models, merged):
+def test_gradients_run_over_layers_and_start_for_everything_else(models, merged):
     got = merged(linear(models, [1, 0], [0, 1]))
     a, b = load(models["A"]), load(models["B"])
     for name, tensor in got.items():
@@ -57,7 +57,7 @@ def test_gradients_over_four_layers(tmp_path, merged):
         assert_close(tensor, oracles.linear([doubles(a[name]), doubles(b[name])], weight))
 
 
-def test_b03_filters_and_gradients_together(models, merged):
+def test_filters_and_gradients_together(models, merged):
     rules = [{"filter": "self_attn", "value": [0, 1]}, {"filter": "mlp", "value": [1, 0]}, {"value": 0.5}]
     got = merged(slerp(models, rules))
     a, b = load(models["A"]), load(models["B"])
@@ -69,7 +69,7 @@ def test_b03_filters_and_gradients_together(models, merged):
             assert_close(tensor, oracles.slerp([doubles(a[name]), doubles(b[name])], 0.5))
 
 
-def test_b05_filters_are_substrings_and_an_asterisk_is_everything(models, merged):
+def test_filters_are_substrings_and_an_asterisk_is_everything(models, merged):
     rules = [{"filter": "layers.0.self_attn", "value": 1}, {"filter": r"layers\.\d+\.mlp", "value": 1}]
     got = merged(slerp(models, [*rules, {"filter": "*", "value": 0}]))
     a, b = load(models["A"]), load(models["B"])
@@ -77,7 +77,7 @@ def test_b05_filters_are_substrings_and_an_asterisk_is_everything(models, merged
         assert torch.equal(tensor, (b if "layers.0.self_attn" in name else a)[name]), name
 
 
-def test_b07_a_models_own_parameters_come_before_the_top_levels(models, merged):
+def test_a_models_own_parameters_come_before_the_top_levels(models, merged):
     recipe = linear(models, 1, 3)
     del recipe["models"][1]["parameters"]
     recipe["models"][0]["parameters"] = {"weight": [{"filter": "mlp", "value": 5}]}
@@ -106,7 +106,7 @@ def test_typing_errors_stop_before_any_work(models, tmp_path, change, word):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_c01_the_output_is_the_float32_result_rounded_once(models, tmp_path):
+def test_the_output_is_the_float32_result_rounded_once(models, tmp_path):
     run = merger(tmp_path)
     exact = run(linear(models, 0.3, 0.4) | {"dtype": "float32"})
     got = run(linear(models, 0.3, 0.4) | {"dtype": "float32", "out_dtype": "bfloat16"})

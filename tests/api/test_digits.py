@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -26,11 +27,15 @@ AVERAGE, ARITHMETIC = "average", "task arithmetic, best lambda"
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def folders(made_once: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The recipes' inputs, narrower than the script makes them, and their outputs."""
+
+    def make(folder: Path) -> None:
+        torch.set_num_threads(1)
+        script.make_digits(folder, width=32)
+
     root = tmp_path_factory.mktemp("digits")
-    torch.set_num_threads(1)
-    script.make_digits(root / "digits", width=32)
+    (root / "digits").symlink_to(made_once("digits", make))
     merged = {
         path.stem: Path(merge(shutil.copy(path, root), root / path.stem, threads=1))
         for path in (REGMEAN, FISHER, ALIGNED)

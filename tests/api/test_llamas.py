@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,14 +23,16 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def pairs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def pairs(made_once: Callable[..., Path]) -> list[Path]:
     """Three pairs, in folders as the script makes them."""
-    root = tmp_path_factory.mktemp("llamas")
-    torch.set_num_threads(1)
-    folders = [root / str(seed) / "llamas" for seed in SEEDS]
-    for seed, folder in zip(SEEDS, folders, strict=True):
-        script.make_llamas(folder, seed=seed, steps=STEPS)
-    return folders
+
+    def make(root: Path) -> None:
+        torch.set_num_threads(1)
+        for seed in SEEDS:
+            script.make_llamas(root / str(seed) / "llamas", seed=seed, steps=STEPS)
+
+    root = made_once("llamas", make)
+    return [root / str(seed) / "llamas" for seed in SEEDS]
 
 
 def test_rotations_leave_less_than_six_tenths_of_the_barrier_of_permutations(pairs: list[Path]) -> None:

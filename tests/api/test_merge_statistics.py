@@ -7,14 +7,13 @@ import os
 import re
 import shutil
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers_faults import Forks, Ran, warm_interpreter
+from helpers_faults import Forks, Ran
 from helpers_stats import gram_of, write_fisher, write_grams
 from safetensors.torch import load_file, save_file
 
@@ -281,13 +280,8 @@ def test_any_memory_and_threads_give_the_same_bytes(models: Models) -> None:
     models.refused(models.recipe(), "raise --memory", memory=least - 1, threads=1)
 
 
-@pytest.fixture(scope="module")
-def cli() -> Iterator[Forks]:
-    with warm_interpreter() as forks:
-        yield forks
-
-
-def test_a_killed_merge_goes_on_to_the_same_bytes(models: Models, cli: Forks) -> None:
+@pytest.mark.parametrize("step", [5, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_killed_merge_goes_on_to_the_same_bytes(models: Models, cli: Forks, step: int) -> None:
     (models.folder / "recipe.yaml").write_text(json.dumps(models.recipe()))
 
     def run(out: str, **fault: int) -> Ran:
@@ -297,7 +291,7 @@ def test_a_killed_merge_goes_on_to_the_same_bytes(models: Models, cli: Forks) ->
     whole = run("whole")
     assert whole.code == 0, whole.err
     resumed = 0
-    for at in range(1, len(whole.calls) + 1, 2):
+    for at in range(1, len(whole.calls) + 1, step):
         assert run(f"out{at}", kill_at=at).code == -signal.SIGKILL
         again = run(f"out{at}")
         assert again.code == 0, again.err

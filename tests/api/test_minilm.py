@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -32,15 +33,16 @@ PAIRS = [
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def folders(made_once: Callable[..., Path]) -> dict[str, Path]:
     """The recipe's inputs, of two steps each, and its output."""
-    root = tmp_path_factory.mktemp("minilm")
-    torch.set_num_threads(1)
-    script.make_finetunes(root / "minilm", steps=2)
-    recipe = shutil.copy(RECIPE, root)
-    return {name: root / "minilm" / name for name in ("base", "names", "details")} | {
-        "merged": Path(merge(recipe, root / "merged", memory="300MB", threads=1))
-    }
+
+    def make(root: Path) -> None:
+        torch.set_num_threads(1)
+        script.make_finetunes(root / "minilm", steps=2)
+        merge(shutil.copy(RECIPE, root), root / "merged", memory="300MB", threads=1)
+
+    root = made_once("minilm", make)
+    return {name: root / "minilm" / name for name in ("base", "names", "details")} | {"merged": root / "merged"}
 
 
 @pytest.fixture(scope="module")
@@ -109,9 +111,12 @@ def test_the_result_opens_as_the_same_kind_of_sentence_transformer(folders: dict
 
 
 @pytest.fixture(scope="module")
-def regmean(folders: dict[str, Path]) -> Path:
+def regmean(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The merge with statistics, of the first 64 texts of each fine-tune."""
-    root = folders["base"].parent
+    root = tmp_path_factory.mktemp("regmean") / "minilm"
+    root.mkdir()
+    for path in folders["base"].parent.iterdir():
+        (root / path.name).symlink_to(path)
     for name in ("names", "details"):
         out = root / f"{name}.gram.safetensors"
         collect_stats("gram", root / name, root / f"{name}.jsonl", out, task="embedding", window=32, max_examples=64)
@@ -134,6 +139,7 @@ def inputs_of(folder: Path, layers: list[str]) -> dict[str, np.ndarray]:
     return {layer: np.hstack([np.concatenate(x), np.ones((sum(map(len, x)), 1))]) for layer, x in seen.items()}
 
 
+@pytest.mark.slow
 def test_regmean_answers_as_least_squares_on_both_fine_tunes_inputs_would(
     folders: dict[str, Path], tensors: dict[str, dict[str, torch.Tensor]], regmean: Path
 ) -> None:
@@ -164,7 +170,7 @@ def test_regmean_answers_as_least_squares_on_both_fine_tunes_inputs_would(
     assert_close(merged[norm], Expected(sum(both) / 2, np.max(np.abs(both), axis=0)))
 
 
-def test_the_texts_for_judging_are_pairs_that_no_fine_tune_has_read(folders: dict[str, Path]) -> None:
+def test_the_texts_for_judging_are_pairs_that_no_fine_tune_has_read(folders: dict[str, Path], tmp_path: Path) -> None:
     root = folders["base"].parent
     read = {
         json.loads(line)["text"]
@@ -178,7 +184,7 @@ def test_the_texts_for_judging_are_pairs_that_no_fine_tune_has_read(folders: dic
         assert len(pairs) > 100
         docstring = "positive" if name == "names" else "text"
         assert not {pair[docstring] for pair in pairs} & read
-        few = root / f"few.{name}.jsonl"
+        few = tmp_path / f"few.{name}.jsonl"
         few.write_text("\n".join(lines[:20]), "utf-8")
         found = retrieval(folders["base"], few, window=32)
         assert found.pairs == 20

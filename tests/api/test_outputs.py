@@ -7,14 +7,13 @@ import resource
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from helpers_faults import Forks, llama_tensors, near, save_model, snapshot, warm_interpreter, write_tensors
+from helpers_faults import Forks, llama_tensors, near, save_model, snapshot, write_tensors
 from helpers_merges import LINEAR, TIES, Tensors, average, load_all, write_recipe
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,13 +24,6 @@ from mergekit_lfm import merge, merge_tensors
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.output.names import public_names
 from mergekit_lfm.store.tensors import read_header
-
-
-@pytest.fixture(scope="module")
-def cli() -> Iterator[Forks]:
-    with warm_interpreter() as forks:
-        yield forks
-
 
 # ------------------------------------------------------------------ the official library, shards, modes
 
@@ -278,7 +270,7 @@ def test_transformers_loads_the_merge(tmp_path: Path, kind: str, dtype: torch.dt
 
 
 def test_biases_are_kept(tmp_path: Path) -> None:
-    """D03: a Llama with attention biases has 29 tensors, all of them merged."""
+    """A Llama with attention biases has 29 tensors, all of them merged."""
     tensors = [tiny("llama").state_dict(), perturbed(tiny("llama").state_dict(), 1)]
     for name, state in zip("ab", tensors, strict=True):
         save_model(tmp_path / name, state)
@@ -420,17 +412,28 @@ def test_the_card_of_a_merge_of_the_base_alone(tmp_path: Path) -> None:
     assert recipe == {**yaml.safe_load(text), "parameters": {"weight": 1.0}, "seed": 0}
 
 
-# ------------------------------------------------------------------ many small tensors (D21)
+# ------------------------------------------------------------------ many small tensors
 
 
+def write_tiny(folder: Path, count: int) -> Path:
+    """Two models of so many tensors, one of ones, one of fives, and the recipe that averages them to fours."""
+    for name, value in (("a", 1.0), ("b", 5.0)):
+        (folder / name).mkdir()
+        tensors = {f"model.layers.{i // 100}.part.{i % 100}.weight": torch.full((4,), value) for i in range(count)}
+        write_tensors(folder / name / "model.safetensors", tensors)
+    return write_recipe(folder, LINEAR)
+
+
+def test_a_thousand_tiny_tensors(tmp_path: Path) -> None:
+    found = load_all(Path(merge(write_tiny(tmp_path, 1000), tmp_path / "out")))
+    assert len(found) == 1000
+    assert all(torch.equal(tensor, torch.full((4,), 4.0)) for tensor in found.values())
+
+
+@pytest.mark.slow
 def test_ten_thousand_tiny_tensors(tmp_path: Path) -> None:
     """Under 15 s in all, start-up included, or on a slow machine 8 times the start-up; in processor time."""
-    for name, value in (("a", 1.0), ("b", 5.0)):
-        folder = tmp_path / name
-        folder.mkdir()
-        tensors = {f"model.layers.{i // 100}.part.{i % 100}.weight": torch.full((4,), value) for i in range(10_000)}
-        write_tensors(folder / "model.safetensors", tensors)
-    write_recipe(tmp_path, LINEAR)
+    write_tiny(tmp_path, 10_000)
     environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2]), "PATH": "/usr/bin:/bin"}
 
     def processor_seconds(*command: str) -> float:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
+from models import save_checkpoint
 from safetensors.torch import load_file, save_file
 
 from mergekit_lfm import merge
@@ -27,20 +27,7 @@ def model_tensors(dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 
 def save_model(folder: Path, dtype: torch.dtype = torch.float32, shards: int = 1) -> Path:
-    folder.mkdir()
-    tensors = model_tensors(dtype)
-    if shards == 1:
-        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    else:
-        names, weight_map = list(tensors), {}
-        for i in range(shards):
-            part = {name: tensors[name] for name in names[i::shards]}
-            file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
-            save_file(part, folder / file, {"format": "pt"})
-            weight_map |= dict.fromkeys(part, file)
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    (folder / "config.json").write_text("{}")
-    return folder
+    return save_checkpoint(folder, model_tensors(dtype), {}, shards=shards)
 
 
 def low_rank(folder: Path, names: tuple[str, ...] = (NAME,), scale: float = 0.1, rank: int = 3) -> Patch:

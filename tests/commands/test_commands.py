@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from helpers_commands import ROOT, answer, on_a_terminal, refusal, run, start, wait_for
-from safetensors.torch import load_file, save_file
+from models import save_checkpoint
+from safetensors.torch import load_file
 
 from mergekit_lfm import open_checkpoint
 from mergekit_lfm.machine.sizes import format_size, parse_size
@@ -20,9 +21,7 @@ LINEAR = "merge_method: linear\nmodels: [{model: a}, {model: b}]\nparameters: {w
 
 
 def save(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
-    folder.mkdir()
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text('{"model_type": "llama", "dtype": "float32"}\n')
+    save_checkpoint(folder, tensors, {"model_type": "llama", "dtype": "float32"})
 
 
 @pytest.fixture
@@ -342,10 +341,9 @@ def test_the_bar_is_shown_on_a_terminal_only(folder: Path) -> None:
     printed, shown = on_a_terminal(folder, "merge", "recipe.yaml", "out")
     assert printed == "out\n"
     assert b"merging:" in shown and b"wrote 2 tensors" in shown
-    process = start(folder, "merge", "recipe.yaml", "out2")
-    stdout, stderr = process.communicate(timeout=60)
-    assert stdout == "out2\n"
-    assert "merging" not in stderr and stderr.count("\n") == 1
+    elsewhere = run("merge", "recipe.yaml", "out2")
+    assert elsewhere.stdout == "out2\n"
+    assert "merging" not in elsewhere.stderr and elsewhere.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("how", [["-m", "mergekit_lfm"], [str(ROOT / "cli.py")]])

@@ -14,6 +14,7 @@ import torch
 import yaml
 from helpers_commands import ROOT, answer, refusal, run
 from helpers_text import byte_tokenizer, llama_config, save_model
+from models import files_of
 from safetensors.torch import load_file, save_file
 
 from mergekit_lfm.artifacts.patch import Patch, TensorChange, open_patch
@@ -64,18 +65,14 @@ def here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
 # ------------------------------------------------------------------ edit
 
 
 def test_edit_writes_a_patch_and_judges_what_the_files_will_hold(here: Path) -> None:
-    before = contents(here / "m")
+    before = files_of(here / "m")
     result = run(*EDIT, "--stats", "g.st")
     assert (result.exit_code, result.stdout) == (0, "p.st\n")
-    assert contents(here / "m") == before
+    assert files_of(here / "m") == before
     headings, first, second, counts = (line.split() for line in result.stderr.splitlines()[:4])
     assert headings == ["model", *METRIC_NAMES.values()]
     assert (first[0], second[0], counts[:3]) == ("before", "after", ["over", "2", "prompts,"])

@@ -35,6 +35,15 @@ class Two:
             "cross", self.a.path, texts(), folder / "cross", other=self.b.path, task="lm", dtype="float64"
         ).path
 
+        self.plain: dict[tuple[str, bool], Transform] = {}
+
+    def found(self, method: str, with_statistics: bool = False) -> Transform:
+        """`aligned` without further options, computed once for all tests that look at it."""
+        if (method, with_statistics) not in self.plain:
+            given = {"statistics": self.statistics} if with_statistics else {}
+            self.plain[method, with_statistics] = self.aligned(method, **given)
+        return self.plain[method, with_statistics]
+
     def aligned(self, method: str, **given: Any) -> Transform:
         if ALIGN_METHODS[method].statistics == "required":
             given["statistics"] = self.statistics
@@ -74,8 +83,7 @@ def test_every_method_has_its_aligner() -> None:
 
 @pytest.mark.parametrize(("method", "with_statistics"), variants())
 def test_outputs_stay_where_it_is_exact(two: Two, method: str, with_statistics: bool) -> None:
-    given = {"statistics": two.statistics} if with_statistics else {}
-    transform = two.aligned(method, **given)
+    transform = two.found(method, with_statistics)
     before, moved = tensors_of(two.b), rewrite(tensors_of(two.b), transform)
     expected, found = outputs(two.b, before), outputs(two.b, moved)
     difference = float((found - expected).abs().max() / (expected - expected.mean()).abs().max())
@@ -93,8 +101,7 @@ def test_outputs_change_where_it_is_soft(two: Two) -> None:
 
 @pytest.mark.parametrize(("method", "with_statistics"), variants())
 def test_brings_the_models_nearer(two: Two, method: str, with_statistics: bool) -> None:
-    given = {"statistics": two.statistics} if with_statistics else {}
-    scores = two.aligned(method, **given).facts.scores
+    scores = two.found(method, with_statistics).facts.scores
     assert scores["distance_after"] < scores["distance_before"]
 
 
@@ -113,7 +120,7 @@ def test_files_hold_all_and_repeat(two: Two, method: str, tmp_path: Path) -> Non
 def test_the_facts_name_what_had_an_effect(two: Two, method: str, with_statistics: bool) -> None:
     """Every method takes an order and a start; those that do not look at them find the same without, and say so."""
     given = {"statistics": two.statistics} if with_statistics else {}
-    plain = two.aligned(method, **given)
+    plain = two.found(method, with_statistics)
     start = random_transform({}, plain.symmetries, seed=1, kinds=("order",))
     names = [name for name, group in plain.symmetries.groups.items() if isinstance(group, Units)]
     of_units = replace(start, elements={name: start.elements[name] for name in names})
@@ -132,6 +139,6 @@ def test_the_facts_name_what_had_an_effect(two: Two, method: str, with_statistic
 
 @pytest.mark.parametrize("method", ALIGN_METHODS)
 def test_takes_an_initial_transform(two: Two, method: str) -> None:
-    first = two.aligned(method)
+    first = two.found(method)
     again = two.aligned(method, initial=first)
     assert again.facts.scores["inner_after"] >= first.facts.scores["inner_after"] * (1 - 1e-12)

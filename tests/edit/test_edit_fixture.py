@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +30,7 @@ benchmark = pytest.importorskip("benchmarks.editing")
 ROOT = Path(__file__).parents[2]
 SCRIPTS = [ROOT / "scripts" / name for name in ("make_facts.py", "facts_world.py")]
 LAYERS, LOCAL = 6, 4
+Measured = Callable[[str, int], Mapping[str, float]]
 LONG = pytest.mark.skipif("LONG_TESTS" not in os.environ, reason="takes minutes more: LONG_TESTS=1 runs it")
 
 # The least of what each edit has to reach, in percent: method and number of facts, and the measure. Three seeds reach
@@ -87,14 +89,18 @@ def _read(path: Path, data: Mapping[str, object]) -> FactsFile:
 
 
 @pytest.fixture(scope="session")
-def folder(request: pytest.FixtureRequest) -> Path:
+def folder(request: pytest.FixtureRequest, made_once: Callable[..., Path]) -> Path:
     """What the script makes; trained once for every text of it and version of torch."""
     torch.set_num_threads(1)
     content = b"".join(path.read_bytes() for path in SCRIPTS) + version("torch").encode()
     kept = request.config.cache.mkdir("facts") / hashlib.sha256(content).hexdigest()[:16]
-    if not (kept / "learned").exists():
-        learned = script.make_facts(kept)
-        (kept / "learned").write_text(str(learned), "utf-8")
+
+    def make(_: Path) -> None:
+        if not (kept / "learned").exists():
+            learned = script.make_facts(kept)
+            (kept / "learned").write_text(str(learned), "utf-8")
+
+    made_once("facts", make)
     return kept
 
 
@@ -110,17 +116,23 @@ def traced(subject: benchmark.Subject) -> Trace:
 
 
 @pytest.fixture(scope="session")
-def measured(subject: benchmark.Subject) -> Mapping[tuple[str, int], Mapping[str, float]]:
-    """The numbers of every edit of LEAST; one fact stands for the mean of twenty edits."""
-    found = {}
-    for name, size in LEAST:
-        editor = benchmark.METHODS[name]
-        if size == 1:
-            some = FactsFile(subject.facts("facts_40").facts[: benchmark.SINGLES])
-            found[name, size] = benchmark.measure_singly(subject, editor, some)
-        else:
-            found[name, size] = benchmark.measure(subject, editor, subject.facts(f"facts_{size}"))
-    return found
+def measured(subject: benchmark.Subject, made_once: Callable[..., Path]) -> Measured:
+    """The numbers of an edit of LEAST; one fact stands for the mean of twenty edits."""
+
+    def measure(name: str, size: int) -> Mapping[str, float]:
+        def make(folder: Path) -> None:
+            editor = benchmark.METHODS[name]
+            if size == 1:
+                some = FactsFile(subject.facts("facts_40").facts[: benchmark.SINGLES])
+                found = benchmark.measure_singly(subject, editor, some)
+            else:
+                found = benchmark.measure(subject, editor, subject.facts(f"facts_{size}"))
+            (folder / "found.json").write_text(json.dumps(found), "utf-8")
+
+        found: Mapping[str, float] = json.loads((made_once(f"{name}, {size}", make) / "found.json").read_text("utf-8"))
+        return found
+
+    return measure
 
 
 @pytest.mark.slow
@@ -153,10 +165,8 @@ def test_it_knows_them_at_the_last_token_of_the_subject_in_the_lower_layers(trac
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "size"), LEAST)
-def test_an_edit_holds_and_spares_the_rest(
-    measured: Mapping[tuple[str, int], Mapping[str, float]], name: str, size: int
-) -> None:
-    found = measured[name, size]
+def test_an_edit_holds_and_spares_the_rest(measured: Measured, name: str, size: int) -> None:
+    found = measured(name, size)
     assert {what: found[what] for what, least in LEAST[name, size].items() if found[what] < least} == {}
 
 
@@ -202,11 +212,9 @@ def test_rome_fails_where_facts_are_not_looked_up_at_the_subject(tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_fine_tuning_breaks_what_is_true_of_others(
-    subject: benchmark.Subject, measured: Mapping[tuple[str, int], Mapping[str, float]]
-) -> None:
+def test_fine_tuning_breaks_what_is_true_of_others(subject: benchmark.Subject, measured: Measured) -> None:
     tuned = benchmark.measure(subject, benchmark.fine_tuned, subject.facts("facts_40"))
-    located = measured["MEMIT, layer 0", 40]
+    located = measured("MEMIT, layer 0", 40)
     assert tuned["ES"] >= 95
     assert tuned["NS"] <= located["NS"] - 25
     assert tuned["unedited"] <= located["unedited"] - 25

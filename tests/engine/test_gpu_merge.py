@@ -16,12 +16,12 @@ from click.testing import CliRunner
 from helpers_device import GPU, OnGpu, pretended_gpu
 from helpers_gpu import CUDA, needs_gpu, needs_triton, stand_in
 from helpers_merges import load_all
+from models import files_of
 from safetensors.torch import load_file, save_file
 from test_contract import (
     CASES,
     DELTAS,
     count_of,
-    folder_bytes,
     ids,
     parameters_of,
     save_model,
@@ -102,11 +102,11 @@ def test_a_merge_on_a_gpu_is_that_on_the_processor(
     if sums or METHODS[case[0]].whole:
         assert steps_apart(tmp_path / "cpu", tmp_path / "gpu") <= 1
     else:
-        assert folder_bytes(tmp_path / "cpu") == folder_bytes(tmp_path / "gpu")
+        assert files_of(tmp_path / "cpu") == files_of(tmp_path / "gpu")
     least = max([*(Budget(plan).scratch(job) for job in plan.tensors), *(group.nbytes for group in plan.linears)])
     monkeypatch.setattr(Accelerator, "room", lambda _: 3 * least)  # in passes, and block by block
     execute(plan, tmp_path / "small", threads=3, gpu=stand_in())
-    assert folder_bytes(tmp_path / "small") == folder_bytes(tmp_path / "gpu")
+    assert files_of(tmp_path / "small") == files_of(tmp_path / "gpu")
 
 
 @needs_triton
@@ -126,7 +126,7 @@ def test_merges_by_kernels_have_the_same_bytes(case: Case, tmp_path: Path, monke
     monkeypatch.setattr(gpu, "launch", noted)
     outcome = execute(plan, tmp_path / "gpu", threads=2, gpu=stand_in(), compile="always")
     assert not outcome.findings and len(launched) >= 11
-    assert folder_bytes(tmp_path / "cpu") == folder_bytes(tmp_path / "gpu")
+    assert files_of(tmp_path / "cpu") == files_of(tmp_path / "gpu")
 
 
 @needs_gpu
@@ -142,7 +142,7 @@ def test_large_tensors_on_a_real_gpu(
     least = max([*(Budget(plan).scratch(job) for job in plan.tensors), *(group.nbytes for group in plan.linears)])
     monkeypatch.setattr(Accelerator, "room", lambda _: 2 * least)
     execute(plan, tmp_path / "small", threads=2, gpu=stand_in(), compile="always")
-    assert folder_bytes(tmp_path / "small") == folder_bytes(tmp_path / "gpu")
+    assert files_of(tmp_path / "small") == files_of(tmp_path / "gpu")
 
 
 def there(value: Any) -> Any:
@@ -193,7 +193,7 @@ def test_nan_gives_the_bytes_of_the_processor_and_is_told(name: str, tmp_path: P
     ]
     assert outcomes[0].warnings == outcomes[1].warnings != ()
     assert {"big of m2 holds NaN or infinity", "big of the output holds NaN or infinity"} <= {*outcomes[1].warnings}
-    assert folder_bytes(tmp_path / "cpu") == folder_bytes(tmp_path / "gpu")
+    assert files_of(tmp_path / "cpu") == files_of(tmp_path / "gpu")
 
 
 def test_edits_of_the_result_are_added_before_the_one_rounding(tmp_path: Path) -> None:
@@ -207,7 +207,7 @@ def test_edits_of_the_result_are_added_before_the_one_rounding(tmp_path: Path) -
     plan = make_plan(Recipe.parse({**recipe, "edits": [str(tmp_path / "patch.safetensors")]}), block=SMALL)
     for where, on in (("cpu", None), ("gpu", stand_in())):
         execute(plan, tmp_path / where, threads=1, gpu=on)
-    assert folder_bytes(tmp_path / "cpu") == folder_bytes(tmp_path / "gpu")
+    assert files_of(tmp_path / "cpu") == files_of(tmp_path / "gpu")
 
 
 def test_a_merge_goes_on_where_the_processor_stopped(tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def test_a_merge_goes_on_where_the_processor_stopped(tmp_path: Path) -> None:
         execute(plan, tmp_path / "out", threads=1, progress=interrupt)
     outcome = execute(plan, tmp_path / "out", threads=1, gpu=stand_in())
     assert 0 < outcome.resumed_bytes < plan.bytes_written
-    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "whole")
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
 
 
 def test_a_gpu_without_room_is_refused_before_anything_is_written(
@@ -253,7 +253,7 @@ def test_memory_that_others_take_is_told(tmp_path: Path, monkeypatch: pytest.Mon
         execute(plan, tmp_path / "out", threads=2, gpu=stand_in())
     execute(plan, tmp_path / "out", threads=2, gpu=stand_in())
     execute(plan, tmp_path / "cpu", threads=2)
-    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "cpu")
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "cpu")
 
 
 def test_the_device_of_a_recipe_does_not_change_its_plan(tmp_path: Path) -> None:

@@ -1,11 +1,10 @@
-"""Rules about the source as text: sizes, docstrings, `__all__`."""
+"""Rules about the source as text: sizes, docstrings, `__all__`. A rule that is broken names all the places."""
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from importlib import import_module
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).parents[2]
 PLACES = ("mergekit_lfm", "tests", "scripts", "benchmarks")
@@ -24,6 +23,11 @@ def name(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def functions(tree: ast.Module) -> Iterator[Function]:
     return (node for node in ast.walk(tree) if isinstance(node, Function))
 
@@ -35,31 +39,37 @@ def public_definitions(tree: ast.Module) -> Iterator[Function | ast.ClassDef]:
             yield node
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name)
-def test_module_has_a_docstring_and_fits_its_budget(path: Path) -> None:
-    text = path.read_text(encoding="utf-8")
-    assert ast.get_docstring(ast.parse(text)), f"{name(path)} says nowhere what it is"
-    assert text.count("\n") <= MODULE_LINES
+def test_there_is_source_to_look_at() -> None:
+    assert len(PACKAGE) > 100 and len(MODULES) > len(PACKAGE) + 50
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name)
-def test_functions_fit_a_screen(path: Path) -> None:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    lengths = {f"{f.name}, line {f.lineno}": (f.end_lineno or 0) - f.lineno + 1 for f in functions(tree)}
+def test_modules_have_a_docstring() -> None:
+    assert [name(path) for path in MODULES if not ast.get_docstring(parsed(path))] == []
+
+
+def test_modules_fit_their_budget() -> None:
+    lines = {name(path): path.read_text(encoding="utf-8").count("\n") for path in MODULES}
+    assert {where: count for where, count in lines.items() if count > MODULE_LINES} == {}
+
+
+def test_functions_fit_a_screen() -> None:
+    lengths = {
+        f"{name(path)}:{f.lineno} {f.name}": (f.end_lineno or 0) - f.lineno + 1
+        for path in MODULES
+        for f in functions(parsed(path))
+    }
     assert {where: length for where, length in lengths.items() if length > FUNCTION_LINES} == {}
 
 
-@pytest.mark.parametrize("path", PACKAGE, ids=name)
-def test_docstring_of_the_module_is_short(path: Path) -> None:
-    lines = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").splitlines()
-    assert 1 <= len(lines) <= DOCSTRING_LINES
-    assert [line for line in lines if len(line) > LINE_LENGTH] == []
+def test_docstrings_of_the_packages_modules_are_short() -> None:
+    texts = {name(path): (ast.get_docstring(parsed(path)) or "").splitlines() for path in PACKAGE}
+    assert {where: len(lines) for where, lines in texts.items() if not 1 <= len(lines) <= DOCSTRING_LINES} == {}
+    assert [f"{where}: {line}" for where, lines in texts.items() for line in lines if len(line) > LINE_LENGTH] == []
 
 
-@pytest.mark.parametrize("path", PACKAGE, ids=name)
-def test_public_names_of_the_package_have_docstrings(path: Path) -> None:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    assert [node.name for node in public_definitions(tree) if not ast.get_docstring(node)] == []
+def test_public_names_of_the_package_have_docstrings() -> None:
+    public = [(path, node) for path in PACKAGE for node in public_definitions(parsed(path))]
+    assert [f"{name(path)}: {node.name}" for path, node in public if not ast.get_docstring(node)] == []
 
 
 def offered(tree: ast.Module) -> set[str]:
@@ -72,10 +82,16 @@ def offered(tree: ast.Module) -> set[str]:
     return {n for n in names | {node.name for node in public_definitions(tree)} if not n.startswith("_")}
 
 
-@pytest.mark.parametrize("path", [path for path in PACKAGE if path.name == "__init__.py"], ids=name)
-def test_all_equals_what_is_public(path: Path) -> None:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    module = import_module(".".join(path.parent.relative_to(ROOT).parts))
-    declared = getattr(module, "__all__", [])
-    assert sorted(set(declared) - {"__version__"}) == sorted(offered(tree))
-    assert [n for n in declared if not hasattr(module, n)] == []
+def test_all_equals_what_is_public() -> None:
+    wrong = []
+    for path in PACKAGE:
+        if path.name == "__init__.py":
+            module = import_module(".".join(path.parent.relative_to(ROOT).parts))
+            declared = getattr(module, "__all__", [])
+            undeclared = offered(parsed(path)) ^ (set(declared) - {"__version__"})
+            wrong += [f"{name(path)}: {n} is public, or in `__all__`, but not both" for n in sorted(undeclared)]
+            wrong += [f"{name(path)}: `__all__` names {n} twice" for n in declared if declared.count(n) > 1]
+            wrong += [
+                f"{name(path)}: `__all__` names {n}, which is not there" for n in declared if not hasattr(module, n)
+            ]
+    assert wrong == []

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers_cases import cases
 from helpers_gpu import needs_triton, stand_in
 from test_fused import BLOCK, COINS, FUNCTIONS, RANKS, bits, stored_block, with_statistics
 from test_kernels import blocks_of, kept_by_sorting, values_of
@@ -27,6 +28,8 @@ from mergekit_lfm.kernels.sums import Spread, Weights, weighted_sum
 
 DEVICE = stand_in().device
 VALUES = ["normal", "bfloat16", "equal", "zero", "few", "subnormal"]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+DTYPE_AND_BASE = [(torch.float32, False), (torch.bfloat16, True), (torch.float64, True)]
 
 
 class Native:
@@ -52,9 +55,7 @@ def chunk_of(
 
 
 @needs_triton
-@pytest.mark.parametrize("name", FUNCTIONS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-@pytest.mark.parametrize("count", [BLOCK, 2 * BLOCK - 333])
+@pytest.mark.parametrize(("name", "dtype", "count"), cases(list(FUNCTIONS), DTYPES, [BLOCK, 2 * BLOCK - 333]))
 def test_a_kernel_has_the_bits_of_its_function(name: str, dtype: torch.dtype, count: int) -> None:
     function, coefficients, out = FUNCTIONS[name]
     inputs, base = stored_block(dtype) if name != "fisher" else with_statistics(dtype)
@@ -228,15 +229,14 @@ NAMES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"
          torch.int32: "*i32", torch.int64: "*i64"}
 
 def check(name, kernel, signature, constants):
-    for architecture in (80, 90):
-        target = GPUTarget("cuda", architecture, 32)
-        made = triton.compile(ASTSource(kernel, {**signature, **dict.fromkeys(constants, "constexpr")}, constants),
-                              target=target, options={"enable_fp_fusion": False})
-        wrong = r"\\bfma\\.\\S+|\\S+\\.ftz\\S*|div\\.(?:full|approx)\\S*|atom\\S*\\.add\\S*\\.f\\d+"
-        found = re.findall(wrong, made.asm["ptx"])
-        assert len(made.asm["cubin"]) and not found, (name, architecture, found)
+    target = GPUTarget("cuda", int(sys.argv[2]), 32)
+    made = triton.compile(ASTSource(kernel, {**signature, **dict.fromkeys(constants, "constexpr")}, constants),
+                          target=target, options={"enable_fp_fusion": False})
+    wrong = r"\\bfma\\.\\S+|\\S+\\.ftz\\S*|div\\.(?:full|approx)\\S*|atom\\S*\\.add\\S*\\.f\\d+"
+    found = re.findall(wrong, made.asm["ptx"])
+    assert len(made.asm["cubin"]) and not found, (name, target, found)
 
-for dtype in (torch.bfloat16, torch.float64):
+for dtype in (getattr(torch, sys.argv[1]),):
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     for name, (function, coefficients, out) in FUNCTIONS.items():
         stored, base = stored_block(dtype) if name != "fisher" else with_statistics(dtype)
@@ -260,11 +260,20 @@ print("compiled")
 
 
 @needs_triton
-def test_compiled_kernels_contract_nothing_and_divide_exactly() -> None:
-    """For two architectures, on any machine: what the compiler makes has no fused, flushed or approximate operation."""
+@pytest.mark.parametrize(
+    ("dtype", "architecture"),
+    [
+        ("bfloat16", "90"),
+        ("float64", "80"),
+        pytest.param("bfloat16", "80", marks=pytest.mark.slow),
+        pytest.param("float64", "90", marks=pytest.mark.slow),
+    ],
+)
+def test_compiled_kernels_contract_nothing_and_divide_exactly(dtype: str, architecture: str) -> None:
+    """For an architecture, on any machine: what the compiler makes has no fused, flushed or approximate operation."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    command = [sys.executable, "-c", COMPILE]
+    command = [sys.executable, "-c", COMPILE, dtype, architecture]
     found = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert found.stdout.strip() == "compiled", found.stderr[-2000:]
 
@@ -272,13 +281,20 @@ def test_compiled_kernels_contract_nothing_and_divide_exactly() -> None:
 # ------------------------------------------------------------------ counting
 
 
-@pytest.mark.parametrize("native", [False, pytest.param(True, marks=needs_triton)])
-@pytest.mark.parametrize("kind", VALUES)
-@pytest.mark.parametrize(("dtype", "based"), [(torch.float32, False), (torch.bfloat16, True), (torch.float64, True)])
-@pytest.mark.parametrize(("count", "size"), [(0, 7), (1, 7), (4096, 4096), (5000, 2500), (9001, 3000)])
+def triton_if_native(*values: Any) -> Any:
+    """The mark of a combination whose last value says whether kernels are used."""
+    return needs_triton if values[-1] else ()
+
+
+SIZES = [(0, 7), (1, 7), (4096, 4096), (5000, 2500), (9001, 3000)]
+BRACKETS = cases(VALUES, DTYPE_AND_BASE, SIZES, [False, True], needs=triton_if_native)
+
+
+@pytest.mark.parametrize(("kind", "dtype_and_base", "count_and_size", "native"), BRACKETS)
 def test_a_bracket_counts_what_numpy_counts(
-    kind: str, dtype: torch.dtype, based: bool, count: int, size: int, native: bool
+    kind: str, dtype_and_base: tuple[torch.dtype, bool], count_and_size: tuple[int, int], native: bool
 ) -> None:
+    (dtype, based), (count, size) = dtype_and_base, count_and_size
     x = values_of(kind, (count,), dtype)
     base = values_of("few", (count,), dtype).roll(1) if based else None
     wide = x.double() if dtype == torch.float64 else x.float()
@@ -294,13 +310,15 @@ def test_a_bracket_counts_what_numpy_counts(
     assert np.array_equal(np.sort(inside.cpu().numpy()), np.sort(rest))
 
 
-@pytest.mark.parametrize("way", ["digits", "bracket", "few collected"])
-@pytest.mark.parametrize("kind", VALUES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("block", "at_once"), [(7, 16), (64, 4), (1000, 1)])
+CHUNKS = [(7, 16), (64, 4), (1000, 1)]  # elements of a block, blocks of a chunk
+LARGEST = cases(VALUES, [torch.float32, torch.float64], CHUNKS, ["digits", "bracket", "few collected"])
+
+
+@pytest.mark.parametrize(("kind", "dtype", "chunk", "way"), LARGEST)
 def test_the_largest_in_chunks_are_those_a_stable_sort_finds(
-    kind: str, dtype: torch.dtype, block: int, at_once: int, way: str, monkeypatch: pytest.MonkeyPatch
+    kind: str, dtype: torch.dtype, chunk: tuple[int, int], way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    block, at_once = chunk
     if way != "digits":
         monkeypatch.setattr(selection, "SAMPLING_PAYS", 1)
         monkeypatch.setattr(selection, "COLLECTED", 1 << 20 if way == "bracket" else 3)
@@ -332,12 +350,15 @@ def test_sums_are_those_of_exact_arithmetic_within_rounding(kind: str, count: in
         assert abs(value - math.fsum(part.tolist())) <= bound
 
 
-@pytest.mark.parametrize("native", [False, pytest.param(True, marks=needs_triton)])
-@pytest.mark.parametrize(("dtype", "based"), [(torch.float32, False), (torch.bfloat16, True), (torch.float64, True)])
-@pytest.mark.parametrize(("n", "count", "size"), [(2, 0, 4), (1, 3, 3), (2, 9001, 4500), (3, 5000, 5000)])
+INPUTS = [(2, 0, 4), (1, 3, 3), (2, 9001, 4500), (3, 5000, 5000)]  # how many, of how many elements, in such blocks
+GRAMS = cases(INPUTS, DTYPE_AND_BASE, [False, True], needs=triton_if_native)
+
+
+@pytest.mark.parametrize(("inputs", "dtype_and_base", "native"), GRAMS)
 def test_grams_are_those_of_exact_arithmetic_within_rounding(
-    n: int, count: int, size: int, dtype: torch.dtype, based: bool, native: bool
+    inputs: tuple[int, int, int], dtype_and_base: tuple[torch.dtype, bool], native: bool
 ) -> None:
+    (n, count, size), (dtype, based) = inputs, dtype_and_base
     rows = list(values_of("normal", (n, count), dtype))
     base = values_of("few", (count,), dtype) if based else None
     found = grams(chunk_of(rows, size, base=base, native=native)).cpu()
@@ -357,11 +378,11 @@ def test_grams_are_those_of_exact_arithmetic_within_rounding(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_a_kernels_sums_have_the_bits_of_the_formula(dtype: torch.dtype) -> None:
     """Of five inputs, whose fifteen products take two kernels; the last block is shorter."""
-    rows, base = list(values_of("normal", (5, 9001), dtype)), values_of("few", (9001,), dtype)
-    native, plain = (grams(chunk_of(rows, 6000, base=base, native=native)) for native in (True, False))
+    rows, base = list(values_of("normal", (5, 5001), dtype)), values_of("few", (5001,), dtype)
+    native, plain = (grams(chunk_of(rows, 4500, base=base, native=native)) for native in (True, False))
     assert torch.equal(native.view(torch.int64), plain.view(torch.int64))
     there = [x.float().to(DEVICE) for x in rows]
-    native, plain = (sums(there, 6000, native) for native in (True, False))
+    native, plain = (sums(there, 4500, native) for native in (True, False))
     assert torch.equal(native.view(torch.int64), plain.view(torch.int64))
 
 

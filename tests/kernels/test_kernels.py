@@ -5,6 +5,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from helpers_cases import cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -68,20 +69,20 @@ def values_of(kind: str, shape: tuple[int, ...], dtype: torch.dtype = torch.floa
     return x.to(dtype)
 
 
-@pytest.fixture(params=["digits", "bracket", "few collected"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The way in which a rank's value is found; tensors as small as here would be counted by digits."""
-    if request.param != "digits":
+VALUES = ["normal", "bfloat16", "equal", "zero", "few", "subnormal", "signs"]
+WAYS = ["digits", "bracket", "few collected"]
+
+
+@pytest.mark.parametrize(
+    ("values", "block", "dtype", "way"), cases(VALUES, [1, 7, 64, 1000], [torch.float32, torch.float64], WAYS)
+)
+def test_the_largest_are_those_a_stable_sort_finds(
+    values: str, block: int, dtype: torch.dtype, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In each of the ways in which a rank's value is found; tensors as small as here would be counted by digits."""
+    if way != "digits":
         monkeypatch.setattr(selection, "SAMPLING_PAYS", 1)
-        monkeypatch.setattr(selection, "COLLECTED", 1 << 20 if request.param == "bracket" else 3)
-    return str(request.param)
-
-
-@pytest.mark.usefixtures("way")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("block", [1, 7, 64, 1000])
-@pytest.mark.parametrize("values", ["normal", "bfloat16", "equal", "zero", "few", "subnormal", "signs"])
-def test_the_largest_are_those_a_stable_sort_finds(values: str, block: int, dtype: torch.dtype) -> None:
+        monkeypatch.setattr(selection, "COLLECTED", 1 << 20 if way == "bracket" else 3)
     x = values_of(values, (3, 333), dtype)
     counts = [[100, 20], [1, 0], [333, 332]]
     mask = kept_by_counting(x, counts, block)

@@ -78,7 +78,7 @@ def check_equal(got, expected):
 # Averages and copies
 
 
-def test_a01_linear_is_the_weighted_mean(world, merged):
+def test_linear_is_the_weighted_mean(world, merged):
     got = merged(world.recipe("linear", "AB", weight=[1, 3]) | {"dtype": "float32"})
     assert len(got) == 21
     check(got, world.expect(oracles.linear, "AB", weight=[1, 3]))
@@ -93,7 +93,7 @@ def test_linear_without_normalising(world, merged, suffix):
     check(got, world.expect(oracles.linear, "ABC", suffix=suffix, **parameters))
 
 
-def test_a03_the_mean_of_ten_copies_is_the_model_itself(world, merged, tmp_path):
+def test_the_mean_of_ten_copies_is_the_model_itself(world, merged, tmp_path):
     copies = [save(tmp_path / f"copy-{i}", world["A16"]) for i in range(10)]
     got = merged({"merge_method": "linear", "models": entries(*copies, weight=[0.1] * 10)})
     check_equal(got, world["A16"])
@@ -105,11 +105,11 @@ def test_weights_that_sum_to_zero_are_refused_where_they_are_to_be_normalised(wo
 
 
 @pytest.mark.parametrize("suffix", ["", "16"])
-def test_a15_passthrough_copies_every_bit(world, merged, suffix):
+def test_passthrough_copies_every_bit(world, merged, suffix):
     check_equal(merged(world.recipe("passthrough", "A", suffix=suffix)), world[f"A{suffix}"])
 
 
-def test_a17_passthrough_scales_what_a_filter_names(world, merged):
+def test_passthrough_scales_what_a_filter_names(world, merged):
     got = merged(world.recipe("passthrough", "A", scale={"filter": "down_proj", "value": 0}))
     check_equal(got, {name: x * 0 if "down_proj" in name else x for name, x in world["A"].items()})
 
@@ -118,7 +118,7 @@ def test_a17_passthrough_scales_what_a_filter_names(world, merged):
 
 
 @pytest.mark.parametrize("suffix", ["", "16"])
-def test_a05_slerp_ends_at_its_models(world, merged, suffix):
+def test_slerp_ends_at_its_models(world, merged, suffix):
     for t, end in ((0, "A"), (1, "B")):
         check_equal(merged(world.recipe("slerp", "AB", base="A", suffix=suffix, t=t)), world[f"{end}{suffix}"])
 
@@ -130,7 +130,7 @@ def test_slerp_follows_the_great_circle(world, merged, suffix, t):
     check(got, world.expect(oracles.slerp, "AB", suffix=suffix, t=t))
 
 
-def test_a07_slerp_takes_the_chord_between_near_models(world, merged, tmp_path):
+def test_slerp_takes_the_chord_between_near_models(world, merged, tmp_path):
     near = fine_tuned(world["A"], seed=9, scale=1e-6)
     base = str(world.path("A"))
     models = entries(world.path("A"), save(tmp_path / "near", near))
@@ -138,7 +138,7 @@ def test_a07_slerp_takes_the_chord_between_near_models(world, merged, tmp_path):
     check_equal(got, {name: 0.5 * world["A"][name] + 0.5 * near[name] for name in near})
 
 
-def test_a09_nuslerp_without_a_base_is_slerp(world, merged):
+def test_nuslerp_without_a_base_is_slerp(world, merged):
     turned = merged(world.recipe("nuslerp", "AB", weight=[0.7, 0.3]))
     check(turned, world.expect(oracles.nuslerp, "AB", weight=[0.7, 0.3]))
     for name, tensor in merged(world.recipe("slerp", "AB", base="A", t=0.3)).items():
@@ -148,7 +148,7 @@ def test_a09_nuslerp_without_a_base_is_slerp(world, merged):
             assert torch.allclose(turned[name], tensor, rtol=0, atol=2e-4)
 
 
-def test_a11_nuslerp_with_opposite_weights_goes_half_way(world, merged):
+def test_nuslerp_with_opposite_weights_goes_half_way(world, merged):
     got = merged(world.recipe("nuslerp", "AB", weight=[0.5, -0.5]))
     check(got, world.expect(oracles.nuslerp, "AB", weight=[0.5, -0.5]))
     check_equal(got, merged(world.recipe("nuslerp", "AB", weight=[0.5, 0.5])))
@@ -168,7 +168,7 @@ def test_nuslerp_turns_tensors_rows_or_columns(world, merged, suffix, base, para
 
 
 @pytest.mark.parametrize("normalize", [True, False])
-def test_a13_multislerp_of_one_model_is_that_model(world, merged, normalize):
+def test_multislerp_of_one_model_is_that_model(world, merged, normalize):
     recipe = world.recipe("multislerp", "A", base="BASE", weight=[0.1], normalize_weights=normalize)
     check_equal(merged(recipe), world["A"])
     check_equal(merged(recipe | {"dtype": "bfloat16"}), world["A16"])
@@ -190,7 +190,7 @@ def test_karcher_is_the_spherical_mean(world, merged, suffix):
     check(got, world.expect(oracles.karcher, "ABC", suffix=suffix, **parameters))
 
 
-def test_a19_model_stock_of_opposite_deltas_is_the_base(merged, tmp_path):
+def test_model_stock_of_opposite_deltas_is_the_base(merged, tmp_path):
     base = {name: (x * 1024).round() / 1024 for name, x in base_tensors().items()}  # so that the deltas are opposite
     step = {name: (x * 1024).round() / 1024 for name, x in fine_tuned(base, 1).items()}
     folders = [
@@ -213,7 +213,7 @@ def test_model_stock_goes_as_far_as_the_angles_say(world, merged, suffix, filter
 
 
 @pytest.mark.parametrize("suffix", ["", "16"])
-def test_a27_task_arithmetic_adds_and_subtracts(world, merged, suffix):
+def test_task_arithmetic_adds_and_subtracts(world, merged, suffix):
     for parameters in ({}, {"lambda": 0.7}, {"normalize": True}):
         parameters |= {"weight": [0.3, -0.5]}
         got = merged(world.recipe("task_arithmetic", "AB", base="BASE", suffix=suffix, **parameters))
@@ -222,7 +222,7 @@ def test_a27_task_arithmetic_adds_and_subtracts(world, merged, suffix):
 
 @pytest.mark.parametrize("suffix", ["", "16"])
 @pytest.mark.parametrize("more", [{}, {"normalize": False}, {"rescale": True}, {"rescale": "density"}], ids=str)
-def test_a29_ties(world, merged, suffix, more):
+def test_ties_is_its_formula(world, merged, suffix, more):
     parameters = {"weight": [1, 0.5, 0.7], "density": [0.4, 0.4, 0.4], "lambda": 0.8, **more}
     got = merged(world.recipe("ties", "ABC", base="BASE", suffix=suffix, **parameters))
     check(got, world.expect(oracles.ties, "ABC", base="BASE", suffix=suffix, **parameters))
@@ -235,7 +235,7 @@ def kept(got, base):
 
 @pytest.mark.parametrize("suffix", ["", "16"])
 @pytest.mark.parametrize("density", [0.001, 0.2, 0.5])
-def test_a31_ties_keeps_exactly_the_asked_number_and_at_least_one(world, merged, suffix, density):
+def test_ties_keeps_exactly_the_asked_number_and_at_least_one(world, merged, suffix, density):
     base, model = world[f"BASE{suffix}"], world[f"A{suffix}"]
     got = merged(world.recipe("ties", "A", base="BASE", suffix=suffix, weight=[1], density=density))
     for name, mask in kept(got, base).items():
@@ -261,7 +261,7 @@ def test_global_and_per_tensor_ties_differ(world, merged):
     assert any(not torch.equal(single[name], whole[name]) for name in single)
 
 
-def test_a33_dare_without_rescaling_keeps_entries_as_they_are(world, merged):
+def test_dare_without_rescaling_keeps_entries_as_they_are(world, merged):
     got = merged(world.recipe("dare_linear", "A", base="BASE", weight=[1], density=0.3, rescale=False))
     base, model = world["BASE"], world["A"]
     for name, mask in kept(got, base).items():
@@ -281,7 +281,7 @@ def test_dare_rescales_by_density_or_to_the_same_l1_norm(world, merged, rescale,
         assert_close(got[name], oracles.Expected(base + scale * d * mask, np.maximum(np.abs(base), np.abs(scale * d))))
 
 
-def test_a35_masks_do_not_depend_on_threads_memory_or_the_run(world, merged):
+def test_masks_do_not_depend_on_threads_memory_or_the_run(world, merged):
     recipe = world.recipe("dare_ties", "ABC", base="BASE", suffix="16", weight=[1, 0.5, 0.7], density=0.5) | {"seed": 3}
     first = merged(recipe)
     for options in ({"threads": 1}, {"threads": 8}, {"threads": 2, "memory": "300MB"}):
@@ -331,7 +331,7 @@ def test_dare_of_several_models_given_its_masks(world, merged, vote, suffix, res
 
 
 @pytest.mark.parametrize("suffix", ["", "16"])
-def test_a37_breadcrumbs_keeps_the_middle(world, merged, suffix):
+def test_breadcrumbs_keeps_the_middle(world, merged, suffix):
     got = merged(world.recipe("breadcrumbs", "A", base="BASE", suffix=suffix, weight=[1], density=0.5, gamma=0.1))
     norm = "model.norm.weight"
     d = oracles.delta(doubles(world[f"A{suffix}"][norm]), doubles(world[f"BASE{suffix}"][norm]))
@@ -357,7 +357,7 @@ def test_breadcrumbs(world, merged, method, suffix, more):
     ("method", "scale"),
     [("ties", 1), ("task_arithmetic", 0.5), ("dare_linear", 0.5), ("dare_ties", 0.5), ("breadcrumbs_ties", 0.5)],
 )
-def test_a41_the_methods_differ_in_normalising_by_default(world, merged, tmp_path, method, scale):
+def test_the_methods_differ_in_normalising_by_default(world, merged, tmp_path, method, scale):
     twin = save(tmp_path / "twin", world["A"])
     for weight, expected in ((0.5, 1), (0.25, scale)):
         models = entries(world.path("A"), twin, weight=[weight, weight])

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import save_checkpoint
 from safetensors.torch import load_file, save_file
 
 from mergekit_lfm import merge
@@ -24,10 +25,7 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def save(folder: Path, tensors: Mapping[str, torch.Tensor], **config: Any) -> Path:
-    folder.mkdir()
-    save_file(dict(tensors), folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps({"dtype": "float32", **config}))
-    return folder
+    return save_checkpoint(folder, tensors, {"dtype": "float32", **config})
 
 
 def linear(*models: Path, **more: Any) -> dict[str, Any]:

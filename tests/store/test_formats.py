@@ -110,7 +110,7 @@ def test_any_bytes_are_refused(content: bytes) -> None:
             read_header(path)
 
 
-# ------------------------------------------------------------------ .bin and .pt as inputs (D13)
+# ------------------------------------------------------------------ .bin and .pt as inputs
 
 
 def save_bin(folder: Path, tensors: Tensors, *, shards: int = 1, legacy: bool = False) -> None:
