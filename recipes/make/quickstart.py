@@ -2,7 +2,7 @@
 """Make the checkpoints and texts of recipes/quickstart/: a tiny language model, and two fine-tunes of it.
 
     pip install -c constraints.txt -e ".[models]"
-    python scripts/make_quickstart.py recipes/quickstart
+    python recipes/make/quickstart.py recipes/quickstart
 
 All text comes from the running Python: the base model reads docstrings and some source code of the standard library,
 the fine-tune `docs` the language reference (pydoc_data.topics), the fine-tune `code` source code. `docs.txt` and

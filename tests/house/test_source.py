@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PLACES = ("mergekit_lfm", "tests", "scripts", "benchmarks")
+PLACES = ("mergekit_lfm", "tests", "scripts", "benchmarks", "recipes")
 MODULES = sorted([ROOT / "cli.py", *(path for place in PLACES for path in (ROOT / place).rglob("*.py"))])
 PACKAGE = [path for path in MODULES if path.is_relative_to(ROOT / "mergekit_lfm")]
 
