@@ -142,7 +142,7 @@ def source(node: ast.AST) -> str:
 
 
 def docstring(node: Function | ast.ClassDef) -> str:
-    """The docstring without its indentation, its marks that are no code made safe for Markdown."""
+    """The docstring without its indentation; outside of code, the signs that Markdown reads as markup are escaped."""
     parts = re.split(r"(`[^`]*`)", ast.get_docstring(node) or "")
     return "".join(part if i % 2 else re.sub(r"[<*]|__", r"\\\g<0>", part) for i, part in enumerate(parts))
 

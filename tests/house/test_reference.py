@@ -49,4 +49,4 @@ def test_a_class_is_shown_with_its_fields_and_public_methods(tmp_path: Path) -> 
         ("fill", 'fill(with_: str, *, level: float = 1.0, **more: int) -> "Crate"', "Fill it."),
         ("open", "open() -> None", ""),
     )
-    assert list(crate.texts())[0] == "### class `Crate`"
+    assert next(crate.texts()) == "### class `Crate`"
