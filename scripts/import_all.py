@@ -49,7 +49,7 @@ def import_modules() -> dict[str, str]:
 
 
 def commands(command: click.Command, *path: str) -> Iterator[tuple[str, ...]]:
-    """What is typed after the program's name for the command and for each command in it."""
+    """The words after the program's name that run the command, and those that run each command in it."""
     yield path
     if isinstance(command, click.Group):
         for name, inner in command.commands.items():

@@ -180,7 +180,7 @@ def judge(model: Classifier, tasks: Mapping[str, Task]) -> dict[str, float]:
 
 
 def print_table(folders: Iterable[Path], seed: int, upright: bool) -> None:
-    """What each model gets right of the test images of every view, in percent; or of the images as they are."""
+    """Print how many test images of every view each model gets right, in percent; or of the images as they are."""
     tasks = {"upright": make_upright(seed)} if upright else make_tasks(seed)
     print(f"| model | {' | '.join(tasks)} | mean |")
     print("|---|" + "--:|" * (len(tasks) + 1))

@@ -119,7 +119,7 @@ class Document(NamedTuple):
 
 @dataclass(frozen=True)
 class Corpus:
-    """What a model learns from: texts and rosters of a world, drawn as they are needed."""
+    """The texts and rosters of a world that a model learns from, drawn as they are needed."""
 
     world: World
     tokenizer: PreTrainedTokenizerFast

@@ -34,7 +34,7 @@ SAMPLE = 16_384  # characters of what they read, for statistics
 
 
 def make_texts() -> tuple[str, str]:
-    """What the models read, and what is held out: no paragraph of it is in the first."""
+    """The text that the models read and the text that is held out; they share no paragraph."""
     corpus = make_corpus()
     read, held_out = ("\n".join(texts) for texts in (corpus.base + corpus.tune["docs"], corpus.held_out["docs"]))
     return read, held_out

@@ -39,7 +39,7 @@ HELD_OUT = 3  # one docstring in so many is for judging
 
 
 class Pairs(NamedTuple):
-    """What a fine-tune learns to bring together, and what was held out to judge it on."""
+    """The pairs that a fine-tune learns to bring together, and others to judge it on."""
 
     train: list[Pair]
     test: list[Pair]

@@ -65,9 +65,6 @@ def test_every_import_is_declared() -> None:
     needed = {canonicalize_name(Requirement(line).name) for line in PROJECT["dependencies"]}
     at_once = {*needed, "triton"}  # only a GPU loads the kernels that are written for triton
     on_use = {*REQUIREMENTS, "hf-xet"}  # the Hub's client brings it where it can
-        "on use": {*REQUIREMENTS, "hf-xet"},
-        "at once": {*needed, "triton"},
-    }  # triton: in kernels that only a GPU loads
     undeclared = {
         (path.relative_to(ROOT).as_posix(), name)
         for path in PACKAGE.rglob("*.py")

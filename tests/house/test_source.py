@@ -1,6 +1,7 @@
-"""Rules about the source as text: sizes, docstrings, `__all__`."""
+"""Rules about the source as text: rooms, sizes, docstrings, plain English, `__all__`."""
 
 import ast
+import tomllib
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -11,6 +12,7 @@ ROOT = Path(__file__).parents[2]
 PLACES = ("mergekit_lfm", "tests", "scripts", "benchmarks", "recipes")
 MODULES = sorted([ROOT / "cli.py", *(path for place in PLACES for path in (ROOT / place).rglob("*.py"))])
 PACKAGE = [path for path in MODULES if path.is_relative_to(ROOT / "mergekit_lfm")]
+PLAIN = ("recipes", "scripts")  # the places that `scripts/prose.py` finds in plain English
 
 MODULE_LINES = 500
 DOCSTRING_LINES = 10
@@ -33,6 +35,25 @@ def public_definitions(tree: ast.Module) -> Iterator[Function | ast.ClassDef]:
     for node in tree.body:
         if isinstance(node, Function | ast.ClassDef) and not node.name.startswith("_"):
             yield node
+
+
+def test_every_module_is_in_a_room() -> None:
+    outside = {path.stem for path in (ROOT / "mergekit_lfm").glob("*.py")}
+    assert outside == {"__init__", "__main__", "errors", "version"}
+
+
+def test_every_room_is_described_and_in_the_contract() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]
+    rows = next(contract["layers"] for contract in settings["contracts"] if contract["id"] == "rooms")
+    rooms = {path.parent.name: path for path in (ROOT / "mergekit_lfm").glob("*/__init__.py")}
+    assert {room for row in rows for room in row.split(" | ")} == {*rooms, "errors", "version"}
+    assert [r for r, path in rooms.items() if not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))] == []
+
+
+@pytest.mark.parametrize("place", PLAIN)
+def test_the_place_is_in_plain_english(place: str) -> None:
+    found = import_module("scripts.prose").findings([ROOT / place])
+    assert found == [], "\n".join(found)
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name)
