@@ -35,9 +35,9 @@ from mergekit_lfm.runtime.data import read_data
 from mergekit_lfm.runtime.load import embeddings, load_model, logits
 
 ROOT = Path(__file__).parents[1]
-sys.path += [str(ROOT / "scripts")]
-from make_digits import Classifier, make_tasks  # noqa: E402
-from make_minilm_finetunes import make_pairs  # noqa: E402
+sys.path += [str(ROOT / "recipes" / "make")]
+from digits import Classifier, make_tasks  # noqa: E402
+from minilm_finetunes import make_pairs  # noqa: E402
 
 
 class Case(NamedTuple):

@@ -36,8 +36,8 @@ from mergekit_lfm.repair import repair_module
 from mergekit_lfm.version import __version__
 from mergekit_lfm.views.rewritten import rewrite
 
-sys.path.append(str(Path(__file__).parents[1] / "scripts"))
-from make_digits import Examples, make_upright, train
+sys.path.append(str(Path(__file__).parents[1] / "recipes" / "make"))
+from digits import Examples, make_upright, train
 
 WIDTHS, PAIRS = (32, 128, 512), (0, 1, 2)
 EPOCHS, RATE = 60, 1e-3

@@ -27,8 +27,8 @@ import torch
 from mergekit_lfm import merge
 from mergekit_lfm.version import __version__
 
-sys.path.append(str(Path(__file__).parents[1] / "scripts"))
-from make_digits import VIEWS, Task, judge, load, make_digits, make_tasks, save, together, tuned
+sys.path.append(str(Path(__file__).parents[1] / "recipes" / "make"))
+from digits import VIEWS, Task, judge, load, make_digits, make_tasks, save, together, tuned
 
 Recipe = dict[str, Any]
 LAMBDAS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)

@@ -1,6 +1,6 @@
 """What editing facts is worth, and what it breaks: ROME, MEMIT and fine-tuning on a model that has learned 480 facts.
 
-    python scripts/make_facts.py recipes/facts
+    python recipes/make/facts.py recipes/facts
     python benchmarks/editing.py recipes/facts               # some minutes on one core
     python benchmarks/editing.py recipes/facts --quick       # a smoke test
 
@@ -59,7 +59,7 @@ CONTEXTS = [
 
 @dataclass(frozen=True)
 class Subject:
-    """The model of a folder that `make_facts.py` has made, and the second moments of its layers' inputs."""
+    """The model of a folder that `facts.py` has made, and the second moments of its layers' inputs."""
 
     folder: Path
     loaded: Loaded
@@ -185,11 +185,11 @@ def as_row(size: int, name: str, found: Mapping[str, float]) -> str:
 def main() -> None:
     """Edit and judge; print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="what scripts/make_facts.py has made")
+    parser.add_argument("folder", type=Path, help="what recipes/make/facts.py has made")
     parser.add_argument("--quick", action="store_true", help="ten facts only")
     given = parser.parse_args()
     if not (given.folder / "model").is_dir():
-        parser.error(f"found no model/ in {given.folder}; make it with scripts/make_facts.py")
+        parser.error(f"found no model/ in {given.folder}; make it with recipes/make/facts.py")
     torch.set_num_threads(1)
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
     print(f"mergekit_lfm {__version__}, {platform.machine()}, Python {platform.python_version()}, {versions}\n")

@@ -5,7 +5,7 @@
     python benchmarks/llama_alignment.py llamas --plot docs/llama_barrier.png
 
 Prints the table of docs/alignment.md: by how much the worst point on the line between the two is worse than what lies
-between their losses, in nats a character of held-out text. The models are those of scripts/make_llamas.py.
+between their losses, in nats a character of held-out text. The models are those of recipes/make/llamas.py.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-sys.path.append(str(Path(__file__).parents[1] / "scripts"))
-from make_llamas import STEPS, make_llamas
+sys.path.append(str(Path(__file__).parents[1] / "recipes" / "make"))
+from llamas import STEPS, make_llamas
 
 from mergekit_lfm.align import align_models
 from mergekit_lfm.artifacts.transform import Transform

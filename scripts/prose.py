@@ -31,7 +31,7 @@ PLACES = (
 # What reads like a translation, and what to write instead.
 DIALECT = {
     r"\btold\b": "name who reports it: 'one message lists ...'",
-    r"\b(?:is|are|was|be) said\b": "say it: 'the message names ...'",
+    r"\b(?:is|are|was|be) said\b(?! to be)": "say it: 'the message names ...'",
     r"\bto be had\b": "'available'",
     r"\b(?:its|the) likes\b": "name the things",
     r"\bof which\b": "split the sentence",
@@ -77,18 +77,22 @@ def files_of(places: list[Path]) -> Iterator[Path]:
         )
 
 
+def findings(places: list[Path]) -> list[str]:
+    """A line for every sentence that has a word of the list: where it stands, the word, and the cure."""
+    return [
+        f"{os.path.relpath(path)}:{number}: {match[0]!r}: {cure}"
+        for path in files_of(places)
+        for number, line in texts_of(path)
+        for pattern, cure in PATTERNS
+        if (match := pattern.search(line))
+    ]
+
+
 def main() -> int:
     """Print every sentence that has a word of the list, and how many there are."""
-    places = [Path(name).resolve() for name in sys.argv[1:]] or [ROOT / name for name in PLACES]
-    found = 0
-    for path in files_of(places):
-        for number, line in texts_of(path):
-            for pattern, cure in PATTERNS:
-                if match := pattern.search(line):
-                    found += 1
-                    print(f"{os.path.relpath(path)}:{number}: {match[0]!r}: {cure}")
-    print(f"{found} sentences to rewrite")
-    return 1 if found else 0
+    lines = findings([Path(name).resolve() for name in sys.argv[1:]] or [ROOT / name for name in PLACES])
+    print("\n".join([*lines, f"{len(lines)} sentences to rewrite"]))
+    return 1 if lines else 0
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from mergekit_lfm import merge
 
 pytest.importorskip("sklearn")
-script = pytest.importorskip("scripts.make_digits")
+script = pytest.importorskip("recipes.make.digits")
 benchmark = pytest.importorskip("benchmarks.digits_multitask")
 
 ROOT = Path(__file__).parents[2]
@@ -137,13 +137,13 @@ def test_the_script_writes_what_the_recipes_read_and_judges_it(
 ) -> None:
     monkeypatch.setattr(script, "BASE_EPOCHS", 1)
     monkeypatch.setattr(script, "TUNE_EPOCHS", 1)
-    monkeypatch.setattr("sys.argv", ["make_digits.py", str(tmp_path / "digits"), "--width", "16"])
+    monkeypatch.setattr("sys.argv", ["digits.py", str(tmp_path / "digits"), "--width", "16"])
     script.main()
     assert (tmp_path / "digits" / ".gitignore").read_text("utf-8") == "*\n"
     for recipe in (REGMEAN, FISHER):
         merge(shutil.copy(recipe, tmp_path), tmp_path / recipe.stem, threads=1)
 
-    monkeypatch.setattr("sys.argv", ["make_digits.py", "--judge", str(folders["base"]), str(folders["rot90"])])
+    monkeypatch.setattr("sys.argv", ["digits.py", "--judge", str(folders["base"]), str(folders["rot90"])])
     script.main()
     rows = re.findall(r"^\| (/\S+) \|(.*)\|$", capsys.readouterr().out, re.M)
     assert [row[0] for row in rows] == [str(folders["base"]), str(folders["rot90"])]

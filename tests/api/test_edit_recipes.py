@@ -24,7 +24,7 @@ from mergekit_lfm.output.lock import verify
 from mergekit_lfm.plan.plan import make_plan
 from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.runtime.load import load_model
-from scripts.make_facts import make_facts
+from recipes.make.facts import make_facts
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "facts_edited.yaml"
 OPTIONS = {"layers": [1, 2], "lr": 0.1, "steps": 6, "lambda": 1.0, "covariance": "identity"}

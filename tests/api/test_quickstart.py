@@ -96,7 +96,7 @@ def test_the_merged_model_writes_text(merged: Path) -> None:
 def test_the_script_makes_models_from_texts_that_have_nothing_of_the_held_out_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import scripts.make_quickstart as script
+    import recipes.make.quickstart as script
 
     corpus = script.make_corpus()
     known = {line for texts in corpus.held_out.values() for text in texts for line in script.paragraphs(text)}
@@ -110,7 +110,7 @@ def test_the_script_makes_models_from_texts_that_have_nothing_of_the_held_out_on
     monkeypatch.setattr(script, "BASE_STEPS", 2)
     monkeypatch.setattr(script, "TUNE_STEPS", 1)
     monkeypatch.setattr(script, "make_corpus", lambda: corpus)
-    monkeypatch.setattr("sys.argv", ["make_quickstart.py", str(tmp_path)])
+    monkeypatch.setattr("sys.argv", ["quickstart.py", str(tmp_path)])
     script.main()
     base, docs, code = (load_file(tmp_path / name / "model.safetensors") for name in MODELS)
     for tuned in (docs, code):

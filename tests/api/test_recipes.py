@@ -26,7 +26,7 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 PATHS = sorted(RECIPES.glob("*.yaml"))
 MINILM = RECIPES / "minilm.yaml"
 # Their inputs are not in the repository, but made by a script that their opening comment names; other tests run them.
-PREPARED = [path for path in PATHS if re.search("python (scripts/make|tests/serve)_", path.read_text("utf-8"))]
+PREPARED = [path for path in PATHS if re.search("python (recipes/make/|tests/serve_)", path.read_text("utf-8"))]
 RUNNABLE = [path for path in PATHS if path not in PREPARED]
 
 

@@ -363,7 +363,7 @@ def test_norms_are_joined_to_the_layers_that_they_follow() -> None:
 
 
 def test_a_file_without_a_config_is_read_as_a_chain(tmp_path: Path) -> None:
-    """As scripts/make_digits.py leaves it."""
+    """As recipes/make/digits.py leaves it."""
     tensors = {"first.weight": (8, 64), "first.bias": (8,), "second.weight": (8, 8), "second.bias": (8,)}
     tensors |= {"last.weight": (10, 8), "last.bias": (10,)}
     save_file({name: torch.zeros(shape) for name, shape in tensors.items()}, tmp_path / "model.safetensors")

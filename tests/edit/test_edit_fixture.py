@@ -23,12 +23,12 @@ from mergekit_lfm.errors import PlanError
 from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.runtime.load import load_model
 
-script = pytest.importorskip("scripts.make_facts")
-world = pytest.importorskip("scripts.facts_world")
+script = pytest.importorskip("recipes.make.facts")
+world = pytest.importorskip("recipes.make.facts_world")
 benchmark = pytest.importorskip("benchmarks.editing")
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = [ROOT / "scripts" / name for name in ("make_facts.py", "facts_world.py")]
+SCRIPTS = [ROOT / "recipes" / "make" / name for name in ("facts.py", "facts_world.py")]
 LAYERS, LOCAL = 6, 4
 Measured = Callable[[str, int], Mapping[str, float]]
 LONG = pytest.mark.skipif("LONG_TESTS" not in os.environ, reason="takes minutes more: LONG_TESTS=1 runs it")

@@ -1,15 +1,17 @@
-"""Rules about the source as text: sizes, docstrings, `__all__`. A rule that is broken names all the places."""
+"""Rules about the source as text: rooms, sizes, docstrings, plain English, `__all__`. Each names all the offenders."""
 
 import ast
+import tomllib
 from collections.abc import Iterator
 from functools import cache
 from importlib import import_module
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PLACES = ("mergekit_lfm", "tests", "scripts", "benchmarks")
+PLACES = ("mergekit_lfm", "tests", "scripts", "benchmarks", "recipes")
 MODULES = sorted([ROOT / "cli.py", *(path for place in PLACES for path in (ROOT / place).rglob("*.py"))])
 PACKAGE = [path for path in MODULES if path.is_relative_to(ROOT / "mergekit_lfm")]
+PLAIN = ("recipes", "scripts")  # the places that `scripts/prose.py` finds in plain English
 
 MODULE_LINES = 500
 DOCSTRING_LINES = 10
@@ -41,6 +43,24 @@ def public_definitions(tree: ast.Module) -> Iterator[Function | ast.ClassDef]:
 
 def test_there_is_source_to_look_at() -> None:
     assert len(PACKAGE) > 100 and len(MODULES) > len(PACKAGE) + 50
+
+
+def test_every_module_is_in_a_room() -> None:
+    outside = {path.stem for path in (ROOT / "mergekit_lfm").glob("*.py")}
+    assert outside == {"__init__", "__main__", "errors", "version"}
+
+
+def test_every_room_is_described_and_in_the_contract() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]
+    rows = next(contract["layers"] for contract in settings["contracts"] if contract["id"] == "rooms")
+    rooms = {path.parent.name: path for path in (ROOT / "mergekit_lfm").glob("*/__init__.py")}
+    assert {room for row in rows for room in row.split(" | ")} == {*rooms, "errors", "version"}
+    assert [r for r, path in rooms.items() if not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))] == []
+
+
+def test_the_prose_is_plain_english() -> None:
+    found = import_module("scripts.prose").findings([ROOT / place for place in PLAIN])
+    assert found == [], "\n".join(found)
 
 
 def test_modules_have_a_docstring() -> None:

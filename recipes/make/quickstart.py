@@ -2,11 +2,11 @@
 """Make the checkpoints and texts of recipes/quickstart/: a tiny language model, and two fine-tunes of it.
 
     pip install -c constraints.txt -e ".[models]"
-    python scripts/make_quickstart.py recipes/quickstart
+    python recipes/make/quickstart.py recipes/quickstart
 
 All text comes from the running Python: the base model reads docstrings and some source code of the standard library,
 the fine-tune `docs` the language reference (pydoc_data.topics), the fine-tune `code` source code. `docs.txt` and
-`code.txt` are held out: whole topics and modules, of which no paragraph is left in what any of the models read.
+`code.txt` are held out: whole topics and modules; no model has read a paragraph of them.
 
 Takes some minutes on one core. The seeds are fixed, but another Python release has other texts, and another machine
 or number of threads rounds differently: the result is then as good, and not the same to the byte.

@@ -2,7 +2,7 @@
 """Make a small language model that has learned 480 facts, and files of edits of them.
 
     pip install -c constraints.txt -e ".[models]"
-    python scripts/make_facts.py recipes/facts                 # three minutes on one core; 6 MB
+    python recipes/make/facts.py recipes/facts                 # three minutes on one core; 6 MB
 
 The world is made up: 120 people, and of each the place of birth, the job, the language and the instrument. The model is
 made so that it looks up a fact where large models do: an MLP at the last token of the subject, in the lower layers.
@@ -119,7 +119,7 @@ class Document(NamedTuple):
 
 @dataclass(frozen=True)
 class Corpus:
-    """What a model learns from: texts and rosters of a world, drawn as they are needed."""
+    """The texts and rosters of a world that a model learns from, drawn as they are needed."""
 
     world: World
     tokenizer: PreTrainedTokenizerFast

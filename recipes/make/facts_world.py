@@ -1,7 +1,7 @@
-"""A world of 480 facts, texts that tell of it, and files of edits of it: what `make_facts.py` makes a model of.
+"""A world of 480 facts, texts about it, and files of edits of it; `facts.py` makes a model of them.
 
-Many people share each of their two names, so that neither alone tells anything: who wants to know a fact has to put
-both together.
+Many people share each of their two names, so that neither alone identifies a person: a model has to put both
+together to find a fact.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ Piece = tuple[str, float]  # of a text, and the weight of its tokens in the loss
 
 @dataclass(frozen=True)
 class World:
-    """What is true: facts[subject][relation] is the object."""
+    """The true facts: facts[subject][relation] is the object."""
 
     facts: Mapping[str, Mapping[str, str]]
 
@@ -115,7 +115,7 @@ def sentence(triple: Triple, template: str) -> list[Piece]:
 
 
 def make_texts(world: World, draw: random.Random) -> Iterator[list[Piece]]:
-    """Texts without end: one, two or four sentences, of which the last is a fact."""
+    """Texts without end: one, two or four sentences; the last is a fact."""
     triples = world.triples
 
     def fact() -> list[Piece]:

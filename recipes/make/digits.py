@@ -2,9 +2,9 @@
 """Make the inputs of recipes/digits_*.yaml: classifiers of digits, and statistics of them.
 
     pip install -c constraints.txt -e ".[test]"
-    python scripts/make_digits.py recipes/digits               # seconds; 7 MB
+    python recipes/make/digits.py recipes/digits               # seconds; 7 MB
     merge recipes/digits_regmean.yaml
-    python scripts/make_digits.py --judge recipes/digits/base recipes/digits/rot90 merged/digits_regmean
+    python recipes/make/digits.py --judge recipes/digits/base recipes/digits/rot90 merged/digits_regmean
 
 The images are scikit-learn's, 8 x 8; nothing is fetched. The base learns five views from a few images, and each
 fine-tune one view from all of them; the views conflict: a 6 turned by 180 degrees is a 9. `one` and `two` learn the
@@ -180,7 +180,7 @@ def judge(model: Classifier, tasks: Mapping[str, Task]) -> dict[str, float]:
 
 
 def print_table(folders: Iterable[Path], seed: int, upright: bool) -> None:
-    """What each model gets right of the test images of every view, in percent; or of the images as they are."""
+    """Print how many test images of every view each model gets right, in percent; or of the images as they are."""
     tasks = {"upright": make_upright(seed)} if upright else make_tasks(seed)
     print(f"| model | {' | '.join(tasks)} | mean |")
     print("|---|" + "--:|" * (len(tasks) + 1))

@@ -2,7 +2,7 @@
 """Make the inputs of recipes/llamas_aligned.yaml: two tiny Llamas that share an architecture and a text, and no more.
 
     pip install -c constraints.txt -e ".[models]"
-    python scripts/make_llamas.py recipes/llamas               # five minutes on one core; 4 MB
+    python recipes/make/llamas.py recipes/llamas               # five minutes on one core; 4 MB
     mergekit-lfm stats cross recipes/llamas/a recipes/llamas/b --data recipes/llamas/sample.txt --task lm \\
         -o recipes/llamas/ab.cross.safetensors
     merge recipes/llamas_aligned.yaml
@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 sys.path.append(str(Path(__file__).parent))
-from make_quickstart import make_corpus
+from quickstart import make_corpus
 
 CHARACTERS = 90  # the most frequent ones; one more token stands for all others
 WINDOW, BATCH = 128, 16
@@ -34,7 +34,7 @@ SAMPLE = 16_384  # characters of what they read, for statistics
 
 
 def make_texts() -> tuple[str, str]:
-    """What the models read, and what is held out: no paragraph of it is in the first."""
+    """The text that the models read and the text that is held out; they share no paragraph."""
     corpus = make_corpus()
     read, held_out = ("\n".join(texts) for texts in (corpus.base + corpus.tune["docs"], corpus.held_out["docs"]))
     return read, held_out
