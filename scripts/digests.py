@@ -68,6 +68,12 @@ def command(*arguments: object, cwd: Path) -> None:
         raise SystemExit(f"{' '.join(run)} ended with {done.returncode}:\n{done.stderr}")
 
 
+def settle(file: Path) -> tuple[str, Path]:
+    """The file and its name, with a time of change that is the same in every run: locks hold the times of inputs."""
+    os.utime(file, (1_000_000_000, 1_000_000_000))
+    return file.name, file
+
+
 def recipes(inputs: Path, out: Path) -> Iterator[tuple[str, Path]]:
     """Merge every recipe whose inputs are there; names and output folders."""
     from mergekit_lfm import merge
@@ -88,10 +94,10 @@ def statistics(inputs: Path, out: Path) -> Iterator[tuple[str, Path]]:
         for kind in ("gram", "fisher"):
             file = out / f"{model}.{kind}.safetensors"
             command("stats", kind, inputs / "quickstart" / model, *text, "-o", file, cwd=out)
-            yield file.name, file
+            yield settle(file)
     file = out / "cross.safetensors"
     command("stats", "cross", inputs / "quickstart/docs", inputs / "quickstart/code", *text, "-o", file, cwd=out)
-    yield file.name, file
+    yield settle(file)
 
 
 def merges(inputs: Path, stats: Path, out: Path) -> Iterator[tuple[str, Path]]:
@@ -142,10 +148,11 @@ def artifacts(inputs: Path, out: Path) -> Iterator[tuple[str, Path]]:
         covariance = ("--stats", out / "base.gram.safetensors")
         command(
             *("edit", base, "--facts", known, "--method", method, "--layers", 1, *covariance, "--steps", 5),
-            *("-o", file, "--save", out / f"{method}_edited", "--no-verify"),
+            *("-o", file, "--no-verify"),
             cwd=out,
         )
-        yield file.name, file
+        yield settle(file)
+        command("patch", "apply", base, file, "-o", out / f"{method}_edited", "--no-verify", cwd=out)
         yield f"{method}_edited", out / f"{method}_edited"
 
 
