@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -164,12 +165,16 @@ def main() -> int:
     parser.add_argument("--compare", type=Path, help="an earlier such file")
     arguments = parser.parse_args()
     inputs, found = arguments.inputs.resolve(), dict[str, str]()
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder)
+    out = Path(tempfile.gettempdir()) / "mergekit_lfm_digests"  # the same in every run: plans count the paths of inputs
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir()
+    try:
         os.environ["XDG_CACHE_HOME"] = str(out / "cache")  # alignments and edits are made anew
         for part in (recipes(inputs, out / "recipes"), statistics(inputs, out), merges(inputs, out, out / "merges")):
             found |= {name: digest_of(path) for name, path in part}
         found |= {name: digest_of(path) for name, path in artifacts(inputs, out)}
+    finally:
+        shutil.rmtree(out)
     arguments.out.write_text(json.dumps(found, indent=1), encoding="utf-8")
     before = json.loads(arguments.compare.read_text(encoding="utf-8")) if arguments.compare else found
     differ = sorted(name for name in before.keys() | found.keys() if before.get(name) != found.get(name))
