@@ -1,1 +1,1 @@
-"""Carries a plan out: tasks, workers, and the documents beside the weights."""
+"""Carry a plan out: tasks, workers, and the documents beside the weights."""

@@ -1,7 +1,7 @@
 """One output tensor's inputs as blocks, and the driver of a method's solve.
 
 Inputs in memory and in files have the same blocks in the same order, so the results are the same. A GPU gets chunks of
-several blocks at once, as a single block is too little work for it.
+several blocks at once, because a single block is too little work for it.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class StoredBlock:
         return self.stored if self.stored_base is None else (*self.stored, self.stored_base)
 
     def at_home(self) -> StoredBlock:
-        """A copy in the processor's memory, for the reference implementation."""
+        """A copy in the processor's memory, for the eager reference."""
         base = None if self.stored_base is None else self.stored_base.cpu()
         return StoredBlock(tuple(x.cpu() for x in self.stored), base, self.start, self.dtype, run_eagerly, self.size)
 
@@ -107,9 +107,9 @@ def is_finite(x: torch.Tensor) -> bool:
 class Blocks:
     """The inputs of one tensor of `numel` elements, cut into blocks of `block`.
 
-    sources, base: readers of element ranges. dtype: that of the arithmetic. run: how elementwise functions are run.
-    gpu: the device that the readers read to, None for the processor's memory. It gets chunks of `at_once` blocks, a
-    divisor of SEGMENT.
+    sources, base: readers of element ranges. dtype: that of the arithmetic. run: runs elementwise functions. gpu: the
+    device that the readers read to, None for the processor's memory. It gets chunks of `at_once` blocks, a divisor of
+    SEGMENT.
     """
 
     sources: Sequence[ReadRange]
@@ -143,7 +143,7 @@ class Blocks:
         return StoredBlock(stored, base, start, self.dtype, self.run, self.block, flag)
 
     def part(self, request: Reduction, segment: int) -> Any:
-        """The part of one segment, its blocks added in order; None if the request visits none of them."""
+        """One segment's part of the reduction, its blocks added in order; None if the request visits no block."""
         return add_parts(request, self._parts(request, segment))
 
     def _parts(self, request: Reduction, segment: int) -> Iterator[Any]:
@@ -153,12 +153,12 @@ class Blocks:
             if self.gpu is None:
                 yield from (request.block(self.load(j)) for j in wanted)
             elif len(wanted) == len(chunk):
-                yield from self._of_chunk(request, self.load(i))
+                yield from self._reduce_chunk(request, self.load(i))
             else:
-                alone = replace(self, at_once=1)
-                yield from (part for j in wanted for part in self._of_chunk(request, alone.load(j)))
+                single = replace(self, at_once=1)
+                yield from (part for j in wanted for part in self._reduce_chunk(request, single.load(j)))
 
-    def _of_chunk(self, request: Reduction, chunk: StoredBlock) -> list[Any]:
+    def _reduce_chunk(self, request: Reduction, chunk: StoredBlock) -> list[Any]:
         """The parts of a chunk, moved to the CPU, which adds them in the same order for any size of chunks."""
         with default_device(chunk.device):
             parts = request.chunk(chunk)
@@ -175,7 +175,7 @@ def add_parts(request: Reduction, parts: Iterator[Any]) -> Any:
 
 
 def add_in_order(request: Reduction, parts: Iterable[tuple[int, Any]]) -> Any:
-    """Add the parts of (index, part) that are not None by index, as soon as possible, whatever order they come in."""
+    """Add the parts of (index, part) that are not None in the order of their indices, each as soon as possible."""
     total, turn, pending = None, 0, dict[int, Any]()
     for index, part in parts:
         pending[index] = part

@@ -1,7 +1,7 @@
-"""What goes beside the weights: index, config, tokenizer files, model card, and the lock, which says how it came about.
+"""The files beside the weights: index, config, tokenizer files, model card, and the lock.
 
 The lock (merge.lock.json) holds the normalised recipe, the identity of every input, versions, and per tensor the method
-and the xxh3-128 of its bytes: enough to verify the output, and to see what it was made of. It has no time of day and no
+and the xxh3-128 of its bytes: enough to verify the output and to see how it was made. It has no time of day and no
 absolute path, so that the same merge gives the same lock.
 """
 
@@ -43,7 +43,7 @@ def documents(plan: Plan, receipts: Mapping[tuple[str, int], Receipt]) -> dict[s
 
 
 def _without_paths(raw: bytes) -> bytes:
-    """A file less the folder of this machine in which transformers once found its model, as it notes in its configs."""
+    """A JSON file without the folder on some machine that transformers records as the model's; else the same bytes."""
     if b'name_or_path"' not in raw:
         return raw
     try:
@@ -63,10 +63,10 @@ def _json(data: Any) -> bytes:
 
 
 def _config(raw: bytes, plan: Plan) -> bytes:
-    """The template's config with the dtype that most output tensors have; its bytes where nothing changes.
+    """The template's config with the dtype that most output tensors have; its own bytes if that changes nothing.
 
-    In a part of the config, such as text_config, the dtype is replaced where it was that of the whole; and in all
-    parts where all output tensors have one dtype.
+    In a part of the config, such as text_config, the dtype is replaced if it was that of the whole, or if all output
+    tensors have one dtype.
     """
     floats = Counter(job.dtype for job in plan.tensors if job.dtype in FLOATS)
     if not floats:
@@ -84,7 +84,7 @@ def _config(raw: bytes, plan: Plan) -> bytes:
 
 
 def _parts(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """A config and all in it that describe parts of the model."""
+    """A config and all configs inside it that describe parts of the model."""
     yield config
     for key, value in list(config.items()):
         if isinstance(value, dict) and key not in QUANTISATION_KEYS:
@@ -102,9 +102,9 @@ def _index(plan: Plan) -> bytes:
 
 
 def names_of(plan: Plan) -> dict[str, str]:
-    """The `public_names` of a plan's models and statistics files; of a model on the Hub its name and commit."""
-    held = zip(plan.labels, plan.models, strict=True)
-    return public_names(plan.source_labels) | {label: str(m.snapshot) for label, m in held if m.snapshot is not None}
+    """The `public_names` of a plan's models and statistics files; for a model on the Hub its name and commit."""
+    models = zip(plan.labels, plan.models, strict=True)
+    return public_names(plan.source_labels) | {label: str(m.snapshot) for label, m in models if m.snapshot is not None}
 
 
 def _public_recipe(plan: Plan) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def _public_recipe(plan: Plan) -> dict[str, Any]:
 
 
 def _public_edits(edits: list[str | dict[str, Any]]) -> list[str | dict[str, Any]]:
-    """What a recipe says of edits without the folders of this machine."""
+    """A recipe's `edits` without the folders of this machine."""
     files = ("facts", "stats")
     return [
         _last_name(edit)
@@ -150,7 +150,7 @@ def _lock(plan: Plan, receipts: Mapping[tuple[str, int], Receipt], files: Mappin
     names = names_of(plan)
     shards = {spec.name: shard.name for shard in plan.shards for spec in shard.tensors}
     digests = {job.name: [receipts[job.name, s] for s in range(job.segments)] for job in plan.tensors}
-    nonfinite = sorted({where for held in digests.values() for receipt in held for where in receipt.nonfinite})
+    nonfinite = sorted({where for segments in digests.values() for receipt in segments for where in receipt.nonfinite})
     return _json(
         {
             "format": 1,
@@ -163,12 +163,12 @@ def _lock(plan: Plan, receipts: Mapping[tuple[str, int], Receipt], files: Mappin
             ],
             "statistics": [
                 {
-                    "statistics": names[given.ref],
-                    "kind": held.facts.kind,
-                    "data": held.facts.data,
-                    "files": held.tensors.identity,
+                    "statistics": names[file.ref],
+                    "kind": statistics.facts.kind,
+                    "data": statistics.facts.data,
+                    "files": statistics.tensors.identity,
                 }
-                for given, held in zip(plan.recipe.statistics, plan.statistics, strict=True)
+                for file, statistics in zip(plan.recipe.statistics, plan.statistics, strict=True)
             ],
             "tensors": {
                 job.name: {
@@ -189,7 +189,7 @@ def _lock(plan: Plan, receipts: Mapping[tuple[str, int], Receipt], files: Mappin
 
 
 def _card(plan: Plan) -> str:
-    """The model card: a front matter as the Hub reads it, the sources, the recipe."""
+    """The model card: a front matter for the Hub, the sources, the recipe."""
     method, names = plan.recipe.method, names_of(plan)
     base = plan.recipe.base
     recipe = _public_recipe(plan)
@@ -200,7 +200,7 @@ def _card(plan: Plan) -> str:
         method=f"`{method.name}` ({method.source})",
         numbers=f"{len(plan.tensors)} tensors, {sum(job.spec.numel for job in plan.tensors):,} numbers, {dtypes}",
         models={names[label]: " (base)" if base and label == base.label else "" for label in plan.labels},
-        licenses={names[label]: held for label, held in zip(plan.labels, plan.licenses, strict=True)},
+        licenses={names[label]: entries for label, entries in zip(plan.labels, plan.licenses, strict=True)},
         repos=list(dict.fromkeys(model.snapshot.repo for model in plan.models if model.snapshot is not None)),
         library="sentence-transformers" if any(file.name == "modules.json" for file in plan.files) else "transformers",
         recipe=yaml.safe_dump(recipe, sort_keys=False),

@@ -1,8 +1,8 @@
-"""Carries out a plan: reads blocks, merges, writes segments, with a pool of threads and within a budget of memory.
+"""Carry a plan out: read blocks, merge, write segments, with a pool of threads and within a budget of memory.
 
-A tensor whose method needs no sums is worked on by segments; one that needs sums and fits a worker's share of the
-budget is read once and done by one worker; a larger one, or a whole model, takes several passes that all workers
-share. The bytes are the same in each case: sums run over constant blocks in a constant order.
+A tensor whose method needs no sums is merged segment by segment. One that needs sums and fits a worker's share of the
+budget is read once, by one worker. A larger one, or a whole model, takes several passes that all workers share. The
+bytes are the same in each case: sums run over constant blocks in a constant order.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from mergekit_lfm.plan.statistics import LinearGroup
 
 @dataclass(frozen=True, slots=True)
 class Execution:
-    """What `execute` did. resumed_bytes: written by an earlier, interrupted run. findings: one line each."""
+    """The outcome of `execute`. resumed_bytes: written by an earlier, interrupted run. findings: one line each."""
 
     already_there: bool = False
     resumed_bytes: int = 0
@@ -54,26 +54,26 @@ def execute(
     gpu: Accelerator | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Execution:
-    """Write the merged checkpoint to the folder `out`, or complete what an interrupted run of the same plan left.
+    """Write the merged checkpoint to the folder `out`, or complete the output of an interrupted run of the same plan.
 
     The plan is ready: its downloads, alignments and edits are made. memory: bytes that the engine may hold. compile:
-    whether elementwise functions are compiled to machine code, "auto" where the merge is large enough to repay it; the
-    bytes are the same. gpu: where arithmetic runs instead of on the processor; docs/gpu.md says what that changes of
-    the bytes. progress is called with each number of bytes newly written. OUT appears only when it is complete.
+    "auto" compiles elementwise functions to machine code if the merge is large enough to repay it; the bytes are the
+    same. gpu: the device for the arithmetic instead of the processor; docs/gpu.md says which bytes that changes.
+    progress is called with each number of bytes newly written. OUT appears only when it is complete.
 
     Raises PlanError before anything is written if the plan is not ready, or if `out`, the memory or the disk do not
-    allow it; FormatError if an input turns out to hold NaN or infinity (`nan="error"`).
+    allow it; FormatError if an input or the result holds NaN or infinity (`nan="error"`).
     """
-    place = out.resolve()
-    if _already_there(plan, place, overwrite=overwrite, resume=resume, nan=nan):
+    folder = out.resolve()
+    if _already_there(plan, folder, overwrite=overwrite, resume=resume, nan=nan):
         return Execution(already_there=True)
-    if resume and finish(plan.digest, place):
+    if resume and finish(plan.digest, folder):
         return Execution(resumed_bytes=plan.bytes_written)
     budget = memory or default_memory()
-    count = _check(plan, place, budget, threads, gpu)
+    count = _check(plan, folder, budget, threads, gpu)
     keep_freed_memory()
     allow_many_files()
-    with Output(plan.digest, plan.shards, place, resume) as output, _kernels(plan, compile, count, gpu) as kernels:
+    with Output(plan.digest, plan.shards, folder, resume) as output, _kernels(plan, compile, count, gpu) as kernels:
         names = names_of(plan)
         run = Worker(
             plan,
@@ -88,7 +88,7 @@ def execute(
         )
         resumed = run.take_over()
         try:
-            with _telling_of_room(), thread_pool(count, run.stop) as executor:
+            with _explain_full_gpu(), thread_pool(count, run.stop) as executor:
                 _carry_out(run, executor)
         finally:
             output.flush()
@@ -98,11 +98,11 @@ def execute(
 
 
 def _findings(plan: Plan, output: Output) -> Iterator[str]:
-    """What a user has to know of a merge that was done all the same."""
+    """The warnings about a merge that was completed."""
     for where in sorted({where for receipt in output.done.values() for where in receipt.nonfinite}):
         yield f"{where} holds NaN or infinity"
     for label in plan.unlisted:
-        yield f"{label}: offline, only those of its files that are in the cache count"
+        yield f"{label}: offline, so only its files in the cache were used"
 
 
 def _kernels(plan: Plan, compile: Mode, threads: int, gpu: Accelerator | None) -> Kernels | GpuKernels:
@@ -113,16 +113,16 @@ def _kernels(plan: Plan, compile: Mode, threads: int, gpu: Accelerator | None) -
 
 
 @contextmanager
-def _telling_of_room() -> Iterator[None]:
-    """PlanError where a GPU's memory is taken by others after it was found to suffice."""
+def _explain_full_gpu() -> Iterator[None]:
+    """Raise PlanError if other processes take the GPU's memory after it was found to suffice."""
     try:
         yield
-    except RuntimeError as error:  # of torch, its libraries and Triton, which have no class for it in common
+    except RuntimeError as error:  # torch, its libraries and Triton have no common class for it
         if not any(sign in str(error) for sign in ("out of memory", "ALLOC_FAILED", "NOT_INITIALIZED")):
             raise
         raise PlanError(
-            f"the GPU has no memory left, or the host none to pin ({reason(error)}): others have taken it since the "
-            "merge began. End them, lower --threads, or use --device cpu; the same command goes on from what is done"
+            f"the GPU has no memory left, or the host has none to pin ({reason(error)}): other processes have taken it "
+            "since the merge began. End them, lower --threads, or use --device cpu; the same command then resumes"
         ) from None
 
 
@@ -152,7 +152,7 @@ def _check(plan: Plan, place: Path, budget: int, threads: int | None, gpu: Accel
 
 
 def _carry_out(run: Worker, executor: Executor) -> None:
-    """First all tasks that need no barrier, heavy ones first, then in file order; then what takes several passes."""
+    """Run first all tasks that need no barrier, heavy ones first, then in file order; then those in several passes."""
     plan = run.plan
     alone: list[Work] = []
     if run.gpu is not None and plan.linears:
@@ -208,20 +208,20 @@ def _in_passes(run: Worker, executor: Executor, jobs: Sequence[Job]) -> None:
 
 
 def _no_sums(_: Reduction) -> Any:
-    raise AssertionError("the plan says that this solve asks for nothing")
+    raise AssertionError("the plan says that this solve asks for no reduction")
 
 
 def check_copies(plan: Plan) -> None:
-    """Tensors that are copied must be the same in all models. They are compared before anything is written."""
-    wrong = [
+    """Raise PlanError if a tensor that is copied differs between models. Compares them before anything is written."""
+    problems = [
         f"{job.spec} differs between {plan.labels[job.sources[0][0]]} and {plan.labels[model]}"
         for job in plan.tensors
         if job.copied
         for model, name in job.sources[1:]
         if not _same_bytes(plan, job.sources[0], (model, name), job.nbytes)
     ]
-    if wrong:
-        raise PlanError("tensors that are not floating are copied, so they must be equal:\n  " + "\n  ".join(wrong))
+    if problems:
+        raise PlanError("tensors that are not floating are copied, so they must be equal:\n  " + "\n  ".join(problems))
 
 
 def _same_bytes(plan: Plan, one: tuple[int, str], other: tuple[int, str], nbytes: int) -> bool:

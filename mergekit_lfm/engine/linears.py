@@ -1,6 +1,6 @@
 """Linear layers as matrices, read from checkpoints and statistics files by rows, or held in memory.
 
-Matrices are on torch's default device, wherever they were read into memory.
+Matrices are on torch's default device, whichever memory they were read into.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ ReadTensor = Callable[[TensorRef, int, int], torch.Tensor]  # a tensor's element
 class StoredLinear:
     """A `Linears` that is read on demand. The bias is the matrices' last column.
 
-    weights, biases, grams: those of every input; biases is () for a layer without one. axis: the weights' axis along
-    which the inputs run: 1 for [outputs, inputs], 0 for [inputs, outputs].
+    weights, biases, grams: one for each input model; biases is () for a layer without one. axis: the weights' axis of
+    inputs: 1 for [outputs, inputs], 0 for [inputs, outputs].
     """
 
     read: ReadTensor

@@ -1,4 +1,4 @@
-"""Executors: the engine only needs an unordered map over tasks. Here, by threads."""
+"""Executors: the engine only needs an unordered map over tasks. This one uses threads."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Executor(Protocol):
 
 
 class Stopped(Exception):
-    """Another worker failed, or the user interrupted: this one stops at its next block."""
+    """Another worker failed, or the user interrupted: this worker stops at its next block."""
 
 
 @contextmanager

@@ -37,7 +37,7 @@ HOST = torch.device("cpu")
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What one worker does without waiting: all segments of a job that needs sums, or some of one that does not."""
+    """One worker's task, done without waiting: all segments of a job that needs sums, or some of one that does not."""
 
     job: Job
     segments: tuple[int, ...]
@@ -47,7 +47,7 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class LinearWork:
-    """What one worker does without waiting: linear layers that are solved together, all but what is written already."""
+    """One worker's task, done without waiting: linear layers that are solved together. missing: segments to write."""
 
     group: LinearGroup
     missing: Mapping[str, tuple[int, ...]]
@@ -77,22 +77,22 @@ class Worker:
         """The job's inputs, read from the files block by block or held in memory: the processor's, or the GPU's."""
         ranges = at_once = 1
         if self.gpu is not None:
-            ranges = at_once = self._fitting(job, min(self.share - self.budget.views(job), self.device_share))
-            if resident:  # of a chunk there only the result is in the host's memory, pinned and rounded up
+            ranges = at_once = self._count_blocks(job, min(self.share - self.budget.views(job), self.device_share))
+            if resident:  # then the host's memory holds only a chunk's result, pinned and rounded up
                 result = job.block * ITEMSIZE[job.dtype]
-                at_once = self._fitting(job, self.device_share, min(SEGMENT, self.share // (4 * result)))
-        readers = {source: self._reader(source, job.block * ranges, resident) for source in job.read}
+                at_once = self._count_blocks(job, self.device_share, min(SEGMENT, self.share // (4 * result)))
+        readers = {source: self._make_reader(source, job.block * ranges, resident) for source in job.read}
         base = readers[job.base] if job.base else None
         sources = [readers[source] for source in job.sources + job.statistics]
         dtype = getattr(torch, job.compute)
         return Blocks(sources, base, job.spec.numel, job.block, dtype, self.kernels, self.gpu, at_once)
 
-    def _fitting(self, job: Job, nbytes: int, most: int = CHUNK) -> int:
-        """How many blocks of a job are worked on at once in so many bytes: a divisor of SEGMENT."""
+    def _count_blocks(self, job: Job, nbytes: int, most: int = CHUNK) -> int:
+        """Blocks per chunk that fit in `nbytes`, at most `most`: a power of two that divides SEGMENT."""
         return 1 << (max(1, min(most, nbytes // max(1, self.budget.working(job)))).bit_length() - 1)
 
-    def _reader(self, source: tuple[int, str], most: int, resident: bool) -> ReadRange:
-        """Reads ranges of up to `most` elements: into memory that the next call may overwrite, or once the whole."""
+    def _make_reader(self, source: tuple[int, str], most: int, resident: bool) -> ReadRange:
+        """A reader of ranges of up to `most` elements, which the next call may overwrite; resident: reads all once."""
         model, name = self.plan.sources[source[0]], source[1]
         numel, dtype = model[name].numel, getattr(torch, model[name].dtype)
         buffer = torch.empty(0 if resident or self.gpu else min(most, numel), dtype=dtype)
@@ -112,7 +112,7 @@ class Worker:
             whole = torch.empty(numel, dtype=dtype, device=self.gpu.device)
             for number, start in enumerate(range(0, numel, most)):
                 read(start, min(numel, start + most), whole[start : start + most])
-                if number % 2:  # one range is read while another is copied, and no more of them is pinned
+                if number % 2:  # one range is read while another is copied; no more than two are pinned
                     self.gpu.settle()
         return lambda start, stop: whole[start:stop]
 
@@ -121,7 +121,10 @@ class Worker:
         return tuple(s for s in range(job.segments) if (job.name, s) not in self.output.done)
 
     def take_over(self) -> int:
-        """The bytes that an earlier run has written, of which the progress is told; its findings are this run's."""
+        """Adopt an interrupted run's receipts, report its bytes to the progress, and return how many it had written.
+
+        Raises FormatError if a receipt names NaN or infinity and this run does not accept them.
+        """
         for receipt in self.output.done.values():
             for where in receipt.nonfinite:
                 self._not_finite(where)
@@ -131,12 +134,12 @@ class Worker:
         return done
 
     def do(self, work: Work | LinearWork) -> None:
-        """Merge or copy the segments of `work`, write them, and note the receipts."""
+        """Merge or copy the segments of `work`, write them, and record the receipts."""
         with self._working():
             self._do(work)
 
     def _working(self) -> AbstractContextManager[None]:
-        """Within, a worker computes on the GPU, if there is one."""
+        """Context in which a worker computes on the GPU, if the merge uses one."""
         return nullcontext() if self.gpu is None else self.gpu.working()
 
     def _do(self, work: Work | LinearWork) -> None:
@@ -168,7 +171,7 @@ class Worker:
                 merged = next(merging)
             for part in (part for part in layer.parts(merged) if part is not None):
                 job = next(waiting)
-                tensor = self._finished(job, 0, part)
+                tensor = self._finish(job, 0, part)
                 if not is_finite(tensor) and not bad:
                     bad.add(self._not_finite(f"{job.name} of the output"))
                 for segment in work.missing[job.name]:
@@ -180,7 +183,7 @@ class Worker:
                     self.output.record(Receipt(job.name, segment, digest, tuple(sorted(bad))), len(data))
 
     def _linear(self, group: LinearGroup, layer: LinearJob, bad: set[str]) -> StoredLinear:
-        """A layer whose parts are read from the files; what of them is not finite is added to `bad`."""
+        """A layer whose tensors are read from the files on demand; adds the names of those not finite to `bad`."""
         weight = self.plan.tensors[layer.weight]
 
         def read(source: TensorRef, start: int, stop: int) -> torch.Tensor:
@@ -208,24 +211,24 @@ class Worker:
             return self.blocks(job).part(request, segment)
 
     def _result(self, job: Job, block: StoredBlock, coefficients: Coefficients) -> torch.Tensor:
-        """The merged block, with what edits add to it, in the output's dtype."""
-        method, exact = METHODS[job.method], job.added is not None
-        merged = apply_to(block, method, coefficients, getattr(torch, job.compute if exact else job.dtype))
-        return self._finished(job, block.start, merged) if exact else merged
+        """The merged block plus the edits' changes, in the output's dtype."""
+        method, edited = METHODS[job.method], job.added is not None
+        merged = apply_to(block, method, coefficients, getattr(torch, job.compute if edited else job.dtype))
+        return self._finish(job, block.start, merged) if edited else merged
 
-    def _finished(self, job: Job, start: int, merged: torch.Tensor) -> torch.Tensor:
-        """Elements from `start` on, with what edits add to them, in the output's dtype and the processor's memory."""
+    def _finish(self, job: Job, start: int, merged: torch.Tensor) -> torch.Tensor:
+        """Elements from `start` on plus the edits' changes, in the output's dtype and the processor's memory."""
         dtype = getattr(torch, job.dtype)
         if job.added is None:
-            return self._home(round_once(merged, dtype))
-        return round_once(self._home(merged).double() + self._added(job, start, start + len(merged)), dtype)
+            return self._to_host(round_once(merged, dtype))
+        return round_once(self._to_host(merged).double() + self._read_changes(job, start, start + len(merged)), dtype)
 
-    def _home(self, x: torch.Tensor) -> torch.Tensor:
+    def _to_host(self, x: torch.Tensor) -> torch.Tensor:
         """x in the processor's memory."""
         return x if self.gpu is None or x.is_cpu else self.gpu.down(x)
 
-    def _added(self, job: Job, start: int, stop: int) -> torch.Tensor:
-        """What edits add to elements start .. stop of the result, float64."""
+    def _read_changes(self, job: Job, start: int, stop: int) -> torch.Tensor:
+        """The edits' changes to elements start .. stop of the result, float64."""
         assert job.added is not None
         source, name = job.added
         return self.plan.sources[source].read(name, start, stop)
@@ -246,7 +249,7 @@ class Worker:
                 results = [self._result(job, part, coefficients) for part in parts]
                 bad = bad.union(*(self._check(job, *pair) for pair in zip(parts, results, strict=True)))
                 merged = torch.cat(results)
-            data = bytes_of(self._home(merged))
+            data = bytes_of(self._to_host(merged))
             self.output.write(job.name, block.start * size, data)
             digest.update(data)
             nbytes += len(data)
@@ -254,7 +257,7 @@ class Worker:
         self.output.record(Receipt(job.name, segment, digest.hexdigest(), tuple(sorted(bad))), nbytes)
 
     def _copy(self, job: Job, segment: int) -> None:
-        """Copy a segment of the first source, in the kernel where it lies in a file as it is."""
+        """Copy a segment of the first source; in the kernel if it is a byte range of a file."""
         model, name = job.sources[0]
         checkpoint, size = self.plan.models[model], ITEMSIZE[job.dtype]
         file = checkpoint.file_of(name)
@@ -279,7 +282,7 @@ class Worker:
         self.output.record(Receipt(job.name, segment, digest.hexdigest(), tuple(sorted(bad))), last - first)
 
     def _check(self, job: Job, block: StoredBlock, merged: torch.Tensor) -> set[str]:
-        """What in a block is not finite: of the inputs, else of the result."""
+        """The names of the tensors of a block that are not finite: the inputs, else the output."""
         if block.sound(merged):
             return set()
         inputs = [

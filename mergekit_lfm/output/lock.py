@@ -1,4 +1,4 @@
-"""The lock of an output, merge.lock.json: read, and compared with the folder that it vouches for."""
+"""The lock of an output, merge.lock.json: read it, and compare it with its folder."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from mergekit_lfm.store.tensors import ITEMSIZE, TensorSpec
 
 
 def verify(out: Path, progress: Callable[[int], None] | None = None) -> list[str]:
-    """What differs between the output folder and its lock, one line each; nothing where all is as it was written.
+    """The differences between the output folder and its lock, one line each; [] if all is as it was written.
 
-    Re-reads every byte. progress is called with each number of bytes read. FormatError where there is no whole lock.
+    Re-reads every byte. progress is called with each number of bytes read. Raises FormatError without a whole lock.
     """
     files, tensors = _locked(out)
     problems = [
@@ -34,14 +34,14 @@ def verify(out: Path, progress: Callable[[int], None] | None = None) -> list[str
         if name not in checkpoint:
             problems.append(f"{name} is missing")
         elif checkpoint[name] != spec:
-            problems.append(f"{checkpoint[name]} is there, the lock says {spec}")
-        elif not _as_locked(checkpoint, name, digests, segment, progress or (lambda _: None)):
+            problems.append(f"found {checkpoint[name]}, the lock says {spec}")
+        elif not _has_digests(checkpoint, name, digests, segment, progress or (lambda _: None)):
             problems.append(f"{name} was changed")
     return problems
 
 
 def covered(out: Path) -> set[str]:
-    """The names of all files that the lock in a folder vouches for, itself among them. FormatError without one."""
+    """The names of all files that a folder's lock covers, and its own. Raises FormatError without a whole lock."""
     _locked(out)
     lock = lock_of(out)
     return {LOCK, *lock["files"], *(str(entry["file"]) for entry in lock["tensors"].values())}
@@ -51,10 +51,10 @@ Locked = tuple[TensorSpec, int | None, list[str]]  # a tensor, the elements of a
 
 
 def _locked(out: Path) -> tuple[dict[str, str], dict[str, Locked]]:
-    """What the lock says about the other files, each with its digest, and about the tensors."""
+    """The lock's entries: the digests of the other files, and the tensors."""
     lock = lock_of(out)
     if lock.get("format") != 1:
-        raise FormatError(f"{out} has no {LOCK} of format 1: it is no output of `merge`, or of another version")
+        raise FormatError(f"{out} has no {LOCK} of format 1: it is not an output of `merge`, or of another version")
     try:
         segments = {name: int(numel) for name, numel in lock["segments"].items()}
         tensors = {
@@ -69,10 +69,10 @@ def _locked(out: Path) -> tuple[dict[str, str], dict[str, Locked]]:
         ) from None
 
 
-def _as_locked(
+def _has_digests(
     checkpoint: Checkpoint, name: str, digests: list[str], segment: int | None, progress: Callable[[int], None]
 ) -> bool:
-    """Whether the tensor's bytes have the digests, one for each segment of so many elements."""
+    """True if the tensor's bytes have these digests, one for each segment of `segment` elements."""
     spec, file = checkpoint[name], checkpoint.file_of(name)
     step = max(1, spec.nbytes if segment is None else segment * ITEMSIZE[spec.dtype])
     starts = range(0, max(1, spec.nbytes), step)
@@ -80,13 +80,13 @@ def _as_locked(
         return False
     buffer = memoryview(bytearray(min(1 << 20, spec.nbytes)))
     for start, digest in zip(starts, digests, strict=True):
-        found, end = xxhash.xxh3_128(), min(spec.nbytes, start + step)
+        actual, end = xxhash.xxh3_128(), min(spec.nbytes, start + step)
         for at in range(start, end, len(buffer) or 1):
-            part = buffer[: min(len(buffer), end - at)]
-            file.read_into(name, at, part)
-            found.update(part)
-            progress(len(part))
-        if found.hexdigest() != digest:
+            data = buffer[: min(len(buffer), end - at)]
+            file.read_into(name, at, data)
+            actual.update(data)
+            progress(len(data))
+        if actual.hexdigest() != digest:
             return False
     return True
 
@@ -95,7 +95,7 @@ LOCK = "merge.lock.json"
 
 
 def lock_of(folder: Path) -> dict[str, Any]:
-    """The lock of a finished output, or {} where there is none that can be read."""
+    """The lock of a finished output, {} without a readable one."""
     try:
         lock = json.loads((folder / LOCK).read_text(encoding="utf-8"))
     except (OSError, ValueError):

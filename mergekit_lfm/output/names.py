@@ -1,4 +1,4 @@
-"""What an output calls the models that it is made of: no folder of this machine."""
+"""The names that an output's documents give to its inputs, without the folders of this machine."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import PurePath
 
 
 def public_names(labels: Iterable[str]) -> dict[str, str]:
-    """What an output calls each model, by its label in the plan: without the folders of this machine.
+    """The name of each input in an output's documents, by its label in the plan, without the folders of this machine.
 
-    That is the label, or the name alone where it is an absolute path or leads through a parent folder; equal names are
-    numbered ("final", "final-2").
+    That is the label, or only its last component if it is an absolute path or leads through a parent folder; equal
+    names are numbered ("final", "final-2").
     """
     last = {label: _last_name(label) for label in labels}
     taken = set(last.values())

@@ -1,7 +1,7 @@
-"""A checkpoint, or a view of one, saved as a folder of its own: complete, or not there.
+"""Save a checkpoint, or a view of one, as a folder of its own: complete, or not there.
 
-It is written as OUT.partial, which becomes OUT with one rename. A run that was killed leaves OUT.partial at most; the
-next one starts over.
+It is written as OUT.partial, which becomes OUT with one rename. A killed run leaves OUT.partial at most; the next one
+starts over.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from mergekit_lfm.store.tensors import TensorSpec, name_file, write_exactly
 if TYPE_CHECKING:
     from torch import Tensor
 
-MARK = "saving.unfinished"  # in OUT.partial while it is one of ours
-COPIED_AT_ONCE = 1 << 22  # elements that are copied at a time
+MARK = "saving.unfinished"  # the file that marks OUT.partial as ours
+COPIED_AT_ONCE = 1 << 22  # elements
 
 
 def check_out(out: Path, inputs: Mapping[str, Path], *, overwrite: bool) -> None:
@@ -37,7 +37,7 @@ def check_out(out: Path, inputs: Mapping[str, Path], *, overwrite: bool) -> None
     check_folder(out, inputs, overwrite=overwrite)
     partial = partial_of(out)
     if has_files(partial) and not (partial / MARK).exists():
-        raise PlanError(f"{partial} exists and is nothing unfinished of ours; move it away")
+        raise PlanError(f"{partial} exists and is not the unfinished output of an earlier run; move it away")
 
 
 def save_checkpoint(
@@ -45,9 +45,9 @@ def save_checkpoint(
 ) -> None:
     """Write the checkpoint's tensors, those in `changed` in place of its own, and the other files of its folder.
 
-    Dtypes, shards and order are the checkpoint's; changed tensors have its shapes. documents: more files, by name. Of
-    the folder's files all that `sidecars_of` names come along, and the model card; a merge's lock does not, since it
-    vouches for other bytes. Replaces OUT: `check_out` before.
+    Dtypes, shards and order are the checkpoint's; changed tensors have its shapes. documents: more files, by name.
+    Copies the folder's files that `sidecars_of` names and its model card, but not a merge's lock, which is about other
+    bytes. Replaces OUT: call `check_out` first.
     """
     folder = checkpoint.path
     with _partial(out) as partial:
@@ -67,13 +67,14 @@ def save_checkpoint(
 
 
 def _index(checkpoint: Checkpoint, shards: tuple[Shard, ...]) -> bytes:
-    homes = {spec.name: shard.name for shard in shards for spec in shard.tensors}
-    return (json.dumps({"metadata": {"total_size": checkpoint.nbytes}, "weight_map": homes}, indent=2) + "\n").encode()
+    weight_map = {spec.name: shard.name for shard in shards for spec in shard.tensors}
+    index = {"metadata": {"total_size": checkpoint.nbytes}, "weight_map": weight_map}
+    return (json.dumps(index, indent=2) + "\n").encode()
 
 
 @contextmanager
 def _partial(out: Path) -> Iterator[Path]:
-    """OUT.partial, empty but for its mark; OUT afterwards, or nothing where there was an exception."""
+    """OUT.partial, empty except for its mark; it becomes OUT afterwards, or is removed after an exception."""
     partial = partial_of(out)
     partial.mkdir(parents=True, exist_ok=True)
     fd = lock_folder(partial)

@@ -1,9 +1,10 @@
 """The output folder: written in place and in any order, safe against a crash at any moment, readable only when whole.
 
 OUT.partial holds shards at full size whose header length is 0xFF, so that every loader refuses them, and a journal: the
-plan's digest, then one line per segment, written after the data that it vouches for are synced. Publishing writes the
-header lengths, then config and the like, the lock last, removes the journal, and renames OUT.partial to OUT. A lock in
-OUT.partial so means: complete. `--overwrite` moves OUT into OUT.partial before the rename, and deletes it afterwards.
+plan's digest, then one line per segment, written after the segment's data are synced. Publishing writes the header
+lengths, then the other files, the lock last, removes the journal, and renames OUT.partial to OUT. So a lock in
+OUT.partial means that it is complete. `--overwrite` moves OUT into OUT.partial before the rename, and deletes it
+afterwards.
 """
 
 from __future__ import annotations
@@ -27,15 +28,14 @@ from mergekit_lfm.store.places import check_apart, check_kind, has_files, partia
 from mergekit_lfm.store.tensors import UNFINISHED, name_file, write_exactly
 
 JOURNAL = "merge.journal"
-REPLACED = "merge.replaced"  # what --overwrite replaced, while it is not yet deleted
-# Sync and vouch for about so many bytes at a time: syncing every tensor would cost more than merging.
-SYNC_BYTES = 256 << 20
-Policy = Literal["error", "warn"]  # what NaN or infinity leads to
+REPLACED = "merge.replaced"  # the folder that --overwrite replaced, until it is deleted
+SYNC_BYTES = 256 << 20  # about so many are synced and journalled at a time: syncing each tensor costs more than merging
+Policy = Literal["error", "warn"]  # on NaN or infinity
 
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """What a task vouches for: the xxh3-128 of a segment's bytes, and which tensors in it were not finite."""
+    """The record of a written segment: the xxh3-128 of its bytes, and the names of the tensors that were not finite."""
 
     tensor: str
     segment: int
@@ -55,7 +55,7 @@ def already_there(
 ) -> bool:
     """True if OUT holds the output of the plan with this digest and these shards. rebuild: write it in any case.
 
-    inputs: what is read, by label. Raises PlanError if OUT must not be written.
+    inputs: the paths that are read, by label. Raises PlanError if OUT must not be written.
     """
     check_apart(out, inputs)
     _undo(digest, out)
@@ -67,22 +67,23 @@ def already_there(
     if lock.get("plan") == digest and whole and not rebuild:
         if lock.get("nonfinite") and nan == "error":
             raise PlanError(
-                f"{out} is there, but made with --nan warn: {lock['nonfinite'][0]} is not finite; choose that"
+                f"{out} exists, but was made with --nan warn: {lock['nonfinite'][0]} is not finite; use --nan warn "
+                "again, or another output"
             )
         clear_replaced(out)
         return True
     if not overwrite:
-        what = "is damaged" if lock.get("plan") == digest else "is not the output of this merge"
-        raise PlanError(f"{out} exists and {what}; choose another output, or use --overwrite")
+        problem = "is damaged" if lock.get("plan") == digest else "is not the output of this merge"
+        raise PlanError(f"{out} exists and {problem}; choose another output, or use --overwrite")
     return False
 
 
 def _undo(digest: str, out: Path) -> None:
-    """Undo the first of the last steps of another run with --overwrite that was killed between them."""
-    held = partial_of(out) / REPLACED
-    if held.exists() and not out.exists() and not is_complete(digest, out):
+    """Move OUT back if a run of another plan with --overwrite was killed after it had moved OUT away."""
+    replaced = partial_of(out) / REPLACED
+    if replaced.exists() and not out.exists() and not is_complete(digest, out):
         fd = lock_folder(partial_of(out))
-        held.rename(out)
+        replaced.rename(out)
         os.close(fd)
 
 
@@ -103,7 +104,7 @@ class Output:
         self._syncer = ThreadPoolExecutor(1, thread_name_prefix="sync")
         self._fds: list[int] = []
         self._journal = self._folder = -1
-        self._broken = False  # a sync failed: what else is lost cannot be known
+        self._broken = False  # True once a sync failed: which other data are lost cannot be known
         try:
             self._open(resume)
         except BaseException:
@@ -123,7 +124,7 @@ class Output:
     def _open(self, resume: bool) -> None:
         journal = self.partial / JOURNAL
         if self.partial.exists() and not (journal.exists() or lock_of(self.partial) or not any(self.partial.iterdir())):
-            raise PlanError(f"{self.partial} exists and is not an unfinished merge of ours; move it away")
+            raise PlanError(f"{self.partial} exists and is not the unfinished output of a merge; move it away")
         self.partial.mkdir(parents=True, exist_ok=True)
         self._folder = lock_folder(self.partial)
         self._journal = os.open(journal, os.O_RDWR | os.O_CREAT, 0o666)
@@ -139,12 +140,12 @@ class Output:
         sync_folder(self.partial)
 
     def _shards_whole(self) -> bool:
-        """Whether the files that a journal may vouch for are there."""
+        """True if all shards exist at full size."""
         paths = [(self.partial / shard.name, shard.nbytes) for shard in self.shards]
         return all(path.exists() and path.stat().st_size == nbytes for path, nbytes in paths)
 
     def _read_journal(self, journal: Path) -> bool:
-        """Take over the receipts of an earlier run of this plan, up to a torn last line. False if it was another's."""
+        """Adopt the receipts of an earlier run, up to a torn last line. False if it was a run of another plan."""
         kept = 0
         with journal.open("rb") as lines:
             for line in lines:
@@ -165,7 +166,7 @@ class Output:
         return kept > 0
 
     def _start_over(self, journal: Path) -> None:
-        """Empty the folder: first what vouches for it, then the rest."""
+        """Empty the folder: first the lock and the journal, then the rest."""
         self.done.clear()
         with name_file(journal):
             (self.partial / LOCK).unlink(missing_ok=True)
@@ -195,19 +196,19 @@ class Output:
     def copy(self, name: str, start: int, source: int, offset: int, nbytes: int) -> bool:
         """Copy bytes from a file's descriptor and offset to byte `start` of the tensor. False if the kernel cannot.
 
-        Where source and destination lie alike modulo 4096, whole pages are copied by themselves: a filesystem that has
-        reflinks then shares them.
+        If source and destination are equal modulo 4096, whole pages are copied by calls of their own: a filesystem that
+        has reflinks then shares them.
         """
-        fd, place = self.place(name)
-        place += start
-        page = min(nbytes, -place % 4096) if (place - offset) % 4096 == 0 else 0
+        fd, target = self.place(name)
+        target += start
+        page = min(nbytes, -target % 4096) if (target - offset) % 4096 == 0 else 0
         whole = (nbytes - page) // 4096 * 4096 if page else nbytes
         done = 0
         try:
             for end in (page, page + whole, nbytes):
                 while done < end:
-                    moved = os.copy_file_range(source, fd, end - done, offset + done, place + done)
-                    if not moved:  # the source ended early; reading it will say so
+                    moved = os.copy_file_range(source, fd, end - done, offset + done, target + done)
+                    if not moved:  # the source ended early; reading it raises the error
                         return False
                     done += moved
         except OSError as error:
@@ -217,7 +218,7 @@ class Output:
         return True
 
     def record(self, receipt: Receipt, nbytes: int) -> None:
-        """Note that a segment of `nbytes` is written; the journal vouches for it once it is synced."""
+        """Record that a segment of `nbytes` is written; the journal has it once its data are synced."""
         with self._lock:
             self._pending.append(receipt)
             self._pending_bytes += nbytes
@@ -245,7 +246,7 @@ class Output:
         self._broken = False
 
     def flush(self) -> None:
-        """Sync everything that was recorded and wait until the journal vouches for it."""
+        """Sync all recorded segments and wait until the journal has them."""
         with self._lock:
             if self._pending:
                 self._hand_over()
@@ -269,7 +270,7 @@ class Output:
 
 
 def move_into_place(out: Path) -> None:
-    """The last steps of publishing, each of which can be repeated: a complete OUT.partial becomes OUT."""
+    """Turn a complete OUT.partial into OUT: the last steps of publishing, each repeatable after a crash."""
     partial = partial_of(out)
     (partial / JOURNAL).unlink(missing_ok=True)
     if out.exists() and any(out.iterdir()):
@@ -282,7 +283,7 @@ def move_into_place(out: Path) -> None:
 
 
 def clear_replaced(folder: Path) -> None:
-    """Delete what `--overwrite` replaced."""
+    """Delete the folder that `--overwrite` replaced."""
     if (folder / REPLACED).exists():
         shutil.rmtree(folder / REPLACED)
 
@@ -293,7 +294,7 @@ def is_complete(digest: str, out: Path) -> bool:
 
 
 def finish(digest: str, out: Path) -> bool:
-    """Complete the publishing of a run that was killed in the middle of it. False without such a run of the plan."""
+    """Complete the publishing of a run of this plan that was killed in the middle of it. False without such a run."""
     if not is_complete(digest, out):
         return False
     fd = lock_folder(partial_of(out))

@@ -56,9 +56,11 @@ def match_tensors(
                 f"{label} has a {HEAD_NAME} of its own, but the config of {labels[template]} ties it to the embedding, "
                 "so loaders would not use the merged head: choose an untied model as the base"
             )
-    wrong = missing + extra + _misshapen(models, labels, template, names)
-    if wrong:
-        raise PlanError(several("the checkpoints differ", wrong) + "\nMerge models of one architecture and vocabulary.")
+    problems = missing + extra + _list_misshapen(models, labels, template, names)
+    if problems:
+        raise PlanError(
+            several("the checkpoints differ", problems) + "\nMerge models of one architecture and vocabulary."
+        )
     return names, tuple(dropped)
 
 
@@ -68,7 +70,7 @@ def _is_templates(name: str, models: Sequence[Checkpoint]) -> bool:
     return bool(RECOMPUTED.search(name)) and (not everywhere or bool(CONSTANTS.search(name)))
 
 
-def _misshapen(
+def _list_misshapen(
     models: Sequence[Checkpoint], labels: Sequence[str], template: int, names: Mapping[str, Mapping[int, str]]
 ) -> list[str]:
     first = models[template]
@@ -82,13 +84,11 @@ def _misshapen(
 
 def layers_of(model: Checkpoint) -> dict[str, tuple[int, int]]:
     """(layer index, layer count) of each tensor in a layer: the first integer of its name, counted per prefix."""
-    matches = {
-        name: match_tensors for name in model if (match_tensors := re.match(r"(.*?(?:^|\.))(\d+)(?:\.|$)", name))
-    }
+    matches = {name: match for name in model if (match := re.match(r"(.*?(?:^|\.))(\d+)(?:\.|$)", name))}
     counts: dict[str, int] = {}
-    for match_tensors in matches.values():
-        counts[match_tensors[1]] = max(counts.get(match_tensors[1], 0), int(match_tensors[2]) + 1)
-    return {name: (int(match_tensors[2]), counts[match_tensors[1]]) for name, match_tensors in matches.items()}
+    for match in matches.values():
+        counts[match[1]] = max(counts.get(match[1], 0), int(match[2]) + 1)
+    return {name: (int(match[2]), counts[match[1]]) for name, match in matches.items()}
 
 
 def refuse_quantised(recipe: Recipe, models: Sequence[Checkpoint], labels: Sequence[str]) -> None:

@@ -1,7 +1,7 @@
-"""The models of a recipe as they are merged: as they lie on the disk, or rewritten by an alignment or by edits.
+"""The models of a recipe as they are merged: as they are stored, or rewritten by an alignment or by edits.
 
-An alignment or edit that is still to be found is checked as far as headers tell, and has the shapes of its result: a
-plan needs no more. Before anything is written, `stages.prepare` and `edit.stages` put the rewritten model in its place.
+Headers suffice to check an alignment or edit that is still to be made, and to know the shapes of its result: a plan
+needs no more. `api.prepare` puts the rewritten model in its place before anything is written.
 """
 
 from __future__ import annotations
@@ -31,47 +31,50 @@ from mergekit_lfm.views.pending import PendingFile
 
 
 def open_models(recipe: Recipe) -> tuple[Checkpoint, ...]:
-    """The recipe's `all_models`, aligned where it says so. PlanError about all alignments that do not fit."""
-    models = _found(recipe)
+    """Open the recipe's `all_models`, aligned and edited as it says.
+
+    Raises one PlanError about all alignments and edits that do not fit.
+    """
+    models = _open_stored(recipe)
     opened, problems = [], []
     for model in recipe.all_models:
         try:
-            opened.append(_opened(model, models))
+            opened.append(_open_model(model, models))
         except (FormatError, PlanError, FileNotFoundError) as error:
             key = "align" if model.align else "edits"
             problems.append(f"the `{key}` of {model.label}: {error}" if model.align or model.edits else str(error))
     if problems:
-        raise PlanError(several("what rewrites the models does not fit them", problems))
+        raise PlanError(several("alignments or edits do not fit their models", problems))
     if any(isinstance(model.align, NamedFile) for model in recipe.all_models):
         check_targets(recipe, opened)
     return tuple(opened)
 
 
-def _found(recipe: Recipe) -> dict[str, Checkpoint]:
-    """The recipe's `all_models` as they are stored, by label. PlanError about all that are not on the Hub."""
-    places: dict[Path | HubName, Checkpoint] = {}
+def _open_stored(recipe: Recipe) -> dict[str, Checkpoint]:
+    """The recipe's `all_models` as they are stored, by label. Raises one PlanError about all missing on the Hub."""
+    checkpoints: dict[Path | HubName, Checkpoint] = {}
     problems = []
     for model in recipe.all_models:
         try:
-            if model.source not in places:
-                places[model.source] = open_checkpoint(model.source)
+            if model.source not in checkpoints:
+                checkpoints[model.source] = open_checkpoint(model.source)
         except PlanError as error:
             if not isinstance(model.source, HubName) or model.source.repo not in str(error):
-                raise  # it is about the account: the others would say the same
+                raise  # it is about the account: the other models would raise the same
             problems.append(str(error))
     if problems:
-        raise PlanError(several("models of the recipe are not to be had", problems))
+        raise PlanError(several("models of the recipe are not available", problems))
     names: dict[str, Path | HubName] = {}
-    for source, held in places.items():
-        other = names.setdefault(str(held.snapshot), source) if held.snapshot is not None else source
+    for source, checkpoint in checkpoints.items():
+        other = names.setdefault(str(checkpoint.snapshot), source) if checkpoint.snapshot is not None else source
         if other != source:
             raise PlanError(
-                f"{other} and {source} are one model, {held.snapshot}, under two names: write it alike everywhere"
+                f"{other} and {source} are one model, {checkpoint.snapshot}, under two names: use one name everywhere"
             )
-    return {model.label: places[model.source] for model in recipe.all_models}
+    return {model.label: checkpoints[model.source] for model in recipe.all_models}
 
 
-def _opened(model: Input, models: Mapping[str, Checkpoint]) -> Checkpoint:
+def _open_model(model: Input, models: Mapping[str, Checkpoint]) -> Checkpoint:
     checkpoint = models[model.label]
     if isinstance(model.align, NamedFile):
         return aligned_view(checkpoint, model.align.path, model.align.ref, model.label)
@@ -85,8 +88,10 @@ def _opened(model: Input, models: Mapping[str, Checkpoint]) -> Checkpoint:
 
 
 def check_targets(recipe: Recipe, models: Sequence[Checkpoint]) -> None:
-    """PlanError where a transform brings a model near to one that is not merged with it."""
-    contents = {held.content for model, held in zip(recipe.all_models, models, strict=True) if model.align is None}
+    """Raise PlanError if a transform aligns a model to one that the recipe does not merge with it."""
+    contents = {
+        checkpoint.content for model, checkpoint in zip(recipe.all_models, models, strict=True) if model.align is None
+    }
     problems = []
     for model in recipe.all_models if len(models) > 1 else ():
         if isinstance(model.align, NamedFile):
@@ -101,7 +106,7 @@ def check_targets(recipe: Recipe, models: Sequence[Checkpoint]) -> None:
 
 
 def aligned_view(checkpoint: Checkpoint, file: Path, ref: str, label: object) -> Checkpoint:
-    """The checkpoint as the transform in a file rewrites it. PlanError where that was made of another model."""
+    """The checkpoint as the transform in a file rewrites it. Raises PlanError if that was made for another model."""
     from mergekit_lfm.views.rewritten import rewritten_view
 
     transform = open_transform(file)
@@ -110,18 +115,18 @@ def aligned_view(checkpoint: Checkpoint, file: Path, ref: str, label: object) ->
 
 
 def check_source(transform: Transform, checkpoint: Checkpoint, ref: str, label: object) -> None:
-    """PlanError where the transform is not one of this checkpoint."""
+    """Raise PlanError if the transform was made for another checkpoint."""
     check_fit(transform.symmetries, checkpoint, label)
     source = next(iter(transform.facts.models), None)
     if source not in (None, checkpoint.content):
         raise PlanError(
-            f"{ref} rewrites another model: it is of content {source}, {label} has {checkpoint.content}; name the "
+            f"{ref} rewrites another model, of content {source}; {label} has {checkpoint.content}. Name the "
             f"right file, or align this model with `mergekit-lfm align {label} ...`"
         )
 
 
 def edited_view(checkpoint: Checkpoint, edits: Sequence[Edit]) -> Checkpoint:
-    """The checkpoint with a model's edits applied, or, where facts are still to be edited, as it will be."""
+    """The checkpoint with a model's edits applied; if facts are still to be edited, only the shapes of the result."""
     from mergekit_lfm.artifacts.patch import open_patch
     from mergekit_lfm.views.patched import patched_view
 
@@ -132,7 +137,7 @@ def edited_view(checkpoint: Checkpoint, edits: Sequence[Edit]) -> Checkpoint:
 
 
 def identity_of(edit: Edit) -> dict[str, Any]:
-    """What the changes of an edit depend on, besides the model, in words of files' contents."""
+    """Digests and options of an edit's inputs other than the model."""
     if isinstance(edit, NamedFile):
         return {"patch": xxhash.xxh3_128_hexdigest(edit.path.read_bytes())}
     stats = [] if edit.stats is None else open_checkpoint(edit.stats.path).identity
@@ -141,7 +146,7 @@ def identity_of(edit: Edit) -> dict[str, Any]:
 
 
 def pending_view(checkpoint: Checkpoint, to: Checkpoint, request: AlignRequest, label: object) -> Checkpoint:
-    """The checkpoint with the shapes that it will have. PlanError where the two models cannot be aligned."""
+    """The checkpoint with the shapes that it will have. Raises PlanError if the two models cannot be aligned."""
     widths = request.method in OTHER_WIDTHS
     tables = find_symmetries(checkpoint, label), find_symmetries(to, request.to)
     check_alike((checkpoint, to), tables, (label, request.to), widths=widths)
@@ -152,9 +157,9 @@ def pending_view(checkpoint: Checkpoint, to: Checkpoint, request: AlignRequest, 
 
 
 def bounds(checkpoint: Checkpoint, table: Symmetries, method: str) -> tuple[dict[str, int], int]:
-    """What rewriting will hold at most: for each tensor in every thread, and as long as the merge runs. In bytes.
+    """The most bytes that rewriting holds: for each tensor in every thread, and in all as long as the merge runs.
 
-    Where all rows of a tensor may be mixed with one another it is rewritten at once.
+    A tensor whose rows may all be mixed with one another is rewritten at once.
     """
     wide = {
         name
@@ -176,21 +181,22 @@ def bounds(checkpoint: Checkpoint, table: Symmetries, method: str) -> tuple[dict
 
 
 def view_of(request: AlignRequest, to: Checkpoint) -> dict[str, Any]:
-    """What the result of a request depends on, besides the model itself."""
+    """The method, options and input identities on which the result of a request depends, besides the model."""
     stats = [] if request.stats is None else open_checkpoint(request.stats.path).identity
-    asked = {"method": request.method, **dict(request.options)}
-    return {"align": asked, "to": to.identity, "stats": stats}
+    options = {"method": request.method, **dict(request.options)}
+    return {"align": options, "to": to.identity, "stats": stats}
 
 
-def refuse_resized(model: Input, held: Checkpoint) -> None:
-    """PlanError where the model whose config the output takes gets other shapes by its alignment."""
+def refuse_resized(model: Input, checkpoint: Checkpoint) -> None:
+    """Raise PlanError if alignment changes the shapes of the model whose config the output takes."""
     if model.align is not None:
-        before = held.as_stored()
-        wrong = next((name for name, spec in held.items() if before[name].shape != spec.shape), None)
-        if wrong is not None:
+        before = checkpoint.as_stored()
+        resized = next((name for name, spec in checkpoint.items() if before[name].shape != spec.shape), None)
+        if resized is not None:
             raise PlanError(
-                f"{model.label} is transported to other widths ({before[wrong]} becomes {list(held[wrong].shape)}), so "
-                "its config would no longer fit: list the model that it is aligned to first, or as base_model"
+                f"{model.label} is transported to other widths ({before[resized]} becomes "
+                f"{list(checkpoint[resized].shape)}), so its config would no longer fit: list the model that it is "
+                "aligned to first, or as base_model"
             )
 
 
@@ -261,17 +267,17 @@ def open_all(recipe: Recipe, models: Mapping[str, Checkpoint]) -> tuple[Statisti
     return tuple(opened)
 
 
-ADDED = "edits"  # what the plan calls the source of what edits add to the result
+ADDED = "edits"  # the plan's name for the source of the changes that edits add to the result
 
 
 def _added(recipe: Recipe, template: Checkpoint, edits: Sequence[Patch] | None) -> Checkpoint | None:
-    """What edits add to the result; None without any, and while facts are still to be edited."""
-    given = [edit for edit in recipe.result_edits if isinstance(edit, NamedFile)]
-    if edits is None and len(given) < len(recipe.result_edits):
+    """The changes that edits add to the result; None without edits, or while facts are still to be edited."""
+    files = [edit for edit in recipe.result_edits if isinstance(edit, NamedFile)]
+    if edits is None and len(files) < len(recipe.result_edits):
         return None
-    patches = [open_patch(edit.path) for edit in given] if edits is None else list(edits)
+    patches = [open_patch(edit.path) for edit in files] if edits is None else list(edits)
     if not patches:
         return None
     from mergekit_lfm.views.patched import summed_changes
 
-    return summed_changes(patches, template, given[0].path if given else template.files[0].path)
+    return summed_changes(patches, template, files[0].path if files else template.files[0].path)

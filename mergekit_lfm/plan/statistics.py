@@ -18,7 +18,7 @@ SourceNames = Mapping[str, Mapping[int, str]]  # for each output tensor the name
 
 @dataclass(frozen=True, slots=True)
 class LinearJob:
-    """One linear layer of the output: its tensors, as indices into the plan's, and the axis of the inputs."""
+    """One linear layer of the output: its tensors, as indices into the plan's, and the weight's axis of inputs."""
 
     weight: int
     bias: int | None
@@ -35,8 +35,8 @@ class LinearJob:
 class LinearGroup:
     """Linear layers that read the same inputs and are solved together.
 
-    grams: each model's Gram matrix [inputs + 1, inputs + 1]. columns: of the layers' matrices: the inputs, and one more
-    if the layers have biases. nbytes: memory for solving them.
+    grams: each model's Gram matrix [inputs + 1, inputs + 1]. columns: the number of columns of the layers' matrices:
+    the inputs, and one more if the layers have biases. nbytes: memory for solving them.
     """
 
     layers: tuple[LinearJob, ...]
@@ -87,11 +87,11 @@ def _layer_of(tensor: str) -> str:
 
 
 def group_linears(
-    roles: ModelRoles, names: SourceNames, jobs: Sequence[Job], found: Mapping[str, tuple[TensorRef, ...]]
+    roles: ModelRoles, names: SourceNames, jobs: Sequence[Job], grams: Mapping[str, tuple[TensorRef, ...]]
 ) -> tuple[LinearGroup, ...]:
-    """The linear layers that the method solves as matrices, grouped by equal inputs and parameters.
+    """The linear layers that the method solves as matrices, grouped by equal Gram matrices and parameters.
 
-    Raises PlanError naming all layers that differ between the models.
+    grams: each weight's, by output tensor. Raises PlanError naming all layers that differ between the models.
     """
     whole = roles.recipe.method.whole
     if whole is None:
@@ -100,9 +100,9 @@ def group_linears(
     groups: dict[tuple[object, ...], list[LinearJob]] = {}
     problems: list[str] = []
     taken: set[int] = set()
-    for name in (name for name in found if not jobs[index[name]].copied):
+    for name in (name for name in grams if not jobs[index[name]].copied):
         try:
-            layer = _linear(roles, names, jobs, index, name)
+            layer = _make_linear_job(roles, names, jobs, index, name)
         except PlanError as error:
             problems.append(str(error))
             continue
@@ -111,20 +111,20 @@ def group_linears(
             problems.append(f"{twice[0]} belongs to two layers; leave one of them out of the statistics")
         taken.update(layer.jobs)
         settings = jobs[layer.weight].settings
-        groups.setdefault((found[name], layer.bias is None, repr(settings)), []).append(layer)
+        groups.setdefault((grams[name], layer.bias is None, repr(settings)), []).append(layer)
     if problems:
         raise PlanError(several("linear layers cannot be merged", problems))
-    solved = []
+    linear_groups = []
     for layers in groups.values():
         first = jobs[layers[0].weight]
         columns = first.shape[layers[0].axis] + (layers[0].bias is not None)
         most = max(layer.outputs for layer in layers)
         nbytes = whole.nbytes(unit_of([first], roles.recipe.seed), most, columns)
-        solved.append(LinearGroup(tuple(layers), found[first.name], columns, nbytes))
-    return tuple(solved)
+        linear_groups.append(LinearGroup(tuple(layers), grams[first.name], columns, nbytes))
+    return tuple(linear_groups)
 
 
-def _linear(
+def _make_linear_job(
     roles: ModelRoles, names: SourceNames, jobs: Sequence[Job], index: Mapping[str, int], name: str
 ) -> LinearJob:
     """The layer whose weight is the output tensor `name`."""

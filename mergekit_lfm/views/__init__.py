@@ -1,1 +1,1 @@
-"""Checkpoints made from others while they are read: rewritten, patched, or still to be found."""
+"""Checkpoints made from others while they are read: rewritten, patched, or still pending."""

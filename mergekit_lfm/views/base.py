@@ -1,4 +1,4 @@
-"""A file of tensors that are made from stored ones, panel by panel, as they are read."""
+"""A file of tensors made from stored ones, panel by panel, as they are read."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from mergekit_lfm.store.tensors import TensorSpec
 
 
 class ByRows(Protocol):
-    """What makes a tensor anew while it is read: panels of rows of the new one, from rows of the stored one."""
+    """Makes a tensor while it is read: panels of rows of the new tensor, from rows of the stored one.
+
+    old, spec: the stored and the new tensor. idle: True if they are the same. whole: True to make the tensor at once.
+    """
 
     old: TensorSpec
     spec: TensorSpec
@@ -32,10 +35,10 @@ class ByRows(Protocol):
 
 
 class RewrittenFile(WeightFile):
-    """A file of tensors that are rewritten as they are read. What is left alone still is a range of the file.
+    """A file of tensors that are rewritten as they are read. A tensor left as it is stays a byte range of the file.
 
-    held: gives the bytes that all rewriters hold. kept: of each thread the panel that it asked for last, in any file of
-    the checkpoint: neighbouring ranges share it.
+    held: gives the bytes that all rewriters hold. kept: each thread's last panel in any file of the checkpoint, which
+    neighbouring ranges share.
     """
 
     inner: WeightFile
@@ -89,7 +92,7 @@ class RewrittenFile(WeightFile):
 
     def _panel(self, name: str, first: int, last: int) -> Tensor:
         if getattr(self._kept, "key", None) != (name, first):
-            self._kept.key = self._kept.panel = None  # not held beside the next one
+            self._kept.key = self._kept.panel = None  # freed before the next one is made
             rewriter = self.rewriters[name]
             if rewriter.whole:
                 panel = rewriter.apply(self._read(name, 0, rewriter.old.shape[0]))
@@ -102,7 +105,7 @@ class RewrittenFile(WeightFile):
     def _read(self, name: str, first: int, last: int) -> Tensor:
         """Rows of the tensor as it is stored."""
         spec = self.rewriters[name].old
-        found = torch.empty(last - first, *spec.shape[1:], dtype=getattr(torch, spec.dtype))
-        row = found.nbytes // max(1, last - first)
-        self.inner.read_into(name, first * row, bytes_of(found))
-        return found
+        rows = torch.empty(last - first, *spec.shape[1:], dtype=getattr(torch, spec.dtype))
+        row_nbytes = rows.nbytes // max(1, last - first)
+        self.inner.read_into(name, first * row_nbytes, bytes_of(rows))
+        return rows

@@ -1,4 +1,4 @@
-"""What a transform does along each axis of a tensor, as indices, blocks and factors."""
+"""A transform's effect along each axis of a tensor, as indices, blocks and factors."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ NARROW = 1024  # rows that one block may mix before the whole tensor is rewritte
 
 @dataclass(frozen=True)
 class Map:
-    """What a transform does along a run of an axis: new = after * (blocks @ (before * old[index])).
+    """A transform's effect along a run of an axis: new = after * (blocks @ (before * old[index])).
 
     index: int64 [n]; blocks: [k, out, in] on the diagonal; before [n] and after [m]; None leaves that step out. values:
-    [n] that take the place of all of it. All but the index are of the dtype of the arithmetic.
+    [n] that replace all of it. All but the index have the dtype of the arithmetic.
     """
 
     index: Tensor | None = None
@@ -32,7 +32,7 @@ class Map:
 
     @property
     def exact(self) -> bool:
-        """Whether entries only change places."""
+        """True if entries only change places."""
         return self.blocks is None and self.before is None and self.after is None and self.values is None
 
     @property
@@ -47,9 +47,9 @@ Arithmetic = Literal["float32", "float64"]
 
 
 class Maps:
-    """What a transform does along every part of its table, each made once: matrices are large, and used by many.
+    """A transform's maps along every part of its table, each made once: matrices are large, and tensors share them.
 
-    device: where the maps lie, and what they rewrite has to.
+    device: that of the maps, and of the tensors that they rewrite.
     """
 
     def __init__(self, transform: Transform, device: torch.device = CPU) -> None:
@@ -64,27 +64,27 @@ class Maps:
             self._made[key] = self._cast(map_of(self.transform, part), part, arithmetic)
         return self._made[key]
 
-    def _cast(self, made: Map, part: Part, arithmetic: Arithmetic) -> Map:
-        place, dtype = self.device, getattr(torch, arithmetic)
+    def _cast(self, original: Map, part: Part, arithmetic: Arithmetic) -> Map:
+        device, dtype = self.device, getattr(torch, arithmetic)
         wide = ("before", "after", "values")
-        cast = {name: x.to(place, dtype) for name in wide if (x := getattr(made, name)) is not None}
-        if made.index is not None:
-            cast["index"] = made.index.to(place)
-        if made.blocks is not None:  # the same for all norms of a group
+        cast = {name: x.to(device, dtype) for name in wide if (x := getattr(original, name)) is not None}
+        if original.index is not None:
+            cast["index"] = original.index.to(device)
+        if original.blocks is not None:  # the same for all norms of a group
             shared = part.group, part.view, arithmetic
-            cast["blocks"] = self._blocks.setdefault(shared, made.blocks.to(place, dtype))
-        return replace(made, **cast) if cast else made
+            cast["blocks"] = self._blocks.setdefault(shared, original.blocks.to(device, dtype))
+        return replace(original, **cast) if cast else original
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the transform and of all maps that were made."""
-        held = [x for element in self.transform.elements.values() for x in vars(element).values() if x is not None]
-        held += [x for way in self._made.values() for x in vars(way).values() if x is not None]
-        return sum({x.data_ptr(): x.untyped_storage().nbytes() for x in held}.values())
+        """Bytes of the transform and of all maps made so far."""
+        tensors = [x for element in self.transform.elements.values() for x in vars(element).values() if x is not None]
+        tensors += [x for way in self._made.values() for x in vars(way).values() if x is not None]
+        return sum({x.data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
 
 
 def map_of(transform: Transform, part: Part) -> Map:
-    """What the transform does along a part of an axis."""
+    """The transform's map along a part of an axis."""
     element = transform.elements.get(part.group or "")
     if isinstance(element, HeadsElement):
         group = transform.symmetries.groups[part.group or ""]
@@ -119,20 +119,20 @@ def _map_of_heads(group: Heads, element: HeadsElement, view: str) -> Map:
         order = (order[:, None] * group.per_group + inside).flatten()
     index = order[:, None] * group.head_dim + torch.arange(group.head_dim)
     blocks = element.query_key if view in ("query", "key") else element.value_output
-    still = element.groups is None and element.queries is None
+    same_order = element.groups is None and element.queries is None
     if blocks is None:
-        return Map(None if still else index.flatten())
+        return Map(None if same_order else index.flatten())
     copies = group.per_group if of_queries else 1
-    if _permute(blocks):  # orders, which are their own inverse transposed
+    if _are_permutations(blocks):  # each is its own inverse transposed
         return Map(index.gather(1, blocks.argmax(2).repeat_interleave(copies, dim=0)).flatten())
     blocks = blocks.double()
     if of_queries:
         blocks = _inverses(blocks).mT.repeat_interleave(copies, dim=0)
-    return Map(None if still else index.flatten(), blocks)
+    return Map(None if same_order else index.flatten(), blocks)
 
 
 def _inverses(blocks: Tensor) -> Tensor:
-    """The inverse of every block [k, n, n], by one thread: the bits depend on how many there are."""
+    """The inverse of every block [k, n, n], by one thread: the bits depend on the number of threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -142,15 +142,15 @@ def _inverses(blocks: Tensor) -> Tensor:
     return inverses
 
 
-def _permute(blocks: Tensor) -> bool:
-    """Whether every block [k, n, n] is a permutation matrix."""
+def _are_permutations(blocks: Tensor) -> bool:
+    """True if every block [k, n, n] is a permutation matrix."""
     ones = blocks == 1
     once = bool((ones.sum(1) == 1).all() and (ones.sum(2) == 1).all())
     return once and bool((ones | (blocks == 0)).all())
 
 
 def only_moves(transform: Transform, group: str | None = None) -> bool:
-    """Whether entries only change places, and keep every bit: in all groups, or in this one."""
+    """True if entries only change places and keep every bit, in all groups or in the given one."""
     elements = transform.elements if group is None else {group: transform.elements.get(group)}
     parts = (
         Part(name, view)
@@ -161,8 +161,8 @@ def only_moves(transform: Transform, group: str | None = None) -> bool:
     return all(map_of(transform, part).exact for part in parts)
 
 
-def _mixed(way: Map, y: Tensor) -> Tensor:
-    """The map of y [n, rest], but for its index."""
+def _mix(way: Map, y: Tensor) -> Tensor:
+    """y [n, rest] rewritten by the map without its index."""
     wide = next(x.dtype for x in (way.blocks, way.before, way.after) if x is not None)
     y = y.to(wide, copy=True)
     if way.before is not None:
@@ -175,7 +175,7 @@ def _mixed(way: Map, y: Tensor) -> Tensor:
 
 
 def _cut(way: Map, start: int, stop: int) -> Map:
-    """The map less its index, of the old units from start to stop, which are whole blocks."""
+    """The map without its index for the old units from start to stop, which are whole blocks."""
     new, old = way.block
     blocks = None if way.blocks is None else way.blocks[start // old : stop // old]
     before = None if way.before is None else way.before[start:stop]

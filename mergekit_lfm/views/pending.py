@@ -1,4 +1,4 @@
-"""A file of tensors whose new values are not known yet: names, shapes and costs for the plan."""
+"""A file of tensors whose new values are still to be computed: names, shapes and costs for the plan."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from mergekit_lfm.store.tensors import TensorSpec
 
 
 class PendingFile(WeightFile):
-    """A file of tensors as they will be rewritten, once it is known how; and what that will take, at most."""
+    """A file with the shapes of tensors that an alignment or edit will rewrite, and the most memory this will take.
+
+    specs: the new shapes. scratch: bytes for each tensor in every thread; resident: bytes as long as the merge runs.
+    """
 
     def __init__(
         self, inner: WeightFile, specs: Mapping[str, TensorSpec], scratch: Mapping[str, int], resident: int
@@ -28,4 +31,4 @@ class PendingFile(WeightFile):
         return self._scratch[name]
 
     def read_into(self, name: str, start: int, into: memoryview) -> None:  # noqa: ARG002
-        raise AssertionError(f"{name} was read before it was known how it is rewritten")
+        raise AssertionError(f"{name} was read before its alignment or edit was made")

@@ -1,7 +1,8 @@
 """Tensors rewritten by a transform: whole in memory, or while a checkpoint is read.
 
-An order is exact in any dtype. Products are float64, or float32 for 16-bit tensors, rounded once to the stored dtype,
-in panels of rows that do not depend on what is asked for: the bytes are the same for any range, chunk and thread.
+A new order is exact in any dtype. Products are float64, or float32 for 16-bit tensors, rounded once to the stored
+dtype, in panels of rows that do not depend on the range that is read: the bytes are the same for any range, chunk and
+thread.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from mergekit_lfm.kernels.sums import round_once
 from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.store.tensors import TensorSpec
 from mergekit_lfm.views.base import RewrittenFile
-from mergekit_lfm.views.maps import IDENTITY, NARROW, Arithmetic, Map, Maps, _cut, _mixed
+from mergekit_lfm.views.maps import IDENTITY, NARROW, Arithmetic, Map, Maps, _cut, _mix
 
 
 @dataclass(frozen=True)
 class Stretch:
-    """A run of an axis with what is done along it. each: entries that every unit has, in a row.
+    """A run of an axis with its map. each: consecutive entries of a unit.
 
-    first, size: where it lies in the old axis; new_size: its length in the new one.
+    first, size: its start and length in the old axis; new_size: its length in the new one.
     """
 
     map: Map
@@ -40,7 +41,7 @@ class Stretch:
     new_size: int
 
     def apply(self, x: Tensor, axis: int) -> Tensor:
-        """x with this run of its axis, and no more, rewritten; of the map's dtype unless only the order changes."""
+        """x, only this run of its axis, rewritten; in the map's dtype unless only the order changes."""
         if self.map.values is not None:
             return self.map.values
         if self.map.exact and self.map.index is None:
@@ -51,12 +52,12 @@ class Stretch:
         if self.map.index is not None:
             y = y[self.map.index]
         if not self.map.exact:
-            y = _mixed(self.map, y)
+            y = _mix(self.map, y)
         return y.reshape(self.new_size, *rest).movedim(0, axis)
 
 
 class Rewriter:
-    """How one tensor is rewritten. shape: the new one."""
+    """Rewrites one tensor. old, spec: the stored and the new tensor."""
 
     def __init__(self, maps: Maps, spec: TensorSpec) -> None:
         self.old = spec
@@ -64,19 +65,18 @@ class Rewriter:
         shape = tuple(sum(run.new_size for run in runs) for runs in self.axes)
         self.spec = TensorSpec(spec.name, shape, spec.dtype)
         self.idle = all(run.map == IDENTITY for runs in self.axes for run in runs)
-        # one axis, or one whose entries are mixed over all of it: the tensor is rewritten at once
+        # a vector, or an axis whose entries are mixed over all of it: the tensor is rewritten at once
         wide = self.axes and any(run.map.block[1] * run.each > NARROW for run in self.axes[0])
         self.whole = len(shape) < 2 or wide or self.spec.numel <= PANEL
 
     @property
     def scratch(self) -> int:
-        """Bytes that rewriting holds beside what is read and returned."""
+        """Bytes that rewriting holds besides its input and result."""
         if self.idle:
             return 0
         panel = max(last - first for first, last in self.panels) * self._row
-        return (
-            (max(self.old.numel, self.spec.numel) if self.whole else panel) * 8 * 4
-        )  # float64, and what it is made of
+        numel = max(self.old.numel, self.spec.numel) if self.whole else panel
+        return numel * 8 * 4  # float64, and its intermediates
 
     @property
     def _row(self) -> int:
@@ -84,9 +84,9 @@ class Rewriter:
         return max(self.old.numel // max(1, self.old.shape[0]), self.spec.numel // max(1, self.spec.shape[0]))
 
     def apply(self, x: Tensor) -> Tensor:
-        """The rewritten tensor, of one that lies in memory."""
+        """Rewrite a tensor in memory."""
         if self.whole:
-            return self._rounded(self._columns(self.along(x, 0)))
+            return self._round(self._rewrite_columns(self.along(x, 0)))
         return torch.cat([self.rows(first, last, lambda a, b: x[a:b]) for first, last in self.panels])
 
     def along(self, x: Tensor, axis: int) -> Tensor:
@@ -98,17 +98,17 @@ class Rewriter:
         dtype = max((part.dtype for part in parts), key=lambda dtype: dtype.itemsize)
         return torch.cat([part.to(dtype) for part in parts], axis)
 
-    def _columns(self, x: Tensor) -> Tensor:
+    def _rewrite_columns(self, x: Tensor) -> Tensor:
         for axis in range(1, len(self.axes)):
             x = self.along(x, axis)
         return x
 
-    def _rounded(self, x: Tensor) -> Tensor:
+    def _round(self, x: Tensor) -> Tensor:
         return round_once(x, getattr(torch, self.spec.dtype)).contiguous()
 
     @cached_property
     def panels(self) -> list[tuple[int, int]]:
-        """(first row, last row) of the new tensor's panels; of one that is rewritten at once, all of its rows."""
+        """(first row, last row) of the new tensor's panels; all rows if the tensor is rewritten at once."""
         if self.whole:
             return [(0, self.spec.shape[0])]
         edges = [0]
@@ -119,7 +119,7 @@ class Rewriter:
         return list(pairwise(edges))
 
     def rows(self, first: int, last: int, read: Callable[[int, int], Tensor]) -> Tensor:
-        """A panel of the new tensor. read: rows of the old one, from the first to the last."""
+        """A panel of the new tensor. read: returns rows of the old one, from the first to the last."""
         begin = 0
         for run in self.axes[0]:
             if first < begin + run.new_size:
@@ -131,15 +131,15 @@ class Rewriter:
         if run.map.index is not None:
             units = run.map.index[start // run.each : stop // run.each]
             wanted = (units[:, None] * run.each + torch.arange(run.each)).flatten()
-        x = self._columns(_gathered(wanted + run.first, read))
+        x = self._rewrite_columns(_gather(wanted + run.first, read))
         if not run.map.exact:
             y = x.reshape(len(wanted) // run.each, -1)
-            x = _mixed(_cut(run.map, start // run.each, stop // run.each), y).reshape(last - first, *x.shape[1:])
-        return self._rounded(x)
+            x = _mix(_cut(run.map, start // run.each, stop // run.each), y).reshape(last - first, *x.shape[1:])
+        return self._round(x)
 
 
-def _gathered(rows: Tensor, read: Callable[[int, int], Tensor]) -> Tensor:
-    """The rows with these numbers, read in runs that lie one after another."""
+def _gather(rows: Tensor, read: Callable[[int, int], Tensor]) -> Tensor:
+    """The rows with these numbers; consecutive ones are read together."""
     numbers = rows.tolist()
     breaks = [0, *(i for i in range(1, len(numbers)) if numbers[i] != numbers[i - 1] + 1), len(numbers)]
     return torch.cat([read(numbers[a], numbers[b - 1] + 1) for a, b in pairwise(breaks)])
@@ -163,7 +163,7 @@ def _runs(maps: Maps, spec: TensorSpec, axis: int) -> list[Stretch]:
 
 
 def rewrite(tensors: Mapping[str, Tensor], transform: Transform) -> dict[str, Tensor]:
-    """Every tensor of a model as the transform rewrites it, in its dtype. PlanError where one is not in the table."""
+    """Every tensor of a model as the transform rewrites it, in its dtype. Raises PlanError if the table lacks one."""
     result, maps = {}, Maps(transform)
     for name, x in tensors.items():
         if name not in transform.symmetries.tensors:
@@ -174,7 +174,7 @@ def rewrite(tensors: Mapping[str, Tensor], transform: Transform) -> dict[str, Te
 
 
 def rewritten_view(checkpoint: Checkpoint, transform: Transform, view: Mapping[str, Any]) -> Checkpoint:
-    """The checkpoint as the transform rewrites it, read like any other. view: what stands for the transform."""
+    """The checkpoint as the transform rewrites it, read like any other. view: identifies the transform in digests."""
     maps, kept = Maps(transform), threading.local()
     rewriters = {name: Rewriter(maps, spec) for name, spec in checkpoint.items()}
     files = [RewrittenFile(file, rewriters, lambda: maps.nbytes, kept) for file in checkpoint.files]

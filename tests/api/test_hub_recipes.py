@@ -157,7 +157,7 @@ def test_offline_what_is_in_the_cache_is_merged(
     result = run("merge", "recipe.yaml", "offline", "--json")
     said = json.loads(result.stdout)
     assert said["warnings"] == [
-        f"{name}: offline, only those of its files that are in the cache count" for name in ("org/a", "org/b@v1")
+        f"{name}: offline, so only its files in the cache were used" for name in ("org/a", "org/b@v1")
     ]
     assert files_of(folder / "offline") == files_of(folder / "out")
     assert len(models.requests) == asked

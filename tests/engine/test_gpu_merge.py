@@ -247,7 +247,7 @@ def test_memory_that_others_take_is_told(tmp_path: Path, monkeypatch: pytest.Mon
 
     with (
         monkeypatch.context() as patched,
-        pytest.raises(PlanError, match=r"no memory left, .*; the same command goes on"),
+        pytest.raises(PlanError, match=r"no memory left, .*; the same command then resumes"),
     ):
         patched.setattr(Accelerator, "up", taken)
         execute(plan, tmp_path / "out", threads=2, gpu=stand_in())

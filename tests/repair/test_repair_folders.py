@@ -202,7 +202,7 @@ def test_an_output_that_is_there_or_in_the_way(berts: tuple[Path, Path, Path], t
     foreign = partial_of(tmp_path / "new")
     foreign.mkdir()
     (foreign / "merge.journal").write_text("another run's")
-    with pytest.raises(PlanError, match="nothing unfinished of ours"):
+    with pytest.raises(PlanError, match="not the unfinished output of an earlier run"):
         repair(merged, (a, b), texts, tmp_path / "new", task="classification")
     assert (foreign / "merge.journal").exists() and not (tmp_path / "new").exists()
 
