@@ -200,7 +200,9 @@ def main() -> int:
         elif current != page:
             faults.append("docs/architecture.md is out of date: run python scripts/architecture.py --write")
         long = [name for name in modules if lines_of(ROOT, name) > LONG]
-        faults += [f"{name}: write its one idea into docs/architecture.md" for name in long if name not in ideas_in(page)]
+        faults += [
+            f"{name}: write its one idea into docs/architecture.md" for name in long if name not in ideas_in(page)
+        ]
     print("\n".join(faults) or "the map and the code agree")
     return 1 if faults else 0
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mergekit_lfm.kernels.block import LANES
 from mergekit_lfm.kernels.gpu import build, launch
-from mergekit_lfm.kernels.lanes import LANES
 
 if TYPE_CHECKING:
     from mergekit_lfm.kernels.block import Chunk
