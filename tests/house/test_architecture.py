@@ -54,7 +54,7 @@ def test_the_page_names_every_room_and_every_room_says_its_purpose() -> None:
     ],
 )
 def test_an_import_of_a_higher_room_or_of_the_face_is_a_fault(text: str) -> None:
-    found = faults(low="", low__a=text, high="", high__a="", __init__="")
+    found = faults(low="", low__a=text, high="", high__a="")
     assert len(found) == 1 and found[0].startswith("low.a imports ")
 
 
