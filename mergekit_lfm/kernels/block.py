@@ -12,6 +12,8 @@ BLOCK = 1 << 18  # elements; every sum runs over blocks of this size, whatever t
 
 SEGMENT = 64  # blocks; the unit of digests and of resumption, and of parallel work within a large tensor
 
+LANES = 4096  # partial sums of a block on a device; element e belongs to lane e % LANES
+
 Rows = Sequence["torch.Tensor"]
 
 Elementwise = Callable[[Rows, "torch.Tensor | None", Any], Any]

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from mergekit_lfm.kernels.block import LANES
+
 if TYPE_CHECKING:
     import torch
 
     from mergekit_lfm.kernels.block import Chunk
-
-LANES = 4096
 
 
 def sums(parts: Sequence[torch.Tensor], size: int, native: bool) -> torch.Tensor:

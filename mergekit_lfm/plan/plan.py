@@ -1,4 +1,4 @@
-"""From a recipe and the checkpoints' headers to a plan: what is read, computed and written where. Pure data, no torch.
+"""From a recipe and the checkpoints' headers to a plan: all reads, arithmetic and writes. Pure data, no torch.
 
 Every input tensor is merged, copied, or listed as dropped; whatever else differs between the checkpoints is reported,
 all of it at once, before a byte is written. The plan's digest covers everything that determines the output's bytes.

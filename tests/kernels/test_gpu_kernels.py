@@ -19,9 +19,10 @@ from test_kernels import blocks_of, kept_by_sorting, values_of
 
 from mergekit_lfm.engine.blocks import StoredBlock, run_solve
 from mergekit_lfm.kernels import bracket, gpu, selection
+from mergekit_lfm.kernels.block import LANES
 from mergekit_lfm.kernels.emit import COUNT, Unsupported, emit
 from mergekit_lfm.kernels.gpu import LEAST, GpuKernels
-from mergekit_lfm.kernels.lanes import LANES, grams, sums
+from mergekit_lfm.kernels.lanes import grams, sums
 from mergekit_lfm.kernels.ranks import largest
 from mergekit_lfm.kernels.step import Step, run_eagerly, take_apart
 from mergekit_lfm.kernels.sums import Spread, Weights, weighted_sum

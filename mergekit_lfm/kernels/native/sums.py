@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mergekit_lfm.kernels.block import LANES
 from mergekit_lfm.kernels.gpu import build, launch
-from mergekit_lfm.kernels.lanes import LANES
 
 if TYPE_CHECKING:
     from mergekit_lfm.kernels.block import Chunk
@@ -67,7 +67,7 @@ def _summing(terms: tuple[tuple[int, ...], ...], base: bool, double: bool) -> An
     """The kernel that sums the products of its inputs in these terms in one pass."""
     n, wide = 1 + max(i for term in terms for i in term), "tl.float64" if double else "tl.float32"
     names = [f"p{i}" for i in range(n)] + (["base"] if base else [])
-    load = "widened(tl.load({} + first + place, mask=live, other=0), {})".format
+    load = "widen(tl.load({} + first + place, mask=live, other=0), {})".format
     read = [f"x{i} = {load(f'p{i}', wide)}" for i in range(n)]
     if base:
         read = [f"b = {load('base', wide)}", *read, *(f"x{i} = x{i} - b" for i in range(n))]
@@ -75,7 +75,7 @@ def _summing(terms: tuple[tuple[int, ...], ...], base: bool, double: bool) -> An
     text = f"""
 import triton
 import triton.language as tl
-from mergekit_lfm.kernels.native.floats import widened
+from mergekit_lfm.kernels.native.floats import widen
 
 
 @triton.jit
