@@ -34,7 +34,7 @@ from mergekit_lfm.views.maps import CPU
 ModelSource = str | os.PathLike[str] | Checkpoint | Mapping[str, Tensor]
 
 
-def align_models(
+def find_transform(
     source: ModelSource,
     to: ModelSource,
     method: str = "weight_matching",

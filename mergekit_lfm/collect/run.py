@@ -35,7 +35,7 @@ Task = Literal["lm", "classification", "embedding"]
 Labels = Literal["expected", "sampled", "true"]
 
 
-def collect_stats(
+def collect(
     kind: StatisticsKind,
     model: Model,
     data: str | Path | Sequence[Any],
