@@ -72,10 +72,10 @@ def edit_model(
 
     facts: a facts file, or its data. out: the patch file to write, None for none. stats: the file of second moments of
     the model that `collect_stats("gram", ...)` writes, or leave it out and give covariance="identity". preset, options:
-    constants of the method, as in a recipe's `edits` (`EDIT_METHODS`; "lambda" is `lambda_`). config: a YAML file of
-    options; those given here go first. dtype, device: of the running model. save: a folder for the edited model.
-    verify: score the model before and after on the facts, after from the files. min_efficacy: the smallest share of the facts
-    that the edited model must say. If `out` holds the patch of the same request already, it is not made again.
+    constants of the method, as in a recipe's `edits` ("lambda" is `lambda_`). config: a YAML file of options; those
+    given here go first. dtype, device: of the running model. save: a folder for the edited model. verify: score the
+    model before and after on the facts, after from the files. min_efficacy: the smallest share of the facts that the
+    edited model must say. If `out` holds the patch of the same request already, it is not made again.
 
     The outcome's digest is that of the patch's content. Raises PlanError for options that do not fit, facts that
     cannot be taught and outputs that are in the way; ImportError if transformers is not installed.
@@ -96,7 +96,7 @@ def edit_model(
     there = is_repeated(file, partial(request.differences, folder), overwrite=overwrite)
     _check_places(inputs, file, target, there, overwrite)
     loaded = load_for_texts(folder, dtype, device)
-    there = there and is_repeated(file, lambda path: _layers_differ(path, request, loaded), overwrite=overwrite)
+    there = there and is_repeated(file, partial(_layers_differ, request, loaded), overwrite=overwrite)
     patch = open_patch(file) if there and file is not None else _solve(loaded, request, given, file, progress)
     before = score(loaded, known, "judging", progress) if verify else None  # the model is as it was
     del loaded
@@ -173,7 +173,7 @@ def _open_gram(path: Path) -> Statistics:
     return statistics
 
 
-def _layers_differ(file: Path, request: _Request, loaded: Loaded) -> list[str]:
+def _layers_differ(request: _Request, loaded: Loaded, file: Path) -> list[str]:
     """["options"] if the patch in the file is of other layers, or of another kind of device, than this request."""
     from mergekit_lfm.edit.sites import find_sites
     from mergekit_lfm.edit.solve import _chosen
@@ -194,7 +194,7 @@ def _check_places(inputs: list[Path], file: Path | None, save: Path | None, ther
         raise PlanError("save applies a patch file, which `out` names; give `out`, too")
     if file.resolve().is_relative_to(save.resolve()):
         raise PlanError(f"the patch {file} would lie in the folder {save}, which is written, too; choose another")
-    replace = overwrite or there  # what is there may be the output of the same request, which `execute` finds out
+    replace = overwrite or there  # an earlier run may have written it; `execute` compares
     check_folder(save, {str(path): path for path in inputs}, overwrite=replace)
     check_file(undo_file(save), inputs, overwrite=replace)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -38,7 +38,7 @@ Labels = Literal["expected", "sampled", "true"]
 def collect(
     kind: StatisticsKind,
     model: Model,
-    data: str | Path | Sequence[Any],
+    data: str | Path | Iterable[Any],
     out: str | Path,
     *,
     other: Model | None = None,
