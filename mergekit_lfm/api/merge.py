@@ -9,10 +9,10 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from mergekit_lfm.api.arguments import as_bytes, expand
 from mergekit_lfm.api.outcome import Outcome, warn_of
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.machine.progress import SILENCE, Progress
-from mergekit_lfm.machine.sizes import parse_size
 from mergekit_lfm.recipe.recipe import Push, Recipe
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class PlannedMerge:
 
 @dataclass(frozen=True)
 class Merged:
-    """What a merge did. resumed_bytes: written by an earlier, interrupted run. pushed: None without a push."""
+    """The result of a merge. resumed_bytes: written by an earlier, interrupted run. pushed: None without a push."""
 
     plan: Plan
     resumed_bytes: int = 0
@@ -70,13 +70,13 @@ def plan_merge(
     out = out or recipe.output
     if out is None:
         raise PlanError("no output: pass `out`, or give the recipe an `output`")
-    place = _expand(out)
+    folder = expand(out)
     if seed is not None:
         recipe = recipe.model_copy(update={"seed": seed})
     goal, gpu = recipe.goal(push_to, private=private), accelerator_of(recipe, device)
-    plan = make_plan(recipe, max_shard_size=_as_bytes(max_shard_size))
-    planned = PlannedMerge(plan, place, gpu, goal, _as_bytes(max_shard_size))
-    return Outcome(place, planned, plan.digest, seconds=time.monotonic() - started)
+    plan = make_plan(recipe, max_shard_size=as_bytes(max_shard_size))
+    planned = PlannedMerge(plan, folder, gpu, goal, as_bytes(max_shard_size))
+    return Outcome(folder, planned, plan.digest, seconds=time.monotonic() - started)
 
 
 def merge(
@@ -116,32 +116,32 @@ def merge(
     if not isinstance(recipe, PlannedMerge):
         how: dict[str, Any] = {"max_shard_size": max_shard_size, "seed": seed, "device": device}
         recipe = plan_merge(recipe, out, push_to=push_to, private=private, **how).result
-    plan, place, gpu, goal = recipe.plan, recipe.out, recipe.gpu, recipe.goal
+    plan, folder, gpu, goal = recipe.plan, recipe.out, recipe.gpu, recipe.goal
     if goal is not None:
         from mergekit_lfm.output.push import check_repository
 
         check_repository(goal.repo, private=goal.private)
-    options: dict[str, Any] = {"memory": _as_bytes(memory), "threads": threads, "nan": nan}
+    options: dict[str, Any] = {"memory": as_bytes(memory), "threads": threads, "nan": nan}
     options |= {"overwrite": overwrite, "resume": resume}
     if plan.pending or plan.unedited or plan.absent:
         from mergekit_lfm.api.prepare import prepare
         from mergekit_lfm.machine.accelerators import name_of
 
         where: dict[str, Any] = {"max_shard_size": recipe.max_shard_size, "device": name_of(gpu)}
-        plan = prepare(plan, place, notice=progress.notice, **where, **options)
+        plan = prepare(plan, folder, notice=progress.notice, **where, **options)
     with progress.by_bytes(plan.bytes_written, "merging") as advance:
-        done = execute(plan, place, gpu=gpu, compile=compile, progress=advance, **options)
+        done = execute(plan, folder, gpu=gpu, compile=compile, progress=advance, **options)
     warnings, merged = warn_of(done.findings), Merged(plan, done.resumed_bytes)
-    outcome = Outcome(place, merged, plan.digest, done.already_there, warnings, time.monotonic() - started)
+    outcome = Outcome(folder, merged, plan.digest, done.already_there, warnings, time.monotonic() - started)
     if on_merged is not None:
         on_merged(outcome)
     if goal is None:
         return outcome
     from mergekit_lfm.output.push import push
 
-    pushed = push(place, goal.repo, private=goal.private, pull_back=verify_push)
+    pushed = push(folder, goal.repo, private=goal.private, pull_back=verify_push)
     merged = Merged(plan, done.resumed_bytes, pushed)
-    return Outcome(place, merged, plan.digest, done.already_there, warnings, time.monotonic() - started)
+    return Outcome(folder, merged, plan.digest, done.already_there, warnings, time.monotonic() - started)
 
 
 def accelerator_of(recipe: Recipe, device: str | None) -> Accelerator | None:
@@ -154,15 +154,3 @@ def accelerator_of(recipe: Recipe, device: str | None) -> Accelerator | None:
 
     gpu = find_gpu(name)
     return None if gpu is None else Accelerator(gpu)
-
-
-def _as_bytes(size: int | str | None) -> int | None:
-    return parse_size(size) if isinstance(size, str) else size
-
-
-def _expand(place: str | PathLike[str]) -> Path:
-    """The path, "~" replaced by the home folder."""
-    try:
-        return Path(place).expanduser()
-    except RuntimeError:
-        raise PlanError(f"output: found {str(place)!r}, which names nobody's home; write the path in full") from None

@@ -1,4 +1,4 @@
-"""What every workflow returns, and how its findings reach a Python caller."""
+"""The outcome that every workflow returns, and the way of its findings to a Python caller."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Finding(UserWarning):
 
 @dataclass(frozen=True)
 class Outcome(Generic[T]):
-    """What a workflow did. An outcome with a path can be passed wherever a path is expected.
+    """The result of a workflow. An outcome with a path can be passed wherever a path is expected.
 
     path: the folder or file that holds the result, None if nothing was written. result: what the workflow itself
     returns. digest: of the plan or artifact at `path`, None where it has none. already_there: an earlier run had

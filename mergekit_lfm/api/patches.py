@@ -1,19 +1,25 @@
-"""Patches applied to saved models, and undone to the byte: what they leave alone is copied by the kernel.
+"""`apply_patches` and `undo_patches`: patches applied to saved models, and undone to the byte.
 
-Both are merges of one model, read through a view: with the writer's safety, its lock, and the same files. The undo file
-is a patch, too: of the tensors that were changed, as they were.
+Both are merges of one model, read through a view: with the writer's safety, its lock, and the same files. The kernel
+copies the tensors that do not change. The undo file is a patch, too: the changed tensors as they were.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from mergekit_lfm.api.arguments import StrPath, as_bytes, expand, model_folder
+from mergekit_lfm.api.efficacy import check_efficacy, check_runs, facts_of, is_enough, load_for_texts, score
+from mergekit_lfm.api.outcome import Outcome, warn_of
 from mergekit_lfm.artifacts.patch import Patch, PatchInfo, TensorChange, open_patch, read_patch_info
 from mergekit_lfm.engine.execute import execute
 from mergekit_lfm.errors import PlanError
+from mergekit_lfm.machine.progress import SILENCE, Progress
 from mergekit_lfm.plan.plan import Plan, make_plan
 from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
@@ -22,115 +28,147 @@ from mergekit_lfm.version import versions
 from mergekit_lfm.views.base import RewrittenFile
 from mergekit_lfm.views.patched import patched_view
 
+if TYPE_CHECKING:
+    from mergekit_lfm.edit.scores import FactScores
+
 UNDO = "undo"  # the method of a patch that undoes others
 
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """What was done: the folder written, the file that undoes it (None after undoing), and how much was made anew.
+    """The changes to a model: the file that undoes them (None after undoing), and how much is new.
 
-    tensors: how many have changed. bytes_changed: those of these tensors; bytes_copied: of all others.
+    tensors: the number of changed tensors. bytes_changed: their size; bytes_copied: that of all others. after: the new
+    model's scores on the facts that the patches teach, None if it was not judged. good: False if a smaller share of the
+    facts than `min_efficacy` is what it says.
     """
 
-    out: Path
     undo: Path | None
     tensors: int
     bytes_changed: int
     bytes_copied: int
-    already_there: bool = False
+    after: FactScores | None = None
+    good: bool = True
 
 
 def undo_file(out: Path) -> Path:
-    """Where the file lies that undoes what was applied to make the model in a folder."""
+    """The path of the file that undoes the patches applied to make the model in a folder."""
     named = out if out.name else out.resolve()
     return named.with_name(f"{named.name}.undo.safetensors")
 
 
 def apply_patches(
-    model: Path,
-    patches: Sequence[Path],
-    out: Path,
+    model: StrPath,
+    patches: Sequence[StrPath],
+    out: StrPath,
     *,
     any_base: bool = False,
-    memory: int | None = None,
+    verify: bool = True,
+    min_efficacy: float | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
+    memory: int | str | None = None,
     threads: int | None = None,
     overwrite: bool = False,
-    progress: Callable[[int], None] | None = None,
-) -> Applied:
+    progress: Progress = SILENCE,
+) -> Outcome[Applied]:
     """Write the model with the patches applied to a new folder, and beside it the file that undoes it.
 
-    any_base: apply them to tensors of other values than they were made for. memory, threads, overwrite, progress: as of
-    `execute`. PlanError where a patch does not fit the model or an output is in the way, before anything is written.
+    any_base: apply them to tensors of other values than they were made for. verify: load the new model from its files,
+    in `dtype` on `device`, and score it on the facts that the patches teach, if they teach any. min_efficacy: the
+    smallest share of these facts that it must say. memory: bytes, or text such as "4GB"; threads, overwrite: as of
+    `merge`. The outcome's digest is that of the plan.
+
+    Raises PlanError if a patch does not fit the model, the model cannot be verified or an output is in the way, before
+    anything is written; ImportError if transformers, which verifying needs, is not installed.
     """
-    source = open_checkpoint(model)
-    opened = [open_patch(path) for path in patches]
+    started = time.monotonic()
+    check_efficacy(min_efficacy, verify=verify)
+    folder, files, target = model_folder(model), [expand(path, "patch") for path in patches], expand(out)
+    source = open_checkpoint(folder)
+    opened = [open_patch(path) for path in files]
+    facts = facts_of(opened) if verify else None
+    if facts is None and min_efficacy is not None:
+        raise PlanError("--min-efficacy (min_efficacy) needs patches made from facts; these have none. Remove it")
+    if facts is not None:
+        check_runs(folder)
     view = patched_view(source, *opened, any_base=any_base)
     recipe = Recipe.parse(
-        {"merge_method": "passthrough", "models": [{"model": str(model), "edits": [*map(str, patches)]}]}
+        {"merge_method": "passthrough", "models": [{"model": str(folder), "edits": [*map(str, files)]}]}
     )
     plan = make_plan(recipe, views=(view,))
-    undo = undo_file(out)
+    undo = undo_file(target)
     known = undo.is_file() and read_patch_info(undo).options.get("plan") == plan.digest
-    check_file(undo, [model, *patches], overwrite=overwrite or known)
+    check_file(undo, [folder, *files], overwrite=overwrite or known)
     if not known:
-        back = _back(source, view, {name for patch in opened for name in patch.facts.tensors})
+        back = _reversal(source, view, {name for patch in opened for name in patch.facts.tensors})
         replace(back, facts=replace(back.facts, options={"plan": plan.digest})).save(undo)
-    with _removed_on_failure(None if known else undo):
-        return _written(plan, out, undo, memory=memory, threads=threads, overwrite=overwrite, progress=progress)
+    with _remove_on_failure(None if known else undo), progress.by_bytes(plan.bytes_written, "applying") as advance:
+        done = execute(plan, target, memory=as_bytes(memory), threads=threads, overwrite=overwrite, progress=advance)
+    applied = _count_changes(plan, undo)
+    if facts is not None:
+        after = score(load_for_texts(target, dtype, device), facts, "verifying", progress)
+        applied = replace(applied, after=after, good=is_enough(after, min_efficacy))
+    warnings = warn_of(done.findings)
+    return Outcome(target, applied, plan.digest, done.already_there, warnings, time.monotonic() - started)
 
 
 def undo_patches(
-    model: Path,
-    out: Path,
+    model: StrPath,
+    out: StrPath,
     *,
-    undo: Path | None = None,
-    base: Path | None = None,
-    memory: int | None = None,
+    undo: StrPath | None = None,
+    base: StrPath | None = None,
+    memory: int | str | None = None,
     threads: int | None = None,
     overwrite: bool = False,
-    progress: Callable[[int], None] | None = None,
-) -> Applied:
+    progress: Progress = SILENCE,
+) -> Outcome[Applied]:
     """Write the model as it was before patches were applied to it, to the byte, to a new folder.
 
     undo: the file that applying them has left, by default the one beside the model. base: in its place the model that
     they were applied to: every tensor that differs is taken from there. Else as `apply_patches`.
     """
+    started = time.monotonic()
     if undo is not None and base is not None:
         raise PlanError("found both an undo file and a base, expected one of them; leave the other out")
-    source = open_checkpoint(model)
-    given = base or undo or undo_file(model)
+    folder, target = expand(model, "model"), expand(out)
+    source = open_checkpoint(folder)
+    file = undo_file(folder) if undo is None else expand(undo, "undo")
+    edits = []
     if base is not None:
-        back = _back(open_checkpoint(base), source, _differing(source, open_checkpoint(base), model, base))
-    elif not given.is_file():
+        original = model_folder(base)
+        before = open_checkpoint(original)
+        back = _reversal(before, source, _find_differences(source, before, folder, original))
+    else:
+        back = _open_undo(file)
+        edits = [str(file)]
+    recipe = Recipe.parse({"merge_method": "passthrough", "models": [{"model": str(folder), "edits": edits}]})
+    plan = make_plan(recipe, views=(patched_view(source, back),))
+    with progress.by_bytes(plan.bytes_written, "undoing") as advance:
+        done = execute(plan, target, memory=as_bytes(memory), threads=threads, overwrite=overwrite, progress=advance)
+    warnings = warn_of(done.findings)
+    seconds = time.monotonic() - started
+    return Outcome(target, _count_changes(plan, None), plan.digest, done.already_there, warnings, seconds)
+
+
+def _open_undo(file: Path) -> Patch:
+    """The patch in an undo file. Raises PlanError for a missing file, and for any other patch."""
+    if not file.is_file():
         raise PlanError(
-            f"there is no {given}, which applying a patch has written beside the model; give it with --undo, or the "
+            f"there is no {file}, which applying a patch has written beside the model; give it with --undo, or the "
             "model that the patch was applied to with --base"
         )
-    else:
-        back = open_patch(given)
-        if back.facts.method != UNDO:
-            raise PlanError(f"{given} is a patch by {back.facts.method}, expected the undo file that applying it left")
-    edits = [] if base else [str(given)]
-    recipe = Recipe.parse({"merge_method": "passthrough", "models": [{"model": str(model), "edits": edits}]})
-    plan = make_plan(recipe, views=(patched_view(source, back),))
-    return _written(plan, out, None, memory=memory, threads=threads, overwrite=overwrite, progress=progress)
+    back = open_patch(file)
+    if back.facts.method != UNDO:
+        raise PlanError(f"{file} is a patch by {back.facts.method}, expected the undo file that applying it left")
+    return back
 
 
-def _written(
-    plan: Plan,
-    out: Path,
-    undo: Path | None,
-    *,
-    memory: int | None,
-    threads: int | None,
-    overwrite: bool,
-    progress: Callable[[int], None] | None,
-) -> Applied:
-    outcome = execute(plan, out, memory=memory, threads=threads, overwrite=overwrite, progress=progress)
+def _count_changes(plan: Plan, undo: Path | None) -> Applied:
     (view,) = plan.models
     changed = [spec.nbytes for name, spec in view.items() if not _left_alone(view, name)]
-    copied = plan.bytes_written - sum(changed)
-    return Applied(out, undo, len(changed), sum(changed), copied, outcome.already_there)
+    return Applied(undo, len(changed), sum(changed), plan.bytes_written - sum(changed))
 
 
 def _left_alone(view: Checkpoint, name: str) -> bool:
@@ -139,8 +177,8 @@ def _left_alone(view: Checkpoint, name: str) -> bool:
 
 
 @contextmanager
-def _removed_on_failure(file: Path | None) -> Iterator[None]:
-    """Remove the file where what it belongs to was not written, and nothing is kept of it either."""
+def _remove_on_failure(file: Path | None) -> Iterator[None]:
+    """Remove the file if the output that it belongs to was not written."""
     try:
         yield
     except BaseException:
@@ -149,19 +187,19 @@ def _removed_on_failure(file: Path | None) -> Iterator[None]:
         raise
 
 
-def _back(before: Checkpoint, after: Checkpoint, names: set[str]) -> Patch:
+def _reversal(before: Checkpoint, after: Checkpoint, names: set[str]) -> Patch:
     """The patch that gives the tensors their values before, applied to the checkpoint after."""
     wanted = [name for name in before if name in names]
     changed = {
         name: TensorChange("replace", before[name].shape, before[name].dtype, None, after.digest_of(name))
         for name in wanted
     }
-    held = {name: before.read(name).view(before[name].shape) for name in wanted}
-    return Patch(PatchInfo(UNDO, changed, versions=versions("torch")), held)
+    tensors = {name: before.read(name).view(before[name].shape) for name in wanted}
+    return Patch(PatchInfo(UNDO, changed, versions=versions("torch")), tensors)
 
 
-def _differing(model: Checkpoint, base: Checkpoint, label: Path, base_label: Path) -> set[str]:
-    """The tensors of other bytes in both. PlanError where the models do not have the same tensors."""
+def _find_differences(model: Checkpoint, base: Checkpoint, label: Path, base_label: Path) -> set[str]:
+    """The tensors whose bytes differ. Raises PlanError if the models do not have the same tensors."""
     problems = [f"{spec} is not in both" for spec in {*model.values()} ^ {*base.values()}]
     if problems:
         raise PlanError(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import xxhash
 
-from mergekit_lfm.align import align_models
+from mergekit_lfm.align import find_transform
 from mergekit_lfm.artifacts.cache import key_of, kind_of, load_or_make
 from mergekit_lfm.artifacts.patch import Patch, open_patch
 from mergekit_lfm.artifacts.statistics import Statistics, open_statistics
@@ -61,7 +61,7 @@ def prepare(
 
     The options are those of `execute`; device: where matrices are multiplied and models run. notice is called with a
     line for each download, alignment and edit that is not known from an earlier run. Edits of the result need the
-    result: it is merged once without them, beside `out`, and removed again. Raises what `align_models`, `edit` and
+    result: it is merged once without them, beside `out`, and removed again. Raises what `find_transform`, `edit` and
     `execute` raise, PlanError about `out`, memory and disk before anything else; ImportError without transformers.
     """
     plan = note_device(plan, device)
@@ -178,7 +178,7 @@ def _transform_of(source: Checkpoint, to: Checkpoint, request: AlignRequest, dev
     def find() -> Transform:
         statistics = None if request.stats is None else open_statistics(request.stats.path)
         options: dict[str, Any] = dict(request.options)
-        return align_models(source, to, request.method, statistics=statistics, device=device, **options)
+        return find_transform(source, to, request.method, statistics=statistics, device=device, **options)
 
     stats = None if request.stats is None else xxhash.xxh3_128_hexdigest(request.stats.path.read_bytes())
     needed = versions("torch", "numpy", "scipy", "pot")

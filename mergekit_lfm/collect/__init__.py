@@ -4,6 +4,6 @@ The result is a statistics file, from which merges, alignment and edits work wit
 `registry` names the kinds; a kind is one class that says which entries it has and adds a batch to their sums.
 """
 
-from mergekit_lfm.collect.run import collect_stats
+from mergekit_lfm.collect.run import collect
 
-__all__ = ["collect_stats"]
+__all__ = ["collect"]

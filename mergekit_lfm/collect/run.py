@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -35,10 +35,10 @@ Task = Literal["lm", "classification", "embedding"]
 Labels = Literal["expected", "sampled", "true"]
 
 
-def collect_stats(
+def collect(
     kind: StatisticsKind,
     model: Model,
-    data: str | Path | Sequence[Any],
+    data: str | Path | Iterable[Any],
     out: str | Path,
     *,
     other: Model | None = None,

@@ -24,7 +24,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from mergekit_lfm.collect import collect_stats
+from mergekit_lfm.collect import collect
 from mergekit_lfm.judge.evaluate import accuracy
 
 Examples = tuple[Tensor, Tensor]  # inputs [n, 64] in [0, 1], labels [n]
@@ -157,12 +157,12 @@ def make_digits(out: Path, *, width: int = WIDTH, seed: int = 0) -> None:
         save(model, out / name)
         for kind in ("gram", "fisher"):
             file = out / f"{name}.{kind}.safetensors"
-            collect_stats(kind, model.eval(), [task.train], file, checkpoint=out / name, overwrite=True)
+            collect(kind, model.eval(), [task.train], file, checkpoint=out / name, overwrite=True)
     upright = make_upright(seed)
     pair = {name: trained_alone(upright.train, width, 1000 + 2 * seed + i) for i, name in enumerate(("one", "two"))}
     for name, model in pair.items():
         save(model, out / name)
-    collect_stats(
+    collect(
         "cross",
         pair["one"],
         [upright.train],

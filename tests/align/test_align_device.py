@@ -15,13 +15,13 @@ from helpers_commands import refusal, run
 from helpers_device import GPU, HEAVY, on_cpu, one_after_another, pretended_gpu
 from torch import Tensor
 
-from mergekit_lfm import collect_stats
-from mergekit_lfm.align import align_models, find
+from mergekit_lfm.align import find, find_transform
 from mergekit_lfm.align.pair import ON_A_GPU, one_thread_each
 from mergekit_lfm.api import prepare as stages
 from mergekit_lfm.api.prepare import note_device, prepare
 from mergekit_lfm.artifacts import cache
 from mergekit_lfm.artifacts.transform import Transform, UnitsElement
+from mergekit_lfm.collect import collect
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.plan.plan import make_plan
 from mergekit_lfm.recipe.recipe import Recipe
@@ -58,12 +58,12 @@ def saved(kind: str, place: Path, dtype: torch.dtype = torch.float32, **options:
 def with_statistics(place: Path) -> Given:
     given = saved("llama", place)
     a, b = given["to"].path, given["source"].path
-    return {**given, "statistics": collect_stats("cross", a, texts(), place / "cross", other=b, task="lm")}
+    return {**given, "statistics": collect("cross", a, texts(), place / "cross", other=b, task="lm")}
 
 
 def from_a_rotation(place: Path) -> Given:
     given = saved("llama", place)
-    return {**given, "initial": align_models(**given, method="rotation", sweeps=1)}
+    return {**given, "initial": find_transform(**given, method="rotation", sweeps=1)}
 
 
 BF16 = torch.bfloat16
@@ -95,7 +95,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture(scope="module")
 def expected(case: Given) -> Transform:
     """What is found on the CPU."""
-    return align_models(**case)
+    return find_transform(**case)
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ def assert_agree(found: Transform, expected: Transform, *, to: float) -> None:
 @pytest.mark.usefixtures("pretended")
 def test_a_gpu_finds_what_the_cpu_finds(case: Given, expected: Transform) -> None:
     with pretended_gpu() as gpu:
-        found = align_models(**case, device="cuda")
+        found = find_transform(**case, device="cuda")
     assert_agree(found, expected, to=0)
     assert gpu.there
 
@@ -136,7 +136,7 @@ def test_a_gpu_finds_what_the_cpu_finds(case: Given, expected: Transform) -> Non
 @pytest.mark.usefixtures("pretended")
 def test_the_cpu_is_the_default() -> None:
     with pretended_gpu() as gpu:
-        found = [align_models(**perceptrons(torch.float32), **given) for given in ({}, {"device": "cpu"})]
+        found = [find_transform(**perceptrons(torch.float32), **given) for given in ({}, {"device": "cpu"})]
     assert not gpu.there and found[0].facts == found[1].facts
 
 
@@ -150,24 +150,24 @@ def bound(case: Given) -> float:
 @pytest.mark.usefixtures("pretended")
 def test_other_rounding_permutes_alike(case: Given, expected: Transform) -> None:
     with pretended_gpu(backwards=True):
-        found = align_models(**case, device="cuda")
+        found = find_transform(**case, device="cuda")
     assert_agree(found, expected, to=bound(case))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 def test_a_real_gpu_agrees_within_rounding(case: Given, expected: Transform) -> None:
-    assert_agree(align_models(**case, device="cuda"), expected, to=bound(case))
+    assert_agree(find_transform(**case, device="cuda"), expected, to=bound(case))
 
 
 @pytest.mark.usefixtures("pretended")
 def test_what_is_large_is_computed_there(tmp_path: Path) -> None:
     given = saved("llama", tmp_path)
     with pretended_gpu() as gpu:
-        align_models(**given, method="rotation", **FEWER, device="cuda")
+        find_transform(**given, method="rotation", **FEWER, device="cuda")
     assert gpu.there["mm"] and gpu.there["bmm"] and gpu.there["_linalg_svd"]
     assert HEAVY & set(gpu.here) == {"_linalg_svd", "mm"}  # of what acts inside of heads
     with pretended_gpu() as gpu:
-        align_models(**perceptrons(torch.float32), device="cuda")
+        find_transform(**perceptrons(torch.float32), device="cuda")
     assert gpu.there["mm"] and not HEAVY & set(gpu.here)
 
 
@@ -193,8 +193,8 @@ def test_products_that_would_be_rounded_more_are_refused() -> None:
     torch.set_float32_matmul_precision("high")
     try:
         with pytest.raises(PlanError, match=r"torch is set to multiply float32 matrices as TF32, .*; expected all 24"):
-            align_models(**given, device="cuda")
-        align_models(**given)
+            find_transform(**given, device="cuda")
+        find_transform(**given)
     finally:
         torch.set_float32_matmul_precision("highest")
 
@@ -205,7 +205,7 @@ def test_a_full_memory_is_one_message() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nMore lines")
 
     with pretended_gpu(), pytest.raises(PlanError, match=r"the memory of meta is full \(OutOfMemoryError: CUDA out of"):
-        align_models(**perceptrons(torch.float32), device="cuda", progress=full)
+        find_transform(**perceptrons(torch.float32), device="cuda", progress=full)
 
 
 def test_a_gpu_is_given_few_tensors_at_a_time() -> None:
@@ -251,7 +251,7 @@ def found(models: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
     def align(*given: Any, device: str, **options: Any) -> Transform:
         asked.append(device)
-        made = align_models(*given, **options)
+        made = find_transform(*given, **options)
         shifted = {
             name: UnitsElement(element.order.roll(len(asked) % 2))
             for name, element in made.elements.items()
@@ -260,7 +260,7 @@ def found(models: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         return dataclasses.replace(made, elements={**made.elements, **shifted})
 
     monkeypatch.setattr(cache, "find_device", torch.device)
-    monkeypatch.setattr(stages, "align_models", align)
+    monkeypatch.setattr(stages, "find_transform", align)
     monkeypatch.setenv("XDG_CACHE_HOME", str(models / "cache"))
     yield asked
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from helpers_align import Tensors, furthest, loaded, rewritten_model, table, tensors_of, texts
 
-from mergekit_lfm import collect_stats
-from mergekit_lfm.align import align_models
+from mergekit_lfm.align import find_transform
 from mergekit_lfm.artifacts.transform import Transform
+from mergekit_lfm.collect import collect
 from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.views.rewritten import rewrite
 
@@ -44,7 +44,7 @@ def aligned(folder: Path, dtype: torch.dtype, value: float, dtype_of_a: torch.dt
     a = loaded("llama", 0, folder / "a", dtype_of_a or dtype)
     b = loaded("llama", 1, folder / "b", dtype)
     options = {"symmetries": table(b), "symmetries_to": table(a), "sweeps": 2}
-    transform = align_models(b, with_gains(a, value), "rotation", **options)  # type: ignore[arg-type]
+    transform = find_transform(b, with_gains(a, value), "rotation", **options)  # type: ignore[arg-type]
     moved = rewrite(tensors_of(b), transform)
     assert all(bool(x.isfinite().all()) for x in moved.values())
     assert furthest(moved, tensors_of(b)) > 0.1
@@ -110,7 +110,7 @@ def test_gains_that_the_sources_dtype_does_not_hold_become_one(tmp_path: Path) -
 def test_so_it_is_with_statistics(tmp_path: Path) -> None:
     a, b = (loaded("llama", seed, tmp_path / str(seed), torch.float16) for seed in range(2))
     strange = rewritten_model(a, with_gains(a, 6e-8), tmp_path / "strange")
-    file = collect_stats("cross", strange.path, texts(), tmp_path / "ab", other=b.path, task="lm").path
-    transform = align_models(b, strange, "rotation", statistics=file)
+    file = collect("cross", strange.path, texts(), tmp_path / "ab", other=b.path, task="lm").path
+    transform = find_transform(b, strange, "rotation", statistics=file)
     assert all(bool(x.isfinite().all()) for x in rewrite(tensors_of(b), transform).values())
     assert new(transform) == [1, 1]

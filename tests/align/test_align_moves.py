@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers_align import Tensors, loaded, planted, rewritten_model, table, tensors_of
 
-from mergekit_lfm.align import align_models
+from mergekit_lfm.align import find_transform
 from mergekit_lfm.arch import Heads, read_table
 from mergekit_lfm.artifacts.transform import HeadsElement, Transform, TransformInfo
 from mergekit_lfm.commands.show.transforms import alignment_text, transform_data
@@ -106,7 +106,7 @@ def test_other_matrices_are_not_taken_for_permutations(wrong: torch.Tensor) -> N
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])
 def test_weight_matching_only_moves(kind: str, tmp_path: Path) -> None:
     a, b = (loaded(kind, seed, tmp_path / str(seed)) for seed in range(2))
-    transform = align_models(b, a, restarts=1, sweeps=2)
+    transform = find_transform(b, a, restarts=1, sweeps=2)
     inside = [element for element in transform.elements.values() if getattr(element, "value_output", None) is not None]
     assert inside and only_moves(transform)
     moved = rewritten_model(b, rewrite(tensors_of(b), transform), tmp_path / "moved")
@@ -117,7 +117,7 @@ def test_weight_matching_only_moves(kind: str, tmp_path: Path) -> None:
 
 def test_rotations_mix(tmp_path: Path) -> None:
     a, b = (loaded("llama", seed, tmp_path / str(seed)) for seed in range(2))
-    transform = align_models(b, a, "rotation", sweeps=1)
+    transform = find_transform(b, a, "rotation", sweeps=1)
     assert not only_moves(transform)
     assert transform_data(transform)["mixed"] == 3  # the residual and the heads of two layers; not the inner units
     assert alignment_text(transform_data(transform), "t").endswith("stand elsewhere, 3 groups mixed")

@@ -18,7 +18,7 @@ from helpers_align import (
     tensors_of,
 )
 
-from mergekit_lfm.align import align_models
+from mergekit_lfm.align import find_transform
 from mergekit_lfm.arch import Heads
 from mergekit_lfm.views.rewritten import rewrite
 
@@ -38,7 +38,7 @@ def test_permutations_of_an_mlp_are_recovered_exactly(seed: int) -> None:
     original, symmetries = mlp(WIDTHS, seed, dtype=torch.float32), mlp_table(WIDTHS)
     moved = rewrite(original, planted(original, symmetries, seed))
     assert not torch.equal(moved["1.weight"], original["1.weight"])
-    found = rewrite(moved, align_models(moved, original, symmetries=symmetries))
+    found = rewrite(moved, find_transform(moved, original, symmetries=symmetries))
     assert all(torch.equal(found[name], x) for name, x in original.items())
 
 
@@ -46,7 +46,7 @@ def test_permutations_of_convolutions_are_recovered_exactly() -> None:
     model, symmetries = convolutions(0)
     original = model.state_dict()
     moved = rewrite(original, planted(original, symmetries, 1))
-    found = rewrite(moved, align_models(moved, original, symmetries=symmetries, restarts=1))
+    found = rewrite(moved, find_transform(moved, original, symmetries=symmetries, restarts=1))
     assert not torch.equal(moved["head.weight"], original["head.weight"])
     assert all(torch.equal(found[name], x) for name, x in original.items())
 
@@ -57,7 +57,7 @@ def test_permutations_of_networks_are_recovered_exactly(kind: str, options: dict
     original, symmetries = tensors_of(checkpoint), table(checkpoint)
     plant = planted(original, symmetries, 1)
     moved = rewrite(original, plant)
-    transform = align_models(moved, checkpoint, symmetries=symmetries, restarts=1)
+    transform = find_transform(moved, checkpoint, symmetries=symmetries, restarts=1)
     found = rewrite(moved, transform)
     assert furthest(moved, original) > 0.1
     assert all(torch.equal(found[name], x) for name, x in original.items())
@@ -82,7 +82,7 @@ def test_rotations_are_recovered(
     checkpoint = loaded(kind, 0, tmp_path, dtype, **options)
     original, symmetries = tensors_of(checkpoint), table(checkpoint)
     moved = rewrite(original, planted(original, symmetries, 2, rotate=True))
-    transform = align_models(moved, original, "rotation", symmetries=symmetries, restarts=1)
+    transform = find_transform(moved, original, "rotation", symmetries=symmetries, restarts=1)
     assert furthest(moved, original) > 0.5
     assert furthest(rewrite(moved, transform), original) < tolerance
     assert transform.facts.exact
@@ -92,7 +92,7 @@ def test_permutations_do_not_recover_rotations(tmp_path: Path) -> None:
     checkpoint = loaded("llama", 0, tmp_path)
     original, symmetries = tensors_of(checkpoint), table(checkpoint)
     moved = rewrite(original, planted(original, symmetries, 2, rotate=True))
-    found = rewrite(moved, align_models(moved, original, symmetries=symmetries))
+    found = rewrite(moved, find_transform(moved, original, symmetries=symmetries))
     assert furthest(found, original) > 0.5
 
 

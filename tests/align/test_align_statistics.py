@@ -22,11 +22,11 @@ from helpers_align import (
 )
 from scipy.optimize import linear_sum_assignment
 
-from mergekit_lfm import collect_stats
-from mergekit_lfm.align import align_models
+from mergekit_lfm.align import find_transform
 from mergekit_lfm.align.correlations import Triple
 from mergekit_lfm.arch import Units, read_table
 from mergekit_lfm.artifacts.transform import Transform, TransformInfo, UnitsElement
+from mergekit_lfm.collect import collect
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.views.rewritten import rewrite
 
@@ -65,7 +65,7 @@ def test_units_are_paired_by_numpys_correlations(seed: int) -> None:
     a, b, symmetries = mlp(WIDTHS, seed), mlp(WIDTHS, seed + 10), mlp_table(WIDTHS)
     inputs = some_inputs()
     given = moments(a, b, inputs)
-    transform = align_models(b, a, "activation_matching", symmetries=symmetries, statistics=given)
+    transform = find_transform(b, a, "activation_matching", symmetries=symmetries, statistics=given)
     for i, (x, y) in enumerate(zip(hidden(a, inputs)[1:], hidden(b, inputs)[1:], strict=True)):
         with np.errstate(invalid="ignore"):  # of units that are never active
             both = np.nan_to_num(np.corrcoef(x.numpy().T, y.numpy().T)[: x.shape[1], x.shape[1] :])
@@ -83,7 +83,7 @@ def test_a_dead_unit_is_correlated_with_none() -> None:
     a["1.weight"][4], a["1.bias"][4] = 0, -1  # never active
     b = rewrite(a, planted(a, symmetries, 1))
     inputs = some_inputs()
-    found = align_models(b, a, "activation_matching", symmetries=symmetries, statistics=moments(a, b, inputs))
+    found = find_transform(b, a, "activation_matching", symmetries=symmetries, statistics=moments(a, b, inputs))
     assert all(torch.equal(x, a[name]) for name, x in rewrite(b, found).items())
 
 
@@ -99,7 +99,7 @@ def test_dead_units_stay_in_their_places(method: str) -> None:
     order[live] = live[torch.randperm(8, generator=torch.Generator().manual_seed(1))]
     b = rewrite(a, Transform(symmetries, {"p0": UnitsElement(order)}, TransformInfo("planted")))
     given = moments(a, b, some_inputs())
-    found = align_models(b, a, method, symmetries=symmetries, statistics=given)
+    found = find_transform(b, a, method, symmetries=symmetries, statistics=given)
     assert order_of(found.elements["p0"]) == order.argsort().tolist()
     assert "p1" not in found.elements
 
@@ -110,7 +110,7 @@ def test_dead_units_stay_in_their_places(method: str) -> None:
 def test_statistics_of_zeros_leave_the_model_alone(method: str, options: dict[str, int]) -> None:
     a, b, symmetries = mlp(WIDTHS, 0), mlp(WIDTHS, 1), mlp_table(WIDTHS)
     nothing = {name: tuple(x * 0 for x in triple) for name, triple in moments(a, b, some_inputs()).items()}
-    found = align_models(b, a, method, symmetries=symmetries, statistics=nothing, **options)  # type: ignore[arg-type]
+    found = find_transform(b, a, method, symmetries=symmetries, statistics=nothing, **options)  # type: ignore[arg-type]
     assert found.facts.exact
     assert furthest(rewrite(b, found), b) == 0
 
@@ -127,7 +127,7 @@ def test_entries_of_a_unit_are_read_together() -> None:
     y[:, order] = x
     x, y = (torch.cat([z.flatten(1), torch.ones(200, 1)], 1) for z in (x, y))
     given = {"read": (x.T @ y / 200, x.square().mean(0), y.square().mean(0))}
-    found = align_models(b, a, "activation_matching", symmetries=symmetries, statistics=given)
+    found = find_transform(b, a, "activation_matching", symmetries=symmetries, statistics=given)
     assert order_of(found.elements["units"]) == order
 
 
@@ -138,8 +138,8 @@ def test_permutations_of_networks_are_recovered(kind: str, options: dict[str, bo
     a = loaded(kind, 0, tmp_path / "a", **options)
     b = rewritten_model(a, rewrite(tensors_of(a), planted(tensors_of(a), table(a), 3)), tmp_path / "b")
     task = "embedding" if kind == "bert" else "lm"
-    file = collect_stats("cross", a.path, texts(), tmp_path / "ab", other=b.path, task=task).path  # type: ignore[arg-type]
-    found = align_models(b, a, "activation_matching", statistics=file)
+    file = collect("cross", a.path, texts(), tmp_path / "ab", other=b.path, task=task).path  # type: ignore[arg-type]
+    found = find_transform(b, a, "activation_matching", statistics=file)
     assert all(torch.equal(x, tensors_of(a)[name]) for name, x in rewrite(tensors_of(b), found).items())
 
 
@@ -151,8 +151,8 @@ def test_rotations_are_recovered_from_activations(kind: str, options: dict[str, 
     moved = rewrite(tensors_of(a), planted(tensors_of(a), table(a), 3, rotate=True))
     b = rewritten_model(a, moved, tmp_path / "b")
     data = texts(count=12)
-    file = collect_stats("cross", a.path, data, tmp_path / "ab", other=b.path, task="lm", dtype="float64").path
-    found = align_models(b, a, "rotation", statistics=file)
+    file = collect("cross", a.path, data, tmp_path / "ab", other=b.path, task="lm", dtype="float64").path
+    found = find_transform(b, a, "rotation", statistics=file)
     # as exact as what the file holds, in float32
     assert furthest(rewrite(moved, found), tensors_of(a)) < 1e-4
     assert furthest(moved, tensors_of(a)) > 0.5
@@ -162,30 +162,30 @@ def test_a_file_may_be_of_the_models_in_either_order(tmp_path: Path) -> None:
     a, b, c = (loaded("llama", seed, tmp_path / str(seed)) for seed in range(3))
 
     def collected(first: Path, second: Path, name: str) -> Path:
-        return collect_stats("cross", first, texts(), tmp_path / name, other=second, task="lm").path
+        return collect("cross", first, texts(), tmp_path / name, other=second, task="lm").path
 
     ab, ba = collected(a.path, b.path, "ab"), collected(b.path, a.path, "ba")
-    one, two = (align_models(b, a, "activation_matching", statistics=file) for file in (ab, ba))
+    one, two = (find_transform(b, a, "activation_matching", statistics=file) for file in (ab, ba))
     found, expected = (rewrite(tensors_of(b), transform) for transform in (one, two))
     assert all(torch.equal(x, expected[name]) for name, x in found.items())
-    back = rewrite(tensors_of(a), align_models(a, b, "activation_matching", statistics=ab))
+    back = rewrite(tensors_of(a), find_transform(a, b, "activation_matching", statistics=ab))
     assert furthest(back, tensors_of(a)) > 0.1
-    of_tensors = align_models(tensors_of(b), tensors_of(a), "activation_matching", symmetries=table(a), statistics=ab)
+    of_tensors = find_transform(tensors_of(b), tensors_of(a), "activation_matching", symmetries=table(a), statistics=ab)
     assert all(torch.equal(x, expected[name]) for name, x in rewrite(tensors_of(b), of_tensors).items())
     with pytest.raises(PlanError, match=rf"is of the models {a.content} and {b.content}, expected {a.content} \("):
-        align_models(c, a, "activation_matching", statistics=ab)
+        find_transform(c, a, "activation_matching", statistics=ab)
 
 
 def test_refuses_statistics_that_do_not_fit(tmp_path: Path) -> None:
     a, b = (loaded("llama", seed, tmp_path / str(seed)) for seed in range(2))
-    gram = collect_stats("gram", a.path, texts(), tmp_path / "gram", task="lm").path
+    gram = collect("gram", a.path, texts(), tmp_path / "gram", task="lm").path
     with pytest.raises(PlanError, match="holds gram statistics, expected cross moments"):
-        align_models(b, a, "activation_matching", statistics=gram)
+        find_transform(b, a, "activation_matching", statistics=gram)
     with pytest.raises(PlanError, match="needs cross moments"):
-        align_models(b, a, "activation_matching")
-    some = collect_stats("cross", a.path, texts(), tmp_path / "some", other=b.path, task="lm", layers=["down_proj"])
+        find_transform(b, a, "activation_matching")
+    some = collect("cross", a.path, texts(), tmp_path / "some", other=b.path, task="lm", layers=["down_proj"])
     with pytest.raises(PlanError, match=r"has no moments for residual, heads.0, heads.1: no linear layer"):
-        align_models(b, a, "activation_matching", statistics=some)
+        find_transform(b, a, "activation_matching", statistics=some)
 
 
 def test_refuses_mappings_that_do_not_fit() -> None:
@@ -197,7 +197,7 @@ def test_refuses_mappings_that_do_not_fit() -> None:
         ({"1.weight": given["1.weight"]}, "has no moments for p1"),
     ):
         with pytest.raises(PlanError, match=message):
-            align_models(b, a, "activation_matching", symmetries=symmetries, statistics=wrong)
+            find_transform(b, a, "activation_matching", symmetries=symmetries, statistics=wrong)
 
 
 @pytest.mark.parametrize("method", ["activation_matching", "ot"])
@@ -208,7 +208,7 @@ def test_refuses_nan_in_statistics(method: str, wrong: float, place: int) -> Non
     given = moments(a, b, some_inputs())
     given["1.weight"][place].flatten()[3:4].fill_(wrong)
     with pytest.raises(FormatError, match=r"the moments of 1\.weight hold NaN or infinity"):
-        align_models(b, a, method, symmetries=symmetries, statistics=given)
+        find_transform(b, a, method, symmetries=symmetries, statistics=given)
 
 
 @pytest.mark.parametrize(("method", "options"), [("activation_matching", {}), ("ot", {"cost": "squared"})])
@@ -216,7 +216,7 @@ def test_refuses_moments_whose_products_overflow(method: str, options: dict[str,
     a, b, symmetries = mlp(WIDTHS, 0), mlp(WIDTHS, 1), mlp_table(WIDTHS)
     huge = {name: tuple(x * 1e307 for x in triple) for name, triple in moments(a, b, some_inputs()).items()}
     with pytest.raises(PlanError, match=r"the products .* of p0 .*overflow"):
-        align_models(b, a, method, symmetries=symmetries, statistics=huge, **options)  # type: ignore[arg-type]
+        find_transform(b, a, method, symmetries=symmetries, statistics=huge, **options)  # type: ignore[arg-type]
 
 
 def test_refuses_what_is_no_mapping_of_triples() -> None:
@@ -231,7 +231,7 @@ def test_refuses_what_is_no_mapping_of_triples() -> None:
         ([given], "statistics: found a list, expected a file of cross moments"),
     ):
         with pytest.raises(PlanError, match=message):
-            align_models(b, a, "activation_matching", symmetries=symmetries, statistics=wrong)  # type: ignore[arg-type]
+            find_transform(b, a, "activation_matching", symmetries=symmetries, statistics=wrong)  # type: ignore[arg-type]
 
 
 def test_channels_that_only_convolutions_read_have_no_statistics() -> None:
@@ -239,7 +239,7 @@ def test_channels_that_only_convolutions_read_have_no_statistics() -> None:
     tensors = model.state_dict()
     one = torch.eye(25)
     with pytest.raises(PlanError, match=r"has no moments for inside: .* use weight_matching"):
-        align_models(
+        find_transform(
             tensors,
             tensors,
             "activation_matching",

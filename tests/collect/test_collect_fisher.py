@@ -26,7 +26,7 @@ from helpers_collect import (
 from torch import Tensor, nn
 
 from mergekit_lfm.artifacts.statistics import Statistics
-from mergekit_lfm.collect import collect_stats, examplewise, fisher
+from mergekit_lfm.collect import collect, examplewise, fisher
 from mergekit_lfm.collect.request import StatisticsRequest
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.runtime.subject import Subject
@@ -130,7 +130,7 @@ def assert_fisher(stats: Statistics, expected: dict[str, Tensor], rtol: float = 
 def test_fisher_is_the_mean_of_squared_gradients(name: str, tmp_path: Path, ways: list[bool]) -> None:
     made = case(name)
     batches = made.data(SIZES)
-    stats = collect_stats("fisher", made.model, batches, tmp_path / "fisher", task=made.task, labels=LABELS[made.task])
+    stats = collect("fisher", made.model, batches, tmp_path / "fisher", task=made.task, labels=LABELS[made.task])
     assert ways == [name in TOGETHER]
     assert_fisher(stats, brute_force_fisher(made.model, batches, SCALARS[made.task]))
     unused = {"pooler.dense.weight", "pooler.dense.bias"} if name == "encoder" else set()
@@ -163,7 +163,7 @@ def test_a_whole_batch_gives_what_single_examples_give(name: str, dtype: torch.d
 def test_a_linear_softmax_model_has_the_closed_form(tmp_path: Path) -> None:
     """F of W[k, j] is the mean of p_k (1 - p_k) x_j^2: the variance of the k-th indicator, times the input squared."""
     model, batches = mlp(6, 4), arrays(6)(SIZES)
-    stats = collect_stats("fisher", model, batches, tmp_path / "fisher")
+    stats = collect("fisher", model, batches, tmp_path / "fisher")
     x = torch.cat([batch.args[0] for batch in batches])
     p = model(x).softmax(-1).detach()
     expected = {"0.weight": ((p * (1 - p)).T @ x**2) / len(x), "0.bias": (p * (1 - p)).mean(0)}
@@ -172,7 +172,7 @@ def test_a_linear_softmax_model_has_the_closed_form(tmp_path: Path) -> None:
 
 def test_labels_of_the_data(tmp_path: Path) -> None:
     model, batches = mlp(6, 7, 3), arrays(6, labels=3)(SIZES)
-    stats = collect_stats("fisher", model, batches, tmp_path / "fisher", labels="true")
+    stats = collect("fisher", model, batches, tmp_path / "fisher", labels="true")
 
     def score(output: Tensor, example: Batch) -> list[tuple[float, Tensor]]:
         assert example.labels is not None
@@ -201,7 +201,7 @@ def test_samples_converge_to_the_expectation(
     torch.manual_seed(1)
     found = made()
     batches = found.data([6])
-    stats = collect_stats(
+    stats = collect(
         "fisher", found.model, batches, tmp_path / "fisher", task=found.task, labels="sampled", samples=samples
     )
     for name, x in brute_force_fisher(found.model, batches, scalars).items():
@@ -209,7 +209,7 @@ def test_samples_converge_to_the_expectation(
 
 
 def collected(out: Path, case: Case, sizes: Sequence[int], **options: Any) -> Statistics:
-    return collect_stats("fisher", case.model, case.data(sizes), out, task=case.task, **options)
+    return collect("fisher", case.model, case.data(sizes), out, task=case.task, **options)
 
 
 def test_draws_depend_on_seed_and_example_alone(tmp_path: Path) -> None:
@@ -256,12 +256,12 @@ def test_tensors_are_chosen_by_name(tmp_path: Path) -> None:
 )
 def test_labels_that_cannot_be_had_are_refused(task: Any, labels: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=message):
-        collect_stats("fisher", mlp(6, 3), arrays(6)([8]), tmp_path / "fisher", task=task, labels=labels)
+        collect("fisher", mlp(6, 3), arrays(6)([8]), tmp_path / "fisher", task=task, labels=labels)
 
 
 def test_a_label_beyond_the_classes_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=r"found the label [34], expected 0 to 2"):
-        collect_stats("fisher", mlp(6, 3), arrays(6, labels=5)([20]), tmp_path / "fisher", labels="true")
+        collect("fisher", mlp(6, 3), arrays(6, labels=5)([20]), tmp_path / "fisher", labels="true")
 
 
 @pytest.mark.parametrize(
@@ -290,7 +290,7 @@ def test_what_has_no_fisher_of_the_task_is_refused(
     model: Callable[[], nn.Module], data: Any, task: Any, message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(PlanError, match=message):
-        collect_stats("fisher", model(), data([8]), tmp_path / "fisher", task=task)
+        collect("fisher", model(), data([8]), tmp_path / "fisher", task=task)
     assert not (tmp_path / "fisher").exists()
 
 

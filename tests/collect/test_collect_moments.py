@@ -13,7 +13,7 @@ from helpers_collect import Batch, arrays, mlp, texts, transformer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mergekit_lfm.collect import collect_stats, moments
+from mergekit_lfm.collect import collect, moments
 from mergekit_lfm.errors import FormatError, PlanError
 
 Inputs = dict[str, np.ndarray]
@@ -55,7 +55,7 @@ def assert_close(found: Tensor, expected: np.ndarray, rtol: float = 2e-7) -> Non
 def test_grams_are_the_mean_products_of_inputs(kind: str, tmp_path: Path) -> None:
     model = mlp(6, 9, 7, 3) if kind == "mlp" else transformer(kind).eval()
     batches = (arrays(6) if kind == "mlp" else texts(9))([3, 4, 1])
-    stats = collect_stats("gram", model, batches, tmp_path / "gram.safetensors")
+    stats = collect("gram", model, batches, tmp_path / "gram.safetensors")
     expected = inputs_of(model, batches)
     tied = {"lm_head"} if kind == "gpt2" else set()
     assert stats.facts.layers.keys() == expected.keys() - tied
@@ -75,7 +75,7 @@ def test_grams_are_the_mean_products_of_inputs(kind: str, tmp_path: Path) -> Non
 
 def test_layers_of_one_input_are_stored_once(tmp_path: Path) -> None:
     model = transformer("llama")
-    stats = collect_stats("gram", model, texts(5)([4]), tmp_path / "gram.safetensors")
+    stats = collect("gram", model, texts(5)([4]), tmp_path / "gram.safetensors")
     block = "model.layers.1"
     entries = {name.removeprefix(block): x.entry for name, x in stats.facts.layers.items() if block in name}
     attention, mlp = f"{block}.self_attn", f"{block}.mlp"
@@ -93,19 +93,17 @@ def test_layers_of_one_input_are_stored_once(tmp_path: Path) -> None:
 
 def test_panels_and_pieces_of_tokens_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, batches = mlp(6, 9, 3), arrays(5, 6)([3, 4, 1])
-    whole = collect_stats("gram", model, batches, tmp_path / "whole.safetensors")
+    whole = collect("gram", model, batches, tmp_path / "whole.safetensors")
     monkeypatch.setattr(moments, "TOKENS", 7)
     monkeypatch.setattr(moments, "COLUMNS", 4)
-    cut = collect_stats("gram", model, batches, tmp_path / "cut.safetensors")
+    cut = collect("gram", model, batches, tmp_path / "cut.safetensors")
     for name in whole.facts.layers:
         assert_close(cut.read(name), whole.read(name).numpy())
 
 
 def test_batches_change_a_gram_by_rounding_only(tmp_path: Path) -> None:
     model = mlp(6, 9, 3).float()
-    one, many = (
-        collect_stats("gram", model, arrays(5, 6)(sizes), tmp_path / f"{len(sizes)}") for sizes in ([60], [1] * 60)
-    )
+    one, many = (collect("gram", model, arrays(5, 6)(sizes), tmp_path / f"{len(sizes)}") for sizes in ([60], [1] * 60))
     for name in one.facts.layers:
         assert_close(one.read(name), many.read(name).numpy(), rtol=1e-6)
 
@@ -114,7 +112,7 @@ def test_the_error_does_not_grow_with_the_data(tmp_path: Path) -> None:
     """Added one by one in float32, these would be off by 7 in a thousand: the sum is rounded to eighths."""
     x = torch.rand(1 << 16, 1, generator=torch.Generator().manual_seed(0)) / 100 + 1
     data = [x] * 20
-    stats = collect_stats("gram", nn.Sequential(nn.Linear(1, 1)), data, tmp_path / "gram.safetensors")
+    stats = collect("gram", nn.Sequential(nn.Linear(1, 1)), data, tmp_path / "gram.safetensors")
     assert stats.read("0")[0, 0] == pytest.approx(float(x.double().square().mean()), rel=3e-7)
 
 
@@ -137,7 +135,7 @@ def test_all_calls_of_a_layer_count(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = Reused().double()
     (batch,) = arrays(4)([6])
-    stats = collect_stats("gram", model, [batch], tmp_path / "gram.safetensors")
+    stats = collect("gram", model, [batch], tmp_path / "gram.safetensors")
     x = batch.args[0]
     with torch.no_grad():
         both = torch.cat([x, torch.tanh(model.twice(x))])
@@ -165,7 +163,7 @@ class Routed(nn.Module):
 
 def test_a_layer_that_is_called_late_is_not_missed(tmp_path: Path) -> None:
     model, x = Routed(), torch.ones(3, 4)
-    stats = collect_stats("gram", model, [-x, -x, 2 * x], tmp_path / "gram.safetensors")
+    stats = collect("gram", model, [-x, -x, 2 * x], tmp_path / "gram.safetensors")
     assert {name: layer.count for name, layer in stats.facts.layers.items()} == {"left": 6, "right": 3}
     assert stats.read("right")[0, 0] == 4
 
@@ -185,8 +183,8 @@ class Fickle(nn.Module):
 def test_sharing_that_ends_is_an_error(tmp_path: Path) -> None:
     x = torch.ones(3, 4)
     with pytest.raises(FormatError, match=r"two: read the same inputs.*by themselves \(`layers`\)"):
-        collect_stats("gram", Fickle(), [x, -x], tmp_path / "gram.safetensors")
-    alone = collect_stats("gram", Fickle(), [x, -x], tmp_path / "two.safetensors", layers=["two"])
+        collect("gram", Fickle(), [x, -x], tmp_path / "gram.safetensors")
+    alone = collect("gram", Fickle(), [x, -x], tmp_path / "two.safetensors", layers=["two"])
     assert alone.facts.skipped.keys() == {"one"}
 
 
@@ -206,7 +204,7 @@ class Changing(nn.Module):
 
 
 def test_a_tensor_changed_in_place_is_another_input(tmp_path: Path) -> None:
-    stats = collect_stats("gram", Changing(), [torch.ones(3, 4)], tmp_path / "gram.safetensors")
+    stats = collect("gram", Changing(), [torch.ones(3, 4)], tmp_path / "gram.safetensors")
     assert stats.read("one")[0, 0] == 1
     assert stats.read("two")[0, 0] == 4
 
@@ -214,7 +212,7 @@ def test_a_tensor_changed_in_place_is_another_input(tmp_path: Path) -> None:
 def test_cross_moments_pair_the_tokens_of_two_models(tmp_path: Path) -> None:
     first, second = mlp(6, 9, 4, 3, seed=1), mlp(6, 5, 8, 3, seed=2)
     batches = arrays(5, 6)([3, 1])
-    stats = collect_stats("cross", first, batches, tmp_path / "cross.safetensors", other=second)
+    stats = collect("cross", first, batches, tmp_path / "cross.safetensors", other=second)
     one, two = inputs_of(first, batches), inputs_of(second, batches)
     for name, layer in stats.facts.layers.items():
         assert_close(stats.read(name), one[name].T @ two[name] / len(one[name]))
@@ -227,8 +225,8 @@ def test_cross_moments_pair_the_tokens_of_two_models(tmp_path: Path) -> None:
 
 def test_cross_moments_of_a_model_with_itself_are_its_grams(tmp_path: Path) -> None:
     model, batches = transformer("llama"), texts(6)([4, 2])
-    cross = collect_stats("cross", model, batches, tmp_path / "cross.safetensors", other=model)
-    grams = collect_stats("gram", model, batches, tmp_path / "gram.safetensors")
+    cross = collect("cross", model, batches, tmp_path / "cross.safetensors", other=model)
+    grams = collect("gram", model, batches, tmp_path / "gram.safetensors")
     assert cross.facts.layers == grams.facts.layers
     for name in grams.facts.layers:
         assert_close(cross.read(name), grams.read(name).numpy())
@@ -236,10 +234,8 @@ def test_cross_moments_of_a_model_with_itself_are_its_grams(tmp_path: Path) -> N
 
 def test_models_with_other_layers_have_no_cross_moments(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=r"4: only in the second model\n.*\(`layers`\)"):
-        collect_stats("cross", mlp(6, 5, 3), arrays(6)([3]), tmp_path / "cross", other=mlp(6, 5, 4, 3))
-    stats = collect_stats(
-        "cross", mlp(6, 5, 3), arrays(6)([3]), tmp_path / "cross", other=mlp(6, 5, 4, 3), layers=["0", "2"]
-    )
+        collect("cross", mlp(6, 5, 3), arrays(6)([3]), tmp_path / "cross", other=mlp(6, 5, 4, 3))
+    stats = collect("cross", mlp(6, 5, 3), arrays(6)([3]), tmp_path / "cross", other=mlp(6, 5, 4, 3), layers=["0", "2"])
     assert stats.facts.layers.keys() == {"0", "2"}
 
 
@@ -269,16 +265,16 @@ class Silent(Shortened):
 def test_cross_moments_need_as_many_tokens(tmp_path: Path) -> None:
     batches = arrays(5, 6)([3, 1])
     with pytest.raises(PlanError, match="layer: the first model read 15 tokens where the second read 12"):
-        collect_stats("cross", Straight(), batches, tmp_path / "cross", other=Shortened())
+        collect("cross", Straight(), batches, tmp_path / "cross", other=Shortened())
     with pytest.raises(PlanError, match="layer: the first model read 4 tokens where the second read 0"):
-        collect_stats("cross", Shortened(), batches, tmp_path / "cross", other=Silent())
+        collect("cross", Shortened(), batches, tmp_path / "cross", other=Silent())
 
 
 def test_a_layer_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="no linear layer with 'q_proj' in the name; there are 0, 2"):
-        collect_stats("gram", mlp(6, 5, 3), arrays(6)([3]), tmp_path / "gram", layers=["0", "q_proj"])
+        collect("gram", mlp(6, 5, 3), arrays(6)([3]), tmp_path / "gram", layers=["0", "q_proj"])
     with pytest.raises(PlanError, match="no linear layer in the model"):
-        collect_stats("gram", nn.Sequential(nn.LayerNorm(6)), arrays(6)([3]), tmp_path / "gram")
+        collect("gram", nn.Sequential(nn.LayerNorm(6)), arrays(6)([3]), tmp_path / "gram")
 
 
 def test_nan_names_the_layer_and_leaves_no_file(tmp_path: Path) -> None:
@@ -286,7 +282,7 @@ def test_nan_names_the_layer_and_leaves_no_file(tmp_path: Path) -> None:
     with torch.no_grad():
         model[0].bias[2] = float("nan")
     with pytest.raises(FormatError, match=r"gram/2: NaN or infinite after 3 examples"):
-        collect_stats("gram", model, arrays(6)([3, 3]), tmp_path / "gram")
+        collect("gram", model, arrays(6)([3, 3]), tmp_path / "gram")
     assert not (tmp_path / "gram").exists()
 
 
@@ -304,10 +300,10 @@ class Experts(nn.Module):
 
 def test_a_layer_that_no_token_reaches_is_not_called(tmp_path: Path) -> None:
     model, x = Experts(), torch.ones(3, 4)
-    stats = collect_stats("gram", model, [-x, -x], tmp_path / "one")
+    stats = collect("gram", model, [-x, -x], tmp_path / "one")
     assert stats.facts.layers.keys() == {"left"}
     assert stats.facts.skipped == {"right": "not called while the model ran on the data"}
-    late = collect_stats("gram", model, [-x, 2 * x], tmp_path / "both")
+    late = collect("gram", model, [-x, 2 * x], tmp_path / "both")
     assert {name: layer.count for name, layer in late.facts.layers.items()} == {"left": 3, "right": 3}
     assert late.read("right")[0, 0] == 4
 
@@ -315,7 +311,7 @@ def test_a_layer_that_no_token_reaches_is_not_called(tmp_path: Path) -> None:
 def test_a_shared_bias_belongs_to_no_layer(tmp_path: Path) -> None:
     model = mlp(4, 4, 4, 3)
     model[2].bias = model[0].bias
-    stats = collect_stats("gram", model, arrays(4)([3]), tmp_path / "gram")
+    stats = collect("gram", model, arrays(4)([3]), tmp_path / "gram")
     assert stats.facts.layers.keys() == {"4"}
     assert stats.facts.skipped == dict.fromkeys(("0", "2"), "another module uses its bias too (tied weights)")
 
@@ -345,5 +341,5 @@ def test_matrices_that_are_not_covered_are_named(kind: Any, tmp_path: Path) -> N
     place = {"checkpoint": tmp_path / "model.safetensors"}
     if kind == "cross":
         place |= {"other": model, "other_checkpoint": tmp_path / "model.safetensors"}
-    stats = collect_stats(kind, model, texts(5)([3]), tmp_path / "out", **place)
+    stats = collect(kind, model, texts(5)([3]), tmp_path / "out", **place)
     assert stats.facts.skipped == {"body.experts": "not the weight of a Linear layer"}

@@ -12,7 +12,7 @@ from helpers_collect import OutOfSight, Tied, arrays, image_model, mlp, texts, t
 from safetensors.torch import save_file, save_model
 from torch import nn
 
-from mergekit_lfm.collect import collect_stats
+from mergekit_lfm.collect import collect
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.runtime.locate import locate_tensors
 from mergekit_lfm.store.checkpoint import open_checkpoint
@@ -25,7 +25,7 @@ def saved(model: nn.Module, folder: Path, dtype: torch.dtype = torch.float64) ->
 
 
 def layer_names(model: nn.Module, data: Any, out: Path, **options: Any) -> tuple[set[str], dict[str, str]]:
-    stats = collect_stats("gram", model, data, out, **options)
+    stats = collect("gram", model, data, out, **options)
     for layer in stats.facts.layers.values():
         assert layer.inputs + 1 == len(stats.read(layer.entry))
     return set(stats.facts.layers), stats.facts.skipped
@@ -35,15 +35,15 @@ def test_a_module_has_the_digest_of_its_saved_state(tmp_path: Path) -> None:
     model = OutOfSight().bfloat16()
     model.register_buffer("steps", torch.tensor(3))
     save_file(model.state_dict(), tmp_path / "model.safetensors")
-    stats = collect_stats("gram", model, arrays(6)([3]), tmp_path / "gram")
+    stats = collect("gram", model, arrays(6)([3]), tmp_path / "gram")
     assert stats.facts.models == (open_checkpoint(tmp_path / "model.safetensors").content,)
-    given = collect_stats("gram", model, arrays(6)([3]), tmp_path / "given", checkpoint=tmp_path / "model.safetensors")
+    given = collect("gram", model, arrays(6)([3]), tmp_path / "given", checkpoint=tmp_path / "model.safetensors")
     assert given.facts == stats.facts
 
 
 def test_a_folder_is_loaded_under_the_names_of_its_files(tmp_path: Path) -> None:
     folder = saved(transformer("llama"), tmp_path / "llama")
-    stats = collect_stats("gram", folder, texts(6)([2]), tmp_path / "gram", task="lm")
+    stats = collect("gram", folder, texts(6)([2]), tmp_path / "gram", task="lm")
     assert stats.facts.models == (open_checkpoint(folder).content,)
     weights = {layer.weight for layer in stats.facts.layers.values()}
     assert weights == {name for name, spec in open_checkpoint(folder).items() if len(spec.shape) == 2} - {
@@ -62,7 +62,7 @@ def test_a_prefix_that_the_model_does_not_have(dtype: torch.dtype, tmp_path: Pat
     assert "bert.encoder.layer.0.attention.self.query" in names
     assert "bert.pooler.dense" in names
     assert skipped == {}
-    fisher = collect_stats(
+    fisher = collect(
         "fisher", model, texts(6)([2]), tmp_path / "fisher", checkpoint=folder, task="embedding", labels="sampled"
     )
     assert all(name.startswith("fisher/bert.") for name in fisher.tensors)
@@ -100,8 +100,8 @@ def test_content_that_is_not_unique_proves_nothing(tmp_path: Path) -> None:
     tensors = {f"x{i}": x for i, x in enumerate(model.state_dict().values())}
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(PlanError, match="no linear layer in the model"):
-        collect_stats("gram", model, arrays(4)([3]), tmp_path / "gram", checkpoint=tmp_path / "model.safetensors")
-    stats = collect_stats(
+        collect("gram", model, arrays(4)([3]), tmp_path / "gram", checkpoint=tmp_path / "model.safetensors")
+    stats = collect(
         "fisher", model.double(), arrays(4)([3]), tmp_path / "fisher", checkpoint=tmp_path / "model.safetensors"
     )
     several = "several tensors of the checkpoint hold the same values"
@@ -142,7 +142,7 @@ def test_a_model_trained_since_it_was_loaded_is_refused(tmp_path: Path) -> None:
         model[0].bias[1] += 1
         model[2].weight[0, 0] += 1
     with pytest.raises(FormatError) as raised:
-        collect_stats("gram", model, arrays(6)([3]), tmp_path / "gram", checkpoint=tmp_path / "model.safetensors")
+        collect("gram", model, arrays(6)([3]), tmp_path / "gram", checkpoint=tmp_path / "model.safetensors")
     lines = str(raised.value).splitlines()
     assert "is not the checkpoint of this model" in lines[0]
     assert lines[1:3] == ["  0.bias: differs from 0.bias", "  2.weight: differs from 2.weight"]
@@ -153,7 +153,7 @@ def test_a_model_trained_since_it_was_loaded_is_refused(tmp_path: Path) -> None:
 def test_the_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     save_file({"w": torch.ones(2)}, tmp_path / "other.safetensors")
     with pytest.raises(FormatError, match="none of its tensors is a parameter of the model"):
-        collect_stats("gram", mlp(6, 3), arrays(6)([3]), tmp_path / "gram", checkpoint=tmp_path / "other.safetensors")
+        collect("gram", mlp(6, 3), arrays(6)([3]), tmp_path / "gram", checkpoint=tmp_path / "other.safetensors")
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "module"])
@@ -169,7 +169,7 @@ def test_a_tied_head_is_left_to_the_embedding(kind: str, tmp_path: Path) -> None
     names, skipped = layer_names(model, texts(6)([2]), tmp_path / "gram", checkpoint=place, task="lm")
     assert head not in names
     assert skipped == {head: "another module uses its weight too (tied weights)"}
-    stats = collect_stats("fisher", model, texts(6)([2]), tmp_path / "fisher", checkpoint=place, task="lm")
+    stats = collect("fisher", model, texts(6)([2]), tmp_path / "fisher", checkpoint=place, task="lm")
     stored = open_checkpoint(place)
     assert {name.removeprefix("fisher/") for name in stats.tensors} == set(stored)
     assert table in stored or "head.weight" in stored
@@ -181,7 +181,7 @@ def test_cross_moments_are_named_by_the_checkpoints(tmp_path: Path) -> None:
     folder = saved(transformer("bert"), tmp_path / "bert")
     body = transformers.BertModel.from_pretrained(folder, dtype=torch.float64)
     whole = transformers.BertForSequenceClassification.from_pretrained(folder, dtype=torch.float64)
-    stats = collect_stats(
+    stats = collect(
         "cross",
         body,
         texts(6)([2]),

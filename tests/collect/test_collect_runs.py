@@ -1,4 +1,4 @@
-"""Runs of collect_stats: passes within a memory, interruptions, what is refused, and models left as they were."""
+"""Runs of collect: passes within a memory, interruptions, what is refused, and models left as they were."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mergekit_lfm.artifacts.statistics import open_statistics
-from mergekit_lfm.collect import collect_stats, passes, pauses, registry
+from mergekit_lfm.collect import collect, passes, pauses, registry
 from mergekit_lfm.collect.request import Statistic, StatisticsRequest
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.machine.resources import default_memory
@@ -37,7 +37,7 @@ def test_memory_changes_no_byte(kind: Any, dtype: torch.dtype, tmp_path: Path) -
     for memory in (None, 12_000, 5_500):
         out = tmp_path / str(memory)
         seen: list[tuple[int, int]] = []
-        collect_stats(
+        collect(
             kind, model, data, out, task="lm", memory=memory, progress=lambda *x, seen=seen: seen.append(x), **other
         )
         found.append(out.read_bytes())
@@ -53,7 +53,7 @@ def test_memory_changes_no_byte(kind: Any, dtype: torch.dtype, tmp_path: Path) -
 
 def test_a_layer_larger_than_the_memory_is_named(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=r"memory of 200 B, expected room .*\n  0: 392 B\n  2: 512 B\n.*more memory"):
-        collect_stats("gram", mlp(6, 7, 3), arrays(6)(SIZES), tmp_path / "gram", memory=200)
+        collect("gram", mlp(6, 7, 3), arrays(6)(SIZES), tmp_path / "gram", memory=200)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -86,7 +86,7 @@ def interrupted(tmp_path: Path) -> tuple[nn.Module, list[Any], Path]:
     """A model, data, and where a run was interrupted after 7 of 8 examples."""
     model, data, out = mlp(6, 7, 3), arrays(6)(SIZES), tmp_path / "gram"
     with pytest.raises(KeyboardInterrupt):
-        collect_stats("gram", model, data, out, progress=interrupting(7, []))
+        collect("gram", model, data, out, progress=interrupting(7, []))
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert not out.exists()
     return model, data, out
@@ -95,9 +95,9 @@ def interrupted(tmp_path: Path) -> tuple[nn.Module, list[Any], Path]:
 def test_an_interrupted_run_goes_on_where_it_was(interrupted: tuple[nn.Module, list[Any], Path]) -> None:
     model, data, out = interrupted
     seen: list[int] = []
-    collect_stats("gram", model, data, out, progress=interrupting(-1, seen))
+    collect("gram", model, data, out, progress=interrupting(-1, seen))
     assert seen == [8]
-    collect_stats("gram", model, data, out.with_name("whole"))
+    collect("gram", model, data, out.with_name("whole"))
     assert out.read_bytes() == out.with_name("whole").read_bytes()
     assert {path.name for path in out.parent.iterdir()} == {"gram", "whole"}
 
@@ -115,10 +115,10 @@ def test_other_work_starts_over(interrupted: tuple[nn.Module, list[Any], Path], 
     if changed == "resume":
         options = {"resume": False}
     seen: list[int] = []
-    collect_stats("gram", model, data, out, progress=interrupting(-1, seen), **options)
+    collect("gram", model, data, out, progress=interrupting(-1, seen), **options)
     assert seen == [3, 7, 8]
     options.pop("resume", None)
-    collect_stats("gram", model, data, out.with_name("fresh"), **options)
+    collect("gram", model, data, out.with_name("fresh"), **options)
     assert out.read_bytes() == out.with_name("fresh").read_bytes()
 
 
@@ -138,20 +138,20 @@ def test_sums_are_kept_from_time_to_time(tmp_path: Path, monkeypatch: pytest.Mon
         original(self, sums, batches)
 
     monkeypatch.setattr(passes.Partial, "save_sums", save)
-    collect_stats("gram", mlp(6, 7, 3), arrays(6)(SIZES), tmp_path / "rarely")
+    collect("gram", mlp(6, 7, 3), arrays(6)(SIZES), tmp_path / "rarely")
     assert kept == []
     monkeypatch.setattr(pauses, "EVERY_S", 0.0)
     monkeypatch.setattr(pauses, "SAVING_SHARE", float("inf"))
-    collect_stats("gram", mlp(6, 7, 3), arrays(6)(SIZES), tmp_path / "often")
+    collect("gram", mlp(6, 7, 3), arrays(6)(SIZES), tmp_path / "often")
     assert kept == [1, 2, 3]
 
 
 def test_what_is_there_is_not_made_again(tmp_path: Path) -> None:
     model, data, out = mlp(6, 7, 3), arrays(6)(SIZES), tmp_path / "sub" / "gram.safetensors"
-    first = collect_stats("gram", model, data, out)
+    first = collect("gram", model, data, out)
     (tmp_path / "sub" / "gram.safetensors.partial").mkdir()
     seen: list[int] = []
-    again = collect_stats("gram", model, data, out, progress=interrupting(-1, seen))
+    again = collect("gram", model, data, out, progress=interrupting(-1, seen))
     assert seen == []
     assert again.facts == first.facts == open_statistics(out).facts
     assert [path.name for path in out.parent.iterdir()] == [out.name]
@@ -159,15 +159,15 @@ def test_what_is_there_is_not_made_again(tmp_path: Path) -> None:
 
 def test_another_file_is_replaced_only_when_asked(tmp_path: Path) -> None:
     model, data, out = mlp(6, 7, 3), arrays(6)(SIZES), tmp_path / "gram"
-    collect_stats("gram", model, data, out)
+    collect("gram", model, data, out)
     with pytest.raises(PlanError, match=r"gram exists and differs: kind, options; .*overwrite"):
-        collect_stats("fisher", model, data, out)
+        collect("fisher", model, data, out)
     with pytest.raises(PlanError, match=r"gram exists and differs: models, data"):
-        collect_stats("gram", mlp(6, 7, 3, seed=4), data[:2], out)
-    assert collect_stats("fisher", model, data, out, overwrite=True).facts.kind == "fisher"
+        collect("gram", mlp(6, 7, 3, seed=4), data[:2], out)
+    assert collect("fisher", model, data, out, overwrite=True).facts.kind == "fisher"
     out.write_bytes(b"notes")
     with pytest.raises(PlanError, match="gram exists and differs: it is not a complete statistics file"):
-        collect_stats("gram", model, data, out)
+        collect("gram", model, data, out)
     assert out.read_bytes() == b"notes"
 
 
@@ -176,7 +176,7 @@ def test_a_run_at_a_time(tmp_path: Path) -> None:
     fd = os.open(tmp_path / "gram.partial", os.O_RDONLY)
     fcntl.flock(fd, fcntl.LOCK_EX)
     with pytest.raises(PlanError, match="another run is writing"):
-        collect_stats("gram", mlp(6, 7, 3), arrays(6)(SIZES), tmp_path / "gram")
+        collect("gram", mlp(6, 7, 3), arrays(6)(SIZES), tmp_path / "gram")
     os.close(fd)
 
 
@@ -184,7 +184,7 @@ def test_a_folder_of_someone_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "gram.partial").mkdir()
     (tmp_path / "gram.partial" / "notes").write_text("mine")
     with pytest.raises(PlanError, match=r"gram\.partial exists and is not an unfinished statistics file; move it away"):
-        collect_stats("gram", mlp(6, 7, 3), arrays(6)(SIZES), tmp_path / "gram")
+        collect("gram", mlp(6, 7, 3), arrays(6)(SIZES), tmp_path / "gram")
 
 
 def test_outputs_that_would_harm_inputs_are_refused(tmp_path: Path) -> None:
@@ -192,13 +192,13 @@ def test_outputs_that_would_harm_inputs_are_refused(tmp_path: Path) -> None:
     transformer("llama").save_pretrained(folder)  # type: ignore[operator]
     data = texts(6)([2])
     with pytest.raises(PlanError, match=r"lies in the input .*llama, which is only read"):
-        collect_stats("gram", folder, data, folder / "gram.safetensors", task="lm")
+        collect("gram", folder, data, folder / "gram.safetensors", task="lm")
     with pytest.raises(PlanError, match="is a folder, expected the name of a file"):
-        collect_stats("gram", folder, data, tmp_path, task="lm")
+        collect("gram", folder, data, tmp_path, task="lm")
     model = mlp(6, 3)
     save_file(model.state_dict(), tmp_path / "model.safetensors")
     with pytest.raises(PlanError, match=r"lies in the input .*model\.safetensors"):
-        collect_stats(
+        collect(
             "gram",
             model,
             arrays(6)([2]),
@@ -225,18 +225,18 @@ def test_outputs_that_would_harm_inputs_are_refused(tmp_path: Path) -> None:
 )
 def test_what_cannot_be_asked_is_said(kind: Any, options: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=message):
-        collect_stats(kind, mlp(6, 3), arrays(6)([3]), tmp_path / "out", **options)
+        collect(kind, mlp(6, 3), arrays(6)([3]), tmp_path / "out", **options)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_model_without_parameters_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="ReLU has no parameters"):
-        collect_stats("gram", nn.ReLU(), arrays(6)([3]), tmp_path / "out")
+        collect("gram", nn.ReLU(), arrays(6)([3]), tmp_path / "out")
 
 
 def test_a_model_without_values_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=r"0\.weight, 0\.bias, .* and 1 more of Sequential: on the meta device"):
-        collect_stats("gram", mlp(6, 5, 4, 3).to("meta"), arrays(6)([3]), tmp_path / "out")
+        collect("gram", mlp(6, 5, 4, 3).to("meta"), arrays(6)([3]), tmp_path / "out")
 
 
 def test_texts_need_one_vocabulary_for_both_models(tmp_path: Path) -> None:
@@ -253,14 +253,14 @@ def test_texts_need_one_vocabulary_for_both_models(tmp_path: Path) -> None:
     one, same, other = folder("one"), folder("same"), folder("other", "zzz")
     (tmp_path / "data.txt").write_text("abc\n")
     with pytest.raises(PlanError, match=r"one and .*other have different tokens.*one vocabulary"):
-        collect_stats("cross", one, tmp_path / "data.txt", tmp_path / "out", other=other)
-    assert collect_stats("cross", one, tmp_path / "data.txt", tmp_path / "out", other=same).facts.examples == 1
+        collect("cross", one, tmp_path / "data.txt", tmp_path / "out", other=other)
+    assert collect("cross", one, tmp_path / "data.txt", tmp_path / "out", other=same).facts.examples == 1
 
 
 def test_a_full_disk_shows_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mergekit_lfm.collect.run.free_space", lambda _: 1000)
     with pytest.raises(PlanError, match=r"has 1\.00 KB free, expected .* for the file"):
-        collect_stats("gram", mlp(6, 7, 3), arrays(6)(SIZES), tmp_path / "gram")
+        collect("gram", mlp(6, 7, 3), arrays(6)(SIZES), tmp_path / "gram")
 
 
 @pytest.mark.parametrize("kind", ["gram", "fisher"])
@@ -283,7 +283,7 @@ def test_the_model_is_left_as_it_was(kind: Any, broken: bool, tmp_path: Path) ->
     before, weights = state(), {name: x.clone() for name, x in model.state_dict().items()}
     try:
         with torch.no_grad():
-            collect_stats(kind, model, texts(6)(SIZES), tmp_path / "out", task="lm")
+            collect(kind, model, texts(6)(SIZES), tmp_path / "out", task="lm")
         assert not broken
     except FormatError as error:
         assert broken and "NaN or infinite after 3 examples" in str(error)
@@ -294,7 +294,7 @@ def test_the_model_is_left_as_it_was(kind: Any, broken: bool, tmp_path: Path) ->
 
 def test_dropout_is_off(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Dropout(0.5), nn.Linear(6, 3)).train()
-    stats = collect_stats("gram", model, [torch.ones(4, 6)], tmp_path / "gram")
+    stats = collect("gram", model, [torch.ones(4, 6)], tmp_path / "gram")
     assert torch.equal(stats.read("1"), torch.ones(7, 7))
 
 
@@ -320,7 +320,7 @@ def test_a_statistic_is_added_by_a_line_in_the_registry(tmp_path: Path, monkeypa
     made: Callable[[StatisticsRequest], Statistic] = Means
     monkeypatch.setitem(registry.STATISTICS, "gram", made)
     data = arrays(6)(SIZES)
-    stats = collect_stats("gram", mlp(6, 3), data, tmp_path / "out")
+    stats = collect("gram", mlp(6, 3), data, tmp_path / "out")
     expected = torch.cat([batch.args[0] for batch in data]).mean(0)
     torch.testing.assert_close(stats.tensors.read("gram/x"), expected.float())
 
@@ -332,7 +332,7 @@ def test_data_and_models_from_files(tmp_path: Path) -> None:
     transformer("bert").float().save_pretrained(folder)  # type: ignore[operator]
     ids = np.random.default_rng(0).integers(0, 29, (7, 5))
     np.savez(tmp_path / "data.npz", input_ids=ids, labels=np.arange(7) % 3)
-    stats = collect_stats(
+    stats = collect(
         "fisher", folder, tmp_path / "data.npz", tmp_path / "a", labels="true", batch_size=3, max_examples=5
     )
     assert stats.facts.examples == 5
@@ -344,7 +344,7 @@ def test_data_and_models_from_files(tmp_path: Path) -> None:
     }
     batch = {"input_ids": torch.from_numpy(ids[:5]), "labels": torch.arange(5) % 3}
     model = transformer("bert").float()
-    same = collect_stats("fisher", model, [batch], tmp_path / "b", labels="true", checkpoint=folder)
+    same = collect("fisher", model, [batch], tmp_path / "b", labels="true", checkpoint=folder)
     assert same.facts.models == stats.facts.models
     for name in stats.tensors:
         torch.testing.assert_close(stats.tensors.read(name), same.tensors.read(name), rtol=1e-3, atol=1e-7)
@@ -353,7 +353,7 @@ def test_data_and_models_from_files(tmp_path: Path) -> None:
 def test_default_memory_is_used(tmp_path: Path) -> None:
     assert default_memory() > 10_000
     seen: list[tuple[int, int]] = []
-    collect_stats("gram", mlp(6, 3), arrays(6)([3]), tmp_path / "a", progress=lambda *x: seen.append(x))
+    collect("gram", mlp(6, 3), arrays(6)([3]), tmp_path / "a", progress=lambda *x: seen.append(x))
     assert seen == [(3, 3)]
 
 

@@ -121,7 +121,7 @@ def test_every_option_reaches_the_collection(monkeypatch: pytest.MonkeyPatch) ->
         given.update(options, args=args)
         raise PlanError("that was all")
 
-    monkeypatch.setattr(collect, "collect_stats", record)
+    monkeypatch.setattr(collect, "collect", record)
     options = (
         "--labels sampled --samples 3 --seed 7 --layers x --layers y --max-examples 4 --window 8 --batch-size 2 "
         "--memory 1GB --device meta --dtype bfloat16 --overwrite --no-resume"

@@ -11,11 +11,11 @@ import torch
 from helpers_align import furthest, loaded, tensors_of, texts
 from torch import Tensor
 
-from mergekit_lfm import collect_stats
-from mergekit_lfm.align import ALIGNERS, align_models
+from mergekit_lfm.align import ALIGNERS, find_transform
 from mergekit_lfm.align.elements import random_transform
 from mergekit_lfm.arch import Units
 from mergekit_lfm.artifacts.transform import Transform, open_transform
+from mergekit_lfm.collect import collect
 from mergekit_lfm.recipe.align import ALIGN_METHODS
 from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.views.rewritten import rewrite
@@ -31,7 +31,7 @@ class Two:
     def __init__(self, kind: str, folder: Path) -> None:
         self.folder = folder
         self.a, self.b = (loaded(kind, seed, folder / str(seed), torch.float64) for seed in range(2))
-        self.statistics = collect_stats(
+        self.statistics = collect(
             "cross", self.a.path, texts(), folder / "cross", other=self.b.path, task="lm", dtype="float64"
         ).path
 
@@ -49,7 +49,7 @@ class Two:
             given["statistics"] = self.statistics
         if method in ("weight_matching", "rotation") and "statistics" not in given:
             given = {"restarts": 2, "sweeps": 4, **given}
-        return align_models(self.b, self.a, method, **given)
+        return find_transform(self.b, self.a, method, **given)
 
 
 @pytest.fixture(scope="module", params=KINDS)

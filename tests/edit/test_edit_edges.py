@@ -14,7 +14,7 @@ from torch import nn
 
 from mergekit_lfm.artifacts.patch import Patch, open_patch
 from mergekit_lfm.artifacts.statistics import open_statistics
-from mergekit_lfm.collect import collect_stats
+from mergekit_lfm.collect import collect
 from mergekit_lfm.edit.prompts import encode, fill_template
 from mergekit_lfm.edit.sites import find_sites
 from mergekit_lfm.edit.solve import edit
@@ -137,7 +137,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     trained_tokenizer().save_pretrained(place / "m")
     (place / "text.txt").write_text("Ada Blake was born in the city of Paris . Mia Stone speaks Danish .\n" * 3)
     layers = ["c_proj"]
-    collect_stats("gram", str(place / "m"), str(place / "text.txt"), place / "gram", task="lm", layers=layers)
+    collect("gram", str(place / "m"), str(place / "text.txt"), place / "gram", task="lm", layers=layers)
     return place
 
 

@@ -3,33 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
+from mergekit_lfm.api.changes import changes_data
 from mergekit_lfm.commands.show.terminal import count_noun, table
 from mergekit_lfm.machine.sizes import format_size
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
+    from mergekit_lfm.api.edit import Edited
+    from mergekit_lfm.api.outcome import Outcome
     from mergekit_lfm.api.patches import Applied
     from mergekit_lfm.artifacts.patch import Patch
-    from mergekit_lfm.store.checkpoint import Checkpoint
 
 WIDTH = 90  # of a line of options
 SHOWN = 10  # most facts of a patch to list, and most failed ones
 # The headings of the scores. The help of `edit` and docs/editing.md explain them.
 METRIC_NAMES = {name: name.upper() for name in ("es", "ps", "ns", "ea", "pa", "na", "sa")} | {"unedited": "unedited"}
-# A change smaller than this, relative to its tensor, loses part of its effect if the sum is stored in 16 bits.
-ROUNDS_AWAY = 5e-3
 STATE_NAMES = {
     "hidden": "the whole layer",
     "mlp": "the MLP",
     "attention": "attention",
 }  # the states that a trace puts back
 ONE_WORD = {"add": "added", "replace": "replaced"}
-HALVES = ("bfloat16", "float16")
 
 
 def patch_data(patch: Patch) -> dict[str, Any]:
@@ -45,66 +41,6 @@ def patch_data(patch: Patch) -> dict[str, Any]:
         "notes": list(facts.notes),
         "versions": dict(facts.versions),
     }
-
-
-def changes_data(patch: Patch, source: Checkpoint | None = None) -> list[dict[str, Any]]:
-    """The kind, size and Frobenius norm of the change of each tensor that a patch changes.
-
-    With the model also the norm relative to the tensor's (`relative`), the factor by which the tensor's norm grows
-    (`growth`), and the share of the change left after rounding the sum to the tensor's dtype (`kept`: the difference
-    of rounded sum and tensor, projected on the change; 1 without rounding).
-    """
-    rows = []
-    for name, was in patch.facts.tensors.items():
-        parts = patch.parts(name)
-        row: dict[str, Any] = {
-            "name": name,
-            "kind": was.kind,
-            "shape": list(was.shape),
-            "dtype": was.dtype,
-            "rank": parts[0].shape[1] if was.kind == "low_rank" else None,
-            "bytes": sum(x.nbytes for x in parts),
-        }
-        if was.kind != "replace":
-            change = patch.change(name)
-            row["norm"] = _norm(change)
-            if source is not None:
-                row |= _effect(source.read(name).view(was.shape), change)
-        rows.append(row)
-    return rows
-
-
-def _effect(weight: Tensor, change: Tensor) -> dict[str, float | None]:
-    """The change relative to its weight, and the share that rounding leaves. None for a ratio to zero."""
-    before, size = _norm(weight), _norm(change)
-    after = (weight.double() + change.double()).to(weight.dtype).double()
-    moved = float(((after - weight.double()) * change.double()).sum())
-    return {
-        "relative": size / before if before else None,
-        "growth": _norm(after) / before if before else None,
-        "kept": moved / size**2 if size else None,
-    }
-
-
-def _norm(x: Tensor) -> float:
-    return float(x.double().norm())
-
-
-def rounding_warnings(changes: Sequence[Mapping[str, Any]]) -> list[str]:
-    """One line if some changes are so small that rounding to 16 bits loses part of them; else []."""
-    small = [
-        row
-        for row in changes
-        if row["dtype"] in HALVES and row.get("relative") is not None and row["relative"] < ROUNDS_AWAY
-    ]
-    if not small:
-        return []
-    worst = min(small, key=lambda row: row["kept"] if row["kept"] is not None else 1.0)
-    lost = "" if worst["kept"] is None else f"; {worst['name']} keeps {worst['kept']:.0%} of its change"
-    return [
-        f"{count_noun(len(small), 'change')} of {worst['dtype']} tensors are smaller than {ROUNDS_AWAY:.1%} of them, "
-        f"and rounding loses part of it{lost}"
-    ]
 
 
 def changes_text(changes: Sequence[Mapping[str, Any]]) -> str:
@@ -153,9 +89,32 @@ def _facts_lines(facts: Sequence[Mapping[str, Any]]) -> list[str]:
     return [*lines, *([f"and {len(facts) - SHOWN} more"] if len(facts) > SHOWN else [])]
 
 
-def apply_data(applied: Applied) -> dict[str, Any]:
+def apply_data(outcome: Outcome[Applied]) -> dict[str, Any]:
     """The result of applying or undoing patches for JSON."""
-    return {name: str(value) if name in ("out", "undo") and value else value for name, value in asdict(applied).items()}
+    applied = outcome.result
+    return {
+        "out": str(outcome.path),
+        "undo": None if applied.undo is None else str(applied.undo),
+        "tensors": applied.tensors,
+        "bytes_changed": applied.bytes_changed,
+        "bytes_copied": applied.bytes_copied,
+        "already_there": outcome.already_there,
+    }
+
+
+def edit_data(outcome: Outcome[Edited]) -> dict[str, Any]:
+    """The result of an edit for JSON."""
+    edited = outcome.result
+    scores = {"before": edited.before, "after": edited.after}
+    return {
+        "out": str(outcome.path),
+        "already_there": outcome.already_there,
+        "facts": len(edited.patch.facts.facts["facts"]),
+        **{name: None if value is None else value.as_data() for name, value in scores.items()},
+        **({} if edited.saved is None else {"saved": apply_data(edited.saved)}),
+        "tensors": list(edited.changes),
+        "warnings": list(outcome.warnings),
+    }
 
 
 def apply_text(data: Mapping[str, Any]) -> str:
@@ -211,6 +170,8 @@ def edit_text(data: Mapping[str, Any]) -> str:
     if data["after"] is not None:
         both = {"before": data["before"], "after": data["after"]}
         lines += [scores_text(both), counts_text(data["after"]), *failed_lines(data["after"]), ""]
+    if data["already_there"]:
+        lines.append("already there: this very patch; it was not made again")
     lines.append(changes_text(data["tensors"]))
     if "saved" in data:
         lines += ["", apply_text(data["saved"])]

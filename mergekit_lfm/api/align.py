@@ -1,0 +1,226 @@
+"""`align_models`: from two saved models to a transform file; `check_table`: a test of a model's table of symmetries."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from mergekit_lfm.align import find_differences, find_transform
+from mergekit_lfm.api.arguments import StrPath, expand, model_folder
+from mergekit_lfm.api.outcome import Outcome, warn_of
+from mergekit_lfm.api.repeats import is_repeated
+from mergekit_lfm.artifacts.statistics import open_statistics
+from mergekit_lfm.artifacts.transform import Transform, open_transform, read_transform_info
+from mergekit_lfm.engine.execute import execute
+from mergekit_lfm.errors import PlanError
+from mergekit_lfm.machine.progress import SILENCE, Progress
+from mergekit_lfm.plan.plan import make_plan
+from mergekit_lfm.recipe.align import ALIGN_METHODS
+from mergekit_lfm.recipe.recipe import Recipe
+from mergekit_lfm.store.checkpoint import open_checkpoint
+from mergekit_lfm.store.places import check_file, check_folder
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mergekit_lfm.align.check import Report
+    from mergekit_lfm.arch import Symmetries
+
+
+@dataclass(frozen=True, slots=True)
+class SavedModel:
+    """A rewritten model in a folder, and how far its outputs are from the original's, relative to their range.
+
+    difference, tolerance, same: None if the model has no config to run it by. same: True as well for a method that
+    changes outputs on purpose. already_there: an earlier run had written it.
+    """
+
+    path: Path
+    difference: float | None = None
+    tolerance: float | None = None
+    same: bool | None = None
+    already_there: bool = False
+
+
+@dataclass(frozen=True)
+class Aligned(Outcome[Transform]):
+    """The outcome of an alignment; its result is the transform. saved: the rewritten model, None without `save`."""
+
+    saved: SavedModel | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedTable:
+    """A table of symmetries, and the findings of running the model with random elements of its groups."""
+
+    symmetries: Symmetries
+    report: Report
+
+
+def align_models(
+    model: StrPath,
+    to: StrPath,
+    out: StrPath | None = None,
+    *,
+    method: str = "weight_matching",
+    stats: StrPath | None = None,
+    initial: StrPath | None = None,
+    order: Iterable[str] | None = None,
+    device: str = "cpu",
+    save: StrPath | None = None,
+    overwrite: bool = False,
+    progress: Progress = SILENCE,
+    **parameters: Any,
+) -> Aligned:
+    """Find the transform that brings a saved model near another, and write it to a file that merges apply.
+
+    out: the transform file, None for none. stats: the file of cross moments of both models that
+    `collect_stats("cross", ...)` writes. initial: a transform file to start from. order: the groups that a sweep
+    visits. device: where matrices are multiplied. save: a folder for the rewritten model; both models then run, to
+    compare their outputs. parameters: those of the method, as in a recipe's `align`. If `out` holds the transform of
+    the same request already, nothing is written. `find_transform` does the same for tensors and tables in memory.
+
+    The outcome's digest is that of the transform's content. Raises PlanError for impossible requests and outputs that
+    are in the way, FormatError for NaN or infinity in a model; ImportError if `save` needs transformers.
+    """
+    started = time.monotonic()
+    order = None if order is None else list(order)
+    source, target = model_folder(model), model_folder(to)
+    file, folder = (None if path is None else expand(path) for path in (out, save))
+    by_stats, start = (None if path is None else expand(path) for path in (stats, initial))
+    how = {"statistics": stats is not None, "initial": initial is not None, "order": order, "device": device}
+    differences = partial(_find_differences, (source, target), method, parameters, how)
+    there = is_repeated(file, differences, overwrite=overwrite)
+    inputs = [path for path in (source, target, by_stats, start) if path is not None]
+    _check_places(inputs, file, folder, replace=overwrite or there)
+    if there and file is not None and not _depends_on_more(method, stats, initial):
+        transform = open_transform(file)
+    else:
+        with progress.by_tick(" groups", "aligning") as tick:
+            transform = find_transform(
+                source,
+                target,
+                method,
+                statistics=None if by_stats is None else open_statistics(by_stats),
+                initial=None if start is None else open_transform(start),
+                order=order,
+                progress=tick,
+                device=device,
+                **parameters,
+            )
+        there = file is not None and _write(transform, file, there=there, overwrite=overwrite)
+    digest = None if file is None else open_checkpoint(file).content
+    if folder is None or file is None:
+        return Aligned(file, transform, digest, there, seconds=time.monotonic() - started)
+    saved = _save(source, file, folder, transform, overwrite, progress)
+    warnings = warn_of([f"{folder}: its outputs differ from those of {source}"] if saved.same is False else [])
+    there = there and saved.already_there
+    return Aligned(file, transform, digest, there, warnings, time.monotonic() - started, saved)
+
+
+def _find_differences(
+    models: tuple[Path, Path], method: str, parameters: Mapping[str, Any], how: Mapping[str, Any], file: Path
+) -> list[str]:
+    """The parts of a transform file's header that another request made."""
+    _, facts = read_transform_info(file)
+    source, to = map(open_checkpoint, models)
+    return find_differences(facts, source, to, method, parameters, **how)
+
+
+def _depends_on_more(method: str, stats: StrPath | None, initial: StrPath | None) -> bool:
+    """True if a transform depends on more than its header tells: a start, statistics, or whether there were any."""
+    declared = ALIGN_METHODS[method]
+    return initial is not None or stats is not None or (declared.statistics == "optional" and not declared.idle)
+
+
+def _write(transform: Transform, file: Path, *, there: bool, overwrite: bool) -> bool:
+    """Write the transform file; True if it is there already, to the byte. there: its header is of this request."""
+    if there:
+        with TemporaryDirectory() as folder:
+            transform.save(Path(folder) / "new.safetensors")
+            if (Path(folder) / "new.safetensors").read_bytes() == file.read_bytes():
+                return True
+        if not overwrite:
+            raise PlanError(
+                f"{file} exists and is from other statistics, or from another start; choose another output, or use "
+                "--overwrite"
+            )
+    transform.save(file)
+    return False
+
+
+def _check_places(inputs: list[Path], file: Path | None, folder: Path | None, *, replace: bool) -> None:
+    """Raise an error, before the work, if an output must not be written, or the rewritten model could not be run."""
+    if file is not None:
+        check_file(file, inputs, overwrite=replace)
+    if folder is None:
+        return
+    if file is None:
+        raise PlanError("save applies a transform file, which `out` names; give `out`, too")
+    if file.resolve().is_relative_to(folder.resolve()):
+        raise PlanError(f"the transform {file} would lie in the folder {folder}, which is written, too; choose another")
+    check_folder(folder, {str(path): path for path in inputs}, overwrite=replace)
+    model, to = inputs[:2]
+    source, other = open_checkpoint(model), open_checkpoint(to)
+    if wider := next((name for name in source if name in other and source[name].shape != other[name].shape), None):
+        raise PlanError(
+            f"{model} has {source[wider]}, {to} {list(other[wider].shape)}: its config would not fit the rewritten "
+            "model, so it cannot be saved by itself; merge it with `align: FILE` in a recipe"
+        )
+    if (model / "config.json").is_file():
+        from mergekit_lfm.runtime.load import import_transformers
+
+        import_transformers()
+
+
+def _save(
+    model: Path, file: Path, folder: Path, transform: Transform, overwrite: bool, progress: Progress
+) -> SavedModel:
+    """Write the rewritten model through a merge of it alone, and compare its outputs with the original's."""
+    entry = {"model": str(model), "align": str(file)}
+    plan = make_plan(Recipe.parse({"merge_method": "passthrough", "models": [entry]}))
+    with progress.by_bytes(plan.bytes_written, "writing") as advance:
+        done = execute(plan, folder, overwrite=overwrite, progress=advance)
+    if not (model / "config.json").is_file():
+        return SavedModel(folder, already_there=done.already_there)
+    from mergekit_lfm.judge.same import compare_outputs
+
+    difference, tolerance = compare_outputs(model, folder, transform)
+    same = not transform.facts.exact or difference <= tolerance
+    return SavedModel(folder, difference, tolerance, same, done.already_there)
+
+
+def check_table(model: StrPath, *, progress: Progress = SILENCE) -> Outcome[CheckedTable]:
+    """Check the table of symmetries of a saved model, by running the model with random elements of every group.
+
+    `result.report.ok` is True if the outputs stay the same where the table says so, and change where it says so. Raises
+    PlanError if the model's config does not name its class, ImportError if transformers is not installed.
+    """
+    from mergekit_lfm.align.check import check_symmetries
+    from mergekit_lfm.arch import find_symmetries
+    from mergekit_lfm.runtime.load import load_as_saved
+    from mergekit_lfm.runtime.probe import all_outputs, probe
+
+    started, folder = time.monotonic(), model_folder(model)
+    checkpoint = open_checkpoint(folder)
+    if not checkpoint.config.get("architectures"):
+        lack = "whose config.json has no `architectures`" if checkpoint.config else "without a config.json"
+        raise PlanError(
+            f"--check runs the model: found {folder} {lack}, expected a folder with a config.json that names the "
+            "model's class under `architectures`. Save the model with transformers"
+        )
+    symmetries = find_symmetries(checkpoint)
+    tensors = {name: checkpoint.read(name).view(spec.shape) for name, spec in checkpoint.items()}
+
+    def run(changed: Mapping[str, Tensor]) -> Tensor:
+        loaded = load_as_saved(folder, changed)
+        return all_outputs(loaded, probe(loaded))
+
+    with progress.by_count(" runs", "checking") as count:
+        report = check_symmetries(tensors, symmetries, run, progress=count)
+    return Outcome(None, CheckedTable(symmetries, report), seconds=time.monotonic() - started)

@@ -1,0 +1,39 @@
+"""How workflows read the paths and sizes that they are given."""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+
+from mergekit_lfm.errors import PlanError
+from mergekit_lfm.machine.sizes import parse_size
+from mergekit_lfm.store.hub import hub_name
+
+StrPath = str | PathLike[str]
+
+
+def as_bytes(size: int | str | None) -> int | None:
+    """The number of bytes in a size such as "4GB"."""
+    return parse_size(size) if isinstance(size, str) else size
+
+
+def expand(path: StrPath, label: str = "output") -> Path:
+    """The path, "~" replaced by the home folder."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise PlanError(f"{label}: found {str(path)!r}, which names nobody's home; write the path in full") from None
+
+
+def model_folder(model: StrPath) -> Path:
+    """The folder of a model; one that is on the Hub is downloaded to the cache.
+
+    A folder wins over a model on the Hub with the same name. Raises ConnectionError if the Hub cannot be reached.
+    """
+    folder = expand(model, "model")
+    name = None if folder.exists() else hub_name(str(model))
+    if name is None:
+        return folder
+    from mergekit_lfm.store.sidecars import download
+
+    return download(name)

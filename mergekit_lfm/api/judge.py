@@ -1,0 +1,242 @@
+"""`evaluate_models`, `measure_barrier`, `repair_model` and `verify_output`: what models are worth, and their mending."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergekit_lfm.api.arguments import StrPath, expand, model_folder
+from mergekit_lfm.api.outcome import Outcome
+from mergekit_lfm.errors import FormatError, PlanError
+from mergekit_lfm.machine.progress import SILENCE, Progress
+from mergekit_lfm.store.hub import display_name, hub_name
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from mergekit_lfm.artifacts.transform import Transform
+    from mergekit_lfm.edit.scores import FactScores
+    from mergekit_lfm.judge.barrier import Interpolation
+    from mergekit_lfm.judge.evaluate import Score
+    from mergekit_lfm.repair import Repaired
+    from mergekit_lfm.runtime.load import Loaded
+    from mergekit_lfm.store.hub.snapshots import Snapshot
+
+Scores = Mapping[str, Mapping[str, "Score | FactScores"]]  # by model, then by file
+
+
+def evaluate_models(
+    models: StrPath | Sequence[StrPath],
+    *,
+    text: StrPath | Sequence[StrPath] = (),
+    data: StrPath | Sequence[StrPath] = (),
+    facts: StrPath | None = None,
+    task: str | None = None,
+    window: int | None = None,
+    stride: int | None = None,
+    device: str = "cpu",
+    progress: Progress = SILENCE,
+) -> Outcome[Scores]:
+    """Judge saved models on texts, on data files of a task, or on a facts file; one model is in memory at a time.
+
+    text: files of UTF-8 text, for language models: perplexity and bits per byte. data: .jsonl, .txt or .npz files of
+    `task`: "lm" as for texts, "classification" the accuracy, "embedding" the retrieval of each text's own positive.
+    facts: a facts file, as `edit_model` takes it. window: the most tokens at a time; stride: for "lm", the tokens
+    predicted at a time. The result has the scores by model, then by file.
+
+    Raises PlanError for inputs that do not go together and files that cannot be read, ImportError if transformers is
+    not installed.
+    """
+    started = time.monotonic()
+    named, texts, files = _as_list(models), _as_list(text), _as_list(data)
+    if [bool(texts), bool(files), facts is not None].count(True) != 1:
+        raise PlanError("give texts (--text), data with a task (--data, --task) or facts (--facts): one of the three")
+    if files and task is None:
+        raise PlanError("data need a task: lm, classification or embedding; give it (--task)")
+    if texts and task not in (None, "lm"):
+        raise PlanError(f"texts are for language models; give data with the task {task}")
+    if facts is not None and (task, window, stride) != (None, None, None):
+        raise PlanError("facts take no task, window or stride; leave them out")
+    task = task or "lm"
+    if stride is not None and task != "lm":
+        raise PlanError("stride is for language models; leave it out")
+    judges: dict[str, Callable[[Loaded], Score | FactScores]]
+    if facts is not None:
+        judges = {str(facts): _judge_facts(expand(facts, "facts"), progress)}
+    else:
+        judges = {str(file): _judge_text(expand(file, "text"), window, stride) for file in texts}
+        judges |= {str(file): _judge_data(expand(file, "data"), task, window, stride) for file in files}
+    scores = {}
+    for model in named:
+        from mergekit_lfm.runtime.load import load_model
+
+        folder = model_folder(model)
+        loaded = load_model(folder, task, device=device)
+        scores[display_name(folder)] = {name: judge(loaded) for name, judge in judges.items()}
+        del loaded
+    return Outcome(None, scores, seconds=time.monotonic() - started)
+
+
+def _as_list(paths: StrPath | Sequence[StrPath]) -> list[StrPath]:
+    return [paths] if isinstance(paths, str | PathLike) else list(paths)
+
+
+def _judge_facts(file: Path, progress: Progress) -> Callable[[Loaded], FactScores]:
+    from mergekit_lfm.api.efficacy import score
+    from mergekit_lfm.artifacts.facts import read_facts_file
+
+    return partial(score, facts=read_facts_file(file), doing="judging", progress=progress)
+
+
+def _judge_text(file: Path, window: int | None, stride: int | None) -> Callable[[Loaded], Score]:
+    from mergekit_lfm.judge.evaluate import perplexity
+
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise PlanError(f"{file}: {error}; expected UTF-8 text") from None
+    return partial(perplexity, text=text, window=window, stride=stride)
+
+
+def _judge_data(file: Path, task: str, window: int | None, stride: int | None) -> Callable[[Loaded], Score]:
+    from mergekit_lfm.judge.evaluate import accuracy, perplexity, retrieval
+    from mergekit_lfm.runtime.data import read_documents
+
+    if task == "lm":
+        return partial(perplexity, text=read_documents(file), window=window, stride=stride)
+    if task == "classification":
+        return partial(accuracy, data=file, window=window)
+    if task == "embedding":
+        return partial(retrieval, pairs=file, window=window)
+    raise PlanError(f"found the task {task!r}, expected lm, classification or embedding; choose one of these")
+
+
+def measure_barrier(
+    first: StrPath | Loaded | nn.Module,
+    second: StrPath | Loaded | nn.Module,
+    data: StrPath | Iterable[Any],
+    *,
+    task: str = "lm",
+    points: int = 11,
+    align: StrPath | Transform | None = None,
+    reset_batchnorm: StrPath | Iterable[Any] | None = None,
+    window: int | None = None,
+    batch_size: int = 16,
+    device: str = "cpu",
+    progress: Progress = SILENCE,
+) -> Outcome[Interpolation]:
+    """Judge the models on the straight line between two models: how much worse than its ends is the middle?
+
+    first, second: folders, models on the Hub, loaded models, or modules that return logits. data: a file of the task
+    ("lm" or "classification"; plain text for "lm"), or batches. points: how many models, the ends too. align: a
+    transform that rewrites the second model before. reset_batchnorm: data to estimate BatchNorm's running statistics
+    on, between the ends. Raises PlanError if no line joins the two models, and for data without labels.
+    """
+    from mergekit_lfm.judge.barrier import barrier
+
+    started = time.monotonic()
+    one, other = (model_folder(x) if isinstance(x, str | PathLike) else x for x in (first, second))
+    with progress.by_count("points", "judging") as count:
+        line = barrier(
+            one,
+            other,
+            _as_data(data),
+            task=task,
+            points=points,
+            transform=expand(align, "align") if isinstance(align, str | PathLike) else align,
+            reset_batchnorm=None if reset_batchnorm is None else _as_data(reset_batchnorm),
+            window=window,
+            batch_size=batch_size,
+            device=device,
+            progress=count,
+        )
+    return Outcome(None, line, seconds=time.monotonic() - started)
+
+
+def _as_data(data: StrPath | Iterable[Any]) -> Path | Iterable[Any]:
+    return expand(data, "data") if isinstance(data, str | PathLike) else data
+
+
+def repair_model(
+    merged: StrPath,
+    ends: tuple[StrPath, StrPath],
+    data: StrPath | Iterable[Any],
+    out: StrPath,
+    *,
+    task: str,
+    weights: tuple[float, float] = (0.5, 0.5),
+    align: StrPath | Transform | None = None,
+    window: int | None = None,
+    batch_size: int = 16,
+    device: str = "cpu",
+    overwrite: bool = False,
+    progress: Progress = SILENCE,
+) -> Outcome[Repaired]:
+    """Give a merged model's hidden units the mean and spread that they have in the two models that were merged.
+
+    merged, ends: folders, or models on the Hub. data: a file of the task, or batches; labels are not needed. out: the
+    folder to write. weights: how much of each end the merged model has. align: the transform that rewrote the second
+    end before the merge. The outcome's digest is that of the new model's content. Raises PlanError if there is nothing
+    to repair, and if `out` exists without `overwrite`; FormatError if the merged model lacks running statistics.
+    """
+    from mergekit_lfm.repair import repair
+    from mergekit_lfm.store.checkpoint import open_checkpoint
+
+    started, folder = time.monotonic(), expand(out)
+    one, other = map(model_folder, ends)
+    with progress.by_count("examples", "repairing") as count:
+        repaired = repair(
+            model_folder(merged),
+            (one, other),
+            _as_data(data),
+            folder,
+            task=task,
+            weights=weights,
+            transform=expand(align, "align") if isinstance(align, str | PathLike) else align,
+            window=window,
+            batch_size=batch_size,
+            device=device,
+            overwrite=overwrite,
+            progress=count,
+        )
+    return Outcome(folder, repaired, open_checkpoint(folder).content, seconds=time.monotonic() - started)
+
+
+def verify_output(out: StrPath, *, progress: Progress = SILENCE) -> Outcome[tuple[str, ...]]:
+    """Read an output of `merge` again and compare it with its lock; the result has one line for each difference.
+
+    out: its folder, or its name on the Hub: then it is downloaded to the cache. The outcome's digest is that of the
+    plan. Raises FormatError if it has no lock.
+    """
+    from mergekit_lfm.output.card import CARD, OWN_CARD
+    from mergekit_lfm.output.lock import lock_of, verify
+
+    started, folder = time.monotonic(), expand(out, "OUT")
+    snapshot = None if folder.exists() else _pull(str(out))
+    folder = folder if snapshot is None else snapshot.folder
+    nbytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    with progress.by_bytes(nbytes, "verifying") as advance:
+        differences = verify(folder, advance)
+    if snapshot is not None and OWN_CARD in snapshot.sizes:  # beside a card that was edited there
+        differences = [line for line in differences if not line.startswith(f"{CARD} ")]
+    return Outcome(folder, tuple(differences), lock_of(folder).get("plan"), seconds=time.monotonic() - started)
+
+
+def _pull(name: str) -> Snapshot | None:
+    """The output on the Hub with this name, downloaded; None for other text. Raises FormatError without a lock."""
+    from mergekit_lfm.output.lock import LOCK, covered
+    from mergekit_lfm.store.hub.snapshots import find_snapshot
+
+    model = hub_name(name)
+    if model is None:
+        return None
+    snapshot = find_snapshot(model)
+    if LOCK not in snapshot.sizes:
+        raise FormatError(f"{snapshot} has no {LOCK}: it is not an output of `merge`")
+    snapshot.fetch([LOCK])
+    snapshot.fetch([file for file in covered(snapshot.folder) if file in snapshot.sizes])
+    return snapshot

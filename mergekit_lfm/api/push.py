@@ -1,0 +1,42 @@
+"""`push`: a finished output to a repository on the Hub."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from mergekit_lfm.api.arguments import StrPath, expand
+from mergekit_lfm.api.outcome import Outcome
+from mergekit_lfm.output.lock import lock_of
+
+if TYPE_CHECKING:
+    from mergekit_lfm.output.push import Pushed
+
+
+def push(
+    folder: StrPath,
+    repo: str,
+    *,
+    private: bool = False,
+    overwrite: bool = False,
+    replace_card: bool = False,
+    message: str | None = None,
+    pull_back: bool = False,
+) -> Outcome[Pushed]:
+    """Push a saved model in a folder to a repository (org/name) on the Hub, in one commit; it is made if missing.
+
+    Deletes files of an earlier push that the folder no longer has. Keeps a card edited on the Hub, unless replace_card,
+    and puts ours into MERGE.md. private: the repository must be. overwrite: it may hold weights that are not of an
+    earlier push. pull_back: download the pushed model again and compare it with its lock. The token is HF_TOKEN or that
+    of `hf auth login`. The outcome's digest is that of the merge's plan, if the folder has a lock.
+
+    Raises FormatError if the folder holds no complete model, PlanError if anything forbids the push, before sending
+    anything if it can be known then; ConnectionError if the connection fails, which leaves the repository as it was.
+    """
+    from mergekit_lfm.output.push import push as push_folder
+
+    started, source = time.monotonic(), expand(folder, "folder")
+    how = {"private": private, "overwrite": overwrite, "replace_card": replace_card, "pull_back": pull_back}
+    pushed = push_folder(source, repo, message=message, **how)
+    there = not pushed.files and not pushed.removed
+    return Outcome(source, pushed, lock_of(source).get("plan"), there, seconds=time.monotonic() - started)
