@@ -6,7 +6,8 @@ import errno
 import os
 import sys
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from mergekit_lfm.store.hub import HubName, hub_name
 ANSWER_IS_NO = 1
 BAD_INPUT = 2  # or a bad environment; also what click exits with on bad usage
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+NO_BARS = "HF_HUB_DISABLE_PROGRESS_BARS"  # a variable of huggingface_hub
 
 
 class Command(click.Command):
@@ -84,13 +86,26 @@ def _download(value: Any, ctx: click.Context) -> Any:
         return download(value)
 
 
-def transfers(*, hidden: bool) -> AbstractContextManager[None]:
-    """While it lasts, transfers from and to the Hub show their progress on a terminal, unless hidden."""
+@contextmanager
+def transfers(*, hidden: bool) -> Iterator[None]:
+    """Within it, transfers from and to the Hub show their progress on a terminal, unless hidden."""
     if not hidden and sys.stderr.isatty():
-        return nullcontext()
-    from mergekit_lfm.store.hub.client import hide_progress_bars
+        yield
+    elif "huggingface_hub" in sys.modules:
+        from mergekit_lfm.store.hub.client import hide_progress_bars
 
-    return hide_progress_bars()
+        with hide_progress_bars():
+            yield
+    else:  # few commands need the client, which reads this when it is imported
+        before = os.environ.get(NO_BARS)
+        os.environ[NO_BARS] = "1"
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ[NO_BARS]
+            else:
+                os.environ[NO_BARS] = before
 
 
 class Size(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.5 only

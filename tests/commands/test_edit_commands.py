@@ -16,9 +16,10 @@ from helpers_commands import ROOT, answer, refusal, run
 from helpers_text import byte_tokenizer, llama_config, save_model
 from safetensors.torch import load_file, save_file
 
+from mergekit_lfm.api.changes import changes_data, rounding_warnings
 from mergekit_lfm.artifacts.patch import Patch, TensorChange, open_patch
 from mergekit_lfm.commands import edit, main
-from mergekit_lfm.commands.show.patches import METRIC_NAMES, changes_data, rounding_warnings, trace_text
+from mergekit_lfm.commands.show.patches import METRIC_NAMES, trace_text
 from mergekit_lfm.commands.show.plots import plot_effects
 from mergekit_lfm.recipe.edit import EDIT_METHODS, PRESETS
 from mergekit_lfm.runtime import load as runtime
