@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mergekit_lfm.commands import options
 from mergekit_lfm.commands.shell import ANSWER_IS_NO, Command, ModelFolder
 from mergekit_lfm.store.hub import display_name
+
+if TYPE_CHECKING:
+    from mergekit_lfm.api.align import Aligned
 
 # As `recipe.align.ALIGN_METHODS` has them, which is not imported for --help; a test compares them.
 METHODS = ("weight_matching", "activation_matching", "ot", "rotation")
@@ -135,7 +138,6 @@ def align(
     _check_start(method, stats, initial, order)
     from mergekit_lfm.api.align import align_models
     from mergekit_lfm.commands.show.terminal import Terminal
-    from mergekit_lfm.commands.show.transforms import alignment_data, alignment_text, saved_text, transform_text
 
     outcome = align_models(
         model,
@@ -151,19 +153,25 @@ def align(
         progress=Terminal(hidden=quiet or as_json),
         **{name: value for name, value in parameters.items() if value is not None},
     )
+    _show(outcome, model, as_json, quiet)
+    ctx.exit(ANSWER_IS_NO if outcome.saved is not None and outcome.saved.same is False else 0)
+
+
+def _show(outcome: Aligned, model: Path, as_json: bool, quiet: bool) -> None:
+    from mergekit_lfm.commands.show.transforms import alignment_data, alignment_text, saved_text, transform_text
+
     data = alignment_data(outcome)
     if as_json:
         click.echo(json.dumps(data))
-    else:
-        if not quiet:
-            if outcome.already_there:
-                click.echo("already there: the transform of the same request; nothing was done", err=True)
-            click.echo(transform_text(data), err=True)
-            click.echo(alignment_text(data, display_name(model)), err=True)
-        if outcome.saved is not None:
-            click.echo(f"{save}: {saved_text(data['saved'])}", err=True)
-        click.echo(out)
-    ctx.exit(ANSWER_IS_NO if outcome.saved is not None and outcome.saved.same is False else 0)
+        return
+    if not quiet:
+        if outcome.already_there:
+            click.echo("already there: the transform of the same request; nothing was done", err=True)
+        click.echo(transform_text(data), err=True)
+        click.echo(alignment_text(data, display_name(model)), err=True)
+    if outcome.saved is not None:
+        click.echo(f"{outcome.saved.path}: {saved_text(data['saved'])}", err=True)
+    click.echo(outcome.path)
 
 
 def _check_alone(ctx: click.Context) -> None:

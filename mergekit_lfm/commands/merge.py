@@ -121,15 +121,8 @@ def merge(
 
     hidden = quiet or as_json
     with transfers(hidden=hidden):
-        planned = plan_merge(
-            recipe,
-            out,
-            max_shard_size=max_shard_size,
-            seed=seed,
-            device=device,
-            push_to=push_to,
-            private=private,
-        ).result
+        where = {"device": device, "push_to": push_to}
+        planned = plan_merge(recipe, out, max_shard_size=max_shard_size, seed=seed, private=private, **where).result
         if planned.goal is None and (private or pull_back):
             raise click.UsageError("--private and --verify are about a push: give --push-to org/name")
         if dry_run or verbose:
