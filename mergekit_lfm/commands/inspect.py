@@ -38,8 +38,8 @@ def inspect(path: str, content: bool, as_json: bool) -> None:
     """List the tensors of a model's folder, of one file, or of a model on the Hub: shapes, dtypes, sizes, totals.
 
     On the Hub (org/name, org/name@revision) the headers are read there, and no weights are downloaded.
-    For a statistics file, a transform or a patch the list is followed by its description: of which model it is, how it
-    was made, and its content.
+    After the list, a statistics file, a transform or a patch is described: its model, the method that made it, and its
+    content.
     """
     from mergekit_lfm.api.inspect import inspect_file
     from mergekit_lfm.commands.show.files import checkpoint_data, checkpoint_text
@@ -96,7 +96,7 @@ def methods(name: str | None, as_json: bool) -> None:
     from mergekit_lfm.methods import METHODS
 
     if name is not None and name not in METHODS:
-        raise PlanError(f"there is no method {name!r}, {did_you_mean(name, METHODS)}")
+        raise PlanError(f"unknown method {name!r}, {did_you_mean(name, METHODS)}")
     chosen = list(METHODS.values()) if name is None else [METHODS[name]]
     if as_json:
         data = {method.name: method_data(method) for method in chosen}
