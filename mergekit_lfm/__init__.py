@@ -1,4 +1,4 @@
-"""Make new models out of saved ones: merge checkpoints by streaming their tensors, in bounded memory.
+"""Make new models out of saved ones: merge, align and edit checkpoint files, in bounded memory.
 
 Importing this package imports no torch; its functions do when they are called.
 """
@@ -11,44 +11,155 @@ from typing import TYPE_CHECKING, Any
 from mergekit_lfm.version import __version__
 
 __all__ = [
+    "METHODS",
+    "Batch",
+    "Checkpoint",
+    "Fact",
+    "FactScores",
+    "FactsFile",
+    "Finding",
+    "FormatError",
+    "Interpolation",
+    "Loaded",
+    "Outcome",
+    "Patch",
+    "PlanError",
+    "Recipe",
+    "Statistics",
+    "Symmetries",
+    "Transform",
+    "Units",
     "__version__",
+    "accuracy",
     "align_models",
     "apply_patches",
+    "as_batches",
+    "as_facts",
+    "barrier",
+    "check_table",
     "collect_stats",
+    "edit_model",
+    "evaluate_models",
+    "find_symmetries",
+    "find_transform",
+    "inspect_file",
+    "load_model",
+    "measure_barrier",
     "merge",
     "merge_tensors",
     "open_checkpoint",
     "open_patch",
     "open_statistics",
     "open_transform",
+    "patched_view",
+    "perplexity",
+    "plan_merge",
     "push",
+    "random_transform",
+    "read_data",
+    "read_facts_file",
+    "read_table",
+    "repair_model",
+    "repair_module",
+    "retrieval",
+    "rewrite",
+    "score_facts",
+    "trace_facts",
     "undo_patches",
+    "verify_output",
 ]
 
 if TYPE_CHECKING:
-    from mergekit_lfm.align import align_models
-    from mergekit_lfm.api.merge import merge
+    from mergekit_lfm.align.elements import random_transform
+    from mergekit_lfm.align.find import find_transform
+    from mergekit_lfm.api.align import align_models, check_table
+    from mergekit_lfm.api.edit import edit_model
+    from mergekit_lfm.api.inspect import inspect_file
+    from mergekit_lfm.api.judge import evaluate_models, measure_barrier, repair_model, verify_output
+    from mergekit_lfm.api.merge import merge, plan_merge
+    from mergekit_lfm.api.outcome import Finding, Outcome
     from mergekit_lfm.api.patches import apply_patches, undo_patches
+    from mergekit_lfm.api.push import push
+    from mergekit_lfm.api.stats import collect_stats
     from mergekit_lfm.api.tensors import merge_tensors
-    from mergekit_lfm.artifacts.patch import open_patch
-    from mergekit_lfm.artifacts.statistics import open_statistics
-    from mergekit_lfm.artifacts.transform import open_transform
-    from mergekit_lfm.collect import collect_stats
-    from mergekit_lfm.output.push import push
-    from mergekit_lfm.store.checkpoint import open_checkpoint
+    from mergekit_lfm.api.trace import trace_facts
+    from mergekit_lfm.arch.registry import find_symmetries
+    from mergekit_lfm.arch.table import Symmetries, Units, read_table
+    from mergekit_lfm.artifacts.facts import Fact, FactsFile, as_facts, read_facts_file
+    from mergekit_lfm.artifacts.patch import Patch, open_patch
+    from mergekit_lfm.artifacts.statistics import Statistics, open_statistics
+    from mergekit_lfm.artifacts.transform import Transform, open_transform
+    from mergekit_lfm.edit.scores import FactScores, score_facts
+    from mergekit_lfm.errors import FormatError, PlanError
+    from mergekit_lfm.judge.barrier import Interpolation, barrier
+    from mergekit_lfm.judge.evaluate import accuracy, perplexity, retrieval
+    from mergekit_lfm.methods import METHODS
+    from mergekit_lfm.recipe.recipe import Recipe
+    from mergekit_lfm.repair.modules import repair_module
+    from mergekit_lfm.runtime.batches import Batch, as_batches
+    from mergekit_lfm.runtime.data import read_data
+    from mergekit_lfm.runtime.load import Loaded, load_model
+    from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
+    from mergekit_lfm.views.patched import patched_view
+    from mergekit_lfm.views.rewritten import rewrite
 
+# The module of each public name, which is imported when the name is first used.
 _HOMES = {
-    "align_models": "align",
+    "Batch": "runtime.batches",
+    "Checkpoint": "store.checkpoint",
+    "Fact": "artifacts.facts",
+    "FactScores": "edit.scores",
+    "FactsFile": "artifacts.facts",
+    "Finding": "api.outcome",
+    "FormatError": "errors",
+    "Interpolation": "judge.barrier",
+    "Loaded": "runtime.load",
+    "METHODS": "methods",
+    "Outcome": "api.outcome",
+    "Patch": "artifacts.patch",
+    "PlanError": "errors",
+    "Recipe": "recipe.recipe",
+    "Statistics": "artifacts.statistics",
+    "Symmetries": "arch.table",
+    "Transform": "artifacts.transform",
+    "Units": "arch.table",
+    "accuracy": "judge.evaluate",
+    "align_models": "api.align",
     "apply_patches": "api.patches",
-    "collect_stats": "collect",
+    "as_batches": "runtime.batches",
+    "as_facts": "artifacts.facts",
+    "barrier": "judge.barrier",
+    "check_table": "api.align",
+    "collect_stats": "api.stats",
+    "edit_model": "api.edit",
+    "evaluate_models": "api.judge",
+    "find_symmetries": "arch.registry",
+    "find_transform": "align.find",
+    "inspect_file": "api.inspect",
+    "load_model": "runtime.load",
+    "measure_barrier": "api.judge",
     "merge": "api.merge",
     "merge_tensors": "api.tensors",
     "open_checkpoint": "store.checkpoint",
     "open_patch": "artifacts.patch",
     "open_statistics": "artifacts.statistics",
     "open_transform": "artifacts.transform",
-    "push": "output.push",
+    "patched_view": "views.patched",
+    "perplexity": "judge.evaluate",
+    "plan_merge": "api.merge",
+    "push": "api.push",
+    "random_transform": "align.elements",
+    "read_data": "runtime.data",
+    "read_facts_file": "artifacts.facts",
+    "read_table": "arch.table",
+    "repair_model": "api.judge",
+    "repair_module": "repair.modules",
+    "retrieval": "judge.evaluate",
+    "rewrite": "views.rewritten",
+    "score_facts": "edit.scores",
+    "trace_facts": "api.trace",
     "undo_patches": "api.patches",
+    "verify_output": "api.judge",
 }
 
 
@@ -56,3 +167,7 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

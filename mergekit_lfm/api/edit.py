@@ -85,8 +85,7 @@ def edit_model(
     given = _read_options(method, preset, config, options)
     if (stats is None) != (given.get("covariance") == "identity"):
         raise PlanError(
-            "an edit needs second moments of the model (--stats FILE, or `stats`), or has to do without them "
-            '(--identity, or covariance="identity"): give one of the two'
+            'give --stats FILE (stats=FILE), or --identity (covariance="identity") to edit without statistics'
         )
     known, folder = as_facts(facts), model_folder(model)
     file, target = (None if path is None else expand(path) for path in (out, save))

@@ -1,4 +1,4 @@
-"""`evaluate_models`, `measure_barrier`, `repair_model` and `verify_output`: what models are worth, and their mending."""
+"""`evaluate_models`, `measure_barrier`, `repair_model` and `verify_output`: judging and mending models."""
 
 from __future__ import annotations
 

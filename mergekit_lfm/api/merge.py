@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -137,11 +137,15 @@ def merge(
         on_merged(outcome)
     if goal is None:
         return outcome
+    return replace(_push(outcome, folder, goal, verify_push), seconds=time.monotonic() - started)
+
+
+def _push(outcome: Outcome[Merged], folder: Path, goal: Push, verify: bool) -> Outcome[Merged]:
+    """Push the merged checkpoint; the outcome with the result of the push."""
     from mergekit_lfm.output.push import push
 
-    pushed = push(folder, goal.repo, private=goal.private, pull_back=verify_push)
-    merged = Merged(plan, done.resumed_bytes, pushed)
-    return Outcome(folder, merged, plan.digest, done.already_there, warnings, time.monotonic() - started)
+    pushed = push(folder, goal.repo, private=goal.private, pull_back=verify)
+    return replace(outcome, result=replace(outcome.result, pushed=pushed))
 
 
 def accelerator_of(recipe: Recipe, device: str | None) -> Accelerator | None:

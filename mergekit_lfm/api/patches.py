@@ -89,7 +89,7 @@ def apply_patches(
     opened = [open_patch(path) for path in files]
     facts = facts_of(opened) if verify else None
     if facts is None and min_efficacy is not None:
-        raise PlanError("--min-efficacy (min_efficacy) needs patches made from facts; these have none. Remove it")
+        raise PlanError("--min-efficacy needs patches made from facts; these have none. Remove the option")
     if facts is not None:
         check_runs(folder)
     view = patched_view(source, *opened, any_base=any_base)

@@ -59,6 +59,9 @@ def collect_stats(
     transformers, which loads models, is not installed.
     """
     started, file = time.monotonic(), expand(out)
+    options: dict[str, Any] = {"labels": labels, "samples": samples, "seed": seed, "layers": layers}
+    options |= {"batch_size": batch_size, "window": window, "max_examples": max_examples}
+    options |= {"device": device, "dtype": dtype, "memory": memory, "resume": resume, "overwrite": overwrite}
     before = _state(file)
     with _set_threads(threads), progress.by_count("examples", "collecting") as count:
         statistics = collect(
@@ -70,19 +73,8 @@ def collect_stats(
             task=task,
             checkpoint=None if checkpoint is None else expand(checkpoint),
             other_checkpoint=None if other_checkpoint is None else expand(other_checkpoint),
-            labels=labels,
-            samples=samples,
-            seed=seed,
-            layers=layers,
-            batch_size=batch_size,
-            window=window,
-            max_examples=max_examples,
-            device=device,
-            dtype=dtype,
-            memory=memory,
-            resume=resume,
-            overwrite=overwrite,
             progress=count,
+            **options,
         )
     there = _state(file) == before
     return Outcome(file, statistics, statistics.tensors.content, there, seconds=time.monotonic() - started)

@@ -1,7 +1,7 @@
 """The command line: `merge`, the main job, and `mergekit-lfm`, every command; a file for each theme.
 
 Standard output carries the result, and with --json exactly one JSON object; everything else goes to standard error.
-What a command needs is imported when it runs, so that --help is quick.
+A command imports its workflow when it runs, so that --help is quick.
 """
 
 from mergekit_lfm.commands.app import main

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from mergekit_lfm.commands import options
-from mergekit_lfm.commands.options import needing_models
 from mergekit_lfm.commands.shell import ANSWER_IS_NO, Command, ModelFolder
-from mergekit_lfm.errors import PlanError
 from mergekit_lfm.store.hub import display_name
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from mergekit_lfm.api.align import Aligned
 
-    from mergekit_lfm.artifacts.transform import Transform
-
-# As `alignments.ALIGN_METHODS` has them, which is not imported for --help; a test compares them.
+# As `recipe.align.ALIGN_METHODS` has them, which is not imported for --help; a test compares them.
 METHODS = ("weight_matching", "activation_matching", "ot", "rotation")
 
 
@@ -34,33 +29,70 @@ Examples:
   mergekit-lfm align models/a --check""",
 )
 @click.argument("model", type=ModelFolder())
-@click.option("--to", type=ModelFolder(), help="The model to bring MODEL near to.")
+@click.option("--to", type=ModelFolder(), help="The model that MODEL is brought near.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="The transform file to write.")
-@click.option("--method", type=click.Choice(METHODS), default=METHODS[0], help=f"[default: {METHODS[0]}]")
-@click.option("--stats", type=click.Path(path_type=Path), help="Cross moments of both, as `stats cross` makes them.")
-@click.option("--initial", type=click.Path(path_type=Path), help="A transform file to start from.")
 @click.option(
-    "--order", multiple=True, metavar="GROUP", help="Visit only these groups, in the order given. [default: all]"
+    "--method",
+    type=click.Choice(METHODS),
+    default=METHODS[0],
+    help=f"How the units of the two models are matched; see above. [default: {METHODS[0]}]",
+)
+@click.option(
+    "--stats",
+    type=click.Path(path_type=Path),
+    help="Match units by their activations: the file that `stats cross` wrote for the two models.",
+)
+@click.option(
+    "--initial", type=click.Path(path_type=Path), help="A transform file to start from, in place of no change."
+)
+@click.option(
+    "--order",
+    multiple=True,
+    metavar="GROUP",
+    help="Visit only these groups, in the order given. Can be given several times. [default: all]",
 )
 @click.option(
     "--restarts",
     type=click.IntRange(min=1),
-    help="Runs in other orders; the best is kept. [default: 10; for rotation 1]",
+    help="How many times to start over with the groups in another random order; the best result is kept. "
+    "[default: 10; for rotation 1]",
 )
-@click.option("--sweeps", type=click.IntRange(min=1), help="Most rounds over all groups. [default: 100]")
-@click.option("--seed", type=click.IntRange(0, 2**64 - 1), help="Of the random orders. [default: 0]")
+@click.option(
+    "--sweeps", type=click.IntRange(min=1), help="Stop a run after this many rounds over all groups. [default: 100]"
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**64 - 1),
+    help="The number from which the random orders are drawn; the same one gives the same result. [default: 0]",
+)
 @click.option(
     "--normalise/--no-normalise",
     default=None,
     help="Divide every tensor by its norm, so that all count alike. [default: for rotation]",
 )
-@click.option("--regularisation", type=click.FloatRange(min=0), help="For ot: Sinkhorn's; 0 is exact. [default: 0]")
-@click.option("--cost", type=click.Choice(["euclidean", "squared", "cosine"]), help="For ot. [default: euclidean]")
-@click.option("--device", default="cpu", help="Where matrices are multiplied: cpu, cuda, cuda:1, auto. [default: cpu]")
 @click.option(
-    "--save", type=click.Path(path_type=Path), help="Also write the rewritten model, and run both to compare."
+    "--regularisation",
+    type=click.FloatRange(min=0),
+    help="For ot: the strength of Sinkhorn's smoothing; 0 finds the exact transport. [default: 0]",
 )
-@click.option("--check", is_flag=True, help="Only check MODEL's symmetry table, by running it.")
+@click.option(
+    "--cost",
+    type=click.Choice(["euclidean", "squared", "cosine"]),
+    help="For ot: the distance between two units. [default: euclidean]",
+)
+@click.option(
+    "--device",
+    default="cpu",
+    help="Where matrices are multiplied: cpu, cuda, cuda:1, or auto for a free GPU. [default: cpu]",
+)
+@click.option(
+    "--save",
+    type=click.Path(path_type=Path),
+    help="Also write the rewritten model to this folder, and run both models to compare their outputs.",
+)
+@click.option(
+    "--check", is_flag=True, help="Align nothing: only test the symmetries that are known of MODEL, by running it."
+)
 @options.overwrite
 @options.as_json
 @options.quiet
@@ -81,7 +113,7 @@ def align(
     overwrite: bool,
     as_json: bool,
     quiet: bool,
-    **given: Any,
+    **parameters: Any,
 ) -> None:
     """Rewrite MODEL into an equivalent that lies near another, for merging.
 
@@ -91,10 +123,11 @@ def align(
     ot                   optimal transport of units; widths may differ; soft
     rotation             for Llama, Mistral, Qwen2, Qwen3: rotations, too
 
-    The transform goes to a file, which a recipe applies while it merges (`align: FILE` beside a model). But for `ot`
-    the rewritten model says the same as MODEL. Tables of symmetries are there for GPT-2, BERT, Llama, Mistral, Qwen2,
-    Qwen3, ResNet, and for chains of linear, convolution and BatchNorm layers. What runs models, --save and --check,
-    needs the extra: pip install "mergekit_lfm[models]"
+    The transform goes to a file, which a recipe applies while it merges (`align: FILE` beside a model). With every
+    method but `ot` the rewritten model gives the same outputs as MODEL. Known are the symmetries of GPT-2, BERT, Llama,
+    Mistral, Qwen2, Qwen3, ResNet, and of chains of linear, convolution and BatchNorm layers. If OUT holds the transform
+    of the same request already, nothing is done. --save and --check run models, which needs the extra:
+    pip install "mergekit_lfm[models]"
     """
     if check:
         _check_alone(ctx)
@@ -102,166 +135,75 @@ def align(
         return
     if to is None or out is None:
         raise click.UsageError("Give --to MODEL and -o FILE, or --check.")
-    parameters = {name: value for name, value in given.items() if value is not None}
     _check_start(method, stats, initial, order)
-    _check_out(out, [path for path in (model, to, stats, initial) if path], overwrite)
-    if save is not None:
-        _check_save(model, to, save, overwrite)
-    transform = _align(model, to, out, method, stats, initial, order, device, parameters, quiet or as_json)
-    from mergekit_lfm.commands.show.transforms import alignment_text, saved_text, transform_data, transform_text
+    from mergekit_lfm.api.align import align_models
+    from mergekit_lfm.commands.show.terminal import Terminal
 
-    found: dict[str, Any] = {"out": str(out), **transform_data(transform)}
-    same = True
-    if save is not None:
-        with needing_models():
-            same, found["saved"] = _save(model, out, save, transform, overwrite, quiet or as_json)
+    outcome = align_models(
+        model,
+        to,
+        out,
+        method=method,
+        stats=stats,
+        initial=initial,
+        order=order or None,
+        device=device,
+        save=save,
+        overwrite=overwrite,
+        progress=Terminal(hidden=quiet or as_json),
+        **{name: value for name, value in parameters.items() if value is not None},
+    )
+    _show(outcome, model, as_json, quiet)
+    ctx.exit(ANSWER_IS_NO if outcome.saved is not None and outcome.saved.same is False else 0)
+
+
+def _show(outcome: Aligned, model: Path, as_json: bool, quiet: bool) -> None:
+    from mergekit_lfm.commands.show.transforms import alignment_data, alignment_text, saved_text, transform_text
+
+    data = alignment_data(outcome)
     if as_json:
-        click.echo(json.dumps(found))
-    else:
-        if not quiet:
-            click.echo(transform_text(found), err=True)
-            click.echo(alignment_text(found, display_name(model)), err=True)
-        if save is not None:
-            click.echo(f"{save}: {saved_text(found['saved'])}", err=True)
-        click.echo(out)
-    ctx.exit(0 if same else ANSWER_IS_NO)
-
-
-def _align(
-    model: Path,
-    to: Path,
-    out: Path,
-    method: str,
-    stats: Path | None,
-    initial: Path | None,
-    order: tuple[str, ...],
-    device: str,
-    parameters: dict[str, Any],
-    hidden: bool,
-) -> Transform:
-    from mergekit_lfm.align import align_models
-    from mergekit_lfm.artifacts.statistics import open_statistics
-    from mergekit_lfm.artifacts.transform import open_transform
-    from mergekit_lfm.commands.show.terminal import ticker
-
-    with ticker(" groups", "aligning", hidden=hidden) as progress:
-        transform = align_models(
-            model,
-            to,
-            method,
-            statistics=None if stats is None else open_statistics(stats),
-            initial=None if initial is None else open_transform(initial),
-            order=order or None,
-            progress=progress,
-            device=device,
-            **parameters,
-        )
-    transform.save(out)
-    return transform
+        click.echo(json.dumps(data))
+        return
+    if not quiet:
+        if outcome.already_there:
+            click.echo("already there: the transform of the same request; nothing was done", err=True)
+        click.echo(transform_text(data), err=True)
+        click.echo(alignment_text(data, display_name(model)), err=True)
+    if outcome.saved is not None:
+        click.echo(f"{outcome.saved.path}: {saved_text(data['saved'])}", err=True)
+    click.echo(outcome.path)
 
 
 def _check_alone(ctx: click.Context) -> None:
-    """A usage error for options of an alignment beside --check, which aligns nothing."""
-    wanted = {"model", "check", "as_json", "quiet"}
-    given = [
+    """Raise a usage error for options of an alignment beside --check, which aligns nothing."""
+    allowed = {"model", "check", "as_json", "quiet"}
+    others = [
         max(parameter.opts, key=len)
         for parameter in ctx.command.params
-        if parameter.name not in wanted
+        if parameter.name not in allowed
         and ctx.get_parameter_source(parameter.name or "") is not click.core.ParameterSource.DEFAULT
     ]
-    if given:
-        raise click.UsageError(f"--check only looks at MODEL, and writes nothing; leave out {', '.join(given)}.")
+    if others:
+        raise click.UsageError(f"--check only looks at MODEL, and writes nothing; leave out {', '.join(others)}.")
 
 
 def _check_start(method: str, stats: Path | None, initial: Path | None, order: tuple[str, ...]) -> None:
-    """A usage error for what the method would not look at."""
+    """Raise a usage error for options that the method would ignore."""
     from mergekit_lfm.recipe.align import ALIGN_METHODS
 
-    by_activations = stats is not None
-    if initial is not None and (by_activations or not ALIGN_METHODS[method].starts):
-        raise click.UsageError(f"--initial: what {method} finds does not depend on a start; leave it out.")
-    if order and by_activations:
+    if initial is not None and (stats is not None or not ALIGN_METHODS[method].starts):
+        raise click.UsageError(f"--initial: the result of {method} does not depend on a start; leave it out.")
+    if order and stats is not None:
         raise click.UsageError(f"--order: {method} by activations finds every group by itself; leave it out.")
 
 
-def _check_out(out: Path, inputs: Sequence[Path], overwrite: bool) -> None:
-    """PlanError where the transform must not be written to `out`, before the work."""
-    from mergekit_lfm.store.places import check_file
-
-    check_file(out, inputs, overwrite=overwrite)
-
-
-def _check_save(model: Path, to: Path, save: Path, overwrite: bool) -> None:
-    """PlanError where the rewritten model could not be written there, or not be run, before the work."""
-    from mergekit_lfm.store.checkpoint import open_checkpoint
-
-    if save.exists() and not overwrite:
-        raise PlanError(f"{save} exists; choose another output, or use --overwrite")
-    if any(
-        save.resolve().is_relative_to(path) or path.is_relative_to(save.resolve())
-        for path in (model.resolve(), to.resolve())
-    ):
-        raise PlanError(f"the output {save} and an input lie in one another; choose another output")
-    source, other = open_checkpoint(model), open_checkpoint(to)
-    if wider := next((name for name in source if name in other and source[name].shape != other[name].shape), None):
-        raise PlanError(
-            f"{model} has {source[wider]}, {to} {list(other[wider].shape)}: its config would not fit what is made of "
-            "it, so it cannot be saved by itself; merge it with `align: FILE` in a recipe"
-        )
-    if (model / "config.json").is_file():
-        with needing_models():
-            from mergekit_lfm.runtime.load import import_transformers
-
-            import_transformers()
-
-
-def _save(
-    model: Path, file: Path, save: Path, transform: Transform, overwrite: bool, hidden: bool
-) -> tuple[bool, dict[str, Any]]:
-    """Write the rewritten model through a merge of it alone; whether the outputs are the same, and the facts."""
-    from mergekit_lfm.commands.show.terminal import progress_bar
-    from mergekit_lfm.engine.execute import execute
-    from mergekit_lfm.judge.same import compare_outputs
-    from mergekit_lfm.plan.plan import make_plan
-    from mergekit_lfm.recipe.recipe import Recipe
-
-    entry = {"model": str(model), "align": str(file)}
-    plan = make_plan(Recipe.parse({"merge_method": "passthrough", "models": [entry]}))
-    with progress_bar(plan.bytes_written, "writing", hidden=hidden) as progress:
-        execute(plan, save, overwrite=overwrite, progress=progress)
-    if not (model / "config.json").is_file():
-        return True, {"path": str(save), "difference": None, "tolerance": None, "same": None}
-    difference, tolerance = compare_outputs(model, save, transform)
-    same = not transform.facts.exact or difference <= tolerance
-    return same, {"path": str(save), "difference": difference, "tolerance": tolerance, "same": same}
-
-
 def _check(ctx: click.Context, model: Path, as_json: bool, quiet: bool) -> None:
-    """Run the model with random elements of every group of its table; exit code 1 where the table is wrong."""
-    from mergekit_lfm.align.check import check_symmetries
-    from mergekit_lfm.arch import find_symmetries
-    from mergekit_lfm.commands.show.terminal import counter
+    """Test the table of the model's symmetries; exit with code 1 if it is wrong."""
+    from mergekit_lfm.api.align import check_table
+    from mergekit_lfm.commands.show.terminal import Terminal
     from mergekit_lfm.commands.show.transforms import report_data, report_text
-    from mergekit_lfm.runtime.load import load_as_saved
-    from mergekit_lfm.runtime.probe import all_outputs, probe
-    from mergekit_lfm.store.checkpoint import open_checkpoint
 
-    checkpoint = open_checkpoint(model)
-    if not checkpoint.config.get("architectures"):
-        lacks = "whose config.json has no `architectures`" if checkpoint.config else "without a config.json"
-        raise PlanError(
-            f"--check runs the model: found {model} {lacks}, expected a folder with a config.json that names the "
-            "model's class under `architectures`. Save the model with transformers"
-        )
-    symmetries = find_symmetries(checkpoint)
-    tensors = {name: checkpoint.read(name).view(spec.shape) for name, spec in checkpoint.items()}
-
-    def run(changed: Mapping[str, Tensor]) -> Tensor:
-        loaded = load_as_saved(model, changed)
-        return all_outputs(loaded, probe(loaded))
-
-    with needing_models(), counter(" runs", "checking", hidden=quiet or as_json) as progress:
-        report = check_symmetries(tensors, symmetries, run, progress=progress)
-    found = {"model": display_name(model), **report_data(report, symmetries)}
-    click.echo(json.dumps(found) if as_json else report_text(found))
-    ctx.exit(0 if report.ok else ANSWER_IS_NO)
+    checked = check_table(model, progress=Terminal(hidden=quiet or as_json)).result
+    data = {"model": display_name(model), **report_data(checked.report, checked.symmetries)}
+    click.echo(json.dumps(data) if as_json else report_text(data))
+    ctx.exit(0 if checked.report.ok else ANSWER_IS_NO)

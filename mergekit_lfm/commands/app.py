@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import click
 
+from mergekit_lfm.commands import options
 from mergekit_lfm.commands.align import align
-from mergekit_lfm.commands.barrier import barrier, repair
+from mergekit_lfm.commands.barrier import barrier
 from mergekit_lfm.commands.edit import edit
 from mergekit_lfm.commands.eval import evaluate
 from mergekit_lfm.commands.inspect import inspect, methods
-from mergekit_lfm.commands.merge import merge, plan, verify
+from mergekit_lfm.commands.merge import merge, plan
 from mergekit_lfm.commands.patch import patch
 from mergekit_lfm.commands.push import push
+from mergekit_lfm.commands.repair import repair
 from mergekit_lfm.commands.stats import stats
 from mergekit_lfm.commands.trace import trace
-from mergekit_lfm.version import __version__
+from mergekit_lfm.commands.verify import verify
 
 
 @click.group(
@@ -24,7 +26,7 @@ Examples:
   mergekit-lfm methods ties
   mergekit-lfm verify out/my-model"""
 )
-@click.version_option(__version__, prog_name="mergekit-lfm")
+@options.version
 def main() -> None:
     """Merge and edit saved models: checkpoints in, a checkpoint out."""
 

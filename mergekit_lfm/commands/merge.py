@@ -1,4 +1,4 @@
-"""`merge`, `plan` and `verify`."""
+"""`merge` and `plan`."""
 
 from __future__ import annotations
 
@@ -18,22 +18,28 @@ from mergekit_lfm.commands.options import (
     quiet,
     together,
 )
-from mergekit_lfm.commands.shell import ANSWER_IS_NO, Command, Size, transfers
-from mergekit_lfm.errors import FormatError
-from mergekit_lfm.store.hub import hub_name
+from mergekit_lfm.commands.shell import Command, Size, transfers
 
 if TYPE_CHECKING:
     from mergekit_lfm.api.merge import Merged, PlannedMerge
     from mergekit_lfm.api.outcome import Outcome
 
-# What `merge` and `plan` take alike.
+# Options of both.
 planning = together(
     click.argument("recipe", type=click.Path(path_type=Path)),
     click.argument("out", type=click.Path(path_type=Path), required=False),
     options.memory,
     options.threads,
-    click.option("--max-shard-size", type=Size(), help="Size of an output file. [default: files as the base model's]"),
-    click.option("--seed", type=click.IntRange(0, 2**64 - 1), help="In place of the recipe's seed."),
+    click.option(
+        "--max-shard-size",
+        type=Size(),
+        help="Split the result into files of at most this size, such as 5GB. [default: the files of the base model]",
+    ),
+    click.option(
+        "--seed",
+        type=click.IntRange(0, 2**64 - 1),
+        help="The number from which random methods draw; the same one gives the same bytes. [default: the recipe's]",
+    ),
 )
 
 
@@ -48,26 +54,39 @@ Examples:
   merge recipe.yaml --push-to me/my-model --private --verify""",
 )
 @planning
-@click.option("--push-to", metavar="REPO", help="Push the result to org/name on the Hub. [default: the recipe's push]")
-@click.option("--private", is_flag=True, help="Make the repository private; one that is there has to be.")
-@click.option("--verify", "pull_back", is_flag=True, help="Download what was pushed and compare it with its lock.")
 @click.option(
-    "--nan", type=click.Choice(["error", "warn"]), default="error", help="On NaN or infinity. [default: error]"
+    "--push-to",
+    metavar="REPO",
+    help="Push the result to this repository (org/name) on the Hub. [default: the recipe's]",
+)
+@click.option("--private", is_flag=True, help="Make the repository private; refuse one that exists and is public.")
+@click.option(
+    "--verify", "pull_back", is_flag=True, help="Download the pushed model again, and compare it with its lock."
+)
+@click.option(
+    "--nan",
+    type=click.Choice(["error", "warn"]),
+    default="error",
+    help="If a tensor holds NaN or infinity, error stops the merge, warn goes on and names it. [default: error]",
 )
 @click.option(
     "--compile",
     "compile_",
     type=click.Choice(["auto", "always", "never"]),
     default="auto",
-    help="Compile the arithmetic to machine code; auto where it saves time. The bytes are the same. [default: auto]",
+    help="Compile the arithmetic to machine code; auto does if it saves time. The bytes are the same. [default: auto]",
 )
-@click.option("--device", help="Where to compute: cpu, cuda, cuda:1, auto. [default: the recipe's device, else cpu]")
+@click.option(
+    "--device",
+    help="Where to compute: cpu, cuda, cuda:1, or auto for a free GPU. [default: the recipe's device, else cpu]",
+)
 @overwrite
 @no_resume
-@click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
+@click.option("--dry-run", is_flag=True, help="Print the plan, and do nothing.")
 @as_json
 @quiet
-@click.option("-v", "--verbose", is_flag=True, help="Print the plan with all tensors, too.")
+@click.option("-v", "--verbose", is_flag=True, help="Also print the plan, with all tensors.")
+@options.version
 @click.pass_context
 def merge(
     ctx: click.Context,
@@ -102,15 +121,8 @@ def merge(
 
     hidden = quiet or as_json
     with transfers(hidden=hidden):
-        planned = plan_merge(
-            recipe,
-            out,
-            max_shard_size=max_shard_size,
-            seed=seed,
-            device=device,
-            push_to=push_to,
-            private=private,
-        ).result
+        where = {"device": device, "push_to": push_to}
+        planned = plan_merge(recipe, out, max_shard_size=max_shard_size, seed=seed, private=private, **where).result
         if planned.goal is None and (private or pull_back):
             raise click.UsageError("--private and --verify are about a push: give --push-to org/name")
         if dry_run or verbose:
@@ -201,7 +213,7 @@ Examples:
 )
 @planning
 @as_json
-@click.option("-v", "--verbose", is_flag=True, help="List all tensors.")
+@click.option("-v", "--verbose", is_flag=True, help="Also list all tensors.")
 def plan(
     recipe: Path,
     out: Path | None,
@@ -212,61 +224,13 @@ def plan(
     as_json: bool,
     verbose: bool,
 ) -> None:
-    """Say what a merge would read, write, drop and need, and do nothing.
+    """Print what a merge would read, write, drop and need, and do nothing.
 
-    Of the models only the headers are read, on the Hub as well; with statistics the models are read once, to know them
-    by their content.
-    The same as `merge --dry-run`.
+    Only the headers of the models are read, on the Hub as well; with statistics the models are read once, to identify
+    them by their content. The same as `merge --dry-run`.
     """
     from mergekit_lfm.api.merge import plan_merge
 
     with transfers(hidden=as_json):
         planned = plan_merge(recipe, out, max_shard_size=max_shard_size, seed=seed, device="cpu").result
     _show_plan(planned, memory, threads, as_json, verbose)
-
-
-@click.command(
-    cls=Command,
-    epilog="""\b
-Example:
-  mergekit-lfm verify merged/quickstart
-  mergekit-lfm verify me/my-merge@main""",
-)
-@click.argument("out")
-@as_json
-@quiet
-@click.pass_context
-def verify(ctx: click.Context, out: str, as_json: bool, quiet: bool) -> None:
-    """Read a merged model again and compare it with its merge.lock.json.
-
-    OUT is its folder, or its name on the Hub, from where what the lock names is downloaded to the cache. Prints every
-    difference; the exit code is 1 if there is one.
-    """
-    from mergekit_lfm.commands.show.terminal import count_noun, progress_bar
-    from mergekit_lfm.output.card import CARD, OWN_CARD
-    from mergekit_lfm.output.lock import LOCK, covered
-    from mergekit_lfm.output.lock import verify as differences
-
-    hidden = quiet or as_json
-    folder = Path(out)
-    if not folder.exists() and (name := hub_name(out)) is not None:
-        from mergekit_lfm.store.hub.snapshots import find_snapshot
-
-        with transfers(hidden=hidden):
-            snapshot = find_snapshot(name)
-            if LOCK not in snapshot.sizes:
-                raise FormatError(f"{snapshot} has no {LOCK}: it is no output of `merge`")
-            snapshot.fetch([LOCK])
-            snapshot.fetch([file for file in covered(snapshot.folder) if file in snapshot.sizes])
-        folder = snapshot.folder
-    nbytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    with progress_bar(nbytes, "verifying", hidden=hidden) as progress:
-        problems = differences(folder, progress)
-    if folder != Path(out) and OWN_CARD in snapshot.sizes:  # beside a card that was edited there
-        problems = [line for line in problems if not line.startswith(f"{CARD} ")]
-    if as_json:
-        click.echo(json.dumps({"out": out, "good": not problems, "problems": problems}))
-    else:
-        verdict = f"{count_noun(len(problems), 'difference')} to its lock" if problems else "good, all as its lock says"
-        click.echo("\n".join([*problems, f"{out}: {verdict}"]))
-    ctx.exit(ANSWER_IS_NO if problems else 0)

@@ -1,4 +1,4 @@
-"""What several commands take, and how they end when they are interrupted."""
+"""Options that several commands take, and the end of a command that is interrupted."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from mergekit_lfm.commands.shell import INTERRUPTED, Size
-from mergekit_lfm.errors import PlanError
+from mergekit_lfm.version import __version__
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -29,19 +29,40 @@ def together(*decorators: Callable[[F], F]) -> Callable[[F], F]:
     return decorate
 
 
-as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
-quiet = click.option("-q", "--quiet", is_flag=True, help="Print the result, warnings and errors only.")
-overwrite = click.option("--overwrite", is_flag=True, help="Replace OUT where it exists.")
-no_resume = click.option("--no-resume", is_flag=True, help="Start over instead of going on with an interrupted run.")
-memory = click.option(
-    "--memory", type=Size(), help="Most to hold at a time. [default: a quarter of the RAM, at most 4GB]"
+def _print_version(ctx: click.Context, parameter: click.Parameter, wanted: bool) -> None:  # noqa: ARG001
+    if not wanted or ctx.resilient_parsing:
+        return
+    from importlib.metadata import version
+
+    click.echo(f"mergekit_lfm {__version__}, torch {version('torch')}")
+    ctx.exit()
+
+
+version = click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_version,
+    help="Print the versions of mergekit_lfm and of torch.",
 )
-threads = click.option("--threads", type=click.IntRange(min=1), help="[default: the number of cores]")
+as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
+quiet = click.option("-q", "--quiet", is_flag=True, help="Print only the result, warnings and errors.")
+overwrite = click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
+no_resume = click.option("--no-resume", is_flag=True, help="Start over instead of continuing an interrupted run.")
+memory = click.option(
+    "--memory",
+    type=Size(),
+    help="The most memory that the work may take, such as 2GB. [default: a quarter of the RAM, at most 4GB]",
+)
+threads = click.option(
+    "--threads", type=click.IntRange(min=1), help="The number of threads that compute. [default: the number of cores]"
+)
 
 
 @contextmanager
 def going_on_later(ctx: click.Context, out: Path, plan: str | None = None) -> Iterator[None]:
-    """On Ctrl-C, print what is kept for the next run of the same command, and end with the code for it.
+    """On Ctrl-C, print where the next run of the same command goes on, and end with the code for it.
 
     plan: the digest of a plan; if `out` holds its output, only a push was interrupted.
     """
@@ -51,19 +72,8 @@ def going_on_later(ctx: click.Context, out: Path, plan: str | None = None) -> It
         from mergekit_lfm.output.lock import lock_of
         from mergekit_lfm.store.places import partial_of
 
-        kept = partial_of(out)
-        done = f"what is done is kept in {kept}" if kept.exists() else "nothing was written"
-        done = f"{out} is complete, but was not pushed" if plan and lock_of(out).get("plan") == plan else done
-        click.echo(f"interrupted: {done}; run the same command again to go on", err=True)
+        partial = partial_of(out)
+        state = f"the finished part is in {partial}" if partial.exists() else "nothing was written"
+        state = f"{out} is complete, but was not pushed" if plan and lock_of(out).get("plan") == plan else state
+        click.echo(f"interrupted: {state}; run the same command again to go on", err=True)
         ctx.exit(INTERRUPTED)
-
-
-@contextmanager
-def needing_models() -> Iterator[None]:
-    """Where the extra that loads models is not installed, the message that says how to install it."""
-    try:
-        yield
-    except ImportError as error:
-        if error.name != "transformers":
-            raise
-        raise PlanError(str(error)) from None

@@ -20,11 +20,11 @@ Examples:
 )
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.argument("repo")
-@click.option("--private", is_flag=True, help="Make the repository private; one that is there has to be.")
-@click.option("--overwrite", is_flag=True, help="Replace weights in REPO that are not of an earlier push.")
+@click.option("--private", is_flag=True, help="Make the repository private; refuse one that exists and is public.")
+@click.option("--overwrite", is_flag=True, help="Replace weights in REPO even if they are not from an earlier push.")
 @click.option("--replace-card", is_flag=True, help="Replace the model card, even if it was edited on the Hub.")
-@click.option("-m", "--message", help="Of the commit. [default: what was merged]")
-@click.option("--verify", is_flag=True, help="Download what was pushed again and compare it with its lock.")
+@click.option("-m", "--message", help="The message of the commit. [default: the method of the merge]")
+@click.option("--verify", is_flag=True, help="Download the pushed model again and compare it with its lock.")
 @as_json
 @quiet
 def push(
@@ -40,15 +40,15 @@ def push(
 ) -> None:
     """Push the model in DIR to the repository REPO (org/name) on the Hub, in one commit.
 
-    The repository is made where there is none. Files that are there already are not sent again; those of an earlier
-    push that are no more are deleted. A model card that was edited on the Hub is kept. The token is HF_TOKEN, or what
-    `hf auth login` has stored. A push that fails leaves the repository as it was.
+    The repository is made if it does not exist. Files that are there already are not sent again; those of an earlier
+    push that DIR no longer has are deleted. A model card that was edited on the Hub is kept. The token is HF_TOKEN, or
+    that of `hf auth login`. A push that fails leaves the repository as it was.
     """
+    from mergekit_lfm.api.push import push as push_folder
     from mergekit_lfm.commands.show.plans import push_data, push_text
-    from mergekit_lfm.output.push import push as push_to
 
     with transfers(hidden=quiet or as_json):
-        pushed = push_to(
+        pushed = push_folder(
             folder,
             repo,
             private=private,
@@ -56,7 +56,7 @@ def push(
             replace_card=replace_card,
             message=message,
             pull_back=verify,
-        )
+        ).result
     if as_json:
         click.echo(json.dumps(push_data(pushed)))
         return

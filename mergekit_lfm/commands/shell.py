@@ -1,4 +1,4 @@
-"""How a command meets the shell: sizes as arguments, errors as one message, exit codes."""
+"""The side of a command that faces the shell: sizes as arguments, errors as one message, exit codes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import errno
 import os
 import sys
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,18 @@ from mergekit_lfm.store.hub import HubName, hub_name
 ANSWER_IS_NO = 1
 BAD_INPUT = 2  # or a bad environment; also what click exits with on bad usage
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+NO_BARS = "HF_HUB_DISABLE_PROGRESS_BARS"  # a variable of huggingface_hub
 
 
 class Command(click.Command):
     """A command whose expected errors are one message and an exit code, without a traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command, with the models on the Hub that it was given in the cache."""
+        """Run the command; models on the Hub among its arguments are downloaded to the cache before."""
         try:
             for param in self.params:
                 if isinstance(param.type, ModelFolder) and param.name is not None:
-                    ctx.params[param.name] = _downloaded(ctx.params[param.name], ctx)
+                    ctx.params[param.name] = _download(ctx.params[param.name], ctx)
             with warnings.catch_warnings():
                 from mergekit_lfm.api.outcome import Finding
 
@@ -62,20 +64,20 @@ def _os_message(error: OSError) -> str:
 
 
 class ModelFolder(click.ParamType):  # type: ignore[type-arg]
-    """A model's folder; or a model on the Hub, as org/name or org/name@revision, of which the command gets a folder."""
+    """A model's folder; or a model on the Hub, org/name or org/name@revision, which the command gets as a folder."""
 
     name = "model"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path | HubName:  # noqa: ARG002
-        """The folder, or where there is none of that name the model's name on the Hub."""
-        place = Path(value)
-        return place if place.exists() else hub_name(str(value)) or place
+        """The folder; if it does not exist, the model's name on the Hub."""
+        folder = Path(value)
+        return folder if folder.exists() else hub_name(str(value)) or folder
 
 
-def _downloaded(value: Any, ctx: click.Context) -> Any:
-    """The value, or values, of a parameter, folders in place of models on the Hub."""
+def _download(value: Any, ctx: click.Context) -> Any:
+    """The value, or values, of a parameter, with folders in place of models on the Hub."""
     if isinstance(value, tuple):
-        return tuple(_downloaded(part, ctx) for part in value)
+        return tuple(_download(each, ctx) for each in value)
     if not isinstance(value, HubName):
         return value
     from mergekit_lfm.store.sidecars import download
@@ -84,13 +86,26 @@ def _downloaded(value: Any, ctx: click.Context) -> Any:
         return download(value)
 
 
-def transfers(*, hidden: bool) -> AbstractContextManager[None]:
-    """While it lasts, transfers from and to the Hub show their progress on a terminal, unless hidden."""
+@contextmanager
+def transfers(*, hidden: bool) -> Iterator[None]:
+    """Within it, transfers from and to the Hub show their progress on a terminal, unless hidden."""
     if not hidden and sys.stderr.isatty():
-        return nullcontext()
-    from mergekit_lfm.store.hub.client import hide_progress_bars
+        yield
+    elif "huggingface_hub" in sys.modules:
+        from mergekit_lfm.store.hub.client import hide_progress_bars
 
-    return hide_progress_bars()
+        with hide_progress_bars():
+            yield
+    else:  # few commands need the client, which reads this when it is imported
+        before = os.environ.get(NO_BARS)
+        os.environ[NO_BARS] = "1"
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ[NO_BARS]
+            else:
+                os.environ[NO_BARS] = before
 
 
 class Size(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.5 only
@@ -99,7 +114,7 @@ class Size(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.
     name = "size"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """The bytes that `value` says; a usage error where it says none."""
+        """The number of bytes; a usage error for any other text."""
         try:
             return parse_size(value)
         except PlanError as error:

@@ -273,7 +273,7 @@ def test_save_writes_the_rewritten_model_and_compares_what_it_says(models: Path)
     assert run("verify", "near").exit_code == 0
     assert weights(models / "near") != weights(models / "b")
     message = refusal(run("align", "b", "--to", "a", "-o", "found.st"))
-    assert message == "error: found.st exists; choose another output, or use --overwrite\n"
+    assert message == "error: found.st exists and differs: method, options; choose another output, or use --overwrite\n"
 
 
 @pytest.mark.parametrize(
@@ -284,7 +284,7 @@ def test_save_writes_the_rewritten_model_and_compares_what_it_says(models: Path)
         (["-o", "t.safetensors", "--initial", "t.safetensors", "--overwrite"], "lies in the input t.safetensors"),
         (["-o", "/dev/full", "--overwrite"], "/dev/full is not a file, expected the name of one to write"),
         (["-o", "new.st", "--save", "saved"], "saved exists; choose another output, or use --overwrite"),
-        (["-o", "new.st", "--save", "b/deep"], "the output b/deep and an input lie in one another"),
+        (["-o", "new.st", "--save", "b/deep"], "b/deep and the input b lie in one another"),
     ],
 )
 def test_what_must_not_be_written_is_refused_before_the_work(
@@ -293,7 +293,7 @@ def test_what_must_not_be_written_is_refused_before_the_work(
     def work(*_: object, **__: object) -> None:
         raise AssertionError("the work was begun")
 
-    monkeypatch.setattr("mergekit_lfm.align.find_transform", work)
+    monkeypatch.setattr("mergekit_lfm.api.align.find_transform", work)
     before = {path: path.read_bytes() for path in models.rglob("*") if path.is_file()}
     assert expected in refusal(run("align", "b", "--to", "a", *arguments))
     assert {path: path.read_bytes() for path in models.rglob("*") if path.is_file()} == before
@@ -330,7 +330,7 @@ def test_what_align_needs_is_said(models: Path):
     message = refusal(run("align", "b", "--to", "a", "--cost", "cosine", "-o", "t.st"))
     assert "align.cost: weight_matching has no such parameter" in message
     useless = run("align", "b", "--to", "a", "--method", "ot", "--initial", "t.safetensors", "-o", "t.st")
-    assert "--initial: what ot finds does not depend on a start; leave it out." in useless.stderr
+    assert "--initial: the result of ot does not depend on a start; leave it out." in useless.stderr
     message = refusal(run("align", "b", "--to", "a", "--order", "ffn.7", "-o", "t.st"))
     assert "order: found 'ffn.7', did you mean ffn." in message
     assert not (models / "t.st").exists()

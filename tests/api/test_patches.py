@@ -79,7 +79,7 @@ def test_applying_rounds_once_and_undoing_gives_the_same_files(tmp_path: Path, d
     folder = save_model(tmp_path / "a", dtype, shards)
     patch = low_rank(folder, (NAME, "h.1.mlp.c_proj.weight"))
     patch.save(tmp_path / "p.safetensors")
-    done = apply_patches(folder, [tmp_path / "p.safetensors"], tmp_path / "edited")
+    done = apply_patches(folder, [tmp_path / "p.safetensors"], tmp_path / "edited").result
     assert done.undo == undo_file(tmp_path / "edited") and done.undo.is_file()
     assert done.tensors == 2
     before, after = open_checkpoint(folder), open_checkpoint(tmp_path / "edited")

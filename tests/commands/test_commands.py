@@ -330,7 +330,7 @@ def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(tmp_path: Path, monke
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=60)
     assert (process.returncode, stdout) == (130, "")
-    assert stderr == "interrupted: what is done is kept in out.partial; run the same command again to go on\n"
+    assert stderr == "interrupted: the finished part is in out.partial; run the same command again to go on\n"
     assert not (tmp_path / "out").exists()
     monkeypatch.chdir(tmp_path)
     assert run("merge", "recipe.yaml", "out", "-q").exit_code == 0

@@ -17,9 +17,10 @@ from helpers_text import byte_tokenizer, llama_config, save_model
 from models import files_of
 from safetensors.torch import load_file, save_file
 
+from mergekit_lfm.api.changes import changes_data, rounding_warnings
 from mergekit_lfm.artifacts.patch import Patch, TensorChange, open_patch
 from mergekit_lfm.commands import edit, main
-from mergekit_lfm.commands.show.patches import METRIC_NAMES, changes_data, rounding_warnings, trace_text
+from mergekit_lfm.commands.show.patches import METRIC_NAMES, trace_text
 from mergekit_lfm.commands.show.plots import plot_effects
 from mergekit_lfm.recipe.edit import EDIT_METHODS, PRESETS
 from mergekit_lfm.runtime import load as runtime
@@ -127,8 +128,8 @@ def test_options_of_the_line_go_before_those_of_the_file(here: Path) -> None:
 
 def test_options_that_do_not_go_together(here: Path) -> None:
     for options, message in [
-        (["--stats", "g.st", "--identity"], "Give --stats FILE, or --identity"),
-        ([], "Give --stats FILE, or --identity"),
+        (["--stats", "g.st", "--identity"], "give --stats FILE"),
+        ([], "give --stats FILE"),
         (["--identity", "--no-verify", "--min-efficacy", "0.5"], "leave out --no-verify"),
         (["--identity", "--layers", "a"], "expected one like 5, or 3,4,5, or 3-5"),
         (["--identity", "--layers", "3-"], "expected one like 5, or 3,4,5, or 3-5"),
@@ -149,10 +150,10 @@ def test_options_that_do_not_go_together(here: Path) -> None:
         (["--config", "list.yaml"], "expected options of `edit`"),
         (["--config", "lr.yaml"], "lr.yaml.lr"),
         (["--preset", "gpt-j-6"], "gpt-j-6b"),
-        (["-o", "patch.st"], "patch.st exists; choose another output, or use --overwrite"),
+        (["-o", "patch.st"], "patch.st exists and differs: options; choose another output, or use --overwrite"),
         (["-o", "m/p.st"], "lies in the input m"),
         (["-o", "facts.yaml", "--overwrite"], "lies in the input facts.yaml"),
-        (["--save", "m"], "m exists"),
+        (["--save", "m"], "lie in one another"),
         (["--save", "m/n"], "lie in one another"),
         (["--save", "m", "--overwrite"], "lie in one another"),
         (["-o", "new", "--save", "new"], "would lie in the folder new"),
@@ -282,7 +283,9 @@ def test_what_cannot_be_verified_is_refused_before_anything_is_written(
 ) -> None:
     assert run("patch", "apply", "m", "patch.st", "-o", "edited", "--no-verify", "-q").exit_code == 0
     back = ["patch", "apply", "edited", "edited.undo.safetensors", "-o", "x"]
-    assert "the patches teach no facts" in refusal(run(*back, "--min-efficacy", "0.5"))
+    assert "--min-efficacy needs patches made from facts; these have none" in refusal(
+        run(*back, "--min-efficacy", "0.5")
+    )
     (here / "m" / "config.json").rename("kept.json")
     assert "found no config.json there" in refusal(run("patch", "apply", "m", "patch.st", "-o", "x"))
     Path("kept.json").rename("m/config.json")

@@ -177,7 +177,7 @@ def test_a_card_that_was_there_before_is_kept(
     hub: HubServer,
 ) -> None:
     hub.create(REPO, {"README.md": b"# Planned\n"})
-    assert push("out", REPO).kept_card
+    assert push("out", REPO).result.kept_card
     assert hub.files(REPO)["README.md"] == b"# Planned\n" and "MERGE.md" in hub.files(REPO)
 
 
@@ -187,7 +187,7 @@ def test_weights_of_somebody_else_are_not_replaced_unasked(hub: HubServer, folde
     message = refusal(run("merge", "recipe.yaml", "two", "--push-to", REPO))
     assert f"{REPO} holds pytorch_model.bin, which is not from an earlier push of a merge" in message
     assert hub.head(REPO) == head and not (folder / "two").exists()
-    pushed = push("out", REPO, overwrite=True)
+    pushed = push("out", REPO, overwrite=True).result
     assert pushed.removed == ("pytorch_model.bin",)
     assert hub.files(REPO)["notes.txt"] == b"mine" and "pytorch_model.bin" not in hub.files(REPO)
 
@@ -220,7 +220,7 @@ def test_pulling_back_downloads_whatever_is_in_the_cache(hub: HubServer) -> None
     push("out", REPO)
     assert run("verify", REPO).exit_code == 0  # now it is in the cache
     before = len(hub.requests)
-    assert push("out", REPO, pull_back=True).verified
+    assert push("out", REPO, pull_back=True).result.verified
     assert any(r.path.startswith("/blob/") for r in hub.requests[before:] if r.method == "GET")
     tree = hub.history(REPO)[0].tree
     blob = hub.store.blobs / tree["model.safetensors"].sha256
@@ -253,7 +253,7 @@ def test_a_kept_card_is_no_difference_to_the_lock(hub: HubServer, folder: Path) 
 @pytest.mark.usefixtures("folder")
 def test_a_damaged_lock_on_the_hub(lock: bytes, hub: HubServer) -> None:
     hub.create(REPO, {"merge.lock.json": lock, "README.md": b"# X\n"})
-    assert push("out", REPO).kept_card
+    assert push("out", REPO).result.kept_card
 
 
 def test_private_is_not_made_public(hub: HubServer, folder: Path) -> None:
@@ -415,7 +415,7 @@ def test_a_card_that_the_hub_does_not_accept_is_said_before_the_upload(hub: HubS
 
 def test_a_model_that_is_no_merge_is_pushed_as_it_is(hub: HubServer, folder: Path) -> None:
     message = refusal(run("verify", "org/a"))
-    assert f"org/a@{hub.head('org/a')} has no merge.lock.json: it is no output of `merge`" in message
+    assert f"org/a@{hub.head('org/a')} has no merge.lock.json: it is not an output of `merge`" in message
     save_model(folder / "plain", llama_tensors(3))
     assert answer(run("push", "plain", "me/plain", "--json"))["repo"] == "me/plain"
     there = hub.files("me/plain")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mergekit_lfm.arch import find_symmetries
 from mergekit_lfm.artifacts.transform import Transform, TransformInfo, UnitsElement
-from mergekit_lfm.commands.barrier import repair as command
+from mergekit_lfm.commands.repair import repair as command
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.output import save as saving
 from mergekit_lfm.repair import repair

@@ -7,12 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from mergekit_lfm.commands.show.patches import counts_text, scores_text
 from mergekit_lfm.commands.show.terminal import table
 
 if TYPE_CHECKING:
     from mergekit_lfm.judge.evaluate import Score
 
-ScoreTable = Mapping[str, Mapping[str, "Score"]]  # by model, then by file
+ScoreTable = Mapping[str, Mapping[str, Any]]  # scores of one kind by model, then by file
 
 
 def arithmetic(numbers: Sequence[float]) -> float:
@@ -110,3 +111,18 @@ def evaluation_text(scores: ScoreTable) -> str:
             mean = _means(columns, list(files.values()))
             rows.append((model, "mean", *(format(mean[k], c.form) if k in mean else "" for k, c in columns.items())))
     return table(rows, right=" ".join(headings))
+
+
+def facts_data(scores: ScoreTable) -> list[dict[str, Any]]:
+    """Each model's scores on a facts file, for JSON."""
+    return [
+        {"model": model, "facts": name, **score.as_data()}
+        for model, files in scores.items()
+        for name, score in files.items()
+    ]
+
+
+def facts_text(scores: ScoreTable) -> str:
+    """A table with one row of shares for each model, and the numbers of prompts."""
+    rows = {model: score.as_data() for model, files in scores.items() for score in files.values()}
+    return f"{scores_text(rows)}\n{counts_text(next(iter(rows.values())))}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -48,15 +49,18 @@ def plan_text(plan: Plan, facts: dict[str, Any], verbose: bool) -> str:
     for label, edits in [*edited.items(), ("the result", plan.recipe.result_edits)]:
         rows[3:3] = [("edited", f"{label}: {_edit_text(edit)}") for edit in edits]
     rows[1:1] = [
-        ("from the Hub", f"{label}: commit {held.snapshot.commit}, {_whereabouts(held)}")
-        for label, held in zip(plan.labels, plan.models, strict=True)
-        if held.snapshot is not None
+        ("from the Hub", f"{label}: commit {model.snapshot.commit}, {_whereabouts(model)}")
+        for label, model in zip(plan.labels, plan.models, strict=True)
+        if model.snapshot is not None
     ]
     lines = [table(rows)]
     lines += [f"held outside the memory budget, as its tensors are not plain byte ranges: {file}" for file in plan.held]
     lines += [f"dropped: {model}: {tensor}: {reason}" for model, tensor, reason in plan.dropped]
     if verbose:
-        lines += ["", table([("tensor", "shape", "dtype", "method"), *map(_tensor_row, plan.tensors)])]
+        lines += [
+            "",
+            table([("tensor", "shape", "dtype", "method"), *map(_tensor_row, sorted(plan.tensors, key=_natural))]),
+        ]
     return "\n".join(lines)
 
 
@@ -71,6 +75,12 @@ def _edit_text(edit: Edit) -> str:
     if isinstance(edit, NamedFile):
         return edit.ref
     return f"{edit.facts.ref} by {edit.method}, when the merge runs"
+
+
+def _natural(tensor: Any) -> list[tuple[bool, int, str]]:
+    """A key that sorts names with their numbers as numbers: layer 2 before layer 10."""
+    words = re.split(r"(\d+)", tensor.name)
+    return [(word.isdecimal(), int(word) if word.isdecimal() else 0, word) for word in words]
 
 
 def _tensor_row(tensor: Any) -> tuple[str, str, str, str]:

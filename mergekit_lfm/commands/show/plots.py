@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.store.durable import replace_file
+from mergekit_lfm.store.places import check_file
 
 if TYPE_CHECKING:
     from mergekit_lfm.judge.barrier import Interpolation
@@ -28,8 +29,7 @@ def check_plot(path: str | Path) -> None:
     file = Path(path)
     if file.suffix.lower() != ".png":
         raise PlanError(f"the plot {file} is written as a PNG; give it a name that ends with .png")
-    if file.is_dir() or not file.absolute().parent.is_dir():
-        raise PlanError(f"the plot {file} cannot be written; expected a file in an existing folder")
+    check_file(file, [], overwrite=True)
     _matplotlib()
 
 

@@ -10,6 +10,7 @@ from mergekit_lfm.commands.show.terminal import count_noun, table
 
 if TYPE_CHECKING:
     from mergekit_lfm.align.check import Report
+    from mergekit_lfm.api.align import Aligned
     from mergekit_lfm.arch.table import Group, Symmetries
     from mergekit_lfm.artifacts.transform import Element, Transform
 
@@ -118,6 +119,20 @@ def report_text(data: dict[str, Any]) -> str:
     named = f"{count_noun(data['tensors'], 'tensor')} in {count_noun(data['groups'], 'group')}, every one named"
     verdict = f"{count_noun(wrong, 'finding')} not as expected" if wrong else "as expected"
     return "\n".join([table(rows, "differ"), "", f"{data['model']}: {named}; {verdict}"])
+
+
+def alignment_data(outcome: Aligned) -> dict[str, Any]:
+    """The result of an alignment for JSON."""
+    data = {"out": str(outcome.path), "already_there": outcome.already_there, **transform_data(outcome.result)}
+    if outcome.saved is not None:
+        saved = outcome.saved
+        data["saved"] = {
+            "path": str(saved.path),
+            "difference": saved.difference,
+            "tolerance": saved.tolerance,
+            "same": saved.same,
+        }
+    return data
 
 
 def saved_text(saved: dict[str, Any]) -> str:

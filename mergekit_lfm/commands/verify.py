@@ -1,0 +1,41 @@
+"""`verify`."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+from mergekit_lfm.commands.options import as_json, quiet
+from mergekit_lfm.commands.shell import ANSWER_IS_NO, Command, transfers
+
+
+@click.command(
+    cls=Command,
+    epilog="""\b
+Examples:
+  mergekit-lfm verify merged/quickstart
+  mergekit-lfm verify me/my-merge@main""",
+)
+@click.argument("out")
+@as_json
+@quiet
+@click.pass_context
+def verify(ctx: click.Context, out: str, as_json: bool, quiet: bool) -> None:
+    """Read a merged model again and compare it with its merge.lock.json.
+
+    OUT is its folder, or its name on the Hub; then the files that the lock names are downloaded to the cache. Prints
+    every difference; the exit code is 1 if there is one.
+    """
+    from mergekit_lfm.api.judge import verify_output
+    from mergekit_lfm.commands.show.terminal import Terminal, count_noun
+
+    hidden = quiet or as_json
+    with transfers(hidden=hidden):
+        problems = verify_output(out, progress=Terminal(hidden=hidden)).result
+    if as_json:
+        click.echo(json.dumps({"out": out, "good": not problems, "problems": list(problems)}))
+    else:
+        verdict = f"{count_noun(len(problems), 'difference')} to its lock" if problems else "good, all as its lock says"
+        click.echo("\n".join([*problems, f"{out}: {verdict}"]))
+    ctx.exit(ANSWER_IS_NO if problems else 0)
