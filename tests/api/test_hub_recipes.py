@@ -320,7 +320,7 @@ def test_a_list_of_modules_that_leads_away_is_refused(path: object, models: HubS
 def test_an_index_that_leads_away_is_refused(name: object, models: HubServer, folder: Path) -> None:
     index = {"weight_map": {"a": name}}
     models.create("org/bad", {"config.json": b"{}", "model.safetensors.index.json": json.dumps(index).encode()})
-    with pytest.raises(FormatError, match="is no file of that folder"):
+    with pytest.raises(FormatError, match="is not a file of that folder"):
         open_checkpoint("org/bad")
     assert (folder / "local").is_dir()
 

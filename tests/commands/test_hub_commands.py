@@ -87,4 +87,4 @@ def test_facts_are_edited_in_a_model_of_the_hub(hub: HubServer, tmp_path: Path) 
 )
 def test_a_name_that_is_nowhere(command: tuple[str, ...], models: HubServer) -> None:
     message = refusal(run(*command))
-    assert f"org/nothing is no folder here: found no model org/nothing at {models.url}" in message
+    assert f"org/nothing is not a local folder: found no model org/nothing at {models.url}" in message
