@@ -1,4 +1,4 @@
-"""What holds for every test: one thread, no network, no terminal colours, a cache of its own, Triton's interpreter."""
+"""The settings of every test: one thread, no network, no terminal colours, a cache of its own, Triton's interpreter."""
 
 import atexit
 import os
@@ -13,6 +13,6 @@ atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 import torch  # noqa: E402
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the processor, if slowly; read when Triton is imported
+    os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the processor, slowly; Triton reads this on import
 
 from helpers_hub import hub, xet_hub  # noqa: E402, F401  # fixtures of several modules

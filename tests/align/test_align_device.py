@@ -1,4 +1,4 @@
-"""Alignment on a GPU: as on the CPU, with the products there. On a pretended one, and on a real one where it is."""
+"""Alignment on a GPU gives the CPU's result, with products on the GPU. On a pretended GPU, and on a real one if present."""
 
 from __future__ import annotations
 
@@ -87,26 +87,26 @@ CASES: dict[str, tuple[str, Callable[[Path], Given], Given]] = {
 
 @pytest.fixture(params=CASES)
 def case(request: pytest.FixtureRequest, tmp_path: Path) -> Given:
-    """Two models, and how one is aligned to the other."""
+    """Two models, and the way in which one is aligned to the other."""
     method, given, parameters = CASES[request.param]
     return {**given(tmp_path), "method": method, **parameters}
 
 
 @pytest.fixture
 def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pretended GPU by the name of "cuda"."""
+    """A pretended GPU with the name "cuda"."""
     monkeypatch.setattr(find, "find_gpu", {"cpu": None, "cuda": GPU}.__getitem__)
     monkeypatch.setattr(find, "one_thread_each", one_after_another)
 
 
 def tensors(transform: Transform) -> dict[str, Tensor]:
-    """All that acts, and the gains."""
+    """All tensors of a transform, and its gains."""
     parts = [*transform.elements.items(), *transform.gains.items()]
     return {f"{name} {part}": x for name, held in parts for part, x in vars(held).items() if x is not None}
 
 
 def assert_agree(found: Transform, expected: Transform, *, to: float) -> None:
-    """That both permute alike, and other numbers agree to a bound that is relative to the largest of each tensor."""
+    """Assert equal permutations, and other numbers equal to a bound relative to the largest entry of each tensor."""
     ours, theirs = tensors(found), tensors(expected)
     assert ours.keys() == theirs.keys() and on_cpu(*ours.values())
     for name, x in theirs.items():
@@ -160,7 +160,7 @@ def test_what_is_large_is_computed_there(tmp_path: Path) -> None:
     with pretended_gpu() as gpu:
         align_models(**given, method="rotation", **FEWER, device="cuda")
     assert gpu.there["mm"] and gpu.there["bmm"] and gpu.there["_linalg_svd"]
-    assert HEAVY & set(gpu.here) == {"_linalg_svd", "mm"}  # of what acts inside of heads
+    assert HEAVY & set(gpu.here) == {"_linalg_svd", "mm"}  # blocks that act inside of heads
     with pretended_gpu() as gpu:
         align_models(**perceptrons(torch.float32), device="cuda")
     assert gpu.there["mm"] and not HEAVY & set(gpu.here)
@@ -241,7 +241,7 @@ def test_the_command_names_the_device(models: Path) -> None:
 
 @pytest.fixture
 def found(models: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The devices on which a recipe's alignments are found, one after another; "cuda" is there."""
+    """The devices on which a recipe's alignments run, one after another; "cuda" is available."""
     asked: list[str] = []
 
     def align(*given: Any, device: str, **options: Any) -> Transform:

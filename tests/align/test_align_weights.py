@@ -1,4 +1,4 @@
-"""Weight matching and rotation: against a plain git-re-basin, and what holds for any two models."""
+"""Weight matching and rotation: against a plain git-re-basin, and properties that hold for any two models."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def git_re_basin(a: Tensors, b: Tensors, orders: Sequence[Sequence[int]]) -> lis
     last = len(WIDTHS) - 2
     wa, wb = ([x[f"{i}.weight"].numpy() for i in range(last + 1)] for x in (a, b))
     ba, bb = ([x[f"{i}.bias"].numpy() for i in range(last + 1)] for x in (a, b))
-    p = [np.arange(n) for n in WIDTHS]  # p[i]: of the inputs of layer i
+    p = [np.arange(n) for n in WIDTHS]  # p[i] permutes the inputs of layer i
     for order in orders:
         grew = False
         for i in order:  # the units between layers i and i + 1
@@ -186,7 +186,7 @@ def test_starts_from_the_initial_transform() -> None:
 
 
 def folded_product(a: Tensors, b: Tensors) -> float:
-    """The inner product of two Llamas of which the gains are folded into what reads the norms."""
+    """The inner product of two Llamas whose gains are folded into the weights that read the norms."""
     total = 0.0
     for name, x in a.items():
         layer = name.partition(".self_attn")[0].partition(".mlp")[0]
@@ -321,7 +321,7 @@ def test_refuses_other_sizes_of_free_axes() -> None:
 def test_refuses_products_that_overflow(dtype: torch.dtype, size: float, normalise: bool) -> None:
     a, b, symmetries = two_mlps(0)
     a, b = ({name: (x * size).to(dtype) for name, x in tensors.items()} for tensors in (a, b))
-    if normalise and dtype != torch.float64:  # what is divided first has room
+    if normalise and dtype != torch.float64:  # leaves room for the division
         scores = align_models(b, a, symmetries=symmetries, normalise=True).facts.scores
         assert scores["inner_after"] > scores["inner_before"]
     else:

@@ -1,4 +1,4 @@
-"""Merges of rewritten models: `align` in a recipe gives what merging the rewritten checkpoint gives, to the byte."""
+"""Merges of rewritten models: `align` in a recipe gives the bytes of merging the rewritten checkpoint."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ONE = {"parameters": {"weight": 1}}
 
 
 def planted(folder: Path, tensors: Tensors, seed: int, kinds: tuple[Any, ...]) -> Tensors:
-    """The rewritten tensors; the transform goes to folder/t.safetensors."""
+    """The rewritten tensors; writes the transform to folder/t.safetensors."""
     transform = random_transform(tensors, find_symmetries(open_checkpoint(folder)), seed=seed, kinds=kinds)
     transform.save(folder.parent / "t.safetensors")
     return rewrite(tensors, transform)
@@ -36,7 +36,7 @@ def planted(folder: Path, tensors: Tensors, seed: int, kinds: tuple[Any, ...]) -
 
 @pytest.fixture
 def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Path:
-    """a and b, and b rewritten by every kind of element: in the folder `saved`, and as t.safetensors."""
+    """Models a and b, and b rewritten by every kind of element: in the folder `saved`, and as t.safetensors."""
     monkeypatch.chdir(tmp_path)
     dtype = getattr(request, "param", torch.float32)
     b = cast(base_tensors(2), dtype)

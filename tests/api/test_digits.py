@@ -1,4 +1,4 @@
-"""Digits in five views: what merges with statistics are worth, and the recipes, script and benchmark that show it."""
+"""Digits in five views: the worth of merges with statistics, and the recipes, script and benchmark that show it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ AVERAGE, ARITHMETIC = "average", "task arithmetic, best lambda"
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The recipes' inputs, narrower than the script makes them, and their outputs."""
+    """The recipes' inputs, narrower than the script's, and their outputs."""
     root = tmp_path_factory.mktemp("digits")
     torch.set_num_threads(1)
     script.make_digits(root / "digits", width=32)

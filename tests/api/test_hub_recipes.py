@@ -1,4 +1,4 @@
-"""Recipes whose models are on the Hub: the same bytes as of local copies, at a commit, with only what is needed.
+"""Recipes with models on the Hub: the same bytes as with local copies, at a commit, downloading only needed files.
 
 The client is the real one, the Hub a server of this machine.
 """
@@ -46,7 +46,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def models(hub: HubServer, folder: Path) -> HubServer:
-    """Both models on the Hub, a with much beside it that no merge needs; b also at a later commit, of other weights."""
+    """Both models on the Hub; a has many files that no merge needs, b a later commit with other weights."""
     other = {
         "original/params.json": b"{}",
         "original/consolidated.00.pth": b"x" * 200_000,
@@ -62,7 +62,7 @@ def models(hub: HubServer, folder: Path) -> HubServer:
 
 
 def weights_sent(server: HubServer) -> list[str]:
-    """The files that were asked for as a whole or in part, by name, of those that are stored apart."""
+    """The names of the large files that were downloaded whole or in part."""
     found = [re.search(r"/resolve/\w+/(.*)", r.path) for r in server.requests if r.method == "GET"]
     return sorted({match[1] for match in found if match and not match[1].endswith((".json", ".md", ".txt"))})
 

@@ -1,4 +1,4 @@
-"""Tiny Llamas that were trained apart: what aligning them is worth, by the script, the benchmark and the recipe."""
+"""Tiny Llamas that were trained separately: the worth of aligning them, by the script, the benchmark and the recipe."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ benchmark = pytest.importorskip("benchmarks.llama_alignment")
 
 ROOT = Path(__file__).parents[2]
 SEEDS = (0, 1, 2)
-STEPS = 300  # of the script's 1,500; after fewer there is hardly a barrier
+STEPS = 300  # of the script's 1,500; with fewer steps there is hardly a barrier
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Three pairs, in folders as the script makes them."""
+    """Three pairs, in folders like the script's."""
     root = tmp_path_factory.mktemp("llamas")
     torch.set_num_threads(1)
     folders = [root / str(seed) / "llamas" for seed in SEEDS]

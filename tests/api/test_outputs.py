@@ -1,4 +1,4 @@
-"""What is written is what others read: the safetensors library, transformers, an index; however the merge was run."""
+"""Other libraries read the output: safetensors, transformers, an index; the bytes do not depend on how the merge ran."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_file_modes_follow_the_umask(cli: Forks, tmp_path: Path, models: dict[st
 @pytest.mark.usefixtures("models")
 @pytest.mark.parametrize("limit", [10_000, 20_000, 1_000_000])
 def test_max_shard_size(tmp_path: Path, limit: int) -> None:
-    """No shard's data exceed the limit, but a tensor larger than it, which is alone; the tensors are the same."""
+    """No shard exceeds the limit, except a tensor larger than it, which is alone; the tensors are the same."""
     out = Path(merge(write_recipe(tmp_path, LINEAR), tmp_path / "out", max_shard_size=limit))
     whole = load_all(merge(tmp_path / "recipe.yaml", tmp_path / "whole"))
     cut = load_all(out)
@@ -178,7 +178,7 @@ MANY = {
 
 @pytest.mark.parametrize("recipe", MANY.values(), ids=MANY)
 def test_threads_and_memory_change_no_byte(cli: Forks, large: Path, tmp_path: Path, recipe: str) -> None:
-    """Also of the lock and the model card; the budget of 100 MB is less than the large tensor's task takes at once."""
+    """Nor of the lock and the model card; the budget of 100 MB is less than the large tensor's task takes at once."""
     write_recipe(large, recipe)
     seen = {}
     for options in ((1, "4GB"), (2, "4GB"), (3, "100MB"), (1, "100MB")):
@@ -368,7 +368,7 @@ def test_a_config_that_is_no_json_object(tmp_path: Path, content: str) -> None:
         merge(write_recipe(tmp_path, "merge_method: passthrough\nmodels: [{model: a}]\n"), tmp_path / "out")
 
 
-# ------------------------------------------------------------------ model names in what is written
+# ------------------------------------------------------------------ model names in the output
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
@@ -391,7 +391,7 @@ def test_public_names_are_numbered_where_they_are_equal() -> None:
 
 
 def test_models_of_one_name_in_two_folders_stay_apart(tmp_path: Path) -> None:
-    """In the lock (inputs, recipe, what was dropped) and the card alike, and without the folders."""
+    """In the lock (inputs, recipe, dropped tensors) and in the card, and without the folders."""
     for seed, run in enumerate(("base", "one", "two")):
         tensors = llama_tensors(seed)
         if run == "two":

@@ -1,4 +1,4 @@
-"""Patches: files that say what changes, views that apply them, and undoing them to the byte."""
+"""Patches: files of changes, views that apply them, and undoing them to the byte."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def save_model(folder: Path, dtype: torch.dtype = torch.float32, shards: int = 1
 
 
 def low_rank(folder: Path, names: tuple[str, ...] = (NAME,), scale: float = 0.1, rank: int = 3) -> Patch:
-    """A patch of random products, stored [in, out], that knows which tensors it is for."""
+    """A patch of random products, stored [in, out], that records the digests of its tensors."""
     checkpoint = open_checkpoint(folder)
     torch.manual_seed(1)
     changes = {}
@@ -56,7 +56,7 @@ def low_rank(folder: Path, names: tuple[str, ...] = (NAME,), scale: float = 0.1,
 
 
 def rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """x, float64, rounded to nearest once: of both neighbours of a first guess the one that is nearest."""
+    """x, float64, rounded to nearest once: the nearest of a first guess and its neighbours."""
     near = x.to(dtype)
     steps = [
         near,

@@ -25,7 +25,7 @@ from mergekit_lfm.store.tensors import TensorSpec, encode_header
 RECIPES = Path(__file__).parents[2] / "recipes"
 PATHS = sorted(RECIPES.glob("*.yaml"))
 MINILM = RECIPES / "minilm.yaml"
-# Their inputs are not in the repository, but made by a script that their opening comment names; other tests run them.
+# A script that their opening comment names makes their inputs, which the repository lacks; other tests run them.
 PREPARED = [path for path in PATHS if re.search("python (scripts/make|tests/serve)_", path.read_text("utf-8"))]
 RUNNABLE = [path for path in PATHS if path not in PREPARED]
 
@@ -60,7 +60,7 @@ def minilm_specs() -> list[TensorSpec]:
 
 
 def test_the_minilm_recipe_is_planned_on_stand_ins(tmp_path: Path) -> None:
-    """Headers are all that a plan reads: what follows them is a hole of the right size."""
+    """A plan reads only headers: a hole of the right size follows them."""
     specs = minilm_specs()
     for name in ("base", "names", "details"):
         folder = tmp_path / "minilm" / name
@@ -88,7 +88,7 @@ def test_every_recipe_that_needs_preparation_is_run_by_another_test() -> None:
 
 
 class Run(NamedTuple):
-    """What a recipe made, and the tensors of the models it names."""
+    """The output of a recipe, and the tensors of the models it names."""
 
     recipe: Recipe
     out: Path

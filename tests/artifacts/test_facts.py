@@ -1,4 +1,4 @@
-"""Facts files: every form that is read, and that all which is wrong with one is said at once."""
+"""Facts files: every accepted form, and one message with all that is wrong in a file."""
 
 from __future__ import annotations
 

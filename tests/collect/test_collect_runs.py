@@ -1,4 +1,4 @@
-"""Runs of collect_stats: passes within a memory, interruptions, what is refused, and models left as they were."""
+"""Runs of collect_stats: passes within a memory, interruptions, refusals, and models left unchanged."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(kind: str, step: int, tmp_path: 
 
 
 def interrupting(at: int, seen: list[int]) -> Callable[[int, int], None]:
-    """Notes progress, and presses Ctrl-C when so many examples are done."""
+    """Records progress, and presses Ctrl-C when so many examples are done."""
 
     def tell(done: int, _total: int) -> None:
         seen.append(done)
@@ -83,7 +83,7 @@ def interrupting(at: int, seen: list[int]) -> Callable[[int, int], None]:
 
 @pytest.fixture
 def interrupted(tmp_path: Path) -> tuple[nn.Module, list[Any], Path]:
-    """A model, data, and where a run was interrupted after 7 of 8 examples."""
+    """A model, data, and the folder of a run that was interrupted after 7 of 8 examples."""
     model, data, out = mlp(6, 7, 3), arrays(6)(SIZES), tmp_path / "gram"
     with pytest.raises(KeyboardInterrupt):
         collect_stats("gram", model, data, out, progress=interrupting(7, []))
@@ -359,7 +359,7 @@ def test_default_memory_is_used(tmp_path: Path) -> None:
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Byte for byte is promised for the same number of threads."""
+    """The promise of equal bytes holds for the same number of threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

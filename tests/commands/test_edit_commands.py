@@ -1,4 +1,4 @@
-"""`mergekit-lfm edit`, `patch`, `trace` and `eval --facts`: what they write and print, and what they refuse."""
+"""`mergekit-lfm edit`, `patch`, `trace` and `eval --facts`: their files, output and refusals."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ EDIT = ["edit", "m", "--facts", "facts.yaml", *STEPS, "-o", "p.st"]
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model m, facts, statistics g.st of m, and what `edit` made of them: patch.st."""
+    """A model m, facts, statistics g.st of m, and the patch that `edit` made from them: patch.st."""
     folder = tmp_path_factory.mktemp("edits")
     config = llama_config(max_position_embeddings=96)
     save_model(folder / "m", "LlamaForCausalLM", config, byte_tokenizer(limit=96))
@@ -58,7 +58,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with all that was made."""
+    """A working directory with all of these files."""
     shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -294,7 +294,7 @@ def test_what_cannot_be_verified_is_refused_before_anything_is_written(
     assert 'pip install "mergekit_lfm[models]"' in refusal(run("patch", "apply", "m", "patch.st", "-o", "x"))
     assert not (here / "x").exists() and not (here / "x.undo.safetensors").exists()
     assert run("patch", "apply", "m", "patch.st", "-o", "y", "--no-verify").exit_code == 0
-    result = run(*back, "-q")  # teaches nothing: there is nothing to verify
+    result = run(*back, "-q")  # it teaches no facts, so there is nothing to verify
     assert (result.exit_code, result.stdout) == (0, "x\n")
 
 
@@ -353,12 +353,12 @@ def test_eval_of_facts_is_a_row_for_each_model() -> None:
         assert alone.exit_code == 2 and "--facts stands alone" in alone.stderr
 
 
-# ------------------------------------------------------------------ what is measured and drawn
+# ------------------------------------------------------------------ measurements and plots
 
 
 @pytest.mark.parametrize(("relative", "kept"), [(3e-2, 1.0), (1e-3, 0.668), (3e-4, 0.258)])
 def test_what_rounding_leaves_of_a_small_change(relative: float, kept: float, tmp_path: Path) -> None:
-    """For a change of rank one of normal weights, as independent simulations found it (bf16, to nearest)."""
+    """For a change of rank one of normal weights, against independent simulations (bf16, to nearest)."""
     torch.manual_seed(0)
     weight = torch.randn(512, 256).bfloat16()
     save_file({"w": weight}, tmp_path / "model.safetensors")

@@ -1,4 +1,4 @@
-"""`mergekit-lfm stats` and `inspect` of what it leaves: options, streams, exit codes, interruption, the bar."""
+"""`mergekit-lfm stats` and `inspect` of its output: options, streams, exit codes, interruption, the bar."""
 
 from __future__ import annotations
 
@@ -197,7 +197,7 @@ def test_inspect_says_what_a_statistics_file_is() -> None:
     assert found["statistics"]["data"] == facts.data
     assert [tensor["name"] for tensor in found["tensors"]] == list(open_checkpoint("out/s.safetensors"))
     assert "statistics" not in answer(run("inspect", "a/model.safetensors", "--json"))
-    Path("out/s.safetensors").rename("renamed")  # by what it says, not by its name
+    Path("out/s.safetensors").rename("renamed")  # recognised by its content, not by its name
     assert run("inspect", "renamed").stdout.splitlines()[-len(summary) :] == summary
 
 

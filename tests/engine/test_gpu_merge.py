@@ -1,4 +1,4 @@
-"""Merges by the path of a GPU: in chunks, with the bytes of the processor but for sums of floats.
+"""Merges on the path of a GPU: in chunks, with the bytes of the processor except for sums of floats.
 
 Where there is a GPU they run on it. Elsewhere the processor stands in, or is pretended to be another device.
 """
@@ -55,7 +55,7 @@ SMALL = 256  # elements of a block: the largest tensor has three segments, of se
 
 @pytest.fixture
 def sums(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[type]]:
-    """The kinds of sums of floats that were asked for: these, and what comes of them, are rounded otherwise."""
+    """The kinds of float sums that were computed: these, and results of them, are rounded differently."""
     asked = set[type]()
     part = Blocks.part
 
@@ -83,7 +83,7 @@ def plan_of(case: Case, folder: Path, *, big: tuple[int, int] = (300, 160), bloc
 
 
 def steps_apart(a: Path, b: Path) -> int:
-    """By how many bfloat16 numbers the tensors of two outputs differ at most."""
+    """The largest number of bfloat16 steps between the tensors of two outputs."""
     first, second = load_all(a), load_all(b)
     assert first.keys() == second.keys()
     apart = [x.view(torch.int16).int() - second[name].view(torch.int16).int() for name, x in first.items()]
@@ -94,7 +94,7 @@ def steps_apart(a: Path, b: Path) -> int:
 def test_a_merge_on_a_gpu_is_that_on_the_processor(
     case: Case, tmp_path: Path, sums: set[type], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To the byte, or where floats are summed up to one rounding; the same for any room, threads and passes."""
+    """Equal to the byte, or to one rounding if floats are summed; the same for any memory, threads and passes."""
     plan = plan_of(case, tmp_path)
     execute(plan, tmp_path / "cpu", threads=1)
     execute(plan, tmp_path / "gpu", threads=2, gpu=stand_in())
@@ -145,14 +145,14 @@ def test_large_tensors_on_a_real_gpu(
 
 
 def there(value: Any) -> Any:
-    """What a test merges, on the pretended GPU."""
+    """The tensors that a test merges, on the pretended GPU."""
     return [x.to(GPU) for x in value] if isinstance(value, list) else value if value is None else value.to(GPU)
 
 
 @pytest.mark.parametrize("case", CASES, ids=ids)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_tensors_on_a_gpu_are_merged_there(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No operation mixes devices, which the pretended one refuses as CUDA does, and the result stays there."""
+    """No operation mixes devices, which the pretended GPU refuses as CUDA does, and the result stays there."""
     name, extra = case
     given = tensors_of(name, (60, 200), dtype)
     here = merge_tensors(name, **given, **parameters_of(name, extra))
@@ -169,7 +169,7 @@ def test_tensors_on_a_gpu_are_merged_there(case: Case, dtype: torch.dtype, monke
 
 @pytest.mark.parametrize("name", ["ties", "task_arithmetic"])
 def test_nan_gives_the_bytes_of_the_processor_and_is_told(name: str, tmp_path: Path) -> None:
-    """Of inputs, and in another block of the same chunk of the result alone, which overflows."""
+    """In inputs, and, in another block of the same chunk, in the result alone, which overflows."""
     plan_of(TIES, tmp_path)
     for model in (1, 2):
         path = tmp_path / f"m{model}" / "model.safetensors"
@@ -210,7 +210,7 @@ def test_edits_of_the_result_are_added_before_the_one_rounding(tmp_path: Path) -
 
 
 def test_a_merge_goes_on_where_the_processor_stopped(tmp_path: Path) -> None:
-    """What the one wrote before it was interrupted counts for the other."""
+    """The segments that one device wrote before the interruption count for the other."""
     plan = plan_of(TIES, tmp_path)
     execute(plan, tmp_path / "whole", threads=1)
     written = 0
@@ -286,7 +286,7 @@ def test_a_recipe_names_a_device_that_there_may_be(given: object, tmp_path: Path
 
 
 def test_a_dry_run_counts_for_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its threads, its room, and its name."""
+    """The dry run uses the GPU's threads, memory, and name."""
     for offset in (1, 2):
         save_model(tmp_path / f"m{offset}", offset)
     recipe = tmp_path / "recipe.yaml"

@@ -246,7 +246,9 @@ def test_a_hub_that_is_not_there(
 ) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     message = refused("merge", "recipe.yaml", "out")
-    assert "org/a is not a local folder, and the connection to the Hub at http://127.0.0.1:9 failed for org/a" in message
+    assert (
+        "org/a is not a local folder, and the connection to the Hub at http://127.0.0.1:9 failed for org/a" in message
+    )
     assert "With HF_HUB_OFFLINE=1, models in the cache are read without it" in message
 
 
