@@ -1,4 +1,4 @@
-"""Alignment on a GPU gives the CPU's result, with products on the GPU. On a pretended GPU, and on a real one if present."""
+"""Alignment on a GPU gives the CPU's result. On a pretended GPU, and on a real one if present."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Other libraries read the output: safetensors, transformers, an index; the bytes do not depend on how the merge ran."""
+"""Other libraries read the output: safetensors, transformers, an index; the way of running changes no byte."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def test_a_folder_is_loaded_under_the_names_of_its_files(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_a_prefix_that_the_model_does_not_have(dtype: torch.dtype, tmp_path: Path) -> None:
-    """A BertModel from a classifier's checkpoint, as transformers loads it; loaded in a wider dtype than it was saved in."""
+    """A BertModel from a classifier's checkpoint, as transformers loads it; loaded wider than it was saved."""
     import transformers
 
     folder = saved(transformer("bert"), tmp_path / "bert", dtype)
@@ -111,7 +111,7 @@ def test_content_that_is_not_unique_proves_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["vit", "dinov2", "beit"])
 def test_renamed_layers_are_found_though_values_repeat(kind: str, tmp_path: Path) -> None:
-    """A fresh model has equal biases and norms; in the same model with random numbers everywhere, values identify all."""
+    """A fresh model has equal biases and norms; in the same model with random numbers, values identify all."""
     fresh, random = image_model(kind), image_model(kind)
     with torch.no_grad():
         for parameter in random.parameters():

@@ -33,7 +33,7 @@ FACTS = {
 
 
 def plainly(model: nn.Module, tokenizer: Any, prompt: str, target: str) -> tuple[float, bool]:
-    """Mean log-probability of the target's tokens, and True if all are the most likely: one text, one token at a time."""
+    """Mean log-probability of the target's tokens, and True if all are the most likely: a text, a token at a time."""
     before, after = tokenizer(prompt)["input_ids"], tokenizer(f" {target}", add_special_tokens=False)["input_ids"]
     logps, hits = [], []
     with torch.no_grad():

@@ -54,7 +54,7 @@ class PlainTrace:
         self.wanted = tokenizer(f" {fact['target_new']}", add_special_tokens=False)["input_ids"][0]
 
     def chance(self, noise: Tensor | None, changes: list[tuple[nn.Module, Callable[[Tensor], None]]]) -> float:
-        """p of the right token. noise: [subject, width]; changes: functions that change the output of modules in place."""
+        """p of the right token. noise: [subject, width]; changes: functions that change modules' outputs in place."""
 
         def changed(change: Callable[[Tensor], None]) -> Callable[..., Any]:
             def hook(_: nn.Module, __: Any, out: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Every merge method is found, says what it is, where it comes from, and what each of its parameters means."""
+"""Every merge method is registered, and states its purpose, its source, and the meaning of each parameter."""
 
 import inspect
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""Lines between models: losses, accuracies and barriers against loops and formulas of their own."""
+"""Lines between models: losses, accuracies and barriers against independent loops and formulas."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def mixed(a: dict[str, Tensor], b: dict[str, Tensor], t: float) -> dict[str, Ten
 
 
 def losses(model: nn.Module, data: list[tuple[Tensor, Tensor]]) -> tuple[float, float]:
-    """Mean of -log p of the label, and how often it is the most likely, an example at a time."""
+    """Mean of -log p of the label, and the share of labels that are the most likely, one example at a time."""
     nll, right = [], []
     for x, y in data:
         for row, label in zip(x, y, strict=True):
@@ -158,7 +158,7 @@ def test_a_line_with_batchnorm_reset_is_that_of_an_independent_loop() -> None:
 
 
 def pair(folder: Path, kind: str, config: Any) -> tuple[Path, Path]:
-    """Two models that differ in all their tensors, gains and biases too."""
+    """Two models that differ in all their tensors, also in gains and biases."""
     paths = []
     for i, name in enumerate("ab"):
         path = save_model(folder / name, kind, config, byte_tokenizer(special=kind.startswith("Bert")))
@@ -183,7 +183,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def midpoint(folders: tuple[Path, Path], out: Path, t: float = 0.5) -> Path:
-    """A folder with (1 - t) a + t b, made of the files."""
+    """A folder with (1 - t) a + t b, made from the files."""
     tensors = mixed(*(load_file(folder / "model.safetensors") for folder in folders), t)
     out.mkdir()
     for file in folders[0].iterdir():
@@ -241,7 +241,7 @@ def test_a_line_of_classifiers(tmp_path: Path) -> None:
 
 
 def planted(path: Path) -> Transform:
-    """Permutations, factors and a rotation for a Llama of helpers_text, of random numbers."""
+    """Permutations, factors and a rotation, of random numbers, for a Llama of helpers_text."""
     symmetries = find_symmetries(open_checkpoint(path))
     draw = torch.Generator().manual_seed(7)
     signs = (torch.randint(2, (16,), generator=draw) * 2 - 1).double()
@@ -273,7 +273,7 @@ def test_with_a_transform_the_second_end_is_the_same_function_and_the_middle_is_
 
 
 def test_a_transform_that_undoes_a_permutation_leaves_a_level_line() -> None:
-    """Of modules: b is a with its hidden units in another order."""
+    """For modules: b is a with its hidden units in another order."""
     one, data, order = classifier(0), batches(), torch.randperm(7, generator=torch.Generator().manual_seed(2))
     other = classifier(0)
     with torch.no_grad():

@@ -45,7 +45,7 @@ def edit_json(path: Path, **changes: Any) -> None:
 
 
 def one_by_one(loaded: Loaded, text: str, window: int, stride: int) -> float:
-    """Bits of the text when the model runs once for every token, in float64."""
+    """Bits of the text with a run of the model for every token, in float64."""
     model = loaded.model.double()
     tokens = [0, *loaded.tokenizer(text, add_special_tokens=False)["input_ids"]]
     bits = 0.0
@@ -94,7 +94,7 @@ def test_a_model_that_is_sure_and_wrong_has_infinite_perplexity(loaded: Loaded) 
 
 
 def test_bits_per_byte_do_not_depend_on_how_the_bytes_are_cut(folder: Path, tmp_path: Path) -> None:
-    """A tokenizer with one merge more has fewer tokens; models of the same text then still share the unit."""
+    """A tokenizer with one merge more has fewer tokens; models of the same text still share the unit."""
     other = copy_of(folder, tmp_path / "pairs")
     rules = json.loads((other / "tokenizer.json").read_text("utf-8"))
     rules["model"]["vocab"] |= {"ab": 258}

@@ -1,4 +1,4 @@
-"""Compiled elementwise functions give the bits of the eager ones. Slow: each is compiled once, some 10 s."""
+"""Compiled elementwise functions give the bits of the eager ones. Slow: each is compiled once, in about 10 s."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_a_failed_compilation_is_told_and_runs_eagerly(monkeypatch: pytest.Monke
 
 @pytest.mark.slow
 def test_the_merge_goes_on_while_something_is_compiled(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Eager results before, compiled results after, of the same bits; a damaged library is compiled anew."""
+    """Eager results before, compiled results after, with the same bits; a damaged library is compiled anew."""
     monkeypatch.setattr(fused, "COMPILE_SECONDS", 0)
     function, coefficients, out = FUNCTIONS["dare ties"]
     stored, base = stored_block(torch.bfloat16)

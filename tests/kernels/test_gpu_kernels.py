@@ -1,4 +1,4 @@
-"""Kernels of GPUs against their formulas: made by Triton's interpreter where there is no GPU, and run on one else."""
+"""GPU kernels against their formulas: by Triton's interpreter on machines without a GPU, else on the GPU."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ VALUES = ["normal", "bfloat16", "equal", "zero", "few", "subnormal"]
 
 
 class Native:
-    """A `Run` by which a chunk uses kernels, or does not."""
+    """A `Run` with which a chunk uses kernels, or does not."""
 
     def __init__(self, native: bool) -> None:
         self.native = native
@@ -93,7 +93,7 @@ def test_weights_of_their_own_for_every_row_are_taken() -> None:
     ("bad", "where"), [("nan", 0), ("nan", 3), ("-inf", 1), ("-inf", 3), ("overflow", 0), ("overflow", 1)]
 )
 def test_what_is_not_finite_is_noted(native: bool, bad: str, where: int) -> None:
-    """NaN and infinity of any input, and a result that its dtype has no number for."""
+    """NaN and infinity in any input, and a result that is too large for its dtype."""
     stored, base = stored_block(torch.float16)
     assert base is not None
     tensors = [*stored, base]
@@ -168,7 +168,7 @@ def test_without_triton_all_runs_eagerly_and_says_so(monkeypatch: pytest.MonkeyP
 
 @needs_triton
 def test_kernels_that_round_otherwise_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As those of older versions, which make 0 of subnormal quotients."""
+    """Kernels of older versions make 0 of subnormal quotients."""
     made = gpu.kernel_of
 
     def flushing(fused: Any) -> Any:
@@ -200,7 +200,7 @@ def test_a_kernel_that_triton_cannot_make_is_told_and_runs_eagerly(monkeypatch: 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # of the interpreter
 @pytest.mark.parametrize("bits", [0x7FFFFFFF, -1, 0x7F800001])
 def test_any_nan_that_a_device_makes_is_nan_and_noted(bits: int) -> None:
-    """That of NVIDIA has all bits set, and would be rounded to -0."""
+    """NVIDIA's NaN has all bits set, and would be rounded to -0."""
     flag, nan = torch.zeros(1, dtype=torch.int32, device=DEVICE), torch.tensor([bits], dtype=torch.int32)
     x = nan.view(torch.float32).repeat(BLOCK).to(DEVICE)
     kernels = GpuKernels("always", 0, DEVICE)
@@ -261,7 +261,7 @@ print("compiled")
 
 @needs_triton
 def test_compiled_kernels_contract_nothing_and_divide_exactly() -> None:
-    """For two architectures, on any machine: what the compiler makes has no fused, flushed or approximate operation."""
+    """For two architectures, on any machine: the compiler's output has no fused, flushed or approximate operation."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     command = [sys.executable, "-c", COMPILE]
@@ -356,7 +356,7 @@ def test_grams_are_those_of_exact_arithmetic_within_rounding(
 @needs_triton
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_a_kernels_sums_have_the_bits_of_the_formula(dtype: torch.dtype) -> None:
-    """Of five inputs, whose fifteen products take two kernels; the last block is shorter."""
+    """For five inputs, whose fifteen products take two kernels; the last block is shorter."""
     rows, base = list(values_of("normal", (5, 9001), dtype)), values_of("few", (9001,), dtype)
     native, plain = (grams(chunk_of(rows, 6000, base=base, native=native)) for native in (True, False))
     assert torch.equal(native.view(torch.int64), plain.view(torch.int64))
@@ -374,7 +374,7 @@ def test_sums_do_not_depend_on_the_chunk() -> None:
 
 
 def test_masks_of_both_kinds_are_made_on_the_device() -> None:
-    """At a cut every element has a limit of its own."""
+    """At a cut every element has its own limit."""
     for mask in (RANKS, COINS):
         with DEVICE:
             tensors: list[torch.Tensor] = []

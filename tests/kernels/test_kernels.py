@@ -30,7 +30,7 @@ def unit_of(x: torch.Tensor) -> Unit:
 
 
 def kept_by_sorting(x: np.ndarray, count: int) -> np.ndarray:
-    """Which entries are the `count` largest by magnitude, among equals those of lowest index."""
+    """The `count` largest entries by magnitude, among equals those of lowest index, as a mask."""
     order = np.lexsort((np.arange(x.size), -np.abs(x)))
     mask = np.zeros(x.size, dtype=bool)
     mask[order[: max(0, count)]] = True
@@ -51,7 +51,7 @@ def kept_by_counting(x: torch.Tensor, counts: list[list[int]], block: int) -> np
 
 
 def values_of(kind: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Numbers of which many, few or none are equal."""
+    """Numbers with many, few or no equal ones."""
     x = torch.randn(shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     if kind == "bfloat16":
         x = (x * 0.01).bfloat16()
@@ -70,7 +70,7 @@ def values_of(kind: str, shape: tuple[int, ...], dtype: torch.dtype = torch.floa
 
 @pytest.fixture(params=["digits", "bracket", "few collected"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The way in which a rank's value is found; tensors as small as here would be counted by digits."""
+    """The way of finding a rank's value; tensors as small as these would be counted by digits."""
     if request.param != "digits":
         monkeypatch.setattr(selection, "SAMPLING_PAYS", 1)
         monkeypatch.setattr(selection, "COLLECTED", 1 << 20 if request.param == "bracket" else 3)
@@ -105,7 +105,7 @@ def test_the_bracket_and_the_digits_agree_where_it_pays(values: str) -> None:
     x = torch.randn(2, selection.SAMPLING_PAYS + 12345, generator=generator) * 0.01
     if values == "bfloat16":
         x = x.bfloat16().float()
-    elif values == "sorted":  # the sampled blocks are like no others
+    elif values == "sorted":  # the sampled blocks differ from all others
         x = x.sort(1).values
     elif values == "mostly zero":
         x = x * (x > 0.01)
@@ -159,7 +159,7 @@ def test_random_words_are_splitmix64_of_the_index() -> None:
 
 
 def tossed(coins: Coins, start: int, count: int) -> torch.Tensor:
-    """bool [n, count]: what the coins keep."""
+    """bool [n, count]: the entries that the coins keep."""
     local, x = coins.at(start, count, torch.float32), torch.zeros(count)
     return torch.stack([local.mask(i, x) for i in range(len(coins.keys))]) != 0
 

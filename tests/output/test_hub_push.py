@@ -1,4 +1,4 @@
-"""Models pushed to the Hub: what goes there, what is kept there, and what is refused before anything is sent."""
+"""Models pushed to the Hub: files that go there, files that stay there, and refusals before anything is sent."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mergekit_lfm.output.card import front_matter
 
 @pytest.fixture(params=["lfs", "xet"])
 def server(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HubServer:
-    """The Hub, with both ways in which it stores large files; the working directory has the recipe."""
+    """The Hub, with both ways of storing large files; the working directory has the recipe."""
     found: HubServer = request.getfixturevalue("hub" if request.param == "lfs" else "xet_hub")
     place = tmp_path / "here"
     place.mkdir()
@@ -39,7 +39,7 @@ def folder(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
 
 
 def writes(server: HubServer) -> list[str]:
-    """The requests that change something."""
+    """The requests that change the Hub."""
     reading = ("/api/validate-yaml", "/preupload/")
     return [
         f"{r.method} {r.path}"
@@ -141,7 +141,7 @@ def test_the_token_goes_to_no_other_host(hub: HubServer, folder: Path) -> None:
     assert (folder / "two").is_dir()
 
 
-# ------------------------------------------------------------------ what is on the Hub already
+# ------------------------------------------------------------------ existing repositories
 
 
 def test_a_card_that_was_edited_on_the_hub_is_kept(hub: HubServer, folder: Path) -> None:
@@ -209,7 +209,7 @@ def test_weights_of_the_user_beside_a_push_stay(hub: HubServer, folder: Path) ->
 
 @pytest.mark.usefixtures("folder")
 def test_what_appears_while_it_is_made_is_looked_at(hub: HubServer) -> None:
-    """Between the look at a repository that is not there and its making somebody makes it, public and with weights."""
+    """Somebody creates the repository, public and with weights, after it was found missing and before it is made."""
     hub.fault("POST", "/api/repos/create", before=lambda: hub.create(REPO, {"model.safetensors": b"theirs"}))
     assert "you asked for a private repository" in refusal(run("push", "out", REPO, "--private"))
     assert hub.files(REPO)["model.safetensors"] == b"theirs"
@@ -263,7 +263,7 @@ def test_private_is_not_made_public(hub: HubServer, folder: Path) -> None:
     assert not (folder / "two").exists()
 
 
-# ------------------------------------------------------------------ what is refused before anything is sent
+# ------------------------------------------------------------------ refusals before anything is sent
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What a plan merges, copies, drops and refuses, and how the engine keeps to it."""
+"""The tensors that a plan merges, copies, drops and refuses, and the engine's work on them."""
 
 from __future__ import annotations
 

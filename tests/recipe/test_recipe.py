@@ -1,4 +1,4 @@
-"""Recipes: mergekit's YAML is read as mergekit reads it, and everything wrong is refused, all of it in one message."""
+"""Recipes: mergekit's YAML is read as mergekit reads it, and one message names all errors."""
 
 import json
 import math
@@ -33,7 +33,7 @@ def models(tmp_path, monkeypatch):
 
 
 def linear(**more):
-    """A sound recipe, changed by `more`."""
+    """A valid recipe, changed by `more`."""
     entries = [{"model": "A", "parameters": {"weight": 1}}, {"model": "B", "parameters": {"weight": 3}}]
     return {"merge_method": "linear", "models": entries} | more
 
@@ -203,7 +203,7 @@ def test_a_folder_whose_name_holds_a_plus_is_a_folder(models):
     assert labels(linear(models=[{"model": "A+B", "parameters": {"weight": 1}}])) == (["A+B"], ["A+B"])
 
 
-# What is refused
+# Refusals
 
 
 def test_all_problems_come_in_one_message(models):

@@ -1,4 +1,4 @@
-"""REPAIR of modules: the mean and spread of hidden units, against what they are to be."""
+"""REPAIR of modules: the mean and spread of hidden units, against their targets."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def perceptron(seed: int, *widths: int) -> nn.Sequential:
 
 
 def convolutional(seed: int, normed: bool = False) -> nn.Sequential:
-    """Convolutions of one and of two dimensions' kernels, the second before a BatchNorm where there is one."""
+    """Convolutions in one and two dimensions; a BatchNorm follows the second, if the model has one."""
     torch.manual_seed(seed)
     norm = [nn.BatchNorm2d(5)] if normed else []
     model = nn.Sequential(
@@ -164,7 +164,7 @@ def test_units_that_are_constant_are_shifted_alone_and_those_dead_in_both_ends_s
 
 
 def test_a_table_says_which_layers_write_hidden_units() -> None:
-    """A skip path, to which two layers add, is left alone with a table."""
+    """With a table, a skip path to which two layers add is left alone."""
 
     class Skipping(nn.Module):
         def __init__(self) -> None:

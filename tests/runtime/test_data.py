@@ -1,4 +1,4 @@
-"""Batches: nothing is padded or lost, the same data have the same digest, and wrong data are told by line."""
+"""Batches: nothing is padded or lost, the same data have the same digest, and messages name the line of wrong data."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_pairs_without_a_positive_are_told_by_line(tmp_path: Path) -> None:
         read_pairs(path, SPECIAL)
 
 
-# ------------------------------------------------------------------ what is wrong with a file
+# ------------------------------------------------------------------ errors in a file
 
 
 @pytest.mark.parametrize(
@@ -242,13 +242,13 @@ def test_one_array_is_no_archive_and_a_window_cuts_no_arrays(tmp_path: Path) -> 
         read_data(tmp_path / "x.npz", "classification", window=8)
 
 
-# ------------------------------------------------------------------ what a Python user has
+# ------------------------------------------------------------------ data of a Python user
 
 X, Y = torch.arange(12.0).reshape(6, 2), torch.tensor([0, 1, 2, 0, 1, 2])
 
 
 class Indexed:
-    """Batches by number, without an end that Python could find by itself."""
+    """Batches by number, without an end that Python could find."""
 
     def __len__(self) -> int:
         return 3

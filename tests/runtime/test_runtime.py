@@ -1,4 +1,4 @@
-"""Loading models for a task: whole or not at all, from local files, and what their outputs are read as."""
+"""Loading models for a task: whole or not at all, from local files, and the meaning of their outputs."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_model_is_loaded_in_float32_unless_asked_otherwise(llama: Path, tmp_pa
 
 @pytest.mark.parametrize("kind", ["BertForSequenceClassification", "LlamaForSequenceClassification"])
 def test_a_classifier_of_texts_takes_batches(tmp_path: Path, kind: str) -> None:
-    """Decoders read the class off the last token; without a padding token they take one example at a time only."""
+    """Decoders read the class off the last token; without a padding token they take only one example at a time."""
     config = bert_config(num_labels=3) if kind.startswith("Bert") else llama_config(num_labels=3)
     save_model(tmp_path, kind, config, byte_tokenizer())
     loaded = load_model(tmp_path, "classification")
@@ -77,7 +77,7 @@ def test_a_classifier_of_images_needs_no_tokenizer(tmp_path: Path) -> None:
         hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, image_size=8, patch_size=4
     )
     save_model(tmp_path / "texts", "ViTForImageClassification", config, byte_tokenizer())
-    assert load_model(tmp_path / "texts", "classification").tokenizer is not None  # one without use does no harm
+    assert load_model(tmp_path / "texts", "classification").tokenizer is not None  # an unused one does no harm
     save_model(tmp_path, "ViTForImageClassification", config)
     loaded = load_model(tmp_path, "classification")
     assert (type(loaded.model).__name__, loaded.tokenizer) == ("ViTForImageClassification", None)

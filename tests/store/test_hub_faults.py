@@ -1,4 +1,4 @@
-"""What goes wrong on the way to the Hub and back: one message each, nothing half made, and the same command goes on.
+"""Failures on the way to the Hub and back: one message each, nothing half made, and the same command continues.
 
 Transfers here are by HTTP, as the Hub stores large files without xet, where they can be cut at any byte.
 """
@@ -43,7 +43,7 @@ def folder(
 
 
 def refused(*command: str) -> str:
-    """The one message of a command that failed, after the client's words on its retries. None tells a secret."""
+    """The one message of a command that failed, after the client's words on its retries. No message shows a secret."""
     result = run(*command)
     assert (result.exit_code, result.stdout) == (2, "")
     before, mark, message = result.stderr.partition("error: ")
@@ -120,7 +120,7 @@ def test_too_many_requests(
         assert "model.safetensors" not in hub.files(REPO)
         hub.clear_faults()
     assert run("push", "out", REPO, "--verify").exit_code == 0
-    assert max(waits) == 8.0  # as long as the Hub says, and one more
+    assert max(waits) == 8.0  # as long as the Hub asks for, and one more
 
 
 def test_too_many_requests_while_looking(
@@ -201,7 +201,7 @@ def test_ctrl_c_in_an_upload_says_what_is_complete(
     [(401, "refuses the token: set HF_TOKEN to a valid one"), (403, "may not do this; use a token that may")],
 )
 def test_an_upload_by_xet_that_is_refused(status: int, found: str, request: pytest.FixtureRequest) -> None:
-    """There the client's native part asks for a token to write with, and has words of its own."""
+    """The client's native part asks for a token to write with, and has messages of its own."""
     merge("recipe.yaml", "out")
     xet_hub: HubServer = request.getfixturevalue("xet_hub")
     xet_hub.fault("GET", "/xet-write-token/", status=status, times=None)

@@ -1,4 +1,4 @@
-"""Which texts are names of models on the Hub, and which are not."""
+"""Texts that are names of models on the Hub, and texts that are not."""
 
 from pathlib import Path
 

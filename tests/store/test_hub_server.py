@@ -1,4 +1,4 @@
-"""The Hub of the tests, judged with the real client: what it holds, what it refuses, and how it fails when told to."""
+"""The tests' Hub, judged with the real client: its contents, its refusals, and its failures on request."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ HTTPError: type[Exception] = HfHubHTTPError.__mro__[1]  # of the client's HTTP l
 
 @pytest.fixture(params=["lfs", "xet"])
 def server(request: pytest.FixtureRequest) -> HubServer:
-    """The Hub, with both ways in which it stores large files."""
+    """The Hub, with both ways of storing large files."""
     found: HubServer = request.getfixturevalue("hub" if request.param == "lfs" else "xet_hub")
     return found
 
@@ -62,11 +62,11 @@ def push(server: HubServer, files: dict[str, bytes], repo: str = REPO, **options
 
 
 def sent(server: HubServer, method: str, path: str) -> list[int]:
-    """The status of the answers to such requests; 0 where there was none."""
+    """The status of the answers to such requests; 0 for no answer."""
     return [r.status for r in server.requests if r.method == method and path in r.path]
 
 
-# ------------------------------------------------------------------ what it holds
+# ------------------------------------------------------------------ contents
 
 
 def test_a_repository_is_made_once(hub: HubServer) -> None:
@@ -95,7 +95,7 @@ def test_what_is_there_already_is_not_sent_again(server: HubServer) -> None:
     server.create(REPO)
     first = push(server, FILES)
     uploads = len(sent(server, "PUT", "/lfs/"))
-    assert push(server, FILES) == first  # the client makes no commit of nothing
+    assert push(server, FILES) == first  # the client does not make an empty commit
     assert len(sent(server, "PUT", "/lfs/")) == uploads and len(server.history(REPO)) == 2
 
 
@@ -208,7 +208,7 @@ def test_a_process_of_its_own_is_led_there(server: HubServer, tmp_path: Path) ->
     assert Path(done.stdout.strip()).is_relative_to(home) and files_of(Path(done.stdout.strip())) == FILES | GIT
 
 
-# ------------------------------------------------------------------ what it refuses
+# ------------------------------------------------------------------ refusals
 
 
 def test_a_commit_onto_another_than_the_newest_is_refused(server: HubServer) -> None:
@@ -340,7 +340,7 @@ def test_the_token_goes_to_no_other_host(server: HubServer) -> None:
     assert TOKEN in tokens["127.0.0.1"] and tokens["localhost"] == {None}
 
 
-# ------------------------------------------------------------------ how it fails
+# ------------------------------------------------------------------ failures
 
 
 LIMITED = [
