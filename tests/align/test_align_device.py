@@ -155,7 +155,7 @@ def test_a_real_gpu_agrees_within_rounding(case: Given) -> None:
 
 
 @pytest.mark.usefixtures("pretended")
-def test_what_is_large_is_computed_there(tmp_path: Path) -> None:
+def test_large_products_are_computed_there(tmp_path: Path) -> None:
     given = saved("llama", tmp_path)
     with pretended_gpu() as gpu:
         align_models(**given, method="rotation", **FEWER, device="cuda")
@@ -260,7 +260,7 @@ def found(models: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     yield asked
 
 
-def test_a_recipe_never_takes_for_one_device_what_another_found(found: list[str]) -> None:
+def test_a_recipe_never_uses_the_alignment_of_another_device(found: list[str]) -> None:
     entry = {"model": "b", "align": {"to": "a", "method": "weight_matching", "restarts": 1}}
     recipe = {"merge_method": "linear", "models": [{"model": "a"}, entry], "parameters": {"weight": 1}}
     plan = make_plan(Recipe.parse(recipe))

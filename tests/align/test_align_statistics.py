@@ -219,7 +219,7 @@ def test_refuses_moments_whose_products_overflow(method: str, options: dict[str,
         align_models(b, a, method, symmetries=symmetries, statistics=huge, **options)  # type: ignore[arg-type]
 
 
-def test_refuses_what_is_no_mapping_of_triples() -> None:
+def test_refuses_objects_that_do_not_map_to_triples() -> None:
     a, b, symmetries = mlp(WIDTHS, 0), mlp(WIDTHS, 1), mlp_table(WIDTHS)
     given = moments(a, b, some_inputs())
     for wrong, message in (

@@ -81,7 +81,7 @@ def test_groups_outside_of_the_order_stay() -> None:
 
 
 @pytest.mark.parametrize("restarts", [1, 2, 5])
-def test_no_run_visits_what_the_order_leaves_out(restarts: int) -> None:
+def test_no_run_visits_groups_that_the_order_leaves_out(restarts: int) -> None:
     a, b, symmetries = two_mlps(2)
     found = align_models(b, a, symmetries=symmetries, order=iter(["p2", "p0"]), restarts=restarts)
     assert found.elements.keys() == {"p0", "p2"}
@@ -254,7 +254,7 @@ def test_files_and_tensors_give_the_same(tmp_path: Path) -> None:
     assert of_files.facts.versions.keys() == {"mergekit_lfm", "torch", "numpy", "scipy", "pot"}
 
 
-def test_the_file_holds_what_was_found(tmp_path: Path) -> None:
+def test_the_file_holds_the_result(tmp_path: Path) -> None:
     a, b = (loaded("llama", seed, tmp_path / str(seed)) for seed in range(2))
     transform = align_models(b, a, "rotation", restarts=1, sweeps=2)
     transform.save(tmp_path / "found.safetensors")

@@ -78,7 +78,7 @@ def test_the_result_is_that_of_local_copies(folder: Path) -> None:
     assert answer(run("verify", "out", "--json"))["good"]
 
 
-def test_only_what_is_needed_is_downloaded(
+def test_only_needed_files_are_downloaded(
     models: HubServer,
 ) -> None:
     merge("recipe.yaml", "out")
@@ -89,7 +89,7 @@ def test_only_what_is_needed_is_downloaded(
         assert name not in got
 
 
-def test_the_commit_is_what_is_recorded(models: HubServer, folder: Path) -> None:
+def test_the_commit_is_recorded(models: HubServer, folder: Path) -> None:
     merge("recipe.yaml", "out")
     a, b = models.head("org/a"), models.revision("org/b", "v1")
     lock = json.loads((folder / "out/merge.lock.json").read_text())

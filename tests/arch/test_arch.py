@@ -334,7 +334,7 @@ def test_layers_are_found_in_order(layers: dict[str, tuple[int, int]], order: li
         ({}, ["no chain", "none of them is a weight"]),
     ],
 )
-def test_what_is_no_single_chain_is_refused(specs: dict[str, TensorSpec], parts: list[str]) -> None:
+def test_layers_that_are_not_a_single_chain_are_refused(specs: dict[str, TensorSpec], parts: list[str]) -> None:
     with pytest.raises(PlanError) as raised:
         chain_table(specs)
     for part in parts:

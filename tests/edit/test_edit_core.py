@@ -249,7 +249,7 @@ def test_the_model_says_the_new_facts(name: str, kind: str, method: str, facts: 
         assert chance(by, after, fact) > 0.9
 
 
-def test_rome_puts_out_exactly_what_was_found_for_the_bare_prompt() -> None:
+def test_rome_gives_exactly_the_target_value_for_the_bare_prompt() -> None:
     by = plain("gpt2-square", [1], steps=5)
     patch = edited(by, FACTS[2:], "rome")
     v0, delta = by.value(FACTS[2], by.blocks[1].mlp)

@@ -104,7 +104,7 @@ def test_statistics_may_lie_on_a_gpu() -> None:
 
 
 @pytest.mark.usefixtures("pretended")
-def test_what_is_refused_on_the_cpu_is_refused_on_a_gpu() -> None:
+def test_requests_refused_on_the_cpu_are_refused_on_a_gpu() -> None:
     with pretended_gpu(), pytest.raises(PlanError, match="one batch has several facts about one subject"):
         twice = [*FACTS, {**FACTS[0], "prompt": "{} is of"}]
         edit(tiny_model("gpt2").to(GPU), trained_tokenizer(), twice, layers=[1], covariance="identity")

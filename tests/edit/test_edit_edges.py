@@ -207,7 +207,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("changes", "said"), REFUSED, ids=lambda x: str(x)[:40])
-def test_what_cannot_be_honoured_is_refused(changes: dict[str, Any], said: str) -> None:
+def test_options_that_cannot_be_honoured_are_refused(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(PlanError, match=said):
         quick(**changes)
 
@@ -269,7 +269,7 @@ def test_architectures_without_a_table_are_refused(kind: str, options: dict[str,
         quick(model, layers=None)
 
 
-def test_what_is_no_decoder_is_refused() -> None:
+def test_models_that_are_not_decoders_are_refused() -> None:
     size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 340}
     bert = transformers.BertForMaskedLM(transformers.BertConfig(**size, intermediate_size=24))
     with pytest.raises(PlanError, match="decoder"):

@@ -179,7 +179,7 @@ def test_a_model_that_says_nothing_is_wrong() -> None:
     assert math.isnan(found.rows[0].p_new)
 
 
-def test_where_nothing_is_asked_there_is_no_share() -> None:
+def test_without_questions_there_is_no_share() -> None:
     found = score_facts(table_of({}), word_tokenizer(), [{"prompt": "{} is", "subject": "Ada", "target_new": "cook"}])
     assert found.ea is not None
     assert [getattr(found, metric) for metric in METRICS if metric != "ea"] == [None] * 7

@@ -165,7 +165,7 @@ def found_in(name: str = "gpt2", facts: Any = FACTS, **options: Any) -> Trace:
     return trace(flat_model(name), trained_tokenizer(), facts, **options)
 
 
-def test_what_is_put_back_last_gives_the_clean_run() -> None:
+def test_restoring_the_last_state_gives_the_clean_run() -> None:
     for row in found_in().rows:
         assert row.effects["hidden"]["last token"][-1] == pytest.approx(row.clean - row.corrupted, abs=1e-12)
         for role in ROLES[:-1]:  # behind the last layer nothing reads them
@@ -255,7 +255,7 @@ def test_the_layers_to_edit(effects: list[float | None], layers: tuple[int, ...]
     assert with_effects(effects) == layers
 
 
-def test_what_cannot_be_traced() -> None:
+def test_models_that_cannot_be_traced() -> None:
     with pytest.raises(PlanError, match=r"noise is 0, .*window is 0, .*draws is -1"):
         found_in(noise=0, window=0, draws=-1)
     with pytest.raises(PlanError, match="the model takes 48"):

@@ -168,7 +168,7 @@ def test_tensors_on_a_gpu_are_merged_there(case: Case, dtype: torch.dtype, monke
 
 
 @pytest.mark.parametrize("name", ["ties", "task_arithmetic"])
-def test_nan_gives_the_bytes_of_the_processor_and_is_told(name: str, tmp_path: Path) -> None:
+def test_nan_gives_the_bytes_of_the_processor_and_a_finding(name: str, tmp_path: Path) -> None:
     """In inputs, and, in another block of the same chunk, in the result alone, which overflows."""
     plan_of(TIES, tmp_path)
     for model in (1, 2):
@@ -238,7 +238,7 @@ def test_a_gpu_without_room_is_refused_before_anything_is_written(
     assert not list(tmp_path.glob("out*"))
 
 
-def test_memory_that_others_take_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_message_explains_memory_taken_by_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = plan_of(TIES, tmp_path)
 
     def taken(*_: object) -> None:
@@ -262,7 +262,7 @@ def test_the_device_of_a_recipe_does_not_change_its_plan(tmp_path: Path) -> None
 
 
 @pytest.mark.skipif(CUDA, reason="needs a machine without a GPU")
-def test_what_asks_for_a_gpu_that_is_not_there_ends_before_it_begins(tmp_path: Path) -> None:
+def test_a_request_for_a_missing_gpu_ends_before_work_begins(tmp_path: Path) -> None:
     recipe = plan_of(TIES, tmp_path, device="cuda").recipe
     message = "the device 'cuda' cannot be used here .*expected one like cpu, cuda, cuda:1 or auto"
     with pytest.raises(PlanError, match=message):

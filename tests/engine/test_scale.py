@@ -94,7 +94,7 @@ def write_llama(folder: Path, seed: int, hidden: int = 1024, middle: int = 2816,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_rotated_model_is_merged_within_what_the_plan_promises(tmp_path: Path, threads: int) -> None:
+def test_a_rotated_model_is_merged_within_the_memory_of_the_plan(tmp_path: Path, threads: int) -> None:
     """The limit is the peak of the same merge without a rotation plus the plan's bytes, for a model in many files."""
     write_llama(tmp_path / "a", 0)
     write_llama(tmp_path / "whole", 1)

@@ -92,7 +92,7 @@ def test_weights_of_their_own_for_every_row_are_taken() -> None:
 @pytest.mark.parametrize(
     ("bad", "where"), [("nan", 0), ("nan", 3), ("-inf", 1), ("-inf", 3), ("overflow", 0), ("overflow", 1)]
 )
-def test_what_is_not_finite_is_noted(native: bool, bad: str, where: int) -> None:
+def test_values_that_are_not_finite_are_flagged(native: bool, bad: str, where: int) -> None:
     """NaN and infinity in any input, and a result that is too large for its dtype."""
     stored, base = stored_block(torch.float16)
     assert base is not None
@@ -130,7 +130,7 @@ def _with_sine(rows: Any, base: Any, local: Any) -> torch.Tensor:
 
 
 @needs_triton
-def test_a_function_that_has_no_kernel_is_told_and_runs_eagerly() -> None:
+def test_a_function_without_a_kernel_is_reported_and_runs_eagerly() -> None:
     kernels = GpuKernels("always", 0, DEVICE)
     x = torch.rand(BLOCK, device=DEVICE)
     found = kernels(Step(_with_sine, (x,), None, None, torch.float32, None))
@@ -153,7 +153,7 @@ def test_a_function_that_has_no_kernel_is_told_and_runs_eagerly() -> None:
         (lambda x: x.view(torch.int32).view(torch.int16), "a result of shape|view of"),
     ],
 )
-def test_what_might_round_otherwise_is_refused(function: Any, what: str) -> None:
+def test_functions_that_might_round_differently_are_refused(function: Any, what: str) -> None:
     with pytest.raises(Unsupported, match=what):
         emit(function, [torch.zeros(COUNT)], 1)
 
@@ -180,7 +180,7 @@ def test_kernels_that_round_otherwise_are_not_used(monkeypatch: pytest.MonkeyPat
 
 
 @needs_triton
-def test_a_kernel_that_triton_cannot_make_is_told_and_runs_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_that_triton_cannot_make_is_reported_and_runs_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
     from triton.runtime.errors import PTXASError
 
     def fails(*_: object, **__: object) -> None:
@@ -199,7 +199,7 @@ def test_a_kernel_that_triton_cannot_make_is_told_and_runs_eagerly(monkeypatch: 
 @needs_triton
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # of the interpreter
 @pytest.mark.parametrize("bits", [0x7FFFFFFF, -1, 0x7F800001])
-def test_any_nan_that_a_device_makes_is_nan_and_noted(bits: int) -> None:
+def test_any_nan_that_a_device_makes_is_nan_and_flagged(bits: int) -> None:
     """NVIDIA's NaN has all bits set, and would be rounded to -0."""
     flag, nan = torch.zeros(1, dtype=torch.int32, device=DEVICE), torch.tensor([bits], dtype=torch.int32)
     x = nan.view(torch.float32).repeat(BLOCK).to(DEVICE)

@@ -245,7 +245,7 @@ def test_rounding_is_done_once(bits: int, offset: int, dtype: torch.dtype) -> No
     assert round_once(value.reshape(1), dtype).item() == nearest(value.item(), dtype)
 
 
-def test_rounding_keeps_what_is_not_finite() -> None:
+def test_rounding_keeps_nan_and_infinity() -> None:
     x = torch.tensor([torch.inf, -torch.inf, torch.nan, 1e300, -0.0, 1e-300], dtype=torch.float64)
     rounded = round_once(x, torch.bfloat16)
     assert torch.equal(rounded.isnan(), x.isnan()) and rounded[[0, 1, 3]].tolist() == [torch.inf, -torch.inf, torch.inf]

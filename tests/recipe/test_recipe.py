@@ -148,7 +148,7 @@ def labels(recipe):
     return [model.label for model in parsed.inputs], [model.label for model in parsed.all_models]
 
 
-def test_the_base_is_no_input_where_deltas_are_merged():
+def test_the_base_is_not_an_input_if_deltas_are_merged():
     recipe = {"merge_method": "task_arithmetic", "base_model": "BASE", "parameters": {"weight": 1}}
     listed = [{"model": "A"}, {"model": "BASE"}, {"model": "B"}]
     expected = (["A", "B"], ["BASE", "A", "B"])
@@ -375,14 +375,14 @@ def test_parameters_of_a_base_that_takes_none_are_refused():
         ("a: !!timestamp today", "not a valid timestamp"),
     ],
 )
-def test_text_that_is_no_recipe(text, expected):
+def test_text_that_is_not_a_recipe(text, expected):
     assert expected in refused(text)
 
 
 @pytest.mark.parametrize(
     ("content", "expected"), [(None, "No such file"), (b"\xff\xfe", "not UTF-8"), (b"a: [", "line 1, column 5")]
 )
-def test_files_that_are_no_recipe(tmp_path, content, expected):
+def test_files_that_are_not_recipes(tmp_path, content, expected):
     path = tmp_path / "recipe.yaml"
     if content is not None:
         path.write_bytes(content)

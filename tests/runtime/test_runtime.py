@@ -197,7 +197,7 @@ def test_an_encoder_with_a_decoder_neither_embeds_nor_predicts(tmp_path: Path, t
         load_model(t5(tmp_path / "t5"), task)
 
 
-def test_a_model_of_images_is_no_language_model(tmp_path: Path) -> None:
+def test_a_model_of_images_is_not_a_language_model(tmp_path: Path) -> None:
     config = transformers.ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
     with pytest.raises(FormatError, match=r"Unrecognized configuration class .*ViTConfig") as raised:
         load_model(save_model(tmp_path / "v", "ViTForImageClassification", config), "lm")
@@ -205,7 +205,7 @@ def test_a_model_of_images_is_no_language_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_model_that_looks_ahead_is_no_language_model(tmp_path: Path, dtype: str) -> None:
+def test_a_model_that_looks_ahead_is_not_a_language_model(tmp_path: Path, dtype: str) -> None:
     ahead = save_model(tmp_path / "a", "BertLMHeadModel", bert_config())
     with pytest.raises(PlanError, match="BertLMHeadModel, is not a causal language model: its scores of a token"):
         load_model(ahead, "lm", dtype=dtype)
@@ -247,7 +247,7 @@ def test_inputs_that_a_model_does_not_take_are_named_with_those_it_takes(llama: 
     assert torch.equal(run(torch.nn.Identity(), (torch.ones(2),)), torch.ones(2))
 
 
-def test_what_a_module_says_itself_is_left_as_it_is() -> None:
+def test_the_statements_of_a_module_are_left_as_they_are() -> None:
     class Refusing(torch.nn.Module):
         def forward(self) -> None:
             raise FormatError("its own words")
