@@ -72,7 +72,9 @@ def measure(folder: Path, width: int, seed: int, lambdas: Sequence[float]) -> di
         judge(load(folder / name), {name: task})[name] for name, task in tasks.items()
     )
     for row, recipes in make_recipes(folder, lambdas).items():
-        outs = [merge(recipe, folder / f"{row} {i}", threads=1).path for i, recipe in enumerate(recipes)]
+        outs = [folder / f"{row} {i}" for i in range(len(recipes))]
+        for recipe, out in zip(recipes, outs, strict=True):
+            merge(recipe, out, threads=1)
         accuracies[row] = max(mean_accuracy(out, tasks) for out in outs)
     return accuracies | {"trained on all tasks": mean_accuracy(folder / "everything", tasks)}
 

@@ -184,7 +184,7 @@ ADAPTERS = [
 
 
 @pytest.mark.parametrize("names", ADAPTERS, ids="+".join)
-def test_an_adapter_is_no_model(work: Work, names: tuple[str, ...]) -> None:
+def test_an_adapter_is_not_a_model(work: Work, names: tuple[str, ...]) -> None:
     weights(work.b).rename(work.b / names[0])
     for name in names[1:]:
         (work.b / name).write_text("{}")

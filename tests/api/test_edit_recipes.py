@@ -172,7 +172,7 @@ def test_the_recipe_of_facts_runs_as_its_comment_says(tmp_path: Path, monkeypatc
     assert verify(Path("merged/facts_edited")) == []
 
 
-def test_what_is_wrong_with_a_request_is_said_before_any_work(folder: Path, tmp_path: Path) -> None:
+def test_errors_in_a_request_are_reported_before_any_work(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("facts: [{prompt: no blank, subject: Ada, target_new: Rome}]")
     cases = [
         ({"method": "memmit"}, "did you mean memit"),

@@ -148,9 +148,7 @@ def test_a_branch_that_moves_makes_another_plan(models: HubServer, folder: Path)
     assert models.head("org/a") in (folder / "out/README.md").read_text()
 
 
-def test_offline_what_is_in_the_cache_is_merged(
-    models: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_offline_a_merge_uses_the_cache(models: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     merge("recipe.yaml", "out")
     asked = len(models.requests)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -163,7 +161,7 @@ def test_offline_what_is_in_the_cache_is_merged(
     assert len(models.requests) == asked
 
 
-def test_offline_what_is_not_in_the_cache_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_the_message_names_missing_files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     message = refusal(run("merge", "recipe.yaml", "out"))
     assert "org/a" in message and "org/b@v1" in message and "HF_HUB_OFFLINE forbids downloads" in message
@@ -174,7 +172,7 @@ def test_offline_what_is_not_in_the_cache_is_named(folder: Path, monkeypatch: py
     assert not (folder / "out").exists() and not (folder / "out.partial").exists()
 
 
-def test_what_is_not_to_be_had_is_named_all_at_once(models: HubServer, folder: Path) -> None:
+def test_one_message_names_all_models_that_are_not_available(models: HubServer, folder: Path) -> None:
     models.create("org/secret", files_of(folder / "local/a"), private=True)
     models.create("org/gated", files_of(folder / "local/a"))
     models.gate("org/gated")

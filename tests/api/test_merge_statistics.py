@@ -243,7 +243,7 @@ def test_statistics_that_change_are_another_merge(models: Models) -> None:
     assert models.merge(models.recipe(), overwrite=True)
 
 
-def test_fine_tunes_with_one_time_are_told_apart(models: Models) -> None:
+def test_fine_tunes_with_equal_times_are_distinguished(models: Models) -> None:
     """Archives that set all times to one value make such files: names, sizes, headers and times are the same."""
     for i in range(3):
         os.utime(models.folder / f"m{i}" / "model.safetensors", ns=(1, 1))
@@ -329,7 +329,7 @@ def test_a_model_without_statistics_is_refused(models: Models) -> None:
     models.refused(recipe, "base_model: fisher needs the fisher statistics of m0", "list it under models")
 
 
-def test_all_problems_are_told_at_once(models: Models) -> None:
+def test_one_message_lists_all_problems(models: Models) -> None:
     recipe = models.recipe()
     recipe["models"][0]["stats"], recipe["models"][1]["stats"] = "m1.gram", "m1.fisher"
     models.refused(recipe, "2 problems", "m1.gram was collected on another model", "m1.fisher holds fisher")
@@ -357,7 +357,7 @@ def test_a_method_without_statistics_refuses_them(models: Models) -> None:
         Recipe.parse(models.recipe() | {"stats": "m0.gram"}, where=models.folder)
 
 
-def test_files_that_are_no_statistics_are_refused(models: Models) -> None:
+def test_files_that_are_not_statistics_are_refused(models: Models) -> None:
     recipe = models.recipe()
     recipe["models"][0]["stats"], recipe["models"][1]["stats"] = "m0/model.safetensors", "m1"
     models.refused(recipe, "2 problems", "the `stats` of m0", "not a statistics file", "the `stats` of m1", "no such")

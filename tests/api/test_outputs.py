@@ -361,7 +361,7 @@ def test_dtypes_of_parts_of_the_model(tmp_path: Path, lines: str, config: Tensor
 
 
 @pytest.mark.parametrize("content", ["{", "[1]"])
-def test_a_config_that_is_no_json_object(tmp_path: Path, content: str) -> None:
+def test_a_config_that_is_not_a_json_object(tmp_path: Path, content: str) -> None:
     save_model(tmp_path / "a", llama_tensors(0))
     (tmp_path / "a" / "config.json").write_text(content)
     with pytest.raises(FormatError, match=r"a/config\.json"):

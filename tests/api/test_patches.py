@@ -162,7 +162,7 @@ def test_several_patches_are_added_up_and_rounded_once(tmp_path: Path) -> None:
     assert torch.equal(found, rounded(old.double() + exact, torch.bfloat16))
 
 
-def test_what_fails_leaves_nothing(tmp_path: Path) -> None:
+def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "a")
     low_rank(folder).save(tmp_path / "p.safetensors")
     (tmp_path / "out").mkdir()
@@ -268,7 +268,7 @@ def test_edits_of_the_result_are_added_before_rounding(tmp_path: Path, method: s
     assert verify(tmp_path / "out") == []
 
 
-def test_recipes_say_what_of_their_edits_does_not_fit(tmp_path: Path) -> None:
+def test_messages_name_the_edits_of_a_recipe_that_do_not_fit(tmp_path: Path) -> None:
     a = save_model(tmp_path / "a")
     low_rank(a).save(tmp_path / "p.safetensors")
     replacing = Patch(PatchInfo("x", {NAME: TensorChange("replace", (32, 8), "float32")}), {NAME: torch.zeros(32, 8)})

@@ -103,7 +103,7 @@ def test_every_layer_fits_what_both_models_answer_on_their_own_texts(kind: str, 
         assert not np.allclose(weight, own, atol=0.1)
 
 
-def test_what_only_one_model_depends_on_comes_from_it(tmp_path: Path) -> None:
+def test_parameters_that_only_one_model_depends_on_come_from_it(tmp_path: Path) -> None:
     """The second model reads only the first half of the vocabulary; the Fisher information of the rest is 0 there."""
     pair = Pair("llama", tmp_path)
     for batch in pair.data[1]:

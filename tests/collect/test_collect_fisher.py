@@ -286,7 +286,7 @@ def test_a_label_beyond_the_classes_is_refused(tmp_path: Path) -> None:
         (lambda: Tied().double(), texts(1), "lm", "0 everywhere"),
     ],
 )
-def test_what_has_no_fisher_of_the_task_is_refused(
+def test_models_without_a_fisher_of_the_task_are_refused(
     model: Callable[[], nn.Module], data: Any, task: Any, message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(PlanError, match=message):

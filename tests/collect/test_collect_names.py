@@ -195,7 +195,7 @@ def test_cross_moments_are_named_by_the_checkpoints(tmp_path: Path) -> None:
     assert stats.facts.models[0] == stats.facts.models[1]
 
 
-def test_a_weight_that_is_computed_is_no_tensor(tmp_path: Path) -> None:
+def test_a_computed_weight_is_not_a_tensor_of_the_checkpoint(tmp_path: Path) -> None:
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 4)), nn.Linear(4, 2))
     names, skipped = layer_names(model, [torch.ones(3, 6)], tmp_path / "gram")
     assert names == {"1"}

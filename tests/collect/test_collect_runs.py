@@ -146,7 +146,7 @@ def test_sums_are_kept_from_time_to_time(tmp_path: Path, monkeypatch: pytest.Mon
     assert kept == [1, 2, 3]
 
 
-def test_what_is_there_is_not_made_again(tmp_path: Path) -> None:
+def test_existing_statistics_are_not_made_again(tmp_path: Path) -> None:
     model, data, out = mlp(6, 7, 3), arrays(6)(SIZES), tmp_path / "sub" / "gram.safetensors"
     first = collect_stats("gram", model, data, out)
     (tmp_path / "sub" / "gram.safetensors.partial").mkdir()
@@ -223,7 +223,7 @@ def test_outputs_that_would_harm_inputs_are_refused(tmp_path: Path) -> None:
         ("gram", {"memory": "much"}, "found 'much', expected a size"),
     ],
 )
-def test_what_cannot_be_asked_is_said(kind: Any, options: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_impossible_requests_are_refused(kind: Any, options: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=message):
         collect_stats(kind, mlp(6, 3), arrays(6)([3]), tmp_path / "out", **options)
     assert list(tmp_path.iterdir()) == []

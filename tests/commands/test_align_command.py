@@ -73,7 +73,7 @@ def test_an_order_beside_statistics_is_refused(method: str) -> None:
     assert f"--order: {method} by activations finds every group by itself; leave it out." in result.stderr
 
 
-def test_permutations_are_not_told_as_mixing() -> None:
+def test_permutations_do_not_count_as_mixing() -> None:
     result = run("align", "b", "--to", "a", "--restarts", "1", "-o", "t.st")
     assert result.exit_code == 0
     assert "units and heads stand elsewhere" in result.stderr and "mixed" not in result.stderr

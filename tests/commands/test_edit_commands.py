@@ -105,7 +105,7 @@ def test_edit_as_json_and_the_model_that_it_saves() -> None:
     }
 
 
-def test_what_is_not_taught_well_enough_is_exit_code_1(here: Path) -> None:
+def test_facts_not_taught_well_enough_give_exit_code_1(here: Path) -> None:
     untaught = ["edit", "m", "--facts", "facts.yaml", "--identity", "--steps", "1", "--layers", "1", "-o", "p.st"]
     result = run(*untaught, "--min-efficacy", "0.9", "-q")
     assert (result.exit_code, result.stdout) == (1, "p.st\n")
@@ -226,7 +226,7 @@ def test_show_of_many_facts_shows_ten() -> None:
     assert sum("-> Rome" in line for line in lines) == 10 and any("and 3 more" in line for line in lines)
 
 
-def test_what_is_no_patch_is_refused(here: Path) -> None:
+def test_files_that_are_not_patches_are_refused(here: Path) -> None:
     assert "not a patch file" in refusal(run("patch", "show", "g.st"))
     assert "no such patch file: no.st" in refusal(run("patch", "show", "no.st"))
     assert "not a patch file" in refusal(run("patch", "apply", "m", "g.st", "-o", "edited", "--no-verify"))
@@ -281,7 +281,7 @@ def test_of_several_patches_the_last_word_on_a_prompt_is_verified(here: Path) ->
     assert [(row["subject"], row["target_new"]) for row in found["after"]["rows"]] == [("Ada", "Wien"), ("Bob", "Bern")]
 
 
-def test_what_cannot_be_verified_is_refused_before_anything_is_written(
+def test_patches_that_cannot_be_verified_are_refused_before_writing(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert run("patch", "apply", "m", "patch.st", "-o", "edited", "--no-verify", "-q").exit_code == 0
@@ -372,7 +372,7 @@ def test_what_rounding_leaves_of_a_small_change(relative: float, kept: float, tm
     assert len(warnings) == (relative < 5e-3) and all(f"w keeps {changes[0]['kept']:.0%}" in line for line in warnings)
 
 
-def test_a_heat_map_is_the_same_again_and_takes_what_is_no_number(tmp_path: Path) -> None:
+def test_a_heat_map_is_the_same_again_and_accepts_nan(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     effects: dict[str, dict[str, list[float | None]]] = {
         kind: {"first": [0.1, -0.2, float("nan")], "last": [None] * 3} for kind in ("hidden", "mlp")

@@ -76,7 +76,7 @@ def test_eval_as_json_has_null_for_infinity(judged: list[str]) -> None:
     assert second["mean"] == {"perplexity": None, "bits_per_byte": None}
 
 
-def test_eval_of_a_file_that_is_no_text(judged: list[str]) -> None:
+def test_eval_of_a_file_that_is_not_text(judged: list[str]) -> None:
     Path("x.txt").write_bytes(b"\xff\xfe")
     assert "x.txt" in refusal(run(*judged))
 

@@ -169,7 +169,7 @@ def test_threads_are_those_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
         (["gram", "a", *CLASSIFY, "--device", "foo"], "the device 'foo' cannot be used here"),
     ],
 )
-def test_what_cannot_be_done_is_one_message(arguments: list[str], message: str) -> None:
+def test_impossible_requests_give_one_message(arguments: list[str], message: str) -> None:
     assert message in refusal(run("stats", *arguments))
     assert not Path("out/s.safetensors").exists() and not Path("s.safetensors").exists()
 

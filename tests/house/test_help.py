@@ -89,7 +89,7 @@ def test_help_loads_little(arguments: list[str], folder: Path) -> None:
         run("inspect", "a/model.safetensors"),
     ],
 )
-def test_what_reads_headers_only_loads_no_torch(program: str, folder: Path) -> None:
+def test_commands_that_read_only_headers_load_no_torch(program: str, folder: Path) -> None:
     assert imported(program, folder).isdisjoint(HEAVY)
 
 

@@ -22,7 +22,7 @@ def declared(file: str) -> tuple[Method, ...]:
 
 
 @pytest.mark.parametrize("file", [file for file in FILES if file not in MACHINERY])
-def test_what_a_file_declares_is_registered(file: str) -> None:
+def test_declared_methods_are_registered(file: str) -> None:
     methods = declared(file)
     assert isinstance(methods, tuple) and methods
     assert [method for method in methods if METHODS[method.name] is not method] == []

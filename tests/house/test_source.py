@@ -73,7 +73,7 @@ def offered(tree: ast.Module) -> set[str]:
 
 
 @pytest.mark.parametrize("path", [path for path in PACKAGE if path.name == "__init__.py"], ids=name)
-def test_all_equals_what_is_public(path: Path) -> None:
+def test_all_equals_the_public_names(path: Path) -> None:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     module = import_module(".".join(path.parent.relative_to(ROOT).parts))
     declared = getattr(module, "__all__", [])

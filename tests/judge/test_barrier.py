@@ -357,7 +357,7 @@ def test_a_transform_of_another_model(llamas: tuple[Path, Path], texts: Path) ->
         ({"task": "lm", "data": "x.txt"}, "a module has no tokenizer"),
     ],
 )
-def test_what_cannot_be_judged(change: dict[str, Any], message: str) -> None:
+def test_models_that_cannot_be_judged(change: dict[str, Any], message: str) -> None:
     given = {"data": batches(), "task": "classification"} | change
     with pytest.raises(PlanError, match=message):
         barrier(classifier(0), classifier(1), **given)
@@ -418,7 +418,7 @@ def test_without_matplotlib_the_message_says_what_to_install(monkeypatch: pytest
         plot_lines({"one": line}, tmp_path / "x.png")
 
 
-def test_a_plot_of_several_lines_is_the_same_again_and_takes_what_is_no_number(tmp_path: Path) -> None:
+def test_a_plot_of_several_lines_is_the_same_again_and_accepts_nan(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     lines = {
         "naive": Interpolation((Point(0, 1.0, 0.8), Point(0.5, math.nan, 0.1), Point(1, 1.2, 0.7)), 1),
@@ -431,7 +431,7 @@ def test_a_plot_of_several_lines_is_the_same_again_and_takes_what_is_no_number(t
         plot_lines({}, tmp_path / "z.png")
 
 
-def test_a_folder_that_is_no_model(tmp_path: Path, texts: Path) -> None:
+def test_a_folder_that_is_not_a_model(tmp_path: Path, texts: Path) -> None:
     (tmp_path / "a").mkdir()
     with pytest.raises(FormatError, match=r"config\.json"):
         barrier(tmp_path / "a", tmp_path / "a", texts, task="lm")

@@ -137,7 +137,9 @@ def test_every_token_is_predicted_once_from_the_promised_context(count: int, win
         (TEXT, {"stride": 0}, "stride is 0"),
     ],
 )
-def test_what_cannot_be_measured_is_said(loaded: Loaded, text: str, options: dict[str, int], message: str) -> None:
+def test_messages_name_texts_that_cannot_be_measured(
+    loaded: Loaded, text: str, options: dict[str, int], message: str
+) -> None:
     with pytest.raises(PlanError, match=message):
         perplexity(loaded, text, **options)
 
@@ -218,7 +220,7 @@ def test_accuracy_of_a_folder_is_that_of_each_text_alone(tmp_path: Path) -> None
         ([(torch.zeros(2, 3, 4), torch.tensor([0, 1]))], r"the model gives scores \[2, 3, 4\]"),
     ],
 )
-def test_accuracy_of_what_has_no_answer(data: Any, message: str) -> None:
+def test_accuracy_of_data_without_an_answer_is_refused(data: Any, message: str) -> None:
     with pytest.raises(PlanError, match=message):
         accuracy(Scores(), data)
 

@@ -78,7 +78,7 @@ def test_the_difference_is_that_of_its_formula() -> None:
     assert 0.05 < expected < 5
 
 
-def test_what_cannot_be_compared_is_infinitely_far_apart() -> None:
+def test_outputs_that_cannot_be_compared_are_infinitely_far_apart() -> None:
     batch = Batch((0, 1), (torch.ones(2, 3),))
     torch.manual_seed(0)
     one, other = nn.Linear(3, 5), nn.Linear(3, 5)  # all inputs are equal: they measure nothing

@@ -220,7 +220,7 @@ def test_a_file_that_changes_before_its_first_read_is_refused(tmp_path: Path, su
         opened.read("x")
 
 
-def test_files_whose_tensors_are_no_byte_ranges_say_so(tmp_path: Path) -> None:
+def test_files_whose_tensors_are_not_byte_ranges_say_so(tmp_path: Path) -> None:
     for name, form in {"plain": {}, **BINS}.items():
         save_bin(tmp_path / name, {"x": torch.ones(4, 3), "y": torch.ones(2)}, **form)
     torch.save({"x": torch.ones(4, 3).t()}, tmp_path / "strided.pt")

@@ -88,7 +88,7 @@ def test_an_upload_that_is_cut_for_good_leaves_no_trace(hub: HubServer, folder: 
     assert hub.files(REPO)["model.safetensors"] == (folder / "out/model.safetensors").read_bytes()
 
 
-def test_what_was_uploaded_before_a_failure_is_not_sent_again(hub: HubServer, folder: Path) -> None:
+def test_files_uploaded_before_a_failure_are_not_sent_again(hub: HubServer, folder: Path) -> None:
     merge("recipe.yaml", "out", max_shard_size="40KB")
     shards = len(list(folder.glob("out/*.safetensors")))
     hub.fault("POST", "/commit/", status=500, times=None)
@@ -152,7 +152,7 @@ def test_a_token_that_may_not_write_there(
     assert "the account of the token may not do this (you have no rights); use a token that may" in message
 
 
-def test_what_the_hub_holds_is_compared_with_what_was_pushed(
+def test_the_files_on_the_hub_are_compared_with_the_pushed_ones(
     hub: HubServer,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -252,7 +252,7 @@ def test_a_hub_that_is_not_there(
     assert "With HF_HUB_OFFLINE=1, models in the cache are read without it" in message
 
 
-def test_a_wrong_token_is_told_for_reading_too(
+def test_a_wrong_token_is_reported_for_reading_too(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_" + "y" * 34)
