@@ -1,4 +1,4 @@
-"""How long collecting statistics takes compared with running the model on the same data.
+"""Compare the time of collecting statistics with that of running the model on the same data.
 
     python benchmarks/collect_vs_run.py                      # three models, some minutes on one core
     python benchmarks/collect_vs_run.py --repeats 1 --examples 32
@@ -41,7 +41,7 @@ from minilm_finetunes import make_pairs  # noqa: E402
 
 
 class Case(NamedTuple):
-    """A model with its data, and the saved checkpoint that it is of, where there is one."""
+    """A model with its data, and the checkpoint that it was loaded from, if any."""
 
     name: str
     task: str
@@ -51,7 +51,7 @@ class Case(NamedTuple):
 
 
 def make_cases(work: Path, examples: int) -> list[Case]:
-    """The three models; of texts at most so many."""
+    """The three models; `examples` limits the number of texts."""
     texts = work / "texts.txt"
     texts.write_text("\n".join(" ".join(right.split()) for _, right in make_pairs()["details"].train), "utf-8")
     cases = []
@@ -70,7 +70,7 @@ def make_cases(work: Path, examples: int) -> list[Case]:
 
 
 def score(case: Case, batch: Batch, output: object) -> Tensor:
-    """The log-probability of one label for each example, summed; of an embedding the sum of its entries."""
+    """The log-probability of one label for each example, summed; for an embedding the sum of its entries."""
     if case.task == "embedding":
         return embeddings(output).sum()
     log_p = logits(output).log_softmax(-1)
@@ -88,8 +88,8 @@ def run(case: Case) -> None:
 
 def train(case: Case) -> None:
     for batch in case.batches:
-        found = score(case, batch, case.model(*batch.args, **batch.kwargs))
-        torch.autograd.grad(found, list(case.model.parameters()), allow_unused=True)
+        total = score(case, batch, case.model(*batch.args, **batch.kwargs))
+        torch.autograd.grad(total, list(case.model.parameters()), allow_unused=True)
 
 
 def collect_once(case: Case, kind: str, out: Path) -> None:
@@ -105,7 +105,7 @@ def collect_once(case: Case, kind: str, out: Path) -> None:
 
 
 def seconds(work: Callable[[], None], repeats: int) -> float:
-    """The median time of some runs, after one that is not counted."""
+    """The median seconds of `repeats` runs, after one that is not counted."""
     times = []
     for _ in range(repeats + 1):
         started = time.perf_counter()
@@ -120,18 +120,18 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="runs of each kind [default: 3]")
     parser.add_argument("--examples", type=int, default=256, help="texts, at most [default: 256]")
     parser.add_argument("--threads", type=int, default=1, help="[default: 1]")
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
     print(
-        f"{platform.machine()}, {given.threads} thread, Python {platform.python_version()}, "
-        f"torch {version('torch')}; medians of {given.repeats}\n"
+        f"{platform.machine()}, {arguments.threads} thread, Python {platform.python_version()}, "
+        f"torch {version('torch')}; medians of {arguments.repeats}\n"
     )
     print("| model | examples | run s | gram s | ratio | train s | fisher s | ratio |")
     print("|---|--:|--:|--:|--:|--:|--:|--:|")
     with tempfile.TemporaryDirectory(prefix="collect_vs_run_") as temporary:
         work = Path(temporary)
-        for case in make_cases(work, given.examples):
-            plain, backward = (seconds(partial(do, case), given.repeats) for do in (run, train))
+        for case in make_cases(work, arguments.examples):
+            plain, backward = (seconds(partial(do, case), arguments.repeats) for do in (run, train))
             gram, fisher = (
                 seconds(partial(collect_once, case, kind, work / "out"), given.repeats) for kind in ("gram", "fisher")
             )

@@ -1,12 +1,12 @@
-"""What the average of two perceptrons is worth that share nothing but their data, before and after alignment: digits.
+"""Judge the average of two perceptrons that share only their data, before and after alignment, on digits.
 
     python benchmarks/digits_alignment.py                    # three widths, three pairs: a few minutes on one core
     python benchmarks/digits_alignment.py --quick            # a smoke test
 
 The two models of a pair differ in their start and in the order of the images. A number is the accuracy on held-out
-images in percent, averaged over the pairs; in brackets the least and the most of them. The barrier is that of the loss,
-nats, at the worst of 11 points on the line. The second model is rewritten, the first stays; statistics and repair take
-the training images. Nothing is chosen by the held-out images.
+images in percent, averaged over the pairs; brackets hold the lowest and the highest. The barrier is that of the loss,
+in nats, at the worst of 11 points on the line. The second model is rewritten, the first stays; statistics and repair
+use the training images. No choice depends on the held-out images.
 """
 
 from __future__ import annotations
@@ -64,19 +64,19 @@ def perceptron(width: int) -> nn.Sequential:
 
 
 def make_symmetries(width: int) -> Symmetries:
-    """The hidden units may stand in any order, and ReLU lets positive factors through."""
+    """The table of the perceptron: hidden units take any order, and ReLU lets positive factors through."""
     groups = {f"hidden.{i}": Units(width, "positive") for i in range(LAYERS - 1)}
     return read_table(TABLE, groups, [])
 
 
 def make_split(seed: int) -> tuple[Examples, Examples]:
-    """The images for training and those held out; seed: which are which."""
+    """The training and the held-out images; the seed divides them."""
     task = make_upright(seed)
     return task.train, task.test
 
 
 def trained(examples: Examples, width: int, seed: int, epochs: int = EPOCHS) -> nn.Sequential:
-    """A perceptron; its start and the order of the examples come from the seed."""
+    """A trained perceptron; its start and the order of the examples come from the seed."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = perceptron(width)
@@ -103,7 +103,7 @@ def aligned(model: nn.Module, transform: Transform) -> nn.Sequential:
 
 
 def regmean(folder: Path, ends: Sequence[nn.Module], images: Examples) -> nn.Sequential:
-    """The ends merged by RegMean, through files as a user would."""
+    """The ends merged by RegMean, through files as a user does it."""
     for i, end in enumerate(ends):
         (folder / f"{i}").mkdir(parents=True)
         save_file(end.state_dict(), folder / f"{i}" / "model.safetensors", {"format": "pt"})
@@ -129,7 +129,7 @@ def repaired(merged: nn.Module, ends: Sequence[nn.Module], images: Examples) -> 
 
 
 def measure(folder: Path, width: int, pair: int, epochs: int = EPOCHS) -> dict[str, float]:
-    """Every row's number: accuracies in percent, and barriers of the loss in nats. Files are left in folder."""
+    """Every row's number: accuracies in percent, and barriers of the loss in nats. Leaves files in `folder`."""
     images, held_out = make_split(pair)
     one, other = (trained(images, width, 2 * pair + i, epochs) for i in range(2))
     cross = collect("cross", one, [images], folder / "cross.safetensors", other=other)
@@ -151,33 +151,33 @@ def measure(folder: Path, width: int, pair: int, epochs: int = EPOCHS) -> dict[s
         "activation matching + RegMean": regmean(folder / "regmean", [one, activations], images),
     }
     ends = [100 * accuracy(model, [held_out]).accuracy for model in (one, other)]
-    found = {"the two models": statistics.mean(ends)}
-    found |= {name: 100 * accuracy(model, [held_out]).accuracy for name, model in models.items()}
+    numbers = {"the two models": statistics.mean(ends)}
+    numbers |= {name: 100 * accuracy(model, [held_out]).accuracy for name, model in models.items()}
     for name, rewriting in {"average": None, **transforms}.items():
         line = barrier(one, other, [held_out], task="classification", transform=rewriting)
-        found[f"barrier: {name}"] = line.loss_barrier.height
-    return found
+        numbers[f"barrier: {name}"] = line.loss_barrier.height
+    return numbers
 
 
 def run(widths: Sequence[int], pairs: Sequence[int], epochs: int = EPOCHS) -> dict[int, dict[str, list[float]]]:
     """Every row's numbers, one for each pair, by width."""
-    found: dict[int, dict[str, list[float]]] = {}
+    numbers: dict[int, dict[str, list[float]]] = {}
     for width in widths:
         measured = []
         for pair in pairs:
             with tempfile.TemporaryDirectory(prefix="digits_alignment_") as work:
                 measured.append(measure(Path(work), width, pair, epochs))
             print(f"width {width}, pair {pair}", file=sys.stderr, flush=True)
-        found[width] = {row: [each[row] for each in measured] for row in measured[0]}
-    return found
+        numbers[width] = {row: [each[row] for each in measured] for row in measured[0]}
+    return numbers
 
 
-def table_of(found: Mapping[int, Mapping[str, Sequence[float]]]) -> str:
+def table_of(numbers: Mapping[int, Mapping[str, Sequence[float]]]) -> str:
     """The numbers as Markdown: mean (least to most) of the pairs."""
-    lines = [f"| | {' | '.join(f'width {width}' for width in found)} |", "|---|" + "--:|" * len(found)]
-    for row in next(iter(found.values())):
+    lines = [f"| | {' | '.join(f'width {width}' for width in numbers)} |", "|---|" + "--:|" * len(numbers)]
+    for row in next(iter(numbers.values())):
         form = ".3f" if row.startswith("barrier") else ".1f"
-        pairs = [rows[row] for rows in found.values()]
+        pairs = [rows[row] for rows in numbers.values()]
         cells = [f"{statistics.mean(x):{form}} ({min(x):{form}}-{max(x):{form}})" for x in pairs]
         lines.append(f"| {row} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -189,15 +189,15 @@ def main() -> None:
     parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS, help="[default: 32 128 512]")
     parser.add_argument("--pairs", type=int, nargs="+", default=PAIRS, help="their seeds [default: 0 1 2]")
     parser.add_argument("--quick", action="store_true", help="one pair, width 32, 10 epochs")
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
-    found = run((32,), (0,), 10) if given.quick else run(given.widths, given.pairs)
+    numbers = run((32,), (0,), 10) if arguments.quick else run(arguments.widths, arguments.pairs)
     print(
         f"mergekit_lfm {__version__}, {platform.machine()}, Python {platform.python_version()}, "
         f"torch {version('torch')}, scikit-learn {version('scikit-learn')}; "
-        f"mean (least-most) of {1 if given.quick else len(given.pairs)} pairs\n"
+        f"mean (least-most) of {1 if arguments.quick else len(arguments.pairs)} pairs\n"
     )
-    print(table_of(found))
+    print(table_of(numbers))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""What editing facts is worth, and what it breaks: ROME, MEMIT and fine-tuning on a model that has learned 480 facts.
+"""Judge edits of facts by ROME, MEMIT and fine-tuning, and their damage, on a model that has learned 480 facts.
 
     python recipes/make/facts.py recipes/facts
     python benchmarks/editing.py recipes/facts               # some minutes on one core
     python benchmarks/editing.py recipes/facts --quick       # a smoke test
 
-Numbers are percentages: ES, PS, NS compare the new and the true object after the prompts, paraphrases of them and
-prompts about others of whom the same is true; EA and NA ask whether the right one is what the model would say; SA, what
-else is true of the edited subjects; unedited, facts of other subjects. |W'|/|W| is the greatest of the edited matrices.
-One fact: the mean of single edits. Seconds are those of the edit, without the statistics.
+Numbers are percentages. ES, PS and NS compare the new and the true object after the prompts, after paraphrases of them,
+and after prompts about other subjects with the same true object; EA and NA ask whether the model would say the right
+one; SA is about other facts of the edited subjects, `unedited` about facts of other subjects. |W'|/|W| is the greatest
+among the edited matrices. One fact: the mean of single edits. Seconds are those of the edit, without the statistics.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ SIZES = (1, 10, 40, 100)
 SINGLES = 20  # edits of one fact each
 EPOCHS, RATE, BATCH = 30, 3e-3, 10  # of fine-tuning
 SHOWN = {"es": "ES", "ps": "PS", "ns": "NS", "ea": "EA", "na": "NA", "sa": "SA", "unedited": "unedited"}
-GROWTH = r"\|W'\|/\|W\|"  # as Markdown has it in a table
+GROWTH = r"\|W'\|/\|W\|"  # escaped for a Markdown table
 
-# Fillers of the world, so that the model has seen what stands before a prompt.
+# Fillers of the made-up world, so that the model has seen the sentences before a prompt.
 CONTEXTS = [
     "{}",
     "The weather looked fine this morning. {}",
@@ -72,7 +72,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Edited:
-    """A model after an edit. growth: the greatest |W'|/|W|; seconds: that the edit took."""
+    """A model after an edit. growth: the greatest |W'|/|W|; seconds: the time of the edit."""
 
     model: nn.Module
     growth: float
@@ -98,16 +98,16 @@ def open_subject(folder: Path, work: Path) -> Subject:
 
 
 def located(subject: Subject, facts: FactsFile, **options: Any) -> Edited:
-    """Edited by `edit`, with these options, and loaded again with the patch."""
+    """The model edited by `edit` with these options, and loaded again with the patch."""
     start = time.perf_counter()
-    given = {"covariance": subject.grams, "context_templates": CONTEXTS, **options}
-    patch = edit(subject.loaded, None, FactsFile(facts.facts), **given)
+    all_options = {"covariance": subject.grams, "context_templates": CONTEXTS, **options}
+    patch = edit(subject.loaded, None, FactsFile(facts.facts), **all_options)
     seconds = time.perf_counter() - start
-    return _judged(subject, load_model(patched_view(subject.loaded.checkpoint, patch), "lm").model, seconds)
+    return _measure_growth(subject, load_model(patched_view(subject.loaded.checkpoint, patch), "lm").model, seconds)
 
 
 def fine_tuned(subject: Subject, facts: FactsFile, *, layer: int = 0, rate: float = RATE) -> Edited:
-    """The layer's down-projection trained on the facts, by Adam without a constraint, targets at their own places."""
+    """The model with a layer's down-projection trained on the facts' targets, by Adam without a constraint."""
     start = time.perf_counter()
     model = copy.deepcopy(subject.loaded.model)
     weight = model.requires_grad_(False).get_parameter(find_sites(model)[layer].weight).requires_grad_(True)
@@ -117,7 +117,7 @@ def fine_tuned(subject: Subject, facts: FactsFile, *, layer: int = 0, rate: floa
             optimizer.zero_grad()
             torch.autograd.backward(_loss(model, subject.loaded.tokenizer, [facts.facts[row] for row in rows.tolist()]))
             optimizer.step()
-    return _judged(subject, model.requires_grad_(False), time.perf_counter() - start)
+    return _measure_growth(subject, model.requires_grad_(False), time.perf_counter() - start)
 
 
 def _loss(model: nn.Module, tokenizer: Any, facts: Sequence[Fact]) -> Tensor:
@@ -132,8 +132,8 @@ def _loss(model: nn.Module, tokenizer: Any, facts: Sequence[Fact]) -> Tensor:
     return cross_entropy(logits(model(input_ids=ids))[:, :-1][scored[:, 1:]], ids[:, 1:][scored[:, 1:]])
 
 
-def _judged(subject: Subject, model: nn.Module, seconds: float) -> Edited:
-    """The edited model, with how much its matrices have grown."""
+def _measure_growth(subject: Subject, model: nn.Module, seconds: float) -> Edited:
+    """The edited model with the growth of its matrices."""
     before = subject.loaded.model
     names = [site.weight for site in find_sites(before)]
     growth = max(float(model.get_parameter(x).detach().norm() / before.get_parameter(x).detach().norm()) for x in names)
@@ -152,8 +152,8 @@ def measure(subject: Subject, editor: Editor, facts: FactsFile) -> dict[str, flo
     """Every column's number."""
     edited = editor(subject, facts)
     scores: FactScores = score_facts(edited.model, subject.loaded.tokenizer, facts)
-    found = {shown: 100 * getattr(scores, name) for name, shown in SHOWN.items() if getattr(scores, name) is not None}
-    return {**found, GROWTH: edited.growth, "seconds": edited.seconds}
+    shares = {shown: 100 * getattr(scores, name) for name, shown in SHOWN.items() if getattr(scores, name) is not None}
+    return {**shares, GROWTH: edited.growth, "seconds": edited.seconds}
 
 
 def measure_singly(subject: Subject, editor: Editor, facts: FactsFile) -> dict[str, float]:
@@ -164,22 +164,22 @@ def measure_singly(subject: Subject, editor: Editor, facts: FactsFile) -> dict[s
 
 
 def rows(subject: Subject, sizes: Sequence[int]) -> Iterator[tuple[int, str, dict[str, float]]]:
-    """Size, method and numbers, as they are found; size 0 is the model as it is."""
+    """Yield (size, method, numbers) as they are measured; size 0 is the unedited model."""
     whole = subject.facts(f"facts_{max(SIZES)}")
-    yield 0, "as it is", measure(subject, lambda subject, _: _judged(subject, subject.loaded.model, 0.0), whole)
+    yield 0, "as it is", measure(subject, lambda subject, _: _measure_growth(subject, subject.loaded.model, 0.0), whole)
     for size in sizes:
         for name, editor in METHODS.items():
             if size > 1:
                 yield size, name, measure(subject, editor, subject.facts(f"facts_{size}"))
             else:
-                some = FactsFile(whole.facts[:SINGLES], whole.unedited)
-                yield size, name, measure_singly(subject, editor, some)
+                singles = FactsFile(whole.facts[:SINGLES], whole.unedited)
+                yield size, name, measure_singly(subject, editor, singles)
 
 
-def as_row(size: int, name: str, found: Mapping[str, float]) -> str:
+def as_row(size: int, name: str, numbers: Mapping[str, float]) -> str:
     """The numbers as a line of a Markdown table."""
-    shares = [f"{found[column]:.1f}" for column in SHOWN.values()]
-    return f"| {size or '-'} | {name} | {' | '.join(shares)} | {found[GROWTH]:.2f} | {found['seconds']:.1f} |"
+    shares = [f"{numbers[column]:.1f}" for column in SHOWN.values()]
+    return f"| {size or '-'} | {name} | {' | '.join(shares)} | {numbers[GROWTH]:.2f} | {numbers['seconds']:.1f} |"
 
 
 def main() -> None:
@@ -196,8 +196,10 @@ def main() -> None:
     print(f"| facts | method | {' | '.join(SHOWN.values())} | {GROWTH} | seconds |")
     print("|--:|---|" + "--:|" * (len(SHOWN) + 2))
     with tempfile.TemporaryDirectory(prefix="editing_") as work:
-        for size, name, found in rows(open_subject(given.folder, Path(work)), (10,) if given.quick else SIZES):
-            print(as_row(size, name, found), flush=True)
+        for size, name, numbers in rows(
+            open_subject(arguments.folder, Path(work)), (10,) if arguments.quick else SIZES
+        ):
+            print(as_row(size, name, numbers), flush=True)
             print(f"{name}: {size}", file=sys.stderr, flush=True)
 
 

@@ -1,12 +1,12 @@
-"""What merges do with data that lie on a GPU, compared with copying as many bytes there.
+"""Compare the time of merging data on a GPU with that of copying the same number of bytes there.
 
     python benchmarks/gpu_kernels.py                                # on the GPU: seconds
     python benchmarks/gpu_kernels.py --device cpu --numel 100000    # a smoke test on the processor, without kernels
 
-bfloat16 inputs of `--numel` elements, a base and three models near it. `copy` is a copy on the device that moves as
-many bytes, read and written, as the row's operation has to; `ratio` is that operation's time by Triton's kernels over
-it, `torch` the time of the same operation by torch's operations one after another. All are medians of `--repeats`, in
-chunks as `merge_tensors` has them. Files to files is measured by `benchmarks/merge_vs_copy.py --device cuda`.
+Inputs are bfloat16 tensors of `--numel` elements, a base and three models near it. `copy` is a copy on the device that
+moves as many bytes, read and written, as the row's operation has to; `ratio` is the operation's time with Triton's
+kernels divided by the copy's, `torch` its time with torch's operations one after another. All are medians of
+`--repeats`, in the chunks of `merge_tensors`. `benchmarks/merge_vs_copy.py --device cuda` measures files to files.
 """
 
 from __future__ import annotations
@@ -58,14 +58,14 @@ REDUCTIONS: dict[str, Reduction] = {
 
 @dataclass(frozen=True)
 class Bench:
-    """Data on a device, and how often each measurement is repeated."""
+    """Data on a device, and the number of repetitions of each measurement."""
 
     rows: list[torch.Tensor]
     base: torch.Tensor
     repeats: int
 
     def blocks(self, kernels: GpuKernels, *, with_base: bool, rows: int = 3) -> Blocks:
-        """The data as the engine has them."""
+        """The data as the engine's blocks."""
         readers = [lambda start, stop, x=x: x[start:stop] for x in self.rows[:rows]]
         base: Any = (lambda start, stop: self.base[start:stop]) if with_base else None
         gpu = Accelerator(self.base.device)
@@ -73,7 +73,7 @@ class Bench:
         return Blocks(readers, base, len(self.base), BLOCK, torch.float32, kernels, gpu, at_once)
 
     def seconds(self, run: Callable[[], object]) -> float:
-        """The median time of a run, after two that are not counted."""
+        """The median seconds of a run, after two that are not counted."""
         times = []
         for _ in range(self.repeats + 2):
             self._wait()
@@ -88,7 +88,7 @@ class Bench:
             torch.cuda.synchronize(self.base.device)
 
     def copying(self, nbytes: int) -> float:
-        """Seconds of a copy that reads and writes so many bytes together."""
+        """Seconds of a copy whose reads and writes together are `nbytes`."""
         source = torch.empty(nbytes // 2, dtype=torch.uint8, device=self.base.device)
         target = torch.empty_like(source)
         return self.seconds(lambda: target.copy_(source))
@@ -103,7 +103,7 @@ def make_bench(numel: int, device: torch.device, repeats: int) -> Bench:
 
 
 def merging(bench: Bench, name: str, kernels: GpuKernels) -> tuple[Callable[[], object], int]:
-    """What merges the data, and the bytes that it has to move."""
+    """A function that merges the data, and the bytes that it has to move."""
     method, with_base, coefficients = MERGES[name]
     rows = 2 if method == "fisher" else 3
     blocks = bench.blocks(kernels, with_base=with_base, rows=rows)
@@ -116,7 +116,7 @@ def merging(bench: Bench, name: str, kernels: GpuKernels) -> tuple[Callable[[], 
 
 
 def reducing(bench: Bench, name: str, kernels: GpuKernels) -> tuple[Callable[[], object], int]:
-    """What sums the deltas of the data, and the bytes that it has to move."""
+    """A function that reduces the deltas of the data, and the bytes that it has to move."""
     blocks = bench.blocks(kernels, with_base=True)
     return lambda: blocks.reduce(REDUCTIONS[name]), 4 * bench.base.nbytes
 
@@ -127,17 +127,17 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", help="[default: cuda]")
     parser.add_argument("--numel", type=int, default=1 << 28, help="elements of each tensor [default: 2^28]")
     parser.add_argument("--repeats", type=int, default=9, help="[default: 9]")
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     try:
-        device = find_device(given.device)
+        device = find_device(arguments.device)
     except PlanError as error:
         raise SystemExit(f"error: {error}") from None
-    bench = make_bench(given.numel, device, given.repeats)
-    native = GpuKernels("never" if device.type == "cpu" else "always", given.numel, device)
-    plain = GpuKernels("never", given.numel, device)
+    bench = make_bench(arguments.numel, device, arguments.repeats)
+    native = GpuKernels("never" if device.type == "cpu" else "always", arguments.numel, device)
+    plain = GpuKernels("never", arguments.numel, device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the processor"
     rate = 2 * bench.base.nbytes / bench.copying(2 * bench.base.nbytes) / 1e9
-    print(f"{name}, torch {torch.__version__}; {given.numel:,} elements; a copy moves {rate:,.0f} GB/s", end="\n\n")
+    print(f"{name}, torch {torch.__version__}; {arguments.numel:,} elements; a copy moves {rate:,.0f} GB/s", end="\n\n")
     print("| operation | GB | copy ms | kernels ms | ratio | torch ms |")
     print("|---|--:|--:|--:|--:|--:|")
     for operation in (*MERGES, *REDUCTIONS):

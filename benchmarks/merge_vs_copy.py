@@ -1,16 +1,16 @@
-"""How long merges take compared with copying the same bytes.
+"""Compare the time of merges with that of copying the same bytes.
 
     python benchmarks/merge_vs_copy.py                       # 1.1 billion parameters: 28 GB of disk, half an hour
     python benchmarks/merge_vs_copy.py --size 0.01           # a smoke test
 
-Makes checkpoints of a Llama's shape (bf16, two shards each): a base, and three models near it; and for two of these
-statistics files (float32) of the shapes of real ones. Every merge is a process of its own; its floor, in the same run,
-reads the merge's inputs to nowhere and writes as many bytes as its output by plain copy, with as many threads as the
-merge has and an fsync at the end as it does. Before each, its inputs are read into the page cache, the last output is
-removed, and what is dirty is written back. Numbers are medians; `ratio` is (merge - start-up) / floor, where start-up
-is the same merge of one tiny tensor; it means nothing for small sizes. `cold` is a first run that compiles its kernels,
-and reads the models that have statistics once more to know them; `eager` one that is not allowed to compile; the others
-find kernels and digests in the cache.
+Makes checkpoints of a Llama's shape (bf16, two shards each): a base, and three models near it; and, for two of these,
+statistics files (float32) with the shapes of real ones. Every merge is a process of its own. Its floor, in the same
+run, reads the merge's inputs, discards them, and writes as many bytes as the merge's output by plain copy, with the
+merge's number of threads and an fsync at the end. Before each run its inputs are read into the page cache, the last
+output is removed, and dirty pages are written back. Numbers are medians; `ratio` is (merge - start-up) / floor, where
+start-up is the same merge of one tiny tensor; it means nothing for small sizes. `cold` is a first run that compiles its
+kernels and reads the models with statistics once more for their digests; `eager` is a run that may not compile; the
+other runs find kernels and digests in the cache.
 """
 
 from __future__ import annotations
@@ -62,18 +62,18 @@ RECIPES = {
     "rotated": "models: [{model: one}, {model: two, align: rotated.transform}]\nparameters: {weight: 1}\n",
     "regmean": "models: [{model: one, stats: one.gram}, {model: two, stats: two.gram}]\n",
 }
-# What a model is rewritten by before `linear` merges it: random elements of the groups of a Llama.
+# Transforms that rewrite a model before `linear` merges it: random elements of the groups of a Llama.
 REWRITTEN: dict[str, tuple[ElementKind, ...]] = {
     "permuted": ("order",),
     "rotated": ("order", "scale", "rotation", "inside"),
 }
-SHARED = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}  # layers that read the inputs of another
+SHARED = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}  # layer -> another with the same inputs
 CHUNK = 8 << 20  # bytes per read or write of the floor
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a run took: wall and processor seconds, and the most memory it had resident, in bytes."""
+    """The cost of a run: wall and processor seconds, and peak resident memory in bytes."""
 
     seconds: float
     cpu_s: float
@@ -107,27 +107,27 @@ def shapes(size: float) -> list[dict[str, tuple[int, ...]]]:
 
 
 def make_checkpoints(folder: Path, size: float) -> None:
-    """The base, entries from N(0, 0.02), and three models, the base plus N(0, 0.001); one tensor is held at a time."""
+    """Write the base, entries from N(0, 0.02), and three models, the base plus N(0, 0.001), tensor by tensor."""
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     for number, model in enumerate(MODELS):
-        place = unfinished / model
-        place.mkdir(parents=True)
+        model_folder = unfinished / model
+        model_folder.mkdir(parents=True)
         names = [f"model-{s + 1:05d}-of-00002.safetensors" for s in range(2)]
         for name, shard in zip(names, shapes(size), strict=True):
             specs = [TensorSpec(tensor, shape, "bfloat16") for tensor, shape in shard.items()]
-            write_shard(place / name, specs, unfinished / MODELS[0] / name if number else None, number)
+            write_shard(model_folder / name, specs, unfinished / MODELS[0] / name if number else None, number)
         weight_map = {tensor: name for name, shard in zip(names, shapes(size), strict=True) for tensor in shard}
         index = {"metadata": {}, "weight_map": weight_map}
-        (place / "model.safetensors.index.json").write_text(json.dumps(index))
-        (place / "config.json").write_text(json.dumps(config(size)))
+        (model_folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        (model_folder / "config.json").write_text(json.dumps(config(size)))
     make_statistics(unfinished)
     make_transforms(unfinished)
     unfinished.rename(folder)
 
 
 def config(size: float) -> dict[str, object]:
-    """That of a Llama of these shapes: 32 heads, of which eight share a key."""
+    """The config of a Llama of these shapes: 32 heads, each eight of them with one key."""
     first = {name: shape for shard in shapes(size) for name, shape in shard.items()}
     middle, hidden = first["model.layers.0.mlp.up_proj.weight"]
     return {
@@ -143,7 +143,7 @@ def config(size: float) -> dict[str, object]:
 
 
 def make_transforms(folder: Path) -> None:
-    """Random transforms of the second model."""
+    """Write random transforms of the second model."""
     two = open_checkpoint(folder / "two")
     gains = {name: two.read(name) for name, spec in two.items() if len(spec.shape) == 1}
     for name, kinds in REWRITTEN.items():
@@ -151,7 +151,7 @@ def make_transforms(folder: Path) -> None:
 
 
 def make_statistics(folder: Path) -> None:
-    """Fisher information and Gram matrices for two of the models; one entry is held at a time."""
+    """Write Fisher information and Gram matrices for two of the models, entry by entry."""
     import torch
 
     for model in MODELS[1:3]:
@@ -174,15 +174,15 @@ def is_linear(spec: TensorSpec) -> bool:
 
 
 def shared_with(layer: str) -> str:
-    """The layer whose inputs are the same."""
-    stem, _, part = layer.rpartition(".")
-    return f"{stem}.{SHARED.get(part, part)}" if stem else layer
+    """The layer under which the inputs of this one are stored."""
+    stem, _, name = layer.rpartition(".")
+    return f"{stem}.{SHARED.get(name, name)}" if stem else layer
 
 
 def write_entries(
-    path: Path, specs: Sequence[TensorSpec], facts: StatisticsInfo, made: Callable[[Tensor], Tensor]
+    path: Path, specs: Sequence[TensorSpec], facts: StatisticsInfo, make: Callable[[Tensor], Tensor]
 ) -> None:
-    """A statistics file of what `made` makes of normal numbers."""
+    """Write a statistics file; `make` turns normal numbers into an entry."""
     import torch
 
     header, _ = encode_header(specs, facts.metadata())
@@ -190,11 +190,11 @@ def write_entries(
     with path.open("wb") as file:
         file.write(header)
         for spec in specs:
-            file.write(bytes_of(made(torch.randn(spec.shape, generator=random))))
+            file.write(bytes_of(make(torch.randn(spec.shape, generator=random))))
 
 
 def write_shard(path: Path, specs: Sequence[TensorSpec], base: Path | None, seed: int) -> None:
-    """Random tensors; with a base, its shard of the same layout plus small deltas."""
+    """Write random tensors; with a base, its shard of the same layout plus small deltas."""
     import torch
 
     header, offsets = encode_header(specs, {"format": "pt"})
@@ -210,7 +210,7 @@ def write_shard(path: Path, specs: Sequence[TensorSpec], base: Path | None, seed
 
 
 def make_tiny(folder: Path) -> None:
-    """The same models, of one tensor of four numbers."""
+    """Write the same models with one tensor of four numbers."""
     header, _ = encode_header([TensorSpec("w", (2, 2), "bfloat16")], {"format": "pt"})
     for number, model in enumerate(MODELS):
         (folder / model).mkdir(parents=True)
@@ -243,12 +243,12 @@ def inputs(method: str) -> list[str]:
 
 def read_by(folder: Path, method: str) -> list[Path]:
     """All files that the method's recipe reads."""
-    named = [folder / name for name in re.findall(r"(?:stats|align): ([\w.]+)", RECIPES[method])]
-    return weights(folder, inputs(method)) + named
+    others = [folder / name for name in re.findall(r"(?:stats|align): ([\w.]+)", RECIPES[method])]
+    return weights(folder, inputs(method)) + others
 
 
 def read(path: Path) -> None:
-    """Read a file to nowhere, into one buffer."""
+    """Read a file into one buffer and discard the data."""
     buffer = bytearray(CHUNK)
     with path.open("rb", buffering=0) as file:
         while file.readinto(buffer):
@@ -256,7 +256,7 @@ def read(path: Path) -> None:
 
 
 def copy(source: Path, target: Path) -> None:
-    """Copy a file through one buffer, and have the disk confirm it."""
+    """Copy a file through one buffer, and fsync it."""
     buffer = memoryview(bytearray(CHUNK))
     with source.open("rb", buffering=0) as file, target.open("wb", buffering=0) as out:
         while count := file.readinto(buffer):
@@ -265,7 +265,7 @@ def copy(source: Path, target: Path) -> None:
 
 
 def floor(folder: Path, method: str, threads: int) -> float:
-    """Seconds to read the method's inputs to nowhere and to write a copy of one of them."""
+    """Seconds to read and discard the method's inputs and to write a copy of one of them."""
     sources = read_by(folder, method)
     copied = weights(folder, [inputs(method)[0]])
     target = folder / "copy"
@@ -280,7 +280,7 @@ def floor(folder: Path, method: str, threads: int) -> float:
 
 
 def merge(folder: Path, method: str, options: Sequence[str], kernels: Path) -> Cost:
-    """One merge as a process of its own."""
+    """The cost of one merge in a process of its own."""
     command = [sys.executable, "-m", "mergekit_lfm", "merge", f"{method}.yaml", "out", "--quiet", *options]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     environment |= {"TORCHINDUCTOR_CACHE_DIR": str(kernels / "inductor"), "XDG_CACHE_HOME": str(kernels)}
@@ -294,8 +294,8 @@ def merge(folder: Path, method: str, options: Sequence[str], kernels: Path) -> C
     return Cost(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
 
 
-def prepared(folder: Path, method: str) -> None:
-    """The same state before every run: inputs cached, no output, nothing left to write back."""
+def prepare(folder: Path, method: str) -> None:
+    """Restore the same state before every run: inputs cached, no output, no dirty pages."""
     for name in ("out", "copy"):
         shutil.rmtree(folder / name, ignore_errors=True)
     for path in read_by(folder, method):
@@ -311,19 +311,19 @@ def measure(folder: Path, tiny: Path, method: str, repeats: int, threads: int, o
     """The table's row for a method."""
     with tempfile.TemporaryDirectory(dir=folder) as kernels:
         cache = Path(kernels)
-        prepared(folder, method)
+        prepare(folder, method)
         cold = merge(folder, method, [*options, "--compile", "always"], cache)
-        prepared(folder, method)
+        prepare(folder, method)
         eager = merge(folder, method, [*options, "--compile", "never"], cache)
         floors, costs, starts = [], [], []
         for _ in range(repeats):
-            prepared(folder, method)
+            prepare(folder, method)
             floors.append(floor(folder, method, threads))
-            prepared(folder, method)
+            prepare(folder, method)
             costs.append(merge(folder, method, options, cache))
-            prepared(tiny, method)
+            prepare(tiny, method)
             starts.append(merge(tiny, method, options, cache))
-        prepared(folder, method)
+        prepare(folder, method)
     seconds, start, least = (
         median(costs, lambda c: c.seconds),
         median(starts, lambda c: c.seconds),
@@ -347,7 +347,7 @@ def measure(folder: Path, tiny: Path, method: str, repeats: int, threads: int, o
 
 
 def processor() -> str:
-    """The processor's name, as Linux has it."""
+    """The processor's name according to Linux."""
     cpuinfo = Path("/proc/cpuinfo")
     names = (
         [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] if cpuinfo.exists() else []
@@ -376,36 +376,36 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3, help="runs of each kind [default: 3]")
     parser.add_argument("--methods", nargs="+", choices=RECIPES, default=list(RECIPES), help="[default: all]")
     parser.add_argument(
-        "--dir", type=Path, help="keeps the checkpoints here for another run [default: a temporary folder]"
+        "--dir", type=Path, help="keep the checkpoints here for another run [default: a temporary folder]"
     )
     return parser.parse_args()
 
 
 def main() -> None:
-    """Make what is missing, measure, and print a Markdown table."""
-    given = arguments()
+    """Make missing checkpoints, measure, and print a Markdown table."""
+    args = arguments()
     with tempfile.TemporaryDirectory(prefix="merge_vs_copy_") as temporary:
-        work = (given.dir or Path(temporary)).absolute()
-        folder, tiny = work / f"size_{given.size:g}", work / "tiny"
+        work = (args.dir or Path(temporary)).absolute()
+        folder, tiny = work / f"size_{args.size:g}", work / "tiny"
         if not folder.exists():
-            # In a process of its own: a child's peak memory would count what this one had before.
-            maker = multiprocessing.get_context("spawn").Process(target=make_checkpoints, args=(folder, given.size))
+            # In a process of its own: a child's peak memory includes its parent's before the fork.
+            maker = multiprocessing.get_context("spawn").Process(target=make_checkpoints, args=(folder, args.size))
             maker.start()
             maker.join()
             if maker.exitcode:
                 raise SystemExit(f"the checkpoints could not be made in {folder}; is there room for them?")
         if not tiny.exists():
             make_tiny(tiny)
-        for place in (folder, tiny):
-            write_recipes(place)
-        options = ["--threads", str(given.threads)]
-        options += ["--memory", str(given.memory)] if given.memory else []
-        options += ["--device", given.device] if given.device else []
-        print(heading(folder, given.threads, given.repeats, options[2:]), end="\n\n")
+        for checkpoints in (folder, tiny):
+            write_recipes(checkpoints)
+        options = ["--threads", str(args.threads)]
+        options += ["--memory", str(args.memory)] if args.memory else []
+        options += ["--device", args.device] if args.device else []
+        print(heading(folder, args.threads, args.repeats, options[2:]), end="\n\n")
         print("| method | inputs | merge s | start-up s | floor s | ratio | CPU s | peak memory | cold s | eager s |")
         print("|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
-        for method in given.methods:
-            row = measure(folder, tiny, method, given.repeats, given.threads, options)
+        for method in args.methods:
+            row = measure(folder, tiny, method, args.repeats, args.threads, options)
             print(f"| {' | '.join(row)} |", flush=True)
 
 

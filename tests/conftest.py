@@ -22,7 +22,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 import torch  # noqa: E402
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the processor, if slowly; read when Triton is imported
+    os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the processor, slowly; Triton reads this on import
 
 import fcntl  # noqa: E402
 from collections.abc import Callable, Iterator  # noqa: E402

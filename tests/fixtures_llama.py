@@ -32,7 +32,7 @@ def shapes(layers: int = 2) -> dict[str, tuple[int, ...]]:
 
 
 def base_tensors(seed: int = 0, layers: int = 2) -> Tensors:
-    """Random float32 weights; the norms' near 1."""
+    """Random float32 weights; those of norms near 1."""
     random = torch.Generator().manual_seed(seed)
     made = {name: torch.randn(shape, generator=random) for name, shape in shapes(layers).items()}
     return {name: 1 + 0.1 * x if "norm" in name else 0.1 * x for name, x in made.items()}
@@ -69,7 +69,7 @@ def save(folder: Path, tensors: Tensors) -> Path:
 
 
 def load(folder: Path) -> Tensors:
-    """All tensors of a checkpoint, whatever its shards."""
+    """All tensors of a checkpoint, in any number of shards."""
     files = sorted(folder.glob("*.safetensors"))
     assert files, f"no weights in {folder}"
     return {name: x for file in files for name, x in load_file(file).items()}

@@ -45,7 +45,7 @@ def mlp_table(widths: Sequence[int]) -> Symmetries:
 
 
 def table_of(tensors: Tensors, widths: Sequence[int]) -> Symmetries:
-    """`mlp_table` of the tensors that are there."""
+    """`mlp_table` of these tensors."""
     whole = mlp_table(widths)
     return Symmetries(whole.groups, {name: axes for name, axes in whole.tensors.items() if name in tensors})
 
@@ -60,7 +60,7 @@ def run_mlp(tensors: Tensors, inputs: Tensor) -> Tensor:
 
 
 class Convolutions(nn.Module):
-    """A convolution, a block that is skipped, BatchNorm, and a layer that reads all pixels; for images [n, 3, 4, 4]."""
+    """A convolution, a block with a skip path, BatchNorm, and a layer that reads all pixels; images [n, 3, 4, 4]."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -147,7 +147,7 @@ def transformer(kind: str, seed: int, **options: Any) -> nn.Module:
 
 
 def saved(model: nn.Module, folder: Path) -> Checkpoint:
-    """The model's checkpoint, in the names of its files."""
+    """The model's checkpoint, with the names of its files."""
     model.save_pretrained(folder)  # type: ignore[operator]
     return open_checkpoint(folder)
 
@@ -163,7 +163,7 @@ def loaded(kind: str, seed: int, folder: Path, dtype: torch.dtype = torch.float3
 
 
 def planted(tensors: Tensors, symmetries: Symmetries, seed: int, *, rotate: bool = False) -> Transform:
-    """A random permutation of every group, of what lies inside of heads where it may be permuted, too.
+    """A random permutation of every group, and inside of heads if the table allows it.
 
     rotate: orthogonal matrices and signs where the groups have them.
     """

@@ -1,4 +1,4 @@
-"""Tiny random models of every architecture that has a symmetry table, run with tensors in place of their own."""
+"""Tiny random models of every architecture that has a symmetry table, run with other tensors in place of their own."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ LLAMA = {
 BASIC = {"layer_type": "basic", "embedding_size": 6, "hidden_sizes": [6, 12], "depths": [2, 1], "num_labels": 3}
 BOTTLENECK = {**BASIC, "layer_type": "bottleneck", "hidden_sizes": [8, 16]}
 
-# Name: the class's stem and its head, what its config has; each is one line of a test.
+# Name: the class's stem and its head, and entries of its config; each is one case of a test.
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gpt2": ("GPT2", "LMHeadModel", GPT2 | {"eos_token_id": 0}),
     "gpt2-untied": ("GPT2", "LMHeadModel", GPT2 | {"eos_token_id": 0, "tie_word_embeddings": False}),

@@ -1,4 +1,4 @@
-"""Tiny models of many kinds with data for them, and their statistics by the plainest code there is, in float64."""
+"""Tiny models of many kinds with data for them, and their statistics by the plainest code, in float64."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ VOCABULARY, WIDTH = 29, 8
 
 @dataclass(frozen=True)
 class Case:
-    """A model, how to make its data in batches of n, and the task it does."""
+    """A model, a maker of its data in batches of n, and its task."""
 
     model: nn.Module
     data: Callable[[Sequence[int]], list[Batch]]
@@ -63,7 +63,7 @@ class OutOfSight(nn.Module):
 
 
 class Positions(nn.Module):
-    """Adds parameters of its own to all examples, and returns a vector for each."""
+    """Adds its own parameters to all examples, and returns a vector for each."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class Positions(nn.Module):
 
 
 def arrays(*shape: int, labels: int = 0, seed: int = 5) -> Callable[[Sequence[int]], list[Batch]]:
-    """Random inputs of a shape; with labels, one of so many classes for each."""
+    """Random inputs of a shape; with labels, one of `classes` for each."""
 
     def batches(sizes: Sequence[int]) -> list[Batch]:
         random = torch.Generator().manual_seed(seed)
@@ -92,7 +92,7 @@ def arrays(*shape: int, labels: int = 0, seed: int = 5) -> Callable[[Sequence[in
 
 
 def texts(length: int, seed: int = 6, labels: int = 0) -> Callable[[Sequence[int]], list[Batch]]:
-    """Random tokens; with labels, one of so many classes for each text."""
+    """Random tokens; with labels, one of `classes` for each text."""
 
     def batches(sizes: Sequence[int]) -> list[Batch]:
         random = torch.Generator().manual_seed(seed)
@@ -104,7 +104,7 @@ def texts(length: int, seed: int = 6, labels: int = 0) -> Callable[[Sequence[int
 
 
 def cut(sizes: Sequence[int], make: Callable[[list[int]], Batch]) -> list[Batch]:
-    """Batches of the given sizes, of examples in order."""
+    """Batches of the given sizes, with the examples in order."""
     ends = np.cumsum([0, *sizes]).tolist()
     return [make(list(range(begin, end))) for begin, end in pairwise(ends)]
 
@@ -222,7 +222,7 @@ def killed_job(kind: str, out: Path) -> None:
 
 
 def kill_everywhere(kind: str, folder: Path, step: int) -> dict[str, Any]:
-    """Kills the job at every step-th call to the system, and runs it again: where something else came of it."""
+    """Kill the job at every step-th system call and run it again; the number of calls, and the wrong results."""
     import helpers_faults
 
     def forked(**fault: Any) -> int:

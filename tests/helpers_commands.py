@@ -1,4 +1,4 @@
-"""What tests of the command line share: commands in this process and in their own, and what they answer."""
+"""Helpers for tests of the command line: commands in this process and in their own, and their answers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from click.testing import CliRunner, Result
 from mergekit_lfm.commands import main
 
 ROOT = Path(__file__).parents[1]
-# A command as it is installed, with Ctrl-C meaning what it means in a terminal wherever the tests run.
+# A command as it is installed, in which Ctrl-C works as in a terminal wherever the tests run.
 PROGRAM = """
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -28,12 +28,12 @@ main(prog_name="mergekit-lfm")
 
 
 def run(*arguments: str) -> Result:
-    """`mergekit-lfm ARGUMENTS`; whatever is no ordinary end of a command is raised."""
+    """Run `mergekit-lfm ARGUMENTS`; raises any exception that is not an ordinary end of a command."""
     return CliRunner(catch_exceptions=False).invoke(main, arguments)
 
 
 def answer(result: Result) -> Any:
-    """The one JSON object on standard output, and nothing else anywhere."""
+    """The one JSON object on standard output; asserts that nothing else was printed."""
     assert (result.exit_code, result.stderr) == (0, "")
     assert result.stdout.count("\n") == 1
     return json.loads(result.stdout)
@@ -54,7 +54,7 @@ def start(folder: Path, *arguments: str, stderr: int = subprocess.PIPE) -> subpr
 
 
 def on_a_terminal(folder: Path, *arguments: str) -> tuple[str, bytes]:
-    """What `mergekit-lfm ARGUMENTS` prints as its result, and what is shown on the terminal that is its stderr."""
+    """The result printed by `mergekit-lfm ARGUMENTS`, and the text shown on the terminal that is its stderr."""
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 80))
     process = start(folder, *arguments, stderr=theirs)
@@ -63,7 +63,7 @@ def on_a_terminal(folder: Path, *arguments: str) -> tuple[str, bytes]:
     try:
         while more := os.read(ours, 4096):
             shown += more
-    except OSError:  # how Linux says that the other end is closed
+    except OSError:  # Linux's way of saying that the other end is closed
         pass
     os.close(ours)
     return process.communicate(timeout=60)[0], shown

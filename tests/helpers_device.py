@@ -1,9 +1,9 @@
-"""A GPU that is pretended: tensors that say that they lie on another device, and hold their numbers on the CPU.
+"""A pretended GPU: tensors that say that they are on another device, and hold their numbers on the CPU.
 
-What mixes devices raises where CUDA would; all else computes what the CPU does, so that results are the same to the
-bit, but for what torch does in other steps on other devices, as attention. Values are real, unlike those of torch's
-FakeTensorMode: whole runs go through. The device goes by the name of "meta", which torch has everywhere: it refuses
-much of what is asked of "cuda" where it was built without.
+Operations that mix devices raise as in CUDA; all others compute on the CPU, so that results are the same to the bit,
+except for operations such as attention, which torch does in other steps on other devices. Values are real, unlike those
+of torch's FakeTensorMode, so whole runs work. The device's name is "meta", which every torch has; torch built without
+CUDA refuses most operations on "cuda".
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ class OnGpu(Tensor):
     """A tensor on the pretended GPU."""
 
     held: Tensor
-    is_meta = False  # it has numbers
+    is_meta = False  # it has numbers, unlike a real tensor on "meta"
 
     @staticmethod
     def __new__(cls, held: Tensor) -> OnGpu:
         place = {"strides": held.stride(), "storage_offset": held.storage_offset(), "device": GPU}
-        with torch.inference_mode(False):  # views of what was made outside of it are no inference tensors
+        with torch.inference_mode(False):  # views of tensors made outside of it are not inference tensors
             made = Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype, **place)  # type: ignore[attr-defined]
         made.held = held
         return made
@@ -53,7 +53,7 @@ class OnGpu(Tensor):
 
 
 class _Sent(TorchFunctionMode):
-    """What torch.tensor makes for the device is made on the CPU, and sent there: it would make one without numbers."""
+    """torch.tensor makes tensors without numbers for the device; this makes them on the CPU and sends them there."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -63,7 +63,7 @@ class _Sent(TorchFunctionMode):
 
 
 class PretendedGpu(TorchDispatchMode):
-    """While it is entered, GPU is a device of the thread. there, here: what was called on it and on the CPU.
+    """While entered, GPU is a device of the thread. there, here: the operations called on it and on the CPU.
 
     backwards: products there are added up from the end on, so that they are rounded otherwise.
     """
@@ -75,7 +75,7 @@ class PretendedGpu(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if torch.is_inference_mode_enabled():  # where torch leaves it to us to take operations apart
+        if torch.is_inference_mode_enabled():  # torch leaves it to us to take some operations apart
             with self:
                 taken_apart = func.decompose(*args, **kwargs)
             if taken_apart is not NotImplemented:
@@ -106,7 +106,7 @@ class PretendedGpu(TorchDispatchMode):
 
 @contextmanager
 def pretended_gpu(*, backwards: bool = False) -> Iterator[PretendedGpu]:
-    """The mode, entered; modules that are moved keep what ties their parameters, as on a real GPU."""
+    """The mode, entered; modules that move keep their ties between parameters, as on a real GPU."""
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
         with _Sent(), PretendedGpu(backwards) as gpu:
@@ -117,10 +117,10 @@ def pretended_gpu(*, backwards: bool = False) -> Iterator[PretendedGpu]:
 
 @contextmanager
 def one_after_another(*_: object) -> Iterator[Callable[..., Iterable[Any]]]:
-    """In place of `one_thread_each`: a mode of torch holds for the thread that enters it."""
+    """A replacement for `one_thread_each`: a mode of torch is in force only in the thread that enters it."""
     yield map
 
 
 def on_cpu(*tensors: Tensor) -> bool:
-    """Whether none of them lies on the pretended GPU."""
+    """True if no tensor is on the pretended GPU."""
     return all(type(x) is Tensor and x.device == CPU for x in tensors)

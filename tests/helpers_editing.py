@@ -47,7 +47,7 @@ NEO = SIZE | {
     "max_position_embeddings": 48,
 }
 GPTJ = GPT2 | {"rotary_dim": 8}
-# Name: the class, its config, where its blocks lie, and what projects down from a block's MLP.
+# Name: the class, its config, the path of its blocks, and the down-projection of a block's MLP.
 MODELS: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "gpt2": ("GPT2LMHeadModel", GPT2, "transformer.h", "c_proj"),
     "gpt2-square": ("GPT2LMHeadModel", GPT2 | {"n_inner": 32, "tie_word_embeddings": False}, "transformer.h", "c_proj"),
@@ -66,7 +66,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], str, str]] = {
 
 
 def tiny_model(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
-    """One of MODELS with random weights, biases too, at rest. Its head is loud enough to be sure of a token."""
+    """One of MODELS with random weights, also in biases, in evaluation mode. Its large head makes it sure of tokens."""
     kind, config, _, _ = MODELS[name]
     torch.manual_seed(1)
     owner = getattr(transformers, kind)
@@ -119,7 +119,7 @@ def trained_tokenizer(kind: str = "gpt2") -> Any:
 
 @dataclass
 class Plain:
-    """The plain editor of one model. `layers` are edited; updates: how often each fact's delta was moved, in order."""
+    """The plain editor of one model. `layers` are edited; updates: the number of moves of each delta, in order."""
 
     name: str
     model: nn.Module
@@ -158,7 +158,7 @@ class Plain:
 
     @property
     def types(self) -> list[list[str]]:
-        """A flat list is two types of context: the bare prompt, and all others."""
+        """The types of context; a flat list has two: the bare prompt, and all others."""
         if all(isinstance(entry, str) for entry in self.templates):
             groups = [["{}"], [entry for entry in self.flat if entry != "{}"]]
             return [group for group in groups if group]
@@ -172,19 +172,19 @@ class Plain:
     # ---------------------------------------------------------- positions and texts
 
     def tokens(self, text: str) -> list[int]:
-        """The tokens of a text that goes on: none that ends it."""
+        """The tokens of a text that continues, without a token that ends it."""
         ids: list[int] = self.tokenizer(text)["input_ids"]
         return ids[:-1] if ids[-1] == self.tokenizer.eos_token_id else ids
 
     def filled(self, template: str, prompt: str, subject: str) -> tuple[list[int], int]:
-        """The tokens of a prompt in its context, and which of them is the last of the subject."""
+        """The tokens of a prompt in its context, and the index of the last one of the subject."""
         before, after = template.replace("{}", prompt).split("{}")
         ids, until = self.tokens(before + subject + after), self.tokens(before + subject)
         assert ids[: len(until)] == until
         return ids, len(until) - 1
 
     def target(self, fact: dict[str, str]) -> list[int]:
-        """The tokens by which the bare prompt goes on."""
+        """The tokens by which the bare prompt continues."""
         text = fact["prompt"].replace("{}", fact["subject"])
         asked, whole = self.tokens(text), self.tokens(f"{text} {fact['target_new']}")
         assert whole[: len(asked)] == asked
@@ -194,7 +194,7 @@ class Plain:
 
     @contextmanager
     def hooked(self, module: nn.Module, change: Callable[[Tensor], Tensor], *, inputs: bool = False) -> Iterator[None]:
-        """While this is open, change sees and replaces a module's output, or sees its input."""
+        """While open, `change` sees and replaces a module's output, or sees its input."""
 
         def output_hook(_: nn.Module, given: Any, out: Any) -> Any:
             if inputs:
@@ -213,7 +213,7 @@ class Plain:
         return out
 
     def state(self, module: nn.Module, ids: list[int], at: int, *, inputs: bool = False) -> Tensor:
-        """What a module puts out, or takes in, at a position."""
+        """A module's output, or input, at a position."""
         seen: list[Tensor] = []
 
         def keep(x: Tensor) -> Tensor:
@@ -230,7 +230,7 @@ class Plain:
     def bare(self, fact: dict[str, str], module: nn.Module) -> Tensor:
         return self.state(module, *self.filled("{}", fact["prompt"], fact["subject"]))
 
-    # ---------------------------------------------------------- the value that says the new fact
+    # ---------------------------------------------------------- the value that produces the new fact
 
     def value(self, fact: dict[str, str], module: nn.Module) -> tuple[Tensor, Tensor]:
         """v0 and delta. Source: ROME equation 4, with the weight decay and the clamp of its appendix E.5."""
@@ -274,7 +274,7 @@ class Plain:
     # ---------------------------------------------------------- the updates
 
     def rome(self, facts: Sequence[dict[str, str]], key: str = "rome") -> dict[int, Tensor]:
-        """What is added to the layer's weight, [out, in]. Source: ROME equation 2; r-ROME equations 2 and 3."""
+        """The change of the layer's weight, [out, in]. Source: ROME equation 2; r-ROME equations 2 and 3."""
         (layer,) = self.layers
         original = self.weight(layer).clone()
         for fact in facts:
@@ -289,7 +289,7 @@ class Plain:
         return {layer: self.weight(layer) - original}
 
     def memit(self, facts: Sequence[dict[str, str]]) -> dict[int, Tensor]:
-        """What is added to each layer's weight, [out, in]. Source: MEMIT equations 14 and 20, algorithm 1."""
+        """The change of each layer's weight, [out, in]. Source: MEMIT equations 14 and 20, algorithm 1."""
         original = {layer: self.weight(layer).clone() for layer in self.layers}
         last = self.blocks[self.layers[-1]]
         wanted = torch.stack([sum(self.value(fact, last)) for fact in facts], 1)  # [out, facts]
@@ -307,7 +307,7 @@ class Plain:
 
 
 def random_covariance(inputs: int, seed: int) -> Tensor:
-    """A second moment of random keys, some of which matter far more than others, [inputs, inputs]."""
+    """A second moment of random keys, some far more important than others, [inputs, inputs]."""
     generator = torch.Generator().manual_seed(seed)
     keys = torch.randn(4 * inputs, inputs, generator=generator, dtype=torch.float64)
     keys = keys * torch.logspace(-1, 1, inputs, dtype=torch.float64)

@@ -1,9 +1,9 @@
-"""Runs the command line in forked children of one warm interpreter, with faults injected into its calls to the system.
+"""Run the command line in forked children of one warm interpreter, with faults injected into its system calls.
 
 Starting Python and torch takes seconds, merging a tiny model milliseconds: a fork makes a hundred kills affordable.
 A child counts its calls (reads, writes, syncs, renames, opens for writing, ...) and can die by SIGKILL at any one of
-them, lose what was never synced, be told that the disk is full, or be refused a file. Checkpoints for such tests are
-made here as well.
+them, lose data that were never synced, find the disk full, or be refused a file. Checkpoints for such tests are made
+here as well.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ OPEN_TO_WRITE = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
 
 class Call(NamedTuple):
-    """A call to the system; the target is a path, or `from -> to`."""
+    """A system call; the target is a path, or `from -> to`."""
 
     name: str
     nbytes: int
@@ -86,7 +86,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], pad: int = 0)
 
 
 def llama_tensors(seed: int, *, layers: int = 2, hidden: int = 32, vocab: int = 64) -> dict[str, torch.Tensor]:
-    """Random float32 tensors with a Llama's names and the sizes asked for."""
+    """Random float32 tensors with a Llama's names and the given sizes."""
     import torch
 
     random = torch.Generator().manual_seed(seed)
@@ -134,7 +134,7 @@ def save_model(folder: Path, tensors: Mapping[str, torch.Tensor], *, shards: int
 
 
 def snapshot(folder: Path, *, times: bool = False) -> dict[str, tuple[object, ...]]:
-    """Every file under the folder with its mode and bytes, and with its time of change if asked for."""
+    """Every file under the folder with its mode and bytes, and on request its time of change."""
     found: dict[str, tuple[object, ...]] = {}
     for path in sorted(folder.rglob("*")):
         stat = path.stat()
@@ -148,7 +148,7 @@ def snapshot(folder: Path, *, times: bool = False) -> dict[str, tuple[object, ..
 
 @dataclass(frozen=True)
 class Ran:
-    """What became of a run; `code` is negative for a signal, `calls` are in the order in which they were made."""
+    """The result of a run; `code` is negative for a signal, `calls` are in the order in which they were made."""
 
     code: int
     out: str
@@ -156,7 +156,7 @@ class Ran:
     calls: tuple[Call, ...]
 
     def count(self, *names: str, where: str = "") -> int:
-        """How many calls of these names had a target that contains `where`."""
+        """The number of calls of these names with `where` in their target."""
         return sum(call.name in names and where in call.target for call in self.calls)
 
     def bytes_of_weights(self) -> int:
@@ -183,7 +183,7 @@ class Forks:
 
 @contextmanager
 def warm_interpreter() -> Iterator[Forks]:
-    """Starts the interpreter, and ends it with the block."""
+    """Start the interpreter, and end it with the block."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     command = [sys.executable, __file__]
     pipe = subprocess.PIPE
@@ -196,26 +196,26 @@ def warm_interpreter() -> Iterator[Forks]:
 
 @dataclass
 class Fault:
-    """What goes wrong. Calls are numbered from 1; a name or path is matched as a part of the target."""
+    """A fault. Calls are numbered from 1; a name or path matches any part of the target."""
 
     kill_at: int = 0
     signal: int = signal.SIGKILL
     torn: bool = False  # the call that kills has written half of its bytes
     lose_unsynced: bool = False  # bytes of weights that no sync covered are damaged, as when the power fails
     kill_after_s: float = 0
-    fail: str = ""  # this call raises `error` from the nth time on; with error 0 it kills, the nth time
+    fail: str = ""  # from the nth time on this call raises `error`; with error 0 it kills, the nth time
     nth: int = 1
     where: str = ""
     error: int = errno.ENOSPC
     shorten: str = ""  # instead, the nth time, this file loses its second half
     deny: str = ""  # opening such a path is refused
-    free: int = -1  # what the file system claims to have left
+    free: int = -1  # the free space that the file system claims
     umask: int = -1
-    sync_bytes: int = 0  # so often is data synced and vouched for, in place of the engine's hundreds of megabytes
+    sync_bytes: int = 0  # bytes between syncs, in place of the engine's hundreds of megabytes
 
 
 def describe(name: str, args: tuple[Any, ...]) -> Call:
-    """What a call does: its bytes, offset and the path it acts on."""
+    """A description of a call: its bytes, offset and the path it acts on."""
     nbytes = offset = 0
     handle = args[0]
     if name in ("pwrite", "write"):

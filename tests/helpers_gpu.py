@@ -1,4 +1,4 @@
-"""What tests of GPUs share: the engine's path for them on the processor, and the real thing where there is one."""
+"""Helpers for tests of GPUs: the engine's GPU path on the processor, and the real GPU if present."""
 
 from __future__ import annotations
 
@@ -15,5 +15,5 @@ needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs Tri
 
 
 def stand_in() -> Accelerator:
-    """The GPU where there is one, else the processor, of which the engine thinks as of a GPU."""
+    """The real GPU if there is one, else the processor, which the engine treats like a GPU."""
     return Accelerator(torch.device("cuda" if CUDA else "cpu"))

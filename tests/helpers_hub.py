@@ -1,4 +1,4 @@
-"""What tests of the Hub share: a server that the real client is led to, whatever was imported before."""
+"""Helpers for tests of the Hub: a server for the real client, whatever was imported before."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ REPO = "me/merged"
 
 
 def environment(server: HubServer, home: Path) -> dict[str, str]:
-    """The variables that lead a process of its own to the server, with its cache below `home`."""
+    """The variables that lead another process to the server, with its cache below `home`."""
     return {
         "HF_ENDPOINT": server.url,
         "HF_HOME": str(home),
@@ -53,7 +53,7 @@ def lead_to(server: HubServer, home: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    """A Hub that stores large files as git-lfs has it; the client asks it."""
+    """A Hub that stores large files by git-lfs; the client asks it."""
     yield from _serving(HubServer(tmp_path / "server"), tmp_path / "client", monkeypatch)
 
 
@@ -76,7 +76,7 @@ def _serving(server: HubServer, home: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def fast_retries(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Makes the client's waits between retries take no time. Returns the list that is filled with them, in seconds."""
+    """Make the client's waits between retries take no time. Returns the list of these waits, in seconds."""
     waits: list[float] = []
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", waits.append)
     return waits

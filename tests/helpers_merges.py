@@ -1,4 +1,4 @@
-"""What tests of whole merges share: recipes, the folder's tensors as others read them, the formula in float64."""
+"""Helpers for tests of whole merges: recipes, the folder's tensors as others read them, the formula in float64."""
 
 from __future__ import annotations
 

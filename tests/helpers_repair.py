@@ -1,4 +1,4 @@
-"""What tests of repair share: the moments of units, measured in float64 by hooks of their own."""
+"""Helpers for tests of repair: the moments of units, measured in float64 by hooks of their own."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def observed(model: nn.Module, inputs: Sequence[Any], names: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Mean and standard deviation of what the units of the layers write, over all examples and places, float64."""
+    """Mean and standard deviation of the units' outputs in the layers, over all examples and places, float64."""
     seen: dict[str, list[Tensor]] = {name: [] for name in names}
     handles = []
     for name in names:
@@ -38,7 +38,7 @@ def assert_repaired(
     weights: Sequence[float] = (0.5, 0.5),
     tolerance: float = 1e-5,
 ) -> None:
-    """Every unit's mean and standard deviation are the weighted means of the ends', in terms of the latter."""
+    """Assert that every unit's mean and standard deviation are the weighted means of the ends', relative to these."""
     found = observed(merged, inputs, names)
     of_ends = [observed(end, inputs, names) for end in ends]
     for name in names:

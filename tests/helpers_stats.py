@@ -1,4 +1,4 @@
-"""Statistics files for tests of merges, written by hand: what collecting makes, without a model that runs."""
+"""Statistics files for tests of merges, written by hand, like those collected from a running model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def write_fisher(path: Path, model: Path, fisher: Mapping[str, torch.Tensor], **
 def write_grams(
     path: Path, model: Path, grams: Mapping[str, torch.Tensor], layers: Sequence[Layer], **changes: Any
 ) -> Path:
-    """A Gram file of the model in a folder; layers are called as their weights without the last part."""
+    """A Gram file of the model in a folder; a layer has its weight's name without the last part."""
     named = {layer.weight.removesuffix(".weight"): layer for layer in layers}
     facts = StatisticsInfo("gram", (open_checkpoint(model).content,), "data", {}, examples=1, layers=named)
     return _write(path, {f"gram/{name}": x.float() for name, x in grams.items()}, facts, changes)

@@ -34,7 +34,7 @@ def byte_tokenizer(*, special: bool = False, limit: int = POSITIONS) -> Any:
 
 
 def llama_config(**changes: Any) -> Any:
-    """A Llama whose predictions depend strongly on what it has read."""
+    """A Llama whose predictions depend strongly on the tokens before."""
     return transformers.LlamaConfig(
         **{
             "vocab_size": VOCABULARY,
@@ -69,7 +69,7 @@ def bert_config(**changes: Any) -> Any:
 
 
 def save_model(folder: Path, kind: str, config: Any, tokenizer: Any = None) -> Path:
-    """A random model of transformers' class `kind`, and the tokenizer where one is given, in the folder."""
+    """Save a random model of transformers' class `kind`, and its tokenizer if given, in the folder."""
     torch.manual_seed(0)
     getattr(transformers, kind)(config).save_pretrained(folder)
     if tokenizer is not None:
@@ -78,7 +78,7 @@ def save_model(folder: Path, kind: str, config: Any, tokenizer: Any = None) -> P
 
 
 def write_lines(path: Path, *entries: Any) -> Path:
-    """A JSONL file; what is a string is written as it is."""
+    """A JSONL file; strings are written as they are."""
     lines = [entry if isinstance(entry, str) else json.dumps(entry) for entry in entries]
     path.write_text("\n".join(lines) + "\n", "utf-8")
     return path

@@ -1,4 +1,4 @@
-"""A folder with two models and a recipe that merges them, to be spoilt: what must be refused leaves no trace."""
+"""A folder with two models and a recipe that merges them, for tests to spoil: a refusal leaves no trace."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Work:
         self.recipe(LINEAR)
 
     def save(self, name: str, shards: int = 1, **changes: torch.Tensor | None) -> None:
-        """Writes a model anew; a change replaces, adds or (None) removes a tensor."""
+        """Write a model anew; a change replaces, adds or (None) removes a tensor."""
         shutil.rmtree(self.folder / "models" / name, ignore_errors=True)
         merged = self.tensors[name] | changes
         kept = {key: tensor for key, tensor in merged.items() if tensor is not None}
@@ -66,7 +66,7 @@ class Work:
         early: bool = True,
         **fault: object,
     ) -> str:
-        """Runs the merge, which must fail with one message that contains all needles and leave no trace; the message.
+        """Run the merge, which must fail with one message that has all needles, and leave no trace; the message.
 
         `early`: the fault is found before any work, so that nothing unfinished is left either.
         """

@@ -1,7 +1,7 @@
-"""A Hub on this machine, for tests: it speaks to the real client over HTTP, for models, and can be told to fail.
+"""A Hub on this machine, for tests: it serves models to the real client over HTTP, and fails on request.
 
-Large files are stored as git-lfs has it, or, with xet=True, by the client's xet in a folder. What it answers is what
-the client was seen to need, and the errors those of the Hub.
+Large files are stored as by git-lfs or, with xet=True, by the client's xet in a folder. It answers the requests that
+the client was seen to make, with the Hub's errors.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 from hub_store import Blob, Commit, Refused, Repo, Store, card_problems, is_apart, listing
 
 TOKEN = "hf_" + "a" * 34  # of the user "me", a member of "org"
-READ_TOKEN = "hf_" + "r" * 34  # of the same, for reading alone
+READ_TOKEN = "hf_" + "r" * 34  # a token of the same user that may only read
 USER, ORG = "me", "org"
 PART = 1 << 16
 
 
 @dataclass(frozen=True)
 class Request:
-    """A request as it was answered. token: what it was sent with, None for none."""
+    """An answered request. token: the token that it was sent with, or None."""
 
     method: str
     path: str
@@ -41,7 +41,7 @@ class Request:
 
 @dataclass
 class Fault:
-    """What happens to the next requests of a kind in place of an answer, or before it."""
+    """A fault of the next requests of a kind, in place of an answer or before it."""
 
     method: str
     path: str
@@ -53,7 +53,7 @@ class Fault:
 
 
 class HubServer:
-    """The server, while it is used as a context manager, and what tests ask it to hold and to do."""
+    """The server, a context manager, with methods by which tests change its contents and behaviour."""
 
     def __init__(self, folder: Path, *, xet: bool = False, token: str = TOKEN) -> None:
         self.store, self.xet, self.token = Store(folder), xet, token
@@ -81,7 +81,7 @@ class HubServer:
                 connection.shutdown(socket.SHUT_RDWR)
         self._http.server_close()  # waits for the threads that served them
 
-    # ---------------------------------------------------------------- what tests ask it to hold
+    # ---------------------------------------------------------------- contents, for tests
 
     def create(self, repo: str, files: Mapping[str, bytes] | None = None, *, private: bool = False) -> str:
         """Make a repository with these files; its newest commit."""
@@ -116,7 +116,7 @@ class HubServer:
         return {path: self.content(blob) for path, blob in self.store.resolve(repo, revision).tree.items()}
 
     def content(self, blob: Blob) -> bytes:
-        """A file's content; what xet holds is asked from xet."""
+        """A file's content; asks xet for the content that xet holds."""
         kept = self.store.blobs / blob.sha256
         if kept.exists():
             return kept.read_bytes()
@@ -137,14 +137,14 @@ class HubServer:
         return found
 
     def exists(self, repo: str) -> bool:
-        """Whether there is such a repository."""
+        """True if there is such a repository."""
         return repo in self.store.repos
 
     def private(self, repo: str) -> bool:
-        """Whether it is private."""
+        """True if it is private."""
         return self.store.repo(repo).private
 
-    # ---------------------------------------------------------------- what tests ask it to do
+    # ---------------------------------------------------------------- faults, for tests
 
     def fault(
         self,
@@ -157,7 +157,7 @@ class HubServer:
         times: int | None = 1,
         before: Callable[[], object] | None = None,
     ) -> None:
-        """The next `times` requests (None: all) of the method whose path has the pattern `path` go wrong.
+        """Let the next `times` requests (None: all) of the method whose path has the pattern `path` fail.
 
         They are answered with `status` and `headers`; or the connection is cut after so many bytes of the body were
         received (PUT, POST) or sent (GET); or `before` is called, and then they are answered as usual.
@@ -169,7 +169,7 @@ class HubServer:
         self.faults.clear()
 
     def next_fault(self, method: str, path: str) -> Fault | None:
-        """The fault that is for this request, used up by one."""
+        """The fault for this request, used up by one."""
         with self._lock:
             for fault in self.faults:
                 if fault.times != 0 and fault.method == method and re.search(fault.path, path):
@@ -247,7 +247,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self.connection.shutdown(socket.SHUT_RDWR)
 
     def _record(self) -> None:
-        """Note the request: before its answer goes out, so that who has the answer finds it noted."""
+        """Record the request before its answer goes out, so that a client with the answer finds it recorded."""
         path, host = unquote(urlsplit(self.path).path), self.headers.get("Host", "").partition(":")[0]
         self.hub.requests.append(Request(self.command, path, self.status, self.got, self.token, host))
 
@@ -272,7 +272,7 @@ class _Handler(BaseHTTPRequestHandler):
         raise Refused(404, f"there is no {self.command} {path} here")
 
     def _read(self, limit: int | None = None) -> bytes:
-        """The body, or its first bytes; as long as it says it is, or in chunks."""
+        """The body, or its first bytes; of the stated length, or in chunks."""
         found = bytearray()
         if "chunked" in self.headers.get("Transfer-Encoding", ""):
             while size := int(self.rfile.readline().split(b";")[0], 16):
@@ -307,7 +307,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _json(self) -> Any:
         return json.loads(self.body)
 
-    # ---------------------------------------------------------------- who may do what
+    # ---------------------------------------------------------------- permissions
 
     def _may_read(self, repo: str, *, files: bool = True) -> None:
         held = self.hub.store.repos.get(repo)

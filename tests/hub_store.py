@@ -1,4 +1,4 @@
-"""What a Hub holds: repositories, their commits, and the contents of files, each kept under its sha256."""
+"""The contents of a Hub: repositories, their commits, and the contents of files, each stored under its sha256."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from typing import Any
 import yaml
 
 STORED_APART = re.compile(r"\.(safetensors|bin|pt|pth|gguf)$")
-LARGE = 100_000  # bytes; a larger file is stored apart whatever its name
+LARGE = 100_000  # bytes; a larger file is stored outside git, whatever its name
 
 
 class Refused(Exception):
-    """An answer with an error code. code: what the client tells errors apart by (X-Error-Code)."""
+    """An answer with an error code. code: X-Error-Code, by which the client distinguishes errors."""
 
     def __init__(self, status: int, message: str, code: str = "", **headers: str) -> None:
         super().__init__(message)
@@ -30,11 +30,11 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Blob:
-    """A file of a commit. apart: whether it is stored outside git, as large files are."""
+    """A file of a commit. apart: True if it is stored outside git, as large files are."""
 
     sha256: str
     size: int
-    oid: str  # git's name: of the content, or of the pointer where it is stored apart
+    oid: str  # git's name: of the content, or of the pointer if it is stored apart
     apart: bool
 
 
@@ -59,17 +59,17 @@ class Repo:
 
 
 def pointer(sha256: str, size: int) -> bytes:
-    """What git holds of a file that is stored apart."""
+    """The pointer that git holds for a file stored apart."""
     return f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n".encode()
 
 
 def git_oid(data: bytes) -> str:
-    """The sha1 by which git calls a file of this content."""
+    """The sha1 that git uses for a file of this content."""
     return hashlib.sha1(f"blob {len(data)}\0".encode() + data).hexdigest()
 
 
 def is_apart(path: str, size: int) -> bool:
-    """Whether a file of this name and size is stored apart."""
+    """True if a file of this name and size is stored apart."""
     return size > 0 and (bool(STORED_APART.search(path)) or size > LARGE)
 
 
@@ -84,7 +84,7 @@ class Store:
         self.lock = RLock()
 
     def keep(self, data: bytes) -> str:
-        """Keep a content; its sha256."""
+        """Store a content; returns its sha256."""
         sha256 = hashlib.sha256(data).hexdigest()
         with NamedTemporaryFile(dir=self.blobs.parent, delete=False) as file:  # others may be asking for it
             file.write(data)
@@ -92,11 +92,11 @@ class Store:
         return sha256
 
     def has(self, sha256: str) -> bool:
-        """Whether the content is there, from this server or by xet."""
+        """True if this server or xet has the content."""
         return (self.blobs / sha256).exists() or sha256 in self.by_xet()
 
     def by_xet(self) -> dict[str, str]:
-        """The xet hash of each content that the client's xet has stored, by sha256: as its shard files tell.
+        """The xet hash of each content that the client's xet has stored, by sha256, from its shard files.
 
         A shard has a header of 48 bytes, then per file a record of its hash, flags and number of entries, the entries,
         as many verification records if a flag says so, and a record with the sha256 if another does; all of 48 bytes.
@@ -114,7 +114,7 @@ class Store:
         return found
 
     def repo(self, name: str) -> Repo:
-        """The repository of that name. Refused where there is none."""
+        """The repository of that name. Raises Refused without one."""
         with self.lock:
             if name not in self.repos:
                 raise Refused(404, "Repository not found", "RepoNotFound")
@@ -130,7 +130,7 @@ class Store:
             return repo.commits[sha]
 
     def blob(self, name: str, revision: str, path: str) -> tuple[Commit, Blob]:
-        """A file of a commit. Refused where there is none."""
+        """A file of a commit. Raises Refused without one."""
         commit = self.resolve(name, revision)
         if path not in commit.tree:
             raise Refused(404, "Entry not found", "EntryNotFound", **{"X-Repo-Commit": commit.sha})
@@ -139,7 +139,7 @@ class Store:
     def commit(
         self, name: str, branch: str, title: str, changes: Mapping[str, Blob | None], parent: str | None = None
     ) -> Commit:
-        """A new commit on a branch. parent: the one that it is meant to follow; Refused where that is not the newest.
+        """A new commit on a branch. parent: the commit that it should follow; raises Refused if that is not the newest.
 
         None in place of a file deletes it.
         """
@@ -161,7 +161,7 @@ class Store:
             return repo.commits[sha]
 
     def changes(self, name: str, branch: str, lines: Iterable[Mapping[str, Any]]) -> dict[str, Blob | None]:
-        """What the lines of a commit change. Refused where a content or a file that they speak of is not there."""
+        """The changes in the lines of a commit. Raises Refused if a content or file that they name does not exist."""
         found: dict[str, Blob | None] = {}
         tree = self.resolve(name, branch).tree
         for line in lines:
@@ -186,18 +186,18 @@ class Store:
         return found
 
     def file(self, path: str, data: bytes) -> Blob:
-        """A file of a commit, its content kept."""
+        """A file of a commit; stores its content."""
         sha256 = self.keep(data)
         return described(sha256, len(data), None if is_apart(path, len(data)) else data)
 
 
 def described(sha256: str, size: int, data: bytes | None) -> Blob:
-    """A file of a commit whose content is kept. data: the content where git itself holds it."""
+    """A file of a commit with stored content. data: the content if git itself holds it."""
     return Blob(sha256, size, git_oid(pointer(sha256, size) if data is None else data), data is None)
 
 
 def _hex(digest: bytes) -> str:
-    """A digest as xet writes it: four little-endian words."""
+    """A digest in xet's form: four little-endian words."""
     return "".join(f"{word:016x}" for word in struct.unpack("<4Q", digest))
 
 
@@ -219,7 +219,7 @@ def listing(
 
 
 def _entry(path: str, blob: Blob, xet_hash: str | None) -> dict[str, Any]:
-    """What a listing says of a file."""
+    """The listing's entry for a file."""
     found: dict[str, Any] = {"type": "file", "path": path, "size": blob.size, "oid": blob.oid}
     if blob.apart:
         length = len(pointer(blob.sha256, blob.size))
@@ -229,7 +229,7 @@ def _entry(path: str, blob: Blob, xet_hash: str | None) -> dict[str, Any]:
 
 
 def card_problems(card: str) -> list[str]:
-    """What the Hub finds wrong with the metadata of a model card."""
+    """The Hub's complaints about the metadata of a model card."""
     front = re.match(r"---\n(.*?)\n---", card, re.DOTALL)
     try:
         data = yaml.safe_load(front[1]) if front else {}

@@ -1,4 +1,4 @@
-"""Merge methods once more, in float64 and whole tensors, from their papers' formulas; and how near is near enough.
+"""Merge methods once more, in float64 and whole tensors, from their papers' formulas; and the tolerances.
 
 Nothing here knows the package. Two things are float32 by definition and so here too: a delta to the base (its rounded
 value is what is ranked and what votes) and the arithmetic's rounding errors, which `assert_close` allows for.
@@ -27,7 +27,7 @@ FORMATS = {
 
 @dataclass
 class Expected:
-    """A merge's result. terms: the largest |term| of each element's sum, of which rounding errors are a fraction.
+    """A merge's result. terms: the largest |term| of each element's sum; rounding errors are a fraction of it.
 
     other: a result that is as good, where a sign vote is too close to call in float32.
     """
@@ -74,7 +74,7 @@ def doubles(x: torch.Tensor) -> Array:
 
 
 def assert_close(actual: torch.Tensor, expected: Expected, arithmetic: torch.dtype = torch.float32) -> None:
-    """Allowed: half an ulp of the output's dtype, its rounding, and 4 of `arithmetic`, of the sum or a term."""
+    """Allowed: half an ulp of the output's dtype, for its rounding, and 4 of `arithmetic`, of the sum or a term."""
     got = doubles(actual)
     assert got.shape == expected.value.shape
     assert np.isfinite(got).all()
@@ -89,7 +89,7 @@ def assert_close(actual: torch.Tensor, expected: Expected, arithmetic: torch.dty
     assert fits.all(), f"{(~fits).sum()} of {fits.size} elements are off, by at most {worst:.3e}"
 
 
-# What methods share
+# Common to several methods
 
 
 def delta(x: Array, base: Array, exact: bool = False) -> Array:
@@ -265,7 +265,7 @@ def model_stock(xs: Sequence[Array], base: Array, filter_wise: bool = False, exa
 
 @dataclass
 class TaskVectors:
-    """One method of the family: which entries are kept, whether signs are elected, and its defaults."""
+    """One method of the family: the kept entries, the election of signs, and its defaults."""
 
     keep: Callable[..., npt.NDArray[np.bool_]]
     vote: bool
@@ -283,7 +283,7 @@ class TaskVectors:
         exact: bool = False,
         **more: Any,
     ) -> Expected:
-        """base + lambda * sum(w s m d) over what is elected; s restores the L1 norm, or divides by the density."""
+        """base + lambda * sum(w s m d) over the elected entries; s restores the L1 norm, or divides by the density."""
         ds = [delta(x, base, exact) for x in xs]
         densities = density if density is not None else [1.0] * len(xs)
         own = {key: value for key, value in more.items() if key in ("gamma", "mask")}
@@ -298,7 +298,7 @@ class TaskVectors:
         return self._combine(terms, weight, base, by_weight, more.get("lambda", 1.0), more.get("zeros", 1.0))
 
     def _scale(self, d: Array, mask: npt.NDArray[np.bool_], density: float, rescale: bool | str) -> float:
-        """What restores the L1 norm, or the inverse density; 1 where nothing could be dropped."""
+        """The factor that restores the L1 norm, or the inverse density; 1 if nothing could be dropped."""
         if not rescale or density >= 1 or (mask.all() and self.keep is not _keep_given):
             return 1.0
         if rescale == "density":

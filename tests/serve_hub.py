@@ -3,7 +3,7 @@
 
     python tests/serve_hub.py &
 
-It prints the two lines that lead programs of a shell to it. What is pushed is gone when it ends (by Ctrl-C, or `kill`).
+It prints the line that leads programs of a shell to it. Pushed files are gone when it ends (by Ctrl-C, or `kill`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ CARD = b"---\nlicense: apache-2.0\nlibrary_name: transformers\n---\n\n# A model 
 
 
 def main() -> None:
-    """Serve until the process is told to end."""
+    """Serve until the process is stopped."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     with TemporaryDirectory(prefix="hub-") as folder, HubServer(Path(folder) / "hub") as server:
         for name in ("base", "docs", "code"):

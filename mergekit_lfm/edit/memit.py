@@ -22,17 +22,17 @@ def _memit(work: _Work, facts: Sequence[Fact]) -> Changes:
     sites, options, last = work.sites, work.options, work.sites[-1].block
     if not options["allow_same_subject"]:
         _refuse_same_subject(facts, _keys(work, facts, sites[0]))
-    wanted = find_targets(work.subject, last, facts, options, work.contexts, work.progress)
-    wanted = wanted.to(work.device, work.dtype)
+    targets = find_targets(work.subject, last, facts, options, work.contexts, work.progress)
+    targets = targets.to(work.device, work.dtype)
     changes = []
     for i, (site, moment) in enumerate(zip(sites, work.moments, strict=True)):
         keys = _keys(work, facts, site)  # [n, in]
-        residual = (wanted - work.states(facts, [BLANK], last, inputs=False)[:, 0]) / (len(sites) - i)
+        residual = (targets - work.states(facts, [BLANK], last, inputs=False)[:, 0]) / (len(sites) - i)
         weight = options["lambda"]
         if weight is None:
             weight = options["lambda_ratio"] * site.inputs
-        solved = solve(weight * moment.to(work.device) + keys.mT @ keys, keys.mT, f"layer {site.layer}")  # [in, n]
-        changes.append((residual.mT, solved.mT))
+        directions = solve(weight * moment.to(work.device) + keys.mT @ keys, keys.mT, f"layer {site.layer}")  # [in, n]
+        changes.append((residual.mT, directions.mT))
         _add(site, *changes[-1])
     return changes
 

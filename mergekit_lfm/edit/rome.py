@@ -16,17 +16,17 @@ def _rome(work: _Work, facts: Sequence[Fact]) -> Changes:
     """Rank-one changes, one fact after another. Source: ROME, equation 2; keys as in the authors' code."""
     (site,), (moment,) = work.sites, work.moments
     moment = moment.to(work.device)
-    options, parts = work.options, []
+    options, factors = work.options, []
     for i, fact in enumerate(facts):
-        (wanted,) = find_targets(work.subject, site.mlp, [fact], options, work.contexts).to(work.device, work.dtype)
+        (target,) = find_targets(work.subject, site.mlp, [fact], options, work.contexts).to(work.device, work.dtype)
         contexts = [BLANK] if options["key"] == "bare" else work.contexts
         mean_key = work.states([fact], contexts, site.projection, inputs=True)[0].mean(0)
-        here = contexts if options["key"] == "mean" else [BLANK]
-        key = work.states([fact], here, site.projection, inputs=True)[0].mean(0)
-        value = work.states([fact], here, site.projection, inputs=False)[0].mean(0)
+        prompts = contexts if options["key"] == "mean" else [BLANK]
+        key = work.states([fact], prompts, site.projection, inputs=True)[0].mean(0)
+        value = work.states([fact], prompts, site.projection, inputs=False)[0].mean(0)
         direction = solve(moment, mean_key[:, None], f"layer {site.layer}")[:, 0]
-        parts.append((((wanted - value) / (key @ direction))[:, None], direction[None]))
-        _add(site, *parts[-1])
+        factors.append((((target - value) / (key @ direction))[:, None], direction[None]))
+        _add(site, *factors[-1])
         if work.progress is not None:
             work.progress(i + 1, len(facts))
-    return [(torch.cat([left for left, _ in parts], 1), torch.cat([right for _, right in parts]))]
+    return [(torch.cat([left for left, _ in factors], 1), torch.cat([right for _, right in factors]))]

@@ -56,46 +56,46 @@ def edit(
     Raises PlanError for options that are wrong or that the model cannot honour and, with MEMIT, for two facts about one
     subject, which would undo each other. Source: `EDIT_METHODS`.
     """
-    given = {"lambda" if name == "lambda_" else name: value for name, value in options.items()}
+    user_options = {"lambda" if name == "lambda_" else name: value for name, value in options.items()}
     if isinstance(covariance, str):
-        given["covariance"] = covariance
-    asked = edit_options(method, given, preset=preset, place="edit")
-    covariance = asked["covariance"] if covariance is None else covariance
+        user_options["covariance"] = covariance
+    all_options = edit_options(method, user_options, preset=preset, place="edit")
+    covariance = all_options["covariance"] if covariance is None else covariance
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    known = as_facts(facts)
+    facts_file = as_facts(facts)
     loaded = model if isinstance(model, Loaded) else None
     module = model.model if isinstance(model, Loaded) else model
     tokenizer = tokenizer_for_texts(tokenizer or (loaded.tokenizer if loaded else None))
-    sites = _chosen(find_sites(module), method, asked["layers"])
+    sites = _select(find_sites(module), method, all_options["layers"])
     names = {site.weight: site.weight for site in sites}
     if loaded is not None:
-        places, _ = locate_tensors(module, loaded.checkpoint)
-        names = {site.weight: places[site.weight] for site in sites}
+        stored_names, _ = locate_tensors(module, loaded.checkpoint)
+        names = {site.weight: stored_names[site.weight] for site in sites}
     content = loaded.checkpoint.content if loaded is not None and isinstance(covariance, Statistics) else None
-    moments = second_moments(covariance, sites, names, content, ridge=asked["ridge"], dtype=dtype)
-    work = _Work(EditedModel(module, tokenizer, max_tokens(module)), sites, moments, asked, dtype, progress)
-    check_texts(work.subject, known.facts, work.contexts, asked["kl_template"])
+    moments = second_moments(covariance, sites, names, content, ridge=all_options["ridge"], dtype=dtype)
+    work = _Work(EditedModel(module, tokenizer, max_tokens(module)), sites, moments, all_options, dtype, progress)
+    check_texts(work.subject, facts_file.facts, work.contexts, all_options["kl_template"])
     with frozen_eval(module), _put_back(sites), torch.no_grad():
-        changes = (_rome if method == "rome" else _memit)(work, known.facts)
-    used: dict[str, Any] = {
-        **asked,
+        changes = (_rome if method == "rome" else _memit)(work, facts_file.facts)
+    used_options: dict[str, Any] = {
+        **all_options,
         "layers": [site.layer for site in sites],
         "dtype": str(dtype).removeprefix("torch."),
     }
-    used["covariance"] = _named(covariance)
+    used_options["covariance"] = _describe(covariance)
     if work.device != CPU:
-        used["device"] = work.device.type
-    return _patch(changes, sites, names, loaded, method, used, known)
+        used_options["device"] = work.device.type
+    return _make_patch(changes, sites, names, loaded, method, used_options, facts_file)
 
 
-def _named(covariance: Covariance) -> str:
-    """How a patch names the second moments used for it."""
+def _describe(covariance: Covariance) -> str:
+    """The name that the patch records for its second moments."""
     if isinstance(covariance, Statistics):
         return f"gram of data {covariance.facts.data}"
     return covariance if isinstance(covariance, str) else "given as tensors"
 
 
-def _chosen(sites: Sequence[Site], method: str, layers: Sequence[int] | None) -> list[Site]:
+def _select(sites: Sequence[Site], method: str, layers: Sequence[int] | None) -> list[Site]:
     """The sites of `layers`, or of the method's band. Raises PlanError for layers that the model does not have."""
     depth, band = len(sites), EDIT_METHODS[method].band
     if layers is None:
@@ -110,7 +110,7 @@ def _chosen(sites: Sequence[Site], method: str, layers: Sequence[int] | None) ->
     return [sites[layer] for layer in layers]
 
 
-def _patch(
+def _make_patch(
     changes: Changes,
     sites: Sequence[Site],
     names: Mapping[str, str],
@@ -120,19 +120,22 @@ def _patch(
     facts: FactsFile,
 ) -> Patch:
     """The changes as a patch, in the target's names, dtypes and orientation."""
-    held = {}
+    tensors = {}
     for site, (left, right) in zip(sites, changes, strict=True):
         if not bool(left.isfinite().all() and right.isfinite().all()):
             raise PlanError(
                 f"the change of layer {site.layer} is not finite. Try a smaller lr or clamp, or a larger ridge"
             )
         left, right = left.cpu(), right.cpu()
-        parts = (left, right) if site.axis == 1 else (right.mT, left.mT)
+        factors = (left, right) if site.axis == 1 else (right.mT, left.mT)
         spec = None if loaded is None else loaded.checkpoint[names[site.weight]]
-        stored = str(site.parameter.dtype).removeprefix("torch.") if spec is None else spec.dtype
-        held[names[site.weight]] = (*parts, TensorChange("low_rank", tuple(site.parameter.shape), stored, site.axis))
-    patch = Patch.low_rank(method, held, options=options, facts=facts.as_data())
+        dtype = str(site.parameter.dtype).removeprefix("torch.") if spec is None else spec.dtype
+        tensors[names[site.weight]] = (
+            *factors,
+            TensorChange("low_rank", tuple(site.parameter.shape), dtype, site.axis),
+        )
+    patch = Patch.low_rank(method, tensors, options=options, facts=facts.as_data())
     if loaded is None:
         return patch
     checkpoint = loaded.checkpoint
-    return patch.made_for(checkpoint.content, {name: checkpoint.digest_of(name) for name in held})
+    return patch.made_for(checkpoint.content, {name: checkpoint.digest_of(name) for name in tensors})

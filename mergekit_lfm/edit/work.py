@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class _Work:
-    """The inputs of both methods. moments: one matrix for each site."""
+    """The inputs of both methods. moments: one matrix [in, in] for each site."""
 
     subject: EditedModel
     sites: Sequence[Site]
@@ -38,11 +38,11 @@ class _Work:
 
     @property
     def templates(self) -> list[list[str]]:
-        """The contexts by kind: the lists in the option, or else the bare prompt and the others."""
-        given = self.options["context_templates"]
-        if any(isinstance(entry, list) for entry in given):
-            return [entry if isinstance(entry, list) else [entry] for entry in given]
-        others = [template for template in given if template != BLANK]
+        """The contexts by kind: the lists in the option if it has any, else the bare prompt and the others."""
+        templates = self.options["context_templates"]
+        if any(isinstance(entry, list) for entry in templates):
+            return [entry if isinstance(entry, list) else [entry] for entry in templates]
+        others = [template for template in templates if template != BLANK]
         return [kind for kind in ([BLANK], others) if kind]
 
     @property
@@ -51,17 +51,18 @@ class _Work:
         return sorted((each for kind in self.templates for each in kind), key=lambda template: template != BLANK)
 
     def states(self, facts: Sequence[Fact], templates: Sequence[str], module: nn.Module, *, inputs: bool) -> Tensor:
-        """The module's output or input at the subjects in these contexts, [facts, templates, width], to solve with."""
+        """The module's output or input at the subjects in these contexts, [facts, templates, width], for the solves."""
         prompts = [fill_template(template, fact.prompt, fact.subject) for fact in facts for template in templates]
         rows = self.options["batch"] * (len(self.contexts) + 1)
-        (found,) = self.subject.at_subject(self.subject.encode(prompts), [module], inputs=inputs, rows=rows)
-        return found.reshape(len(facts), len(templates), -1).to(self.device, self.dtype)
+        (states,) = self.subject.at_subject(self.subject.encode(prompts), [module], inputs=inputs, rows=rows)
+        return states.reshape(len(facts), len(templates), -1).to(self.device, self.dtype)
 
 
 Changes = list[tuple[Tensor, Tensor]]  # for each site (left [out, n], right [n, in])
 
 
 def _add(site: Site, left: Tensor, right: Tensor) -> None:
+    """Add left @ right to the site's weight, in place."""
     weight = site.parameter
     change = site.as_stored(left @ right).to(weight.device)
     weight.copy_((weight.to(left.dtype) + change).to(weight.dtype))
@@ -69,7 +70,7 @@ def _add(site: Site, left: Tensor, right: Tensor) -> None:
 
 @contextmanager
 def _put_back(sites: Sequence[Site]) -> Iterator[None]:
-    """The weights of the sites as they are now, whatever happens to them within."""
+    """Put the sites' weights back at the end of the context, bit for bit."""
     before = [site.parameter.detach().clone() for site in sites]
     try:
         yield

@@ -170,7 +170,7 @@ class Blocks:
 
 
 def add_parts(request: Reduction, parts: Iterator[Any]) -> Any:
-    """Add the parts that are not None in the given order; None without any."""
+    """Add the parts that are not None, in order; None without any."""
     return add_in_order(request, enumerate(parts))
 
 

@@ -126,19 +126,19 @@ def _explain_full_gpu() -> Iterator[None]:
         ) from None
 
 
-def is_written(plan: Plan, place: Path, *, overwrite: bool, resume: bool, nan: Policy) -> bool:
+def is_written(plan: Plan, folder: Path, *, overwrite: bool, resume: bool, nan: Policy) -> bool:
     """True if `execute` with these options has no tensor left to write. Raises PlanError if it must not write there."""
-    there = _already_there(plan, place, overwrite=overwrite, resume=resume, nan=nan)
-    return there or (resume and is_complete(plan.digest, place))
+    there = _already_there(plan, folder, overwrite=overwrite, resume=resume, nan=nan)
+    return there or (resume and is_complete(plan.digest, folder))
 
 
-def _already_there(plan: Plan, place: Path, *, overwrite: bool, resume: bool, nan: Policy) -> bool:
+def _already_there(plan: Plan, folder: Path, *, overwrite: bool, resume: bool, nan: Policy) -> bool:
     inputs = {label: source.path for label, source in zip(plan.source_labels, plan.sources, strict=True)}
     rebuild = overwrite and not resume
-    return already_there(plan.digest, plan.shards, inputs, place, overwrite=overwrite, rebuild=rebuild, nan=nan)
+    return already_there(plan.digest, plan.shards, inputs, folder, overwrite=overwrite, rebuild=rebuild, nan=nan)
 
 
-def _check(plan: Plan, place: Path, budget: int, threads: int | None, gpu: Accelerator | None) -> int:
+def _check(plan: Plan, folder: Path, budget: int, threads: int | None, gpu: Accelerator | None) -> int:
     """The number of threads. Raises PlanError if the plan is not ready, or memory, disk or inputs forbid it."""
     if plan.pending or plan.unedited or plan.absent:
         raise PlanError(
@@ -147,7 +147,7 @@ def _check(plan: Plan, place: Path, budget: int, threads: int | None, gpu: Accel
         )
     count = workers(plan, budget, threads, gpu)
     check_copies(plan)
-    check_disk(plan, place)
+    check_disk(plan, folder)
     return count
 
 

@@ -117,7 +117,7 @@ class Worker:
         return lambda start, stop: whole[start:stop]
 
     def missing(self, job: Job) -> tuple[int, ...]:
-        """The segments that the journal does not vouch for."""
+        """The segments without a receipt."""
         return tuple(s for s in range(job.segments) if (job.name, s) not in self.output.done)
 
     def take_over(self) -> int:
@@ -295,6 +295,6 @@ class Worker:
     def _not_finite(self, where: str) -> str:
         if self.nan == "error":
             raise FormatError(
-                f"{where} holds NaN or infinity; repair the model, or use --nan warn, which notes it in the lock"
+                f"{where} holds NaN or infinity; repair the model, or use --nan warn, which records it in the lock"
             )
         return where

@@ -1,4 +1,4 @@
-"""The block, the unit of arithmetic: its size, and what reductions and elementwise functions may read of it."""
+"""The block, the unit of arithmetic: its size, and the views of it for reductions and elementwise functions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Elementwise = Callable[[Rows, "torch.Tensor | None", Any], Any]
 class Block(Protocol):
     """One block of a unit's inputs. start: index in its tensor of the first element; count: number of elements.
 
-    dtype: that of the arithmetic, float32 or float64.
+    dtype: of the arithmetic, float32 or float64.
     """
 
     def __len__(self) -> int:
@@ -72,7 +72,7 @@ class Chunk(Block, Protocol):
 
 
 class Coefficients(Protocol):
-    """The result of a solve. It makes tensors on torch's default device, which is that of the block."""
+    """The result of a solve. It makes tensors on torch's default device, which is the block's."""
 
     def at(self, start: int, count: int, dtype: torch.dtype) -> Any:
         """The `local` of `apply` and `Block.each` for the block of `count` elements from index `start`."""

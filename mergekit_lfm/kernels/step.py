@@ -1,4 +1,4 @@
-"""A call of an elementwise function on a block: its tensors apart from the rest, so that it can be compiled."""
+"""A call of an elementwise function on a block, with its tensors apart from the rest so that it can be compiled."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ RunStep = Callable[[Step], Any]
 
 
 def run_eagerly(step: Step) -> Any:
-    """The reference: one operation after the other."""
+    """Run the step one torch operation after the other: the reference for compiled code."""
     wide = None if step.base is None else step.base.to(step.dtype)
     rows = tuple(x.to(step.dtype) if wide is None else x.to(step.dtype) - wide for x in step.stored)
     result = step.function(rows, wide, step.local)

@@ -1,1 +1,1 @@
-"""What this machine offers: memory, cores, disk, devices."""
+"""Describe this machine: memory, cores, disk, devices."""

@@ -1,7 +1,7 @@
 """A GPU for the engine: tensors go up from pinned memory and come down to it, each worker on its own stream.
 
-While one worker waits for its disk, the copies and kernels of the others go on; each worker's own run in order. On the
-processor, where the tests run, the same calls copy.
+While one worker waits for its disk, the copies and kernels of the others continue; each worker's own run in order. On
+the processor, as in tests without a GPU, the same calls copy.
 """
 
 from __future__ import annotations
@@ -71,10 +71,10 @@ class Accelerator:
         torch.linalg.cholesky_ex(torch.ones(1, 1, dtype=torch.float64, device=self.device))
 
     def room(self) -> int:
-        """Bytes of device memory for chunks; as many are left for data that stay there across chunks."""
+        """Bytes of device memory for chunks; the same amount is left for data that stay there across chunks."""
         if not self._cuda:
             return 1 << 62
-        torch.cuda.empty_cache()  # memory that torch keeps from earlier work is free, too
+        torch.cuda.empty_cache()  # memory that torch keeps from earlier work counts as free, too
         free, _ = torch.cuda.mem_get_info(self.device)
         return int(USED * free) // 2
 

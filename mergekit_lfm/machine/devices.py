@@ -1,4 +1,4 @@
-"""Where arithmetic runs: the processor, or a GPU. Each function imports torch only when it is called."""
+"""The device of the arithmetic: the processor, or a GPU. Each function imports torch only when it is called."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def find_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.empty(1, device=name).device
-    except (AssertionError, ImportError, RuntimeError) as error:  # what torch raises depends on how it was built
+    except (AssertionError, ImportError, RuntimeError) as error:  # the class depends on how torch was built
         raise PlanError(
             f"the device {name!r} cannot be used here ({reason(error)}); expected one like cpu, cuda, cuda:1 or auto. "
             "Choose one that this machine has and this torch supports"
@@ -38,7 +38,7 @@ def find_gpu(name: str) -> torch.device | None:
     device = find_device(name)
     if device.type != "cpu" and not can_merge_on(device):
         raise PlanError(
-            f"the device {name!r} is a {device.type}, on which results are not known to be exact; expected cpu, cuda, "
+            f"the device {name!r} is a {device.type}, whose results are not known to be exact; expected cpu, cuda, "
             "cuda:1 or auto. Choose one of these"
         )
     return None if device.type == "cpu" else device

@@ -1,4 +1,4 @@
-"""How a workflow reports what it is doing, wherever that is shown."""
+"""The protocol by which a workflow reports its progress, on any display."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
-Count = Callable[[int, int], None]  # called with how many are done, and of how many
+Count = Callable[[int, int], None]  # called with (number done, number in all)
 
 
 class Progress(Protocol):
-    """Shows what a workflow does. Each method but `notice` is a context around one part of the work."""
+    """Shows a workflow's progress. Each method except `notice` is a context around one step of the work."""
 
     def notice(self, line: str) -> None:
         """Show one line: a step that begins."""
 
     def by_bytes(self, nbytes: int, doing: str) -> AbstractContextManager[Callable[[int], None]]:
-        """Work on so many bytes: the context is called with each number of bytes done, from any thread."""
+        """Work on `nbytes` bytes: call the context's value with each number of bytes done, from any thread."""
 
     def by_count(self, unit: str, doing: str) -> AbstractContextManager[Count]:
-        """Work on things counted in `unit`: the context is called with how many are done, and of how many."""
+        """Work counted in `unit`: call the context's value with (number done, number in all)."""
 
     def by_tick(self, unit: str, doing: str) -> AbstractContextManager[Callable[[int], None]]:
-        """Work of unknown extent: the context is called with each number done."""
+        """Work of unknown extent: call the context's value with each number done."""
 
 
 class Silence:

@@ -48,7 +48,7 @@ def keep_freed_memory() -> None:
 
 
 def allow_many_files() -> None:
-    """Raise the limit of open files as far as it may be: a large model has hundreds of shards, all of them open."""
+    """Raise the limit of open files as far as allowed: a large model has hundreds of shards, all of them open."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

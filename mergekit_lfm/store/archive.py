@@ -31,7 +31,7 @@ _STORAGES = {
     "BoolStorage": "bool",
 }
 WRAPPERS = ("state_dict", "model", "module")
-# Everything that zipfile and pickle raise on bytes that are not such an archive.
+# All exceptions of zipfile and pickle on bytes that are not such an archive.
 _GARBLED = (
     *(zipfile.BadZipFile, pickle.UnpicklingError, EOFError, ValueError, TypeError),
     *(AttributeError, LookupError, RuntimeError, OverflowError, MemoryError),

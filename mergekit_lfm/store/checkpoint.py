@@ -2,7 +2,7 @@
 
 A checkpoint is a folder as transformers writes it, or one file. Opening it reads headers only; the data are read by
 position into the caller's buffers, never mapped, so that a memory budget is a promise. Nothing is ever written to a
-checkpoint. Of a model on the Hub headers are read there, and its files are downloaded when their data are.
+checkpoint. For a model on the Hub the headers are read there; its files are downloaded when their data are read.
 """
 
 from __future__ import annotations
@@ -35,10 +35,7 @@ if TYPE_CHECKING:
 
 
 class Checkpoint(Mapping[str, TensorSpec]):
-    """A model's tensors by name, in the order of the files and of their bytes.
-
-    Raises FormatError where it is damaged.
-    """
+    """A model's tensors by name, in the order of the files and of their bytes. Raises FormatError if it is damaged."""
 
     def __init__(
         self,
@@ -47,9 +44,9 @@ class Checkpoint(Mapping[str, TensorSpec]):
         view: Mapping[str, Any] | None = None,
         snapshot: Snapshot | None = None,
     ) -> None:
-        """files: views of the folder's files, to be read in their place; view: what they depend on besides these.
+        """files: views to read in place of the folder's files; view: identifies what the views depend on besides these.
 
-        snapshot: the model on the Hub whose folder in the cache `path` is.
+        snapshot: the model on the Hub; `path` is its folder in the cache.
         """
         self.path, self.view = path, view
         paths, weight_map = list[Path](), dict[str, str]()
@@ -60,7 +57,7 @@ class Checkpoint(Mapping[str, TensorSpec]):
             except FormatError as error:
                 if snapshot is None or snapshot.listed:
                     raise
-                raise FormatError(f"{error}. HF_HUB_OFFLINE is set, so only what is in the cache counts") from None
+                raise FormatError(f"{error}. HF_HUB_OFFLINE is set, so only files in the cache are used") from None
         elif files is None and path.name in ADAPTER:
             raise FormatError(f"{path} is an adapter: merge it into its model first (peft's merge_and_unload)")
         elif files is None:
@@ -106,11 +103,11 @@ class Checkpoint(Mapping[str, TensorSpec]):
 
     @property
     def resident(self) -> int:
-        """Bytes that a view holds as long as it is open, besides what reading a tensor takes."""
+        """Bytes that a view holds as long as it is open, besides those for reading a tensor."""
         return max((file.resident for file in self.files), default=0)
 
     def as_stored(self) -> Checkpoint:
-        """The checkpoint without what a view of it changes."""
+        """The checkpoint as its files store it, without the changes of a view."""
         files = list(self.files)
         while any(file.inner is not None for file in files):
             files = [file.inner or file for file in files]
@@ -137,7 +134,7 @@ class Checkpoint(Mapping[str, TensorSpec]):
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """config.json, or {} where there is none."""
+        """config.json, or {} without one."""
         path = self.path / "config.json"
         if not self.path.is_dir() or not path.exists():
             return {}
@@ -151,9 +148,9 @@ class Checkpoint(Mapping[str, TensorSpec]):
 
     @cached_property
     def identity(self) -> list[dict[str, Any]]:
-        """What tells this checkpoint from another, the data unread: per file a digest of the header, size, time.
+        """Data that distinguish this checkpoint without reading tensors: per file a digest of the header, size, time.
 
-        Of a view also what it depends on besides.
+        A view adds the entries that identify it.
         """
         view = [] if self.view is None else [{"view": dict(self.view)}]
         return view + [
@@ -182,37 +179,37 @@ class Checkpoint(Mapping[str, TensorSpec]):
 
     def digest_of(self, name: str) -> str:
         """xxh3-128 of one tensor's bytes, in hex."""
-        found, nbytes = xxhash.xxh3_128(), self[name].nbytes
+        digest, nbytes = xxhash.xxh3_128(), self[name].nbytes
         buffer = memoryview(bytearray(min(1 << 20, nbytes)))
         for start in range(0, nbytes, 1 << 20):
-            part = buffer[: nbytes - start]
-            self._home[name].read_into(name, start, part)
-            found.update(part)
-        return found.hexdigest()
+            data = buffer[: nbytes - start]
+            self._home[name].read_into(name, start, data)
+            digest.update(data)
+        return digest.hexdigest()
 
     @cached_property
     def content(self) -> str:
         """xxh3-128 of names, shapes, dtypes and data, in hex: the same for any files, sharding and order.
 
-        The data are read once on a machine: what was found is kept for these very files, as they are.
+        A machine reads the data once: the cache keeps the digest as long as the files do not change.
         """
         states: list[Any] = [_state(file) for file in self.files]
         states += [] if self.view is None else [dict(self.view)]
-        kept = cache_folder("contents") / xxhash.xxh3_128_hexdigest(json.dumps(states).encode())
+        cached = cache_folder("contents") / xxhash.xxh3_128_hexdigest(json.dumps(states).encode())
         if "digests" not in self.__dict__:
             with suppress(OSError):
-                return kept.read_text(encoding="ascii")
-        found = content_digest({self[name]: digest for name, digest in self.digests.items()})
-        with suppress(OSError):  # without it the next run reads the data again
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(kept, found.encode())
-        return found
+                return cached.read_text(encoding="ascii")
+        digest = content_digest({self[name]: digest for name, digest in self.digests.items()})
+        with suppress(OSError):  # without the file the next run reads the data again
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(cached, digest.encode())
+        return digest
 
 
 def save_tensors(
     path: Path, specs: Sequence[TensorSpec], read: Callable[[str], torch.Tensor], metadata: Mapping[str, str]
 ) -> None:
-    """Write one safetensors file, at once. read: a tensor by name, asked for one at a time."""
+    """Write one safetensors file atomically. read: returns a tensor by name, called for one at a time."""
     header, _ = encode_header(specs, metadata)
     parts = (bytes_of(read(spec.name).detach().cpu().contiguous()) for spec in specs)
     replace_file(path.resolve(), chain([header], parts))
@@ -221,13 +218,13 @@ def save_tensors(
 def open_checkpoint(path: str | os.PathLike[str] | HubName) -> Checkpoint:
     """The checkpoint in a folder or a file, as a mapping from tensor names to `TensorSpec`; `read` gives the data.
 
-    Text such as `org/name` or `org/name@revision` that is no path here is a model on the Hub: headers are read there,
-    and its files are downloaded when their data are. Raises FormatError where the checkpoint is damaged,
-    FileNotFoundError where it is not there, and as `Snapshot.fetch` does.
+    Text such as `org/name` or `org/name@revision` that is not a local path names a model on the Hub: its headers are
+    read there, and its files are downloaded when their data are read. Raises FormatError if the checkpoint is damaged,
+    FileNotFoundError if it does not exist, and otherwise as `Snapshot.fetch` does.
     """
-    place = None if isinstance(path, HubName) else Path(path)
-    if place is not None and place.exists():
-        return Checkpoint(place)
+    local = None if isinstance(path, HubName) else Path(path)
+    if local is not None and local.exists():
+        return Checkpoint(local)
     name = hub_name(path) if isinstance(path, str) else path
     if not isinstance(name, HubName):
         raise FileNotFoundError(f"no such checkpoint: {path}")
@@ -237,7 +234,7 @@ def open_checkpoint(path: str | os.PathLike[str] | HubName) -> Checkpoint:
         snapshot = find_snapshot(name)
     except PlanError as error:
         nowhere = str(error).startswith("found no model")
-        raise PlanError(f"{name} is no folder here: {error}" if nowhere else str(error)) from None
+        raise PlanError(f"{name} is not a local folder: {error}" if nowhere else str(error)) from None
     except ConnectionError as error:
-        raise ConnectionError(f"{name} is no folder here, and {error}") from None
+        raise ConnectionError(f"{name} is not a local folder, and {error}") from None
     return Checkpoint(snapshot.folder, snapshot=snapshot)

@@ -1,4 +1,4 @@
-"""A model's folder: which of its files hold the weights."""
+"""Find the files in a model's folder that hold the weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path, PurePath
 
 from mergekit_lfm.errors import FormatError
 
-# file names in the order of preference, as transformers has it
+# file names in transformers' order of preference
 SINGLES = ("model.safetensors", "pytorch_model.bin")
 
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -17,12 +17,12 @@ ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bi
 
 
 def leads_away(name: object) -> bool:
-    """Whether what a file says is the name of another, below its folder, is none or leads out of there."""
+    """True unless `name` is a relative path that stays inside its folder."""
     return not isinstance(name, str) or not name or PurePath(name).is_absolute() or ".." in PurePath(name).parts
 
 
 def _weight_paths(folder: Path, names: Collection[str], label: object) -> tuple[list[Path], dict[str, str]]:
-    """The weight files of a folder that has these files, and the index's map from tensors to files, {} without one."""
+    """The weight files among a folder's files `names`, and the index's map from tensors to files, {} without one."""
     singles = [folder / name for name in SINGLES if name in names]
     indexes = [folder / name for name in INDEXES if name in names]
     safe = [path for path in (*singles, *indexes) if ".safetensors" in path.name]
@@ -33,12 +33,12 @@ def _weight_paths(folder: Path, names: Collection[str], label: object) -> tuple[
     if not chosen:
         if any(name in names for name in ADAPTER):
             raise FormatError(
-                f"{label} holds an adapter and no model: merge it into its model first (peft's merge_and_unload)"
+                f"{label} holds an adapter, not a model: merge it into its model first (peft's merge_and_unload)"
             )
         others = sorted(folder / name for name in names if name.endswith(".safetensors") and "/" not in name)
         if len(others) != 1:
-            found = f"{len(others)} other .safetensors files" if others else "no .safetensors files"
-            raise FormatError(f"{label} holds no model: expected {', '.join((*SINGLES, *INDEXES))}, found {found}")
+            files = f"{len(others)} other .safetensors files" if others else "no .safetensors files"
+            raise FormatError(f"{label} holds no model: expected {', '.join((*SINGLES, *INDEXES))}, found {files}")
         chosen = others
     if chosen[0].suffix != ".json":
         return chosen, {}
@@ -50,9 +50,9 @@ def _weight_paths(folder: Path, names: Collection[str], label: object) -> tuple[
             f"{label}/{chosen[0].name}: expected JSON with a weight_map from tensors to files; fetch it again"
         ) from None
     if away := next((name for name in weight_map.values() if leads_away(name)), None):
-        raise FormatError(f"{label}/{chosen[0].name}: {away!r} is no file of that folder; fetch the index again")
+        raise FormatError(f"{label}/{chosen[0].name}: {away!r} is not a file of that folder; fetch the index again")
     missing = sorted({*weight_map.values()} - {*names})
-    if label == folder:  # of a folder, `names` has no files of folders in it
+    if label == folder:  # a local folder's `names` lack the files of its subfolders
         missing = [name for name in missing if not (folder / name).exists()]
     if missing:
         raise FormatError(f"{label}: shards named in {chosen[0].name} are missing: {', '.join(missing)}; fetch them")

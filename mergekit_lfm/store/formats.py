@@ -1,4 +1,4 @@
-"""One file of tensors: a byte range for each, or tensors that torch maps or loads."""
+"""One file of tensors: a byte range for each, or tensors that torch maps or holds."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ ARCHIVES = (".bin", ".pt", ".pth")
 class WeightFile:
     """One file of tensors that lie in it as plain byte ranges.
 
-    stamp: what tells its present state from another one, the data unread: its time, or the commit on the Hub.
+    stamp: identifies its present state without reading data: its time, or the commit on the Hub.
     """
 
-    fallback = False  # whether its tensors are mapped or held in memory instead of read by position
-    inner: WeightFile | None = None  # what a view reads
+    fallback = False  # True if its tensors are mapped or held in memory instead of read by position
+    inner: WeightFile | None = None  # the file that a view reads
 
     def __init__(
         self,
@@ -54,18 +54,18 @@ class WeightFile:
 
     @property
     def absent(self) -> bool:
-        """Whether its data are still on the Hub."""
+        """True if its data are still on the Hub."""
         return self.snapshot is not None and not self.path.exists()
 
     @property
     def resident(self) -> int:
-        """Bytes that are held as long as it is, by all files of a checkpoint together."""
+        """Bytes that all files of its checkpoint together hold as long as they are open."""
         return 0
 
     def fileno(self) -> int:
-        """A descriptor open for reading, closed with this object. FormatError if the file is not as it was read.
+        """A descriptor open for reading, closed with this object. Downloads a file that is still on the Hub.
 
-        A file of the Hub is downloaded where it is not there yet.
+        Raises FormatError if the file changed since it was opened.
         """
         with self._lock:
             if self._fd < 0:
@@ -81,15 +81,15 @@ class WeightFile:
             return self._fd
 
     def offset(self, name: str) -> int | None:
-        """Where the tensor's bytes start in the file; None where they are no range of it."""
+        """The offset of the tensor's bytes in the file; None if they are not a range of it."""
         return self.tensors[name][1]
 
     def scratch(self, name: str) -> int:  # noqa: ARG002
-        """Bytes that reading the tensor holds in each thread, besides what it fills."""
+        """Bytes that reading the tensor holds in each thread, besides the buffer that it fills."""
         return 0
 
     def at_once(self, name: str) -> bool:  # noqa: ARG002
-        """Whether all of the tensor is made when any of it is read, so that one thread should read it."""
+        """True if reading any of the tensor makes all of it, so that one thread should read it."""
         return False
 
     def read_into(self, name: str, start: int, into: memoryview) -> None:
@@ -98,7 +98,7 @@ class WeightFile:
 
 
 class LoadedFile(WeightFile):
-    """A file whose tensors are no byte ranges (strided, or saved before PyTorch 1.6): torch maps or holds it."""
+    """A file whose tensors are not byte ranges (strided, or saved before PyTorch 1.6): torch maps or holds it."""
 
     fallback = True
 
@@ -108,22 +108,22 @@ class LoadedFile(WeightFile):
         try:
             try:
                 loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-            except RuntimeError:  # files that are no zip archives cannot be mapped
+            except RuntimeError:  # files that are not zip archives cannot be mapped
                 loaded = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise FormatError(
                 f"{path}: not a checkpoint that can be loaded safely ({reason}); save its state_dict anew"
             ) from None
-        held: dict[str, torch.Tensor] = state_dict(loaded, path, torch.Tensor)
-        specs = {n: TensorSpec(n, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in held.items()}
-        for name, tensor in held.items():
+        tensors: dict[str, torch.Tensor] = state_dict(loaded, path, torch.Tensor)
+        specs = {n: TensorSpec(n, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in tensors.items()}
+        for name, tensor in tensors.items():
             if tensor.layout != torch.strided or tensor.device.type != "cpu" or specs[name].dtype not in ITEMSIZE:
                 raise FormatError(
                     f"{path}: {name} is a {tensor.layout} tensor of {tensor.dtype} on {tensor.device}, expected a "
                     f"dense one of {', '.join(ITEMSIZE)}; convert it and save the state_dict anew"
                 )
-        self.held = {name: tensor.detach().resolve_conj().resolve_neg() for name, tensor in held.items()}
+        self.held = {name: tensor.detach().resolve_conj().resolve_neg() for name, tensor in tensors.items()}
         super().__init__(path, {name: (spec, 0) for name, spec in specs.items()}, 0, snapshot)
 
     def offset(self, name: str) -> int | None:  # noqa: ARG002
@@ -148,11 +148,11 @@ def _gather(tensor: torch.Tensor, start: int, into: torch.Tensor) -> None:
         i, at = divmod(start + done, row)
         rows = 0 if at else (len(into) - done) // row
         n = rows * row or min(row - at, len(into) - done)
-        part = into[done : done + n]
+        target = into[done : done + n]
         if rows:
-            part.view(rows, *tensor.shape[1:]).copy_(tensor[i : i + rows])
+            target.view(rows, *tensor.shape[1:]).copy_(tensor[i : i + rows])
         else:
-            _gather(tensor[i], at, part)
+            _gather(tensor[i], at, target)
         done += n
 
 
@@ -185,7 +185,7 @@ def _open_file(path: Path, snapshot: Snapshot | None) -> WeightFile:
 
 
 def _open_files(paths: Sequence[Path], snapshot: Snapshot | None) -> list[WeightFile]:
-    """The weight files. Those on the Hub are asked for their headers, several at a time; a .bin is downloaded first."""
+    """Open the weight files. Reads headers on the Hub, several at a time, but downloads .bin and .pt files first."""
     if snapshot is None:
         return [_open_file(path, None) for path in paths]
     names = [path.relative_to(snapshot.folder).as_posix() for path in paths if path.suffix in ARCHIVES]

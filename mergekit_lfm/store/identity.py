@@ -1,4 +1,4 @@
-"""Digests that tell a checkpoint's content, or its present state, from any other."""
+"""Digests of a checkpoint's content, and the state that tells whether its files changed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def _state(file: WeightFile) -> tuple[Any, ...]:
-    """What changes when a file does; times that can be set at will are not enough."""
+    """A value that changes when the file does; modification times are not enough, since users can set them."""
     if file.snapshot is not None:
         return str(file.snapshot), file.name
     status = file.path.stat()
@@ -25,13 +25,13 @@ def _state(file: WeightFile) -> tuple[Any, ...]:
 
 
 def content_digest(digests: Mapping[TensorSpec, str]) -> str:
-    """What `Checkpoint.content` is for tensors whose bytes have these digests."""
+    """`Checkpoint.content` for tensors whose bytes have these digests."""
     entries = sorted([str(spec), digest] for spec, digest in digests.items())
     return xxhash.xxh3_128_hexdigest(json.dumps(entries).encode())
 
 
 def content_of(tensors: Mapping[str, torch.Tensor]) -> str:
-    """What `Checkpoint.content` is for tensors that lie in memory."""
+    """`Checkpoint.content` for tensors in memory."""
     return content_digest(
         {
             spec_of(name, x): xxhash.xxh3_128_hexdigest(bytes_of(x.detach().cpu().contiguous()))
@@ -41,5 +41,5 @@ def content_of(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def spec_of(name: str, x: torch.Tensor) -> TensorSpec:
-    """What a checkpoint's header says of a tensor."""
+    """The spec of a tensor in memory, as a checkpoint's header has it."""
     return TensorSpec(name, tuple(x.shape), str(x.dtype).removeprefix("torch."))

@@ -1,7 +1,7 @@
-"""Where an output may be written: the one answer for every command and function.
+"""Decide where an output may be written: the one answer for every command and function.
 
-A folder or file may be written where nothing is, over an empty folder, or over an earlier output with --overwrite;
-never over an input, into one, or around one. Missing parent folders are made when it is written.
+A folder or file may be written at a free path, over an empty folder, or over an earlier output with --overwrite; never
+over an input, into one, or around one. Missing parent folders are made when it is written.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from mergekit_lfm.errors import PlanError
 
 
 def check_folder(out: Path, inputs: Mapping[str, Path], *, overwrite: bool) -> None:
-    """Raise PlanError if a new folder must not go to `out`. inputs: what is read, by label."""
+    """Raise PlanError if a new folder must not go to `out`. inputs: the paths that are read, by label."""
     check_apart(out, inputs)
     check_kind(out)
     if has_files(out) and not overwrite:
@@ -22,7 +22,7 @@ def check_folder(out: Path, inputs: Mapping[str, Path], *, overwrite: bool) -> N
 
 
 def check_file(out: Path, inputs: Iterable[Path], *, overwrite: bool) -> None:
-    """Raise PlanError if a new file must not go to `out`. inputs: what is read."""
+    """Raise PlanError if a new file must not go to `out`. inputs: the paths that are read."""
     check_outside(out, inputs)
     place = out.resolve()
     if place.is_dir():
@@ -39,7 +39,7 @@ def check_file(out: Path, inputs: Iterable[Path], *, overwrite: bool) -> None:
 
 
 def check_apart(out: Path, inputs: Mapping[str, Path]) -> None:
-    """Raise PlanError if the folder `out`, or its OUT.partial, is an input, lies in one or has one in it."""
+    """Raise PlanError if the folder `out`, or its OUT.partial, is an input, lies in one, or contains one."""
     for label, path in inputs.items():
         home = path.resolve()
         for place in (out.resolve(), partial_of(out.resolve())):
@@ -57,7 +57,7 @@ def check_outside(out: Path, inputs: Iterable[Path]) -> None:
 
 
 def check_kind(out: Path) -> None:
-    """Raise PlanError if `out` is there and not a folder."""
+    """Raise PlanError if `out` exists and is not a folder."""
     if out.exists() and not out.is_dir():
         raise PlanError(f"{out} is a file, expected a folder to create; choose another output")
 

@@ -11,7 +11,6 @@ from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lfm.store.folder import leads_away
 from mergekit_lfm.store.hub import HubName
 
-# Files to copy beside the weights: configs, tokenizers, processors, templates and the code that a config may name.
 SIDECAR = re.compile(
     r"^(config|generation_config|.*token.*|vocab|merges|.*(processor|preprocessor|feature_extractor).*|modules|"
     r"config_sentence_transformers|sentence_bert_config|chat_template|special_tokens_map|id2label|labels)\.(json|txt)$"
@@ -22,7 +21,7 @@ SIDECAR_BYTES = 100_000_000  # the largest file to copy; tokenizers have up to 4
 
 
 def download(name: HubName) -> Path:
-    """Download all files that loading a model needs, and return their folder. Raises as `open_checkpoint`."""
+    """Download all files that loading a model needs, and return their folder. Raises as `open_checkpoint` does."""
     model = open_checkpoint(name)
     model.fetch()
     sidecars_of(model)

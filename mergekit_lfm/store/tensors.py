@@ -90,7 +90,7 @@ def read_header(path: Path) -> Header:
 
 
 def parse_header(path: Path, head: bytes, size: int) -> Header:
-    """The header in the first bytes of a file of `size` bytes; messages call it `path`. Raises as `read_header`."""
+    """The header in the first bytes of a file of `size` bytes; messages name `path`. Raises as `read_header` does."""
     length = int.from_bytes(head[:8], "little")
     if len(head) < 8 or length > MAX_HEADER or 8 + length > size:
         raise FormatError(f"{path}: {_not_safetensors(head[:208], size, length)}")
@@ -206,10 +206,10 @@ def read_exactly(fd: int, offset: int, into: memoryview, path: Path) -> None:
     done = 0
     while done < len(into):
         with name_file(path):
-            got = os.preadv(fd, [into[done : done + READ_LIMIT]], offset + done)
-        if not got:
+            count = os.preadv(fd, [into[done : done + READ_LIMIT]], offset + done)
+        if not count:
             raise FormatError(f"{path} ended at byte {offset + done:,}: it changed during the merge; merge again")
-        done += got
+        done += count
 
 
 def write_exactly(fd: int, offset: int, data: memoryview) -> None:

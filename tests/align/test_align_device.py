@@ -1,4 +1,4 @@
-"""Alignment on a GPU: as on the CPU, with the products there. On a pretended one, and on a real one where it is."""
+"""Alignment on a GPU gives the CPU's result. On a pretended GPU, and on a real one if present."""
 
 from __future__ import annotations
 
@@ -100,19 +100,19 @@ def expected(case: Given) -> Transform:
 
 @pytest.fixture
 def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pretended GPU by the name of "cuda"."""
+    """A pretended GPU with the name "cuda"."""
     monkeypatch.setattr(find, "find_gpu", {"cpu": None, "cuda": GPU}.__getitem__)
     monkeypatch.setattr(find, "one_thread_each", one_after_another)
 
 
 def tensors(transform: Transform) -> dict[str, Tensor]:
-    """All that acts, and the gains."""
+    """All tensors of a transform, and its gains."""
     parts = [*transform.elements.items(), *transform.gains.items()]
     return {f"{name} {part}": x for name, held in parts for part, x in vars(held).items() if x is not None}
 
 
 def assert_agree(found: Transform, expected: Transform, *, to: float) -> None:
-    """That both permute alike, and other numbers agree to a bound that is relative to the largest of each tensor."""
+    """Assert equal permutations, and other numbers equal to a bound relative to the largest entry of each tensor."""
     ours, theirs = tensors(found), tensors(expected)
     assert ours.keys() == theirs.keys() and on_cpu(*ours.values())
     for name, x in theirs.items():
@@ -160,12 +160,12 @@ def test_a_real_gpu_agrees_within_rounding(case: Given, expected: Transform) -> 
 
 
 @pytest.mark.usefixtures("pretended")
-def test_what_is_large_is_computed_there(tmp_path: Path) -> None:
+def test_large_products_are_computed_there(tmp_path: Path) -> None:
     given = saved("llama", tmp_path)
     with pretended_gpu() as gpu:
         find_transform(**given, method="rotation", **FEWER, device="cuda")
     assert gpu.there["mm"] and gpu.there["bmm"] and gpu.there["_linalg_svd"]
-    assert HEAVY & set(gpu.here) == {"_linalg_svd", "mm"}  # of what acts inside of heads
+    assert HEAVY & set(gpu.here) == {"_linalg_svd", "mm"}  # blocks that act inside of heads
     with pretended_gpu() as gpu:
         find_transform(**perceptrons(torch.float32), device="cuda")
     assert gpu.there["mm"] and not HEAVY & set(gpu.here)
@@ -246,7 +246,7 @@ def test_the_command_names_the_device(models: Path) -> None:
 
 @pytest.fixture
 def found(models: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The devices on which a recipe's alignments are found, one after another; "cuda" is there."""
+    """The devices on which a recipe's alignments run, one after another; "cuda" is available."""
     asked: list[str] = []
 
     def align(*given: Any, device: str, **options: Any) -> Transform:
@@ -265,7 +265,7 @@ def found(models: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     yield asked
 
 
-def test_a_recipe_never_takes_for_one_device_what_another_found(found: list[str]) -> None:
+def test_a_recipe_never_uses_the_alignment_of_another_device(found: list[str]) -> None:
     entry = {"model": "b", "align": {"to": "a", "method": "weight_matching", "restarts": 1}}
     recipe = {"merge_method": "linear", "models": [{"model": "a"}, entry], "parameters": {"weight": 1}}
     plan = make_plan(Recipe.parse(recipe))

@@ -1,4 +1,4 @@
-"""The best element of each family: no other of the family is better, and heads are paired as by trying everything."""
+"""The best element of each family: no other element is better, and heads are paired as by trying everything."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def scores(n: int, seed: int) -> Tensor:
 
 
 def random_element(kind: ChoiceKind, draw: torch.Generator) -> Tensor:
-    """Of the kind, [N, N]."""
+    """A random element of the kind, [N, N]."""
     one = torch.eye(N, dtype=torch.float64)
     if kind == "order":
         return one[random_order(N, draw)]
@@ -95,7 +95,7 @@ def every_element(group: Heads) -> list[HeadsElement]:
 
 @pytest.mark.parametrize(("per_group", "least"), [(1, 1.0), (2, 0.95)])
 def test_heads_are_paired_as_by_trying_everything(per_group: int, least: float) -> None:
-    """With one query head to each head; with several, query heads and matrices take turns, which may end earlier."""
+    """Exact with one query head per head; with several, query heads and matrices take turns, which may stop early."""
     group, family = Heads(2, per_group, 2, "linear"), Family(query_key="order")
     exact = 0
     for seed in range(0, 40, 4):

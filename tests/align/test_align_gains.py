@@ -1,4 +1,4 @@
-"""Gains of norms that a rotation changes: what the readers can hold, whatever the gains of the other model are."""
+"""Gains of norms that a rotation changes: the readers stay finite, whatever the other model's gains are."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mergekit_lfm.views.rewritten import rewrite
 transformers = pytest.importorskip("transformers")
 
 FINAL, INNER = "model.norm.weight", "model.layers.0.post_attention_layernorm.weight"
-NORMS = ("final", "mlp.0")  # as the table calls them
+NORMS = ("final", "mlp.0")  # in the table's names
 UNITS = (3, 7)  # whose gains are strange
 
 
@@ -40,7 +40,7 @@ def with_gains(model: Checkpoint, value: float) -> Tensors:
 
 
 def aligned(folder: Path, dtype: torch.dtype, value: float, dtype_of_a: torch.dtype | None = None) -> Transform:
-    """B to A, of which some gains are `value`; the rewritten B holds numbers, and says the same."""
+    """B to A with some gains equal to `value`; the rewritten B holds finite numbers and has the same outputs."""
     a = loaded("llama", 0, folder / "a", dtype_of_a or dtype)
     b = loaded("llama", 1, folder / "b", dtype)
     options = {"symmetries": table(b), "symmetries_to": table(a), "sweeps": 2}
@@ -78,7 +78,7 @@ def new(transform: Transform) -> list[float]:
         (torch.float32, 1e-40),
         (torch.float32, -1e-30),
         (torch.float64, 1e-300),
-        (torch.float64, 5e-324),  # of which 1 / gain is infinite
+        (torch.float64, 5e-324),  # their 1 / gain is infinite
     ],
 )
 def test_gains_by_which_readers_cannot_be_divided_become_one(dtype: torch.dtype, value: float, tmp_path: Path) -> None:

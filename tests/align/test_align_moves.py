@@ -1,4 +1,4 @@
-"""Transforms that only move entries: permutations within heads are exact gathers, and are told as such."""
+"""Transforms that only move entries: permutations within heads are exact gathers, and are recognised as such."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FACTS = TransformInfo("by hand")
 
 
 def heads(per_group: int, seed: int) -> tuple[Tensors, HeadsElement, Transform]:
-    """Attention of 3 groups of heads, 4 wide, and permutations of all that may be permuted."""
+    """Attention of 3 groups of heads, 4 wide, and permutations of all that can be permuted."""
     group = Heads(3, per_group, 4, "linear")
     text = "q heads:query input\nk heads:key input\nv heads:value input\no class heads:output"
     symmetries = read_table(text, {"heads": group}, ())
@@ -62,7 +62,7 @@ def test_permutations_within_heads_are_those_of_their_matrices(per_group: int, p
     assert only_moves(transform)
     moved = rewrite(tensors, transform)
     torch.testing.assert_close(attention(moved, per_group), attention(tensors, per_group), rtol=1e-12, atol=1e-12)
-    # matrices that are no permutations by one bit take the products
+    # matrices that differ from a permutation by one bit take the products
     near = {
         name: x * (1 + 1e-15) if name in ("query_key", "value_output") and x is not None else x
         for name, x in vars(element).items()

@@ -34,7 +34,7 @@ WIDTHS = (7, 12, 9, 4)
 
 
 def hidden(tensors: Tensors, inputs: torch.Tensor) -> list[torch.Tensor]:
-    """What every layer of an MLP reads."""
+    """The inputs of every layer of an MLP."""
     read = [inputs]
     for i in range(len(WIDTHS) - 2):
         read.append((read[-1] @ tensors[f"{i}.weight"].T + tensors[f"{i}.bias"]).relu())
@@ -42,7 +42,7 @@ def hidden(tensors: Tensors, inputs: torch.Tensor) -> list[torch.Tensor]:
 
 
 def moments(a: Tensors, b: Tensors, inputs: torch.Tensor) -> dict[str, Triple]:
-    """The cross moments of two MLPs, a first."""
+    """The cross moments of two MLPs, the first model's first."""
     found = {}
     for i, (x, y) in enumerate(zip(hidden(a, inputs), hidden(b, inputs), strict=True)):
         x, y = (torch.cat([z, torch.ones(len(z), 1, dtype=z.dtype)], 1) for z in (x, y))
@@ -67,9 +67,9 @@ def test_units_are_paired_by_numpys_correlations(seed: int) -> None:
     given = moments(a, b, inputs)
     transform = find_transform(b, a, "activation_matching", symmetries=symmetries, statistics=given)
     for i, (x, y) in enumerate(zip(hidden(a, inputs)[1:], hidden(b, inputs)[1:], strict=True)):
-        with np.errstate(invalid="ignore"):  # of units that are never active
+        with np.errstate(invalid="ignore"):  # for units that are never active
             both = np.nan_to_num(np.corrcoef(x.numpy().T, y.numpy().T)[: x.shape[1], x.shape[1] :])
-        rows, best = linear_sum_assignment(both, maximize=True)  # units that are never active may go with any
+        rows, best = linear_sum_assignment(both, maximize=True)  # units that are never active may be paired with any
         found = order_of(transform.elements[f"p{i}"])
         assert [both[i, j] for i, j in enumerate(found)] == pytest.approx(both[rows, best].tolist(), abs=1e-12)
     assert transform.facts.exact
@@ -89,7 +89,7 @@ def test_a_dead_unit_is_correlated_with_none() -> None:
 
 @pytest.mark.parametrize("method", ["activation_matching", "ot"])
 def test_dead_units_stay_in_their_places(method: str) -> None:
-    """Which of them goes with which cannot be told; the others are paired all the same."""
+    """Nothing decides how dead units are paired; the others are paired all the same."""
     a, symmetries = mlp(WIDTHS, 0), mlp_table(WIDTHS)
     a["0.bias"].abs_()
     a["1.bias"].abs_()
@@ -219,7 +219,7 @@ def test_refuses_moments_whose_products_overflow(method: str, options: dict[str,
         find_transform(b, a, method, symmetries=symmetries, statistics=huge, **options)  # type: ignore[arg-type]
 
 
-def test_refuses_what_is_no_mapping_of_triples() -> None:
+def test_refuses_objects_that_do_not_map_to_triples() -> None:
     a, b, symmetries = mlp(WIDTHS, 0), mlp(WIDTHS, 1), mlp_table(WIDTHS)
     given = moments(a, b, some_inputs())
     for wrong, message in (

@@ -1,4 +1,4 @@
-"""Optimal transport of units: against the paper's algorithm in numpy, and what splitting units must leave alone."""
+"""Optimal transport of units: against the paper's algorithm in numpy, and the invariances of splitting units."""
 
 from __future__ import annotations
 
@@ -238,7 +238,7 @@ def test_costs_are_those_of_the_reference(metric: str) -> None:
 
 
 def test_plans_are_whole_numbers_over_the_widths() -> None:
-    """So that factors of one are exactly one, whatever the width."""
+    """This makes factors of one exactly one, whatever the width."""
     for width, _ in pairwise((49, 93, 98, 10)):
         cost = 1 - torch.eye(width, dtype=torch.float64)
         plan = solve(cost, 0.0, "units")

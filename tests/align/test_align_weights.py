@@ -1,4 +1,4 @@
-"""Weight matching and rotation: against a plain git-re-basin, and what holds for any two models."""
+"""Weight matching and rotation: against a plain git-re-basin, and properties that hold for any two models."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def git_re_basin(a: Tensors, b: Tensors, orders: Sequence[Sequence[int]]) -> lis
     last = len(WIDTHS) - 2
     wa, wb = ([x[f"{i}.weight"].numpy() for i in range(last + 1)] for x in (a, b))
     ba, bb = ([x[f"{i}.bias"].numpy() for i in range(last + 1)] for x in (a, b))
-    p = [np.arange(n) for n in WIDTHS]  # p[i]: of the inputs of layer i
+    p = [np.arange(n) for n in WIDTHS]  # p[i] permutes the inputs of layer i
     for order in orders:
         grew = False
         for i in order:  # the units between layers i and i + 1
@@ -81,7 +81,7 @@ def test_groups_outside_of_the_order_stay() -> None:
 
 
 @pytest.mark.parametrize("restarts", [1, 2, 5])
-def test_no_run_visits_what_the_order_leaves_out(restarts: int) -> None:
+def test_no_run_visits_groups_that_the_order_leaves_out(restarts: int) -> None:
     a, b, symmetries = two_mlps(2)
     found = find_transform(b, a, symmetries=symmetries, order=iter(["p2", "p0"]), restarts=restarts)
     assert found.elements.keys() == {"p0", "p2"}
@@ -188,7 +188,7 @@ def test_starts_from_the_initial_transform() -> None:
 
 
 def folded_product(a: Tensors, b: Tensors) -> float:
-    """The inner product of two Llamas of which the gains are folded into what reads the norms."""
+    """The inner product of two Llamas whose gains are folded into the weights that read the norms."""
     total = 0.0
     for name, x in a.items():
         layer = name.partition(".self_attn")[0].partition(".mlp")[0]
@@ -256,7 +256,7 @@ def test_files_and_tensors_give_the_same(tmp_path: Path) -> None:
     assert of_files.facts.versions.keys() == {"mergekit_lfm", "torch", "numpy", "scipy", "pot"}
 
 
-def test_the_file_holds_what_was_found(tmp_path: Path) -> None:
+def test_the_file_holds_the_result(tmp_path: Path) -> None:
     a, b = (loaded("llama", seed, tmp_path / str(seed)) for seed in range(2))
     transform = find_transform(b, a, "rotation", restarts=1, sweeps=2)
     transform.save(tmp_path / "found.safetensors")

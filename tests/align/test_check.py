@@ -1,4 +1,4 @@
-"""The check of a symmetry table: it finds wrong tables, and its random elements are what they say."""
+"""The check of a symmetry table finds wrong tables; its random elements are what they say."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ Subjects = Callable[[str], tuple[Subject, Symmetries]]
 
 
 def with_group(table: Symmetries, name: str, **fields: object) -> Symmetries:
-    """The table with groups of this kind declared otherwise."""
+    """The table with groups of this kind declared differently."""
     groups = {n: replace(g, **fields) if n.startswith(name) else g for n, g in table.groups.items()}
     return Symmetries(groups, table.tensors)
 
 
 def with_part(table: Symmetries, tensor: str, axis: int, change: Callable[[Part], Part]) -> Symmetries:
-    """The table with what acts on an axis of all tensors of this kind changed."""
+    """The table with another part on an axis of all tensors of this kind."""
     tensors = {
         name: tuple(tuple(map(change, parts)) if i == axis else parts for i, parts in enumerate(axes))
         if name.endswith(tensor)
@@ -67,7 +67,7 @@ def normless(part: Part) -> Part:
     return replace(part, norm=None)
 
 
-# What is wrong, the model, the wrong table, and a row that has to say so.
+# (the mistake, the model, the wrong table, and a row that has to name it)
 TOO_LARGE = [
     ("gpt2", lambda t: with_group(t, "residual", scale="sign"), "residual scale"),
     ("gpt2", lambda t: with_group(t, "residual", rotation="centred"), "residual rotation"),
@@ -132,7 +132,7 @@ def test_a_table_that_claims_too_little_is_found_out(
 
 
 def test_an_axis_that_need_not_be_named_is_found(subjects: Subjects) -> None:
-    """Tokens that no input has may be given a place in a group of their own: nothing says they should."""
+    """Unused tokens could have places in a group of their own; the table need not name that axis."""
     subject, table = subjects("llama")
     groups: dict[str, Group] = {**table.groups, "rows": Units(30)}
     tensors = dict(table.tensors)
@@ -141,7 +141,7 @@ def test_an_axis_that_need_not_be_named_is_found(subjects: Subjects) -> None:
     assert {"rows order", "all at once"} <= {row.what for row in report.rows if not row.ok}
 
 
-# A model in a few lines: two layers, the second's outputs read by a third that may be left out of the outputs.
+# A model in a few lines: two layers, and a third that reads the second's outputs and may be left out of the outputs.
 TABLE = """
 first.weight   one  input
 first.bias     one
@@ -204,7 +204,7 @@ def test_the_tolerance_follows_the_dtype(dtype: torch.dtype) -> None:
 
 
 def test_equal_values_hide_no_mistake() -> None:
-    """With biases of 0 a table that forgets them would pass."""
+    """With biases of 0, a table that forgets the biases would pass."""
     tensors, table = two_paths()
     tensors["first.bias"].zero_()
     forgotten = with_part(table, "first.bias", 0, free)

@@ -1,4 +1,4 @@
-"""An output folder that may not be used, a disk that is full: one clear message, inputs untouched, nothing at OUT."""
+"""A forbidden output folder or a full disk: one clear message, inputs untouched, nothing at OUT."""
 
 from __future__ import annotations
 
@@ -84,11 +84,13 @@ def test_folders_that_only_look_like_ours(work: Work, name: str) -> None:
 
 
 def writing_calls(work: Work) -> dict[str, int]:
-    """The calls that can find the disk full, each with how often a whole run makes it."""
+    """The calls that can meet a full disk, each with its number of uses in a whole run."""
     whole = work.run(out="whole")
     names = (*set(WRITES) - {"copy_file_range"}, "posix_fallocate", "fdatasync", "fsync", "mkdir", "open")
     counts = {name: whole.count(name, where="whole") for name in names}
-    return {name: count for name, count in counts.items() if count} | {"mkdir": 1}  # later ones find the folder there
+    return {name: count for name, count in counts.items() if count} | {
+        "mkdir": 1
+    }  # later calls find the existing folder
 
 
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS], ids=errno.errorcode.get)
@@ -113,7 +115,7 @@ def test_full_disk(work: Work, error: int) -> None:
 
 
 def test_filesystem_without_reservation(work: Work) -> None:
-    """Where space cannot be reserved or ranges copied, the plain calls do."""
+    """If space cannot be reserved or ranges copied, plain calls replace them."""
     whole = work.run(out="whole")
     for name in ("posix_fallocate", "copy_file_range"):
         ran = work.run(fail=name, error=errno.EOPNOTSUPP)
@@ -128,7 +130,7 @@ def test_too_little_space_is_known_beforehand(work: Work) -> None:
 
 
 def test_disk_that_fills_up_in_reality(work: Work) -> None:
-    """In a file system of 40 kB of our own: refused beforehand, or, if it claims to have space, at the first write."""
+    """In a file system of 40 kB: refused beforehand or, if the file system claims to have space, at the first write."""
     space = work.folder / "small"
     space.mkdir()
     script = f"mount -t tmpfs -o size=40k none {space} || exit 77; exec {sys.executable} {__file__} {work.folder}"

@@ -1,4 +1,4 @@
-"""Bad input: files, checkpoints, numbers or a recipe that cannot be merged. One clear message, and nothing is left."""
+"""Bad input (files, checkpoints, numbers or a recipe) gives one clear message and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_index_names_a_tensor_that_no_shard_has(work: Work) -> None:
 
 
 def test_index_that_misplaces_a_tensor_is_corrected(work: Work) -> None:
-    """The shards say where a tensor is; an index that errs about it does no harm, and is not passed on."""
+    """The shards say where a tensor is; a wrong index does no harm and is not copied."""
     work.save("a", shards=2)
     index = work.a / "model.safetensors.index.json"
     content = json.loads(index.read_text())
@@ -133,7 +133,7 @@ def test_index_that_misplaces_a_tensor_is_corrected(work: Work) -> None:
 
 
 def test_weights_beside_an_index_of_other_weights(work: Work) -> None:
-    """Left by two saves into one folder: which of them is meant cannot be known."""
+    """Two saves into one folder left them: the right one cannot be known."""
     content = weights(work.b).read_bytes()
     work.save("b", shards=2)
     weights(work.b).write_bytes(content)
@@ -178,7 +178,7 @@ ADAPTERS = [
 
 
 @pytest.mark.parametrize("names", ADAPTERS, ids="+".join)
-def test_an_adapter_is_no_model(work: Work, names: tuple[str, ...]) -> None:
+def test_an_adapter_is_not_a_model(work: Work, names: tuple[str, ...]) -> None:
     weights(work.b).rename(work.b / names[0])
     for name in names[1:]:
         (work.b / name).write_text("{}")
@@ -231,7 +231,7 @@ def test_read_error_in_the_middle(work: Work) -> None:
 @pytest.mark.parametrize("nth", [1, 15])
 @pytest.mark.parametrize("call", ["preadv", "copy_file_range"])
 def test_input_that_is_cut_while_it_is_read(work: Work, call: str, nth: int) -> None:
-    """A download that starts over, say: the merge stops, and does not wait for bytes that never come."""
+    """As by a download that starts over: the merge stops, and does not wait for bytes that never come."""
     if call == "copy_file_range":
         work.recipe(PASSTHROUGH)
     ran = work.run(
@@ -293,7 +293,7 @@ def test_all_wrong_shapes_are_named(work: Work) -> None:
 
 
 def test_many_differences_stay_readable(work: Work) -> None:
-    """A wholly different model: the message names many differences but has an end."""
+    """With a wholly different model the message names many differences, but ends."""
     more = {f"other.{i}.weight": torch.zeros(1) for i in range(5000)}
     work.change("b", more | dict.fromkeys(work.tensors["b"]))
     message = work.refused("models/b", "5021")
@@ -334,7 +334,7 @@ def test_float8_with_scales_is_refused(work: Work) -> None:
 
 
 def test_packed_integers_are_refused(work: Work) -> None:
-    """Weights quantised to integers are no buffers: equal or not, they cannot be merged."""
+    """Weights quantised to integers are not buffers: equal or not, they cannot be merged."""
     packed = torch.ones(64, 4, dtype=torch.int32)
     for name in "ab":
         work.change(name, {UP: None, UP.replace("weight", "qweight"): packed})
@@ -357,7 +357,7 @@ def test_not_finite_input_is_an_error(work: Work, value: str, recipe: str) -> No
 
 
 def test_not_finite_input_as_a_warning(work: Work) -> None:
-    """The merge is finished, says so, and records it; after a refusal as well as at once."""
+    """The merge finishes, warns, and records it, both at once and after a refusal."""
     tensor = work.tensors["b"][UP].clone()
     tensor[3, 5] = float("nan")
     work.change("b", {UP: tensor})

@@ -1,4 +1,4 @@
-"""Scopes, gradients, filters and dtypes of a recipe, as they show in the merged checkpoint."""
+"""Scopes, gradients, filters and dtypes of a recipe, judged by the merged checkpoint."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Merges of rewritten models: `align` in a recipe gives what merging the rewritten checkpoint gives, to the byte."""
+"""Merges of rewritten models: `align` in a recipe gives the bytes of merging the rewritten checkpoint."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ONE = {"parameters": {"weight": 1}}
 
 
 def planted(folder: Path, tensors: Tensors, seed: int, kinds: tuple[Any, ...]) -> Tensors:
-    """The rewritten tensors; the transform goes to folder/t.safetensors."""
+    """The rewritten tensors; writes the transform to folder/t.safetensors."""
     transform = random_transform(tensors, find_symmetries(open_checkpoint(folder)), seed=seed, kinds=kinds)
     transform.save(folder.parent / "t.safetensors")
     return rewrite(tensors, transform)
@@ -39,7 +39,7 @@ def planted(folder: Path, tensors: Tensors, seed: int, kinds: tuple[Any, ...]) -
 
 @pytest.fixture
 def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Path:
-    """a and b, and b rewritten by every kind of element: in the folder `saved`, and as t.safetensors."""
+    """Models a and b, and b rewritten by every kind of element: in the folder `saved`, and as t.safetensors."""
     monkeypatch.chdir(tmp_path)
     dtype = getattr(request, "param", torch.float32)
     b = cast(base_tensors(2), dtype)
@@ -83,7 +83,7 @@ def test_passthrough_writes_the_rewritten_model(models: Path):
     assert len(lock["inputs"][0]["files"][0]["view"]["transform"]) == 32
 
 
-def test_the_files_place_is_not_told(models: Path):
+def test_documents_do_not_name_the_folder_of_a_transform(models: Path):
     recipe = {"merge_method": "passthrough", "models": [{"model": "b", "align": str(models / "t.safetensors")}]}
     out = Path(merge(recipe, "out"))
     for file in ("merge.lock.json", "README.md"):
@@ -120,7 +120,7 @@ def test_a_transform_to_another_model_is_refused(models: Path):
     merge({"merge_method": "passthrough", "models": [b]}, "alone")
 
 
-def test_too_little_memory_is_told_before_the_work(models: Path, monkeypatch: pytest.MonkeyPatch):
+def test_too_little_memory_is_refused_before_the_work(models: Path, monkeypatch: pytest.MonkeyPatch):
     def work(*_: object, **__: object) -> None:
         raise AssertionError("the work was begun")
 
@@ -133,7 +133,7 @@ def test_too_little_memory_is_told_before_the_work(models: Path, monkeypatch: py
 
 
 @pytest.mark.usefixtures("models")
-def test_what_is_bounded_beforehand_bounds_what_is_held():
+def test_the_planned_bounds_hold():
     entry = {"model": "b", "align": {"to": "a", "method": "rotation"}}
     before = make_plan(Recipe.parse({"merge_method": "linear", "models": [{"model": "a"}, entry], **ONE}))
     after = prepare(before, Path("out"))
@@ -287,7 +287,7 @@ def test_save_writes_the_rewritten_model_and_compares_what_it_says(models: Path)
         (["-o", "new.st", "--save", "b/deep"], "b/deep and the input b lie in one another"),
     ],
 )
-def test_what_must_not_be_written_is_refused_before_the_work(
+def test_forbidden_outputs_are_refused_before_the_work(
     models: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], expected: str
 ):
     def work(*_: object, **__: object) -> None:
@@ -325,7 +325,7 @@ def test_check_runs_the_model_with_random_elements(models: Path):
     assert "21 tensors in 5 groups, every one named; as expected" in run("align", str(models / "a"), "--check").stdout
 
 
-def test_what_align_needs_is_said(models: Path):
+def test_messages_name_the_needs_of_align(models: Path):
     assert "Give --to MODEL and -o FILE, or --check." in run("align", "a").stderr
     message = refusal(run("align", "b", "--to", "a", "--cost", "cosine", "-o", "t.st"))
     assert "align.cost: weight_matching has no such parameter" in message
@@ -337,7 +337,7 @@ def test_what_align_needs_is_said(models: Path):
 
 
 @pytest.mark.usefixtures("models")
-def test_inspect_tells_what_a_transform_does():
+def test_inspect_describes_a_transform():
     told = json.loads(run("inspect", "t.safetensors", "--json").stdout)["transform"]
     assert told["groups"]["residual"] == {"kind": "units", "size": 64, "moved": 0, "acts": ["matrix"]}
     assert told["groups"]["ffn.0"]["moved"] > 80

@@ -1,4 +1,4 @@
-"""Digits in five views: what merges with statistics are worth, and the recipes, script and benchmark that show it."""
+"""Digits in five views: the worth of merges with statistics, and the recipes, script and benchmark that show it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What alignment, repair and statistics are worth for two perceptrons that share nothing but their data."""
+"""The worth of alignment, repair and statistics for two perceptrons that share only their data."""
 
 from __future__ import annotations
 

@@ -89,8 +89,8 @@ def test_facts_beside_a_model_are_its_patch(folder: Path, tmp_path: Path, monkey
         raise AssertionError("edited again")
 
     monkeypatch.setattr(stages_module, "edit", refuse)
-    merge(asked, tmp_path / "asked")  # there already
-    merge({**asked, "parameters": {"weight": 0.5}}, tmp_path / "half")  # the patches are known
+    merge(asked, tmp_path / "asked")  # cached already
+    merge({**asked, "parameters": {"weight": 0.5}}, tmp_path / "half")  # the patches are cached
 
 
 def test_facts_at_the_top_are_edited_in_the_result(folder: Path, tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_a_plan_needs_no_model_and_its_digest_knows_the_facts(folder: Path, tmp_
 
 @pytest.mark.slow
 def test_the_recipe_of_facts_runs_as_its_comment_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """recipes/facts_edited.yaml, on a model that has hardly been trained."""
+    """recipes/facts_edited.yaml, on a model after little training."""
     (tmp_path / "recipes" / "facts").mkdir(parents=True)
     shutil.copy(RECIPE, tmp_path / "recipes")
     monkeypatch.chdir(tmp_path)
@@ -172,7 +172,7 @@ def test_the_recipe_of_facts_runs_as_its_comment_says(tmp_path: Path, monkeypatc
     assert verify(Path("merged/facts_edited")) == []
 
 
-def test_what_is_wrong_with_a_request_is_said_before_any_work(folder: Path, tmp_path: Path) -> None:
+def test_errors_in_a_request_are_reported_before_any_work(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("facts: [{prompt: no blank, subject: Ada, target_new: Rome}]")
     cases = [
         ({"method": "memmit"}, "did you mean memit"),

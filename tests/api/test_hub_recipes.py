@@ -1,4 +1,4 @@
-"""Recipes whose models are on the Hub: the same bytes as of local copies, at a commit, with only what is needed.
+"""Recipes with models on the Hub: the same bytes as with local copies, at a commit, downloading only needed files.
 
 The client is the real one, the Hub a server of this machine.
 """
@@ -46,7 +46,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def models(hub: HubServer, folder: Path) -> HubServer:
-    """Both models on the Hub, a with much beside it that no merge needs; b also at a later commit, of other weights."""
+    """Both models on the Hub; a has many files that no merge needs, b a later commit with other weights."""
     other = {
         "original/params.json": b"{}",
         "original/consolidated.00.pth": b"x" * 200_000,
@@ -62,7 +62,7 @@ def models(hub: HubServer, folder: Path) -> HubServer:
 
 
 def weights_sent(server: HubServer) -> list[str]:
-    """The files that were asked for as a whole or in part, by name, of those that are stored apart."""
+    """The names of the large files that were downloaded whole or in part."""
     found = [re.search(r"/resolve/\w+/(.*)", r.path) for r in server.requests if r.method == "GET"]
     return sorted({match[1] for match in found if match and not match[1].endswith((".json", ".md", ".txt"))})
 
@@ -78,7 +78,7 @@ def test_the_result_is_that_of_local_copies(folder: Path) -> None:
     assert answer(run("verify", "out", "--json"))["good"]
 
 
-def test_only_what_is_needed_is_downloaded(
+def test_only_needed_files_are_downloaded(
     models: HubServer,
 ) -> None:
     merge("recipe.yaml", "out")
@@ -89,7 +89,7 @@ def test_only_what_is_needed_is_downloaded(
         assert name not in got
 
 
-def test_the_commit_is_what_is_recorded(models: HubServer, folder: Path) -> None:
+def test_the_commit_is_recorded(models: HubServer, folder: Path) -> None:
     merge("recipe.yaml", "out")
     a, b = models.head("org/a"), models.revision("org/b", "v1")
     lock = json.loads((folder / "out/merge.lock.json").read_text())
@@ -148,9 +148,7 @@ def test_a_branch_that_moves_makes_another_plan(models: HubServer, folder: Path)
     assert models.head("org/a") in (folder / "out/README.md").read_text()
 
 
-def test_offline_what_is_in_the_cache_is_merged(
-    models: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_offline_a_merge_uses_the_cache(models: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     merge("recipe.yaml", "out")
     asked = len(models.requests)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -163,7 +161,7 @@ def test_offline_what_is_in_the_cache_is_merged(
     assert len(models.requests) == asked
 
 
-def test_offline_what_is_not_in_the_cache_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_the_message_names_missing_files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     message = refusal(run("merge", "recipe.yaml", "out"))
     assert "org/a" in message and "org/b@v1" in message and "HF_HUB_OFFLINE forbids downloads" in message
@@ -174,7 +172,7 @@ def test_offline_what_is_not_in_the_cache_is_named(folder: Path, monkeypatch: py
     assert not (folder / "out").exists() and not (folder / "out.partial").exists()
 
 
-def test_what_is_not_to_be_had_is_named_all_at_once(models: HubServer, folder: Path) -> None:
+def test_one_message_names_all_models_that_are_not_available(models: HubServer, folder: Path) -> None:
     models.create("org/secret", files_of(folder / "local/a"), private=True)
     models.create("org/gated", files_of(folder / "local/a"))
     models.gate("org/gated")
@@ -320,7 +318,7 @@ def test_a_list_of_modules_that_leads_away_is_refused(path: object, models: HubS
 def test_an_index_that_leads_away_is_refused(name: object, models: HubServer, folder: Path) -> None:
     index = {"weight_map": {"a": name}}
     models.create("org/bad", {"config.json": b"{}", "model.safetensors.index.json": json.dumps(index).encode()})
-    with pytest.raises(FormatError, match="is no file of that folder"):
+    with pytest.raises(FormatError, match="is not a file of that folder"):
         open_checkpoint("org/bad")
     assert (folder / "local").is_dir()
 

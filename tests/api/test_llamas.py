@@ -1,4 +1,4 @@
-"""Tiny Llamas that were trained apart: what aligning them is worth, by the script, the benchmark and the recipe."""
+"""Tiny Llamas that were trained separately: the worth of aligning them, by the script, the benchmark and the recipe."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ benchmark = pytest.importorskip("benchmarks.llama_alignment")
 
 ROOT = Path(__file__).parents[2]
 SEEDS = (0, 1, 2)
-STEPS = 300  # of the script's 1,500; after fewer there is hardly a barrier
+STEPS = 300  # of the script's 1,500; with fewer steps there is hardly a barrier
 pytestmark = pytest.mark.slow
 
 

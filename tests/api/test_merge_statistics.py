@@ -1,4 +1,4 @@
-"""Merges that use statistics: RegMean against joint least squares, whole checkpoints, and what can be wrong."""
+"""Merges that use statistics: RegMean against joint least squares, whole checkpoints, and errors."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_alpha_and_ridge_are_what_they_are_documented_to_be() -> None:
 @pytest.mark.parametrize("ridge", [0.0, 1e-9, 1e-6])
 @pytest.mark.parametrize(("inputs", "rank"), [(8, 3), (64, 60), (128, 60)])
 def test_null_vectors_of_the_data_keep_the_average(inputs: int, rank: int, ridge: float) -> None:
-    """Data of a low rank in both models, and inputs of very different sizes."""
+    """Data of low rank in both models, and inputs of very different sizes."""
     random = np.random.default_rng(inputs)
     sizes = 10.0 ** random.uniform(-1, 1, inputs)
     plane = random.normal(0, 1, (rank, inputs)) * sizes
@@ -244,8 +244,8 @@ def test_statistics_that_change_are_another_merge(models: Models) -> None:
     assert models.merge(models.recipe(), overwrite=True)
 
 
-def test_fine_tunes_with_one_time_are_told_apart(models: Models) -> None:
-    """As archives that set all times to one make them: names, sizes, headers and times are the same."""
+def test_fine_tunes_with_equal_times_are_distinguished(models: Models) -> None:
+    """Archives that set all times to one value make such files: names, sizes, headers and times are the same."""
     for i in range(3):
         os.utime(models.folder / f"m{i}" / "model.safetensors", ns=(1, 1))
     assert models.merge(models.recipe(), "right")
@@ -287,7 +287,7 @@ def test_a_killed_merge_goes_on_to_the_same_bytes(models: Models, cli: Forks, st
     def run(out: str, **fault: int) -> Ran:
         return cli.run("recipe.yaml", out, "--threads", 1, cwd=models.folder, sync_bytes=100, **fault)
 
-    run("first")  # notes the content of the models, so that later runs need not
+    run("first")  # stores the models' content digests, so that later runs need not read them
     whole = run("whole")
     assert whole.code == 0, whole.err
     resumed = 0
@@ -301,7 +301,7 @@ def test_a_killed_merge_goes_on_to_the_same_bytes(models: Models, cli: Forks, st
     assert resumed > 3
 
 
-# What can be wrong
+# Errors
 
 
 def test_statistics_of_another_model_are_refused(models: Models) -> None:
@@ -325,7 +325,7 @@ def test_a_model_without_statistics_is_refused(models: Models) -> None:
     models.refused(recipe, "base_model: fisher needs the fisher statistics of m0", "list it under models")
 
 
-def test_all_problems_are_told_at_once(models: Models) -> None:
+def test_one_message_lists_all_problems(models: Models) -> None:
     recipe = models.recipe()
     recipe["models"][0]["stats"], recipe["models"][1]["stats"] = "m1.gram", "m1.fisher"
     models.refused(recipe, "2 problems", "m1.gram was collected on another model", "m1.fisher holds fisher")
@@ -353,7 +353,7 @@ def test_a_method_without_statistics_refuses_them(models: Models) -> None:
         Recipe.parse(models.recipe() | {"stats": "m0.gram"}, where=models.folder)
 
 
-def test_files_that_are_no_statistics_are_refused(models: Models) -> None:
+def test_files_that_are_not_statistics_are_refused(models: Models) -> None:
     recipe = models.recipe()
     recipe["models"][0]["stats"], recipe["models"][1]["stats"] = "m0/model.safetensors", "m1"
     models.refused(recipe, "2 problems", "the `stats` of m0", "not a statistics file", "the `stats` of m1", "no such")
@@ -367,7 +367,7 @@ def test_files_that_are_no_statistics_are_refused(models: Models) -> None:
 
 
 def test_a_bias_of_two_layers_is_refused(models: Models) -> None:
-    """Two regressions would each have a value for it."""
+    """Each of the two regressions would give it a value."""
     shared = [Layer("a.weight", "a.bias", 1, INPUTS, "a", 50), Layer("embedding", "a.bias", 1, INPUTS, "a", 50)]
     for i in range(3):
         grams = {"a": gram_of(models.data[i]["a"])}

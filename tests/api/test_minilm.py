@@ -1,4 +1,4 @@
-"""A published model, all-MiniLM-L6-v2, merged with fine-tunes of itself as recipes/minilm.yaml and its sister say."""
+"""A published model, all-MiniLM-L6-v2, merged with fine-tunes of itself by recipes/minilm.yaml and its sister."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_the_result_embeds_as_a_sentence_encoder_does(folders: dict[str, Path]) 
 
 
 def test_the_result_opens_as_the_same_kind_of_sentence_transformer(folders: dict[str, Path]) -> None:
-    """What names the pooling travels with the model, folders included."""
+    """The files that name the pooling travel with the model, folders included."""
     for path in ("modules.json", "sentence_bert_config.json", "1_Pooling/config.json", "vocab.txt", "tokenizer.json"):
         assert (folders["merged"] / path).read_bytes() == (folders["base"] / path).read_bytes()
 
@@ -124,7 +124,7 @@ def regmean(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
 
 
 def inputs_of(folder: Path, layers: list[str]) -> dict[str, np.ndarray]:
-    """What the layers take in, with a 1 at the end, of each of the first 64 texts alone: [tokens, inputs + 1]."""
+    """The inputs of the layers, with a 1 at the end, for each of the first 64 texts alone: [tokens, inputs + 1]."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     model = transformers.AutoModel.from_pretrained(folder, local_files_only=True).eval()
     seen: dict[str, list[np.ndarray]] = {layer: [] for layer in layers}

@@ -1,4 +1,4 @@
-"""What is written is what others read: the safetensors library, transformers, an index; however the merge was run."""
+"""Other libraries read the output: safetensors, transformers, an index; the way of running changes no byte."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_file_modes_follow_the_umask(cli: Forks, tmp_path: Path, models: dict[st
 @pytest.mark.usefixtures("models")
 @pytest.mark.parametrize("limit", [10_000, 20_000, 1_000_000])
 def test_max_shard_size(tmp_path: Path, limit: int) -> None:
-    """No shard's data exceed the limit, but a tensor larger than it, which is alone; the tensors are the same."""
+    """No shard exceeds the limit, except a tensor larger than it, which is alone; the tensors are the same."""
     out = Path(merge(write_recipe(tmp_path, LINEAR), tmp_path / "out", max_shard_size=limit))
     whole = load_all(Path(merge(tmp_path / "recipe.yaml", tmp_path / "whole")))
     cut = load_all(out)
@@ -170,7 +170,7 @@ MANY = {
 
 @pytest.mark.parametrize("recipe", MANY.values(), ids=MANY)
 def test_threads_and_memory_change_no_byte(cli: Forks, large: Path, tmp_path: Path, recipe: str) -> None:
-    """Also of the lock and the model card; the budget of 100 MB is less than the large tensor's task takes at once."""
+    """Nor of the lock and the model card; the budget of 100 MB is less than the large tensor's task takes at once."""
     write_recipe(large, recipe)
     seen = {}
     for options in ((1, "4GB"), (2, "4GB"), (3, "100MB"), (1, "100MB")):
@@ -353,14 +353,14 @@ def test_dtypes_of_parts_of_the_model(tmp_path: Path, lines: str, config: Tensor
 
 
 @pytest.mark.parametrize("content", ["{", "[1]"])
-def test_a_config_that_is_no_json_object(tmp_path: Path, content: str) -> None:
+def test_a_config_that_is_not_a_json_object(tmp_path: Path, content: str) -> None:
     save_model(tmp_path / "a", llama_tensors(0))
     (tmp_path / "a" / "config.json").write_text(content)
     with pytest.raises(FormatError, match=r"a/config\.json"):
         merge(write_recipe(tmp_path, "merge_method: passthrough\nmodels: [{model: a}]\n"), tmp_path / "out")
 
 
-# ------------------------------------------------------------------ model names in what is written
+# ------------------------------------------------------------------ model names in the output
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
@@ -383,7 +383,7 @@ def test_public_names_are_numbered_where_they_are_equal() -> None:
 
 
 def test_models_of_one_name_in_two_folders_stay_apart(tmp_path: Path) -> None:
-    """In the lock (inputs, recipe, what was dropped) and the card alike, and without the folders."""
+    """In the lock (inputs, recipe, dropped tensors) and in the card, and without the folders."""
     for seed, run in enumerate(("base", "one", "two")):
         tensors = llama_tensors(seed)
         if run == "two":

@@ -1,4 +1,4 @@
-"""Patches: files that say what changes, views that apply them, and undoing them to the byte."""
+"""Patches: files of changes, views that apply them, and undoing them to the byte."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def save_model(folder: Path, dtype: torch.dtype = torch.float32, shards: int = 1
 
 
 def low_rank(folder: Path, names: tuple[str, ...] = (NAME,), scale: float = 0.1, rank: int = 3) -> Patch:
-    """A patch of random products, stored [in, out], that knows which tensors it is for."""
+    """A patch of random products, stored [in, out], that records the digests of its tensors."""
     checkpoint = open_checkpoint(folder)
     torch.manual_seed(1)
     changes = {}
@@ -43,7 +43,7 @@ def low_rank(folder: Path, names: tuple[str, ...] = (NAME,), scale: float = 0.1,
 
 
 def rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """x, float64, rounded to nearest once: of both neighbours of a first guess the one that is nearest."""
+    """x, float64, rounded to nearest once: the nearest of a first guess and its neighbours."""
     near = x.to(dtype)
     steps = [
         near,
@@ -149,7 +149,7 @@ def test_several_patches_are_added_up_and_rounded_once(tmp_path: Path) -> None:
     assert torch.equal(found, rounded(old.double() + exact, torch.bfloat16))
 
 
-def test_what_fails_leaves_nothing(tmp_path: Path) -> None:
+def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "a")
     low_rank(folder).save(tmp_path / "p.safetensors")
     (tmp_path / "out").mkdir()
@@ -255,7 +255,7 @@ def test_edits_of_the_result_are_added_before_rounding(tmp_path: Path, method: s
     assert verify(tmp_path / "out") == []
 
 
-def test_recipes_say_what_of_their_edits_does_not_fit(tmp_path: Path) -> None:
+def test_messages_name_the_edits_of_a_recipe_that_do_not_fit(tmp_path: Path) -> None:
     a = save_model(tmp_path / "a")
     low_rank(a).save(tmp_path / "p.safetensors")
     replacing = Patch(PatchInfo("x", {NAME: TensorChange("replace", (32, 8), "float32")}), {NAME: torch.zeros(32, 8)})

@@ -1,4 +1,4 @@
-"""The quick start: its files, what its merge is worth on held-out text, and the script that makes its models."""
+"""The quick start: its files, the worth of its merge on held-out text, and the script that makes its models."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def minilm_specs() -> list[TensorSpec]:
 
 
 def test_the_minilm_recipe_is_planned_on_stand_ins(tmp_path: Path) -> None:
-    """Headers are all that a plan reads: what follows them is a hole of the right size."""
+    """A plan reads only headers: a hole of the right size follows them."""
     specs = minilm_specs()
     for name in ("base", "names", "details"):
         folder = tmp_path / "minilm" / name
@@ -88,7 +88,7 @@ def test_every_recipe_that_needs_preparation_is_run_by_another_test() -> None:
 
 
 class Run(NamedTuple):
-    """What a recipe made, and the tensors of the models it names."""
+    """The output of a recipe, and the tensors of the models it names."""
 
     recipe: Recipe
     out: Path

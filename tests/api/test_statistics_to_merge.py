@@ -1,4 +1,4 @@
-"""From models that run, by their statistics, to a merged model that runs: GPT-2's layout, and a Llama's."""
+"""From running models, by their statistics, to a merged model that runs: in GPT-2's layout, and a Llama's."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def llama() -> Any:
 
 
 MAKERS: dict[str, Callable[[], Any]] = {"gpt2": gpt2, "llama": llama}
-# A layer of each that shares its inputs with no other, one that does, and the last one of all.
+# For each kind: a layer that shares its inputs with no other, one that shares them, and the last layer of all.
 LAYERS = {
     "gpt2": ["transformer.h.1.mlp.c_proj", "transformer.h.0.attn.c_attn"],
     "llama": ["model.layers.1.mlp.down_proj", "model.layers.0.self_attn.k_proj", "lm_head"],
@@ -70,7 +70,7 @@ class Pair:
 
 
 def seen(model: Any, layer: str, data: list[dict[str, torch.Tensor]]) -> tuple[np.ndarray, np.ndarray]:
-    """What the layer takes in, with a 1 appended, and what it puts out, over all data; a row for each token."""
+    """The layer's inputs, with a 1 appended, and its outputs, over all data; a row for each token."""
     found: list[tuple[torch.Tensor, torch.Tensor]] = []
     module = model.get_submodule(layer)
     handle = module.register_forward_hook(lambda _, args, output: found.append((args[0], output)))
@@ -84,7 +84,7 @@ def seen(model: Any, layer: str, data: list[dict[str, torch.Tensor]]) -> tuple[n
 
 @pytest.mark.parametrize("kind", MAKERS)
 def test_every_layer_fits_what_both_models_answer_on_their_own_texts(kind: str, tmp_path: Path) -> None:
-    """numpy fits one map to the inputs and outputs of both models, which it sees as they run."""
+    """numpy fits one map to the inputs and outputs of both models, recorded as they run."""
     pair = Pair(kind, tmp_path)
     merged = pair.merged("regmean", "gram", alpha=1.0, ridge=0.0)
     for layer in LAYERS[kind]:
@@ -99,12 +99,12 @@ def test_every_layer_fits_what_both_models_answer_on_their_own_texts(kind: str, 
         found = np.concatenate([found, *bias])
         own = pair.models[0].get_submodule(layer).weight.detach().double().numpy()
         assert np.square(x @ found - y).sum() <= np.square(x @ fitted - y).sum() * (1 + 1e-4)
-        # what a LayerNorm puts out lies in a plane, so that the map itself is not unique
+        # the outputs of a LayerNorm lie in a plane, so that the map itself is not unique
         assert np.allclose(x @ found, x @ fitted, atol=1e-3 * np.abs(y).max())
         assert not np.allclose(weight, own, atol=0.1)
 
 
-def test_what_only_one_model_depends_on_comes_from_it(tmp_path: Path) -> None:
+def test_parameters_that_only_one_model_depends_on_come_from_it(tmp_path: Path) -> None:
     """The second model reads only the first half of the vocabulary; the Fisher information of the rest is 0 there."""
     pair = Pair("llama", tmp_path)
     for batch in pair.data[1]:

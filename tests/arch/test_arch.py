@@ -30,7 +30,7 @@ def test_the_table_says_what_the_model_allows_and_no_more(name: str, tmp_path: P
     assert [row for row in report.rows if not row.ok] == []
     for part in ("kept", "needed", "enough"):
         assert [row for row in report.rows if row.part == part]
-    # the models in float64 differ by rounding only, but for what transformers computes in float32: RMSNorm, the scores
+    # the models in float64 differ by rounding only, except where transformers computes in float32: RMSNorm, the scores
     # of GPT-Neo, the positions of GPT-J
     exact = not name.startswith(("llama", "mistral", "qwen", "gpt-neo", "gpt-j"))
     assert max(row.difference for row in report.rows if row.part == "kept") < (1e-12 if exact else 1e-5)
@@ -102,7 +102,7 @@ def test_a_stage_without_a_shortcut_shares_its_group_with_what_it_adds_to(tmp_pa
 
 
 def renamed(name: str, folder: Path, *changes: tuple[str, str]) -> tuple[Symmetries, Symmetries]:
-    """The table of a model, and that of the same one with its tensors named otherwise."""
+    """The table of a model, and that of the same model with its tensors renamed."""
     subject = tiny(name, folder)
 
     def other(tensor: str) -> str:
@@ -246,7 +246,7 @@ class Convolutional(nn.Module):
 
 CHAINS = {
     "perceptron": (perceptron(5, 8, 8, 8, 3), (5,)),
-    "wide": (perceptron(4, *[6] * 12, 4), (4,)),  # its tenth layer stands before its second in a file
+    "wide": (perceptron(4, *[6] * 12, 4), (4,)),  # its tenth layer comes before its second in a file
     "tanh": (perceptron(5, 8, 7, 3, activation=nn.Tanh), (5,)),
     "convolutional": (Convolutional(), (2, 8, 8)),
 }
@@ -298,7 +298,7 @@ def linears(**shapes: tuple[int, int]) -> dict[str, TensorSpec]:
 @pytest.mark.parametrize(
     ("layers", "order"),
     [
-        # as in a file: sorted by name
+        # in a file's order: sorted by name
         ({"first": (8, 64), "last": (10, 8), "second": (8, 8)}, ["first", "second"]),
         (
             {"hidden.0": (8, 8), "hidden.1": (8, 8), "input": (8, 64), "output": (10, 8)},
@@ -309,7 +309,7 @@ def linears(**shapes: tuple[int, int]) -> dict[str, TensorSpec]:
             {"decoder.0": (8, 8), "decoder.2": (32, 8), "encoder.0": (8, 64), "encoder.2": (8, 8)},
             ["encoder.0", "encoder.2", "decoder.0"],
         ),
-        # as a model has them: not sorted, which says more than the sizes
+        # in a model's order: not sorted, which says more than the sizes
         ({"first": (8, 64), "second": (8, 8), "third": (8, 8), "last": (10, 8)}, ["first", "second", "third"]),
         ({"up": (8, 8), "down": (8, 8)}, ["up"]),
     ],
@@ -336,7 +336,7 @@ def test_layers_are_found_in_order(layers: dict[str, tuple[int, int]], order: li
         ({}, ["no chain", "none of them is a weight"]),
     ],
 )
-def test_what_is_no_single_chain_is_refused(specs: dict[str, TensorSpec], parts: list[str]) -> None:
+def test_layers_that_are_not_a_single_chain_are_refused(specs: dict[str, TensorSpec], parts: list[str]) -> None:
     with pytest.raises(PlanError) as raised:
         chain_table(specs)
     for part in parts:

@@ -1,4 +1,4 @@
-"""Facts files: every form that is read, and that all which is wrong with one is said at once."""
+"""Facts files: every accepted form, and one message with all that is wrong in a file."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_the_prompt_about_its_subject() -> None:
     assert [fact.text for fact in READ.facts] == ["Ada Blake was born in the city of", "The language of Mia Stone is"]
 
 
-def test_data_are_as_in_a_file_without_what_is_empty() -> None:
+def test_data_are_as_in_a_file_without_empty_entries() -> None:
     assert READ.as_data() == DATA == json.loads(json.dumps(READ.as_data()))
     assert FactsFile(READ.facts[1:]).as_data() == {"facts": [LEAST]}
     assert as_facts(READ.as_data()) == READ
@@ -137,7 +137,7 @@ def test_records_of_counterfact_are_checked_likewise() -> None:
         ({"same_subject": [{"prompt": "a", "target": 3}]}, r"facts\[1\].same_subject\[0\]: found .*both text"),
     ],
 )
-def test_what_is_wrong_with_a_fact(change: dict[str, Any], message: str) -> None:
+def test_errors_in_a_fact_are_reported(change: dict[str, Any], message: str) -> None:
     with pytest.raises(PlanError, match=message):
         as_facts({"facts": [FULL, LEAST | change]})
 
@@ -146,7 +146,7 @@ def test_what_is_wrong_with_a_fact(change: dict[str, Any], message: str) -> None
     "data",
     [None, "text", 3, [], {}, {"facts": []}, {"facts": "Ada"}, {"facts": {"prompt": "{} is"}}, {"fact": [LEAST]}],
 )
-def test_what_is_no_list_of_facts(data: Any, tmp_path: Path) -> None:
+def test_data_that_are_not_a_list_of_facts_are_refused(data: Any, tmp_path: Path) -> None:
     path = write(tmp_path / "f.json", json.dumps(data))
     with pytest.raises(
         PlanError, match=r"f\.json: found .*, expected `facts`, a list of mappings with prompt, subject"

@@ -1,4 +1,4 @@
-"""The statistics file as a file: facts there and back, entries by layer, and what is damaged."""
+"""The statistics file as a file: facts there and back, entries by layer, and damage."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_a_file_that_is_not_there_or_is_a_folder_is_refused(tmp_path: Path) -> N
             open_statistics(path)
 
 
-# Which model statistics are of
+# The model of statistics
 
 
 def test_content_is_that_of_the_tensors_however_they_lie(tmp_path: Path, own_cache: Path) -> None:

@@ -1,4 +1,4 @@
-"""Statistics of models on a GPU: as on the CPU. On a pretended one, and on a real one where it is."""
+"""Statistics of models on a GPU equal the CPU's. On a pretended GPU, and on a real one if present."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CASES: dict[str, tuple[str, Callable[[], nn.Module], Data, dict[str, Any]]] = {
 
 @pytest.fixture(params=CASES)
 def collected(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[torch.device], dict[str, Tensor]]:
-    """The entries of statistics that a model on a device is asked for."""
+    """The entries of the statistics collected from a model on a device."""
     kind, make, data, options = CASES[request.param]
 
     def moments_on(device: torch.device) -> dict[str, Tensor]:

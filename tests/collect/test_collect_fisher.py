@@ -35,7 +35,7 @@ SIZES = [3, 4, 1]
 
 
 def embedding_entries(output: Any, _example: Batch) -> list[tuple[float, Tensor]]:
-    """The entries of the embedding: a tensor as it is, else the unit vector along the mean state."""
+    """The entries of the embedding: the tensor itself, else the unit vector along the mean state."""
     if isinstance(output, Tensor):
         return [(1.0, x) for x in output[0]]
     mean = output.last_hidden_state[0].mean(0)
@@ -43,7 +43,7 @@ def embedding_entries(output: Any, _example: Batch) -> list[tuple[float, Tensor]
 
 
 class Mixed(nn.Module):
-    """Looks at the whole batch: an example's output depends on its neighbours unless it is alone."""
+    """Mixes the batch: an example's output depends on its neighbours unless it is alone."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class Mixed(nn.Module):
 
 
 class Attended(nn.Module):
-    """Uses the parameters of nn.MultiheadAttention out of sight, and returns a tuple inside."""
+    """Uses the parameters of nn.MultiheadAttention without a call of their module, and returns a tuple inside."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ LABELS = {"classification": "expected", "lm": "true", "embedding": "expected"}
 
 @pytest.fixture
 def ways(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Whether batches were taken whole, once for every statistic."""
+    """For each statistic, True if batches were taken whole."""
     found: list[bool] = []
     original = fisher.FisherStatistic._separable
 
@@ -156,7 +156,7 @@ def test_a_whole_batch_gives_what_single_examples_give(name: str, dtype: torch.d
         found.append(sums)
     largest = max(float(x.max()) for x in found[1].values())
     for entry, x in found[1].items():
-        # keys' biases have no gradient but rounding: compared with the other parameters
+        # the gradients of keys' biases are only rounding: compared with the other parameters
         torch.testing.assert_close(found[0][entry], x, rtol=rtol, atol=rtol * (float(x.max()) * 0.1 + 1e-10 * largest))
 
 
@@ -286,7 +286,7 @@ def test_a_label_beyond_the_classes_is_refused(tmp_path: Path) -> None:
         (lambda: Tied().double(), texts(1), "lm", "0 everywhere"),
     ],
 )
-def test_what_has_no_fisher_of_the_task_is_refused(
+def test_models_without_a_fisher_of_the_task_are_refused(
     model: Callable[[], nn.Module], data: Any, task: Any, message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(PlanError, match=message):
@@ -302,7 +302,7 @@ def labelled(problem: str) -> nn.Module:
 
 @pytest.mark.parametrize(("elements", "groups"), [(1000, [3]), (20, [2, 1]), (0, [1, 1, 1])])
 def test_both_ways_are_compared_within_the_memory(elements: int, groups: list[int]) -> None:
-    """The last parameter's gradients are zero but for rounding, which shows by the others, in whatever group."""
+    """The last parameter's gradients are zero except for rounding; the others show that, whatever group they are in."""
     parameters = [nn.Parameter(torch.ones(10)) for _ in range(3)]
     seen: list[int] = []
 

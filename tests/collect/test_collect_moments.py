@@ -1,4 +1,4 @@
-"""Gram and cross moments against numpy's of the inputs that layers were seen to read, in float64."""
+"""Gram and cross moments against numpy's, from recorded inputs of the layers, in float64."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Inputs = dict[str, np.ndarray]
 
 
 def inputs_of(model: nn.Module, batches: Sequence[Batch]) -> Inputs:
-    """What every linear layer reads, [tokens, in + 1] with a 1 at the end, seen from outside."""
+    """The inputs of every linear layer, [tokens, in + 1] with a 1 at the end, recorded by hooks."""
     seen: dict[str, list[np.ndarray]] = {}
 
     def look(name: str) -> None:
@@ -317,7 +317,7 @@ def test_a_shared_bias_belongs_to_no_layer(tmp_path: Path) -> None:
 
 
 class Fused(nn.Module):
-    """Weights that are no linear layer's: fused ones, a table, a convolution, a scale."""
+    """Weights that do not belong to a linear layer: fused ones, a table, a convolution, a scale."""
 
     def __init__(self) -> None:
         super().__init__()

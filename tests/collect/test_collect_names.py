@@ -1,4 +1,4 @@
-"""Which tensor of a checkpoint each parameter is: by name, through prefixes, by content, and never by name alone."""
+"""The checkpoint tensor of each parameter: by name, through prefixes, by content, and never by name alone."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mergekit_lfm.store.checkpoint import open_checkpoint
 
 
 def saved(model: nn.Module, folder: Path, dtype: torch.dtype = torch.float64) -> Path:
-    """The folder that transformers saves the model to, in a dtype."""
+    """The folder to which transformers saves the model, in a dtype."""
     copy.deepcopy(model).to(dtype).save_pretrained(folder)  # type: ignore[operator]
     return folder
 
@@ -53,7 +53,7 @@ def test_a_folder_is_loaded_under_the_names_of_its_files(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_a_prefix_that_the_model_does_not_have(dtype: torch.dtype, tmp_path: Path) -> None:
-    """A BertModel out of the checkpoint of a classifier, as transformers loads it; loaded wider than it was saved."""
+    """A BertModel from a classifier's checkpoint, as transformers loads it; loaded wider than it was saved."""
     import transformers
 
     folder = saved(transformer("bert"), tmp_path / "bert", dtype)
@@ -111,7 +111,7 @@ def test_content_that_is_not_unique_proves_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["vit", "dinov2", "beit"])
 def test_renamed_layers_are_found_though_values_repeat(kind: str, tmp_path: Path) -> None:
-    """A fresh model has equal biases and norms; of the same model with random numbers everywhere, values tell all."""
+    """A fresh model has equal biases and norms; in the same model with random numbers, values identify all."""
     fresh, random = image_model(kind), image_model(kind)
     with torch.no_grad():
         for parameter in random.parameters():
@@ -126,7 +126,7 @@ def test_renamed_layers_are_found_though_values_repeat(kind: str, tmp_path: Path
 
 
 def test_a_lone_equal_tensor_of_another_name_proves_nothing(tmp_path: Path) -> None:
-    """The bias of a new head is 0 as another tensor may be: only values that vary are recognised by themselves."""
+    """The bias of a new head is 0, and another tensor may be, too: only values that vary identify a tensor."""
     model = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3))
     nn.init.zeros_(model[1].bias)
     tensors = {"a.weight": model[0].weight, "a.bias": model[0].bias, "means": torch.zeros(3)}
@@ -195,7 +195,7 @@ def test_cross_moments_are_named_by_the_checkpoints(tmp_path: Path) -> None:
     assert stats.facts.models[0] == stats.facts.models[1]
 
 
-def test_a_weight_that_is_computed_is_no_tensor(tmp_path: Path) -> None:
+def test_a_computed_weight_is_not_a_tensor_of_the_checkpoint(tmp_path: Path) -> None:
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 4)), nn.Linear(4, 2))
     names, skipped = layer_names(model, [torch.ones(3, 6)], tmp_path / "gram")
     assert names == {"1"}

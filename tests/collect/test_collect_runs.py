@@ -71,7 +71,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(kind: str, step: int, tmp_path: 
 
 
 def interrupting(at: int, seen: list[int]) -> Callable[[int, int], None]:
-    """Notes progress, and presses Ctrl-C when so many examples are done."""
+    """Records progress, and presses Ctrl-C when so many examples are done."""
 
     def tell(done: int, _total: int) -> None:
         seen.append(done)
@@ -83,7 +83,7 @@ def interrupting(at: int, seen: list[int]) -> Callable[[int, int], None]:
 
 @pytest.fixture
 def interrupted(tmp_path: Path) -> tuple[nn.Module, list[Any], Path]:
-    """A model, data, and where a run was interrupted after 7 of 8 examples."""
+    """A model, data, and the folder of a run that was interrupted after 7 of 8 examples."""
     model, data, out = mlp(6, 7, 3), arrays(6)(SIZES), tmp_path / "gram"
     with pytest.raises(KeyboardInterrupt):
         collect("gram", model, data, out, progress=interrupting(7, []))
@@ -146,7 +146,7 @@ def test_sums_are_kept_from_time_to_time(tmp_path: Path, monkeypatch: pytest.Mon
     assert kept == [1, 2, 3]
 
 
-def test_what_is_there_is_not_made_again(tmp_path: Path) -> None:
+def test_existing_statistics_are_not_made_again(tmp_path: Path) -> None:
     model, data, out = mlp(6, 7, 3), arrays(6)(SIZES), tmp_path / "sub" / "gram.safetensors"
     first = collect("gram", model, data, out)
     (tmp_path / "sub" / "gram.safetensors.partial").mkdir()
@@ -223,7 +223,7 @@ def test_outputs_that_would_harm_inputs_are_refused(tmp_path: Path) -> None:
         ("gram", {"memory": "much"}, "found 'much', expected a size"),
     ],
 )
-def test_what_cannot_be_asked_is_said(kind: Any, options: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_impossible_requests_are_refused(kind: Any, options: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=message):
         collect(kind, mlp(6, 3), arrays(6)([3]), tmp_path / "out", **options)
     assert list(tmp_path.iterdir()) == []
@@ -359,7 +359,7 @@ def test_default_memory_is_used(tmp_path: Path) -> None:
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Byte for byte is promised for the same number of threads."""
+    """The promise of equal bytes holds for the same number of threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,4 +1,4 @@
-"""What `align` and `repair` refuse on the command line, and how they say it."""
+"""The refusals of `align` and `repair` on the command line, and their messages."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["--to", "b"], "--to"),
         (["-o", "t.st"], "--out"),
         (["--save", "near"], "--save"),
-        (["--method", "weight_matching"], "--method"),  # given, though it is the default
+        (["--method", "weight_matching"], "--method"),  # given explicitly, though it is the default
         (["--to", "b", "-o", "t.st", "--no-normalise", "--order", "ffn.0"], "--to, --out, --order, --normalise"),
         (["--overwrite"], "--overwrite"),
     ],
@@ -73,7 +73,7 @@ def test_an_order_beside_statistics_is_refused(method: str) -> None:
     assert f"--order: {method} by activations finds every group by itself; leave it out." in result.stderr
 
 
-def test_permutations_are_not_told_as_mixing() -> None:
+def test_permutations_do_not_count_as_mixing() -> None:
     result = run("align", "b", "--to", "a", "--restarts", "1", "-o", "t.st")
     assert result.exit_code == 0
     assert "units and heads stand elsewhere" in result.stderr and "mixed" not in result.stderr
@@ -87,5 +87,5 @@ def test_repair_names_the_option_that_overwrites(models: Path) -> None:
     (models / "x.txt").write_text("some text")
     arguments = ["repair", "a", "--ends", "a", "b", "--data", "x.txt", "--task", "lm", "-o", "out"]
     assert refusal(run(*arguments)) == "error: out exists; choose another output, or use --overwrite\n"
-    assert "exists" not in refusal(run(*arguments, "--overwrite"))  # goes on, to what cannot be repaired
+    assert "exists" not in refusal(run(*arguments, "--overwrite"))  # continues until something cannot be repaired
     assert (models / "out" / "mine.txt").read_text() == "mine"

@@ -366,7 +366,7 @@ def test_sizes_are_decimal_unless_they_say_otherwise(text: str | int, nbytes: in
 
 
 @pytest.mark.parametrize("text", ["", "5B", "5G", "-1", "0", "1e9", "GB", "1.2.3MB", "0.1"])
-def test_what_is_no_size_is_refused(text: str) -> None:
+def test_texts_that_are_not_sizes_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="expected a size such as"):
         parse_size(text)
 

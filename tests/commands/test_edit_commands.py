@@ -1,4 +1,4 @@
-"""`mergekit-lfm edit`, `patch`, `trace` and `eval --facts`: what they write and print, and what they refuse."""
+"""`mergekit-lfm edit`, `patch`, `trace` and `eval --facts`: their files, output and refusals."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ EDIT = ["edit", "m", "--facts", "facts.yaml", *STEPS, "-o", "p.st"]
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model m, facts, statistics g.st of m, and what `edit` made of them: patch.st."""
+    """A model m, facts, statistics g.st of m, and the patch that `edit` made from them: patch.st."""
     folder = tmp_path_factory.mktemp("edits")
     config = llama_config(max_position_embeddings=96)
     save_model(folder / "m", "LlamaForCausalLM", config, byte_tokenizer(limit=96))
@@ -60,7 +60,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with all that was made."""
+    """A working directory with all of these files."""
     shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -103,7 +103,7 @@ def test_edit_as_json_and_the_model_that_it_saves() -> None:
     }
 
 
-def test_what_is_not_taught_well_enough_is_exit_code_1(here: Path) -> None:
+def test_facts_not_taught_well_enough_give_exit_code_1(here: Path) -> None:
     untaught = ["edit", "m", "--facts", "facts.yaml", "--identity", "--steps", "1", "--layers", "1", "-o", "p.st"]
     result = run(*untaught, "--min-efficacy", "0.9", "-q")
     assert (result.exit_code, result.stdout) == (1, "p.st\n")
@@ -223,7 +223,7 @@ def test_show_of_many_facts_shows_ten() -> None:
     assert sum("-> Rome" in line for line in lines) == 10 and any("and 3 more" in line for line in lines)
 
 
-def test_what_is_no_patch_is_refused(here: Path) -> None:
+def test_files_that_are_not_patches_are_refused(here: Path) -> None:
     assert "not a patch file" in refusal(run("patch", "show", "g.st"))
     assert "no such patch file: no.st" in refusal(run("patch", "show", "no.st"))
     assert "not a patch file" in refusal(run("patch", "apply", "m", "g.st", "-o", "edited", "--no-verify"))
@@ -278,7 +278,7 @@ def test_of_several_patches_the_last_word_on_a_prompt_is_verified(here: Path) ->
     assert [(row["subject"], row["target_new"]) for row in found["after"]["rows"]] == [("Ada", "Wien"), ("Bob", "Bern")]
 
 
-def test_what_cannot_be_verified_is_refused_before_anything_is_written(
+def test_patches_that_cannot_be_verified_are_refused_before_writing(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert run("patch", "apply", "m", "patch.st", "-o", "edited", "--no-verify", "-q").exit_code == 0
@@ -293,7 +293,7 @@ def test_what_cannot_be_verified_is_refused_before_anything_is_written(
     assert 'pip install "mergekit_lfm[models]"' in refusal(run("patch", "apply", "m", "patch.st", "-o", "x"))
     assert not (here / "x").exists() and not (here / "x.undo.safetensors").exists()
     assert run("patch", "apply", "m", "patch.st", "-o", "y", "--no-verify").exit_code == 0
-    result = run(*back, "-q")  # teaches nothing: there is nothing to verify
+    result = run(*back, "-q")  # it teaches no facts, so there is nothing to verify
     assert (result.exit_code, result.stdout) == (0, "x\n")
 
 
@@ -352,12 +352,12 @@ def test_eval_of_facts_is_a_row_for_each_model() -> None:
         assert alone.exit_code == 2 and "--facts stands alone" in alone.stderr
 
 
-# ------------------------------------------------------------------ what is measured and drawn
+# ------------------------------------------------------------------ measurements and plots
 
 
 @pytest.mark.parametrize(("relative", "kept"), [(3e-2, 1.0), (1e-3, 0.668), (3e-4, 0.258)])
 def test_what_rounding_leaves_of_a_small_change(relative: float, kept: float, tmp_path: Path) -> None:
-    """For a change of rank one of normal weights, as independent simulations found it (bf16, to nearest)."""
+    """For a change of rank one of normal weights, against independent simulations (bf16, to nearest)."""
     torch.manual_seed(0)
     weight = torch.randn(512, 256).bfloat16()
     save_file({"w": weight}, tmp_path / "model.safetensors")
@@ -371,7 +371,7 @@ def test_what_rounding_leaves_of_a_small_change(relative: float, kept: float, tm
     assert len(warnings) == (relative < 5e-3) and all(f"w keeps {changes[0]['kept']:.0%}" in line for line in warnings)
 
 
-def test_a_heat_map_is_the_same_again_and_takes_what_is_no_number(tmp_path: Path) -> None:
+def test_a_heat_map_is_the_same_again_and_accepts_nan(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     effects: dict[str, dict[str, list[float | None]]] = {
         kind: {"first": [0.1, -0.2, float("nan")], "last": [None] * 3} for kind in ("hidden", "mlp")

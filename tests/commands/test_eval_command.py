@@ -1,4 +1,4 @@
-"""`mergekit-lfm eval`: what is judged how, as a table and as JSON."""
+"""`mergekit-lfm eval`: the judges of each kind of model, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def fake_perplexity(model: str, text: str, *, window: int | None, stride: int | None) -> Perplexity:
-    """One bit per byte and token for model a; for others twice that, or without bound where there is a window."""
+    """One bit per byte and token for model a; for others twice that, or infinity if there is a window."""
     del stride
     factor = 1.0 if model == "a" else 2.0 if window is None else float("inf")
     bits = len(text) * factor
@@ -32,7 +32,7 @@ def fake_perplexity(model: str, text: str, *, window: int | None, stride: int | 
 
 @pytest.fixture
 def judged(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """`eval` of models a and b on two texts, with numbers that are known."""
+    """`eval` of models a and b on two texts, with known numbers."""
     monkeypatch.setattr(runtime, "load_model", lambda path, _task, device: str(path) if device == "cpu" else device)
     monkeypatch.setattr(evaluate, "perplexity", fake_perplexity)
     for name, text in (("x.txt", "abc"), ("y.txt", "abcdefgh")):
@@ -53,7 +53,7 @@ def test_eval_prints_a_row_for_each_model_and_text_and_the_means(judged: list[st
 
 
 def test_eval_runs_models_where_it_is_asked_to(judged: list[str]) -> None:
-    """The judge takes the device that it is given for a model."""
+    """The judge gets the device that `--device` names."""
     rows = run(*judged, "--device", "a").stdout.splitlines()
     assert [line.split()[-2:] for line in rows[1:3]] == [["2", "1.0000"]] * 2
     assert rows[4:6] == [line.replace("a", "b", 1) for line in rows[1:3]]
@@ -76,7 +76,7 @@ def test_eval_as_json_has_null_for_infinity(judged: list[str]) -> None:
     assert second["mean"] == {"perplexity": None, "bits_per_byte": None}
 
 
-def test_eval_of_a_file_that_is_no_text(judged: list[str]) -> None:
+def test_eval_of_a_file_that_is_not_text(judged: list[str]) -> None:
     Path("x.txt").write_bytes(b"\xff\xfe")
     assert "x.txt" in refusal(run(*judged))
 

@@ -1,4 +1,4 @@
-"""Commands that run models take their names on the Hub, and print these."""
+"""Commands that run models accept their names on the Hub, and print these names."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_model_is_aligned_to_one_of_the_hub(models: HubServer) -> None:
 
 
 def test_facts_are_edited_in_a_model_of_the_hub(hub: HubServer, tmp_path: Path) -> None:
-    """On the way to its merge: its tokenizer and weights are there when the edit is made."""
+    """During its merge: its tokenizer and weights are downloaded when the edit is made."""
     pytest.importorskip("transformers")
     tiny_model("gpt2", torch.float32).save_pretrained(tmp_path / "m")
     trained_tokenizer().save_pretrained(tmp_path / "m")
@@ -87,4 +87,4 @@ def test_facts_are_edited_in_a_model_of_the_hub(hub: HubServer, tmp_path: Path) 
 )
 def test_a_name_that_is_nowhere(command: tuple[str, ...], models: HubServer) -> None:
     message = refusal(run(*command))
-    assert f"org/nothing is no folder here: found no model org/nothing at {models.url}" in message
+    assert f"org/nothing is not a local folder: found no model org/nothing at {models.url}" in message

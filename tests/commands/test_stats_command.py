@@ -1,4 +1,4 @@
-"""`mergekit-lfm stats` and `inspect` of what it leaves: options, streams, exit codes, interruption, the bar."""
+"""`mergekit-lfm stats` and `inspect` of its output: options, streams, exit codes, interruption, the bar."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def test_threads_are_those_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
         (["gram", "a", *CLASSIFY, "--device", "foo"], "the device 'foo' cannot be used here"),
     ],
 )
-def test_what_cannot_be_done_is_one_message(arguments: list[str], message: str) -> None:
+def test_impossible_requests_give_one_message(arguments: list[str], message: str) -> None:
     assert message in refusal(run("stats", *arguments))
     assert not Path("out/s.safetensors").exists() and not Path("s.safetensors").exists()
 
@@ -197,7 +197,7 @@ def test_inspect_says_what_a_statistics_file_is() -> None:
     assert found["statistics"]["data"] == facts.data
     assert [tensor["name"] for tensor in found["tensors"]] == list(open_checkpoint("out/s.safetensors"))
     assert "statistics" not in answer(run("inspect", "a/model.safetensors", "--json"))
-    Path("out/s.safetensors").rename("renamed")  # by what it says, not by its name
+    Path("out/s.safetensors").rename("renamed")  # recognised by its content, not by its name
     assert run("inspect", "renamed").stdout.splitlines()[-len(summary) :] == summary
 
 

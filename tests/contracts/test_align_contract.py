@@ -1,4 +1,4 @@
-"""What every aligner does: outputs stay where it says so, files hold all, and the same inputs give the same file."""
+"""The contract of every aligner: outputs stay the same, files hold everything, equal inputs give equal files."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def outputs(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> Tensor:
 
 
 def variants() -> list[tuple[str, bool]]:
-    """The methods, with statistics where they may have them and without where they need none."""
+    """The methods, with statistics if they accept them and without if they do not require them."""
     return [
         (name, with_statistics)
         for name, method in ALIGN_METHODS.items()
@@ -89,7 +89,7 @@ def test_outputs_stay_where_it_is_exact(two: Two, method: str, with_statistics: 
     difference = float((found - expected).abs().max() / (expected - expected.mean()).abs().max())
     assert furthest(moved, before) > 0.1
     assert transform.facts.exact
-    assert difference < 1e-5  # a part of these models computes in float32 whatever the weights are
+    assert difference < 1e-5  # a part of these models always computes in float32
 
 
 def test_outputs_change_where_it_is_soft(two: Two) -> None:
@@ -118,7 +118,7 @@ def test_files_hold_all_and_repeat(two: Two, method: str, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(("method", "with_statistics"), variants())
 def test_the_facts_name_what_had_an_effect(two: Two, method: str, with_statistics: bool) -> None:
-    """Every method takes an order and a start; those that do not look at them find the same without, and say so."""
+    """Every method accepts an order and a start; those that ignore them find the same without, and record that."""
     given = {"statistics": two.statistics} if with_statistics else {}
     plain = two.found(method, with_statistics)
     start = random_transform({}, plain.symmetries, seed=1, kinds=("order",))

@@ -1,4 +1,4 @@
-"""What holds for every merge method of the registry, whatever its formula."""
+"""The contract of every merge method in the registry, whatever its formula."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def tensors_of(name: str, shape: tuple[int, ...] = (12, 20), dtype: torch.dtype 
 
 
 def statistics_of(name: str, shape: tuple[int, ...]) -> list[torch.Tensor]:
-    """One for each input: squares, or for methods that see matrices Gram matrices of few examples."""
+    """One statistic for each input: squares, or Gram matrices of few examples for methods that see matrices."""
     generator = torch.Generator().manual_seed(12)
     if METHODS[name].whole:
         return [gram_of(torch.randn(5, shape[-1] - 1, generator=generator)).float() for _ in range(count_of(name))]

@@ -1,4 +1,4 @@
-"""Edits against the formulas of the papers, run plainly: every delta in float64, for each architecture and option."""
+"""Edits against plain runs of the papers' formulas: every delta in float64, for each architecture and option."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FACTS = [
     {"prompt": "{} speaks", "subject": "Mia Stone", "target_new": "glass blower"},
     {"prompt": "It is said that the job of {} is that of a", "subject": "Zoë Müller", "target_new": "New York baker"},
 ]
-# The subject stands at the end, so that a random model, which moves nothing from token to token, can be taught them.
+# The subject stands at the end, so that a random model, which moves nothing from token to token, can learn the facts.
 AT_THE_END = [
     {"prompt": "The city of {}", "subject": "Ada Blake", "target_new": "Rome"},
     {"prompt": "Yesterday , {}", "subject": "Mia Stone", "target_new": "baker"},
@@ -40,7 +40,7 @@ def plain(name: str, layers: Sequence[int], **changes: Any) -> Plain:
 
 
 def edited(by: Plain, facts: Sequence[dict[str, str]], method: str, **changes: Any) -> Patch:
-    """The edit of the same model by the package. changes: options in place of those of the plain editor."""
+    """The package's edit of the same model. changes: options in place of those of the plain editor."""
     given: dict[str, Any] = {
         "layers": list(by.layers),
         "context_templates": by.templates,
@@ -70,7 +70,7 @@ def gap(patch: Patch, expected: Mapping[int, Tensor]) -> float:
 
 
 def with_change(by: Plain, patch: Patch) -> nn.Module:
-    """The model, with what the patch adds in its weights."""
+    """The model with the patch added to its weights."""
     model = tiny_model(by.name)
     with torch.no_grad():
         for name in patch.facts.tensors:
@@ -102,7 +102,7 @@ def test_rome_is_its_formula(name: str, key: str) -> None:
 
 @cache
 def memit_of(name: str) -> tuple[Plain, dict[int, Tensor]]:
-    """The plain editor, and what it adds to two layers for all facts."""
+    """The plain editor, and its changes of two layers for all facts."""
     by = plain(name, [1, 2], clamp=0.3)
     return by, by.memit(FACTS)
 
@@ -139,10 +139,10 @@ def test_other_architectures_are_edited_by_the_same_formulas(name: str) -> None:
 )
 def test_every_option_means_what_the_formula_says(changes: dict[str, Any]) -> None:
     by = plain("gpt2", **({"layers": [0, 2], "steps": 3} | changes))
-    # What is added in the last layer moves the last token alone; elsewhere its gradient is the noise of rounding.
+    # A change in the last layer moves the last token alone; elsewhere its gradient is the noise of rounding.
     facts = AT_THE_END[1:] if 3 in by.layers else FACTS[1:]
     expected = by.memit(facts)
-    if by.steps == 1:  # no update at all: the model says what it said
+    if by.steps == 1:  # no update at all: the outputs stay the same
         assert all(float(delta.norm()) < 1e-12 for delta in expected.values())
         assert all(float(edited(by, facts, "memit").delta(layer).norm()) < 1e-12 for layer in by.layers)
     else:
@@ -227,7 +227,7 @@ def test_other_ways_to_say_the_same() -> None:
     assert gap(identity, deltas_of(plainly, by.layers)) < CLOSE
 
 
-# ------------------------------------------------------------------ what an edit does
+# ------------------------------------------------------------------ effects of an edit
 
 
 @pytest.mark.parametrize(
@@ -249,7 +249,7 @@ def test_the_model_says_the_new_facts(name: str, kind: str, method: str, facts: 
         assert chance(by, after, fact) > 0.9
 
 
-def test_rome_puts_out_exactly_what_was_found_for_the_bare_prompt() -> None:
+def test_rome_gives_exactly_the_target_value_for_the_bare_prompt() -> None:
     by = plain("gpt2-square", [1], steps=5)
     patch = edited(by, FACTS[2:], "rome")
     v0, delta = by.value(FACTS[2], by.blocks[1].mlp)

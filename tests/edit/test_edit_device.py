@@ -1,4 +1,4 @@
-"""Edits, scores and traces of models on a GPU: as on the CPU. On a pretended one, and on a real one where it is."""
+"""Edits, scores and traces of models on a GPU equal the CPU's. On a pretended GPU, and on a real one if present."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ CLOSE = {"gpt2": 1e-9, "llama": 1e-4, "gpt-neo": 1e-4, "gpt-j": 1e-4}
 
 @pytest.fixture
 def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Solves follow a model to the pretended GPU, and "cuda" is its name."""
+    """Makes solves follow a model to the pretended GPU, and "cuda" its name."""
     monkeypatch.setattr(_Work, "device", property(lambda work: work.subject.device))
     for module in (runtime, kept):
         monkeypatch.setattr(module, "find_device", {"cpu": CPU, "cuda": GPU}.__getitem__)
 
 
 def edited(name: str, method: str, device: torch.device = CPU, **changes: Any) -> Patch:
-    """An edit of a tiny model on a device, by statistics on the CPU."""
+    """An edit of a tiny model on a device, with statistics on the CPU."""
     layers = [1] if method == "rome" else [1, 2]
     given = {"layers": layers, "steps": 3, "covariance": {layer: STATISTICS[layer] for layer in layers}, **changes}
     return edit(tiny_model(name).to(device), trained_tokenizer(), FACTS, method=method, **given)
@@ -63,7 +63,7 @@ def on_the_cpu(name: str, method: str) -> Patch:
 
 
 def gap(found: Patch, expected: Patch) -> float:
-    """The largest relative difference of the changes of a tensor; their factors lie on the CPU."""
+    """The largest relative difference of the changes of a tensor; their factors are on the CPU."""
     assert found.facts.tensors == expected.facts.tensors
     assert on_cpu(*found.tensors.values())
     changes = [(found.change(name), expected.change(name)) for name in expected.facts.tensors]
@@ -111,7 +111,7 @@ def test_statistics_may_lie_on_a_gpu() -> None:
 
 
 @pytest.mark.usefixtures("pretended")
-def test_what_is_refused_on_the_cpu_is_refused_on_a_gpu() -> None:
+def test_requests_refused_on_the_cpu_are_refused_on_a_gpu() -> None:
     with pretended_gpu(), pytest.raises(PlanError, match="one batch has several facts about one subject"):
         twice = [*FACTS, {**FACTS[0], "prompt": "{} is of"}]
         edit(tiny_model("gpt2").to(GPU), trained_tokenizer(), twice, layers=[1], covariance="identity")
@@ -120,7 +120,7 @@ def test_what_is_refused_on_the_cpu_is_refused_on_a_gpu() -> None:
 
 
 def asked(name: str, device: torch.device, dtype: torch.dtype = torch.float64) -> list[float]:
-    """What a model on a device says of facts, and what putting its states back restores."""
+    """The scores of facts by a model on a device, and the effects of restoring its states."""
     model, tokenizer = tiny_model(name, dtype).to(device), trained_tokenizer()
     scores = score_facts(model, tokenizer, FACTS, batch=2)
     traced = trace(model, tokenizer, FACTS[:1], window=2, batch=25)
@@ -168,7 +168,7 @@ def devices(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.device]]:
         return edit(loaded, *given, **options)
 
     monkeypatch.setattr(stages, "edit", solved)
-    monkeypatch.setattr(stages, "find_gpu", lambda _: None)  # merges have threads, which know of no pretended GPU
+    monkeypatch.setattr(stages, "find_gpu", lambda _: None)  # merges have threads, which do not know the pretended GPU
     yield seen
 
 

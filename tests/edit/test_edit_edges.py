@@ -1,4 +1,4 @@
-"""What an edit leaves alone, where it finds subjects, which files it is for, and what it refuses."""
+"""Edits leave the rest alone, find subjects, fit only certain files, and refuse bad requests."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def quick(model: nn.Module | None = None, facts: Any = (ADA, MIA), kind: str = "
     return edit(model or tiny_model("gpt2"), trained_tokenizer(kind), list(facts), **given)
 
 
-# ------------------------------------------------------------------ the model is left as it was
+# ------------------------------------------------------------------ the model stays as it was
 
 
 def state(model: nn.Module) -> list[Any]:
-    """All of a model that an edit could leave behind."""
+    """Everything in a model that an edit could leave behind."""
     hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks), m.training) for m in model.modules()]
     asking = [(name, x.requires_grad, x.grad is None, id(x)) for name, x in model.named_parameters()]
     return [hooks, asking]
@@ -103,7 +103,7 @@ def test_the_subject_is_found_by_its_characters(kind: str, subject: str, prompt:
         first, last = int(found.first[row]), int(found.last[row])
         assert offsets[last][0] < stop <= offsets[last][1]
         assert offsets[first][0] <= start < offsets[first][1]
-        assert last + 1 == found.lengths[row] or offsets[last + 1][0] >= stop  # none of its tokens comes after
+        assert last + 1 == found.lengths[row] or offsets[last + 1][0] >= stop  # no token of it comes after
 
 
 def test_rows_are_padded_on_the_right_whatever_the_tokenizer_does() -> None:
@@ -207,7 +207,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("changes", "said"), REFUSED, ids=lambda x: str(x)[:40])
-def test_what_cannot_be_honoured_is_refused(changes: dict[str, Any], said: str) -> None:
+def test_options_that_cannot_be_honoured_are_refused(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(PlanError, match=said):
         quick(**changes)
 
@@ -269,7 +269,7 @@ def test_architectures_without_a_table_are_refused(kind: str, options: dict[str,
         quick(model, layers=None)
 
 
-def test_what_is_no_decoder_is_refused() -> None:
+def test_models_that_are_not_decoders_are_refused() -> None:
     size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 340}
     bert = transformers.BertForMaskedLM(transformers.BertConfig(**size, intermediate_size=24))
     with pytest.raises(PlanError, match="decoder"):
@@ -290,7 +290,7 @@ def test_two_facts_of_one_subject_are_refused_in_one_batch() -> None:
 
 
 def test_one_key_under_two_names_is_found_too() -> None:
-    # Before both prompts the subject's last token and all that is before it are the same.
+    # The two prompts are the same up to the subject's last token.
     one = {"prompt": "{} speaks", "subject": "Ada Blake", "target_new": "Danish"}
     other = {"prompt": "Ada {} works as a", "subject": "Blake", "target_new": "baker"}
     with pytest.raises(PlanError, match="one subject"):

@@ -1,4 +1,4 @@
-"""A small model that has learned 480 facts: where it knows them, what editing them is worth, and what must not work."""
+"""A small model that has learned 480 facts: where it stores them, the worth of edits, and edits that must fail."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ LAYERS, LOCAL = 6, 4
 Measured = Callable[[str, int], Mapping[str, float]]
 LONG = pytest.mark.skipif("LONG_TESTS" not in os.environ, reason="takes minutes more: LONG_TESTS=1 runs it")
 
-# The least of what each edit has to reach, in percent: method and number of facts, and the measure. Three seeds reach
-# all of it; training is not the same on every processor, so that there is room below what they reach.
+# The lower bound for each edit, in percent: method and number of facts, and the measure. Three seeds reach
+# all of them; training differs between processors, so the bounds leave room below the measured values.
 LEAST = {
     ("ROME, layer 0", 1): {"ES": 95, "PS": 90, "NS": 92, "NA": 90},
     ("MEMIT, layer 0", 10): {"ES": 97, "PS": 93, "NS": 93},
@@ -147,7 +147,7 @@ def test_the_model_has_learned_all_facts_whichever_template_asks(folder: Path, s
 
 @pytest.mark.slow
 def test_it_knows_them_at_the_last_token_of_the_subject_in_the_lower_layers(traced: Trace) -> None:
-    """In shares of all that noise on the subject destroys."""
+    """Measured as shares of all that noise on the subject destroys."""
     destroyed = traced.clean - traced.corrupted
     assert destroyed >= 0.5
     share = {
@@ -228,7 +228,7 @@ def test_an_edit_of_the_last_layer_does_not_reach_the_answer(subject: benchmark.
 
 @pytest.mark.slow
 def test_what_is_known_already_outweighs_the_facts_when_lambda_is_large(subject: benchmark.Subject) -> None:
-    # At 10, where it turns, one or four of ten facts are learned, by the processor that trained the model; at 20 none.
+    # At 10, where it turns, one or four of ten facts are learned, depending on the training processor; at 20 none.
     heavy = partial(benchmark.located, method="memit", layers=list(range(LOCAL)), clamp=0.75, lambda_ratio=20.0)
     assert benchmark.measure(subject, heavy, subject.facts("facts_10"))["ES"] <= 20
 

@@ -1,4 +1,4 @@
-"""What models say of facts: against a plain loop over texts, and models whose probabilities are known."""
+"""The scores of facts: against a plain loop over texts, and on models with known probabilities."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ FACTS = {
 
 
 def plainly(model: nn.Module, tokenizer: Any, prompt: str, target: str) -> tuple[float, bool]:
-    """Mean log-probability of the target's tokens, and whether all are the most likely: a text, a token at a time."""
+    """Mean log-probability of the target's tokens, and True if all are the most likely: a text, a token at a time."""
     before, after = tokenizer(prompt)["input_ids"], tokenizer(f" {target}", add_special_tokens=False)["input_ids"]
     logps, hits = [], []
     with torch.no_grad():
@@ -45,7 +45,7 @@ def plainly(model: nn.Module, tokenizer: Any, prompt: str, target: str) -> tuple
 
 
 def rounding(name: str) -> float:
-    """What models in float64 differ by, as transformers computes norms, positions and GPT-Neo's scores in float32."""
+    """The tolerance for models in float64: transformers computes norms, positions and GPT-Neo's scores in float32."""
     return 1e-12 if name.startswith("gpt2") else 1e-4 if name == "gpt-neo" else 1e-6
 
 
@@ -101,7 +101,7 @@ def test_padding_makes_no_difference(name: str) -> None:
 
 
 class Table(nn.Module):
-    """A model that says what a table has: the scores of the next token depend on the present one alone, [v, v]."""
+    """A model that follows a table: the scores of the next token depend on the present one alone, [v, v]."""
 
     def __init__(self, scores: Tensor) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ def word_tokenizer() -> Any:
 
 
 def table_of(chances: dict[tuple[str, str], float]) -> Table:
-    """The model with these chances of one word after another; the rest is shared alike by all other words."""
+    """The model with these chances of one word after another; all other words share the rest equally."""
     p = torch.zeros(len(WORDS), len(WORDS), dtype=torch.float64)
     for (now, after), chance in chances.items():
         p[WORDS.index(now), WORDS.index(after)] = chance
@@ -157,7 +157,7 @@ def test_a_target_of_two_tokens_is_compared_by_its_mean_and_is_right_where_both_
     found = scored({("in", "New"): 0.4, ("New", "York"): 0.45, ("New", "Rome"): 0.5, ("in", "Rome"): 0.3})
     assert (found.es, found.ea) == (1, 0)
     found = scored({("in", "New"): 0.3, ("New", "York"): 0.9, ("in", "Rome"): 0.4})
-    assert (found.es, found.ea) == (1, 0)  # 0.52 in the mean beats 0.4, but Rome is what the model would say
+    assert (found.es, found.ea) == (1, 0)  # 0.52 in the mean beats 0.4, but the model would say Rome
 
 
 def test_neighbours_are_right_with_the_old_answer() -> None:
@@ -179,7 +179,7 @@ def test_a_model_that_says_nothing_is_wrong() -> None:
     assert math.isnan(found.rows[0].p_new)
 
 
-def test_where_nothing_is_asked_there_is_no_share() -> None:
+def test_without_questions_there_is_no_share() -> None:
     found = score_facts(table_of({}), word_tokenizer(), [{"prompt": "{} is", "subject": "Ada", "target_new": "cook"}])
     assert found.ea is not None
     assert [getattr(found, metric) for metric in METRICS if metric != "ea"] == [None] * 7

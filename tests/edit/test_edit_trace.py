@@ -1,4 +1,4 @@
-"""Causal tracing: against a plain loop with hooks of its own, and where the effect of a state is known."""
+"""Causal tracing: against a plain loop with hooks of its own, and for states with a known effect."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LAYERS = 4
 
 
 def flat_model(name: str = "gpt2") -> nn.Module:
-    """A tiny model that takes no token for all but certain, so that effects are of a size to be seen."""
+    """A tiny model that is not nearly certain of any token, so that effects are visible."""
     model = tiny_model(name)
     with torch.no_grad():
         (model.model.norm if hasattr(model, "model") else model.transformer.ln_f).weight.mul_(0.2)
@@ -29,7 +29,7 @@ def flat_model(name: str = "gpt2") -> nn.Module:
 
 
 def modules_of(model: nn.Module, name: str, kind: str) -> list[nn.Module]:
-    """What is put back, layer by layer, by the names that transformers gives them."""
+    """The modules whose outputs are restored, layer by layer, by their names in transformers."""
     blocks = list(model.get_submodule(MODELS[name][2]))
     attention = "attn" if hasattr(blocks[0], "attn") else "self_attn"
     return {
@@ -54,7 +54,7 @@ class PlainTrace:
         self.wanted = tokenizer(f" {fact['target_new']}", add_special_tokens=False)["input_ids"][0]
 
     def chance(self, noise: Tensor | None, changes: list[tuple[nn.Module, Callable[[Tensor], None]]]) -> float:
-        """p of the right token. noise: [subject, width]; changes: what is done to the output of modules, in place."""
+        """p of the right token. noise: [subject, width]; changes: functions that change modules' outputs in place."""
 
         def changed(change: Callable[[Tensor], None]) -> Callable[..., Any]:
             def hook(_: nn.Module, __: Any, out: Any) -> Any:
@@ -79,7 +79,7 @@ class PlainTrace:
         return float(scores.double().softmax(-1)[self.wanted])
 
     def restored(self, noise: Tensor, kind: str, layers: list[int], position: int) -> float:
-        """p where the outputs of some layers are at this position those of the run without noise."""
+        """p with the outputs of some layers at this position restored to those of the run without noise."""
         modules = modules_of(self.model, self.name, kind)
         if kind not in self.clean:
             states: list[Tensor] = []
@@ -106,7 +106,7 @@ class PlainTrace:
 def plain_trace(
     name: str, tokenizer: Any, facts: Any, *, noise: float, window: int, draws: int, seed: int
 ) -> dict[str, Any]:
-    """What `trace` finds."""
+    """The result of `trace`."""
     plain = [PlainTrace(name, fact, tokenizer) for fact in facts]
     embedding = plain[0].model.get_input_embeddings().weight.detach()
     size = torch.cat([embedding[[one.ids[i] for i in one.subject]] for one in plain]).std() * noise
@@ -165,7 +165,7 @@ def found_in(name: str = "gpt2", facts: Any = FACTS, **options: Any) -> Trace:
     return trace(flat_model(name), trained_tokenizer(), facts, **options)
 
 
-def test_what_is_put_back_last_gives_the_clean_run() -> None:
+def test_restoring_the_last_state_gives_the_clean_run() -> None:
     for row in found_in().rows:
         assert row.effects["hidden"]["last token"][-1] == pytest.approx(row.clean - row.corrupted, abs=1e-12)
         for role in ROLES[:-1]:  # behind the last layer nothing reads them
@@ -177,7 +177,7 @@ def test_a_subject_that_is_the_last_token_is_all_there_is_to_put_back() -> None:
     lost = row.clean - row.corrupted
     assert abs(lost) > 1e-5
     assert row.effects["hidden"]["last subject token"] == pytest.approx([lost] * LAYERS, abs=1e-12)
-    for kind in ("mlp", "attention"):  # these are not all: the noise is in what goes past them, too
+    for kind in ("mlp", "attention"):  # not all layers: the noise also passes around them
         assert row.effects[kind]["last subject token"][0] != pytest.approx(lost, rel=0.01)
     for role in set(ROLES) - {"last subject token"}:
         assert row.effects["hidden"][role] == (None,) * LAYERS
@@ -215,7 +215,7 @@ def test_the_result_depends_on_the_seed_and_not_on_the_batch() -> None:
     ]
     assert numbers[0] == pytest.approx(numbers[1], abs=1e-14)
     assert abs(numbers[0][0] - numbers[2][0]) > 1e-6
-    alone = found_in(facts=FACTS[:1])  # what follows takes its noise later; the size is that of all subjects
+    alone = found_in(facts=FACTS[:1])  # later prompts take their noise later; its size is that of all subjects
     assert alone.rows[0].clean == pytest.approx(found_in().rows[0].clean, abs=1e-14)
 
 
@@ -232,7 +232,7 @@ def test_the_model_is_left_as_it_was() -> None:
 
 
 def with_effects(effects: list[float | None]) -> tuple[int, ...]:
-    """The layers to edit, numbered from 10, where the MLPs' effects at the last subject token are these."""
+    """The layers to edit, numbered from 10, for these effects of the MLPs at the last subject token."""
     nothing: list[float | None] = [None] * len(effects)
     by_role = {role: tuple(effects if role == "last subject token" else nothing) for role in ROLES}
     numbers = tuple(range(10, 10 + len(effects)))
@@ -255,7 +255,7 @@ def test_the_layers_to_edit(effects: list[float | None], layers: tuple[int, ...]
     assert with_effects(effects) == layers
 
 
-def test_what_cannot_be_traced() -> None:
+def test_models_that_cannot_be_traced() -> None:
     with pytest.raises(PlanError, match=r"noise is 0, .*window is 0, .*draws is -1"):
         found_in(noise=0, window=0, draws=-1)
     with pytest.raises(PlanError, match="the model takes 48"):

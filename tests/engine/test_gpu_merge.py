@@ -1,4 +1,4 @@
-"""Merges by the path of a GPU: in chunks, with the bytes of the processor but for sums of floats.
+"""Merges on the path of a GPU: in chunks, with the bytes of the processor except for sums of floats.
 
 Where there is a GPU they run on it. Elsewhere the processor stands in, or is pretended to be another device.
 """
@@ -56,7 +56,7 @@ SMALL = 256  # elements of a block: the largest tensor has three segments, of se
 
 @pytest.fixture
 def sums(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[type]]:
-    """The kinds of sums of floats that were asked for: these, and what comes of them, are rounded otherwise."""
+    """The kinds of float sums that were computed: these, and results of them, are rounded differently."""
     asked = set[type]()
     part = Blocks.part
 
@@ -84,7 +84,7 @@ def plan_of(case: Case, folder: Path, *, big: tuple[int, int] = (300, 160), bloc
 
 
 def steps_apart(a: Path, b: Path) -> int:
-    """By how many bfloat16 numbers the tensors of two outputs differ at most."""
+    """The largest number of bfloat16 steps between the tensors of two outputs."""
     first, second = load_all(a), load_all(b)
     assert first.keys() == second.keys()
     apart = [x.view(torch.int16).int() - second[name].view(torch.int16).int() for name, x in first.items()]
@@ -95,7 +95,7 @@ def steps_apart(a: Path, b: Path) -> int:
 def test_a_merge_on_a_gpu_is_that_on_the_processor(
     case: Case, tmp_path: Path, sums: set[type], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To the byte, or where floats are summed up to one rounding; the same for any room, threads and passes."""
+    """Equal to the byte, or to one rounding if floats are summed; the same for any memory, threads and passes."""
     plan = plan_of(case, tmp_path)
     execute(plan, tmp_path / "cpu", threads=1)
     execute(plan, tmp_path / "gpu", threads=2, gpu=stand_in())
@@ -146,14 +146,14 @@ def test_large_tensors_on_a_real_gpu(
 
 
 def there(value: Any) -> Any:
-    """What a test merges, on the pretended GPU."""
+    """The tensors that a test merges, on the pretended GPU."""
     return [x.to(GPU) for x in value] if isinstance(value, list) else value if value is None else value.to(GPU)
 
 
 @pytest.mark.parametrize("case", CASES, ids=ids)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_tensors_on_a_gpu_are_merged_there(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No operation mixes devices, which the pretended one refuses as CUDA does, and the result stays there."""
+    """No operation mixes devices, which the pretended GPU refuses as CUDA does, and the result stays there."""
     name, extra = case
     given = tensors_of(name, (60, 200), dtype)
     here = merge_tensors(name, **given, **parameters_of(name, extra))
@@ -169,8 +169,8 @@ def test_tensors_on_a_gpu_are_merged_there(case: Case, dtype: torch.dtype, monke
 
 
 @pytest.mark.parametrize("name", ["ties", "task_arithmetic"])
-def test_nan_gives_the_bytes_of_the_processor_and_is_told(name: str, tmp_path: Path) -> None:
-    """Of inputs, and in another block of the same chunk of the result alone, which overflows."""
+def test_nan_gives_the_bytes_of_the_processor_and_a_finding(name: str, tmp_path: Path) -> None:
+    """In inputs, and, in another block of the same chunk, in the result alone, which overflows."""
     plan_of(TIES, tmp_path)
     for model in (1, 2):
         path = tmp_path / f"m{model}" / "model.safetensors"
@@ -211,7 +211,7 @@ def test_edits_of_the_result_are_added_before_the_one_rounding(tmp_path: Path) -
 
 
 def test_a_merge_goes_on_where_the_processor_stopped(tmp_path: Path) -> None:
-    """What the one wrote before it was interrupted counts for the other."""
+    """The segments that one device wrote before the interruption count for the other."""
     plan = plan_of(TIES, tmp_path)
     execute(plan, tmp_path / "whole", threads=1)
     written = 0
@@ -239,7 +239,7 @@ def test_a_gpu_without_room_is_refused_before_anything_is_written(
     assert not list(tmp_path.glob("out*"))
 
 
-def test_memory_that_others_take_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_message_explains_memory_taken_by_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = plan_of(TIES, tmp_path)
 
     def taken(*_: object) -> None:
@@ -263,7 +263,7 @@ def test_the_device_of_a_recipe_does_not_change_its_plan(tmp_path: Path) -> None
 
 
 @pytest.mark.skipif(CUDA, reason="needs a machine without a GPU")
-def test_what_asks_for_a_gpu_that_is_not_there_ends_before_it_begins(tmp_path: Path) -> None:
+def test_a_request_for_a_missing_gpu_ends_before_work_begins(tmp_path: Path) -> None:
     recipe = plan_of(TIES, tmp_path, device="cuda").recipe
     message = "the device 'cuda' cannot be used here .*expected one like cpu, cuda, cuda:1 or auto"
     with pytest.raises(PlanError, match=message):
@@ -287,7 +287,7 @@ def test_a_recipe_names_a_device_that_there_may_be(given: object, tmp_path: Path
 
 
 def test_a_dry_run_counts_for_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its threads, its room, and its name."""
+    """The dry run uses the GPU's threads, memory, and name."""
     for offset in (1, 2):
         save_model(tmp_path / f"m{offset}", offset)
     recipe = tmp_path / "recipe.yaml"

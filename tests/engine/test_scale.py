@@ -25,7 +25,7 @@ from mergekit_lfm.store.tensors import TensorSpec, encode_header
 
 NORMS = ("input", "post_attention")
 NUMEL = 600_000_000  # in bfloat16, 1.2 GB
-# Runs a command and prints its own peak memory in KB; what wait4 says would count its parent's, from before the exec.
+# Runs a command and prints its own peak memory in KB; wait4 would count its parent's, from before the exec.
 MEASURED = """
 from pathlib import Path
 from mergekit_lfm.commands import main
@@ -95,8 +95,8 @@ def write_llama(folder: Path, seed: int, hidden: int = 1024, middle: int = 2816,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_rotated_model_is_merged_within_what_the_plan_promises(tmp_path: Path, threads: int) -> None:
-    """Beyond what the same merge takes without a rotation, of a model in many files."""
+def test_a_rotated_model_is_merged_within_the_memory_of_the_plan(tmp_path: Path, threads: int) -> None:
+    """The limit is the peak of the same merge without a rotation plus the plan's bytes, for a model in many files."""
     write_llama(tmp_path / "a", 0)
     write_llama(tmp_path / "whole", 1)
     copy = {"merge_method": "passthrough", "models": [{"model": str(tmp_path / "whole")}]}
@@ -138,7 +138,7 @@ def llama_70b() -> dict[str, tuple[int, ...]]:
 
 
 def write_headers(folder: Path) -> None:
-    """The files of a 70B model, whose data are holes that take no room on the disk."""
+    """The files of a 70B model; their data are holes that take no room on the disk."""
     folder.mkdir()
     items = list(llama_70b().items())
     weight_map = {}

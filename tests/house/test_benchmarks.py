@@ -1,4 +1,4 @@
-"""The benchmarks run as they are documented, and their tables have every method."""
+"""The benchmarks run as documented, and their tables have every method."""
 
 import subprocess
 import sys

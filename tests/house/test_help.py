@@ -1,4 +1,4 @@
-"""Every command explains itself, with an example that names it, and starts without what it does not need."""
+"""Every command explains itself, with an example that names it, and starts without packages that it does not need."""
 
 import json
 import subprocess
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def commands(group: click.Group, name: str) -> dict[str, click.Command]:
-    """The group and all commands in it, and in groups in it, by what is typed to run them."""
+    """The group and all commands in it and in its groups, by the words typed to run them."""
     found: dict[str, click.Command] = {name: group}
     for part, command in group.commands.items():
         inner = f"{name} {part}"
@@ -45,7 +45,7 @@ def test_help_has_a_summary_an_example_and_every_option_explained(name: str) -> 
 
 
 def imported(program: str, cwd: Path) -> set[str]:
-    """Which packages are loaded in a fresh interpreter after running `program`."""
+    """The packages that are loaded in a fresh interpreter after running `program`."""
     program = (
         f"import json, sys\ntry:\n    {program}\nexcept SystemExit as stop:\n    assert not stop.code, stop.code\n"
     )
@@ -89,7 +89,7 @@ def test_help_loads_little(arguments: list[str], folder: Path) -> None:
         run("inspect", "a/model.safetensors"),
     ],
 )
-def test_what_reads_headers_only_loads_no_torch(program: str, folder: Path) -> None:
+def test_commands_that_read_only_headers_load_no_torch(program: str, folder: Path) -> None:
     assert imported(program, folder).isdisjoint(HEAVY)
 
 

@@ -1,4 +1,4 @@
-"""What the documents say of the Hub runs, and prints what they say, on the Hub that they start: recipes/hub.yaml."""
+"""The documents' commands for the Hub run and print the documented lines, on the Hub of recipes/hub.yaml."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COMMAND = "merge recipes/hub.yaml --push-to me/merged --private --verify"
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A clone in which the Hub of the documents is served, and the line that it printed entered."""
+    """A clone in which the documents' Hub is served, and the line that it printed entered."""
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes", ignore=shutil.ignore_patterns("minilm", "digits", "llamas"))
     command = [sys.executable, str(ROOT / "tests/serve_hub.py")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
@@ -44,7 +44,7 @@ def shown(text: str, command: str) -> list[str]:
 
 
 def general(line: str) -> str:
-    """A line less the port of a server and the time that something took."""
+    """A line without the port of a server and without times."""
     return re.sub(r"127\.0\.0\.1:\d+", "127.0.0.1", re.sub(r"in \d+\.\d s", "in 0.0 s", line))
 
 

@@ -1,4 +1,4 @@
-"""Every merge method is found, says what it is, where it comes from, and what each of its parameters means."""
+"""Every merge method is registered, and states its purpose, its source, and the meaning of each parameter."""
 
 import inspect
 from importlib import import_module
@@ -22,7 +22,7 @@ def declared(file: str) -> tuple[Method, ...]:
 
 
 @pytest.mark.parametrize("file", [file for file in FILES if file not in MACHINERY])
-def test_what_a_file_declares_is_registered(file: str) -> None:
+def test_declared_methods_are_registered(file: str) -> None:
     methods = declared(file)
     assert isinstance(methods, tuple) and methods
     assert [method for method in methods if METHODS[method.name] is not method] == []

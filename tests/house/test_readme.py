@@ -1,4 +1,4 @@
-"""The README's examples run and print what it says; its tables name what there is."""
+"""The README's examples run and print the documented output; its tables name everything that exists."""
 
 from __future__ import annotations
 

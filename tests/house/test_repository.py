@@ -1,4 +1,4 @@
-"""Rules about the files of the repository: nothing private in them, and links that lead somewhere."""
+"""Rules about the files of the repository: no private data, and no dead links."""
 
 import re
 import shutil
@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-# Paths of the machine on which a file was written, and notes on how it came about: they say nothing to a reader.
+# Paths of the machine on which a file was written, and notes on its origin, say nothing to a reader.
 PRIVATE = re.compile(
     r"""(?<![\w.~}-])/(?:work|root|tmp/brief)[/]\w
       | \b(?:agent|assistant|coding)[ ]session
@@ -24,7 +24,7 @@ LINK = re.compile(r"\]\(([^()\s]+)\)")
 
 
 def repository() -> list[Path]:
-    """The files under version control, and those that are about to be; the documents alone outside a repository."""
+    """The files under version control, and those about to be; the documents alone outside a repository."""
     documents = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("recipes/**/*.md")]
     if not (ROOT / ".git").exists() or not shutil.which("git"):
         return sorted(documents)

@@ -1,4 +1,4 @@
-"""Lines between models: losses, accuracies and barriers against loops and formulas of their own."""
+"""Lines between models: losses, accuracies and barriers against independent loops and formulas."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def mixed(a: dict[str, Tensor], b: dict[str, Tensor], t: float) -> dict[str, Ten
 
 
 def losses(model: nn.Module, data: list[tuple[Tensor, Tensor]]) -> tuple[float, float]:
-    """Mean of -log p of the label, and how often it is the most likely, an example at a time."""
+    """Mean of -log p of the label, and the share of labels that are the most likely, one example at a time."""
     nll, right = [], []
     for x, y in data:
         for row, label in zip(x, y, strict=True):
@@ -158,7 +158,7 @@ def test_a_line_with_batchnorm_reset_is_that_of_an_independent_loop() -> None:
 
 
 def pair(folder: Path, kind: str, config: Any) -> tuple[Path, Path]:
-    """Two models that differ in all their tensors, gains and biases too."""
+    """Two models that differ in all their tensors, also in gains and biases."""
     paths = []
     for i, name in enumerate("ab"):
         path = save_model(folder / name, kind, config, byte_tokenizer(special=kind.startswith("Bert")))
@@ -183,7 +183,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def midpoint(folders: tuple[Path, Path], out: Path, t: float = 0.5) -> Path:
-    """A folder with (1 - t) a + t b, made of the files."""
+    """A folder with (1 - t) a + t b, made from the files."""
     tensors = mixed(*(load_file(folder / "model.safetensors") for folder in folders), t)
     out.mkdir()
     for file in folders[0].iterdir():
@@ -241,7 +241,7 @@ def test_a_line_of_classifiers(tmp_path: Path) -> None:
 
 
 def planted(path: Path) -> Transform:
-    """Permutations, factors and a rotation for a Llama of helpers_text, of random numbers."""
+    """Permutations, factors and a rotation, of random numbers, for a Llama of helpers_text."""
     symmetries = find_symmetries(open_checkpoint(path))
     draw = torch.Generator().manual_seed(7)
     signs = (torch.randint(2, (16,), generator=draw) * 2 - 1).double()
@@ -273,7 +273,7 @@ def test_with_a_transform_the_second_end_is_the_same_function_and_the_middle_is_
 
 
 def test_a_transform_that_undoes_a_permutation_leaves_a_level_line() -> None:
-    """Of modules: b is a with its hidden units in another order."""
+    """For modules: b is a with its hidden units in another order."""
     one, data, order = classifier(0), batches(), torch.randperm(7, generator=torch.Generator().manual_seed(2))
     other = classifier(0)
     with torch.no_grad():
@@ -357,7 +357,7 @@ def test_a_transform_of_another_model(llamas: tuple[Path, Path], texts: Path) ->
         ({"task": "lm", "data": "x.txt"}, "a module has no tokenizer"),
     ],
 )
-def test_what_cannot_be_judged(change: dict[str, Any], message: str) -> None:
+def test_models_that_cannot_be_judged(change: dict[str, Any], message: str) -> None:
     given = {"data": batches(), "task": "classification"} | change
     with pytest.raises(PlanError, match=message):
         barrier(classifier(0), classifier(1), **given)
@@ -417,7 +417,7 @@ def test_without_matplotlib_the_message_says_what_to_install(monkeypatch: pytest
         plot_lines({"one": line}, tmp_path / "x.png")
 
 
-def test_a_plot_of_several_lines_is_the_same_again_and_takes_what_is_no_number(tmp_path: Path) -> None:
+def test_a_plot_of_several_lines_is_the_same_again_and_accepts_nan(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     lines = {
         "naive": Interpolation((Point(0, 1.0, 0.8), Point(0.5, math.nan, 0.1), Point(1, 1.2, 0.7)), 1),
@@ -430,7 +430,7 @@ def test_a_plot_of_several_lines_is_the_same_again_and_takes_what_is_no_number(t
         plot_lines({}, tmp_path / "z.png")
 
 
-def test_a_folder_that_is_no_model(tmp_path: Path, texts: Path) -> None:
+def test_a_folder_that_is_not_a_model(tmp_path: Path, texts: Path) -> None:
     (tmp_path / "a").mkdir()
     with pytest.raises(FormatError, match=r"config\.json"):
         barrier(tmp_path / "a", tmp_path / "a", texts, task="lm")

@@ -45,7 +45,7 @@ def edit_json(path: Path, **changes: Any) -> None:
 
 
 def one_by_one(loaded: Loaded, text: str, window: int, stride: int) -> float:
-    """Bits of the text when the model runs once for every token, in float64."""
+    """Bits of the text with a run of the model for every token, in float64."""
     model = loaded.model.double()
     tokens = [0, *loaded.tokenizer(text, add_special_tokens=False)["input_ids"]]
     bits = 0.0
@@ -94,7 +94,7 @@ def test_a_model_that_is_sure_and_wrong_has_infinite_perplexity(loaded: Loaded) 
 
 
 def test_bits_per_byte_do_not_depend_on_how_the_bytes_are_cut(folder: Path, tmp_path: Path) -> None:
-    """A tokenizer with one merge more has fewer tokens; models of the same text then still share the unit."""
+    """A tokenizer with one merge more has fewer tokens; models of the same text still share the unit."""
     other = copy_of(folder, tmp_path / "pairs")
     rules = json.loads((other / "tokenizer.json").read_text("utf-8"))
     rules["model"]["vocab"] |= {"ab": 258}
@@ -137,7 +137,9 @@ def test_every_token_is_predicted_once_from_the_promised_context(count: int, win
         (TEXT, {"stride": 0}, "stride is 0"),
     ],
 )
-def test_what_cannot_be_measured_is_said(loaded: Loaded, text: str, options: dict[str, int], message: str) -> None:
+def test_messages_name_texts_that_cannot_be_measured(
+    loaded: Loaded, text: str, options: dict[str, int], message: str
+) -> None:
     with pytest.raises(PlanError, match=message):
         perplexity(loaded, text, **options)
 
@@ -218,7 +220,7 @@ def test_accuracy_of_a_folder_is_that_of_each_text_alone(tmp_path: Path) -> None
         ([(torch.zeros(2, 3, 4), torch.tensor([0, 1]))], r"the model gives scores \[2, 3, 4\]"),
     ],
 )
-def test_accuracy_of_what_has_no_answer(data: Any, message: str) -> None:
+def test_accuracy_of_data_without_an_answer_is_refused(data: Any, message: str) -> None:
     with pytest.raises(PlanError, match=message):
         accuracy(Scores(), data)
 

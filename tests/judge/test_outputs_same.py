@@ -1,4 +1,4 @@
-"""How far apart two models' outputs are, on inputs that are made for them."""
+"""The distance of two models' outputs, on inputs that are made for them."""
 
 from __future__ import annotations
 
@@ -78,10 +78,10 @@ def test_the_difference_is_that_of_its_formula() -> None:
     assert 0.05 < expected < 5
 
 
-def test_what_cannot_be_compared_is_infinitely_far_apart() -> None:
+def test_outputs_that_cannot_be_compared_are_infinitely_far_apart() -> None:
     batch = Batch((0, 1), (torch.ones(2, 3),))
     torch.manual_seed(0)
-    one, other = nn.Linear(3, 5), nn.Linear(3, 5)  # all inputs are equal: nothing to measure by
+    one, other = nn.Linear(3, 5), nn.Linear(3, 5)  # all inputs are equal: they measure nothing
     assert difference(one, other, batch) == math.inf
     assert difference(one, nn.Linear(3, 4), batch) == math.inf
     varied = Batch((0, 1), (torch.randn(2, 3),))
@@ -93,7 +93,7 @@ def test_what_cannot_be_compared_is_infinitely_far_apart() -> None:
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "roberta", "bert", *IMAGES])
 def test_a_view_of_a_checkpoint_loads_as_its_folder_does(kind: str, tmp_path: Path) -> None:
-    """Through the names on the disk, which for some are others than those of the modules."""
+    """Through the names on the disk, which for some models differ from those of the modules."""
     by_folder = made(tmp_path, kind)
     by_view = load_model(open_checkpoint(tmp_path), by_folder.task)
     assert type(by_view.model) is type(by_folder.model)

@@ -1,4 +1,4 @@
-"""Compiled elementwise functions give the bits of the eager ones. Slow: each is compiled once, some 10 s."""
+"""Compiled elementwise functions give the bits of the eager ones. Slow: each is compiled once, in about 10 s."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_nothing_is_compiled_that_does_not_pay(own_cache: Path) -> None:
 
 
 @pytest.mark.usefixtures("own_cache")
-def test_a_failed_compilation_is_told_and_runs_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_compilation_is_reported_and_runs_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(_: fused.Fused) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-c", "raise SystemExit('no compiler here')"]
         return subprocess.Popen(command, stderr=subprocess.PIPE)
@@ -118,7 +118,7 @@ def test_a_failed_compilation_is_told_and_runs_eagerly(monkeypatch: pytest.Monke
 
 @pytest.mark.slow
 def test_the_merge_goes_on_while_something_is_compiled(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Eager results before, compiled results after, of the same bits; a damaged library is compiled anew."""
+    """Eager results before, compiled results after, with the same bits; a damaged library is compiled anew."""
     monkeypatch.setattr(fused, "COMPILE_SECONDS", 0)
     function, coefficients, out = FUNCTIONS["dare ties"]
     stored, base = stored_block(torch.bfloat16)
@@ -141,7 +141,7 @@ def test_the_merge_goes_on_while_something_is_compiled(own_cache: Path, monkeypa
 
 
 @pytest.mark.usefixtures("own_cache")
-def test_what_is_still_being_compiled_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unfinished_compilations_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "COMPILE_SECONDS", 0)
     stored, base = stored_block(torch.bfloat16)
     local = Weights((1.0, 1.0, 1.0)).at(0, BLOCK, torch.float32)

@@ -1,4 +1,4 @@
-"""Kernels of GPUs against their formulas: made by Triton's interpreter where there is no GPU, and run on one else."""
+"""GPU kernels against their formulas: by Triton's interpreter on machines without a GPU, else on the GPU."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ DTYPE_AND_BASE = [(torch.float32, False), (torch.bfloat16, True), (torch.float64
 
 
 class Native:
-    """A `Run` by which a chunk uses kernels, or does not."""
+    """A `Run` with which a chunk uses kernels, or does not."""
 
     def __init__(self, native: bool) -> None:
         self.native = native
@@ -94,8 +94,8 @@ def test_weights_of_their_own_for_every_row_are_taken() -> None:
 @pytest.mark.parametrize(
     ("bad", "where"), [("nan", 0), ("nan", 3), ("-inf", 1), ("-inf", 3), ("overflow", 0), ("overflow", 1)]
 )
-def test_what_is_not_finite_is_noted(native: bool, bad: str, where: int) -> None:
-    """NaN and infinity of any input, and a result that its dtype has no number for."""
+def test_values_that_are_not_finite_are_flagged(native: bool, bad: str, where: int) -> None:
+    """NaN and infinity in any input, and a result that is too large for its dtype."""
     stored, base = stored_block(torch.float16)
     assert base is not None
     tensors = [*stored, base]
@@ -132,7 +132,7 @@ def _with_sine(rows: Any, base: Any, local: Any) -> torch.Tensor:
 
 
 @needs_triton
-def test_a_function_that_has_no_kernel_is_told_and_runs_eagerly() -> None:
+def test_a_function_without_a_kernel_is_reported_and_runs_eagerly() -> None:
     kernels = GpuKernels("always", 0, DEVICE)
     x = torch.rand(BLOCK, device=DEVICE)
     found = kernels(Step(_with_sine, (x,), None, None, torch.float32, None))
@@ -155,7 +155,7 @@ def test_a_function_that_has_no_kernel_is_told_and_runs_eagerly() -> None:
         (lambda x: x.view(torch.int32).view(torch.int16), "a result of shape|view of"),
     ],
 )
-def test_what_might_round_otherwise_is_refused(function: Any, what: str) -> None:
+def test_functions_that_might_round_differently_are_refused(function: Any, what: str) -> None:
     with pytest.raises(Unsupported, match=what):
         emit(function, [torch.zeros(COUNT)], 1)
 
@@ -170,7 +170,7 @@ def test_without_triton_all_runs_eagerly_and_says_so(monkeypatch: pytest.MonkeyP
 
 @needs_triton
 def test_kernels_that_round_otherwise_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As those of older versions, which make 0 of subnormal quotients."""
+    """Kernels of older versions make 0 of subnormal quotients."""
     made = gpu.kernel_of
 
     def flushing(fused: Any) -> Any:
@@ -182,7 +182,7 @@ def test_kernels_that_round_otherwise_are_not_used(monkeypatch: pytest.MonkeyPat
 
 
 @needs_triton
-def test_a_kernel_that_triton_cannot_make_is_told_and_runs_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_that_triton_cannot_make_is_reported_and_runs_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
     from triton.runtime.errors import PTXASError
 
     def fails(*_: object, **__: object) -> None:
@@ -201,8 +201,8 @@ def test_a_kernel_that_triton_cannot_make_is_told_and_runs_eagerly(monkeypatch: 
 @needs_triton
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # of the interpreter
 @pytest.mark.parametrize("bits", [0x7FFFFFFF, -1, 0x7F800001])
-def test_any_nan_that_a_device_makes_is_nan_and_noted(bits: int) -> None:
-    """That of NVIDIA has all bits set, and would be rounded to -0."""
+def test_any_nan_that_a_device_makes_is_nan_and_flagged(bits: int) -> None:
+    """NVIDIA's NaN has all bits set, and would be rounded to -0."""
     flag, nan = torch.zeros(1, dtype=torch.int32, device=DEVICE), torch.tensor([bits], dtype=torch.int32)
     x = nan.view(torch.float32).repeat(BLOCK).to(DEVICE)
     kernels = GpuKernels("always", 0, DEVICE)
@@ -396,7 +396,7 @@ def test_sums_do_not_depend_on_the_chunk() -> None:
 
 
 def test_masks_of_both_kinds_are_made_on_the_device() -> None:
-    """At a cut every element has a limit of its own."""
+    """At a cut every element has its own limit."""
     for mask in (RANKS, COINS):
         with DEVICE:
             tensors: list[torch.Tensor] = []

@@ -31,7 +31,7 @@ def unit_of(x: torch.Tensor) -> Unit:
 
 
 def kept_by_sorting(x: np.ndarray, count: int) -> np.ndarray:
-    """Which entries are the `count` largest by magnitude, among equals those of lowest index."""
+    """The `count` largest entries by magnitude, among equals those of lowest index, as a mask."""
     order = np.lexsort((np.arange(x.size), -np.abs(x)))
     mask = np.zeros(x.size, dtype=bool)
     mask[order[: max(0, count)]] = True
@@ -52,7 +52,7 @@ def kept_by_counting(x: torch.Tensor, counts: list[list[int]], block: int) -> np
 
 
 def values_of(kind: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Numbers of which many, few or none are equal."""
+    """Numbers with many, few or no equal ones."""
     x = torch.randn(shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     if kind == "bfloat16":
         x = (x * 0.01).bfloat16()
@@ -106,7 +106,7 @@ def test_the_bracket_and_the_digits_agree_where_it_pays(values: str) -> None:
     x = torch.randn(2, selection.SAMPLING_PAYS + 12345, generator=generator) * 0.01
     if values == "bfloat16":
         x = x.bfloat16().float()
-    elif values == "sorted":  # the sampled blocks are like no others
+    elif values == "sorted":  # the sampled blocks differ from all others
         x = x.sort(1).values
     elif values == "mostly zero":
         x = x * (x > 0.01)
@@ -160,7 +160,7 @@ def test_random_words_are_splitmix64_of_the_index() -> None:
 
 
 def tossed(coins: Coins, start: int, count: int) -> torch.Tensor:
-    """bool [n, count]: what the coins keep."""
+    """bool [n, count]: the entries that the coins keep."""
     local, x = coins.at(start, count, torch.float32), torch.zeros(count)
     return torch.stack([local.mask(i, x) for i in range(len(coins.keys))]) != 0
 
@@ -246,7 +246,7 @@ def test_rounding_is_done_once(bits: int, offset: int, dtype: torch.dtype) -> No
     assert round_once(value.reshape(1), dtype).item() == nearest(value.item(), dtype)
 
 
-def test_rounding_keeps_what_is_not_finite() -> None:
+def test_rounding_keeps_nan_and_infinity() -> None:
     x = torch.tensor([torch.inf, -torch.inf, torch.nan, 1e300, -0.0, 1e-300], dtype=torch.float64)
     rounded = round_once(x, torch.bfloat16)
     assert torch.equal(rounded.isnan(), x.isnan()) and rounded[[0, 1, 3]].tolist() == [torch.inf, -torch.inf, torch.inf]

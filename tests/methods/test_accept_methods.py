@@ -1,4 +1,4 @@
-"""What every method promises on whole checkpoints, each against an independent float64 formula."""
+"""The promises of every method on whole checkpoints, each against an independent float64 formula."""
 
 from pathlib import Path
 
@@ -317,7 +317,7 @@ def test_dare_of_several_models_given_its_masks(world, merged, vote, suffix, res
     density, weight = [0.6, 0.9, 0.3], [1, -0.5, 0.7]
     alone = np.eye(3).tolist()
     masks = []
-    for i in range(3):  # the mask of an input depends on its place in the recipe and not on its weight
+    for i in range(3):  # the mask of an input depends on its place in the recipe, not on its weight
         recipe = world.recipe("dare_linear", "ABC", base="BASE", weight=alone[i], density=density, rescale=False)
         masks.append(kept(merged(recipe), world["BASE"]))
     method = "dare_ties" if vote else "dare_linear"

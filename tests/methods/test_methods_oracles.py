@@ -116,12 +116,12 @@ def tensors(random, count, shape, dtype):
 
 
 def bounds(method, dtype):
-    """The precision of the arithmetic; what is solved on spheres loses some of float64's."""
+    """The precision of the arithmetic; solves on spheres lose some of float64's."""
     return torch.float32 if dtype != torch.float64 or method in ON_SPHERES | {"model_stock"} else torch.float64
 
 
 def masks(xs, base, density, **keys):
-    """The entries that dare keeps of each input, seen by giving the others no weight."""
+    """The entries of each input that dare keeps, found by giving the others no weight."""
     ones = [torch.ones_like(base) for _ in xs]
     alone = np.eye(len(xs)).tolist()
     settings = {"base": torch.zeros_like(base), "density": density, "rescale": False, **keys}
@@ -129,7 +129,7 @@ def masks(xs, base, density, **keys):
 
 
 def undirected(method, shape):
-    """Numbers alone have a sign and no direction, so that two may be opposite: tested by itself below."""
+    """Single numbers have a sign and no direction, so two may be opposite: a test of their own is below."""
     return method in ON_SPHERES | {"model_stock"} and 1 in (*shape, np.prod(shape))
 
 
@@ -154,7 +154,7 @@ def test_agrees_with_the_float64_formula_over_several_blocks(method):
 
 
 def compare(method, xs, base, parameters, random):
-    """Merges and asks the oracle; the inputs are not changed."""
+    """Merge and compare with the oracle; the inputs do not change."""
     needs = METHODS[method].base == "required" or (method in TAKES_BASE and bool(random.integers(2)))
     bases = {"base": base} if needs else {}
     before = [x.clone() for x in (*xs, base)]
@@ -175,11 +175,11 @@ def compare(method, xs, base, parameters, random):
 
 
 def test_every_method_is_compared():
-    """Those that see whole matrices are in test_merge_statistics.py."""
+    """Methods that see whole matrices are in test_merge_statistics.py."""
     assert set(DRAW) == {name for name, method in METHODS.items() if not method.whole}
 
 
-# What the formulas leave open, by hand
+# Cases that the formulas leave open, by hand
 
 
 def test_equal_magnitudes_are_kept_by_the_lowest_index():

@@ -1,4 +1,4 @@
-"""Models pushed to the Hub: what goes there, what is kept there, and what is refused before anything is sent."""
+"""Models pushed to the Hub: files that go there, files that stay there, and refusals before anything is sent."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mergekit_lfm.output.card import front_matter
 
 @pytest.fixture(params=["lfs", "xet"])
 def server(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HubServer:
-    """The Hub, with both ways in which it stores large files; the working directory has the recipe."""
+    """The Hub, with both ways of storing large files; the working directory has the recipe."""
     found: HubServer = request.getfixturevalue("hub" if request.param == "lfs" else "xet_hub")
     place = tmp_path / "here"
     place.mkdir()
@@ -39,7 +39,7 @@ def folder(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
 
 
 def writes(server: HubServer) -> list[str]:
-    """The requests that change something."""
+    """The requests that change the Hub."""
     reading = ("/api/validate-yaml", "/preupload/")
     return [
         f"{r.method} {r.path}"
@@ -81,7 +81,7 @@ def test_the_card_says_what_it_was_made_of(server: HubServer, tmp_path: Path) ->
 
 
 @pytest.mark.usefixtures("server")
-def test_what_was_pushed_is_merged_again() -> None:
+def test_a_pushed_model_can_be_merged_again() -> None:
     merge("recipe.yaml", "out", push_to=REPO)
     merge({"merge_method": "passthrough", "models": [{"model": REPO}]}, "copy")
     assert files_of(Path("copy"))["model.safetensors"] == files_of(Path("out"))["model.safetensors"]
@@ -141,7 +141,7 @@ def test_the_token_goes_to_no_other_host(hub: HubServer, folder: Path) -> None:
     assert (folder / "two").is_dir()
 
 
-# ------------------------------------------------------------------ what is on the Hub already
+# ------------------------------------------------------------------ existing repositories
 
 
 def test_a_card_that_was_edited_on_the_hub_is_kept(hub: HubServer, folder: Path) -> None:
@@ -208,8 +208,8 @@ def test_weights_of_the_user_beside_a_push_stay(hub: HubServer, folder: Path) ->
 
 
 @pytest.mark.usefixtures("folder")
-def test_what_appears_while_it_is_made_is_looked_at(hub: HubServer) -> None:
-    """Between the look at a repository that is not there and its making somebody makes it, public and with weights."""
+def test_a_repository_that_appears_meanwhile_is_checked(hub: HubServer) -> None:
+    """Somebody creates the repository, public and with weights, after it was found missing and before it is made."""
     hub.fault("POST", "/api/repos/create", before=lambda: hub.create(REPO, {"model.safetensors": b"theirs"}))
     assert "you asked for a private repository" in refusal(run("push", "out", REPO, "--private"))
     assert hub.files(REPO)["model.safetensors"] == b"theirs"
@@ -229,7 +229,7 @@ def test_pulling_back_downloads_whatever_is_in_the_cache(hub: HubServer) -> None
     assert f"{REPO}@{hub.head(REPO)} was pushed, but downloaded again it differs from its lock" in message
 
 
-def test_what_differs_from_its_lock_is_not_pushed_to_be_verified(hub: HubServer, folder: Path) -> None:
+def test_a_folder_that_differs_from_its_lock_is_not_pushed_to_be_verified(hub: HubServer, folder: Path) -> None:
     with (folder / "out/README.md").open("a") as card:
         card.write("My words.\n")
     message = refusal(run("push", "out", REPO, "--verify"))
@@ -239,7 +239,7 @@ def test_what_differs_from_its_lock_is_not_pushed_to_be_verified(hub: HubServer,
     assert hub.files(REPO)["README.md"].endswith(b"My words.\n")
 
 
-def test_a_kept_card_is_no_difference_to_the_lock(hub: HubServer, folder: Path) -> None:
+def test_a_kept_card_is_not_a_difference_to_the_lock(hub: HubServer, folder: Path) -> None:
     push("out", REPO)
     hub.commit(REPO, {"README.md": b"# Mine\n"})
     (folder / "recipe.yaml").write_text(RECIPE.replace("weight: 1", "weight: [0.2, 0.8]"))
@@ -263,7 +263,7 @@ def test_private_is_not_made_public(hub: HubServer, folder: Path) -> None:
     assert not (folder / "two").exists()
 
 
-# ------------------------------------------------------------------ what is refused before anything is sent
+# ------------------------------------------------------------------ refusals before anything is sent
 
 
 @pytest.mark.parametrize(
@@ -279,7 +279,7 @@ def test_private_is_not_made_public(hub: HubServer, folder: Path) -> None:
 )
 @pytest.mark.parametrize("command", ["push", "merge"])
 @pytest.mark.usefixtures("hub")
-def test_who_may_not_push_is_told_before_the_merge(
+def test_a_push_without_permission_is_refused_before_the_merge(
     command: str,
     repo: str,
     token: str | None,
@@ -413,7 +413,7 @@ def test_a_card_that_the_hub_does_not_accept_is_said_before_the_upload(hub: HubS
     assert not any(r.method == "PUT" for r in hub.requests) and "model.safetensors" not in hub.files(REPO)
 
 
-def test_a_model_that_is_no_merge_is_pushed_as_it_is(hub: HubServer, folder: Path) -> None:
+def test_a_model_that_is_not_a_merge_is_pushed_as_it_is(hub: HubServer, folder: Path) -> None:
     message = refusal(run("verify", "org/a"))
     assert f"org/a@{hub.head('org/a')} has no merge.lock.json: it is not an output of `merge`" in message
     save_model(folder / "plain", llama_tensors(3))

@@ -1,4 +1,4 @@
-"""A merge that is killed at any moment goes on when it is run again, and leaves what an uninterrupted run leaves."""
+"""A merge that is killed at any moment continues when it is run again, and leaves the files of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Job:
     options: tuple[str, ...] = ("--threads", "1")
 
     def run(self, *options: object, out: str = "out", **fault: Any) -> Ran:
-        """The command. Data are synced in small batches, so that the journal vouches for some of them early on."""
+        """Run the command. Data are synced in small batches, so that the journal has some of them early on."""
         return self.cli.run("recipe.yaml", out, *self.options, *options, cwd=self.folder, sync_bytes=20_000, **fault)
 
     @cached_property
@@ -70,12 +70,12 @@ class Job:
 
     @cached_property
     def expected(self) -> Content:
-        """What an uninterrupted run makes."""
+        """The files of an uninterrupted run."""
         assert self.whole.code == 0
         return snapshot(self.folder / "out")
 
     def start_over(self) -> None:
-        """Removes whatever a run left."""
+        """Remove the files of earlier runs."""
         for path in self.folder.glob("out*"):
             shutil.rmtree(path)
 
@@ -87,7 +87,7 @@ class Job:
         return killed
 
     def finish(self, *options: object) -> Ran:
-        """Runs the command (again), which leaves what an uninterrupted run leaves, byte for byte, and nothing else."""
+        """Run the command (again), which leaves the files of an uninterrupted run, byte for byte, and nothing else."""
         ran = self.run(*options)
         assert ran.code == 0, ran.err
         assert self.names() == {"models", "recipe.yaml", "out"}
@@ -97,20 +97,20 @@ class Job:
         return ran
 
     def keep(self, name: str) -> None:
-        """Puts a copy of what a run left away, for `put`."""
+        """Copy the files of a run, for `put`."""
         shutil.copytree(self.folder / name, self.folder.with_name(f"{self.folder.name}-{name}"))
 
     def put(self, name: str) -> None:
-        """Starts over with this folder, as it was kept."""
+        """Start over with the files of this copy."""
         self.start_over()
         shutil.copytree(self.folder.with_name(f"{self.folder.name}-{name}"), self.folder / name)
 
     def names(self) -> set[str]:
-        """What lies in the folder."""
+        """The names of the files in the folder."""
         return {path.name for path in self.folder.iterdir()}
 
     def fresh(self, *options: object) -> Content:
-        """What the command makes in the absence of unfinished work."""
+        """The output of the command without unfinished work."""
         assert self.run(*options, out="out-fresh").code == 0
         made = snapshot(self.folder / "out-fresh")
         shutil.rmtree(self.folder / "out-fresh")
@@ -167,9 +167,9 @@ def spread(whole: Ran, moments: int, seed: int) -> list[int]:
 
 
 def killed_and_finished(job: Job, moments: Iterable[int], **fault: Any) -> int:
-    """Kills a fresh run at each of the moments and runs it again; how many of the runs were killed.
+    """Kill a fresh run at each of the moments and run it again; returns the number of runs that were killed.
 
-    Every second kill comes in the middle of its call, if that is one which writes.
+    Every second kill comes in the middle of its call, if that call writes.
     """
     killed = 0
     for moment in moments:
@@ -262,12 +262,12 @@ def test_interrupt_says_how_to_go_on(one: Job) -> None:
     assert one.finish().bytes_of_weights() < one.whole.bytes_of_weights()
 
 
-# ------------------------------------------------------------------ what is reused, and what is not
+# ------------------------------------------------------------------ reuse
 
 
 @pytest.fixture
 def partial(one: Job) -> Path:
-    """The folder of a run that was killed when all its data was written and vouched for."""
+    """The folder of a run that was killed when all its data were written and journalled."""
     one.kill(**ALL_VOUCHED_FOR)
     folder = one.folder / "out.partial"
     assert (folder / "merge.journal").read_bytes().count(b"\n") > len(one.expected)
@@ -314,7 +314,7 @@ def test_shortened_journal_is_believed_as_far_as_it_goes(one: Job, partial: Path
 
 @pytest.mark.parametrize("change", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-500])])
 def test_lost_shard_is_written_again(one: Job, partial: Path, change: Callable[[Path], object]) -> None:
-    """The journal vouches for tensors whose file is gone or cut: they are merged again."""
+    """The journal has tensors whose file is gone or cut: they are merged again."""
     change(next(partial.glob("*2-of-*.safetensors")))
     one.finish()
 
@@ -412,7 +412,7 @@ def test_done_is_done(one: Job) -> None:
 
 
 def is_somewhere(folder: Path, content: Content) -> bool:
-    """Whether OUT, OUT.partial, or what is being replaced holds exactly these files, whatever else it holds."""
+    """True if OUT, OUT.partial, or the folder being replaced holds exactly these files, whatever else it holds."""
     found = (snapshot(path) for path in [*folder.glob("out*"), *folder.glob("out*/merge.replaced")])
     return any(all(files.get(name) == entry for name, entry in content.items()) for files in found)
 

@@ -1,4 +1,4 @@
-"""What a plan merges, copies, drops and refuses, and how the engine keeps to it."""
+"""The tensors that a plan merges, copies, drops and refuses, and the engine's work on them."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_a_redundant_head_is_dropped_by_name(tmp_path: Path) -> None:
     ]
 
 
-def test_buffers_that_are_no_parameters_are_not_merged(tmp_path: Path) -> None:
+def test_buffers_that_are_not_parameters_are_not_merged(tmp_path: Path) -> None:
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     models = [
         save(tmp_path / f"m{i}", {"w": torch.ones(2), name: torch.arange(3.0) + i * same})
@@ -91,7 +91,7 @@ def test_an_integer_buffer_that_one_model_lacks(tmp_path: Path, first: str) -> N
     assert (name in merged) == (first == "with")
 
 
-def test_only_what_belongs_to_the_model_is_copied(tmp_path: Path) -> None:
+def test_only_files_of_the_model_are_copied(tmp_path: Path) -> None:
     wanted = [
         "generation_config.json",
         "tokenizer.json",
@@ -126,7 +126,7 @@ def test_a_damaged_output_is_not_taken_for_done(tmp_path: Path) -> None:
     assert {path.name: path.read_bytes() for path in out.iterdir()} == whole
 
 
-def test_an_output_with_nan_is_not_what_the_default_asks_for(tmp_path: Path) -> None:
+def test_an_output_with_nan_does_not_satisfy_the_default(tmp_path: Path) -> None:
     recipe = linear(save(tmp_path / "m", {"w": torch.tensor([1.0, torch.nan])}))
     with pytest.warns(Finding, match="w of m holds NaN or infinity"):
         out = Path(merge(recipe, tmp_path / "out", nan="warn"))

@@ -1,4 +1,4 @@
-"""Recipes: mergekit's YAML is read as mergekit reads it, and everything wrong is refused, all of it in one message."""
+"""Recipes: mergekit's YAML is read as mergekit reads it, and one message names all errors."""
 
 import json
 import math
@@ -33,7 +33,7 @@ def models(tmp_path, monkeypatch):
 
 
 def linear(**more):
-    """A sound recipe, changed by `more`."""
+    """A valid recipe, changed by `more`."""
     entries = [{"model": "A", "parameters": {"weight": 1}}, {"model": "B", "parameters": {"weight": 3}}]
     return {"merge_method": "linear", "models": entries} | more
 
@@ -148,7 +148,7 @@ def labels(recipe):
     return [model.label for model in parsed.inputs], [model.label for model in parsed.all_models]
 
 
-def test_the_base_is_no_input_where_deltas_are_merged():
+def test_the_base_is_not_an_input_if_deltas_are_merged():
     recipe = {"merge_method": "task_arithmetic", "base_model": "BASE", "parameters": {"weight": 1}}
     listed = [{"model": "A"}, {"model": "BASE"}, {"model": "B"}]
     expected = (["A", "B"], ["BASE", "A", "B"])
@@ -203,7 +203,7 @@ def test_a_folder_whose_name_holds_a_plus_is_a_folder(models):
     assert labels(linear(models=[{"model": "A+B", "parameters": {"weight": 1}}])) == (["A+B"], ["A+B"])
 
 
-# What is refused
+# Refusals
 
 
 def test_all_problems_come_in_one_message(models):
@@ -375,14 +375,14 @@ def test_parameters_of_a_base_that_takes_none_are_refused():
         ("a: !!timestamp today", "not a valid timestamp"),
     ],
 )
-def test_text_that_is_no_recipe(text, expected):
+def test_text_that_is_not_a_recipe(text, expected):
     assert expected in refused(text)
 
 
 @pytest.mark.parametrize(
     ("content", "expected"), [(None, "No such file"), (b"\xff\xfe", "not UTF-8"), (b"a: [", "line 1, column 5")]
 )
-def test_files_that_are_no_recipe(tmp_path, content, expected):
+def test_files_that_are_not_recipes(tmp_path, content, expected):
     path = tmp_path / "recipe.yaml"
     if content is not None:
         path.write_bytes(content)

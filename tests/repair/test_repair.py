@@ -1,4 +1,4 @@
-"""REPAIR of modules: the mean and spread of hidden units, against what they are to be."""
+"""REPAIR of modules: the mean and spread of hidden units, against their targets."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def perceptron(seed: int, *widths: int) -> nn.Sequential:
 
 
 def convolutional(seed: int, normed: bool = False) -> nn.Sequential:
-    """Convolutions of one and of two dimensions' kernels, the second before a BatchNorm where there is one."""
+    """Convolutions in one and two dimensions; a BatchNorm follows the second, if the model has one."""
     torch.manual_seed(seed)
     norm = [nn.BatchNorm2d(5)] if normed else []
     model = nn.Sequential(
@@ -88,7 +88,7 @@ def test_hidden_units_of_a_perceptron_have_the_mean_and_spread_of_its_ends(weigh
     assert (seen[0], seen[-1], len(seen)) == ((30, 500), (500, 500), 15)
 
 
-def test_what_it_says_of_a_layer_is_what_the_layer_was() -> None:
+def test_the_reported_moments_are_those_of_the_layer() -> None:
     ends = [perceptron(seed, 6, 40, 4) for seed in (0, 1)]
     merged, data = midpoint(ends), rows(6)
     (mean, std), *of_ends = (observed(model, data, ["0"])["0"] for model in (merged, *ends))
@@ -134,7 +134,7 @@ def test_layers_before_a_batchnorm_are_left_to_its_statistics_which_are_re_estim
 
 
 @pytest.mark.parametrize("normed", [False, True])
-def test_what_is_right_already_stays_bit_for_bit(normed: bool) -> None:
+def test_layers_that_need_no_repair_stay_bit_for_bit(normed: bool) -> None:
     model = convolutional(0, normed).eval()
     if normed:
         torch.optim.swa_utils.update_bn(images(), model)
@@ -164,7 +164,7 @@ def test_units_that_are_constant_are_shifted_alone_and_those_dead_in_both_ends_s
 
 
 def test_a_table_says_which_layers_write_hidden_units() -> None:
-    """A skip path, to which two layers add, is left alone with a table."""
+    """With a table, a skip path to which two layers add is left alone."""
 
     class Skipping(nn.Module):
         def __init__(self) -> None:
@@ -223,7 +223,7 @@ def test_layers_that_cannot_be_shifted_are_named() -> None:
         ({"data": [torch.full((3, 6), torch.nan)]}, "0: not finite"),
     ],
 )
-def test_what_cannot_be_repaired(change: dict[str, Any], message: str) -> None:
+def test_models_that_cannot_be_repaired(change: dict[str, Any], message: str) -> None:
     given = {"merged": perceptron(2, 6, 5, 4), "ends": [perceptron(0, 6, 5, 4), perceptron(1, 6, 5, 4)]}
     given = {**given, "data": rows(6), **change}
     with pytest.raises(PlanError, match=message):

@@ -1,4 +1,4 @@
-"""REPAIR of models in folders: what is changed and what is copied, refusals, kills, and the command."""
+"""REPAIR of models in folders: changed and copied files, refusals, kills, and the command."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Batches: nothing is padded or lost, the same data have the same digest, and wrong data are told by line."""
+"""Batches: nothing is padded or lost, the same data have the same digest, and messages name the line of wrong data."""
 
 from __future__ import annotations
 
@@ -120,13 +120,13 @@ def test_pairs_share_positives_that_are_the_same(tmp_path: Path) -> None:
     assert own == [0, 1, 0]
 
 
-def test_pairs_without_a_positive_are_told_by_line(tmp_path: Path) -> None:
+def test_the_message_has_the_lines_of_pairs_without_a_positive(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "x.jsonl", {"text": "a", "positive": "b"}, {"text": "c"})
     with pytest.raises(FormatError, match=r'x\.jsonl: expected .*"positive".*\n  line 2: no "positive"'):
         read_pairs(path, SPECIAL)
 
 
-# ------------------------------------------------------------------ what is wrong with a file
+# ------------------------------------------------------------------ errors in a file
 
 
 @pytest.mark.parametrize(
@@ -144,19 +144,19 @@ def test_pairs_without_a_positive_are_told_by_line(tmp_path: Path) -> None:
         (["", ""], r"x\.jsonl is empty"),
     ],
 )
-def test_a_wrong_line_is_told(tmp_path: Path, lines: list[Any], message: str) -> None:
+def test_the_message_names_a_wrong_line(tmp_path: Path, lines: list[Any], message: str) -> None:
     with pytest.raises(FormatError, match=message):
         read_data(write_lines(tmp_path / "x.jsonl", *lines), "classification", SPECIAL)
 
 
-def test_all_wrong_lines_are_told_at_once_but_not_thousands(tmp_path: Path) -> None:
+def test_one_message_lists_all_wrong_lines_but_not_thousands(tmp_path: Path) -> None:
     with pytest.raises(FormatError) as raised:
         read_data(write_lines(tmp_path / "x.jsonl", *["?"] * 5000), "classification", SPECIAL)
     assert all(f"line {i}: " in str(raised.value) for i in range(1, 11))
     assert "and 4990 more" in str(raised.value) and len(str(raised.value)) < 2000
 
 
-def test_what_is_no_data_file(tmp_path: Path) -> None:
+def test_files_that_are_not_data_are_refused(tmp_path: Path) -> None:
     for name in ("x.csv", "x"):
         (tmp_path / name).write_text("a")
         with pytest.raises(FormatError, match=r"expected \.jsonl or \.txt"):
@@ -180,7 +180,7 @@ def test_what_is_no_data_file(tmp_path: Path) -> None:
         ("embeding", {}, "the task 'embeding'; expected lm, classification, embedding"),
     ],
 )
-def test_what_cannot_be_done_is_said(tmp_path: Path, task: str, options: dict[str, int], message: str) -> None:
+def test_impossible_requests_are_refused(tmp_path: Path, task: str, options: dict[str, int], message: str) -> None:
     with pytest.raises(PlanError, match=message):
         read_data(write_lines(tmp_path / "x.jsonl", {"text": "a"}), task, SPECIAL, **options)
 
@@ -227,13 +227,13 @@ def test_arrays_that_are_wrong(tmp_path: Path, arrays: dict[str, Any], message: 
 
 
 @pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04 cut off"])
-def test_a_file_that_is_no_archive(tmp_path: Path, content: bytes) -> None:
+def test_files_that_are_not_archives_are_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.npz").write_bytes(content)
     with pytest.raises(FormatError, match=r"x\.npz is not an archive"):
         read_data(tmp_path / "x.npz", "classification")
 
 
-def test_one_array_is_no_archive_and_a_window_cuts_no_arrays(tmp_path: Path) -> None:
+def test_a_single_array_or_a_window_over_arrays_is_refused(tmp_path: Path) -> None:
     with (tmp_path / "x.npz").open("wb") as file:
         np.save(file, np.zeros(3))
     with pytest.raises(FormatError, match="a single array"):
@@ -242,13 +242,13 @@ def test_one_array_is_no_archive_and_a_window_cuts_no_arrays(tmp_path: Path) -> 
         read_data(tmp_path / "x.npz", "classification", window=8)
 
 
-# ------------------------------------------------------------------ what a Python user has
+# ------------------------------------------------------------------ data of a Python user
 
 X, Y = torch.arange(12.0).reshape(6, 2), torch.tensor([0, 1, 2, 0, 1, 2])
 
 
 class Indexed:
-    """Batches by number, without an end that Python could find by itself."""
+    """Batches by number, without an end that Python could find."""
 
     def __len__(self) -> int:
         return 3
@@ -332,7 +332,7 @@ def test_a_digest_depends_on_all_that_the_model_sees() -> None:
         ([Batch((0, 1), (X[:2],)), Batch((1, 2), (X[2:4],))], "batches share the numbers of examples"),
     ],
 )
-def test_what_is_no_data(data: Any, message: str) -> None:
+def test_objects_that_are_not_data_are_refused(data: Any, message: str) -> None:
     with pytest.raises(PlanError, match=message):
         as_batches(data)
 
@@ -377,7 +377,7 @@ def test_tokens_are_of_the_vocabulary(tmp_path: Path) -> None:
     assert max(max(ids) for ids, _ in rows(read_data(path, "lm", PLAIN)).values()) < VOCABULARY
 
 
-def test_a_text_without_tokens_is_told_by_line(tmp_path: Path) -> None:
+def test_the_message_has_the_line_of_a_text_without_tokens(tmp_path: Path) -> None:
     tokenizer = byte_tokenizer()
     tokenizer.backend_tokenizer.normalizer = normalizers.Replace("?", "")
     path = write_lines(tmp_path / "x.jsonl", {"text": "a", "positive": "?"}, "", {"text": "?", "positive": "a"})

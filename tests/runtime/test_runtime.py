@@ -1,4 +1,4 @@
-"""Loading models for a task: whole or not at all, from local files, and what their outputs are read as."""
+"""Loading models for a task: whole or not at all, from local files, and the meaning of their outputs."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_model_is_loaded_in_float32_unless_asked_otherwise(llama: Path, tmp_pa
 
 @pytest.mark.parametrize("kind", ["BertForSequenceClassification", "LlamaForSequenceClassification"])
 def test_a_classifier_of_texts_takes_batches(tmp_path: Path, kind: str) -> None:
-    """Decoders read the class off the last token; without a padding token they take one example at a time only."""
+    """Decoders read the class off the last token; without a padding token they take only one example at a time."""
     config = bert_config(num_labels=3) if kind.startswith("Bert") else llama_config(num_labels=3)
     save_model(tmp_path, kind, config, byte_tokenizer())
     loaded = load_model(tmp_path, "classification")
@@ -77,7 +77,7 @@ def test_a_classifier_of_images_needs_no_tokenizer(tmp_path: Path) -> None:
         hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, image_size=8, patch_size=4
     )
     save_model(tmp_path / "texts", "ViTForImageClassification", config, byte_tokenizer())
-    assert load_model(tmp_path / "texts", "classification").tokenizer is not None  # one without use does no harm
+    assert load_model(tmp_path / "texts", "classification").tokenizer is not None  # an unused one does no harm
     save_model(tmp_path, "ViTForImageClassification", config)
     loaded = load_model(tmp_path, "classification")
     assert (type(loaded.model).__name__, loaded.tokenizer) == ("ViTForImageClassification", None)
@@ -197,7 +197,7 @@ def test_an_encoder_with_a_decoder_neither_embeds_nor_predicts(tmp_path: Path, t
         load_model(t5(tmp_path / "t5"), task)
 
 
-def test_a_model_of_images_is_no_language_model(tmp_path: Path) -> None:
+def test_a_model_of_images_is_not_a_language_model(tmp_path: Path) -> None:
     config = transformers.ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
     with pytest.raises(FormatError, match=r"Unrecognized configuration class .*ViTConfig") as raised:
         load_model(save_model(tmp_path / "v", "ViTForImageClassification", config), "lm")
@@ -205,7 +205,7 @@ def test_a_model_of_images_is_no_language_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_model_that_looks_ahead_is_no_language_model(tmp_path: Path, dtype: str) -> None:
+def test_a_model_that_looks_ahead_is_not_a_language_model(tmp_path: Path, dtype: str) -> None:
     ahead = save_model(tmp_path / "a", "BertLMHeadModel", bert_config())
     with pytest.raises(PlanError, match="BertLMHeadModel, is not a causal language model: its scores of a token"):
         load_model(ahead, "lm", dtype=dtype)
@@ -247,7 +247,7 @@ def test_inputs_that_a_model_does_not_take_are_named_with_those_it_takes(llama: 
     assert torch.equal(run(torch.nn.Identity(), (torch.ones(2),)), torch.ones(2))
 
 
-def test_what_a_module_says_itself_is_left_as_it_is() -> None:
+def test_the_statements_of_a_module_are_left_as_they_are() -> None:
     class Refusing(torch.nn.Module):
         def forward(self) -> None:
             raise FormatError("its own words")

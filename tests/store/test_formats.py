@@ -1,4 +1,4 @@
-"""What is read: safetensors headers as the official library reads them, and .bin and .pt files as inputs."""
+"""Reading: safetensors headers as the official library reads them, and .bin and .pt files as inputs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ metadata = st.dictionaries(names, names, max_size=3)
     specs.filter(lambda found: all(s.name != "__metadata__" for s in found)), metadata, st.none() | st.integers(0, 4095)
 )
 def test_header_round_trip(tensors: list[TensorSpec], metadata: dict[str, str], start: int | None) -> None:
-    """What encode_header lays out, read_header and the safetensors library read back: order, offsets, metadata."""
+    """read_header and the safetensors library read the output of encode_header back: order, offsets, metadata."""
     raw, offsets = encode_header(tensors, metadata, start)
     assert len(raw) % (8 if start is None else 4096) == (start or 0)
     nbytes = sum(spec.nbytes for spec in tensors)
@@ -84,7 +84,7 @@ headers = st.dictionaries(st.sampled_from(["x", "y", "__metadata__"]), damaged |
 @settings(max_examples=400, deadline=None, derandomize=True)
 @given(headers, st.integers(0, 16))
 def test_damaged_headers_are_refused_as_the_library_refuses_them(header: Any, nbytes: int) -> None:
-    """Any JSON at all: FormatError where the safetensors library has an error, else the same tensors."""
+    """For any JSON: FormatError if the safetensors library raises an error, else the same tensors."""
     text = json.dumps(header).encode()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "x.safetensors"
@@ -102,7 +102,7 @@ def test_damaged_headers_are_refused_as_the_library_refuses_them(header: Any, nb
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.binary(max_size=80))
 def test_any_bytes_are_refused(content: bytes) -> None:
-    """Random bytes are no safetensors file; what read_header says about them is a FormatError and nothing else."""
+    """Random bytes are not a safetensors file; read_header raises FormatError and nothing else."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "x.safetensors"
         path.write_bytes(content)
@@ -128,7 +128,7 @@ def save_bin(folder: Path, tensors: Tensors, *, shards: int = 1, legacy: bool = 
 
 
 def odd_tensors(seed: int) -> Tensors:
-    """Tensors as state dicts have them: transposed, sliced, tied, expanded, empty, a parameter, a scalar, a buffer."""
+    """Tensors of real state dicts: transposed, sliced, tied, expanded, empty, a parameter, a scalar, a buffer."""
     random = torch.Generator().manual_seed(seed)
     table = torch.randn(40, 24, generator=random)
     return {
@@ -171,7 +171,7 @@ def test_bin_files_give_the_same_bytes_as_safetensors(tmp_path: Path, form: dict
 
 
 def digests(lock: dict[str, Any]) -> dict[str, Any]:
-    """Tensor name -> what the lock records about its bytes."""
+    """Tensor name -> the lock's record of its bytes."""
     return dict(lock["tensors"])
 
 
@@ -220,7 +220,7 @@ def test_a_file_that_changes_before_its_first_read_is_refused(tmp_path: Path, su
         opened.read("x")
 
 
-def test_files_whose_tensors_are_no_byte_ranges_say_so(tmp_path: Path) -> None:
+def test_files_whose_tensors_are_not_byte_ranges_say_so(tmp_path: Path) -> None:
     for name, form in {"plain": {}, **BINS}.items():
         save_bin(tmp_path / name, {"x": torch.ones(4, 3), "y": torch.ones(2)}, **form)
     torch.save({"x": torch.ones(4, 3).t()}, tmp_path / "strided.pt")
@@ -235,7 +235,7 @@ def test_files_whose_tensors_are_no_byte_ranges_say_so(tmp_path: Path) -> None:
 
 @st.composite
 def strided(draw: st.DrawFn) -> torch.Tensor:
-    """A view of a tensor: axes in any order, with steps, offsets, and some of them repeated without being stored."""
+    """A view of a tensor: axes in any order, with steps, offsets, and some repeated without being stored."""
     shape = draw(st.lists(st.integers(1, 4), min_size=1, max_size=4))
     steps = [draw(st.integers(1, 2)) for _ in shape]
     tensor = torch.arange(2 ** len(shape) * torch.Size(shape).numel()).reshape([2 * n for n in shape])
@@ -259,7 +259,7 @@ def test_every_range_of_a_strided_tensor_reads_as_its_elements(
 
 
 class Largest(TorchDispatchMode):
-    """The most elements of a tensor that an operation put in memory of its own."""
+    """The most elements of a tensor for which an operation allocated memory."""
 
     numel = 0
 
@@ -302,7 +302,7 @@ def test_tensors_whose_sign_or_conjugation_is_pending(tmp_path: Path, legacy: bo
     assert open_checkpoint(tmp_path / "c.pt").read("x").tolist() == [1 - 2j, 3 + 4j]
 
 
-# ------------------------------------------------------------------ archives that are no checkpoint
+# ------------------------------------------------------------------ archives that are not checkpoints
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -346,7 +346,7 @@ def test_archives_with_any_pickle(tmp_path: Path, program: bytes) -> None:
 
 
 def test_damaged_archives_are_refused(tmp_path: Path) -> None:
-    """Whichever byte is another: FormatError, or a checkpoint whose tensors can be read."""
+    """Whichever byte is changed: FormatError, or a checkpoint whose tensors can be read."""
     torch.save({"x": torch.arange(5.0), "y": torch.arange(4)}, tmp_path / "a.pt")
     whole = (tmp_path / "a.pt").read_bytes()
     refused = 0

@@ -1,4 +1,4 @@
-"""What goes wrong on the way to the Hub and back: one message each, nothing half made, and the same command goes on.
+"""Failures on the way to the Hub and back: one message each, nothing half made, and the same command continues.
 
 Transfers here are by HTTP, as the Hub stores large files without xet, where they can be cut at any byte.
 """
@@ -43,7 +43,7 @@ def folder(
 
 
 def refused(*command: str) -> str:
-    """The one message of a command that failed, after the client's words on its retries. None tells a secret."""
+    """The one message of a command that failed, after the client's words on its retries. No message shows a secret."""
     result = run(*command)
     assert (result.exit_code, result.stdout) == (2, "")
     before, mark, message = result.stderr.partition("error: ")
@@ -88,7 +88,7 @@ def test_an_upload_that_is_cut_for_good_leaves_no_trace(hub: HubServer, folder: 
     assert hub.files(REPO)["model.safetensors"] == (folder / "out/model.safetensors").read_bytes()
 
 
-def test_what_was_uploaded_before_a_failure_is_not_sent_again(hub: HubServer, folder: Path) -> None:
+def test_files_uploaded_before_a_failure_are_not_sent_again(hub: HubServer, folder: Path) -> None:
     merge("recipe.yaml", "out", max_shard_size="40KB")
     shards = len(list(folder.glob("out/*.safetensors")))
     hub.fault("POST", "/commit/", status=500, times=None)
@@ -120,7 +120,7 @@ def test_too_many_requests(
         assert "model.safetensors" not in hub.files(REPO)
         hub.clear_faults()
     assert run("push", "out", REPO, "--verify").exit_code == 0
-    assert max(waits) == 8.0  # as long as the Hub says, and one more
+    assert max(waits) == 8.0  # as long as the Hub asks for, and one more
 
 
 def test_too_many_requests_while_looking(
@@ -152,7 +152,7 @@ def test_a_token_that_may_not_write_there(
     assert "the account of the token may not do this (you have no rights); use a token that may" in message
 
 
-def test_what_the_hub_holds_is_compared_with_what_was_pushed(
+def test_the_files_on_the_hub_are_compared_with_the_pushed_ones(
     hub: HubServer,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -201,7 +201,7 @@ def test_ctrl_c_in_an_upload_says_what_is_complete(
     [(401, "refuses the token: set HF_TOKEN to a valid one"), (403, "may not do this; use a token that may")],
 )
 def test_an_upload_by_xet_that_is_refused(status: int, found: str, request: pytest.FixtureRequest) -> None:
-    """There the client's native part asks for a token to write with, and has words of its own."""
+    """The client's native part asks for a token to write with, and has messages of its own."""
     merge("recipe.yaml", "out")
     xet_hub: HubServer = request.getfixturevalue("xet_hub")
     xet_hub.fault("GET", "/xet-write-token/", status=status, times=None)
@@ -246,11 +246,13 @@ def test_a_hub_that_is_not_there(
 ) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     message = refused("merge", "recipe.yaml", "out")
-    assert "org/a is no folder here, and the connection to the Hub at http://127.0.0.1:9 failed for org/a" in message
+    assert (
+        "org/a is not a local folder, and the connection to the Hub at http://127.0.0.1:9 failed for org/a" in message
+    )
     assert "With HF_HUB_OFFLINE=1, models in the cache are read without it" in message
 
 
-def test_a_wrong_token_is_told_for_reading_too(
+def test_a_wrong_token_is_reported_for_reading_too(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_" + "y" * 34)

@@ -1,4 +1,4 @@
-"""Which texts are names of models on the Hub, and which are not."""
+"""Texts that are names of models on the Hub, and texts that are not."""
 
 from pathlib import Path
 
@@ -52,7 +52,7 @@ def test_a_name_is_read_and_written_alike(text: str, repo: str, revision: str | 
         "https://huggingface.co/org/name",
     ],
 )
-def test_what_is_no_name(text: str) -> None:
+def test_texts_that_are_not_names(text: str) -> None:
     assert hub_name(text) is None
 
 

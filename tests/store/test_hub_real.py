@@ -1,4 +1,4 @@
-"""The whole way against the real Hub, for who has a token that may write: MERGEKIT_LFM_HUB_E2E=1 HF_TOKEN=... pytest.
+"""The whole way against the real Hub, for owners of a write token: MERGEKIT_LFM_HUB_E2E=1 HF_TOKEN=... pytest.
 
 Three private repositories are made in the token's account and deleted again.
 """
@@ -36,7 +36,7 @@ def repos(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 
 def ran(folder: Path, *command: str) -> str:
-    """What a command prints that ends well."""
+    """The output of a command that succeeds."""
     process = start(folder, *command)
     said, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors

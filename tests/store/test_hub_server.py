@@ -1,4 +1,4 @@
-"""The Hub of the tests, judged with the real client: what it holds, what it refuses, and how it fails when told to."""
+"""The tests' Hub, judged with the real client: its contents, its refusals, and its failures on request."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ HTTPError: type[Exception] = HfHubHTTPError.__mro__[1]  # of the client's HTTP l
 
 @pytest.fixture(params=["lfs", "xet"])
 def server(request: pytest.FixtureRequest) -> HubServer:
-    """The Hub, with both ways in which it stores large files."""
+    """The Hub, with both ways of storing large files."""
     found: HubServer = request.getfixturevalue("hub" if request.param == "lfs" else "xet_hub")
     return found
 
@@ -62,11 +62,11 @@ def push(server: HubServer, files: dict[str, bytes], repo: str = REPO, **options
 
 
 def sent(server: HubServer, method: str, path: str) -> list[int]:
-    """The status of the answers to such requests; 0 where there was none."""
+    """The status of the answers to such requests; 0 for no answer."""
     return [r.status for r in server.requests if r.method == method and path in r.path]
 
 
-# ------------------------------------------------------------------ what it holds
+# ------------------------------------------------------------------ contents
 
 
 def test_a_repository_is_made_once(hub: HubServer) -> None:
@@ -80,7 +80,7 @@ def test_a_repository_is_made_once(hub: HubServer) -> None:
     assert client.create_repo("org/model").repo_id == "org/model" and not hub.private("org/model")
 
 
-def test_what_is_pushed_comes_back(server: HubServer, tmp_path: Path) -> None:
+def test_pushed_files_come_back(server: HubServer, tmp_path: Path) -> None:
     parent = server.create(REPO)
     commit = push(server, FILES)
     assert commit == server.head(REPO) == server.revision(REPO, "main")
@@ -91,11 +91,11 @@ def test_what_is_pushed_comes_back(server: HubServer, tmp_path: Path) -> None:
     assert (len(sent(server, "PUT", "/lfs/")) == 0) == server.xet
 
 
-def test_what_is_there_already_is_not_sent_again(server: HubServer) -> None:
+def test_existing_files_are_not_sent_again(server: HubServer) -> None:
     server.create(REPO)
     first = push(server, FILES)
     uploads = len(sent(server, "PUT", "/lfs/"))
-    assert push(server, FILES) == first  # the client makes no commit of nothing
+    assert push(server, FILES) == first  # the client does not make an empty commit
     assert len(sent(server, "PUT", "/lfs/")) == uploads and len(server.history(REPO)) == 2
 
 
@@ -208,7 +208,7 @@ def test_a_process_of_its_own_is_led_there(server: HubServer, tmp_path: Path) ->
     assert Path(done.stdout.strip()).is_relative_to(home) and files_of(Path(done.stdout.strip())) == FILES | GIT
 
 
-# ------------------------------------------------------------------ what it refuses
+# ------------------------------------------------------------------ refusals
 
 
 def test_a_commit_onto_another_than_the_newest_is_refused(server: HubServer) -> None:
@@ -231,7 +231,7 @@ def test_somebody_commits_during_an_upload(server: HubServer) -> None:
     assert server.files(REPO) == {"theirs.txt": b"1"} | FILES | GIT
 
 
-def test_what_is_private_is_not_there_without_a_token(hub: HubServer) -> None:
+def test_private_repositories_are_invisible_without_a_token(hub: HubServer) -> None:
     hub.create(REPO, FILES, private=True)
     hub.create("other/open", FILES)
     assert api(hub, READ_TOKEN).model_info(REPO).private
@@ -264,7 +264,7 @@ def test_a_wrong_token_is_refused_everywhere(hub: HubServer, tmp_path: Path) -> 
         assert not isinstance(refused.value, RepositoryNotFoundError)
 
 
-def test_who_may_not_write_is_told(hub: HubServer) -> None:
+def test_writes_without_permission_are_refused(hub: HubServer) -> None:
     hub.create("other/model")
     account = api(hub).whoami()
     assert (account["name"], [org["name"] for org in account["orgs"]]) == ("me", ["org"])
@@ -290,7 +290,7 @@ def test_gated_files_are_not_for_everybody(hub: HubServer) -> None:
         snapshot_download(REPO)
 
 
-def test_what_is_not_there_is_told_apart(hub: HubServer) -> None:
+def test_missing_revisions_and_files_are_distinguished(hub: HubServer) -> None:
     hub.create(REPO, FILES)
     with pytest.raises(RevisionNotFoundError):
         api(hub).model_info(REPO, revision="nowhere")
@@ -340,7 +340,7 @@ def test_the_token_goes_to_no_other_host(server: HubServer) -> None:
     assert TOKEN in tokens["127.0.0.1"] and tokens["localhost"] == {None}
 
 
-# ------------------------------------------------------------------ how it fails
+# ------------------------------------------------------------------ failures
 
 
 LIMITED = [
@@ -350,7 +350,7 @@ LIMITED = [
 
 
 @pytest.mark.parametrize("headers", LIMITED, ids=["retry-after", "ratelimit"])
-def test_the_client_waits_as_long_as_it_is_told(headers: dict[str, str], hub: HubServer, waits: list[float]) -> None:
+def test_the_client_waits_as_long_as_the_hub_asks(headers: dict[str, str], hub: HubServer, waits: list[float]) -> None:
     hub.create(REPO)
     for path in ("/preupload/", "/objects/batch", "/lfs/verify"):
         hub.fault("POST", path, status=429, headers=headers)
@@ -363,7 +363,7 @@ def test_the_client_waits_as_long_as_it_is_told(headers: dict[str, str], hub: Hu
     assert hub.files(REPO) == {"model.safetensors": LARGE} | GIT
 
 
-def test_what_the_client_does_not_ask_again(hub: HubServer, waits: list[float]) -> None:
+def test_requests_that_the_client_does_not_repeat(hub: HubServer, waits: list[float]) -> None:
     hub.create(REPO, FILES)
     hub.fault("GET", "/api/models|whoami", status=429, headers=LIMITED[0], times=None)
     hub.fault("POST", "/commit/|create|yaml", status=429, headers=LIMITED[0], times=None)

@@ -150,14 +150,14 @@ def test_a_transform_that_fits_no_group_is_refused(llama: Checkpoint, tmp_path: 
         open_transform(damaged)
 
 
-def test_other_files_are_no_transforms(llama: Checkpoint, tmp_path: Path):
+def test_other_files_are_not_transforms(llama: Checkpoint, tmp_path: Path):
     with pytest.raises(FormatError, match="is not a transform file; make one with `mergekit-lfm align`"):
         open_transform(llama.files[0].path)
     with pytest.raises(FileNotFoundError, match="no such transform file"):
         open_transform(tmp_path / "absent")
 
 
-def test_what_does_not_fit_a_table_is_told_at_once(llama: Checkpoint):
+def test_one_message_lists_all_that_does_not_fit_a_table(llama: Checkpoint):
     table = find_symmetries(llama)
     specs = dict(llama)
     specs["extra"] = specs["model.norm.weight"]
@@ -171,7 +171,7 @@ def test_what_does_not_fit_a_table_is_told_at_once(llama: Checkpoint):
     assert "has 2 axes, the table names 1" in text
 
 
-def test_tables_name_what_they_do_not_know():
+def test_messages_name_entries_that_a_table_does_not_know():
     with pytest.raises(PlanError, match="'resdual' is neither a group nor a free axis"):
         read_table("w resdual", {"residual": Units(2)}, ())
     with pytest.raises(PlanError, match="'ffn:query' has an unknown view"):
