@@ -1,4 +1,4 @@
-"""The README's examples run and print the documented output; its tables name everything that exists."""
+"""The examples of the README and the guides run and print the lines shown; their tables name the methods there are."""
 
 from __future__ import annotations
 
@@ -19,6 +19,10 @@ from mergekit_lfm.recipe.align import ALIGN_METHODS
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = ("README.md", "docs/statistics.md", "docs/alignment.md")
 README, STATISTICS, ALIGNMENT = ((ROOT / name).read_text("utf-8") for name in DOCUMENTS)
+MERGING, EDITING, INSTALLATION = (
+    (ROOT / f"docs/{n}.md").read_text("utf-8") for n in ("merging", "editing", "installation")
+)
+TEXTS = "--text recipes/quickstart/docs.txt --text recipes/quickstart/code.txt"
 
 
 @pytest.fixture
@@ -29,8 +33,32 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize(("document", "prints"), [(README, 2), (STATISTICS, 1), (ALIGNMENT, 1)], ids=DOCUMENTS)
-def test_the_python_example_prints_what_its_comments_say(document: str, prints: int, here: Path) -> None:
+def recipes_in(document: str) -> list[str]:
+    """The recipes that a document shows."""
+    return re.findall(r"```yaml\n(.*?)```", document, re.DOTALL)
+
+
+def shown(document: str, command: str) -> list[str]:
+    """The lines that a document shows below a command."""
+    (block,) = re.findall(rf"^    \$ {re.escape(command)}\n((?:    (?!\$).*\n)+)", document, re.MULTILINE)
+    return [line.removeprefix("    ") for line in block.splitlines()]
+
+
+def run(command: str) -> list[str]:
+    """The lines that a command prints, in order of the streams: errors and notices first."""
+    name, *arguments = command.split()
+    result = CliRunner().invoke(merge if name == "merge" else main, arguments)
+    assert result.exit_code == 0, result.output
+    return [*result.stderr.splitlines(), *result.stdout.splitlines()]
+
+
+def general(lines: list[str]) -> list[str]:
+    """The lines without times."""
+    return [re.sub(r"in \d+\.\d s", "in 0.0 s", line) for line in lines]
+
+
+@pytest.mark.parametrize(("document", "prints"), [(README, 3), (STATISTICS, 1), (ALIGNMENT, 1)], ids=DOCUMENTS)
+def test_the_python_example_prints_the_lines_in_its_comments(document: str, prints: int, here: Path) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", document, re.DOTALL)
     expected = re.findall(r"^print\(.*\)  # (.*)$", code, re.MULTILINE)
     ran = subprocess.run([sys.executable, "-c", code], cwd=here, capture_output=True, text=True, check=True)
@@ -38,69 +66,116 @@ def test_the_python_example_prints_what_its_comments_say(document: str, prints: 
 
 
 def test_the_recipe_shown_is_the_quick_start(here: Path) -> None:
-    shown = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)[0]
-    (here / "recipes" / "shown.yaml").write_text(shown)
+    (here / "recipes" / "shown.yaml").write_text(recipes_in(README)[0])
     plans = [CliRunner().invoke(main, ["plan", f"recipes/{name}.yaml", "--json"]) for name in ("shown", "quickstart")]
     digests = [re.findall(r'"digest": "(\w+)"', plan.output) for plan in plans]
     assert digests[0] and digests[0] == digests[1]
 
 
-def test_the_recipe_with_statistics_is_the_one_in_recipes() -> None:
-    shown = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)[2])
-    there = yaml.safe_load((ROOT / "recipes" / "minilm_regmean.yaml").read_text("utf-8"))
-    assert shown == {key: there[key] for key in ("merge_method", "models")}
-
-
 def test_the_recipe_that_aligns_is_the_one_in_recipes() -> None:
-    shown = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)[3])
     there = yaml.safe_load((ROOT / "recipes" / "digits_aligned.yaml").read_text("utf-8"))
     assert there["models"][1]["align"].pop("restarts") == 10  # the default
-    assert shown == there
+    assert yaml.safe_load(recipes_in(README)[1]) == there
 
 
-def test_the_table_of_aligners_and_the_option_name_what_there_is() -> None:
-    shown = re.findall(r"^\| `(\w+)` \|", section(ALIGNMENT, "Methods"), re.MULTILINE)
-    assert shown == list(ALIGN_METHODS) == list(align.METHODS)
+def test_the_plan_shown_is_the_plan(here: Path) -> None:
+    command = "merge recipes/quickstart.yaml --dry-run"
+    printed = run(command)
+    for line in shown(README, command):
+        if line and "disk" not in line and "memory" not in line:  # these are the machine's
+            assert line in printed
+    assert not (here / "merged").exists()
+
+
+def test_the_quick_start_is_merged_and_evaluated_as_shown(here: Path) -> None:
+    command = "merge recipes/quickstart.yaml"
+    assert general(run(command)) == general([line for line in shown(README, command) if line])
+    assert (here / "merged/quickstart/model.safetensors").exists()
+    quickstart = " ".join(f"recipes/quickstart/{name}" for name in ("base", "docs", "code"))
+    command = f"mergekit-lfm eval {quickstart} merged/quickstart {TEXTS}"
+    assert_rows(run(command), shown(README, command))
+
+
+def test_the_merge_with_statistics_runs_as_shown(here: Path) -> None:
+    for name in ("docs", "code"):
+        model = f"recipes/quickstart/{name}"
+        command = f"mergekit-lfm stats gram {model} --data {model}.txt --task lm -o {name}.gram.safetensors -q"
+        assert run(command) == [f"{name}.gram.safetensors"] and command in README
+    (here / "regmean.yaml").write_text(recipes_in(README)[2])
+    assert general(run("merge regmean.yaml")) == general([line for line in shown(README, "merge regmean.yaml") if line])
+    command = f"mergekit-lfm eval merged/regmean {TEXTS}"
+    assert_rows(run(command), shown(README, command))
+
+
+def assert_rows(printed: list[str], expected: list[str]) -> None:
+    """The same tables, numbers within rounding: sums of floats differ between processors."""
+    rows = [[line.split() for line in lines if line.strip()] for lines in (printed, expected)]
+    assert len(rows[0]) == len(rows[1])
+    for ours, theirs in zip(*rows, strict=True):
+        for one, other in zip(ours, theirs, strict=True):
+            if re.fullmatch(r"[\d,]+\.\d+", one):
+                assert float(one.replace(",", "")) == pytest.approx(float(other.replace(",", "")), rel=2e-3)
+            else:
+                assert one == other
+
+
+def test_the_edit_shown_is_that_of_the_guide() -> None:
+    (command,) = re.findall(r"^    \$ (mergekit-lfm edit .*)$", README, re.MULTILINE)
+    guide = EDITING.replace("\\\n", " ").replace("         --clamp", " --clamp")
+    assert shown(README, command) == shown(re.sub(r" {2,}--", " --", guide), command)
+
+
+def test_the_table_of_speed_is_that_of_the_guide() -> None:
+    full = {row[0]: row for row in rows_of(section(MERGING, "Speed"))}
+    table = rows_of(README[README.index("| `python benchmarks") : README.index("Not there yet")])
+    assert len(table) == 5
+    for method, inputs, merge_s, floor_s, memory in table:
+        assert (inputs, merge_s, floor_s, memory) == (
+            full[method][1],
+            full[method][2],
+            full[method][4],
+            full[method][7],
+        )
+
+
+def rows_of(text: str) -> list[list[str]]:
+    """The rows of a table that start with a word, less their heads."""
+    return [re.split(r" \| ", row) for row in re.findall(r"^\| (\w+ \| .*\d.*?) \|$", text, re.MULTILINE)]
+
+
+def test_options_named_beside_those_of_mergekit_are_the_commands() -> None:
+    table = README[README.index("| mergekit | here |") : README.index("| `python benchmarks")]
+    ours = [re.findall(r"(--[a-z][a-z-]*)", row.split("|")[2]) for row in table.splitlines() if row.count("|") == 3]
+    named = {option for options in ours for option in options}
+    assert named and named <= {name for parameter in merge.params for name in parameter.opts}
+
+
+def test_every_method_and_no_other_is_in_the_table() -> None:
+    table = section(MERGING, "Methods")
+    named = [name for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)]
+    assert sorted(named) == sorted(METHODS)
+
+
+def test_the_table_of_aligners_and_the_option_name_the_same_methods() -> None:
+    named = re.findall(r"^\| `(\w+)` \|", section(ALIGNMENT, "Methods"), re.MULTILINE)
+    assert named == list(ALIGN_METHODS) == list(align.METHODS)
     options = {option.name for option in main.commands["align"].params}  # type: ignore[attr-defined]
     assert {p.name for method in ALIGN_METHODS.values() for p in method.parameters} <= options
 
 
 def section(document: str, heading: str) -> str:
-    return document[document.index(f"## {heading}") :].partition("\n## ")[0]
+    """The part of a document under a heading of the second level."""
+    return document[document.index(f"## {heading}\n") :].partition("\n## ")[0]
 
 
-def test_the_table_of_the_digits_is_that_of_the_docs() -> None:
-    names = {"the base": "base", "`task_arithmetic`, best of eleven lambdas": "task arithmetic, best lambda"}
-    names |= {"average": "average", "`fisher`": "Fisher", "`regmean`, alpha 1": "RegMean, alpha 1"}
-    names |= {"trained on all views together": "trained on all tasks"}
-    row = re.compile(r"^\| (.+?) \| (.*\d.*) \|$", re.MULTILINE)
-    shown = dict(row.findall(section(README, "Merges that look at data")))
-    full = dict(row.findall(section(STATISTICS, "What it is worth: digits")))
-    means = {name: re.sub(r" \(.*?\)", "", numbers) for name, numbers in full.items()}
-    assert {name: numbers.replace("*", "") for name, numbers in shown.items() if name in names} == {
-        name: means[there] for name, there in names.items()
-    }
+def test_the_completion_shown_is_the_one_that_the_programs_have() -> None:
+    for variable, program in re.findall(r'eval "\$\((\w+)=bash_source ([\w-]+)\)"', INSTALLATION):
+        assert variable == f"_{program.upper().replace('-', '_')}_COMPLETE"
+    assert INSTALLATION.count("bash_source") == 2
 
 
-def test_the_plan_shown_is_the_plan(here: Path) -> None:
-    (shown,) = re.findall(r"\$ (merge recipes/quickstart.yaml --dry-run)\n((?:    .*\n)+)", README)
-    printed = CliRunner().invoke(merge, shown[0].split()[1:]).output
-    for line in shown[1].splitlines():
-        if "disk" not in line and "memory" not in line:  # these are the machine's
-            assert line.strip() in printed
-    assert here.exists()
-
-
-def test_every_method_and_no_other_is_in_the_table() -> None:
-    table = README[README.index("## Methods") : README.index("Each is tested against")]
-    named = [name for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)]
-    assert sorted(named) == sorted(METHODS)
-
-
-def test_commands_and_options_are_the_programs() -> None:
-    assert set(re.findall(r"`mergekit-lfm (\w+)", README)) | {"merge"} == set(main.commands)
-    table = README[README.index("| option |") : README.index("| command |")]
-    options = {name for parameter in merge.params for name in parameter.opts if name.startswith("-")}
-    documented = set(re.findall(r"`?(--?[a-z][a-z-]*)", table))
-    assert documented <= options | {"--help"}
-    assert {name for name in options if name.startswith("--")} - documented <= {"--quiet", "--verbose", "--help"}
+def test_the_guides_name_no_program_that_is_not_there() -> None:
+    documents = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
+    for path in documents:
+        for program in re.findall(r"\b((?:scripts|recipes/make|benchmarks)/\w+\.py)\b", path.read_text("utf-8")):
+            assert (ROOT / program).exists(), f"{path.name} names {program}"
