@@ -61,7 +61,7 @@ def weights(folder: Path) -> bytes:
 )
 @pytest.mark.parametrize("models", [torch.float32, torch.bfloat16], indirect=True, ids=["float32", "bfloat16"])
 @pytest.mark.usefixtures("models")
-def test_a_transform_file_gives_the_merge_of_the_rewritten_model(method: dict[str, Any]):
+def test_a_transform_file_gives_the_merge_of_the_rewritten_model(method: dict[str, Any]) -> None:
     first = [] if "base_model" in method else [{"model": "a"}]
     whole = Path(merge({**method, "models": [*first, {"model": "saved"}]}, "whole"))
     for number, options in enumerate(({}, {"threads": 1, "memory": "40MB"}, {"threads": 3})):
@@ -71,7 +71,7 @@ def test_a_transform_file_gives_the_merge_of_the_rewritten_model(method: dict[st
     assert run("verify", str(streamed)).exit_code == 0
 
 
-def test_passthrough_writes_the_rewritten_model(models: Path):
+def test_passthrough_writes_the_rewritten_model(models: Path) -> None:
     out = Path(merge({"merge_method": "passthrough", "models": [{"model": "b", "align": "t.safetensors"}]}, "out"))
     expected, found = load_file(models / "saved" / "model.safetensors"), load_file(out / "model.safetensors")
     assert all(torch.equal(expected[name], found[name]) for name in expected)
@@ -80,14 +80,14 @@ def test_passthrough_writes_the_rewritten_model(models: Path):
     assert len(lock["inputs"][0]["files"][0]["view"]["transform"]) == 32
 
 
-def test_the_files_place_is_not_told(models: Path):
+def test_the_files_place_is_not_told(models: Path) -> None:
     recipe = {"merge_method": "passthrough", "models": [{"model": "b", "align": str(models / "t.safetensors")}]}
     out = Path(merge(recipe, "out"))
     for file in ("merge.lock.json", "README.md"):
         assert str(models) not in (out / file).read_text()
 
 
-def test_another_transform_is_another_plan(models: Path):
+def test_another_transform_is_another_plan(models: Path) -> None:
     recipe = {"merge_method": "passthrough", "models": [{"model": "b", "align": "t.safetensors"}]}
     before = make_plan(Recipe.parse(recipe)).digest
     b = load_file(models / "b" / "model.safetensors")
@@ -95,7 +95,7 @@ def test_another_transform_is_another_plan(models: Path):
     assert make_plan(Recipe.parse(recipe)).digest != before
 
 
-def test_a_transform_of_another_model_is_refused(models: Path):
+def test_a_transform_of_another_model_is_refused(models: Path) -> None:
     save(models / "c", cast(fine_tuned(base_tensors(2), 1), torch.float32))
     transform = random_transform({}, find_symmetries(open_checkpoint(models / "b")), seed=1, kinds=("order",))
     facts = transform.facts
@@ -107,7 +107,7 @@ def test_a_transform_of_another_model_is_refused(models: Path):
     assert not (models / "refused").exists()
 
 
-def test_a_transform_to_another_model_is_refused(models: Path):
+def test_a_transform_to_another_model_is_refused(models: Path) -> None:
     save(models / "c", fine_tuned(base_tensors(1), 1))
     align_models(models / "b", models / "a", restarts=1).save(models / "b_to_a.st")
     b = {"model": "b", "align": "b_to_a.st"}
@@ -117,7 +117,7 @@ def test_a_transform_to_another_model_is_refused(models: Path):
     merge({"merge_method": "passthrough", "models": [b]}, "alone")
 
 
-def test_too_little_memory_is_told_before_the_work(models: Path, monkeypatch: pytest.MonkeyPatch):
+def test_too_little_memory_is_told_before_the_work(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def work(*_: object, **__: object) -> None:
         raise AssertionError("the work was begun")
 
@@ -130,7 +130,7 @@ def test_too_little_memory_is_told_before_the_work(models: Path, monkeypatch: py
 
 
 @pytest.mark.usefixtures("models")
-def test_what_is_bounded_beforehand_bounds_what_is_held():
+def test_what_is_bounded_beforehand_bounds_what_is_held() -> None:
     entry = {"model": "b", "align": {"to": "a", "method": "rotation"}}
     before = make_plan(Recipe.parse({"merge_method": "linear", "models": [{"model": "a"}, entry], **ONE}))
     after = prepare(before, Path("out"))
@@ -141,7 +141,7 @@ def test_what_is_bounded_beforehand_bounds_what_is_held():
     assert 0 < after.resident_views <= before.resident_views
 
 
-def test_a_model_that_the_table_does_not_fit_is_refused(models: Path):
+def test_a_model_that_the_table_does_not_fit_is_refused(models: Path) -> None:
     save(models / "deeper", base_tensors(2, layers=3))
     (models / "recipe.yaml").write_text(
         "merge_method: passthrough\nmodels: [{model: deeper, align: t.safetensors}]\n", encoding="utf-8"
@@ -153,7 +153,7 @@ def test_a_model_that_the_table_does_not_fit_is_refused(models: Path):
 
 
 @pytest.mark.usefixtures("models")
-def test_memory_of_rewriting_is_in_the_plan():
+def test_memory_of_rewriting_is_in_the_plan() -> None:
     plain = make_plan(Recipe.parse({"merge_method": "linear", "models": [{"model": "a"}, {"model": "b"}], **ONE}))
     entry = {"model": "b", "align": "t.safetensors"}
     aligned = make_plan(Recipe.parse({"merge_method": "linear", "models": [{"model": "a"}, entry], **ONE}))
@@ -164,7 +164,7 @@ def test_memory_of_rewriting_is_in_the_plan():
 
 
 @pytest.mark.parametrize("method", ["activation_matching", "rotation", "ot"])
-def test_a_request_with_statistics(models: Path, method: str):
+def test_a_request_with_statistics(models: Path, method: str) -> None:
     random = torch.Generator().manual_seed(0)
     batches = [{"input_ids": torch.randint(260, (4, 16), generator=random)} for _ in range(4)]
     collect_stats("cross", models / "a", batches, "ab.st", other=models / "b", task="lm")
@@ -190,7 +190,7 @@ REQUESTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.usefixtures("models")
 @pytest.mark.parametrize("method", REQUESTS)
-def test_a_request_gives_what_the_command_and_its_file_give(method: str):
+def test_a_request_gives_what_the_command_and_its_file_give(method: str) -> None:
     options = REQUESTS[method]
     request = {"to": "a", "method": method, **options}
     average = {"merge_method": "linear", **ONE}
@@ -207,7 +207,7 @@ def test_a_request_gives_what_the_command_and_its_file_give(method: str):
     assert lock["inputs"][1]["files"][0]["view"]["align"]["method"] == method
 
 
-def test_a_request_is_found_once_and_kept(models: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_request_is_found_once_and_kept(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (models / "recipe.yaml").write_text(
         "merge_method: linear\nparameters: {weight: 1}\n"
         "models: [{model: a}, {model: b, align: {to: a, restarts: 1}}]\n",
@@ -230,7 +230,7 @@ def test_a_request_is_found_once_and_kept(models: Path, monkeypatch: pytest.Monk
     assert make_plan(recipe).digest != make_plan(Recipe.parse(changed)).digest
 
 
-def test_models_that_cannot_be_aligned_are_refused_in_the_plan(models: Path):
+def test_models_that_cannot_be_aligned_are_refused_in_the_plan(models: Path) -> None:
     save(models / "deeper", base_tensors(2, layers=3))
     entry = {"model": "deeper", "align": {"to": "a"}}
     with pytest.raises(PlanError, match=r"the `align` of deeper: deeper and a differ in shape"):
@@ -243,7 +243,7 @@ def test_models_that_cannot_be_aligned_are_refused_in_the_plan(models: Path):
         make_plan(Recipe.parse({"merge_method": "linear", "models": [{"model": "a"}, entry], **ONE}))
 
 
-def test_other_widths_take_the_shapes_of_what_they_are_aligned_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_other_widths_take_the_shapes_of_what_they_are_aligned_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     random = torch.Generator().manual_seed(0)
     for name, width in (("narrow", 4), ("wide", 7)):
@@ -261,7 +261,7 @@ def test_other_widths_take_the_shapes_of_what_they_are_aligned_to(tmp_path: Path
         merge({"merge_method": "linear", "models": [{"model": "narrow"}, wide], **ONE}, "refused")
 
 
-def test_save_writes_the_rewritten_model_and_compares_what_it_says(models: Path):
+def test_save_writes_the_rewritten_model_and_compares_what_it_says(models: Path) -> None:
     result = run("align", "b", "--to", "a", "--method", "rotation", "-o", "found.st", "--save", "near", "--json")
     assert (result.exit_code, result.stderr) == (0, "")
     told = json.loads(result.stdout)
@@ -286,7 +286,7 @@ def test_save_writes_the_rewritten_model_and_compares_what_it_says(models: Path)
 )
 def test_what_must_not_be_written_is_refused_before_the_work(
     models: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], expected: str
-):
+) -> None:
     def work(*_: object, **__: object) -> None:
         raise AssertionError("the work was begun")
 
@@ -296,7 +296,7 @@ def test_what_must_not_be_written_is_refused_before_the_work(
     assert {path: path.read_bytes() for path in models.rglob("*") if path.is_file()} == before
 
 
-def test_a_chain_is_saved_without_being_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_chain_is_saved_without_being_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     random = torch.Generator().manual_seed(0)
     for name in "ab":
@@ -313,7 +313,7 @@ def test_a_chain_is_saved_without_being_run(tmp_path: Path, monkeypatch: pytest.
     assert not torch.equal(b["0.weight"], near["0.weight"])
 
 
-def test_check_runs_the_model_with_random_elements(models: Path):
+def test_check_runs_the_model_with_random_elements(models: Path) -> None:
     result = run("align", "a", "--check", "--json")
     told = json.loads(result.stdout)
     assert (result.exit_code, told["good"]) == (0, True)
@@ -322,7 +322,7 @@ def test_check_runs_the_model_with_random_elements(models: Path):
     assert "21 tensors in 5 groups, every one named; as expected" in run("align", str(models / "a"), "--check").stdout
 
 
-def test_what_align_needs_is_said(models: Path):
+def test_what_align_needs_is_said(models: Path) -> None:
     assert "Give --to MODEL and -o FILE, or --check." in run("align", "a").stderr
     message = refusal(run("align", "b", "--to", "a", "--cost", "cosine", "-o", "t.st"))
     assert "align.cost: weight_matching has no such parameter" in message
@@ -334,7 +334,7 @@ def test_what_align_needs_is_said(models: Path):
 
 
 @pytest.mark.usefixtures("models")
-def test_inspect_tells_what_a_transform_does():
+def test_inspect_tells_what_a_transform_does() -> None:
     told = json.loads(run("inspect", "t.safetensors", "--json").stdout)["transform"]
     assert told["groups"]["residual"] == {"kind": "units", "size": 64, "moved": 0, "acts": ["matrix"]}
     assert told["groups"]["ffn.0"]["moved"] > 80

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -96,7 +97,7 @@ def test_the_merged_model_writes_text(merged: Path) -> None:
 def test_the_script_makes_models_from_texts_that_have_nothing_of_the_held_out_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import recipes.make.quickstart as script
+    script = import_module("recipes.make.quickstart")
 
     corpus = script.make_corpus()
     known = {line for texts in corpus.held_out.values() for text in texts for line in script.paragraphs(text)}

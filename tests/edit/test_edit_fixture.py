@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -99,18 +100,18 @@ def folder(request: pytest.FixtureRequest) -> Path:
 
 
 @pytest.fixture(scope="session")
-def subject(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> benchmark.Subject:
+def subject(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return benchmark.open_subject(folder, tmp_path_factory.mktemp("grams"))
 
 
 @pytest.fixture(scope="session")
-def traced(subject: benchmark.Subject) -> Trace:
+def traced(subject: Any) -> Trace:
     known = FactsFile(subject.facts("known").facts[:30])
     return trace(subject.loaded.model, subject.loaded.tokenizer, known)
 
 
 @pytest.fixture(scope="session")
-def measured(subject: benchmark.Subject) -> Mapping[tuple[str, int], Mapping[str, float]]:
+def measured(subject: Any) -> Mapping[tuple[str, int], Mapping[str, float]]:
     """The numbers of every edit of LEAST; one fact stands for the mean of twenty edits."""
     found = {}
     for name, size in LEAST:
@@ -124,7 +125,7 @@ def measured(subject: benchmark.Subject) -> Mapping[tuple[str, int], Mapping[str
 
 
 @pytest.mark.slow
-def test_the_model_has_learned_all_facts_whichever_template_asks(folder: Path, subject: benchmark.Subject) -> None:
+def test_the_model_has_learned_all_facts_whichever_template_asks(folder: Path, subject: Any) -> None:
     assert int((folder / "learned").read_text("utf-8")) >= 475
     before = score_facts(subject.loaded.model, subject.loaded.tokenizer, subject.facts("facts_100"))
     assert before.es == 0
@@ -161,7 +162,7 @@ def test_an_edit_holds_and_spares_the_rest(
 
 
 @pytest.mark.slow
-def test_the_recipe_that_edits_twice_and_merges_teaches_both(folder: Path, subject: benchmark.Subject) -> None:
+def test_the_recipe_that_edits_twice_and_merges_teaches_both(folder: Path, subject: Any) -> None:
     recipe = yaml.safe_load((ROOT / "recipes" / "facts_edited.yaml").read_text("utf-8"))
     place = subject.grams.path.parent
     for name in ("model", "facts_10.yaml", "others_10.yaml"):
@@ -179,7 +180,7 @@ def test_the_recipe_that_edits_twice_and_merges_teaches_both(folder: Path, subje
 
 @LONG
 @pytest.mark.slow
-def test_a_hundred_edits_hold_and_spare_the_rest(subject: benchmark.Subject) -> None:
+def test_a_hundred_edits_hold_and_spare_the_rest(subject: Any) -> None:
     found = benchmark.measure(subject, benchmark.METHODS["MEMIT, layers 0-3"], subject.facts("facts_100"))
     assert found["ES"] >= 95 and found["PS"] >= 65
     assert found["NS"] >= 87 and found["unedited"] >= 60
@@ -203,7 +204,7 @@ def test_rome_fails_where_facts_are_not_looked_up_at_the_subject(tmp_path: Path)
 
 @pytest.mark.slow
 def test_fine_tuning_breaks_what_is_true_of_others(
-    subject: benchmark.Subject, measured: Mapping[tuple[str, int], Mapping[str, float]]
+    subject: Any, measured: Mapping[tuple[str, int], Mapping[str, float]]
 ) -> None:
     tuned = benchmark.measure(subject, benchmark.fine_tuned, subject.facts("facts_40"))
     located = measured["MEMIT, layer 0", 40]
@@ -213,19 +214,19 @@ def test_fine_tuning_breaks_what_is_true_of_others(
 
 
 @pytest.mark.slow
-def test_an_edit_of_the_last_layer_does_not_reach_the_answer(subject: benchmark.Subject) -> None:
+def test_an_edit_of_the_last_layer_does_not_reach_the_answer(subject: Any) -> None:
     last = partial(benchmark.located, method="rome", layers=[LAYERS - 1], clamp=4.0)
     assert benchmark.measure(subject, last, subject.facts("facts_10"))["ES"] <= 10
 
 
 @pytest.mark.slow
-def test_what_is_known_already_outweighs_the_facts_when_lambda_is_large(subject: benchmark.Subject) -> None:
+def test_what_is_known_already_outweighs_the_facts_when_lambda_is_large(subject: Any) -> None:
     # At 10, where it turns, one or four of ten facts are learned, by the processor that trained the model; at 20 none.
     heavy = partial(benchmark.located, method="memit", layers=list(range(LOCAL)), clamp=0.75, lambda_ratio=20.0)
     assert benchmark.measure(subject, heavy, subject.facts("facts_10"))["ES"] <= 20
 
 
 @pytest.mark.slow
-def test_two_facts_of_one_subject_are_refused_in_one_batch(subject: benchmark.Subject) -> None:
+def test_two_facts_of_one_subject_are_refused_in_one_batch(subject: Any) -> None:
     with pytest.raises(PlanError, match="one subject"):
         edit(subject.loaded, None, FactsFile(subject.facts("conflict").facts[:4]), layers=[0], covariance="identity")

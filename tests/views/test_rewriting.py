@@ -32,7 +32,7 @@ def llama(tmp_path: Path) -> Checkpoint:
     return open_checkpoint(save(tmp_path / "llama", base_tensors()))
 
 
-def test_units_by_hand():
+def test_units_by_hand() -> None:
     table = read_table("up ffn input\ngate ffn:order input\ndown class ffn'", {"ffn": Units(2, "nonzero")}, ())
     old = {
         "up": torch.tensor([[1.0, 2.0], [3.0, 4.0]]),
@@ -46,7 +46,7 @@ def test_units_by_hand():
     assert new["down"].tolist() == [[4.0, -1.75]]
 
 
-def test_heads_by_hand():
+def test_heads_by_hand() -> None:
     groups = {"heads": Heads(2, 2, 1, "linear")}
     table = read_table("q heads:query\nk heads:key\nv heads:value\no class heads:output", groups, ())
     old = {
@@ -64,7 +64,7 @@ def test_heads_by_hand():
     assert new["o"].tolist() == [[-2.0, -1.5, -0.25, -0.5]]
 
 
-def test_parts_and_entries_that_lie_in_a_row():
+def test_parts_and_entries_that_lie_in_a_row() -> None:
     groups = {"a": Units(2), "b": Units(1)}
     table = read_table("fused a|b\nflat class a'", groups, ())
     swap = Transform(table, {"a": UnitsElement(torch.tensor([1, 0]))}, FACTS)
@@ -75,7 +75,7 @@ def test_parts_and_entries_that_lie_in_a_row():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_an_order_keeps_every_bit(tmp_path: Path, dtype: torch.dtype):
+def test_an_order_keeps_every_bit(tmp_path: Path, dtype: torch.dtype) -> None:
     model = open_checkpoint(save(tmp_path / "m", cast(base_tensors(), dtype)))
     old = tensors_of(model)
     old["model.norm.weight"][:3] = torch.tensor([float("nan"), float("inf"), -0.0])
@@ -89,7 +89,7 @@ def test_an_order_keeps_every_bit(tmp_path: Path, dtype: torch.dtype):
 @pytest.mark.parametrize("panel, narrow", [(1 << 18, 1024), (512, 1024), (700, 16), (100, 3)])
 def test_any_range_read_in_any_thread_is_part_of_the_whole(
     llama: Checkpoint, monkeypatch: pytest.MonkeyPatch, panel: int, narrow: int
-):
+) -> None:
     """Panels, blocks of rows and whole tensors agree, and so do ranges, to the bit."""
     old = tensors_of(llama)
     transform = random_transform(old, find_symmetries(llama), seed=2)
@@ -106,7 +106,7 @@ def test_any_range_read_in_any_thread_is_part_of_the_whole(
             assert torch.equal(torch.cat(list(parts)), whole[name].flatten())
 
 
-def test_a_view_has_an_identity_and_a_content_of_its_own(llama: Checkpoint, tmp_path: Path):
+def test_a_view_has_an_identity_and_a_content_of_its_own(llama: Checkpoint, tmp_path: Path) -> None:
     old = tensors_of(llama)
     transform = random_transform(old, find_symmetries(llama), seed=2, kinds=("order",))
     view = rewritten_view(llama, transform, {"transform": "x"})
@@ -115,7 +115,7 @@ def test_a_view_has_an_identity_and_a_content_of_its_own(llama: Checkpoint, tmp_
     assert view.content == saved.content != llama.content
 
 
-def test_the_file_holds_all_of_a_transform(llama: Checkpoint, tmp_path: Path):
+def test_the_file_holds_all_of_a_transform(llama: Checkpoint, tmp_path: Path) -> None:
     old = tensors_of(llama)
     transform = random_transform(old, find_symmetries(llama), seed=3)
     transform.save(tmp_path / "t.safetensors")
@@ -140,7 +140,7 @@ def test_the_file_holds_all_of_a_transform(llama: Checkpoint, tmp_path: Path):
         ("value_output/heads.0", torch.full((2, 16, 16), torch.inf, dtype=torch.float64)),
     ],
 )
-def test_a_transform_that_fits_no_group_is_refused(llama: Checkpoint, tmp_path: Path, part: str, value: torch.Tensor):
+def test_a_transform_that_fits_no_group_is_refused(llama: Checkpoint, tmp_path: Path, part: str, value: torch.Tensor) -> None:
     file = tmp_path / "t.safetensors"
     old = tensors_of(llama)
     random_transform(old, find_symmetries(llama), seed=3, kinds=("order", "scale", "inside")).save(file)
@@ -150,14 +150,14 @@ def test_a_transform_that_fits_no_group_is_refused(llama: Checkpoint, tmp_path: 
         open_transform(damaged)
 
 
-def test_other_files_are_no_transforms(llama: Checkpoint, tmp_path: Path):
+def test_other_files_are_no_transforms(llama: Checkpoint, tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="is not a transform file; make one with `mergekit-lfm align`"):
         open_transform(llama.files[0].path)
     with pytest.raises(FileNotFoundError, match="no such transform file"):
         open_transform(tmp_path / "absent")
 
 
-def test_what_does_not_fit_a_table_is_told_at_once(llama: Checkpoint):
+def test_what_does_not_fit_a_table_is_told_at_once(llama: Checkpoint) -> None:
     table = find_symmetries(llama)
     specs = dict(llama)
     specs["extra"] = specs["model.norm.weight"]
@@ -171,7 +171,7 @@ def test_what_does_not_fit_a_table_is_told_at_once(llama: Checkpoint):
     assert "has 2 axes, the table names 1" in text
 
 
-def test_tables_name_what_they_do_not_know():
+def test_tables_name_what_they_do_not_know() -> None:
     with pytest.raises(PlanError, match="'resdual' is neither a group nor a free axis"):
         read_table("w resdual", {"residual": Units(2)}, ())
     with pytest.raises(PlanError, match="'ffn:query' has an unknown view"):
