@@ -38,17 +38,17 @@ class OnGpu(Tensor):
 
     @staticmethod
     def __new__(cls, held: Tensor) -> OnGpu:
-        place = {"strides": held.stride(), "storage_offset": held.storage_offset(), "device": GPU}
+        place: dict[str, Any] = {"strides": held.stride(), "storage_offset": held.storage_offset(), "device": GPU}
         with torch.inference_mode(False):  # views of what was made outside of it are no inference tensors
-            made = Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype, **place)  # type: ignore[attr-defined]
+            made = Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype, **place)
         made.held = held
         return made
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         raise AssertionError(f"{func} outside of `pretended_gpu`")
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"OnGpu({self.held})"
 
 
@@ -62,14 +62,14 @@ class _Sent(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-class PretendedGpu(TorchDispatchMode):
+class PretendedGpu(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While it is entered, GPU is a device of the thread. there, here: what was called on it and on the CPU.
 
     backwards: products there are added up from the end on, so that they are rounded otherwise.
     """
 
     def __init__(self, backwards: bool) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.backwards = backwards
         self.there, self.here = Counter[str](), Counter[str]()
 
@@ -101,7 +101,7 @@ class PretendedGpu(TorchDispatchMode):
             return out
         out = tree_map_only(Tensor, OnGpu, out)
         aliased = there and not torch.is_inference_mode_enabled()
-        return return_and_correct_aliasing(func, args, kwargs, out) if aliased else out
+        return return_and_correct_aliasing(func, args, kwargs, out) if aliased else out  # type: ignore[no-untyped-call]
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from mergekit_lfm.views.maps import CPU
 
 WIDTHS, WIDER = (12, 20, 16, 5), (12, 24, 16, 5)
 FEW = {"restarts": 2, "sweeps": 3}
-FEWER = {"restarts": 1, "sweeps": 1}
+FEWER: dict[str, Any] = {"restarts": 1, "sweeps": 1}
 
 Given = dict[str, Any]
 
@@ -131,7 +131,8 @@ def test_a_gpu_finds_what_the_cpu_finds(case: Given) -> None:
 @pytest.mark.usefixtures("pretended")
 def test_the_cpu_is_the_default() -> None:
     with pretended_gpu() as gpu:
-        found = [align_models(**perceptrons(torch.float32), **given) for given in ({}, {"device": "cpu"})]
+        given = perceptrons(torch.float32)
+        found = [align_models(**given), align_models(**given, device="cpu")]
     assert not gpu.there and found[0].facts == found[1].facts
 
 
@@ -171,11 +172,12 @@ def test_operations_that_mix_devices_are_refused_by_the_pretended_gpu() -> None:
         x = torch.ones(3, device=GPU)
         assert float((x + torch.tensor(1.0)).sum()) == 6
         assert x[torch.tensor([0, 2])].device == GPU
-        for wrong in (
+        mixtures: list[Callable[[], Tensor]] = [
             lambda: x + torch.ones(3),
             lambda: torch.ones(3)[x.long()],
             lambda: torch.cat([x, torch.ones(3)]),
-        ):
+        ]
+        for wrong in mixtures:
             with pytest.raises(RuntimeError, match="same device"):
                 wrong()
         with pytest.raises((RuntimeError, TypeError, NotImplementedError)):

@@ -125,7 +125,7 @@ def test_heads_are_never_made_worse(query_key: ChoiceKind) -> None:
 def test_ties_and_zeros_leave_matrices_as_they_are() -> None:
     zero = torch.zeros(N, N, dtype=torch.float64)
     for kind in ("fixed", "order", "phases", "signs"):
-        assert torch.equal(best_matrix(kind, zero), torch.eye(N, dtype=torch.float64))  # type: ignore[arg-type]
+        assert torch.equal(best_matrix(kind, zero), torch.eye(N, dtype=torch.float64))
     assert torch.equal(assign(torch.eye(N, dtype=torch.float64)), torch.arange(N))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -107,7 +108,7 @@ def test_dead_units_stay_in_their_places(method: str) -> None:
 @pytest.mark.parametrize(
     ("method", "options"), [("activation_matching", {}), ("ot", {}), ("ot", {"regularisation": 1})]
 )
-def test_statistics_of_zeros_leave_the_model_alone(method: str, options: dict[str, int]) -> None:
+def test_statistics_of_zeros_leave_the_model_alone(method: str, options: dict[str, Any]) -> None:
     a, b, symmetries = mlp(WIDTHS, 0), mlp(WIDTHS, 1), mlp_table(WIDTHS)
     nothing = {name: tuple(x * 0 for x in triple) for name, triple in moments(a, b, some_inputs()).items()}
     found = align_models(b, a, method, symmetries=symmetries, statistics=nothing, **options)  # type: ignore[arg-type]
@@ -126,7 +127,7 @@ def test_entries_of_a_unit_are_read_together() -> None:
     y = torch.empty_like(x)
     y[:, order] = x
     x, y = (torch.cat([z.flatten(1), torch.ones(200, 1)], 1) for z in (x, y))
-    given = {"read": (x.T @ y / 200, x.square().mean(0), y.square().mean(0))}
+    given: dict[Any, Any] = {"read": (x.T @ y / 200, x.square().mean(0), y.square().mean(0))}
     found = align_models(b, a, "activation_matching", symmetries=symmetries, statistics=given)
     assert order_of(found.elements["units"]) == order
 
@@ -134,7 +135,7 @@ def test_entries_of_a_unit_are_read_together() -> None:
 @pytest.mark.parametrize(
     ("kind", "options"), [("llama", {}), ("gpt2", {}), ("bert", {}), ("qwen3", {"tie_word_embeddings": True})]
 )
-def test_permutations_of_networks_are_recovered(kind: str, options: dict[str, bool], tmp_path: Path) -> None:
+def test_permutations_of_networks_are_recovered(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
     a = loaded(kind, 0, tmp_path / "a", **options)
     b = rewritten_model(a, rewrite(tensors_of(a), planted(tensors_of(a), table(a), 3)), tmp_path / "b")
     task = "embedding" if kind == "bert" else "lm"
@@ -146,7 +147,7 @@ def test_permutations_of_networks_are_recovered(kind: str, options: dict[str, bo
 @pytest.mark.parametrize(
     ("kind", "options"), [("llama", {}), ("llama", {"num_key_value_heads": 4}), ("qwen3", {}), ("qwen2", {})]
 )
-def test_rotations_are_recovered_from_activations(kind: str, options: dict[str, int], tmp_path: Path) -> None:
+def test_rotations_are_recovered_from_activations(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
     a = loaded(kind, 0, tmp_path / "a", torch.float64, **options)
     moved = rewrite(tensors_of(a), planted(tensors_of(a), table(a), 3, rotate=True))
     b = rewritten_model(a, moved, tmp_path / "b")

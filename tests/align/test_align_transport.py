@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import ot
@@ -27,7 +28,8 @@ def fuse(a: Tensors, b: Tensors, metric: str, regularisation: float) -> dict[str
 
     Readers are scaled by the source's width, not the other's, so that they add up what a unit is split into.
     """
-    before, fused, layers = np.eye(b["0.weight"].shape[1]), {}, len(a)
+    fused: dict[str, Any] = {}
+    before, layers = np.eye(b["0.weight"].shape[1]), len(a)
     for i in range(layers):
         target, incoming = a[f"{i}.weight"].numpy(), b[f"{i}.weight"].numpy() @ before
         if i == layers - 1:
@@ -81,7 +83,7 @@ def test_units_that_were_split_come_together(metric: str) -> None:
     a = mlp(A_WIDTHS, 0)
     wide = doubled(a)
     widths = (12, 18, 14, 5)
-    tables = {"symmetries": mlp_table(widths), "symmetries_to": mlp_table(A_WIDTHS)}
+    tables: dict[str, Any] = {"symmetries": mlp_table(widths), "symmetries_to": mlp_table(A_WIDTHS)}
     found = rewrite(wide, align_models(wide, a, "ot", cost=metric, **tables))
     assert all(x.shape == a[name].shape for name, x in found.items())
     assert furthest(found, a) < 1e-15
@@ -90,7 +92,7 @@ def test_units_that_were_split_come_together(metric: str) -> None:
 def test_units_that_are_split_leave_the_outputs_as_they_are() -> None:
     a = mlp(A_WIDTHS, 0)
     wide = doubled(a)
-    tables = {"symmetries": mlp_table(A_WIDTHS), "symmetries_to": mlp_table((12, 18, 14, 5))}
+    tables: dict[str, Any] = {"symmetries": mlp_table(A_WIDTHS), "symmetries_to": mlp_table((12, 18, 14, 5))}
     transform = align_models(a, wide, "ot", **tables)
     found = rewrite(a, transform)
     inputs = torch.randn(20, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -148,7 +150,7 @@ def test_activations_decide_where_they_are_given() -> None:
 
 
 @pytest.mark.parametrize(("kind", "options"), [("llama", {"intermediate_size": 50}), ("gpt2", {"n_inner": 70})])
-def test_wider_layers_of_networks_are_narrowed(kind: str, options: dict[str, int], tmp_path: Path) -> None:
+def test_wider_layers_of_networks_are_narrowed(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
     a, b = loaded(kind, 0, tmp_path / "a"), loaded(kind, 1, tmp_path / "b", **options)
     transform = align_models(b, a, "ot")
     assert {name: list(x.shape) for name, x in rewrite(tensors_of(b), transform).items()} == {
@@ -185,7 +187,8 @@ def test_groups_are_visited_in_the_given_order() -> None:
     for wrong in (["p0", "p0"], [["p0"], ["p1"]]):
         with pytest.raises(PlanError, match=r"found the order p0.*p., expected one list of some of p0, p1, each once"):
             align_models(b, a, "ot", symmetries=symmetries, order=wrong)
-    wide, tables = mlp(B_WIDTHS, 1), {"symmetries": mlp_table(B_WIDTHS), "symmetries_to": symmetries}
+    wide = mlp(B_WIDTHS, 1)
+    tables: dict[str, Any] = {"symmetries": mlp_table(B_WIDTHS), "symmetries_to": symmetries}
     with pytest.raises(PlanError, match="p0 cannot be left out, because the widths differ"):
         align_models(wide, a, "ot", order=["p1"], **tables)
     bare = [{name: x for name, x in tensors.items() if "bias" not in name} for tensors in (b, a)]

@@ -92,7 +92,7 @@ def test_orders_may_be_iterators() -> None:
     a, b, symmetries = two_mlps(1)
     names = ["p2", "p0", "p1"]
     expected = align_models(b, a, symmetries=symmetries, order=[names, names[::-1]], restarts=1)
-    found = align_models(b, a, symmetries=symmetries, order=map(iter, (names, names[::-1])), restarts=1)  # type: ignore[arg-type]
+    found = align_models(b, a, symmetries=symmetries, order=map(iter, (names, names[::-1])), restarts=1)
     assert orders_of(found, names) == orders_of(expected, names)
     assert found.facts.options == expected.facts.options
     refused("order: found 5, expected names of groups", b, a, symmetries=symmetries, order=5)
@@ -119,7 +119,7 @@ def test_scores_are_the_distance_of_the_models() -> None:
 def test_every_visit_makes_the_sum_greater(method: str, kind: str, tmp_path: Path) -> None:
     a, b = (loaded(kind, seed, tmp_path / str(seed)) for seed in range(2))
     groups = list(table(a).groups)
-    reached = []
+    reached: list[Any] = []
     for visits in range(1, len(groups) + 1):
         scores = align_models(b, a, method, restarts=1, order=[groups[:visits]]).facts.scores
         reached += [scores["inner_after"]] if reached else [scores["inner_before"], scores["inner_after"]]

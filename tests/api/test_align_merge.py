@@ -64,7 +64,8 @@ def weights(folder: Path) -> bytes:
 def test_a_transform_file_gives_the_merge_of_the_rewritten_model(method: dict[str, Any]) -> None:
     first = [] if "base_model" in method else [{"model": "a"}]
     whole = Path(merge({**method, "models": [*first, {"model": "saved"}]}, "whole"))
-    for number, options in enumerate(({}, {"threads": 1, "memory": "40MB"}, {"threads": 3})):
+    runs: list[dict[str, Any]] = [{}, {"threads": 1, "memory": "40MB"}, {"threads": 3}]
+    for number, options in enumerate(runs):
         recipe = {**method, "models": [*first, {"model": "b", "align": "t.safetensors"}]}
         streamed = Path(merge(recipe, f"streamed{number}", **options))
         assert weights(streamed) == weights(whole)
@@ -243,7 +244,9 @@ def test_models_that_cannot_be_aligned_are_refused_in_the_plan(models: Path) -> 
         make_plan(Recipe.parse({"merge_method": "linear", "models": [{"model": "a"}, entry], **ONE}))
 
 
-def test_other_widths_take_the_shapes_of_what_they_are_aligned_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_widths_take_the_shapes_of_what_they_are_aligned_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     random = torch.Generator().manual_seed(0)
     for name, width in (("narrow", 4), ("wide", 7)):

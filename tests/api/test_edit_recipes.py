@@ -27,7 +27,7 @@ from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.runtime.load import load_model
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "facts_edited.yaml"
-OPTIONS = {"layers": [1, 2], "lr": 0.1, "steps": 6, "lambda": 1.0, "covariance": "identity"}
+OPTIONS: dict[str, Any] = {"layers": [1, 2], "lr": 0.1, "steps": 6, "lambda": 1.0, "covariance": "identity"}
 
 
 def fact(subject: str, target: str) -> dict[str, Any]:
@@ -174,7 +174,7 @@ def test_the_recipe_of_facts_runs_as_its_comment_says(tmp_path: Path, monkeypatc
 
 def test_what_is_wrong_with_a_request_is_said_before_any_work(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("facts: [{prompt: no blank, subject: Ada, target_new: Rome}]")
-    cases = [
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"method": "memmit"}, "did you mean memit"),
         ({"step": 3}, "did you mean steps"),
         ({"steps": 0}, "at least 1"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,7 +33,8 @@ def save_model(folder: Path, dtype: torch.dtype = torch.float32, shards: int = 1
     if shards == 1:
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     else:
-        names, weight_map = list(tensors), {}
+        weight_map: dict[str, str] = {}
+        names = list(tensors)
         for i in range(shards):
             part = {name: tensors[name] for name in names[i::shards]}
             file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
@@ -253,7 +255,7 @@ def test_edits_of_the_result_are_added_before_rounding(tmp_path: Path, method: s
     tensors = {n: x + 0.1 * torch.randn_like(x) for n, x in model_tensors(torch.bfloat16).items()}
     save_file(tensors, other / "model.safetensors")
     models = [{"model": str(a)}] + ([{"model": str(other)}] if method == "linear" else [])
-    recipe = {"merge_method": method, "models": models, "edits": [str(tmp_path / "p.safetensors")]}
+    recipe: dict[str, Any] = {"merge_method": method, "models": models, "edits": [str(tmp_path / "p.safetensors")]}
     if method == "linear":
         recipe["parameters"] = {"weight": 0.5}
     merge(recipe, tmp_path / "out")
@@ -275,7 +277,7 @@ def test_recipes_say_what_of_their_edits_does_not_fit(tmp_path: Path) -> None:
     replacing.save(tmp_path / "r.safetensors")
     line = {"model": str(a)}
     patch = str(tmp_path / "p.safetensors")
-    cases = [
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"models": [{**line, "edits": ["gone.safetensors"]}]}, r"models\[0\].edits\[0\]: found 'gone.safetensors'"),
         ({"models": [{**line, "edits": [{"facts": "gone.yaml"}]}]}, r"models\[0\].edits\[0\]: found 'gone.yaml'"),
         ({"models": [{**line, "edits": [3]}]}, "edits"),

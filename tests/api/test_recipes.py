@@ -100,7 +100,7 @@ class Run(NamedTuple):
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
     out = Path(merge(request.param, tmp_path_factory.mktemp("recipes") / "out", threads=1))
     recipe = Recipe.load(request.param)
-    inputs = [load_file(model.source / "model.safetensors") for model in recipe.all_models]
+    inputs = [load_file(Path(str(model.source)) / "model.safetensors") for model in recipe.all_models]
     return Run(recipe, out, load_file(out / "model.safetensors"), inputs)
 
 
@@ -128,7 +128,7 @@ def test_transformers_loads_the_result(run: Run) -> None:
 
 def test_forget_makes_the_base_worse_at_what_it_forgets_above_all(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
-    base, out = RECIPES / "quickstart" / "base", merge(RECIPES / "forget.yaml", tmp_path / "out", threads=1)
+    base, out = RECIPES / "quickstart" / "base", Path(merge(RECIPES / "forget.yaml", tmp_path / "out", threads=1))
     texts = [(RECIPES / "quickstart" / f"{domain}.txt").read_text("utf-8")[:8000] for domain in ("docs", "code")]
     docs, code = (perplexity(out, text).bits_per_byte - perplexity(base, text).bits_per_byte for text in texts)
     assert docs > 0.1

@@ -168,7 +168,7 @@ def devices(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.device]]:
 def recipe(folder: Path, *, of_the_result: bool) -> Plan:
     facts = str(folder / "facts.yaml")
     asked = [{"facts": facts, "method": "rome", "layers": [1], "steps": 3, "covariance": "identity"}]
-    model = {"model": str(folder / "m")}
+    model: dict[str, Any] = {"model": str(folder / "m")}
     models, rest = ([model], {"edits": asked}) if of_the_result else ([{**model, "edits": asked}], {})
     return make_plan(Recipe.parse({"merge_method": "passthrough", "models": models, **rest}))
 

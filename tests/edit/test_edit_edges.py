@@ -123,7 +123,7 @@ def test_names_of_the_layers_come_from_the_architecture() -> None:
         assert [site.layer for site in sites] == [0, 1, 2, 3]
         assert {site.weight for site in sites} == {f"transformer.h.{i}.mlp.{ending}.weight" for i in range(4)}
         assert {site.axis for site in sites} == {axis}
-        assert all(site.inputs == site.projection.weight.shape[axis] for site in sites)
+        assert all(site.inputs == site.projection.get_parameter("weight").shape[axis] for site in sites)
 
 
 # ------------------------------------------------------------------ files
@@ -262,7 +262,13 @@ class _Slow:
     ],
 )
 def test_architectures_without_a_table_are_refused(kind: str, options: dict[str, Any]) -> None:
-    size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 340, "pad_token_id": 0}
+    size: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "vocab_size": 340,
+        "pad_token_id": 0,
+    }
     config = getattr(transformers, f"{kind}Config")(**size, **options)
     model = getattr(transformers, f"{kind}ForCausalLM")(config)
     with pytest.raises(PlanError, match=kind.lower()):
@@ -270,7 +276,7 @@ def test_architectures_without_a_table_are_refused(kind: str, options: dict[str,
 
 
 def test_what_is_no_decoder_is_refused() -> None:
-    size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 340}
+    size: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 340}
     bert = transformers.BertForMaskedLM(transformers.BertConfig(**size, intermediate_size=24))
     with pytest.raises(PlanError, match="decoder"):
         quick(bert, layers=[0])

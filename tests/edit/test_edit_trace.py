@@ -20,7 +20,7 @@ FACTS = [
 LAYERS = 4
 
 
-def flat_model(name: str = "gpt2") -> nn.Module:
+def flat_model(name: str = "gpt2") -> Any:
     """A tiny model that takes no token for all but certain, so that effects are of a size to be seen."""
     model = tiny_model(name)
     with torch.no_grad():

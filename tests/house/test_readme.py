@@ -61,7 +61,7 @@ def test_the_recipe_that_aligns_is_the_one_in_recipes() -> None:
 def test_the_table_of_aligners_and_the_option_name_what_there_is() -> None:
     shown = re.findall(r"^\| `(\w+)` \|", section(ALIGNMENT, "Methods"), re.MULTILINE)
     assert shown == list(ALIGN_METHODS) == list(align.METHODS)
-    options = {option.name for option in main.commands["align"].params}  # type: ignore[attr-defined]
+    options = {option.name for option in main.commands["align"].params}
     assert {p.name for method in ALIGN_METHODS.values() for p in method.parameters} <= options
 
 

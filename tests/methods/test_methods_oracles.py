@@ -1,5 +1,7 @@
 """Every method on tensors in memory against its float64 formula: all dtypes, odd shapes, random parameters."""
 
+from typing import Any
+
 import numpy as np
 import oracles
 import pytest
@@ -205,7 +207,7 @@ def test_zeros_do_not_count_in_the_mean_of_those_that_agree():
 
 def test_negative_weights_turn_the_vote_round():
     x, y = torch.tensor([1.0]), torch.tensor([3.0])
-    settings = {"base": torch.zeros(1), "normalize": False}
+    settings: dict[str, Any] = {"base": torch.zeros(1), "normalize": False}
     assert merge_tensors("ties", [x, y], weight=[1, -1], **settings).tolist() == [-3]
 
 

@@ -46,7 +46,7 @@ def convolutional(seed: int, normed: bool = False) -> nn.Sequential:
     return model
 
 
-def midpoint(models: Sequence[nn.Module], weights: Sequence[float] = (0.5, 0.5)) -> nn.Module:
+def midpoint(models: Sequence[nn.Module], weights: Sequence[float] = (0.5, 0.5)) -> Any:
     """The weighted mean of the models' parameters."""
     result = deepcopy(models[0])
     states = [model.state_dict() for model in models]
@@ -101,7 +101,7 @@ def test_what_it_says_of_a_layer_is_what_the_layer_was() -> None:
 
 
 def test_standard_deviations_are_mixed_and_not_variances() -> None:
-    ends = [nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1)) for _ in range(2)]
+    ends: list[Any] = [nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1)) for _ in range(2)]
     with torch.no_grad():
         for end, slope in zip(ends, (1.0, 3.0), strict=True):
             end[0].weight.fill_(slope)
@@ -146,7 +146,7 @@ def test_what_is_right_already_stays_bit_for_bit(normed: bool) -> None:
 
 
 def test_units_that_are_constant_are_shifted_alone_and_those_dead_in_both_ends_stay_dead() -> None:
-    ends = [perceptron(seed, 6, 8, 4) for seed in (0, 1)]
+    ends: list[Any] = [perceptron(seed, 6, 8, 4) for seed in (0, 1)]
     with torch.no_grad():
         ends[1][0].weight[0] = -ends[0][0].weight[0]  # the merged unit 0 is constant
         for end, bias in zip(ends, (2.0, 4.0), strict=True):
@@ -224,7 +224,7 @@ def test_layers_that_cannot_be_shifted_are_named() -> None:
     ],
 )
 def test_what_cannot_be_repaired(change: dict[str, Any], message: str) -> None:
-    given = {"merged": perceptron(2, 6, 5, 4), "ends": [perceptron(0, 6, 5, 4), perceptron(1, 6, 5, 4)]}
+    given: dict[str, Any] = {"merged": perceptron(2, 6, 5, 4), "ends": [perceptron(0, 6, 5, 4), perceptron(1, 6, 5, 4)]}
     given = {**given, "data": rows(6), **change}
     with pytest.raises(PlanError, match=message):
         repair_module(given.pop("merged"), given.pop("ends"), given.pop("data"), **given)

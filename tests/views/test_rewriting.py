@@ -140,7 +140,9 @@ def test_the_file_holds_all_of_a_transform(llama: Checkpoint, tmp_path: Path) ->
         ("value_output/heads.0", torch.full((2, 16, 16), torch.inf, dtype=torch.float64)),
     ],
 )
-def test_a_transform_that_fits_no_group_is_refused(llama: Checkpoint, tmp_path: Path, part: str, value: torch.Tensor) -> None:
+def test_a_transform_that_fits_no_group_is_refused(
+    llama: Checkpoint, tmp_path: Path, part: str, value: torch.Tensor
+) -> None:
     file = tmp_path / "t.safetensors"
     old = tensors_of(llama)
     random_transform(old, find_symmetries(llama), seed=3, kinds=("order", "scale", "inside")).save(file)
