@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -139,7 +139,7 @@ def transformer(kind: str, seed: int, **options: Any) -> nn.Module:
         "layer_type": "basic",
         "num_labels": 4,
     }
-    made = {
+    made: dict[str, Callable[[], Any]] = {
         "llama": lambda: hub.LlamaForCausalLM(hub.LlamaConfig(**rotary | options)),
         "qwen2": lambda: hub.Qwen2ForCausalLM(hub.Qwen2Config(**rotary | options)),
         "qwen3": lambda: hub.Qwen3ForCausalLM(hub.Qwen3Config(**rotary | options)),

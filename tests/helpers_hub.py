@@ -46,8 +46,8 @@ def lead_to(server: HubServer, home: Path, monkeypatch: pytest.MonkeyPatch) -> N
         "HF_TOKEN_PATH": str(home / "token"),
         "HF_STORED_TOKENS_PATH": str(home / "stored_tokens"),
     }
-    for name, value in constants.items():
-        monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+    for name, constant in constants.items():
+        monkeypatch.setattr(f"huggingface_hub.constants.{name}", constant)
 
 
 @pytest.fixture

@@ -147,7 +147,7 @@ def fisher(
     scales = [w / norm for w, norm in zip(weight, norms, strict=True)]
     shares = [scale * (f + epsilon) for scale, f in zip(scales, statistics, strict=True)]
     value = sum(share * x for share, x in zip(shares, xs, strict=True)) / sum(shares)
-    return Expected(value, _largest_term(xs))
+    return Expected(np.asarray(value), _largest_term(xs))
 
 
 def slerp(xs: Sequence[Array], t: float) -> Expected:
@@ -200,7 +200,7 @@ def multislerp(
     if not any(norms):
         return _sum(w, vs, 0.0 if base is None else base)
     units = [v / (n + eps) for v, n in zip(vs, norms, strict=True)]
-    mean = sum(a * u for a, u in zip(w, units, strict=True))
+    mean: Array = np.asarray(sum(a * u for a, u in zip(w, units, strict=True)))
     shift = 0.0 if base is None else base
     if np.linalg.norm(mean) < eps:
         assert len(xs) == 2
@@ -369,6 +369,7 @@ def ties_global(
     majority = np.sign(np.sign(sum(terms)).sum()) or -1.0
     whole = np.concatenate([base[n].ravel() for n in names])
     result = ties._combine(terms, weight, whole, True, factor, majority)
+    assert result.other is not None
     ends = np.cumsum([base[n].size for n in names])[:-1]
     parts = zip(*(np.split(part, ends) for part in (result.value, result.terms, result.other)), strict=True)
     return {n: Expected(*(p.reshape(base[n].shape) for p in part)) for n, part in zip(names, parts, strict=True)}

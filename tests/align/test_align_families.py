@@ -43,7 +43,9 @@ def random_element(kind: ChoiceKind, draw: torch.Generator) -> Tensor:
         return one[random_order(N, draw)]
     if kind == "orthogonal":
         return random_rotation(N, draw)
-    matrix = random_query_key(Heads(1, 1, N, "phases"), "signs" if kind == "signs" else "phases", draw)[0]
+    matrices = random_query_key(Heads(1, 1, N, "phases"), "signs" if kind == "signs" else "phases", draw)
+    assert matrices is not None
+    matrix = matrices[0]
     return matrix if kind == "signs" else polar(matrix)
 
 

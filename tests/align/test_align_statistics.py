@@ -191,7 +191,7 @@ def test_refuses_statistics_that_do_not_fit(tmp_path: Path) -> None:
 
 def test_refuses_mappings_that_do_not_fit() -> None:
     a, b, symmetries = mlp(WIDTHS, 0), mlp(WIDTHS, 1), mlp_table(WIDTHS)
-    given = moments(a, b, some_inputs())
+    given: dict[Any, Any] = {**moments(a, b, some_inputs())}
     for wrong, message in (
         ({**given, "other": given["1.weight"]}, "the statistics name other, which the table lacks"),
         ({**given, "1.weight": given["2.weight"]}, r"the moments of 1.weight are \[\(10, 10\)"),
@@ -222,7 +222,7 @@ def test_refuses_moments_whose_products_overflow(method: str, options: dict[str,
 
 def test_refuses_what_is_no_mapping_of_triples() -> None:
     a, b, symmetries = mlp(WIDTHS, 0), mlp(WIDTHS, 1), mlp_table(WIDTHS)
-    given = moments(a, b, some_inputs())
+    given: dict[Any, Any] = {**moments(a, b, some_inputs())}
     for wrong, message in (
         ({**given, "1.weight": given["1.weight"][:2]}, "the statistics of 1.weight are not three tensors"),
         ({**given, "1.weight": 1, "2.weight": "abc"}, "the statistics of 1.weight, 2.weight are not three tensors"),

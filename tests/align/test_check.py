@@ -339,7 +339,7 @@ def test_an_order_is_never_the_identity() -> None:
     table = read_table("v  pair\nw  lone", {"pair": Units(2), "lone": Units(1)}, ["v", "w"])
     tensors = {"v": torch.zeros(2), "w": torch.zeros(1)}
     for seed in range(10):
-        found: Transform = random_transform(tensors, table, seed=seed, kinds=("order",))
+        found: Transform = random_transform(tensors, table, seed=seed, kinds=["order"])
         pair, lone = found.elements["pair"], found.elements["lone"]
         assert isinstance(pair, UnitsElement) and pair.order is not None
         assert isinstance(lone, UnitsElement) and lone.order is not None

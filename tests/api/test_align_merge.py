@@ -98,7 +98,7 @@ def test_another_transform_is_another_plan(models: Path) -> None:
 
 def test_a_transform_of_another_model_is_refused(models: Path) -> None:
     save(models / "c", cast(fine_tuned(base_tensors(2), 1), torch.float32))
-    transform = random_transform({}, find_symmetries(open_checkpoint(models / "b")), seed=1, kinds=("order",))
+    transform = random_transform({}, find_symmetries(open_checkpoint(models / "b")), seed=1, kinds=["order"])
     facts = transform.facts
     named = type(facts)(facts.method, models=(open_checkpoint(models / "b").content,))
     type(transform)(transform.symmetries, transform.elements, named).save(models / "of_b.safetensors")
@@ -312,7 +312,7 @@ def test_a_chain_is_saved_without_being_run(tmp_path: Path, monkeypatch: pytest.
     b, near = (load_file(tmp_path / name / "model.safetensors") for name in ("b", "near"))
     x = torch.randn(4, 3, generator=random)
     said = [(x @ m["0.weight"].T + m["0.bias"]).relu() @ m["1.weight"].T + m["1.bias"] for m in (b, near)]
-    assert torch.allclose(*said, atol=1e-6)
+    assert torch.allclose(said[0], said[1], atol=1e-6)
     assert not torch.equal(b["0.weight"], near["0.weight"])
 
 

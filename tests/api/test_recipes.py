@@ -6,7 +6,7 @@ import re
 import shutil
 from math import prod
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -119,7 +119,7 @@ def test_the_result_is_none_of_its_inputs_unless_it_is_a_copy(run: Run) -> None:
 
 def test_transformers_loads_the_result(run: Run) -> None:
     pytest.importorskip("transformers")
-    loaded = load_model(run.out, "lm", dtype="auto")
+    loaded: Any = load_model(run.out, "lm", dtype="auto")
     assert str(loaded.model.dtype) == f"torch.{run.recipe.dtype}"
     prompt = loaded.tokenizer("Returns the", return_tensors="pt")
     with torch.no_grad():

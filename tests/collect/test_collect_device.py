@@ -36,6 +36,7 @@ CASES: dict[str, tuple[str, Callable[[], nn.Module], Data, dict[str, Any]]] = {
 @pytest.fixture(params=CASES)
 def collected(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[torch.device], dict[str, Tensor]]:
     """The entries of statistics that a model on a device is asked for."""
+    kind: Any
     kind, make, data, options = CASES[request.param]
 
     def collect(device: torch.device) -> dict[str, Tensor]:

@@ -283,7 +283,7 @@ def test_a_layer_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 
 def test_nan_names_the_layer_and_leaves_no_file(tmp_path: Path) -> None:
-    model = mlp(6, 5, 3)
+    model: Any = mlp(6, 5, 3)
     with torch.no_grad():
         model[0].bias[2] = float("nan")
     with pytest.raises(FormatError, match=r"gram/2: NaN or infinite after 3 examples"):

@@ -114,7 +114,7 @@ def test_the_facts_name_what_had_an_effect(two: Two, method: str, with_statistic
     """Every method takes an order and a start; those that do not look at them find the same without, and say so."""
     given = {"statistics": two.statistics} if with_statistics else {}
     plain = two.aligned(method, **given)
-    start = random_transform({}, plain.symmetries, seed=1, kinds=("order",))
+    start = random_transform({}, plain.symmetries, seed=1, kinds=["order"])
     names = [name for name, group in plain.symmetries.groups.items() if isinstance(group, Units)]
     of_units = replace(start, elements={name: start.elements[name] for name in names})
     heeded = set() if with_statistics else {"order"} if method == "ot" else {"order", "initial"}

@@ -71,7 +71,7 @@ def gap(patch: Patch, expected: Mapping[int, Tensor]) -> float:
 
 def with_change(by: Plain, patch: Patch) -> nn.Module:
     """The model, with what the patch adds in its weights."""
-    model = tiny_model(by.name)
+    model: nn.Module = tiny_model(by.name)
     with torch.no_grad():
         for name in patch.facts.tensors:
             model.get_parameter(name).add_(patch.change(name))
@@ -138,7 +138,8 @@ def test_other_architectures_are_edited_by_the_same_formulas(name: str) -> None:
     ids=str,
 )
 def test_every_option_means_what_the_formula_says(changes: dict[str, Any]) -> None:
-    by = plain("gpt2", **({"layers": [0, 2], "steps": 3} | changes))
+    options: dict[str, Any] = {"layers": [0, 2], "steps": 3} | changes
+    by = plain("gpt2", **options)
     # What is added in the last layer moves the last token alone; elsewhere its gradient is the noise of rounding.
     facts = AT_THE_END[1:] if 3 in by.layers else FACTS[1:]
     expected = by.memit(facts)

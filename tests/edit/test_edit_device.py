@@ -144,7 +144,7 @@ def test_the_commands_have_a_device() -> None:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A model, m, with a facts file."""
-    tiny_model("gpt2", torch.float32).save_pretrained(tmp_path / "m")  # type: ignore[operator]
+    tiny_model("gpt2", torch.float32).save_pretrained(tmp_path / "m")
     trained_tokenizer().save_pretrained(tmp_path / "m")
     (tmp_path / "facts.yaml").write_text(yaml.safe_dump({"facts": FACTS[:1]}), encoding="utf-8")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -127,7 +127,7 @@ def measured(subject: Any) -> Mapping[tuple[str, int], Mapping[str, float]]:
 @pytest.mark.slow
 def test_the_model_has_learned_all_facts_whichever_template_asks(folder: Path, subject: Any) -> None:
     assert int((folder / "learned").read_text("utf-8")) >= 475
-    before = score_facts(subject.loaded.model, subject.loaded.tokenizer, subject.facts("facts_100"))
+    before: Any = score_facts(subject.loaded.model, subject.loaded.tokenizer, subject.facts("facts_100"))
     assert before.es == 0
     assert before.ns == 1
     assert min(before.na, before.sa, before.unedited) >= 0.97
@@ -139,7 +139,7 @@ def test_it_knows_them_at_the_last_token_of_the_subject_in_the_lower_layers(trac
     """In shares of all that noise on the subject destroys."""
     destroyed = traced.clean - traced.corrupted
     assert destroyed >= 0.5
-    share = {
+    share: dict[str, dict[str, list[Any]]] = {
         kind: {role: [x and x / destroyed for x in effects] for role, effects in roles.items()}
         for kind, roles in traced.effects.items()
     }
@@ -193,7 +193,7 @@ def test_rome_fails_where_facts_are_not_looked_up_at_the_subject(tmp_path: Path)
     assert script.make_facts(tmp_path / "control", control=True) >= 475
     control = benchmark.open_subject(tmp_path / "control", tmp_path)
     traced = trace(control.loaded.model, control.loaded.tokenizer, FactsFile(control.facts("known").facts[:20]))
-    states = traced.effects["hidden"]
+    states: Mapping[str, Any] = traced.effects["hidden"]
     assert max(map(abs, states["last subject token"])) <= 0.05
     assert states["last token"][0] >= 0.5
     single = FactsFile(control.facts("facts_10").facts)

@@ -30,13 +30,14 @@ def flat_model(name: str = "gpt2") -> Any:
 
 def modules_of(model: nn.Module, name: str, kind: str) -> list[nn.Module]:
     """What is put back, layer by layer, by the names that transformers gives them."""
-    blocks = list(model.get_submodule(MODELS[name][2]))
+    blocks: list[Any] = list(model.get_submodule(MODELS[name][2]).children())
     attention = "attn" if hasattr(blocks[0], "attn") else "self_attn"
-    return {
+    kinds: dict[str, list[nn.Module]] = {
         "hidden": blocks,
         "mlp": [block.mlp for block in blocks],
         "attention": [block.get_submodule(attention) for block in blocks],
-    }[kind]
+    }
+    return kinds[kind]
 
 
 class PlainTrace:
@@ -53,10 +54,10 @@ class PlainTrace:
         self.subject = range(len(head), len(head) + len(subject))
         self.wanted = tokenizer(f" {fact['target_new']}", add_special_tokens=False)["input_ids"][0]
 
-    def chance(self, noise: Tensor | None, changes: list[tuple[nn.Module, Callable[[Tensor], None]]]) -> float:
+    def chance(self, noise: Tensor | None, changes: list[tuple[nn.Module, Callable[[Tensor], object]]]) -> float:
         """p of the right token. noise: [subject, width]; changes: what is done to the output of modules, in place."""
 
-        def changed(change: Callable[[Tensor], None]) -> Callable[..., Any]:
+        def changed(change: Callable[[Tensor], object]) -> Callable[..., Any]:
             def hook(_: nn.Module, __: Any, out: Any) -> Any:
                 state = (out[0] if isinstance(out, tuple) else out).clone()
                 change(state[0])
@@ -86,7 +87,7 @@ class PlainTrace:
             self.chance(None, [(module, lambda state: states.append(state.clone())) for module in modules])
             self.clean[kind] = states
 
-        def put(layer: int) -> Callable[[Tensor], None]:
+        def put(layer: int) -> Callable[[Tensor], object]:
             return lambda state: state[position].copy_(self.clean[kind][layer][position])
 
         return self.chance(noise, [(modules[layer], put(layer)) for layer in layers])
@@ -145,7 +146,7 @@ def plain_trace(
 )
 def test_a_trace_is_that_of_a_plain_loop(name: str, window: int, kind: str) -> None:
     tokenizer = trained_tokenizer(kind)
-    options = {"noise": 2.0, "window": window, "draws": 2, "seed": 3}
+    options: dict[str, Any] = {"noise": 2.0, "window": window, "draws": 2, "seed": 3}
     facts = FACTS if name == "gpt2" else FACTS[1:]
     found = trace(flat_model(name), tokenizer, facts, batch=7, **options).as_data()
     expected = plain_trace(name, tokenizer, facts, **options)

@@ -1,6 +1,7 @@
 """What every method promises on whole checkpoints, each against an independent float64 formula."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import oracles
@@ -214,8 +215,9 @@ def test_model_stock_goes_as_far_as_the_angles_say(world, merged, suffix, filter
 
 @pytest.mark.parametrize("suffix", ["", "16"])
 def test_a27_task_arithmetic_adds_and_subtracts(world, merged, suffix):
-    for parameters in ({}, {"lambda": 0.7}, {"normalize": True}):
-        parameters |= {"weight": [0.3, -0.5]}
+    cases: list[dict[str, Any]] = [{}, {"lambda": 0.7}, {"normalize": True}]
+    for case in cases:
+        parameters = {**case, "weight": [0.3, -0.5]}
         got = merged(world.recipe("task_arithmetic", "AB", base="BASE", suffix=suffix, **parameters))
         check(got, world.expect(oracles.task_arithmetic, "AB", base="BASE", suffix=suffix, **parameters))
 

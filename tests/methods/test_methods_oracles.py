@@ -221,7 +221,7 @@ def test_deltas_of_zero_norm_are_not_rescaled():
 @pytest.mark.parametrize("method", ["linear", "task_arithmetic", "dare_linear", "breadcrumbs"])
 def test_weights_that_sum_to_zero_cannot_be_normalised(method):
     x = torch.ones(3)
-    bases = {"base": x} if METHODS[method].base == "required" else {}
+    bases: dict[str, Any] = {"base": x} if METHODS[method].base == "required" else {}
     with pytest.raises(PlanError, match="sum to"):
         merge_tensors(method, [x, x], **bases, weight=[1, -1], normalize=True)
 
@@ -269,7 +269,8 @@ def test_rows_of_one_element_are_rows(shape, row_wise):
 @pytest.mark.parametrize("normalize", [True, False])
 def test_multislerp_of_one_tensor_is_that_tensor(normalize):
     x, base = torch.arange(5.0), torch.ones(5)
-    for bases in ({}, {"base": base}):
+    cases: list[dict[str, Any]] = [{}, {"base": base}]
+    for bases in cases:
         got = merge_tensors("multislerp", [x], weight=0.1, normalize_weights=normalize, **bases)
         assert torch.equal(got, x)
 
@@ -340,8 +341,8 @@ def test_rounding_to_bfloat16_is_to_the_nearest_and_even():
         (3.4e38, np.inf),
     ]:
         assert to_bfloat16([x])[0] == expected, x
-    x = np.random.default_rng(0).normal(0, 1, 10_000).astype(np.float32)
-    assert torch.equal(rounded(x, torch.bfloat16), torch.from_numpy(x).bfloat16())
+    many = np.random.default_rng(0).normal(0, 1, 10_000).astype(np.float32)
+    assert torch.equal(rounded(many, torch.bfloat16), torch.from_numpy(many).bfloat16())
 
 
 def test_the_yardstick_refuses_an_error_of_one_ulp_in_bfloat16():

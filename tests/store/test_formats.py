@@ -258,7 +258,7 @@ def test_every_range_of_a_strided_tensor_reads_as_its_elements(
     assert torch.equal(read, tensor.reshape(-1)[start:stop])
 
 
-class Largest(TorchDispatchMode):
+class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """The most elements of a tensor that an operation put in memory of its own."""
 
     numel = 0
@@ -284,7 +284,7 @@ class Largest(TorchDispatchMode):
 def test_a_block_of_a_strided_tensor_is_read_without_a_copy_of_the_whole(tmp_path: Path, tensor: torch.Tensor) -> None:
     torch.save({"x": tensor}, tmp_path / "a.pt")
     opened = open_checkpoint(tmp_path / "a.pt")
-    with Largest() as largest:
+    with Largest() as largest:  # type: ignore[no-untyped-call]
         blocks = [opened.read("x", start, start + 50) for start in range(0, tensor.numel(), 50)]
     assert largest.numel == 50
     assert torch.equal(torch.cat(blocks), tensor.reshape(-1))

@@ -79,7 +79,7 @@ def test_an_order_keeps_every_bit(tmp_path: Path, dtype: torch.dtype) -> None:
     model = open_checkpoint(save(tmp_path / "m", cast(base_tensors(), dtype)))
     old = tensors_of(model)
     old["model.norm.weight"][:3] = torch.tensor([float("nan"), float("inf"), -0.0])
-    new = rewrite(old, random_transform(old, find_symmetries(model), seed=1, kinds=("order",)))
+    new = rewrite(old, random_transform(old, find_symmetries(model), seed=1, kinds=["order"]))
     for name, x in old.items():
         bits = [t.view(torch.int16 if dtype.itemsize == 2 else torch.int32).flatten() for t in (x, new[name])]
         assert torch.equal(bits[0].sort()[0], bits[1].sort()[0])
@@ -108,7 +108,7 @@ def test_any_range_read_in_any_thread_is_part_of_the_whole(
 
 def test_a_view_has_an_identity_and_a_content_of_its_own(llama: Checkpoint, tmp_path: Path) -> None:
     old = tensors_of(llama)
-    transform = random_transform(old, find_symmetries(llama), seed=2, kinds=("order",))
+    transform = random_transform(old, find_symmetries(llama), seed=2, kinds=["order"])
     view = rewritten_view(llama, transform, {"transform": "x"})
     assert view.identity[1:] == llama.identity and view.digest != llama.digest
     saved = open_checkpoint(save(tmp_path / "saved", rewrite(old, transform)))
