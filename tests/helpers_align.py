@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mergekit_lfm.align.choices import polar
-from mergekit_lfm.align.elements import random_transform
+from mergekit_lfm.align.elements import ElementKind, random_transform
 from mergekit_lfm.arch import Symmetries, Units, find_symmetries, read_table
 from mergekit_lfm.artifacts.transform import HeadsElement, Transform, UnitsElement
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
@@ -132,8 +132,14 @@ def transformer(kind: str, seed: int, **options: Any) -> nn.Module:
     }
     bert = {"hidden_size": 24, "num_attention_heads": 3, "intermediate_size": 30, "num_hidden_layers": 2}
     gpt2 = {"n_embd": 24, "n_head": 3, "n_layer": 2, "n_positions": 32}
-    resnet = {"embedding_size": 6, "hidden_sizes": [6, 10], "depths": [2, 1], "layer_type": "basic", "num_labels": 4}
-    made = {
+    resnet: dict[str, Any] = {
+        "embedding_size": 6,
+        "hidden_sizes": [6, 10],
+        "depths": [2, 1],
+        "layer_type": "basic",
+        "num_labels": 4,
+    }
+    made: dict[str, Callable[[], Any]] = {
         "llama": lambda: hub.LlamaForCausalLM(hub.LlamaConfig(**rotary | options)),
         "qwen2": lambda: hub.Qwen2ForCausalLM(hub.Qwen2Config(**rotary | options)),
         "qwen3": lambda: hub.Qwen3ForCausalLM(hub.Qwen3Config(**rotary | options)),
@@ -167,7 +173,7 @@ def planted(tensors: Tensors, symmetries: Symmetries, seed: int, *, rotate: bool
 
     rotate: orthogonal matrices and signs where the groups have them.
     """
-    kinds = ("order", "scale", "rotation", "inside") if rotate else ("order",)
+    kinds: tuple[ElementKind, ...] = ("order", "scale", "rotation", "inside") if rotate else ("order",)
     made = random_transform(tensors, symmetries, seed=seed, kinds=kinds)
     draw = torch.Generator().manual_seed(seed)
     elements = dict(made.elements)

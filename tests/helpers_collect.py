@@ -27,7 +27,7 @@ class Case:
 
     model: nn.Module
     data: Callable[[Sequence[int]], list[Batch]]
-    task: str = "classification"
+    task: Any = "classification"
 
 
 class Tied(nn.Module):
@@ -143,13 +143,20 @@ def transformer(kind: str, seed: int = 3) -> nn.Module:
     small |= {"num_attention_heads": 2, "intermediate_size": 24, "max_position_embeddings": 32}
     torch.manual_seed(seed)
     if kind == "llama":
-        config = transformers.LlamaConfig(**small, num_key_value_heads=1, initializer_range=0.3, bos_token_id=0)
-        return transformers.LlamaForCausalLM(config).double()
+        llama = transformers.LlamaConfig(**small, num_key_value_heads=1, initializer_range=0.3, bos_token_id=0)
+        return transformers.LlamaForCausalLM(llama).double()
     if kind == "gpt2":
-        heads = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32, "bos_token_id": 0, "eos_token_id": 1}
-        config = transformers.GPT2Config(vocab_size=VOCABULARY, initializer_range=0.3, **heads)
-        return transformers.GPT2LMHeadModel(config).double()
-    config = transformers.BertConfig(**small, initializer_range=0.3, num_labels=3, pad_token_id=3)
+        heads: dict[str, Any] = {
+            "n_embd": 16,
+            "n_layer": 2,
+            "n_head": 2,
+            "n_positions": 32,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+        }
+        gpt2 = transformers.GPT2Config(vocab_size=VOCABULARY, initializer_range=0.3, **heads)
+        return transformers.GPT2LMHeadModel(gpt2).double()
+    config = transformers.BertConfig(**small | {"num_labels": 3}, initializer_range=0.3, pad_token_id=3)
     if kind == "bert":
         return transformers.BertForSequenceClassification(config).double()
     return transformers.BertModel(config).double()

@@ -45,10 +45,10 @@ class OnGpu(Tensor):
         return made
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         raise AssertionError(f"{func} outside of `pretended_gpu`")
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"OnGpu({self.held})"
 
 
@@ -69,7 +69,7 @@ class PretendedGpu(TorchDispatchMode):
     """
 
     def __init__(self, backwards: bool) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.backwards = backwards
         self.there, self.here = Counter[str](), Counter[str]()
 
@@ -101,7 +101,7 @@ class PretendedGpu(TorchDispatchMode):
             return out
         out = tree_map_only(Tensor, OnGpu, out)
         aliased = there and not torch.is_inference_mode_enabled()
-        return return_and_correct_aliasing(func, args, kwargs, out) if aliased else out
+        return return_and_correct_aliasing(func, args, kwargs, out) if aliased else out  # type: ignore[no-untyped-call]
 
 
 @contextmanager

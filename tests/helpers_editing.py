@@ -142,15 +142,15 @@ class Plain:
     def __post_init__(self) -> None:
         self.model = copy.deepcopy(self.model).requires_grad_(False)
         _, _, blocks, self.down = MODELS[self.name]
-        self.blocks = list(self.model.get_submodule(blocks))
+        self.blocks: list[Any] = list(self.model.get_submodule(blocks).children())
 
-    def projection(self, layer: int) -> nn.Module:
+    def projection(self, layer: int) -> Any:
         return self.blocks[layer].mlp.get_submodule(self.down)
 
     def weight(self, layer: int) -> Tensor:
         """The projection's weight, [out, in], a view of it."""
-        module = self.projection(layer)
-        return module.weight.T if self.name.startswith("gpt2") else module.weight
+        weight: Tensor = self.projection(layer).weight
+        return weight.T if self.name.startswith("gpt2") else weight
 
     @property
     def flat(self) -> list[str]:
@@ -292,7 +292,7 @@ class Plain:
         """The change of each layer's weight, [out, in]. Source: MEMIT equations 14 and 20, algorithm 1."""
         original = {layer: self.weight(layer).clone() for layer in self.layers}
         last = self.blocks[self.layers[-1]]
-        wanted = torch.stack([sum(self.value(fact, last)) for fact in facts], 1)  # [out, facts]
+        wanted = torch.stack([torch.add(*self.value(fact, last)) for fact in facts], 1)  # [out, facts]
         for i, layer in enumerate(self.layers):
             keys = torch.stack([self._mean_key(fact, layer) for fact in facts], 1)  # [in, facts]
             now = torch.stack([self.bare(fact, last) for fact in facts], 1)

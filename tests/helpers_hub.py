@@ -47,8 +47,8 @@ def lead_to(server: HubServer, home: Path, monkeypatch: pytest.MonkeyPatch) -> N
         "HF_TOKEN_PATH": str(home / "token"),
         "HF_STORED_TOKENS_PATH": str(home / "stored_tokens"),
     }
-    for name, value in constants.items():
-        monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+    for name, constant in constants.items():
+        monkeypatch.setattr(f"huggingface_hub.constants.{name}", constant)
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def xet_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServ
 
 
 def _serving(server: HubServer, home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    from huggingface_hub.utils import close_session
+    from huggingface_hub.utils import close_session  # type: ignore[attr-defined]  # documented, but not in its __all__
 
     close_session()
     with server:

@@ -32,7 +32,7 @@ def write_grams(
 
 
 def _write(path: Path, tensors: Tensors, facts: StatisticsInfo, changes: Mapping[str, str]) -> Path:
-    save_file(tensors, path, facts.metadata() | changes)
+    save_file(tensors, path, {**facts.metadata(), **changes})
     return path
 
 

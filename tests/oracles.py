@@ -45,7 +45,7 @@ def ulp(x: npt.ArrayLike, dtype: torch.dtype) -> Array:
     bits, smallest = FORMATS[dtype]
     magnitude = np.abs(np.asarray(x, np.float64))
     exponent = np.where(magnitude > 0, np.frexp(magnitude)[1] - 1, smallest)
-    return np.ldexp(1.0, np.maximum(exponent, smallest) - bits)
+    return np.asarray(np.ldexp(1.0, np.maximum(exponent, smallest) - bits))
 
 
 def to_bfloat16(x: npt.ArrayLike) -> Array:
@@ -110,7 +110,7 @@ def keep_positions(x: Array, start: int, stop: int) -> npt.NDArray[np.bool_]:
 
 
 def _largest_term(terms: Sequence[Array], base: Array | float = 0.0) -> Array:
-    return np.max([np.abs(t) for t in terms] + [np.broadcast_to(np.abs(base), terms[0].shape)], axis=0)
+    return np.asarray(np.max([np.abs(t) for t in terms] + [np.broadcast_to(np.abs(base), terms[0].shape)], axis=0))
 
 
 def _sum(coefficients: Sequence[Any], xs: Sequence[Array], base: Array | float = 0.0) -> Expected:
@@ -147,7 +147,7 @@ def fisher(
     scales = [w / norm for w, norm in zip(weight, norms, strict=True)]
     shares = [scale * (f + epsilon) for scale, f in zip(scales, statistics, strict=True)]
     value = sum(share * x for share, x in zip(shares, xs, strict=True)) / sum(shares)
-    return Expected(value, _largest_term(xs))
+    return Expected(np.asarray(value), _largest_term(xs))
 
 
 def slerp(xs: Sequence[Array], t: float) -> Expected:
@@ -200,7 +200,7 @@ def multislerp(
     if not any(norms):
         return _sum(w, vs, 0.0 if base is None else base)
     units = [v / (n + eps) for v, n in zip(vs, norms, strict=True)]
-    mean = sum(a * u for a, u in zip(w, units, strict=True))
+    mean: Array = np.asarray(sum(a * u for a, u in zip(w, units, strict=True)))
     shift = 0.0 if base is None else base
     if np.linalg.norm(mean) < eps:
         assert len(xs) == 2
@@ -292,7 +292,7 @@ class TaskVectors:
             if share < 1:
                 masks[i] = self.keep(ds[i], share, **{key: values[i] for key, values in own.items()})
         scaling = self.rescale if rescale is None else rescale
-        scales = [self._scale(d, *each, scaling) for d, *each in zip(ds, masks, densities, strict=True)]
+        scales = [self._scale(d, mask, share, scaling) for d, mask, share in zip(ds, masks, densities, strict=True)]
         terms = [w * s * d * m for w, s, d, m in zip(weight, scales, ds, masks, strict=True)]
         by_weight = self.normalize if normalize is None else normalize
         return self._combine(terms, weight, base, by_weight, more.get("lambda", 1.0), more.get("zeros", 1.0))
@@ -369,6 +369,7 @@ def ties_global(
     majority = np.sign(np.sign(sum(terms)).sum()) or -1.0
     whole = np.concatenate([base[n].ravel() for n in names])
     result = ties._combine(terms, weight, whole, True, factor, majority)
+    assert result.other is not None
     ends = np.cumsum([base[n].size for n in names])[:-1]
     parts = zip(*(np.split(part, ends) for part in (result.value, result.terms, result.other)), strict=True)
     return {n: Expected(*(p.reshape(base[n].shape) for p in part)) for n, part in zip(names, parts, strict=True)}

@@ -29,7 +29,7 @@ from mergekit_lfm.views.maps import CPU
 
 WIDTHS, WIDER = (12, 20, 16, 5), (12, 24, 16, 5)
 FEW = {"restarts": 2, "sweeps": 3}
-FEWER = {"restarts": 1, "sweeps": 1}
+FEWER: dict[str, Any] = {"restarts": 1, "sweeps": 1}
 
 Given = dict[str, Any]
 
@@ -176,11 +176,12 @@ def test_operations_that_mix_devices_are_refused_by_the_pretended_gpu() -> None:
         x = torch.ones(3, device=GPU)
         assert float((x + torch.tensor(1.0)).sum()) == 6
         assert x[torch.tensor([0, 2])].device == GPU
-        for wrong in (
+        mixtures: list[Callable[[], Tensor]] = [
             lambda: x + torch.ones(3),
             lambda: torch.ones(3)[x.long()],
             lambda: torch.cat([x, torch.ones(3)]),
-        ):
+        ]
+        for wrong in mixtures:
             with pytest.raises(RuntimeError, match="same device"):
                 wrong()
         with pytest.raises((RuntimeError, TypeError, NotImplementedError)):

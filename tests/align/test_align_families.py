@@ -43,7 +43,9 @@ def random_element(kind: ChoiceKind, draw: torch.Generator) -> Tensor:
         return one[random_order(N, draw)]
     if kind == "orthogonal":
         return random_rotation(N, draw)
-    matrix = random_query_key(Heads(1, 1, N, "phases"), "signs" if kind == "signs" else "phases", draw)[0]
+    matrices = random_query_key(Heads(1, 1, N, "phases"), "signs" if kind == "signs" else "phases", draw)
+    assert matrices is not None
+    matrix = matrices[0]
     return matrix if kind == "signs" else polar(matrix)
 
 
@@ -125,7 +127,7 @@ def test_heads_are_never_made_worse(query_key: ChoiceKind) -> None:
 def test_ties_and_zeros_leave_matrices_as_they_are() -> None:
     zero = torch.zeros(N, N, dtype=torch.float64)
     for kind in ("fixed", "order", "phases", "signs"):
-        assert torch.equal(best_matrix(kind, zero), torch.eye(N, dtype=torch.float64))  # type: ignore[arg-type]
+        assert torch.equal(best_matrix(kind, zero), torch.eye(N, dtype=torch.float64))
     assert torch.equal(assign(torch.eye(N, dtype=torch.float64)), torch.arange(N))
 
 

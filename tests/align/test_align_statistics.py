@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -107,7 +108,7 @@ def test_dead_units_stay_in_their_places(method: str) -> None:
 @pytest.mark.parametrize(
     ("method", "options"), [("activation_matching", {}), ("ot", {}), ("ot", {"regularisation": 1})]
 )
-def test_statistics_of_zeros_leave_the_model_alone(method: str, options: dict[str, int]) -> None:
+def test_statistics_of_zeros_leave_the_model_alone(method: str, options: dict[str, Any]) -> None:
     a, b, symmetries = mlp(WIDTHS, 0), mlp(WIDTHS, 1), mlp_table(WIDTHS)
     nothing = {name: tuple(x * 0 for x in triple) for name, triple in moments(a, b, some_inputs()).items()}
     found = find_transform(b, a, method, symmetries=symmetries, statistics=nothing, **options)  # type: ignore[arg-type]
@@ -134,7 +135,7 @@ def test_entries_of_a_unit_are_read_together() -> None:
 @pytest.mark.parametrize(
     ("kind", "options"), [("llama", {}), ("gpt2", {}), ("bert", {}), ("qwen3", {"tie_word_embeddings": True})]
 )
-def test_permutations_of_networks_are_recovered(kind: str, options: dict[str, bool], tmp_path: Path) -> None:
+def test_permutations_of_networks_are_recovered(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
     a = loaded(kind, 0, tmp_path / "a", **options)
     b = rewritten_model(a, rewrite(tensors_of(a), planted(tensors_of(a), table(a), 3)), tmp_path / "b")
     task = "embedding" if kind == "bert" else "lm"
@@ -146,7 +147,7 @@ def test_permutations_of_networks_are_recovered(kind: str, options: dict[str, bo
 @pytest.mark.parametrize(
     ("kind", "options"), [("llama", {}), ("llama", {"num_key_value_heads": 4}), ("qwen3", {}), ("qwen2", {})]
 )
-def test_rotations_are_recovered_from_activations(kind: str, options: dict[str, int], tmp_path: Path) -> None:
+def test_rotations_are_recovered_from_activations(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
     a = loaded(kind, 0, tmp_path / "a", torch.float64, **options)
     moved = rewrite(tensors_of(a), planted(tensors_of(a), table(a), 3, rotate=True))
     b = rewritten_model(a, moved, tmp_path / "b")
@@ -190,7 +191,7 @@ def test_refuses_statistics_that_do_not_fit(tmp_path: Path) -> None:
 
 def test_refuses_mappings_that_do_not_fit() -> None:
     a, b, symmetries = mlp(WIDTHS, 0), mlp(WIDTHS, 1), mlp_table(WIDTHS)
-    given = moments(a, b, some_inputs())
+    given: dict[Any, Any] = {**moments(a, b, some_inputs())}
     for wrong, message in (
         ({**given, "other": given["1.weight"]}, "the statistics name other, which the table lacks"),
         ({**given, "1.weight": given["2.weight"]}, r"the moments of 1.weight are \[\(10, 10\)"),
@@ -221,7 +222,7 @@ def test_refuses_moments_whose_products_overflow(method: str, options: dict[str,
 
 def test_refuses_objects_that_do_not_map_to_triples() -> None:
     a, b, symmetries = mlp(WIDTHS, 0), mlp(WIDTHS, 1), mlp_table(WIDTHS)
-    given = moments(a, b, some_inputs())
+    given: dict[Any, Any] = {**moments(a, b, some_inputs())}
     for wrong, message in (
         ({**given, "1.weight": given["1.weight"][:2]}, "the statistics of 1.weight are not three tensors"),
         ({**given, "1.weight": 1, "2.weight": "abc"}, "the statistics of 1.weight, 2.weight are not three tensors"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import ot
@@ -27,7 +28,8 @@ def fuse(a: Tensors, b: Tensors, metric: str, regularisation: float) -> dict[str
 
     Readers are scaled by the source's width, not the other's, so that they add up what a unit is split into.
     """
-    before, fused, layers = np.eye(b["0.weight"].shape[1]), {}, len(a)
+    fused: dict[str, Any] = {}
+    before, layers = np.eye(b["0.weight"].shape[1]), len(a)
     for i in range(layers):
         target, incoming = a[f"{i}.weight"].numpy(), b[f"{i}.weight"].numpy() @ before
         if i == layers - 1:
@@ -148,7 +150,7 @@ def test_activations_decide_where_they_are_given() -> None:
 
 
 @pytest.mark.parametrize(("kind", "options"), [("llama", {"intermediate_size": 50}), ("gpt2", {"n_inner": 70})])
-def test_wider_layers_of_networks_are_narrowed(kind: str, options: dict[str, int], tmp_path: Path) -> None:
+def test_wider_layers_of_networks_are_narrowed(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
     a, b = loaded(kind, 0, tmp_path / "a"), loaded(kind, 1, tmp_path / "b", **options)
     transform = find_transform(b, a, "ot")
     assert {name: list(x.shape) for name, x in rewrite(tensors_of(b), transform).items()} == {

@@ -119,7 +119,7 @@ def test_scores_are_the_distance_of_the_models() -> None:
 def test_every_visit_makes_the_sum_greater(method: str, kind: str, tmp_path: Path) -> None:
     a, b = (loaded(kind, seed, tmp_path / str(seed)) for seed in range(2))
     groups = list(table(a).groups)
-    reached = []
+    reached: list[Any] = []
     for visits in range(1, len(groups) + 1):
         scores = find_transform(b, a, method, restarts=1, order=[groups[:visits]]).facts.scores
         reached += [scores["inner_after"]] if reached else [scores["inner_before"], scores["inner_after"]]

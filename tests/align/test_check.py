@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -189,7 +190,7 @@ def test_tensors_that_the_outputs_do_not_depend_on_are_named() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_the_tolerance_follows_the_dtype(dtype: torch.dtype) -> None:
     tensors, table = two_paths(dtype)
-    seen = set()
+    seen: set[Any] = set()
 
     def run(t: Mapping[str, Tensor]) -> Tensor:
         seen.update(x.dtype for x in t.values())
@@ -268,7 +269,7 @@ def test_random_elements_are_such_elements(
     model: str, kinds: tuple[str, ...] | None, subjects: Subjects, tmp_path: Path
 ) -> None:
     subject, table = subjects(model)
-    options = {} if kinds is None else {"kinds": kinds}
+    options: dict[str, Any] = {} if kinds is None else {"kinds": kinds}
     found = random_transform(subject.tensors, table, seed=3, **options)
     check_elements(found, model)
     found.save(tmp_path / "t.safetensors")
@@ -276,7 +277,7 @@ def test_random_elements_are_such_elements(
     for name, element in found.elements.items():
         for part, value in vars(element).items():
             stored = None if name not in again.elements else getattr(again.elements[name], part)
-            assert (value is None and stored is None) or torch.equal(value, stored)
+            assert (value is None and stored is None) or torch.equal(value, cast(Tensor, stored))
     moved = rewrite(subject.tensors, found)
     torch.testing.assert_close(subject.run(moved), subject.run(subject.tensors), rtol=1e-4, atol=1e-6)
     if kinds == ("order",):
@@ -319,6 +320,7 @@ def test_matrices_within_heads_are_of_their_family() -> None:
         table = read_table("q  heads:query", {"heads": Heads(2, 1, 8, family)}, names)
         element = random_transform({"q": torch.zeros(16)}, table, seed=0).elements["heads"]
         assert isinstance(element, HeadsElement)
+        assert element.query_key is not None
         for matrix in element.query_key:
             assert torch.allclose(matrix @ turn, turn @ matrix, rtol=0, atol=1e-12) == (family != "linear")
             assert (matrix.abs().sum(0) == 1).all() == (family == "signs")
@@ -337,9 +339,9 @@ def test_an_order_is_never_the_identity() -> None:
     table = read_table("v  pair\nw  lone", {"pair": Units(2), "lone": Units(1)}, ["v", "w"])
     tensors = {"v": torch.zeros(2), "w": torch.zeros(1)}
     for seed in range(10):
-        found: Transform = random_transform(tensors, table, seed=seed, kinds=("order",))
+        found: Transform = random_transform(tensors, table, seed=seed, kinds=["order"])
         pair, lone = found.elements["pair"], found.elements["lone"]
-        assert isinstance(pair, UnitsElement)
-        assert isinstance(lone, UnitsElement)
+        assert isinstance(pair, UnitsElement) and pair.order is not None
+        assert isinstance(lone, UnitsElement) and lone.order is not None
         assert pair.order.tolist() == [1, 0]
         assert lone.order.tolist() == [0]

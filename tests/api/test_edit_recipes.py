@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,9 @@ from mergekit_lfm.output.lock import verify
 from mergekit_lfm.plan.plan import make_plan
 from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.runtime.load import load_model
-from recipes.make.facts import make_facts
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "facts_edited.yaml"
-OPTIONS = {"layers": [1, 2], "lr": 0.1, "steps": 6, "lambda": 1.0, "covariance": "identity"}
+OPTIONS: dict[str, Any] = {"layers": [1, 2], "lr": 0.1, "steps": 6, "lambda": 1.0, "covariance": "identity"}
 
 
 def fact(subject: str, target: str) -> dict[str, Any]:
@@ -159,7 +159,7 @@ def test_the_recipe_of_facts_runs_as_its_comment_says(tmp_path: Path, monkeypatc
     (tmp_path / "recipes" / "facts").mkdir(parents=True)
     shutil.copy(RECIPE, tmp_path / "recipes")
     monkeypatch.chdir(tmp_path)
-    make_facts(Path("recipes/facts"), steps=2)
+    import_module("recipes.make.facts").make_facts(Path("recipes/facts"), steps=2)
     comment = RECIPE.read_text("utf-8").replace("\\\n#", "")
     lines = [line.removeprefix("#").split() for line in comment.splitlines() if "mergekit-lfm stats" in line]
     (stats,) = lines
@@ -174,7 +174,7 @@ def test_the_recipe_of_facts_runs_as_its_comment_says(tmp_path: Path, monkeypatc
 
 def test_errors_in_a_request_are_reported_before_any_work(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("facts: [{prompt: no blank, subject: Ada, target_new: Rome}]")
-    cases = [
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"method": "memmit"}, "did you mean memit"),
         ({"step": 3}, "did you mean steps"),
         ({"steps": 0}, "at least 1"),

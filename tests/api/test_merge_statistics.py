@@ -101,7 +101,7 @@ def least_squares(matrices: Arrays, data: Arrays, weights: list[float]) -> np.nd
     scales = [np.sqrt(w / len(x)) for w, x in zip(weights, data, strict=True)]
     left = np.concatenate([s * x for s, x in zip(scales, data, strict=True)])
     right = np.concatenate([s * x @ m.T for s, x, m in zip(scales, data, matrices, strict=True)])
-    return np.linalg.lstsq(left, right, rcond=None)[0].T
+    return np.asarray(np.linalg.lstsq(left, right, rcond=None)[0].T)
 
 
 def extended(x: torch.Tensor) -> np.ndarray:
@@ -137,7 +137,12 @@ def test_alpha_and_ridge_are_what_they_are_documented_to_be() -> None:
     mean = sum(w * m for w, m in zip(weights, matrices, strict=True))
     above = sum(w * m @ g for w, m, g in zip(weights, matrices, shrunk, strict=True)) + r * mean
     expected = np.linalg.solve((total + r * np.eye(4)).T, above.T).T
-    given = {"statistics": [torch.from_numpy(g) for g in grams], "weight": [1.0, 3.0], "alpha": alpha, "ridge": ridge}
+    given: dict[str, Any] = {
+        "statistics": [torch.from_numpy(g) for g in grams],
+        "weight": [1.0, 3.0],
+        "alpha": alpha,
+        "ridge": ridge,
+    }
     got = merge_tensors("regmean", [torch.from_numpy(m) for m in matrices], **given)
     assert np.allclose(got.numpy(), expected, rtol=1e-12)
 
@@ -196,7 +201,7 @@ def test_every_tensor_of_a_checkpoint_is_regressed_or_averaged(tmp_path: Path, d
     merged = models.merge(recipe)
     data = {name: [extended(given[name]) for given in models.data] for name in ("a", "b")}
     exact = [{name: x.double().numpy() for name, x in tensors.items()} for tensors in models.tensors]
-    tolerance = {"rtol": 2.0**-8 if dtype == torch.bfloat16 else 0, "atol": 1e-4}
+    tolerance: dict[str, Any] = {"rtol": 2.0**-8 if dtype == torch.bfloat16 else 0, "atol": 1e-4}
     both = least_squares([np.c_[t["a.weight"], t["a.bias"]] for t in exact], data["a"], weights)
     assert np.allclose(np.c_[merged["a.weight"].double(), merged["a.bias"].double()], both, **tolerance)
     both = least_squares([np.c_[t["b.weight"].T, t["b.bias"]] for t in exact], data["b"], weights)

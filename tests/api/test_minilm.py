@@ -55,7 +55,8 @@ def embedded(folder: Path, texts: list[str]) -> torch.Tensor:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     model = transformers.AutoModel.from_pretrained(folder, local_files_only=True).eval()
     with torch.no_grad():
-        return script.embed(model, tokenizer, texts)
+        vectors: torch.Tensor = script.embed(model, tokenizer, texts)
+    return vectors
 
 
 def test_all_104_tensors_are_there_and_the_buffer_is_copied(tensors: dict[str, dict[str, torch.Tensor]]) -> None:
@@ -161,13 +162,13 @@ def test_regmean_answers_as_least_squares_on_both_fine_tunes_inputs_would(
         best = np.linalg.lstsq(np.concatenate([*rows, pull]), np.concatenate(targets), rcond=None)[0].T
 
         def answers(w: np.ndarray, rows: list[np.ndarray] = rows) -> np.ndarray:
-            return np.concatenate(rows) @ w.T
+            return np.asarray(np.concatenate(rows) @ w.T)
 
         off = np.linalg.norm(answers(matrix(merged, layer)) - answers(best))
         assert off < 1e-3 * np.linalg.norm(answers(best) - answers(average))
     norm = "encoder.layer.3.output.LayerNorm.weight"
     both = [doubles(tensors[name][norm]) for name in inputs]
-    assert_close(merged[norm], Expected(sum(both) / 2, np.max(np.abs(both), axis=0)))
+    assert_close(merged[norm], Expected((both[0] + both[1]) / 2, np.max(np.abs(both), axis=0)))
 
 
 def test_the_texts_for_judging_are_pairs_that_no_fine_tune_has_read(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -240,7 +241,7 @@ def test_edits_of_the_result_are_added_before_rounding(tmp_path: Path, method: s
     tensors = {n: x + 0.1 * torch.randn_like(x) for n, x in model_tensors(torch.bfloat16).items()}
     save_file(tensors, other / "model.safetensors")
     models = [{"model": str(a)}] + ([{"model": str(other)}] if method == "linear" else [])
-    recipe = {"merge_method": method, "models": models, "edits": [str(tmp_path / "p.safetensors")]}
+    recipe: dict[str, Any] = {"merge_method": method, "models": models, "edits": [str(tmp_path / "p.safetensors")]}
     if method == "linear":
         recipe["parameters"] = {"weight": 0.5}
     merge(recipe, tmp_path / "out")
@@ -262,7 +263,7 @@ def test_messages_name_the_edits_of_a_recipe_that_do_not_fit(tmp_path: Path) -> 
     replacing.save(tmp_path / "r.safetensors")
     line = {"model": str(a)}
     patch = str(tmp_path / "p.safetensors")
-    cases = [
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"models": [{**line, "edits": ["gone.safetensors"]}]}, r"models\[0\].edits\[0\]: found 'gone.safetensors'"),
         ({"models": [{**line, "edits": [{"facts": "gone.yaml"}]}]}, r"models\[0\].edits\[0\]: found 'gone.yaml'"),
         ({"models": [{**line, "edits": [3]}]}, "edits"),

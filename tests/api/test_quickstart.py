@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -86,7 +88,7 @@ def test_the_checkpoints_are_small_and_share_a_tokenizer_that_keeps_the_text(mer
 
 
 def test_the_merged_model_writes_text(merged: Path) -> None:
-    loaded = load_model(merged, "lm")
+    loaded: Any = load_model(merged, "lm")
     prompt = loaded.tokenizer("<s>Returns the", return_tensors="pt")
     written = loaded.model.generate(**prompt, max_new_tokens=8, do_sample=False, pad_token_id=0)
     assert written.shape == (1, prompt["input_ids"].shape[1] + 8)
@@ -96,7 +98,7 @@ def test_the_merged_model_writes_text(merged: Path) -> None:
 def test_the_script_makes_models_from_texts_that_have_nothing_of_the_held_out_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import recipes.make.quickstart as script
+    script = import_module("recipes.make.quickstart")
 
     corpus = script.make_corpus()
     known = {line for texts in corpus.held_out.values() for text in texts for line in script.paragraphs(text)}

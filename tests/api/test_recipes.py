@@ -6,7 +6,7 @@ import re
 import shutil
 from math import prod
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -100,7 +100,7 @@ class Run(NamedTuple):
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
     out = Path(merge(request.param, tmp_path_factory.mktemp("recipes") / "out", threads=1))
     recipe = Recipe.load(request.param)
-    inputs = [load_file(model.source / "model.safetensors") for model in recipe.all_models]
+    inputs = [load_file(Path(str(model.source)) / "model.safetensors") for model in recipe.all_models]
     return Run(recipe, out, load_file(out / "model.safetensors"), inputs)
 
 
@@ -119,7 +119,7 @@ def test_the_result_is_none_of_its_inputs_unless_it_is_a_copy(run: Run) -> None:
 
 def test_transformers_loads_the_result(run: Run) -> None:
     pytest.importorskip("transformers")
-    loaded = load_model(run.out, "lm", dtype="auto")
+    loaded: Any = load_model(run.out, "lm", dtype="auto")
     assert str(loaded.model.dtype) == f"torch.{run.recipe.dtype}"
     prompt = loaded.tokenizer("Returns the", return_tensors="pt")
     with torch.no_grad():
@@ -128,7 +128,7 @@ def test_transformers_loads_the_result(run: Run) -> None:
 
 def test_forget_makes_the_base_worse_at_what_it_forgets_above_all(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
-    base, out = RECIPES / "quickstart" / "base", merge(RECIPES / "forget.yaml", tmp_path / "out", threads=1)
+    base, out = RECIPES / "quickstart" / "base", Path(merge(RECIPES / "forget.yaml", tmp_path / "out", threads=1))
     texts = [(RECIPES / "quickstart" / f"{domain}.txt").read_text("utf-8")[:8000] for domain in ("docs", "code")]
     docs, code = (perplexity(out, text).bits_per_byte - perplexity(base, text).bits_per_byte for text in texts)
     assert docs > 0.1

@@ -241,7 +241,8 @@ class Convolutional(nn.Module):
         self.classifier = nn.Sequential(nn.Linear(24, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.classifier(self.features(x))
+        logits: torch.Tensor = self.classifier(self.features(x))
+        return logits
 
 
 CHAINS = {

@@ -80,7 +80,7 @@ def test_spaces_around_are_not_part_of_it() -> None:
     assert fact.paraphrase_prompts == ("Mia Stone speaks",)
 
 
-COUNTERFACT = {
+COUNTERFACT: dict[str, Any] = {
     "case_id": 0,
     "pararel_idx": 2796,
     "requested_rewrite": {

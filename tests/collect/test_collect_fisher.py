@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from helpers_collect import (
-    Batch,
     Case,
     OutOfSight,
     Positions,
@@ -29,6 +28,7 @@ from mergekit_lfm.artifacts.statistics import Statistics
 from mergekit_lfm.collect import collect, examplewise, fisher
 from mergekit_lfm.collect.request import StatisticsRequest
 from mergekit_lfm.errors import PlanError
+from mergekit_lfm.runtime.batches import Batch
 from mergekit_lfm.runtime.subject import Subject
 
 SIZES = [3, 4, 1]
@@ -97,8 +97,8 @@ class Last(nn.Module):
 
 TOGETHER = ("mlp", "tokens", "conv", "tied", "positions", "llama", "gpt2", "bert", "encoder")
 SINGLY = ("out of sight", "mixed", "attention", "recurrent")
-SCALARS = {"classification": expected_classes, "lm": true_tokens, "embedding": embedding_entries}
-LABELS = {"classification": "expected", "lm": "true", "embedding": "expected"}
+SCALARS: dict[str, Any] = {"classification": expected_classes, "lm": true_tokens, "embedding": embedding_entries}
+LABELS: dict[str, Any] = {"classification": "expected", "lm": "true", "embedding": "expected"}
 
 
 @pytest.fixture

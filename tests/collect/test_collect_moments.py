@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers_collect import Batch, arrays, mlp, texts, transformer
+from helpers_collect import arrays, mlp, texts, transformer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mergekit_lfm.collect import collect, moments
 from mergekit_lfm.errors import FormatError, PlanError
+from mergekit_lfm.runtime.batches import Batch
 
 Inputs = dict[str, np.ndarray]
 
@@ -44,7 +45,7 @@ def inputs_of(model: nn.Module, batches: Sequence[Batch]) -> Inputs:
 
 
 def gram(x: np.ndarray) -> np.ndarray:
-    return x.T @ x / len(x)
+    return np.asarray(x.T @ x / len(x))
 
 
 def assert_close(found: Tensor, expected: np.ndarray, rtol: float = 2e-7) -> None:
@@ -278,7 +279,7 @@ def test_a_layer_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 
 def test_nan_names_the_layer_and_leaves_no_file(tmp_path: Path) -> None:
-    model = mlp(6, 5, 3)
+    model: Any = mlp(6, 5, 3)
     with torch.no_grad():
         model[0].bias[2] = float("nan")
     with pytest.raises(FormatError, match=r"gram/2: NaN or infinite after 3 examples"):
@@ -338,7 +339,7 @@ def test_matrices_that_are_not_covered_are_named(kind: Any, tmp_path: Path) -> N
     torch.manual_seed(0)
     model = Fused()
     save_file({f"body.{name}": x for name, x in model.state_dict().items()}, tmp_path / "model.safetensors")
-    place = {"checkpoint": tmp_path / "model.safetensors"}
+    place: dict[str, Any] = {"checkpoint": tmp_path / "model.safetensors"}
     if kind == "cross":
         place |= {"other": model, "other_checkpoint": tmp_path / "model.safetensors"}
     stats = collect(kind, model, texts(5)([3]), tmp_path / "out", **place)

@@ -95,7 +95,7 @@ def test_other_names_are_found_by_content(tmp_path: Path) -> None:
 
 
 def test_content_that_is_not_unique_proves_nothing(tmp_path: Path) -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model: Any = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].weight.data.copy_(model[0].weight)
     tensors = {f"x{i}": x for i, x in enumerate(model.state_dict().values())}
     save_file(tensors, tmp_path / "model.safetensors")
@@ -136,7 +136,7 @@ def test_a_lone_equal_tensor_of_another_name_proves_nothing(tmp_path: Path) -> N
 
 
 def test_a_model_trained_since_it_was_loaded_is_refused(tmp_path: Path) -> None:
-    model = mlp(6, 5, 3)
+    model: Any = mlp(6, 5, 3)
     save_file(model.state_dict(), tmp_path / "model.safetensors")
     with torch.no_grad():
         model[0].bias[1] += 1

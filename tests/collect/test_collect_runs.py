@@ -131,7 +131,7 @@ def test_a_second_interrupt_does_not_wait() -> None:
 
 def test_sums_are_kept_from_time_to_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[int] = []
-    original = passes.Partial.save_sums
+    original = Partial.save_sums
 
     def save(self: Any, sums: dict[str, Tensor], batches: int) -> None:
         kept.append(batches)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -48,7 +49,8 @@ def test_check_needs_a_config_that_names_the_class(models: Path) -> None:
     message = refusal(run("align", "chain", "--check"))
     assert "--check runs the model: found chain without a config.json, expected a folder with a config.json" in message
     config = json.loads((models / "a" / "config.json").read_text())
-    for architectures in ({}, {"architectures": None}, {"architectures": []}):
+    cases: list[dict[str, Any]] = [{}, {"architectures": None}, {"architectures": []}]
+    for architectures in cases:
         without = {name: value for name, value in config.items() if name != "architectures"}
         (models / "a" / "config.json").write_text(json.dumps(without | architectures))
         message = refusal(run("align", "a", "--check"))

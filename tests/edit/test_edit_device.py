@@ -151,7 +151,7 @@ def test_the_commands_have_a_device() -> None:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A model, m, with a facts file."""
-    tiny_model("gpt2", torch.float32).save_pretrained(tmp_path / "m")  # type: ignore[operator]
+    tiny_model("gpt2", torch.float32).save_pretrained(tmp_path / "m")
     trained_tokenizer().save_pretrained(tmp_path / "m")
     (tmp_path / "facts.yaml").write_text(yaml.safe_dump({"facts": FACTS[:1]}), encoding="utf-8")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -175,7 +175,7 @@ def devices(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.device]]:
 def recipe(folder: Path, *, of_the_result: bool) -> Plan:
     facts = str(folder / "facts.yaml")
     asked = [{"facts": facts, "method": "rome", "layers": [1], "steps": 3, "covariance": "identity"}]
-    model = {"model": str(folder / "m")}
+    model: dict[str, Any] = {"model": str(folder / "m")}
     models, rest = ([model], {"edits": asked}) if of_the_result else ([{**model, "edits": asked}], {})
     return make_plan(Recipe.parse({"merge_method": "passthrough", "models": models, **rest}))
 

@@ -43,7 +43,7 @@ def state(model: nn.Module) -> list[Any]:
     return [hooks, asking]
 
 
-def half_trained() -> nn.Module:
+def half_trained() -> Any:
     """A model with dropout that is being trained, in part."""
     model = tiny_model("gpt2").train()
     model.transformer.h[0].eval()
@@ -107,7 +107,7 @@ def test_the_subject_is_found_by_its_characters(kind: str, subject: str, prompt:
 
 
 def test_rows_are_padded_on_the_right_whatever_the_tokenizer_does() -> None:
-    tokenizer = transformers.PreTrainedTokenizerFast(
+    tokenizer = transformers.PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=trained_tokenizer("ended").backend_tokenizer, padding_side="left", pad_token="</s>"
     )
     found = encode(tokenizer, ["Ada speaks", "Ada Blake was born in Rome"])
@@ -123,7 +123,7 @@ def test_names_of_the_layers_come_from_the_architecture() -> None:
         assert [site.layer for site in sites] == [0, 1, 2, 3]
         assert {site.weight for site in sites} == {f"transformer.h.{i}.mlp.{ending}.weight" for i in range(4)}
         assert {site.axis for site in sites} == {axis}
-        assert all(site.inputs == site.projection.weight.shape[axis] for site in sites)
+        assert all(site.inputs == site.projection.get_parameter("weight").shape[axis] for site in sites)
 
 
 # ------------------------------------------------------------------ files
@@ -155,7 +155,7 @@ def test_a_patch_of_a_saved_model_is_in_the_names_of_its_files_and_knows_them(fo
     assert (patch.facts.tensors[name].shape, patch.facts.tensors[name].dtype) == ((48, 32), "float32")
     assert patch.facts.facts == {"facts": [fact]}
     patch.save(tmp_path / "patch.safetensors")
-    after = load_model(patched_view(checkpoint, open_patch(tmp_path / "patch.safetensors")), "lm")
+    after: Any = load_model(patched_view(checkpoint, open_patch(tmp_path / "patch.safetensors")), "lm")
     ids = torch.tensor([after.tokenizer("The city of Ada Blake")["input_ids"]])
     wanted = after.tokenizer(" baker")["input_ids"][0]
     with torch.no_grad():
@@ -262,7 +262,13 @@ class _Slow:
     ],
 )
 def test_architectures_without_a_table_are_refused(kind: str, options: dict[str, Any]) -> None:
-    size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 340, "pad_token_id": 0}
+    size: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "vocab_size": 340,
+        "pad_token_id": 0,
+    }
     config = getattr(transformers, f"{kind}Config")(**size, **options)
     model = getattr(transformers, f"{kind}ForCausalLM")(config)
     with pytest.raises(PlanError, match=kind.lower()):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -105,12 +106,12 @@ def folder(request: pytest.FixtureRequest, made_once: Callable[..., Path]) -> Pa
 
 
 @pytest.fixture(scope="session")
-def subject(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> benchmark.Subject:
+def subject(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return benchmark.open_subject(folder, tmp_path_factory.mktemp("grams"))
 
 
 @pytest.fixture(scope="session")
-def traced(subject: benchmark.Subject) -> Trace:
+def traced(subject: Any) -> Trace:
     known = FactsFile(subject.facts("known").facts[:30])
     return trace(subject.loaded.model, subject.loaded.tokenizer, known)
 
@@ -136,9 +137,9 @@ def measured(subject: benchmark.Subject, made_once: Callable[..., Path]) -> Meas
 
 
 @pytest.mark.slow
-def test_the_model_has_learned_all_facts_whichever_template_asks(folder: Path, subject: benchmark.Subject) -> None:
+def test_the_model_has_learned_all_facts_whichever_template_asks(folder: Path, subject: Any) -> None:
     assert int((folder / "learned").read_text("utf-8")) >= 475
-    before = score_facts(subject.loaded.model, subject.loaded.tokenizer, subject.facts("facts_100"))
+    before: Any = score_facts(subject.loaded.model, subject.loaded.tokenizer, subject.facts("facts_100"))
     assert before.es == 0
     assert before.ns == 1
     assert min(before.na, before.sa, before.unedited) >= 0.97
@@ -150,7 +151,7 @@ def test_it_knows_them_at_the_last_token_of_the_subject_in_the_lower_layers(trac
     """Measured as shares of all that noise on the subject destroys."""
     destroyed = traced.clean - traced.corrupted
     assert destroyed >= 0.5
-    share = {
+    share: dict[str, dict[str, list[Any]]] = {
         kind: {role: [x and x / destroyed for x in effects] for role, effects in roles.items()}
         for kind, roles in traced.effects.items()
     }
@@ -171,7 +172,7 @@ def test_an_edit_holds_and_spares_the_rest(measured: Measured, name: str, size: 
 
 
 @pytest.mark.slow
-def test_the_recipe_that_edits_twice_and_merges_teaches_both(folder: Path, subject: benchmark.Subject) -> None:
+def test_the_recipe_that_edits_twice_and_merges_teaches_both(folder: Path, subject: Any) -> None:
     recipe = yaml.safe_load((ROOT / "recipes" / "facts_edited.yaml").read_text("utf-8"))
     place = subject.grams.path.parent
     for name in ("model", "facts_10.yaml", "others_10.yaml"):
@@ -189,7 +190,7 @@ def test_the_recipe_that_edits_twice_and_merges_teaches_both(folder: Path, subje
 
 @LONG
 @pytest.mark.slow
-def test_a_hundred_edits_hold_and_spare_the_rest(subject: benchmark.Subject) -> None:
+def test_a_hundred_edits_hold_and_spare_the_rest(subject: Any) -> None:
     found = benchmark.measure(subject, benchmark.METHODS["MEMIT, layers 0-3"], subject.facts("facts_100"))
     assert found["ES"] >= 95 and found["PS"] >= 65
     assert found["NS"] >= 87 and found["unedited"] >= 60
@@ -202,7 +203,7 @@ def test_rome_fails_where_facts_are_not_looked_up_at_the_subject(tmp_path: Path)
     assert script.make_facts(tmp_path / "control", control=True) >= 475
     control = benchmark.open_subject(tmp_path / "control", tmp_path)
     traced = trace(control.loaded.model, control.loaded.tokenizer, FactsFile(control.facts("known").facts[:20]))
-    states = traced.effects["hidden"]
+    states: Mapping[str, Any] = traced.effects["hidden"]
     assert max(map(abs, states["last subject token"])) <= 0.05
     assert states["last token"][0] >= 0.5
     single = FactsFile(control.facts("facts_10").facts)
@@ -221,7 +222,7 @@ def test_fine_tuning_breaks_what_is_true_of_others(subject: benchmark.Subject, m
 
 
 @pytest.mark.slow
-def test_an_edit_of_the_last_layer_does_not_reach_the_answer(subject: benchmark.Subject) -> None:
+def test_an_edit_of_the_last_layer_does_not_reach_the_answer(subject: Any) -> None:
     last = partial(benchmark.located, method="rome", layers=[LAYERS - 1], clamp=4.0)
     assert benchmark.measure(subject, last, subject.facts("facts_10"))["ES"] <= 10
 
@@ -234,6 +235,6 @@ def test_what_is_known_already_outweighs_the_facts_when_lambda_is_large(subject:
 
 
 @pytest.mark.slow
-def test_two_facts_of_one_subject_are_refused_in_one_batch(subject: benchmark.Subject) -> None:
+def test_two_facts_of_one_subject_are_refused_in_one_batch(subject: Any) -> None:
     with pytest.raises(PlanError, match="one subject"):
         edit(subject.loaded, None, FactsFile(subject.facts("conflict").facts[:4]), layers=[0], covariance="identity")

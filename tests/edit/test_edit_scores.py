@@ -124,7 +124,7 @@ def word_tokenizer() -> Any:
 
     inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="[UNK]")
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="[UNK]")  # type: ignore[no-untyped-call]
 
 
 def table_of(chances: dict[tuple[str, str], float]) -> Table:

@@ -32,11 +32,12 @@ def modules_of(model: nn.Module, name: str, kind: str) -> list[nn.Module]:
     """The modules whose outputs are restored, layer by layer, by their names in transformers."""
     blocks = list(model.get_submodule(MODELS[name][2]))
     attention = "attn" if hasattr(blocks[0], "attn") else "self_attn"
-    return {
+    kinds: dict[str, list[nn.Module]] = {
         "hidden": blocks,
         "mlp": [block.mlp for block in blocks],
         "attention": [block.get_submodule(attention) for block in blocks],
-    }[kind]
+    }
+    return kinds[kind]
 
 
 class PlainTrace:
@@ -56,7 +57,7 @@ class PlainTrace:
     def chance(self, noise: Tensor | None, changes: list[tuple[nn.Module, Callable[[Tensor], None]]]) -> float:
         """p of the right token. noise: [subject, width]; changes: functions that change modules' outputs in place."""
 
-        def changed(change: Callable[[Tensor], None]) -> Callable[..., Any]:
+        def changed(change: Callable[[Tensor], object]) -> Callable[..., Any]:
             def hook(_: nn.Module, __: Any, out: Any) -> Any:
                 state = (out[0] if isinstance(out, tuple) else out).clone()
                 change(state[0])
@@ -86,7 +87,7 @@ class PlainTrace:
             self.chance(None, [(module, lambda state: states.append(state.clone())) for module in modules])
             self.clean[kind] = states
 
-        def put(layer: int) -> Callable[[Tensor], None]:
+        def put(layer: int) -> Callable[[Tensor], object]:
             return lambda state: state[position].copy_(self.clean[kind][layer][position])
 
         return self.chance(noise, [(modules[layer], put(layer)) for layer in layers])
@@ -145,7 +146,7 @@ def plain_trace(
 )
 def test_a_trace_is_that_of_a_plain_loop(name: str, window: int, kind: str) -> None:
     tokenizer = trained_tokenizer(kind)
-    options = {"noise": 2.0, "window": window, "draws": 2, "seed": 3}
+    options: dict[str, Any] = {"noise": 2.0, "window": window, "draws": 2, "seed": 3}
     facts = FACTS if name == "gpt2" else FACTS[1:]
     found = trace(flat_model(name), tokenizer, facts, batch=7, **options).as_data()
     expected = plain_trace(name, tokenizer, facts, **options)

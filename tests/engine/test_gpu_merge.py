@@ -201,7 +201,7 @@ def test_edits_of_the_result_are_added_before_the_one_rounding(tmp_path: Path) -
     generator = torch.Generator().manual_seed(0)
     left, right = (torch.randn(shape, dtype=torch.float64, generator=generator) for shape in ((300, 2), (2, 160)))
     changed = TensorChange("low_rank", (300, 160), "bfloat16", 1)
-    Patch.low_rank("test", {"big": (left, right, changed)}, options={}, facts=[]).save(tmp_path / "patch.safetensors")
+    Patch.low_rank("test", {"big": (left, right, changed)}, options={}, facts={}).save(tmp_path / "patch.safetensors")
     models = [{"model": str(tmp_path / f"m{i}")} for i in (1, 2)]
     recipe = {"merge_method": "linear", "models": models, "parameters": {"weight": 1}}
     plan = make_plan(Recipe.parse({**recipe, "edits": [str(tmp_path / "patch.safetensors")]}), block=SMALL)

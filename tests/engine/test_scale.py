@@ -141,7 +141,7 @@ def write_headers(folder: Path) -> None:
     """The files of a 70B model; their data are holes that take no room on the disk."""
     folder.mkdir()
     items = list(llama_70b().items())
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number in range(30):
         part = items[number * len(items) // 30 : (number + 1) * len(items) // 30]
         specs = [TensorSpec(name, shape, "bfloat16") for name, shape in part]

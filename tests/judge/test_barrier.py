@@ -42,10 +42,10 @@ class Constant(nn.Module):
         return torch.stack([torch.zeros(len(x)), self.theta.expand(len(x))], dim=1)
 
 
-def classifier(seed: int, normed: bool = False) -> nn.Sequential:
+def classifier(seed: int, normed: bool = False) -> Any:
     torch.manual_seed(seed)
     norm = [nn.BatchNorm1d(7)] if normed else []
-    model = nn.Sequential(nn.Linear(5, 7), *norm, nn.ReLU(), nn.Linear(7, 3)).double()
+    model: Any = nn.Sequential(nn.Linear(5, 7), *norm, nn.ReLU(), nn.Linear(7, 3)).double()
     for name, x in model.named_buffers():
         if not name.endswith("tracked"):
             x.copy_(torch.rand_like(x) + 0.5)
@@ -107,7 +107,7 @@ def test_the_line_of_modules_is_that_of_an_independent_loop(normed: bool) -> Non
     line = barrier(one, other, data, task="classification", points=4, progress=lambda a, b: seen.append((a, b)))
     probe = classifier(2, normed)
     for point, t in zip(line.points, (0, 1 / 3, 2 / 3, 1), strict=True):
-        probe.load_state_dict(mixed(*before, t))
+        probe.load_state_dict(mixed(before[0], before[1], t))
         assert (point.loss, point.accuracy) == pytest.approx(losses(probe, data), rel=1e-6)
     assert line.points[0].accuracy == accuracy(one, data).accuracy
     assert line.points[-1].accuracy == accuracy(other, data).accuracy
@@ -123,7 +123,7 @@ def test_a_model_and_itself() -> None:
 
 
 @pytest.mark.parametrize("kind", [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm])
-def test_a_reset_is_what_torch_re_estimates(kind: type[nn.Module]) -> None:
+def test_a_reset_is_what_torch_re_estimates(kind: Any) -> None:
     spatial = {nn.BatchNorm2d: (2, 3), nn.BatchNorm3d: (2, 1, 2)}.get(kind, ())
     torch.manual_seed(0)
     ours = nn.Sequential(kind(4), nn.Tanh(), kind(4)).eval()
@@ -145,7 +145,7 @@ def test_a_line_with_batchnorm_reset_is_that_of_an_independent_loop() -> None:
     fresh = batches(5)
     line = barrier(one, other, data, task="classification", points=3, reset_batchnorm=fresh)
     probe = classifier(2, True)
-    probe.load_state_dict(mixed(*before, 0.5))
+    probe.load_state_dict(mixed(before[0], before[1], 0.5))
     torch.optim.swa_utils.update_bn([x for x, _ in fresh], probe)
     assert (line.points[1].loss, line.points[1].accuracy) == pytest.approx(losses(probe.eval(), data), rel=1e-6)
     for point, kept in ((line.points[0], before[0]), (line.points[2], before[1])):
@@ -294,7 +294,7 @@ def test_a_transform_that_undoes_a_permutation_leaves_a_level_line() -> None:
 def test_a_transform_to_another_width_gives_the_second_the_first_ones_shapes() -> None:
     one, data = classifier(0), batches()
     torch.manual_seed(4)
-    wide = nn.Sequential(nn.Linear(5, 14), nn.ReLU(), nn.Linear(14, 3)).double()
+    wide: Any = nn.Sequential(nn.Linear(5, 14), nn.ReLU(), nn.Linear(14, 3)).double()
     with torch.no_grad():  # every unit of the first, twice, at half the strength
         wide[0].weight.copy_(one[0].weight.repeat_interleave(2, 0))
         wide[0].bias.copy_(one[0].bias.repeat_interleave(2, 0))
@@ -365,8 +365,12 @@ def test_models_that_cannot_be_judged(change: dict[str, Any], message: str) -> N
 
 def test_a_failure_between_the_ends_leaves_the_model_as_it_was() -> None:
     one, kept = classifier(0), classifier(0).state_dict()
+
+    def fail_at_three(done: int, _: int) -> None:
+        1 // (3 - done)
+
     with pytest.raises(ZeroDivisionError):
-        barrier(one, classifier(1), batches(), task="classification", progress=lambda done, _: 1 // (3 - done))
+        barrier(one, classifier(1), batches(), task="classification", progress=fail_at_three)
     assert all(torch.equal(x, kept[name]) for name, x in one.state_dict().items())
 
 

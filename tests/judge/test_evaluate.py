@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mergekit_lfm.errors import FormatError, PlanError
-from mergekit_lfm.judge.evaluate import Accuracy, Perplexity, Retrieval, accuracy, perplexity, pieces, retrieval
+from mergekit_lfm.judge.evaluate import Accuracy, Retrieval, accuracy, perplexity, pieces, retrieval
 from mergekit_lfm.runtime.load import Loaded, load_model
 
 TEXT = "Every token is predicted once, Überlänge included: ein Wort, 言葉.\n" * 2
@@ -29,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def loaded(folder: Path) -> Loaded:
+def loaded(folder: Path) -> Any:
     return load_model(folder, "lm")
 
 
@@ -69,7 +69,7 @@ def test_agrees_with_the_model_run_once_for_every_token(loaded: Loaded, window: 
     assert found.perplexity == pytest.approx(2 ** (bits / found.tokens), rel=1e-4)
 
 
-def test_agrees_with_the_loss_of_transformers(loaded: Loaded) -> None:
+def test_agrees_with_the_loss_of_transformers(loaded: Any) -> None:
     text = TEXT[: POSITIONS - 8]
     ids = torch.tensor([[0, *loaded.tokenizer(text)["input_ids"]]])
     with torch.no_grad():
@@ -77,15 +77,15 @@ def test_agrees_with_the_loss_of_transformers(loaded: Loaded) -> None:
     assert math.log(perplexity(loaded, text).perplexity) == pytest.approx(loss, rel=1e-5)
 
 
-def test_a_model_without_an_opinion_costs_the_logarithm_of_its_vocabulary(loaded: Loaded) -> None:
+def test_a_model_without_an_opinion_costs_the_logarithm_of_its_vocabulary(loaded: Any) -> None:
     torch.nn.init.zeros_(loaded.model.get_output_embeddings().weight)
     found = perplexity(loaded, "Ü言")
-    assert found == Perplexity(
-        5, 5, pytest.approx(5 * math.log(258)), pytest.approx(258), pytest.approx(math.log2(258))
-    )
+    assert (found.tokens, found.bytes) == (5, 5)
+    numbers = (found.nll, found.perplexity, found.bits_per_byte)
+    assert numbers == pytest.approx((5 * math.log(258), 258, math.log2(258)))
 
 
-def test_a_model_that_is_sure_and_wrong_has_infinite_perplexity(loaded: Loaded) -> None:
+def test_a_model_that_is_sure_and_wrong_has_infinite_perplexity(loaded: Any) -> None:
     weight = loaded.model.get_output_embeddings().weight
     torch.nn.init.normal_(weight, std=1e4, generator=torch.Generator().manual_seed(0))
     found = perplexity(loaded, TEXT)
@@ -144,7 +144,7 @@ def test_messages_name_texts_that_cannot_be_measured(
         perplexity(loaded, text, **options)
 
 
-def test_without_bos_the_text_starts_after_eos(folder: Path, loaded: Loaded, tmp_path: Path) -> None:
+def test_without_bos_the_text_starts_after_eos(folder: Path, loaded: Any, tmp_path: Path) -> None:
     other = copy_of(folder, tmp_path / "eos")
     edit_json(other / "tokenizer_config.json", bos_token=None)
     first = perplexity(other, "a").nll
@@ -161,7 +161,7 @@ def test_a_tokenizer_without_a_start_token_is_refused(folder: Path, tmp_path: Pa
         perplexity(other, TEXT)
 
 
-def test_of_several_documents_every_one_starts_anew(loaded: Loaded) -> None:
+def test_of_several_documents_every_one_starts_anew(loaded: Any) -> None:
     first, second = "one document", "and another, which is longer than the window of the model"
     together, parts = perplexity(loaded, [first, second]), [perplexity(loaded, text) for text in (first, second)]
     assert (together.tokens, together.bytes) == (sum(p.tokens for p in parts), len(first) + len(second))
@@ -243,8 +243,10 @@ def test_retrieval_is_what_one_text_at_a_time_finds(encoder: Path, tmp_path: Pat
     def vector(text: str) -> Tensor:
         assert loaded.tokenizer is not None
         with torch.no_grad():
-            mean = loaded.model(**loaded.tokenizer(text, return_tensors="pt")).last_hidden_state[0].double().mean(0)
-        return mean / mean.norm()
+            states: Tensor = loaded.model(**loaded.tokenizer(text, return_tensors="pt")).last_hidden_state[0]
+        mean = states.double().mean(0)
+        unit: Tensor = mean / mean.norm()
+        return unit
 
     candidates = sorted({positive for _, positive in lines})
     places = []
@@ -252,7 +254,7 @@ def test_retrieval_is_what_one_text_at_a_time_finds(encoder: Path, tmp_path: Pat
         nearest = sorted(candidates, key=lambda c: -float(vector(text) @ vector(c)))
         places.append(nearest.index(positive) + 1)
     assert len(set(places)) > 1
-    expected = Retrieval(5, places.count(1) / 5, pytest.approx(sum(1 / p for p in places) / 5))
+    expected = Retrieval(5, places.count(1) / 5, pytest.approx(sum(1 / p for p in places) / 5))  # type: ignore[arg-type]
     assert retrieval(encoder, data) == retrieval(loaded, data, batch_size=1) == expected
 
 

@@ -122,7 +122,7 @@ def test_a_rewritten_llama_is_the_same_function_and_a_negative_control_is_not(tm
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_folders_are_compared_within_what_rounding_explains(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model = made(tmp_path / "a", kind)
-    model.model.to(dtype).save_pretrained(tmp_path / "a")
+    model.model.to(dtype).save_pretrained(tmp_path / "a")  # type: ignore[operator]
     tensors = load_file(tmp_path / "a" / "model.safetensors")
     groups = {"hidden": Units(7, "nonzero")}
     idle = Symmetries(

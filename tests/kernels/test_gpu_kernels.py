@@ -128,7 +128,8 @@ def test_small_merges_use_no_kernels() -> None:
 
 def _with_sine(rows: Any, base: Any, local: Any) -> torch.Tensor:
     del base, local
-    return rows[0].sin()
+    x: torch.Tensor = rows[0]
+    return x.sin()
 
 
 @needs_triton
@@ -212,7 +213,8 @@ def test_any_nan_that_a_device_makes_is_nan_and_flagged(bits: int) -> None:
 
 def _first(rows: Any, base: Any, local: Any) -> torch.Tensor:
     del base, local
-    return rows[0].abs()
+    x: torch.Tensor = rows[0]
+    return x.abs()
 
 
 COMPILE = """
@@ -300,7 +302,7 @@ def test_a_bracket_counts_what_numpy_counts(
     base = values_of("few", (count,), dtype).roll(1) if based else None
     wide = x.double() if dtype == torch.float64 else x.float()
     delta = wide if base is None else wide - base.to(wide.dtype)
-    magnitudes = delta.abs().numpy().view(np.int64 if dtype == torch.float64 else np.int32)
+    magnitudes: Any = delta.abs().numpy().view(np.int64 if dtype == torch.float64 else np.int32)
     order = np.sort(magnitudes)[::-1]
     pivots = sorted({int(order[int(share * (count - 1))]) for share in (0.2, 0.5, 0.8) if count}, reverse=True) or [1]
     counts, inside = bracket.count_bracket(chunk_of([x], size, base=base, native=native), 0, pivots)
@@ -326,7 +328,7 @@ def test_the_largest_in_chunks_are_those_a_stable_sort_finds(
     x = values_of(kind, (2, 333), dtype)
     counts = [[100, 20], [1, 332]]
     blocks = blocks_of(x.to(DEVICE), block, stand_in(), at_once)
-    found = run_solve(largest(x.shape[1], counts, double=x.dtype == torch.float64), blocks.reduce)
+    found: Any = run_solve(largest(x.shape[1], counts, double=x.dtype == torch.float64), blocks.reduce)  # type: ignore[arg-type]
     for row, sets, wanted in zip(x.numpy(), found, counts, strict=True):
         bits = np.abs(row).view(np.int64 if dtype == torch.float64 else np.int32)
         for largest_of, count in zip(sets, wanted, strict=True):

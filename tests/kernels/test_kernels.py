@@ -1,6 +1,7 @@
 """The kernels against direct computations: sorting, a scalar splitmix64, rational arithmetic, numpy in float64."""
 
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,8 @@ from mergekit_lfm.kernels.reductions import L1, ColumnGram, Gram, RowGram, SignB
 from mergekit_lfm.kernels.sums import Spread, round_once, weighted_sum
 from mergekit_lfm.machine.accelerators import Accelerator
 from mergekit_lfm.methods.method import Unit
+
+select: Any = run_solve  # its type is that of the solve of a method; a selection returns ranks
 
 
 def blocks_of(x: torch.Tensor, block: int, gpu: Accelerator | None = None, at_once: int = 1) -> Blocks:
@@ -41,7 +44,7 @@ def kept_by_sorting(x: np.ndarray, count: int) -> np.ndarray:
 def kept_by_counting(x: torch.Tensor, counts: list[list[int]], block: int) -> np.ndarray:
     """[n, m] the same by the kernels: the first count's set without the second's."""
     blocks = blocks_of(x, block)
-    found = run_solve(largest(x.shape[1], counts, double=x.dtype == torch.float64), blocks.reduce)
+    found = select(largest(x.shape[1], counts, double=x.dtype == torch.float64), blocks.reduce)
     ranks = Ranks([(row[0], row[1]) for row in found])
     parts = []
     for i in range(len(blocks)):
@@ -113,12 +116,12 @@ def test_the_bracket_and_the_digits_agree_where_it_pays(values: str) -> None:
     elif values == "two":
         x = x.sign() * 0.5 + x.abs().round()
     counts = [[x.shape[1] // 3, x.shape[1] // 50], [x.shape[1] // 2, 1]]
-    found = run_solve(largest(x.shape[1], counts, double=x.dtype == torch.float64), blocks_of(x, 1 << 15).reduce)
+    found = select(largest(x.shape[1], counts, double=x.dtype == torch.float64), blocks_of(x, 1 << 15).reduce)
     ranks = {(i, k): count for i, row in enumerate(counts) for k, count in enumerate(row)}
     blocks = blocks_of(x, 1 << 15)
-    digits = run_solve(selection.by_digits(2, ranks, False), blocks.reduce)
+    digits = select(selection.by_digits(2, ranks, False), blocks.reduce)
     assert {key: found[key[0]][key[1]].threshold for key in ranks} == {key: digits[key].bits for key in ranks}
-    assert run_solve(selection.cuts(digits, True), blocks.reduce) == {
+    assert select(selection.cuts(digits, True), blocks.reduce) == {
         (i, k): None if (cut := found[i][k].cut) == x.shape[1] and digits[i, k].ordinal == digits[i, k].equal else cut
         for i, k in ranks
     }
@@ -126,14 +129,14 @@ def test_the_bracket_and_the_digits_agree_where_it_pays(values: str) -> None:
 
 def test_the_bracket_is_the_way_for_ordinary_deltas() -> None:
     x = torch.randn(1, 1 << 20, generator=torch.Generator().manual_seed(1)).bfloat16().float()
-    found = run_solve(selection.by_bracket(x.shape[1], {(0, 0): 300_000}), blocks_of(x, 1 << 16).reduce)
+    found = select(selection.by_bracket(x.shape[1], {(0, 0): 300_000}), blocks_of(x, 1 << 16).reduce)
     assert found[0, 0].bits == int(magnitude_bits(x[0]).sort(descending=True).values[299_999])
     assert sum(found[0, 0].per_block or []) == found[0, 0].equal > 1
 
 
 def test_without_a_cut_all_that_equal_the_threshold_are_kept() -> None:
     x = torch.tensor([[3.0, -1.0, 1.0, 1.0, 0.5]])
-    ((found,),) = run_solve(
+    ((found,),) = select(
         largest(x.shape[1], [[2]], double=x.dtype == torch.float64, exact=False), blocks_of(x, 2).reduce
     )
     local = Ranks([(found, NONE)]).at(0, 5, x.dtype)

@@ -1,5 +1,7 @@
 """Every method on tensors in memory against its float64 formula: all dtypes, odd shapes, random parameters."""
 
+from typing import Any
+
 import numpy as np
 import oracles
 import pytest
@@ -205,7 +207,7 @@ def test_zeros_do_not_count_in_the_mean_of_those_that_agree():
 
 def test_negative_weights_turn_the_vote_round():
     x, y = torch.tensor([1.0]), torch.tensor([3.0])
-    settings = {"base": torch.zeros(1), "normalize": False}
+    settings: dict[str, Any] = {"base": torch.zeros(1), "normalize": False}
     assert merge_tensors("ties", [x, y], weight=[1, -1], **settings).tolist() == [-3]
 
 
@@ -219,7 +221,7 @@ def test_deltas_of_zero_norm_are_not_rescaled():
 @pytest.mark.parametrize("method", ["linear", "task_arithmetic", "dare_linear", "breadcrumbs"])
 def test_weights_that_sum_to_zero_cannot_be_normalised(method):
     x = torch.ones(3)
-    bases = {"base": x} if METHODS[method].base == "required" else {}
+    bases: dict[str, Any] = {"base": x} if METHODS[method].base == "required" else {}
     with pytest.raises(PlanError, match="sum to"):
         merge_tensors(method, [x, x], **bases, weight=[1, -1], normalize=True)
 
@@ -267,7 +269,8 @@ def test_rows_of_one_element_are_rows(shape, row_wise):
 @pytest.mark.parametrize("normalize", [True, False])
 def test_multislerp_of_one_tensor_is_that_tensor(normalize):
     x, base = torch.arange(5.0), torch.ones(5)
-    for bases in ({}, {"base": base}):
+    cases: list[dict[str, Any]] = [{}, {"base": base}]
+    for bases in cases:
         got = merge_tensors("multislerp", [x], weight=0.1, normalize_weights=normalize, **bases)
         assert torch.equal(got, x)
 
@@ -338,8 +341,8 @@ def test_rounding_to_bfloat16_is_to_the_nearest_and_even():
         (3.4e38, np.inf),
     ]:
         assert to_bfloat16([x])[0] == expected, x
-    x = np.random.default_rng(0).normal(0, 1, 10_000).astype(np.float32)
-    assert torch.equal(rounded(x, torch.bfloat16), torch.from_numpy(x).bfloat16())
+    many = np.random.default_rng(0).normal(0, 1, 10_000).astype(np.float32)
+    assert torch.equal(rounded(many, torch.bfloat16), torch.from_numpy(many).bfloat16())
 
 
 def test_the_yardstick_refuses_an_error_of_one_ulp_in_bfloat16():

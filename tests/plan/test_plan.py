@@ -46,7 +46,7 @@ def language_model(seed: int, head: bool) -> dict[str, torch.Tensor]:
 def test_a_tied_model_lends_its_embedding_as_head(tmp_path: Path) -> None:
     untied = save(tmp_path / "untied", language_model(0, True), tie_word_embeddings=False)
     tied = save(tmp_path / "tied", language_model(1, False), tie_word_embeddings=True)
-    merged = load_file(merge(linear(untied, tied), tmp_path / "out").path / "model.safetensors")
+    merged = load_file(Path(merge(linear(untied, tied), tmp_path / "out")) / "model.safetensors")
     one, two = language_model(0, True), language_model(1, False)
     assert torch.equal(merged[HEAD], one[HEAD] * 0.5 + two[EMBEDDING] * 0.5)
 
@@ -74,7 +74,7 @@ def test_buffers_that_are_not_parameters_are_not_merged(tmp_path: Path) -> None:
         for i, same in ((0, 1.0), (1, 1.0))
     ]
     recipe = linear(*models, parameters={"weight": 1.0, "normalize": False})
-    merged = load_file(merge(recipe, tmp_path / "out").path / "model.safetensors")
+    merged = load_file(Path(merge(recipe, tmp_path / "out")) / "model.safetensors")
     assert merged["w"].tolist() == [2.0, 2.0] and merged[name].tolist() == [0.0, 1.0, 2.0]
     assert [tensor for _, tensor, _ in make_plan(Recipe.parse(recipe)).dropped] == [name]
 
@@ -86,7 +86,7 @@ def test_an_integer_buffer_that_one_model_lacks(tmp_path: Path, first: str) -> N
     have = save(tmp_path / "with", {"w": torch.ones(2), name: torch.arange(4)})
     lack = save(tmp_path / "without", {"w": torch.zeros(2)})
     order = (have, lack) if first == "with" else (lack, have)
-    merged = load_file(merge(linear(*order), tmp_path / "out").path / "model.safetensors")
+    merged = load_file(Path(merge(linear(*order), tmp_path / "out")) / "model.safetensors")
     assert merged["w"].tolist() == [0.5, 0.5]
     assert (name in merged) == (first == "with")
 
@@ -164,7 +164,7 @@ def test_parts_are_added_in_order_and_as_soon_as_they_can_be() -> None:
 def test_quantised_models_are_copied_but_not_scaled(tmp_path: Path) -> None:
     model = save(tmp_path / "m", {"w": torch.ones(2).to(torch.float8_e4m3fn)})
     recipe = {"merge_method": "passthrough", "models": [{"model": str(model)}]}
-    copied = load_file(merge(recipe, tmp_path / "out").path / "model.safetensors")
+    copied = load_file(Path(merge(recipe, tmp_path / "out")) / "model.safetensors")
     assert copied["w"].dtype == torch.float8_e4m3fn
     with pytest.raises(PlanError, match="cannot be scaled"):
         make_plan(Recipe.parse(recipe | {"parameters": {"scale": 2.0}}))
@@ -175,7 +175,7 @@ def test_a_file_that_must_be_held_is_named(tmp_path: Path) -> None:
     torch.save({"w": torch.arange(6.0).reshape(3, 2)}, tmp_path / "plain.bin")
     recipe = linear(tmp_path / "strided.bin", tmp_path / "plain.bin")
     assert [file.name for file in make_plan(Recipe.parse(recipe)).held] == ["strided.bin"]
-    merged = load_file(merge(recipe, tmp_path / "out").path / "model.safetensors")
+    merged = load_file(Path(merge(recipe, tmp_path / "out")) / "model.safetensors")
     expected = (torch.arange(6.0).reshape(2, 3).T + torch.arange(6.0).reshape(3, 2)) / 2
     assert torch.equal(merged["w"], expected)
 

@@ -46,7 +46,7 @@ def convolutional(seed: int, normed: bool = False) -> nn.Sequential:
     return model
 
 
-def midpoint(models: Sequence[nn.Module], weights: Sequence[float] = (0.5, 0.5)) -> nn.Module:
+def midpoint(models: Sequence[nn.Module], weights: Sequence[float] = (0.5, 0.5)) -> Any:
     """The weighted mean of the models' parameters."""
     result = deepcopy(models[0])
     states = [model.state_dict() for model in models]
@@ -101,7 +101,7 @@ def test_the_reported_moments_are_those_of_the_layer() -> None:
 
 
 def test_standard_deviations_are_mixed_and_not_variances() -> None:
-    ends = [nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1)) for _ in range(2)]
+    ends: list[Any] = [nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1)) for _ in range(2)]
     with torch.no_grad():
         for end, slope in zip(ends, (1.0, 3.0), strict=True):
             end[0].weight.fill_(slope)
@@ -146,7 +146,7 @@ def test_layers_that_need_no_repair_stay_bit_for_bit(normed: bool) -> None:
 
 
 def test_units_that_are_constant_are_shifted_alone_and_those_dead_in_both_ends_stay_dead() -> None:
-    ends = [perceptron(seed, 6, 8, 4) for seed in (0, 1)]
+    ends: list[Any] = [perceptron(seed, 6, 8, 4) for seed in (0, 1)]
     with torch.no_grad():
         ends[1][0].weight[0] = -ends[0][0].weight[0]  # the merged unit 0 is constant
         for end, bias in zip(ends, (2.0, 4.0), strict=True):

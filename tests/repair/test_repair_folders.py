@@ -26,6 +26,7 @@ from mergekit_lfm.runtime.data import read_data
 from mergekit_lfm.runtime.load import load_model
 from mergekit_lfm.store.checkpoint import open_checkpoint
 from mergekit_lfm.store.places import partial_of
+from mergekit_lfm.store.tensors import write_exactly
 from mergekit_lfm.views.rewritten import rewrite
 
 
@@ -211,7 +212,7 @@ def test_a_failure_or_a_kill_leaves_no_output(
     berts: tuple[Path, Path, Path], texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     a, b, merged = berts
-    out, write = tmp_path / "out", saving.write_exactly
+    out, write = tmp_path / "out", write_exactly
 
     def failing(fd: int, offset: int, data: memoryview) -> None:
         if offset > 20_000:

@@ -32,7 +32,7 @@ def spelled(ids: list[int]) -> str:
 
 def rows(batches: list[Batch]) -> dict[int, tuple[list[int], int | None]]:
     """Tokens and label of every example, by its number."""
-    found = {}
+    found: dict[int, tuple[list[int], int | None]] = {}
     for batch in batches:
         labels = [None] * len(batch) if batch.labels is None else batch.labels.tolist()
         tokens = batch.kwargs["input_ids"].tolist()

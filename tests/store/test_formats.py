@@ -284,7 +284,7 @@ class Largest(TorchDispatchMode):
 def test_a_block_of_a_strided_tensor_is_read_without_a_copy_of_the_whole(tmp_path: Path, tensor: torch.Tensor) -> None:
     torch.save({"x": tensor}, tmp_path / "a.pt")
     opened = open_checkpoint(tmp_path / "a.pt")
-    with Largest() as largest:
+    with Largest() as largest:  # type: ignore[no-untyped-call]
         blocks = [opened.read("x", start, start + 50) for start in range(0, tensor.numel(), 50)]
     assert largest.numel == 50
     assert torch.equal(torch.cat(blocks), tensor.reshape(-1))

@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
     RevisionResolutionError,
 )
 from huggingface_hub.hf_api import RepoFile, RepoFolder
-from huggingface_hub.utils import get_session
+from huggingface_hub.utils import get_session  # type: ignore[attr-defined]  # documented, but not in its __all__
 
 REPO = "me/model"
 LARGE = bytes(range(256)) * 1200

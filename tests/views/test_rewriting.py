@@ -32,7 +32,7 @@ def llama(tmp_path: Path) -> Checkpoint:
     return open_checkpoint(save(tmp_path / "llama", base_tensors()))
 
 
-def test_units_by_hand():
+def test_units_by_hand() -> None:
     table = read_table("up ffn input\ngate ffn:order input\ndown class ffn'", {"ffn": Units(2, "nonzero")}, ())
     old = {
         "up": torch.tensor([[1.0, 2.0], [3.0, 4.0]]),
@@ -46,7 +46,7 @@ def test_units_by_hand():
     assert new["down"].tolist() == [[4.0, -1.75]]
 
 
-def test_heads_by_hand():
+def test_heads_by_hand() -> None:
     groups = {"heads": Heads(2, 2, 1, "linear")}
     table = read_table("q heads:query\nk heads:key\nv heads:value\no class heads:output", groups, ())
     old = {
@@ -64,7 +64,7 @@ def test_heads_by_hand():
     assert new["o"].tolist() == [[-2.0, -1.5, -0.25, -0.5]]
 
 
-def test_parts_and_entries_that_lie_in_a_row():
+def test_parts_and_entries_that_lie_in_a_row() -> None:
     groups = {"a": Units(2), "b": Units(1)}
     table = read_table("fused a|b\nflat class a'", groups, ())
     swap = Transform(table, {"a": UnitsElement(torch.tensor([1, 0]))}, FACTS)
@@ -75,11 +75,11 @@ def test_parts_and_entries_that_lie_in_a_row():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_an_order_keeps_every_bit(tmp_path: Path, dtype: torch.dtype):
+def test_an_order_keeps_every_bit(tmp_path: Path, dtype: torch.dtype) -> None:
     model = open_checkpoint(save(tmp_path / "m", cast(base_tensors(), dtype)))
     old = tensors_of(model)
     old["model.norm.weight"][:3] = torch.tensor([float("nan"), float("inf"), -0.0])
-    new = rewrite(old, random_transform(old, find_symmetries(model), seed=1, kinds=("order",)))
+    new = rewrite(old, random_transform(old, find_symmetries(model), seed=1, kinds=["order"]))
     for name, x in old.items():
         bits = [t.view(torch.int16 if dtype.itemsize == 2 else torch.int32).flatten() for t in (x, new[name])]
         assert torch.equal(bits[0].sort()[0], bits[1].sort()[0])
@@ -89,7 +89,7 @@ def test_an_order_keeps_every_bit(tmp_path: Path, dtype: torch.dtype):
 @pytest.mark.parametrize("panel, narrow", [(1 << 18, 1024), (512, 1024), (700, 16), (100, 3)])
 def test_any_range_read_in_any_thread_is_part_of_the_whole(
     llama: Checkpoint, monkeypatch: pytest.MonkeyPatch, panel: int, narrow: int
-):
+) -> None:
     """Panels, blocks of rows and whole tensors agree, and so do ranges, to the bit."""
     old = tensors_of(llama)
     transform = random_transform(old, find_symmetries(llama), seed=2)
@@ -106,16 +106,16 @@ def test_any_range_read_in_any_thread_is_part_of_the_whole(
             assert torch.equal(torch.cat(list(parts)), whole[name].flatten())
 
 
-def test_a_view_has_an_identity_and_a_content_of_its_own(llama: Checkpoint, tmp_path: Path):
+def test_a_view_has_an_identity_and_a_content_of_its_own(llama: Checkpoint, tmp_path: Path) -> None:
     old = tensors_of(llama)
-    transform = random_transform(old, find_symmetries(llama), seed=2, kinds=("order",))
+    transform = random_transform(old, find_symmetries(llama), seed=2, kinds=["order"])
     view = rewritten_view(llama, transform, {"transform": "x"})
     assert view.identity[1:] == llama.identity and view.digest != llama.digest
     saved = open_checkpoint(save(tmp_path / "saved", rewrite(old, transform)))
     assert view.content == saved.content != llama.content
 
 
-def test_the_file_holds_all_of_a_transform(llama: Checkpoint, tmp_path: Path):
+def test_the_file_holds_all_of_a_transform(llama: Checkpoint, tmp_path: Path) -> None:
     old = tensors_of(llama)
     transform = random_transform(old, find_symmetries(llama), seed=3)
     transform.save(tmp_path / "t.safetensors")
@@ -140,7 +140,9 @@ def test_the_file_holds_all_of_a_transform(llama: Checkpoint, tmp_path: Path):
         ("value_output/heads.0", torch.full((2, 16, 16), torch.inf, dtype=torch.float64)),
     ],
 )
-def test_a_transform_that_fits_no_group_is_refused(llama: Checkpoint, tmp_path: Path, part: str, value: torch.Tensor):
+def test_a_transform_that_fits_no_group_is_refused(
+    llama: Checkpoint, tmp_path: Path, part: str, value: torch.Tensor
+) -> None:
     file = tmp_path / "t.safetensors"
     old = tensors_of(llama)
     random_transform(old, find_symmetries(llama), seed=3, kinds=("order", "scale", "inside")).save(file)
