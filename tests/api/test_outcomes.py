@@ -32,9 +32,13 @@ STATS = ["stats", "gram", "a", "--data", "text.txt", "--task", "lm", "--layers",
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two language models, a text, facts, a recipe, and a patch of the first model."""
     folder = tmp_path_factory.mktemp("inputs")
-    for name, spread in (("a", 0.6), ("b", 0.5)):
-        config = llama_config(max_position_embeddings=96, initializer_range=spread)
+    for name in "ab":
+        config = llama_config(max_position_embeddings=96)
         save_model(folder / name, "LlamaForCausalLM", config, byte_tokenizer(limit=96))
+    random = torch.Generator().manual_seed(1)
+    tensors = load_file(folder / "b" / "model.safetensors")
+    others = {name: 0.6 * torch.randn(x.shape, generator=random) if x.ndim > 1 else x for name, x in tensors.items()}
+    save_file(others, folder / "b" / "model.safetensors", metadata={"format": "pt"})
     (folder / "text.txt").write_text("Ada is in Oslo and Leo is a cook\n" * 4)
     (folder / "facts.json").write_text(json.dumps(FACTS))
     (folder / "recipe.yaml").write_text(json.dumps(MERGE))
@@ -85,7 +89,7 @@ def test_an_outcome_has_path_digest_and_seconds_and_a_repeated_workflow_is_alrea
         ([*ALIGN, "-o", "new/out"], ["--seed", "1"]),
         ([*ALIGN[:4], "--method", "ot", "-o", "new/out"], ["--cost", "cosine"]),
         ([*EDIT, "-o", "new/out"], ["--steps", "3"]),
-        ([*EDIT[:5], "--steps", "2", "--no-verify", "-o", "new/out"], ["--layers", "0"]),
+        ([*EDIT[:5], "--steps", "2", "--no-verify", "-o", "new/out"], ["--layers", "1"]),
         ([*STATS, "-o", "new/out"], ["--max-examples", "1"]),
     ],
     ids=["merge", "apply", "align", "align by ot", "edit", "edit default layers", "stats"],
