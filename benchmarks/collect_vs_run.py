@@ -133,7 +133,8 @@ def main() -> None:
         for case in make_cases(work, arguments.examples):
             plain, backward = (seconds(partial(do, case), arguments.repeats) for do in (run, train))
             gram, fisher = (
-                seconds(partial(collect_once, case, kind, work / "out"), given.repeats) for kind in ("gram", "fisher")
+                seconds(partial(collect_once, case, kind, work / "out"), arguments.repeats)
+                for kind in ("gram", "fisher")
             )
             cells = [case.name, str(sum(map(len, case.batches)))]
             cells += [f"{plain:.3f}", f"{gram:.3f}", f"{gram / plain:.1f}"]

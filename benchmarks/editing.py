@@ -187,9 +187,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="what recipes/make/facts.py has made")
     parser.add_argument("--quick", action="store_true", help="ten facts only")
-    given = parser.parse_args()
-    if not (given.folder / "model").is_dir():
-        parser.error(f"found no model/ in {given.folder}; make it with recipes/make/facts.py")
+    arguments = parser.parse_args()
+    if not (arguments.folder / "model").is_dir():
+        parser.error(f"found no model/ in {arguments.folder}; make it with recipes/make/facts.py")
     torch.set_num_threads(1)
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
     print(f"mergekit_lfm {__version__}, {platform.machine()}, Python {platform.python_version()}, {versions}\n")

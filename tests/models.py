@@ -19,7 +19,7 @@ def save_checkpoint(
     files = ["model.safetensors"]
     if shards > 1:
         files = [f"model-{i + 1:05d}-of-{shards:05d}.safetensors" for i in range(shards)]
-    names, weight_map = list(tensors), {}
+    names, weight_map = list(tensors), dict[str, str]()
     for i, file in enumerate(files):
         part = {name: tensors[name] for name in names[i::shards]}
         save_file(part, folder / file, metadata={"format": "pt"})

@@ -18,13 +18,14 @@ from mergekit_lfm.api.outcome import Outcome, warn_of
 from mergekit_lfm.api.patches import Applied, apply_patches, undo_file
 from mergekit_lfm.api.repeats import is_repeated
 from mergekit_lfm.artifacts.facts import FactsFile, as_facts
-from mergekit_lfm.artifacts.patch import Patch, open_patch, read_patch_info, versions
+from mergekit_lfm.artifacts.patch import Patch, open_patch, read_patch_info
 from mergekit_lfm.artifacts.statistics import Statistics, open_statistics
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.machine.progress import SILENCE, Progress
 from mergekit_lfm.recipe.edit import edit_options
 from mergekit_lfm.store.checkpoint import open_checkpoint
 from mergekit_lfm.store.places import check_file, check_folder
+from mergekit_lfm.version import versions
 
 if TYPE_CHECKING:
     from mergekit_lfm.edit.scores import FactScores
@@ -136,7 +137,7 @@ class _Request:
             "model": info.base == open_checkpoint(model).content,
             "facts": info.facts == self.facts.as_data(),
             "options": known == json.loads(json.dumps(wanted)),
-            "versions": info.versions == versions(),
+            "versions": info.versions == versions("torch"),
         }
         return [name for name, same in compared.items() if not same]
 
@@ -175,10 +176,10 @@ def _open_gram(path: Path) -> Statistics:
 def _layers_differ(request: _Request, loaded: Loaded, file: Path) -> list[str]:
     """["options"] if the patch in the file is of other layers, or of another kind of device, than this request."""
     from mergekit_lfm.edit.sites import find_sites
-    from mergekit_lfm.edit.solve import _chosen
+    from mergekit_lfm.edit.solve import _select
 
     known = read_patch_info(file).options
-    layers = [site.layer for site in _chosen(find_sites(loaded.model), request.method, request.options["layers"])]
+    layers = [site.layer for site in _select(find_sites(loaded.model), request.method, request.options["layers"])]
     kind = next(loaded.model.parameters()).device.type
     return [] if known["layers"] == layers and known.get("device", "cpu") == kind else ["options"]
 

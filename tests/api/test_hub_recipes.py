@@ -13,8 +13,8 @@ import pytest
 import torch
 from helpers_commands import ROOT, answer, refusal, run
 from helpers_faults import llama_tensors, near, save_model
-from helpers_hub import files_of
 from hub_server import HubServer
+from models import files_of
 from safetensors.torch import save_file
 
 from mergekit_lfm import merge, open_checkpoint

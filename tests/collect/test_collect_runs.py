@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mergekit_lfm.artifacts.statistics import open_statistics
-from mergekit_lfm.collect import collect, passes, pauses, registry
+from mergekit_lfm.collect import collect, pauses, registry
+from mergekit_lfm.collect.partial import Partial
 from mergekit_lfm.collect.request import Statistic, StatisticsRequest
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.machine.resources import default_memory
@@ -137,7 +138,7 @@ def test_sums_are_kept_from_time_to_time(tmp_path: Path, monkeypatch: pytest.Mon
         kept.append(batches)
         original(self, sums, batches)
 
-    monkeypatch.setattr(passes.Partial, "save_sums", save)
+    monkeypatch.setattr(Partial, "save_sums", save)
     collect("gram", mlp(6, 7, 3), arrays(6)(SIZES), tmp_path / "rarely")
     assert kept == []
     monkeypatch.setattr(pauses, "EVERY_S", 0.0)

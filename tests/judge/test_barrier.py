@@ -184,7 +184,8 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def midpoint(folders: tuple[Path, Path], out: Path, t: float = 0.5) -> Path:
     """A folder with (1 - t) a + t b, made from the files."""
-    tensors = mixed(*(load_file(folder / "model.safetensors") for folder in folders), t)
+    first, second = (load_file(folder / "model.safetensors") for folder in folders)
+    tensors = mixed(first, second, t)
     out.mkdir()
     for file in folders[0].iterdir():
         if file.suffix != ".safetensors":

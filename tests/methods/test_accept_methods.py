@@ -214,8 +214,8 @@ def test_model_stock_goes_as_far_as_the_angles_say(world, merged, suffix, filter
 
 @pytest.mark.parametrize("suffix", ["", "16"])
 def test_task_arithmetic_adds_and_subtracts(world, merged, suffix):
-    for parameters in ({}, {"lambda": 0.7}, {"normalize": True}):
-        parameters |= {"weight": [0.3, -0.5]}
+    for options in ({}, {"lambda": 0.7}, {"normalize": True}):
+        parameters = {"weight": [0.3, -0.5], **options}
         got = merged(world.recipe("task_arithmetic", "AB", base="BASE", suffix=suffix, **parameters))
         check(got, world.expect(oracles.task_arithmetic, "AB", base="BASE", suffix=suffix, **parameters))
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from helpers_commands import answer, refusal, run
 from helpers_faults import llama_tensors, save_model
-from helpers_hub import RECIPE, REPO, files_of, prepare
+from helpers_hub import RECIPE, REPO, prepare
 from hub_server import READ_TOKEN, TOKEN, HubServer
+from models import files_of
 
 from mergekit_lfm import merge, push
 from mergekit_lfm.errors import FormatError, PlanError

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 from helpers_commands import answer, run, start
-from helpers_hub import REPO, environment, fast_retries, files_of, prepare
+from helpers_hub import REPO, environment, fast_retries, prepare
 from hub_server import TOKEN, HubServer
+from models import files_of
 
 from mergekit_lfm import merge, push
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers_hub import environment, fast_retries, files_of
+from helpers_hub import environment, fast_retries
 from hub_server import READ_TOKEN, TOKEN, HubServer
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
@@ -24,6 +24,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.hf_api import RepoFile, RepoFolder
 from huggingface_hub.utils import get_session  # type: ignore[attr-defined]  # documented, but not in its __all__
+from models import files_of
 
 REPO = "me/model"
 LARGE = bytes(range(256)) * 1200
