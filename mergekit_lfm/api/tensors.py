@@ -38,7 +38,7 @@ def merge_tensors(
     from mergekit_lfm.kernels.random import key
 
     if method not in METHODS:
-        raise PlanError(f"there is no method {method!r}, {did_you_mean(method, METHODS)}")
+        raise PlanError(f"unknown method {method!r}, {did_you_mean(method, METHODS)}")
     declared = METHODS[method]
     if base is not None and declared.base in ("first", "member"):
         tensors, base = [base, *tensors], None

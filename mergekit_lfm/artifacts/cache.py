@@ -16,13 +16,13 @@ from mergekit_lfm.machine.devices import find_device
 
 
 def kind_of(device: str) -> str | None:
-    """What a result that is kept says of the device: its kind, None of the CPU. PlanError where it is not there."""
+    """The kind of device that a kept result records, None for the CPU. Raises PlanError if it does not exist."""
     kind = find_device(device).type
     return None if kind == "cpu" else kind
 
 
 class Saved(Protocol):
-    """What can be written to a file."""
+    """An artifact that can be written to a file."""
 
     def save(self, path: Path, /) -> None: ...
 
@@ -30,10 +30,10 @@ class Saved(Protocol):
 T = TypeVar("T", bound=Saved)
 
 
-def load_or_make(kept: Path, make: Callable[[], T], opened: Callable[[Path], T]) -> T:
-    """What a file of the cache holds; where it is not there, or damaged, what is made, as a file then holds it."""
+def load_or_make(kept: Path, make: Callable[[], T], load: Callable[[Path], T]) -> T:
+    """Load the cached file; if it is missing or damaged, make the artifact, save it, load that."""
     try:
-        return opened(kept)
+        return load(kept)
     except (FileNotFoundError, FormatError):
         pass
     made = make()
@@ -43,13 +43,13 @@ def load_or_make(kept: Path, make: Callable[[], T], opened: Callable[[Path], T])
         made.save(ours)
         ours.rename(kept)
     except OSError:  # without it the next run makes it again
-        with TemporaryDirectory() as folder:  # what is used is what a file holds, here as there
+        with TemporaryDirectory() as folder:  # the artifact as a file holds it, as from the cache
             made.save(Path(folder) / kept.name)
-            return opened(Path(folder) / kept.name)
-    return opened(kept)
+            return load(Path(folder) / kept.name)
+    return load(kept)
 
 
-def key_of(asked: list[Any], device: str) -> str:
-    """The name under which a result is kept: a digest of what it depends on, which is JSON-able, and of the device."""
+def key_of(request: list[Any], device: str) -> str:
+    """The name of a kept result: a digest of the request, as JSON, and of the kind of device."""
     kind = kind_of(device)
-    return xxhash.xxh3_128_hexdigest(json.dumps(asked if kind is None else [*asked, kind]).encode())
+    return xxhash.xxh3_128_hexdigest(json.dumps(request if kind is None else [*request, kind]).encode())

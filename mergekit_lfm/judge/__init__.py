@@ -1,1 +1,1 @@
-"""What a model is worth: scores, barriers, sameness."""
+"""Judges of models: scores on data, barriers between models, sameness of outputs."""

@@ -96,7 +96,7 @@ class Plan:
 
     @cached_property
     def source_labels(self) -> tuple[str, ...]:
-        """What the recipe calls each of `sources`."""
+        """The name of each of `sources` in the recipe."""
         added = () if self.roles.added is None else (ADDED,)
         return (*self.roles.labels, *(given.ref for given in self.roles.recipe.statistics), *added)
 
@@ -114,7 +114,7 @@ class Plan:
 
     @property
     def unlisted(self) -> tuple[str, ...]:
-        """The models on the Hub of which, offline, only the files in the cache are known."""
+        """The models on the Hub whose files are only known as far as they are in the cache, offline."""
         held = zip(self.labels, self.models, strict=True)
         return tuple(label for label, m in held if m.snapshot is not None and not m.snapshot.listed)
 
@@ -149,14 +149,14 @@ class Plan:
 
     @property
     def averaged(self) -> tuple[Job, ...]:
-        """The jobs that are averaged because the method needs statistics and there are none of their tensors."""
+        """The jobs that are averaged because the method needs statistics and their tensors have none."""
         other = self.recipe.merge_method
         wants = self.recipe.method.statistics is not None
         return tuple(job for job in self.tensors if wants and not job.copied and job.method != other)
 
     @property
     def held(self) -> tuple[Path, ...]:
-        """The input files that torch maps, or holds beside the budget, as their tensors are no byte ranges."""
+        """Inputs that torch must map or load, outside --memory: their tensors are not contiguous."""
         return tuple(file.path for model in self.models for file in model.files if file.fallback)
 
     @cached_property
@@ -176,11 +176,11 @@ class Plan:
         return xxhash.xxh3_128_hexdigest(json.dumps(facts, sort_keys=True).encode())
 
     def unit(self, jobs: Sequence[Job]) -> Unit:
-        """What the method's solve is told of jobs that are solved together."""
+        """The input of the method's solve for jobs that are solved together."""
         return unit_of(jobs, self.recipe.seed, self.roles.norms)
 
     def summary(self) -> dict[str, Any]:
-        """What `--dry-run` prints, as plain data."""
+        """The plan as plain data, which `--dry-run` prints."""
         return {
             "method": self.recipe.merge_method,
             "models": [
@@ -236,11 +236,11 @@ def make_plan(
     edits: Sequence[Patch] | None = None,
     block: int = BLOCK,
 ) -> Plan:
-    """The plan of a recipe. Raises PlanError with all that does not fit, FormatError where a checkpoint is damaged.
+    """The plan of a recipe. Raises PlanError with all that does not fit, FormatError if a checkpoint is damaged.
 
-    views: the recipe's `all_models`, open, in place of what it says of aligning and editing them. edits: patches in
-    place of what it says of the result's edits, such as those that were made of its facts. block: elements that are
-    merged at a time, on which no byte depends but sums by their order: other than BLOCK only in tests.
+    views: the recipe's `all_models`, open, in place of the alignments and edits that it names. edits: patches in place
+    of the result's edits, such as those made from its facts. block: elements to merge at a time; sums depend on it by
+    their order, so it differs from BLOCK only in tests.
     """
     models = open_models(recipe) if views is None else views
     for model in models:

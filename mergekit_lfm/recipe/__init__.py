@@ -1,1 +1,1 @@
-"""What a user writes, checked without torch."""
+"""The recipe as a user writes it, checked without torch."""
