@@ -193,7 +193,7 @@ def planted(tensors: Tensors, symmetries: Symmetries, seed: int, *, rotate: bool
                 polars(element.query_key) if rotate else orders[0] if group.query_key == "linear" else None,
                 polars(element.value_output) if rotate else orders[1],
             )
-    return Transform(symmetries, elements, made.facts, made.gains)
+    return Transform(symmetries, elements, made.info, made.gains)
 
 
 def polars(matrices: Tensor | None) -> Tensor:

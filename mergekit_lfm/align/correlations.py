@@ -170,7 +170,7 @@ def open_moments(given: MomentsSource, pair: Pair, contents: Callable[[], tuple[
             "to their moments"
         )
     statistics = given if isinstance(given, Statistics) else open_statistics(Path(given))
-    facts, (source, to) = statistics.facts, contents()
+    facts, (source, to) = statistics.info, contents()
     if facts.kind != "cross":
         raise PlanError(
             f"{statistics.path} holds {facts.kind} statistics, expected cross moments of both models; collect them "

@@ -84,7 +84,7 @@ def find_transform(
         pair = Pair(*sides, *tables, in_order, device=target)
         moments = None if statistics is None else open_moments(statistics, pair, lambda: _contents(sides))
         aligned = ALIGNERS[method](AlignProblem(pair, options, initial, visits, moments, progress or (lambda _: None)))
-        started = {"order": listed, "initial": initial.facts.method if initial else None}
+        started = {"order": listed, "initial": initial.info.method if initial else None}
         used = {name: value for name, value in started.items() if value is not None and name in aligned.heeded}
         if target != CPU:
             used["device"] = target.type

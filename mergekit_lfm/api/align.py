@@ -191,7 +191,7 @@ def _save(
     from mergekit_lfm.judge.same import compare_outputs
 
     difference, tolerance = compare_outputs(model, folder, transform)
-    same = not transform.facts.exact or difference <= tolerance
+    same = not transform.info.exact or difference <= tolerance
     return SavedModel(folder, difference, tolerance, same, done.already_there)
 
 

@@ -24,7 +24,7 @@ def changes_data(patch: Patch, source: Checkpoint | None = None) -> list[dict[st
     of rounded sum and tensor, projected on the change; 1 without rounding).
     """
     rows = []
-    for name, was in patch.facts.tensors.items():
+    for name, was in patch.info.tensors.items():
         parts = patch.parts(name)
         row: dict[str, Any] = {
             "name": name,

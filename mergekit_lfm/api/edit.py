@@ -127,7 +127,7 @@ class _Request:
         """
         info = read_patch_info(file)
         gram = self.statistics
-        covariance = "identity" if gram is None else f"gram of data {gram.facts.data}"
+        covariance = "identity" if gram is None else f"gram of data {gram.info.data}"
         wanted = {**self.options, "covariance": covariance, "dtype": "float64"}
         known = {name: value for name, value in info.options.items() if name != "device"}
         if wanted["layers"] is None:
@@ -165,9 +165,9 @@ def _read_options(
 
 def _open_gram(path: Path) -> Statistics:
     statistics = open_statistics(path)
-    if statistics.facts.kind != "gram":
+    if statistics.info.kind != "gram":
         raise PlanError(
-            f"{path} holds {statistics.facts.kind} statistics, expected second moments of the model's layers; collect "
+            f"{path} holds {statistics.info.kind} statistics, expected second moments of the model's layers; collect "
             "them with `mergekit-lfm stats gram`"
         )
     return statistics

@@ -38,7 +38,7 @@ def facts_of(patches: Sequence[Patch]) -> FactsFile | None:
     """The facts that the patches teach, the last word on each prompt; None if they teach none."""
     from mergekit_lfm.artifacts.facts import FactsFile, as_facts
 
-    files = [as_facts(patch.facts.facts) for patch in patches if patch.facts.facts]
+    files = [as_facts(patch.info.facts) for patch in patches if patch.info.facts]
     facts = {fact.text: fact for file in files for fact in file.facts}
     others = {other.prompt: other for file in files for other in file.unedited if other.prompt not in facts}
     return FactsFile(tuple(facts.values()), tuple(others.values())) if facts else None

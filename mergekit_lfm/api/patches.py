@@ -101,8 +101,8 @@ def apply_patches(
     known = undo.is_file() and read_patch_info(undo).options.get("plan") == plan.digest
     check_file(undo, [folder, *files], overwrite=overwrite or known)
     if not known:
-        back = _reversal(source, view, {name for patch in opened for name in patch.facts.tensors})
-        replace(back, facts=replace(back.facts, options={"plan": plan.digest})).save(undo)
+        back = _reversal(source, view, {name for patch in opened for name in patch.info.tensors})
+        replace(back, info=replace(back.info, options={"plan": plan.digest})).save(undo)
     with _remove_on_failure(None if known else undo), progress.by_bytes(plan.bytes_written, "applying") as advance:
         done = execute(plan, target, memory=as_bytes(memory), threads=threads, overwrite=overwrite, progress=advance)
     applied = _count_changes(plan, undo)
@@ -160,8 +160,8 @@ def _open_undo(file: Path) -> Patch:
             "model that the patch was applied to with --base"
         )
     back = open_patch(file)
-    if back.facts.method != UNDO:
-        raise PlanError(f"{file} is a patch by {back.facts.method}, expected the undo file that applying it left")
+    if back.info.method != UNDO:
+        raise PlanError(f"{file} is a patch by {back.info.method}, expected the undo file that applying it left")
     return back
 
 

@@ -148,12 +148,12 @@ def _any_statistics(plan: Plan) -> Grams:
 
     def grams(statistics: Statistics) -> Any:
         contents = {model.content for model in plan.models}
-        if statistics.facts.models[0] not in contents:
+        if statistics.info.models[0] not in contents:
             raise PlanError(
-                f"{statistics.path} is of a model of content {statistics.facts.models[0]}, which is not merged here; "
+                f"{statistics.path} is of a model of content {statistics.info.models[0]}, which is not merged here; "
                 "collect the statistics of one of the recipe's models with `mergekit-lfm stats gram`"
             )
-        return {layer.weight: statistics.read(name)[:-1, :-1] for name, layer in statistics.facts.layers.items()}
+        return {layer.weight: statistics.read(name)[:-1, :-1] for name, layer in statistics.info.layers.items()}
 
     return grams
 

@@ -69,11 +69,11 @@ class PatchInfo:
 class Patch:
     """Changes to the tensors of a model. tensors: the parts of each change, by their names in a file."""
 
-    facts: PatchInfo
+    info: PatchInfo
     tensors: Mapping[str, Tensor]
 
     def __repr__(self) -> str:
-        return f"Patch({self.facts.method}, {len(self.facts.tensors)} tensors)"
+        return f"Patch({self.info.method}, {len(self.info.tensors)} tensors)"
 
     @classmethod
     def low_rank(
@@ -97,17 +97,17 @@ class Patch:
 
     def made_for(self, base: str | None, digests: Mapping[str, str]) -> Patch:
         """This patch, tied to its model: the model's content digest, and its tensors' digests by name."""
-        changed = {name: replace(was, digest=digests.get(name)) for name, was in self.facts.tensors.items()}
-        return replace(self, facts=replace(self.facts, base=base, tensors=changed))
+        changed = {name: replace(was, digest=digests.get(name)) for name, was in self.info.tensors.items()}
+        return replace(self, info=replace(self.info, base=base, tensors=changed))
 
     def parts(self, name: str) -> tuple[Tensor, ...]:
         """The patch's tensors for one changed tensor: (new,), (added,) or (left, right)."""
-        return tuple(self.tensors[name + end] for end in PARTS[self.facts.tensors[name].kind])
+        return tuple(self.tensors[name + end] for end in PARTS[self.info.tensors[name].kind])
 
     def change(self, name: str) -> Tensor:
         """The change that is added to a tensor, in its shape. Raises PlanError for a replaced tensor."""
         parts = self.parts(name)
-        if self.facts.tensors[name].kind == "replace":
+        if self.info.tensors[name].kind == "replace":
             raise PlanError(
                 f"this patch replaces {name} and holds no difference to it; read the new tensor with `parts`"
             )
@@ -121,10 +121,10 @@ class Patch:
         """
         name = self._name_of(layer)
         change = self.change(name)
-        return change.mT if self.facts.tensors[name].axis == 0 else change
+        return change.mT if self.info.tensors[name].axis == 0 else change
 
     def _name_of(self, layer: str | int) -> str:
-        changed = self.facts.tensors
+        changed = self.info.tensors
         if isinstance(layer, int):
             matches = [name for name in changed if str(layer) in name.split(".")]
         else:
@@ -136,9 +136,9 @@ class Patch:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the patch to a file, with added changes in float32."""
-        exact = {name for name, was in self.facts.tensors.items() if was.kind == "replace"}
+        exact = {name for name, was in self.info.tensors.items() if was.kind == "replace"}
         stored = {name: x if name in exact else x.float() for name, x in self.tensors.items()}
-        save_tensors(Path(path), [spec_of(n, x) for n, x in stored.items()], stored.__getitem__, self.facts.metadata())
+        save_tensors(Path(path), [spec_of(n, x) for n, x in stored.items()], stored.__getitem__, self.info.metadata())
 
 
 def read_patch_info(path: Path) -> PatchInfo:
@@ -170,7 +170,7 @@ def open_patch(path: str | os.PathLike[str]) -> Patch:
 
 def _misfits(patch: Patch, name: str) -> list[str]:
     """The problems of a tensor's parts: shapes or types other than in the metadata, or numbers that are not finite."""
-    was, parts = patch.facts.tensors[name], patch.parts(name)
+    was, parts = patch.info.tensors[name], patch.parts(name)
     if not was.shape:
         return [f"{name} is a single number, which a patch cannot change"]
     if was.kind == "replace":

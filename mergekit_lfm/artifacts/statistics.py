@@ -86,30 +86,30 @@ class Statistics:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.facts = read_statistics_info(read_header(path).metadata, path)
+        self.info = read_statistics_info(read_header(path).metadata, path)
         self.tensors: Checkpoint = open_checkpoint(path)
-        wanted = {f"{self.facts.kind}/{layer.entry}" for layer in self.facts.layers.values()}
+        wanted = {f"{self.info.kind}/{layer.entry}" for layer in self.info.layers.values()}
         if absent := sorted(wanted - self.tensors.keys()):
             raise FormatError(f"{path} names {absent[0]} but does not hold it; collect the statistics again")
 
     def __repr__(self) -> str:
-        return f"Statistics({str(self.path)!r}, {self.facts.kind}, {len(self.tensors)} entries)"
+        return f"Statistics({str(self.path)!r}, {self.info.kind}, {len(self.tensors)} entries)"
 
     @cached_property
     def by_weight(self) -> dict[str, tuple[str, Layer]]:
         """The layers by the names of their weights, each with its own name."""
-        return {layer.weight: (name, layer) for name, layer in self.facts.layers.items()}
+        return {layer.weight: (name, layer) for name, layer in self.info.layers.items()}
 
     def entry(self, name: str) -> str:
         """The tensor of this file with the statistic of a layer or parameter. Raises KeyError if it has none."""
-        stored = self.facts.layers[name].entry if self.facts.layers else name
-        return self.tensors[f"{self.facts.kind}/{stored}"].name
+        stored = self.info.layers[name].entry if self.info.layers else name
+        return self.tensors[f"{self.info.kind}/{stored}"].name
 
     def entry_of(self, tensor: str) -> str | None:
         """The entry for a tensor of the model: its own, or that of the layer whose weight it is; None without one."""
-        if self.facts.layers:
+        if self.info.layers:
             return self.entry(self.by_weight[tensor][0]) if tensor in self.by_weight else None
-        name = f"{self.facts.kind}/{tensor}"
+        name = f"{self.info.kind}/{tensor}"
         return name if name in self.tensors else None
 
     def read(self, name: str) -> torch.Tensor:

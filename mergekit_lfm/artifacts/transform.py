@@ -90,7 +90,7 @@ class Transform:
 
     symmetries: Symmetries
     elements: Mapping[str, Element]
-    facts: TransformInfo
+    info: TransformInfo
     gains: Mapping[str, Gain] = field(default_factory=dict)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -108,7 +108,7 @@ class Transform:
 
 def _metadata(transform: Transform) -> dict[str, str]:
     parts: dict[str, Any] = {
-        **asdict(transform.facts),
+        **asdict(transform.info),
         "groups": {name: asdict(group) for name, group in transform.symmetries.groups.items()},
         "tensors": {
             name: ["|".join(map(str, axis)) for axis in axes] for name, axes in transform.symmetries.tensors.items()

@@ -174,7 +174,7 @@ def _already_there(out: Path, facts: StatisticsInfo, overwrite: bool) -> bool:
     if not out.exists():
         return False
     try:
-        existing = open_statistics(out).facts
+        existing = open_statistics(out).info
     except FormatError:
         differing = ["it is not a complete statistics file"]
     else:

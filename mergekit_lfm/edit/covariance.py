@@ -65,7 +65,7 @@ def _read_statistics(
     gram: Statistics, sites: Sequence[Site], stored: Mapping[str, str], content: str | None
 ) -> dict[str, Tensor]:
     """A statistics file's matrices by weight, without the row and column of the appended 1."""
-    facts = gram.facts
+    facts = gram.info
     if facts.kind != "gram":
         raise PlanError(f"{gram.path} holds {facts.kind} statistics, expected gram. Use `stats gram`")
     if content is not None and facts.models[0] != content:

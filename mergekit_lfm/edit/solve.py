@@ -91,7 +91,7 @@ def edit(
 def _describe(covariance: Covariance) -> str:
     """The name that the patch records for its second moments."""
     if isinstance(covariance, Statistics):
-        return f"gram of data {covariance.facts.data}"
+        return f"gram of data {covariance.info.data}"
     return covariance if isinstance(covariance, str) else "given as tensors"
 
 

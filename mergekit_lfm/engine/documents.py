@@ -164,8 +164,8 @@ def _lock(plan: Plan, receipts: Mapping[tuple[str, int], Receipt], files: Mappin
             "statistics": [
                 {
                     "statistics": names[file.ref],
-                    "kind": statistics.facts.kind,
-                    "data": statistics.facts.data,
+                    "kind": statistics.info.kind,
+                    "data": statistics.info.data,
                     "files": statistics.tensors.identity,
                 }
                 for file, statistics in zip(plan.recipe.statistics, plan.statistics, strict=True)

@@ -188,7 +188,7 @@ class Plan:
                 for label, model in zip(self.labels, self.models, strict=True)
             ],
             "statistics": [
-                {"statistics": given.ref, "kind": held.facts.kind, "bytes": held.tensors.nbytes}
+                {"statistics": given.ref, "kind": held.info.kind, "bytes": held.tensors.nbytes}
                 for given, held in zip(self.recipe.statistics, self.statistics, strict=True)
             ],
             "averaged": {"tensors": len(self.averaged), "numbers": sum(job.spec.numel for job in self.averaged)},

@@ -117,7 +117,7 @@ def aligned_view(checkpoint: Checkpoint, file: Path, ref: str, label: object) ->
 def check_source(transform: Transform, checkpoint: Checkpoint, ref: str, label: object) -> None:
     """Raise PlanError if the transform was made for another checkpoint."""
     check_fit(transform.symmetries, checkpoint, label)
-    source = next(iter(transform.facts.models), None)
+    source = next(iter(transform.info.models), None)
     if source not in (None, checkpoint.content):
         raise PlanError(
             f"{ref} rewrites another model, of content {source}; {label} has {checkpoint.content}. Name the "
@@ -224,7 +224,7 @@ class ModelRoles:
     @property
     def norms(self) -> tuple[float, ...]:
         """The norms of the inputs' statistics, for kinds that have one."""
-        return tuple(statistics.facts.norm for statistics in self.statistics if statistics.facts.norm is not None)
+        return tuple(statistics.info.norm for statistics in self.statistics if statistics.info.norm is not None)
 
 
 def assign_roles(recipe: Recipe, models: tuple[Checkpoint, ...], statistics: tuple[Statistics, ...]) -> ModelRoles:
@@ -251,14 +251,14 @@ def open_all(recipe: Recipe, models: Mapping[str, Checkpoint]) -> tuple[Statisti
             problems.append(f"the `stats` of {model.label}: {error}")
             continue
         opened.append(statistics)
-        if statistics.facts.kind != wanted:
+        if statistics.info.kind != wanted:
             problems.append(
-                f"{file.ref} holds {statistics.facts.kind} statistics, {recipe.method.name} needs {wanted}: "
+                f"{file.ref} holds {statistics.info.kind} statistics, {recipe.method.name} needs {wanted}: "
                 f"collect them with `mergekit-lfm stats {wanted} {model.label} ...`"
             )
-        elif statistics.facts.models[0] != models[model.label].content:
+        elif statistics.info.models[0] != models[model.label].content:
             problems.append(
-                f"{file.ref} was collected on another model: on content {statistics.facts.models[0]}, "
+                f"{file.ref} was collected on another model: on content {statistics.info.models[0]}, "
                 f"{model.label} has {models[model.label].content}; name the right file, or collect the statistics of "
                 f"this model with `mergekit-lfm stats {wanted} {model.label} ...`, from Python with `checkpoint=`"
             )

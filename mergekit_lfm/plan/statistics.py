@@ -69,7 +69,7 @@ def find_statistics(roles: ModelRoles, names: SourceNames) -> dict[str, tuple[Te
             )
         elif len(lacking) < len(entries):
             kind = roles.recipe.method.statistics
-            reasons = {statistics.facts.skipped.get(_layer_of(name)) for statistics in roles.statistics} - {None}
+            reasons = {statistics.info.skipped.get(_layer_of(name)) for statistics in roles.statistics} - {None}
             why = f" ({'; '.join(sorted(map(str, reasons)))})" if reasons else ""
             problems.append(f"{', '.join(lacking)} lacks the {kind} statistics of {name}, which the others have{why}")
     if problems:

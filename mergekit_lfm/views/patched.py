@@ -32,7 +32,7 @@ class Patcher:
     def __init__(self, patches: Sequence[Patch], spec: TensorSpec, *, base: bool = True) -> None:
         self.old, self.base = spec, base
         self.spec = spec if base else TensorSpec(spec.name, spec.shape, "float64")
-        kinds = [(patch.facts.tensors[spec.name].kind, patch.parts(spec.name)) for patch in self._select(patches)]
+        kinds = [(patch.info.tensors[spec.name].kind, patch.parts(spec.name)) for patch in self._select(patches)]
         last = max((i for i, (kind, _) in enumerate(kinds) if kind == "replace"), default=-1)
         self.new = kinds[last][1][0] if last >= 0 else None  # replaces everything before it
         self.added = [parts for _, parts in kinds[last + 1 :]]
@@ -40,7 +40,7 @@ class Patcher:
         self.whole = len(spec.shape) < 2
 
     def _select(self, patches: Sequence[Patch]) -> list[Patch]:
-        return [patch for patch in patches if self.old.name in patch.facts.tensors]
+        return [patch for patch in patches if self.old.name in patch.info.tensors]
 
     @property
     def nbytes(self) -> int:
@@ -105,7 +105,7 @@ def check_base(checkpoint: Checkpoint, patches: Sequence[Patch], *, any_base: bo
     """Raise the PlanError of `patched_view` if the patches do not fit the checkpoint."""
     problems, seen = [], set[str]()
     for patch in patches:
-        for name, was in patch.facts.tensors.items():
+        for name, was in patch.info.tensors.items():
             spec = checkpoint.get(name)
             if spec is None:
                 problems.append(f"there is no {name}")
@@ -133,7 +133,7 @@ def summed_changes(patches: Sequence[Patch], specs: Mapping[str, TensorSpec], pa
     replaced.
     """
     problems = []
-    for name, was in ((name, was) for patch in patches for name, was in patch.facts.tensors.items()):
+    for name, was in ((name, was) for patch in patches for name, was in patch.info.tensors.items()):
         spec = specs.get(name)
         if spec is None or spec.shape != was.shape:
             problems.append(f"the patch changes {name} {list(was.shape)}, the merge has {spec or 'no such tensor'}")
@@ -143,7 +143,7 @@ def summed_changes(patches: Sequence[Patch], specs: Mapping[str, TensorSpec], pa
             )
     if problems:
         raise PlanError("the patches do not fit the merged tensors:\n  " + "\n  ".join(problems))
-    names = dict.fromkeys(name for patch in patches for name in patch.facts.tensors)
+    names = dict.fromkeys(name for patch in patches for name in patch.info.tensors)
     patchers = {name: Patcher(patches, specs[name], base=False) for name in names}
     nbytes = sum(patcher.nbytes for patcher in patchers.values())
     inner = WeightFile(path, {name: (specs[name], 0) for name in names}, 0)

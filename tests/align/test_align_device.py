@@ -120,9 +120,9 @@ def assert_agree(found: Transform, expected: Transform, *, to: float) -> None:
             assert float((ours[name] - x).abs().max()) <= to * float(x.abs().max()), name
         else:
             assert torch.equal(ours[name], x), name
-    assert found.facts.scores == pytest.approx(expected.facts.scores, rel=max(to, 1e-12))
-    assert found.facts.options == {**expected.facts.options, "device": found.facts.options["device"]}
-    assert "device" not in expected.facts.options
+    assert found.info.scores == pytest.approx(expected.info.scores, rel=max(to, 1e-12))
+    assert found.info.options == {**expected.info.options, "device": found.info.options["device"]}
+    assert "device" not in expected.info.options
 
 
 @pytest.mark.usefixtures("pretended")
@@ -137,7 +137,7 @@ def test_a_gpu_finds_what_the_cpu_finds(case: Given, expected: Transform) -> Non
 def test_the_cpu_is_the_default() -> None:
     with pretended_gpu() as gpu:
         found = [find_transform(**perceptrons(torch.float32), **given) for given in ({}, {"device": "cpu"})]
-    assert not gpu.there and found[0].facts == found[1].facts
+    assert not gpu.there and found[0].info == found[1].info
 
 
 # With sums in reverse the largest relative differences are 5e-16 and 2e-6, of polar factors of products in float32.

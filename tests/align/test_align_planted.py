@@ -85,7 +85,7 @@ def test_rotations_are_recovered(
     transform = find_transform(moved, original, "rotation", symmetries=symmetries, restarts=1)
     assert furthest(moved, original) > 0.5
     assert furthest(rewrite(moved, transform), original) < tolerance
-    assert transform.facts.exact
+    assert transform.info.exact
 
 
 def test_permutations_do_not_recover_rotations(tmp_path: Path) -> None:

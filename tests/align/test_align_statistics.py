@@ -73,7 +73,7 @@ def test_units_are_paired_by_numpys_correlations(seed: int) -> None:
         rows, best = linear_sum_assignment(both, maximize=True)  # units that are never active may be paired with any
         found = order_of(transform.elements[f"p{i}"])
         assert [both[i, j] for i, j in enumerate(found)] == pytest.approx(both[rows, best].tolist(), abs=1e-12)
-    assert transform.facts.exact
+    assert transform.info.exact
 
 
 def test_a_dead_unit_is_correlated_with_none() -> None:
@@ -112,7 +112,7 @@ def test_statistics_of_zeros_leave_the_model_alone(method: str, options: dict[st
     a, b, symmetries = mlp(WIDTHS, 0), mlp(WIDTHS, 1), mlp_table(WIDTHS)
     nothing = {name: tuple(x * 0 for x in triple) for name, triple in moments(a, b, some_inputs()).items()}
     found = find_transform(b, a, method, symmetries=symmetries, statistics=nothing, **options)  # type: ignore[arg-type]
-    assert found.facts.exact
+    assert found.info.exact
     assert furthest(rewrite(b, found), b) == 0
 
 

@@ -64,7 +64,7 @@ def test_equals_the_paper(widths: tuple[int, ...], cost: str, regularisation: fl
     assert found.keys() == expected.keys()
     for name, x in expected.items():
         assert np.abs(found[name].numpy() - x).max() < 1e-7
-    assert transform.facts.exact == (widths == A_WIDTHS and not regularisation)
+    assert transform.info.exact == (widths == A_WIDTHS and not regularisation)
 
 
 def doubled(tensors: Tensors) -> Tensors:
@@ -98,8 +98,8 @@ def test_units_that_are_split_leave_the_outputs_as_they_are() -> None:
     inputs = torch.randn(20, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(run_mlp(found, inputs), run_mlp(a, inputs), rtol=1e-12, atol=1e-12)
     assert all(x.shape == wide[name].shape for name, x in found.items())
-    assert transform.facts.scores["distance_after"] < 1e-20
-    assert "distance_before" not in transform.facts.scores
+    assert transform.info.scores["distance_after"] < 1e-20
+    assert "distance_before" not in transform.info.scores
 
 
 def test_a_model_is_transported_to_itself_unchanged() -> None:
@@ -158,7 +158,7 @@ def test_wider_layers_of_networks_are_narrowed(kind: str, options: dict[str, Any
     }
     assert {name.rstrip("01") for name in transform.elements} == {"residual", "ffn."}
     transform.save(tmp_path / "found")
-    assert open_transform(tmp_path / "found").facts == transform.facts
+    assert open_transform(tmp_path / "found").info == transform.info
 
 
 def test_heads_have_to_be_the_same(tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_convolutions_are_transported() -> None:
     (first, symmetries), (second, _) = convolutions(0), convolutions(1)
     a, b = first.state_dict(), second.state_dict()
     transform = find_transform(b, a, "ot", symmetries=symmetries)
-    assert transform.facts.scores["distance_after"] < transform.facts.scores["distance_before"]
+    assert transform.info.scores["distance_after"] < transform.info.scores["distance_before"]
     assert furthest(rewrite(a, find_transform(a, a, "ot", symmetries=symmetries)), a) == 0
 
 
@@ -183,7 +183,7 @@ def test_groups_are_visited_in_the_given_order() -> None:
     other = rewrite(b, find_transform(b, a, "ot", symmetries=symmetries, order=["p1", "p0"]))  # by its biases alone
     assert furthest(other, expected) > 0.1
     part = find_transform(b, a, "ot", symmetries=symmetries, order=["p1"])
-    assert part.elements.keys() == {"p1"} and part.facts.options["order"] == ["p1"]
+    assert part.elements.keys() == {"p1"} and part.info.options["order"] == ["p1"]
     for wrong in (["p0", "p0"], [["p0"], ["p1"]]):
         with pytest.raises(PlanError, match=r"found the order p0.*p., expected one list of some of p0, p1, each once"):
             find_transform(b, a, "ot", symmetries=symmetries, order=wrong)

@@ -85,7 +85,7 @@ def test_no_run_visits_groups_that_the_order_leaves_out(restarts: int) -> None:
     a, b, symmetries = two_mlps(2)
     found = find_transform(b, a, symmetries=symmetries, order=iter(["p2", "p0"]), restarts=restarts)
     assert found.elements.keys() == {"p0", "p2"}
-    assert found.facts.options["order"] == ["p2", "p0"]
+    assert found.info.options["order"] == ["p2", "p0"]
 
 
 def test_orders_may_be_iterators() -> None:
@@ -94,7 +94,7 @@ def test_orders_may_be_iterators() -> None:
     expected = find_transform(b, a, symmetries=symmetries, order=[names, names[::-1]], restarts=1)
     found = find_transform(b, a, symmetries=symmetries, order=map(iter, (names, names[::-1])), restarts=1)  # type: ignore[arg-type]
     assert orders_of(found, names) == orders_of(expected, names)
-    assert found.facts.options == expected.facts.options
+    assert found.info.options == expected.info.options
     refused("order: found 5, expected names of groups", b, a, symmetries=symmetries, order=5)
     refused("order: found '1', did you mean p1", b, a, symmetries=symmetries, order=[1])
 
@@ -106,7 +106,7 @@ def distance(a: Tensors, b: Tensors) -> float:
 def test_scores_are_the_distance_of_the_models() -> None:
     a, b, symmetries = two_mlps(3)
     transform = find_transform(b, a, symmetries=symmetries)
-    scores = transform.facts.scores
+    scores = transform.info.scores
     assert scores["distance_before"] == pytest.approx(distance(a, b))
     assert scores["distance_after"] == pytest.approx(distance(a, rewrite(b, transform)))
     products = {name: float((a[name] * rewrite(b, transform)[name]).sum()) for name in a}
@@ -121,7 +121,7 @@ def test_every_visit_makes_the_sum_greater(method: str, kind: str, tmp_path: Pat
     groups = list(table(a).groups)
     reached: list[Any] = []
     for visits in range(1, len(groups) + 1):
-        scores = find_transform(b, a, method, restarts=1, order=[groups[:visits]]).facts.scores
+        scores = find_transform(b, a, method, restarts=1, order=[groups[:visits]]).info.scores
         reached += [scores["inner_after"]] if reached else [scores["inner_before"], scores["inner_after"]]
     assert all(after > before for before, after in pairwise(reached))
 
@@ -131,7 +131,7 @@ def test_more_sweeps_are_never_worse() -> None:
     reached = [
         find_transform(b, a, symmetries=symmetries, order=["p0", "p1", "p2"], restarts=1, sweeps=n) for n in range(1, 8)
     ]
-    sums = [transform.facts.scores["inner_after"] for transform in reached]
+    sums = [transform.info.scores["inner_after"] for transform in reached]
     assert sums == sorted(sums) and sums[0] < sums[-1]
 
 
@@ -142,7 +142,7 @@ def test_a_group_on_both_axes_of_a_tensor_never_makes_it_worse() -> None:
         a, b = (
             {"inner": torch.randn(9, 9, generator=draw), "last": torch.randn(3, 9, generator=draw)} for _ in range(2)
         )
-        scores = find_transform(b, a, symmetries=symmetries, restarts=3).facts.scores
+        scores = find_transform(b, a, symmetries=symmetries, restarts=3).info.scores
         assert scores["inner_after"] >= scores["inner_before"]
         plant = planted(a, symmetries, seed)
         found = find_transform(rewrite(a, plant), a, symmetries=symmetries, restarts=1)
@@ -154,7 +154,7 @@ def test_restarts_keep_the_best() -> None:
     for seed in range(4):
         a, b, symmetries = two_mlps(seed)
         sums = [
-            find_transform(b, a, symmetries=symmetries, restarts=n).facts.scores["inner_after"] for n in (1, 2, 4, 8)
+            find_transform(b, a, symmetries=symmetries, restarts=n).info.scores["inner_after"] for n in (1, 2, 4, 8)
         ]
         assert sums == sorted(sums)
         gained += sums[-1] > sums[0]
@@ -184,7 +184,7 @@ def test_starts_from_the_initial_transform() -> None:
         initial = Transform(symmetries, start, TransformInfo("part"))
         found = find_transform(b, a, symmetries=symmetries, initial=initial, order=[visited], sweeps=1, restarts=1)
         assert all(torch.equal(x, a[name]) for name, x in rewrite(b, found).items())
-        assert found.facts.options["initial"] == "part"
+        assert found.info.options["initial"] == "part"
 
 
 def folded_product(a: Tensors, b: Tensors) -> float:
@@ -214,7 +214,7 @@ def test_rotation_goes_on_from_permutations_and_from_rotations(tmp_path: Path) -
     third = find_transform(b, a, "rotation", restarts=1, sweeps=3, initial=second)
     sums = [folded_product(tensors_of(a), rewrite(tensors_of(b), transform)) for transform in (first, second, third)]
     assert sums[0] < sums[1] < sums[2]
-    assert [t.facts.scores["inner_after"] for t in (second, third)] == pytest.approx(sums[1:], rel=1e-5)
+    assert [t.info.scores["inner_after"] for t in (second, third)] == pytest.approx(sums[1:], rel=1e-5)
     with pytest.raises(PlanError, match="`initial` transforms residual"):
         find_transform(b, a, initial=second)
 
@@ -250,10 +250,10 @@ def test_files_and_tensors_give_the_same(tmp_path: Path) -> None:
     of_tensors = find_transform(tensors_of(b), tensors_of(a), symmetries=table(a), restarts=1)
     expected, found = (rewrite(tensors_of(b), transform) for transform in (of_files, of_tensors))
     assert all(torch.equal(found[name], x) for name, x in expected.items())
-    assert of_files.facts.models == (b.content, a.content)
-    assert of_tensors.facts.models == ()
-    assert of_files.facts.options == {"restarts": 1, "sweeps": 100, "seed": 0, "normalise": False}
-    assert of_files.facts.versions.keys() == {"mergekit_lfm", "torch", "numpy", "scipy", "pot"}
+    assert of_files.info.models == (b.content, a.content)
+    assert of_tensors.info.models == ()
+    assert of_files.info.options == {"restarts": 1, "sweeps": 100, "seed": 0, "normalise": False}
+    assert of_files.info.versions.keys() == {"mergekit_lfm", "torch", "numpy", "scipy", "pot"}
 
 
 def test_the_file_holds_the_result(tmp_path: Path) -> None:
@@ -261,7 +261,7 @@ def test_the_file_holds_the_result(tmp_path: Path) -> None:
     transform = find_transform(b, a, "rotation", restarts=1, sweeps=2)
     transform.save(tmp_path / "found.safetensors")
     stored = open_transform(tmp_path / "found.safetensors")
-    assert stored.facts == transform.facts
+    assert stored.info == transform.info
     assert stored.symmetries == transform.symmetries
     expected, found = (rewrite(tensors_of(b), t) for t in (transform, stored))
     assert all(torch.equal(found[name], x) for name, x in expected.items())
@@ -271,7 +271,7 @@ def test_a_model_is_near_itself() -> None:
     a, symmetries = mlp(WIDTHS, 0), mlp_table(WIDTHS)
     transform = find_transform(a, a, symmetries=symmetries)
     assert transform.elements == {}
-    assert transform.facts.scores["distance_after"] == 0
+    assert transform.info.scores["distance_after"] == 0
 
 
 def test_progress_counts_visits() -> None:
@@ -326,7 +326,7 @@ def test_refuses_products_that_overflow(dtype: torch.dtype, size: float, normali
     a, b, symmetries = two_mlps(0)
     a, b = ({name: (x * size).to(dtype) for name, x in tensors.items()} for tensors in (a, b))
     if normalise and dtype != torch.float64:  # what is divided first has room
-        scores = find_transform(b, a, symmetries=symmetries, normalise=True).facts.scores
+        scores = find_transform(b, a, symmetries=symmetries, normalise=True).info.scores
         assert scores["inner_after"] > scores["inner_before"]
     else:
         refused("overflow, expected finite products", b, a, symmetries=symmetries, normalise=normalise)

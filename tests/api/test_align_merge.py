@@ -102,7 +102,7 @@ def test_another_transform_is_another_plan(models: Path) -> None:
 def test_a_transform_of_another_model_is_refused(models: Path) -> None:
     save(models / "c", cast(fine_tuned(base_tensors(2), 1), torch.float32))
     transform = random_transform({}, find_symmetries(open_checkpoint(models / "b")), seed=1, kinds=["order"])
-    facts = transform.facts
+    facts = transform.info
     named = type(facts)(facts.method, models=(open_checkpoint(models / "b").content,))
     type(transform)(transform.symmetries, transform.elements, named).save(models / "of_b.safetensors")
     merge({"merge_method": "passthrough", "models": [{"model": "b", "align": "of_b.safetensors"}]}, "fine")

@@ -107,7 +107,7 @@ def test_facts_at_the_top_are_edited_in_the_result(folder: Path, tmp_path: Path)
     merge({**recipe, "edits": [str(tmp_path / "p.safetensors")]}, tmp_path / "given")
     found, expected, plain = (contents(tmp_path / name) for name in ("asked", "given", "plain"))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
-    assert {name for name in plain if not torch.equal(plain[name], found[name])} == set(patch.facts.tensors)
+    assert {name for name in plain if not torch.equal(plain[name], found[name])} == set(patch.info.tensors)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["asked", "given", "p.safetensors", "plain"]
     assert verify(tmp_path / "asked") == []
 
@@ -131,7 +131,7 @@ def test_an_edit_of_a_real_model_is_undone_to_the_byte(name: str, dtype: torch.d
     ]
     assert not all(sames[0].values()) and all(sames[1].values())
     before, after = (load_model(tmp_path / out, "lm").model for out in ("m", "edited"))
-    layers = {layer: after.get_parameter(layer) - before.get_parameter(layer) for layer in patch.facts.tensors}
+    layers = {layer: after.get_parameter(layer) - before.get_parameter(layer) for layer in patch.info.tensors}
     for layer, change in layers.items():
         scale = before.get_parameter(layer).abs().max() * torch.finfo(dtype).eps
         assert (change - patch.change(layer)).abs().max() <= 2 * scale

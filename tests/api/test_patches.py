@@ -60,7 +60,7 @@ def test_a_file_keeps_all_of_a_patch(tmp_path: Path) -> None:
     patch = low_rank(folder)
     patch.save(tmp_path / "p.safetensors")
     again = open_patch(tmp_path / "p.safetensors")
-    assert again.facts == patch.facts
+    assert again.info == patch.info
     assert again.tensors.keys() == patch.tensors.keys()
     assert all(torch.equal(again.tensors[name], patch.tensors[name]) for name in patch.tensors)
 
@@ -86,7 +86,7 @@ def test_applying_rounds_once_and_undoing_gives_the_same_files(tmp_path: Path, d
     before, after = open_checkpoint(folder), open_checkpoint(tmp_path / "edited")
     for name, spec in before.items():
         old, new = before.read(name).view(spec.shape), after.read(name).view(spec.shape)
-        if name in patch.facts.tensors:
+        if name in patch.info.tensors:
             exact = old.double() + patch.change(name).double()
             if dtype == torch.float32:
                 assert (new.double() - exact).abs().max() <= 2**-24 * exact.abs().max() * 1.01
@@ -188,17 +188,17 @@ def test_damaged_patches_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="not a patch file"):
         open_patch(folder / "model.safetensors")
     good = low_rank(folder)
-    cut = Patch(good.facts, {name: x for name, x in good.tensors.items() if not name.endswith("right")})
+    cut = Patch(good.info, {name: x for name, x in good.tensors.items() if not name.endswith("right")})
     cut.save(tmp_path / "cut.safetensors")
     with pytest.raises(FormatError, match="in its metadata or its data, but not in both"):
         open_patch(tmp_path / "cut.safetensors")
     bad = {name: x.clone() for name, x in good.tensors.items()}
     bad[f"{NAME}.left"][0, 0] = torch.nan
-    Patch(good.facts, bad).save(tmp_path / "nan.safetensors")
+    Patch(good.info, bad).save(tmp_path / "nan.safetensors")
     with pytest.raises(FormatError, match="not finite"):
         open_patch(tmp_path / "nan.safetensors")
     short = {**good.tensors, f"{NAME}.left": good.tensors[f"{NAME}.left"][:5]}
-    Patch(good.facts, short).save(tmp_path / "short.safetensors")
+    Patch(good.info, short).save(tmp_path / "short.safetensors")
     with pytest.raises(FormatError, match="the tensor"):
         open_patch(tmp_path / "short.safetensors")
 

@@ -61,7 +61,7 @@ def test_fisher_is_found_by_the_tensor(model: Path) -> None:
     fisher = {"q.weight": torch.arange(6.0).view(2, 3)}
     statistics = open_statistics(write_fisher(model / "s", model, fisher))
     assert torch.equal(statistics.read("q.weight"), fisher["q.weight"])
-    assert statistics.facts.norm == pytest.approx(55**0.5)
+    assert statistics.info.norm == pytest.approx(55**0.5)
 
 
 @pytest.mark.parametrize(

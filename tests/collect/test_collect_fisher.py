@@ -118,7 +118,7 @@ def ways(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 def assert_fisher(stats: Statistics, expected: dict[str, Tensor], rtol: float = 2e-7) -> None:
     largest = max(float(x.max()) for x in expected.values())
     for name, x in expected.items():
-        if name in stats.facts.skipped:
+        if name in stats.info.skipped:
             assert float(x.abs().max()) == 0
         else:
             torch.testing.assert_close(
@@ -134,9 +134,9 @@ def test_fisher_is_the_mean_of_squared_gradients(name: str, tmp_path: Path, ways
     assert ways == [name in TOGETHER]
     assert_fisher(stats, brute_force_fisher(made.model, batches, SCALARS[made.task]))
     unused = {"pooler.dense.weight", "pooler.dense.bias"} if name == "encoder" else set()
-    assert stats.facts.skipped.keys() == unused
+    assert stats.info.skipped.keys() == unused
     squares = sum(float(stats.tensors.read(entry).double().square().sum()) for entry in stats.tensors)
-    assert stats.facts.norm == pytest.approx(squares**0.5, rel=1e-12)
+    assert stats.info.norm == pytest.approx(squares**0.5, rel=1e-12)
 
 
 @pytest.mark.parametrize("name", TOGETHER)
@@ -218,7 +218,7 @@ def test_draws_depend_on_seed_and_example_alone(tmp_path: Path) -> None:
         collected(tmp_path / f"{i}", made, sizes, seed=seed, samples=2)
         for i, (sizes, seed) in enumerate([([8], 0), (SIZES, 0), ([8], 1)])
     )
-    assert one.facts.options["labels"] == "sampled"
+    assert one.info.options["labels"] == "sampled"
     for name in ("embed.weight", "block.bias"):
         torch.testing.assert_close(one.read(name), two.read(name), rtol=1e-6, atol=0)
     assert (one.read("block.bias") / other.read("block.bias") - 1).abs().max() > 0.01
@@ -240,7 +240,7 @@ def test_a_parameter_stored_twice_has_its_fisher_twice(tmp_path: Path) -> None:
 def test_tensors_are_chosen_by_name(tmp_path: Path) -> None:
     stats = collected(tmp_path / "fisher", case("mlp"), [4], layers=["2.", "bias"])
     assert stats.tensors.keys() == {"fisher/0.bias", "fisher/2.weight", "fisher/2.bias", "fisher/4.bias"}
-    assert stats.facts.skipped.keys() == {"0.weight", "4.weight"}
+    assert stats.info.skipped.keys() == {"0.weight", "4.weight"}
     whole = collected(tmp_path / "whole", case("mlp"), [4])
     assert all(torch.equal(stats.tensors.read(name), whole.tensors.read(name)) for name in stats.tensors)
 

@@ -59,9 +59,9 @@ def test_grams_are_the_mean_products_of_inputs(kind: str, tmp_path: Path) -> Non
     stats = collect("gram", model, batches, tmp_path / "gram.safetensors")
     expected = inputs_of(model, batches)
     tied = {"lm_head"} if kind == "gpt2" else set()
-    assert stats.facts.layers.keys() == expected.keys() - tied
-    assert stats.facts.skipped.keys() == tied
-    for name, layer in stats.facts.layers.items():
+    assert stats.info.layers.keys() == expected.keys() - tied
+    assert stats.info.skipped.keys() == tied
+    for name, layer in stats.info.layers.items():
         assert_close(stats.read(name), gram(expected[name]))
         assert torch.equal(stats.read(name), stats.read(name).T)
         assert_close(stats.read(name)[-1], expected[name].mean(0))
@@ -70,7 +70,7 @@ def test_grams_are_the_mean_products_of_inputs(kind: str, tmp_path: Path) -> Non
         state = model.state_dict()
         assert state[layer.weight].shape[layer.axis] == layer.inputs
         assert (layer.bias is None) == (f"{name}.bias" not in state)
-    assert stats.facts.examples == 8
+    assert stats.info.examples == 8
     assert load_file(stats.path).keys() == stats.tensors.keys()
 
 
@@ -78,7 +78,7 @@ def test_layers_of_one_input_are_stored_once(tmp_path: Path) -> None:
     model = transformer("llama")
     stats = collect("gram", model, texts(5)([4]), tmp_path / "gram.safetensors")
     block = "model.layers.1"
-    entries = {name.removeprefix(block): x.entry for name, x in stats.facts.layers.items() if block in name}
+    entries = {name.removeprefix(block): x.entry for name, x in stats.info.layers.items() if block in name}
     attention, mlp = f"{block}.self_attn", f"{block}.mlp"
     assert entries == {
         ".self_attn.q_proj": f"{attention}.q_proj",
@@ -98,14 +98,14 @@ def test_panels_and_pieces_of_tokens_change_nothing(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(moments, "TOKENS", 7)
     monkeypatch.setattr(moments, "COLUMNS", 4)
     cut = collect("gram", model, batches, tmp_path / "cut.safetensors")
-    for name in whole.facts.layers:
+    for name in whole.info.layers:
         assert_close(cut.read(name), whole.read(name).numpy())
 
 
 def test_batches_change_a_gram_by_rounding_only(tmp_path: Path) -> None:
     model = mlp(6, 9, 3).float()
     one, many = (collect("gram", model, arrays(5, 6)(sizes), tmp_path / f"{len(sizes)}") for sizes in ([60], [1] * 60))
-    for name in one.facts.layers:
+    for name in one.info.layers:
         assert_close(one.read(name), many.read(name).numpy(), rtol=1e-6)
 
 
@@ -142,12 +142,12 @@ def test_all_calls_of_a_layer_count(tmp_path: Path) -> None:
         both = torch.cat([x, torch.tanh(model.twice(x))])
     rows = np.concatenate([both.numpy(), np.ones((12, 1))], axis=1)
     assert_close(stats.read("twice"), gram(rows))
-    assert stats.facts.layers["twice"].count == 12
-    assert stats.facts.layers.keys() == {"twice", "named", "again"}
-    named, again = (stats.facts.layers[name] for name in ("named", "again"))
+    assert stats.info.layers["twice"].count == 12
+    assert stats.info.layers.keys() == {"twice", "named", "again"}
+    named, again = (stats.info.layers[name] for name in ("named", "again"))
     assert (again.weight, again.bias, again.entry) == ("again.weight", "again.bias", named.entry)
     assert (named.weight, named.bias, named.count) == ("named.weight", "named.bias", again.count)
-    assert stats.facts.skipped == {"never": "not called while the model ran on the data"}
+    assert stats.info.skipped == {"never": "not called while the model ran on the data"}
 
 
 class Routed(nn.Module):
@@ -165,7 +165,7 @@ class Routed(nn.Module):
 def test_a_layer_that_is_called_late_is_not_missed(tmp_path: Path) -> None:
     model, x = Routed(), torch.ones(3, 4)
     stats = collect("gram", model, [-x, -x, 2 * x], tmp_path / "gram.safetensors")
-    assert {name: layer.count for name, layer in stats.facts.layers.items()} == {"left": 6, "right": 3}
+    assert {name: layer.count for name, layer in stats.info.layers.items()} == {"left": 6, "right": 3}
     assert stats.read("right")[0, 0] == 4
 
 
@@ -186,7 +186,7 @@ def test_sharing_that_ends_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match=r"two: read the same inputs.*by themselves \(`layers`\)"):
         collect("gram", Fickle(), [x, -x], tmp_path / "gram.safetensors")
     alone = collect("gram", Fickle(), [x, -x], tmp_path / "two.safetensors", layers=["two"])
-    assert alone.facts.skipped.keys() == {"one"}
+    assert alone.info.skipped.keys() == {"one"}
 
 
 class Changing(nn.Module):
@@ -215,21 +215,21 @@ def test_cross_moments_pair_the_tokens_of_two_models(tmp_path: Path) -> None:
     batches = arrays(5, 6)([3, 1])
     stats = collect("cross", first, batches, tmp_path / "cross.safetensors", other=second)
     one, two = inputs_of(first, batches), inputs_of(second, batches)
-    for name, layer in stats.facts.layers.items():
+    for name, layer in stats.info.layers.items():
         assert_close(stats.read(name), one[name].T @ two[name] / len(one[name]))
         for part, x in (("first", one[name]), ("second", two[name])):
             power = stats.tensors.read(f"power/{part}/{layer.entry}")
             assert_close(power, (x**2).mean(0))
         assert (layer.inputs, layer.count) == (one[name].shape[1] - 1, len(one[name]))
-    assert stats.facts.models[0] != stats.facts.models[1]
+    assert stats.info.models[0] != stats.info.models[1]
 
 
 def test_cross_moments_of_a_model_with_itself_are_its_grams(tmp_path: Path) -> None:
     model, batches = transformer("llama"), texts(6)([4, 2])
     cross = collect("cross", model, batches, tmp_path / "cross.safetensors", other=model)
     grams = collect("gram", model, batches, tmp_path / "gram.safetensors")
-    assert cross.facts.layers == grams.facts.layers
-    for name in grams.facts.layers:
+    assert cross.info.layers == grams.info.layers
+    for name in grams.info.layers:
         assert_close(cross.read(name), grams.read(name).numpy())
 
 
@@ -237,7 +237,7 @@ def test_models_with_other_layers_have_no_cross_moments(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=r"4: only in the second model\n.*\(`layers`\)"):
         collect("cross", mlp(6, 5, 3), arrays(6)([3]), tmp_path / "cross", other=mlp(6, 5, 4, 3))
     stats = collect("cross", mlp(6, 5, 3), arrays(6)([3]), tmp_path / "cross", other=mlp(6, 5, 4, 3), layers=["0", "2"])
-    assert stats.facts.layers.keys() == {"0", "2"}
+    assert stats.info.layers.keys() == {"0", "2"}
 
 
 class Shortened(nn.Module):
@@ -302,10 +302,10 @@ class Experts(nn.Module):
 def test_a_layer_that_no_token_reaches_is_not_called(tmp_path: Path) -> None:
     model, x = Experts(), torch.ones(3, 4)
     stats = collect("gram", model, [-x, -x], tmp_path / "one")
-    assert stats.facts.layers.keys() == {"left"}
-    assert stats.facts.skipped == {"right": "not called while the model ran on the data"}
+    assert stats.info.layers.keys() == {"left"}
+    assert stats.info.skipped == {"right": "not called while the model ran on the data"}
     late = collect("gram", model, [-x, 2 * x], tmp_path / "both")
-    assert {name: layer.count for name, layer in late.facts.layers.items()} == {"left": 3, "right": 3}
+    assert {name: layer.count for name, layer in late.info.layers.items()} == {"left": 3, "right": 3}
     assert late.read("right")[0, 0] == 4
 
 
@@ -313,8 +313,8 @@ def test_a_shared_bias_belongs_to_no_layer(tmp_path: Path) -> None:
     model = mlp(4, 4, 4, 3)
     model[2].bias = model[0].bias
     stats = collect("gram", model, arrays(4)([3]), tmp_path / "gram")
-    assert stats.facts.layers.keys() == {"4"}
-    assert stats.facts.skipped == dict.fromkeys(("0", "2"), "another module uses its bias too (tied weights)")
+    assert stats.info.layers.keys() == {"4"}
+    assert stats.info.skipped == dict.fromkeys(("0", "2"), "another module uses its bias too (tied weights)")
 
 
 class Fused(nn.Module):
@@ -343,4 +343,4 @@ def test_matrices_that_are_not_covered_are_named(kind: Any, tmp_path: Path) -> N
     if kind == "cross":
         place |= {"other": model, "other_checkpoint": tmp_path / "model.safetensors"}
     stats = collect(kind, model, texts(5)([3]), tmp_path / "out", **place)
-    assert stats.facts.skipped == {"body.experts": "not the weight of a Linear layer"}
+    assert stats.info.skipped == {"body.experts": "not the weight of a Linear layer"}

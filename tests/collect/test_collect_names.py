@@ -26,9 +26,9 @@ def saved(model: nn.Module, folder: Path, dtype: torch.dtype = torch.float64) ->
 
 def layer_names(model: nn.Module, data: Any, out: Path, **options: Any) -> tuple[set[str], dict[str, str]]:
     stats = collect("gram", model, data, out, **options)
-    for layer in stats.facts.layers.values():
+    for layer in stats.info.layers.values():
         assert layer.inputs + 1 == len(stats.read(layer.entry))
-    return set(stats.facts.layers), stats.facts.skipped
+    return set(stats.info.layers), stats.info.skipped
 
 
 def test_a_module_has_the_digest_of_its_saved_state(tmp_path: Path) -> None:
@@ -36,16 +36,16 @@ def test_a_module_has_the_digest_of_its_saved_state(tmp_path: Path) -> None:
     model.register_buffer("steps", torch.tensor(3))
     save_file(model.state_dict(), tmp_path / "model.safetensors")
     stats = collect("gram", model, arrays(6)([3]), tmp_path / "gram")
-    assert stats.facts.models == (open_checkpoint(tmp_path / "model.safetensors").content,)
+    assert stats.info.models == (open_checkpoint(tmp_path / "model.safetensors").content,)
     given = collect("gram", model, arrays(6)([3]), tmp_path / "given", checkpoint=tmp_path / "model.safetensors")
-    assert given.facts == stats.facts
+    assert given.info == stats.info
 
 
 def test_a_folder_is_loaded_under_the_names_of_its_files(tmp_path: Path) -> None:
     folder = saved(transformer("llama"), tmp_path / "llama")
     stats = collect("gram", folder, texts(6)([2]), tmp_path / "gram", task="lm")
-    assert stats.facts.models == (open_checkpoint(folder).content,)
-    weights = {layer.weight for layer in stats.facts.layers.values()}
+    assert stats.info.models == (open_checkpoint(folder).content,)
+    weights = {layer.weight for layer in stats.info.layers.values()}
     assert weights == {name for name, spec in open_checkpoint(folder).items() if len(spec.shape) == 2} - {
         "model.embed_tokens.weight"
     }
@@ -66,7 +66,7 @@ def test_a_prefix_that_the_model_does_not_have(dtype: torch.dtype, tmp_path: Pat
         "fisher", model, texts(6)([2]), tmp_path / "fisher", checkpoint=folder, task="embedding", labels="sampled"
     )
     assert all(name.startswith("fisher/bert.") for name in fisher.tensors)
-    assert fisher.facts.skipped.keys() == {"bert.pooler.dense.weight", "bert.pooler.dense.bias"}
+    assert fisher.info.skipped.keys() == {"bert.pooler.dense.weight", "bert.pooler.dense.bias"}
 
 
 def test_a_prefix_that_the_checkpoint_does_not_have(tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_content_that_is_not_unique_proves_nothing(tmp_path: Path) -> None:
         "fisher", model.double(), arrays(4)([3]), tmp_path / "fisher", checkpoint=tmp_path / "model.safetensors"
     )
     several = "several tensors of the checkpoint hold the same values"
-    assert stats.facts.skipped == {"0.weight": several, "1.weight": several}
+    assert stats.info.skipped == {"0.weight": several, "1.weight": several}
     assert stats.tensors.keys() == {"fisher/x1", "fisher/x3"}
 
 
@@ -191,8 +191,8 @@ def test_cross_moments_are_named_by_the_checkpoints(tmp_path: Path) -> None:
         other_checkpoint=folder,
         layers=["bert."],
     )
-    assert len(stats.facts.layers) == 2 * 6 + 1
-    assert stats.facts.models[0] == stats.facts.models[1]
+    assert len(stats.info.layers) == 2 * 6 + 1
+    assert stats.info.models[0] == stats.info.models[1]
 
 
 def test_a_computed_weight_is_not_a_tensor_of_the_checkpoint(tmp_path: Path) -> None:

@@ -154,7 +154,7 @@ def test_existing_statistics_are_not_made_again(tmp_path: Path) -> None:
     seen: list[int] = []
     again = collect("gram", model, data, out, progress=interrupting(-1, seen))
     assert seen == []
-    assert again.facts == first.facts == open_statistics(out).facts
+    assert again.info == first.info == open_statistics(out).info
     assert [path.name for path in out.parent.iterdir()] == [out.name]
 
 
@@ -165,7 +165,7 @@ def test_another_file_is_replaced_only_when_asked(tmp_path: Path) -> None:
         collect("fisher", model, data, out)
     with pytest.raises(PlanError, match=r"gram exists and differs: models, data"):
         collect("gram", mlp(6, 7, 3, seed=4), data[:2], out)
-    assert collect("fisher", model, data, out, overwrite=True).facts.kind == "fisher"
+    assert collect("fisher", model, data, out, overwrite=True).info.kind == "fisher"
     out.write_bytes(b"notes")
     with pytest.raises(PlanError, match="gram exists and differs: it is not a complete statistics file"):
         collect("gram", model, data, out)
@@ -255,7 +255,7 @@ def test_texts_need_one_vocabulary_for_both_models(tmp_path: Path) -> None:
     (tmp_path / "data.txt").write_text("abc\n")
     with pytest.raises(PlanError, match=r"one and .*other have different tokens.*one vocabulary"):
         collect("cross", one, tmp_path / "data.txt", tmp_path / "out", other=other)
-    assert collect("cross", one, tmp_path / "data.txt", tmp_path / "out", other=same).facts.examples == 1
+    assert collect("cross", one, tmp_path / "data.txt", tmp_path / "out", other=same).info.examples == 1
 
 
 def test_a_full_disk_shows_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,8 +336,8 @@ def test_data_and_models_from_files(tmp_path: Path) -> None:
     stats = collect(
         "fisher", folder, tmp_path / "data.npz", tmp_path / "a", labels="true", batch_size=3, max_examples=5
     )
-    assert stats.facts.examples == 5
-    assert stats.facts.options == {
+    assert stats.info.examples == 5
+    assert stats.info.options == {
         "task": "classification",
         "layers": [],
         "dtype": ["float32"],
@@ -346,7 +346,7 @@ def test_data_and_models_from_files(tmp_path: Path) -> None:
     batch = {"input_ids": torch.from_numpy(ids[:5]), "labels": torch.arange(5) % 3}
     model = transformer("bert").float()
     same = collect("fisher", model, [batch], tmp_path / "b", labels="true", checkpoint=folder)
-    assert same.facts.models == stats.facts.models
+    assert same.info.models == stats.info.models
     for name in stats.tensors:
         torch.testing.assert_close(stats.tensors.read(name), same.tensors.read(name), rtol=1e-3, atol=1e-7)
 

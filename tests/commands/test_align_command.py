@@ -64,7 +64,7 @@ def test_only_the_groups_in_the_order_are_visited(restarts: str) -> None:
     assert (result.exit_code, result.stdout) == (0, "t.st\n")
     transform = open_transform("t.st")
     assert transform.elements.keys() == {"ffn.0", "ffn.1"}
-    assert transform.facts.options["order"] == ["ffn.1", "ffn.0"]
+    assert transform.info.options["order"] == ["ffn.1", "ffn.0"]
     assert "Visit only these groups, in the order given." in " ".join(run("align", "--help").stdout.split())
 
 

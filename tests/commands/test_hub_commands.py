@@ -46,7 +46,7 @@ def test_statistics_are_collected_on_a_model_of_the_hub(models: HubServer) -> No
     Path("a.txt").write_text("def a(): pass\n")
     result = run("stats", "gram", "org/docs@main", "--data", "a.txt", "--task", "lm", "-o", "a.safetensors")
     assert result.exit_code == 0, result.stderr
-    assert open_statistics("a.safetensors").facts.models == (open_checkpoint(QUICKSTART / "docs").content,)
+    assert open_statistics("a.safetensors").info.models == (open_checkpoint(QUICKSTART / "docs").content,)
 
 
 def test_a_model_is_aligned_to_one_of_the_hub(models: HubServer) -> None:

@@ -50,13 +50,13 @@ def test_the_result_is_a_path_and_a_summary() -> None:
     result = run("stats", "gram", "a", *CLASSIFY)
     assert (result.exit_code, result.stdout) == (0, "out/s.safetensors\n")
     found = open_statistics("out/s.safetensors")
-    assert found.facts.kind == "gram" and found.facts.examples == 10
-    assert found.facts.models == (open_checkpoint("a").content,)
+    assert found.info.kind == "gram" and found.info.examples == 10
+    assert found.info.models == (open_checkpoint("a").content,)
     tokens = sum(len("text"[: i % 4 + 1]) + 2 for i in range(10))
     lines = dict(line.split(maxsplit=1) for line in result.stderr.splitlines())
-    assert lines["statistics"].startswith(f"gram of {len(found.facts.layers)} layers in {len(found.tensors)} tensors, ")
-    assert lines["data"] == f"{found.facts.data}: 10 examples, {tokens} tokens"
-    assert lines["model"] == found.facts.models[0]
+    assert lines["statistics"].startswith(f"gram of {len(found.info.layers)} layers in {len(found.tensors)} tensors, ")
+    assert lines["data"] == f"{found.info.data}: 10 examples, {tokens} tokens"
+    assert lines["model"] == found.info.models[0]
     assert lines["options"] == "dtype float32, task classification"
     assert run("stats", "gram", "a", *CLASSIFY, "-q").stderr == ""
 
@@ -64,7 +64,7 @@ def test_the_result_is_a_path_and_a_summary() -> None:
 @pytest.mark.usefixtures("folder")
 def test_json_is_one_object() -> None:
     found = answer(run("stats", "fisher", "a", *CLASSIFY, "--labels", "true", "--json"))
-    facts = open_statistics("out/s.safetensors").facts
+    facts = open_statistics("out/s.safetensors").info
     assert (found["out"], found["kind"], found["already_there"]) == ("out/s.safetensors", "fisher", False)
     assert (found["examples"], found["tokens"], found["norm"]) == (10, None, facts.norm)
     assert (found["options"], found["skipped"]) == (facts.options, facts.skipped)
@@ -82,23 +82,23 @@ def test_the_same_again_is_already_there_and_another_is_refused() -> None:
     assert Path("out/s.safetensors").stat().st_mtime_ns == before
     assert "exists" in refusal(run("stats", "gram", "b", *CLASSIFY))
     assert run("stats", "gram", "b", *CLASSIFY, "--overwrite").exit_code == 0
-    assert open_statistics("out/s.safetensors").facts.models == (open_checkpoint("b").content,)
+    assert open_statistics("out/s.safetensors").info.models == (open_checkpoint("b").content,)
 
 
 @pytest.mark.usefixtures("folder")
 def test_cross_is_of_two_models() -> None:
     run("stats", "cross", "a", "b", *CLASSIFY, "--layers", "query", "--layers", "intermediate")
     found = open_statistics("out/s.safetensors")
-    assert found.facts.models == (open_checkpoint("a").content, open_checkpoint("b").content)
-    assert len(found.facts.layers) == 2
-    assert all("query" in name or "intermediate" in name for name in found.facts.layers)
+    assert found.info.models == (open_checkpoint("a").content, open_checkpoint("b").content)
+    assert len(found.info.layers) == 2
+    assert all("query" in name or "intermediate" in name for name in found.info.layers)
     assert run("stats", "cross", "a", *CLASSIFY).exit_code == 2
 
 
 @pytest.mark.usefixtures("folder")
 def test_a_language_model_on_windows_of_a_text() -> None:
     run("stats", "gram", "m", *LM, "--window", "9", "--max-examples", "5", "--dtype", "float64")
-    facts = open_statistics("s.safetensors").facts
+    facts = open_statistics("s.safetensors").info
     loaded_by_hand = read_data("x.txt", "lm", byte_tokenizer(), window=9, max_examples=5)
     assert (facts.examples, facts.data) == (5, digest_of(loaded_by_hand))
     assert {layer.count for layer in facts.layers.values()} == {45}
@@ -108,7 +108,7 @@ def test_arrays_for_a_model_without_a_tokenizer(folder: Path) -> None:
     save_model(folder / "n", "BertForSequenceClassification", bert_config())
     np.savez("x.npz", input_ids=np.arange(12).reshape(3, 4))
     run("stats", "fisher", "n", "--data", "x.npz", "--task", "classification", "-o", "s.safetensors")
-    assert open_statistics("s.safetensors").facts.examples == 3
+    assert open_statistics("s.safetensors").info.examples == 3
     options = ("--task", "classification", "-o", "t.safetensors")
     assert "the model has no tokenizer" in refusal(run("stats", "gram", "n", "--data", "x.jsonl", *options))
 
@@ -192,7 +192,7 @@ def test_inspect_says_what_a_statistics_file_is() -> None:
     assert any(line.startswith("gram/") for line in result.stdout.splitlines())
     assert any(line.startswith("skipped: ") and " more: " in line for line in summary)
     found = answer(run("inspect", "out/s.safetensors", "--json"))
-    facts = open_statistics("out/s.safetensors").facts
+    facts = open_statistics("out/s.safetensors").info
     assert found["statistics"]["skipped"] == facts.skipped
     assert found["statistics"]["data"] == facts.data
     assert [tensor["name"] for tensor in found["tensors"]] == list(open_checkpoint("out/s.safetensors"))

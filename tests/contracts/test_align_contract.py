@@ -88,20 +88,20 @@ def test_outputs_stay_where_it_is_exact(two: Two, method: str, with_statistics: 
     expected, found = outputs(two.b, before), outputs(two.b, moved)
     difference = float((found - expected).abs().max() / (expected - expected.mean()).abs().max())
     assert furthest(moved, before) > 0.1
-    assert transform.facts.exact
+    assert transform.info.exact
     assert difference < 1e-5  # a part of these models always computes in float32
 
 
 def test_outputs_change_where_it_is_soft(two: Two) -> None:
     transform = two.aligned("ot", regularisation=0.05)
     expected, found = (outputs(two.b, x) for x in (tensors_of(two.b), rewrite(tensors_of(two.b), transform)))
-    assert not transform.facts.exact
+    assert not transform.info.exact
     assert float((found - expected).abs().max() / expected.abs().max()) > 1e-2
 
 
 @pytest.mark.parametrize(("method", "with_statistics"), variants())
 def test_brings_the_models_nearer(two: Two, method: str, with_statistics: bool) -> None:
-    scores = two.found(method, with_statistics).facts.scores
+    scores = two.found(method, with_statistics).info.scores
     assert scores["distance_after"] < scores["distance_before"]
 
 
@@ -110,7 +110,7 @@ def test_files_hold_all_and_repeat(two: Two, method: str, tmp_path: Path) -> Non
     for name in ("first", "second"):
         two.aligned(method).save(tmp_path / name)
     assert (tmp_path / "first").read_bytes() == (tmp_path / "second").read_bytes()
-    facts = open_transform(tmp_path / "first").facts
+    facts = open_transform(tmp_path / "first").info
     assert facts.method == method
     assert facts.models == (two.b.content, two.a.content)
     assert facts.options.keys() == {parameter.name for parameter in ALIGN_METHODS[method].parameters}
@@ -128,7 +128,7 @@ def test_the_facts_name_what_had_an_effect(two: Two, method: str, with_statistic
     for initial in (of_units, start):
         found = two.aligned(method, **given, initial=initial, order=names[:1])
         keeps_heads = method == "ot" and initial is start
-        told = {name: value for name, value in found.facts.options.items() if name not in plain.facts.options}
+        told = {name: value for name, value in found.info.options.items() if name not in plain.info.options}
         expected = {"order": names[:1], "initial": "random"}
         assert told.keys() == heeded | ({"initial"} if keeps_heads else set())
         assert told.items() <= expected.items()
@@ -141,4 +141,4 @@ def test_the_facts_name_what_had_an_effect(two: Two, method: str, with_statistic
 def test_takes_an_initial_transform(two: Two, method: str) -> None:
     first = two.found(method)
     again = two.aligned(method, initial=first)
-    assert again.facts.scores["inner_after"] >= first.facts.scores["inner_after"] * (1 - 1e-12)
+    assert again.info.scores["inner_after"] >= first.info.scores["inner_after"] * (1 - 1e-12)

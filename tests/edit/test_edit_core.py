@@ -65,7 +65,7 @@ def deltas_of(patch: Patch, layers: Sequence[int]) -> dict[int, Tensor]:
 
 def gap(patch: Patch, expected: Mapping[int, Tensor]) -> float:
     """The largest relative difference of a layer's delta."""
-    assert len(patch.facts.tensors) == len(expected)
+    assert len(patch.info.tensors) == len(expected)
     return max(float((patch.delta(layer) - delta).norm() / delta.norm()) for layer, delta in expected.items())
 
 
@@ -73,7 +73,7 @@ def with_change(by: Plain, patch: Patch) -> nn.Module:
     """The model with the patch added to its weights."""
     model = tiny_model(by.name)
     with torch.no_grad():
-        for name in patch.facts.tensors:
+        for name in patch.info.tensors:
             model.get_parameter(name).add_(patch.change(name))
     return model
 
@@ -261,8 +261,8 @@ def test_rome_gives_exactly_the_target_value_for_the_bare_prompt() -> None:
 def test_a_square_weight_of_a_conv1d_is_changed_the_way_it_is_stored() -> None:
     by = plain("gpt2-square", [1], steps=4)
     patch = edited(by, FACTS[:1], "rome")
-    (name,) = patch.facts.tensors
-    assert patch.facts.tensors[name].axis == 0
+    (name,) = patch.info.tensors
+    assert patch.info.tensors[name].axis == 0
     assert gap(patch, by.rome(FACTS[:1])) < CLOSE
     assert torch.equal(patch.change(name), patch.delta(1).T)
     assert not torch.allclose(patch.change(name), patch.delta(1))
@@ -273,7 +273,7 @@ def test_a_patch_holds_a_column_for_each_fact_in_the_orientation_of_the_file(met
     for name, shape in (("gpt2", (48, 32)), ("llama", (32, 48))):
         by = plain(name, [2], steps=2)
         patch = edited(by, FACTS[:2], method)
-        (weight,) = patch.facts.tensors
-        assert patch.facts.tensors[weight].shape == shape
+        (weight,) = patch.info.tensors
+        assert patch.info.tensors[weight].shape == shape
         assert tuple(patch.tensors[f"{weight}.left"].shape) == (shape[0], rank)
         assert tuple(patch.tensors[f"{weight}.right"].shape) == (rank, shape[1])

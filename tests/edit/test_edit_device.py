@@ -64,9 +64,9 @@ def on_the_cpu(name: str, method: str) -> Patch:
 
 def gap(found: Patch, expected: Patch) -> float:
     """The largest relative difference of the changes of a tensor; their factors are on the CPU."""
-    assert found.facts.tensors == expected.facts.tensors
+    assert found.info.tensors == expected.info.tensors
     assert on_cpu(*found.tensors.values())
-    changes = [(found.change(name), expected.change(name)) for name in expected.facts.tensors]
+    changes = [(found.change(name), expected.change(name)) for name in expected.info.tensors]
     return max(float((x - y).norm() / y.norm()) for x, y in changes)
 
 
@@ -78,7 +78,7 @@ def test_a_gpu_solves_as_the_cpu_does(name: str, method: str) -> None:
     with pretended_gpu() as gpu:
         found = edited(name, method, GPU)
     assert gap(found, expected) <= SAME
-    assert found.facts.options == {**expected.facts.options, "device": GPU.type}
+    assert found.info.options == {**expected.info.options, "device": GPU.type}
     assert gpu.there["linalg_cholesky_ex"] == gpu.there["cholesky_solve"] == (3 if method == "rome" else 2)
     assert not HEAVY & set(gpu.here)
 
@@ -98,7 +98,7 @@ def test_other_rounding_changes_little(name: str, method: str) -> None:
 def test_a_real_gpu_agrees_within_rounding(name: str, method: str) -> None:
     found = edited(name, method, torch.device("cuda"))
     assert gap(found, on_the_cpu(name, method)) <= CLOSE[name]
-    assert found.facts.options["device"] == "cuda"
+    assert found.info.options["device"] == "cuda"
 
 
 @pytest.mark.usefixtures("pretended")

@@ -147,13 +147,13 @@ def test_a_patch_of_a_saved_model_is_in_the_names_of_its_files_and_knows_them(fo
     given = QUICK | options | {"layers": [3], "context_templates": ["{}"]}
     patch = edit(loaded, None, {"facts": [fact]}, method="memit", **given)
     checkpoint = open_checkpoint(folder / "m")
-    (name,) = patch.facts.tensors
+    (name,) = patch.info.tensors
     assert name in checkpoint
     assert not name.startswith("transformer.")
-    assert patch.facts.base == checkpoint.content
-    assert patch.facts.tensors[name].digest == checkpoint.digest_of(name)
-    assert (patch.facts.tensors[name].shape, patch.facts.tensors[name].dtype) == ((48, 32), "float32")
-    assert patch.facts.facts == {"facts": [fact]}
+    assert patch.info.base == checkpoint.content
+    assert patch.info.tensors[name].digest == checkpoint.digest_of(name)
+    assert (patch.info.tensors[name].shape, patch.info.tensors[name].dtype) == ((48, 32), "float32")
+    assert patch.info.facts == {"facts": [fact]}
     patch.save(tmp_path / "patch.safetensors")
     after: Any = load_model(patched_view(checkpoint, open_patch(tmp_path / "patch.safetensors")), "lm")
     ids = torch.tensor([after.tokenizer("The city of Ada Blake")["input_ids"]])
@@ -165,7 +165,7 @@ def test_a_patch_of_a_saved_model_is_in_the_names_of_its_files_and_knows_them(fo
 
 def test_statistics_of_the_model_are_taken_and_those_of_another_are_not(folder: Path, tmp_path: Path) -> None:
     loaded, statistics = load_model(folder / "m", "lm"), open_statistics(folder / "gram")
-    entry, layer = next((name, x) for name, x in statistics.facts.layers.items() if x.weight.startswith("h.1.mlp."))
+    entry, layer = next((name, x) for name, x in statistics.info.layers.items() if x.weight.startswith("h.1.mlp."))
     moment = statistics.read(entry)[:-1, :-1].double()
     assert torch.equal(moment, moment.T)
     given = {**QUICK, "layers": [1], "covariance": statistics}
@@ -291,8 +291,8 @@ def test_two_facts_of_one_subject_are_refused_in_one_batch() -> None:
         quick(facts=[ADA, MIA, other])
     assert "The language of Ada Blake is" in str(refused.value)
     assert "Mia Stone" not in str(refused.value)
-    assert quick(facts=[ADA, MIA, other], allow_same_subject=True).facts.tensors
-    assert quick(facts=[ADA, other], method="rome", layers=[1]).facts.tensors
+    assert quick(facts=[ADA, MIA, other], allow_same_subject=True).info.tensors
+    assert quick(facts=[ADA, other], method="rome", layers=[1]).info.tensors
 
 
 def test_one_key_under_two_names_is_found_too() -> None:
@@ -305,10 +305,10 @@ def test_one_key_under_two_names_is_found_too() -> None:
 
 def test_a_patch_says_all_that_it_depends_on() -> None:
     patch = quick(lr=0.25)
-    options = patch.facts.options
+    options = patch.info.options
     assert options["lr"] == 0.25
     assert (options["layers"], options["steps"], options["context_templates"]) == ([1, 2], 2, ["{}", "So . {}"])
     assert {"lambda", "lambda_ratio", "ridge", "kl_factor", "clamp", "weight_decay", "kl_template"} <= options.keys()
     again = {("lambda_" if name == "lambda" else name): x for name, x in options.items() if x is not None}
-    same = edit(tiny_model("gpt2"), trained_tokenizer(), patch.facts.facts, method=patch.facts.method, **again)
+    same = edit(tiny_model("gpt2"), trained_tokenizer(), patch.info.facts, method=patch.info.method, **again)
     assert torch.equal(same.delta(2), patch.delta(2))

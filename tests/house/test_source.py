@@ -11,7 +11,16 @@ ROOT = Path(__file__).parents[2]
 PLACES = ("mergekit_lfm", "tests", "scripts", "benchmarks", "recipes")
 MODULES = sorted([ROOT / "cli.py", *(path for place in PLACES for path in (ROOT / place).rglob("*.py"))])
 PACKAGE = [path for path in MODULES if path.is_relative_to(ROOT / "mergekit_lfm")]
-PLAIN = ("mergekit_lfm", "benchmarks", "recipes", "scripts", "docs", "README.md", "CONTRIBUTING.md", "CHANGELOG.md")  # all but tests
+PLAIN = (
+    "mergekit_lfm",
+    "benchmarks",
+    "recipes",
+    "scripts",
+    "docs",
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+)  # all but tests
 
 MODULE_LINES = 500
 DOCSTRING_LINES = 10

@@ -121,7 +121,7 @@ def test_the_file_holds_all_of_a_transform(llama: Checkpoint, tmp_path: Path) ->
     transform.save(tmp_path / "t.safetensors")
     again = open_transform(tmp_path / "t.safetensors")
     assert again.symmetries == transform.symmetries
-    assert again.facts == transform.facts
+    assert again.info == transform.info
     new, same = rewrite(old, transform), rewrite(old, again)
     assert all(torch.equal(new[name], same[name]) for name in old)
     transform.save(tmp_path / "u.safetensors")

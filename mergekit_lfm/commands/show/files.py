@@ -55,7 +55,7 @@ def checkpoint_text(data: dict[str, Any]) -> str:
 
 def statistics_data(statistics: Statistics) -> dict[str, Any]:
     """A statistics file's metadata for JSON."""
-    facts = statistics.facts
+    facts = statistics.info
     return {
         "kind": facts.kind,
         "models": list(facts.models),

@@ -30,7 +30,7 @@ ONE_WORD = {"add": "added", "replace": "replaced"}
 
 def patch_data(patch: Patch) -> dict[str, Any]:
     """A patch's metadata and the sizes of its changes, for JSON."""
-    facts = patch.facts
+    facts = patch.info
     return {
         "method": facts.method,
         "base": facts.base,
@@ -109,7 +109,7 @@ def edit_data(outcome: Outcome[Edited]) -> dict[str, Any]:
     return {
         "out": str(outcome.path),
         "already_there": outcome.already_there,
-        "facts": len(edited.patch.facts.facts["facts"]),
+        "facts": len(edited.patch.info.facts["facts"]),
         **{name: None if value is None else value.as_data() for name, value in scores.items()},
         **({} if edited.saved is None else {"saved": apply_data(edited.saved)}),
         "tensors": list(edited.changes),

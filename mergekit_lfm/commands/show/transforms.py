@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def transform_data(transform: Transform) -> dict[str, Any]:
     """A transform's metadata, and how much it moves each group, for JSON."""
-    facts = transform.facts
+    facts = transform.info
     groups = transform.symmetries.groups
     return {
         "method": facts.method,
