@@ -58,6 +58,7 @@ def difference(first: Loaded | nn.Module, second: Loaded | nn.Module, inputs: Ba
 
 
 def relative_distance(y: Tensor, other: Tensor) -> float:
+    """The largest |y - y'| as a fraction of the largest |y - mean y|; see `difference`."""
     if y.shape != other.shape:
         return float("inf")
     if torch.equal(y, other):

@@ -11,7 +11,7 @@ from mergekit_lfm.methods import METHODS, REQUIRED, Method, Parameter
 
 PARAMETERS = [pytest.param(m, p, id=f"{m.name}-{p.name}") for m in METHODS.values() for p in m.parameters]
 
-MACHINERY = {"__init__", "declare", "registry"}
+MACHINERY = {"__init__", "method", "registry"}
 FILES = sorted(path.stem for path in Path(mergekit_lfm.methods.__file__).parent.glob("*.py"))
 
 

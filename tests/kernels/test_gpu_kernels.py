@@ -224,7 +224,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from mergekit_lfm.kernels import gpu
 from mergekit_lfm.kernels.native import bracket, sums
-from mergekit_lfm.kernels.fused import Step
+from mergekit_lfm.kernels.step import Step
 from test_fused import FUNCTIONS, stored_block, with_statistics
 import test_fused
 
