@@ -54,7 +54,9 @@ Examples:
     "[default: the window]",
 )
 @click.option(
-    "--device", default="cpu", help="Where the models run: cpu, cuda, cuda:1, or auto for a free GPU. [default: cpu]"
+    "--device",
+    default="cpu",
+    help="Where the models run: cpu, cuda, cuda:1, or auto for a GPU if there is one. [default: cpu]",
 )
 @as_json
 def evaluate(

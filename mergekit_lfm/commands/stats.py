@@ -70,7 +70,9 @@ collecting = together(
         type=click.IntRange(min=1),
         help="The number of threads that the model runs with. [default: torch's choice]",
     ),
-    click.option("--device", help="Where the model runs: cpu, cuda, cuda:1, or auto for a free GPU. [default: cpu]"),
+    click.option(
+        "--device", help="Where the model runs: cpu, cuda, cuda:1, or auto for a GPU if there is one. [default: cpu]"
+    ),
     click.option(
         "--dtype",
         type=click.Choice(["float32", "float64", "bfloat16", "float16", "auto"]),

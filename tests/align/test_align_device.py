@@ -236,7 +236,10 @@ def test_the_command_names_the_device(models: Path) -> None:
     result = run("align", "a", "--check", "--device", "cpu")
     assert result.exit_code == 2 and "leave out --device" in result.stderr
     help_text = " ".join(run("align", "--help").stdout.split())
-    assert "Where matrices are multiplied: cpu, cuda, cuda:1, auto. [default: cpu]" in help_text
+    assert (
+        "Where matrices are multiplied: cpu, cuda, cuda:1, or auto for a GPU if there is one. [default: cpu]"
+        in help_text
+    )
 
 
 @pytest.fixture
