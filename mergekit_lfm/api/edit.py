@@ -83,8 +83,8 @@ def edit_model(
     """
     started = time.monotonic()
     check_efficacy(min_efficacy, verify=verify)
-    given = _read_options(method, preset, config, options)
-    if (stats is None) != (given.get("covariance") == "identity"):
+    chosen = _read_options(method, preset, config, options)
+    if (stats is None) != (chosen.get("covariance") == "identity"):
         raise PlanError(
             'give --stats FILE (stats=FILE), or --identity (covariance="identity") to edit without statistics'
         )
@@ -92,12 +92,12 @@ def edit_model(
     file, target = (None if path is None else expand(path) for path in (out, save))
     statistics = None if stats is None else _open_gram(expand(stats, "stats"))
     inputs = [folder, *(expand(x) for x in (facts, stats, config) if isinstance(x, str | Path))]
-    request = _Request(method, edit_options(method, given, place="edit"), known, statistics)
+    request = _Request(method, edit_options(method, chosen, place="edit"), known, statistics)
     there = is_repeated(file, partial(request.differences, folder), overwrite=overwrite)
     _check_places(inputs, file, target, there, overwrite)
     loaded = load_for_texts(folder, dtype, device)
     there = there and is_repeated(file, partial(_layers_differ, request, loaded), overwrite=overwrite)
-    patch = open_patch(file) if there and file is not None else _solve(loaded, request, given, file, progress)
+    patch = open_patch(file) if there and file is not None else _solve(loaded, request, chosen, file, progress)
     before = score(loaded, known, "judging", progress) if verify else None  # the model is as it was
     del loaded
     saved = None
@@ -148,19 +148,19 @@ def _read_options(
     """The options of the file and those given here, which go first, by their names in YAML. Checks them all."""
     from mergekit_lfm.store.yaml import read_yaml
 
-    given: dict[str, Any] = {}
+    chosen: dict[str, Any] = {}
     if config is not None:
         file = expand(config, "config")
         content = read_yaml(file.read_text(encoding="utf-8"), str(file))
         if not isinstance(content, dict):
             raise PlanError(f"{file}: found {content!r:.60}, expected options of `edit`, such as `steps: 25`")
-        given |= content
+        chosen |= content
     own = {"lambda" if name == "lambda_" else name: value for name, value in options.items() if value is not None}
     if "lambda" in own or "lambda_ratio" in own:  # the two set one constant
-        given = {name: value for name, value in given.items() if name not in ("lambda", "lambda_ratio")}
-    given |= own | ({} if preset is None else {"preset": preset})
-    edit_options(method, given, place=str(config or "edit"))
-    return given
+        chosen = {name: value for name, value in chosen.items() if name not in ("lambda", "lambda_ratio")}
+    chosen |= own | ({} if preset is None else {"preset": preset})
+    edit_options(method, chosen, place=str(config or "edit"))
+    return chosen
 
 
 def _open_gram(path: Path) -> Statistics:
@@ -199,11 +199,13 @@ def _check_places(inputs: list[Path], file: Path | None, save: Path | None, ther
     check_file(undo_file(save), inputs, overwrite=replace)
 
 
-def _solve(loaded: Loaded, request: _Request, given: Mapping[str, Any], file: Path | None, progress: Progress) -> Patch:
+def _solve(
+    loaded: Loaded, request: _Request, chosen: Mapping[str, Any], file: Path | None, progress: Progress
+) -> Patch:
     """The patch, as a file holds it."""
     from mergekit_lfm.edit.solve import edit
 
-    options = {"lambda_" if name == "lambda" else name: value for name, value in given.items() if name != "covariance"}
+    options = {"lambda_" if name == "lambda" else name: value for name, value in chosen.items() if name != "covariance"}
     covariance = "identity" if request.statistics is None else request.statistics
     with progress.by_count(" facts", "editing") as count:
         patch = edit(

@@ -65,20 +65,20 @@ def prepare(
     `execute` raise, PlanError about `out`, memory and disk before anything else; ImportError without transformers.
     """
     plan = note_device(plan, device)
-    place = out.resolve()
-    if is_written(plan, place, overwrite=overwrite, resume=resume, nan=nan):
+    folder = out.resolve()
+    if is_written(plan, folder, overwrite=overwrite, resume=resume, nan=nan):
         return plan
     if not (plan.pending or plan.absent or plan.unedited):
         return plan
     notice = notice or (lambda _: None)
     Budget(plan).peak(memory or default_memory(), threads or 1)
-    check_disk(plan, place)
+    check_disk(plan, folder)
     plan.fetch(notice)
     plan = _with_edits(_with_alignments(plan, notice, device), notice, device)
     if not plan.unedited:
         return plan
     how: dict[str, Any] = {"memory": memory, "threads": threads, "nan": nan}
-    patches = _result_patches(plan, place, notice, device, **how)
+    patches = _result_patches(plan, folder, notice, device, **how)
     made = make_plan(plan.recipe, max_shard_size=max_shard_size, views=plan.models, edits=patches)
     return replace(made, edited_on=plan.edited_on)
 
@@ -91,14 +91,14 @@ def note_device(plan: Plan, device: str) -> Plan:
     kind, waiting = kind_of(device), plan.pending
     if kind is None or not (waiting or plan.unedited):
         return plan
-    asked = any(not isinstance(request, NamedFile) for request in plan.recipe.result_edits)
+    edited = any(not isinstance(request, NamedFile) for request in plan.recipe.result_edits)
     models = tuple(
         Checkpoint(checkpoint.path, checkpoint.files, {**(checkpoint.view or {}), "device": kind})
         if model in waiting
         else checkpoint
         for model, checkpoint in zip(plan.recipe.all_models, plan.models, strict=True)
     )
-    return replace(plan, roles=replace(plan.roles, models=models), edited_on=kind if asked else "")
+    return replace(plan, roles=replace(plan.roles, models=models), edited_on=kind if edited else "")
 
 
 def _with_alignments(plan: Plan, notice: Notice, device: str) -> Plan:
@@ -125,13 +125,13 @@ def _with_edits(plan: Plan, notice: Notice, device: str) -> Plan:
     return replace(plan, roles=replace(plan.roles, models=tuple(models)))
 
 
-def _result_patches(plan: Plan, place: Path, notice: Notice, device: str, **how: Any) -> list[Patch]:
+def _result_patches(plan: Plan, folder: Path, notice: Notice, device: str, **how: Any) -> list[Patch]:
     """The patches of the result's edits, made on the merge without them, which is removed again."""
     plain = make_plan(plan.recipe.without_result_edits(), views=plan.models)
-    folder = place.with_name(f"{place.name}.unedited")
+    folder = folder.with_name(f"{folder.name}.unedited")
     notice("merging once without the edits of the result")
-    found = find_gpu(device)
-    execute(plain, folder, overwrite=True, gpu=None if found is None else Accelerator(found), **how)
+    target = find_gpu(device)
+    execute(plain, folder, overwrite=True, gpu=None if target is None else Accelerator(target), **how)
     result = open_checkpoint(folder)
     patches = _patches(result, plan.recipe.result_edits, "the result", _any_statistics(plan), notice, device)
     shutil.rmtree(folder)

@@ -17,9 +17,9 @@ def is_repeated(file: Path | None, differences: Callable[[Path], list[str]], *, 
     if file is None or not file.is_file():
         return False
     try:
-        found = differences(file)
+        differing = differences(file)
     except FormatError:
-        found = ["it is not a complete file of this kind"]
-    if found and not overwrite:
-        raise PlanError(f"{file} exists and differs: {', '.join(found)}; choose another output, or use --overwrite")
-    return not found
+        differing = ["it is not a complete file of this kind"]
+    if differing and not overwrite:
+        raise PlanError(f"{file} exists and differs: {', '.join(differing)}; choose another output, or use --overwrite")
+    return not differing

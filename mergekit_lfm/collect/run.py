@@ -109,9 +109,9 @@ def _destination(out: Path, models: Sequence[Model | None], data: object) -> Pat
     """Where the file goes; its folder is made. Raises PlanError if the file must not go there."""
     inputs = [Path(path) for path in (*models, data) if isinstance(path, str | Path)]
     check_file(out, inputs, overwrite=True)  # an earlier output is compared with the request before it is replaced
-    place = out.resolve()
-    place.parent.mkdir(parents=True, exist_ok=True)
-    check_partial_is_ours(place)
+    resolved = out.resolve()
+    resolved.parent.mkdir(parents=True, exist_ok=True)
+    check_partial_is_ours(resolved)
     return out.absolute()
 
 

@@ -83,7 +83,7 @@ Examples:
 @click.option(
     "--device",
     default="cpu",
-    help="Where matrices are multiplied: cpu, cuda, cuda:1, or auto for the GPU if there is one. [default: cpu]",
+    help="Where matrices are multiplied: cpu, cuda, cuda:1, or auto for a GPU if there is one. [default: cpu]",
 )
 @click.option(
     "--save",

@@ -30,7 +30,7 @@ running = together(
     click.option(
         "--device",
         default="cpu",
-        help="Where the models run: cpu, cuda, cuda:1, or auto for the GPU if there is one. [default: cpu]",
+        help="Where the models run: cpu, cuda, cuda:1, or auto for a GPU if there is one. [default: cpu]",
     ),
     options.as_json,
     options.quiet,

@@ -25,7 +25,7 @@ running = together(
     click.option(
         "--device",
         default="cpu",
-        help="Where the model runs: cpu, cuda, cuda:1, or auto for the GPU if there is one. [default: cpu]",
+        help="Where the model runs: cpu, cuda, cuda:1, or auto for a GPU if there is one. [default: cpu]",
     ),
 )
 

@@ -56,7 +56,7 @@ Examples:
 @click.option(
     "--device",
     default="cpu",
-    help="Where the models run: cpu, cuda, cuda:1, or auto for the GPU if there is one. [default: cpu]",
+    help="Where the models run: cpu, cuda, cuda:1, or auto for a GPU if there is one. [default: cpu]",
 )
 @as_json
 def evaluate(

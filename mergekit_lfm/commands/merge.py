@@ -78,7 +78,7 @@ Examples:
 )
 @click.option(
     "--device",
-    help="Where to compute: cpu, cuda, cuda:1, or auto for the GPU if there is one. [default: the recipe's device, else cpu]",
+    help="Where to compute: cpu, cuda, cuda:1, or auto for a GPU if there is one. [default: the recipe's, else cpu]",
 )
 @overwrite
 @no_resume

@@ -71,7 +71,7 @@ collecting = together(
         help="The number of threads that the model runs with. [default: torch's choice]",
     ),
     click.option(
-        "--device", help="Where the model runs: cpu, cuda, cuda:1, or auto for the GPU if there is one. [default: cpu]"
+        "--device", help="Where the model runs: cpu, cuda, cuda:1, or auto for a GPU if there is one. [default: cpu]"
     ),
     click.option(
         "--dtype",

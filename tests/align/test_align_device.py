@@ -243,7 +243,7 @@ def test_the_command_names_the_device(models: Path) -> None:
     assert result.exit_code == 2 and "leave out --device" in result.stderr
     help_text = " ".join(run("align", "--help").stdout.split())
     assert (
-        "Where matrices are multiplied: cpu, cuda, cuda:1, or auto for the GPU if there is one. [default: cpu]"
+        "Where matrices are multiplied: cpu, cuda, cuda:1, or auto for a GPU if there is one. [default: cpu]"
         in help_text
     )
 

@@ -5,17 +5,19 @@ import os
 import signal
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
 from helpers_commands import ROOT, answer, on_a_terminal, refusal, run, start, wait_for
 from models import save_checkpoint
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mergekit_lfm import open_checkpoint
 from mergekit_lfm.machine.sizes import format_size, parse_size
 from mergekit_lfm.methods import METHODS
+from mergekit_lfm.version import __version__
 
 LINEAR = "merge_method: linear\nmodels: [{model: a}, {model: b}]\nparameters: {weight: 1}\n"
 
@@ -378,3 +380,16 @@ def test_texts_that_are_not_sizes_are_refused(text: str) -> None:
 def test_sizes_are_written_with_three_digits(nbytes: int, text: str) -> None:
     assert format_size(nbytes) == text
     assert format_size(nbytes * 10**15).endswith("TB") or nbytes == 0
+
+
+def test_verbose_lists_layers_in_the_order_of_their_numbers(folder: Path) -> None:
+    for name in "ab":
+        tensors = {f"layers.{layer}.w": torch.ones(2) for layer in (10, 2, 1)}
+        save_file(tensors, folder / name / "model.safetensors", metadata={"format": "pt"})
+    rows = [line.split()[0] for line in run("plan", "recipe.yaml", "-v").stdout.splitlines() if line.startswith("lay")]
+    assert rows == ["layers.1.w", "layers.2.w", "layers.10.w"]
+
+
+def test_both_commands_print_the_versions() -> None:
+    for arguments in (["--version"], ["merge", "--version"]):
+        assert run(*arguments).stdout == f"mergekit_lfm {__version__}, torch {version('torch')}\n"

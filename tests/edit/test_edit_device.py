@@ -145,9 +145,7 @@ def test_scores_and_traces_of_a_real_gpu(name: str) -> None:
 def test_the_commands_have_a_device() -> None:
     for command in ("edit", "trace"):
         help_text = " ".join(run(command, "--help").stdout.split())
-        assert (
-            "Where the model runs: cpu, cuda, cuda:1, or auto for the GPU if there is one. [default: cpu]" in help_text
-        )
+        assert "Where the model runs: cpu, cuda, cuda:1, or auto for a GPU if there is one. [default: cpu]" in help_text
 
 
 @pytest.fixture
