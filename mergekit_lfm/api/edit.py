@@ -176,10 +176,10 @@ def _open_gram(path: Path) -> Statistics:
 def _layers_differ(request: _Request, loaded: Loaded, file: Path) -> list[str]:
     """["options"] if the patch in the file is of other layers, or of another kind of device, than this request."""
     from mergekit_lfm.edit.sites import find_sites
-    from mergekit_lfm.edit.solve import _select
+    from mergekit_lfm.edit.solve import select_sites
 
     known = read_patch_info(file).options
-    layers = [site.layer for site in _select(find_sites(loaded.model), request.method, request.options["layers"])]
+    layers = [site.layer for site in select_sites(find_sites(loaded.model), request.method, request.options["layers"])]
     kind = next(loaded.model.parameters()).device.type
     return [] if known["layers"] == layers and known.get("device", "cpu") == kind else ["options"]
 

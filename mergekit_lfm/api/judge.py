@@ -228,7 +228,7 @@ def verify_output(out: StrPath, *, progress: Progress = SILENCE) -> Outcome[tupl
 
 def _pull(name: str) -> Snapshot | None:
     """The output on the Hub with this name, downloaded; None for other text. Raises FormatError without a lock."""
-    from mergekit_lfm.output.lock import LOCK, covered
+    from mergekit_lfm.output.lock import LOCK, covered_files
     from mergekit_lfm.store.hub.snapshots import find_snapshot
 
     model = hub_name(name)
@@ -238,5 +238,5 @@ def _pull(name: str) -> Snapshot | None:
     if LOCK not in snapshot.sizes:
         raise FormatError(f"{snapshot} has no {LOCK}: it is not an output of `merge`")
     snapshot.fetch([LOCK])
-    snapshot.fetch([file for file in covered(snapshot.folder) if file in snapshot.sizes])
+    snapshot.fetch([file for file in covered_files(snapshot.folder) if file in snapshot.sizes])
     return snapshot

@@ -11,13 +11,13 @@ from mergekit_lfm.artifacts.facts import BLANK, Fact
 from mergekit_lfm.edit.covariance import solve
 from mergekit_lfm.edit.sites import Site
 from mergekit_lfm.edit.targets import find_targets
-from mergekit_lfm.edit.work import Changes, _add, _Work
+from mergekit_lfm.edit.work import Changes, EditWork, add_change
 from mergekit_lfm.errors import PlanError
 
 ALIKE = 0.995  # the cosine above which least squares cannot tell two keys apart
 
 
-def _memit(work: _Work, facts: Sequence[Fact]) -> Changes:
+def memit(work: EditWork, facts: Sequence[Fact]) -> Changes:
     """Least squares over all facts, layer by layer. Source: MEMIT, equations 14, 19 and 20."""
     sites, options, last = work.sites, work.options, work.sites[-1].block
     if not options["allow_same_subject"]:
@@ -33,11 +33,11 @@ def _memit(work: _Work, facts: Sequence[Fact]) -> Changes:
             weight = options["lambda_ratio"] * site.inputs
         directions = solve(weight * moment.to(work.device) + keys.mT @ keys, keys.mT, f"layer {site.layer}")  # [in, n]
         changes.append((residual.mT, directions.mT))
-        _add(site, *changes[-1])
+        add_change(site, *changes[-1])
     return changes
 
 
-def _keys(work: _Work, facts: Sequence[Fact], site: Site) -> Tensor:
+def _keys(work: EditWork, facts: Sequence[Fact], site: Site) -> Tensor:
     """The site's inputs at the subjects: the mean over kinds of contexts of the mean within each, [n, in]."""
     kinds = [work.states(facts, kind, site.projection, inputs=True).mean(1) for kind in work.templates]
     return torch.stack(kinds).mean(0)

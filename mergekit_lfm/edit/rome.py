@@ -9,10 +9,10 @@ import torch
 from mergekit_lfm.artifacts.facts import BLANK, Fact
 from mergekit_lfm.edit.covariance import solve
 from mergekit_lfm.edit.targets import find_targets
-from mergekit_lfm.edit.work import Changes, _add, _Work
+from mergekit_lfm.edit.work import Changes, EditWork, add_change
 
 
-def _rome(work: _Work, facts: Sequence[Fact]) -> Changes:
+def rome(work: EditWork, facts: Sequence[Fact]) -> Changes:
     """Rank-one changes, one fact after another. Source: ROME, equation 2; keys as in the authors' code."""
     (site,), (moment,) = work.sites, work.moments
     moment = moment.to(work.device)
@@ -26,7 +26,7 @@ def _rome(work: _Work, facts: Sequence[Fact]) -> Changes:
         value = work.states([fact], prompts, site.projection, inputs=False)[0].mean(0)
         direction = solve(moment, mean_key[:, None], f"layer {site.layer}")[:, 0]
         factors.append((((target - value) / (key @ direction))[:, None], direction[None]))
-        _add(site, *factors[-1])
+        add_change(site, *factors[-1])
         if work.progress is not None:
             work.progress(i + 1, len(facts))
     return [(torch.cat([left for left, _ in factors], 1), torch.cat([right for _, right in factors]))]

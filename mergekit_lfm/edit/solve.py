@@ -16,11 +16,11 @@ from mergekit_lfm.artifacts.facts import FactsFile, as_facts
 from mergekit_lfm.artifacts.patch import Patch, TensorChange
 from mergekit_lfm.artifacts.statistics import Statistics
 from mergekit_lfm.edit.covariance import Covariance, second_moments
-from mergekit_lfm.edit.memit import _memit
-from mergekit_lfm.edit.rome import _rome
+from mergekit_lfm.edit.memit import memit
+from mergekit_lfm.edit.rome import rome
 from mergekit_lfm.edit.sites import Site, find_sites
 from mergekit_lfm.edit.targets import EditedModel, check_texts, frozen_eval, max_tokens
-from mergekit_lfm.edit.work import CPU, Changes, _put_back, _Work
+from mergekit_lfm.edit.work import CPU, Changes, EditWork, restore_weights
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.machine.progress import Count
 from mergekit_lfm.recipe.edit import EDIT_METHODS, edit_options
@@ -66,17 +66,17 @@ def edit(
     loaded = model if isinstance(model, Loaded) else None
     module = model.model if isinstance(model, Loaded) else model
     tokenizer = tokenizer_for_texts(tokenizer or (loaded.tokenizer if loaded else None))
-    sites = _select(find_sites(module), method, all_options["layers"])
+    sites = select_sites(find_sites(module), method, all_options["layers"])
     names = {site.weight: site.weight for site in sites}
     if loaded is not None:
         stored_names, _ = locate_tensors(module, loaded.checkpoint)
         names = {site.weight: stored_names[site.weight] for site in sites}
     content = loaded.checkpoint.content if loaded is not None and isinstance(covariance, Statistics) else None
     moments = second_moments(covariance, sites, names, content, ridge=all_options["ridge"], dtype=dtype)
-    work = _Work(EditedModel(module, tokenizer, max_tokens(module)), sites, moments, all_options, dtype, progress)
+    work = EditWork(EditedModel(module, tokenizer, max_tokens(module)), sites, moments, all_options, dtype, progress)
     check_texts(work.subject, facts_file.facts, work.contexts, all_options["kl_template"])
-    with frozen_eval(module), _put_back(sites), torch.no_grad():
-        changes = (_rome if method == "rome" else _memit)(work, facts_file.facts)
+    with frozen_eval(module), restore_weights(sites), torch.no_grad():
+        changes = (rome if method == "rome" else memit)(work, facts_file.facts)
     used_options: dict[str, Any] = {
         **all_options,
         "layers": [site.layer for site in sites],
@@ -95,7 +95,7 @@ def _describe(covariance: Covariance) -> str:
     return covariance if isinstance(covariance, str) else "given as tensors"
 
 
-def _select(sites: Sequence[Site], method: str, layers: Sequence[int] | None) -> list[Site]:
+def select_sites(sites: Sequence[Site], method: str, layers: Sequence[int] | None) -> list[Site]:
     """The sites of `layers`, or of the method's band. Raises PlanError for layers that the model does not have."""
     depth, band = len(sites), EDIT_METHODS[method].band
     if layers is None:

@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
-class _Work:
+class EditWork:
     """The inputs of both methods. moments: one matrix [in, in] for each site."""
 
     subject: EditedModel
@@ -61,7 +61,7 @@ class _Work:
 Changes = list[tuple[Tensor, Tensor]]  # for each site (left [out, n], right [n, in])
 
 
-def _add(site: Site, left: Tensor, right: Tensor) -> None:
+def add_change(site: Site, left: Tensor, right: Tensor) -> None:
     """Add left @ right to the site's weight, in place."""
     weight = site.parameter
     change = site.as_stored(left @ right).to(weight.device)
@@ -69,7 +69,7 @@ def _add(site: Site, left: Tensor, right: Tensor) -> None:
 
 
 @contextmanager
-def _put_back(sites: Sequence[Site]) -> Iterator[None]:
+def restore_weights(sites: Sequence[Site]) -> Iterator[None]:
     """Put the sites' weights back at the end of the context, bit for bit."""
     before = [site.parameter.detach().clone() for site in sites]
     try:

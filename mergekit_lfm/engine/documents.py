@@ -19,7 +19,7 @@ import yaml
 from mergekit_lfm.output.card import CARD, model_card
 from mergekit_lfm.output.layout import INDEX
 from mergekit_lfm.output.lock import LOCK
-from mergekit_lfm.output.names import _last_name, public_names
+from mergekit_lfm.output.names import last_name, public_names
 from mergekit_lfm.output.writer import Receipt
 from mergekit_lfm.plan.plan import Plan
 from mergekit_lfm.store.tensors import FLOATS
@@ -53,7 +53,7 @@ def _without_paths(raw: bytes) -> bytes:
     before = deepcopy(data)
     for part in _parts(data) if isinstance(data, dict) else ():
         for key in ("_name_or_path", "name_or_path"):
-            if isinstance(part.get(key), str) and _last_name(part[key]) != part[key]:
+            if isinstance(part.get(key), str) and last_name(part[key]) != part[key]:
                 del part[key]
     return raw if data == before else _json(data)
 
@@ -131,9 +131,9 @@ def _public_edits(edits: list[str | dict[str, Any]]) -> list[str | dict[str, Any
     """A recipe's `edits` without the folders of this machine."""
     files = ("facts", "stats")
     return [
-        _last_name(edit)
+        last_name(edit)
         if isinstance(edit, str)
-        else {key: _last_name(value) if key in files else value for key, value in edit.items()}
+        else {key: last_name(value) if key in files else value for key, value in edit.items()}
         for edit in edits
     ]
 
@@ -141,8 +141,8 @@ def _public_edits(edits: list[str | dict[str, Any]]) -> list[str | dict[str, Any
 def _public_align(align: str | dict[str, Any], names: Mapping[str, str]) -> str | dict[str, Any]:
     """A model's `align` without the folders of this machine."""
     if isinstance(align, str):
-        return _last_name(align)
-    stats = {"stats": _last_name(align["stats"])} if "stats" in align else {}
+        return last_name(align)
+    stats = {"stats": last_name(align["stats"])} if "stats" in align else {}
     return {**align, "to": names[align["to"]], **stats}
 
 

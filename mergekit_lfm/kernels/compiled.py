@@ -29,7 +29,7 @@ import torch
 import xxhash
 
 from mergekit_lfm.kernels import bits
-from mergekit_lfm.kernels.step import Elementwise, Form, Step, _leaves, put_together, run_eagerly, take_apart
+from mergekit_lfm.kernels.step import Elementwise, Form, Step, leaves_of, put_together, run_eagerly, take_apart
 from mergekit_lfm.machine.resources import cache_folder
 
 Mode = Literal["auto", "always", "never"]
@@ -162,7 +162,7 @@ class Fused:
 
     def leaves(self) -> list[tuple[torch.dtype, tuple[int, ...]]]:
         """The dtype and shape of every tensor that it takes."""
-        return list(_leaves(self.form))
+        return list(leaves_of(self.form))
 
     def load(self, threads: int) -> Callable[..., Any]:
         """The library as a function of the tensors, usable by this many threads at once."""

@@ -65,10 +65,11 @@ def put_together(form: Form, tensors: Iterator[torch.Tensor]) -> Any:
     return kind(*values) if hasattr(kind, "_fields") else tuple(values)
 
 
-def _leaves(form: Form) -> Iterator[tuple[torch.dtype, tuple[int, ...]]]:
+def leaves_of(form: Form) -> Iterator[tuple[torch.dtype, tuple[int, ...]]]:
+    """The dtype and shape of each tensor of a form, in order."""
     if isinstance(form, tuple):
         if isinstance(form[0], torch.dtype):
             yield form
         else:
             for item in form[1:]:
-                yield from _leaves(item)
+                yield from leaves_of(item)

@@ -40,7 +40,7 @@ def verify(out: Path, progress: Callable[[int], None] | None = None) -> list[str
     return problems
 
 
-def covered(out: Path) -> set[str]:
+def covered_files(out: Path) -> set[str]:
     """The names of all files that a folder's lock covers, and its own. Raises FormatError without a whole lock."""
     _locked(out)
     lock = lock_of(out)

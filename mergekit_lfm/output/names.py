@@ -13,7 +13,7 @@ def public_names(labels: Iterable[str]) -> dict[str, str]:
     That is the label, or only its last component if it is an absolute path or leads through a parent folder; equal
     names are numbered ("final", "final-2").
     """
-    last = {label: _last_name(label) for label in labels}
+    last = {label: last_name(label) for label in labels}
     taken = set(last.values())
     names: dict[str, str] = {}
     for label, name in sorted(last.items(), key=lambda item: item[0] != item[1]):  # labels that stay as they are first
@@ -24,7 +24,8 @@ def public_names(labels: Iterable[str]) -> dict[str, str]:
     return {label: names[label] for label in last}
 
 
-def _last_name(reference: str) -> str:
+def last_name(reference: str) -> str:
+    """The reference, or its last part if it is an absolute path or leads through a parent folder."""
     path = PurePath(reference)
     away = path.is_absolute() or reference.startswith("~") or ".." in path.parts
     return path.name if away else reference

@@ -31,10 +31,10 @@ from mergekit_lfm.plan.match import layers_of, match_tensors, refuse_quantised
 from mergekit_lfm.plan.sources import (
     ADDED,
     ModelRoles,
-    _added,
     assign_roles,
     identity_of,
     open_all,
+    open_changes,
     open_models,
     refuse_resized,
 )
@@ -248,7 +248,7 @@ def make_plan(
     labels = tuple(model.label for model in recipe.all_models)
     roles = assign_roles(recipe, models, open_all(recipe, dict(zip(labels, models, strict=True))))
     template = models[roles.template]
-    roles = replace(roles, added=_added(recipe, template, edits))
+    roles = replace(roles, added=open_changes(recipe, template, edits))
     refuse_quantised(recipe, models, labels)
     refuse_resized(recipe.all_models[roles.template], template)
     names, dropped = match_tensors(models, labels, roles.template)

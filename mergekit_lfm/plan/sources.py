@@ -270,7 +270,7 @@ def open_all(recipe: Recipe, models: Mapping[str, Checkpoint]) -> tuple[Statisti
 ADDED = "edits"  # the plan's name for the source of the changes that edits add to the result
 
 
-def _added(recipe: Recipe, template: Checkpoint, edits: Sequence[Patch] | None) -> Checkpoint | None:
+def open_changes(recipe: Recipe, template: Checkpoint, edits: Sequence[Patch] | None) -> Checkpoint | None:
     """The changes that edits add to the result; None without edits, or while facts are still to be edited."""
     files = [edit for edit in recipe.result_edits if isinstance(edit, NamedFile)]
     if edits is None and len(files) < len(recipe.result_edits):

@@ -22,10 +22,10 @@ import xxhash
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.machine.resources import cache_folder, default_threads
 from mergekit_lfm.store.durable import replace_file
-from mergekit_lfm.store.folder import ADAPTER, _weight_paths
-from mergekit_lfm.store.formats import WeightFile, _open_files, bytes_of
+from mergekit_lfm.store.folder import ADAPTER, weight_paths
+from mergekit_lfm.store.formats import WeightFile, bytes_of, open_weight_files
 from mergekit_lfm.store.hub import HubName, hub_name
-from mergekit_lfm.store.identity import _state, content_digest
+from mergekit_lfm.store.identity import content_digest, state_digest
 from mergekit_lfm.store.tensors import ITEMSIZE, TensorSpec, encode_header
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Checkpoint(Mapping[str, TensorSpec]):
         if files is None and (snapshot is not None or path.is_dir()):
             names = [file.name for file in path.iterdir()] if snapshot is None else list(snapshot.sizes)
             try:
-                paths, weight_map = _weight_paths(path, names, snapshot or path)
+                paths, weight_map = weight_paths(path, names, snapshot or path)
             except FormatError as error:
                 if snapshot is None or snapshot.listed:
                     raise
@@ -62,7 +62,7 @@ class Checkpoint(Mapping[str, TensorSpec]):
             raise FormatError(f"{path} is an adapter: merge it into its model first (peft's merge_and_unload)")
         elif files is None:
             paths = [path]
-        self.files = tuple(_open_files(paths, snapshot) if files is None else files)
+        self.files = tuple(open_weight_files(paths, snapshot) if files is None else files)
         self.snapshot = snapshot or next((file.snapshot for file in self.files), None)
         self._home: dict[str, WeightFile] = {}
         for file in self.files:
@@ -193,7 +193,7 @@ class Checkpoint(Mapping[str, TensorSpec]):
 
         A machine reads the data once: the cache keeps the digest as long as the files do not change.
         """
-        states: list[Any] = [_state(file) for file in self.files]
+        states: list[Any] = [state_digest(file) for file in self.files]
         states += [] if self.view is None else [dict(self.view)]
         cached = cache_folder("contents") / xxhash.xxh3_128_hexdigest(json.dumps(states).encode())
         if "digests" not in self.__dict__:

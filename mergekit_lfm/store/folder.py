@@ -21,7 +21,7 @@ def leads_away(name: object) -> bool:
     return not isinstance(name, str) or not name or PurePath(name).is_absolute() or ".." in PurePath(name).parts
 
 
-def _weight_paths(folder: Path, names: Collection[str], label: object) -> tuple[list[Path], dict[str, str]]:
+def weight_paths(folder: Path, names: Collection[str], label: object) -> tuple[list[Path], dict[str, str]]:
     """The weight files among a folder's files `names`, and the index's map from tensors to files, {} without one."""
     singles = [folder / name for name in SINGLES if name in names]
     indexes = [folder / name for name in INDEXES if name in names]

@@ -184,7 +184,7 @@ def _open_file(path: Path, snapshot: Snapshot | None) -> WeightFile:
         return LoadedFile(path, snapshot)
 
 
-def _open_files(paths: Sequence[Path], snapshot: Snapshot | None) -> list[WeightFile]:
+def open_weight_files(paths: Sequence[Path], snapshot: Snapshot | None) -> list[WeightFile]:
     """Open the weight files. Reads headers on the Hub, several at a time, but downloads .bin and .pt files first."""
     if snapshot is None:
         return [_open_file(path, None) for path in paths]

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 
-def _state(file: WeightFile) -> tuple[Any, ...]:
+def state_digest(file: WeightFile) -> tuple[Any, ...]:
     """A value that changes when the file does; modification times are not enough, since users can set them."""
     if file.snapshot is not None:
         return str(file.snapshot), file.name

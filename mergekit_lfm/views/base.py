@@ -15,7 +15,7 @@ from mergekit_lfm.store.formats import WeightFile, bytes_of
 from mergekit_lfm.store.tensors import TensorSpec
 
 
-class ByRows(Protocol):
+class RowRewriter(Protocol):
     """Makes a tensor while it is read: panels of rows of the new tensor, from rows of the stored one.
 
     old, spec: the stored and the new tensor. idle: True if they are the same. whole: True to make the tensor at once.
@@ -46,7 +46,7 @@ class RewrittenFile(WeightFile):
     def __init__(
         self,
         inner: WeightFile,
-        rewriters: Mapping[str, ByRows],
+        rewriters: Mapping[str, RowRewriter],
         held: Callable[[], int],
         kept: threading.local,
     ) -> None:

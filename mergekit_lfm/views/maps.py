@@ -161,7 +161,7 @@ def only_moves(transform: Transform, group: str | None = None) -> bool:
     return all(map_of(transform, part).exact for part in parts)
 
 
-def _mix(way: Map, y: Tensor) -> Tensor:
+def mix(way: Map, y: Tensor) -> Tensor:
     """y [n, rest] rewritten by the map without its index."""
     wide = next(x.dtype for x in (way.blocks, way.before, way.after) if x is not None)
     y = y.to(wide, copy=True)
@@ -174,7 +174,7 @@ def _mix(way: Map, y: Tensor) -> Tensor:
     return y
 
 
-def _cut(way: Map, start: int, stop: int) -> Map:
+def cut(way: Map, start: int, stop: int) -> Map:
     """The map without its index for the old units from start to stop, which are whole blocks."""
     new, old = way.block
     blocks = None if way.blocks is None else way.blocks[start // old : stop // old]

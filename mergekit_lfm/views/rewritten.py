@@ -24,7 +24,7 @@ from mergekit_lfm.kernels.sums import round_once
 from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.store.tensors import TensorSpec
 from mergekit_lfm.views.base import RewrittenFile
-from mergekit_lfm.views.maps import IDENTITY, NARROW, Arithmetic, Map, Maps, _cut, _mix
+from mergekit_lfm.views.maps import IDENTITY, NARROW, Arithmetic, Map, Maps, cut, mix
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Stretch:
         if self.map.index is not None:
             y = y[self.map.index]
         if not self.map.exact:
-            y = _mix(self.map, y)
+            y = mix(self.map, y)
         return y.reshape(self.new_size, *rest).movedim(0, axis)
 
 
@@ -134,7 +134,7 @@ class Rewriter:
         x = self._rewrite_columns(_gather(wanted + run.first, read))
         if not run.map.exact:
             y = x.reshape(len(wanted) // run.each, -1)
-            x = _mix(_cut(run.map, start // run.each, stop // run.each), y).reshape(last - first, *x.shape[1:])
+            x = mix(cut(run.map, start // run.each, stop // run.each), y).reshape(last - first, *x.shape[1:])
         return self._round(x)
 
 

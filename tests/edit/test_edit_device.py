@@ -20,7 +20,7 @@ from mergekit_lfm.artifacts.patch import Patch
 from mergekit_lfm.edit.scores import score_facts
 from mergekit_lfm.edit.solve import edit
 from mergekit_lfm.edit.trace import trace
-from mergekit_lfm.edit.work import _Work
+from mergekit_lfm.edit.work import EditWork
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.plan.plan import Plan, make_plan
 from mergekit_lfm.recipe.recipe import Recipe
@@ -44,7 +44,7 @@ CLOSE = {"gpt2": 1e-9, "llama": 1e-4, "gpt-neo": 1e-4, "gpt-j": 1e-4}
 @pytest.fixture
 def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes solves follow a model to the pretended GPU, and "cuda" its name."""
-    monkeypatch.setattr(_Work, "device", property(lambda work: work.subject.device))
+    monkeypatch.setattr(EditWork, "device", property(lambda work: work.subject.device))
     for module in (runtime, kept):
         monkeypatch.setattr(module, "find_device", {"cpu": CPU, "cuda": GPU}.__getitem__)
 
