@@ -55,6 +55,8 @@ def make_recipes(folder: Path, lambdas: Sequence[float]) -> dict[str, list[Recip
         "task arithmetic, best lambda": scaled("task_arithmetic"),
         "TIES, best lambda": scaled("ties", density=0.2),
         "DARE, best lambda": scaled("dare_linear", density=0.1, rescale="density"),
+        "TSV-M, best lambda": scaled("tsv"),
+        "Iso-C, best lambda": scaled("iso_c"),
         "Fisher": [fused(folder, "fisher", {}, "fisher")],
         "RegMean, alpha 1": [fused(folder, "regmean", {"alpha": 1.0}, "gram")],
         "RegMean, alpha 0.9": [fused(folder, "regmean", {"alpha": 0.9}, "gram")],

@@ -50,6 +50,10 @@ if TYPE_CHECKING:
 
 MODELS = ("base", "one", "two", "three")
 THREE = "models: [{model: one}, {model: two}, {model: three}]\n"
+LAYERS = """models: [{model: one}, {model: two}]
+base_model: base
+parameters: {decompose: [{filter: embed_tokens, value: none}, {filter: lm_head, value: none}, {value: matrices}]}
+"""
 RECIPES = {
     "linear": THREE + "parameters: {weight: 1}\n",
     "slerp": "models: [{model: one}]\nbase_model: base\nparameters: {t: 0.4}\n",
@@ -61,6 +65,8 @@ RECIPES = {
     "permuted": "models: [{model: one}, {model: two, align: permuted.transform}]\nparameters: {weight: 1}\n",
     "rotated": "models: [{model: one}, {model: two, align: rotated.transform}]\nparameters: {weight: 1}\n",
     "regmean": "models: [{model: one, stats: one.gram}, {model: two, stats: two.gram}]\n",
+    "tsv": LAYERS,
+    "iso_c": LAYERS,
 }
 # Transforms that rewrite a model before `linear` merges it: random elements of the groups of a Llama.
 REWRITTEN: dict[str, tuple[ElementKind, ...]] = {

@@ -260,6 +260,32 @@ def model_stock(xs: Sequence[Array], base: Array, filter_wise: bool = False, exa
     return _sum([t / n] * n, ds, base)
 
 
+# Whole matrices
+
+
+def tsv(deltas: Sequence[Array]) -> Array:
+    """TSV-Merge as its authors compute it: the first r/n triples of each delta, zero-padded to r columns, whitened."""
+    r, count = min(deltas[0].shape), len(deltas)
+    k = max(1, r // count)
+    left, right = (np.zeros((side, max(r, count))) for side in deltas[0].shape)
+    values = np.zeros(max(r, count))
+    for i, delta in enumerate(deltas):
+        u, s, vt = np.linalg.svd(delta, full_matrices=False)
+        here = slice(i * k, (i + 1) * k)
+        left[:, here], values[here], right[:, here] = u[:, :k], s[:k], vt[:k].T
+    white = []
+    for stacked in (left, right):
+        u, _, vt = np.linalg.svd(stacked, full_matrices=False)
+        white.append(u @ vt)
+    return np.asarray(white[0] @ np.diag(values) @ white[1].T)
+
+
+def iso_c(deltas: Sequence[Array]) -> Array:
+    """Iso-C: the sum of the deltas with all singular values replaced by their mean."""
+    u, s, vt = np.linalg.svd(np.sum(deltas, axis=0), full_matrices=False)
+    return np.asarray(s.mean() * u @ vt)
+
+
 # Task vectors
 
 

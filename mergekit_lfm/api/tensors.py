@@ -79,7 +79,7 @@ def _merged(
     import torch
 
     from mergekit_lfm.engine.blocks import Blocks, default_device, merge_blocks
-    from mergekit_lfm.engine.linears import InMemoryLinear
+    from mergekit_lfm.engine.matrices import InMemoryMatrices
     from mergekit_lfm.kernels.block import SEGMENT
     from mergekit_lfm.kernels.gpu import GpuKernels
     from mergekit_lfm.kernels.step import run_eagerly
@@ -90,11 +90,16 @@ def _merged(
 
     first, *others = {x.device for x in (*tensors, *statistics, *([] if base is None else [base]))}
     device = torch.device("cpu") if others or not can_merge_on(first) else first
-    if method.whole is not None:
-        layer = InMemoryLinear(*([x.detach().to(device) for x in given] for given in (tensors, statistics)))
+    shape = None if method.whole is None or not unit.numel else method.whole.view(unit)
+    if method.whole is not None and shape is not None:
+        matrices = InMemoryMatrices(
+            [x.detach().to(device).reshape(shape) for x in tensors],
+            [x.detach().to(device) for x in statistics],
+            None if base is None else base.detach().to(device).reshape(shape),
+        )
         with default_device(device):
-            (matrix,) = method.whole.merge(unit, [layer])
-        return round_once(matrix, dtype)
+            (matrix,) = method.whole.merge(unit, [matrices])
+        return round_once(matrix, dtype).reshape(unit.shape)
     if method.copies(unit):
         tensors, base = tensors[:1], None
     gpu = None if device.type == "cpu" else Accelerator(device)

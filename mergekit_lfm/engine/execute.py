@@ -16,7 +16,7 @@ from typing import Any
 from mergekit_lfm.engine.blocks import add_in_order, run_solve
 from mergekit_lfm.engine.documents import documents, names_of
 from mergekit_lfm.engine.threads import Executor, thread_pool
-from mergekit_lfm.engine.worker import LinearWork, Work, Worker
+from mergekit_lfm.engine.worker import MatrixWork, Work, Worker
 from mergekit_lfm.errors import PlanError, reason
 from mergekit_lfm.kernels.block import BLOCK
 from mergekit_lfm.kernels.compiled import Kernels, Mode
@@ -28,8 +28,8 @@ from mergekit_lfm.methods import METHODS
 from mergekit_lfm.output.writer import Output, Policy, already_there, finish, is_complete
 from mergekit_lfm.plan.budget import Budget, check_disk, workers
 from mergekit_lfm.plan.job import Job
+from mergekit_lfm.plan.matrices import MatrixGroup
 from mergekit_lfm.plan.plan import Plan
-from mergekit_lfm.plan.statistics import LinearGroup
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,10 +155,10 @@ def _carry_out(run: Worker, executor: Executor) -> None:
     """Run first all tasks that need no barrier, heavy ones first, then in file order; then those in several passes."""
     plan = run.plan
     alone: list[Work] = []
-    if run.gpu is not None and plan.linears:
+    if run.gpu is not None and plan.matrices:
         run.gpu.load_solvers()
-    linears = [_linear_work(run, group) for group in sorted(plan.linears, key=lambda group: -group.nbytes)]
-    for _ in executor(run.do, [work for work in linears if any(work.missing.values())]):
+    matrices = [_matrix_work(run, group) for group in sorted(plan.matrices, key=lambda group: -group.nbytes)]
+    for _ in executor(run.do, [work for work in matrices if any(work.missing.values())]):
         pass
     shared: list[list[Job]] = []
     for group in plan.groups:
@@ -187,9 +187,9 @@ def _carry_out(run: Worker, executor: Executor) -> None:
         _in_passes(run, executor, jobs)
 
 
-def _linear_work(run: Worker, group: LinearGroup) -> LinearWork:
+def _matrix_work(run: Worker, group: MatrixGroup) -> MatrixWork:
     jobs = [run.plan.tensors[i] for i in group.jobs]
-    return LinearWork(group, {job.name: run.missing(job) for job in jobs})
+    return MatrixWork(group, {job.name: run.missing(job) for job in jobs})
 
 
 def _in_passes(run: Worker, executor: Executor, jobs: Sequence[Job]) -> None:

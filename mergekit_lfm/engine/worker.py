@@ -13,7 +13,7 @@ import torch
 import xxhash
 
 from mergekit_lfm.engine.blocks import Blocks, ReadRange, StoredBlock, apply_to, default_device, is_finite, run_solve
-from mergekit_lfm.engine.linears import StoredLinear
+from mergekit_lfm.engine.matrices import StoredMatrices
 from mergekit_lfm.engine.threads import Stopped
 from mergekit_lfm.errors import FormatError
 from mergekit_lfm.kernels.block import SEGMENT, Coefficients
@@ -26,9 +26,9 @@ from mergekit_lfm.methods import METHODS
 from mergekit_lfm.output.writer import Output, Policy, Receipt
 from mergekit_lfm.plan.budget import Budget
 from mergekit_lfm.plan.job import Job
+from mergekit_lfm.plan.matrices import MatrixGroup, MatrixJob
 from mergekit_lfm.plan.plan import Plan
 from mergekit_lfm.plan.sources import TensorRef
-from mergekit_lfm.plan.statistics import LinearGroup, LinearJob
 from mergekit_lfm.store.formats import bytes_of
 from mergekit_lfm.store.tensors import FLOATS, ITEMSIZE
 
@@ -46,10 +46,10 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True)
-class LinearWork:
-    """One worker's task, done without waiting: linear layers that are solved together. missing: segments to write."""
+class MatrixWork:
+    """One worker's task, done without waiting: matrices that are merged together. missing: segments to write."""
 
-    group: LinearGroup
+    group: MatrixGroup
     missing: Mapping[str, tuple[int, ...]]
 
 
@@ -133,7 +133,7 @@ class Worker:
         self.progress(done)
         return done
 
-    def do(self, work: Work | LinearWork) -> None:
+    def do(self, work: Work | MatrixWork) -> None:
         """Merge or copy the segments of `work`, write them, and record the receipts."""
         with self._working():
             self._do(work)
@@ -142,8 +142,8 @@ class Worker:
         """Context in which a worker computes on the GPU, if the merge uses one."""
         return nullcontext() if self.gpu is None else self.gpu.working()
 
-    def _do(self, work: Work | LinearWork) -> None:
-        if isinstance(work, LinearWork):
+    def _do(self, work: Work | MatrixWork) -> None:
+        if isinstance(work, MatrixWork):
             self._solve(work)
             return
         job = work.job
@@ -158,18 +158,18 @@ class Worker:
         for segment in work.segments:
             self._merge(job, blocks, coefficients, segment)
 
-    def _solve(self, work: LinearWork) -> None:
-        """Merge linear layers as matrices."""
+    def _solve(self, work: MatrixWork) -> None:
+        """Merge whole matrices."""
         bad = set[str]()
-        layers = [self._linear(work.group, layer, bad) for layer in work.group.layers]
+        matrices = [self._stored(matrix, bad) for matrix in work.group.matrices]
         jobs = [self.plan.tensors[i] for i in work.group.jobs]
         whole = METHODS[jobs[0].method].whole
         assert whole is not None
-        waiting, merging = iter(jobs), whole.merge(self.plan.unit(jobs[:1]), layers)
-        for layer in layers:
+        waiting, merging = iter(jobs), whole.merge(self.plan.unit(jobs[:1]), matrices)
+        for matrix in matrices:
             with nullcontext() if self.gpu is None else default_device(self.gpu.device):
                 merged = next(merging)
-            for part in (part for part in layer.parts(merged) if part is not None):
+            for part in matrix.parts(merged):
                 job = next(waiting)
                 tensor = self._finish(job, 0, part)
                 if not is_finite(tensor) and not bad:
@@ -182,9 +182,8 @@ class Worker:
                     self.progress(len(data))
                     self.output.record(Receipt(job.name, segment, digest, tuple(sorted(bad))), len(data))
 
-    def _linear(self, group: LinearGroup, layer: LinearJob, bad: set[str]) -> StoredLinear:
-        """A layer whose tensors are read from the files on demand; adds the names of those not finite to `bad`."""
-        weight = self.plan.tensors[layer.weight]
+    def _stored(self, matrix: MatrixJob, bad: set[str]) -> StoredMatrices:
+        """A matrix whose tensors are read from the files on demand; adds the names of those not finite to `bad`."""
 
         def read(source: TensorRef, start: int, stop: int) -> torch.Tensor:
             if self.stop.is_set():
@@ -195,15 +194,7 @@ class Worker:
                 bad.add(self._not_finite(f"{source[1]} of {self.names[source[0]]}"))
             return part
 
-        return StoredLinear(
-            read,
-            weights=weight.sources,
-            biases=() if layer.bias is None else self.plan.tensors[layer.bias].sources,
-            grams=group.grams,
-            axis=layer.axis,
-            outputs=layer.outputs,
-            inputs=weight.shape[layer.axis],
-        )
+        return StoredMatrices(read, matrix)
 
     def reduce(self, job: Job, request: Reduction, segment: int) -> Any:
         """One segment's part of a reduction, read from the files."""

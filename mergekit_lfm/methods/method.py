@@ -84,30 +84,40 @@ class Unit:
         return float(self.shared[name])  # type: ignore[arg-type]
 
 
-class Linears(Protocol):
-    """One linear layer of n models, as whole matrices. A bias is the matrices' last column."""
+class Matrices(Protocol):
+    """One tensor of n models, or one linear layer with its bias as the last column, as matrices in float64."""
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(outputs, inputs) of the matrices."""
+        """(rows, columns) of the matrices."""
 
     def matrix(self, i: int, start: int, stop: int) -> torch.Tensor:
-        """Rows start .. stop of input i's matrix, [stop - start, inputs] float64."""
+        """Rows start .. stop of input i's matrix, or of its delta to the base if there is one, in fresh memory."""
+
+    def base(self, start: int, stop: int) -> torch.Tensor:
+        """Rows start .. stop of the base's matrix, in fresh memory."""
 
     def gram(self, i: int, start: int, stop: int) -> torch.Tensor:
-        """Rows start .. stop of input i's Gram matrix, mean of x x^T, [stop - start, inputs] float64."""
+        """Rows start .. stop of input i's Gram matrix, mean of x x^T, [stop - start, columns] in fresh memory."""
+
+
+def as_matrix(unit: Unit) -> tuple[int, int] | None:
+    """The shape of a tensor that is a matrix; None for another."""
+    return (unit.shape[0], unit.shape[1]) if len(unit.shape) == 2 else None
 
 
 @dataclass(frozen=True, slots=True)
 class Whole:
-    """How a method merges linear layers as whole matrices.
+    """How a method merges tensors as whole matrices.
 
-    merge: yields the merged matrices [outputs, inputs], float64, of layers that share their Gram matrices. nbytes(unit,
-    outputs, inputs): the memory that this takes for the largest layer.
+    merge: yields the merged matrices [rows, columns], float64, of tensors that have equal parameters and, if the method
+    takes Gram matrices, share these. nbytes(unit, rows, columns): the memory that this takes for the largest of them.
+    view(unit): the shape (rows, columns) in which the method sees a tensor; None leaves it to `solve` and `apply`.
     """
 
-    merge: Callable[[Unit, Sequence[Linears]], Iterator[torch.Tensor]]
+    merge: Callable[[Unit, Sequence[Matrices]], Iterator[torch.Tensor]]
     nbytes: Callable[[Unit, int, int], int]
+    view: Callable[[Unit], tuple[int, int] | None] = as_matrix
 
 
 Solve = Callable[[Unit], "Generator[Reduction, Any, Coefficients]"]
@@ -133,8 +143,9 @@ class Method:
     number. scope(shared): "tensor", or "model" for one solve over all tensors. row(unit): blocks are whole rows of this
     many elements. copies(unit): true if the result is the only input, byte for byte. version: raised when results
     change. statistics: the kind of statistics that each input needs; the base is then a "member". Elementwise methods
-    see them as further rows: those of the n inputs, then their n statistics. whole: for methods that merge linear
-    layers as matrices. Tensors without statistics are averaged.
+    see them as further rows: those of the n inputs, then their n statistics. Tensors without statistics are averaged.
+    whole: for methods that merge tensors as matrices: those that it has a view of, and with `statistics` "gram" the
+    linear layers that have these. A plan in which it would merge no matrix is an error.
     """
 
     name: str

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from mergekit_lfm.kernels.sums import Weights, weighted_sum
 from mergekit_lfm.methods.linear import normalise
-from mergekit_lfm.methods.method import Linears, Method, Parameter, Unit, Whole, immediate
+from mergekit_lfm.methods.method import Matrices, Method, Parameter, Unit, Whole, immediate
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +27,7 @@ def _average(unit: Unit) -> Weights:
     return Weights(normalise(unit.floats("weight"), unit, switch=None))
 
 
-def _merge(unit: Unit, layers: Sequence[Linears]) -> Iterator[torch.Tensor]:
+def _merge(unit: Unit, layers: Sequence[Matrices]) -> Iterator[torch.Tensor]:
     """M + (sum_i l_i (W_i - M) G_i) (sum_i l_i G_i + r I)^-1 with M the weighted average of the W_i.
 
     The minimiser of sum_i l_i tr (W - W_i) G_i (W - W_i)^T + r |W - M|^2; for r = 0 that of Jin et al. 2023. The
@@ -55,7 +55,7 @@ def _merge(unit: Unit, layers: Sequence[Linears]) -> Iterator[torch.Tensor]:
         yield merged
 
 
-def _bands(unit: Unit, layer: Linears, i: int) -> Iterator[tuple[int, torch.Tensor]]:
+def _bands(unit: Unit, layer: Matrices, i: int) -> Iterator[tuple[int, torch.Tensor]]:
     """The bands of rows of input i's Gram matrix with their first rows; entries off the diagonal are times alpha."""
     inputs, alpha = layer.shape[1], unit.number("alpha")
     for start in range(0, inputs, BAND):
@@ -67,7 +67,7 @@ def _bands(unit: Unit, layer: Linears, i: int) -> Iterator[tuple[int, torch.Tens
         yield start, band
 
 
-def _division(unit: Unit, weights: Sequence[float], layer: Linears) -> Callable[[torch.Tensor], torch.Tensor]:
+def _division(unit: Unit, weights: Sequence[float], layer: Matrices) -> Callable[[torch.Tensor], torch.Tensor]:
     """The function x -> x (S + r I)^-1, which overwrites x, for the sum S of the weighted Gram matrices.
 
     Uses Cholesky; if S is singular as far as float32 can tell and has no ridge, a generalised inverse whose values are
@@ -110,7 +110,7 @@ def _singular_division(total: torch.Tensor, scale: torch.Tensor) -> Callable[[to
     return divide
 
 
-def _scaled_sum(unit: Unit, weights: Sequence[float], layer: Linears) -> tuple[torch.Tensor, torch.Tensor]:
+def _scaled_sum(unit: Unit, weights: Sequence[float], layer: Matrices) -> tuple[torch.Tensor, torch.Tensor]:
     """T (S + r I) T and the diagonal of T, with which that has a diagonal of 1 where it is not 0: so it is factored
     more exactly."""
     import torch

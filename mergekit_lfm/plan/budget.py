@@ -92,16 +92,16 @@ class Budget:
             )
 
     def _demands(self) -> Iterator[tuple[str, int]]:
-        """The bytes that one worker holds at least for each tensor or group of layers, with its name."""
+        """The bytes that one worker holds at least for each tensor or group of matrices, with its name."""
         yield from ((job.name, self.scratch(job)) for job in self.plan.tensors)
-        yield from self._linear_demands()
+        yield from self._matrix_demands()
 
     def _demands_of_gpu(self) -> Iterator[tuple[str, int]]:
         yield from ((job.name, self.working(job)) for job in self.plan.tensors if not job.copied)
-        yield from self._linear_demands()
+        yield from self._matrix_demands()
 
-    def _linear_demands(self) -> Iterator[tuple[str, int]]:
-        yield from ((self.plan.tensors[group.layers[0].weight].name, group.nbytes) for group in self.plan.linears)
+    def _matrix_demands(self) -> Iterator[tuple[str, int]]:
+        yield from ((self.plan.tensors[group.jobs[0]].name, group.nbytes) for group in self.plan.matrices)
 
 
 def workers(plan: Plan, memory: int, threads: int | None, gpu: Accelerator | None) -> int:

@@ -28,6 +28,7 @@ from mergekit_lfm.output.card import read_license
 from mergekit_lfm.output.layout import Shard, lay_out
 from mergekit_lfm.plan.job import Job, make_job, unit_of
 from mergekit_lfm.plan.match import layers_of, match_tensors, refuse_quantised
+from mergekit_lfm.plan.matrices import MatrixGroup, group_matrices
 from mergekit_lfm.plan.sources import (
     ADDED,
     ModelRoles,
@@ -38,7 +39,7 @@ from mergekit_lfm.plan.sources import (
     open_models,
     refuse_resized,
 )
-from mergekit_lfm.plan.statistics import LinearGroup, find_statistics, group_linears
+from mergekit_lfm.plan.statistics import find_statistics
 from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.recipe.roles import Edit, Input
 from mergekit_lfm.recipe.values import NamedFile
@@ -52,15 +53,15 @@ from mergekit_lfm.views.pending import PendingFile
 class Plan:
     """Everything about a merge that is decided before it starts.
 
-    groups: the jobs that are solved together, as indices into `tensors`; linears: those that are linear layers, which
-    the method sees as matrices. Each job is in one of them. dropped: (model, tensor, reason). licenses: what the card
-    of each model states. edited_on: the kind of device on which edits of the result are solved, "" for the processor.
+    groups: the jobs that are solved together, as indices into `tensors`; matrices: those that the method merges as
+    whole matrices. Each job is in one of them. dropped: (model, tensor, reason). licenses: what the card of each model
+    states. edited_on: the kind of device on which edits of the result are solved, "" for the processor.
     """
 
     roles: ModelRoles
     tensors: tuple[Job, ...]
     groups: tuple[tuple[int, ...], ...]
-    linears: tuple[LinearGroup, ...]
+    matrices: tuple[MatrixGroup, ...]
     shards: tuple[Shard, ...]
     dropped: tuple[tuple[str, str, str], ...]
     files: tuple[Path, ...] = field(default=())
@@ -144,7 +145,7 @@ class Plan:
     @property
     def bytes_read(self) -> int:
         read = [source for job in self.tensors for source in job.read_at_all]
-        read += [gram for group in self.linears for gram in group.grams]
+        read += [gram for group in self.matrices for gram in group.grams]
         return sum(self.sources[i][name].nbytes for i, name in read)
 
     @property
@@ -262,14 +263,15 @@ def make_plan(
             problems.append(str(error))
     if problems:
         raise PlanError(several("the checkpoints do not fit together", problems))
-    linears = group_linears(roles, names, jobs, statistics)
-    for i in (i for group in linears for i in group.jobs):
+    matrices = group_matrices(roles, names, jobs, statistics)
+    whole = {i for group in matrices for i in group.jobs}
+    for i in whole:
         jobs[i] = replace(jobs[i], method=recipe.merge_method)  # a bias, too, which has no statistics of its own
     return Plan(
         roles=roles,
         tensors=tuple(jobs),
-        groups=_groups(recipe, jobs, {i for group in linears for i in group.jobs}),
-        linears=linears,
+        groups=_groups(recipe, jobs, whole),
+        matrices=matrices,
         shards=lay_out(template, [job.spec for job in jobs], max_shard_size),
         dropped=dropped,
         files=sidecars_of(template),
@@ -277,12 +279,12 @@ def make_plan(
     )
 
 
-def _groups(recipe: Recipe, jobs: Sequence[Job], linears: set[int]) -> tuple[tuple[int, ...], ...]:
-    """The jobs that are solved together, less those of linear layers: each alone, or all that are merged."""
+def _groups(recipe: Recipe, jobs: Sequence[Job], whole: set[int]) -> tuple[tuple[int, ...], ...]:
+    """The jobs that are solved together, less those merged as matrices: each alone, or all that are merged."""
     together = [
         i for i, job in enumerate(jobs) if not job.copied and recipe.method.scope(job.settings.shared) == "model"
     ]
-    alone = [(i,) for i in range(len(jobs)) if i not in {*together, *linears}]
+    alone = [(i,) for i in range(len(jobs)) if i not in {*together, *whole}]
     if not together:
         return tuple(alone)
     first = jobs[together[0]]

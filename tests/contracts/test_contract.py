@@ -31,6 +31,8 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "passthrough": [{"scale": 0.5}],
     "fisher": [{"normalize": True, "epsilon": 1e-3}],
     "regmean": [{"alpha": 1.0, "ridge": 0.0}],
+    "tsv": [{"decompose": "kernels"}],
+    "iso_c": [{"decompose": "kernels"}],
 }
 CASES = [(name, extra) for name in METHODS for extra in [{}, *VARIANTS.get(name, [])]]
 DELTAS = [name for name, method in METHODS.items() if method.base in ("required", "optional")]
@@ -65,7 +67,7 @@ def tensors_of(name: str, shape: tuple[int, ...] = (12, 20), dtype: torch.dtype 
 def statistics_of(name: str, shape: tuple[int, ...]) -> list[torch.Tensor]:
     """One statistic for each input: squares, or Gram matrices of few examples for methods that see matrices."""
     generator = torch.Generator().manual_seed(12)
-    if METHODS[name].whole:
+    if METHODS[name].statistics == "gram":
         return [gram_of(torch.randn(5, shape[-1] - 1, generator=generator)).float() for _ in range(count_of(name))]
     return [torch.randn(shape, generator=generator) ** 2 for _ in range(count_of(name))]
 
@@ -85,7 +87,7 @@ def all_of(given: dict[str, Any]) -> list[torch.Tensor]:
 )
 def test_shape_dtype_and_inputs(case: tuple[str, dict[str, Any]], dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     name, extra = case
-    if METHODS[name].whole and len(shape) != 2:
+    if METHODS[name].statistics == "gram" and len(shape) != 2:
         with pytest.raises(PlanError, match="merges matrices"):
             merge_tensors(name, [torch.ones(shape)], statistics=[torch.ones(1, 1)], **parameters_of(name, extra))
         return
@@ -176,7 +178,7 @@ def test_in_passes_or_at_once_gives_the_same_bytes(case: tuple[str, dict[str, An
         recipe["base_model"] = str(tmp_path / ("m0" if name in DELTAS else "m1"))
     plan = make_plan(Recipe.parse(recipe), block=256)
     big = next(job for job in plan.tensors if job.name == "big")
-    small = 3 * max([*(Budget(plan).scratch(job) for job in plan.tensors), *(group.nbytes for group in plan.linears)])
+    small = 3 * max([*(Budget(plan).scratch(job) for job in plan.tensors), *(group.nbytes for group in plan.matrices)])
     assert Budget(plan).resident([plan.tensors.index(big)]) > small // 3 or not big.needs_sums
     execute(plan, tmp_path / "at-once", memory=1 << 30, threads=1)
     execute(plan, tmp_path / "in-passes", memory=small, threads=3)

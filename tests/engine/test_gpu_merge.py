@@ -103,7 +103,7 @@ def test_a_merge_on_a_gpu_is_that_on_the_processor(
         assert steps_apart(tmp_path / "cpu", tmp_path / "gpu") <= 1
     else:
         assert files_of(tmp_path / "cpu") == files_of(tmp_path / "gpu")
-    least = max([*(Budget(plan).scratch(job) for job in plan.tensors), *(group.nbytes for group in plan.linears)])
+    least = max([*(Budget(plan).scratch(job) for job in plan.tensors), *(group.nbytes for group in plan.matrices)])
     monkeypatch.setattr(Accelerator, "room", lambda _: 3 * least)  # in passes, and block by block
     execute(plan, tmp_path / "small", threads=3, gpu=stand_in())
     assert files_of(tmp_path / "small") == files_of(tmp_path / "gpu")
@@ -139,7 +139,7 @@ def test_large_tensors_on_a_real_gpu(
     execute(plan, tmp_path / "cpu")
     execute(plan, tmp_path / "gpu", gpu=stand_in(), compile="always")
     assert steps_apart(tmp_path / "cpu", tmp_path / "gpu") <= (1 if sums or METHODS[case[0]].whole else 0)
-    least = max([*(Budget(plan).scratch(job) for job in plan.tensors), *(group.nbytes for group in plan.linears)])
+    least = max([*(Budget(plan).scratch(job) for job in plan.tensors), *(group.nbytes for group in plan.matrices)])
     monkeypatch.setattr(Accelerator, "room", lambda _: 2 * least)
     execute(plan, tmp_path / "small", threads=2, gpu=stand_in(), compile="always")
     assert files_of(tmp_path / "small") == files_of(tmp_path / "gpu")

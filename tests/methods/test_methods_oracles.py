@@ -177,7 +177,7 @@ def compare(method, xs, base, parameters, random):
 
 
 def test_every_method_is_compared():
-    """Methods that see whole matrices are in test_merge_statistics.py."""
+    """Methods that see whole matrices are in test_singular.py and test_merge_statistics.py."""
     assert set(DRAW) == {name for name, method in METHODS.items() if not method.whole}
 
 
