@@ -64,7 +64,7 @@ def group_matrices(
     """The tensors that the method merges as matrices, by what it merges together.
 
     statistics: each weight's Gram matrices, by output tensor. Raises PlanError naming all layers that differ between
-    the models, or if the method merges matrices and there is none.
+    the models, or that no tensor is a matrix for the method.
     """
     method = roles.recipe.method
     if method.whole is None:
@@ -90,7 +90,7 @@ def group_matrices(
 
 
 def _find_matrices(roles: ModelRoles, jobs: Sequence[Job]) -> Iterator[MatrixJob]:
-    """The merged tensors of which the method has a view."""
+    """The merged tensors that the method has a view of."""
     whole = roles.recipe.method.whole
     assert whole is not None
     for i, job in enumerate(jobs):
