@@ -26,6 +26,7 @@ from mergekit_lfm.errors import PlanError
 from mergekit_lfm.machine.accelerators import Accelerator
 from mergekit_lfm.machine.devices import find_gpu
 from mergekit_lfm.machine.resources import cache_folder, default_memory
+from mergekit_lfm.machine.sizes import format_size
 from mergekit_lfm.output.writer import Policy
 from mergekit_lfm.plan.budget import Budget, check_disk
 from mergekit_lfm.plan.plan import Plan, make_plan
@@ -36,6 +37,7 @@ from mergekit_lfm.recipe.roles import Edit
 from mergekit_lfm.recipe.values import NamedFile
 from mergekit_lfm.runtime.load import load_model
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
+from mergekit_lfm.store.hub.snapshots import check_room
 from mergekit_lfm.version import versions
 from mergekit_lfm.views.patched import patched_view
 from mergekit_lfm.views.rewritten import rewritten_view
@@ -73,7 +75,7 @@ def prepare(
     notice = notice or (lambda _: None)
     Budget(plan).peak(memory or default_memory(), threads or 1)
     check_disk(plan, folder)
-    plan.fetch(notice)
+    _fetch_weights(plan, notice)
     plan = _with_edits(_with_alignments(plan, notice, device), notice, device)
     if not plan.unedited:
         return plan
@@ -99,6 +101,18 @@ def note_device(plan: Plan, device: str) -> Plan:
         for model, checkpoint in zip(plan.recipe.all_models, plan.models, strict=True)
     )
     return replace(plan, roles=replace(plan.roles, models=models), edited_on=kind if edited else "")
+
+
+def _fetch_weights(plan: Plan, notice: Notice) -> None:
+    """Download the weights of the plan's models that are still on the Hub. notice is called with a line for each."""
+    snapshot = next((model.snapshot for model in plan.models if model.absent), None)
+    if snapshot is not None:
+        check_room(snapshot, plan.absent)
+    for label, model in zip(plan.labels, plan.models, strict=True):
+        if absent := model.absent:
+            files = f"{len(absent)} files" if len(absent) > 1 else next(iter(absent))
+            notice(f"downloading {files} of {label}, {format_size(sum(absent.values()))}")
+            model.fetch()
 
 
 def _with_alignments(plan: Plan, notice: Notice, device: str) -> Plan:

@@ -148,7 +148,7 @@ def merge(
 def _show_plan(
     planned: PlannedMerge, memory: int | None, threads: int | None, as_json: bool, verbose: bool, *, err: bool = False
 ) -> None:
-    from mergekit_lfm.commands.show.plans import plan_text
+    from mergekit_lfm.commands.show.plans import plan_data, plan_text
     from mergekit_lfm.machine.resources import allocated_bytes, default_memory, free_space
     from mergekit_lfm.plan.budget import Budget, workers
     from mergekit_lfm.store.places import partial_of
@@ -167,7 +167,7 @@ def _show_plan(
         "push": None if planned.goal is None else planned.goal.model_dump(),
         "device": "cpu" if planned.gpu is None else str(planned.gpu.device),
     }
-    click.echo(json.dumps(plan.summary() | facts) if as_json else plan_text(plan, facts, verbose), err=err)
+    click.echo(json.dumps(plan_data(plan) | facts) if as_json else plan_text(plan, facts, verbose), err=err)
 
 
 def _show_outcome(outcome: Outcome[Merged], *, hidden: bool) -> None:

@@ -7,13 +7,11 @@ all of it at once, before a byte is written. The plan's digest covers everything
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import xxhash
 
@@ -21,7 +19,6 @@ from mergekit_lfm.artifacts.patch import Patch
 from mergekit_lfm.artifacts.statistics import Statistics
 from mergekit_lfm.errors import PlanError, several
 from mergekit_lfm.kernels.block import BLOCK
-from mergekit_lfm.machine.sizes import format_size
 from mergekit_lfm.methods import METHODS
 from mergekit_lfm.methods.method import Unit
 from mergekit_lfm.output.card import read_license
@@ -41,8 +38,7 @@ from mergekit_lfm.plan.sources import (
 )
 from mergekit_lfm.plan.statistics import find_statistics
 from mergekit_lfm.recipe.recipe import Recipe
-from mergekit_lfm.recipe.roles import Edit, Input
-from mergekit_lfm.recipe.values import NamedFile
+from mergekit_lfm.recipe.roles import Input
 from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.store.sidecars import sidecars_of
 from mergekit_lfm.version import __version__
@@ -119,19 +115,6 @@ class Plan:
         held = zip(self.labels, self.models, strict=True)
         return tuple(label for label, m in held if m.snapshot is not None and not m.snapshot.listed)
 
-    def fetch(self, notice: Callable[[str], None]) -> None:
-        """Download the weights that are still on the Hub. notice is called with a line for each model."""
-        snapshot = next((model.snapshot for model in self.models if model.absent), None)
-        if snapshot is not None:
-            from mergekit_lfm.store.hub.snapshots import check_room
-
-            check_room(snapshot, self.absent)
-        for label, model in zip(self.labels, self.models, strict=True):
-            if absent := model.absent:
-                files = f"{len(absent)} files" if len(absent) > 1 else next(iter(absent))
-                notice(f"downloading {files} of {label}, {format_size(sum(absent.values()))}")
-                model.fetch()
-
     @property
     def unedited(self) -> bool:
         """Whether edits are still to be made, of a model or of the result, which needs a model that runs."""
@@ -179,54 +162,6 @@ class Plan:
     def unit(self, jobs: Sequence[Job]) -> Unit:
         """The input of the method's solve for jobs that are solved together."""
         return unit_of(jobs, self.recipe.seed, self.roles.norms)
-
-    def summary(self) -> dict[str, Any]:
-        """The plan as plain data, which `--dry-run` prints."""
-        return {
-            "method": self.recipe.merge_method,
-            "models": [
-                {"model": label, "tensors": len(model), "bytes": model.nbytes, **_on_the_hub(model)}
-                for label, model in zip(self.labels, self.models, strict=True)
-            ],
-            "statistics": [
-                {"statistics": given.ref, "kind": held.info.kind, "bytes": held.tensors.nbytes}
-                for given, held in zip(self.recipe.statistics, self.statistics, strict=True)
-            ],
-            "averaged": {"tensors": len(self.averaged), "numbers": sum(job.spec.numel for job in self.averaged)},
-            "aligned": {
-                model.label: model.align.ref if isinstance(model.align, NamedFile) else model.align.as_data()
-                for model in self.recipe.all_models
-                if model.align is not None
-            },
-            "edited": {
-                **{model.label: _shown(model.edits) for model in self.recipe.all_models if model.edits},
-                **({"the result": _shown(self.recipe.result_edits)} if self.recipe.result_edits else {}),
-            },
-            "template": self.labels[self.template],
-            "tensors": len(self.tensors),
-            "methods": dict(Counter(job.method for job in self.tensors)),
-            "dtypes": dict(Counter(job.dtype for job in self.tensors)),
-            "bytes_read": self.bytes_read,
-            "bytes_written": self.bytes_written,
-            "shards": [
-                {"file": shard.name, "tensors": len(shard.tensors), "bytes": shard.nbytes} for shard in self.shards
-            ],
-            "files": [path.name for path in self.files],
-            "held": [str(file) for file in self.held],
-            "dropped": [{"model": m, "tensor": t, "reason": why} for m, t, why in self.dropped],
-            "digest": self.digest,
-        }
-
-
-def _on_the_hub(model: Checkpoint) -> dict[str, Any]:
-    """Where a model of the Hub is, and what is still to be downloaded, in bytes."""
-    if model.snapshot is None:
-        return {}
-    return {"repo": model.snapshot.repo, "commit": model.snapshot.commit, "download": sum(model.absent.values())}
-
-
-def _shown(edits: Sequence[Edit]) -> list[str | dict[str, Any]]:
-    return [edit.ref if isinstance(edit, NamedFile) else edit.as_data() for edit in edits]
 
 
 def make_plan(

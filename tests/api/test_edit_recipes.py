@@ -19,6 +19,7 @@ from mergekit_lfm import apply_patches, merge, undo_patches
 from mergekit_lfm.api import prepare as stages_module
 from mergekit_lfm.commands import main
 from mergekit_lfm.commands import merge as merge_command
+from mergekit_lfm.commands.show.plans import plan_data
 from mergekit_lfm.edit import edit
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.output.lock import verify
@@ -146,7 +147,7 @@ def test_a_plan_needs_no_model_and_its_digest_knows_the_facts(folder: Path, tmp_
         return make_plan(Recipe.parse({"merge_method": "passthrough", "models": [line]}))
 
     first = plan()
-    assert first.unedited and first.summary()["edited"]
+    assert first.unedited and plan_data(first)["edited"]
     assert plan().digest == first.digest
     assert plan(steps=7).digest != first.digest
     facts.write_text((folder / "two.yaml").read_text())

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from mergekit_lfm import merge, merge_tensors
 from mergekit_lfm.api.outcome import Finding
 from mergekit_lfm.artifacts.statistics import Layer
-from mergekit_lfm.commands.show.plans import plan_text
+from mergekit_lfm.commands.show.plans import plan_data, plan_text
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.plan.budget import Budget
 from mergekit_lfm.plan.plan import make_plan
@@ -226,9 +226,10 @@ def test_fisher_of_a_checkpoint_is_that_of_its_tensors(models: Models) -> None:
 
 def test_the_plan_and_the_lock_say_what_is_regressed_and_what_averaged(models: Models) -> None:
     plan = make_plan(Recipe.parse(models.recipe(), where=models.folder))
-    assert plan.summary()["methods"] == {"regmean": 5, "linear": 1}
-    assert [entry["statistics"] for entry in plan.summary()["statistics"]] == ["m0.gram", "m1.gram", "m2.gram"]
-    assert plan.summary()["averaged"] == {"tensors": 1, "numbers": 9 * INPUTS}
+    data = plan_data(plan)
+    assert data["methods"] == {"regmean": 5, "linear": 1}
+    assert [entry["statistics"] for entry in data["statistics"]] == ["m0.gram", "m1.gram", "m2.gram"]
+    assert data["averaged"] == {"tensors": 1, "numbers": 9 * INPUTS}
     assert re.search(r"averaged +1 tensor, 34% of the numbers", plan_text(plan, FACTS, verbose=False))
     sizes = [path.stat().st_size for path in models.folder.glob("*.gram")]
     assert plan.bytes_read > sum(sizes) / 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from mergekit_lfm.commands.show.terminal import count_noun, table
@@ -18,6 +19,54 @@ if TYPE_CHECKING:
     from mergekit_lfm.plan.plan import Plan
     from mergekit_lfm.recipe.roles import Edit
     from mergekit_lfm.store.checkpoint import Checkpoint
+
+
+def plan_data(plan: Plan) -> dict[str, Any]:
+    """A plan for JSON."""
+    recipe = plan.recipe
+    return {
+        "method": recipe.merge_method,
+        "models": [
+            {"model": label, "tensors": len(model), "bytes": model.nbytes, **_hub_data(model)}
+            for label, model in zip(plan.labels, plan.models, strict=True)
+        ],
+        "statistics": [
+            {"statistics": file.ref, "kind": statistics.info.kind, "bytes": statistics.tensors.nbytes}
+            for file, statistics in zip(recipe.statistics, plan.statistics, strict=True)
+        ],
+        "averaged": {"tensors": len(plan.averaged), "numbers": sum(job.spec.numel for job in plan.averaged)},
+        "aligned": {
+            model.label: model.align.ref if isinstance(model.align, NamedFile) else model.align.as_data()
+            for model in recipe.all_models
+            if model.align is not None
+        },
+        "edited": {
+            **{model.label: _edits_data(model.edits) for model in recipe.all_models if model.edits},
+            **({"the result": _edits_data(recipe.result_edits)} if recipe.result_edits else {}),
+        },
+        "template": plan.labels[plan.template],
+        "tensors": len(plan.tensors),
+        "methods": dict(Counter(job.method for job in plan.tensors)),
+        "dtypes": dict(Counter(job.dtype for job in plan.tensors)),
+        "bytes_read": plan.bytes_read,
+        "bytes_written": plan.bytes_written,
+        "shards": [{"file": shard.name, "tensors": len(shard.tensors), "bytes": shard.nbytes} for shard in plan.shards],
+        "files": [path.name for path in plan.files],
+        "held": [str(file) for file in plan.held],
+        "dropped": [{"model": m, "tensor": t, "reason": why} for m, t, why in plan.dropped],
+        "digest": plan.digest,
+    }
+
+
+def _hub_data(model: Checkpoint) -> dict[str, Any]:
+    """The repository and commit of a model of the Hub, and the bytes still to be downloaded."""
+    if model.snapshot is None:
+        return {}
+    return {"repo": model.snapshot.repo, "commit": model.snapshot.commit, "download": sum(model.absent.values())}
+
+
+def _edits_data(edits: Sequence[Edit]) -> list[str | dict[str, Any]]:
+    return [edit.ref if isinstance(edit, NamedFile) else edit.as_data() for edit in edits]
 
 
 def plan_text(plan: Plan, facts: dict[str, Any], verbose: bool) -> str:
