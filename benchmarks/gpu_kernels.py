@@ -29,7 +29,7 @@ from mergekit_lfm.kernels.ranks import NONE, Largest, Ranks
 from mergekit_lfm.kernels.reductions import L1, Gram, Reduction
 from mergekit_lfm.kernels.selection import Bracket, Digits
 from mergekit_lfm.kernels.sums import Weights
-from mergekit_lfm.machine.accelerators import CHUNK, Accelerator
+from mergekit_lfm.machine.accelerators import CHUNK, Gpu
 from mergekit_lfm.machine.devices import find_device
 from mergekit_lfm.methods import METHODS
 from mergekit_lfm.methods.fisher import FisherAverage
@@ -68,7 +68,7 @@ class Bench:
         """The data as the engine's blocks."""
         readers = [lambda start, stop, x=x: x[start:stop] for x in self.rows[:rows]]
         base: Any = (lambda start, stop: self.base[start:stop]) if with_base else None
-        gpu = Accelerator(self.base.device)
+        gpu = Gpu(str(self.base.device))
         at_once = SEGMENT if kernels.native else CHUNK
         return Blocks(readers, base, len(self.base), BLOCK, torch.float32, kernels, gpu, at_once)
 

@@ -7,13 +7,13 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from mergekit_lfm.machine.accelerators import Accelerator
+from mergekit_lfm.machine.accelerators import Gpu
 
 CUDA = torch.cuda.is_available()
 needs_gpu = pytest.mark.skipif(not CUDA, reason="needs a GPU")
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton: pip install triton")
 
 
-def stand_in() -> Accelerator:
+def stand_in() -> Gpu:
     """The real GPU if there is one, else the processor, which the engine treats like a GPU."""
-    return Accelerator(torch.device("cuda" if CUDA else "cpu"))
+    return Gpu("cuda" if CUDA else "cpu")

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from mergekit_lfm.api.arguments import as_bytes, expand
 from mergekit_lfm.api.outcome import Outcome, warn_of
 from mergekit_lfm.errors import PlanError
+from mergekit_lfm.machine.accelerators import Accelerator, accelerator_of
+from mergekit_lfm.machine.devices import find_gpu
 from mergekit_lfm.machine.progress import SILENCE, Progress
 from mergekit_lfm.recipe.recipe import Push, Recipe
 
 if TYPE_CHECKING:
-    from mergekit_lfm.machine.accelerators import Accelerator
     from mergekit_lfm.output.push import Pushed
     from mergekit_lfm.plan.plan import Plan
 
@@ -29,7 +30,7 @@ class PlannedMerge:
 
     plan: Plan
     out: Path
-    gpu: Accelerator | None
+    accelerator: Accelerator
     goal: Push | None
     max_shard_size: int | None
 
@@ -73,9 +74,9 @@ def plan_merge(
     folder = expand(out)
     if seed is not None:
         recipe = recipe.model_copy(update={"seed": seed})
-    goal, gpu = recipe.goal(push_to, private=private), accelerator_of(recipe, device)
+    goal, accelerator = recipe.goal(push_to, private=private), find_accelerator(recipe, device)
     plan = make_plan(recipe, max_shard_size=as_bytes(max_shard_size))
-    planned = PlannedMerge(plan, folder, gpu, goal, as_bytes(max_shard_size))
+    planned = PlannedMerge(plan, folder, accelerator, goal, as_bytes(max_shard_size))
     return Outcome(folder, planned, plan.digest, seconds=time.monotonic() - started)
 
 
@@ -116,7 +117,7 @@ def merge(
     if not isinstance(recipe, PlannedMerge):
         how: dict[str, Any] = {"max_shard_size": max_shard_size, "seed": seed, "device": device}
         recipe = plan_merge(recipe, out, push_to=push_to, private=private, **how).result
-    plan, folder, gpu, goal = recipe.plan, recipe.out, recipe.gpu, recipe.goal
+    plan, folder, accelerator, goal = recipe.plan, recipe.out, recipe.accelerator, recipe.goal
     if goal is not None:
         from mergekit_lfm.output.push import check_repository
 
@@ -125,12 +126,11 @@ def merge(
     options |= {"overwrite": overwrite, "resume": resume}
     if plan.pending or plan.unedited or plan.absent:
         from mergekit_lfm.api.prepare import prepare
-        from mergekit_lfm.machine.accelerators import name_of
 
-        where: dict[str, Any] = {"max_shard_size": recipe.max_shard_size, "device": name_of(gpu)}
+        where: dict[str, Any] = {"max_shard_size": recipe.max_shard_size, "device": accelerator.name}
         plan = prepare(plan, folder, notice=progress.notice, **where, **options)
     with progress.by_bytes(plan.bytes_written, "merging") as advance:
-        done = execute(plan, folder, gpu=gpu, compile=compile, progress=advance, **options)
+        done = execute(plan, folder, accelerator=accelerator, compile=compile, progress=advance, **options)
     warnings, merged = warn_of(done.findings), Merged(plan, done.resumed_bytes)
     outcome = Outcome(folder, merged, plan.digest, done.already_there, warnings, time.monotonic() - started)
     if on_merged is not None:
@@ -148,13 +148,7 @@ def _push(outcome: Outcome[Merged], folder: Path, goal: Push, verify: bool) -> O
     return replace(outcome, result=replace(outcome.result, pushed=pushed))
 
 
-def accelerator_of(recipe: Recipe, device: str | None) -> Accelerator | None:
-    """The GPU that `device`, else the recipe, names; None for the processor. Raises PlanError if it does not exist."""
+def find_accelerator(recipe: Recipe, device: str | None) -> Accelerator:
+    """The device that `device`, else the recipe, names. Raises PlanError if it does not exist."""
     name = recipe.device if device is None else device
-    if name == "cpu":
-        return None
-    from mergekit_lfm.machine.accelerators import Accelerator
-    from mergekit_lfm.machine.devices import find_gpu
-
-    gpu = find_gpu(name)
-    return None if gpu is None else Accelerator(gpu)
+    return accelerator_of(None if name == "cpu" else find_gpu(name))

@@ -23,7 +23,7 @@ from mergekit_lfm.artifacts.transform import Transform, open_transform
 from mergekit_lfm.edit.solve import edit
 from mergekit_lfm.engine.execute import execute, is_written
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.machine.accelerators import Accelerator
+from mergekit_lfm.machine.accelerators import accelerator_of
 from mergekit_lfm.machine.devices import find_gpu
 from mergekit_lfm.machine.resources import cache_folder, default_memory
 from mergekit_lfm.machine.sizes import format_size
@@ -144,8 +144,7 @@ def _result_patches(plan: Plan, folder: Path, notice: Notice, device: str, **how
     plain = make_plan(plan.recipe.without_result_edits(), views=plan.models)
     folder = folder.with_name(f"{folder.name}.unedited")
     notice("merging once without the edits of the result")
-    target = find_gpu(device)
-    execute(plain, folder, overwrite=True, gpu=None if target is None else Accelerator(target), **how)
+    execute(plain, folder, overwrite=True, accelerator=accelerator_of(find_gpu(device)), **how)
     result = open_checkpoint(folder)
     patches = _patches(result, plan.recipe.result_edits, "the result", _any_statistics(plan), notice, device)
     shutil.rmtree(folder)

@@ -80,11 +80,9 @@ def _merged(
 
     from mergekit_lfm.engine.blocks import Blocks, default_device, merge_blocks
     from mergekit_lfm.engine.matrices import InMemoryMatrices
-    from mergekit_lfm.kernels.block import SEGMENT
-    from mergekit_lfm.kernels.gpu import GpuKernels
-    from mergekit_lfm.kernels.step import run_eagerly
+    from mergekit_lfm.kernels.gpu import make_kernels
     from mergekit_lfm.kernels.sums import round_once
-    from mergekit_lfm.machine.accelerators import CHUNK, Accelerator
+    from mergekit_lfm.machine.accelerators import accelerator_of
     from mergekit_lfm.machine.devices import can_merge_on
     from mergekit_lfm.plan.job import block_numel
 
@@ -102,9 +100,10 @@ def _merged(
         return round_once(matrix, dtype).reshape(unit.shape)
     if method.copies(unit):
         tensors, base = tensors[:1], None
-    gpu = None if device.type == "cpu" else Accelerator(device)
-    kernels = None if gpu is None else GpuKernels("auto", unit.numel, device)
-    for problem in () if kernels is None else sorted(kernels.problems):
+    on_host = device.type == "cpu"
+    accelerator = accelerator_of(None if on_host else device)
+    kernels = make_kernels(accelerator, "never" if on_host else "auto", [unit.numel], threads=1)
+    for problem in sorted(kernels.problems):
         warn(problem, stacklevel=4)
     blocks = Blocks(
         sources=[_reader(x, device) for x in (*tensors, *statistics)],
@@ -112,9 +111,9 @@ def _merged(
         numel=unit.numel,
         block=block_numel(method, unit),
         dtype=torch.float64 if unit.double else torch.float32,
-        run=kernels or run_eagerly,
-        gpu=gpu,
-        at_once=1 if gpu is None else SEGMENT if kernels and kernels.native else CHUNK,
+        run=kernels,
+        accelerator=accelerator,
+        at_once=accelerator.resident_chunk if kernels.native else accelerator.chunk,
     )
     return merge_blocks(method, unit, blocks, dtype).reshape(unit.shape)
 

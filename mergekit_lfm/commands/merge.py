@@ -155,7 +155,7 @@ def _show_plan(
 
     plan, out = planned.plan, planned.out
     memory = memory or default_memory()
-    threads = workers(plan, memory, threads, planned.gpu)
+    threads = workers(plan, memory, threads, planned.accelerator)
     free, needed = free_space(out), sum(shard.nbytes for shard in plan.shards) - allocated_bytes(partial_of(out))
     facts = {
         "out": str(out),
@@ -165,7 +165,7 @@ def _show_plan(
         "free_disk": free,
         "enough_disk": needed <= free,
         "push": None if planned.goal is None else planned.goal.model_dump(),
-        "device": "cpu" if planned.gpu is None else str(planned.gpu.device),
+        "device": planned.accelerator.name,
     }
     click.echo(json.dumps(plan_data(plan) | facts) if as_json else plan_text(plan, facts, verbose), err=err)
 

@@ -17,10 +17,8 @@ import torch
 from mergekit_lfm.kernels.block import SEGMENT, Coefficients, Elementwise
 from mergekit_lfm.kernels.reductions import Reduction
 from mergekit_lfm.kernels.step import RunStep, Step, run_eagerly
-from mergekit_lfm.machine.accelerators import Accelerator
+from mergekit_lfm.machine.accelerators import HOST, Accelerator, ReadRange
 from mergekit_lfm.methods.method import Method, Unit
-
-ReadRange = Callable[[int, int], torch.Tensor]  # (first element, last) -> 1-D tensor of the stored dtype
 
 
 @dataclass
@@ -107,9 +105,8 @@ def is_finite(x: torch.Tensor) -> bool:
 class Blocks:
     """The inputs of one tensor of `numel` elements, cut into blocks of `block`.
 
-    sources, base: readers of element ranges. dtype: that of the arithmetic. run: runs elementwise functions. gpu: the
-    device that the readers read to, None for the processor's memory. It gets chunks of `at_once` blocks, a divisor of
-    SEGMENT.
+    sources, base: readers of element ranges. dtype: that of the arithmetic. run: runs elementwise functions.
+    accelerator: the device that the readers read to. It gets chunks of `at_once` blocks, a divisor of SEGMENT.
     """
 
     sources: Sequence[ReadRange]
@@ -118,7 +115,7 @@ class Blocks:
     block: int
     dtype: torch.dtype
     run: RunStep = run_eagerly
-    gpu: Accelerator | None = None
+    accelerator: Accelerator = HOST
     at_once: int = 1
 
     def __len__(self) -> int:
@@ -130,7 +127,7 @@ class Blocks:
         return max(1, -(-len(self) // SEGMENT))
 
     def segment(self, index: int) -> range:
-        """The blocks of one segment; on a GPU the first block of every chunk."""
+        """The first block of every chunk of one segment."""
         return range(index * SEGMENT, min(len(self), (index + 1) * SEGMENT), self.at_once)
 
     def load(self, index: int) -> StoredBlock:
@@ -139,8 +136,7 @@ class Blocks:
         stop = min(self.numel, start + self.block * self.at_once)
         stored = tuple(read(start, stop) for read in self.sources)
         base = self.base and self.base(start, stop)
-        flag = None if self.gpu is None else torch.zeros(1, dtype=torch.int32, device=self.gpu.device)
-        return StoredBlock(stored, base, start, self.dtype, self.run, self.block, flag)
+        return StoredBlock(stored, base, start, self.dtype, self.run, self.block, self.accelerator.flag())
 
     def part(self, request: Reduction, segment: int) -> Any:
         """One segment's part of the reduction, its blocks added in order; None if the request visits no block."""
@@ -150,16 +146,16 @@ class Blocks:
         for i in self.segment(segment):
             chunk = range(i, min(len(self), i + self.at_once))
             wanted = [j for j in chunk if request.visits(j)]
-            if self.gpu is None:
-                yield from (request.block(self.load(j)) for j in wanted)
-            elif len(wanted) == len(chunk):
+            if len(wanted) == len(chunk):
                 yield from self._reduce_chunk(request, self.load(i))
-            else:
+            elif wanted:
                 single = replace(self, at_once=1)
                 yield from (part for j in wanted for part in self._reduce_chunk(request, single.load(j)))
 
     def _reduce_chunk(self, request: Reduction, chunk: StoredBlock) -> list[Any]:
-        """The parts of a chunk, moved to the CPU, which adds them in the same order for any size of chunks."""
+        """The parts of a chunk, moved to the host, which adds them in the same order for any size of chunks."""
+        if not self.accelerator.by_chunk:
+            return [request.block(chunk)]
         with default_device(chunk.device):
             parts = request.chunk(chunk)
         return [part.cpu() if isinstance(part, torch.Tensor) else part for part in parts]
@@ -206,7 +202,7 @@ def apply_to(block: StoredBlock, method: Method, coefficients: Coefficients, out
 
 def merge_blocks(method: Method, unit: Unit, blocks: Blocks, dtype: torch.dtype) -> torch.Tensor:
     """The merged tensor, flat, on the device of the blocks."""
-    out = torch.empty(blocks.numel, dtype=dtype, device=None if blocks.gpu is None else blocks.gpu.device)
+    out = torch.empty(blocks.numel, dtype=dtype, device=blocks.accelerator.device)
     if blocks.numel:
         coefficients = run_solve(method.solve(unit), blocks.reduce)
         for i in range(0, len(blocks), blocks.at_once):

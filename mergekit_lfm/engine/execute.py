@@ -1,4 +1,4 @@
-"""Carry a plan out: read blocks, merge, write segments, with a pool of threads and within a budget of memory.
+"""Carry a plan out: tasks for workers, whose receipts go into the journal, within a budget of memory.
 
 A tensor whose method needs no sums is merged segment by segment. One that needs sums and fits a worker's share of the
 budget is read once, by one worker. A larger one, or a whole model, takes several passes that all workers share. The
@@ -7,28 +7,27 @@ bytes are the same in each case: sums run over constant blocks in a constant ord
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from mergekit_lfm.engine.blocks import add_in_order, run_solve
-from mergekit_lfm.engine.documents import documents, names_of
-from mergekit_lfm.engine.threads import Executor, thread_pool
-from mergekit_lfm.engine.worker import MatrixWork, Work, Worker
+from mergekit_lfm.engine.documents import documents
+from mergekit_lfm.engine.tasks import Executor, MatrixTask, MergeTask, Part, Pool, ReduceTask, Remark, Task
+from mergekit_lfm.engine.threads import thread_pool
+from mergekit_lfm.engine.worker import Options, Worker, refuse_nonfinite
 from mergekit_lfm.errors import PlanError, reason
-from mergekit_lfm.kernels.block import BLOCK
-from mergekit_lfm.kernels.compiled import Kernels, Mode
-from mergekit_lfm.kernels.gpu import GpuKernels
+from mergekit_lfm.kernels.compiled import Mode
 from mergekit_lfm.kernels.reductions import Reduction
-from mergekit_lfm.machine.accelerators import Accelerator
-from mergekit_lfm.machine.resources import allow_many_files, default_memory, keep_freed_memory
+from mergekit_lfm.machine.accelerators import HOST, Accelerator
+from mergekit_lfm.machine.resources import default_memory
 from mergekit_lfm.methods import METHODS
-from mergekit_lfm.output.writer import Output, Policy, already_there, finish, is_complete
+from mergekit_lfm.output.writer import Output, Policy, Receipt, already_there, finish, is_complete
 from mergekit_lfm.plan.budget import Budget, check_disk, workers
 from mergekit_lfm.plan.job import Job
-from mergekit_lfm.plan.matrices import MatrixGroup
 from mergekit_lfm.plan.plan import Plan
 
 
@@ -51,15 +50,17 @@ def execute(
     resume: bool = True,
     overwrite: bool = False,
     compile: Mode = "auto",
-    gpu: Accelerator | None = None,
+    accelerator: Accelerator = HOST,
+    pool: Pool = thread_pool,
     progress: Callable[[int], None] | None = None,
 ) -> Execution:
     """Write the merged checkpoint to the folder `out`, or complete the output of an interrupted run of the same plan.
 
     The plan is ready: its downloads, alignments and edits are made. memory: bytes that the engine may hold. compile:
     "auto" compiles elementwise functions to machine code if the merge is large enough to repay it; the bytes are the
-    same. gpu: the device for the arithmetic instead of the processor; docs/gpu.md says which bytes that changes.
-    progress is called with each number of bytes newly written. OUT appears only when it is complete.
+    same. accelerator: the device for the arithmetic, by default the processor; docs/gpu.md says which bytes it changes.
+    pool: what workers run in. progress is called with each number of bytes newly written. OUT appears only when it is
+    complete.
 
     Raises PlanError before anything is written if the plan is not ready, or if `out`, the memory or the disk do not
     allow it; FormatError if an input or the result holds NaN or infinity (`nan="error"`).
@@ -70,31 +71,29 @@ def execute(
     if resume and finish(plan.digest, folder):
         return Execution(resumed_bytes=plan.bytes_written)
     budget = memory or default_memory()
-    count = _check(plan, folder, budget, threads, gpu)
-    keep_freed_memory()
-    allow_many_files()
-    with Output(plan.digest, plan.shards, folder, resume) as output, _kernels(plan, compile, count, gpu) as kernels:
-        names = names_of(plan)
-        run = Worker(
-            plan,
-            output,
-            share=Budget(plan).share(budget, count),
-            nan=nan,
-            progress=progress or (lambda _: None),
-            kernels=kernels,
-            names=tuple(names[label] for label in plan.source_labels),
-            gpu=gpu,
-            device_share=gpu.room() // count if gpu else 0,
-        )
-        resumed = run.take_over()
+    count = _check(plan, folder, budget, threads, accelerator)
+    left = Budget(plan).left(budget)
+    options = Options(accelerator, left // count, accelerator.room(left) // count, count, nan, compile)
+    with Output(plan.digest, plan.shards, folder, resume) as output, Worker(plan, output.partial, options) as worker:
+        resumed = _take_over(plan, output, nan)
+        run = _Run(plan, options, output, progress or (lambda _: None))
+        run.progress(resumed)
         try:
-            with _explain_full_gpu(), thread_pool(count, run.stop) as executor:
-                _carry_out(run, executor)
+            with _explain_full_gpu(), pool(worker, count) as executor:
+                run.carry_out(executor)
         finally:
             output.flush()
         output.publish(documents(plan, output.done))
-    lines = (*_findings(plan, output), *sorted(kernels.problems))
-    return Execution(False, resumed, lines)
+    return Execution(False, resumed, (*_findings(plan, output), *sorted(run.remarks)))
+
+
+def _take_over(plan: Plan, output: Output, nan: Policy) -> int:
+    """The bytes that an interrupted run has written. Raises FormatError if it accepted NaN and this one does not."""
+    for receipt in output.done.values():
+        for where in receipt.nonfinite:
+            refuse_nonfinite(where, nan)
+    jobs = {job.name: job for job in plan.tensors}
+    return sum(jobs[name].segment_nbytes(segment) for name, segment in output.done)
 
 
 def _findings(plan: Plan, output: Output) -> Iterator[str]:
@@ -103,13 +102,6 @@ def _findings(plan: Plan, output: Output) -> Iterator[str]:
         yield f"{where} holds NaN or infinity"
     for label in plan.unlisted:
         yield f"{label}: offline, so only its files in the cache were used"
-
-
-def _kernels(plan: Plan, compile: Mode, threads: int, gpu: Accelerator | None) -> Kernels | GpuKernels:
-    numels = [job.spec.numel for job in plan.tensors if not job.copied]
-    if gpu is not None:
-        return GpuKernels(compile, sum(numels), gpu.device)
-    return Kernels(compile, sum(numel // BLOCK for numel in numels), BLOCK, threads)
 
 
 @contextmanager
@@ -138,73 +130,108 @@ def _already_there(plan: Plan, folder: Path, *, overwrite: bool, resume: bool, n
     return already_there(plan.digest, plan.shards, inputs, folder, overwrite=overwrite, rebuild=rebuild, nan=nan)
 
 
-def _check(plan: Plan, folder: Path, budget: int, threads: int | None, gpu: Accelerator | None) -> int:
+def _check(plan: Plan, folder: Path, budget: int, threads: int | None, accelerator: Accelerator) -> int:
     """The number of threads. Raises PlanError if the plan is not ready, or memory, disk or inputs forbid it."""
     if plan.pending or plan.unedited or plan.absent:
         raise PlanError(
             "the recipe asks for downloads, alignments or edits before its merge; call `mergekit_lfm.merge`, which "
             "makes them, or `prepare` the plan first"
         )
-    count = workers(plan, budget, threads, gpu)
+    count = workers(plan, budget, threads, accelerator)
     check_copies(plan)
     check_disk(plan, folder)
     return count
 
 
-def _carry_out(run: Worker, executor: Executor) -> None:
-    """Run first all tasks that need no barrier, heavy ones first, then in file order; then those in several passes."""
-    plan = run.plan
-    alone: list[Work] = []
-    if run.gpu is not None and plan.matrices:
-        run.gpu.load_solvers()
-    matrices = [_matrix_work(run, group) for group in sorted(plan.matrices, key=lambda group: -group.nbytes)]
-    for _ in executor(run.do, [work for work in matrices if any(work.missing.values())]):
-        pass
-    shared: list[list[Job]] = []
-    for group in plan.groups:
-        jobs = [plan.tensors[i] for i in group]
-        missing = {job.name: run.missing(job) for job in jobs}
-        if not any(missing.values()):
-            continue
-        if len(jobs) > 1 or (
-            jobs[0].needs_sums and run.budget.resident(group) > (run.device_share if run.gpu else run.share)
-        ):
-            shared.append(jobs)
-        elif jobs[0].needs_sums:
-            alone.append(Work(jobs[0], missing[jobs[0].name], solve=True))
-        else:
-            coefficients = (
-                None if jobs[0].copied else run_solve(METHODS[jobs[0].method].solve(plan.unit(jobs)), _no_sums)
-            )
-            segments = missing[jobs[0].name]
-            parts = [segments] if run.budget.by_one_worker(jobs[0]) else [(segment,) for segment in segments]
-            alone += [Work(jobs[0], part, coefficients) for part in parts]
-    heavy = plan.bytes_written // 16
-    alone.sort(key=lambda work: -work.job.nbytes if work.job.nbytes > heavy else 0)
-    for _ in executor(run.do, alone):
-        pass
-    for jobs in shared:
-        _in_passes(run, executor, jobs)
+@dataclass
+class _Run:
+    """One execution: its tasks in order, and what becomes of their results."""
 
+    plan: Plan
+    options: Options
+    output: Output
+    progress: Callable[[int], None]
+    remarks: set[str] = field(default_factory=set)
 
-def _matrix_work(run: Worker, group: MatrixGroup) -> MatrixWork:
-    jobs = [run.plan.tensors[i] for i in group.jobs]
-    return MatrixWork(group, {job.name: run.missing(job) for job in jobs})
+    def carry_out(self, executor: Executor) -> None:
+        """Do first all tasks that need no barrier, heavy ones first, then in file order; then those in passes."""
+        waiting = [group for group in self.plan.groups if any(self._missing(i) for i in group)]
+        shared = [group for group in waiting if self._takes_passes(group)]
+        alone = [task for group in waiting if group not in shared for task in self._tasks(*group)]
+        heavy = self.plan.bytes_written // 16
+        sizes = {task.job: self.plan.tensors[task.job].nbytes for task in alone}
+        alone.sort(key=lambda task: -sizes[task.job] if sizes[task.job] > heavy else 0)
+        self._do(executor, [*self._matrix_tasks(), *alone])
+        for group in shared:
+            self._solve(executor, group)
 
+    def _missing(self, job: int) -> tuple[int, ...]:
+        """The segments of a job without a receipt."""
+        name, segments = self.plan.tensors[job].name, self.plan.tensors[job].segments
+        return tuple(segment for segment in range(segments) if (name, segment) not in self.output.done)
 
-def _in_passes(run: Worker, executor: Executor, jobs: Sequence[Job]) -> None:
-    """Solve a group that does not fit a worker's share: one pass over its inputs for each reduction, one to apply."""
-    tasks = [(job, segment) for job in jobs for segment in range(job.segments)]
+    def _takes_passes(self, group: Sequence[int]) -> bool:
+        """True if a group's inputs do not fit a worker's share, so that all workers read them, once for every sum."""
+        needs_sums = self.plan.tensors[group[0]].needs_sums
+        return len(group) > 1 or (needs_sums and Budget(self.plan).resident(group) > self.options.device_share)
 
-    def over(request: Reduction) -> Any:
-        parts = executor(lambda i: (i, run.reduce(tasks[i][0], request, tasks[i][1])), range(len(tasks)))
-        return add_in_order(request, parts)
+    def _matrix_tasks(self) -> Iterator[MatrixTask]:
+        groups = self.plan.matrices
+        for number in sorted(range(len(groups)), key=lambda number: -groups[number].nbytes):
+            segments = {i: self._missing(i) for i in groups[number].jobs}
+            if any(segments.values()):
+                yield MatrixTask(number, segments)
 
-    method = METHODS[jobs[0].method]
-    coefficients = run_solve(method.solve(run.plan.unit(jobs)), over)
-    works = [Work(job, (segment,), coefficients) for job in jobs for segment in run.missing(job)]
-    for _ in executor(run.do, works):
-        pass
+    def _tasks(self, i: int) -> Iterator[MergeTask]:
+        """The tasks of a job that is merged alone, without passes."""
+        job, missing = self.plan.tensors[i], self._missing(i)
+        if job.needs_sums:
+            yield MergeTask(i, missing, solve=True)
+            return
+        coefficients = None if job.copied else run_solve(METHODS[job.method].solve(self.plan.unit([job])), _no_sums)
+        parts = [missing] if Budget(self.plan).by_one_worker(job) else [(segment,) for segment in missing]
+        for part in parts:
+            yield MergeTask(i, part, coefficients)
+
+    def _solve(self, executor: Executor, group: Sequence[int]) -> None:
+        """Solve a group in passes: one over its inputs for each reduction, one to apply."""
+        jobs = [self.plan.tensors[i] for i in group]
+        places = [(i, segment) for i, job in zip(group, jobs, strict=True) for segment in range(job.segments)]
+
+        def over(request: Reduction) -> Any:
+            tasks = [ReduceTask(number, *place, request) for number, place in enumerate(places)]
+            parts = ((part.number, part.value) for part in self._results(executor, tasks))
+            return add_in_order(request, parts)
+
+        coefficients = run_solve(METHODS[jobs[0].method].solve(self.plan.unit(jobs)), over)
+        self._do(executor, [MergeTask(i, (segment,), coefficients) for i in group for segment in self._missing(i)])
+
+    def _do(self, executor: Executor, tasks: Iterable[Task]) -> None:
+        for part in self._results(executor, tasks):
+            raise AssertionError(f"{part} of a sum that nobody requested")
+
+    def _results(self, executor: Executor, tasks: Iterable[Task]) -> Iterator[Part]:
+        """Do the tasks, keep their receipts and remarks, and give the parts of a sum."""
+        for result in executor(tasks):
+            match result:
+                case Part():
+                    yield result
+                case Remark():
+                    self.remarks.add(result.text)
+                case Receipt():
+                    self._record(result)
+
+    def _record(self, receipt: Receipt) -> None:
+        """Journal a receipt, unless it has come before: from a worker that was lost after it had sent it."""
+        if (receipt.tensor, receipt.segment) not in self.output.done:
+            nbytes = self.jobs[receipt.tensor].segment_nbytes(receipt.segment)
+            self.output.record(receipt, nbytes)
+            self.progress(nbytes)
+
+    @cached_property
+    def jobs(self) -> dict[str, Job]:
+        """The plan's jobs by the names of their tensors."""
+        return {job.name: job for job in self.plan.tensors}
 
 
 def _no_sums(_: Reduction) -> Any:

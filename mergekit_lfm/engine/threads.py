@@ -1,51 +1,55 @@
-"""Executors: the engine only needs an unordered map over tasks. This one uses threads."""
+"""The executor on threads of this process, which share one worker."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
-from threading import Event
-from typing import Protocol, TypeVar
+from queue import SimpleQueue
 
 import torch
 
-T = TypeVar("T")
-R = TypeVar("R")
-
-
-class Executor(Protocol):
-    """An unordered map over tasks."""
-
-    def __call__(self, run: Callable[[T], R], tasks: Iterable[T]) -> Iterator[R]:
-        """The results in order of completion."""
-
-
-class Stopped(Exception):
-    """Another worker failed, or the user interrupted: this worker stops at its next block."""
+from mergekit_lfm.engine.tasks import Executor, Result, Task
+from mergekit_lfm.engine.worker import Worker
 
 
 @contextmanager
-def thread_pool(count: int, stop: Event) -> Iterator[Executor]:
-    """An executor on `count` threads. An exception inside sets `stop` and waits for the workers to notice."""
+def thread_pool(worker: Worker, count: int) -> Iterator[Executor]:
+    """An executor on `count` threads. An exception inside stops the worker and waits for the threads to notice."""
     before = torch.get_num_threads()
     pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
 
-    def unordered(run: Callable[[T], R], tasks: Iterable[T]) -> Iterator[R]:
-        queue, running = iter(tasks), set[Future[R]]()
+    def unordered(tasks: Iterable[Task]) -> Iterator[Result]:
+        results = SimpleQueue[Result | BaseException | None]()  # None at the end of a task
+
+        def work(task: Task) -> None:
+            try:
+                for result in worker.run(task):
+                    results.put(result)
+                results.put(None)
+            except BaseException as error:
+                results.put(error)
+
+        rest, running = iter(tasks), 0
         while True:
-            running |= {pool.submit(run, task) for task in islice(queue, 2 * count - len(running))}
+            for task in islice(rest, 2 * count - running):
+                pool.submit(work, task)
+                running += 1
             if not running:
                 return
-            done, running = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
-                yield future.result()
+            result = results.get()
+            if isinstance(result, BaseException):
+                raise result
+            if result is None:
+                running -= 1
+            else:
+                yield result
 
     try:
         yield unordered
     except BaseException:
-        stop.set()
+        worker.stop.set()
         raise
     finally:
         pool.shutdown(cancel_futures=True)

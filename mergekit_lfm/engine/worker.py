@@ -1,32 +1,33 @@
-"""One worker: merges, copies or solves the tensors of a task and writes their bytes."""
+"""One worker: merges, copies or solves the tensors of a task, writes their bytes, and returns receipts for them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from threading import Event
-from typing import Any
 
 import torch
 import xxhash
 
-from mergekit_lfm.engine.blocks import Blocks, ReadRange, StoredBlock, apply_to, default_device, is_finite, run_solve
+from mergekit_lfm.engine.blocks import Blocks, StoredBlock, apply_to, default_device, is_finite, run_solve
+from mergekit_lfm.engine.documents import names_of
 from mergekit_lfm.engine.matrices import StoredMatrices
-from mergekit_lfm.engine.threads import Stopped
+from mergekit_lfm.engine.tasks import MatrixTask, MergeTask, Part, ReduceTask, Remark, Result, Task
 from mergekit_lfm.errors import FormatError
-from mergekit_lfm.kernels.block import SEGMENT, Coefficients
-from mergekit_lfm.kernels.compiled import Kernels
-from mergekit_lfm.kernels.gpu import GpuKernels
-from mergekit_lfm.kernels.reductions import Reduction
+from mergekit_lfm.kernels.block import Coefficients
+from mergekit_lfm.kernels.compiled import Mode
+from mergekit_lfm.kernels.gpu import make_kernels
 from mergekit_lfm.kernels.sums import round_once
-from mergekit_lfm.machine.accelerators import CHUNK, Accelerator
+from mergekit_lfm.machine.accelerators import Accelerator, ReadRange
+from mergekit_lfm.machine.resources import allow_many_files, keep_freed_memory
 from mergekit_lfm.methods import METHODS
-from mergekit_lfm.output.writer import Output, Policy, Receipt
+from mergekit_lfm.output.shards import ShardFiles
+from mergekit_lfm.output.writer import Policy, Receipt
 from mergekit_lfm.plan.budget import Budget
 from mergekit_lfm.plan.job import Job
-from mergekit_lfm.plan.matrices import MatrixGroup, MatrixJob
+from mergekit_lfm.plan.matrices import MatrixJob
 from mergekit_lfm.plan.plan import Plan
 from mergekit_lfm.plan.sources import TensorRef
 from mergekit_lfm.store.formats import bytes_of
@@ -35,171 +36,164 @@ from mergekit_lfm.store.tensors import FLOATS, ITEMSIZE
 HOST = torch.device("cpu")
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
-    """One worker's task, done without waiting: all segments of a job that needs sums, or some of one that does not."""
-
-    job: Job
-    segments: tuple[int, ...]
-    coefficients: Coefficients | None = None
-    solve: bool = False
+class Stopped(Exception):
+    """Another worker failed, or the user interrupted: this worker stops at its next block."""
 
 
 @dataclass(frozen=True, slots=True)
-class MatrixWork:
-    """One worker's task, done without waiting: matrices that are merged together. missing: segments to write."""
+class Options:
+    """How all workers of an execution work. share, device_share: bytes that each may hold, on the host and the device.
 
-    group: MatrixGroup
-    missing: Mapping[str, tuple[int, ...]]
+    threads: the number of workers. nan: what to do about NaN and infinity. compile: as of `execute`.
+    """
 
-
-@dataclass
-class Worker:
-    """The state that the tasks of one execution share."""
-
-    plan: Plan
-    output: Output
+    accelerator: Accelerator
     share: int
+    device_share: int
+    threads: int
     nan: Policy
-    progress: Callable[[int], None]
-    kernels: Kernels | GpuKernels
-    names: tuple[str, ...]
-    gpu: Accelerator | None = None
-    device_share: int = 0
-    stop: Event = field(default_factory=Event)
+    compile: Mode
+
+
+class Worker:
+    """Does tasks of a plan, for several threads at once. Use as a context manager.
+
+    Picklable: a copy in another process opens the inputs and the shards in `folder` for itself. stop: set it to end all
+    tasks at their next block.
+    """
+
+    def __init__(self, plan: Plan, folder: Path, options: Options) -> None:
+        self.plan, self.folder, self.options = plan, folder, options
+        self.stop = Event()
+        self._accelerator = options.accelerator
+        self._budget = Budget(plan)
+        self._shards = ShardFiles(folder, plan.shards)
+        numels = [job.spec.numel for job in plan.tensors if not job.copied]
+        self._kernels = make_kernels(self._accelerator, options.compile, numels, options.threads)
+        self._remarks = set[str]()
+
+    def __reduce__(self) -> tuple[type[Worker], tuple[Plan, Path, Options]]:
+        return Worker, (self.plan, self.folder, self.options)
+
+    def __enter__(self) -> Worker:
+        keep_freed_memory()
+        allow_many_files()
+        if self.plan.matrices:
+            self._accelerator.load_solvers()
+        self._kernels.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._kernels.__exit__()
+        self._shards.close()
+
+    def run(self, task: Task) -> Iterator[Result]:
+        """Do a task: the receipts of the segments it wrote, or its part of a sum, and remarks not made before.
+
+        Raises FormatError for NaN or infinity unless the options accept them; Stopped after `stop` is set.
+        """
+        with self._accelerator.stream():
+            match task:
+                case MergeTask():
+                    yield from self._merge_segments(task)
+                case MatrixTask():
+                    yield from self._merge_matrices(task)
+                case ReduceTask():
+                    blocks = self._blocks(self.plan.tensors[task.job])
+                    yield Part(task.number, blocks.part(task.request, task.segment))
+        for text in sorted(self._kernels.problems - self._remarks):
+            self._remarks.add(text)
+            yield Remark(text)
 
     @cached_property
-    def budget(self) -> Budget:
-        """The memory that its work takes."""
-        return Budget(self.plan)
+    def _names(self) -> tuple[str, ...]:
+        """The public name of each of the plan's sources."""
+        names = names_of(self.plan)
+        return tuple(names[label] for label in self.plan.source_labels)
 
-    def blocks(self, job: Job, resident: bool = False) -> Blocks:
-        """The job's inputs, read from the files block by block or held in memory: the processor's, or the GPU's."""
-        ranges = at_once = 1
-        if self.gpu is not None:
-            ranges = at_once = self._count_blocks(job, min(self.share - self.budget.views(job), self.device_share))
-            if resident:  # then the host's memory holds only a chunk's result, pinned and rounded up
-                result = job.block * ITEMSIZE[job.dtype]
-                at_once = self._count_blocks(job, self.device_share, min(SEGMENT, self.share // (4 * result)))
-        readers = {source: self._make_reader(source, job.block * ranges, resident) for source in job.read}
+    def _blocks(self, job: Job, resident: bool = False) -> Blocks:
+        """The job's inputs, read from the files block by block, or held on the device."""
+        options, device = self.options, self._accelerator
+        read = self._count_blocks(job, min(options.share - self._budget.views(job), options.device_share), device.chunk)
+        at_once = read
+        if resident:  # then the host's memory holds only a chunk's result, pinned and rounded up
+            result = job.block * ITEMSIZE[job.dtype]
+            most = min(device.resident_chunk, options.share // (4 * result))
+            at_once = self._count_blocks(job, options.device_share, most)
+        readers = {source: self._reader(source, job.block * read, resident) for source in job.read}
         base = readers[job.base] if job.base else None
         sources = [readers[source] for source in job.sources + job.statistics]
         dtype = getattr(torch, job.compute)
-        return Blocks(sources, base, job.spec.numel, job.block, dtype, self.kernels, self.gpu, at_once)
+        return Blocks(sources, base, job.spec.numel, job.block, dtype, self._kernels, device, at_once)
 
-    def _count_blocks(self, job: Job, nbytes: int, most: int = CHUNK) -> int:
+    def _count_blocks(self, job: Job, nbytes: int, most: int) -> int:
         """Blocks per chunk that fit in `nbytes`, at most `most`: a power of two that divides SEGMENT."""
-        return 1 << (max(1, min(most, nbytes // max(1, self.budget.working(job)))).bit_length() - 1)
+        return 1 << (max(1, min(most, nbytes // max(1, self._budget.working(job)))).bit_length() - 1)
 
-    def _make_reader(self, source: tuple[int, str], most: int, resident: bool) -> ReadRange:
+    def _reader(self, source: TensorRef, most: int, resident: bool) -> ReadRange:
         """A reader of ranges of up to `most` elements, which the next call may overwrite; resident: reads all once."""
         model, name = self.plan.sources[source[0]], source[1]
         numel, dtype = model[name].numel, getattr(torch, model[name].dtype)
-        buffer = torch.empty(0 if resident or self.gpu else min(most, numel), dtype=dtype)
 
-        def read(start: int, stop: int, to: torch.Tensor | None = None) -> torch.Tensor:
-            if self.stop.is_set():
-                raise Stopped
-            part = buffer[: stop - start] if self.gpu is None else self.gpu.buffer(stop - start, dtype)
-            model.read_into(name, start, bytes_of(part))
-            return part if self.gpu is None else self.gpu.up(part, to)
+        def fill(start: int, into: torch.Tensor) -> None:
+            self._check_stop()
+            model.read_into(name, start, bytes_of(into))
 
         if not resident:
-            return read
-        if self.gpu is None:
-            whole = model.read(name)
-        else:
-            whole = torch.empty(numel, dtype=dtype, device=self.gpu.device)
-            for number, start in enumerate(range(0, numel, most)):
-                read(start, min(numel, start + most), whole[start : start + most])
-                if number % 2:  # one range is read while another is copied; no more than two are pinned
-                    self.gpu.settle()
+            return self._accelerator.reader(min(most, numel), dtype, fill)
+        whole = self._accelerator.load(numel, most, dtype, fill)
         return lambda start, stop: whole[start:stop]
 
-    def missing(self, job: Job) -> tuple[int, ...]:
-        """The segments without a receipt."""
-        return tuple(s for s in range(job.segments) if (job.name, s) not in self.output.done)
+    def _check_stop(self) -> None:
+        if self.stop.is_set():
+            raise Stopped
 
-    def take_over(self) -> int:
-        """Adopt an interrupted run's receipts, report its bytes to the progress, and return how many it had written.
-
-        Raises FormatError if a receipt names NaN or infinity and this run does not accept them.
-        """
-        for receipt in self.output.done.values():
-            for where in receipt.nonfinite:
-                self._not_finite(where)
-        jobs = {job.name: job for job in self.plan.tensors}
-        done = sum(jobs[name].segment_nbytes(segment) for name, segment in self.output.done)
-        self.progress(done)
-        return done
-
-    def do(self, work: Work | MatrixWork) -> None:
-        """Merge or copy the segments of `work`, write them, and record the receipts."""
-        with self._working():
-            self._do(work)
-
-    def _working(self) -> AbstractContextManager[None]:
-        """Context in which a worker computes on the GPU, if the merge uses one."""
-        return nullcontext() if self.gpu is None else self.gpu.working()
-
-    def _do(self, work: Work | MatrixWork) -> None:
-        if isinstance(work, MatrixWork):
-            self._solve(work)
-            return
-        job = work.job
+    def _merge_segments(self, task: MergeTask) -> Iterator[Receipt]:
+        job = self.plan.tensors[task.job]
         if job.copied:
-            for segment in work.segments:
-                self._copy(job, segment)
+            yield from (self._copy(job, segment) for segment in task.segments)
             return
-        blocks = self.blocks(job, resident=work.solve)
-        coefficients = work.coefficients
-        if work.solve and job.spec.numel:
+        blocks = self._blocks(job, resident=task.solve)
+        coefficients = task.coefficients
+        if task.solve and job.spec.numel:
             coefficients = run_solve(METHODS[job.method].solve(self.plan.unit([job])), blocks.reduce)
-        for segment in work.segments:
-            self._merge(job, blocks, coefficients, segment)
+        for segment in task.segments:
+            yield self._merge(job, blocks, coefficients, segment)
 
-    def _solve(self, work: MatrixWork) -> None:
-        """Merge whole matrices."""
+    def _merge_matrices(self, task: MatrixTask) -> Iterator[Receipt]:
         bad = set[str]()
-        matrices = [self._stored(matrix, bad) for matrix in work.group.matrices]
-        jobs = [self.plan.tensors[i] for i in work.group.jobs]
-        whole = METHODS[jobs[0].method].whole
+        group = self.plan.matrices[task.group]
+        matrices = [self._stored(matrix, bad) for matrix in group.matrices]
+        unit = self.plan.unit([self.plan.tensors[group.jobs[0]]])
+        whole = METHODS[self.plan.recipe.merge_method].whole
         assert whole is not None
-        waiting, merging = iter(jobs), whole.merge(self.plan.unit(jobs[:1]), matrices)
+        merging = whole.merge(unit, matrices)
         for matrix in matrices:
-            with nullcontext() if self.gpu is None else default_device(self.gpu.device):
+            with default_device(self._accelerator.device):
                 merged = next(merging)
-            for part in matrix.parts(merged):
-                job = next(waiting)
+            for i, part in zip(matrix.job.jobs, matrix.parts(merged), strict=True):
+                job = self.plan.tensors[i]
                 tensor = self._finish(job, 0, part)
                 if not is_finite(tensor) and not bad:
                     bad.add(self._not_finite(f"{job.name} of the output"))
-                for segment in work.missing[job.name]:
+                for segment in task.segments[i]:
                     first = segment * job.segment_numel
                     data = bytes_of(tensor[first : first + job.segment_numel])
-                    self.output.write(job.name, first * ITEMSIZE[job.dtype], data)
-                    digest = xxhash.xxh3_128_hexdigest(data)
-                    self.progress(len(data))
-                    self.output.record(Receipt(job.name, segment, digest, tuple(sorted(bad))), len(data))
+                    self._shards.write(job.name, first * ITEMSIZE[job.dtype], data)
+                    yield Receipt(job.name, segment, xxhash.xxh3_128_hexdigest(data), tuple(sorted(bad)))
 
     def _stored(self, matrix: MatrixJob, bad: set[str]) -> StoredMatrices:
         """A matrix whose tensors are read from the files on demand; adds the names of those not finite to `bad`."""
 
         def read(source: TensorRef, start: int, stop: int) -> torch.Tensor:
-            if self.stop.is_set():
-                raise Stopped
-            with nullcontext() if self.gpu is None else default_device(HOST):
+            self._check_stop()
+            with default_device(HOST):
                 part = self.plan.sources[source[0]].read(source[1], start, stop)
             if not is_finite(part):
-                bad.add(self._not_finite(f"{source[1]} of {self.names[source[0]]}"))
+                bad.add(self._not_finite(f"{source[1]} of {self._names[source[0]]}"))
             return part
 
         return StoredMatrices(read, matrix)
-
-    def reduce(self, job: Job, request: Reduction, segment: int) -> Any:
-        """One segment's part of a reduction, read from the files."""
-        with self._working():
-            return self.blocks(job).part(request, segment)
 
     def _result(self, job: Job, block: StoredBlock, coefficients: Coefficients) -> torch.Tensor:
         """The merged block plus the edits' changes, in the output's dtype."""
@@ -211,12 +205,9 @@ class Worker:
         """Elements from `start` on plus the edits' changes, in the output's dtype and the processor's memory."""
         dtype = getattr(torch, job.dtype)
         if job.added is None:
-            return self._to_host(round_once(merged, dtype))
-        return round_once(self._to_host(merged).double() + self._read_changes(job, start, start + len(merged)), dtype)
-
-    def _to_host(self, x: torch.Tensor) -> torch.Tensor:
-        """x in the processor's memory."""
-        return x if self.gpu is None or x.is_cpu else self.gpu.down(x)
+            return self._accelerator.down(round_once(merged, dtype))
+        changes = self._read_changes(job, start, start + len(merged))
+        return round_once(self._accelerator.down(merged).double() + changes, dtype)
 
     def _read_changes(self, job: Job, start: int, stop: int) -> torch.Tensor:
         """The edits' changes to elements start .. stop of the result, float64."""
@@ -224,30 +215,28 @@ class Worker:
         source, name = job.added
         return self.plan.sources[source].read(name, start, stop)
 
-    def _merge(self, job: Job, blocks: Blocks, coefficients: Coefficients | None, segment: int) -> None:
+    def _merge(self, job: Job, blocks: Blocks, coefficients: Coefficients | None, segment: int) -> Receipt:
         size = ITEMSIZE[job.dtype]
-        digest, nbytes, bad = xxhash.xxh3_128(), 0, set[str]()
+        digest, bad = xxhash.xxh3_128(), set[str]()
         numbers, ahead = blocks.segment(segment), None
         for i in numbers:
             assert coefficients is not None
             block = blocks.load(i) if ahead is None else ahead
             merged = self._result(job, block, coefficients)
             following = i + blocks.at_once
-            more = self.gpu is not None and following in numbers
-            ahead = blocks.load(following) if more else None  # read and copied while the GPU merges this one
+            more = self._accelerator.reads_ahead and following in numbers
+            ahead = blocks.load(following) if more else None  # read and copied while the device merges this one
             if not block.sound(merged):  # compiled code and GPUs may give NaN other bits
                 parts = [part for _, part in block.at_home().blocks()]
                 results = [self._result(job, part, coefficients) for part in parts]
                 bad = bad.union(*(self._check(job, *pair) for pair in zip(parts, results, strict=True)))
                 merged = torch.cat(results)
-            data = bytes_of(self._to_host(merged))
-            self.output.write(job.name, block.start * size, data)
+            data = bytes_of(self._accelerator.down(merged))
+            self._shards.write(job.name, block.start * size, data)
             digest.update(data)
-            nbytes += len(data)
-            self.progress(len(data))
-        self.output.record(Receipt(job.name, segment, digest.hexdigest(), tuple(sorted(bad))), nbytes)
+        return Receipt(job.name, segment, digest.hexdigest(), tuple(sorted(bad)))
 
-    def _copy(self, job: Job, segment: int) -> None:
+    def _copy(self, job: Job, segment: int) -> Receipt:
         """Copy a segment of the first source; in the kernel if it is a byte range of a file."""
         model, name = job.sources[0]
         checkpoint, size = self.plan.models[model], ITEMSIZE[job.dtype]
@@ -256,36 +245,39 @@ class Worker:
         last = min(job.nbytes, first + job.segment_numel * size)
         digest, bad = xxhash.xxh3_128(), set[str]()
         offset = file.offset(name)
-        shared = offset is not None and self.output.copy(job.name, first, file.fileno(), offset + first, last - first)
+        shared = offset is not None and self._shards.copy(job.name, first, file.fileno(), offset + first, last - first)
         buffer = torch.empty(min(step, last - first), dtype=torch.uint8)
         for start in range(first, last, step):
-            if self.stop.is_set():
-                raise Stopped
+            self._check_stop()
             raw = buffer[: min(step, last - start)]
             data = bytes_of(raw)
             file.read_into(name, start, data)
             if not shared:
-                self.output.write(job.name, start, data)
+                self._shards.write(job.name, start, data)
             digest.update(data)
             if job.dtype in FLOATS and not is_finite(raw.view(getattr(torch, job.dtype))):
-                bad.add(self._not_finite(f"{name} of {self.names[model]}"))
-            self.progress(len(data))
-        self.output.record(Receipt(job.name, segment, digest.hexdigest(), tuple(sorted(bad))), last - first)
+                bad.add(self._not_finite(f"{name} of {self._names[model]}"))
+        return Receipt(job.name, segment, digest.hexdigest(), tuple(sorted(bad)))
 
     def _check(self, job: Job, block: StoredBlock, merged: torch.Tensor) -> set[str]:
         """The names of the tensors of a block that are not finite: the inputs, else the output."""
         if block.sound(merged):
             return set()
         inputs = [
-            f"{name} of {self.names[source]}"
+            f"{name} of {self._names[source]}"
             for source, name in job.read
             if not is_finite(self.plan.sources[source].read(name, block.start, block.start + len(merged)))
         ]
         return {self._not_finite(where) for where in inputs or [f"{job.name} of the output"]}
 
     def _not_finite(self, where: str) -> str:
-        if self.nan == "error":
-            raise FormatError(
-                f"{where} holds NaN or infinity; repair the model, or use --nan warn, which records it in the lock"
-            )
+        refuse_nonfinite(where, self.options.nan)
         return where
+
+
+def refuse_nonfinite(where: str, nan: Policy) -> None:
+    """Raise FormatError about NaN or infinity unless the policy accepts it."""
+    if nan == "error":
+        raise FormatError(
+            f"{where} holds NaN or infinity; repair the model, or use --nan warn, which records it in the lock"
+        )

@@ -44,6 +44,8 @@ class Kernels:
     yet, run eagerly, with the same result. Use as a context manager: leaving it stops unfinished compilations.
     """
 
+    native = False
+
     def __init__(self, mode: Mode, blocks: int, block: int, threads: int) -> None:
         self.mode, self.blocks, self.block, self.threads = mode, blocks, block, threads
         self.problems = set[str]()

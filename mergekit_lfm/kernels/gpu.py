@@ -19,9 +19,11 @@ from typing import Any
 import torch
 
 from mergekit_lfm.errors import reason
-from mergekit_lfm.kernels.compiled import Fused, Mode
+from mergekit_lfm.kernels.block import BLOCK
+from mergekit_lfm.kernels.compiled import Fused, Kernels, Mode
 from mergekit_lfm.kernels.emit import COUNT, PROGRAM, KernelText, Unsupported, emit
 from mergekit_lfm.kernels.step import Form, Step, run_eagerly, take_apart
+from mergekit_lfm.machine.accelerators import Accelerator
 
 KERNELS_PAY = 1 << 28  # elements of a merge from which kernels pay
 LEAST = 1 << 12  # elements of a block from which they do; other things of that size are not taken for blocks
@@ -61,6 +63,13 @@ class GpuKernels:
             looked_at = (*step.stored, *(() if step.base is None else (step.base,)), *results)
             step.flag.logical_or_(~torch.stack([x.isfinite().all() for x in looked_at]).all())
         return result
+
+
+def make_kernels(accelerator: Accelerator, mode: Mode, numels: Sequence[int], threads: int) -> Kernels | GpuKernels:
+    """What runs elementwise functions on the device, for tensors of so many elements each."""
+    if accelerator.by_chunk:
+        return GpuKernels(mode, sum(numels), accelerator.device)
+    return Kernels(mode, sum(numel // BLOCK for numel in numels), BLOCK, threads)
 
 
 def _failures() -> tuple[type[Exception], ...]:

@@ -9,7 +9,6 @@ afterwards.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -17,12 +16,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from threading import Lock
 from typing import Literal
 
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.output.layout import Shard
 from mergekit_lfm.output.lock import LOCK, lock_of
+from mergekit_lfm.output.shards import ShardFiles
 from mergekit_lfm.store.durable import lock_folder, replace_file, reserve, sync_folder, write_all
 from mergekit_lfm.store.places import check_apart, check_kind, has_files, partial_of
 from mergekit_lfm.store.tensors import UNFINISHED, name_file, write_exactly
@@ -88,7 +87,7 @@ def _undo(digest: str, out: Path) -> None:
 
 
 class Output:
-    """OUT.partial while it is written. Use as a context manager; `publish` makes it OUT.
+    """OUT.partial while it is written: its journal and its end. Use as a context manager; `publish` makes it OUT.
 
     done: the receipts of the segments that need no more work, from the journal of an interrupted run of the same plan.
     """
@@ -96,13 +95,10 @@ class Output:
     def __init__(self, digest: str, shards: Sequence[Shard], out: Path, resume: bool = True) -> None:
         self.digest, self.shards, self.out, self.partial = digest, shards, out, partial_of(out)
         self.done: dict[tuple[str, int], Receipt] = {}
-        self._places = {
-            spec.name: (s, shard.offsets[spec.name]) for s, shard in enumerate(shards) for spec in shard.tensors
-        }
-        self._lock, self._pending, self._pending_bytes = Lock(), list[Receipt](), 0
+        self._files = ShardFiles(self.partial, shards)
+        self._pending, self._pending_bytes = list[Receipt](), 0
         self._syncs: list[Future[None]] = []
         self._syncer = ThreadPoolExecutor(1, thread_name_prefix="sync")
-        self._fds: list[int] = []
         self._journal = self._folder = -1
         self._broken = False  # True once a sync failed: which other data are lost cannot be known
         try:
@@ -116,10 +112,11 @@ class Output:
 
     def __exit__(self, *_: object) -> None:
         self._syncer.shutdown()
-        for fd in (*self._fds, self._journal, self._folder):
+        self._files.close()
+        for fd in (self._journal, self._folder):
             if fd >= 0:
                 os.close(fd)
-        self._fds, self._journal, self._folder = [], -1, -1
+        self._journal, self._folder = -1, -1
 
     def _open(self, resume: bool) -> None:
         journal = self.partial / JOURNAL
@@ -130,13 +127,12 @@ class Output:
         self._journal = os.open(journal, os.O_RDWR | os.O_CREAT, 0o666)
         if not (resume and self._shards_whole() and self._read_journal(journal)):
             self._start_over(journal)
-        for shard in self.shards:
-            path = self.partial / shard.name
-            fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-            self._fds.append(fd)
+        for number, shard in enumerate(self.shards):
+            path = self._files.path(number)
             with name_file(path):
-                reserve(fd, shard.nbytes)
-                write_exactly(fd, 0, memoryview(UNFINISHED + shard.header[8:]))
+                path.touch()
+                reserve(self._files.fileno(number), shard.nbytes)
+                write_exactly(self._files.fileno(number), 0, memoryview(UNFINISHED + shard.header[8:]))
         sync_folder(self.partial)
 
     def _shards_whole(self) -> bool:
@@ -182,49 +178,13 @@ class Output:
             os.fsync(self._journal)
         sync_folder(self.partial.parent)
 
-    def place(self, name: str) -> tuple[int, int]:
-        """The descriptor of the tensor's shard, and the offset of its bytes there."""
-        shard, offset = self._places[name]
-        return self._fds[shard], offset
-
-    def write(self, name: str, start: int, data: memoryview) -> None:
-        """Write bytes of a tensor from byte `start` of it on."""
-        fd, offset = self.place(name)
-        with name_file(self.partial / self.shards[self._places[name][0]].name):
-            write_exactly(fd, offset + start, data)
-
-    def copy(self, name: str, start: int, source: int, offset: int, nbytes: int) -> bool:
-        """Copy bytes from a file's descriptor and offset to byte `start` of the tensor. False if the kernel cannot.
-
-        If source and destination are equal modulo 4096, whole pages are copied by calls of their own: a filesystem that
-        has reflinks then shares them.
-        """
-        fd, target = self.place(name)
-        target += start
-        page = min(nbytes, -target % 4096) if (target - offset) % 4096 == 0 else 0
-        whole = (nbytes - page) // 4096 * 4096 if page else nbytes
-        done = 0
-        try:
-            for end in (page, page + whole, nbytes):
-                while done < end:
-                    moved = os.copy_file_range(source, fd, end - done, offset + done, target + done)
-                    if not moved:  # the source ended early; reading it raises the error
-                        return False
-                    done += moved
-        except OSError as error:
-            if error.errno in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
-                return False
-            raise
-        return True
-
     def record(self, receipt: Receipt, nbytes: int) -> None:
         """Record that a segment of `nbytes` is written; the journal has it once its data are synced."""
-        with self._lock:
-            self._pending.append(receipt)
-            self._pending_bytes += nbytes
-            self.done[receipt.tensor, receipt.segment] = receipt
-            if self._pending_bytes >= SYNC_BYTES:
-                self._hand_over()
+        self._pending.append(receipt)
+        self._pending_bytes += nbytes
+        self.done[receipt.tensor, receipt.segment] = receipt
+        if self._pending_bytes >= SYNC_BYTES:
+            self._hand_over()
         for sync in [sync for sync in self._syncs if sync.done()]:
             sync.result()
 
@@ -237,9 +197,9 @@ class Output:
             return
         self._broken = True
         lines = "".join(json.dumps(asdict(receipt)) + "\n" for receipt in batch).encode()
-        for shard in sorted({self._places[receipt.tensor][0] for receipt in batch}):
-            with name_file(self.partial / self.shards[shard].name):
-                os.fdatasync(self._fds[shard])
+        for shard in sorted({self._files.shard_of(receipt.tensor) for receipt in batch}):
+            with name_file(self._files.path(shard)):
+                os.fdatasync(self._files.fileno(shard))
         with name_file(self.partial / JOURNAL):
             write_all(self._journal, lines)
             os.fdatasync(self._journal)
@@ -247,9 +207,8 @@ class Output:
 
     def flush(self) -> None:
         """Sync all recorded segments and wait until the journal has them."""
-        with self._lock:
-            if self._pending:
-                self._hand_over()
+        if self._pending:
+            self._hand_over()
         for sync in self._syncs:
             sync.result()
         self._syncs.clear()
@@ -257,10 +216,10 @@ class Output:
     def publish(self, files: dict[str, bytes]) -> None:
         """Make the shards readable, add the other files (the lock is the last of them), and move everything to OUT."""
         self.flush()
-        for fd, shard in zip(self._fds, self.shards, strict=True):
-            with name_file(self.partial / shard.name):
-                write_exactly(fd, 0, memoryview(shard.header[:8]))
-                os.fsync(fd)
+        for number, shard in enumerate(self.shards):
+            with name_file(self._files.path(number)):
+                write_exactly(self._files.fileno(number), 0, memoryview(shard.header[:8]))
+                os.fsync(self._files.fileno(number))
         for name, data in sorted(files.items(), key=lambda item: item[0] == LOCK):
             path = self.partial / name
             path.parent.mkdir(exist_ok=True)

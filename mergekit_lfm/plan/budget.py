@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.machine.resources import allocated_bytes, default_threads, free_space
+from mergekit_lfm.machine.resources import allocated_bytes, free_space
 from mergekit_lfm.machine.sizes import format_size
 from mergekit_lfm.plan.job import Job
 from mergekit_lfm.plan.plan import Plan
@@ -18,12 +18,10 @@ from mergekit_lfm.store.tensors import ITEMSIZE
 if TYPE_CHECKING:
     from mergekit_lfm.machine.accelerators import Accelerator
 
-WORKERS = 16  # threads that feed a GPU by default: more would share its memory, and so work on smaller chunks
-
 
 @dataclass(frozen=True)
 class Budget:
-    """The memory that the work on a plan takes, in bytes: of the host, and of a GPU's free memory, `room`."""
+    """The memory that the work on a plan takes, in bytes: of the host, and of a device's, `room`."""
 
     plan: Plan
 
@@ -34,7 +32,7 @@ class Budget:
         return self.working(job) + self.views(job)
 
     def working(self, job: Job) -> int:
-        """The part of `scratch` that a GPU holds if there is one: all but the memory of views."""
+        """The part of `scratch` that the device holds: all but the memory of views."""
         return min(job.block, job.spec.numel) * len(job.read) * (ITEMSIZE[job.compute] * 8 + 8) + job.sums_nbytes
 
     def views(self, job: Job) -> int:
@@ -56,15 +54,19 @@ class Budget:
         """True if one worker should do all of the job, as a view makes the whole tensor for each that reads it."""
         return any(self.plan.sources[i].file_of(name).at_once(name) for i, name in job.read_at_all)
 
+    def left(self, memory: int) -> int:
+        """The part of `memory` that workers share: all but what views hold."""
+        return memory - self.resident_views
+
     def share(self, memory: int, threads: int) -> int:
         """Bytes that each of so many workers may hold."""
-        return (memory - self.resident_views) // max(1, threads)
+        return self.left(memory) // max(1, threads)
 
-    def most_threads(self, memory: int, room: int | None = None) -> int:
-        """The number of threads, at least one, for which `memory` bytes suffice, and `room` on a GPU."""
-        most = (memory - self.resident_views) // max([1, *(nbytes for _, nbytes in self._demands())])
-        on_gpu = most if room is None else room // max([1, *(nbytes for _, nbytes in self._demands_of_gpu())])
-        return max(1, min(most, on_gpu))
+    def most_threads(self, memory: int, room: int) -> int:
+        """The number of threads, at least one, for which `memory` bytes suffice, and `room` on the device."""
+        on_host = self.left(memory) // max([1, *(nbytes for _, nbytes in self._demands())])
+        on_device = room // max([1, *(nbytes for _, nbytes in self._demands_of_device())])
+        return max(1, min(on_host, on_device))
 
     def peak(self, memory: int, threads: int) -> int:
         """An upper bound of the bytes that the engine holds, at most `memory`. Raises PlanError if it takes more."""
@@ -83,8 +85,8 @@ class Budget:
         return min(memory, self.resident_views + threads * max([largest, *kept]))
 
     def check_room(self, room: int, threads: int) -> None:
-        """Raise PlanError if a GPU's memory is too little: each of so many threads has its share of `room` bytes."""
-        name, largest = max(self._demands_of_gpu(), key=lambda demand: demand[1], default=("", 0))
+        """Raise PlanError if the device's memory is too little: each of so many threads has its share of `room`."""
+        name, largest = max(self._demands_of_device(), key=lambda demand: demand[1], default=("", 0))
         if largest > room // threads:
             raise PlanError(
                 f"{name} needs {format_size(largest)} of the GPU's memory for one worker; the free memory gives each "
@@ -96,7 +98,7 @@ class Budget:
         yield from ((job.name, self.scratch(job)) for job in self.plan.tensors)
         yield from self._matrix_demands()
 
-    def _demands_of_gpu(self) -> Iterator[tuple[str, int]]:
+    def _demands_of_device(self) -> Iterator[tuple[str, int]]:
         yield from ((job.name, self.working(job)) for job in self.plan.tensors if not job.copied)
         yield from self._matrix_demands()
 
@@ -104,14 +106,13 @@ class Budget:
         yield from ((self.plan.tensors[group.jobs[0]].name, group.nbytes) for group in self.plan.matrices)
 
 
-def workers(plan: Plan, memory: int, threads: int | None, gpu: Accelerator | None) -> int:
-    """The number of threads for so many bytes. Raises PlanError if these, or a GPU's memory, are too few for them."""
-    budget, room = Budget(plan), None if gpu is None else gpu.room()
-    most = default_threads() if room is None else min(WORKERS, default_threads())
-    count = threads or min(most, budget.most_threads(memory, room))
+def workers(plan: Plan, memory: int, threads: int | None, accelerator: Accelerator) -> int:
+    """The number of threads for so many bytes. Raises PlanError if these, or the device's memory, are too few."""
+    budget = Budget(plan)
+    room = accelerator.room(budget.left(memory))
+    count = threads or min(accelerator.threads, budget.most_threads(memory, room))
     budget.peak(memory, count)
-    if room is not None:
-        budget.check_room(room, count)
+    budget.check_room(room, count)
     return count
 
 

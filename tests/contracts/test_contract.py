@@ -7,69 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_stats import gram_of, write_fisher, write_grams
+from helpers_methods import CASES, DELTAS, count_of, ids, parameters_of, save_model, save_statistics, tensors_of
 from models import files_of
-from safetensors.torch import load_file, save_file
 
 from mergekit_lfm import merge_tensors
-from mergekit_lfm.artifacts.statistics import Layer
 from mergekit_lfm.engine.execute import execute
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.methods import METHODS, REQUIRED
+from mergekit_lfm.methods import METHODS
 from mergekit_lfm.plan.budget import Budget
 from mergekit_lfm.plan.plan import make_plan
 from mergekit_lfm.recipe.recipe import Recipe
 
-VARIANTS: dict[str, list[dict[str, Any]]] = {
-    "nuslerp": [{"nuslerp_flatten": False}, {"nuslerp_flatten": False, "nuslerp_row_wise": True}],
-    "model_stock": [{"filter_wise": True}],
-    "ties": [{"density": 0.4}, {"density": 0.4, "rescale": True}, {"density": 0.3, "scope": "global"}],
-    "dare_linear": [{"density": 0.4}, {"density": 0.4, "rescale": "density"}],
-    "dare_ties": [{"density": 0.4}],
-    "breadcrumbs": [{"density": 0.5, "gamma": 0.1}],
-    "breadcrumbs_ties": [{"density": 0.5, "gamma": 0.1, "normalize": True}],
-    "passthrough": [{"scale": 0.5}],
-    "fisher": [{"normalize": True, "epsilon": 1e-3}],
-    "regmean": [{"alpha": 1.0, "ridge": 0.0}],
-    "tsv": [{"decompose": "kernels"}],
-    "iso_c": [{"decompose": "kernels"}],
-}
-CASES = [(name, extra) for name in METHODS for extra in [{}, *VARIANTS.get(name, [])]]
-DELTAS = [name for name, method in METHODS.items() if method.base in ("required", "optional")]
 SYMMETRIC = [name for name, m in METHODS.items() if m.inputs != (1, 1) and m.base != "first" and not m.random]
-
-
-def ids(case: tuple[str, dict[str, Any]]) -> str:
-    return "-".join([case[0], *(f"{key}={value}" for key, value in case[1].items())])
-
-
-def parameters_of(name: str, extra: dict[str, Any]) -> dict[str, Any]:
-    """A value for each parameter that has no default, and the extras."""
-    return {p.name: 0.6 for p in METHODS[name].parameters if p.default is REQUIRED} | extra
-
-
-def count_of(name: str) -> int:
-    least, most = METHODS[name].inputs
-    return most or max(least, 3)
-
-
-def tensors_of(name: str, shape: tuple[int, ...] = (12, 20), dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    """Arguments for merge_tensors: fine-tunes of one base."""
-    generator = torch.Generator().manual_seed(11)
-    base = torch.randn(shape, generator=generator)
-    tunes = [(base + 0.05 * torch.randn(shape, generator=generator)).to(dtype) for _ in range(count_of(name))]
-    if METHODS[name].base == "first":
-        return {"tensors": tunes[1:], "base": tunes[0]}
-    given = {"tensors": tunes, "base": base.to(dtype) if name in DELTAS else None}
-    return given | ({"statistics": statistics_of(name, shape)} if METHODS[name].statistics else {})
-
-
-def statistics_of(name: str, shape: tuple[int, ...]) -> list[torch.Tensor]:
-    """One statistic for each input: squares, or Gram matrices of few examples for methods that see matrices."""
-    generator = torch.Generator().manual_seed(12)
-    if METHODS[name].statistics == "gram":
-        return [gram_of(torch.randn(5, shape[-1] - 1, generator=generator)).float() for _ in range(count_of(name))]
-    return [torch.randn(shape, generator=generator) ** 2 for _ in range(count_of(name))]
 
 
 def all_of(given: dict[str, Any]) -> list[torch.Tensor]:
@@ -131,36 +80,6 @@ def test_random_methods_follow_the_seed_and_the_name(name: str) -> None:
     assert torch.equal(merge_tensors(name, **given, **parameters, seed=1), one)
     assert not torch.equal(merge_tensors(name, **given, **parameters, seed=2), one)
     assert not torch.equal(merge_tensors(name, **given, **parameters, seed=1, name="other"), one)
-
-
-def save_model(folder: Path, offset: int, big: tuple[int, int] = (300, 160)) -> None:
-    """Tensors of many sizes: less than a block, several blocks, several segments at the block size of the test."""
-    generator = torch.Generator().manual_seed(5)
-    shapes = {
-        "big": big,
-        "model.layers.0.w": (64, 48),
-        "model.layers.1.w": (64, 48),
-        "norm": (33,),
-        "empty": (0,),
-    }
-    base = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    generator = torch.Generator().manual_seed(offset)
-    tensors = {
-        name: (t + 0.05 * offset * torch.randn(t.shape, generator=generator)).bfloat16() for name, t in base.items()
-    }
-    folder.mkdir()
-    save_file(tensors, folder / "model.safetensors")
-
-
-def save_statistics(model: Path, kind: str) -> Path:
-    """A statistics file of all tensors of a model, or of its layers."""
-    tensors, path = load_file(model / "model.safetensors"), model / "stats.file"
-    generator = torch.Generator().manual_seed(len(model.name))
-    if kind == "fisher":
-        return write_fisher(path, model, {n: torch.rand(x.shape, generator=generator) for n, x in tensors.items()})
-    inputs = {name: x.shape[1] for name, x in tensors.items() if x.dim() == 2}
-    grams = {name: gram_of(torch.randn(200, n, generator=generator)) for name, n in inputs.items()}
-    return write_grams(path, model, grams, [Layer(name, None, 1, n, name, 200) for name, n in inputs.items()])
 
 
 @pytest.mark.parametrize("case", CASES, ids=ids)

@@ -16,9 +16,7 @@ from click.testing import CliRunner
 from helpers_device import GPU, OnGpu, pretended_gpu
 from helpers_gpu import CUDA, needs_gpu, needs_triton, stand_in
 from helpers_merges import load_all
-from models import files_of
-from safetensors.torch import load_file, save_file
-from test_contract import (
+from helpers_methods import (
     CASES,
     DELTAS,
     count_of,
@@ -28,6 +26,8 @@ from test_contract import (
     save_statistics,
     tensors_of,
 )
+from models import files_of
+from safetensors.torch import load_file, save_file
 
 from mergekit_lfm import merge, merge_tensors
 from mergekit_lfm.api import merge as api
@@ -38,10 +38,9 @@ from mergekit_lfm.engine.execute import execute
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.kernels import gpu
 from mergekit_lfm.kernels.reductions import L1, ColumnGram, Gram, Reduction, RowGram
-from mergekit_lfm.machine import devices
-from mergekit_lfm.machine.accelerators import Accelerator
+from mergekit_lfm.machine import accelerators, devices
+from mergekit_lfm.machine.accelerators import HOST, Gpu
 from mergekit_lfm.methods import METHODS
-from mergekit_lfm.plan import budget
 from mergekit_lfm.plan.budget import Budget
 from mergekit_lfm.plan.plan import Plan, make_plan
 from mergekit_lfm.recipe.recipe import Recipe
@@ -98,14 +97,14 @@ def test_a_merge_on_a_gpu_is_that_on_the_processor(
     """Equal to the byte, or to one rounding if floats are summed; the same for any memory, threads and passes."""
     plan = plan_of(case, tmp_path)
     execute(plan, tmp_path / "cpu", threads=1)
-    execute(plan, tmp_path / "gpu", threads=2, gpu=stand_in())
+    execute(plan, tmp_path / "gpu", threads=2, accelerator=stand_in())
     if sums or METHODS[case[0]].whole:
         assert steps_apart(tmp_path / "cpu", tmp_path / "gpu") <= 1
     else:
         assert files_of(tmp_path / "cpu") == files_of(tmp_path / "gpu")
     least = max([*(Budget(plan).scratch(job) for job in plan.tensors), *(group.nbytes for group in plan.matrices)])
-    monkeypatch.setattr(Accelerator, "room", lambda _: 3 * least)  # in passes, and block by block
-    execute(plan, tmp_path / "small", threads=3, gpu=stand_in())
+    monkeypatch.setattr(Gpu, "room", lambda *_: 3 * least)  # in passes, and block by block
+    execute(plan, tmp_path / "small", threads=3, accelerator=stand_in())
     assert files_of(tmp_path / "small") == files_of(tmp_path / "gpu")
 
 
@@ -124,7 +123,7 @@ def test_merges_by_kernels_have_the_same_bytes(case: Case, tmp_path: Path, monke
         launch(kernel, *given, **more)
 
     monkeypatch.setattr(gpu, "launch", noted)
-    outcome = execute(plan, tmp_path / "gpu", threads=2, gpu=stand_in(), compile="always")
+    outcome = execute(plan, tmp_path / "gpu", threads=2, accelerator=stand_in(), compile="always")
     assert not outcome.findings and len(launched) >= 11
     assert files_of(tmp_path / "cpu") == files_of(tmp_path / "gpu")
 
@@ -137,11 +136,11 @@ def test_large_tensors_on_a_real_gpu(
     """Blocks and chunks of full size, by kernels, with all threads; resident, and in passes."""
     plan = plan_of(case, tmp_path, big=(4096, 5000), block=1 << 18)
     execute(plan, tmp_path / "cpu")
-    execute(plan, tmp_path / "gpu", gpu=stand_in(), compile="always")
+    execute(plan, tmp_path / "gpu", accelerator=stand_in(), compile="always")
     assert steps_apart(tmp_path / "cpu", tmp_path / "gpu") <= (1 if sums or METHODS[case[0]].whole else 0)
     least = max([*(Budget(plan).scratch(job) for job in plan.tensors), *(group.nbytes for group in plan.matrices)])
-    monkeypatch.setattr(Accelerator, "room", lambda _: 2 * least)
-    execute(plan, tmp_path / "small", threads=2, gpu=stand_in(), compile="always")
+    monkeypatch.setattr(Gpu, "room", lambda *_: 2 * least)
+    execute(plan, tmp_path / "small", threads=2, accelerator=stand_in(), compile="always")
     assert files_of(tmp_path / "small") == files_of(tmp_path / "gpu")
 
 
@@ -185,11 +184,11 @@ def test_nan_gives_the_bytes_of_the_processor_and_a_finding(name: str, tmp_path:
         Recipe.parse({**recipe, "models": [{"model": str(tmp_path / f"m{i}")} for i in (1, 2)]}), block=SMALL
     )
     with pytest.raises(FormatError, match="of m2 holds NaN or infinity"):
-        execute(plan, tmp_path / "refused", gpu=stand_in())
+        execute(plan, tmp_path / "refused", accelerator=stand_in())
     assert not (tmp_path / "refused").exists()
     outcomes = [
-        execute(plan, tmp_path / where, threads=1, nan="warn", gpu=on)
-        for where, on in (("cpu", None), ("gpu", stand_in()))
+        execute(plan, tmp_path / where, threads=1, nan="warn", accelerator=on)
+        for where, on in (("cpu", HOST), ("gpu", stand_in()))
     ]
     assert outcomes[0].findings == outcomes[1].findings != ()
     assert {"big of m2 holds NaN or infinity", "big of the output holds NaN or infinity"} <= {*outcomes[1].findings}
@@ -205,8 +204,8 @@ def test_edits_of_the_result_are_added_before_the_one_rounding(tmp_path: Path) -
     models = [{"model": str(tmp_path / f"m{i}")} for i in (1, 2)]
     recipe = {"merge_method": "linear", "models": models, "parameters": {"weight": 1}}
     plan = make_plan(Recipe.parse({**recipe, "edits": [str(tmp_path / "patch.safetensors")]}), block=SMALL)
-    for where, on in (("cpu", None), ("gpu", stand_in())):
-        execute(plan, tmp_path / where, threads=1, gpu=on)
+    for where, on in (("cpu", HOST), ("gpu", stand_in())):
+        execute(plan, tmp_path / where, threads=1, accelerator=on)
     assert files_of(tmp_path / "cpu") == files_of(tmp_path / "gpu")
 
 
@@ -224,7 +223,7 @@ def test_a_merge_goes_on_where_the_processor_stopped(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         execute(plan, tmp_path / "out", threads=1, progress=interrupt)
-    outcome = execute(plan, tmp_path / "out", threads=1, gpu=stand_in())
+    outcome = execute(plan, tmp_path / "out", threads=1, accelerator=stand_in())
     assert 0 < outcome.resumed_bytes < plan.bytes_written
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
 
@@ -233,9 +232,9 @@ def test_a_gpu_without_room_is_refused_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = plan_of(TIES, tmp_path)
-    monkeypatch.setattr(Accelerator, "room", lambda _: 2000)
+    monkeypatch.setattr(Gpu, "room", lambda *_: 2000)
     with pytest.raises(PlanError, match=r"needs 41.0 KB of the GPU's memory .* each of 2 1.00 KB: lower --threads"):
-        execute(plan, tmp_path / "out", threads=2, gpu=stand_in())
+        execute(plan, tmp_path / "out", threads=2, accelerator=stand_in())
     assert not list(tmp_path.glob("out*"))
 
 
@@ -249,9 +248,9 @@ def test_a_message_explains_memory_taken_by_others(tmp_path: Path, monkeypatch: 
         monkeypatch.context() as patched,
         pytest.raises(PlanError, match=r"no memory left, .*; the same command then resumes"),
     ):
-        patched.setattr(Accelerator, "up", taken)
-        execute(plan, tmp_path / "out", threads=2, gpu=stand_in())
-    execute(plan, tmp_path / "out", threads=2, gpu=stand_in())
+        patched.setattr(Gpu, "_up", taken)
+        execute(plan, tmp_path / "out", threads=2, accelerator=stand_in())
+    execute(plan, tmp_path / "out", threads=2, accelerator=stand_in())
     execute(plan, tmp_path / "cpu", threads=2)
     assert files_of(tmp_path / "out") == files_of(tmp_path / "cpu")
 
@@ -292,11 +291,11 @@ def test_a_dry_run_counts_for_the_gpu(tmp_path: Path, monkeypatch: pytest.Monkey
         save_model(tmp_path / f"m{offset}", offset)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("merge_method: linear\nmodels: [{model: m1}, {model: m2}]\nparameters: {weight: 1}\n")
-    monkeypatch.setattr(budget, "default_threads", lambda: 64)
-    monkeypatch.setattr(api, "accelerator_of", lambda *_: Accelerator(torch.device("meta")))
+    monkeypatch.setattr(accelerators, "default_threads", lambda: 64)
+    monkeypatch.setattr(api, "find_accelerator", lambda *_: Gpu("meta"))
     shown = CliRunner().invoke(main, ["merge", str(recipe), str(tmp_path / "out"), "--dry-run"]).output
     assert "(16 threads)" in shown and re.search(r"^device +meta$", shown, re.MULTILINE)
-    monkeypatch.setattr(Accelerator, "room", lambda _: 2000)
+    monkeypatch.setattr(Gpu, "room", lambda *_: 2000)
     found = CliRunner().invoke(main, ["merge", str(recipe), str(tmp_path / "out"), "--dry-run"])
     assert found.exit_code == 2 and "of the GPU's memory for one worker" in found.output
 

@@ -17,16 +17,16 @@ from mergekit_lfm.kernels.random import Coins, key, words
 from mergekit_lfm.kernels.ranks import NONE, Ranks, largest
 from mergekit_lfm.kernels.reductions import L1, ColumnGram, Gram, RowGram, SignBalance
 from mergekit_lfm.kernels.sums import Spread, round_once, weighted_sum
-from mergekit_lfm.machine.accelerators import Accelerator
+from mergekit_lfm.machine.accelerators import HOST, Accelerator
 from mergekit_lfm.methods.method import Unit
 
 select: Any = run_solve  # its type is that of the solve of a method; a selection returns ranks
 
 
-def blocks_of(x: torch.Tensor, block: int, gpu: Accelerator | None = None, at_once: int = 1) -> Blocks:
+def blocks_of(x: torch.Tensor, block: int, accelerator: Accelerator = HOST, at_once: int = 1) -> Blocks:
     """The rows of x [n, m] as inputs without a base."""
     readers = [lambda start, stop, row=row: row[start:stop] for row in x]
-    return Blocks(readers, None, x.shape[1], block, x.dtype, gpu=gpu, at_once=at_once)
+    return Blocks(readers, None, x.shape[1], block, x.dtype, accelerator=accelerator, at_once=at_once)
 
 
 def unit_of(x: torch.Tensor) -> Unit:

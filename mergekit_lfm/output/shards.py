@@ -1,0 +1,86 @@
+"""The shards of an unfinished output, open for writing: by the driver, and by every worker for itself."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from threading import Lock
+
+from mergekit_lfm.output.layout import Shard
+from mergekit_lfm.store.tensors import name_file, write_exactly
+
+
+class ShardFiles:
+    """Writes tensors into the shards of a folder. Picklable: a copy in another process opens the files again."""
+
+    def __init__(self, folder: Path, shards: Sequence[Shard]) -> None:
+        self.folder, self.shards = folder, tuple(shards)
+        self._places = {
+            spec.name: (number, shard.offsets[spec.name])
+            for number, shard in enumerate(shards)
+            for spec in shard.tensors
+        }
+        self._fds: dict[int, int] = {}
+        self._lock = Lock()
+
+    def __reduce__(self) -> tuple[type[ShardFiles], tuple[Path, tuple[Shard, ...]]]:
+        return ShardFiles, (self.folder, self.shards)
+
+    def shard_of(self, name: str) -> int:
+        """The number of the tensor's shard."""
+        return self._places[name][0]
+
+    def path(self, shard: int) -> Path:
+        """The path of a shard."""
+        return self.folder / self.shards[shard].name
+
+    def fileno(self, shard: int) -> int:
+        """The descriptor of a shard, which is opened once."""
+        with self._lock:
+            if shard not in self._fds:
+                self._fds[shard] = os.open(self.path(shard), os.O_RDWR)
+            return self._fds[shard]
+
+    def close(self) -> None:
+        """Close the files."""
+        with self._lock:
+            for fd in self._fds.values():
+                os.close(fd)
+            self._fds.clear()
+
+    def place(self, name: str) -> tuple[int, int]:
+        """The descriptor of the tensor's shard, and the offset of its bytes there."""
+        shard, offset = self._places[name]
+        return self.fileno(shard), offset
+
+    def write(self, name: str, start: int, data: memoryview) -> None:
+        """Write bytes of a tensor from byte `start` of it on."""
+        fd, offset = self.place(name)
+        with name_file(self.path(self.shard_of(name))):
+            write_exactly(fd, offset + start, data)
+
+    def copy(self, name: str, start: int, source: int, offset: int, nbytes: int) -> bool:
+        """Copy bytes from a file's descriptor and offset to byte `start` of the tensor. False if the kernel cannot.
+
+        If source and destination are equal modulo 4096, whole pages are copied by calls of their own: a filesystem that
+        has reflinks then shares them.
+        """
+        fd, target = self.place(name)
+        target += start
+        page = min(nbytes, -target % 4096) if (target - offset) % 4096 == 0 else 0
+        whole = (nbytes - page) // 4096 * 4096 if page else nbytes
+        done = 0
+        try:
+            for end in (page, page + whole, nbytes):
+                while done < end:
+                    moved = os.copy_file_range(source, fd, end - done, offset + done, target + done)
+                    if not moved:  # the source ended early; reading it raises the error
+                        return False
+                    done += moved
+        except OSError as error:
+            if error.errno in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+                return False
+            raise
+        return True
