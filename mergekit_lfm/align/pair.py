@@ -76,17 +76,17 @@ class Side:
 
     label: str
     specs: Mapping[str, TensorSpec]
-    held: Checkpoint | Mapping[str, Tensor]
+    tensors: Checkpoint | Mapping[str, Tensor]
 
     def read(self, name: str, first: int = 0, last: int | None = None, device: torch.device = CPU) -> Tensor:
         """Rows first .. last of a tensor, on a device, float32 or float64. Raises FormatError for NaN or infinity."""
         spec = self.specs[name]
-        if isinstance(self.held, Checkpoint):
+        if isinstance(self.tensors, Checkpoint):
             row = spec.numel // max(1, spec.shape[0]) if spec.shape else 1
-            flat = self.held.read(name, first * row, None if last is None else last * row)
+            flat = self.tensors.read(name, first * row, None if last is None else last * row)
             x = flat.view(-1, *spec.shape[1:]) if spec.shape else flat.view(())
         else:
-            x = self.held[name].detach()
+            x = self.tensors[name].detach()
             x = x[first:last] if spec.shape else x
         x = x.to(device)
         if not x.isfinite().all():

@@ -81,7 +81,7 @@ class Worker:
             if resident:  # then the host's memory holds only a chunk's result, pinned and rounded up
                 result = job.block * ITEMSIZE[job.dtype]
                 at_once = self._count_blocks(job, self.device_share, min(SEGMENT, self.share // (4 * result)))
-        readers = {source: self._make_reader(source, job.block * ranges, resident) for source in job.read}
+        readers = {source: self._make_reader(source, job.block * ranges, resident) for source in job.inputs}
         base = readers[job.base] if job.base else None
         sources = [readers[source] for source in job.sources + job.statistics]
         dtype = getattr(torch, job.compute)
@@ -89,7 +89,7 @@ class Worker:
 
     def _count_blocks(self, job: Job, nbytes: int, most: int = CHUNK) -> int:
         """Blocks per chunk that fit in `nbytes`, at most `most`: a power of two that divides SEGMENT."""
-        return 1 << (max(1, min(most, nbytes // max(1, self.budget.working(job)))).bit_length() - 1)
+        return 1 << (max(1, min(most, nbytes // max(1, self.budget.gpu_scratch(job)))).bit_length() - 1)
 
     def _make_reader(self, source: tuple[int, str], most: int, resident: bool) -> ReadRange:
         """A reader of ranges of up to `most` elements, which the next call may overwrite; resident: reads all once."""
@@ -113,7 +113,7 @@ class Worker:
             for number, start in enumerate(range(0, numel, most)):
                 read(start, min(numel, start + most), whole[start : start + most])
                 if number % 2:  # one range is read while another is copied; no more than two are pinned
-                    self.gpu.settle()
+                    self.gpu.wait()
         return lambda start, stop: whole[start:stop]
 
     def missing(self, job: Job) -> tuple[int, ...]:
@@ -135,12 +135,12 @@ class Worker:
 
     def do(self, work: Work | LinearWork) -> None:
         """Merge or copy the segments of `work`, write them, and record the receipts."""
-        with self._working():
+        with self._use_gpu():
             self._do(work)
 
-    def _working(self) -> AbstractContextManager[None]:
+    def _use_gpu(self) -> AbstractContextManager[None]:
         """Context in which a worker computes on the GPU, if the merge uses one."""
-        return nullcontext() if self.gpu is None else self.gpu.working()
+        return nullcontext() if self.gpu is None else self.gpu.use_own_stream()
 
     def _do(self, work: Work | LinearWork) -> None:
         if isinstance(work, LinearWork):
@@ -207,7 +207,7 @@ class Worker:
 
     def reduce(self, job: Job, request: Reduction, segment: int) -> Any:
         """One segment's part of a reduction, read from the files."""
-        with self._working():
+        with self._use_gpu():
             return self.blocks(job).part(request, segment)
 
     def _result(self, job: Job, block: StoredBlock, coefficients: Coefficients) -> torch.Tensor:
@@ -244,8 +244,8 @@ class Worker:
             following = i + blocks.at_once
             more = self.gpu is not None and following in numbers
             ahead = blocks.load(following) if more else None  # read and copied while the GPU merges this one
-            if not block.sound(merged):  # compiled code and GPUs may give NaN other bits
-                parts = [part for _, part in block.at_home().blocks()]
+            if not block.is_finite_with(merged):  # compiled code and GPUs may give NaN other bits
+                parts = [part for _, part in block.copy_to_host().blocks()]
                 results = [self._result(job, part, coefficients) for part in parts]
                 bad = bad.union(*(self._check(job, *pair) for pair in zip(parts, results, strict=True)))
                 merged = torch.cat(results)
@@ -283,11 +283,11 @@ class Worker:
 
     def _check(self, job: Job, block: StoredBlock, merged: torch.Tensor) -> set[str]:
         """The names of the tensors of a block that are not finite: the inputs, else the output."""
-        if block.sound(merged):
+        if block.is_finite_with(merged):
             return set()
         inputs = [
             f"{name} of {self.names[source]}"
-            for source, name in job.read
+            for source, name in job.inputs
             if not is_finite(self.plan.sources[source].read(name, block.start, block.start + len(merged)))
         ]
         return {self._not_finite(where) for where in inputs or [f"{job.name} of the output"]}

@@ -30,7 +30,7 @@ class Accelerator:
         return self.device.type == "cuda"
 
     @contextmanager
-    def working(self) -> Iterator[None]:
+    def use_own_stream(self) -> Iterator[None]:
         """Run this thread's GPU work on a stream of its own."""
         if not self._cuda:
             yield
@@ -54,10 +54,10 @@ class Accelerator:
         """Copy x to the processor's memory, and wait for it."""
         home = self.buffer(x.numel(), x.dtype)
         home.copy_(x, non_blocking=True)
-        self.settle()
+        self.wait()
         return home
 
-    def settle(self) -> None:
+    def wait(self) -> None:
         """Wait for all of this thread's work on the device."""
         if self._cuda:
             torch.cuda.current_stream(self.device).synchronize()
