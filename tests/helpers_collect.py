@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -217,20 +218,27 @@ def true_tokens(output: Any, example: Batch) -> list[tuple[float, Tensor]]:
 
 
 def killed_job(kind: str, out: Path) -> None:
-    """One run of several passes, with sums kept after every batch."""
-    from mergekit_lfm.collect import collect, pauses
+    """Runs of several passes, each ended by Ctrl-C after a batch, which keeps the sums; the last one completes."""
+    from mergekit_lfm.collect import collect
 
-    pauses.EVERY_S = 0.0
-    pauses.SAVING_SHARE = float("inf")
+    def press(done: int, _total: int) -> None:
+        if done % 6 in (3, 5):
+            os.kill(os.getpid(), signal.SIGINT)
+
     memory = {"gram": 8 * 8**2 + 8 * 7**2, "cross": 8 * (7 * 7 + 14) + 900, "fisher": 8 * 7 * 7}[kind]
     other = {"other": mlp(6, 7, 5, 3, seed=2)} if kind == "cross" else {}
     batches = arrays(6)([3, 2, 1])
-    collect(kind, mlp(6, 7, 5, 3), batches, out, memory=memory, labels=None, **other)  # type: ignore[arg-type]
+    while True:
+        with suppress(KeyboardInterrupt):
+            collect(kind, mlp(6, 7, 5, 3), batches, out, memory=memory, progress=press, **other)  # type: ignore[arg-type]
+            return
 
 
 def kill_everywhere(kind: str, folder: Path, step: int) -> dict[str, Any]:
     """Kill the job at every step-th system call and run it again; the number of calls, and the wrong results."""
     import helpers_faults
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in the background
 
     def forked(**fault: Any) -> int:
         pid = os.fork()

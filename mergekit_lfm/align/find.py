@@ -164,8 +164,8 @@ def _side(model: ModelSource, label: str) -> Side:
 def _table(side: Side, symmetries: Symmetries | None) -> Symmetries:
     if symmetries is not None:
         return symmetries
-    if isinstance(side.held, Checkpoint):
-        return find_symmetries(side.held)
+    if isinstance(side.tensors, Checkpoint):
+        return find_symmetries(side.tensors)
     raise PlanError(
         f"{side.label} is given as tensors, which do not name their architecture; give its table (`symmetries=`)"
     )
@@ -197,7 +197,7 @@ def _contents(sides: tuple[Side, Side]) -> tuple[str, str]:
 
 def _content(side: Side) -> str:
     """The digest by which statistics identify a model."""
-    return side.held.content if isinstance(side.held, Checkpoint) else content_of(side.held)
+    return side.tensors.content if isinstance(side.tensors, Checkpoint) else content_of(side.tensors)
 
 
 def _make_transform(
@@ -212,7 +212,7 @@ def _make_transform(
         moved = untouched if not elements else Transform(pair.symmetries, elements, TransformInfo(method))
         scores[f"inner_{when}"], scores[f"distance_{when}"] = pair.closeness(moved)
     kept = {name: short for name, element in aligned.elements.items() if (short := shorten(element)) is not None}
-    checkpoints = all(isinstance(side.held, Checkpoint) for side in sides)
+    checkpoints = all(isinstance(side.tensors, Checkpoint) for side in sides)
     facts = TransformInfo(
         method,
         aligned.exact,

@@ -76,17 +76,17 @@ class Side:
 
     label: str
     specs: Mapping[str, TensorSpec]
-    held: Checkpoint | Mapping[str, Tensor]
+    tensors: Checkpoint | Mapping[str, Tensor]
 
     def read(self, name: str, first: int = 0, last: int | None = None, device: torch.device = CPU) -> Tensor:
         """Rows first .. last of a tensor, on a device, float32 or float64. Raises FormatError for NaN or infinity."""
         spec = self.specs[name]
-        if isinstance(self.held, Checkpoint):
+        if isinstance(self.tensors, Checkpoint):
             row = spec.numel // max(1, spec.shape[0]) if spec.shape else 1
-            flat = self.held.read(name, first * row, None if last is None else last * row)
+            flat = self.tensors.read(name, first * row, None if last is None else last * row)
             x = flat.view(-1, *spec.shape[1:]) if spec.shape else flat.view(())
         else:
-            x = self.held[name].detach()
+            x = self.tensors[name].detach()
             x = x[first:last] if spec.shape else x
         x = x.to(device)
         if not x.isfinite().all():
@@ -101,7 +101,8 @@ class Pair:
     symmetries: the source's table; to_symmetries: the other's, the same except for counts if widths may differ.
     folded: the rotated groups: the gains of their norms are folded into the readers of these norms, in both models, and
     no longer count as tensors. scales: divisors for the tensors of both models; 1 for a name without one. device:
-    multiplies the tensors; gains and the elements of transforms lie on the CPU.
+    multiplies the tensors; gains and the elements of transforms lie on the CPU. read_at_once: the most elements of a
+    tensor to read at a time if no group acts on its rows; sums are rounded a little differently with another number.
     """
 
     source: Side
@@ -112,6 +113,7 @@ class Pair:
     folded: frozenset[str] = field(default=frozenset())
     scales: Mapping[str, float] = field(default_factory=dict)
     device: torch.device = CPU
+    read_at_once: int = READ_AT_ONCE
 
     @cached_property
     def gains(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -244,7 +246,7 @@ class Pair:
         shape = self.source.specs[name].shape
         free = [all(part.group is None for part in parts) for parts in axes]
         rewriter = Rewriter(Maps(transform, self.device), self.source.specs[name])
-        for first, last in _panels(shape, bool(free) and free[0] and skip != 0):
+        for first, last in _panels(shape, bool(free) and free[0] and skip != 0, self.read_at_once):
             a = self._fold(name, self.to.read(name, first, last, self.device), 0)
             b = self._fold(name, self.source.read(name, first, last, self.device), 1)
             for side, x in ((self.to, a), (self.source, b)):
@@ -273,12 +275,12 @@ class Pair:
         return gain.repeat_interleave(size // len(gain))
 
 
-def _panels(shape: Sequence[int], free: bool) -> list[tuple[int, int | None]]:
-    """(first row, last row) of each panel; one panel of all rows if a group acts on them."""
+def _panels(shape: Sequence[int], free: bool, most: int) -> list[tuple[int, int | None]]:
+    """(first row, last row) of each panel, of at most so many elements; one of all rows if a group acts on them."""
     numel = 1
     for size in shape:
         numel *= size
-    if not free or numel <= READ_AT_ONCE:
+    if not free or numel <= most:
         return [(0, None)]
-    step = max(1, READ_AT_ONCE * shape[0] // numel)
+    step = max(1, most * shape[0] // numel)
     return [(first, min(first + step, shape[0])) for first in range(0, shape[0], step)]

@@ -204,7 +204,7 @@ def _patch_of(source: Checkpoint, request: EditRequest, label: str, grams: Grams
 
     def make() -> Patch:
         notice(f"editing {label}: {request.facts.ref} by {request.method}")
-        options = {"lambda_" if name == "lambda" else name: value for name, value in request.given.items()}
+        options = {"lambda_" if name == "lambda" else name: value for name, value in request.user_options.items()}
         if request.stats is not None:
             options["covariance"] = grams(open_statistics(request.stats.path))
         patch = edit(

@@ -124,11 +124,11 @@ def _reader(tensor: torch.Tensor, device: torch.device) -> Callable[[int, int], 
 
 
 def _check_statistics(
-    method: Method, tensors: Sequence[torch.Tensor], given: Sequence[torch.Tensor] | None
+    method: Method, tensors: Sequence[torch.Tensor], statistics: Sequence[torch.Tensor] | None
 ) -> Sequence[torch.Tensor]:
     """The statistics, one for each tensor, () for a method that takes none."""
     if method.statistics is None:
-        if given is not None:
+        if statistics is not None:
             raise PlanError(f"{method.name} takes no statistics; leave them out")
         return ()
     shape = tuple(tensors[0].shape)
@@ -136,12 +136,12 @@ def _check_statistics(
         if len(shape) != 2:
             raise PlanError(f"{method.name} merges matrices [outputs, inputs], found a tensor {list(shape)}")
         shape = (shape[1], shape[1])
-    statistics = [] if given is None else list(given)
-    found = [list(x.shape) for x in statistics]
-    if found != [list(shape)] * len(tensors):
+    statistics = [] if statistics is None else list(statistics)
+    shapes = [list(x.shape) for x in statistics]
+    if shapes != [list(shape)] * len(tensors):
         raise PlanError(
             f"{method.name} needs statistics={method.statistics} of each input, {len(tensors)} tensors "
-            f"{list(shape)}; found {found or 'none'}"
+            f"{list(shape)}; found {shapes or 'none'}"
         )
     squares = [x.diagonal() if method.whole else x for x in statistics]
     if not all(bool(x.isfinite().all()) for x in statistics) or any(bool((x < 0).any()) for x in squares):
@@ -150,17 +150,17 @@ def _check_statistics(
 
 
 def _values(
-    method: Method, tensor: str, count: int, given: Mapping[str, Any]
+    method: Method, tensor: str, count: int, options: Mapping[str, Any]
 ) -> tuple[dict[str, Value], tuple[dict[str, Value], ...]]:
     """The method's parameters for one tensor: those all inputs share, and one mapping per input."""
-    given = {"lambda" if name == "lambda_" else name: value for name, value in given.items()}
+    options = {"lambda" if name == "lambda_" else name: value for name, value in options.items()}
     known = {parameter.name: parameter for parameter in method.parameters}
-    for name in given.keys() - known.keys():
+    for name in options.keys() - known.keys():
         raise PlanError(f"{method.name} has no parameter {name!r}, {did_you_mean(name, known)}")
     shared: dict[str, Value] = {}
     inputs: tuple[dict[str, Value], ...] = tuple({} for _ in range(count))
     for parameter in method.parameters:
-        value = given.get(parameter.name, parameter.default)
+        value = options.get(parameter.name, parameter.default)
         if value is REQUIRED:
             raise PlanError(f"{method.name} needs the parameter {parameter.name!r}: {parameter.doc}")
         if not parameter.per_input:
@@ -176,10 +176,10 @@ def _values(
 
 def _value(parameter: Parameter, value: Any, tensor: str) -> Value:
     try:
-        found = value_at(read_setting(value, parameter), parameter, tensor, None)
+        values = value_at(read_setting(value, parameter), parameter, tensor, None)
     except ValueError as error:
         raise PlanError(f"{parameter.name}{error}") from None
-    return found[0] if found else None
+    return values[0] if values else None
 
 
 def _check_tensors(method: Method, tensors: Sequence[torch.Tensor], base: torch.Tensor | None) -> None:

@@ -50,9 +50,17 @@ def file_bytes(shapes: Mapping[str, tuple[int, ...]]) -> int:
 
 
 def run_passes(
-    statistic: Statistic, request: StatisticsRequest, passes: list[list[str]], partial: Partial, tell: Count
+    statistic: Statistic,
+    request: StatisticsRequest,
+    passes: list[list[str]],
+    partial: Partial,
+    pauses: Pauses,
+    tell: Count,
 ) -> None:
-    """Collect the units of all passes into `partial`. Calls tell(examples done, total) after every batch."""
+    """Collect the units of all passes into `partial`, and its sums at the pauses.
+
+    Calls tell(examples done, total) after every batch.
+    """
     examples = request.examples
     for number, units in enumerate(passes):
         shapes = {name: shape for unit in units for name, shape in statistic.units[unit].items()}
@@ -62,7 +70,7 @@ def run_passes(
         def report(seen: int, before: int = number * examples) -> None:
             tell(before + seen, len(passes) * examples)
 
-        _add_batches(statistic, request, sums, partial, report)
+        _add_batches(statistic, request, sums, partial, pauses, report)
         entries: dict[str, Tensor] = {}
         done: dict[str, dict[str, Any]] = {}
         for unit in units:
@@ -82,11 +90,11 @@ def _add_batches(
     request: StatisticsRequest,
     sums: dict[str, Tensor],
     partial: Partial,
+    pauses: Pauses,
     report: Callable[[int], None],
 ) -> None:
     """Add all batches to the sums, starting after those in the saved sums."""
     start = partial.load_sums(sums)
-    pauses = Pauses()
     seen = sum(len(batch) for batch in islice(request.data, start))
     with delay_interrupts() as interrupted:
         for number, batch in enumerate(request.data):

@@ -14,10 +14,11 @@ SAVING_SHARE = 0.05  # saving takes at most this share of the time
 
 
 class Pauses:
-    """Says when to save. Slow saves are further apart."""
+    """Says when to save: every so many seconds. Slow saves are further apart, so that they take at most a share."""
 
-    def __init__(self) -> None:
-        self._next = time.monotonic() + EVERY_S
+    def __init__(self, *, every_s: float = EVERY_S, saving_share: float = SAVING_SHARE) -> None:
+        self.every_s, self.saving_share = every_s, saving_share
+        self._next = time.monotonic() + every_s
 
     @property
     def due(self) -> bool:
@@ -30,7 +31,7 @@ class Pauses:
         start = time.monotonic()
         yield
         now = time.monotonic()
-        self._next = now + max(EVERY_S, (now - start) / SAVING_SHARE)
+        self._next = now + max(self.every_s, (now - start) / self.saving_share)
 
 
 @contextmanager

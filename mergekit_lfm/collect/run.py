@@ -15,6 +15,7 @@ from mergekit_lfm.artifacts.statistics import Statistics, StatisticsInfo, open_s
 from mergekit_lfm.collect.likelihoods import resolve_labels
 from mergekit_lfm.collect.partial import WIDEST_COUNT, WIDEST_NORM, Partial, check_partial_is_ours, clear
 from mergekit_lfm.collect.passes import divide, file_bytes, run_passes, sum_bytes
+from mergekit_lfm.collect.pauses import Pauses
 from mergekit_lfm.collect.registry import STATISTICS
 from mergekit_lfm.collect.request import Statistic, StatisticsRequest
 from mergekit_lfm.errors import FormatError, PlanError
@@ -196,7 +197,7 @@ def _collect(
     passes = divide(statistic, request.memory, {})
     _check_disk(out, statistic, passes)
     with Partial(out, facts, statistic.units, resume) as partial:
-        run_passes(statistic, request, divide(statistic, request.memory, partial.done), partial, report)
+        run_passes(statistic, request, divide(statistic, request.memory, partial.done), partial, Pauses(), report)
         counts = {unit: partial.done[unit]["count"] for unit in statistic.units}
         norm = math.sqrt(math.fsum(partial.done[unit]["squares"] for unit in statistic.units))
         if facts.kind == "fisher" and norm == 0:

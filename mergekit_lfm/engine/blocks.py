@@ -73,18 +73,14 @@ class StoredBlock:
             start = self.start + first
             yield start // self.size, StoredBlock(stored, base, start, self.dtype, self.run, self.size)
 
-    def sound(self, result: torch.Tensor) -> bool:
+    def is_finite_with(self, result: torch.Tensor) -> bool:
         """True if the stored tensors and the result are finite."""
         if self.flag is None:
-            return all(is_finite(x) for x in (*self.everything, result))
+            base = () if self.stored_base is None else (self.stored_base,)
+            return all(is_finite(x) for x in (*self.stored, *base, result))
         return not bool(self.flag) and (not result.is_cpu or is_finite(result))
 
-    @property
-    def everything(self) -> tuple[torch.Tensor, ...]:
-        """The stored inputs, and the base if there is one."""
-        return self.stored if self.stored_base is None else (*self.stored, self.stored_base)
-
-    def at_home(self) -> StoredBlock:
+    def copy_to_host(self) -> StoredBlock:
         """A copy in the processor's memory, for the eager reference."""
         base = None if self.stored_base is None else self.stored_base.cpu()
         return StoredBlock(tuple(x.cpu() for x in self.stored), base, self.start, self.dtype, run_eagerly, self.size)

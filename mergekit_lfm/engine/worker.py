@@ -120,7 +120,7 @@ class Worker:
             result = job.block * ITEMSIZE[job.dtype]
             most = min(device.resident_chunk, options.share // (4 * result))
             at_once = self._count_blocks(job, options.device_share, most)
-        readers = {source: self._reader(source, job.block * read, resident) for source in job.read}
+        readers = {source: self._reader(source, job.block * read, resident) for source in job.inputs}
         base = readers[job.base] if job.base else None
         sources = [readers[source] for source in job.sources + job.statistics]
         dtype = getattr(torch, job.compute)
@@ -128,7 +128,7 @@ class Worker:
 
     def _count_blocks(self, job: Job, nbytes: int, most: int) -> int:
         """Blocks per chunk that fit in `nbytes`, at most `most`: a power of two that divides SEGMENT."""
-        return 1 << (max(1, min(most, nbytes // max(1, self._budget.working(job)))).bit_length() - 1)
+        return 1 << (max(1, min(most, nbytes // max(1, self._budget.device_scratch(job)))).bit_length() - 1)
 
     def _reader(self, source: TensorRef, most: int, resident: bool) -> ReadRange:
         """A reader of ranges of up to `most` elements, which the next call may overwrite; resident: reads all once."""
@@ -226,8 +226,8 @@ class Worker:
             following = i + blocks.at_once
             more = self._accelerator.reads_ahead and following in numbers
             ahead = blocks.load(following) if more else None  # read and copied while the device merges this one
-            if not block.sound(merged):  # compiled code and GPUs may give NaN other bits
-                parts = [part for _, part in block.at_home().blocks()]
+            if not block.is_finite_with(merged):  # compiled code and GPUs may give NaN other bits
+                parts = [part for _, part in block.copy_to_host().blocks()]
                 results = [self._result(job, part, coefficients) for part in parts]
                 bad = bad.union(*(self._check(job, *pair) for pair in zip(parts, results, strict=True)))
                 merged = torch.cat(results)
@@ -261,11 +261,11 @@ class Worker:
 
     def _check(self, job: Job, block: StoredBlock, merged: torch.Tensor) -> set[str]:
         """The names of the tensors of a block that are not finite: the inputs, else the output."""
-        if block.sound(merged):
+        if block.is_finite_with(merged):
             return set()
         inputs = [
             f"{name} of {self._names[source]}"
-            for source, name in job.read
+            for source, name in job.inputs
             if not is_finite(self.plan.sources[source].read(name, block.start, block.start + len(merged)))
         ]
         return {self._not_finite(where) for where in inputs or [f"{job.name} of the output"]}

@@ -33,21 +33,23 @@ from mergekit_lfm.kernels.step import Elementwise, Form, Step, leaves_of, put_to
 from mergekit_lfm.machine.resources import cache_folder
 
 Mode = Literal["auto", "always", "never"]
-COMPILE_SECONDS = 10  # about what compiling one function takes
+COMPILE_S = 10  # about what compiling one function takes
 
 
 class Kernels:
     """A `Run` that uses compiled code if available: from the cache on disk, or compiled beside the merge.
 
-    mode "auto" compiles functions that would take longer eagerly, over the `blocks` of the merge, than compiling takes;
-    "always" compiles everything first. problems: why functions could not be compiled. Functions not compiled, or not
-    yet, run eagerly, with the same result. Use as a context manager: leaving it stops unfinished compilations.
+    mode "auto" compiles functions that would take longer eagerly, over the `blocks` of the merge, than compiling takes,
+    about `compile_s`; "always" compiles everything first. problems: why functions could not be compiled. Functions not
+    compiled, or not yet, run eagerly, with the same result. Use as a context manager: leaving it stops unfinished
+    compilations.
     """
 
     native = False
 
-    def __init__(self, mode: Mode, blocks: int, block: int, threads: int) -> None:
+    def __init__(self, mode: Mode, blocks: int, block: int, threads: int, *, compile_s: float = COMPILE_S) -> None:
         self.mode, self.blocks, self.block, self.threads = mode, blocks, block, threads
+        self.compile_s = compile_s
         self.problems = set[str]()
         self._kernels: dict[Fused, Callable[..., Any] | None] = {}
         self._compiling: dict[Fused, subprocess.Popen[bytes]] = {}
@@ -93,7 +95,7 @@ class Kernels:
         if fused.path.exists():
             self._load(fused, None)
         elif self.mode == "always" or (
-            compiler() is not None and self._eager_seconds(fused, tensors) >= COMPILE_SECONDS
+            compiler() is not None and self._eager_seconds(fused, tensors) >= self.compile_s
         ):
             process = fused.start_compiling()
             if self.mode == "always":

@@ -148,11 +148,13 @@ class Bracket(Reduction):
         return total
 
 
-def by_bracket(numel: int, ranks: Mapping[Key, int]) -> Generator[Reduction, Any, dict[Key, RankValue]]:
+def by_bracket(
+    numel: int, ranks: Mapping[Key, int], *, sampling_pays: int = SAMPLING_PAYS, collected: int = COLLECTED
+) -> Generator[Reduction, Any, dict[Key, RankValue]]:
     """The values of the ranks (from 1, the largest) that a bracket catches; omits the others."""
     import numpy as np
 
-    if numel < SAMPLING_PAYS or not ranks:
+    if numel < sampling_pays or not ranks:
         return {}
     samples = yield Sample(max(1, numel // SAMPLED // SAMPLE))
     pivots = {}
@@ -167,7 +169,7 @@ def by_bracket(numel: int, ranks: Mapping[Key, int]) -> Generator[Reduction, Any
         values |= {0} if low < 0 else set()
         values |= {int(np.iinfo(sample.dtype).max)} if high >= len(sample) else set()
         pivots[i, k] = sorted(values, reverse=True)
-    count_bracket = yield Bracket(pivots, min(numel // 16, COLLECTED))
+    count_bracket = yield Bracket(pivots, min(numel // 16, collected))
     found = {key: part.at(pivots[key], ranks[key]) for key, part in count_bracket.items()}
     return {key: value for key, value in found.items() if value is not None}
 

@@ -29,15 +29,15 @@ class Budget:
         """Bytes that one worker holds to process the job block by block."""
         if job.copied:
             return min(job.block, job.spec.numel) * ITEMSIZE[job.dtype] + self.views(job)
-        return self.working(job) + self.views(job)
+        return self.device_scratch(job) + self.views(job)
 
-    def working(self, job: Job) -> int:
+    def device_scratch(self, job: Job) -> int:
         """The part of `scratch` that the device holds: all but the memory of views."""
-        return min(job.block, job.spec.numel) * len(job.read) * (ITEMSIZE[job.compute] * 8 + 8) + job.sums_nbytes
+        return min(job.block, job.spec.numel) * len(job.inputs) * (ITEMSIZE[job.compute] * 8 + 8) + job.sums_nbytes
 
     def views(self, job: Job) -> int:
         """Bytes that transforms and patches take while any range of the job's inputs is read."""
-        return sum(self.plan.sources[i].file_of(name).scratch(name) for i, name in job.read_at_all)
+        return sum(self.plan.sources[i].file_of(name).scratch(name) for i, name in job.all_inputs)
 
     @property
     def resident_views(self) -> int:
@@ -47,12 +47,12 @@ class Budget:
     def resident(self, group: Sequence[int]) -> int:
         """Bytes that one worker holds to read a group once: inputs, scratch, and what order statistics may collect."""
         jobs = [self.plan.tensors[i] for i in group]
-        inputs = sum(self.plan.sources[i][name].nbytes for job in jobs for i, name in job.read)
+        inputs = sum(self.plan.sources[i][name].nbytes for job in jobs for i, name in job.inputs)
         return inputs * 5 // 4 + max(self.scratch(job) for job in jobs)
 
     def by_one_worker(self, job: Job) -> bool:
         """True if one worker should do all of the job, as a view makes the whole tensor for each that reads it."""
-        return any(self.plan.sources[i].file_of(name).at_once(name) for i, name in job.read_at_all)
+        return any(self.plan.sources[i].file_of(name).at_once(name) for i, name in job.all_inputs)
 
     def left(self, memory: int) -> int:
         """The part of `memory` that workers share: all but what views hold."""
@@ -99,7 +99,7 @@ class Budget:
         yield from self._matrix_demands()
 
     def _demands_of_device(self) -> Iterator[tuple[str, int]]:
-        yield from ((job.name, self.working(job)) for job in self.plan.tensors if not job.copied)
+        yield from ((job.name, self.device_scratch(job)) for job in self.plan.tensors if not job.copied)
         yield from self._matrix_demands()
 
     def _matrix_demands(self) -> Iterator[tuple[str, int]]:

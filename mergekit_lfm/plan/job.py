@@ -43,15 +43,15 @@ class Job:
     nbytes = property(lambda self: self.spec.nbytes)
 
     @property
-    def read(self) -> tuple[TensorRef, ...]:
+    def inputs(self) -> tuple[TensorRef, ...]:
         """Everything that the job reads except `added`, the base last."""
         rows = self.sources + self.statistics
         return rows if self.base is None else (*rows, self.base)
 
     @property
-    def read_at_all(self) -> tuple[TensorRef, ...]:
+    def all_inputs(self) -> tuple[TensorRef, ...]:
         """Everything that the job reads."""
-        return self.read if self.added is None else (*self.read, self.added)
+        return self.inputs if self.added is None else (*self.inputs, self.added)
 
     @property
     def segment_numel(self) -> int:
@@ -86,22 +86,22 @@ def make_job(
     method = recipe.method
     sources = tuple((i, names[i]) for i in roles.inputs if i in names)
     base_source = (base, names[base]) if base is not None and base in names else None
-    read = sources if base_source is None else (*sources, base_source)
-    dtypes = [models[i][name].dtype for i, name in read]
+    refs = sources if base_source is None else (*sources, base_source)
+    dtypes = [models[i][name].dtype for i, name in refs]
     settings = recipe.settings(spec.name, layer)
     lone = len(names) == 1 < len(models)  # a buffer that only the template keeps
     if lone:
-        read, dtypes = tuple(names.items()), [spec.dtype]
+        refs, dtypes = tuple(names.items()), [spec.dtype]
     if lone or not all(dtype in FLOATS for dtype in dtypes):
         if len(set(dtypes)) > 1:
-            types = ", ".join(f"{dtype} in {labels[i]}" for dtype, (i, _) in zip(dtypes, read, strict=True))
+            types = ", ".join(f"{dtype} in {labels[i]}" for dtype, (i, _) in zip(dtypes, refs, strict=True))
             raise PlanError(
                 f"{spec.name} is {types}: only floating-point tensors of different types can be merged; convert them"
             )
         if dtypes[0].startswith("float8") and settings.inputs[0].get("scale") is not None:
             raise PlanError(f"{spec.name} is quantised ({dtypes[0]}) and cannot be scaled; leave it out of `scale`")
         kept = TensorSpec(spec.name, spec.shape, dtypes[0])
-        return Job(kept, "copy", read, None, settings, dtypes[0], copied=True, block=block, needs_sums=False)
+        return Job(kept, "copy", refs, None, settings, dtypes[0], copied=True, block=block, needs_sums=False)
     dtype = recipe.out_dtype or recipe.dtype or _promote(dtypes)
     compute = "float64" if "float64" in (*dtypes, recipe.dtype) else "float32"
     out = TensorSpec(spec.name, spec.shape, dtype)

@@ -89,19 +89,19 @@ class Plan:
     def sources(self) -> tuple[Checkpoint, ...]:
         """The models, beyond them the statistics files, and what edits add: what a job's sources point into."""
         added = () if self.roles.added is None else (self.roles.added,)
-        return (*self.roles.models, *(given.tensors for given in self.roles.statistics), *added)
+        return (*self.roles.models, *(statistics.tensors for statistics in self.roles.statistics), *added)
 
     @cached_property
     def source_labels(self) -> tuple[str, ...]:
         """The name of each of `sources` in the recipe."""
         added = () if self.roles.added is None else (ADDED,)
-        return (*self.roles.labels, *(given.ref for given in self.roles.recipe.statistics), *added)
+        return (*self.roles.labels, *(file.ref for file in self.roles.recipe.statistics), *added)
 
     @property
     def pending(self) -> tuple[Input, ...]:
         """The models whose alignment is still to be found, or that are still to be edited."""
         models = zip(self.recipe.all_models, self.models, strict=True)
-        return tuple(model for model, held in models if any(isinstance(file, PendingFile) for file in held.files))
+        return tuple(model for model, stored in models if any(isinstance(file, PendingFile) for file in stored.files))
 
     @property
     def absent(self) -> int:
@@ -112,8 +112,8 @@ class Plan:
     @property
     def unlisted(self) -> tuple[str, ...]:
         """The models on the Hub whose files are only known as far as they are in the cache, offline."""
-        held = zip(self.labels, self.models, strict=True)
-        return tuple(label for label, m in held if m.snapshot is not None and not m.snapshot.listed)
+        models = zip(self.labels, self.models, strict=True)
+        return tuple(label for label, m in models if m.snapshot is not None and not m.snapshot.listed)
 
     @property
     def unedited(self) -> bool:
@@ -127,9 +127,9 @@ class Plan:
 
     @property
     def bytes_read(self) -> int:
-        read = [source for job in self.tensors for source in job.read_at_all]
-        read += [gram for group in self.matrices for gram in group.grams]
-        return sum(self.sources[i][name].nbytes for i, name in read)
+        refs = [ref for job in self.tensors for ref in job.all_inputs]
+        refs += [gram for group in self.matrices for gram in group.grams]
+        return sum(self.sources[i][name].nbytes for i, name in refs)
 
     @property
     def averaged(self) -> tuple[Job, ...]:
@@ -139,7 +139,7 @@ class Plan:
         return tuple(job for job in self.tensors if wants and not job.copied and job.method != other)
 
     @property
-    def held(self) -> tuple[Path, ...]:
+    def mapped_files(self) -> tuple[Path, ...]:
         """Inputs that torch must map or load, outside --memory: their tensors are not contiguous."""
         return tuple(file.path for model in self.models for file in model.files if file.fallback)
 
@@ -150,7 +150,9 @@ class Plan:
             "versions": [__version__, version("torch")],
             "methods": {job.method: METHODS[job.method].version for job in self.tensors if job.method in METHODS},
             "recipe": self.recipe.normalised(),
-            "inputs": [source.identity for source in (*self.models, *(held.tensors for held in self.statistics))],
+            "inputs": [
+                source.identity for source in (*self.models, *(statistics.tensors for statistics in self.statistics))
+            ],
             "edits": [identity_of(edit) for edit in self.recipe.result_edits],
             **({"edited_on": self.edited_on} if self.edited_on else {}),
             "files": [xxhash.xxh3_128_hexdigest(path.read_bytes()) for path in self.files],

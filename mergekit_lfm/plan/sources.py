@@ -142,7 +142,7 @@ def identity_of(edit: Edit) -> dict[str, Any]:
         return {"patch": xxhash.xxh3_128_hexdigest(edit.path.read_bytes())}
     stats = [] if edit.stats is None else open_checkpoint(edit.stats.path).identity
     facts = xxhash.xxh3_128_hexdigest(edit.facts.path.read_bytes())
-    return {"facts": facts, "method": edit.method, "options": edit.given, "stats": stats}
+    return {"facts": facts, "method": edit.method, "options": edit.user_options, "stats": stats}
 
 
 def pending_view(checkpoint: Checkpoint, to: Checkpoint, request: AlignRequest, label: object) -> Checkpoint:

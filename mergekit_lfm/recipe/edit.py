@@ -28,7 +28,7 @@ class EditRequest:
     stats: NamedFile | None = None
 
     @property
-    def given(self) -> dict[str, Any]:
+    def user_options(self) -> dict[str, Any]:
         """The user's options."""
         options: dict[str, Any] = json.loads(self.options)
         return options
@@ -36,7 +36,7 @@ class EditRequest:
     def as_data(self) -> dict[str, Any]:
         """The request as in a recipe."""
         stats = {} if self.stats is None else {"stats": self.stats.ref}
-        return {"facts": self.facts.ref, "method": self.method, **self.given, **stats}
+        return {"facts": self.facts.ref, "method": self.method, **self.user_options, **stats}
 
 
 @dataclass(frozen=True, slots=True)

@@ -91,7 +91,7 @@ def _statistics(subject: Subject, source: Checkpoint) -> dict[str, Tensor]:
     for name, layer in batchnorms(subject.module).items():
         tensors = subject.tensors_of(layer.weight) if layer.affine else []
         prefix = tensors[0].rpartition(".")[0] if tensors else name
-        own = {f"{prefix}.{part}": x for part in RUNNING_STATISTICS if isinstance(x := getattr(layer, part), Tensor)}
+        own = {f"{prefix}.{kind}": x for kind in RUNNING_STATISTICS if isinstance(x := getattr(layer, kind), Tensor)}
         absent += [tensor for tensor in own if tensor not in source and not tensor.endswith(RUNNING_STATISTICS[-1])]
         buffers |= {tensor: x for tensor, x in own.items() if tensor in source}
     if absent:

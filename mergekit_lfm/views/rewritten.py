@@ -57,17 +57,21 @@ class Stretch:
 
 
 class Rewriter:
-    """Rewrites one tensor. old, spec: the stored and the new tensor."""
+    """Rewrites one tensor. old, spec: the stored and the new tensor.
 
-    def __init__(self, maps: Maps, spec: TensorSpec) -> None:
-        self.old = spec
+    panel: elements to rewrite at a time. narrow: rows that one block may mix before the whole tensor is rewritten at
+    once. Products of other panels may be rounded differently: both determine the bytes.
+    """
+
+    def __init__(self, maps: Maps, spec: TensorSpec, *, panel: int = PANEL, narrow: int = NARROW) -> None:
+        self.old, self.panel = spec, panel
         self.axes = [_runs(maps, spec, axis) for axis in range(len(spec.shape))]
         shape = tuple(sum(run.new_size for run in runs) for runs in self.axes)
         self.spec = TensorSpec(spec.name, shape, spec.dtype)
         self.idle = all(run.map == IDENTITY for runs in self.axes for run in runs)
         # a vector, or an axis whose entries are mixed over all of it: the tensor is rewritten at once
-        wide = self.axes and any(run.map.block[1] * run.each > NARROW for run in self.axes[0])
-        self.whole = len(shape) < 2 or wide or self.spec.numel <= PANEL
+        wide = self.axes and any(run.map.block[1] * run.each > narrow for run in self.axes[0])
+        self.whole = len(shape) < 2 or wide or self.spec.numel <= panel
 
     @property
     def scratch(self) -> int:
@@ -114,7 +118,7 @@ class Rewriter:
         edges = [0]
         for run in self.axes[0]:
             begin, block = edges[-1], run.map.block[0] * run.each
-            step = max(1, PANEL // (block * max(1, self._row))) * block
+            step = max(1, self.panel // (block * max(1, self._row))) * block
             edges += [*range(begin + step, begin + run.new_size, step), begin + run.new_size]
         return list(pairwise(edges))
 

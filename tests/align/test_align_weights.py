@@ -14,10 +14,16 @@ import torch
 from helpers_align import furthest, loaded, mlp, mlp_table, planted, run_mlp, table, tensors_of
 from scipy.optimize import linear_sum_assignment
 
-from mergekit_lfm.align import find_transform, pair
+from mergekit_lfm.align import find_transform
+from mergekit_lfm.align.gains import new_gains
+from mergekit_lfm.align.pair import Pair, Side, one_thread_each
+from mergekit_lfm.align.registry import ALIGNERS
+from mergekit_lfm.align.request import AlignProblem
 from mergekit_lfm.arch import Symmetries, Units, read_table
 from mergekit_lfm.artifacts.transform import Transform, TransformInfo, UnitsElement, open_transform
 from mergekit_lfm.errors import FormatError, PlanError
+from mergekit_lfm.recipe.align import align_options
+from mergekit_lfm.store.identity import spec_of
 from mergekit_lfm.views.rewritten import rewrite
 
 WIDTHS = (7, 12, 9, 10, 4)
@@ -235,12 +241,16 @@ def test_the_number_of_threads_does_not_change_the_file(method: str, tmp_path: P
 
 
 @pytest.mark.parametrize("method", ["weight_matching", "rotation"])
-def test_reading_by_rows_finds_the_same(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reading_by_rows_finds_the_same(method: str, tmp_path: Path) -> None:
     original = loaded("llama", 0, tmp_path, torch.float64)
     symmetries, tensors = table(original), tensors_of(original)
     moved = rewrite(tensors, planted(tensors, symmetries, 1, rotate=method == "rotation"))
-    monkeypatch.setattr(pair, "READ_AT_ONCE", 100)
-    transform = find_transform(moved, original, method, symmetries=symmetries, restarts=1)
+    source, to = (Side("mine", {n: spec_of(n, x) for n, x in model.items()}, model) for model in (moved, tensors))
+    with one_thread_each() as in_order:
+        pair = Pair(source, to, symmetries, symmetries, in_order, read_at_once=100)
+        options = align_options(method, {"restarts": 1}, statistics=False)
+        aligned = ALIGNERS[method](AlignProblem(pair, options))
+        transform = Transform(symmetries, aligned.elements, TransformInfo(method), new_gains(aligned))
     assert furthest(rewrite(moved, transform), tensors) < 1e-10
 
 

@@ -92,14 +92,15 @@ def test_layers_of_one_input_are_stored_once(tmp_path: Path) -> None:
     assert len(stats.tensors) == 2 * 4 + 1
 
 
-def test_panels_and_pieces_of_tokens_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, batches = mlp(6, 9, 3), arrays(5, 6)([3, 4, 1])
-    whole = collect("gram", model, batches, tmp_path / "whole.safetensors")
-    monkeypatch.setattr(moments, "TOKENS", 7)
-    monkeypatch.setattr(moments, "COLUMNS", 4)
-    cut = collect("gram", model, batches, tmp_path / "cut.safetensors")
-    for name in whole.info.layers:
-        assert_close(cut.read(name), whole.read(name).numpy())
+def test_many_tokens_and_wide_layers_are_multiplied_in_pieces(tmp_path: Path) -> None:
+    size, count = 2 * moments.COLUMNS + 3, moments.TOKENS + 5
+    model, batches = mlp(size, 3), arrays(size)([count, 2])
+    stats = collect("gram", model, batches, tmp_path / "gram.safetensors")
+    cross = collect("cross", model, batches, tmp_path / "cross.safetensors", other=mlp(size, 3, seed=1))
+    ((name, x),) = inputs_of(model, batches).items()
+    assert len(x) == count + 2
+    assert_close(stats.read(name), gram(x))
+    assert_close(cross.read(name), gram(x))  # both models read the data
 
 
 def test_batches_change_a_gram_by_rounding_only(tmp_path: Path) -> None:

@@ -8,8 +8,11 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from math import inf
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,11 +22,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mergekit_lfm.artifacts.statistics import open_statistics
-from mergekit_lfm.collect import collect, pauses, registry
-from mergekit_lfm.collect.partial import Partial
+from mergekit_lfm.collect import collect, registry
+from mergekit_lfm.collect.moments import GramStatistic
+from mergekit_lfm.collect.passes import run_passes
+from mergekit_lfm.collect.pauses import Pauses, delay_interrupts
 from mergekit_lfm.collect.request import Statistic, StatisticsRequest
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.machine.resources import default_memory
+from mergekit_lfm.runtime.subject import make_subject
 
 SIZES = [3, 4, 1]
 HELPER = Path(__file__).parents[1] / "helpers_collect.py"
@@ -60,7 +66,7 @@ def test_a_layer_larger_than_the_memory_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "step"),
-    [("gram", 4), *(pytest.param(kind, 1, marks=pytest.mark.slow) for kind in ("gram", "cross", "fisher"))],
+    [("gram", 5), *(pytest.param(kind, 1, marks=pytest.mark.slow) for kind in ("gram", "cross", "fisher"))],
 )
 def test_a_killed_run_goes_on_to_the_same_bytes(kind: str, step: int, tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(HELPER.parents[1])}
@@ -124,27 +130,35 @@ def test_other_work_starts_over(interrupted: tuple[nn.Module, list[Any], Path], 
 
 
 def test_a_second_interrupt_does_not_wait() -> None:
-    with pytest.raises(KeyboardInterrupt), pauses.delay_interrupts() as pressed:
+    with pytest.raises(KeyboardInterrupt), delay_interrupts() as pressed:
         os.kill(os.getpid(), signal.SIGINT)
         assert pressed()
         os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_sums_are_kept_from_time_to_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("pauses", "expected"), [(Pauses(), []), (Pauses(every_s=0, saving_share=inf), [1, 2, 3])])
+def test_sums_are_kept_from_time_to_time(pauses: Pauses, expected: list[int]) -> None:
     kept: list[int] = []
-    original = Partial.save_sums
+    partial: Any = SimpleNamespace(
+        load_sums=lambda _: 0,
+        save_sums=lambda _, batches: kept.append(batches),
+        write=lambda *_: None,
+    )
+    subject = make_subject(mlp(6, 7, 3))
+    request = StatisticsRequest((subject,), arrays(6)(SIZES), "classification", None, 1, 0, (), default_memory())
+    statistic = GramStatistic(request)
+    run_passes(statistic, request, [list(statistic.units)], partial, pauses, lambda *_: None)
+    assert kept == expected
 
-    def save(self: Any, sums: dict[str, Tensor], batches: int) -> None:
-        kept.append(batches)
-        original(self, sums, batches)
 
-    monkeypatch.setattr(Partial, "save_sums", save)
-    collect("gram", mlp(6, 7, 3), arrays(6)(SIZES), tmp_path / "rarely")
-    assert kept == []
-    monkeypatch.setattr(pauses, "EVERY_S", 0.0)
-    monkeypatch.setattr(pauses, "SAVING_SHARE", float("inf"))
-    collect("gram", mlp(6, 7, 3), arrays(6)(SIZES), tmp_path / "often")
-    assert kept == [1, 2, 3]
+def test_slow_saves_are_further_apart() -> None:
+    pauses = Pauses(every_s=0, saving_share=0.5)
+    assert pauses.due
+    with pauses.taken():
+        time.sleep(0.02)
+    assert not pauses.due  # for as long as the save took, and as long again
+    time.sleep(0.05)
+    assert pauses.due
 
 
 def test_existing_statistics_are_not_made_again(tmp_path: Path) -> None:

@@ -117,15 +117,14 @@ def test_a_failed_compilation_is_reported_and_runs_eagerly(monkeypatch: pytest.M
 
 
 @pytest.mark.slow
-def test_the_merge_goes_on_while_something_is_compiled(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_merge_goes_on_while_something_is_compiled(own_cache: Path) -> None:
     """Eager results before, compiled results after, with the same bits; a damaged library is compiled anew."""
-    monkeypatch.setattr(fused, "COMPILE_SECONDS", 0)
     function, coefficients, out = FUNCTIONS["dare ties"]
     stored, base = stored_block(torch.bfloat16)
     local = coefficients.at(0, BLOCK, torch.float32)
     eager = run_eagerly(Step(function, stored, base, local, torch.float32, out))
     for _ in range(2):
-        with Kernels("auto", 1, BLOCK, threads=2) as kernels:
+        with Kernels("auto", 1, BLOCK, threads=2, compile_s=0) as kernels:
             calls = 0
             while not any(kernels._kernels.values()):
                 assert torch.equal(kernels(Step(function, stored, base, local, torch.float32, out)), eager)
@@ -135,17 +134,16 @@ def test_the_merge_goes_on_while_something_is_compiled(own_cache: Path, monkeypa
             assert calls > 1 and not kernels.problems
         (library,) = own_cache.glob("*.pt2")
         library.write_bytes(library.read_bytes()[:1000])
-        with Kernels("auto", 1, BLOCK, threads=2) as kernels:
+        with Kernels("auto", 1, BLOCK, threads=2, compile_s=0) as kernels:
             assert torch.equal(kernels(Step(function, stored, base, local, torch.float32, out)), eager)
             assert kernels.problems and not library.exists()
 
 
 @pytest.mark.usefixtures("own_cache")
-def test_unfinished_compilations_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "COMPILE_SECONDS", 0)
+def test_unfinished_compilations_are_ended() -> None:
     stored, base = stored_block(torch.bfloat16)
     local = Weights((1.0, 1.0, 1.0)).at(0, BLOCK, torch.float32)
-    with Kernels("auto", 1, BLOCK, 1) as kernels:
+    with Kernels("auto", 1, BLOCK, threads=1, compile_s=0) as kernels:
         kernels(Step(weighted_sum, stored, base, local, torch.float32, torch.bfloat16))
         (process,) = kernels._compiling.values()
         assert process.poll() is None

@@ -18,7 +18,7 @@ from test_fused import BLOCK, COINS, FUNCTIONS, RANKS, bits, stored_block, with_
 from test_kernels import blocks_of, kept_by_sorting, values_of
 
 from mergekit_lfm.engine.blocks import StoredBlock, run_solve
-from mergekit_lfm.kernels import bracket, gpu, selection
+from mergekit_lfm.kernels import bracket, gpu
 from mergekit_lfm.kernels.block import LANES
 from mergekit_lfm.kernels.emit import COUNT, Unsupported, emit
 from mergekit_lfm.kernels.gpu import LEAST, GpuKernels
@@ -314,21 +314,24 @@ def test_a_bracket_counts_what_numpy_counts(
 
 
 CHUNKS = [(7, 16), (64, 4), (1000, 1)]  # elements of a block, blocks of a chunk
-LARGEST = cases(VALUES, [torch.float32, torch.float64], CHUNKS, ["digits", "bracket", "few collected"])
+WAYS: dict[str, dict[str, Any]] = {
+    "digits": {},
+    "bracket": {"sampling_pays": 1, "collected": 1 << 20},
+    "few collected": {"sampling_pays": 1, "collected": 3},
+}
+LARGEST = cases(VALUES, [torch.float32, torch.float64], CHUNKS, list(WAYS))
 
 
 @pytest.mark.parametrize(("kind", "dtype", "chunk", "way"), LARGEST)
 def test_the_largest_in_chunks_are_those_a_stable_sort_finds(
-    kind: str, dtype: torch.dtype, chunk: tuple[int, int], way: str, monkeypatch: pytest.MonkeyPatch
+    kind: str, dtype: torch.dtype, chunk: tuple[int, int], way: str
 ) -> None:
     block, at_once = chunk
-    if way != "digits":
-        monkeypatch.setattr(selection, "SAMPLING_PAYS", 1)
-        monkeypatch.setattr(selection, "COLLECTED", 1 << 20 if way == "bracket" else 3)
     x = values_of(kind, (2, 333), dtype)
     counts = [[100, 20], [1, 332]]
     blocks = blocks_of(x.to(DEVICE), block, stand_in(), at_once)
-    found: Any = run_solve(largest(x.shape[1], counts, double=x.dtype == torch.float64), blocks.reduce)  # type: ignore[arg-type]
+    solve: Any = largest(x.shape[1], counts, double=x.dtype == torch.float64, **WAYS[way])
+    found: Any = run_solve(solve, blocks.reduce)
     for row, sets, wanted in zip(x.numpy(), found, counts, strict=True):
         bits = np.abs(row).view(np.int64 if dtype == torch.float64 else np.int32)
         for largest_of, count in zip(sets, wanted, strict=True):

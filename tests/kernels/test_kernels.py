@@ -41,10 +41,10 @@ def kept_by_sorting(x: np.ndarray, count: int) -> np.ndarray:
     return mask
 
 
-def kept_by_counting(x: torch.Tensor, counts: list[list[int]], block: int) -> np.ndarray:
-    """[n, m] the same by the kernels: the first count's set without the second's."""
+def kept_by_counting(x: torch.Tensor, counts: list[list[int]], block: int, **way: Any) -> np.ndarray:
+    """[n, m] the same by the kernels: the first count's set without the second's. way: as of `largest`."""
     blocks = blocks_of(x, block)
-    found = select(largest(x.shape[1], counts, double=x.dtype == torch.float64), blocks.reduce)
+    found = select(largest(x.shape[1], counts, double=x.dtype == torch.float64, **way), blocks.reduce)
     ranks = Ranks([(row[0], row[1]) for row in found])
     parts = []
     for i in range(len(blocks)):
@@ -73,22 +73,21 @@ def values_of(kind: str, shape: tuple[int, ...], dtype: torch.dtype = torch.floa
 
 
 VALUES = ["normal", "bfloat16", "equal", "zero", "few", "subnormal", "signs"]
-WAYS = ["digits", "bracket", "few collected"]
+WAYS: dict[str, dict[str, Any]] = {
+    "digits": {},
+    "bracket": {"sampling_pays": 1, "collected": 1 << 20},
+    "few collected": {"sampling_pays": 1, "collected": 3},
+}
 
 
 @pytest.mark.parametrize(
-    ("values", "block", "dtype", "way"), cases(VALUES, [1, 7, 64, 1000], [torch.float32, torch.float64], WAYS)
+    ("values", "block", "dtype", "way"), cases(VALUES, [1, 7, 64, 1000], [torch.float32, torch.float64], list(WAYS))
 )
-def test_the_largest_are_those_a_stable_sort_finds(
-    values: str, block: int, dtype: torch.dtype, way: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_largest_are_those_a_stable_sort_finds(values: str, block: int, dtype: torch.dtype, way: str) -> None:
     """In each of the ways in which a rank's value is found; tensors as small as here would be counted by digits."""
-    if way != "digits":
-        monkeypatch.setattr(selection, "SAMPLING_PAYS", 1)
-        monkeypatch.setattr(selection, "COLLECTED", 1 << 20 if way == "bracket" else 3)
     x = values_of(values, (3, 333), dtype)
     counts = [[100, 20], [1, 0], [333, 332]]
-    mask = kept_by_counting(x, counts, block)
+    mask = kept_by_counting(x, counts, block, **WAYS[way])
     for row, mine, (outer, inner) in zip(mask, x.numpy(), counts, strict=True):
         expected = kept_by_sorting(mine, outer) & ~kept_by_sorting(mine, inner)
         assert (row == expected).all()

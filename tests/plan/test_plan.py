@@ -174,7 +174,7 @@ def test_a_file_that_must_be_held_is_named(tmp_path: Path) -> None:
     torch.save({"w": torch.arange(6.0).reshape(2, 3).T}, tmp_path / "strided.bin")
     torch.save({"w": torch.arange(6.0).reshape(3, 2)}, tmp_path / "plain.bin")
     recipe = linear(tmp_path / "strided.bin", tmp_path / "plain.bin")
-    assert [file.name for file in make_plan(Recipe.parse(recipe)).held] == ["strided.bin"]
+    assert [file.name for file in make_plan(Recipe.parse(recipe)).mapped_files] == ["strided.bin"]
     merged = load_file(Path(merge(recipe, tmp_path / "out")) / "model.safetensors")
     expected = (torch.arange(6.0).reshape(2, 3).T + torch.arange(6.0).reshape(3, 2)) / 2
     assert torch.equal(merged["w"], expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,7 +11,6 @@ import torch
 from fixtures_llama import base_tensors, cast, save
 from safetensors.torch import load_file, save_file
 
-import mergekit_lfm.views.rewritten as rewriting
 from mergekit_lfm.align.elements import random_transform
 from mergekit_lfm.arch import Heads, Units, find_symmetries, read_table
 from mergekit_lfm.arch.table import check_fit
@@ -18,7 +18,9 @@ from mergekit_lfm.artifacts.transform import HeadsElement, Transform, TransformI
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lfm.store.tensors import read_header
-from mergekit_lfm.views.rewritten import rewrite, rewritten_view
+from mergekit_lfm.views.base import RewrittenFile
+from mergekit_lfm.views.maps import Maps
+from mergekit_lfm.views.rewritten import Rewriter, rewrite, rewritten_view
 
 FACTS = TransformInfo("by hand")
 
@@ -87,17 +89,16 @@ def test_an_order_keeps_every_bit(tmp_path: Path, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("panel, narrow", [(1 << 18, 1024), (512, 1024), (700, 16), (100, 3)])
-def test_any_range_read_in_any_thread_is_part_of_the_whole(
-    llama: Checkpoint, monkeypatch: pytest.MonkeyPatch, panel: int, narrow: int
-) -> None:
+def test_any_range_read_in_any_thread_is_part_of_the_whole(llama: Checkpoint, panel: int, narrow: int) -> None:
     """Panels, blocks of rows and whole tensors agree, and so do ranges, to the bit."""
     old = tensors_of(llama)
     transform = random_transform(old, find_symmetries(llama), seed=2)
     plain = rewrite(old, transform)
-    monkeypatch.setattr(rewriting, "PANEL", panel)
-    monkeypatch.setattr(rewriting, "NARROW", narrow)
-    view = rewritten_view(llama, transform, {"transform": "x"})
-    whole = rewrite(old, transform)
+    maps = Maps(transform)
+    rewriters = {name: Rewriter(maps, spec, panel=panel, narrow=narrow) for name, spec in llama.items()}
+    files = [RewrittenFile(file, rewriters, lambda: 0, threading.local()) for file in llama.files]
+    view = Checkpoint(llama.path, files, {"transform": "x"})
+    whole = {name: x if rewriters[name].idle else rewriters[name].apply(x) for name, x in old.items()}
     with ThreadPoolExecutor(2) as pool:
         for name, spec in view.items():
             assert torch.allclose(whole[name], plain[name], rtol=1e-6, atol=1e-7)

@@ -58,9 +58,9 @@ def method_text(method: Method) -> str:
 
 def _parameter_row(parameter: Parameter) -> tuple[str, ...]:
     data = parameter_data(parameter)
-    given = "per model" if parameter.per_input else "once"
+    scope = "per model" if parameter.per_input else "once"
     default = "none" if data["default"] is None else str(data["default"])
-    return parameter.name, given, default.lower(), data["values"], parameter.doc
+    return parameter.name, scope, default.lower(), data["values"], parameter.doc
 
 
 def parameter_data(parameter: Parameter) -> dict[str, Any]:

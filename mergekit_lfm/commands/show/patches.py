@@ -75,7 +75,7 @@ def patch_text(data: Mapping[str, Any]) -> str:
 
 def _option(value: Any) -> str:
     """An option's value in one line; for a list of texts only their number."""
-    if isinstance(value, list) and any(isinstance(part, str | list) for part in value):
+    if isinstance(value, list) and any(isinstance(entry, str | list) for entry in value):
         return f"({len(value)} given)"
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 

@@ -52,7 +52,7 @@ def plan_data(plan: Plan) -> dict[str, Any]:
         "bytes_written": plan.bytes_written,
         "shards": [{"file": shard.name, "tensors": len(shard.tensors), "bytes": shard.nbytes} for shard in plan.shards],
         "files": [path.name for path in plan.files],
-        "held": [str(file) for file in plan.held],
+        "held": [str(file) for file in plan.mapped_files],
         "dropped": [{"model": m, "tensor": t, "reason": why} for m, t, why in plan.dropped],
         "digest": plan.digest,
     }
@@ -103,7 +103,10 @@ def plan_text(plan: Plan, facts: dict[str, Any], verbose: bool) -> str:
         if model.snapshot is not None
     ]
     lines = [table(rows)]
-    lines += [f"held outside the memory budget, as its tensors are not plain byte ranges: {file}" for file in plan.held]
+    lines += [
+        f"held outside the memory budget, as its tensors are not plain byte ranges: {file}"
+        for file in plan.mapped_files
+    ]
     lines += [f"dropped: {model}: {tensor}: {reason}" for model, tensor, reason in plan.dropped]
     if verbose:
         lines += [

@@ -40,7 +40,7 @@ def transform_data(transform: Transform) -> dict[str, Any]:
 
 def _movement(group: Group, element: Element | None) -> dict[str, Any]:
     """How many of the group's units or query heads move, and which parts of the element act on it."""
-    acts = [] if element is None else [part for part, value in vars(element).items() if value is not None]
+    acts = [] if element is None else [name for name, value in vars(element).items() if value is not None]
     order = [] if element is None else _order(group, element)
     return {"moved": sum(new != old for new, old in enumerate(order)), "acts": acts}
 
@@ -62,7 +62,7 @@ def _mixed(transform: Transform) -> int:
 
     matrices = ("matrix", "query_key", "value_output")
     return sum(
-        any(getattr(element, part, None) is not None for part in matrices) and not only_moves(transform, name)
+        any(getattr(element, matrix, None) is not None for matrix in matrices) and not only_moves(transform, name)
         for name, element in transform.elements.items()
     )
 
