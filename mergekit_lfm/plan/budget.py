@@ -38,12 +38,12 @@ class Budget:
         return min(job.block, job.spec.numel) * len(job.read) * (ITEMSIZE[job.compute] * 8 + 8) + job.sums_nbytes
 
     def views(self, job: Job) -> int:
-        """Bytes that transforms and patches take while any range of the job's inputs is read."""
-        return sum(self.plan.sources[i].file_of(name).scratch(name) for i, name in job.read_at_all)
+        """Bytes that views take while any range of the job's inputs is read."""
+        return sum(self.plan.sources[i].cost(name).scratch for i, name in job.read_at_all)
 
     @property
     def resident_views(self) -> int:
-        """Bytes that transforms and patches take as long as the merge runs."""
+        """Bytes that views take as long as the merge runs."""
         return sum(source.resident for source in self.plan.sources)
 
     def resident(self, group: Sequence[int]) -> int:
@@ -54,7 +54,7 @@ class Budget:
 
     def by_one_worker(self, job: Job) -> bool:
         """True if one worker should do all of the job, as a view makes the whole tensor for each that reads it."""
-        return any(self.plan.sources[i].file_of(name).at_once(name) for i, name in job.read_at_all)
+        return any(self.plan.sources[i].cost(name).at_once for i, name in job.read_at_all)
 
     def share(self, memory: int, threads: int) -> int:
         """Bytes that each of so many workers may hold."""
@@ -94,14 +94,13 @@ class Budget:
     def _demands(self) -> Iterator[tuple[str, int]]:
         """The bytes that one worker holds at least for each tensor or group of layers, with its name."""
         yield from ((job.name, self.scratch(job)) for job in self.plan.tensors)
-        yield from self._linear_demands()
+        for group in self.plan.linears:
+            jobs = [self.plan.tensors[i] for i in group.jobs]
+            yield jobs[0].name, group.nbytes + max(self.views(job) for job in jobs)
 
     def _demands_of_gpu(self) -> Iterator[tuple[str, int]]:
         yield from ((job.name, self.working(job)) for job in self.plan.tensors if not job.copied)
-        yield from self._linear_demands()
-
-    def _linear_demands(self) -> Iterator[tuple[str, int]]:
-        yield from ((self.plan.tensors[group.layers[0].weight].name, group.nbytes) for group in self.plan.linears)
+        yield from ((self.plan.tensors[group.jobs[0]].name, group.nbytes) for group in self.plan.linears)
 
 
 def workers(plan: Plan, memory: int, threads: int | None, gpu: Accelerator | None) -> int:

@@ -18,7 +18,7 @@ from mergekit_lfm.artifacts.transform import HeadsElement, Transform, TransformI
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lfm.store.tensors import read_header
-from mergekit_lfm.views.rewritten import rewrite, rewritten_view
+from mergekit_lfm.views.rewritten import Rewritten, rewrite
 
 FACTS = TransformInfo("by hand")
 
@@ -96,7 +96,7 @@ def test_any_range_read_in_any_thread_is_part_of_the_whole(
     plain = rewrite(old, transform)
     monkeypatch.setattr(rewriting, "PANEL", panel)
     monkeypatch.setattr(rewriting, "NARROW", narrow)
-    view = rewritten_view(llama, transform, {"transform": "x"})
+    view = Rewritten(llama, transform, {"transform": "x"})
     whole = rewrite(old, transform)
     with ThreadPoolExecutor(2) as pool:
         for name, spec in view.items():
@@ -109,7 +109,7 @@ def test_any_range_read_in_any_thread_is_part_of_the_whole(
 def test_a_view_has_an_identity_and_a_content_of_its_own(llama: Checkpoint, tmp_path: Path) -> None:
     old = tensors_of(llama)
     transform = random_transform(old, find_symmetries(llama), seed=2, kinds=["order"])
-    view = rewritten_view(llama, transform, {"transform": "x"})
+    view = Rewritten(llama, transform, {"transform": "x"})
     assert view.identity[1:] == llama.identity and view.digest != llama.digest
     saved = open_checkpoint(save(tmp_path / "saved", rewrite(old, transform)))
     assert view.content == saved.content != llama.content
