@@ -25,7 +25,6 @@ from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lfm.store.places import check_file
 from mergekit_lfm.version import versions
-from mergekit_lfm.views.base import RewrittenFile
 from mergekit_lfm.views.patched import patched_view
 
 if TYPE_CHECKING:
@@ -105,7 +104,7 @@ def apply_patches(
         replace(back, info=replace(back.info, options={"plan": plan.digest})).save(undo)
     with _remove_on_failure(None if known else undo), progress.by_bytes(plan.bytes_written, "applying") as advance:
         done = execute(plan, target, memory=as_bytes(memory), threads=threads, overwrite=overwrite, progress=advance)
-    applied = _count_changes(plan, undo)
+    applied = _count_changes(plan, opened, undo)
     if facts is not None:
         after = score(load_for_texts(target, dtype, device), facts, "verifying", progress)
         applied = replace(applied, after=after, good=is_enough(after, min_efficacy))
@@ -149,7 +148,7 @@ def undo_patches(
         done = execute(plan, target, memory=as_bytes(memory), threads=threads, overwrite=overwrite, progress=advance)
     warnings = warn_of(done.findings)
     seconds = time.monotonic() - started
-    return Outcome(target, _count_changes(plan, None), plan.digest, done.already_there, warnings, seconds)
+    return Outcome(target, _count_changes(plan, [back], None), plan.digest, done.already_there, warnings, seconds)
 
 
 def _open_undo(file: Path) -> Patch:
@@ -165,15 +164,10 @@ def _open_undo(file: Path) -> Patch:
     return back
 
 
-def _count_changes(plan: Plan, undo: Path | None) -> Applied:
+def _count_changes(plan: Plan, patches: Sequence[Patch], undo: Path | None) -> Applied:
     (view,) = plan.models
-    changed = [spec.nbytes for name, spec in view.items() if not _left_alone(view, name)]
+    changed = [view[name].nbytes for name in {name for patch in patches for name in patch.info.tensors}]
     return Applied(undo, len(changed), sum(changed), plan.bytes_written - sum(changed))
-
-
-def _left_alone(view: Checkpoint, name: str) -> bool:
-    file = view.file_of(name)
-    return not isinstance(file, RewrittenFile) or file.rewriters[name].idle
 
 
 @contextmanager

@@ -39,8 +39,9 @@ from mergekit_lfm.runtime.load import load_model
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lfm.store.hub.snapshots import check_room
 from mergekit_lfm.version import versions
-from mergekit_lfm.views.patched import patched_view
-from mergekit_lfm.views.rewritten import rewritten_view
+from mergekit_lfm.views.patched import Patched, check_base, patched_view
+from mergekit_lfm.views.pending import Pending
+from mergekit_lfm.views.rewritten import Rewritten
 
 Notice = Callable[[str], None]
 Grams = Callable[[Statistics], Any]  # from a statistics file to what `edit` takes as covariance
@@ -90,15 +91,12 @@ def note_device(plan: Plan, device: str) -> Plan:
 
     CPU and GPU results differ by rounding: no output may mix them. Raises PlanError if the device does not exist.
     """
-    kind, waiting = kind_of(device), plan.pending
-    if kind is None or not (waiting or plan.unedited):
+    kind = kind_of(device)
+    if kind is None or not (plan.pending or plan.unedited):
         return plan
     edited = any(not isinstance(request, NamedFile) for request in plan.recipe.result_edits)
     models = tuple(
-        Checkpoint(checkpoint.path, checkpoint.files, {**(checkpoint.view or {}), "device": kind})
-        if model in waiting
-        else checkpoint
-        for model, checkpoint in zip(plan.recipe.all_models, plan.models, strict=True)
+        checkpoint.on_device(kind) if isinstance(checkpoint, Pending) else checkpoint for checkpoint in plan.models
     )
     return replace(plan, roles=replace(plan.roles, models=models), edited_on=kind if edited else "")
 
@@ -119,23 +117,23 @@ def _with_alignments(plan: Plan, notice: Notice, device: str) -> Plan:
     """The plan with every alignment found."""
     models = list(plan.models)
     for i, (model, checkpoint) in enumerate(zip(plan.recipe.all_models, plan.models, strict=True)):
-        if isinstance(model.align, AlignRequest) and model in plan.pending:
-            source = checkpoint.as_stored()
+        if isinstance(model.align, AlignRequest) and isinstance(checkpoint, Pending):
+            (source,) = checkpoint.inners
             to = plan.models[plan.labels.index(model.align.to)]
             notice(f"aligning {model.label} to {model.align.to} by {model.align.method}")
-            models[i] = rewritten_view(source, _transform_of(source, to, model.align, device), checkpoint.view or {})
+            models[i] = Rewritten(source, _transform_of(source, to, model.align, device), checkpoint.key)
     return replace(plan, roles=replace(plan.roles, models=tuple(models)))
 
 
 def _with_edits(plan: Plan, notice: Notice, device: str) -> Plan:
     """The plan with the facts edited that a model's own `edits` name."""
     models = list(plan.models)
-    for i, model in enumerate(plan.recipe.all_models):
-        if any(isinstance(request, EditRequest) for request in model.edits):
-            source = models[i].as_stored()
+    for i, (model, checkpoint) in enumerate(zip(plan.recipe.all_models, plan.models, strict=True)):
+        if model.edits and isinstance(checkpoint, Pending):
+            (source,) = checkpoint.inners
             patches = _patches(source, model.edits, model.label, _own_statistics, notice, device)
-            view = patched_view(source, *patches)
-            models[i] = Checkpoint(view.path, view.files, models[i].view)
+            check_base(source, patches)
+            models[i] = Patched(source, patches, checkpoint.key)
     return replace(plan, roles=replace(plan.roles, models=tuple(models)))
 
 

@@ -29,6 +29,7 @@ from mergekit_lfm.output.writer import Output, Policy, Receipt, already_there, f
 from mergekit_lfm.plan.budget import Budget, check_disk, workers
 from mergekit_lfm.plan.job import Job
 from mergekit_lfm.plan.plan import Plan
+from mergekit_lfm.store.tensors import ITEMSIZE
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,10 +254,10 @@ def check_copies(plan: Plan) -> None:
 
 def _same_bytes(plan: Plan, one: tuple[int, str], other: tuple[int, str], nbytes: int) -> bool:
     step = 1 << 22
-    sides = [(plan.models[model].file_of(name), name, bytearray(min(step, nbytes))) for model, name in (one, other)]
+    sides = [(plan.models[model], name, bytearray(min(step, nbytes))) for model, name in (one, other)]
     for start in range(0, nbytes, step):
-        for file, name, buffer in sides:
-            file.read_into(name, start, memoryview(buffer)[: nbytes - start])
+        for model, name, buffer in sides:
+            model.read_into(name, start // ITEMSIZE[model[name].dtype], memoryview(buffer)[: nbytes - start])
         if sides[0][2] != sides[1][2]:
             return False
     return True

@@ -240,18 +240,17 @@ class Worker:
         """Copy a segment of the first source; in the kernel if it is a byte range of a file."""
         model, name = job.sources[0]
         checkpoint, size = self.plan.models[model], ITEMSIZE[job.dtype]
-        file = checkpoint.file_of(name)
         step, first = job.block * size, segment * job.segment_numel * size
         last = min(job.nbytes, first + job.segment_numel * size)
         digest, bad = xxhash.xxh3_128(), set[str]()
-        offset = file.offset(name)
-        shared = offset is not None and self._shards.copy(job.name, first, file.fileno(), offset + first, last - first)
+        place = checkpoint.location(name)
+        shared = place and self._shards.copy(job.name, first, place[0], place[1] + first, last - first)
         buffer = torch.empty(min(step, last - first), dtype=torch.uint8)
         for start in range(first, last, step):
             self._check_stop()
             raw = buffer[: min(step, last - start)]
             data = bytes_of(raw)
-            file.read_into(name, start, data)
+            checkpoint.read_into(name, start // size, data)
             if not shared:
                 self._shards.write(job.name, start, data)
             digest.update(data)

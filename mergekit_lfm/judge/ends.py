@@ -16,6 +16,7 @@ from mergekit_lfm.errors import PlanError
 from mergekit_lfm.plan.sources import aligned_view
 from mergekit_lfm.runtime.load import Loaded, load_model
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
+from mergekit_lfm.views.base import View
 from mergekit_lfm.views.rewritten import rewrite
 
 EndModel = str | Path | Loaded | nn.Module
@@ -46,11 +47,11 @@ def open_aligned(model: EndModel, alignment: Alignment | None, to: Opened, task:
     checkpoint = model.checkpoint if isinstance(model, Loaded) else open_checkpoint(model)
     view = _view(checkpoint, alignment)
     if isinstance(to, Loaded) and any(view[name].shape != spec.shape for name, spec in checkpoint.items()):
-        view = Checkpoint(to.checkpoint.path, view.files, view.view)
+        view = view.in_folder(to.checkpoint.path)
     return load_model(view, task, device=device)
 
 
-def _view(checkpoint: Checkpoint, alignment: Alignment) -> Checkpoint:
+def _view(checkpoint: Checkpoint, alignment: Alignment) -> View:
     if not isinstance(alignment, Transform):
         return aligned_view(checkpoint, Path(alignment), str(alignment), checkpoint.path)
     with TemporaryDirectory() as folder:  # views are identified by files

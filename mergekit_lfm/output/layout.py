@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from mergekit_lfm.store.checkpoint import Checkpoint
+from mergekit_lfm.store.checkpoint import Checkpoint, Layout
 from mergekit_lfm.store.tensors import TensorSpec, encode_header
 
 DEFAULT_SHARD = 5_000_000_000  # bytes; as in transformers and in the Hub's advice
@@ -48,17 +48,19 @@ class Shard:
 
 def lay_out(template: Checkpoint, tensors: Sequence[TensorSpec], max_shard_size: int | None) -> tuple[Shard, ...]:
     """The shards for the output `tensors`: the template's tensors in its order."""
-    safe = all(file.path.suffix == ".safetensors" for file in template.files)
-    if max_shard_size is None and safe and all(template[spec.name].dtype == spec.dtype for spec in tensors):
-        return _shards_of_template(template, tensors)
+    layout = template.layout
+    stored = {name: dtype for part in layout for name, dtype in part.dtypes.items()}
+    if max_shard_size is None and layout and all(stored[spec.name] == spec.dtype for spec in tensors):
+        return _shards_of_template(layout, tensors)
     return _pack(tensors, max_shard_size or DEFAULT_SHARD)
 
 
-def _shards_of_template(template: Checkpoint, tensors: Sequence[TensorSpec]) -> tuple[Shard, ...]:
-    by_file: dict[str, list[TensorSpec]] = {file.path.name: [] for file in template.files}
+def _shards_of_template(layout: Sequence[Layout], tensors: Sequence[TensorSpec]) -> tuple[Shard, ...]:
+    by_file: dict[str, list[TensorSpec]] = {part.file: [] for part in layout}
+    homes = {name: part.file for part in layout for name in part.dtypes}
     for spec in tensors:
-        by_file[template.file_of(spec.name).path.name].append(spec)
-    starts = {file.path.name: file.data_start % 4096 for file in template.files}
+        by_file[homes[spec.name]].append(spec)
+    starts = {part.file: part.data_start % 4096 for part in layout}
     if len(by_file) == 1:
         ((name, specs),) = by_file.items()
         return (Shard(SINGLE_FILE, tuple(specs), starts[name]),)

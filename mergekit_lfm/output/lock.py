@@ -10,7 +10,7 @@ from typing import Any
 import xxhash
 
 from mergekit_lfm.errors import FormatError
-from mergekit_lfm.store.checkpoint import Checkpoint
+from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lfm.store.tensors import ITEMSIZE, TensorSpec
 
 
@@ -26,7 +26,7 @@ def verify(out: Path, progress: Callable[[int], None] | None = None) -> list[str
         if not (out / name).exists() or xxhash.xxh3_128_hexdigest((out / name).read_bytes()) != digest
     ]
     try:
-        checkpoint = Checkpoint(out)
+        checkpoint = open_checkpoint(out)
     except (FormatError, OSError) as error:
         return [*problems, str(error)]
     problems += [f"{name} is not in the lock" for name in checkpoint if name not in tensors]
@@ -73,8 +73,8 @@ def _has_digests(
     checkpoint: Checkpoint, name: str, digests: list[str], segment: int | None, progress: Callable[[int], None]
 ) -> bool:
     """True if the tensor's bytes have these digests, one for each segment of `segment` elements."""
-    spec, file = checkpoint[name], checkpoint.file_of(name)
-    step = max(1, spec.nbytes if segment is None else segment * ITEMSIZE[spec.dtype])
+    spec, size = checkpoint[name], ITEMSIZE[checkpoint[name].dtype]
+    step = max(1, spec.nbytes if segment is None else segment * size)
     starts = range(0, max(1, spec.nbytes), step)
     if len(starts) != len(digests):
         return False
@@ -83,7 +83,7 @@ def _has_digests(
         actual, end = xxhash.xxh3_128(), min(spec.nbytes, start + step)
         for at in range(start, end, len(buffer) or 1):
             data = buffer[: min(len(buffer), end - at)]
-            file.read_into(name, at, data)
+            checkpoint.read_into(name, at // size, data)
             actual.update(data)
             progress(len(data))
         if actual.hexdigest() != digest:

@@ -25,7 +25,7 @@ from mergekit_lfm.errors import PlanError, several
 from mergekit_lfm.output.card import CARD, OWN_CARD, without_front_matter
 from mergekit_lfm.output.lock import LOCK, lock_of, verify
 from mergekit_lfm.output.writer import REPLACED
-from mergekit_lfm.store.checkpoint import Checkpoint
+from mergekit_lfm.store.checkpoint import open_checkpoint
 from mergekit_lfm.store.hub import repository
 from mergekit_lfm.store.hub.client import HTTPError, api, endpoint, offline, translate_errors
 from mergekit_lfm.store.hub.snapshots import Snapshot, pull
@@ -155,7 +155,7 @@ def push(
     source = Path(folder)
     if not source.is_dir():
         raise PlanError(f"{source} is not a folder, expected that of a saved model")
-    Checkpoint(source)  # unfinished outputs have no readable headers
+    open_checkpoint(source)  # unfinished outputs have no readable headers
     if (source / REPLACED).exists():
         raise PlanError(f"{source} still holds the files it replaced: its merge was interrupted. Run that merge again")
     if pull_back and not lock_of(source):

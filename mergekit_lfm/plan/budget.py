@@ -36,12 +36,12 @@ class Budget:
         return min(job.block, job.spec.numel) * len(job.inputs) * (ITEMSIZE[job.compute] * 8 + 8) + job.sums_nbytes
 
     def views(self, job: Job) -> int:
-        """Bytes that transforms and patches take while any range of the job's inputs is read."""
-        return sum(self.plan.sources[i].file_of(name).scratch(name) for i, name in job.all_inputs)
+        """Bytes that views take while any range of the job's inputs is read."""
+        return sum(self.plan.sources[i].cost(name).scratch for i, name in job.all_inputs)
 
     @property
     def resident_views(self) -> int:
-        """Bytes that transforms and patches take as long as the merge runs."""
+        """Bytes that views take as long as the merge runs."""
         return sum(source.resident for source in self.plan.sources)
 
     def resident(self, group: Sequence[int]) -> int:
@@ -52,7 +52,7 @@ class Budget:
 
     def by_one_worker(self, job: Job) -> bool:
         """True if one worker should do all of the job, as a view makes the whole tensor for each that reads it."""
-        return any(self.plan.sources[i].file_of(name).at_once(name) for i, name in job.all_inputs)
+        return any(self.plan.sources[i].cost(name).at_once for i, name in job.all_inputs)
 
     def left(self, memory: int) -> int:
         """The part of `memory` that workers share: all but what views hold."""
@@ -96,13 +96,12 @@ class Budget:
     def _demands(self) -> Iterator[tuple[str, int]]:
         """The bytes that one worker holds at least for each tensor or group of matrices, with its name."""
         yield from ((job.name, self.scratch(job)) for job in self.plan.tensors)
-        yield from self._matrix_demands()
+        for group in self.plan.matrices:
+            jobs = [self.plan.tensors[i] for i in group.jobs]
+            yield jobs[0].name, group.nbytes + max(self.views(job) for job in jobs)
 
     def _demands_of_device(self) -> Iterator[tuple[str, int]]:
         yield from ((job.name, self.device_scratch(job)) for job in self.plan.tensors if not job.copied)
-        yield from self._matrix_demands()
-
-    def _matrix_demands(self) -> Iterator[tuple[str, int]]:
         yield from ((self.plan.tensors[group.jobs[0]].name, group.nbytes) for group in self.plan.matrices)
 
 

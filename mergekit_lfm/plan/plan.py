@@ -42,7 +42,7 @@ from mergekit_lfm.recipe.roles import Input
 from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.store.sidecars import sidecars_of
 from mergekit_lfm.version import __version__
-from mergekit_lfm.views.pending import PendingFile
+from mergekit_lfm.views.pending import Pending
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Plan:
     def pending(self) -> tuple[Input, ...]:
         """The models whose alignment is still to be found, or that are still to be edited."""
         models = zip(self.recipe.all_models, self.models, strict=True)
-        return tuple(model for model, stored in models if any(isinstance(file, PendingFile) for file in stored.files))
+        return tuple(model for model, checkpoint in models if isinstance(checkpoint, Pending))
 
     @property
     def absent(self) -> int:

@@ -27,7 +27,8 @@ from mergekit_lfm.recipe.values import NamedFile
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lfm.store.hub import HubName
 from mergekit_lfm.store.tensors import TensorSpec
-from mergekit_lfm.views.pending import PendingFile
+from mergekit_lfm.views.base import View
+from mergekit_lfm.views.pending import Pending
 
 
 def open_models(recipe: Recipe) -> tuple[Checkpoint, ...]:
@@ -105,13 +106,13 @@ def check_targets(recipe: Recipe, models: Sequence[Checkpoint]) -> None:
         raise PlanError(several("the alignments do not fit the models", problems))
 
 
-def aligned_view(checkpoint: Checkpoint, file: Path, ref: str, label: object) -> Checkpoint:
+def aligned_view(checkpoint: Checkpoint, file: Path, ref: str, label: object) -> View:
     """The checkpoint as the transform in a file rewrites it. Raises PlanError if that was made for another model."""
-    from mergekit_lfm.views.rewritten import rewritten_view
+    from mergekit_lfm.views.rewritten import Rewritten
 
     transform = open_transform(file)
     check_source(transform, checkpoint, ref, label)
-    return rewritten_view(checkpoint, transform, {"transform": xxhash.xxh3_128_hexdigest(file.read_bytes())})
+    return Rewritten(checkpoint, transform, {"transform": xxhash.xxh3_128_hexdigest(file.read_bytes())})
 
 
 def check_source(transform: Transform, checkpoint: Checkpoint, ref: str, label: object) -> None:
@@ -132,8 +133,8 @@ def edited_view(checkpoint: Checkpoint, edits: Sequence[Edit]) -> Checkpoint:
 
     if all(isinstance(edit, NamedFile) for edit in edits):
         return patched_view(checkpoint, *(open_patch(edit.path) for edit in edits if isinstance(edit, NamedFile)))
-    files = [PendingFile(file, checkpoint, dict.fromkeys(checkpoint, 0), 0) for file in checkpoint.files]
-    return Checkpoint(checkpoint.path, files, {"edits": [identity_of(edit) for edit in edits]})
+    key = {"edits": [identity_of(edit) for edit in edits]}
+    return Pending(checkpoint, checkpoint, dict.fromkeys(checkpoint, 0), 0, key)
 
 
 def identity_of(edit: Edit) -> dict[str, Any]:
@@ -152,8 +153,7 @@ def pending_view(checkpoint: Checkpoint, to: Checkpoint, request: AlignRequest, 
     check_alike((checkpoint, to), tables, (label, request.to), widths=widths)
     specs = {n: TensorSpec(n, to[n].shape, s.dtype) if widths else s for n, s in checkpoint.items()}
     scratch, resident = bounds(checkpoint, tables[0], request.method)
-    files = [PendingFile(file, specs, scratch, resident) for file in checkpoint.files]
-    return Checkpoint(checkpoint.path, files, view_of(request, to))
+    return Pending(checkpoint, specs, scratch, resident, key_of(request, to))
 
 
 def bounds(checkpoint: Checkpoint, table: Symmetries, method: str) -> tuple[dict[str, int], int]:
@@ -180,7 +180,7 @@ def bounds(checkpoint: Checkpoint, table: Symmetries, method: str) -> tuple[dict
     return scratch, entries * 20  # float64, and once more in float32 and float64
 
 
-def view_of(request: AlignRequest, to: Checkpoint) -> dict[str, Any]:
+def key_of(request: AlignRequest, to: Checkpoint) -> dict[str, Any]:
     """The method, options and input identities on which the result of a request depends, besides the model."""
     stats = [] if request.stats is None else open_checkpoint(request.stats.path).identity
     options = {"method": request.method, **dict(request.options)}
@@ -189,8 +189,8 @@ def view_of(request: AlignRequest, to: Checkpoint) -> dict[str, Any]:
 
 def refuse_resized(model: Input, checkpoint: Checkpoint) -> None:
     """Raise PlanError if alignment changes the shapes of the model whose config the output takes."""
-    if model.align is not None:
-        before = checkpoint.as_stored()
+    if model.align is not None and isinstance(checkpoint, View):
+        (before,) = checkpoint.inners
         resized = next((name for name, spec in checkpoint.items() if before[name].shape != spec.shape), None)
         if resized is not None:
             raise PlanError(

@@ -1,10 +1,11 @@
-"""Find the files in a model's folder that hold the weights."""
+"""Find the files in a model's folder that hold the weights, and read its config."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Collection
 from pathlib import Path, PurePath
+from typing import Any
 
 from mergekit_lfm.errors import FormatError
 
@@ -57,3 +58,17 @@ def weight_paths(folder: Path, names: Collection[str], label: object) -> tuple[l
     if missing:
         raise FormatError(f"{label}: shards named in {chosen[0].name} are missing: {', '.join(missing)}; fetch them")
     return paths, weight_map
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The folder's config.json, or {} without one, and for a path that is not a folder."""
+    path = folder / "config.json"
+    if not folder.is_dir() or not path.exists():
+        return {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path} is not JSON ({error}); fetch it again") from None
+    if not isinstance(config, dict):
+        raise FormatError(f"{path}: expected an object, found a {type(config).__name__}")
+    return config

@@ -29,7 +29,6 @@ class WeightFile:
     """
 
     fallback = False  # True if its tensors are mapped or held in memory instead of read by position
-    inner: WeightFile | None = None  # the file that a view reads
 
     def __init__(
         self,
@@ -57,11 +56,6 @@ class WeightFile:
         """True if its data are still on the Hub."""
         return self.snapshot is not None and not self.path.exists()
 
-    @property
-    def resident(self) -> int:
-        """Bytes that all files of its checkpoint together hold as long as they are open."""
-        return 0
-
     def fileno(self) -> int:
         """A descriptor open for reading, closed with this object. Downloads a file that is still on the Hub.
 
@@ -84,17 +78,10 @@ class WeightFile:
         """The offset of the tensor's bytes in the file; None if they are not a range of it."""
         return self.tensors[name][1]
 
-    def scratch(self, name: str) -> int:  # noqa: ARG002
-        """Bytes that reading the tensor holds in each thread, besides the buffer that it fills."""
-        return 0
-
-    def at_once(self, name: str) -> bool:  # noqa: ARG002
-        """True if reading any of the tensor makes all of it, so that one thread should read it."""
-        return False
-
     def read_into(self, name: str, start: int, into: memoryview) -> None:
-        """Fill `into` with the tensor's bytes from byte `start` on."""
-        read_exactly(self.fileno(), self.tensors[name][1] + start, into, self.path)
+        """Fill `into` with the tensor's bytes from element `start` on: whole elements."""
+        spec, offset = self.tensors[name]
+        read_exactly(self.fileno(), offset + start * ITEMSIZE[spec.dtype], into, self.path)
 
 
 class LoadedFile(WeightFile):
@@ -130,12 +117,12 @@ class LoadedFile(WeightFile):
         return None
 
     def read_into(self, name: str, start: int, into: memoryview) -> None:
-        """Fill `into` with the tensor's bytes from byte `start` on; both are whole elements."""
+        """Fill `into` with the tensor's bytes from element `start` on: whole elements."""
         import torch
 
         tensor = self.held[name]
         if len(into):
-            _gather(tensor, start // tensor.itemsize, torch.frombuffer(into, dtype=tensor.dtype))
+            _gather(tensor, start, torch.frombuffer(into, dtype=tensor.dtype))
 
 
 def _gather(tensor: torch.Tensor, start: int, into: torch.Tensor) -> None:

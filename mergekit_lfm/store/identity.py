@@ -24,6 +24,13 @@ def state_digest(file: WeightFile) -> tuple[Any, ...]:
     return str(file.path.resolve()), status.st_dev, status.st_ino, status.st_size, *times
 
 
+def identity_of(file: WeightFile) -> dict[str, Any]:
+    """Data that distinguish a file without reading tensors: a digest of the header, size, and time or commit."""
+    header = json.dumps([[str(spec), offset] for spec, offset in file.tensors.values()])
+    digest = xxhash.xxh3_128_hexdigest(header.encode())
+    return {"file": file.path.name, "header_xxh3": digest, "nbytes": file.nbytes, **file.stamp}
+
+
 def content_digest(digests: Mapping[TensorSpec, str]) -> str:
     """`Checkpoint.content` for tensors whose bytes have these digests."""
     entries = sorted([str(spec), digest] for spec, digest in digests.items())

@@ -6,11 +6,11 @@ the stored dtype. The panels of rows for this do not depend on the range that is
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, final
 
 import torch
 import xxhash
@@ -21,26 +21,26 @@ from mergekit_lfm.artifacts.transform import PANEL
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.kernels.sums import round_once
 from mergekit_lfm.store.checkpoint import Checkpoint
-from mergekit_lfm.store.formats import WeightFile, bytes_of
+from mergekit_lfm.store.formats import bytes_of
 from mergekit_lfm.store.tensors import TensorSpec
-from mergekit_lfm.views.base import RewrittenFile
+from mergekit_lfm.views.base import ReadRows, Source, View, row_count
 
 
 class Patcher:
-    """Applies patches to one tensor. With base False the result is the sum of the changes alone, float64."""
+    """Applies patches, which all change it, to one tensor; with base False the sum of the changes alone, float64."""
 
     def __init__(self, patches: Sequence[Patch], spec: TensorSpec, *, base: bool = True) -> None:
         self.old, self.base = spec, base
         self.spec = spec if base else TensorSpec(spec.name, spec.shape, "float64")
-        kinds = [(patch.info.tensors[spec.name].kind, patch.parts(spec.name)) for patch in self._select(patches)]
+        kinds = [(patch.info.tensors[spec.name].kind, patch.parts(spec.name)) for patch in patches]
         last = max((i for i, (kind, _) in enumerate(kinds) if kind == "replace"), default=-1)
         self.new = kinds[last][1][0] if last >= 0 else None  # replaces everything before it
         self.added = [parts for _, parts in kinds[last + 1 :]]
-        self.idle = not kinds
         self.whole = len(spec.shape) < 2
 
-    def _select(self, patches: Sequence[Patch]) -> list[Patch]:
-        return [patch for patch in patches if self.old.name in patch.info.tensors]
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        return ((0, self.old.name),) if self.base and self.new is None else ()
 
     @property
     def nbytes(self) -> int:
@@ -50,42 +50,75 @@ class Patcher:
 
     @property
     def scratch(self) -> int:
-        """Bytes that patching holds besides its input and result."""
-        panel = max((last - first for first, last in self.panels), default=0)
-        return 0 if self.idle else panel * (self.old.numel // max(1, self._rows)) * 8 * 3
-
-    @property
-    def _rows(self) -> int:
-        return self.old.shape[0] if self.old.shape else 1
+        """Bytes that patching holds, its input and result included."""
+        rows = max(last - first for first, last in self.panels)
+        factors = max((rows * x[0].shape[1] + x[1].numel() for x in self.added if len(x) == 2), default=0)
+        return 8 * (6 * rows * (self.old.numel // row_count(self.old)) + factors)  # float64; rounding takes most of it
 
     @cached_property
     def panels(self) -> list[tuple[int, int]]:
         """(first row, last row) of each panel."""
-        step = self._rows if self.whole else max(1, PANEL // max(1, self.old.numel // max(1, self._rows)))
-        return list(pairwise([*range(0, self._rows, max(1, step)), self._rows]))
+        rows = row_count(self.old)
+        step = rows if self.whole else max(1, PANEL // max(1, self.old.numel // rows))
+        return list(pairwise([*range(0, rows, step), rows]))
 
-    def apply(self, x: Tensor) -> Tensor:
-        """Patch a tensor in memory."""
-        if self.whole:
-            return self._change_rows(x, slice(None))
-        return torch.cat([self.rows(first, last, lambda a, b: x[a:b]) for first, last in self.panels])
-
-    def rows(self, first: int, last: int, read: Callable[[int, int], Tensor]) -> Tensor:
+    def rows(self, first: int, last: int, read: ReadRows) -> Tensor:
         """Patch one panel of rows. read: returns rows of the stored tensor."""
-        stored = read(first, last) if self.base and self.new is None else None
-        return self._change_rows(stored, slice(first, last))
-
-    def _change_rows(self, stored: Tensor | None, rows: slice) -> Tensor:
+        rows = slice(None) if self.whole else slice(first, last)
+        stored = read(self.sources[0], first, last) if self.sources else None
         if self.base and self.new is not None:
             stored = self.new[rows] if self.new.ndim else self.new
         if not self.added:
             assert stored is not None
             return stored.contiguous()
-        parts = [x[0][rows].double() if len(x) == 1 else x[0][rows].double() @ x[1].double() for x in self.added]
-        total = parts[0] if not self.base or stored is None else parts[0] + stored.double()
-        for part in parts[1:]:
-            total = total + part
+        total = None if stored is None else stored.double()
+        for x in self.added:
+            part = x[0][rows].double() if len(x) == 1 else x[0][rows].double() @ x[1].double()
+            total = part if total is None else total + part
+        assert total is not None
         return round_once(total, getattr(torch, self.spec.dtype)).contiguous()
+
+
+@final
+class Patched(View):
+    """The checkpoint with the patches, which fit it, applied. key: identifies them in digests."""
+
+    def __init__(self, inner: Checkpoint, patches: Sequence[Patch], key: Mapping[str, Any]) -> None:
+        super().__init__(inner, (inner,), key)
+        self._patchers = make_patchers(patches, inner, base=True)
+
+    @property
+    def held(self) -> int:
+        return sum(patcher.nbytes for patcher in self._patchers.values())
+
+    def maker(self, name: str) -> Patcher | None:
+        return self._patchers.get(name)
+
+
+@final
+class Changes(View):
+    """The patches' changes, float64, of the tensors that they change. path: of their file."""
+
+    def __init__(self, patches: Sequence[Patch], specs: Mapping[str, TensorSpec], path: Path) -> None:
+        self._patchers = make_patchers(patches, specs, base=False)
+        new = {name: patcher.spec for name, patcher in self._patchers.items()}
+        super().__init__(new, (), {"added": [*map(digest_of, patches)]}, path)
+
+    @property
+    def held(self) -> int:
+        return sum(patcher.nbytes for patcher in self._patchers.values())
+
+    def maker(self, name: str) -> Patcher:
+        return self._patchers[name]
+
+
+def make_patchers(patches: Sequence[Patch], specs: Mapping[str, TensorSpec], *, base: bool) -> dict[str, Patcher]:
+    """The patchers of all tensors that the patches change, by name, in the order of the patches."""
+    changes: dict[str, list[Patch]] = {}
+    for patch in patches:
+        for name in patch.info.tensors:
+            changes.setdefault(name, []).append(patch)
+    return {name: Patcher(chosen, specs[name], base=base) for name, chosen in changes.items()}
 
 
 def patched_view(checkpoint: Checkpoint, *patches: Patch, any_base: bool = False) -> Checkpoint:
@@ -95,10 +128,7 @@ def patched_view(checkpoint: Checkpoint, *patches: Patch, any_base: bool = False
     than those that the first patch to change them was made for.
     """
     check_base(checkpoint, patches, any_base=any_base)
-    patchers = {name: Patcher(patches, spec) for name, spec in checkpoint.items()}
-    nbytes, kept = sum(patcher.nbytes for patcher in patchers.values()), threading.local()
-    files = [RewrittenFile(file, patchers, lambda: nbytes, kept) for file in checkpoint.files]
-    return Checkpoint(checkpoint.path, files, {**(checkpoint.view or {}), "patches": [*map(digest_of, patches)]})
+    return Patched(checkpoint, patches, {"patches": [*map(digest_of, patches)]})
 
 
 def check_base(checkpoint: Checkpoint, patches: Sequence[Patch], *, any_base: bool = False) -> None:
@@ -126,7 +156,7 @@ def check_base(checkpoint: Checkpoint, patches: Sequence[Patch], *, any_base: bo
         )
 
 
-def summed_changes(patches: Sequence[Patch], specs: Mapping[str, TensorSpec], path: Path) -> Checkpoint:
+def summed_changes(patches: Sequence[Patch], specs: Mapping[str, TensorSpec], path: Path) -> Changes:
     """The patches' changes, float64, as a checkpoint of the tensors that they change. path: of their file.
 
     specs: the tensors of the model that they are added to. Raises PlanError if one is missing, of another shape, or
@@ -143,11 +173,7 @@ def summed_changes(patches: Sequence[Patch], specs: Mapping[str, TensorSpec], pa
             )
     if problems:
         raise PlanError("the patches do not fit the merged tensors:\n  " + "\n  ".join(problems))
-    names = dict.fromkeys(name for patch in patches for name in patch.info.tensors)
-    patchers = {name: Patcher(patches, specs[name], base=False) for name in names}
-    nbytes = sum(patcher.nbytes for patcher in patchers.values())
-    inner = WeightFile(path, {name: (specs[name], 0) for name in names}, 0)
-    return Checkpoint(path, [RewrittenFile(inner, patchers, lambda: nbytes, threading.local())], {"added": True})
+    return Changes(patches, specs, path)
 
 
 def digest_of(patch: Patch) -> str:

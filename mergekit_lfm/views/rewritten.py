@@ -7,12 +7,11 @@ thread.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -23,7 +22,7 @@ from mergekit_lfm.errors import PlanError
 from mergekit_lfm.kernels.sums import round_once
 from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.store.tensors import TensorSpec
-from mergekit_lfm.views.base import RewrittenFile
+from mergekit_lfm.views.base import ReadRows, Source, View
 from mergekit_lfm.views.maps import IDENTITY, NARROW, Arithmetic, Map, Maps, cut, mix
 
 
@@ -74,8 +73,12 @@ class Rewriter:
         self.whole = len(shape) < 2 or wide or self.spec.numel <= panel
 
     @property
+    def sources(self) -> tuple[Source, ...]:
+        return ((0, self.old.name),)
+
+    @property
     def scratch(self) -> int:
-        """Bytes that rewriting holds besides its input and result."""
+        """Bytes that rewriting holds, its input and result included."""
         if self.idle:
             return 0
         panel = max(last - first for first, last in self.panels) * self._row
@@ -91,7 +94,7 @@ class Rewriter:
         """Rewrite a tensor in memory."""
         if self.whole:
             return self._round(self._rewrite_columns(self.along(x, 0)))
-        return torch.cat([self.rows(first, last, lambda a, b: x[a:b]) for first, last in self.panels])
+        return torch.cat([self.rows(first, last, lambda _, a, b: x[a:b]) for first, last in self.panels])
 
     def along(self, x: Tensor, axis: int) -> Tensor:
         """x, or rows of it, rewritten along one axis; float32 or float64 unless only the order changes."""
@@ -122,8 +125,11 @@ class Rewriter:
             edges += [*range(begin + step, begin + run.new_size, step), begin + run.new_size]
         return list(pairwise(edges))
 
-    def rows(self, first: int, last: int, read: Callable[[int, int], Tensor]) -> Tensor:
-        """A panel of the new tensor. read: returns rows of the old one, from the first to the last."""
+    def rows(self, first: int, last: int, read: ReadRows) -> Tensor:
+        """A panel of the new tensor. read: returns rows of the old one."""
+        (source,) = self.sources
+        if self.whole:
+            return self.apply(read(source, 0, self.old.shape[0]))
         begin = 0
         for run in self.axes[0]:
             if first < begin + run.new_size:
@@ -135,7 +141,7 @@ class Rewriter:
         if run.map.index is not None:
             units = run.map.index[start // run.each : stop // run.each]
             wanted = (units[:, None] * run.each + torch.arange(run.each)).flatten()
-        x = self._rewrite_columns(_gather(wanted + run.first, read))
+        x = self._rewrite_columns(_gather(wanted + run.first, partial(read, source)))
         if not run.map.exact:
             y = x.reshape(len(wanted) // run.each, -1)
             x = mix(cut(run.map, start // run.each, stop // run.each), y).reshape(last - first, *x.shape[1:])
@@ -166,20 +172,48 @@ def _runs(maps: Maps, spec: TensorSpec, axis: int) -> list[Stretch]:
     return runs
 
 
-def rewrite(tensors: Mapping[str, Tensor], transform: Transform) -> dict[str, Tensor]:
-    """Every tensor of a model as the transform rewrites it, in its dtype. Raises PlanError if the table lacks one."""
+def rewrite(
+    tensors: Mapping[str, Tensor], transform: Transform, *, panel: int = PANEL, narrow: int = NARROW
+) -> dict[str, Tensor]:
+    """Every tensor of a model as the transform rewrites it, in its dtype. Raises PlanError if the table lacks one.
+
+    panel, narrow: as of `Rewriter`.
+    """
     result, maps = {}, Maps(transform)
     for name, x in tensors.items():
         if name not in transform.symmetries.tensors:
             raise PlanError(f"{name} {list(x.shape)} is not in the transform's table; align the models again")
-        rewriter = Rewriter(maps, TensorSpec(name, tuple(x.shape), str(x.dtype).removeprefix("torch.")))
+        rewriter = Rewriter(
+            maps, TensorSpec(name, tuple(x.shape), str(x.dtype).removeprefix("torch.")), panel=panel, narrow=narrow
+        )
         result[name] = x if rewriter.idle else rewriter.apply(x)
     return result
 
 
-def rewritten_view(checkpoint: Checkpoint, transform: Transform, view: Mapping[str, Any]) -> Checkpoint:
-    """The checkpoint as the transform rewrites it, read like any other. view: identifies the transform in digests."""
-    maps, kept = Maps(transform), threading.local()
-    rewriters = {name: Rewriter(maps, spec) for name, spec in checkpoint.items()}
-    files = [RewrittenFile(file, rewriters, lambda: maps.nbytes, kept) for file in checkpoint.files]
-    return Checkpoint(checkpoint.path, files, view)
+@final
+class Rewritten(View):
+    """The checkpoint as the transform rewrites it. key: identifies the transform in digests.
+
+    panel, narrow: as of `Rewriter`.
+    """
+
+    def __init__(
+        self,
+        inner: Checkpoint,
+        transform: Transform,
+        key: Mapping[str, Any],
+        *,
+        panel: int = PANEL,
+        narrow: int = NARROW,
+    ) -> None:
+        self._maps = Maps(transform)
+        self._rewriters = {n: Rewriter(self._maps, spec, panel=panel, narrow=narrow) for n, spec in inner.items()}
+        super().__init__({name: rewriter.spec for name, rewriter in self._rewriters.items()}, (inner,), key)
+
+    @property
+    def held(self) -> int:
+        return self._maps.nbytes
+
+    def maker(self, name: str) -> Rewriter | None:
+        rewriter = self._rewriters[name]
+        return None if rewriter.idle else rewriter

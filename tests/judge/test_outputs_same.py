@@ -20,7 +20,7 @@ from mergekit_lfm.runtime.batches import Batch
 from mergekit_lfm.runtime.load import Loaded, load_model
 from mergekit_lfm.runtime.probe import difference, outputs_of, probe
 from mergekit_lfm.store.checkpoint import open_checkpoint
-from mergekit_lfm.views.rewritten import rewritten_view
+from mergekit_lfm.views.rewritten import Rewritten
 
 IMAGES: dict[str, Any] = {
     "ViT": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
@@ -110,7 +110,7 @@ def test_a_rewritten_llama_is_the_same_function_and_a_negative_control_is_not(tm
 
     def loaded(element: UnitsElement) -> Loaded:
         transform = Transform(symmetries, {"ffn.0": element}, TransformInfo("planted"))
-        return load_model(rewritten_view(checkpoint, transform, {"planted": 1}), "lm")
+        return load_model(Rewritten(checkpoint, transform, {"planted": 1}), "lm")
 
     inputs = probe(model)
     assert 0 < difference(model, loaded(UnitsElement(order=order)), inputs) < 1e-5

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,9 +17,7 @@ from mergekit_lfm.artifacts.transform import HeadsElement, Transform, TransformI
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lfm.store.tensors import read_header
-from mergekit_lfm.views.base import RewrittenFile
-from mergekit_lfm.views.maps import Maps
-from mergekit_lfm.views.rewritten import Rewriter, rewrite, rewritten_view
+from mergekit_lfm.views.rewritten import Rewritten, rewrite
 
 FACTS = TransformInfo("by hand")
 
@@ -94,11 +91,8 @@ def test_any_range_read_in_any_thread_is_part_of_the_whole(llama: Checkpoint, pa
     old = tensors_of(llama)
     transform = random_transform(old, find_symmetries(llama), seed=2)
     plain = rewrite(old, transform)
-    maps = Maps(transform)
-    rewriters = {name: Rewriter(maps, spec, panel=panel, narrow=narrow) for name, spec in llama.items()}
-    files = [RewrittenFile(file, rewriters, lambda: 0, threading.local()) for file in llama.files]
-    view = Checkpoint(llama.path, files, {"transform": "x"})
-    whole = {name: x if rewriters[name].idle else rewriters[name].apply(x) for name, x in old.items()}
+    view = Rewritten(llama, transform, {"transform": "x"}, panel=panel, narrow=narrow)
+    whole = rewrite(old, transform, panel=panel, narrow=narrow)
     with ThreadPoolExecutor(2) as pool:
         for name, spec in view.items():
             assert torch.allclose(whole[name], plain[name], rtol=1e-6, atol=1e-7)
@@ -110,7 +104,7 @@ def test_any_range_read_in_any_thread_is_part_of_the_whole(llama: Checkpoint, pa
 def test_a_view_has_an_identity_and_a_content_of_its_own(llama: Checkpoint, tmp_path: Path) -> None:
     old = tensors_of(llama)
     transform = random_transform(old, find_symmetries(llama), seed=2, kinds=["order"])
-    view = rewritten_view(llama, transform, {"transform": "x"})
+    view = Rewritten(llama, transform, {"transform": "x"})
     assert view.identity[1:] == llama.identity and view.digest != llama.digest
     saved = open_checkpoint(save(tmp_path / "saved", rewrite(old, transform)))
     assert view.content == saved.content != llama.content

@@ -1,0 +1,124 @@
+"""A small checkpoint in two files, one view of each kind over it, and the memory that reading takes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import MappingProxyType
+
+import torch
+from models import save_checkpoint
+from torch.profiler import ProfilerActivity, profile
+
+from mergekit_lfm.align.elements import random_transform
+from mergekit_lfm.arch.table import Units, read_table
+from mergekit_lfm.artifacts.patch import Patch, PatchInfo, TensorChange
+from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
+from mergekit_lfm.views.base import View
+from mergekit_lfm.views.patched import Patched, summed_changes
+from mergekit_lfm.views.pending import Pending
+from mergekit_lfm.views.rewritten import Rewritten
+
+# Matrices of two panels each, 2^18 elements being one; of odd sizes; and what has fewer axes.
+SHAPES: Mapping[str, tuple[int, ...]] = MappingProxyType(
+    {"up.weight": (301, 901), "up.bias": (301,), "down.weight": (1033, 301), "scale": (), "none": (0, 5)}
+)
+TABLE = "up.weight ffn input\nup.bias ffn\ndown.weight residual ffn'\nscale\nnone class input"
+GROUPS = {"ffn": Units(301, "positive"), "residual": Units(1033, "sign")}
+
+
+def plain_tensors(dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
+    """Random tensors of these shapes."""
+    draw = torch.Generator().manual_seed(0)
+    return {name: torch.randn(shape, generator=draw).to(dtype) for name, shape in SHAPES.items()}
+
+
+def save_plain(folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """A checkpoint in two files."""
+    return save_checkpoint(folder, plain_tensors(dtype), {}, shards=2)
+
+
+def make_patch(
+    checkpoint: Checkpoint, names: tuple[str, ...] = ("up.weight",), replaced: tuple[str, ...] = ()
+) -> Patch:
+    """A patch that adds random products of rank 5 to matrices, and replaces other tensors by ones."""
+    draw = torch.Generator().manual_seed(1)
+    changes, tensors = {}, {}
+    for name in names:
+        rows, columns = checkpoint[name].shape
+        tensors[f"{name}.left"] = torch.randn(rows, 5, generator=draw)
+        tensors[f"{name}.right"] = torch.randn(5, columns, generator=draw)
+        changes[name] = TensorChange("low_rank", (rows, columns), checkpoint[name].dtype, None)
+    for name in replaced:
+        spec = checkpoint[name]
+        tensors[name] = torch.ones(spec.shape, dtype=getattr(torch, spec.dtype))
+        changes[name] = TensorChange("replace", spec.shape, spec.dtype, None)
+    return Patch(PatchInfo("by hand", changes), tensors)
+
+
+def rewritten(checkpoint: Checkpoint) -> View:
+    """The checkpoint with its units in another order, and scaled."""
+    table = read_table(TABLE, GROUPS, checkpoint)
+    return Rewritten(checkpoint, random_transform({}, table, seed=2, kinds=["order", "scale"]), {"transform": "random"})
+
+
+def rotated(checkpoint: Checkpoint) -> View:
+    """The checkpoint with the rows of a matrix mixed, so that it is made at once."""
+    groups = {"ffn": Units(301), "residual": Units(1033, rotation="orthogonal")}
+    table = read_table(TABLE, groups, checkpoint)
+    return Rewritten(checkpoint, random_transform({}, table, seed=2, kinds=["rotation"]), {"transform": "rotation"})
+
+
+def patched(checkpoint: Checkpoint) -> View:
+    """The checkpoint with a matrix changed, and a vector and a scalar replaced."""
+    return Patched(checkpoint, [make_patch(checkpoint, replaced=("up.bias", "scale"))], {"patches": ["by hand"]})
+
+
+def changes(checkpoint: Checkpoint) -> View:
+    """A patch's changes alone."""
+    return summed_changes([make_patch(checkpoint, ("up.weight", "down.weight"))], checkpoint, checkpoint.files[0].path)
+
+
+def pending(checkpoint: Checkpoint) -> View:
+    """The checkpoint before its alignment."""
+    return Pending(checkpoint, checkpoint, dict.fromkeys(checkpoint, 100), 1000, {"align": "later"})
+
+
+Case = tuple[Callable[[Path], Path], Callable[[Checkpoint], View]]  # saves a checkpoint, and makes a view of it
+
+CASES: Mapping[str, Case] = MappingProxyType(
+    {
+        "rewritten": (save_plain, rewritten),
+        "rewritten, float32": (lambda folder: save_plain(folder, torch.float32), rewritten),
+        "rotated": (save_plain, rotated),
+        "rotated, float32": (lambda folder: save_plain(folder, torch.float32), rotated),
+        "patched": (save_plain, patched),
+        "patched, float32": (lambda folder: save_plain(folder, torch.float32), patched),
+        "changes": (save_plain, changes),
+        "patched over rotated over rewritten": (save_plain, lambda x: patched(rotated(rewritten(x)))),
+    }
+)
+
+
+def open_case(name: str, folder: Path) -> tuple[Checkpoint, View]:
+    """The checkpoint of a case, and its view of it."""
+    save, view_of = CASES[name]
+    stored = open_checkpoint(save(folder))
+    return stored, view_of(stored)
+
+
+def peak_nbytes(work: Callable[[], object]) -> int:
+    """The most bytes that torch holds for the processor's tensors at a time during the work."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        work()
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "trace.json"
+        profiled.export_chrome_trace(str(file))
+        events = json.loads(file.read_text())["traceEvents"]
+    held = most = 0
+    for event in sorted((event for event in events if event.get("name") == "[memory]"), key=lambda event: event["ts"]):
+        held += event["args"]["Bytes"]
+        most = max(most, held)
+    return most
