@@ -11,6 +11,11 @@ from safetensors.torch import load_file, save_file
 
 from mergekit_lfm.artifacts.statistics import Layer
 from mergekit_lfm.methods import METHODS, REQUIRED
+from mergekit_lfm.plan.budget import Budget
+from mergekit_lfm.plan.plan import Plan, make_plan
+from mergekit_lfm.recipe.recipe import Recipe
+
+Case = tuple[str, dict[str, Any]]
 
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "nuslerp": [{"nuslerp_flatten": False}, {"nuslerp_flatten": False, "nuslerp_row_wise": True}],
@@ -91,3 +96,23 @@ def save_statistics(model: Path, kind: str) -> Path:
     inputs = {name: x.shape[1] for name, x in tensors.items() if x.dim() == 2}
     grams = {name: gram_of(torch.randn(200, n, generator=generator)) for name, n in inputs.items()}
     return write_grams(path, model, grams, [Layer(name, None, 1, n, name, 200) for name, n in inputs.items()])
+
+
+def plan_of(case: Case, folder: Path, *, big: tuple[int, int] = (300, 160), block: int = 256, **more: Any) -> Plan:
+    """A merge of small models by a method of the registry."""
+    name, extra = case
+    for offset in range(4):
+        save_model(folder / f"m{offset}", offset, big)
+    models: list[dict[str, Any]] = [{"model": str(folder / f"m{i + 1}")} for i in range(count_of(name))]
+    if kind := METHODS[name].statistics:
+        for model in models:
+            model["stats"] = str(save_statistics(Path(model["model"]), kind))
+    recipe = {"merge_method": name, "models": models, "parameters": parameters_of(name, extra), **more}
+    if METHODS[name].base != "member":
+        recipe["base_model"] = str(folder / ("m0" if name in DELTAS else "m1"))
+    return make_plan(Recipe.parse(recipe), block=block)
+
+
+def least_memory(plan: Plan) -> int:
+    """Bytes with which one worker can carry the plan out."""
+    return max([*(Budget(plan).scratch(job) for job in plan.tensors), *(group.nbytes for group in plan.matrices)])

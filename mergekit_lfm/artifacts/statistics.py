@@ -81,16 +81,13 @@ def read_statistics_info(metadata: dict[str, str], label: object) -> StatisticsI
     return STATISTICS.decode(metadata, names, build, label)
 
 
+@dataclass(frozen=True, repr=False)
 class Statistics:
     """An open statistics file: its facts, and its entries as tensors of a checkpoint."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.info = read_statistics_info(read_header(path).metadata, path)
-        self.tensors: Checkpoint = open_checkpoint(path)
-        wanted = {f"{self.info.kind}/{layer.entry}" for layer in self.info.layers.values()}
-        if absent := sorted(wanted - self.tensors.keys()):
-            raise FormatError(f"{path} names {absent[0]} but does not hold it; collect the statistics again")
+    path: Path
+    info: StatisticsInfo
+    tensors: Checkpoint
 
     def __repr__(self) -> str:
         return f"Statistics({str(self.path)!r}, {self.info.kind}, {len(self.tensors)} entries)"
@@ -120,4 +117,9 @@ class Statistics:
 
 def open_statistics(path: str | os.PathLike[str]) -> Statistics:
     """Open a statistics file. Raises FormatError if it is not one, FileNotFoundError if it does not exist."""
-    return Statistics(STATISTICS.find(path))
+    file = STATISTICS.find(path)
+    info, tensors = read_statistics_info(read_header(file).metadata, file), open_checkpoint(file)
+    wanted = {f"{info.kind}/{layer.entry}" for layer in info.layers.values()}
+    if absent := sorted(wanted - tensors.keys()):
+        raise FormatError(f"{file} names {absent[0]} but does not hold it; collect the statistics again")
+    return Statistics(file, info, tensors)

@@ -16,9 +16,9 @@ from typing import Any
 
 from mergekit_lfm.engine.blocks import add_in_order, run_solve
 from mergekit_lfm.engine.documents import documents
-from mergekit_lfm.engine.tasks import Executor, MatrixTask, MergeTask, Part, Pool, ReduceTask, Remark, Task
+from mergekit_lfm.engine.tasks import Executor, MatrixTask, MergeTask, Part, ReduceTask, Remark, Task
 from mergekit_lfm.engine.threads import thread_pool
-from mergekit_lfm.engine.worker import Options, Worker, refuse_nonfinite
+from mergekit_lfm.engine.worker import Options, Pool, Worker, refuse_nonfinite
 from mergekit_lfm.errors import PlanError, reason
 from mergekit_lfm.kernels.compiled import Mode
 from mergekit_lfm.kernels.reductions import Reduction

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mergekit_lfm.kernels.block import Coefficients
 from mergekit_lfm.kernels.reductions import Reduction
 from mergekit_lfm.output.writer import Receipt
-
-if TYPE_CHECKING:
-    from mergekit_lfm.engine.worker import Worker
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,4 +62,3 @@ Result = Receipt | Part | Remark
 
 # An unordered map over tasks: the results of all, in any order. Those of a task that is done again may come twice.
 Executor = Callable[[Iterable[Task]], Iterator[Result]]
-Pool = Callable[["Worker", int], AbstractContextManager[Executor]]  # from a worker and the number of them at once

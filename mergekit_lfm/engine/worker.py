@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +15,7 @@ import xxhash
 from mergekit_lfm.engine.blocks import Blocks, StoredBlock, apply_to, default_device, is_finite, run_solve
 from mergekit_lfm.engine.documents import names_of
 from mergekit_lfm.engine.matrices import StoredMatrices
-from mergekit_lfm.engine.tasks import MatrixTask, MergeTask, Part, ReduceTask, Remark, Result, Task
+from mergekit_lfm.engine.tasks import Executor, MatrixTask, MergeTask, Part, ReduceTask, Remark, Result, Task
 from mergekit_lfm.errors import FormatError
 from mergekit_lfm.kernels.block import Coefficients
 from mergekit_lfm.kernels.compiled import Mode
@@ -272,6 +273,9 @@ class Worker:
     def _not_finite(self, where: str) -> str:
         refuse_nonfinite(where, self.options.nan)
         return where
+
+
+Pool = Callable[[Worker, int], AbstractContextManager[Executor]]  # an executor of so many workers at once
 
 
 def refuse_nonfinite(where: str, nan: Policy) -> None:

@@ -66,7 +66,7 @@ class GpuKernels:
 
 
 def make_kernels(accelerator: Accelerator, mode: Mode, numels: Sequence[int], threads: int) -> Kernels | GpuKernels:
-    """What runs elementwise functions on the device, for tensors of so many elements each."""
+    """The runner of elementwise functions on the device. numels: the elements of each tensor of the merge."""
     if accelerator.by_chunk:
         return GpuKernels(mode, sum(numels), accelerator.device)
     return Kernels(mode, sum(numel // BLOCK for numel in numels), BLOCK, threads)

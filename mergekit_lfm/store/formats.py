@@ -25,7 +25,8 @@ ARCHIVES = (".bin", ".pt", ".pth")
 class WeightFile:
     """One file of tensors that lie in it as plain byte ranges.
 
-    stamp: identifies its present state without reading data: its time, or the commit on the Hub.
+    stamp: identifies its present state without reading data: its time, or the commit on the Hub. A pickled copy opens
+    the file again, and only in that state.
     """
 
     fallback = False  # True if its tensors are mapped or held in memory instead of read by position
@@ -45,6 +46,12 @@ class WeightFile:
             self.nbytes, self.stamp = status.st_size, {"mtime_ns": status.st_mtime_ns}
         else:
             self.nbytes, self.stamp = snapshot.sizes[self.name], {"commit": str(snapshot)}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("_lock", "_fd")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _lock=Lock(), _fd=-1)
 
     @property
     def name(self) -> str:
@@ -112,6 +119,9 @@ class LoadedFile(WeightFile):
                 )
         self.held = {name: tensor.detach().resolve_conj().resolve_neg() for name, tensor in tensors.items()}
         super().__init__(path, {name: (spec, 0) for name, spec in specs.items()}, 0, snapshot)
+
+    def __reduce__(self) -> tuple[type[LoadedFile], tuple[Path, Snapshot | None]]:
+        return LoadedFile, (self.path, self.snapshot)
 
     def offset(self, name: str) -> int | None:  # noqa: ARG002
         return None

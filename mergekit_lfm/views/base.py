@@ -66,6 +66,12 @@ class View(Checkpoint):
         self._specs = specs
         self._kept = threading.local()  # each thread's last panel, which neighbouring ranges share
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_kept"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _kept=threading.local())
+
     @abstractmethod
     def maker(self, name: str) -> Maker | None:
         """The maker of the tensor; None if it is its `source` as it is."""

@@ -7,7 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_methods import CASES, DELTAS, count_of, ids, parameters_of, save_model, save_statistics, tensors_of
+from helpers_methods import (
+    CASES,
+    DELTAS,
+    ids,
+    least_memory,
+    parameters_of,
+    plan_of,
+    tensors_of,
+)
 from models import files_of
 
 from mergekit_lfm import merge_tensors
@@ -15,8 +23,6 @@ from mergekit_lfm.engine.execute import execute
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.methods import METHODS
 from mergekit_lfm.plan.budget import Budget
-from mergekit_lfm.plan.plan import make_plan
-from mergekit_lfm.recipe.recipe import Recipe
 
 SYMMETRIC = [name for name, m in METHODS.items() if m.inputs != (1, 1) and m.base != "first" and not m.random]
 
@@ -85,19 +91,9 @@ def test_random_methods_follow_the_seed_and_the_name(name: str) -> None:
 @pytest.mark.parametrize("case", CASES, ids=ids)
 def test_in_passes_or_at_once_gives_the_same_bytes(case: tuple[str, dict[str, Any]], tmp_path: Path) -> None:
     """With blocks of 256 elements the largest tensor has three segments and does not fit a worker's share."""
-    name, extra = case
-    for offset in range(4):
-        save_model(tmp_path / f"m{offset}", offset)
-    models = [{"model": str(tmp_path / f"m{i + 1}")} for i in range(count_of(name))]
-    if kind := METHODS[name].statistics:
-        for model in models:
-            model["stats"] = str(save_statistics(Path(model["model"]), kind))
-    recipe: dict[str, Any] = {"merge_method": name, "models": models, "parameters": parameters_of(name, extra)}
-    if METHODS[name].base != "member":
-        recipe["base_model"] = str(tmp_path / ("m0" if name in DELTAS else "m1"))
-    plan = make_plan(Recipe.parse(recipe), block=256)
+    plan = plan_of(case, tmp_path)
     big = next(job for job in plan.tensors if job.name == "big")
-    small = 3 * max([*(Budget(plan).scratch(job) for job in plan.tensors), *(group.nbytes for group in plan.matrices)])
+    small = 3 * least_memory(plan)
     assert Budget(plan).resident([plan.tensors.index(big)]) > small // 3 or not big.needs_sums
     execute(plan, tmp_path / "at-once", memory=1 << 30, threads=1)
     execute(plan, tmp_path / "in-passes", memory=small, threads=3)

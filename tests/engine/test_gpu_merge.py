@@ -18,12 +18,12 @@ from helpers_gpu import CUDA, needs_gpu, needs_triton, stand_in
 from helpers_merges import load_all
 from helpers_methods import (
     CASES,
-    DELTAS,
-    count_of,
+    Case,
     ids,
+    least_memory,
     parameters_of,
+    plan_of,
     save_model,
-    save_statistics,
     tensors_of,
 )
 from models import files_of
@@ -41,16 +41,11 @@ from mergekit_lfm.kernels.reductions import L1, ColumnGram, Gram, Reduction, Row
 from mergekit_lfm.machine import accelerators, devices
 from mergekit_lfm.machine.accelerators import HOST, Gpu
 from mergekit_lfm.methods import METHODS
-from mergekit_lfm.plan.budget import Budget
-from mergekit_lfm.plan.plan import Plan, make_plan
+from mergekit_lfm.plan.plan import make_plan
 from mergekit_lfm.recipe.recipe import Recipe
 
-Case = tuple[str, dict[str, Any]]
 TIES: Case = ("ties", {"density": 0.4})
 KERNELS: list[Case] = [("linear", {}), ("dare_ties", {"density": 0.4, "rescale": "density"}), ("fisher", {})]
-
-
-SMALL = 256  # elements of a block: the largest tensor has three segments, of several chunks each
 
 
 @pytest.fixture
@@ -65,21 +60,6 @@ def sums(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[type]]:
 
     monkeypatch.setattr(Blocks, "part", recorded)
     yield asked
-
-
-def plan_of(case: Case, folder: Path, *, big: tuple[int, int] = (300, 160), block: int = SMALL, **more: Any) -> Plan:
-    """A merge of small models by a method of the registry."""
-    name, extra = case
-    for offset in range(4):
-        save_model(folder / f"m{offset}", offset, big)
-    models: list[dict[str, Any]] = [{"model": str(folder / f"m{i + 1}")} for i in range(count_of(name))]
-    if kind := METHODS[name].statistics:
-        for model in models:
-            model["stats"] = str(save_statistics(Path(model["model"]), kind))
-    recipe = {"merge_method": name, "models": models, "parameters": parameters_of(name, extra), **more}
-    if METHODS[name].base != "member":
-        recipe["base_model"] = str(folder / ("m0" if name in DELTAS else "m1"))
-    return make_plan(Recipe.parse(recipe), block=block)
 
 
 def steps_apart(a: Path, b: Path) -> int:
@@ -102,7 +82,7 @@ def test_a_merge_on_a_gpu_is_that_on_the_processor(
         assert steps_apart(tmp_path / "cpu", tmp_path / "gpu") <= 1
     else:
         assert files_of(tmp_path / "cpu") == files_of(tmp_path / "gpu")
-    least = max([*(Budget(plan).scratch(job) for job in plan.tensors), *(group.nbytes for group in plan.matrices)])
+    least = least_memory(plan)
     monkeypatch.setattr(Gpu, "room", lambda *_: 3 * least)  # in passes, and block by block
     execute(plan, tmp_path / "small", threads=3, accelerator=stand_in())
     assert files_of(tmp_path / "small") == files_of(tmp_path / "gpu")
@@ -138,7 +118,7 @@ def test_large_tensors_on_a_real_gpu(
     execute(plan, tmp_path / "cpu")
     execute(plan, tmp_path / "gpu", accelerator=stand_in(), compile="always")
     assert steps_apart(tmp_path / "cpu", tmp_path / "gpu") <= (1 if sums or METHODS[case[0]].whole else 0)
-    least = max([*(Budget(plan).scratch(job) for job in plan.tensors), *(group.nbytes for group in plan.matrices)])
+    least = least_memory(plan)
     monkeypatch.setattr(Gpu, "room", lambda *_: 2 * least)
     execute(plan, tmp_path / "small", threads=2, accelerator=stand_in(), compile="always")
     assert files_of(tmp_path / "small") == files_of(tmp_path / "gpu")
@@ -181,7 +161,7 @@ def test_nan_gives_the_bytes_of_the_processor_and_a_finding(name: str, tmp_path:
     parameters = {"weight": 1} | ({"density": 0.4} if name == "ties" else {})
     recipe = {"merge_method": name, "base_model": str(tmp_path / "m0"), "parameters": parameters}
     plan = make_plan(
-        Recipe.parse({**recipe, "models": [{"model": str(tmp_path / f"m{i}")} for i in (1, 2)]}), block=SMALL
+        Recipe.parse({**recipe, "models": [{"model": str(tmp_path / f"m{i}")} for i in (1, 2)]}), block=256
     )
     with pytest.raises(FormatError, match="of m2 holds NaN or infinity"):
         execute(plan, tmp_path / "refused", accelerator=stand_in())
@@ -203,7 +183,7 @@ def test_edits_of_the_result_are_added_before_the_one_rounding(tmp_path: Path) -
     Patch.low_rank("test", {"big": (left, right, changed)}, options={}, facts={}).save(tmp_path / "patch.safetensors")
     models = [{"model": str(tmp_path / f"m{i}")} for i in (1, 2)]
     recipe = {"merge_method": "linear", "models": models, "parameters": {"weight": 1}}
-    plan = make_plan(Recipe.parse({**recipe, "edits": [str(tmp_path / "patch.safetensors")]}), block=SMALL)
+    plan = make_plan(Recipe.parse({**recipe, "edits": [str(tmp_path / "patch.safetensors")]}), block=256)
     for where, on in (("cpu", HOST), ("gpu", stand_in())):
         execute(plan, tmp_path / where, threads=1, accelerator=on)
     assert files_of(tmp_path / "cpu") == files_of(tmp_path / "gpu")

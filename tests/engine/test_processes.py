@@ -1,0 +1,73 @@
+"""Plans and workers travel: other processes do the same tasks to the same bytes, also those that replace lost ones."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import random
+from pathlib import Path
+
+import pytest
+from helpers_methods import Case, least_memory, plan_of
+from helpers_processes import Processes
+from models import files_of
+
+from mergekit_lfm.engine.execute import execute
+from mergekit_lfm.errors import FormatError
+
+CASES: list[Case] = [
+    ("linear", {}),
+    ("ties", {"density": 0.3, "scope": "global"}),
+    ("regmean", {}),
+    ("tsv", {}),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case[0])
+def test_a_pickled_plan_is_the_same_plan(case: Case, tmp_path: Path) -> None:
+    plan = plan_of(case, tmp_path)
+    copy = pickle.loads(pickle.dumps(plan))
+    assert copy == plan
+    for source in copy.sources:
+        source.__dict__.pop("identity", None)
+    copy.__dict__.pop("digest", None)
+    assert copy.digest == plan.digest
+    execute(plan, tmp_path / "one", threads=1)
+    execute(copy, tmp_path / "two", threads=1)
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
+
+
+def test_processes_that_are_lost_are_replaced_to_the_same_bytes(tmp_path: Path) -> None:
+    """One threshold over all tensors: sums and their parts travel, too."""
+    plan = plan_of(CASES[1], tmp_path)
+    execute(plan, tmp_path / "threads", memory=2 * least_memory(plan), threads=2)
+    pool = Processes(kill=lambda number: number == 3)
+    counted: list[int] = []
+    execute(plan, tmp_path / "out", memory=2 * least_memory(plan), threads=2, pool=pool, progress=counted.append)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "threads")
+    assert pool.lost == 1 and max(pool.sizes) < 2000
+    assert sum(counted) == plan.bytes_written
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case[0])
+def test_processes_killed_at_random_moments(case: Case, tmp_path: Path) -> None:
+    plan, draw = plan_of(case, tmp_path), random.Random(case[0])
+    execute(plan, tmp_path / "threads", threads=2)
+    pool = Processes(kill=lambda _: draw.random() < 0.15)
+    execute(plan, tmp_path / "out", memory=2 * least_memory(plan), threads=2, pool=pool)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "threads")
+
+
+@pytest.mark.slow
+def test_an_error_in_a_process_ends_the_merge(tmp_path: Path) -> None:
+    plan = plan_of(CASES[0], tmp_path)
+    model = tmp_path / "m1" / "model.safetensors"
+    data = bytearray(model.read_bytes())
+    state = model.stat()
+    data[-2:] = b"\xc0\x7f"  # NaN in bfloat16
+    model.write_bytes(data)
+    os.utime(model, ns=(state.st_atime_ns, state.st_mtime_ns))
+    with pytest.raises(FormatError, match="of m1 holds NaN or infinity"):
+        execute(plan, tmp_path / "out", threads=2, pool=Processes())
+    assert not (tmp_path / "out").exists()
