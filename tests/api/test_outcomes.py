@@ -183,7 +183,7 @@ def test_an_edit_that_rounding_eats_is_a_finding(here: Path) -> None:
 
 
 @pytest.mark.usefixtures("here")
-def test_what_writes_no_file_returns_an_outcome_too() -> None:
+def test_workflows_without_a_file_return_an_outcome_too() -> None:
     scores = lfm.evaluate_models(["a", "b"], text="text.txt")
     assert scores.path is None and scores.seconds > 0
     assert {model: list(files) for model, files in scores.result.items()} == {"a": ["text.txt"], "b": ["text.txt"]}

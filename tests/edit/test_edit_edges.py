@@ -106,7 +106,7 @@ def test_the_subject_is_found_by_its_characters(kind: str, subject: str, prompt:
         assert last + 1 == found.lengths[row] or offsets[last + 1][0] >= stop  # no token of it comes after
 
 
-def test_rows_are_padded_on_the_right_whatever_the_tokenizer_does() -> None:
+def test_rows_are_padded_on_the_right_for_any_tokenizer() -> None:
     tokenizer = transformers.PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=trained_tokenizer("ended").backend_tokenizer, padding_side="left", pad_token="</s>"
     )
