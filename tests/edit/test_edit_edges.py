@@ -305,7 +305,8 @@ def test_one_key_under_two_names_is_found_too() -> None:
 
 def test_a_patch_says_all_that_it_depends_on() -> None:
     patch = quick(lr=0.25)
-    options = patch.info.options
+    options = dict(patch.info.options)
+    assert options.pop("model_dtype") == "float64"
     assert options["lr"] == 0.25
     assert (options["layers"], options["steps"], options["context_templates"]) == ([1, 2], 2, ["{}", "So . {}"])
     assert {"lambda", "lambda_ratio", "ridge", "kl_factor", "clamp", "weight_decay", "kl_template"} <= options.keys()
