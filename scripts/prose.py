@@ -31,14 +31,14 @@ PLACES = (
 # What reads like a translation, and what to write instead.
 DIALECT = {
     r"\btold\b": "name who reports it: 'one message lists ...'",
-    r"\b(?:is|are|was|be) said\b(?! to be)": "say it: 'the message names ...'",
+    r"(?<!\bit )\b(?:is|are|was|be) said\b(?! to be)": "say it: 'the message names ...'",
     r"\bto be had\b": "'available'",
     r"\b(?:its|the) likes\b": "name the things",
     r"\bof which\b": "split the sentence",
     r"(?:^|[.:;] )What (?!\w+ \w+\?)[^?]*$": "start with a subject and a verb: 'Return ...', 'The ...'",
     r"\b\w*Error where\b": "'Raises PlanError if ...'",
     r"\b(?:is|are) none\b": "'does not exist', 'there are no ...'",
-    r"\b(?:is|are) no (?!longer|more|less|different|better|worse|need|way|room|such|free)\w+": "'is not a ...'",
+    r"(?<!\bthere )\b(?:is|are) no (?!longer|more|less|different|better|worse|need|way|room|such|free)\w+": "'not a'",
     r"\b(?:where|while|as|if) there (?:is|are) none\b": "'without one', 'if it has none'",
     r"\bwhat (?:is|are|was|were) (?:found|asked|given|there|held|said|made|done|read|kept)\b": "name the thing",
     r"\bon the terminal\b(?= calls)": "rephrase",

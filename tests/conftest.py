@@ -1,6 +1,6 @@
-"""What holds for every test: one thread, no network, no terminal colours, a cache of its own, Triton's interpreter.
+"""Settings of every test: one thread, no network, no terminal colours, a cache of its own, Triton's interpreter.
 
-The workers of a run share one cache, and what takes long to make: the first that asks for it makes it.
+The workers of a run share one cache and the results that take long to make: the first that asks for one makes it.
 """
 
 import atexit

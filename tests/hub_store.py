@@ -236,7 +236,7 @@ def card_problems(card: str) -> list[str]:
     except yaml.YAMLError as error:
         return [str(error)]
     if not isinstance(data, dict):
-        return ["the metadata is no mapping"]
+        return ["the metadata is not a mapping"]
     base = data.get("base_model", [])
     return [
         f'"base_model" with value "{name}" is not valid. Use a model id from https://hf.co/models.'

@@ -96,7 +96,7 @@ def edit_model(
     there = is_repeated(file, partial(request.differences, folder), overwrite=overwrite)
     _check_places(inputs, file, target, there, overwrite)
     loaded = load_for_texts(folder, dtype, device)
-    there = there and is_repeated(file, partial(_layers_differ, request, loaded), overwrite=overwrite)
+    there = there and is_repeated(file, partial(_running_differences, request, loaded), overwrite=overwrite)
     patch = open_patch(file) if there and file is not None else _solve(loaded, request, chosen, file, progress)
     before = score(loaded, known, "judging", progress) if verify else None  # the model is as it was
     del loaded
@@ -123,13 +123,13 @@ class _Request:
     def differences(self, model: Path, file: Path) -> list[str]:
         """The parts of a patch file's header that another request made.
 
-        Default layers and the device are left out: they show when the model is loaded.
+        Default layers, the device and the model's dtype are left out: they show when the model is loaded.
         """
         info = read_patch_info(file)
         gram = self.statistics
         covariance = "identity" if gram is None else f"gram of data {gram.info.data}"
         wanted = {**self.options, "covariance": covariance, "dtype": "float64"}
-        known = {name: value for name, value in info.options.items() if name != "device"}
+        known = {name: value for name, value in info.options.items() if name not in ("device", "model_dtype")}
         if wanted["layers"] is None:
             wanted["layers"] = known.get("layers")
         compared = {
@@ -173,15 +173,17 @@ def _open_gram(path: Path) -> Statistics:
     return statistics
 
 
-def _layers_differ(request: _Request, loaded: Loaded, file: Path) -> list[str]:
-    """["options"] if the patch in the file is of other layers, or of another kind of device, than this request."""
+def _running_differences(request: _Request, loaded: Loaded, file: Path) -> list[str]:
+    """The parts of a patch file's header that differ from this request for the model as it is loaded."""
     from mergekit_lfm.edit.sites import find_sites
-    from mergekit_lfm.edit.solve import select_sites
+    from mergekit_lfm.edit.solve import running_dtype, select_sites
 
     known = read_patch_info(file).options
     layers = [site.layer for site in select_sites(find_sites(loaded.model), request.method, request.options["layers"])]
     kind = next(loaded.model.parameters()).device.type
-    return [] if known["layers"] == layers and known.get("device", "cpu") == kind else ["options"]
+    same_options = known["layers"] == layers and known.get("device", "cpu") == kind
+    same_dtype = known.get("model_dtype", "float32") == running_dtype(loaded.model)
+    return ([] if same_options else ["options"]) + ([] if same_dtype else ["dtype"])
 
 
 def _check_places(inputs: list[Path], file: Path | None, save: Path | None, there: bool, overwrite: bool) -> None:

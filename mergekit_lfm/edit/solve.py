@@ -48,10 +48,10 @@ def edit(
     model: a transformers model, or a result of `load_model`; then the patch uses its files' names and records which
     model it is for. The patch's tensors are on the CPU. facts: as `as_facts` takes them. covariance: second
     moments of the inputs of the layers' down-projections, by layer number or weight, [in, in]; a statistics file of
-    kind gram; or "identity". dtype: of the solves, which run on the GPU if the model does; the model keeps its own.
-    options: `layers`, `context_templates`, `steps`, `lr`, `weight_decay`, `kl_factor`, `clamp`, `loss_threshold`,
-    `lambda_` or `lambda_ratio`, `ridge`, `kl_template`, `key`, `batch`, `allow_same_subject`; `EDIT_METHODS` has their
-    defaults. progress: called with (facts searched, all facts).
+    kind gram; or "identity". dtype: of the solves, which run on the GPU if the model does; the model keeps its own,
+    which the patch records unless it is float32. options: `layers`, `context_templates`, `steps`, `lr`, `weight_decay`,
+    `kl_factor`, `clamp`, `loss_threshold`, `lambda_` or `lambda_ratio`, `ridge`, `kl_template`, `key`, `batch`,
+    `allow_same_subject`; `EDIT_METHODS` has their defaults. progress: called with (facts searched, all facts).
 
     Raises PlanError for options that are wrong or that the model cannot honour and, with MEMIT, for two facts about one
     subject, which would undo each other. Source: `EDIT_METHODS`.
@@ -81,11 +81,18 @@ def edit(
         **all_options,
         "layers": [site.layer for site in sites],
         "dtype": str(dtype).removeprefix("torch."),
+        "covariance": _describe(covariance),
     }
-    used_options["covariance"] = _describe(covariance)
     if work.device != CPU:
         used_options["device"] = work.device.type
+    if (runs_in := running_dtype(module)) != "float32":
+        used_options["model_dtype"] = runs_in
     return _make_patch(changes, sites, names, loaded, method, used_options, facts_file)
+
+
+def running_dtype(module: nn.Module) -> str:
+    """The name of the dtype in which a model runs, on which the changes depend."""
+    return str(next(module.parameters()).dtype).removeprefix("torch.")
 
 
 def _describe(covariance: Covariance) -> str:

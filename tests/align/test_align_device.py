@@ -94,7 +94,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="module")
 def expected(case: Given) -> Transform:
-    """What is found on the CPU."""
+    """The transform found on the CPU."""
     return find_transform(**case)
 
 
@@ -126,7 +126,7 @@ def assert_agree(found: Transform, expected: Transform, *, to: float) -> None:
 
 
 @pytest.mark.usefixtures("pretended")
-def test_a_gpu_finds_what_the_cpu_finds(case: Given, expected: Transform) -> None:
+def test_a_gpu_finds_the_same_as_the_cpu(case: Given, expected: Transform) -> None:
     with pretended_gpu() as gpu:
         found = find_transform(**case, device="cuda")
     assert_agree(found, expected, to=0)

@@ -206,7 +206,7 @@ def test_units_that_are_equally_far_stay(metric: str) -> None:
         assert torch.equal(plan / n, torch.eye(n, dtype=torch.float64))
 
 
-def test_what_decides_ties_decides_nothing_else() -> None:
+def test_the_tie_breaker_affects_ties_only() -> None:
     for seed in range(20):
         cost = torch.rand(30, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
         cost.fill_diagonal_(float(cost.max()))

@@ -194,7 +194,7 @@ REQUESTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.usefixtures("models")
 @pytest.mark.parametrize("method", REQUESTS)
-def test_a_request_gives_what_the_command_and_its_file_give(method: str) -> None:
+def test_a_request_gives_the_same_as_the_command_and_its_file(method: str) -> None:
     options = REQUESTS[method]
     request = {"to": "a", "method": method, **options}
     average = {"merge_method": "linear", **ONE}
@@ -247,9 +247,7 @@ def test_models_that_cannot_be_aligned_are_refused_in_the_plan(models: Path) -> 
         make_plan(Recipe.parse({"merge_method": "linear", "models": [{"model": "a"}, entry], **ONE}))
 
 
-def test_other_widths_take_the_shapes_of_what_they_are_aligned_to(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_widths_take_the_shapes_of_the_model_aligned_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     random = torch.Generator().manual_seed(0)
     for name, width in (("narrow", 4), ("wide", 7)):
@@ -267,7 +265,7 @@ def test_other_widths_take_the_shapes_of_what_they_are_aligned_to(
         merge({"merge_method": "linear", "models": [{"model": "narrow"}, wide], **ONE}, "refused")
 
 
-def test_save_writes_the_rewritten_model_and_compares_what_it_says(models: Path) -> None:
+def test_save_writes_the_rewritten_model_and_compares_its_outputs(models: Path) -> None:
     result = run("align", "b", "--to", "a", "--method", "rotation", "-o", "found.st", "--save", "near", "--json")
     assert (result.exit_code, result.stderr) == (0, "")
     told = json.loads(result.stdout)

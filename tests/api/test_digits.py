@@ -91,7 +91,7 @@ def test_regmean_is_better_than_fisher_and_both_than_the_average(judged: dict[st
     assert fisher > average + 0.5
 
 
-def test_the_first_layer_of_regmean_is_the_least_squares_fit_to_what_the_models_answer(
+def test_the_first_layer_of_regmean_is_the_least_squares_fit_to_the_answers(
     folders: dict[str, Path],
 ) -> None:
     """The inputs of the first layer are the images: numpy fits one linear map to all five layers' outputs on them."""
@@ -128,7 +128,7 @@ def test_fisher_gives_a_weight_to_the_models_whose_predictions_depend_on_it(fold
     np.testing.assert_allclose(doubles(found), expected, rtol=1e-3, atol=1e-5)
 
 
-def test_the_script_writes_what_the_recipes_read_and_judges_it(
+def test_the_script_writes_the_models_of_the_recipes_and_judges_them(
     folders: dict[str, Path],
     judged: dict[str, dict[str, float]],
     tmp_path: Path,

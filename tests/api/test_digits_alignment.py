@@ -17,7 +17,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
     return found
 
 
-def test_repair_and_alignment_bring_back_most_of_what_an_average_loses(found: dict[str, float]) -> None:
+def test_repair_and_alignment_bring_back_most_of_an_averages_loss(found: dict[str, float]) -> None:
     lost = found["the two models"] - found["average"]
     assert lost > 30
     assert found["average + REPAIR"] > found["average"] + lost / 4

@@ -132,7 +132,7 @@ def test_a_plan_downloads_no_weights(models: HubServer, folder: Path) -> None:
     assert {m["download"] for m in answer(run("plan", "recipe.yaml", "--json"))["models"]} == {0}
 
 
-def test_the_plan_does_not_depend_on_what_is_in_the_cache() -> None:
+def test_the_plan_does_not_depend_on_the_cache() -> None:
     before = answer(run("plan", "recipe.yaml", "--json"))["digest"]
     merge("recipe.yaml", "out")
     assert answer(run("plan", "recipe.yaml", "--json"))["digest"] == before

@@ -125,7 +125,7 @@ def test_regmean_of_linear_models_is_joint_least_squares(outputs: int, inputs: i
     assert np.allclose(got.numpy(), least_squares(matrices, data, weights), rtol=1e-9, atol=1e-9)
 
 
-def test_alpha_and_ridge_are_what_they_are_documented_to_be() -> None:
+def test_alpha_and_ridge_are_as_documented() -> None:
     random = np.random.default_rng(1)
     data = [random.normal(0, 1, (30, 4)) for _ in range(2)]
     matrices = [random.normal(0, 1, (3, 4)) for _ in data]
@@ -224,7 +224,7 @@ def test_fisher_of_a_checkpoint_is_that_of_its_tensors(models: Models) -> None:
         assert torch.allclose(merged[name].double(), sums / sum(shares), rtol=1e-5, atol=1e-6)
 
 
-def test_the_plan_and_the_lock_say_what_is_regressed_and_what_averaged(models: Models) -> None:
+def test_the_plan_and_the_lock_name_the_regressed_and_the_averaged(models: Models) -> None:
     plan = make_plan(Recipe.parse(models.recipe(), where=models.folder))
     data = plan_data(plan)
     assert data["methods"] == {"regmean": 5, "linear": 1}

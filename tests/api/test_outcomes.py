@@ -89,10 +89,11 @@ def test_an_outcome_has_path_digest_and_seconds_and_a_repeated_workflow_is_alrea
         ([*ALIGN, "-o", "new/out"], ["--seed", "1"]),
         ([*ALIGN[:4], "--method", "ot", "-o", "new/out"], ["--cost", "cosine"]),
         ([*EDIT, "-o", "new/out"], ["--steps", "3"]),
+        ([*EDIT, "-o", "new/out", "--dtype", "auto"], ["--dtype", "bfloat16"]),
         ([*EDIT[:5], "--steps", "2", "--no-verify", "-o", "new/out"], ["--layers", "1"]),
         ([*STATS, "-o", "new/out"], ["--max-examples", "1"]),
     ],
-    ids=["merge", "apply", "align", "align by ot", "edit", "edit default layers", "stats"],
+    ids=["merge", "apply", "align", "align by ot", "edit", "edit in a dtype", "edit default layers", "stats"],
 )
 def test_a_repeated_command_ends_with_0_and_another_is_refused(command: list[str], other: list[str] | None) -> None:
     assert run(*command).exit_code == 0
@@ -183,7 +184,7 @@ def test_an_edit_that_rounding_eats_is_a_finding(here: Path) -> None:
 
 
 @pytest.mark.usefixtures("here")
-def test_what_writes_no_file_returns_an_outcome_too() -> None:
+def test_workflows_without_a_file_return_an_outcome_too() -> None:
     scores = lfm.evaluate_models(["a", "b"], text="text.txt")
     assert scores.path is None and scores.seconds > 0
     assert {model: list(files) for model, files in scores.result.items()} == {"a": ["text.txt"], "b": ["text.txt"]}

@@ -126,7 +126,7 @@ def test_transformers_loads_the_result(run: Run) -> None:
         assert loaded.model(**prompt).logits.isfinite().all()
 
 
-def test_forget_makes_the_base_worse_at_what_it_forgets_above_all(tmp_path: Path) -> None:
+def test_forget_makes_the_base_worse_above_all_at_the_forgotten_task(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     base, out = RECIPES / "quickstart" / "base", Path(merge(RECIPES / "forget.yaml", tmp_path / "out", threads=1))
     texts = [(RECIPES / "quickstart" / f"{domain}.txt").read_text("utf-8")[:8000] for domain in ("docs", "code")]

@@ -83,7 +83,7 @@ def seen(model: Any, layer: str, data: list[dict[str, torch.Tensor]]) -> tuple[n
 
 
 @pytest.mark.parametrize("kind", MAKERS)
-def test_every_layer_fits_what_both_models_answer_on_their_own_texts(kind: str, tmp_path: Path) -> None:
+def test_every_layer_fits_both_models_answers_on_their_own_texts(kind: str, tmp_path: Path) -> None:
     """numpy fits one map to the inputs and outputs of both models, recorded as they run."""
     pair = Pair(kind, tmp_path)
     merged = pair.merged("regmean", "gram", alpha=1.0, ridge=0.0)

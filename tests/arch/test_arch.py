@@ -22,7 +22,7 @@ from mergekit_lfm.store.tensors import TensorSpec
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_table_says_what_the_model_allows_and_no_more(name: str, tmp_path: Path) -> None:
+def test_the_table_allows_as_much_as_the_model_and_no_more(name: str, tmp_path: Path) -> None:
     subject = tiny(name, tmp_path)
     table = find_symmetries(open_checkpoint(tmp_path))
     assert set(table.tensors) == set(subject.tensors)
@@ -73,7 +73,7 @@ def table_of(name: str, folder: Path) -> Symmetries:
         "resnet-gelu": {"stages.1": Units(12), "stages.1.layers.0.0": Units(12, "positive")},
     }.items(),
 )
-def test_groups_are_what_the_config_says(name: str, groups: dict[str, Units | Heads], tmp_path: Path) -> None:
+def test_groups_are_those_of_the_config(name: str, groups: dict[str, Units | Heads], tmp_path: Path) -> None:
     found = table_of(name, tmp_path).groups
     assert {group: found[group] for group in groups} == groups
 
@@ -95,7 +95,7 @@ def test_units_that_are_outputs_are_in_no_group(name: str, outputs: set[str], tm
     assert all(table.uses(group) for group in table.groups)
 
 
-def test_a_stage_without_a_shortcut_shares_its_group_with_what_it_adds_to(tmp_path: Path) -> None:
+def test_a_stage_without_a_shortcut_shares_the_group_it_adds_to(tmp_path: Path) -> None:
     table = table_of("resnet-basic", tmp_path)
     assert "stages.0" not in table.groups
     assert {"stem", "stages.1"} <= set(table.groups)

@@ -57,7 +57,7 @@ def furthest(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     return max(float((found[name] - x).abs().max()) for name, x in expected.items()) / largest
 
 
-def test_a_gpu_collects_what_the_cpu_does(collected: Callable[[torch.device], dict[str, Tensor]]) -> None:
+def test_a_gpu_collects_the_same_as_the_cpu(collected: Callable[[torch.device], dict[str, Tensor]]) -> None:
     expected = collected(CPU)
     with pretended_gpu() as gpu:
         found = collected(GPU)

@@ -141,7 +141,7 @@ def test_fisher_is_the_mean_of_squared_gradients(name: str, tmp_path: Path, ways
 
 @pytest.mark.parametrize("name", TOGETHER)
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-12), (torch.float32, 2e-3)])
-def test_a_whole_batch_gives_what_single_examples_give(name: str, dtype: torch.dtype, rtol: float) -> None:
+def test_a_whole_batch_gives_the_same_as_single_examples(name: str, dtype: torch.dtype, rtol: float) -> None:
     """In float32 both ways have the rounding of the backward pass, which the squares double."""
     made = case(name)
     model, (batch,) = made.model.to(dtype), made.data([5])

@@ -128,7 +128,7 @@ def test_nan_warn_goes_on_and_says_so(folder: Path) -> None:
 # ------------------------------------------------------------------ plan
 
 
-def test_dry_run_says_what_would_be_done_and_does_nothing(folder: Path) -> None:
+def test_dry_run_shows_the_plan_and_does_nothing(folder: Path) -> None:
     result = run("merge", "recipe.yaml", "--dry-run")
     assert result.exit_code == 0
     lines = dict(line.split(maxsplit=1) for line in result.stdout.splitlines() if line[:1].isalpha())
@@ -141,7 +141,7 @@ def test_dry_run_says_what_would_be_done_and_does_nothing(folder: Path) -> None:
     assert run("plan", "recipe.yaml").stdout.splitlines()[:4] == result.stdout.splitlines()[:4]
 
 
-def test_dry_run_names_what_is_dropped(folder: Path) -> None:
+def test_dry_run_names_the_dropped_tensors(folder: Path) -> None:
     save(folder / "c", {"w": torch.ones(3, 4), "layers.0.v": torch.ones(5), "rotary_emb.inv_freq": torch.ones(2)})
     (folder / "recipe.yaml").write_text(LINEAR.replace("model: b", "model: c"))
     assert "dropped: c: rotary_emb.inv_freq: " in run("plan", "recipe.yaml").stdout
@@ -214,7 +214,7 @@ def test_wrong_options_are_usage_errors(option: list[str]) -> None:
 
 
 @pytest.mark.usefixtures("folder")
-def test_verify_says_good_or_what_differs() -> None:
+def test_verify_says_good_or_names_the_differences() -> None:
     run("merge", "recipe.yaml", "out")
     result = run("verify", "out")
     assert (result.exit_code, result.stderr) == (0, "")

@@ -69,7 +69,7 @@ def here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 # ------------------------------------------------------------------ edit
 
 
-def test_edit_writes_a_patch_and_judges_what_the_files_will_hold(here: Path) -> None:
+def test_edit_writes_a_patch_and_judges_it_as_the_files_hold_it(here: Path) -> None:
     before = files_of(here / "m")
     result = run(*EDIT, "--stats", "g.st")
     assert (result.exit_code, result.stdout) == (0, "p.st\n")
@@ -193,7 +193,7 @@ def test_a_model_that_cannot_run_is_refused(here: Path, monkeypatch: pytest.Monk
 # ------------------------------------------------------------------ patch
 
 
-def test_show_says_what_a_patch_is(here: Path) -> None:
+def test_show_describes_a_patch(here: Path) -> None:
     data = answer(run("patch", "show", "patch.st", "--json"))
     assert data["method"] == "memit" and data["base"] == open_checkpoint(here / "m").content
     assert [fact["subject"] for fact in data["facts"]] == ["Ada", "Bob"]
@@ -356,7 +356,7 @@ def test_eval_of_facts_is_a_row_for_each_model() -> None:
 
 
 @pytest.mark.parametrize(("relative", "kept"), [(3e-2, 1.0), (1e-3, 0.668), (3e-4, 0.258)])
-def test_what_rounding_leaves_of_a_small_change(relative: float, kept: float, tmp_path: Path) -> None:
+def test_rounding_leaves_a_share_of_a_small_change(relative: float, kept: float, tmp_path: Path) -> None:
     """For a change of rank one of normal weights, against independent simulations (bf16, to nearest)."""
     torch.manual_seed(0)
     weight = torch.randn(512, 256).bfloat16()
@@ -403,7 +403,7 @@ def test_the_options_and_presets_of_the_line_are_those_that_there_are() -> None:
     assert set(PRESETS) == set(re.findall(r"^\| `([\w.-]+)` \| [\d-]+ \| \d+ / ", text, re.MULTILINE))
 
 
-def test_the_python_example_prints_what_its_comments_say(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_python_example_prints_the_lines_in_its_comments(capsys: pytest.CaptureFixture[str]) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text("utf-8"), re.DOTALL)
     expected = re.findall(r"^print\(.*\)  # (.*)$", code, re.MULTILINE)
     exec(code, {})

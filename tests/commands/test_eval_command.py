@@ -81,7 +81,7 @@ def test_eval_of_a_file_that_is_not_text(judged: list[str]) -> None:
     assert "x.txt" in refusal(run(*judged))
 
 
-def test_eval_without_transformers_says_what_to_install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_eval_without_transformers_names_the_extra(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     (folder / "x.txt").write_text("abc")
     assert 'pip install "mergekit_lfm[models]"' in refusal(run("eval", "a", "--text", "x.txt"))

@@ -175,7 +175,7 @@ def test_impossible_requests_give_one_message(arguments: list[str], message: str
 
 
 @pytest.mark.usefixtures("folder")
-def test_without_transformers_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_transformers_the_message_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert 'pip install "mergekit_lfm[models]"' in refusal(run("stats", "gram", "a", *CLASSIFY))
 
@@ -184,7 +184,7 @@ def test_without_transformers_the_message_says_what_to_install(monkeypatch: pyte
 
 
 @pytest.mark.usefixtures("folder")
-def test_inspect_says_what_a_statistics_file_is() -> None:
+def test_inspect_describes_a_statistics_file() -> None:
     made = run("stats", "gram", "a", *CLASSIFY, "--layers", "query")
     result = run("inspect", "out/s.safetensors")
     summary = made.stderr.splitlines()

@@ -117,7 +117,7 @@ def test_files_hold_all_and_repeat(two: Two, method: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(("method", "with_statistics"), variants())
-def test_the_facts_name_what_had_an_effect(two: Two, method: str, with_statistics: bool) -> None:
+def test_the_facts_name_the_options_that_had_an_effect(two: Two, method: str, with_statistics: bool) -> None:
     """Every method accepts an order and a start; those that ignore them find the same without, and record that."""
     given = {"statistics": two.statistics} if with_statistics else {}
     plain = two.found(method, with_statistics)

@@ -137,7 +137,7 @@ def test_other_architectures_are_edited_by_the_same_formulas(name: str) -> None:
     ],
     ids=str,
 )
-def test_every_option_means_what_the_formula_says(changes: dict[str, Any]) -> None:
+def test_every_option_acts_as_in_the_formula(changes: dict[str, Any]) -> None:
     by = plain("gpt2", **({"layers": [0, 2], "steps": 3} | changes))
     # A change in the last layer moves the last token alone; elsewhere its gradient is the noise of rounding.
     facts = AT_THE_END[1:] if 3 in by.layers else FACTS[1:]

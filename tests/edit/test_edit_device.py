@@ -58,7 +58,7 @@ def edited(name: str, method: str, device: torch.device = CPU, **changes: Any) -
 
 @cache
 def on_the_cpu(name: str, method: str) -> Patch:
-    """What the others are compared with."""
+    """The same edit on the CPU, with which the others are compared."""
     return edited(name, method)
 
 

@@ -106,7 +106,7 @@ def test_the_subject_is_found_by_its_characters(kind: str, subject: str, prompt:
         assert last + 1 == found.lengths[row] or offsets[last + 1][0] >= stop  # no token of it comes after
 
 
-def test_rows_are_padded_on_the_right_whatever_the_tokenizer_does() -> None:
+def test_rows_are_padded_on_the_right_for_any_tokenizer() -> None:
     tokenizer = transformers.PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=trained_tokenizer("ended").backend_tokenizer, padding_side="left", pad_token="</s>"
     )
@@ -305,7 +305,8 @@ def test_one_key_under_two_names_is_found_too() -> None:
 
 def test_a_patch_says_all_that_it_depends_on() -> None:
     patch = quick(lr=0.25)
-    options = patch.info.options
+    options = dict(patch.info.options)
+    assert options.pop("model_dtype") == "float64"
     assert options["lr"] == 0.25
     assert (options["layers"], options["steps"], options["context_templates"]) == ([1, 2], 2, ["{}", "So . {}"])
     assert {"lambda", "lambda_ratio", "ridge", "kl_factor", "clamp", "weight_decay", "kl_template"} <= options.keys()

@@ -91,7 +91,7 @@ def _read(path: Path, data: Mapping[str, object]) -> FactsFile:
 
 @pytest.fixture(scope="session")
 def folder(request: pytest.FixtureRequest, made_once: Callable[..., Path]) -> Path:
-    """What the script makes; trained once for every text of it and version of torch."""
+    """The files that the script makes; trained once for every text of it and version of torch."""
     torch.set_num_threads(1)
     content = b"".join(path.read_bytes() for path in SCRIPTS) + version("torch").encode()
     kept = request.config.cache.mkdir("facts") / hashlib.sha256(content).hexdigest()[:16]
@@ -213,7 +213,7 @@ def test_rome_fails_where_facts_are_not_looked_up_at_the_subject(tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_fine_tuning_breaks_what_is_true_of_others(subject: Any, measured: Measured) -> None:
+def test_fine_tuning_breaks_facts_about_others(subject: Any, measured: Measured) -> None:
     tuned = benchmark.measure(subject, benchmark.fine_tuned, subject.facts("facts_40"))
     located = measured("MEMIT, layer 0", 40)
     assert tuned["ES"] >= 95
@@ -228,7 +228,7 @@ def test_an_edit_of_the_last_layer_does_not_reach_the_answer(subject: Any) -> No
 
 
 @pytest.mark.slow
-def test_what_is_known_already_outweighs_the_facts_when_lambda_is_large(subject: Any) -> None:
+def test_existing_knowledge_outweighs_the_facts_when_lambda_is_large(subject: Any) -> None:
     # At 10, where it turns, one or four of ten facts are learned, depending on the training processor; at 20 none.
     heavy = partial(benchmark.located, method="memit", layers=list(range(LOCAL)), clamp=0.75, lambda_ratio=20.0)
     assert benchmark.measure(subject, heavy, subject.facts("facts_10"))["ES"] <= 20

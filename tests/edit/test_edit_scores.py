@@ -166,7 +166,7 @@ def test_neighbours_are_right_with_the_old_answer() -> None:
     assert (found.es, found.ns, found.na, found.ps, found.pa) == (0, 0.5, 0.5, 1, 1)
 
 
-def test_what_is_equally_likely_is_not_more_likely() -> None:
+def test_an_equally_likely_target_is_not_more_likely() -> None:
     found = score_facts(table_of({}), word_tokenizer(), [FACT | {"target_new": "cook"}])
     assert (found.es, found.ea) == (0, 0)
     assert score_facts(table_of({}), word_tokenizer(), [FACT | {"target_new": "Rome", "target_true": "cook"}]).es == 0

@@ -12,7 +12,7 @@ reference = import_module("scripts.reference")
 
 
 @pytest.mark.parametrize("page", reference.PAGES)
-def test_the_page_is_what_the_code_gives(page: str) -> None:
+def test_the_page_equals_the_one_made_from_the_code(page: str) -> None:
     path = ROOT / page
     same = path.exists() and path.read_text(encoding="utf-8") == reference.PAGES[page]()
     assert same, f"{page} is not up to date; update it: {reference.UPDATE}"

@@ -11,16 +11,6 @@ ROOT = Path(__file__).parents[2]
 PLACES = ("mergekit_lfm", "tests", "scripts", "benchmarks", "recipes")
 MODULES = sorted([ROOT / "cli.py", *(path for place in PLACES for path in (ROOT / place).rglob("*.py"))])
 PACKAGE = [path for path in MODULES if path.is_relative_to(ROOT / "mergekit_lfm")]
-PLAIN = (
-    "mergekit_lfm",
-    "benchmarks",
-    "recipes",
-    "scripts",
-    "docs",
-    "README.md",
-    "CONTRIBUTING.md",
-    "CHANGELOG.md",
-)  # all but tests
 
 MODULE_LINES = 500
 DOCSTRING_LINES = 10
@@ -68,8 +58,15 @@ def test_every_room_is_described_and_in_the_contract() -> None:
 
 
 def test_the_prose_is_plain_english() -> None:
-    found = import_module("scripts.prose").findings([ROOT / place for place in PLAIN])
+    prose = import_module("scripts.prose")
+    found = prose.findings([ROOT / place for place in prose.PLACES])
     assert found == [], "\n".join(found)
+
+
+def test_a_test_is_named_with_its_subject_first() -> None:
+    tests = [node for path in MODULES if path.is_relative_to(ROOT / "tests") for node in functions(parsed(path))]
+    names = [node.name for node in tests if node.name.startswith("test_")]
+    assert len(names) > 1000 and [name for name in names if "what" in name] == []
 
 
 def test_modules_have_a_docstring() -> None:
@@ -111,7 +108,7 @@ def offered(tree: ast.Module) -> set[str]:
     return {n for n in names | {node.name for node in public_definitions(tree)} if not n.startswith("_")}
 
 
-def test_all_equals_what_is_public() -> None:
+def test_all_lists_the_public_names() -> None:
     wrong = []
     for path in PACKAGE:
         if path.name == "__init__.py":

@@ -123,7 +123,7 @@ def test_a_model_and_itself() -> None:
 
 
 @pytest.mark.parametrize("kind", [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm])
-def test_a_reset_is_what_torch_re_estimates(kind: Any) -> None:
+def test_a_reset_equals_torchs_own_estimate(kind: Any) -> None:
     spatial = {nn.BatchNorm2d: (2, 3), nn.BatchNorm3d: (2, 1, 2)}.get(kind, ())
     torch.manual_seed(0)
     ours = nn.Sequential(kind(4), nn.Tanh(), kind(4)).eval()
@@ -415,7 +415,7 @@ def test_options_that_do_not_go_together(options: list[str], message: str, tmp_p
     assert message in result.stderr
 
 
-def test_without_matplotlib_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_matplotlib_the_message_names_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     line = Interpolation((Point(0, 1.0, 0.5), Point(1, 1.0, 0.5)), 1)
     with pytest.raises(PlanError, match=r"pip install \"mergekit_lfm\[plots\]\""):

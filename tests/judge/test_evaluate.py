@@ -111,7 +111,7 @@ def test_bits_per_byte_do_not_depend_on_how_the_bytes_are_cut(folder: Path, tmp_
     assert found.bits_per_byte == pytest.approx(2 * math.log2(259) / 4)
 
 
-def test_a_folder_gives_what_the_loaded_model_gives(folder: Path, loaded: Loaded) -> None:
+def test_a_folder_gives_the_same_as_the_loaded_model(folder: Path, loaded: Loaded) -> None:
     assert perplexity(folder, TEXT) == perplexity(str(folder), TEXT) == perplexity(loaded, TEXT)
 
 
@@ -234,7 +234,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("encoder"), "BertModel", bert_config(), tokenizer)
 
 
-def test_retrieval_is_what_one_text_at_a_time_finds(encoder: Path, tmp_path: Path) -> None:
+def test_retrieval_in_batches_equals_one_text_at_a_time(encoder: Path, tmp_path: Path) -> None:
     lines = [("ab", "abc"), ("cd", "xyz"), ("hello", "hello!"), ("ef", "abc"), ("longer text", "longer test")]
     data = write_lines(tmp_path / "x.jsonl", *({"text": t, "positive": p} for t, p in lines))
     loaded = load_model(encoder, "embedding")

@@ -51,7 +51,7 @@ def made(folder: Path, kind: str) -> Loaded:
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "roberta", "bert", *IMAGES])
-def test_a_probe_is_what_the_model_takes_and_differs_by_seed(kind: str, tmp_path: Path) -> None:
+def test_a_probe_fits_the_model_and_differs_by_seed(kind: str, tmp_path: Path) -> None:
     model = made(tmp_path, kind)
     inputs, again, other = (probe(model, seed) for seed in (0, 0, 1))
     assert len(outputs_of(model, inputs)) == len(inputs) == 4
@@ -120,7 +120,7 @@ def test_a_rewritten_llama_is_the_same_function_and_a_negative_control_is_not(tm
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "roberta"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_folders_are_compared_within_what_rounding_explains(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_folders_are_compared_up_to_rounding(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model = made(tmp_path / "a", kind)
     model.model.to(dtype).save_pretrained(tmp_path / "a")  # type: ignore[operator]
     tensors = load_file(tmp_path / "a" / "model.safetensors")

@@ -294,7 +294,7 @@ BRACKETS = cases(VALUES, DTYPE_AND_BASE, SIZES, [False, True], needs=triton_if_n
 
 
 @pytest.mark.parametrize(("kind", "dtype_and_base", "count_and_size", "native"), BRACKETS)
-def test_a_bracket_counts_what_numpy_counts(
+def test_a_bracket_counts_as_numpy_does(
     kind: str, dtype_and_base: tuple[torch.dtype, bool], count_and_size: tuple[int, int], native: bool
 ) -> None:
     (dtype, based), (count, size) = dtype_and_base, count_and_size

@@ -95,7 +95,7 @@ def test_the_largest_are_those_a_stable_sort_finds(values: str, block: int, dtyp
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(-4, 4), min_size=1, max_size=40), st.integers(0, 45), st.integers(1, 9))
-def test_exactly_k_are_kept_whatever_the_ties(values: list[int], count: int, block: int) -> None:
+def test_exactly_k_are_kept_even_with_ties(values: list[int], count: int, block: int) -> None:
     x = torch.tensor([values], dtype=torch.float32)
     mask = kept_by_counting(x, [[count, 0]], block)
     assert mask.sum() == min(count, len(values))

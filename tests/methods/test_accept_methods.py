@@ -109,7 +109,7 @@ def test_passthrough_copies_every_bit(world, merged, suffix):
     check_equal(merged(world.recipe("passthrough", "A", suffix=suffix)), world[f"A{suffix}"])
 
 
-def test_passthrough_scales_what_a_filter_names(world, merged):
+def test_passthrough_scales_the_tensors_that_a_filter_names(world, merged):
     got = merged(world.recipe("passthrough", "A", scale={"filter": "down_proj", "value": 0}))
     check_equal(got, {name: x * 0 if "down_proj" in name else x for name, x in world["A"].items()})
 

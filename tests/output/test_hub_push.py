@@ -68,7 +68,7 @@ def test_two_models_on_the_hub_are_merged_pushed_pulled_and_verified_in_one_comm
     assert again == {"out": REPO, "good": True, "problems": []}
 
 
-def test_the_card_says_what_it_was_made_of(server: HubServer, tmp_path: Path) -> None:
+def test_the_card_names_the_models_and_no_local_path(server: HubServer, tmp_path: Path) -> None:
     run("merge", "recipe.yaml", "out", "--push-to", REPO)
     card = tmp_path / "card.md"
     card.write_bytes(server.files(REPO)["README.md"])
@@ -217,7 +217,7 @@ def test_a_repository_that_appears_meanwhile_is_checked(hub: HubServer) -> None:
 
 
 @pytest.mark.usefixtures("folder")
-def test_pulling_back_downloads_whatever_is_in_the_cache(hub: HubServer) -> None:
+def test_pulling_back_downloads_even_with_a_full_cache(hub: HubServer) -> None:
     push("out", REPO)
     assert run("verify", REPO).exit_code == 0  # now it is in the cache
     before = len(hub.requests)

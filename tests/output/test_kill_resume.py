@@ -369,7 +369,7 @@ def test_no_resume_starts_over_even_from_complete_work(one: Job) -> None:
 
 @pytest.mark.parametrize(("other", "step"), [("--no-resume", 1), ("--seed=9", 3)])
 def test_killed_while_complete_work_is_cleared_away(one: Job, other: str, step: int) -> None:
-    """What is half cleared is not taken for complete; the same code clears it, whatever asks for it."""
+    """A half cleared folder does not count as complete; the same code clears it for every option."""
     one.kill(kill_at=renaming(one.whole))
     one.keep("out.partial")
     for moment in range(1, 25, step):

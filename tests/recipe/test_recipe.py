@@ -100,7 +100,7 @@ def test_filters_are_substrings_and_the_first_match_wins(rules, expected):
     ("layer", "expected"),
     [((0, 4), 0.0), ((1, 4), 2 / 3), ((2, 4), 4 / 3), (LAST, 2.0), ((0, 1), 2.0), (None, 0.0), ((1, 3), 1.0)],
 )
-def test_gradients_run_over_the_layers_and_start_for_what_is_outside_them(layer, expected):
+def test_gradients_run_over_the_layers_and_outside_them_start(layer, expected):
     assert t_of([0, 1, 2], layer=layer) == pytest.approx(expected, abs=1e-15)
 
 

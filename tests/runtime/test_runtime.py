@@ -267,7 +267,7 @@ def test_embeddings_are_unit_means_over_the_tokens() -> None:
     assert torch.equal(embeddings(states[:, 0]), states[:, 0])
 
 
-def test_logits_are_found_in_what_a_model_returns() -> None:
+def test_logits_are_found_in_any_output_of_a_model() -> None:
     scores = torch.ones(2, 3)
     assert all(logits(output) is scores for output in (scores, (scores, None), SimpleNamespace(logits=scores)))
 

@@ -184,7 +184,7 @@ def test_a_run_that_is_killed_on_the_way_goes_on(
     assert said["already_there"] == (method != "GET") and said["pushed"]["verified"]
 
 
-def test_ctrl_c_in_an_upload_says_what_is_complete(
+def test_ctrl_c_in_an_upload_names_the_complete_folder(
     hub: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in environment(hub, folder.parent / "client").items():

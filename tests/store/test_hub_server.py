@@ -117,7 +117,7 @@ def test_large_files_go_in_parts(hub: HubServer) -> None:
     assert hub.files(REPO) == FILES | GIT
 
 
-def test_files_are_listed_in_pages_with_what_they_are(server: HubServer) -> None:
+def test_files_are_listed_in_pages_with_their_kinds(server: HubServer) -> None:
     server.create(REPO)
     server.page = 2
     push(server, FILES)
@@ -309,7 +309,7 @@ def test_missing_revisions_and_files_are_distinguished(hub: HubServer) -> None:
         ("base_model: org/a", None),
         ("base_model: [gpt2, org/a-1.5_b]", None),
         ("base_model: [org/a, /home/x/y]", '"base_model" with value "/home/x/y" is not valid'),
-        ("- a", "the metadata is no mapping"),
+        ("- a", "the metadata is not a mapping"),
     ],
 )
 def test_a_card_is_judged_before_anything_is_sent(front: str, problem: str | None, hub: HubServer) -> None:
@@ -438,7 +438,7 @@ def test_a_revision_that_cannot_be_asked_for(hub: HubServer) -> None:
     assert isinstance(failed.value.__cause__, HfHubHTTPError)
 
 
-def test_faults_are_for_what_they_name_and_in_order(hub: HubServer) -> None:
+def test_faults_are_for_the_calls_they_name_and_in_order(hub: HubServer) -> None:
     hub.create(REPO)
     hub.fault("GET", "whoami", status=501)
     hub.fault("GET", "whoami", status=502, times=2)
