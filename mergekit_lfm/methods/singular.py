@@ -138,27 +138,32 @@ PARAMETERS = (
     ),
 )
 
+
+def _method(name: str, source: str, summary: str, whole: Whole) -> Method:
+    return Method(
+        name=name,
+        source=source,
+        summary=summary,
+        parameters=PARAMETERS,
+        base="required",
+        inputs=(1, None),
+        solve=_average,
+        apply=apply,
+        whole=whole,
+    )
+
+
 METHODS = (
-    Method(
-        name="tsv",
-        source="Gargiulo et al. 2025, Task singular vectors (TSV-Merge), arXiv 2412.00081",
-        summary="the largest singular triples of each delta, with their vectors made orthogonal across models",
-        parameters=PARAMETERS,
-        base="required",
-        inputs=(1, None),
-        solve=_average,
-        apply=apply,
-        whole=Whole(_merge_tsv, _nbytes_tsv, _view),
+    _method(
+        "tsv",
+        "Gargiulo et al. 2025, Task singular vectors (TSV-Merge), arXiv 2412.00081",
+        "the largest singular triples of each delta, with their vectors made orthogonal across models",
+        Whole(_merge_tsv, _nbytes_tsv, _view),
     ),
-    Method(
-        name="iso_c",
-        source="Marczak et al. 2025, No task left behind (Iso-C), arXiv 2502.04959",
-        summary="the summed deltas, all of whose singular values become their mean",
-        parameters=PARAMETERS,
-        base="required",
-        inputs=(1, None),
-        solve=_average,
-        apply=apply,
-        whole=Whole(_merge_iso, _nbytes_iso, _view),
+    _method(
+        "iso_c",
+        "Marczak et al. 2025, No task left behind (Iso-C), arXiv 2502.04959",
+        "the summed deltas, all of whose singular values become their mean",
+        Whole(_merge_iso, _nbytes_iso, _view),
     ),
 )

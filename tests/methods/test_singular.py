@@ -14,6 +14,7 @@ from oracles import doubles, to_bfloat16
 from safetensors.torch import load_file
 
 from mergekit_lfm import merge, merge_tensors
+from mergekit_lfm.commands.show.plans import plan_data
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.plan.plan import Plan, make_plan
 from mergekit_lfm.recipe.recipe import Recipe
@@ -156,6 +157,7 @@ def test_matrices_are_merged_whole_and_their_memory_is_planned(method: str, tmp_
     assert [made.tensors[i].name for group in made.matrices for i in group.jobs] == ["embed", "square", "wide"]
     assert all(group.nbytes > 8 * 4 * made.tensors[group.jobs[0]].spec.numel for group in made.matrices)
     assert {job.method for job in made.tensors} == {method}
+    assert plan_data(made)["matrices"] == {"tensors": 3, "numbers": 40 * 12 + 12 * 12 + 8 * 24}
 
 
 @METHODS

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mergekit_lfm.api.merge import Merged
     from mergekit_lfm.api.outcome import Outcome
     from mergekit_lfm.output.push import Pushed
+    from mergekit_lfm.plan.job import Job
     from mergekit_lfm.plan.plan import Plan
     from mergekit_lfm.recipe.roles import Edit
     from mergekit_lfm.store.checkpoint import Checkpoint
@@ -34,7 +35,8 @@ def plan_data(plan: Plan) -> dict[str, Any]:
             {"statistics": file.ref, "kind": statistics.info.kind, "bytes": statistics.tensors.nbytes}
             for file, statistics in zip(recipe.statistics, plan.statistics, strict=True)
         ],
-        "averaged": {"tensors": len(plan.averaged), "numbers": sum(job.spec.numel for job in plan.averaged)},
+        "averaged": _count(plan.averaged),
+        "matrices": _count(_matrices(plan)),
         "aligned": {
             model.label: model.align.ref if isinstance(model.align, NamedFile) else model.align.as_data()
             for model in recipe.all_models
@@ -56,6 +58,20 @@ def plan_data(plan: Plan) -> dict[str, Any]:
         "dropped": [{"model": m, "tensor": t, "reason": why} for m, t, why in plan.dropped],
         "digest": plan.digest,
     }
+
+
+def _matrices(plan: Plan) -> list[Job]:
+    """The tensors that the method merges as whole matrices."""
+    return [plan.tensors[i] for group in plan.matrices for i in group.jobs]
+
+
+def _count(jobs: Sequence[Job]) -> dict[str, int]:
+    return {"tensors": len(jobs), "numbers": sum(job.spec.numel for job in jobs)}
+
+
+def _count_text(jobs: Sequence[Job], plan: Plan) -> str:
+    share = sum(job.spec.numel for job in jobs) / max(1, sum(job.spec.numel for job in plan.tensors))
+    return f"{count_noun(len(jobs), 'tensor')}, {share:.0%} of the numbers"
 
 
 def _hub_data(model: Checkpoint) -> dict[str, Any]:
@@ -85,9 +101,9 @@ def plan_text(plan: Plan, facts: dict[str, Any], verbose: bool) -> str:
     if facts.get("device", "cpu") != "cpu":
         rows.insert(-1, ("device", facts["device"]))
     if plan.averaged:
-        share = sum(job.spec.numel for job in plan.averaged) / sum(job.spec.numel for job in plan.tensors)
-        averaged = f"{count_noun(len(plan.averaged), 'tensor')}, {share:.0%} of the numbers: they have no statistics"
-        rows.insert(3, ("averaged", averaged))
+        rows.insert(3, ("averaged", f"{_count_text(plan.averaged, plan)}: they have no statistics"))
+    if plan.matrices:
+        rows.insert(3, ("as matrices", _count_text(_matrices(plan), plan)))
     if push := facts.get("push"):
         rows.append(("push", f"to {push['repo']}" + (", private" if push["private"] else "")))
     for model in plan.pending:
