@@ -1,4 +1,4 @@
-"""An executor on processes of their own, some of which are killed: what a merge on several machines asks of workers."""
+"""An executor on processes of their own, which tests kill: the same demands as a merge on several machines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What holds for every view, over one of each kind: bytes, places, costs, and what lies below it."""
+"""The contract of every view, over one of each kind: bytes, places, costs, and the checkpoints below it."""
 
 from __future__ import annotations
 
