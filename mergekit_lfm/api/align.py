@@ -19,11 +19,12 @@ from mergekit_lfm.artifacts.transform import Transform, open_transform, read_tra
 from mergekit_lfm.engine.execute import execute
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.machine.progress import SILENCE, Progress
+from mergekit_lfm.output.replace import check_folder
 from mergekit_lfm.plan.plan import make_plan
 from mergekit_lfm.recipe.align import ALIGN_METHODS
 from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.store.checkpoint import open_checkpoint
-from mergekit_lfm.store.places import check_file, check_folder
+from mergekit_lfm.store.places import check_file
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -22,9 +22,10 @@ from mergekit_lfm.artifacts.patch import Patch, open_patch, read_patch_info
 from mergekit_lfm.artifacts.statistics import Statistics, open_statistics
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.machine.progress import SILENCE, Progress
+from mergekit_lfm.output.replace import check_folder
 from mergekit_lfm.recipe.edit import edit_options
 from mergekit_lfm.store.checkpoint import open_checkpoint
-from mergekit_lfm.store.places import check_file, check_folder
+from mergekit_lfm.store.places import check_file
 from mergekit_lfm.version import versions
 
 if TYPE_CHECKING:

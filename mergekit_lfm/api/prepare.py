@@ -38,6 +38,7 @@ from mergekit_lfm.recipe.values import NamedFile
 from mergekit_lfm.runtime.load import load_model
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lfm.store.hub.snapshots import check_room
+from mergekit_lfm.store.places import place_of
 from mergekit_lfm.version import versions
 from mergekit_lfm.views.patched import Patched, check_base, patched_view
 from mergekit_lfm.views.pending import Pending
@@ -68,7 +69,7 @@ def prepare(
     `execute` raise, PlanError about `out`, memory and disk before anything else; ImportError without transformers.
     """
     plan = note_device(plan, device)
-    folder = out.resolve()
+    folder = place_of(out)
     if is_written(plan, folder, overwrite=overwrite, resume=resume, nan=nan):
         return plan
     if not (plan.pending or plan.absent or plan.unedited):
@@ -80,7 +81,7 @@ def prepare(
     plan = _with_edits(_with_alignments(plan, notice, device), notice, device)
     if not plan.unedited:
         return plan
-    how: dict[str, Any] = {"memory": memory, "threads": threads, "nan": nan}
+    how: dict[str, Any] = {"memory": memory, "threads": threads, "nan": nan, "resume": resume}
     patches = _result_patches(plan, folder, notice, device, **how)
     made = make_plan(plan.recipe, max_shard_size=max_shard_size, views=plan.models, edits=patches)
     return replace(made, edited_on=plan.edited_on)

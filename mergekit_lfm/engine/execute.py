@@ -29,6 +29,7 @@ from mergekit_lfm.output.writer import Output, Policy, Receipt, already_there, f
 from mergekit_lfm.plan.budget import Budget, check_disk, workers
 from mergekit_lfm.plan.job import Job
 from mergekit_lfm.plan.plan import Plan
+from mergekit_lfm.store.places import place_of
 from mergekit_lfm.store.tensors import ITEMSIZE
 
 
@@ -66,7 +67,7 @@ def execute(
     Raises PlanError before anything is written if the plan is not ready, or if `out`, the memory or the disk do not
     allow it; FormatError if an input or the result holds NaN or infinity (`nan="error"`).
     """
-    folder = out.resolve()
+    folder = place_of(out)
     if _already_there(plan, folder, overwrite=overwrite, resume=resume, nan=nan):
         return Execution(already_there=True)
     if resume and finish(plan.digest, folder):
@@ -127,7 +128,7 @@ def is_written(plan: Plan, folder: Path, *, overwrite: bool, resume: bool, nan: 
 
 def _already_there(plan: Plan, folder: Path, *, overwrite: bool, resume: bool, nan: Policy) -> bool:
     inputs = {label: source.path for label, source in zip(plan.source_labels, plan.sources, strict=True)}
-    rebuild = overwrite and not resume
+    rebuild = overwrite or not resume
     return already_there(plan.digest, plan.shards, inputs, folder, overwrite=overwrite, rebuild=rebuild, nan=nan)
 
 

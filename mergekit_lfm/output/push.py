@@ -24,7 +24,7 @@ from huggingface_hub.hf_api import RepoFile
 from mergekit_lfm.errors import PlanError, several
 from mergekit_lfm.output.card import CARD, OWN_CARD, without_front_matter
 from mergekit_lfm.output.lock import LOCK, lock_of, verify
-from mergekit_lfm.output.writer import REPLACED
+from mergekit_lfm.output.replace import REPLACED
 from mergekit_lfm.store.checkpoint import open_checkpoint
 from mergekit_lfm.store.hub import repository
 from mergekit_lfm.store.hub.client import HTTPError, api, endpoint, offline, translate_errors

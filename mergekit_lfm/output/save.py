@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.output.card import CARD
 from mergekit_lfm.output.layout import INDEX, Shard, lay_out
+from mergekit_lfm.output.replace import check_folder
 from mergekit_lfm.output.writer import move_into_place
 from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.store.durable import lock_folder, replace_file, reserve, sync_folder
 from mergekit_lfm.store.formats import bytes_of
-from mergekit_lfm.store.places import check_folder, has_files, partial_of
+from mergekit_lfm.store.places import has_files, partial_of, remove
 from mergekit_lfm.store.sidecars import sidecars_of
 from mergekit_lfm.store.tensors import TensorSpec, name_file, write_exactly
 
@@ -84,7 +85,7 @@ def _partial(out: Path) -> Iterator[Path]:
         mark.touch()
         for path in partial.iterdir():
             if path != mark:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                remove(path)
         yield partial
         mark.unlink()  # complete
         move_into_place(out)

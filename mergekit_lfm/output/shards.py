@@ -40,7 +40,7 @@ class ShardFiles:
         """The descriptor of a shard, which is opened once."""
         with self._lock:
             if shard not in self._fds:
-                self._fds[shard] = os.open(self.path(shard), os.O_RDWR)
+                self._fds[shard] = os.open(self.path(shard), os.O_RDWR | os.O_NOFOLLOW)
             return self._fds[shard]
 
     def close(self) -> None:

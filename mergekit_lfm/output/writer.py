@@ -11,23 +11,26 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+import xxhash
 
 from mergekit_lfm.errors import PlanError
+from mergekit_lfm.machine.resources import allocated_bytes
+from mergekit_lfm.machine.sizes import format_size
 from mergekit_lfm.output.layout import Shard
 from mergekit_lfm.output.lock import LOCK, lock_of
+from mergekit_lfm.output.replace import REPLACED, check_replaceable
 from mergekit_lfm.output.shards import ShardFiles
 from mergekit_lfm.store.durable import lock_folder, replace_file, reserve, sync_folder, write_all
-from mergekit_lfm.store.places import check_apart, check_kind, has_files, partial_of
+from mergekit_lfm.store.places import check_apart, check_kind, has_files, partial_of, refuse_links, remove
 from mergekit_lfm.store.tensors import UNFINISHED, name_file, write_exactly
 
 JOURNAL = "merge.journal"
-REPLACED = "merge.replaced"  # the folder that --overwrite replaced, until it is deleted
 SYNC_BYTES = 256 << 20  # about so many are synced and journalled at a time: syncing each tensor costs more than merging
 Policy = Literal["error", "warn"]  # on NaN or infinity
 
@@ -54,16 +57,21 @@ def already_there(
 ) -> bool:
     """True if OUT holds the output of the plan with this digest and these shards. rebuild: write it in any case.
 
-    inputs: the paths that are read, by label. Raises PlanError if OUT must not be written.
+    Compares names, sizes, and the content of all files but the shards. inputs: the paths that are read, by label.
+    Raises PlanError if OUT must not be written.
     """
     check_apart(out, inputs)
-    _undo(digest, out)
     check_kind(out)
+    _undo(digest, out)
     if not has_files(out):
         return False
     lock = lock_of(out)
-    whole = all((out / s.name).exists() and (out / s.name).stat().st_size == s.nbytes for s in shards)
-    if lock.get("plan") == digest and whole and not rebuild:
+    same = lock.get("plan") == digest
+    if same and not rebuild:
+        problems = _damage(out, lock, shards)
+        if problems:
+            more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
+            raise PlanError(f"{out} is the output of this merge, but {problems[0]}{more}; --overwrite makes it again")
         if lock.get("nonfinite") and nan == "error":
             raise PlanError(
                 f"{out} exists, but was made with --nan warn: {lock['nonfinite'][0]} is not finite; use --nan warn "
@@ -71,10 +79,30 @@ def already_there(
             )
         clear_replaced(out)
         return True
-    if not overwrite:
-        problem = "is damaged" if lock.get("plan") == digest else "is not the output of this merge"
-        raise PlanError(f"{out} exists and {problem}; choose another output, or use --overwrite")
+    if not (overwrite or same):
+        raise PlanError(f"{out} exists and is not the output of this merge; choose another output, or use --overwrite")
+    check_replaceable(out)
     return False
+
+
+def _damage(out: Path, lock: Mapping[str, Any], shards: Sequence[Shard]) -> list[str]:
+    """The differences of an output's names, sizes and small files from its lock and its plan; `verify` reads it all."""
+    files = lock.get("files")
+    if not isinstance(files, dict):
+        return [f"{LOCK} is damaged"]
+    sizes = {shard.name: shard.nbytes for shard in shards}
+    problems = [f"{name} is missing" for name in (*sizes, *files) if not (out / name).is_file()]
+    problems += [
+        f"{name} has {(out / name).stat().st_size:,} bytes, expected {nbytes:,}"
+        for name, nbytes in sizes.items()
+        if (out / name).is_file() and (out / name).stat().st_size != nbytes
+    ]
+    problems += [
+        f"{name} was changed"
+        for name, digest in files.items()
+        if (out / name).is_file() and xxhash.xxh3_128_hexdigest((out / name).read_bytes()) != digest
+    ]
+    return problems
 
 
 def _undo(digest: str, out: Path) -> None:
@@ -122,18 +150,35 @@ class Output:
         journal = self.partial / JOURNAL
         if self.partial.exists() and not (journal.exists() or lock_of(self.partial) or not any(self.partial.iterdir())):
             raise PlanError(f"{self.partial} exists and is not the unfinished output of a merge; move it away")
+        refuse_links(self.partial, (JOURNAL, LOCK, *(shard.name for shard in self.shards)))
         self.partial.mkdir(parents=True, exist_ok=True)
         self._folder = lock_folder(self.partial)
-        self._journal = os.open(journal, os.O_RDWR | os.O_CREAT, 0o666)
+        if resume:
+            self._refuse_other_work(journal)
+        self._journal = os.open(journal, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         if not (resume and self._shards_whole() and self._read_journal(journal)):
             self._start_over(journal)
         for number, shard in enumerate(self.shards):
             path = self._files.path(number)
             with name_file(path):
-                path.touch()
+                os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666))
                 reserve(self._files.fileno(number), shard.nbytes)
                 write_exactly(self._files.fileno(number), 0, memoryview(UNFINISHED + shard.header[8:]))
         sync_folder(self.partial)
+
+    def _refuse_other_work(self, journal: Path) -> None:
+        """Raise PlanError if the folder holds work of another plan, which starting over would delete."""
+        try:
+            with journal.open("rb") as lines:
+                plan = json.loads(lines.readline(1 << 10))["plan"]
+        except (OSError, ValueError, TypeError, KeyError):
+            plan = lock_of(self.partial).get("plan", self.digest)
+        if plan != self.digest:
+            nbytes = format_size(allocated_bytes(self.partial))
+            raise PlanError(
+                f"{self.partial} holds the unfinished work of another merge, {nbytes} on the disk: complete that with "
+                "its own recipe, choose another output, or delete it with --no-resume"
+            )
 
     def _shards_whole(self) -> bool:
         """True if all shards exist at full size."""
@@ -171,7 +216,7 @@ class Output:
         sync_folder(self.partial)
         for path in self.partial.iterdir():
             if path != journal:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                remove(path)
         with name_file(journal):
             os.lseek(self._journal, 0, os.SEEK_SET)
             write_all(self._journal, json.dumps({"plan": self.digest}).encode() + b"\n")
@@ -244,7 +289,7 @@ def move_into_place(out: Path) -> None:
 def clear_replaced(folder: Path) -> None:
     """Delete the folder that `--overwrite` replaced."""
     if (folder / REPLACED).exists():
-        shutil.rmtree(folder / REPLACED)
+        remove(folder / REPLACED)
 
 
 def is_complete(digest: str, out: Path) -> bool:

@@ -1,24 +1,18 @@
 """Decide where an output may be written: the one answer for every command and function.
 
-A folder or file may be written at a free path, over an empty folder, or over an earlier output with --overwrite; never
-over an input, into one, or around one. Missing parent folders are made when it is written.
+A folder or file may be written at a free path, over an empty folder, or over an earlier output with --overwrite
+(`output/replace.py`); never through a link, over an input, into one, or around one. Missing parent folders are made
+when it is written.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from mergekit_lfm.errors import PlanError
-
-
-def check_folder(out: Path, inputs: Mapping[str, Path], *, overwrite: bool) -> None:
-    """Raise PlanError if a new folder must not go to `out`. inputs: the paths that are read, by label."""
-    check_apart(out, inputs)
-    check_kind(out)
-    if has_files(out) and not overwrite:
-        raise PlanError(f"{out} exists; choose another output, or use --overwrite")
 
 
 def check_file(out: Path, inputs: Iterable[Path], *, overwrite: bool) -> None:
@@ -57,9 +51,32 @@ def check_outside(out: Path, inputs: Iterable[Path]) -> None:
 
 
 def check_kind(out: Path) -> None:
-    """Raise PlanError if `out` exists and is not a folder."""
+    """Raise PlanError if `out` exists and is not a folder, or if it or OUT.partial is a link."""
+    for place in (out, partial_of(out)):
+        if place.is_symlink():
+            raise PlanError(f"{place} is a link to {place.readlink()}, expected a folder to create; name that itself")
     if out.exists() and not out.is_dir():
         raise PlanError(f"{out} is a file, expected a folder to create; choose another output")
+
+
+def place_of(out: Path) -> Path:
+    """The absolute path of an output; links are followed but for the last part of the path."""
+    return out.parent.resolve() / out.name if out.name not in ("", "..") else out.resolve()
+
+
+def refuse_links(folder: Path, names: Iterable[str]) -> None:
+    """Raise PlanError if one of these files in a folder is a link: writing it would write somewhere else."""
+    for path in (folder / name for name in names):
+        if path.is_symlink():
+            raise PlanError(f"{path} is a link to {path.readlink()}, and would be written through; move {folder} away")
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a link, or a folder with all that is in it; never what a link leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def has_files(folder: Path) -> bool:

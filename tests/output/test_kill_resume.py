@@ -338,7 +338,11 @@ def change_input(folder: Path) -> None:
 @pytest.mark.usefixtures("partial")
 def test_work_on_another_plan_is_not_reused(one: Job, change: Callable[[Path], None]) -> None:
     change(one.folder)
-    again = one.run()
+    before = snapshot(one.folder / "out.partial")
+    refused = one.run()
+    assert refused.code == 2 and "unfinished work of another merge" in refused.err and "--no-resume" in refused.err
+    assert snapshot(one.folder / "out.partial") == before
+    again = one.run("--no-resume")
     assert again.code == 0, again.err
     assert again.bytes_of_weights() == one.whole.bytes_of_weights()
     found = snapshot(one.folder / "out")
@@ -349,7 +353,8 @@ def test_work_on_another_plan_is_not_reused(one: Job, change: Callable[[Path], N
 
 @pytest.mark.usefixtures("partial")
 def test_shard_size_belongs_to_the_plan(one: Job) -> None:
-    assert one.run("--max-shard-size", "20KB").code == 0
+    assert one.run("--max-shard-size", "20KB").code == 2
+    assert one.run("--max-shard-size", "20KB", "--no-resume").code == 0
     assert snapshot(one.folder / "out") == one.fresh("--max-shard-size", "20KB")
     assert "out.partial" not in one.names()
 
@@ -367,15 +372,15 @@ def test_no_resume_starts_over_even_from_complete_work(one: Job) -> None:
     one.finish("--no-resume")
 
 
-@pytest.mark.parametrize(("other", "step"), [("--no-resume", 1), ("--seed=9", 3)])
+@pytest.mark.parametrize(("other", "step"), [("--quiet", 1), ("--seed=9", 3)])
 def test_killed_while_complete_work_is_cleared_away(one: Job, other: str, step: int) -> None:
-    """A half cleared folder does not count as complete; the same code clears it for every option."""
+    """A half cleared folder does not count as complete, for the same plan and for another."""
     one.kill(kill_at=renaming(one.whole))
     one.keep("out.partial")
     for moment in range(1, 25, step):
         one.put("out.partial")
-        one.run(other, kill_at=moment)
-        one.finish("--overwrite")
+        one.run(other, "--no-resume", kill_at=moment)
+        one.finish("--overwrite", "--no-resume")
 
 
 def test_two_runs_do_not_write_the_same_output(one: Job, partial: Path) -> None:
@@ -453,7 +458,7 @@ def test_overwriting_given_up_half_way_leaves_the_old_output(one: Job) -> None:
         change_recipe(one.folder)
         one.run("--overwrite", kill_at=moment)
         (one.folder / "recipe.yaml").write_text(RECIPE)
-        assert one.run("--overwrite").code == 0
+        assert one.run("--overwrite", "--no-resume").code == 0
         assert snapshot(one.folder / "out") == one.expected
 
 
