@@ -340,12 +340,13 @@ def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(tmp_path: Path, monke
 
 
 def test_the_bar_is_shown_on_a_terminal_only(folder: Path) -> None:
+    piped = start(folder, "merge", "recipe.yaml", "out2")
     printed, shown = on_a_terminal(folder, "merge", "recipe.yaml", "out")
     assert printed == "out\n"
     assert b"merging:" in shown and b"wrote 2 tensors" in shown
-    elsewhere = run("merge", "recipe.yaml", "out2")
-    assert elsewhere.stdout == "out2\n"
-    assert "merging" not in elsewhere.stderr and elsewhere.stderr.count("\n") == 1
+    stdout, stderr = piped.communicate(timeout=60)
+    assert (piped.returncode, stdout) == (0, "out2\n")
+    assert "merging" not in stderr and stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("how", [["-m", "mergekit_lfm"], [str(ROOT / "cli.py")]])
