@@ -48,8 +48,14 @@ version = click.option(
 )
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
 quiet = click.option("-q", "--quiet", is_flag=True, help="Print only the result, warnings and errors.")
-overwrite = click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
-no_resume = click.option("--no-resume", is_flag=True, help="Start over instead of continuing an interrupted run.")
+overwrite = click.option(
+    "--overwrite",
+    is_flag=True,
+    help="Write the output even if it exists: an earlier output or a saved model is replaced.",
+)
+no_resume = click.option(
+    "--no-resume", is_flag=True, help="Start over: delete the work of an interrupted run instead of going on with it."
+)
 memory = click.option(
     "--memory",
     type=Size(),

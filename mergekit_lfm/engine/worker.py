@@ -24,8 +24,9 @@ from mergekit_lfm.kernels.sums import round_once
 from mergekit_lfm.machine.accelerators import Accelerator, ReadRange
 from mergekit_lfm.machine.resources import allow_many_files, keep_freed_memory
 from mergekit_lfm.methods import METHODS
+from mergekit_lfm.output.replace import Policy
 from mergekit_lfm.output.shards import ShardFiles
-from mergekit_lfm.output.writer import Policy, Receipt
+from mergekit_lfm.output.writer import Receipt
 from mergekit_lfm.plan.budget import Budget
 from mergekit_lfm.plan.job import Job
 from mergekit_lfm.plan.matrices import MatrixJob

@@ -1,4 +1,5 @@
-"""What an output may replace: an earlier output or a saved model, and nothing else.
+"""Decide whether an output exists already, and whether a folder may be replaced by it.
+
 
 Everything in a folder that is replaced gets deleted. So each file in it must belong to a model that was saved there:
 by its lock, or as one of the files that loaders read.
@@ -6,19 +7,107 @@ by its lock, or as one of the files that loaders read.
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, Literal
+
+import xxhash
 
 from mergekit_lfm.errors import FormatError, PlanError
-from mergekit_lfm.output.lock import covered_files, lock_of
+from mergekit_lfm.output.layout import Shard
+from mergekit_lfm.output.lock import LOCK, covered_files, lock_of
+from mergekit_lfm.store.durable import lock_folder
 from mergekit_lfm.store.folder import INDEXES, weight_paths
-from mergekit_lfm.store.places import check_apart, check_kind, has_files
+from mergekit_lfm.store.places import check_apart, check_kind, has_files, partial_of, remove
 from mergekit_lfm.store.sidecars import SIDECAR
+
+Policy = Literal["error", "warn"]  # on NaN or infinity
 
 REPLACED = "merge.replaced"  # the folder that --overwrite replaced, in the new one until it is deleted
 BESIDE = re.compile(r"^(README\.md|LICENSE(\.\w+)?|\.gitattributes|repair\.json)$")  # of a model that somebody saved
 SHOWN = 5  # files that a message names
+
+
+def already_there(
+    digest: str,
+    shards: Sequence[Shard],
+    inputs: Mapping[str, Path],
+    out: Path,
+    *,
+    overwrite: bool,
+    rebuild: bool,
+    nan: Policy,
+) -> bool:
+    """True if OUT holds the output of the plan with this digest and these shards. rebuild: write it in any case.
+
+    Compares names, sizes, and the content of all files but the shards. inputs: the paths that are read, by label.
+    Raises PlanError if OUT must not be written.
+    """
+    check_apart(out, inputs)
+    check_kind(out)
+    _undo(digest, out)
+    if not has_files(out):
+        return False
+    lock = lock_of(out)
+    same = lock.get("plan") == digest
+    if same and not rebuild:
+        problems = _damage(out, lock, shards)
+        if problems:
+            more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
+            raise PlanError(f"{out} is the output of this merge, but {problems[0]}{more}; --overwrite makes it again")
+        if lock.get("nonfinite") and nan == "error":
+            raise PlanError(
+                f"{out} exists, but was made with --nan warn: {lock['nonfinite'][0]} is not finite; use --nan warn "
+                "again, or another output"
+            )
+        clear_replaced(out)
+        return True
+    if not (overwrite or same):
+        raise PlanError(f"{out} exists and is not the output of this merge; choose another output, or use --overwrite")
+    check_replaceable(out)
+    return False
+
+
+def _damage(out: Path, lock: Mapping[str, Any], shards: Sequence[Shard]) -> list[str]:
+    """The differences of an output's names, sizes and small files from its lock and its plan; `verify` reads it all."""
+    files = lock.get("files")
+    if not isinstance(files, dict):
+        return [f"{LOCK} is damaged"]
+    sizes = {shard.name: shard.nbytes for shard in shards}
+    problems = [f"{name} is missing" for name in (*sizes, *files) if not (out / name).is_file()]
+    problems += [
+        f"{name} has {(out / name).stat().st_size:,} bytes, expected {nbytes:,}"
+        for name, nbytes in sizes.items()
+        if (out / name).is_file() and (out / name).stat().st_size != nbytes
+    ]
+    problems += [
+        f"{name} was changed"
+        for name, digest in files.items()
+        if (out / name).is_file() and xxhash.xxh3_128_hexdigest((out / name).read_bytes()) != digest
+    ]
+    return problems
+
+
+def _undo(digest: str, out: Path) -> None:
+    """Move OUT back if a run of another plan with --overwrite was killed after it had moved OUT away."""
+    replaced = partial_of(out) / REPLACED
+    if replaced.exists() and not out.exists() and not is_complete(digest, out):
+        fd = lock_folder(partial_of(out))
+        replaced.rename(out)
+        os.close(fd)
+
+
+def is_complete(digest: str, out: Path) -> bool:
+    """True if a run of the plan with this digest was killed while it published: `finish` completes it."""
+    return lock_of(partial_of(out)).get("plan") == digest
+
+
+def clear_replaced(folder: Path) -> None:
+    """Delete the folder that `--overwrite` replaced."""
+    if (folder / REPLACED).exists():
+        remove(folder / REPLACED)
 
 
 def check_folder(out: Path, inputs: Mapping[str, Path], *, overwrite: bool) -> None:

@@ -65,7 +65,7 @@ def test_the_cost_is_a_bound(tmp_path: Path, name: str) -> None:
         assert cost.scratch <= 10 * peak + 20_000, (tensor, peak, cost)
 
 
-def test_what_lies_below_stays_as_it_is(case: tuple[Checkpoint, View]) -> None:
+def test_the_checkpoints_below_stay_as_they_are(case: tuple[Checkpoint, View]) -> None:
     stored, view = case
     folder = stored.path
     before, specs, identity = files_of(folder), dict(stored), stored.identity

@@ -96,7 +96,7 @@ def test_directions_that_no_model_changed_stay_as_they_are(method: str) -> None:
     assert float(delta.norm()) > 0.1
 
 
-def test_tsv_counts_what_equal_models_share_once() -> None:
+def test_tsv_counts_the_deltas_of_equal_models_once() -> None:
     base, tuned = models(1, (12, 10))
     merged = merge_tensors("tsv", [tuned, tuned], base=base)
     u, s, vh = torch.linalg.svd(tuned - base, full_matrices=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -23,19 +22,24 @@ def recipe(folder: Path, **more: object) -> dict[str, object]:
     return {**RECIPE, "models": [{"model": str(folder / "m1")}, {"model": str(folder / "m2")}], **more}
 
 
-def refused(folder: Path, out: Path, *names: str, **options: bool) -> str:
-    """The message of a merge that must not write to `out`, or change anything."""
-    before = files_of(folder)
+def refused(folder: Path, out: Path, *names: str, overwrite: bool = True, resume: bool = True) -> None:
+    """Ask for a merge that must not write to `out`, nor change anything; its message has these words."""
+    made, before = recipe(folder), files_of(folder)
     with pytest.raises(PlanError) as caught:
-        merge(recipe(folder), out, **({"overwrite": True} | options))
+        merge(made, out, overwrite=overwrite, resume=resume)
     assert files_of(folder) == before
     assert all(name in str(caught.value) for name in names), caught.value
-    return str(caught.value)
+
+
+def merged(folder: Path, *, overwrite: bool = False, resume: bool = True) -> tuple[Path, bool]:
+    """The output of the merge, and whether it was there already."""
+    outcome = merge(recipe(folder), folder / "out", overwrite=overwrite, resume=resume)
+    assert outcome.path is not None
+    return outcome.path, outcome.already_there
 
 
 def test_a_folder_with_anything_else_in_it_is_not_deleted(tmp_path: Path) -> None:
-    made = recipe(tmp_path)
-    merge(made, tmp_path / "out")
+    merged(tmp_path)
     (tmp_path / "out" / "notes").mkdir()
     (tmp_path / "out" / "notes" / "diary.txt").write_text("precious")
     refused(tmp_path, tmp_path / "out", "notes/diary.txt", "move them away")
@@ -46,7 +50,7 @@ def test_a_folder_with_anything_else_in_it_is_not_deleted(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("foreign", ["optimizer.pt", "checkpoint-10/model.safetensors", ".env", "link"])
-def test_a_saved_model_is_replaced_but_not_what_lies_beside_it(tmp_path: Path, foreign: str) -> None:
+def test_a_saved_model_is_replaced_but_no_file_beside_it(tmp_path: Path, foreign: str) -> None:
     out = save_checkpoint(tmp_path / "out", {"w": torch.ones(4)}, {"model_type": "old"}, shards=1)
     (out / "README.md").write_text("a card")
     (out / "tokenizer.json").write_text("{}")
@@ -95,28 +99,25 @@ def test_links_are_not_followed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["gone", "changed", "shorter"])
 def test_a_damaged_output_is_not_called_done(tmp_path: Path, damage: str) -> None:
-    out = merge(recipe(tmp_path), tmp_path / "out").path
+    out, _ = merged(tmp_path)
     whole = files_of(tmp_path)
-    config = out / ("model.safetensors" if damage == "shorter" else "config.json")
-    config.unlink() if damage == "gone" else config.write_bytes(
-        config.read_bytes()[: 10 if damage == "shorter" else -1]
-    )
-    refused(
-        tmp_path, out, "is the output of this merge, but", config.name, "--overwrite makes it again", overwrite=False
-    )
-    assert not merge(recipe(tmp_path), out, overwrite=True).already_there
+    damaged = out / ("model.safetensors" if damage == "shorter" else "config.json")
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    if damage == "gone":
+        damaged.unlink()
+    words = ("is the output of this merge, but", damaged.name, "--overwrite makes it again")
+    refused(tmp_path, out, *words, overwrite=False)
+    assert merged(tmp_path, overwrite=True) == (out, False)
     assert files_of(tmp_path) == whole
 
 
-@pytest.mark.parametrize("options", [{"overwrite": True}, {"resume": False}], ids=str)
-def test_asked_to_write_it_writes(tmp_path: Path, options: dict[str, bool]) -> None:
+@pytest.mark.parametrize(("overwrite", "resume"), [(True, True), (False, False)])
+def test_asked_to_write_it_writes(tmp_path: Path, overwrite: bool, resume: bool) -> None:
     """The weights are changed and of the same size, which only reading them all would show."""
-    out = merge(recipe(tmp_path), tmp_path / "out").path
+    out, _ = merged(tmp_path)
     whole = files_of(out)
     weights = out / "model.safetensors"
-    state = weights.stat()
     weights.write_bytes(weights.read_bytes()[:-4] + bytes(4))
-    os.utime(weights, ns=(state.st_atime_ns, state.st_mtime_ns))
-    assert merge(recipe(tmp_path), out).already_there
-    assert not merge(recipe(tmp_path), out, **options).already_there
+    assert merged(tmp_path) == (out, True)
+    assert merged(tmp_path, overwrite=overwrite, resume=resume) == (out, False)
     assert files_of(out) == whole
