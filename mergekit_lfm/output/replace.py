@@ -1,6 +1,5 @@
 """Decide whether an output exists already, and whether a folder may be replaced by it.
 
-
 Everything in a folder that is replaced gets deleted. So each file in it must belong to a model that was saved there:
 by its lock, or as one of the files that loaders read.
 """
