@@ -218,14 +218,15 @@ def true_tokens(output: Any, example: Batch) -> list[tuple[float, Tensor]]:
 
 def killed_job(kind: str, out: Path) -> None:
     """One run of several passes, with sums kept after every batch."""
-    from mergekit_lfm.collect import collect, pauses
+    from mergekit_lfm.collect import pauses
+    from mergekit_lfm.collect.run import collect
 
     pauses.EVERY_S = 0.0
     pauses.SAVING_SHARE = float("inf")
     memory = {"gram": 8 * 8**2 + 8 * 7**2, "cross": 8 * (7 * 7 + 14) + 900, "fisher": 8 * 7 * 7}[kind]
     other = {"other": mlp(6, 7, 5, 3, seed=2)} if kind == "cross" else {}
     batches = arrays(6)([3, 2, 1])
-    collect(kind, mlp(6, 7, 5, 3), batches, out, memory=memory, labels=None, **other)  # type: ignore[arg-type]
+    collect(kind, mlp(6, 7, 5, 3), batches, out, memory=memory, **other)  # type: ignore[arg-type]
 
 
 def kill_everywhere(kind: str, folder: Path, step: int) -> dict[str, Any]:

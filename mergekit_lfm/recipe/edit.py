@@ -1,4 +1,4 @@
-"""Methods of editing with their options, published constants, and requests for an edit. No torch.
+"""Requests for an edit, the check of their options, and published constants. No torch.
 
 No size depends on the model's scale: the clamp is relative to the state that is changed, lambda to the width of the
 layer, the ridge to the mean of the statistics' diagonal. So one set of defaults serves models of any size.
@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 from mergekit_lfm.artifacts.facts import BLANK
 from mergekit_lfm.errors import PlanError, did_you_mean
-from mergekit_lfm.methods.method import Parameter
-from mergekit_lfm.recipe.values import NamedFile, read_value
+from mergekit_lfm.recipe.registry import EDIT_METHODS
+from mergekit_lfm.recipe.values import NamedFile, Reader, defaults_of, find_method, read_options, readers_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,66 +38,6 @@ class EditRequest:
         stats = {} if self.stats is None else {"stats": self.stats.ref}
         return {"facts": self.facts.ref, "method": self.method, **self.given, **stats}
 
-
-@dataclass(frozen=True, slots=True)
-class EditMethod:
-    """One way to edit facts. band: its default layers, as shares of the depth; None if it edits one layer."""
-
-    name: str
-    doc: str
-    source: str
-    parameters: tuple[Parameter, ...]
-    band: tuple[float, float] | None = None
-
-
-_SEARCH = (
-    Parameter("steps", 25, False, "Most steps of the search; the last one only computes the loss.", "int", 1),
-    Parameter("lr", 0.5, False, "Adam's learning rate in the search.", above=0),
-    Parameter("weight_decay", 0.5, False, "Weight of |delta| / |v0|^2 in the search's loss.", minimum=0),
-    Parameter(
-        "kl_factor", 0.0625, False, "Weight in the loss of the KL divergence from the original model.", minimum=0
-    ),
-    Parameter("clamp", 0.75, False, "Largest |delta|, as a multiple of |v0|.", above=0),
-    Parameter("loss_threshold", 0.05, False, "The search ends below this loss.", minimum=0),
-    Parameter("ridge", 1e-3, False, "Added to the statistics' diagonal, as a multiple of its mean.", minimum=0),
-    Parameter("batch", 25, False, "Facts in one forward pass; the result does not depend on it.", "int", 1),
-)
-_BY_NAME = {parameter.name: parameter for parameter in _SEARCH}
-
-_METHODS = (
-    EditMethod(
-        "memit",
-        "Many facts at once by least squares, spread over several layers.",
-        "Meng et al. 2022, MEMIT, arXiv 2210.07229",
-        (
-            *_SEARCH,
-            Parameter("lambda", None, False, "Weight of existing knowledge, as in the paper.", minimum=0),
-            Parameter("lambda_ratio", 1.0, False, "The same, as a multiple of the layer's inputs.", minimum=0),
-            Parameter("allow_same_subject", False, False, "Allow several facts about one subject in a batch.", "bool"),
-        ),
-        (1 / 8, 1 / 4),
-    ),
-    EditMethod(
-        "rome",
-        "One fact after another, each by a rank-one change of one layer.",
-        "Meng et al. 2022, ROME, arXiv 2202.05262",
-        (
-            replace(_BY_NAME["steps"], default=20),
-            *(parameter for parameter in _SEARCH if parameter.name not in ("steps", "clamp")),
-            replace(_BY_NAME["clamp"], default=4.0),
-            Parameter(
-                "key",
-                "rome",
-                False,
-                "Contexts of the residual and divisor: rome the bare prompt, mean all contexts, bare the bare prompt "
-                "throughout.",
-                "str",
-                choices=("rome", "mean", "bare"),
-            ),
-        ),
-    ),
-)
-EDIT_METHODS = MappingProxyType({method.name: method for method in _METHODS})
 
 KL_TEMPLATE = "{} is a"
 # Texts before the prompt, so that the found state works in any context. One is the bare prompt.
@@ -148,34 +88,22 @@ def edit_options(
     given: options by their names in YAML, such as `lambda`. They win over the preset's, and these over the defaults.
     place: the request's name in messages.
     """
-    spec = EDIT_METHODS.get(method)
-    if spec is None:
-        raise PlanError(f"{place}.method: unknown method {method!r}, {did_you_mean(method, EDIT_METHODS)}")
+    declared = find_method(method, EDIT_METHODS, place)
     preset = given.get("preset", preset)
     problems: list[str] = []
-    values: dict[str, Any] = {parameter.name: parameter.default for parameter in spec.parameters}
+    values: dict[str, Any] = defaults_of(declared.parameters)
     values |= {"layers": None, "context_templates": list(CONTEXTS), "kl_template": KL_TEMPLATE, "covariance": None}
     values |= _read_preset(preset, method, place, problems)
-    parameters = {parameter.name: parameter for parameter in spec.parameters}
     if given.get("lambda") is not None and given.get("lambda_ratio") is not None:
         problems.append(f"{place}: found both lambda and lambda_ratio, expected one; remove the other")
     if given.get("lambda_ratio") is not None and "lambda" in values:
         values["lambda"] = None  # the preset's
-    for name, value in given.items():
-        try:
-            if name in parameters:
-                none = value is None and parameters[name].default is None
-                values[name] = None if none else read_value(value, parameters[name], f"{place}.{name}")
-            elif name in _SHAPED:
-                values[name] = _SHAPED[name](value, f"{place}.{name}")
-            elif name != "preset":
-                known_names = [*parameters, *_SHAPED, "preset"]
-                problems.append(f"{place}.{name}: {method} has no such option, {did_you_mean(name, known_names)}")
-        except ValueError as wrong:
-            problems.append(str(wrong))
-    if problems:
+    readers = {**readers_of(declared.parameters), **_SHAPED, "preset": lambda value, _: value}
+    own, more = read_options(given, readers, method, place, noun="option")
+    if problems := [*problems, *more]:
         raise PlanError("\n".join(problems))
-    return values
+    own.pop("preset", None)
+    return values | own
 
 
 def _read_preset(preset: object, method: str, place: str, problems: list[str]) -> Mapping[str, Any]:
@@ -229,7 +157,7 @@ def _covariance(value: Any, at: str) -> str | None:
 
 
 # Options that are not a single number or word.
-_SHAPED = MappingProxyType(
+_SHAPED: Mapping[str, Reader] = MappingProxyType(
     {
         "layers": _layers,
         "context_templates": _templates,

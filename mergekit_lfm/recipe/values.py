@@ -8,14 +8,14 @@ everywhere, several floats are interpolated, several values of another kind take
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from mergekit_lfm.errors import did_you_mean
-from mergekit_lfm.methods import Parameter
-from mergekit_lfm.methods.method import Value
+from mergekit_lfm.errors import PlanError, did_you_mean
+from mergekit_lfm.methods.method import Parameter, Required, Value
 
 _KINDS = {
     "float": "a number",
@@ -85,6 +85,48 @@ def _read_values(raw: object, parameter: Parameter, at: str) -> tuple[Value, ...
     return tuple(read_value(value, parameter, f"{at}[{i}]") for i, value in enumerate(raw))
 
 
+Reader = Callable[[Any, str], Any]  # the value in what YAML gives; ValueError with the place, the second argument
+M = TypeVar("M")
+
+
+def find_method(name: str, methods: Mapping[str, M], place: str) -> M:
+    """The method of this name. Raises PlanError for an unknown one."""
+    if name not in methods:
+        raise PlanError(f"{place}.method: unknown method {name!r}, {did_you_mean(name, methods)}")
+    return methods[name]
+
+
+def defaults_of(parameters: Iterable[Parameter]) -> dict[str, Value]:
+    """The default of every parameter of a method that requires none."""
+    return {p.name: p.default for p in parameters if not isinstance(p.default, Required)}
+
+
+def readers_of(parameters: Iterable[Parameter]) -> dict[str, Reader]:
+    """For each parameter, the function that reads its single value; None stands for a default of None."""
+
+    def reader(parameter: Parameter) -> Reader:
+        none = parameter.default is None
+        return lambda raw, at: None if none and raw is None else read_value(raw, parameter, at)
+
+    return {parameter.name: reader(parameter) for parameter in parameters}
+
+
+def read_options(
+    given: Mapping[str, Any], readers: Mapping[str, Reader], method: str, place: str, *, noun: str = "parameter"
+) -> tuple[dict[str, Any], list[str]]:
+    """The values given, each read by the reader of its name, and a line for every problem."""
+    values, problems = dict[str, Any](), list[str]()
+    for name, raw in given.items():
+        if name not in readers:
+            problems.append(f"{place}.{name}: {method} has no such {noun}, {did_you_mean(name, readers)}")
+            continue
+        try:
+            values[name] = readers[name](raw, f"{place}.{name}")
+        except ValueError as wrong:
+            problems.append(str(wrong))
+    return values, problems
+
+
 def read_value(raw: object, parameter: Parameter, at: str) -> Value:
     """`raw` as the parameter's kind, within its bounds. Raises ValueError with `at`, value and expectation."""
     try:
@@ -115,13 +157,19 @@ def _number(value: str | Real, parameter: Parameter) -> int | float:
     if not math.isfinite(number) or (parameter.kind == "int" and not number.is_integer()):
         raise ValueError(expected if parameter.kind == "int" else "a finite number")
     low, above, high = parameter.minimum, parameter.above, parameter.maximum
-    if low is not None and number < low:
-        raise ValueError(f"{expected} of at least {low:g}")
-    if above is not None and number <= above:
-        raise ValueError(f"{expected} above {above:g}")
-    if high is not None and number > high:
-        raise ValueError(f"{expected} of at most {high:g}")
-    return int(number) if parameter.kind == "int" else number
+    exact = value if isinstance(value, int) else number  # float64 has 53 bits, seeds have 64
+    if low is not None and exact < low:
+        raise ValueError(f"{expected} of at least {bound_text(low)}")
+    if above is not None and exact <= above:
+        raise ValueError(f"{expected} above {bound_text(above)}")
+    if high is not None and exact > high:
+        raise ValueError(f"{expected} of at most {bound_text(high)}")
+    return int(exact) if parameter.kind == "int" else number
+
+
+def bound_text(bound: float) -> str:
+    """A bound in messages: a whole number in full, since seeds have 64 bits."""
+    return str(bound) if isinstance(bound, int) else f"{bound:g}"
 
 
 def value_at(setting: Setting, parameter: Parameter, tensor: str, layer: tuple[int, int] | None) -> tuple[Value] | None:

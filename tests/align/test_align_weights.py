@@ -14,7 +14,8 @@ import torch
 from helpers_align import furthest, loaded, mlp, mlp_table, planted, run_mlp, table, tensors_of
 from scipy.optimize import linear_sum_assignment
 
-from mergekit_lfm.align import find_transform, pair
+from mergekit_lfm.align import pair
+from mergekit_lfm.align.find import find_transform
 from mergekit_lfm.arch import Symmetries, Units, read_table
 from mergekit_lfm.artifacts.transform import Transform, TransformInfo, UnitsElement, open_transform
 from mergekit_lfm.errors import FormatError, PlanError
