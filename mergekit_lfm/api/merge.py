@@ -13,7 +13,8 @@ from mergekit_lfm.api.arguments import as_bytes, expand
 from mergekit_lfm.api.outcome import Outcome, warn_of
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.machine.progress import SILENCE, Progress
-from mergekit_lfm.recipe.recipe import Push, Recipe
+from mergekit_lfm.recipe.form import Push
+from mergekit_lfm.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
     from mergekit_lfm.machine.accelerators import Accelerator

@@ -48,9 +48,8 @@ def edit(
     model it is for. The patch's tensors are on the CPU. facts: as `as_facts` takes them. covariance: second
     moments of the inputs of the layers' down-projections, by layer number or weight, [in, in]; a statistics file of
     kind gram; or "identity". dtype: of the solves, which run on the GPU if the model does; the model keeps its own.
-    options: `layers`, `context_templates`, `steps`, `lr`, `weight_decay`, `kl_factor`, `clamp`, `loss_threshold`,
-    `lambda_` or `lambda_ratio`, `ridge`, `kl_template`, `key`, `batch`, `allow_same_subject`; `methods NAME` has their
-    defaults. progress: called with (facts searched, all facts).
+    options: the parameters of the method (`EDIT_METHODS`; `lambda_` for `lambda`), `layers`, `context_templates` and
+    `kl_template`. progress: called with (facts searched, all facts).
 
     Raises PlanError for options that are wrong or that the model cannot honour and, with MEMIT, for two facts about one
     subject, which would undo each other. Source: `EDIT_METHODS`.

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from mergekit_lfm.errors import PlanError
+from mergekit_lfm.errors import did_you_mean
 from mergekit_lfm.methods.method import Value
+from mergekit_lfm.recipe.files import read_file
+from mergekit_lfm.recipe.options import defaults_of, read_options, readers_of, unknown_method
+from mergekit_lfm.recipe.problems import Problem, refuse
 from mergekit_lfm.recipe.registry import ALIGN_METHODS
-from mergekit_lfm.recipe.values import NamedFile, defaults_of, find_method, read_options, readers_of
+from mergekit_lfm.recipe.values import NamedFile
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,22 +36,55 @@ def align_options(method: str, given: Mapping[str, Any], *, statistics: bool, pl
 
     statistics: True with a statistics file. place: the request's name in messages.
     """
-    declared = find_method(method, ALIGN_METHODS, place)
+    values, problems = read_align_options(method, given, statistics=statistics, place=place)
+    refuse(problems)
+    return values
+
+
+def read_align_options(
+    method: str, given: Mapping[str, Any], *, statistics: bool, place: str
+) -> tuple[dict[str, Value], list[Problem]]:
+    """The same, with all problems."""
+    if method not in ALIGN_METHODS:
+        return {}, [unknown_method(method, ALIGN_METHODS, place)]
+    declared = ALIGN_METHODS[method]
     idle = declared.idle if statistics else ()
 
-    def refuse(_: object, at: str) -> None:
-        raise ValueError(f"{at}: with statistics {method} finds every group at once; remove it")
+    def refuse_idle(_: object) -> None:
+        raise ValueError(f"with statistics {method} finds every group at once; remove it")
 
-    readers = readers_of(declared.parameters) | dict.fromkeys(idle, refuse)
+    readers = readers_of(declared.parameters) | dict.fromkeys(idle, refuse_idle)
     values, problems = read_options(given, readers, method, place)
     if declared.statistics == "required" and not statistics:
-        problems.append(
-            f"{place}.stats: {method} needs cross moments of both models on the same data. Collect them with "
-            "`mergekit-lfm stats cross A B --data FILE ...`"
-        )
+        advice = "Collect them with `mergekit-lfm stats cross A B --data FILE ...`"
+        needs = f"{method} needs cross moments of both models on the same data. {advice}"
+        problems.append(Problem(f"{place}.stats", needs))
     if declared.statistics == "no" and statistics:
-        problems.append(f"{place}.stats: {method} reads no statistics; remove them, or choose another method")
-    if problems:
-        raise PlanError("\n".join(problems))
+        text = f"{method} reads no statistics; remove them, or choose another method"
+        problems.append(Problem(f"{place}.stats", text))
     defaults = {name: value for name, value in defaults_of(declared.parameters).items() if name not in idle}
-    return defaults | values
+    return defaults | values, problems
+
+
+def read_align_request(
+    given: Mapping[str, Any], models: Mapping[str, str], where: Path | None, place: str
+) -> tuple[AlignRequest | None, list[Problem]]:
+    """The request in a mapping {to, method, ...}; or None, and the problems of the first part with any.
+
+    models: those that are not aligned themselves, as written, by label.
+    """
+    rest = dict(given)
+    to, method, stats = rest.pop("to", None), rest.pop("method", "weight_matching"), rest.pop("stats", None)
+    if not isinstance(to, str) or not isinstance(method, str) or not isinstance(stats, str | None):
+        expected = "expected {to: MODEL, method: NAME}, and `stats` as a file's name"
+        return None, [Problem(place, f"found {dict(given)!r}, {expected}")]
+    label = next((label for label, ref in models.items() if to in (label, ref)), None)
+    if label is None:
+        expected = f"expected a model of this recipe that is not aligned itself; {did_you_mean(to, models)}"
+        return None, [Problem(f"{place}.to", f"found {to!r}, {expected}")]
+    options, problems = read_align_options(method, rest, statistics=stats is not None, place=place)
+    file = None
+    if not problems and stats is not None:
+        hint = "expected a file made by `mergekit-lfm stats cross`"
+        file, problems = read_file(stats, where, f"{place}.stats", hint)
+    return None if problems else AlignRequest(label, method, tuple(options.items()), file), problems

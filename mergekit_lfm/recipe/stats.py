@@ -7,8 +7,9 @@ from typing import Any
 
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.methods.method import Value
+from mergekit_lfm.recipe.options import defaults_of, read_options, readers_of
+from mergekit_lfm.recipe.problems import refuse
 from mergekit_lfm.recipe.registry import STATISTIC_METHODS
-from mergekit_lfm.recipe.values import defaults_of, read_options, readers_of
 
 
 def statistic_options(kind: str, given: Mapping[str, Any], *, place: str = "stats") -> dict[str, Value]:
@@ -21,6 +22,5 @@ def statistic_options(kind: str, given: Mapping[str, Any], *, place: str = "stat
         raise PlanError(f"found the kind {kind!r}, expected one of {names}; choose one of these")
     parameters = STATISTIC_METHODS[kind].parameters
     values, problems = read_options(given, readers_of(parameters), kind, place)
-    if problems:
-        raise PlanError("\n".join(problems))
+    refuse(problems)
     return defaults_of(parameters) | values

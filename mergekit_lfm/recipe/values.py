@@ -8,14 +8,14 @@ everywhere, several floats are interpolated, several values of another kind take
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from mergekit_lfm.errors import PlanError, did_you_mean
-from mergekit_lfm.methods.method import Parameter, Required, Value
+from mergekit_lfm.errors import did_you_mean
+from mergekit_lfm.methods.method import Parameter, Value
+from mergekit_lfm.recipe.problems import InnerError
 
 _KINDS = {
     "float": "a number",
@@ -63,15 +63,15 @@ def read_setting(raw: object, parameter: Parameter) -> Setting:
 
 def _read_rule(raw: object, parameter: Parameter, at: str) -> Rule:
     if not isinstance(raw, dict):
-        raise ValueError(f"{at}: found {raw!r} beside filters, expected a mapping of `filter` and `value`")
+        raise InnerError(at, f"found {raw!r} beside filters, expected a mapping of `filter` and `value`")
     for key in raw:
         if key not in ("filter", "value"):
-            raise ValueError(f"{at}: unknown key {key!r}, {did_you_mean(key, ('filter', 'value'))}")
+            raise InnerError(at, f"unknown key {key!r}, {did_you_mean(key, ('filter', 'value'))}")
     if "value" not in raw:
-        raise ValueError(f"{at}: found a filter without `value`, expected both")
+        raise InnerError(at, "found a filter without `value`, expected both")
     pattern = raw.get("filter")
     if pattern is not None and not isinstance(pattern, str):
-        raise ValueError(f"{at}.filter: found {pattern!r}, expected text that is part of a tensor's name")
+        raise InnerError(f"{at}.filter", f"found {pattern!r}, expected text that is part of a tensor's name")
     return Rule(None if pattern in ("*", "") else pattern, _read_values(raw["value"], parameter, f"{at}.value"))
 
 
@@ -79,60 +79,25 @@ def _read_values(raw: object, parameter: Parameter, at: str) -> tuple[Value, ...
     if raw is None and parameter.default is None:
         return (None,)
     if not isinstance(raw, list | tuple):
-        return (read_value(raw, parameter, at),)
+        return (_read_value_at(raw, parameter, at),)
     if not raw:
-        raise ValueError(f"{at}: found an empty list, expected one value or one per point from first to last layer")
-    return tuple(read_value(value, parameter, f"{at}[{i}]") for i, value in enumerate(raw))
+        raise InnerError(at, "found an empty list, expected one value or one per point from first to last layer")
+    return tuple(_read_value_at(value, parameter, f"{at}[{i}]") for i, value in enumerate(raw))
 
 
-Reader = Callable[[Any, str], Any]  # the value in what YAML gives; ValueError with the place, the second argument
-M = TypeVar("M")
+def _read_value_at(raw: object, parameter: Parameter, at: str) -> Value:
+    try:
+        return read_value(raw, parameter)
+    except ValueError as wrong:
+        raise InnerError(at, str(wrong)) from None
 
 
-def find_method(name: str, methods: Mapping[str, M], place: str) -> M:
-    """The method of this name. Raises PlanError for an unknown one."""
-    if name not in methods:
-        raise PlanError(f"{place}.method: unknown method {name!r}, {did_you_mean(name, methods)}")
-    return methods[name]
-
-
-def defaults_of(parameters: Iterable[Parameter]) -> dict[str, Value]:
-    """The default of every parameter of a method that requires none."""
-    return {p.name: p.default for p in parameters if not isinstance(p.default, Required)}
-
-
-def readers_of(parameters: Iterable[Parameter]) -> dict[str, Reader]:
-    """For each parameter, the function that reads its single value; None stands for a default of None."""
-
-    def reader(parameter: Parameter) -> Reader:
-        none = parameter.default is None
-        return lambda raw, at: None if none and raw is None else read_value(raw, parameter, at)
-
-    return {parameter.name: reader(parameter) for parameter in parameters}
-
-
-def read_options(
-    given: Mapping[str, Any], readers: Mapping[str, Reader], method: str, place: str, *, noun: str = "parameter"
-) -> tuple[dict[str, Any], list[str]]:
-    """The values given, each read by the reader of its name, and a line for every problem."""
-    values, problems = dict[str, Any](), list[str]()
-    for name, raw in given.items():
-        if name not in readers:
-            problems.append(f"{place}.{name}: {method} has no such {noun}, {did_you_mean(name, readers)}")
-            continue
-        try:
-            values[name] = readers[name](raw, f"{place}.{name}")
-        except ValueError as wrong:
-            problems.append(str(wrong))
-    return values, problems
-
-
-def read_value(raw: object, parameter: Parameter, at: str) -> Value:
-    """`raw` as the parameter's kind, within its bounds. Raises ValueError with `at`, value and expectation."""
+def read_value(raw: object, parameter: Parameter) -> Value:
+    """`raw` as the parameter's kind, within its bounds. Raises ValueError with the value and the expectation."""
     try:
         return _typed_value(raw, parameter)
     except ValueError as expected:
-        raise ValueError(f"{at}: found {raw!r}, expected {expected}") from None
+        raise ValueError(f"found {raw!r}, expected {expected}") from None
 
 
 def _typed_value(value: object, parameter: Parameter) -> Value:

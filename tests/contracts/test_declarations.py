@@ -117,7 +117,7 @@ def test_parameter_is_documented_and_its_default_allowed(kind: str, method: AnyM
     assert [p.name for p in method.parameters].count(parameter.name) == 1
     assert parameter.doc and not parameter.doc.endswith(".")
     if parameter.default is not REQUIRED and parameter.default is not None:
-        assert read_value(parameter.default, parameter, "") == parameter.default
+        assert read_value(parameter.default, parameter) == parameter.default
     if kind != "merge":
         assert parameter.default is not REQUIRED and parameter.kind != "switch" and not parameter.per_input
 
