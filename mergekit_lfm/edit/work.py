@@ -58,6 +58,11 @@ class EditWork:
         (states,) = self.subject.at_subject(self.subject.encode(prompts), [module], inputs=inputs, rows=rows)
         return states.reshape(len(facts), len(templates), -1).to(self.device, self.dtype)
 
+    def keys(self, facts: Sequence[Fact], site: Site) -> Tensor:
+        """The site's inputs at the subjects: the mean over kinds of contexts of the mean within each, [facts, in]."""
+        kinds = [self.states(facts, kind, site.projection, inputs=True).mean(1) for kind in self.templates]
+        return torch.stack(kinds).mean(0)
+
 
 Changes = list[tuple[Tensor, Tensor]]  # for each site (left [out, n], right [n, in])
 Editor = EditMethod[Callable[[EditWork, Sequence[Fact]], Changes]]

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mergekit_lfm.artifacts.facts import Fact
-    from mergekit_lfm.edit.sites import Site
     from mergekit_lfm.edit.work import Changes, Editor, EditWork
 
 ALIKE = 0.995  # the cosine above which least squares cannot tell two keys apart
@@ -55,12 +54,12 @@ def memit(work: EditWork, facts: Sequence[Fact]) -> Changes:
 
     sites, options, last = work.sites, work.options, work.sites[-1].block
     if not options["allow_same_subject"]:
-        _refuse_same_subject(facts, _keys(work, facts, sites[0]))
+        _refuse_same_subject(facts, work.keys(facts, sites[0]))
     targets = find_targets(work.subject, last, facts, options, work.contexts, work.progress)
     targets = targets.to(work.device, work.dtype)
     changes = []
     for i, (site, moment) in enumerate(zip(sites, work.moments, strict=True)):
-        keys = _keys(work, facts, site)  # [n, in]
+        keys = work.keys(facts, site)  # [n, in]
         residual = (targets - work.states(facts, [BLANK], last, inputs=False)[:, 0]) / (len(sites) - i)
         weight = options["lambda"]
         if weight is None:
@@ -69,14 +68,6 @@ def memit(work: EditWork, facts: Sequence[Fact]) -> Changes:
         changes.append((residual.mT, directions.mT))
         add_change(site, *changes[-1])
     return changes
-
-
-def _keys(work: EditWork, facts: Sequence[Fact], site: Site) -> Tensor:
-    """The site's inputs at the subjects: the mean over kinds of contexts of the mean within each, [n, in]."""
-    import torch
-
-    kinds = [work.states(facts, kind, site.projection, inputs=True).mean(1) for kind in work.templates]
-    return torch.stack(kinds).mean(0)
 
 
 def _refuse_same_subject(facts: Sequence[Fact], keys: Tensor) -> None:
