@@ -29,7 +29,7 @@ class InnerError(ValueError):
 
 
 def attempt(read: Callable[[], T], place: str) -> tuple[T | None, list[Problem]]:
-    """What `read` returns; or None, and the problem in the ValueError that it raises."""
+    """The result of `read`; or None, and the problem in the ValueError that it raises."""
     try:
         return read(), []
     except InnerError as wrong:
