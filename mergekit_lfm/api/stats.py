@@ -57,8 +57,12 @@ def collect_stats(
     transformers, which loads models, is not installed.
     """
     started, file = time.monotonic(), expand(out)
-    options: dict[str, Any] = {"layers": layers, "batch_size": batch_size, "window": window}
-    options |= {"max_examples": max_examples}
+    options: dict[str, Any] = {
+        "layers": layers,
+        "batch_size": batch_size,
+        "window": window,
+        "max_examples": max_examples,
+    }
     options |= {"device": device, "dtype": dtype, "memory": memory, "resume": resume, "overwrite": overwrite}
     before = _state(file)
     with _set_threads(threads), progress.by_count("examples", "collecting") as count:

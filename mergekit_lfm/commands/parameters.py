@@ -12,9 +12,11 @@ from mergekit_lfm.methods.kinds import AnyMethod
 from mergekit_lfm.methods.method import Parameter, Required, Value
 
 
-def method_option(methods: Iterable[str], default: str, help: str) -> Callable[[F], F]:
+def method_option(methods: Iterable[str], default: str, sentence: str) -> Callable[[F], F]:
     """The option `--method`."""
-    return click.option("--method", type=click.Choice([*methods]), default=default, help=f"{help} [default: {default}]")
+    return click.option(
+        "--method", type=click.Choice([*methods]), default=default, help=f"{sentence} [default: {default}]"
+    )
 
 
 def method_rows(methods: Mapping[str, AnyMethod]) -> str:
@@ -36,11 +38,11 @@ def _option(owners: Mapping[str, Parameter], methods: int) -> Callable[[F], F]:
     """The option for a parameter that these methods have."""
     parameter = next(iter(owners.values()))
     name, flag = parameter.name, f"--{parameter.name.replace('_', '-')}"
-    help = _help(owners, methods)
+    text = _help(owners, methods)
     if parameter.kind == "bool":
         off = f"/--no-{flag.removeprefix('--')}" if any(p.default for p in owners.values()) else ""
-        return click.option(f"{flag}{off}", name, is_flag=True, default=None, help=help)
-    return click.option(flag, name, type=_type(parameter), help=help)
+        return click.option(f"{flag}{off}", name, is_flag=True, default=None, help=text)
+    return click.option(flag, name, type=_type(parameter), help=text)
 
 
 def _type(parameter: Parameter) -> click.ParamType[Any]:

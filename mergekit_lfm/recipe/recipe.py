@@ -28,7 +28,7 @@ from mergekit_lfm.recipe.form import (
     Strict,
     read_reference,
 )
-from mergekit_lfm.recipe.problems import refuse
+from mergekit_lfm.recipe.problems import Problem, refuse
 from mergekit_lfm.recipe.roles import Edit, Input, Roles, assign_roles, missing_requirements
 from mergekit_lfm.recipe.values import NamedFile, as_data, value_at
 from mergekit_lfm.store.yaml import read_yaml
@@ -176,29 +176,29 @@ class Recipe(Strict):
         A model's own settings win over the top level's, and these over the method's default. Raises PlanError if a
         parameter without a default has filters but none matches.
         """
-        missing: list[str] = []
-        shared = self._values(None, tensor, layer, missing)
-        inputs = tuple(self._values(model, tensor, layer, missing) for model in self.inputs)
-        if missing:
-            raise PlanError("\n".join(missing))
-        return Settings(shared, inputs)
+        shared, problems = self._values(None, tensor, layer)
+        inputs = [self._values(model, tensor, layer) for model in self.inputs]
+        refuse([*problems, *(problem for _, missing in inputs for problem in missing)])
+        return Settings(shared, tuple(values for values, _ in inputs))
 
     def _values(
-        self, model: Input | None, tensor: str, layer: tuple[int, int] | None, missing: list[str]
-    ) -> dict[str, Value]:
-        """The per-input values of `model`, or the shared ones for None; adds those without a value to `missing`."""
+        self, model: Input | None, tensor: str, layer: tuple[int, int] | None
+    ) -> tuple[dict[str, Value], list[Problem]]:
+        """The per-input values of `model`, or the shared ones for None; and a problem for each without a value."""
         scopes = [model.settings, self._roles.settings] if model else [self._roles.settings]
         values: dict[str, Value] = {}
+        missing: list[Problem] = []
         for parameter in (p for p in self.method.parameters if p.per_input == (model is not None)):
             name = parameter.name
             candidates = (value_at(scope[name], parameter, tensor, layer) for scope in scopes if name in scope)
             value = next((candidate[0] for candidate in candidates if candidate is not None), parameter.default)
             if value is REQUIRED:
                 place = f"{model.place}." if model else ""
-                missing.append(f"{place}parameters.{name}: no filter matches {tensor}; add an entry without a filter")
+                text = f"no filter matches {tensor}; add an entry without a filter"
+                missing.append(Problem(f"{place}parameters.{name}", text))
             else:
                 values[name] = cast(Value, value)
-        return values
+        return values, missing
 
     def normalised(self) -> dict[str, Any]:
         """The recipe in one canonical JSON-able form, which parses back to the same merge on any machine."""
