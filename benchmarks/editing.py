@@ -32,7 +32,7 @@ from torch.nn.functional import cross_entropy
 
 from mergekit_lfm.artifacts.facts import Fact, FactsFile, read_facts_file
 from mergekit_lfm.artifacts.statistics import Statistics
-from mergekit_lfm.collect import collect
+from mergekit_lfm.collect.run import collect
 from mergekit_lfm.edit.scores import FactScores, score_facts
 from mergekit_lfm.edit.sites import find_sites
 from mergekit_lfm.edit.solve import edit

@@ -21,9 +21,9 @@ from transformers.utils import logging
 sys.path.append(str(Path(__file__).parents[1] / "recipes" / "make"))
 from llamas import STEPS, make_llamas
 
-from mergekit_lfm.align import find_transform
+from mergekit_lfm.align.find import find_transform
 from mergekit_lfm.artifacts.transform import Transform
-from mergekit_lfm.collect import collect
+from mergekit_lfm.collect.run import collect
 from mergekit_lfm.commands.show.plots import plot_lines
 from mergekit_lfm.judge.barrier import Interpolation, barrier
 

@@ -219,7 +219,7 @@ def true_tokens(output: Any, example: Batch) -> list[tuple[float, Tensor]]:
 
 def killed_job(kind: str, out: Path) -> None:
     """Runs of several passes, each ended by Ctrl-C after a batch, which keeps the sums; the last one completes."""
-    from mergekit_lfm.collect import collect
+    from mergekit_lfm.collect.run import collect
 
     def press(done: int, _total: int) -> None:
         if done % 6 in (3, 5):

@@ -6,27 +6,14 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from mergekit_lfm.align.choices import Family, MatchScores, permutations
+from mergekit_lfm.align.choices import Family, MatchScores
 from mergekit_lfm.align.climb import Climb, best_element
 from mergekit_lfm.align.correlations import UnitMoments
 from mergekit_lfm.align.heads import best_query_key
 from mergekit_lfm.align.pair import Pair, overflow
-from mergekit_lfm.align.request import AlignProblem, AlignResult
+from mergekit_lfm.align.request import AlignProblem
 from mergekit_lfm.arch.table import Group, Heads
 from mergekit_lfm.artifacts.transform import Element, HeadsElement
-
-
-def match_activations(request: AlignProblem) -> AlignResult:
-    """Find permutations from correlations of activations, summed over the layers that read a group.
-
-    Heads, and the values inside each, are paired by the inputs of the next layer; no layer reads queries and keys, so
-    they are paired by weights, with all else fixed. A constant unit counts as uncorrelated with every other.
-    Raises PlanError with the groups that no covered layer reads.
-
-    Source: Ainsworth, Hayase, Srinivasa 2023 (2209.04836), section 3.1; Li et al. 2016 (1511.07543).
-    """
-    assert request.moments is not None
-    return AlignResult(request.pair, fit_activations(request, request.pair, permutations))
 
 
 def fit_activations(request: AlignProblem, pair: Pair, allowed: Callable[[Group], Family]) -> dict[str, Element]:

@@ -15,15 +15,15 @@ from mergekit_lfm.align.choices import shorten
 from mergekit_lfm.align.correlations import MomentsSource, open_moments
 from mergekit_lfm.align.gains import new_gains
 from mergekit_lfm.align.pair import Pair, Side, one_thread_each
-from mergekit_lfm.align.registry import ALIGNERS
-from mergekit_lfm.align.request import AlignProblem, AlignResult
+from mergekit_lfm.align.request import Aligner, AlignProblem, AlignResult
 from mergekit_lfm.arch.pairs import check_alike
 from mergekit_lfm.arch.registry import find_symmetries
 from mergekit_lfm.arch.table import Symmetries
 from mergekit_lfm.artifacts.transform import Transform, TransformInfo
 from mergekit_lfm.errors import PlanError, did_you_mean, reason
 from mergekit_lfm.machine.devices import find_gpu
-from mergekit_lfm.recipe.align import OTHER_WIDTHS, align_options
+from mergekit_lfm.recipe.align import align_options
+from mergekit_lfm.recipe.registry import ALIGN_METHODS
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lfm.store.hub import display_name
 from mergekit_lfm.store.identity import content_of
@@ -70,12 +70,11 @@ def find_transform(
     """
     target = _find_device(device)
     options = align_options(method, parameters, statistics=statistics is not None)
+    aligner: Aligner = ALIGN_METHODS[method]
     sides = _side(source, "the source"), _side(to, "the model to align to")
     first = _table(sides[0], symmetries)
     tables = first, symmetries_to or (symmetries or _table(sides[1], None))
-    check_alike(
-        (sides[0].specs, sides[1].specs), tables, (sides[0].label, sides[1].label), widths=method in OTHER_WIDTHS
-    )
+    check_alike((sides[0].specs, sides[1].specs), tables, (sides[0].label, sides[1].label), widths=aligner.widths)
     listed = None if order is None else _as_lists(order)
     visits = None if listed is None else _order(listed, first, int(options.get("sweeps") or 1))
     if initial is not None and initial.symmetries != first:
@@ -83,7 +82,7 @@ def find_transform(
     with torch.no_grad(), _report_full_memory(target), one_thread_each(target) as in_order:
         pair = Pair(*sides, *tables, in_order, device=target)
         moments = None if statistics is None else open_moments(statistics, pair, lambda: _contents(sides))
-        aligned = ALIGNERS[method](AlignProblem(pair, options, initial, visits, moments, progress or (lambda _: None)))
+        aligned = aligner.find(AlignProblem(pair, options, initial, visits, moments, progress or (lambda _: None)))
         started = {"order": listed, "initial": initial.info.method if initial else None}
         used = {name: value for name, value in started.items() if value is not None and name in aligned.heeded}
         if target != CPU:

@@ -1,4 +1,4 @@
-"""The contract of aligners: an aligner is a function from a `AlignProblem` to a `AlignResult`."""
+"""The contract of aligners: an aligner's function takes an `AlignProblem` and returns an `AlignResult`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from mergekit_lfm.align.correlations import Moments
 from mergekit_lfm.align.pair import Pair
 from mergekit_lfm.artifacts.transform import Element, Transform
+from mergekit_lfm.methods.kinds import AlignMethod
 from mergekit_lfm.methods.method import Value
 
 
@@ -51,4 +52,4 @@ class AlignResult:
     heeded: frozenset[str] = frozenset()
 
 
-Aligner = Callable[[AlignProblem], AlignResult]
+Aligner = AlignMethod[Callable[[AlignProblem], AlignResult]]

@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from mergekit_lfm.align import find_differences, find_transform
+from mergekit_lfm.align.find import find_differences, find_transform
 from mergekit_lfm.api.arguments import StrPath, expand, model_folder
 from mergekit_lfm.api.outcome import Outcome, warn_of
 from mergekit_lfm.api.repeats import is_repeated
@@ -21,8 +21,8 @@ from mergekit_lfm.errors import PlanError
 from mergekit_lfm.machine.progress import SILENCE, Progress
 from mergekit_lfm.output.replace import check_folder
 from mergekit_lfm.plan.plan import make_plan
-from mergekit_lfm.recipe.align import ALIGN_METHODS
 from mergekit_lfm.recipe.recipe import Recipe
+from mergekit_lfm.recipe.registry import ALIGN_METHODS
 from mergekit_lfm.store.checkpoint import open_checkpoint
 from mergekit_lfm.store.places import check_file
 

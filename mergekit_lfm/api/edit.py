@@ -208,7 +208,7 @@ def _solve(
     """The patch, as a file holds it."""
     from mergekit_lfm.edit.solve import edit
 
-    options = {"lambda_" if name == "lambda" else name: value for name, value in chosen.items() if name != "covariance"}
+    options = {name: value for name, value in chosen.items() if name != "covariance"}
     covariance = "identity" if request.statistics is None else request.statistics
     with progress.by_count(" facts", "editing") as count:
         patch = edit(

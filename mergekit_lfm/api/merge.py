@@ -15,7 +15,8 @@ from mergekit_lfm.errors import PlanError
 from mergekit_lfm.machine.accelerators import Accelerator, accelerator_of
 from mergekit_lfm.machine.devices import find_gpu
 from mergekit_lfm.machine.progress import SILENCE, Progress
-from mergekit_lfm.recipe.recipe import Push, Recipe
+from mergekit_lfm.recipe.form import Push
+from mergekit_lfm.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
     from mergekit_lfm.output.push import Pushed

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import xxhash
 
-from mergekit_lfm.align import find_transform
+from mergekit_lfm.align.find import find_transform
 from mergekit_lfm.artifacts.cache import key_of, kind_of, load_or_make
 from mergekit_lfm.artifacts.patch import Patch, open_patch
 from mergekit_lfm.artifacts.statistics import Statistics, open_statistics
@@ -203,7 +203,7 @@ def _patch_of(source: Checkpoint, request: EditRequest, label: str, grams: Grams
 
     def make() -> Patch:
         notice(f"editing {label}: {request.facts.ref} by {request.method}")
-        options = {"lambda_" if name == "lambda" else name: value for name, value in request.user_options.items()}
+        options = dict(request.user_options)
         if request.stats is not None:
             options["covariance"] = grams(open_statistics(request.stats.path))
         patch = edit(

@@ -15,12 +15,12 @@ from torch import nn
 from mergekit_lfm.api.arguments import StrPath, expand, model_folder
 from mergekit_lfm.api.outcome import Outcome
 from mergekit_lfm.artifacts.statistics import Statistics
-from mergekit_lfm.collect.run import Labels, StatisticsKind, Task, collect
+from mergekit_lfm.collect.run import Task, collect
 from mergekit_lfm.machine.progress import SILENCE, Progress
 
 
 def collect_stats(
-    kind: StatisticsKind,
+    kind: str,
     model: nn.Module | StrPath,
     data: StrPath | Iterable[Any],
     out: StrPath,
@@ -29,9 +29,6 @@ def collect_stats(
     task: Task = "classification",
     checkpoint: StrPath | None = None,
     other_checkpoint: StrPath | None = None,
-    labels: Labels | None = None,
-    samples: int = 1,
-    seed: int = 0,
     layers: Sequence[str] = (),
     batch_size: int = 16,
     window: int | None = None,
@@ -43,15 +40,16 @@ def collect_stats(
     resume: bool = True,
     overwrite: bool = False,
     progress: Progress = SILENCE,
+    **parameters: Any,
 ) -> Outcome[Statistics]:
     """Run a model on data and write what merges, alignments and edits need of it: a statistics file.
 
     kind: "gram" for the second moments of the inputs of every linear layer, "cross" for those between the same layers
     of the model and of `other`, "fisher" for the diagonal Fisher information of every parameter. model, other: folders,
     models on the Hub, or modules; a module is named by the `checkpoint` that it was loaded from. data: a .jsonl, .txt
-    or .npz file, or batches. task: what the model does. labels, samples, seed: for "fisher", the labels whose gradients
-    are taken. layers: keep only those with one of these texts in their names. memory: bytes, or text such as "2GB", for
-    sums. threads: how many torch uses while this runs. `mergekit_lfm.collect.collect` explains all of them.
+    or .npz file, or batches. task: what the model does. layers: keep only those with one of these texts in their names.
+    memory: bytes, or text such as "2GB", for sums. threads: how many torch uses while this runs. parameters: of the
+    kind, for "fisher" `labels`, `samples` and `seed`. `mergekit_lfm.collect.run.collect` explains all of them.
 
     A run that was interrupted goes on from OUT.partial unless resume is False. If `out` holds the statistics of the
     same request already, nothing is written. The outcome's digest is that of the file's content. Raises PlanError for
@@ -59,8 +57,12 @@ def collect_stats(
     transformers, which loads models, is not installed.
     """
     started, file = time.monotonic(), expand(out)
-    options: dict[str, Any] = {"labels": labels, "samples": samples, "seed": seed, "layers": layers}
-    options |= {"batch_size": batch_size, "window": window, "max_examples": max_examples}
+    options: dict[str, Any] = {
+        "layers": layers,
+        "batch_size": batch_size,
+        "window": window,
+        "max_examples": max_examples,
+    }
     options |= {"device": device, "dtype": dtype, "memory": memory, "resume": resume, "overwrite": overwrite}
     before = _state(file)
     with _set_threads(threads), progress.by_count("examples", "collecting") as count:
@@ -75,6 +77,7 @@ def collect_stats(
             other_checkpoint=None if other_checkpoint is None else expand(other_checkpoint),
             progress=count,
             **options,
+            **parameters,
         )
     there = _state(file) == before
     return Outcome(file, statistics, statistics.tensors.content, there, seconds=time.monotonic() - started)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -42,7 +43,7 @@ class FisherStatistic:
         self.scores = scores_of(request)
         if request.task == "classification":
             _check_problem(self.subject.module)
-        if request.labels == "true" and request.task == "classification":
+        if request.options["labels"] == "true" and request.task == "classification":
             _check_labelled(request.data)
         self.skipped: dict[str, str] = {}
         self.tensors: dict[nn.Parameter, list[str]] = {}  # the names under which each wanted parameter is stored
@@ -135,6 +136,15 @@ class FisherStatistic:
     def layers(self, counts: Mapping[str, int]) -> dict[str, Layer]:  # noqa: ARG002
         """No layers: the entries belong to parameters."""
         return {}
+
+    def norm(self, squares: float) -> float:
+        """The Euclidean norm over all parameters. Raises PlanError if it is 0."""
+        if squares == 0:
+            raise PlanError(
+                "the Fisher information is 0 everywhere, expected some: the model's predictions do not change with "
+                "its parameters. Check the model, and whether there is anything to predict in the data"
+            )
+        return math.sqrt(squares)
 
 
 def _check_problem(module: nn.Module) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from mergekit_lfm.collect.request import StatisticsRequest
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.kernels.random import key
+from mergekit_lfm.methods.method import Value
 from mergekit_lfm.runtime.load import embeddings, logits
 
 if TYPE_CHECKING:
@@ -31,13 +32,13 @@ SHAPES = {"classification": "[examples, classes]", "lm": "[examples, tokens, voc
 LikelihoodScores = Callable[[Any, "Batch"], Iterator[Tensor]]
 
 
-def resolve_labels(task: str, labels: str | None) -> str:
+def resolve_labels(task: str, labels: Value) -> str:
     """The labels to use for a task, by default its first. Raises PlanError if the task does not have `labels`."""
     if labels is not None and labels not in LABELS[task]:
         reasons = {"lm": ": one backward pass for every entry of the vocabulary, at every position", "embedding": ""}
         why = reasons.get(task, "") if labels == "expected" else ""
         raise PlanError(f"{task} cannot have {labels!r} labels{why}; choose one of {', '.join(LABELS[task])}")
-    return labels or LABELS[task][0]
+    return str(labels or LABELS[task][0])
 
 
 def outcome(task: str, output: Any) -> Tensor:
@@ -77,9 +78,9 @@ def scores_of(request: StatisticsRequest) -> LikelihoodScores:
 def _classification(x: Tensor, batch: Batch, request: StatisticsRequest) -> Iterator[Tensor]:
     """x [n, classes]: for expected labels sqrt(p_y) log p_y for every class y, the root held fixed."""
     log_p = x.log_softmax(-1)
-    if request.labels == "expected":
+    if request.options["labels"] == "expected":
         yield from (log_p * log_p.detach().mul(0.5).exp()).unbind(-1)
-    elif request.labels == "true":
+    elif request.options["labels"] == "true":
         assert batch.labels is not None
         yield log_p.gather(-1, _check_range(batch.labels, x.shape[-1]).to(x.device)[:, None])[:, 0]
     else:
@@ -94,7 +95,7 @@ def _language(x: Tensor, batch: Batch, request: StatisticsRequest) -> Iterator[T
     """
     ids = batch.kwargs["input_ids"] if "input_ids" in batch.kwargs else batch.args[0]
     log_p = x[:, :-1].log_softmax(-1)
-    if request.labels == "true":
+    if request.options["labels"] == "true":
         yield log_p.gather(-1, ids[:, 1:, None].to(x.device)).sum((1, 2))
     else:
         yield from _sample(log_p, batch, request)
@@ -102,27 +103,29 @@ def _language(x: Tensor, batch: Batch, request: StatisticsRequest) -> Iterator[T
 
 def _sample(log_p: Tensor, batch: Batch, request: StatisticsRequest) -> Iterator[Tensor]:
     """log_p [n, draws, classes]: for every sample, the summed log p of its draws over the root of the sample count."""
-    for sample in range(request.samples):
+    samples, seed = request.whole("samples"), request.whole("seed")
+    for sample in range(samples):
         draws = []
         for index, row in zip(batch.indices, log_p.detach(), strict=True):
             odds = row.double().cpu().exp().cumsum(-1)
-            u = torch.rand(len(row), 1, generator=_generator(request.seed, index, sample), dtype=torch.float64)
+            u = torch.rand(len(row), 1, generator=_generator(seed, index, sample), dtype=torch.float64)
             draws.append(torch.searchsorted(odds, u * odds[:, -1:]).clamp_(max=row.shape[-1] - 1))
         indices = torch.stack(draws).to(log_p.device)  # [n, draws, 1]
-        yield log_p.gather(-1, indices).sum((1, 2)) / math.sqrt(request.samples)
+        yield log_p.gather(-1, indices).sum((1, 2)) / math.sqrt(samples)
 
 
 def _embedding(x: Tensor, batch: Batch, request: StatisticsRequest) -> Iterator[Tensor]:
     """x [n, d], the mean of a Gaussian of unit variance: its entries, or their products with Gaussian noise."""
-    if request.labels == "expected":
+    if request.options["labels"] == "expected":
         yield from x.unbind(-1)
         return
-    for sample in range(request.samples):
+    samples, seed = request.whole("samples"), request.whole("seed")
+    for sample in range(samples):
         draws = [
-            torch.randn(x.shape[-1], generator=_generator(request.seed, index, sample), dtype=torch.float64)
+            torch.randn(x.shape[-1], generator=_generator(seed, index, sample), dtype=torch.float64)
             for index in batch.indices
         ]
-        yield (x * torch.stack(draws).to(x)).sum(-1) / math.sqrt(request.samples)
+        yield (x * torch.stack(draws).to(x)).sum(-1) / math.sqrt(samples)
 
 
 def _generator(seed: int, index: int, sample: int) -> torch.Generator:

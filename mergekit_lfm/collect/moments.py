@@ -83,6 +83,10 @@ class _Moments:
         entries = {name: first for first, names in self.groups.items() for name in names}
         return {name: layer.described(entries[name], counts[entries[name]]) for name, layer in self.linear[0].items()}
 
+    def norm(self, squares: float) -> None:  # noqa: ARG002
+        """None: moments of different layers have no common norm."""
+        return None
+
 
 def _check_names(names: list[list[str]]) -> None:
     wrong = [f"{name}: only in the first model" for name in names[0] if name not in names[-1]]

@@ -6,8 +6,8 @@ across interruptions, and writes the file.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mergekit_lfm.artifacts.statistics import Layer
 from mergekit_lfm.errors import PlanError
+from mergekit_lfm.methods.kinds import Options, StatisticMethod
 from mergekit_lfm.runtime.subject import Subject
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ FILTERED = "left out: no name that was asked for is part of its name"
 
 @dataclass(frozen=True)
 class StatisticsRequest:
-    """The input of a statistic: two subjects for "cross", else one; only "fisher" has `labels`, others None.
+    """The input of a statistic: as many subjects as its method says. options: the parameters with an effect.
 
     memory: the bytes that sums may take; the numbers do not depend on it.
     """
@@ -33,16 +34,20 @@ class StatisticsRequest:
     subjects: tuple[Subject, ...]
     data: Sequence[Batch]
     task: str
-    labels: str | None
-    samples: int
-    seed: int
     layers: tuple[str, ...]
     memory: int
+    options: Options = field(default_factory=dict)
 
     @cached_property
     def examples(self) -> int:
         """The number of examples in the data."""
         return sum(map(len, self.data))
+
+    def whole(self, name: str) -> int:
+        """The value of a parameter that is a whole number."""
+        value = self.options[name]
+        assert isinstance(value, int)
+        return value
 
 
 class Statistic(Protocol):
@@ -63,6 +68,12 @@ class Statistic(Protocol):
 
     def layers(self, counts: Mapping[str, int]) -> dict[str, Layer]:
         """The covered layers, with the counts of their units; {} for a statistic of parameters."""
+
+    def norm(self, squares: float) -> float | None:
+        """The norm for the file, from the sum of all entries' squares; None for none. Raises PlanError if it is 0."""
+
+
+Collector = StatisticMethod[Callable[[StatisticsRequest], Statistic]]
 
 
 def select_names(names: Sequence[str], patterns: Sequence[str], what: str) -> set[str]:

@@ -12,32 +12,31 @@ import torch
 from torch import nn
 
 from mergekit_lfm.artifacts.statistics import Statistics, StatisticsInfo, open_statistics
-from mergekit_lfm.collect.likelihoods import resolve_labels
 from mergekit_lfm.collect.partial import WIDEST_COUNT, WIDEST_NORM, Partial, check_partial_is_ours, clear
 from mergekit_lfm.collect.passes import divide, file_bytes, run_passes, sum_bytes
 from mergekit_lfm.collect.pauses import Pauses
-from mergekit_lfm.collect.registry import STATISTICS
-from mergekit_lfm.collect.request import Statistic, StatisticsRequest
+from mergekit_lfm.collect.request import Collector, Statistic, StatisticsRequest
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.machine.progress import Count
 from mergekit_lfm.machine.resources import allocated_bytes, default_memory, free_space
 from mergekit_lfm.machine.sizes import format_size, parse_size
+from mergekit_lfm.recipe.registry import STATISTIC_METHODS
+from mergekit_lfm.recipe.stats import statistic_options
 from mergekit_lfm.runtime.batches import Batch, as_batches, digest_of
 from mergekit_lfm.runtime.data import read_data
-from mergekit_lfm.runtime.load import TASKS, Loaded, load_model
+from mergekit_lfm.runtime.load import Loaded, load_model
 from mergekit_lfm.runtime.subject import Subject, evaluation_mode, make_subject
+from mergekit_lfm.runtime.tasks import TASKS
 from mergekit_lfm.store.checkpoint import open_checkpoint
 from mergekit_lfm.store.places import check_file, partial_of
 from mergekit_lfm.version import __version__
 
 Model = nn.Module | str | Path
-StatisticsKind = Literal["gram", "fisher", "cross"]
 Task = Literal["lm", "classification", "embedding"]
-Labels = Literal["expected", "sampled", "true"]
 
 
 def collect(
-    kind: StatisticsKind,
+    kind: str,
     model: Model,
     data: str | Path | Iterable[Any],
     out: str | Path,
@@ -46,9 +45,6 @@ def collect(
     task: Task = "classification",
     checkpoint: str | Path | None = None,
     other_checkpoint: str | Path | None = None,
-    labels: Labels | None = None,
-    samples: int = 1,
-    seed: int = 0,
     layers: Sequence[str] = (),
     batch_size: int = 16,
     window: int | None = None,
@@ -59,6 +55,7 @@ def collect(
     resume: bool = True,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    **parameters: Any,
 ) -> Statistics:
     """Run the model on the data, write the statistics file `out`, and return it open.
 
@@ -68,42 +65,32 @@ def collect(
     in the file are those of the folder, or of the `checkpoint` that a module was loaded from, else those of its
     state_dict. data: a file (`read_data`, with batch_size, window, max_examples), or batches (`as_batches`).
 
-    labels, for "fisher": "expected" over all that the model may predict, "sampled" from it (`samples` draws for each
-    example, by `seed`), or "true" ones of the data; None takes the first of these that the task has. layers: keep only
-    layers (for "fisher" tensors) whose names contain one of these; all without any. memory: bytes (or "2GB") for
-    sums; with less there are more passes over the data, and the file is the same. An interrupted run goes on from
-    OUT.partial unless resume is False. progress is called with the number of examples done and the total.
+    layers: keep only layers (for "fisher" tensors) whose names contain one of these; all without any. memory: bytes (or
+    "2GB") for sums; with less there are more passes over the data, and the file is the same. An interrupted run goes on
+    from OUT.partial unless resume is False. progress is called with the number of examples done and the total.
+    parameters: of the kind. For "fisher" `labels`: "expected" over all that the model may predict, "sampled" from it
+    (`samples` draws for each example, by `seed`), or "true" ones of the data; None takes the first that the task has.
 
     Raises PlanError for a request that cannot be met, FormatError for files that do not fit each other, and for NaN.
     """
-    if kind not in STATISTICS:
-        raise PlanError(f"found the kind {kind!r}, expected one of {', '.join(STATISTICS)}; choose one of these")
-    if (other is not None) != (kind == "cross"):
-        raise PlanError(f"{kind} takes {'two models' if kind == 'cross' else 'one model'}; give that many (`other`)")
-    _check_options(task, samples, seed)
+    given = statistic_options(kind, parameters)
+    method: Collector = STATISTIC_METHODS[kind]
+    if (other is not None) != (method.models == 2):
+        raise PlanError(f"{kind} takes {'two models' if method.models == 2 else 'one model'}; give that many (`other`)")
+    if task not in TASKS:
+        raise PlanError(f"found the task {task!r}, expected one of {', '.join(TASKS)}; choose one of these")
     nbytes = default_memory() if memory is None else parse_size(memory)
-    targets = resolve_labels(task, labels) if kind == "fisher" else None
+    options = method.settle(task, given)
     models = [(model, checkpoint), *([(other, other_checkpoint)] if other is not None else [])]
     destination = _destination(Path(out), [path for pair in models for path in pair], data)
     subjects = [_open_model(m, saved_as, task, dtype, device) for m, saved_as in models]
     batches = _batches(data, task, [loaded for _, loaded in subjects], batch_size, window, max_examples)
-    request = StatisticsRequest(
-        tuple(s for s, _ in subjects), batches, task, targets, samples, seed, tuple(layers), nbytes
-    )
+    request = StatisticsRequest(tuple(s for s, _ in subjects), batches, task, tuple(layers), nbytes, options)
     facts = _known_facts(kind, request)
     if not _already_there(destination, facts, overwrite):
         with evaluation_mode(*(subject.module for subject in request.subjects)):
-            _collect(destination, STATISTICS[kind](request), request, facts, resume, progress or (lambda *_: None))
+            _collect(destination, method.start(request), request, facts, resume, progress or (lambda *_: None))
     return open_statistics(destination)
-
-
-def _check_options(task: str, samples: int, seed: int) -> None:
-    if task not in TASKS:
-        raise PlanError(f"found the task {task!r}, expected one of {', '.join(TASKS)}; choose one of these")
-    if samples < 1:
-        raise PlanError(f"samples is {samples}; expected at least 1")
-    if not 0 <= seed < 2**64:
-        raise PlanError(f"seed is {seed}; expected 0 to 2^64 - 1")
 
 
 def _destination(out: Path, models: Sequence[Model | None], data: object) -> Path:
@@ -161,10 +148,7 @@ def _known_facts(kind: str, request: StatisticsRequest) -> StatisticsInfo:
     """The facts known before the model runs."""
     options: dict[str, Any] = {"task": request.task, "layers": sorted(request.layers)}
     options["dtype"] = [str(subject.dtype).removeprefix("torch.") for subject in request.subjects]
-    if kind == "fisher":
-        options["labels"] = request.labels
-        if request.labels == "sampled":
-            options |= {"samples": request.samples, "seed": request.seed}
+    options |= request.options
     versions = {"mergekit_lfm": __version__, "torch": torch.__version__}
     models = tuple(subject.digest for subject in request.subjects)
     return StatisticsInfo(kind, models, digest_of(request.data), options, request.examples, versions=versions)
@@ -199,14 +183,9 @@ def _collect(
     with Partial(out, facts, statistic.units, resume) as partial:
         run_passes(statistic, request, divide(statistic, request.memory, partial.done), partial, Pauses(), report)
         counts = {unit: partial.done[unit]["count"] for unit in statistic.units}
-        norm = math.sqrt(math.fsum(partial.done[unit]["squares"] for unit in statistic.units))
-        if facts.kind == "fisher" and norm == 0:
-            raise PlanError(
-                "the Fisher information is 0 everywhere, expected some: the model's predictions do not change with "
-                "its parameters. Check the model, and whether there is anything to predict in the data"
-            )
+        norm = statistic.norm(math.fsum(partial.done[unit]["squares"] for unit in statistic.units))
         layers = statistic.layers(counts)
-        partial.publish(replace(facts, layers=layers, norm=norm if facts.kind == "fisher" else None))
+        partial.publish(replace(facts, layers=layers, norm=norm))
 
 
 def _check_disk(out: Path, statistic: Statistic, passes: list[list[str]]) -> None:

@@ -9,18 +9,30 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mergekit_lfm.commands import options
+from mergekit_lfm.commands.parameters import method_option, method_rows, parameter_options
 from mergekit_lfm.commands.shell import ANSWER_IS_NO, Command, ModelFolder
+from mergekit_lfm.recipe.registry import ALIGN_METHODS
 from mergekit_lfm.store.hub import display_name
 
 if TYPE_CHECKING:
     from mergekit_lfm.api.align import Aligned
 
-# As `recipe.align.ALIGN_METHODS` has them, which is not imported for --help; a test compares them.
-METHODS = ("weight_matching", "activation_matching", "ot", "rotation")
+HELP = f"""Rewrite MODEL into an equivalent that lies near another, for merging.
+
+\b
+{method_rows(ALIGN_METHODS)}
+
+The transform goes to a file, which a recipe applies while it merges (`align: FILE` beside a model). With every
+method but `ot` the rewritten model gives the same outputs as MODEL. Known are the symmetries of GPT-2, BERT, Llama,
+Mistral, Qwen2, Qwen3, ResNet, and of chains of linear, convolution and BatchNorm layers. If OUT holds the transform
+of the same request already, nothing is done. --save and --check run models, which needs the extra:
+pip install "mergekit_lfm[models]"
+"""
 
 
 @click.command(
     cls=Command,
+    help=HELP,
     epilog="""\b
 Examples:
   mergekit-lfm align models/b --to models/a -o b_to_a.safetensors
@@ -31,12 +43,7 @@ Examples:
 @click.argument("model", type=ModelFolder())
 @click.option("--to", type=ModelFolder(), help="The model that MODEL is brought near.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="The transform file to write.")
-@click.option(
-    "--method",
-    type=click.Choice(METHODS),
-    default=METHODS[0],
-    help=f"How the units of the two models are matched; see above. [default: {METHODS[0]}]",
-)
+@method_option(ALIGN_METHODS, "weight_matching", "How the units of the two models are matched; see above.")
 @click.option(
     "--stats",
     type=click.Path(path_type=Path),
@@ -51,35 +58,7 @@ Examples:
     metavar="GROUP",
     help="Visit only these groups, in the order given. Can be given several times. [default: all]",
 )
-@click.option(
-    "--restarts",
-    type=click.IntRange(min=1),
-    help="How many times to start over with the groups in another random order; the best result is kept. "
-    "[default: 10; for rotation 1]",
-)
-@click.option(
-    "--sweeps", type=click.IntRange(min=1), help="Stop a run after this many rounds over all groups. [default: 100]"
-)
-@click.option(
-    "--seed",
-    type=click.IntRange(0, 2**64 - 1),
-    help="The number from which the random orders are drawn; the same one gives the same result. [default: 0]",
-)
-@click.option(
-    "--normalise/--no-normalise",
-    default=None,
-    help="Divide every tensor by its norm, so that all count alike. [default: for rotation]",
-)
-@click.option(
-    "--regularisation",
-    type=click.FloatRange(min=0),
-    help="For ot: the strength of Sinkhorn's smoothing; 0 finds the exact transport. [default: 0]",
-)
-@click.option(
-    "--cost",
-    type=click.Choice(["euclidean", "squared", "cosine"]),
-    help="For ot: the distance between two units. [default: euclidean]",
-)
+@parameter_options(ALIGN_METHODS)
 @click.option(
     "--device",
     default="cpu",
@@ -115,20 +94,7 @@ def align(
     quiet: bool,
     **parameters: Any,
 ) -> None:
-    """Rewrite MODEL into an equivalent that lies near another, for merging.
-
-    \b
-    weight_matching      permutations of units that bring the weights nearest
-    activation_matching  permutations that pair units by their activations
-    ot                   optimal transport of units; widths may differ; soft
-    rotation             for Llama, Mistral, Qwen2, Qwen3: rotations, too
-
-    The transform goes to a file, which a recipe applies while it merges (`align: FILE` beside a model). With every
-    method but `ot` the rewritten model gives the same outputs as MODEL. Known are the symmetries of GPT-2, BERT, Llama,
-    Mistral, Qwen2, Qwen3, ResNet, and of chains of linear, convolution and BatchNorm layers. If OUT holds the transform
-    of the same request already, nothing is done. --save and --check run models, which needs the extra:
-    pip install "mergekit_lfm[models]"
-    """
+    """Find the transform, or only check the table of symmetries."""
     if check:
         _check_alone(ctx)
         _check(ctx, model, as_json, quiet)
@@ -189,8 +155,6 @@ def _check_alone(ctx: click.Context) -> None:
 
 def _check_start(method: str, stats: Path | None, initial: Path | None, order: tuple[str, ...]) -> None:
     """Raise a usage error for options that the method would ignore."""
-    from mergekit_lfm.recipe.align import ALIGN_METHODS
-
     if initial is not None and (stats is not None or not ALIGN_METHODS[method].starts):
         raise click.UsageError(f"--initial: the result of {method} does not depend on a start; leave it out.")
     if order and stats is not None:

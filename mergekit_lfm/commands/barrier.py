@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from mergekit_lfm.commands import options
-from mergekit_lfm.commands.options import TASKS, together
+from mergekit_lfm.commands.options import together
 from mergekit_lfm.commands.shell import Command, ModelFolder
 
 WINDOW_HELP = "Cut the data into pieces of this many tokens. [default: as many as the model takes; for lm at most {}]"
@@ -53,7 +53,9 @@ Examples:
     "--text", type=click.Path(path_type=Path), help="In place of --data, a file of UTF-8 text for language models."
 )
 @click.option(
-    "--task", type=click.Choice(TASKS[:2]), help="The kind of models: lm or classification. [default: lm, for --text]"
+    "--task",
+    type=click.Choice(["lm", "classification"]),
+    help="The kind of models: lm or classification. [default: lm, for --text]",
 )
 @click.option(
     "--points",

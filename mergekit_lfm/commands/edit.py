@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import click
 
 from mergekit_lfm.commands import checks, options
+from mergekit_lfm.commands.parameters import method_option, method_rows, parameter_options
 from mergekit_lfm.commands.shell import Command, ModelFolder
-
-# As `recipe.edit.EDIT_METHODS` has them, which is not imported for --help; a test compares them.
-METHODS = ("memit", "rome")
+from mergekit_lfm.methods.kinds import EditMethod
+from mergekit_lfm.recipe.registry import EDIT_METHODS
 
 
 class Layers(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.5 only
@@ -33,8 +34,33 @@ class Layers(click.ParamType):  # type: ignore[type-arg]  # generic since click 
         return numbers
 
 
+HELP = f"""Change facts that MODEL says, and write the change as a patch.
+
+\b
+{method_rows(EDIT_METHODS)}
+
+The facts file names subjects, prompts and new targets. The patch is small; `patch` shows, applies and undoes it;
+MODEL is left as it is. Afterwards the patched model is judged as its files hold it: ES, PS, NS are
+shares of prompts, paraphrases and other subjects where the right target is the more likely one; EA, PA, NA where
+its tokens are the most likely of all; SA and unedited the same of other facts, about the same subjects and others.
+Look at all of them: an edit that succeeds may damage the rest. If OUT holds the patch of the same request already,
+it is not made again. Needs the extra: pip install "mergekit_lfm[models]"
+"""
+
+
+def _bands() -> str:
+    """The default layers of each method, in words."""
+
+    def band(method: EditMethod[Any]) -> str:
+        first, last = (Fraction(share).limit_denominator(100) for share in method.band)
+        return f"those from {first} to {last} of the depth" if method.several else f"the one at {first}"
+
+    return ", ".join(f"for {method.name} {band(method)}" for method in EDIT_METHODS.values())
+
+
 @click.command(
     cls=Command,
+    help=HELP,
     epilog="""\b
 Examples:
   mergekit-lfm edit models/a --facts facts.yaml --stats a.gram.safetensors -o patch.safetensors
@@ -50,12 +76,7 @@ Examples:
     help="The file with the facts that the edited model shall say: YAML, JSON or JSONL.",
 )
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The patch file to write.")
-@click.option(
-    "--method",
-    type=click.Choice(METHODS),
-    default=METHODS[0],
-    help=f"How the weights are changed; see above. [default: {METHODS[0]}]",
-)
+@method_option(EDIT_METHODS, "memit", "How the weights are changed; see above.")
 @click.option(
     "--stats",
     type=click.Path(path_type=Path),
@@ -65,70 +86,13 @@ Examples:
 @click.option(
     "--layers",
     type=Layers(),
-    help="The layers to change: 5, or 3,4,5, or 3-5. [default: for memit those from 1/8 to 1/4 of the depth, for rome "
-    "the one at 1/6]",
+    help=f"The layers to change: 5, or 3,4,5, or 3-5. [default: {_bands()}]",
 )
 @click.option("--preset", help="Use the constants published for a model, such as gpt-j-6b.")
 @click.option(
     "--config", type=click.Path(path_type=Path), help="Read options from this YAML file; those given here go first."
 )
-@click.option(
-    "--steps",
-    type=click.IntRange(min=1),
-    help="Stop the search for a layer's new output after this many steps. [default: memit 25, rome 20]",
-)
-@click.option(
-    "--lr", type=click.FloatRange(min=0, min_open=True), help="The learning rate of that search. [default: 0.5]"
-)
-@click.option(
-    "--weight-decay",
-    type=click.FloatRange(min=0),
-    help="How strongly that search avoids large changes. [default: 0.5]",
-)
-@click.option(
-    "--kl-factor",
-    type=click.FloatRange(min=0),
-    help="How strongly that search keeps what the model says of the subject otherwise. [default: 0.0625]",
-)
-@click.option(
-    "--clamp",
-    type=click.FloatRange(min=0, min_open=True),
-    help="The largest change of a layer's output, as a multiple of its size. [default: memit 0.75, rome 4]",
-)
-@click.option(
-    "--lambda",
-    "lambda_",
-    type=click.FloatRange(min=0),
-    help="For memit: how strongly existing knowledge is protected, as in the paper. [default: see --lambda-ratio]",
-)
-@click.option(
-    "--lambda-ratio",
-    type=click.FloatRange(min=0),
-    help="For memit: the same, as a multiple of the layer's number of inputs. [default: 1]",
-)
-@click.option(
-    "--ridge",
-    type=click.FloatRange(min=0),
-    help="Added to the diagonal of the statistics, as a multiple of its mean, so that they can be inverted. "
-    "[default: 0.001]",
-)
-@click.option(
-    "--loss-threshold", type=click.FloatRange(min=0), help="End the search when its loss is below this. [default: 0.05]"
-)
-@click.option(
-    "--key",
-    type=click.Choice(["rome", "mean", "bare"]),
-    help="For rome: the texts that stand for the subject: mean takes the prompt in several contexts, bare the prompt "
-    "alone, rome mixes both as the authors do. [default: rome]",
-)
-@click.option(
-    "--allow-same-subject", is_flag=True, default=None, help="For memit: accept several facts about one subject."
-)
-@click.option(
-    "--batch",
-    type=click.IntRange(min=1),
-    help="The number of facts that the model reads at once; the result is the same. [default: 25]",
-)
+@parameter_options(EDIT_METHODS)
 @checks.running
 @click.option("--save", type=click.Path(path_type=Path), help="Also write the edited model to this folder.")
 @checks.verifying
@@ -149,19 +113,7 @@ def edit(
     quiet: bool,
     **values: Any,
 ) -> None:
-    """Change facts that MODEL says, and write the change as a patch.
-
-    \b
-    memit  many facts at once, spread over several layers
-    rome   one fact after another, in one layer
-
-    The facts file names subjects, prompts and new targets. The patch is small; `patch` shows, applies and undoes it;
-    MODEL is left as it is. Afterwards the patched model is judged as its files hold it: ES, PS, NS are
-    shares of prompts, paraphrases and other subjects where the right target is the more likely one; EA, PA, NA where
-    its tokens are the most likely of all; SA and unedited the same of other facts, about the same subjects and others.
-    Look at all of them: an edit that succeeds may damage the rest. If OUT holds the patch of the same request already,
-    it is not made again. Needs the extra: pip install "mergekit_lfm[models]"
-    """
+    """Make the patch, and judge the edited model."""
     from mergekit_lfm.api.edit import edit_model
     from mergekit_lfm.commands.show.patches import edit_data, edit_text
     from mergekit_lfm.commands.show.terminal import Terminal

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import click
 
-from mergekit_lfm.commands.options import TASKS, as_json
+from mergekit_lfm.commands.options import as_json
 from mergekit_lfm.commands.shell import Command, ModelFolder
+from mergekit_lfm.runtime.tasks import TASKS
 
 
 @click.command(
@@ -41,7 +42,7 @@ Examples:
 @click.option(
     "--facts", type=click.Path(path_type=Path), help="A facts file, as `edit` takes it, to score language models on."
 )
-@click.option("--task", type=click.Choice(TASKS), help="The kind of models; see above. [default: lm, for --text]")
+@click.option("--task", type=click.Choice([*TASKS]), help="The kind of models; see above. [default: lm, for --text]")
 @click.option(
     "--window",
     type=click.IntRange(min=1),

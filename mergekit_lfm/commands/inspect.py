@@ -84,24 +84,32 @@ def _describe(artifact: Artifact | None, file: Path) -> tuple[str, dict[str, Any
     epilog="""\b
 Examples:
   mergekit-lfm methods
-  mergekit-lfm methods ties""",
+  mergekit-lfm methods ties
+  mergekit-lfm methods memit""",
 )
 @click.argument("name", required=False)
 @as_json
 def methods(name: str | None, as_json: bool) -> None:
-    """List the merge methods, or describe one: its parameters, defaults and source."""
+    """List the methods to merge, align, edit, and collect statistics, or describe one: parameters, defaults, source.
+
+    If methods of several kinds have the name, all of them are described.
+    """
     from mergekit_lfm.commands.show.methods import method_data, method_text
     from mergekit_lfm.commands.show.terminal import table
     from mergekit_lfm.errors import did_you_mean
-    from mergekit_lfm.methods import METHODS
+    from mergekit_lfm.recipe.registry import KINDS
 
-    if name is not None and name not in METHODS:
-        raise PlanError(f"unknown method {name!r}, {did_you_mean(name, METHODS)}")
-    chosen = list(METHODS.values()) if name is None else [METHODS[name]]
+    known = {method for methods in KINDS.values() for method in methods}
+    if name is not None and name not in known:
+        raise PlanError(f"unknown method {name!r}, {did_you_mean(name, known)}")
+    chosen = [(kind, m) for kind, methods in KINDS.items() for m in methods.values() if name in (None, m.name)]
     if as_json:
-        data = {method.name: method_data(method) for method in chosen}
-        click.echo(json.dumps(data if name is None else data[name]))
-    elif name is not None:
-        click.echo(method_text(chosen[0]))
+        data: dict[str, dict[str, Any]] = {kind: {} for kind, _ in chosen}
+        for kind, method in chosen:
+            data[kind][method.name] = method_data(method)
+        click.echo(json.dumps(data))
+    elif name is None:
+        rows = [(kind, method.name, method.summary) for kind, method in chosen]
+        click.echo(table([("kind", "method", "what it does"), *rows]))
     else:
-        click.echo(table([("method", "what it does"), *((method.name, method.summary) for method in chosen)]))
+        click.echo("\n\n".join(method_text(method, kind) for kind, method in chosen))

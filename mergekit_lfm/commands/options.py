@@ -14,9 +14,6 @@ from mergekit_lfm.version import __version__
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-# As `runtime.TASKS` has them, which is not imported for --help; a test compares them.
-TASKS = ("lm", "classification", "embedding")
-
 
 def together(*decorators: Callable[[F], F]) -> Callable[[F], F]:
     """One decorator that adds options and arguments in the order in which they are written here."""

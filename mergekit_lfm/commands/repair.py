@@ -10,8 +10,8 @@ import click
 
 from mergekit_lfm.commands import options
 from mergekit_lfm.commands.barrier import WINDOW_HELP, running
-from mergekit_lfm.commands.options import TASKS
 from mergekit_lfm.commands.shell import Command, ModelFolder
+from mergekit_lfm.runtime.tasks import TASKS
 
 
 @click.command(
@@ -33,7 +33,7 @@ Examples:
     help="The two models that were merged.",
 )
 @click.option("--data", required=True, type=click.Path(path_type=Path), help="The data file: .jsonl, .txt or .npz.")
-@click.option("--task", required=True, type=click.Choice(TASKS), help="The kind of models.")
+@click.option("--task", required=True, type=click.Choice([*TASKS]), help="The kind of models.")
 @click.option(
     "-o", "--out", required=True, type=click.Path(path_type=Path), help="The folder to write the repaired model to."
 )

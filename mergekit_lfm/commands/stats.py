@@ -1,16 +1,20 @@
-"""`stats gram`, `stats fisher` and `stats cross`."""
+"""`stats`, with a command for every kind of statistic."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import click
 
 from mergekit_lfm.commands import options
-from mergekit_lfm.commands.options import TASKS, going_on_later, together
+from mergekit_lfm.commands.options import going_on_later, together
+from mergekit_lfm.commands.parameters import parameter_options
 from mergekit_lfm.commands.shell import Command, ModelFolder, Size
+from mergekit_lfm.methods.kinds import StatisticMethod
+from mergekit_lfm.recipe.registry import STATISTIC_METHODS
+from mergekit_lfm.runtime.tasks import TASKS
 
 
 @click.group(
@@ -33,7 +37,7 @@ collecting = together(
     click.option(
         "--task",
         required=True,
-        type=click.Choice(TASKS),
+        type=click.Choice([*TASKS]),
         help="The kind of model: lm, classification or embedding (a sentence encoder).",
     ),
     click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The statistics file to write."),
@@ -87,85 +91,31 @@ collecting = together(
 )
 
 
-@stats.command(
-    cls=Command,
-    epilog="""\b
-Examples:
-  mergekit-lfm stats gram models/a --data a.jsonl --task classification -o a.safetensors
-  mergekit-lfm stats gram models/a --data a.txt --task lm --layers mlp -o a.safetensors""",
-)
-@click.argument("model", type=ModelFolder())
-@collecting
-@click.pass_context
-def gram(ctx: click.Context, /, model: Path, **values: Any) -> None:
-    """Collect the second moments of the inputs of MODEL's linear layers.
+def _command(method: StatisticMethod[Any]) -> click.Command:
+    """The command that collects one statistic."""
+    models = " ".join(("models/a", "models/b")[: method.models])
+    examples = "\n".join(f"  mergekit-lfm stats {method.name} {models} {options}" for options in method.examples)
+    title = "Example" if len(method.examples) == 1 else "Examples"
 
-    For `merge_method: regmean`, and for `edit`. For every Linear and Conv1D the mean over tokens of x x', where x is
-    its input with a 1 at the end. Layers that read the same input share one entry.
-    """
-    _collect(ctx, "gram", model, **values)
+    @click.command(
+        method.name,
+        cls=Command,
+        help=f"Collect {method.summary}.\n\n{method.doc}",
+        epilog=f"\b\n{title}:\n{examples}",
+    )
+    @together(*(click.argument(label, type=ModelFolder()) for label in ("model", "other")[: method.models]))
+    @parameter_options({method.name: method})
+    @collecting
+    @click.pass_context
+    def command(ctx: click.Context, /, model: Path, **values: Any) -> None:
+        _collect(ctx, method.name, model, **values)
 
-
-@stats.command(
-    cls=Command,
-    epilog="""\b
-Examples:
-  mergekit-lfm stats fisher models/a --data a.jsonl --task classification -o a.safetensors
-  mergekit-lfm stats fisher models/a --data a.txt --task lm --labels true -o a.safetensors""",
-)
-@click.argument("model", type=ModelFolder())
-@click.option(
-    "--labels",
-    type=click.Choice(["expected", "sampled", "true"]),
-    help="The labels whose gradients are taken: expected averages over all classes, sampled draws from the model's own "
-    "predictions, true takes those of the data. [default: expected for classification, else sampled]",
-)
-@click.option(
-    "--samples",
-    type=click.IntRange(min=1),
-    default=1,
-    help="For --labels sampled: the number of draws for each example. [default: 1]",
-)
-@click.option(
-    "--seed",
-    type=click.IntRange(0, 2**64 - 1),
-    default=0,
-    help="For --labels sampled: the number from which the draws are made; the same one gives the same. [default: 0]",
-)
-@collecting
-@click.pass_context
-def fisher(ctx: click.Context, /, model: Path, **values: Any) -> None:
-    """Collect how much each parameter of MODEL matters to its predictions: the diagonal Fisher information.
-
-    For `merge_method: fisher`. For every parameter the mean over examples of the squared gradient of the
-    log-probability of a label, each example by itself.
-    """
-    _collect(ctx, "fisher", model, **values)
-
-
-@stats.command(
-    cls=Command,
-    epilog="""\b
-Example:
-  mergekit-lfm stats cross models/a models/b --data a.jsonl --task classification -o ab.safetensors""",
-)
-@click.argument("model", type=ModelFolder())
-@click.argument("other", type=ModelFolder())
-@collecting
-@click.pass_context
-def cross(ctx: click.Context, /, model: Path, **values: Any) -> None:
-    """Collect the cross moments of the inputs of the same layers of two models.
-
-    For `align --stats`, which matches the units of MODEL with those of OTHER by their responses to the same data. For
-    every layer of both, the mean over tokens of x y', where x and y are its inputs in the two models, each with a 1 at
-    the end.
-    """
-    _collect(ctx, "cross", model, **values)
+    return command
 
 
 def _collect(
     ctx: click.Context,
-    kind: Literal["gram", "fisher", "cross"],
+    kind: str,
     model: Path,
     *,
     data: Path,
@@ -180,9 +130,10 @@ def _collect(
     from mergekit_lfm.commands.show.files import statistics_data, statistics_text
     from mergekit_lfm.commands.show.terminal import Terminal
 
+    chosen = {name: value for name, value in values.items() if value is not None}
     with going_on_later(ctx, out):
         outcome = collect_stats(
-            kind, model, data, out, resume=not no_resume, progress=Terminal(hidden=quiet or as_json), **values
+            kind, model, data, out, resume=not no_resume, progress=Terminal(hidden=quiet or as_json), **chosen
         )
     facts = statistics_data(outcome.result)
     if as_json:
@@ -193,3 +144,7 @@ def _collect(
             click.echo("already there: these very statistics; nothing was done", err=True)
         click.echo(statistics_text(facts), err=True)
     click.echo(out)
+
+
+for method in STATISTIC_METHODS.values():
+    stats.add_command(_command(method))

@@ -16,14 +16,13 @@ from mergekit_lfm.artifacts.facts import FactsFile, as_facts
 from mergekit_lfm.artifacts.patch import Patch, TensorChange
 from mergekit_lfm.artifacts.statistics import Statistics
 from mergekit_lfm.edit.covariance import Covariance, second_moments
-from mergekit_lfm.edit.memit import memit
-from mergekit_lfm.edit.rome import rome
 from mergekit_lfm.edit.sites import Site, find_sites
 from mergekit_lfm.edit.targets import EditedModel, check_texts, frozen_eval, max_tokens
-from mergekit_lfm.edit.work import CPU, Changes, EditWork, restore_weights
+from mergekit_lfm.edit.work import CPU, Changes, Editor, EditWork, restore_weights
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.machine.progress import Count
-from mergekit_lfm.recipe.edit import EDIT_METHODS, edit_options
+from mergekit_lfm.recipe.edit import edit_options
+from mergekit_lfm.recipe.registry import EDIT_METHODS
 from mergekit_lfm.runtime.load import Loaded, tokenizer_for_texts
 from mergekit_lfm.runtime.locate import locate_tensors
 
@@ -49,9 +48,8 @@ def edit(
     model it is for. The patch's tensors are on the CPU. facts: as `as_facts` takes them. covariance: second
     moments of the inputs of the layers' down-projections, by layer number or weight, [in, in]; a statistics file of
     kind gram; or "identity". dtype: of the solves, which run on the GPU if the model does; the model keeps its own,
-    which the patch records unless it is float32. options: `layers`, `context_templates`, `steps`, `lr`, `weight_decay`,
-    `kl_factor`, `clamp`, `loss_threshold`, `lambda_` or `lambda_ratio`, `ridge`, `kl_template`, `key`, `batch`,
-    `allow_same_subject`; `EDIT_METHODS` has their defaults. progress: called with (facts searched, all facts).
+    which the patch records unless it is float32. options: the parameters of the method (`EDIT_METHODS`; `lambda_` for
+    `lambda`), `layers`, `context_templates` and `kl_template`. progress: called with (facts searched, all facts).
 
     Raises PlanError for options that are wrong or that the model cannot honour and, with MEMIT, for two facts about one
     subject, which would undo each other. Source: `EDIT_METHODS`.
@@ -66,6 +64,7 @@ def edit(
     loaded = model if isinstance(model, Loaded) else None
     module = model.model if isinstance(model, Loaded) else model
     tokenizer = tokenizer_for_texts(tokenizer or (loaded.tokenizer if loaded else None))
+    editor: Editor = EDIT_METHODS[method]
     sites = select_sites(find_sites(module), method, all_options["layers"])
     names = {site.weight: site.weight for site in sites}
     if loaded is not None:
@@ -76,7 +75,7 @@ def edit(
     work = EditWork(EditedModel(module, tokenizer, max_tokens(module)), sites, moments, all_options, dtype, progress)
     check_texts(work.subject, facts_file.facts, work.contexts, all_options["kl_template"])
     with frozen_eval(module), restore_weights(sites), torch.no_grad():
-        changes = (rome if method == "rome" else memit)(work, facts_file.facts)
+        changes = editor.solve(work, facts_file.facts)
     used_options: dict[str, Any] = {
         **all_options,
         "layers": [site.layer for site in sites],
@@ -104,15 +103,15 @@ def _describe(covariance: Covariance) -> str:
 
 def select_sites(sites: Sequence[Site], method: str, layers: Sequence[int] | None) -> list[Site]:
     """The sites of `layers`, or of the method's band. Raises PlanError for layers that the model does not have."""
-    depth, band = len(sites), EDIT_METHODS[method].band
+    depth, editor = len(sites), EDIT_METHODS[method]
     if layers is None:
-        first, last = (1 / 6, 1 / 6) if band is None else band
+        first, last = editor.band
         layers = range(round(first * depth), max(round(first * depth), round(last * depth)) + 1)
     if absent := [layer for layer in layers if layer >= depth]:
         raise PlanError(
             f"edit.layers: the model has no layer {absent[0]}; it has {depth}, 0 to {depth - 1}. Choose from them"
         )
-    if band is None and len(layers) > 1:
+    if not editor.several and len(layers) > 1:
         raise PlanError(f"edit.layers is {list(layers)}, but {method} edits one layer. Choose one, or use memit")
     return [sites[layer] for layer in layers]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,13 +15,14 @@ from mergekit_lfm.edit.prompts import fill_template
 from mergekit_lfm.edit.sites import Site
 from mergekit_lfm.edit.targets import EditedModel
 from mergekit_lfm.machine.progress import Count
+from mergekit_lfm.methods.kinds import EditMethod
 
 CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class EditWork:
-    """The inputs of both methods. moments: one matrix [in, in] for each site."""
+    """The input of an editing method. moments: one matrix [in, in] for each site."""
 
     subject: EditedModel
     sites: Sequence[Site]
@@ -57,8 +58,14 @@ class EditWork:
         (states,) = self.subject.at_subject(self.subject.encode(prompts), [module], inputs=inputs, rows=rows)
         return states.reshape(len(facts), len(templates), -1).to(self.device, self.dtype)
 
+    def keys(self, facts: Sequence[Fact], site: Site) -> Tensor:
+        """The site's inputs at the subjects: the mean over kinds of contexts of the mean within each, [facts, in]."""
+        kinds = [self.states(facts, kind, site.projection, inputs=True).mean(1) for kind in self.templates]
+        return torch.stack(kinds).mean(0)
+
 
 Changes = list[tuple[Tensor, Tensor]]  # for each site (left [out, n], right [n, in])
+Editor = EditMethod[Callable[[EditWork, Sequence[Fact]], Changes]]
 
 
 def add_change(site: Site, left: Tensor, right: Tensor) -> None:

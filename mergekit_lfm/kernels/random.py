@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-import xxhash
-
 from mergekit_lfm.kernels.constants import constant
 
 if TYPE_CHECKING:
@@ -23,6 +21,8 @@ _GOLDEN, _MIX1, _MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111
 
 def key(seed: int, tensor: str, position: int) -> int:
     """The 64-bit key of one input of one tensor."""
+    import xxhash  # here, because --help reads the methods' declarations
+
     return xxhash.xxh3_64_intdigest(f"{seed}\0{position}\0{tensor}".encode())
 
 

@@ -23,36 +23,35 @@ if TYPE_CHECKING:
 Value = bool | int | float | str | None
 
 
-class _Required:
+class Required:
     """The default of a required parameter."""
 
     def __repr__(self) -> str:
         return "required"
 
 
-REQUIRED = _Required()
+REQUIRED = Required()
 
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """One parameter of a method in a recipe.
+    """One parameter of a method: a recipe's key, a command's option, and a row of the method's page.
 
-    `per_input`: given for each input and each tensor; otherwise shared by all inputs of an output tensor.
-    `kind` "switch" takes true, false or one of `choices`. `above` is an exclusive lower bound.
+    `per_input`, for merges only: given for each input and each tensor; otherwise shared by all inputs of an output
+    tensor. `doc` is a sentence without its capital and its full stop. `kind` "switch", for merges only, takes true,
+    false or one of `choices`. `above` is an exclusive lower bound. `unset`: what a default of None stands for.
     """
 
     name: str
-    default: Value | _Required
-    per_input: bool
-    doc: str
+    default: Value | Required
+    per_input: bool = False
+    doc: str = field(kw_only=True)
     kind: Literal["float", "int", "bool", "str", "switch"] = "float"
     minimum: float | None = None
     maximum: float | None = None
     above: float | None = None
     choices: tuple[str, ...] = ()
-
-
-ParameterKind = Literal["gram", "fisher"]  # of statistics that methods take
+    unset: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,5 +160,5 @@ class Method:
     scope: Callable[[Mapping[str, Value]], str] = field(default=lambda _: "tensor")
     row: Callable[[Unit], int | None] = field(default=lambda _: None)
     copies: Callable[[Unit], bool] = field(default=lambda _: False)
-    statistics: ParameterKind | None = None
+    statistics: str | None = None
     whole: Whole | None = None

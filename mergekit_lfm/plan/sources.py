@@ -20,8 +20,10 @@ from mergekit_lfm.artifacts.patch import Patch, open_patch
 from mergekit_lfm.artifacts.statistics import Statistics, open_statistics
 from mergekit_lfm.artifacts.transform import PANEL, Transform, open_transform, read_transform_info
 from mergekit_lfm.errors import FormatError, PlanError, several
-from mergekit_lfm.recipe.align import OTHER_WIDTHS, AlignRequest
+from mergekit_lfm.methods.kinds import AlignMethod
+from mergekit_lfm.recipe.align import AlignRequest
 from mergekit_lfm.recipe.recipe import Recipe
+from mergekit_lfm.recipe.registry import ALIGN_METHODS
 from mergekit_lfm.recipe.roles import Edit, Input
 from mergekit_lfm.recipe.values import NamedFile
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
@@ -148,15 +150,15 @@ def identity_of(edit: Edit) -> dict[str, Any]:
 
 def pending_view(checkpoint: Checkpoint, to: Checkpoint, request: AlignRequest, label: object) -> Checkpoint:
     """The checkpoint with the shapes that it will have. Raises PlanError if the two models cannot be aligned."""
-    widths = request.method in OTHER_WIDTHS
+    method = ALIGN_METHODS[request.method]
     tables = find_symmetries(checkpoint, label), find_symmetries(to, request.to)
-    check_alike((checkpoint, to), tables, (label, request.to), widths=widths)
-    specs = {n: TensorSpec(n, to[n].shape, s.dtype) if widths else s for n, s in checkpoint.items()}
-    scratch, resident = bounds(checkpoint, tables[0], request.method)
+    check_alike((checkpoint, to), tables, (label, request.to), widths=method.widths)
+    specs = {n: TensorSpec(n, to[n].shape, s.dtype) if method.widths else s for n, s in checkpoint.items()}
+    scratch, resident = bounds(checkpoint, tables[0], method)
     return Pending(checkpoint, specs, scratch, resident, key_of(request, to))
 
 
-def bounds(checkpoint: Checkpoint, table: Symmetries, method: str) -> tuple[dict[str, int], int]:
+def bounds(checkpoint: Checkpoint, table: Symmetries, method: AlignMethod[Any]) -> tuple[dict[str, int], int]:
     """The most bytes that rewriting holds: for each tensor in every thread, and in all as long as the merge runs.
 
     A tensor whose rows may all be mixed with one another is rewritten at once.
@@ -164,7 +166,7 @@ def bounds(checkpoint: Checkpoint, table: Symmetries, method: str) -> tuple[dict
     wide = {
         name
         for name, group in table.groups.items()
-        if isinstance(group, Units) and (method in OTHER_WIDTHS or (method == "rotation" and group.rotation))
+        if isinstance(group, Units) and (method.widths or (method.rotates and group.rotation))
     }
     scratch = {}
     for name, spec in checkpoint.items():

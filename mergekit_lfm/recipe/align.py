@@ -1,15 +1,19 @@
-"""Methods of alignment with their parameters, and checked requests for an alignment. No torch."""
+"""Requests for an alignment, and the check of their parameters. No torch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from types import MappingProxyType
-from typing import Any, Literal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from mergekit_lfm.errors import PlanError, did_you_mean
-from mergekit_lfm.methods.method import Parameter, Value
-from mergekit_lfm.recipe.values import NamedFile, read_value
+from mergekit_lfm.errors import did_you_mean
+from mergekit_lfm.methods.method import Value
+from mergekit_lfm.recipe.files import read_file
+from mergekit_lfm.recipe.options import defaults_of, read_options, readers_of, unknown_method
+from mergekit_lfm.recipe.problems import Problem, refuse
+from mergekit_lfm.recipe.registry import ALIGN_METHODS
+from mergekit_lfm.recipe.values import NamedFile
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,116 +31,60 @@ class AlignRequest:
         return {"to": self.to, "method": self.method, **dict(self.options), **stats}
 
 
-@dataclass(frozen=True, slots=True)
-class AlignMethod:
-    """One way to align a model to another. statistics: whether it reads cross moments of both on the same data.
-
-    idle: parameters without effect when it does. starts: True if its result depends on an initial transform.
-    """
-
-    name: str
-    doc: str
-    source: str
-    statistics: Literal["no", "optional", "required"]
-    parameters: tuple[Parameter, ...] = ()
-    idle: tuple[str, ...] = ()
-    starts: bool = True
-
-
-_RESTARTS = Parameter(
-    "restarts", 10, False, "Runs that visit the groups in different random orders; the best is kept.", "int", 1
-)
-_SWEEPS = Parameter(
-    "sweeps", 100, False, "Most rounds over all groups; a run ends early when nothing changes.", "int", 1
-)
-_SEED = Parameter("seed", 0, False, "Seed of the random orders, if there are any.", "int", 0)
-_NORMALISE = Parameter("normalise", False, False, "Divide every tensor by its norm, so that all count equally.", "bool")
-
-_METHODS = (
-    AlignMethod(
-        "weight_matching",
-        "Permutations that bring the weights closest, one group at a time with the others fixed.",
-        "Ainsworth et al. 2023 (2209.04836), algorithm 1",
-        "no",
-        (_RESTARTS, _SWEEPS, _SEED, _NORMALISE),
-    ),
-    AlignMethod(
-        "activation_matching",
-        "Permutations that pair the units whose activations correlate most.",
-        "Ainsworth et al. 2023 (2209.04836), section 3.1; Li et al. 2016 (1511.07543)",
-        "required",
-        (_SEED,),
-        starts=False,
-    ),
-    AlignMethod(
-        "ot",
-        "Optimal transport of units, layer after layer; widths may differ. Mixing units changes outputs.",
-        "Singh and Jaggi 2020 (1910.05653), algorithm 1",
-        "optional",
-        (
-            Parameter(
-                "regularisation",
-                0.0,
-                False,
-                "Entropy of the transport, as a factor of the largest cost (Sinkhorn); 0 is exact.",
-                minimum=0,
-            ),
-            Parameter(
-                "cost",
-                "euclidean",
-                False,
-                "Distance between units: of their incoming weights, or of their activations.",
-                "str",
-                choices=("euclidean", "squared", "cosine"),
-            ),
-            _SEED,
-        ),
-        starts=False,
-    ),
-    AlignMethod(
-        "rotation",
-        "Permutations, and the other symmetries of a Llama: rotations of the residual, of values and of rotary pairs; "
-        "signs.",
-        "2502.00264 (rotation symmetry), 2506.22712; polar factors by Procrustes",
-        "optional",
-        (replace(_RESTARTS, default=1), _SWEEPS, _SEED, replace(_NORMALISE, default=True)),
-        idle=("restarts", "sweeps", "normalise"),
-    ),
-)
-OTHER_WIDTHS = ("ot",)  # methods that map units of one width onto another
-ALIGN_METHODS = MappingProxyType({method.name: method for method in _METHODS})
-
-
 def align_options(method: str, given: Mapping[str, Any], *, statistics: bool, place: str = "align") -> dict[str, Value]:
     """The value of every parameter with an effect. Raises PlanError with a list of all problems.
 
     statistics: True with a statistics file. place: the request's name in messages.
     """
-    spec = ALIGN_METHODS.get(method)
-    if spec is None:
-        raise PlanError(f"{place}.method: unknown method {method!r}, {did_you_mean(method, ALIGN_METHODS)}")
-    parameters = {parameter.name: parameter for parameter in spec.parameters}
-    idle = spec.idle if statistics else ()
-    values = {name: parameter.default for name, parameter in parameters.items() if name not in idle}
-    problems = []
-    for name, value in given.items():
-        if name not in parameters:
-            problems.append(f"{place}.{name}: {method} has no such parameter, {did_you_mean(name, parameters)}")
-            continue
-        if name in idle:
-            problems.append(f"{place}.{name}: with statistics {method} finds every group at once; remove it")
-            continue
-        try:
-            values[name] = read_value(value, parameters[name], f"{place}.{name}")
-        except ValueError as wrong:
-            problems.append(str(wrong))
-    if spec.statistics == "required" and not statistics:
-        problems.append(
-            f"{place}.stats: {method} needs cross moments of both models on the same data. Collect them with "
-            "`mergekit-lfm stats cross A B --data FILE ...`"
-        )
-    if spec.statistics == "no" and statistics:
-        problems.append(f"{place}.stats: {method} reads no statistics; remove them, or choose another method")
-    if problems:
-        raise PlanError("\n".join(problems))
-    return values  # type: ignore[return-value]
+    values, problems = read_align_options(method, given, statistics=statistics, place=place)
+    refuse(problems)
+    return values
+
+
+def read_align_options(
+    method: str, given: Mapping[str, Any], *, statistics: bool, place: str
+) -> tuple[dict[str, Value], list[Problem]]:
+    """The same, with all problems."""
+    if method not in ALIGN_METHODS:
+        return {}, [unknown_method(method, ALIGN_METHODS, place)]
+    declared = ALIGN_METHODS[method]
+    idle = declared.idle if statistics else ()
+
+    def refuse_idle(_: object) -> None:
+        raise ValueError(f"with statistics {method} finds every group at once; remove it")
+
+    readers = readers_of(declared.parameters) | dict.fromkeys(idle, refuse_idle)
+    values, problems = read_options(given, readers, method, place)
+    if declared.statistics == "required" and not statistics:
+        advice = "Collect them with `mergekit-lfm stats cross A B --data FILE ...`"
+        needs = f"{method} needs cross moments of both models on the same data. {advice}"
+        problems.append(Problem(f"{place}.stats", needs))
+    if declared.statistics == "no" and statistics:
+        text = f"{method} reads no statistics; remove them, or choose another method"
+        problems.append(Problem(f"{place}.stats", text))
+    defaults = {name: value for name, value in defaults_of(declared.parameters).items() if name not in idle}
+    return defaults | values, problems
+
+
+def read_align_request(
+    given: Mapping[str, Any], models: Mapping[str, str], where: Path | None, place: str
+) -> tuple[AlignRequest | None, list[Problem]]:
+    """The request in a mapping {to, method, ...}; or None, and the problems of the first part with any.
+
+    models: those that are not aligned themselves, as written, by label.
+    """
+    rest = dict(given)
+    to, method, stats = rest.pop("to", None), rest.pop("method", "weight_matching"), rest.pop("stats", None)
+    if not isinstance(to, str) or not isinstance(method, str) or not isinstance(stats, str | None):
+        expected = "expected {to: MODEL, method: NAME}, and `stats` as a file's name"
+        return None, [Problem(place, f"found {dict(given)!r}, {expected}")]
+    label = next((label for label, ref in models.items() if to in (label, ref)), None)
+    if label is None:
+        expected = f"expected a model of this recipe that is not aligned itself; {did_you_mean(to, models)}"
+        return None, [Problem(f"{place}.to", f"found {to!r}, {expected}")]
+    options, problems = read_align_options(method, rest, statistics=stats is not None, place=place)
+    file = None
+    if not problems and stats is not None:
+        hint = "expected a file made by `mergekit-lfm stats cross`"
+        file, problems = read_file(stats, where, f"{place}.stats", hint)
+    return None if problems else AlignRequest(label, method, tuple(options.items()), file), problems

@@ -1,4 +1,4 @@
-"""Methods of editing with their options, published constants, and requests for an edit. No torch.
+"""Requests for an edit, the check of their options, and published constants. No torch.
 
 No size depends on the model's scale: the clamp is relative to the state that is changed, lambda to the width of the
 layer, the ridge to the mean of the statistics' diagonal. So one set of defaults serves models of any size.
@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from mergekit_lfm.artifacts.facts import BLANK
-from mergekit_lfm.errors import PlanError, did_you_mean
-from mergekit_lfm.methods.method import Parameter
-from mergekit_lfm.recipe.values import NamedFile, read_value
+from mergekit_lfm.artifacts.facts import BLANK, read_facts_file
+from mergekit_lfm.errors import did_you_mean
+from mergekit_lfm.recipe.files import read_file
+from mergekit_lfm.recipe.options import Reader, defaults_of, read_options, readers_of, unknown_method
+from mergekit_lfm.recipe.problems import Problem, attempt, refuse
+from mergekit_lfm.recipe.registry import EDIT_METHODS
+from mergekit_lfm.recipe.values import NamedFile
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,66 +43,6 @@ class EditRequest:
         stats = {} if self.stats is None else {"stats": self.stats.ref}
         return {"facts": self.facts.ref, "method": self.method, **self.user_options, **stats}
 
-
-@dataclass(frozen=True, slots=True)
-class EditMethod:
-    """One way to edit facts. band: its default layers, as shares of the depth; None if it edits one layer."""
-
-    name: str
-    doc: str
-    source: str
-    parameters: tuple[Parameter, ...]
-    band: tuple[float, float] | None = None
-
-
-_SEARCH = (
-    Parameter("steps", 25, False, "Most steps of the search; the last one only computes the loss.", "int", 1),
-    Parameter("lr", 0.5, False, "Adam's learning rate in the search.", above=0),
-    Parameter("weight_decay", 0.5, False, "Weight of |delta| / |v0|^2 in the search's loss.", minimum=0),
-    Parameter(
-        "kl_factor", 0.0625, False, "Weight in the loss of the KL divergence from the original model.", minimum=0
-    ),
-    Parameter("clamp", 0.75, False, "Largest |delta|, as a multiple of |v0|.", above=0),
-    Parameter("loss_threshold", 0.05, False, "The search ends below this loss.", minimum=0),
-    Parameter("ridge", 1e-3, False, "Added to the statistics' diagonal, as a multiple of its mean.", minimum=0),
-    Parameter("batch", 25, False, "Facts in one forward pass; the result does not depend on it.", "int", 1),
-)
-_BY_NAME = {parameter.name: parameter for parameter in _SEARCH}
-
-_METHODS = (
-    EditMethod(
-        "memit",
-        "Many facts at once by least squares, spread over several layers.",
-        "Meng et al. 2022, MEMIT, arXiv 2210.07229",
-        (
-            *_SEARCH,
-            Parameter("lambda", None, False, "Weight of existing knowledge, as in the paper.", minimum=0),
-            Parameter("lambda_ratio", 1.0, False, "The same, as a multiple of the layer's inputs.", minimum=0),
-            Parameter("allow_same_subject", False, False, "Allow several facts about one subject in a batch.", "bool"),
-        ),
-        (1 / 8, 1 / 4),
-    ),
-    EditMethod(
-        "rome",
-        "One fact after another, each by a rank-one change of one layer.",
-        "Meng et al. 2022, ROME, arXiv 2202.05262",
-        (
-            replace(_BY_NAME["steps"], default=20),
-            *(parameter for parameter in _SEARCH if parameter.name not in ("steps", "clamp")),
-            replace(_BY_NAME["clamp"], default=4.0),
-            Parameter(
-                "key",
-                "rome",
-                False,
-                "Contexts of the residual and divisor: rome the bare prompt, mean all contexts, bare the bare prompt "
-                "throughout.",
-                "str",
-                choices=("rome", "mean", "bare"),
-            ),
-        ),
-    ),
-)
-EDIT_METHODS = MappingProxyType({method.name: method for method in _METHODS})
 
 KL_TEMPLATE = "{} is a"
 # Texts before the prompt, so that the found state works in any context. One is the bare prompt.
@@ -148,50 +93,65 @@ def edit_options(
     given: options by their names in YAML, such as `lambda`. They win over the preset's, and these over the defaults.
     place: the request's name in messages.
     """
-    spec = EDIT_METHODS.get(method)
-    if spec is None:
-        raise PlanError(f"{place}.method: unknown method {method!r}, {did_you_mean(method, EDIT_METHODS)}")
-    preset = given.get("preset", preset)
-    problems: list[str] = []
-    values: dict[str, Any] = {parameter.name: parameter.default for parameter in spec.parameters}
-    values |= {"layers": None, "context_templates": list(CONTEXTS), "kl_template": KL_TEMPLATE, "covariance": None}
-    values |= _read_preset(preset, method, place, problems)
-    parameters = {parameter.name: parameter for parameter in spec.parameters}
-    if given.get("lambda") is not None and given.get("lambda_ratio") is not None:
-        problems.append(f"{place}: found both lambda and lambda_ratio, expected one; remove the other")
-    if given.get("lambda_ratio") is not None and "lambda" in values:
-        values["lambda"] = None  # the preset's
-    for name, value in given.items():
-        try:
-            if name in parameters:
-                none = value is None and parameters[name].default is None
-                values[name] = None if none else read_value(value, parameters[name], f"{place}.{name}")
-            elif name in _SHAPED:
-                values[name] = _SHAPED[name](value, f"{place}.{name}")
-            elif name != "preset":
-                known_names = [*parameters, *_SHAPED, "preset"]
-                problems.append(f"{place}.{name}: {method} has no such option, {did_you_mean(name, known_names)}")
-        except ValueError as wrong:
-            problems.append(str(wrong))
-    if problems:
-        raise PlanError("\n".join(problems))
+    values, problems = read_edit_options(method, given, preset=preset, place=place)
+    refuse(problems)
     return values
 
 
-def _read_preset(preset: object, method: str, place: str, problems: list[str]) -> Mapping[str, Any]:
+def read_edit_options(
+    method: str, given: Mapping[str, Any], *, preset: str | None = None, place: str
+) -> tuple[dict[str, Any], list[Problem]]:
+    """The same, with all problems."""
+    if method not in EDIT_METHODS:
+        return {}, [unknown_method(method, EDIT_METHODS, place)]
+    parameters = EDIT_METHODS[method].parameters
+    constants, problems = _read_preset(given.get("preset", preset), method, f"{place}.preset")
+    values: dict[str, Any] = defaults_of(parameters)
+    values |= {"layers": None, "context_templates": list(CONTEXTS), "kl_template": KL_TEMPLATE, "covariance": None}
+    values |= constants
+    if given.get("lambda") is not None and given.get("lambda_ratio") is not None:
+        problems.append(Problem(place, "found both lambda and lambda_ratio, expected one; remove the other"))
+    if given.get("lambda_ratio") is not None and "lambda" in values:
+        values["lambda"] = None  # the preset's
+    own, wrong = read_options(given, {**readers_of(parameters), **_SHAPED}, method, place, noun="option")
+    own.pop("preset", None)
+    return values | own, problems + wrong
+
+
+def read_edit_request(
+    given: Mapping[str, Any], where: Path | None, place: str
+) -> tuple[EditRequest | None, list[Problem]]:
+    """The request in a mapping {facts, method, stats, ...}; or None, and the problems of the first part with any."""
+    rest = dict(given)
+    facts, method, stats = rest.pop("facts", None), rest.pop("method", "memit"), rest.pop("stats", None)
+    if not isinstance(facts, str) or not isinstance(method, str) or not isinstance(stats, str | None):
+        expected = "expected {facts: FILE, method: NAME}, and `stats` as a file's name"
+        return None, [Problem(place, f"found {dict(given)!r}, {expected}")]
+    file, problems = read_file(facts, where, place, "expected a facts file")
+    if file is not None:
+        _, problems = attempt(partial(read_facts_file, file.path), place)
+    if not problems:
+        _, problems = read_edit_options(method, rest, place=place)
+    gram = None
+    if not problems and stats is not None:
+        gram, problems = read_file(stats, where, place, "expected a file made by `mergekit-lfm stats gram`")
+    if file is None or problems:
+        return None, problems
+    return EditRequest(file, method, json.dumps(rest), gram), []
+
+
+def _read_preset(preset: object, method: str, place: str) -> tuple[Mapping[str, Any], list[Problem]]:
     if preset is None:
-        return {}
+        return {}, []
     if not isinstance(preset, str) or preset not in PRESETS:
-        problems.append(f"{place}.preset: unknown preset {preset!r}, {did_you_mean(preset, PRESETS)}")
-        return {}
+        return {}, [Problem(place, f"unknown preset {preset!r}, {did_you_mean(preset, PRESETS)}")]
     if method not in PRESETS[preset]:
-        problems.append(
-            f"{place}.preset: {preset} has no constants for {method}; give the options, or choose another method"
-        )
-    return PRESETS[preset].get(method, {})
+        advice = "give the options, or choose another method"
+        return {}, [Problem(place, f"{preset} has no constants for {method}; {advice}")]
+    return PRESETS[preset][method], []
 
 
-def _layers(value: Any, at: str) -> list[int] | None:
+def _layers(value: Any) -> list[int] | None:
     if value is None:
         return None
     numbers = [value] if isinstance(value, int) else value
@@ -199,41 +159,42 @@ def _layers(value: Any, at: str) -> list[int] | None:
         isinstance(number, int) and not isinstance(number, bool) and number >= 0 for number in numbers
     )
     if not whole or not numbers or list(numbers) != sorted(set(numbers)):
-        raise ValueError(f"{at}: found {value!r}, expected numbers of layers in ascending order, such as [3, 4, 5]")
+        raise ValueError(f"found {value!r}, expected numbers of layers in ascending order, such as [3, 4, 5]")
     return list(numbers)
 
 
-def _templates(value: Any, at: str) -> list[Any]:
+def _templates(value: Any) -> list[Any]:
     """A flat list of templates, or a list of lists; None gives the default."""
     if value is None:
         return list(CONTEXTS)
     lists = value if isinstance(value, list | tuple) else []
     flat = [text for entry in lists for text in (entry if isinstance(entry, list | tuple) else [entry])]
     if not flat or any(not isinstance(text, str) or text.count(BLANK) != 1 for text in flat):
-        raise ValueError(f"{at}: found {value!r:.60}, expected a list of texts, each with {BLANK} once for the prompt")
+        raise ValueError(f"found {value!r:.60}, expected a list of texts, each with {BLANK} once for the prompt")
     if BLANK not in flat:
-        raise ValueError(f"{at}: found {value!r:.60}, expected {BLANK} itself among them, the bare prompt; add it")
+        raise ValueError(f"found {value!r:.60}, expected {BLANK} itself among them, the bare prompt; add it")
     return [list(entry) if isinstance(entry, list | tuple) else entry for entry in lists]
 
 
-def _template(value: Any, at: str) -> str:
+def _template(value: Any) -> str:
     if not isinstance(value, str) or value.count(BLANK) != 1:
-        raise ValueError(f"{at}: found {value!r}, expected a text with {BLANK} once, in place of the subject")
+        raise ValueError(f"found {value!r}, expected a text with {BLANK} once, in place of the subject")
     return value
 
 
-def _covariance(value: Any, at: str) -> str | None:
+def _covariance(value: Any) -> str | None:
     if value not in (None, "identity"):
-        raise ValueError(f"{at}: found {value!r:.40}, expected identity; give a statistics file as `stats`")
+        raise ValueError(f"found {value!r:.40}, expected identity; give a statistics file as `stats`")
     return value  # type: ignore[no-any-return]
 
 
-# Options that are not a single number or word.
-_SHAPED = MappingProxyType(
+# Options that are not a single number or word. The preset is read before them.
+_SHAPED: Mapping[str, Reader] = MappingProxyType(
     {
         "layers": _layers,
         "context_templates": _templates,
         "kl_template": _template,
         "covariance": _covariance,
+        "preset": str,
     }
 )

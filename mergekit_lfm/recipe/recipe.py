@@ -6,49 +6,32 @@ and every model's folder exists. The plan checks whether the tensors fit togethe
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Self, cast
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PrivateAttr,
-    ValidationError,
-    ValidationInfo,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, ValidationInfo, model_validator
 
 from mergekit_lfm.errors import PlanError, did_you_mean
 from mergekit_lfm.methods import METHODS, REQUIRED, Method
 from mergekit_lfm.methods.method import Value
 from mergekit_lfm.recipe.align import AlignRequest
-from mergekit_lfm.recipe.roles import Edit, Entry, Input, ModelLine, Roles, assign_roles, missing_requirements
+from mergekit_lfm.recipe.form import (
+    NOT_YET,
+    Dtype,
+    Edits,
+    ModelEntry,
+    Parameters,
+    Push,
+    Reference,
+    Strict,
+    read_reference,
+)
+from mergekit_lfm.recipe.problems import Problem, refuse
+from mergekit_lfm.recipe.roles import Edit, Input, Roles, assign_roles, missing_requirements
 from mergekit_lfm.recipe.values import NamedFile, as_data, value_at
-from mergekit_lfm.store.hub import repository
 from mergekit_lfm.store.yaml import read_yaml
-
-OUTPUT_DTYPES = ("float16", "bfloat16", "float32", "float64")
-
-# Keys of mergekit and of our design that this version does not support, each with what to do instead.
-_NOT_YET = {
-    "slices": "stacking layers is not supported in this version; merge whole models with `models`",
-    "modules": "merging single modules is not supported in this version; use filters in `parameters`",
-    "tokenizer": "building a tokenizer is not supported in this version; without the key the base model's is copied",
-    "tokenizer_source": "building a tokenizer is not supported in this version; without the key the base's is copied",
-    "chat_template": "changing the template is not supported in this version; without the key the base's is copied",
-    "stats": "a statistics file belongs to one model: put `stats` beside it, under `models`",
-    "align": "an alignment belongs to one model: put `align` beside it, under `models`",
-    "lora": "adapters are not supported in this version; merge the adapter into its model first",
-    "revision": "write the revision after the model's name: org/name@revision",
-    "override_architecture": "tensors are taken as the checkpoints name them; remove the key",
-}
 
 _EXPECTED = {
     "model_type": "expected a mapping such as {model: path, parameters: {weight: 0.5}}",
@@ -67,81 +50,7 @@ class Settings:
     inputs: tuple[dict[str, Value], ...]
 
 
-def _without_unused(data: object, known: Iterable[str]) -> object:
-    """`data` less empty keys of other versions, which some tools write."""
-    if not isinstance(data, Mapping):
-        return data
-    unused = _NOT_YET.keys() - set(known)
-    return {key: value for key, value in data.items() if not (key in unused and value in (None, [], {}))}
-
-
-def _reference(value: object) -> object:
-    """The path or name in any of mergekit's model references: text, or {model: {path: ..., revision: ..}}."""
-    if not isinstance(value, Mapping):
-        return os.fspath(value) if isinstance(value, os.PathLike) else value
-    for key, part in value.items():
-        if key not in ("model", "path", "revision") and part is not None:
-            raise ValueError(_NOT_YET.get(key, f"unknown key {key!r}, expected a path or {{model: {{path: ...}}}}"))
-    name, revision = _reference(value.get("model", value.get("path"))), value.get("revision")
-    return name if revision is None else f"{name}@{revision}"
-
-
-def _path_or_mapping(value: object) -> object:
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
-
-
-def _dtype(value: object) -> object:
-    """A dtype's name without the optional "torch."."""
-    name = value.removeprefix("torch.") if isinstance(value, str) else value
-    if name is not None and name not in OUTPUT_DTYPES:
-        short = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "fp64": "float64"}
-        raise ValueError(
-            f"found {value!r}, expected a dtype; {did_you_mean(short.get(str(name), name), OUTPUT_DTYPES)}"
-        )
-    return name
-
-
-_Reference = Annotated[str, BeforeValidator(_reference), Field(min_length=1)]
-_Dtype = Annotated[str | None, BeforeValidator(_dtype)]
-_Edits = Annotated[
-    tuple[Annotated[str | dict[str, Any], BeforeValidator(_path_or_mapping)], ...],
-    BeforeValidator(lambda value: () if value is None else value),
-]
-_Repository = Annotated[str, AfterValidator(repository)]
-_Parameters = Annotated[dict[str, Any], BeforeValidator(lambda value: {} if value is None else value)]
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_unused(cls, data: object) -> object:
-        return _without_unused(data, cls.model_fields)
-
-
-class ModelEntry(_Strict):
-    """One line of `models`: a reference, this model's own parameters, its statistics file, alignment and edits.
-
-    align: a transform file, or {to, method, ...} to find one before the merge. edits: changes to the model before the
-    merge, each a patch file or {facts, method, ...}.
-    """
-
-    model: _Reference
-    stats: Annotated[str | None, BeforeValidator(_reference)] = None
-    align: Annotated[str | dict[str, Any] | None, BeforeValidator(_path_or_mapping)] = None
-    edits: _Edits = ()
-    parameters: _Parameters = Field(default_factory=dict)
-
-
-class Push(_Strict):
-    """The result's repository on the Hub, and whether to make it private if it is new."""
-
-    repo: _Repository
-    private: bool = Field(default=False, strict=True)
-
-
-class Recipe(_Strict):
+class Recipe(Strict):
     """A merge as the user wrote it. `dtype` is the output's unless `out_dtype` names another; arithmetic is float32.
 
     edits: changes to the result of the merge, before it is rounded. push: the result's repository on the Hub, as
@@ -153,12 +62,12 @@ class Recipe(_Strict):
 
     merge_method: str
     models: tuple[ModelEntry, ...]
-    base_model: _Reference | None = None
-    edits: _Edits = ()
-    parameters: _Parameters = Field(default_factory=dict)
-    dtype: _Dtype = None
-    out_dtype: _Dtype = None
-    output: Annotated[str | None, BeforeValidator(_reference)] = None
+    base_model: Reference | None = None
+    edits: Edits = ()
+    parameters: Parameters = Field(default_factory=dict)
+    dtype: Dtype = None
+    out_dtype: Dtype = None
+    output: Annotated[str | None, BeforeValidator(read_reference)] = None
     push: Annotated[
         Push | None, BeforeValidator(lambda value: {"repo": value} if isinstance(value, str) else value)
     ] = None
@@ -184,35 +93,33 @@ class Recipe(_Strict):
         data = read_yaml(source, label) if isinstance(source, str) else source
         if not isinstance(data, Mapping):
             raise PlanError(f"{label}: found {data!r:.40}, expected a mapping with merge_method and models")
-        problems: list[str] = []
-        context = {"where": where, "problems": problems}
         try:
-            return cls.model_validate(dict(data), context=context)
+            return cls.model_validate(dict(data), context={"where": where, "whole": True})
         except ValidationError as error:
-            problems += _lines(error)
+            lines = [*_content_lines(error), *_form_lines(error)]
             rest = _without(data, error)
         if rest != data:  # errors of form hide errors of content
-            with suppress(ValidationError):
-                cls.model_validate(rest, context=context)
-        count = f"{len(problems)} problems\n  " if len(problems) > 1 else ""
-        raise PlanError(f"{label}: {count}" + "\n  ".join(problems))
+            try:
+                cls.model_validate(rest, context={"where": where, "whole": False})
+            except ValidationError as error:
+                lines += _content_lines(error)
+        count = f"{len(lines)} problems\n  " if len(lines) > 1 else ""
+        raise PlanError(f"{label}: {count}" + "\n  ".join(lines))
 
     @model_validator(mode="after")
     def _check(self, info: ValidationInfo) -> Self:
-        context = info.context or {"where": None, "problems": []}
-        problems: list[str] = context["problems"]
+        context = info.context or {"where": None, "whole": True}
         method = METHODS.get(self.merge_method)
         if method is None:
             known = did_you_mean(self.merge_method, METHODS)
-            problems.append(f"merge_method: unknown method {self.merge_method!r}, {known}")
-        else:
-            models = [ModelLine(e.model, e.parameters, e.stats, e.align, e.edits) for e in self.models]
-            self._roles = assign_roles(
-                method, models, self.base_model, self.parameters, self.edits, context["where"], problems
-            )
-            problems += [] if problems else missing_requirements(method, self._roles)
-        if problems:
-            raise PlanError("\n".join(problems))
+            raise PlanError(f"merge_method: unknown method {self.merge_method!r}, {known}")
+        roles, problems = assign_roles(
+            method, self.models, self.base_model, self.parameters, self.edits, context["where"]
+        )
+        if context["whole"]:  # the rest of a recipe may lack what its wrong keys were to give
+            problems = problems or missing_requirements(method, roles)
+        refuse(problems)
+        self._roles = roles
         return self
 
     def goal(self, repo: str | None, *, private: bool = False) -> Push | None:
@@ -239,12 +146,12 @@ class Recipe(_Strict):
     @property
     def inputs(self) -> tuple[Input, ...]:
         """The method's inputs in the recipe's order."""
-        return tuple(entry.model for entry in self._roles.inputs)
+        return self._roles.inputs
 
     @property
     def statistics(self) -> tuple[NamedFile, ...]:
         """The statistics file of each input, or () if the method takes no statistics."""
-        return tuple(entry.stats for entry in self._roles.inputs if entry.stats is not None)
+        return tuple(model.stats for model in self.inputs if model.stats is not None)
 
     @property
     def result_edits(self) -> tuple[Edit, ...]:
@@ -269,38 +176,38 @@ class Recipe(_Strict):
         A model's own settings win over the top level's, and these over the method's default. Raises PlanError if a
         parameter without a default has filters but none matches.
         """
-        missing: list[str] = []
-        shared = self._values(None, tensor, layer, missing)
-        inputs = tuple(self._values(entry, tensor, layer, missing) for entry in self._roles.inputs)
-        if missing:
-            raise PlanError("\n".join(missing))
-        return Settings(shared, inputs)
+        shared, problems = self._values(None, tensor, layer)
+        inputs = [self._values(model, tensor, layer) for model in self.inputs]
+        refuse([*problems, *(problem for _, missing in inputs for problem in missing)])
+        return Settings(shared, tuple(values for values, _ in inputs))
 
     def _values(
-        self, entry: Entry | None, tensor: str, layer: tuple[int, int] | None, missing: list[str]
-    ) -> dict[str, Value]:
-        """The per-input values of `entry`, or the shared ones for None; adds those without a value to `missing`."""
-        scopes = [entry.settings, self._roles.settings] if entry else [self._roles.settings]
+        self, model: Input | None, tensor: str, layer: tuple[int, int] | None
+    ) -> tuple[dict[str, Value], list[Problem]]:
+        """The per-input values of `model`, or the shared ones for None; and a problem for each without a value."""
+        scopes = [model.settings, self._roles.settings] if model else [self._roles.settings]
         values: dict[str, Value] = {}
-        for parameter in (p for p in self.method.parameters if p.per_input == (entry is not None)):
+        missing: list[Problem] = []
+        for parameter in (p for p in self.method.parameters if p.per_input == (model is not None)):
             name = parameter.name
             candidates = (value_at(scope[name], parameter, tensor, layer) for scope in scopes if name in scope)
             value = next((candidate[0] for candidate in candidates if candidate is not None), parameter.default)
             if value is REQUIRED:
-                place = f"{entry.place}." if entry else ""
-                missing.append(f"{place}parameters.{name}: no filter matches {tensor}; add an entry without a filter")
+                place = f"{model.place}." if model else ""
+                text = f"no filter matches {tensor}; add an entry without a filter"
+                missing.append(Problem(f"{place}parameters.{name}", text))
             else:
                 values[name] = cast(Value, value)
-        return values
+        return values, missing
 
     def normalised(self) -> dict[str, Any]:
         """The recipe in one canonical JSON-able form, which parses back to the same merge on any machine."""
         models = [
-            {"model": entry.model.ref, "parameters": {k: as_data(v) for k, v in sorted(entry.settings.items())}}
-            | ({} if entry.stats is None else {"stats": entry.stats.ref})
-            | _align_data(entry.model.align)
-            | _edits_data(entry.model.edits)
-            for entry in self._roles.entries
+            {"model": line.ref, "parameters": {k: as_data(v) for k, v in sorted(line.settings.items())}}
+            | ({} if line.stats is None else {"stats": line.stats.ref})
+            | _align_data(line.align)
+            | _edits_data(line.edits)
+            for line in self._roles.lines
         ]
         return {
             "merge_method": self.merge_method,
@@ -325,21 +232,27 @@ def _edits_data(edits: tuple[Edit, ...]) -> dict[str, Any]:
     return {"edits": data} if data else {}
 
 
-def _lines(error: ValidationError) -> Iterator[str]:
-    """One line per problem of form; problems of content were collected during the check."""
+def _content_lines(error: ValidationError) -> list[str]:
+    """One line per problem of content, which the check of a recipe without problems of form has found."""
+    refusals = [detail["ctx"]["error"] for detail in error.errors(include_url=False) if detail["loc"] == ()]
+    return [line for refusal in refusals for line in str(refusal).split("\n")]
+
+
+def _form_lines(error: ValidationError) -> Iterator[str]:
+    """One line per problem of form."""
     details = error.errors(include_url=False)
     unknown = {detail["loc"] for detail in details if detail["type"] == "extra_forbidden"}
     for detail in details:
         kind, path, value = detail["type"], detail["loc"], detail["input"]
         key_path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
-        if path == () and isinstance(detail.get("ctx", {}).get("error"), PlanError):
+        if path == ():
             continue
         if kind == "missing" and path == ("models",) and unknown & {("slices",), ("modules",)}:
             continue
         if kind == "extra_forbidden":
             form = Recipe if len(path) == 1 else Push if path[0] == "push" else ModelEntry
             key = str(path[-1])
-            yield f"{key_path}: {_NOT_YET.get(key) or 'unknown key, ' + did_you_mean(key, form.model_fields)}"
+            yield f"{key_path}: {NOT_YET.get(key) or 'unknown key, ' + did_you_mean(key, form.model_fields)}"
         elif kind == "missing":
             yield f"{key_path}: required"
         elif kind == "value_error":

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_lfm.errors import did_you_mean
-from mergekit_lfm.methods import Parameter
-from mergekit_lfm.methods.method import Value
+from mergekit_lfm.methods.method import Parameter, Value
+from mergekit_lfm.recipe.problems import InnerError
 
 _KINDS = {
     "float": "a number",
@@ -63,15 +63,15 @@ def read_setting(raw: object, parameter: Parameter) -> Setting:
 
 def _read_rule(raw: object, parameter: Parameter, at: str) -> Rule:
     if not isinstance(raw, dict):
-        raise ValueError(f"{at}: found {raw!r} beside filters, expected a mapping of `filter` and `value`")
+        raise InnerError(at, f"found {raw!r} beside filters, expected a mapping of `filter` and `value`")
     for key in raw:
         if key not in ("filter", "value"):
-            raise ValueError(f"{at}: unknown key {key!r}, {did_you_mean(key, ('filter', 'value'))}")
+            raise InnerError(at, f"unknown key {key!r}, {did_you_mean(key, ('filter', 'value'))}")
     if "value" not in raw:
-        raise ValueError(f"{at}: found a filter without `value`, expected both")
+        raise InnerError(at, "found a filter without `value`, expected both")
     pattern = raw.get("filter")
     if pattern is not None and not isinstance(pattern, str):
-        raise ValueError(f"{at}.filter: found {pattern!r}, expected text that is part of a tensor's name")
+        raise InnerError(f"{at}.filter", f"found {pattern!r}, expected text that is part of a tensor's name")
     return Rule(None if pattern in ("*", "") else pattern, _read_values(raw["value"], parameter, f"{at}.value"))
 
 
@@ -79,18 +79,25 @@ def _read_values(raw: object, parameter: Parameter, at: str) -> tuple[Value, ...
     if raw is None and parameter.default is None:
         return (None,)
     if not isinstance(raw, list | tuple):
-        return (read_value(raw, parameter, at),)
+        return (_read_value_at(raw, parameter, at),)
     if not raw:
-        raise ValueError(f"{at}: found an empty list, expected one value or one per point from first to last layer")
-    return tuple(read_value(value, parameter, f"{at}[{i}]") for i, value in enumerate(raw))
+        raise InnerError(at, "found an empty list, expected one value or one per point from first to last layer")
+    return tuple(_read_value_at(value, parameter, f"{at}[{i}]") for i, value in enumerate(raw))
 
 
-def read_value(raw: object, parameter: Parameter, at: str) -> Value:
-    """`raw` as the parameter's kind, within its bounds. Raises ValueError with `at`, value and expectation."""
+def _read_value_at(raw: object, parameter: Parameter, at: str) -> Value:
+    try:
+        return read_value(raw, parameter)
+    except ValueError as wrong:
+        raise InnerError(at, str(wrong)) from None
+
+
+def read_value(raw: object, parameter: Parameter) -> Value:
+    """`raw` as the parameter's kind, within its bounds. Raises ValueError with the value and the expectation."""
     try:
         return _typed_value(raw, parameter)
     except ValueError as expected:
-        raise ValueError(f"{at}: found {raw!r}, expected {expected}") from None
+        raise ValueError(f"found {raw!r}, expected {expected}") from None
 
 
 def _typed_value(value: object, parameter: Parameter) -> Value:
@@ -115,13 +122,19 @@ def _number(value: str | Real, parameter: Parameter) -> int | float:
     if not math.isfinite(number) or (parameter.kind == "int" and not number.is_integer()):
         raise ValueError(expected if parameter.kind == "int" else "a finite number")
     low, above, high = parameter.minimum, parameter.above, parameter.maximum
-    if low is not None and number < low:
-        raise ValueError(f"{expected} of at least {low:g}")
-    if above is not None and number <= above:
-        raise ValueError(f"{expected} above {above:g}")
-    if high is not None and number > high:
-        raise ValueError(f"{expected} of at most {high:g}")
-    return int(number) if parameter.kind == "int" else number
+    exact = value if isinstance(value, int) else number  # float64 has 53 bits, seeds have 64
+    if low is not None and exact < low:
+        raise ValueError(f"{expected} of at least {bound_text(low)}")
+    if above is not None and exact <= above:
+        raise ValueError(f"{expected} above {bound_text(above)}")
+    if high is not None and exact > high:
+        raise ValueError(f"{expected} of at most {bound_text(high)}")
+    return int(exact) if parameter.kind == "int" else number
+
+
+def bound_text(bound: float) -> str:
+    """A bound in messages: a whole number in full, since seeds have 64 bits."""
+    return str(bound) if isinstance(bound, int) else f"{bound:g}"
 
 
 def value_at(setting: Setting, parameter: Parameter, tensor: str, layer: tuple[int, int] | None) -> tuple[Value] | None:

@@ -18,7 +18,8 @@ import torch
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.runtime.batches import Batch, as_batches
 from mergekit_lfm.runtime.lines import DataLine, read_lines, refuse
-from mergekit_lfm.runtime.load import TASKS, start_token, tokenizer_for_texts
+from mergekit_lfm.runtime.load import start_token, tokenizer_for_texts
+from mergekit_lfm.runtime.tasks import TASKS
 
 if TYPE_CHECKING:
     from mergekit_lfm.runtime.load import Tokenizer

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_lfm.errors import FormatError, PlanError, reason
 from mergekit_lfm.machine.devices import find_device
+from mergekit_lfm.runtime.tasks import TASKS
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lfm.store.sidecars import sidecars_of
 
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
 
     Tokenizer = PreTrainedTokenizerBase
 
-# The tasks that a model can be loaded for, with the model's name in messages.
-TASKS = {"lm": "causal language model", "classification": "classifier", "embedding": "encoder"}
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",

@@ -24,7 +24,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from mergekit_lfm.collect import collect
+from mergekit_lfm.collect.run import collect
 from mergekit_lfm.judge.evaluate import accuracy
 
 Examples = tuple[Tensor, Tensor]  # inputs [n, 64] in [0, 1], labels [n]

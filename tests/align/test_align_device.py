@@ -15,13 +15,14 @@ from helpers_commands import refusal, run
 from helpers_device import GPU, HEAVY, on_cpu, one_after_another, pretended_gpu
 from torch import Tensor
 
-from mergekit_lfm.align import find, find_transform
+from mergekit_lfm.align import find
+from mergekit_lfm.align.find import find_transform
 from mergekit_lfm.align.pair import ON_A_GPU, one_thread_each
 from mergekit_lfm.api import prepare as stages
 from mergekit_lfm.api.prepare import note_device, prepare
 from mergekit_lfm.artifacts import cache
 from mergekit_lfm.artifacts.transform import Transform, UnitsElement
-from mergekit_lfm.collect import collect
+from mergekit_lfm.collect.run import collect
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.plan.plan import make_plan
 from mergekit_lfm.recipe.recipe import Recipe

@@ -8,9 +8,9 @@ import pytest
 import torch
 from helpers_align import Tensors, furthest, loaded, rewritten_model, table, tensors_of, texts
 
-from mergekit_lfm.align import find_transform
+from mergekit_lfm.align.find import find_transform
 from mergekit_lfm.artifacts.transform import Transform
-from mergekit_lfm.collect import collect
+from mergekit_lfm.collect.run import collect
 from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.views.rewritten import rewrite
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers_align import Tensors, loaded, planted, rewritten_model, table, tensors_of
 
-from mergekit_lfm.align import find_transform
+from mergekit_lfm.align.find import find_transform
 from mergekit_lfm.arch import Heads, read_table
 from mergekit_lfm.artifacts.transform import HeadsElement, Transform, TransformInfo
 from mergekit_lfm.commands.show.transforms import alignment_text, transform_data

@@ -18,7 +18,7 @@ from helpers_align import (
     tensors_of,
 )
 
-from mergekit_lfm.align import find_transform
+from mergekit_lfm.align.find import find_transform
 from mergekit_lfm.arch import Heads
 from mergekit_lfm.views.rewritten import rewrite
 

@@ -23,11 +23,11 @@ from helpers_align import (
 )
 from scipy.optimize import linear_sum_assignment
 
-from mergekit_lfm.align import find_transform
 from mergekit_lfm.align.correlations import Triple
+from mergekit_lfm.align.find import find_transform
 from mergekit_lfm.arch import Units, read_table
 from mergekit_lfm.artifacts.transform import Transform, TransformInfo, UnitsElement
-from mergekit_lfm.collect import collect
+from mergekit_lfm.collect.run import collect
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.views.rewritten import rewrite
 

@@ -13,7 +13,7 @@ import torch
 from helpers_align import Tensors, convolutions, furthest, loaded, mlp, mlp_table, run_mlp, table_of, tensors_of
 from numpy.typing import NDArray
 
-from mergekit_lfm.align import find_transform
+from mergekit_lfm.align.find import find_transform
 from mergekit_lfm.align.transport import cost_of, solve
 from mergekit_lfm.artifacts.transform import UnitsElement, open_transform
 from mergekit_lfm.errors import PlanError

@@ -14,15 +14,15 @@ import torch
 from helpers_align import furthest, loaded, mlp, mlp_table, planted, run_mlp, table, tensors_of
 from scipy.optimize import linear_sum_assignment
 
-from mergekit_lfm.align import find_transform
+from mergekit_lfm.align.find import find_transform
 from mergekit_lfm.align.gains import new_gains
 from mergekit_lfm.align.pair import Pair, Side, one_thread_each
-from mergekit_lfm.align.registry import ALIGNERS
 from mergekit_lfm.align.request import AlignProblem
 from mergekit_lfm.arch import Symmetries, Units, read_table
 from mergekit_lfm.artifacts.transform import Transform, TransformInfo, UnitsElement, open_transform
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.recipe.align import align_options
+from mergekit_lfm.recipe.registry import ALIGN_METHODS
 from mergekit_lfm.store.identity import spec_of
 from mergekit_lfm.views.rewritten import rewrite
 
@@ -249,7 +249,7 @@ def test_reading_by_rows_finds_the_same(method: str, tmp_path: Path) -> None:
     with one_thread_each() as in_order:
         pair = Pair(source, to, symmetries, symmetries, in_order, read_at_once=100)
         options = align_options(method, {"restarts": 1}, statistics=False)
-        aligned = ALIGNERS[method](AlignProblem(pair, options))
+        aligned = ALIGN_METHODS[method].find(AlignProblem(pair, options))
         transform = Transform(symmetries, aligned.elements, TransformInfo(method), new_gains(aligned))
     assert furthest(rewrite(moved, transform), tensors) < 1e-10
 

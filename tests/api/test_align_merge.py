@@ -14,11 +14,11 @@ from helpers_commands import refusal, run
 from safetensors.torch import load_file, save_file
 
 from mergekit_lfm import merge, open_statistics
-from mergekit_lfm.align import find_transform
 from mergekit_lfm.align.elements import random_transform
+from mergekit_lfm.align.find import find_transform
 from mergekit_lfm.api.prepare import prepare
 from mergekit_lfm.arch import find_symmetries
-from mergekit_lfm.collect import collect
+from mergekit_lfm.collect.run import collect
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.plan.budget import Budget
 from mergekit_lfm.plan.plan import make_plan

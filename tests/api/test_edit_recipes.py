@@ -20,7 +20,7 @@ from mergekit_lfm.api import prepare as stages_module
 from mergekit_lfm.commands import main
 from mergekit_lfm.commands import merge as merge_command
 from mergekit_lfm.commands.show.plans import plan_data
-from mergekit_lfm.edit import edit
+from mergekit_lfm.edit.solve import edit
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.output.lock import verify
 from mergekit_lfm.plan.plan import make_plan

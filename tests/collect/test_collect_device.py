@@ -12,7 +12,7 @@ from helpers_collect import OutOfSight, Tied, arrays, convolutional, mlp, texts,
 from helpers_device import GPU, pretended_gpu
 from torch import Tensor, nn
 
-from mergekit_lfm.collect import collect
+from mergekit_lfm.collect.run import collect
 from mergekit_lfm.runtime.batches import Batch
 from mergekit_lfm.views.maps import CPU
 

@@ -25,8 +25,9 @@ from helpers_collect import (
 from torch import Tensor, nn
 
 from mergekit_lfm.artifacts.statistics import Statistics
-from mergekit_lfm.collect import collect, examplewise, fisher
+from mergekit_lfm.collect import examplewise, fisher
 from mergekit_lfm.collect.request import StatisticsRequest
+from mergekit_lfm.collect.run import collect
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.runtime.batches import Batch
 from mergekit_lfm.runtime.subject import Subject
@@ -146,7 +147,7 @@ def test_a_whole_batch_gives_the_same_as_single_examples(name: str, dtype: torch
     made = case(name)
     model, (batch,) = made.model.to(dtype), made.data([5])
     subject = Subject(model, "", {n: n for n, _ in model.named_parameters(remove_duplicate=False)})
-    request = StatisticsRequest((subject,), [batch], made.task, LABELS[made.task], 1, 0, (), 10**9)
+    request = StatisticsRequest((subject,), [batch], made.task, (), 10**9, {"labels": LABELS[made.task]})
     statistic = fisher.FisherStatistic(request)
     found = []
     for together in (True, False):
@@ -250,7 +251,7 @@ def test_tensors_are_chosen_by_name(tmp_path: Path) -> None:
     [
         ("lm", "expected", "one backward pass for every entry of the vocabulary"),
         ("embedding", "true", "embedding cannot have 'true' labels; choose one of sampled, expected"),
-        ("classification", "some", "cannot have 'some' labels"),
+        ("classification", "some", "labels: found 'some', expected one of expected, sampled, true"),
         ("classification", "true", "8 examples have no label"),
     ],
 )

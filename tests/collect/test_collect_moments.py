@@ -13,7 +13,8 @@ from helpers_collect import arrays, mlp, texts, transformer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mergekit_lfm.collect import collect, moments
+from mergekit_lfm.collect import moments
+from mergekit_lfm.collect.run import collect
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.runtime.batches import Batch
 

@@ -12,7 +12,7 @@ from helpers_collect import OutOfSight, Tied, arrays, image_model, mlp, texts, t
 from safetensors.torch import save_file, save_model
 from torch import nn
 
-from mergekit_lfm.collect import collect
+from mergekit_lfm.collect.run import collect
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.runtime.locate import locate_tensors
 from mergekit_lfm.store.checkpoint import open_checkpoint

@@ -22,13 +22,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mergekit_lfm.artifacts.statistics import open_statistics
-from mergekit_lfm.collect import collect, registry
 from mergekit_lfm.collect.moments import GramStatistic
 from mergekit_lfm.collect.passes import run_passes
 from mergekit_lfm.collect.pauses import Pauses, delay_interrupts
-from mergekit_lfm.collect.request import Statistic, StatisticsRequest
+from mergekit_lfm.collect.request import Collector, StatisticsRequest
+from mergekit_lfm.collect.run import collect
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.machine.resources import default_memory
+from mergekit_lfm.methods.kinds import StatisticMethod
 from mergekit_lfm.runtime.subject import make_subject
 
 SIZES = [3, 4, 1]
@@ -145,7 +146,7 @@ def test_sums_are_kept_from_time_to_time(pauses: Pauses, expected: list[int]) ->
         write=lambda *_: None,
     )
     subject = make_subject(mlp(6, 7, 3))
-    request = StatisticsRequest((subject,), arrays(6)(SIZES), "classification", None, 1, 0, (), default_memory())
+    request = StatisticsRequest((subject,), arrays(6)(SIZES), "classification", (), default_memory())
     statistic = GramStatistic(request)
     run_passes(statistic, request, [list(statistic.units)], partial, pauses, lambda *_: None)
     assert kept == expected
@@ -227,12 +228,13 @@ def test_outputs_that_would_harm_inputs_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        ("hessian", {}, "found the kind 'hessian', expected one of gram, cross, fisher"),
+        ("hessian", {}, "found the kind 'hessian', expected one of cross, fisher, gram"),
         ("cross", {}, "cross takes two models"),
         ("gram", {"other": nn.Linear(6, 3)}, "gram takes one model"),
-        ("fisher", {"samples": 0}, "samples is 0"),
-        ("gram", {"seed": -1}, "seed is -1; expected 0 to"),
-        ("fisher", {"seed": 2**64}, "seed is 18446744073709551616; expected 0 to"),
+        ("fisher", {"samples": 0}, "stats.samples: found 0, expected a whole number of at least 1"),
+        ("gram", {"seed": 1}, "stats.seed: gram has no such parameter"),
+        ("fisher", {"seed": -1}, "stats.seed: found -1, expected a whole number of at least 0"),
+        ("fisher", {"seed": 2**64}, "stats.seed: found 18446744073709551616, expected .* at most 18446744073709551615"),
         ("gram", {"task": "vision"}, "found the task 'vision', expected one of lm, classification, embedding"),
         ("gram", {"window": 5}, "window and max_examples are for data files"),
         ("gram", {"memory": "much"}, "found 'much', expected a size"),
@@ -330,10 +332,13 @@ class Means:
     def layers(self, counts: Any) -> dict[str, Any]:  # noqa: ARG002
         return {}
 
+    def norm(self, squares: float) -> None:  # noqa: ARG002
+        return None
 
-def test_a_statistic_is_added_by_a_line_in_the_registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: Callable[[StatisticsRequest], Statistic] = Means
-    monkeypatch.setitem(registry.STATISTICS, "gram", made)
+
+def test_a_statistic_is_a_declaration_and_a_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    means: Collector = StatisticMethod("gram", "-", "the mean of the inputs", "-", (), Means)
+    monkeypatch.setattr("mergekit_lfm.collect.run.STATISTIC_METHODS", {"gram": means})
     data = arrays(6)(SIZES)
     stats = collect("gram", mlp(6, 3), data, tmp_path / "out")
     expected = torch.cat([batch.args[0] for batch in data]).mean(0)

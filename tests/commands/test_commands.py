@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from mergekit_lfm import open_checkpoint
 from mergekit_lfm.machine.sizes import format_size, parse_size
 from mergekit_lfm.methods import METHODS
+from mergekit_lfm.recipe.registry import KINDS
 from mergekit_lfm.version import __version__
 
 LINEAR = "merge_method: linear\nmodels: [{model: a}, {model: b}]\nparameters: {weight: 1}\n"
@@ -281,8 +282,8 @@ def test_inspect_gives_the_content_when_asked() -> None:
 
 
 def test_methods_lists_all_and_describes_one() -> None:
-    rows = run("methods").stdout.splitlines()
-    assert [row.split()[0] for row in rows[1:]] == list(METHODS)
+    rows = [row.split()[:2] for row in run("methods").stdout.splitlines()[1:]]
+    assert rows == [[kind, name] for kind, methods in KINDS.items() for name in methods]
     page = run("methods", "ties").stdout
     assert METHODS["ties"].source in page
     assert all(parameter.doc in page for parameter in METHODS["ties"].parameters)
@@ -292,12 +293,18 @@ def test_methods_lists_all_and_describes_one() -> None:
     assert "did you mean ties?" in refusal(run("methods", "tise"))
 
 
+def test_a_name_of_two_kinds_is_described_as_both() -> None:
+    page = run("methods", "fisher").stdout
+    assert [page.count(KINDS[kind]["fisher"].summary) for kind in ("merge", "stats")] == [1, 1]
+    assert list(answer(run("methods", "fisher", "--json"))) == ["merge", "stats"]
+
+
 def test_methods_as_json() -> None:
     everything = answer(run("methods", "--json"))
-    assert list(everything) == list(METHODS)
+    assert {kind: list(methods) for kind, methods in everything.items()} == {k: list(m) for k, m in KINDS.items()}
     one = answer(run("methods", "linear", "--json"))
-    assert one == everything["linear"]
-    assert one["parameters"][0] == {
+    assert one == {"merge": {"linear": everything["merge"]["linear"]}}
+    assert one["merge"]["linear"]["parameters"][0] == {
         "name": "weight",
         "per_input": True,
         "default": "required",

@@ -14,7 +14,7 @@ from torch import nn
 
 from mergekit_lfm.artifacts.patch import Patch, open_patch
 from mergekit_lfm.artifacts.statistics import open_statistics
-from mergekit_lfm.collect import collect
+from mergekit_lfm.collect.run import collect
 from mergekit_lfm.edit.prompts import encode, fill_template
 from mergekit_lfm.edit.sites import find_sites
 from mergekit_lfm.edit.solve import edit

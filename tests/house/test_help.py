@@ -83,6 +83,7 @@ def test_help_loads_little(arguments: list[str], folder: Path) -> None:
         "import mergekit_lfm",
         run("methods"),
         run("methods", "ties"),
+        run("methods", "memit"),
         run("plan", "recipe.yaml"),
         run("merge", "recipe.yaml", "--dry-run", "--json"),
         run("inspect", "a"),

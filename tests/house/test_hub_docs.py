@@ -78,7 +78,8 @@ def test_the_example_in_python_runs(
 
 def test_the_recipe_of_the_guide_is_planned(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mergekit_lfm.plan.plan import make_plan
-    from mergekit_lfm.recipe.recipe import Push, Recipe
+    from mergekit_lfm.recipe.form import Push
+    from mergekit_lfm.recipe.recipe import Recipe
 
     prepare(hub, tmp_path)
     hub.tag("org/b", "v1", hub.head("org/b"))

@@ -6,15 +6,18 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from click.testing import CliRunner
 
-from mergekit_lfm.commands import align, main, merge
+from mergekit_lfm.commands import main, merge
 from mergekit_lfm.methods import METHODS
-from mergekit_lfm.recipe.align import ALIGN_METHODS
+from mergekit_lfm.methods.kinds import AlignMethod, AnyMethod
+from mergekit_lfm.recipe.registry import ALIGN_METHODS, EDIT_METHODS, STATISTIC_METHODS
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = ("README.md", "docs/statistics.md", "docs/alignment.md")
@@ -156,11 +159,48 @@ def test_every_method_and_no_other_is_in_the_table() -> None:
     assert sorted(named) == sorted(METHODS)
 
 
-def test_the_table_of_aligners_and_the_option_name_the_same_methods() -> None:
-    named = re.findall(r"^\| `(\w+)` \|", section(ALIGNMENT, "Methods"), re.MULTILINE)
-    assert named == list(ALIGN_METHODS) == list(align.METHODS)
-    options = {option.name for option in main.commands["align"].params}  # type: ignore[attr-defined]
-    assert {p.name for method in ALIGN_METHODS.values() for p in method.parameters} <= options
+TABLES: list[tuple[str, str, Mapping[str, AnyMethod]]] = [
+    (ALIGNMENT, "| `--method` | what it finds |", ALIGN_METHODS),
+    (EDITING, "| `--method` | what it does |", EDIT_METHODS),
+    (STATISTICS, "| kind | what it holds |", STATISTIC_METHODS),
+]
+
+
+@pytest.mark.parametrize(("document", "heads", "methods"), TABLES, ids=["align", "edit", "stats"])
+def test_the_table_of_a_guide_is_that_of_the_declarations(
+    document: str, heads: str, methods: Mapping[str, AnyMethod]
+) -> None:
+    table = document[document.index(heads) :].partition("\n\n")[0]
+    rows = {row.split("`")[1]: row for row in table.splitlines()[2:]}
+    assert sorted(rows) == list(methods)
+    for name, method in methods.items():
+        linked = set(re.findall(r"arxiv\.org/abs/([\d.]+\d)", rows[name]))
+        assert linked <= set(re.findall(r"\d{4}\.\d{5}", method.source)) and (linked or methods is STATISTIC_METHODS)
+        if isinstance(method, AlignMethod):
+            assert ("`stats cross`" in rows[name]) == (method.statistics != "no")
+            assert ("or `stats" in rows[name] or "with `stats" in rows[name]) == (method.statistics == "optional")
+
+
+def test_the_table_of_options_has_the_defaults_of_the_declarations() -> None:
+    table = section(EDITING, "Options").partition("\n\nPresets")[0]
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) ?\| ", table, re.MULTILINE))
+    defaults: dict[str, dict[str, Any]] = {}
+    for method in EDIT_METHODS.values():
+        for parameter in method.parameters:
+            defaults.setdefault(parameter.name, {})[method.name] = parameter.default
+    texts = {name: {method: as_text(value) for method, value in of.items()} for name, of in defaults.items()}
+    for name, of in texts.items():
+        (_, first), *others = of.items()
+        differing = [f"`{method}` {text}" for method, text in others if text != first]
+        assert rows[name] == "; ".join([first, *differing])
+    assert rows.keys() - texts.keys() == {"layers", "context_templates", "kl_template", "covariance"}
+
+
+def as_text(default: Any) -> str:
+    """A default as the table has it."""
+    if isinstance(default, bool):
+        return str(default).lower()
+    return "" if default is None else f"`{default}`" if isinstance(default, str) else f"{default:g}"
 
 
 def section(document: str, heading: str) -> str:

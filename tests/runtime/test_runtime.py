@@ -13,9 +13,9 @@ import torch
 from helpers_text import bert_config, byte_tokenizer, llama_config, save_model, transformers
 from safetensors.torch import load_file, save_file
 
-from mergekit_lfm.commands.options import TASKS as OFFERED
 from mergekit_lfm.errors import FormatError, PlanError
-from mergekit_lfm.runtime.load import TASKS, embeddings, load_model, logits, run, tokenizer_for_texts
+from mergekit_lfm.runtime.load import embeddings, load_model, logits, run, tokenizer_for_texts
+from mergekit_lfm.runtime.tasks import TASKS
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +32,6 @@ def change(folder: Path, target: Path, *, without: str = "", **tensors: torch.Te
     kept = {name: x for name, x in found.items() if not without or not name.startswith(without)}
     save_file(kept, target / "model.safetensors", {"format": "pt"})
     return target
-
-
-def test_the_command_line_offers_the_tasks_there_are() -> None:
-    assert tuple(TASKS) == OFFERED
 
 
 def test_a_language_model_comes_with_its_tokenizer_and_checkpoint(llama: Path) -> None:

@@ -1,13 +1,13 @@
-"""The pages of the merge methods."""
+"""The pages of the methods, of every kind."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mergekit_lfm.commands.show.terminal import table
-
-if TYPE_CHECKING:
-    from mergekit_lfm.methods import Method, Parameter
+from mergekit_lfm.methods import REQUIRED, Method, Parameter
+from mergekit_lfm.methods.kinds import AlignMethod, AnyMethod, EditMethod
+from mergekit_lfm.recipe.values import bound_text
 
 BASES = {
     "required": "required; deltas to it are merged",
@@ -23,50 +23,60 @@ COUNTS = {
 }
 
 
-def method_data(method: Method) -> dict[str, Any]:
+def method_data(method: AnyMethod) -> dict[str, Any]:
     """A method's declaration for JSON."""
-    least, most = method.inputs
     return {
         "summary": method.summary,
         "source": method.source,
-        "base_model": method.base,
-        "models": {"least": least, "most": most},
+        **_inputs(method),
         "parameters": [parameter_data(parameter) for parameter in method.parameters],
     }
 
 
-def method_text(method: Method) -> str:
-    """A method's page: summary, source, inputs and parameters."""
-    least, most = method.inputs
-    number = str(least) if least == most else f"{least} or more" if most is None else f"{least} to {most}"
-    page = [
-        f"{method.name}: {method.summary}",
-        "",
-        table(
-            [
-                ("source", method.source),
-                ("base_model", BASES[method.base]),
-                ("models", number + COUNTS[method.base]),
-            ]
-        ),
-    ]
+def _inputs(method: AnyMethod) -> dict[str, Any]:
+    """The inputs of a method, by its kind, for JSON."""
+    if isinstance(method, Method):
+        least, most = method.inputs
+        return {"base_model": method.base, "models": {"least": least, "most": most}}
+    if isinstance(method, AlignMethod):
+        return {"statistics": method.statistics}
+    if isinstance(method, EditMethod):
+        return {"layers": {"default": method.band, "several": method.several}}
+    return {"models": method.models}
+
+
+def method_text(method: AnyMethod, kind: str) -> str:
+    """A method's page: summary, kind, source, inputs and parameters."""
+    rows = [("kind", kind), ("source", method.source), *_input_rows(method)]
+    page = [f"{method.name}: {method.summary}", "", table(rows)]
     if method.parameters:
         heads = ("parameter", "given", "default", "values", "meaning")
         page += ["", table([heads, *map(_parameter_row, method.parameters)])]
     return "\n".join(page)
 
 
+def _input_rows(method: AnyMethod) -> list[tuple[str, str]]:
+    """The inputs of a method, by its kind, in words."""
+    if isinstance(method, Method):
+        least, most = method.inputs
+        number = str(least) if least == most else f"{least} or more" if most is None else f"{least} to {most}"
+        return [("base_model", BASES[method.base]), ("models", number + COUNTS[method.base])]
+    if isinstance(method, AlignMethod):
+        return [("stats", {"no": "none"}.get(method.statistics, f"{method.statistics}, of kind cross"))]
+    if isinstance(method, EditMethod):
+        return [("layers", "several" if method.several else "one")]
+    return [("models", str(method.models))]
+
+
 def _parameter_row(parameter: Parameter) -> tuple[str, ...]:
     data = parameter_data(parameter)
     scope = "per model" if parameter.per_input else "once"
-    default = "none" if data["default"] is None else str(data["default"])
+    default = parameter.unset or "none" if data["default"] is None else str(data["default"])
     return parameter.name, scope, default.lower(), data["values"], parameter.doc
 
 
 def parameter_data(parameter: Parameter) -> dict[str, Any]:
     """A parameter for JSON; the default "required" if it has no default."""
-    from mergekit_lfm.methods import REQUIRED
-
     return {
         "name": parameter.name,
         "per_input": parameter.per_input,
@@ -83,7 +93,7 @@ def _values(parameter: Parameter) -> str:
         return f"{', '.join(names[:-1])} or {names[-1]}"
     if parameter.choices:
         return " or ".join(parameter.choices)
-    low = f"({parameter.above:g}" if parameter.above is not None else None
-    low = low or (f"[{parameter.minimum:g}" if parameter.minimum is not None else "(-inf")
-    high = f"{parameter.maximum:g}]" if parameter.maximum is not None else "inf)"
+    low = f"({bound_text(parameter.above)}" if parameter.above is not None else None
+    low = low or (f"[{bound_text(parameter.minimum)}" if parameter.minimum is not None else "(-inf")
+    high = f"{bound_text(parameter.maximum)}]" if parameter.maximum is not None else "inf)"
     return parameter.kind if (low, high) == ("(-inf", "inf)") else f"{parameter.kind} in {low}, {high}"

@@ -1,0 +1,33 @@
+"""Gram matrices: the second moments of the inputs of linear layers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mergekit_lfm.methods.kinds import StatisticMethod
+
+if TYPE_CHECKING:
+    from mergekit_lfm.collect.request import Collector, Statistic, StatisticsRequest
+
+
+def start(request: StatisticsRequest) -> Statistic:
+    """Prepare the sums of x x^T, x an input of a layer and a 1."""
+    from mergekit_lfm.collect.moments import GramStatistic
+
+    return GramStatistic(request)
+
+
+METHODS: tuple[Collector, ...] = (
+    StatisticMethod(
+        name="gram",
+        source="Jin et al. 2023, RegMean, arXiv 2212.09849; Meng et al. 2022, ROME, arXiv 2202.05262",
+        summary="the second moments of the inputs of MODEL's linear layers",
+        doc="For `merge_method: regmean`, and for `edit`. For every Linear and Conv1D the mean over tokens of x x', "
+        "where x is its input with a 1 at the end. Layers that read the same input share one entry.",
+        examples=(
+            "--data a.jsonl --task classification -o a.safetensors",
+            "--data a.txt --task lm --layers mlp -o a.safetensors",
+        ),
+        start=start,
+    ),
+)

@@ -1,0 +1,78 @@
+"""Methods other than merges: how to align models, edit facts, and collect statistics. A name, a source, parameters.
+
+Each is declared beside its code, in the room above that runs it; `recipe.registry` finds them. The functions' types are
+those of their rooms, which say what goes in and out (`Aligner`, `Editor`, `Collector`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, Literal, TypeVar
+
+from mergekit_lfm.methods.method import Method, Parameter, Value
+
+F = TypeVar("F", bound=Callable[..., Any])
+Options = Mapping[str, Value]
+
+
+@dataclass(frozen=True, slots=True)
+class AlignMethod(Generic[F]):
+    """A way to align a model to another. statistics: whether it reads cross moments of both on the same data.
+
+    idle: parameters without effect when it does. starts: its result depends on an initial transform. widths: it maps
+    units of one width onto another. rotates: it mixes the units of groups that may be rotated.
+    """
+
+    name: str
+    source: str
+    summary: str
+    find: F
+    parameters: tuple[Parameter, ...] = ()
+    statistics: Literal["no", "optional", "required"] = "no"
+    idle: tuple[str, ...] = ()
+    starts: bool = True
+    widths: bool = False
+    rotates: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class EditMethod(Generic[F]):
+    """A way to edit facts. band: its default layers, as shares of the depth, first and last.
+
+    several: it edits several layers at once.
+    """
+
+    name: str
+    source: str
+    summary: str
+    solve: F
+    band: tuple[float, float]
+    several: bool = True
+    parameters: tuple[Parameter, ...] = ()
+
+
+def _as_they_are(_: str, options: Options) -> Options:
+    return options
+
+
+@dataclass(frozen=True, slots=True)
+class StatisticMethod(Generic[F]):
+    """A kind of statistic. summary: what it collects, in the words of MODEL. doc: what for, and how.
+
+    examples: options of its command that make sense together. models: of how many models on the same data it is.
+    settle(task, options): the options with an effect on a task, or PlanError; they go into the file.
+    """
+
+    name: str
+    source: str
+    summary: str
+    doc: str
+    examples: tuple[str, ...]
+    start: F
+    parameters: tuple[Parameter, ...] = ()
+    models: Literal[1, 2] = 1
+    settle: Callable[[str, Options], Options] = field(default=_as_they_are)
+
+
+AnyMethod = Method | AlignMethod[Any] | EditMethod[Any] | StatisticMethod[Any]

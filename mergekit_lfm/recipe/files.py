@@ -1,0 +1,49 @@
+"""Find the models and files that a recipe names: relative to its folder, then to the working directory."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from mergekit_lfm.recipe.problems import Problem, attempt
+from mergekit_lfm.recipe.values import NamedFile
+from mergekit_lfm.store.hub import HubName, hub_name
+
+
+def find_model(ref: str, where: Path | None) -> Path | HubName:
+    """The absolute path of model `ref`, relative to `where`, else to the working directory, else its name on the Hub.
+
+    Raises ValueError, naming both folders, for any other name. Does not ask the Hub.
+    """
+    hint = "expected a folder, or a model on the Hub as org/name or org/name@revision"
+    if "+" in ref:
+        hint = "adapters (model+lora) are not supported in this version; merge the adapter into its model first"
+    try:
+        return _find(ref, where, hint)
+    except ValueError:
+        name = hub_name(ref)
+        if name is None:
+            raise
+        return name
+
+
+def _find(ref: str, where: Path | None, hint: str) -> Path:
+    folders = dict.fromkeys((where or Path.cwd(), Path.cwd()))
+    try:
+        relative = Path(ref).expanduser()
+    except RuntimeError:
+        raise ValueError(
+            f"found {ref!r}, but no user has the home folder {ref.partition('/')[0]}; write the path in full"
+        ) from None
+    tried = list(dict.fromkeys((folder / relative).absolute() for folder in folders))
+    for path in tried:
+        if path.exists():
+            return path.resolve()
+    missing = " nor ".join(str(path) for path in tried)
+    raise ValueError(f"found {ref!r}, but there is no {missing}; {hint}")
+
+
+def read_file(ref: str, where: Path | None, place: str, hint: str) -> tuple[NamedFile | None, list[Problem]]:
+    """The file that `ref` names. hint: what it should be."""
+    path, problems = attempt(partial(_find, ref, where, hint), place)
+    return None if path is None else NamedFile(ref, path), problems

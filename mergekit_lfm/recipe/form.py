@@ -1,0 +1,104 @@
+"""The forms of a recipe's parts, as YAML has them: what keys they have, and the type of each. No check of content."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from mergekit_lfm.errors import did_you_mean
+from mergekit_lfm.store.hub import repository
+
+OUTPUT_DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+# Keys of mergekit and of our design that this version does not support, each with what to do instead.
+NOT_YET = {
+    "slices": "stacking layers is not supported in this version; merge whole models with `models`",
+    "modules": "merging single modules is not supported in this version; use filters in `parameters`",
+    "tokenizer": "building a tokenizer is not supported in this version; without the key the base model's is copied",
+    "tokenizer_source": "building a tokenizer is not supported in this version; without the key the base's is copied",
+    "chat_template": "changing the template is not supported in this version; without the key the base's is copied",
+    "stats": "a statistics file belongs to one model: put `stats` beside it, under `models`",
+    "align": "an alignment belongs to one model: put `align` beside it, under `models`",
+    "lora": "adapters are not supported in this version; merge the adapter into its model first",
+    "revision": "write the revision after the model's name: org/name@revision",
+    "override_architecture": "tensors are taken as the checkpoints name them; remove the key",
+}
+
+
+def _without_unused(data: object, known: Iterable[str]) -> object:
+    """`data` less empty keys of other versions, which some tools write."""
+    if not isinstance(data, Mapping):
+        return data
+    unused = NOT_YET.keys() - set(known)
+    return {key: value for key, value in data.items() if not (key in unused and value in (None, [], {}))}
+
+
+def read_reference(value: object) -> object:
+    """The path or name in any of mergekit's model references: text, or {model: {path: ..., revision: ..}}."""
+    if not isinstance(value, Mapping):
+        return os.fspath(value) if isinstance(value, os.PathLike) else value
+    for key, part in value.items():
+        if key not in ("model", "path", "revision") and part is not None:
+            raise ValueError(NOT_YET.get(key, f"unknown key {key!r}, expected a path or {{model: {{path: ...}}}}"))
+    name, revision = read_reference(value.get("model", value.get("path"))), value.get("revision")
+    return name if revision is None else f"{name}@{revision}"
+
+
+def _path_or_mapping(value: object) -> object:
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _dtype(value: object) -> object:
+    """A dtype's name without the optional "torch."."""
+    name = value.removeprefix("torch.") if isinstance(value, str) else value
+    if name is not None and name not in OUTPUT_DTYPES:
+        short = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "fp64": "float64"}
+        raise ValueError(
+            f"found {value!r}, expected a dtype; {did_you_mean(short.get(str(name), name), OUTPUT_DTYPES)}"
+        )
+    return name
+
+
+Reference = Annotated[str, BeforeValidator(read_reference), Field(min_length=1)]
+Dtype = Annotated[str | None, BeforeValidator(_dtype)]
+Edits = Annotated[
+    tuple[Annotated[str | dict[str, Any], BeforeValidator(_path_or_mapping)], ...],
+    BeforeValidator(lambda value: () if value is None else value),
+]
+_Repository = Annotated[str, AfterValidator(repository)]
+Parameters = Annotated[dict[str, Any], BeforeValidator(lambda value: {} if value is None else value)]
+
+
+class Strict(BaseModel):
+    """A form that refuses unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_unused(cls, data: object) -> object:
+        return _without_unused(data, cls.model_fields)
+
+
+class ModelEntry(Strict):
+    """One line of `models`: a reference, this model's own parameters, its statistics file, alignment and edits.
+
+    align: a transform file, or {to, method, ...} to find one before the merge. edits: changes to the model before the
+    merge, each a patch file or {facts, method, ...}.
+    """
+
+    model: Reference
+    stats: Annotated[str | None, BeforeValidator(read_reference)] = None
+    align: Annotated[str | dict[str, Any] | None, BeforeValidator(_path_or_mapping)] = None
+    edits: Edits = ()
+    parameters: Parameters = Field(default_factory=dict)
+
+
+class Push(Strict):
+    """The result's repository on the Hub, and whether to make it private if it is new."""
+
+    repo: _Repository
+    private: bool = Field(default=False, strict=True)

@@ -1,0 +1,73 @@
+"""Checks return every problem with its place; none hides another, and none is reported in place of its cause."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mergekit_lfm.errors import PlanError
+from mergekit_lfm.methods import METHODS
+from mergekit_lfm.recipe.form import ModelEntry
+from mergekit_lfm.recipe.problems import InnerError, Problem, attempt, refuse
+from mergekit_lfm.recipe.recipe import Recipe
+from mergekit_lfm.recipe.roles import assign_roles
+
+
+def refusal(error: ValueError) -> Any:
+    raise error
+
+
+def test_a_result_or_its_problems() -> None:
+    assert attempt(lambda: 3, "x") == (3, [])
+    assert attempt(lambda: refusal(ValueError("found 1\nand 2")), "x") == (
+        None,
+        [Problem("x", "found 1"), Problem("", "and 2")],
+    )
+    assert attempt(lambda: refusal(InnerError("[1].value", "found 1")), "x") == (
+        None,
+        [Problem("x[1].value", "found 1")],
+    )
+
+
+def test_problems_are_refused_together() -> None:
+    refuse([])
+    with pytest.raises(PlanError, match=r"^a: found 1\nb: found 2\nand 3$"):
+        refuse([Problem("a", "found 1"), Problem("b", "found 2"), Problem("", "and 3")])
+
+
+def test_every_line_of_models_has_its_problems_at_its_place(tmp_path: Path) -> None:
+    lines = [
+        ModelEntry(model="nowhere", parameters={"weight": [1, "x"], "wait": 1}),
+        ModelEntry(model="gone", align={"to": "nowhere", "method": "ot", "cost": 3}, edits=("lost.st",)),
+    ]
+    roles, problems = assign_roles(METHODS["linear"], lines, None, {"normalize": 2}, (), tmp_path)
+    assert [problem.place for problem in problems] == [
+        "models[0].model",
+        "models[0].parameters.weight[1]",
+        "models[0].parameters.wait",
+        "models[1].model",
+        "models[1].edits[0]",
+        "models[1].align.cost",
+        "parameters.normalize",
+    ]
+    assert [line.place for line in roles.lines] == ["models[0]", "models[1]"]
+
+
+def test_a_line_is_its_model_whatever_its_settings(tmp_path: Path) -> None:
+    """The base that is listed with a weight is the base."""
+    (tmp_path / "a").mkdir()
+    lines = [ModelEntry(model="./a", parameters={"weight": 2})]
+    roles, problems = assign_roles(METHODS["linear"], lines, "a", {}, (), tmp_path)
+    assert problems == [] and roles.base is not None
+    assert roles.inputs == (roles.base,) and hash(roles.inputs[0]) == hash(roles.base)
+    assert (roles.inputs[0].place, roles.base.place) == ("models[0]", "base_model")
+    assert roles.inputs[0].settings and not roles.base.settings
+
+
+def test_a_wrong_key_is_not_reported_as_missing_too(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    recipe = {"merge_method": "regmean", "models": [{"model": "a", "stat": "s.st"}]}
+    with pytest.raises(PlanError, match=r"^recipe: models\[0\]\.stat: unknown key, did you mean stats\?$"):
+        Recipe.parse(recipe, tmp_path)
