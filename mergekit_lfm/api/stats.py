@@ -57,13 +57,8 @@ def collect_stats(
     transformers, which loads models, is not installed.
     """
     started, file = time.monotonic(), expand(out)
-    options: dict[str, Any] = {
-        "layers": layers,
-        "batch_size": batch_size,
-        "window": window,
-        "max_examples": max_examples,
-    }
-    options |= {"device": device, "dtype": dtype, "memory": memory, "resume": resume, "overwrite": overwrite}
+    options: dict[str, Any] = {"layers": layers, "batch_size": batch_size, "window": window, "device": device}
+    options |= {"max_examples": max_examples, "dtype": dtype, "memory": memory, "resume": resume}
     before = _state(file)
     with _set_threads(threads), progress.by_count("examples", "collecting") as count:
         statistics = collect(
@@ -75,6 +70,7 @@ def collect_stats(
             task=task,
             checkpoint=None if checkpoint is None else expand(checkpoint),
             other_checkpoint=None if other_checkpoint is None else expand(other_checkpoint),
+            overwrite=overwrite,
             progress=count,
             **options,
             **parameters,
