@@ -31,8 +31,8 @@ from mergekit_lfm.kernels.selection import Bracket, Digits
 from mergekit_lfm.kernels.sums import Weights
 from mergekit_lfm.machine.accelerators import CHUNK, Gpu
 from mergekit_lfm.machine.devices import find_device
-from mergekit_lfm.methods import METHODS
 from mergekit_lfm.methods.fisher import FisherAverage
+from mergekit_lfm.methods.registry import METHODS
 from mergekit_lfm.methods.task_vectors import SparseSum
 
 HALF = 0x3A300000  # about the median of |x| for x from N(0, 0.001), as the bits of a float32

@@ -93,7 +93,7 @@ if TYPE_CHECKING:
     from mergekit_lfm.errors import FormatError, PlanError
     from mergekit_lfm.judge.barrier import Interpolation, barrier
     from mergekit_lfm.judge.evaluate import accuracy, perplexity, retrieval
-    from mergekit_lfm.methods import METHODS
+    from mergekit_lfm.methods.registry import METHODS
     from mergekit_lfm.recipe.recipe import Recipe
     from mergekit_lfm.repair.modules import repair_module
     from mergekit_lfm.runtime.batches import Batch, as_batches

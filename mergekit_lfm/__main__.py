@@ -1,5 +1,5 @@
 """`python -m mergekit_lfm` is `mergekit-lfm`."""
 
-from mergekit_lfm.commands import main
+from mergekit_lfm.commands.app import main
 
 main(prog_name="mergekit-lfm")

@@ -15,14 +15,14 @@ from typing import Any
 
 from click.testing import CliRunner, Result
 
-from mergekit_lfm.commands import main
+from mergekit_lfm.commands.app import main
 
 ROOT = Path(__file__).parents[1]
 # A command as it is installed, in which Ctrl-C works as in a terminal wherever the tests run.
 PROGRAM = """
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from mergekit_lfm.commands import main
+from mergekit_lfm.commands.app import main
 main(prog_name="mergekit-lfm")
 """
 

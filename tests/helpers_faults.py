@@ -328,7 +328,7 @@ def child(request: dict[str, Any], folder: Path) -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(request["cwd"])
     sys.argv = ["merge", *request["arguments"]]
-    from mergekit_lfm import commands
+    from mergekit_lfm.commands.merge import merge
     from mergekit_lfm.output import writer
 
     writer.SYNC_BYTES = fault.sync_bytes or writer.SYNC_BYTES
@@ -338,7 +338,7 @@ def child(request: dict[str, Any], folder: Path) -> int:
         Injector(fault, trace).install()
         code: object = 0
         try:
-            commands.merge()
+            merge()
         except SystemExit as stop:
             code = stop.code
         except BaseException:

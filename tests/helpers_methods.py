@@ -10,7 +10,8 @@ from helpers_stats import gram_of, write_fisher, write_grams
 from safetensors.torch import load_file, save_file
 
 from mergekit_lfm.artifacts.statistics import Layer
-from mergekit_lfm.methods import METHODS, REQUIRED
+from mergekit_lfm.methods.method import REQUIRED
+from mergekit_lfm.methods.registry import METHODS
 from mergekit_lfm.plan.budget import Budget
 from mergekit_lfm.plan.plan import Plan, make_plan
 from mergekit_lfm.recipe.recipe import Recipe

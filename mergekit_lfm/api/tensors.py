@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 from warnings import warn
 
 from mergekit_lfm.errors import PlanError, did_you_mean
-from mergekit_lfm.methods import METHODS, REQUIRED
-from mergekit_lfm.methods.method import Method, Parameter, Unit, Value
+from mergekit_lfm.methods.method import REQUIRED, Method, Parameter, Unit, Value
+from mergekit_lfm.methods.registry import METHODS
 from mergekit_lfm.recipe.values import read_setting, value_at
 
 if TYPE_CHECKING:

@@ -3,8 +3,3 @@
 Standard output carries the result, and with --json exactly one JSON object; everything else goes to standard error.
 A command imports its workflow when it runs, so that --help is quick.
 """
-
-from mergekit_lfm.commands.app import main
-from mergekit_lfm.commands.merge import merge
-
-__all__ = ["main", "merge"]

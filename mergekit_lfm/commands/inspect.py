@@ -97,12 +97,13 @@ def methods(name: str | None, as_json: bool) -> None:
     from mergekit_lfm.commands.show.methods import method_data, method_text
     from mergekit_lfm.commands.show.terminal import table
     from mergekit_lfm.errors import did_you_mean
-    from mergekit_lfm.recipe.registry import KINDS
+    from mergekit_lfm.recipe.registry import all_methods
 
-    known = {method for methods in KINDS.values() for method in methods}
+    kinds = all_methods()
+    known = {method for methods in kinds.values() for method in methods}
     if name is not None and name not in known:
         raise PlanError(f"unknown method {name!r}, {did_you_mean(name, known)}")
-    chosen = [(kind, m) for kind, methods in KINDS.items() for m in methods.values() if name in (None, m.name)]
+    chosen = [(kind, m) for kind, methods in kinds.items() for m in methods.values() if name in (None, m.name)]
     if as_json:
         data: dict[str, dict[str, Any]] = {kind: {} for kind, _ in chosen}
         for kind, method in chosen:

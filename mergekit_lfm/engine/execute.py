@@ -24,7 +24,7 @@ from mergekit_lfm.kernels.compiled import Mode
 from mergekit_lfm.kernels.reductions import Reduction
 from mergekit_lfm.machine.accelerators import HOST, Accelerator
 from mergekit_lfm.machine.resources import default_memory
-from mergekit_lfm.methods import METHODS
+from mergekit_lfm.methods.registry import METHODS
 from mergekit_lfm.output.replace import Policy, already_there, is_complete
 from mergekit_lfm.output.writer import Output, Receipt, finish
 from mergekit_lfm.plan.budget import Budget, check_disk, workers

@@ -23,7 +23,7 @@ from mergekit_lfm.kernels.gpu import make_kernels
 from mergekit_lfm.kernels.sums import round_once
 from mergekit_lfm.machine.accelerators import Accelerator, ReadRange
 from mergekit_lfm.machine.resources import allow_many_files, keep_freed_memory
-from mergekit_lfm.methods import METHODS
+from mergekit_lfm.methods.registry import METHODS
 from mergekit_lfm.output.replace import Policy
 from mergekit_lfm.output.shards import ShardFiles
 from mergekit_lfm.output.writer import Receipt

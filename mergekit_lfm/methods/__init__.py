@@ -1,12 +1,7 @@
 """Declarations of methods, and merge methods, one file each, as pure functions.
 
-A method is a value (`Method`) made of a generator `solve`, which asks for reductions over the inputs and returns
+A merge method is a value (`Method`) made of a generator `solve`, which asks for reductions over the inputs and returns
 small coefficients, and an elementwise `apply`. Files of this package register themselves by being here: each defines
 `METHODS`, a tuple. Nothing here imports torch; the functions work on any tensors. `kinds` has the declarations of
 other methods, which are beside their code in the rooms above.
 """
-
-from mergekit_lfm.methods.method import REQUIRED, Method, Parameter
-from mergekit_lfm.methods.registry import METHODS
-
-__all__ = ["METHODS", "REQUIRED", "Method", "Parameter"]

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.kernels.block import BLOCK, SEGMENT
 from mergekit_lfm.kernels.random import key
-from mergekit_lfm.methods import METHODS, Method
-from mergekit_lfm.methods.method import Unit
+from mergekit_lfm.methods.method import Method, Unit
+from mergekit_lfm.methods.registry import METHODS
 from mergekit_lfm.plan.sources import ModelRoles, TensorRef
 from mergekit_lfm.recipe.recipe import Settings
 from mergekit_lfm.store.tensors import FLOATS, ITEMSIZE, TensorSpec

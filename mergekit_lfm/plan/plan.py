@@ -19,8 +19,8 @@ from mergekit_lfm.artifacts.patch import Patch
 from mergekit_lfm.artifacts.statistics import Statistics
 from mergekit_lfm.errors import PlanError, several
 from mergekit_lfm.kernels.block import BLOCK
-from mergekit_lfm.methods import METHODS
 from mergekit_lfm.methods.method import Unit
+from mergekit_lfm.methods.registry import METHODS
 from mergekit_lfm.output.card import read_license
 from mergekit_lfm.output.layout import Shard, lay_out
 from mergekit_lfm.plan.job import Job, make_job, unit_of

@@ -14,8 +14,8 @@ from typing import Annotated, Any, Self, cast
 from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, ValidationInfo, model_validator
 
 from mergekit_lfm.errors import PlanError, did_you_mean
-from mergekit_lfm.methods import METHODS, REQUIRED, Method
-from mergekit_lfm.methods.method import Value
+from mergekit_lfm.methods.method import REQUIRED, Method, Value
+from mergekit_lfm.methods.registry import METHODS
 from mergekit_lfm.recipe.align import AlignRequest
 from mergekit_lfm.recipe.form import (
     NOT_YET,

@@ -7,16 +7,17 @@ no import here names: a folder is read by its name, and a file in it imports no 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
 
-from mergekit_lfm.methods import METHODS
+from mergekit_lfm.methods.find import find_methods
 from mergekit_lfm.methods.kinds import AlignMethod, AnyMethod, EditMethod, StatisticMethod
-from mergekit_lfm.methods.registry import find_methods
 
 ALIGN_METHODS = find_methods("mergekit_lfm.align.methods", AlignMethod)
 EDIT_METHODS = find_methods("mergekit_lfm.edit.methods", EditMethod)
 STATISTIC_METHODS = find_methods("mergekit_lfm.collect.methods", StatisticMethod)
 
-KINDS: Mapping[str, Mapping[str, AnyMethod]] = MappingProxyType(
-    {"merge": METHODS, "align": ALIGN_METHODS, "edit": EDIT_METHODS, "stats": STATISTIC_METHODS}
-)
+
+def all_methods() -> Mapping[str, Mapping[str, AnyMethod]]:
+    """The methods by kind and name, those that merge first."""
+    from mergekit_lfm.methods.registry import METHODS
+
+    return {"merge": METHODS, "align": ALIGN_METHODS, "edit": EDIT_METHODS, "stats": STATISTIC_METHODS}

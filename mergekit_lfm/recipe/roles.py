@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_lfm.errors import did_you_mean
-from mergekit_lfm.methods import REQUIRED, Method
+from mergekit_lfm.methods.method import REQUIRED, Method
 from mergekit_lfm.recipe.align import AlignRequest, read_align_request
 from mergekit_lfm.recipe.edit import EditRequest, read_edit_request
 from mergekit_lfm.recipe.files import find_model, read_file

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 
 from mergekit_lfm import apply_patches, merge, undo_patches
 from mergekit_lfm.api import prepare as stages_module
-from mergekit_lfm.commands import main
-from mergekit_lfm.commands import merge as merge_command
+from mergekit_lfm.commands.app import main
+from mergekit_lfm.commands.merge import merge as merge_command
 from mergekit_lfm.commands.show.plans import plan_data
 from mergekit_lfm.edit.solve import edit
 from mergekit_lfm.errors import PlanError

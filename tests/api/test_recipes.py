@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from mergekit_lfm import merge
 from mergekit_lfm.judge.evaluate import perplexity
-from mergekit_lfm.methods import METHODS
+from mergekit_lfm.methods.registry import METHODS
 from mergekit_lfm.output.lock import verify
 from mergekit_lfm.plan.plan import make_plan
 from mergekit_lfm.recipe.recipe import Recipe

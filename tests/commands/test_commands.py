@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from mergekit_lfm import open_checkpoint
 from mergekit_lfm.machine.sizes import format_size, parse_size
-from mergekit_lfm.methods import METHODS
-from mergekit_lfm.recipe.registry import KINDS
+from mergekit_lfm.methods.registry import METHODS
+from mergekit_lfm.recipe.registry import all_methods
 from mergekit_lfm.version import __version__
 
 LINEAR = "merge_method: linear\nmodels: [{model: a}, {model: b}]\nparameters: {weight: 1}\n"
@@ -283,7 +283,7 @@ def test_inspect_gives_the_content_when_asked() -> None:
 
 def test_methods_lists_all_and_describes_one() -> None:
     rows = [row.split()[:2] for row in run("methods").stdout.splitlines()[1:]]
-    assert rows == [[kind, name] for kind, methods in KINDS.items() for name in methods]
+    assert rows == [[kind, name] for kind, methods in all_methods().items() for name in methods]
     page = run("methods", "ties").stdout
     assert METHODS["ties"].source in page
     assert all(parameter.doc in page for parameter in METHODS["ties"].parameters)
@@ -295,13 +295,15 @@ def test_methods_lists_all_and_describes_one() -> None:
 
 def test_a_name_of_two_kinds_is_described_as_both() -> None:
     page = run("methods", "fisher").stdout
-    assert [page.count(KINDS[kind]["fisher"].summary) for kind in ("merge", "stats")] == [1, 1]
+    assert [page.count(all_methods()[kind]["fisher"].summary) for kind in ("merge", "stats")] == [1, 1]
     assert list(answer(run("methods", "fisher", "--json"))) == ["merge", "stats"]
 
 
 def test_methods_as_json() -> None:
     everything = answer(run("methods", "--json"))
-    assert {kind: list(methods) for kind, methods in everything.items()} == {k: list(m) for k, m in KINDS.items()}
+    assert {kind: list(methods) for kind, methods in everything.items()} == {
+        k: list(m) for k, m in all_methods().items()
+    }
     one = answer(run("methods", "linear", "--json"))
     assert one == {"merge": {"linear": everything["merge"]["linear"]}}
     assert one["merge"]["linear"]["parameters"][0] == {

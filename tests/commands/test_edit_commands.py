@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from mergekit_lfm.api.changes import changes_data, rounding_warnings
 from mergekit_lfm.artifacts.patch import Patch, TensorChange, open_patch
-from mergekit_lfm.commands import main
+from mergekit_lfm.commands.app import main
 from mergekit_lfm.commands.show.patches import METRIC_NAMES, trace_text
 from mergekit_lfm.commands.show.plots import plot_effects
 from mergekit_lfm.recipe.edit import PRESETS

@@ -21,7 +21,7 @@ from models import files_of
 from mergekit_lfm import merge_tensors
 from mergekit_lfm.engine.execute import execute
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.methods import METHODS
+from mergekit_lfm.methods.registry import METHODS
 from mergekit_lfm.plan.budget import Budget
 
 SYMMETRIC = [name for name, m in METHODS.items() if m.inputs != (1, 1) and m.base != "first" and not m.random]

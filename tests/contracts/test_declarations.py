@@ -15,14 +15,14 @@ import click
 import pytest
 from helpers_commands import run
 
-from mergekit_lfm.commands import main
+from mergekit_lfm.commands.app import main
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.methods import METHODS, REQUIRED, Parameter
 from mergekit_lfm.methods.kinds import AlignMethod, AnyMethod, EditMethod
-from mergekit_lfm.methods.method import Method
+from mergekit_lfm.methods.method import REQUIRED, Method, Parameter
+from mergekit_lfm.methods.registry import METHODS
 from mergekit_lfm.recipe.align import align_options
 from mergekit_lfm.recipe.edit import edit_options
-from mergekit_lfm.recipe.registry import KINDS, STATISTIC_METHODS
+from mergekit_lfm.recipe.registry import STATISTIC_METHODS
 from mergekit_lfm.recipe.stats import statistic_options
 from mergekit_lfm.recipe.values import read_value
 
@@ -221,7 +221,7 @@ for room in ("align", "edit", "collect"):
     import_module(f"mergekit_lfm.{room}.methods").__path__.append(room)
 
 from click.testing import CliRunner
-from mergekit_lfm.commands import main
+from mergekit_lfm.commands.app import main
 from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.recipe.stats import statistic_options
 

@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from mergekit_lfm import merge, merge_tensors
 from mergekit_lfm.api import merge as api
 from mergekit_lfm.artifacts.patch import Patch, TensorChange
-from mergekit_lfm.commands import main
+from mergekit_lfm.commands.app import main
 from mergekit_lfm.engine.blocks import Blocks
 from mergekit_lfm.engine.execute import execute
 from mergekit_lfm.errors import FormatError, PlanError
@@ -40,7 +40,7 @@ from mergekit_lfm.kernels import gpu
 from mergekit_lfm.kernels.reductions import L1, ColumnGram, Gram, Reduction, RowGram
 from mergekit_lfm.machine import accelerators, devices
 from mergekit_lfm.machine.accelerators import HOST, Gpu
-from mergekit_lfm.methods import METHODS
+from mergekit_lfm.methods.registry import METHODS
 from mergekit_lfm.plan.plan import make_plan
 from mergekit_lfm.recipe.recipe import Recipe
 

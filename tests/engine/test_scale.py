@@ -28,7 +28,7 @@ NUMEL = 600_000_000  # in bfloat16, 1.2 GB
 # Runs a command and prints its own peak memory in KB; wait4 would count its parent's, from before the exec.
 MEASURED = """
 from pathlib import Path
-from mergekit_lfm.commands import main
+from mergekit_lfm.commands.app import main
 try:
     main()
 finally:

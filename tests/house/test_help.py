@@ -9,7 +9,8 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from mergekit_lfm.commands import main, merge
+from mergekit_lfm.commands.app import main
+from mergekit_lfm.commands.merge import merge
 
 ROOT = Path(__file__).parents[2]
 
@@ -55,7 +56,7 @@ def imported(program: str, cwd: Path) -> set[str]:
 
 
 def run(*arguments: str) -> str:
-    return f"from mergekit_lfm.commands import main; main({list(arguments)!r})"
+    return f"from mergekit_lfm.commands.app import main; main({list(arguments)!r})"
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,10 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from mergekit_lfm.commands import main, merge
-from mergekit_lfm.methods import METHODS
+from mergekit_lfm.commands.app import main
+from mergekit_lfm.commands.merge import merge
 from mergekit_lfm.methods.kinds import AlignMethod, AnyMethod
+from mergekit_lfm.methods.registry import METHODS
 from mergekit_lfm.recipe.registry import ALIGN_METHODS, EDIT_METHODS, STATISTIC_METHODS
 
 ROOT = Path(__file__).parents[2]

@@ -66,7 +66,7 @@ def test_the_prose_is_plain_english() -> None:
 def test_a_test_is_named_with_its_subject_first() -> None:
     tests = [node for path in MODULES if path.is_relative_to(ROOT / "tests") for node in functions(parsed(path))]
     names = [node.name for node in tests if node.name.startswith("test_")]
-    assert len(names) > 1000 and [name for name in names if "what" in name] == []
+    assert len(names) > 1000 and [name for name in names if "what" in name.split("_")] == []
 
 
 def test_modules_have_a_docstring() -> None:

@@ -10,7 +10,7 @@ from oracles import assert_close, doubles, rounded, to_bfloat16
 
 from mergekit_lfm import merge_tensors
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.methods import METHODS
+from mergekit_lfm.methods.registry import METHODS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SHAPES = [(), (1,), (0,), (3, 0), (7,), (64,), (33, 17), (5, 1), (1, 5), (2, 3, 5)]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.methods import METHODS
+from mergekit_lfm.methods.registry import METHODS
 from mergekit_lfm.recipe.form import ModelEntry
 from mergekit_lfm.recipe.problems import InnerError, Problem, attempt, refuse
 from mergekit_lfm.recipe.recipe import Recipe

@@ -15,7 +15,8 @@ from safetensors.numpy import save_file
 
 from mergekit_lfm.api.merge import plan_merge
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.methods import METHODS, REQUIRED, Parameter
+from mergekit_lfm.methods.method import REQUIRED, Parameter
+from mergekit_lfm.methods.registry import METHODS
 from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.recipe.values import as_data, read_setting, value_at
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from mergekit_lfm.commands.show.terminal import table
-from mergekit_lfm.methods import REQUIRED, Method, Parameter
 from mergekit_lfm.methods.kinds import AlignMethod, AnyMethod, EditMethod
+from mergekit_lfm.methods.method import REQUIRED, Method, Parameter
 from mergekit_lfm.recipe.values import bound_text
 
 BASES = {
