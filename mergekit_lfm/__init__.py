@@ -114,7 +114,7 @@ _HOMES = {
     "FormatError": "errors",
     "Interpolation": "judge.barrier",
     "Loaded": "runtime.load",
-    "METHODS": "methods",
+    "METHODS": "methods.registry",
     "Outcome": "api.outcome",
     "Patch": "artifacts.patch",
     "PlanError": "errors",

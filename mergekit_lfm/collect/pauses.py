@@ -16,21 +16,27 @@ SAVING_SHARE = 0.05  # saving takes at most this share of the time
 class Pauses:
     """Says when to save: every so many seconds. Slow saves are further apart, so that they take at most a share."""
 
-    def __init__(self, *, every_s: float = EVERY_S, saving_share: float = SAVING_SHARE) -> None:
-        self.every_s, self.saving_share = every_s, saving_share
-        self._next = time.monotonic() + every_s
+    def __init__(
+        self,
+        *,
+        every_s: float = EVERY_S,
+        saving_share: float = SAVING_SHARE,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.every_s, self.saving_share, self._clock = every_s, saving_share, clock
+        self._next = clock() + every_s
 
     @property
     def due(self) -> bool:
         """True if it is time to save."""
-        return time.monotonic() >= self._next
+        return self._clock() >= self._next
 
     @contextmanager
     def taken(self) -> Iterator[None]:
         """Wrap a save: times it, and schedules the next one."""
-        start = time.monotonic()
+        start = self._clock()
         yield
-        now = time.monotonic()
+        now = self._clock()
         self._next = now + max(self.every_s, (now - start) / self.saving_share)
 
 

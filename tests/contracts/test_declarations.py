@@ -22,7 +22,7 @@ from mergekit_lfm.methods.method import REQUIRED, Method, Parameter
 from mergekit_lfm.methods.registry import METHODS
 from mergekit_lfm.recipe.align import align_options
 from mergekit_lfm.recipe.edit import edit_options
-from mergekit_lfm.recipe.registry import STATISTIC_METHODS
+from mergekit_lfm.recipe.registry import STATISTIC_METHODS, all_methods
 from mergekit_lfm.recipe.stats import statistic_options
 from mergekit_lfm.recipe.values import read_value
 
@@ -32,7 +32,7 @@ FOLDERS = {
     "edit": "mergekit_lfm.edit.methods",
     "stats": "mergekit_lfm.collect.methods",
 }
-MACHINERY = {"__init__", "kinds", "method", "registry"}
+MACHINERY = {"__init__", "find", "kinds", "method", "registry"}
 FILES = [
     (kind, path.stem)
     for kind, package in FOLDERS.items()
@@ -40,6 +40,7 @@ FILES = [
     if kind != "merge" or path.stem not in MACHINERY
     if path.stem != "__init__"
 ]
+KINDS = all_methods()
 ALL = [pytest.param(kind, m, id=f"{kind}-{m.name}") for kind, methods in KINDS.items() for m in methods.values()]
 OTHERS = [case for case in ALL if case.values[0] != "merge"]
 PARAMETERS = [

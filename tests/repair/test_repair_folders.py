@@ -195,8 +195,12 @@ def test_an_output_that_is_there_or_in_the_way(berts: tuple[Path, Path, Path], t
     with pytest.raises(PlanError, match="exists; choose another output"):
         repair(merged, (a, b), texts, out, task="classification")
     assert [path.name for path in out.iterdir()] == ["mine.txt"]
-    repair(merged, (a, b), texts, out, task="classification", overwrite=True)
-    assert not (out / "mine.txt").exists() and (out / "repair.json").exists()
+    with pytest.raises(PlanError, match=r"would be deleted with mine.txt in it"):
+        repair(merged, (a, b), texts, out, task="classification", overwrite=True)
+    (out / "mine.txt").unlink()
+    for _ in range(2):
+        repair(merged, (a, b), texts, out, task="classification", overwrite=True)
+    assert (out / "repair.json").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     with pytest.raises(PlanError, match="lie in one another"):
         repair(merged, (a, b), texts, merged, task="classification", overwrite=True)
