@@ -15,10 +15,12 @@ from torch.profiler import ProfilerActivity, profile
 from mergekit_lfm.align.elements import random_transform
 from mergekit_lfm.arch.table import Units, read_table
 from mergekit_lfm.artifacts.patch import Patch, PatchInfo, TensorChange
+from mergekit_lfm.recipe.rename import RenameRule
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lfm.views.base import View
 from mergekit_lfm.views.patched import Patched, summed_changes
 from mergekit_lfm.views.pending import Pending
+from mergekit_lfm.views.renamed import Renamed
 from mergekit_lfm.views.rewritten import Rewritten
 
 # Matrices of two panels each, 2^18 elements being one; of odd sizes; and what has fewer axes.
@@ -81,6 +83,11 @@ def changes(checkpoint: Checkpoint) -> View:
     return summed_changes([make_patch(checkpoint, ("up.weight", "down.weight"))], checkpoint, checkpoint.files[0].path)
 
 
+def renamed(checkpoint: Checkpoint) -> View:
+    """The checkpoint with `layer.` before the names of weights, and a vector under another name."""
+    return Renamed(checkpoint, [RenameRule(r"re:^(\w+)\.weight", r"layer.\1.weight"), RenameRule("up.b", "b")])
+
+
 def pending(checkpoint: Checkpoint) -> View:
     """The checkpoint before its alignment."""
     return Pending(checkpoint, checkpoint, dict.fromkeys(checkpoint, 100), 1000, {"align": "later"})
@@ -97,6 +104,11 @@ CASES: Mapping[str, Case] = MappingProxyType(
         "patched": (save_plain, patched),
         "patched, float32": (lambda folder: save_plain(folder, torch.float32), patched),
         "changes": (save_plain, changes),
+        "renamed": (save_plain, renamed),
+        "renamed over patched over renamed": (
+            save_plain,
+            lambda x: Renamed(patched(Renamed(x, [RenameRule("none", "void")])), [RenameRule("", "model.")]),
+        ),
         "patched over rotated over rewritten": (save_plain, lambda x: patched(rotated(rewritten(x)))),
     }
 )

@@ -33,11 +33,13 @@ def match_tensors(
     for i, (model, label) in enumerate(zip(models, labels, strict=True)):
         embedding = next((e for e in EMBEDDINGS if e in model), None)
         tied = bool(model.config.get("tie_word_embeddings"))
+        left: dict[str, str] = {}
         for name in first:
             if name in templates and i != template:
-                dropped += (
-                    [(label, name, "a buffer that loaders recompute; the template's is kept")] if name in model else []
-                )
+                if name in model:
+                    dropped.append(
+                        (label, model.name_in_files(name), "a buffer that loaders recompute; the template's is kept")
+                    )
             elif name in model:
                 names[name][i] = name
             elif name == HEAD_NAME and tied and embedding:
@@ -46,11 +48,14 @@ def match_tensors(
                 missing.append(f"{label} lacks {first[name]}, which {labels[template]} has")
         for name in (name for name in model if name not in names):
             if RECOMPUTED.search(name):
-                dropped.append((label, name, "a buffer that loaders recompute, which the template lacks"))
+                dropped.append(
+                    (label, model.name_in_files(name), "a buffer that loaders recompute, which the template lacks")
+                )
             elif name == HEAD_NAME and tied:
-                dropped.append((label, name, "tied to the embedding by the model's config"))
+                left[name] = "tied to the embedding by the model's config"
             else:
                 extra.append(f"{label} has {model[name]}, which {labels[template]} lacks")
+        dropped += [(label, model.name_in_files(name), why) for name, why in left.items()]
         if HEAD_NAME in first and HEAD_NAME in model and first.config.get("tie_word_embeddings") and not tied:
             extra.append(
                 f"{label} has a {HEAD_NAME} of its own, but the config of {labels[template]} ties it to the embedding, "

@@ -1,4 +1,4 @@
-"""The models of a recipe as they are merged: as they are stored, or rewritten by an alignment or by edits.
+"""The models of a recipe as they are merged: as they are stored, renamed, or rewritten by an alignment or by edits.
 
 Headers suffice to check an alignment or edit that is still to be made, and to know the shapes of its result: a plan
 needs no more. `api.prepare` puts the rewritten model in its place before anything is written.
@@ -29,14 +29,15 @@ from mergekit_lfm.store.hub import HubName
 from mergekit_lfm.store.tensors import TensorSpec
 from mergekit_lfm.views.base import View
 from mergekit_lfm.views.pending import Pending
+from mergekit_lfm.views.renamed import Renamed
 
 
 def open_models(recipe: Recipe) -> tuple[Checkpoint, ...]:
-    """Open the recipe's `all_models`, aligned and edited as it says.
+    """Open the recipe's `all_models`, renamed, aligned and edited as it says.
 
-    Raises one PlanError about all alignments and edits that do not fit.
+    Raises one PlanError about all alignments and edits that do not fit, one about all new names before.
     """
-    models = _open_stored(recipe)
+    models = _rename(recipe, _open_stored(recipe))
     opened, problems = [], []
     for model in recipe.all_models:
         try:
@@ -73,6 +74,19 @@ def _open_stored(recipe: Recipe) -> dict[str, Checkpoint]:
                 f"{other} and {source} are one model, {checkpoint.snapshot}, under two names: use one name everywhere"
             )
     return {model.label: checkpoints[model.source] for model in recipe.all_models}
+
+
+def _rename(recipe: Recipe, models: Mapping[str, Checkpoint]) -> dict[str, Checkpoint]:
+    """The models, by label, with the names that the recipe gives to their tensors."""
+    renamed, problems = dict(models), []
+    for model in (model for model in recipe.all_models if model.rename):
+        try:
+            renamed[model.label] = Renamed(models[model.label], model.rename)
+        except PlanError as error:
+            problems.append(f"the `rename` of {model.label}: {error}")
+    if problems:
+        raise PlanError(several("new names do not fit", problems))
+    return renamed
 
 
 def _open_model(model: Input, models: Mapping[str, Checkpoint]) -> Checkpoint:

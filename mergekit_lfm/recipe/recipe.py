@@ -29,6 +29,7 @@ from mergekit_lfm.errors import PlanError, did_you_mean
 from mergekit_lfm.methods import METHODS, REQUIRED, Method
 from mergekit_lfm.methods.method import Value
 from mergekit_lfm.recipe.align import AlignRequest
+from mergekit_lfm.recipe.rename import rename_data
 from mergekit_lfm.recipe.roles import Edit, Entry, Input, ModelLine, Roles, assign_roles, missing_requirements
 from mergekit_lfm.recipe.values import NamedFile, as_data, value_at
 from mergekit_lfm.store.hub import repository
@@ -45,6 +46,7 @@ _NOT_YET = {
     "chat_template": "changing the template is not supported in this version; without the key the base's is copied",
     "stats": "a statistics file belongs to one model: put `stats` beside it, under `models`",
     "align": "an alignment belongs to one model: put `align` beside it, under `models`",
+    "rename": "new names belong to one model: put `rename` beside it, under `models`; for the base, on its line there",
     "lora": "adapters are not supported in this version; merge the adapter into its model first",
     "revision": "write the revision after the model's name: org/name@revision",
     "override_architecture": "tensors are taken as the checkpoints name them; remove the key",
@@ -124,13 +126,15 @@ class ModelEntry(_Strict):
     """One line of `models`: a reference, this model's own parameters, its statistics file, alignment and edits.
 
     align: a transform file, or {to, method, ...} to find one before the merge. edits: changes to the model before the
-    merge, each a patch file or {facts, method, ...}.
+    merge, each a patch file or {facts, method, ...}. rename: new names for its tensors, {old beginning: new beginning}
+    or {"re:PATTERN": new text}; the first match holds, and all else about the model is about the new names.
     """
 
     model: _Reference
     stats: Annotated[str | None, BeforeValidator(_reference)] = None
     align: Annotated[str | dict[str, Any] | None, BeforeValidator(_path_or_mapping)] = None
     edits: _Edits = ()
+    rename: Any = None
     parameters: _Parameters = Field(default_factory=dict)
 
 
@@ -206,7 +210,7 @@ class Recipe(_Strict):
             known = did_you_mean(self.merge_method, METHODS)
             problems.append(f"merge_method: unknown method {self.merge_method!r}, {known}")
         else:
-            models = [ModelLine(e.model, e.parameters, e.stats, e.align, e.edits) for e in self.models]
+            models = [ModelLine(e.model, e.parameters, e.stats, e.align, e.edits, e.rename) for e in self.models]
             self._roles = assign_roles(
                 method, models, self.base_model, self.parameters, self.edits, context["where"], problems
             )
@@ -300,6 +304,7 @@ class Recipe(_Strict):
             | ({} if entry.stats is None else {"stats": entry.stats.ref})
             | _align_data(entry.model.align)
             | _edits_data(entry.model.edits)
+            | ({"rename": rename_data(entry.model.rename)} if entry.model.rename else {})
             for entry in self._roles.entries
         ]
         return {

@@ -16,6 +16,7 @@ from mergekit_lfm.errors import did_you_mean
 from mergekit_lfm.methods import REQUIRED, Method
 from mergekit_lfm.recipe.align import AlignRequest, align_options
 from mergekit_lfm.recipe.edit import EditRequest, edit_options
+from mergekit_lfm.recipe.rename import RenameRule, read_rename
 from mergekit_lfm.recipe.values import NamedFile, Setting, read_setting
 from mergekit_lfm.store.hub import HubName, hub_name
 
@@ -30,8 +31,9 @@ Edit = NamedFile | EditRequest
 class Input:
     """A model of a recipe: `ref` as written, its `source`, and a `label` unique in the recipe.
 
-    source: the absolute path of its folder, or its name on the Hub. align: the transform file that rewrites it before
-    the merge, or the request to find one. edits: patch files that change it before the merge, or requests to make one.
+    source: the absolute path of its folder, or its name on the Hub. rename: new names for its tensors, which all else
+    sees. align: the transform file that rewrites it before the merge, or the request to find one. edits: patch files
+    that change it before the merge, or requests to make one.
     """
 
     ref: str
@@ -39,6 +41,7 @@ class Input:
     label: str
     align: NamedFile | AlignRequest | None = None
     edits: tuple[Edit, ...] = ()
+    rename: tuple[RenameRule, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +56,14 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class ModelLine:
-    """A model as a recipe has it: its reference, parameters, statistics file, alignment, and edits."""
+    """A model as a recipe has it: its reference, parameters, statistics file, alignment, edits, and new names."""
 
     ref: str
     parameters: Mapping[str, Any]
     stats: str | None = None
     align: str | Mapping[str, Any] | None = None
     edits: Sequence[str | Mapping[str, Any]] = ()
+    rename: object = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +156,9 @@ def assign_roles(
         stats = written.stats
         file = None if stats is None else _statistics_file(stats, method, where, f"{place}.stats", problems)
         model = _model(written.ref, source, base, entries, apart=bool(written.edits))
-        model = replace(model, edits=_edits(written.edits, where, f"{place}.edits", problems))
+        renamed = replace(model, rename=_rename(written.rename, f"{place}.rename", problems))
+        base = renamed if model == base else base
+        model = replace(renamed, edits=_edits(written.edits, where, f"{place}.edits", problems))
         if model.edits and written.stats is not None:
             problems.append(
                 f"{place}: the statistics describe the model before `edits` change it. Save the edited model with "
@@ -186,6 +192,15 @@ def _edits(
             text = str(wrong)
             problems += (text if text.startswith(at) else f"{at}: {text}").split("\n")
     return tuple(edits)
+
+
+def _rename(written: object, place: str, problems: list[str]) -> tuple[RenameRule, ...]:
+    """The checked rules for a model's names."""
+    try:
+        return () if written is None else read_rename(written)
+    except ValueError as wrong:
+        problems += [f"{place}: {line}" for line in str(wrong).split("\n")]
+        return ()
 
 
 def _edit_request(given: Mapping[str, Any], where: Path | None, place: str) -> EditRequest:

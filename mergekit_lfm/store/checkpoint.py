@@ -106,6 +106,10 @@ class Checkpoint(Mapping[str, TensorSpec]):
     def layout(self) -> tuple[Layout, ...]:
         """The safetensors files that hold the tensors; () if they lie otherwise."""
 
+    def name_in_files(self, name: str) -> str:
+        """The name of the tensor in the files."""
+        return name
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self.path)!r}, {len(self)} tensors)"
 

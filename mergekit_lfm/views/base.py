@@ -78,6 +78,10 @@ class View(Checkpoint):
     def held(self) -> int:
         return 0
 
+    def name_in_files(self, name: str) -> str:
+        index, source = self.source(name)
+        return self.inners[index].name_in_files(source) if self.inners else name
+
     def __getitem__(self, name: str) -> TensorSpec:
         return self._specs[name]
 

@@ -45,6 +45,11 @@ def plan_text(plan: Plan, facts: dict[str, Any], verbose: bool) -> str:
         if isinstance(model.align, AlignRequest):
             pending = f"the merge finds the transform by {model.align.method} when it runs"
             rows.insert(3, ("aligned", f"{model.label} to {model.align.to}: {pending}"))
+    rows[3:3] = [
+        ("renamed", f"{model.label}: {rule.old!r} becomes {rule.new!r}")
+        for model in plan.recipe.all_models
+        for rule in model.rename
+    ]
     edited = {model.label: model.edits for model in plan.recipe.all_models if model.edits}
     for label, edits in [*edited.items(), ("the result", plan.recipe.result_edits)]:
         rows[3:3] = [("edited", f"{label}: {_edit_text(edit)}") for edit in edits]
