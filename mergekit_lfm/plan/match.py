@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping, Sequence
 
 from mergekit_lfm.errors import PlanError, several
-from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.store.checkpoint import Checkpoint
 
 # Buffers that loaders compute from the config: integers that only some checkpoints of a model carry, and floats that
@@ -34,6 +33,7 @@ def match_tensors(
         embedding = next((e for e in EMBEDDINGS if e in model), None)
         tied = bool(model.config.get("tie_word_embeddings"))
         left: dict[str, str] = {}
+        dropped += [(label, name, why) for name, why in model.dropped.items()]
         for name in first:
             if name in templates and i != template:
                 if name in model:
@@ -94,16 +94,3 @@ def layers_of(model: Checkpoint) -> dict[str, tuple[int, int]]:
     for match in matches.values():
         counts[match[1]] = max(counts.get(match[1], 0), int(match[2]) + 1)
     return {name: (int(match[2]), counts[match[1]]) for name, match in matches.items()}
-
-
-def refuse_quantised(recipe: Recipe, models: Sequence[Checkpoint], labels: Sequence[str]) -> None:
-    """Raise PlanError for quantised models: without scales their values can only be copied, not merged."""
-    if recipe.method.name == "passthrough":
-        return
-    quantised = []
-    for label, model in zip(labels, models, strict=True):
-        float8 = next((spec for spec in model.values() if spec.dtype.startswith("float8")), None)
-        if model.config.get("quantization_config") or float8:
-            quantised.append(f"{label} is quantised ({float8 or 'according to its config'})")
-    if quantised:
-        raise PlanError("; ".join(quantised) + ": merge the unquantised models, or dequantise them first")

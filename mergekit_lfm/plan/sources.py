@@ -1,4 +1,4 @@
-"""The models of a recipe as they are merged: as they are stored, renamed, or rewritten by an alignment or by edits.
+"""The models of a recipe as they are merged: as they are stored, or rewritten by an alignment or by edits.
 
 Headers suffice to check an alignment or edit that is still to be made, and to know the shapes of its result: a plan
 needs no more. `api.prepare` puts the rewritten model in its place before anything is written.
@@ -20,24 +20,23 @@ from mergekit_lfm.artifacts.patch import Patch, open_patch
 from mergekit_lfm.artifacts.statistics import Statistics, open_statistics
 from mergekit_lfm.artifacts.transform import PANEL, Transform, open_transform, read_transform_info
 from mergekit_lfm.errors import FormatError, PlanError, several
+from mergekit_lfm.plan.stored import open_stored
 from mergekit_lfm.recipe.align import OTHER_WIDTHS, AlignRequest
 from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.recipe.roles import Edit, Input
 from mergekit_lfm.recipe.values import NamedFile
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
-from mergekit_lfm.store.hub import HubName
 from mergekit_lfm.store.tensors import TensorSpec
 from mergekit_lfm.views.base import View
 from mergekit_lfm.views.pending import Pending
-from mergekit_lfm.views.renamed import Renamed
 
 
 def open_models(recipe: Recipe) -> tuple[Checkpoint, ...]:
-    """Open the recipe's `all_models`, renamed, aligned and edited as it says.
+    """Open the recipe's `all_models`, aligned and edited as it says.
 
-    Raises one PlanError about all alignments and edits that do not fit, one about all new names before.
+    Raises one PlanError about all alignments and edits that do not fit; before that, as `open_stored` does.
     """
-    models = _rename(recipe, _open_stored(recipe))
+    models = open_stored(recipe)
     opened, problems = [], []
     for model in recipe.all_models:
         try:
@@ -50,43 +49,6 @@ def open_models(recipe: Recipe) -> tuple[Checkpoint, ...]:
     if any(isinstance(model.align, NamedFile) for model in recipe.all_models):
         check_targets(recipe, opened)
     return tuple(opened)
-
-
-def _open_stored(recipe: Recipe) -> dict[str, Checkpoint]:
-    """The recipe's `all_models` as they are stored, by label. Raises one PlanError about all missing on the Hub."""
-    checkpoints: dict[Path | HubName, Checkpoint] = {}
-    problems = []
-    for model in recipe.all_models:
-        try:
-            if model.source not in checkpoints:
-                checkpoints[model.source] = open_checkpoint(model.source)
-        except PlanError as error:
-            if not isinstance(model.source, HubName) or model.source.repo not in str(error):
-                raise  # it is about the account: the other models would raise the same
-            problems.append(str(error))
-    if problems:
-        raise PlanError(several("models of the recipe are not available", problems))
-    names: dict[str, Path | HubName] = {}
-    for source, checkpoint in checkpoints.items():
-        other = names.setdefault(str(checkpoint.snapshot), source) if checkpoint.snapshot is not None else source
-        if other != source:
-            raise PlanError(
-                f"{other} and {source} are one model, {checkpoint.snapshot}, under two names: use one name everywhere"
-            )
-    return {model.label: checkpoints[model.source] for model in recipe.all_models}
-
-
-def _rename(recipe: Recipe, models: Mapping[str, Checkpoint]) -> dict[str, Checkpoint]:
-    """The models, by label, with the names that the recipe gives to their tensors."""
-    renamed, problems = dict(models), []
-    for model in (model for model in recipe.all_models if model.rename):
-        try:
-            renamed[model.label] = Renamed(models[model.label], model.rename)
-        except PlanError as error:
-            problems.append(f"the `rename` of {model.label}: {error}")
-    if problems:
-        raise PlanError(several("new names do not fit", problems))
-    return renamed
 
 
 def _open_model(model: Input, models: Mapping[str, Checkpoint]) -> Checkpoint:

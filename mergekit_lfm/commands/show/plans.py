@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from mergekit_lfm.commands.show.terminal import count_noun, table
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from mergekit_lfm.plan.plan import Plan
     from mergekit_lfm.recipe.roles import Edit
     from mergekit_lfm.store.checkpoint import Checkpoint
+
+SHOWN_DROPPED = 100  # most tensors that are dropped alike from one model
 
 
 def plan_text(plan: Plan, facts: dict[str, Any], verbose: bool) -> str:
@@ -60,13 +63,25 @@ def plan_text(plan: Plan, facts: dict[str, Any], verbose: bool) -> str:
     ]
     lines = [table(rows)]
     lines += [f"held outside the memory budget, as its tensors are not plain byte ranges: {file}" for file in plan.held]
-    lines += [f"dropped: {model}: {tensor}: {reason}" for model, tensor, reason in plan.dropped]
+    lines += _dropped_lines(plan)
     if verbose:
         lines += [
             "",
             table([("tensor", "shape", "dtype", "method"), *map(_tensor_row, sorted(plan.tensors, key=_natural))]),
         ]
     return "\n".join(lines)
+
+
+def _dropped_lines(plan: Plan) -> Iterator[str]:
+    """A line for each dropped tensor; of many that are dropped alike from a model, a line for the first ones only."""
+    alike = Counter((model, reason) for model, _, reason in plan.dropped)
+    shown = Counter[tuple[str, str]]()
+    for model, tensor, reason in plan.dropped:
+        shown[model, reason] += 1
+        if shown[model, reason] <= SHOWN_DROPPED:
+            yield f"dropped: {model}: {tensor}: {reason}"
+        elif shown[model, reason] == alike[model, reason]:
+            yield f"dropped: {model}: {alike[model, reason] - SHOWN_DROPPED:,} more: {reason}"
 
 
 def _whereabouts(model: Checkpoint) -> str:
