@@ -21,6 +21,7 @@ from mergekit_lfm.output.lock import verify
 from mergekit_lfm.plan.plan import make_plan
 from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.recipe.rename import RenameRule
+from mergekit_lfm.runtime.load import load_model
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lfm.store.tensors import TensorSpec
 from mergekit_lfm.views.patched import patched_view
@@ -252,6 +253,15 @@ def test_scales_of_activations_are_used_up_too(tmp_path: Path) -> None:
     view = dequantise(open_checkpoint(save_checkpoint(tmp_path / "model", tensors, fp8_config(None))))
     assert list(view) == ["h.weight"]
     assert sorted(view.dropped) == ["h.activation_scale", "h.weight_scale_inv"]
+
+
+def test_the_view_runs_as_a_model(models: Path) -> None:
+    """For edits of facts: the same outputs as of the model saved in float32, without a GPU."""
+    save_checkpoint(models / "c", values(load(models / "b"), (32, 48)), open_checkpoint(models / "a").config)
+    ids = torch.arange(6)[None]
+    view = load_model(dequantise(open_checkpoint(models / "b")), "lm")
+    with torch.inference_mode():
+        assert torch.equal(view.model(ids).logits, load_model(models / "c", "lm").model(ids).logits)
 
 
 @pytest.mark.usefixtures("models")
