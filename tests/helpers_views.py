@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from models import save_checkpoint
@@ -15,11 +16,16 @@ from torch.profiler import ProfilerActivity, profile
 from mergekit_lfm.align.elements import random_transform
 from mergekit_lfm.arch.table import Units, read_table
 from mergekit_lfm.artifacts.patch import Patch, PatchInfo, TensorChange
+from mergekit_lfm.recipe.rename import RenameRule
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lfm.views.base import View
 from mergekit_lfm.views.patched import Patched, summed_changes
 from mergekit_lfm.views.pending import Pending
+from mergekit_lfm.views.quantisation import dequantise
+from mergekit_lfm.views.renamed import Renamed
 from mergekit_lfm.views.rewritten import Rewritten
+
+Tensors = dict[str, torch.Tensor]
 
 # Matrices of two panels each, 2^18 elements being one; of odd sizes; and what has fewer axes.
 SHAPES: Mapping[str, tuple[int, ...]] = MappingProxyType(
@@ -29,7 +35,7 @@ TABLE = "up.weight ffn input\nup.bias ffn\ndown.weight residual ffn'\nscale\nnon
 GROUPS = {"ffn": Units(301, "positive"), "residual": Units(1033, "sign")}
 
 
-def plain_tensors(dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
+def plain_tensors(dtype: torch.dtype = torch.bfloat16) -> Tensors:
     """Random tensors of these shapes."""
     draw = torch.Generator().manual_seed(0)
     return {name: torch.randn(shape, generator=draw).to(dtype) for name, shape in SHAPES.items()}
@@ -40,16 +46,54 @@ def save_plain(folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
     return save_checkpoint(folder, plain_tensors(dtype), {}, shards=2)
 
 
+def fp8_config(block: Sequence[int] | None = (128, 128)) -> dict[str, Any]:
+    """A config as DeepSeek-V3 has it."""
+    size = None if block is None else list(block)
+    return {"quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": size}}
+
+
+def quantise(x: torch.Tensor, block: Sequence[int] | None = (128, 128)) -> tuple[torch.Tensor, torch.Tensor]:
+    """A matrix as float8, and the scales of its blocks: float32, the largest entry of each over 448."""
+    height, width = block or x.shape
+    tall, wide = -(-x.shape[0] // height) * height, -(-x.shape[1] // width) * width
+    padded = torch.nn.functional.pad(x.abs(), (0, wide - x.shape[1], 0, tall - x.shape[0]))
+    scales = padded.view(tall // height, height, wide // width, width).amax((1, 3)) / 448
+    return (x / spread(scales, x.shape, block)).to(torch.float8_e4m3fn), scales
+
+
+def spread(scales: torch.Tensor, shape: Sequence[int], block: Sequence[int] | None) -> torch.Tensor:
+    """The scale of every entry."""
+    height, width = block or shape
+    rows, columns = torch.arange(shape[0]) // height, torch.arange(shape[1]) // width
+    return scales.view(-(-shape[0] // height), -1)[rows[:, None], columns]
+
+
+def fp8_tensors(tensors: Mapping[str, torch.Tensor], block: Sequence[int] | None = (128, 128)) -> Tensors:
+    """The matrices as FP8, each before its scales; all others as they are."""
+    made: Tensors = {}
+    for name, x in tensors.items():
+        if x.ndim == 2 and x.numel():
+            made[name], made[f"{name}_scale_inv"] = quantise(x.float(), block)
+        else:
+            made[name] = x
+    return made
+
+
+def save_fp8(folder: Path) -> Path:
+    """The matrices as FP8 with blocks cut at the edges; scales and weights are in different files."""
+    return save_checkpoint(folder, fp8_tensors(plain_tensors()), fp8_config(), shards=2)
+
+
 def make_patch(
-    checkpoint: Checkpoint, names: tuple[str, ...] = ("up.weight",), replaced: tuple[str, ...] = ()
+    checkpoint: Checkpoint, names: Sequence[str] = ("up.weight",), replaced: Sequence[str] = (), rank: int = 5
 ) -> Patch:
-    """A patch that adds random products of rank 5 to matrices, and replaces other tensors by ones."""
+    """A patch that adds random products to matrices, and replaces other tensors by ones."""
     draw = torch.Generator().manual_seed(1)
     changes, tensors = {}, {}
     for name in names:
         rows, columns = checkpoint[name].shape
-        tensors[f"{name}.left"] = torch.randn(rows, 5, generator=draw)
-        tensors[f"{name}.right"] = torch.randn(5, columns, generator=draw)
+        tensors[f"{name}.left"] = torch.randn(rows, rank, generator=draw)
+        tensors[f"{name}.right"] = torch.randn(rank, columns, generator=draw)
         changes[name] = TensorChange("low_rank", (rows, columns), checkpoint[name].dtype, None)
     for name in replaced:
         spec = checkpoint[name]
@@ -81,12 +125,17 @@ def changes(checkpoint: Checkpoint) -> View:
     return summed_changes([make_patch(checkpoint, ("up.weight", "down.weight"))], checkpoint, checkpoint.files[0].path)
 
 
+def renamed(checkpoint: Checkpoint) -> View:
+    """The checkpoint with `layer.` before the names of weights, and a vector under another name."""
+    return Renamed(checkpoint, [RenameRule(r"re:^(\w+)\.weight", r"layer.\1.weight"), RenameRule("up.b", "b")])
+
+
 def pending(checkpoint: Checkpoint) -> View:
     """The checkpoint before its alignment."""
     return Pending(checkpoint, checkpoint, dict.fromkeys(checkpoint, 100), 1000, {"align": "later"})
 
 
-Case = tuple[Callable[[Path], Path], Callable[[Checkpoint], View]]  # saves a checkpoint, and makes a view of it
+Case = tuple[Callable[[Path], Path], Callable[[Checkpoint], Checkpoint]]  # saves a checkpoint, and makes a view of it
 
 CASES: Mapping[str, Case] = MappingProxyType(
     {
@@ -97,6 +146,16 @@ CASES: Mapping[str, Case] = MappingProxyType(
         "patched": (save_plain, patched),
         "patched, float32": (lambda folder: save_plain(folder, torch.float32), patched),
         "changes": (save_plain, changes),
+        "renamed": (save_plain, renamed),
+        "renamed over patched over renamed": (
+            save_plain,
+            lambda x: Renamed(patched(Renamed(x, [RenameRule("none", "void")])), [RenameRule("", "model.")]),
+        ),
+        "dequantised": (save_fp8, lambda x: dequantise(x)),
+        "patched over dequantised over renamed": (
+            save_fp8,
+            lambda x: patched(dequantise(Renamed(x, [RenameRule("none", "void")]))),
+        ),
         "patched over rotated over rewritten": (save_plain, lambda x: patched(rotated(rewritten(x)))),
     }
 )
@@ -106,7 +165,9 @@ def open_case(name: str, folder: Path) -> tuple[Checkpoint, View]:
     """The checkpoint of a case, and its view of it."""
     save, view_of = CASES[name]
     stored = open_checkpoint(save(folder))
-    return stored, view_of(stored)
+    view = view_of(stored)
+    assert isinstance(view, View)
+    return stored, view
 
 
 def peak_nbytes(work: Callable[[], object]) -> int:

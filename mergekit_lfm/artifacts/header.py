@@ -8,12 +8,19 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mergekit_lfm.errors import FormatError
+from mergekit_lfm.store.durable import replace_file
+from mergekit_lfm.store.formats import bytes_of
+from mergekit_lfm.store.tensors import TensorSpec, encode_header
+
+if TYPE_CHECKING:
+    import torch
 
 T = TypeVar("T")
 
@@ -52,3 +59,12 @@ class Kind:
         if not file.is_file():
             raise FileNotFoundError(f"no such {self.name} file: {file}")
         return file
+
+
+def save_tensors(
+    path: Path, specs: Sequence[TensorSpec], read: Callable[[str], torch.Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Write one safetensors file atomically. read: returns a tensor by name, called for one at a time."""
+    header, _ = encode_header(specs, metadata)
+    parts = (bytes_of(read(spec.name).detach().cpu().contiguous()) for spec in specs)
+    replace_file(path.resolve(), chain([header], parts))

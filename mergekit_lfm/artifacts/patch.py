@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from mergekit_lfm.artifacts.header import Kind
+from mergekit_lfm.artifacts.header import Kind, save_tensors
 from mergekit_lfm.errors import FormatError, PlanError
-from mergekit_lfm.store.checkpoint import open_checkpoint, save_tensors
+from mergekit_lfm.store.checkpoint import open_checkpoint
 from mergekit_lfm.store.identity import spec_of
 from mergekit_lfm.store.tensors import FLOATS, read_header
 from mergekit_lfm.version import versions

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_lfm.arch.table import Group, Heads, Symmetries, Units, read_axis
-from mergekit_lfm.artifacts.header import Kind
+from mergekit_lfm.artifacts.header import Kind, save_tensors
 from mergekit_lfm.errors import FormatError
-from mergekit_lfm.store.checkpoint import open_checkpoint, save_tensors
+from mergekit_lfm.store.checkpoint import open_checkpoint
 from mergekit_lfm.store.identity import spec_of
 from mergekit_lfm.store.tensors import read_header
 

@@ -66,7 +66,7 @@ def _config(raw: bytes, plan: Plan) -> bytes:
     """The template's config with the dtype that most output tensors have; its own bytes if that changes nothing.
 
     In a part of the config, such as text_config, the dtype is replaced if it was that of the whole, or if all output
-    tensors have one dtype.
+    tensors have one dtype. The key of a quantisation is left out if the template is dequantised.
     """
     floats = Counter(job.dtype for job in plan.tensors if job.dtype in FLOATS)
     if not floats:
@@ -74,6 +74,9 @@ def _config(raw: bytes, plan: Plan) -> bytes:
     dtype = floats.most_common(1)[0][0]
     before = json.loads(raw)
     config = deepcopy(before)
+    template = plan.models[plan.template].config
+    for key in (key for key in QUANTISATION_KEYS if key in config and key not in template):
+        del config[key]
     old = [config[key] for key in DTYPE_KEYS if config.get(key)]
     for part in _parts(config):
         named = [key for key in DTYPE_KEYS if key in part]

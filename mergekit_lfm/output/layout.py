@@ -50,7 +50,7 @@ def lay_out(template: Checkpoint, tensors: Sequence[TensorSpec], max_shard_size:
     """The shards for the output `tensors`: the template's tensors in its order."""
     layout = template.layout
     stored = {name: dtype for part in layout for name, dtype in part.dtypes.items()}
-    if max_shard_size is None and layout and all(stored[spec.name] == spec.dtype for spec in tensors):
+    if max_shard_size is None and layout and all(stored.get(spec.name) == spec.dtype for spec in tensors):
         return _shards_of_template(layout, tensors)
     return _pack(tensors, max_shard_size or DEFAULT_SHARD)
 

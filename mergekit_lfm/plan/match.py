@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping, Sequence
 
 from mergekit_lfm.errors import PlanError, several
-from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.store.checkpoint import Checkpoint
 
 # Buffers that loaders compute from the config: integers that only some checkpoints of a model carry, and floats that
@@ -33,11 +32,14 @@ def match_tensors(
     for i, (model, label) in enumerate(zip(models, labels, strict=True)):
         embedding = next((e for e in EMBEDDINGS if e in model), None)
         tied = bool(model.config.get("tie_word_embeddings"))
+        left: dict[str, str] = {}
+        dropped += [(label, name, why) for name, why in model.dropped.items()]
         for name in first:
             if name in templates and i != template:
-                dropped += (
-                    [(label, name, "a buffer that loaders recompute; the template's is kept")] if name in model else []
-                )
+                if name in model:
+                    dropped.append(
+                        (label, model.name_in_files(name), "a buffer that loaders recompute; the template's is kept")
+                    )
             elif name in model:
                 names[name][i] = name
             elif name == HEAD_NAME and tied and embedding:
@@ -46,11 +48,14 @@ def match_tensors(
                 missing.append(f"{label} lacks {first[name]}, which {labels[template]} has")
         for name in (name for name in model if name not in names):
             if RECOMPUTED.search(name):
-                dropped.append((label, name, "a buffer that loaders recompute, which the template lacks"))
+                dropped.append(
+                    (label, model.name_in_files(name), "a buffer that loaders recompute, which the template lacks")
+                )
             elif name == HEAD_NAME and tied:
-                dropped.append((label, name, "tied to the embedding by the model's config"))
+                left[name] = "tied to the embedding by the model's config"
             else:
                 extra.append(f"{label} has {model[name]}, which {labels[template]} lacks")
+        dropped += [(label, model.name_in_files(name), why) for name, why in left.items()]
         if HEAD_NAME in first and HEAD_NAME in model and first.config.get("tie_word_embeddings") and not tied:
             extra.append(
                 f"{label} has a {HEAD_NAME} of its own, but the config of {labels[template]} ties it to the embedding, "
@@ -89,16 +94,3 @@ def layers_of(model: Checkpoint) -> dict[str, tuple[int, int]]:
     for match in matches.values():
         counts[match[1]] = max(counts.get(match[1], 0), int(match[2]) + 1)
     return {name: (int(match[2]), counts[match[1]]) for name, match in matches.items()}
-
-
-def refuse_quantised(recipe: Recipe, models: Sequence[Checkpoint], labels: Sequence[str]) -> None:
-    """Raise PlanError for quantised models: without scales their values can only be copied, not merged."""
-    if recipe.method.name == "passthrough":
-        return
-    quantised = []
-    for label, model in zip(labels, models, strict=True):
-        float8 = next((spec for spec in model.values() if spec.dtype.startswith("float8")), None)
-        if model.config.get("quantization_config") or float8:
-            quantised.append(f"{label} is quantised ({float8 or 'according to its config'})")
-    if quantised:
-        raise PlanError("; ".join(quantised) + ": merge the unquantised models, or dequantise them first")

@@ -24,7 +24,7 @@ from mergekit_lfm.methods.registry import METHODS
 from mergekit_lfm.output.card import read_license
 from mergekit_lfm.output.layout import Shard, lay_out
 from mergekit_lfm.plan.job import Job, make_job, unit_of
-from mergekit_lfm.plan.match import layers_of, match_tensors, refuse_quantised
+from mergekit_lfm.plan.match import layers_of, match_tensors
 from mergekit_lfm.plan.matrices import MatrixGroup, group_matrices
 from mergekit_lfm.plan.sources import (
     ADDED,
@@ -187,7 +187,6 @@ def make_plan(
     roles = assign_roles(recipe, models, open_all(recipe, dict(zip(labels, models, strict=True))))
     template = models[roles.template]
     roles = replace(roles, added=open_changes(recipe, template, edits))
-    refuse_quantised(recipe, models, labels)
     refuse_resized(recipe.all_models[roles.template], template)
     names, dropped = match_tensors(models, labels, roles.template)
     statistics = find_statistics(roles, names)

@@ -21,13 +21,13 @@ from mergekit_lfm.artifacts.statistics import Statistics, open_statistics
 from mergekit_lfm.artifacts.transform import PANEL, Transform, open_transform, read_transform_info
 from mergekit_lfm.errors import FormatError, PlanError, several
 from mergekit_lfm.methods.kinds import AlignMethod
+from mergekit_lfm.plan.stored import open_stored
 from mergekit_lfm.recipe.align import AlignRequest
 from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.recipe.registry import ALIGN_METHODS
 from mergekit_lfm.recipe.roles import Edit, Input
 from mergekit_lfm.recipe.values import NamedFile
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
-from mergekit_lfm.store.hub import HubName
 from mergekit_lfm.store.tensors import TensorSpec
 from mergekit_lfm.views.base import View
 from mergekit_lfm.views.pending import Pending
@@ -36,9 +36,9 @@ from mergekit_lfm.views.pending import Pending
 def open_models(recipe: Recipe) -> tuple[Checkpoint, ...]:
     """Open the recipe's `all_models`, aligned and edited as it says.
 
-    Raises one PlanError about all alignments and edits that do not fit.
+    Raises one PlanError about all alignments and edits that do not fit; before that, as `open_stored` does.
     """
-    models = _open_stored(recipe)
+    models = open_stored(recipe)
     opened, problems = [], []
     for model in recipe.all_models:
         try:
@@ -51,30 +51,6 @@ def open_models(recipe: Recipe) -> tuple[Checkpoint, ...]:
     if any(isinstance(model.align, NamedFile) for model in recipe.all_models):
         check_targets(recipe, opened)
     return tuple(opened)
-
-
-def _open_stored(recipe: Recipe) -> dict[str, Checkpoint]:
-    """The recipe's `all_models` as they are stored, by label. Raises one PlanError about all missing on the Hub."""
-    checkpoints: dict[Path | HubName, Checkpoint] = {}
-    problems = []
-    for model in recipe.all_models:
-        try:
-            if model.source not in checkpoints:
-                checkpoints[model.source] = open_checkpoint(model.source)
-        except PlanError as error:
-            if not isinstance(model.source, HubName) or model.source.repo not in str(error):
-                raise  # it is about the account: the other models would raise the same
-            problems.append(str(error))
-    if problems:
-        raise PlanError(several("models of the recipe are not available", problems))
-    names: dict[str, Path | HubName] = {}
-    for source, checkpoint in checkpoints.items():
-        other = names.setdefault(str(checkpoint.snapshot), source) if checkpoint.snapshot is not None else source
-        if other != source:
-            raise PlanError(
-                f"{other} and {source} are one model, {checkpoint.snapshot}, under two names: use one name everywhere"
-            )
-    return {model.label: checkpoints[model.source] for model in recipe.all_models}
 
 
 def _open_model(model: Input, models: Mapping[str, Checkpoint]) -> Checkpoint:

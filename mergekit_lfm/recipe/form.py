@@ -22,6 +22,7 @@ NOT_YET = {
     "chat_template": "changing the template is not supported in this version; without the key the base's is copied",
     "stats": "a statistics file belongs to one model: put `stats` beside it, under `models`",
     "align": "an alignment belongs to one model: put `align` beside it, under `models`",
+    "rename": "new names belong to one model: put `rename` beside it, under `models`; for the base, on its line there",
     "lora": "adapters are not supported in this version; merge the adapter into its model first",
     "revision": "write the revision after the model's name: org/name@revision",
     "override_architecture": "tensors are taken as the checkpoints name them; remove the key",
@@ -87,13 +88,15 @@ class ModelEntry(Strict):
     """One line of `models`: a reference, this model's own parameters, its statistics file, alignment and edits.
 
     align: a transform file, or {to, method, ...} to find one before the merge. edits: changes to the model before the
-    merge, each a patch file or {facts, method, ...}.
+    merge, each a patch file or {facts, method, ...}. rename: new names for its tensors, {old beginning: new beginning}
+    or {"re:PATTERN": new text}; the first match holds, and all else about the model is about the new names.
     """
 
     model: Reference
     stats: Annotated[str | None, BeforeValidator(read_reference)] = None
     align: Annotated[str | dict[str, Any] | None, BeforeValidator(_path_or_mapping)] = None
     edits: Edits = ()
+    rename: Any = None
     parameters: Parameters = Field(default_factory=dict)
 
 

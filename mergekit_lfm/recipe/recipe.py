@@ -29,6 +29,7 @@ from mergekit_lfm.recipe.form import (
     read_reference,
 )
 from mergekit_lfm.recipe.problems import Problem, refuse
+from mergekit_lfm.recipe.rename import rename_data
 from mergekit_lfm.recipe.roles import Edit, Input, Roles, assign_roles, missing_requirements
 from mergekit_lfm.recipe.values import NamedFile, as_data, value_at
 from mergekit_lfm.store.yaml import read_yaml
@@ -207,6 +208,7 @@ class Recipe(Strict):
             | ({} if line.stats is None else {"stats": line.stats.ref})
             | _align_data(line.align)
             | _edits_data(line.edits)
+            | ({"rename": rename_data(line.rename)} if line.rename else {})
             for line in self._roles.lines
         ]
         return {

@@ -18,6 +18,7 @@ from mergekit_lfm.recipe.edit import EditRequest, read_edit_request
 from mergekit_lfm.recipe.files import find_model, read_file
 from mergekit_lfm.recipe.form import ModelEntry
 from mergekit_lfm.recipe.problems import Problem, attempt
+from mergekit_lfm.recipe.rename import RenameRule, read_rename
 from mergekit_lfm.recipe.values import NamedFile, Setting, read_setting
 from mergekit_lfm.store.hub import HubName
 
@@ -32,9 +33,10 @@ Edit = NamedFile | EditRequest
 class Input:
     """A model of a recipe: `ref` as written, its `source`, and a `label` unique in the recipe.
 
-    source: the absolute path of its folder, or its name on the Hub. align: the transform file that rewrites it before
-    the merge, or the request to find one. edits: patch files that change it before the merge, or requests to make one.
-    These are the model; the rest is of its line in the recipe. place: of the line, in messages. settings: its own.
+    source: the absolute path of its folder, or its name on the Hub. rename: new names for its tensors, which all else
+    sees. align: the transform file that rewrites it before the merge, or the request to find one. edits: patch files
+    that change it before the merge, or requests to make one. These are the model; the rest is of its line in the
+    recipe. place: of the line, in messages. settings: its own.
     """
 
     ref: str
@@ -42,6 +44,7 @@ class Input:
     label: str
     align: NamedFile | AlignRequest | None = None
     edits: tuple[Edit, ...] = ()
+    rename: tuple[RenameRule, ...] = ()
     place: str = field(default="base_model", compare=False)
     settings: Mapping[str, Setting] = field(default_factory=dict, compare=False)
     stats: NamedFile | None = field(default=None, compare=False)
@@ -77,6 +80,8 @@ def assign_roles(
     lines: list[Input] = []
     for i, entry in enumerate(models):
         line, wrong = _read_line(entry, f"models[{i}]", method, base, lines, where)
+        if base is not None and replace(line, rename=()) == base:
+            base = replace(base, rename=line.rename)
         lines.append(line)
         problems += wrong
     lines, wrong_aligns = _read_aligns(models, lines, base, where)
@@ -95,7 +100,8 @@ def _read_line(
     settings, wrong_settings = _read_settings(entry.parameters, method, f"{place}.parameters", own=True)
     stats, wrong_stats = _read_stats(entry.stats, method, where, f"{place}.stats")
     edits, wrong_edits = _read_edits(entry.edits, where, f"{place}.edits")
-    problems += [*wrong_settings, *wrong_stats, *wrong_edits]
+    rename, wrong_names = _read_rename(entry.rename, f"{place}.rename")
+    problems += [*wrong_settings, *wrong_stats, *wrong_names, *wrong_edits]
     if edits and entry.stats is not None:
         text = (
             "the statistics describe the model before `edits` change it. Save the edited model with "
@@ -109,7 +115,15 @@ def _read_line(
         )
         problems.append(Problem(place, text))
     model = _name_model(entry.model, source, base, before, apart=bool(entry.edits))
-    return replace(model, edits=edits, place=place, settings=settings, stats=stats), problems
+    return replace(model, edits=edits, rename=rename, place=place, settings=settings, stats=stats), problems
+
+
+def _read_rename(raw: object, place: str) -> tuple[tuple[RenameRule, ...], list[Problem]]:
+    """The checked rules for a model's names."""
+    try:
+        return () if raw is None else read_rename(raw), []
+    except ValueError as wrong:
+        return (), [Problem(place, line) for line in str(wrong).split("\n")]
 
 
 def _read_source(ref: str, where: Path | None, place: str) -> tuple[Path | HubName, list[Problem]]:

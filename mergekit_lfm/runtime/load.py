@@ -90,6 +90,8 @@ def load_model(path: str | Path | Checkpoint, task: str, *, dtype: str = "float3
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(folder)
     with _quiet(transformers), _loading(folder, task):
         config = transformers.AutoConfig.from_pretrained(folder, **OURS)
+        if "quantization_config" not in checkpoint.config and hasattr(config, "quantization_config"):
+            del config.quantization_config  # a view that is read as float32
         _check_architecture(config, folder, task)
         tokenizer = _tokenizer(transformers, folder)
         auto = _auto_class(transformers, checkpoint, task)

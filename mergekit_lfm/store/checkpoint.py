@@ -11,12 +11,11 @@ from __future__ import annotations
 import json
 import os
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
@@ -29,7 +28,7 @@ from mergekit_lfm.store.folder import ADAPTER, read_config, weight_paths
 from mergekit_lfm.store.formats import WeightFile, bytes_of, open_weight_files
 from mergekit_lfm.store.hub import HubName, hub_name
 from mergekit_lfm.store.identity import content_digest, identity_of, state_digest
-from mergekit_lfm.store.tensors import ITEMSIZE, TensorSpec, encode_header
+from mergekit_lfm.store.tensors import ITEMSIZE, TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -105,6 +104,15 @@ class Checkpoint(Mapping[str, TensorSpec]):
     @abstractmethod
     def layout(self) -> tuple[Layout, ...]:
         """The safetensors files that hold the tensors; () if they lie otherwise."""
+
+    @property
+    def dropped(self) -> dict[str, str]:
+        """The tensors in the files that it leaves out on purpose, by their names there, and why."""
+        return {}
+
+    def name_in_files(self, name: str) -> str:
+        """The name of the tensor in the files."""
+        return name
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self.path)!r}, {len(self)} tensors)"
@@ -257,15 +265,6 @@ class StoredCheckpoint(Checkpoint):
             Layout(file.path.name, file.data_start, {name: spec.dtype for name, (spec, _) in file.tensors.items()})
             for file in self._files
         )
-
-
-def save_tensors(
-    path: Path, specs: Sequence[TensorSpec], read: Callable[[str], torch.Tensor], metadata: Mapping[str, str]
-) -> None:
-    """Write one safetensors file atomically. read: returns a tensor by name, called for one at a time."""
-    header, _ = encode_header(specs, metadata)
-    parts = (bytes_of(read(spec.name).detach().cpu().contiguous()) for spec in specs)
-    replace_file(path.resolve(), chain([header], parts))
 
 
 def open_checkpoint(path: str | os.PathLike[str] | HubName) -> Checkpoint:

@@ -84,6 +84,20 @@ class View(Checkpoint):
     def held(self) -> int:
         return 0
 
+    @property
+    def dropped(self) -> dict[str, str]:
+        return {name: why for inner in self.inners for name, why in inner.dropped.items()}
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """That of the checkpoint below, unless the view is in another folder."""
+        below = self.inners[0] if self.inners else None
+        return below.config if below is not None and below.path == self.path else super().config
+
+    def name_in_files(self, name: str) -> str:
+        index, source = self.source(name)
+        return self.inners[index].name_in_files(source) if self.inners else name
+
     def __getitem__(self, name: str) -> TensorSpec:
         return self._specs[name]
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from helpers_views import fp8_config, fp8_tensors, make_patch
 from safetensors.torch import save_file
 
 from mergekit_lfm import merge
@@ -19,9 +20,12 @@ from mergekit_lfm.arch import find_symmetries
 from mergekit_lfm.plan.budget import Budget
 from mergekit_lfm.plan.plan import make_plan
 from mergekit_lfm.recipe.recipe import Recipe
+from mergekit_lfm.recipe.rename import RenameRule
 from mergekit_lfm.store.checkpoint import open_checkpoint
 from mergekit_lfm.store.formats import bytes_of
 from mergekit_lfm.store.tensors import TensorSpec, encode_header
+from mergekit_lfm.views.quantisation import dequantise
+from mergekit_lfm.views.renamed import Renamed
 
 NORMS = ("input", "post_attention")
 NUMEL = 600_000_000  # in bfloat16, 1.2 GB
@@ -62,10 +66,7 @@ def test_a_tensor_larger_than_the_budget_is_merged_within_it(tmp_path: Path) -> 
     }
     (tmp_path / "ties.yaml").write_text(yaml.safe_dump(recipe))
     arguments = ["merge", "ties.yaml", "out", "--memory", "300MB", "--quiet"]
-    ran = subprocess.run([sys.executable, "-c", MEASURED, *arguments], cwd=tmp_path, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
-    peak = int(ran.stdout.split()[-1]) * 1024
-    assert peak <= 900e6
+    assert measure_peak(tmp_path, *arguments) <= 900e6
 
 
 def write_llama(folder: Path, seed: int, hidden: int = 1024, middle: int = 2816, layers: int = 3) -> None:
@@ -109,13 +110,45 @@ def test_a_rotated_model_is_merged_within_the_memory_of_the_plan(tmp_path: Path,
         recipe = {"merge_method": "linear", "models": [{"model": "a"}, {"model": "b", **more}]}
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({**recipe, "parameters": {"weight": 1.0}}))
         arguments = ["merge", f"{name}.yaml", name, "--memory", "250MB", "--threads", str(threads), "--quiet"]
-        ran = subprocess.run([sys.executable, "-c", MEASURED, *arguments], cwd=tmp_path, capture_output=True, text=True)
-        assert ran.returncode == 0, ran.stderr
-        peaks[name] = int(ran.stdout.split()[-1]) * 1024
+        peaks[name] = measure_peak(tmp_path, *arguments)
     plan = make_plan(Recipe.load(tmp_path / "rotated.yaml"))
     promised = Budget(plan).peak(250_000_000, threads)
     assert Budget(plan).resident_views > 1024**2 * 8  # the rotation itself
     assert peaks["rotated"] - peaks["plain"] <= promised
+
+
+@pytest.mark.slow
+def test_views_of_views_are_merged_within_the_memory_of_the_plan(tmp_path: Path) -> None:
+    """A model in FP8, under other names and patched: the peak grows by no more than the plan says, 30 MB."""
+    write_llama(tmp_path / "a", 0)
+    write_llama(tmp_path / "b", 1)
+    stored = open_checkpoint(tmp_path / "b")
+    tensors = fp8_tensors({name: stored.read(name).view(spec.shape) for name, spec in stored.items()})
+    (tmp_path / "fp8").mkdir()
+    renamed = {name.replace("model.", "m."): x for name, x in tensors.items()}
+    save_file(renamed, tmp_path / "fp8" / "model.safetensors", {"format": "pt"})
+    (tmp_path / "fp8" / "config.json").write_text(json.dumps(stored.config | fp8_config()))
+    plain = dequantise(Renamed(open_checkpoint(tmp_path / "fp8"), [RenameRule("m.", "model.")]))
+    make_patch(plain, [name for name in plain if name.endswith(("up_proj.weight", "head.weight"))]).save(
+        tmp_path / "p.st"
+    )
+    lines = {"plain": {"model": "b"}, "views": {"model": "fp8", "rename": {"m.": "model."}, "edits": ["p.st"]}}
+    options = ("--memory", "250MB", "--threads", "1", "--quiet")
+    peaks = {}
+    for name, line in lines.items():
+        recipe = {"merge_method": "linear", "models": [{"model": "a"}, line], "parameters": {"weight": 1.0}}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({**recipe, "dtype": "bfloat16"}))
+        peaks[name] = measure_peak(tmp_path, "merge", f"{name}.yaml", name, *options)
+    budget = Budget(make_plan(Recipe.load(tmp_path / "views.yaml")))
+    views = max(budget.views(job) for job in budget.plan.tensors) + budget.resident_views
+    assert peaks["views"] - peaks["plain"] <= views <= 30_000_000 < plain["lm_head.weight"].nbytes
+
+
+def measure_peak(folder: Path, *arguments: str) -> int:
+    """The most memory in bytes that a command holds, run in the folder."""
+    ran = subprocess.run([sys.executable, "-c", MEASURED, *arguments], cwd=folder, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    return int(ran.stdout.split()[-1]) * 1024
 
 
 def llama_70b() -> dict[str, tuple[int, ...]]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers_views import make_patch, patched, pending, plain_tensors, rewritten, rotated, save_plain
 
+from mergekit_lfm.output.layout import lay_out
 from mergekit_lfm.plan.budget import Budget
 from mergekit_lfm.plan.plan import make_plan
 from mergekit_lfm.recipe.recipe import Recipe
@@ -87,6 +88,27 @@ def test_a_pending_view_has_shapes_and_costs_but_no_place_and_no_bytes(stored: C
     assert {view.cost(name) for name in view} == {Cost(100)} and view.resident == 1000
     with pytest.raises(AssertionError, match="before its alignment or edit was made"):
         view.read("up.weight")
+
+
+@final
+class Added(View):
+    """A checkpoint's `scale`, and once more under another name."""
+
+    def __init__(self, inner: Checkpoint) -> None:
+        super().__init__({"scale": inner["scale"], "again": inner["scale"]}, (inner,), {"added": True})
+
+    def maker(self, name: str) -> None:  # noqa: ARG002
+        return None
+
+    def source(self, name: str) -> Source:  # noqa: ARG002
+        return 0, "scale"
+
+
+def test_an_output_of_other_tensors_than_the_files_is_laid_out_anew(stored: Checkpoint) -> None:
+    view = Added(stored)
+    specs = [TensorSpec(name, spec.shape, spec.dtype) for name, spec in view.items()]
+    assert [shard.tensors for shard in lay_out(view, specs, None)] == [tuple(specs)]
+    assert len(lay_out(stored, list(stored.values()), None)) == 2
 
 
 def test_costs_add_up_through_views(stored: Checkpoint) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mergekit_lfm.commands.show.terminal import count_noun, table
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from mergekit_lfm.plan.plan import Plan
     from mergekit_lfm.recipe.roles import Edit
     from mergekit_lfm.store.checkpoint import Checkpoint
+
+SHOWN_DROPPED = 100  # most tensors that are dropped alike from one model
 
 
 def plan_data(plan: Plan) -> dict[str, Any]:
@@ -110,6 +112,11 @@ def plan_text(plan: Plan, facts: dict[str, Any], verbose: bool) -> str:
         if isinstance(model.align, AlignRequest):
             pending = f"the merge finds the transform by {model.align.method} when it runs"
             rows.insert(3, ("aligned", f"{model.label} to {model.align.to}: {pending}"))
+    rows[3:3] = [
+        ("renamed", f"{model.label}: {rule.old!r} becomes {rule.new!r}")
+        for model in plan.recipe.all_models
+        for rule in model.rename
+    ]
     edited = {model.label: model.edits for model in plan.recipe.all_models if model.edits}
     for label, edits in [*edited.items(), ("the result", plan.recipe.result_edits)]:
         rows[3:3] = [("edited", f"{label}: {_edit_text(edit)}") for edit in edits]
@@ -123,13 +130,25 @@ def plan_text(plan: Plan, facts: dict[str, Any], verbose: bool) -> str:
         f"held outside the memory budget, as its tensors are not plain byte ranges: {file}"
         for file in plan.mapped_files
     ]
-    lines += [f"dropped: {model}: {tensor}: {reason}" for model, tensor, reason in plan.dropped]
+    lines += _dropped_lines(plan)
     if verbose:
         lines += [
             "",
             table([("tensor", "shape", "dtype", "method"), *map(_tensor_row, sorted(plan.tensors, key=_natural))]),
         ]
     return "\n".join(lines)
+
+
+def _dropped_lines(plan: Plan) -> Iterator[str]:
+    """A line for each dropped tensor; of many that are dropped alike from a model, a line for the first ones only."""
+    alike = Counter((model, reason) for model, _, reason in plan.dropped)
+    shown = Counter[tuple[str, str]]()
+    for model, tensor, reason in plan.dropped:
+        shown[model, reason] += 1
+        if shown[model, reason] <= SHOWN_DROPPED:
+            yield f"dropped: {model}: {tensor}: {reason}"
+        elif shown[model, reason] == alike[model, reason]:
+            yield f"dropped: {model}: {alike[model, reason] - SHOWN_DROPPED:,} more: {reason}"
 
 
 def _whereabouts(model: Checkpoint) -> str:

@@ -1,0 +1,75 @@
+"""The models of a recipe before any alignment or edit: open, dequantised and renamed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from mergekit_lfm.errors import PlanError, several
+from mergekit_lfm.recipe.recipe import Recipe
+from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
+from mergekit_lfm.store.hub import HubName
+from mergekit_lfm.views.quantisation import dequantise
+from mergekit_lfm.views.renamed import Renamed
+
+
+def open_stored(recipe: Recipe) -> dict[str, Checkpoint]:
+    """Open the recipe's `all_models`, by label, under their new names; quantised ones as float32 unless copied.
+
+    Raises one PlanError about all models missing on the Hub, all quantised ones that cannot be read, or all new names
+    that do not fit.
+    """
+    models = _open_files(recipe)
+    if recipe.method.name != "passthrough":
+        models = _dequantise(models)
+    return _rename(recipe, models)
+
+
+def _open_files(recipe: Recipe) -> dict[str, Checkpoint]:
+    """The recipe's `all_models` as they are stored, by label. Raises one PlanError about all missing on the Hub."""
+    checkpoints: dict[Path | HubName, Checkpoint] = {}
+    problems = []
+    for model in recipe.all_models:
+        try:
+            if model.source not in checkpoints:
+                checkpoints[model.source] = open_checkpoint(model.source)
+        except PlanError as error:
+            if not isinstance(model.source, HubName) or model.source.repo not in str(error):
+                raise  # it is about the account: the other models would raise the same
+            problems.append(str(error))
+    if problems:
+        raise PlanError(several("models of the recipe are not available", problems))
+    names: dict[str, Path | HubName] = {}
+    for source, checkpoint in checkpoints.items():
+        other = names.setdefault(str(checkpoint.snapshot), source) if checkpoint.snapshot is not None else source
+        if other != source:
+            raise PlanError(
+                f"{other} and {source} are one model, {checkpoint.snapshot}, under two names: use one name everywhere"
+            )
+    return {model.label: checkpoints[model.source] for model in recipe.all_models}
+
+
+def _dequantise(models: Mapping[str, Checkpoint]) -> dict[str, Checkpoint]:
+    """The models, by label, with float32 in place of quantised tensors."""
+    readable, problems = dict[str, Checkpoint](), []
+    for label, checkpoint in models.items():
+        try:
+            readable[label] = dequantise(checkpoint)
+        except PlanError as error:
+            problems.append(f"{label} is quantised ({error})")
+    if problems:
+        raise PlanError("; ".join(problems) + ": merge the unquantised models, or dequantise them first")
+    return readable
+
+
+def _rename(recipe: Recipe, models: Mapping[str, Checkpoint]) -> dict[str, Checkpoint]:
+    """The models, by label, with the names that the recipe gives to their tensors."""
+    renamed, problems = dict(models), []
+    for model in (model for model in recipe.all_models if model.rename):
+        try:
+            renamed[model.label] = Renamed(models[model.label], model.rename)
+        except PlanError as error:
+            problems.append(f"the `rename` of {model.label}: {error}")
+    if problems:
+        raise PlanError(several("new names do not fit", problems))
+    return renamed
