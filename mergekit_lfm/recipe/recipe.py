@@ -30,7 +30,8 @@ from mergekit_lfm.recipe.form import (
 )
 from mergekit_lfm.recipe.problems import Problem, refuse
 from mergekit_lfm.recipe.rename import rename_data
-from mergekit_lfm.recipe.roles import Edit, Input, Roles, assign_roles, missing_requirements
+from mergekit_lfm.recipe.requirements import missing_requirements
+from mergekit_lfm.recipe.roles import Edit, Input, Roles, assign_roles
 from mergekit_lfm.recipe.values import NamedFile, as_data, value_at
 from mergekit_lfm.store.yaml import read_yaml
 

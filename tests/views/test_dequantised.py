@@ -32,7 +32,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 def values(tensors: Tensors, block: tuple[int, int] | None = (128, 128)) -> Tensors:
-    """What FP8 tensors and scales stand for: one product for each entry, float32."""
+    """The values of FP8 tensors and scales: one product for each entry, float32."""
     return {
         name: x.float() * spread(scales.float(), x.shape, block)
         if (scales := tensors.get(f"{name}_scale_inv")) is not None
@@ -232,7 +232,7 @@ UP, SCALE = "up.weight", "up.weight_scale_inv"
         ({}, {"quant_method": "gptq"}, "quant_method 'gptq' in its config.json; can be read: fp8"),
     ],
 )
-def test_what_cannot_be_read_is_refused_with_the_reason(
+def test_other_quantised_models_are_refused_with_the_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], config: dict[str, Any], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -38,7 +38,7 @@ def test_the_first_rule_that_matches_holds() -> None:
     assert new_names(("bert.layer.0.", "bert.layer.0."), ("bert.", ""))[1:3] == ["bert.layer.0.gamma", "layer.10.gamma"]
 
 
-def test_patterns_replace_what_they_match_anywhere() -> None:
+def test_patterns_replace_every_match() -> None:
     assert new_names((r"re:layer\.(\d+)\.gamma$", r"h.\1.weight"))[1:3] == ["bert.h.0.weight", "bert.h.10.weight"]
     assert new_names((r"re:^bert\.", ""), (r"re:o", "0"))[::3] == ["embeddings.weight", "p00ler.weight"]
     assert new_names(("re:e", "E"))[0] == "bErt.EmbEddings.wEight".replace("s.wE", "s.wE")
@@ -105,7 +105,7 @@ def test_models_with_other_names_are_merged(models: Path) -> None:
 
 
 def test_the_base_is_renamed_by_its_line(models: Path) -> None:
-    """The output has the base's new names, in its files; the base is no input."""
+    """The output has the base's new names, in its files; the base is not merged as an input."""
     lines = [{"model": "b", "rename": B["rename"]}, {"model": "a", "parameters": {"weight": 0.5}}]
     recipe = {"merge_method": "task_arithmetic", "base_model": "b", "models": lines}
     plan = make_plan(Recipe.parse(recipe))
@@ -167,7 +167,7 @@ def test_an_alignment_sees_the_new_names(models: Path) -> None:
         ({"re:^.*$": "x"}, "would both be 'x'"),
     ],
 )
-def test_one_message_says_what_is_wrong(models: Path, rename: Any, message: str) -> None:
+def test_one_message_names_every_mistake(models: Path, rename: Any, message: str) -> None:
     (models / "recipe.yaml").write_text(
         yaml.safe_dump({"merge_method": "linear", "models": [A, {**B, "rename": rename}]})
     )
