@@ -206,9 +206,15 @@ class Rewritten(View):
         panel: int = PANEL,
         narrow: int = NARROW,
     ) -> None:
-        self._maps = Maps(transform)
+        self._maps, self._sizes = Maps(transform), (panel, narrow)
         self._rewriters = {n: Rewriter(self._maps, spec, panel=panel, narrow=narrow) for n, spec in inner.items()}
         super().__init__({name: rewriter.spec for name, rewriter in self._rewriters.items()}, (inner,), key)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Its copy makes the maps again: pickled, tensors that share their memory would not."""
+        panel, narrow = self._sizes
+        make = partial(Rewritten, panel=panel, narrow=narrow)
+        return make, (self.inners[0], self._maps.transform, self.key), {"path": self.path}
 
     @property
     def held(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib import import_module
@@ -43,6 +44,13 @@ def test_any_range_read_in_any_thread_is_part_of_the_whole(case: tuple[Checkpoin
             step = max(1, spec.numel // 7)
             parts = pool.map(lambda i, name=name, n=step: view.read(name, i, i + n), range(0, spec.numel, step))
             assert torch.equal(torch.cat([whole[:0], *parts]).view(torch.uint8), whole.view(torch.uint8))
+
+
+def test_a_pickled_view_reads_the_same(case: tuple[Checkpoint, View]) -> None:
+    _, view = case
+    copy = pickle.loads(pickle.dumps(view))
+    assert copy == view and copy.identity == view.identity and copy.resident == view.resident
+    assert copy.digests == view.digests
 
 
 def test_a_location_has_the_bytes(case: tuple[Checkpoint, View]) -> None:
