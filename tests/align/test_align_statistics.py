@@ -23,9 +23,10 @@ from helpers_align import (
 )
 from scipy.optimize import linear_sum_assignment
 
-from mergekit_lfm.align.correlations import Triple
+from mergekit_lfm.align.correlations import Triple, UnitMoments
 from mergekit_lfm.align.find import find_transform
 from mergekit_lfm.arch import Units, read_table
+from mergekit_lfm.arch.table import Part
 from mergekit_lfm.artifacts.transform import Transform, TransformInfo, UnitsElement
 from mergekit_lfm.collect.run import collect
 from mergekit_lfm.errors import FormatError, PlanError
@@ -247,3 +248,14 @@ def test_channels_that_only_convolutions_read_have_no_statistics() -> None:
             symmetries=symmetries,
             statistics={"head.weight": (one, one.diagonal(), one.diagonal())},
         )
+
+
+def test_products_are_those_of_states_divided_by_their_gains() -> None:
+    """A state with gain 0 counts for nothing."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(50, 4, generator=generator, dtype=torch.float64) + i for i in range(2))
+    gains = torch.tensor([2.0, 0.0, -0.5, 7.0]), torch.tensor([0.125, 3.0, 1.0, 0.0])
+    means, powers = (x.mean(0), y.mean(0)), (x.square().mean(0), y.square().mean(0))
+    block = UnitMoments(Part("units"), 1, x.T @ y / len(x), means, powers)
+    u, v = (torch.where(gain == 0, 0.0, z / gain) for z, gain in zip((x, y), gains, strict=True))
+    torch.testing.assert_close(block.product(gains), u.T @ v / (u.norm() * v.norm()))

@@ -346,7 +346,10 @@ def test_packed_integers_are_refused(work: Work) -> None:
 # ------------------------------------------------------------------ numbers
 
 
-@pytest.mark.parametrize("recipe", [LINEAR, TIES], ids=["linear", "ties"])
+CRUMBS = TIES.replace("ties", "breadcrumbs").replace("density: 0.5", "density: 0.5, gamma: 0.1")  # drops the largest
+
+
+@pytest.mark.parametrize("recipe", [LINEAR, TIES, CRUMBS], ids=["linear", "ties", "dropped"])
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
 def test_not_finite_input_is_an_error(work: Work, value: str, recipe: str) -> None:
     tensor = work.tensors["b"][UP].clone()

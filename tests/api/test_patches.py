@@ -150,6 +150,26 @@ def test_several_patches_are_added_up_and_rounded_once(tmp_path: Path) -> None:
     assert torch.equal(found, rounded(old.double() + exact, torch.bfloat16))
 
 
+def test_a_sum_next_to_a_tie_is_rounded_once(tmp_path: Path) -> None:
+    """1 + 2^-8 lies between two numbers of bfloat16; float32 does not have the 2^-30 that decides for the upper one."""
+    folder = save_checkpoint(tmp_path / "a", {"x": torch.ones(3, 2, dtype=torch.bfloat16)}, {})
+    info = PatchInfo("any", {"x": TensorChange("add", (3, 2), "bfloat16")})
+    patch = Patch(info, {"x.add": torch.full((3, 2), 2.0**-8 + 2.0**-30)})
+    assert patched_view(open_checkpoint(folder), patch).read("x").tolist() == [1 + 2.0**-7] * 6
+
+
+def test_a_patch_made_for_the_result_of_another_follows_it(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "a")
+    first = low_rank(folder)
+    patched = patched_view(open_checkpoint(folder), first)
+    save_checkpoint(tmp_path / "b", {name: patched.read(name).view(spec.shape) for name, spec in patched.items()}, {})
+    second = low_rank(tmp_path / "b", scale=0.03)
+    both = patched_view(open_checkpoint(folder), first, second).read(NAME)
+    torch.testing.assert_close(both, patched_view(open_checkpoint(tmp_path / "b"), second).read(NAME))
+    with pytest.raises(PlanError, match="other values than those the patch was made for"):
+        patched_view(open_checkpoint(folder), second, first)
+
+
 def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "a")
     low_rank(folder).save(tmp_path / "p.safetensors")

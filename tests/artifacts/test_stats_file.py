@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,18 @@ def test_the_content_is_read_once_and_again_when_the_file_changes(tmp_path: Path
     assert "digests" not in vars(again), "the data were read again"
     save_file({"a": torch.ones(3)}, path)
     assert open_checkpoint(path).content != first_content
+    assert len(list(own_cache.iterdir())) == 2
+
+
+def test_a_file_that_gets_its_old_time_back_has_another_content(tmp_path: Path, own_cache: Path) -> None:
+    """The same inode, size and time of modification, as some tools leave them."""
+    path = tmp_path / "one.safetensors"
+    save_file({"a": torch.zeros(3)}, path)
+    status, before = path.stat(), open_checkpoint(path).content
+    path.write_bytes(path.read_bytes()[:-1] + b"\1")
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert (path.stat().st_ino, path.stat().st_mtime_ns) == (status.st_ino, status.st_mtime_ns)
+    assert open_checkpoint(path).content != before
     assert len(list(own_cache.iterdir())) == 2
 
 

@@ -18,7 +18,8 @@ from test_fused import BLOCK, COINS, FUNCTIONS, RANKS, bits, stored_block, with_
 from test_kernels import blocks_of, kept_by_sorting, values_of
 
 from mergekit_lfm.engine.blocks import StoredBlock, run_solve
-from mergekit_lfm.kernels import bracket, gpu
+from mergekit_lfm.kernels import bracket, gpu, selection
+from mergekit_lfm.kernels.bits import magnitude_bits
 from mergekit_lfm.kernels.block import LANES
 from mergekit_lfm.kernels.emit import COUNT, Unsupported, emit
 from mergekit_lfm.kernels.gpu import LEAST, GpuKernels
@@ -281,6 +282,18 @@ def test_compiled_kernels_contract_nothing_and_divide_exactly(dtype: str, archit
     assert found.stdout.strip() == "compiled", found.stderr[-2000:]
 
 
+def test_kernels_are_launched_without_contraction() -> None:
+    """Triton contracts by default."""
+    options: dict[str, Any] = {}
+
+    class Kernel:
+        def __getitem__(self, _: tuple[int, ...]) -> Any:
+            return lambda *_, **given: options.update(given)
+
+    gpu.launch(Kernel(), (1,), torch.zeros(1), BLOCK=8)
+    assert options == {"BLOCK": 8, "enable_fp_fusion": False}
+
+
 # ------------------------------------------------------------------ counting
 
 
@@ -338,6 +351,18 @@ def test_the_largest_in_chunks_are_those_a_stable_sort_finds(
             index = np.arange(len(row))
             kept = (bits > largest_of.threshold) | ((bits == largest_of.threshold) & (index < largest_of.cut))
             assert np.array_equal(kept, kept_by_sorting(row, count))
+
+
+def test_equal_entries_beside_the_pivots_are_cut_in_the_right_block() -> None:
+    """A chunk collects the entries of all its blocks together, so those of each block are counted once more."""
+    x = torch.tensor([[5.0, 1, 3, 3, 0, 3, 3, 3, 2, 3, 3, 1]])
+    blocks, key = blocks_of(x.to(DEVICE), 4, stand_in(), at_once=2), (0, 0)
+    pivots = magnitude_bits(torch.tensor([4.0, 2.5])).tolist()
+    for rank in range(2, 9):  # of the threes
+        found = blocks.reduce(selection.Bracket({key: pivots}, x.shape[1]))[key].at(pivots, rank)
+        assert (found.bits, found.ordinal, found.equal) == (magnitude_bits(x[0, 2:3]).item(), rank - 1, 7)
+        cuts: Any = run_solve(selection.cuts({key: found}, exact=True), blocks.reduce)  # type: ignore[arg-type]
+        assert int((x[0, : cuts[key]] == 3).sum()) == rank - 1
 
 
 # ------------------------------------------------------------------ sums

@@ -195,6 +195,7 @@ def test_bit_operations() -> None:
     assert mask.tolist() == [0, -1, 0, 0]
     assert apply_mask(x, mask).tolist() == [0.0, -2.0, 0.0, 0.0]
     assert flip_signs(x, negative(x)).tolist() == [1.5, 2.0, 0.0, -0.0]
+    assert (negative(x) != 0).tolist() == (x < 0).tolist()  # -0 is not below 0, nor in compiled code
 
 
 @pytest.mark.parametrize("block", [4, 12, 100])

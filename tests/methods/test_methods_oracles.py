@@ -200,6 +200,12 @@ def test_a_vote_that_is_even_is_positive():
     assert merge_tensors("ties", [x, y], base=torch.zeros(2), weight=1).tolist() == [1, 2]
 
 
+def test_an_even_vote_of_the_whole_model_is_negative():
+    """As in the authors' code, where an element without a majority follows the model, and the model has none either."""
+    x, y = torch.tensor([1.0, -2.0]), torch.tensor([-1.0, 2.0])
+    assert merge_tensors("ties", [x, y], base=torch.zeros(2), weight=1, scope="global").tolist() == [-1, -2]
+
+
 def test_zeros_do_not_count_in_the_mean_of_those_that_agree():
     x, y = torch.tensor([4.0, 1.0]), torch.tensor([0.0, 3.0])
     assert merge_tensors("ties", [x, y], base=torch.zeros(2), weight=[1, 3]).tolist() == [4, 2.5]
@@ -209,6 +215,15 @@ def test_negative_weights_turn_the_vote_round():
     x, y = torch.tensor([1.0]), torch.tensor([3.0])
     settings: dict[str, Any] = {"base": torch.zeros(1), "normalize": False}
     assert merge_tensors("ties", [x, y], weight=[1, -1], **settings).tolist() == [-3]
+
+
+@pytest.mark.parametrize("method", ["ties", "dare_ties", "breadcrumbs_ties"])
+def test_a_mean_is_the_same_with_all_weights_negated(method):
+    random = np.random.default_rng(0)
+    base, *xs = (torch.from_numpy(random.normal(0, 1, 50)).float() for _ in range(4))
+    settings: dict[str, Any] = {"base": base, "density": 0.6, "normalize": True}
+    found = merge_tensors(method, xs, weight=[-0.5, -1, -2], **settings)
+    assert torch.equal(found, merge_tensors(method, xs, weight=[0.5, 1, 2], **settings))
 
 
 def test_deltas_of_zero_norm_are_not_rescaled():

@@ -217,6 +217,8 @@ def test_everything_is_synced_before_it_is_published(one: Job) -> None:
     for call in one.whole.calls[:publish]:
         if call.name in SYNCS:
             synced.add(Path(call.target).name)
+        elif call.name in WRITES:  # such as a header's length, the last of a shard
+            synced.discard(Path(call.target).name)
         elif call.name in ("rename", "replace"):
             old, new = (Path(path).name for path in call.target.split(" -> "))
             synced |= {new} & {new if old in synced else ""}

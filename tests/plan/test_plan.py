@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from mergekit_lfm.api.outcome import Finding
 from mergekit_lfm.engine.blocks import add_in_order
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.kernels.reductions import Gram
+from mergekit_lfm.methods.registry import METHODS
+from mergekit_lfm.plan import plan as plans
 from mergekit_lfm.plan.budget import Budget
 from mergekit_lfm.plan.plan import make_plan
 from mergekit_lfm.recipe.recipe import Recipe
@@ -116,11 +119,12 @@ def test_a_damaged_output_is_not_taken_for_done(tmp_path: Path) -> None:
     recipe = linear(save(tmp_path / "m", {"w": torch.ones(2)}))
     out = Path(merge(recipe, tmp_path / "out"))
     whole = {path.name: path.read_bytes() for path in out.iterdir()}
-    (out / "model.safetensors").unlink()
-    with pytest.raises(PlanError, match=r"is the output of this merge, but model.safetensors is missing"):
-        merge(recipe, out)
-    merge(recipe, out, overwrite=True)
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == whole
+    for damage in (Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-1])):
+        damage(out / "model.safetensors")
+        with pytest.raises(PlanError, match=r"is the output of this merge, but model.safetensors (is missing|has)"):
+            merge(recipe, out)
+        merge(recipe, out, overwrite=True)
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == whole
     (out / "model.safetensors").write_bytes(bytes(len(whole["model.safetensors"])))
     merge(recipe, out, overwrite=True, resume=False)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == whole
@@ -210,3 +214,14 @@ def test_an_adapter_named_directly_is_refused(tmp_path: Path) -> None:
     save_file({"a.lora_A.weight": torch.ones(2)}, tmp_path / "adapter_model.safetensors")
     with pytest.raises(FormatError, match="is an adapter"):
         make_plan(Recipe.parse(linear(tmp_path / "adapter_model.safetensors")))
+
+
+def test_the_digest_knows_the_version_of_its_method_and_of_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = Recipe.parse(linear(save(tmp_path / "a", {"w": torch.ones(2)})))
+    before = make_plan(recipe).digest
+    for name, same in (("linear", False), ("ties", True)):
+        newer = replace(METHODS[name], version=METHODS[name].version + 1)
+        monkeypatch.setattr(plans, "METHODS", {**METHODS, name: newer})
+        assert (make_plan(recipe).digest == before) == same

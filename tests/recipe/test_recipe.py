@@ -465,3 +465,10 @@ def test_every_default_is_a_value_that_a_recipe_could_give():
 def test_reading_a_recipe_imports_no_torch():
     code = "import mergekit_lfm.recipe.recipe, sys; assert not {'torch', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+def test_the_base_with_edits_is_another_model(models):
+    (models / "patch.safetensors").touch()
+    entry = {"model": "BASE", "edits": ["patch.safetensors"], "parameters": {"weight": 1}}
+    recipe = Recipe.parse({"merge_method": "task_arithmetic", "base_model": "BASE", "models": [entry]})
+    assert [(model.label, len(model.edits)) for model in recipe.all_models] == [("BASE", 0), ("BASE (2)", 1)]

@@ -345,6 +345,18 @@ def test_archives_with_any_pickle(tmp_path: Path, program: bytes) -> None:
         open_checkpoint(tmp_path / "a.pt")
 
 
+def test_a_tensor_that_ends_beyond_its_storage_is_refused(tmp_path: Path) -> None:
+    """A storage of one float: a tensor of one fits from its start on, and not from its second element on."""
+    program = REBUILD % (STORAGE, ONE, b"")
+    for first in (0, 1):
+        with zipfile.ZipFile(tmp_path / f"{first}.pt", "w") as archive:
+            archive.writestr("archive/data.pkl", program.replace(b"QK\x00", b"QK" + bytes([first])))
+            archive.writestr("archive/data/0", struct.pack("<f", 1.5))
+    assert open_checkpoint(tmp_path / "0.pt").read("x").tolist() == [1.5]
+    with pytest.raises(FormatError, match="x reaches beyond its storage"):
+        open_checkpoint(tmp_path / "1.pt")
+
+
 def test_damaged_archives_are_refused(tmp_path: Path) -> None:
     """Whichever byte is changed: FormatError, or a checkpoint whose tensors can be read."""
     torch.save({"x": torch.arange(5.0), "y": torch.arange(4)}, tmp_path / "a.pt")
