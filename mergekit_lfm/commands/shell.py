@@ -15,6 +15,7 @@ import click
 
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.machine.sizes import parse_size
+from mergekit_lfm.machine.text import printable_message
 from mergekit_lfm.store.hub import HubName, hub_name
 
 ANSWER_IS_NO = 1
@@ -50,7 +51,7 @@ class Command(click.Command):
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
             ctx.exit(INTERRUPTED)
-        click.echo(f"error: {message}", err=True)
+        click.echo(f"error: {printable_message(message)}", err=True)
         ctx.exit(BAD_INPUT)
 
 
