@@ -183,7 +183,8 @@ def push_text(pushed: Pushed) -> str:
         lines = [f"pushed {count_noun(len(pushed.files), 'file')}, {format_size(pushed.nbytes)}, to {where}"]
     lines += ["downloaded again: every byte is as the lock says"] if pushed.verified else []
     lines += [f"removed there, left over from an earlier push: {', '.join(pushed.removed)}"] if pushed.removed else []
-    lines += [f"not pushed, as they are hidden: {', '.join(pushed.left_out)}"] if pushed.left_out else []
+    if pushed.left_out:
+        lines.append(f"not pushed, as they are hidden or links out of the folder: {', '.join(pushed.left_out)}")
     if pushed.kept_card:
         lines.append(
             "the model card was edited on the Hub and is kept (--replace-card replaces it); this merge's card is "
