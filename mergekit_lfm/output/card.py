@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from mergekit_lfm.store.folder import is_outside
 from mergekit_lfm.version import __version__
 
 CARD = "README.md"
@@ -17,7 +18,8 @@ LICENSE = ("license", "license_name", "license_link")
 
 def read_license(folder: Path) -> dict[str, str]:
     """The license entries in the card of a model's folder, {} without a license."""
-    front = front_matter(folder / CARD) if folder.is_dir() else {}
+    card = folder / CARD
+    front = front_matter(card) if folder.is_dir() and not is_outside(card, folder) else {}
     entries = {key: front[key] for key in LICENSE if isinstance(front.get(key), str)}
     return entries if "license" in entries else {}
 

@@ -58,6 +58,7 @@ def plan_data(plan: Plan) -> dict[str, Any]:
         "files": [path.name for path in plan.files],
         "held": [str(file) for file in plan.mapped_files],
         "dropped": [{"model": m, "tensor": t, "reason": why} for m, t, why in plan.dropped],
+        "left_behind": [{"file": name, "reason": why} for name, why in plan.left_behind],
         "digest": plan.digest,
     }
 
@@ -131,6 +132,8 @@ def plan_text(plan: Plan, facts: dict[str, Any], verbose: bool) -> str:
         for file in plan.mapped_files
     ]
     lines += _dropped_lines(plan)
+    template = plan.labels[plan.template]
+    lines += [f"left behind: {template}: {name}: {why}" for name, why in plan.left_behind]
     if verbose:
         lines += [
             "",
