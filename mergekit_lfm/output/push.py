@@ -30,7 +30,8 @@ from mergekit_lfm.store.checkpoint import open_checkpoint
 from mergekit_lfm.store.folder import INDEXES, is_outside
 from mergekit_lfm.store.hub import repository
 from mergekit_lfm.store.hub.client import HTTPError, api, endpoint, offline, translate_errors
-from mergekit_lfm.store.hub.snapshots import Snapshot, pull
+from mergekit_lfm.store.hub.requests import list_files
+from mergekit_lfm.store.hub.snapshots import ListedDigest, Snapshot, pull
 from mergekit_lfm.version import __version__
 
 IN_GIT = 100_000_000  # bytes; the Hub takes no larger file into git itself (its limit is a tenth of that)
@@ -129,9 +130,7 @@ def _look(repo: str, revision: str | None = None) -> Remote:
             info = api().model_info(repo, revision=revision)
         except RepositoryNotFoundError:
             return Remote(repo)
-        tree = api().list_repo_tree(repo, recursive=True, revision=info.sha)
-        files = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
-        return Remote(repo, info.sha, bool(info.private), files)
+        return Remote(repo, info.sha, bool(info.private), list_files(repo, str(info.sha)))
 
 
 def push(
@@ -247,8 +246,10 @@ def _lock(remote: Remote) -> dict[str, dict[str, str]]:
 
 def _read(remote: Remote, name: str) -> bytes:
     with translate_errors(remote.repo):
-        path = hf_hub_download(remote.repo, name, revision=remote.commit, endpoint=endpoint())
-    return Path(path).read_bytes()
+        path = Path(hf_hub_download(remote.repo, name, revision=remote.commit, endpoint=endpoint()))
+    digests = {name: ListedDigest.of_entry(remote.files[name])}
+    Snapshot(remote.repo, str(remote.commit), path.parent, {}, digests).compare([name])
+    return path.read_bytes()
 
 
 def _outdated(remote: Remote, kept_card: bool) -> set[str]:
