@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_lfm.commands.show.terminal import count_noun, table
 from mergekit_lfm.machine.sizes import format_size
+from mergekit_lfm.machine.text import printable_line
 from mergekit_lfm.recipe.align import AlignRequest
 from mergekit_lfm.recipe.values import NamedFile
 
@@ -128,12 +129,12 @@ def plan_text(plan: Plan, facts: dict[str, Any], verbose: bool) -> str:
     ]
     lines = [table(rows)]
     lines += [
-        f"held outside the memory budget, as its tensors are not plain byte ranges: {file}"
+        f"held outside the memory budget, as its tensors are not plain byte ranges: {printable_line(file)}"
         for file in plan.mapped_files
     ]
-    lines += _dropped_lines(plan)
+    lines += map(printable_line, _dropped_lines(plan))
     template = plan.labels[plan.template]
-    lines += [f"left behind: {template}: {name}: {why}" for name, why in plan.left_behind]
+    lines += [printable_line(f"left behind: {template}: {name}: {why}") for name, why in plan.left_behind]
     if verbose:
         lines += [
             "",
@@ -193,7 +194,7 @@ def push_text(pushed: Pushed) -> str:
             "the model card was edited on the Hub and is kept (--replace-card replaces it); this merge's card is "
             "MERGE.md beside it"
         )
-    return "\n".join(lines)
+    return "\n".join(map(printable_line, lines))
 
 
 def push_data(pushed: Pushed) -> dict[str, Any]:
