@@ -49,6 +49,7 @@ class Fault:
     headers: Mapping[str, str]
     cut_after: int | None
     times: int | None
+    body: bytes | None
     before: Callable[[], object] | None
 
 
@@ -155,14 +156,16 @@ class HubServer:
         headers: Mapping[str, str] | None = None,
         cut_after: int | None = None,
         times: int | None = 1,
+        body: bytes | None = None,
         before: Callable[[], object] | None = None,
     ) -> None:
         """Let the next `times` requests (None: all) of the method whose path has the pattern `path` fail.
 
-        They are answered with `status` and `headers`; or the connection is cut after so many bytes of the body were
-        received (PUT, POST) or sent (GET); or `before` is called, and then they are answered as usual.
+        They are answered with `status`, `headers` and `body`, by default that of an error; or the connection is cut
+        after so many bytes of the body were received (PUT, POST) or sent (GET); or `before` is called, and then they
+        are answered as usual.
         """
-        self.faults.append(Fault(method, path, status, headers or {}, cut_after, times, before))
+        self.faults.append(Fault(method, path, status, headers or {}, cut_after, times, body, before))
 
     def clear_faults(self) -> None:
         """Let everything go well from now on."""
@@ -259,6 +262,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.body = self._read()
         if fault is not None and fault.before is not None:
             fault.before()
+        if fault is not None and fault.status is not None and fault.body is not None:
+            self._send(fault.status, fault.body, fault.headers)
+            return
         if fault is not None and fault.status is not None:
             message = fault.headers.get("X-Error-Message", "as the test wants it")
             raise Refused(fault.status, message, **dict(fault.headers))

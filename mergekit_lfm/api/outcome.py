@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from mergekit_lfm.machine.text import printable_line
+
 T = TypeVar("T")
 
 
@@ -40,7 +42,7 @@ class Outcome(Generic[T]):
 
 def warn_of(findings: Iterable[str]) -> tuple[str, ...]:
     """Give each finding to `warnings.warn`, in the name of the caller of the workflow; returns them all."""
-    lines = tuple(findings)
+    lines = tuple(map(printable_line, findings))
     for line in lines:
         warnings.warn(line, Finding, stacklevel=3)
     return lines

@@ -10,7 +10,7 @@ import click
 
 from mergekit_lfm.commands import options
 from mergekit_lfm.commands.parameters import method_option, method_rows, parameter_options
-from mergekit_lfm.commands.shell import ANSWER_IS_NO, Command, ModelFolder
+from mergekit_lfm.commands.shell import ANSWER_IS_NO, Command, ModelFolder, show
 from mergekit_lfm.recipe.registry import ALIGN_METHODS
 from mergekit_lfm.store.hub import display_name
 
@@ -132,11 +132,11 @@ def _show(outcome: Aligned, model: Path, as_json: bool, quiet: bool) -> None:
         return
     if not quiet:
         if outcome.already_there:
-            click.echo("already there: the transform of the same request; nothing was done", err=True)
-        click.echo(transform_text(data), err=True)
-        click.echo(alignment_text(data, display_name(model)), err=True)
+            show("already there: the transform of the same request; nothing was done", err=True)
+        show(transform_text(data), err=True)
+        show(alignment_text(data, display_name(model)), err=True)
     if outcome.saved is not None:
-        click.echo(f"{outcome.saved.path}: {saved_text(data['saved'])}", err=True)
+        show(f"{outcome.saved.path}: {saved_text(data['saved'])}", err=True)
     click.echo(outcome.path)
 
 
@@ -169,5 +169,8 @@ def _check(ctx: click.Context, model: Path, as_json: bool, quiet: bool) -> None:
 
     checked = check_table(model, progress=Terminal(hidden=quiet or as_json)).result
     data = {"model": display_name(model), **report_data(checked.report, checked.symmetries)}
-    click.echo(json.dumps(data) if as_json else report_text(data))
+    if as_json:
+        click.echo(json.dumps(data))
+    else:
+        show(report_text(data))
     ctx.exit(0 if checked.report.ok else ANSWER_IS_NO)

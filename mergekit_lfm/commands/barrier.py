@@ -10,7 +10,7 @@ import click
 
 from mergekit_lfm.commands import options
 from mergekit_lfm.commands.options import together
-from mergekit_lfm.commands.shell import Command, ModelFolder
+from mergekit_lfm.commands.shell import Command, ModelFolder, show
 
 WINDOW_HELP = "Cut the data into pieces of this many tokens. [default: as many as the model takes; for lm at most {}]"
 
@@ -109,4 +109,7 @@ def barrier(
     line = measure_barrier(first, second, judged_on, task=task or "lm", progress=progress, **values).result
     if plot:
         plot_lines({"": line}, plot, ends=(first.name, second.name))
-    click.echo(json.dumps(line_data(line)) if as_json else line_text(line))
+    if as_json:
+        click.echo(json.dumps(line_data(line)))
+    else:
+        show(line_text(line))

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mergekit_lfm.commands.options import together
-from mergekit_lfm.commands.shell import ANSWER_IS_NO
+from mergekit_lfm.commands.shell import ANSWER_IS_NO, show
+from mergekit_lfm.machine.text import printable_line
 
 if TYPE_CHECKING:
     from mergekit_lfm.edit.scores import FactScores
@@ -67,11 +68,11 @@ def conclude(
         click.echo(json.dumps({**data, "min_efficacy": min_efficacy, "good": good}))
     else:
         if not quiet:
-            click.echo(text(data), err=True)
+            show(text(data), err=True)
         for warning in data.get("warnings", ()):
-            click.echo(f"warning: {warning}", err=True)
+            show(f"warning: {printable_line(warning)}", err=True)
         if not good and scores is not None:
             share = f"the edited model says {scores.ea:.1%} of the facts"
-            click.echo(f"{share}; --min-efficacy asks for {min_efficacy:.1%}", err=True)
+            show(f"{share}; --min-efficacy asks for {min_efficacy:.1%}", err=True)
         click.echo(where)
     ctx.exit(0 if good else ANSWER_IS_NO)

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from mergekit_lfm.commands.options import as_json
-from mergekit_lfm.commands.shell import Command, ModelFolder
+from mergekit_lfm.commands.shell import Command, ModelFolder, show
 from mergekit_lfm.runtime.tasks import TASKS
 
 
@@ -106,10 +106,10 @@ def evaluate(
         device=device,
         progress=Terminal(hidden=as_json),
     ).result
-    if facts is None:
-        click.echo(json.dumps(evaluation_data(scores)) if as_json else evaluation_text(scores))
+    if as_json:
+        click.echo(json.dumps(evaluation_data(scores) if facts is None else facts_data(scores)))
     else:
-        click.echo(json.dumps(facts_data(scores)) if as_json else facts_text(scores))
+        show(evaluation_text(scores) if facts is None else facts_text(scores))
 
 
 def _check_files(texts: Sequence[Path], files: Sequence[Path], task: str | None, stride: int | None) -> None:

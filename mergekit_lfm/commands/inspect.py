@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mergekit_lfm.commands.options import as_json
-from mergekit_lfm.commands.shell import Command
+from mergekit_lfm.commands.shell import Command, show
 from mergekit_lfm.errors import PlanError
 
 if TYPE_CHECKING:
@@ -54,9 +54,9 @@ def inspect(path: str, content: bool, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(data))
         return
-    click.echo(checkpoint_text(data))
+    show(checkpoint_text(data))
     if text:
-        click.echo("\n" + text)
+        show("\n" + text)
 
 
 def _describe(artifact: Artifact | None, file: Path) -> tuple[str, dict[str, Any], str]:
@@ -111,6 +111,6 @@ def methods(name: str | None, as_json: bool) -> None:
         click.echo(json.dumps(data))
     elif name is None:
         rows = [(kind, method.name, method.summary) for kind, method in chosen]
-        click.echo(table([("kind", "method", "what it does"), *rows]))
+        show(table([("kind", "method", "what it does"), *rows]))
     else:
-        click.echo("\n\n".join(method_text(method, kind) for kind, method in chosen))
+        show("\n\n".join(method_text(method, kind) for kind, method in chosen))

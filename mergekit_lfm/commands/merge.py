@@ -18,7 +18,8 @@ from mergekit_lfm.commands.options import (
     quiet,
     together,
 )
-from mergekit_lfm.commands.shell import Command, Size, transfers
+from mergekit_lfm.commands.shell import Command, Size, show, transfers
+from mergekit_lfm.machine.text import printable_line
 
 if TYPE_CHECKING:
     from mergekit_lfm.api.merge import Merged, PlannedMerge
@@ -167,16 +168,19 @@ def _show_plan(
         "push": None if planned.goal is None else planned.goal.model_dump(),
         "device": planned.accelerator.name,
     }
-    click.echo(json.dumps(plan_data(plan) | facts) if as_json else plan_text(plan, facts, verbose), err=err)
+    if as_json:
+        click.echo(json.dumps(plan_data(plan) | facts), err=err)
+    else:
+        show(plan_text(plan, facts, verbose), err=err)
 
 
 def _show_outcome(outcome: Outcome[Merged], *, hidden: bool) -> None:
     from mergekit_lfm.commands.show.plans import outcome_text
 
     for warning in outcome.warnings:
-        click.echo(f"warning: {warning}", err=True)
+        show(f"warning: {printable_line(warning)}", err=True)
     if not hidden:
-        click.echo(outcome_text(outcome), err=True)
+        show(outcome_text(outcome), err=True)
 
 
 def _show_result(outcome: Outcome[Merged], as_json: bool, quiet: bool) -> None:
@@ -200,7 +204,7 @@ def _show_result(outcome: Outcome[Merged], as_json: bool, quiet: bool) -> None:
     click.echo(outcome.path)
     if pushed is not None:
         if not quiet:
-            click.echo(push_text(pushed), err=True)
+            show(push_text(pushed), err=True)
         click.echo(pushed.url)
 
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
-from mergekit_lfm.commands.shell import INTERRUPTED, Size
+from mergekit_lfm.commands.shell import INTERRUPTED, Size, show
 from mergekit_lfm.version import __version__
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -31,7 +31,7 @@ def _print_version(ctx: click.Context, parameter: click.Parameter, wanted: bool)
         return
     from importlib.metadata import version
 
-    click.echo(f"mergekit_lfm {__version__}, torch {version('torch')}")
+    show(f"mergekit_lfm {__version__}, torch {version('torch')}")
     ctx.exit()
 
 
@@ -78,5 +78,5 @@ def going_on_later(ctx: click.Context, out: Path, plan: str | None = None) -> It
         partial = partial_of(out)
         state = f"the finished part is in {partial}" if partial.exists() else "nothing was written"
         state = f"{out} is complete, but was not pushed" if plan and lock_of(out).get("plan") == plan else state
-        click.echo(f"interrupted: {state}; run the same command again to go on", err=True)
+        show(f"interrupted: {state}; run the same command again to go on", err=True)
         ctx.exit(INTERRUPTED)

@@ -11,7 +11,7 @@ import click
 
 from mergekit_lfm.commands import checks, options
 from mergekit_lfm.commands.options import going_on_later
-from mergekit_lfm.commands.shell import Command, ModelFolder
+from mergekit_lfm.commands.shell import Command, ModelFolder, show
 
 
 @click.group(
@@ -26,6 +26,7 @@ def patch() -> None:
 
 
 @patch.command(
+    "show",
     cls=Command,
     epilog="""\b
 Examples:
@@ -34,13 +35,16 @@ Examples:
 )
 @click.argument("file", metavar="PATCH", type=click.Path(path_type=Path))
 @options.as_json
-def show(file: Path, as_json: bool) -> None:
+def show_patch(file: Path, as_json: bool) -> None:
     """Print a patch's changes, its model, the method that made it, and the facts that it teaches."""
     from mergekit_lfm.artifacts.patch import open_patch
     from mergekit_lfm.commands.show.patches import patch_data, patch_text
 
     data = {"path": str(file), **patch_data(open_patch(file))}
-    click.echo(json.dumps(data) if as_json else patch_text(data))
+    if as_json:
+        click.echo(json.dumps(data))
+    else:
+        show(patch_text(data))
 
 
 @patch.command(
@@ -153,5 +157,5 @@ def undo(
         click.echo(json.dumps(data))
         return
     if not quiet:
-        click.echo(apply_text(data), err=True)
+        show(apply_text(data), err=True)
     click.echo(out)

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from mergekit_lfm.commands.options import as_json, quiet
-from mergekit_lfm.commands.shell import Command, transfers
+from mergekit_lfm.commands.shell import Command, show, transfers
 
 
 @click.command(
@@ -61,5 +61,5 @@ def push(
         click.echo(json.dumps(push_data(pushed)))
         return
     if not quiet:
-        click.echo(push_text(pushed), err=True)
+        show(push_text(pushed), err=True)
     click.echo(pushed.url)

@@ -10,7 +10,7 @@ import click
 
 from mergekit_lfm.commands import options
 from mergekit_lfm.commands.barrier import WINDOW_HELP, running
-from mergekit_lfm.commands.shell import Command, ModelFolder
+from mergekit_lfm.commands.shell import Command, ModelFolder, show
 from mergekit_lfm.runtime.tasks import TASKS
 
 
@@ -67,5 +67,5 @@ def repair(
         click.echo(json.dumps({"out": str(out), **repaired_data(repaired)}))
         return
     if not quiet:
-        click.echo(repaired_text(repaired), err=True)
+        show(repaired_text(repaired), err=True)
     click.echo(out)

@@ -15,12 +15,18 @@ import click
 
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.machine.sizes import parse_size
+from mergekit_lfm.machine.text import printable, printable_message
 from mergekit_lfm.store.hub import HubName, hub_name
 
 ANSWER_IS_NO = 1
 BAD_INPUT = 2  # or a bad environment; also what click exits with on bad usage
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 NO_BARS = "HF_HUB_DISABLE_PROGRESS_BARS"  # a variable of huggingface_hub
+
+
+def show(text: object, *, err: bool = False) -> None:
+    """Print text for people. JSON and the path of a result are for scripts, and printed as they are."""
+    click.echo(printable(text), err=err)
 
 
 class Command(click.Command):
@@ -48,9 +54,9 @@ class Command(click.Command):
                 raise
             message = _os_message(error)
         except KeyboardInterrupt:
-            click.echo("interrupted", err=True)
+            show("interrupted", err=True)
             ctx.exit(INTERRUPTED)
-        click.echo(f"error: {message}", err=True)
+        click.echo(f"error: {printable_message(message)}", err=True)
         ctx.exit(BAD_INPUT)
 
 

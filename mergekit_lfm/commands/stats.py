@@ -11,7 +11,7 @@ import click
 from mergekit_lfm.commands import options
 from mergekit_lfm.commands.options import going_on_later, together
 from mergekit_lfm.commands.parameters import parameter_options
-from mergekit_lfm.commands.shell import Command, ModelFolder, Size
+from mergekit_lfm.commands.shell import Command, ModelFolder, Size, show
 from mergekit_lfm.methods.kinds import StatisticMethod
 from mergekit_lfm.recipe.registry import STATISTIC_METHODS
 from mergekit_lfm.runtime.tasks import TASKS
@@ -141,8 +141,8 @@ def _collect(
         return
     if not quiet:
         if outcome.already_there:
-            click.echo("already there: these very statistics; nothing was done", err=True)
-        click.echo(statistics_text(facts), err=True)
+            show("already there: these very statistics; nothing was done", err=True)
+        show(statistics_text(facts), err=True)
     click.echo(out)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from mergekit_lfm.commands import checks, options
-from mergekit_lfm.commands.shell import Command, ModelFolder
+from mergekit_lfm.commands.shell import Command, ModelFolder, show
 from mergekit_lfm.store.hub import display_name
 
 
@@ -91,4 +91,7 @@ def trace(
     data = {"model": display_name(model), **traced.as_data()}
     if plot is not None:
         plot_effects(data["effects"], plot, title=trace_title(data))
-    click.echo(json.dumps(data) if as_json else trace_text(data))
+    if as_json:
+        click.echo(json.dumps(data))
+    else:
+        show(trace_text(data))

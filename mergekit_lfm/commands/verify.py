@@ -7,7 +7,8 @@ import json
 import click
 
 from mergekit_lfm.commands.options import as_json, quiet
-from mergekit_lfm.commands.shell import ANSWER_IS_NO, Command, transfers
+from mergekit_lfm.commands.shell import ANSWER_IS_NO, Command, show, transfers
+from mergekit_lfm.machine.text import printable_line
 
 
 @click.command(
@@ -37,5 +38,5 @@ def verify(ctx: click.Context, out: str, as_json: bool, quiet: bool) -> None:
         click.echo(json.dumps({"out": out, "good": not problems, "problems": list(problems)}))
     else:
         verdict = f"{count_noun(len(problems), 'difference')} to its lock" if problems else "good, all as its lock says"
-        click.echo("\n".join([*problems, f"{out}: {verdict}"]))
+        show("\n".join([*map(printable_line, problems), f"{out}: {verdict}"]))
     ctx.exit(ANSWER_IS_NO if problems else 0)

@@ -14,7 +14,6 @@ from copy import deepcopy
 from typing import Any
 
 import xxhash
-import yaml
 
 from mergekit_lfm.output.card import CARD, model_card
 from mergekit_lfm.output.layout import INDEX
@@ -206,6 +205,6 @@ def _card(plan: Plan) -> str:
         licenses={names[label]: entries for label, entries in zip(plan.labels, plan.licenses, strict=True)},
         repos=list(dict.fromkeys(model.snapshot.repo for model in plan.models if model.snapshot is not None)),
         library="sentence-transformers" if any(file.name == "modules.json" for file in plan.files) else "transformers",
-        recipe=yaml.safe_dump(recipe, sort_keys=False),
+        recipe=recipe,
         lock=LOCK,
     )

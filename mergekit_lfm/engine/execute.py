@@ -103,6 +103,8 @@ def _findings(plan: Plan, output: Output) -> Iterator[str]:
     """The warnings about a merge that was completed."""
     for where in sorted({where for receipt in output.done.values() for where in receipt.nonfinite}):
         yield f"{where} holds NaN or infinity"
+    for name, why in plan.left_behind:
+        yield f"{plan.labels[plan.template]}: {name} was left behind: {why}"
     for label in plan.unlisted:
         yield f"{label}: offline, so only its files in the cache were used"
 

@@ -3,11 +3,13 @@
 The bits are the same in both cases: the functions use only + - * /, comparisons and integer operations, and the
 compiler may not contract or approximate them. Compiled (C++ with the CPU's vector instructions, by torch's inductor)
 TIES takes 0.4 ms for 2^18 elements of three models, and eagerly 3 ms. Compiling takes 10 s in a separate process, while
-the merge goes on eagerly; only large merges do it. Libraries are kept on disk; loading one takes 10 ms.
+the merge goes on eagerly; only large merges do it. Libraries are kept on disk, each with its digest in its name, in a
+folder where nobody else can write; loading one takes 10 ms.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
 import platform
@@ -30,6 +32,7 @@ import xxhash
 
 from mergekit_lfm.kernels import bits
 from mergekit_lfm.kernels.step import Elementwise, Form, Step, leaves_of, put_together, run_eagerly, take_apart
+from mergekit_lfm.machine.private import make_private, why_unsafe
 from mergekit_lfm.machine.resources import cache_folder
 
 Mode = Literal["auto", "always", "never"]
@@ -40,9 +43,9 @@ class Kernels:
     """A `Run` that uses compiled code if available: from the cache on disk, or compiled beside the merge.
 
     mode "auto" compiles functions that would take longer eagerly, over the `blocks` of the merge, than compiling takes,
-    about `compile_s`; "always" compiles everything first. problems: why functions could not be compiled. Functions not
-    compiled, or not yet, run eagerly, with the same result. Use as a context manager: leaving it stops unfinished
-    compilations.
+    about `compile_s`; "always" compiles everything first. problems: why functions could not be compiled, or
+    libraries on disk not be used. Functions not compiled, or not yet, run eagerly, with the same result. Use as a
+    context manager: leaving it stops unfinished compilations.
     """
 
     native = False
@@ -53,7 +56,9 @@ class Kernels:
         self.problems = set[str]()
         self._kernels: dict[Fused, Callable[..., Any] | None] = {}
         self._compiling: dict[Fused, subprocess.Popen[bytes]] = {}
-        self._lock = Lock()
+        self._lock, self._place_lock = Lock(), Lock()
+        self._place: Path | None = None
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
 
     def __enter__(self) -> Kernels:
         return self
@@ -63,6 +68,8 @@ class Kernels:
             os.killpg(process.pid, signal.SIGKILL)  # with the C++ compiler that it may have started
             process.communicate()
         self._compiling.clear()
+        if self._temporary is not None:
+            self._temporary.cleanup()
 
     def __call__(self, step: Step) -> Any:
         if self.mode != "never" and len(step.stored[0]) == self.block:
@@ -77,7 +84,7 @@ class Kernels:
             if first:
                 self._obtain(fused, tensors)
             elif compiled is not None:
-                self._load(fused, compiled)
+                self._load_compiled(fused, compiled)
             kernel = kernel or self._kernels[fused]
             if kernel is not None:
                 return kernel(*tensors)
@@ -92,26 +99,57 @@ class Kernels:
         """Load the function from the cache, or start to compile it if that pays."""
         if sum(t.numel() >= self.block for t in tensors) > fused.inputs:
             return  # coefficients for every element, as at a cut: rare
-        if fused.path.exists():
-            self._load(fused, None)
+        library = self._find(fused) if cache_folder("kernels").exists() else None
+        if library is not None:
+            self._load(fused, library)
         elif self.mode == "always" or (
             compiler() is not None and self._eager_seconds(fused, tensors) >= self.compile_s
         ):
-            process = fused.start_compiling()
+            process = fused.start_compiling(self._folder())
             if self.mode == "always":
-                self._load(fused, process)
+                self._load_compiled(fused, process)
             else:
                 with self._lock:
                     self._compiling[fused] = process
 
-    def _load(self, fused: Fused, compiled: subprocess.Popen[bytes] | None) -> None:
+    def _folder(self) -> Path:
+        """The folder of libraries: the cache's, or a temporary one if others could write there."""
+        with self._place_lock:
+            if self._place is None:
+                self._place = cache_folder("kernels")
+                if problem := make_private(self._place):
+                    self.problems.add(
+                        f"the compiled code in {self._place} is not used: {problem}. This run compiles its own; remove "
+                        "the folder, or make it yours alone (chown, chmod 700)"
+                    )
+                    self._temporary = tempfile.TemporaryDirectory(prefix="mergekit_lfm-")
+                    self._place = Path(self._temporary.name)
+            return self._place
+
+    def _find(self, fused: Fused) -> Path | None:
+        """The function's library on disk, as it was compiled; any other is removed."""
+        for library in sorted(self._folder().glob(f"{fused.name}.*.pt2")):
+            if not why_unsafe(library) and library.name == f"{fused.name}.{_digest(library)}.pt2":
+                return library
+            library.unlink(missing_ok=True)
+            self.problems.add(f"{library} was changed after it was compiled, and is not used; it was removed")
+        return None
+
+    def _load_compiled(self, fused: Fused, compiled: subprocess.Popen[bytes]) -> None:
         """Load the function's library, after the process that compiled it has ended."""
-        message = compiled.communicate()[1].decode().strip() if compiled is not None else ""
+        message = compiled.communicate()[1].decode().strip() or "the compiler left no library"
+        library = self._find(fused)
+        if library is None:
+            self.problems.add(f"{fused.function.__name__} runs without being compiled: {message.splitlines()[-1]}")
+        else:
+            self._load(fused, library)
+
+    def _load(self, fused: Fused, library: Path) -> None:
         try:
-            self._kernels[fused] = fused.load(self.threads)
+            self._kernels[fused] = fused.load(library, self.threads)
         except (RuntimeError, OSError, TypeError, AttributeError) as error:  # parts of torch that differ by release
-            fused.path.unlink(missing_ok=True)  # a damaged library; the next run compiles it anew
-            reason = (message or str(error) or type(error).__name__).splitlines()[-1]
+            library.unlink(missing_ok=True)  # the next run compiles it anew
+            reason = (str(error) or type(error).__name__).splitlines()[-1]
             self.problems.add(f"{fused.function.__name__} runs without being compiled: {reason}")
 
     def _eager_seconds(self, fused: Fused, tensors: list[torch.Tensor]) -> float:
@@ -138,6 +176,11 @@ def _environment() -> str:
     return xxhash.xxh3_128_hexdigest(b"\0".join([*sources, torch.__version__.encode(), flags.encode()]))
 
 
+def _digest(library: Path) -> str:
+    with library.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 @dataclass(frozen=True)
 class Fused:
     """An elementwise function with the form of its arguments: the content of one compiled library."""
@@ -148,11 +191,11 @@ class Fused:
     out: torch.dtype | None
 
     @property
-    def path(self) -> Path:
-        """The path of its library in the cache."""
+    def name(self) -> str:
+        """The first part of its library's name; the library's own digest follows."""
         name = f"{self.function.__module__}.{self.function.__qualname__}"
         facts = f"{_environment()} {name} {self.form} {self.dtype} {self.out}"
-        return cache_folder("kernels") / f"{self.function.__name__}-{xxhash.xxh3_128_hexdigest(facts.encode())}.pt2"
+        return f"{self.function.__name__}-{xxhash.xxh3_128_hexdigest(facts.encode())}"
 
     @property
     def inputs(self) -> int:
@@ -168,21 +211,25 @@ class Fused:
         """The dtype and shape of every tensor that it takes."""
         return list(leaves_of(self.form))
 
-    def load(self, threads: int) -> Callable[..., Any]:
+    def load(self, library: Path, threads: int) -> Callable[..., Any]:
         """The library as a function of the tensors, usable by this many threads at once."""
         # torch._inductor.package.load_package calls this, too, but importing it takes 2 s.
-        library = torch._C._aoti.AOTIModelPackageLoader(str(self.path), "model", False, threads, -1)
+        loaded = torch._C._aoti.AOTIModelPackageLoader(str(library), "model", False, threads, -1)
         single = self.out is not None
 
         def run(*tensors: torch.Tensor) -> Any:
-            results = library.boxed_run(list(tensors))
+            results = loaded.boxed_run(list(tensors))
             return results[0] if single else tuple(results)
 
         return run
 
-    def start_compiling(self) -> subprocess.Popen[bytes]:
-        """Compile in another process: export and inductor keep global state, take 250 MB, and cannot be interrupted."""
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    def start_compiling(self, folder: Path) -> subprocess.Popen[bytes]:
+        """Compile in another process: export and inductor keep global state, take 250 MB, and cannot be interrupted.
+
+        folder: for the library. Inductor's own cache of compiled code, in /tmp by default, goes there, too.
+        """
+        environment = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), **os.environ}
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
         process = subprocess.Popen(
             [sys.executable, "-c", "from mergekit_lfm.kernels.compiled import main; main()"],
             stdin=subprocess.PIPE,
@@ -192,13 +239,13 @@ class Fused:
             start_new_session=True,  # Ctrl-C is for the merge, which ends this process itself
         )
         assert process.stdin is not None
-        process.stdin.write(pickle.dumps(self))
+        process.stdin.write(pickle.dumps((self, folder)))
         process.stdin.close()
         process.stdin = None
         return process
 
-    def compile(self) -> None:
-        """Compile, and move the complete library to `path`."""
+    def compile(self, place: Path) -> None:
+        """Compile, and move the complete library to the folder `place`."""
         from torch._inductor import aoti_compile_and_package
 
         fused = self
@@ -209,19 +256,20 @@ class Fused:
                 return fused(*tensors)
 
         exact = {"cpp.enable_floating_point_contract_flag": "off", "cpp.enable_unsafe_math_opt_flag": False}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=self.path.parent) as folder:
+        with tempfile.TemporaryDirectory(dir=place) as folder:
             package = Path(folder) / "step.pt2"
             exported = torch.export.export(Module(), tuple(example))
             aoti_compile_and_package(exported, package_path=str(package), inductor_configs={"cpp.threads": 1, **exact})
             with package.open("rb") as file:
                 os.fsync(file.fileno())
-            package.rename(self.path)
+            package.chmod(0o600)
+            package.rename(place / f"{self.name}.{_digest(package)}.pt2")
 
 
 def main() -> None:
-    """Compile the `Fused` that is pickled on standard input."""
+    """Compile the `Fused` that is pickled on standard input, with the folder for its library."""
     warnings.simplefilter("ignore")  # torch warns of its own internals
     torch.set_num_threads(1)
     bits.compiling = True
-    pickle.load(sys.stdin.buffer).compile()
+    fused, folder = pickle.load(sys.stdin.buffer)
+    fused.compile(folder)

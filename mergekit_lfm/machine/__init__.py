@@ -1,1 +1,1 @@
-"""Describe this machine: memory, cores, disk, devices."""
+"""Describe this machine: memory, cores, disk, devices; and what may be shown on it."""

@@ -1,24 +1,34 @@
-"""The model card of a merge: the front matter for the Hub (base models, license, tags), its models, and its recipe."""
+"""The model card of a merge: the front matter for the Hub (base models, license, tags), its models, and its recipe.
+
+Text from inputs cannot become anything else in it: each is one line, bounded, without secrets, escaped for Markdown.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from mergekit_lfm.machine.text import printable_line
+from mergekit_lfm.store.folder import is_outside
 from mergekit_lfm.version import __version__
 
 CARD = "README.md"
 OWN_CARD = "MERGE.md"  # our card's name beside one that was edited on the Hub
 LICENSE = ("license", "license_name", "license_link")
+LONGEST = 200  # characters of a text from an input
+LONGEST_IN_RECIPE = 1000  # of a text in the recipe, such as a pattern
+MARKDOWN = re.compile(r"[\\`*\[\]<>|&]|(?<=:)/(?=/)")  # what begins markup or a link within a line
 
 
 def read_license(folder: Path) -> dict[str, str]:
     """The license entries in the card of a model's folder, {} without a license."""
-    front = front_matter(folder / CARD) if folder.is_dir() else {}
-    entries = {key: front[key] for key in LICENSE if isinstance(front.get(key), str)}
+    card = folder / CARD
+    front = front_matter(card) if folder.is_dir() and not is_outside(card, folder) else {}
+    entries = {key: bound(front[key], LONGEST) for key in LICENSE if isinstance(front.get(key), str)}
     return entries if "license" in entries else {}
 
 
@@ -43,6 +53,33 @@ def without_front_matter(card: str) -> str:
     return card.partition("\n---\n")[2].lstrip("\n") if card.startswith("---\n") else card
 
 
+def bound(text: str, longest: int) -> str:
+    """The text in one line of at most so many characters."""
+    line = printable_line(text)
+    return line if len(line) <= longest else f"{line[: longest - 3]}..."
+
+
+def _markdown(text: str) -> str:
+    """The text as one line of Markdown that shows it."""
+    return MARKDOWN.sub(r"\\\g<0>", bound(text, LONGEST))
+
+
+def _bound_all(value: Any) -> Any:
+    """A recipe's value with all texts in it bound."""
+    if isinstance(value, str):
+        return bound(value, LONGEST_IN_RECIPE)
+    if isinstance(value, Mapping):
+        return {_bound_all(key): _bound_all(each) for key, each in value.items()}
+    return [_bound_all(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def _recipe_block(recipe: Mapping[str, Any]) -> str:
+    """The recipe as a block of YAML, between fences that are longer than any in it."""
+    text = yaml.safe_dump(_bound_all(recipe), sort_keys=False, width=1 << 30)
+    fence = "`" * (max([2, *map(len, re.findall("`+", text))]) + 1)
+    return f"{fence}yaml\n{text}{fence}"
+
+
 def model_card(
     *,
     method: str,
@@ -51,27 +88,28 @@ def model_card(
     licenses: Mapping[str, Mapping[str, str]],
     repos: list[str],
     library: str,
-    recipe: str,
+    recipe: Mapping[str, Any],
     lock: str,
 ) -> str:
     """The card's text.
 
     method: its name and source; numbers: the size of the result. models: names with their roles in the merge ("" or
-    " (base)"); licenses: the license entries of each; repos: the models on the Hub; recipe: in YAML; lock: file name.
+    " (base)"); licenses: the license entries of each; repos: the models on the Hub; lock: file name.
     """
     front: dict[str, Any] = _license(licenses)
     front |= {"base_model": repos, "base_model_relation": "merge"} if repos else {}
     front |= {"library_name": library, "tags": ["merge", "mergekit_lfm"]}
     stated = any(licenses.values())
     lines = "\n".join(
-        f"- {name}{role}" + (f", license: {_label(licenses[name])}" if stated else "") for name, role in models.items()
+        f"- {_markdown(name)}{role}" + (f", license: {_markdown(_label(licenses[name]))}" if stated else "")
+        for name, role in models.items()
     )
     return (
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# Merged model\n\n"
         f"Made with mergekit_lfm {__version__} by {method}.\n\n"
         f"{numbers}.\n\n"
         f"## Models\n\n{lines}\n\n"
-        f"## Recipe\n\n```yaml\n{recipe}```\n\n"
+        f"## Recipe\n\n{_recipe_block(recipe)}\n\n"
         f"`{lock}` has the identity of every input and a digest of every tensor; `mergekit-lfm verify` checks them.\n"
     )
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -22,13 +22,16 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
 from mergekit_lfm.errors import PlanError, several
+from mergekit_lfm.machine.secrets import find_secrets, mask_secrets
 from mergekit_lfm.output.card import CARD, OWN_CARD, without_front_matter
 from mergekit_lfm.output.lock import LOCK, lock_of, verify
 from mergekit_lfm.output.replace import REPLACED
 from mergekit_lfm.store.checkpoint import open_checkpoint
+from mergekit_lfm.store.folder import INDEXES, is_outside
 from mergekit_lfm.store.hub import repository
 from mergekit_lfm.store.hub.client import HTTPError, api, endpoint, offline, translate_errors
-from mergekit_lfm.store.hub.snapshots import Snapshot, pull
+from mergekit_lfm.store.hub.requests import list_files
+from mergekit_lfm.store.hub.snapshots import ListedDigest, Snapshot, pull
 from mergekit_lfm.version import __version__
 
 IN_GIT = 100_000_000  # bytes; the Hub takes no larger file into git itself (its limit is a tenth of that)
@@ -36,18 +39,16 @@ IN_GIT = 100_000_000  # bytes; the Hub takes no larger file into git itself (its
 WEIGHTS = re.compile(r"^(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?$")
 IN_USE = re.compile(r"\.(safetensors|bin|gguf|pt|pth|onnx|msgpack|h5)$|(^|/)(config|adapter_config)\.json$")
 TEXTS = re.compile(r"\.(md|json|yaml|yml|txt|py|jinja)$")
-VOCABULARIES = re.compile(r"(^|/)(tokenizer|vocab|merges)\.(json|txt)$")  # any text may be a token
-TOKEN = re.compile(rb"\b(api_org|hf)_[A-Za-z0-9_-]{30,}")
-RECORDED_PATH = re.compile(rb'name_or_path"\s*:\s*"[/~]')  # where transformers once found the model
-SEARCHED = 50_000_000  # bytes; larger files are not searched, since they are not text
+VOCABULARIES = re.compile(r"(^|/)(tokenizer|vocab|merges)\.(json|txt)$")  # any text may be in one
+RECORDED_PATH = rb'name_or_path"[ \t]*:[ \t]*"[/~]'  # where transformers once found the model
 
 
 @dataclass(frozen=True)
 class Pushed:
     """The result of a push: the files that the commit changed and deleted; empty if the Hub had all of it already.
 
-    kept_card: True if a card edited on the Hub was kept, so that ours is MERGE.md. left_out: hidden files.
-    verified: True if the model was downloaded again and compared with its lock.
+    kept_card: True if a card edited on the Hub was kept, so that ours is MERGE.md. left_out: hidden files, and links
+    that lead out of the folder. verified: True if the model was downloaded again and compared with its lock.
     """
 
     repo: str
@@ -129,9 +130,7 @@ def _look(repo: str, revision: str | None = None) -> Remote:
             info = api().model_info(repo, revision=revision)
         except RepositoryNotFoundError:
             return Remote(repo)
-        tree = api().list_repo_tree(repo, recursive=True, revision=info.sha)
-        files = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
-        return Remote(repo, info.sha, bool(info.private), files)
+        return Remote(repo, info.sha, bool(info.private), list_files(repo, str(info.sha)))
 
 
 def push(
@@ -155,7 +154,7 @@ def push(
     source = Path(folder)
     if not source.is_dir():
         raise PlanError(f"{source} is not a folder, expected that of a saved model")
-    open_checkpoint(source)  # unfinished outputs have no readable headers
+    model = open_checkpoint(source)  # unfinished outputs have no readable headers
     if (source / REPLACED).exists():
         raise PlanError(f"{source} still holds the files it replaced: its merge was interrupted. Run that merge again")
     if pull_back and not lock_of(source):
@@ -163,8 +162,11 @@ def push(
     if pull_back and (problems := verify(source)):
         listed = "\n  ".join(problems[:10])
         raise PlanError(f"{source} differs from its lock, so it can only be pushed without comparing:\n  {listed}")
+    if message is not None and mask_secrets(message) != message:
+        raise PlanError("the commit's message holds a token or a key, and everybody could read it: leave that out")
     remote = check_repository(repo, private=private, overwrite=overwrite)
-    contents, left_out = _contents(source)
+    weights = {*(file.path for file in model.files), *(source / name for name in INDEXES)}
+    contents, left_out = _contents(source, weights)
     kept = not replace_card and _card_kept(remote, source)
     if kept:
         contents[OWN_CARD] = without_front_matter((source / CARD).read_text(encoding="utf-8")).encode()
@@ -190,33 +192,34 @@ def push(
 Content = Path | bytes  # of a file to push
 
 
-def _contents(folder: Path) -> tuple[dict[str, Content], list[str]]:
-    """A folder's files to push, by name, and its hidden files, which stay. Raises PlanError for private content."""
+def _contents(folder: Path, weights: Collection[Path]) -> tuple[dict[str, Content], list[str]]:
+    """A folder's files to push, by name; and those that stay: hidden ones, and links out of the folder but for weights.
+
+    Raises PlanError for private content.
+    """
     contents: dict[str, Content] = {}
-    hidden, problems = [], []
+    left, problems = [], []
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = path.relative_to(folder)
-        if any(part.startswith(".") for part in name.parts):
-            hidden.append(name.as_posix())
+        if any(part.startswith(".") for part in name.parts) or (path not in weights and is_outside(path, folder)):
+            left.append(name.as_posix())
             continue
         contents[name.as_posix()] = path
-        if path.stat().st_size <= SEARCHED and not VOCABULARIES.search(name.as_posix()):
-            problems += [f"{name}, line {line}: {secret}" for line, secret in _private(path)]
+        problems += [f"{name}, line {line}: {secret}" for line, secret in find_secrets(path, _private(name))]
+    problems += [f"the name of {name} is a token or a key" for name in contents if mask_secrets(name) != name]
     if problems:
         raise PlanError(several("the folder holds private data", problems) + "\nRemove it, then push again.")
-    return contents, hidden
+    return contents, left
 
 
-def _private(path: Path) -> list[tuple[int, str]]:
-    """The lines of a file with a token, or, in a text file, a path of this machine."""
-    home, token = os.environ.get("HOME", "").rstrip("/").encode(), (get_token() or "\0").encode()
-    problems, text = [], TEXTS.search(path.name)
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-        if TOKEN.search(line) or token in line:
-            problems.append((number, "a token of the Hub"))
-        if text and (RECORDED_PATH.search(line) or (home and home + b"/" in line)):
-            problems.append((number, "a path of this machine"))
-    return problems
+def _private(name: Path) -> dict[str, re.Pattern[bytes]]:
+    """Patterns of private data besides the known forms: the token in use, and in texts paths of this machine."""
+    private = {} if (token := get_token()) is None else {"a token of the Hub": re.compile(re.escape(token.encode()))}
+    if TEXTS.search(name.name) and not VOCABULARIES.search(name.as_posix()):
+        home = os.environ.get("HOME", "").rstrip("/").encode()
+        paths = [RECORDED_PATH, *([re.escape(home) + b"/"] if home else [])]
+        private["a path of this machine"] = re.compile(b"|".join(paths))
+    return private
 
 
 def _card_kept(remote: Remote, folder: Path) -> bool:
@@ -243,8 +246,10 @@ def _lock(remote: Remote) -> dict[str, dict[str, str]]:
 
 def _read(remote: Remote, name: str) -> bytes:
     with translate_errors(remote.repo):
-        path = hf_hub_download(remote.repo, name, revision=remote.commit, endpoint=endpoint())
-    return Path(path).read_bytes()
+        path = Path(hf_hub_download(remote.repo, name, revision=remote.commit, endpoint=endpoint()))
+    digests = {name: ListedDigest.of_entry(remote.files[name])}
+    Snapshot(remote.repo, str(remote.commit), path.parent, {}, digests).compare([name])
+    return path.read_bytes()
 
 
 def _outdated(remote: Remote, kept_card: bool) -> set[str]:

@@ -21,6 +21,7 @@ from mergekit_lfm.output.replace import check_folder
 from mergekit_lfm.output.writer import move_into_place
 from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.store.durable import lock_folder, replace_file, reserve, sync_folder
+from mergekit_lfm.store.folder import is_outside
 from mergekit_lfm.store.formats import bytes_of
 from mergekit_lfm.store.places import has_files, partial_of, remove
 from mergekit_lfm.store.sidecars import sidecars_of
@@ -43,20 +44,21 @@ def check_out(out: Path, inputs: Mapping[str, Path], *, overwrite: bool) -> None
 
 def save_checkpoint(
     checkpoint: Checkpoint, out: Path, changed: Mapping[str, Tensor], documents: Mapping[str, bytes]
-) -> None:
+) -> dict[str, str]:
     """Write the checkpoint's tensors, those in `changed` in place of its own, and the other files of its folder.
 
     Dtypes, shards and order are the checkpoint's; changed tensors have its shapes. documents: more files, by name.
     Copies the folder's files that `sidecars_of` names and its model card, but not a merge's lock, which is about other
-    bytes. Replaces OUT: call `check_out` first.
+    bytes. Replaces OUT: call `check_out` first. Returns the files that were left behind, and why.
     """
     folder = checkpoint.path
     with _partial(out) as partial:
         shards = lay_out(checkpoint, list(checkpoint.values()), None)
         for shard in shards:
             _write_shard(checkpoint, shard, changed, partial / shard.name)
-        files = {path.relative_to(folder).as_posix(): path for path in sidecars_of(checkpoint)}
-        if folder.is_dir() and (folder / CARD).is_file():
+        sidecars = sidecars_of(checkpoint)
+        files = {path.relative_to(folder).as_posix(): path for path in sidecars.files}
+        if folder.is_dir() and (folder / CARD).is_file() and not is_outside(folder / CARD, folder):
             files[CARD] = folder / CARD
         contents = {name: path.read_bytes() for name, path in files.items()} | dict(documents)
         if len(shards) > 1:
@@ -65,6 +67,7 @@ def save_checkpoint(
             (partial / name).parent.mkdir(exist_ok=True)
             replace_file(partial / name, content)
             sync_folder((partial / name).parent)
+    return dict(sidecars.left)
 
 
 def _index(checkpoint: Checkpoint, shards: tuple[Shard, ...]) -> bytes:

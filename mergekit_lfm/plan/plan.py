@@ -50,8 +50,9 @@ class Plan:
     """Everything about a merge that is decided before it starts.
 
     groups: the jobs that are solved together, as indices into `tensors`; matrices: those that the method merges as
-    whole matrices. Each job is in one of them. dropped: (model, tensor, reason). licenses: what the card of each model
-    states. edited_on: the kind of device on which edits of the result are solved, "" for the processor.
+    whole matrices. Each job is in one of them. dropped: (model, tensor, reason). files: those of the template that go
+    beside the weights; left_behind: those that do not, (name, reason). licenses: what the card of each model states.
+    edited_on: the kind of device on which edits of the result are solved, "" for the processor.
     """
 
     roles: ModelRoles
@@ -61,6 +62,7 @@ class Plan:
     shards: tuple[Shard, ...]
     dropped: tuple[tuple[str, str, str], ...]
     files: tuple[Path, ...] = field(default=())
+    left_behind: tuple[tuple[str, str], ...] = field(default=())
     licenses: tuple[dict[str, str], ...] = field(default=())
     edited_on: str = ""
 
@@ -190,7 +192,7 @@ def make_plan(
     refuse_resized(recipe.all_models[roles.template], template)
     names, dropped = match_tensors(models, labels, roles.template)
     statistics = find_statistics(roles, names)
-    layers = layers_of(template)
+    layers, sidecars = layers_of(template), sidecars_of(template)
     jobs, problems = [], []
     for name in names:
         try:
@@ -210,7 +212,8 @@ def make_plan(
         matrices=matrices,
         shards=lay_out(template, [job.spec for job in jobs], max_shard_size),
         dropped=dropped,
-        files=sidecars_of(template),
+        files=sidecars.files,
+        left_behind=sidecars.left,
         licenses=tuple(read_license(model.path) for model in models),
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -80,8 +80,8 @@ def repair(
         repaired = repair_layers(subject, layers, left, combine(measured, shares), batches, tell=count, stored=source)
     facts = _facts((merged, *ends), shares, transform is not None, task, batches) | asdict(repaired)
     changed = _parameters(layers, source) | {name: _as_stored(x, source, name) for name, x in statistics.items()}
-    save_checkpoint(source, folder, changed, {FACTS: (json.dumps(facts, indent=2) + "\n").encode()})
-    return repaired
+    files_left = save_checkpoint(source, folder, changed, {FACTS: (json.dumps(facts, indent=2) + "\n").encode()})
+    return replace(repaired, left={**repaired.left, **files_left})
 
 
 def _statistics(subject: Subject, source: Checkpoint) -> dict[str, Tensor]:

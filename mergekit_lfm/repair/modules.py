@@ -38,7 +38,7 @@ class RepairedLayer:
 @dataclass(frozen=True)
 class Repaired:
     """The result of a repair: the layers in the order of their repair, the names of the BatchNorm layers with new
-    estimates, and by name why other layers were left alone."""
+    estimates, and by name why other layers were left alone and files left behind."""
 
     layers: tuple[RepairedLayer, ...]
     batchnorms: tuple[str, ...]

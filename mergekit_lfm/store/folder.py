@@ -22,6 +22,13 @@ def leads_away(name: object) -> bool:
     return not isinstance(name, str) or not name or PurePath(name).is_absolute() or ".." in PurePath(name).parts
 
 
+def is_outside(path: Path, folder: Path) -> bool:
+    """True if a file of the folder is a link that leads out of it, other than to a blob of the Hub's cache."""
+    home, place = folder.resolve(), path.resolve()
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+    return not (place.is_relative_to(home) or place.parent == blobs)
+
+
 def weight_paths(folder: Path, names: Collection[str], label: object) -> tuple[list[Path], dict[str, str]]:
     """The weight files among a folder's files `names`, and the index's map from tensors to files, {} without one."""
     singles = [folder / name for name in SINGLES if name in names]

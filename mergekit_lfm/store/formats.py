@@ -162,6 +162,8 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
 
 
 def _open_file(path: Path, snapshot: Snapshot | None) -> WeightFile:
+    if path.exists() and not path.is_file():
+        raise FormatError(f"{path} is not a regular file, expected one with tensors; put the weights there, or a link")
     if path.suffix not in ARCHIVES:
         if snapshot is None or path.exists():
             header = read_header(path)

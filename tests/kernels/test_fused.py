@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +104,7 @@ def test_nothing_is_compiled_that_does_not_pay(own_cache: Path) -> None:
 
 @pytest.mark.usefixtures("own_cache")
 def test_a_failed_compilation_is_reported_and_runs_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(_: fused.Fused) -> subprocess.Popen[bytes]:
+    def fails(*_: object) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-c", "raise SystemExit('no compiler here')"]
         return subprocess.Popen(command, stderr=subprocess.PIPE)
 
@@ -114,6 +116,93 @@ def test_a_failed_compilation_is_reported_and_runs_eagerly(monkeypatch: pytest.M
     eager = run_eagerly(Step(weighted_sum, stored, base, local, torch.float32, torch.bfloat16))
     assert torch.equal(result, eager)
     assert kernels.problems == {"weighted_sum runs without being compiled: no compiler here"}
+
+
+def compile_nothing(step: fused.Fused, folder: Path) -> subprocess.Popen[bytes]:
+    """In place of compiling: a library of a few bytes, with its digest in its name."""
+    content = b"compiled here"
+    (folder / f"{step.name}.{hashlib.sha256(content).hexdigest()}.pt2").write_bytes(content)
+    return subprocess.Popen(["true"], stderr=subprocess.PIPE)
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, bytes]]:
+    """The libraries that are loaded, with their contents; each runs eagerly. Nothing is compiled."""
+    libraries: list[tuple[Path, bytes]] = []
+
+    def load(step: fused.Fused, library: Path, _: int) -> Any:
+        libraries.append((library, library.read_bytes()))
+        return step
+
+    monkeypatch.setattr(fused.Fused, "load", load)
+    monkeypatch.setattr(fused.Fused, "start_compiling", compile_nothing)
+    return libraries
+
+
+def a_sum() -> Step:
+    stored, base = stored_block(torch.bfloat16)
+    return Step(weighted_sum, stored, base, Weights((1.0, 1.0, 1.0)).at(0, BLOCK, torch.float32), torch.float32, None)
+
+
+def run_twice() -> Kernels:
+    """Two processes that run the same function: the second finds the library of the first."""
+    for _ in range(2):
+        with Kernels("always", 1, BLOCK, 1) as kernels:
+            kernels(a_sum())
+            kernels(a_sum())
+    return kernels
+
+
+def test_a_library_is_loaded_from_a_private_folder(own_cache: Path, loaded: list[tuple[Path, bytes]]) -> None:
+    assert run_twice().problems == set()
+    (library,) = own_cache.glob("*.pt2")
+    assert loaded == [(library, b"compiled here")] * 2
+    assert own_cache.stat().st_mode & 0o777 == 0o700
+
+
+def make_writable(folder: Path) -> None:
+    folder.chmod(0o770)
+
+
+def make_link(folder: Path) -> None:
+    folder.rename(folder.with_name("elsewhere"))
+    folder.symlink_to("elsewhere")
+
+
+@pytest.mark.parametrize(("spoil", "reason"), [(make_writable, "others may write there"), (make_link, "it is a link")])
+def test_no_library_is_loaded_from_a_folder_of_others(
+    spoil: Callable[[Path], None], reason: str, own_cache: Path, loaded: list[tuple[Path, bytes]]
+) -> None:
+    run_twice()
+    spoil(own_cache)
+    loaded.clear()
+    kernels = run_twice()
+    places = {library.parent for library, _ in loaded}
+    assert len(loaded) == 2 and own_cache not in places and not any(place.exists() for place in places)
+    assert kernels.problems == {
+        f"the compiled code in {own_cache} is not used: {reason}. This run compiles its own; remove the folder, "
+        "or make it yours alone (chown, chmod 700)"
+    }
+
+
+def test_a_changed_library_is_compiled_anew(own_cache: Path, loaded: list[tuple[Path, bytes]]) -> None:
+    run_twice()
+    (library,) = own_cache.glob("*.pt2")
+    library.write_bytes(b"foreign code")
+    with Kernels("always", 1, BLOCK, 1) as kernels:
+        kernels(a_sum())
+    assert [content for _, content in loaded] == [b"compiled here"] * 3
+    assert kernels.problems == {f"{library} was changed after it was compiled, and is not used; it was removed"}
+
+
+def test_a_library_that_others_may_write_is_compiled_anew(own_cache: Path, loaded: list[tuple[Path, bytes]]) -> None:
+    run_twice()
+    (library,) = own_cache.glob("*.pt2")
+    library.chmod(0o666)
+    with Kernels("always", 1, BLOCK, 1) as kernels:
+        kernels(a_sum())
+    assert len(loaded) == 3 and kernels.problems
+    assert library.stat().st_mode & 0o022 == 0
 
 
 @pytest.mark.slow

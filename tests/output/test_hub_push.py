@@ -14,6 +14,7 @@ from models import files_of
 
 from mergekit_lfm import merge, push
 from mergekit_lfm.errors import FormatError, PlanError
+from mergekit_lfm.machine.secrets import PART
 from mergekit_lfm.output.card import front_matter
 
 
@@ -370,6 +371,36 @@ def test_secrets_in_other_files_are_seen(
     assert not hub.exists(REPO)
 
 
+def test_a_secret_deep_in_a_large_file_is_seen(hub: HubServer, folder: Path) -> None:
+    data = b"\n" * (PART - 10) + b"AKIA" + b"G7" * 8 + b"\n"  # on the border of the parts that are read
+    (folder / "out/optimizer.pt").write_bytes(data)
+    assert f"optimizer.pt, line {PART - 9}: a key of AWS" in refusal(run("push", "out", REPO))
+    assert not hub.exists(REPO)
+
+
+def test_a_secret_in_a_name_or_in_the_message_is_seen(hub: HubServer, folder: Path) -> None:
+    assert "the commit's message holds a token or a key" in refusal(run("push", "out", REPO, "-m", f"with {TOKEN}"))
+    (folder / f"out/{TOKEN}.txt").touch()
+    message = refusal(run("push", "out", REPO))
+    assert "the name of [a token of the Hub].txt is a token or a key" in message and TOKEN not in message
+    assert not hub.exists(REPO)
+
+
+def test_links_out_of_the_folder_stay_here_but_for_weights(hub: HubServer, folder: Path) -> None:
+    (folder / "private.txt").write_text("mine")
+    (folder / "out/notes.txt").symlink_to(folder / "private.txt")
+    (folder / "out/again.json").symlink_to("config.json")
+    weights = folder / "out/model.safetensors"
+    content = weights.read_bytes()
+    weights.rename(folder / "kept.safetensors")
+    weights.symlink_to(folder / "kept.safetensors")
+    result = run("push", "out", REPO)
+    assert "not pushed, as they are hidden or links out of the folder: notes.txt" in result.stderr
+    there = hub.files(REPO)
+    assert "notes.txt" not in there and there["again.json"] == there["config.json"]
+    assert there["model.safetensors"] == content
+
+
 @pytest.mark.parametrize("token", ["\u201chf_x\u201d", "hf_x y"])
 @pytest.mark.usefixtures("folder")
 def test_a_token_that_can_be_none_is_said_to_be(token: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -402,7 +433,7 @@ def test_hidden_files_stay_here_and_are_named(hub: HubServer, folder: Path) -> N
     (folder / "out/.cache/x").write_text("x")
     (folder / "out/LICENSE").write_text("free")
     result = run("push", "out", REPO, "-m", "A message of mine")
-    assert "not pushed, as they are hidden: .cache/x" in result.stderr
+    assert "not pushed, as they are hidden or links out of the folder: .cache/x" in result.stderr
     assert "LICENSE" in hub.files(REPO) and ".cache/x" not in hub.files(REPO)
     assert hub.history(REPO)[0].title == "A message of mine"
 

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from mergekit_lfm.commands.show.terminal import count_noun, table
+from mergekit_lfm.machine.text import printable_line
 
 if TYPE_CHECKING:
     from mergekit_lfm.judge.barrier import Barrier, Interpolation
@@ -58,4 +59,6 @@ def repaired_text(repaired: Repaired) -> str:
         lines.append(table(rows, right="units"))
     if repaired.batchnorms:
         lines.append(f"re-estimated: {count_noun(len(repaired.batchnorms), 'BatchNorm layer')}")
-    return "\n".join([*lines, *(f"left alone: {name}: {reason}" for name, reason in repaired.left.items())])
+    return "\n".join(
+        [*lines, *(printable_line(f"left alone: {name}: {reason}") for name, reason in repaired.left.items())]
+    )

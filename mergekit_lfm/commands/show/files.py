@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_lfm.commands.show.terminal import count_noun, table
 from mergekit_lfm.machine.sizes import format_size
+from mergekit_lfm.machine.text import printable_line
 
 if TYPE_CHECKING:
     from mergekit_lfm.artifacts.statistics import Statistics
@@ -48,7 +49,9 @@ def checkpoint_text(data: dict[str, Any]) -> str:
             "",
             table([("dtype", "tensors", "numbers", "size"), *totals, whole], right="tensors numbers size"),
             "",
-            f"{data['path']}: {count_noun(len(data['files']), 'file')}, digest {data['digest']}{content}",
+            printable_line(
+                f"{data['path']}: {count_noun(len(data['files']), 'file')}, digest {data['digest']}{content}"
+            ),
         ]
     )
 
@@ -97,5 +100,5 @@ def _reasons(skipped: dict[str, str]) -> list[str]:
     lines = []
     for reason, skipped_names in names.items():
         more = f" and {len(skipped_names) - SHOWN_NAMES} more" if len(skipped_names) > SHOWN_NAMES else ""
-        lines.append(f"skipped: {', '.join(skipped_names[:SHOWN_NAMES])}{more}: {reason}")
+        lines.append(printable_line(f"skipped: {', '.join(skipped_names[:SHOWN_NAMES])}{more}: {reason}"))
     return lines

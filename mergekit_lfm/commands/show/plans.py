@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_lfm.commands.show.terminal import count_noun, table
 from mergekit_lfm.machine.sizes import format_size
+from mergekit_lfm.machine.text import printable_line
 from mergekit_lfm.recipe.align import AlignRequest
 from mergekit_lfm.recipe.values import NamedFile
 
@@ -58,6 +59,7 @@ def plan_data(plan: Plan) -> dict[str, Any]:
         "files": [path.name for path in plan.files],
         "held": [str(file) for file in plan.mapped_files],
         "dropped": [{"model": m, "tensor": t, "reason": why} for m, t, why in plan.dropped],
+        "left_behind": [{"file": name, "reason": why} for name, why in plan.left_behind],
         "digest": plan.digest,
     }
 
@@ -127,10 +129,12 @@ def plan_text(plan: Plan, facts: dict[str, Any], verbose: bool) -> str:
     ]
     lines = [table(rows)]
     lines += [
-        f"held outside the memory budget, as its tensors are not plain byte ranges: {file}"
+        f"held outside the memory budget, as its tensors are not plain byte ranges: {printable_line(file)}"
         for file in plan.mapped_files
     ]
-    lines += _dropped_lines(plan)
+    lines += map(printable_line, _dropped_lines(plan))
+    template = plan.labels[plan.template]
+    lines += [printable_line(f"left behind: {template}: {name}: {why}") for name, why in plan.left_behind]
     if verbose:
         lines += [
             "",
@@ -183,13 +187,14 @@ def push_text(pushed: Pushed) -> str:
         lines = [f"pushed {count_noun(len(pushed.files), 'file')}, {format_size(pushed.nbytes)}, to {where}"]
     lines += ["downloaded again: every byte is as the lock says"] if pushed.verified else []
     lines += [f"removed there, left over from an earlier push: {', '.join(pushed.removed)}"] if pushed.removed else []
-    lines += [f"not pushed, as they are hidden: {', '.join(pushed.left_out)}"] if pushed.left_out else []
+    if pushed.left_out:
+        lines.append(f"not pushed, as they are hidden or links out of the folder: {', '.join(pushed.left_out)}")
     if pushed.kept_card:
         lines.append(
             "the model card was edited on the Hub and is kept (--replace-card replaces it); this merge's card is "
             "MERGE.md beside it"
         )
-    return "\n".join(lines)
+    return "\n".join(map(printable_line, lines))
 
 
 def push_data(pushed: Pushed) -> dict[str, Any]:

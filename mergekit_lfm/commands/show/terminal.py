@@ -8,12 +8,15 @@ from contextlib import AbstractContextManager, contextmanager
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
+from mergekit_lfm.machine.text import printable_line
+
 if TYPE_CHECKING:
     from tqdm import tqdm
 
 
 def table(rows: Sequence[Sequence[str]], right: str = "") -> str:
     """The rows in aligned columns, the first row as headings. `right`: headings of the columns aligned to the right."""
+    rows = [[*map(printable_line, row)] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     sides = [str.rjust if heading in right.split() else str.ljust for heading in rows[0]]
     lines = ("  ".join(side(cell, w) for side, cell, w in zip(sides, row, widths, strict=True)) for row in rows)
@@ -81,7 +84,7 @@ class Terminal:
     def notice(self, line: str) -> None:
         """Print the line."""
         if not self.hidden:
-            print(line, file=sys.stderr)
+            print(printable_line(line), file=sys.stderr)
 
     def by_bytes(self, nbytes: int, doing: str) -> AbstractContextManager[Callable[[int], None]]:
         """A bar with rate and time left."""
@@ -100,4 +103,12 @@ def _bar(total: int | None, doing: str, unit: str, hidden: bool) -> tqdm[Any]:
     from tqdm import tqdm
 
     unseen = True if hidden else None  # None: unless the stream is a terminal
-    return tqdm(total=total, desc=doing, unit=unit, unit_scale=True, leave=False, disable=unseen, file=sys.stderr)
+    return tqdm(
+        total=total,
+        desc=printable_line(doing),
+        unit=unit,
+        unit_scale=True,
+        leave=False,
+        disable=unseen,
+        file=sys.stderr,
+    )

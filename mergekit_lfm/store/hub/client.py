@@ -36,6 +36,7 @@ except ImportError:  # not available for every platform
     hf_xet = None
 
 from mergekit_lfm.errors import PlanError
+from mergekit_lfm.machine.text import printable_line
 from mergekit_lfm.version import __version__
 
 HTTPError: type[Exception] = HfHubHTTPError.__mro__[1]  # of the client's HTTP library: httpx, or its successor
@@ -192,10 +193,10 @@ def hide_progress_bars() -> Iterator[None]:
 
 
 class _Shorten(logging.Filter):
-    """Log filter that removes the query strings of signed URLs."""
+    """Log filter that removes the query strings of signed URLs, and all that is not printable."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        record.msg, record.args = strip_queries(record.getMessage()), ()
+        record.msg, record.args = printable_line(strip_queries(record.getMessage())), ()
         return True
 
 

@@ -1,30 +1,29 @@
 """A model on the Hub at one commit: the list of its files, their headers, and the files themselves, in the Hub's cache.
 
 Finding a model fetches what a plan needs (configs, and the headers of weight files, by ranged requests); weights come
-on request. Files are only read: every program on the machine shares the cache.
+on request, and each download is compared with the digest that the Hub lists. Files are only read: every program on the
+machine shares the cache.
 """
 
 from __future__ import annotations
 
 import glob
+import hashlib
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from huggingface_hub import hf_hub_url, snapshot_download
+from huggingface_hub import hf_hub_url, snapshot_download, try_to_load_from_cache
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import (  # type: ignore[attr-defined]  # documented, but not in its __all__
-    build_hf_headers,
-    hf_raise_for_status,
-    http_backoff,
-)
 
-from mergekit_lfm.errors import PlanError
+from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.machine.resources import free_space
 from mergekit_lfm.store.hub.client import api, endpoint, hide_progress_bars, offline, translate_errors
 from mergekit_lfm.store.hub.names import HubName
+from mergekit_lfm.store.hub.requests import list_files, read_start
 from mergekit_lfm.store.tensors import MAX_HEADER
 
 TAKES_LONG = 20_000_000  # bytes; larger downloads show their progress
@@ -33,16 +32,37 @@ AT_PLANNING = ("config.json", "*.index.json", "README.md")
 
 
 @dataclass(frozen=True)
+class ListedDigest:
+    """The digest of a file in a listing: "sha256" if the file is stored outside git, else git's "sha1"."""
+
+    kind: Literal["sha256", "sha1"]
+    value: str
+
+    @classmethod
+    def of_entry(cls, entry: RepoFile) -> ListedDigest:
+        """The digest of an entry."""
+        return cls("sha1", entry.blob_id) if entry.lfs is None else cls("sha256", entry.lfs.sha256)
+
+    def of(self, path: Path) -> str:
+        """The digest of the same kind of a file here."""
+        start = b"" if self.kind == "sha256" else f"blob {path.stat().st_size}\0".encode()
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, lambda: hashlib.new(self.kind, start)).hexdigest()
+
+
+@dataclass(frozen=True)
 class Snapshot:
     """A repository at one commit. folder: the present or future folder of its files in the cache; sizes: in bytes.
 
-    listed: True if `sizes` has the files on the Hub; else it has those in the cache.
+    digests: as the Hub lists them, {} if it was not asked. listed: True if `sizes` has the files on the Hub; else
+    it has those in the cache.
     """
 
     repo: str
     commit: str
     folder: Path
     sizes: Mapping[str, int]
+    digests: Mapping[str, ListedDigest] = field(default_factory=dict)
     listed: bool = True
 
     def __str__(self) -> str:
@@ -55,7 +75,8 @@ class Snapshot:
     def fetch(self, names: Collection[str]) -> None:
         """Download the files that are not in the cache, several at a time.
 
-        Raises PlanError if the Hub refuses, is offline or the disk is full, ConnectionError if the connection fails.
+        Raises PlanError if the Hub refuses, is offline or the disk is full, ConnectionError if the connection fails,
+        FormatError if a file is not the one that the Hub lists; then it is removed from the cache.
         """
         lacking = self.lacking(names)
         if not lacking:
@@ -71,27 +92,45 @@ class Snapshot:
             _download(self.repo, self.commit, lacking)
         if still := self.lacking(lacking):
             raise ConnectionError(f"{self}: {', '.join(still)} could not be downloaded; run the same command again")
+        self.compare(lacking)
+
+    def compare(self, names: Iterable[str]) -> None:
+        """Raise FormatError if one of these files in the cache is not as the Hub lists it, and remove it there."""
+        for name in names:
+            path, listed = self.folder / name, self.digests.get(name)
+            if listed is not None and (found := listed.of(path)) != listed.value:
+                blob = path.resolve()
+                path.unlink()
+                blob.unlink(missing_ok=True)
+                raise FormatError(
+                    f"{self}: {name} was downloaded with the {listed.kind} {found}, but the Hub lists {listed.value}; "
+                    "it was removed from the cache. Run the same command again; if it stays so, the server or the way "
+                    "to it changes files"
+                )
 
     def head(self, name: str) -> tuple[bytes, int]:
         """The bytes of a safetensors file up to its data (if not a header, the first ones), and the file's size."""
         size = self.sizes[name]
-        data = self._range(name, min(size, FIRST_RANGE))
+        data = self._start(name, min(size, FIRST_RANGE))
         length = 8 + int.from_bytes(data[:8], "little")
         if len(data) < length <= min(size, MAX_HEADER + 8):
-            data = self._range(name, length)
+            data = self._start(name, length)
         return data, size
 
-    def _range(self, name: str, nbytes: int) -> bytes:
-        """The first bytes of a file."""
+    def _start(self, name: str, nbytes: int) -> bytes:
+        """The first bytes of a file; it is downloaded if its server does not answer requests for a range."""
         if not nbytes:
             return b""
-        url = hf_hub_url(self.repo, name, revision=self.commit, endpoint=endpoint())
-        headers = build_hf_headers(library_name="mergekit_lfm")
-        headers |= {"Range": f"bytes=0-{nbytes - 1}", "Accept-Encoding": "identity"}
-        with translate_errors(str(self)):
-            response = http_backoff("GET", url, headers=headers, follow_redirects=True)
-            hf_raise_for_status(response)
-            return bytes(response.content[:nbytes])
+        path = self.folder / name
+        if not path.exists():
+            url = hf_hub_url(self.repo, name, revision=self.commit, endpoint=endpoint())
+            with translate_errors(str(self)):
+                data = read_start(f"{self}: {name}", url, nbytes, self.sizes[name])
+            if data is not None:
+                return data
+            self.fetch([name])
+        with path.open("rb") as file:
+            return file.read(nbytes)
 
 
 def check_room(snapshot: Snapshot, nbytes: int) -> None:
@@ -119,9 +158,23 @@ def find_snapshot(name: HubName) -> Snapshot:
             return Snapshot(name.repo, commit, folder, sizes, listed=False)
         if commit != name.revision:  # if the Hub fails to answer, the client returns its previous answer
             commit = str(api().model_info(name.repo, revision=name.revision).sha)
-        tree = api().list_repo_tree(name.repo, recursive=True, revision=commit)
-        sizes = {entry.path: entry.size for entry in tree if isinstance(entry, RepoFile)}
-    return Snapshot(name.repo, commit, _fetch_for_planning(name.repo, commit), sizes)
+        files = list_files(name.repo, commit)
+    new = [path for path in files if _for_planning(path) and not _is_cached(name.repo, commit, path)]
+    folder = _fetch_for_planning(name.repo, commit)
+    sizes = {path: file.size for path, file in files.items()}
+    digests = {path: ListedDigest.of_entry(file) for path, file in files.items()}
+    snapshot = Snapshot(name.repo, commit, folder, sizes, digests)
+    snapshot.compare(new)
+    return snapshot
+
+
+def _for_planning(path: str) -> bool:
+    """True if the file is among those that planning needs; the client matches its patterns in the same way."""
+    return any(fnmatch(path, pattern) for pattern in AT_PLANNING)
+
+
+def _is_cached(repo: str, commit: str, path: str) -> bool:
+    return isinstance(try_to_load_from_cache(repo, path, revision=commit), str)
 
 
 def _fetch_for_planning(repo: str, commit: str) -> Path:
