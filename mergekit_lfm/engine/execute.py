@@ -77,7 +77,8 @@ def execute(
     count = _check(plan, folder, budget, threads, accelerator)
     left = Budget(plan).left(budget)
     options = Options(accelerator, left // count, accelerator.room(left) // count, count, nan, compile)
-    with Output(plan.digest, plan.shards, folder, resume) as output, Worker(plan, output.partial, options) as worker:
+    files = Output(plan.digest, plan.shards, plan.inputs, folder, resume)
+    with files as output, Worker(plan, output.partial, options) as worker:
         resumed = _take_over(plan, output, nan)
         run = _Run(plan, options, output, progress or (lambda _: None))
         run.progress(resumed)

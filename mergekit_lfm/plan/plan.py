@@ -31,6 +31,7 @@ from mergekit_lfm.plan.sources import (
     ModelRoles,
     assign_roles,
     identity_of,
+    named_files,
     open_all,
     open_changes,
     open_models,
@@ -41,6 +42,7 @@ from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.recipe.roles import Input
 from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.store.sidecars import sidecars_of
+from mergekit_lfm.store.state import FileState, state_of
 from mergekit_lfm.version import __version__
 from mergekit_lfm.views.pending import Pending
 
@@ -51,7 +53,8 @@ class Plan:
 
     groups: the jobs that are solved together, as indices into `tensors`; matrices: those that the method merges as
     whole matrices. Each job is in one of them. dropped: (model, tensor, reason). licenses: what the card of each model
-    states. edited_on: the kind of device on which edits of the result are solved, "" for the processor.
+    states. edited_on: the kind of device on which edits of the result are solved, "" for the processor. named_files:
+    the states of the recipe's files other than models, before they were read.
     """
 
     roles: ModelRoles
@@ -63,6 +66,7 @@ class Plan:
     files: tuple[Path, ...] = field(default=())
     licenses: tuple[dict[str, str], ...] = field(default=())
     edited_on: str = ""
+    named_files: tuple[FileState, ...] = field(default=())
 
     @property
     def recipe(self) -> Recipe:
@@ -139,6 +143,12 @@ class Plan:
         return tuple(job for job in self.tensors if wants and not job.copied and job.method != other)
 
     @property
+    def inputs(self) -> tuple[FileState, ...]:
+        """The states, when first seen, of all files that the output is made from; none of those still on the Hub."""
+        files = [file.state for source in self.sources for file in source.files]
+        return tuple(dict.fromkeys(state for state in (*files, *self.named_files) if state is not None))
+
+    @property
     def mapped_files(self) -> tuple[Path, ...]:
         """Inputs that torch must map or load, outside --memory: their tensors are not contiguous."""
         return tuple(file.path for model in self.models for file in model.files if file.fallback)
@@ -180,6 +190,7 @@ def make_plan(
     of the result's edits, such as those made from its facts. block: elements to merge at a time; sums depend on it by
     their order, so it differs from BLOCK only in tests.
     """
+    named = tuple(state_of(path) for path in named_files(recipe))
     models = open_models(recipe) if views is None else views
     for model in models:
         _ = model.config  # a config that cannot be read shows here
@@ -212,6 +223,7 @@ def make_plan(
         dropped=dropped,
         files=sidecars_of(template),
         licenses=tuple(read_license(model.path) for model in models),
+        named_files=named,
     )
 
 
