@@ -11,17 +11,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from mergekit_lfm.errors import FormatError, PlanError
+from mergekit_lfm.errors import FormatError, PlanError, several
 from mergekit_lfm.machine.resources import allocated_bytes
 from mergekit_lfm.machine.sizes import format_size
 from mergekit_lfm.output.layout import Shard
 from mergekit_lfm.output.lock import LOCK, lock_of
-from mergekit_lfm.output.replace import REPLACED, clear_replaced, is_complete
+from mergekit_lfm.output.replace import REPLACED, clear_replaced, files_in, is_complete
 from mergekit_lfm.output.shards import ShardFiles
 from mergekit_lfm.store.durable import lock_folder, replace_file, reserve, sync_folder, write_all
 from mergekit_lfm.store.places import partial_of, refuse_links, remove
@@ -202,10 +202,10 @@ class Output:
             sync.result()
         self._syncs.clear()
 
-    def publish(self, files: dict[str, bytes]) -> None:
+    def publish(self, files: Mapping[str, bytes]) -> None:
         """Make the shards readable, add the other files (the lock is the last of them), and move everything to OUT.
 
-        Raises FormatError if an input was changed.
+        Raises FormatError if an input was changed, PlanError if OUT.partial does not hold exactly the planned files.
         """
         self.flush()
         refuse_changed(self.inputs)
@@ -214,11 +214,37 @@ class Output:
                 write_exactly(self._files.fileno(number), 0, memoryview(shard.header[:8]))
                 os.fsync(self._files.fileno(number))
         for name, data in sorted(files.items(), key=lambda item: item[0] == LOCK):
+            if name == LOCK:
+                check_whole(self.partial, self.shards, {name: files[name] for name in files if name != LOCK})
             path = self.partial / name
             path.parent.mkdir(exist_ok=True)
             replace_file(path, data)
             sync_folder(path.parent)
         move_into_place(self.out)
+
+
+def check_whole(partial: Path, shards: Iterable[Shard], files: Mapping[str, bytes], *, lock: bool = False) -> None:
+    """Raise PlanError unless OUT.partial holds exactly these shards and files, in their sizes. lock: and the lock."""
+    sizes = {shard.name: shard.nbytes for shard in shards} | {name: len(data) for name, data in files.items()}
+    ours = {*sizes, LOCK} if lock else set(sizes)
+    problems = [f"{name} is missing" for name in sorted(ours) if not os.path.lexists(partial / name)]
+    for name in sorted(files_in(partial) - {JOURNAL}):
+        path = partial / name
+        if name.startswith(f"{REPLACED}/"):
+            continue
+        if name.endswith(".tmp") and any(name.startswith(f"{known}.") for known in (*sizes, LOCK)):
+            path.unlink()  # of a run that was killed while it wrote the file
+        elif path.is_symlink():
+            problems.append(f"{name} is a link to {path.readlink()}")
+        elif name not in ours:
+            problems.append(f"{name} does not belong to it")
+        elif path.stat().st_size != sizes.get(name, path.stat().st_size):
+            problems.append(f"{name} has {path.stat().st_size:,} bytes, expected {sizes[name]:,}")
+    if problems:
+        raise PlanError(
+            several(f"{partial} does not hold the output of this merge", [f"{partial}: {line}" for line in problems])
+            + "\nMove away what does not belong there, or start over with --no-resume"
+        )
 
 
 def move_into_place(out: Path) -> None:
@@ -234,11 +260,17 @@ def move_into_place(out: Path) -> None:
     clear_replaced(out)
 
 
-def finish(digest: str, out: Path) -> bool:
-    """Complete the publishing of a run of this plan that was killed in the middle of it. False without such a run."""
+def finish(digest: str, shards: Iterable[Shard], files: Mapping[str, bytes], out: Path) -> bool:
+    """Complete the publishing of a run of this plan that was killed in the middle of it. False without such a run.
+
+    files: all but the shards and the lock. Raises PlanError if OUT.partial does not hold exactly the planned files.
+    """
     if not is_complete(digest, out):
         return False
     fd = lock_folder(partial_of(out))
-    move_into_place(out)
-    os.close(fd)
+    try:
+        check_whole(partial_of(out), shards, files, lock=True)
+        move_into_place(out)
+    finally:
+        os.close(fd)
     return True

@@ -154,6 +154,11 @@ class Plan:
         return tuple(file.path for model in self.models for file in model.files if file.fallback)
 
     @cached_property
+    def contents(self) -> dict[Path, bytes]:
+        """The bytes of `files`, read once: the digest covers them, and the output's are made of them."""
+        return {path: path.read_bytes() for path in self.files}
+
+    @cached_property
     def digest(self) -> str:
         """xxh3-128 of all that determines the output's bytes: not of threads, memory, NaN policy or device."""
         facts = {
@@ -165,7 +170,7 @@ class Plan:
             ],
             "edits": [identity_of(edit) for edit in self.recipe.result_edits],
             **({"edited_on": self.edited_on} if self.edited_on else {}),
-            "files": [xxhash.xxh3_128_hexdigest(path.read_bytes()) for path in self.files],
+            "files": [xxhash.xxh3_128_hexdigest(data) for data in self.contents.values()],
             "licenses": self.licenses,
             "shards": [[shard.name, shard.congruent, *map(str, shard.tensors)] for shard in self.shards],
         }
