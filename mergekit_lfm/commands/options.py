@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
-from mergekit_lfm.commands.shell import INTERRUPTED, Size, show
+from mergekit_lfm.commands.shell import Size, interrupted_code, show
 from mergekit_lfm.version import __version__
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -65,7 +65,7 @@ threads = click.option(
 
 @contextmanager
 def going_on_later(ctx: click.Context, out: Path, plan: str | None = None) -> Iterator[None]:
-    """On Ctrl-C, print where the next run of the same command goes on, and end with the code for it.
+    """On Ctrl-C, SIGTERM or SIGHUP, print where the same command goes on, and end with the code for it.
 
     plan: the digest of a plan; if `out` holds its output, only a push was interrupted.
     """
@@ -79,4 +79,4 @@ def going_on_later(ctx: click.Context, out: Path, plan: str | None = None) -> It
         state = f"the finished part is in {partial}" if partial.exists() else "nothing was written"
         state = f"{out} is complete, but was not pushed" if plan and lock_of(out).get("plan") == plan else state
         show(f"interrupted: {state}; run the same command again to go on", err=True)
-        ctx.exit(INTERRUPTED)
+        ctx.exit(interrupted_code(ctx))

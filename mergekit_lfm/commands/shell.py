@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import click
@@ -20,7 +23,7 @@ from mergekit_lfm.store.hub import HubName, hub_name
 
 ANSWER_IS_NO = 1
 BAD_INPUT = 2  # or a bad environment; also what click exits with on bad usage
-INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+_SIGNAL = f"{__name__}.signal"  # where a click context has the signal that interrupted the command
 NO_BARS = "HF_HUB_DISABLE_PROGRESS_BARS"  # a variable of huggingface_hub
 
 
@@ -35,10 +38,10 @@ class Command(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; models on the Hub among its arguments are downloaded to the cache before."""
         try:
-            for param in self.params:
-                if isinstance(param.type, ModelFolder) and param.name is not None:
-                    ctx.params[param.name] = _download(ctx.params[param.name], ctx)
-            with warnings.catch_warnings():
+            with _signals_as_ctrl_c(ctx), warnings.catch_warnings():
+                for param in self.params:
+                    if isinstance(param.type, ModelFolder) and param.name is not None:
+                        ctx.params[param.name] = _download(ctx.params[param.name], ctx)
                 from mergekit_lfm.api.outcome import Finding
 
                 warnings.simplefilter("ignore", Finding)  # the command prints an outcome's warnings
@@ -55,9 +58,36 @@ class Command(click.Command):
             message = _os_message(error)
         except KeyboardInterrupt:
             show("interrupted", err=True)
-            ctx.exit(INTERRUPTED)
+            ctx.exit(interrupted_code(ctx))
         click.echo(f"error: {printable_message(message)}", err=True)
         ctx.exit(BAD_INPUT)
+
+
+@contextmanager
+def _signals_as_ctrl_c(ctx: click.Context) -> Iterator[None]:
+    """Within it SIGTERM and SIGHUP do what Ctrl-C does, unless somebody handles or ignores them, as nohup does."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        ctx.meta[_SIGNAL] = number
+        handler = signal.getsignal(signal.SIGINT)
+        if not callable(handler):  # a shell ignores Ctrl-C for jobs in the background
+            raise KeyboardInterrupt
+        handler(number, frame)
+
+    ends = threading.current_thread() is threading.main_thread()
+    taken = [n for n in (signal.SIGTERM, signal.SIGHUP) if ends and signal.getsignal(n) is signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def interrupted_code(ctx: click.Context) -> int:
+    """The exit code of an interrupted command, as shells have it: 128 and the signal's number."""
+    return 128 + int(ctx.meta.get(_SIGNAL, signal.SIGINT))
 
 
 def _os_message(error: OSError) -> str:

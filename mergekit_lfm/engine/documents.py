@@ -10,11 +10,15 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import xxhash
 
+from mergekit_lfm.errors import FormatError
 from mergekit_lfm.output.card import CARD, model_card
 from mergekit_lfm.output.layout import INDEX
 from mergekit_lfm.output.lock import LOCK
@@ -28,17 +32,97 @@ DTYPE_KEYS = ("dtype", "torch_dtype")
 QUANTISATION_KEYS = ("quantization_config", "compression_config")
 
 
-def documents(plan: Plan, receipts: Mapping[tuple[str, int], Receipt]) -> dict[str, bytes]:
-    """Every file of the output but the shards, by name; the lock covers the others."""
-    folder = plan.models[plan.template].path
-    files = {path.relative_to(folder).as_posix(): _without_paths(path.read_bytes()) for path in plan.files}
-    if "config.json" in files:
-        files["config.json"] = _config(files["config.json"], plan)
-    if len(plan.shards) > 1:
-        files[INDEX] = _index(plan)
-    files[CARD] = _card(plan).encode()
-    files[LOCK] = _lock(plan, receipts, files)
-    return files
+@dataclass(frozen=True)
+class Documents:
+    """Every file of a plan's output but the shards. They are made before the work; the lock's digests come after it."""
+
+    plan: Plan
+
+    def check(self) -> None:
+        """Make all that can be made before the work. Raises FormatError if a file cannot be written."""
+        _ = self.files
+        with _explain(LOCK):
+            _json(self._facts)
+
+    @cached_property
+    def files(self) -> dict[str, bytes]:
+        """The files that the lock covers, by name."""
+        plan, files = self.plan, dict[str, bytes]()
+        folder = plan.models[plan.template].path
+        for path, data in plan.contents.items():
+            name = path.relative_to(folder).as_posix()
+            with _explain(path):
+                files[name] = _without_paths(data)
+                if name == "config.json":
+                    files[name] = _config(files[name], plan)
+        if len(plan.shards) > 1:
+            with _explain(INDEX):
+                files[INDEX] = _index(plan)
+        with _explain(CARD):
+            files[CARD] = _card(plan).encode()
+        return files
+
+    @cached_property
+    def _facts(self) -> dict[str, Any]:
+        """What the lock says about the plan: all but the tensors."""
+        plan, names = self.plan, names_of(self.plan)
+        return {
+            "format": 1,
+            "plan": plan.digest,
+            "versions": versions("torch"),
+            "recipe": _public_recipe(plan),
+            "inputs": [
+                {"model": names[label], "files": model.identity}
+                for label, model in zip(plan.labels, plan.models, strict=True)
+            ],
+            "statistics": [
+                {
+                    "statistics": names[file.ref],
+                    "kind": statistics.info.kind,
+                    "data": statistics.info.data,
+                    "files": statistics.tensors.identity,
+                }
+                for file, statistics in zip(plan.recipe.statistics, plan.statistics, strict=True)
+            ],
+            "segments": {job.name: job.segment_numel for job in plan.tensors if job.segments > 1},
+            "files": {name: xxhash.xxh3_128_hexdigest(data) for name, data in sorted(self.files.items())},
+            "dropped": [{"model": names[m], "tensor": t, "reason": why} for m, t, why in plan.dropped],
+        }
+
+    def lock(self, receipts: Mapping[tuple[str, int], Receipt]) -> bytes:
+        """The lock of an output whose segments have these receipts."""
+        plan = self.plan
+        shards = {spec.name: shard.name for shard in plan.shards for spec in shard.tensors}
+        tensors = {
+            job.name: {
+                "method": job.method,
+                "dtype": job.dtype,
+                "shape": list(job.shape),
+                "file": shards[job.name],
+                "xxh3": [receipts[job.name, segment].xxh3 for segment in range(job.segments)],
+            }
+            for job in plan.tensors
+        }
+        nonfinite = sorted({where for receipt in receipts.values() for where in receipt.nonfinite})
+        return _json({**self._facts, "tensors": tensors, "nonfinite": nonfinite})
+
+
+@contextmanager
+def _explain(file: object) -> Iterator[None]:
+    """Raise FormatError about a file that is made of data that no file can hold."""
+    try:
+        yield
+    except UnicodeEncodeError as error:
+        part = error.object[max(0, error.start - 20) : error.end]
+        raise FormatError(
+            f"{file} cannot be written to the output: {part!r} in it ends in half of a character, expected Unicode "
+            "text; correct the model's file, or rename what has this name"
+        ) from None
+    except RecursionError:
+        raise FormatError(
+            f"{file} cannot be written to the output: found hundreds of lists or objects in one another, expected "
+            "those of a model; correct it"
+        ) from None
 
 
 def _without_paths(raw: bytes) -> bytes:
@@ -146,48 +230,6 @@ def _public_align(align: str | dict[str, Any], names: Mapping[str, str]) -> str 
         return last_name(align)
     stats = {"stats": last_name(align["stats"])} if "stats" in align else {}
     return {**align, "to": names[align["to"]], **stats}
-
-
-def _lock(plan: Plan, receipts: Mapping[tuple[str, int], Receipt], files: Mapping[str, bytes]) -> bytes:
-    names = names_of(plan)
-    shards = {spec.name: shard.name for shard in plan.shards for spec in shard.tensors}
-    digests = {job.name: [receipts[job.name, s] for s in range(job.segments)] for job in plan.tensors}
-    nonfinite = sorted({where for segments in digests.values() for receipt in segments for where in receipt.nonfinite})
-    return _json(
-        {
-            "format": 1,
-            "plan": plan.digest,
-            "versions": versions("torch"),
-            "recipe": _public_recipe(plan),
-            "inputs": [
-                {"model": names[label], "files": model.identity}
-                for label, model in zip(plan.labels, plan.models, strict=True)
-            ],
-            "statistics": [
-                {
-                    "statistics": names[file.ref],
-                    "kind": statistics.info.kind,
-                    "data": statistics.info.data,
-                    "files": statistics.tensors.identity,
-                }
-                for file, statistics in zip(plan.recipe.statistics, plan.statistics, strict=True)
-            ],
-            "tensors": {
-                job.name: {
-                    "method": job.method,
-                    "dtype": job.dtype,
-                    "shape": list(job.shape),
-                    "file": shards[job.name],
-                    "xxh3": [receipt.xxh3 for receipt in digests[job.name]],
-                }
-                for job in plan.tensors
-            },
-            "segments": {job.name: job.segment_numel for job in plan.tensors if job.segments > 1},
-            "files": {name: xxhash.xxh3_128_hexdigest(data) for name, data in sorted(files.items())},
-            "dropped": [{"model": names[m], "tensor": t, "reason": why} for m, t, why in plan.dropped],
-            "nonfinite": nonfinite,
-        }
-    )
 
 
 def _card(plan: Plan) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_lfm.engine.blocks import add_in_order, run_solve
-from mergekit_lfm.engine.documents import documents
+from mergekit_lfm.engine.documents import Documents
 from mergekit_lfm.engine.tasks import Executor, MatrixTask, MergeTask, Part, ReduceTask, Remark, Task
 from mergekit_lfm.engine.threads import thread_pool
 from mergekit_lfm.engine.worker import Options, Pool, Worker, refuse_nonfinite
@@ -25,6 +25,7 @@ from mergekit_lfm.kernels.reductions import Reduction
 from mergekit_lfm.machine.accelerators import HOST, Accelerator
 from mergekit_lfm.machine.resources import default_memory
 from mergekit_lfm.methods.registry import METHODS
+from mergekit_lfm.output.lock import LOCK
 from mergekit_lfm.output.replace import Policy, already_there, is_complete
 from mergekit_lfm.output.writer import Output, Receipt, finish
 from mergekit_lfm.plan.budget import Budget, check_disk, workers
@@ -66,18 +67,22 @@ def execute(
     complete.
 
     Raises PlanError before anything is written if the plan is not ready, or if `out`, the memory or the disk do not
-    allow it; FormatError if an input or the result holds NaN or infinity (`nan="error"`).
+    allow it; FormatError if a document of the output cannot be written, before anything is, if an input or the result
+    holds NaN or infinity (`nan="error"`), or if an input was changed meanwhile.
     """
     folder = place_of(out)
     if _already_there(plan, folder, overwrite=overwrite, resume=resume, nan=nan):
         return Execution(already_there=True)
-    if resume and finish(plan.digest, folder):
+    documents = Documents(plan)
+    documents.check()
+    if resume and finish(plan.digest, plan.shards, documents.files, folder):
         return Execution(resumed_bytes=plan.bytes_written)
     budget = memory or default_memory()
     count = _check(plan, folder, budget, threads, accelerator)
     left = Budget(plan).left(budget)
     options = Options(accelerator, left // count, accelerator.room(left) // count, count, nan, compile)
-    with Output(plan.digest, plan.shards, folder, resume) as output, Worker(plan, output.partial, options) as worker:
+    files = Output(plan.digest, plan.shards, plan.inputs, folder, resume)
+    with files as output, Worker(plan, output.partial, options) as worker:
         resumed = _take_over(plan, output, nan)
         run = _Run(plan, options, output, progress or (lambda _: None))
         run.progress(resumed)
@@ -86,7 +91,7 @@ def execute(
                 run.carry_out(executor)
         finally:
             output.flush()
-        output.publish(documents(plan, output.done))
+        output.publish({**documents.files, LOCK: documents.lock(output.done)})
     return Execution(False, resumed, (*_findings(plan, output), *sorted(run.remarks)))
 
 

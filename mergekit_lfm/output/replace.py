@@ -125,7 +125,7 @@ def check_replaceable(out: Path) -> None:
     for label, folder in {"the working directory": Path.cwd(), "the home directory": Path.home()}.items():
         if folder.resolve().is_relative_to(place):
             raise PlanError(f"{out} is {label} or holds it, and would be deleted; choose another output")
-    foreign = sorted(name for name in _files(place) - _own_files(place) if not name.startswith(f"{REPLACED}/"))
+    foreign = sorted(name for name in files_in(place) - _own_files(place) if not name.startswith(f"{REPLACED}/"))
     if foreign:
         more = f" and {len(foreign) - SHOWN} more" if len(foreign) > SHOWN else ""
         raise PlanError(
@@ -134,7 +134,7 @@ def check_replaceable(out: Path) -> None:
         )
 
 
-def _files(folder: Path) -> set[str]:
+def files_in(folder: Path) -> set[str]:
     """The names of everything in a folder, of links too, but for folders."""
     paths = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
     return {path.relative_to(folder).as_posix() for path in paths}

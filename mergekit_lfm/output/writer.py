@@ -1,30 +1,31 @@
 """The output folder: written in place and in any order, safe against a crash at any moment, readable only when whole.
 
 OUT.partial holds shards at full size whose header length is 0xFF, so that every loader refuses them, and a journal: the
-plan's digest, then one line per segment, written after the segment's data are synced. Publishing writes the header
-lengths, then the other files, the lock last, removes the journal, and renames OUT.partial to OUT. So a lock in
-OUT.partial means that it is complete. `--overwrite` moves OUT into OUT.partial before the rename, and deletes it
-afterwards.
+plan's digest, the states of its input files, then one line per segment, written after the segment's data are synced.
+Publishing checks that no input was changed, and writes the header lengths, then the other files, the lock last, removes
+the journal, and renames OUT.partial to OUT. So a lock in OUT.partial means that it is complete. `--overwrite` moves OUT
+into OUT.partial before the rename, and deletes it afterwards.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from mergekit_lfm.errors import PlanError
+from mergekit_lfm.errors import FormatError, PlanError, several
 from mergekit_lfm.machine.resources import allocated_bytes
 from mergekit_lfm.machine.sizes import format_size
 from mergekit_lfm.output.layout import Shard
 from mergekit_lfm.output.lock import LOCK, lock_of
-from mergekit_lfm.output.replace import REPLACED, clear_replaced, is_complete
+from mergekit_lfm.output.replace import REPLACED, clear_replaced, files_in, is_complete
 from mergekit_lfm.output.shards import ShardFiles
 from mergekit_lfm.store.durable import lock_folder, replace_file, reserve, sync_folder, write_all
 from mergekit_lfm.store.places import partial_of, refuse_links, remove
+from mergekit_lfm.store.state import FileState, refuse_changed
 from mergekit_lfm.store.tensors import UNFINISHED, name_file, write_exactly
 
 JOURNAL = "merge.journal"
@@ -44,11 +45,14 @@ class Receipt:
 class Output:
     """OUT.partial while it is written: its journal and its end. Use as a context manager; `publish` makes it OUT.
 
-    done: the receipts of the segments that need no more work, from the journal of an interrupted run of the same plan.
+    inputs: the states of the files that it is made from. done: the receipts of the segments that need no more work,
+    from the journal of an interrupted run of the same plan on the same inputs.
     """
 
-    def __init__(self, digest: str, shards: Sequence[Shard], out: Path, resume: bool = True) -> None:
-        self.digest, self.shards, self.out, self.partial = digest, shards, out, partial_of(out)
+    def __init__(
+        self, digest: str, shards: Sequence[Shard], inputs: Sequence[FileState], out: Path, resume: bool = True
+    ) -> None:
+        self.digest, self.shards, self.inputs, self.out, self.partial = digest, shards, inputs, out, partial_of(out)
         self.done: dict[tuple[str, int], Receipt] = {}
         self._files = ShardFiles(self.partial, shards)
         self._pending, self._pending_bytes = list[Receipt](), 0
@@ -113,25 +117,36 @@ class Output:
         return all(path.exists() and path.stat().st_size == nbytes for path, nbytes in paths)
 
     def _read_journal(self, journal: Path) -> bool:
-        """Adopt the receipts of an earlier run, up to a torn last line. False if it was a run of another plan."""
-        kept = 0
+        """Adopt the receipts of an earlier run, up to a torn last line. False if it has none, or was of another plan.
+
+        Raises FormatError if an input was changed since that run.
+        """
+        kept, before = 0, {str(state.path): state for state in self.inputs}
         with journal.open("rb") as lines:
             for line in lines:
                 try:
                     entry = json.loads(line)
                     if not kept and entry != {"plan": self.digest}:
                         return False
-                    receipt = Receipt(**{**entry, "nonfinite": tuple(entry["nonfinite"])}) if kept else None
+                    state = FileState(**{**entry, "path": Path(entry["path"])}) if "path" in entry else None
+                    receipt = None
+                    if kept and state is None:
+                        receipt = Receipt(**{**entry, "nonfinite": tuple(entry["nonfinite"])})
                 except (ValueError, TypeError, KeyError):
                     break
                 if not line.endswith(b"\n"):
                     break
+                if state is not None and before.get(str(state.path), state) != state:
+                    raise FormatError(
+                        f"{state.path} was changed since the unfinished work in {self.partial} began; delete that work "
+                        "with --no-resume"
+                    )
                 if receipt is not None:
                     self.done[receipt.tensor, receipt.segment] = receipt
                 kept += len(line)
         os.ftruncate(self._journal, kept)
         os.lseek(self._journal, 0, os.SEEK_END)
-        return kept > 0
+        return bool(self.done)
 
     def _start_over(self, journal: Path) -> None:
         """Empty the folder: first the lock and the journal, then the rest."""
@@ -146,7 +161,9 @@ class Output:
                 remove(path)
         with name_file(journal):
             os.lseek(self._journal, 0, os.SEEK_SET)
-            write_all(self._journal, json.dumps({"plan": self.digest}).encode() + b"\n")
+            states = ({**asdict(state), "path": str(state.path)} for state in self.inputs)
+            lines = "".join(json.dumps(entry) + "\n" for entry in ({"plan": self.digest}, *states))
+            write_all(self._journal, lines.encode())
             os.fsync(self._journal)
         sync_folder(self.partial.parent)
 
@@ -185,19 +202,49 @@ class Output:
             sync.result()
         self._syncs.clear()
 
-    def publish(self, files: dict[str, bytes]) -> None:
-        """Make the shards readable, add the other files (the lock is the last of them), and move everything to OUT."""
+    def publish(self, files: Mapping[str, bytes]) -> None:
+        """Make the shards readable, add the other files (the lock is the last of them), and move everything to OUT.
+
+        Raises FormatError if an input was changed, PlanError if OUT.partial does not hold exactly the planned files.
+        """
         self.flush()
+        refuse_changed(self.inputs)
         for number, shard in enumerate(self.shards):
             with name_file(self._files.path(number)):
                 write_exactly(self._files.fileno(number), 0, memoryview(shard.header[:8]))
                 os.fsync(self._files.fileno(number))
         for name, data in sorted(files.items(), key=lambda item: item[0] == LOCK):
+            if name == LOCK:
+                check_whole(self.partial, self.shards, {name: files[name] for name in files if name != LOCK})
             path = self.partial / name
             path.parent.mkdir(exist_ok=True)
             replace_file(path, data)
             sync_folder(path.parent)
         move_into_place(self.out)
+
+
+def check_whole(partial: Path, shards: Iterable[Shard], files: Mapping[str, bytes], *, lock: bool = False) -> None:
+    """Raise PlanError unless OUT.partial holds exactly these shards and files, in their sizes. lock: and the lock."""
+    sizes = {shard.name: shard.nbytes for shard in shards} | {name: len(data) for name, data in files.items()}
+    ours = {*sizes, LOCK} if lock else set(sizes)
+    problems = [f"{name} is missing" for name in sorted(ours) if not os.path.lexists(partial / name)]
+    for name in sorted(files_in(partial) - {JOURNAL}):
+        path = partial / name
+        if name.startswith(f"{REPLACED}/"):
+            continue
+        if name.endswith(".tmp") and any(name.startswith(f"{known}.") for known in (*sizes, LOCK)):
+            path.unlink()  # of a run that was killed while it wrote the file
+        elif path.is_symlink():
+            problems.append(f"{name} is a link to {path.readlink()}")
+        elif name not in ours:
+            problems.append(f"{name} does not belong to it")
+        elif path.stat().st_size != sizes.get(name, path.stat().st_size):
+            problems.append(f"{name} has {path.stat().st_size:,} bytes, expected {sizes[name]:,}")
+    if problems:
+        raise PlanError(
+            several(f"{partial} does not hold the output of this merge", [f"{partial}: {line}" for line in problems])
+            + "\nMove away what does not belong there, or start over with --no-resume"
+        )
 
 
 def move_into_place(out: Path) -> None:
@@ -213,11 +260,17 @@ def move_into_place(out: Path) -> None:
     clear_replaced(out)
 
 
-def finish(digest: str, out: Path) -> bool:
-    """Complete the publishing of a run of this plan that was killed in the middle of it. False without such a run."""
+def finish(digest: str, shards: Iterable[Shard], files: Mapping[str, bytes], out: Path) -> bool:
+    """Complete the publishing of a run of this plan that was killed in the middle of it. False without such a run.
+
+    files: all but the shards and the lock. Raises PlanError if OUT.partial does not hold exactly the planned files.
+    """
     if not is_complete(digest, out):
         return False
     fd = lock_folder(partial_of(out))
-    move_into_place(out)
-    os.close(fd)
+    try:
+        check_whole(partial_of(out), shards, files, lock=True)
+        move_into_place(out)
+    finally:
+        os.close(fd)
     return True

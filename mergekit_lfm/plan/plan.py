@@ -31,6 +31,7 @@ from mergekit_lfm.plan.sources import (
     ModelRoles,
     assign_roles,
     identity_of,
+    named_files,
     open_all,
     open_changes,
     open_models,
@@ -41,6 +42,7 @@ from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.recipe.roles import Input
 from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.store.sidecars import sidecars_of
+from mergekit_lfm.store.state import FileState, state_of
 from mergekit_lfm.version import __version__
 from mergekit_lfm.views.pending import Pending
 
@@ -52,7 +54,8 @@ class Plan:
     groups: the jobs that are solved together, as indices into `tensors`; matrices: those that the method merges as
     whole matrices. Each job is in one of them. dropped: (model, tensor, reason). files: those of the template that go
     beside the weights; left_behind: those that do not, (name, reason). licenses: what the card of each model states.
-    edited_on: the kind of device on which edits of the result are solved, "" for the processor.
+    edited_on: the kind of device on which edits of the result are solved, "" for the processor. named_files: the
+    states of the recipe's files other than models, before they were read.
     """
 
     roles: ModelRoles
@@ -65,6 +68,7 @@ class Plan:
     left_behind: tuple[tuple[str, str], ...] = field(default=())
     licenses: tuple[dict[str, str], ...] = field(default=())
     edited_on: str = ""
+    named_files: tuple[FileState, ...] = field(default=())
 
     @property
     def recipe(self) -> Recipe:
@@ -141,9 +145,20 @@ class Plan:
         return tuple(job for job in self.tensors if wants and not job.copied and job.method != other)
 
     @property
+    def inputs(self) -> tuple[FileState, ...]:
+        """The states, when first seen, of all files that the output is made from; none of those still on the Hub."""
+        files = [file.state for source in self.sources for file in source.files]
+        return tuple(dict.fromkeys(state for state in (*files, *self.named_files) if state is not None))
+
+    @property
     def mapped_files(self) -> tuple[Path, ...]:
         """Inputs that torch must map or load, outside --memory: their tensors are not contiguous."""
         return tuple(file.path for model in self.models for file in model.files if file.fallback)
+
+    @cached_property
+    def contents(self) -> dict[Path, bytes]:
+        """The bytes of `files`, read once: the digest covers them, and the output's are made of them."""
+        return {path: path.read_bytes() for path in self.files}
 
     @cached_property
     def digest(self) -> str:
@@ -157,7 +172,7 @@ class Plan:
             ],
             "edits": [identity_of(edit) for edit in self.recipe.result_edits],
             **({"edited_on": self.edited_on} if self.edited_on else {}),
-            "files": [xxhash.xxh3_128_hexdigest(path.read_bytes()) for path in self.files],
+            "files": [xxhash.xxh3_128_hexdigest(data) for data in self.contents.values()],
             "licenses": self.licenses,
             "shards": [[shard.name, shard.congruent, *map(str, shard.tensors)] for shard in self.shards],
         }
@@ -182,6 +197,7 @@ def make_plan(
     of the result's edits, such as those made from its facts. block: elements to merge at a time; sums depend on it by
     their order, so it differs from BLOCK only in tests.
     """
+    named = tuple(state_of(path) for path in named_files(recipe))
     models = open_models(recipe) if views is None else views
     for model in models:
         _ = model.config  # a config that cannot be read shows here
@@ -215,6 +231,7 @@ def make_plan(
         files=sidecars.files,
         left_behind=sidecars.left,
         licenses=tuple(read_license(model.path) for model in models),
+        named_files=named,
     )
 
 

@@ -23,6 +23,7 @@ from mergekit_lfm.errors import FormatError, PlanError, several
 from mergekit_lfm.methods.kinds import AlignMethod
 from mergekit_lfm.plan.stored import open_stored
 from mergekit_lfm.recipe.align import AlignRequest
+from mergekit_lfm.recipe.edit import EditRequest
 from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.recipe.registry import ALIGN_METHODS
 from mergekit_lfm.recipe.roles import Edit, Input
@@ -122,6 +123,21 @@ def identity_of(edit: Edit) -> dict[str, Any]:
     stats = [] if edit.stats is None else open_checkpoint(edit.stats.path).identity
     facts = xxhash.xxh3_128_hexdigest(edit.facts.path.read_bytes())
     return {"facts": facts, "method": edit.method, "options": edit.user_options, "stats": stats}
+
+
+def named_files(recipe: Recipe) -> tuple[Path, ...]:
+    """The files, other than models, that a recipe names: transforms, patches, facts and statistics."""
+    edits = [edit for model in recipe.all_models for edit in model.edits] + list(recipe.result_edits)
+    requests = [model.align for model in recipe.all_models if model.align is not None] + edits
+    files = [part for request in requests for part in _files_of(request)] + list(recipe.statistics)
+    return tuple(dict.fromkeys(file.path for file in files))
+
+
+def _files_of(request: Edit | AlignRequest) -> list[NamedFile]:
+    if isinstance(request, NamedFile):
+        return [request]
+    facts = [request.facts] if isinstance(request, EditRequest) else []
+    return facts if request.stats is None else [*facts, request.stats]
 
 
 def pending_view(checkpoint: Checkpoint, to: Checkpoint, request: AlignRequest, label: object) -> Checkpoint:

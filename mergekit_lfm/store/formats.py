@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_lfm.errors import FormatError
 from mergekit_lfm.store.archive import Unreadable, read_archive, state_dict
+from mergekit_lfm.store.state import FileState, state_of
 from mergekit_lfm.store.tensors import ITEMSIZE, TensorSpec, parse_header, read_exactly, read_header
 
 if TYPE_CHECKING:
@@ -25,8 +26,8 @@ ARCHIVES = (".bin", ".pt", ".pth")
 class WeightFile:
     """One file of tensors that lie in it as plain byte ranges.
 
-    stamp: identifies its present state without reading data: its time, or the commit on the Hub. A pickled copy opens
-    the file again, and only in that state.
+    stamp: identifies its content without reading data: its time, or the commit on the Hub. A pickled copy opens the
+    file again, and only in the same state.
     """
 
     fallback = False  # True if its tensors are mapped or held in memory instead of read by position
@@ -41,9 +42,10 @@ class WeightFile:
         self.path, self.tensors, self.data_start, self.snapshot = path, tensors, data_start, snapshot
         self._lock, self._fd = Lock(), -1
         self.stamp: dict[str, Any] = {}
+        self._state: FileState | None = None
         if snapshot is None:
-            status = path.stat()
-            self.nbytes, self.stamp = status.st_size, {"mtime_ns": status.st_mtime_ns}
+            self._state = state_of(path)
+            self.nbytes, self.stamp = self._state.nbytes, {"mtime_ns": self._state.mtime_ns}
         else:
             self.nbytes, self.stamp = snapshot.sizes[self.name], {"commit": str(snapshot)}
 
@@ -63,6 +65,13 @@ class WeightFile:
         """True if its data are still on the Hub."""
         return self.snapshot is not None and not self.path.exists()
 
+    @property
+    def state(self) -> FileState | None:
+        """Its state on the disk when it was first seen there; None while it is on the Hub."""
+        if self._state is None and not self.absent:
+            self._state = state_of(self.path)
+        return self._state
+
     def fileno(self) -> int:
         """A descriptor open for reading, closed with this object. Downloads a file that is still on the Hub.
 
@@ -73,8 +82,8 @@ class WeightFile:
                 if self.snapshot is not None:
                     self.snapshot.fetch([self.name])
                 fd = os.open(self.path, os.O_RDONLY)
-                status = os.fstat(fd)
-                if status.st_size != self.nbytes or self.stamp.get("mtime_ns") not in (None, status.st_mtime_ns):
+                found = state_of(self.path, fd)
+                if found.nbytes != self.nbytes or found != self.state:
                     os.close(fd)
                     raise FormatError(f"{self.path} was changed since the merge was planned; merge again")
                 self._fd = fd

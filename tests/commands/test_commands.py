@@ -8,13 +8,16 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+import click
 import pytest
 import torch
+from click.testing import CliRunner
 from helpers_commands import ROOT, answer, on_a_terminal, refusal, run, start, wait_for
 from models import save_checkpoint
 from safetensors.torch import load_file, save_file
 
 from mergekit_lfm import open_checkpoint
+from mergekit_lfm.commands.shell import Command
 from mergekit_lfm.machine.sizes import format_size, parse_size
 from mergekit_lfm.methods.registry import METHODS
 from mergekit_lfm.recipe.registry import all_methods
@@ -403,3 +406,30 @@ def test_verbose_lists_layers_in_the_order_of_their_numbers(folder: Path) -> Non
 def test_both_commands_print_the_versions() -> None:
     for arguments in (["--version"], ["merge", "--version"]):
         assert run(*arguments).stdout == f"mergekit_lfm {__version__}, torch {version('torch')}\n"
+
+
+@click.command(cls=Command)
+@click.argument("number", type=int)
+def wait_for_a_signal(number: int) -> None:
+    """A command to which a signal is sent while it runs; prints a line if it goes on."""
+    os.kill(os.getpid(), number)
+    click.echo("went on")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_signals_end_every_command_as_ctrl_c_does(number: signal.Signals, code: int) -> None:
+    before = signal.getsignal(number)
+    for _ in range(2):
+        ended = CliRunner(catch_exceptions=False).invoke(wait_for_a_signal, [str(int(number))])
+        assert (ended.exit_code, ended.stdout, ended.stderr) == (code, "", "interrupted\n")
+    assert signal.getsignal(number) is before
+
+
+def test_nohup_is_respected() -> None:
+    """It starts its command with SIGHUP ignored."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        ended = CliRunner(catch_exceptions=False).invoke(wait_for_a_signal, [str(int(signal.SIGHUP))])
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert (ended.exit_code, ended.stdout) == (0, "went on\n")

@@ -253,9 +253,10 @@ def test_killed_by_the_clock(cli: Forks, tmp_path: Path) -> None:
     assert killed >= 5
 
 
-def test_interrupt_says_how_to_go_on(one: Job) -> None:
-    stopped = one.run(**SOME_VOUCHED_FOR, signal=signal.SIGINT)
-    assert stopped.code == 130
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_interrupt_says_how_to_go_on(one: Job, sent: signal.Signals, code: int) -> None:
+    stopped = one.run(**SOME_VOUCHED_FOR, signal=sent)
+    assert stopped.code == code
     assert stopped.out == ""
     assert "Traceback" not in stopped.err
     assert "same command again" in stopped.err
