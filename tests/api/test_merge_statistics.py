@@ -292,7 +292,7 @@ def test_any_memory_and_threads_give_the_same_bytes(models: Models) -> None:
     models.refused(models.recipe(), "raise --memory", memory=least - 1, threads=1)
 
 
-@pytest.mark.parametrize("step", [5, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [13, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_killed_merge_goes_on_to_the_same_bytes(models: Models, cli: Forks, step: int) -> None:
     (models.folder / "recipe.yaml").write_text(json.dumps(models.recipe()))
 

@@ -47,6 +47,9 @@ models:
 seed: 7
 """
 
+# Of the moments of a kill every second one; the others are slow.
+HALVES = [pytest.param(0, id="odd steps"), pytest.param(1, id="even steps", marks=pytest.mark.slow)]
+
 
 @dataclass(frozen=True)
 class Job:
@@ -198,7 +201,7 @@ def test_killed_at_random_moments(job: Job, kills: int) -> None:
     assert killed_and_finished(job, spread(job.whole, kills, seed=1)) >= kills - 2
 
 
-@pytest.mark.parametrize("half", [0, 1], ids=["odd steps", "even steps"])
+@pytest.mark.parametrize("half", HALVES)
 def test_killed_at_every_publish_step(one: Job, half: int) -> None:
     """One thread publishes, however many have merged."""
     moments = range(last_data_write(one.whole) + half, len(one.whole.calls) + 1, 2)
@@ -375,7 +378,7 @@ def test_no_resume_starts_over_even_from_complete_work(one: Job) -> None:
     one.finish("--no-resume")
 
 
-@pytest.mark.parametrize(("other", "step"), [("--quiet", 1), ("--seed=9", 3)])
+@pytest.mark.parametrize(("other", "step"), [("--quiet", 2), ("--seed=9", 5)])
 def test_killed_while_complete_work_is_cleared_away(one: Job, other: str, step: int) -> None:
     """A half cleared folder does not count as complete, for the same plan and for another."""
     one.kill(kill_at=renaming(one.whole))
@@ -425,7 +428,7 @@ def is_somewhere(folder: Path, content: Content) -> bool:
     return any(all(files.get(name) == entry for name, entry in content.items()) for files in found)
 
 
-@pytest.mark.parametrize("half", [0, 1], ids=["odd steps", "even steps"])
+@pytest.mark.parametrize("half", HALVES)
 def test_overwriting_killed_at_every_step_loses_no_output(one: Job, half: int) -> None:
     """Until the new output is at OUT the old one is kept whole; the same command then finishes the exchange."""
     one.finish()

@@ -31,7 +31,7 @@ def test_after_a_failed_sync_nothing_more_is_journalled(
         sync(fd)
 
     monkeypatch.setattr(os, "fdatasync", sync_or_fail)
-    with Output("digest", lay_out(model, list(model.values()), None), tmp_path / "out") as output:
+    with Output("digest", lay_out(model, list(model.values()), None), (), tmp_path / "out") as output:
         for name in model:
             with suppress(OSError):
                 output.record(Receipt(name, 0, "0"), 8)
