@@ -26,6 +26,7 @@ PLACES = (
     "README.md",
     "CONTRIBUTING.md",
     "CHANGELOG.md",
+    "SECURITY.md",
 )
 
 # What reads like a translation, and what to write instead.

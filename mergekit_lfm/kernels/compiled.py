@@ -129,8 +129,11 @@ class Kernels:
     def _find(self, fused: Fused) -> Path | None:
         """The function's library on disk, as it was compiled; any other is removed."""
         for library in sorted(self._folder().glob(f"{fused.name}.*.pt2")):
-            if not why_unsafe(library) and library.name == f"{fused.name}.{_digest(library)}.pt2":
-                return library
+            try:
+                if not why_unsafe(library) and library.name == f"{fused.name}.{_digest(library)}.pt2":
+                    return library
+            except FileNotFoundError:  # another run has removed it
+                continue
             library.unlink(missing_ok=True)
             self.problems.add(f"{library} was changed after it was compiled, and is not used; it was removed")
         return None
