@@ -6,6 +6,7 @@ Format 2 has digests of the shards' headers and of the lock itself; format 1, of
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,10 +113,11 @@ def _compare_files(out: Path, lock: Lock, headers: Mapping[str, str], alone: boo
 
 def is_link(out: Path, name: str) -> bool:
     """True if a file of an output is a link; those of the Hub's cache, where all files are links, do not count."""
-    if not (out / name).is_symlink():
+    path, home = out.resolve() / name, out.resolve().parent
+    if not path.is_symlink():
         return False
-    home = out.resolve().parent
-    return home.name != "snapshots" or (out / name).resolve().parent != home.parent / "blobs"
+    target = os.path.normpath(path.parent / path.readlink())  # which may be a link itself, to xet's cache
+    return home.name != "snapshots" or Path(target).parent != home.parent / "blobs"
 
 
 def _header_digest(path: Path) -> str:
