@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -206,24 +207,34 @@ def repair_model(
     return Outcome(folder, repaired, open_checkpoint(folder).content, seconds=time.monotonic() - started)
 
 
-def verify_output(out: StrPath, *, progress: Progress = SILENCE) -> Outcome[tuple[str, ...]]:
-    """Read an output of `merge` again and compare it with its lock; the result has one line for each difference.
+@dataclass(frozen=True)
+class Verified:
+    """The result of a comparison with a lock: one line for each difference, and for all that the lock cannot show."""
 
-    out: its folder, or its name on the Hub: then it is downloaded to the cache. The outcome's digest is that of the
-    plan. Raises FormatError if it has no lock.
+    differences: tuple[str, ...]
+    not_covered: tuple[str, ...]
+
+
+def verify_output(out: StrPath, *, progress: Progress = SILENCE) -> Outcome[Verified]:
+    """Read an output of `merge` again and compare it with its lock.
+
+    out: its folder, or its name on the Hub: then it is downloaded to the cache, without what the lock does not name.
+    The outcome's digest is that of the plan. Raises FormatError if it has no lock.
     """
     from mergekit_lfm.output.card import CARD, OWN_CARD
-    from mergekit_lfm.output.lock import lock_of, verify
+    from mergekit_lfm.output.lock import lock_of, not_covered, verify
 
     started, folder = time.monotonic(), expand(out, "OUT")
     snapshot = None if folder.exists() else _pull(str(out))
     folder = folder if snapshot is None else snapshot.folder
     nbytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     with progress.by_bytes(nbytes, "verifying") as advance:
-        differences = verify(folder, advance)
+        differences = verify(folder, advance, alone=snapshot is None)
     if snapshot is not None and OWN_CARD in snapshot.sizes:  # beside a card that was edited there
         differences = [line for line in differences if not line.startswith(f"{CARD} ")]
-    return Outcome(folder, tuple(differences), lock_of(folder).get("plan"), seconds=time.monotonic() - started)
+    others = () if snapshot is None else ("files on the Hub that the lock does not name",)
+    verified = Verified(tuple(differences), (*not_covered(folder), *others))
+    return Outcome(folder, verified, lock_of(folder).get("plan"), seconds=time.monotonic() - started)
 
 
 def _pull(name: str) -> Snapshot | None:

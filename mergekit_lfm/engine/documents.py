@@ -1,8 +1,9 @@
 """The files beside the weights: index, config, tokenizer files, model card, and the lock.
 
 The lock (merge.lock.json) holds the normalised recipe, the identity of every input, versions, and per tensor the method
-and the xxh3-128 of its bytes: enough to verify the output and to see how it was made. It has no time of day and no
-absolute path, so that the same merge gives the same lock.
+and the xxh3-128 of its bytes: enough to verify the output and to see how it was made. It has digests of the other
+files, of the shards' headers and of itself, and no time of day and no absolute path, so that the same merge gives the
+same lock.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import xxhash
 from mergekit_lfm.errors import FormatError
 from mergekit_lfm.output.card import CARD, model_card
 from mergekit_lfm.output.layout import INDEX
-from mergekit_lfm.output.lock import LOCK
+from mergekit_lfm.output.lock import FORMAT, LOCK, OWN_DIGEST, own_digest
 from mergekit_lfm.output.names import last_name, public_names
 from mergekit_lfm.output.writer import Receipt
 from mergekit_lfm.plan.plan import Plan
@@ -67,7 +68,7 @@ class Documents:
         """The lock's entries about the plan: all but the tensors."""
         plan, names = self.plan, names_of(self.plan)
         return {
-            "format": 1,
+            "format": FORMAT,
             "plan": plan.digest,
             "versions": versions("torch"),
             "recipe": _public_recipe(plan),
@@ -86,6 +87,7 @@ class Documents:
             ],
             "segments": {job.name: job.segment_numel for job in plan.tensors if job.segments > 1},
             "files": {name: xxhash.xxh3_128_hexdigest(data) for name, data in sorted(self.files.items())},
+            "headers": {shard.name: xxhash.xxh3_128_hexdigest(shard.header) for shard in plan.shards},
             "dropped": [{"model": names[m], "tensor": t, "reason": why} for m, t, why in plan.dropped],
         }
 
@@ -104,7 +106,8 @@ class Documents:
             for job in plan.tensors
         }
         nonfinite = sorted({where for receipt in receipts.values() for where in receipt.nonfinite})
-        return _json({**self._facts, "tensors": tensors, "nonfinite": nonfinite})
+        lock = {**self._facts, "tensors": tensors, "nonfinite": nonfinite}
+        return _json({**lock, OWN_DIGEST: own_digest(lock)})
 
 
 @contextmanager

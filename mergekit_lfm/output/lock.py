@@ -1,9 +1,14 @@
-"""The lock of an output, merge.lock.json: read it, and compare it with its folder."""
+"""The lock of an output, merge.lock.json: read it, and compare it with its folder.
+
+Format 2 has digests of the shards' headers and of the lock itself; format 1, of earlier versions, has neither.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,75 +16,174 @@ import xxhash
 
 from mergekit_lfm.errors import FormatError
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
-from mergekit_lfm.store.tensors import ITEMSIZE, TensorSpec
+from mergekit_lfm.store.tensors import ITEMSIZE, MAX_HEADER, TensorSpec
+
+LOCK = "merge.lock.json"
+FORMAT = 2
+OWN_DIGEST = "digest"  # the lock's entry with a digest of all others
+NOT_COVERED = (
+    "the inputs, which are not read again",
+    "hidden files",
+    "a lock that was made anew: it has a digest of itself, but no signature",
+)
+NOT_IN_FORMAT_1 = (
+    "more files in the folder, links, metadata in headers, the shard of each tensor, and changes of the lock, which is "
+    "of an earlier version; merge again for one that covers them"
+)
 
 
-def verify(out: Path, progress: Callable[[int], None] | None = None) -> list[str]:
+@dataclass(frozen=True, slots=True)
+class LockedTensor:
+    """A tensor in a lock, and its shard. digests: one for each segment of `segment` elements, None for a single one."""
+
+    spec: TensorSpec
+    file: str
+    segment: int | None
+    digests: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Lock:
+    """A lock's digests of the files that are no shards, of the shards' headers, and its tensors.
+
+    headers: None in format 1. intact: False if the lock is not as it was written.
+    """
+
+    files: Mapping[str, str]
+    headers: Mapping[str, str] | None
+    tensors: Mapping[str, LockedTensor]
+    intact: bool
+
+    @property
+    def names(self) -> set[str]:
+        """The names of all files that it covers, and its own."""
+        return {LOCK, *self.files, *(self.headers or ()), *(tensor.file for tensor in self.tensors.values())}
+
+
+def verify(out: Path, progress: Callable[[int], None] | None = None, *, alone: bool = True) -> list[str]:
     """The differences between the output folder and its lock, one line each; [] if all is as it was written.
 
-    Re-reads every byte. progress is called with each number of bytes read. Raises FormatError without a whole lock.
+    Re-reads every byte. progress is called with each number of bytes read. alone: whether files that the lock does not
+    name are differences, too. Raises FormatError without a whole lock.
     """
-    files, tensors = _locked(out)
-    problems = [
-        f"{name} {'is missing' if not (out / name).exists() else 'was changed'}"
-        for name, digest in files.items()
-        if not (out / name).exists() or xxhash.xxh3_128_hexdigest((out / name).read_bytes()) != digest
+    lock = read_lock(out)
+    problems = [f"{name} is missing" for name in lock.files if not (out / name).is_file()]
+    problems += [
+        f"{name} was changed"
+        for name, digest in lock.files.items()
+        if (out / name).is_file() and xxhash.xxh3_128_hexdigest((out / name).read_bytes()) != digest
     ]
+    if lock.headers is not None:
+        problems += _compare_files(out, lock, lock.headers, alone)
     try:
         checkpoint = open_checkpoint(out)
     except (FormatError, OSError) as error:
         return [*problems, str(error)]
-    problems += [f"{name} is not in the lock" for name in checkpoint if name not in tensors]
-    for name, (spec, segment, digests) in tensors.items():
+    homes = {name: part.file for part in checkpoint.layout for name in part.dtypes}
+    problems += [f"{name} is not in the lock" for name in checkpoint if name not in lock.tensors]
+    for name, tensor in lock.tensors.items():
         if name not in checkpoint:
             problems.append(f"{name} is missing")
-        elif checkpoint[name] != spec:
-            problems.append(f"found {checkpoint[name]}, the lock says {spec}")
-        elif not _has_digests(checkpoint, name, digests, segment, progress or (lambda _: None)):
+        elif checkpoint[name] != tensor.spec:
+            problems.append(f"found {checkpoint[name]}, the lock says {tensor.spec}")
+        elif lock.headers is not None and homes.get(name) != tensor.file:
+            problems.append(f"{name} is in {homes.get(name)}, the lock says {tensor.file}")
+        elif not _has_digests(checkpoint, name, tensor, progress or (lambda _: None)):
             problems.append(f"{name} was changed")
     return problems
 
 
+def _compare_files(out: Path, lock: Lock, headers: Mapping[str, str], alone: bool) -> Iterator[str]:
+    """The differences that locks of format 1 do not show."""
+    if not lock.intact:
+        yield f"{LOCK} was changed"
+    for name in sorted(lock.names):
+        if is_link(out, name):
+            yield f"{name} is a link to {(out / name).readlink()}"
+    for name, digest in headers.items():
+        if not (out / name).is_file():
+            yield f"{name} is missing"
+        elif _header_digest(out / name) != digest:
+            yield f"the header of {name} was changed: names, shapes, order or metadata"
+    others = (path.relative_to(out) for path in sorted(out.rglob("*")) if path.is_symlink() or not path.is_dir())
+    for path in others if alone else ():
+        if path.as_posix() not in lock.names and not any(part.startswith(".") for part in path.parts):
+            yield f"{path} is not in the lock"
+
+
+def is_link(out: Path, name: str) -> bool:
+    """True if a file of an output is a link; those of the Hub's cache, where all files are links, do not count."""
+    path, home = out.resolve() / name, out.resolve().parent
+    if not path.is_symlink():
+        return False
+    target = os.path.normpath(path.parent / path.readlink())  # which may be a link itself, to xet's cache
+    return home.name != "snapshots" or Path(target).parent != home.parent / "blobs"
+
+
+def _header_digest(path: Path) -> str:
+    """xxh3-128 of a safetensors file's header, with its length."""
+    with path.open("rb") as file:
+        length = file.read(8)
+        return xxhash.xxh3_128_hexdigest(length + file.read(min(MAX_HEADER, int.from_bytes(length, "little"))))
+
+
+def not_covered(out: Path) -> tuple[str, ...]:
+    """What `verify` cannot show. Raises FormatError without a whole lock."""
+    return NOT_COVERED if read_lock(out).headers is not None else (*NOT_COVERED[:2], NOT_IN_FORMAT_1)
+
+
 def covered_files(out: Path) -> set[str]:
     """The names of all files that a folder's lock covers, and its own. Raises FormatError without a whole lock."""
-    _locked(out)
+    return read_lock(out).names
+
+
+def read_lock(out: Path) -> Lock:
+    """The lock of an output folder. Raises FormatError without a whole one."""
     lock = lock_of(out)
-    return {LOCK, *lock["files"], *(str(entry["file"]) for entry in lock["tensors"].values())}
-
-
-Locked = tuple[TensorSpec, int | None, list[str]]  # a tensor, the elements of a segment if it has several, digests
-
-
-def _locked(out: Path) -> tuple[dict[str, str], dict[str, Locked]]:
-    """The lock's entries: the digests of the other files, and the tensors."""
-    lock = lock_of(out)
-    if lock.get("format") != 1:
-        raise FormatError(f"{out} has no {LOCK} of format 1: it is not an output of `merge`, or of another version")
+    if lock.get("format") not in (1, FORMAT):
+        raise FormatError(
+            f"{out} has no {LOCK} of format 1 or {FORMAT}: it is not an output of `merge`, or of another version"
+        )
     try:
         segments = {name: int(numel) for name, numel in lock["segments"].items()}
         tensors = {
-            name: (TensorSpec(name, tuple(entry["shape"]), entry["dtype"]), segments.get(name), list(entry["xxh3"]))
+            name: LockedTensor(
+                TensorSpec(name, tuple(entry["shape"]), entry["dtype"]),
+                str(entry["file"]),
+                segments.get(name),
+                tuple(entry["xxh3"]),
+            )
             for name, entry in lock["tensors"].items()
         }
-        return dict(lock["files"]), tensors
+        headers = None if lock["format"] == 1 else {name: str(digest) for name, digest in lock["headers"].items()}
+        return Lock(dict(lock["files"]), headers, tensors, is_intact(lock))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FormatError(
-            f"{out / LOCK} is damaged ({error!r}): expected `files`, `segments`, and `tensors` with shape, dtype and "
-            "xxh3; merge again"
+            f"{out / LOCK} is damaged ({error!r}): expected `files`, `headers`, `segments`, and `tensors` with shape, "
+            "dtype, file and xxh3; merge again"
         ) from None
 
 
-def _has_digests(
-    checkpoint: Checkpoint, name: str, digests: list[str], segment: int | None, progress: Callable[[int], None]
-) -> bool:
-    """True if the tensor's bytes have these digests, one for each segment of `segment` elements."""
+def is_intact(lock: Mapping[str, Any]) -> bool:
+    """True if the lock's entries have its digest; those of format 1 have none."""
+    return lock.get("format") == 1 or lock.get(OWN_DIGEST) == own_digest(lock)
+
+
+def own_digest(lock: Mapping[str, Any]) -> str:
+    """xxh3-128 of all of a lock's entries but its digest, as JSON: the same for any order of keys and any spaces."""
+    rest = {key: value for key, value in lock.items() if key != OWN_DIGEST}
+    return xxhash.xxh3_128_hexdigest(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode())
+
+
+def _has_digests(checkpoint: Checkpoint, name: str, tensor: LockedTensor, progress: Callable[[int], None]) -> bool:
+    """True if the tensor's bytes have the digests in the lock."""
     spec, size = checkpoint[name], ITEMSIZE[checkpoint[name].dtype]
-    step = max(1, spec.nbytes if segment is None else segment * size)
+    step = max(1, spec.nbytes if tensor.segment is None else tensor.segment * size)
     starts = range(0, max(1, spec.nbytes), step)
-    if len(starts) != len(digests):
+    if len(starts) != len(tensor.digests):
         return False
     buffer = memoryview(bytearray(min(1 << 20, spec.nbytes)))
-    for start, digest in zip(starts, digests, strict=True):
+    for start, digest in zip(starts, tensor.digests, strict=True):
         actual, end = xxhash.xxh3_128(), min(spec.nbytes, start + step)
         for at in range(start, end, len(buffer) or 1):
             data = buffer[: min(len(buffer), end - at)]
@@ -91,13 +195,10 @@ def _has_digests(
     return True
 
 
-LOCK = "merge.lock.json"
-
-
 def lock_of(folder: Path) -> dict[str, Any]:
     """The lock of a finished output, {} without a readable one."""
     try:
         lock = json.loads((folder / LOCK).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return lock if isinstance(lock, dict) else {}

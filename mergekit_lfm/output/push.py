@@ -159,7 +159,7 @@ def push(
         raise PlanError(f"{source} still holds the files it replaced: its merge was interrupted. Run that merge again")
     if pull_back and not lock_of(source):
         raise PlanError(f"{source} has no {LOCK} to compare with: push it without comparing")
-    if pull_back and (problems := verify(source)):
+    if pull_back and (problems := verify(source, alone=False)):
         listed = "\n  ".join(problems[:10])
         raise PlanError(f"{source} differs from its lock, so it can only be pushed without comparing:\n  {listed}")
     if message is not None and mask_secrets(message) != message:
@@ -318,7 +318,9 @@ def _pull_back(remote: Remote, pushed: Iterable[str], near: Path) -> None:
         copy = Path(folder)
         sizes = {name: remote.files[name].size for name in pushed}
         pull(Snapshot(remote.repo, remote.commit, copy, sizes), copy)
-        problems = [line for line in verify(copy) if CARD in sizes or not line.startswith(f"{CARD} ")]  # a kept one
+        problems = [
+            line for line in verify(copy, alone=False) if CARD in sizes or not line.startswith(f"{CARD} ")
+        ]  # a kept one
     if problems:
         summary = f"{remote.repo}@{remote.commit} was pushed, but downloaded again it differs from its lock:\n  "
         raise PlanError(summary + "\n  ".join(problems[:10]))

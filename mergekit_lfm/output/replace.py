@@ -16,7 +16,7 @@ import xxhash
 
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.output.layout import Shard
-from mergekit_lfm.output.lock import LOCK, covered_files, lock_of
+from mergekit_lfm.output.lock import LOCK, covered_files, is_intact, is_link, lock_of
 from mergekit_lfm.store.durable import lock_folder
 from mergekit_lfm.store.folder import INDEXES, weight_paths
 from mergekit_lfm.store.places import check_apart, check_kind, has_files, partial_of, remove
@@ -72,14 +72,20 @@ def already_there(
 def _damage(out: Path, lock: Mapping[str, Any], shards: Sequence[Shard]) -> list[str]:
     """The differences of an output's names, sizes and small files from its lock and its plan; `verify` reads it all."""
     files = lock.get("files")
-    if not isinstance(files, dict):
+    if not isinstance(files, dict) or not is_intact(lock):
         return [f"{LOCK} is damaged"]
     sizes = {shard.name: shard.nbytes for shard in shards}
     problems = [f"{name} is missing" for name in (*sizes, *files) if not (out / name).is_file()]
+    problems += [f"{name} is a link" for name in (*sizes, *files) if is_link(out, name)]
     problems += [
         f"{name} has {(out / name).stat().st_size:,} bytes, expected {nbytes:,}"
         for name, nbytes in sizes.items()
         if (out / name).is_file() and (out / name).stat().st_size != nbytes
+    ]
+    problems += [
+        f"the header of {shard.name} was changed"
+        for shard in shards
+        if (out / shard.name).is_file() and not _has_header(out / shard.name, shard)
     ]
     problems += [
         f"{name} was changed"
@@ -87,6 +93,11 @@ def _damage(out: Path, lock: Mapping[str, Any], shards: Sequence[Shard]) -> list
         if (out / name).is_file() and xxhash.xxh3_128_hexdigest((out / name).read_bytes()) != digest
     ]
     return problems
+
+
+def _has_header(path: Path, shard: Shard) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(shard.header)) == shard.header
 
 
 def _undo(digest: str, out: Path) -> None:

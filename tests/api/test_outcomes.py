@@ -207,9 +207,9 @@ def test_inspect_and_verify() -> None:
     assert lfm.inspect_file("a").result.artifact is None
     out = lfm.merge("recipe.yaml", "out")
     verified = lfm.verify_output(out)
-    assert (verified.path, verified.result, verified.digest) == (out.path, (), out.digest)
+    assert (verified.path, verified.result.differences, verified.digest) == (out.path, (), out.digest)
     Path("out/config.json").write_text("{}")
-    assert lfm.verify_output("out").result == ("config.json was changed",)
+    assert lfm.verify_output("out").result.differences == ("config.json was changed",)
 
 
 @pytest.mark.usefixtures("here")

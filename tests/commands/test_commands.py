@@ -239,7 +239,7 @@ def test_verify_needs_a_lock() -> None:
 
 
 @pytest.mark.usefixtures("folder")
-@pytest.mark.parametrize("key", ["files", "segments", "tensors", "w", "shape", "dtype", "xxh3"])
+@pytest.mark.parametrize("key", ["files", "headers", "segments", "tensors", "w", "shape", "dtype", "file", "xxh3"])
 def test_verify_refuses_a_lock_that_lacks_something(key: str) -> None:
     run("merge", "recipe.yaml", "out")
     lock = json.loads(Path("out/merge.lock.json").read_text())
@@ -259,7 +259,7 @@ def test_verify_wants_one_digest_for_each_segment(more: list[str]) -> None:
     lock["tensors"]["w"]["xxh3"] = [*lock["tensors"]["w"]["xxh3"], *more] if more else []
     Path("out/merge.lock.json").write_text(json.dumps(lock))
     result = run("verify", "out")
-    assert (result.exit_code, result.stdout.splitlines()[0]) == (1, "w was changed")
+    assert (result.exit_code, result.stdout.splitlines()[:2]) == (1, ["merge.lock.json was changed", "w was changed"])
 
 
 @pytest.mark.usefixtures("folder")

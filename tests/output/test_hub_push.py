@@ -66,6 +66,7 @@ def test_two_models_on_the_hub_are_merged_pushed_pulled_and_verified_in_one_comm
     assert len([line for line in writes(server) if "/commit/" in line]) == 1
     assert TOKEN not in result.output and TOKEN not in "".join(map(repr, files_of(Path("out")).values()))
     again = answer(run("verify", REPO, "--json"))
+    assert "files on the Hub that the lock does not name" in again.pop("not_covered")
     assert again == {"out": REPO, "good": True, "problems": []}
 
 
@@ -239,6 +240,13 @@ def test_a_folder_that_differs_from_its_lock_is_not_pushed_to_be_verified(hub: H
     assert not hub.exists(REPO)
     push("out", REPO)
     assert hub.files(REPO)["README.md"].endswith(b"My words.\n")
+
+
+def test_files_beside_the_output_are_pushed_with_it_and_no_difference(hub: HubServer, folder: Path) -> None:
+    (folder / "out" / "figure.md").write_text("Mine.\n")
+    assert push("out", REPO, pull_back=True).result.verified
+    assert hub.files(REPO)["figure.md"] == b"Mine.\n"
+    assert answer(run("verify", REPO, "--json"))["good"]
 
 
 def test_a_kept_card_is_not_a_difference_to_the_lock(hub: HubServer, folder: Path) -> None:
