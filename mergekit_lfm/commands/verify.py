@@ -41,6 +41,5 @@ def verify(ctx: click.Context, out: str, as_json: bool, quiet: bool) -> None:
     else:
         verdict = f"{count_noun(len(problems), 'difference')} to its lock" if problems else "good, all as its lock says"
         rest = [] if quiet else [printable_line(f"not covered: {line}") for line in verified.not_covered]
-        show("
-".join([*map(printable_line, problems), f"{out}: {verdict}", *rest]))
+        show("\n".join([*map(printable_line, problems), f"{out}: {verdict}", *rest]))
     ctx.exit(ANSWER_IS_NO if problems else 0)
