@@ -148,7 +148,7 @@ def test_a_lock_of_format_1_still_verifies_its_part(out: Path) -> None:
     assert "config.json is missing" in verify(out)
 
 
-def test_what_a_lock_cannot_show_is_listed(out: Path) -> None:
+def test_everything_a_lock_cannot_show_is_listed(out: Path) -> None:
     new = run("verify", str(out))
     make_old(out)
     old = run("verify", str(out))
