@@ -42,7 +42,11 @@ class WeightFile:
         self.path, self.tensors, self.data_start, self.snapshot = path, tensors, data_start, snapshot
         self._lock, self._fd = Lock(), -1
         self.stamp: dict[str, Any] = {}
+<<<<<<< ours
         self._state: FileState | None = None
+=======
+        self._header_unchecked = snapshot is not None and not path.exists()
+>>>>>>> theirs
         if snapshot is None:
             self._state = state_of(path)
             self.nbytes, self.stamp = self._state.nbytes, {"mtime_ns": self._state.mtime_ns}
@@ -75,12 +79,16 @@ class WeightFile:
     def fileno(self) -> int:
         """A descriptor open for reading, closed with this object. Downloads a file that is still on the Hub.
 
-        Raises FormatError if the file changed since it was opened.
+        Raises FormatError if the file changed since it was opened, or differs from its header as read on the Hub.
         """
         with self._lock:
             if self._fd < 0:
                 if self.snapshot is not None:
                     self.snapshot.fetch([self.name])
+                if self._header_unchecked and read_header(self.path).tensors != self.tensors:
+                    raise FormatError(
+                        f"{self.path}: the Hub sent another header when the merge was planned; run the command again"
+                    )
                 fd = os.open(self.path, os.O_RDONLY)
                 found = state_of(self.path, fd)
                 if found.nbytes != self.nbytes or found != self.state:

@@ -105,6 +105,21 @@ def test_another_range_is_refused(status: int, headers: dict[str, str], cut: int
         open_checkpoint("org/a")
 
 
+def test_a_header_that_is_not_the_one_of_the_file_is_refused(hub: HubServer) -> None:
+    """Two tensors of one shape change places, so that their bytes would be taken for one another's."""
+    data = hub.files("org/a")[WEIGHTS]
+    one, other, neither = (f"layers.{i}.self_attn.q_proj".encode() for i in (0, 1, 9))
+    swapped = data.replace(one, neither).replace(other, one).replace(neither, other)
+    asked = min(len(data), FIRST_RANGE)
+    assert len(swapped) == len(data) and swapped[:asked] != data[:asked]
+    range_of = {"Content-Range": f"bytes 0-{asked - 1}/{len(data)}"}
+    hub.fault("GET", "/blob/", status=206, headers=range_of, body=swapped[:asked], times=1)
+    model = open_checkpoint("org/a")
+    with pytest.raises(FormatError, match="the Hub sent another header when the merge was planned"):
+        model.read(next(iter(model)))
+    assert len(open_checkpoint("org/a").read(next(iter(model)))) > 0
+
+
 def test_a_server_without_ranges_makes_planning_download(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mergekit_lfm.store.hub.snapshots.FIRST_RANGE", 100)
     data = hub.files("org/a")[WEIGHTS]
