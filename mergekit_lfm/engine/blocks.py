@@ -6,6 +6,7 @@ several blocks at once, because a single block is too little work for it.
 
 from __future__ import annotations
 
+import cmath
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -94,7 +95,7 @@ def default_device(device: torch.device) -> AbstractContextManager[object]:
 def is_finite(x: torch.Tensor) -> bool:
     """True if all of x is finite. A finite sum proves it at once; another sum may have overflowed."""
     total = x.sum(dtype=torch.float32) if x.dtype == torch.float16 else x.sum()
-    return bool(total.isfinite()) or bool(x.isfinite().all())
+    return cmath.isfinite(total.item()) or bool(x.isfinite().all())
 
 
 @dataclass(frozen=True)

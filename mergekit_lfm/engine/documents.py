@@ -106,8 +106,11 @@ class Documents:
             for job in plan.tensors
         }
         nonfinite = sorted({where for receipt in receipts.values() for where in receipt.nonfinite})
-        lock = {**self._facts, "tensors": tensors, "nonfinite": nonfinite}
-        return _json({**lock, OWN_DIGEST: own_digest(lock)})
+        facts = {**self._facts, "nonfinite": nonfinite}
+        head = _json({**facts, OWN_DIGEST: own_digest({**facts, "tensors": tensors})})
+        encode = json.JSONEncoder(ensure_ascii=False).encode
+        lines = ",".join(f"\n    {encode(name)}: {encode(entry)}" for name, entry in tensors.items())  # one each
+        return head.removesuffix(b"\n}\n") + f',\n  "tensors": {{{lines}\n  }}\n}}\n'.encode()
 
 
 @contextmanager

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import islice
 from queue import SimpleQueue
+from threading import Lock
 
 import torch
 
 from mergekit_lfm.engine.tasks import Executor, Result, Task
 from mergekit_lfm.engine.worker import Worker
+
+HANDED_OVER_S = 0.05  # a change of threads for each result costs more than merging a small tensor
 
 
 @contextmanager
@@ -21,30 +24,35 @@ def thread_pool(worker: Worker, count: int) -> Iterator[Executor]:
     pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
 
     def unordered(tasks: Iterable[Task]) -> Iterator[Result]:
-        results = SimpleQueue[Result | BaseException | None]()  # None at the end of a task
+        results = SimpleQueue[list[Result] | BaseException | None]()  # None at the end of a thread
+        rest, turn = iter(tasks), Lock()
 
-        def work(task: Task) -> None:
+        def take() -> Task | None:
+            with turn:
+                return None if worker.stop.is_set() else next(rest, None)
+
+        def work() -> None:
+            done, since = list[Result](), time.monotonic()
+            end: BaseException | None = None
             try:
-                for result in worker.run(task):
-                    results.put(result)
-                results.put(None)
+                while (task := take()) is not None:
+                    for result in worker.run(task):
+                        done.append(result)
+                        if time.monotonic() - since > HANDED_OVER_S:
+                            results.put(done)
+                            done, since = [], time.monotonic()
             except BaseException as error:
-                results.put(error)
+                end = error
+            results.put(done)
+            results.put(end)
 
-        rest, running = iter(tasks), 0
-        while True:
-            for task in islice(rest, 2 * count - running):
-                pool.submit(work, task)
-                running += 1
-            if not running:
-                return
-            result = results.get()
-            if isinstance(result, BaseException):
-                raise result
-            if result is None:
-                running -= 1
-            else:
-                yield result
+        for _ in range(count):
+            pool.submit(work)
+        for _ in range(count):
+            while (batch := results.get()) is not None:
+                if isinstance(batch, BaseException):
+                    raise batch
+                yield from batch
 
     try:
         yield unordered

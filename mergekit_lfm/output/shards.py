@@ -22,6 +22,7 @@ class ShardFiles:
             for number, shard in enumerate(shards)
             for spec in shard.tensors
         }
+        self._paths = tuple(folder / shard.name for shard in self.shards)
         self._fds: dict[int, int] = {}
         self._lock = Lock()
 
@@ -34,7 +35,7 @@ class ShardFiles:
 
     def path(self, shard: int) -> Path:
         """The path of a shard."""
-        return self.folder / self.shards[shard].name
+        return self._paths[shard]
 
     def fileno(self, shard: int) -> int:
         """The descriptor of a shard, which is opened once."""
