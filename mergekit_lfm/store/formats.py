@@ -42,11 +42,8 @@ class WeightFile:
         self.path, self.tensors, self.data_start, self.snapshot = path, tensors, data_start, snapshot
         self._lock, self._fd = Lock(), -1
         self.stamp: dict[str, Any] = {}
-<<<<<<< ours
         self._state: FileState | None = None
-=======
         self._header_unchecked = snapshot is not None and not path.exists()
->>>>>>> theirs
         if snapshot is None:
             self._state = state_of(path)
             self.nbytes, self.stamp = self._state.nbytes, {"mtime_ns": self._state.mtime_ns}
