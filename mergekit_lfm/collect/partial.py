@@ -22,9 +22,10 @@ from mergekit_lfm.artifacts.statistics import StatisticsInfo
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.store.checkpoint import open_checkpoint
 from mergekit_lfm.store.durable import lock_folder, replace_file, reserve, sync_folder
+from mergekit_lfm.store.files import name_file, read_json
 from mergekit_lfm.store.formats import bytes_of
 from mergekit_lfm.store.places import partial_of
-from mergekit_lfm.store.tensors import UNFINISHED, TensorSpec, encode_header, name_file, read_header, write_exactly
+from mergekit_lfm.store.tensors import UNFINISHED, TensorSpec, encode_header, read_header, write_exactly
 
 PROGRESS, SUMS, FILE = "progress.json", "sums.safetensors", "statistics.safetensors"
 # Placeholders for counts not known yet, longer than any count, so that the header has room for them.
@@ -173,7 +174,7 @@ def clear(out: Path) -> None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     with suppress(OSError, ValueError):
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         if isinstance(content, dict):
             return content
     return {}

@@ -16,12 +16,14 @@ from typing import Any
 import xxhash
 import yaml
 
+from mergekit_lfm.errors import FormatError
 from mergekit_lfm.output.card import CARD, model_card
 from mergekit_lfm.output.layout import INDEX
 from mergekit_lfm.output.lock import LOCK
 from mergekit_lfm.output.names import last_name, public_names
 from mergekit_lfm.output.writer import Receipt
 from mergekit_lfm.plan.plan import Plan
+from mergekit_lfm.store.files import parse_json, read_bytes
 from mergekit_lfm.store.tensors import FLOATS
 from mergekit_lfm.version import versions
 
@@ -32,7 +34,7 @@ QUANTISATION_KEYS = ("quantization_config", "compression_config")
 def documents(plan: Plan, receipts: Mapping[tuple[str, int], Receipt]) -> dict[str, bytes]:
     """Every file of the output but the shards, by name; the lock covers the others."""
     folder = plan.models[plan.template].path
-    files = {path.relative_to(folder).as_posix(): _without_paths(path.read_bytes()) for path in plan.files}
+    files = {path.relative_to(folder).as_posix(): _without_paths(read_bytes(path)) for path in plan.files}
     if "config.json" in files:
         files["config.json"] = _config(files["config.json"], plan)
     if len(plan.shards) > 1:
@@ -47,8 +49,8 @@ def _without_paths(raw: bytes) -> bytes:
     if b'name_or_path"' not in raw:
         return raw
     try:
-        data = json.loads(raw)
-    except (ValueError, RecursionError):
+        data = parse_json(raw, "a file beside the weights")
+    except FormatError:
         return raw
     before = deepcopy(data)
     for part in _parts(data) if isinstance(data, dict) else ():
@@ -72,7 +74,7 @@ def _config(raw: bytes, plan: Plan) -> bytes:
     if not floats:
         return raw
     dtype = floats.most_common(1)[0][0]
-    before = json.loads(raw)
+    before = parse_json(raw, "config.json")
     config = deepcopy(before)
     template = plan.models[plan.template].config
     for key in (key for key in QUANTISATION_KEYS if key in config and key not in template):

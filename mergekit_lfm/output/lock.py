@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import xxhash
 
 from mergekit_lfm.errors import FormatError
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
+from mergekit_lfm.store.files import read_bytes, read_json
 from mergekit_lfm.store.tensors import ITEMSIZE, TensorSpec
 
 
@@ -23,7 +23,7 @@ def verify(out: Path, progress: Callable[[int], None] | None = None) -> list[str
     problems = [
         f"{name} {'is missing' if not (out / name).exists() else 'was changed'}"
         for name, digest in files.items()
-        if not (out / name).exists() or xxhash.xxh3_128_hexdigest((out / name).read_bytes()) != digest
+        if not (out / name).is_file() or xxhash.xxh3_128_hexdigest(read_bytes(out / name)) != digest
     ]
     try:
         checkpoint = open_checkpoint(out)
@@ -97,7 +97,7 @@ LOCK = "merge.lock.json"
 def lock_of(folder: Path) -> dict[str, Any]:
     """The lock of a finished output, {} without a readable one."""
     try:
-        lock = json.loads((folder / LOCK).read_text(encoding="utf-8"))
+        lock = read_json(folder / LOCK)
     except (OSError, ValueError):
         return {}
     return lock if isinstance(lock, dict) else {}

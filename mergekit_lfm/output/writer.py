@@ -24,10 +24,12 @@ from mergekit_lfm.output.lock import LOCK, lock_of
 from mergekit_lfm.output.replace import REPLACED, clear_replaced, is_complete
 from mergekit_lfm.output.shards import ShardFiles
 from mergekit_lfm.store.durable import lock_folder, replace_file, reserve, sync_folder, write_all
+from mergekit_lfm.store.files import name_file, open_regular, parse_json
 from mergekit_lfm.store.places import partial_of, refuse_links, remove
-from mergekit_lfm.store.tensors import UNFINISHED, name_file, write_exactly
+from mergekit_lfm.store.tensors import UNFINISHED, write_exactly
 
 JOURNAL = "merge.journal"
+LONGEST_LINE = 1_000_000  # bytes; a receipt has some hundred
 SYNC_BYTES = 256 << 20  # about so many are synced and journalled at a time: syncing each tensor costs more than merging
 
 
@@ -96,8 +98,8 @@ class Output:
     def _refuse_other_work(self, journal: Path) -> None:
         """Raise PlanError if the folder holds work of another plan, which starting over would delete."""
         try:
-            with journal.open("rb") as lines:
-                plan = json.loads(lines.readline(1 << 10))["plan"]
+            with os.fdopen(open_regular(journal), "rb") as lines:
+                plan = parse_json(lines.readline(1 << 10), journal)["plan"]
         except (OSError, ValueError, TypeError, KeyError):
             plan = lock_of(self.partial).get("plan", self.digest)
         if plan != self.digest:
@@ -115,10 +117,10 @@ class Output:
     def _read_journal(self, journal: Path) -> bool:
         """Adopt the receipts of an earlier run, up to a torn last line. False if it was a run of another plan."""
         kept = 0
-        with journal.open("rb") as lines:
-            for line in lines:
+        with os.fdopen(open_regular(journal), "rb") as lines:
+            for line in iter(lambda: lines.readline(LONGEST_LINE), b""):
                 try:
-                    entry = json.loads(line)
+                    entry = parse_json(line, journal)
                     if not kept and entry != {"plan": self.digest}:
                         return False
                     receipt = Receipt(**{**entry, "nonfinite": tuple(entry["nonfinite"])}) if kept else None

@@ -40,6 +40,7 @@ from mergekit_lfm.plan.statistics import find_statistics
 from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.recipe.roles import Input
 from mergekit_lfm.store.checkpoint import Checkpoint
+from mergekit_lfm.store.files import read_bytes
 from mergekit_lfm.store.sidecars import sidecars_of
 from mergekit_lfm.version import __version__
 from mergekit_lfm.views.pending import Pending
@@ -155,7 +156,7 @@ class Plan:
             ],
             "edits": [identity_of(edit) for edit in self.recipe.result_edits],
             **({"edited_on": self.edited_on} if self.edited_on else {}),
-            "files": [xxhash.xxh3_128_hexdigest(path.read_bytes()) for path in self.files],
+            "files": [xxhash.xxh3_128_hexdigest(read_bytes(path)) for path in self.files],
             "licenses": self.licenses,
             "shards": [[shard.name, shard.congruent, *map(str, shard.tensors)] for shard in self.shards],
         }

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mergekit_lfm.errors import FormatError
-from mergekit_lfm.store.tensors import ITEMSIZE, TensorSpec, name_file
+from mergekit_lfm.store.files import name_file
+from mergekit_lfm.store.tensors import ITEMSIZE, TensorSpec
 
 _STORAGES = {
     "DoubleStorage": "float64",

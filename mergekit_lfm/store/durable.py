@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.store.tensors import name_file
+from mergekit_lfm.store.files import name_file
 
 _fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_lfm.errors import FormatError
 from mergekit_lfm.store.archive import Unreadable, read_archive, state_dict
+from mergekit_lfm.store.files import open_regular
 from mergekit_lfm.store.tensors import ITEMSIZE, TensorSpec, parse_header, read_exactly, read_header
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ class WeightFile:
             if self._fd < 0:
                 if self.snapshot is not None:
                     self.snapshot.fetch([self.name])
-                fd = os.open(self.path, os.O_RDONLY)
+                fd = open_regular(self.path)
                 status = os.fstat(fd)
                 if status.st_size != self.nbytes or self.stamp.get("mtime_ns") not in (None, status.st_mtime_ns):
                     os.close(fd)
@@ -169,9 +170,8 @@ def _open_file(path: Path, snapshot: Snapshot | None) -> WeightFile:
             name = path.relative_to(snapshot.folder).as_posix()
             header = parse_header(Path(f"{snapshot}/{name}"), *snapshot.head(name))
         return WeightFile(path, header.tensors, header.data_start, snapshot)
-    if path.stat().st_size < 512:
-        head = path.read_bytes()
-        if head.startswith(b"version https://git-lfs"):
+    with os.fdopen(open_regular(path), "rb") as file:
+        if file.read(23) == b"version https://git-lfs":
             raise FormatError(
                 f"{path}: this is a git-lfs pointer, not the weights; run `git lfs pull` in its repository"
             )

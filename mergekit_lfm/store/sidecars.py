@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
 from mergekit_lfm.errors import FormatError
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
+from mergekit_lfm.store.files import SMALL, read_json
 from mergekit_lfm.store.folder import leads_away
 from mergekit_lfm.store.hub import HubName
 
@@ -16,8 +16,6 @@ SIDECAR = re.compile(
     r"config_sentence_transformers|sentence_bert_config|chat_template|special_tokens_map|id2label|labels)\.(json|txt)$"
     r"|\.(jinja|py|tiktoken|spm|bpe)$|^(tokenizer|spiece|sentencepiece.*|.*token.*)\.model$"
 )
-
-SIDECAR_BYTES = 100_000_000  # the largest file to copy; tokenizers have up to 40 MB
 
 
 def download(name: HubName) -> Path:
@@ -36,7 +34,7 @@ def sidecars_of(template: Checkpoint) -> tuple[Path, ...]:
     folder = template.path
     if template.snapshot is not None:
         sizes = template.snapshot.sizes
-        small = [name for name, nbytes in sizes.items() if nbytes <= SIDECAR_BYTES]
+        small = [name for name, nbytes in sizes.items() if nbytes <= SMALL]
         template.snapshot.fetch([name for name in small if "/" not in name and SIDECAR.search(name)])
         if "modules.json" in small:
             template.snapshot.fetch([name for name in small if name.endswith(".json") and name.count("/") == 1])
@@ -45,14 +43,15 @@ def sidecars_of(template: Checkpoint) -> tuple[Path, ...]:
     files = [path for path in folder.iterdir() if SIDECAR.search(path.name)]
     if (folder / "modules.json").exists():
         files += [path for name in _modules(folder) for path in (folder / name).glob("*.json")]
-    return tuple(sorted(path for path in files if path.is_file() and path.stat().st_size <= SIDECAR_BYTES))
+    return tuple(sorted(path for path in files if path.is_file() and path.stat().st_size <= SMALL))
 
 
 def _modules(folder: Path) -> list[str]:
     """The folders of the modules that sentence-transformers lists. Raises FormatError for paths that lead elsewhere."""
+    modules = read_json(folder / "modules.json")
     try:
-        names = [entry["path"] for entry in json.loads((folder / "modules.json").read_text(encoding="utf-8"))]
-    except (ValueError, TypeError, KeyError):
+        names = [entry["path"] for entry in modules]
+    except (TypeError, KeyError):
         names = [None]
     wrong = [name for name in names if name != "" and leads_away(name)]
     if wrong:

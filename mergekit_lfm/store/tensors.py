@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mergekit_lfm.errors import FormatError
+from mergekit_lfm.store.files import name_file, open_regular
 
 # code in the file -> (torch's name, bytes per element)
 DTYPES = {
@@ -82,8 +82,8 @@ def read_header(path: Path) -> Header:
 
     Raises FormatError unless the file's tensors cover its data without hole, overlap or rest.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with os.fdopen(open_regular(path), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
         return parse_header(path, prefix + file.read(length if length <= min(size, MAX_HEADER) else 200), size)
@@ -188,17 +188,6 @@ def encode_header(
             f"a header of {len(raw):,} bytes is over the format's limit of {MAX_HEADER:,}; use more shards"
         )
     return len(raw).to_bytes(8, "little") + raw, {name: 8 + len(raw) + offset for name, offset in offsets.items()}
-
-
-@contextmanager
-def name_file(path: Path) -> Iterator[None]:
-    """Add the name of the file to an OSError from a descriptor."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None:
-            error.filename = os.fspath(path)
-        raise
 
 
 def read_exactly(fd: int, offset: int, into: memoryview, path: Path) -> None:
