@@ -21,7 +21,7 @@ from torch import Tensor
 from mergekit_lfm.artifacts.statistics import StatisticsInfo
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.store.checkpoint import open_checkpoint
-from mergekit_lfm.store.durable import lock_folder, replace_file, reserve, sync_folder
+from mergekit_lfm.store.durable import leftovers, lock_folder, replace_file, reserve, sync_folder
 from mergekit_lfm.store.files import name_file, read_json
 from mergekit_lfm.store.formats import bytes_of
 from mergekit_lfm.store.places import partial_of
@@ -158,8 +158,8 @@ def check_partial_is_ours(out: Path) -> None:
 
 
 def _content(folder: Path) -> list[Path]:
-    """The files in OUT.partial, except the temporary one of a run that was killed at its very start."""
-    return [path for path in folder.iterdir() if path.name != PROGRESS + ".tmp"]
+    """The files in OUT.partial, except temporary ones of runs that were killed at their very start."""
+    return sorted({*folder.iterdir()} - {*leftovers(folder)})
 
 
 def clear(out: Path) -> None:

@@ -23,7 +23,7 @@ from mergekit_lfm.output.layout import Shard
 from mergekit_lfm.output.lock import LOCK, lock_of
 from mergekit_lfm.output.replace import REPLACED, clear_replaced, is_complete
 from mergekit_lfm.output.shards import ShardFiles
-from mergekit_lfm.store.durable import lock_folder, replace_file, reserve, sync_folder, write_all
+from mergekit_lfm.store.durable import leftovers, lock_folder, replace_file, reserve, sync_folder, write_all
 from mergekit_lfm.store.files import name_file, open_regular, parse_json
 from mergekit_lfm.store.places import partial_of, refuse_links, remove
 from mergekit_lfm.store.tensors import UNFINISHED, write_exactly
@@ -190,6 +190,8 @@ class Output:
     def publish(self, files: dict[str, bytes]) -> None:
         """Make the shards readable, add the other files (the lock is the last of them), and move everything to OUT."""
         self.flush()
+        for path in leftovers(self.partial):
+            path.unlink()
         for number, shard in enumerate(self.shards):
             with name_file(self._files.path(number)):
                 write_exactly(self._files.fileno(number), 0, memoryview(shard.header[:8]))
