@@ -14,7 +14,7 @@ from pathlib import Path
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.store.files import name_file
 
-LEFTOVER = re.compile(r"\.[0-9a-f]{16}\.tmp")
+LEFTOVER = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
 
 _fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
 
@@ -36,7 +36,7 @@ def replace_file(path: Path, data: bytes | Iterable[bytes | memoryview]) -> None
     """
     with name_file(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")  # unique: others may write the same file
+        temporary = path.with_name(f".{path.name[:50]}.{secrets.token_hex(8)}.tmp")  # others may write it too
         try:
             with temporary.open("xb") as file:
                 file.writelines([data] if isinstance(data, bytes) else data)

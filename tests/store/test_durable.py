@@ -17,7 +17,7 @@ from mergekit_lfm.store.durable import leftovers, replace_file
 
 
 def test_several_runs_replace_one_file_at_once(tmp_path: Path) -> None:
-    path = tmp_path / "x"
+    path = tmp_path / ("ü" * 127)  # as long as a name may be
     contents = [bytes([n]) * 10_000 for n in range(16)]
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda content: replace_file(path, [content[:9], content[9:]]), contents))
@@ -54,7 +54,7 @@ def test_files_of_a_killed_run_do_not_reach_the_output(tmp_path: Path, monkeypat
     recipe, out = write_recipe(tmp_path, LINEAR), tmp_path / "out"
 
     def die(output: Output, _files: object) -> None:
-        (output.partial / f".{'0' * 16}.tmp").write_bytes(b"{")
+        (output.partial / f".config.json.{'0' * 16}.tmp").write_bytes(b"{")
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
