@@ -45,7 +45,7 @@ CODES = {name: code for code, (name, _) in DTYPES.items()}
 ITEMSIZE = dict(DTYPES.values())
 FLOATS = ("float16", "bfloat16", "float32", "float64")  # the dtypes to merge; tensors of all others are only copied
 LARGEST = 1 << 63
-METADATA = "__metadata__"  # the key of the header that is no tensor
+METADATA = "__metadata__"  # the one key of the header that does not name a tensor
 MAX_HEADER = 100_000_000  # the official loader's limit
 UNFINISHED = b"\xff" * 8  # a header length that every loader refuses
 READ_LIMIT = 1 << 30  # Linux reads and writes at most 2,147,479,552 bytes a call
@@ -149,7 +149,7 @@ def _read_float(text: str) -> float:
     """The number. Raises ValueError unless it is finite, as the official reader does."""
     number = float(text)
     if not math.isfinite(number):
-        raise ValueError(f"{text:.20} is no finite number")
+        raise ValueError(f"{text:.20} is not a finite number")
     return number
 
 

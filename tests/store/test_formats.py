@@ -6,7 +6,6 @@ import json
 import os
 import struct
 import tempfile
-import zipfile
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -23,7 +22,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mergekit_lfm import merge, open_checkpoint
 from mergekit_lfm.errors import FormatError
-from mergekit_lfm.store.archive import Unreadable, read_archive
 from mergekit_lfm.store.tensors import CODES, TensorSpec, encode_header, parse_header, read_header
 
 # ------------------------------------------------------------------ headers
@@ -375,62 +373,3 @@ def test_tensors_whose_sign_or_conjugation_is_pending(tmp_path: Path, legacy: bo
         torch.save({"x": tensor}, tmp_path / f"{name}.pt", _use_new_zipfile_serialization=not legacy)
     assert open_checkpoint(tmp_path / "i.pt").read("x").tolist() == [-2, 4]
     assert open_checkpoint(tmp_path / "c.pt").read("x").tolist() == [1 - 2j, 3 + 4j]
-
-
-# ------------------------------------------------------------------ archives that are not checkpoints
-
-
-@pytest.mark.parametrize("legacy", [False, True])
-@pytest.mark.parametrize(
-    "tensor",
-    [torch.eye(3).to_sparse(), torch.ones(3, dtype=torch.complex128), torch.empty(3, device="meta")],
-    ids=["sparse", "complex128", "meta"],
-)
-def test_tensors_that_cannot_be_copied_are_named(tmp_path: Path, tensor: torch.Tensor, legacy: bool) -> None:
-    tensors = {"fine": torch.ones(2), "odd.weight": tensor}
-    torch.save(tensors, tmp_path / "a.pt", _use_new_zipfile_serialization=not legacy)
-    with pytest.raises(FormatError, match=r"a\.pt: odd\.weight is a"):
-        open_checkpoint(tmp_path / "a.pt")
-
-
-REBUILD = b"}X\x01\x00\x00\x00xctorch._utils\n_rebuild_tensor_v2\n(%sK\x00%s\x88}tR%ss."
-STORAGE = b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x01tQ"
-ONE = b"K\x01\x85K\x01\x85"  # the shape and the strides (1,)
-PICKLES = {
-    "no bytes": b"",
-    "nothing on the stack": b"0.",
-    "a name that is not let in": b"cbuiltins\nprint\n.",
-    "no storage": REBUILD % (b"K\x05", ONE, b""),
-    "a storage that is not there": REBUILD % (STORAGE, ONE, b""),
-    "a storage of short id": REBUILD % (b"X\x01\x00\x00\x00xQ", ONE, b""),
-    "a negative shape": REBUILD % (STORAGE, b"J\xff\xff\xff\xff\x85K\x01\x85", b""),
-    "strides of another rank": REBUILD % (STORAGE, b"K\x01\x85)", b""),
-    "a tensor with a state": REBUILD % (STORAGE, ONE, b"}X\x01\x00\x00\x00aK\x01sb"),
-}
-
-
-@pytest.mark.parametrize("program", PICKLES.values(), ids=PICKLES)
-def test_archives_with_any_pickle(tmp_path: Path, program: bytes) -> None:
-    with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
-        archive.writestr("archive/data.pkl", program)
-        archive.writestr("archive/version", "3\n")
-    with pytest.raises(Unreadable):
-        read_archive(tmp_path / "a.pt")
-    with pytest.raises(FormatError, match=r"a\.pt"):
-        open_checkpoint(tmp_path / "a.pt")
-
-
-def test_damaged_archives_are_refused(tmp_path: Path) -> None:
-    """Whichever byte is changed: FormatError, or a checkpoint whose tensors can be read."""
-    torch.save({"x": torch.arange(5.0), "y": torch.arange(4)}, tmp_path / "a.pt")
-    whole = (tmp_path / "a.pt").read_bytes()
-    refused = 0
-    for at in range(0, len(whole), 3):
-        (tmp_path / "a.pt").write_bytes(whole[:at] + bytes([whole[at] ^ 0x55]) + whole[at + 1 :])
-        try:
-            opened = open_checkpoint(tmp_path / "a.pt")
-            assert all(len(opened.read(name)) == spec.numel for name, spec in opened.items())
-        except FormatError as error:
-            assert "a.pt" in str(error)
-            refused += 1
-    assert refused > 100
