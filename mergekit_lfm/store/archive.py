@@ -69,24 +69,25 @@ class _Stored:
         return expected == 0 or all(size == 1 or stride == want for size, stride, want in pairs)
 
 
-def _rebuild_tensor(
-    storage: Any, first: int, shape: Any, stride: Any, _grad: Any = None, _hooks: Any = None, lazy: Any = None
-) -> _Stored:
-    """The tensor of `torch._utils._rebuild_tensor_v2`. lazy: marks a conjugation or sign missing in the bytes."""
-    if not isinstance(shape, tuple | list) or not isinstance(stride, tuple | list):
-        raise Unreadable("a tensor without shape or strides")
-    shape, stride = tuple(shape), tuple(stride)
-    natural = all(type(n) is int and 0 <= n < LARGEST for n in (first, *shape, *stride)) and len(shape) == len(stride)
-    if lazy or not natural or not isinstance(storage, _Storage):
-        raise Unreadable(f"a tensor of {shorten((storage, first, shape, stride, lazy))}")
-    return _Stored(storage, first, shape, stride)
+def _rebuild_tensor(*arguments: Any) -> _Stored | Foreign:
+    """The tensor of `torch._utils._rebuild_tensor_v2`, whose last argument marks a sign missing in the bytes."""
+    if not 4 <= len(arguments) <= 7:
+        return Foreign()
+    storage, first, shape, stride = arguments[:4]
+    lazy = len(arguments) == 7 and arguments[6]
+    if lazy or not isinstance(storage, _Storage) or not isinstance(shape, tuple | list):
+        return Foreign()
+    if not isinstance(stride, tuple | list) or len(shape) != len(stride):
+        return Foreign()
+    natural = all(type(n) is int and 0 <= n < LARGEST for n in (first, *shape, *stride))
+    return _Stored(storage, first, tuple(shape), tuple(stride)) if natural else Foreign()
 
 
-def _rebuild_parameter(data: _Stored, *_: Any) -> _Stored:
-    return data
+def _rebuild_parameter(data: Any = None, *_: Any) -> Any:
+    return data if isinstance(data, _Stored) else Foreign()
 
 
-def _rebuild_dict(items: Any = ()) -> dict[Any, Any]:
+def _rebuild_dict(items: Any = (), *_: Any) -> dict[Any, Any]:
     """The OrderedDict of these pairs, which Python 2 gave as arguments."""
     pairs = [tuple(pair) for pair in items if isinstance(pair, tuple | list)] if isinstance(items, tuple | list) else []
     if not all(len(pair) == 2 and isinstance(pair[0], str) for pair in pairs):
@@ -212,7 +213,7 @@ def _members(infos: list[zipfile.ZipInfo], path: Path) -> dict[str, zipfile.ZipI
 
 def _check_legacy(file: _Bounded) -> None:
     """Raise GarbledError unless torch can load the pickles of a file before PyTorch 1.6 in bounded memory."""
-    unpickler = Unpickler(file, file.nbytes, _CALLS | {"torch._utils._rebuild_tensor_v2": lambda *_: None}, _refer)
+    unpickler = Unpickler(file, file.nbytes, _CALLS | {"torch._utils._rebuild_tensor_v2": lambda *_: Foreign()}, _refer)
     if unpickler.load() != LEGACY_MAGIC:
         raise GarbledError("neither a zip archive nor the pickles of PyTorch before 1.6")
     for _ in range(4):  # the protocol, the machine, the tensors, their storages

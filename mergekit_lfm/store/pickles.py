@@ -47,8 +47,8 @@ Calls = dict[str, Callable[..., Any]]
 class Unpickler:
     """Reads one pickle after another from a file of `size` bytes.
 
-    calls: what to do for the names that a pickle calls; for others of torch the value is a `Foreign`. refer: makes the
-    value of a persistent id. foreign: the first name or value that only torch can make, or "".
+    calls: what to do for the names that a pickle calls, with any arguments; other names of torch give a `Foreign`.
+    refer: makes the value of a persistent id. foreign: the first name that only torch can make a value of, or "".
     """
 
     def __init__(self, file: BinaryIO, size: int, calls: Calls, refer: Callable[[tuple[Any, ...]], Any]) -> None:
@@ -116,7 +116,8 @@ class Unpickler:
         elif opcode in _TUPLES:
             push(tuple([self._pop() for _ in range(_TUPLES[opcode])][::-1]))
         elif opcode in _SKIPPED:
-            self._take(_SKIPPED[opcode])
+            if self._take(_SKIPPED[opcode]) > b"\x05" and opcode == b"\x80":
+                raise GarbledError("a pickle of a protocol after 5")
         elif opcode in _STEPS:
             _STEPS[opcode](self)
         else:
@@ -183,10 +184,10 @@ class Unpickler:
         self._stack.append(self._result(function.name, arguments))
 
     def _result(self, name: str, arguments: tuple[Any, ...]) -> Any:
-        if name in self._calls:
-            return self._calls[name](*arguments)
-        self.foreign = self.foreign or name
-        return Foreign()
+        value = self._calls[name](*arguments) if name in self._calls else Foreign()
+        if isinstance(value, Foreign):
+            self.foreign = self.foreign or name
+        return value
 
     def _build(self) -> None:
         """A state, such as the versions of modules beside a state dict: left out."""

@@ -130,6 +130,13 @@ def test_archives_with_a_tensor_named_as_metadata_are_refused(tmp_path: Path, le
         open_checkpoint(tmp_path / "a.pt")
 
 
+def test_the_rest_of_a_pickle_is_checked_after_a_tensor_that_only_torch_can_make(tmp_path: Path) -> None:
+    odd = (REBUILD % (STORAGE, b"J\xff\xff\xff\xff\x85K\x01\x85", b""))[:-1]
+    archive_of(tmp_path / "a.pt", odd + BOMBS["a key of many parts"])
+    with pytest.raises(FormatError, match="a key that is not a text or number"):
+        read_archive(tmp_path / "a.pt")
+
+
 def test_a_size_that_is_true_is_refused(tmp_path: Path) -> None:
     archive_of(tmp_path / "a.pt", REBUILD % (STORAGE, b"\x88\x85\x88\x85", b""), _0=bytes(4))
     with pytest.raises(Unreadable):
