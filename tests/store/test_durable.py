@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +13,7 @@ from helpers_merges import LINEAR, write_recipe
 from torch import ones
 
 from mergekit_lfm import merge
+from mergekit_lfm.errors import FormatError
 from mergekit_lfm.output.writer import Output
 from mergekit_lfm.store.durable import leftovers, replace_file
 
@@ -48,10 +50,11 @@ def test_a_folder_or_link_in_the_place_of_a_temporary_file_is_left_alone(tmp_pat
     assert (tmp_path / "elsewhere").read_bytes() == b"mine"
 
 
-def test_files_of_a_killed_run_do_not_reach_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a recipe whose merge was interrupted before it published, and left a temporary file."""
     for name in ("a", "b"):
         save_model(tmp_path / name, {"x": ones(4)})
-    recipe, out = write_recipe(tmp_path, LINEAR), tmp_path / "out"
 
     def die(output: Output, _files: object) -> None:
         (output.partial / f".config.json.{'0' * 16}.tmp").write_bytes(b"{")
@@ -60,7 +63,27 @@ def test_files_of_a_killed_run_do_not_reach_the_output(tmp_path: Path, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(Output, "publish", die)
         with pytest.raises(KeyboardInterrupt):
-            merge(recipe, out)
-    assert leftovers(tmp_path / "out.partial")
-    merge(recipe, out)
-    assert not [path for path in out.iterdir() if path.name.endswith(".tmp")]
+            merge(write_recipe(tmp_path, LINEAR), tmp_path / "out")
+    return tmp_path
+
+
+def test_files_of_a_killed_run_do_not_reach_the_output(killed: Path) -> None:
+    assert leftovers(killed / "out.partial")
+    merge(write_recipe(killed, LINEAR), killed / "out")
+    assert not [path for path in (killed / "out").iterdir() if path.name.endswith(".tmp")]
+
+
+def test_a_journal_ends_at_a_line_that_is_too_long(killed: Path) -> None:
+    journal = killed / "out.partial" / "merge.journal"
+    with journal.open("ab") as lines:
+        lines.write(b'{"tensor": "' + b"x" * 2_000_000 + b'"}\n')
+    merge(write_recipe(killed, LINEAR), killed / "out")
+    assert (killed / "out" / "model.safetensors").exists()
+
+
+def test_a_journal_that_is_a_pipe_is_refused(killed: Path) -> None:
+    journal = killed / "out.partial" / "merge.journal"
+    journal.unlink()
+    os.mkfifo(journal)
+    with pytest.raises(FormatError, match=r"merge\.journal is a pipe"):
+        merge(write_recipe(killed, LINEAR), killed / "out")

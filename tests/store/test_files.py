@@ -192,3 +192,8 @@ def test_yaml_is_read_without_libyaml_too() -> None:
         "    raise SystemExit(text)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_recipe_with_names_that_no_file_can_have_is_refused() -> None:
+    with pytest.raises(PlanError, match=r"models\[0\].model: found 'aaa.*cannot be looked up: File name too long"):
+        Recipe.parse({"merge_method": "linear", "models": [{"model": "a" * 300, "parameters": {"weight": 1}}]})
