@@ -147,12 +147,13 @@ def _read_options(
     method: str, preset: str | None, config: StrPath | None, options: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The options of the file and those given here, which go first, by their names in YAML. Checks them all."""
+    from mergekit_lfm.store.files import read_text
     from mergekit_lfm.store.yaml import read_yaml
 
     chosen: dict[str, Any] = {}
     if config is not None:
         file = expand(config, "config")
-        content = read_yaml(file.read_text(encoding="utf-8"), str(file))
+        content = read_yaml(read_text(file), str(file))
         if not isinstance(content, dict):
             raise PlanError(f"{file}: found {content!r:.60}, expected options of `edit`, such as `steps: 25`")
         chosen |= content

@@ -95,9 +95,10 @@ def _judge_facts(file: Path, progress: Progress) -> Callable[[Loaded], FactScore
 
 def _judge_text(file: Path, window: int | None, stride: int | None) -> Callable[[Loaded], Score]:
     from mergekit_lfm.judge.evaluate import perplexity
+    from mergekit_lfm.store.files import read_text
 
     try:
-        text = file.read_text(encoding="utf-8")
+        text = read_text(file, most=None)
     except UnicodeDecodeError as error:
         raise PlanError(f"{file}: {error}; expected UTF-8 text") from None
     return partial(perplexity, text=text, window=window, stride=stride)

@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mergekit_lfm.errors import PlanError, did_you_mean
+from mergekit_lfm.errors import FormatError, PlanError, did_you_mean
+from mergekit_lfm.store.files import parse_json, read_text
 from mergekit_lfm.store.yaml import read_yaml
 
 BLANK = "{}"  # in place of the subject in a prompt
@@ -68,7 +69,7 @@ def read_facts_file(path: str | os.PathLike[str]) -> FactsFile:
     """The facts in a file. Raises PlanError with a list of all its problems."""
     file = Path(path)
     try:
-        text = file.read_text(encoding="utf-8")
+        text = read_text(file)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise PlanError(f"{file}: cannot be read: {reason}; expected a facts file in YAML or JSON") from error
@@ -93,9 +94,9 @@ def as_facts(given: str | os.PathLike[str] | FactsFile | Mapping[str, Any] | Seq
 
 def _json(text: str, label: str) -> object:
     try:
-        return json.loads(text)
-    except ValueError as error:
-        raise PlanError(f"{label}: not JSON: {error}") from error
+        return parse_json(text, label)
+    except FormatError as error:
+        raise PlanError(str(error)) from None
 
 
 def _read(data: object, label: str) -> FactsFile:

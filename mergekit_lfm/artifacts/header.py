@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from mergekit_lfm.errors import FormatError
 from mergekit_lfm.store.durable import replace_file
+from mergekit_lfm.store.files import parse_json
 from mergekit_lfm.store.formats import bytes_of
 from mergekit_lfm.store.tensors import TensorSpec, encode_header
 
@@ -49,7 +50,7 @@ class Kind:
         if metadata.get("lfm.format") != self.format:
             raise FormatError(f"{label} is a {self.name} file of another version; {self.again}")
         try:
-            return build({name: json.loads(metadata[f"lfm.{name}"]) for name in names})
+            return build({name: parse_json(metadata[f"lfm.{name}"], name) for name in names})
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise FormatError(f"{label} has damaged metadata ({error!r}); {self.again}") from None
 

@@ -21,10 +21,11 @@ from torch import Tensor
 from mergekit_lfm.artifacts.statistics import StatisticsInfo
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.store.checkpoint import open_checkpoint
-from mergekit_lfm.store.durable import lock_folder, replace_file, reserve, sync_folder
+from mergekit_lfm.store.durable import leftovers, lock_folder, replace_file, reserve, sync_folder
+from mergekit_lfm.store.files import name_file, read_json
 from mergekit_lfm.store.formats import bytes_of
 from mergekit_lfm.store.places import partial_of
-from mergekit_lfm.store.tensors import UNFINISHED, TensorSpec, encode_header, name_file, read_header, write_exactly
+from mergekit_lfm.store.tensors import UNFINISHED, TensorSpec, encode_header, read_header, write_exactly
 
 PROGRESS, SUMS, FILE = "progress.json", "sums.safetensors", "statistics.safetensors"
 # Placeholders for counts not known yet, longer than any count, so that the header has room for them.
@@ -157,8 +158,8 @@ def check_partial_is_ours(out: Path) -> None:
 
 
 def _content(folder: Path) -> list[Path]:
-    """The files in OUT.partial, except the temporary one of a run that was killed at its very start."""
-    return [path for path in folder.iterdir() if path.name != PROGRESS + ".tmp"]
+    """The files in OUT.partial, except temporary ones of runs that were killed at their very start."""
+    return sorted({*folder.iterdir()} - {*leftovers(folder)})
 
 
 def clear(out: Path) -> None:
@@ -173,7 +174,7 @@ def clear(out: Path) -> None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     with suppress(OSError, ValueError):
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         if isinstance(content, dict):
             return content
     return {}

@@ -26,6 +26,7 @@ from mergekit_lfm.output.lock import FORMAT, LOCK, OWN_DIGEST, own_digest
 from mergekit_lfm.output.names import last_name, public_names
 from mergekit_lfm.output.writer import Receipt
 from mergekit_lfm.plan.plan import Plan
+from mergekit_lfm.store.files import parse_json
 from mergekit_lfm.store.tensors import FLOATS
 from mergekit_lfm.version import versions
 
@@ -136,8 +137,8 @@ def _without_paths(raw: bytes) -> bytes:
     if b'name_or_path"' not in raw:
         return raw
     try:
-        data = json.loads(raw)
-    except (ValueError, RecursionError):
+        data = parse_json(raw, "a file beside the weights")
+    except FormatError:
         return raw
     before = deepcopy(data)
     for part in _parts(data) if isinstance(data, dict) else ():
@@ -161,7 +162,7 @@ def _config(raw: bytes, plan: Plan) -> bytes:
     if not floats:
         return raw
     dtype = floats.most_common(1)[0][0]
-    before = json.loads(raw)
+    before = parse_json(raw, "config.json")
     config = deepcopy(before)
     template = plan.models[plan.template].config
     for key in (key for key in QUANTISATION_KEYS if key in config and key not in template):

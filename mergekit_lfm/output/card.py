@@ -12,8 +12,11 @@ from typing import Any
 
 import yaml
 
+from mergekit_lfm.errors import PlanError
 from mergekit_lfm.machine.text import printable_line
+from mergekit_lfm.store.files import read_text
 from mergekit_lfm.store.folder import is_outside
+from mergekit_lfm.store.yaml import read_yaml
 from mergekit_lfm.version import __version__
 
 CARD = "README.md"
@@ -35,15 +38,15 @@ def read_license(folder: Path) -> dict[str, str]:
 def front_matter(card: Path) -> dict[str, Any]:
     """The mapping at the top of a model card, {} without a readable one."""
     try:
-        text = card.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
+        text = read_text(card)
+    except (OSError, ValueError):
         return {}
     opening, _, rest = text.partition("---\n")
     if opening.strip():
         return {}
     try:
-        front = yaml.safe_load(rest.partition("\n---")[0])
-    except (yaml.YAMLError, ValueError):
+        front = read_yaml(rest.partition("\n---")[0], str(card))
+    except PlanError:
         return {}
     return front if isinstance(front, dict) else {}
 

@@ -16,6 +16,7 @@ import xxhash
 
 from mergekit_lfm.errors import FormatError
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
+from mergekit_lfm.store.files import read_bytes, read_json
 from mergekit_lfm.store.tensors import ITEMSIZE, MAX_HEADER, TensorSpec
 
 LOCK = "merge.lock.json"
@@ -71,7 +72,7 @@ def verify(out: Path, progress: Callable[[int], None] | None = None, *, alone: b
     problems += [
         f"{name} was changed"
         for name, digest in lock.files.items()
-        if (out / name).is_file() and xxhash.xxh3_128_hexdigest((out / name).read_bytes()) != digest
+        if (out / name).is_file() and xxhash.xxh3_128_hexdigest(read_bytes(out / name)) != digest
     ]
     if lock.headers is not None:
         problems += _compare_files(out, lock, lock.headers, alone)
@@ -198,7 +199,7 @@ def _has_digests(checkpoint: Checkpoint, name: str, tensor: LockedTensor, progre
 def lock_of(folder: Path) -> dict[str, Any]:
     """The lock of a finished output, {} without a readable one."""
     try:
-        lock = json.loads((folder / LOCK).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        lock = read_json(folder / LOCK)
+    except (OSError, ValueError):
         return {}
     return lock if isinstance(lock, dict) else {}

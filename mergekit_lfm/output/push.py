@@ -27,6 +27,7 @@ from mergekit_lfm.output.card import CARD, OWN_CARD, without_front_matter
 from mergekit_lfm.output.lock import LOCK, lock_of, verify
 from mergekit_lfm.output.replace import REPLACED
 from mergekit_lfm.store.checkpoint import open_checkpoint
+from mergekit_lfm.store.files import parse_json, read_bytes, read_text
 from mergekit_lfm.store.folder import INDEXES, is_outside
 from mergekit_lfm.store.hub import repository
 from mergekit_lfm.store.hub.client import HTTPError, api, endpoint, offline, translate_errors
@@ -169,7 +170,7 @@ def push(
     contents, left_out = _contents(source, weights)
     kept = not replace_card and _card_kept(remote, source)
     if kept:
-        contents[OWN_CARD] = without_front_matter((source / CARD).read_text(encoding="utf-8")).encode()
+        contents[OWN_CARD] = without_front_matter(read_text(source / CARD)).encode()
         del contents[CARD]
     if remote.commit is None:
         with translate_errors(repo):
@@ -227,7 +228,7 @@ def _card_kept(remote: Remote, folder: Path) -> bool:
     if CARD not in remote.files or not (folder / CARD).exists():
         return False
     theirs = _read(remote, CARD)
-    if theirs == (folder / CARD).read_bytes():
+    if theirs == read_bytes(folder / CARD):
         return False
     pushed = _lock(remote).get("files", {}).get(CARD)
     return bool(xxhash.xxh3_128_hexdigest(theirs) != pushed)
@@ -238,7 +239,7 @@ def _lock(remote: Remote) -> dict[str, dict[str, str]]:
     if LOCK not in remote.files:
         return {}
     try:
-        lock = json.loads(_read(remote, LOCK))
+        lock = parse_json(_read(remote, LOCK), LOCK)
     except ValueError:
         return {}
     return lock if isinstance(lock, dict) and isinstance(lock.get("files"), dict) else {}

@@ -18,6 +18,7 @@ from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.output.layout import Shard
 from mergekit_lfm.output.lock import LOCK, covered_files, is_intact, is_link, lock_of
 from mergekit_lfm.store.durable import lock_folder
+from mergekit_lfm.store.files import read_bytes
 from mergekit_lfm.store.folder import INDEXES, weight_paths
 from mergekit_lfm.store.places import check_apart, check_kind, has_files, partial_of, remove
 from mergekit_lfm.store.sidecars import SIDECAR
@@ -90,7 +91,7 @@ def _damage(out: Path, lock: Mapping[str, Any], shards: Sequence[Shard]) -> list
     problems += [
         f"{name} was changed"
         for name, digest in files.items()
-        if (out / name).is_file() and xxhash.xxh3_128_hexdigest((out / name).read_bytes()) != digest
+        if (out / name).is_file() and xxhash.xxh3_128_hexdigest(read_bytes(out / name)) != digest
     ]
     return problems
 

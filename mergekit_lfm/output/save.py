@@ -21,11 +21,12 @@ from mergekit_lfm.output.replace import check_folder
 from mergekit_lfm.output.writer import move_into_place
 from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.store.durable import lock_folder, replace_file, reserve, sync_folder
+from mergekit_lfm.store.files import name_file, read_bytes
 from mergekit_lfm.store.folder import is_outside
 from mergekit_lfm.store.formats import bytes_of
 from mergekit_lfm.store.places import has_files, partial_of, remove
 from mergekit_lfm.store.sidecars import sidecars_of
-from mergekit_lfm.store.tensors import TensorSpec, name_file, write_exactly
+from mergekit_lfm.store.tensors import TensorSpec, write_exactly
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,7 +61,7 @@ def save_checkpoint(
         files = {path.relative_to(folder).as_posix(): path for path in sidecars.files}
         if folder.is_dir() and (folder / CARD).is_file() and not is_outside(folder / CARD, folder):
             files[CARD] = folder / CARD
-        contents = {name: path.read_bytes() for name, path in files.items()} | dict(documents)
+        contents = {name: read_bytes(path) for name, path in files.items()} | dict(documents)
         if len(shards) > 1:
             contents[INDEX] = _index(checkpoint, shards)
         for name, content in contents.items():

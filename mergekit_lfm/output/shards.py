@@ -9,7 +9,8 @@ from pathlib import Path
 from threading import Lock
 
 from mergekit_lfm.output.layout import Shard
-from mergekit_lfm.store.tensors import name_file, write_exactly
+from mergekit_lfm.store.files import name_file
+from mergekit_lfm.store.tensors import write_exactly
 
 
 class ShardFiles:

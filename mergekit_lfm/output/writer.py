@@ -23,12 +23,14 @@ from mergekit_lfm.output.layout import Shard
 from mergekit_lfm.output.lock import LOCK, lock_of
 from mergekit_lfm.output.replace import REPLACED, clear_replaced, files_in, is_complete
 from mergekit_lfm.output.shards import ShardFiles
-from mergekit_lfm.store.durable import lock_folder, replace_file, reserve, sync_folder, write_all
+from mergekit_lfm.store.durable import leftovers, lock_folder, replace_file, reserve, sync_folder, write_all
+from mergekit_lfm.store.files import name_file, open_regular, parse_json
 from mergekit_lfm.store.places import partial_of, refuse_links, remove
 from mergekit_lfm.store.state import FileState, refuse_changed
-from mergekit_lfm.store.tensors import UNFINISHED, name_file, write_exactly
+from mergekit_lfm.store.tensors import UNFINISHED, write_exactly
 
 JOURNAL = "merge.journal"
+LONGEST_LINE = 1_000_000  # bytes; a receipt has some hundred
 SYNC_BYTES = 256 << 20  # about so many are synced and journalled at a time: syncing each tensor costs more than merging
 
 
@@ -100,8 +102,8 @@ class Output:
     def _refuse_other_work(self, journal: Path) -> None:
         """Raise PlanError if the folder holds work of another plan, which starting over would delete."""
         try:
-            with journal.open("rb") as lines:
-                plan = json.loads(lines.readline(1 << 10))["plan"]
+            with os.fdopen(open_regular(journal), "rb") as lines:
+                plan = parse_json(lines.readline(1 << 10), journal)["plan"]
         except (OSError, ValueError, TypeError, KeyError):
             plan = lock_of(self.partial).get("plan", self.digest)
         if plan != self.digest:
@@ -122,10 +124,10 @@ class Output:
         Raises FormatError if an input was changed since that run.
         """
         kept, before = 0, {str(state.path): state for state in self.inputs}
-        with journal.open("rb") as lines:
-            for line in lines:
+        with os.fdopen(open_regular(journal), "rb") as lines:
+            for line in iter(lambda: lines.readline(LONGEST_LINE), b""):
                 try:
-                    entry = json.loads(line)
+                    entry = parse_json(line, journal)
                     if not kept and entry != {"plan": self.digest}:
                         return False
                     state = FileState(**{**entry, "path": Path(entry["path"])}) if "path" in entry else None
@@ -209,6 +211,8 @@ class Output:
         """
         self.flush()
         refuse_changed(self.inputs)
+        for path in leftovers(self.partial):
+            path.unlink()
         for number, shard in enumerate(self.shards):
             with name_file(self._files.path(number)):
                 write_exactly(self._files.fileno(number), 0, memoryview(shard.header[:8]))

@@ -29,6 +29,7 @@ from mergekit_lfm.recipe.registry import ALIGN_METHODS
 from mergekit_lfm.recipe.roles import Edit, Input
 from mergekit_lfm.recipe.values import NamedFile
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
+from mergekit_lfm.store.files import read_bytes
 from mergekit_lfm.store.tensors import TensorSpec
 from mergekit_lfm.views.base import View
 from mergekit_lfm.views.pending import Pending
@@ -121,7 +122,7 @@ def identity_of(edit: Edit) -> dict[str, Any]:
     if isinstance(edit, NamedFile):
         return {"patch": xxhash.xxh3_128_hexdigest(edit.path.read_bytes())}
     stats = [] if edit.stats is None else open_checkpoint(edit.stats.path).identity
-    facts = xxhash.xxh3_128_hexdigest(edit.facts.path.read_bytes())
+    facts = xxhash.xxh3_128_hexdigest(read_bytes(edit.facts.path))
     return {"facts": facts, "method": edit.method, "options": edit.user_options, "stats": stats}
 
 

@@ -37,8 +37,11 @@ def _find(ref: str, where: Path | None, hint: str) -> Path:
         ) from None
     tried = list(dict.fromkeys((folder / relative).absolute() for folder in folders))
     for path in tried:
-        if path.exists():
-            return path.resolve()
+        try:
+            if path.exists():
+                return path.resolve()
+        except OSError as error:  # a name that is too long, a folder that may not be read
+            raise ValueError(f"found {ref!r:.80}, which cannot be looked up: {error.strerror}; {hint}") from None
     missing = " nor ".join(str(path) for path in tried)
     raise ValueError(f"found {ref!r}, but there is no {missing}; {hint}")
 

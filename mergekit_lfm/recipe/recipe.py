@@ -33,6 +33,7 @@ from mergekit_lfm.recipe.rename import rename_data
 from mergekit_lfm.recipe.requirements import missing_requirements
 from mergekit_lfm.recipe.roles import Edit, Input, Roles, assign_roles
 from mergekit_lfm.recipe.values import NamedFile, as_data, value_at
+from mergekit_lfm.store.files import read_text
 from mergekit_lfm.store.yaml import read_yaml
 
 _EXPECTED = {
@@ -83,7 +84,7 @@ class Recipe(Strict):
         """The recipe in the file `path`. Raises PlanError with a list of all its problems."""
         path = Path(path)
         try:
-            text = path.read_text(encoding="utf-8")
+            text = read_text(path)
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
             raise PlanError(f"{path}: cannot be read: {reason}; expected a recipe in YAML") from error

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from mergekit_lfm.errors import FormatError
+from mergekit_lfm.store.files import read_text
 
 SHOWN_PROBLEMS = 10
 
@@ -28,7 +29,7 @@ def read_lines(path: Path, *, whole: bool) -> list[DataLine]:
             "Convert it, or correct its suffix"
         )
     try:
-        content = path.read_text(encoding="utf-8")
+        content = read_text(path, most=None)
     except UnicodeDecodeError as error:
         raise FormatError(f"{path}: {error}; expected UTF-8 text. Save it as UTF-8") from None
     if not content.strip():

@@ -1,22 +1,26 @@
 """PyTorch's zip archives (`.bin`, `.pt`) as tables of tensors with file offsets, without torch or pickled code.
 
-`torch.save` stores every storage uncompressed, so a contiguous tensor is a byte range as in safetensors. The unpickler
-here knows the few names that a state dict needs, and builds only this table.
+`torch.save` stores every storage uncompressed, so a contiguous tensor is a byte range as in safetensors. Archives that
+it does not write, such as compressed ones, are refused: torch maps their bytes as if they were plain.
 """
 
 from __future__ import annotations
 
 import errno
-import pickle
+import io
+import os
+import struct
 import zipfile
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as shorten
 from typing import Any, BinaryIO
 
-from mergekit_lfm.errors import FormatError
-from mergekit_lfm.store.tensors import ITEMSIZE, TensorSpec, name_file
+from mergekit_lfm.errors import FormatError, reason
+from mergekit_lfm.store.files import name_file, open_regular
+from mergekit_lfm.store.pickles import Calls, Foreign, GarbledError, Unpickler
+from mergekit_lfm.store.tensors import ITEMSIZE, LARGEST, METADATA, TensorSpec, fits
 
 _STORAGES = {
     "DoubleStorage": "float64",
@@ -31,11 +35,10 @@ _STORAGES = {
     "BoolStorage": "bool",
 }
 WRAPPERS = ("state_dict", "model", "module")
-# All exceptions of zipfile and pickle on bytes that are not such an archive.
-_GARBLED = (
-    *(zipfile.BadZipFile, pickle.UnpicklingError, EOFError, ValueError, TypeError),
-    *(AttributeError, LookupError, RuntimeError, OverflowError, MemoryError),
-)
+LARGEST_MEMBER = 20_000_000  # bytes of a list of members, and of a pickle; 100,000 tensors take about as much
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # of files before PyTorch 1.6
+# All exceptions of zipfile on bytes that are not an archive.
+_GARBLED = (zipfile.BadZipFile, EOFError, ValueError, LookupError, RuntimeError, OverflowError, struct.error)
 
 
 class Unreadable(Exception):
@@ -66,40 +69,43 @@ class _Stored:
         return expected == 0 or all(size == 1 or stride == want for size, stride, want in pairs)
 
 
-def _rebuild_tensor(
-    storage: Any, first: int, shape: Any, stride: Any, _grad: Any = None, _hooks: Any = None, lazy: Any = None
-) -> _Stored:
-    """The tensor of `torch._utils._rebuild_tensor_v2`. lazy: marks a conjugation or sign missing in the bytes."""
-    shape, stride = tuple(shape), tuple(stride)
-    natural = all(isinstance(n, int) and n >= 0 for n in (first, *shape, *stride)) and len(shape) == len(stride)
-    if lazy or not natural or not isinstance(storage, _Storage):
-        raise Unreadable(f"a tensor of {storage!r}, {first!r}, {shape!r}, {stride!r}, {lazy!r}")
-    return _Stored(storage, first, shape, stride)
+def _rebuild_tensor(*arguments: Any) -> _Stored | Foreign:
+    """The tensor of `torch._utils._rebuild_tensor_v2`, whose last argument marks a sign missing in the bytes."""
+    if not 4 <= len(arguments) <= 7:
+        return Foreign()
+    storage, first, shape, stride = arguments[:4]
+    lazy = len(arguments) == 7 and arguments[6]
+    if lazy or not isinstance(storage, _Storage) or not isinstance(shape, tuple | list):
+        return Foreign()
+    if not isinstance(stride, tuple | list) or len(shape) != len(stride):
+        return Foreign()
+    natural = all(type(n) is int and 0 <= n < LARGEST for n in (first, *shape, *stride))
+    return _Stored(storage, first, tuple(shape), tuple(stride)) if natural else Foreign()
 
 
-def _rebuild_parameter(data: _Stored, *_: Any) -> _Stored:
-    return data
+def _rebuild_parameter(data: Any = None, *_: Any) -> Any:
+    return data if isinstance(data, _Stored) else Foreign()
 
 
-_NAMES = {
-    ("collections", "OrderedDict"): OrderedDict,
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
-    **{("torch", storage): dtype for storage, dtype in _STORAGES.items()},
+def _rebuild_dict(items: Any = (), *_: Any) -> dict[Any, Any]:
+    """The OrderedDict of these pairs, which Python 2 gave as arguments."""
+    pairs = [tuple(pair) for pair in items if isinstance(pair, tuple | list)] if isinstance(items, tuple | list) else []
+    if not all(len(pair) == 2 and isinstance(pair[0], str) for pair in pairs):
+        raise GarbledError("an OrderedDict of something other than names and values")
+    return dict(pairs)
+
+
+_CALLS: Calls = {
+    "collections.OrderedDict": _rebuild_dict,
+    "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
+    "torch._utils._rebuild_parameter": _rebuild_parameter,
 }
 
 
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _NAMES:
-            raise Unreadable(f"{module}.{name}")
-        return _NAMES[module, name]
-
-    def persistent_load(self, pid: Any) -> _Storage:
-        kind, dtype, key, *_ = pid
-        if kind != "storage" or not isinstance(dtype, str):
-            raise Unreadable(f"persistent id {pid!r}")
-        return _Storage(dtype, key)
+def _refer(pid: tuple[Any, ...]) -> Any:
+    """The storage of a persistent id."""
+    dtype = _STORAGES.get(pid[1].name.removeprefix("torch."))
+    return Foreign() if dtype is None else _Storage(dtype, pid[2])
 
 
 def state_dict(loaded: Any, path: Path, kind: type) -> dict[str, Any]:
@@ -113,52 +119,111 @@ def state_dict(loaded: Any, path: Path, kind: type) -> dict[str, Any]:
     others = [str(key) for key, value in loaded.items() if not isinstance(value, kind)]
     if others:
         raise FormatError(f"{path}: {', '.join(others[:5])} are not tensors; save only the model's state_dict()")
-    return {str(key): value for key, value in loaded.items()}
+    tensors = {str(key): value for key, value in loaded.items()}
+    if METADATA in tensors or len(tensors) < len(loaded):
+        raise FormatError(f"{path}: two tensors have one name, or one is named {METADATA}; rename it and save anew")
+    return tensors
 
 
 def read_archive(path: Path) -> dict[str, tuple[TensorSpec, int]]:
     """The tensors of a zip archive in the pickle's order, each with its offset in the file.
 
-    Raises Unreadable if the file is not such an archive, or if a tensor is not a contiguous range of bytes in it.
+    Raises FormatError if torch would not read the file either, or read it wrongly, and Unreadable if a tensor is not a
+    contiguous range of bytes in it, or if the file is of PyTorch before 1.6.
     """
     try:
-        with name_file(path):
-            return _table(path)
+        with name_file(path), _Bounded(open_regular(path)) as file:
+            if file.read(4) == b"PK\3\4":
+                return _table(path, file)
+            file.seek(0)
+            _check_legacy(file)
+    except GarbledError as error:
+        raise FormatError(f"{path}: not a checkpoint that can be loaded safely ({error}); {SAVE_ANEW}") from None
     except FormatError:
         raise
     except OSError as error:
         if error.errno != errno.EINVAL:  # zipfile seeks to wherever a garbled table points
             raise
-        raise Unreadable(str(error)) from None
+        raise FormatError(f"{path}: a damaged archive ({error.strerror}); {SAVE_ANEW}") from None
     except _GARBLED as error:
-        raise Unreadable(f"{type(error).__name__}: {error}") from None
+        raise FormatError(f"{path}: a damaged archive ({reason(error)}); {SAVE_ANEW}") from None
+    raise Unreadable("saved before PyTorch 1.6")
 
 
-def _table(path: Path) -> dict[str, tuple[TensorSpec, int]]:
-    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
-        members = {info.filename.partition("/")[2]: info for info in archive.infolist()}
-        if "data.pkl" not in members or any(info.compress_type for info in members.values()):
-            raise Unreadable("no data.pkl, or compressed members")
+SAVE_ANEW = "save its state_dict anew"
+
+
+class _Bounded(io.BufferedReader):
+    """A file that is never read by more than a few megabytes at a time: zipfile reads the list of members at once."""
+
+    def __init__(self, fd: int) -> None:
+        super().__init__(io.FileIO(fd))
+        self.nbytes = os.fstat(fd).st_size
+
+    def read(self, size: int | None = -1) -> bytes:
+        limit = LARGEST_MEMBER + 1
+        data = super().read(limit if size is None or size < 0 else min(size, limit))
+        if len(data) == limit:
+            raise zipfile.BadZipFile(f"a list of members that has over {LARGEST_MEMBER:,} bytes")
+        return data
+
+
+def _table(path: Path, file: _Bounded) -> dict[str, tuple[TensorSpec, int]]:
+    with zipfile.ZipFile(file) as archive:
+        members = _members(archive.infolist(), path)
+        if "data.pkl" not in members:
+            raise FormatError(f"{path} is a zip archive without data.pkl, not one of torch.save; {SAVE_ANEW}")
         if "byteorder" in members and archive.read(members["byteorder"]) != b"little":
             raise Unreadable("big-endian")
-        loaded = _Unpickler(archive.open(members["data.pkl"])).load()
+        unpickler = Unpickler(io.BytesIO(archive.read(members["data.pkl"])), file.nbytes, _CALLS, _refer)
+        loaded = unpickler.load()
+        if unpickler.foreign:
+            raise Unreadable(unpickler.foreign)
         table: dict[str, tuple[TensorSpec, int]] = {}
         for name, stored in state_dict(loaded, path, _Stored).items():
             info = members.get(f"data/{stored.storage.key}")
             spec = TensorSpec(name, stored.shape, stored.storage.dtype)
+            if not fits(spec):
+                raise FormatError(f"{path}: {name} has the shape {shorten(stored.shape)}, expected under 2^63 bytes")
             if info is None or not stored.contiguous():
                 raise Unreadable(f"{name} is not contiguous")
             first = stored.first * ITEMSIZE[spec.dtype] if spec.numel else 0
             if first + spec.nbytes > info.file_size:
                 raise FormatError(f"{path}: {name} reaches beyond its storage; the file is damaged")
-            table[name] = (spec, _data_start(file, info.header_offset) + first)
+            table[name] = (spec, _data_start(file, info) + first)
     return table
 
 
-def _data_start(file: BinaryIO, header: int) -> int:
+def _members(infos: list[zipfile.ZipInfo], path: Path) -> dict[str, zipfile.ZipInfo]:
+    """The members by their names in the archive's folder. Raises FormatError for any that torch.save does not write."""
+    members = {info.filename.partition("/")[2]: info for info in infos}
+    if len(members) < len(infos):
+        raise FormatError(f"{path} is a damaged archive: two members have one name; {SAVE_ANEW}")
+    for info in infos:
+        if info.compress_type or info.flag_bits & 1 or info.compress_size != info.file_size:
+            raise FormatError(
+                f"{path}: {info.filename!r:.80} is compressed or encrypted, expected a stored member, as torch.save "
+                f"writes it; {SAVE_ANEW}"
+            )
+    for name in ("data.pkl", "byteorder"):
+        if name in members and members[name].file_size > LARGEST_MEMBER:
+            raise FormatError(f"{path}: {name} has over {LARGEST_MEMBER:,} bytes; {SAVE_ANEW} in several files")
+    return members
+
+
+def _check_legacy(file: _Bounded) -> None:
+    """Raise GarbledError unless torch can load the pickles of a file before PyTorch 1.6 in bounded memory."""
+    unpickler = Unpickler(file, file.nbytes, _CALLS | {"torch._utils._rebuild_tensor_v2": lambda *_: Foreign()}, _refer)
+    if unpickler.load() != LEGACY_MAGIC:
+        raise GarbledError("neither a zip archive nor the pickles of PyTorch before 1.6")
+    for _ in range(4):  # the protocol, the machine, the tensors, their storages
+        unpickler.load()
+
+
+def _data_start(file: BinaryIO, info: zipfile.ZipInfo) -> int:
     """The offset of a member's data; its local header states the lengths of its name and extra field."""
-    file.seek(header)
+    file.seek(info.header_offset)
     local = file.read(30)
-    if local[:4] != b"PK\3\4" or len(local) < 30:
-        raise Unreadable(f"no member at byte {header}")
-    return header + 30 + int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
+    if local[:4] != b"PK\3\4" or len(local) < 30 or local[8:10] != b"\0\0":
+        raise zipfile.BadZipFile(f"no stored member at byte {info.header_offset}")
+    return info.header_offset + 30 + int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")

@@ -6,11 +6,15 @@ import ctypes
 import errno
 import fcntl
 import os
+import re
+import secrets
 from collections.abc import Iterable
 from pathlib import Path
 
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.store.tensors import name_file
+from mergekit_lfm.store.files import name_file
+
+LEFTOVER = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
 
 _fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
 
@@ -32,9 +36,9 @@ def replace_file(path: Path, data: bytes | Iterable[bytes | memoryview]) -> None
     """
     with name_file(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
+        temporary = path.with_name(f".{path.name[:50]}.{secrets.token_hex(8)}.tmp")  # others may write it too
         try:
-            with temporary.open("wb") as file:
+            with temporary.open("xb") as file:
                 file.writelines([data] if isinstance(data, bytes) else data)
                 file.flush()
                 os.fsync(file.fileno())
@@ -42,6 +46,11 @@ def replace_file(path: Path, data: bytes | Iterable[bytes | memoryview]) -> None
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """The temporary files in a folder, and in those inside it, of runs that were killed in `replace_file`."""
+    return [path for path in folder.rglob(".*.tmp") if LEFTOVER.fullmatch(path.name)]
 
 
 def lock_folder(folder: Path) -> int:

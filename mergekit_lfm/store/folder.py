@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from pathlib import Path, PurePath
 from typing import Any
 
 from mergekit_lfm.errors import FormatError
+from mergekit_lfm.store.files import read_json
 
 # file names in transformers' order of preference
 SINGLES = ("model.safetensors", "pytorch_model.bin")
@@ -18,8 +18,10 @@ ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bi
 
 
 def leads_away(name: object) -> bool:
-    """True unless `name` is a relative path that stays inside its folder."""
-    return not isinstance(name, str) or not name or PurePath(name).is_absolute() or ".." in PurePath(name).parts
+    """True unless `name` is a relative path that stays inside its folder, and that a file can have."""
+    if not isinstance(name, str) or not name.isprintable() or not 0 < len(name.encode()) < 256:
+        return True  # unprintable: NUL, lone surrogates
+    return PurePath(name).is_absolute() or ".." in PurePath(name).parts
 
 
 def is_outside(path: Path, folder: Path) -> bool:
@@ -50,15 +52,20 @@ def weight_paths(folder: Path, names: Collection[str], label: object) -> tuple[l
         chosen = others
     if chosen[0].suffix != ".json":
         return chosen, {}
+    index = read_json(chosen[0])
     try:
-        weight_map = json.loads(chosen[0].read_text(encoding="utf-8"))["weight_map"]
+        weight_map = index["weight_map"]
         paths = [folder / str(name) for name in sorted(set(weight_map.values()))]
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError):
         raise FormatError(
-            f"{label}/{chosen[0].name}: expected JSON with a weight_map from tensors to files; fetch it again"
+            f"{label}/{chosen[0].name}: expected a weight_map from tensors to files; fetch it again"
         ) from None
-    if away := next((name for name in weight_map.values() if leads_away(name)), None):
-        raise FormatError(f"{label}/{chosen[0].name}: {away!r} is not a file of that folder; fetch the index again")
+    if not weight_map:
+        raise FormatError(f"{label}/{chosen[0].name}: its weight_map names no tensor; fetch the index again")
+    if away := [name for name in weight_map.values() if leads_away(name)]:
+        raise FormatError(
+            f"{label}/{chosen[0].name}: {away[0]!r:.60} is not a file of that folder; fetch the index again"
+        )
     missing = sorted({*weight_map.values()} - {*names})
     if label == folder:  # a local folder's `names` lack the files of its subfolders
         missing = [name for name in missing if not (folder / name).exists()]
@@ -72,10 +79,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not folder.is_dir() or not path.exists():
         return {}
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path} is not JSON ({error}); fetch it again") from None
+    config = read_json(path)
     if not isinstance(config, dict):
         raise FormatError(f"{path}: expected an object, found a {type(config).__name__}")
     return config

@@ -5,7 +5,6 @@ Files that could hold a secret, and links that lead out of the folder, are left 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 from mergekit_lfm.errors import FormatError
 from mergekit_lfm.machine.secrets import find_secrets
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
+from mergekit_lfm.store.files import SMALL, read_json
 from mergekit_lfm.store.folder import is_outside, leads_away
 from mergekit_lfm.store.hub import HubName
 
@@ -29,8 +29,6 @@ KEYS = re.compile(
     r"(^|[_.-])(token|secrets?|credentials?|passwords?|api[_-]?keys?)\.\w+$",
     re.IGNORECASE,
 )
-
-SIDECAR_BYTES = 100_000_000  # the largest file to copy; tokenizers have up to 40 MB
 
 
 def download(name: HubName) -> Path:
@@ -57,7 +55,7 @@ def sidecars_of(template: Checkpoint) -> Sidecars:
     folder, names = template.path, set[str]()
     if template.snapshot is not None:
         names = {name for name in template.snapshot.sizes if "/" not in name}
-        small = [name for name, nbytes in template.snapshot.sizes.items() if nbytes <= SIDECAR_BYTES]
+        small = [name for name, nbytes in template.snapshot.sizes.items() if nbytes <= SMALL]
         template.snapshot.fetch([name for name in small if name in names and _is_sidecar(name)])
         if "modules.json" in small:
             template.snapshot.fetch([name for name in small if name.endswith(".json") and name.count("/") == 1])
@@ -85,7 +83,7 @@ def _candidates(folder: Path) -> Iterator[Path]:
     if (folder / "modules.json").exists():
         inner = [path for name in _modules(folder) for path in (folder / name).glob("*.json")]
         paths += [path for path in inner if not _private_name(path.name)]
-    return (path for path in paths if path.is_file() and path.stat().st_size <= SIDECAR_BYTES)
+    return (path for path in paths if path.is_file() and path.stat().st_size <= SMALL)
 
 
 def _private_name(name: str) -> str:
@@ -104,9 +102,10 @@ def _private_content(path: Path, folder: Path) -> str:
 
 def _modules(folder: Path) -> list[str]:
     """The folders of the modules that sentence-transformers lists. Raises FormatError for paths that lead elsewhere."""
+    modules = read_json(folder / "modules.json")
     try:
-        names = [entry["path"] for entry in json.loads((folder / "modules.json").read_text(encoding="utf-8"))]
-    except (ValueError, TypeError, KeyError):
+        names = [entry["path"] for entry in modules]
+    except (TypeError, KeyError):
         names = [None]
     wrong = [name for name in names if name != "" and leads_away(name)]
     if wrong:

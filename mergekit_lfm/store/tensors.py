@@ -9,13 +9,15 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as shorten
 from typing import Any
 
 from mergekit_lfm.errors import FormatError
+from mergekit_lfm.store.files import name_file, open_regular, refuse_depth
 
 # code in the file -> (torch's name, bytes per element)
 DTYPES = {
@@ -42,6 +44,8 @@ DTYPES = {
 CODES = {name: code for code, (name, _) in DTYPES.items()}
 ITEMSIZE = dict(DTYPES.values())
 FLOATS = ("float16", "bfloat16", "float32", "float64")  # the dtypes to merge; tensors of all others are only copied
+LARGEST = 1 << 63
+METADATA = "__metadata__"  # the one key of the header that does not name a tensor
 MAX_HEADER = 100_000_000  # the official loader's limit
 UNFINISHED = b"\xff" * 8  # a header length that every loader refuses
 READ_LIMIT = 1 << 30  # Linux reads and writes at most 2,147,479,552 bytes a call
@@ -82,8 +86,8 @@ def read_header(path: Path) -> Header:
 
     Raises FormatError unless the file's tensors cover its data without hole, overlap or rest.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with os.fdopen(open_regular(path), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
         return parse_header(path, prefix + file.read(length if length <= min(size, MAX_HEADER) else 200), size)
@@ -96,17 +100,24 @@ def parse_header(path: Path, head: bytes, size: int) -> Header:
         raise FormatError(f"{path}: {_not_safetensors(head[:208], size, length)}")
     raw = head[8 : 8 + length]
     try:
-        entries = json.loads(raw, object_pairs_hook=_refuse_repeats)
+        entries = json.loads(
+            raw.decode("utf-8"),
+            object_pairs_hook=_refuse_repeats,
+            parse_int=lambda text: -0.0 if text == "-0" else int(text),  # as the official reader: no integer
+            parse_float=_read_float,
+            parse_constant=_read_float,
+        )
     except (ValueError, RecursionError) as error:
         raise FormatError(
             f"{path}: the header is not JSON as safetensors requires it ({error}); write the file anew"
         ) from None
     if not isinstance(entries, dict):
         raise FormatError(f"{path}: the header is a {type(entries).__name__}, expected an object; write the file anew")
-    metadata = entries.pop("__metadata__", None)
+    metadata = entries.pop(METADATA, None)
     metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise FormatError(f"{path}: __metadata__ must map strings to strings; write the file anew")
+    refuse_depth(entries, path)
     start = 8 + length
     placed = sorted((_entry(path, name, entry) for name, entry in entries.items()), key=lambda item: item[1:])
     end = 0
@@ -124,13 +135,22 @@ def parse_header(path: Path, head: bytes, size: int) -> Header:
 
 
 def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The pairs as a dict. Raises ValueError for a repeated key or one that is not valid UTF-8."""
+    """The pairs as a dict. Raises ValueError for a repeated key, and for text that is not valid UTF-8."""
     entries = dict(pairs)
     "".join(entries).encode()  # lone surrogates raise UnicodeEncodeError, which is a ValueError
+    "".join(value for value in entries.values() if isinstance(value, str)).encode()
     if len(entries) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} occurs twice")
+        (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"{name!r:.60} occurs twice")
     return entries
+
+
+def _read_float(text: str) -> float:
+    """The number. Raises ValueError unless it is finite, as the official reader does."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text:.20} is not a finite number")
+    return number
 
 
 def _not_safetensors(head: bytes, size: int, length: int) -> str:
@@ -152,15 +172,27 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[TensorSpec, int, int]:
             raise TypeError
         whole = all(n >= 0 for n in (*shape, begin, stop))
     except (TypeError, KeyError, ValueError):
-        raise FormatError(f"{path}: {name} needs dtype, shape and data_offsets, found {entry!r}") from None
+        raise FormatError(f"{path}: {name} needs dtype, shape and data_offsets, found {shorten(entry)}") from None
     if code not in DTYPES:
-        raise FormatError(f"{path}: {name} has dtype {code!r}, expected one of {', '.join(DTYPES)}")
+        raise FormatError(f"{path}: {name} has dtype {code!r:.60}, expected one of {', '.join(DTYPES)}")
     spec = TensorSpec(name, tuple(shape), DTYPES[code][0])
-    if not whole or spec.nbytes != stop - begin:
+    if not whole or not fits(spec):
+        raise FormatError(f"{path}: {name} has the shape {shorten(shape)}, expected sizes from 0 and under 2^63 bytes")
+    if spec.nbytes != stop - begin:
         raise FormatError(
-            f"{path}: {name} {shape} {code} needs {spec.nbytes:,} bytes, its data_offsets are {begin}, {stop}"
+            f"{path}: {name} {shorten(shape)} {code} needs {spec.nbytes:,} bytes, its data_offsets are {begin}, {stop}"
         )
     return spec, begin, stop
+
+
+def fits(spec: TensorSpec) -> bool:
+    """True if each size, and the bytes of the sizes but for zeros, are below 2^63, as all loaders need them."""
+    nbytes = ITEMSIZE[spec.dtype]
+    for size in spec.shape:  # not math.prod, which takes hours for a million large sizes
+        nbytes *= size or 1
+        if nbytes >= LARGEST:
+            return False
+    return True
 
 
 def encode_header(
@@ -171,9 +203,11 @@ def encode_header(
     With `congruent` the data starts at this offset modulo 4096, so that a filesystem with reflinks can share unchanged
     blocks with the input whose data starts there too (aligned or not, as in the input); otherwise at a multiple of 8.
     """
-    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    entries: dict[str, Any] = {METADATA: dict(metadata)} if metadata else {}
     offsets, end = {}, 0
     for spec in tensors:
+        if spec.name == METADATA:
+            raise FormatError(f"a tensor is named {METADATA}, which safetensors files keep for metadata; rename it")
         entries[spec.name] = {
             "dtype": CODES[spec.dtype],
             "shape": list(spec.shape),
@@ -188,17 +222,6 @@ def encode_header(
             f"a header of {len(raw):,} bytes is over the format's limit of {MAX_HEADER:,}; use more shards"
         )
     return len(raw).to_bytes(8, "little") + raw, {name: 8 + len(raw) + offset for name, offset in offsets.items()}
-
-
-@contextmanager
-def name_file(path: Path) -> Iterator[None]:
-    """Add the name of the file to an OSError from a descriptor."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None:
-            error.filename = os.fspath(path)
-        raise
 
 
 def read_exactly(fd: int, offset: int, into: memoryview, path: Path) -> None:

@@ -1,14 +1,26 @@
-"""Read one YAML document strictly: a repeated key is an error, and errors have their line and column."""
+"""Read one YAML document strictly: repeated keys, deep nesting and aliases that explode are errors with their line."""
 
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
 from mergekit_lfm.errors import PlanError
+from mergekit_lfm.store.files import DEEPEST
+
+try:
+    from yaml import CSafeLoader as SafeLoader  # libyaml's, five times as fast
+except ImportError:
+    from yaml import SafeLoader  # type: ignore[assignment]
+
+LONGEST_NUMBER = 100  # characters; Python takes hours for 1:1:1:... and refuses to print long ones
+MOST_VALUES = 1_000_000  # with aliases written out, unless the text is long itself
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(SafeLoader):
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        if node.tag.endswith((":int", ":float")) and len(node.value) > LONGEST_NUMBER:
+            problem = f"found a number of {len(node.value):,} characters; quote it if it is text"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
         try:
             return super().construct_object(node, deep)
         except (ValueError, LookupError, AttributeError, OverflowError) as error:  # a date such as 2024-13-45
@@ -25,26 +37,66 @@ def read_yaml(text: str, label: str) -> object:
         node = loader.get_single_node()
         if node is None:
             raise PlanError(f"{label}: it is empty, expected one YAML document")
-        _refuse_repeated_keys(node, label, set())
+        _Check(text, label).measure(node)
         return loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        at = f" line {mark.line + 1}, column {mark.column + 1}:" if mark else ""
+        at = f" {_place(mark, text)}:" if mark else ""
         raise PlanError(f"{label}:{at} {error.context or ''} {error.problem}; expected one YAML document") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeEncodeError) as error:  # libyaml's for lone surrogates
         raise PlanError(f"{label}: not YAML: {error}") from error
+    except RecursionError:  # without libyaml, which stops at 1,000 levels by itself
+        raise PlanError(f"{label}: {TOO_DEEP}") from None
 
 
-def _refuse_repeated_keys(node: yaml.Node, label: str, seen: set[int]) -> None:
-    if id(node) in seen or not isinstance(node, yaml.CollectionNode):
-        return
-    seen.add(id(node))
-    if isinstance(node, yaml.SequenceNode):
-        for item in node.value:
-            _refuse_repeated_keys(item, label, seen)
-        return
+def _place(mark: yaml.Mark, text: str) -> str:
+    """The line and column of a mark. libyaml's mark of the end lies a line below it."""
+    ends = text.count("\n")
+    line, column = (mark.line, mark.column) if mark.line <= ends else (ends, len(text.rpartition("\n")[2]))
+    return f"line {line + 1}, column {column + 1}"
+
+
+TOO_DEEP = f"lists and mappings lie in one another over more than {DEEPEST} levels; flatten them"
+
+
+class _Check:
+    """The check of a document's lists and mappings, with its aliases written out."""
+
+    def __init__(self, text: str, label: str) -> None:
+        self.label = label
+        self.most = max(MOST_VALUES, 2 * len(text))  # a value without an alias takes a character at least
+        self.known: dict[int, tuple[int, int] | None] = {}  # None: lists and mappings around the one at hand
+
+    def measure(self, node: yaml.Node, depth: int = 1) -> tuple[int, int]:
+        """The levels and the values of a node. Raises PlanError for too many, and for a repeated key."""
+        if not isinstance(node, yaml.CollectionNode):
+            return 0, 1
+        if id(node) not in self.known:
+            self.known[id(node)] = None
+            parts = node.value
+            if isinstance(node, yaml.MappingNode):
+                _refuse_repeated_keys(node, self.label)
+                parts = [part for pair in node.value for part in pair]
+            inner = [part for part in parts if isinstance(part, yaml.CollectionNode)]
+            below = [self.measure(part, depth + 1) for part in inner] if depth <= DEEPEST else [(DEEPEST, 1)]
+            levels, values = 1 + max((n for n, _ in below), default=0), 1 + len(parts) + sum(n for _, n in below)
+            if levels > DEEPEST:
+                self._refuse(node, TOO_DEEP)
+            if values > self.most:
+                self._refuse(node, f"aliases make over {self.most:,} values of it; write out those that you need")
+            self.known[id(node)] = levels, values
+        measured = self.known[id(node)]
+        if measured is None:
+            self._refuse(node, "an alias names a list or mapping that it lies in; write out its values")
+        return measured
+
+    def _refuse(self, node: yaml.Node, problem: str) -> NoReturn:
+        raise PlanError(f"{self.label}: line {node.start_mark.line + 1}: {problem}")
+
+
+def _refuse_repeated_keys(node: yaml.MappingNode, label: str) -> None:
     first: dict[tuple[str, str], int] = {}
-    for key, value in node.value:
+    for key, _ in node.value:
         line = key.start_mark.line + 1
         name = (key.tag, str(key.value))
         if name in first:
@@ -52,4 +104,3 @@ def _refuse_repeated_keys(node: yaml.Node, label: str, seen: set[int]) -> None:
                 f"{label}: line {line}: {key.value} repeats the key of line {first[name]}; keep one of them"
             )
         first[name] = line
-        _refuse_repeated_keys(value, label, seen)

@@ -6,7 +6,8 @@ import json
 import os
 import struct
 import tempfile
-import zipfile
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,14 @@ import pytest
 import torch
 from helpers_faults import save_model
 from helpers_merges import LINEAR, Tensors, load_all, write_recipe
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from safetensors import safe_open
+from safetensors import deserialize, safe_open
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mergekit_lfm import merge, open_checkpoint
 from mergekit_lfm.errors import FormatError
-from mergekit_lfm.store.archive import Unreadable, read_archive
-from mergekit_lfm.store.tensors import CODES, TensorSpec, encode_header, read_header
+from mergekit_lfm.store.tensors import CODES, TensorSpec, encode_header, parse_header, read_header
 
 # ------------------------------------------------------------------ headers
 
@@ -97,6 +97,79 @@ def test_damaged_headers_are_refused_as_the_library_refuses_them(header: Any, nb
                 read_header(path)
             return
         assert {name: spec.shape for name, (spec, _) in read_header(path).tensors.items()} == expected
+
+
+numbers = st.sampled_from(["0", "-0", "1", "4", "2.0", "true", "1e0", "4611686018427387904", "9223372036854775807"])
+numbers |= st.sampled_from(["9223372036854775808", "18446744073709551615", "18446744073709551616", "1e999", "NaN"])
+values = numbers | st.sampled_from(
+    ['"a"', '"\\ud800"', '"\\u0000"', "null", "[" * 126 + "]" * 126, "[" * 99 + "]" * 99]
+)
+entries = st.builds(
+    '{{"dtype":{},"shape":[{}],"data_offsets":[{}]{}}}'.format,
+    st.sampled_from(['"U8"', '"F64"', '"BOOL"', "null"]),
+    st.lists(numbers, max_size=4).map(",".join),
+    st.sampled_from(["0,0", "0,1", "0,8", "0,4", "-0,0", "0,true", "0,1.0"]),
+    st.just("") | values.map(',"more":{}'.format) | st.just(',"dtype":"U8"'),
+)
+members = st.builds('"{}":{}'.format, st.sampled_from(["x", "y", "__metadata__", "\\ud800"]), entries | values)
+texts = st.lists(members, max_size=3).map(lambda found: f"{{{','.join(found)}}}")
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.tuples(st.sampled_from(["", " ", "\ufeff"]), texts, st.sampled_from(["", " ", ","])).map("".join))
+@example('{"x":{"dtype":"U8","shape":[-0],"data_offsets":[0,0]}}')
+@example('{"x":{"dtype":"U8","shape":[4611686018427387904,4,0],"data_offsets":[0,0]}}')
+@example('{"x":{"dtype":"U8","shape":[0],"data_offsets":[0,0],"more":1e999}}')
+@example('{"x":{"dtype":"U8","shape":[0],"data_offsets":[0,0],"more":"\\ud800"}}')
+@example('{"__metadata__":{"a":"\\ud800"}}')
+@example('{"x":{"dtype":"U8","shape":[0],"data_offsets":[0,0],"more":' + "[" * 126 + "]" * 126 + "}}")
+def test_every_accepted_header_is_accepted_by_the_library(text: str) -> None:
+    nbytes = 8 if "0,8" in text else 1 if "0,1" in text else 0
+    for raw in (text.encode(), text.encode("utf-16-le")):
+        content = struct.pack("<Q", len(raw)) + raw + bytes(nbytes)
+        with suppress(FormatError):
+            found = parse_header(Path("x.safetensors"), content, len(content))
+            assert {name: list(spec.shape) for name, (spec, _) in found.tensors.items()} == {
+                name: entry["shape"] for name, entry in deserialize(content)
+            }
+
+
+@pytest.mark.parametrize("size", ["true", "1.0", "-1", "9223372036854775808,0", '"1"', "null"])
+def test_sizes_are_whole_numbers_below_2_to_the_63(size: str) -> None:
+    content = header_of(f'{{"x":{{"dtype":"U8","shape":[{size}],"data_offsets":[0,1]}}}}') + b"0"
+    with pytest.raises(FormatError, match=r"x\.safetensors: x "):
+        parse_header(Path("x.safetensors"), content, len(content))
+
+
+def header_of(text: str) -> bytes:
+    return struct.pack("<Q", len(text)) + text.encode()
+
+
+def entry_of(shape: Iterable[str], dtype: str = "U8") -> str:
+    return f'{{"x":{{"dtype":"{dtype}","shape":[{",".join(shape)}],"data_offsets":[0,2]}}}}'
+
+
+HUGE = {
+    "a key repeated": "{" + ",".join(['"x":1', *(f'"k{n}":1' for n in range(100_000)), '"x":1']) + "}",
+    "sizes": entry_of(["9223372036854775807"] * 200_000),
+    "ones": entry_of(["1"] * 200_000),
+    "no entry": f'{{"x":[{",".join(["1"] * 200_000)}]}}',
+    "a name of a dtype": entry_of([], "F" * 200_000),
+}
+
+
+@pytest.mark.parametrize("text", HUGE.values(), ids=HUGE)
+def test_large_headers_are_refused_in_linear_time_with_a_short_message(text: str) -> None:
+    """A quadratic check takes minutes here."""
+    raw = header_of(text)
+    with pytest.raises(FormatError, match=r"x\.safetensors") as refused:
+        parse_header(Path("x.safetensors"), raw, len(raw))
+    assert len(str(refused.value)) < 500
+
+
+def test_a_tensor_of_the_metadatas_name_is_not_written() -> None:
+    with pytest.raises(FormatError, match="a tensor is named __metadata__"):
+        encode_header([TensorSpec("__metadata__", (1,), "uint8")], {})
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
@@ -300,74 +373,3 @@ def test_tensors_whose_sign_or_conjugation_is_pending(tmp_path: Path, legacy: bo
         torch.save({"x": tensor}, tmp_path / f"{name}.pt", _use_new_zipfile_serialization=not legacy)
     assert open_checkpoint(tmp_path / "i.pt").read("x").tolist() == [-2, 4]
     assert open_checkpoint(tmp_path / "c.pt").read("x").tolist() == [1 - 2j, 3 + 4j]
-
-
-# ------------------------------------------------------------------ archives that are not checkpoints
-
-
-@pytest.mark.parametrize("legacy", [False, True])
-@pytest.mark.parametrize(
-    "tensor",
-    [torch.eye(3).to_sparse(), torch.ones(3, dtype=torch.complex128), torch.empty(3, device="meta")],
-    ids=["sparse", "complex128", "meta"],
-)
-def test_tensors_that_cannot_be_copied_are_named(tmp_path: Path, tensor: torch.Tensor, legacy: bool) -> None:
-    tensors = {"fine": torch.ones(2), "odd.weight": tensor}
-    torch.save(tensors, tmp_path / "a.pt", _use_new_zipfile_serialization=not legacy)
-    with pytest.raises(FormatError, match=r"a\.pt: odd\.weight is a"):
-        open_checkpoint(tmp_path / "a.pt")
-
-
-REBUILD = b"}X\x01\x00\x00\x00xctorch._utils\n_rebuild_tensor_v2\n(%sK\x00%s\x88}tR%ss."
-STORAGE = b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x01tQ"
-ONE = b"K\x01\x85K\x01\x85"  # the shape and the strides (1,)
-PICKLES = {
-    "no bytes": b"",
-    "nothing on the stack": b"0.",
-    "a name that is not let in": b"cbuiltins\nprint\n.",
-    "no storage": REBUILD % (b"K\x05", ONE, b""),
-    "a storage that is not there": REBUILD % (STORAGE, ONE, b""),
-    "a storage of short id": REBUILD % (b"X\x01\x00\x00\x00xQ", ONE, b""),
-    "a negative shape": REBUILD % (STORAGE, b"J\xff\xff\xff\xff\x85K\x01\x85", b""),
-    "strides of another rank": REBUILD % (STORAGE, b"K\x01\x85)", b""),
-    "a tensor with a state": REBUILD % (STORAGE, ONE, b"}X\x01\x00\x00\x00aK\x01sb"),
-}
-
-
-@pytest.mark.parametrize("program", PICKLES.values(), ids=PICKLES)
-def test_archives_with_any_pickle(tmp_path: Path, program: bytes) -> None:
-    with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
-        archive.writestr("archive/data.pkl", program)
-        archive.writestr("archive/version", "3\n")
-    with pytest.raises(Unreadable):
-        read_archive(tmp_path / "a.pt")
-    with pytest.raises(FormatError, match=r"a\.pt"):
-        open_checkpoint(tmp_path / "a.pt")
-
-
-def test_a_tensor_that_ends_beyond_its_storage_is_refused(tmp_path: Path) -> None:
-    """A storage of one float: a tensor of one fits from its start on, and not from its second element on."""
-    program = REBUILD % (STORAGE, ONE, b"")
-    for first in (0, 1):
-        with zipfile.ZipFile(tmp_path / f"{first}.pt", "w") as archive:
-            archive.writestr("archive/data.pkl", program.replace(b"QK\x00", b"QK" + bytes([first])))
-            archive.writestr("archive/data/0", struct.pack("<f", 1.5))
-    assert open_checkpoint(tmp_path / "0.pt").read("x").tolist() == [1.5]
-    with pytest.raises(FormatError, match="x reaches beyond its storage"):
-        open_checkpoint(tmp_path / "1.pt")
-
-
-def test_damaged_archives_are_refused(tmp_path: Path) -> None:
-    """Whichever byte is changed: FormatError, or a checkpoint whose tensors can be read."""
-    torch.save({"x": torch.arange(5.0), "y": torch.arange(4)}, tmp_path / "a.pt")
-    whole = (tmp_path / "a.pt").read_bytes()
-    refused = 0
-    for at in range(0, len(whole), 3):
-        (tmp_path / "a.pt").write_bytes(whole[:at] + bytes([whole[at] ^ 0x55]) + whole[at + 1 :])
-        try:
-            opened = open_checkpoint(tmp_path / "a.pt")
-            assert all(len(opened.read(name)) == spec.numel for name, spec in opened.items())
-        except FormatError as error:
-            assert "a.pt" in str(error)
-            refused += 1
-    assert refused > 100

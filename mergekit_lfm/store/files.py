@@ -1,0 +1,104 @@
+"""Read small files whole: regular ones of a bounded size, and the JSON in them, of bounded depth.
+
+Folders of models come from strangers: a pipe in place of a config would hang, a device would never end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mergekit_lfm.errors import FormatError
+
+SMALL = 100_000_000  # bytes; tokenizers, the largest files beside the weights, have up to 40 MB
+DEEPEST = 100  # levels of lists and mappings; the official reader of safetensors headers stops at 128
+KINDS = {
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a folder",
+}
+
+
+@contextmanager
+def name_file(path: Path) -> Iterator[None]:
+    """Add the name of the file to an OSError from a descriptor."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = os.fspath(path)
+        raise
+
+
+def open_regular(path: Path) -> int:
+    """A descriptor of a file, open for reading. Raises FormatError for a pipe, a socket, a device or a folder."""
+    _refuse_others(path, path.stat().st_mode)  # opening a device may act on it
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe that took the file's place since would block
+    try:
+        _refuse_others(path, os.fstat(fd).st_mode)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _refuse_others(path: Path, mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        kind = KINDS.get(stat.S_IFMT(mode), "something else")
+        raise FormatError(f"{path} is {kind}, expected a regular file; put the file itself there")
+
+
+def read_bytes(path: Path, most: int | None = SMALL) -> bytes:
+    """The content of a regular file of at most `most` bytes, None for any size. Raises FormatError for any other."""
+    with name_file(path), os.fdopen(open_regular(path), "rb") as file:
+        content = file.read(-1 if most is None else most + 1)
+    if most is not None and len(content) > most:
+        raise FormatError(f"{path} has over {most:,} bytes, expected a small file; fetch or write it again")
+    return content
+
+
+def read_text(path: Path, most: int | None = SMALL) -> str:
+    """The UTF-8 text in a file as `read_bytes` reads it, with line ends as `open` gives them."""
+    return read_bytes(path, most).decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The JSON in a small file. Raises FormatError, or OSError if it cannot be read."""
+    return parse_json(read_bytes(path), path)
+
+
+def parse_json(text: str | bytes, label: object) -> Any:
+    """The JSON in `text`, of at most 100 levels. Raises FormatError, which names `label`."""
+    try:
+        data = json.loads(text.decode("utf-8") if isinstance(text, bytes) else text)
+    except RecursionError:
+        raise FormatError(_too_deep(label)) from None
+    except ValueError as error:
+        raise FormatError(f"{label}: not JSON ({error}); fetch or write it again") from None
+    refuse_depth(data, label)
+    return data
+
+
+def refuse_depth(data: Any, label: object) -> None:
+    """Raise FormatError if lists and mappings of parsed JSON lie in one another over more than 100 levels."""
+    level = [data]
+    for _ in range(DEEPEST + 1):
+        level = [child for part in level if isinstance(part, dict | list) for child in _children(part)]
+        if not level:
+            return
+    raise FormatError(_too_deep(label))
+
+
+def _children(part: dict[str, Any] | list[Any]) -> list[Any]:
+    return list(part.values()) if isinstance(part, dict) else part
+
+
+def _too_deep(label: object) -> str:
+    return f"{label}: lists and mappings lie in one another over more than {DEEPEST} levels; flatten them"
