@@ -66,7 +66,7 @@ class Documents:
 
     @cached_property
     def _facts(self) -> dict[str, Any]:
-        """What the lock says about the plan: all but the tensors."""
+        """The entries of the lock about the plan: all but the tensors."""
         plan, names = self.plan, names_of(self.plan)
         return {
             "format": FORMAT,
