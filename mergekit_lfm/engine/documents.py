@@ -66,7 +66,7 @@ class Documents:
 
     @cached_property
     def _facts(self) -> dict[str, Any]:
-        """The lock's entries about the plan: all but the tensors."""
+        """The entries of the lock about the plan: all but the tensors."""
         plan, names = self.plan, names_of(self.plan)
         return {
             "format": FORMAT,
@@ -124,11 +124,6 @@ def _explain(file: object) -> Iterator[None]:
         raise FormatError(
             f"{file} cannot be written to the output: {part!r} in it ends in half of a character, expected Unicode "
             "text; correct the model's file, or rename what has this name"
-        ) from None
-    except RecursionError:
-        raise FormatError(
-            f"{file} cannot be written to the output: found hundreds of lists or objects in one another, expected "
-            "those of a model; correct it"
         ) from None
 
 

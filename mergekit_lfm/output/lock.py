@@ -45,7 +45,7 @@ class LockedTensor:
 
 @dataclass(frozen=True, slots=True)
 class Lock:
-    """A lock's digests of all files but the shards, of the shards' headers, and its tensors.
+    """A lock's digests of the shards' headers and of all other files, and its tensors.
 
     headers: None in format 1. intact: False if the lock is not as it was written.
     """
@@ -129,7 +129,7 @@ def _header_digest(path: Path) -> str:
 
 
 def not_covered(out: Path) -> tuple[str, ...]:
-    """The lines about all that `verify` cannot show. Raises FormatError without a whole lock."""
+    """The changes that `verify` cannot show. Raises FormatError without a whole lock."""
     return NOT_COVERED if read_lock(out).headers is not None else (*NOT_COVERED[:2], NOT_IN_FORMAT_1)
 
 

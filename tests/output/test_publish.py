@@ -219,19 +219,9 @@ def put_half_a_character(folder: Path) -> Path:
     return path
 
 
-def put_nested(folder: Path) -> Path:
-    """A file that names a path of this machine, which the output must not, and is too deep to copy."""
-    path = folder / "a" / "generation_config.json"
-    path.write_text('{"_name_or_path": "/home/me", "deep": ' + "[" * 700 + "]" * 700 + "}")
-    return path
-
-
-@pytest.mark.parametrize("damage", [put_half_a_character, put_nested])
-def test_a_document_that_cannot_be_written_stops_the_merge_before_it_starts(
-    tmp_path: Path, damage: Callable[[Path], Path]
-) -> None:
+def test_a_document_that_cannot_be_written_stops_the_merge_before_it_starts(tmp_path: Path) -> None:
     save_models(tmp_path)
-    path = damage(tmp_path)
+    path = put_half_a_character(tmp_path)
     with pytest.raises(FormatError, match=f"{path.name} cannot be written"):
         execute(plan_with(tmp_path), tmp_path / "out")
     assert not list(tmp_path.glob("out*"))

@@ -139,7 +139,7 @@ def test_links_of_the_hubs_cache_are_no_difference(out: Path, tmp_path: Path) ->
     assert verify(snapshot) == [f"{SHARDS[0]} is a link to {out / SHARDS[0]}"]
 
 
-def test_a_lock_of_format_1_still_verifies_its_part(out: Path) -> None:
+def test_a_lock_of_format_1_still_verifies_all_that_it_covers(out: Path) -> None:
     make_old(out)
     for damage in (move_tensor, add_code):
         damage(out)
@@ -148,7 +148,7 @@ def test_a_lock_of_format_1_still_verifies_its_part(out: Path) -> None:
     assert "config.json is missing" in verify(out)
 
 
-def test_everything_a_lock_cannot_show_is_listed(out: Path) -> None:
+def test_changes_that_a_lock_cannot_show_are_listed(out: Path) -> None:
     new = run("verify", str(out))
     make_old(out)
     old = run("verify", str(out))

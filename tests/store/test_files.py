@@ -79,7 +79,7 @@ def test_every_reader_refuses_a_pipe(tmp_path: Path, name: str, read: Callable[[
     folder = model(tmp_path / "a")
     (folder / name).unlink(missing_ok=True)
     os.mkfifo(folder / name)
-    with pytest.raises(FormatError, match=rf"{name} is a pipe"):
+    with pytest.raises(FormatError, match=rf"{name} is (a pipe|not a regular file)"):
         read(folder)
 
 
