@@ -16,8 +16,9 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # a worker has the cache of the pro
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.environ["XDG_CACHE_HOME"] + "/inductor"
     os.environ["TRITON_CACHE_DIR"] = os.environ["XDG_CACHE_HOME"] + "/triton"
     atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
-# A shell ignores Ctrl-C in what it starts in the background, and children would inherit that.
+# A shell ignores Ctrl-C in what it starts in the background, nohup a hang-up; children would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 import torch  # noqa: E402
 

@@ -47,8 +47,8 @@ models:
 seed: 7
 """
 
-# Of the moments of a kill every second one; the others are slow.
-HALVES = [pytest.param(0, id="odd steps"), pytest.param(1, id="even steps", marks=pytest.mark.slow)]
+# Of the moments of a kill every fourth one; the others are slow.
+QUARTERS = [pytest.param(part, id=f"steps {part}, ...", marks=[pytest.mark.slow] if part else []) for part in range(4)]
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ def test_the_faults_see_the_work(job: Job) -> None:
     assert len(job.whole.calls) - last_data_write(job.whole) >= 8
 
 
-KILLS = [12, pytest.param(60, marks=pytest.mark.slow)]
+KILLS = [8, pytest.param(60, marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("kills", KILLS)
@@ -201,10 +201,10 @@ def test_killed_at_random_moments(job: Job, kills: int) -> None:
     assert killed_and_finished(job, spread(job.whole, kills, seed=1)) >= kills - 2
 
 
-@pytest.mark.parametrize("half", HALVES)
-def test_killed_at_every_publish_step(one: Job, half: int) -> None:
+@pytest.mark.parametrize("part", QUARTERS)
+def test_killed_at_every_publish_step(one: Job, part: int) -> None:
     """One thread publishes, however many have merged."""
-    moments = range(last_data_write(one.whole) + half, len(one.whole.calls) + 1, 2)
+    moments = range(last_data_write(one.whole) + part, len(one.whole.calls) + 1, 4)
     assert killed_and_finished(one, moments) >= len(moments) - 3
 
 
@@ -428,8 +428,8 @@ def is_somewhere(folder: Path, content: Content) -> bool:
     return any(all(files.get(name) == entry for name, entry in content.items()) for files in found)
 
 
-@pytest.mark.parametrize("half", HALVES)
-def test_overwriting_killed_at_every_step_loses_no_output(one: Job, half: int) -> None:
+@pytest.mark.parametrize("part", QUARTERS)
+def test_overwriting_killed_at_every_step_loses_no_output(one: Job, part: int) -> None:
     """Until the new output is at OUT the old one is kept whole; the same command then finishes the exchange."""
     one.finish()
     one.keep("out")
@@ -439,7 +439,7 @@ def test_overwriting_killed_at_every_step_loses_no_output(one: Job, half: int) -
     assert whole.code == 0, whole.err
     assert snapshot(one.folder / "out") == new
     moments = (5, last_data_write(whole) // 2, *range(last_data_write(whole), len(whole.calls) + 1))
-    for moment in moments[half::2]:
+    for moment in moments[part::4]:
         one.put("out")
         killed = one.run("--overwrite", kill_at=moment)
         found = snapshot(one.folder / "out") if (one.folder / "out").exists() else {}
