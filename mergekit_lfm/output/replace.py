@@ -141,8 +141,8 @@ def check_replaceable(out: Path) -> None:
     if foreign:
         more = f" and {len(foreign) - SHOWN} more" if len(foreign) > SHOWN else ""
         raise PlanError(
-            f"{out} would be deleted with {', '.join(foreign[:SHOWN])}{more} in it, which belong to no model that was "
-            "saved there; move them away, or choose another output"
+            f"{out} would be deleted, with files in it that belong to no model saved there: "
+            f"{', '.join(foreign[:SHOWN])}{more}; move them away, or choose another output"
         )
 
 

@@ -195,7 +195,7 @@ def test_an_output_that_is_there_or_in_the_way(berts: tuple[Path, Path, Path], t
     with pytest.raises(PlanError, match="exists; choose another output"):
         repair(merged, (a, b), texts, out, task="classification")
     assert [path.name for path in out.iterdir()] == ["mine.txt"]
-    with pytest.raises(PlanError, match=r"would be deleted with mine.txt in it"):
+    with pytest.raises(PlanError, match=r"would be deleted, with files in it .*: mine.txt; move"):
         repair(merged, (a, b), texts, out, task="classification", overwrite=True)
     (out / "mine.txt").unlink()
     for _ in range(2):
