@@ -93,7 +93,10 @@ def writing_calls(work: Work) -> dict[str, int]:
     }  # later calls find the existing folder
 
 
-@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS], ids=errno.errorcode.get)
+SLOW = [pytest.param(error, marks=pytest.mark.slow) for error in (errno.EDQUOT, errno.EROFS)]
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO, *SLOW], ids=errno.errorcode.get)
 def test_full_disk(work: Work, error: int) -> None:
     """Whichever call first meets the full disk: one message, nothing at OUT; with space again, the merge goes on.
 
