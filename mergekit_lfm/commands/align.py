@@ -59,11 +59,7 @@ Examples:
     help="Visit only these groups, in the order given. Can be given several times. [default: all]",
 )
 @parameter_options(ALIGN_METHODS)
-@click.option(
-    "--device",
-    default="cpu",
-    help="Where matrices are multiplied: cpu, cuda, cuda:1, or auto for a GPU if there is one. [default: cpu]",
-)
+@options.device_option("Where matrices are multiplied")
 @click.option(
     "--save",
     type=click.Path(path_type=Path),

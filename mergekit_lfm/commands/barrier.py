@@ -21,17 +21,8 @@ running = together(
         type=click.Path(path_type=Path),
         help="A transform file that `align` wrote: the second model is rewritten by it before anything else.",
     ),
-    click.option(
-        "--batch-size",
-        type=click.IntRange(min=1),
-        default=16,
-        help="The number of examples that a model reads at once. [default: 16]",
-    ),
-    click.option(
-        "--device",
-        default="cpu",
-        help="Where the models run: cpu, cuda, cuda:1, or auto for a GPU if there is one. [default: cpu]",
-    ),
+    options.batch_size_option("a model"),
+    options.device_option("Where the models run"),
     options.as_json,
     options.quiet,
 )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergekit_lfm.commands.options import together
+from mergekit_lfm.commands.options import device_option, together
 from mergekit_lfm.commands.shell import ANSWER_IS_NO, show
 from mergekit_lfm.machine.text import printable_line
 
@@ -23,11 +23,7 @@ running = together(
         default="float32",
         help="The number format that the model computes in; auto is the one it is saved in. [default: float32]",
     ),
-    click.option(
-        "--device",
-        default="cpu",
-        help="Where the model runs: cpu, cuda, cuda:1, or auto for a GPU if there is one. [default: cpu]",
-    ),
+    device_option("Where the model runs"),
 )
 
 # How an edited model is verified.

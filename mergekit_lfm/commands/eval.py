@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from mergekit_lfm.commands.options import as_json
+from mergekit_lfm.commands.options import as_json, device_option
 from mergekit_lfm.commands.shell import Command, ModelFolder, show
 from mergekit_lfm.runtime.tasks import TASKS
 
@@ -54,11 +54,7 @@ Examples:
     help="For lm: the number of tokens predicted from each piece; fewer give more context, and take longer. "
     "[default: the window]",
 )
-@click.option(
-    "--device",
-    default="cpu",
-    help="Where the models run: cpu, cuda, cuda:1, or auto for a GPU if there is one. [default: cpu]",
-)
+@device_option("Where the models run")
 @as_json
 def evaluate(
     models: Sequence[Path],

@@ -12,6 +12,7 @@ import click
 from mergekit_lfm.commands import options
 from mergekit_lfm.commands.options import (
     as_json,
+    device_option,
     going_on_later,
     no_resume,
     overwrite,
@@ -77,10 +78,7 @@ Examples:
     default="auto",
     help="Compile the arithmetic to machine code; auto does if it saves time. The bytes are the same. [default: auto]",
 )
-@click.option(
-    "--device",
-    help="Where to compute: cpu, cuda, cuda:1, or auto for a GPU if there is one. [default: the recipe's, else cpu]",
-)
+@device_option("Where to compute", default=None, otherwise="the recipe's, else cpu")
 @overwrite
 @no_resume
 @click.option("--dry-run", is_flag=True, help="Print the plan, and do nothing.")

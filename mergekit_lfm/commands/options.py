@@ -48,7 +48,7 @@ quiet = click.option("-q", "--quiet", is_flag=True, help="Print only the result,
 overwrite = click.option(
     "--overwrite",
     is_flag=True,
-    help="Write the output even if it exists: an earlier output or a saved model is replaced.",
+    help="Write the output even if it exists; an earlier one is replaced.",
 )
 no_resume = click.option(
     "--no-resume", is_flag=True, help="Start over: delete the work of an interrupted run instead of going on with it."
@@ -61,6 +61,18 @@ memory = click.option(
 threads = click.option(
     "--threads", type=click.IntRange(min=1), help="The number of threads that compute. [default: the number of cores]"
 )
+
+
+def device_option(sentence: str, default: str | None = "cpu", otherwise: str = "cpu") -> Callable[[F], F]:
+    """The option `--device`. sentence: what happens there. otherwise: the default in words."""
+    text = f"{sentence}: cpu, cuda, cuda:1, or auto for a GPU if there is one. [default: {otherwise}]"
+    return click.option("--device", default=default, help=text)
+
+
+def batch_size_option(reader: str) -> Callable[[F], F]:
+    """The option `--batch-size`."""
+    text = f"The number of examples that {reader} reads at once. [default: 16]"
+    return click.option("--batch-size", type=click.IntRange(min=1), default=16, help=text)
 
 
 @contextmanager

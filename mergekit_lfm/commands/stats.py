@@ -57,12 +57,7 @@ collecting = together(
         type=click.IntRange(min=1),
         help="Cut examples after this many tokens. [default: as many as the model takes; for lm at most 512]",
     ),
-    click.option(
-        "--batch-size",
-        type=click.IntRange(min=1),
-        default=16,
-        help="The number of examples that the model reads at once. [default: 16]",
-    ),
+    options.batch_size_option("the model"),
     click.option(
         "--memory",
         type=Size(),
@@ -74,9 +69,7 @@ collecting = together(
         type=click.IntRange(min=1),
         help="The number of threads that the model runs with. [default: torch's choice]",
     ),
-    click.option(
-        "--device", help="Where the model runs: cpu, cuda, cuda:1, or auto for a GPU if there is one. [default: cpu]"
-    ),
+    options.device_option("Where the model runs", default=None),
     click.option(
         "--dtype",
         type=click.Choice(["float32", "float64", "bfloat16", "float16", "auto"]),
