@@ -50,10 +50,14 @@ class Patcher:
 
     @property
     def scratch(self) -> int:
-        """Bytes that patching holds, its input and result included."""
+        """Bytes that patching holds, its input and result included.
+
+        Six float64 panels, most of them to round, and half as much that the allocator keeps of freed ones: resident
+        memory grows by 18.5 MB for a panel of 2.1 MB (torch 2.13, glibc 2.36).
+        """
         rows = max(last - first for first, last in self.panels)
         factors = max((rows * x[0].shape[1] + x[1].numel() for x in self.added if len(x) == 2), default=0)
-        return 8 * (6 * rows * (self.old.numel // row_count(self.old)) + factors)  # float64; rounding takes most of it
+        return 8 * (9 * rows * (self.old.numel // row_count(self.old)) + factors)
 
     @cached_property
     def panels(self) -> list[tuple[int, int]]:

@@ -70,7 +70,7 @@ def test_the_cost_is_a_bound(tmp_path: Path, name: str) -> None:
         buffer, cost = memoryview(bytearray(ITEMSIZE[view[tensor].dtype])), view.cost(tensor)
         peak = peak_nbytes(partial(view.read_into, tensor, 0, buffer))
         assert peak <= cost.scratch + 5000, (tensor, peak, cost)  # besides, some indices and the like
-        assert cost.scratch <= 10 * peak + 20_000, (tensor, peak, cost)
+        assert cost.scratch <= 10 * peak + 30_000, (tensor, peak, cost)
 
 
 def test_the_checkpoints_below_stay_as_they_are(case: tuple[Checkpoint, View]) -> None:

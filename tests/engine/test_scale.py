@@ -119,10 +119,7 @@ def test_a_rotated_model_is_merged_within_the_memory_of_the_plan(tmp_path: Path,
 
 @pytest.mark.slow
 def test_views_of_views_are_merged_within_the_memory_of_the_plan(tmp_path: Path) -> None:
-    """A model in FP8, under other names and patched: the peak grows as the plan says, not by a whole tensor.
-
-    8 MB are the allocator's, which keeps freed blocks of other sizes.
-    """
+    """A model in FP8, under other names and patched: the peak grows by no more than the plan says, less than a tensor."""
     write_llama(tmp_path / "a", 0)
     write_llama(tmp_path / "b", 1)
     stored = open_checkpoint(tmp_path / "b")
@@ -144,7 +141,7 @@ def test_views_of_views_are_merged_within_the_memory_of_the_plan(tmp_path: Path)
         peaks[name] = measure_peak(tmp_path, "merge", f"{name}.yaml", name, *options)
     budget = Budget(make_plan(Recipe.load(tmp_path / "views.yaml")))
     views = max(budget.views(job) for job in budget.plan.tensors) + budget.resident_views
-    assert peaks["views"] - peaks["plain"] <= views + 8_000_000 < plain["lm_head.weight"].nbytes
+    assert peaks["views"] - peaks["plain"] <= views < plain["lm_head.weight"].nbytes
 
 
 def measure_peak(folder: Path, *arguments: str) -> int:
