@@ -119,7 +119,7 @@ def test_a_rotated_model_is_merged_within_the_memory_of_the_plan(tmp_path: Path,
 
 @pytest.mark.slow
 def test_views_of_views_are_merged_within_the_memory_of_the_plan(tmp_path: Path) -> None:
-    """A model in FP8, under other names and patched: the peak grows by no more than the plan says, less than a tensor."""
+    """A model in FP8, under other names and patched: the peak grows as the plan says at most, by less than a tensor."""
     write_llama(tmp_path / "a", 0)
     write_llama(tmp_path / "b", 1)
     stored = open_checkpoint(tmp_path / "b")
