@@ -27,9 +27,9 @@ main(prog_name="mergekit-lfm")
 """
 
 
-def run(*arguments: str) -> Result:
+def run(*arguments: str, standard_input: str | bytes | None = None) -> Result:
     """Run `mergekit-lfm ARGUMENTS`; raises any exception that is not an ordinary end of a command."""
-    return CliRunner(catch_exceptions=False).invoke(main, arguments)
+    return CliRunner(catch_exceptions=False).invoke(main, arguments, input=standard_input)
 
 
 def answer(result: Result) -> Any:

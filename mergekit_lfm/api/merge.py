@@ -71,7 +71,7 @@ def plan_merge(
         out = out or recipe.output or Path("merged") / source.stem
     out = out or recipe.output
     if out is None:
-        raise PlanError("no output: pass `out`, or give the recipe an `output`")
+        raise PlanError("no output: give OUT (in Python `out`), or give the recipe an `output`")
     folder = expand(out)
     if seed is not None:
         recipe = recipe.model_copy(update={"seed": seed})

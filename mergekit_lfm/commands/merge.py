@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -25,6 +26,7 @@ from mergekit_lfm.machine.text import printable_line
 if TYPE_CHECKING:
     from mergekit_lfm.api.merge import Merged, PlannedMerge
     from mergekit_lfm.api.outcome import Outcome
+    from mergekit_lfm.recipe.recipe import Recipe
 
 # Options of both.
 planning = together(
@@ -110,9 +112,10 @@ def merge(
 ) -> None:
     """Merge models as RECIPE says and write the result to OUT.
 
-    Models are folders, or on the Hub: org/name, org/name@revision. OUT is a new folder; without it, the recipe's
-    `output`, else merged/ and the recipe's name. A run that was interrupted goes on where it stopped when the same
-    command is given again. Sizes are 500MB, 5GB (5e9 bytes), 3GiB, or a number of bytes.
+    Models are folders, or on the Hub: org/name, org/name@revision. RECIPE is a file, or - for standard input. OUT is a
+    new folder; without it, the recipe's `output`, else merged/ and the recipe's name. A run that was interrupted goes
+    on where it stopped when the same command is given again. Sizes are 500MB, 5GB (5e9 bytes), 3GiB, or a number of
+    bytes.
     """
     from mergekit_lfm.api.merge import merge as run
     from mergekit_lfm.api.merge import plan_merge
@@ -121,7 +124,9 @@ def merge(
     hidden = quiet or as_json
     with transfers(hidden=hidden):
         where = {"device": device, "push_to": push_to}
-        planned = plan_merge(recipe, out, max_shard_size=max_shard_size, seed=seed, private=private, **where).result
+        planned = plan_merge(
+            _read_recipe(recipe), out, max_shard_size=max_shard_size, seed=seed, private=private, **where
+        ).result
         if planned.goal is None and (private or pull_back):
             raise click.UsageError("--private and --verify are about a push: give --push-to org/name")
         if dry_run or verbose:
@@ -142,6 +147,23 @@ def merge(
                 on_merged=partial(_show_outcome, hidden=hidden),
             )
     _show_result(outcome, as_json, quiet)
+
+
+def _read_recipe(path: Path) -> Path | Recipe:
+    """The path of a recipe; for "-" the recipe on standard input, as if its file were in the working directory."""
+    if str(path) != "-":
+        return path
+    from mergekit_lfm.errors import PlanError
+    from mergekit_lfm.recipe.recipe import Recipe
+    from mergekit_lfm.store.files import SMALL
+
+    raw = sys.stdin.buffer.read(SMALL + 1)
+    if len(raw) > SMALL:
+        raise PlanError(f"standard input has over {SMALL:,} bytes, expected a recipe in YAML; give it one")
+    try:
+        return Recipe.parse(raw.decode(), where=Path.cwd(), label="standard input")
+    except UnicodeDecodeError:
+        raise PlanError("standard input is not UTF-8 text, expected a recipe in YAML; give it one") from None
 
 
 def _show_plan(
@@ -234,5 +256,5 @@ def plan(
     from mergekit_lfm.api.merge import plan_merge
 
     with transfers(hidden=as_json):
-        planned = plan_merge(recipe, out, max_shard_size=max_shard_size, seed=seed, device="cpu").result
+        planned = plan_merge(_read_recipe(recipe), out, max_shard_size=max_shard_size, seed=seed, device="cpu").result
     _show_plan(planned, memory, threads, as_json, verbose)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from helpers_commands import ROOT, answer, on_a_terminal, refusal, run, start, wait_for
-from models import save_checkpoint
+from models import files_of, save_checkpoint
 from safetensors.torch import load_file, save_file
 
 from mergekit_lfm import open_checkpoint
@@ -50,6 +50,17 @@ def test_merge_prints_where_the_result_is(folder: Path) -> None:
     assert result.stderr.count("\n") == 1
     merged = load_file(folder / "out/model/model.safetensors")
     assert {name: set(t.flatten().tolist()) for name, t in merged.items()} == {"w": {2.0}, "layers.0.v": {-2.0}}
+
+
+def test_a_recipe_on_standard_input_is_that_of_a_file_here(folder: Path) -> None:
+    run("merge", "recipe.yaml", "file")
+    assert run("merge", "-", "piped", standard_input=LINEAR).stdout == "piped\n"
+    assert files_of(folder / "piped") == files_of(folder / "file")
+    digest = answer(run("plan", "recipe.yaml", "x", "--json"))["digest"]
+    assert answer(run("plan", "-", "x", "--json", standard_input=LINEAR))["digest"] == digest
+    assert "no output: give OUT" in refusal(run("merge", "-", standard_input=LINEAR))
+    assert "standard input is not UTF-8 text" in refusal(run("merge", "-", "x", standard_input=b"\xff"))
+    assert "standard input: it is empty" in refusal(run("merge", "-", "x", standard_input=""))
 
 
 def test_quiet_leaves_the_result_alone(folder: Path) -> None:
