@@ -266,7 +266,9 @@ def _outputs(template: Checkpoint, jobs: Sequence[Job]) -> list[TensorSpec]:
 def _groups(recipe: Recipe, jobs: Sequence[Job], whole: set[int]) -> tuple[tuple[int, ...], ...]:
     """The jobs that are solved together, less those merged as matrices: each alone, or all that are merged."""
     together = [
-        i for i, job in enumerate(jobs) if not job.copied and recipe.method.scope(job.settings.shared) == "model"
+        i
+        for i, job in enumerate(jobs)
+        if job.method == recipe.merge_method and recipe.method.scope(job.settings.shared) == "model"
     ]
     alone = [(i,) for i in range(len(jobs)) if i not in {*together, *whole}]
     if not together:

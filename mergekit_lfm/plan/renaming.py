@@ -7,6 +7,7 @@ everything then matches but what the recipe, ties or loaders allow to differ.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 
 from mergekit_lfm.arch.renamings import RENAMINGS
@@ -16,6 +17,7 @@ from mergekit_lfm.store.tensors import TensorSpec
 Specs = Mapping[str, TensorSpec]
 STEPS = 8  # rules; real models differ by one to three
 DEEPEST = 4  # parts of a prefix
+BEGINNINGS = 6  # prefixes to try on either side
 
 
 def find_renaming(
@@ -28,8 +30,9 @@ def find_renaming(
     names, rules = {name: name for name in model}, list[RenameRule]()
     best = _count(names, model, template)
     for _ in range(STEPS):
-        alone = [name for name in names.values() if name not in template and not excused(name)]
-        lacking = [name for name in template if name not in names.values() and not excused(name)]
+        there = set(names.values())
+        alone = [name for name in there if name not in template]
+        lacking = [name for name in template if name not in there]
         if not (alone and lacking):
             break
         tried = [(rule, _apply(rule, names)) for rule in _candidates(alone, lacking, names, template)]
@@ -39,9 +42,9 @@ def find_renaming(
             break
         best, names = count, new
         rules.append(rule)
-    there = set(names.values())
-    rest = [name for name in (*there, *template) if (name not in template or name not in there) and not excused(name)]
-    return () if rest else _replayed(rules, names)
+    rest = [name for name in {*names.values()} ^ template.keys() if not excused(name)]
+    most = 2 * best >= min(len(model), len(template))  # else the rules are an accident
+    return _replayed(rules, names) if most and not rest else ()
 
 
 def _replayed(rules: list[RenameRule], names: Mapping[str, str]) -> tuple[RenameRule, ...]:
@@ -60,21 +63,22 @@ def _first(rules: list[RenameRule], name: str) -> str:
 def _candidates(
     alone: list[str], lacking: list[str], names: Mapping[str, str], template: Specs
 ) -> Iterator[RenameRule]:
-    """Rules to try: the known ones, and for the first name that fits nowhere each change of its beginning."""
+    """Rules to try: the known ones, and changes of the beginnings of those that fit nowhere."""
     yield from (RenameRule(PATTERN + old, new) for old, new in RENAMINGS)
     matched = sorted({re.escape(name.split(".")[0]) for name in names.values() if name in template})
-    others = rf"^(?!(?:{'|'.join(matched)})\.)" if matched else "^"
+    others = rf"{PATTERN}^(?!(?:{'|'.join(matched)})\.)" if matched else ""
     for old in _beginnings(alone):
         for new in _beginnings(lacking):
             if old != new:
-                yield RenameRule(old, new) if old else RenameRule(PATTERN + others, new)
+                yield RenameRule(old or others, new)
 
 
 def _beginnings(names: list[str]) -> list[str]:
-    """The beginnings of the first and the last name, each with its dot, the empty one first."""
-    parts = [name.split(".") for name in (names[0], names[-1])]
-    cuts = (".".join(each[:count]) + "." for each in parts for count in range(1, min(len(each), DEEPEST + 1)))
-    return list(dict.fromkeys(["", *cuts]))
+    """The empty beginning and the most frequent ones, each with its dot."""
+    counts = Counter[str]()
+    for parts in (name.split(".") for name in sorted(names)):
+        counts.update(".".join(parts[:count]) + "." for count in range(1, min(len(parts), DEEPEST + 1)))
+    return ["", *(beginning for beginning, _ in counts.most_common(BEGINNINGS))]
 
 
 def _apply(rule: RenameRule, names: Mapping[str, str]) -> dict[str, str] | None:

@@ -174,7 +174,12 @@ def _whereabouts(model: Checkpoint) -> str:
 
 def _rules_text(rules: Sequence[RenameRule]) -> str:
     """The rules that were found for a model's names."""
-    shown = [f"{rule.old.removeprefix(PATTERN)!r} read as {rule.new!r}" for rule in rules[:SHOWN_RULES]]
+    shown = [
+        f"{rule.old.removeprefix(PATTERN)!r} read as {rule.new!r}"
+        if rule.old
+        else f"read with {rule.new!r} before them"
+        for rule in rules[:SHOWN_RULES]
+    ]
     more = [f"{len(rules) - SHOWN_RULES} more"] if len(rules) > SHOWN_RULES else []
     return ", ".join([*shown, *more])
 
