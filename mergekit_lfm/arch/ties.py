@@ -65,6 +65,7 @@ mlm_head.decoder.bias: mlm_head.bias
 
 # The model types whose configs do not tie the head unless they say so; those of all others do.
 _UNTIED = """
+EvollaModel
 afmoe apertus apertus1p5 apertus1p5_text arcee aria aria_text axk1 axk2 bailing_hybrid bamba beam bitnet blt
 blt_global_transformer blt_local_decoder blt_local_encoder blt_patcher bridgetower chameleon codegen cohere_asr
 cohere_compass cosmos3_edge cosmos3_edge_text cosmos3_omni cwm dbrx deepseek_ocr2 deepseek_ocr2_encoder
