@@ -9,6 +9,7 @@ same lock.
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -31,6 +32,8 @@ from mergekit_lfm.store.tensors import FLOATS
 from mergekit_lfm.version import versions
 
 DTYPE_KEYS = ("dtype", "torch_dtype")
+LABEL_KEYS = ("architectures", "id2label", "label2id", "num_labels", "problem_type")
+HEAD = re.compile(r"(^|\.)(classifier|classification_head|score|qa_outputs|heads?|cls|lm_head)\.")
 QUANTISATION_KEYS = ("quantization_config", "compression_config")
 
 
@@ -86,9 +89,10 @@ class Documents:
                 }
                 for file, statistics in zip(plan.recipe.statistics, plan.statistics, strict=True)
             ],
-            "segments": {job.name: job.segment_numel for job in plan.tensors if job.segments > 1},
+            "segments": {name: job.segment_numel for job in plan.tensors if job.segments > 1 for name in job.names},
             "files": {name: xxhash.xxh3_128_hexdigest(data) for name, data in sorted(self.files.items())},
             "headers": {shard.name: xxhash.xxh3_128_hexdigest(shard.header) for shard in plan.shards},
+            **({"allowed": list(plan.allowed)} if plan.allowed else {}),
             "dropped": [{"model": names[m], "tensor": t, "reason": why} for m, t, why in plan.dropped],
         }
 
@@ -97,14 +101,15 @@ class Documents:
         plan = self.plan
         shards = {spec.name: shard.name for shard in plan.shards for spec in shard.tensors}
         tensors = {
-            job.name: {
+            name: {
                 "method": job.method,
                 "dtype": job.dtype,
                 "shape": list(job.shape),
-                "file": shards[job.name],
-                "xxh3": [receipts[job.name, segment].xxh3 for segment in range(job.segments)],
+                "file": shards[name],
+                "xxh3": [receipts[name, segment].xxh3 for segment in range(job.segments)],
             }
             for job in plan.tensors
+            for name in job.names
         }
         nonfinite = sorted({where for receipt in receipts.values() for where in receipt.nonfinite})
         facts = {**self._facts, "nonfinite": nonfinite}
@@ -151,7 +156,8 @@ def _config(raw: bytes, plan: Plan) -> bytes:
     """The template's config with the dtype that most output tensors have; its own bytes if that changes nothing.
 
     In a part of the config, such as text_config, the dtype is replaced if it was that of the whole, or if all output
-    tensors have one dtype. The key of a quantisation is left out if the template is dequantised.
+    tensors have one dtype. The key of a quantisation is left out if the template is dequantised. Choices of the recipe
+    that change the model's form show, too.
     """
     floats = Counter(job.dtype for job in plan.tensors if job.dtype in FLOATS)
     if not floats:
@@ -162,6 +168,7 @@ def _config(raw: bytes, plan: Plan) -> bytes:
     template = plan.models[plan.template].config
     for key in (key for key in QUANTISATION_KEYS if key in config and key not in template):
         del config[key]
+    _fit(config, plan)
     old = [config[key] for key in DTYPE_KEYS if config.get(key)]
     for part in _parts(config):
         named = [key for key in DTYPE_KEYS if key in part]
@@ -169,6 +176,17 @@ def _config(raw: bytes, plan: Plan) -> bytes:
     if not any(key in config for key in DTYPE_KEYS):
         config["dtype"] = dtype
     return raw if config == before else _json(config)
+
+
+def _fit(config: dict[str, Any], plan: Plan) -> None:
+    """Change what a recipe's choices change: the length of the vocabulary, and the labels with another model's head."""
+    for part in _parts(config) if plan.vocabulary is not None else ():
+        part.update({key: plan.vocabulary for key in ("vocab_size",) if part.get(key, 0) > plan.vocabulary})
+    for job in plan.tensors:
+        keeper = next(iter(job.match.sources))
+        if len(job.match.sources) == 1 and keeper != plan.template and HEAD.search(job.name):
+            theirs = plan.models[keeper].config
+            config.update({key: theirs[key] for key in LABEL_KEYS if key in theirs})
 
 
 def _parts(config: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -19,7 +19,7 @@ from mergekit_lfm.engine.documents import Documents
 from mergekit_lfm.engine.tasks import Executor, MatrixTask, MergeTask, Part, ReduceTask, Remark, Task
 from mergekit_lfm.engine.threads import thread_pool
 from mergekit_lfm.engine.worker import Options, Pool, Worker, refuse_nonfinite
-from mergekit_lfm.errors import PlanError, reason
+from mergekit_lfm.errors import PlanError, reason, several
 from mergekit_lfm.kernels.compiled import Mode
 from mergekit_lfm.kernels.reductions import Reduction
 from mergekit_lfm.machine.accelerators import HOST, Accelerator
@@ -31,8 +31,8 @@ from mergekit_lfm.output.writer import Output, Receipt, finish
 from mergekit_lfm.plan.budget import Budget, check_disk, workers
 from mergekit_lfm.plan.job import Job
 from mergekit_lfm.plan.plan import Plan
+from mergekit_lfm.store.compare import are_equal, have_same_bytes
 from mergekit_lfm.store.places import place_of
-from mergekit_lfm.store.tensors import ITEMSIZE
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,7 @@ def _take_over(plan: Plan, output: Output, nan: Policy) -> int:
     for receipt in output.done.values():
         for where in receipt.nonfinite:
             refuse_nonfinite(where, nan)
-    jobs = {job.name: job for job in plan.tensors}
+    jobs = {name: job for job in plan.tensors for name in job.names}
     return sum(jobs[name].segment_nbytes(segment) for name, segment in output.done)
 
 
@@ -108,6 +108,7 @@ def _findings(plan: Plan, output: Output) -> Iterator[str]:
     """The warnings about a merge that was completed."""
     for where in sorted({where for receipt in output.done.values() for where in receipt.nonfinite}):
         yield f"{where} holds NaN or infinity"
+    yield from (f"merged although {text}" for text in plan.allowed)
     for name, why in plan.left_behind:
         yield f"{plan.labels[plan.template]}: {name} was left behind: {why}"
     for label in plan.unlisted:
@@ -177,8 +178,8 @@ class _Run:
 
     def _missing(self, job: int) -> tuple[int, ...]:
         """The segments of a job without a receipt."""
-        name, segments = self.plan.tensors[job].name, self.plan.tensors[job].segments
-        return tuple(segment for segment in range(segments) if (name, segment) not in self.output.done)
+        names, segments, done = self.plan.tensors[job].names, self.plan.tensors[job].segments, self.output.done
+        return tuple(segment for segment in range(segments) if any((name, segment) not in done for name in names))
 
     def _takes_passes(self, group: Sequence[int]) -> bool:
         """True if a group's inputs do not fit a worker's share, so that all workers read them, once for every sum."""
@@ -241,7 +242,7 @@ class _Run:
     @cached_property
     def jobs(self) -> dict[str, Job]:
         """The plan's jobs by the names of their tensors."""
-        return {job.name: job for job in self.plan.tensors}
+        return {name: job for job in self.plan.tensors for name in job.names}
 
 
 def _no_sums(_: Reduction) -> Any:
@@ -249,24 +250,21 @@ def _no_sums(_: Reduction) -> Any:
 
 
 def check_copies(plan: Plan) -> None:
-    """Raise PlanError if a tensor that is copied differs between models. Compares them before anything is written."""
-    problems = [
-        f"{job.spec} differs between {plan.labels[job.sources[0][0]]} and {plan.labels[model]}"
-        for job in plan.tensors
-        if job.copied
-        for model, name in job.sources[1:]
-        if not _same_bytes(plan, job.sources[0], (model, name), job.nbytes)
-    ]
+    """Raise PlanError if tensors differ that have to be equal. Compares them before anything is written."""
+    problems = []
+    for (i, one), (_, other) in (pair for job in plan.tensors for pair in job.match.twins):
+        if not have_same_bytes(plan.models[i], one, plan.models[i], other):
+            problems.append(
+                f"{plan.labels[i]}: its config ties {one} and {other}, but they differ, so loaders disagree which to "
+                f"use: save the model anew, or leave one out with `keep: {{{other}: drop}}`"
+            )
+    for job in plan.tensors:
+        (i, one), *others = job.sources
+        for j, other in others if job.copied and job.match.kind == "parameter" else ():
+            if not are_equal(plan.models[i], one, plan.models[j], other):
+                problems.append(
+                    f"{job.spec} differs between {plan.labels[i]} and {plan.labels[j]}, and tensors that are not "
+                    f"floating are copied, so they must be equal: choose one's with `keep: {{{job.name}: base}}`"
+                )
     if problems:
-        raise PlanError("tensors that are not floating are copied, so they must be equal:\n  " + "\n  ".join(problems))
-
-
-def _same_bytes(plan: Plan, one: tuple[int, str], other: tuple[int, str], nbytes: int) -> bool:
-    step = 1 << 22
-    sides = [(plan.models[model], name, bytearray(min(step, nbytes))) for model, name in (one, other)]
-    for start in range(0, nbytes, step):
-        for model, name, buffer in sides:
-            model.read_into(name, start // ITEMSIZE[model[name].dtype], memoryview(buffer)[: nbytes - start])
-        if sides[0][2] != sides[1][2]:
-            return False
-    return True
+        raise PlanError(several("tensors that have to be equal are not", problems))

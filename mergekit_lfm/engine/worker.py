@@ -153,14 +153,15 @@ class Worker:
     def _merge_segments(self, task: MergeTask) -> Iterator[Receipt]:
         job = self.plan.tensors[task.job]
         if job.copied:
-            yield from (self._copy(job, segment) for segment in task.segments)
+            for segment in task.segments:
+                yield from self._copy(job, segment)
             return
         blocks = self._blocks(job, resident=task.solve)
         coefficients = task.coefficients
         if task.solve and job.spec.numel:
             coefficients = run_solve(METHODS[job.method].solve(self.plan.unit([job])), blocks.reduce)
         for segment in task.segments:
-            yield self._merge(job, blocks, coefficients, segment)
+            yield from self._merge(job, blocks, coefficients, segment)
 
     def _merge_matrices(self, task: MatrixTask) -> Iterator[Receipt]:
         bad = set[str]()
@@ -181,8 +182,8 @@ class Worker:
                 for segment in task.segments[i]:
                     first = segment * job.segment_numel
                     data = bytes_of(tensor[first : first + job.segment_numel])
-                    self._shards.write(job.name, first * ITEMSIZE[job.dtype], data)
-                    yield Receipt(job.name, segment, xxhash.xxh3_128_hexdigest(data), tuple(sorted(bad)))
+                    self._write(job, first * ITEMSIZE[job.dtype], data)
+                    yield from _receipts(job, segment, xxhash.xxh3_128_hexdigest(data), bad)
 
     def _stored(self, matrix: MatrixJob, bad: set[str]) -> StoredMatrices:
         """A matrix whose tensors are read from the files on demand; adds the names of those not finite to `bad`."""
@@ -201,15 +202,24 @@ class Worker:
         """The merged block plus the edits' changes, in the output's dtype."""
         method, edited = METHODS[job.method], job.added is not None
         merged = apply_to(block, method, coefficients, getattr(torch, job.compute if edited else job.dtype))
-        return self._finish(job, block.start, merged) if edited else merged
+        return self._finish(job, block.start, merged) if edited or job.match.kept is not None else merged
 
     def _finish(self, job: Job, start: int, merged: torch.Tensor) -> torch.Tensor:
         """Elements from `start` on plus the edits' changes, in the output's dtype and the processor's memory."""
         dtype = getattr(torch, job.dtype)
         if job.added is None:
-            return self._accelerator.down(round_once(merged, dtype))
+            return self._keep_rows(job, start, self._accelerator.down(round_once(merged, dtype)))
         changes = self._read_changes(job, start, start + len(merged))
-        return round_once(self._accelerator.down(merged).double() + changes, dtype)
+        return self._keep_rows(job, start, round_once(self._accelerator.down(merged).double() + changes, dtype))
+
+    def _keep_rows(self, job: Job, start: int, result: torch.Tensor) -> torch.Tensor:
+        """Elements from `start` on with the template's in place of those beyond the rows that all models have."""
+        kept = len(result) if job.match.kept is None else max(0, job.match.kept - start)
+        if kept < len(result):
+            model, name = self.plan.template, job.match.sources[self.plan.template]
+            rows = self.plan.models[model].read(name, start + kept, start + len(result))
+            result[kept:] = rows.to(result.dtype)
+        return result
 
     def _read_changes(self, job: Job, start: int, stop: int) -> torch.Tensor:
         """The edits' changes to elements start .. stop of the result, float64."""
@@ -217,7 +227,7 @@ class Worker:
         source, name = job.added
         return self.plan.sources[source].read(name, start, stop)
 
-    def _merge(self, job: Job, blocks: Blocks, coefficients: Coefficients | None, segment: int) -> Receipt:
+    def _merge(self, job: Job, blocks: Blocks, coefficients: Coefficients | None, segment: int) -> Iterator[Receipt]:
         size = ITEMSIZE[job.dtype]
         digest, bad = xxhash.xxh3_128(), set[str]()
         numbers, ahead = blocks.segment(segment), None
@@ -234,31 +244,50 @@ class Worker:
                 bad = bad.union(*(self._check(job, *pair) for pair in zip(parts, results, strict=True)))
                 merged = torch.cat(results)
             data = bytes_of(self._accelerator.down(merged))
-            self._shards.write(job.name, block.start * size, data)
+            self._write(job, block.start * size, data)
             digest.update(data)
-        return Receipt(job.name, segment, digest.hexdigest(), tuple(sorted(bad)))
+        yield from _receipts(job, segment, digest.hexdigest(), bad)
 
-    def _copy(self, job: Job, segment: int) -> Receipt:
+    def _write(self, job: Job, start: int, data: memoryview) -> None:
+        """Write bytes of the job's result from byte `start` on, under each of its names."""
+        for name in job.names:
+            self._shards.write(name, start, data)
+
+    def _copy(self, job: Job, segment: int) -> Iterator[Receipt]:
         """Copy a segment of the first source; in the kernel if it is a byte range of a file."""
         model, name = job.sources[0]
         checkpoint, size = self.plan.models[model], ITEMSIZE[job.dtype]
         step, first = job.block * size, segment * job.segment_numel * size
         last = min(job.nbytes, first + job.segment_numel * size)
         digest, bad = xxhash.xxh3_128(), set[str]()
-        place = checkpoint.location(name)
-        shared = place and self._shards.copy(job.name, first, place[0], place[1] + first, last - first)
+        place = None if job.match.kind == "counter" else checkpoint.location(name)
+        shared = place and all(
+            self._shards.copy(each, first, place[0], place[1] + first, last - first) for each in job.names
+        )
         buffer = torch.empty(min(step, last - first), dtype=torch.uint8)
         for start in range(first, last, step):
             self._check_stop()
             raw = buffer[: min(step, last - start)]
             data = bytes_of(raw)
             checkpoint.read_into(name, start // size, data)
+            if job.match.kind == "counter":
+                self._take_largest(job, start // size, raw.view(getattr(torch, job.dtype)))
             if not shared:
-                self._shards.write(job.name, start, data)
+                self._write(job, start, data)
             digest.update(data)
-            if job.dtype in FLOATS and not is_finite(raw.view(getattr(torch, job.dtype))):
+            if (
+                job.dtype in FLOATS
+                and job.match.kind != "constant"
+                and not is_finite(raw.view(getattr(torch, job.dtype)))
+            ):
                 bad.add(self._not_finite(f"{name} of {self._names[model]}"))
-        return Receipt(job.name, segment, digest.hexdigest(), tuple(sorted(bad)))
+        yield from _receipts(job, segment, digest.hexdigest(), bad)
+
+    def _take_largest(self, job: Job, start: int, values: torch.Tensor) -> None:
+        """Raise the values from element `start` on to the largest of all sources."""
+        for model, name in job.sources[1:]:
+            other = self.plan.models[model].read(name, start, start + len(values))
+            torch.maximum(values, other.to(values.dtype), out=values)
 
     def _check(self, job: Job, block: StoredBlock, merged: torch.Tensor) -> set[str]:
         """The names of the tensors of a block that are not finite: the inputs, else the output."""
@@ -274,6 +303,11 @@ class Worker:
     def _not_finite(self, where: str) -> str:
         refuse_nonfinite(where, self.options.nan)
         return where
+
+
+def _receipts(job: Job, segment: int, digest: str, bad: set[str]) -> Iterator[Receipt]:
+    """The receipts of a segment, one for each name under which it was written."""
+    yield from (Receipt(name, segment, digest, tuple(sorted(bad))) for name in job.names)
 
 
 Pool = Callable[[Worker, int], AbstractContextManager[Executor]]  # an executor of so many workers at once

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from mergekit_lfm.errors import PlanError
@@ -10,6 +10,7 @@ from mergekit_lfm.kernels.block import BLOCK, SEGMENT
 from mergekit_lfm.kernels.random import key
 from mergekit_lfm.methods.method import Method, Unit
 from mergekit_lfm.methods.registry import METHODS
+from mergekit_lfm.plan.match import Match
 from mergekit_lfm.plan.sources import ModelRoles, TensorRef
 from mergekit_lfm.recipe.recipe import Settings
 from mergekit_lfm.store.tensors import FLOATS, ITEMSIZE, TensorSpec
@@ -19,12 +20,14 @@ from mergekit_lfm.store.tensors import FLOATS, ITEMSIZE, TensorSpec
 class Job:
     """One output tensor. sources: one per input; base: the base's, or None.
 
-    compute: the dtype of the arithmetic. copied: True to take the bytes of the first source, which all sources must
-    equal. sums_nbytes: memory for sums by row or column and the weights from them. statistics: one per input, if the
-    method takes them elementwise. added: the change added to the result before it is rounded, or None.
+    match: its kind, and its other names in the output. compute: the dtype of the arithmetic. copied: True to take the
+    first source, which all sources must equal; of a counter the largest. sums_nbytes: memory for sums by row or column
+    and the weights from them. statistics: one per input, if the method takes them elementwise. added: the change added
+    to the result before it is rounded, or None.
     """
 
     spec: TensorSpec
+    match: Match
     method: str
     sources: tuple[TensorRef, ...]
     base: TensorRef | None
@@ -41,6 +44,11 @@ class Job:
     shape = property(lambda self: self.spec.shape)
     dtype = property(lambda self: self.spec.dtype)
     nbytes = property(lambda self: self.spec.nbytes)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names in the output under which the result is written."""
+        return (self.name, *self.match.tied)
 
     @property
     def inputs(self) -> tuple[TensorRef, ...]:
@@ -71,55 +79,59 @@ class Job:
 
 def make_job(
     roles: ModelRoles,
-    names: Mapping[int, str],
-    spec: TensorSpec,
+    match: Match,
     layer: tuple[int, int] | None,
     statistics: tuple[TensorRef, ...] | None = None,
     block: int = BLOCK,
 ) -> Job:
     """The job of one output tensor: merged if all its sources are floating, else copied.
 
-    names: its source in each model. statistics: the inputs', or None without any: methods that need them then leave the
-    tensor to `linear`.
+    statistics: the inputs', or None without any: methods that need them then leave the tensor to `linear`, as all
+    methods leave the statistics of batch normalisation, which describe data.
     """
-    recipe, models, labels, base = roles.recipe, roles.models, roles.labels, roles.base
-    method = recipe.method
+    recipe, models, base = roles.recipe, roles.models, roles.base
+    method, spec, names = recipe.method, match.spec, match.sources
     sources = tuple((i, names[i]) for i in roles.inputs if i in names)
     base_source = (base, names[base]) if base is not None and base in names else None
     refs = sources if base_source is None else (*sources, base_source)
     dtypes = [models[i][name].dtype for i, name in refs]
     settings = recipe.settings(spec.name, layer)
-    lone = len(names) == 1 < len(models)  # a buffer that only the template keeps
+    lone = len(names) == 1 < len(models)  # a tensor of one model alone
     if lone:
         refs, dtypes = tuple(names.items()), [spec.dtype]
     if lone or not all(dtype in FLOATS for dtype in dtypes):
-        if len(set(dtypes)) > 1:
-            types = ", ".join(f"{dtype} in {labels[i]}" for dtype, (i, _) in zip(dtypes, refs, strict=True))
-            raise PlanError(
-                f"{spec.name} is {types}: only floating-point tensors of different types can be merged; convert them"
-            )
-        if dtypes[0].startswith("float8") and settings.inputs[0].get("scale") is not None:
-            raise PlanError(f"{spec.name} is quantised ({dtypes[0]}) and cannot be scaled; leave it out of `scale`")
-        kept = TensorSpec(spec.name, spec.shape, dtypes[0])
-        return Job(kept, "copy", refs, None, settings, dtypes[0], copied=True, block=block, needs_sums=False)
+        refs = (*(ref for ref in refs if ref[0] == roles.template), *(ref for ref in refs if ref[0] != roles.template))
+        if spec.dtype.startswith("float8") and not lone and settings.inputs[0].get("scale") is not None:
+            raise PlanError(f"{spec.name} is quantised ({spec.dtype}) and cannot be scaled; leave it out of `scale`")
+        kept = TensorSpec(spec.name, spec.shape, models[refs[0][0]][refs[0][1]].dtype)
+        return Job(kept, match, "copy", refs, None, settings, kept.dtype, True, block, False)
     dtype = recipe.out_dtype or recipe.dtype or _promote(dtypes)
     compute = "float64" if "float64" in (*dtypes, recipe.dtype) else "float32"
     out = TensorSpec(spec.name, spec.shape, dtype)
-    if method.statistics and statistics is None:
+    if (method.statistics and statistics is None) or _is_averaged(method, match, settings):
         method, settings = METHODS["linear"], averaging_settings(settings)
-    job = Job(out, method.name, sources, base_source, settings, compute, copied=False, block=block, needs_sums=False)
+        if match.kind == "statistic":
+            base_source = None
+    job = Job(out, match, method.name, sources, base_source, settings, compute, False, block, False)
     if method.statistics and not method.whole:
         job = replace(job, statistics=statistics or ())
     unit = unit_of([job], recipe.seed, roles.norms)
     if method.copies(unit):
         job = replace(job, sources=sources[:1], base=None, copied=dtypes[0] == dtype)
-    if roles.added is not None and spec.name in roles.added:
+    if roles.added is not None and (changed := [name for name in (spec.name, *match.tied) if name in roles.added]):
         index = len(roles.models) + len(roles.statistics)
-        job = replace(job, added=(index, spec.name), copied=False)
+        job = replace(job, added=(index, changed[0]), copied=False)
     needs_sums = not job.copied and _needs_sums(method, unit)
     groups = max(row, unit.numel // row) if (row := method.row(unit)) else 0
     gram = groups * len(sources) ** 2 * 8  # float64; held twice while it is gathered, and once more as weights
     return replace(job, block=block_numel(method, unit, block), needs_sums=needs_sums, sums_nbytes=3 * gram)
+
+
+def _is_averaged(method: Method, match: Match, settings: Settings) -> bool:
+    """True for statistics that the method would not average with weights of one sign: a variance stays one."""
+    if match.kind != "statistic" or method.name == "passthrough":
+        return False
+    return method.name != "linear" or any(float(values["weight"]) < 0 for values in settings.inputs)  # type: ignore[arg-type]
 
 
 def block_numel(method: Method, unit: Unit, block: int = BLOCK) -> int:
@@ -143,8 +155,10 @@ def _promote(dtypes: Sequence[str]) -> str:
 
 
 def averaging_settings(settings: Settings) -> Settings:
-    """Settings with which `linear` averages tensors without statistics."""
-    return Settings({"normalize": True}, tuple({"weight": values["weight"]} for values in settings.inputs))
+    """Settings with which `linear` averages tensors: by the inputs' weights, or evenly if one of them is negative."""
+    weights = [float(values.get("weight", 1.0)) for values in settings.inputs]  # type: ignore[arg-type]
+    even = min(weights) < 0 or not any(weights)
+    return Settings({"normalize": True}, tuple({"weight": 1.0 if even else weight} for weight in weights))
 
 
 def unit_of(jobs: Sequence[Job], seed: int, norms: tuple[float, ...] = ()) -> Unit:

@@ -2,89 +2,255 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
+from mergekit_lfm.arch.kinds import Kind, kind_of
 from mergekit_lfm.errors import PlanError, several
+from mergekit_lfm.plan.rows import VOCABULARY, Rows
+from mergekit_lfm.plan.sources import TensorRef
+from mergekit_lfm.plan.ties import Row, rows_of, twins_of
+from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.store.checkpoint import Checkpoint
+from mergekit_lfm.store.tensors import TensorSpec
 
-# Buffers that loaders compute from the config: integers that only some checkpoints of a model carry, and floats that
-# are not parameters and are therefore not merged either.
-RECOMPUTED = re.compile(r"(rotary_emb\.inv_freq|attn\.masked_bias|\.attn\.bias|embeddings\.position_ids)$")
-CONSTANTS = re.compile(r"(rotary_emb\.inv_freq|attn\.masked_bias)$")
-HEAD_NAME = "lm_head.weight"
-EMBEDDINGS = ("model.embed_tokens.weight", "transformer.wte.weight", "gpt_neox.embed_in.weight")
+Dropped = tuple[str, str, str]  # (model, tensor, reason)
+
+RECOMPUTED = "a buffer that loaders recompute; the template's is kept"
+DROPPED = "the recipe drops it"
+TIED = "tied to the embedding by the model's config"
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """An output tensor, `spec`, and its source in each model, by the model's index.
+
+    One source of several models: the tensor is that model's, whatever the others have. tied: its other names in the
+    output, under which it is written too. twins: pairs of tensors of one model that have to be equal. kept: the element
+    from which on it is the template's, None if it is all merged.
+    """
+
+    spec: TensorSpec
+    sources: Mapping[int, str]
+    kind: Kind = "parameter"
+    tied: tuple[str, ...] = ()
+    twins: tuple[tuple[TensorRef, TensorRef], ...] = ()
+    kept: int | None = None
 
 
 def match_tensors(
-    models: Sequence[Checkpoint], labels: Sequence[str], template: int
-) -> tuple[dict[str, dict[int, str]], tuple[tuple[str, str, str], ...]]:
-    """For each output tensor the name of its source in every model; and the dropped (model, tensor, reason).
+    recipe: Recipe, vocabulary: Rows, labels: Sequence[str], template: int
+) -> tuple[dict[str, Match], tuple[Dropped, ...]]:
+    """The match of each output tensor by its name, and all tensors and rows that are dropped.
 
-    Raises PlanError for tensors that only some models have, except buffers that loaders recompute and tied heads.
+    vocabulary: the recipe's models.
+
+    Raises PlanError with all tensors that only some models have, or have in one shape, unless the recipe chooses what
+    becomes of them; buffers that loaders recompute and tied heads may differ.
     """
-    first = models[template]
-    names: dict[str, dict[int, str]] = {name: {} for name in first}
-    templates = {name for name in first if _is_templates(name, models)}
-    dropped: list[tuple[str, str, str]] = []
-    missing: list[str] = []
-    extra: list[str] = []
-    for i, (model, label) in enumerate(zip(models, labels, strict=True)):
-        embedding = next((e for e in EMBEDDINGS if e in model), None)
-        tied = bool(model.config.get("tie_word_embeddings"))
-        left: dict[str, str] = {}
-        dropped += [(label, name, why) for name, why in model.dropped.items()]
-        for name in first:
-            if name in templates and i != template:
-                if name in model:
-                    dropped.append(
-                        (label, model.name_in_files(name), "a buffer that loaders recompute; the template's is kept")
-                    )
-            elif name in model:
-                names[name][i] = name
-            elif name == HEAD_NAME and tied and embedding:
-                names[name][i] = embedding
-            else:
-                missing.append(f"{label} lacks {first[name]}, which {labels[template]} has")
-        for name in (name for name in model if name not in names):
-            if RECOMPUTED.search(name):
-                dropped.append(
-                    (label, model.name_in_files(name), "a buffer that loaders recompute, which the template lacks")
-                )
-            elif name == HEAD_NAME and tied:
-                left[name] = "tied to the embedding by the model's config"
-            else:
-                extra.append(f"{label} has {model[name]}, which {labels[template]} lacks")
-        dropped += [(label, model.name_in_files(name), why) for name, why in left.items()]
-        if HEAD_NAME in first and HEAD_NAME in model and first.config.get("tie_word_embeddings") and not tied:
-            extra.append(
-                f"{label} has a {HEAD_NAME} of its own, but the config of {labels[template]} ties it to the embedding, "
-                "so loaders would not use the merged head: choose an untied model as the base"
-            )
-    problems = missing + extra + _list_misshapen(models, labels, template, names)
-    if problems:
-        raise PlanError(
-            several("the checkpoints differ", problems) + "\nMerge models of one architecture and vocabulary."
+    models = vocabulary.models
+    rows, apart = rows_of(models, template)
+    matching = _Matching(recipe, models, labels, template)
+    for i, name in apart:
+        matching.misfits.append(
+            f"{labels[i]} has a {name} of its own, but the config of {labels[template]} ties it to the embedding, so "
+            "loaders would not use the merged head: choose an untied model as the base"
         )
-    return names, tuple(dropped)
+    for row in rows:
+        matching.add(row)
+    matching.refuse(rows)
+    matches = matching.matches
+    for name, count in vocabulary.kept.items():
+        if name in matches and len(matches[name].sources) > 1:
+            shape = matches[name].spec.shape
+            matches[name] = replace(matches[name], kept=count * math.prod(shape[1:]))
+    beyond = "beyond the rows of the shortest vocabulary" if recipe.rows == "crop" else "beyond the base's vocabulary"
+    cut = [(labels[i], f"{name}, its last {count} rows", beyond) for i, name, count in vocabulary.cut]
+    return matches, (*matching.dropped(), *cut)
 
 
-def _is_templates(name: str, models: Sequence[Checkpoint]) -> bool:
-    """True if the template's tensor is kept whatever the others have."""
-    everywhere = all(name in model for model in models)
-    return bool(RECOMPUTED.search(name)) and (not everywhere or bool(CONSTANTS.search(name)))
+@dataclass
+class _Matching:
+    """The matches so far, and what does not fit."""
+
+    recipe: Recipe
+    models: Sequence[Checkpoint]
+    labels: Sequence[str]
+    template: int
+    matches: dict[str, Match] = field(default_factory=dict)
+    misfits: list[str] = field(default_factory=list)  # in one line each
+    missing: list[TensorRef] = field(default_factory=list)  # tensors of the template that a model lacks
+    extra: list[TensorRef] = field(default_factory=list)  # tensors that the template lacks
+    unused: dict[TensorRef, str] = field(default_factory=dict)  # why
+
+    def add(self, row: Row) -> None:
+        """Match a tensor, or find out why it does not fit."""
+        row = self._without_dropped(row)
+        name = row.names[0]
+        first = next(iter(row.held))
+        home = self.template if self.template in row.held else first
+        spec = self.models[home][row.held[home][0]]
+        match = Match(
+            TensorSpec(name, spec.shape, spec.dtype),
+            {i: names[0] for i, names in row.held.items()},
+            kind_of(TensorSpec(name, spec.shape, spec.dtype)),
+            row.names[1:],
+            tuple(twins_of(row)),
+        )
+        kept, why = self._choose(match)
+        self.unused |= {
+            (i, each): TIED if i in kept else why
+            for i, names in row.held.items()
+            for each in names
+            if i not in kept or each not in (match.sources[i], *row.names)
+        }
+        if kept:
+            self._keep(match, kept)
+
+    def _without_dropped(self, row: Row) -> Row:
+        """The row without the names, beside its first, that the recipe drops."""
+        wanted = {name for name in row.names[1:] if self._choice(name) == "drop"}
+        if not wanted:
+            return row
+        self.unused |= {(i, name): DROPPED for i, names in row.held.items() for name in names if name in wanted}
+        held = {i: tuple(name for name in names if name not in wanted) for i, names in row.held.items()}
+        names = tuple(name for name in row.names if name not in wanted)
+        return Row(names, {i: names for i, names in held.items() if names})
+
+    def _choice(self, name: str) -> str | None:
+        """What the recipe keeps of a tensor; None if it says nothing."""
+        return next((choice for part, choice in self.recipe.keep.items() if part in name), None)
+
+    def _choose(self, match: Match) -> tuple[Sequence[int], str]:
+        """The models whose tensors go into the output, and why those of the others do not."""
+        name, holders = match.spec.name, tuple(match.sources)
+        theirs = self.template not in match.sources
+        choice = self._choice(name)
+        if choice == "drop":
+            return (), DROPPED
+        if choice is not None:
+            keeper = self.template if choice == "base" else self.labels.index(choice)
+            why = f"the recipe keeps that of {self.labels[keeper]}"
+            if keeper in match.sources or (choice == "base" and theirs):
+                return [keeper] if keeper in match.sources else (), why
+            self.misfits.append(
+                f"`keep` takes {name} from {choice}, which lacks it: choose another model, base or drop"
+            )
+            return holders, ""
+        if match.kind == "constant" or (theirs and match.kind == "counter"):
+            return (
+                ((), f"{RECOMPUTED.partition(';')[0]}, which the template lacks")
+                if theirs
+                else ([self.template], RECOMPUTED)
+            )
+        if self._fits(match):
+            return holders, ""
+        if self.recipe.tensors == "common":
+            lacking = "the template lacks it" if theirs else "not all models have it in this shape"
+            return () if theirs else [self.template], lacking
+        self._note_misfit(match, theirs)
+        return holders, ""
+
+    def _fits(self, match: Match) -> bool:
+        """True if all models have the tensor in one shape; of counters, those that have one."""
+        enough = match.kind == "counter" or len(match.sources) == len(self.models)
+        return enough and all(self.models[i][name].shape == match.spec.shape for i, name in match.sources.items())
+
+    def _note_misfit(self, match: Match, theirs: bool) -> None:
+        name, shape = match.spec.name, list(match.spec.shape)
+        if theirs:
+            self.extra += [(i, name) for i in match.sources]
+            return
+        self.missing += [(i, name) for i in range(len(self.models)) if i not in match.sources]
+        self.misfits += [
+            f"{name} is {list(self.models[i][source].shape)} in {self.labels[i]}, {shape} in "
+            f"{self.labels[self.template]}"
+            for i, source in match.sources.items()
+            if self.models[i][source].shape != match.spec.shape
+        ]
+
+    def _keep(self, match: Match, kept: Sequence[int]) -> None:
+        """Record a match of these models. A single one's tensor keeps its form."""
+        sources = {i: match.sources[i] for i in kept}
+        if len(sources) == 1:
+            ((i, source),) = sources.items()
+            spec = self.models[i][source]
+            match = replace(match, spec=TensorSpec(match.spec.name, spec.shape, spec.dtype))
+        twins = tuple(pair for pair in match.twins if pair[0][0] in sources)
+        self.matches[match.spec.name] = replace(match, sources=sources, twins=twins)
+
+    def dropped(self) -> Iterator[Dropped]:
+        """All that goes into no output tensor."""
+        used = {(i, name) for match in self.matches.values() for i, name in match.sources.items()}
+        for i, (label, model) in enumerate(zip(self.labels, self.models, strict=True)):
+            yield from ((label, name, why) for name, why in model.dropped.items())
+            yield from (
+                (label, model.name_in_files(name), why)
+                for (j, name), why in self.unused.items()
+                if j == i and (j, name) not in used
+            )
+
+    def refuse(self, rows: Sequence[Row]) -> None:
+        """Raise PlanError about all that does not fit, with the lines that a recipe may add."""
+        unmatched = [part for part in self.recipe.keep if not any(part in name for row in rows for name in row.names)]
+        self.misfits += [f"`keep`: {part!r} is part of no tensor's name; correct or remove it" for part in unmatched]
+        if not (self.misfits or self.missing or self.extra):
+            return
+        first = self.labels[self.template]
+        problems = [*self._list_names(), *self.misfits]
+        text = several("the checkpoints differ", problems)
+        names = [name for _, name in (*self.missing, *self.extra)]
+        names += [line.split(" is ")[0] for line in self.misfits if " is [" in line]
+        if any(VOCABULARY.search(name) for name in names if name in self.matches):
+            text += (
+                "\nOne of the vocabularies was padded or resized: add `rows: crop` to merge the rows of the shortest "
+                f"and leave out the others, or `rows: keep` to keep those of {first} beyond it"
+            )
+        if names:
+            part = _part_of(names[0], [name for name in self.matches if name not in names])
+            text += (
+                f"\nTo merge only what all models share and keep the rest of {first}, add `tensors: common` to the "
+                f"recipe; to choose for some tensors, `keep: {{{part}: base}}`, or `drop`, or one of the models"
+            )
+        raise PlanError(text)
+
+    def _list_names(self) -> Iterator[str]:
+        """A line for each tensor that only some models have; one for all of a model where their beginnings differ."""
+        first, label = self.models[self.template], self.labels
+        for i in range(len(self.models)):
+            missing = [name for j, name in self.missing if j == i]
+            extra = [name for j, name in self.extra if j == i]
+            beginning = _common_beginning(extra) if missing and len(extra) > 3 else ""
+            if beginning and not any(name.startswith(beginning) for name in first):
+                yield (
+                    f"all {len(extra)} tensors of {label[i]} that {label[self.template]} lacks begin with "
+                    f"{beginning!r}, as none of {label[self.template]} does, and {len(missing)} of its own are missing "
+                    f"there, such as {missing[0]}: if only the names differ, add `rename: {{{beginning!r}: ...}}` "
+                    f"beside {label[i]}"
+                )
+                continue
+            yield from (f"{label[i]} lacks {first[name]}, which {label[self.template]} has" for name in missing)
+            yield from (f"{label[i]} has {self.models[i][name]}, which {label[self.template]} lacks" for name in extra)
 
 
-def _list_misshapen(
-    models: Sequence[Checkpoint], labels: Sequence[str], template: int, names: Mapping[str, Mapping[int, str]]
-) -> list[str]:
-    first = models[template]
-    return [
-        f"{name} is {list(models[i][source].shape)} in {labels[i]}, {list(first[name].shape)} in {labels[template]}"
-        for name, sources in names.items()
-        for i, source in sources.items()
-        if models[i][source].shape != first[name].shape
-    ]
+def _common_beginning(names: Iterable[str]) -> str:
+    """The parts with which all names begin, with the dot behind them."""
+    split = [name.split(".")[:-1] for name in names]
+    shared = []
+    for parts in zip(*split, strict=False):
+        if len(set(parts)) > 1:
+            break
+        shared.append(parts[0])
+    return "".join(f"{part}." for part in shared)
+
+
+def _part_of(name: str, others: Sequence[str]) -> str:
+    """The beginning of a name that no other tensor's name contains, else the name."""
+    parts = name.split(".")
+    beginnings = (".".join(parts[:count]) for count in range(1, len(parts)))
+    return next((part for part in beginnings if not any(part in other for other in others)), name)
 
 
 def layers_of(model: Checkpoint) -> dict[str, tuple[int, int]]:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from mergekit_lfm.errors import PlanError, several
 from mergekit_lfm.plan.job import Job, averaging_settings, unit_of
+from mergekit_lfm.plan.match import Match
 from mergekit_lfm.plan.sources import ModelRoles, TensorRef
-from mergekit_lfm.plan.statistics import SourceNames
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,10 @@ class MatrixGroup:
 
 
 def group_matrices(
-    roles: ModelRoles, names: SourceNames, jobs: Sequence[Job], statistics: Mapping[str, tuple[TensorRef, ...]]
+    roles: ModelRoles,
+    matches: Mapping[str, Match],
+    jobs: Sequence[Job],
+    statistics: Mapping[str, tuple[TensorRef, ...]],
 ) -> tuple[MatrixGroup, ...]:
     """The tensors that the method merges as matrices, by what it merges together.
 
@@ -69,7 +72,7 @@ def group_matrices(
     method = roles.recipe.method
     if method.whole is None:
         return ()
-    layers = _find_layers(roles, names, jobs, statistics)
+    layers = _find_layers(roles, matches, jobs, statistics)
     matrices = layers if method.statistics else list(_find_matrices(roles, jobs))
     if not matrices and any(not job.copied for job in jobs):
         raise PlanError(
@@ -100,7 +103,7 @@ def _find_matrices(roles: ModelRoles, jobs: Sequence[Job]) -> Iterator[MatrixJob
 
 
 def _find_layers(
-    roles: ModelRoles, names: SourceNames, jobs: Sequence[Job], grams: Mapping[str, tuple[TensorRef, ...]]
+    roles: ModelRoles, matches: Mapping[str, Match], jobs: Sequence[Job], grams: Mapping[str, tuple[TensorRef, ...]]
 ) -> list[MatrixJob]:
     """The linear layers that have Gram matrices."""
     index = {job.name: i for i, job in enumerate(jobs)}
@@ -109,7 +112,7 @@ def _find_layers(
     taken: set[int] = set()
     for name in (name for name in grams if not jobs[index[name]].copied):
         try:
-            layer = _make_layer(roles, names, jobs, index, name, grams[name])
+            layer = _make_layer(roles, matches, jobs, index, name, grams[name])
         except PlanError as error:
             problems.append(str(error))
             continue
@@ -125,7 +128,7 @@ def _find_layers(
 
 def _make_layer(
     roles: ModelRoles,
-    names: SourceNames,
+    matches: Mapping[str, Match],
     jobs: Sequence[Job],
     index: Mapping[str, int],
     name: str,
@@ -133,7 +136,7 @@ def _make_layer(
 ) -> MatrixJob:
     """The layer whose weight is the output tensor `name`."""
     inputs = list(zip(roles.inputs, roles.statistics, strict=True))
-    layers = [statistics.by_weight[names[name][i]][1] for i, statistics in inputs]
+    layers = [statistics.by_weight[matches[name].sources[i]][1] for i, statistics in inputs]
     job = jobs[index[name]]
     for k, (layer, (_, statistics)) in enumerate(zip(layers, inputs, strict=True)):
         entry = statistics.tensors[statistics.entry(statistics.by_weight[layer.weight][0])]
@@ -142,7 +145,7 @@ def _make_layer(
                 f"{roles.recipe.statistics[k].ref}: {entry} is not a Gram matrix for {name} {list(job.shape)} with "
                 f"inputs along axis {layers[0].axis}; collect the statistics again"
             )
-    biases = {layer.bias and _output_of(names, i, layer.bias) for layer, (i, _) in zip(layers, inputs, strict=True)}
+    biases = {layer.bias and _output_of(matches, i, layer.bias) for layer, (i, _) in zip(layers, inputs, strict=True)}
     if len(biases) > 1:
         raise PlanError(f"{name} has different biases in the models: {', '.join(map(str, biases))}")
     bias, axis = biases.pop(), layers[0].axis
@@ -163,8 +166,8 @@ def _make_layer(
     )
 
 
-def _output_of(names: SourceNames, model: int, tensor: str) -> str:
+def _output_of(matches: Mapping[str, Match], model: int, tensor: str) -> str:
     """The output tensor whose source in a model is `tensor`; usually the one of the same name."""
-    if names.get(tensor, {}).get(model) == tensor:
+    if tensor in matches and matches[tensor].sources.get(model) == tensor:
         return tensor
-    return next(name for name, sources in names.items() if sources.get(model) == tensor)
+    return next(name for name, match in matches.items() if match.sources.get(model) == tensor)

@@ -23,9 +23,11 @@ from mergekit_lfm.methods.method import Unit
 from mergekit_lfm.methods.registry import METHODS
 from mergekit_lfm.output.card import read_license
 from mergekit_lfm.output.layout import Shard, lay_out
+from mergekit_lfm.plan.agreement import refuse_disagreements
 from mergekit_lfm.plan.job import Job, make_job, unit_of
 from mergekit_lfm.plan.match import layers_of, match_tensors
 from mergekit_lfm.plan.matrices import MatrixGroup, group_matrices
+from mergekit_lfm.plan.rows import fit_rows
 from mergekit_lfm.plan.sources import (
     ADDED,
     ModelRoles,
@@ -39,12 +41,15 @@ from mergekit_lfm.plan.sources import (
 )
 from mergekit_lfm.plan.statistics import find_statistics
 from mergekit_lfm.recipe.recipe import Recipe
+from mergekit_lfm.recipe.rename import RenameRule
 from mergekit_lfm.recipe.roles import Input
 from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.store.sidecars import sidecars_of
 from mergekit_lfm.store.state import FileState, state_of
+from mergekit_lfm.store.tensors import TensorSpec
 from mergekit_lfm.version import __version__
 from mergekit_lfm.views.pending import Pending
+from mergekit_lfm.views.renamed import found_rules
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,8 @@ class Plan:
     whole matrices. Each job is in one of them. dropped: (model, tensor, reason). files: those of the template that go
     beside the weights; left_behind: those that do not, (name, reason). licenses: what the card of each model states.
     edited_on: the kind of device on which edits of the result are solved, "" for the processor. named_files: the
-    states of the recipe's files other than models, before they were read.
+    states of the recipe's files other than models, before they were read. allowed: the differences of the models that
+    the recipe allows. vocabulary: the number of the output's tokens, if that is not the template's.
     """
 
     roles: ModelRoles
@@ -69,6 +75,8 @@ class Plan:
     licenses: tuple[dict[str, str], ...] = field(default=())
     edited_on: str = ""
     named_files: tuple[FileState, ...] = field(default=())
+    allowed: tuple[str, ...] = ()
+    vocabulary: int | None = None
 
     @property
     def recipe(self) -> Recipe:
@@ -103,6 +111,13 @@ class Plan:
         added = () if self.roles.added is None else (ADDED,)
         return (*self.roles.labels, *(file.ref for file in self.roles.recipe.statistics), *added)
 
+    @cached_property
+    def renamed(self) -> dict[str, tuple[RenameRule, ...]]:
+        """The rules that were found for the names of a model, by its label; those of the recipe are not among them."""
+        inputs = zip(self.recipe.all_models, self.models, strict=True)
+        found = {model.label: found_rules(checkpoint) for model, checkpoint in inputs if not model.rename}
+        return {label: rules for label, rules in found.items() if rules}
+
     @property
     def pending(self) -> tuple[Input, ...]:
         """The models whose alignment is still to be found, or that are still to be edited."""
@@ -129,7 +144,7 @@ class Plan:
 
     @property
     def bytes_written(self) -> int:
-        return sum(job.nbytes for job in self.tensors)
+        return sum(job.nbytes * len(job.names) for job in self.tensors)
 
     @property
     def bytes_read(self) -> int:
@@ -206,18 +221,22 @@ def make_plan(
     template = models[roles.template]
     roles = replace(roles, added=open_changes(recipe, template, edits))
     refuse_resized(recipe.all_models[roles.template], template)
-    names, dropped = match_tensors(models, labels, roles.template)
-    statistics = find_statistics(roles, names)
+    allowed = refuse_disagreements(recipe, models, labels, roles.template)
+    rows = fit_rows(recipe, models, roles.template)
+    roles = replace(roles, models=rows.models)
+    template = rows.models[roles.template]
+    matches, dropped = match_tensors(recipe, rows, labels, roles.template)
+    statistics = find_statistics(roles, matches)
     layers, sidecars = layers_of(template), sidecars_of(template)
     jobs, problems = [], []
-    for name in names:
+    for name, match in matches.items():
         try:
-            jobs.append(make_job(roles, names[name], template[name], layers.get(name), statistics.get(name), block))
+            jobs.append(make_job(roles, match, layers.get(name), statistics.get(name), block))
         except PlanError as error:
             problems.append(str(error))
     if problems:
         raise PlanError(several("the checkpoints do not fit together", problems))
-    matrices = group_matrices(roles, names, jobs, statistics)
+    matrices = group_matrices(roles, matches, jobs, statistics)
     whole = {i for group in matrices for i in group.jobs}
     for i in whole:
         jobs[i] = replace(jobs[i], method=recipe.merge_method)  # a bias, too, which has no statistics of its own
@@ -226,19 +245,30 @@ def make_plan(
         tensors=tuple(jobs),
         groups=_groups(recipe, jobs, whole),
         matrices=matrices,
-        shards=lay_out(template, [job.spec for job in jobs], max_shard_size),
+        shards=lay_out(template, _outputs(template, jobs), max_shard_size),
         dropped=dropped,
         files=sidecars.files,
         left_behind=sidecars.left,
         licenses=tuple(read_license(model.path) for model in models),
         named_files=named,
+        allowed=allowed,
+        vocabulary=rows.length,
     )
+
+
+def _outputs(template: Checkpoint, jobs: Sequence[Job]) -> list[TensorSpec]:
+    """The tensors of the output, those of the template in its order, the others behind them."""
+    specs = {name: TensorSpec(name, job.shape, job.dtype) for job in jobs for name in job.names}
+    order = dict.fromkeys([*(name for name in template if name in specs), *specs])
+    return [specs[name] for name in order]
 
 
 def _groups(recipe: Recipe, jobs: Sequence[Job], whole: set[int]) -> tuple[tuple[int, ...], ...]:
     """The jobs that are solved together, less those merged as matrices: each alone, or all that are merged."""
     together = [
-        i for i, job in enumerate(jobs) if not job.copied and recipe.method.scope(job.settings.shared) == "model"
+        i
+        for i, job in enumerate(jobs)
+        if job.method == recipe.merge_method and recipe.method.scope(job.settings.shared) == "model"
     ]
     alone = [(i,) for i in range(len(jobs)) if i not in {*together, *whole}]
     if not together:

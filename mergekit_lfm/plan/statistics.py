@@ -9,21 +9,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from mergekit_lfm.errors import PlanError, several
+from mergekit_lfm.plan.match import Match
 from mergekit_lfm.plan.sources import ModelRoles, TensorRef
 
-SourceNames = Mapping[str, Mapping[int, str]]  # for each output tensor the name of its source in every model
 
-
-def find_statistics(roles: ModelRoles, names: SourceNames) -> dict[str, tuple[TensorRef, ...]]:
+def find_statistics(roles: ModelRoles, matches: Mapping[str, Match]) -> dict[str, tuple[TensorRef, ...]]:
     """The statistics of every output tensor that has them: an entry of each input's file.
 
     Raises PlanError naming all tensors for which only some inputs have them.
     """
     sources_of: dict[str, tuple[TensorRef, ...]] = {}
     problems = []
-    for name, sources in names.items() if roles.statistics else ():
+    for name, match in matches.items() if roles.statistics else ():
         entries = [
-            statistics.entry_of(sources.get(i, ""))
+            statistics.entry_of(match.sources.get(i, ""))
             for i, statistics in zip(roles.inputs, roles.statistics, strict=True)
         ]
         lacking = [roles.recipe.statistics[k].ref for k, entry in enumerate(entries) if entry is None]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from mergekit_lfm.arch.kinds import kind_of
+from mergekit_lfm.arch.ties import tied_names
 from mergekit_lfm.errors import PlanError, several
+from mergekit_lfm.plan.renaming import find_renaming
 from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lfm.store.hub import HubName
@@ -22,7 +25,7 @@ def open_stored(recipe: Recipe) -> dict[str, Checkpoint]:
     models = _open_files(recipe)
     if recipe.method.name != "passthrough":
         models = _dequantise(models)
-    return _rename(recipe, models)
+    return _find_names(recipe, _rename(recipe, models))
 
 
 def _open_files(recipe: Recipe) -> dict[str, Checkpoint]:
@@ -73,3 +76,33 @@ def _rename(recipe: Recipe, models: Mapping[str, Checkpoint]) -> dict[str, Check
     if problems:
         raise PlanError(several("new names do not fit", problems))
     return renamed
+
+
+def _find_names(recipe: Recipe, models: Mapping[str, Checkpoint]) -> dict[str, Checkpoint]:
+    """The models, by label, with the template's names in place of those that differ from them by known rules.
+
+    A model's statistics, alignment and edits are about its own names, so one that has any keeps these.
+    """
+    first = recipe.base or recipe.inputs[0]
+    template, renamed = models[first.label], dict(models)
+    for model in recipe.all_models:
+        fixed = model.rename or model.align or model.edits or model.stats
+        if fixed or models[model.label].keys() == template.keys():
+            continue
+        excused = _excuse(recipe, models[model.label], template)
+        if rules := find_renaming(models[model.label], template, excused):
+            renamed[model.label] = Renamed(models[model.label], rules)
+    return renamed
+
+
+def _excuse(recipe: Recipe, model: Checkpoint, template: Checkpoint) -> Callable[[str], bool]:
+    """Whether a tensor may be in one of both models alone: tied to another, not a parameter, or as the recipe wants."""
+    both = {**template, **model}
+    tied = {name for group in tied_names(both) for name in group}
+
+    def excused(name: str) -> bool:
+        if recipe.tensors == "common" or name in tied or any(part in name for part in recipe.keep):
+            return True
+        return name in both and kind_of(both[name]) in ("constant", "counter")
+
+    return excused

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Self, cast
+from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, ValidationInfo, model_validator
 
+from mergekit_lfm.arch.facts import FACTS
 from mergekit_lfm.errors import PlanError, did_you_mean
 from mergekit_lfm.methods.method import REQUIRED, Method, Value
 from mergekit_lfm.methods.registry import METHODS
@@ -45,6 +46,15 @@ _EXPECTED = {
 }
 
 
+def _read_allowed(value: object) -> object:
+    """The facts in a recipe's `allow`. Raises ValueError for one that does not exist."""
+    names = [value] if isinstance(value, str) else [] if value is None else value
+    for name in names if isinstance(names, list | tuple) else ():
+        if name not in FACTS:
+            raise ValueError(f"unknown fact {name!r}, {did_you_mean(name, FACTS)}")
+    return names
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """Every parameter's value for one output tensor: the values that all inputs share, and one mapping per input."""
@@ -58,6 +68,10 @@ class Recipe(Strict):
 
     edits: changes to the result of the merge, before it is rounded. push: the result's repository on the Hub, as
     `org/name` or {repo, private}. device: where the merge is computed: cpu, cuda, cuda:1 or auto.
+
+    tensors: "common" merges what all models share and keeps the rest of the base. keep: for parts of tensors' names
+    whose tensors are kept: "base", one of the models, or "drop". rows: of vocabularies that differ in length "crop"
+    those beyond the shortest, or "keep" those of the base. allow: facts in which the models may differ.
 
     Build one with `Recipe.load` or `Recipe.parse`. Relative model paths are relative to the recipe's folder, then to
     the working directory; `output` is relative to the working directory.
@@ -76,6 +90,12 @@ class Recipe(Strict):
     ] = None
     seed: int = Field(default=0, strict=True, ge=0, lt=2**64)
     device: str = Field(default="cpu", pattern=r"^(cpu|auto|cuda(:\d+)?)$")
+    tensors: Literal["all", "common"] = "all"
+    keep: Annotated[dict[str, Reference], BeforeValidator(lambda value: {} if value is None else value)] = Field(
+        default_factory=dict
+    )
+    rows: Literal["crop", "keep"] | None = None
+    allow: Annotated[tuple[str, ...], BeforeValidator(_read_allowed)] = ()
 
     _roles: Roles = PrivateAttr()
 
@@ -119,11 +139,24 @@ class Recipe(Strict):
         roles, problems = assign_roles(
             method, self.models, self.base_model, self.parameters, self.edits, context["where"]
         )
+        problems += self._check_keep(roles)
         if context["whole"]:  # the rest of a recipe may lack what its wrong keys were to give
             problems = problems or missing_requirements(method, roles)
         refuse(problems)
         self._roles = roles
         return self
+
+    def _check_keep(self, roles: Roles) -> list[Problem]:
+        """The values of `keep` that are none of the models."""
+        known = {"base", "drop", *(model.label for model in (*roles.lines, *([roles.base] if roles.base else [])))}
+        wrong = {part: choice for part, choice in self.keep.items() if choice not in known}
+        return [
+            Problem(
+                f"keep.{part}",
+                f"found {choice!r}, expected base, drop or one of the models; {did_you_mean(choice, known)}",
+            )
+            for part, choice in wrong.items()
+        ]
 
     def goal(self, repo: str | None, *, private: bool = False) -> Push | None:
         """Where to push the result: `repo`, else the recipe's `push`, else None. private: make it private in any case.
@@ -222,6 +255,10 @@ class Recipe(Strict):
             "out_dtype": self.out_dtype,
             "seed": self.seed,
             **_edits_data(self.result_edits),
+            **({"tensors": self.tensors} if self.tensors != "all" else {}),
+            **({"keep": self.keep} if self.keep else {}),
+            **({"rows": self.rows} if self.rows else {}),
+            **({"allow": sorted(self.allow)} if self.allow else {}),
         }
 
 

@@ -20,6 +20,7 @@ class Renamed(View):
     """
 
     def __init__(self, inner: Checkpoint, rules: Sequence[RenameRule]) -> None:
+        self.rules = tuple(rules)
         self._old = old_names(rules, inner)
         specs = {name: TensorSpec(name, inner[old].shape, inner[old].dtype) for name, old in self._old.items()}
         super().__init__(specs, (inner,), {"rename": [[rule.old, rule.new] for rule in rules]})
@@ -29,6 +30,15 @@ class Renamed(View):
 
     def source(self, name: str) -> Source:
         return 0, self._old[name]
+
+
+def found_rules(checkpoint: Checkpoint) -> tuple[RenameRule, ...]:
+    """The rules by which a checkpoint, or the first below it, was renamed; () if it was not."""
+    while isinstance(checkpoint, View):
+        if isinstance(checkpoint, Renamed):
+            return checkpoint.rules
+        checkpoint = checkpoint.inners[0]
+    return ()
 
 
 def old_names(rules: Sequence[RenameRule], names: Iterable[str]) -> dict[str, str]:

@@ -11,6 +11,7 @@ from mergekit_lfm.commands.show.terminal import count_noun, table
 from mergekit_lfm.machine.sizes import format_size
 from mergekit_lfm.machine.text import printable_line
 from mergekit_lfm.recipe.align import AlignRequest
+from mergekit_lfm.recipe.rename import PATTERN, rename_data
 from mergekit_lfm.recipe.values import NamedFile
 
 if TYPE_CHECKING:
@@ -19,9 +20,11 @@ if TYPE_CHECKING:
     from mergekit_lfm.output.push import Pushed
     from mergekit_lfm.plan.job import Job
     from mergekit_lfm.plan.plan import Plan
+    from mergekit_lfm.recipe.rename import RenameRule
     from mergekit_lfm.recipe.roles import Edit
     from mergekit_lfm.store.checkpoint import Checkpoint
 
+SHOWN_RULES = 4
 SHOWN_DROPPED = 100  # most tensors that are dropped alike from one model
 
 
@@ -49,6 +52,11 @@ def plan_data(plan: Plan) -> dict[str, Any]:
             **{model.label: _edits_data(model.edits) for model in recipe.all_models if model.edits},
             **({"the result": _edits_data(recipe.result_edits)} if recipe.result_edits else {}),
         },
+        "renamed": {
+            **{model.label: rename_data(model.rename) for model in recipe.all_models if model.rename},
+            **{label: rename_data(rules) for label, rules in plan.renamed.items()},
+        },
+        "allowed": list(plan.allowed),
         "template": plan.labels[plan.template],
         "tensors": len(plan.tensors),
         "methods": dict(Counter(job.method for job in plan.tensors)),
@@ -119,6 +127,8 @@ def plan_text(plan: Plan, facts: dict[str, Any], verbose: bool) -> str:
         for model in plan.recipe.all_models
         for rule in model.rename
     ]
+    rows[3:3] = [("names", f"{label}: {_rules_text(rules)}") for label, rules in plan.renamed.items()]
+    rows[3:3] = [("allowed", text) for text in plan.allowed]
     edited = {model.label: model.edits for model in plan.recipe.all_models if model.edits}
     for label, edits in [*edited.items(), ("the result", plan.recipe.result_edits)]:
         rows[3:3] = [("edited", f"{label}: {_edit_text(edit)}") for edit in edits]
@@ -160,6 +170,18 @@ def _whereabouts(model: Checkpoint) -> str:
         return f"{format_size(sum(model.absent.values()))} to download"
     listed = model.snapshot is not None and model.snapshot.listed
     return "in the cache" if listed else "in the cache; offline, other files are unknown"
+
+
+def _rules_text(rules: Sequence[RenameRule]) -> str:
+    """The rules that were found for a model's names."""
+    shown = [
+        f"{rule.old.removeprefix(PATTERN)!r} read as {rule.new!r}"
+        if rule.old
+        else f"read with {rule.new!r} before them"
+        for rule in rules[:SHOWN_RULES]
+    ]
+    more = [f"{len(rules) - SHOWN_RULES} more"] if len(rules) > SHOWN_RULES else []
+    return ", ".join([*shown, *more])
 
 
 def _edit_text(edit: Edit) -> str:

@@ -1,0 +1,65 @@
+"""Vocabularies of different lengths: padded, cut, or with tokens added.
+
+A recipe's `rows` says what becomes of the rows that only some models have: `crop` leaves them out, `keep` keeps those
+of the base.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from mergekit_lfm.recipe.recipe import Recipe
+from mergekit_lfm.store.checkpoint import Checkpoint
+from mergekit_lfm.views.resized import Resized
+
+VOCABULARY = re.compile(
+    r"(^|\.)(embed_tokens|word_embeddings|wte|tok_embeddings|tokens_embed|token_embedding|embed_in|embed_out|shared|"
+    r"lm_head|proj_out|(predictions|lm_head)\.decoder)\.(weight|bias)$|(^|\.)predictions\.bias$|final_logits_bias$"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The models with vocabularies of one length.
+
+    kept: by the template's tensors the number of rows that are merged, if it keeps more. length: of the output's
+    vocabulary, if that is not the template's. cut: (index of a model, tensor, rows) that lose rows.
+    """
+
+    models: tuple[Checkpoint, ...]
+    kept: dict[str, int] = field(default_factory=dict)
+    length: int | None = None
+    cut: tuple[tuple[int, str, int], ...] = ()
+
+
+def fit_rows(recipe: Recipe, models: Sequence[Checkpoint], template: int) -> Rows:
+    """The models as the recipe's `rows` wants them."""
+    vocabularies = [vocabulary_of(model) for model in models]
+    lengths = [next(iter(names.values()), None) for names in vocabularies]
+    stated = [length for length in lengths if length is not None]
+    first = lengths[template]
+    if recipe.rows is None or first is None or len(set(stated)) < 2:
+        return Rows(tuple(models))
+    shortest = min(stated)
+    rows = shortest if recipe.rows == "crop" else first
+    fitted = [
+        model if length in (None, rows) else Resized(model, names, rows, models[template])
+        for model, names, length in zip(models, vocabularies, lengths, strict=True)
+    ]
+    cut = [
+        (i, name, length - rows)
+        for i, names in enumerate(vocabularies)
+        for name, length in names.items()
+        if length > rows
+    ]
+    kept = dict.fromkeys(vocabularies[template], shortest) if rows > shortest else {}
+    return Rows(tuple(fitted), kept, None if rows == first else rows, tuple(cut))
+
+
+def vocabulary_of(model: Checkpoint) -> dict[str, int]:
+    """The tensors with a row for each token, all of one length, and that."""
+    names = {name: spec.shape[0] for name, spec in model.items() if spec.shape and VOCABULARY.search(name)}
+    length = next(iter(names.values()), None)
+    return {name: rows for name, rows in names.items() if rows == length}
