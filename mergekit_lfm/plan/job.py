@@ -21,7 +21,8 @@ class Job:
 
     compute: the dtype of the arithmetic. copied: True to take the bytes of the first source, which all sources must
     equal. sums_nbytes: memory for sums by row or column and the weights from them. statistics: one per input, if the
-    method takes them elementwise. added: the change added to the result before it is rounded, or None.
+    method takes them elementwise. added: the change added to the result before it is rounded, or None. layer: its index
+    and their count, for the gradients among the settings; None outside the layers.
     """
 
     spec: TensorSpec
@@ -36,6 +37,7 @@ class Job:
     sums_nbytes: int = 0
     statistics: tuple[TensorRef, ...] = ()
     added: TensorRef | None = None
+    layer: tuple[int, int] | None = None
 
     name = property(lambda self: self.spec.name)
     shape = property(lambda self: self.spec.shape)
@@ -101,13 +103,13 @@ def make_job(
         if dtypes[0].startswith("float8") and settings.inputs[0].get("scale") is not None:
             raise PlanError(f"{spec.name} is quantised ({dtypes[0]}) and cannot be scaled; leave it out of `scale`")
         kept = TensorSpec(spec.name, spec.shape, dtypes[0])
-        return Job(kept, "copy", refs, None, settings, dtypes[0], copied=True, block=block, needs_sums=False)
+        return Job(kept, "copy", refs, None, settings, dtypes[0], True, block, needs_sums=False, layer=layer)
     dtype = recipe.out_dtype or recipe.dtype or _promote(dtypes)
     compute = "float64" if "float64" in (*dtypes, recipe.dtype) else "float32"
     out = TensorSpec(spec.name, spec.shape, dtype)
     if method.statistics and statistics is None:
         method, settings = METHODS["linear"], averaging_settings(settings)
-    job = Job(out, method.name, sources, base_source, settings, compute, copied=False, block=block, needs_sums=False)
+    job = Job(out, method.name, sources, base_source, settings, compute, False, block, needs_sums=False, layer=layer)
     if method.statistics and not method.whole:
         job = replace(job, statistics=statistics or ())
     unit = unit_of([job], recipe.seed, roles.norms)

@@ -85,12 +85,3 @@ def _list_misshapen(
         for i, source in sources.items()
         if models[i][source].shape != first[name].shape
     ]
-
-
-def layers_of(model: Checkpoint) -> dict[str, tuple[int, int]]:
-    """(layer index, layer count) of each tensor in a layer: the first integer of its name, counted per prefix."""
-    matches = {name: match for name in model if (match := re.match(r"(.*?(?:^|\.))(\d+)(?:\.|$)", name))}
-    counts: dict[str, int] = {}
-    for match in matches.values():
-        counts[match[1]] = max(counts.get(match[1], 0), int(match[2]) + 1)
-    return {name: (int(match[2]), counts[match[1]]) for name, match in matches.items()}

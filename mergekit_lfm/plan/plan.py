@@ -24,7 +24,8 @@ from mergekit_lfm.methods.registry import METHODS
 from mergekit_lfm.output.card import read_license
 from mergekit_lfm.output.layout import Shard, lay_out
 from mergekit_lfm.plan.job import Job, make_job, unit_of
-from mergekit_lfm.plan.match import layers_of, match_tensors
+from mergekit_lfm.plan.layers import find_layers
+from mergekit_lfm.plan.match import match_tensors
 from mergekit_lfm.plan.matrices import MatrixGroup, group_matrices
 from mergekit_lfm.plan.sources import (
     ADDED,
@@ -208,7 +209,7 @@ def make_plan(
     refuse_resized(recipe.all_models[roles.template], template)
     names, dropped = match_tensors(models, labels, roles.template)
     statistics = find_statistics(roles, names)
-    layers, sidecars = layers_of(template), sidecars_of(template)
+    layers, sidecars = find_layers(template), sidecars_of(template)
     jobs, problems = [], []
     for name in names:
         try:
