@@ -116,7 +116,7 @@ def plan_text(plan: Plan, facts: dict[str, Any], verbose: bool) -> str:
         rows.append(("push", f"to {push['repo']}" + (", private" if push["private"] else "")))
     for model in plan.pending:
         if isinstance(model.align, AlignRequest):
-            pending = f"the merge finds the transform by {model.align.method} when it runs"
+            pending = f"the merge finds the transform by {model.align.method} when it runs, and compares no outputs"
             rows.insert(3, ("aligned", f"{model.label} to {model.align.to}: {pending}"))
     rows[3:3] = [
         ("renamed", f"{model.label}: {rule.old!r} becomes {rule.new!r}")
