@@ -46,7 +46,7 @@ MERGES: dict[str, tuple[str, bool, Coefficients]] = {
     "ties": ("ties", True, SparseSum(THIRDS, RANKS, THIRDS, True, 1.0)),
     "dare_linear": ("dare_linear", True, SparseSum(THIRDS, COINS, None, False, 1.0)),
     "dare_ties": ("dare_ties", True, SparseSum(THIRDS, COINS, THIRDS, True, 1.0)),
-    "fisher, of 1.5 models": ("fisher", False, FisherAverage([0.5], 1e-6)),
+    "fisher, of 1.5 models": ("fisher", False, FisherAverage([0.5], [0.0], [1.0])),
 }
 REDUCTIONS: dict[str, Reduction] = {
     "order statistics: bracket": Bracket(PIVOTS, 1 << 30),

@@ -142,17 +142,18 @@ def passthrough(xs: Sequence[Array], scale: Sequence[float | None] = (None,)) ->
 def fisher(
     xs: Sequence[Array], weight: Sequence[float], epsilon: float, normalize: bool, statistics: Sequence[Array]
 ) -> Expected:
-    """sum_i l_i (F_i + e) x_i / sum_i l_i (F_i + e), l_i over the norm of F_i with `normalize`."""
+    """sum_i l_i (F_i + e) x_i / sum_i l_i (F_i + e), F_i over its norm with `normalize`; the limit e = 0 of 0 / 0."""
     norms = [np.linalg.norm(f) if normalize else 1.0 for f in statistics]
-    scales = [w / norm for w, norm in zip(weight, norms, strict=True)]
-    shares = [scale * (f + epsilon) for scale, f in zip(scales, statistics, strict=True)]
-    value = sum(share * x for share, x in zip(shares, xs, strict=True)) / sum(shares)
+    shares = np.stack([w * (f / norm + epsilon) for w, norm, f in zip(weight, norms, statistics, strict=True)])
+    even = np.broadcast_to(np.reshape(weight, (-1, *[1] * xs[0].ndim)), shares.shape)
+    shares = np.where(shares.sum(0) > 0, shares, even)
+    value = (shares * np.stack(xs)).sum(0) / shares.sum(0)
     return Expected(np.asarray(value), _largest_term(xs))
 
 
 def slerp(xs: Sequence[Array], t: float) -> Expected:
-    """Along the great circle from xs[0] to xs[1]; along the chord where |cos| > 0.9995. Norms up to 1e-8 count as 1."""
-    norms = [n if n > 1e-8 else 1.0 for n in (np.linalg.norm(x) for x in xs)]
+    """Along the great circle from xs[0] to xs[1]; along the chord where |cos| > 0.9995. Zeros are orthogonal to all."""
+    norms = [np.linalg.norm(x) or 1.0 for x in xs]
     cosine = np.clip(np.sum((xs[0] / norms[0]) * (xs[1] / norms[1])), -1, 1)
     if abs(cosine) > 0.9995:
         return _sum([1 - t, t], xs)
@@ -170,10 +171,11 @@ def nuslerp(
 ) -> Expected:
     """Slerp of the tensors or their deltas by t = w2 / (w1 + w2), also row by row or (`nuslerp_row_wise`) by column."""
     total = weight[0] + weight[1]
-    t = weight[1] / total if abs(total) >= 1e-6 else 0.5
+    t = weight[1] / total if abs(total) >= 1e-6 * np.abs(weight).sum() else 0.5
     a, b = xs if base is None else [delta(x, base, exact) for x in xs]
     axis = None if nuslerp_flatten or a.ndim < 2 else 0 if nuslerp_row_wise else -1
-    norms = [np.maximum(np.sqrt(np.sum(v * v, axis=axis, keepdims=True)), 1e-7) for v in (a, b)]
+    norms = [np.sqrt(np.sum(v * v, axis=axis, keepdims=True)) for v in (a, b)]
+    norms = [np.where(n == 0, 1.0, n) for n in norms]
     cosine = np.clip(np.sum((a / norms[0]) * (b / norms[1]), axis=axis, keepdims=True), -1, 1)
     straight = 1 - cosine**2 <= 1e-16
     angle = np.arccos(cosine)
@@ -199,7 +201,7 @@ def multislerp(
     norms = [float(np.linalg.norm(v)) for v in vs]
     if not any(norms):
         return _sum(w, vs, 0.0 if base is None else base)
-    units = [v / (n + eps) for v, n in zip(vs, norms, strict=True)]
+    units = [v / (n or 1.0) for v, n in zip(vs, norms, strict=True)]
     mean: Array = np.asarray(sum(a * u for a, u in zip(w, units, strict=True)))
     shift = 0.0 if base is None else base
     if np.linalg.norm(mean) < eps:
@@ -207,8 +209,8 @@ def multislerp(
         return _sum(w, vs, shift)
     mean = mean / np.linalg.norm(mean)
     tangent = sum(a * (u - np.sum(u * mean) * mean) for a, u in zip(w, units, strict=True))
-    length = float(np.linalg.norm(tangent)) + eps
-    point = np.cos(length) * mean + np.sin(length) * tangent / length
+    length = float(np.linalg.norm(tangent))
+    point = np.cos(length) * mean + np.sinc(length / np.pi) * tangent
     return _in_span(point * sum(a * n for a, n in zip(w, norms, strict=True)), vs, shift)
 
 
@@ -222,7 +224,7 @@ def karcher(
     shares = np.asarray(weight if weight is not None else [1.0] * len(xs), np.float64)
     shares = shares / shares.sum()
     norms = np.array([np.linalg.norm(x) for x in xs])
-    used = [i for i in range(len(xs)) if norms[i] > tol and shares[i] > 0]
+    used = [i for i in range(len(xs)) if norms[i] > 0 and shares[i] > 0]
     if not used:
         return Expected(np.zeros_like(xs[0]), _largest_term(xs))
     units = [xs[i] / norms[i] for i in used]
@@ -253,7 +255,8 @@ def model_stock(xs: Sequence[Array], base: Array, filter_wise: bool = False, exa
         for e in ds[:i]:
             product = np.sum(d * e, axis=axis, keepdims=True)
             norms = [np.sqrt(np.sum(v * v, axis=axis, keepdims=True)) for v in (d, e)]
-            cosines.append(np.clip(product / np.maximum(norms[0] * norms[1], 1e-6), -1, 1))
+            together = np.where(norms[0] * norms[1] == 0, 1.0, norms[0] * norms[1])
+            cosines.append(np.clip(product / together, -1, 1))
     c, n = np.mean(cosines, axis=0), len(xs)
     below = 1 + (n - 1) * c
     t = np.where(np.abs(below) < 1e-6, 0.0, n * c / np.where(np.abs(below) < 1e-6, 1.0, below))
@@ -330,7 +333,7 @@ class TaskVectors:
         if rescale == "density":
             return 1 / density
         norms = float(np.abs(d).sum()), float(np.abs(d * mask).sum())
-        return norms[0] / norms[1] if min(norms) >= 1e-7 else 1.0
+        return norms[0] / norms[1] if norms[1] > 0 else 1.0
 
     def _combine(
         self, terms: list[Array], weight: Sequence[float], base: Array, normalize: bool, factor: float, zeros: float

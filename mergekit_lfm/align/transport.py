@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -135,6 +136,8 @@ def solve(cost: Tensor, regularisation: float, name: str, iterations: int = SINK
     m, n = cost.shape
     if regularisation == 0:
         cost = cost.cpu()
+        _, exponent = math.frexp(float(cost.max()))
+        cost = cost * 2.0**-exponent  # POT's solver compares costs with constants; a power of two keeps their digits
         if m == n:
             cost = cost - (TIE * float(cost.max()) or 1.0) * torch.eye(n, dtype=torch.float64)
         first, second = torch.full((m,), float(n), dtype=torch.float64), torch.full((n,), float(m), dtype=torch.float64)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,16 +15,20 @@ from mergekit_lfm.api.arguments import StrPath, expand, model_folder
 from mergekit_lfm.api.outcome import Outcome, warn_of
 from mergekit_lfm.api.repeats import is_repeated
 from mergekit_lfm.artifacts.statistics import open_statistics
-from mergekit_lfm.artifacts.transform import Transform, open_transform, read_transform_info
+from mergekit_lfm.artifacts.transform import DIFFERENT, SAME, Transform, open_transform, read_transform_info
 from mergekit_lfm.engine.execute import execute
-from mergekit_lfm.errors import PlanError
+from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.machine.progress import SILENCE, Progress
+from mergekit_lfm.machine.resources import default_memory
+from mergekit_lfm.machine.sizes import format_size
 from mergekit_lfm.output.replace import check_folder
 from mergekit_lfm.plan.plan import make_plan
 from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.recipe.registry import ALIGN_METHODS
-from mergekit_lfm.store.checkpoint import open_checkpoint
+from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lfm.store.places import check_file
+from mergekit_lfm.store.tensors import ITEMSIZE
+from mergekit_lfm.views.rewritten import Rewritten
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,13 +36,15 @@ if TYPE_CHECKING:
     from mergekit_lfm.align.check import Report
     from mergekit_lfm.arch import Symmetries
 
+CHANGES = "the method changes them on purpose"
+
 
 @dataclass(frozen=True, slots=True)
 class SavedModel:
     """A rewritten model in a folder, and how far its outputs are from the original's, relative to their range.
 
-    difference, tolerance, same: None if the model has no config to run it by. same: True as well for a method that
-    changes outputs on purpose. already_there: an earlier run had written it.
+    difference, tolerance, same: None if the models could not be run. same: True as well for a method that changes
+    outputs on purpose. already_there: an earlier run had written it.
     """
 
     path: Path
@@ -82,12 +88,14 @@ def align_models(
 
     out: the transform file, None for none. stats: the file of cross moments of both models that
     `collect_stats("cross", ...)` writes. initial: a transform file to start from. order: the groups that a sweep
-    visits. device: where matrices are multiplied. save: a folder for the rewritten model; both models then run, to
-    compare their outputs. parameters: those of the method, as in a recipe's `align`. If `out` holds the transform of
-    the same request already, nothing is written. `find_transform` does the same for tensors and tables in memory.
+    visits. device: where matrices are multiplied. save: a folder for the rewritten model. parameters: those of the
+    method, as in a recipe's `align`. If `out` holds the transform of the same request already, nothing is written.
+    `find_transform` does the same for tensors and tables in memory.
 
-    The outcome's digest is that of the transform's content. Raises PlanError for impossible requests and outputs that
-    are in the way, FormatError for NaN or infinity in a model; ImportError if `save` needs transformers.
+    The model and the rewritten one run, and `result.info.outputs` says whether their outputs are the same; or why they
+    did not run: without a config, without transformers, or if they take more than the default memory, unless `save`
+    asks for it. The outcome's digest is that of the transform's content. Raises PlanError for impossible requests and
+    outputs that are in the way, FormatError for NaN or infinity in a model; ImportError if `save` needs transformers.
     """
     started = time.monotonic()
     order = None if order is None else list(order)
@@ -99,7 +107,8 @@ def align_models(
     there = is_repeated(file, differences, overwrite=overwrite)
     inputs = [path for path in (source, target, by_stats, start) if path is not None]
     _check_places(inputs, file, folder, replace=overwrite or there)
-    if there and file is not None and not _depends_on_more(method, stats, initial):
+    known = there and file is not None and not _depends_on_more(method, stats, initial)
+    if known and file is not None:
         transform = open_transform(file)
     else:
         with progress.by_tick(" groups", "aligning") as tick:
@@ -114,13 +123,20 @@ def align_models(
                 device=device,
                 **parameters,
             )
+    difference = tolerance = saved = None
+    if not known or folder is not None:
+        outputs, difference, tolerance = _compare(source, transform, asked=folder is not None)
+        transform = replace(transform, info=replace(transform.info, outputs=outputs))
+    if not known:
         there = file is not None and _write(transform, file, there=there, overwrite=overwrite)
     digest = None if file is None else open_checkpoint(file).content
-    if folder is None or file is None:
-        return Aligned(file, transform, digest, there, seconds=time.monotonic() - started)
-    saved = _save(source, file, folder, transform, overwrite, progress)
-    warnings = warn_of([f"{folder}: its outputs differ from those of {source}"] if saved.same is False else [])
-    there = there and saved.already_there
+    if folder is not None and file is not None:
+        written = _save(source, file, folder, overwrite, progress)
+        there = there and written
+        same = None if difference is None else transform.info.outputs != DIFFERENT
+        saved = SavedModel(folder, difference, tolerance, same, written)
+    wrong = f"{file or 'the transform'}: it changes the outputs of {source}"
+    warnings = warn_of([wrong] if transform.info.outputs == DIFFERENT else [])
     return Aligned(file, transform, digest, there, warnings, time.monotonic() - started, saved)
 
 
@@ -142,8 +158,10 @@ def _depends_on_more(method: str, stats: StrPath | None, initial: StrPath | None
 def _write(transform: Transform, file: Path, *, there: bool, overwrite: bool) -> bool:
     """Write the transform file; True if it is there already, to the byte. there: its header is of this request."""
     if there:
+        _, facts = read_transform_info(file)  # whether the models ran is no part of the request
         with TemporaryDirectory() as folder:
-            transform.save(Path(folder) / "new.safetensors")
+            same = replace(transform, info=replace(transform.info, outputs=facts.outputs))
+            same.save(Path(folder) / "new.safetensors")
             if (Path(folder) / "new.safetensors").read_bytes() == file.read_bytes():
                 return True
         if not overwrite:
@@ -173,27 +191,60 @@ def _check_places(inputs: list[Path], file: Path | None, folder: Path | None, *,
             f"{model} has {source[wider]}, {to} {list(other[wider].shape)}: its config would not fit the rewritten "
             "model, so it cannot be saved by itself; merge it with `align: FILE` in a recipe"
         )
-    if (model / "config.json").is_file():
+    if "model_type" in source.config:
         from mergekit_lfm.runtime.load import import_transformers
 
         import_transformers()
 
 
-def _save(
-    model: Path, file: Path, folder: Path, transform: Transform, overwrite: bool, progress: Progress
-) -> SavedModel:
-    """Write the rewritten model through a merge of it alone, and compare its outputs with the original's."""
+def _compare(model: Path, transform: Transform, *, asked: bool) -> tuple[str, float | None, float | None]:
+    """The `outputs` of a transform's facts; how much the outputs differ, and how much of it rounding explains.
+
+    asked: run them if it is possible at all, and raise the errors.
+    """
+    source = open_checkpoint(model)
+    rewritten = Rewritten(source, transform, {})
+    if why := _find_obstacle(source, rewritten, transform, asked):
+        return f"not compared: {why}", None, None
+    from mergekit_lfm.judge.same import compare_outputs
+
+    try:
+        difference, tolerance = compare_outputs(source, rewritten, transform)
+    except (FormatError, ImportError, PlanError) as error:
+        if asked:
+            raise
+        first, *_ = str(error).splitlines()
+        return f"not compared: {first}", None, None
+    outputs = SAME if difference <= tolerance else DIFFERENT
+    return outputs if transform.info.exact else f"not compared: {CHANGES}", difference, tolerance
+
+
+def _find_obstacle(source: Checkpoint, rewritten: Checkpoint, transform: Transform, asked: bool) -> str:
+    """Why the model and the rewritten one are not run; "" if they are."""
+    if "model_type" not in source.config:
+        return (
+            "running it needs a config.json with a model_type. A skip connection or a grouped convolution, which the "
+            "tensors do not show, would change the outputs"
+        )
+    if asked:
+        return ""
+    if not transform.info.exact:
+        return CHANGES
+    needed = 2 * ITEMSIZE["float32"] * sum(spec.numel for spec in source.values())
+    if needed > (most := default_memory()):
+        return f"both models take {format_size(needed)}, more than {format_size(most)}; --save runs them all the same"
+    if any(rewritten[name].shape != spec.shape for name, spec in source.items()):
+        return "the model's config does not fit the rewritten tensors"
+    return ""
+
+
+def _save(model: Path, file: Path, folder: Path, overwrite: bool, progress: Progress) -> bool:
+    """Write the rewritten model through a merge of it alone; True if an earlier run had written it."""
     entry = {"model": str(model), "align": str(file)}
     plan = make_plan(Recipe.parse({"merge_method": "passthrough", "models": [entry]}))
     with progress.by_bytes(plan.bytes_written, "writing") as advance:
         done = execute(plan, folder, overwrite=overwrite, progress=advance)
-    if not (model / "config.json").is_file():
-        return SavedModel(folder, already_there=done.already_there)
-    from mergekit_lfm.judge.same import compare_outputs
-
-    difference, tolerance = compare_outputs(model, folder, transform)
-    same = not transform.info.exact or difference <= tolerance
-    return SavedModel(folder, difference, tolerance, same, done.already_there)
+    return done.already_there
 
 
 def check_table(model: StrPath, *, progress: Progress = SILENCE) -> Outcome[CheckedTable]:

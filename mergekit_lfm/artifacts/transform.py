@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TRANSFORM = Kind("transform", "mergekit-lfm align", "align the models again")
+SAME, DIFFERENT = "the same", "different"  # outputs of a rewritten model, beside those of the model
 PANEL = 1 << 18  # elements of a tensor to rewrite at a time
 
 
@@ -72,8 +73,9 @@ class TransformInfo:
     """The facts in a transform file.
 
     method: the aligner. models: content digests of the rewritten model and of the one that it is aligned to; () for
-    models given as tensors. exact: True if the outputs stay the same. options: those of the method. scores: the
-    objective and the distance, before and after.
+    models given as tensors. exact: True if the outputs stay the same, by the table. options: those of the method.
+    scores: the objective and the distance, before and after. outputs: what running the rewritten model showed, SAME,
+    DIFFERENT, or "not compared: " and why not.
     """
 
     method: str
@@ -82,6 +84,7 @@ class TransformInfo:
     options: dict[str, Any] = field(default_factory=dict)
     scores: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    outputs: str = "not compared: the models did not run"
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,9 @@ HELP = f"""Rewrite MODEL into an equivalent that lies near another, for merging.
 The transform goes to a file, which a recipe applies while it merges (`align: FILE` beside a model). With every
 method but `ot` the rewritten model gives the same outputs as MODEL. Known are the symmetries of GPT-2, BERT, Llama,
 Mistral, Qwen2, Qwen3, ResNet, and of chains of linear, convolution and BatchNorm layers. If OUT holds the transform
-of the same request already, nothing is done. --save and --check run models, which needs the extra:
+of the same request already, nothing is done. MODEL and the rewritten model run, to compare their outputs, if they
+have a config.json, fit the memory (a quarter of the machine's, at most 4 GB) and transformers is installed; else the
+transform says that they did not. --save and --check run models in any case. That needs the extra:
 pip install "mergekit_lfm[models]"
 """
 
@@ -63,7 +65,7 @@ Examples:
 @click.option(
     "--save",
     type=click.Path(path_type=Path),
-    help="Also write the rewritten model to this folder, and run both models to compare their outputs.",
+    help="Also write the rewritten model to this folder, and compare the outputs even of large models.",
 )
 @click.option(
     "--check", is_flag=True, help="Align nothing: only test the symmetries that are known of MODEL, by running it."
@@ -99,6 +101,7 @@ def align(
         raise click.UsageError("Give --to MODEL and -o FILE, or --check.")
     _check_start(method, stats, initial, order)
     from mergekit_lfm.api.align import align_models
+    from mergekit_lfm.artifacts.transform import DIFFERENT
     from mergekit_lfm.commands.show.terminal import Terminal
 
     outcome = align_models(
@@ -116,7 +119,7 @@ def align(
         **{name: value for name, value in parameters.items() if value is not None},
     )
     _show(outcome, model, as_json, quiet)
-    ctx.exit(ANSWER_IS_NO if outcome.saved is not None and outcome.saved.same is False else 0)
+    ctx.exit(ANSWER_IS_NO if outcome.result.info.outputs == DIFFERENT else 0)
 
 
 def _show(outcome: Aligned, model: Path, as_json: bool, quiet: bool) -> None:

@@ -195,7 +195,7 @@ def _search(
         optimiser.step()
         with torch.no_grad():
             norm, most = delta.norm(dim=1), options["clamp"] * size
-            shrunk = torch.where((norm > most)[:, None], delta * (most / norm.clamp_min(1e-30))[:, None], delta)
+            shrunk = torch.where((norm > most)[:, None], delta * (most / norm.where(norm > 0, 1.0))[:, None], delta)
             delta.copy_(torch.where(active[:, None], shrunk, before))
     assert delta is not None
     return clean[0][texts.bare] + delta.detach()

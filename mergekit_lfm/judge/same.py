@@ -18,19 +18,19 @@ SAME_WITHIN = 1e-4
 MARGIN = 4  # random transforms of random Llamas, rounded to 16 bits, made 0.5 to 1.8 times the difference of such noise
 
 
-def compare_outputs(model: str | Path, rewritten: str | Path, transform: Transform) -> tuple[float, float]:
-    """The `difference` between a model and its rewritten copy, two folders, and how much of it rounding explains.
+def compare_outputs(
+    model: str | Path | Checkpoint, rewritten: str | Path | Checkpoint, transform: Transform
+) -> tuple[float, float]:
+    """The `difference` between a model and its rewritten copy, and how much of it rounding explains.
 
     Both run in float32. An order changes only the order of sums. Products are rounded to the stored dtype: the effect
     of such noise in all parameters on the outputs is measured. Encoders are compared with the head that they were saved
     with: without it, the transform shows in their hidden states.
     """
-    checkpoint = open_checkpoint(model)
+    checkpoint, copied = (x if isinstance(x, Checkpoint) else open_checkpoint(x) for x in (model, rewritten))
     task = _task_of(checkpoint)
     with_head = task == "embedding" and bool(checkpoint.config.get("architectures"))
-    first, second = (
-        _with_head(open_checkpoint(path)) if with_head else load_model(path, task) for path in (model, rewritten)
-    )
+    first, second = (_with_head(x) if with_head else load_model(x, task) for x in (checkpoint, copied))
     compared = all_outputs if with_head else outputs_of
     inputs = probe(first)
     before = compared(first, inputs)

@@ -8,12 +8,12 @@ WEIGHT = Parameter("weight", REQUIRED, per_input=True, doc="relative weight of t
 
 
 def normalise(weights: list[float], unit: Unit, switch: str | None = "normalize") -> list[float]:
-    """weights divided by their sum. Weights that cancel are an error: the quotient would be infinite or NaN.
+    """weights divided by their sum. Weights that cancel to 1e-8 of their size are an error: the quotient has no digits.
 
     switch: the method's parameter that turns this off, or None.
     """
     total = sum(weights)
-    if abs(total) < 1e-8:
+    if abs(total) <= 1e-8 * sum(map(abs, weights)):
         advice = f", or set `{switch}: false`" if switch else ""
         raise PlanError(
             f"{unit.name}: the weights {weights} sum to {total:g} and cannot be normalised; "

@@ -12,6 +12,8 @@ from mergekit_lfm.methods.method import Method, Parameter, Unit
 if TYPE_CHECKING:
     import torch
 
+COSINE_RESOLUTION = 1e-6  # of cosines: float32 deltas of opposite directions do not cancel more exactly
+
 
 def _row(unit: Unit) -> int | None:
     return unit.shape[-1] if unit.shared["filter_wise"] and len(unit.shape) > 1 and unit.numel else None
@@ -20,17 +22,19 @@ def _row(unit: Unit) -> int | None:
 def ratio(gram: torch.Tensor) -> torch.Tensor:
     """t of the interpolation base + t (mean - base), from the Gram matrices [..., n, n] of the deltas.
 
-    t = n c / (1 + (n - 1) c) with c the mean cosine over pairs (Jang et al. 2024, equation 7); 0 where that is 0 / 0.
+    t = n c / (1 + (n - 1) c) with c the mean cosine over pairs (Jang et al. 2024, equation 7); 0 where the denominator
+    is less than COSINE_RESOLUTION: opposite deltas have no ratio.
     """
     import torch
 
     n = gram.shape[-1]
     norms = gram.diagonal(dim1=-2, dim2=-1).sqrt()
-    cosine = (gram / (norms[..., :, None] * norms[..., None, :]).clamp(min=1e-6)).clamp(-1, 1)
+    lengths = torch.where(norms > 0, norms, 1.0)  # a delta of 0 has no direction, and a cosine of 0 with all others
+    cosine = (gram / lengths[..., :, None] / lengths[..., None, :]).clamp(-1, 1)
     i, j = torch.triu_indices(n, n, offset=1, device=gram.device)
     mean = cosine[..., i, j].mean(-1)
     below = 1 + (n - 1) * mean
-    return torch.where(below.abs() < 1e-6, 0.0, n * mean / below)
+    return torch.where(below.abs() < COSINE_RESOLUTION, 0.0, n * mean / below)
 
 
 def _solve(unit: Unit) -> Generator[Reduction, Any, Weights | Spread]:
@@ -54,6 +58,7 @@ METHODS = (
         inputs=(2, None),
         solve=_solve,
         apply=weighted_sum,
+        version=2,
         row=_row,
     ),
 )

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 Vector = list[float]
 LERP_ABOVE = 0.9995  # |cos| from which slerp takes the chord, as its common implementations do
+WEIGHT_RESOLUTION = 1e-6  # of nuslerp's weights: those that cancel to less go half way
 ANGLE_RESOLUTION = 1e-7  # lengths of unit vectors' sums that rounding of a float64 Gram matrix cannot tell from 0
 
 
@@ -57,7 +58,7 @@ def _scaled(vector: Vector, factor: float) -> Vector:
 def _slerp(unit: Unit) -> Generator[Reduction, Any, Weights]:
     span = _Span((yield Gram()))
     t = unit.number("t")
-    first, second = ((n if n > 1e-8 else 1.0) for n in (sqrt(span.gram[0][0]), sqrt(span.gram[1][1])))
+    first, second = (sqrt(span.gram[i][i]) or 1.0 for i in range(2))
     cosine = max(-1.0, min(1.0, span.gram[0][1] / first / second))
     if abs(cosine) > LERP_ABOVE:
         return Weights([1.0 - t, t])
@@ -76,10 +77,10 @@ def _multislerp(unit: Unit) -> Generator[Reduction, Any, Weights]:
     norms = [sqrt(span.gram[i][i]) for i in range(span.size)]
     if not any(norms):
         return Weights([0.0] * span.size)
-    units = [span.axis(i, norm + eps) for i, norm in enumerate(norms)]
+    units = [span.axis(i, norm or 1.0) for i, norm in enumerate(norms)]
     centre = span.mean(units, weights)
     length = span.norm(centre)
-    if length < max(eps, ANGLE_RESOLUTION):
+    if length <= max(eps, ANGLE_RESOLUTION) * sum(map(abs, weights)):
         if span.size == 2:
             return Weights(weights)
         raise PlanError(
@@ -97,7 +98,7 @@ def _karcher(unit: Unit) -> Generator[Reduction, Any, Weights]:
     span = _Span((yield Gram()))
     tol = unit.number("tol")
     norms = [sqrt(span.gram[i][i]) for i in range(span.size)]
-    valid = [i for i, norm in enumerate(norms) if norm > tol and shares[i]]
+    valid = [i for i, norm in enumerate(norms) if norm and shares[i]]
     if not valid:
         return Weights([0.0] * span.size)
     units = [span.axis(i, norms[i]) for i in valid]
@@ -135,8 +136,9 @@ def _nuslerp(unit: Unit) -> Generator[Reduction, Any, Weights | Spread]:
 
     first, second = unit.floats("weight")
     total = first + second
-    t = second / total if abs(total) >= 1e-6 else 0.5
-    norms = gram.diagonal(dim1=-2, dim2=-1).sqrt().clamp(min=1e-7)  # [..., 2]
+    t = second / total if abs(total) >= WEIGHT_RESOLUTION * (abs(first) + abs(second)) > 0 else 0.5
+    norms = gram.diagonal(dim1=-2, dim2=-1).sqrt()  # [..., 2]
+    norms = torch.where(norms > 0, norms, 1.0)
     cosine = (gram[..., 0, 1] / norms[..., 0] / norms[..., 1]).clamp(-1, 1)
     flat = 1 - cosine.square() <= ANGLE_RESOLUTION**2  # opposite vectors have no great circle, equal ones need none
     angle = cosine.acos()
@@ -157,6 +159,7 @@ METHODS = (
         inputs=(2, 2),
         solve=_slerp,
         apply=weighted_sum,
+        version=2,
     ),
     Method(
         name="nuslerp",
@@ -177,6 +180,7 @@ METHODS = (
         inputs=(2, 2),
         solve=_nuslerp,
         apply=weighted_sum,
+        version=2,
         row=_row,
     ),
     Method(
@@ -186,12 +190,19 @@ METHODS = (
         parameters=(
             WEIGHT,
             Parameter("normalize_weights", True, per_input=False, kind="bool", doc="divide the weights by their sum"),
-            Parameter("eps", 1e-8, per_input=False, above=0, doc="added to the norms; below it a vector is zero"),
+            Parameter(
+                "eps",
+                1e-8,
+                per_input=False,
+                above=0,
+                doc="a shorter mean of the directions, for weights of sum 1, counts as none",
+            ),
         ),
         base="optional",
         inputs=(1, None),
         solve=_multislerp,
         apply=weighted_sum,
+        version=2,
         copies=lambda unit: len(unit.inputs) == 1,
     ),
     Method(
@@ -201,11 +212,12 @@ METHODS = (
         parameters=(
             Parameter("weight", 1.0, per_input=True, minimum=0, doc="relative weight of the input"),
             Parameter("max_iter", 10, per_input=False, kind="int", minimum=1, doc="most iterations"),
-            Parameter("tol", 1e-5, per_input=False, above=0, doc="stop below this step; a smaller norm counts as zero"),
+            Parameter("tol", 1e-5, per_input=False, above=0, doc="stop below this step, an angle in radians"),
         ),
         base="member",
         inputs=(1, None),
         solve=_karcher,
         apply=weighted_sum,
+        version=2,
     ),
 )

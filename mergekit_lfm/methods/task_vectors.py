@@ -22,9 +22,6 @@ from mergekit_lfm.methods.method import Method, Parameter, Unit
 if TYPE_CHECKING:
     import torch
 
-
-SMALLEST = {4: 2.0**-126, 8: 2.0**-1022}  # the smallest normal number by bytes
-
 Kept = Ranks | Coins
 Sparsify = Callable[[Unit], Generator[Reduction, Any, Kept | None]]
 
@@ -88,7 +85,7 @@ def _elected(
     Terms are flipped so that those that agree are positive. A total of zero votes as `zero_is_positive` says.
     """
     if not zero_is_positive:
-        total = total - SMALLEST[total.dtype.itemsize]  # changes the sign of zero alone
+        total = total - (1 - total.sign().abs())  # -1 in place of zero
     elected = negative(total)
     agreeing = [flip_signs(term, elected).clamp(min=0) for term in terms]
     merged = agreeing[0] + 0.0  # the greater of -0 and 0 is another on every device
@@ -149,7 +146,7 @@ def _scales(unit: Unit, mask: Kept | None) -> Generator[Reduction, Any, list[flo
     if unit.shared["rescale"] == "density":
         return [1.0 / d for d in unit.floats("density")]
     sums = yield L1(mask)
-    return [before / after if before >= 1e-7 and after >= 1e-7 else 1.0 for before, after in sums.tolist()]
+    return [before / after if after else 1.0 for before, after in sums.tolist()]
 
 
 def _solve(sparsify: Sparsify, vote: bool) -> Callable[[Unit], Generator[Reduction, Any, SparseSum]]:
@@ -213,7 +210,6 @@ def _method(
         inputs=(1, None),
         solve=_solve(sparsify, vote),
         apply=apply,
-        version=2 if vote else 1,
         **more,
     )
 
@@ -237,6 +233,7 @@ METHODS = (
         _largest,
         (DENSITY, *_shared(True, False), SCOPE),
         scope=lambda shared: "model" if shared["scope"] == "global" else "tensor",
+        version=3,
     ),
     _method(
         "dare_linear",
@@ -245,6 +242,7 @@ METHODS = (
         _coins,
         (DENSITY, *_shared(False, True)),
         random=True,
+        version=2,
     ),
     _method(
         "dare_ties",
@@ -253,6 +251,7 @@ METHODS = (
         _coins,
         (DENSITY, *_shared(False, True)),
         random=True,
+        version=3,
     ),
     _method(
         "breadcrumbs",
@@ -260,6 +259,7 @@ METHODS = (
         "each delta without its largest and its smallest entries, summed",
         _middle,
         (DENSITY, GAMMA, *_shared(False, False)),
+        version=2,
     ),
     _method(
         "breadcrumbs_ties",
@@ -267,5 +267,6 @@ METHODS = (
         "without the largest and the smallest entries, then TIES",
         _middle,
         (DENSITY, GAMMA, *_shared(False, False)),
+        version=3,
     ),
 )

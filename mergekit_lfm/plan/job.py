@@ -23,7 +23,8 @@ class Job:
     match: its kind, and its other names in the output. compute: the dtype of the arithmetic. copied: True to take the
     first source, which all sources must equal; of a counter the largest. sums_nbytes: memory for sums by row or column
     and the weights from them. statistics: one per input, if the method takes them elementwise. added: the change added
-    to the result before it is rounded, or None.
+    to the result before it is rounded, or None. layer: its index and their count, for the gradients among the settings;
+    None outside the layers.
     """
 
     spec: TensorSpec
@@ -39,6 +40,7 @@ class Job:
     sums_nbytes: int = 0
     statistics: tuple[TensorRef, ...] = ()
     added: TensorRef | None = None
+    layer: tuple[int, int] | None = None
 
     name = property(lambda self: self.spec.name)
     shape = property(lambda self: self.spec.shape)
@@ -104,7 +106,7 @@ def make_job(
         if spec.dtype.startswith("float8") and not lone and settings.inputs[0].get("scale") is not None:
             raise PlanError(f"{spec.name} is quantised ({spec.dtype}) and cannot be scaled; leave it out of `scale`")
         kept = TensorSpec(spec.name, spec.shape, models[refs[0][0]][refs[0][1]].dtype)
-        return Job(kept, match, "copy", refs, None, settings, kept.dtype, True, block, False)
+        return Job(kept, match, "copy", refs, None, settings, kept.dtype, True, block, False, layer=layer)
     dtype = recipe.out_dtype or recipe.dtype or _promote(dtypes)
     compute = "float64" if "float64" in (*dtypes, recipe.dtype) else "float32"
     out = TensorSpec(spec.name, spec.shape, dtype)
@@ -112,7 +114,7 @@ def make_job(
         method, settings = METHODS["linear"], averaging_settings(settings)
         if match.kind == "statistic":
             base_source = None
-    job = Job(out, match, method.name, sources, base_source, settings, compute, False, block, False)
+    job = Job(out, match, method.name, sources, base_source, settings, compute, False, block, False, layer=layer)
     if method.statistics and not method.whole:
         job = replace(job, statistics=statistics or ())
     unit = unit_of([job], recipe.seed, roles.norms)

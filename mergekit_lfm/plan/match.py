@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -251,12 +250,3 @@ def _part_of(name: str, others: Sequence[str]) -> str:
     parts = name.split(".")
     beginnings = (".".join(parts[:count]) for count in range(1, len(parts)))
     return next((part for part in beginnings if not any(part in other for other in others)), name)
-
-
-def layers_of(model: Checkpoint) -> dict[str, tuple[int, int]]:
-    """(layer index, layer count) of each tensor in a layer: the first integer of its name, counted per prefix."""
-    matches = {name: match for name in model if (match := re.match(r"(.*?(?:^|\.))(\d+)(?:\.|$)", name))}
-    counts: dict[str, int] = {}
-    for match in matches.values():
-        counts[match[1]] = max(counts.get(match[1], 0), int(match[2]) + 1)
-    return {name: (int(match[2]), counts[match[1]]) for name, match in matches.items()}

@@ -25,7 +25,8 @@ from mergekit_lfm.output.card import read_license
 from mergekit_lfm.output.layout import Shard, lay_out
 from mergekit_lfm.plan.agreement import refuse_disagreements
 from mergekit_lfm.plan.job import Job, make_job, unit_of
-from mergekit_lfm.plan.match import layers_of, match_tensors
+from mergekit_lfm.plan.layers import find_layers
+from mergekit_lfm.plan.match import match_tensors
 from mergekit_lfm.plan.matrices import MatrixGroup, group_matrices
 from mergekit_lfm.plan.rows import fit_rows
 from mergekit_lfm.plan.sources import (
@@ -227,7 +228,7 @@ def make_plan(
     template = rows.models[roles.template]
     matches, dropped = match_tensors(recipe, rows, labels, roles.template)
     statistics = find_statistics(roles, matches)
-    layers, sidecars = layers_of(template), sidecars_of(template)
+    layers, sidecars = find_layers(template), sidecars_of(template)
     jobs, problems = [], []
     for name, match in matches.items():
         try:

@@ -7,6 +7,7 @@ the stored dtype. The panels of rows for this do not depend on the range that is
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -129,7 +130,7 @@ def patched_view(checkpoint: Checkpoint, *patches: Patch, any_base: bool = False
     """The checkpoint with the patches applied, read like any other. Tensors that they do not change stay as they are.
 
     Raises PlanError naming all tensors that are missing, of another shape or dtype, or, unless any_base, of other bytes
-    than those that the first patch to change them was made for.
+    than those that a patch was made for: the checkpoint's, or what the patches before it give.
     """
     check_base(checkpoint, patches, any_base=any_base)
     return Patched(checkpoint, patches, {"patches": [*map(digest_of, patches)]})
@@ -137,7 +138,8 @@ def patched_view(checkpoint: Checkpoint, *patches: Patch, any_base: bool = False
 
 def check_base(checkpoint: Checkpoint, patches: Sequence[Patch], *, any_base: bool = False) -> None:
     """Raise the PlanError of `patched_view` if the patches do not fit the checkpoint."""
-    problems, seen = [], set[str]()
+    problems: list[str] = []
+    before: dict[str, list[Patch]] = {}
     for patch in patches:
         for name, was in patch.info.tensors.items():
             spec = checkpoint.get(name)
@@ -147,9 +149,10 @@ def check_base(checkpoint: Checkpoint, patches: Sequence[Patch], *, any_base: bo
                 problems.append(f"{spec} is {list(was.shape)} in the patch")
             elif spec.dtype != was.dtype and (not any_base or was.kind == "replace"):
                 problems.append(f"{spec} is {was.dtype} in the patch")
-            elif not (any_base or name in seen or was.digest in (None, checkpoint.digest_of(name))):
+            elif not any_base and not _has_values(checkpoint, name, was.digest, before.get(name, ())):
                 problems.append(f"{name} has other values than those the patch was made for")
-            seen.add(name)
+            else:
+                before.setdefault(name, []).append(patch)
     if problems:
         more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
         raise PlanError(
@@ -158,6 +161,14 @@ def check_base(checkpoint: Checkpoint, patches: Sequence[Patch], *, any_base: bo
             + f"{more}\nGive the model that it was made for. If tensors differ in values or dtype only, --any-base "
             "(any_base=True) applies it anyway"
         )
+
+
+def _has_values(checkpoint: Checkpoint, name: str, digest: str | None, before: Sequence[Patch]) -> bool:
+    """True if the digest is None, that of the tensor, or that of the tensor with the first or more patches applied."""
+    if digest in (None, checkpoint.digest_of(name)):
+        return True
+    alone = [replace(patch, info=replace(patch.info, tensors={name: patch.info.tensors[name]})) for patch in before]
+    return any(digest == Patched(checkpoint, alone[: n + 1], {}).digest_of(name) for n in range(len(alone)))
 
 
 def summed_changes(patches: Sequence[Patch], specs: Mapping[str, TensorSpec], path: Path) -> Changes:

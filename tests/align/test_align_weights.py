@@ -364,3 +364,23 @@ def test_refuses_nan() -> None:
     with pytest.raises(FormatError, match=r"1.weight of the source holds NaN or infinity"):
         find_transform(b, a, symmetries=symmetries)
     assert torch.get_num_threads() >= 1
+
+
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    ("weight_matching", {"restarts": 2}),
+    ("weight_matching", {"restarts": 2, "normalise": True}),
+    ("ot", {}),
+    ("ot", {"cost": "squared"}),
+    ("ot", {"cost": "cosine"}),
+    ("ot", {"regularisation": 0.1}),
+]
+
+
+@pytest.mark.parametrize(("method", "options"), VARIANTS, ids=str)
+@pytest.mark.parametrize("factor", [2.0**-40, 1e-6, 1e6, 2.0**40])
+def test_the_size_of_the_weights_does_not_matter(method: str, options: dict[str, Any], factor: float) -> None:
+    a, b, symmetries = two_mlps(3)
+    plain = find_transform(b, a, method, symmetries=symmetries, **options)
+    sized = [{name: x * factor for name, x in model.items()} for model in (b, a)]
+    found = find_transform(*sized, method, symmetries=symmetries, **options)
+    assert furthest(rewrite(b, found), rewrite(b, plain)) < 1e-6

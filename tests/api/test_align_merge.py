@@ -16,8 +16,11 @@ from safetensors.torch import load_file, save_file
 from mergekit_lfm import merge, open_statistics
 from mergekit_lfm.align.elements import random_transform
 from mergekit_lfm.align.find import find_transform
+from mergekit_lfm.api.align import Aligned, align_models
+from mergekit_lfm.api.outcome import Finding
 from mergekit_lfm.api.prepare import prepare
 from mergekit_lfm.arch import find_symmetries
+from mergekit_lfm.artifacts.transform import open_transform
 from mergekit_lfm.collect.run import collect
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.plan.budget import Budget
@@ -309,12 +312,61 @@ def test_a_chain_is_saved_without_being_run(tmp_path: Path, monkeypatch: pytest.
         made = {part: torch.randn(shape, generator=random) for part, shape in shapes.items()}
         save_file(made, tmp_path / name / "model.safetensors")
     result = run("align", "b", "--to", "a", "-o", "t.st", "--save", "near")
-    assert "near: written; not compared: running it needs a config.json" in result.stderr
+    assert "near: written\n" in result.stderr and re.search(
+        r"^outputs +not compared: running it needs", result.stderr, re.M
+    )
     b, near = (load_file(tmp_path / name / "model.safetensors") for name in ("b", "near"))
     x = torch.randn(4, 3, generator=random)
     said = [(x @ m["0.weight"].T + m["0.bias"]).relu() @ m["1.weight"].T + m["1.bias"] for m in (b, near)]
     assert torch.allclose(said[0], said[1], atol=1e-6)
     assert not torch.equal(b["0.weight"], near["0.weight"])
+
+
+def skipping(x: torch.Tensor, m: dict[str, torch.Tensor]) -> torch.Tensor:
+    """A net whose second layer has a skip connection, which its tensors do not show: they form a chain."""
+    first = (x @ m["0.weight"].T).relu()
+    return (first + (first @ m["1.weight"].T).relu()) @ m["2.weight"].T
+
+
+def test_a_skip_connection_is_taken_for_a_chain_and_the_outputs_are_not_said_to_be_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    random = torch.Generator().manual_seed(0)
+    for name in "ab":
+        shapes = {"0.weight": (8, 3), "1.weight": (8, 8), "2.weight": (2, 8)}
+        (tmp_path / name).mkdir()
+        made = {part: torch.randn(shape, generator=random) for part, shape in shapes.items()}
+        save_file(made, tmp_path / name / "model.safetensors")
+    told = json.loads(run("align", "b", "--to", "a", "-o", "t.st", "--json").stdout)
+    transform = open_transform("t.st")
+    b = load_file(tmp_path / "b" / "model.safetensors")
+    x = torch.randn(4, 3, generator=random)
+    assert not torch.allclose(skipping(x, b), skipping(x, rewrite(b, transform)), rtol=0.1)
+    assert transform.info.outputs == told["outputs"]
+    assert told["outputs"].startswith("not compared: running it needs a config.json")
+    assert "A skip connection" in told["outputs"] and "A skip connection" in run("inspect", "t.st").stdout
+
+
+def test_both_models_run_wherever_they_can(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def align(out: str, **options: Any) -> Aligned:
+        return align_models("b", "a", out, restarts=1, sweeps=1, **options)
+
+    assert align("same.st").result.info.outputs == open_transform("same.st").info.outputs == "the same"
+    again = align("same.st")
+    assert again.already_there and again.result.info.outputs == "the same"
+    soft = align_models("b", "a", "soft.st", method="ot", regularisation=0.1)
+    assert soft.result.info.outputs == "not compared: the method changes them on purpose"
+    monkeypatch.setattr("mergekit_lfm.api.align.default_memory", lambda: 1000)
+    assert "--save runs them all the same" in align("large.st").result.info.outputs
+    assert align("large.st", overwrite=True, save="near").result.info.outputs == "the same"
+    monkeypatch.undo()
+    monkeypatch.chdir(models)
+    monkeypatch.setattr("mergekit_lfm.judge.same.compare_outputs", lambda *_: (0.19, 1e-4))
+    with pytest.warns(Finding, match=r"wrong.st: it changes the outputs of .*b"):
+        assert align("wrong.st").result.info.outputs == "different"
+    result = run("align", "b", "--to", "a", "--restarts", "1", "-o", "wrong2.st", "--json")
+    assert (result.exit_code, json.loads(result.stdout)["outputs"]) == (1, "different")
 
 
 def test_check_runs_the_model_with_random_elements(models: Path) -> None:

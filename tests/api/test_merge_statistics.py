@@ -225,7 +225,7 @@ def test_fisher_of_a_checkpoint_is_that_of_its_tensors(models: Models) -> None:
     fishers = [load_file(models.folder / f"m{i}.fisher") for i in range(3)]
     norms = [sum(float(x.double().square().sum()) for x in f.values()) ** 0.5 for f in fishers]
     for name in SHAPES:
-        shares = [(f[f"fisher/{name}"].double() + 0.01) / norm for f, norm in zip(fishers, norms, strict=True)]
+        shares = [f[f"fisher/{name}"].double() / norm + 0.01 for f, norm in zip(fishers, norms, strict=True)]
         sums = sum(s * t[name].double() for s, t in zip(shares, models.tensors, strict=True))
         assert torch.allclose(merged[name].double(), sums / sum(shares), rtol=1e-5, atol=1e-6)
 

@@ -168,6 +168,24 @@ def test_a_patch_made_for_the_result_of_another_follows_it(tmp_path: Path) -> No
     torch.testing.assert_close(both, patched_view(open_checkpoint(tmp_path / "b"), second).read(NAME))
     with pytest.raises(PlanError, match="other values than those the patch was made for"):
         patched_view(open_checkpoint(folder), second, first)
+    third = low_rank(folder).made_for(
+        None, {NAME: patched_view(open_checkpoint(folder), first, second).digest_of(NAME)}
+    )
+    patched_view(open_checkpoint(folder), first, second, third)
+
+
+def test_a_patch_of_another_model_is_refused_behind_one_of_this_model(tmp_path: Path) -> None:
+    folder, own = save_model(tmp_path / "a"), low_rank(save_model(tmp_path / "b"))
+    foreign = own.made_for(None, {NAME: "0" * 32})
+    for patches in ((own, foreign), (foreign, own), (own, own, foreign)):
+        with pytest.raises(PlanError, match=f"{NAME} has other values than those the patch was made for"):
+            patched_view(open_checkpoint(folder), *patches)
+    own.save(tmp_path / "own.safetensors")
+    foreign.save(tmp_path / "foreign.safetensors")
+    both = [tmp_path / "own.safetensors", tmp_path / "foreign.safetensors"]
+    with pytest.raises(PlanError, match="other values"):
+        apply_patches(folder, both, tmp_path / "out")
+    apply_patches(folder, both, tmp_path / "out", any_base=True)
 
 
 def test_a_failure_leaves_nothing(tmp_path: Path) -> None:

@@ -117,7 +117,8 @@ def test_the_fine_tune_s_head_is_kept_and_transformers_loads_it(
         "allow": ["model_type"],
     }
     out = Path(merge(recipe, tmp_path / "out"))
-    model, info = transformers.BertForSequenceClassification.from_pretrained(out, output_loading_info=True)
+    loaded: Any = transformers.BertForSequenceClassification.from_pretrained(out, output_loading_info=True)
+    model, info = loaded
     assert not info["missing_keys"] and model.num_labels == 50
     head = stored(root / tunes[1])["classifier.weight"]
     assert torch.equal(model.classifier.weight.detach(), head)

@@ -167,8 +167,8 @@ def test_dry_run_names_the_dropped_tensors(folder: Path) -> None:
 @pytest.mark.usefixtures("folder")
 def test_verbose_plans_list_every_tensor() -> None:
     rows = [line.split() for line in run("plan", "recipe.yaml", "-v").stdout.splitlines()]
-    assert ["w", "[3,", "4]", "float32", "linear"] in rows
-    assert ["layers.0.v", "[5]", "float32", "linear"] in rows
+    assert ["w", "[3,", "4]", "float32", "linear", "-", "weight", "1,", "1"] in rows
+    assert ["layers.0.v", "[5]", "float32", "linear", "0", "of", "0-0", "weight", "1,", "1"] in rows
     result = run("merge", "recipe.yaml", "out", "-v")
     assert result.stdout == "out\n"
     assert "layers.0.v" in result.stderr

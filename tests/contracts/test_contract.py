@@ -69,6 +69,44 @@ def test_no_change_in_no_change_out(case: tuple[str, dict[str, Any]]) -> None:
     assert torch.allclose(result, same, rtol=1e-6)
 
 
+def scaled(given: dict[str, Any], factor: float) -> dict[str, Any]:
+    """The arguments with the inputs and the base times a factor; statistics stay."""
+    base = None if given["base"] is None else given["base"] * factor
+    return given | {"tensors": [x * factor for x in given["tensors"]], "base": base}
+
+
+@pytest.mark.parametrize("case", CASES, ids=ids)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_power_of_two_goes_through_bit_for_bit(case: tuple[str, dict[str, Any]], dtype: torch.dtype) -> None:
+    """Every method is homogeneous: a size that it compares with a constant would show."""
+    given, parameters = tensors_of(case[0], dtype=dtype), parameters_of(*case)
+    plain = merge_tensors(case[0], **given, **parameters)
+    for power in (-40, -20, 20, 40):
+        found = merge_tensors(case[0], **scaled(given, 2.0**power), **parameters)
+        assert torch.equal(found, plain * 2.0**power), power
+
+
+@pytest.mark.parametrize("case", CASES, ids=ids)
+@pytest.mark.parametrize("factor", [1e-6, 1e6])
+def test_a_factor_goes_through_within_rounding(case: tuple[str, dict[str, Any]], factor: float) -> None:
+    given, parameters = tensors_of(case[0], dtype=torch.float64), parameters_of(*case)
+    plain = merge_tensors(case[0], **given, **parameters)
+    found = merge_tensors(case[0], **scaled(given, factor), **parameters)
+    assert torch.allclose(found / factor, plain, rtol=0, atol=1e-12 * float(plain.abs().max()))
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if METHODS[case[0]].statistics], ids=ids)
+def test_the_size_of_the_statistics_does_not_matter(case: tuple[str, dict[str, Any]]) -> None:
+    if case[1].get("epsilon"):
+        return  # an absolute number that the user asks for
+    given, parameters = tensors_of(case[0]), parameters_of(*case)
+    plain = merge_tensors(case[0], **given, **parameters)
+    for factor in (1e-12, 1e-6, 1e6):
+        statistics = [x.double() * factor for x in given["statistics"]]
+        found = merge_tensors(case[0], **given | {"statistics": statistics}, **parameters)
+        assert torch.allclose(found, plain, rtol=1e-6, atol=1e-6), factor
+
+
 @pytest.mark.parametrize("name", SYMMETRIC)
 def test_the_order_of_the_inputs_does_not_matter(name: str) -> None:
     given = tensors_of(name)

@@ -33,7 +33,7 @@ FUNCTIONS: dict[str, tuple[Any, Any, torch.dtype | None]] = {
     "dare": (apply, SparseSum((0.5, 0.25, 1.0), COINS, None, False, 1.0), torch.float32),
     "dare ties": (apply, SparseSum((0.5, 0.25, 1.0), COINS, (0.5, 0.25, 1.0), True, 1.0), torch.bfloat16),
     "magnitudes": (magnitudes, COINS, None),
-    "fisher": (fisher.apply, fisher.FisherAverage([0.5, 1.0, 0.25], 1e-6), torch.bfloat16),
+    "fisher": (fisher.apply, fisher.FisherAverage([0.5, 1.0, 0.25], [0.0] * 3, [0.3, 0.5, 0.2]), torch.bfloat16),
 }
 
 

@@ -83,7 +83,7 @@ def breadcrumbs(random):
 
 def fisher(random):
     count = random.integers(1, 5)
-    epsilon = float(random.choice([1e-30, 1e-6, 0.1]))
+    epsilon = float(random.choice([0, 1e-6, 0.1]))
     return count, {"weight": positive(random, count), "epsilon": epsilon, "normalize": bool(random.integers(2))}
 
 
@@ -231,6 +231,37 @@ def test_deltas_of_zero_norm_are_not_rescaled():
     for method in ("dare_linear", "dare_ties", "ties", "breadcrumbs"):
         got = merge_tensors(method, [base, base], base=base, weight=1, density=0.3, rescale=True)
         assert torch.equal(got, base)
+
+
+def test_small_information_decides_as_large_does():
+    """Fisher information of a confident model is far below 1; where no model has any, the weights decide."""
+    first, second = torch.tensor([1.0, 1.0, 1.0, 1.0]), torch.tensor([0.0, 0.0, 0.0, 0.0])
+    squares = [torch.tensor([3e-12, 0.0, 1e-30, 0.0]), torch.tensor([1e-12, 1e-20, 3e-30, 0.0])]
+    got = merge_tensors("fisher", [first, second], statistics=squares, weight=[1, 3])
+    assert got.tolist() == pytest.approx([0.5, 0, 0.1, 0.25])
+
+
+def test_normalizing_comes_before_epsilon():
+    """Two models whose information differs by a factor alone have equal shares, whatever epsilon is."""
+    first, second = torch.tensor([4.0, 4.0]), torch.tensor([0.0, 0.0])
+    squares = [torch.tensor([1e-3, 2e-3]), torch.tensor([1e-9, 2e-9])]
+    got = merge_tensors("fisher", [first, second], statistics=squares, normalize=True, epsilon=0.5)
+    assert got.tolist() == pytest.approx([2, 2])
+
+
+@pytest.mark.parametrize("method", ["linear", "nuslerp", "multislerp", "task_arithmetic"])
+def test_the_size_of_weights_that_are_normalised_does_not_matter(method):
+    random = np.random.default_rng(0)
+    base, *xs = (torch.from_numpy(random.normal(0, 1, 50)).float() for _ in range(3))
+    bases: dict[str, Any] = {"base": base, "normalize": True} if method == "task_arithmetic" else {}
+    plain = merge_tensors(method, xs, weight=[1, 3], **bases)
+    for factor in (2.0**-40, 2.0**40):
+        assert torch.equal(merge_tensors(method, xs, weight=[factor, 3 * factor], **bases), plain)
+
+
+def test_an_even_vote_of_the_whole_model_does_not_turn_the_least_numbers():
+    x = torch.tensor([1e-40, -1e-40])
+    assert torch.equal(merge_tensors("ties", [x], base=torch.zeros(2), weight=1, scope="global"), x)
 
 
 @pytest.mark.parametrize("method", ["linear", "task_arithmetic", "dare_linear", "breadcrumbs"])

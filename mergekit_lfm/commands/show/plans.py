@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mergekit_lfm.commands.show.terminal import count_noun, table
 from mergekit_lfm.machine.sizes import format_size
 from mergekit_lfm.machine.text import printable_line
+from mergekit_lfm.methods.registry import METHODS
 from mergekit_lfm.recipe.align import AlignRequest
 from mergekit_lfm.recipe.rename import PATTERN, rename_data
 from mergekit_lfm.recipe.values import NamedFile
@@ -17,6 +19,7 @@ from mergekit_lfm.recipe.values import NamedFile
 if TYPE_CHECKING:
     from mergekit_lfm.api.merge import Merged
     from mergekit_lfm.api.outcome import Outcome
+    from mergekit_lfm.methods.method import Value
     from mergekit_lfm.output.push import Pushed
     from mergekit_lfm.plan.job import Job
     from mergekit_lfm.plan.plan import Plan
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
     from mergekit_lfm.store.checkpoint import Checkpoint
 
 SHOWN_RULES = 4
+TENSOR_COLUMNS = ("tensor", "shape", "dtype", "method", "layer", "parameters")
 SHOWN_DROPPED = 100  # most tensors that are dropped alike from one model
 
 
@@ -120,7 +124,7 @@ def plan_text(plan: Plan, facts: dict[str, Any], verbose: bool) -> str:
         rows.append(("push", f"to {push['repo']}" + (", private" if push["private"] else "")))
     for model in plan.pending:
         if isinstance(model.align, AlignRequest):
-            pending = f"the merge finds the transform by {model.align.method} when it runs"
+            pending = f"the merge finds the transform by {model.align.method} when it runs, and compares no outputs"
             rows.insert(3, ("aligned", f"{model.label} to {model.align.to}: {pending}"))
     rows[3:3] = [
         ("renamed", f"{model.label}: {rule.old!r} becomes {rule.new!r}")
@@ -148,7 +152,7 @@ def plan_text(plan: Plan, facts: dict[str, Any], verbose: bool) -> str:
     if verbose:
         lines += [
             "",
-            table([("tensor", "shape", "dtype", "method"), *map(_tensor_row, sorted(plan.tensors, key=_natural))]),
+            table([TENSOR_COLUMNS, *map(_tensor_row, sorted(plan.tensors, key=_natural))]),
         ]
     return "\n".join(lines)
 
@@ -190,14 +194,30 @@ def _edit_text(edit: Edit) -> str:
     return f"{edit.facts.ref} by {edit.method}, when the merge runs"
 
 
-def _natural(tensor: Any) -> list[tuple[bool, int, str]]:
+def _natural(tensor: Job) -> list[tuple[bool, int, str]]:
     """A key that sorts names with their numbers as numbers: layer 2 before layer 10."""
     words = re.split(r"(\d+)", tensor.name)
     return [(word.isdecimal(), int(word) if word.isdecimal() else 0, word) for word in words]
 
 
-def _tensor_row(tensor: Any) -> tuple[str, str, str, str]:
-    return tensor.name, str(list(tensor.shape)), tensor.dtype, tensor.method
+def _tensor_row(job: Job) -> tuple[str, ...]:
+    layer = "-" if job.layer is None else f"{job.layer[0]} of 0-{job.layer[1] - 1}"
+    return job.name, str(list(job.shape)), job.dtype, job.method, layer, "; ".join(_values_of(job))
+
+
+def _values_of(job: Job) -> Iterator[str]:
+    """The job's parameters that have no default or differ from it, with their values: shared ones, then by input."""
+    if job.method not in METHODS:
+        return
+    for parameter in METHODS[job.method].parameters:
+        scopes = job.settings.inputs if parameter.per_input else [job.settings.shared]
+        values = [scope[parameter.name] for scope in scopes if parameter.name in scope]
+        if any(value != parameter.default for value in values):
+            yield f"{parameter.name} {', '.join(map(_value_text, values))}"
+
+
+def _value_text(value: Value) -> str:
+    return f"{value:g}" if isinstance(value, float) else json.dumps(value)
 
 
 def push_text(pushed: Pushed) -> str:

@@ -25,6 +25,7 @@ def transform_data(transform: Transform) -> dict[str, Any]:
         "models": list(facts.models),
         "options": facts.options,
         "scores": facts.scores,
+        "outputs": facts.outputs,
         "groups": {
             name: {
                 "kind": "units" if isinstance(group, Units) else "heads",
@@ -75,6 +76,7 @@ def transform_text(data: dict[str, Any]) -> str:
         ("method", data["method"] + ("" if data["exact"] else "; the outputs change")),
         ("options", options or "none"),
         ("scores", scores or "none"),
+        ("outputs", data["outputs"]),
         ("models", " to ".join(data["models"]) or "given as tensors"),
     ]
     kinds: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
@@ -138,7 +140,7 @@ def alignment_data(outcome: Aligned) -> dict[str, Any]:
 def saved_text(saved: dict[str, Any]) -> str:
     """Whether a saved rewritten model gives the same outputs, in one line."""
     if saved["difference"] is None:
-        return "written; not compared: running it needs a config.json"
+        return "written"
     verdict = "the outputs are the same" if saved["same"] else "THE OUTPUTS DIFFER"
     return f"{verdict}: by {saved['difference']:.2g} of their range, {saved['tolerance']:.2g} is rounding"
 
