@@ -16,7 +16,7 @@ import xxhash
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.output.layout import Shard
 from mergekit_lfm.output.lock import LOCK, covered_files, is_intact, is_link, lock_of
-from mergekit_lfm.store.files import read_bytes
+from mergekit_lfm.store.files import open_file, read_bytes
 from mergekit_lfm.store.folder import INDEXES, weight_paths
 from mergekit_lfm.store.locks import lock_folder
 from mergekit_lfm.store.places import check_apart, check_kind, has_files, partial_of, remove
@@ -96,7 +96,7 @@ def _damage(out: Path, lock: Mapping[str, Any], shards: Sequence[Shard]) -> list
 
 
 def _has_header(path: Path, shard: Shard) -> bool:
-    with path.open("rb") as file:
+    with open_file(path) as file:
         return file.read(len(shard.header)) == shard.header
 
 

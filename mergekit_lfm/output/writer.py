@@ -25,7 +25,7 @@ from mergekit_lfm.output.lock import LOCK, lock_of
 from mergekit_lfm.output.replace import REPLACED, clear_replaced, files_in, is_complete
 from mergekit_lfm.output.shards import ShardFiles
 from mergekit_lfm.store.durable import leftovers, replace_file, reserve, sync_folder, write_all
-from mergekit_lfm.store.files import name_file, open_regular, parse_json
+from mergekit_lfm.store.files import name_file, open_file, parse_json
 from mergekit_lfm.store.locks import lock_folder
 from mergekit_lfm.store.places import partial_of, refuse_links, remove
 from mergekit_lfm.store.state import FileState, refuse_changed
@@ -102,7 +102,7 @@ class Output:
     def _refuse_other_work(self, journal: Path) -> None:
         """Raise PlanError if the folder holds work of another plan, which starting over would delete."""
         try:
-            with os.fdopen(open_regular(journal), "rb") as lines:
+            with open_file(journal) as lines:
                 plan = parse_json(lines.readline(1 << 10), journal)["plan"]
         except (OSError, ValueError, TypeError, KeyError):
             plan = lock_of(self.partial).get("plan", self.digest)
@@ -124,7 +124,7 @@ class Output:
         Raises FormatError if an input was changed since that run.
         """
         kept, before = 0, {str(state.path): state for state in self.inputs}
-        with os.fdopen(open_regular(journal), "rb") as lines:
+        with open_file(journal) as lines:
             for line in iter(lambda: lines.readline(LONGEST_LINE), b""):
                 try:
                     entry = parse_json(line, journal)
