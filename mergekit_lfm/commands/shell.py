@@ -23,6 +23,13 @@ from mergekit_lfm.store.hub import HubName, hub_name
 
 ANSWER_IS_NO = 1
 BAD_INPUT = 2  # or a bad environment; also what click exits with on bad usage
+# What to do about errors of the disk and the system, by their numbers.
+ADVICE = {
+    (errno.ENOSPC, errno.EDQUOT): "free some space and run the same command again, it goes on where it stopped",
+    (errno.EIO, errno.ESTALE): "the disk, or the connection to it, fails: when it is back, run the same command again",
+    (errno.EROFS, errno.EACCES): "make it accessible, or choose another place, and run the command again",
+    (errno.EMFILE, errno.ENFILE): "allow more with `ulimit -n`, or write fewer shards with --max-shard-size",
+}
 _SIGNAL = f"{__name__}.signal"  # where a click context has the signal that interrupted the command
 NO_BARS = "HF_HUB_DISABLE_PROGRESS_BARS"  # a variable of huggingface_hub
 
@@ -94,9 +101,8 @@ def _os_message(error: OSError) -> str:
     text = error.strerror or str(error)
     if error.filename is not None:
         text = f"{os.fsdecode(error.filename)}: {text}"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        text += "; free some space and run the same command again, it goes on where it stopped"
-    return text
+    advice = next((advice for numbers, advice in ADVICE.items() if error.errno in numbers), None)
+    return text if advice is None else f"{text}; {advice}"
 
 
 class ModelFolder(click.ParamType):  # type: ignore[type-arg]

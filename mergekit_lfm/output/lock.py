@@ -197,9 +197,9 @@ def _has_digests(checkpoint: Checkpoint, name: str, tensor: LockedTensor, progre
 
 
 def lock_of(folder: Path) -> dict[str, Any]:
-    """The lock of a finished output, {} without a readable one."""
+    """The lock of a finished output, {} without a whole one."""
     try:
         lock = read_json(folder / LOCK)
-    except (OSError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return {}
     return lock if isinstance(lock, dict) else {}

@@ -181,7 +181,8 @@ def push(
     removed = sorted(_outdated(remote, kept) - contents.keys())
     commit = remote.commit
     if changed or removed:
-        commit = _commit(remote, {name: contents[name] for name in changed}, removed, message or _message(source))
+        with name_file(source):  # the client does not say which file it cannot read
+            commit = _commit(remote, {name: contents[name] for name in changed}, removed, message or _message(source))
         _compare(repo, commit, oids, removed)
     assert commit is not None
     if pull_back:
@@ -289,7 +290,7 @@ def _matches(file: RepoFile | None, oids: tuple[str, str]) -> bool:
 
 def _commit(remote: Remote, contents: Mapping[str, Content], removed: list[str], message: str) -> str:
     """Commit on top of the commit that was checked, or fail; returns the new commit."""
-    additions = [CommitOperationAdd(name, x if isinstance(x, bytes) else str(x)) for name, x in contents.items()]
+    additions = [_addition(name, content) for name, content in contents.items()]
     deletions = [CommitOperationDelete(name, is_folder=False) for name in removed]
     with translate_errors(remote.repo):
         try:
@@ -303,6 +304,14 @@ def _commit(remote: Remote, contents: Mapping[str, Content], removed: list[str],
         except ValueError as error:  # the Hub does not accept the model card
             raise PlanError(f"{remote.repo}: {error}") from None
     return str(done.oid)
+
+
+def _addition(name: str, content: Content) -> CommitOperationAdd:
+    """A file to commit; the client reads it for its digest."""
+    if isinstance(content, bytes):
+        return CommitOperationAdd(name, content)
+    with name_file(content):
+        return CommitOperationAdd(name, str(content))
 
 
 def _compare(repo: str, commit: str, oids: Mapping[str, tuple[str, str]], removed: list[str]) -> None:

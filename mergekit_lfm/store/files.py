@@ -32,11 +32,11 @@ KINDS = {
 
 @contextmanager
 def name_file(path: Path) -> Iterator[None]:
-    """Add the name of the file to an OSError from a descriptor."""
+    """Add the name of the file to an OSError from a descriptor; those of connections have no number."""
     try:
         yield
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno is not None:
             error.filename = os.fspath(path)
         raise
 

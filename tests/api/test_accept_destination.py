@@ -86,7 +86,7 @@ def test_folders_that_only_look_like_ours(work: Work, name: str) -> None:
 def writing_calls(work: Work) -> dict[str, int]:
     """The calls that can meet a full disk, each with its number of uses in a whole run."""
     whole = work.run(out="whole")
-    names = (*set(WRITES) - {"copy_file_range"}, "posix_fallocate", "fdatasync", "fsync", "mkdir", "open")
+    names = (*set(WRITES) - {"copy_file_range"}, "fallocate", "fdatasync", "fsync", "mkdir", "open")
     counts = {name: whole.count(name, where="whole") for name in names}
     return {name: count for name, count in counts.items() if count} | {
         "mkdir": 1
@@ -120,7 +120,7 @@ def test_full_disk(work: Work, error: int) -> None:
 def test_filesystem_without_reservation(work: Work) -> None:
     """If space cannot be reserved or ranges copied, plain calls replace them."""
     whole = work.run(out="whole")
-    for name in ("posix_fallocate", "copy_file_range"):
+    for name in ("fallocate", "copy_file_range"):
         ran = work.run(fail=name, error=errno.EOPNOTSUPP)
         assert ran.code == 0, ran.err
         assert snapshot(work.folder / "out") == snapshot(work.folder / "whole")
