@@ -1,15 +1,20 @@
 """Run the command line in forked children of one warm interpreter, with faults injected into its system calls.
 
 Starting Python and torch takes seconds, merging a tiny model milliseconds: a fork makes a hundred kills affordable.
-A child counts its calls (reads, writes, syncs, renames, opens for writing, ...) and can die by SIGKILL at any one of
-them, lose data that were never synced, find the disk full, or be refused a file. Checkpoints for such tests are made
-here as well.
+A child counts its calls (reads, writes, syncs, renames, opens, locks, ...) and can die by SIGKILL at any one of them,
+lose data that were never synced, meet any error at any of them, or read and write less than it asked for. Checkpoints
+for such tests are made here as well.
 """
 
 from __future__ import annotations
 
+import builtins
+import ctypes
 import errno
+import fcntl
 import gc
+import importlib
+import io
 import json
 import os
 import shutil
@@ -33,7 +38,8 @@ if TYPE_CHECKING:
 WRITES = ("pwrite", "pwritev", "write", "copy_file_range", "sendfile")
 SYNCS = ("fsync", "fdatasync")
 NAMING = ("rename", "replace", "link", "symlink", "unlink", "mkdir", "rmdir", "chmod")
-CALLS = (*WRITES, *SYNCS, *NAMING, "preadv", "ftruncate", "posix_fallocate")
+READS = ("preadv", "read")
+CALLS = (*WRITES, *SYNCS, *NAMING, *READS, "ftruncate")
 TIMEOUT_S = 60
 OPEN_TO_WRITE = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
@@ -173,8 +179,15 @@ class Forks:
 
     def run(self, *arguments: object, cwd: Path, **fault: object) -> Ran:
         """`merge ARGUMENTS` in the folder, with a fault (keywords of `Fault`) if any."""
+        return self._run("merge", arguments, cwd, fault)
+
+    def command(self, *arguments: object, cwd: Path, **fault: object) -> Ran:
+        """The same for `mergekit-lfm ARGUMENTS`."""
+        return self._run("mergekit-lfm", arguments, cwd, fault)
+
+    def _run(self, program: str, arguments: Iterable[object], cwd: Path, fault: Mapping[str, object]) -> Ran:
         assert self._server.stdin and self._server.stdout
-        request = {"arguments": [str(a) for a in arguments], "cwd": str(cwd), "fault": fault}
+        request = {"arguments": [str(a) for a in arguments], "cwd": str(cwd), "program": program, "fault": fault}
         self._server.stdin.write(json.dumps(request) + "\n")
         self._server.stdin.flush()
         reply = json.loads(self._server.stdout.readline())
@@ -182,10 +195,10 @@ class Forks:
 
 
 @contextmanager
-def warm_interpreter() -> Iterator[Forks]:
-    """Start the interpreter, and end it with the block."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    command = [sys.executable, __file__]
+def warm_interpreter(*modules: str, **environment: str) -> Iterator[Forks]:
+    """Start the interpreter, which loads more modules for its children, and end it with the block."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])} | environment
+    command = [sys.executable, __file__, *modules]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment) as server:
         yield Forks(server)
@@ -205,8 +218,12 @@ class Fault:
     kill_after_s: float = 0
     fail: str = ""  # from the nth time on this call raises `error`; with error 0 it kills, the nth time
     nth: int = 1
+    times: int = 0  # so many times only, if not 0
     where: str = ""
     error: int = errno.ENOSPC
+    short: bool = False  # every read and write handles half of its bytes, as the system may
+    alarms: bool = False  # signals arrive all the time, and interrupt calls
+    reads: bool = False  # opens and reads through Python's files are calls, too
     shorten: str = ""  # instead, the nth time, this file loses its second half
     deny: str = ""  # opening such a path is refused
     free: int = -1  # the free space that the file system claims
@@ -214,8 +231,8 @@ class Fault:
     sync_bytes: int = 0  # bytes between syncs, in place of the engine's hundreds of megabytes
 
 
-def describe(name: str, args: tuple[Any, ...]) -> Call:
-    """A description of a call: its bytes, offset and the path it acts on."""
+def describe(name: str, args: tuple[Any, ...], folder: int | None = None) -> Call:
+    """A description of a call: its bytes, offset and the path it acts on, in an open folder if that is given."""
     nbytes = offset = 0
     handle = args[0]
     if name in ("pwrite", "write"):
@@ -226,17 +243,34 @@ def describe(name: str, args: tuple[Any, ...]) -> Call:
         handle, nbytes, offset = args[1], args[2], args[4] if len(args) > 4 else 0
     elif name == "sendfile":
         nbytes = args[3]
+    elif name == "read":
+        nbytes = args[1]
     if name in ("pwrite", "pwritev", "preadv"):
         offset = args[2]
     if name in ("rename", "replace", "link", "symlink"):
         return Call(name, 0, 0, f"{os.fspath(args[0])} -> {os.fspath(args[1])}")
     if isinstance(handle, int):
         return Call(name, nbytes, offset, str(Path(f"/proc/self/fd/{handle}").readlink()))
-    return Call(name, nbytes, offset, os.fspath(handle))
+    place = Path.cwd() if folder is None else Path(f"/proc/self/fd/{folder}").readlink()
+    return Call(name, nbytes, offset, str(place / handle))
+
+
+def shorten(name: str, args: tuple[Any, ...], nbytes: int) -> tuple[Any, ...]:
+    """The arguments of the same call for half of its bytes, at least one."""
+    half = max(1, nbytes // 2)
+    if name in ("pwrite", "write"):
+        return args[0], memoryview(args[1]).cast("B")[:half], *args[2:]
+    if name in ("preadv", "pwritev"):
+        return args[0], [memoryview(args[1][0]).cast("B")[:half]], *args[2:]
+    at = {"read": 1, "copy_file_range": 2, "sendfile": 3}[name]
+    return *args[:at], half, *args[at + 1 :]
 
 
 class Injector:
-    """Wraps the calls of `os` in this process; every call is written to the trace before it is made."""
+    """Wraps the system calls of this process; every call is written to the trace before it is made.
+
+    Python's own files are those of its pure version, which read and write by `os`.
+    """
 
     def __init__(self, fault: Fault, trace: IO[str]) -> None:
         self._fault, self._trace = fault, trace
@@ -249,7 +283,13 @@ class Injector:
         self._pwrite = os.pwrite
         for name in CALLS:
             setattr(os, name, self._wrap(name, getattr(os, name)))
+        fcntl.flock = self._wrap("flock", fcntl.flock)
+        durable._fallocate = self._wrap_fallocate(durable._fallocate)
+        builtins.open = io.open = importlib.import_module("_pyio").open
         sys.addaudithook(self._opened)
+        if self._fault.alarms:
+            signal.signal(signal.SIGALRM, lambda *_: None)
+            signal.setitimer(signal.ITIMER_REAL, 1e-4, 1e-4)
         if self._fault.free >= 0:
             free = self._fault.free
             blocks = {"f_bavail": free // 4096, "f_bfree": free // 4096, "f_frsize": 4096, "f_bsize": 4096}
@@ -259,13 +299,15 @@ class Injector:
 
     def _wrap(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            what = describe(name, args)
-            if isinstance(args[0], int) and args[0] < 3:
+            if (isinstance(args[0], int) and args[0] < 3) or (name == "read" and not self._fault.reads):
                 return original(*args, **kwargs)
+            what = describe(name, args, kwargs.get("dir_fd"))
             half: Callable[[], object] = lambda: None  # noqa: E731
             if name in ("pwrite", "write"):
-                half = lambda: original(args[0], memoryview(args[1]).cast("B")[: what.nbytes // 2], *args[2:])  # noqa: E731
+                half = lambda: original(*shorten(name, args, what.nbytes))  # noqa: E731
             self._step(what, half)
+            if self._fault.short and name in (*READS, *WRITES) and what.nbytes:
+                args = shorten(name, args, what.nbytes)
             result = original(*args, **kwargs)
             with self._lock:
                 if name in SYNCS:
@@ -276,13 +318,26 @@ class Injector:
 
         return call
 
+    def _wrap_fallocate(self, original: Any) -> Any:
+        """The same for the one call by ctypes, which returns its errors."""
+
+        def call(fd: int, *rest: Any) -> Any:
+            try:
+                self._step(describe("fallocate", (fd,)), lambda: None)
+            except OSError as error:
+                ctypes.set_errno(error.errno or 0)
+                return -1
+            return original(fd, *rest)
+
+        return call
+
     def _opened(self, event: str, args: tuple[Any, ...]) -> None:
         if event != "open" or isinstance(args[0], int) or args[0] is None:
             return
-        path = os.fsdecode(args[0])
+        path = str(Path.cwd() / os.fsdecode(args[0]))
         if self._fault.deny and self._fault.deny in path:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
-        if args[2] & OPEN_TO_WRITE and not path.startswith(("/proc", "/dev")):
+        if (args[2] & OPEN_TO_WRITE or self._fault.reads) and not path.startswith(("/proc", "/dev")):
             self._step(Call("open", 0, 0, path), lambda: None)
 
     def _step(self, call: Call, half: Callable[[], object]) -> None:
@@ -309,8 +364,8 @@ class Injector:
         elif not fault.error:
             if self._matching == fault.nth:
                 os.kill(os.getpid(), fault.signal)
-        elif self._matching >= fault.nth:
-            named = (call.target,) if call.name in ("open", "mkdir", "rename", "replace", "link") else ()
+        elif fault.nth <= self._matching < fault.nth + (fault.times or sys.maxsize):
+            named = (call.target.split(" -> ")[0],) if call.name in ("open", *NAMING) else ()
             raise OSError(fault.error, os.strerror(fault.error), *named)
 
     def _damage(self) -> None:
@@ -327,10 +382,8 @@ def child(request: dict[str, Any], folder: Path) -> int:
         os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT, 0o600), number)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(request["cwd"])
-    sys.argv = ["merge", *request["arguments"]]
-    from mergekit_lfm.commands.merge import merge
-    from mergekit_lfm.output import writer
-
+    sys.argv = [request["program"], *request["arguments"]]
+    programs: dict[str, click.Command] = {"merge": merge, "mergekit-lfm": main}
     writer.SYNC_BYTES = fault.sync_bytes or writer.SYNC_BYTES
     with (folder / "calls").open("w") as trace:
         if fault.umask >= 0:
@@ -338,7 +391,7 @@ def child(request: dict[str, Any], folder: Path) -> int:
         Injector(fault, trace).install()
         code: object = 0
         try:
-            merge()
+            programs[request["program"]]()
         except SystemExit as stop:
             code = stop.code
         except BaseException:
@@ -379,10 +432,16 @@ def serve(requests: Iterable[str], replies: IO[str]) -> None:
 
 
 if __name__ == "__main__":
+    import click
     import torch
 
-    from mergekit_lfm.output import writer  # noqa: F401  (loaded once, for all children)
+    from mergekit_lfm.commands.app import main
+    from mergekit_lfm.commands.merge import merge
+    from mergekit_lfm.output import writer
+    from mergekit_lfm.store import durable
 
+    for module in sys.argv[1:]:  # loaded once, for all children
+        importlib.import_module(module)
     torch.set_num_threads(1)
     gc.collect()
     gc.freeze()  # or each child's collector would write to, and so copy, every page of this process

@@ -26,6 +26,7 @@ from mergekit_lfm.plan.plan import make_plan
 from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.recipe.registry import ALIGN_METHODS
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
+from mergekit_lfm.store.files import digest_file
 from mergekit_lfm.store.places import check_file
 from mergekit_lfm.store.tensors import ITEMSIZE
 from mergekit_lfm.views.rewritten import Rewritten
@@ -162,7 +163,7 @@ def _write(transform: Transform, file: Path, *, there: bool, overwrite: bool) ->
         with TemporaryDirectory() as folder:
             same = replace(transform, info=replace(transform.info, outputs=facts.outputs))
             same.save(Path(folder) / "new.safetensors")
-            if (Path(folder) / "new.safetensors").read_bytes() == file.read_bytes():
+            if digest_file(Path(folder) / "new.safetensors") == digest_file(file):
                 return True
         if not overwrite:
             raise PlanError(

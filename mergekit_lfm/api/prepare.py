@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 
 from mergekit_lfm.align.find import find_transform
 from mergekit_lfm.artifacts.cache import key_of, kind_of, load_or_make
@@ -37,6 +36,7 @@ from mergekit_lfm.recipe.roles import Edit
 from mergekit_lfm.recipe.values import NamedFile
 from mergekit_lfm.runtime.load import load_model
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
+from mergekit_lfm.store.files import digest_file
 from mergekit_lfm.store.hub.snapshots import check_room
 from mergekit_lfm.store.places import place_of
 from mergekit_lfm.version import versions
@@ -192,7 +192,7 @@ def _transform_of(source: Checkpoint, to: Checkpoint, request: AlignRequest, dev
         options: dict[str, Any] = dict(request.options)
         return find_transform(source, to, request.method, statistics=statistics, device=device, **options)
 
-    stats = None if request.stats is None else xxhash.xxh3_128_hexdigest(request.stats.path.read_bytes())
+    stats = None if request.stats is None else digest_file(request.stats.path)
     needed = versions("torch", "numpy", "scipy", "pot")
     key = key_of([source.content, to.content, stats, request.method, request.options, needed], device)
     return load_or_make(cache_folder("transforms") / f"{key}.safetensors", find, open_transform)

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,10 @@ from torch import Tensor
 from mergekit_lfm.artifacts.statistics import StatisticsInfo
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.store.checkpoint import open_checkpoint
-from mergekit_lfm.store.durable import leftovers, lock_folder, replace_file, reserve, sync_folder
+from mergekit_lfm.store.durable import leftovers, replace_file, reserve, sync_folder
 from mergekit_lfm.store.files import name_file, read_json
 from mergekit_lfm.store.formats import bytes_of
+from mergekit_lfm.store.locks import lock_folder
 from mergekit_lfm.store.places import partial_of
 from mergekit_lfm.store.tensors import UNFINISHED, TensorSpec, encode_header, read_header, write_exactly
 
@@ -47,7 +48,7 @@ class Partial:
         self._start, self._nbytes = len(header), len(header) + sum(spec.nbytes for spec in self.specs)
         self.key = xxhash.xxh3_128_hexdigest(header)
         self.done: dict[str, dict[str, Any]] = {}
-        self._fd = self._lock = -1
+        self._fd, self._held = -1, ExitStack()
         try:
             self._open(resume)
         except BaseException:
@@ -58,15 +59,12 @@ class Partial:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for fd in (self._fd, self._lock):
-            if fd >= 0:
-                os.close(fd)
-        self._fd = self._lock = -1
+        self._held.close()
 
     def _open(self, resume: bool) -> None:
         check_partial_is_ours(self.out)
         self.folder.mkdir(exist_ok=True)
-        self._lock = lock_folder(self.folder)
+        self._held.enter_context(lock_folder(self.folder))
         file = self.folder / FILE
         complete = file.is_file() and file.stat().st_size == self._nbytes
         progress = _read_json(self.folder / PROGRESS)
@@ -75,6 +73,7 @@ class Partial:
         else:
             self._start_over()
         self._fd = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        self._held.callback(os.close, self._fd)
         with name_file(file):
             write_exactly(self._fd, 0, memoryview(UNFINISHED))
             reserve(self._fd, self._nbytes)
@@ -166,9 +165,8 @@ def clear(out: Path) -> None:
     """Remove the folder that a run killed at its very end left beside the complete OUT."""
     folder = partial_of(out)
     if folder.is_dir():
-        fd = lock_folder(folder)
-        shutil.rmtree(folder)
-        os.close(fd)
+        with lock_folder(folder):
+            shutil.rmtree(folder)
         sync_folder(out.parent)
 
 

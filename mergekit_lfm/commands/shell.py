@@ -17,12 +17,20 @@ from typing import Any
 import click
 
 from mergekit_lfm.errors import FormatError, PlanError
+from mergekit_lfm.machine.resources import explain_thread_limit
 from mergekit_lfm.machine.sizes import parse_size
 from mergekit_lfm.machine.text import printable, printable_message
 from mergekit_lfm.store.hub import HubName, hub_name
 
 ANSWER_IS_NO = 1
 BAD_INPUT = 2  # or a bad environment; also what click exits with on bad usage
+# What to do about errors of the disk and the system, by their numbers.
+ADVICE = {
+    (errno.ENOSPC, errno.EDQUOT): "free some space and run the same command again, it goes on where it stopped",
+    (errno.EIO, errno.ESTALE): "the disk, or the connection to it, fails: when it is back, run the same command again",
+    (errno.EROFS, errno.EACCES): "make it accessible, or choose another place, and run the command again",
+    (errno.EMFILE, errno.ENFILE): "allow more with `ulimit -n`, or write fewer, larger shards: --max-shard-size",
+}
 _SIGNAL = f"{__name__}.signal"  # where a click context has the signal that interrupted the command
 NO_BARS = "HF_HUB_DISABLE_PROGRESS_BARS"  # a variable of huggingface_hub
 
@@ -38,7 +46,7 @@ class Command(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; models on the Hub among its arguments are downloaded to the cache before."""
         try:
-            with _signals_as_ctrl_c(ctx), warnings.catch_warnings():
+            with _signals_as_ctrl_c(ctx), warnings.catch_warnings(), explain_thread_limit():
                 for param in self.params:
                     if isinstance(param.type, ModelFolder) and param.name is not None:
                         ctx.params[param.name] = _download(ctx.params[param.name], ctx)
@@ -94,9 +102,8 @@ def _os_message(error: OSError) -> str:
     text = error.strerror or str(error)
     if error.filename is not None:
         text = f"{os.fsdecode(error.filename)}: {text}"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        text += "; free some space and run the same command again, it goes on where it stopped"
-    return text
+    advice = next((advice for numbers, advice in ADVICE.items() if error.errno in numbers), None)
+    return text if advice is None else f"{text}; {advice}"
 
 
 class ModelFolder(click.ParamType):  # type: ignore[type-arg]

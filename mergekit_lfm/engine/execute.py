@@ -23,7 +23,7 @@ from mergekit_lfm.errors import PlanError, reason, several
 from mergekit_lfm.kernels.compiled import Mode
 from mergekit_lfm.kernels.reductions import Reduction
 from mergekit_lfm.machine.accelerators import HOST, Accelerator
-from mergekit_lfm.machine.resources import default_memory
+from mergekit_lfm.machine.resources import default_memory, explain_thread_limit
 from mergekit_lfm.methods.registry import METHODS
 from mergekit_lfm.output.lock import LOCK
 from mergekit_lfm.output.replace import Policy, already_there, is_complete
@@ -44,6 +44,7 @@ class Execution:
     findings: tuple[str, ...] = ()
 
 
+@explain_thread_limit()
 def execute(
     plan: Plan,
     out: Path,

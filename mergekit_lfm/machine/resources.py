@@ -3,7 +3,11 @@
 import ctypes
 import os
 import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from mergekit_lfm.errors import PlanError
 
 
 def default_memory() -> int:
@@ -14,6 +18,20 @@ def default_memory() -> int:
 def default_threads() -> int:
     """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0))
+
+
+@contextmanager
+def explain_thread_limit() -> Iterator[None]:
+    """Raise PlanError if the system starts no more threads."""
+    try:
+        yield
+    except RuntimeError as error:  # Python has no class for it
+        if "start new thread" not in str(error):
+            raise
+        raise PlanError(
+            "the system starts no more threads for this user or container: use fewer --threads, end other programs, or "
+            "allow more with `ulimit -u`; the same command then goes on"
+        ) from None
 
 
 def free_space(out: Path) -> int:

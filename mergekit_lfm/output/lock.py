@@ -16,7 +16,7 @@ import xxhash
 
 from mergekit_lfm.errors import FormatError
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
-from mergekit_lfm.store.files import read_bytes, read_json
+from mergekit_lfm.store.files import open_file, read_bytes, read_json
 from mergekit_lfm.store.tensors import ITEMSIZE, MAX_HEADER, TensorSpec
 
 LOCK = "merge.lock.json"
@@ -123,7 +123,7 @@ def is_link(out: Path, name: str) -> bool:
 
 def _header_digest(path: Path) -> str:
     """xxh3-128 of a safetensors file's header, with its length."""
-    with path.open("rb") as file:
+    with open_file(path) as file:
         length = file.read(8)
         return xxhash.xxh3_128_hexdigest(length + file.read(min(MAX_HEADER, int.from_bytes(length, "little"))))
 
@@ -197,9 +197,9 @@ def _has_digests(checkpoint: Checkpoint, name: str, tensor: LockedTensor, progre
 
 
 def lock_of(folder: Path) -> dict[str, Any]:
-    """The lock of a finished output, {} without a readable one."""
+    """The lock of a finished output, {} without a whole one."""
     try:
         lock = read_json(folder / LOCK)
-    except (OSError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return {}
     return lock if isinstance(lock, dict) else {}

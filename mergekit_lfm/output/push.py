@@ -27,7 +27,7 @@ from mergekit_lfm.output.card import CARD, OWN_CARD, without_front_matter
 from mergekit_lfm.output.lock import LOCK, lock_of, verify
 from mergekit_lfm.output.replace import REPLACED
 from mergekit_lfm.store.checkpoint import open_checkpoint
-from mergekit_lfm.store.files import parse_json, read_bytes, read_text
+from mergekit_lfm.store.files import name_file, open_file, parse_json, read_bytes, read_text
 from mergekit_lfm.store.folder import INDEXES, is_outside
 from mergekit_lfm.store.hub import repository
 from mergekit_lfm.store.hub.client import HTTPError, api, endpoint, offline, translate_errors
@@ -181,7 +181,8 @@ def push(
     removed = sorted(_outdated(remote, kept) - contents.keys())
     commit = remote.commit
     if changed or removed:
-        commit = _commit(remote, {name: contents[name] for name in changed}, removed, message or _message(source))
+        with name_file(source):  # the client does not say which file it cannot read
+            commit = _commit(remote, {name: contents[name] for name in changed}, removed, message or _message(source))
         _compare(repo, commit, oids, removed)
     assert commit is not None
     if pull_back:
@@ -206,7 +207,8 @@ def _contents(folder: Path, weights: Collection[Path]) -> tuple[dict[str, Conten
             left.append(name.as_posix())
             continue
         contents[name.as_posix()] = path
-        problems += [f"{name}, line {line}: {secret}" for line, secret in find_secrets(path, _private(name))]
+        with name_file(path):
+            problems += [f"{name}, line {line}: {secret}" for line, secret in find_secrets(path, _private(name))]
     problems += [f"the name of {name} is a token or a key" for name in contents if mask_secrets(name) != name]
     if problems:
         raise PlanError(several("the folder holds private data", problems) + "\nRemove it, then push again.")
@@ -250,7 +252,7 @@ def _read(remote: Remote, name: str) -> bytes:
         path = Path(hf_hub_download(remote.repo, name, revision=remote.commit, endpoint=endpoint()))
     digests = {name: ListedDigest.of_entry(remote.files[name])}
     Snapshot(remote.repo, str(remote.commit), path.parent, {}, digests).compare([name])
-    return path.read_bytes()
+    return read_bytes(path)
 
 
 def _outdated(remote: Remote, kept_card: bool) -> set[str]:
@@ -273,9 +275,9 @@ def _oids(content: Content) -> tuple[str, str]:
     """The Hub's ids for this content: sha256 if it is stored outside git, git's sha1 if inside ("" if too large)."""
     if _nbytes(content) > IN_GIT:
         assert isinstance(content, Path)
-        with content.open("rb") as file:
+        with open_file(content) as file:
             return hashlib.file_digest(file, "sha256").hexdigest(), ""
-    data = content if isinstance(content, bytes) else content.read_bytes()
+    data = content if isinstance(content, bytes) else read_bytes(content, IN_GIT)
     return hashlib.sha256(data).hexdigest(), hashlib.sha1(f"blob {len(data)}\0".encode() + data).hexdigest()
 
 
@@ -288,7 +290,7 @@ def _matches(file: RepoFile | None, oids: tuple[str, str]) -> bool:
 
 def _commit(remote: Remote, contents: Mapping[str, Content], removed: list[str], message: str) -> str:
     """Commit on top of the commit that was checked, or fail; returns the new commit."""
-    additions = [CommitOperationAdd(name, x if isinstance(x, bytes) else str(x)) for name, x in contents.items()]
+    additions = [_addition(name, content) for name, content in contents.items()]
     deletions = [CommitOperationDelete(name, is_folder=False) for name in removed]
     with translate_errors(remote.repo):
         try:
@@ -302,6 +304,14 @@ def _commit(remote: Remote, contents: Mapping[str, Content], removed: list[str],
         except ValueError as error:  # the Hub does not accept the model card
             raise PlanError(f"{remote.repo}: {error}") from None
     return str(done.oid)
+
+
+def _addition(name: str, content: Content) -> CommitOperationAdd:
+    """A file to commit; the client reads it for its digest."""
+    if isinstance(content, bytes):
+        return CommitOperationAdd(name, content)
+    with name_file(content):
+        return CommitOperationAdd(name, str(content))
 
 
 def _compare(repo: str, commit: str, oids: Mapping[str, tuple[str, str]], removed: list[str]) -> None:

@@ -6,7 +6,6 @@ by its lock, or as one of the files that loaders read.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,9 +16,9 @@ import xxhash
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.output.layout import Shard
 from mergekit_lfm.output.lock import LOCK, covered_files, is_intact, is_link, lock_of
-from mergekit_lfm.store.durable import lock_folder
-from mergekit_lfm.store.files import read_bytes
+from mergekit_lfm.store.files import open_file, read_bytes
 from mergekit_lfm.store.folder import INDEXES, weight_paths
+from mergekit_lfm.store.locks import lock_folder
 from mergekit_lfm.store.places import check_apart, check_kind, has_files, partial_of, remove
 from mergekit_lfm.store.sidecars import SIDECAR
 
@@ -97,7 +96,7 @@ def _damage(out: Path, lock: Mapping[str, Any], shards: Sequence[Shard]) -> list
 
 
 def _has_header(path: Path, shard: Shard) -> bool:
-    with path.open("rb") as file:
+    with open_file(path) as file:
         return file.read(len(shard.header)) == shard.header
 
 
@@ -105,9 +104,8 @@ def _undo(digest: str, out: Path) -> None:
     """Move OUT back if a run of another plan with --overwrite was killed after it had moved OUT away."""
     replaced = partial_of(out) / REPLACED
     if replaced.exists() and not out.exists() and not is_complete(digest, out):
-        fd = lock_folder(partial_of(out))
-        replaced.rename(out)
-        os.close(fd)
+        with lock_folder(partial_of(out)):
+            replaced.rename(out)
 
 
 def is_complete(digest: str, out: Path) -> bool:

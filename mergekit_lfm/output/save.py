@@ -20,10 +20,11 @@ from mergekit_lfm.output.layout import INDEX, Shard, lay_out
 from mergekit_lfm.output.replace import check_folder
 from mergekit_lfm.output.writer import move_into_place
 from mergekit_lfm.store.checkpoint import Checkpoint
-from mergekit_lfm.store.durable import lock_folder, replace_file, reserve, sync_folder
+from mergekit_lfm.store.durable import replace_file, reserve, sync_folder
 from mergekit_lfm.store.files import name_file, read_bytes
 from mergekit_lfm.store.folder import is_outside
 from mergekit_lfm.store.formats import bytes_of
+from mergekit_lfm.store.locks import lock_folder
 from mergekit_lfm.store.places import has_files, partial_of, remove
 from mergekit_lfm.store.sidecars import sidecars_of
 from mergekit_lfm.store.tensors import TensorSpec, write_exactly
@@ -82,23 +83,21 @@ def _partial(out: Path) -> Iterator[Path]:
     """OUT.partial, empty except for its mark; it becomes OUT afterwards, or is removed after an exception."""
     partial = partial_of(out)
     partial.mkdir(parents=True, exist_ok=True)
-    fd = lock_folder(partial)
     mark = partial / MARK
-    try:
-        check_out(out, {}, overwrite=True)  # others may have written there since the last look
-        mark.touch()
-        for path in partial.iterdir():
-            if path != mark:
-                remove(path)
-        yield partial
-        mark.unlink()  # complete
-        move_into_place(out)
-    except BaseException:
-        if mark.exists():
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
-    finally:
-        os.close(fd)
+    with lock_folder(partial):
+        try:
+            check_out(out, {}, overwrite=True)  # others may have written there since the last look
+            mark.touch()
+            for path in partial.iterdir():
+                if path != mark:
+                    remove(path)
+            yield partial
+            mark.unlink()  # complete
+            move_into_place(out)
+        except BaseException:
+            if mark.exists():
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
 
 
 def _write_shard(checkpoint: Checkpoint, shard: Shard, changed: Mapping[str, Tensor], path: Path) -> None:

@@ -13,6 +13,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,8 +24,9 @@ from mergekit_lfm.output.layout import Shard
 from mergekit_lfm.output.lock import LOCK, lock_of
 from mergekit_lfm.output.replace import REPLACED, clear_replaced, files_in, is_complete
 from mergekit_lfm.output.shards import ShardFiles
-from mergekit_lfm.store.durable import leftovers, lock_folder, replace_file, reserve, sync_folder, write_all
-from mergekit_lfm.store.files import name_file, open_regular, parse_json
+from mergekit_lfm.store.durable import leftovers, replace_file, reserve, sync_folder, write_all
+from mergekit_lfm.store.files import name_file, open_file, parse_json
+from mergekit_lfm.store.locks import lock_folder
 from mergekit_lfm.store.places import partial_of, refuse_links, remove
 from mergekit_lfm.store.state import FileState, refuse_changed
 from mergekit_lfm.store.tensors import UNFINISHED, write_exactly
@@ -60,7 +62,7 @@ class Output:
         self._pending, self._pending_bytes = list[Receipt](), 0
         self._syncs: list[Future[None]] = []
         self._syncer = ThreadPoolExecutor(1, thread_name_prefix="sync")
-        self._journal = self._folder = -1
+        self._journal, self._held = -1, ExitStack()
         self._broken = False  # True once a sync failed: which other data are lost cannot be known
         try:
             self._open(resume)
@@ -74,10 +76,7 @@ class Output:
     def __exit__(self, *_: object) -> None:
         self._syncer.shutdown()
         self._files.close()
-        for fd in (self._journal, self._folder):
-            if fd >= 0:
-                os.close(fd)
-        self._journal, self._folder = -1, -1
+        self._held.close()
 
     def _open(self, resume: bool) -> None:
         journal = self.partial / JOURNAL
@@ -85,10 +84,11 @@ class Output:
             raise PlanError(f"{self.partial} exists and is not the unfinished output of a merge; move it away")
         refuse_links(self.partial, (JOURNAL, LOCK, *(shard.name for shard in self.shards)))
         self.partial.mkdir(parents=True, exist_ok=True)
-        self._folder = lock_folder(self.partial)
+        self._held.enter_context(lock_folder(self.partial))
         if resume:
             self._refuse_other_work(journal)
         self._journal = os.open(journal, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        self._held.callback(os.close, self._journal)
         if not (resume and self._shards_whole() and self._read_journal(journal)):
             self._start_over(journal)
         for number, shard in enumerate(self.shards):
@@ -102,7 +102,7 @@ class Output:
     def _refuse_other_work(self, journal: Path) -> None:
         """Raise PlanError if the folder holds work of another plan, which starting over would delete."""
         try:
-            with os.fdopen(open_regular(journal), "rb") as lines:
+            with open_file(journal) as lines:
                 plan = parse_json(lines.readline(1 << 10), journal)["plan"]
         except (OSError, ValueError, TypeError, KeyError):
             plan = lock_of(self.partial).get("plan", self.digest)
@@ -124,7 +124,7 @@ class Output:
         Raises FormatError if an input was changed since that run.
         """
         kept, before = 0, {str(state.path): state for state in self.inputs}
-        with os.fdopen(open_regular(journal), "rb") as lines:
+        with open_file(journal) as lines:
             for line in iter(lambda: lines.readline(LONGEST_LINE), b""):
                 try:
                     entry = parse_json(line, journal)
@@ -271,10 +271,7 @@ def finish(digest: str, shards: Iterable[Shard], files: Mapping[str, bytes], out
     """
     if not is_complete(digest, out):
         return False
-    fd = lock_folder(partial_of(out))
-    try:
+    with lock_folder(partial_of(out)):
         check_whole(partial_of(out), shards, files, lock=True)
         move_into_place(out)
-    finally:
-        os.close(fd)
     return True

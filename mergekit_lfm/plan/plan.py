@@ -45,6 +45,7 @@ from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.recipe.rename import RenameRule
 from mergekit_lfm.recipe.roles import Input
 from mergekit_lfm.store.checkpoint import Checkpoint
+from mergekit_lfm.store.files import read_bytes
 from mergekit_lfm.store.sidecars import sidecars_of
 from mergekit_lfm.store.state import FileState, state_of
 from mergekit_lfm.store.tensors import TensorSpec
@@ -174,7 +175,7 @@ class Plan:
     @cached_property
     def contents(self) -> dict[Path, bytes]:
         """The bytes of `files`, read once: the digest covers them, and the output's are made of them."""
-        return {path: path.read_bytes() for path in self.files}
+        return {path: read_bytes(path) for path in self.files}
 
     @cached_property
     def digest(self) -> str:

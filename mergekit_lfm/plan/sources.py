@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from mergekit_lfm.arch import find_symmetries
 from mergekit_lfm.arch.pairs import check_alike
 from mergekit_lfm.arch.table import Symmetries, Units, check_fit
@@ -29,7 +27,7 @@ from mergekit_lfm.recipe.registry import ALIGN_METHODS
 from mergekit_lfm.recipe.roles import Edit, Input
 from mergekit_lfm.recipe.values import NamedFile
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
-from mergekit_lfm.store.files import read_bytes
+from mergekit_lfm.store.files import digest_file
 from mergekit_lfm.store.tensors import TensorSpec
 from mergekit_lfm.views.base import View
 from mergekit_lfm.views.pending import Pending
@@ -92,7 +90,7 @@ def aligned_view(checkpoint: Checkpoint, file: Path, ref: str, label: object) ->
 
     transform = open_transform(file)
     check_source(transform, checkpoint, ref, label)
-    return Rewritten(checkpoint, transform, {"transform": xxhash.xxh3_128_hexdigest(file.read_bytes())})
+    return Rewritten(checkpoint, transform, {"transform": digest_file(file)})
 
 
 def check_source(transform: Transform, checkpoint: Checkpoint, ref: str, label: object) -> None:
@@ -120,10 +118,9 @@ def edited_view(checkpoint: Checkpoint, edits: Sequence[Edit]) -> Checkpoint:
 def identity_of(edit: Edit) -> dict[str, Any]:
     """Digests and options of an edit's inputs other than the model."""
     if isinstance(edit, NamedFile):
-        return {"patch": xxhash.xxh3_128_hexdigest(edit.path.read_bytes())}
+        return {"patch": digest_file(edit.path)}
     stats = [] if edit.stats is None else open_checkpoint(edit.stats.path).identity
-    facts = xxhash.xxh3_128_hexdigest(read_bytes(edit.facts.path))
-    return {"facts": facts, "method": edit.method, "options": edit.user_options, "stats": stats}
+    return {"facts": digest_file(edit.facts.path), "method": edit.method, "options": edit.user_options, "stats": stats}
 
 
 def named_files(recipe: Recipe) -> tuple[Path, ...]:

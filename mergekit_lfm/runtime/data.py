@@ -6,7 +6,6 @@ then in the order of the file. The number of an example is its position in the f
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,7 @@ from mergekit_lfm.runtime.batches import Batch, as_batches
 from mergekit_lfm.runtime.lines import DataLine, read_lines, refuse
 from mergekit_lfm.runtime.load import start_token, tokenizer_for_texts
 from mergekit_lfm.runtime.tasks import TASKS
-from mergekit_lfm.store.files import open_regular
+from mergekit_lfm.store.files import open_file
 
 if TYPE_CHECKING:
     from mergekit_lfm.runtime.load import Tokenizer
@@ -202,7 +201,7 @@ def _rows(whole: Batch, rows: slice) -> Batch:
 def _arrays(path: Path) -> dict[str, torch.Tensor]:
     """The arrays of an NPZ file as tensors, each of at least one axis."""
     try:
-        with os.fdopen(open_regular(path), "rb") as file:
+        with open_file(path) as file:
             arrays = np.load(file, allow_pickle=False)
             if not isinstance(arrays, Mapping):
                 raise ValueError("it is a single array")

@@ -19,6 +19,7 @@ from mergekit_lfm.errors import FormatError, PlanError, reason
 from mergekit_lfm.machine.devices import find_device
 from mergekit_lfm.runtime.tasks import TASKS
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
+from mergekit_lfm.store.files import name_file
 from mergekit_lfm.store.sidecars import sidecars_of
 
 if TYPE_CHECKING:
@@ -266,11 +267,12 @@ def _check_causal(loaded: Loaded) -> None:
 
 @contextmanager
 def _loading(folder: Path, task: str) -> Iterator[None]:
-    """Turn the errors of transformers for a folder that it cannot load into one FormatError."""
+    """Turn the errors of transformers for a folder that it cannot load into one FormatError; name it in OSErrors."""
     from huggingface_hub.errors import StrictDataclassError
 
     try:
-        yield
+        with name_file(folder):
+            yield
     except (FormatError, PlanError):
         raise
     except (ImportError, LookupError, RuntimeError, StrictDataclassError, TypeError, ValueError) as error:

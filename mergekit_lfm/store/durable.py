@@ -1,17 +1,15 @@
-"""Files that survive a crash: sync folders, replace files whole or not at all, lock folders for one run."""
+"""Files that survive a crash: sync folders, replace files whole or not at all, reserve space on the disk."""
 
 from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import os
 import re
 import secrets
 from collections.abc import Iterable
 from pathlib import Path
 
-from mergekit_lfm.errors import PlanError
 from mergekit_lfm.store.files import name_file
 
 LEFTOVER = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
@@ -53,19 +51,6 @@ def leftovers(folder: Path) -> list[Path]:
     return [path for path in folder.rglob(".*.tmp") if LEFTOVER.fullmatch(path.name)]
 
 
-def lock_folder(folder: Path) -> int:
-    """A descriptor of the folder, locked until it is closed. Raises PlanError while another run has the lock."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not folder.exists() or os.fstat(fd).st_ino != folder.stat().st_ino:
-            raise BlockingIOError
-    except BlockingIOError:
-        os.close(fd)
-        raise PlanError(f"another run is writing {folder}; wait for it, or choose another output") from None
-    return fd
-
-
 def write_all(fd: int, data: bytes) -> None:
     """Append all of `data`."""
     view = memoryview(data)
@@ -79,7 +64,9 @@ def reserve(fd: int, nbytes: int) -> None:
     Uses the system call, because os.posix_fallocate writes every page on filesystems without it.
     """
     os.ftruncate(fd, nbytes)
-    if nbytes and _fallocate is not None and _fallocate(fd, 0, ctypes.c_int64(0), ctypes.c_int64(nbytes)):
+    while nbytes and _fallocate is not None and _fallocate(fd, 0, ctypes.c_int64(0), ctypes.c_int64(nbytes)):
         number = ctypes.get_errno()
-        if number not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+        if number in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            return
+        if number != errno.EINTR:  # Python repeats calls that a signal interrupts, but not those by ctypes
             raise OSError(number, os.strerror(number))

@@ -1,6 +1,6 @@
-"""Read small files whole: regular ones of a bounded size, and the JSON in them, of bounded depth.
+"""Read files of strangers: regular ones alone, small ones whole, the JSON in them of bounded depth.
 
-Folders of models come from strangers: a pipe in place of a config would hang, a device would never end.
+In a folder of a model a pipe in place of a config would hang, a device would never end. Errors name the file.
 """
 
 from __future__ import annotations
@@ -10,12 +10,16 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
+
+import xxhash
 
 from mergekit_lfm.errors import FormatError
 
 SMALL = 100_000_000  # bytes; tokenizers, the largest files beside the weights, have up to 40 MB
+PART = 1 << 20  # bytes that are read at a time
 DEEPEST = 100  # levels of lists and mappings; the official reader of safetensors headers stops at 128
 KINDS = {
     stat.S_IFIFO: "a pipe",
@@ -28,11 +32,11 @@ KINDS = {
 
 @contextmanager
 def name_file(path: Path) -> Iterator[None]:
-    """Add the name of the file to an OSError from a descriptor."""
+    """Add the name of the file to an OSError from a descriptor; those of connections have no number."""
     try:
         yield
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno is not None:
             error.filename = os.fspath(path)
         raise
 
@@ -49,6 +53,13 @@ def open_regular(path: Path) -> int:
     return fd
 
 
+@contextmanager
+def open_file(path: Path) -> Iterator[BufferedReader]:
+    """A regular file, open for reading within the block, whose OSErrors name it. Raises as `open_regular` does."""
+    with name_file(path), os.fdopen(open_regular(path), "rb") as file:
+        yield file
+
+
 def _refuse_others(path: Path, mode: int) -> None:
     if not stat.S_ISREG(mode):
         kind = KINDS.get(stat.S_IFMT(mode), "something else")
@@ -57,11 +68,20 @@ def _refuse_others(path: Path, mode: int) -> None:
 
 def read_bytes(path: Path, most: int | None = SMALL) -> bytes:
     """The content of a regular file of at most `most` bytes, None for any size. Raises FormatError for any other."""
-    with name_file(path), os.fdopen(open_regular(path), "rb") as file:
+    with open_file(path) as file:
         content = file.read(-1 if most is None else most + 1)
     if most is not None and len(content) > most:
         raise FormatError(f"{path} has over {most:,} bytes, expected a small file; fetch or write it again")
     return content
+
+
+def digest_file(path: Path) -> str:
+    """xxh3-128 of a regular file of any size, in hex. Raises FormatError for any other."""
+    digest = xxhash.xxh3_128()
+    with open_file(path) as file:
+        while part := file.read(PART):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def read_text(path: Path, most: int | None = SMALL) -> str:

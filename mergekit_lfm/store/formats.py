@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_lfm.errors import FormatError
 from mergekit_lfm.store.archive import Unreadable, read_archive, state_dict
-from mergekit_lfm.store.files import open_regular
+from mergekit_lfm.store.files import open_file, open_regular
 from mergekit_lfm.store.state import FileState, state_of
 from mergekit_lfm.store.tensors import ITEMSIZE, TensorSpec, parse_header, read_exactly, read_header
 
@@ -186,7 +186,7 @@ def _open_file(path: Path, snapshot: Snapshot | None) -> WeightFile:
             name = path.relative_to(snapshot.folder).as_posix()
             header = parse_header(Path(f"{snapshot}/{name}"), *snapshot.head(name))
         return WeightFile(path, header.tensors, header.data_start, snapshot)
-    with os.fdopen(open_regular(path), "rb") as file:
+    with open_file(path) as file:
         if file.read(23) == b"version https://git-lfs":
             raise FormatError(
                 f"{path}: this is a git-lfs pointer, not the weights; run `git lfs pull` in its repository"

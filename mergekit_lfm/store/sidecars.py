@@ -13,7 +13,7 @@ from pathlib import Path
 from mergekit_lfm.errors import FormatError
 from mergekit_lfm.machine.secrets import find_secrets
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
-from mergekit_lfm.store.files import SMALL, read_json
+from mergekit_lfm.store.files import SMALL, name_file, read_json
 from mergekit_lfm.store.folder import is_outside, leads_away
 from mergekit_lfm.store.hub import HubName
 
@@ -97,7 +97,8 @@ def _private_content(path: Path, folder: Path) -> str:
     """Why a file is left behind by where it lies and what it holds, "" if it is not."""
     if is_outside(path, folder):
         return "it is a link that leads out of the folder"
-    return next((f"line {line} holds {secret}" for line, secret in find_secrets(path)), "")
+    with name_file(path):
+        return next((f"line {line} holds {secret}" for line, secret in find_secrets(path)), "")
 
 
 def _modules(folder: Path) -> list[str]:

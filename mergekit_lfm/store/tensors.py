@@ -17,7 +17,7 @@ from reprlib import repr as shorten
 from typing import Any
 
 from mergekit_lfm.errors import FormatError
-from mergekit_lfm.store.files import name_file, open_regular, refuse_depth
+from mergekit_lfm.store.files import name_file, open_file, refuse_depth
 
 # code in the file -> (torch's name, bytes per element)
 DTYPES = {
@@ -86,7 +86,7 @@ def read_header(path: Path) -> Header:
 
     Raises FormatError unless the file's tensors cover its data without hole, overlap or rest.
     """
-    with os.fdopen(open_regular(path), "rb") as file:
+    with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")

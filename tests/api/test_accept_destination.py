@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from helpers_faults import WRITES, Forks, snapshot, warm_interpreter
+from helpers_faults import Forks, snapshot, warm_interpreter
 from helpers_work import Work
 
 
@@ -81,51 +79,6 @@ def test_folders_that_only_look_like_ours(work: Work, name: str) -> None:
 
 
 # ------------------------------------------------------------------ the disk
-
-
-def writing_calls(work: Work) -> dict[str, int]:
-    """The calls that can meet a full disk, each with its number of uses in a whole run."""
-    whole = work.run(out="whole")
-    names = (*set(WRITES) - {"copy_file_range"}, "posix_fallocate", "fdatasync", "fsync", "mkdir", "open")
-    counts = {name: whole.count(name, where="whole") for name in names}
-    return {name: count for name, count in counts.items() if count} | {
-        "mkdir": 1
-    }  # later calls find the existing folder
-
-
-SLOW = [pytest.param(error, marks=pytest.mark.slow) for error in (errno.EDQUOT, errno.EROFS)]
-
-
-@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO, *SLOW], ids=errno.errorcode.get)
-def test_full_disk(work: Work, error: int) -> None:
-    """Whichever call first meets the full disk: one message, nothing at OUT; with space again, the merge goes on.
-
-    The moments are those of a full disk; other errors differ by what the message says, and come once for each call.
-    """
-    calls = writing_calls(work)
-    assert {"pwrite", "open"} <= calls.keys()
-    expected = snapshot(work.folder / "whole")
-    shutil.rmtree(work.folder / "whole")
-    for name, count in calls.items():
-        moments = {1, (count + 1) // 2, count} if error == errno.ENOSPC else {(count + 1) // 2}
-        for nth in sorted(moments & set(range(1, count + 1))):
-            work.refused(os.strerror(error), "out.partial", early=False, fail=name, nth=nth, where="out", error=error)
-            ran = work.run()
-            assert ran.code == 0, (name, nth, ran.err)
-            assert snapshot(work.folder / "out") == expected, (name, nth)
-            assert not (work.folder / "out.partial").exists()
-            shutil.rmtree(work.folder / "out")
-
-
-def test_filesystem_without_reservation(work: Work) -> None:
-    """If space cannot be reserved or ranges copied, plain calls replace them."""
-    whole = work.run(out="whole")
-    for name in ("posix_fallocate", "copy_file_range"):
-        ran = work.run(fail=name, error=errno.EOPNOTSUPP)
-        assert ran.code == 0, ran.err
-        assert snapshot(work.folder / "out") == snapshot(work.folder / "whole")
-        shutil.rmtree(work.folder / "out")
-    assert whole.code == 0
 
 
 def test_too_little_space_is_known_beforehand(work: Work) -> None:

@@ -1,10 +1,12 @@
 """The command line as a shell and a script see it: streams, exit codes, JSON, resuming, the progress bar."""
 
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,10 +18,13 @@ from helpers_commands import ROOT, answer, on_a_terminal, refusal, run, start, w
 from models import files_of, save_checkpoint
 from safetensors.torch import load_file, save_file
 
+import mergekit_lfm
 from mergekit_lfm import open_checkpoint
 from mergekit_lfm.commands.shell import Command
+from mergekit_lfm.errors import PlanError
 from mergekit_lfm.machine.sizes import format_size, parse_size
 from mergekit_lfm.methods.registry import METHODS
+from mergekit_lfm.output.shards import ShardFiles
 from mergekit_lfm.recipe.registry import all_methods
 from mergekit_lfm.version import __version__
 
@@ -50,6 +55,42 @@ def test_merge_prints_where_the_result_is(folder: Path) -> None:
     assert result.stderr.count("\n") == 1
     merged = load_file(folder / "out/model/model.safetensors")
     assert {name: set(t.flatten().tolist()) for name, t in merged.items()} == {"w": {2.0}, "layers.0.v": {-2.0}}
+
+
+@pytest.mark.parametrize("allowed", [0, 1])
+def test_a_system_that_starts_no_threads_is_one_message(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, allowed: int
+) -> None:
+    really_start, left = threading.Thread.start, [*range(allowed)]
+
+    def start_some(thread: threading.Thread) -> None:
+        if not left:
+            raise RuntimeError("can't start new thread")
+        left.pop()
+        really_start(thread)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start_some)
+        assert "use fewer --threads" in refusal(run("merge", "recipe.yaml", "out", "--threads", "2"))
+        with pytest.raises(PlanError, match="use fewer --threads"):
+            mergekit_lfm.merge("recipe.yaml", "out", threads=2)
+    assert not (folder / "out").exists()
+    assert run("merge", "recipe.yaml", "out", "--threads", "2").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [(errno.EMFILE, "ulimit -n"), (errno.ENFILE, "--max-shard-size"), (errno.EROFS, "another place")],
+)
+def test_errors_of_the_system_say_what_to_do(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, error: int, advice: str
+) -> None:
+    def refuse(files: ShardFiles, shard: int) -> None:
+        raise OSError(error, os.strerror(error), files.path(shard))
+
+    monkeypatch.setattr(ShardFiles, "fileno", refuse)
+    message = refusal(run("merge", "recipe.yaml", "out"))
+    assert os.strerror(error) in message and str(folder / "out.partial") in message and advice in message
 
 
 def test_a_recipe_on_standard_input_is_that_of_a_file_here(folder: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +17,7 @@ from torch import ones
 from mergekit_lfm import merge
 from mergekit_lfm.errors import FormatError
 from mergekit_lfm.output.writer import Output
+from mergekit_lfm.store import durable
 from mergekit_lfm.store.durable import leftovers, replace_file
 
 
@@ -87,3 +90,21 @@ def test_a_journal_that_is_a_pipe_is_refused(killed: Path) -> None:
     os.mkfifo(journal)
     with pytest.raises(FormatError, match=r"merge\.journal is a pipe"):
         merge(write_recipe(killed, LINEAR), killed / "out")
+
+
+def test_space_is_reserved_although_signals_interrupt_the_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python repeats interrupted calls, but not those by ctypes."""
+    reserve_really, interruptions = durable._fallocate, [1, 1]
+    assert reserve_really is not None
+
+    def fallocate(*args: object) -> int:
+        if interruptions:
+            interruptions.pop()
+            ctypes.set_errno(errno.EINTR)
+            return -1
+        return int(reserve_really(*args))
+
+    monkeypatch.setattr(durable, "_fallocate", fallocate)
+    with (tmp_path / "x").open("wb") as file:
+        durable.reserve(file.fileno(), 1 << 20)
+        assert os.fstat(file.fileno()).st_blocks * 512 >= 1 << 20 and not interruptions

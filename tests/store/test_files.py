@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import xxhash
 import yaml
 from safetensors.numpy import save_file
 
@@ -197,3 +199,18 @@ def test_yaml_is_read_without_libyaml_too() -> None:
 def test_a_recipe_with_names_that_no_file_can_have_is_refused() -> None:
     with pytest.raises(PlanError, match=r"models\[0\].model: found 'aaa.*cannot be looked up: File name too long"):
         Recipe.parse({"merge_method": "linear", "models": [{"model": "a" * 300, "parameters": {"weight": 1}}]})
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, files.PART - 1, files.PART, 2 * files.PART + 3])
+def test_the_digest_of_a_file_is_that_of_its_bytes(tmp_path: Path, nbytes: int) -> None:
+    data = os.urandom(nbytes)
+    (tmp_path / "x").write_bytes(data)
+    assert files.digest_file(tmp_path / "x") == xxhash.xxh3_128_hexdigest(data)
+
+
+@pytest.mark.parametrize("read", [files.digest_file, read_bytes, read_text, read_json])
+def test_a_failure_of_the_disk_names_the_file(read: Callable[[Path], object]) -> None:
+    """The memory of a process is a regular file, and reading its first page fails as a disk does."""
+    with pytest.raises(OSError, match="/proc/self/mem") as raised:
+        read(Path("/proc/self/mem"))
+    assert raised.value.errno == errno.EIO

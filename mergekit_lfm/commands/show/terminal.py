@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from threading import Lock
@@ -100,15 +101,17 @@ class Terminal:
 
 
 def _bar(total: int | None, doing: str, unit: str, hidden: bool) -> tqdm[Any]:
-    from tqdm import tqdm
+    from tqdm import TqdmMonitorWarning, tqdm
 
     unseen = True if hidden else None  # None: unless the stream is a terminal
-    return tqdm(
-        total=total,
-        desc=printable_line(doing),
-        unit=unit,
-        unit_scale=True,
-        leave=False,
-        disable=unseen,
-        file=sys.stderr,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TqdmMonitorWarning)  # it has no thread to redraw a bar that stands still
+        return tqdm(
+            total=total,
+            desc=printable_line(doing),
+            unit=unit,
+            unit_scale=True,
+            leave=False,
+            disable=unseen,
+            file=sys.stderr,
+        )

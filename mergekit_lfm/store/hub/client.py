@@ -85,6 +85,8 @@ def translate_errors(about: str) -> Iterator[None]:
             if type(error) is not RuntimeError:
                 raise
             cause = error.__cause__  # of a failed upload; the client's native part gives none
+            if isinstance(cause, OSError) and cause.errno is not None:  # of the disk, not of the connection
+                raise cause from None
             known = isinstance(cause, HTTPError)
             raise _explain(about, cause if known and isinstance(cause, Exception) else error) from None
         except LocalEntryNotFoundError as error:  # the client found nothing in the cache either

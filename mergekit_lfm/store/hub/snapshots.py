@@ -21,6 +21,7 @@ from huggingface_hub.hf_api import RepoFile
 
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.machine.resources import free_space
+from mergekit_lfm.store.files import open_file
 from mergekit_lfm.store.hub.client import api, endpoint, hide_progress_bars, offline, translate_errors
 from mergekit_lfm.store.hub.names import HubName
 from mergekit_lfm.store.hub.requests import list_files, read_start
@@ -46,7 +47,7 @@ class ListedDigest:
     def of(self, path: Path) -> str:
         """The digest of the same kind of a file here."""
         start = b"" if self.kind == "sha256" else f"blob {path.stat().st_size}\0".encode()
-        with path.open("rb") as file:
+        with open_file(path) as file:
             return hashlib.file_digest(file, lambda: hashlib.new(self.kind, start)).hexdigest()
 
 
@@ -129,7 +130,7 @@ class Snapshot:
             if data is not None:
                 return data
             self.fetch([name])
-        with path.open("rb") as file:
+        with open_file(path) as file:
             return file.read(nbytes)
 
 

@@ -1,0 +1,124 @@
+"""Lock a folder for one run: by the file system, or by a file beside the folder where that has no locks.
+
+The file, FOLDER.lock, names its run: host, process, and the time at which the process started, since numbers of
+processes are used again. A run that was killed leaves it; the next one on the same host takes it over.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import secrets
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from mergekit_lfm.errors import FormatError, PlanError
+from mergekit_lfm.store.durable import write_all
+from mergekit_lfm.store.files import name_file, read_text
+
+WITHOUT_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # of network file systems without a lock service
+LONGEST = 1000  # bytes of a lock file
+
+
+@contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Keep other runs out of the folder within this block. Raises PlanError while another run has it."""
+    with ExitStack() as stack:
+        fd = os.open(folder, os.O_RDONLY)
+        stack.callback(os.close, fd)
+        busy = PlanError(f"another run is writing {folder}; wait for it, or choose another output")
+        try:
+            with name_file(folder):
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise busy from None
+        except OSError as error:
+            if error.errno not in WITHOUT_LOCKS:
+                raise
+            stack.enter_context(_hold(folder.with_name(f"{folder.name}.lock"), folder))
+        if not folder.exists() or os.fstat(fd).st_ino != folder.stat().st_ino:
+            raise busy  # it has just published the folder
+        yield
+
+
+@contextmanager
+def _hold(path: Path, folder: Path) -> Iterator[None]:
+    """Keep other runs out by a lock file."""
+    ours = f"{socket.gethostname()} {os.getpid()} {_start_of(os.getpid())}"
+    if not _create(path, ours):
+        theirs = _read(path)
+        if not (_is_gone(theirs) and _take_away(path, theirs) and _create(path, ours)):
+            host, pid = [*theirs.split(), "?", "?"][:2]
+            raise PlanError(
+                f"another run is writing {folder}: {path} is the lock of process {pid} on {host}; wait for it, choose "
+                "another output, or delete that file if the process has ended"
+            )
+    try:
+        yield
+    finally:
+        if _read(path) == ours:
+            path.unlink()
+
+
+def _create(path: Path, owner: str) -> bool:
+    """Make the lock file; False if there is one."""
+    with name_file(path):
+        try:
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        except FileExistsError:
+            return False
+        try:
+            write_all(fd, owner.encode())
+        except BaseException:
+            path.unlink()
+            raise
+        finally:
+            os.close(fd)
+    return True
+
+
+def _read(path: Path) -> str:
+    """The content of a lock file, "" without a readable one."""
+    with suppress(FileNotFoundError, FormatError, UnicodeDecodeError):
+        return read_text(path, LONGEST)
+    return ""
+
+
+def _is_gone(owner: str) -> bool:
+    """True if the process that a lock file names has ended; False if that cannot be known."""
+    try:
+        host, pid, start = owner.split()
+        if host != socket.gethostname():
+            return False
+        os.kill(int(pid), 0)
+        return _start_of(int(pid)) != start
+    except ProcessLookupError:
+        return True
+    except (PermissionError, ValueError, OverflowError):  # another user's, or not a lock of ours
+        return False
+
+
+def _start_of(pid: int) -> str:
+    """The time at which a process started, in the units of its system. Raises ProcessLookupError without one."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        raise ProcessLookupError from None
+    return text.rpartition(")")[2].split()[19]
+
+
+def _take_away(path: Path, owner: str) -> bool:
+    """Remove the lock file of a run that has ended; False if another run did so first."""
+    aside = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
+    try:
+        path.rename(aside)  # only one run succeeds
+    except FileNotFoundError:
+        return False
+    if _read(aside) != owner:  # the run that did so first has its own lock there now
+        aside.rename(path)
+        return False
+    aside.unlink()
+    return True
