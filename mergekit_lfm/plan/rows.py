@@ -7,7 +7,7 @@ of the base.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mergekit_lfm.recipe.recipe import Recipe
@@ -44,10 +44,7 @@ def fit_rows(recipe: Recipe, models: Sequence[Checkpoint], template: int) -> Row
         return Rows(tuple(models))
     shortest = min(stated)
     rows = shortest if recipe.rows == "crop" else first
-    fitted = [
-        model if length in (None, rows) else Resized(model, names, rows, models[template])
-        for model, names, length in zip(models, vocabularies, lengths, strict=True)
-    ]
+    fitted = [_fit(model, names, rows, models[template]) for model, names in zip(models, vocabularies, strict=True)]
     cut = [
         (i, name, length - rows)
         for i, names in enumerate(vocabularies)
@@ -56,6 +53,12 @@ def fit_rows(recipe: Recipe, models: Sequence[Checkpoint], template: int) -> Row
     ]
     kept = dict.fromkeys(vocabularies[template], shortest) if rows > shortest else {}
     return Rows(tuple(fitted), kept, None if rows == first else rows, tuple(cut))
+
+
+def _fit(model: Checkpoint, names: Mapping[str, int], rows: int, template: Checkpoint) -> Checkpoint:
+    """The model with so many rows: cut, or filled with the template's where that has the tensor."""
+    wrong = [name for name, length in names.items() if length > rows or (length < rows and name in template)]
+    return Resized(model, wrong, rows, template) if wrong else model
 
 
 def vocabulary_of(model: Checkpoint) -> dict[str, int]:

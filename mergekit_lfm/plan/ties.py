@@ -31,7 +31,8 @@ def rows_of(models: Sequence[Checkpoint], template: int) -> tuple[list[Row], lis
     Beside them (model, name) of each tensor of a model's own that the template's config ties to another.
     """
     groups = tied_names(dict.fromkeys(name for model in models for name in model))
-    group_of = {name: group for group in groups if _alike(group, models) for name in group}
+    groups = [group for group in groups if _alike(group, models) and _is_one(group, models, template)]
+    group_of = {name: group for group in groups for name in group}
     rows, apart, used = list[Row](), list[tuple[int, str]](), set[tuple[int, str]]()
     for name in models[template]:
         if (template, name) in used:
@@ -62,6 +63,12 @@ def rows_of(models: Sequence[Checkpoint], template: int) -> tuple[list[Row], lis
 def _alike(group: Sequence[str], models: Sequence[Checkpoint]) -> bool:
     """True if the names of a group have one shape and dtype in each model."""
     return all(len({(model[n].shape, model[n].dtype) for n in group if n in model}) <= 1 for model in models)
+
+
+def _is_one(group: tuple[str, ...], models: Sequence[Checkpoint], template: int) -> bool:
+    """False if no config says that the group is one tensor in the template, and in some model it is not."""
+    stated = is_tied(models[template].config) is not None
+    return stated or all(_holds(model, group) is not None for model in models)
 
 
 def _holds(model: Checkpoint, group: tuple[str, ...]) -> tuple[str, ...] | None:
