@@ -113,17 +113,8 @@ def align_models(
         transform = open_transform(file)
     else:
         with progress.by_tick(" groups", "aligning") as tick:
-            transform = find_transform(
-                source,
-                target,
-                method,
-                statistics=None if by_stats is None else open_statistics(by_stats),
-                initial=None if start is None else open_transform(start),
-                order=order,
-                progress=tick,
-                device=device,
-                **parameters,
-            )
+            options = {"order": order, "progress": tick, "device": device, **parameters}
+            transform = _find(source, target, method, by_stats, start, **options)
     difference = tolerance = saved = None
     if not known or folder is not None:
         outputs, difference, tolerance = _compare(source, transform, asked=folder is not None)
@@ -139,6 +130,13 @@ def align_models(
     wrong = f"{file or 'the transform'}: it changes the outputs of {source}"
     warnings = warn_of([wrong] if transform.info.outputs == DIFFERENT else [])
     return Aligned(file, transform, digest, there, warnings, time.monotonic() - started, saved)
+
+
+def _find(source: Path, to: Path, method: str, stats: Path | None, initial: Path | None, **options: Any) -> Transform:
+    """The transform, with the statistics and the start in these files."""
+    statistics = None if stats is None else open_statistics(stats)
+    start = None if initial is None else open_transform(initial)
+    return find_transform(source, to, method, statistics=statistics, initial=start, **options)
 
 
 def _find_differences(
@@ -159,7 +157,7 @@ def _depends_on_more(method: str, stats: StrPath | None, initial: StrPath | None
 def _write(transform: Transform, file: Path, *, there: bool, overwrite: bool) -> bool:
     """Write the transform file; True if it is there already, to the byte. there: its header is of this request."""
     if there:
-        _, facts = read_transform_info(file)  # whether the models ran is no part of the request
+        _, facts = read_transform_info(file)  # the request does not say whether models ran
         with TemporaryDirectory() as folder:
             same = replace(transform, info=replace(transform.info, outputs=facts.outputs))
             same.save(Path(folder) / "new.safetensors")

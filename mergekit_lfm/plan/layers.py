@@ -14,9 +14,9 @@ def find_layers(names: Iterable[str]) -> dict[str, tuple[int, int]]:
 
     Names that differ only by numbers have one pattern. Of the numbers in a name that one is the layer that takes the
     most values among names of one pattern (the mean over all patterns with a number there); among equals the first, but
-    one that begins the name comes last. So the index of a container, as in `0.auto_model.encoder.layer.11`, is none,
-    nor is one inside a layer. Numbers of experts do not count: there may be more of them than of layers. Layers are
-    counted for each text before their number. Tensors in a container, but in no layer of it, are outside the layers.
+    one that begins the name comes last. So the index of a container, as in `0.auto_model.encoder.layer.11`, does not
+    count, nor does one inside a layer. Experts do not count either: there may be more of them than of layers. Layers
+    are counted for each text before their number. Tensors beside the layers of a container are in no layer.
     """
     numbers = {name: [match for match in _NUMBER.finditer(name) if not _counts_experts(match)] for name in names}
     places = {name: [_pattern(name[: match.start()]) for match in found] for name, found in numbers.items()}

@@ -164,7 +164,7 @@ def check_base(checkpoint: Checkpoint, patches: Sequence[Patch], *, any_base: bo
 
 
 def _has_values(checkpoint: Checkpoint, name: str, digest: str | None, before: Sequence[Patch]) -> bool:
-    """True if the digest is None, that of the tensor, or that of the tensor with the first or more patches applied."""
+    """True if the digest is that of the tensor, or of it with the first or more patches applied; also for no digest."""
     if digest in (None, checkpoint.digest_of(name)):
         return True
     alone = [replace(patch, info=replace(patch.info, tensors={name: patch.info.tensors[name]})) for patch in before]

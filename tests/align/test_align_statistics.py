@@ -259,3 +259,22 @@ def test_products_are_those_of_states_divided_by_their_gains() -> None:
     block = UnitMoments(Part("units"), 1, x.T @ y / len(x), means, powers)
     u, v = (torch.where(gain == 0, 0.0, z / gain) for z, gain in zip((x, y), gains, strict=True))
     torch.testing.assert_close(block.product(gains), u.T @ v / (u.norm() * v.norm()))
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("activation_matching", {}), ("ot", {}), ("ot", {"cost": "squared"}), ("ot", {"regularisation": 0.5})],
+    ids=str,
+)
+@pytest.mark.parametrize("factor", [2.0**-20, 1e-6, 1e6])
+def test_the_size_of_the_activations_does_not_matter(method: str, options: dict[str, Any], factor: float) -> None:
+    a, b, symmetries = mlp(WIDTHS, 2), mlp(WIDTHS, 3), mlp_table(WIDTHS)
+    given = moments(a, b, some_inputs())
+    sized = {}
+    for name, (cross, *powers) in given.items():
+        sizes = [torch.cat([torch.full((len(x) - 1,), factor), torch.ones(1)]).double() for x in powers]
+        sized[name] = (cross * sizes[0][:, None] * sizes[1], *(p * s * s for p, s in zip(powers, sizes, strict=True)))
+    plain, found = (
+        find_transform(b, a, method, symmetries=symmetries, statistics=x, **options) for x in (given, sized)
+    )
+    assert furthest(rewrite(b, found), rewrite(b, plain)) < 1e-6

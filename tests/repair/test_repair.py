@@ -100,6 +100,19 @@ def test_the_reported_moments_are_those_of_the_layer() -> None:
     assert layer.shift == pytest.approx(float(shift.mean()), abs=1e-6)
 
 
+@pytest.mark.parametrize("factor", [1e-6, 1e6])
+def test_the_size_of_the_hidden_units_does_not_matter(factor: float) -> None:
+    repaired = []
+    for size in (1.0, factor):
+        ends: list[Any] = [perceptron(seed, 6, 40, 4) for seed in (0, 1)]
+        with torch.no_grad():
+            for parameter in (parameter for end in ends for parameter in end[0].parameters()):
+                parameter.mul_(size)
+        repaired.append(repair_module(midpoint(ends), ends, rows(6)).layers[0])
+    assert repaired[1].spread == pytest.approx(repaired[0].spread, rel=1e-5)
+    assert repaired[1].shift == pytest.approx(repaired[0].shift, abs=1e-6)
+
+
 def test_standard_deviations_are_mixed_and_not_variances() -> None:
     ends: list[Any] = [nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1)) for _ in range(2)]
     with torch.no_grad():
