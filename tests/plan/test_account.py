@@ -71,7 +71,7 @@ CHOICES: tuple[dict[str, Any], ...] = (
 )
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", [pytest.param(seed, marks=[pytest.mark.slow] * (seed > 9)) for seed in range(60)])
 def test_every_tensor_is_in_one_place(seed: int, tmp_path: Path) -> None:
     random = np.random.default_rng(seed)
     configs: list[dict[str, Any]] = [{}, {"model_type": "llama"}, {"model_type": "llama", "tie_word_embeddings": True}]
