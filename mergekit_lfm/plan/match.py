@@ -17,7 +17,6 @@ from mergekit_lfm.store.tensors import TensorSpec
 
 Dropped = tuple[str, str, str]  # (model, tensor, reason)
 
-RECOMPUTED = "a buffer that loaders recompute; the template's is kept"
 DROPPED = "the recipe drops it"
 TIED = "tied to the embedding by the model's config"
 
@@ -82,6 +81,7 @@ class _Matching:
     misfits: list[str] = field(default_factory=list)  # in one line each
     missing: list[TensorRef] = field(default_factory=list)  # tensors of the template that a model lacks
     extra: list[TensorRef] = field(default_factory=list)  # tensors that the template lacks
+    misshapen: list[str] = field(default_factory=list)
     unused: dict[TensorRef, str] = field(default_factory=dict)  # why
 
     def add(self, row: Row) -> None:
@@ -124,33 +124,32 @@ class _Matching:
 
     def _choose(self, match: Match) -> tuple[Sequence[int], str]:
         """The models whose tensors go into the output, and why those of the others do not."""
-        name, holders = match.spec.name, tuple(match.sources)
-        theirs = self.template not in match.sources
-        choice = self._choice(name)
-        if choice == "drop":
-            return (), DROPPED
+        holders, theirs = tuple(match.sources), self.template not in match.sources
+        choice = self._choice(match.spec.name)
         if choice is not None:
-            keeper = self.template if choice == "base" else self.labels.index(choice)
-            why = f"the recipe keeps that of {self.labels[keeper]}"
-            if keeper in match.sources or (choice == "base" and theirs):
-                return [keeper] if keeper in match.sources else (), why
-            self.misfits.append(
-                f"`keep` takes {name} from {choice}, which lacks it: choose another model, base or drop"
-            )
-            return holders, ""
-        if match.kind == "constant" or (theirs and match.kind == "counter"):
-            return (
-                ((), f"{RECOMPUTED.partition(';')[0]}, which the template lacks")
-                if theirs
-                else ([self.template], RECOMPUTED)
-            )
+            return self._take(match, choice)
+        if theirs and match.kind in ("constant", "counter"):
+            return (), "a buffer that loaders recompute, which the template lacks"
+        if match.kind == "constant":
+            return [self.template], "a buffer that loaders recompute; the template's is kept"
         if self._fits(match):
             return holders, ""
         if self.recipe.tensors == "common":
-            lacking = "the template lacks it" if theirs else "not all models have it in this shape"
-            return () if theirs else [self.template], lacking
+            kept = [] if theirs else [self.template]
+            return kept, "the template lacks it" if theirs else "not all models have it in this shape"
         self._note_misfit(match, theirs)
         return holders, ""
+
+    def _take(self, match: Match, choice: str) -> tuple[Sequence[int], str]:
+        """The model that the recipe wants a tensor from, and why not those of the others."""
+        if choice == "drop":
+            return (), DROPPED
+        keeper = self.template if choice == "base" else self.labels.index(choice)
+        if keeper not in match.sources and choice != "base":
+            self.misfits.append(
+                f"`keep` takes {match.spec.name} from {choice}, which lacks it: choose another model, base or drop"
+            )
+        return [i for i in match.sources if i == keeper], f"the recipe keeps that of {self.labels[keeper]}"
 
     def _fits(self, match: Match) -> bool:
         """True if all models have the tensor in one shape; of counters, those that have one."""
@@ -163,12 +162,11 @@ class _Matching:
             self.extra += [(i, name) for i in match.sources]
             return
         self.missing += [(i, name) for i in range(len(self.models)) if i not in match.sources]
-        self.misfits += [
-            f"{name} is {list(self.models[i][source].shape)} in {self.labels[i]}, {shape} in "
-            f"{self.labels[self.template]}"
-            for i, source in match.sources.items()
-            if self.models[i][source].shape != match.spec.shape
-        ]
+        for i, source in match.sources.items():
+            if self.models[i][source].shape != match.spec.shape:
+                self.misshapen.append(name)
+                theirs_is = f"{name} is {list(self.models[i][source].shape)} in {self.labels[i]}"
+                self.misfits.append(f"{theirs_is}, {shape} in {self.labels[self.template]}")
 
     def _keep(self, match: Match, kept: Sequence[int]) -> None:
         """Record a match of these models. A single one's tensor keeps its form."""
@@ -185,11 +183,8 @@ class _Matching:
         used = {(i, name) for match in self.matches.values() for i, name in match.sources.items()}
         for i, (label, model) in enumerate(zip(self.labels, self.models, strict=True)):
             yield from ((label, name, why) for name, why in model.dropped.items())
-            yield from (
-                (label, model.name_in_files(name), why)
-                for (j, name), why in self.unused.items()
-                if j == i and (j, name) not in used
-            )
+            left = ((name, self.unused.get((i, name))) for name in model if (i, name) not in used)
+            yield from ((label, model.name_in_files(name), why) for name, why in left if why is not None)
 
     def refuse(self, rows: Sequence[Row]) -> None:
         """Raise PlanError about all that does not fit, with the lines that a recipe may add."""
@@ -200,9 +195,8 @@ class _Matching:
         first = self.labels[self.template]
         problems = [*self._list_names(), *self.misfits]
         text = several("the checkpoints differ", problems)
-        names = [name for _, name in (*self.missing, *self.extra)]
-        names += [line.split(" is ")[0] for line in self.misfits if " is [" in line]
-        if any(VOCABULARY.search(name) for name in names if name in self.matches):
+        names = [*(name for _, name in (*self.missing, *self.extra)), *self.misshapen]
+        if any(VOCABULARY.search(name) for name in self.misshapen):
             text += (
                 "\nOne of the vocabularies was padded or resized: add `rows: crop` to merge the rows of the shortest "
                 f"and leave out the others, or `rows: keep` to keep those of {first} beyond it"
