@@ -21,7 +21,7 @@ from mergekit_lfm.store.durable import LEFTOVER
 
 Files = dict[str, tuple[object, ...]]  # mode and content, by path
 
-# What the commands load when they run, besides what the interpreter of `helpers_faults` has loaded.
+# The modules that the commands load when they run, besides what the interpreter of `helpers_faults` has loaded.
 MODULES = (
     *(
         f"mergekit_lfm.api.{name}"

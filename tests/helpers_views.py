@@ -23,8 +23,10 @@ from mergekit_lfm.views.patched import Patched, summed_changes
 from mergekit_lfm.views.pending import Pending
 from mergekit_lfm.views.quantisation import dequantise
 from mergekit_lfm.views.renamed import Renamed
+from mergekit_lfm.views.resized import Resized
 from mergekit_lfm.views.rewritten import Rewritten
 
+ROWS = ("up.weight", "up.bias")
 Tensors = dict[str, torch.Tensor]
 
 # Matrices of two panels each, 2^18 elements being one; of odd sizes; and what has fewer axes.
@@ -151,6 +153,8 @@ CASES: Mapping[str, Case] = MappingProxyType(
             save_plain,
             lambda x: Renamed(patched(Renamed(x, [RenameRule("none", "void")])), [RenameRule("", "model.")]),
         ),
+        "cut": (save_plain, lambda x: Resized(x, ROWS, 290, x)),
+        "filled over cut": (save_plain, lambda x: Resized(Resized(x, ROWS, 290, x), ROWS, 301, x)),
         "dequantised": (save_fp8, lambda x: dequantise(x)),
         "patched over dequantised over renamed": (
             save_fp8,

@@ -1,4 +1,4 @@
-"""What a tensor is by its name: a parameter, or a buffer that is not merged as parameters are."""
+"""The kinds of tensors, by their names: parameters, and buffers that are merged in other ways."""
 
 from __future__ import annotations
 

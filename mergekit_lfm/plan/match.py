@@ -119,7 +119,7 @@ class _Matching:
         return Row(names, {i: names for i, names in held.items() if names})
 
     def _choice(self, name: str) -> str | None:
-        """What the recipe keeps of a tensor; None if it says nothing."""
+        """The recipe's choice for a tensor; None without one."""
         return next((choice for part, choice in self.recipe.keep.items() if part in name), None)
 
     def _choose(self, match: Match) -> tuple[Sequence[int], str]:

@@ -23,7 +23,7 @@ BEGINNINGS = 6  # prefixes to try on either side
 def find_renaming(
     model: Specs, template: Specs, excused: Callable[[str], bool] = lambda _: False
 ) -> tuple[RenameRule, ...]:
-    """The rules under which all names of a model are those of the template, () if they are or if there are none.
+    """The rules that give a model the template's names, () where its own match or no rules are found.
 
     excused: whether a tensor that only one of them has may stay alone.
     """

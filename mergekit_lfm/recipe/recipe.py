@@ -147,7 +147,7 @@ class Recipe(Strict):
         return self
 
     def _check_keep(self, roles: Roles) -> list[Problem]:
-        """The values of `keep` that are none of the models."""
+        """A problem for each value of `keep` that does not name a model."""
         known = {"base", "drop", *(model.label for model in (*roles.lines, *([roles.base] if roles.base else [])))}
         wrong = {part: choice for part, choice in self.keep.items() if choice not in known}
         return [

@@ -54,7 +54,8 @@ class Filled:
     @property
     def _step(self) -> int:
         """Rows of a panel."""
-        return max(1, PANEL * self.spec.shape[0] // max(1, self.spec.numel))
+        rows = self.spec.shape[0]
+        return max(1, min(rows, PANEL * rows // max(1, self.spec.numel)))
 
     @property
     def scratch(self) -> int:

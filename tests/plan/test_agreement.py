@@ -90,7 +90,7 @@ def test_other_tokens_for_one_id(tmp_path: Path, kind: str) -> None:
     with pytest.raises(PlanError, match=r"tokens for the ids 1: 'z' and 'y', 2: 'y' and 'z'\n.*allow: \[tokens\]"):
         make_plan(Recipe.parse(recipe))
     (tmp_path / "b" / "tokenizer.json").write_text(tokenizer(["x", "y", "z"], {3: "<pad>"}, kind))
-    assert not make_plan(Recipe.parse(recipe)).allowed  # a token more is no other meaning
+    assert not make_plan(Recipe.parse(recipe)).allowed  # another token changes no meaning
 
 
 @pytest.mark.parametrize("file", ["vocab.txt", "vocab.json"])

@@ -1,4 +1,4 @@
-"""Tensors that are no parameters: statistics, counters, and what loaders compute."""
+"""Tensors besides the parameters: statistics, counters, and what loaders compute."""
 
 from __future__ import annotations
 
