@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.kernels.block import BLOCK, SEGMENT
@@ -13,6 +14,8 @@ from mergekit_lfm.methods.registry import METHODS
 from mergekit_lfm.plan.sources import ModelRoles, TensorRef
 from mergekit_lfm.recipe.recipe import Settings
 from mergekit_lfm.store.tensors import FLOATS, ITEMSIZE, TensorSpec
+
+SMALL = 1 << 16  # elements; a merge of as many takes longer than the work that each task has besides
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,11 @@ class Job:
     shape = property(lambda self: self.spec.shape)
     dtype = property(lambda self: self.spec.dtype)
     nbytes = property(lambda self: self.spec.nbytes)
+
+    @property
+    def small(self) -> bool:
+        """True if one task may do it with other small jobs: it is one block, and is merged or copied as a whole."""
+        return 0 < self.spec.numel <= min(SMALL, self.block) and self.added is None
 
     @property
     def inputs(self) -> tuple[TensorRef, ...]:
@@ -73,7 +81,7 @@ def make_job(
     roles: ModelRoles,
     names: Mapping[int, str],
     spec: TensorSpec,
-    layer: tuple[int, int] | None,
+    settings: Settings,
     statistics: tuple[TensorRef, ...] | None = None,
     block: int = BLOCK,
 ) -> Job:
@@ -88,7 +96,6 @@ def make_job(
     base_source = (base, names[base]) if base is not None and base in names else None
     refs = sources if base_source is None else (*sources, base_source)
     dtypes = [models[i][name].dtype for i, name in refs]
-    settings = recipe.settings(spec.name, layer)
     lone = len(names) == 1 < len(models)  # a buffer that only the template keeps
     if lone:
         refs, dtypes = tuple(names.items()), [spec.dtype]
@@ -108,18 +115,20 @@ def make_job(
     if method.statistics and statistics is None:
         method, settings = METHODS["linear"], averaging_settings(settings)
     job = Job(out, method.name, sources, base_source, settings, compute, copied=False, block=block, needs_sums=False)
-    if method.statistics and not method.whole:
-        job = replace(job, statistics=statistics or ())
     unit = unit_of([job], recipe.seed, roles.norms)
+    changes: dict[str, Any] = {"block": block_numel(method, unit, block)}
+    if method.statistics and not method.whole:
+        changes["statistics"] = statistics or ()
     if method.copies(unit):
-        job = replace(job, sources=sources[:1], base=None, copied=dtypes[0] == dtype)
+        changes |= {"sources": sources[:1], "base": None, "copied": dtypes[0] == dtype}
     if roles.added is not None and spec.name in roles.added:
         index = len(roles.models) + len(roles.statistics)
-        job = replace(job, added=(index, spec.name), copied=False)
-    needs_sums = not job.copied and _needs_sums(method, unit)
-    groups = max(row, unit.numel // row) if (row := method.row(unit)) else 0
-    gram = groups * len(sources) ** 2 * 8  # float64; held twice while it is gathered, and once more as weights
-    return replace(job, block=block_numel(method, unit, block), needs_sums=needs_sums, sums_nbytes=3 * gram)
+        changes |= {"added": (index, spec.name), "copied": False}
+    changes["needs_sums"] = not changes.get("copied") and _needs_sums(method, unit)
+    if row := method.row(unit):
+        gram = max(row, unit.numel // row) * len(sources) ** 2 * 8  # float64
+        changes["sums_nbytes"] = 3 * gram  # twice while it is gathered, and once more as weights
+    return replace(job, **changes)
 
 
 def block_numel(method: Method, unit: Unit, block: int = BLOCK) -> int:
@@ -156,7 +165,7 @@ def unit_of(jobs: Sequence[Job], seed: int, norms: tuple[float, ...] = ()) -> Un
         numel=sum(job.spec.numel for job in jobs),
         shared=first.settings.shared,
         inputs=first.settings.inputs,
-        keys=tuple(key(seed, first.name, position) for position in range(len(first.sources))),
+        keys=tuple(key(seed, first.name, i) for i in range(len(first.sources))) if METHODS[first.method].random else (),
         double=first.compute == "float64",
         norms=norms,
     )

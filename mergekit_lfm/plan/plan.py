@@ -40,6 +40,7 @@ from mergekit_lfm.plan.sources import (
 from mergekit_lfm.plan.statistics import find_statistics
 from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.recipe.roles import Input
+from mergekit_lfm.recipe.settings import SettingsTable
 from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.store.sidecars import sidecars_of
 from mergekit_lfm.store.state import FileState, state_of
@@ -208,11 +209,12 @@ def make_plan(
     refuse_resized(recipe.all_models[roles.template], template)
     names, dropped = match_tensors(models, labels, roles.template)
     statistics = find_statistics(roles, names)
-    layers, sidecars = layers_of(template), sidecars_of(template)
+    layers, sidecars, table = layers_of(template), sidecars_of(template), SettingsTable(recipe)
     jobs, problems = [], []
     for name in names:
         try:
-            jobs.append(make_job(roles, names[name], template[name], layers.get(name), statistics.get(name), block))
+            settings = table.of(name, layers.get(name))
+            jobs.append(make_job(roles, names[name], template[name], settings, statistics.get(name), block))
         except PlanError as error:
             problems.append(str(error))
     if problems:
