@@ -68,11 +68,13 @@ class StoredBlock:
     def blocks(self) -> Iterator[tuple[int, StoredBlock]]:
         """Every block of a chunk with its number in the tensor."""
         for first in range(0, self.count, self.size):
-            here = slice(first, first + self.size)
-            stored, base = tuple(x[here] for x in self.stored), self.stored_base
-            base = None if base is None else base[here]
-            start = self.start + first
-            yield start // self.size, StoredBlock(stored, base, start, self.dtype, self.run, self.size)
+            part = replace(self.part(first, first + self.size), start=self.start + first)
+            yield part.start // self.size, part
+
+    def part(self, start: int, stop: int) -> StoredBlock:
+        """Elements start .. stop of it as a block of their own, from index 0."""
+        base = None if self.stored_base is None else self.stored_base[start:stop]
+        return StoredBlock(tuple(x[start:stop] for x in self.stored), base, 0, self.dtype, self.run, self.size)
 
     def is_finite_with(self, result: torch.Tensor) -> bool:
         """True if the stored tensors and the result are finite."""

@@ -12,10 +12,11 @@ from threading import Event
 import torch
 import xxhash
 
+from mergekit_lfm.engine.batches import merge_alike, sort_alike
 from mergekit_lfm.engine.blocks import Blocks, StoredBlock, apply_to, default_device, is_finite, run_solve
 from mergekit_lfm.engine.documents import names_of
 from mergekit_lfm.engine.matrices import StoredMatrices
-from mergekit_lfm.engine.tasks import Executor, MatrixTask, MergeTask, Part, ReduceTask, Remark, Result, Task
+from mergekit_lfm.engine.tasks import BatchTask, Executor, MatrixTask, MergeTask, Part, ReduceTask, Remark, Result, Task
 from mergekit_lfm.errors import FormatError
 from mergekit_lfm.kernels.block import Coefficients
 from mergekit_lfm.kernels.compiled import Mode
@@ -98,6 +99,8 @@ class Worker:
             match task:
                 case MergeTask():
                     yield from self._merge_segments(task)
+                case BatchTask():
+                    yield from self._merge_batch(task)
                 case MatrixTask():
                     yield from self._merge_matrices(task)
                 case ReduceTask():
@@ -161,6 +164,22 @@ class Worker:
             coefficients = run_solve(METHODS[job.method].solve(self.plan.unit([job])), blocks.reduce)
         for segment in task.segments:
             yield self._merge(job, blocks, coefficients, segment)
+
+    def _merge_batch(self, task: BatchTask) -> Iterator[Receipt]:
+        """Those that are alike at once, or one after another if an element is not finite."""
+        jobs = {self.plan.tensors[i].name: i for i in task.jobs}
+        for alike in sort_alike(self.plan, task.jobs):
+            self._check_stop()
+            merged = merge_alike(self.plan, alike, self._kernels)
+            if merged is None:
+                singles = (MergeTask(jobs[job.name], (0,), solve=True) for job in alike)
+                yield from (receipt for single in singles for receipt in self._merge_segments(single))
+                continue
+            data, done = bytes_of(merged), 0
+            self._shards.write_all((job.spec for job in alike), data)
+            for job in alike:
+                yield Receipt(job.name, 0, xxhash.xxh3_128_hexdigest(data[done : done + job.nbytes]))
+                done += job.nbytes
 
     def _merge_matrices(self, task: MatrixTask) -> Iterator[Receipt]:
         bad = set[str]()

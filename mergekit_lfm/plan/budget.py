@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.machine.resources import allocated_bytes, free_space
 from mergekit_lfm.machine.sizes import format_size
-from mergekit_lfm.plan.job import Job
+from mergekit_lfm.plan.job import SMALL, Job
 from mergekit_lfm.plan.plan import Plan
 from mergekit_lfm.store.places import partial_of
 from mergekit_lfm.store.tensors import ITEMSIZE
@@ -64,8 +66,8 @@ class Budget:
 
     def most_threads(self, memory: int, room: int) -> int:
         """The number of threads, at least one, for which `memory` bytes suffice, and `room` on the device."""
-        on_host = self.left(memory) // max([1, *(nbytes for _, nbytes in self._demands())])
-        on_device = room // max([1, *(nbytes for _, nbytes in self._demands_of_device())])
+        on_host = self.left(memory) // max(1, self._largest[1])
+        on_device = room // max(1, self._largest_of_device[1])
         return max(1, min(on_host, on_device))
 
     def peak(self, memory: int, threads: int) -> int:
@@ -73,7 +75,7 @@ class Budget:
         plan, share = self.plan, self.share(memory, threads)
         if not plan.tensors:
             return 0
-        name, largest = max(self._demands(), key=lambda demand: demand[1])
+        name, largest = self._largest
         if largest > share:
             fixed = self.resident_views
             views = f", less {fixed / 1e6:,.0f} MB for transforms and patches," if fixed else ""
@@ -82,27 +84,39 @@ class Budget:
                 f"each of {threads} {max(0, share) / 1e6:,.0f} MB: raise --memory, lower --threads"
             )
         kept = [self.resident(g) for g in plan.groups if plan.tensors[g[0]].needs_sums and self.resident(g) <= share]
-        return min(memory, self.resident_views + threads * max([largest, *kept]))
+        return min(memory, self.resident_views + threads * max([largest, min(share, self._batch), *kept]))
 
     def check_room(self, room: int, threads: int) -> None:
         """Raise PlanError if the device's memory is too little: each of so many threads has its share of `room`."""
-        name, largest = max(self._demands_of_device(), key=lambda demand: demand[1], default=("", 0))
+        name, largest = self._largest_of_device
         if largest > room // threads:
             raise PlanError(
                 f"{name} needs {format_size(largest)} of the GPU's memory for one worker; the free memory gives each "
                 f"of {threads} {format_size(room // threads)}: lower --threads, or use --device cpu"
             )
 
-    def _demands(self) -> Iterator[tuple[str, int]]:
-        """The bytes that one worker holds at least for each tensor or group of matrices, with its name."""
-        yield from ((job.name, self.scratch(job)) for job in self.plan.tensors)
+    @cached_property
+    def _batch(self) -> int:
+        """Bytes that a worker holds at most for small jobs that it does at once, if its share has room for as many."""
+        small = [(job.spec.numel, self.scratch(job)) for job in self.plan.tensors if job.small]
+        most = max((nbytes / numel for numel, nbytes in small), default=0)
+        return min(sum(nbytes for _, nbytes in small), int(SMALL * most))
+
+    @cached_property
+    def _largest(self) -> tuple[str, int]:
+        """The tensor or group of matrices for which one worker holds most, at least, and these bytes."""
+        demands = [(job.name, self.scratch(job)) for job in self.plan.tensors]
         for group in self.plan.matrices:
             jobs = [self.plan.tensors[i] for i in group.jobs]
-            yield jobs[0].name, group.nbytes + max(self.views(job) for job in jobs)
+            demands.append((jobs[0].name, group.nbytes + max(self.views(job) for job in jobs)))
+        return max(demands, key=itemgetter(1), default=("", 0))
 
-    def _demands_of_device(self) -> Iterator[tuple[str, int]]:
-        yield from ((job.name, self.device_scratch(job)) for job in self.plan.tensors if not job.copied)
-        yield from ((self.plan.tensors[group.jobs[0]].name, group.nbytes) for group in self.plan.matrices)
+    @cached_property
+    def _largest_of_device(self) -> tuple[str, int]:
+        """The same on the device."""
+        demands = [(job.name, self.device_scratch(job)) for job in self.plan.tensors if not job.copied]
+        demands += [(self.plan.tensors[group.jobs[0]].name, group.nbytes) for group in self.plan.matrices]
+        return max(demands, key=itemgetter(1), default=("", 0))
 
 
 def workers(plan: Plan, memory: int, threads: int | None, accelerator: Accelerator) -> int:
