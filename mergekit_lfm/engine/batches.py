@@ -74,7 +74,9 @@ def _solve(plan: Plan, jobs: Sequence[Job], whole: StoredBlock) -> Iterator[Part
     stop, method, known = 0, METHODS[jobs[0].method], dict[Any, Any]()
     for job in jobs:
         start, stop = stop, stop + job.spec.numel
-        alike = None if job.needs_sums or method.random else (id(job.settings), job.shape)  # one solve is enough then
+        alike = (
+            None if job.needs_sums or job.by_row or method.random else (id(job.settings), job.shape)
+        )  # one solve is enough then
         if alike is None or alike not in known:
             over = partial(_reduce, whole, start, stop)
             coefficients = run_solve(method.solve(plan.unit([job])), over)

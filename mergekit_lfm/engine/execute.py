@@ -205,7 +205,9 @@ class _Run:
         if job.needs_sums:
             yield MergeTask(i, missing, solve=True)
             return
-        coefficients = None if job.copied else run_solve(METHODS[job.method].solve(self.plan.unit([job])), _no_sums)
+        coefficients = None
+        if not (job.copied or job.by_row):
+            coefficients = run_solve(METHODS[job.method].solve(self.plan.unit([job])), _no_sums)
         parts = [missing] if self.budget.by_one_worker(job) else [(segment,) for segment in missing]
         for part in parts:
             yield MergeTask(i, part, coefficients)

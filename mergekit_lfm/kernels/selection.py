@@ -29,7 +29,7 @@ FEW = 1 << 15  # entries up to which collecting all is faster than counting in t
 SAMPLED = 8  # one block in so many is sampled
 SAMPLE = 1 << 18  # about the most entries of an input to sample
 SAMPLING_PAYS = 1 << 19  # entries from which sampling pays
-COLLECTED = 1 << 23  # the most entries inside a bracket, and at most a 16th of all
+COLLECTED = 1 << 23  # the most entries inside a bracket, of up to two brackets, and at most a 16th of all
 
 Key = tuple[int, int]  # the input, and which of its ranks
 
@@ -188,7 +188,7 @@ def by_bracket(
         values |= {0} if low < 0 else set()
         values |= {int(np.iinfo(sample.dtype).max)} if high >= len(sample) else set()
         pivots[i, k] = sorted(values, reverse=True)
-    count_bracket = yield Bracket(pivots, min(numel // 16, collected))
+    count_bracket = yield Bracket(pivots, min(numel // 16, 2 * collected // max(2, len(pivots))))
     found = {key: part.at(pivots[key], ranks[key]) for key, part in count_bracket.items()}
     return {key: value for key, value in found.items() if value is not None}
 

@@ -23,8 +23,9 @@ class Job:
     """One output tensor. sources: one per input; base: the base's, or None.
 
     compute: the dtype of the arithmetic. copied: True to take the bytes of the first source, which all sources must
-    equal. sums_nbytes: memory for sums by row or column and the weights from them. statistics: one per input, if the
-    method takes them elementwise. added: the change added to the result before it is rounded, or None.
+    equal. needs_sums: its solve needs sums over the tensor. row: blocks are whole rows of so many elements, or None.
+    by_row: each block has a solve of its own, since rows need no others. statistics: one per input, if the method takes
+    them elementwise. added: the change added to the result before it is rounded, or None.
     """
 
     spec: TensorSpec
@@ -36,7 +37,8 @@ class Job:
     copied: bool
     block: int
     needs_sums: bool
-    sums_nbytes: int = 0
+    row: int | None = None
+    by_row: bool = False
     statistics: tuple[TensorRef, ...] = ()
     added: TensorRef | None = None
 
@@ -117,6 +119,7 @@ def make_job(
     job = Job(out, method.name, sources, base_source, settings, compute, copied=False, block=block, needs_sums=False)
     unit = unit_of([job], recipe.seed, roles.norms)
     changes: dict[str, Any] = {"block": block_numel(method, unit, block)}
+    changes |= {"row": method.row(unit), "by_row": method.by_row(unit)}
     if method.statistics and not method.whole:
         changes["statistics"] = statistics or ()
     if method.copies(unit):
@@ -124,10 +127,7 @@ def make_job(
     if roles.added is not None and spec.name in roles.added:
         index = len(roles.models) + len(roles.statistics)
         changes |= {"added": (index, spec.name), "copied": False}
-    changes["needs_sums"] = not changes.get("copied") and _needs_sums(method, unit)
-    if row := method.row(unit):
-        gram = max(row, unit.numel // row) * len(sources) ** 2 * 8  # float64
-        changes["sums_nbytes"] = 3 * gram  # twice while it is gathered, and once more as weights
+    changes["needs_sums"] = not (changes.get("copied") or changes["by_row"]) and _needs_sums(method, unit)
     return replace(job, **changes)
 
 
