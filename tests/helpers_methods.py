@@ -114,6 +114,7 @@ def plan_of(case: Case, folder: Path, *, big: tuple[int, int] = (300, 160), bloc
     return make_plan(Recipe.parse(recipe), block=block)
 
 
-def least_memory(plan: Plan) -> int:
-    """Bytes with which one worker can carry the plan out."""
-    return max([*(Budget(plan).scratch(job) for job in plan.tensors), *(group.nbytes for group in plan.matrices)])
+def least_memory(plan: Plan, *, in_parts: bool = True) -> int:
+    """Bytes with which one worker can carry the plan out. in_parts: on the processor."""
+    budget = Budget(plan, in_parts)
+    return max([*(budget.least(job) for job in plan.tensors), *(group.nbytes for group in plan.matrices)])

@@ -68,11 +68,13 @@ class StoredBlock:
     def blocks(self) -> Iterator[tuple[int, StoredBlock]]:
         """Every block of a chunk with its number in the tensor."""
         for first in range(0, self.count, self.size):
-            here = slice(first, first + self.size)
-            stored, base = tuple(x[here] for x in self.stored), self.stored_base
-            base = None if base is None else base[here]
-            start = self.start + first
-            yield start // self.size, StoredBlock(stored, base, start, self.dtype, self.run, self.size)
+            part = replace(self.part(first, first + self.size), start=self.start + first)
+            yield part.start // self.size, part
+
+    def part(self, start: int, stop: int) -> StoredBlock:
+        """Elements start .. stop of it as a block of their own, from index 0."""
+        base = None if self.stored_base is None else self.stored_base[start:stop]
+        return StoredBlock(tuple(x[start:stop] for x in self.stored), base, 0, self.dtype, self.run, self.size)
 
     def is_finite_with(self, result: torch.Tensor) -> bool:
         """True if the stored tensors and the result are finite."""
@@ -104,6 +106,7 @@ class Blocks:
 
     sources, base: readers of element ranges. dtype: that of the arithmetic. run: runs elementwise functions.
     accelerator: the device that the readers read to. It gets chunks of `at_once` blocks, a divisor of SEGMENT.
+    part: elements of a block to merge at a time, if memory is too short for all.
     """
 
     sources: Sequence[ReadRange]
@@ -114,6 +117,7 @@ class Blocks:
     run: RunStep = run_eagerly
     accelerator: Accelerator = HOST
     at_once: int = 1
+    part: int | None = None
 
     def __len__(self) -> int:
         return -(-self.numel // self.block)
@@ -127,15 +131,24 @@ class Blocks:
         """The first block of every chunk of one segment."""
         return range(index * SEGMENT, min(len(self), (index + 1) * SEGMENT), self.at_once)
 
+    def pieces(self, segment: int) -> list[tuple[int, int]]:
+        """The first element and the end of all that is merged at a time of one segment."""
+        first, last = (min(self.numel, i * SEGMENT * self.block) for i in (segment, segment + 1))
+        step = self.part or self.block * self.at_once
+        return [(start, min(last, start + step)) for start in range(first, last, step)]
+
     def load(self, index: int) -> StoredBlock:
         """One block, or the chunk that begins with it. Loading the next one may overwrite its memory."""
         start = index * self.block
-        stop = min(self.numel, start + self.block * self.at_once)
+        return self.load_range(start, min(self.numel, start + self.block * self.at_once))
+
+    def load_range(self, start: int, stop: int) -> StoredBlock:
+        """Elements start .. stop as a block. Loading the next ones may overwrite its memory."""
         stored = tuple(read(start, stop) for read in self.sources)
         base = self.base and self.base(start, stop)
         return StoredBlock(stored, base, start, self.dtype, self.run, self.block, self.accelerator.flag())
 
-    def part(self, request: Reduction, segment: int) -> Any:
+    def reduce_segment(self, request: Reduction, segment: int) -> Any:
         """One segment's part of the reduction, its blocks added in order; None if the request visits no block."""
         return add_parts(request, self._parts(request, segment))
 
@@ -157,9 +170,17 @@ class Blocks:
             parts = request.chunk(chunk)
         return [part.cpu() if isinstance(part, torch.Tensor) else part for part in parts]
 
+    def solve_rows(self, method: Method, unit: Unit, chunk: StoredBlock) -> Coefficients:
+        """The coefficients for the rows of one chunk, found from these alone. unit: the tensor, solved by row."""
+        row = method.row(unit) or 1
+        unit = replace(unit, shape=(chunk.count // row, row), numel=chunk.count, start=chunk.start)
+        return run_solve(
+            method.solve(unit), lambda request: add_parts(request, iter(self._reduce_chunk(request, chunk)))
+        )
+
     def reduce(self, request: Reduction) -> Any:
         """The value of a reduction over all blocks."""
-        return add_parts(request, (self.part(request, i) for i in range(self.segments)))
+        return add_parts(request, (self.reduce_segment(request, i) for i in range(self.segments)))
 
 
 def add_parts(request: Reduction, parts: Iterator[Any]) -> Any:

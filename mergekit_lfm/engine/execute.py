@@ -14,9 +14,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from mergekit_lfm.engine.batches import split_batches
 from mergekit_lfm.engine.blocks import add_in_order, run_solve
 from mergekit_lfm.engine.documents import Documents
-from mergekit_lfm.engine.tasks import Executor, MatrixTask, MergeTask, Part, ReduceTask, Remark, Task
+from mergekit_lfm.engine.tasks import BatchTask, Executor, MatrixTask, MergeTask, Part, ReduceTask, Remark, Task
 from mergekit_lfm.engine.threads import thread_pool
 from mergekit_lfm.engine.worker import Options, Pool, Worker, refuse_nonfinite
 from mergekit_lfm.errors import PlanError, reason, several
@@ -167,13 +168,19 @@ class _Run:
 
     def carry_out(self, executor: Executor) -> None:
         """Do first all tasks that need no barrier, heavy ones first, then in file order; then those in passes."""
+        jobs, at_once = self.plan.tensors, not self.options.accelerator.by_chunk
         waiting = [group for group in self.plan.groups if any(self._missing(i) for i in group)]
-        shared = [group for group in waiting if self._takes_passes(group)]
-        alone = [task for group in waiting if group not in shared for task in self._tasks(*group)]
+        shared, alone, small = list[tuple[int, ...]](), list[int](), list[int]()
+        for group in waiting:
+            if self._takes_passes(group):
+                shared.append(group)
+            else:
+                (small if at_once and jobs[group[0]].small else alone).append(group[0])
         heavy = self.plan.bytes_written // 16
-        sizes = {task.job: self.plan.tensors[task.job].nbytes for task in alone}
-        alone.sort(key=lambda task: -sizes[task.job] if sizes[task.job] > heavy else 0)
-        self._do(executor, [*self._matrix_tasks(), *alone])
+        alone.sort(key=lambda i: -jobs[i].nbytes if jobs[i].nbytes > heavy else 0)
+        tasks = [task for i in alone for task in self._tasks(i)]
+        batches = split_batches(self.budget, small, self.options.share)
+        self._do(executor, [*self._matrix_tasks(), *tasks, *map(BatchTask, batches)])
         for group in shared:
             self._solve(executor, group)
 
@@ -185,7 +192,7 @@ class _Run:
     def _takes_passes(self, group: Sequence[int]) -> bool:
         """True if a group's inputs do not fit a worker's share, so that all workers read them, once for every sum."""
         needs_sums = self.plan.tensors[group[0]].needs_sums
-        return len(group) > 1 or (needs_sums and Budget(self.plan).resident(group) > self.options.device_share)
+        return len(group) > 1 or (needs_sums and self.budget.resident(group) > self.options.device_share)
 
     def _matrix_tasks(self) -> Iterator[MatrixTask]:
         groups = self.plan.matrices
@@ -200,8 +207,10 @@ class _Run:
         if job.needs_sums:
             yield MergeTask(i, missing, solve=True)
             return
-        coefficients = None if job.copied else run_solve(METHODS[job.method].solve(self.plan.unit([job])), _no_sums)
-        parts = [missing] if Budget(self.plan).by_one_worker(job) else [(segment,) for segment in missing]
+        coefficients = None
+        if not (job.copied or job.by_row):
+            coefficients = run_solve(METHODS[job.method].solve(self.plan.unit([job])), _no_sums)
+        parts = [missing] if self.budget.by_one_worker(job) else [(segment,) for segment in missing]
         for part in parts:
             yield MergeTask(i, part, coefficients)
 
@@ -239,6 +248,11 @@ class _Run:
             nbytes = self.jobs[receipt.tensor].segment_nbytes(receipt.segment)
             self.output.record(receipt, nbytes)
             self.progress(nbytes)
+
+    @cached_property
+    def budget(self) -> Budget:
+        """The memory that the work takes."""
+        return Budget(self.plan)
 
     @cached_property
     def jobs(self) -> dict[str, Job]:

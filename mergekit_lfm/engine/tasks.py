@@ -25,6 +25,13 @@ class MergeTask:
 
 
 @dataclass(frozen=True, slots=True)
+class BatchTask:
+    """Merge or copy small tensors, indices into the plan's, each of them whole, with solves of their own."""
+
+    jobs: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class MatrixTask:
     """Merge a group of matrices, an index into the plan's, and write segments of its jobs."""
 
@@ -57,7 +64,7 @@ class Remark:
     text: str
 
 
-Task = MergeTask | MatrixTask | ReduceTask
+Task = MergeTask | BatchTask | MatrixTask | ReduceTask
 Result = Receipt | Part | Remark
 
 # An unordered map over tasks: the results of all, in any order. Those of a task that is done again may come twice.

@@ -12,10 +12,11 @@ from threading import Event
 import torch
 import xxhash
 
+from mergekit_lfm.engine.batches import merge_alike, sort_alike
 from mergekit_lfm.engine.blocks import Blocks, StoredBlock, apply_to, default_device, is_finite, run_solve
 from mergekit_lfm.engine.documents import names_of
 from mergekit_lfm.engine.matrices import StoredMatrices
-from mergekit_lfm.engine.tasks import Executor, MatrixTask, MergeTask, Part, ReduceTask, Remark, Result, Task
+from mergekit_lfm.engine.tasks import BatchTask, Executor, MatrixTask, MergeTask, Part, ReduceTask, Remark, Result, Task
 from mergekit_lfm.errors import FormatError
 from mergekit_lfm.kernels.block import Coefficients
 from mergekit_lfm.kernels.compiled import Mode
@@ -98,11 +99,13 @@ class Worker:
             match task:
                 case MergeTask():
                     yield from self._merge_segments(task)
+                case BatchTask():
+                    yield from self._merge_batch(task)
                 case MatrixTask():
                     yield from self._merge_matrices(task)
                 case ReduceTask():
                     blocks = self._blocks(self.plan.tensors[task.job])
-                    yield Part(task.number, blocks.part(task.request, task.segment))
+                    yield Part(task.number, blocks.reduce_segment(task.request, task.segment))
         for text in sorted(self._kernels.problems - self._remarks):
             self._remarks.add(text)
             yield Remark(text)
@@ -113,20 +116,24 @@ class Worker:
         names = names_of(self.plan)
         return tuple(names[label] for label in self.plan.source_labels)
 
-    def _blocks(self, job: Job, resident: bool = False) -> Blocks:
-        """The job's inputs, read from the files block by block, or held on the device."""
+    def _blocks(self, job: Job, resident: bool = False, in_parts: bool = False) -> Blocks:
+        """The job's inputs, read from the files block by block, or held on the device.
+
+        in_parts: the blocks are not reduced, so that they may be read in parts.
+        """
         options, device = self.options, self._accelerator
-        read = self._count_blocks(job, min(options.share - self._budget.views(job), options.device_share), device.chunk)
-        at_once = read
+        room = min(options.share - self._budget.views(job), options.device_share)
+        read = self._count_blocks(job, room, device.chunk)
+        at_once, part = read, self._budget.part(job, room) if in_parts and not device.by_chunk else None
         if resident:  # then the host's memory holds only a chunk's result, pinned and rounded up
             result = job.block * ITEMSIZE[job.dtype]
             most = min(device.resident_chunk, options.share // (4 * result))
             at_once = self._count_blocks(job, options.device_share, most)
-        readers = {source: self._reader(source, job.block * read, resident) for source in job.inputs}
+        readers = {source: self._reader(source, part or job.block * read, resident) for source in job.inputs}
         base = readers[job.base] if job.base else None
         sources = [readers[source] for source in job.sources + job.statistics]
         dtype = getattr(torch, job.compute)
-        return Blocks(sources, base, job.spec.numel, job.block, dtype, self._kernels, device, at_once)
+        return Blocks(sources, base, job.spec.numel, job.block, dtype, self._kernels, device, at_once, part)
 
     def _count_blocks(self, job: Job, nbytes: int, most: int) -> int:
         """Blocks per chunk that fit in `nbytes`, at most `most`: a power of two that divides SEGMENT."""
@@ -156,12 +163,28 @@ class Worker:
             for segment in task.segments:
                 yield from self._copy(job, segment)
             return
-        blocks = self._blocks(job, resident=task.solve)
+        blocks = self._blocks(job, resident=task.solve, in_parts=not task.solve)
         coefficients = task.coefficients
         if task.solve and job.spec.numel:
             coefficients = run_solve(METHODS[job.method].solve(self.plan.unit([job])), blocks.reduce)
         for segment in task.segments:
             yield from self._merge(job, blocks, coefficients, segment)
+
+    def _merge_batch(self, task: BatchTask) -> Iterator[Receipt]:
+        """Those that are alike at once, or one after another if an element is not finite."""
+        jobs = {self.plan.tensors[i].name: i for i in task.jobs}
+        for alike in sort_alike(self.plan, task.jobs):
+            self._check_stop()
+            merged = merge_alike(self.plan, alike, self._kernels)
+            if merged is None:
+                singles = (MergeTask(jobs[job.name], (0,), solve=True) for job in alike)
+                yield from (receipt for single in singles for receipt in self._merge_segments(single))
+                continue
+            data, done = bytes_of(merged), 0
+            self._shards.write_all((job.spec for job in alike), data)
+            for job in alike:
+                yield Receipt(job.name, 0, xxhash.xxh3_128_hexdigest(data[done : done + job.nbytes]))
+                done += job.nbytes
 
     def _merge_matrices(self, task: MatrixTask) -> Iterator[Receipt]:
         bad = set[str]()
@@ -230,14 +253,15 @@ class Worker:
     def _merge(self, job: Job, blocks: Blocks, coefficients: Coefficients | None, segment: int) -> Iterator[Receipt]:
         size = ITEMSIZE[job.dtype]
         digest, bad = xxhash.xxh3_128(), set[str]()
-        numbers, ahead = blocks.segment(segment), None
-        for i in numbers:
+        pieces, ahead = blocks.pieces(segment), None
+        for number, piece in enumerate(pieces, 1):
+            block = blocks.load_range(*piece) if ahead is None else ahead
+            if job.by_row:
+                coefficients = blocks.solve_rows(METHODS[job.method], self.plan.unit([job]), block)
             assert coefficients is not None
-            block = blocks.load(i) if ahead is None else ahead
             merged = self._result(job, block, coefficients)
-            following = i + blocks.at_once
-            more = self._accelerator.reads_ahead and following in numbers
-            ahead = blocks.load(following) if more else None  # read and copied while the device merges this one
+            more = self._accelerator.reads_ahead and number < len(pieces)
+            ahead = blocks.load_range(*pieces[number]) if more else None  # copied while the device merges this one
             if not block.is_finite_with(merged):  # compiled code and GPUs may give NaN other bits
                 parts = [part for _, part in block.copy_to_host().blocks()]
                 results = [self._result(job, part, coefficients) for part in parts]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from mergekit_lfm.kernels.bits import magnitude_bits, mask_above
 from mergekit_lfm.kernels.constants import constant
 from mergekit_lfm.kernels.reductions import Reduction
-from mergekit_lfm.kernels.selection import COLLECTED, SAMPLING_PAYS, by_bracket, by_digits, cuts
+from mergekit_lfm.kernels.selection import COLLECTED, FEW, SAMPLING_PAYS, by_bracket, by_digits, by_partition, cuts
 
 if TYPE_CHECKING:
     import torch
@@ -79,18 +79,22 @@ def largest(
     *,
     double: bool,
     exact: bool = True,
+    few: int = FEW,
     sampling_pays: int = SAMPLING_PAYS,
     collected: int = COLLECTED,
 ) -> Generator[Reduction, Any, list[list[Largest]]]:
     """The counts[i][k] largest magnitudes of each input i, of `numel` entries, as thresholds.
 
     double: the entries are float64, else float32. exact=False keeps all that equal the threshold (the convention of the
-    TIES authors' code). K <= 0 keeps nothing, K >= numel everything, at no cost. sampling_pays, collected: choose the
-    way to the same result, see `by_bracket`.
+    TIES authors' code). K <= 0 keeps nothing, K >= numel everything, at no cost. few, sampling_pays, collected: choose
+    the way to the same result, see `kernels.selection`.
     """
     sets = [[ALL if count >= numel else NONE for count in row] for row in counts]
     ranks = {(i, k): c for i, row in enumerate(counts) for k, c in enumerate(row) if 0 < c < numel}
-    found = yield from by_bracket(numel, ranks, sampling_pays=sampling_pays, collected=collected)
+    if numel <= few:
+        found = yield from by_partition(ranks)
+    else:
+        found = yield from by_bracket(numel, ranks, sampling_pays=sampling_pays, collected=collected)
     found |= yield from by_digits(len(counts), {key: rank for key, rank in ranks.items() if key not in found}, double)
     for key, at in (yield from cuts(found, exact)).items():
         sets[key[0]][key[1]] = Largest(found[key].bits, numel if at is None else at)

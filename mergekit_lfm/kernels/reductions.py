@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from mergekit_lfm.kernels.block import Block, Chunk, Rows
 
 
+ROWS = 8  # the most inputs of a block to hold in the dtype of the arithmetic at once: 40 would take 400 MB
+
+
 class Reduction(ABC):
     """Maps a block to a part, and adds parts."""
 
@@ -59,11 +62,15 @@ class Gram(Sum):
     def block(self, block: Block) -> torch.Tensor:
         import torch
 
-        x = [block.row(i).double() for i in range(len(block))]
-        gram = torch.empty(len(x), len(x), dtype=torch.float64)
-        for i in range(len(x)):
-            for j in range(i + 1):
-                gram[i, j] = gram[j, i] = torch.dot(x[i], x[j])
+        n, half = len(block), ROWS // 2
+        gram = torch.empty(n, n, dtype=torch.float64)
+        tiles = [range(n)] if n <= ROWS else [range(first, min(n, first + half)) for first in range(0, n, half)]
+        for number, tile in enumerate(tiles):
+            x = {i: block.row(i).double() for i in tile}
+            for others in tiles[: number + 1]:
+                y = x if others == tile else {j: block.row(j).double() for j in others}
+                for i, j in ((i, j) for i in tile for j in others if j <= i):
+                    gram[i, j] = gram[j, i] = torch.dot(x[i], y[j])
         return gram
 
     def chunk(self, chunk: Chunk) -> Iterable[torch.Tensor]:
@@ -130,6 +137,14 @@ def magnitudes(rows: Rows, _: torch.Tensor | None, local: LocalMask) -> tuple[to
     return (*sizes, *(apply_mask(size, local.mask(i, x)) for i, (size, x) in enumerate(zip(sizes, rows, strict=True))))
 
 
+def _masked_sums(x: torch.Tensor, i: int, local: LocalMask) -> torch.Tensor:
+    """The sums of |x| of row i and of its kept entries, float64 [2]."""
+    import torch
+
+    size = x.abs()
+    return torch.stack([part.sum(dtype=torch.float64) for part in (size, apply_mask(size, local.mask(i, x)))])
+
+
 @dataclass(frozen=True)
 class L1(Sum):
     """Sums of magnitudes before and after a mask, float64 [n, 2]."""
@@ -139,6 +154,9 @@ class L1(Sum):
     def block(self, block: Block) -> torch.Tensor:
         import torch
 
+        if len(block) > ROWS:
+            local = self.mask.at(block.start, block.count, block.dtype)
+            return torch.stack([_masked_sums(block.row(i), i, local) for i in range(len(block))])
         both = self._magnitudes(block)
         return torch.stack([x.sum(dtype=torch.float64) for x in both]).reshape(2, -1).T
 

@@ -30,17 +30,21 @@ class Weights:
 
 @dataclass(frozen=True)
 class Spread:
-    """Weights [groups, n] for the rows of `row` elements of a tensor, or for its columns. Blocks are whole rows."""
+    """Weights [groups, n] for rows of `row` elements of a tensor, or for its columns. Blocks are whole rows.
+
+    first: the index in the tensor of the rows' first element.
+    """
 
     weights: torch.Tensor
     row: int
     columns: bool = False
+    first: int = 0
 
     def at(self, start: int, count: int, dtype: torch.dtype) -> torch.Tensor:
         """The weights [n, count] of the elements start .. start + count."""
         import torch
 
-        rows, first = count // self.row, start // self.row
+        rows, first = count // self.row, (start - self.first) // self.row
         weights = self.weights if self.columns else self.weights[first : first + rows]
         weights = weights.to(torch.get_default_device(), dtype).T
         return weights.repeat(1, rows) if self.columns else weights.repeat_interleave(self.row, dim=1)

@@ -62,6 +62,7 @@ class Unit:
     shared and inputs: the resolved parameters, the latter one mapping per input.
     keys: one 64-bit key per input for counter-based random numbers, from seed, tensor name and position in the recipe.
     double: blocks are float64.
+    start: the tensor's elements before the unit, if it is some of the tensor's rows (`Method.by_row`).
     norms: if the method's kind of `statistics` has a norm, the Euclidean norm of each input's over its model.
     """
 
@@ -72,6 +73,7 @@ class Unit:
     inputs: Sequence[Mapping[str, Value]]
     keys: tuple[int, ...]
     double: bool = False
+    start: int = 0
     norms: tuple[float, ...] = ()
 
     def floats(self, name: str) -> list[float]:
@@ -140,7 +142,8 @@ class Method:
     base: "required" or "optional" (then deltas to it are merged and it is not itself an input), "member" (an input like
     the others), "first" (required, and the first input). inputs: least and most number of inputs, None for any
     number. scope(shared): "tensor", or "model" for one solve over all tensors. row(unit): blocks are whole rows of this
-    many elements. copies(unit): true if the result is the only input, byte for byte. version: raised when results
+    many elements. by_row(unit): true if the result for a row depends on that row alone; a solve then sees some rows at
+    a time. copies(unit): true if the result is the only input, byte for byte. version: raised when results
     change. statistics: the kind of statistics that each input needs; the base is then a "member". Elementwise methods
     see them as further rows: those of the n inputs, then their n statistics. Tensors without statistics are averaged.
     whole: for methods that merge tensors as matrices: those that it has a view of, and with `statistics` "gram" the
@@ -159,6 +162,7 @@ class Method:
     random: bool = False
     scope: Callable[[Mapping[str, Value]], str] = field(default=lambda _: "tensor")
     row: Callable[[Unit], int | None] = field(default=lambda _: None)
+    by_row: Callable[[Unit], bool] = field(default=lambda _: False)
     copies: Callable[[Unit], bool] = field(default=lambda _: False)
     statistics: str | None = None
     whole: Whole | None = None

@@ -41,7 +41,7 @@ def _solve(unit: Unit) -> Generator[Reduction, Any, Weights | Spread]:
     n, row = len(unit.inputs), _row(unit)
     gram = yield (Gram() if row is None else RowGram(row))
     weights = ratio(gram)[..., None].expand(*gram.shape[:-1]) / n
-    return Weights(weights.tolist()) if row is None else Spread(weights, row)
+    return Weights(weights.tolist()) if row is None else Spread(weights, row, first=unit.start)
 
 
 METHODS = (
@@ -60,5 +60,6 @@ METHODS = (
         apply=weighted_sum,
         version=2,
         row=_row,
+        by_row=lambda unit: _row(unit) is not None,
     ),
 )

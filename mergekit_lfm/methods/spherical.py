@@ -146,7 +146,7 @@ def _nuslerp(unit: Unit) -> Generator[Reduction, Any, Weights | Spread]:
     head = torch.where(flat, 1.0 - t, ((1.0 - t) * angle).sin() / sine)
     tail = torch.where(flat, t, (t * angle).sin() / sine)
     weights = torch.stack([head, tail], dim=-1)
-    return Weights(weights.tolist()) if row is None else Spread(weights, row, columns)
+    return Weights(weights.tolist()) if row is None else Spread(weights, row, columns, unit.start)
 
 
 METHODS = (
@@ -182,6 +182,7 @@ METHODS = (
         apply=weighted_sum,
         version=2,
         row=_row,
+        by_row=lambda unit: _row(unit) is not None and not unit.shared["nuslerp_row_wise"],
     ),
     Method(
         name="multislerp",

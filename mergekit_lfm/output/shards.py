@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from threading import Lock
 
 from mergekit_lfm.output.layout import Shard
 from mergekit_lfm.store.files import name_file
-from mergekit_lfm.store.tensors import write_exactly
+from mergekit_lfm.store.tensors import TensorSpec, write_exactly
 
 
 class ShardFiles:
@@ -61,6 +61,21 @@ class ShardFiles:
         fd, offset = self.place(name)
         with name_file(self.path(self.shard_of(name))):
             write_exactly(fd, offset + start, data)
+
+    def write_all(self, specs: Iterable[TensorSpec], data: memoryview) -> None:
+        """Write whole tensors, whose bytes lie one after another in `data`; those side by side in a shard at once."""
+        runs = list[list[int]]()  # shard, offset and end there
+        for spec in specs:
+            shard, offset = self._places[spec.name]
+            if runs and runs[-1][0] == shard and runs[-1][2] == offset:
+                runs[-1][2] += spec.nbytes
+            else:
+                runs.append([shard, offset, offset + spec.nbytes])
+        done = 0
+        for shard, offset, end in runs:
+            with name_file(self.path(shard)):
+                write_exactly(self.fileno(shard), offset, data[done : done + end - offset])
+            done += end - offset
 
     def copy(self, name: str, start: int, source: int, offset: int, nbytes: int) -> bool:
         """Copy bytes from a file's descriptor and offset to byte `start` of the tensor. False if the kernel has not.

@@ -16,6 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from mergekit_lfm.errors import FormatError, PlanError, several
 from mergekit_lfm.machine.resources import allocated_bytes
@@ -44,6 +45,10 @@ class Receipt:
     segment: int
     xxh3: str
     nonfinite: tuple[str, ...] = ()
+
+    def as_data(self) -> dict[str, Any]:
+        """Its entries as JSON can hold them."""
+        return {"tensor": self.tensor, "segment": self.segment, "xxh3": self.xxh3, "nonfinite": self.nonfinite}
 
 
 class Output:
@@ -187,7 +192,7 @@ class Output:
         if self._broken:
             return
         self._broken = True
-        lines = "".join(json.dumps(asdict(receipt)) + "\n" for receipt in batch).encode()
+        lines = "".join(json.dumps(receipt.as_data()) + "\n" for receipt in batch).encode()
         for shard in sorted({self._files.shard_of(receipt.tensor) for receipt in batch}):
             with name_file(self._files.path(shard)):
                 os.fdatasync(self._files.fileno(shard))

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mergekit_lfm.errors import PlanError
+from mergekit_lfm.kernels.reductions import ROWS
+from mergekit_lfm.kernels.selection import FEW
 from mergekit_lfm.machine.resources import allocated_bytes, free_space
 from mergekit_lfm.machine.sizes import format_size
-from mergekit_lfm.plan.job import Job
+from mergekit_lfm.plan.job import SMALL, Job
 from mergekit_lfm.plan.plan import Plan
 from mergekit_lfm.store.places import partial_of
 from mergekit_lfm.store.tensors import ITEMSIZE
@@ -18,12 +22,19 @@ from mergekit_lfm.store.tensors import ITEMSIZE
 if TYPE_CHECKING:
     from mergekit_lfm.machine.accelerators import Accelerator
 
+LEAST_PART = 1 << 12  # elements of a block to merge at a time where memory is short; fewer would take longer than calls
+HISTOGRAMS = 3 * (1 << 16) * 8  # bytes: of an input's magnitudes by their first 16 bits, of a block and of all
+
 
 @dataclass(frozen=True)
 class Budget:
-    """The memory that the work on a plan takes, in bytes: of the host, and of a device's, `room`."""
+    """The memory that the work on a plan takes, in bytes: of the host, and of a device's, `room`.
+
+    in_parts: False for a device that takes whole blocks.
+    """
 
     plan: Plan
+    in_parts: bool = True
 
     def scratch(self, job: Job) -> int:
         """Bytes that one worker holds to process the job block by block."""
@@ -33,7 +44,40 @@ class Budget:
 
     def device_scratch(self, job: Job) -> int:
         """The part of `scratch` that the device holds: all but the memory of views."""
-        return min(job.block, job.spec.numel) * len(job.inputs) * (ITEMSIZE[job.compute] * 8 + 8) + job.sums_nbytes
+        return self._merging(job, min(job.block, job.spec.numel))
+
+    def least(self, job: Job) -> int:
+        """Bytes without which one worker cannot process the job, with blocks merged in small parts."""
+        if job.copied or not self.in_parts:
+            return self.scratch(job)
+        parts = self._merging(job, min(job.spec.numel, _part_numel(job, LEAST_PART)))
+        return max(parts, self._reducing(job) if job.needs_sums else 0) + self.views(job)
+
+    def part(self, job: Job, nbytes: int) -> int:
+        """Elements of a block that one worker merges at a time to hold no more than so many bytes, if they suffice."""
+        numel = job.block
+        while numel > LEAST_PART and self._merging(job, min(numel, job.spec.numel)) > nbytes:
+            numel = numel // 2
+        return _part_numel(job, numel)
+
+    def _merging(self, job: Job, numel: int) -> int:
+        """Bytes to merge so many elements at once, and for sums by row or column and the weights from them."""
+        groups = 0 if job.row is None else numel // job.row if job.by_row else job.row
+        gram = groups * len(job.sources) ** 2 * 8  # float64
+        return numel * len(job.inputs) * self._wide(job) + 3 * gram  # twice while gathered, and once more as weights
+
+    def _reducing(self, job: Job) -> int:
+        """Bytes for sums over a block: the inputs as they are stored, and those that are worked on at once."""
+        numel, n = min(job.block, job.spec.numel), len(job.inputs)
+        if n <= ROWS:
+            return self._merging(job, numel)
+        stored = sum(ITEMSIZE[self.plan.sources[i][name].dtype] for i, name in job.inputs)
+        counts = n * HISTOGRAMS if job.spec.numel > FEW else 0
+        return numel * (stored + ROWS * self._wide(job)) + counts + self._merging(job, 0)
+
+    def _wide(self, job: Job) -> int:
+        """Bytes for each element of an input while it is worked on."""
+        return ITEMSIZE[job.compute] * 8 + 8
 
     def views(self, job: Job) -> int:
         """Bytes that views take while any range of the job's inputs is read."""
@@ -64,16 +108,14 @@ class Budget:
 
     def most_threads(self, memory: int, room: int) -> int:
         """The number of threads, at least one, for which `memory` bytes suffice, and `room` on the device."""
-        on_host = self.left(memory) // max([1, *(nbytes for _, nbytes in self._demands())])
-        on_device = room // max([1, *(nbytes for _, nbytes in self._demands_of_device())])
+        on_host = self.left(memory) // max(1, self._largest[1])
+        on_device = room // max(1, self._largest_of_device[1])
         return max(1, min(on_host, on_device))
 
     def peak(self, memory: int, threads: int) -> int:
         """An upper bound of the bytes that the engine holds, at most `memory`. Raises PlanError if it takes more."""
         plan, share = self.plan, self.share(memory, threads)
-        if not plan.tensors:
-            return 0
-        name, largest = max(self._demands(), key=lambda demand: demand[1])
+        name, largest = self._largest
         if largest > share:
             fixed = self.resident_views
             views = f", less {fixed / 1e6:,.0f} MB for transforms and patches," if fixed else ""
@@ -82,32 +124,57 @@ class Budget:
                 f"each of {threads} {max(0, share) / 1e6:,.0f} MB: raise --memory, lower --threads"
             )
         kept = [self.resident(g) for g in plan.groups if plan.tensors[g[0]].needs_sums and self.resident(g) <= share]
-        return min(memory, self.resident_views + threads * max([largest, *kept]))
+        return min(
+            memory, self.resident_views + threads * max([largest, min(share, max(self._scratch, self._batch)), *kept])
+        )
 
     def check_room(self, room: int, threads: int) -> None:
         """Raise PlanError if the device's memory is too little: each of so many threads has its share of `room`."""
-        name, largest = max(self._demands_of_device(), key=lambda demand: demand[1], default=("", 0))
+        name, largest = self._largest_of_device
         if largest > room // threads:
             raise PlanError(
                 f"{name} needs {format_size(largest)} of the GPU's memory for one worker; the free memory gives each "
                 f"of {threads} {format_size(room // threads)}: lower --threads, or use --device cpu"
             )
 
-    def _demands(self) -> Iterator[tuple[str, int]]:
-        """The bytes that one worker holds at least for each tensor or group of matrices, with its name."""
-        yield from ((job.name, self.scratch(job)) for job in self.plan.tensors)
+    @cached_property
+    def _scratch(self) -> int:
+        """Bytes that a worker holds for a job if its share has room for whole blocks."""
+        return max(map(self.scratch, self.plan.tensors), default=0)
+
+    @cached_property
+    def _batch(self) -> int:
+        """Bytes that a worker holds at most for small jobs that it does at once, if its share has room for as many."""
+        small = [(job.spec.numel, self.scratch(job)) for job in self.plan.tensors if job.small]
+        most = max((nbytes / numel for numel, nbytes in small), default=0)
+        return min(sum(nbytes for _, nbytes in small), int(SMALL * most))
+
+    @cached_property
+    def _largest(self) -> tuple[str, int]:
+        """The tensor or group of matrices for which one worker needs most, and these bytes."""
+        demands = [(job.name, self.least(job)) for job in self.plan.tensors]
         for group in self.plan.matrices:
             jobs = [self.plan.tensors[i] for i in group.jobs]
-            yield jobs[0].name, group.nbytes + max(self.views(job) for job in jobs)
+            demands.append((jobs[0].name, group.nbytes + max(self.views(job) for job in jobs)))
+        return max(demands, key=itemgetter(1), default=("", 0))
 
-    def _demands_of_device(self) -> Iterator[tuple[str, int]]:
-        yield from ((job.name, self.device_scratch(job)) for job in self.plan.tensors if not job.copied)
-        yield from ((self.plan.tensors[group.jobs[0]].name, group.nbytes) for group in self.plan.matrices)
+    @cached_property
+    def _largest_of_device(self) -> tuple[str, int]:
+        """The same on the device."""
+        demands = [(job.name, self.least(job) - self.views(job)) for job in self.plan.tensors if not job.copied]
+        demands += [(self.plan.tensors[group.jobs[0]].name, group.nbytes) for group in self.plan.matrices]
+        return max(demands, key=itemgetter(1), default=("", 0))
+
+
+def _part_numel(job: Job, most: int) -> int:
+    """Up to `most` elements of a block: whole rows, at least one; else an even number, as of random numbers."""
+    step = job.row or 2
+    return min(job.block, max(1, most // step) * step)
 
 
 def workers(plan: Plan, memory: int, threads: int | None, accelerator: Accelerator) -> int:
     """The number of threads for so many bytes. Raises PlanError if these, or the device's memory, are too few."""
-    budget = Budget(plan)
+    budget = Budget(plan, in_parts=not accelerator.by_chunk)
     room = accelerator.room(budget.left(memory))
     count = threads or min(accelerator.threads, budget.most_threads(memory, room))
     budget.peak(memory, count)

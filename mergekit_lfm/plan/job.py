@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.kernels.block import BLOCK, SEGMENT
@@ -15,16 +16,19 @@ from mergekit_lfm.plan.sources import ModelRoles, TensorRef
 from mergekit_lfm.recipe.recipe import Settings
 from mergekit_lfm.store.tensors import FLOATS, ITEMSIZE, TensorSpec
 
+SMALL = 1 << 16  # elements; a merge of as many takes longer than the work that each task has besides
+
 
 @dataclass(frozen=True, slots=True)
 class Job:
     """One output tensor. sources: one per input; base: the base's, or None.
 
     match: its kind, and its other names in the output. compute: the dtype of the arithmetic. copied: True to take the
-    first source, which all sources must equal; of a counter the largest. sums_nbytes: memory for sums by row or column
-    and the weights from them. statistics: one per input, if the method takes them elementwise. added: the change added
-    to the result before it is rounded, or None. layer: its index and their count, for the gradients among the settings;
-    None outside the layers.
+    first source, which all sources must equal; of a counter the largest. needs_sums: its solve needs sums over the
+    tensor. row: blocks are whole rows of so many elements, or None. by_row: each block has a solve of its own, since
+    rows need no others. statistics: one per input, if the method takes them elementwise. added: the change added to the
+    result before it is rounded, or None. layer: its index and their count, for the gradients among the settings; None
+    outside the layers.
     """
 
     spec: TensorSpec
@@ -37,7 +41,8 @@ class Job:
     copied: bool
     block: int
     needs_sums: bool
-    sums_nbytes: int = 0
+    row: int | None = None
+    by_row: bool = False
     statistics: tuple[TensorRef, ...] = ()
     added: TensorRef | None = None
     layer: tuple[int, int] | None = None
@@ -51,6 +56,15 @@ class Job:
     def names(self) -> tuple[str, ...]:
         """The names in the output under which the result is written."""
         return (self.name, *self.match.tied)
+
+    @property
+    def small(self) -> bool:
+        """True if one task may do it with other small jobs: it is one block, and is merged or copied as a whole."""
+        match = self.match
+        plain = (
+            self.added is None and match.kind in ("parameter", "statistic") and not match.tied and match.kept is None
+        )
+        return plain and 0 < self.spec.numel <= min(SMALL, self.block)
 
     @property
     def inputs(self) -> tuple[TensorRef, ...]:
@@ -82,6 +96,7 @@ class Job:
 def make_job(
     roles: ModelRoles,
     match: Match,
+    settings: Settings,
     layer: tuple[int, int] | None,
     statistics: tuple[TensorRef, ...] | None = None,
     block: int = BLOCK,
@@ -97,7 +112,6 @@ def make_job(
     base_source = (base, names[base]) if base is not None and base in names else None
     refs = sources if base_source is None else (*sources, base_source)
     dtypes = [models[i][name].dtype for i, name in refs]
-    settings = recipe.settings(spec.name, layer)
     lone = len(names) == 1 < len(models)  # a tensor of one model alone
     if lone:
         refs, dtypes = tuple(names.items()), [spec.dtype]
@@ -115,18 +129,18 @@ def make_job(
         if match.kind == "statistic":
             base_source = None
     job = Job(out, match, method.name, sources, base_source, settings, compute, False, block, False, layer=layer)
-    if method.statistics and not method.whole:
-        job = replace(job, statistics=statistics or ())
     unit = unit_of([job], recipe.seed, roles.norms)
+    changes: dict[str, Any] = {"block": block_numel(method, unit, block)}
+    changes |= {"row": method.row(unit), "by_row": method.by_row(unit)}
+    if method.statistics and not method.whole:
+        changes["statistics"] = statistics or ()
     if method.copies(unit):
-        job = replace(job, sources=sources[:1], base=None, copied=dtypes[0] == dtype)
+        changes |= {"sources": sources[:1], "base": None, "copied": dtypes[0] == dtype}
     if roles.added is not None and (changed := [name for name in (spec.name, *match.tied) if name in roles.added]):
         index = len(roles.models) + len(roles.statistics)
-        job = replace(job, added=(index, changed[0]), copied=False)
-    needs_sums = not job.copied and _needs_sums(method, unit)
-    groups = max(row, unit.numel // row) if (row := method.row(unit)) else 0
-    gram = groups * len(sources) ** 2 * 8  # float64; held twice while it is gathered, and once more as weights
-    return replace(job, block=block_numel(method, unit, block), needs_sums=needs_sums, sums_nbytes=3 * gram)
+        changes |= {"added": (index, changed[0]), "copied": False}
+    changes["needs_sums"] = not (changes.get("copied") or changes["by_row"]) and _needs_sums(method, unit)
+    return replace(job, **changes)
 
 
 def _is_averaged(method: Method, match: Match, settings: Settings) -> bool:
@@ -172,7 +186,7 @@ def unit_of(jobs: Sequence[Job], seed: int, norms: tuple[float, ...] = ()) -> Un
         numel=sum(job.spec.numel for job in jobs),
         shared=first.settings.shared,
         inputs=first.settings.inputs,
-        keys=tuple(key(seed, first.name, position) for position in range(len(first.sources))),
+        keys=tuple(key(seed, first.name, i) for i in range(len(first.sources))) if METHODS[first.method].random else (),
         double=first.compute == "float64",
         norms=norms,
     )

@@ -44,6 +44,7 @@ from mergekit_lfm.plan.statistics import find_statistics
 from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.recipe.rename import RenameRule
 from mergekit_lfm.recipe.roles import Input
+from mergekit_lfm.recipe.settings import SettingsTable
 from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.store.files import read_bytes
 from mergekit_lfm.store.sidecars import sidecars_of
@@ -229,11 +230,12 @@ def make_plan(
     template = rows.models[roles.template]
     matches, dropped = match_tensors(recipe, rows, labels, roles.template)
     statistics = find_statistics(roles, matches)
-    layers, sidecars = find_layers(template), sidecars_of(template)
+    layers, sidecars, table = find_layers(template), sidecars_of(template), SettingsTable(recipe)
     jobs, problems = [], []
     for name, match in matches.items():
         try:
-            jobs.append(make_job(roles, match, layers.get(name), statistics.get(name), block))
+            layer = layers.get(name)
+            jobs.append(make_job(roles, match, table.of(name, layer), layer, statistics.get(name), block))
         except PlanError as error:
             problems.append(str(error))
     if problems:

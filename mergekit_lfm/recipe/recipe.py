@@ -33,7 +33,7 @@ from mergekit_lfm.recipe.problems import Problem, refuse
 from mergekit_lfm.recipe.rename import rename_data
 from mergekit_lfm.recipe.requirements import missing_requirements
 from mergekit_lfm.recipe.roles import Edit, Input, Roles, assign_roles
-from mergekit_lfm.recipe.values import NamedFile, as_data, value_at
+from mergekit_lfm.recipe.values import NamedFile, Rule, as_data, value_at
 from mergekit_lfm.store.files import read_text
 from mergekit_lfm.store.yaml import read_yaml
 
@@ -216,6 +216,21 @@ class Recipe(Strict):
         inputs = [self._values(model, tensor, layer) for model in self.inputs]
         refuse([*problems, *(problem for _, missing in inputs for problem in missing)])
         return Settings(shared, tuple(values for values, _ in inputs))
+
+    @property
+    def filters(self) -> tuple[str, ...]:
+        """The texts by which settings choose tensors."""
+        return tuple(dict.fromkeys(rule.filter for rule in self._rules if rule.filter is not None))
+
+    @property
+    def has_gradients(self) -> bool:
+        """True if a setting differs between layers."""
+        return any(len(rule.values) > 1 for rule in self._rules)
+
+    @property
+    def _rules(self) -> list[Rule]:
+        settings = [self._roles.settings, *(model.settings for model in self.inputs)]
+        return [rule for values in settings for setting in values.values() for rule in setting]
 
     def _values(
         self, model: Input | None, tensor: str, layer: tuple[int, int] | None

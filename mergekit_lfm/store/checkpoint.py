@@ -11,11 +11,12 @@ from __future__ import annotations
 import json
 import os
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
@@ -48,6 +49,9 @@ class Cost:
     at_once: bool = False
 
 
+FREE = Cost()
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """A file of a checkpoint: the start of its data, and the dtype in which it stores each tensor, by name."""
@@ -73,6 +77,14 @@ class Checkpoint(Mapping[str, TensorSpec]):
     @abstractmethod
     def read_into(self, name: str, start: int, into: memoryview) -> None:
         """Fill `into`, a writable view of bytes, with the tensor's data from element `start` on: whole elements."""
+
+    def read_all_into(self, names: Sequence[str], into: memoryview) -> None:
+        """Fill `into`, a writable view of bytes, with the data of several tensors, one after another."""
+        done = 0
+        for name in names:
+            nbytes = self[name].nbytes
+            self.read_into(name, 0, into[done : done + nbytes])
+            done += nbytes
 
     @abstractmethod
     def location(self, name: str) -> tuple[int, int] | None:
@@ -224,6 +236,9 @@ class StoredCheckpoint(Checkpoint):
     def __getitem__(self, name: str) -> TensorSpec:
         return self._home[name].tensors[name][0]
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._home
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._home)
 
@@ -237,13 +252,18 @@ class StoredCheckpoint(Checkpoint):
     def read_into(self, name: str, start: int, into: memoryview) -> None:
         self._home[name].read_into(name, start, into)
 
+    def read_all_into(self, names: Sequence[str], into: memoryview) -> None:
+        done = 0
+        for file, group in groupby(names, self._home.__getitem__):
+            done += file.read_all_into(group, into[done:])
+
     def location(self, name: str) -> tuple[int, int] | None:
         file = self._home[name]
         offset = file.offset(name)
         return None if offset is None else (file.fileno(), offset)
 
     def cost(self, name: str) -> Cost:  # noqa: ARG002
-        return Cost()
+        return FREE
 
     @property
     def resident(self) -> int:

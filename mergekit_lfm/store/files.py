@@ -108,16 +108,12 @@ def parse_json(text: str | bytes, label: object) -> Any:
 
 def refuse_depth(data: Any, label: object) -> None:
     """Raise FormatError if lists and mappings of parsed JSON lie in one another over more than 100 levels."""
-    level = [data]
-    for _ in range(DEEPEST + 1):
-        level = [child for part in level if isinstance(part, dict | list) for child in _children(part)]
-        if not level:
-            return
-    raise FormatError(_too_deep(label))
-
-
-def _children(part: dict[str, Any] | list[Any]) -> list[Any]:
-    return list(part.values()) if isinstance(part, dict) else part
+    containers = [data] if isinstance(data, dict | list) else []
+    for _ in range(DEEPEST):
+        children = (part.values() if isinstance(part, dict) else part for part in containers)
+        containers = [child for group in children for child in group if isinstance(child, (dict, list))]
+    if any(containers):  # those that are not empty
+        raise FormatError(_too_deep(label))
 
 
 def _too_deep(label: object) -> str:

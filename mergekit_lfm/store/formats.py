@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
@@ -105,6 +105,21 @@ class WeightFile:
         spec, offset = self.tensors[name]
         read_exactly(self.fileno(), offset + start * ITEMSIZE[spec.dtype], into, self.path)
 
+    def read_all_into(self, names: Iterable[str], into: memoryview) -> int:
+        """Fill the first bytes of `into` with whole tensors, those side by side in the file at once; their number."""
+        runs = list[list[int]]()
+        for name in names:
+            spec, offset = self.tensors[name]
+            if runs and runs[-1][1] == offset:
+                runs[-1][1] += spec.nbytes
+            else:
+                runs.append([offset, offset + spec.nbytes])
+        done = 0
+        for begin, end in runs:
+            read_exactly(self.fileno(), begin, into[done : done + end - begin], self.path)
+            done += end - begin
+        return done
+
 
 class LoadedFile(WeightFile):
     """A file whose tensors are not byte ranges (strided, or saved before PyTorch 1.6): torch maps or holds it."""
@@ -148,6 +163,15 @@ class LoadedFile(WeightFile):
         tensor = self.held[name]
         if len(into):
             _gather(tensor, start, torch.frombuffer(into, dtype=tensor.dtype))
+
+    def read_all_into(self, names: Iterable[str], into: memoryview) -> int:
+        """Fill the first bytes of `into` with whole tensors, one after another; their number."""
+        done = 0
+        for name in names:
+            nbytes = self.tensors[name][0].nbytes
+            self.read_into(name, 0, into[done : done + nbytes])
+            done += nbytes
+        return done
 
 
 def _gather(tensor: torch.Tensor, start: int, into: torch.Tensor) -> None:

@@ -102,8 +102,8 @@ def parse_header(path: Path, head: bytes, size: int) -> Header:
     try:
         entries = json.loads(
             raw.decode("utf-8"),
-            object_pairs_hook=_refuse_repeats,
-            parse_int=lambda text: -0.0 if text == "-0" else int(text),  # as the official reader: no integer
+            object_pairs_hook=_refuse_halves if b"\\u" in raw else _refuse_repeats,
+            parse_int=_read_int if b"-0" in raw else None,
             parse_float=_read_float,
             parse_constant=_read_float,
         )
@@ -134,15 +134,26 @@ def parse_header(path: Path, head: bytes, size: int) -> Header:
     return Header({spec.name: (spec, start + begin) for spec, begin, _ in placed}, metadata, start, size)
 
 
+def _refuse_halves(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The pairs as a dict. Raises ValueError for a repeated key, and for escapes that are half of a character."""
+    keys = dict(pairs)
+    "".join(keys).encode()  # lone surrogates raise UnicodeEncodeError, which is a ValueError
+    "".join(value for value in keys.values() if isinstance(value, str)).encode()
+    return _refuse_repeats(pairs)
+
+
 def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The pairs as a dict. Raises ValueError for a repeated key, and for text that is not valid UTF-8."""
+    """The pairs as a dict. Raises ValueError for a repeated key."""
     entries = dict(pairs)
-    "".join(entries).encode()  # lone surrogates raise UnicodeEncodeError, which is a ValueError
-    "".join(value for value in entries.values() if isinstance(value, str)).encode()
     if len(entries) != len(pairs):
         (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)
         raise ValueError(f"{name!r:.60} occurs twice")
     return entries
+
+
+def _read_int(text: str) -> float:
+    """The number; -0, as the official reader has it, is no integer."""
+    return -0.0 if text == "-0" else int(text)
 
 
 def _read_float(text: str) -> float:
@@ -168,9 +179,9 @@ def _not_safetensors(head: bytes, size: int, length: int) -> str:
 def _entry(path: Path, name: str, entry: Any) -> tuple[TensorSpec, int, int]:
     try:
         code, shape, (begin, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        if type(code) is not str or type(shape) is not list or any(type(n) is not int for n in (*shape, begin, stop)):
+        if type(code) is not str or type(shape) is not list or {*map(type, shape), type(begin), type(stop)} != {int}:
             raise TypeError
-        whole = all(n >= 0 for n in (*shape, begin, stop))
+        whole = min(begin, stop, *shape) >= 0
     except (TypeError, KeyError, ValueError):
         raise FormatError(f"{path}: {name} needs dtype, shape and data_offsets, found {shorten(entry)}") from None
     if code not in DTYPES:

@@ -284,7 +284,7 @@ def test_statistics_belong_to_a_model_wherever_it_lies(models: Models) -> None:
 
 def test_any_memory_and_threads_give_the_same_bytes(models: Models) -> None:
     plan = make_plan(Recipe.parse(models.recipe(), where=models.folder))
-    least = max([*(Budget(plan).scratch(job) for job in plan.tensors), *(group.nbytes for group in plan.matrices)])
+    least = max([*(Budget(plan).least(job) for job in plan.tensors), *(group.nbytes for group in plan.matrices)])
     models.merge(models.recipe(), "one", threads=1)
     models.merge(models.recipe(), "three", threads=3, memory=3 * least)
     for path in (models.folder / "one").iterdir():

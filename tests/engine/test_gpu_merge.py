@@ -33,7 +33,7 @@ from mergekit_lfm import merge, merge_tensors
 from mergekit_lfm.api import merge as api
 from mergekit_lfm.artifacts.patch import Patch, TensorChange
 from mergekit_lfm.commands.app import main
-from mergekit_lfm.engine.blocks import Blocks
+from mergekit_lfm.engine.blocks import Blocks, StoredBlock
 from mergekit_lfm.engine.execute import execute
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.kernels import gpu
@@ -52,13 +52,13 @@ KERNELS: list[Case] = [("linear", {}), ("dare_ties", {"density": 0.4, "rescale":
 def sums(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[type]]:
     """The kinds of float sums that were computed: these, and results of them, are rounded differently."""
     asked = set[type]()
-    part = Blocks.part
+    reduce = Blocks._reduce_chunk
 
-    def recorded(self: Blocks, request: Reduction, segment: int) -> Any:
+    def recorded(self: Blocks, request: Reduction, chunk: StoredBlock) -> list[Any]:
         asked.update({type(request)} & {Gram, RowGram, ColumnGram, L1})
-        return part(self, request, segment)
+        return reduce(self, request, chunk)
 
-    monkeypatch.setattr(Blocks, "part", recorded)
+    monkeypatch.setattr(Blocks, "_reduce_chunk", recorded)
     yield asked
 
 
@@ -82,7 +82,7 @@ def test_a_merge_on_a_gpu_is_that_on_the_processor(
         assert steps_apart(tmp_path / "cpu", tmp_path / "gpu") <= 1
     else:
         assert files_of(tmp_path / "cpu") == files_of(tmp_path / "gpu")
-    least = least_memory(plan)
+    least = least_memory(plan, in_parts=False)
     monkeypatch.setattr(Gpu, "room", lambda *_: 3 * least)  # in passes, and block by block
     execute(plan, tmp_path / "small", threads=3, accelerator=stand_in())
     assert files_of(tmp_path / "small") == files_of(tmp_path / "gpu")
@@ -118,7 +118,7 @@ def test_large_tensors_on_a_real_gpu(
     execute(plan, tmp_path / "cpu")
     execute(plan, tmp_path / "gpu", accelerator=stand_in(), compile="always")
     assert steps_apart(tmp_path / "cpu", tmp_path / "gpu") <= (1 if sums or METHODS[case[0]].whole else 0)
-    least = least_memory(plan)
+    least = least_memory(plan, in_parts=False)
     monkeypatch.setattr(Gpu, "room", lambda *_: 2 * least)
     execute(plan, tmp_path / "small", threads=2, accelerator=stand_in(), compile="always")
     assert files_of(tmp_path / "small") == files_of(tmp_path / "gpu")

@@ -328,9 +328,10 @@ def test_a_bracket_counts_as_numpy_does(
 
 CHUNKS = [(7, 16), (64, 4), (1000, 1)]  # elements of a block, blocks of a chunk
 WAYS: dict[str, dict[str, Any]] = {
-    "digits": {},
-    "bracket": {"sampling_pays": 1, "collected": 1 << 20},
-    "few collected": {"sampling_pays": 1, "collected": 3},
+    "partition": {},
+    "digits": {"few": 0},
+    "bracket": {"few": 0, "sampling_pays": 1, "collected": 1 << 20},
+    "few collected": {"few": 0, "sampling_pays": 1, "collected": 3},
 }
 LARGEST = cases(VALUES, [torch.float32, torch.float64], CHUNKS, list(WAYS))
 

@@ -74,9 +74,10 @@ def values_of(kind: str, shape: tuple[int, ...], dtype: torch.dtype = torch.floa
 
 VALUES = ["normal", "bfloat16", "equal", "zero", "few", "subnormal", "signs"]
 WAYS: dict[str, dict[str, Any]] = {
-    "digits": {},
-    "bracket": {"sampling_pays": 1, "collected": 1 << 20},
-    "few collected": {"sampling_pays": 1, "collected": 3},
+    "partition": {},
+    "digits": {"few": 0},
+    "bracket": {"few": 0, "sampling_pays": 1, "collected": 1 << 20},
+    "few collected": {"few": 0, "sampling_pays": 1, "collected": 3},
 }
 
 
@@ -84,7 +85,7 @@ WAYS: dict[str, dict[str, Any]] = {
     ("values", "block", "dtype", "way"), cases(VALUES, [1, 7, 64, 1000], [torch.float32, torch.float64], list(WAYS))
 )
 def test_the_largest_are_those_a_stable_sort_finds(values: str, block: int, dtype: torch.dtype, way: str) -> None:
-    """In each of the ways in which a rank's value is found; tensors as small as here would be counted by digits."""
+    """In each of the ways in which a rank's value is found; tensors as small as here are partitioned."""
     x = values_of(values, (3, 333), dtype)
     counts = [[100, 20], [1, 0], [333, 332]]
     mask = kept_by_counting(x, counts, block, **WAYS[way])

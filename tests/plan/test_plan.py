@@ -195,19 +195,25 @@ def test_nothing_of_this_machine_is_in_the_lock(tmp_path: Path) -> None:
     assert json.loads((out / "merge.lock.json").read_text())["nonfinite"] == ["w of b"]
 
 
-def test_memory_for_sums_by_row_is_planned(tmp_path: Path) -> None:
-    """Two million rows of two: their Gram matrices take more than the matrix itself."""
-    models = [save(tmp_path / name, {"w": torch.zeros(2_000_000, 2).bfloat16()}) for name in ("a", "b")]
+@pytest.mark.parametrize("columns", [False, True])
+def test_memory_for_sums_by_row_and_column_is_planned(tmp_path: Path, columns: bool) -> None:
+    """Gram matrices of two million rows of two, or of as many columns, take more than the matrix itself."""
+    shape = (2, 2_000_000) if columns else (2_000_000, 2)
+    models = [save(tmp_path / name, {"w": torch.zeros(shape).bfloat16()}) for name in ("a", "b")]
     recipe = {
         "merge_method": "nuslerp",
         "models": [{"model": str(model)} for model in models],
-        "parameters": {"weight": 0.5, "nuslerp_flatten": False},
+        "parameters": {"weight": 0.5, "nuslerp_flatten": False, "nuslerp_row_wise": columns},
     }
-    plan = make_plan(Recipe.parse(recipe))
-    assert Budget(plan).scratch(plan.tensors[0]) > 2_000_000 * 4 * 8 * 3
-    with pytest.raises(PlanError, match="raise --memory"):
-        Budget(plan).peak(100_000_000, 1)
-    assert Budget(plan).peak(300_000_000, 1) <= 300_000_000
+    budget = Budget(make_plan(Recipe.parse(recipe)))
+    if columns:  # the sums over all rows are needed at once
+        assert budget.least(budget.plan.tensors[0]) > 2_000_000 * 4 * 8 * 3
+        with pytest.raises(PlanError, match="raise --memory"):
+            budget.peak(300_000_000, 1)
+        assert budget.peak(600_000_000, 1) <= 600_000_000
+    else:
+        assert budget.least(budget.plan.tensors[0]) < 1_000_000
+        assert budget.peak(20_000_000, 1) <= 20_000_000
 
 
 def test_an_adapter_named_directly_is_refused(tmp_path: Path) -> None:

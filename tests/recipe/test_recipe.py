@@ -18,6 +18,7 @@ from mergekit_lfm.errors import PlanError
 from mergekit_lfm.methods.method import REQUIRED, Parameter
 from mergekit_lfm.methods.registry import METHODS
 from mergekit_lfm.recipe.recipe import Recipe
+from mergekit_lfm.recipe.settings import SettingsTable
 from mergekit_lfm.recipe.values import as_data, read_setting, value_at
 
 WEIGHT = Parameter("weight", REQUIRED, per_input=True, doc="")
@@ -472,3 +473,24 @@ def test_the_base_with_edits_is_another_model(models):
     entry = {"model": "BASE", "edits": ["patch.safetensors"], "parameters": {"weight": 1}}
     recipe = Recipe.parse({"merge_method": "task_arithmetic", "base_model": "BASE", "models": [entry]})
     assert [(model.label, len(model.edits)) for model in recipe.all_models] == [("BASE", 0), ("BASE (2)", 1)]
+
+
+def test_a_table_of_settings_has_those_of_the_recipe() -> None:
+    """With filters and gradients; tensors that the same rules match share one object."""
+    recipe = Recipe.parse(
+        {
+            "merge_method": "ties",
+            "base_model": "A",
+            "models": [
+                {"model": "B", "parameters": {"weight": [0.1, 0.9], "density": [{"filter": "mlp", "value": 0.3}]}},
+                {"model": "C", "parameters": {"weight": [{"filter": "attn", "value": [0.5, 1]}, {"value": 2}]}},
+            ],
+            "parameters": {"density": 0.7},
+        }
+    )
+    table = SettingsTable(recipe)
+    names = [f"model.layers.{i}.{part}.weight" for i in range(3) for part in ("mlp.up", "mlp.down", "attn.q")]
+    places = [*((name, (int(name.split(".")[2]), 3)) for name in names), ("norm.weight", None)]
+    found = [table.of(*place) for place in places]
+    assert found == [recipe.settings(*place) for place in places]
+    assert found[0] is found[1] and len({id(settings) for settings in found}) == 7

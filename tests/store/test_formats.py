@@ -18,6 +18,7 @@ from helpers_merges import LINEAR, Tensors, load_all, write_recipe
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors import deserialize, safe_open
+from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mergekit_lfm import merge, open_checkpoint
@@ -316,6 +317,22 @@ def strided(draw: st.DrawFn) -> torch.Tensor:
     tensor = tensor.permute(draw(st.permutations(range(len(shape)))))
     repeated = tensor.unsqueeze(axis := draw(st.integers(0, len(shape))))
     return repeated.expand([draw(st.integers(1, 3)) if i == axis else -1 for i in range(repeated.dim())])
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "strided.bin"])
+def test_several_tensors_are_read_one_after_another(tmp_path: Path, name: str) -> None:
+    """In any order, with and without others between them."""
+    tensors = {f"t{i}": torch.arange(i * 10, i * 10 + 2 * i).view(i, 2) for i in range(1, 5)}
+    if name == "model.safetensors":
+        save_file(tensors, tmp_path / name)
+    else:
+        torch.save({key: x.T if name == "strided.bin" else x for key, x in tensors.items()}, tmp_path / name)
+    checkpoint = open_checkpoint(tmp_path / name)
+    for keys in (["t1", "t2", "t3"], ["t4", "t2", "t1", "t3"], ["t2"], []):
+        into = bytearray(sum(checkpoint[key].nbytes for key in keys))
+        checkpoint.read_all_into(keys, memoryview(into))
+        stored = [tensors[key].T if name == "strided.bin" else tensors[key] for key in keys]
+        assert bytes(into) == b"".join(x.contiguous().numpy().tobytes() for x in stored)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
