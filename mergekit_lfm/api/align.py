@@ -185,8 +185,7 @@ def _save(
     """Write the rewritten model through a merge of it alone, and compare its outputs with the original's."""
     entry = {"model": str(model), "align": str(file)}
     plan = make_plan(Recipe.parse({"merge_method": "passthrough", "models": [entry]}))
-    with progress.by_bytes(plan.bytes_written, "writing") as advance:
-        done = execute(plan, folder, overwrite=overwrite, progress=advance)
+    done = execute(plan, folder, overwrite=overwrite, progress=progress, doing="writing")
     if not (model / "config.json").is_file():
         return SavedModel(folder, already_there=done.already_there)
     from mergekit_lfm.judge.same import compare_outputs

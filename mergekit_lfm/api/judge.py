@@ -223,7 +223,7 @@ def verify_output(out: StrPath, *, progress: Progress = SILENCE) -> Outcome[Veri
     The outcome's digest is that of the plan. Raises FormatError if it has no lock.
     """
     from mergekit_lfm.output.card import CARD, OWN_CARD
-    from mergekit_lfm.output.lock import lock_of, not_covered, verify
+    from mergekit_lfm.output.lock import INPUTS_NOT_COVERED, NOT_COVERED, lock_of, verify
 
     started, folder = time.monotonic(), expand(out, "OUT")
     snapshot = None if folder.exists() else _pull(str(out))
@@ -234,7 +234,7 @@ def verify_output(out: StrPath, *, progress: Progress = SILENCE) -> Outcome[Veri
     if snapshot is not None and OWN_CARD in snapshot.sizes:  # beside a card that was edited there
         differences = [line for line in differences if not line.startswith(f"{CARD} ")]
     others = () if snapshot is None else ("files on the Hub that the lock does not name",)
-    verified = Verified(tuple(differences), (*not_covered(folder), *others))
+    verified = Verified(tuple(differences), (INPUTS_NOT_COVERED, *NOT_COVERED, *others))
     return Outcome(folder, verified, lock_of(folder).get("plan"), seconds=time.monotonic() - started)
 
 

@@ -83,6 +83,11 @@ Examples:
 @device_option("Where to compute", default=None, otherwise="the recipe's, else cpu")
 @overwrite
 @no_resume
+@click.option(
+    "--trust-times",
+    is_flag=True,
+    help="Tell a change of an input by its size and modification time alone, where inodes or other times change.",
+)
 @click.option("--dry-run", is_flag=True, help="Print the plan, and do nothing.")
 @as_json
 @quiet
@@ -105,6 +110,7 @@ def merge(
     device: str | None,
     overwrite: bool,
     no_resume: bool,
+    trust_times: bool,
     dry_run: bool,
     as_json: bool,
     quiet: bool,
@@ -141,6 +147,7 @@ def merge(
                 nan=nan,
                 overwrite=overwrite,
                 resume=not no_resume,
+                trust_times=trust_times,
                 compile=compile_,
                 verify_push=pull_back,
                 progress=Terminal(hidden=hidden),

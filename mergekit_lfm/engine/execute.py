@@ -16,6 +16,7 @@ from typing import Any
 
 from mergekit_lfm.engine.blocks import add_in_order, run_solve
 from mergekit_lfm.engine.documents import Documents
+from mergekit_lfm.engine.inputs import Comparison, keep_states
 from mergekit_lfm.engine.tasks import Executor, MatrixTask, MergeTask, Part, ReduceTask, Remark, Task
 from mergekit_lfm.engine.threads import thread_pool
 from mergekit_lfm.engine.worker import Options, Pool, Worker, refuse_nonfinite
@@ -23,15 +24,16 @@ from mergekit_lfm.errors import PlanError, reason
 from mergekit_lfm.kernels.compiled import Mode
 from mergekit_lfm.kernels.reductions import Reduction
 from mergekit_lfm.machine.accelerators import HOST, Accelerator
+from mergekit_lfm.machine.progress import SILENCE, Progress
 from mergekit_lfm.machine.resources import default_memory
 from mergekit_lfm.methods.registry import METHODS
-from mergekit_lfm.output.lock import LOCK
+from mergekit_lfm.output.lock import LOCK, OWN_DIGEST, lock_of
 from mergekit_lfm.output.replace import Policy, already_there, is_complete
 from mergekit_lfm.output.writer import Output, Receipt, finish
 from mergekit_lfm.plan.budget import Budget, check_disk, workers
 from mergekit_lfm.plan.job import Job
 from mergekit_lfm.plan.plan import Plan
-from mergekit_lfm.store.places import place_of
+from mergekit_lfm.store.places import partial_of, place_of
 from mergekit_lfm.store.tensors import ITEMSIZE
 
 
@@ -55,57 +57,72 @@ def execute(
     overwrite: bool = False,
     compile: Mode = "auto",
     accelerator: Accelerator = HOST,
+    trust_times: bool = False,
     pool: Pool = thread_pool,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress = SILENCE,
+    doing: str = "merging",
 ) -> Execution:
     """Write the merged checkpoint to the folder `out`, or complete the output of an interrupted run of the same plan.
+
+    Does nothing if `out` holds the output of this plan on these inputs: by the digests of their bytes in its lock,
+    which are compared if a file is in another state than when it was merged or last compared.
 
     The plan is ready: its downloads, alignments and edits are made. memory: bytes that the engine may hold. compile:
     "auto" compiles elementwise functions to machine code if the merge is large enough to repay it; the bytes are the
     same. accelerator: the device for the arithmetic, by default the processor; docs/gpu.md says which bytes it changes.
-    pool: what workers run in. progress is called with each number of bytes newly written. OUT appears only when it is
-    complete.
+    trust_times: go by sizes and modification times of the inputs, not by inodes and times of any change. pool: what
+    workers run in. doing: the word for the work in its progress. OUT appears only when it is complete.
 
-    Raises PlanError before anything is written if the plan is not ready, or if `out`, the memory or the disk do not
-    allow it; FormatError if a document of the output cannot be written, before anything is, if an input or the result
-    holds NaN or infinity (`nan="error"`), or if an input was changed meanwhile.
+    Raises PlanError before anything is written if the plan is not ready, if `out` was made from other inputs, or if it,
+    the memory or the disk do not allow the work; FormatError if a document of the output cannot be written, before
+    anything is, if an input or the result holds NaN or infinity (`nan="error"`), or if an input was changed meanwhile.
     """
-    folder = place_of(out)
-    if _already_there(plan, folder, overwrite=overwrite, resume=resume, nan=nan):
+    folder, budget = place_of(out), memory or default_memory()
+    comparison = Comparison(plan, budget, threads, progress, trust_times)
+    where: dict[str, Any] = {"overwrite": overwrite, "resume": resume, "nan": nan}
+    if _already_there(comparison, folder, **where):
         return Execution(already_there=True)
     documents = Documents(plan)
     documents.check()
-    if resume and finish(plan.digest, plan.shards, documents.files, folder):
-        return Execution(resumed_bytes=plan.bytes_written)
-    budget = memory or default_memory()
+    if resume and is_complete(plan.digest, folder):
+        if finish(plan.shards, documents.files, folder, comparison.is_sound):
+            return Execution(resumed_bytes=plan.bytes_written)
+        _already_there(comparison, folder, **where)  # refuses to replace an output that was put back
     count = _check(plan, folder, budget, threads, accelerator)
     left = Budget(plan).left(budget)
     options = Options(accelerator, left // count, accelerator.room(left) // count, count, nan, compile)
-    files = Output(plan.digest, plan.shards, plan.inputs, folder, resume)
-    with files as output, Worker(plan, output.partial, options) as worker:
-        resumed = _take_over(plan, output, nan)
-        run = _Run(plan, options, output, progress or (lambda _: None))
-        run.progress(resumed)
+    files = Output(plan.digest, plan.shards, plan.inputs, folder, resume, trust_times=trust_times)
+    advancing = progress.by_bytes(plan.bytes_written, doing)
+    with files as output, Worker(plan, output.partial, options) as worker, advancing as advance:
+        resumed = _take_over(plan, output, nan, count)
+        run = _Run(plan, options, output, advance)
+        advance(resumed)
         try:
             with _explain_full_gpu(), pool(worker, count) as executor:
                 run.carry_out(executor)
         finally:
             output.flush()
         output.publish({**documents.files, LOCK: documents.lock(output.done)})
+    keep_states(plan, lock_of(folder)[OWN_DIGEST])
     return Execution(False, resumed, (*_findings(plan, output), *sorted(run.remarks)))
 
 
-def _take_over(plan: Plan, output: Output, nan: Policy) -> int:
-    """The bytes that an interrupted run has written. Raises FormatError if it accepted NaN and this one does not."""
+def _take_over(plan: Plan, output: Output, nan: Policy, threads: int) -> int:
+    """The bytes that an interrupted run has written, and that are as it has left them.
+
+    Raises FormatError if it accepted NaN and this one does not.
+    """
+    jobs = {job.name: job for job in plan.tensors}
+    output.drop_damaged(lambda name, segment: jobs[name].segment_range(segment), threads)
     for receipt in output.done.values():
         for where in receipt.nonfinite:
             refuse_nonfinite(where, nan)
-    jobs = {job.name: job for job in plan.tensors}
     return sum(jobs[name].segment_nbytes(segment) for name, segment in output.done)
 
 
 def _findings(plan: Plan, output: Output) -> Iterator[str]:
     """The warnings about a merge that was completed."""
+    yield from output.notices
     for where in sorted({where for receipt in output.done.values() for where in receipt.nonfinite}):
         yield f"{where} holds NaN or infinity"
     for name, why in plan.left_behind:
@@ -128,16 +145,21 @@ def _explain_full_gpu() -> Iterator[None]:
         ) from None
 
 
-def is_written(plan: Plan, folder: Path, *, overwrite: bool, resume: bool, nan: Policy) -> bool:
-    """True if `execute` with these options has no tensor left to write. Raises PlanError if it must not write there."""
-    there = _already_there(plan, folder, overwrite=overwrite, resume=resume, nan=nan)
-    return there or (resume and is_complete(plan.digest, folder))
+def is_written(comparison: Comparison, folder: Path, *, overwrite: bool, resume: bool, nan: Policy) -> bool:
+    """True if `execute` with these options has no tensor left to write. Raises PlanError if it must not write there.
+
+    False, too, if only a plan that is ready can tell, as its inputs have to be read.
+    """
+    if _already_there(comparison, folder, overwrite=overwrite, resume=resume, nan=nan):
+        return True
+    return resume and is_complete(comparison.plan.digest, folder) and comparison.is_sound(partial_of(folder))
 
 
-def _already_there(plan: Plan, folder: Path, *, overwrite: bool, resume: bool, nan: Policy) -> bool:
+def _already_there(comparison: Comparison, folder: Path, *, overwrite: bool, resume: bool, nan: Policy) -> bool:
+    plan, rebuild = comparison.plan, overwrite or not resume
     inputs = {label: source.path for label, source in zip(plan.source_labels, plan.sources, strict=True)}
-    rebuild = overwrite or not resume
-    return already_there(plan.digest, plan.shards, inputs, folder, overwrite=overwrite, rebuild=rebuild, nan=nan)
+    there = already_there(plan.digest, plan.shards, inputs, folder, overwrite=overwrite, rebuild=rebuild, nan=nan)
+    return there and comparison.has_these_inputs(folder)
 
 
 def _check(plan: Plan, folder: Path, budget: int, threads: int | None, accelerator: Accelerator) -> int:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from threading import Event
@@ -13,6 +13,7 @@ import torch
 import xxhash
 
 from mergekit_lfm.engine.blocks import Blocks, StoredBlock, apply_to, default_device, is_finite, run_solve
+from mergekit_lfm.engine.digests import SegmentDigests
 from mergekit_lfm.engine.documents import names_of
 from mergekit_lfm.engine.matrices import StoredMatrices
 from mergekit_lfm.engine.tasks import Executor, MatrixTask, MergeTask, Part, ReduceTask, Remark, Result, Task
@@ -36,6 +37,8 @@ from mergekit_lfm.store.formats import bytes_of
 from mergekit_lfm.store.tensors import FLOATS, ITEMSIZE
 
 HOST = torch.device("cpu")
+
+Digests = Mapping[TensorRef, SegmentDigests]  # of the tensors that a task reads
 
 
 class Stopped(Exception):
@@ -113,8 +116,8 @@ class Worker:
         names = names_of(self.plan)
         return tuple(names[label] for label in self.plan.source_labels)
 
-    def _blocks(self, job: Job, resident: bool = False) -> Blocks:
-        """The job's inputs, read from the files block by block, or held on the device."""
+    def _blocks(self, job: Job, digests: Digests | None = None, *, resident: bool = False) -> Blocks:
+        """The job's inputs, read from the files block by block, or held on the device. digests: of the inputs."""
         options, device = self.options, self._accelerator
         read = self._count_blocks(job, min(options.share - self._budget.views(job), options.device_share), device.chunk)
         at_once = read
@@ -122,7 +125,10 @@ class Worker:
             result = job.block * ITEMSIZE[job.dtype]
             most = min(device.resident_chunk, options.share // (4 * result))
             at_once = self._count_blocks(job, options.device_share, most)
-        readers = {source: self._reader(source, job.block * read, resident) for source in job.inputs}
+        readers = {
+            source: self._reader(source, None if digests is None else digests[source], job.block * read, resident)
+            for source in job.inputs
+        }
         base = readers[job.base] if job.base else None
         sources = [readers[source] for source in job.sources + job.statistics]
         dtype = getattr(torch, job.compute)
@@ -132,14 +138,21 @@ class Worker:
         """Blocks per chunk that fit in `nbytes`, at most `most`: a power of two that divides SEGMENT."""
         return 1 << (max(1, min(most, nbytes // max(1, self._budget.device_scratch(job)))).bit_length() - 1)
 
-    def _reader(self, source: TensorRef, most: int, resident: bool) -> ReadRange:
+    def _digests(self, job: Job) -> dict[TensorRef, SegmentDigests]:
+        """The digests of the job's inputs."""
+        return {ref: SegmentDigests(self.plan.sources[ref[0]], ref[1], job.segment_numel) for ref in job.inputs}
+
+    def _reader(self, source: TensorRef, digests: SegmentDigests | None, most: int, resident: bool) -> ReadRange:
         """A reader of ranges of up to `most` elements, which the next call may overwrite; resident: reads all once."""
         model, name = self.plan.sources[source[0]], source[1]
         numel, dtype = model[name].numel, getattr(torch, model[name].dtype)
 
         def fill(start: int, into: torch.Tensor) -> None:
             self._check_stop()
-            model.read_into(name, start, bytes_of(into))
+            data = bytes_of(into)
+            model.read_into(name, start, data)
+            if digests is not None:
+                digests.add(start, data)
 
         if not resident:
             return self._accelerator.reader(min(most, numel), dtype, fill)
@@ -155,17 +168,21 @@ class Worker:
         if job.copied:
             yield from (self._copy(job, segment) for segment in task.segments)
             return
-        blocks = self._blocks(job, resident=task.solve)
+        digests = self._digests(job)
+        blocks = self._blocks(job, digests, resident=task.solve)
         coefficients = task.coefficients
         if task.solve and job.spec.numel:
             coefficients = run_solve(METHODS[job.method].solve(self.plan.unit([job])), blocks.reduce)
         for segment in task.segments:
-            yield self._merge(job, blocks, coefficients, segment)
+            receipt = self._merge(job, blocks, coefficients, segment)
+            yield replace(receipt, inputs=tuple(digests[source].take(segment) for source in job.inputs))
 
     def _merge_matrices(self, task: MatrixTask) -> Iterator[Receipt]:
         bad = set[str]()
         group = self.plan.matrices[task.group]
-        matrices = [self._stored(matrix, bad) for matrix in group.matrices]
+        digests = {source: found for i in group.jobs for source, found in self._digests(self.plan.tensors[i]).items()}
+        digests |= {gram: SegmentDigests(self.plan.sources[gram[0]], gram[1]) for gram in group.grams}
+        matrices = [self._stored(matrix, digests, bad) for matrix in group.matrices]
         unit = self.plan.unit([self.plan.tensors[group.jobs[0]]])
         whole = METHODS[self.plan.recipe.merge_method].whole
         assert whole is not None
@@ -182,15 +199,20 @@ class Worker:
                     first = segment * job.segment_numel
                     data = bytes_of(tensor[first : first + job.segment_numel])
                     self._shards.write(job.name, first * ITEMSIZE[job.dtype], data)
-                    yield Receipt(job.name, segment, xxhash.xxh3_128_hexdigest(data), tuple(sorted(bad)))
+                    read = [digests[source].take(segment) for source in job.inputs]
+                    if segment == 0:
+                        read += [digests[gram].take(0) for gram in self.plan.grams.get(job.name, ())]
+                    digest = xxhash.xxh3_128_hexdigest(data)
+                    yield Receipt(job.name, segment, digest, tuple(sorted(bad)), tuple(read))
 
-    def _stored(self, matrix: MatrixJob, bad: set[str]) -> StoredMatrices:
+    def _stored(self, matrix: MatrixJob, digests: Digests, bad: set[str]) -> StoredMatrices:
         """A matrix whose tensors are read from the files on demand; adds the names of those not finite to `bad`."""
 
         def read(source: TensorRef, start: int, stop: int) -> torch.Tensor:
             self._check_stop()
             with default_device(HOST):
                 part = self.plan.sources[source[0]].read(source[1], start, stop)
+            digests[source].add(start, bytes_of(part))
             if not is_finite(part):
                 bad.add(self._not_finite(f"{source[1]} of {self._names[source[0]]}"))
             return part

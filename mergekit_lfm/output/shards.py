@@ -8,9 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from threading import Lock
 
+import xxhash
+
 from mergekit_lfm.output.layout import Shard
 from mergekit_lfm.store.files import name_file
-from mergekit_lfm.store.tensors import write_exactly
+from mergekit_lfm.store.tensors import read_exactly, write_exactly
+
+READ_AT_ONCE = 1 << 20  # bytes
 
 
 class ShardFiles:
@@ -62,6 +66,16 @@ class ShardFiles:
         fd, offset = self.place(name)
         with name_file(self.path(self.shard_of(name))):
             write_exactly(fd, offset + start, data)
+
+    def digest(self, name: str, start: int, nbytes: int) -> str:
+        """xxh3-128 of bytes of a tensor from byte `start` of it on, in hex."""
+        fd, offset = self.place(name)
+        digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(min(READ_AT_ONCE, nbytes)))
+        for at in range(start, start + nbytes, READ_AT_ONCE):
+            data = buffer[: start + nbytes - at]
+            read_exactly(fd, offset + at, data, self.path(self.shard_of(name)))
+            digest.update(data)
+        return digest.hexdigest()
 
     def copy(self, name: str, start: int, source: int, offset: int, nbytes: int) -> bool:
         """Copy bytes from a file's descriptor and offset to byte `start` of the tensor. False if the kernel cannot.

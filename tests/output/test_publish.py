@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers_progress import Counted
 from helpers_stats import write_fisher
 from helpers_views import make_patch
 from models import files_of, save_checkpoint
@@ -100,7 +101,7 @@ def test_an_input_that_changes_during_the_merge_is_no_output(
             done.append(nbytes)
 
     with pytest.raises(FormatError, match=f"{Path(name).name} was changed"):
-        execute(plan, tmp_path / "out", threads=1, progress=progress)
+        execute(plan, tmp_path / "out", threads=1, progress=Counted(progress))
     assert not (tmp_path / "out").exists()
 
 
@@ -119,19 +120,49 @@ def interrupt(plan: Plan, out: Path) -> None:
             raise Interrupted
 
     with pytest.raises(Interrupted):
-        execute(plan, out, threads=1, progress=progress)
+        execute(plan, out, threads=1, progress=Counted(progress))
 
 
-def test_an_input_that_changed_since_an_interrupted_run_is_no_output(tmp_path: Path) -> None:
+def test_an_input_that_changed_since_an_interrupted_run_is_merged_again(tmp_path: Path) -> None:
     """With its time set back the plan is the same, but the finished part was made from the old bytes."""
     save_models(tmp_path)
     interrupt(plan_with(tmp_path), tmp_path / "out")
     rewrite(tmp_path / "a" / "model-00001-of-00002.safetensors")
-    before = files_of(tmp_path)
-    with pytest.raises(FormatError, match=r"model-00001-of-00002.safetensors was changed .* --no-resume"):
-        execute(plan_with(tmp_path), tmp_path / "out")
-    assert files_of(tmp_path) == before
-    execute(plan_with(tmp_path), tmp_path / "out", resume=False)
+    done = execute(plan_with(tmp_path), tmp_path / "out")
+    assert done.resumed_bytes == 0
+    assert [line for line in done.findings if "model-00001-of-00002.safetensors was changed" in line]
+    execute(plan_with(tmp_path), tmp_path / "fresh")
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "fresh")
+
+
+def test_unfinished_work_on_a_model_of_the_same_name_elsewhere_is_not_reused(tmp_path: Path) -> None:
+    """The plans are equal, as they name no folder of this machine."""
+    for home in ("one", "two"):
+        save_models(tmp_path / home)
+    rewrite(tmp_path / "two" / "a" / "model-00001-of-00002.safetensors")
+    plan = plan_with(tmp_path / "two")
+    interrupt(plan_with(tmp_path / "one"), tmp_path / "out")
+    assert plan.digest == plan_with(tmp_path / "one").digest
+    assert execute(plan, tmp_path / "out").resumed_bytes == 0
+    execute(plan, tmp_path / "fresh")
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "fresh")
+
+
+def test_damaged_segments_of_an_interrupted_run_are_merged_again(tmp_path: Path) -> None:
+    save_models(tmp_path)
+    plan = plan_with(tmp_path)
+    interrupt(plan, tmp_path / "out")
+    journal = [json.loads(line) for line in (tmp_path / "out.partial" / writer.JOURNAL).read_text().splitlines()]
+    finished = [entry["tensor"] for entry in journal if "tensor" in entry]
+    assert 1 < len(finished) < len(plan.tensors)
+    shard = next(shard for shard in plan.shards if finished[0] in shard.offsets)
+    with (tmp_path / "out.partial" / shard.name).open("r+b") as file:
+        file.seek(shard.offsets[finished[0]])
+        file.write(b"\xa5")
+    done = execute(plan_with(tmp_path), tmp_path / "out")
+    assert [line for line in done.findings if f"damaged, and made again: {finished[0]}" in line]
+    left = {job.name: job.nbytes for job in plan.tensors if job.name in finished[1:]}
+    assert done.resumed_bytes == sum(left.values())
     execute(plan_with(tmp_path), tmp_path / "fresh")
     assert files_of(tmp_path / "out") == files_of(tmp_path / "fresh")
 
