@@ -81,14 +81,19 @@ def prepare(
         return plan
     Budget(plan).peak(budget, threads or 1)
     check_disk(plan, folder)
-    _fetch_weights(plan, notice)
-    plan = _with_edits(_with_alignments(plan, notice, device), notice, device)
+    plan = prepare_models(plan, device, notice)
     if not plan.unedited or is_written(Comparison(plan, budget, threads, progress, trust_times), folder, **where):
         return plan
     how: dict[str, Any] = {"memory": memory, "threads": threads, "nan": nan, "resume": resume}
     patches = _result_patches(plan, folder, notice, device, **how)
     made = make_plan(plan.recipe, max_shard_size=max_shard_size, views=plan.models, edits=patches)
     return replace(made, edited_on=plan.edited_on)
+
+
+def prepare_models(plan: Plan, device: str, notice: Notice) -> Plan:
+    """The plan with its weights downloaded, and its models aligned and edited."""
+    _fetch_weights(plan, notice)
+    return _with_edits(_with_alignments(plan, notice, device), notice, device)
 
 
 def note_device(plan: Plan, device: str) -> Plan:

@@ -20,7 +20,7 @@ from mergekit_lfm.commands.options import (
     quiet,
     together,
 )
-from mergekit_lfm.commands.shell import Command, Size, show, transfers
+from mergekit_lfm.commands.shell import Command, show, transfers
 from mergekit_lfm.machine.text import printable_line
 
 if TYPE_CHECKING:
@@ -34,16 +34,8 @@ planning = together(
     click.argument("out", type=click.Path(path_type=Path), required=False),
     options.memory,
     options.threads,
-    click.option(
-        "--max-shard-size",
-        type=Size(),
-        help="Split the result into files of at most this size, such as 5GB. [default: the files of the base model]",
-    ),
-    click.option(
-        "--seed",
-        type=click.IntRange(0, 2**64 - 1),
-        help="The number from which random methods draw; the same one gives the same bytes. [default: the recipe's]",
-    ),
+    options.max_shard_size,
+    options.seed,
 )
 
 

@@ -7,31 +7,26 @@ bytes are the same in each case: sums run over constant blocks in a constant ord
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mergekit_lfm.engine.blocks import add_in_order, run_solve
 from mergekit_lfm.engine.documents import Documents
 from mergekit_lfm.engine.inputs import Comparison, keep_states
-from mergekit_lfm.engine.tasks import Executor, MatrixTask, MergeTask, Part, ReduceTask, Remark, Task
+from mergekit_lfm.engine.run import Run
 from mergekit_lfm.engine.threads import thread_pool
 from mergekit_lfm.engine.worker import Options, Pool, Worker, refuse_nonfinite
 from mergekit_lfm.errors import PlanError, reason
 from mergekit_lfm.kernels.compiled import Mode
-from mergekit_lfm.kernels.reductions import Reduction
 from mergekit_lfm.machine.accelerators import HOST, Accelerator
 from mergekit_lfm.machine.progress import SILENCE, Progress
 from mergekit_lfm.machine.resources import default_memory
-from mergekit_lfm.methods.registry import METHODS
 from mergekit_lfm.output.lock import LOCK, OWN_DIGEST, lock_of
 from mergekit_lfm.output.replace import Policy, already_there, is_complete
-from mergekit_lfm.output.writer import Output, Receipt, finish
+from mergekit_lfm.output.writer import Output, finish
 from mergekit_lfm.plan.budget import Budget, check_disk, workers
-from mergekit_lfm.plan.job import Job
 from mergekit_lfm.plan.plan import Plan
 from mergekit_lfm.store.places import partial_of, place_of
 from mergekit_lfm.store.tensors import ITEMSIZE
@@ -95,7 +90,7 @@ def execute(
     advancing = progress.by_bytes(plan.bytes_written, doing)
     with files as output, Worker(plan, output.partial, options) as worker, advancing as advance:
         resumed = _take_over(plan, output, nan, count)
-        run = _Run(plan, options, output, advance)
+        run = Run(plan, options, output, advance)
         advance(resumed)
         try:
             with _explain_full_gpu(), pool(worker, count) as executor:
@@ -173,101 +168,6 @@ def _check(plan: Plan, folder: Path, budget: int, threads: int | None, accelerat
     check_copies(plan)
     check_disk(plan, folder)
     return count
-
-
-@dataclass
-class _Run:
-    """One execution: its tasks in order, and what becomes of their results."""
-
-    plan: Plan
-    options: Options
-    output: Output
-    progress: Callable[[int], None]
-    remarks: set[str] = field(default_factory=set)
-
-    def carry_out(self, executor: Executor) -> None:
-        """Do first all tasks that need no barrier, heavy ones first, then in file order; then those in passes."""
-        waiting = [group for group in self.plan.groups if any(self._missing(i) for i in group)]
-        shared = [group for group in waiting if self._takes_passes(group)]
-        alone = [task for group in waiting if group not in shared for task in self._tasks(*group)]
-        heavy = self.plan.bytes_written // 16
-        sizes = {task.job: self.plan.tensors[task.job].nbytes for task in alone}
-        alone.sort(key=lambda task: -sizes[task.job] if sizes[task.job] > heavy else 0)
-        self._do(executor, [*self._matrix_tasks(), *alone])
-        for group in shared:
-            self._solve(executor, group)
-
-    def _missing(self, job: int) -> tuple[int, ...]:
-        """The segments of a job without a receipt."""
-        name, segments = self.plan.tensors[job].name, self.plan.tensors[job].segments
-        return tuple(segment for segment in range(segments) if (name, segment) not in self.output.done)
-
-    def _takes_passes(self, group: Sequence[int]) -> bool:
-        """True if a group's inputs do not fit a worker's share, so that all workers read them, once for every sum."""
-        needs_sums = self.plan.tensors[group[0]].needs_sums
-        return len(group) > 1 or (needs_sums and Budget(self.plan).resident(group) > self.options.device_share)
-
-    def _matrix_tasks(self) -> Iterator[MatrixTask]:
-        groups = self.plan.matrices
-        for number in sorted(range(len(groups)), key=lambda number: -groups[number].nbytes):
-            segments = {i: self._missing(i) for i in groups[number].jobs}
-            if any(segments.values()):
-                yield MatrixTask(number, segments)
-
-    def _tasks(self, i: int) -> Iterator[MergeTask]:
-        """The tasks of a job that is merged alone, without passes."""
-        job, missing = self.plan.tensors[i], self._missing(i)
-        if job.needs_sums:
-            yield MergeTask(i, missing, solve=True)
-            return
-        coefficients = None if job.copied else run_solve(METHODS[job.method].solve(self.plan.unit([job])), _no_sums)
-        parts = [missing] if Budget(self.plan).by_one_worker(job) else [(segment,) for segment in missing]
-        for part in parts:
-            yield MergeTask(i, part, coefficients)
-
-    def _solve(self, executor: Executor, group: Sequence[int]) -> None:
-        """Solve a group in passes: one over its inputs for each reduction, one to apply."""
-        jobs = [self.plan.tensors[i] for i in group]
-        places = [(i, segment) for i, job in zip(group, jobs, strict=True) for segment in range(job.segments)]
-
-        def over(request: Reduction) -> Any:
-            tasks = [ReduceTask(number, *place, request) for number, place in enumerate(places)]
-            parts = ((part.number, part.value) for part in self._results(executor, tasks))
-            return add_in_order(request, parts)
-
-        coefficients = run_solve(METHODS[jobs[0].method].solve(self.plan.unit(jobs)), over)
-        self._do(executor, [MergeTask(i, (segment,), coefficients) for i in group for segment in self._missing(i)])
-
-    def _do(self, executor: Executor, tasks: Iterable[Task]) -> None:
-        for part in self._results(executor, tasks):
-            raise AssertionError(f"{part} of a sum that nobody requested")
-
-    def _results(self, executor: Executor, tasks: Iterable[Task]) -> Iterator[Part]:
-        """Do the tasks, keep their receipts and remarks, and give the parts of a sum."""
-        for result in executor(tasks):
-            match result:
-                case Part():
-                    yield result
-                case Remark():
-                    self.remarks.add(result.text)
-                case Receipt():
-                    self._record(result)
-
-    def _record(self, receipt: Receipt) -> None:
-        """Journal a receipt, unless it has come before: from a worker that was lost after it had sent it."""
-        if (receipt.tensor, receipt.segment) not in self.output.done:
-            nbytes = self.jobs[receipt.tensor].segment_nbytes(receipt.segment)
-            self.output.record(receipt, nbytes)
-            self.progress(nbytes)
-
-    @cached_property
-    def jobs(self) -> dict[str, Job]:
-        """The plan's jobs by the names of their tensors."""
-        return {job.name: job for job in self.plan.tensors}
-
-
-def _no_sums(_: Reduction) -> Any:
-    raise AssertionError("the plan says that this solve asks for no reduction")
 
 
 def check_copies(plan: Plan) -> None:

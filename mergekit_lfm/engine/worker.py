@@ -26,7 +26,7 @@ from mergekit_lfm.machine.accelerators import Accelerator, ReadRange
 from mergekit_lfm.machine.resources import allow_many_files, keep_freed_memory
 from mergekit_lfm.methods.registry import METHODS
 from mergekit_lfm.output.replace import Policy
-from mergekit_lfm.output.shards import ShardFiles
+from mergekit_lfm.output.shards import NoFiles, ShardFiles
 from mergekit_lfm.output.writer import Receipt
 from mergekit_lfm.plan.budget import Budget
 from mergekit_lfm.plan.job import Job
@@ -63,21 +63,21 @@ class Options:
 class Worker:
     """Does tasks of a plan, for several threads at once. Use as a context manager.
 
-    Picklable: a copy in another process opens the inputs and the shards in `folder` for itself. stop: set it to end all
-    tasks at their next block.
+    Picklable: a copy in another process opens the inputs and the shards in `folder` for itself. folder: None to write
+    nothing. stop: set it to end all tasks at their next block.
     """
 
-    def __init__(self, plan: Plan, folder: Path, options: Options) -> None:
+    def __init__(self, plan: Plan, folder: Path | None, options: Options) -> None:
         self.plan, self.folder, self.options = plan, folder, options
         self.stop = Event()
         self._accelerator = options.accelerator
         self._budget = Budget(plan)
-        self._shards = ShardFiles(folder, plan.shards)
+        self._shards = NoFiles() if folder is None else ShardFiles(folder, plan.shards)
         numels = [job.spec.numel for job in plan.tensors if not job.copied]
         self._kernels = make_kernels(self._accelerator, options.compile, numels, options.threads)
         self._remarks = set[str]()
 
-    def __reduce__(self) -> tuple[type[Worker], tuple[Plan, Path, Options]]:
+    def __reduce__(self) -> tuple[type[Worker], tuple[Plan, Path | None, Options]]:
         return Worker, (self.plan, self.folder, self.options)
 
     def __enter__(self) -> Worker:
