@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import xxhash
+from helpers_commands import run
 from helpers_methods import Case, least_memory, plan_of
 from helpers_progress import Counted
 from models import files_of, save_checkpoint
@@ -118,6 +119,17 @@ def test_trusted_times_need_no_comparison(folder: Path) -> None:
     assert len(merge_in(folder)) == 1
     touch(folder / "a" / FILE)
     assert len(merge_in(folder, trust_times=True)) == 1
+
+
+def test_the_option_of_the_command(folder: Path) -> None:
+    (folder / "recipe.yaml").write_text(json.dumps(LINEAR))
+    data, status = (folder / "a" / FILE).read_bytes(), (folder / "a" / FILE).stat()
+    (folder / "a" / FILE).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    os.utime(folder / "a" / FILE, ns=(status.st_atime_ns, status.st_mtime_ns))
+    command = ("merge", str(folder / "recipe.yaml"), str(folder / "out"))
+    assert run(*command, "--trust-times").stderr.startswith("already there")
+    refused = run(*command)
+    assert refused.exit_code == 2 and "made from other inputs" in refused.stderr
 
 
 def test_a_copy_of_the_inputs_has_the_same_lock(folder: Path) -> None:

@@ -226,6 +226,57 @@ def test_other_files_in_a_complete_looking_folder_are_not_published(
         assert files_of(tmp_path / "out") == files_of(tmp_path / "fresh")
 
 
+def kill_before_the_end(folder: Path, monkeypatch: pytest.MonkeyPatch, **how: Any) -> None:
+    """Merge, but for the rename of OUT.partial to OUT; an output that is replaced is moved away already."""
+
+    def kill(path: Path, target: Path) -> Path:
+        if path.name == "out.partial":
+            raise Interrupted
+        return rename(path, target)
+
+    rename = Path.rename
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(Path, "rename", kill)
+        execute(plan_with(folder), folder / "out", **how)
+
+
+def damage_weights(folder: Path) -> None:
+    with (folder / "out.partial" / "model-00001-of-00002.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\xa5")
+
+
+def change_weights(folder: Path) -> None:
+    rewrite(folder / "b" / "model-00001-of-00002.safetensors")
+
+
+@pytest.mark.parametrize("change", [damage_weights, change_weights])
+def test_a_complete_looking_folder_that_no_longer_fits_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None]
+) -> None:
+    save_models(tmp_path)
+    kill_before_the_end(tmp_path, monkeypatch)
+    change(tmp_path)
+    assert execute(plan_with(tmp_path), tmp_path / "out").resumed_bytes == 0
+    execute(plan_with(tmp_path), tmp_path / "fresh")
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "fresh")
+
+
+def test_the_output_that_it_was_to_replace_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_models(tmp_path)
+    execute(plan_with(tmp_path, "result"), tmp_path / "out")
+    before = files_of(tmp_path / "out")
+    kill_before_the_end(tmp_path, monkeypatch, overwrite=True)
+    assert not (tmp_path / "out").exists()
+    damage_weights(tmp_path)
+    with pytest.raises(PlanError, match="use --overwrite"):
+        execute(plan_with(tmp_path), tmp_path / "out")
+    assert files_of(tmp_path / "out") == before
+    execute(plan_with(tmp_path), tmp_path / "out", overwrite=True)
+    execute(plan_with(tmp_path), tmp_path / "fresh")
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "fresh")
+
+
 def test_other_files_among_unfinished_work_are_not_published(tmp_path: Path) -> None:
     save_models(tmp_path)
     interrupt(plan_with(tmp_path), tmp_path / "out")
