@@ -9,15 +9,12 @@ from mergekit_lfm.machine.progress import Silence
 
 
 class Counted(Silence):
-    """Calls `advance` with each number of bytes done, in the work named `doing` alone if it is given.
+    """Calls `advance` with each number of bytes done. seen: the names of all work that was begun."""
 
-    seen: the names of all work that was begun.
-    """
-
-    def __init__(self, advance: Callable[[int], None] = lambda _: None, doing: str = "") -> None:
-        self.advance, self.doing, self.seen = advance, doing, list[str]()
+    def __init__(self, advance: Callable[[int], None] = lambda _: None) -> None:
+        self.advance, self.seen = advance, list[str]()
 
     def by_bytes(self, nbytes: int, doing: str) -> AbstractContextManager[Callable[[int], None]]:  # noqa: ARG002
         """Count."""
         self.seen.append(doing)
-        return nullcontext(self.advance if doing.startswith(self.doing) else lambda _: None)
+        return nullcontext(self.advance)

@@ -82,7 +82,8 @@ def execute(
     if resume and is_complete(plan.digest, folder):
         if finish(plan.shards, documents.files, folder, comparison.is_sound):
             return Execution(resumed_bytes=plan.bytes_written)
-        _already_there(comparison, folder, **where)  # refuses to replace an output that was put back
+        if _already_there(comparison, folder, **where):  # an output that was put back
+            return Execution(already_there=True)
     count = _check(plan, folder, budget, threads, accelerator)
     left = Budget(plan).left(budget)
     options = Options(accelerator, left // count, accelerator.room(left) // count, count, nan, compile)

@@ -210,10 +210,8 @@ class Output:
             del self.done[receipt.tensor, receipt.segment]
         if damaged:
             names = ", ".join(dict.fromkeys(receipt.tensor for receipt in damaged[:SHOWN]))
-            self.notices.append(
-                f"{len(damaged)} segments of the interrupted run were damaged, and made again: {names}"
-                + (", ..." if len(damaged) > SHOWN else "")
-            )
+            more = f" and {len(damaged) - SHOWN} more" if len(damaged) > SHOWN else ""
+            self.notices.append(f"damaged segments of the interrupted run were made again, of {names}{more}")
 
     def record(self, receipt: Receipt, nbytes: int) -> None:
         """Record that a segment of `nbytes` is written; the journal has it once its data are synced."""

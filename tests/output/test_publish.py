@@ -160,7 +160,11 @@ def test_damaged_segments_of_an_interrupted_run_are_merged_again(tmp_path: Path)
         file.seek(shard.offsets[finished[0]])
         file.write(b"\xa5")
     done = execute(plan_with(tmp_path), tmp_path / "out")
-    assert [line for line in done.findings if f"damaged, and made again: {finished[0]}" in line]
+    assert [
+        line
+        for line in done.findings
+        if f"damaged segments of the interrupted run were made again, of {finished[0]}" in line
+    ]
     left = {job.name: job.nbytes for job in plan.tensors if job.name in finished[1:]}
     assert done.resumed_bytes == sum(left.values())
     execute(plan_with(tmp_path), tmp_path / "fresh")
