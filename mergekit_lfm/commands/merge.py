@@ -20,7 +20,7 @@ from mergekit_lfm.commands.options import (
     quiet,
     together,
 )
-from mergekit_lfm.commands.shell import Command, Size, show, transfers
+from mergekit_lfm.commands.shell import Command, show, transfers
 from mergekit_lfm.machine.text import printable_line
 
 if TYPE_CHECKING:
@@ -34,16 +34,8 @@ planning = together(
     click.argument("out", type=click.Path(path_type=Path), required=False),
     options.memory,
     options.threads,
-    click.option(
-        "--max-shard-size",
-        type=Size(),
-        help="Split the result into files of at most this size, such as 5GB. [default: the files of the base model]",
-    ),
-    click.option(
-        "--seed",
-        type=click.IntRange(0, 2**64 - 1),
-        help="The number from which random methods draw; the same one gives the same bytes. [default: the recipe's]",
-    ),
+    options.max_shard_size,
+    options.seed,
 )
 
 
@@ -83,6 +75,11 @@ Examples:
 @device_option("Where to compute", default=None, otherwise="the recipe's, else cpu")
 @overwrite
 @no_resume
+@click.option(
+    "--trust-times",
+    is_flag=True,
+    help="Tell a change of an input by its size and modification time alone, where inodes or other times change.",
+)
 @click.option("--dry-run", is_flag=True, help="Print the plan, and do nothing.")
 @as_json
 @quiet
@@ -105,6 +102,7 @@ def merge(
     device: str | None,
     overwrite: bool,
     no_resume: bool,
+    trust_times: bool,
     dry_run: bool,
     as_json: bool,
     quiet: bool,
@@ -141,6 +139,7 @@ def merge(
                 nan=nan,
                 overwrite=overwrite,
                 resume=not no_resume,
+                trust_times=trust_times,
                 compile=compile_,
                 verify_push=pull_back,
                 progress=Terminal(hidden=hidden),

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any, Literal
 
 import click
 
-from mergekit_lfm.commands.options import as_json, quiet
+from mergekit_lfm.commands import options
 from mergekit_lfm.commands.shell import ANSWER_IS_NO, Command, show, transfers
 from mergekit_lfm.machine.text import printable_line
+
+
+class Sample(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.5 only
+    """A number, or "all"."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | Literal["all"]:
+        """The number."""
+        return "all" if value == "all" else click.IntRange(min=0).convert(value, param, ctx)
 
 
 @click.command(
@@ -16,30 +28,67 @@ from mergekit_lfm.machine.text import printable_line
     epilog="""\b
 Examples:
   mergekit-lfm verify merged/quickstart
+  mergekit-lfm verify merged/quickstart --against-inputs recipes/quickstart.yaml
   mergekit-lfm verify me/my-merge@main""",
 )
 @click.argument("out")
-@as_json
-@quiet
+@click.option(
+    "--against-inputs",
+    metavar="RECIPE",
+    type=click.Path(path_type=Path),
+    help="Read the models of the recipe again, too, and compute some tensors of OUT again.",
+)
+@click.option(
+    "--sample",
+    type=Sample(),
+    default=8,
+    help="The number of tensors to compute again, or all. [default: 8]",
+)
+@options.max_shard_size
+@options.seed
+@options.device_option("Where to compute", default=None, otherwise="the recipe's, else cpu")
+@options.memory
+@options.threads
+@options.as_json
+@options.quiet
 @click.pass_context
-def verify(ctx: click.Context, out: str, as_json: bool, quiet: bool) -> None:
+def verify(
+    ctx: click.Context,
+    out: str,
+    against_inputs: Path | None,
+    sample: int | Literal["all"],
+    max_shard_size: int | None,
+    seed: int | None,
+    device: str | None,
+    memory: int | None,
+    threads: int | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
     """Read a merged model again and compare it with its merge.lock.json.
 
     OUT is its folder, or its name on the Hub; then the files that the lock names are downloaded to the cache. Prints
-    every difference, and what the lock cannot show; the exit code is 1 if there is a difference.
+    every difference, and what the lock cannot show; the exit code is 1 if there is a difference. With --against-inputs
+    the other options are those that the merge was given; the exit code is 2 if OUT is not the recipe's output.
     """
-    from mergekit_lfm.api.judge import verify_output
+    from mergekit_lfm.api.verify import verify_output
     from mergekit_lfm.commands.show.terminal import Terminal, count_noun
 
     hidden = quiet or as_json
     with transfers(hidden=hidden):
-        verified = verify_output(out, progress=Terminal(hidden=hidden)).result
+        how: dict[str, Any] = {"max_shard_size": max_shard_size, "seed": seed, "device": device}
+        how |= {"memory": memory, "threads": threads, "progress": Terminal(hidden=hidden)}
+        verified = verify_output(out, against_inputs=against_inputs, sample=sample, **how).result
     problems = verified.differences
     if as_json:
         facts = {"problems": list(problems), "not_covered": list(verified.not_covered)}
+        if against_inputs is not None:
+            facts["recomputed"] = list(verified.recomputed)
         click.echo(json.dumps({"out": out, "good": not problems, **facts}))
     else:
         verdict = f"{count_noun(len(problems), 'difference')} to its lock" if problems else "good, all as its lock says"
+        if against_inputs is not None and not problems:
+            verdict += f" and its inputs give; {count_noun(len(verified.recomputed), 'tensor')} computed again"
         rest = [] if quiet else [printable_line(f"not covered: {line}") for line in verified.not_covered]
         show("\n".join([*map(printable_line, problems), f"{out}: {verdict}", *rest]))
     ctx.exit(ANSWER_IS_NO if problems else 0)

@@ -1,9 +1,9 @@
 """The files beside the weights: index, config, tokenizer files, model card, and the lock.
 
 The lock (merge.lock.json) holds the normalised recipe, the identity of every input, versions, and per tensor the method
-and the xxh3-128 of its bytes: enough to verify the output and to see how it was made. It has digests of the other
-files, of the shards' headers and of itself, and no time of day and no absolute path, so that the same merge gives the
-same lock.
+and the xxh3-128 of its bytes and of those of its inputs: enough to verify the output and to see how it was made. It has
+digests of the other files, of the shards' headers and of itself, and no time of day or of a file and no absolute path,
+so that the same merge gives the same lock.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 
 import xxhash
 
+from mergekit_lfm.engine.digests import input_digests
 from mergekit_lfm.errors import FormatError
 from mergekit_lfm.output.card import CARD, model_card
 from mergekit_lfm.output.layout import INDEX
@@ -107,6 +108,7 @@ class Documents:
                 "shape": list(job.shape),
                 "file": shards[name],
                 "xxh3": [receipts[name, segment].xxh3 for segment in range(job.segments)],
+                **({"inputs": digests} if (digests := input_digests(job, receipts)) else {}),
             }
             for job in plan.tensors
             for name in job.names

@@ -102,10 +102,16 @@ def _has_header(path: Path, shard: Shard) -> bool:
 
 def _undo(digest: str, out: Path) -> None:
     """Move OUT back if a run of another plan with --overwrite was killed after it had moved OUT away."""
-    replaced = partial_of(out) / REPLACED
-    if replaced.exists() and not out.exists() and not is_complete(digest, out):
+    if (partial_of(out) / REPLACED).exists() and not is_complete(digest, out):
         with lock_folder(partial_of(out)):
-            replaced.rename(out)
+            put_back(out)
+
+
+def put_back(out: Path) -> None:
+    """Move the folder that was to be replaced back to OUT, if it is no longer there."""
+    replaced = partial_of(out) / REPLACED
+    if replaced.exists() and not out.exists():
+        replaced.rename(out)
 
 
 def is_complete(digest: str, out: Path) -> bool:

@@ -32,6 +32,7 @@ from mergekit_lfm.plan.rows import fit_rows
 from mergekit_lfm.plan.sources import (
     ADDED,
     ModelRoles,
+    TensorRef,
     assign_roles,
     identity_of,
     named_files,
@@ -155,6 +156,12 @@ class Plan:
         refs += [gram for group in self.matrices for gram in group.grams]
         return sum(self.sources[i][name].nbytes for i, name in refs)
 
+    @cached_property
+    def grams(self) -> dict[str, tuple[TensorRef, ...]]:
+        """The Gram matrices with which weights are merged, by the weight's name."""
+        matrices = [matrix for group in self.matrices for matrix in group.matrices]
+        return {self.tensors[matrix.weight].name: matrix.grams for matrix in matrices}
+
     @property
     def averaged(self) -> tuple[Job, ...]:
         """The jobs that are averaged because the method needs statistics and their tensors have none."""
@@ -188,6 +195,7 @@ class Plan:
             "inputs": [
                 source.identity for source in (*self.models, *(statistics.tensors for statistics in self.statistics))
             ],
+            "statistics": [statistics.info.metadata() for statistics in self.statistics],
             "edits": [identity_of(edit) for edit in self.recipe.result_edits],
             **({"edited_on": self.edited_on} if self.edited_on else {}),
             "files": [xxhash.xxh3_128_hexdigest(data) for data in self.contents.values()],

@@ -102,7 +102,7 @@ class Checkpoint(Mapping[str, TensorSpec]):
     @property
     @abstractmethod
     def identity(self) -> list[dict[str, Any]]:
-        """Data that distinguish this checkpoint without reading tensors: per file a digest of the header, size, time.
+        """Data that distinguish this checkpoint without reading tensors: per file a digest of the header, size, commit.
 
         A view adds the entries that identify it.
         """

@@ -27,8 +27,7 @@ ARCHIVES = (".bin", ".pt", ".pth")
 class WeightFile:
     """One file of tensors that lie in it as plain byte ranges.
 
-    stamp: identifies its content without reading data: its time, or the commit on the Hub. A pickled copy opens the
-    file again, and only in the same state.
+    A pickled copy opens the file again, and only in the same state.
     """
 
     fallback = False  # True if its tensors are mapped or held in memory instead of read by position
@@ -42,14 +41,13 @@ class WeightFile:
     ) -> None:
         self.path, self.tensors, self.data_start, self.snapshot = path, tensors, data_start, snapshot
         self._lock, self._fd = Lock(), -1
-        self.stamp: dict[str, Any] = {}
         self._state: FileState | None = None
         self._header_unchecked = snapshot is not None and not path.exists()
         if snapshot is None:
             self._state = state_of(path)
-            self.nbytes, self.stamp = self._state.nbytes, {"mtime_ns": self._state.mtime_ns}
+            self.nbytes = self._state.nbytes
         else:
-            self.nbytes, self.stamp = snapshot.sizes[self.name], {"commit": str(snapshot)}
+            self.nbytes = snapshot.sizes[self.name]
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in ("_lock", "_fd")}
