@@ -385,6 +385,7 @@ def child(request: dict[str, Any], folder: Path) -> int:
     sys.argv = [request["program"], *request["arguments"]]
     programs: dict[str, click.Command] = {"merge": merge, "mergekit-lfm": main}
     writer.SYNC_BYTES = fault.sync_bytes or writer.SYNC_BYTES
+    job.SMALL = 256 if fault.sync_bytes else job.SMALL  # the larger ones of these models have reads of their own
     with (folder / "calls").open("w") as trace:
         if fault.umask >= 0:
             os.umask(fault.umask)
@@ -438,6 +439,7 @@ if __name__ == "__main__":
     from mergekit_lfm.commands.app import main
     from mergekit_lfm.commands.merge import merge
     from mergekit_lfm.output import writer
+    from mergekit_lfm.plan import job
     from mergekit_lfm.store import durable
 
     for module in sys.argv[1:]:  # loaded once, for all children

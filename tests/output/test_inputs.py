@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -193,13 +194,19 @@ def test_the_digests_depend_on_nothing_but_the_bytes(tmp_path: Path, case: Case)
 @pytest.mark.parametrize("case", CASES[:2], ids=str)
 def test_digests_take_no_reading_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: Case) -> None:
     plan, read = plan_of(case, tmp_path), Counter[str]()
-    read_into = WeightFile.read_into
+    read_into, read_all_into = WeightFile.read_into, WeightFile.read_all_into
 
     def count(file: WeightFile, name: str, start: int, into: memoryview) -> None:
         read[name] += len(into)
         read_into(file, name, start, into)
 
+    def count_all(file: WeightFile, names: Iterable[str], into: memoryview) -> int:
+        names = list(names)
+        read.update({name: file.tensors[name][0].nbytes for name in names})
+        return read_all_into(file, names, into)
+
     monkeypatch.setattr(WeightFile, "read_into", count)
+    monkeypatch.setattr(WeightFile, "read_all_into", count_all)
     execute(plan, tmp_path / "out", threads=1)
     merged = [job for job in plan.tensors if not job.copied]
     assert merged and all(read[job.name] == len(job.inputs) * job.nbytes for job in merged)
