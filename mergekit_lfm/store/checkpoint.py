@@ -49,9 +49,6 @@ class Cost:
     at_once: bool = False
 
 
-FREE = Cost()
-
-
 @dataclass(frozen=True, slots=True)
 class Layout:
     """A file of a checkpoint: the start of its data, and the dtype in which it stores each tensor, by name."""
@@ -263,7 +260,7 @@ class StoredCheckpoint(Checkpoint):
         return None if offset is None else (file.fileno(), offset)
 
     def cost(self, name: str) -> Cost:  # noqa: ARG002
-        return FREE
+        return Cost()
 
     @property
     def resident(self) -> int:

@@ -188,7 +188,7 @@ def test_the_faults_see_the_work(job: Job) -> None:
     """Every byte of weights passes a counted call, so that the moments below cover the whole run."""
     weights = sum((job.folder / "out" / name).stat().st_size for name in job.expected if name.endswith(".safetensors"))
     assert weights * 0.9 < job.whole.bytes_of_weights() <= weights * 1.1
-    assert job.whole.count("preadv", "copy_file_range", where="models/") > 60
+    assert job.whole.count("preadv", "copy_file_range", where="models/") > 50
     assert job.whole.count("write", where="merge.journal") >= 4
     assert len(job.whole.calls) - last_data_write(job.whole) >= 8
 
