@@ -19,7 +19,7 @@ from mergekit_lfm.engine.documents import Documents
 from mergekit_lfm.engine.tasks import Executor, MatrixTask, MergeTask, Part, ReduceTask, Remark, Task
 from mergekit_lfm.engine.threads import thread_pool
 from mergekit_lfm.engine.worker import Options, Pool, Worker, refuse_nonfinite
-from mergekit_lfm.errors import PlanError, reason
+from mergekit_lfm.errors import PlanError, reason, shorten
 from mergekit_lfm.kernels.compiled import Mode
 from mergekit_lfm.kernels.reductions import Reduction
 from mergekit_lfm.machine.accelerators import HOST, Accelerator
@@ -32,6 +32,7 @@ from mergekit_lfm.plan.budget import Budget, check_disk, workers
 from mergekit_lfm.plan.job import Job
 from mergekit_lfm.plan.plan import Plan
 from mergekit_lfm.store.places import place_of
+from mergekit_lfm.store.sidecars import QUIET
 from mergekit_lfm.store.tensors import ITEMSIZE
 
 
@@ -108,8 +109,11 @@ def _findings(plan: Plan, output: Output) -> Iterator[str]:
     """The warnings about a merge that was completed."""
     for where in sorted({where for receipt in output.done.values() for where in receipt.nonfinite}):
         yield f"{where} holds NaN or infinity"
-    for name, why in plan.left_behind:
-        yield f"{plan.labels[plan.template]}: {name} was left behind: {why}"
+    for (label, why), names in plan.left_groups.items():
+        if why not in QUIET:
+            yield f"{label}: {shorten(names)} {'was' if len(names) == 1 else 'were'} left behind: {why}"
+    for name, label in plan.lent:
+        yield f"{name} was taken from {label}, as {plan.labels[plan.template]} lacks it and names it"
     for label in plan.unlisted:
         yield f"{label}: offline, so only its files in the cache were used"
 

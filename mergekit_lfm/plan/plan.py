@@ -23,6 +23,7 @@ from mergekit_lfm.methods.method import Unit
 from mergekit_lfm.methods.registry import METHODS
 from mergekit_lfm.output.card import read_license
 from mergekit_lfm.output.layout import Shard, lay_out
+from mergekit_lfm.plan.beside import gather_files
 from mergekit_lfm.plan.job import Job, make_job, unit_of
 from mergekit_lfm.plan.match import layers_of, match_tensors
 from mergekit_lfm.plan.matrices import MatrixGroup, group_matrices
@@ -41,7 +42,6 @@ from mergekit_lfm.plan.statistics import find_statistics
 from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.recipe.roles import Input
 from mergekit_lfm.store.checkpoint import Checkpoint
-from mergekit_lfm.store.sidecars import sidecars_of
 from mergekit_lfm.store.state import FileState, state_of
 from mergekit_lfm.version import __version__
 from mergekit_lfm.views.pending import Pending
@@ -52,10 +52,10 @@ class Plan:
     """Everything about a merge that is decided before it starts.
 
     groups: the jobs that are solved together, as indices into `tensors`; matrices: those that the method merges as
-    whole matrices. Each job is in one of them. dropped: (model, tensor, reason). files: those of the template that go
-    beside the weights; left_behind: those that do not, (name, reason). licenses: what the card of each model states.
-    edited_on: the kind of device on which edits of the result are solved, "" for the processor. named_files: the
-    states of the recipe's files other than models, before they were read.
+    whole matrices. Each job is in one of them. dropped: (model, tensor, reason). files, left_behind, lent: of `Beside`,
+    the files that go beside the weights, those that do not, and those that another model than the template has.
+    licenses: what the card of each model states. edited_on: the kind of device on which edits of the result are solved,
+    "" for the processor. named_files: the states of the recipe's files other than models, before they were read.
     """
 
     roles: ModelRoles
@@ -64,8 +64,9 @@ class Plan:
     matrices: tuple[MatrixGroup, ...]
     shards: tuple[Shard, ...]
     dropped: tuple[tuple[str, str, str], ...]
-    files: tuple[Path, ...] = field(default=())
-    left_behind: tuple[tuple[str, str], ...] = field(default=())
+    files: tuple[tuple[str, Path], ...] = field(default=())
+    left_behind: tuple[tuple[str, str, str], ...] = field(default=())
+    lent: tuple[tuple[str, str], ...] = field(default=())
     licenses: tuple[dict[str, str], ...] = field(default=())
     edited_on: str = ""
     named_files: tuple[FileState, ...] = field(default=())
@@ -145,6 +146,14 @@ class Plan:
         return tuple(job for job in self.tensors if wants and not job.copied and job.method != other)
 
     @property
+    def left_groups(self) -> dict[tuple[str, str], list[str]]:
+        """The files left behind, by model and reason."""
+        groups: dict[tuple[str, str], list[str]] = {}
+        for label, name, why in self.left_behind:
+            groups.setdefault((label, why), []).append(name)
+        return groups
+
+    @property
     def inputs(self) -> tuple[FileState, ...]:
         """The states, when first seen, of all files that the output is made from; none of those still on the Hub."""
         files = [file.state for source in self.sources for file in source.files]
@@ -156,9 +165,9 @@ class Plan:
         return tuple(file.path for model in self.models for file in model.files if file.fallback)
 
     @cached_property
-    def contents(self) -> dict[Path, bytes]:
+    def contents(self) -> dict[str, bytes]:
         """The bytes of `files`, read once: the digest covers them, and the output's are made of them."""
-        return {path: path.read_bytes() for path in self.files}
+        return {name: path.read_bytes() for name, path in self.files}
 
     @cached_property
     def digest(self) -> str:
@@ -172,7 +181,7 @@ class Plan:
             ],
             "edits": [identity_of(edit) for edit in self.recipe.result_edits],
             **({"edited_on": self.edited_on} if self.edited_on else {}),
-            "files": [xxhash.xxh3_128_hexdigest(data) for data in self.contents.values()],
+            "files": [[name, xxhash.xxh3_128_hexdigest(data)] for name, data in self.contents.items()],
             "licenses": self.licenses,
             "shards": [[shard.name, shard.congruent, *map(str, shard.tensors)] for shard in self.shards],
         }
@@ -208,7 +217,7 @@ def make_plan(
     refuse_resized(recipe.all_models[roles.template], template)
     names, dropped = match_tensors(models, labels, roles.template)
     statistics = find_statistics(roles, names)
-    layers, sidecars = layers_of(template), sidecars_of(template)
+    layers, beside = layers_of(template), gather_files(models, labels, roles.template)
     jobs, problems = [], []
     for name in names:
         try:
@@ -228,8 +237,9 @@ def make_plan(
         matrices=matrices,
         shards=lay_out(template, [job.spec for job in jobs], max_shard_size),
         dropped=dropped,
-        files=sidecars.files,
-        left_behind=sidecars.left,
+        files=beside.files,
+        left_behind=beside.left,
+        lent=beside.lent,
         licenses=tuple(read_license(model.path) for model in models),
         named_files=named,
     )

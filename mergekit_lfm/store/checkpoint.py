@@ -14,7 +14,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
@@ -24,7 +24,17 @@ import xxhash
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.machine.resources import cache_folder, default_threads
 from mergekit_lfm.store.durable import replace_file
-from mergekit_lfm.store.folder import ADAPTER, read_config, weight_paths
+from mergekit_lfm.store.folder import (
+    ADAPTER,
+    MODULES,
+    Weights,
+    describe_lack,
+    find_weights,
+    is_outside,
+    read_config,
+    read_modules,
+    split_address,
+)
 from mergekit_lfm.store.formats import WeightFile, bytes_of, open_weight_files
 from mergekit_lfm.store.hub import HubName, hub_name
 from mergekit_lfm.store.identity import content_digest, identity_of, state_digest
@@ -50,7 +60,11 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """A file of a checkpoint: the start of its data, and the dtype in which it stores each tensor, by name."""
+    """A file of a checkpoint, and the dtype in which it stores each tensor, by name.
+
+    file: its name; before it the folder of its module, if it is of one. data_start: where a safetensors file's data
+    start, 0 for any other.
+    """
 
     file: str
     data_start: int
@@ -103,7 +117,7 @@ class Checkpoint(Mapping[str, TensorSpec]):
     @property
     @abstractmethod
     def layout(self) -> tuple[Layout, ...]:
-        """The safetensors files that hold the tensors; () if they lie otherwise."""
+        """The files that hold the tensors; () if they are of several checkpoints."""
 
     @property
     def dropped(self) -> dict[str, str]:
@@ -195,51 +209,84 @@ class Checkpoint(Mapping[str, TensorSpec]):
 class StoredCheckpoint(Checkpoint):
     """A checkpoint as its files hold it. Raises FormatError if it is damaged."""
 
-    def __init__(self, path: Path, snapshot: Snapshot | None = None) -> None:
-        """snapshot: the model on the Hub; `path` is its folder in the cache."""
+    def __init__(self, path: Path, snapshot: Snapshot | None = None, address: str = "") -> None:
+        """snapshot: the model on the Hub; `path` is its folder in the cache. address: of the tensors in a file."""
         self.path = path
-        paths, weight_map = [path], dict[str, str]()
-        if snapshot is not None or path.is_dir():
-            names = [file.name for file in path.iterdir()] if snapshot is None else list(snapshot.sizes)
-            try:
-                paths, weight_map = weight_paths(path, names, snapshot or path)
-            except FormatError as error:
-                if snapshot is None or snapshot.listed:
-                    raise
-                raise FormatError(f"{error}. HF_HUB_OFFLINE is set, so only files in the cache are used") from None
-        elif path.name in ADAPTER:
-            raise FormatError(f"{path} is an adapter: merge it into its model first (peft's merge_and_unload)")
-        self._files = tuple(open_weight_files(paths, snapshot))
-        self._home: dict[str, WeightFile] = {}
-        for file in self._files:
-            for name in file.tensors:
-                if name in self._home:
-                    raise FormatError(f"{path}: {name} is in {self._home[name].path.name} and in {file.path.name}")
-                self._home[name] = file
-        absent = [name for name in weight_map if name not in self._home]
+        self._files, self._modules = tuple[WeightFile, ...](), tuple[str, ...]()  # the folder of each file's module
+        self._specs, self._homes = dict[str, TensorSpec](), dict[str, tuple[WeightFile, str]]()
+        self._dropped = dict[str, str]()
+        if snapshot is None and not path.is_dir():
+            if path.name in ADAPTER:
+                raise FormatError(f"{path} is an adapter: merge it into its model first (peft's merge_and_unload)")
+            self._add("", Weights((path,), {}), None, address)
+            return
+        try:
+            self._add_folder(snapshot)
+        except FormatError as error:
+            if snapshot is None or snapshot.listed:
+                raise
+            raise FormatError(f"{error}. HF_HUB_OFFLINE is set, so only files in the cache are used") from None
+
+    def _add_folder(self, snapshot: Snapshot | None) -> None:
+        """Open the weights of a folder, and those in the folders of its modules."""
+        label, names = snapshot or self.path, _names_in(self.path, "", snapshot)
+        weights = find_weights(self.path, names, label)
+        if weights is None:
+            raise FormatError(f"{label} holds no model: {describe_lack(self.path, names)}")
+        self._add("", weights, snapshot)
+        for module in read_modules(self.path) if MODULES in names else ():
+            folder = self.path / module
+            inner = find_weights(folder, _names_in(self.path, module, snapshot), f"{label}/{module}")
+            if inner is not None and not is_outside(folder, self.path):
+                self._add(module, inner, snapshot)
+
+    def _add(self, module: str, weights: Weights, snapshot: Snapshot | None, address: str = "") -> None:
+        """Open weight files. The name of a tensor begins with the folder of its module, "" for the model's own."""
+        files = {file.path: file for file in open_weight_files(weights.paths, snapshot, address)}
+        self._files += tuple(files.values())
+        self._modules += (module,) * len(files)
+        for file in files.values():
+            for own, (spec, _) in file.tensors.items():
+                home, name = files.get(weights.homes.get(own, file.path), file), f"{module}/{own}" if module else own
+                if home is not file and own in home.tensors:
+                    self._dropped[name] = f"in {file.name} besides; the index places it in {home.name}"
+                elif name in self._homes:
+                    raise FormatError(f"{self.path}: {name} is in {self._homes[name][0].name} and in {file.name}")
+                else:
+                    self._homes[name] = file, own
+                    self._specs[name] = replace(spec, name=name) if module else spec
+        held = {own for file in files.values() for own in file.tensors}
+        absent = [own for own in weights.homes if own not in held]
         if absent:
             more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
-            raise FormatError(f"{path}: the index names tensors that no shard holds: {', '.join(absent[:3])}{more}")
+            raise FormatError(
+                f"{self.path}: the index names tensors that no shard holds: {', '.join(absent[:3])}{more}"
+            )
 
     def __getitem__(self, name: str) -> TensorSpec:
-        return self._home[name].tensors[name][0]
+        return self._specs[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._home)
+        return iter(self._specs)
 
     def __len__(self) -> int:
-        return len(self._home)
+        return len(self._specs)
+
+    @property
+    def dropped(self) -> dict[str, str]:
+        return self._dropped
 
     @property
     def files(self) -> tuple[WeightFile, ...]:
         return self._files
 
     def read_into(self, name: str, start: int, into: memoryview) -> None:
-        self._home[name].read_into(name, start, into)
+        file, own = self._homes[name]
+        file.read_into(own, start, into)
 
     def location(self, name: str) -> tuple[int, int] | None:
-        file = self._home[name]
-        offset = file.offset(name)
+        file, own = self._homes[name]
+        offset = file.offset(own)
         return None if offset is None else (file.fileno(), offset)
 
     def cost(self, name: str) -> Cost:  # noqa: ARG002
@@ -255,28 +302,40 @@ class StoredCheckpoint(Checkpoint):
 
     @property
     def states(self) -> list[Any]:
-        return [state_digest(file) for file in self._files]
+        return [(*state_digest(file), *([file.address] if file.address else [])) for file in self._files]
 
     @property
     def layout(self) -> tuple[Layout, ...]:
-        if not all(file.path.suffix == ".safetensors" for file in self._files):
-            return ()
-        return tuple(
-            Layout(file.path.name, file.data_start, {name: spec.dtype for name, (spec, _) in file.tensors.items()})
-            for file in self._files
+        dtypes: dict[WeightFile, dict[str, str]] = {file: {} for file in self._files}
+        for name, (file, _) in self._homes.items():
+            dtypes[file][name] = self._specs[name].dtype
+        names = (
+            f"{module}/{file.path.name}".lstrip("/") for file, module in zip(self._files, self._modules, strict=True)
         )
+        return tuple(Layout(name, file.data_start, dtypes[file]) for name, file in zip(names, self._files, strict=True))
+
+
+def _names_in(folder: Path, module: str, snapshot: Snapshot | None) -> list[str]:
+    """The names of the files in a module's folder, "" for the model's own; on the Hub those in its folders, too."""
+    if snapshot is None:
+        return [path.name for path in (folder / module).iterdir()] if (folder / module).is_dir() else []
+    prefix = f"{module}/" if module else ""
+    return [name.removeprefix(prefix) for name in snapshot.sizes if name.startswith(prefix)]
 
 
 def open_checkpoint(path: str | os.PathLike[str] | HubName) -> Checkpoint:
     """The checkpoint in a folder or a file, as a mapping from tensor names to `TensorSpec`; `read` gives the data.
 
-    Text such as `org/name` or `org/name@revision` that is not a local path names a model on the Hub: its headers are
-    read there, and its files are downloaded when their data are read. Raises FormatError if the checkpoint is damaged,
-    FileNotFoundError if it does not exist, and otherwise as `Snapshot.fetch` does.
+    FILE#KEY.KEY names the state dict under these keys of a PyTorch file. Text such as `org/name` or `org/name@revision`
+    that is not a local path names a model on the Hub: its headers are read there, and its files are downloaded when
+    their data are read. Raises FormatError if the checkpoint is damaged, FileNotFoundError if it does not exist, and
+    otherwise as `Snapshot.fetch` does.
     """
     local = None if isinstance(path, HubName) else Path(path)
     if local is not None and local.exists():
         return StoredCheckpoint(local)
+    if local is not None and (parts := split_address(local)):
+        return StoredCheckpoint(parts[0], address=parts[1])
     name = hub_name(path) if isinstance(path, str) else path
     if not isinstance(name, HubName):
         raise FileNotFoundError(f"no such checkpoint: {path}")
