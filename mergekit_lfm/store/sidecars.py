@@ -10,7 +10,7 @@ import re
 import stat
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from mergekit_lfm.errors import FormatError, several
 from mergekit_lfm.machine.secrets import find_secrets
@@ -64,24 +64,38 @@ def sidecars_of(template: Checkpoint) -> Sidecars:
     They are downloaded if the model is on the Hub. Raises FormatError if a file is a stand-in for what should be there.
     """
     folder, snapshot = template.path, template.snapshot
-    merged = {file.path for file in template.files}
-    if snapshot is not None and snapshot.folder == folder:
-        sizes = {name: nbytes for name, nbytes in snapshot.sizes.items() if folder / name not in merged}
-        left = {name: why for name in sizes if (why := _reason_of_name(name))}
-        left |= _too_large({name: nbytes for name, nbytes in sizes.items() if name not in left})
-        snapshot.fetch([name for name in sizes if name not in left])
-        names: Collection[str] = sizes
-    elif folder.is_dir():
-        names = [name for name in files_under(folder) if folder / name not in merged]
-        left = {name: why for name in names if (why := _reason_of_name(name) or _reason_of_place(folder, name))}
-        left |= _too_large({name: (folder / name).stat().st_size for name in names if name not in left})
-    else:
+    if snapshot is not None and snapshot.folder != folder:
+        snapshot = None  # a view in a folder of this machine
+    if snapshot is None and not folder.is_dir():
         return Sidecars()
-    kept = [name for name in names if name not in left]
-    left |= {name: why for name in kept if (why := _reason_of_place(folder, name) or _reason_of_content(folder / name))}
-    files = tuple((name, folder / name) for name in sorted(kept) if name not in left)
+    everything = files_under(folder) if snapshot is None else list(snapshot.sizes)
+    paths = {file.path for file in template.files}
+    left = _left_by_names(everything, {name for name in everything if folder / name in paths})
+    rest = [name for name in everything if name not in left and folder / name not in paths]
+    if snapshot is None:
+        left |= {name: why for name in rest if (why := _reason_of_place(folder, name))}
+        rest = [name for name in rest if name not in left]
+        left |= _too_large({name: (folder / name).stat().st_size for name in rest})
+    else:
+        left |= _too_large({name: snapshot.sizes[name] for name in rest})
+        snapshot.fetch([name for name in rest if name not in left])
+    rest = [name for name in rest if name not in left]
+    left |= {name: why for name in rest if (why := _reason_of_place(folder, name) or _reason_of_content(folder / name))}
+    files = tuple((name, folder / name) for name in sorted(rest) if name not in left)
     _refuse_stand_ins(files)
     return Sidecars(files, tuple(sorted(left.items())))
+
+
+def _left_by_names(names: Collection[str], merged: Collection[str]) -> dict[str, str]:
+    """The files that are left behind by their names, or because they are about other weights in their folder."""
+    left = {name: why for name in names if name not in merged and (why := _reason_of_name(name))}
+    folders = {name.rpartition("/")[0] for name, why in left.items() if why == OTHER_WEIGHTS}
+    others = folders - {folder.as_posix() for name in merged for folder in PurePosixPath(name).parents} - {""}
+    return {
+        name: "beside other weights"
+        for name in names
+        if name not in merged and any(name.startswith(f"{folder}/") for folder in others)
+    } | left
 
 
 def examine(path: Path, folder: Path) -> str:
