@@ -153,12 +153,12 @@ class _Bounded(io.BufferedReader):
 
 def _table(path: Path, file: _Bounded, address: str) -> StateDict:
     with zipfile.ZipFile(file) as archive:
-        members = _members(archive.infolist(), path)
-        if "constants.pkl" in members:
+        if any(name.endswith("/constants.pkl") for name in archive.namelist()):
             raise FormatError(
                 f"{path} is a TorchScript archive, which holds a program, expected a state dict; load it with "
                 "torch.jit.load, and save its state_dict()"
             )
+        members = _members(archive.infolist(), path)
         if "data.pkl" not in members:
             raise FormatError(f"{path} is a zip archive without data.pkl, not one of torch.save; {SAVE_ANEW}")
         if "byteorder" in members and archive.read(members["byteorder"]) != b"little":

@@ -158,12 +158,14 @@ def _load(path: Path) -> Any:
     import torch
 
     try:
-        with _WARNINGS, warnings.catch_warnings():
+        with _WARNINGS, warnings.catch_warnings(), path.open("rb") as file:
             warnings.simplefilter("ignore")
+            if path.suffix == ".safetensors":  # torch goes by the name, but only of a path
+                return torch.load(file, map_location="cpu", weights_only=True)
             try:
                 return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
             except RuntimeError:  # files that are not zip archives cannot be mapped
-                return torch.load(path, map_location="cpu", weights_only=True)
+                return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise FormatError(

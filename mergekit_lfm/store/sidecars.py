@@ -31,9 +31,11 @@ KEYS = re.compile(
     re.IGNORECASE,
 )
 COMPILED = re.compile(r"\.(pyc|pyo|so|dll|dylib|exe)$")
+PICKLES = re.compile(r"\.(pkl|pickle|joblib|dill)$")
 PAGES = (".html", ".htm", ".xhtml", ".md")  # whose files may begin as a page does
 
 OWN_REASON, CLONES_REASON, OTHER_WEIGHTS = "the output has its own", "of a clone or download", "other weights"
+PICKLE_REASON = "a pickle, which can hold code"
 QUIET = (OWN_REASON, CLONES_REASON)  # reasons for files that nobody misses
 
 
@@ -121,6 +123,8 @@ def _reason_of_name(name: str) -> str:
         return "the state of a training"
     if WEIGHTS.search(name):
         return OTHER_WEIGHTS
+    if PICKLES.search(name):
+        return PICKLE_REASON
     return "compiled code" if COMPILED.search(name) else ""
 
 
@@ -163,7 +167,7 @@ def _reason_of_content(path: Path) -> str:
     if kind in OTHERS.keys() - {POINTER, PAGE} or kind == SAFETENSORS:
         return OTHER_WEIGHTS if "archive" not in kind else "an archive"
     if kind in (ZIP, PICKLE):
-        return "an archive" if kind == ZIP else "a pickle, which can hold code"
+        return "an archive" if kind == ZIP else PICKLE_REASON
     return next((f"line {line} holds {secret}" for line, secret in find_secrets(path)), "")
 
 
