@@ -1,6 +1,6 @@
 """The files that go beside the weights: the template's, and code that its config names and only another model has.
 
-What config.json, tokenizer_config.json and modules.json name is in the output, or the plan is refused.
+The output has all files that config.json, tokenizer_config.json and modules.json name, or the plan is refused.
 """
 
 from __future__ import annotations

@@ -14,31 +14,22 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 import xxhash
 
-from mergekit_lfm.errors import FormatError, PlanError
+from mergekit_lfm.errors import PlanError
 from mergekit_lfm.machine.resources import cache_folder, default_threads
 from mergekit_lfm.store.durable import replace_file
-from mergekit_lfm.store.folder import (
-    ADAPTER,
-    MODULES,
-    Weights,
-    describe_lack,
-    find_weights,
-    is_outside,
-    read_config,
-    read_modules,
-    split_address,
-)
-from mergekit_lfm.store.formats import WeightFile, bytes_of, open_weight_files
+from mergekit_lfm.store.folder import read_config, split_address
+from mergekit_lfm.store.formats import WeightFile, bytes_of
 from mergekit_lfm.store.hub import HubName, hub_name
 from mergekit_lfm.store.identity import content_digest, identity_of, state_digest
 from mergekit_lfm.store.tensors import ITEMSIZE, TensorSpec
+from mergekit_lfm.store.weights import open_weights
 
 if TYPE_CHECKING:
     import torch
@@ -212,56 +203,8 @@ class StoredCheckpoint(Checkpoint):
     def __init__(self, path: Path, snapshot: Snapshot | None = None, address: str = "") -> None:
         """snapshot: the model on the Hub; `path` is its folder in the cache. address: of the tensors in a file."""
         self.path = path
-        self._files, self._modules = tuple[WeightFile, ...](), tuple[str, ...]()  # the folder of each file's module
-        self._specs, self._homes = dict[str, TensorSpec](), dict[str, tuple[WeightFile, str]]()
-        self._dropped = dict[str, str]()
-        if snapshot is None and not path.is_dir():
-            if path.name in ADAPTER:
-                raise FormatError(f"{path} is an adapter: merge it into its model first (peft's merge_and_unload)")
-            self._add("", Weights((path,), {}), None, address)
-            return
-        try:
-            self._add_folder(snapshot)
-        except FormatError as error:
-            if snapshot is None or snapshot.listed:
-                raise
-            raise FormatError(f"{error}. HF_HUB_OFFLINE is set, so only files in the cache are used") from None
-
-    def _add_folder(self, snapshot: Snapshot | None) -> None:
-        """Open the weights of a folder, and those in the folders of its modules."""
-        label, names = snapshot or self.path, _names_in(self.path, "", snapshot)
-        weights = find_weights(self.path, names, label)
-        if weights is None:
-            raise FormatError(f"{label} holds no model: {describe_lack(self.path, names)}")
-        self._add("", weights, snapshot)
-        for module in read_modules(self.path) if MODULES in names else ():
-            folder = self.path / module
-            inner = find_weights(folder, _names_in(self.path, module, snapshot), f"{label}/{module}")
-            if inner is not None and not is_outside(folder, self.path):
-                self._add(module, inner, snapshot)
-
-    def _add(self, module: str, weights: Weights, snapshot: Snapshot | None, address: str = "") -> None:
-        """Open weight files. The name of a tensor begins with the folder of its module, "" for the model's own."""
-        files = {file.path: file for file in open_weight_files(weights.paths, snapshot, address)}
-        self._files += tuple(files.values())
-        self._modules += (module,) * len(files)
-        for file in files.values():
-            for own, (spec, _) in file.tensors.items():
-                home, name = files.get(weights.homes.get(own, file.path), file), f"{module}/{own}" if module else own
-                if home is not file and own in home.tensors:
-                    self._dropped[name] = f"in {file.name} besides; the index places it in {home.name}"
-                elif name in self._homes:
-                    raise FormatError(f"{self.path}: {name} is in {self._homes[name][0].name} and in {file.name}")
-                else:
-                    self._homes[name] = file, own
-                    self._specs[name] = replace(spec, name=name) if module else spec
-        held = {own for file in files.values() for own in file.tensors}
-        absent = [own for own in weights.homes if own not in held]
-        if absent:
-            more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
-            raise FormatError(
-                f"{self.path}: the index names tensors that no shard holds: {', '.join(absent[:3])}{more}"
-            )
+        self._opened = open_weights(path, snapshot, address)
+        self._specs, self._places = self._opened.specs, self._opened.places
 
     def __getitem__(self, name: str) -> TensorSpec:
         return self._specs[name]
@@ -274,18 +217,18 @@ class StoredCheckpoint(Checkpoint):
 
     @property
     def dropped(self) -> dict[str, str]:
-        return self._dropped
+        return self._opened.dropped
 
     @property
     def files(self) -> tuple[WeightFile, ...]:
-        return self._files
+        return tuple(file for file, _ in self._opened.files)
 
     def read_into(self, name: str, start: int, into: memoryview) -> None:
-        file, own = self._homes[name]
+        file, own = self._places[name]
         file.read_into(own, start, into)
 
     def location(self, name: str) -> tuple[int, int] | None:
-        file, own = self._homes[name]
+        file, own = self._places[name]
         offset = file.offset(own)
         return None if offset is None else (file.fileno(), offset)
 
@@ -298,29 +241,21 @@ class StoredCheckpoint(Checkpoint):
 
     @cached_property
     def identity(self) -> list[dict[str, Any]]:
-        return [identity_of(file) for file in self._files]
+        return [identity_of(file) for file in self.files]
 
     @property
     def states(self) -> list[Any]:
-        return [(*state_digest(file), *([file.address] if file.address else [])) for file in self._files]
+        return [(*state_digest(file), *([file.address] if file.address else [])) for file in self.files]
 
     @property
     def layout(self) -> tuple[Layout, ...]:
-        dtypes: dict[WeightFile, dict[str, str]] = {file: {} for file in self._files}
-        for name, (file, _) in self._homes.items():
+        dtypes: dict[WeightFile, dict[str, str]] = {file: {} for file in self.files}
+        for name, (file, _) in self._places.items():
             dtypes[file][name] = self._specs[name].dtype
-        names = (
-            f"{module}/{file.path.name}".lstrip("/") for file, module in zip(self._files, self._modules, strict=True)
+        return tuple(
+            Layout(f"{module}/{file.path.name}".lstrip("/"), file.data_start, dtypes[file])
+            for file, module in self._opened.files
         )
-        return tuple(Layout(name, file.data_start, dtypes[file]) for name, file in zip(names, self._files, strict=True))
-
-
-def _names_in(folder: Path, module: str, snapshot: Snapshot | None) -> list[str]:
-    """The names of the files in a module's folder, "" for the model's own; on the Hub those in its folders, too."""
-    if snapshot is None:
-        return [path.name for path in (folder / module).iterdir()] if (folder / module).is_dir() else []
-    prefix = f"{module}/" if module else ""
-    return [name.removeprefix(prefix) for name in snapshot.sizes if name.startswith(prefix)]
 
 
 def open_checkpoint(path: str | os.PathLike[str] | HubName) -> Checkpoint:

@@ -123,7 +123,7 @@ def is_index(path: Path) -> bool:
 
 
 def describe_lack(folder: Path, names: Collection[str]) -> str:
-    """What was expected in a folder without weights, and what is there."""
+    """The end of a message about a folder without weights: the expected files, and those that are there."""
     here = sorted(name for name in names if "/" not in name)
     safe = [name for name in here if name.endswith(".safetensors")]
     found = f"{len(safe)} other .safetensors files" if safe else "no .safetensors files"

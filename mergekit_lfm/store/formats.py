@@ -154,7 +154,7 @@ class LoadedFile(WeightFile):
 
 
 def _load(path: Path) -> Any:
-    """What torch loads from a file without running pickled code, mapped if it can be, without torch's warnings."""
+    """Load a file with torch, mapped if it can be, without running pickled code, and without torch's warnings."""
     import torch
 
     try:

@@ -1,7 +1,7 @@
 """The state dict in what torch.save wrote: all of it, the only dictionary of tensors in it, or the one at an address.
 
-An address is the keys on the way to it, joined by dots. What lies beside the state dict, such as the optimizer and the
-epoch, is listed and not read.
+An address is the keys on the way to it, joined by dots. The rest of the file, such as the optimizer and the epoch, is
+listed and not read.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The files beside the weights: every file of a model's folder is copied, merged with the weights, or left behind.
 
-What is left behind has a reason: it holds other weights or the state of a training, it could hold a secret, it is too
-large, it leads out of the folder. What is copied is looked at: a git-lfs pointer is no tokenizer, and is refused.
+A file is left behind for a reason: it holds other weights or the state of a training, it could hold a secret, it is too
+large, it leads out of the folder. A git-lfs pointer in place of a file to copy is an error.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def _reason_of_name(name: str) -> str:
     if why := _private(name):
         return why
     if not name.isprintable():
-        return "a name that is no printable text"
+        return "a name with unprintable characters"
     if STATE.search(name):
         return "the state of a training"
     if WEIGHTS.search(name):

@@ -150,7 +150,7 @@ LEFT = {
     "__pycache__/x.cpython-311.pyc": (b"", "compiled code"),
     "a/.netrc": (b"", "hidden"),
     "a/id_rsa/x": (b"", "named like a key or a token"),
-    "b\nc": (b"", "a name that is no printable text"),
+    "b\nc": (b"", "a name with unprintable characters"),
 }
 
 
@@ -267,7 +267,11 @@ def test_models_with_other_code_do_not_lend_it(tmp_path: Path) -> None:
 
 
 def test_paths_of_another_machine_in_a_config_are_no_files(tmp_path: Path) -> None:
-    config = {"vocab_file": "/root/x/spiece.model", "tokenizer_file": None, "special_tokens_map_file": "special.json"}
+    config = {
+        "vocab_file": "/elsewhere/spiece.model",
+        "tokenizer_file": None,
+        "special_tokens_map_file": "special.json",
+    }
     assert "tokenizer_config.json" in dict(
         plan_of(model(tmp_path / "m", files={"tokenizer_config.json": config})).files
     )
@@ -365,10 +369,10 @@ def test_the_same_rules_hold_on_the_hub(hub: HubServer, tmp_path: Path, monkeypa
     more = {"a/tekken.json": "{}", "optimizer.pt": "x", ".env": "A=1", "x.gguf": "x", "notes": "text"}
     for seed, name in enumerate("ab"):
         sentence_model(Path(name), seed)
-        model(Path("more") / name, files=more)
+        model(Path("files") / name, files=more)
         for file in more:
             (Path(name) / file).parent.mkdir(exist_ok=True)
-            (Path("more") / name / file).rename(Path(name) / file)
+            (Path("files") / name / file).rename(Path(name) / file)
         hub.create(f"org/{name}", files_of(Path(name)))
     outs = list[Path]()
     for models in ("ab", ("org/a", "org/b")):

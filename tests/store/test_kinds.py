@@ -58,7 +58,7 @@ def test_a_file_of_another_kind_is_called_by_its_name(kind: str, suffix: str, tm
         open_checkpoint(path)
 
 
-def test_a_folder_without_weights_says_what_is_there(tmp_path: Path) -> None:
+def test_a_folder_without_weights_lists_other_kinds(tmp_path: Path) -> None:
     (tmp_path / "model-q4.gguf").write_bytes(FOREIGN["a GGUF file"])
     with pytest.raises(FormatError, match=r"holds no model: .* but model-q4\.gguf, a GGUF file; merge the safetensors"):
         open_checkpoint(tmp_path)
@@ -222,7 +222,7 @@ def test_a_dictionary_that_is_in_itself_ends_the_search(tmp_path: Path) -> None:
     assert open_checkpoint(tmp_path / "m.ckpt").keys() == TENSORS.keys()
 
 
-def test_a_merge_names_what_lies_beside_a_state_dict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_merge_names_the_rest_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"net": TENSORS, "ema": TENSORS, "optimizer": OPTIMIZER, "epoch": 3}, "m.ckpt")
     Path("r.yaml").write_text(

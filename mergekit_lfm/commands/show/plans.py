@@ -134,18 +134,7 @@ def plan_text(plan: Plan, facts: dict[str, Any], verbose: bool) -> str:
         f"held outside the memory budget, as its tensors are not plain byte ranges: {printable_line(file)}"
         for file in plan.mapped_files
     ]
-    lines += [
-        printable_line(f"read: {label}: the tensors under {file.address} of {file.name}")
-        for label, model in zip(plan.labels, plan.models, strict=True)
-        for file in model.files
-        if file.address
-    ]
-    lines += map(printable_line, _dropped_lines(plan))
-    lines += [printable_line(f"taken from {label}: {name}") for name, label in plan.lent]
-    lines += [
-        printable_line(f"left behind: {label}: {shorten(names)}: {why}")
-        for (label, why), names in plan.left_groups.items()
-    ]
+    lines += map(printable_line, (*_dropped_lines(plan), *_file_lines(plan)))
     if verbose:
         lines += [
             "",
@@ -164,6 +153,17 @@ def _dropped_lines(plan: Plan) -> Iterator[str]:
             yield f"dropped: {model}: {tensor}: {reason}"
         elif shown[model, reason] == alike[model, reason]:
             yield f"dropped: {model}: {alike[model, reason] - SHOWN_DROPPED:,} more: {reason}"
+
+
+def _file_lines(plan: Plan) -> Iterator[str]:
+    """The parts of files that are read, the files that another model lends, and those left behind, by reason."""
+    for label, model in zip(plan.labels, plan.models, strict=True):
+        for file in (file for file in model.files if file.address):
+            yield f"read: {label}: the tensors under {file.address} of {file.name}"
+    for name, label in plan.lent:
+        yield f"taken from {label}: {name}"
+    for (label, why), names in plan.left_groups.items():
+        yield f"left behind: {label}: {shorten(names)}: {why}"
 
 
 def _whereabouts(model: Checkpoint) -> str:
