@@ -31,7 +31,8 @@ WEIGHTS = re.compile(
     r"npz|npy|nemo|engine|pdparams|llamafile)$"
 )
 STATE = re.compile(
-    r"(^|/)((optimizer|scheduler|scaler|rng_state|random_states|training_args)[^/]*\.\w+|trainer_state\.json|"
+    r"(^|/)((optimizer|scheduler|scaler|rng_state|random_states)[^/]*\.(pt|pth|bin|pkl|npz|safetensors)|"
+    r"training_args\.\w+|trainer_state\.json|"
     r"events\.out\.tfevents[^/]*)$|(^|/)(checkpoint-\d+|global_step\d+|wandb|runs|lightning_logs)/"
 )
 

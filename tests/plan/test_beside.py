@@ -127,6 +127,7 @@ def test_names_of_the_output_itself_are_not_copied() -> None:
         "vocabulary",
         "mel_filters/filters.csv",
         "code/tokenization_own.py",
+        "scheduler/scheduler_config.json",
     ],
 )
 def test_files_of_any_name_come_along(name: str, tmp_path: Path) -> None:
