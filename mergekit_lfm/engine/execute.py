@@ -18,7 +18,7 @@ from mergekit_lfm.engine.inputs import Comparison, keep_states
 from mergekit_lfm.engine.run import Run
 from mergekit_lfm.engine.threads import thread_pool
 from mergekit_lfm.engine.worker import Options, Pool, Worker, refuse_nonfinite
-from mergekit_lfm.errors import PlanError, reason, several
+from mergekit_lfm.errors import PlanError, reason, several, shorten
 from mergekit_lfm.kernels.compiled import Mode
 from mergekit_lfm.machine.accelerators import HOST, Accelerator
 from mergekit_lfm.machine.progress import SILENCE, Progress
@@ -30,6 +30,7 @@ from mergekit_lfm.plan.budget import Budget, check_disk, workers
 from mergekit_lfm.plan.plan import Plan
 from mergekit_lfm.store.compare import are_equal, have_same_bytes
 from mergekit_lfm.store.places import partial_of, place_of
+from mergekit_lfm.store.sidecars import QUIET
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,8 +124,11 @@ def _findings(plan: Plan, output: Output) -> Iterator[str]:
     for where in sorted({where for receipt in output.done.values() for where in receipt.nonfinite}):
         yield f"{where} holds NaN or infinity"
     yield from (f"merged although {text}" for text in plan.allowed)
-    for name, why in plan.left_behind:
-        yield f"{plan.labels[plan.template]}: {name} was left behind: {why}"
+    for (label, why), names in plan.left_groups.items():
+        if why not in QUIET:
+            yield f"{label}: {shorten(names)} {'was' if len(names) == 1 else 'were'} left behind: {why}"
+    for name, label in plan.lent:
+        yield f"{name} was taken from {label}, as {plan.labels[plan.template]} lacks it and names it"
     for label in plan.unlisted:
         yield f"{label}: offline, so only its files in the cache were used"
 

@@ -17,15 +17,20 @@ from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.output.layout import Shard
 from mergekit_lfm.output.lock import LOCK, covered_files, is_intact, is_link, lock_of
 from mergekit_lfm.store.files import open_file, read_bytes
-from mergekit_lfm.store.folder import INDEXES, weight_paths
+from mergekit_lfm.store.folder import INDEXES, find_weights, is_index
 from mergekit_lfm.store.locks import lock_folder
 from mergekit_lfm.store.places import check_apart, check_kind, has_files, partial_of, remove
-from mergekit_lfm.store.sidecars import SIDECAR
 
 Policy = Literal["error", "warn"]  # on NaN or infinity
 
 REPLACED = "merge.replaced"  # the folder that --overwrite replaced, in the new one until it is deleted
-BESIDE = re.compile(r"^(README\.md|LICENSE(\.\w+)?|\.gitattributes|repair\.json)$")  # of a model that somebody saved
+# The names of files that belong to a model that somebody saved: others may be the user's own.
+BESIDE = re.compile(
+    r"^(README\.md|LICENSE(\.\w+)?|\.gitattributes|repair\.json)$"
+    r"|^(config|generation_config|.*tokeni[sz]er.*|added_tokens|vocab|merges|.*(processor|preprocessor|feature_extractor).*|"
+    r"modules|config_sentence_transformers|sentence_bert_config|chat_template|special_tokens_map|id2label|labels)"
+    r"\.(json|txt)$|\.(jinja|py|tiktoken|spm|bpe)$|^(spiece|sentencepiece.*|.*tokeni[sz]er.*)\.model$"
+)
 SHOWN = 5  # files that a message names
 
 
@@ -165,8 +170,10 @@ def _own_files(folder: Path) -> set[str]:
             pass  # a damaged lock: go by the names
     names = {path.name for path in folder.iterdir() if path.is_file() and not path.is_symlink()}
     try:
-        weights, _ = weight_paths(folder, names, folder)
+        weights = find_weights(folder, names, folder)
     except FormatError:
+        weights = None
+    if weights is None:
         return set()
-    own = {name for name in names if SIDECAR.search(name) or BESIDE.search(name) or name in INDEXES}
-    return own | {path.relative_to(folder).as_posix() for path in weights}
+    own = {name for name in names if BESIDE.search(name) or name in INDEXES or is_index(folder / name)}
+    return own | {path.relative_to(folder).as_posix() for path in weights.paths}

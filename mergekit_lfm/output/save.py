@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.output.card import CARD
-from mergekit_lfm.output.layout import INDEX, Shard, lay_out
+from mergekit_lfm.output.layout import Index, Shard, indexes_of, lay_out
 from mergekit_lfm.output.replace import check_folder
 from mergekit_lfm.output.writer import move_into_place
 from mergekit_lfm.store.checkpoint import Checkpoint
@@ -57,25 +57,25 @@ def save_checkpoint(
     with _partial(out) as partial:
         shards = lay_out(checkpoint, list(checkpoint.values()), None)
         for shard in shards:
+            (partial / shard.name).parent.mkdir(parents=True, exist_ok=True)
             _write_shard(checkpoint, shard, changed, partial / shard.name)
         sidecars = sidecars_of(checkpoint)
-        files = {path.relative_to(folder).as_posix(): path for path in sidecars.files}
+        files = dict(sidecars.files)
         if folder.is_dir() and (folder / CARD).is_file() and not is_outside(folder / CARD, folder):
             files[CARD] = folder / CARD
         contents = {name: read_bytes(path) for name, path in files.items()} | dict(documents)
-        if len(shards) > 1:
-            contents[INDEX] = _index(checkpoint, shards)
+        contents |= {index.name: _encode_index(index) for index in indexes_of(shards)}
         for name, content in contents.items():
-            (partial / name).parent.mkdir(exist_ok=True)
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
             replace_file(partial / name, content)
             sync_folder((partial / name).parent)
-    return dict(sidecars.left)
+    return dict(sidecars.missed)
 
 
-def _index(checkpoint: Checkpoint, shards: tuple[Shard, ...]) -> bytes:
-    weight_map = {spec.name: shard.name for shard in shards for spec in shard.tensors}
-    index = {"metadata": {"total_size": checkpoint.nbytes}, "weight_map": weight_map}
-    return (json.dumps(index, indent=2) + "\n").encode()
+def _encode_index(index: Index) -> bytes:
+    nbytes = sum(spec.nbytes for shard in index.shards for spec in shard.tensors)
+    data = {"metadata": {"total_size": nbytes}, "weight_map": index.weight_map}
+    return (json.dumps(data, indent=2) + "\n").encode()
 
 
 @contextmanager

@@ -117,11 +117,13 @@ class Output:
             self._start_over(journal)
         for number, shard in enumerate(self.shards):
             path = self._files.path(number)
+            path.parent.mkdir(parents=True, exist_ok=True)
             with name_file(path):
                 os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666))
                 reserve(self._files.fileno(number), shard.nbytes)
                 write_exactly(self._files.fileno(number), 0, memoryview(UNFINISHED + shard.header[8:]))
-        sync_folder(self.partial)
+        for folder in {self._files.path(number).parent for number in range(len(self.shards))} | {self.partial}:
+            sync_folder(folder)
 
     def _refuse_other_work(self, journal: Path) -> None:
         """Raise PlanError if the folder holds work of another plan, which starting over would delete."""
@@ -271,7 +273,7 @@ class Output:
             if name == LOCK:
                 check_whole(self.partial, self.shards, {name: files[name] for name in files if name != LOCK})
             path = self.partial / name
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             replace_file(path, data)
             sync_folder(path.parent)
         move_into_place(self.out)

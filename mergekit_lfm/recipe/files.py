@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mergekit_lfm.recipe.problems import Problem, attempt
 from mergekit_lfm.recipe.values import NamedFile
+from mergekit_lfm.store.folder import split_address
 from mergekit_lfm.store.hub import HubName, hub_name
 
 
@@ -40,6 +41,8 @@ def _find(ref: str, where: Path | None, hint: str) -> Path:
         try:
             if path.exists():
                 return path.resolve()
+            if parts := split_address(path):
+                return Path(f"{parts[0].resolve()}#{parts[1]}")
         except OSError as error:  # a name that is too long, a folder that may not be read
             raise ValueError(f"found {ref!r:.80}, which cannot be looked up: {error.strerror}; {hint}") from None
     missing = " nor ".join(str(path) for path in tried)

@@ -18,6 +18,7 @@ from typing import Any
 
 from mergekit_lfm.errors import FormatError
 from mergekit_lfm.store.files import name_file, open_file, refuse_depth
+from mergekit_lfm.store.kinds import HEAD, OTHERS, PAGE, SAFETENSORS, kind_of
 
 # code in the file -> (torch's name, bytes per element)
 DTYPES = {
@@ -90,14 +91,16 @@ def read_header(path: Path) -> Header:
         size = os.fstat(file.fileno()).st_size
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
-        return parse_header(path, prefix + file.read(length if length <= min(size, MAX_HEADER) else 200), size)
+        return parse_header(path, prefix + file.read(length if length <= min(size, MAX_HEADER) else HEAD), size)
 
 
 def parse_header(path: Path, head: bytes, size: int) -> Header:
     """The header in the first bytes of a file of `size` bytes; messages name `path`. Raises as `read_header` does."""
-    length = int.from_bytes(head[:8], "little")
+    length, kind = int.from_bytes(head[:8], "little"), kind_of(head)
+    if kind not in (SAFETENSORS, ""):
+        raise FormatError(f"{path}: this is {kind}, not the weights; {OTHERS.get(kind, 'write it as safetensors')}")
     if len(head) < 8 or length > MAX_HEADER or 8 + length > size:
-        raise FormatError(f"{path}: {_not_safetensors(head[:208], size, length)}")
+        raise FormatError(f"{path}: {_not_safetensors(head, size, length)}")
     raw = head[8 : 8 + length]
     try:
         entries = json.loads(
@@ -165,10 +168,8 @@ def _read_float(text: str) -> float:
 
 
 def _not_safetensors(head: bytes, size: int, length: int) -> str:
-    if head.startswith(b"version https://git-lfs"):
-        return "this is a git-lfs pointer, not the weights; run `git lfs pull` in its repository"
     if head.lstrip()[:1] == b"<":
-        return "this is an HTML or XML page, not the weights; download the file again"
+        return f"this is {PAGE}, not the weights; {OTHERS[PAGE]}"
     if head[:8] == UNFINISHED:
         return "this is the unfinished output of an interrupted run; run the same merge again to complete it"
     if size < 8:
