@@ -88,7 +88,9 @@ def fail_calls(bench: Bench, name: str, choose: Callable[[list[Fault]], list[Fau
         else:
             assert (ran.code, ran.out, ran.err.count("error: ")) == (2, "", 1), about
             assert "Traceback" not in ran.err and os.strerror(error) in ran.err, about
-            assert re.search(rf"error: \S*({bench.folder.name}|in)/\S+: .*; \w+", ran.err), about
+            assert re.search(rf"error: ({bench.folder}|in/|out)\S*: .*; \w+", ran.err), (
+                about
+            )  # the file, and what to do
             if (state := state_of(bench)) not in seen:
                 seen.add(state)
                 bench.finish(name, expected)
