@@ -21,7 +21,7 @@ from mergekit_lfm.store.durable import LEFTOVER
 
 Files = dict[str, tuple[object, ...]]  # mode and content, by path
 
-# What the commands load when they run, besides what the interpreter of `helpers_faults` has loaded.
+# Modules that the commands load when they run, besides those of the interpreter of `helpers_faults`.
 MODULES = (
     *(
         f"mergekit_lfm.api.{name}"
