@@ -282,6 +282,8 @@ class Injector:
 
     def install(self) -> None:
         """From here on, calls are counted and may fail."""
+        from mergekit_lfm.store import durable
+
         self._pwrite = os.pwrite
         for name in CALLS:
             setattr(os, name, self._wrap(name, getattr(os, name)))
@@ -445,7 +447,6 @@ if __name__ == "__main__":
     from mergekit_lfm.commands.app import main
     from mergekit_lfm.commands.merge import merge
     from mergekit_lfm.output import writer
-    from mergekit_lfm.store import durable
 
     for module in sys.argv[1:]:  # loaded once, for all children
         importlib.import_module(module)
