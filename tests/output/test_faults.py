@@ -77,6 +77,7 @@ def fail_calls(bench: Bench, name: str, choose: Callable[[list[Fault]], list[Fau
     """
     whole, expected = bench.whole(name)
     seen: set[object] = {state_of(bench)}
+    file_and_advice = rf"error: ({bench.folder}|in/|out)\S*: .*; \w+"
     faults = choose(calls_within(bench, whole.calls))
     for number, (kind, nth, call) in enumerate(faults):
         error = ERRORS[kind][number % len(ERRORS[kind])]
@@ -89,9 +90,7 @@ def fail_calls(bench: Bench, name: str, choose: Callable[[list[Fault]], list[Fau
         else:
             assert (ran.code, ran.out, ran.err.count("error: ")) == (2, "", 1), about
             assert "Traceback" not in ran.err and os.strerror(error) in ran.err, about
-            assert re.search(rf"error: ({bench.folder}|in/|out)\S*: .*; \w+", ran.err), (
-                about
-            )  # the file, and what to do
+            assert re.search(file_and_advice, ran.err), about
             if (state := state_of(bench)) not in seen:
                 seen.add(state)
                 bench.finish(name, expected)
