@@ -25,7 +25,7 @@ from mergekit_lfm.store.hub import HubName, hub_name
 
 ANSWER_IS_NO = 1
 BAD_INPUT = 2  # or a bad environment; also what click exits with on bad usage
-# The advice on errors of the disk and the system, by their numbers.
+# The way out of errors of the disk and the system, by their numbers.
 ADVICE = {
     (errno.ENOSPC, errno.EDQUOT): "free some space and run the same command again, it goes on where it stopped",
     (errno.EIO, errno.ESTALE): "the disk, or the connection to it, fails: when it is back, run the same command again",

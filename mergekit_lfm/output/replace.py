@@ -51,7 +51,7 @@ def already_there(
     """
     check_apart(out, inputs)
     check_kind(out)
-    _undo(digest, out)
+    undo_replacement(digest, out)
     if not has_files(out):
         return False
     lock = lock_of(out)
@@ -105,7 +105,7 @@ def _has_header(path: Path, shard: Shard) -> bool:
         return file.read(len(shard.header)) == shard.header
 
 
-def _undo(digest: str, out: Path) -> None:
+def undo_replacement(digest: str, out: Path) -> None:
     """Move OUT back if a run of another plan with --overwrite was killed after it had moved OUT away."""
     if (partial_of(out) / REPLACED).exists() and not is_complete(digest, out):
         with lock_folder(partial_of(out)):

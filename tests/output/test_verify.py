@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from mergekit_lfm import merge
 from mergekit_lfm.errors import FormatError, PlanError
-from mergekit_lfm.output.lock import verify
+from mergekit_lfm.output.lock import lock_of, verify
 
 SHARDS = tuple(f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
 RECIPE: dict[str, Any] = {"merge_method": "linear", "parameters": {"weight": 1}}
@@ -142,3 +142,11 @@ def test_changes_that_a_lock_cannot_show_are_listed(out: Path) -> None:
     assert len(json.loads(run("verify", str(out), "--json").stdout)["not_covered"]) == 3
     assert run("verify", str(out), "-q").stdout == f"{out}: good, all as its lock says\n"
     assert merge_into(out) == out
+
+
+def test_a_lock_that_cannot_be_read_is_not_a_missing_one(tmp_path: Path) -> None:
+    """The memory of a process is a regular file, and reading its first page fails as a disk does."""
+    assert lock_of(tmp_path) == lock_of(tmp_path / "nowhere") == {}
+    (tmp_path / "merge.lock.json").symlink_to("/proc/self/mem")
+    with pytest.raises(OSError, match=r"merge\.lock\.json"):
+        lock_of(tmp_path)
