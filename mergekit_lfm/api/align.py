@@ -24,7 +24,7 @@ from mergekit_lfm.plan.plan import make_plan
 from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.recipe.registry import ALIGN_METHODS
 from mergekit_lfm.store.checkpoint import open_checkpoint
-from mergekit_lfm.store.places import check_file
+from mergekit_lfm.store.places import OVERWRITE, check_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -148,8 +148,10 @@ def _write(transform: Transform, file: Path, *, there: bool, overwrite: bool) ->
                 return True
         if not overwrite:
             raise PlanError(
-                f"{file} exists and is from other statistics, or from another start; choose another output, or use "
-                "--overwrite"
+                "{place} exists and is {found}; {cure}",
+                place=file,
+                found="from other statistics, or from another start",
+                cure=OVERWRITE,
             )
     transform.save(file)
     return False

@@ -96,7 +96,11 @@ def make_job(
         if len(set(dtypes)) > 1:
             types = ", ".join(f"{dtype} in {labels[i]}" for dtype, (i, _) in zip(dtypes, refs, strict=True))
             raise PlanError(
-                f"{spec.name} is {types}: only floating-point tensors of different types can be merged; convert them"
+                "{place} is {found}: {expected} can be merged; {cure}",
+                place=spec.name,
+                found=types,
+                expected="only floating-point tensors of different types",
+                cure="convert them",
             )
         if dtypes[0].startswith("float8") and settings.inputs[0].get("scale") is not None:
             raise PlanError(f"{spec.name} is quantised ({dtypes[0]}) and cannot be scaled; leave it out of `scale`")

@@ -63,9 +63,8 @@ def match_tensors(
             )
     problems = missing + extra + _list_misshapen(models, labels, template, names)
     if problems:
-        raise PlanError(
-            several("the checkpoints differ", problems) + "\nMerge models of one architecture and vocabulary."
-        )
+        found, cure = several("the checkpoints differ", problems), "Merge models of one architecture and vocabulary."
+        raise PlanError("{found}\n{cure}", found=found, cure=cure)
     return names, tuple(dropped)
 
 

@@ -17,7 +17,7 @@ import xxhash
 
 from mergekit_lfm.artifacts.patch import Patch
 from mergekit_lfm.artifacts.statistics import Statistics
-from mergekit_lfm.errors import PlanError, several
+from mergekit_lfm.errors import PlanError, several_errors
 from mergekit_lfm.kernels.block import BLOCK
 from mergekit_lfm.methods.method import Unit
 from mergekit_lfm.methods.registry import METHODS
@@ -214,9 +214,9 @@ def make_plan(
         try:
             jobs.append(make_job(roles, names[name], template[name], layers.get(name), statistics.get(name), block))
         except PlanError as error:
-            problems.append(str(error))
+            problems.append(error)
     if problems:
-        raise PlanError(several("the checkpoints do not fit together", problems))
+        raise several_errors("the checkpoints do not fit together", problems)
     matrices = group_matrices(roles, names, jobs, statistics)
     whole = {i for group in matrices for i in group.jobs}
     for i in whole:

@@ -16,6 +16,7 @@ from typing import Any
 from mergekit_lfm.errors import FormatError
 
 SMALL = 100_000_000  # bytes; tokenizers, the largest files beside the weights, have up to 40 MB
+AGAIN = "fetch or write it again"
 DEEPEST = 100  # levels of lists and mappings; the official reader of safetensors headers stops at 128
 KINDS = {
     stat.S_IFIFO: "a pipe",
@@ -52,7 +53,14 @@ def open_regular(path: Path) -> int:
 def _refuse_others(path: Path, mode: int) -> None:
     if not stat.S_ISREG(mode):
         kind = KINDS.get(stat.S_IFMT(mode), "something else")
-        raise FormatError(f"{path} is {kind}, expected a regular file; put the file itself there")
+        cure = "put the file itself there"
+        raise FormatError(
+            "{place} is {found}, expected {expected}; {cure}",
+            place=path,
+            found=kind,
+            expected="a regular file",
+            cure=cure,
+        )
 
 
 def read_bytes(path: Path, most: int | None = SMALL) -> bytes:
@@ -60,7 +68,13 @@ def read_bytes(path: Path, most: int | None = SMALL) -> bytes:
     with name_file(path), os.fdopen(open_regular(path), "rb") as file:
         content = file.read(-1 if most is None else most + 1)
     if most is not None and len(content) > most:
-        raise FormatError(f"{path} has over {most:,} bytes, expected a small file; fetch or write it again")
+        raise FormatError(
+            "{place} has {found}, expected {expected}; {cure}",
+            place=path,
+            found=f"over {most:,} bytes",
+            expected="a small file",
+            cure=AGAIN,
+        )
     return content
 
 
@@ -81,7 +95,7 @@ def parse_json(text: str | bytes, label: object) -> Any:
     except RecursionError:
         raise FormatError(_too_deep(label)) from None
     except ValueError as error:
-        raise FormatError(f"{label}: not JSON ({error}); fetch or write it again") from None
+        raise FormatError("{place}: {found}; {cure}", place=label, found=f"not JSON ({error})", cure=AGAIN) from None
     refuse_depth(data, label)
     return data
 
