@@ -102,30 +102,7 @@ def parse_header(path: Path, head: bytes, size: int) -> Header:
         raise FormatError(
             "{place}: {found}; {cure}" if cure else "{place}: {found}", place=path, found=found, cure=cure
         )
-    raw = head[8 : 8 + length]
-    try:
-        entries = json.loads(
-            raw.decode("utf-8"),
-            object_pairs_hook=_refuse_repeats,
-            parse_int=lambda text: -0.0 if text == "-0" else int(text),  # as the official reader: no integer
-            parse_float=_read_float,
-            parse_constant=_read_float,
-        )
-    except (ValueError, RecursionError) as error:
-        raise FormatError(
-            "{place}: {found}; {cure}",
-            place=path,
-            found=f"the header is not JSON as safetensors requires it ({error})",
-            cure=ANEW,
-        ) from None
-    if not isinstance(entries, dict):
-        raise FormatError(
-            "{place}: the header is {found}, expected {expected}; {cure}",
-            place=path,
-            found=f"a {type(entries).__name__}",
-            expected="an object",
-            cure=ANEW,
-        )
+    entries = _read_entries(path, head[8 : 8 + length])
     metadata = entries.pop(METADATA, None)
     metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
@@ -159,6 +136,34 @@ def parse_header(path: Path, head: bytes, size: int) -> Header:
     return Header({spec.name: (spec, start + begin) for spec, begin, _ in placed}, metadata, start, size)
 
 
+def _read_entries(path: Path, raw: bytes) -> dict[str, Any]:
+    """The entries of a header."""
+    try:
+        entries = json.loads(
+            raw.decode("utf-8"),
+            object_pairs_hook=_refuse_repeats,
+            parse_int=lambda text: -0.0 if text == "-0" else int(text),  # as the official reader: no integer
+            parse_float=_read_float,
+            parse_constant=_read_float,
+        )
+    except (ValueError, RecursionError) as error:
+        raise FormatError(
+            "{place}: {found}; {cure}",
+            place=path,
+            found=f"the header is not JSON as safetensors requires it ({error})",
+            cure=ANEW,
+        ) from None
+    if not isinstance(entries, dict):
+        raise FormatError(
+            "{place}: the header is {found}, expected {expected}; {cure}",
+            place=path,
+            found=f"a {type(entries).__name__}",
+            expected="an object",
+            cure=ANEW,
+        )
+    return entries
+
+
 def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """The pairs as a dict. Raises ValueError for a repeated key, and for text that is not valid UTF-8."""
     entries = dict(pairs)
@@ -179,7 +184,7 @@ def _read_float(text: str) -> float:
 
 
 def _not_safetensors(head: bytes, size: int, length: int) -> tuple[str, str]:
-    """What the file is instead, and what to do."""
+    """The kind of file that it is instead, and what to do."""
     if head.startswith(b"version https://git-lfs"):
         return "this is a git-lfs pointer, not the weights", "run `git lfs pull` in its repository"
     if head.lstrip()[:1] == b"<":
