@@ -210,10 +210,14 @@ def repair_model(
 
 @dataclass(frozen=True)
 class Verified:
-    """The result of a comparison with a lock: one line for each difference, and for all that the lock cannot show."""
+    """The result of a comparison with a lock: one line for each difference, and for all that the lock cannot show.
+
+    bytes_read: of the files with weights.
+    """
 
     differences: tuple[str, ...]
     not_covered: tuple[str, ...]
+    bytes_read: int = 0
 
 
 def verify_output(out: StrPath, *, progress: Progress = SILENCE) -> Outcome[Verified]:
@@ -234,7 +238,7 @@ def verify_output(out: StrPath, *, progress: Progress = SILENCE) -> Outcome[Veri
     if snapshot is not None and OWN_CARD in snapshot.sizes:  # beside a card that was edited there
         differences = [line for line in differences if not line.startswith(f"{CARD} ")]
     others = () if snapshot is None else ("files on the Hub that the lock does not name",)
-    verified = Verified(tuple(differences), (*not_covered(folder), *others))
+    verified = Verified(tuple(differences), (*not_covered(folder), *others), nbytes)
     return Outcome(folder, verified, lock_of(folder).get("plan"), seconds=time.monotonic() - started)
 
 

@@ -16,6 +16,11 @@ def default_threads() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def peak_memory() -> int:
+    """The most bytes that this process has held so far, or the largest of those that it has started and that ended."""
+    return max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) * 1024
+
+
 def free_space(out: Path) -> int:
     """Bytes free on the disk where `out` is or would be."""
     existing = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())

@@ -151,6 +151,11 @@ class Plan:
         return tuple(dict.fromkeys(state for state in (*files, *self.named_files) if state is not None))
 
     @property
+    def paths(self) -> tuple[Path, ...]:
+        """The folders and files that are read: those of the sources, and the recipe's other files."""
+        return (*(source.path for source in self.sources), *(state.path for state in self.named_files))
+
+    @property
     def mapped_files(self) -> tuple[Path, ...]:
         """Inputs that torch must map or load, outside --memory: their tensors are not contiguous."""
         return tuple(file.path for model in self.models for file in model.files if file.fallback)
