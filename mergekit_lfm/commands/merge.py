@@ -108,6 +108,7 @@ def merge(
     from mergekit_lfm.api.merge import merge as run
     from mergekit_lfm.api.merge import plan_merge
     from mergekit_lfm.commands.show.plans import merge_data, outcome_text, plan_text, push_text
+    from mergekit_lfm.commands.show.terminal import tell
 
     def show(outcome: Outcome[Merged]) -> None:
         console.warn(outcome.warnings)
@@ -124,7 +125,7 @@ def merge(
         if dry_run:
             _show_plan(console, planned, memory, threads, verbose)
         if verbose:
-            console.say(plan_text(planned.plan, _machine_facts(planned, memory, threads), verbose=True))
+            tell(plan_text(planned.plan, _machine_facts(planned, memory, threads), verbose=True))
         with going_on_later(planned.out, planned.plan.digest):
             outcome = run(
                 planned,

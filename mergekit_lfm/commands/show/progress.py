@@ -43,16 +43,15 @@ class Pace:
             self.tell(f"{self.doing}: " + ", ".join(self._parts(now, done, total)))
 
     def _parts(self, now: float, done: int, total: int | None) -> Iterator[str]:
-        yield self._amount(done) if total is None else f"{self._amount(done)} of {self._amount(total)}"
+        in_bytes = self.unit == BYTES
+        amounts = [format_size(n) if in_bytes else f"{n:,}" for n in (done, total) if n is not None]
+        yield " of ".join(amounts) + ("" if in_bytes else f" {self.unit}")
         began, before = self.first or (now, done)
         if now > began and done > before:
             rate = (done - before) / (now - began)
-            yield f"{format_size(rate)}/s" if self.unit == BYTES else f"{rate:.3g} {self.unit}/s"
+            yield f"{format_size(rate)}/s" if in_bytes else f"{rate * MINUTE:.3g} a minute"
             if total is not None:
                 yield f"{duration((total - done) / rate)} left"
-
-    def _amount(self, count: int) -> str:
-        return format_size(count) if self.unit == BYTES else f"{count:,} {self.unit}"
 
 
 def duration(seconds: float) -> str:
