@@ -297,6 +297,27 @@ def test_patches_that_cannot_be_verified_are_refused_before_writing(
     assert (result.exit_code, result.stdout) == (0, "x\n")
 
 
+def test_a_patch_that_changes_nothing_is_applied_but_the_answer_is_no(here: Path) -> None:
+    patch = open_patch(here / "patch.st")
+    Patch(patch.info, {name: torch.zeros_like(x) for name, x in patch.tensors.items()}).save(here / "zero.st")
+    apply = ["patch", "apply", "m", "zero.st", "-o", "same", "--no-verify"]
+    result = run(*apply, "-q")
+    assert (result.exit_code, result.stdout) == (1, "same\n")
+    assert result.stderr == "nothing was taught: the edited model has the very weights of MODEL\n"
+    assert (here / "same/model.safetensors").read_bytes() == (here / "m/model.safetensors").read_bytes()
+    found = json.loads(run(*apply, "--json").stdout)
+    assert (found["changed"], found["already_there"], found["exit"]) == (False, True, 1)
+    assert answer(run("patch", "apply", "m", "patch.st", "-o", "new", "--no-verify", "--json"))["changed"] is True
+
+
+@pytest.mark.usefixtures("here")
+def test_an_edit_that_rounding_takes_away_is_written_but_the_answer_is_no() -> None:
+    result = run(*EDIT, "--identity", "--lambda", "1e30", "--no-verify", "-q")
+    assert (result.exit_code, result.stdout) == (1, "p.st\n")
+    assert result.stderr == "nothing was taught: the edited model has the very weights of MODEL\n"
+    assert any(x.any() for x in load_file("p.st").values())
+
+
 # ------------------------------------------------------------------ trace, and eval of facts
 
 
