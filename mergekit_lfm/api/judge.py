@@ -230,7 +230,7 @@ def verify_output(out: StrPath, *, progress: Progress = SILENCE) -> Outcome[Veri
     from mergekit_lfm.output.lock import lock_of, not_covered, verify
 
     started, folder = time.monotonic(), expand(out, "OUT")
-    snapshot = None if folder.exists() else _pull(str(out))
+    snapshot = None if folder.exists() else _pull(str(out), progress)
     folder = folder if snapshot is None else snapshot.folder
     nbytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     with progress.by_bytes(nbytes, "verifying") as advance:
@@ -242,7 +242,7 @@ def verify_output(out: StrPath, *, progress: Progress = SILENCE) -> Outcome[Veri
     return Outcome(folder, verified, lock_of(folder).get("plan"), seconds=time.monotonic() - started)
 
 
-def _pull(name: str) -> Snapshot | None:
+def _pull(name: str, progress: Progress) -> Snapshot | None:
     """The output on the Hub with this name, downloaded; None for other text. Raises FormatError without a lock."""
     from mergekit_lfm.output.lock import LOCK, covered_files
     from mergekit_lfm.store.hub.snapshots import find_snapshot
@@ -254,5 +254,5 @@ def _pull(name: str) -> Snapshot | None:
     if LOCK not in snapshot.sizes:
         raise FormatError(f"{snapshot} has no {LOCK}: it is not an output of `merge`")
     snapshot.fetch([LOCK])
-    snapshot.fetch([file for file in covered_files(snapshot.folder) if file in snapshot.sizes])
+    snapshot.fetch([file for file in covered_files(snapshot.folder) if file in snapshot.sizes], progress)
     return snapshot

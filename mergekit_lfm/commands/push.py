@@ -57,6 +57,7 @@ def push(
             replace_card=replace_card,
             message=message,
             pull_back=verify,
+            progress=console.progress,
         )
     pushed = outcome.result
     console.conclude(outcome_data(outcome) | push_data(pushed), lambda: push_text(pushed), path=pushed.url)

@@ -155,7 +155,7 @@ def _download(value: Any, console: Console) -> Any:
     from mergekit_lfm.store.sidecars import download
 
     with transfers(hidden=console.hidden):
-        return download(value)
+        return download(value, console.progress)
 
 
 @contextmanager

@@ -79,24 +79,25 @@ class Terminal:
             self.log(line)
 
     @contextmanager
-    def by_bytes(self, nbytes: int, doing: str) -> Iterator[Callable[[int], None]]:
+    def by_bytes(self, nbytes: int, doing: str, *, bar: bool = True) -> Iterator[Callable[[int], None]]:
         """A bar with rate and time left. It appears at the first call, so that earlier output does not mix with it."""
         lock, pace, bars, done = Lock(), self._pace(doing, BYTES), list["tqdm[Any]"](), 0
 
         def advance(more: int) -> None:
             nonlocal done
             with lock:
-                if not bars:
+                if bar and not bars:
                     bars.append(self._bar(nbytes, doing, BYTES))
-                bars[0].update(more)
+                for shown in bars:
+                    shown.update(more)
                 done += more
                 pace.report(done, nbytes)
 
         try:
             yield advance
         finally:
-            for bar in bars:
-                bar.close()
+            for shown in bars:
+                shown.close()
 
     @contextmanager
     def by_count(self, unit: str, doing: str) -> Iterator[Callable[[int, int], None]]:
