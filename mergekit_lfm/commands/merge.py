@@ -172,7 +172,7 @@ def _show_plan(
 
 
 def _machine_facts(planned: PlannedMerge, memory: int | None, threads: int | None) -> dict[str, Any]:
-    """What the merge would take of this machine, and what is there."""
+    """The resources that the merge would take of this machine, and those that it has."""
     from mergekit_lfm.machine.resources import allocated_bytes, default_memory, free_space
     from mergekit_lfm.plan.budget import Budget, workers
     from mergekit_lfm.store.places import partial_of

@@ -11,7 +11,7 @@ from mergekit_lfm.commands.show.progress import Pace, Terminal, duration
 
 @dataclass
 class Bench:
-    """A clock that stands until it is moved, and the lines that were told."""
+    """A clock that stands until it is moved, and the lines that a `Pace` writes."""
 
     now: float = 100.0
     lines: list[str] = field(default_factory=list)

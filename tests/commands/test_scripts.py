@@ -7,11 +7,12 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import torch
 from helpers_commands import PROGRAM, ROOT, answer, refusal, run
@@ -19,9 +20,11 @@ from models import save_checkpoint
 from safetensors.torch import save_file
 
 from mergekit_lfm.api import merge as api
+from mergekit_lfm.commands.app import main
 from mergekit_lfm.machine.resources import peak_memory
 from mergekit_lfm.version import __version__
 
+DOCUMENT = (ROOT / "docs/scripting.md").read_text("utf-8")
 LINEAR = "merge_method: linear\nmodels: [{model: a}, {model: b}]\nparameters: {weight: 1}\n"
 TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ "
 SECRET = "hf_" + "a" * 34
@@ -284,3 +287,55 @@ def test_a_merge_without_any_reader_is_finished(folder: Path) -> None:
     assert without_a_reader(folder, "merge", "recipe.yaml", "out", "-v", "--report", "r.json", stderr=True)[0] == 141
     assert json.loads((folder / "r.json").read_text())["exit"] == 0
     assert run("verify", "out").exit_code == 0
+
+
+# ------------------------------------------------------------------ the document
+
+
+def fields_of(section: str) -> set[str]:
+    """The names in the first column of the tables in a part of the document."""
+    rows = re.findall(r"^\| (`.*?) \|", section, flags=re.MULTILINE)
+    return {name for row in rows for name in re.findall(r"`([a-z_.]+)`", row)}
+
+
+@pytest.mark.usefixtures("folder")
+def test_the_document_has_every_field() -> None:
+    of_run, rest = DOCUMENT.split("## The object")[1].split("With an error, further:")
+    of_error, of_merge = rest.split("With a result of `merge`:")
+    merged = answer(run("merge", "recipe.yaml", "out", "--json"))
+    assert merged.keys() == fields_of(of_run) | fields_of(of_merge)
+    assert {f"error.{name}" for name in ("kind", "message", *NOTHING)} == fields_of(of_error)
+    commands = re.findall(r"`([a-z ]+)`", DOCUMENT.split(" has the same options")[0])
+    assert set(commands) == {name for name, command in walk(main) if any(p.name == "report" for p in command.params)}
+
+
+def walk(group: click.Group, prefix: str = "") -> Iterator[tuple[str, click.Command]]:
+    """All commands by their names; those of `stats`, which have the same options, as one."""
+    for name, command in group.commands.items():
+        if name == "stats" and isinstance(command, click.Group):
+            yield name, command.commands["gram"]
+        elif isinstance(command, click.Group):
+            yield from walk(command, f"{name} ")
+        else:
+            yield prefix + name, command
+
+
+@pytest.mark.parametrize("method", [pytest.param("linear", marks=pytest.mark.slow), "liner"])
+def test_the_script_of_the_document_runs(method: str, folder: Path) -> None:
+    text = DOCUMENT.split("    #!/bin/sh\n")[1].split("\n\n")[0].replace("/srv/models", str(folder))
+    write("nightly.yaml", LINEAR.replace("linear", method))
+    write("mergekit-lfm", f"#!{sys.executable}\n{PROGRAM}")
+    Path("mergekit-lfm").chmod(0o755)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{folder}:{os.environ['PATH']}"}
+    done = subprocess.run(["/bin/sh", "-c", text], env=environment, capture_output=True, text=True, check=True)
+    report = json.loads(Path("logs/merge.json").read_text())
+    if method == "liner":
+        assert "unknown method 'liner'" in report["error"]["message"]
+        assert done.stdout == report["error"]["message"] + "\n" and report["exit"] == 2
+        return
+    assert done.stderr == "" and done.stdout.startswith("out/nightly\n") and report["exit"] == 0
+    assert json.loads(Path("logs/verify.json").read_text())["good"] is True
+    assert [line for line in log_lines(Path("logs/merge.log")) if " ends " in line] == [
+        "merge ends with exit code 0",
+        "verify ends with exit code 0",
+    ]
