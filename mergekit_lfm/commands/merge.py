@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
@@ -107,18 +108,12 @@ def merge(
     """
     from mergekit_lfm.api.merge import merge as run
     from mergekit_lfm.api.merge import plan_merge
-    from mergekit_lfm.commands.show.plans import merge_data, outcome_text, plan_text, push_text
+    from mergekit_lfm.commands.show.plans import merge_data, plan_text, push_text
     from mergekit_lfm.commands.show.terminal import tell
 
-    def show(outcome: Outcome[Merged]) -> None:
-        console.warn(outcome.warnings)
-        console.say(outcome_text(outcome))
-
     with transfers(hidden=console.hidden):
-        where = {"device": device, "push_to": push_to}
-        planned = plan_merge(
-            _read_recipe(recipe), out, max_shard_size=max_shard_size, seed=seed, private=private, **where
-        ).result
+        where: dict[str, Any] = {"max_shard_size": max_shard_size, "seed": seed, "device": device, "push_to": push_to}
+        planned = plan_merge(_read_recipe(recipe), out, private=private, **where).result
         console.keep_apart([planned.out, *planned.plan.paths])
         if planned.goal is None and (private or pull_back):
             raise click.UsageError("--private and --verify are about a push: give --push-to org/name")
@@ -137,12 +132,19 @@ def merge(
                 compile=compile_,
                 verify_push=pull_back,
                 progress=console.progress,
-                on_merged=show,
+                on_merged=partial(_show_outcome, console),
             )
     pushed = outcome.result.pushed
     if pushed is None:
         console.conclude(merge_data(outcome), path=outcome.path)
     console.conclude(merge_data(outcome), lambda: push_text(pushed), path=f"{outcome.path}\n{pushed.url}")
+
+
+def _show_outcome(console: Console, outcome: Outcome[Merged]) -> None:
+    from mergekit_lfm.commands.show.plans import outcome_text
+
+    console.warn(outcome.warnings)
+    console.say(outcome_text(outcome))
 
 
 def _read_recipe(path: Path) -> Path | Recipe:

@@ -223,7 +223,7 @@ def test_wrong_usage_is_reported() -> None:
 
 
 @pytest.mark.usefixtures("folder")
-def test_a_log_has_what_every_run_said() -> None:
+def test_a_log_has_the_words_of_every_run() -> None:
     save_file({"w": torch.full((3, 4), torch.nan), "ids": torch.arange(5)}, "b/model.safetensors")
     assert run("merge", "recipe.yaml", "out", "--nan", "warn", "-q", "--log", "logs/x.log").exit_code == 0
     write("recipe.yaml", LINEAR.replace("b}", SECRET + "}"))
