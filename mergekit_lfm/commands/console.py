@@ -83,10 +83,11 @@ class Console:
         """Record an end that no other method has recorded: wrong usage, which click reports, or a defect."""
         if error is None or self.ended:
             return
-        usage = isinstance(error, click.UsageError)
-        message = error.format_message() if isinstance(error, click.UsageError) else reason(error)
-        failure = self._failure(error, message, BAD_INPUT if usage else CRASH, {})
-        self._close(failure, [f"error: {message}"])
+        message, code = reason(error), CRASH
+        if isinstance(error, click.UsageError):
+            message, code = error.format_message(), BAD_INPUT
+        failure = self._failure(error, message, code, {})
+        self._close(failure, code, [f"error: {message}"])
         if self.as_json:
             answer(json.dumps(failure))
 
@@ -147,8 +148,9 @@ class Console:
         unless the result is JSON.
         """
         facts = {**self._facts(code), **data} if self.whole else dict(data)
-        shown = "" if text is None or (self.hidden and self.log is None and path is not None) else printable(text())
-        self._close(facts, [*([shown] if shown else []), *why, *([] if path is None else [path])])
+        wanted = self.log is not None or not (self.as_json or (self.quiet and path is not None))
+        shown = printable(text()) if text is not None and wanted else ""
+        self._close(facts, code, [*([shown] if shown else []), *why, *([] if path is None else [path])])
         if self.as_json:
             heard = answer(json.dumps(facts))
         elif path is None:
@@ -167,7 +169,7 @@ class Console:
         tell(printable_message(line))
         failure = self._failure(error, message, code, parts)
         try:
-            self._close(failure, [printable_message(line)])
+            self._close(failure, code, [printable_message(line)])
         except OSError as another:  # of the log or the report
             tell(f"error: {another}")
         if self.as_json:
@@ -190,10 +192,10 @@ class Console:
             "versions": versions("torch"),
         }
 
-    def _close(self, facts: Mapping[str, Any], lines: Iterable[object]) -> None:
+    def _close(self, facts: Mapping[str, Any], code: int, lines: Iterable[object]) -> None:
         """Write the last lines of the log, and the report."""
         self.ended = True
-        for line in (*lines, f"{self.command} ends with exit code {facts.get('exit', 0)}"):
+        for line in (*lines, f"{self.command} ends with exit code {code}"):
             self._note(line)
         report, self.report = self.report, None
         if report is not None:
@@ -225,8 +227,11 @@ def _stamp(text: object) -> str:
 
 
 def _check_apart(file: Path, paths: Iterable[Path]) -> None:
+    """Raise PlanError if the file is one of the paths, or lies in one or in its OUT.partial."""
+    place = file.resolve()
     for path in paths:
-        if any(file.resolve().is_relative_to(home) for home in (path.resolve(), partial_of(path.resolve()))):
+        home = path.resolve()
+        if place.is_relative_to(home) or place.is_relative_to(partial_of(home)):
             sentence = "{place} lies in {path}, which this command reads or writes; {cure}"
             raise PlanError(sentence, place=file, path=path, cure=ANOTHER)
 

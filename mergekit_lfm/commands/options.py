@@ -43,7 +43,7 @@ version = click.option(
     callback=_print_version,
     help="Print the versions of mergekit_lfm and of torch.",
 )
-as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
+as_json = click.option("--json", "as_json", is_flag=True, help="Print the result, or the error, as one JSON object.")
 # Where the words of a command go that may take long. They are those of its `Console`.
 output = together(
     as_json,

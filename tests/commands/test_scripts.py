@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 from mergekit_lfm.api import merge as api
 from mergekit_lfm.commands.app import main
+from mergekit_lfm.commands.show.progress import Terminal
 from mergekit_lfm.machine.resources import peak_memory
 from mergekit_lfm.version import __version__
 
@@ -234,6 +235,18 @@ def test_a_log_has_the_words_of_every_run() -> None:
     assert lines[3:6] == ["out", "merge ends with exit code 0", "merge begins"]
     assert lines[6].startswith("error: recipe.yaml: models[1].model: found '[a token of the Hub]'")
     assert lines[7:] == ["merge ends with exit code 2"]
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_log_that_can_no_longer_be_written_ends_the_run_with_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill(*_: object, progress: Terminal, **__: object) -> None:
+        Path("x.log").mkdir()  # as if the disk were full
+        progress.notice("downloading")
+
+    monkeypatch.setattr(api, "merge", fill)
+    message = refusal(run("merge", "recipe.yaml", "out", "-q", "--log", "x.log", "--report", "r.json"))
+    assert message == "error: x.log: Is a directory\n"
+    assert json.loads(Path("r.json").read_text())["error"]["place"] == "x.log"
 
 
 @pytest.mark.parametrize("option", ["--log", "--report"])
