@@ -210,10 +210,14 @@ def repair_model(
 
 @dataclass(frozen=True)
 class Verified:
-    """The result of a comparison with a lock: one line for each difference, and for all that the lock cannot show."""
+    """The result of a comparison with a lock: one line for each difference, and for all that the lock cannot show.
+
+    bytes_read: of the files with weights.
+    """
 
     differences: tuple[str, ...]
     not_covered: tuple[str, ...]
+    bytes_read: int = 0
 
 
 def verify_output(out: StrPath, *, progress: Progress = SILENCE) -> Outcome[Verified]:
@@ -226,7 +230,7 @@ def verify_output(out: StrPath, *, progress: Progress = SILENCE) -> Outcome[Veri
     from mergekit_lfm.output.lock import lock_of, not_covered, verify
 
     started, folder = time.monotonic(), expand(out, "OUT")
-    snapshot = None if folder.exists() else _pull(str(out))
+    snapshot = None if folder.exists() else _pull(str(out), progress)
     folder = folder if snapshot is None else snapshot.folder
     nbytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     with progress.by_bytes(nbytes, "verifying") as advance:
@@ -234,11 +238,11 @@ def verify_output(out: StrPath, *, progress: Progress = SILENCE) -> Outcome[Veri
     if snapshot is not None and OWN_CARD in snapshot.sizes:  # beside a card that was edited there
         differences = [line for line in differences if not line.startswith(f"{CARD} ")]
     others = () if snapshot is None else ("files on the Hub that the lock does not name",)
-    verified = Verified(tuple(differences), (*not_covered(folder), *others))
+    verified = Verified(tuple(differences), (*not_covered(folder), *others), nbytes)
     return Outcome(folder, verified, lock_of(folder).get("plan"), seconds=time.monotonic() - started)
 
 
-def _pull(name: str) -> Snapshot | None:
+def _pull(name: str, progress: Progress) -> Snapshot | None:
     """The output on the Hub with this name, downloaded; None for other text. Raises FormatError without a lock."""
     from mergekit_lfm.output.lock import LOCK, covered_files
     from mergekit_lfm.store.hub.snapshots import find_snapshot
@@ -250,5 +254,5 @@ def _pull(name: str) -> Snapshot | None:
     if LOCK not in snapshot.sizes:
         raise FormatError(f"{snapshot} has no {LOCK}: it is not an output of `merge`")
     snapshot.fetch([LOCK])
-    snapshot.fetch([file for file in covered_files(snapshot.folder) if file in snapshot.sizes])
+    snapshot.fetch([file for file in covered_files(snapshot.folder) if file in snapshot.sizes], progress)
     return snapshot

@@ -129,7 +129,7 @@ def merge(
         from mergekit_lfm.api.prepare import prepare
 
         where: dict[str, Any] = {"max_shard_size": recipe.max_shard_size, "device": accelerator.name}
-        plan = prepare(plan, folder, notice=progress.notice, **where, **options)
+        plan = prepare(plan, folder, progress=progress, **where, **options)
     with progress.by_bytes(plan.bytes_written, "merging") as advance:
         done = execute(plan, folder, accelerator=accelerator, compile=compile, progress=advance, **options)
     warnings, merged = warn_of(done.findings), Merged(plan, done.resumed_bytes)
@@ -138,14 +138,14 @@ def merge(
         on_merged(outcome)
     if goal is None:
         return outcome
-    return replace(_push(outcome, folder, goal, verify_push), seconds=time.monotonic() - started)
+    return replace(_push(outcome, folder, goal, verify_push, progress), seconds=time.monotonic() - started)
 
 
-def _push(outcome: Outcome[Merged], folder: Path, goal: Push, verify: bool) -> Outcome[Merged]:
+def _push(outcome: Outcome[Merged], folder: Path, goal: Push, verify: bool, progress: Progress) -> Outcome[Merged]:
     """Push the merged checkpoint; the outcome with the result of the push."""
     from mergekit_lfm.output.push import push
 
-    pushed = push(folder, goal.repo, private=goal.private, pull_back=verify)
+    pushed = push(folder, goal.repo, private=goal.private, pull_back=verify, progress=progress)
     return replace(outcome, result=replace(outcome.result, pushed=pushed))
 
 

@@ -39,7 +39,7 @@ class Applied:
 
     tensors: the number of changed tensors. bytes_changed: their size; bytes_copied: that of all others. after: the new
     model's scores on the facts that the patches teach, None if it was not judged. good: False if a smaller share of the
-    facts than `min_efficacy` is what it says.
+    facts than `min_efficacy` is what it says. changed: False if no tensor gets another value.
     """
 
     undo: Path | None
@@ -48,6 +48,7 @@ class Applied:
     bytes_copied: int
     after: FactScores | None = None
     good: bool = True
+    changed: bool = True
 
 
 def undo_file(out: Path) -> Path:
@@ -104,7 +105,7 @@ def apply_patches(
         replace(back, info=replace(back.info, options={"plan": plan.digest})).save(undo)
     with _remove_on_failure(None if known else undo), progress.by_bytes(plan.bytes_written, "applying") as advance:
         done = execute(plan, target, memory=as_bytes(memory), threads=threads, overwrite=overwrite, progress=advance)
-    applied = _count_changes(plan, opened, undo)
+    applied = replace(_count_changes(plan, opened, undo), changed=has_changed(source, *opened))
     if facts is not None:
         after = score(load_for_texts(target, dtype, device), facts, "verifying", progress)
         applied = replace(applied, after=after, good=is_enough(after, min_efficacy))
@@ -168,6 +169,13 @@ def _count_changes(plan: Plan, patches: Sequence[Patch], undo: Path | None) -> A
     (view,) = plan.models
     changed = [view[name].nbytes for name in {name for patch in patches for name in patch.info.tensors}]
     return Applied(undo, len(changed), sum(changed), plan.bytes_written - sum(changed))
+
+
+def has_changed(source: Checkpoint, *patches: Patch) -> bool:
+    """True if the patches give some tensor of a model another value, rounded to its dtype."""
+    view = patched_view(source, *patches, any_base=True)
+    names = {name for patch in patches for name in patch.info.tensors}
+    return any(view.digest_of(name) != source.digest_of(name) for name in names)
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from mergekit_lfm.engine.execute import execute, is_written
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.machine.accelerators import accelerator_of
 from mergekit_lfm.machine.devices import find_gpu
+from mergekit_lfm.machine.progress import SILENCE, Progress
 from mergekit_lfm.machine.resources import cache_folder, default_memory
 from mergekit_lfm.machine.sizes import format_size
 from mergekit_lfm.output.replace import Policy
@@ -44,7 +45,7 @@ from mergekit_lfm.views.patched import Patched, check_base, patched_view
 from mergekit_lfm.views.pending import Pending
 from mergekit_lfm.views.rewritten import Rewritten
 
-Notice = Callable[[str], None]
+Notice = Callable[[str], None]  # shows one line
 Grams = Callable[[Statistics], Any]  # from a statistics file to what `edit` takes as covariance
 
 
@@ -59,13 +60,13 @@ def prepare(
     resume: bool = True,
     overwrite: bool = False,
     device: str = "cpu",
-    notice: Notice | None = None,
+    progress: Progress = SILENCE,
 ) -> Plan:
     """The plan with its weights downloaded and all alignments and edits made, unless `out` holds its output already.
 
-    The options are those of `execute`; device: where matrices are multiplied and models run. notice is called with a
-    line for each download, alignment and edit that is not known from an earlier run. Edits of the result need the
-    result: it is merged once without them, beside `out`, and removed again. Raises what `find_transform`, `edit` and
+    The options are those of `execute`; device: where matrices are multiplied and models run. progress has a notice for
+    each download, alignment and edit that is not known from an earlier run. Edits of the result need the result: it is
+    merged once without them, beside `out`, and removed again. Raises what `find_transform`, `edit` and
     `execute` raise, PlanError about `out`, memory and disk before anything else; ImportError without transformers.
     """
     plan = note_device(plan, device)
@@ -74,10 +75,10 @@ def prepare(
         return plan
     if not (plan.pending or plan.absent or plan.unedited):
         return plan
-    notice = notice or (lambda _: None)
+    notice = progress.notice
     Budget(plan).peak(memory or default_memory(), threads or 1)
     check_disk(plan, folder)
-    _fetch_weights(plan, notice)
+    _fetch_weights(plan, progress)
     plan = _with_edits(_with_alignments(plan, notice, device), notice, device)
     if not plan.unedited:
         return plan
@@ -102,16 +103,16 @@ def note_device(plan: Plan, device: str) -> Plan:
     return replace(plan, roles=replace(plan.roles, models=models), edited_on=kind if edited else "")
 
 
-def _fetch_weights(plan: Plan, notice: Notice) -> None:
-    """Download the weights of the plan's models that are still on the Hub. notice is called with a line for each."""
+def _fetch_weights(plan: Plan, progress: Progress) -> None:
+    """Download the weights of the plan's models that are still on the Hub, with a notice for each."""
     snapshot = next((model.snapshot for model in plan.models if model.absent), None)
     if snapshot is not None:
         check_room(snapshot, plan.absent)
     for label, model in zip(plan.labels, plan.models, strict=True):
         if absent := model.absent:
             files = f"{len(absent)} files" if len(absent) > 1 else next(iter(absent))
-            notice(f"downloading {files} of {label}, {format_size(sum(absent.values()))}")
-            model.fetch()
+            progress.notice(f"downloading {files} of {label}, {format_size(sum(absent.values()))}")
+            model.fetch(progress)
 
 
 def _with_alignments(plan: Plan, notice: Notice, device: str) -> Plan:

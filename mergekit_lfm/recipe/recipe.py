@@ -13,8 +13,12 @@ from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, ValidationInfo, model_validator
 
+<<<<<<< ours
 from mergekit_lfm.arch.facts import FACTS
 from mergekit_lfm.errors import PlanError, did_you_mean
+=======
+from mergekit_lfm.errors import PlanError, Refusal, did_you_mean
+>>>>>>> theirs
 from mergekit_lfm.methods.method import REQUIRED, Method, Value
 from mergekit_lfm.methods.registry import METHODS
 from mergekit_lfm.recipe.align import AlignRequest
@@ -29,20 +33,26 @@ from mergekit_lfm.recipe.form import (
     Strict,
     read_reference,
 )
-from mergekit_lfm.recipe.problems import Problem, refuse
+from mergekit_lfm.recipe.problems import Problem, parts_of, problem_at, refuse
 from mergekit_lfm.recipe.rename import rename_data
 from mergekit_lfm.recipe.requirements import missing_requirements
 from mergekit_lfm.recipe.roles import Edit, Input, Roles, assign_roles
+<<<<<<< ours
 from mergekit_lfm.recipe.values import NamedFile, Rule, as_data, value_at
+=======
+from mergekit_lfm.recipe.values import FOUND, NamedFile, as_data, value_at
+>>>>>>> theirs
 from mergekit_lfm.store.files import read_text
 from mergekit_lfm.store.yaml import read_yaml
 
+IN_YAML = "a recipe in YAML"
+SHOULD = "Input should be "  # how pydantic begins to say what it expected
 _EXPECTED = {
-    "model_type": "expected a mapping such as {model: path, parameters: {weight: 0.5}}",
-    "tuple_type": "expected a list of models",
-    "dict_type": "expected a mapping of parameter names to values",
-    "string_type": "expected text",
-    "string_pattern_mismatch": "expected cpu, cuda, cuda:1 or auto",
+    "model_type": "a mapping such as {model: path, parameters: {weight: 0.5}}",
+    "tuple_type": "a list of models",
+    "dict_type": "a mapping of parameter names to values",
+    "string_type": "text",
+    "string_pattern_mismatch": "cpu, cuda, cuda:1 or auto",
 }
 
 
@@ -107,7 +117,9 @@ class Recipe(Strict):
             text = read_text(path)
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-            raise PlanError(f"{path}: cannot be read: {reason}; expected a recipe in YAML") from error
+            raise PlanError(
+                "{place}: cannot be read: {found}; expected {expected}", place=path, found=reason, expected=IN_YAML
+            ) from error
         return cls.parse(text, where=path.absolute().parent, label=str(path))
 
     @classmethod
@@ -115,27 +127,31 @@ class Recipe(Strict):
         """The recipe in YAML text or a mapping, as if read from the folder `where`; messages call it `label`."""
         data = read_yaml(source, label) if isinstance(source, str) else source
         if not isinstance(data, Mapping):
-            raise PlanError(f"{label}: found {data!r:.40}, expected a mapping with merge_method and models")
+            expected = "a mapping with merge_method and models"
+            raise PlanError(f"{{place}}: {FOUND}", place=label, found=f"{data!r:.40}", expected=expected)
         try:
             return cls.model_validate(dict(data), context={"where": where, "whole": True})
         except ValidationError as error:
-            lines = [*_content_lines(error), *_form_lines(error)]
+            problems = [*_content_problems(error), *_form_problems(error)]
             rest = _without(data, error)
         if rest != data:  # errors of form hide errors of content
             try:
                 cls.model_validate(rest, context={"where": where, "whole": False})
             except ValidationError as error:
-                lines += _content_lines(error)
-        count = f"{len(lines)} problems\n  " if len(lines) > 1 else ""
-        raise PlanError(f"{label}: {count}" + "\n  ".join(lines))
+                problems += _content_problems(error)
+        count = f"{len(problems)} problems\n  " if len(problems) > 1 else ""
+        parts = parts_of(problems)
+        place = ": ".join([label, *([parts.pop("place")] if "place" in parts else [])])
+        lines = "\n  ".join(map(str, problems))
+        raise PlanError("{label}: {count}{lines}", label=label, count=count, lines=lines, place=place, **parts)
 
     @model_validator(mode="after")
     def _check(self, info: ValidationInfo) -> Self:
         context = info.context or {"where": None, "whole": True}
         method = METHODS.get(self.merge_method)
         if method is None:
-            known = did_you_mean(self.merge_method, METHODS)
-            raise PlanError(f"merge_method: unknown method {self.merge_method!r}, {known}")
+            words = {"found": repr(self.merge_method), "cure": did_you_mean(self.merge_method, METHODS)}
+            raise PlanError("{place}: unknown method {found}, {cure}", place="merge_method", **words)
         roles, problems = assign_roles(
             method, self.models, self.base_model, self.parameters, self.edits, context["where"]
         )
@@ -288,14 +304,20 @@ def _edits_data(edits: tuple[Edit, ...]) -> dict[str, Any]:
     return {"edits": data} if data else {}
 
 
-def _content_lines(error: ValidationError) -> list[str]:
-    """One line per problem of content, which the check of a recipe without problems of form has found."""
+def _content_problems(error: ValidationError) -> list[Problem]:
+    """The problems of content, which the check of a recipe without problems of form has found."""
     refusals = [detail["ctx"]["error"] for detail in error.errors(include_url=False) if detail["loc"] == ()]
-    return [line for refusal in refusals for line in str(refusal).split("\n")]
+    return [problem for refusal in refusals for problem in _problems_of("", refusal)]
 
 
-def _form_lines(error: ValidationError) -> Iterator[str]:
-    """One line per problem of form."""
+def _problems_of(place: str, error: ValueError) -> list[Problem]:
+    """The lines of an error, at a place."""
+    parts = error.parts if isinstance(error, Refusal) else {}
+    return [Problem(place, line, parts) for line in str(error).split("\n")]
+
+
+def _form_problems(error: ValidationError) -> Iterator[Problem]:
+    """The problems of form."""
     details = error.errors(include_url=False)
     unknown = {detail["loc"] for detail in details if detail["type"] == "extra_forbidden"}
     for detail in details:
@@ -308,14 +330,17 @@ def _form_lines(error: ValidationError) -> Iterator[str]:
         if kind == "extra_forbidden":
             form = Recipe if len(path) == 1 else Push if path[0] == "push" else ModelEntry
             key = str(path[-1])
-            yield f"{key_path}: {NOT_YET.get(key) or 'unknown key, ' + did_you_mean(key, form.model_fields)}"
+            cure = did_you_mean(key, form.model_fields)
+            unknown_key = problem_at(key_path, "unknown key, {cure}", found=key, cure=cure)
+            yield Problem(key_path, NOT_YET[key]) if key in NOT_YET else unknown_key
         elif kind == "missing":
-            yield f"{key_path}: required"
+            yield Problem(key_path, "required")
         elif kind == "value_error":
-            yield f"{key_path}: {detail['ctx']['error']}"
+            yield from _problems_of(key_path, detail["ctx"]["error"])
         else:
-            expected = _EXPECTED.get(kind) or detail["msg"].replace("Input should be", "expected")
-            yield f"{key_path}: found {value!r:.60}, {expected}"
+            found, expected = f"{value!r:.60}", _EXPECTED.get(kind, detail["msg"].removeprefix(SHOULD))
+            told = kind in _EXPECTED or detail["msg"].startswith(SHOULD)
+            yield problem_at(key_path, FOUND if told else "found {found}, {expected}", found=found, expected=expected)
 
 
 def _without(data: Mapping[str, Any], error: ValidationError) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mergekit_lfm.errors import FormatError
+from mergekit_lfm.machine.progress import SILENCE, Progress
 from mergekit_lfm.machine.secrets import find_secrets
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lfm.store.files import SMALL, name_file, read_json
@@ -31,10 +32,10 @@ KEYS = re.compile(
 )
 
 
-def download(name: HubName) -> Path:
+def download(name: HubName, progress: Progress = SILENCE) -> Path:
     """Download all files that loading a model needs, and return their folder. Raises as `open_checkpoint` does."""
     model = open_checkpoint(name)
-    model.fetch()
+    model.fetch(progress)
     sidecars_of(model)
     return model.path
 

@@ -118,7 +118,7 @@ def test_every_call_fails(bench: Bench, name: str) -> None:
     assert fail_calls(bench, name) > 90
 
 
-def test_what_can_be_done_without_changes_nothing(bench: Bench) -> None:
+def test_a_failing_call_with_a_substitute_changes_nothing(bench: Bench) -> None:
     name = "patch apply"  # which copies, reserves, locks, reads and writes
     expected = bench.whole(name)[1]
     for fault in HARMLESS.values():
@@ -127,7 +127,7 @@ def test_what_can_be_done_without_changes_nothing(bench: Bench) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*COMMANDS, "merge regmean", "edit --save", "align --save", "repair"])
-def test_what_can_be_done_without_changes_nothing_in_any_command(bench: Bench, name: str) -> None:
+def test_a_failing_call_with_a_substitute_changes_nothing_in_any_command(bench: Bench, name: str) -> None:
     expected = bench.whole(name)[1]
     for fault in HARMLESS.values():
         check_harmless(bench, name, expected, fault)
