@@ -25,6 +25,7 @@ __all__ = [
     "Patch",
     "PlanError",
     "Recipe",
+    "Refusal",
     "Statistics",
     "Symmetries",
     "Transform",
@@ -91,7 +92,7 @@ if TYPE_CHECKING:
     from mergekit_lfm.artifacts.statistics import Statistics, open_statistics
     from mergekit_lfm.artifacts.transform import Transform, open_transform
     from mergekit_lfm.edit.scores import FactScores, score_facts
-    from mergekit_lfm.errors import FormatError, PlanError
+    from mergekit_lfm.errors import FormatError, PlanError, Refusal
     from mergekit_lfm.judge.barrier import Interpolation, barrier
     from mergekit_lfm.judge.evaluate import accuracy, perplexity, retrieval
     from mergekit_lfm.methods.registry import METHODS
@@ -120,6 +121,7 @@ _HOMES = {
     "Patch": "artifacts.patch",
     "PlanError": "errors",
     "Recipe": "recipe.recipe",
+    "Refusal": "errors",
     "Statistics": "artifacts.statistics",
     "Symmetries": "arch.table",
     "Transform": "artifacts.transform",

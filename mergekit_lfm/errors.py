@@ -3,12 +3,26 @@
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
+PARTS = ("place", "found", "expected", "cure")
 
-class FormatError(ValueError):
+
+class Refusal(ValueError):
+    """A message for a user, and in `parts` those of its parts that are known: place, found, expected, cure.
+
+    sentence: the message, with the names of the words in braces where they stand in it, as in "{place} exists; {cure}".
+    Without words it is the message as it is.
+    """
+
+    def __init__(self, sentence: str, **words: object) -> None:
+        super().__init__(sentence.format(**words) if words else sentence)
+        self.parts = {name: str(words[name]) for name in PARTS if words.get(name, "") != ""}
+
+
+class FormatError(Refusal):
     """A file is not what it claims to be: truncated, overlapping, of an unknown dtype, or a pointer to the weights."""
 
 
-class PlanError(ValueError):
+class PlanError(Refusal):
     """A recipe cannot be carried out on these inputs: unknown keys, differing tensors, too little memory or disk."""
 
 
@@ -29,6 +43,11 @@ def shorten(names: Sequence[str], most: int = 10) -> str:
     """The first names in one line, and the number of the others."""
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+def several_errors(what: str, errors: Sequence[PlanError]) -> PlanError:
+    """One error about all of them: the only one as it is, with its parts."""
+    return errors[0] if len(errors) == 1 else PlanError(several(what, [*map(str, errors)]))
 
 
 def did_you_mean(word: object, known: Iterable[str]) -> str:

@@ -27,7 +27,7 @@ from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.recipe.registry import ALIGN_METHODS
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lfm.store.files import digest_file
-from mergekit_lfm.store.places import check_file
+from mergekit_lfm.store.places import OVERWRITE, check_file
 from mergekit_lfm.store.tensors import ITEMSIZE
 from mergekit_lfm.views.rewritten import Rewritten
 
@@ -165,8 +165,10 @@ def _write(transform: Transform, file: Path, *, there: bool, overwrite: bool) ->
                 return True
         if not overwrite:
             raise PlanError(
-                f"{file} exists and is from other statistics, or from another start; choose another output, or use "
-                "--overwrite"
+                "{place} exists and is {found}; {cure}",
+                place=file,
+                found="from other statistics, or from another start",
+                cure=OVERWRITE,
             )
     transform.save(file)
     return False

@@ -15,7 +15,7 @@ from mergekit_lfm.api.arguments import StrPath, expand, model_folder
 from mergekit_lfm.api.changes import changes_data, rounding_warnings
 from mergekit_lfm.api.efficacy import check_efficacy, is_enough, load_for_texts, score
 from mergekit_lfm.api.outcome import Outcome, warn_of
-from mergekit_lfm.api.patches import Applied, apply_patches, undo_file
+from mergekit_lfm.api.patches import Applied, apply_patches, has_changed, undo_file
 from mergekit_lfm.api.repeats import is_repeated
 from mergekit_lfm.artifacts.facts import FactsFile, as_facts
 from mergekit_lfm.artifacts.patch import Patch, open_patch, read_patch_info
@@ -41,7 +41,7 @@ class Edited:
 
     before, after: the scores of the model and of the edited one on the facts, None if they were not judged. saved: the
     outcome of applying the patch, None without `save`. good: False if the edited model says a smaller share of the
-    facts than `min_efficacy`.
+    facts than `min_efficacy`. changed: False if the patch gives no tensor another value.
     """
 
     patch: Patch
@@ -50,6 +50,7 @@ class Edited:
     after: FactScores | None = None
     saved: Outcome[Applied] | None = None
     good: bool = True
+    changed: bool = True
 
 
 def edit_model(
@@ -105,8 +106,10 @@ def edit_model(
     if target is not None and file is not None:
         saved = apply_patches(folder, [file], target, verify=False, overwrite=overwrite, progress=progress)
     after = _judge(folder, patch, target, known, dtype, device, progress) if verify else None
-    changes = changes_data(patch, open_checkpoint(folder))
-    edited = Edited(patch, tuple(changes), before, after, saved, is_enough(after, min_efficacy))
+    source = open_checkpoint(folder)
+    changes = changes_data(patch, source)
+    good, changed = is_enough(after, min_efficacy), has_changed(source, patch)
+    edited = Edited(patch, tuple(changes), before, after, saved, good, changed)
     digest = None if file is None else open_checkpoint(file).content
     already = there and (saved is None or saved.already_there)
     return Outcome(file, edited, digest, already, warn_of(rounding_warnings(changes)), time.monotonic() - started)

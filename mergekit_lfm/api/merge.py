@@ -139,14 +139,14 @@ def merge(
         on_merged(outcome)
     if goal is None:
         return outcome
-    return replace(_push(outcome, folder, goal, verify_push), seconds=time.monotonic() - started)
+    return replace(_push(outcome, folder, goal, verify_push, progress), seconds=time.monotonic() - started)
 
 
-def _push(outcome: Outcome[Merged], folder: Path, goal: Push, verify: bool) -> Outcome[Merged]:
+def _push(outcome: Outcome[Merged], folder: Path, goal: Push, verify: bool, progress: Progress) -> Outcome[Merged]:
     """Push the merged checkpoint; the outcome with the result of the push."""
     from mergekit_lfm.output.push import push
 
-    pushed = push(folder, goal.repo, private=goal.private, pull_back=verify)
+    pushed = push(folder, goal.repo, private=goal.private, pull_back=verify, progress=progress)
     return replace(outcome, result=replace(outcome.result, pushed=pushed))
 
 

@@ -40,7 +40,7 @@ class Applied:
 
     tensors: the number of changed tensors. bytes_changed: their size; bytes_copied: that of all others. after: the new
     model's scores on the facts that the patches teach, None if it was not judged. good: False if a smaller share of the
-    facts than `min_efficacy` is what it says.
+    facts than `min_efficacy` is what it says. changed: False if no tensor gets another value.
     """
 
     undo: Path | None
@@ -49,6 +49,7 @@ class Applied:
     bytes_copied: int
     after: FactScores | None = None
     good: bool = True
+    changed: bool = True
 
 
 def undo_file(out: Path) -> Path:
@@ -109,7 +110,7 @@ def apply_patches(
     how: dict[str, Any] = {"memory": as_bytes(memory), "threads": threads, "overwrite": overwrite}
     with _remove_on_failure(None if known else undo):
         done = execute(plan, target, **how, progress=progress, doing="applying")
-    applied = _count_changes(plan, opened, undo)
+    applied = replace(_count_changes(plan, opened, undo), changed=has_changed(source, *opened))
     if facts is not None:
         after = score(load_for_texts(target, dtype, device), facts, "verifying", progress)
         applied = replace(applied, after=after, good=is_enough(after, min_efficacy))
@@ -173,6 +174,13 @@ def _count_changes(plan: Plan, patches: Sequence[Patch], undo: Path | None) -> A
     (view,) = plan.models
     changed = [view[name].nbytes for name in {name for patch in patches for name in patch.info.tensors}]
     return Applied(undo, len(changed), sum(changed), plan.bytes_written - sum(changed))
+
+
+def has_changed(source: Checkpoint, *patches: Patch) -> bool:
+    """True if the patches give some tensor of a model another value, rounded to its dtype."""
+    view = patched_view(source, *patches, any_base=True)
+    names = {name for patch in patches for name in patch.info.tensors}
+    return any(view.digest_of(name) != source.digest_of(name) for name in names)
 
 
 @contextmanager

@@ -46,7 +46,7 @@ from mergekit_lfm.views.patched import Patched, check_base, patched_view
 from mergekit_lfm.views.pending import Pending
 from mergekit_lfm.views.rewritten import Rewritten
 
-Notice = Callable[[str], None]
+Notice = Callable[[str], None]  # shows one line
 Grams = Callable[[Statistics], Any]  # from a statistics file to what `edit` takes as covariance
 
 
@@ -81,7 +81,7 @@ def prepare(
         return plan
     Budget(plan).peak(budget, threads or 1)
     check_disk(plan, folder)
-    plan = prepare_models(plan, device, notice)
+    plan = prepare_models(plan, device, progress)
     if not plan.unedited or is_written(Comparison(plan, budget, threads, progress, trust_times), folder, **where):
         return plan
     how: dict[str, Any] = {"memory": memory, "threads": threads, "nan": nan, "resume": resume}
@@ -90,10 +90,10 @@ def prepare(
     return replace(made, edited_on=plan.edited_on)
 
 
-def prepare_models(plan: Plan, device: str, notice: Notice) -> Plan:
+def prepare_models(plan: Plan, device: str, progress: Progress) -> Plan:
     """The plan with its weights downloaded, and its models aligned and edited."""
-    _fetch_weights(plan, notice)
-    return _with_edits(_with_alignments(plan, notice, device), notice, device)
+    _fetch_weights(plan, progress)
+    return _with_edits(_with_alignments(plan, progress.notice, device), progress.notice, device)
 
 
 def note_device(plan: Plan, device: str) -> Plan:
@@ -111,16 +111,16 @@ def note_device(plan: Plan, device: str) -> Plan:
     return replace(plan, roles=replace(plan.roles, models=models), edited_on=kind if edited else "")
 
 
-def _fetch_weights(plan: Plan, notice: Notice) -> None:
-    """Download the weights of the plan's models that are still on the Hub. notice is called with a line for each."""
+def _fetch_weights(plan: Plan, progress: Progress) -> None:
+    """Download the weights of the plan's models that are still on the Hub, with a notice for each."""
     snapshot = next((model.snapshot for model in plan.models if model.absent), None)
     if snapshot is not None:
         check_room(snapshot, plan.absent)
     for label, model in zip(plan.labels, plan.models, strict=True):
         if absent := model.absent:
             files = f"{len(absent)} files" if len(absent) > 1 else next(iter(absent))
-            notice(f"downloading {files} of {label}, {format_size(sum(absent.values()))}")
-            model.fetch()
+            progress.notice(f"downloading {files} of {label}, {format_size(sum(absent.values()))}")
+            model.fetch(progress)
 
 
 def _with_alignments(plan: Plan, notice: Notice, device: str) -> Plan:

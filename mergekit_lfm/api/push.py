@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from mergekit_lfm.api.arguments import StrPath, expand
 from mergekit_lfm.api.outcome import Outcome
+from mergekit_lfm.machine.progress import SILENCE, Progress
 from mergekit_lfm.output.lock import lock_of
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ def push(
     replace_card: bool = False,
     message: str | None = None,
     pull_back: bool = False,
+    progress: Progress = SILENCE,
 ) -> Outcome[Pushed]:
     """Push a saved model in a folder to a repository (org/name) on the Hub, in one commit; it is made if missing.
 
@@ -37,6 +39,6 @@ def push(
 
     started, source = time.monotonic(), expand(folder, "folder")
     how = {"private": private, "overwrite": overwrite, "replace_card": replace_card, "pull_back": pull_back}
-    pushed = push_folder(source, repo, message=message, **how)
+    pushed = push_folder(source, repo, message=message, progress=progress, **how)
     there = not pushed.files and not pushed.removed
     return Outcome(source, pushed, lock_of(source).get("plan"), there, seconds=time.monotonic() - started)

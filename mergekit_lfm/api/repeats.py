@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mergekit_lfm.errors import FormatError, PlanError
+from mergekit_lfm.store.places import OVERWRITE
 
 
 def is_repeated(file: Path | None, differences: Callable[[Path], list[str]], *, overwrite: bool) -> bool:
@@ -21,5 +22,7 @@ def is_repeated(file: Path | None, differences: Callable[[Path], list[str]], *, 
     except FormatError:
         differing = ["it is not a complete file of this kind"]
     if differing and not overwrite:
-        raise PlanError(f"{file} exists and differs: {', '.join(differing)}; choose another output, or use --overwrite")
+        raise PlanError(
+            "{place} exists and differs: {found}; {cure}", place=file, found=", ".join(differing), cure=OVERWRITE
+        )
     return not differing

@@ -22,11 +22,12 @@ if TYPE_CHECKING:
 class Verified:
     """The result of a comparison with a lock: one line for each difference, and for all that the lock cannot show.
 
-    recomputed: the tensors that were computed again from the inputs.
+    bytes_read: of the files with weights. recomputed: the tensors that were computed again from the inputs.
     """
 
     differences: tuple[str, ...]
     not_covered: tuple[str, ...]
+    bytes_read: int = 0
     recomputed: tuple[str, ...] = ()
 
 
@@ -53,7 +54,7 @@ def verify_output(
     from mergekit_lfm.output.lock import INPUTS_NOT_COVERED, NOT_COVERED, read_lock, verify
 
     started, folder = time.monotonic(), expand(out, "OUT")
-    snapshot = None if folder.exists() else _pull(str(out))
+    snapshot = None if folder.exists() else _pull(str(out), progress)
     folder = folder if snapshot is None else snapshot.folder
     lock = read_lock(folder)
     planned = None
@@ -71,7 +72,7 @@ def verify_output(
         differences += more
     others = () if snapshot is None else ("files on the Hub that the lock does not name",)
     inputs = (INPUTS_NOT_COVERED,) if planned is None else ()
-    verified = Verified(tuple(differences), (*inputs, *NOT_COVERED, *others), tuple(names))
+    verified = Verified(tuple(differences), (*inputs, *NOT_COVERED, *others), nbytes, tuple(names))
     return Outcome(folder, verified, lock.plan, seconds=time.monotonic() - started)
 
 
@@ -91,7 +92,7 @@ def _plan_of(planned: PlannedMerge, lock: Lock, out: StrPath, progress: Progress
             f"{out} was edited after the merge with facts, which would have to be learned again; expected a recipe "
             "whose own `edits` are patch files. Verify it without its inputs"
         )
-    return replace(planned, plan=prepare_models(plan, device, progress.notice))
+    return replace(planned, plan=prepare_models(plan, device, progress))
 
 
 def _compare_inputs(
@@ -117,7 +118,7 @@ def _compare_inputs(
     return names, [f"{name} is not what the inputs give" for name in differing]
 
 
-def _pull(name: str) -> Snapshot | None:
+def _pull(name: str, progress: Progress) -> Snapshot | None:
     """The output on the Hub with this name, downloaded; None for other text. Raises FormatError without a lock."""
     from mergekit_lfm.output.lock import LOCK, covered_files
     from mergekit_lfm.store.hub.snapshots import find_snapshot
@@ -129,5 +130,5 @@ def _pull(name: str) -> Snapshot | None:
     if LOCK not in snapshot.sizes:
         raise FormatError(f"{snapshot} has no {LOCK}: it is not an output of `merge`")
     snapshot.fetch([LOCK])
-    snapshot.fetch([file for file in covered_files(snapshot.folder) if file in snapshot.sizes])
+    snapshot.fetch([file for file in covered_files(snapshot.folder) if file in snapshot.sizes], progress)
     return snapshot

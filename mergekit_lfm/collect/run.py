@@ -169,7 +169,12 @@ def _already_there(out: Path, facts: StatisticsInfo, overwrite: bool) -> bool:
         clear(out)
         return True
     if not overwrite:
-        raise PlanError(f"{out} exists and differs: {', '.join(differing)}; choose another output, or overwrite it")
+        raise PlanError(
+            "{place} exists and differs: {found}; {cure}",
+            place=out,
+            found=", ".join(differing),
+            cure="choose another output, or overwrite it",
+        )
     return False
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from mergekit_lfm.commands import options
+from mergekit_lfm.commands.console import ANSWER_IS_NO, Console
 from mergekit_lfm.commands.parameters import method_option, method_rows, parameter_options
-from mergekit_lfm.commands.shell import ANSWER_IS_NO, Command, ModelFolder, show
+from mergekit_lfm.commands.shell import Command, ModelFolder
 from mergekit_lfm.recipe.registry import ALIGN_METHODS
 from mergekit_lfm.store.hub import display_name
 
@@ -71,8 +71,7 @@ Examples:
     "--check", is_flag=True, help="Align nothing: only test the symmetries that are known of MODEL, by running it."
 )
 @options.overwrite
-@options.as_json
-@options.quiet
+@options.output
 @click.pass_context
 def align(
     ctx: click.Context,
@@ -88,22 +87,18 @@ def align(
     save: Path | None,
     check: bool,
     overwrite: bool,
-    as_json: bool,
-    quiet: bool,
     **parameters: Any,
 ) -> None:
     """Find the transform, or only check the table of symmetries."""
     if check:
         _check_alone(ctx)
-        _check(ctx, model, as_json, quiet)
-        return
+        _check(ctx.obj, model)
     if to is None or out is None:
         raise click.UsageError("Give --to MODEL and -o FILE, or --check.")
     _check_start(method, stats, initial, order)
     from mergekit_lfm.api.align import align_models
-    from mergekit_lfm.artifacts.transform import DIFFERENT
-    from mergekit_lfm.commands.show.terminal import Terminal
 
+    console: Console = ctx.obj
     outcome = align_models(
         model,
         to,
@@ -115,33 +110,32 @@ def align(
         device=device,
         save=save,
         overwrite=overwrite,
-        progress=Terminal(hidden=quiet or as_json),
+        progress=console.progress,
         **{name: value for name, value in parameters.items() if value is not None},
     )
-    _show(outcome, model, as_json, quiet)
-    ctx.exit(ANSWER_IS_NO if outcome.result.info.outputs == DIFFERENT else 0)
+    _conclude(console, outcome, model)
 
 
-def _show(outcome: Aligned, model: Path, as_json: bool, quiet: bool) -> None:
+def _conclude(console: Console, outcome: Aligned, model: Path) -> NoReturn:
+    from mergekit_lfm.artifacts.transform import DIFFERENT
     from mergekit_lfm.commands.show.transforms import alignment_data, alignment_text, saved_text, transform_text
 
     data = alignment_data(outcome)
-    if as_json:
-        click.echo(json.dumps(data))
-        return
-    if not quiet:
-        if outcome.already_there:
-            show("already there: the transform of the same request; nothing was done", err=True)
-        show(transform_text(data), err=True)
-        show(alignment_text(data, display_name(model)), err=True)
-    if outcome.saved is not None:
-        show(f"{outcome.saved.path}: {saved_text(data['saved'])}", err=True)
-    click.echo(outcome.path)
+    console.warn(outcome.warnings)
+    if outcome.already_there:
+        console.say("already there: the transform of the same request; nothing was done")
+    console.conclude(
+        data,
+        lambda: "\n".join([transform_text(data), alignment_text(data, display_name(model))]),
+        path=outcome.path,
+        code=ANSWER_IS_NO if outcome.result.info.outputs == DIFFERENT else 0,
+        why=[] if outcome.saved is None else [f"{outcome.saved.path}: {saved_text(data['saved'])}"],
+    )
 
 
 def _check_alone(ctx: click.Context) -> None:
     """Raise a usage error for options of an alignment beside --check, which aligns nothing."""
-    allowed = {"model", "check", "as_json", "quiet"}
+    allowed = {"model", "check", "as_json", "quiet", "log", "report"}
     others = [
         max(parameter.opts, key=len)
         for parameter in ctx.command.params
@@ -160,16 +154,11 @@ def _check_start(method: str, stats: Path | None, initial: Path | None, order: t
         raise click.UsageError(f"--order: {method} by activations finds every group by itself; leave it out.")
 
 
-def _check(ctx: click.Context, model: Path, as_json: bool, quiet: bool) -> None:
+def _check(console: Console, model: Path) -> NoReturn:
     """Test the table of the model's symmetries; exit with code 1 if it is wrong."""
     from mergekit_lfm.api.align import check_table
-    from mergekit_lfm.commands.show.terminal import Terminal
     from mergekit_lfm.commands.show.transforms import report_data, report_text
 
-    checked = check_table(model, progress=Terminal(hidden=quiet or as_json)).result
+    checked = check_table(model, progress=console.progress).result
     data = {"model": display_name(model), **report_data(checked.report, checked.symmetries)}
-    if as_json:
-        click.echo(json.dumps(data))
-    else:
-        show(report_text(data))
-    ctx.exit(0 if checked.report.ok else ANSWER_IS_NO)
+    console.conclude(data, lambda: report_text(data), code=0 if checked.report.ok else ANSWER_IS_NO)

@@ -14,17 +14,19 @@ from mergekit_lfm.commands.merge import merge, plan
 from mergekit_lfm.commands.patch import patch
 from mergekit_lfm.commands.push import push
 from mergekit_lfm.commands.repair import repair
+from mergekit_lfm.commands.shell import Group
 from mergekit_lfm.commands.stats import stats
 from mergekit_lfm.commands.trace import trace
 from mergekit_lfm.commands.verify import verify
 
 
 @click.group(
+    cls=Group,
     epilog="""\b
 Examples:
   mergekit-lfm merge recipe.yaml out/my-model
   mergekit-lfm methods ties
-  mergekit-lfm verify out/my-model"""
+  mergekit-lfm verify out/my-model""",
 )
 @options.version
 def main() -> None:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 
 from mergekit_lfm.commands import options
+from mergekit_lfm.commands.console import Console
 from mergekit_lfm.commands.options import together
-from mergekit_lfm.commands.shell import Command, ModelFolder, show
+from mergekit_lfm.commands.shell import Command, ModelFolder
 
 WINDOW_HELP = "Cut the data into pieces of this many tokens. [default: as many as the model takes; for lm at most {}]"
 
@@ -23,8 +23,7 @@ running = together(
     ),
     options.batch_size_option("a model"),
     options.device_option("Where the models run"),
-    options.as_json,
-    options.quiet,
+    options.output,
 )
 
 
@@ -64,15 +63,16 @@ Examples:
 @click.option("--window", type=click.IntRange(min=1), help=WINDOW_HELP.format(2048))
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Also draw loss and accuracy.")
 @running
+@click.pass_obj
 def barrier(
+    console: Console,
+    /,
     first: Path,
     second: Path,
     data: Path | None,
     text: Path | None,
     task: str | None,
     plot: Path | None,
-    as_json: bool,
-    quiet: bool,
     **values: Any,
 ) -> None:
     """Judge the models on the straight line from A to B.
@@ -85,7 +85,6 @@ def barrier(
     from mergekit_lfm.api.judge import measure_barrier
     from mergekit_lfm.commands.show.barrier import line_data, line_text
     from mergekit_lfm.commands.show.plots import check_plot, plot_lines
-    from mergekit_lfm.commands.show.terminal import Terminal
 
     judged_on = data or text
     if judged_on is None or (data and text):
@@ -96,11 +95,7 @@ def barrier(
         raise click.UsageError("--text is for language models; give --data with --task classification.")
     if plot:
         check_plot(plot)
-    progress = Terminal(hidden=quiet or as_json)
-    line = measure_barrier(first, second, judged_on, task=task or "lm", progress=progress, **values).result
+    line = measure_barrier(first, second, judged_on, task=task or "lm", progress=console.progress, **values).result
     if plot:
         plot_lines({"": line}, plot, ends=(first.name, second.name))
-    if as_json:
-        click.echo(json.dumps(line_data(line)))
-    else:
-        show(line_text(line))
+    console.conclude(line_data(line), lambda: line_text(line))

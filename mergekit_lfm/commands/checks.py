@@ -1,19 +1,20 @@
-"""Options and endings that the commands share that edit models or judge them by facts."""
+"""Options and the ending that the commands share that edit models or judge them by facts."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from mergekit_lfm.commands.console import ANSWER_IS_NO, Console
 from mergekit_lfm.commands.options import device_option, together
-from mergekit_lfm.commands.shell import ANSWER_IS_NO, show
-from mergekit_lfm.machine.text import printable_line
 
 if TYPE_CHECKING:
-    from mergekit_lfm.edit.scores import FactScores
+    from mergekit_lfm.api.edit import Edited
+    from mergekit_lfm.api.patches import Applied
+
+NOTHING_CHANGED = "nothing was taught: the edited model has the very weights of MODEL"
 
 # How models run that are edited, traced or judged.
 running = together(
@@ -43,32 +44,22 @@ def check_verifying(min_efficacy: float | None, no_verify: bool) -> None:
         raise click.UsageError("--min-efficacy is found by judging the edited model; leave out --no-verify.")
 
 
-def conclude(
-    ctx: click.Context,
+def conclude_edit(
+    console: Console,
     data: dict[str, Any],
     text: Callable[[dict[str, Any]], str],
-    scores: FactScores | None,
+    result: Edited | Applied,
     min_efficacy: float | None,
-    good: bool,
-    *,
-    where: object,
-    as_json: bool,
-    quiet: bool,
-) -> None:
-    """Print the result in the wanted form, and end with the code for it.
+    path: object,
+) -> NoReturn:
+    """End with the result of an edit, or of a patch that was applied, and the code for it.
 
-    data: the result for JSON; its "warnings" are printed. text: shows it. scores: of the edited model. where: the path
-    that is printed on standard output.
+    data: the result for JSON; its "warnings" are printed. text: shows it. path: is printed on standard output.
     """
-    if as_json:
-        click.echo(json.dumps({**data, "min_efficacy": min_efficacy, "good": good}))
-    else:
-        if not quiet:
-            show(text(data), err=True)
-        for warning in data.get("warnings", ()):
-            show(f"warning: {printable_line(warning)}", err=True)
-        if not good and scores is not None:
-            share = f"the edited model says {scores.ea:.1%} of the facts"
-            show(f"{share}; --min-efficacy asks for {min_efficacy:.1%}", err=True)
-        click.echo(where)
-    ctx.exit(0 if good else ANSWER_IS_NO)
+    why = [] if result.changed else [NOTHING_CHANGED]
+    if not result.good and result.after is not None:
+        share = f"the edited model says {result.after.ea:.1%} of the facts"
+        why.append(f"{share}; --min-efficacy asks for {min_efficacy:.1%}")
+    console.warn(data["warnings"])
+    facts = {**data, "min_efficacy": min_efficacy, "good": result.good, "changed": result.changed}
+    console.conclude(facts, lambda: text(facts), path=path, code=ANSWER_IS_NO if why else 0, why=why)

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from mergekit_lfm.commands import checks, options
+from mergekit_lfm.commands.console import Console
 from mergekit_lfm.commands.parameters import method_option, method_rows, parameter_options
 from mergekit_lfm.commands.shell import Command, ModelFolder
 from mergekit_lfm.methods.kinds import EditMethod
@@ -45,7 +46,8 @@ shares of prompts, paraphrases and other subjects where the right target is the 
 its tokens are the most likely of all; GA and QA where the model's own words say the fact, after the prompt and when
 it is asked; SA and unedited are as EA, of other facts, about the same subjects and others.
 Look at all of them: an edit that succeeds may damage the rest. If OUT holds the patch of the same request already,
-it is not made again. Needs the extra: pip install "mergekit_lfm[models]"
+it is not made again. A patch that changes no weight is written, too, but then the exit code is 1. Needs the extra:
+pip install "mergekit_lfm[models]"
 """
 
 
@@ -98,11 +100,10 @@ Examples:
 @click.option("--save", type=click.Path(path_type=Path), help="Also write the edited model to this folder.")
 @checks.verifying
 @options.overwrite
-@options.as_json
-@options.quiet
-@click.pass_context
+@options.output
+@click.pass_obj
 def edit(
-    ctx: click.Context,
+    console: Console,
     /,
     model: Path,
     facts: Path,
@@ -110,14 +111,11 @@ def edit(
     identity: bool,
     min_efficacy: float | None,
     no_verify: bool,
-    as_json: bool,
-    quiet: bool,
     **values: Any,
 ) -> None:
     """Make the patch, and judge the edited model."""
     from mergekit_lfm.api.edit import edit_model
     from mergekit_lfm.commands.show.patches import edit_data, edit_text
-    from mergekit_lfm.commands.show.terminal import Terminal
 
     checks.check_verifying(min_efficacy, no_verify)
     chosen = {name: value for name, value in values.items() if value is not None}
@@ -129,10 +127,9 @@ def edit(
         out,
         verify=not no_verify,
         min_efficacy=min_efficacy,
-        progress=Terminal(hidden=quiet or as_json),
+        progress=console.progress,
         **chosen,
     )
     edited = outcome.result
-    where = out if edited.saved is None else edited.saved.path
-    judged = (edited.after, min_efficacy, edited.good)
-    checks.conclude(ctx, edit_data(outcome), edit_text, *judged, where=where, as_json=as_json, quiet=quiet)
+    path = out if edited.saved is None else edited.saved.path
+    checks.conclude_edit(console, edit_data(outcome), edit_text, edited, min_efficacy, path)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
-from mergekit_lfm.commands.options import as_json, device_option
-from mergekit_lfm.commands.shell import Command, ModelFolder, show
+from mergekit_lfm.commands import options
+from mergekit_lfm.commands.console import Console
+from mergekit_lfm.commands.shell import Command, ModelFolder
 from mergekit_lfm.runtime.tasks import TASKS
 
 
@@ -54,9 +54,12 @@ Examples:
     help="For lm: the number of tokens predicted from each piece; fewer give more context, and take longer. "
     "[default: the window]",
 )
-@device_option("Where the models run")
-@as_json
+@options.device_option("Where the models run")
+@options.output
+@click.pass_obj
 def evaluate(
+    console: Console,
+    /,
     models: Sequence[Path],
     texts: Sequence[Path],
     files: Sequence[Path],
@@ -65,7 +68,6 @@ def evaluate(
     window: int | None,
     stride: int | None,
     device: str,
-    as_json: bool,
 ) -> None:
     """Judge MODELS on texts, data or facts.
 
@@ -86,7 +88,6 @@ def evaluate(
     """
     from mergekit_lfm.api.judge import evaluate_models
     from mergekit_lfm.commands.show.evaluations import evaluation_data, evaluation_text, facts_data, facts_text
-    from mergekit_lfm.commands.show.terminal import Terminal
 
     if facts is None:
         _check_files(texts, files, task, stride)
@@ -101,12 +102,10 @@ def evaluate(
         window=window,
         stride=stride,
         device=device,
-        progress=Terminal(hidden=as_json),
+        progress=console.progress,
     ).result
-    if as_json:
-        click.echo(json.dumps(evaluation_data(scores) if facts is None else facts_data(scores)))
-    else:
-        show(evaluation_text(scores) if facts is None else facts_text(scores))
+    data, text = (evaluation_data, evaluation_text) if facts is None else (facts_data, facts_text)
+    console.conclude({"models": data(scores)}, lambda: text(scores))
 
 
 def _check_files(texts: Sequence[Path], files: Sequence[Path], task: str | None, stride: int | None) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from mergekit_lfm.commands.console import Console
 from mergekit_lfm.commands.options import as_json
-from mergekit_lfm.commands.shell import Command, show
+from mergekit_lfm.commands.shell import Command
 from mergekit_lfm.errors import PlanError
 
 if TYPE_CHECKING:
@@ -34,7 +34,8 @@ Examples:
     help="Also print the digest of names and data by which statistics and patches name a model; this reads everything.",
 )
 @as_json
-def inspect(path: str, content: bool, as_json: bool) -> None:
+@click.pass_obj
+def inspect(console: Console, /, path: str, content: bool) -> None:
     """List the tensors of a model's folder, of one file, or of a model on the Hub: shapes, dtypes, sizes, totals.
 
     On the Hub (org/name, org/name@revision) the headers are read there, and no weights are downloaded.
@@ -51,12 +52,7 @@ def inspect(path: str, content: bool, as_json: bool) -> None:
     kind, description, text = _describe(inspected.artifact, inspected.checkpoint.files[0].path)
     if kind:
         data[kind] = description
-    if as_json:
-        click.echo(json.dumps(data))
-        return
-    show(checkpoint_text(data))
-    if text:
-        show("\n" + text)
+    console.conclude(data, lambda: "\n\n".join([checkpoint_text(data), *([text] if text else [])]))
 
 
 def _describe(artifact: Artifact | None, file: Path) -> tuple[str, dict[str, Any], str]:
@@ -89,7 +85,8 @@ Examples:
 )
 @click.argument("name", required=False)
 @as_json
-def methods(name: str | None, as_json: bool) -> None:
+@click.pass_obj
+def methods(console: Console, /, name: str | None) -> None:
     """List the methods to merge, align, edit, and collect statistics, or describe one: parameters, defaults, source.
 
     If methods of several kinds have the name, all of them are described.
@@ -104,13 +101,14 @@ def methods(name: str | None, as_json: bool) -> None:
     if name is not None and name not in known:
         raise PlanError(f"unknown method {name!r}, {did_you_mean(name, known)}")
     chosen = [(kind, m) for kind, methods in kinds.items() for m in methods.values() if name in (None, m.name)]
-    if as_json:
-        data: dict[str, dict[str, Any]] = {kind: {} for kind, _ in chosen}
-        for kind, method in chosen:
-            data[kind][method.name] = method_data(method)
-        click.echo(json.dumps(data))
-    elif name is None:
+    data: dict[str, dict[str, Any]] = {kind: {} for kind, _ in chosen}
+    for kind, method in chosen:
+        data[kind][method.name] = method_data(method)
+
+    def text() -> str:
+        if name is not None:
+            return "\n\n".join(method_text(method, kind) for kind, method in chosen)
         rows = [(kind, method.name, method.summary) for kind, method in chosen]
-        show(table([("kind", "method", "what it does"), *rows]))
-    else:
-        show("\n\n".join(method_text(method, kind) for kind, method in chosen))
+        return table([("kind", "method", "what it does"), *rows])
+
+    console.conclude(data, text)

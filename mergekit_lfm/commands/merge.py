@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import click
 
 from mergekit_lfm.commands import options
-from mergekit_lfm.commands.options import (
-    as_json,
-    device_option,
-    going_on_later,
-    no_resume,
-    overwrite,
-    quiet,
-    together,
-)
-from mergekit_lfm.commands.shell import Command, show, transfers
-from mergekit_lfm.machine.text import printable_line
+from mergekit_lfm.commands.console import Console
+from mergekit_lfm.commands.options import as_json, device_option, going_on_later, no_resume, overwrite, together
+from mergekit_lfm.commands.shell import Command, transfers
 
 if TYPE_CHECKING:
     from mergekit_lfm.api.merge import Merged, PlannedMerge
@@ -81,13 +72,13 @@ Examples:
     help="Tell a change of an input by its size and modification time alone, where inodes or other times change.",
 )
 @click.option("--dry-run", is_flag=True, help="Print the plan, and do nothing.")
-@as_json
-@quiet
+@options.output
 @click.option("-v", "--verbose", is_flag=True, help="Also print the plan, with all tensors.")
 @options.version
-@click.pass_context
+@click.pass_obj
 def merge(
-    ctx: click.Context,
+    console: Console,
+    /,
     recipe: Path,
     out: Path | None,
     memory: int | None,
@@ -104,8 +95,6 @@ def merge(
     no_resume: bool,
     trust_times: bool,
     dry_run: bool,
-    as_json: bool,
-    quiet: bool,
     verbose: bool,
 ) -> None:
     """Merge models as RECIPE says and write the result to OUT.
@@ -117,21 +106,20 @@ def merge(
     """
     from mergekit_lfm.api.merge import merge as run
     from mergekit_lfm.api.merge import plan_merge
-    from mergekit_lfm.commands.show.terminal import Terminal
+    from mergekit_lfm.commands.show.plans import merge_data, plan_text, push_text
+    from mergekit_lfm.commands.show.terminal import tell
 
-    hidden = quiet or as_json
-    with transfers(hidden=hidden):
-        where = {"device": device, "push_to": push_to}
-        planned = plan_merge(
-            _read_recipe(recipe), out, max_shard_size=max_shard_size, seed=seed, private=private, **where
-        ).result
+    with transfers(hidden=console.hidden):
+        where: dict[str, Any] = {"max_shard_size": max_shard_size, "seed": seed, "device": device, "push_to": push_to}
+        planned = plan_merge(_read_recipe(recipe), out, private=private, **where).result
+        console.keep_apart([planned.out, *planned.plan.paths])
         if planned.goal is None and (private or pull_back):
             raise click.UsageError("--private and --verify are about a push: give --push-to org/name")
-        if dry_run or verbose:
-            _show_plan(planned, memory, threads, as_json and dry_run, verbose, err=not dry_run)
         if dry_run:
-            return
-        with going_on_later(ctx, planned.out, planned.plan.digest):
+            _show_plan(console, planned, memory, threads, verbose)
+        if verbose:
+            tell(plan_text(planned.plan, _machine_facts(planned, memory, threads), verbose=True))
+        with going_on_later(planned.out, planned.plan.digest):
             outcome = run(
                 planned,
                 memory=memory,
@@ -142,10 +130,20 @@ def merge(
                 trust_times=trust_times,
                 compile=compile_,
                 verify_push=pull_back,
-                progress=Terminal(hidden=hidden),
-                on_merged=partial(_show_outcome, hidden=hidden),
+                progress=console.progress,
+                on_merged=partial(_show_outcome, console),
             )
-    _show_result(outcome, as_json, quiet)
+    pushed = outcome.result.pushed
+    if pushed is None:
+        console.conclude(merge_data(outcome), path=outcome.path)
+    console.conclude(merge_data(outcome), lambda: push_text(pushed), path=f"{outcome.path}\n{pushed.url}")
+
+
+def _show_outcome(console: Console, outcome: Outcome[Merged]) -> None:
+    from mergekit_lfm.commands.show.plans import outcome_text
+
+    console.warn(outcome.warnings)
+    console.say(outcome_text(outcome))
 
 
 def _read_recipe(path: Path) -> Path | Recipe:
@@ -166,9 +164,16 @@ def _read_recipe(path: Path) -> Path | Recipe:
 
 
 def _show_plan(
-    planned: PlannedMerge, memory: int | None, threads: int | None, as_json: bool, verbose: bool, *, err: bool = False
-) -> None:
+    console: Console, planned: PlannedMerge, memory: int | None, threads: int | None, verbose: bool
+) -> NoReturn:
     from mergekit_lfm.commands.show.plans import plan_data, plan_text
+
+    facts = _machine_facts(planned, memory, threads)
+    console.conclude(plan_data(planned.plan) | facts, lambda: plan_text(planned.plan, facts, verbose))
+
+
+def _machine_facts(planned: PlannedMerge, memory: int | None, threads: int | None) -> dict[str, Any]:
+    """The resources that the merge would take of this machine, and those that it has."""
     from mergekit_lfm.machine.resources import allocated_bytes, default_memory, free_space
     from mergekit_lfm.plan.budget import Budget, workers
     from mergekit_lfm.store.places import partial_of
@@ -177,7 +182,7 @@ def _show_plan(
     memory = memory or default_memory()
     threads = workers(plan, memory, threads, planned.accelerator)
     free, needed = free_space(out), sum(shard.nbytes for shard in plan.shards) - allocated_bytes(partial_of(out))
-    facts = {
+    return {
         "out": str(out),
         "memory": memory,
         "threads": threads,
@@ -187,44 +192,6 @@ def _show_plan(
         "push": None if planned.goal is None else planned.goal.model_dump(),
         "device": planned.accelerator.name,
     }
-    if as_json:
-        click.echo(json.dumps(plan_data(plan) | facts), err=err)
-    else:
-        show(plan_text(plan, facts, verbose), err=err)
-
-
-def _show_outcome(outcome: Outcome[Merged], *, hidden: bool) -> None:
-    from mergekit_lfm.commands.show.plans import outcome_text
-
-    for warning in outcome.warnings:
-        show(f"warning: {printable_line(warning)}", err=True)
-    if not hidden:
-        show(outcome_text(outcome), err=True)
-
-
-def _show_result(outcome: Outcome[Merged], as_json: bool, quiet: bool) -> None:
-    from mergekit_lfm.commands.show.plans import push_data, push_text
-
-    plan, pushed = outcome.result.plan, outcome.result.pushed
-    if as_json:
-        facts = {
-            "out": str(outcome.path),
-            "already_there": outcome.already_there,
-            "tensors": len(plan.tensors),
-            "bytes_written": plan.bytes_written,
-            "resumed_bytes": outcome.result.resumed_bytes,
-            "seconds": round(outcome.seconds, 3),
-            "warnings": list(outcome.warnings),
-            "digest": outcome.digest,
-            "pushed": None if pushed is None else push_data(pushed),
-        }
-        click.echo(json.dumps(facts))
-        return
-    click.echo(outcome.path)
-    if pushed is not None:
-        if not quiet:
-            show(push_text(pushed), err=True)
-        click.echo(pushed.url)
 
 
 @click.command(
@@ -237,14 +204,16 @@ Examples:
 @planning
 @as_json
 @click.option("-v", "--verbose", is_flag=True, help="Also list all tensors.")
+@click.pass_obj
 def plan(
+    console: Console,
+    /,
     recipe: Path,
     out: Path | None,
     memory: int | None,
     threads: int | None,
     max_shard_size: int | None,
     seed: int | None,
-    as_json: bool,
     verbose: bool,
 ) -> None:
     """Print what a merge would read, write, drop and need, and do nothing.
@@ -254,6 +223,6 @@ def plan(
     """
     from mergekit_lfm.api.merge import plan_merge
 
-    with transfers(hidden=as_json):
+    with transfers(hidden=console.hidden):
         planned = plan_merge(_read_recipe(recipe), out, max_shard_size=max_shard_size, seed=seed, device="cpu").result
-    _show_plan(planned, memory, threads, as_json, verbose)
+    _show_plan(console, planned, memory, threads, verbose)

@@ -1,4 +1,4 @@
-"""Options that several commands take, and the end of a command that is interrupted."""
+"""Options that several commands take, and the message of a command that is interrupted."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
-from mergekit_lfm.commands.shell import Size, interrupted_code, show
+from mergekit_lfm.commands.shell import Size
 from mergekit_lfm.version import __version__
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -31,7 +31,7 @@ def _print_version(ctx: click.Context, parameter: click.Parameter, wanted: bool)
         return
     from importlib.metadata import version
 
-    show(f"mergekit_lfm {__version__}, torch {version('torch')}")
+    click.echo(f"mergekit_lfm {__version__}, torch {version('torch')}")
     ctx.exit()
 
 
@@ -43,8 +43,25 @@ version = click.option(
     callback=_print_version,
     help="Print the versions of mergekit_lfm and of torch.",
 )
-as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
-quiet = click.option("-q", "--quiet", is_flag=True, help="Print only the result, warnings and errors.")
+as_json = click.option("--json", "as_json", is_flag=True, help="Print the result, or the error, as one JSON object.")
+# Where the words of a command go that may take long. They are those of its `Console`.
+output = together(
+    as_json,
+    click.option("-q", "--quiet", is_flag=True, help="Print only the result, warnings and errors."),
+    click.option(
+        "--log",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="Append notices, warnings, progress and the result or error to this file, lines with their time in UTC.",
+    ),
+    click.option(
+        "--report",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="Write the object of --json to this file when the command ends, also with an error; replaces an earlier "
+        "report.",
+    ),
+)
 overwrite = click.option(
     "--overwrite",
     is_flag=True,
@@ -86,8 +103,8 @@ def batch_size_option(reader: str) -> Callable[[F], F]:
 
 
 @contextmanager
-def going_on_later(ctx: click.Context, out: Path, plan: str | None = None) -> Iterator[None]:
-    """On Ctrl-C, SIGTERM or SIGHUP, print where the same command goes on, and end with the code for it.
+def going_on_later(out: Path, plan: str | None = None) -> Iterator[None]:
+    """Add to Ctrl-C, SIGTERM or SIGHUP where the same command goes on.
 
     plan: the digest of a plan; if `out` holds its output, only a push was interrupted.
     """
@@ -100,5 +117,4 @@ def going_on_later(ctx: click.Context, out: Path, plan: str | None = None) -> It
         partial = partial_of(out)
         state = f"the finished part is in {partial}" if partial.exists() else "nothing was written"
         state = f"{out} is complete, but was not pushed" if plan and lock_of(out).get("plan") == plan else state
-        show(f"interrupted: {state}; run the same command again to go on", err=True)
-        ctx.exit(interrupted_code(ctx))
+        raise KeyboardInterrupt(f"interrupted: {state}; run the same command again to go on") from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,16 +9,18 @@ from typing import Any
 import click
 
 from mergekit_lfm.commands import checks, options
+from mergekit_lfm.commands.console import Console
 from mergekit_lfm.commands.options import going_on_later
-from mergekit_lfm.commands.shell import Command, ModelFolder, show
+from mergekit_lfm.commands.shell import Command, Group, ModelFolder
 
 
 @click.group(
+    cls=Group,
     epilog="""\b
 Examples:
   mergekit-lfm patch show patch.safetensors
   mergekit-lfm patch apply models/a patch.safetensors -o models/a-edited
-  mergekit-lfm patch undo models/a-edited -o models/a-again"""
+  mergekit-lfm patch undo models/a-edited -o models/a-again""",
 )
 def patch() -> None:
     """Show, apply and undo patches: files with what changes in a model, as `edit` writes them."""
@@ -35,16 +36,14 @@ Examples:
 )
 @click.argument("file", metavar="PATCH", type=click.Path(path_type=Path))
 @options.as_json
-def show_patch(file: Path, as_json: bool) -> None:
+@click.pass_obj
+def show_patch(console: Console, /, file: Path) -> None:
     """Print a patch's changes, its model, the method that made it, and the facts that it teaches."""
     from mergekit_lfm.artifacts.patch import open_patch
     from mergekit_lfm.commands.show.patches import patch_data, patch_text
 
     data = {"path": str(file), **patch_data(open_patch(file))}
-    if as_json:
-        click.echo(json.dumps(data))
-    else:
-        show(patch_text(data))
+    console.conclude(data, lambda: patch_text(data))
 
 
 @patch.command(
@@ -70,47 +69,42 @@ Examples:
 @options.memory
 @options.threads
 @options.overwrite
-@options.as_json
-@options.quiet
-@click.pass_context
+@options.output
+@click.pass_obj
 def apply(
-    ctx: click.Context,
+    console: Console,
     /,
     model: Path,
     patches: Sequence[Path],
     out: Path,
     min_efficacy: float | None,
     no_verify: bool,
-    as_json: bool,
-    quiet: bool,
     **values: Any,
 ) -> None:
     """Write MODEL with patches applied to a new folder, and beside it OUT.undo.safetensors.
 
     Only the tensors that change are computed, and rounded once; all others are copied as they are. Afterwards the
     new model is loaded from its files and scored on the facts that the patches teach, which needs the extra:
-    pip install "mergekit_lfm[models]"; --no-verify does without.
+    pip install "mergekit_lfm[models]"; --no-verify does without. If no tensor changes, OUT is written all the same, and
+    the exit code is 1.
     """
     from mergekit_lfm.api.patches import apply_patches
     from mergekit_lfm.commands.show.patches import apply_data, apply_text
-    from mergekit_lfm.commands.show.terminal import Terminal
 
     checks.check_verifying(min_efficacy, no_verify)
-    with going_on_later(ctx, out):
+    with going_on_later(out):
         outcome = apply_patches(
             model,
             patches,
             out,
             verify=not no_verify,
             min_efficacy=min_efficacy,
-            progress=Terminal(hidden=quiet or as_json),
+            progress=console.progress,
             **values,
         )
     applied = outcome.result
     data = {**apply_data(outcome), "after": None if applied.after is None else applied.after.as_data()}
-    data["warnings"] = list(outcome.warnings)
-    judged = (applied.after, min_efficacy, applied.good)
-    checks.conclude(ctx, data, apply_text, *judged, where=out, as_json=as_json, quiet=quiet)
+    checks.conclude_edit(console, data, apply_text, applied, min_efficacy, out)
 
 
 @patch.command(
@@ -134,28 +128,20 @@ Examples:
 @options.memory
 @options.threads
 @options.overwrite
-@options.as_json
-@options.quiet
-@click.pass_context
-def undo(
-    ctx: click.Context, /, edited: Path, out: Path, undo: Path | None, as_json: bool, quiet: bool, **values: Any
-) -> None:
+@options.output
+@click.pass_obj
+def undo(console: Console, /, edited: Path, out: Path, undo: Path | None, **values: Any) -> None:
     """Write the model EDITED as it was before patches were applied to it, to the byte.
 
     The original tensors come from the file that `patch apply` wrote beside it, or from the model that was edited.
     """
     from mergekit_lfm.api.patches import undo_patches
     from mergekit_lfm.commands.show.patches import apply_data, apply_text
-    from mergekit_lfm.commands.show.terminal import Terminal
 
     if undo is not None and values["base"] is not None:
         raise click.UsageError("Give --undo FILE or --base MODEL, not both.")
-    with going_on_later(ctx, out):
-        outcome = undo_patches(edited, out, undo=undo, progress=Terminal(hidden=quiet or as_json), **values)
+    with going_on_later(out):
+        outcome = undo_patches(edited, out, undo=undo, progress=console.progress, **values)
     data = apply_data(outcome)
-    if as_json:
-        click.echo(json.dumps(data))
-        return
-    if not quiet:
-        show(apply_text(data), err=True)
-    click.echo(out)
+    console.warn(outcome.warnings)
+    console.conclude(data, lambda: apply_text(data), path=out)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
-from mergekit_lfm.commands.options import as_json, quiet
-from mergekit_lfm.commands.shell import Command, show, transfers
+from mergekit_lfm.commands import options
+from mergekit_lfm.commands.console import Console
+from mergekit_lfm.commands.shell import Command, transfers
 
 
 @click.command(
@@ -25,9 +25,11 @@ Examples:
 @click.option("--replace-card", is_flag=True, help="Replace the model card, even if it was edited on the Hub.")
 @click.option("-m", "--message", help="The message of the commit. [default: the method of the merge]")
 @click.option("--verify", is_flag=True, help="Download the pushed model again and compare it with its lock.")
-@as_json
-@quiet
+@options.output
+@click.pass_obj
 def push(
+    console: Console,
+    /,
     folder: Path,
     repo: str,
     private: bool,
@@ -35,8 +37,6 @@ def push(
     replace_card: bool,
     message: str | None,
     verify: bool,
-    as_json: bool,
-    quiet: bool,
 ) -> None:
     """Push the model in DIR to the repository REPO (org/name) on the Hub, in one commit.
 
@@ -45,10 +45,11 @@ def push(
     that of `hf auth login`. A push that fails leaves the repository as it was.
     """
     from mergekit_lfm.api.push import push as push_folder
+    from mergekit_lfm.commands.show.outcomes import outcome_data
     from mergekit_lfm.commands.show.plans import push_data, push_text
 
-    with transfers(hidden=quiet or as_json):
-        pushed = push_folder(
+    with transfers(hidden=console.hidden):
+        outcome = push_folder(
             folder,
             repo,
             private=private,
@@ -56,10 +57,7 @@ def push(
             replace_card=replace_card,
             message=message,
             pull_back=verify,
-        ).result
-    if as_json:
-        click.echo(json.dumps(push_data(pushed)))
-        return
-    if not quiet:
-        show(push_text(pushed), err=True)
-    click.echo(pushed.url)
+            progress=console.progress,
+        )
+    pushed = outcome.result
+    console.conclude(outcome_data(outcome) | push_data(pushed), lambda: push_text(pushed), path=pushed.url)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,8 @@ import click
 
 from mergekit_lfm.commands import options
 from mergekit_lfm.commands.barrier import WINDOW_HELP, running
-from mergekit_lfm.commands.shell import Command, ModelFolder, show
+from mergekit_lfm.commands.console import Console
+from mergekit_lfm.commands.shell import Command, ModelFolder
 from mergekit_lfm.runtime.tasks import TASKS
 
 
@@ -48,8 +48,9 @@ Examples:
 @click.option("--window", type=click.IntRange(min=1), help=WINDOW_HELP.format(512))
 @options.overwrite
 @running
+@click.pass_obj
 def repair(
-    merged: Path, ends: tuple[Path, Path], out: Path, overwrite: bool, as_json: bool, quiet: bool, **values: Any
+    console: Console, /, merged: Path, ends: tuple[Path, Path], out: Path, overwrite: bool, **values: Any
 ) -> None:
     """Give MERGED's hidden units the mean and spread that they have in its ends.
 
@@ -59,13 +60,8 @@ def repair(
     """
     from mergekit_lfm.api.judge import repair_model
     from mergekit_lfm.commands.show.barrier import repaired_data, repaired_text
-    from mergekit_lfm.commands.show.terminal import Terminal
+    from mergekit_lfm.commands.show.outcomes import outcome_data
 
-    progress = Terminal(hidden=quiet or as_json)
-    repaired = repair_model(merged, ends, out=out, overwrite=overwrite, progress=progress, **values).result
-    if as_json:
-        click.echo(json.dumps({"out": str(out), **repaired_data(repaired)}))
-        return
-    if not quiet:
-        show(repaired_text(repaired), err=True)
-    click.echo(out)
+    outcome = repair_model(merged, ends, out=out, overwrite=overwrite, progress=console.progress, **values)
+    repaired = outcome.result
+    console.conclude(outcome_data(outcome) | repaired_data(repaired), lambda: repaired_text(repaired), path=out)

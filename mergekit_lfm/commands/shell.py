@@ -1,4 +1,4 @@
-"""The side of a command that faces the shell: sizes as arguments, errors as one message, exit codes."""
+"""The side of a command that faces the shell: models and sizes as arguments, signals, errors as one message."""
 
 from __future__ import annotations
 
@@ -17,16 +17,15 @@ from typing import Any
 
 import click
 
-from mergekit_lfm.errors import FormatError, PlanError
+from mergekit_lfm.commands.console import BAD_INPUT, BROKEN_PIPE, Console, name_of
+from mergekit_lfm.commands.show.terminal import drop
+from mergekit_lfm.errors import PlanError, Refusal
 from mergekit_lfm.machine.resources import explain_thread_limit
 from mergekit_lfm.machine.sizes import parse_size
-from mergekit_lfm.machine.text import printable, printable_message
 from mergekit_lfm.store.hub import HubName, hub_name
 
-ANSWER_IS_NO = 1
-BAD_INPUT = 2  # or a bad environment; also what click exits with on bad usage
-# The way out of errors of the disk and the system, by their numbers.
-ADVICE = {
+# The cures of errors of the disk and the system, by their numbers.
+CURES = {
     (errno.ENOSPC, errno.EDQUOT): "free some space and run the same command again, it goes on where it stopped",
     (errno.EIO, errno.ESTALE): "the disk, or the connection to it, fails: when it is back, run the same command again",
     (errno.EROFS, errno.EACCES): "make it accessible, or choose another place, and run the command again",
@@ -37,40 +36,73 @@ NEW_OBJECTS = 100_000  # that are made before Python looks for cycles among them
 NO_BARS = "HF_HUB_DISABLE_PROGRESS_BARS"  # a variable of huggingface_hub
 
 
-def show(text: object, *, err: bool = False) -> None:
-    """Print text for people. JSON and the path of a result are for scripts, and printed as they are."""
-    click.echo(printable(text), err=err)
+class _Quiet(click.Command):
+    """A command or group that ends as others do if nobody reads its help, and not with the code for "no"."""
+
+    def make_context(self, *arguments: Any, **extra: Any) -> click.Context:
+        """The context; help and version are printed here."""
+        try:
+            return super().make_context(*arguments, **extra)
+        except BrokenPipeError:
+            drop(sys.stdout)
+            raise click.exceptions.Exit(BROKEN_PIPE) from None
 
 
-class Command(click.Command):
-    """A command whose expected errors are one message and an exit code, without a traceback."""
+class Group(_Quiet, click.Group):
+    """A group of commands."""
+
+
+class Command(_Quiet):
+    """A command whose expected errors are one message and an exit code, without a traceback.
+
+    Its function gets a `Console` with `click.pass_obj`; the options about output are the console's.
+    """
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the options; with --json among them, wrong ones are JSON, too."""
+        as_json = "--json" in args
+        try:
+            return super().parse_args(ctx, args)
+        except click.UsageError as error:
+            with Console(name_of(ctx), as_json=as_json, whole=True):
+                raise error
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; models on the Hub among its arguments are downloaded to the cache before."""
-        try:
-            with _signals_as_ctrl_c(ctx), _rare_collections(), warnings.catch_warnings(), explain_thread_limit():
-                for param in self.params:
-                    if isinstance(param.type, ModelFolder) and param.name is not None:
-                        ctx.params[param.name] = _download(ctx.params[param.name], ctx)
-                from mergekit_lfm.api.outcome import Finding
+        console = ctx.obj = Console.of(ctx)
+        with console:
+            try:
+                with _signals_as_ctrl_c(ctx), _rare_collections(), warnings.catch_warnings(), explain_thread_limit():
+                    console.begin(_paths(ctx))
+                    for param in self.params:
+                        if isinstance(param.type, ModelFolder) and param.name is not None:
+                            ctx.params[param.name] = _download(ctx.params[param.name], console)
+                    from mergekit_lfm.api.outcome import Finding
 
-                warnings.simplefilter("ignore", Finding)  # the command prints an outcome's warnings
-                return super().invoke(ctx)
-        except (FormatError, PlanError) as error:
-            message = str(error)
-        except ImportError as error:  # the extra that loads models is not installed
-            if error.name != "transformers":
-                raise
-            message = str(error)
-        except OSError as error:
-            if error.errno == errno.EPIPE:  # the reader of our output has gone; click ends quietly
-                raise
-            message = _os_message(error)
-        except KeyboardInterrupt:
-            show("interrupted", err=True)
-            ctx.exit(interrupted_code(ctx))
-        click.echo(f"error: {printable_message(message)}", err=True)
-        ctx.exit(BAD_INPUT)
+                    warnings.simplefilter("ignore", Finding)  # the command prints an outcome's warnings
+                    return super().invoke(ctx)
+            except Refusal as error:
+                console.fail(error, str(error), BAD_INPUT, error.parts)
+            except ImportError as error:  # the extra that loads models is not installed
+                if error.name != "transformers":
+                    raise
+                console.fail(error, str(error), BAD_INPUT, {})
+            except OSError as error:
+                parts = _os_parts(error)
+                console.fail(error, _os_message(**parts), BAD_INPUT, parts)
+            except KeyboardInterrupt as error:
+                console.fail(error, str(error) or "interrupted", _interrupted_code(ctx), {})
+
+
+def _paths(ctx: click.Context) -> Iterator[Path]:
+    """The paths among the parameters, and all arguments, which may be paths."""
+    for param in ctx.command.params:
+        value = ctx.params.get(param.name or "")
+        for each in value if isinstance(value, tuple) else (value,):
+            if isinstance(each, Path):
+                yield each
+            elif isinstance(each, str) and isinstance(param, click.Argument):
+                yield Path(each)
 
 
 @contextmanager
@@ -110,17 +142,21 @@ def _rare_collections() -> Iterator[None]:
         gc.set_threshold(*before)
 
 
-def interrupted_code(ctx: click.Context) -> int:
+def _interrupted_code(ctx: click.Context) -> int:
     """The exit code of an interrupted command, as shells have it: 128 and the signal's number."""
     return 128 + int(ctx.meta.get(_SIGNAL, signal.SIGINT))
 
 
-def _os_message(error: OSError) -> str:
-    text = error.strerror or str(error)
-    if error.filename is not None:
-        text = f"{os.fsdecode(error.filename)}: {text}"
-    advice = next((advice for numbers, advice in ADVICE.items() if error.errno in numbers), None)
-    return text if advice is None else f"{text}; {advice}"
+def _os_message(found: str, place: str = "", cure: str = "") -> str:
+    return (f"{place}: " if place else "") + found + (f"; {cure}" if cure else "")
+
+
+def _os_parts(error: OSError) -> dict[str, str]:
+    """The parts of the message of an error of the system."""
+    parts = {} if error.filename is None else {"place": os.fsdecode(error.filename)}
+    parts["found"] = error.strerror or str(error)
+    cure = next((cure for numbers, cure in CURES.items() if error.errno in numbers), None)
+    return parts if cure is None else parts | {"cure": cure}
 
 
 class ModelFolder(click.ParamType):  # type: ignore[type-arg]
@@ -134,16 +170,16 @@ class ModelFolder(click.ParamType):  # type: ignore[type-arg]
         return folder if folder.exists() else hub_name(str(value)) or folder
 
 
-def _download(value: Any, ctx: click.Context) -> Any:
+def _download(value: Any, console: Console) -> Any:
     """The value, or values, of a parameter, with folders in place of models on the Hub."""
     if isinstance(value, tuple):
-        return tuple(_download(each, ctx) for each in value)
+        return tuple(_download(each, console) for each in value)
     if not isinstance(value, HubName):
         return value
     from mergekit_lfm.store.sidecars import download
 
-    with transfers(hidden=bool(ctx.params.get("quiet") or ctx.params.get("as_json"))):
-        return download(value)
+    with transfers(hidden=console.hidden):
+        return download(value, console.progress)
 
 
 @contextmanager

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 
 from mergekit_lfm.commands import options
+from mergekit_lfm.commands.console import Console
 from mergekit_lfm.commands.options import going_on_later, together
 from mergekit_lfm.commands.parameters import parameter_options
-from mergekit_lfm.commands.shell import Command, ModelFolder, Size, show
+from mergekit_lfm.commands.shell import Command, Group, ModelFolder, Size
 from mergekit_lfm.methods.kinds import StatisticMethod
 from mergekit_lfm.recipe.registry import STATISTIC_METHODS
 from mergekit_lfm.runtime.tasks import TASKS
 
 
 @click.group(
+    cls=Group,
     epilog="""\b
 Examples:
   mergekit-lfm stats gram models/a --data a.jsonl --task classification -o a.safetensors
-  mergekit-lfm stats fisher --help"""
+  mergekit-lfm stats fisher --help""",
 )
 def stats() -> None:
     """Run a model on data, and write what merges, alignments and edits need to know of it to a file.
@@ -79,8 +80,7 @@ collecting = together(
     ),
     options.overwrite,
     options.no_resume,
-    options.as_json,
-    options.quiet,
+    options.output,
 )
 
 
@@ -99,44 +99,35 @@ def _command(method: StatisticMethod[Any]) -> click.Command:
     @together(*(click.argument(label, type=ModelFolder()) for label in ("model", "other")[: method.models]))
     @parameter_options({method.name: method})
     @collecting
-    @click.pass_context
-    def command(ctx: click.Context, /, model: Path, **values: Any) -> None:
-        _collect(ctx, method.name, model, **values)
+    @click.pass_obj
+    def command(console: Console, /, model: Path, **values: Any) -> None:
+        _collect(console, method.name, model, **values)
 
     return command
 
 
 def _collect(
-    ctx: click.Context,
+    console: Console,
     kind: str,
     model: Path,
     *,
     data: Path,
     out: Path,
     no_resume: bool,
-    as_json: bool,
-    quiet: bool,
     **values: Any,
 ) -> None:
     """Collect, and show the result. values: more options of `collect_stats`, by their names there."""
     from mergekit_lfm.api.stats import collect_stats
     from mergekit_lfm.commands.show.files import statistics_data, statistics_text
-    from mergekit_lfm.commands.show.terminal import Terminal
+    from mergekit_lfm.commands.show.outcomes import outcome_data
 
     chosen = {name: value for name, value in values.items() if value is not None}
-    with going_on_later(ctx, out):
-        outcome = collect_stats(
-            kind, model, data, out, resume=not no_resume, progress=Terminal(hidden=quiet or as_json), **chosen
-        )
+    with going_on_later(out):
+        outcome = collect_stats(kind, model, data, out, resume=not no_resume, progress=console.progress, **chosen)
+    if outcome.already_there:
+        console.say("already there: these very statistics; nothing was done")
     facts = statistics_data(outcome.result)
-    if as_json:
-        click.echo(json.dumps({"out": str(out), "already_there": outcome.already_there, **facts}))
-        return
-    if not quiet:
-        if outcome.already_there:
-            show("already there: these very statistics; nothing was done", err=True)
-        show(statistics_text(facts), err=True)
-    click.echo(out)
+    console.conclude(outcome_data(outcome) | facts, lambda: statistics_text(facts), path=out)
 
 
 for method in STATISTIC_METHODS.values():

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 
 from mergekit_lfm.commands import checks, options
-from mergekit_lfm.commands.shell import Command, ModelFolder, show
+from mergekit_lfm.commands.console import Console
+from mergekit_lfm.commands.shell import Command, ModelFolder
 from mergekit_lfm.store.hub import display_name
 
 
@@ -62,15 +62,15 @@ Examples:
 )
 @checks.running
 @options.overwrite
-@options.as_json
-@options.quiet
+@options.output
+@click.pass_obj
 def trace(
+    console: Console,
+    /,
     model: Path,
     facts: Path,
     out: Path | None,
     plot: Path | None,
-    as_json: bool,
-    quiet: bool,
     **values: Any,
 ) -> None:
     """Find the layers and tokens through which MODEL knows facts, and which layers to edit.
@@ -83,15 +83,11 @@ def trace(
     from mergekit_lfm.api.trace import trace_facts
     from mergekit_lfm.commands.show.patches import trace_text, trace_title
     from mergekit_lfm.commands.show.plots import check_plot, plot_effects
-    from mergekit_lfm.commands.show.terminal import Terminal
 
     if plot is not None:
         check_plot(plot)
-    traced = trace_facts(model, facts, out, progress=Terminal(hidden=quiet or as_json), **values).result
+    traced = trace_facts(model, facts, out, progress=console.progress, **values).result
     data = {"model": display_name(model), **traced.as_data()}
     if plot is not None:
         plot_effects(data["effects"], plot, title=trace_title(data))
-    if as_json:
-        click.echo(json.dumps(data))
-    else:
-        show(trace_text(data))
+    console.conclude(data, lambda: trace_text(data))

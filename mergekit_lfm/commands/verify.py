@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
 import click
 
 from mergekit_lfm.commands import options
-from mergekit_lfm.commands.shell import ANSWER_IS_NO, Command, show, transfers
+from mergekit_lfm.commands.console import ANSWER_IS_NO, Console
+from mergekit_lfm.commands.shell import Command, transfers
 from mergekit_lfm.machine.text import printable_line
 
 
@@ -49,11 +49,11 @@ Examples:
 @options.device_option("Where to compute", default=None, otherwise="the recipe's, else cpu")
 @options.memory
 @options.threads
-@options.as_json
-@options.quiet
-@click.pass_context
+@options.output
+@click.pass_obj
 def verify(
-    ctx: click.Context,
+    console: Console,
+    /,
     out: str,
     against_inputs: Path | None,
     sample: int | Literal["all"],
@@ -62,8 +62,6 @@ def verify(
     device: str | None,
     memory: int | None,
     threads: int | None,
-    as_json: bool,
-    quiet: bool,
 ) -> None:
     """Read a merged model again and compare it with its merge.lock.json.
 
@@ -72,23 +70,23 @@ def verify(
     the other options are those that the merge was given; the exit code is 2 if OUT is not the recipe's output.
     """
     from mergekit_lfm.api.verify import verify_output
-    from mergekit_lfm.commands.show.terminal import Terminal, count_noun
+    from mergekit_lfm.commands.show.outcomes import outcome_data
+    from mergekit_lfm.commands.show.terminal import count_noun
 
-    hidden = quiet or as_json
-    with transfers(hidden=hidden):
+    with transfers(hidden=console.hidden):
         how: dict[str, Any] = {"max_shard_size": max_shard_size, "seed": seed, "device": device}
-        how |= {"memory": memory, "threads": threads, "progress": Terminal(hidden=hidden)}
-        verified = verify_output(out, against_inputs=against_inputs, sample=sample, **how).result
-    problems = verified.differences
-    if as_json:
-        facts = {"problems": list(problems), "not_covered": list(verified.not_covered)}
-        if against_inputs is not None:
-            facts["recomputed"] = list(verified.recomputed)
-        click.echo(json.dumps({"out": out, "good": not problems, **facts}))
-    else:
+        how |= {"memory": memory, "threads": threads, "progress": console.progress}
+        outcome = verify_output(out, against_inputs=against_inputs, sample=sample, **how)
+    verified, problems = outcome.result, outcome.result.differences
+
+    def text() -> str:
         verdict = f"{count_noun(len(problems), 'difference')} to its lock" if problems else "good, all as its lock says"
         if against_inputs is not None and not problems:
             verdict += f" and its inputs give; {count_noun(len(verified.recomputed), 'tensor')} computed again"
-        rest = [] if quiet else [printable_line(f"not covered: {line}") for line in verified.not_covered]
-        show("\n".join([*map(printable_line, problems), f"{out}: {verdict}", *rest]))
-    ctx.exit(ANSWER_IS_NO if problems else 0)
+        rest = [] if console.quiet else [printable_line(f"not covered: {line}") for line in verified.not_covered]
+        return "\n".join([*map(printable_line, problems), f"{out}: {verdict}", *rest])
+
+    data = {**outcome_data(outcome), "out": out, "good": not problems, "bytes_read": verified.bytes_read}
+    data |= {"problems": list(problems), "not_covered": list(verified.not_covered)}
+    data |= {} if against_inputs is None else {"recomputed": list(verified.recomputed)}
+    console.conclude(data, text, code=ANSWER_IS_NO if problems else 0)

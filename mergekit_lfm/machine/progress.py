@@ -15,8 +15,11 @@ class Progress(Protocol):
     def notice(self, line: str) -> None:
         """Show one line: a step that begins."""
 
-    def by_bytes(self, nbytes: int, doing: str) -> AbstractContextManager[Callable[[int], None]]:
-        """Work on `nbytes` bytes: call the context's value with each number of bytes done, from any thread."""
+    def by_bytes(self, nbytes: int, doing: str, *, bar: bool = True) -> AbstractContextManager[Callable[[int], None]]:
+        """Work on `nbytes` bytes: call the context's value with each number of bytes done, from any thread.
+
+        bar: False for work that shows a bar of its own.
+        """
 
     def by_count(self, unit: str, doing: str) -> AbstractContextManager[Count]:
         """Work counted in `unit`: call the context's value with (number done, number in all)."""
@@ -31,7 +34,13 @@ class Silence:
     def notice(self, line: str) -> None:
         """Show nothing."""
 
-    def by_bytes(self, nbytes: int, doing: str) -> AbstractContextManager[Callable[[int], None]]:  # noqa: ARG002
+    def by_bytes(
+        self,
+        nbytes: int,  # noqa: ARG002
+        doing: str,  # noqa: ARG002
+        *,
+        bar: bool = True,  # noqa: ARG002
+    ) -> AbstractContextManager[Callable[[int], None]]:
         """Show nothing."""
         return nullcontext(lambda _: None)
 

@@ -29,9 +29,16 @@ def explain_thread_limit() -> Iterator[None]:
         if "start new thread" not in str(error):
             raise
         raise PlanError(
-            "the system starts no more threads for this user or container: use fewer --threads, end other programs, or "
-            "allow more with `ulimit -u`; the same command then goes on"
+            "{found}: {cure}",
+            found="the system starts no more threads for this user or container",
+            cure="use fewer --threads, end other programs, or allow more with `ulimit -u`; the same command then goes "
+            "on",
         ) from None
+
+
+def peak_memory() -> int:
+    """The most bytes that this process has held so far, or the largest of those that it has started and that ended."""
+    return max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) * 1024
 
 
 def free_space(out: Path) -> int:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -22,6 +22,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
 from mergekit_lfm.errors import PlanError, several
+from mergekit_lfm.machine.progress import SILENCE, Progress
 from mergekit_lfm.machine.secrets import find_secrets, mask_secrets
 from mergekit_lfm.output.card import CARD, OWN_CARD, without_front_matter
 from mergekit_lfm.output.lock import LOCK, lock_of, verify
@@ -143,6 +144,7 @@ def push(
     replace_card: bool = False,
     message: str | None = None,
     pull_back: bool = False,
+    progress: Progress = SILENCE,
 ) -> Pushed:
     """Push a saved model in a folder to a repository on the Hub in one commit; creates the repository if missing.
 
@@ -182,7 +184,8 @@ def push(
     commit = remote.commit
     if changed or removed:
         with name_file(source):  # the client does not say which file it cannot read
-            commit = _commit(remote, {name: contents[name] for name in changed}, removed, message or _message(source))
+            new = {name: contents[name] for name in changed}
+            commit = _commit(remote, new, removed, message or _message(source), progress)
         _compare(repo, commit, oids, removed)
     assert commit is not None
     if pull_back:
@@ -289,12 +292,15 @@ def _matches(file: RepoFile | None, oids: tuple[str, str]) -> bool:
     return bool(file.blob_id == oids[1] if file.lfs is None else file.lfs.sha256 == oids[0])
 
 
-def _commit(remote: Remote, contents: Mapping[str, Content], removed: list[str], message: str) -> str:
+def _commit(
+    remote: Remote, contents: Mapping[str, Content], removed: list[str], message: str, progress: Progress
+) -> str:
     """Commit on top of the commit that was checked, or fail; returns the new commit."""
     additions = [_addition(name, content) for name, content in contents.items()]
     deletions = [CommitOperationDelete(name, is_folder=False) for name in removed]
     with translate_errors(remote.repo):
         try:
+            _send_large(remote.repo, additions, progress)
             done = api().create_commit(
                 remote.repo, [*additions, *deletions], commit_message=message, parent_commit=remote.commit
             )
@@ -313,6 +319,17 @@ def _addition(name: str, content: Content) -> CommitOperationAdd:
         return CommitOperationAdd(name, content)
     with name_file(content):
         return CommitOperationAdd(name, str(content))
+
+
+def _send_large(repo: str, additions: Sequence[CommitOperationAdd], progress: Progress) -> None:
+    """Send the files that are stored outside git one by one before the commit, which then has to name them only."""
+    large = [addition for addition in additions if addition.upload_info.size > IN_GIT]
+    with progress.by_bytes(
+        sum(addition.upload_info.size for addition in large), f"pushing to {repo}", bar=False
+    ) as advance:
+        for addition in large:
+            api().preupload_lfs_files(repo, [addition], free_memory=False)
+            advance(addition.upload_info.size)
 
 
 def _compare(repo: str, commit: str, oids: Mapping[str, tuple[str, str]], removed: list[str]) -> None:

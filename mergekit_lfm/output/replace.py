@@ -19,7 +19,7 @@ from mergekit_lfm.output.lock import LOCK, covered_files, is_intact, is_link, lo
 from mergekit_lfm.store.files import open_file, read_bytes
 from mergekit_lfm.store.folder import INDEXES, find_weights, is_index
 from mergekit_lfm.store.locks import lock_folder
-from mergekit_lfm.store.places import check_apart, check_kind, has_files, partial_of, remove
+from mergekit_lfm.store.places import EXISTS, OVERWRITE, check_apart, check_kind, has_files, partial_of, remove
 
 Policy = Literal["error", "warn"]  # on NaN or infinity
 
@@ -60,16 +60,23 @@ def already_there(
         problems = _damage(out, lock, shards)
         if problems:
             more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
-            raise PlanError(f"{out} is the output of this merge, but {problems[0]}{more}; --overwrite makes it again")
+            raise PlanError(
+                "{place} is the output of this merge, but {found}; {cure}",
+                place=out,
+                found=f"{problems[0]}{more}",
+                cure="--overwrite makes it again",
+            )
         if lock.get("nonfinite") and nan == "error":
             raise PlanError(
-                f"{out} exists, but was made with --nan warn: {lock['nonfinite'][0]} is not finite; use --nan warn "
-                "again, or another output"
+                "{place} exists, but was made with --nan warn: {found}; {cure}",
+                place=out,
+                found=f"{lock['nonfinite'][0]} is not finite",
+                cure="use --nan warn again, or another output",
             )
         clear_replaced(out)
         return True
     if not (overwrite or same):
-        raise PlanError(f"{out} exists and is not the output of this merge; choose another output, or use --overwrite")
+        raise PlanError("{place} exists and is not the output of this merge; {cure}", place=out, cure=OVERWRITE)
     check_replaceable(out)
     return False
 
@@ -136,7 +143,7 @@ def check_folder(out: Path, inputs: Mapping[str, Path], *, overwrite: bool) -> N
     check_kind(out)
     if has_files(out):
         if not overwrite:
-            raise PlanError(f"{out} exists; choose another output, or use --overwrite")
+            raise PlanError(EXISTS, place=out, cure=OVERWRITE)
         check_replaceable(out)
 
 
@@ -150,8 +157,10 @@ def check_replaceable(out: Path) -> None:
     if foreign:
         more = f" and {len(foreign) - SHOWN} more" if len(foreign) > SHOWN else ""
         raise PlanError(
-            f"{out} would be deleted, with files in it that belong to no model saved there: "
-            f"{', '.join(foreign[:SHOWN])}{more}; move them away, or choose another output"
+            "{place} would be deleted, with files in it that belong to no model saved there: {found}; {cure}",
+            place=out,
+            found=f"{', '.join(foreign[:SHOWN])}{more}",
+            cure="move them away, or choose another output",
         )
 
 

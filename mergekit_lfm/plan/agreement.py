@@ -34,8 +34,11 @@ def refuse_disagreements(
     if refused:
         facts = ", ".join(dict.fromkeys(fact for fact, _ in refused))
         raise PlanError(
-            several("the models agree in shapes, but not in what their numbers mean", [text for _, text in refused])
-            + f"\nIf they should be merged all the same, add `allow: [{facts}]` to the recipe"
+            "{found}\n{cure}",
+            found=several(
+                "the models agree in shapes, but not in what their numbers mean", [text for _, text in refused]
+            ),
+            cure=f"If they should be merged all the same, add `allow: [{facts}]` to the recipe",
         )
     return tuple(text for _, text in found)
 

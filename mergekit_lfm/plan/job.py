@@ -122,7 +122,12 @@ def make_job(
     if lone or not all(dtype in FLOATS for dtype in dtypes):
         refs = (*(ref for ref in refs if ref[0] == roles.template), *(ref for ref in refs if ref[0] != roles.template))
         if spec.dtype.startswith("float8") and not lone and settings.inputs[0].get("scale") is not None:
-            raise PlanError(f"{spec.name} is quantised ({spec.dtype}) and cannot be scaled; leave it out of `scale`")
+            raise PlanError(
+                "{place} is {found} and cannot be scaled; {cure}",
+                place=spec.name,
+                found=f"quantised ({spec.dtype})",
+                cure="leave it out of `scale`",
+            )
         kept = TensorSpec(spec.name, spec.shape, models[refs[0][0]][refs[0][1]].dtype)
         return Job(kept, match, "copy", refs, None, settings, kept.dtype, True, block, False, layer=layer)
     dtype = recipe.out_dtype or recipe.dtype or _promote(dtypes)

@@ -192,22 +192,25 @@ class _Matching:
         self.misfits += [f"`keep`: {part!r} is part of no tensor's name; correct or remove it" for part in unmatched]
         if not (self.misfits or self.missing or self.extra):
             return
+        found = several("the checkpoints differ", [*self._list_names(), *self.misfits])
+        cure = "\n".join(self._cures())
+        raise PlanError("{found}\n{cure}" if cure else "{found}", found=found, cure=cure)
+
+    def _cures(self) -> Iterator[str]:
+        """The lines that a recipe may add."""
         first = self.labels[self.template]
-        problems = [*self._list_names(), *self.misfits]
-        text = several("the checkpoints differ", problems)
         names = [*(name for _, name in (*self.missing, *self.extra)), *self.misshapen]
         if any(VOCABULARY.search(name) for name in self.misshapen):
-            text += (
-                "\nOne of the vocabularies was padded or resized: add `rows: crop` to merge the rows of the shortest "
+            yield (
+                "One of the vocabularies was padded or resized: add `rows: crop` to merge the rows of the shortest "
                 f"and leave out the others, or `rows: keep` to keep those of {first} beyond it"
             )
         if names:
             part = _part_of(names[0], [name for name in self.matches if name not in names])
-            text += (
-                f"\nTo merge only what all models share and keep the rest of {first}, add `tensors: common` to the "
+            yield (
+                f"To merge only what all models share and keep the rest of {first}, add `tensors: common` to the "
                 f"recipe; to choose for some tensors, `keep: {{{part}: base}}`, or `drop`, or one of the models"
             )
-        raise PlanError(text)
 
     def _list_names(self) -> Iterator[str]:
         """A line for each tensor that only some models have; one for all of a model where their beginnings differ."""

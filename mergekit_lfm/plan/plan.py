@@ -17,7 +17,7 @@ import xxhash
 
 from mergekit_lfm.artifacts.patch import Patch
 from mergekit_lfm.artifacts.statistics import Statistics
-from mergekit_lfm.errors import PlanError, several
+from mergekit_lfm.errors import PlanError, several_errors
 from mergekit_lfm.kernels.block import BLOCK
 from mergekit_lfm.methods.method import Unit
 from mergekit_lfm.methods.registry import METHODS
@@ -186,6 +186,11 @@ class Plan:
         return tuple(dict.fromkeys(state for state in (*files, *self.named_files) if state is not None))
 
     @property
+    def paths(self) -> tuple[Path, ...]:
+        """The folders and files that are read: those of the sources, and the recipe's other files."""
+        return (*(source.path for source in self.sources), *(state.path for state in self.named_files))
+
+    @property
     def mapped_files(self) -> tuple[Path, ...]:
         """Inputs that torch must map or load, outside --memory: their tensors are not contiguous."""
         return tuple(file.path for model in self.models for file in model.files if file.fallback)
@@ -256,9 +261,9 @@ def make_plan(
             layer = layers.get(name)
             jobs.append(make_job(roles, match, table.of(name, layer), layer, statistics.get(name), block))
         except PlanError as error:
-            problems.append(str(error))
+            problems.append(error)
     if problems:
-        raise PlanError(several("the checkpoints do not fit together", problems))
+        raise several_errors("the checkpoints do not fit together", problems)
     matrices = group_matrices(roles, matches, jobs, statistics)
     whole = {i for group in matrices for i in group.jobs}
     for i in whole:

@@ -11,9 +11,9 @@ from mergekit_lfm.errors import did_you_mean
 from mergekit_lfm.methods.method import Value
 from mergekit_lfm.recipe.files import read_file
 from mergekit_lfm.recipe.options import defaults_of, read_options, readers_of, unknown_method
-from mergekit_lfm.recipe.problems import Problem, refuse
+from mergekit_lfm.recipe.problems import Problem, problem_at, refuse
 from mergekit_lfm.recipe.registry import ALIGN_METHODS
-from mergekit_lfm.recipe.values import NamedFile
+from mergekit_lfm.recipe.values import FOUND, NamedFile
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,15 +76,15 @@ def read_align_request(
     rest = dict(given)
     to, method, stats = rest.pop("to", None), rest.pop("method", "weight_matching"), rest.pop("stats", None)
     if not isinstance(to, str) or not isinstance(method, str) or not isinstance(stats, str | None):
-        expected = "expected {to: MODEL, method: NAME}, and `stats` as a file's name"
-        return None, [Problem(place, f"found {dict(given)!r}, {expected}")]
+        expected = "{to: MODEL, method: NAME}, and `stats` as a file's name"
+        return None, [problem_at(place, FOUND, found=repr(dict(given)), expected=expected)]
     label = next((label for label, ref in models.items() if to in (label, ref)), None)
     if label is None:
-        expected = f"expected a model of this recipe that is not aligned itself; {did_you_mean(to, models)}"
-        return None, [Problem(f"{place}.to", f"found {to!r}, {expected}")]
+        expected, cure = "a model of this recipe that is not aligned itself", did_you_mean(to, models)
+        return None, [problem_at(f"{place}.to", FOUND + "; {cure}", found=repr(to), expected=expected, cure=cure)]
     options, problems = read_align_options(method, rest, statistics=stats is not None, place=place)
     file = None
     if not problems and stats is not None:
-        hint = "expected a file made by `mergekit-lfm stats cross`"
-        file, problems = read_file(stats, where, f"{place}.stats", hint)
+        expected = "a file made by `mergekit-lfm stats cross`"
+        file, problems = read_file(stats, where, f"{place}.stats", expected)
     return None if problems else AlignRequest(label, method, tuple(options.items()), file), problems

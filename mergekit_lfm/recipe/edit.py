@@ -18,9 +18,9 @@ from mergekit_lfm.artifacts.facts import BLANK, read_facts_file
 from mergekit_lfm.errors import did_you_mean
 from mergekit_lfm.recipe.files import read_file
 from mergekit_lfm.recipe.options import Reader, defaults_of, read_options, readers_of, unknown_method
-from mergekit_lfm.recipe.problems import Problem, attempt, refuse
+from mergekit_lfm.recipe.problems import Problem, attempt, problem_at, refuse
 from mergekit_lfm.recipe.registry import EDIT_METHODS
-from mergekit_lfm.recipe.values import NamedFile
+from mergekit_lfm.recipe.values import FOUND, NamedFile
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,16 +125,16 @@ def read_edit_request(
     rest = dict(given)
     facts, method, stats = rest.pop("facts", None), rest.pop("method", "memit"), rest.pop("stats", None)
     if not isinstance(facts, str) or not isinstance(method, str) or not isinstance(stats, str | None):
-        expected = "expected {facts: FILE, method: NAME}, and `stats` as a file's name"
-        return None, [Problem(place, f"found {dict(given)!r}, {expected}")]
-    file, problems = read_file(facts, where, place, "expected a facts file")
+        expected = "{facts: FILE, method: NAME}, and `stats` as a file's name"
+        return None, [problem_at(place, FOUND, found=repr(dict(given)), expected=expected)]
+    file, problems = read_file(facts, where, place, "a facts file")
     if file is not None:
         _, problems = attempt(partial(read_facts_file, file.path), place)
     if not problems:
         _, problems = read_edit_options(method, rest, place=place)
     gram = None
     if not problems and stats is not None:
-        gram, problems = read_file(stats, where, place, "expected a file made by `mergekit-lfm stats gram`")
+        gram, problems = read_file(stats, where, place, "a file made by `mergekit-lfm stats gram`")
     if file is None or problems:
         return None, problems
     return EditRequest(file, method, json.dumps(rest), gram), []
@@ -144,7 +144,9 @@ def _read_preset(preset: object, method: str, place: str) -> tuple[Mapping[str, 
     if preset is None:
         return {}, []
     if not isinstance(preset, str) or preset not in PRESETS:
-        return {}, [Problem(place, f"unknown preset {preset!r}, {did_you_mean(preset, PRESETS)}")]
+        return {}, [
+            problem_at(place, "unknown preset {found}, {cure}", found=repr(preset), cure=did_you_mean(preset, PRESETS))
+        ]
     if method not in PRESETS[preset]:
         advice = "give the options, or choose another method"
         return {}, [Problem(place, f"{preset} has no constants for {method}; {advice}")]

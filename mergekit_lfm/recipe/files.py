@@ -5,10 +5,13 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+from mergekit_lfm.errors import Refusal
 from mergekit_lfm.recipe.problems import Problem, attempt
 from mergekit_lfm.recipe.values import NamedFile
 from mergekit_lfm.store.folder import split_address
 from mergekit_lfm.store.hub import HubName, hub_name
+
+EXPECTED = "expected {expected}"
 
 
 def find_model(ref: str, where: Path | None) -> Path | HubName:
@@ -16,11 +19,12 @@ def find_model(ref: str, where: Path | None) -> Path | HubName:
 
     Raises ValueError, naming both folders, for any other name. Does not ask the Hub.
     """
-    hint = "expected a folder, or a model on the Hub as org/name or org/name@revision"
+    hint, words = EXPECTED, {"expected": "a folder, or a model on the Hub as org/name or org/name@revision"}
     if "+" in ref:
-        hint = "adapters (model+lora) are not supported in this version; merge the adapter into its model first"
+        hint = "adapters (model+lora) are not supported in this version; {cure}"
+        words = {"cure": "merge the adapter into its model first"}
     try:
-        return _find(ref, where, hint)
+        return _find(ref, where, hint, **words)
     except ValueError:
         name = hub_name(ref)
         if name is None:
@@ -28,13 +32,17 @@ def find_model(ref: str, where: Path | None) -> Path | HubName:
         return name
 
 
-def _find(ref: str, where: Path | None, hint: str) -> Path:
+def _find(ref: str, where: Path | None, hint: str, **words: str) -> Path:
+    """The path of `ref`. hint, words: the end of the sentence that refuses any other text."""
     folders = dict.fromkeys((where or Path.cwd(), Path.cwd()))
     try:
         relative = Path(ref).expanduser()
     except RuntimeError:
-        raise ValueError(
-            f"found {ref!r}, but no user has the home folder {ref.partition('/')[0]}; write the path in full"
+        raise Refusal(
+            "found {found}, but no user has the home folder {home}; {cure}",
+            found=repr(ref),
+            home=ref.partition("/")[0],
+            cure="write the path in full",
         ) from None
     tried = list(dict.fromkeys((folder / relative).absolute() for folder in folders))
     for path in tried:
@@ -44,12 +52,13 @@ def _find(ref: str, where: Path | None, hint: str) -> Path:
             if parts := split_address(path):
                 return Path(f"{parts[0].resolve()}#{parts[1]}")
         except OSError as error:  # a name that is too long, a folder that may not be read
-            raise ValueError(f"found {ref!r:.80}, which cannot be looked up: {error.strerror}; {hint}") from None
+            sentence = "found {found}, which cannot be looked up: {why}; " + hint
+            raise Refusal(sentence, found=f"{ref!r:.80}", why=error.strerror, **words) from None
     missing = " nor ".join(str(path) for path in tried)
-    raise ValueError(f"found {ref!r}, but there is no {missing}; {hint}")
+    raise Refusal("found {found}, but there is no {missing}; " + hint, found=repr(ref), missing=missing, **words)
 
 
-def read_file(ref: str, where: Path | None, place: str, hint: str) -> tuple[NamedFile | None, list[Problem]]:
-    """The file that `ref` names. hint: what it should be."""
-    path, problems = attempt(partial(_find, ref, where, hint), place)
+def read_file(ref: str, where: Path | None, place: str, expected: str) -> tuple[NamedFile | None, list[Problem]]:
+    """The file that `ref` names. expected: what it should be."""
+    path, problems = attempt(partial(_find, ref, where, EXPECTED, expected=expected), place)
     return None if path is None else NamedFile(ref, path), problems

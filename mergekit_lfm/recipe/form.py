@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from mergekit_lfm.errors import did_you_mean
+from mergekit_lfm.errors import Refusal, did_you_mean
 from mergekit_lfm.store.hub import repository
 
 OUTPUT_DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -57,9 +57,8 @@ def _dtype(value: object) -> object:
     name = value.removeprefix("torch.") if isinstance(value, str) else value
     if name is not None and name not in OUTPUT_DTYPES:
         short = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "fp64": "float64"}
-        raise ValueError(
-            f"found {value!r}, expected a dtype; {did_you_mean(short.get(str(name), name), OUTPUT_DTYPES)}"
-        )
+        cure = did_you_mean(short.get(str(name), name), OUTPUT_DTYPES)
+        raise Refusal("found {found}, expected {expected}; {cure}", found=repr(value), expected="a dtype", cure=cure)
     return name
 
 

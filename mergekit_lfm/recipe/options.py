@@ -8,7 +8,7 @@ from typing import Any
 
 from mergekit_lfm.errors import did_you_mean
 from mergekit_lfm.methods.method import Parameter, Required, Value
-from mergekit_lfm.recipe.problems import Problem, attempt
+from mergekit_lfm.recipe.problems import Problem, attempt, problem_at
 from mergekit_lfm.recipe.values import read_value
 
 Reader = Callable[[Any], Any]  # from what YAML gives to the value; ValueError with the value and the expectation
@@ -16,7 +16,9 @@ Reader = Callable[[Any], Any]  # from what YAML gives to the value; ValueError w
 
 def unknown_method(name: str, methods: Iterable[str], place: str) -> Problem:
     """The problem of a name that is not among the methods."""
-    return Problem(f"{place}.method", f"unknown method {name!r}, {did_you_mean(name, methods)}")
+    return problem_at(
+        f"{place}.method", "unknown method {found}, {cure}", found=repr(name), cure=did_you_mean(name, methods)
+    )
 
 
 def defaults_of(parameters: Iterable[Parameter]) -> dict[str, Value]:
@@ -42,7 +44,10 @@ def read_options(
     for name, raw in given.items():
         at = f"{place}.{name}"
         if name not in readers:
-            problems.append(Problem(at, f"{method} has no such {noun}, {did_you_mean(name, readers)}"))
+            cure = did_you_mean(name, readers)
+            problems.append(
+                problem_at(at, "{method} has no such {noun}, {cure}", method=method, noun=noun, found=name, cure=cure)
+            )
             continue
         value, wrong = attempt(partial(readers[name], raw), at)
         problems += wrong

@@ -2,30 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple, TypeVar
 
-from mergekit_lfm.errors import PlanError
+from mergekit_lfm.errors import PlanError, Refusal
 
 T = TypeVar("T")
 
 
 class Problem(NamedTuple):
-    """One line of a message: a place in the recipe and what is wrong there. Lines that go on have no place."""
+    """One line of a message: a place in the recipe and what is wrong there. Lines that go on have no place.
+
+    parts: those of the text that are known by name, as in a `Refusal`.
+    """
 
     place: str
     text: str
+    parts: Mapping[str, str] = MappingProxyType({})
 
     def __str__(self) -> str:
         return f"{self.place}: {self.text}" if self.place else self.text
 
 
-class InnerError(ValueError):
+class InnerError(Refusal):
     """A problem inside of the value that a caller has read: `place` goes on from the caller's, as in `[1].value`."""
 
-    def __init__(self, place: str, text: str) -> None:
-        super().__init__(f"{place}: {text}")
-        self.place, self.text = place, text
+    def __init__(self, at: str, sentence: str, **words: object) -> None:
+        super().__init__("{at}: " + sentence, at=at, **words)
+        self.place, self.text = at, sentence.format(**words)
+
+
+def problem_at(place: str, sentence: str, **words: object) -> Problem:
+    """The problem at a place, from the same sentence and words as a `Refusal` is made of."""
+    refusal = Refusal(sentence, **words)
+    return Problem(place, str(refusal), refusal.parts)
 
 
 def attempt(read: Callable[[], T], place: str) -> tuple[T | None, list[Problem]]:
@@ -33,13 +44,22 @@ def attempt(read: Callable[[], T], place: str) -> tuple[T | None, list[Problem]]
     try:
         return read(), []
     except InnerError as wrong:
-        return None, [Problem(place + wrong.place, wrong.text)]
+        return None, [Problem(place + wrong.place, wrong.text, wrong.parts)]
     except ValueError as wrong:
         first, *rest = str(wrong).split("\n")
-        return None, [Problem(place, first), *(Problem("", line) for line in rest)]
+        parts = wrong.parts if isinstance(wrong, Refusal) else {}
+        return None, [Problem(place, first, parts), *(Problem("", line) for line in rest)]
+
+
+def parts_of(problems: Sequence[Problem]) -> dict[str, str]:
+    """The parts of a problem that stands alone, its place among them; {} for several."""
+    if len(problems) != 1:
+        return {}
+    (alone,) = problems
+    return {**alone.parts, **({"place": alone.place} if alone.place else {})}
 
 
 def refuse(problems: Sequence[Problem]) -> None:
     """Raise PlanError with a line for each problem, if there are any."""
     if problems:
-        raise PlanError("\n".join(map(str, problems)))
+        raise PlanError("{lines}", lines="\n".join(map(str, problems)), **parts_of(problems))

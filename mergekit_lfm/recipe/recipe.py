@@ -6,7 +6,7 @@ and every model's folder exists. The plan checks whether the tensors fit togethe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast
@@ -14,12 +14,11 @@ from typing import Annotated, Any, Literal, Self, cast
 from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, ValidationInfo, model_validator
 
 from mergekit_lfm.arch.facts import FACTS
-from mergekit_lfm.errors import PlanError, did_you_mean
+from mergekit_lfm.errors import PlanError, Refusal, did_you_mean
 from mergekit_lfm.methods.method import REQUIRED, Method, Value
 from mergekit_lfm.methods.registry import METHODS
 from mergekit_lfm.recipe.align import AlignRequest
 from mergekit_lfm.recipe.form import (
-    NOT_YET,
     Dtype,
     Edits,
     ModelEntry,
@@ -29,29 +28,24 @@ from mergekit_lfm.recipe.form import (
     Strict,
     read_reference,
 )
-from mergekit_lfm.recipe.problems import Problem, refuse
+from mergekit_lfm.recipe.problems import Problem, parts_of, problem_at, refuse
 from mergekit_lfm.recipe.rename import rename_data
 from mergekit_lfm.recipe.requirements import missing_requirements
 from mergekit_lfm.recipe.roles import Edit, Input, Roles, assign_roles
-from mergekit_lfm.recipe.values import NamedFile, Rule, as_data, value_at
+from mergekit_lfm.recipe.validation import content_problems, form_problems, without_faults
+from mergekit_lfm.recipe.values import FOUND, NamedFile, Rule, as_data, value_at
 from mergekit_lfm.store.files import read_text
 from mergekit_lfm.store.yaml import read_yaml
 
-_EXPECTED = {
-    "model_type": "expected a mapping such as {model: path, parameters: {weight: 0.5}}",
-    "tuple_type": "expected a list of models",
-    "dict_type": "expected a mapping of parameter names to values",
-    "string_type": "expected text",
-    "string_pattern_mismatch": "expected cpu, cuda, cuda:1 or auto",
-}
+IN_YAML = "a recipe in YAML"
 
 
 def _read_allowed(value: object) -> object:
-    """The facts in a recipe's `allow`. Raises ValueError for one that does not exist."""
+    """The facts in a recipe's `allow`. Raises Refusal for one that does not exist."""
     names = [value] if isinstance(value, str) else [] if value is None else value
     for name in names if isinstance(names, list | tuple) else ():
         if name not in FACTS:
-            raise ValueError(f"unknown fact {name!r}, {did_you_mean(name, FACTS)}")
+            raise Refusal("unknown fact {found}, {cure}", found=repr(name), cure=did_you_mean(name, FACTS))
     return names
 
 
@@ -107,7 +101,9 @@ class Recipe(Strict):
             text = read_text(path)
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-            raise PlanError(f"{path}: cannot be read: {reason}; expected a recipe in YAML") from error
+            raise PlanError(
+                "{place}: cannot be read: {found}; expected {expected}", place=path, found=reason, expected=IN_YAML
+            ) from error
         return cls.parse(text, where=path.absolute().parent, label=str(path))
 
     @classmethod
@@ -115,27 +111,31 @@ class Recipe(Strict):
         """The recipe in YAML text or a mapping, as if read from the folder `where`; messages call it `label`."""
         data = read_yaml(source, label) if isinstance(source, str) else source
         if not isinstance(data, Mapping):
-            raise PlanError(f"{label}: found {data!r:.40}, expected a mapping with merge_method and models")
+            expected = "a mapping with merge_method and models"
+            raise PlanError(f"{{place}}: {FOUND}", place=label, found=f"{data!r:.40}", expected=expected)
         try:
             return cls.model_validate(dict(data), context={"where": where, "whole": True})
         except ValidationError as error:
-            lines = [*_content_lines(error), *_form_lines(error)]
-            rest = _without(data, error)
+            problems = [*content_problems(error), *form_problems(error, cls)]
+            rest = without_faults(data, error)
         if rest != data:  # errors of form hide errors of content
             try:
                 cls.model_validate(rest, context={"where": where, "whole": False})
             except ValidationError as error:
-                lines += _content_lines(error)
-        count = f"{len(lines)} problems\n  " if len(lines) > 1 else ""
-        raise PlanError(f"{label}: {count}" + "\n  ".join(lines))
+                problems += content_problems(error)
+        count = f"{len(problems)} problems\n  " if len(problems) > 1 else ""
+        parts = parts_of(problems)
+        place = ": ".join([label, *([parts.pop("place")] if "place" in parts else [])])
+        lines = "\n  ".join(map(str, problems))
+        raise PlanError("{label}: {count}{lines}", label=label, count=count, lines=lines, place=place, **parts)
 
     @model_validator(mode="after")
     def _check(self, info: ValidationInfo) -> Self:
         context = info.context or {"where": None, "whole": True}
         method = METHODS.get(self.merge_method)
         if method is None:
-            known = did_you_mean(self.merge_method, METHODS)
-            raise PlanError(f"merge_method: unknown method {self.merge_method!r}, {known}")
+            words = {"found": repr(self.merge_method), "cure": did_you_mean(self.merge_method, METHODS)}
+            raise PlanError("{place}: unknown method {found}, {cure}", place="merge_method", **words)
         roles, problems = assign_roles(
             method, self.models, self.base_model, self.parameters, self.edits, context["where"]
         )
@@ -149,13 +149,16 @@ class Recipe(Strict):
     def _check_keep(self, roles: Roles) -> list[Problem]:
         """A problem for each value of `keep` that does not name a model."""
         known = {"base", "drop", *(model.label for model in (*roles.lines, *([roles.base] if roles.base else [])))}
-        wrong = {part: choice for part, choice in self.keep.items() if choice not in known}
         return [
-            Problem(
+            problem_at(
                 f"keep.{part}",
-                f"found {choice!r}, expected base, drop or one of the models; {did_you_mean(choice, known)}",
+                FOUND + "; {cure}",
+                found=repr(choice),
+                expected="base, drop or one of the models",
+                cure=did_you_mean(choice, known),
             )
-            for part, choice in wrong.items()
+            for part, choice in self.keep.items()
+            if choice not in known
         ]
 
     def goal(self, repo: str | None, *, private: bool = False) -> Push | None:
@@ -277,47 +280,3 @@ def _align_data(align: NamedFile | AlignRequest | None) -> dict[str, Any]:
 def _edits_data(edits: tuple[Edit, ...]) -> dict[str, Any]:
     data = [edit.ref if isinstance(edit, NamedFile) else edit.as_data() for edit in edits]
     return {"edits": data} if data else {}
-
-
-def _content_lines(error: ValidationError) -> list[str]:
-    """One line per problem of content, which the check of a recipe without problems of form has found."""
-    refusals = [detail["ctx"]["error"] for detail in error.errors(include_url=False) if detail["loc"] == ()]
-    return [line for refusal in refusals for line in str(refusal).split("\n")]
-
-
-def _form_lines(error: ValidationError) -> Iterator[str]:
-    """One line per problem of form."""
-    details = error.errors(include_url=False)
-    unknown = {detail["loc"] for detail in details if detail["type"] == "extra_forbidden"}
-    for detail in details:
-        kind, path, value = detail["type"], detail["loc"], detail["input"]
-        key_path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
-        if path == ():
-            continue
-        if kind == "missing" and path == ("models",) and unknown & {("slices",), ("modules",)}:
-            continue
-        if kind == "extra_forbidden":
-            form = Recipe if len(path) == 1 else Push if path[0] == "push" else ModelEntry
-            key = str(path[-1])
-            yield f"{key_path}: {NOT_YET.get(key) or 'unknown key, ' + did_you_mean(key, form.model_fields)}"
-        elif kind == "missing":
-            yield f"{key_path}: required"
-        elif kind == "value_error":
-            yield f"{key_path}: {detail['ctx']['error']}"
-        else:
-            expected = _EXPECTED.get(kind) or detail["msg"].replace("Input should be", "expected")
-            yield f"{key_path}: found {value!r:.60}, {expected}"
-
-
-def _without(data: Mapping[str, Any], error: ValidationError) -> dict[str, Any]:
-    """A copy of `data` less the keys of the top level and of `models` that `error` names."""
-    rest = dict(data)
-    if isinstance(rest.get("models"), list | tuple):
-        rest["models"] = [dict(entry) if isinstance(entry, Mapping) else entry for entry in rest["models"]]
-    for path in (detail["loc"] for detail in error.errors() if detail["loc"]):
-        if path[0] == "push":
-            path = path[:1]
-        parent = rest["models"][path[1]] if len(path) == 3 and path[0] == "models" else rest
-        if isinstance(parent, dict):
-            parent.pop(str(path[-1]), None)
-    return rest

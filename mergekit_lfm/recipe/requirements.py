@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mergekit_lfm.methods.method import REQUIRED, Method
-from mergekit_lfm.recipe.problems import Problem
+from mergekit_lfm.recipe.problems import Problem, problem_at
 from mergekit_lfm.recipe.roles import Roles
 
 
@@ -13,14 +13,15 @@ def missing_requirements(method: Method, roles: Roles) -> list[Problem]:
     least, most = method.inputs
     count = len(roles.inputs)
     if roles.base is None and method.base in ("required", "first"):
-        text = f"required by {method.name}; name the model that the others were made from"
-        problems.append(Problem("base_model", text))
+        cure = "name the model that the others were made from"
+        problems.append(problem_at("base_model", "required by {method}; {cure}", method=method.name, cure=cure))
     elif not (least <= count and (most is None or count <= most)):
         wanted = f"exactly {least}" if least == most else f"at least {least}" if most is None else f"{least} to {most}"
         role = {"member": "", "first": ", the base included"}.get(method.base, ", not counting the base")
         labels = ", ".join(line.label for line in roles.inputs) or "none"
         noun = "model" if wanted.endswith(" 1") else "models"
-        problems.append(Problem("models", f"{method.name} takes {wanted} {noun}{role}; found {count}: {labels}"))
+        words = {"expected": f"{wanted} {noun}{role}", "found": f"{count}: {labels}"}
+        problems.append(problem_at("models", "{method} takes {expected}; found {found}", method=method.name, **words))
     return problems + _unset(method, roles) + _without_statistics(method, roles)
 
 

@@ -17,7 +17,7 @@ from mergekit_lfm.recipe.align import AlignRequest, read_align_request
 from mergekit_lfm.recipe.edit import EditRequest, read_edit_request
 from mergekit_lfm.recipe.files import find_model, read_file
 from mergekit_lfm.recipe.form import ModelEntry
-from mergekit_lfm.recipe.problems import Problem, attempt
+from mergekit_lfm.recipe.problems import Problem, attempt, problem_at
 from mergekit_lfm.recipe.rename import RenameRule, read_rename
 from mergekit_lfm.recipe.values import NamedFile, Setting, read_setting
 from mergekit_lfm.store.hub import HubName
@@ -143,7 +143,10 @@ def _read_settings(
         if name in _WITHOUT_EFFECT:
             continue
         if name not in known:
-            problems.append(Problem(at, f"{method.name} has no such parameter, {did_you_mean(name, known)}"))
+            cure = did_you_mean(name, known)
+            problems.append(
+                problem_at(at, "{method} has no such parameter, {cure}", method=method.name, found=name, cure=cure)
+            )
             continue
         if own and not known[name].per_input:
             problems.append(Problem(at, f"{name} is shared by all inputs; move it to the top-level `parameters`"))
@@ -162,7 +165,7 @@ def _read_stats(
     if method.statistics is None:
         text = f"{method.name} takes no statistics; remove the key, or choose a method that does"
         return None, [Problem(place, text)]
-    return read_file(ref, where, place, "expected a file made by `mergekit-lfm stats`")
+    return read_file(ref, where, place, "a file made by `mergekit-lfm stats`")
 
 
 def _read_edits(
@@ -174,9 +177,7 @@ def _read_edits(
     for i, raw in enumerate(edits):
         at = f"{place}[{i}]"
         edit, wrong = (
-            read_file(raw, where, at, "expected a patch file")
-            if isinstance(raw, str)
-            else read_edit_request(raw, where, at)
+            read_file(raw, where, at, "a patch file") if isinstance(raw, str) else read_edit_request(raw, where, at)
         )
         problems += wrong
         read += [] if edit is None else [edit]
@@ -214,7 +215,7 @@ def _read_align(
         )
         return None, [Problem(place, text)]
     if isinstance(entry.align, str):
-        return read_file(entry.align, where, place, "expected a transform file")
+        return read_file(entry.align, where, place, "a transform file")
     return read_align_request(entry.align, fixed, where, place)
 
 

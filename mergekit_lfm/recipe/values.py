@@ -13,10 +13,11 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from mergekit_lfm.errors import did_you_mean
+from mergekit_lfm.errors import Refusal, did_you_mean
 from mergekit_lfm.methods.method import Parameter, Value
 from mergekit_lfm.recipe.problems import InnerError
 
+FOUND = "found {found}, expected {expected}"
 _KINDS = {
     "float": "a number",
     "int": "a whole number",
@@ -63,15 +64,21 @@ def read_setting(raw: object, parameter: Parameter) -> Setting:
 
 def _read_rule(raw: object, parameter: Parameter, at: str) -> Rule:
     if not isinstance(raw, dict):
-        raise InnerError(at, f"found {raw!r} beside filters, expected a mapping of `filter` and `value`")
+        raise InnerError(
+            at,
+            "found {found} beside filters, expected {expected}",
+            found=repr(raw),
+            expected="a mapping of `filter` and `value`",
+        )
     for key in raw:
         if key not in ("filter", "value"):
-            raise InnerError(at, f"unknown key {key!r}, {did_you_mean(key, ('filter', 'value'))}")
+            cure = did_you_mean(key, ("filter", "value"))
+            raise InnerError(at, "unknown key {found}, {cure}", found=repr(key), cure=cure)
     if "value" not in raw:
-        raise InnerError(at, "found a filter without `value`, expected both")
+        raise InnerError(at, FOUND, found="a filter without `value`", expected="both")
     pattern = raw.get("filter")
     if pattern is not None and not isinstance(pattern, str):
-        raise InnerError(f"{at}.filter", f"found {pattern!r}, expected text that is part of a tensor's name")
+        raise InnerError(f"{at}.filter", FOUND, found=repr(pattern), expected="text that is part of a tensor's name")
     return Rule(None if pattern in ("*", "") else pattern, _read_values(raw["value"], parameter, f"{at}.value"))
 
 
@@ -81,27 +88,28 @@ def _read_values(raw: object, parameter: Parameter, at: str) -> tuple[Value, ...
     if not isinstance(raw, list | tuple):
         return (_read_value_at(raw, parameter, at),)
     if not raw:
-        raise InnerError(at, "found an empty list, expected one value or one per point from first to last layer")
+        points = "one value or one per point from first to last layer"
+        raise InnerError(at, FOUND, found="an empty list", expected=points)
     return tuple(_read_value_at(value, parameter, f"{at}[{i}]") for i, value in enumerate(raw))
 
 
 def _read_value_at(raw: object, parameter: Parameter, at: str) -> Value:
     try:
         return read_value(raw, parameter)
-    except ValueError as wrong:
-        raise InnerError(at, str(wrong)) from None
+    except Refusal as wrong:
+        raise InnerError(at, "{text}", text=wrong, **wrong.parts) from None
 
 
 def read_value(raw: object, parameter: Parameter) -> Value:
-    """`raw` as the parameter's kind, within its bounds. Raises ValueError with the value and the expectation."""
+    """`raw` as the parameter's kind, within its bounds. Raises Refusal with the value and the expectation."""
     try:
         return _typed_value(raw, parameter)
-    except ValueError as expected:
-        raise ValueError(f"found {raw!r}, expected {expected}") from None
+    except Refusal as wrong:
+        raise Refusal("found {found}, expected {rest}", found=repr(raw), rest=wrong, **wrong.parts) from None
 
 
 def _typed_value(value: object, parameter: Parameter) -> Value:
-    """`value` as the parameter's kind; ValueError names the expectation. Numbers may be text, as YAML reads 1e-1."""
+    """`value` as the parameter's kind; Refusal names the expectation. Numbers may be text, as YAML reads 1e-1."""
     kind, choices = parameter.kind, parameter.choices
     if kind in ("bool", "switch") and isinstance(value, bool):
         return value
@@ -110,7 +118,9 @@ def _typed_value(value: object, parameter: Parameter) -> Value:
     if kind in ("str", "switch") and isinstance(value, str) and (value in choices or not choices):
         return value
     expected = f"one of {', '.join(choices)}" if choices and kind == "str" else ", ".join((_KINDS[kind], *choices))
-    raise ValueError(f"{expected}; {did_you_mean(value, choices)}" if choices and isinstance(value, str) else expected)
+    if choices and isinstance(value, str):
+        raise Refusal("{expected}; {cure}", expected=expected, cure=did_you_mean(value, choices))
+    raise _expect(expected)
 
 
 def _number(value: str | Real, parameter: Parameter) -> int | float:
@@ -118,18 +128,22 @@ def _number(value: str | Real, parameter: Parameter) -> int | float:
     try:
         number = float(value)
     except (ValueError, OverflowError):
-        raise ValueError(expected) from None
+        raise _expect(expected) from None
     if not math.isfinite(number) or (parameter.kind == "int" and not number.is_integer()):
-        raise ValueError(expected if parameter.kind == "int" else "a finite number")
+        raise _expect(expected if parameter.kind == "int" else "a finite number")
     low, above, high = parameter.minimum, parameter.above, parameter.maximum
     exact = value if isinstance(value, int) else number  # float64 has 53 bits, seeds have 64
     if low is not None and exact < low:
-        raise ValueError(f"{expected} of at least {bound_text(low)}")
+        raise _expect(f"{expected} of at least {bound_text(low)}")
     if above is not None and exact <= above:
-        raise ValueError(f"{expected} above {bound_text(above)}")
+        raise _expect(f"{expected} above {bound_text(above)}")
     if high is not None and exact > high:
-        raise ValueError(f"{expected} of at most {bound_text(high)}")
+        raise _expect(f"{expected} of at most {bound_text(high)}")
     return int(exact) if parameter.kind == "int" else number
+
+
+def _expect(expected: str) -> Refusal:
+    return Refusal("{expected}", expected=expected)
 
 
 def bound_text(bound: float) -> str:

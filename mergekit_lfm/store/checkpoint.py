@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, final
 import xxhash
 
 from mergekit_lfm.errors import PlanError
+from mergekit_lfm.machine.progress import SILENCE, Progress
 from mergekit_lfm.machine.resources import cache_folder, default_threads
 from mergekit_lfm.store.durable import replace_file
 from mergekit_lfm.store.folder import read_config, split_address
@@ -146,10 +147,10 @@ class Checkpoint(Mapping[str, TensorSpec]):
         """The files whose data are still on the Hub, and their sizes in bytes."""
         return {file.name: file.nbytes for file in self.files if file.absent}
 
-    def fetch(self) -> None:
+    def fetch(self, progress: Progress = SILENCE) -> None:
         """Download the files whose data are still on the Hub. Raises as `Snapshot.fetch` does."""
         if self.snapshot is not None and self.absent:
-            self.snapshot.fetch(list(self.absent))
+            self.snapshot.fetch(list(self.absent), progress)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Elements start .. stop of the flattened tensor, as a 1-D tensor of its dtype on fresh memory."""

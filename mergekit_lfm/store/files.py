@@ -14,12 +14,11 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from mergekit_lfm.errors import FormatError
 
 SMALL = 100_000_000  # bytes; tokenizers, the largest files beside the weights, have up to 40 MB
 PART = 1 << 20  # bytes that are read at a time
+AGAIN = "fetch or write it again"
 DEEPEST = 100  # levels of lists and mappings; the official reader of safetensors headers stops at 128
 KINDS = {
     stat.S_IFIFO: "a pipe",
@@ -63,7 +62,14 @@ def open_file(path: Path) -> Iterator[BufferedReader]:
 def _refuse_others(path: Path, mode: int) -> None:
     if not stat.S_ISREG(mode):
         kind = KINDS.get(stat.S_IFMT(mode), "something else")
-        raise FormatError(f"{path} is {kind}, expected a regular file; put the file itself there")
+        cure = "put the file itself there"
+        raise FormatError(
+            "{place} is {found}, expected {expected}; {cure}",
+            place=path,
+            found=kind,
+            expected="a regular file",
+            cure=cure,
+        )
 
 
 def read_bytes(path: Path, most: int | None = SMALL) -> bytes:
@@ -71,12 +77,20 @@ def read_bytes(path: Path, most: int | None = SMALL) -> bytes:
     with open_file(path) as file:
         content = file.read(-1 if most is None else most + 1)
     if most is not None and len(content) > most:
-        raise FormatError(f"{path} has over {most:,} bytes, expected a small file; fetch or write it again")
+        raise FormatError(
+            "{place} has {found}, expected {expected}; {cure}",
+            place=path,
+            found=f"over {most:,} bytes",
+            expected="a small file",
+            cure=AGAIN,
+        )
     return content
 
 
 def digest_file(path: Path) -> str:
     """xxh3-128 of a regular file of any size, in hex. Raises FormatError for any other."""
+    import xxhash  # no package is loaded to print a command's help
+
     digest = xxhash.xxh3_128()
     with open_file(path) as file:
         while part := file.read(PART):
@@ -101,7 +115,7 @@ def parse_json(text: str | bytes, label: object) -> Any:
     except RecursionError:
         raise FormatError(_too_deep(label)) from None
     except ValueError as error:
-        raise FormatError(f"{label}: not JSON ({error}); fetch or write it again") from None
+        raise FormatError("{place}: {found}; {cure}", place=label, found=f"not JSON ({error})", cure=AGAIN) from None
     refuse_depth(data, label)
     return data
 

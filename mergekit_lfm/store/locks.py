@@ -21,6 +21,7 @@ from mergekit_lfm.store.files import name_file, read_text
 
 WITHOUT_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # of network file systems without a lock service
 LONGEST = 1000  # bytes of a lock file
+BUSY = "another run is writing {place}"
 
 
 @contextmanager
@@ -29,7 +30,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
     with ExitStack() as stack:
         fd = os.open(folder, os.O_RDONLY)
         stack.callback(os.close, fd)
-        busy = PlanError(f"another run is writing {folder}; wait for it, or choose another output")
+        busy = PlanError(f"{BUSY}; {{cure}}", place=folder, cure="wait for it, or choose another output")
         try:
             with name_file(folder):
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -53,8 +54,10 @@ def _hold(path: Path, folder: Path) -> Iterator[None]:
         if not (_is_gone(theirs) and _take_away(path, theirs) and _create(path, ours)):
             host, pid = [*theirs.split(), "?", "?"][:2]
             raise PlanError(
-                f"another run is writing {folder}: {path} is the lock of process {pid} on {host}; wait for it, choose "
-                "another output, or delete that file if the process has ended"
+                f"{BUSY}: {{found}}; {{cure}}",
+                place=folder,
+                found=f"{path} is the lock of process {pid} on {host}",
+                cure="wait for it, choose another output, or delete that file if the process has ended",
             )
     try:
         yield

@@ -14,22 +14,31 @@ from pathlib import Path
 
 from mergekit_lfm.errors import PlanError
 
+# Sentences of refusals, and what to do.
+IS = "{place} is {found}, expected {expected}; {cure}"
+EXISTS = "{place} exists; {cure}"
+ANOTHER = "choose another output"
+OVERWRITE = "choose another output, or use --overwrite"
+
 
 def check_file(out: Path, inputs: Iterable[Path], *, overwrite: bool) -> None:
     """Raise PlanError if a new file must not go to `out`. inputs: the paths that are read."""
     check_outside(out, inputs)
     place = out.resolve()
     if place.is_dir():
-        raise PlanError(f"{out} is a folder, expected the name of a file to write; choose a name in it")
+        raise PlanError(
+            IS, place=out, found="a folder", expected="the name of a file to write", cure="choose a name in it"
+        )
     if place.exists() and not place.is_file():
-        raise PlanError(f"{out} is not a file, expected the name of one to write; choose another output")
+        raise PlanError(IS, place=out, found="not a file", expected="the name of one to write", cure=ANOTHER)
     if out.exists() and not overwrite:
-        raise PlanError(f"{out} exists; choose another output, or use --overwrite")
+        raise PlanError(EXISTS, place=out, cure=OVERWRITE)
     parent = next(folder for folder in place.parents if folder.exists())
     if not parent.is_dir():
-        raise PlanError(f"{parent} is a file, expected a folder to write {out.name} in; choose another output")
+        expected = f"a folder to write {out.name} in"
+        raise PlanError(IS, place=parent, found="a file", expected=expected, cure=ANOTHER)
     if not os.access(parent, os.W_OK):
-        raise PlanError(f"the folder {parent} cannot be written in; choose another output")
+        raise PlanError("the folder {place} cannot be written in; {cure}", place=parent, cure=ANOTHER)
 
 
 def check_apart(out: Path, inputs: Mapping[str, Path]) -> None:
@@ -38,7 +47,8 @@ def check_apart(out: Path, inputs: Mapping[str, Path]) -> None:
         home = path.resolve()
         for place in (out.resolve(), partial_of(out.resolve())):
             if home.is_relative_to(place) or place.is_relative_to(home):
-                raise PlanError(f"the output {place} and the input {label} lie in one another; choose another output")
+                sentence = "the output {place} and the input {label} lie in one another; {cure}"
+                raise PlanError(sentence, place=place, label=label, cure=ANOTHER)
 
 
 def check_outside(out: Path, inputs: Iterable[Path]) -> None:
@@ -47,16 +57,18 @@ def check_outside(out: Path, inputs: Iterable[Path]) -> None:
     for path in inputs:
         home = path.resolve()
         if place == home or (home.is_dir() and place.is_relative_to(home)):
-            raise PlanError(f"the output {out} lies in the input {path}, which is only read; choose another output")
+            sentence = "the output {place} lies in the input {path}, which is only read; {cure}"
+            raise PlanError(sentence, place=out, path=path, cure=ANOTHER)
 
 
 def check_kind(out: Path) -> None:
     """Raise PlanError if `out` exists and is not a folder, or if it or OUT.partial is a link."""
     for place in (out, partial_of(out)):
         if place.is_symlink():
-            raise PlanError(f"{place} is a link to {place.readlink()}, expected a folder to create; name that itself")
+            found, expected = f"a link to {place.readlink()}", "a folder to create"
+            raise PlanError(IS, place=place, found=found, expected=expected, cure="name that itself")
     if out.exists() and not out.is_dir():
-        raise PlanError(f"{out} is a file, expected a folder to create; choose another output")
+        raise PlanError(IS, place=out, found="a file", expected="a folder to create", cure=ANOTHER)
 
 
 def place_of(out: Path) -> Path:

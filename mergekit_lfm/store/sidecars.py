@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from mergekit_lfm.errors import FormatError, several
+from mergekit_lfm.machine.progress import SILENCE, Progress
 from mergekit_lfm.machine.secrets import find_secrets
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lfm.store.files import KINDS, SMALL, name_file
@@ -52,10 +53,10 @@ class Sidecars:
         return tuple((name, why) for name, why in self.left if why not in QUIET)
 
 
-def download(name: HubName) -> Path:
+def download(name: HubName, progress: Progress = SILENCE) -> Path:
     """Download all files that loading a model needs, and return their folder. Raises as `open_checkpoint` does."""
     model = open_checkpoint(name)
-    model.fetch()
+    model.fetch(progress)
     sidecars_of(model)
     return model.path
 

@@ -17,7 +17,7 @@ from reprlib import repr as shorten
 from typing import Any
 
 from mergekit_lfm.errors import FormatError
-from mergekit_lfm.store.files import name_file, open_file, refuse_depth
+from mergekit_lfm.store.files import AGAIN, name_file, open_file, refuse_depth
 from mergekit_lfm.store.kinds import HEAD, OTHERS, PAGE, SAFETENSORS, kind_of
 
 # code in the file -> (torch's name, bytes per element)
@@ -45,6 +45,7 @@ DTYPES = {
 CODES = {name: code for code, (name, _) in DTYPES.items()}
 ITEMSIZE = dict(DTYPES.values())
 FLOATS = ("float16", "bfloat16", "float32", "float64")  # the dtypes to merge; tensors of all others are only copied
+ANEW = "write the file anew"
 LARGEST = 1 << 63
 METADATA = "__metadata__"  # the one key of the header that does not name a tensor
 MAX_HEADER = 100_000_000  # the official loader's limit
@@ -100,8 +101,46 @@ def parse_header(path: Path, head: bytes, size: int) -> Header:
     if kind not in (SAFETENSORS, ""):
         raise FormatError(f"{path}: this is {kind}, not the weights; {OTHERS.get(kind, 'write it as safetensors')}")
     if len(head) < 8 or length > MAX_HEADER or 8 + length > size:
-        raise FormatError(f"{path}: {_not_safetensors(head, size, length)}")
-    raw = head[8 : 8 + length]
+        found, cure = _not_safetensors(head[:208], size, length)
+        raise FormatError(
+            "{place}: {found}; {cure}" if cure else "{place}: {found}", place=path, found=found, cure=cure
+        )
+    entries = _read_entries(path, head[8 : 8 + length])
+    metadata = entries.pop(METADATA, None)
+    metadata = {} if metadata is None else metadata
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise FormatError("{place}: __metadata__ must map strings to strings; {cure}", place=path, cure=ANEW)
+    refuse_depth(entries, path)
+    start = 8 + length
+    placed = sorted((_entry(path, name, entry) for name, entry in entries.items()), key=lambda item: item[1:])
+    end = 0
+    for spec, begin, stop in placed:
+        if begin != end:
+            kind = "a hole" if begin > end else "an overlap"
+            raise FormatError(
+                "{place}: {kind} in the data before {name}: {found}, expected {expected}; write it anew",
+                place=path,
+                kind=kind,
+                name=spec.name,
+                found=f"byte {begin}",
+                expected=end,
+            )
+        end = stop
+    if start + end != size:
+        fault = "is truncated" if start + end > size else "has trailing bytes"
+        raise FormatError(
+            "{place} {fault}: {found}, its header says {expected}; {cure}",
+            place=path,
+            fault=fault,
+            found=f"{size:,} bytes",
+            expected=f"{start + end:,}",
+            cure=AGAIN,
+        )
+    return Header({spec.name: (spec, start + begin) for spec, begin, _ in placed}, metadata, start, size)
+
+
+def _read_entries(path: Path, raw: bytes) -> dict[str, Any]:
+    """The entries of a header."""
     try:
         entries = json.loads(
             raw.decode("utf-8"),
@@ -112,29 +151,20 @@ def parse_header(path: Path, head: bytes, size: int) -> Header:
         )
     except (ValueError, RecursionError) as error:
         raise FormatError(
-            f"{path}: the header is not JSON as safetensors requires it ({error}); write the file anew"
+            "{place}: {found}; {cure}",
+            place=path,
+            found=f"the header is not JSON as safetensors requires it ({error})",
+            cure=ANEW,
         ) from None
     if not isinstance(entries, dict):
-        raise FormatError(f"{path}: the header is a {type(entries).__name__}, expected an object; write the file anew")
-    metadata = entries.pop(METADATA, None)
-    metadata = {} if metadata is None else metadata
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise FormatError(f"{path}: __metadata__ must map strings to strings; write the file anew")
-    refuse_depth(entries, path)
-    start = 8 + length
-    placed = sorted((_entry(path, name, entry) for name, entry in entries.items()), key=lambda item: item[1:])
-    end = 0
-    for spec, begin, stop in placed:
-        if begin != end:
-            kind = "a hole" if begin > end else "an overlap"
-            raise FormatError(
-                f"{path}: {kind} in the data before {spec.name}: byte {begin}, expected {end}; write it anew"
-            )
-        end = stop
-    if start + end != size:
-        fault = "is truncated" if start + end > size else "has trailing bytes"
-        raise FormatError(f"{path} {fault}: {size:,} bytes, its header says {start + end:,}; fetch or write it again")
-    return Header({spec.name: (spec, start + begin) for spec, begin, _ in placed}, metadata, start, size)
+        raise FormatError(
+            "{place}: the header is {found}, expected {expected}; {cure}",
+            place=path,
+            found=f"a {type(entries).__name__}",
+            expected="an object",
+            cure=ANEW,
+        )
+    return entries
 
 
 def _refuse_halves(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -167,14 +197,15 @@ def _read_float(text: str) -> float:
     return number
 
 
-def _not_safetensors(head: bytes, size: int, length: int) -> str:
+def _not_safetensors(head: bytes, size: int, length: int) -> tuple[str, str]:
+    """The kind of file that it is instead, and what to do."""
     if head.lstrip()[:1] == b"<":
-        return f"this is {PAGE}, not the weights; {OTHERS[PAGE]}"
+        return f"this is {PAGE}, not the weights", OTHERS[PAGE]
     if head[:8] == UNFINISHED:
-        return "this is the unfinished output of an interrupted run; run the same merge again to complete it"
+        return "this is the unfinished output of an interrupted run", "run the same merge again to complete it"
     if size < 8:
-        return f"{size} bytes are too few for a safetensors file; fetch or write it again"
-    return f"not a safetensors file, or truncated: the header would have {length:,} bytes, the file has {size:,}"
+        return f"{size} bytes are too few for a safetensors file", AGAIN
+    return f"not a safetensors file, or truncated: the header would have {length:,} bytes, the file has {size:,}", ""
 
 
 def _entry(path: Path, name: str, entry: Any) -> tuple[TensorSpec, int, int]:

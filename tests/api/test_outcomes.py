@@ -180,7 +180,8 @@ def test_an_edit_that_rounding_eats_is_a_finding(here: Path) -> None:
     command = [*EDIT, "--clamp", "0.001", "-o", "p.st"]
     result = run(*command, "-q")
     assert (result.exit_code, result.stderr) == (0, f"warning: {warning}\n")
-    assert answer(run(*command, "--json"))["warnings"] == [warning]
+    shown = run(*command, "--json")
+    assert (json.loads(shown.stdout)["warnings"], shown.stderr) == ([warning], f"warning: {warning}\n")
 
 
 @pytest.mark.usefixtures("here")

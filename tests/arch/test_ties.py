@@ -63,7 +63,7 @@ def test_the_tied_tensors_of_all_classes_are_in_the_table() -> None:
     assert seen > 300
 
 
-def test_a_source_comes_before_what_is_tied_to_it() -> None:
+def test_a_source_comes_before_tensors_tied_to_it() -> None:
     names = [
         "lm_head.weight",
         "model.shared.weight",

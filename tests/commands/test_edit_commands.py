@@ -79,7 +79,7 @@ def test_edit_writes_a_patch_and_judges_it_as_the_files_hold_it(here: Path) -> N
     assert (first[0], second[0], counts[:3]) == ("before", "after", ["over", "2", "prompts,"])
     assert "|dW|/|W|" in result.stderr and all(weight in result.stderr for weight in WEIGHTS)
     assert run("patch", "apply", "m", "p.st", "-o", "edited", "-q").exit_code == 0
-    (judged,) = answer(run("eval", "edited", "--facts", "facts.yaml", "--json"))
+    (judged,) = answer(run("eval", "edited", "--facts", "facts.yaml", "--json"))["models"]
     assert [f"{judged[metric]:.1%}" for metric in METRIC_NAMES] == second[1:]
 
 
@@ -97,7 +97,7 @@ def test_edit_as_json_and_the_model_that_it_saves() -> None:
         assert row["relative"] == pytest.approx(float((now - was).norm() / was.norm()), rel=1e-4)
         assert row["growth"] == pytest.approx(float(now.norm() / was.norm()), rel=1e-6)
         assert row["kept"] == pytest.approx(1, abs=1e-4)
-    (judged,) = answer(run("eval", "saved", "--facts", "facts.yaml", "--json"))
+    (judged,) = answer(run("eval", "saved", "--facts", "facts.yaml", "--json"))["models"]
     assert {metric: found["after"][metric] for metric in METRIC_NAMES} == {
         metric: judged[metric] for metric in METRIC_NAMES
     }
@@ -297,6 +297,27 @@ def test_patches_that_cannot_be_verified_are_refused_before_writing(
     assert (result.exit_code, result.stdout) == (0, "x\n")
 
 
+def test_a_patch_that_changes_nothing_is_applied_but_the_answer_is_no(here: Path) -> None:
+    patch = open_patch(here / "patch.st")
+    Patch(patch.info, {name: torch.zeros_like(x) for name, x in patch.tensors.items()}).save(here / "zero.st")
+    apply = ["patch", "apply", "m", "zero.st", "-o", "same", "--no-verify"]
+    result = run(*apply, "-q")
+    assert (result.exit_code, result.stdout) == (1, "same\n")
+    assert result.stderr == "nothing was taught: the edited model has the very weights of MODEL\n"
+    assert (here / "same/model.safetensors").read_bytes() == (here / "m/model.safetensors").read_bytes()
+    found = json.loads(run(*apply, "--json").stdout)
+    assert (found["changed"], found["already_there"], found["exit"]) == (False, True, 1)
+    assert answer(run("patch", "apply", "m", "patch.st", "-o", "new", "--no-verify", "--json"))["changed"] is True
+
+
+@pytest.mark.usefixtures("here")
+def test_an_edit_that_rounding_takes_away_is_written_but_the_answer_is_no() -> None:
+    result = run(*EDIT, "--identity", "--lambda", "1e30", "--no-verify", "-q")
+    assert (result.exit_code, result.stdout) == (1, "p.st\n")
+    assert result.stderr == "nothing was taught: the edited model has the very weights of MODEL\n"
+    assert any(x.any() for x in load_file("p.st").values())
+
+
 # ------------------------------------------------------------------ trace, and eval of facts
 
 
@@ -306,7 +327,8 @@ def test_trace_prints_the_effects_and_the_layers_to_edit(here: Path) -> None:
     result = run(*trace, "-o", "t.json", "--plot", "t.png")
     assert (result.exit_code, result.stderr) == (0, "")
     found = answer(run(*trace, "--json"))
-    assert json.loads((here / "t.json").read_text()) == found
+    saved = json.loads((here / "t.json").read_text())
+    assert saved == {name: found[name] for name in saved}
     assert (here / "t.png").read_bytes().startswith(b"\x89PNG")
     assert set(found["effects"]) == {"hidden", "mlp", "attention"}
     assert f"2 facts: p(target) is {found['clean']:.1%}, with noise on the subject" in result.stdout
@@ -344,7 +366,7 @@ def test_eval_of_facts_is_a_row_for_each_model() -> None:
     rows = [line.split() for line in result.stdout.splitlines()]
     assert rows[0] == ["model", *METRIC_NAMES.values()] and rows[1][1:] == rows[2][1:]
     assert [rows[1][0], rows[2][0]] == ["m", "n"] and len(rows) == 4
-    first, second = answer(run("eval", "m", "n", "--facts", "facts.yaml", "--json"))
+    first, second = answer(run("eval", "m", "n", "--facts", "facts.yaml", "--json"))["models"]
     assert (first["model"], first["facts"]) == ("m", "facts.yaml")
     assert first | {"model": "n"} == second
     for options in (["--text", "text.txt"], ["--task", "lm"], ["--stride", "2"], ["--window", "8"]):

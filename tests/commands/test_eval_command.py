@@ -69,7 +69,7 @@ def test_eval_on_a_device_that_is_not_there(folder: Path) -> None:
 
 
 def test_eval_as_json_has_null_for_infinity(judged: list[str]) -> None:
-    first, second = answer(run(*judged, "--json", "--window", "8"))
+    first, second = answer(run(*judged, "--json", "--window", "8"))["models"]
     assert (first["model"], first["mean"]["bits_per_byte"]) == ("a", 1.0)
     assert first["mean"]["perplexity"] == pytest.approx(2.0)
     assert [text["tokens"] for text in second["texts"]] == [3, 8]
@@ -106,7 +106,7 @@ def test_eval_of_classifiers(folder: Path) -> None:
     ]
     write_lines(folder / "y.jsonl", {"text": "a", "label": 0}, {"text": "a", "label": 1})  # one of them is right
     both = ["eval", "c", "--data", "x.jsonl", "--data", "y.jsonl", "--task", "classification"]
-    (found,) = answer(run(*both, "--json"))
+    (found,) = answer(run(*both, "--json"))["models"]
     assert [(file["file"], file["accuracy"]) for file in found["files"]] == [
         ("x.jsonl", expected.accuracy),
         ("y.jsonl", 0.5),
@@ -125,9 +125,9 @@ def test_eval_of_a_text_as_data_is_eval_of_the_text(folder: Path) -> None:
     save_model(folder / "m", "LlamaForCausalLM", llama_config(), byte_tokenizer())
     (folder / "x.txt").write_text("a text\n")
     write_lines(folder / "x.jsonl", {"text": "a text\n"})
-    by_text = answer(run("eval", "m", "--text", "x.txt", "--json", "--stride", "3"))
+    by_text = answer(run("eval", "m", "--text", "x.txt", "--json", "--stride", "3"))["models"]
     for name in ("x.txt", "x.jsonl"):
-        (found,) = answer(run("eval", "m", "--data", name, "--task", "lm", "--json", "--stride", "3"))
+        (found,) = answer(run("eval", "m", "--data", name, "--task", "lm", "--json", "--stride", "3"))["models"]
         assert found["texts"] == [by_text[0]["texts"][0] | {"text": name}]
 
 

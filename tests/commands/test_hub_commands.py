@@ -35,7 +35,8 @@ def test_eval_judges_a_model_of_the_hub_as_its_copy(models: HubServer) -> None:
     pytest.importorskip("transformers")
     short = Path("short.txt")
     short.write_text(Path(TEXT).read_text()[:2000])
-    ours, theirs = answer(run("eval", "org/docs", str(QUICKSTART / "docs"), "--text", str(short), "--json"))
+    judged = answer(run("eval", "org/docs", str(QUICKSTART / "docs"), "--text", str(short), "--json"))
+    ours, theirs = judged["models"]
     assert ours["model"] == f"org/docs@{models.head('org/docs')}"
     assert ours | {"model": theirs["model"]} == theirs
 

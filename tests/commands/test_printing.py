@@ -12,7 +12,8 @@ from helpers_commands import answer, refusal, run
 from models import save_checkpoint
 
 from mergekit_lfm.api.outcome import Finding, warn_of
-from mergekit_lfm.commands.show.terminal import Terminal, table
+from mergekit_lfm.commands.show.progress import Terminal
+from mergekit_lfm.commands.show.terminal import table
 from mergekit_lfm.store.hub.client import translate_errors
 
 NAME = "w\x1b[2J\u202e\nwarning: all is lost"

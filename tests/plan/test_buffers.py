@@ -83,7 +83,7 @@ LINEAR = {"merge_method": "linear", "parameters": {"weight": 1.0}}
 
 
 @pytest.mark.parametrize("theirs", [torch.arange(3.0).half(), torch.zeros(3), torch.arange(5)])
-def test_what_loaders_compute_is_the_template_s(tmp_path: Path, theirs: torch.Tensor) -> None:
+def test_tensors_that_loaders_compute_are_the_template_s(tmp_path: Path, theirs: torch.Tensor) -> None:
     """In another type, with other values, and of another length."""
     names = ("text.position_ids", "blocks.0.attn_mask", "rotary_emb.inv_freq", "relative_position_index")
     a = {"w": torch.ones(2), **{name: torch.arange(3) for name in names}}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mergekit_lfm.errors import PlanError
+from mergekit_lfm.errors import PlanError, Refusal
 from mergekit_lfm.methods.registry import METHODS
 from mergekit_lfm.recipe.form import ModelEntry
 from mergekit_lfm.recipe.problems import InnerError, Problem, attempt, refuse
@@ -71,3 +72,56 @@ def test_a_wrong_key_is_not_reported_as_missing_too(tmp_path: Path) -> None:
     recipe = {"merge_method": "regmean", "models": [{"model": "a", "stat": "s.st"}]}
     with pytest.raises(PlanError, match=r"^recipe: models\[0\]\.stat: unknown key, did you mean stats\?$"):
         Recipe.parse(recipe, tmp_path)
+
+
+def test_a_refusal_is_its_sentence_and_knows_its_parts() -> None:
+    refusal = Refusal("{place} is {found}; {cure} by {who}", place=Path("a"), found="{b}", cure="mend it", who="you")
+    assert str(refusal) == "a is {b}; mend it by you"
+    assert refusal.parts == {"place": "a", "found": "{b}", "cure": "mend it"}
+    assert (str(Refusal("a {b}")), Refusal("a {b}").parts) == ("a {b}", {})
+    again = pickle.loads(pickle.dumps(PlanError("{place}: no", place="{x}")))
+    assert (str(again), again.parts) == ("{x}: no", {"place": "{x}"})
+
+
+NUMBER = {"found": "'heavy'", "expected": "a number"}
+KEY = {"found": "merge_metod", "cure": "did you mean merge_method?"}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "parts"),
+    [
+        ("parameters", {"weight": "heavy"}, {"place": "r: parameters.weight", **NUMBER}),
+        ("parameters", {"weight": [1, "heavy"]}, {"place": "r: parameters.weight[1]", **NUMBER}),
+        (
+            "parameters",
+            {"weight": [{"filter": "a", "value": "heavy"}]},
+            {"place": "r: parameters.weight[0].value"} | NUMBER,
+        ),
+        ("merge_metod", "linear", {"place": "r: merge_metod", **KEY}),
+        ("merge_method", "liner", {"place": "r: merge_method", "found": "'liner'", "cure": "did you mean linear?"}),
+        ("seed", -1, {"place": "r: seed", "found": "-1", "expected": "greater than or equal to 0"}),
+        (
+            "dtype",
+            "fp16",
+            {"place": "r: dtype", "found": "'fp16'", "expected": "a dtype", "cure": "did you mean float16?"},
+        ),
+        (
+            "base_model",
+            "nowhere",
+            {
+                "place": "r: base_model",
+                "found": "'nowhere'",
+                "expected": "a folder, or a model on the Hub as org/name or org/name@revision",
+            },
+        ),
+        ("parameters", {"weight": "heavy", "wait": 1}, {"place": "r"}),
+    ],
+)
+def test_a_problem_that_stands_alone_has_its_parts_by_name(
+    key: str, value: object, parts: dict[str, str], tmp_path: Path
+) -> None:
+    recipe = {"merge_method": "linear", "models": [{"model": str(tmp_path)}], "parameters": {"weight": 1}, key: value}
+    with pytest.raises(PlanError) as caught:
+        Recipe.parse(recipe, label="r")
+    assert caught.value.parts == parts
+    assert all(part in str(caught.value) for name, part in parts.items() if name != "place")

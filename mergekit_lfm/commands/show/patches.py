@@ -7,6 +7,7 @@ from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from mergekit_lfm.api.changes import changes_data
+from mergekit_lfm.commands.show.outcomes import outcome_data
 from mergekit_lfm.commands.show.terminal import count_noun, table
 from mergekit_lfm.machine.sizes import format_size
 
@@ -94,12 +95,11 @@ def apply_data(outcome: Outcome[Applied]) -> dict[str, Any]:
     """The result of applying or undoing patches for JSON."""
     applied = outcome.result
     return {
-        "out": str(outcome.path),
+        **outcome_data(outcome),
         "undo": None if applied.undo is None else str(applied.undo),
         "tensors": applied.tensors,
         "bytes_changed": applied.bytes_changed,
         "bytes_copied": applied.bytes_copied,
-        "already_there": outcome.already_there,
     }
 
 
@@ -108,13 +108,11 @@ def edit_data(outcome: Outcome[Edited]) -> dict[str, Any]:
     edited = outcome.result
     scores = {"before": edited.before, "after": edited.after}
     return {
-        "out": str(outcome.path),
-        "already_there": outcome.already_there,
+        **outcome_data(outcome),
         "facts": len(edited.patch.info.facts["facts"]),
         **{name: None if value is None else value.as_data() for name, value in scores.items()},
         **({} if edited.saved is None else {"saved": apply_data(edited.saved)}),
         "tensors": list(edited.changes),
-        "warnings": list(outcome.warnings),
     }
 
 

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from mergekit_lfm.commands.show.outcomes import outcome_data
 from mergekit_lfm.commands.show.terminal import count_noun, table
 from mergekit_lfm.errors import shorten
 from mergekit_lfm.machine.sizes import format_size
@@ -63,17 +64,13 @@ def plan_data(plan: Plan) -> dict[str, Any]:
         },
         "allowed": list(plan.allowed),
         "template": plan.labels[plan.template],
-        "tensors": len(plan.tensors),
-        "methods": dict(Counter(job.method for job in plan.tensors)),
         "dtypes": dict(Counter(job.dtype for job in plan.tensors)),
         "bytes_read": plan.bytes_read,
         "bytes_written": plan.bytes_written,
         "shards": [{"file": shard.name, "tensors": len(shard.tensors), "bytes": shard.nbytes} for shard in plan.shards],
         "files": [name for name, _ in plan.files],
         "held": [str(file) for file in plan.mapped_files],
-        "dropped": [{"model": m, "tensor": t, "reason": why} for m, t, why in plan.dropped],
-        "left_behind": [{"model": m, "file": name, "reason": why} for m, name, why in plan.left_behind],
-        "lent": [{"file": name, "model": m} for name, m in plan.lent],
+        **tensors_data(plan),
         "digest": plan.digest,
     }
 
@@ -262,6 +259,30 @@ def push_data(pushed: Pushed) -> dict[str, Any]:
         "verified": pushed.verified,
         "kept_card": pushed.kept_card,
         "left_out": list(pushed.left_out),
+    }
+
+
+def merge_data(outcome: Outcome[Merged]) -> dict[str, Any]:
+    """The result of a merge for JSON."""
+    plan, pushed = outcome.result.plan, outcome.result.pushed
+    return {
+        **outcome_data(outcome),
+        **tensors_data(plan),
+        "bytes_read": plan.bytes_read,
+        "bytes_written": plan.bytes_written,
+        "resumed_bytes": outcome.result.resumed_bytes,
+        "pushed": None if pushed is None else push_data(pushed),
+    }
+
+
+def tensors_data(plan: Plan) -> dict[str, Any]:
+    """The tensors that a plan makes, by method, and all that it leaves out, with the reasons."""
+    return {
+        "tensors": len(plan.tensors),
+        "methods": dict(Counter(job.method for job in plan.tensors)),
+        "dropped": [{"model": m, "tensor": t, "reason": why} for m, t, why in plan.dropped],
+        "left_behind": [{"model": m, "file": name, "reason": why} for m, name, why in plan.left_behind],
+        "lent": [{"file": name, "model": m} for name, m in plan.lent],
     }
 
 

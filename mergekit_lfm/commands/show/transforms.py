@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from mergekit_lfm.arch.table import Units
+from mergekit_lfm.commands.show.outcomes import outcome_data
 from mergekit_lfm.commands.show.terminal import count_noun, table
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ def report_text(data: dict[str, Any]) -> str:
 
 def alignment_data(outcome: Aligned) -> dict[str, Any]:
     """The result of an alignment for JSON."""
-    data = {"out": str(outcome.path), "already_there": outcome.already_there, **transform_data(outcome.result)}
+    data = {**outcome_data(outcome), **transform_data(outcome.result)}
     if outcome.saved is not None:
         saved = outcome.saved
         data["saved"] = {

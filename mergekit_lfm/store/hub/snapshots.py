@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import glob
 import hashlib
-from collections.abc import Collection, Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -20,8 +20,10 @@ from huggingface_hub import hf_hub_url, snapshot_download, try_to_load_from_cach
 from huggingface_hub.hf_api import RepoFile
 
 from mergekit_lfm.errors import FormatError, PlanError
+from mergekit_lfm.machine.progress import SILENCE, Progress
 from mergekit_lfm.machine.resources import free_space
 from mergekit_lfm.store.files import open_file
+from mergekit_lfm.store.hub.arrivals import count_arrivals
 from mergekit_lfm.store.hub.client import api, endpoint, hide_progress_bars, offline, translate_errors
 from mergekit_lfm.store.hub.names import HubName
 from mergekit_lfm.store.hub.requests import list_files, read_start
@@ -73,8 +75,8 @@ class Snapshot:
         """The files among `names` that are not in the cache."""
         return [name for name in names if not (self.folder / name).exists()]
 
-    def fetch(self, names: Collection[str]) -> None:
-        """Download the files that are not in the cache, several at a time.
+    def fetch(self, names: Collection[str], progress: Progress = SILENCE) -> None:
+        """Download the files that are not in the cache, several at a time. A terminal has the client's own bars.
 
         Raises PlanError if the Hub refuses, is offline or the disk is full, ConnectionError if the connection fails,
         FormatError if a file is not the one that the Hub lists; then it is removed from the cache.
@@ -89,11 +91,18 @@ class Snapshot:
             )
         needed = sum(self.sizes.get(name, 0) for name in lacking)
         check_room(self, needed)
-        with hide_progress_bars() if needed < TAKES_LONG else nullcontext():
+        with hide_progress_bars() if needed < TAKES_LONG else self._show_arrivals(needed, progress):
             _download(self.repo, self.commit, lacking)
         if still := self.lacking(lacking):
             raise ConnectionError(f"{self}: {', '.join(still)} could not be downloaded; run the same command again")
         self.compare(lacking)
+
+    @contextmanager
+    def _show_arrivals(self, nbytes: int, progress: Progress) -> Iterator[None]:
+        """Within it, show what arrives in the cache, beside the client's own bars."""
+        blobs = self.folder.parents[1] / "blobs"
+        with progress.by_bytes(nbytes, f"downloading {self}", bar=False) as advance, count_arrivals(blobs, advance):
+            yield
 
     def compare(self, names: Iterable[str]) -> None:
         """Raise FormatError if one of these files in the cache is not as the Hub lists it, and remove it there."""

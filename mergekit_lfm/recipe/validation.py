@@ -1,0 +1,75 @@
+"""The problems of a recipe in the words of its user, from the errors that pydantic raises about its form."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from mergekit_lfm.errors import Refusal, did_you_mean
+from mergekit_lfm.recipe.form import NOT_YET, ModelEntry, Push, Strict
+from mergekit_lfm.recipe.problems import Problem, problem_at
+from mergekit_lfm.recipe.values import FOUND
+
+SHOULD = "Input should be "  # how pydantic begins to say what it expected
+EXPECTED = {  # by pydantic's kind of error
+    "model_type": "a mapping such as {model: path, parameters: {weight: 0.5}}",
+    "tuple_type": "a list of models",
+    "dict_type": "a mapping of parameter names to values",
+    "string_type": "text",
+    "string_pattern_mismatch": "cpu, cuda, cuda:1 or auto",
+}
+
+
+def content_problems(error: ValidationError) -> list[Problem]:
+    """The problems of content, which the check of a recipe without problems of form has found."""
+    refusals = [detail["ctx"]["error"] for detail in error.errors(include_url=False) if detail["loc"] == ()]
+    return [problem for refusal in refusals for problem in _problems_of("", refusal)]
+
+
+def _problems_of(place: str, error: ValueError) -> list[Problem]:
+    """The lines of an error, at a place."""
+    parts = error.parts if isinstance(error, Refusal) else {}
+    return [Problem(place, line, parts) for line in str(error).split("\n")]
+
+
+def form_problems(error: ValidationError, recipe: type[Strict]) -> Iterator[Problem]:
+    """The problems of form in the data of a recipe, whose form is `recipe`."""
+    details = error.errors(include_url=False)
+    unknown = {detail["loc"] for detail in details if detail["type"] == "extra_forbidden"}
+    for detail in details:
+        kind, path, value = detail["type"], detail["loc"], detail["input"]
+        key_path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
+        if path == ():
+            continue
+        if kind == "missing" and path == ("models",) and unknown & {("slices",), ("modules",)}:
+            continue
+        if kind == "extra_forbidden":
+            form = recipe if len(path) == 1 else Push if path[0] == "push" else ModelEntry
+            key = str(path[-1])
+            cure = did_you_mean(key, form.model_fields)
+            unknown_key = problem_at(key_path, "unknown key, {cure}", found=key, cure=cure)
+            yield Problem(key_path, NOT_YET[key]) if key in NOT_YET else unknown_key
+        elif kind == "missing":
+            yield Problem(key_path, "required")
+        elif kind == "value_error":
+            yield from _problems_of(key_path, detail["ctx"]["error"])
+        else:
+            found, expected = f"{value!r:.60}", EXPECTED.get(kind, detail["msg"].removeprefix(SHOULD))
+            told = kind in EXPECTED or detail["msg"].startswith(SHOULD)
+            yield problem_at(key_path, FOUND if told else "found {found}, {expected}", found=found, expected=expected)
+
+
+def without_faults(data: Mapping[str, Any], error: ValidationError) -> dict[str, Any]:
+    """A copy of `data` less the keys of the top level and of `models` that `error` names."""
+    rest = dict(data)
+    if isinstance(rest.get("models"), list | tuple):
+        rest["models"] = [dict(entry) if isinstance(entry, Mapping) else entry for entry in rest["models"]]
+    for path in (detail["loc"] for detail in error.errors() if detail["loc"]):
+        if path[0] == "push":
+            path = path[:1]
+        parent = rest["models"][path[1]] if len(path) == 3 and path[0] == "models" else rest
+        if isinstance(parent, dict):
+            parent.pop(str(path[-1]), None)
+    return rest
