@@ -80,6 +80,7 @@ Examples:
     default="auto",
     help="Compile the arithmetic to machine code; auto does if it saves time. The bytes are the same. [default: auto]",
 )
+@click.option("--no-card", is_flag=True, help="Write no model card (README.md).")
 @device_option("Where to compute", default=None, otherwise="the recipe's, else cpu")
 @overwrite
 @no_resume
@@ -102,6 +103,7 @@ def merge(
     pull_back: bool,
     nan: Literal["error", "warn"],
     compile_: Literal["auto", "always", "never"],
+    no_card: bool,
     device: str | None,
     overwrite: bool,
     no_resume: bool,
@@ -123,9 +125,15 @@ def merge(
 
     hidden = quiet or as_json
     with transfers(hidden=hidden):
-        where = {"device": device, "push_to": push_to}
         planned = plan_merge(
-            _read_recipe(recipe), out, max_shard_size=max_shard_size, seed=seed, private=private, **where
+            _read_recipe(recipe),
+            out,
+            max_shard_size=max_shard_size,
+            seed=seed,
+            device=device,
+            push_to=push_to,
+            private=private,
+            card=not no_card,
         ).result
         if planned.goal is None and (private or pull_back):
             raise click.UsageError("--private and --verify are about a push: give --push-to org/name")

@@ -73,7 +73,7 @@ def execute(
     folder = place_of(out)
     if _already_there(plan, folder, overwrite=overwrite, resume=resume, nan=nan):
         return Execution(already_there=True)
-    documents = Documents(plan)
+    documents = Documents(plan, folder.name)
     documents.check()
     if resume and finish(plan.digest, plan.shards, documents.files, folder):
         return Execution(resumed_bytes=plan.bytes_written)

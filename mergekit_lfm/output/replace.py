@@ -26,7 +26,9 @@ from mergekit_lfm.store.sidecars import SIDECAR
 Policy = Literal["error", "warn"]  # on NaN or infinity
 
 REPLACED = "merge.replaced"  # the folder that --overwrite replaced, in the new one until it is deleted
-BESIDE = re.compile(r"^(README\.md|LICENSE(\.\w+)?|\.gitattributes|repair\.json)$")  # of a model that somebody saved
+BESIDE = re.compile(
+    r"^(README\.md|LICENSE(\.\w+)?|\.gitattributes|repair\.json|mergekit_config\.yml)$"
+)  # of a model that somebody saved
 SHOWN = 5  # files that a message names
 
 

@@ -58,6 +58,7 @@ class Recipe(Strict):
 
     edits: changes to the result of the merge, before it is rounded. push: the result's repository on the Hub, as
     `org/name` or {repo, private}. device: where the merge is computed: cpu, cuda, cuda:1 or auto.
+    card: whether the result gets a model card.
 
     Build one with `Recipe.load` or `Recipe.parse`. Relative model paths are relative to the recipe's folder, then to
     the working directory; `output` is relative to the working directory.
@@ -76,8 +77,10 @@ class Recipe(Strict):
     ] = None
     seed: int = Field(default=0, strict=True, ge=0, lt=2**64)
     device: str = Field(default="cpu", pattern=r"^(cpu|auto|cuda(:\d+)?)$")
+    card: bool = Field(default=True, strict=True)
 
     _roles: Roles = PrivateAttr()
+    _text: str | None = PrivateAttr(default=None)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -97,7 +100,9 @@ class Recipe(Strict):
         if not isinstance(data, Mapping):
             raise PlanError(f"{label}: found {data!r:.40}, expected a mapping with merge_method and models")
         try:
-            return cls.model_validate(dict(data), context={"where": where, "whole": True})
+            recipe = cls.model_validate(dict(data), context={"where": where, "whole": True})
+            recipe._text = source if isinstance(source, str) else None
+            return recipe
         except ValidationError as error:
             lines = [*_content_lines(error), *_form_lines(error)]
             rest = _without(data, error)
@@ -135,6 +140,11 @@ class Recipe(Strict):
         except ValidationError:
             raise PlanError(f"found {repo!r} to push to, expected a repository on the Hub as org/name") from None
         return push and Push(repo=push.repo, private=push.private or private)
+
+    @property
+    def text(self) -> str | None:
+        """The recipe as its file has it, None if it was not read from text."""
+        return self._text
 
     @property
     def method(self) -> Method:

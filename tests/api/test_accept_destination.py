@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers_faults import WRITES, Forks, snapshot, warm_interpreter
+from helpers_faults import WRITES, Forks, output_snapshot, snapshot, warm_interpreter
 from helpers_work import Work
 
 
@@ -104,7 +104,7 @@ def test_full_disk(work: Work, error: int) -> None:
     """
     calls = writing_calls(work)
     assert {"pwrite", "open"} <= calls.keys()
-    expected = snapshot(work.folder / "whole")
+    expected = output_snapshot(work.folder / "whole")
     shutil.rmtree(work.folder / "whole")
     for name, count in calls.items():
         moments = {1, (count + 1) // 2, count} if error == errno.ENOSPC else {(count + 1) // 2}
@@ -112,7 +112,7 @@ def test_full_disk(work: Work, error: int) -> None:
             work.refused(os.strerror(error), "out.partial", early=False, fail=name, nth=nth, where="out", error=error)
             ran = work.run()
             assert ran.code == 0, (name, nth, ran.err)
-            assert snapshot(work.folder / "out") == expected, (name, nth)
+            assert output_snapshot(work.folder / "out") == expected, (name, nth)
             assert not (work.folder / "out.partial").exists()
             shutil.rmtree(work.folder / "out")
 
@@ -123,7 +123,7 @@ def test_filesystem_without_reservation(work: Work) -> None:
     for name in ("posix_fallocate", "copy_file_range"):
         ran = work.run(fail=name, error=errno.EOPNOTSUPP)
         assert ran.code == 0, ran.err
-        assert snapshot(work.folder / "out") == snapshot(work.folder / "whole")
+        assert output_snapshot(work.folder / "out") == output_snapshot(work.folder / "whole")
         shutil.rmtree(work.folder / "out")
     assert whole.code == 0
 

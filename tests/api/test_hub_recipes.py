@@ -14,7 +14,7 @@ import torch
 from helpers_commands import ROOT, answer, refusal, run
 from helpers_faults import llama_tensors, near, save_model
 from hub_server import HubServer
-from models import files_of
+from models import files_of, output_of
 from safetensors.torch import save_file
 
 from mergekit_lfm import merge, open_checkpoint
@@ -74,7 +74,11 @@ def test_the_result_is_that_of_local_copies(folder: Path) -> None:
     run("merge", "local.yaml", "same")
     ours, theirs = files_of(folder / "out"), files_of(folder / "same")
     assert ours.keys() == theirs.keys()
-    assert {name for name in ours if ours[name] != theirs[name]} == {"README.md", "merge.lock.json"}
+    assert {name for name in ours if ours[name] != theirs[name]} == {
+        "README.md",
+        "merge.lock.json",
+        "mergekit_config.yml",
+    }
     assert answer(run("verify", "out", "--json"))["good"]
 
 
@@ -107,7 +111,7 @@ def test_the_recipe_of_the_card_makes_the_same_again(folder: Path) -> None:
     shown = re.findall(r"```yaml\n(.*?)```", (folder / "out/README.md").read_text(), re.DOTALL)
     (folder / "again.yaml").write_text(shown[0])
     merge("again.yaml", "again")
-    ours, theirs = files_of(folder / "out"), files_of(folder / "again")
+    ours, theirs = output_of(folder / "out"), output_of(folder / "again")
     assert {name for name in ours if ours[name] != theirs[name]} <= {"merge.lock.json"}
 
 
@@ -157,7 +161,7 @@ def test_offline_a_merge_uses_the_cache(models: HubServer, folder: Path, monkeyp
     assert said["warnings"] == [
         f"{name}: offline, so only its files in the cache were used" for name in ("org/a", "org/b@v1")
     ]
-    assert files_of(folder / "offline") == files_of(folder / "out")
+    assert output_of(folder / "offline") == output_of(folder / "out")
     assert len(models.requests) == asked
 
 
@@ -267,7 +271,11 @@ def test_a_model_of_the_hub_is_aligned_to_another(models: HubServer, folder: Pat
     merge("recipe.yaml", "out")
     merge("local.yaml", "same")
     ours, theirs = files_of(folder / "out"), files_of(folder / "same")
-    assert {name for name in ours if ours[name] != theirs[name]} == {"README.md", "merge.lock.json"}
+    assert {name for name in ours if ours[name] != theirs[name]} == {
+        "README.md",
+        "merge.lock.json",
+        "mergekit_config.yml",
+    }
 
 
 def test_licenses_that_differ_are_for_a_human_to_judge(models: HubServer, folder: Path) -> None:
@@ -275,7 +283,7 @@ def test_licenses_that_differ_are_for_a_human_to_judge(models: HubServer, folder
     merge("recipe.yaml", "out")
     card = (folder / "out/README.md").read_text()
     assert card.startswith("---\nlicense: other\nbase_model:\n")
-    assert re.search(r"- org/a@\w{40}, license: mine\n- org/b@\w{40}, license: apache-2.0\n", card)
+    assert re.search(r"- \[org/a@\w{40}\]\(https://huggingface.co/org/a\), license: mine\n- \[org/b@", card)
 
 
 def test_the_room_for_all_models_is_checked_before_the_first_is_fetched(

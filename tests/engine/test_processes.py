@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from helpers_methods import Case, least_memory, plan_of
 from helpers_processes import Processes
-from models import files_of
+from models import output_of
 
 from mergekit_lfm.engine.execute import execute
 from mergekit_lfm.errors import FormatError
@@ -34,7 +34,7 @@ def test_a_pickled_plan_is_the_same_plan(case: Case, tmp_path: Path) -> None:
     assert copy.digest == plan.digest
     execute(plan, tmp_path / "one", threads=1)
     execute(copy, tmp_path / "two", threads=1)
-    assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
+    assert output_of(tmp_path / "one") == output_of(tmp_path / "two")
 
 
 def test_processes_that_are_lost_are_replaced_to_the_same_bytes(tmp_path: Path) -> None:
@@ -44,7 +44,7 @@ def test_processes_that_are_lost_are_replaced_to_the_same_bytes(tmp_path: Path) 
     pool = Processes(kill=lambda number: number == 3)
     counted: list[int] = []
     execute(plan, tmp_path / "out", memory=2 * least_memory(plan), threads=2, pool=pool, progress=counted.append)
-    assert files_of(tmp_path / "out") == files_of(tmp_path / "threads")
+    assert output_of(tmp_path / "out") == output_of(tmp_path / "threads")
     assert pool.lost == 1 and max(pool.sizes) < 2000
     assert sum(counted) == plan.bytes_written
 
@@ -56,7 +56,7 @@ def test_processes_killed_at_random_moments(case: Case, tmp_path: Path) -> None:
     execute(plan, tmp_path / "threads", threads=2)
     pool = Processes(kill=lambda _: draw.random() < 0.15)
     execute(plan, tmp_path / "out", memory=2 * least_memory(plan), threads=2, pool=pool)
-    assert files_of(tmp_path / "out") == files_of(tmp_path / "threads")
+    assert output_of(tmp_path / "out") == output_of(tmp_path / "threads")
 
 
 @pytest.mark.slow

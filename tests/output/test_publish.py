@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers_stats import write_fisher
 from helpers_views import make_patch
-from models import files_of, save_checkpoint
+from models import files_of, output_of, save_checkpoint
 
 from mergekit_lfm.align.elements import random_transform
 from mergekit_lfm.arch import find_symmetries
@@ -133,7 +133,7 @@ def test_an_input_that_changed_since_an_interrupted_run_is_no_output(tmp_path: P
     assert files_of(tmp_path) == before
     execute(plan_with(tmp_path), tmp_path / "out", resume=False)
     execute(plan_with(tmp_path), tmp_path / "fresh")
-    assert files_of(tmp_path / "out") == files_of(tmp_path / "fresh")
+    assert output_of(tmp_path / "out") == output_of(tmp_path / "fresh")
 
 
 def test_unchanged_inputs_are_resumed(tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ def test_other_files_in_a_complete_looking_folder_are_not_published(
     if message.startswith("model.bin"):
         (tmp_path / "out.partial" / "model.bin").unlink()
         execute(plan_with(tmp_path), tmp_path / "out")
-        assert files_of(tmp_path / "out") == files_of(tmp_path / "fresh")
+        assert output_of(tmp_path / "out") == output_of(tmp_path / "fresh")
 
 
 def test_other_files_among_unfinished_work_are_not_published(tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_other_files_among_unfinished_work_are_not_published(tmp_path: Path) -> 
     (tmp_path / "out.partial" / "model-00003-of-00003.safetensors").unlink()
     execute(plan_with(tmp_path), tmp_path / "out")
     execute(plan_with(tmp_path), tmp_path / "fresh")
-    assert files_of(tmp_path / "out") == files_of(tmp_path / "fresh")
+    assert output_of(tmp_path / "out") == output_of(tmp_path / "fresh")
 
 
 # ------------------------------------------------------------------ documents

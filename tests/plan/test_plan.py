@@ -111,7 +111,7 @@ def test_only_files_of_the_model_are_copied(tmp_path: Path) -> None:
     (model / "wandb" / "config.json").write_text("{}")
     out = Path(merge(linear(model), tmp_path / "out"))
     assert {path.name for path in out.iterdir()} == {
-        *wanted, "config.json", "model.safetensors", "README.md", "merge.lock.json"
+        *wanted, "config.json", "model.safetensors", "README.md", "merge.lock.json", "mergekit_config.yml"
     }  # fmt: skip
 
 
