@@ -6,7 +6,7 @@ import json
 import sys
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -125,16 +125,8 @@ def merge(
 
     hidden = quiet or as_json
     with transfers(hidden=hidden):
-        planned = plan_merge(
-            _read_recipe(recipe),
-            out,
-            max_shard_size=max_shard_size,
-            seed=seed,
-            device=device,
-            push_to=push_to,
-            private=private,
-            card=not no_card,
-        ).result
+        how: dict[str, Any] = {"max_shard_size": max_shard_size, "seed": seed, "device": device, "push_to": push_to}
+        planned = plan_merge(_read_recipe(recipe), out, private=private, card=not no_card, **how).result
         if planned.goal is None and (private or pull_back):
             raise click.UsageError("--private and --verify are about a push: give --push-to org/name")
         if dry_run or verbose:

@@ -19,7 +19,7 @@ import click
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.machine.sizes import parse_size
 from mergekit_lfm.machine.text import printable, printable_message
-from mergekit_lfm.store.hub import HubName, hub_name
+from mergekit_lfm.store.hub import HubName, hub_name, nearest_name
 
 ANSWER_IS_NO = 1
 BAD_INPUT = 2  # or a bad environment; also what click exits with on bad usage
@@ -104,10 +104,14 @@ class ModelFolder(click.ParamType):  # type: ignore[type-arg]
 
     name = "model"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path | HubName:  # noqa: ARG002
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path | HubName:
         """The folder; if it does not exist, the model's name on the Hub."""
         folder = Path(value)
-        return folder if folder.exists() else hub_name(str(value)) or folder
+        if folder.exists() or (name := hub_name(str(value))) is None:
+            if "://" in str(value):  # a path would lose one of the slashes
+                self.fail(f"found {str(value)!r}, but there is no such folder{nearest_name(str(value))}", param, ctx)
+            return folder
+        return name
 
 
 def _download(value: Any, ctx: click.Context) -> Any:

@@ -68,7 +68,7 @@ def short_recipe(plan: Plan) -> dict[str, Any]:
 
 
 def own_text(plan: Plan) -> str | None:
-    """The recipe as it was written, with names in place of paths; None if it is no text, or would show private data."""
+    """The recipe as written, with names in place of paths; None without a text, or if it would show private data."""
     text = plan.recipe.text
     if text is None:
         return None

@@ -32,7 +32,7 @@ def public_names(labels: Iterable[str]) -> dict[str, str]:
 
 
 def _with_folder(reference: str) -> str:
-    """The last two parts of a path; only the last if the other is no name, or is that of the user."""
+    """The last two parts of a path; only the last if the folder has no name, or is the user's."""
     path = PurePath(reference)
     folder = path.parent
     nameless = folder.name in ("", "..", "~") or folder == PurePath(os.environ.get("HOME", ""))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mergekit_lfm.recipe.problems import Problem, attempt
 from mergekit_lfm.recipe.values import NamedFile
-from mergekit_lfm.store.hub import HubName, hub_name
+from mergekit_lfm.store.hub import HubName, hub_name, nearest_name
 
 
 def find_model(ref: str, where: Path | None) -> Path | HubName:
@@ -20,10 +20,10 @@ def find_model(ref: str, where: Path | None) -> Path | HubName:
         hint = "adapters (model+lora) are not supported in this version; merge the adapter into its model first"
     try:
         return _find(ref, where, hint)
-    except ValueError:
+    except ValueError as error:
         name = hub_name(ref)
         if name is None:
-            raise
+            raise ValueError(f"{error}{nearest_name(ref)}") from None
         return name
 
 

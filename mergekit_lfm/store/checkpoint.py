@@ -26,7 +26,7 @@ from mergekit_lfm.machine.resources import cache_folder, default_threads
 from mergekit_lfm.store.durable import replace_file
 from mergekit_lfm.store.folder import ADAPTER, read_config, weight_paths
 from mergekit_lfm.store.formats import WeightFile, bytes_of, open_weight_files
-from mergekit_lfm.store.hub import HubName, hub_name
+from mergekit_lfm.store.hub import HubName, hub_name, nearest_name
 from mergekit_lfm.store.identity import content_digest, identity_of, state_digest
 from mergekit_lfm.store.tensors import ITEMSIZE, TensorSpec
 
@@ -206,7 +206,10 @@ class StoredCheckpoint(Checkpoint):
             except FormatError as error:
                 if snapshot is None or snapshot.listed:
                     raise
-                raise FormatError(f"{error}. HF_HUB_OFFLINE is set, so only files in the cache are used") from None
+                from mergekit_lfm.store.hub.client import offline_variable
+
+                variable = offline_variable()
+                raise FormatError(f"{error}. {variable} is set, so only files in the cache are used") from None
         elif path.name in ADAPTER:
             raise FormatError(f"{path} is an adapter: merge it into its model first (peft's merge_and_unload)")
         self._files = tuple(open_weight_files(paths, snapshot))
@@ -279,7 +282,7 @@ def open_checkpoint(path: str | os.PathLike[str] | HubName) -> Checkpoint:
         return StoredCheckpoint(local)
     name = hub_name(path) if isinstance(path, str) else path
     if not isinstance(name, HubName):
-        raise FileNotFoundError(f"no such checkpoint: {path}")
+        raise FileNotFoundError(f"no such checkpoint: {path}{nearest_name(str(path))}")
     from mergekit_lfm.store.hub.snapshots import find_snapshot
 
     try:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers_commands import ROOT, answer, refusal, run
 from helpers_faults import llama_tensors, near, save_model
-from hub_server import HubServer
+from hub_server import TOKEN, HubServer
 from models import files_of, output_of
 from safetensors.torch import save_file
 
@@ -174,6 +174,48 @@ def test_offline_the_message_names_missing_files(folder: Path, monkeypatch: pyte
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE is set" in refusal(run("merge", "recipe.yaml", "out"))
     assert not (folder / "out").exists() and not (folder / "out.partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "named"),
+    [(None, "1", "TRANSFORMERS_OFFLINE"), ("1", "1", "HF_HUB_OFFLINE"), ("1", None, "HF_HUB_OFFLINE")],
+)
+@pytest.mark.parametrize("planned", [False, True])
+@pytest.mark.usefixtures("folder")
+def test_the_message_names_the_variable_that_is_set(
+    first: str | None, second: str | None, named: str, planned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if planned:
+        run("plan", "recipe.yaml")
+    for name, value in (("HF_HUB_OFFLINE", first), ("TRANSFORMERS_OFFLINE", second)):
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    message = refusal(run("merge", "recipe.yaml", "out"))
+    other = ({"HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"} - {named}).pop()
+    assert named in message and other not in message and "org/a" in message
+
+
+@pytest.mark.parametrize("name", ["HUGGINGFACE_TOKEN", "HUGGINGFACEHUB_API_TOKEN", "HF_API_TOKEN"])
+def test_a_token_under_a_name_that_is_not_read_is_named(
+    name: str, models: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models.create("org/secret", files_of(folder / "local/b"), private=True)
+    (folder / "recipe.yaml").write_text(RECIPE.replace("org/b@v1", "org/secret"))
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setenv(name, TOKEN)
+    message = refusal(run("plan", "recipe.yaml"))
+    assert f"set HF_TOKEN ({name} is set, but no program of the Hub reads it)" in message and TOKEN not in message
+
+
+def test_a_token_under_the_old_name_is_read(models: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models.create("org/secret", files_of(folder / "local/b"), private=True)
+    (folder / "recipe.yaml").write_text(RECIPE.replace("org/b@v1", "org/secret"))
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setenv("HUGGING_FACE_HUB_TOKEN", f"{TOKEN}\n")
+    assert answer(run("plan", "recipe.yaml", "--json"))["tensors"] > 0
 
 
 def test_one_message_names_all_models_that_are_not_available(models: HubServer, folder: Path) -> None:

@@ -416,7 +416,7 @@ def test_the_commands_of_the_document_are_those_that_there_are() -> None:
 
 
 @pytest.mark.parametrize("verified", [True, False])
-def test_the_card_of_an_edited_model_has_its_facts_and_what_they_cost(here: Path, verified: bool) -> None:
+def test_the_card_of_an_edited_model_has_its_facts_and_their_cost(here: Path, verified: bool) -> None:
     options = [] if verified else ["--no-verify"]
     assert run("patch", "apply", "m", "patch.st", "-o", "edited", "-q", *options).exit_code == 0
     card = (here / "edited/README.md").read_text()

@@ -238,7 +238,7 @@ def test_a_card_can_be_left_out(here: Path, line: str, options: list[str]) -> No
     assert "already there" in run("merge", "r.yaml", "out", *options).stderr
 
 
-def test_the_lock_says_once_what_most_tensors_share(here: Path) -> None:
+def test_the_lock_says_once_the_entries_that_most_tensors_share(here: Path) -> None:
     (here / "r.yaml").write_text(RECIPE.format(place=here))
     out = Path(merge("r.yaml", "out"))
     raw = (out / "merge.lock.json").read_bytes()
