@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_lfm.api.arguments import StrPath, expand, model_folder
 from mergekit_lfm.api.changes import changes_data, rounding_warnings
-from mergekit_lfm.api.efficacy import check_efficacy, is_enough, load_for_texts, score
+from mergekit_lfm.api.efficacy import check_efficacy, is_enough, load_for_texts, note_scores, score
 from mergekit_lfm.api.outcome import Outcome, warn_of
 from mergekit_lfm.api.patches import Applied, apply_patches, has_changed, undo_file
 from mergekit_lfm.api.repeats import is_repeated
@@ -106,6 +106,8 @@ def edit_model(
     if target is not None and file is not None:
         saved = apply_patches(folder, [file], target, verify=False, overwrite=overwrite, progress=progress)
     after = _judge(folder, patch, target, known, dtype, device, progress) if verify else None
+    if target is not None and after is not None:
+        note_scores(target, after)
     source = open_checkpoint(folder)
     changes = changes_data(patch, source)
     good, changed = is_enough(after, min_efficacy), has_changed(source, patch)

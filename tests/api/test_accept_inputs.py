@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_faults import Forks, snapshot, write_raw, write_tensors
+from helpers_faults import Forks, output_snapshot, snapshot, write_raw, write_tensors
 from helpers_work import EMBED, LINEAR, NORM, PASSTHROUGH, TIES, UP, Work
 from safetensors.torch import load_file
 
@@ -371,7 +371,7 @@ def test_not_finite_input_as_a_warning(work: Work) -> None:
     for said in (at_once.err, ran.err):
         assert UP in said
         assert "models/b" in said
-    assert snapshot(work.folder / "out") == snapshot(work.folder / "out-2")
+    assert output_snapshot(work.folder / "out") == output_snapshot(work.folder / "out-2")
     lock = (work.folder / "out" / "merge.lock.json").read_text()
     assert json.loads(lock)["nonfinite"] == [f"{UP} of models/b"]
     merged = load_file(work.folder / "out" / "model.safetensors")
