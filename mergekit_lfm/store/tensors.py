@@ -185,7 +185,7 @@ def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _read_int(text: str) -> float:
-    """The number; -0, as the official reader has it, is not an integer."""
+    """The number. As for the official reader, -0 is a float."""
     return -0.0 if text == "-0" else int(text)
 
 
