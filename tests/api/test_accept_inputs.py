@@ -292,10 +292,10 @@ def test_all_wrong_shapes_are_named(work: Work) -> None:
 
 
 def test_many_differences_stay_readable(work: Work) -> None:
-    """With a wholly different model the message says how the names differ, and ends."""
+    """With a wholly different model the message names many differences, but ends."""
     more = {f"other{i}.weight": torch.zeros(1) for i in range(5000)}
     work.change("b", more | dict.fromkeys(work.tensors["b"]))
-    message = work.refused("models/b", "all 5000 tensors", "begin with 'other.'")
+    message = work.refused("models/b", "5021")
     assert len(message) < 50_000
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers_methods import CASES, DELTAS, count_of, ids, parameters_of, save_statistics
-from models import files_of
+from models import output_of
 from safetensors.torch import load_file, save_file
 
 from mergekit_lfm.engine.batches import split_batches
@@ -81,7 +81,7 @@ def test_small_tensors_have_the_bytes_of_each_alone(case: tuple[str, dict[str, A
     plan = plan_small(case, tmp_path)
     execute(plan, tmp_path / "at-once", threads=1)
     execute(plan, tmp_path / "alone", threads=1, pool=one_by_one)
-    assert files_of(tmp_path / "at-once") == files_of(tmp_path / "alone")
+    assert output_of(tmp_path / "at-once") == output_of(tmp_path / "alone")
 
 
 def test_small_tensors_of_a_file_are_read_and_written_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +116,7 @@ def test_a_batch_with_nan_names_the_tensor(tmp_path: Path) -> None:
     found = execute(plan, tmp_path / "at-once", threads=1, nan="warn").findings
     assert len(found) == 1 and found[0].startswith("layers.1.part3.w of ")
     execute(plan, tmp_path / "alone", threads=1, nan="warn", pool=one_by_one)
-    assert files_of(tmp_path / "at-once") == files_of(tmp_path / "alone")
+    assert output_of(tmp_path / "at-once") == output_of(tmp_path / "alone")
 
 
 def test_batches_fit_the_share_of_a_worker(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers_methods import CASES, DELTAS, ids, least_memory, parameters_of, plan_of
-from models import files_of
+from models import output_of
 from safetensors.torch import save_file
 
 from mergekit_lfm.engine.blocks import Blocks
@@ -39,7 +39,7 @@ def compare(plan: Plan, folder: Path, monkeypatch: pytest.MonkeyPatch) -> int:
     execute(plan, folder / "ample", memory=1 << 30, threads=1)
     monkeypatch.setattr(Blocks, "pieces", counted)
     execute(plan, folder / "short", memory=least_memory(plan), threads=1)
-    assert files_of(folder / "ample") == files_of(folder / "short")
+    assert output_of(folder / "ample") == output_of(folder / "short")
     with pytest.raises(PlanError, match="raise --memory"):
         execute(plan, folder / "refused", memory=least_memory(plan) - 1, threads=1)
     return len(parts)

@@ -16,7 +16,7 @@ import xxhash
 from helpers_commands import run
 from helpers_methods import Case, least_memory, plan_of
 from helpers_progress import Counted
-from models import files_of, save_checkpoint
+from models import files_of, output_of, save_checkpoint
 from safetensors.torch import load_file, save_file
 
 from mergekit_lfm.engine.execute import execute
@@ -87,7 +87,7 @@ def test_another_file_of_equal_size_and_time_is_not_taken_for_the_input(folder: 
     assert files_of(folder) == before
     assert merge_in(folder, overwrite=True) == ["merging"]
     merge_in(folder, "fresh")
-    assert files_of(folder / "out") == files_of(folder / "fresh") != before
+    assert output_of(folder / "out") == output_of(folder / "fresh") != before
 
 
 def test_a_copied_tensor_that_changed_in_both_models_is_seen(folder: Path) -> None:

@@ -132,7 +132,7 @@ def test_an_input_that_changed_since_an_interrupted_run_is_merged_again(tmp_path
     assert done.resumed_bytes == 0
     assert [line for line in done.findings if "model-00001-of-00002.safetensors was changed" in line]
     execute(plan_with(tmp_path), tmp_path / "fresh")
-    assert files_of(tmp_path / "out") == files_of(tmp_path / "fresh")
+    assert output_of(tmp_path / "out") == output_of(tmp_path / "fresh")
 
 
 def test_unfinished_work_on_a_model_of_the_same_name_elsewhere_is_not_reused(tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_unfinished_work_on_a_model_of_the_same_name_elsewhere_is_not_reused(tmp
     assert plan.digest == plan_with(tmp_path / "one").digest
     assert execute(plan, tmp_path / "out").resumed_bytes == 0
     execute(plan, tmp_path / "fresh")
-    assert files_of(tmp_path / "out") == files_of(tmp_path / "fresh")
+    assert output_of(tmp_path / "out") == output_of(tmp_path / "fresh")
 
 
 def test_damaged_segments_of_an_interrupted_run_are_merged_again(tmp_path: Path) -> None:
@@ -263,7 +263,7 @@ def test_a_complete_looking_folder_that_no_longer_fits_is_made_again(
     change(tmp_path)
     assert execute(plan_with(tmp_path), tmp_path / "out").resumed_bytes == 0
     execute(plan_with(tmp_path), tmp_path / "fresh")
-    assert files_of(tmp_path / "out") == files_of(tmp_path / "fresh")
+    assert output_of(tmp_path / "out") == output_of(tmp_path / "fresh")
 
 
 def test_the_output_that_it_was_to_replace_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,7 +278,7 @@ def test_the_output_that_it_was_to_replace_is_put_back(tmp_path: Path, monkeypat
     assert files_of(tmp_path / "out") == before
     execute(plan_with(tmp_path), tmp_path / "out", overwrite=True)
     execute(plan_with(tmp_path), tmp_path / "fresh")
-    assert files_of(tmp_path / "out") == files_of(tmp_path / "fresh")
+    assert output_of(tmp_path / "out") == output_of(tmp_path / "fresh")
 
 
 def test_other_files_among_unfinished_work_are_not_published(tmp_path: Path) -> None:
