@@ -90,7 +90,7 @@ def save_model(folder: Path, offset: int, big: tuple[int, int] = (300, 160)) -> 
 
 def save_statistics(model: Path, kind: str) -> Path:
     """A statistics file of all tensors of a model, or of its layers."""
-    tensors, path = load_file(model / "model.safetensors"), model / "stats.file"
+    tensors, path = load_file(model / "model.safetensors"), model.with_name(f"{model.name}.stats")
     generator = torch.Generator().manual_seed(len(model.name))
     if kind == "fisher":
         return write_fisher(path, model, {n: torch.rand(x.shape, generator=generator) for n, x in tensors.items()})
