@@ -43,6 +43,7 @@ from mergekit_lfm.plan.sources import (
     refuse_resized,
 )
 from mergekit_lfm.plan.statistics import find_statistics
+from mergekit_lfm.plan.whole import refuse_parts
 from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.recipe.rename import RenameRule
 from mergekit_lfm.recipe.roles import Input
@@ -254,6 +255,7 @@ def make_plan(
     matches, dropped = match_tensors(recipe, rows, labels, roles.template)
     statistics = find_statistics(roles, matches)
     layers, table = find_layers(template), SettingsTable(recipe)
+    refuse_parts(recipe, rows.models, labels, layers)
     beside = gather_files(rows.models, labels, roles.template)
     jobs, problems = [], []
     for name, match in matches.items():

@@ -89,6 +89,7 @@ class ModelEntry(Strict):
     align: a transform file, or {to, method, ...} to find one before the merge. edits: changes to the model before the
     merge, each a patch file or {facts, method, ...}. rename: new names for its tensors, {old beginning: new beginning}
     or {"re:PATTERN": new text}; the first match holds, and all else about the model is about the new names.
+    layer_range: of a slice, all layers.
     """
 
     model: Reference
@@ -96,6 +97,7 @@ class ModelEntry(Strict):
     align: Annotated[str | dict[str, Any] | None, BeforeValidator(_path_or_mapping)] = None
     edits: Edits = ()
     rename: Any = None
+    layer_range: tuple[int, int] | None = None
     parameters: Parameters = Field(default_factory=dict)
 
 

@@ -18,6 +18,7 @@ from mergekit_lfm.errors import PlanError, Refusal, did_you_mean
 from mergekit_lfm.methods.method import REQUIRED, Method, Value
 from mergekit_lfm.methods.registry import METHODS
 from mergekit_lfm.recipe.align import AlignRequest
+from mergekit_lfm.recipe.dialect import read_dialect
 from mergekit_lfm.recipe.form import (
     Dtype,
     Edits,
@@ -67,6 +68,7 @@ class Recipe(Strict):
     tensors: "common" merges what all models share and keeps the rest of the base. keep: for parts of tensors' names
     whose tensors are kept: "base", one of the models, or "drop". rows: of vocabularies that differ in length "crop"
     those beyond the shortest, or "keep" those of the base. allow: facts in which the models may differ.
+    tokenizer_source: only where all tokenizers are equal; the base's is copied.
 
     Build one with `Recipe.load` or `Recipe.parse`. Relative model paths are relative to the recipe's folder, then to
     the working directory; `output` is relative to the working directory.
@@ -92,9 +94,11 @@ class Recipe(Strict):
     rows: Literal["crop", "keep"] | None = None
     allow: Annotated[tuple[str, ...], BeforeValidator(_read_allowed)] = ()
     card: bool = Field(default=True, strict=True)
+    tokenizer_source: Literal["base", "union"] | None = None
 
     _roles: Roles = PrivateAttr()
     _text: str | None = PrivateAttr(default=None)
+    _notices: tuple[str, ...] = PrivateAttr(default=())
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -117,8 +121,10 @@ class Recipe(Strict):
             expected = "a mapping with merge_method and models"
             raise PlanError(f"{{place}}: {FOUND}", place=label, found=f"{data!r:.40}", expected=expected)
         try:
-            recipe = cls.model_validate(dict(data), context={"where": where, "whole": True})
+            ours, notices = read_dialect(data, cls.model_fields)
+            recipe = cls.model_validate(ours, context={"where": where, "whole": True})
             recipe._text = source if isinstance(source, str) else None
+            recipe._notices = notices
             return recipe
         except ValidationError as error:
             problems = [*content_problems(error), *form_problems(error, cls)]
@@ -181,6 +187,11 @@ class Recipe(Strict):
     def text(self) -> str | None:
         """The recipe as its file has it, None if it was not read from text."""
         return self._text
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What the recipe says without any effect here, a line for each."""
+        return (*self._notices, *self._roles.notices)
 
     @property
     def method(self) -> Method:

@@ -54,7 +54,7 @@ class Input:
 class Roles:
     """A recipe's models as written (`lines`) and by role in the method, and the top level's settings.
 
-    edits: of the result.
+    edits: of the result. notices: about entries without effect.
     """
 
     base: Input | None
@@ -62,6 +62,7 @@ class Roles:
     inputs: tuple[Input, ...]
     settings: Mapping[str, Setting]
     edits: tuple[Edit, ...] = ()
+    notices: tuple[str, ...] = ()
 
 
 def assign_roles(
@@ -85,11 +86,11 @@ def assign_roles(
         lines.append(line)
         problems += wrong
     lines, wrong_aligns = _read_aligns(models, lines, base, where)
-    inputs, wrong_base = _choose_inputs(method, base, lines)
+    inputs, notices = _choose_inputs(method, base, lines)
     shared, wrong_settings = _read_settings(parameters, method, "parameters", own=False)
     of_result, wrong_edits = _read_edits(edits, where, "edits")
-    problems += [*wrong_aligns, *wrong_base, *wrong_settings, *wrong_edits]
-    return Roles(base, tuple(lines), inputs, shared, of_result), problems
+    problems += [*wrong_aligns, *wrong_settings, *wrong_edits]
+    return Roles(base, tuple(lines), inputs, shared, of_result, notices), problems
 
 
 def _read_line(
@@ -233,20 +234,17 @@ def _name_model(ref: str, source: Path | HubName, base: Input | None, before: Se
 
 def _choose_inputs(
     method: Method, base: Input | None, lines: Sequence[Input]
-) -> tuple[tuple[Input, ...], list[Problem]]:
-    """The method's inputs among the lines and the base."""
+) -> tuple[tuple[Input, ...], tuple[str, ...]]:
+    """The method's inputs among the lines and the base, and a notice of parameters that a base does not have."""
     others = tuple(line for line in lines if line != base)
     if base is None:
-        return others, []
+        return others, ()
     listed = next((line for line in lines if line == base), base)
     if method.base == "member":
-        return tuple(lines) if base in lines else (*lines, base), []
+        return tuple(lines) if base in lines else (*lines, base), ()
     if method.base == "first":
-        return (listed, *others), []
-    if not listed.settings:
-        return others, []
-    text = (
-        f"{listed.ref} is the base, which {method.name} subtracts from the others and takes no parameters for; "
-        "remove them"
-    )
-    return others, [Problem(f"{listed.place}.parameters", text)]
+        return (listed, *others), ()
+    names = ", ".join(f"`{name}`" for name in listed.settings)
+    place = f"{listed.place}.parameters: {names}"
+    text = f"{place} has no effect here: {listed.ref} is the base, which {method.name} subtracts from the others"
+    return others, (text,) if names else ()
