@@ -15,6 +15,7 @@ import pytest
 import torch
 from helpers_faults import Forks, Ran
 from helpers_stats import gram_of, write_fisher, write_grams
+from models import output_of
 from safetensors.torch import load_file, save_file
 
 from mergekit_lfm import merge, merge_tensors
@@ -241,8 +242,8 @@ def test_the_plan_and_the_lock_name_the_regressed_and_the_averaged(models: Model
     assert plan.bytes_read > sum(sizes) / 2
     models.merge(models.recipe())
     lock = json.loads((models.folder / "out" / "merge.lock.json").read_text())
-    assert lock["tensors"]["b.bias"]["method"] == "regmean"
-    assert lock["tensors"]["embedding"]["method"] == "linear"
+    method_of = {name: {**lock["common"], **entry}["method"] for name, entry in lock["tensors"].items()}
+    assert (method_of["b.bias"], method_of["embedding"]) == ("regmean", "linear")
     assert [entry["statistics"] for entry in lock["statistics"]] == ["m0.gram", "m1.gram", "m2.gram"]
     assert lock["recipe"]["models"][1]["stats"] == "m1.gram"
 
@@ -287,8 +288,7 @@ def test_any_memory_and_threads_give_the_same_bytes(models: Models) -> None:
     least = max([*(Budget(plan).least(job) for job in plan.tensors), *(group.nbytes for group in plan.matrices)])
     models.merge(models.recipe(), "one", threads=1)
     models.merge(models.recipe(), "three", threads=3, memory=3 * least)
-    for path in (models.folder / "one").iterdir():
-        assert (models.folder / "three" / path.name).read_bytes() == path.read_bytes()
+    assert output_of(models.folder / "three") == output_of(models.folder / "one")
     models.refused(models.recipe(), "raise --memory", memory=least - 1, threads=1)
 
 
@@ -308,8 +308,7 @@ def test_a_killed_merge_goes_on_to_the_same_bytes(models: Models, cli: Forks, st
         again = run(f"out{at}")
         assert again.code == 0, again.err
         resumed += "by the interrupted run" in again.err
-        for path in (models.folder / "whole").iterdir():
-            assert (models.folder / f"out{at}" / path.name).read_bytes() == path.read_bytes()
+        assert output_of(models.folder / f"out{at}") == output_of(models.folder / "whole")
     assert resumed
 
 

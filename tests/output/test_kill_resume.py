@@ -114,9 +114,9 @@ class Job:
 
     def fresh(self, *options: object) -> Content:
         """The output of the command without unfinished work."""
-        assert self.run(*options, out="out-fresh").code == 0
-        made = snapshot(self.folder / "out-fresh")
-        shutil.rmtree(self.folder / "out-fresh")
+        assert self.run(*options, out="fresh/out").code == 0  # of one name: the card is titled with it
+        made = snapshot(self.folder / "fresh/out")
+        shutil.rmtree(self.folder / "fresh")
         return made
 
 
