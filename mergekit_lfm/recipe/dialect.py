@@ -1,7 +1,7 @@
 """Forms of published recipes that mean one thing exactly: read as ours, with a notice where a key has no effect.
 
-`slices` with one slice over all layers of its models is `models`; the plan checks that these are all. A parameter at the
-top level, beside `parameters`, has no effect with its default.
+`slices` with one slice over all layers of its models is `models`; the plan checks that these are all. A parameter at
+the top level, beside `parameters`, has no effect with its default.
 """
 
 from __future__ import annotations

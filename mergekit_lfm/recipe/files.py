@@ -24,11 +24,11 @@ def find_model(ref: str, where: Path | None) -> Path | HubName:
         hint = "adapters (model+lora) are not supported in this version; {cure}"
         words = {"cure": "merge the adapter into its model first"}
     try:
-        return _find(ref, where, hint, **words)
-    except ValueError as error:
+        return _find(ref, where, hint + "{nearest}", **words, nearest=nearest_name(ref))
+    except ValueError:
         name = hub_name(ref)
         if name is None:
-            raise ValueError(f"{error}{nearest_name(ref)}") from None
+            raise
         return name
 
 

@@ -44,7 +44,7 @@ def slices(models: list[str], *ranges: tuple[int, int], **more: Any) -> dict[str
 
 def test_one_slice_over_all_layers_is_models(models: list[str], tmp_path: Path) -> None:
     one = load_all(Path(merge(slices(models, (0, 2), (0, 2)), tmp_path / "one")))
-    plain = slices(models, (0, 2), (0, 2), models=[{"model": model} for model in models[1:]])
+    plain = {**slices(models, (0, 2), (0, 2)), "models": [{"model": model} for model in models[1:]]}
     del plain["slices"]
     other = load_all(Path(merge(plain, tmp_path / "other")))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
@@ -64,9 +64,7 @@ def test_several_slices_are_refused(models: list[str]) -> None:
 
 
 @pytest.mark.parametrize("method", ["ties", "dare_linear", "task_arithmetic"])
-def test_parameters_of_a_base_that_is_subtracted_have_no_effect(
-    models: list[str], tmp_path: Path, method: str
-) -> None:
+def test_parameters_of_a_base_that_is_subtracted_have_no_effect(models: list[str], tmp_path: Path, method: str) -> None:
     lines = [{"model": model, "parameters": {"weight": 0.3, "density": 0.5}} for model in models]
     if method == "task_arithmetic":
         lines = [{"model": model, "parameters": {"weight": 0.3}} for model in models]

@@ -356,12 +356,6 @@ def test_refused_for_its_roles(change, expected):
     assert expected in refused(slerp(0.5) | change)
 
 
-def test_parameters_of_a_base_that_takes_none_are_refused():
-    entries = [{"model": "A"}, {"model": "BASE", "parameters": {"weight": 1}}]
-    recipe = {"merge_method": "ties", "base_model": "BASE", "models": entries, "parameters": {"weight": 1}}
-    assert "models[1].parameters: BASE is the base" in refused(recipe)
-
-
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
