@@ -76,7 +76,7 @@ if TYPE_CHECKING:
     from mergekit_lfm.api.align import align_models, check_table
     from mergekit_lfm.api.edit import edit_model
     from mergekit_lfm.api.inspect import inspect_file
-    from mergekit_lfm.api.judge import evaluate_models, measure_barrier, repair_model, verify_output
+    from mergekit_lfm.api.judge import evaluate_models, measure_barrier, repair_model
     from mergekit_lfm.api.merge import merge, plan_merge
     from mergekit_lfm.api.outcome import Finding, Outcome
     from mergekit_lfm.api.patches import apply_patches, undo_patches
@@ -84,6 +84,7 @@ if TYPE_CHECKING:
     from mergekit_lfm.api.stats import collect_stats
     from mergekit_lfm.api.tensors import merge_tensors
     from mergekit_lfm.api.trace import trace_facts
+    from mergekit_lfm.api.verify import verify_output
     from mergekit_lfm.arch.registry import find_symmetries
     from mergekit_lfm.arch.table import Symmetries, Units, read_table
     from mergekit_lfm.artifacts.facts import Fact, FactsFile, as_facts, read_facts_file
@@ -161,7 +162,7 @@ _HOMES = {
     "score_facts": "edit.scores",
     "trace_facts": "api.trace",
     "undo_patches": "api.patches",
-    "verify_output": "api.judge",
+    "verify_output": "api.verify",
 }
 
 

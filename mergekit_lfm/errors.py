@@ -44,6 +44,12 @@ def several_errors(what: str, errors: Sequence[PlanError]) -> PlanError:
     return errors[0] if len(errors) == 1 else PlanError(several(what, [*map(str, errors)]))
 
 
+def shorten(names: Sequence[str], most: int = 10) -> str:
+    """The first names in one line, and the number of the others."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
 def did_you_mean(word: object, known: Iterable[str]) -> str:
     """The end of a message: the known word nearest to `word`, or all of them if none is near."""
     names = sorted(known)

@@ -16,6 +16,7 @@ import gc
 import importlib
 import io
 import json
+import math
 import os
 import shutil
 import signal
@@ -28,6 +29,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
@@ -228,7 +230,7 @@ class Fault:
     deny: str = ""  # opening such a path is refused
     free: int = -1  # the free space that the file system claims
     umask: int = -1
-    sync_bytes: int = 0  # bytes between syncs, in place of the engine's hundreds of megabytes
+    sync_bytes: int = 0  # bytes between syncs, in place of the engine's hundreds of megabytes; statistics keep all sums
 
 
 def describe(name: str, args: tuple[Any, ...], folder: int | None = None) -> Call:
@@ -280,6 +282,8 @@ class Injector:
 
     def install(self) -> None:
         """From here on, calls are counted and may fail."""
+        from mergekit_lfm.store import durable
+
         self._pwrite = os.pwrite
         for name in CALLS:
             setattr(os, name, self._wrap(name, getattr(os, name)))
@@ -384,7 +388,11 @@ def child(request: dict[str, Any], folder: Path) -> int:
     os.chdir(request["cwd"])
     sys.argv = [request["program"], *request["arguments"]]
     programs: dict[str, click.Command] = {"merge": merge, "mergekit-lfm": main}
-    writer.SYNC_BYTES = fault.sync_bytes or writer.SYNC_BYTES
+    if fault.sync_bytes:
+        writer.SYNC_BYTES = fault.sync_bytes
+        if collecting := sys.modules.get("mergekit_lfm.collect.run"):
+            vars(collecting)["Pauses"] = partial(collecting.Pauses, every_s=0, saving_share=math.inf)
+        job.SMALL = 256  # the larger ones of these models have reads of their own
     with (folder / "calls").open("w") as trace:
         if fault.umask >= 0:
             os.umask(fault.umask)
@@ -420,13 +428,15 @@ def serve(requests: Iterable[str], replies: IO[str]) -> None:
         request = json.loads(line)
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
+            for stream in ("out", "err", "calls"):  # the child may be killed before it opens them
+                (folder / stream).touch()
             pid = os.fork()
             if not pid:
                 os._exit(child(request, folder))
             code = wait(pid, request["fault"].get("kill_after_s", 0))
             calls = [row.split("\t", 3) for row in (folder / "calls").read_text().splitlines()]
             rows = [(name, int(nbytes), int(offset), target) for name, nbytes, offset, target in calls]
-            texts = {stream: (folder / stream).read_text() for stream in ("out", "err")}
+            texts = {kind: (folder / kind).read_text() for kind in ("out", "err")}
             replies.write(json.dumps({"code": code, "calls": rows, **texts}) + "\n")
             replies.flush()
 
@@ -438,7 +448,7 @@ if __name__ == "__main__":
     from mergekit_lfm.commands.app import main
     from mergekit_lfm.commands.merge import merge
     from mergekit_lfm.output import writer
-    from mergekit_lfm.store import durable
+    from mergekit_lfm.plan import job
 
     for module in sys.argv[1:]:  # loaded once, for all children
         importlib.import_module(module)

@@ -291,6 +291,8 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             whole = int(self.headers.get("Content-Length") or 0)
             found += self.rfile.read(whole if limit is None else min(limit, whole))
+            if limit is None and len(found) < whole:  # the client was killed
+                raise _Cut
         self.got = len(found)
         return bytes(found)
 

@@ -243,9 +243,7 @@ def _save(model: Path, file: Path, folder: Path, overwrite: bool, progress: Prog
     """Write the rewritten model through a merge of it alone; True if an earlier run had written it."""
     entry = {"model": str(model), "align": str(file)}
     plan = make_plan(Recipe.parse({"merge_method": "passthrough", "models": [entry]}))
-    with progress.by_bytes(plan.bytes_written, "writing") as advance:
-        done = execute(plan, folder, overwrite=overwrite, progress=advance)
-    return done.already_there
+    return execute(plan, folder, overwrite=overwrite, progress=progress, doing="writing").already_there
 
 
 def check_table(model: StrPath, *, progress: Progress = SILENCE) -> Outcome[CheckedTable]:

@@ -14,7 +14,6 @@ from mergekit_lfm.artifacts.patch import Patch, open_patch
 from mergekit_lfm.artifacts.statistics import Statistics, open_statistics
 from mergekit_lfm.artifacts.transform import Transform, open_transform
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
-from mergekit_lfm.store.formats import ARCHIVES
 from mergekit_lfm.store.tensors import read_header
 
 Artifact = Statistics | Transform | Patch
@@ -51,7 +50,7 @@ def inspect_file(path: StrPath, *, content: bool = False) -> Outcome[Inspected]:
 def _open_artifact(checkpoint: Checkpoint) -> Artifact | None:
     """The artifact that the checkpoint's only file holds, whatever its name; None for a model."""
     file = checkpoint.files[0].path
-    if len(checkpoint.files) > 1 or file.suffix in ARCHIVES or checkpoint.snapshot is not None:
+    if len(checkpoint.files) > 1 or not checkpoint.files[0].is_safetensors or checkpoint.snapshot is not None:
         return None
     openers: dict[str, Callable[[Path], Statistics | Transform | Patch]] = {
         "statistics": open_statistics,

@@ -1,10 +1,9 @@
-"""`evaluate_models`, `measure_barrier`, `repair_model` and `verify_output`: judging and mending models."""
+"""`evaluate_models`, `measure_barrier` and `repair_model`: judging and mending models."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -12,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_lfm.api.arguments import StrPath, expand, model_folder
 from mergekit_lfm.api.outcome import Outcome
-from mergekit_lfm.errors import FormatError, PlanError
+from mergekit_lfm.errors import PlanError
 from mergekit_lfm.machine.progress import SILENCE, Progress
-from mergekit_lfm.store.hub import display_name, hub_name
+from mergekit_lfm.store.hub import display_name
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from mergekit_lfm.judge.evaluate import Score
     from mergekit_lfm.repair import Repaired
     from mergekit_lfm.runtime.load import Loaded
-    from mergekit_lfm.store.hub.snapshots import Snapshot
 
 Scores = Mapping[str, Mapping[str, "Score | FactScores"]]  # by model, then by file
 
@@ -206,53 +204,3 @@ def repair_model(
             progress=count,
         )
     return Outcome(folder, repaired, open_checkpoint(folder).content, seconds=time.monotonic() - started)
-
-
-@dataclass(frozen=True)
-class Verified:
-    """The result of a comparison with a lock: one line for each difference, and for all that the lock cannot show.
-
-    bytes_read: of the files with weights.
-    """
-
-    differences: tuple[str, ...]
-    not_covered: tuple[str, ...]
-    bytes_read: int = 0
-
-
-def verify_output(out: StrPath, *, progress: Progress = SILENCE) -> Outcome[Verified]:
-    """Read an output of `merge` again and compare it with its lock.
-
-    out: its folder, or its name on the Hub: then it is downloaded to the cache, without what the lock does not name.
-    The outcome's digest is that of the plan. Raises FormatError if it has no lock.
-    """
-    from mergekit_lfm.output.card import CARD, OWN_CARD
-    from mergekit_lfm.output.lock import lock_of, not_covered, verify
-
-    started, folder = time.monotonic(), expand(out, "OUT")
-    snapshot = None if folder.exists() else _pull(str(out), progress)
-    folder = folder if snapshot is None else snapshot.folder
-    nbytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    with progress.by_bytes(nbytes, "verifying") as advance:
-        differences = verify(folder, advance, alone=snapshot is None)
-    if snapshot is not None and OWN_CARD in snapshot.sizes:  # beside a card that was edited there
-        differences = [line for line in differences if not line.startswith(f"{CARD} ")]
-    others = () if snapshot is None else ("files on the Hub that the lock does not name",)
-    verified = Verified(tuple(differences), (*not_covered(folder), *others), nbytes)
-    return Outcome(folder, verified, lock_of(folder).get("plan"), seconds=time.monotonic() - started)
-
-
-def _pull(name: str, progress: Progress) -> Snapshot | None:
-    """The output on the Hub with this name, downloaded; None for other text. Raises FormatError without a lock."""
-    from mergekit_lfm.output.lock import LOCK, covered_files
-    from mergekit_lfm.store.hub.snapshots import find_snapshot
-
-    model = hub_name(name)
-    if model is None:
-        return None
-    snapshot = find_snapshot(model)
-    if LOCK not in snapshot.sizes:
-        raise FormatError(f"{snapshot} has no {LOCK}: it is not an output of `merge`")
-    snapshot.fetch([LOCK])
-    snapshot.fetch([file for file in covered_files(snapshot.folder) if file in snapshot.sizes], progress)
-    return snapshot

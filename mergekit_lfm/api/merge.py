@@ -93,6 +93,7 @@ def merge(
     nan: Literal["error", "warn"] = "error",
     overwrite: bool = False,
     resume: bool = True,
+    trust_times: bool = False,
     compile: Literal["auto", "always", "never"] = "auto",
     push_to: str | None = None,
     private: bool = False,
@@ -104,9 +105,10 @@ def merge(
 
     out: by default the recipe's `output`, else `merged/<name of the recipe file>`. memory and max_shard_size: bytes,
     or text such as "4GB". device: "cpu", "cuda", "cuda:1" or "auto", in place of the recipe's. nan: "warn" notes NaN
-    and infinity in the lock and as a warning, "error" refuses them. compile: as of `execute`. push_to: a repository on
-    the Hub that the result is pushed to, in place of the recipe's `push`; private: it has to be; verify_push: download
-    it again and compare it with its lock. on_merged is called when OUT is complete, before the push.
+    and infinity in the lock and as a warning, "error" refuses them. trust_times, compile: as of `execute`. push_to: a
+    repository on the Hub that the result is pushed to, in place of the recipe's `push`; private: it has to be;
+    verify_push: download it again and compare it with its lock. on_merged is called when OUT is complete, before the
+    push.
 
     Raises PlanError or FormatError (both ValueError) with everything that is wrong, before anything is written if it
     can be known then; ConnectionError if the Hub cannot be reached. Calling it again after an interruption goes on
@@ -124,14 +126,13 @@ def merge(
 
         check_repository(goal.repo, private=goal.private)
     options: dict[str, Any] = {"memory": as_bytes(memory), "threads": threads, "nan": nan}
-    options |= {"overwrite": overwrite, "resume": resume}
+    options |= {"overwrite": overwrite, "resume": resume, "trust_times": trust_times, "progress": progress}
     if plan.pending or plan.unedited or plan.absent:
         from mergekit_lfm.api.prepare import prepare
 
         where: dict[str, Any] = {"max_shard_size": recipe.max_shard_size, "device": accelerator.name}
-        plan = prepare(plan, folder, progress=progress, **where, **options)
-    with progress.by_bytes(plan.bytes_written, "merging") as advance:
-        done = execute(plan, folder, accelerator=accelerator, compile=compile, progress=advance, **options)
+        plan = prepare(plan, folder, **where, **options)
+    done = execute(plan, folder, accelerator=accelerator, compile=compile, **options)
     warnings, merged = warn_of(done.findings), Merged(plan, done.resumed_bytes)
     outcome = Outcome(folder, merged, plan.digest, done.already_there, warnings, time.monotonic() - started)
     if on_merged is not None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mergekit_lfm.api.arguments import StrPath, as_bytes, expand, model_folder
 from mergekit_lfm.api.efficacy import check_efficacy, check_runs, facts_of, is_enough, load_for_texts, score
@@ -23,6 +23,7 @@ from mergekit_lfm.machine.progress import SILENCE, Progress
 from mergekit_lfm.plan.plan import Plan, make_plan
 from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
+from mergekit_lfm.store.identity import content_digest
 from mergekit_lfm.store.places import check_file
 from mergekit_lfm.version import versions
 from mergekit_lfm.views.patched import patched_view
@@ -98,13 +99,17 @@ def apply_patches(
     )
     plan = make_plan(recipe, views=(view,))
     undo = undo_file(target)
-    known = undo.is_file() and read_patch_info(undo).options.get("plan") == plan.digest
+    touched = {name for patch in opened for name in patch.info.tensors}
+    old = content_digest({source[name]: source.digest_of(name) for name in touched})
+    made_from = {"plan": plan.digest, "content": old}
+    known = undo.is_file() and read_patch_info(undo).options == made_from
     check_file(undo, [folder, *files], overwrite=overwrite or known)
     if not known:
-        back = _reversal(source, view, {name for patch in opened for name in patch.info.tensors})
-        replace(back, info=replace(back.info, options={"plan": plan.digest})).save(undo)
-    with _remove_on_failure(None if known else undo), progress.by_bytes(plan.bytes_written, "applying") as advance:
-        done = execute(plan, target, memory=as_bytes(memory), threads=threads, overwrite=overwrite, progress=advance)
+        back = _reversal(source, view, touched)
+        replace(back, info=replace(back.info, options=made_from)).save(undo)
+    how: dict[str, Any] = {"memory": as_bytes(memory), "threads": threads, "overwrite": overwrite}
+    with _remove_on_failure(None if known else undo):
+        done = execute(plan, target, **how, progress=progress, doing="applying")
     applied = replace(_count_changes(plan, opened, undo), changed=has_changed(source, *opened))
     if facts is not None:
         after = score(load_for_texts(target, dtype, device), facts, "verifying", progress)
@@ -145,8 +150,8 @@ def undo_patches(
         edits = [str(file)]
     recipe = Recipe.parse({"merge_method": "passthrough", "models": [{"model": str(folder), "edits": edits}]})
     plan = make_plan(recipe, views=(patched_view(source, back),))
-    with progress.by_bytes(plan.bytes_written, "undoing") as advance:
-        done = execute(plan, target, memory=as_bytes(memory), threads=threads, overwrite=overwrite, progress=advance)
+    how: dict[str, Any] = {"memory": as_bytes(memory), "threads": threads, "overwrite": overwrite}
+    done = execute(plan, target, **how, progress=progress, doing="undoing")
     warnings = warn_of(done.findings)
     seconds = time.monotonic() - started
     return Outcome(target, _count_changes(plan, [back], None), plan.digest, done.already_there, warnings, seconds)

@@ -21,6 +21,7 @@ from mergekit_lfm.artifacts.statistics import Statistics, open_statistics
 from mergekit_lfm.artifacts.transform import Transform, open_transform
 from mergekit_lfm.edit.solve import edit
 from mergekit_lfm.engine.execute import execute, is_written
+from mergekit_lfm.engine.inputs import Comparison
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.machine.accelerators import accelerator_of
 from mergekit_lfm.machine.devices import find_gpu
@@ -59,33 +60,40 @@ def prepare(
     nan: Policy = "error",
     resume: bool = True,
     overwrite: bool = False,
+    trust_times: bool = False,
     device: str = "cpu",
     progress: Progress = SILENCE,
 ) -> Plan:
     """The plan with its weights downloaded and all alignments and edits made, unless `out` holds its output already.
 
-    The options are those of `execute`; device: where matrices are multiplied and models run. progress has a notice for
-    each download, alignment and edit that is not known from an earlier run. Edits of the result need the result: it is
-    merged once without them, beside `out`, and removed again. Raises what `find_transform`, `edit` and
-    `execute` raise, PlanError about `out`, memory and disk before anything else; ImportError without transformers.
+    The options are those of `execute`; device: where matrices are multiplied and models run. progress shows a notice
+    of each download, alignment and edit that is not known from an earlier run. Edits of the result need the result: it
+    is merged once without them, beside `out`, and removed again. Raises what `find_transform`, `edit` and `execute`
+    raise, PlanError about `out`, memory and disk before anything else; ImportError without transformers.
     """
     plan = note_device(plan, device)
     folder = place_of(out)
-    if is_written(plan, folder, overwrite=overwrite, resume=resume, nan=nan):
+    budget, notice = memory or default_memory(), progress.notice
+    where: dict[str, Any] = {"overwrite": overwrite, "resume": resume, "nan": nan}
+    if is_written(Comparison(plan, budget, threads, progress, trust_times), folder, **where):
         return plan
     if not (plan.pending or plan.absent or plan.unedited):
         return plan
-    notice = progress.notice
-    Budget(plan).peak(memory or default_memory(), threads or 1)
+    Budget(plan).peak(budget, threads or 1)
     check_disk(plan, folder)
-    _fetch_weights(plan, progress)
-    plan = _with_edits(_with_alignments(plan, notice, device), notice, device)
-    if not plan.unedited:
+    plan = prepare_models(plan, device, progress)
+    if not plan.unedited or is_written(Comparison(plan, budget, threads, progress, trust_times), folder, **where):
         return plan
     how: dict[str, Any] = {"memory": memory, "threads": threads, "nan": nan, "resume": resume}
     patches = _result_patches(plan, folder, notice, device, **how)
     made = make_plan(plan.recipe, max_shard_size=max_shard_size, views=plan.models, edits=patches)
     return replace(made, edited_on=plan.edited_on)
+
+
+def prepare_models(plan: Plan, device: str, progress: Progress) -> Plan:
+    """The plan with its weights downloaded, and its models aligned and edited."""
+    _fetch_weights(plan, progress)
+    return _with_edits(_with_alignments(plan, progress.notice, device), progress.notice, device)
 
 
 def note_device(plan: Plan, device: str) -> Plan:

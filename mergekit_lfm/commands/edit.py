@@ -43,7 +43,8 @@ HELP = f"""Change facts that MODEL says, and write the change as a patch.
 The facts file names subjects, prompts and new targets. The patch is small; `patch` shows, applies and undoes it;
 MODEL is left as it is. Afterwards the patched model is judged as its files hold it: ES, PS, NS are
 shares of prompts, paraphrases and other subjects where the right target is the more likely one; EA, PA, NA where
-its tokens are the most likely of all; SA and unedited the same of other facts, about the same subjects and others.
+its tokens are the most likely of all; GA and QA where the model's own words say the fact, after the prompt and when
+it is asked; SA and unedited are as EA, of other facts, about the same subjects and others.
 Look at all of them: an edit that succeeds may damage the rest. If OUT holds the patch of the same request already,
 it is not made again. A patch that changes no weight is written, too, but then the exit code is 1. Needs the extra:
 pip install "mergekit_lfm[models]"

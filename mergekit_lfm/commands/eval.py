@@ -78,8 +78,9 @@ def evaluate(
                     (top-1), and the mean of 1 / its place (MRR)
 
     With --facts: ES, PS, NS are shares of prompts, paraphrases and other subjects where the right target is the more
-    likely one; EA, PA, NA where its tokens are the most likely of all; SA and unedited the same of other facts, about
-    the same subjects and others.
+    likely one; EA, PA, NA where its tokens are the most likely of all; GA and QA where the model's own words say the
+    fact, after the prompt and when it is asked; SA and unedited are as EA, of other facts, about the same subjects and
+    others.
 
     Bits per byte compare models with different tokenizers. Over several files the mean is the arithmetic one, of
     perplexities the geometric one. Data: lines {"text": ..., "label": 0} or {"text": ..., "positive": ...}, or arrays

@@ -12,7 +12,7 @@ import click
 from mergekit_lfm.commands import options
 from mergekit_lfm.commands.console import Console
 from mergekit_lfm.commands.options import as_json, device_option, going_on_later, no_resume, overwrite, together
-from mergekit_lfm.commands.shell import Command, Size, transfers
+from mergekit_lfm.commands.shell import Command, transfers
 
 if TYPE_CHECKING:
     from mergekit_lfm.api.merge import Merged, PlannedMerge
@@ -25,16 +25,8 @@ planning = together(
     click.argument("out", type=click.Path(path_type=Path), required=False),
     options.memory,
     options.threads,
-    click.option(
-        "--max-shard-size",
-        type=Size(),
-        help="Split the result into files of at most this size, such as 5GB. [default: the files of the base model]",
-    ),
-    click.option(
-        "--seed",
-        type=click.IntRange(0, 2**64 - 1),
-        help="The number from which random methods draw; the same one gives the same bytes. [default: the recipe's]",
-    ),
+    options.max_shard_size,
+    options.seed,
 )
 
 
@@ -74,6 +66,11 @@ Examples:
 @device_option("Where to compute", default=None, otherwise="the recipe's, else cpu")
 @overwrite
 @no_resume
+@click.option(
+    "--trust-times",
+    is_flag=True,
+    help="Tell a change of an input by its size and modification time alone, where inodes or other times change.",
+)
 @click.option("--dry-run", is_flag=True, help="Print the plan, and do nothing.")
 @options.output
 @click.option("-v", "--verbose", is_flag=True, help="Also print the plan, with all tensors.")
@@ -96,6 +93,7 @@ def merge(
     device: str | None,
     overwrite: bool,
     no_resume: bool,
+    trust_times: bool,
     dry_run: bool,
     verbose: bool,
 ) -> None:
@@ -108,7 +106,7 @@ def merge(
     """
     from mergekit_lfm.api.merge import merge as run
     from mergekit_lfm.api.merge import plan_merge
-    from mergekit_lfm.commands.show.plans import merge_data, plan_text, push_text
+    from mergekit_lfm.commands.show.plans import plan_text
     from mergekit_lfm.commands.show.terminal import tell
 
     with transfers(hidden=console.hidden):
@@ -129,15 +127,13 @@ def merge(
                 nan=nan,
                 overwrite=overwrite,
                 resume=not no_resume,
+                trust_times=trust_times,
                 compile=compile_,
                 verify_push=pull_back,
                 progress=console.progress,
                 on_merged=partial(_show_outcome, console),
             )
-    pushed = outcome.result.pushed
-    if pushed is None:
-        console.conclude(merge_data(outcome), path=outcome.path)
-    console.conclude(merge_data(outcome), lambda: push_text(pushed), path=f"{outcome.path}\n{pushed.url}")
+    _conclude(console, outcome)
 
 
 def _show_outcome(console: Console, outcome: Outcome[Merged]) -> None:
@@ -145,6 +141,15 @@ def _show_outcome(console: Console, outcome: Outcome[Merged]) -> None:
 
     console.warn(outcome.warnings)
     console.say(outcome_text(outcome))
+
+
+def _conclude(console: Console, outcome: Outcome[Merged]) -> NoReturn:
+    from mergekit_lfm.commands.show.plans import merge_data, push_text
+
+    pushed = outcome.result.pushed
+    if pushed is None:
+        console.conclude(merge_data(outcome), path=outcome.path)
+    console.conclude(merge_data(outcome), lambda: push_text(pushed), path=f"{outcome.path}\n{pushed.url}")
 
 
 def _read_recipe(path: Path) -> Path | Recipe:

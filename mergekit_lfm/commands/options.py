@@ -78,6 +78,16 @@ memory = click.option(
 threads = click.option(
     "--threads", type=click.IntRange(min=1), help="The number of threads that compute. [default: the number of cores]"
 )
+max_shard_size = click.option(
+    "--max-shard-size",
+    type=Size(),
+    help="Split the result into files of at most this size, such as 5GB. [default: the files of the base model]",
+)
+seed = click.option(
+    "--seed",
+    type=click.IntRange(0, 2**64 - 1),
+    help="The number from which random methods draw; the same one gives the same bytes. [default: the recipe's]",
+)
 
 
 def device_option(sentence: str, default: str | None = "cpu", otherwise: str = "cpu") -> Callable[[F], F]:

@@ -63,7 +63,7 @@ def encode(
         rows = [[*row, *ending] for row, ending in zip(rows, endings, strict=True)]
     subjects = [(-1, -1)] * len(rows)
     if spans is not None:
-        subjects = [_tokens_of(*each) for each in zip(texts, offsets, spans, strict=True)]
+        subjects = [_subject_tokens(*each) for each in zip(texts, offsets, spans, strict=True)]
     width = max(map(len, rows))
     if limit is not None and width > limit:
         longest = max(range(len(rows)), key=lambda i: len(rows[i]))
@@ -75,6 +75,11 @@ def encode(
     mask = (torch.arange(width) < lengths[:, None]).long()
     first, last = torch.tensor(subjects, dtype=torch.int64).reshape(-1, 2).unbind(1)
     return Encoded(ids, mask, lengths, first, last)
+
+
+def tokens_of(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """The tokens of texts that continue: the tokenizer's special tokens before them, and none after."""
+    return _tokens(tokenizer, texts)[0] if texts else []
 
 
 Offsets = list[tuple[int, int]]
@@ -100,7 +105,7 @@ def _tokens(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[list[list[int]]
     return rows, offsets
 
 
-def _tokens_of(text: str, offsets: Sequence[tuple[int, int]], span: tuple[int, int] | None) -> tuple[int, int]:
+def _subject_tokens(text: str, offsets: Sequence[tuple[int, int]], span: tuple[int, int] | None) -> tuple[int, int]:
     """The first and last token with characters of the span."""
     if span is None:
         return -1, -1
@@ -115,21 +120,30 @@ def _tokens_of(text: str, offsets: Sequence[tuple[int, int]], span: tuple[int, i
 def fill_template(template: str, prompt: str, subject: str) -> tuple[str, tuple[int, int]]:
     """The prompt with its subject and the template's context filled in, and the subject's span of characters."""
     before, _, after = template.partition(BLANK)
-    start, _, end = prompt.partition(BLANK)
+    start, _, end = prompt.rstrip().partition(BLANK)  # blanks at the end belong to the target's tokens
     begin = len(before) + len(start)
     return f"{before}{start}{subject}{end}{after}", (begin, begin + len(subject))
 
 
-def target_ids(tokenizer: Tokenizer, prompt: str, target: str) -> list[int]:
-    """The tokens of a target that continues a prompt. Raises PlanError if it has none.
+def target_ids(tokenizer: Tokenizer, prompt: str, continuation: str) -> list[int]:
+    """The tokens of the text that continues a prompt. Raises PlanError if it has none.
 
-    The text is tokenised as a whole. The target's tokens follow those of the prompt alone; if the prompt has other
-    tokens when it continues, they are the tokens with characters beyond the prompt.
+    They follow those of the prompt alone in the whole text. If the prompt has other tokens when it continues, they are
+    the tokens with characters beyond it; if one of these reaches into the prompt, those after the start of a line.
     """
-    (row, alone), (offsets, _) = _tokens(tokenizer, [f"{prompt} {target}", prompt])
+    ids = _following(tokenizer, prompt, continuation)
+    ids = _following(tokenizer, "\n", continuation) if ids is None else ids
+    if not ids:
+        raise PlanError(f"the tokenizer gives the target {continuation!r} no token of its own. Give another target")
+    return ids
+
+
+def _following(tokenizer: Tokenizer, text: str, continuation: str) -> list[int] | None:
+    """The tokens after those of the text; None if one has characters of both."""
+    (row, alone), (offsets, _) = _tokens(tokenizer, [text + continuation, text])
     start = len(alone)
     if row[:start] != alone:
-        start = next((i for i, (_, stop) in enumerate(offsets) if stop > len(prompt)), len(row))
-    if start >= len(row):
-        raise PlanError(f"the tokenizer gives the target {target!r} no token. Give another target")
+        start = next((i for i, (_, stop) in enumerate(offsets) if stop > len(text)), len(row))
+        if start < len(row) and offsets[start][0] < len(text):
+            return None
     return row[start:]

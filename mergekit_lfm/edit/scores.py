@@ -1,7 +1,8 @@
 """Score a model on facts: which of two targets is more likely, and whether the model would say the right one.
 
 Publications report the first alone, which hides damage. The tokenizer's special tokens precede a prompt, and the
-target's tokens follow it as they do in running text: the same tokens that an edit aims at.
+target's tokens follow it as they do in running text: the same tokens that an edit aims at. Beside these scores stand
+those of the model's own words.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from mergekit_lfm.artifacts.facts import Fact, FactsFile, as_facts
+from mergekit_lfm.artifacts.statement import Statement
+from mergekit_lfm.edit.freely import Words, answer_freely, says
 from mergekit_lfm.edit.prompts import Encoded, encode, target_ids
 from mergekit_lfm.edit.targets import frozen_eval, max_tokens
 from mergekit_lfm.errors import PlanError
@@ -29,7 +32,8 @@ if TYPE_CHECKING:
 class ScoreRow:
     """A model's answer to one fact. right: it would say target_new, token by token (EA).
 
-    p_new, p_true: exp of the mean log-probability of the target's tokens; p_true: None without target_true.
+    p_new, p_true: exp of the mean log-probability of the target's tokens; p_true: None without target_true. bare,
+    asked: the model's own words after the prompt and when it is asked; None if the text leaves no room for any.
     """
 
     subject: str
@@ -38,6 +42,8 @@ class ScoreRow:
     right: bool
     p_new: float
     p_true: float | None
+    bare: str | None
+    asked: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +52,9 @@ class FactScores:
 
     es, ps: target_new is more likely than target_true, after the prompts and after paraphrases. ns: target_true is more
     likely than target_new, after prompts about neighbours. ea, pa, na: after the same prompts, each token of the right
-    target is the most likely of the vocabulary, given the right ones before it. sa: the same for statements that stay
-    true of the subjects; unedited: the same for statements that no fact is about.
+    target is the most likely of the vocabulary, given the right ones before it. ga, qa: the model's own words say
+    target_new and not target_true, after the prompts and as answers to questions. sa: as ea for statements that stay
+    true of the subjects; unedited: for statements that no fact is about.
     """
 
     es: float | None
@@ -56,6 +63,8 @@ class FactScores:
     ea: float | None
     pa: float | None
     na: float | None
+    ga: float | None
+    qa: float | None
     sa: float | None
     unedited: float | None
     counts: Mapping[str, int]
@@ -67,7 +76,7 @@ class FactScores:
         return {**shares, "counts": dict(self.counts), "rows": [asdict(row) for row in self.rows]}
 
 
-METRICS = ("es", "ps", "ns", "ea", "pa", "na", "sa", "unedited")
+METRICS = ("es", "ps", "ns", "ea", "pa", "na", "ga", "qa", "sa", "unedited")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +85,6 @@ class Answer:
 
     logp: float
     right: bool
-
-
-Asked = tuple[str, str]  # a prompt and the target after it
 
 
 def score_facts(
@@ -98,19 +104,29 @@ def score_facts(
     """
     facts_file = as_facts(facts)
     questions = _questions(facts_file)
-    targets = [(q.prompt, target) for each in questions.values() for q in each for target in (q.right, q.wrong)]
-    asked = list(dict.fromkeys((prompt, target) for prompt, target in targets if target is not None))
-    answer_to = dict(zip(asked, answer_prompts(model, tokenizer, asked, batch=batch, progress=progress), strict=True))
-    answers_of = {metric: [answer_to[q.prompt, q.right].right for q in each] for metric, each in questions.items()}
+    each = [statement for asked in questions.values() for q in asked for statement in (q.right, q.wrong)]
+    asked = list(dict.fromkeys(statement for statement in each if statement is not None))
+    rest = 2 * len(facts_file.facts)  # texts for the model's own words
+    answers = answer_prompts(model, tokenizer, asked, batch=batch, progress=_part(progress, 0, rest))
+    answer_to = dict(zip(asked, answers, strict=True))
+    answers_of = {metric: [answer_to[q.right].right for q in each] for metric, each in questions.items()}
     for judged, compared in COMPARED_METRIC.items():
         answers_of[compared] = [
-            answer_to[q.prompt, q.right].logp > answer_to[q.prompt, q.wrong].logp
-            for q in questions[judged]
-            if q.wrong is not None
+            answer_to[q.right].logp > answer_to[q.wrong].logp for q in questions[judged] if q.wrong is not None
         ]
+    done = _part(progress, len(asked), 0)
+    words = answer_freely(model, tokenizer_for_texts(tokenizer), facts_file.facts, batch=batch, progress=done)
+    pairs = list(zip(facts_file.facts, words, strict=True))
+    answers_of["ga"] = [says(said.bare, fact) for fact, said in pairs if said.bare is not None]
+    answers_of["qa"] = [says(said.asked, fact) for fact, said in pairs if said.asked is not None]
     shares = {metric: sum(answers) / len(answers) if answers else None for metric, answers in answers_of.items()}
     counts = {metric: len(answers_of[metric]) for metric in METRICS}
-    return FactScores(**shares, counts=counts, rows=tuple(_row(fact, answer_to) for fact in facts_file.facts))
+    return FactScores(**shares, counts=counts, rows=tuple(_row(*pair, answer_to) for pair in pairs))
+
+
+def _part(progress: Count | None, before: int, after: int) -> Count | None:
+    """Progress of a part of the work: with other texts done before it and to do after it."""
+    return None if progress is None else lambda done, total: progress(before + done, before + total + after)
 
 
 COMPARED_METRIC = {"ea": "es", "pa": "ps", "na": "ns"}  # metrics of the same prompts
@@ -118,47 +134,47 @@ COMPARED_METRIC = {"ea": "es", "pa": "ps", "na": "ns"}  # metrics of the same pr
 
 @dataclass(frozen=True, slots=True)
 class _Question:
-    """A prompt, the right target after it, and the target that must be less likely."""
+    """The right statement, and one with the same prompt that must be less likely."""
 
-    prompt: str
-    right: str
-    wrong: str | None = None
+    right: Statement
+    wrong: Statement | None = None
 
 
 def _questions(facts_file: FactsFile) -> dict[str, list[_Question]]:
     """The questions of each metric that asks for the most likely target."""
     facts = facts_file.facts
     paraphrased = [(fact, text) for fact in facts for text in fact.paraphrase_prompts]
-    same = [statement for fact in facts for statement in fact.same_subject]
+    neighbours = [(fact, text) for fact in facts for text in fact.neighborhood_prompts if fact.target_true is not None]
     return {
-        "ea": [_Question(fact.text, fact.target_new, fact.target_true) for fact in facts],
-        "pa": [_Question(text, fact.target_new, fact.target_true) for fact, text in paraphrased],
-        "na": [
-            _Question(text, fact.target_true, fact.target_new)
-            for fact in facts
-            if fact.target_true is not None
-            for text in fact.neighborhood_prompts
-        ],
-        "sa": [_Question(statement.prompt, statement.target) for statement in same],
-        "unedited": [_Question(statement.prompt, statement.target) for statement in facts_file.unedited],
+        "ea": [_Question(*_both(fact)) for fact in facts],
+        "pa": [_Question(*_both(fact, text)) for fact, text in paraphrased],
+        "na": [_Question(true, new) for new, true in (_both(*each) for each in neighbours) if true is not None],
+        "sa": [_Question(statement) for fact in facts for statement in fact.same_subject],
+        "unedited": [_Question(statement) for statement in facts_file.unedited],
     }
 
 
-def _row(fact: Fact, said: Mapping[Asked, Answer]) -> ScoreRow:
-    new = said[fact.text, fact.target_new]
-    true = None if fact.target_true is None else exp(said[fact.text, fact.target_true].logp)
-    return ScoreRow(fact.subject, fact.prompt, fact.target_new, new.right, exp(new.logp), true)
+def _both(fact: Fact, prompt: str | None = None) -> tuple[Statement, Statement | None]:
+    """The statements with target_new and target_true after the fact's prompt, or another one."""
+    true = None if fact.target_true is None else fact.complete(fact.target_true, prompt)
+    return fact.complete(fact.target_new, prompt), true
+
+
+def _row(fact: Fact, words: Words, answer_to: Mapping[Statement, Answer]) -> ScoreRow:
+    new = answer_to[fact.complete(fact.target_new)]
+    true = None if fact.target_true is None else exp(answer_to[fact.complete(fact.target_true)].logp)
+    return ScoreRow(fact.subject, fact.prompt, fact.target_new, new.right, exp(new.logp), true, words.bare, words.asked)
 
 
 def answer_prompts(
     model: nn.Module,
     tokenizer: Tokenizer | None,
-    asked: Sequence[Asked],
+    asked: Sequence[Statement],
     *,
     batch: int = 32,
     progress: Count | None = None,
 ) -> list[Answer]:
-    """Judge each target after its prompt and a space.
+    """Judge the target of each statement after its prompt.
 
     Texts of similar length run together, padded on the right. The model does not change. Raises as `score_facts`.
     """
@@ -175,12 +191,13 @@ def answer_prompts(
     return [each for each in answers if each is not None]
 
 
-def _encode(model: nn.Module, tokenizer: Tokenizer, asked: Sequence[Asked]) -> Encoded:
+def _encode(model: nn.Module, tokenizer: Tokenizer, asked: Sequence[Statement]) -> Encoded:
     """The prompts with their targets; first and last locate the target. Raises as `score_facts`."""
-    endings = [target_ids(tokenizer, prompt, target) for prompt, target in asked]
-    encoded = encode(tokenizer, [prompt for prompt, _ in asked], endings=endings, limit=max_tokens(model))
+    texts = [statement.parts for statement in asked]
+    endings = [target_ids(tokenizer, prompt, rest) for prompt, rest in texts]
+    encoded = encode(tokenizer, [prompt for prompt, _ in texts], endings=endings, limit=max_tokens(model))
     first = encoded.lengths - torch.tensor([len(ending) for ending in endings])
-    if alone := [target for (_, target), at in zip(asked, first.tolist(), strict=True) if at == 0]:
+    if alone := [statement.target for statement, at in zip(asked, first.tolist(), strict=True) if at == 0]:
         raise PlanError(
             f"no token comes before the target {alone[0]!r:.80}, so the model has nothing to predict it from. Give a "
             "longer prompt"

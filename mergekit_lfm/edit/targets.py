@@ -136,7 +136,7 @@ class _Texts:
 def _texts(subject: EditedModel, facts: Sequence[Fact], templates: Sequence[str], kl_template: str) -> _Texts:
     prompts, endings, owner, wanted = [], list[Sequence[int]](), [], list[list[int]]()
     for i, fact in enumerate(facts):
-        ids = target_ids(subject.tokenizer, fact.text, fact.target_new)
+        ids = target_ids(subject.tokenizer, fact.text, fact.continuation)
         prompts += [fill_template(template, fact.prompt, fact.subject) for template in templates]
         prompts.append(fill_template("{}", kl_template, fact.subject))
         endings += [ids[:-1]] * len(templates) + [[]]

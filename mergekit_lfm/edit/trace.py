@@ -178,7 +178,7 @@ def _texts(model: nn.Module, tokenizer: Tokenizer, facts: Sequence[Fact]) -> lis
     prompts, spans = zip(*(fill_template("{}", fact.prompt, fact.subject) for fact in facts), strict=True)
     encoded = encode(tokenizer, prompts, spans, limit=max_tokens(model))
     positions = zip(encoded.lengths.tolist(), encoded.first.tolist(), encoded.last.tolist(), strict=True)
-    wanted = [target_ids(tokenizer, fact.text, fact.target_new)[0] for fact in facts]
+    wanted = [target_ids(tokenizer, fact.text, fact.continuation)[0] for fact in facts]
     return [
         _Text(ids[:end], first, last, token)
         for ids, token, (end, first, last) in zip(encoded.ids, wanted, positions, strict=True)

@@ -7,10 +7,12 @@ sums run over each tensor by itself, in memory of its own, and `apply` is elemen
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+import xxhash
 
 from mergekit_lfm.engine.blocks import StoredBlock, is_finite, run_solve
 from mergekit_lfm.kernels.reductions import Reduction
@@ -49,16 +51,34 @@ def sort_alike(plan: Plan, jobs: Iterable[int]) -> Iterator[list[Job]]:
     yield from groups.values()
 
 
-def merge_alike(plan: Plan, jobs: Sequence[Job], run: RunStep) -> torch.Tensor | None:
-    """The results of the jobs, one after another in the output's dtype; None if an element of them is not finite.
+@dataclass(frozen=True)
+class Batch:
+    """The results of jobs, one after another, and each of their inputs likewise; no inputs of copies."""
 
-    Elements of the inputs count, too. run: runs elementwise functions.
+    merged: torch.Tensor
+    columns: tuple[torch.Tensor, ...] = ()
+
+    def digests(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, str, list[str]]]:
+        """Each job with the xxh3-128 of its result and of its inputs."""
+        merged, columns, start = bytes_of(self.merged), [bytes_of(column) for column in self.columns], 0
+        for job in jobs:
+            stop = start + job.spec.numel
+            parts = ((data, len(data) // self.merged.numel()) for data in (merged, *columns))
+            digest, *inputs = [xxhash.xxh3_128_hexdigest(data[start * size : stop * size]) for data, size in parts]
+            yield job, digest, inputs
+            start = stop
+
+
+def merge_alike(plan: Plan, jobs: Sequence[Job], run: RunStep) -> Batch | None:
+    """The results of the jobs; None if an element of them or of the inputs is not finite.
+
+    run: runs elementwise functions.
     """
     first = jobs[0]
     numel = sum(job.spec.numel for job in jobs)
     columns = tuple(_read_column(plan, jobs, i, numel) for i in range(1 if first.copied else len(first.inputs)))
     if first.copied:
-        return columns[0] if first.dtype not in FLOATS or is_finite(columns[0]) else None
+        return Batch(columns[0]) if first.dtype not in FLOATS or is_finite(columns[0]) else None
     if not all(is_finite(column) for column in columns):
         return None
     rows, base = (columns, None) if first.base is None else (columns[:-1], columns[-1])
@@ -66,7 +86,7 @@ def merge_alike(plan: Plan, jobs: Sequence[Job], run: RunStep) -> torch.Tensor |
     merged = torch.empty(numel, dtype=getattr(torch, first.dtype))
     for start, stop, local in _join_equal(_solve(plan, jobs, whole)):
         merged[start:stop] = whole.part(start, stop).each(METHODS[first.method].apply, local, merged.dtype)
-    return merged if is_finite(merged) else None
+    return Batch(merged, columns) if is_finite(merged) else None
 
 
 def _solve(plan: Plan, jobs: Sequence[Job], whole: StoredBlock) -> Iterator[Part]:

@@ -1,9 +1,9 @@
 """The files beside the weights: index, config, tokenizer files, model card, and the lock.
 
 The lock (merge.lock.json) holds the normalised recipe, the identity of every input, versions, and per tensor the method
-and the xxh3-128 of its bytes: enough to verify the output and to see how it was made. It has digests of the other
-files, of the shards' headers and of itself, and no time of day and no absolute path, so that the same merge gives the
-same lock.
+and the xxh3-128 of its bytes and of those of its inputs: enough to verify the output and to see how it was made. It has
+digests of the other files, of the shards' headers and of itself, and no time of day or of a file and no absolute path,
+so that the same merge gives the same lock.
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ from typing import Any
 
 import xxhash
 
+from mergekit_lfm.engine.digests import input_digests
 from mergekit_lfm.errors import FormatError
 from mergekit_lfm.output.card import CARD, model_card
-from mergekit_lfm.output.layout import INDEX
+from mergekit_lfm.output.layout import Index, indexes_of
 from mergekit_lfm.output.lock import FORMAT, LOCK, OWN_DIGEST, own_digest
 from mergekit_lfm.output.names import last_name, public_names
 from mergekit_lfm.output.writer import Receipt
 from mergekit_lfm.plan.plan import Plan
 from mergekit_lfm.store.files import parse_json
+from mergekit_lfm.store.folder import MODULES
 from mergekit_lfm.store.tensors import FLOATS
 from mergekit_lfm.version import versions
 
@@ -52,17 +54,15 @@ class Documents:
     @cached_property
     def files(self) -> dict[str, bytes]:
         """The files that the lock covers, by name."""
-        plan, files = self.plan, dict[str, bytes]()
-        folder = plan.models[plan.template].path
-        for path, data in plan.contents.items():
-            name = path.relative_to(folder).as_posix()
-            with _explain(path):
+        plan, files, paths = self.plan, dict[str, bytes](), dict(self.plan.files)
+        for name, data in plan.contents.items():
+            with _explain(paths[name]):
                 files[name] = _without_paths(data)
                 if name == "config.json":
                     files[name] = _config(files[name], plan)
-        if len(plan.shards) > 1:
-            with _explain(INDEX):
-                files[INDEX] = _index(plan)
+        for index in indexes_of(plan.shards):
+            with _explain(index.name):
+                files[index.name] = _encode_index(index)
         with _explain(CARD):
             files[CARD] = _card(plan).encode()
         return files
@@ -107,6 +107,7 @@ class Documents:
                 "shape": list(job.shape),
                 "file": shards[name],
                 "xxh3": [receipts[name, segment].xxh3 for segment in range(job.segments)],
+                **({"inputs": digests} if (digests := input_digests(job, receipts)) else {}),
             }
             for job in plan.tensors
             for name in job.names
@@ -197,14 +198,10 @@ def _parts(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
             yield from _parts(value)
 
 
-def _index(plan: Plan) -> bytes:
-    numbers = sum(job.spec.numel for job in plan.tensors)
-    return _json(
-        {
-            "metadata": {"total_parameters": numbers, "total_size": plan.bytes_written},
-            "weight_map": {spec.name: shard.name for shard in plan.shards for spec in shard.tensors},
-        }
-    )
+def _encode_index(index: Index) -> bytes:
+    specs = [spec for shard in index.shards for spec in shard.tensors]
+    totals = {"total_parameters": sum(spec.numel for spec in specs), "total_size": sum(spec.nbytes for spec in specs)}
+    return _json({"metadata": totals, "weight_map": index.weight_map})
 
 
 def names_of(plan: Plan) -> dict[str, str]:
@@ -266,7 +263,7 @@ def _card(plan: Plan) -> str:
         models={names[label]: " (base)" if base and label == base.label else "" for label in plan.labels},
         licenses={names[label]: entries for label, entries in zip(plan.labels, plan.licenses, strict=True)},
         repos=list(dict.fromkeys(model.snapshot.repo for model in plan.models if model.snapshot is not None)),
-        library="sentence-transformers" if any(file.name == "modules.json" for file in plan.files) else "transformers",
+        library="sentence-transformers" if MODULES in dict(plan.files) else "transformers",
         recipe=recipe,
         lock=LOCK,
     )

@@ -7,33 +7,30 @@ bytes are the same in each case: sums run over constant blocks in a constant ord
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mergekit_lfm.engine.batches import split_batches
-from mergekit_lfm.engine.blocks import add_in_order, run_solve
 from mergekit_lfm.engine.documents import Documents
-from mergekit_lfm.engine.tasks import BatchTask, Executor, MatrixTask, MergeTask, Part, ReduceTask, Remark, Task
+from mergekit_lfm.engine.inputs import Comparison, keep_states
+from mergekit_lfm.engine.run import Run
 from mergekit_lfm.engine.threads import thread_pool
 from mergekit_lfm.engine.worker import Options, Pool, Worker, refuse_nonfinite
-from mergekit_lfm.errors import PlanError, reason, several
+from mergekit_lfm.errors import PlanError, reason, several, shorten
 from mergekit_lfm.kernels.compiled import Mode
-from mergekit_lfm.kernels.reductions import Reduction
 from mergekit_lfm.machine.accelerators import HOST, Accelerator
+from mergekit_lfm.machine.progress import SILENCE, Progress
 from mergekit_lfm.machine.resources import default_memory, explain_thread_limit
-from mergekit_lfm.methods.registry import METHODS
-from mergekit_lfm.output.lock import LOCK
+from mergekit_lfm.output.lock import LOCK, OWN_DIGEST, lock_of
 from mergekit_lfm.output.replace import Policy, already_there, is_complete
-from mergekit_lfm.output.writer import Output, Receipt, finish
+from mergekit_lfm.output.writer import Output, finish
 from mergekit_lfm.plan.budget import Budget, check_disk, workers
-from mergekit_lfm.plan.job import Job
 from mergekit_lfm.plan.plan import Plan
 from mergekit_lfm.store.compare import are_equal, have_same_bytes
-from mergekit_lfm.store.places import place_of
+from mergekit_lfm.store.places import partial_of, place_of
+from mergekit_lfm.store.sidecars import QUIET
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,62 +54,81 @@ def execute(
     overwrite: bool = False,
     compile: Mode = "auto",
     accelerator: Accelerator = HOST,
+    trust_times: bool = False,
     pool: Pool = thread_pool,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress = SILENCE,
+    doing: str = "merging",
 ) -> Execution:
     """Write the merged checkpoint to the folder `out`, or complete the output of an interrupted run of the same plan.
+
+    Does nothing if `out` holds the output of this plan on these inputs: by the digests of their bytes in its lock,
+    which are compared if a file is in another state than when it was merged or last compared.
 
     The plan is ready: its downloads, alignments and edits are made. memory: bytes that the engine may hold. compile:
     "auto" compiles elementwise functions to machine code if the merge is large enough to repay it; the bytes are the
     same. accelerator: the device for the arithmetic, by default the processor; docs/gpu.md says which bytes it changes.
-    pool: what workers run in. progress is called with each number of bytes newly written. OUT appears only when it is
-    complete.
+    trust_times: go by sizes and modification times of the inputs, not by inodes and times of any change. pool: what
+    workers run in. doing: the word for the work in its progress. OUT appears only when it is complete.
 
-    Raises PlanError before anything is written if the plan is not ready, or if `out`, the memory or the disk do not
-    allow it; FormatError if a document of the output cannot be written, before anything is, if an input or the result
-    holds NaN or infinity (`nan="error"`), or if an input was changed meanwhile.
+    Raises PlanError before anything is written if the plan is not ready, if `out` was made from other inputs, or if it,
+    the memory or the disk do not allow the work; FormatError if a document of the output cannot be written, before
+    anything is, if an input or the result holds NaN or infinity (`nan="error"`), or if an input was changed meanwhile.
     """
-    folder = place_of(out)
-    if _already_there(plan, folder, overwrite=overwrite, resume=resume, nan=nan):
+    folder, budget = place_of(out), memory or default_memory()
+    comparison = Comparison(plan, budget, threads, progress, trust_times)
+    where: dict[str, Any] = {"overwrite": overwrite, "resume": resume, "nan": nan}
+    if _already_there(comparison, folder, **where):
         return Execution(already_there=True)
     documents = Documents(plan)
     documents.check()
-    if resume and finish(plan.digest, plan.shards, documents.files, folder):
-        return Execution(resumed_bytes=plan.bytes_written)
-    budget = memory or default_memory()
+    if resume and is_complete(plan.digest, folder):
+        if finish(plan.shards, documents.files, folder, comparison.is_sound):
+            return Execution(resumed_bytes=plan.bytes_written)
+        if _already_there(comparison, folder, **where):  # an output that was put back
+            return Execution(already_there=True)
     count = _check(plan, folder, budget, threads, accelerator)
     left = Budget(plan).left(budget)
     options = Options(accelerator, left // count, accelerator.room(left) // count, count, nan, compile)
-    files = Output(plan.digest, plan.shards, plan.inputs, folder, resume)
-    with files as output, Worker(plan, output.partial, options) as worker:
-        resumed = _take_over(plan, output, nan)
-        run = _Run(plan, options, output, progress or (lambda _: None))
-        run.progress(resumed)
+    files = Output(plan.digest, plan.shards, plan.inputs, folder, resume, trust_times=trust_times)
+    advancing = progress.by_bytes(plan.bytes_written, doing)
+    with files as output, Worker(plan, output.partial, options) as worker, advancing as advance:
+        resumed = _take_over(plan, output, nan, count)
+        run = Run(plan, options, output, advance)
+        advance(resumed)
         try:
             with _explain_full_gpu(), pool(worker, count) as executor:
                 run.carry_out(executor)
         finally:
             output.flush()
         output.publish({**documents.files, LOCK: documents.lock(output.done)})
+    keep_states(plan, lock_of(folder)[OWN_DIGEST])
     return Execution(False, resumed, (*_findings(plan, output), *sorted(run.remarks)))
 
 
-def _take_over(plan: Plan, output: Output, nan: Policy) -> int:
-    """The bytes that an interrupted run has written. Raises FormatError if it accepted NaN and this one does not."""
+def _take_over(plan: Plan, output: Output, nan: Policy, threads: int) -> int:
+    """The bytes that an interrupted run has written, and that are as it has left them.
+
+    Raises FormatError if it accepted NaN and this one does not.
+    """
+    jobs = {name: job for job in plan.tensors for name in job.names}
+    output.drop_damaged(lambda name, segment: jobs[name].segment_range(segment), threads)
     for receipt in output.done.values():
         for where in receipt.nonfinite:
             refuse_nonfinite(where, nan)
-    jobs = {name: job for job in plan.tensors for name in job.names}
     return sum(jobs[name].segment_nbytes(segment) for name, segment in output.done)
 
 
 def _findings(plan: Plan, output: Output) -> Iterator[str]:
     """The warnings about a merge that was completed."""
+    yield from output.notices
     for where in sorted({where for receipt in output.done.values() for where in receipt.nonfinite}):
         yield f"{where} holds NaN or infinity"
     yield from (f"merged although {text}" for text in plan.allowed)
-    for name, why in plan.left_behind:
-        yield f"{plan.labels[plan.template]}: {name} was left behind: {why}"
+    for (label, why), names in plan.left_groups.items():
+        if why not in QUIET:
+            yield f"{label}: {shorten(names)} {'was' if len(names) == 1 else 'were'} left behind: {why}"
+    for name, label in plan.lent:
+        yield f"{name} was taken from {label}, as {plan.labels[plan.template]} lacks it and names it"
     for label in plan.unlisted:
         yield f"{label}: offline, so only its files in the cache were used"
 
@@ -131,16 +147,21 @@ def _explain_full_gpu() -> Iterator[None]:
         ) from None
 
 
-def is_written(plan: Plan, folder: Path, *, overwrite: bool, resume: bool, nan: Policy) -> bool:
-    """True if `execute` with these options has no tensor left to write. Raises PlanError if it must not write there."""
-    there = _already_there(plan, folder, overwrite=overwrite, resume=resume, nan=nan)
-    return there or (resume and is_complete(plan.digest, folder))
+def is_written(comparison: Comparison, folder: Path, *, overwrite: bool, resume: bool, nan: Policy) -> bool:
+    """True if `execute` with these options has no tensor left to write. Raises PlanError if it must not write there.
+
+    False, too, if only a plan that is ready can tell, as its inputs have to be read.
+    """
+    if _already_there(comparison, folder, overwrite=overwrite, resume=resume, nan=nan):
+        return True
+    return resume and is_complete(comparison.plan.digest, folder) and comparison.is_sound(partial_of(folder))
 
 
-def _already_there(plan: Plan, folder: Path, *, overwrite: bool, resume: bool, nan: Policy) -> bool:
+def _already_there(comparison: Comparison, folder: Path, *, overwrite: bool, resume: bool, nan: Policy) -> bool:
+    plan, rebuild = comparison.plan, overwrite or not resume
     inputs = {label: source.path for label, source in zip(plan.source_labels, plan.sources, strict=True)}
-    rebuild = overwrite or not resume
-    return already_there(plan.digest, plan.shards, inputs, folder, overwrite=overwrite, rebuild=rebuild, nan=nan)
+    there = already_there(plan.digest, plan.shards, inputs, folder, overwrite=overwrite, rebuild=rebuild, nan=nan)
+    return there and comparison.has_these_inputs(folder)
 
 
 def _check(plan: Plan, folder: Path, budget: int, threads: int | None, accelerator: Accelerator) -> int:
@@ -154,114 +175,6 @@ def _check(plan: Plan, folder: Path, budget: int, threads: int | None, accelerat
     check_copies(plan)
     check_disk(plan, folder)
     return count
-
-
-@dataclass
-class _Run:
-    """One execution: its tasks in order, and what becomes of their results."""
-
-    plan: Plan
-    options: Options
-    output: Output
-    progress: Callable[[int], None]
-    remarks: set[str] = field(default_factory=set)
-
-    def carry_out(self, executor: Executor) -> None:
-        """Do first all tasks that need no barrier, heavy ones first, then in file order; then those in passes."""
-        jobs, at_once = self.plan.tensors, not self.options.accelerator.by_chunk
-        waiting = [group for group in self.plan.groups if any(self._missing(i) for i in group)]
-        shared, alone, small = list[tuple[int, ...]](), list[int](), list[int]()
-        for group in waiting:
-            if self._takes_passes(group):
-                shared.append(group)
-            else:
-                (small if at_once and jobs[group[0]].small else alone).append(group[0])
-        heavy = self.plan.bytes_written // 16
-        alone.sort(key=lambda i: -jobs[i].nbytes if jobs[i].nbytes > heavy else 0)
-        tasks = [task for i in alone for task in self._tasks(i)]
-        batches = split_batches(self.budget, small, self.options.share)
-        self._do(executor, [*self._matrix_tasks(), *tasks, *map(BatchTask, batches)])
-        for group in shared:
-            self._solve(executor, group)
-
-    def _missing(self, job: int) -> tuple[int, ...]:
-        """The segments of a job without a receipt."""
-        names, segments, done = self.plan.tensors[job].names, self.plan.tensors[job].segments, self.output.done
-        return tuple(segment for segment in range(segments) if any((name, segment) not in done for name in names))
-
-    def _takes_passes(self, group: Sequence[int]) -> bool:
-        """True if a group's inputs do not fit a worker's share, so that all workers read them, once for every sum."""
-        needs_sums = self.plan.tensors[group[0]].needs_sums
-        return len(group) > 1 or (needs_sums and self.budget.resident(group) > self.options.device_share)
-
-    def _matrix_tasks(self) -> Iterator[MatrixTask]:
-        groups = self.plan.matrices
-        for number in sorted(range(len(groups)), key=lambda number: -groups[number].nbytes):
-            segments = {i: self._missing(i) for i in groups[number].jobs}
-            if any(segments.values()):
-                yield MatrixTask(number, segments)
-
-    def _tasks(self, i: int) -> Iterator[MergeTask]:
-        """The tasks of a job that is merged alone, without passes."""
-        job, missing = self.plan.tensors[i], self._missing(i)
-        if job.needs_sums:
-            yield MergeTask(i, missing, solve=True)
-            return
-        coefficients = None
-        if not (job.copied or job.by_row):
-            coefficients = run_solve(METHODS[job.method].solve(self.plan.unit([job])), _no_sums)
-        parts = [missing] if self.budget.by_one_worker(job) else [(segment,) for segment in missing]
-        for part in parts:
-            yield MergeTask(i, part, coefficients)
-
-    def _solve(self, executor: Executor, group: Sequence[int]) -> None:
-        """Solve a group in passes: one over its inputs for each reduction, one to apply."""
-        jobs = [self.plan.tensors[i] for i in group]
-        places = [(i, segment) for i, job in zip(group, jobs, strict=True) for segment in range(job.segments)]
-
-        def over(request: Reduction) -> Any:
-            tasks = [ReduceTask(number, *place, request) for number, place in enumerate(places)]
-            parts = ((part.number, part.value) for part in self._results(executor, tasks))
-            return add_in_order(request, parts)
-
-        coefficients = run_solve(METHODS[jobs[0].method].solve(self.plan.unit(jobs)), over)
-        self._do(executor, [MergeTask(i, (segment,), coefficients) for i in group for segment in self._missing(i)])
-
-    def _do(self, executor: Executor, tasks: Iterable[Task]) -> None:
-        for part in self._results(executor, tasks):
-            raise AssertionError(f"{part} of a sum that nobody requested")
-
-    def _results(self, executor: Executor, tasks: Iterable[Task]) -> Iterator[Part]:
-        """Do the tasks, keep their receipts and remarks, and give the parts of a sum."""
-        for result in executor(tasks):
-            match result:
-                case Part():
-                    yield result
-                case Remark():
-                    self.remarks.add(result.text)
-                case Receipt():
-                    self._record(result)
-
-    def _record(self, receipt: Receipt) -> None:
-        """Journal a receipt, unless it has come before: from a worker that was lost after it had sent it."""
-        if (receipt.tensor, receipt.segment) not in self.output.done:
-            nbytes = self.jobs[receipt.tensor].segment_nbytes(receipt.segment)
-            self.output.record(receipt, nbytes)
-            self.progress(nbytes)
-
-    @cached_property
-    def budget(self) -> Budget:
-        """The memory that the work takes."""
-        return Budget(self.plan)
-
-    @cached_property
-    def jobs(self) -> dict[str, Job]:
-        """The plan's jobs by the names of their tensors."""
-        return {name: job for job in self.plan.tensors for name in job.names}
-
-
-def _no_sums(_: Reduction) -> Any:
-    raise AssertionError("the plan says that this solve asks for no reduction")
 
 
 def check_copies(plan: Plan) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +14,7 @@ import xxhash
 
 from mergekit_lfm.engine.batches import merge_alike, sort_alike
 from mergekit_lfm.engine.blocks import Blocks, StoredBlock, apply_to, default_device, is_finite, run_solve
+from mergekit_lfm.engine.digests import SegmentDigests, is_verbatim
 from mergekit_lfm.engine.documents import names_of
 from mergekit_lfm.engine.matrices import StoredMatrices
 from mergekit_lfm.engine.tasks import BatchTask, Executor, MatrixTask, MergeTask, Part, ReduceTask, Remark, Result, Task
@@ -26,7 +27,7 @@ from mergekit_lfm.machine.accelerators import Accelerator, ReadRange
 from mergekit_lfm.machine.resources import allow_many_files, keep_freed_memory
 from mergekit_lfm.methods.registry import METHODS
 from mergekit_lfm.output.replace import Policy
-from mergekit_lfm.output.shards import ShardFiles
+from mergekit_lfm.output.shards import NoFiles, ShardFiles
 from mergekit_lfm.output.writer import Receipt
 from mergekit_lfm.plan.budget import Budget
 from mergekit_lfm.plan.job import Job
@@ -37,6 +38,8 @@ from mergekit_lfm.store.formats import bytes_of
 from mergekit_lfm.store.tensors import FLOATS, ITEMSIZE
 
 HOST = torch.device("cpu")
+
+Digests = Mapping[TensorRef, SegmentDigests]  # of the tensors that a task reads
 
 
 class Stopped(Exception):
@@ -61,21 +64,21 @@ class Options:
 class Worker:
     """Does tasks of a plan, for several threads at once. Use as a context manager.
 
-    Picklable: a copy in another process opens the inputs and the shards in `folder` for itself. stop: set it to end all
-    tasks at their next block.
+    Picklable: a copy in another process opens the inputs and the shards in `folder` for itself. folder: None to write
+    nothing. stop: set it to end all tasks at their next block.
     """
 
-    def __init__(self, plan: Plan, folder: Path, options: Options) -> None:
+    def __init__(self, plan: Plan, folder: Path | None, options: Options) -> None:
         self.plan, self.folder, self.options = plan, folder, options
         self.stop = Event()
         self._accelerator = options.accelerator
         self._budget = Budget(plan)
-        self._shards = ShardFiles(folder, plan.shards)
+        self._shards = NoFiles() if folder is None else ShardFiles(folder, plan.shards)
         numels = [job.spec.numel for job in plan.tensors if not job.copied]
         self._kernels = make_kernels(self._accelerator, options.compile, numels, options.threads)
         self._remarks = set[str]()
 
-    def __reduce__(self) -> tuple[type[Worker], tuple[Plan, Path, Options]]:
+    def __reduce__(self) -> tuple[type[Worker], tuple[Plan, Path | None, Options]]:
         return Worker, (self.plan, self.folder, self.options)
 
     def __enter__(self) -> Worker:
@@ -116,10 +119,12 @@ class Worker:
         names = names_of(self.plan)
         return tuple(names[label] for label in self.plan.source_labels)
 
-    def _blocks(self, job: Job, resident: bool = False, in_parts: bool = False) -> Blocks:
+    def _blocks(
+        self, job: Job, digests: Digests | None = None, *, resident: bool = False, in_parts: bool = False
+    ) -> Blocks:
         """The job's inputs, read from the files block by block, or held on the device.
 
-        in_parts: the blocks are not reduced, so that they may be read in parts.
+        digests: of the inputs. in_parts: the blocks are not reduced, so that they may be read in parts.
         """
         options, device = self.options, self._accelerator
         room = min(options.share - self._budget.views(job), options.device_share)
@@ -129,7 +134,11 @@ class Worker:
             result = job.block * ITEMSIZE[job.dtype]
             most = min(device.resident_chunk, options.share // (4 * result))
             at_once = self._count_blocks(job, options.device_share, most)
-        readers = {source: self._reader(source, part or job.block * read, resident) for source in job.inputs}
+        most = part or job.block * read
+        readers = {
+            source: self._reader(source, None if digests is None else digests[source], most, resident)
+            for source in job.inputs
+        }
         base = readers[job.base] if job.base else None
         sources = [readers[source] for source in job.sources + job.statistics]
         dtype = getattr(torch, job.compute)
@@ -139,14 +148,21 @@ class Worker:
         """Blocks per chunk that fit in `nbytes`, at most `most`: a power of two that divides SEGMENT."""
         return 1 << (max(1, min(most, nbytes // max(1, self._budget.device_scratch(job)))).bit_length() - 1)
 
-    def _reader(self, source: TensorRef, most: int, resident: bool) -> ReadRange:
+    def _digests(self, job: Job) -> dict[TensorRef, SegmentDigests]:
+        """The digests of the job's inputs."""
+        return {ref: SegmentDigests(self.plan.sources[ref[0]], ref[1], job.segment_numel) for ref in job.inputs}
+
+    def _reader(self, source: TensorRef, digests: SegmentDigests | None, most: int, resident: bool) -> ReadRange:
         """A reader of ranges of up to `most` elements, which the next call may overwrite; resident: reads all once."""
         model, name = self.plan.sources[source[0]], source[1]
         numel, dtype = model[name].numel, getattr(torch, model[name].dtype)
 
         def fill(start: int, into: torch.Tensor) -> None:
             self._check_stop()
-            model.read_into(name, start, bytes_of(into))
+            data = bytes_of(into)
+            model.read_into(name, start, data)
+            if digests is not None:
+                digests.add(start, data)
 
         if not resident:
             return self._accelerator.reader(min(most, numel), dtype, fill)
@@ -163,33 +179,35 @@ class Worker:
             for segment in task.segments:
                 yield from self._copy(job, segment)
             return
-        blocks = self._blocks(job, resident=task.solve, in_parts=not task.solve)
+        digests = self._digests(job)
+        blocks = self._blocks(job, digests, resident=task.solve, in_parts=not task.solve)
         coefficients = task.coefficients
         if task.solve and job.spec.numel:
             coefficients = run_solve(METHODS[job.method].solve(self.plan.unit([job])), blocks.reduce)
         for segment in task.segments:
-            yield from self._merge(job, blocks, coefficients, segment)
+            xxh3, bad = self._merge(job, blocks, coefficients, segment)
+            yield from _receipts(job, segment, xxh3, bad, [digests[source].take(segment) for source in job.inputs])
 
     def _merge_batch(self, task: BatchTask) -> Iterator[Receipt]:
         """Those that are alike at once, or one after another if an element is not finite."""
         jobs = {self.plan.tensors[i].name: i for i in task.jobs}
         for alike in sort_alike(self.plan, task.jobs):
             self._check_stop()
-            merged = merge_alike(self.plan, alike, self._kernels)
-            if merged is None:
+            batch = merge_alike(self.plan, alike, self._kernels)
+            if batch is None:
                 singles = (MergeTask(jobs[job.name], (0,), solve=True) for job in alike)
                 yield from (receipt for single in singles for receipt in self._merge_segments(single))
                 continue
-            data, done = bytes_of(merged), 0
-            self._shards.write_all((job.spec for job in alike), data)
-            for job in alike:
-                yield Receipt(job.name, 0, xxhash.xxh3_128_hexdigest(data[done : done + job.nbytes]))
-                done += job.nbytes
+            self._shards.write_all((job.spec for job in alike), bytes_of(batch.merged))
+            for job, digest, inputs in batch.digests(alike):
+                yield from _receipts(job, 0, digest, (), inputs)
 
     def _merge_matrices(self, task: MatrixTask) -> Iterator[Receipt]:
         bad = set[str]()
         group = self.plan.matrices[task.group]
-        matrices = [self._stored(matrix, bad) for matrix in group.matrices]
+        digests = {source: found for i in group.jobs for source, found in self._digests(self.plan.tensors[i]).items()}
+        digests |= {gram: SegmentDigests(self.plan.sources[gram[0]], gram[1]) for gram in group.grams}
+        matrices = [self._stored(matrix, digests, bad) for matrix in group.matrices]
         unit = self.plan.unit([self.plan.tensors[group.jobs[0]]])
         whole = METHODS[self.plan.recipe.merge_method].whole
         assert whole is not None
@@ -206,15 +224,19 @@ class Worker:
                     first = segment * job.segment_numel
                     data = bytes_of(tensor[first : first + job.segment_numel])
                     self._write(job, first * ITEMSIZE[job.dtype], data)
-                    yield from _receipts(job, segment, xxhash.xxh3_128_hexdigest(data), bad)
+                    read = [digests[source].take(segment) for source in job.inputs]
+                    if segment == 0:
+                        read += [digests[gram].take(0) for gram in self.plan.grams.get(job.name, ())]
+                    yield from _receipts(job, segment, xxhash.xxh3_128_hexdigest(data), bad, read)
 
-    def _stored(self, matrix: MatrixJob, bad: set[str]) -> StoredMatrices:
+    def _stored(self, matrix: MatrixJob, digests: Digests, bad: set[str]) -> StoredMatrices:
         """A matrix whose tensors are read from the files on demand; adds the names of those not finite to `bad`."""
 
         def read(source: TensorRef, start: int, stop: int) -> torch.Tensor:
             self._check_stop()
             with default_device(HOST):
                 part = self.plan.sources[source[0]].read(source[1], start, stop)
+            digests[source].add(start, bytes_of(part))
             if not is_finite(part):
                 bad.add(self._not_finite(f"{source[1]} of {self._names[source[0]]}"))
             return part
@@ -250,7 +272,8 @@ class Worker:
         source, name = job.added
         return self.plan.sources[source].read(name, start, stop)
 
-    def _merge(self, job: Job, blocks: Blocks, coefficients: Coefficients | None, segment: int) -> Iterator[Receipt]:
+    def _merge(self, job: Job, blocks: Blocks, coefficients: Coefficients | None, segment: int) -> tuple[str, set[str]]:
+        """Write a segment; the xxh3-128 of its bytes, and the names of tensors that are not finite."""
         size = ITEMSIZE[job.dtype]
         digest, bad = xxhash.xxh3_128(), set[str]()
         pieces, ahead = blocks.pieces(segment), None
@@ -270,7 +293,7 @@ class Worker:
             data = bytes_of(self._accelerator.down(merged))
             self._write(job, block.start * size, data)
             digest.update(data)
-        yield from _receipts(job, segment, digest.hexdigest(), bad)
+        return digest.hexdigest(), bad
 
     def _write(self, job: Job, start: int, data: memoryview) -> None:
         """Write bytes of the job's result from byte `start` on, under each of its names."""
@@ -305,7 +328,8 @@ class Worker:
                 and not is_finite(raw.view(getattr(torch, job.dtype)))
             ):
                 bad.add(self._not_finite(f"{name} of {self._names[model]}"))
-        yield from _receipts(job, segment, digest.hexdigest(), bad)
+        inputs = [] if is_verbatim(self.plan, job) else [each.take(segment) for each in self._digests(job).values()]
+        yield from _receipts(job, segment, digest.hexdigest(), bad, inputs)
 
     def _take_largest(self, job: Job, start: int, values: torch.Tensor) -> None:
         """Raise the values from element `start` on to the largest of all sources."""
@@ -329,9 +353,10 @@ class Worker:
         return where
 
 
-def _receipts(job: Job, segment: int, digest: str, bad: set[str]) -> Iterator[Receipt]:
+def _receipts(job: Job, segment: int, digest: str, bad: Iterable[str], inputs: Iterable[str] = ()) -> Iterator[Receipt]:
     """The receipts of a segment, one for each name under which it was written."""
-    yield from (Receipt(name, segment, digest, tuple(sorted(bad))) for name in job.names)
+    inputs = tuple(inputs)
+    yield from (Receipt(name, segment, digest, tuple(sorted(bad)), inputs) for name in job.names)
 
 
 Pool = Callable[[Worker, int], AbstractContextManager[Executor]]  # an executor of so many workers at once

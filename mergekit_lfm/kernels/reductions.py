@@ -112,9 +112,12 @@ def _pairwise(x: list[torch.Tensor], dim: int) -> torch.Tensor:
     """n matrices [rows, row] -> [rows or row, n, n], the sums of x_i x_j over dim of the matrices."""
     import torch
 
-    sums = [[(x[i] * x[j]).sum(dim) if j <= i else None for j in range(len(x))] for i in range(len(x))]
-    rows = [torch.stack([sums[max(i, j)][min(i, j)] for j in range(len(x))], -1) for i in range(len(x))]  # type: ignore[misc]
-    return torch.stack(rows, -2)
+    n, product = len(x), torch.empty_like(x[0])  # small results between large products would leave holes in memory
+    grams = x[0].new_empty(x[0].shape[1 + dim], n, n)
+    for i in range(n):
+        for j in range(i + 1):
+            grams[:, i, j] = grams[:, j, i] = torch.mul(x[i], x[j], out=product).sum(dim)
+    return grams
 
 
 class LocalMask(Protocol):

@@ -1,7 +1,4 @@
-"""The lock of an output, merge.lock.json: read it, and compare it with its folder.
-
-Format 2 has digests of the shards' headers and of the lock itself; format 1, of earlier versions, has neither.
-"""
+"""The lock of an output, merge.lock.json: read it, and compare it with its folder."""
 
 from __future__ import annotations
 
@@ -20,45 +17,44 @@ from mergekit_lfm.store.files import open_file, read_bytes, read_json
 from mergekit_lfm.store.tensors import ITEMSIZE, MAX_HEADER, TensorSpec
 
 LOCK = "merge.lock.json"
-FORMAT = 2
+FORMAT = 3
 OWN_DIGEST = "digest"  # the lock's entry with a digest of all others
-NOT_COVERED = (
-    "the inputs, which are not read again",
-    "hidden files",
-    "a lock that was made anew: it has a digest of itself, but no signature",
-)
-NOT_IN_FORMAT_1 = (
-    "more files in the folder, links, metadata in headers, the shard of each tensor, and changes of the lock, which is "
-    "of an earlier version; merge again for one that covers them"
-)
+INPUTS_NOT_COVERED = "the inputs, which are not read again"
+NOT_COVERED = ("hidden files", "a lock that was made anew: it has a digest of itself, but no signature")
 
 
 @dataclass(frozen=True, slots=True)
 class LockedTensor:
-    """A tensor in a lock, and its shard. digests: one for each segment of `segment` elements, None for a single one."""
+    """A tensor in a lock, and its shard. digests: one for each segment of `segment` elements, None for a single one.
+
+    inputs: one digest for each tensor that it was made from; () for a copy.
+    """
 
     spec: TensorSpec
     file: str
     segment: int | None
     digests: tuple[str, ...]
+    inputs: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Lock:
-    """A lock's digests of the shards' headers and of all other files, and its tensors.
+    """A lock's digests of its plan, of itself, of the shards' headers and of all other files, and its tensors.
 
-    headers: None in format 1. intact: False if the lock is not as it was written.
+    intact: False if the lock is not as it was written.
     """
 
+    plan: str
+    digest: str
     files: Mapping[str, str]
-    headers: Mapping[str, str] | None
+    headers: Mapping[str, str]
     tensors: Mapping[str, LockedTensor]
     intact: bool
 
     @property
     def names(self) -> set[str]:
         """The names of all files that it covers, and its own."""
-        return {LOCK, *self.files, *(self.headers or ()), *(tensor.file for tensor in self.tensors.values())}
+        return {LOCK, *self.files, *self.headers, *(tensor.file for tensor in self.tensors.values())}
 
 
 def verify(out: Path, progress: Callable[[int], None] | None = None, *, alone: bool = True) -> list[str]:
@@ -74,8 +70,7 @@ def verify(out: Path, progress: Callable[[int], None] | None = None, *, alone: b
         for name, digest in lock.files.items()
         if (out / name).is_file() and xxhash.xxh3_128_hexdigest(read_bytes(out / name)) != digest
     ]
-    if lock.headers is not None:
-        problems += _compare_files(out, lock, lock.headers, alone)
+    problems += _compare_files(out, lock, alone)
     try:
         checkpoint = open_checkpoint(out)
     except (FormatError, OSError) as error:
@@ -87,21 +82,21 @@ def verify(out: Path, progress: Callable[[int], None] | None = None, *, alone: b
             problems.append(f"{name} is missing")
         elif checkpoint[name] != tensor.spec:
             problems.append(f"found {checkpoint[name]}, the lock says {tensor.spec}")
-        elif lock.headers is not None and homes.get(name) != tensor.file:
+        elif homes.get(name) != tensor.file:
             problems.append(f"{name} is in {homes.get(name)}, the lock says {tensor.file}")
         elif not _has_digests(checkpoint, name, tensor, progress or (lambda _: None)):
             problems.append(f"{name} was changed")
     return problems
 
 
-def _compare_files(out: Path, lock: Lock, headers: Mapping[str, str], alone: bool) -> Iterator[str]:
-    """The differences that locks of format 1 do not show."""
+def _compare_files(out: Path, lock: Lock, alone: bool) -> Iterator[str]:
+    """The differences of the lock itself, of headers, links, and files that it does not name."""
     if not lock.intact:
         yield f"{LOCK} was changed"
     for name in sorted(lock.names):
         if is_link(out, name):
             yield f"{name} is a link to {(out / name).readlink()}"
-    for name, digest in headers.items():
+    for name, digest in lock.headers.items():
         if not (out / name).is_file():
             yield f"{name} is missing"
         elif _header_digest(out / name) != digest:
@@ -128,11 +123,6 @@ def _header_digest(path: Path) -> str:
         return xxhash.xxh3_128_hexdigest(length + file.read(min(MAX_HEADER, int.from_bytes(length, "little"))))
 
 
-def not_covered(out: Path) -> tuple[str, ...]:
-    """The changes that `verify` cannot show. Raises FormatError without a whole lock."""
-    return NOT_COVERED if read_lock(out).headers is not None else (*NOT_COVERED[:2], NOT_IN_FORMAT_1)
-
-
 def covered_files(out: Path) -> set[str]:
     """The names of all files that a folder's lock covers, and its own. Raises FormatError without a whole lock."""
     return read_lock(out).names
@@ -141,9 +131,9 @@ def covered_files(out: Path) -> set[str]:
 def read_lock(out: Path) -> Lock:
     """The lock of an output folder. Raises FormatError without a whole one."""
     lock = lock_of(out)
-    if lock.get("format") not in (1, FORMAT):
+    if lock.get("format") != FORMAT:
         raise FormatError(
-            f"{out} has no {LOCK} of format 1 or {FORMAT}: it is not an output of `merge`, or of another version"
+            f"{out} has no {LOCK} of format {FORMAT}: it is not an output of `merge`, or of another version"
         )
     try:
         segments = {name: int(numel) for name, numel in lock["segments"].items()}
@@ -153,21 +143,23 @@ def read_lock(out: Path) -> Lock:
                 str(entry["file"]),
                 segments.get(name),
                 tuple(entry["xxh3"]),
+                tuple(entry.get("inputs", ())),
             )
             for name, entry in lock["tensors"].items()
         }
-        headers = None if lock["format"] == 1 else {name: str(digest) for name, digest in lock["headers"].items()}
-        return Lock(dict(lock["files"]), headers, tensors, is_intact(lock))
+        headers = {name: str(digest) for name, digest in lock["headers"].items()}
+        plan, digest = str(lock["plan"]), str(lock[OWN_DIGEST])
+        return Lock(plan, digest, dict(lock["files"]), headers, tensors, is_intact(lock))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FormatError(
-            f"{out / LOCK} is damaged ({error!r}): expected `files`, `headers`, `segments`, and `tensors` with shape, "
-            "dtype, file and xxh3; merge again"
+            f"{out / LOCK} is damaged ({error!r}): expected `plan`, `digest`, `files`, `headers`, `segments`, and "
+            "`tensors` with shape, dtype, file and xxh3; merge again"
         ) from None
 
 
 def is_intact(lock: Mapping[str, Any]) -> bool:
-    """True if the lock's entries have its digest; those of format 1 have none."""
-    return lock.get("format") == 1 or lock.get(OWN_DIGEST) == own_digest(lock)
+    """True if the lock's entries have its digest."""
+    return lock.get(OWN_DIGEST) == own_digest(lock)
 
 
 def own_digest(lock: Mapping[str, Any]) -> str:

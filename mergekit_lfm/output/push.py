@@ -29,7 +29,7 @@ from mergekit_lfm.output.lock import LOCK, lock_of, verify
 from mergekit_lfm.output.replace import REPLACED
 from mergekit_lfm.store.checkpoint import open_checkpoint
 from mergekit_lfm.store.files import name_file, open_file, parse_json, read_bytes, read_text
-from mergekit_lfm.store.folder import INDEXES, is_outside
+from mergekit_lfm.store.folder import INDEX_END, is_index, is_outside
 from mergekit_lfm.store.hub import repository
 from mergekit_lfm.store.hub.client import HTTPError, api, endpoint, offline, translate_errors
 from mergekit_lfm.store.hub.requests import list_files
@@ -168,7 +168,7 @@ def push(
     if message is not None and mask_secrets(message) != message:
         raise PlanError("the commit's message holds a token or a key, and everybody could read it: leave that out")
     remote = check_repository(repo, private=private, overwrite=overwrite)
-    weights = {*(file.path for file in model.files), *(source / name for name in INDEXES)}
+    weights = {*(file.path for file in model.files), *(path for path in source.glob(f"*{INDEX_END}") if is_index(path))}
     contents, left_out = _contents(source, weights)
     kept = not replace_card and _card_kept(remote, source)
     if kept:
@@ -261,7 +261,8 @@ def _read(remote: Remote, name: str) -> bytes:
 def _outdated(remote: Remote, kept_card: bool) -> set[str]:
     """The files of the repository that a new push replaces: weights, and files of an earlier push."""
     lock = _lock(remote)
-    ours = {*lock["files"], LOCK, *(() if kept_card else (OWN_CARD,))} if lock else set()
+    shards = headers if isinstance(headers := lock.get("headers"), dict) else {}
+    ours = {*lock["files"], *shards, LOCK, *(() if kept_card else (OWN_CARD,))} if lock else set()
     return {name for name in remote.files if name in ours or WEIGHTS.search(name)} - {CARD}
 
 

@@ -17,15 +17,20 @@ from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.output.layout import Shard
 from mergekit_lfm.output.lock import LOCK, covered_files, is_intact, is_link, lock_of
 from mergekit_lfm.store.files import open_file, read_bytes
-from mergekit_lfm.store.folder import INDEXES, weight_paths
+from mergekit_lfm.store.folder import INDEXES, find_weights, is_index
 from mergekit_lfm.store.locks import lock_folder
 from mergekit_lfm.store.places import EXISTS, OVERWRITE, check_apart, check_kind, has_files, partial_of, remove
-from mergekit_lfm.store.sidecars import SIDECAR
 
 Policy = Literal["error", "warn"]  # on NaN or infinity
 
 REPLACED = "merge.replaced"  # the folder that --overwrite replaced, in the new one until it is deleted
-BESIDE = re.compile(r"^(README\.md|LICENSE(\.\w+)?|\.gitattributes|repair\.json)$")  # of a model that somebody saved
+# The names of files that belong to a model that somebody saved: others may be the user's own.
+BESIDE = re.compile(
+    r"^(README\.md|LICENSE(\.\w+)?|\.gitattributes|repair\.json)$"
+    r"|^(config|generation_config|.*tokeni[sz]er.*|added_tokens|vocab|merges|.*(processor|preprocessor|feature_extractor).*|"
+    r"modules|config_sentence_transformers|sentence_bert_config|chat_template|special_tokens_map|id2label|labels)"
+    r"\.(json|txt)$|\.(jinja|py|tiktoken|spm|bpe)$|^(spiece|sentencepiece.*|.*tokeni[sz]er.*)\.model$"
+)
 SHOWN = 5  # files that a message names
 
 
@@ -46,7 +51,7 @@ def already_there(
     """
     check_apart(out, inputs)
     check_kind(out)
-    _undo(digest, out)
+    undo_replacement(digest, out)
     if not has_files(out):
         return False
     lock = lock_of(out)
@@ -107,12 +112,18 @@ def _has_header(path: Path, shard: Shard) -> bool:
         return file.read(len(shard.header)) == shard.header
 
 
-def _undo(digest: str, out: Path) -> None:
+def undo_replacement(digest: str, out: Path) -> None:
     """Move OUT back if a run of another plan with --overwrite was killed after it had moved OUT away."""
-    replaced = partial_of(out) / REPLACED
-    if replaced.exists() and not out.exists() and not is_complete(digest, out):
+    if (partial_of(out) / REPLACED).exists() and not is_complete(digest, out):
         with lock_folder(partial_of(out)):
-            replaced.rename(out)
+            put_back(out)
+
+
+def put_back(out: Path) -> None:
+    """Move the folder that was to be replaced back to OUT, if it is no longer there."""
+    replaced = partial_of(out) / REPLACED
+    if replaced.exists() and not out.exists():
+        replaced.rename(out)
 
 
 def is_complete(digest: str, out: Path) -> bool:
@@ -168,8 +179,10 @@ def _own_files(folder: Path) -> set[str]:
             pass  # a damaged lock: go by the names
     names = {path.name for path in folder.iterdir() if path.is_file() and not path.is_symlink()}
     try:
-        weights, _ = weight_paths(folder, names, folder)
+        weights = find_weights(folder, names, folder)
     except FormatError:
+        weights = None
+    if weights is None:
         return set()
-    own = {name for name in names if SIDECAR.search(name) or BESIDE.search(name) or name in INDEXES}
-    return own | {path.relative_to(folder).as_posix() for path in weights}
+    own = {name for name in names if BESIDE.search(name) or name in INDEXES or is_index(folder / name)}
+    return own | {path.relative_to(folder).as_posix() for path in weights.paths}

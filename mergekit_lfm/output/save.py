@@ -1,7 +1,7 @@
 """Save a checkpoint, or a view of one, as a folder of its own: complete, or not there.
 
 It is written as OUT.partial, which becomes OUT with one rename. A killed run leaves OUT.partial at most; the next one
-starts over.
+starts over. A file in it marks it as ours; it lies beside it while the complete folder gets its name.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.output.card import CARD
-from mergekit_lfm.output.layout import INDEX, Shard, lay_out
-from mergekit_lfm.output.replace import check_folder
+from mergekit_lfm.output.layout import Index, Shard, indexes_of, lay_out
+from mergekit_lfm.output.replace import check_folder, undo_replacement
 from mergekit_lfm.output.writer import move_into_place
 from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.store.durable import replace_file, reserve, sync_folder
@@ -38,10 +38,17 @@ COPIED_AT_ONCE = 1 << 22  # elements
 
 def check_out(out: Path, inputs: Mapping[str, Path], *, overwrite: bool) -> None:
     """Raise PlanError if a folder must not be saved as `out`, or if OUT.partial holds something else."""
-    check_folder(out, inputs, overwrite=overwrite)
     partial = partial_of(out)
-    if has_files(partial) and not (partial / MARK).exists():
+    if not partial.exists() and _mark_beside(partial).exists():
+        _mark_beside(partial).unlink()  # of a run that was killed at its very end
+    undo_replacement("", out)
+    check_folder(out, inputs, overwrite=overwrite)
+    if has_files(partial) and not ((partial / MARK).exists() or _mark_beside(partial).exists()):
         raise PlanError(f"{partial} exists and is not the unfinished output of an earlier run; move it away")
+
+
+def _mark_beside(partial: Path) -> Path:
+    return partial.with_name(f"{partial.name}.{MARK}")
 
 
 def save_checkpoint(
@@ -57,25 +64,25 @@ def save_checkpoint(
     with _partial(out) as partial:
         shards = lay_out(checkpoint, list(checkpoint.values()), None)
         for shard in shards:
+            (partial / shard.name).parent.mkdir(parents=True, exist_ok=True)
             _write_shard(checkpoint, shard, changed, partial / shard.name)
         sidecars = sidecars_of(checkpoint)
-        files = {path.relative_to(folder).as_posix(): path for path in sidecars.files}
+        files = dict(sidecars.files)
         if folder.is_dir() and (folder / CARD).is_file() and not is_outside(folder / CARD, folder):
             files[CARD] = folder / CARD
         contents = {name: read_bytes(path) for name, path in files.items()} | dict(documents)
-        if len(shards) > 1:
-            contents[INDEX] = _index(checkpoint, shards)
+        contents |= {index.name: _encode_index(index) for index in indexes_of(shards)}
         for name, content in contents.items():
-            (partial / name).parent.mkdir(exist_ok=True)
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
             replace_file(partial / name, content)
             sync_folder((partial / name).parent)
-    return dict(sidecars.left)
+    return dict(sidecars.missed)
 
 
-def _index(checkpoint: Checkpoint, shards: tuple[Shard, ...]) -> bytes:
-    weight_map = {spec.name: shard.name for shard in shards for spec in shard.tensors}
-    index = {"metadata": {"total_size": checkpoint.nbytes}, "weight_map": weight_map}
-    return (json.dumps(index, indent=2) + "\n").encode()
+def _encode_index(index: Index) -> bytes:
+    nbytes = sum(spec.nbytes for shard in index.shards for spec in shard.tensors)
+    data = {"metadata": {"total_size": nbytes}, "weight_map": index.weight_map}
+    return (json.dumps(data, indent=2) + "\n").encode()
 
 
 @contextmanager
@@ -88,12 +95,14 @@ def _partial(out: Path) -> Iterator[Path]:
         try:
             check_out(out, {}, overwrite=True)  # others may have written there since the last look
             mark.touch()
+            _mark_beside(partial).unlink(missing_ok=True)
             for path in partial.iterdir():
                 if path != mark:
                     remove(path)
             yield partial
-            mark.unlink()  # complete
+            mark.rename(_mark_beside(partial))  # complete, and still ours if this run is killed now
             move_into_place(out)
+            _mark_beside(partial).unlink(missing_ok=True)
         except BaseException:
             if mark.exists():
                 shutil.rmtree(partial, ignore_errors=True)

@@ -7,9 +7,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from threading import Lock
 
+import xxhash
+
 from mergekit_lfm.output.layout import Shard
 from mergekit_lfm.store.files import name_file
-from mergekit_lfm.store.tensors import TensorSpec, write_exactly
+from mergekit_lfm.store.tensors import TensorSpec, read_exactly, write_exactly
+
+READ_AT_ONCE = 1 << 20  # bytes
 
 
 class ShardFiles:
@@ -77,6 +81,16 @@ class ShardFiles:
                 write_exactly(self.fileno(shard), offset, data[done : done + end - offset])
             done += end - offset
 
+    def digest(self, name: str, start: int, nbytes: int) -> str:
+        """xxh3-128 of bytes of a tensor from byte `start` of it on, in hex."""
+        fd, offset = self.place(name)
+        digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(min(READ_AT_ONCE, nbytes)))
+        for at in range(start, start + nbytes, READ_AT_ONCE):
+            data = buffer[: start + nbytes - at]
+            read_exactly(fd, offset + at, data, self.path(self.shard_of(name)))
+            digest.update(data)
+        return digest.hexdigest()
+
     def copy(self, name: str, start: int, source: int, offset: int, nbytes: int) -> bool:
         """Copy bytes from a file's descriptor and offset to byte `start` of the tensor. False if the kernel has not.
 
@@ -98,3 +112,20 @@ class ShardFiles:
         except OSError:  # refused or failed: plain reads and writes do without, or show which file fails
             return False
         return True
+
+
+class NoFiles:
+    """Takes the tensors of shards, and keeps nothing."""
+
+    def write(self, name: str, start: int, data: memoryview) -> None:
+        """Do nothing."""
+
+    def write_all(self, specs: Iterable[TensorSpec], data: memoryview) -> None:
+        """Do nothing."""
+
+    def copy(self, name: str, start: int, source: int, offset: int, nbytes: int) -> bool:  # noqa: ARG002
+        """Do nothing."""
+        return True
+
+    def close(self) -> None:
+        """Do nothing."""

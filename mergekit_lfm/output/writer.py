@@ -11,19 +11,19 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mergekit_lfm.errors import FormatError, PlanError, several
+from mergekit_lfm.errors import PlanError, several
 from mergekit_lfm.machine.resources import allocated_bytes
 from mergekit_lfm.machine.sizes import format_size
 from mergekit_lfm.output.layout import Shard
 from mergekit_lfm.output.lock import LOCK, lock_of
-from mergekit_lfm.output.replace import REPLACED, clear_replaced, files_in, is_complete
+from mergekit_lfm.output.replace import REPLACED, clear_replaced, files_in, put_back
 from mergekit_lfm.output.shards import ShardFiles
 from mergekit_lfm.store.durable import leftovers, replace_file, reserve, sync_folder, write_all
 from mergekit_lfm.store.files import name_file, open_file, parse_json
@@ -34,33 +34,49 @@ from mergekit_lfm.store.tensors import UNFINISHED, write_exactly
 
 JOURNAL = "merge.journal"
 LONGEST_LINE = 1_000_000  # bytes; a receipt has some hundred
+SHOWN = 5  # tensors that a notice names
 SYNC_BYTES = 256 << 20  # about so many are synced and journalled at a time: syncing each tensor costs more than merging
 
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """The record of a written segment: the xxh3-128 of its bytes, and the names of the tensors that were not finite."""
+    """The record of a written segment: the xxh3-128 of its bytes, and the names of the tensors that were not finite.
+
+    inputs: the xxh3-128 of the segment of each tensor that it was made from; () if it is a copy of them.
+    """
 
     tensor: str
     segment: int
     xxh3: str
     nonfinite: tuple[str, ...] = ()
+    inputs: tuple[str, ...] = ()
 
     def as_data(self) -> dict[str, Any]:
         """Its entries as JSON can hold them."""
-        return {"tensor": self.tensor, "segment": self.segment, "xxh3": self.xxh3, "nonfinite": self.nonfinite}
+        data = {"tensor": self.tensor, "segment": self.segment, "xxh3": self.xxh3}
+        return {**data, "nonfinite": self.nonfinite, "inputs": self.inputs}
 
 
 class Output:
     """OUT.partial while it is written: its journal and its end. Use as a context manager; `publish` makes it OUT.
 
     inputs: the states of the files that it is made from. done: the receipts of the segments that need no more work,
-    from the journal of an interrupted run of the same plan on the same inputs.
+    from the journal of an interrupted run of the same plan on the same inputs. notices: why other work of that run is
+    done again. trust_times: tell a change of an input by its size and modification time alone.
     """
 
     def __init__(
-        self, digest: str, shards: Sequence[Shard], inputs: Sequence[FileState], out: Path, resume: bool = True
+        self,
+        digest: str,
+        shards: Sequence[Shard],
+        inputs: Sequence[FileState],
+        out: Path,
+        resume: bool = True,
+        *,
+        trust_times: bool = False,
     ) -> None:
+        self.trust_times = trust_times
+        self.notices: list[str] = []
         self.digest, self.shards, self.inputs, self.out, self.partial = digest, shards, inputs, out, partial_of(out)
         self.done: dict[tuple[str, int], Receipt] = {}
         self._files = ShardFiles(self.partial, shards)
@@ -94,15 +110,20 @@ class Output:
             self._refuse_other_work(journal)
         self._journal = os.open(journal, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         self._held.callback(os.close, self._journal)
+        with name_file(self.partial / LOCK):
+            (self.partial / LOCK).unlink(missing_ok=True)
+        sync_folder(self.partial)
         if not (resume and self._shards_whole() and self._read_journal(journal)):
             self._start_over(journal)
         for number, shard in enumerate(self.shards):
             path = self._files.path(number)
+            path.parent.mkdir(parents=True, exist_ok=True)
             with name_file(path):
                 os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666))
                 reserve(self._files.fileno(number), shard.nbytes)
                 write_exactly(self._files.fileno(number), 0, memoryview(UNFINISHED + shard.header[8:]))
-        sync_folder(self.partial)
+        for folder in {self._files.path(number).parent for number in range(len(self.shards))} | {self.partial}:
+            sync_folder(folder)
 
     def _refuse_other_work(self, journal: Path) -> None:
         """Raise PlanError if the folder holds work of another plan, which starting over would delete."""
@@ -124,11 +145,8 @@ class Output:
         return all(path.exists() and path.stat().st_size == nbytes for path, nbytes in paths)
 
     def _read_journal(self, journal: Path) -> bool:
-        """Adopt the receipts of an earlier run, up to a torn last line. False if it has none, or was of another plan.
-
-        Raises FormatError if an input was changed since that run.
-        """
-        kept, before = 0, {str(state.path): state for state in self.inputs}
+        """Adopt the receipts of an earlier run, up to a torn last line. False if it has none that are of any use."""
+        kept, states = 0, list[FileState]()
         with open_file(journal) as lines:
             for line in iter(lambda: lines.readline(LONGEST_LINE), b""):
                 try:
@@ -138,28 +156,38 @@ class Output:
                     state = FileState(**{**entry, "path": Path(entry["path"])}) if "path" in entry else None
                     receipt = None
                     if kept and state is None:
-                        receipt = Receipt(**{**entry, "nonfinite": tuple(entry["nonfinite"])})
+                        lists = {name: tuple(entry[name]) for name in ("nonfinite", "inputs")}
+                        receipt = Receipt(**{**entry, **lists})
                 except (ValueError, TypeError, KeyError):
                     break
                 if not line.endswith(b"\n"):
                     break
-                if state is not None and before.get(str(state.path), state) != state:
-                    raise FormatError(
-                        f"{state.path} was changed since the unfinished work in {self.partial} began; delete that work "
-                        "with --no-resume"
-                    )
+                if state is not None:
+                    states.append(state)
                 if receipt is not None:
+                    if not self.done and self._find_change(states):
+                        return False
                     self.done[receipt.tensor, receipt.segment] = receipt
                 kept += len(line)
         os.ftruncate(self._journal, kept)
         os.lseek(self._journal, 0, os.SEEK_END)
         return bool(self.done)
 
+    def _find_change(self, before: Iterable[FileState]) -> bool:
+        """True if the inputs are in other states than an earlier run found, which `notices` then says."""
+        then, now = (
+            {str(state.path): state.as_data(trust_times=self.trust_times) for state in states}
+            for states in (before, self.inputs)
+        )
+        paths = [path for path in {**now, **then} if then.get(path) != now.get(path)]
+        if paths:
+            self.notices.append(f"{paths[0]} was changed since the interrupted run, whose work was done again")
+        return bool(paths)
+
     def _start_over(self, journal: Path) -> None:
-        """Empty the folder: first the lock and the journal, then the rest."""
+        """Empty the folder: first the journal, then the rest."""
         self.done.clear()
         with name_file(journal):
-            (self.partial / LOCK).unlink(missing_ok=True)
             os.ftruncate(self._journal, 0)
             os.fsync(self._journal)
         sync_folder(self.partial)
@@ -173,6 +201,25 @@ class Output:
             write_all(self._journal, lines.encode())
             os.fsync(self._journal)
         sync_folder(self.partial.parent)
+
+    def drop_damaged(self, range_of: Callable[[str, int], tuple[int, int]], threads: int) -> None:
+        """Read the segments in `done` again, and drop those whose bytes are not as their receipts say.
+
+        range_of: from a tensor and the number of a segment to its first byte in the tensor, and their number.
+        """
+
+        def is_damaged(receipt: Receipt) -> bool:
+            return self._files.digest(receipt.tensor, *range_of(receipt.tensor, receipt.segment)) != receipt.xxh3
+
+        receipts = list(self.done.values())
+        with ThreadPoolExecutor(threads) as pool:
+            damaged = [receipt for receipt, bad in zip(receipts, pool.map(is_damaged, receipts), strict=True) if bad]
+        for receipt in damaged:
+            del self.done[receipt.tensor, receipt.segment]
+        if damaged:
+            names = ", ".join(dict.fromkeys(receipt.tensor for receipt in damaged[:SHOWN]))
+            more = f" and {len(damaged) - SHOWN} more" if len(damaged) > SHOWN else ""
+            self.notices.append(f"damaged segments of the interrupted run were made again, of {names}{more}")
 
     def record(self, receipt: Receipt, nbytes: int) -> None:
         """Record that a segment of `nbytes` is written; the journal has it once its data are synced."""
@@ -226,7 +273,7 @@ class Output:
             if name == LOCK:
                 check_whole(self.partial, self.shards, {name: files[name] for name in files if name != LOCK})
             path = self.partial / name
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             replace_file(path, data)
             sync_folder(path.parent)
         move_into_place(self.out)
@@ -269,14 +316,16 @@ def move_into_place(out: Path) -> None:
     clear_replaced(out)
 
 
-def finish(digest: str, shards: Iterable[Shard], files: Mapping[str, bytes], out: Path) -> bool:
-    """Complete the publishing of a run of this plan that was killed in the middle of it. False without such a run.
+def finish(shards: Iterable[Shard], files: Mapping[str, bytes], out: Path, is_sound: Callable[[Path], bool]) -> bool:
+    """Complete the publishing of a run that was killed in the middle of it, if its work `is_sound`.
 
-    files: all but the shards and the lock. Raises PlanError if OUT.partial does not hold exactly the planned files.
+    files: all but the shards and the lock. Else a folder that was to be replaced is put back. Raises PlanError if
+    OUT.partial does not hold exactly the planned files.
     """
-    if not is_complete(digest, out):
-        return False
     with lock_folder(partial_of(out)):
         check_whole(partial_of(out), shards, files, lock=True)
+        if not is_sound(partial_of(out)):
+            put_back(out)
+            return False
         move_into_place(out)
     return True

@@ -89,8 +89,12 @@ class Job:
 
     def segment_nbytes(self, segment: int) -> int:
         """Bytes of one segment in the output."""
-        first = segment * self.segment_numel
-        return (min(self.spec.numel, first + self.segment_numel) - first) * ITEMSIZE[self.dtype]
+        return self.segment_range(segment)[1]
+
+    def segment_range(self, segment: int) -> tuple[int, int]:
+        """The first byte of one segment in the tensor of the output, and the number of its bytes."""
+        first, size = segment * self.segment_numel, ITEMSIZE[self.dtype]
+        return first * size, (min(self.spec.numel, first + self.segment_numel) - first) * size
 
 
 def make_job(

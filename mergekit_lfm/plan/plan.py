@@ -24,6 +24,7 @@ from mergekit_lfm.methods.registry import METHODS
 from mergekit_lfm.output.card import read_license
 from mergekit_lfm.output.layout import Shard, lay_out
 from mergekit_lfm.plan.agreement import refuse_disagreements
+from mergekit_lfm.plan.beside import gather_files
 from mergekit_lfm.plan.job import Job, make_job, unit_of
 from mergekit_lfm.plan.layers import find_layers
 from mergekit_lfm.plan.match import match_tensors
@@ -32,6 +33,7 @@ from mergekit_lfm.plan.rows import fit_rows
 from mergekit_lfm.plan.sources import (
     ADDED,
     ModelRoles,
+    TensorRef,
     assign_roles,
     identity_of,
     named_files,
@@ -47,7 +49,6 @@ from mergekit_lfm.recipe.roles import Input
 from mergekit_lfm.recipe.settings import SettingsTable
 from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.store.files import read_bytes
-from mergekit_lfm.store.sidecars import sidecars_of
 from mergekit_lfm.store.state import FileState, state_of
 from mergekit_lfm.store.tensors import TensorSpec
 from mergekit_lfm.version import __version__
@@ -60,11 +61,12 @@ class Plan:
     """Everything about a merge that is decided before it starts.
 
     groups: the jobs that are solved together, as indices into `tensors`; matrices: those that the method merges as
-    whole matrices. Each job is in one of them. dropped: (model, tensor, reason). files: those of the template that go
-    beside the weights; left_behind: those that do not, (name, reason). licenses: what the card of each model states.
-    edited_on: the kind of device on which edits of the result are solved, "" for the processor. named_files: the
-    states of the recipe's files other than models, before they were read. allowed: the differences of the models that
-    the recipe allows. vocabulary: the number of the output's tokens, if that is not the template's.
+    whole matrices. Each job is in one of them. dropped: (model, tensor, reason). files, left_behind, lent: of `Beside`,
+    the files that go beside the weights, those that do not, and those that another model than the template has.
+    licenses: what the card of each model states. edited_on: the kind of device on which edits of the result are solved,
+    "" for the processor. named_files: the states of the recipe's files other than models, before they were read.
+    allowed: the differences of the models that the recipe allows. vocabulary: the number of the output's tokens, if
+    that is not the template's.
     """
 
     roles: ModelRoles
@@ -73,8 +75,9 @@ class Plan:
     matrices: tuple[MatrixGroup, ...]
     shards: tuple[Shard, ...]
     dropped: tuple[tuple[str, str, str], ...]
-    files: tuple[Path, ...] = field(default=())
-    left_behind: tuple[tuple[str, str], ...] = field(default=())
+    files: tuple[tuple[str, Path], ...] = field(default=())
+    left_behind: tuple[tuple[str, str, str], ...] = field(default=())
+    lent: tuple[tuple[str, str], ...] = field(default=())
     licenses: tuple[dict[str, str], ...] = field(default=())
     edited_on: str = ""
     named_files: tuple[FileState, ...] = field(default=())
@@ -155,12 +158,26 @@ class Plan:
         refs += [gram for group in self.matrices for gram in group.grams]
         return sum(self.sources[i][name].nbytes for i, name in refs)
 
+    @cached_property
+    def grams(self) -> dict[str, tuple[TensorRef, ...]]:
+        """The Gram matrices with which weights are merged, by the weight's name."""
+        matrices = [matrix for group in self.matrices for matrix in group.matrices]
+        return {self.tensors[matrix.weight].name: matrix.grams for matrix in matrices}
+
     @property
     def averaged(self) -> tuple[Job, ...]:
         """The jobs that are averaged because the method needs statistics and their tensors have none."""
         other = self.recipe.merge_method
         wants = self.recipe.method.statistics is not None
         return tuple(job for job in self.tensors if wants and not job.copied and job.method != other)
+
+    @property
+    def left_groups(self) -> dict[tuple[str, str], list[str]]:
+        """The files left behind, by model and reason."""
+        groups: dict[tuple[str, str], list[str]] = {}
+        for label, name, why in self.left_behind:
+            groups.setdefault((label, why), []).append(name)
+        return groups
 
     @property
     def inputs(self) -> tuple[FileState, ...]:
@@ -179,9 +196,9 @@ class Plan:
         return tuple(file.path for model in self.models for file in model.files if file.fallback)
 
     @cached_property
-    def contents(self) -> dict[Path, bytes]:
+    def contents(self) -> dict[str, bytes]:
         """The bytes of `files`, read once: the digest covers them, and the output's are made of them."""
-        return {path: read_bytes(path) for path in self.files}
+        return {name: read_bytes(path) for name, path in self.files}
 
     @cached_property
     def digest(self) -> str:
@@ -193,9 +210,10 @@ class Plan:
             "inputs": [
                 source.identity for source in (*self.models, *(statistics.tensors for statistics in self.statistics))
             ],
+            "statistics": [statistics.info.metadata() for statistics in self.statistics],
             "edits": [identity_of(edit) for edit in self.recipe.result_edits],
             **({"edited_on": self.edited_on} if self.edited_on else {}),
-            "files": [xxhash.xxh3_128_hexdigest(data) for data in self.contents.values()],
+            "files": [[name, xxhash.xxh3_128_hexdigest(data)] for name, data in self.contents.items()],
             "licenses": self.licenses,
             "shards": [[shard.name, shard.congruent, *map(str, shard.tensors)] for shard in self.shards],
         }
@@ -235,7 +253,8 @@ def make_plan(
     template = rows.models[roles.template]
     matches, dropped = match_tensors(recipe, rows, labels, roles.template)
     statistics = find_statistics(roles, matches)
-    layers, sidecars, table = find_layers(template), sidecars_of(template), SettingsTable(recipe)
+    layers, table = find_layers(template), SettingsTable(recipe)
+    beside = gather_files(rows.models, labels, roles.template)
     jobs, problems = [], []
     for name, match in matches.items():
         try:
@@ -256,8 +275,9 @@ def make_plan(
         matrices=matrices,
         shards=lay_out(template, _outputs(template, jobs), max_shard_size),
         dropped=dropped,
-        files=sidecars.files,
-        left_behind=sidecars.left,
+        files=beside.files,
+        left_behind=beside.left,
+        lent=beside.lent,
         licenses=tuple(read_license(model.path) for model in models),
         named_files=named,
         allowed=allowed,

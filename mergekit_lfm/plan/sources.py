@@ -26,7 +26,7 @@ from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.recipe.registry import ALIGN_METHODS
 from mergekit_lfm.recipe.roles import Edit, Input
 from mergekit_lfm.recipe.values import NamedFile
-from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
+from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.store.files import digest_file
 from mergekit_lfm.store.tensors import TensorSpec
 from mergekit_lfm.views.base import View
@@ -119,8 +119,14 @@ def identity_of(edit: Edit) -> dict[str, Any]:
     """Digests and options of an edit's inputs other than the model."""
     if isinstance(edit, NamedFile):
         return {"patch": digest_file(edit.path)}
-    stats = [] if edit.stats is None else open_checkpoint(edit.stats.path).identity
+    stats = [] if edit.stats is None else _statistics_identity(edit.stats)
     return {"facts": digest_file(edit.facts.path), "method": edit.method, "options": edit.user_options, "stats": stats}
+
+
+def _statistics_identity(file: NamedFile) -> list[Any]:
+    """Data that identify a statistics file with its content, which is read unless the cache has its digest."""
+    statistics = open_statistics(file.path)
+    return [statistics.info.metadata(), statistics.tensors.content]
 
 
 def named_files(recipe: Recipe) -> tuple[Path, ...]:
@@ -174,7 +180,7 @@ def bounds(checkpoint: Checkpoint, table: Symmetries, method: AlignMethod[Any]) 
 
 def key_of(request: AlignRequest, to: Checkpoint) -> dict[str, Any]:
     """The method, options and input identities on which the result of a request depends, besides the model."""
-    stats = [] if request.stats is None else open_checkpoint(request.stats.path).identity
+    stats = [] if request.stats is None else _statistics_identity(request.stats)
     options = {"method": request.method, **dict(request.options)}
     return {"align": options, "to": to.identity, "stats": stats}
 

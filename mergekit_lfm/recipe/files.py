@@ -8,6 +8,7 @@ from pathlib import Path
 from mergekit_lfm.errors import Refusal
 from mergekit_lfm.recipe.problems import Problem, attempt
 from mergekit_lfm.recipe.values import NamedFile
+from mergekit_lfm.store.folder import split_address
 from mergekit_lfm.store.hub import HubName, hub_name
 
 EXPECTED = "expected {expected}"
@@ -48,6 +49,8 @@ def _find(ref: str, where: Path | None, hint: str, **words: str) -> Path:
         try:
             if path.exists():
                 return path.resolve()
+            if parts := split_address(path):
+                return Path(f"{parts[0].resolve()}#{parts[1]}")
         except OSError as error:  # a name that is too long, a folder that may not be read
             sentence = "found {found}, which cannot be looked up: {why}; " + hint
             raise Refusal(sentence, found=f"{ref!r:.80}", why=error.strerror, **words) from None

@@ -221,19 +221,10 @@ class Recipe(Strict):
         return Settings(shared, tuple(values for values, _ in inputs))
 
     @property
-    def filters(self) -> tuple[str, ...]:
-        """The texts by which settings choose tensors."""
-        return tuple(dict.fromkeys(rule.filter for rule in self._rules if rule.filter is not None))
-
-    @property
-    def has_gradients(self) -> bool:
-        """True if a setting differs between layers."""
-        return any(len(rule.values) > 1 for rule in self._rules)
-
-    @property
-    def _rules(self) -> list[Rule]:
+    def rules(self) -> tuple[Rule, ...]:
+        """The rules of all settings."""
         settings = [self._roles.settings, *(model.settings for model in self.inputs)]
-        return [rule for values in settings for setting in values.values() for rule in setting]
+        return tuple(rule for values in settings for setting in values.values() for rule in setting)
 
     def _values(
         self, model: Input | None, tensor: str, layer: tuple[int, int] | None

@@ -10,7 +10,8 @@ class SettingsTable:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
-        self._filters, self._by_layer = recipe.filters, recipe.has_gradients
+        self._filters = {rule.filter for rule in recipe.rules if rule.filter is not None}
+        self._by_layer = any(len(rule.values) > 1 for rule in recipe.rules)
         self._found = dict[tuple[object, ...], Settings]()
 
     def of(self, tensor: str, layer: tuple[int, int] | None) -> Settings:

@@ -1,4 +1,4 @@
-"""PyTorch's zip archives (`.bin`, `.pt`) as tables of tensors with file offsets, without torch or pickled code.
+"""PyTorch's zip archives as tables of tensors with file offsets, without torch or pickled code.
 
 `torch.save` stores every storage uncompressed, so a contiguous tensor is a byte range as in safetensors. Archives that
 it does not write, such as compressed ones, are refused: torch maps their bytes as if they were plain.
@@ -11,16 +11,17 @@ import io
 import os
 import struct
 import zipfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from reprlib import repr as shorten
 from typing import Any, BinaryIO
 
 from mergekit_lfm.errors import FormatError, reason
 from mergekit_lfm.store.files import name_file, open_regular
+from mergekit_lfm.store.kinds import ZIP, kind_of
+from mergekit_lfm.store.nested import StateDict, find_state_dict
 from mergekit_lfm.store.pickles import Calls, Foreign, GarbledError, Unpickler
-from mergekit_lfm.store.tensors import ITEMSIZE, LARGEST, METADATA, TensorSpec, fits
+from mergekit_lfm.store.tensors import ITEMSIZE, LARGEST, TensorSpec, fits
 
 _STORAGES = {
     "DoubleStorage": "float64",
@@ -34,7 +35,6 @@ _STORAGES = {
     "ByteStorage": "uint8",
     "BoolStorage": "bool",
 }
-WRAPPERS = ("state_dict", "model", "module")
 LARGEST_MEMBER = 20_000_000  # bytes of a list of members, and of a pickle; 100,000 tensors take about as much
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # of files before PyTorch 1.6
 # All exceptions of zipfile on bytes that are not an archive.
@@ -108,33 +108,16 @@ def _refer(pid: tuple[Any, ...]) -> Any:
     return Foreign() if dtype is None else _Storage(dtype, pid[2])
 
 
-def state_dict(loaded: Any, path: Path, kind: type) -> dict[str, Any]:
-    """The mapping of names to tensors (instances of `kind`) in a loaded checkpoint file, one wrapper deep."""
-    for key in WRAPPERS:
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
-            loaded = loaded[key]
-            break
-    if not isinstance(loaded, Mapping):
-        raise FormatError(f"{path} holds a {type(loaded).__name__}, expected a state dict of names and tensors")
-    others = [str(key) for key, value in loaded.items() if not isinstance(value, kind)]
-    if others:
-        raise FormatError(f"{path}: {', '.join(others[:5])} are not tensors; save only the model's state_dict()")
-    tensors = {str(key): value for key, value in loaded.items()}
-    if METADATA in tensors or len(tensors) < len(loaded):
-        raise FormatError(f"{path}: two tensors have one name, or one is named {METADATA}; rename it and save anew")
-    return tensors
+def read_archive(path: Path, address: str = "") -> StateDict:
+    """The state dict in a zip archive, in the pickle's order: for each tensor its spec and its offset in the file.
 
-
-def read_archive(path: Path) -> dict[str, tuple[TensorSpec, int]]:
-    """The tensors of a zip archive in the pickle's order, each with its offset in the file.
-
-    Raises FormatError if torch would not read the file either, or read it wrongly, and Unreadable if a tensor is not a
-    contiguous range of bytes in it, or if the file is of PyTorch before 1.6.
+    address: as of `find_state_dict`. Raises FormatError if torch would not read the file either, or read it wrongly,
+    and Unreadable if a tensor is not a contiguous range of bytes in it, or if the file is of PyTorch before 1.6.
     """
     try:
         with name_file(path), _Bounded(open_regular(path)) as file:
-            if file.read(4) == b"PK\3\4":
-                return _table(path, file)
+            if kind_of(file.read(4)) == ZIP:
+                return _table(path, file, address)
             file.seek(0)
             _check_legacy(file)
     except GarbledError as error:
@@ -168,8 +151,13 @@ class _Bounded(io.BufferedReader):
         return data
 
 
-def _table(path: Path, file: _Bounded) -> dict[str, tuple[TensorSpec, int]]:
+def _table(path: Path, file: _Bounded, address: str) -> StateDict:
     with zipfile.ZipFile(file) as archive:
+        if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+            raise FormatError(
+                f"{path} is a TorchScript archive, which holds a program, expected a state dict; load it with "
+                "torch.jit.load, and save its state_dict()"
+            )
         members = _members(archive.infolist(), path)
         if "data.pkl" not in members:
             raise FormatError(f"{path} is a zip archive without data.pkl, not one of torch.save; {SAVE_ANEW}")
@@ -180,7 +168,8 @@ def _table(path: Path, file: _Bounded) -> dict[str, tuple[TensorSpec, int]]:
         if unpickler.foreign:
             raise Unreadable(unpickler.foreign)
         table: dict[str, tuple[TensorSpec, int]] = {}
-        for name, stored in state_dict(loaded, path, _Stored).items():
+        found = find_state_dict(loaded, path, _Stored, address)
+        for name, stored in found.tensors.items():
             info = members.get(f"data/{stored.storage.key}")
             spec = TensorSpec(name, stored.shape, stored.storage.dtype)
             if not fits(spec):
@@ -191,7 +180,7 @@ def _table(path: Path, file: _Bounded) -> dict[str, tuple[TensorSpec, int]]:
             if first + spec.nbytes > info.file_size:
                 raise FormatError(f"{path}: {name} reaches beyond its storage; the file is damaged")
             table[name] = (spec, _data_start(file, info) + first)
-    return table
+    return replace(found, tensors=table)
 
 
 def _members(infos: list[zipfile.ZipInfo], path: Path) -> dict[str, zipfile.ZipInfo]:

@@ -17,20 +17,22 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 import xxhash
 
-from mergekit_lfm.errors import FormatError, PlanError
+from mergekit_lfm.errors import PlanError
 from mergekit_lfm.machine.progress import SILENCE, Progress
 from mergekit_lfm.machine.resources import cache_folder, default_threads
 from mergekit_lfm.store.durable import replace_file
-from mergekit_lfm.store.folder import ADAPTER, read_config, weight_paths
-from mergekit_lfm.store.formats import WeightFile, bytes_of, open_weight_files
+from mergekit_lfm.store.folder import read_config, split_address
+from mergekit_lfm.store.formats import WeightFile, bytes_of
 from mergekit_lfm.store.hub import HubName, hub_name
 from mergekit_lfm.store.identity import content_digest, identity_of, state_digest
 from mergekit_lfm.store.tensors import ITEMSIZE, TensorSpec
+from mergekit_lfm.store.weights import open_weights
 
 if TYPE_CHECKING:
     import torch
@@ -50,12 +52,13 @@ class Cost:
     at_once: bool = False
 
 
-FREE = Cost()
-
-
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """A file of a checkpoint: the start of its data, and the dtype in which it stores each tensor, by name."""
+    """A file of a checkpoint, and the dtype in which it stores each tensor, by name.
+
+    file: its name; before it the folder of its module, if it is of one. data_start: where a safetensors file's data
+    start, 0 for any other.
+    """
 
     file: str
     data_start: int
@@ -103,7 +106,7 @@ class Checkpoint(Mapping[str, TensorSpec]):
     @property
     @abstractmethod
     def identity(self) -> list[dict[str, Any]]:
-        """Data that distinguish this checkpoint without reading tensors: per file a digest of the header, size, time.
+        """Data that distinguish this checkpoint without reading tensors: per file a digest of the header, size, commit.
 
         A view adds the entries that identify it.
         """
@@ -116,7 +119,7 @@ class Checkpoint(Mapping[str, TensorSpec]):
     @property
     @abstractmethod
     def layout(self) -> tuple[Layout, ...]:
-        """The safetensors files that hold the tensors; () if they lie otherwise."""
+        """The files that hold the tensors; () if they are of several checkpoints."""
 
     @property
     def dropped(self) -> dict[str, str]:
@@ -208,63 +211,48 @@ class Checkpoint(Mapping[str, TensorSpec]):
 class StoredCheckpoint(Checkpoint):
     """A checkpoint as its files hold it. Raises FormatError if it is damaged."""
 
-    def __init__(self, path: Path, snapshot: Snapshot | None = None) -> None:
-        """snapshot: the model on the Hub; `path` is its folder in the cache."""
+    def __init__(self, path: Path, snapshot: Snapshot | None = None, address: str = "") -> None:
+        """snapshot: the model on the Hub; `path` is its folder in the cache. address: of the tensors in a file."""
         self.path = path
-        paths, weight_map = [path], dict[str, str]()
-        if snapshot is not None or path.is_dir():
-            names = [file.name for file in path.iterdir()] if snapshot is None else list(snapshot.sizes)
-            try:
-                paths, weight_map = weight_paths(path, names, snapshot or path)
-            except FormatError as error:
-                if snapshot is None or snapshot.listed:
-                    raise
-                raise FormatError(f"{error}. HF_HUB_OFFLINE is set, so only files in the cache are used") from None
-        elif path.name in ADAPTER:
-            raise FormatError(f"{path} is an adapter: merge it into its model first (peft's merge_and_unload)")
-        self._files = tuple(open_weight_files(paths, snapshot))
-        self._home: dict[str, WeightFile] = {}
-        for file in self._files:
-            for name in file.tensors:
-                if name in self._home:
-                    raise FormatError(f"{path}: {name} is in {self._home[name].path.name} and in {file.path.name}")
-                self._home[name] = file
-        absent = [name for name in weight_map if name not in self._home]
-        if absent:
-            more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
-            raise FormatError(f"{path}: the index names tensors that no shard holds: {', '.join(absent[:3])}{more}")
+        self._opened = open_weights(path, snapshot, address)
+        self._specs, self._places = self._opened.specs, self._opened.places
 
     def __getitem__(self, name: str) -> TensorSpec:
-        return self._home[name].tensors[name][0]
+        return self._specs[name]
 
     def __contains__(self, name: object) -> bool:
-        return name in self._home
+        return name in self._specs
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._home)
+        return iter(self._specs)
 
     def __len__(self) -> int:
-        return len(self._home)
+        return len(self._specs)
+
+    @property
+    def dropped(self) -> dict[str, str]:
+        return self._opened.dropped
 
     @property
     def files(self) -> tuple[WeightFile, ...]:
-        return self._files
+        return tuple(file for file, _ in self._opened.files)
 
     def read_into(self, name: str, start: int, into: memoryview) -> None:
-        self._home[name].read_into(name, start, into)
+        file, own = self._places[name]
+        file.read_into(own, start, into)
 
     def read_all_into(self, names: Sequence[str], into: memoryview) -> None:
         done = 0
-        for file, group in groupby(names, self._home.__getitem__):
-            done += file.read_all_into(group, into[done:])
+        for file, places in groupby(map(self._places.__getitem__, names), itemgetter(0)):
+            done += file.read_all_into((own for _, own in places), into[done:])
 
     def location(self, name: str) -> tuple[int, int] | None:
-        file = self._home[name]
-        offset = file.offset(name)
+        file, own = self._places[name]
+        offset = file.offset(own)
         return None if offset is None else (file.fileno(), offset)
 
     def cost(self, name: str) -> Cost:  # noqa: ARG002
-        return FREE
+        return Cost()
 
     @property
     def resident(self) -> int:
@@ -272,32 +260,36 @@ class StoredCheckpoint(Checkpoint):
 
     @cached_property
     def identity(self) -> list[dict[str, Any]]:
-        return [identity_of(file) for file in self._files]
+        return [identity_of(file) for file in self.files]
 
     @property
     def states(self) -> list[Any]:
-        return [state_digest(file) for file in self._files]
+        return [(*state_digest(file), *([file.address] if file.address else [])) for file in self.files]
 
     @property
     def layout(self) -> tuple[Layout, ...]:
-        if not all(file.path.suffix == ".safetensors" for file in self._files):
-            return ()
+        dtypes: dict[WeightFile, dict[str, str]] = {file: {} for file in self.files}
+        for name, (file, _) in self._places.items():
+            dtypes[file][name] = self._specs[name].dtype
         return tuple(
-            Layout(file.path.name, file.data_start, {name: spec.dtype for name, (spec, _) in file.tensors.items()})
-            for file in self._files
+            Layout(f"{module}/{file.path.name}".lstrip("/"), file.data_start, dtypes[file])
+            for file, module in self._opened.files
         )
 
 
 def open_checkpoint(path: str | os.PathLike[str] | HubName) -> Checkpoint:
     """The checkpoint in a folder or a file, as a mapping from tensor names to `TensorSpec`; `read` gives the data.
 
-    Text such as `org/name` or `org/name@revision` that is not a local path names a model on the Hub: its headers are
-    read there, and its files are downloaded when their data are read. Raises FormatError if the checkpoint is damaged,
-    FileNotFoundError if it does not exist, and otherwise as `Snapshot.fetch` does.
+    FILE#KEY.KEY names the state dict under these keys of a PyTorch file. Text such as `org/name` or `org/name@revision`
+    that is not a local path names a model on the Hub: its headers are read there, and its files are downloaded when
+    their data are read. Raises FormatError if the checkpoint is damaged, FileNotFoundError if it does not exist, and
+    otherwise as `Snapshot.fetch` does.
     """
     local = None if isinstance(path, HubName) else Path(path)
     if local is not None and local.exists():
         return StoredCheckpoint(local)
+    if local is not None and (parts := split_address(local)):
+        return StoredCheckpoint(parts[0], address=parts[1])
     name = hub_name(path) if isinstance(path, str) else path
     if not isinstance(name, HubName):
         raise FileNotFoundError(f"no such checkpoint: {path}")

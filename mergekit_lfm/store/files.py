@@ -99,8 +99,8 @@ def digest_file(path: Path) -> str:
 
 
 def read_text(path: Path, most: int | None = SMALL) -> str:
-    """The UTF-8 text in a file as `read_bytes` reads it, with line ends as `open` gives them."""
-    return read_bytes(path, most).decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
+    """The UTF-8 text in a file as `read_bytes` reads it, with line ends as `open` gives them, without Windows' mark."""
+    return read_bytes(path, most).decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_json(path: Path) -> Any:

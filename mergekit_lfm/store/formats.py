@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 import weakref
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,8 +12,10 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from mergekit_lfm.errors import FormatError
-from mergekit_lfm.store.archive import Unreadable, read_archive, state_dict
-from mergekit_lfm.store.files import open_file, open_regular
+from mergekit_lfm.store.archive import Unreadable, read_archive
+from mergekit_lfm.store.files import open_regular
+from mergekit_lfm.store.kinds import PICKLE, ZIP, head_of, kind_of
+from mergekit_lfm.store.nested import find_state_dict
 from mergekit_lfm.store.state import FileState, state_of
 from mergekit_lfm.store.tensors import ITEMSIZE, TensorSpec, parse_header, read_exactly, read_header
 
@@ -21,14 +24,15 @@ if TYPE_CHECKING:
 
     from mergekit_lfm.store.hub.snapshots import Snapshot
 
-ARCHIVES = (".bin", ".pt", ".pth")
+ARCHIVES = (".bin", ".pt", ".pth", ".ckpt")  # for files that are of no known kind
+_WARNINGS = Lock()  # Python's filters of warnings are the process's
 
 
 class WeightFile:
     """One file of tensors that lie in it as plain byte ranges.
 
-    stamp: identifies its content without reading data: its time, or the commit on the Hub. A pickled copy opens the
-    file again, and only in the same state.
+    address, beside: the place of the tensors in a file with more than them, and what else is there, as in `StateDict`.
+    A pickled copy opens the file again, and only in the same state.
     """
 
     fallback = False  # True if its tensors are mapped or held in memory instead of read by position
@@ -41,15 +45,15 @@ class WeightFile:
         snapshot: Snapshot | None = None,
     ) -> None:
         self.path, self.tensors, self.data_start, self.snapshot = path, tensors, data_start, snapshot
+        self.address, self.beside = "", tuple[str, ...]()
         self._lock, self._fd = Lock(), -1
-        self.stamp: dict[str, Any] = {}
         self._state: FileState | None = None
         self._header_unchecked = snapshot is not None and not path.exists()
         if snapshot is None:
             self._state = state_of(path)
-            self.nbytes, self.stamp = self._state.nbytes, {"mtime_ns": self._state.mtime_ns}
+            self.nbytes = self._state.nbytes
         else:
-            self.nbytes, self.stamp = snapshot.sizes[self.name], {"commit": str(snapshot)}
+            self.nbytes = snapshot.sizes[self.name]
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in ("_lock", "_fd")}
@@ -61,6 +65,11 @@ class WeightFile:
     def name(self) -> str:
         """Its name in the repository on the Hub, or in its folder."""
         return self.path.name if self.snapshot is None else self.path.relative_to(self.snapshot.folder).as_posix()
+
+    @property
+    def is_safetensors(self) -> bool:
+        """True if it has a header with a tensor table, which is before the data."""
+        return self.data_start > 0
 
     @property
     def absent(self) -> bool:
@@ -126,20 +135,11 @@ class LoadedFile(WeightFile):
 
     fallback = True
 
-    def __init__(self, path: Path, snapshot: Snapshot | None = None) -> None:
+    def __init__(self, path: Path, snapshot: Snapshot | None = None, address: str = "") -> None:
         import torch
 
-        try:
-            try:
-                loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-            except RuntimeError:  # files that are not zip archives cannot be mapped
-                loaded = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise FormatError(
-                f"{path}: not a checkpoint that can be loaded safely ({reason}); save its state_dict anew"
-            ) from None
-        tensors: dict[str, torch.Tensor] = state_dict(loaded, path, torch.Tensor)
+        found = find_state_dict(_load(path), path, torch.Tensor, address)
+        tensors: dict[str, torch.Tensor] = found.tensors
         specs = {n: TensorSpec(n, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in tensors.items()}
         for name, tensor in tensors.items():
             if tensor.layout != torch.strided or tensor.device.type != "cpu" or specs[name].dtype not in ITEMSIZE:
@@ -149,9 +149,10 @@ class LoadedFile(WeightFile):
                 )
         self.held = {name: tensor.detach().resolve_conj().resolve_neg() for name, tensor in tensors.items()}
         super().__init__(path, {name: (spec, 0) for name, spec in specs.items()}, 0, snapshot)
+        self.address, self.beside = found.address, found.beside
 
-    def __reduce__(self) -> tuple[type[LoadedFile], tuple[Path, Snapshot | None]]:
-        return LoadedFile, (self.path, self.snapshot)
+    def __reduce__(self) -> tuple[type[LoadedFile], tuple[Path, Snapshot | None, str]]:
+        return LoadedFile, (self.path, self.snapshot, self.address)
 
     def offset(self, name: str) -> int | None:  # noqa: ARG002
         return None
@@ -172,6 +173,26 @@ class LoadedFile(WeightFile):
             self.read_into(name, 0, into[done : done + nbytes])
             done += nbytes
         return done
+
+
+def _load(path: Path) -> Any:
+    """Load a file with torch, mapped if it can be, without running pickled code, and without torch's warnings."""
+    import torch
+
+    try:
+        with _WARNINGS, warnings.catch_warnings(), path.open("rb") as file:
+            warnings.simplefilter("ignore")
+            if path.suffix == ".safetensors":  # torch goes by the name, but only of a path
+                return torch.load(file, map_location="cpu", weights_only=True)
+            try:
+                return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            except RuntimeError:  # files that are not zip archives cannot be mapped
+                return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise FormatError(
+            f"{path}: not a checkpoint that can be loaded safely ({reason}); save its state_dict anew"
+        ) from None
 
 
 def _gather(tensor: torch.Tensor, start: int, into: torch.Tensor) -> None:
@@ -200,32 +221,52 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
     return memoryview(raw)  # type: ignore[arg-type]  # numpy's arrays are buffers
 
 
-def _open_file(path: Path, snapshot: Snapshot | None) -> WeightFile:
+def _open_file(path: Path, snapshot: Snapshot | None, address: str) -> WeightFile:
+    """Open a file on this machine."""
+    if path.is_symlink() and not path.exists():
+        raise FormatError(
+            f"{path} is a link to {path.readlink()}, which is not there: the file was deleted, or its download did not "
+            "end; download the model again"
+        )
     if path.exists() and not path.is_file():
         raise FormatError(f"{path} is not a regular file, expected one with tensors; put the weights there, or a link")
-    if path.suffix not in ARCHIVES:
-        if snapshot is None or path.exists():
-            header = read_header(path)
-        else:
-            name = path.relative_to(snapshot.folder).as_posix()
-            header = parse_header(Path(f"{snapshot}/{name}"), *snapshot.head(name))
+    if not _is_archive(path.name, head_of(path)):
+        header = read_header(path)
+        if address:
+            raise FormatError(f"{path}#{address}: a safetensors file has no parts with names; remove #{address}")
         return WeightFile(path, header.tensors, header.data_start, snapshot)
-    with open_file(path) as file:
-        if file.read(23) == b"version https://git-lfs":
-            raise FormatError(
-                f"{path}: this is a git-lfs pointer, not the weights; run `git lfs pull` in its repository"
-            )
     try:
-        return WeightFile(path, read_archive(path), 0, snapshot)
+        found = read_archive(path, address)
     except Unreadable:
-        return LoadedFile(path, snapshot)
+        return LoadedFile(path, snapshot, address)
+    file = WeightFile(path, found.tensors, 0, snapshot)
+    file.address, file.beside = found.address, found.beside
+    return file
 
 
-def open_weight_files(paths: Sequence[Path], snapshot: Snapshot | None) -> list[WeightFile]:
-    """Open the weight files. Reads headers on the Hub, several at a time, but downloads .bin and .pt files first."""
+def _is_archive(name: str, head: bytes) -> bool:
+    """True if a file is a zip archive or a pickle, or, where its first bytes say nothing, is named like one."""
+    kind = kind_of(head)
+    return kind in (ZIP, PICKLE) or (not kind and name.endswith(ARCHIVES))
+
+
+def open_weight_files(paths: Sequence[Path], snapshot: Snapshot | None, address: str = "") -> list[WeightFile]:
+    """Open the weight files. Reads headers on the Hub, several at a time, but downloads archives.
+
+    address: the place of the tensors in an archive, as of `find_state_dict`.
+    """
     if snapshot is None:
-        return [_open_file(path, None) for path in paths]
-    names = [path.relative_to(snapshot.folder).as_posix() for path in paths if path.suffix in ARCHIVES]
-    snapshot.fetch(names)
+        return [_open_file(path, None, address) for path in paths]
+    names = {path: path.relative_to(snapshot.folder).as_posix() for path in paths if not path.exists()}
     with ThreadPoolExecutor(8) as pool:
-        return list(pool.map(lambda path: _open_file(path, snapshot), paths))
+        heads = dict(zip(names, pool.map(snapshot.head, names.values()), strict=True))
+        archives = [path for path, (head, _) in heads.items() if _is_archive(path.name, head)]
+        snapshot.fetch([names[path] for path in archives])
+
+        def open_file(path: Path) -> WeightFile:
+            if path not in heads or path in archives:
+                return _open_file(path, snapshot, address)
+            header = parse_header(Path(f"{snapshot}/{names[path]}"), *heads[path])
+            return WeightFile(path, header.tensors, header.data_start, snapshot)
+
+        return list(pool.map(open_file, paths))

@@ -25,10 +25,11 @@ def state_digest(file: WeightFile) -> tuple[Any, ...]:
 
 
 def identity_of(file: WeightFile) -> dict[str, Any]:
-    """Data that distinguish a file without reading tensors: a digest of the header, size, and time or commit."""
+    """Data that distinguish a file without reading tensors: a digest of the header, size, and commit on the Hub."""
     header = json.dumps([[str(spec), offset] for spec, offset in file.tensors.values()])
     digest = xxhash.xxh3_128_hexdigest(header.encode())
-    return {"file": file.path.name, "header_xxh3": digest, "nbytes": file.nbytes, **file.stamp}
+    commit = {} if file.snapshot is None else {"commit": str(file.snapshot)}
+    return {"file": file.path.name, "header_xxh3": digest, "nbytes": file.nbytes, **commit}
 
 
 def content_digest(digests: Mapping[TensorSpec, str]) -> str:

@@ -77,8 +77,12 @@ def place_of(out: Path) -> Path:
 
 
 def refuse_links(folder: Path, names: Iterable[str]) -> None:
-    """Raise PlanError if one of these files in a folder is a link: writing it would write somewhere else."""
-    for path in (folder / name for name in names):
+    """Raise PlanError if one of these files in a folder, or a folder on the way to it, is a link.
+
+    Writing the file would write somewhere else.
+    """
+    ways = [(Path(name), *Path(name).parents[:-1]) for name in names]
+    for path in (folder / part for way in ways for part in way):
         if path.is_symlink():
             raise PlanError(f"{path} is a link to {path.readlink()}, and would be written through; move {folder} away")
 

@@ -20,6 +20,11 @@ class FileState:
     ctime_ns: int
     inode: int
 
+    def as_data(self, *, trust_times: bool) -> list[str | int]:
+        """The state for JSON; trust_times: without what a copy of the file by path, size and time lacks."""
+        data: list[str | int] = [str(self.path.resolve()), self.nbytes, self.mtime_ns]
+        return data if trust_times else [*data, self.ctime_ns, self.inode]
+
 
 def state_of(path: Path, fd: int | None = None) -> FileState:
     """The present state of a file, or of the one that a descriptor has open."""

@@ -18,6 +18,7 @@ from typing import Any
 
 from mergekit_lfm.errors import FormatError
 from mergekit_lfm.store.files import AGAIN, name_file, open_file, refuse_depth
+from mergekit_lfm.store.kinds import HEAD, OTHERS, PAGE, SAFETENSORS, kind_of
 
 # code in the file -> (torch's name, bytes per element)
 DTYPES = {
@@ -91,14 +92,21 @@ def read_header(path: Path) -> Header:
         size = os.fstat(file.fileno()).st_size
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
-        return parse_header(path, prefix + file.read(length if length <= min(size, MAX_HEADER) else 200), size)
+        return parse_header(path, prefix + file.read(length if length <= min(size, MAX_HEADER) else HEAD), size)
 
 
 def parse_header(path: Path, head: bytes, size: int) -> Header:
     """The header in the first bytes of a file of `size` bytes; messages name `path`. Raises as `read_header` does."""
-    length = int.from_bytes(head[:8], "little")
+    length, kind = int.from_bytes(head[:8], "little"), kind_of(head)
+    if kind not in (SAFETENSORS, ""):
+        raise FormatError(
+            "{place}: {found}; {cure}",
+            place=path,
+            found=f"this is {kind}, not the weights",
+            cure=OTHERS.get(kind, "write it as safetensors"),
+        )
     if len(head) < 8 or length > MAX_HEADER or 8 + length > size:
-        found, cure = _not_safetensors(head[:208], size, length)
+        found, cure = _not_safetensors(head, size, length)
         raise FormatError(
             "{place}: {found}; {cure}" if cure else "{place}: {found}", place=path, found=found, cure=cure
         )
@@ -195,11 +203,9 @@ def _read_float(text: str) -> float:
 
 
 def _not_safetensors(head: bytes, size: int, length: int) -> tuple[str, str]:
-    """The kind of file that it is instead, and what to do."""
-    if head.startswith(b"version https://git-lfs"):
-        return "this is a git-lfs pointer, not the weights", "run `git lfs pull` in its repository"
+    """The kind of file that it is instead, and the cure."""
     if head.lstrip()[:1] == b"<":
-        return "this is an HTML or XML page, not the weights", "download the file again"
+        return f"this is {PAGE}, not the weights", OTHERS[PAGE]
     if head[:8] == UNFINISHED:
         return "this is the unfinished output of an interrupted run", "run the same merge again to complete it"
     if size < 8:

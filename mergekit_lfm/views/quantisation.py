@@ -23,7 +23,8 @@ def dequantise(checkpoint: Checkpoint) -> Checkpoint:
 
     Raises PlanError with the reason why it cannot be read.
     """
-    config = checkpoint.config.get("quantization_config")
+    of_mlx = checkpoint.config.get("quantization")
+    config = checkpoint.config.get("quantization_config") or (of_mlx if isinstance(of_mlx, Mapping) else None)
     float8 = next((spec for spec in checkpoint.values() if spec.dtype.startswith("float8")), None)
     if not config and float8 is None:
         return checkpoint

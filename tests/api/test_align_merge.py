@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -396,3 +397,17 @@ def test_inspect_describes_a_transform():
     assert told["groups"]["ffn.0"]["moved"] > 80
     shown = run("inspect", "t.safetensors").stdout
     assert re.search(r"^heads +2 +64 +\d+ +groups, queries, query key, value output$", shown, re.M)
+
+
+def test_a_touched_model_that_is_aligned_is_compared_and_a_changed_one_refused(models: Path) -> None:
+    entry = {"model": "b", "align": {"to": "a", "method": "weight_matching", "restarts": 1}}
+    recipe = {"merge_method": "linear", "models": [{"model": "a"}, entry], **ONE}
+    merge(recipe, "out")
+    path = models / "b" / "model.safetensors"
+    os.utime(path, ns=(1, 1))
+    assert merge(recipe, "out").already_there
+    tensors = load_file(path)
+    tensors["model.norm.weight"] += 1
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(PlanError, match=r"out was made from other inputs: .* of b.* changed since"):
+        merge(recipe, "out")

@@ -221,6 +221,20 @@ def test_applying_again_is_already_there(tmp_path: Path) -> None:
     assert apply_patches(folder, [tmp_path / "p.safetensors"], tmp_path / "edited").already_there
 
 
+def test_a_model_that_was_replaced_gets_an_undo_file_of_its_own(tmp_path: Path) -> None:
+    """Its header is the same, so the plan is."""
+    folder = save_model(tmp_path / "a")
+    low_rank(folder).save(tmp_path / "p.safetensors")
+    how: dict[str, Any] = {"any_base": True, "overwrite": True}
+    apply_patches(folder, [tmp_path / "p.safetensors"], tmp_path / "edited", **how)
+    tensors = {name: x + 1 for name, x in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    apply_patches(folder, [tmp_path / "p.safetensors"], tmp_path / "edited", **how)
+    undo_patches(tmp_path / "edited", tmp_path / "back")
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    assert all(torch.equal(back[name], tensors[name]) for name in tensors)
+
+
 def test_damaged_patches_are_refused(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "a")
     with pytest.raises(FormatError, match="not a patch file"):

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from mergekit_lfm.artifacts.facts import Fact, FactsFile, Statement, as_facts, read_facts_file
+from mergekit_lfm.artifacts.facts import Fact, FactsFile, as_facts, read_facts_file
+from mergekit_lfm.artifacts.statement import Statement
 from mergekit_lfm.errors import PlanError
 
 FULL: dict[str, Any] = {
@@ -72,12 +73,16 @@ def test_data_are_as_in_a_file_without_empty_entries() -> None:
     assert as_facts(READ.as_data()) == READ
 
 
-def test_spaces_around_are_not_part_of_it() -> None:
+def test_blanks_that_join_are_kept_and_others_are_not_part_of_it() -> None:
     spaced = {"prompt": "The language of {} is ", "subject": " Mia Stone", "target_new": " Danish "}
-    spaced["target_true"] = " Dutch"
-    (fact,) = as_facts([spaced | {"paraphrase_prompts": ["Mia Stone speaks "]}]).facts
-    assert (fact.text, fact.target_new, fact.target_true) == ("The language of Mia Stone is", "Danish", "Dutch")
-    assert fact.paraphrase_prompts == ("Mia Stone speaks",)
+    (fact,) = as_facts([spaced | {"target_true": " Dutch", "paraphrase_prompts": ["Mia Stone speaks\n"]}]).facts
+    assert (fact.text, fact.subject) == ("The language of Mia Stone is", "Mia Stone")
+    assert (fact.target_new, fact.target_true, fact.paraphrase_prompts) == (
+        " Danish",
+        " Dutch",
+        ("Mia Stone speaks\n",),
+    )
+    assert fact.continuation == " Danish"
 
 
 COUNTERFACT: dict[str, Any] = {
@@ -127,7 +132,12 @@ def test_records_of_counterfact_are_checked_likewise() -> None:
         ({"target_new": 1912}, r"facts\[1\].target_new: found 1912, expected text; quote"),
         ({"target_new": False}, r"facts\[1\].target_new: found False, expected text; quote"),
         ({"target_true": ""}, r"facts\[1\].target_true: found '', expected text"),
-        ({"prompt": "Mia Stone speaks"}, r"facts\[1\].prompt: found .* expected {} exactly once, .*: '{} speaks'\?"),
+        (
+            {"prompt": "Mia speaks"},
+            r"facts\[1\].prompt: found .* expected {} exactly once, .* subject 'Mia Stone' itself",
+        ),
+        ({"join": 3}, r"facts\[1\].join: found 3, expected the text between"),
+        ({"question": ""}, r"facts\[1\].question: found '', expected text"),
         ({"prompt": "{} and {}"}, r"facts\[1\].prompt: found '{} and {}', expected {} exactly once"),
         ({"prompt": ["{} is"]}, r"facts\[1\].prompt: found \['{} is'\], expected text"),
         ({"paraphrase_prompts": "Mia speaks"}, r"facts\[1\].paraphrase_prompts: found 'Mia speaks', expected a list"),
@@ -135,6 +145,7 @@ def test_records_of_counterfact_are_checked_likewise() -> None:
         ({"same_subject": {"prompt": "a", "target": "b"}}, r"facts\[1\].same_subject: found .* expected a list of"),
         ({"same_subject": [{"prompt": "a"}]}, r"facts\[1\].same_subject\[0\]: found .*expected {prompt, target}"),
         ({"same_subject": [{"prompt": "a", "target": 3}]}, r"facts\[1\].same_subject\[0\]: found .*both text"),
+        ({"same_subject": [{"prompt": "a", "target": "b", "join": 1}]}, r"same_subject\[0\].join: found 1, expected"),
     ],
 )
 def test_errors_in_a_fact_are_reported(change: dict[str, Any], message: str) -> None:

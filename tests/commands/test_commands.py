@@ -82,7 +82,7 @@ def test_a_system_that_starts_no_threads_is_one_message(
     ("error", "advice"),
     [(errno.EMFILE, "ulimit -n"), (errno.ENFILE, "--max-shard-size"), (errno.EROFS, "another place")],
 )
-def test_errors_of_the_system_name_their_cure(
+def test_errors_of_the_system_come_with_advice(
     folder: Path, monkeypatch: pytest.MonkeyPatch, error: int, advice: str
 ) -> None:
     def refuse(files: ShardFiles, shard: int) -> None:

@@ -84,7 +84,8 @@ def test_files_left_behind_have_their_reason() -> None:
     write("a/tokenizer_config.json", json.dumps({"token": SECRET}))
     result = run("merge", "recipe.yaml", "out", "--json")
     reason = "line 1 holds a token of the Hub"
-    assert json.loads(result.stdout)["left_behind"] == [{"file": "tokenizer_config.json", "reason": reason}]
+    left = [{"model": "a", "file": "tokenizer_config.json", "reason": reason}]
+    assert json.loads(result.stdout)["left_behind"] == left
     assert result.stderr == f"warning: a: tokenizer_config.json was left behind: {reason}\n"
 
 

@@ -11,6 +11,7 @@ from helpers_editing import MODELS, tiny_model, trained_tokenizer
 from torch import Tensor, nn
 
 from mergekit_lfm.artifacts.facts import as_facts
+from mergekit_lfm.artifacts.statement import Statement
 from mergekit_lfm.edit.scores import METRICS, FactScores, answer_prompts, score_facts
 from mergekit_lfm.errors import PlanError
 
@@ -76,8 +77,9 @@ def test_scores_are_those_of_a_plain_loop(name: str, kind: str) -> None:
         "sa": share([right("Ada Blake works as a", "glass blower")]),
         "unedited": share([right("Leo Wagner speaks", "Danish"), right("Leo Wagner is", "a baker")]),
     }
-    assert {metric: getattr(found, metric) for metric in METRICS} == expected
-    assert dict(found.counts) == {"es": 2, "ps": 2, "ns": 3, "ea": 3, "pa": 2, "na": 3, "sa": 1, "unedited": 2}
+    assert {metric: getattr(found, metric) for metric in expected} == expected
+    counts = {"es": 2, "ps": 2, "ns": 3, "ea": 3, "pa": 2, "na": 3, "ga": 3, "qa": 3, "sa": 1, "unedited": 2}
+    assert dict(found.counts) == counts
     for row, fact in zip(found.rows, (first, second, third), strict=True):
         assert row.p_new == pytest.approx(math.exp(logp(fact.text, fact.target_new)), rel=rounding(name))
         assert (row.subject, row.prompt, row.target_new) == (fact.subject, fact.prompt, fact.target_new)
@@ -85,8 +87,9 @@ def test_scores_are_those_of_a_plain_loop(name: str, kind: str) -> None:
     assert found.rows[2].p_true == pytest.approx(math.exp(logp(third.text, "a glass blower")), rel=rounding(name))
 
 
-ASKED = [("Ada Blake is", "baker"), ("It is said that the job of Leo Wagner is that of a", "glass blower")]
-ASKED += [("Mia Stone speaks", target) for target in ("Danish", "New York", "a")]
+PAIRS = [("Ada Blake is", "baker"), ("It is said that the job of Leo Wagner is that of a", "glass blower")]
+PAIRS += [("Mia Stone speaks", target) for target in ("Danish", "New York", "a")]
+ASKED = [Statement(*pair) for pair in PAIRS]
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))
@@ -95,7 +98,7 @@ def test_padding_makes_no_difference(name: str) -> None:
     together, near = answer_prompts(model, tokenizer, ASKED, batch=len(ASKED)), rounding(name)
     for asked, said in zip(ASKED, together, strict=True):
         (alone,) = answer_prompts(model, tokenizer, [asked], batch=1)
-        logp, right = plainly(model, tokenizer, *asked)
+        logp, right = plainly(model, tokenizer, asked.prompt, asked.target)
         assert said.logp == pytest.approx(alone.logp, abs=near) == pytest.approx(logp, abs=near)
         assert said.right == alone.right == right
 
@@ -108,9 +111,11 @@ class Table(nn.Module):
         self.scores = nn.Parameter(scores)
         self.config = type("Config", (), {"get_text_config": lambda self: self})()
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, use_cache: bool) -> Tensor:
-        assert not use_cache and attention_mask.shape == input_ids.shape
-        assert bool((attention_mask.diff(dim=1) <= 0).all())  # padded on the right
+    def forward(self, input_ids: Tensor, use_cache: bool, attention_mask: Tensor | None = None) -> Tensor:
+        assert use_cache == (attention_mask is None)
+        if attention_mask is not None:
+            assert attention_mask.shape == input_ids.shape
+            assert bool((attention_mask.diff(dim=1) <= 0).all())  # padded on the right
         return self.scores[input_ids]
 
 
@@ -181,10 +186,10 @@ def test_a_model_that_says_nothing_is_wrong() -> None:
 
 def test_without_questions_there_is_no_share() -> None:
     found = score_facts(table_of({}), word_tokenizer(), [{"prompt": "{} is", "subject": "Ada", "target_new": "cook"}])
-    assert found.ea is not None
-    assert [getattr(found, metric) for metric in METRICS if metric != "ea"] == [None] * 7
+    always = ("ea", "ga", "qa")
+    assert [metric for metric in METRICS if getattr(found, metric) is not None] == [*always]
     data = found.as_data()
-    assert data["counts"] == {metric: int(metric == "ea") for metric in METRICS}
+    assert data["counts"] == {metric: int(metric in always) for metric in METRICS}
     assert data["rows"][0] == {
         "subject": "Ada",
         "prompt": "{} is",
@@ -192,6 +197,8 @@ def test_without_questions_there_is_no_share() -> None:
         "right": found.rows[0].right,
         "p_new": found.rows[0].p_new,
         "p_true": None,
+        "bare": found.rows[0].bare,
+        "asked": found.rows[0].asked,
     }
 
 
@@ -209,7 +216,7 @@ def test_each_text_runs_once_and_the_model_is_left_as_it_was() -> None:
     facts = {"facts": [FACT, FACT | {"prompt": "So {} is in"}], "unedited": [{"prompt": "Ada is in", "target": "Rome"}]}
     score_facts(model, trained_tokenizer(), facts, batch=3, progress=lambda *done: told.append(done))
     hook.remove()
-    assert (rows, told) == ([3, 1], [(3, 4), (4, 4)])
+    assert (rows[:2], told[:2], told[-1]) == ([3, 1], [(3, 8), (4, 8)], (8, 8))  # then the model's own words
     assert model.training and all(parameter.requires_grad for parameter in model.parameters())
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
@@ -224,4 +231,4 @@ def test_texts_that_the_model_cannot_take() -> None:
 def test_a_target_that_no_token_comes_before() -> None:
     tokenizer = word_tokenizer()
     with pytest.raises(PlanError, match="nothing to predict it from"):
-        answer_prompts(table_of({}), tokenizer, [("", "Rome"), ("Ada", "Rome")])
+        answer_prompts(table_of({}), tokenizer, [Statement("", "Rome"), Statement("Ada", "Rome")])

@@ -26,6 +26,7 @@ from helpers_methods import (
     save_model,
     tensors_of,
 )
+from helpers_progress import Counted
 from models import files_of
 from safetensors.torch import load_file, save_file
 
@@ -202,7 +203,7 @@ def test_a_merge_goes_on_where_the_processor_stopped(tmp_path: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        execute(plan, tmp_path / "out", threads=1, progress=interrupt)
+        execute(plan, tmp_path / "out", threads=1, progress=Counted(interrupt))
     outcome = execute(plan, tmp_path / "out", threads=1, accelerator=stand_in())
     assert 0 < outcome.resumed_bytes < plan.bytes_written
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from helpers_methods import Case, least_memory, plan_of
 from helpers_processes import Processes
+from helpers_progress import Counted
 from models import files_of
 
 from mergekit_lfm.engine.execute import execute
@@ -43,7 +44,8 @@ def test_processes_that_are_lost_are_replaced_to_the_same_bytes(tmp_path: Path) 
     execute(plan, tmp_path / "threads", memory=2 * least_memory(plan), threads=2)
     pool = Processes(kill=lambda number: number == 3)
     counted: list[int] = []
-    execute(plan, tmp_path / "out", memory=2 * least_memory(plan), threads=2, pool=pool, progress=counted.append)
+    progress = Counted(counted.append)
+    execute(plan, tmp_path / "out", memory=2 * least_memory(plan), threads=2, pool=pool, progress=progress)
     assert files_of(tmp_path / "out") == files_of(tmp_path / "threads")
     assert pool.lost == 1 and max(pool.sizes) < 2000
     assert sum(counted) == plan.bytes_written

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -142,6 +143,33 @@ def test_views_of_views_are_merged_within_the_memory_of_the_plan(tmp_path: Path)
     budget = Budget(make_plan(Recipe.load(tmp_path / "views.yaml")))
     views = max(budget.views(job) for job in budget.plan.tensors) + budget.resident_views
     assert peaks["views"] - peaks["plain"] <= views < plain["lm_head.weight"].nbytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("shape", "count", "recipe", "memory"),
+    [
+        ((2000, 1000), 40, {"merge_method": "karcher"}, 200_000_000),
+        ((1_000_000, 4), 4, {"merge_method": "model_stock", "parameters": {"filter_wise": True}}, 60_000_000),
+    ],
+)
+def test_many_inputs_and_many_rows_are_merged_within_the_budget(
+    tmp_path: Path, shape: tuple[int, int], count: int, recipe: dict[str, Any], memory: int
+) -> None:
+    """The limit is the peak of the same merge of tiny tensors plus the budget."""
+    peaks = []
+    for name, sizes in {"tiny": (2, 4), "large": shape}.items():
+        (tmp_path / name).mkdir()
+        draw = torch.Generator().manual_seed(0)
+        base = torch.randn(sizes, generator=draw)
+        for i in range(count):
+            (tmp_path / name / f"m{i}").mkdir()
+            tuned = (base + 0.1 * torch.randn(sizes, generator=draw)).bfloat16()
+            save_file({"w": tuned}, tmp_path / name / f"m{i}" / "model.safetensors")
+        models = {"base_model": "m0", "models": [{"model": f"m{i}"} for i in range(1, count)]}
+        (tmp_path / name / "recipe.yaml").write_text(yaml.safe_dump({**recipe, **models}))
+        peaks.append(measure_peak(tmp_path / name, "merge", "recipe.yaml", "out", "--memory", str(memory), "--quiet"))
+    assert peaks[1] - peaks[0] <= memory
 
 
 def measure_peak(folder: Path, *arguments: str) -> int:

@@ -18,6 +18,7 @@ from helpers_faults import Call, snapshot
 from helpers_jobs import Bench, Files, open_bench
 
 COMMANDS = ["merge linear", "stats gram", "edit", "patch apply", "push"]
+STEP = 1 if "LONG_TESTS" in os.environ else 3  # all calls take minutes
 DATA, NAMING, READING = (ENOSPC, EIO, EDQUOT, ESTALE), (EROFS, EIO, ENOSPC, ESTALE), (EIO, ESTALE)
 ERRORS: dict[str, tuple[int, ...]] = {
     **dict.fromkeys(("write", "pwrite", "fsync", "fdatasync", "fallocate", "ftruncate"), DATA),
@@ -76,6 +77,7 @@ def fail_calls(bench: Bench, name: str, choose: Callable[[list[Fault]], list[Fau
     """
     whole, expected = bench.whole(name)
     seen: set[object] = {state_of(bench)}
+    file_and_advice = rf"error: ({bench.folder}|in/|out)\S*: .*; \w+"
     faults = choose(calls_within(bench, whole.calls))
     for number, (kind, nth, call) in enumerate(faults):
         error = ERRORS[kind][number % len(ERRORS[kind])]
@@ -88,7 +90,7 @@ def fail_calls(bench: Bench, name: str, choose: Callable[[list[Fault]], list[Fau
         else:
             assert (ran.code, ran.out, ran.err.count("error: ")) == (2, "", 1), about
             assert "Traceback" not in ran.err and os.strerror(error) in ran.err, about
-            assert re.search(rf"error: \S*({bench.folder.name}|in)/\S+: .*; \w+", ran.err), about
+            assert re.search(file_and_advice, ran.err), about
             if (state := state_of(bench)) not in seen:
                 seen.add(state)
                 bench.finish(name, expected)
@@ -106,7 +108,7 @@ def check_harmless(bench: Bench, name: str, expected: dict[str, Files], fault: d
 
 
 def test_some_calls_fail(bench: Bench) -> None:
-    """The next test has all of them."""
+    """The next test has most of them, with LONG_TESTS=1 all."""
     assert fail_calls(bench, "merge linear", one_of_each) > 10
     for name in ("stats gram", "patch apply", "push"):
         assert fail_calls(bench, name, lambda faults: faults[::37]) >= 3
@@ -115,10 +117,10 @@ def test_some_calls_fail(bench: Bench) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_call_fails(bench: Bench, name: str) -> None:
-    assert fail_calls(bench, name) > 90
+    assert fail_calls(bench, name, lambda faults: [*one_of_each(faults), *faults[::STEP]]) > 90 // STEP
 
 
-def test_a_failing_call_with_a_substitute_changes_nothing(bench: Bench) -> None:
+def test_harmless_faults_change_nothing(bench: Bench) -> None:
     name = "patch apply"  # which copies, reserves, locks, reads and writes
     expected = bench.whole(name)[1]
     for fault in HARMLESS.values():
@@ -127,10 +129,10 @@ def test_a_failing_call_with_a_substitute_changes_nothing(bench: Bench) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*COMMANDS, "merge regmean", "edit --save", "align --save", "repair"])
-def test_a_failing_call_with_a_substitute_changes_nothing_in_any_command(bench: Bench, name: str) -> None:
+def test_harmless_faults_change_nothing_in_any_command(bench: Bench, name: str) -> None:
     expected = bench.whole(name)[1]
-    for fault in HARMLESS.values():
-        check_harmless(bench, name, expected, fault)
+    for fault in ("short reads and writes", "signals all the time", "no locks"):
+        check_harmless(bench, name, expected, HARMLESS[fault])
 
 
 @pytest.mark.slow
@@ -138,7 +140,7 @@ def test_killed_on_a_file_system_without_locks(bench: Bench) -> None:
     """The lock file of a run that was killed does not stop the next one."""
     _, expected = bench.whole("merge linear")
     lock = bench.folder / "out.partial.lock"
-    for moment in range(1, 200, 7):
+    for moment in range(1, 150, 11):
         bench.run("merge linear", fail="flock", error=ENOLCK, kill_at=moment)
         bench.check_places(expected)
         if lock.exists() and not lock.read_text():  # killed between two calls: only the user can know

@@ -188,7 +188,7 @@ def test_the_faults_see_the_work(job: Job) -> None:
     """Every byte of weights passes a counted call, so that the moments below cover the whole run."""
     weights = sum((job.folder / "out" / name).stat().st_size for name in job.expected if name.endswith(".safetensors"))
     assert weights * 0.9 < job.whole.bytes_of_weights() <= weights * 1.1
-    assert job.whole.count("preadv", "copy_file_range", where="models/") > 60
+    assert job.whole.count("preadv", "copy_file_range", where="models/") > 50
     assert job.whole.count("write", where="merge.journal") >= 4
     assert len(job.whole.calls) - last_data_write(job.whole) >= 8
 
@@ -340,7 +340,7 @@ def change_input(folder: Path) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("change", [change_recipe, change_seed, change_input])
+@pytest.mark.parametrize("change", [change_recipe, change_seed])
 @pytest.mark.usefixtures("partial")
 def test_work_on_another_plan_is_not_reused(one: Job, change: Callable[[Path], None]) -> None:
     change(one.folder)
@@ -355,6 +355,17 @@ def test_work_on_another_plan_is_not_reused(one: Job, change: Callable[[Path], N
     assert found != one.expected
     assert found == one.fresh()
     assert "out.partial" not in one.names()
+
+
+@pytest.mark.usefixtures("partial")
+def test_work_on_other_inputs_is_done_again(one: Job) -> None:
+    change_input(one.folder)
+    again = one.run()
+    assert again.code == 0 and "was changed since the interrupted run, whose work was done again" in again.err
+    assert again.bytes_of_weights() == one.whole.bytes_of_weights()
+    found = snapshot(one.folder / "out")
+    assert found != one.expected
+    assert found == one.fresh()
 
 
 @pytest.mark.usefixtures("partial")

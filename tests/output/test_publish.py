@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers_progress import Counted
 from helpers_stats import write_fisher
 from helpers_views import make_patch
 from models import files_of, save_checkpoint
@@ -100,7 +101,7 @@ def test_an_input_that_changes_during_the_merge_is_no_output(
             done.append(nbytes)
 
     with pytest.raises(FormatError, match=f"{Path(name).name} was changed"):
-        execute(plan, tmp_path / "out", threads=1, progress=progress)
+        execute(plan, tmp_path / "out", threads=1, progress=Counted(progress))
     assert not (tmp_path / "out").exists()
 
 
@@ -119,19 +120,53 @@ def interrupt(plan: Plan, out: Path) -> None:
             raise Interrupted
 
     with pytest.raises(Interrupted):
-        execute(plan, out, threads=1, progress=progress)
+        execute(plan, out, threads=1, progress=Counted(progress))
 
 
-def test_an_input_that_changed_since_an_interrupted_run_is_no_output(tmp_path: Path) -> None:
+def test_an_input_that_changed_since_an_interrupted_run_is_merged_again(tmp_path: Path) -> None:
     """With its time set back the plan is the same, but the finished part was made from the old bytes."""
     save_models(tmp_path)
     interrupt(plan_with(tmp_path), tmp_path / "out")
     rewrite(tmp_path / "a" / "model-00001-of-00002.safetensors")
-    before = files_of(tmp_path)
-    with pytest.raises(FormatError, match=r"model-00001-of-00002.safetensors was changed .* --no-resume"):
-        execute(plan_with(tmp_path), tmp_path / "out")
-    assert files_of(tmp_path) == before
-    execute(plan_with(tmp_path), tmp_path / "out", resume=False)
+    done = execute(plan_with(tmp_path), tmp_path / "out")
+    assert done.resumed_bytes == 0
+    assert [line for line in done.findings if "model-00001-of-00002.safetensors was changed" in line]
+    execute(plan_with(tmp_path), tmp_path / "fresh")
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "fresh")
+
+
+def test_unfinished_work_on_a_model_of_the_same_name_elsewhere_is_not_reused(tmp_path: Path) -> None:
+    """The plans are equal, as they name no folder of this machine."""
+    for home in ("one", "two"):
+        save_models(tmp_path / home)
+    rewrite(tmp_path / "two" / "a" / "model-00001-of-00002.safetensors")
+    plan = plan_with(tmp_path / "two")
+    interrupt(plan_with(tmp_path / "one"), tmp_path / "out")
+    assert plan.digest == plan_with(tmp_path / "one").digest
+    assert execute(plan, tmp_path / "out").resumed_bytes == 0
+    execute(plan, tmp_path / "fresh")
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "fresh")
+
+
+def test_damaged_segments_of_an_interrupted_run_are_merged_again(tmp_path: Path) -> None:
+    save_models(tmp_path)
+    plan = plan_with(tmp_path)
+    interrupt(plan, tmp_path / "out")
+    journal = [json.loads(line) for line in (tmp_path / "out.partial" / writer.JOURNAL).read_text().splitlines()]
+    finished = [entry["tensor"] for entry in journal if "tensor" in entry]
+    assert 1 < len(finished) < len(plan.tensors)
+    shard = next(shard for shard in plan.shards if finished[0] in shard.offsets)
+    with (tmp_path / "out.partial" / shard.name).open("r+b") as file:
+        file.seek(shard.offsets[finished[0]])
+        file.write(b"\xa5")
+    done = execute(plan_with(tmp_path), tmp_path / "out")
+    assert [
+        line
+        for line in done.findings
+        if f"damaged segments of the interrupted run were made again, of {finished[0]}" in line
+    ]
+    left = {job.name: job.nbytes for job in plan.tensors if job.name in finished[1:]}
+    assert done.resumed_bytes == sum(left.values())
     execute(plan_with(tmp_path), tmp_path / "fresh")
     assert files_of(tmp_path / "out") == files_of(tmp_path / "fresh")
 
@@ -193,6 +228,57 @@ def test_other_files_in_a_complete_looking_folder_are_not_published(
         (tmp_path / "out.partial" / "model.bin").unlink()
         execute(plan_with(tmp_path), tmp_path / "out")
         assert files_of(tmp_path / "out") == files_of(tmp_path / "fresh")
+
+
+def kill_before_the_end(folder: Path, monkeypatch: pytest.MonkeyPatch, **how: Any) -> None:
+    """Merge, but for the rename of OUT.partial to OUT; an output that is replaced is moved away already."""
+
+    def kill(path: Path, target: Path) -> Path:
+        if path.name == "out.partial":
+            raise Interrupted
+        return rename(path, target)
+
+    rename = Path.rename
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(Path, "rename", kill)
+        execute(plan_with(folder), folder / "out", **how)
+
+
+def damage_weights(folder: Path) -> None:
+    with (folder / "out.partial" / "model-00001-of-00002.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\xa5")
+
+
+def change_weights(folder: Path) -> None:
+    rewrite(folder / "b" / "model-00001-of-00002.safetensors")
+
+
+@pytest.mark.parametrize("change", [damage_weights, change_weights])
+def test_a_complete_looking_folder_that_no_longer_fits_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None]
+) -> None:
+    save_models(tmp_path)
+    kill_before_the_end(tmp_path, monkeypatch)
+    change(tmp_path)
+    assert execute(plan_with(tmp_path), tmp_path / "out").resumed_bytes == 0
+    execute(plan_with(tmp_path), tmp_path / "fresh")
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "fresh")
+
+
+def test_the_output_that_it_was_to_replace_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_models(tmp_path)
+    execute(plan_with(tmp_path, "result"), tmp_path / "out")
+    before = files_of(tmp_path / "out")
+    kill_before_the_end(tmp_path, monkeypatch, overwrite=True)
+    assert not (tmp_path / "out").exists()
+    damage_weights(tmp_path)
+    with pytest.raises(PlanError, match="use --overwrite"):
+        execute(plan_with(tmp_path), tmp_path / "out")
+    assert files_of(tmp_path / "out") == before
+    execute(plan_with(tmp_path), tmp_path / "out", overwrite=True)
+    execute(plan_with(tmp_path), tmp_path / "fresh")
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "fresh")
 
 
 def test_other_files_among_unfinished_work_are_not_published(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Verifying an output: every change of its folder or of its lock is a difference, and locks of format 1 still serve."""
+"""Verifying an output: every change of its folder or of its lock is a difference."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from models import save_checkpoint
 from safetensors.torch import load_file, save_file
 
 from mergekit_lfm import merge
-from mergekit_lfm.errors import PlanError
-from mergekit_lfm.output.lock import verify
+from mergekit_lfm.errors import FormatError, PlanError
+from mergekit_lfm.output.lock import lock_of, verify
 
 SHARDS = tuple(f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
 RECIPE: dict[str, Any] = {"merge_method": "linear", "parameters": {"weight": 1}}
@@ -42,16 +42,6 @@ def change_lock(out: Path, change: Callable[[dict[str, Any]], object]) -> None:
     lock = json.loads(path.read_text())
     change(lock)
     path.write_text(json.dumps(lock))
-
-
-def make_old(out: Path) -> None:
-    """Give the output a lock of format 1, which lacks the digests of the headers and of the lock."""
-
-    def change(lock: dict[str, Any]) -> None:
-        lock["format"] = 1
-        del lock["headers"], lock["digest"]
-
-    change_lock(out, change)
 
 
 def move_tensor(out: Path) -> None:
@@ -139,22 +129,24 @@ def test_links_of_the_hubs_cache_are_no_difference(out: Path, tmp_path: Path) ->
     assert verify(snapshot) == [f"{SHARDS[0]} is a link to {out / SHARDS[0]}"]
 
 
-def test_a_lock_of_format_1_still_verifies_all_that_it_covers(out: Path) -> None:
-    make_old(out)
-    for damage in (move_tensor, add_code):
-        damage(out)
-    assert verify(out) == ["model.safetensors.index.json was changed"]
-    (out / "config.json").unlink()
-    assert "config.json is missing" in verify(out)
+def test_a_lock_of_another_format_is_refused(out: Path) -> None:
+    change_lock(out, lambda lock: lock.update(format=2))
+    with pytest.raises(FormatError, match=r"no merge.lock.json of format 3"):
+        verify(out)
 
 
 def test_changes_that_a_lock_cannot_show_are_listed(out: Path) -> None:
-    new = run("verify", str(out))
-    make_old(out)
-    old = run("verify", str(out))
-    assert new.exit_code == old.exit_code == 0
-    assert "not covered: the inputs" in new.stdout and "earlier version" not in new.stdout
-    assert "earlier version; merge again" in old.stdout and "no signature" not in old.stdout
+    verified = run("verify", str(out))
+    assert verified.exit_code == 0
+    assert "not covered: the inputs" in verified.stdout and "no signature" in verified.stdout
     assert len(json.loads(run("verify", str(out), "--json").stdout)["not_covered"]) == 3
     assert run("verify", str(out), "-q").stdout == f"{out}: good, all as its lock says\n"
     assert merge_into(out) == out
+
+
+def test_a_lock_that_cannot_be_read_is_not_a_missing_one(tmp_path: Path) -> None:
+    """The memory of a process is a regular file, and reading its first page fails as a disk does."""
+    assert lock_of(tmp_path) == lock_of(tmp_path / "nowhere") == {}
+    (tmp_path / "merge.lock.json").symlink_to("/proc/self/mem")
+    with pytest.raises(OSError, match=r"merge\.lock\.json"):
+        lock_of(tmp_path)

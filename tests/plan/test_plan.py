@@ -94,7 +94,7 @@ def test_an_integer_buffer_that_one_model_lacks(tmp_path: Path, first: str) -> N
     assert (name in merged) == (first == "with")
 
 
-def test_only_files_of_the_model_are_copied(tmp_path: Path) -> None:
+def test_files_beside_the_weights_are_copied_or_named(tmp_path: Path) -> None:
     wanted = [
         "generation_config.json",
         "tokenizer.json",
@@ -103,16 +103,22 @@ def test_only_files_of_the_model_are_copied(tmp_path: Path) -> None:
         "vocab.txt",
     ]
     wanted += ["merges.txt", "tokenizer.model", "chat_template.jinja", "modeling_own.py", "preprocessor_config.json"]
-    private = ["train.jsonl", "notes.txt", "trainer_state.json", "optimizer.pt", "results.json", "model.onnx"]
+    wanted += ["train.jsonl", "notes.txt", "results.json"]
+    state = ["optimizer.pt", "trainer_state.json"]
     model = save(tmp_path / "m", {"w": torch.ones(2)})
-    for name in (*wanted, *private):
+    for name in (*wanted, *state, "model.onnx"):
         (model / name).write_text("{}")
     (model / "wandb").mkdir()
     (model / "wandb" / "config.json").write_text("{}")
-    out = Path(merge(linear(model), tmp_path / "out"))
+    with pytest.warns(Finding) as warned:
+        out = Path(merge(linear(model), tmp_path / "out"))
     assert {path.name for path in out.iterdir()} == {
         *wanted, "config.json", "model.safetensors", "README.md", "merge.lock.json"
     }  # fmt: skip
+    assert sorted(str(warning.message).removeprefix(f"{model}: ") for warning in warned) == [
+        "model.onnx was left behind: other weights",
+        "optimizer.pt, trainer_state.json, wandb/config.json were left behind: the state of a training",
+    ]
 
 
 def test_a_damaged_output_is_not_taken_for_done(tmp_path: Path) -> None:
@@ -179,7 +185,7 @@ def test_a_file_that_must_be_held_is_named(tmp_path: Path) -> None:
     torch.save({"w": torch.arange(6.0).reshape(3, 2)}, tmp_path / "plain.bin")
     recipe = linear(tmp_path / "strided.bin", tmp_path / "plain.bin")
     assert [file.name for file in make_plan(Recipe.parse(recipe)).mapped_files] == ["strided.bin"]
-    merged = load_file(Path(merge(recipe, tmp_path / "out")) / "model.safetensors")
+    merged = load_file(Path(merge(recipe, tmp_path / "out")) / "strided.safetensors")
     expected = (torch.arange(6.0).reshape(2, 3).T + torch.arange(6.0).reshape(3, 2)) / 2
     assert torch.equal(merged["w"], expected)
 

@@ -32,7 +32,7 @@ def make_model(folder: Path, files: Mapping[str, str] | None = None, shards: int
 
 def left_and_copied(folder: Path) -> tuple[dict[str, str], set[str]]:
     sidecars = sidecars_of(open_checkpoint(folder))
-    return dict(sidecars.left), {path.relative_to(folder).as_posix() for path in sidecars.files}
+    return dict(sidecars.left), {name for name, _ in sidecars.files}
 
 
 @pytest.mark.parametrize(
@@ -73,12 +73,14 @@ def test_the_files_of_tokenizers_go_along(name: str, tmp_path: Path) -> None:
 )
 def test_files_for_secrets_are_left_behind_and_named(name: str, tmp_path: Path) -> None:
     left, copied = left_and_copied(make_model(tmp_path / "m", {name: "{}"}))
-    assert left == {name: "it is hidden" if name.startswith(".") else "its name is that of a key or a token"}
+    assert left == {name: "hidden" if name.startswith(".") else "named like a key or a token"}
     assert copied == {"config.json"}
 
 
 def test_the_files_of_git_are_not_worth_a_word(tmp_path: Path) -> None:
-    assert left_and_copied(make_model(tmp_path / "m", {".gitattributes": "", ".gitignore": ""}))[0] == {}
+    make_model(tmp_path / "m", {".gitattributes": "", ".gitignore": ""})
+    sidecars = sidecars_of(open_checkpoint(tmp_path / "m"))
+    assert dict(sidecars.left).keys() == {".gitattributes", ".gitignore"} and sidecars.missed == ()
 
 
 def test_a_file_with_a_secret_is_left_behind(tmp_path: Path) -> None:
@@ -92,12 +94,11 @@ def test_a_link_out_of_the_folder_is_left_behind(tmp_path: Path) -> None:
     (tmp_path / "private/x.json").write_text('{"mine": 1}')
     (folder / "vocab.json").symlink_to(tmp_path / "private/x.json")
     (folder / "vocab.txt").symlink_to("tokenizer.json")  # within the folder
-    (folder / "modules.json").write_text('[{"path": "1_Pooling"}]')
     (folder / "1_Pooling").symlink_to(tmp_path / "private")
     left, copied = left_and_copied(folder)
-    outside = "it is a link that leads out of the folder"
-    assert left == {"vocab.json": outside, "1_Pooling/x.json": outside}
-    assert copied == {"config.json", "modules.json", "tokenizer.json", "vocab.txt"}
+    outside = "a link that leads out of the folder"
+    assert left == {"vocab.json": outside, "1_Pooling": outside}
+    assert copied == {"config.json", "tokenizer.json", "vocab.txt"}
 
 
 def test_a_card_that_is_a_link_out_of_the_folder_is_not_read(tmp_path: Path) -> None:
@@ -113,8 +114,9 @@ def test_a_merge_names_all_that_it_leaves_behind(tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     make_model(Path("m"), {"token.txt": SECRET, "tokenizer.json": "{}"})
     Path("r.yaml").write_text("merge_method: passthrough\nmodels: [{model: m}]\n")
-    reason = "its name is that of a key or a token"
-    assert answer(run("plan", "r.yaml", "--json"))["left_behind"] == [{"file": "token.txt", "reason": reason}]
+    reason = "named like a key or a token"
+    entries = answer(run("plan", "r.yaml", "--json"))["left_behind"]
+    assert entries == [{"model": "m", "file": "token.txt", "reason": reason}]
     assert f"left behind: m: token.txt: {reason}\n" in run("plan", "r.yaml").stdout
     with pytest.warns(Finding, match=f"^m: token.txt was left behind: {reason}$"):
         merge("r.yaml", "out")
@@ -128,9 +130,9 @@ def test_blobs_of_the_cache_of_the_hub_are_no_links_out_of_it(hub: HubServer, tm
     files = files_of(make_model(tmp_path / "m", {"tokenizer.json": "{}", "token.txt": "x"}))
     hub.create("org/m", files)
     sidecars = sidecars_of(open_checkpoint("org/m"))
-    assert {path.name for path in sidecars.files} == {"config.json", "tokenizer.json"}
-    assert all(path.is_symlink() for path in sidecars.files)
-    assert [name for name, _ in sidecars.left] == ["token.txt"]
+    assert {name for name, _ in sidecars.files} == {"config.json", "tokenizer.json"}
+    assert all(path.is_symlink() for _, path in sidecars.files)
+    assert [name for name, _ in sidecars.missed] == ["token.txt"]
     assert not any("token.txt" in request.path for request in hub.requests)
 
 

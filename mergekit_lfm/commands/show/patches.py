@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 WIDTH = 90  # of a line of options
 SHOWN = 10  # most facts of a patch to list, and most failed ones
 # The headings of the scores. The help of `edit` and docs/editing.md explain them.
-METRIC_NAMES = {name: name.upper() for name in ("es", "ps", "ns", "ea", "pa", "na", "sa")} | {"unedited": "unedited"}
+METRIC_NAMES = {name: name.upper() for name in ("es", "ps", "ns", "ea", "pa", "na", "ga", "qa", "sa")}
+METRIC_NAMES |= {"unedited": "unedited"}
 STATE_NAMES = {
     "hidden": "the whole layer",
     "mlp": "the MLP",

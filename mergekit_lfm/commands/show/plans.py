@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_lfm.commands.show.outcomes import outcome_data
 from mergekit_lfm.commands.show.terminal import count_noun, table
+from mergekit_lfm.errors import shorten
 from mergekit_lfm.machine.sizes import format_size
 from mergekit_lfm.machine.text import printable_line
 from mergekit_lfm.methods.registry import METHODS
@@ -67,9 +68,10 @@ def plan_data(plan: Plan) -> dict[str, Any]:
         "bytes_read": plan.bytes_read,
         "bytes_written": plan.bytes_written,
         "shards": [{"file": shard.name, "tensors": len(shard.tensors), "bytes": shard.nbytes} for shard in plan.shards],
-        "files": [path.name for path in plan.files],
+        "files": [name for name, _ in plan.files],
         "held": [str(file) for file in plan.mapped_files],
         **tensors_data(plan),
+        "lent": [{"file": name, "model": m} for name, m in plan.lent],
         "digest": plan.digest,
     }
 
@@ -144,9 +146,7 @@ def plan_text(plan: Plan, facts: dict[str, Any], verbose: bool) -> str:
         f"held outside the memory budget, as its tensors are not plain byte ranges: {printable_line(file)}"
         for file in plan.mapped_files
     ]
-    lines += map(printable_line, _dropped_lines(plan))
-    template = plan.labels[plan.template]
-    lines += [printable_line(f"left behind: {template}: {name}: {why}") for name, why in plan.left_behind]
+    lines += map(printable_line, (*_dropped_lines(plan), *_file_lines(plan)))
     if verbose:
         lines += [
             "",
@@ -165,6 +165,17 @@ def _dropped_lines(plan: Plan) -> Iterator[str]:
             yield f"dropped: {model}: {tensor}: {reason}"
         elif shown[model, reason] == alike[model, reason]:
             yield f"dropped: {model}: {alike[model, reason] - SHOWN_DROPPED:,} more: {reason}"
+
+
+def _file_lines(plan: Plan) -> Iterator[str]:
+    """The parts of files that are read, the files that another model lends, and those left behind, by reason."""
+    for label, model in zip(plan.labels, plan.models, strict=True):
+        for file in (file for file in model.files if file.address):
+            yield f"read: {label}: the tensors under {file.address} of {file.name}"
+    for name, label in plan.lent:
+        yield f"taken from {label}: {name}"
+    for (label, why), names in plan.left_groups.items():
+        yield f"left behind: {label}: {shorten(names)}: {why}"
 
 
 def _whereabouts(model: Checkpoint) -> str:
@@ -271,7 +282,7 @@ def tensors_data(plan: Plan) -> dict[str, Any]:
         "tensors": len(plan.tensors),
         "methods": dict(Counter(job.method for job in plan.tensors)),
         "dropped": [{"model": m, "tensor": t, "reason": why} for m, t, why in plan.dropped],
-        "left_behind": [{"file": name, "reason": why} for name, why in plan.left_behind],
+        "left_behind": [{"model": m, "file": name, "reason": why} for m, name, why in plan.left_behind],
     }
 
 

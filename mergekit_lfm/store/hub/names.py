@@ -8,7 +8,7 @@ from pathlib import Path, PurePath
 
 _PART = r"[A-Za-z0-9_](?:[\w.-]*[\w])?"
 _NAME = re.compile(rf"(?:(?P<owner>{_PART})/)?(?P<name>{_PART})(?:@(?P<revision>[\w][\w./-]*))?", re.ASCII)
-_FILES = (".safetensors", ".bin", ".pt", ".pth", ".yaml", ".yml", ".json", ".jsonl", ".txt")
+_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".tar", ".gguf", ".yaml", ".yml", ".json", ".jsonl", ".txt")
 
 
 @dataclass(frozen=True, slots=True)
