@@ -39,15 +39,15 @@ def several(what: str, problems: Sequence[str], most: int = 100) -> str:
     return f"{what}, {len(problems)} problems:\n  " + "\n  ".join([*problems[:most], *more])
 
 
-def several_errors(what: str, errors: Sequence[PlanError]) -> PlanError:
-    """One error about all of them: the only one as it is, with its parts."""
-    return errors[0] if len(errors) == 1 else PlanError(several(what, [*map(str, errors)]))
-
-
 def shorten(names: Sequence[str], most: int = 10) -> str:
     """The first names in one line, and the number of the others."""
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+def several_errors(what: str, errors: Sequence[PlanError]) -> PlanError:
+    """One error about all of them: the only one as it is, with its parts."""
+    return errors[0] if len(errors) == 1 else PlanError(several(what, [*map(str, errors)]))
 
 
 def did_you_mean(word: object, known: Iterable[str]) -> str:

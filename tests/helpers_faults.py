@@ -34,6 +34,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
+from models import output_of
+
 if TYPE_CHECKING:
     import torch
 
@@ -149,6 +151,12 @@ def snapshot(folder: Path, *, times: bool = False) -> dict[str, tuple[object, ..
         content = path.read_bytes() if path.is_file() else b""
         found[str(path.relative_to(folder))] = (stat.st_mode, content, stat.st_mtime_ns if times else 0)
     return found
+
+
+def output_snapshot(folder: Path) -> dict[str, tuple[object, ...]]:
+    """The snapshot of an output, as if it had another name."""
+    contents = output_of(folder)
+    return {name: (mode, contents.get(name)) for name, (mode, *_) in snapshot(folder).items()}
 
 
 # ------------------------------------------------------------------ in the test: asking for a run

@@ -146,6 +146,7 @@ def open_bench(folder: Path) -> Iterator[Bench]:
 
 def _make_inputs(folder: Path) -> None:
     """Two language models in three shards, a text, facts, and recipes."""
+    transformers.utils.logging.disable_progress_bar()
     for seed, name in enumerate("ab"):
         transformers.set_seed(seed)
         model = transformers.LlamaForCausalLM(llama_config(num_hidden_layers=1, mlp_bias=True))

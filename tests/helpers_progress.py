@@ -14,13 +14,7 @@ class Counted(Silence):
     def __init__(self, advance: Callable[[int], None] = lambda _: None) -> None:
         self.advance, self.seen = advance, list[str]()
 
-    def by_bytes(
-        self,
-        nbytes: int,  # noqa: ARG002
-        doing: str,
-        *,
-        bar: bool = True,  # noqa: ARG002
-    ) -> AbstractContextManager[Callable[[int], None]]:
+    def by_bytes(self, nbytes: int, doing: str, *, bar: bool = True) -> AbstractContextManager[Callable[[int], None]]:  # noqa: ARG002
         """Count."""
         self.seen.append(doing)
         return nullcontext(self.advance)

@@ -35,3 +35,14 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {
         path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
     }
+
+
+def output_of(folder: Path) -> dict[str, bytes]:
+    """The files of an output as if it had another name, which its card has, whose digest the lock has."""
+    files = files_of(folder)
+    card = files["README.md"].decode()
+    files["README.md"] = card.replace(f"# {folder.name}\n", "# OUT\n").replace(f"('{folder.name}", "('OUT").encode()
+    lock = json.loads(files["merge.lock.json"])
+    del lock["digest"], lock["files"]["README.md"]
+    files["merge.lock.json"] = json.dumps(lock).encode()
+    return files

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.machine.sizes import parse_size
-from mergekit_lfm.store.hub import hub_name
+from mergekit_lfm.store.hub import hub_name, nearest_name
 
 StrPath = str | PathLike[str]
 
@@ -33,6 +33,9 @@ def model_folder(model: StrPath) -> Path:
     folder = expand(model, "model")
     name = None if folder.exists() else hub_name(str(model))
     if name is None:
+        hint = "" if folder.exists() else nearest_name(str(model))
+        if hint and "/" in str(model):
+            raise PlanError(f"found {str(model)!r}, but there is no such folder{hint}")
         return folder
     from mergekit_lfm.store.sidecars import download
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_lfm.api.arguments import StrPath, expand, model_folder
 from mergekit_lfm.api.changes import changes_data, rounding_warnings
-from mergekit_lfm.api.efficacy import check_efficacy, is_enough, load_for_texts, score
+from mergekit_lfm.api.efficacy import check_efficacy, is_enough, load_for_texts, note_scores, score
 from mergekit_lfm.api.outcome import Outcome, warn_of
 from mergekit_lfm.api.patches import Applied, apply_patches, has_changed, undo_file
 from mergekit_lfm.api.repeats import is_repeated
@@ -86,10 +86,7 @@ def edit_model(
     started = time.monotonic()
     check_efficacy(min_efficacy, verify=verify)
     chosen = _read_options(method, preset, config, options)
-    if (stats is None) != (chosen.get("covariance") == "identity"):
-        raise PlanError(
-            'give --stats FILE (stats=FILE), or --identity (covariance="identity") to edit without statistics'
-        )
+    _check_statistics(stats, chosen)
     known, folder = as_facts(facts), model_folder(model)
     file, target = (None if path is None else expand(path) for path in (out, save))
     statistics = None if stats is None else _open_gram(expand(stats, "stats"))
@@ -106,6 +103,8 @@ def edit_model(
     if target is not None and file is not None:
         saved = apply_patches(folder, [file], target, verify=False, overwrite=overwrite, progress=progress)
     after = _judge(folder, patch, target, known, dtype, device, progress) if verify else None
+    if target is not None and after is not None:
+        note_scores(target, after)
     source = open_checkpoint(folder)
     changes = changes_data(patch, source)
     good, changed = is_enough(after, min_efficacy), has_changed(source, patch)
@@ -144,6 +143,14 @@ class _Request:
             "versions": info.versions == versions("torch"),
         }
         return [name for name, same in compared.items() if not same]
+
+
+def _check_statistics(stats: StrPath | None, chosen: Mapping[str, Any]) -> None:
+    """Raise PlanError unless either statistics are given or the options do without."""
+    if (stats is None) != (chosen.get("covariance") == "identity"):
+        raise PlanError(
+            'give --stats FILE (stats=FILE), or --identity (covariance="identity") to edit without statistics'
+        )
 
 
 def _read_options(

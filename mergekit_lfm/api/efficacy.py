@@ -34,6 +34,26 @@ def score(loaded: Loaded, facts: FactsFile, doing: str, progress: Progress) -> F
         return score_facts(loaded.model, loaded.tokenizer, facts, progress=count)
 
 
+LEGEND = (
+    "Shares of prompts: the right answer is the likelier of two after prompts (ES), paraphrases (PS) and prompts about "
+    "other subjects (NS); it is the most likely of all after the same (EA, PA, NA); the model's own words say it (GA), "
+    "also when it is asked (QA); other facts hold, of the same subjects (SA) and unedited ones."
+)
+
+
+def note_scores(folder: Path, scores: FactScores) -> None:
+    """Put the scores of the edited facts into the card of a saved model, where it has one that lacks them."""
+    from mergekit_lfm.edit.scores import METRICS
+    from mergekit_lfm.output.card import CARD, NOT_JUDGED, with_scores
+    from mergekit_lfm.output.lock import lock_of, revise
+    from mergekit_lfm.store.files import read_text
+
+    if CARD not in lock_of(folder).get("files", {}) or NOT_JUDGED not in (card := read_text(folder / CARD)):
+        return
+    shares = {metric if metric == "unedited" else metric.upper(): getattr(scores, metric) for metric in METRICS}
+    revise(folder, CARD, with_scores(card, shares, LEGEND).encode())
+
+
 def facts_of(patches: Sequence[Patch]) -> FactsFile | None:
     """The facts that the patches teach, the last word on each prompt; None if they teach none."""
     from mergekit_lfm.artifacts.facts import FactsFile, as_facts

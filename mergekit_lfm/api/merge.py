@@ -54,6 +54,7 @@ def plan_merge(
     device: str | None = None,
     push_to: str | None = None,
     private: bool = False,
+    card: bool = True,
 ) -> Outcome[PlannedMerge]:
     """Plan the merge of a recipe (a YAML file, a mapping, or a `Recipe`): what it would read, write and drop.
 
@@ -75,6 +76,8 @@ def plan_merge(
     folder = expand(out)
     if seed is not None:
         recipe = recipe.model_copy(update={"seed": seed})
+    if not card:
+        recipe = recipe.model_copy(update={"card": False})
     goal, accelerator = recipe.goal(push_to, private=private), find_accelerator(recipe, device)
     plan = make_plan(recipe, max_shard_size=as_bytes(max_shard_size))
     planned = PlannedMerge(plan, folder, accelerator, goal, as_bytes(max_shard_size))
@@ -98,6 +101,7 @@ def merge(
     push_to: str | None = None,
     private: bool = False,
     verify_push: bool = False,
+    card: bool = True,
     progress: Progress = SILENCE,
     on_merged: Callable[[Outcome[Merged]], None] | None = None,
 ) -> Outcome[Merged]:
@@ -107,8 +111,8 @@ def merge(
     or text such as "4GB". device: "cpu", "cuda", "cuda:1" or "auto", in place of the recipe's. nan: "warn" notes NaN
     and infinity in the lock and as a warning, "error" refuses them. trust_times, compile: as of `execute`. push_to: a
     repository on the Hub that the result is pushed to, in place of the recipe's `push`; private: it has to be;
-    verify_push: download it again and compare it with its lock. on_merged is called when OUT is complete, before the
-    push.
+    verify_push: download it again and compare it with its lock. card: False for no model card. on_merged is called
+    when OUT is complete, before the push.
 
     Raises PlanError or FormatError (both ValueError) with everything that is wrong, before anything is written if it
     can be known then; ConnectionError if the Hub cannot be reached. Calling it again after an interruption goes on
@@ -118,7 +122,7 @@ def merge(
 
     started = time.monotonic()
     if not isinstance(recipe, PlannedMerge):
-        how: dict[str, Any] = {"max_shard_size": max_shard_size, "seed": seed, "device": device}
+        how: dict[str, Any] = {"max_shard_size": max_shard_size, "seed": seed, "device": device, "card": card}
         recipe = plan_merge(recipe, out, push_to=push_to, private=private, **how).result
     plan, folder, accelerator, goal = recipe.plan, recipe.out, recipe.accelerator, recipe.goal
     if goal is not None:

@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_lfm.api.arguments import StrPath, as_bytes, expand, model_folder
-from mergekit_lfm.api.efficacy import check_efficacy, check_runs, facts_of, is_enough, load_for_texts, score
+from mergekit_lfm.api.efficacy import (
+    check_efficacy,
+    check_runs,
+    facts_of,
+    is_enough,
+    load_for_texts,
+    note_scores,
+    score,
+)
 from mergekit_lfm.api.outcome import Outcome, warn_of
 from mergekit_lfm.artifacts.patch import Patch, PatchInfo, TensorChange, open_patch, read_patch_info
 from mergekit_lfm.engine.execute import execute
@@ -113,6 +121,7 @@ def apply_patches(
     applied = replace(_count_changes(plan, opened, undo), changed=has_changed(source, *opened))
     if facts is not None:
         after = score(load_for_texts(target, dtype, device), facts, "verifying", progress)
+        note_scores(target, after)
         applied = replace(applied, after=after, good=is_enough(after, min_efficacy))
     warnings = warn_of(done.findings)
     return Outcome(target, applied, plan.digest, done.already_there, warnings, time.monotonic() - started)

@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 class Verified:
     """The result of a comparison with a lock: one line for each difference, and for all that the lock cannot show.
 
-    recomputed: the tensors that were computed again from the inputs. bytes_read: of the files with weights.
+    bytes_read: of the files with weights. recomputed: the tensors that were computed again from the inputs.
     """
 
     differences: tuple[str, ...]
     not_covered: tuple[str, ...]
-    recomputed: tuple[str, ...] = ()
     bytes_read: int = 0
+    recomputed: tuple[str, ...] = ()
 
 
 def verify_output(
@@ -72,7 +72,7 @@ def verify_output(
         differences += more
     others = () if snapshot is None else ("files on the Hub that the lock does not name",)
     inputs = (INPUTS_NOT_COVERED,) if planned is None else ()
-    verified = Verified(tuple(differences), (*inputs, *NOT_COVERED, *others), tuple(names), nbytes)
+    verified = Verified(tuple(differences), (*inputs, *NOT_COVERED, *others), nbytes, tuple(names))
     return Outcome(folder, verified, lock.plan, seconds=time.monotonic() - started)
 
 

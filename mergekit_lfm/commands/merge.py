@@ -63,6 +63,7 @@ Examples:
     default="auto",
     help="Compile the arithmetic to machine code; auto does if it saves time. The bytes are the same. [default: auto]",
 )
+@click.option("--no-card", is_flag=True, help="Write no model card (README.md).")
 @device_option("Where to compute", default=None, otherwise="the recipe's, else cpu")
 @overwrite
 @no_resume
@@ -90,6 +91,7 @@ def merge(
     pull_back: bool,
     nan: Literal["error", "warn"],
     compile_: Literal["auto", "always", "never"],
+    no_card: bool,
     device: str | None,
     overwrite: bool,
     no_resume: bool,
@@ -111,7 +113,7 @@ def merge(
 
     with transfers(hidden=console.hidden):
         where: dict[str, Any] = {"max_shard_size": max_shard_size, "seed": seed, "device": device, "push_to": push_to}
-        planned = plan_merge(_read_recipe(recipe), out, private=private, **where).result
+        planned = plan_merge(_read_recipe(recipe), out, private=private, card=not no_card, **where).result
         console.keep_apart([planned.out, *planned.plan.paths])
         if planned.goal is None and (private or pull_back):
             raise click.UsageError("--private and --verify are about a push: give --push-to org/name")

@@ -22,7 +22,7 @@ from mergekit_lfm.commands.show.terminal import drop
 from mergekit_lfm.errors import PlanError, Refusal
 from mergekit_lfm.machine.resources import explain_thread_limit
 from mergekit_lfm.machine.sizes import parse_size
-from mergekit_lfm.store.hub import HubName, hub_name
+from mergekit_lfm.store.hub import HubName, hub_name, nearest_name
 
 # The cures of errors of the disk and the system, by their numbers.
 CURES = {
@@ -164,10 +164,14 @@ class ModelFolder(click.ParamType):  # type: ignore[type-arg]
 
     name = "model"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path | HubName:  # noqa: ARG002
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path | HubName:
         """The folder; if it does not exist, the model's name on the Hub."""
         folder = Path(value)
-        return folder if folder.exists() else hub_name(str(value)) or folder
+        if folder.exists() or (name := hub_name(str(value))) is None:
+            if "://" in str(value):  # a path would lose one of the slashes
+                self.fail(f"found {str(value)!r}, but there is no such folder{nearest_name(str(value))}", param, ctx)
+            return folder
+        return name
 
 
 def _download(value: Any, console: Console) -> Any:

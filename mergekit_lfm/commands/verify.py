@@ -57,7 +57,11 @@ def verify(
     out: str,
     against_inputs: Path | None,
     sample: int | Literal["all"],
-    **values: Any,
+    max_shard_size: int | None,
+    seed: int | None,
+    device: str | None,
+    memory: int | None,
+    threads: int | None,
 ) -> None:
     """Read a merged model again and compare it with its merge.lock.json.
 
@@ -70,7 +74,9 @@ def verify(
     from mergekit_lfm.commands.show.terminal import count_noun
 
     with transfers(hidden=console.hidden):
-        outcome = verify_output(out, against_inputs=against_inputs, sample=sample, progress=console.progress, **values)
+        how: dict[str, Any] = {"max_shard_size": max_shard_size, "seed": seed, "device": device}
+        how |= {"memory": memory, "threads": threads, "progress": console.progress}
+        outcome = verify_output(out, against_inputs=against_inputs, sample=sample, **how)
     verified, problems = outcome.result, outcome.result.differences
 
     def text() -> str:
@@ -82,6 +88,5 @@ def verify(
 
     data = {**outcome_data(outcome), "out": out, "good": not problems, "bytes_read": verified.bytes_read}
     data |= {"problems": list(problems), "not_covered": list(verified.not_covered)}
-    if against_inputs is not None:
-        data["recomputed"] = list(verified.recomputed)
+    data |= {} if against_inputs is None else {"recomputed": list(verified.recomputed)}
     console.conclude(data, text, code=ANSWER_IS_NO if problems else 0)

@@ -90,18 +90,16 @@ def merge_alike(plan: Plan, jobs: Sequence[Job], run: RunStep) -> Batch | None:
 
 
 def _solve(plan: Plan, jobs: Sequence[Job], whole: StoredBlock) -> Iterator[Part]:
-    """Each job's place in the block of all, and its coefficients there."""
+    """Each job's place in the block of all, and its coefficients there: the same where a solve has the same input."""
     stop, method, known = 0, METHODS[jobs[0].method], dict[Any, Any]()
     for job in jobs:
         start, stop = stop, stop + job.spec.numel
-        alike = (
-            None if job.needs_sums or job.by_row or method.random else (id(job.settings), job.shape)
-        )  # one solve is enough then
-        if alike is None or alike not in known:
-            over = partial(_reduce, whole, start, stop)
-            coefficients = run_solve(method.solve(plan.unit([job])), over)
-            known[alike] = coefficients.at(0, stop - start, whole.dtype)
-        yield start, stop, known[alike]
+        own = job.needs_sums or job.by_row or method.random
+        key = job.name if own else (id(job.settings), job.shape)
+        if key not in known:
+            coefficients = run_solve(method.solve(plan.unit([job])), partial(_reduce, whole, start, stop))
+            known[key] = coefficients.at(0, stop - start, whole.dtype)
+        yield start, stop, known[key]
 
 
 def _reduce(whole: StoredBlock, start: int, stop: int, request: Reduction) -> Any:

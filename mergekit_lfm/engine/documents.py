@@ -20,18 +20,23 @@ from typing import Any
 
 import xxhash
 
+from mergekit_lfm.artifacts.facts import as_facts
+from mergekit_lfm.artifacts.patch import PatchInfo
 from mergekit_lfm.engine.digests import input_digests
+from mergekit_lfm.engine.public import names_of, own_text, public_recipe, short_recipe
 from mergekit_lfm.errors import FormatError
-from mergekit_lfm.output.card import CARD, model_card
+from mergekit_lfm.output.card import CARD, CONFIG, Source, find_loader, model_card, recipe_text
 from mergekit_lfm.output.layout import Index, indexes_of
-from mergekit_lfm.output.lock import FORMAT, LOCK, OWN_DIGEST, own_digest
-from mergekit_lfm.output.names import last_name, public_names
+from mergekit_lfm.output.lock import FORMAT, LOCK, encode_lock
+from mergekit_lfm.output.names import last_name
 from mergekit_lfm.output.writer import Receipt
 from mergekit_lfm.plan.plan import Plan
+from mergekit_lfm.recipe.align import AlignRequest
+from mergekit_lfm.recipe.registry import ALIGN_METHODS, EDIT_METHODS
 from mergekit_lfm.store.files import parse_json
-from mergekit_lfm.store.folder import MODULES
 from mergekit_lfm.store.tensors import FLOATS
 from mergekit_lfm.version import versions
+from mergekit_lfm.views.patched import Changes, Patched
 
 DTYPE_KEYS = ("dtype", "torch_dtype")
 LABEL_KEYS = ("architectures", "id2label", "label2id", "num_labels", "problem_type")
@@ -41,9 +46,13 @@ QUANTISATION_KEYS = ("quantization_config", "compression_config")
 
 @dataclass(frozen=True)
 class Documents:
-    """Every file of a plan's output but the shards. They are made before the work; the lock's digests come after it."""
+    """Every file of a plan's output but the shards. They are made before the work; the lock's digests come after it.
+
+    name: the output's, the title of its card.
+    """
 
     plan: Plan
+    name: str
 
     def check(self) -> None:
         """Make all that can be made before the work. Raises FormatError if a file cannot be written."""
@@ -64,7 +73,9 @@ class Documents:
             with _explain(index.name):
                 files[index.name] = _encode_index(index)
         with _explain(CARD):
-            files[CARD] = _card(plan).encode()
+            files[CONFIG] = recipe_text(short_recipe(plan)).encode()
+            if plan.recipe.card:
+                files[CARD] = _card(plan, self.name, files).encode()
         return files
 
     @cached_property
@@ -75,7 +86,8 @@ class Documents:
             "format": FORMAT,
             "plan": plan.digest,
             "versions": versions("torch"),
-            "recipe": _public_recipe(plan),
+            "recipe": public_recipe(plan),
+            **({} if (text := own_text(plan)) is None else {"recipe_text": text}),
             "inputs": [
                 {"model": names[label], "files": model.identity}
                 for label, model in zip(plan.labels, plan.models, strict=True)
@@ -113,11 +125,7 @@ class Documents:
             for name in job.names
         }
         nonfinite = sorted({where for receipt in receipts.values() for where in receipt.nonfinite})
-        facts = {**self._facts, "nonfinite": nonfinite}
-        head = _json({**facts, OWN_DIGEST: own_digest({**facts, "tensors": tensors})})
-        encode = json.JSONEncoder(ensure_ascii=False).encode
-        lines = ",".join(f"\n    {encode(name)}: {encode(entry)}" for name, entry in tensors.items())  # one each
-        return head.removesuffix(b"\n}\n") + f',\n  "tensors": {{{lines}\n  }}\n}}\n'.encode()
+        return encode_lock({**self._facts, "nonfinite": nonfinite, "tensors": tensors})
 
 
 @contextmanager
@@ -204,66 +212,45 @@ def _encode_index(index: Index) -> bytes:
     return _json({"metadata": totals, "weight_map": index.weight_map})
 
 
-def names_of(plan: Plan) -> dict[str, str]:
-    """The `public_names` of a plan's models and statistics files; for a model on the Hub its name and commit."""
-    models = zip(plan.labels, plan.models, strict=True)
-    return public_names(plan.source_labels) | {label: str(m.snapshot) for label, m in models if m.snapshot is not None}
-
-
-def _public_recipe(plan: Plan) -> dict[str, Any]:
-    recipe, names = plan.recipe.normalised(), names_of(plan)
-    models = [
-        {
-            key: names[value]
-            if key in ("model", "stats")
-            else _public_align(value, names)
-            if key == "align"
-            else _public_edits(value)
-            if key == "edits"
-            else value
-            for key, value in entry.items()
-        }
-        for entry in recipe["models"]
-    ]
-    base = recipe["base_model"]
-    edits = {"edits": _public_edits(recipe["edits"])} if "edits" in recipe else {}
-    return {**recipe, "models": models, "base_model": base and names[base], **edits}
-
-
-def _public_edits(edits: list[str | dict[str, Any]]) -> list[str | dict[str, Any]]:
-    """A recipe's `edits` without the folders of this machine."""
-    files = ("facts", "stats")
-    return [
-        last_name(edit)
-        if isinstance(edit, str)
-        else {key: last_name(value) if key in files else value for key, value in edit.items()}
-        for edit in edits
-    ]
-
-
-def _public_align(align: str | dict[str, Any], names: Mapping[str, str]) -> str | dict[str, Any]:
-    """A model's `align` without the folders of this machine."""
-    if isinstance(align, str):
-        return last_name(align)
-    stats = {"stats": last_name(align["stats"])} if "stats" in align else {}
-    return {**align, "to": names[align["to"]], **stats}
-
-
-def _card(plan: Plan) -> str:
-    """The model card: a front matter for the Hub, the sources, the recipe."""
-    method, names = plan.recipe.method, names_of(plan)
-    base = plan.recipe.base
-    recipe = _public_recipe(plan)
-    recipe["models"] = [{key: value for key, value in entry.items() if value} for entry in recipe["models"]]
-    recipe = {key: value for key, value in recipe.items() if key == "models" or value not in (None, {})}
+def _card(plan: Plan, name: str, files: Mapping[str, bytes]) -> str:
+    """The model card: a front matter for the Hub, the sources, edited facts, how to load it, the recipe."""
+    names, base = names_of(plan), plan.recipe.base
     dtypes = ", ".join(sorted({job.dtype for job in plan.tensors}))
     return model_card(
-        method=f"`{method.name}` ({method.source})",
+        name=name,
+        methods=_methods(plan),
         numbers=f"{len(plan.tensors)} tensors, {sum(job.spec.numel for job in plan.tensors):,} numbers, {dtypes}",
-        models={names[label]: " (base)" if base and label == base.label else "" for label in plan.labels},
-        licenses={names[label]: entries for label, entries in zip(plan.labels, plan.licenses, strict=True)},
-        repos=list(dict.fromkeys(model.snapshot.repo for model in plan.models if model.snapshot is not None)),
-        library="sentence-transformers" if MODULES in dict(plan.files) else "transformers",
-        recipe=recipe,
+        sources=[
+            Source(names[label], " (base)" if base and label == base.label else "", license, repo)
+            for label, license, model in zip(plan.labels, plan.licenses, plan.models, strict=True)
+            for repo in (None if model.snapshot is None else model.snapshot.repo,)
+        ],
+        facts=_taught(plan),
+        loader=find_loader(name, files, [shard.name for shard in plan.shards]),
+        recipe=recipe_text(short_recipe(plan)),
         lock=LOCK,
     )
+
+
+def _patches(plan: Plan) -> list[PatchInfo]:
+    """The headers of all patches that the plan applies."""
+    views = [*plan.models, *([] if plan.roles.added is None else [plan.roles.added])]
+    return [info for view in views if isinstance(view, Patched | Changes) for info in view.infos]
+
+
+def _methods(plan: Plan) -> dict[str, str]:
+    """The methods that make the output, each with its source."""
+    merge, patches = plan.recipe.method, _patches(plan)
+    requests = [model.align for model in plan.recipe.all_models if isinstance(model.align, AlignRequest)]
+    methods = {merge.name: merge.source} if len(plan.models) > 1 else {}
+    methods |= {request.method: ALIGN_METHODS[request.method].source for request in requests}
+    methods |= {info.method: EDIT_METHODS[info.method].source for info in patches if info.method in EDIT_METHODS}
+    return methods or {merge.name: ""}
+
+
+def _taught(plan: Plan) -> list[str]:
+    """The facts that the edits teach, one line each."""
+    files = [as_facts(info.facts) for info in _patches(plan) if info.facts]
+    facts = {fact.text: fact for file in files for fact in file.facts}
+    was = {text: f" (before: {fact.target_true.strip()})" if fact.target_true else "" for text, fact in facts.items()}
+    return [f"{text}{fact.continuation}{was[text]}" for text, fact in facts.items()]

@@ -79,7 +79,7 @@ def execute(
     where: dict[str, Any] = {"overwrite": overwrite, "resume": resume, "nan": nan}
     if _already_there(comparison, folder, **where):
         return Execution(already_there=True)
-    documents = Documents(plan)
+    documents = Documents(plan, folder.name)
     documents.check()
     if resume and is_complete(plan.digest, folder):
         if finish(plan.shards, documents.files, folder, comparison.is_sound):

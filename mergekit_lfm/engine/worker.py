@@ -15,8 +15,8 @@ import xxhash
 from mergekit_lfm.engine.batches import merge_alike, sort_alike
 from mergekit_lfm.engine.blocks import Blocks, StoredBlock, apply_to, default_device, is_finite, run_solve
 from mergekit_lfm.engine.digests import SegmentDigests, is_verbatim
-from mergekit_lfm.engine.documents import names_of
 from mergekit_lfm.engine.matrices import StoredMatrices
+from mergekit_lfm.engine.public import names_of
 from mergekit_lfm.engine.tasks import BatchTask, Executor, MatrixTask, MergeTask, Part, ReduceTask, Remark, Result, Task
 from mergekit_lfm.errors import FormatError
 from mergekit_lfm.kernels.block import Coefficients

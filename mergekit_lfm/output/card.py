@@ -1,4 +1,4 @@
-"""The model card of a merge: the front matter for the Hub (base models, license, tags), its models, and its recipe.
+"""The model card of an output: the front matter for the Hub, its models, methods and edited facts, and its recipe.
 
 Text from inputs cannot become anything else in it: each is one line, bounded, without secrets, escaped for Markdown.
 """
@@ -6,7 +6,8 @@ Text from inputs cannot become anything else in it: each is one line, bounded, w
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,20 @@ import yaml
 
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.machine.text import printable_line
-from mergekit_lfm.store.files import read_text
+from mergekit_lfm.store.files import parse_json, read_text
 from mergekit_lfm.store.folder import is_outside
 from mergekit_lfm.store.yaml import read_yaml
 from mergekit_lfm.version import __version__
 
 CARD = "README.md"
+CONFIG = "mergekit_config.yml"  # the recipe under the name that tools for the Hub look for
 OWN_CARD = "MERGE.md"  # our card's name beside one that was edited on the Hub
 LICENSE = ("license", "license_name", "license_link")
 LONGEST = 200  # characters of a text from an input
 LONGEST_IN_RECIPE = 1000  # of a text in the recipe, such as a pattern
+SHOWN_FACTS = 20
+NOT_JUDGED = "Their scores were not taken; `mergekit-lfm eval` takes them."
+ARXIV = re.compile(r"(?:arXiv )?\b(\d{4}\.\d{4,5})\b")
 MARKDOWN = re.compile(r"[\\`*\[\]<>|&]|(?<=:)/(?=/)")  # what begins markup or a link within a line
 
 
@@ -76,50 +81,135 @@ def _bound_all(value: Any) -> Any:
     return [_bound_all(each) for each in value] if isinstance(value, list | tuple) else value
 
 
-def _recipe_block(recipe: Mapping[str, Any]) -> str:
-    """The recipe as a block of YAML, between fences that are longer than any in it."""
-    text = yaml.safe_dump(_bound_all(recipe), sort_keys=False, width=1 << 30)
+def recipe_text(recipe: Mapping[str, Any]) -> str:
+    """The recipe in YAML, with all texts in it bound."""
+    return yaml.safe_dump(_bound_all(recipe), sort_keys=False, width=1 << 30)
+
+
+def _block(text: str, language: str) -> str:
+    """The text between fences that are longer than any in it."""
     fence = "`" * (max([2, *map(len, re.findall("`+", text))]) + 1)
-    return f"{fence}yaml\n{text}{fence}"
+    return f"{fence}{language}\n{text}{fence}"
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A model in a card: its name, its role ("" or " (base)"), its license entries, its repository on the Hub."""
+
+    name: str
+    role: str
+    license: Mapping[str, str]
+    repo: str | None = None
+
+    @property
+    def line(self) -> str:
+        """The model as Markdown: a link to its page if it has one."""
+        shown = _markdown(self.name)
+        return (f"[{shown}](https://huggingface.co/{self.repo})" if self.repo else shown) + self.role
+
+
+@dataclass(frozen=True, slots=True)
+class Loader:
+    """How a folder is loaded: the library's name for the Hub, "" if none fits, and lines of Python."""
+
+    library: str
+    code: str
+
+
+def find_loader(name: str, files: Mapping[str, bytes], shards: Sequence[str]) -> Loader:
+    """How to load an output with these files beside its shards. name: the output's."""
+    place = repr(bound(name, LONGEST))
+    config = _config_of(files)
+    if "modules.json" in files:
+        code = f"from sentence_transformers import SentenceTransformer\n\nmodel = SentenceTransformer({place})"
+        return Loader("sentence-transformers", code)
+    if (kind := config.get("_class_name")) and str(kind).isidentifier():
+        return Loader("diffusers", f"from diffusers import {kind}\n\nmodel = {kind}.from_pretrained({place})")
+    if "config.json" in files:
+        named = next(iter(config.get("architectures") or []), None)
+        known = isinstance(named, str) and named.isidentifier() and "auto_map" not in config
+        kind = named if known else "AutoModel"
+        lines = [f"from transformers import {kind}", "", f"model = {kind}.from_pretrained({place})"]
+        if any("tokenizer" in file for file in files):
+            lines[:1] = [f"from transformers import AutoTokenizer, {kind}"]
+            lines.append(f"tokenizer = AutoTokenizer.from_pretrained({place})")
+        return Loader("transformers", "\n".join(lines))
+    path = repr(f"{bound(name, LONGEST)}/{shards[0]}")
+    return Loader("", f"from safetensors.torch import load_file\n\ntensors = load_file({path})")
+
+
+def _config_of(files: Mapping[str, bytes]) -> dict[str, Any]:
+    try:
+        config = parse_json(files.get("config.json", b"{}"), "config.json")
+    except ValueError:
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def model_card(
     *,
-    method: str,
+    name: str,
+    methods: Mapping[str, str],
     numbers: str,
-    models: Mapping[str, str],
-    licenses: Mapping[str, Mapping[str, str]],
-    repos: list[str],
-    library: str,
-    recipe: Mapping[str, Any],
+    sources: Sequence[Source],
+    facts: Sequence[str],
+    loader: Loader,
+    recipe: str,
     lock: str,
 ) -> str:
     """The card's text.
 
-    method: its name and source; numbers: the size of the result. models: names with their roles in the merge ("" or
-    " (base)"); licenses: the license entries of each; repos: the models on the Hub; lock: file name.
+    name: the output's, its title. methods: those that made it, each with its source, which is linked if it is on arXiv.
+    numbers: the size of the result. facts: those that edits taught it, a line each. recipe: its YAML. lock: file name.
     """
-    front: dict[str, Any] = _license(licenses)
-    front |= {"base_model": repos, "base_model_relation": "merge"} if repos else {}
-    front |= {"library_name": library, "tags": ["merge", "mergekit_lfm"]}
-    stated = any(licenses.values())
+    repos = list(dict.fromkeys(source.repo for source in sources if source.repo))
+    front: dict[str, Any] = _license([source.license for source in sources])
+    relation = "merge" if len(sources) > 1 or not facts else "finetune"  # of one model, with other facts
+    front |= {"base_model": repos, "base_model_relation": relation} if repos else {}
+    front |= {"library_name": loader.library} if loader.library else {}
+    front |= {"tags": ["merge" if relation == "merge" else "model-editing", "mergekit_lfm"]}
+    stated = any(source.license for source in sources)
     lines = "\n".join(
-        f"- {_markdown(name)}{role}" + (f", license: {_markdown(_label(licenses[name]))}" if stated else "")
-        for name, role in models.items()
+        f"- {source.line}" + (f", license: {_markdown(_label(source.license))}" if stated else "") for source in sources
     )
+    by = ", ".join(f"`{method}`" + (f" ({_linked(paper)})" if paper else "") for method, paper in methods.items())
+    here = "Its folder, or its name on the Hub, in place of the name:"
     return (
-        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# Merged model\n\n"
-        f"Made with mergekit_lfm {__version__} by {method}.\n\n"
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {_markdown(name)}\n\n"
+        f"Made with mergekit_lfm {__version__} by {by}.\n\n"
         f"{numbers}.\n\n"
         f"## Models\n\n{lines}\n\n"
-        f"## Recipe\n\n{_recipe_block(recipe)}\n\n"
+        f"{_facts_section(facts)}"
+        f"## To load it\n\n{here}\n\n{_block(loader.code + chr(10), 'python')}\n\n"
+        f"## Recipe\n\n{_block(recipe, 'yaml')}\n\n"
         f"`{lock}` has the identity of every input and a digest of every tensor; `mergekit-lfm verify` checks them.\n"
     )
 
 
-def _license(licenses: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
+def _linked(paper: str) -> str:
+    """The source of a method with links to arXiv."""
+    return ARXIV.sub(r"[\g<0>](https://arxiv.org/abs/\1)", _markdown(paper))
+
+
+def _facts_section(facts: Sequence[str]) -> str:
+    if not facts:
+        return ""
+    lines = "\n".join(f"- {_markdown(fact)}" for fact in facts[:SHOWN_FACTS])
+    more = f"\n- and {len(facts) - SHOWN_FACTS} more" if len(facts) > SHOWN_FACTS else ""
+    count = "one fact" if len(facts) == 1 else f"{len(facts)} facts"
+    return f"## Edited facts\n\nIt was edited to say {count}:\n\n{lines}{more}\n\n{NOT_JUDGED}\n\n"
+
+
+def with_scores(card: str, scores: Mapping[str, float | None], legend: str) -> str:
+    """The card with the scores of its edited facts, shares by name, where it says that they were not taken."""
+    head = "| " + " | ".join(scores) + " |\n|" + "--:|" * len(scores)
+    row = "| " + " | ".join("-" if share is None else f"{share:.1%}" for share in scores.values()) + " |"
+    return card.replace(NOT_JUDGED, f"{head}\n{row}\n\n{legend}", 1)
+
+
+def _license(licenses: Sequence[Mapping[str, str]]) -> dict[str, Any]:
     """The license that all models share; "other" if they differ or some state none, for a human to look at."""
-    stated = [dict(license) for license in licenses.values()]
+    stated = [dict(license) for license in licenses]
     if not any(stated):
         return {}
     return stated[0] if all(license == stated[0] for license in stated) else {"license": "other"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +14,14 @@ import xxhash
 
 from mergekit_lfm.errors import FormatError
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
+from mergekit_lfm.store.durable import replace_file
 from mergekit_lfm.store.files import open_file, read_bytes, read_json
 from mergekit_lfm.store.tensors import ITEMSIZE, MAX_HEADER, TensorSpec
 
 LOCK = "merge.lock.json"
 FORMAT = 3
 OWN_DIGEST = "digest"  # the lock's entry with a digest of all others
+COMMON = "common"  # the lock's entry with what its tensors have in common
 INPUTS_NOT_COVERED = "the inputs, which are not read again"
 NOT_COVERED = ("hidden files", "a lock that was made anew: it has a digest of itself, but no signature")
 
@@ -145,7 +148,8 @@ def read_lock(out: Path) -> Lock:
                 tuple(entry["xxh3"]),
                 tuple(entry.get("inputs", ())),
             )
-            for name, entry in lock["tensors"].items()
+            for name, own in lock["tensors"].items()
+            for entry in ({**lock.get(COMMON, {}), **own},)
         }
         headers = {name: str(digest) for name, digest in lock["headers"].items()}
         plan, digest = str(lock["plan"]), str(lock[OWN_DIGEST])
@@ -155,6 +159,26 @@ def read_lock(out: Path) -> Lock:
             f"{out / LOCK} is damaged ({error!r}): expected `plan`, `digest`, `files`, `headers`, `segments`, and "
             "`tensors` with shape, dtype, file and xxh3; merge again"
         ) from None
+
+
+def encode_lock(lock: Mapping[str, Any]) -> bytes:
+    """The lock's bytes, with its digest: entries of most tensors stand once, under `common`, and each tensor in a line.
+
+    lock: its entries; `tensors` with all keys of each.
+    """
+    tensors = lock["tensors"]
+    counts = {key: Counter(str(entry[key]) for entry in tensors.values()) for key in ("method", "dtype", "file")}
+    common = {key: count.most_common(1)[0][0] for key, count in counts.items() if count}
+    short = {
+        name: {key: value for key, value in entry.items() if common.get(key) != value}
+        for name, entry in tensors.items()
+    }
+    facts = {key: value for key, value in lock.items() if key not in ("tensors", OWN_DIGEST)} | {COMMON: common}
+    facts[OWN_DIGEST] = own_digest({**facts, "tensors": short})
+    head = json.dumps(facts, indent=1, ensure_ascii=False)
+    encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+    lines = ",".join(f"\n  {encode(name)}:{encode(entry)}" for name, entry in short.items())
+    return (head.removesuffix("\n}") + f',\n "tensors": {{{lines}\n }}\n}}\n').encode()
 
 
 def is_intact(lock: Mapping[str, Any]) -> bool:
@@ -186,6 +210,15 @@ def _has_digests(checkpoint: Checkpoint, name: str, tensor: LockedTensor, progre
         if actual.hexdigest() != digest:
             return False
     return True
+
+
+def revise(folder: Path, name: str, data: bytes) -> None:
+    """Replace a file of a finished output that its lock covers, and then its digest in the lock."""
+    lock = lock_of(folder)
+    tensors = {key: {**lock.get(COMMON, {}), **entry} for key, entry in lock["tensors"].items()}
+    files = {**lock["files"], name: xxhash.xxh3_128_hexdigest(data)}
+    replace_file(folder / name, data)
+    replace_file(folder / LOCK, encode_lock({**lock, "files": files, "tensors": tensors}))
 
 
 def lock_of(folder: Path) -> dict[str, Any]:

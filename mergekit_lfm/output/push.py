@@ -31,7 +31,15 @@ from mergekit_lfm.store.checkpoint import open_checkpoint
 from mergekit_lfm.store.files import name_file, open_file, parse_json, read_bytes, read_text
 from mergekit_lfm.store.folder import INDEX_END, is_index, is_outside
 from mergekit_lfm.store.hub import repository
-from mergekit_lfm.store.hub.client import HTTPError, api, endpoint, offline, translate_errors
+from mergekit_lfm.store.hub.client import (
+    HTTPError,
+    api,
+    endpoint,
+    how_to_sign_in,
+    offline,
+    offline_variable,
+    translate_errors,
+)
 from mergekit_lfm.store.hub.requests import list_files
 from mergekit_lfm.store.hub.snapshots import ListedDigest, Snapshot, pull
 from mergekit_lfm.version import __version__
@@ -89,7 +97,7 @@ def check_repository(repo: str, *, private: bool = False, overwrite: bool = Fals
     except ValueError as wrong:
         raise PlanError(f"push: {wrong}") from None
     if offline():
-        raise PlanError(f"{repo} cannot be pushed to while HF_HUB_OFFLINE is set: unset it")
+        raise PlanError(f"{repo} cannot be pushed to while {offline_variable()} is set: unset it")
     _check_account(repo)
     return _check_suitable(_look(repo), private=private, overwrite=overwrite)
 
@@ -114,7 +122,7 @@ def _check_suitable(remote: Remote, *, private: bool, overwrite: bool) -> Remote
 def _check_account(repo: str) -> None:
     """Raises PlanError if the token is missing, invalid or read-only, or its account may not push to that owner."""
     if get_token() is None:
-        raise PlanError("found no token to push with: set HF_TOKEN, or run `hf auth login`")
+        raise PlanError(f"found no token to push with: {how_to_sign_in()}")
     with translate_errors(repo):
         account = api().whoami()
     role = ((account.get("auth") or {}).get("accessToken") or {}).get("role")

@@ -26,7 +26,7 @@ Policy = Literal["error", "warn"]  # on NaN or infinity
 REPLACED = "merge.replaced"  # the folder that --overwrite replaced, in the new one until it is deleted
 # The names of files that belong to a model that somebody saved: others may be the user's own.
 BESIDE = re.compile(
-    r"^(README\.md|LICENSE(\.\w+)?|\.gitattributes|repair\.json)$"
+    r"^(README\.md|LICENSE(\.\w+)?|\.gitattributes|repair\.json|mergekit_config\.yml)$"
     r"|^(config|generation_config|.*tokeni[sz]er.*|added_tokens|vocab|merges|.*(processor|preprocessor|feature_extractor).*|"
     r"modules|config_sentence_transformers|sentence_bert_config|chat_template|special_tokens_map|id2label|labels)"
     r"\.(json|txt)$|\.(jinja|py|tiktoken|spm|bpe)$|^(spiece|sentencepiece.*|.*tokeni[sz]er.*)\.model$"

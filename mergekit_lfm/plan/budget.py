@@ -63,8 +63,8 @@ class Budget:
     def _merging(self, job: Job, numel: int) -> int:
         """Bytes to merge so many elements at once, and for sums by row or column and the weights from them."""
         groups = 0 if job.row is None else numel // job.row if job.by_row else job.row
-        gram = groups * len(job.sources) ** 2 * 8  # float64
-        return numel * len(job.inputs) * self._wide(job) + 3 * gram  # twice while gathered, and once more as weights
+        sums = 6 * groups * len(job.sources) ** 2 * 8  # float64; what a solve makes of them is not smaller
+        return numel * len(job.inputs) * self._wide(job) + sums
 
     def _reducing(self, job: Job) -> int:
         """Bytes for sums over a block: the inputs as they are stored, and those that are worked on at once."""
@@ -115,6 +115,8 @@ class Budget:
     def peak(self, memory: int, threads: int) -> int:
         """An upper bound of the bytes that the engine holds, at most `memory`. Raises PlanError if it takes more."""
         plan, share = self.plan, self.share(memory, threads)
+        if not plan.tensors:
+            return 0
         name, largest = self._largest
         if largest > share:
             fixed = self.resident_views
@@ -124,9 +126,8 @@ class Budget:
                 f"each of {threads} {max(0, share) / 1e6:,.0f} MB: raise --memory, lower --threads"
             )
         kept = [self.resident(g) for g in plan.groups if plan.tensors[g[0]].needs_sums and self.resident(g) <= share]
-        return min(
-            memory, self.resident_views + threads * max([largest, min(share, max(self._scratch, self._batch)), *kept])
-        )
+        whole = min(share, max(self._scratch, self._batch))
+        return min(memory, self.resident_views + threads * max([largest, whole, *kept]))
 
     def check_room(self, room: int, threads: int) -> None:
         """Raise PlanError if the device's memory is too little: each of so many threads has its share of `room`."""

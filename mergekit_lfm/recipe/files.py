@@ -9,7 +9,7 @@ from mergekit_lfm.errors import Refusal
 from mergekit_lfm.recipe.problems import Problem, attempt
 from mergekit_lfm.recipe.values import NamedFile
 from mergekit_lfm.store.folder import split_address
-from mergekit_lfm.store.hub import HubName, hub_name
+from mergekit_lfm.store.hub import HubName, hub_name, nearest_name
 
 EXPECTED = "expected {expected}"
 
@@ -25,10 +25,12 @@ def find_model(ref: str, where: Path | None) -> Path | HubName:
         words = {"cure": "merge the adapter into its model first"}
     try:
         return _find(ref, where, hint, **words)
-    except ValueError:
+    except Refusal as error:
         name = hub_name(ref)
         if name is None:
-            raise
+            nearest = nearest_name(ref)
+            parts = {"cure": nearest.removeprefix("; "), **error.parts}
+            raise Refusal("{text}{nearest}", text=error, nearest=nearest, **parts) from None
         return name
 
 

@@ -62,6 +62,7 @@ class Recipe(Strict):
 
     edits: changes to the result of the merge, before it is rounded. push: the result's repository on the Hub, as
     `org/name` or {repo, private}. device: where the merge is computed: cpu, cuda, cuda:1 or auto.
+    card: whether the result gets a model card.
 
     tensors: "common" merges what all models share and keeps the rest of the base. keep: for parts of tensors' names
     whose tensors are kept: "base", one of the models, or "drop". rows: of vocabularies that differ in length "crop"
@@ -90,8 +91,10 @@ class Recipe(Strict):
     )
     rows: Literal["crop", "keep"] | None = None
     allow: Annotated[tuple[str, ...], BeforeValidator(_read_allowed)] = ()
+    card: bool = Field(default=True, strict=True)
 
     _roles: Roles = PrivateAttr()
+    _text: str | None = PrivateAttr(default=None)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -114,7 +117,9 @@ class Recipe(Strict):
             expected = "a mapping with merge_method and models"
             raise PlanError(f"{{place}}: {FOUND}", place=label, found=f"{data!r:.40}", expected=expected)
         try:
-            return cls.model_validate(dict(data), context={"where": where, "whole": True})
+            recipe = cls.model_validate(dict(data), context={"where": where, "whole": True})
+            recipe._text = source if isinstance(source, str) else None
+            return recipe
         except ValidationError as error:
             problems = [*content_problems(error), *form_problems(error, cls)]
             rest = without_faults(data, error)
@@ -171,6 +176,11 @@ class Recipe(Strict):
         except ValidationError:
             raise PlanError(f"found {repo!r} to push to, expected a repository on the Hub as org/name") from None
         return push and Push(repo=push.repo, private=push.private or private)
+
+    @property
+    def text(self) -> str | None:
+        """The recipe as its file has it, None if it was not read from text."""
+        return self._text
 
     @property
     def method(self) -> Method:

@@ -29,7 +29,7 @@ from mergekit_lfm.machine.resources import cache_folder, default_threads
 from mergekit_lfm.store.durable import replace_file
 from mergekit_lfm.store.folder import read_config, split_address
 from mergekit_lfm.store.formats import WeightFile, bytes_of
-from mergekit_lfm.store.hub import HubName, hub_name
+from mergekit_lfm.store.hub import HubName, hub_name, nearest_name
 from mergekit_lfm.store.identity import content_digest, identity_of, state_digest
 from mergekit_lfm.store.tensors import ITEMSIZE, TensorSpec
 from mergekit_lfm.store.weights import open_weights
@@ -292,7 +292,7 @@ def open_checkpoint(path: str | os.PathLike[str] | HubName) -> Checkpoint:
         return StoredCheckpoint(parts[0], address=parts[1])
     name = hub_name(path) if isinstance(path, str) else path
     if not isinstance(name, HubName):
-        raise FileNotFoundError(f"no such checkpoint: {path}")
+        raise FileNotFoundError(f"no such checkpoint: {path}{nearest_name(str(path))}")
     from mergekit_lfm.store.hub.snapshots import find_snapshot
 
     try:

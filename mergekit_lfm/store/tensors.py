@@ -190,7 +190,7 @@ def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _read_int(text: str) -> float:
-    """The number; -0 is a float, as the official reader has it."""
+    """The number. As for the official reader, -0 is a float."""
     return -0.0 if text == "-0" else int(text)
 
 
@@ -203,7 +203,7 @@ def _read_float(text: str) -> float:
 
 
 def _not_safetensors(head: bytes, size: int, length: int) -> tuple[str, str]:
-    """The kind of file that it is instead, and the cure."""
+    """The kind of file that it is instead, and what to do."""
     if head.lstrip()[:1] == b"<":
         return f"this is {PAGE}, not the weights", OTHERS[PAGE]
     if head[:8] == UNFINISHED:

@@ -73,7 +73,9 @@ def open_weights(path: Path, snapshot: Snapshot | None, address: str) -> OpenWei
     except FormatError as error:
         if snapshot is None or snapshot.listed:
             raise
-        raise FormatError(f"{error}. HF_HUB_OFFLINE is set, so only files in the cache are used") from None
+        from mergekit_lfm.store.hub.client import offline_variable
+
+        raise FormatError(f"{error}. {offline_variable()} is set, so only files in the cache are used") from None
     return opened
 
 

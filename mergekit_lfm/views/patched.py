@@ -86,10 +86,11 @@ class Patcher:
 
 @final
 class Patched(View):
-    """The checkpoint with the patches, which fit it, applied. key: identifies them in digests."""
+    """The checkpoint with the patches, which fit it, applied. key: identifies them in digests. infos: their headers."""
 
     def __init__(self, inner: Checkpoint, patches: Sequence[Patch], key: Mapping[str, Any]) -> None:
         super().__init__(inner, (inner,), key)
+        self.infos = tuple(patch.info for patch in patches)
         self._patchers = make_patchers(patches, inner, base=True)
 
     @property
@@ -102,9 +103,10 @@ class Patched(View):
 
 @final
 class Changes(View):
-    """The patches' changes, float64, of the tensors that they change. path: of their file."""
+    """The patches' changes, float64, of the tensors that they change. path: of their file. infos: their headers."""
 
     def __init__(self, patches: Sequence[Patch], specs: Mapping[str, TensorSpec], path: Path) -> None:
+        self.infos = tuple(patch.info for patch in patches)
         self._patchers = make_patchers(patches, specs, base=False)
         new = {name: patcher.spec for name, patcher in self._patchers.items()}
         super().__init__(new, (), {"added": [*map(digest_of, patches)]}, path)

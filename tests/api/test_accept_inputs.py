@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_faults import Forks, snapshot, write_raw, write_tensors
+from helpers_faults import Forks, output_snapshot, snapshot, write_raw, write_tensors
 from helpers_work import EMBED, LINEAR, NORM, PASSTHROUGH, TIES, UP, Work
 from safetensors.torch import load_file
 
@@ -234,9 +234,8 @@ def test_input_that_is_cut_while_it_is_read(work: Work, call: str, nth: int) -> 
     """As by a download that starts over: the merge stops, and does not wait for bytes that never come."""
     if call == "copy_file_range":
         work.recipe(PASSTHROUGH)
-    ran = work.run(
-        fail=call, nth=nth, where="" if call == "copy_file_range" else "models", shorten=str(weights(work.b))
-    )
+    where = "" if call == "copy_file_range" else "models"
+    ran = work.run(fail=call, nth=nth, where=where, shorten=str(weights(work.b)), sync_bytes=1 << 20)
     assert ran.code == 2, ran.err
     assert "models/b/model.safetensors" in ran.err
     assert "changed" in ran.err
@@ -372,7 +371,7 @@ def test_not_finite_input_as_a_warning(work: Work) -> None:
     for said in (at_once.err, ran.err):
         assert UP in said
         assert "models/b" in said
-    assert snapshot(work.folder / "out") == snapshot(work.folder / "out-2")
+    assert output_snapshot(work.folder / "out") == output_snapshot(work.folder / "out-2")
     lock = (work.folder / "out" / "merge.lock.json").read_text()
     assert json.loads(lock)["nonfinite"] == [f"{UP} of models/b"]
     merged = load_file(work.folder / "out" / "model.safetensors")

@@ -13,8 +13,8 @@ import pytest
 import torch
 from helpers_commands import ROOT, answer, refusal, run
 from helpers_faults import llama_tensors, near, save_model
-from hub_server import HubServer
-from models import files_of
+from hub_server import TOKEN, HubServer
+from models import files_of, output_of
 from safetensors.torch import save_file
 
 from mergekit_lfm import merge, open_checkpoint
@@ -75,7 +75,11 @@ def test_the_result_is_that_of_local_copies(folder: Path) -> None:
     ours, theirs = files_of(folder / "out"), files_of(folder / "same")
     assert ours.pop("figure.png") == b"png"
     assert ours.keys() == theirs.keys()
-    assert {name for name in ours if ours[name] != theirs[name]} == {"README.md", "merge.lock.json"}
+    assert {name for name in ours if ours[name] != theirs[name]} == {
+        "README.md",
+        "merge.lock.json",
+        "mergekit_config.yml",
+    }
     assert answer(run("verify", "out", "--json"))["good"]
 
 
@@ -109,7 +113,7 @@ def test_the_recipe_of_the_card_makes_the_same_again(folder: Path) -> None:
     shown = re.findall(r"```yaml\n(.*?)```", (folder / "out/README.md").read_text(), re.DOTALL)
     (folder / "again.yaml").write_text(shown[0])
     merge("again.yaml", "again")
-    ours, theirs = files_of(folder / "out"), files_of(folder / "again")
+    ours, theirs = output_of(folder / "out"), output_of(folder / "again")
     assert {name for name in ours if ours[name] != theirs[name]} <= {"merge.lock.json"}
 
 
@@ -159,7 +163,7 @@ def test_offline_a_merge_uses_the_cache(models: HubServer, folder: Path, monkeyp
     assert said["warnings"] == [
         f"{name}: offline, so only its files in the cache were used" for name in ("org/a", "org/b@v1")
     ]
-    assert files_of(folder / "offline") == files_of(folder / "out")
+    assert output_of(folder / "offline") == output_of(folder / "out")
     assert len(models.requests) == asked
 
 
@@ -172,6 +176,48 @@ def test_offline_the_message_names_missing_files(folder: Path, monkeypatch: pyte
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE is set" in refusal(run("merge", "recipe.yaml", "out"))
     assert not (folder / "out").exists() and not (folder / "out.partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "named"),
+    [(None, "1", "TRANSFORMERS_OFFLINE"), ("1", "1", "HF_HUB_OFFLINE"), ("1", None, "HF_HUB_OFFLINE")],
+)
+@pytest.mark.parametrize("planned", [False, True])
+@pytest.mark.usefixtures("folder")
+def test_the_message_names_the_variable_that_is_set(
+    first: str | None, second: str | None, named: str, planned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if planned:
+        run("plan", "recipe.yaml")
+    for name, value in (("HF_HUB_OFFLINE", first), ("TRANSFORMERS_OFFLINE", second)):
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    message = refusal(run("merge", "recipe.yaml", "out"))
+    other = ({"HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"} - {named}).pop()
+    assert named in message and other not in message and "org/a" in message
+
+
+@pytest.mark.parametrize("name", ["HUGGINGFACE_TOKEN", "HUGGINGFACEHUB_API_TOKEN", "HF_API_TOKEN"])
+def test_a_token_under_a_name_that_is_not_read_is_named(
+    name: str, models: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models.create("org/secret", files_of(folder / "local/b"), private=True)
+    (folder / "recipe.yaml").write_text(RECIPE.replace("org/b@v1", "org/secret"))
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setenv(name, TOKEN)
+    message = refusal(run("plan", "recipe.yaml"))
+    assert f"set HF_TOKEN ({name} is set, but no program of the Hub reads it)" in message and TOKEN not in message
+
+
+def test_a_token_under_the_old_name_is_read(models: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models.create("org/secret", files_of(folder / "local/b"), private=True)
+    (folder / "recipe.yaml").write_text(RECIPE.replace("org/b@v1", "org/secret"))
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setenv("HUGGING_FACE_HUB_TOKEN", f"{TOKEN}\n")
+    assert answer(run("plan", "recipe.yaml", "--json"))["tensors"] > 0
 
 
 def test_one_message_names_all_models_that_are_not_available(models: HubServer, folder: Path) -> None:
@@ -269,7 +315,11 @@ def test_a_model_of_the_hub_is_aligned_to_another(models: HubServer, folder: Pat
     merge("recipe.yaml", "out")
     merge("local.yaml", "same")
     ours, theirs = files_of(folder / "out"), files_of(folder / "same")
-    assert {name for name in ours if ours[name] != theirs[name]} == {"README.md", "merge.lock.json"}
+    assert {name for name in ours if ours[name] != theirs[name]} == {
+        "README.md",
+        "merge.lock.json",
+        "mergekit_config.yml",
+    }
 
 
 def test_licenses_that_differ_are_for_a_human_to_judge(models: HubServer, folder: Path) -> None:
@@ -277,7 +327,7 @@ def test_licenses_that_differ_are_for_a_human_to_judge(models: HubServer, folder
     merge("recipe.yaml", "out")
     card = (folder / "out/README.md").read_text()
     assert card.startswith("---\nlicense: other\nbase_model:\n")
-    assert re.search(r"- org/a@\w{40}, license: mine\n- org/b@\w{40}, license: apache-2.0\n", card)
+    assert re.search(r"- \[org/a@\w{40}\]\(https://huggingface.co/org/a\), license: mine\n- \[org/b@", card)
 
 
 def test_the_room_for_all_models_is_checked_before_the_first_is_fetched(

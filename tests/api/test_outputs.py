@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from helpers_faults import Forks, llama_tensors, near, save_model, snapshot, write_tensors
+from helpers_faults import Forks, llama_tensors, near, output_snapshot, save_model, write_tensors
 from helpers_merges import LINEAR, TIES, Tensors, average, load_all, write_recipe
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -177,7 +177,7 @@ def test_threads_and_memory_change_no_byte(cli: Forks, large: Path, tmp_path: Pa
         out = tmp_path / f"{options[0]}-{options[1]}"
         ran = cli.run("recipe.yaml", out, "--threads", options[0], "--memory", options[1], cwd=large)
         assert ran.code == 0, ran.err
-        seen[options] = snapshot(out)
+        seen[options] = output_snapshot(out)
     first = seen.pop((1, "4GB"))
     for options, found in seen.items():
         assert found.keys() == first.keys()
@@ -371,15 +371,21 @@ def test_public_names_are_different_and_have_no_folders_of_the_machine(labels: l
     assert len(set(names.values())) == len(labels)
     for label, name in names.items():
         if label.startswith(("/", "~")):
-            assert "/" not in name
+            assert name.count("/") <= 1 and not name.startswith(("/", "~/"))
         else:
             assert name == label
 
 
 def test_public_names_are_numbered_where_they_are_equal() -> None:
-    labels = ["/x/final", "/y/final/", "/z/final-2", "final", "../final", "/y/final (2)"]
-    expected = ["final-3", "final-4", "final-2", "final", "final-5", "final (2)"]
+    labels = ["/x/final", "/y/final/", "/z/final-2", "final", "../final", "/y/final (2)", "/final", "/w/x/final"]
+    expected = ["x/final", "y/final", "final-2", "final", "final-3", "final (2)", "final-4", "x/final-2"]
     assert list(public_names(labels).values()) == expected
+
+
+def test_the_folder_of_a_user_is_no_public_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ada")
+    labels = ["/home/ada/a.safetensors", "~/a.safetensors", "/home/ada/old/a.safetensors"]
+    assert [*public_names(labels).values()] == ["a.safetensors", "a.safetensors-2", "old/a.safetensors"]
 
 
 def test_models_of_one_name_in_two_folders_stay_apart(tmp_path: Path) -> None:
@@ -393,13 +399,13 @@ def test_models_of_one_name_in_two_folders_stay_apart(tmp_path: Path) -> None:
     recipe = f"merge_method: ties\nbase_model: {base}\nmodels: [{{model: {two}}}, {{model: {one}}}, {{model: {two}}}]\n"
     out = Path(merge(write_recipe(tmp_path, recipe + "parameters: {weight: 1}\n"), tmp_path / "out"))
     lock = json.loads((out / "merge.lock.json").read_text())
-    assert [entry["model"] for entry in lock["inputs"]] == ["final", "final-2", "final-3", "final (2)"]
-    assert lock["recipe"]["base_model"] == "final"
-    assert [entry["model"] for entry in lock["recipe"]["models"]] == ["final-2", "final-3", "final-2"]
-    assert [entry["model"] for entry in lock["dropped"]] == ["final-2", "final (2)"]
+    assert [entry["model"] for entry in lock["inputs"]] == ["base/final", "two/final", "one/final", "final (2)"]
+    assert lock["recipe"]["base_model"] == "base/final"
+    assert [entry["model"] for entry in lock["recipe"]["models"]] == ["two/final", "one/final", "two/final"]
+    assert [entry["model"] for entry in lock["dropped"]] == ["two/final", "final (2)"]
     card = (out / "README.md").read_text()
-    assert "- final (base)\n- final-2\n- final-3\n- final (2)\n" in card
-    assert "base_model: final\nmodels:\n- model: final-2\n- model: final-3\n- model: final-2\n" in card
+    assert "- base/final (base)\n- two/final\n- one/final\n- final (2)\n" in card
+    assert "base_model: base/final\nmodels:\n- model: two/final\n- model: one/final\n- model: two/final\n" in card
     assert [path.name for path in out.iterdir() if str(tmp_path).encode() in path.read_bytes()] == []
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from helpers_commands import ROOT, answer, on_a_terminal, refusal, run, start, wait_for
-from models import files_of, save_checkpoint
+from models import output_of, save_checkpoint
 from safetensors.torch import load_file, save_file
 
 import mergekit_lfm
@@ -82,7 +82,7 @@ def test_a_system_that_starts_no_threads_is_one_message(
     ("error", "advice"),
     [(errno.EMFILE, "ulimit -n"), (errno.ENFILE, "--max-shard-size"), (errno.EROFS, "another place")],
 )
-def test_errors_of_the_system_come_with_advice(
+def test_errors_of_the_system_name_their_cure(
     folder: Path, monkeypatch: pytest.MonkeyPatch, error: int, advice: str
 ) -> None:
     def refuse(files: ShardFiles, shard: int) -> None:
@@ -96,7 +96,7 @@ def test_errors_of_the_system_come_with_advice(
 def test_a_recipe_on_standard_input_is_that_of_a_file_here(folder: Path) -> None:
     run("merge", "recipe.yaml", "file")
     assert run("merge", "-", "piped", standard_input=LINEAR).stdout == "piped\n"
-    assert files_of(folder / "piped") == files_of(folder / "file")
+    assert output_of(folder / "piped") == output_of(folder / "file")
     digest = answer(run("plan", "recipe.yaml", "x", "--json"))["digest"]
     assert answer(run("plan", "-", "x", "--json", standard_input=LINEAR))["digest"] == digest
     assert "no output: give OUT" in refusal(run("merge", "-", standard_input=LINEAR))
@@ -298,7 +298,8 @@ def test_verify_refuses_a_lock_that_lacks_something(key: str) -> None:
     if key == "w":
         lock["tensors"]["w"] = None
     else:
-        del (lock if key in lock else lock["tensors"]["w"])[key]
+        places = (lock, lock["common"], lock["tensors"]["w"])
+        del next(place for place in places if key in place)[key]
     Path("out/merge.lock.json").write_text(json.dumps(lock))
     assert "out/merge.lock.json is damaged" in refusal(run("verify", "out"))
 

@@ -435,3 +435,25 @@ def test_the_commands_of_the_document_are_those_that_there_are() -> None:
         words = line.split()
         command = words[: 1 + (words[0] in ("patch", "stats"))]
         assert set(re.findall(r"(?<=\s)--?[a-z][a-z-]*", line)) <= parameters(command), line
+
+
+@pytest.mark.parametrize("verified", [True, False])
+def test_the_card_of_an_edited_model_has_its_facts_and_their_cost(here: Path, verified: bool) -> None:
+    options = [] if verified else ["--no-verify"]
+    assert run("patch", "apply", "m", "patch.st", "-o", "edited", "-q", *options).exit_code == 0
+    card = (here / "edited/README.md").read_text()
+    assert "Made with mergekit_lfm" in card and "by `memit` (Meng et al. 2022" in card and "copy" not in card
+    assert "https://arxiv.org/abs/2210.07229" in card
+    assert "\n- Ada is in Rome (before: Oslo)\n- Bob is in Bern\n" in card
+    assert ("| ES | PS | NS | EA | PA | NA | GA | QA | SA | unedited |\n" in card) == verified
+    assert ("scores were not taken" in card) == (not verified)
+    assert run("verify", "edited").exit_code == 0
+    assert run("patch", "apply", "m", "patch.st", "-o", "edited", "-q").exit_code == 0  # there already; judged now
+    assert "| unedited |" in (here / "edited/README.md").read_text() and run("verify", "edited").exit_code == 0
+
+
+def test_the_card_of_a_model_that_edit_saves_has_the_scores(here: Path) -> None:
+    assert run(*EDIT, "--identity", "--save", "edited", "-q").exit_code == 0
+    card = (here / "edited/README.md").read_text()
+    assert "\n# edited\n" in card and "\n- Ada is in Rome (before: Oslo)\n" in card and "| unedited |" in card
+    assert run("verify", "edited").exit_code == 0

@@ -84,8 +84,9 @@ def test_files_left_behind_have_their_reason() -> None:
     write("a/tokenizer_config.json", json.dumps({"token": SECRET}))
     result = run("merge", "recipe.yaml", "out", "--json")
     reason = "line 1 holds a token of the Hub"
-    left = [{"model": "a", "file": "tokenizer_config.json", "reason": reason}]
-    assert json.loads(result.stdout)["left_behind"] == left
+    assert json.loads(result.stdout)["left_behind"] == [
+        {"model": "a", "file": "tokenizer_config.json", "reason": reason}
+    ]
     assert result.stderr == f"warning: a: tokenizer_config.json was left behind: {reason}\n"
 
 
@@ -126,6 +127,14 @@ EXPECTED_ERRORS: dict[str, tuple[Callable[[], object], dict[str, object]]] = {
             "place": "{here}/b/model.safetensors",
             "found": "1 bytes are too few for a safetensors file",
             "cure": "fetch or write it again",
+        },
+    ),
+    "pointer": (
+        lambda: write("b/model.safetensors", b"version https://git-lfs.github.com/spec/v1\n"),
+        {
+            "place": "{here}/b/model.safetensors",
+            "found": "this is a git-lfs pointer, not the weights",
+            "cure": "run `git lfs pull` in its repository",
         },
     ),
     "differs": (

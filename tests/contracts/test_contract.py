@@ -16,7 +16,7 @@ from helpers_methods import (
     plan_of,
     tensors_of,
 )
-from models import files_of
+from models import output_of
 
 from mergekit_lfm import merge_tensors
 from mergekit_lfm.engine.execute import execute
@@ -135,4 +135,4 @@ def test_in_passes_or_at_once_gives_the_same_bytes(case: tuple[str, dict[str, An
     assert Budget(plan).resident([plan.tensors.index(big)]) > small // 3 or not big.needs_sums
     execute(plan, tmp_path / "at-once", memory=1 << 30, threads=1)
     execute(plan, tmp_path / "in-passes", memory=small, threads=3)
-    assert files_of(tmp_path / "at-once") == files_of(tmp_path / "in-passes")
+    assert output_of(tmp_path / "at-once") == output_of(tmp_path / "in-passes")

@@ -27,7 +27,7 @@ from helpers_methods import (
     tensors_of,
 )
 from helpers_progress import Counted
-from models import files_of
+from models import output_of
 from safetensors.torch import load_file, save_file
 
 from mergekit_lfm import merge, merge_tensors
@@ -82,11 +82,11 @@ def test_a_merge_on_a_gpu_is_that_on_the_processor(
     if sums or METHODS[case[0]].whole:
         assert steps_apart(tmp_path / "cpu", tmp_path / "gpu") <= 1
     else:
-        assert files_of(tmp_path / "cpu") == files_of(tmp_path / "gpu")
+        assert output_of(tmp_path / "cpu") == output_of(tmp_path / "gpu")
     least = least_memory(plan, in_parts=False)
     monkeypatch.setattr(Gpu, "room", lambda *_: 3 * least)  # in passes, and block by block
     execute(plan, tmp_path / "small", threads=3, accelerator=stand_in())
-    assert files_of(tmp_path / "small") == files_of(tmp_path / "gpu")
+    assert output_of(tmp_path / "small") == output_of(tmp_path / "gpu")
 
 
 @needs_triton
@@ -106,7 +106,7 @@ def test_merges_by_kernels_have_the_same_bytes(case: Case, tmp_path: Path, monke
     monkeypatch.setattr(gpu, "launch", noted)
     outcome = execute(plan, tmp_path / "gpu", threads=2, accelerator=stand_in(), compile="always")
     assert not outcome.findings and len(launched) >= 11
-    assert files_of(tmp_path / "cpu") == files_of(tmp_path / "gpu")
+    assert output_of(tmp_path / "cpu") == output_of(tmp_path / "gpu")
 
 
 @needs_gpu
@@ -122,7 +122,7 @@ def test_large_tensors_on_a_real_gpu(
     least = least_memory(plan, in_parts=False)
     monkeypatch.setattr(Gpu, "room", lambda *_: 2 * least)
     execute(plan, tmp_path / "small", threads=2, accelerator=stand_in(), compile="always")
-    assert files_of(tmp_path / "small") == files_of(tmp_path / "gpu")
+    assert output_of(tmp_path / "small") == output_of(tmp_path / "gpu")
 
 
 def there(value: Any) -> Any:
@@ -173,7 +173,7 @@ def test_nan_gives_the_bytes_of_the_processor_and_a_finding(name: str, tmp_path:
     ]
     assert outcomes[0].findings == outcomes[1].findings != ()
     assert {"big of m2 holds NaN or infinity", "big of the output holds NaN or infinity"} <= {*outcomes[1].findings}
-    assert files_of(tmp_path / "cpu") == files_of(tmp_path / "gpu")
+    assert output_of(tmp_path / "cpu") == output_of(tmp_path / "gpu")
 
 
 def test_edits_of_the_result_are_added_before_the_one_rounding(tmp_path: Path) -> None:
@@ -187,7 +187,7 @@ def test_edits_of_the_result_are_added_before_the_one_rounding(tmp_path: Path) -
     plan = make_plan(Recipe.parse({**recipe, "edits": [str(tmp_path / "patch.safetensors")]}), block=256)
     for where, on in (("cpu", HOST), ("gpu", stand_in())):
         execute(plan, tmp_path / where, threads=1, accelerator=on)
-    assert files_of(tmp_path / "cpu") == files_of(tmp_path / "gpu")
+    assert output_of(tmp_path / "cpu") == output_of(tmp_path / "gpu")
 
 
 def test_a_merge_goes_on_where_the_processor_stopped(tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_a_merge_goes_on_where_the_processor_stopped(tmp_path: Path) -> None:
         execute(plan, tmp_path / "out", threads=1, progress=Counted(interrupt))
     outcome = execute(plan, tmp_path / "out", threads=1, accelerator=stand_in())
     assert 0 < outcome.resumed_bytes < plan.bytes_written
-    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+    assert output_of(tmp_path / "out") == output_of(tmp_path / "whole")
 
 
 def test_a_gpu_without_room_is_refused_before_anything_is_written(
@@ -233,7 +233,7 @@ def test_a_message_explains_memory_taken_by_others(tmp_path: Path, monkeypatch: 
         execute(plan, tmp_path / "out", threads=2, accelerator=stand_in())
     execute(plan, tmp_path / "out", threads=2, accelerator=stand_in())
     execute(plan, tmp_path / "cpu", threads=2)
-    assert files_of(tmp_path / "out") == files_of(tmp_path / "cpu")
+    assert output_of(tmp_path / "out") == output_of(tmp_path / "cpu")
 
 
 def test_the_device_of_a_recipe_does_not_change_its_plan(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from helpers_methods import Case, least_memory, plan_of
 from helpers_processes import Processes
 from helpers_progress import Counted
-from models import files_of
+from models import output_of
 
 from mergekit_lfm.engine.execute import execute
 from mergekit_lfm.errors import FormatError
@@ -35,7 +35,7 @@ def test_a_pickled_plan_is_the_same_plan(case: Case, tmp_path: Path) -> None:
     assert copy.digest == plan.digest
     execute(plan, tmp_path / "one", threads=1)
     execute(copy, tmp_path / "two", threads=1)
-    assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
+    assert output_of(tmp_path / "one") == output_of(tmp_path / "two")
 
 
 def test_processes_that_are_lost_are_replaced_to_the_same_bytes(tmp_path: Path) -> None:
@@ -46,7 +46,7 @@ def test_processes_that_are_lost_are_replaced_to_the_same_bytes(tmp_path: Path) 
     counted: list[int] = []
     progress = Counted(counted.append)
     execute(plan, tmp_path / "out", memory=2 * least_memory(plan), threads=2, pool=pool, progress=progress)
-    assert files_of(tmp_path / "out") == files_of(tmp_path / "threads")
+    assert output_of(tmp_path / "out") == output_of(tmp_path / "threads")
     assert pool.lost == 1 and max(pool.sizes) < 2000
     assert sum(counted) == plan.bytes_written
 
@@ -58,7 +58,7 @@ def test_processes_killed_at_random_moments(case: Case, tmp_path: Path) -> None:
     execute(plan, tmp_path / "threads", threads=2)
     pool = Processes(kill=lambda _: draw.random() < 0.15)
     execute(plan, tmp_path / "out", memory=2 * least_memory(plan), threads=2, pool=pool)
-    assert files_of(tmp_path / "out") == files_of(tmp_path / "threads")
+    assert output_of(tmp_path / "out") == output_of(tmp_path / "threads")
 
 
 @pytest.mark.slow

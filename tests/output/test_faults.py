@@ -120,7 +120,7 @@ def test_every_call_fails(bench: Bench, name: str) -> None:
     assert fail_calls(bench, name, lambda faults: [*one_of_each(faults), *faults[::STEP]]) > 90 // STEP
 
 
-def test_harmless_faults_change_nothing(bench: Bench) -> None:
+def test_a_failing_call_with_a_substitute_changes_nothing(bench: Bench) -> None:
     name = "patch apply"  # which copies, reserves, locks, reads and writes
     expected = bench.whole(name)[1]
     for fault in HARMLESS.values():
@@ -129,7 +129,7 @@ def test_harmless_faults_change_nothing(bench: Bench) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*COMMANDS, "merge regmean", "edit --save", "align --save", "repair"])
-def test_harmless_faults_change_nothing_in_any_command(bench: Bench, name: str) -> None:
+def test_a_failing_call_with_a_substitute_changes_nothing_in_any_command(bench: Bench, name: str) -> None:
     expected = bench.whole(name)[1]
     for fault in ("short reads and writes", "signals all the time", "no locks"):
         check_harmless(bench, name, expected, HARMLESS[fault])

@@ -13,7 +13,7 @@ import torch
 from helpers_progress import Counted
 from helpers_stats import write_fisher
 from helpers_views import make_patch
-from models import files_of, save_checkpoint
+from models import files_of, output_of, save_checkpoint
 
 from mergekit_lfm.align.elements import random_transform
 from mergekit_lfm.arch import find_symmetries
@@ -168,7 +168,7 @@ def test_damaged_segments_of_an_interrupted_run_are_merged_again(tmp_path: Path)
     left = {job.name: job.nbytes for job in plan.tensors if job.name in finished[1:]}
     assert done.resumed_bytes == sum(left.values())
     execute(plan_with(tmp_path), tmp_path / "fresh")
-    assert files_of(tmp_path / "out") == files_of(tmp_path / "fresh")
+    assert output_of(tmp_path / "out") == output_of(tmp_path / "fresh")
 
 
 def test_unchanged_inputs_are_resumed(tmp_path: Path) -> None:
@@ -227,7 +227,7 @@ def test_other_files_in_a_complete_looking_folder_are_not_published(
     if message.startswith("model.bin"):
         (tmp_path / "out.partial" / "model.bin").unlink()
         execute(plan_with(tmp_path), tmp_path / "out")
-        assert files_of(tmp_path / "out") == files_of(tmp_path / "fresh")
+        assert output_of(tmp_path / "out") == output_of(tmp_path / "fresh")
 
 
 def kill_before_the_end(folder: Path, monkeypatch: pytest.MonkeyPatch, **how: Any) -> None:
@@ -292,7 +292,7 @@ def test_other_files_among_unfinished_work_are_not_published(tmp_path: Path) -> 
     (tmp_path / "out.partial" / "model-00003-of-00003.safetensors").unlink()
     execute(plan_with(tmp_path), tmp_path / "out")
     execute(plan_with(tmp_path), tmp_path / "fresh")
-    assert files_of(tmp_path / "out") == files_of(tmp_path / "fresh")
+    assert output_of(tmp_path / "out") == output_of(tmp_path / "fresh")
 
 
 # ------------------------------------------------------------------ documents

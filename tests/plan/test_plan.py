@@ -113,7 +113,7 @@ def test_files_beside_the_weights_are_copied_or_named(tmp_path: Path) -> None:
     with pytest.warns(Finding) as warned:
         out = Path(merge(linear(model), tmp_path / "out"))
     assert {path.name for path in out.iterdir()} == {
-        *wanted, "config.json", "model.safetensors", "README.md", "merge.lock.json"
+        *wanted, "config.json", "model.safetensors", "README.md", "merge.lock.json", "mergekit_config.yml"
     }  # fmt: skip
     assert sorted(str(warning.message).removeprefix(f"{model}: ") for warning in warned) == [
         "model.onnx was left behind: other weights",

@@ -71,7 +71,6 @@ def plan_data(plan: Plan) -> dict[str, Any]:
         "files": [name for name, _ in plan.files],
         "held": [str(file) for file in plan.mapped_files],
         **tensors_data(plan),
-        "lent": [{"file": name, "model": m} for name, m in plan.lent],
         "digest": plan.digest,
     }
 
@@ -283,6 +282,7 @@ def tensors_data(plan: Plan) -> dict[str, Any]:
         "methods": dict(Counter(job.method for job in plan.tensors)),
         "dropped": [{"model": m, "tensor": t, "reason": why} for m, t, why in plan.dropped],
         "left_behind": [{"model": m, "file": name, "reason": why} for m, name, why in plan.left_behind],
+        "lent": [{"file": name, "model": m} for name, m in plan.lent],
     }
 
 

@@ -45,6 +45,11 @@ XET_ERRORS: tuple[type[Exception], ...] = tuple(
 )
 # How ConnectionErrors of the client's native part begin, which requests the tokens of uploads itself.
 NATIVE = re.compile("Network error|Rate limited|Server error")
+OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+# Names under which people keep their token, and which the client does not read.
+UNREAD_TOKENS = [f"HUGGINGFACE_{end}" for end in ("TOKEN", "HUB_TOKEN", "API_KEY")]
+UNREAD_TOKENS += ["HUGGINGFACEHUB_API_TOKEN", "HUGGING_FACE_TOKEN"]
+UNREAD_TOKENS += [f"HF_{end}" for end in ("API_TOKEN", "API_KEY", "HUB_TOKEN", "ACCESS_TOKEN", "KEY")]
 _RETRY = "run the same command again: finished work is kept"
 
 
@@ -62,8 +67,22 @@ def endpoint() -> str:
 
 
 def offline() -> bool:
-    """True if HF_HUB_OFFLINE forbids requests to the Hub."""
+    """True if HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE forbids requests to the Hub."""
     return bool(constants.HF_HUB_OFFLINE)
+
+
+def offline_variable() -> str:
+    """The name of the variable that forbids requests; the client reads the second only without the first."""
+    first, second = OFFLINE_VARIABLES
+    return second if os.environ.get(second) and not os.environ.get(first) else first
+
+
+def how_to_sign_in() -> str:
+    """The way to give a token, and the variables that look like one but are not read."""
+    unread = [name for name in UNREAD_TOKENS if os.environ.get(name)]
+    verb = "is" if len(unread) == 1 else "are"
+    note = f" ({', '.join(unread)} {verb} set, but no program of the Hub reads it)" if unread else ""
+    return f"set HF_TOKEN{note}, or run `hf auth login`"
 
 
 @contextmanager
@@ -100,8 +119,8 @@ def _explain(about: str, error: Exception) -> Exception:
     address = endpoint()
     if offline() or isinstance(error, OfflineModeIsEnabled):
         return PlanError(
-            f"{about} is incomplete in the cache of the Hub ({constants.HF_HUB_CACHE}), and HF_HUB_OFFLINE forbids "
-            "downloads: unset it, or download the model with `hf download` while online"
+            f"{about} is incomplete in the cache of the Hub ({constants.HF_HUB_CACHE}), and {offline_variable()} "
+            "forbids downloads: unset it, or download the model with `hf download` while online"
         )
     if "Invalid credentials" in _server_message(error):  # else it may look like a missing repository
         return _refusal(about, 401, error)
@@ -124,7 +143,7 @@ def _explain(about: str, error: Exception) -> Exception:
 
 
 def _without_token() -> str:
-    return "" if get_token() else "; no token was found: set HF_TOKEN, or run `hf auth login`"
+    return "" if get_token() else f"; no token was found: {how_to_sign_in()}"
 
 
 def _refusal(about: str, status: int, error: Any) -> Exception:

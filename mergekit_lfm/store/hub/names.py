@@ -8,6 +8,14 @@ from pathlib import Path, PurePath
 
 _PART = r"[A-Za-z0-9_](?:[\w.-]*[\w])?"
 _NAME = re.compile(rf"(?:(?P<owner>{_PART})/)?(?P<name>{_PART})(?:@(?P<revision>[\w][\w./-]*))?", re.ASCII)
+# Texts that people write for a name: an address in the browser, or a part of it; the folder of the Hub's cache.
+_ADDRESS = re.compile(
+    rf"(?:(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://)?(?P<repo>{_PART}(?:/{_PART})?)"
+    rf"(?:/(?:tree|blob|resolve|commit)/(?P<revision>refs/pr/\d+|[^/?#]+)[^?#]*)?/?(?:[?#].*)?",
+    re.ASCII,
+)
+_CACHED = re.compile(r"models--(.+)")
+_OTHERS = ("datasets", "spaces", "docs", "models", "collections", "papers")  # after the host, where no model is
 _FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".tar", ".gguf", ".yaml", ".yml", ".json", ".jsonl", ".txt")
 
 
@@ -50,3 +58,37 @@ def hub_name(text: str) -> HubName | None:
     if len(parts) == 1 and match["revision"] is None:
         return None
     return HubName("/".join(parts), match["revision"])
+
+
+def nearest_name(text: str) -> str:
+    """The end of a message about a text that names no model: the form in which it would, "" if none is near."""
+    name = _from_address(text) if "/" in text or text.startswith("models--") else None
+    if name is not None:
+        return f"; for this model on the Hub write {name}"
+    if "/" in text or hub_name(f"{text}@main") is None:
+        return ""
+    owned = [repo for repo in _cached_repos() if repo.rpartition("/")[2] == text]
+    if text in owned:
+        return f"; {text} without an owner is in the cache of the Hub: write {text}@main"
+    if owned:
+        return f"; in the cache of the Hub is {' and '.join(sorted(owned))}: write that"
+    return f"; on the Hub models are called org/name; one without an owner is written {text}@main"
+
+
+def _from_address(text: str) -> HubName | None:
+    """The model that an address means, or a name with too much or too little in it."""
+    if (cached := _CACHED.fullmatch(text)) is not None:
+        return hub_name(cached[1].replace("--", "/", 1))
+    match = _ADDRESS.fullmatch(text.removesuffix(".git"))
+    if match is None or match["repo"].partition("/")[0] in _OTHERS:
+        return None
+    repo, revision = match["repo"], match["revision"] or "main"
+    return hub_name(repo if revision == "main" and "/" in repo else f"{repo}@{revision}")
+
+
+def _cached_repos() -> list[str]:
+    """The models in the cache of the Hub."""
+    from huggingface_hub import constants
+
+    folders = Path(constants.HF_HUB_CACHE).glob("models--*")
+    return [folder.name.removeprefix("models--").replace("--", "/", 1) for folder in folders]

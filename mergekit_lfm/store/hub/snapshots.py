@@ -24,7 +24,14 @@ from mergekit_lfm.machine.progress import SILENCE, Progress
 from mergekit_lfm.machine.resources import free_space
 from mergekit_lfm.store.files import open_file
 from mergekit_lfm.store.hub.arrivals import count_arrivals
-from mergekit_lfm.store.hub.client import api, endpoint, hide_progress_bars, offline, translate_errors
+from mergekit_lfm.store.hub.client import (
+    api,
+    endpoint,
+    hide_progress_bars,
+    offline,
+    offline_variable,
+    translate_errors,
+)
 from mergekit_lfm.store.hub.names import HubName
 from mergekit_lfm.store.hub.requests import list_files, read_start
 from mergekit_lfm.store.tensors import MAX_HEADER
@@ -86,8 +93,8 @@ class Snapshot:
             return
         if offline():
             raise PlanError(
-                f"{self} lacks {', '.join(lacking)} in the cache of the Hub, and HF_HUB_OFFLINE forbids downloads: "
-                "unset it"
+                f"{self} lacks {', '.join(lacking)} in the cache of the Hub, and {offline_variable()} forbids "
+                "downloads: unset it"
             )
         needed = sum(self.sizes.get(name, 0) for name in lacking)
         check_room(self, needed)

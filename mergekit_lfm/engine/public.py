@@ -1,0 +1,88 @@
+"""The recipe and the names of its inputs as an output's documents show them: without the folders of this machine."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from mergekit_lfm.machine.secrets import mask_secrets
+from mergekit_lfm.output.names import last_name, public_names
+from mergekit_lfm.plan.plan import Plan
+from mergekit_lfm.store.yaml import read_yaml
+
+PATH = re.compile(r"(?<![\w./:~-])(~/|/[\w.-]+/)")  # of this machine, or of another
+
+
+def names_of(plan: Plan) -> dict[str, str]:
+    """The `public_names` of a plan's models and statistics files; for a model on the Hub its name and commit."""
+    models = zip(plan.labels, plan.models, strict=True)
+    return public_names(plan.source_labels) | {label: str(m.snapshot) for label, m in models if m.snapshot is not None}
+
+
+def public_recipe(plan: Plan) -> dict[str, Any]:
+    """The normalised recipe with the names of `names_of`."""
+    recipe, names = plan.recipe.normalised(), names_of(plan)
+    models = [
+        {
+            key: names[value]
+            if key in ("model", "stats")
+            else _public_align(value, names)
+            if key == "align"
+            else _public_edits(value)
+            if key == "edits"
+            else value
+            for key, value in entry.items()
+        }
+        for entry in recipe["models"]
+    ]
+    base = recipe["base_model"]
+    edits = {"edits": _public_edits(recipe["edits"])} if "edits" in recipe else {}
+    return {**recipe, "models": models, "base_model": base and names[base], **edits}
+
+
+def _public_edits(edits: list[str | dict[str, Any]]) -> list[str | dict[str, Any]]:
+    """A recipe's `edits` without the folders of this machine."""
+    files = ("facts", "stats")
+    return [
+        last_name(edit)
+        if isinstance(edit, str)
+        else {key: last_name(value) if key in files else value for key, value in edit.items()}
+        for edit in edits
+    ]
+
+
+def _public_align(align: str | dict[str, Any], names: Mapping[str, str]) -> str | dict[str, Any]:
+    """A model's `align` without the folders of this machine."""
+    if isinstance(align, str):
+        return last_name(align)
+    stats = {"stats": last_name(align["stats"])} if "stats" in align else {}
+    return {**align, "to": names[align["to"]], **stats}
+
+
+def short_recipe(plan: Plan) -> dict[str, Any]:
+    """The recipe in the documents for people: without what it leaves out."""
+    recipe = public_recipe(plan)
+    recipe["models"] = [{key: value for key, value in entry.items() if value} for entry in recipe["models"]]
+    return {key: value for key, value in recipe.items() if key == "models" or value not in (None, {})}
+
+
+def own_text(plan: Plan) -> str | None:
+    """The recipe as written, with names in place of paths; None without a text, or if it would show private data."""
+    text = plan.recipe.text
+    if text is None:
+        return None
+    names = {model.ref: names_of(plan)[model.label] for model in plan.recipe.all_models}
+    away = {value for value in _texts(read_yaml(text, "recipe")) if last_name(value) != value}
+    for value in sorted(away, key=len, reverse=True):
+        text = text.replace(value, names.get(value, last_name(value)))
+    return text if mask_secrets(text) == text and not PATH.search(text) else None
+
+
+def _texts(data: Any) -> Iterator[str]:
+    """All texts in parsed YAML."""
+    if isinstance(data, str):
+        yield data
+    elif isinstance(data, Mapping | list):
+        for part in data.values() if isinstance(data, Mapping) else data:
+            yield from _texts(part)
