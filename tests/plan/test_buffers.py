@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_merges import Tensors
-from safetensors.torch import load_file, save_file
+from helpers_merges import Tensors, load_all
+from safetensors.torch import save_file
 
 from mergekit_lfm import merge
 from mergekit_lfm.arch.kinds import kind_of
@@ -34,8 +34,7 @@ def merge_files(tmp_path: Path, recipe: dict[str, Any], **models: Tensors) -> Te
         save_file(tensors, tmp_path / f"{name}.safetensors")
     lines = [{"model": str(tmp_path / f"{name}.safetensors")} for name in models if name != "base"]
     base = {"base_model": str(tmp_path / "base.safetensors")} if "base" in models else {}
-    out = Path(merge({"models": lines, **base, **recipe}, tmp_path / "out"))
-    return load_file(out / "model.safetensors")
+    return load_all(Path(merge({"models": lines, **base, **recipe}, tmp_path / "out")))
 
 
 @pytest.mark.parametrize(
@@ -68,7 +67,7 @@ def test_weights_of_one_sign_hold_for_statistics(tmp_path: Path) -> None:
             {"model": str(tmp_path / "b.safetensors"), "parameters": {"weight": 3.0}},
         ],
     }
-    merged = load_file(Path(merge(recipe, tmp_path / "out")) / "model.safetensors")
+    merged = load_all(Path(merge(recipe, tmp_path / "out")))
     expected = (a["bn.running_var"].double() + 3 * b["bn.running_var"].double()) / 4
     assert torch.equal(merged["bn.running_var"], expected.float())
 
