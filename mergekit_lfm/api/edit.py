@@ -86,10 +86,7 @@ def edit_model(
     started = time.monotonic()
     check_efficacy(min_efficacy, verify=verify)
     chosen = _read_options(method, preset, config, options)
-    if (stats is None) != (chosen.get("covariance") == "identity"):
-        raise PlanError(
-            'give --stats FILE (stats=FILE), or --identity (covariance="identity") to edit without statistics'
-        )
+    _check_statistics(stats, chosen)
     known, folder = as_facts(facts), model_folder(model)
     file, target = (None if path is None else expand(path) for path in (out, save))
     statistics = None if stats is None else _open_gram(expand(stats, "stats"))
@@ -146,6 +143,14 @@ class _Request:
             "versions": info.versions == versions("torch"),
         }
         return [name for name, same in compared.items() if not same]
+
+
+def _check_statistics(stats: StrPath | None, chosen: Mapping[str, Any]) -> None:
+    """Raise PlanError unless either statistics are given or the options do without."""
+    if (stats is None) != (chosen.get("covariance") == "identity"):
+        raise PlanError(
+            'give --stats FILE (stats=FILE), or --identity (covariance="identity") to edit without statistics'
+        )
 
 
 def _read_options(

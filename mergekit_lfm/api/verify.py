@@ -84,8 +84,11 @@ def _plan_of(planned: PlannedMerge, lock: Lock, out: StrPath, progress: Progress
     plan = note_device(planned.plan, device)
     if plan.digest != lock.plan:
         raise PlanError(
-            f"{out} is not the output of this recipe: its lock is of plan {lock.plan}, the recipe's is {plan.digest}. "
-            "Give the recipe, the models and the options that it was merged with, and the same versions"
+            "{place} is not the output of this recipe: its lock is of plan {found}, the recipe's is {expected}. {cure}",
+            place=out,
+            found=lock.plan,
+            expected=plan.digest,
+            cure="Give the recipe, the models and the options that it was merged with, and the same versions",
         )
     if plan.recipe.result_edits and plan.roles.added is None:
         raise PlanError(

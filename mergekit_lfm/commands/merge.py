@@ -108,7 +108,7 @@ def merge(
     """
     from mergekit_lfm.api.merge import merge as run
     from mergekit_lfm.api.merge import plan_merge
-    from mergekit_lfm.commands.show.plans import merge_data, plan_text, push_text
+    from mergekit_lfm.commands.show.plans import plan_text
     from mergekit_lfm.commands.show.terminal import tell
 
     with transfers(hidden=console.hidden):
@@ -135,10 +135,7 @@ def merge(
                 progress=console.progress,
                 on_merged=partial(_show_outcome, console),
             )
-    pushed = outcome.result.pushed
-    if pushed is None:
-        console.conclude(merge_data(outcome), path=outcome.path)
-    console.conclude(merge_data(outcome), lambda: push_text(pushed), path=f"{outcome.path}\n{pushed.url}")
+    _conclude(console, outcome)
 
 
 def _show_outcome(console: Console, outcome: Outcome[Merged]) -> None:
@@ -146,6 +143,15 @@ def _show_outcome(console: Console, outcome: Outcome[Merged]) -> None:
 
     console.warn(outcome.warnings)
     console.say(outcome_text(outcome))
+
+
+def _conclude(console: Console, outcome: Outcome[Merged]) -> NoReturn:
+    from mergekit_lfm.commands.show.plans import merge_data, push_text
+
+    pushed = outcome.result.pushed
+    if pushed is None:
+        console.conclude(merge_data(outcome), path=outcome.path)
+    console.conclude(merge_data(outcome), lambda: push_text(pushed), path=f"{outcome.path}\n{pushed.url}")
 
 
 def _read_recipe(path: Path) -> Path | Recipe:

@@ -24,11 +24,13 @@ def find_model(ref: str, where: Path | None) -> Path | HubName:
         hint = "adapters (model+lora) are not supported in this version; {cure}"
         words = {"cure": "merge the adapter into its model first"}
     try:
-        return _find(ref, where, hint + "{nearest}", **words, nearest=nearest_name(ref))
-    except ValueError:
+        return _find(ref, where, hint, **words)
+    except Refusal as error:
         name = hub_name(ref)
         if name is None:
-            raise
+            nearest = nearest_name(ref)
+            parts = {"cure": nearest.removeprefix("; "), **error.parts}
+            raise Refusal("{text}{nearest}", text=error, nearest=nearest, **parts) from None
         return name
 
 

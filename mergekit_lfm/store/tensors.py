@@ -99,9 +99,14 @@ def parse_header(path: Path, head: bytes, size: int) -> Header:
     """The header in the first bytes of a file of `size` bytes; messages name `path`. Raises as `read_header` does."""
     length, kind = int.from_bytes(head[:8], "little"), kind_of(head)
     if kind not in (SAFETENSORS, ""):
-        raise FormatError(f"{path}: this is {kind}, not the weights; {OTHERS.get(kind, 'write it as safetensors')}")
+        raise FormatError(
+            "{place}: {found}; {cure}",
+            place=path,
+            found=f"this is {kind}, not the weights",
+            cure=OTHERS.get(kind, "write it as safetensors"),
+        )
     if len(head) < 8 or length > MAX_HEADER or 8 + length > size:
-        found, cure = _not_safetensors(head[:208], size, length)
+        found, cure = _not_safetensors(head, size, length)
         raise FormatError(
             "{place}: {found}; {cure}" if cure else "{place}: {found}", place=path, found=found, cure=cure
         )

@@ -129,6 +129,14 @@ EXPECTED_ERRORS: dict[str, tuple[Callable[[], object], dict[str, object]]] = {
             "cure": "fetch or write it again",
         },
     ),
+    "pointer": (
+        lambda: write("b/model.safetensors", b"version https://git-lfs.github.com/spec/v1\n"),
+        {
+            "place": "{here}/b/model.safetensors",
+            "found": "this is a git-lfs pointer, not the weights",
+            "cure": "run `git lfs pull` in its repository",
+        },
+    ),
     "differs": (
         lambda: save_file({"w": torch.ones(4, 4), "ids": torch.arange(5)}, "b/model.safetensors"),
         {

@@ -34,8 +34,7 @@ def merge_files(tmp_path: Path, recipe: dict[str, Any], **models: Tensors) -> Te
         save_file(tensors, tmp_path / f"{name}.safetensors")
     lines = [{"model": str(tmp_path / f"{name}.safetensors")} for name in models if name != "base"]
     base = {"base_model": str(tmp_path / "base.safetensors")} if "base" in models else {}
-    out = Path(merge({"models": lines, **base, **recipe}, tmp_path / "out"))
-    return load_all(out)
+    return load_all(Path(merge({"models": lines, **base, **recipe}, tmp_path / "out")))
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from models import save_checkpoint
 
 from mergekit_lfm import merge
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.output.lock import verify
+from mergekit_lfm.output.lock import read_lock, verify
 from mergekit_lfm.plan.plan import make_plan
 from mergekit_lfm.recipe.recipe import Recipe
 
@@ -71,8 +70,8 @@ def test_a_random_or_filtered_merge_keeps_them_equal(tmp_path: Path, method: str
     recipe["parameters"]["weight"] = 0.4  # filters look at the name that loaders read
     again = load_all(Path(merge(recipe, tmp_path / "again")))
     assert torch.equal(merged[EMBEDDING], again[EMBEDDING])
-    lock = json.loads((out / "merge.lock.json").read_text())["tensors"]
-    assert lock[HEAD]["xxh3"] == lock[EMBEDDING]["xxh3"] and lock[HEAD]["file"] != lock[EMBEDDING]["file"]
+    locked = read_lock(out).tensors
+    assert locked[HEAD].digests == locked[EMBEDDING].digests and locked[HEAD].file != locked[EMBEDDING].file
     assert verify(out) == []
 
 

@@ -112,6 +112,17 @@ KEY = {"found": "merge_metod", "cure": "did you mean merge_method?"}
                 "place": "r: base_model",
                 "found": "'nowhere'",
                 "expected": "a folder, or a model on the Hub as org/name or org/name@revision",
+                "cure": "on the Hub models are called org/name; one without an owner is written nowhere@main",
+            },
+        ),
+        (
+            "base_model",
+            "https://huggingface.co/org/name/tree/main",
+            {
+                "place": "r: base_model",
+                "found": "'https://huggingface.co/org/name/tree/main'",
+                "expected": "a folder, or a model on the Hub as org/name or org/name@revision",
+                "cure": "for this model on the Hub write org/name",
             },
         ),
         ("parameters", {"weight": "heavy", "wait": 1}, {"place": "r"}),
