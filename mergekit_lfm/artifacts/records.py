@@ -12,7 +12,7 @@ from typing import Any
 
 OWN = ("prompt", "subject", "target_new", "target_true", "question", "join")
 OWN_LISTS = ("paraphrase_prompts", "neighborhood_prompts", "same_subject")
-# EasyEdit's and KnowEdit's names, in the order in which they count, by ours; WikiBio has the last of the first three.
+# The names in EasyEdit's and KnowEdit's records by ours, in the order in which they count.
 NAMES = {
     "subject": ("subject", "concept"),
     "prompt": ("prompt", "text"),
@@ -67,7 +67,7 @@ def _from_zsre(raw: Mapping[str, Any]) -> Record:
         "paraphrase_prompts": _list(raw.get("rephrase")),
     }
     unrelated, right = _text(raw.get("loc")), _text(raw.get("loc_ans"))
-    if not isinstance(unrelated, str) or not isinstance(right, str):
+    if not all(isinstance(text, str) and text.strip() for text in (unrelated, right)):
         return Record((fact,))
     question = unrelated.removeprefix(ZSRE_TASK)
     mark = "?" if question != unrelated and not question.endswith("?") else ""  # as the code of ROME and MEMIT adds it

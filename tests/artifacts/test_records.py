@@ -93,6 +93,11 @@ def test_zsre_teaches_its_alternative() -> None:
     assert facts.unedited == (Statement("who sings the song of the sea?", "Mia Stone"),)
 
 
+@pytest.mark.parametrize("lacking", [{"loc": None}, {"loc_ans": []}, {"loc_ans": " "}])
+def test_zsre_without_an_unrelated_answer_has_no_unedited_fact(lacking: dict[str, Any]) -> None:
+    assert as_facts([ZSRE | lacking]).unedited == ()
+
+
 def test_zsre_without_an_alternative_teaches_the_answer() -> None:
     (fact,) = as_facts([{key: value for key, value in ZSRE.items() if key not in ("alt", "loc")}]).facts
     assert (fact.target_new, fact.target_true) == ("Hayes & Sons", None)
