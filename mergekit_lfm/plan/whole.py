@@ -1,4 +1,4 @@
-"""What only headers and tokenizers show of a recipe: that its slices are whole models, and its tokenizers one."""
+"""Check what only headers and tokenizers show: slices are whole models, and all tokenizers are one."""
 
 from __future__ import annotations
 

@@ -190,7 +190,7 @@ class Recipe(Strict):
 
     @property
     def notices(self) -> tuple[str, ...]:
-        """What the recipe says without any effect here, a line for each."""
+        """The entries of the recipe without an effect here, a line for each."""
         return (*self._notices, *self._roles.notices)
 
     @property
