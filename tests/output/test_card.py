@@ -244,6 +244,6 @@ def test_the_lock_says_once_the_entries_that_most_tensors_share(here: Path) -> N
     raw = (out / "merge.lock.json").read_bytes()
     lock = json.loads(raw)
     assert lock["common"] == {"method": "linear", "dtype": "float32", "file": "model.safetensors"}
-    assert {key for entry in lock["tensors"].values() for key in entry} == {"shape", "xxh3"}
+    assert {key for entry in lock["tensors"].values() for key in entry} == {"shape", "xxh3", "inputs"}
     whole = {name: {**lock["common"], **entry} for name, entry in lock["tensors"].items()}
     assert len(raw) < 0.7 * len(json.dumps({**lock, "tensors": whole}, indent=2))

@@ -380,7 +380,11 @@ def test_the_same_rules_hold_on_the_hub(hub: HubServer, tmp_path: Path, monkeypa
         with pytest.warns(Finding, match="were|was left behind"):
             outs.append(Path(merge(linear(*map(Path, models)), f"out{len(outs)}")))
     local, remote = map(files_of, outs)
-    assert {name for name in local | remote if local.get(name) != remote.get(name)} == {"README.md", "merge.lock.json"}
+    assert {name for name in local | remote if local.get(name) != remote.get(name)} == {
+        "README.md",
+        "merge.lock.json",
+        "mergekit_config.yml",
+    }
     assert verify(outs[1]) == [] and "2_Dense/model.safetensors" in remote and "a/tekken.json" in remote
     assert not any(name in request.path for request in hub.requests for name in (".env", "optimizer", "gguf"))
 
