@@ -14,21 +14,37 @@ import time
 import zipfile
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from random import Random
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
+from helpers_stats import write_fisher
+from helpers_views import GROUPS, TABLE, make_patch, save_plain
+from models import files_of
 from safetensors import deserialize
 from safetensors.torch import save
 
 from mergekit_lfm import open_checkpoint
+from mergekit_lfm.align.elements import random_transform
+from mergekit_lfm.arch.table import read_table
 from mergekit_lfm.artifacts.facts import read_facts_file
+from mergekit_lfm.artifacts.patch import open_patch
+from mergekit_lfm.artifacts.statistics import open_statistics
+from mergekit_lfm.artifacts.transform import open_transform
+from mergekit_lfm.engine.execute import execute
 from mergekit_lfm.errors import FormatError, PlanError
+from mergekit_lfm.output.lock import LOCK, verify
+from mergekit_lfm.output.writer import JOURNAL, Receipt
+from mergekit_lfm.plan.plan import Plan, make_plan
 from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.store.folder import read_config
+from mergekit_lfm.store.places import partial_of
 from mergekit_lfm.store.sidecars import sidecars_of
+from mergekit_lfm.store.tensors import UNFINISHED
 
 SECONDS = 10.0  # the longest time for one input
 RECIPE = """\
@@ -130,6 +146,77 @@ def _pickle(random: Random) -> bytes:
     return file.getvalue()
 
 
+@cache
+def _artifact(name: str) -> bytes:
+    """A good statistics, transform or patch file, or a lock or a journal."""
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "made"
+        if name in ("lock", "journal"):
+            plan, out = _small_plan(), Path(folder) / "out"
+            execute(plan, out, threads=1)
+            lock = (out / LOCK).read_bytes()
+            return lock if name == "lock" else _journal(plan, json.loads(lock))
+        model = save_plain(Path(folder) / "model")
+        checkpoint = open_checkpoint(model)
+        if name == "patch":
+            make_patch(checkpoint, replaced=("scale",)).save(file)
+        elif name == "transform":
+            random_transform({}, read_table(TABLE, GROUPS, checkpoint), seed=2, kinds=["order", "scale"]).save(file)
+        else:
+            write_fisher(file, model, {"up.bias": torch.ones(301)})
+        return file.read_bytes()
+
+
+def _artifact_header(name: str) -> Callable[[Random], bytes]:
+    """An artifact whose header was changed, with a length that fits."""
+
+    def make(random: Random) -> bytes:
+        raw = _artifact(name)
+        length = int.from_bytes(raw[:8], "little")
+        header = change(raw[8 : 8 + length].rstrip(), random, WORDS)
+        return len(header).to_bytes(8, "little") + header + raw[8 + length :]
+
+    return make
+
+
+@cache
+def _small_plan() -> Plan:
+    """A merge of two small models, which stay until Python ends."""
+    folder = TemporaryDirectory()
+    _KEPT.append(folder)
+    for model in ("a", "b"):
+        Path(folder.name, f"{model}.safetensors").write_bytes(_good("header"))
+    models = [{"model": str(Path(folder.name, f"{model}.safetensors"))} for model in ("a", "b")]
+    return make_plan(Recipe.parse({"merge_method": "linear", "models": models, "parameters": {"weight": 1.0}}))
+
+
+_KEPT: list[TemporaryDirectory[str]] = []
+
+
+def _journal(plan: Plan, lock: dict[str, Any]) -> bytes:
+    """The journal of a run that had written everything."""
+    states = ({**asdict(state), "path": str(state.path)} for state in plan.inputs)
+    tensors = lock["tensors"].items()
+    receipts = (Receipt(name, 0, entry["xxh3"][0], (), tuple(entry.get("inputs", ()))) for name, entry in tensors)
+    lines = ({"plan": plan.digest}, *states, *(receipt.as_data() for receipt in receipts))
+    return "".join(json.dumps(line) + "\n" for line in lines).encode()
+
+
+def _resume(path: Path) -> None:
+    """Go on with the work that a journal speaks of: whatever it says, the output is the same."""
+    plan = _small_plan()
+    with TemporaryDirectory() as folder:
+        fresh, out = Path(folder) / "fresh" / "out", Path(folder) / "out"
+        execute(plan, fresh, threads=1)
+        partial_of(out).mkdir()
+        for shard in plan.shards:
+            data = (fresh / shard.name).read_bytes()
+            (partial_of(out) / shard.name).write_bytes(UNFINISHED + data[8:])
+        (partial_of(out) / JOURNAL).write_bytes(path.read_bytes())
+        execute(plan, out, threads=1)
+        assert files_of(out) == files_of(fresh)
+
+
 def _read_all(path: Path) -> None:
     """Read a checkpoint as a merge does. Tensors that repeat few bytes without end are opened only."""
     opened = open_checkpoint(path)
@@ -174,6 +261,11 @@ KINDS = {
     "recipe": Kind("x.yaml", _changed("recipe", WORDS), Recipe.load),
     "facts": Kind("x.yaml", _changed("facts", WORDS), read_facts_file),
     "facts in JSON": Kind("x.json", _changed("facts in JSON", WORDS), read_facts_file),
+    "patch": Kind("x.safetensors", _artifact_header("patch"), open_patch),
+    "transform": Kind("x.safetensors", _artifact_header("transform"), open_transform),
+    "statistics": Kind("x.safetensors", _artifact_header("statistics"), open_statistics),
+    "lock": Kind(LOCK, lambda random: change(_artifact("lock"), random, WORDS), lambda path: verify(path.parent)),
+    "journal": Kind(JOURNAL, lambda random: change(_artifact("journal"), random, WORDS), _resume),
 }
 
 

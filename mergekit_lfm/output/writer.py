@@ -18,6 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from mergekit_lfm.errors import PlanError, several
 from mergekit_lfm.machine.resources import allocated_bytes
 from mergekit_lfm.machine.sizes import format_size
@@ -54,7 +56,21 @@ class Receipt:
     def as_data(self) -> dict[str, Any]:
         """Its entries as JSON can hold them."""
         data = {"tensor": self.tensor, "segment": self.segment, "xxh3": self.xxh3}
-        return {**data, "nonfinite": self.nonfinite, "inputs": self.inputs}
+        data |= {"nonfinite": list(self.nonfinite), "inputs": list(self.inputs)}
+        return {**data, "check": _check_of(data)}
+
+    @classmethod
+    def of_data(cls, data: Mapping[str, Any]) -> Receipt:
+        """The receipt with these entries. Raises ValueError if they are not as they were written."""
+        entries = {name: value for name, value in data.items() if name != "check"}
+        if data.get("check") != _check_of(entries):
+            raise ValueError("the receipt was changed")
+        return cls(**{**entries, "nonfinite": tuple(entries["nonfinite"]), "inputs": tuple(entries["inputs"])})
+
+
+def _check_of(data: Mapping[str, Any]) -> str:
+    """xxh3-64 of a receipt's entries: digests of inputs, unlike those of outputs, are not computed again."""
+    return xxhash.xxh3_64_hexdigest(json.dumps(data, sort_keys=True).encode())
 
 
 class Output:
@@ -154,10 +170,11 @@ class Output:
                     if not kept and entry != {"plan": self.digest}:
                         return False
                     state = FileState(**{**entry, "path": Path(entry["path"])}) if "path" in entry else None
+                    if state is not None:
+                        os.fsencode(state.path)  # half of a character is no part of a path
                     receipt = None
                     if kept and state is None:
-                        lists = {name: tuple(entry[name]) for name in ("nonfinite", "inputs")}
-                        receipt = Receipt(**{**entry, **lists})
+                        receipt = Receipt.of_data(entry)
                 except (ValueError, TypeError, KeyError):
                     break
                 if not line.endswith(b"\n"):
