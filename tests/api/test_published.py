@@ -24,7 +24,7 @@ from mergekit_lfm import merge
 from mergekit_lfm.plan.plan import make_plan
 from mergekit_lfm.recipe.recipe import Recipe
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*left behind")]  # what trainings leave
 
 WHEELS = Path(__file__).parents[1] / "published.txt"
 
@@ -137,3 +137,22 @@ def test_linear_heads_of_two_versions(kind: str, published: Path, tmp_path: Path
     assert set(merged) == set(one)
     for name, x in one.items():
         oracles.assert_close(merged[name], oracles.slerp([x.double().numpy(), two[name].double().numpy()], 0.25))
+
+
+@pytest.mark.parametrize("method", ["slerp", "linear", "task_arithmetic"])
+def test_nested_state_dicts_of_a_training_and_its_transfer(method: str, published: Path, tmp_path: Path) -> None:
+    """chgnet's files hold the model beside the trainer's history, under names that end in .pth.tar."""
+    root = published / "chgnet" / "pretrained"
+    files = [next((root / version).glob("*.pth.tar")) for version in ("0.3.0", "r2scan")]
+    parameters = {"slerp": {"t": 0.5}, "linear": {"weight": 1.0}, "task_arithmetic": {"weight": 0.5}}[method]
+    models = [{"model": str(file)} for file in files[method == "task_arithmetic" :]]
+    recipe = {"merge_method": method, "models": models, "parameters": parameters, "base_model": str(files[0])}
+    if method == "linear":
+        del recipe["base_model"]
+    merged = load_all(Path(merge(recipe, tmp_path / "out")))
+    one, two = (torch.load(file, weights_only=False, map_location="cpu")["model"]["state_dict"] for file in files)
+    assert set(merged) == set(one) and len(one) > 100
+    for name, x in one.items():
+        xs = [x.double().numpy(), two[name].double().numpy()]
+        expected = oracles.slerp(xs, 0.5) if method == "slerp" else oracles.linear(xs, [1.0, 1.0])
+        oracles.assert_close(merged[name], expected)

@@ -179,7 +179,8 @@ def find_snapshot(name: HubName) -> Snapshot:
     new = [path for path in files if _for_planning(path) and not _is_cached(name.repo, commit, path)]
     folder = _fetch_for_planning(name.repo, commit)
     sizes = {path: file.size for path, file in files.items()}
-    digests = {path: ListedDigest.of_entry(file) for path, file in files.items()}
+    listed = {path: ListedDigest.of_entry(file) for path, file in files.items()}
+    digests = {path: digest for path, digest in listed.items() if digest.value.strip("0")}  # git's null id is none
     snapshot = Snapshot(name.repo, commit, folder, sizes, digests)
     snapshot.compare(new)
     return snapshot
