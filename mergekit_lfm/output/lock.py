@@ -16,6 +16,7 @@ from mergekit_lfm.errors import FormatError
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lfm.store.durable import replace_file
 from mergekit_lfm.store.files import open_file, read_bytes, read_json
+from mergekit_lfm.store.folder import leads_away
 from mergekit_lfm.store.tensors import ITEMSIZE, MAX_HEADER, TensorSpec
 
 LOCK = "merge.lock.json"
@@ -153,7 +154,11 @@ def read_lock(out: Path) -> Lock:
         }
         headers = {name: str(digest) for name, digest in lock["headers"].items()}
         plan, digest = str(lock["plan"]), str(lock[OWN_DIGEST])
-        return Lock(plan, digest, dict(lock["files"]), headers, tensors, is_intact(lock))
+        found = Lock(plan, digest, dict(lock["files"]), headers, tensors, is_intact(lock))
+        for name in found.names:
+            if leads_away(name):
+                raise ValueError(f"{name:.60} names no file of the folder")
+        return found
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FormatError(
             f"{out / LOCK} is damaged ({error!r}): expected `plan`, `digest`, `files`, `headers`, `segments`, and "

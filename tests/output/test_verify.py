@@ -150,3 +150,14 @@ def test_a_lock_that_cannot_be_read_is_not_a_missing_one(tmp_path: Path) -> None
     (tmp_path / "merge.lock.json").symlink_to("/proc/self/mem")
     with pytest.raises(OSError, match=r"merge\.lock\.json"):
         lock_of(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "9" * 300, "a/../../b"])
+def test_a_lock_that_names_files_elsewhere_is_damaged(tmp_path: Path, name: str) -> None:
+    save_checkpoint(tmp_path / "m", {"w": torch.ones(2)}, {})
+    recipe = {"merge_method": "linear", "models": [{"model": str(tmp_path / "m")}], "parameters": {"weight": 1.0}}
+    out = Path(merge(recipe, tmp_path / "out"))
+    lock = lock_of(out)
+    (out / "merge.lock.json").write_text(json.dumps({**lock, "files": {**lock["files"], name: "0"}}))
+    with pytest.raises(FormatError, match="names no file of the folder"):
+        verify(out)
