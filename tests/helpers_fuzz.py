@@ -159,7 +159,7 @@ def _artifact(name: str) -> bytes:
         model = save_plain(Path(folder) / "model")
         checkpoint = open_checkpoint(model)
         if name == "patch":
-            make_patch(checkpoint, replaced=("scale",)).save(file)
+            make_patch(checkpoint, replaced=("up.bias",)).save(file)
         elif name == "transform":
             random_transform({}, read_table(TABLE, GROUPS, checkpoint), seed=2, kinds=["order", "scale"]).save(file)
         else:

@@ -60,10 +60,10 @@ class Receipt:
         return {**data, "check": _check_of(data)}
 
     @classmethod
-    def of_data(cls, data: Mapping[str, Any]) -> Receipt:
+    def of_data(cls, data: Any) -> Receipt:
         """The receipt with these entries. Raises ValueError if they are not as they were written."""
-        entries = {name: value for name, value in data.items() if name != "check"}
-        if data.get("check") != _check_of(entries):
+        entries = {name: value for name, value in data.items() if name != "check"} if isinstance(data, Mapping) else {}
+        if not entries or data["check"] != _check_of(entries):
             raise ValueError("the receipt was changed")
         return cls(**{**entries, "nonfinite": tuple(entries["nonfinite"]), "inputs": tuple(entries["inputs"])})
 
@@ -171,7 +171,7 @@ class Output:
                         return False
                     state = FileState(**{**entry, "path": Path(entry["path"])}) if "path" in entry else None
                     if state is not None:
-                        os.fsencode(state.path)  # half of a character is no part of a path
+                        os.fsencode(state.path)  # a path cannot hold half of a character
                     receipt = None
                     if kept and state is None:
                         receipt = Receipt.of_data(entry)

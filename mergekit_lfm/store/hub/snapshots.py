@@ -180,7 +180,9 @@ def find_snapshot(name: HubName) -> Snapshot:
     folder = _fetch_for_planning(name.repo, commit)
     sizes = {path: file.size for path, file in files.items()}
     listed = {path: ListedDigest.of_entry(file) for path, file in files.items()}
-    digests = {path: digest for path, digest in listed.items() if digest.value.strip("0")}  # git's null id is none
+    digests = {
+        path: digest for path, digest in listed.items() if digest.value.strip("0")
+    }  # git's null id stands for no digest
     snapshot = Snapshot(name.repo, commit, folder, sizes, digests)
     snapshot.compare(new)
     return snapshot
