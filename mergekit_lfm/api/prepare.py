@@ -34,7 +34,7 @@ from mergekit_lfm.plan.plan import Plan, make_plan
 from mergekit_lfm.plan.sources import identity_of
 from mergekit_lfm.recipe.align import AlignRequest
 from mergekit_lfm.recipe.edit import EditRequest
-from mergekit_lfm.recipe.roles import Edit
+from mergekit_lfm.recipe.parts import Edit
 from mergekit_lfm.recipe.values import NamedFile
 from mergekit_lfm.runtime.load import load_model
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
@@ -108,7 +108,7 @@ def note_device(plan: Plan, device: str) -> Plan:
     models = tuple(
         checkpoint.on_device(kind) if isinstance(checkpoint, Pending) else checkpoint for checkpoint in plan.models
     )
-    return replace(plan, roles=replace(plan.roles, models=models), edited_on=kind if edited else "")
+    return replace(plan, models=models, edited_on=kind if edited else "")
 
 
 def _fetch_weights(plan: Plan, progress: Progress) -> None:
@@ -132,7 +132,7 @@ def _with_alignments(plan: Plan, notice: Notice, device: str) -> Plan:
             to = plan.models[plan.labels.index(model.align.to)]
             notice(f"aligning {model.label} to {model.align.to} by {model.align.method}")
             models[i] = Rewritten(source, _transform_of(source, to, model.align, device), checkpoint.key)
-    return replace(plan, roles=replace(plan.roles, models=tuple(models)))
+    return replace(plan, models=tuple(models))
 
 
 def _with_edits(plan: Plan, notice: Notice, device: str) -> Plan:
@@ -144,7 +144,7 @@ def _with_edits(plan: Plan, notice: Notice, device: str) -> Plan:
             patches = _patches(source, model.edits, model.label, _own_statistics, notice, device)
             check_base(source, patches)
             models[i] = Patched(source, patches, checkpoint.key)
-    return replace(plan, roles=replace(plan.roles, models=tuple(models)))
+    return replace(plan, models=tuple(models))
 
 
 def _result_patches(plan: Plan, folder: Path, notice: Notice, device: str, **how: Any) -> list[Patch]:

@@ -9,7 +9,7 @@ from warnings import warn
 from mergekit_lfm.errors import PlanError, did_you_mean
 from mergekit_lfm.methods.method import REQUIRED, Method, Parameter, Unit, Value
 from mergekit_lfm.methods.registry import METHODS
-from mergekit_lfm.recipe.values import read_setting, value_at
+from mergekit_lfm.recipe.values import find_rule, read_setting, value_of
 
 if TYPE_CHECKING:
     import torch
@@ -176,10 +176,10 @@ def _values(
 
 def _value(parameter: Parameter, value: Any, tensor: str) -> Value:
     try:
-        values = value_at(read_setting(value, parameter), parameter, tensor, None)
+        rule = find_rule(read_setting(value, parameter), tensor)
     except ValueError as error:
         raise PlanError(f"{parameter.name}{error}") from None
-    return values[0] if values else None
+    return None if rule is None else value_of(rule, parameter, None)
 
 
 def _check_tensors(method: Method, tensors: Sequence[torch.Tensor], base: torch.Tensor | None) -> None:

@@ -90,7 +90,7 @@ def _plan_of(planned: PlannedMerge, lock: Lock, out: StrPath, progress: Progress
             expected=plan.digest,
             cure="Give the recipe, the models and the options that it was merged with, and the same versions",
         )
-    if plan.recipe.result_edits and plan.roles.added is None:
+    if plan.recipe.result_edits and plan.added is None:
         raise PlanError(
             f"{out} was edited after the merge with facts, which would have to be learned again; expected a recipe "
             "whose own `edits` are patch files. Verify it without its inputs"

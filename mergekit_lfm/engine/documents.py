@@ -192,7 +192,7 @@ def _fit(config: dict[str, Any], plan: Plan) -> None:
     for part in _parts(config) if plan.vocabulary is not None else ():
         part.update({key: plan.vocabulary for key in ("vocab_size",) if part.get(key, 0) > plan.vocabulary})
     for job in plan.tensors:
-        keeper = next(iter(job.match.sources))
+        keeper = next(iter(job.match.sources.values()))[0]
         if len(job.match.sources) == 1 and keeper != plan.template and HEAD.search(job.name):
             theirs = plan.models[keeper].config
             config.update({key: theirs[key] for key in LABEL_KEYS if key in theirs})
@@ -234,18 +234,18 @@ def _card(plan: Plan, name: str, files: Mapping[str, bytes]) -> str:
 
 def _patches(plan: Plan) -> list[PatchInfo]:
     """The headers of all patches that the plan applies."""
-    views = [*plan.models, *([] if plan.roles.added is None else [plan.roles.added])]
+    views = [*plan.models, *([] if plan.added is None else [plan.added])]
     return [info for view in views if isinstance(view, Patched | Changes) for info in view.infos]
 
 
 def _methods(plan: Plan) -> dict[str, str]:
     """The methods that make the output, each with its source."""
-    merge, patches = plan.recipe.method, _patches(plan)
+    merges, patches = plan.recipe.methods, _patches(plan)
     requests = [model.align for model in plan.recipe.all_models if isinstance(model.align, AlignRequest)]
-    methods = {merge.name: merge.source} if len(plan.models) > 1 else {}
+    methods = {merge.name: merge.source for merge in merges} if len(plan.models) > 1 else {}
     methods |= {request.method: ALIGN_METHODS[request.method].source for request in requests}
     methods |= {info.method: EDIT_METHODS[info.method].source for info in patches if info.method in EDIT_METHODS}
-    return methods or {merge.name: ""}
+    return methods or {merges[0].name: ""}
 
 
 def _taught(plan: Plan) -> list[str]:

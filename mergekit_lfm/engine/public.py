@@ -23,22 +23,22 @@ def names_of(plan: Plan) -> dict[str, str]:
 def public_recipe(plan: Plan) -> dict[str, Any]:
     """The normalised recipe with the names of `names_of`."""
     recipe, names = plan.recipe.normalised(), names_of(plan)
-    models = [
-        {
-            key: names[value]
-            if key in ("model", "stats")
-            else _public_align(value, names)
-            if key == "align"
-            else _public_edits(value)
-            if key == "edits"
-            else value
-            for key, value in entry.items()
-        }
-        for entry in recipe["models"]
-    ]
-    base = recipe["base_model"]
-    edits = {"edits": _public_edits(recipe["edits"])} if "edits" in recipe else {}
-    return {**recipe, "models": models, "base_model": base and names[base], **edits}
+    return {key: _public(key, value, names) for key, value in recipe.items()}
+
+
+def _public(key: str, value: Any, names: Mapping[str, str]) -> Any:
+    """The value of a key of the recipe, or of a part of it."""
+    if key in ("model", "stats", "base_model"):
+        return value and names[value]
+    if key == "align":
+        return _public_align(value, names)
+    if key == "edits":
+        return _public_edits(value)
+    if key in ("models", "slices", "sources"):
+        return [{k: _public(k, v, names) for k, v in entry.items()} for entry in value]
+    if key == "modules":
+        return {name: {k: _public(k, v, names) for k, v in entry.items()} for name, entry in value.items()}
+    return value
 
 
 def _public_edits(edits: list[str | dict[str, Any]]) -> list[str | dict[str, Any]]:
@@ -62,9 +62,16 @@ def _public_align(align: str | dict[str, Any], names: Mapping[str, str]) -> str 
 
 def short_recipe(plan: Plan) -> dict[str, Any]:
     """The recipe in the documents for people: without what it leaves out."""
-    recipe = public_recipe(plan)
-    recipe["models"] = [{key: value for key, value in entry.items() if value} for entry in recipe["models"]]
-    return {key: value for key, value in recipe.items() if key == "models" or value not in (None, {})}
+    return {key: _short(value) for key, value in public_recipe(plan).items() if value not in (None, {})}
+
+
+def _short(value: Any) -> Any:
+    """A list of the recipe's without the settings that its entries do not have."""
+    if isinstance(value, list):
+        return [_short(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    return {key: _short(each) for key, each in value.items() if each not in (None, {})}
 
 
 def own_text(plan: Plan) -> str | None:

@@ -209,7 +209,7 @@ class Worker:
         digests |= {gram: SegmentDigests(self.plan.sources[gram[0]], gram[1]) for gram in group.grams}
         matrices = [self._stored(matrix, digests, bad) for matrix in group.matrices]
         unit = self.plan.unit([self.plan.tensors[group.jobs[0]]])
-        whole = METHODS[self.plan.recipe.merge_method].whole
+        whole = METHODS[self.plan.tensors[group.jobs[0]].method].whole
         assert whole is not None
         merging = whole.merge(unit, matrices)
         for matrix in matrices:
@@ -261,7 +261,8 @@ class Worker:
         """Elements from `start` on with the template's in place of those beyond the rows that all models have."""
         kept = len(result) if job.match.kept is None else max(0, job.match.kept - start)
         if kept < len(result):
-            model, name = self.plan.template, job.match.sources[self.plan.template]
+            assert job.match.rest is not None
+            model, name = job.match.rest
             rows = self.plan.models[model].read(name, start + kept, start + len(result))
             result[kept:] = rows.to(result.dtype)
         return result

@@ -104,7 +104,9 @@ def lay_out(template: Checkpoint, tensors: Sequence[TensorSpec], max_shard_size:
     for folder in dict.fromkeys(_folder(part.file) for part in layout) or [""]:
         parts = [part for part in layout if _folder(part.file) == folder]
         specs = [spec for spec in tensors if folders.get(spec.name, "") == folder]
-        if max_shard_size is None and kept and layout:
+        names = {spec.name for spec in specs}
+        full = all(not names.isdisjoint(part.dtypes) for part in parts)
+        if max_shard_size is None and kept and layout and full:
             shards += _shards_of_template(parts, specs)
         else:
             shards += _pack(_stem([part.file for part in parts]), specs, max_shard_size or DEFAULT_SHARD)

@@ -26,7 +26,7 @@ def refuse_disagreements(
     recipe: Recipe, models: Sequence[Checkpoint], labels: Sequence[str], template: int
 ) -> tuple[str, ...]:
     """The differences between the models that the recipe allows. Raises PlanError about all others."""
-    if len(models) < 2 or recipe.method.name == "passthrough":
+    if len(models) < 2 or all(method.name == "passthrough" for method in recipe.methods):
         return ()
     found = [*_compare_configs(models, labels, template), *_compare_tokens(models, labels, template)]
     found += [*_find_factors(models, labels), *_find_empty(models, labels)]

@@ -12,8 +12,9 @@ from mergekit_lfm.kernels.random import key
 from mergekit_lfm.methods.method import Method, Unit
 from mergekit_lfm.methods.registry import METHODS
 from mergekit_lfm.plan.match import Match
-from mergekit_lfm.plan.sources import ModelRoles, TensorRef
-from mergekit_lfm.recipe.recipe import Settings
+from mergekit_lfm.plan.sources import PartRoles, TensorRef
+from mergekit_lfm.recipe.parts import Settings
+from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.store.tensors import FLOATS, ITEMSIZE, TensorSpec
 
 SMALL = 1 << 16  # elements; a merge of as many takes longer than the work that each task has besides
@@ -98,7 +99,8 @@ class Job:
 
 
 def make_job(
-    roles: ModelRoles,
+    roles: PartRoles,
+    sources: Sequence[Checkpoint],
     match: Match,
     settings: Settings,
     layer: tuple[int, int] | None,
@@ -107,20 +109,21 @@ def make_job(
 ) -> Job:
     """The job of one output tensor: merged if all its sources are floating, else copied.
 
-    statistics: the inputs', or None without any: methods that need them then leave the tensor to `linear`, as all
-    methods leave the statistics of batch normalisation, which describe data.
+    sources: the plan's. statistics: the inputs', or None without any: methods that need them then leave the tensor to
+    `linear`, as all methods leave the statistics of batch normalisation, which describe data.
     """
-    recipe, models, base = roles.recipe, roles.models, roles.base
-    method, spec, names = recipe.method, match.spec, match.sources
-    sources = tuple((i, names[i]) for i in roles.inputs if i in names)
-    base_source = (base, names[base]) if base is not None and base in names else None
-    refs = sources if base_source is None else (*sources, base_source)
-    dtypes = [models[i][name].dtype for i, name in refs]
-    lone = len(names) == 1 < len(models)  # a tensor of one model alone
+    recipe, base = roles.recipe, roles.base
+    method, spec, held = roles.part.method, match.spec, match.sources
+    inputs = tuple(held[i] for i in roles.inputs if i in held)
+    base_source = held.get(base) if base is not None else None
+    refs = inputs if base_source is None else (*inputs, base_source)
+    dtypes = [sources[i][name].dtype for i, name in refs]
+    lone = len(held) == 1 < len(roles.models)  # a tensor of one model alone
     if lone:
-        refs, dtypes = tuple(names.items()), [spec.dtype]
+        refs, dtypes = tuple(held.values()), [spec.dtype]
     if lone or not all(dtype in FLOATS for dtype in dtypes):
-        refs = (*(ref for ref in refs if ref[0] == roles.template), *(ref for ref in refs if ref[0] != roles.template))
+        first = held.get(roles.template)
+        refs = (*(ref for ref in refs if ref == first), *(ref for ref in refs if ref != first))
         if spec.dtype.startswith("float8") and not lone and settings.inputs[0].get("scale") is not None:
             raise PlanError(
                 "{place} is {found} and cannot be scaled; {cure}",
@@ -128,7 +131,7 @@ def make_job(
                 found=f"quantised ({spec.dtype})",
                 cure="leave it out of `scale`",
             )
-        kept = TensorSpec(spec.name, spec.shape, models[refs[0][0]][refs[0][1]].dtype)
+        kept = TensorSpec(spec.name, spec.shape, sources[refs[0][0]][refs[0][1]].dtype)
         return Job(kept, match, "copy", refs, None, settings, kept.dtype, True, block, False, layer=layer)
     dtype = recipe.out_dtype or recipe.dtype or _promote(dtypes)
     compute = "float64" if "float64" in (*dtypes, recipe.dtype) else "float32"
@@ -137,17 +140,18 @@ def make_job(
         method, settings = METHODS["linear"], averaging_settings(settings)
         if match.kind == "statistic":
             base_source = None
-    job = Job(out, match, method.name, sources, base_source, settings, compute, False, block, False, layer=layer)
+    job = Job(out, match, method.name, inputs, base_source, settings, compute, False, block, False, layer=layer)
     unit = unit_of([job], recipe.seed, roles.norms)
     changes: dict[str, Any] = {"block": block_numel(method, unit, block)}
     changes |= {"row": method.row(unit), "by_row": method.by_row(unit)}
     if method.statistics and not method.whole:
         changes["statistics"] = statistics or ()
     if method.copies(unit):
-        changes |= {"sources": sources[:1], "base": None, "copied": dtypes[0] == dtype}
-    if roles.added is not None and (changed := [name for name in (spec.name, *match.tied) if name in roles.added]):
-        index = len(roles.models) + len(roles.statistics)
-        changes |= {"added": (index, changed[0]), "copied": False}
+        changes |= {"sources": inputs[:1], "base": None, "copied": dtypes[0] == dtype}
+    if roles.added is not None:
+        index, added = roles.added
+        changed = [name for name in (spec.name, *match.tied) if name in added]
+        changes |= {"added": (index, changed[0]), "copied": False} if changed else {}
     changes["needs_sums"] = not (changes.get("copied") or changes["by_row"]) and _needs_sums(method, unit)
     return replace(job, **changes)
 

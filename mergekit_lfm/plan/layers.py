@@ -1,16 +1,41 @@
-"""Which layer a tensor is in, by the numbers in the names: for gradients over the layers."""
+"""Which layer a tensor is in, by the numbers in the names: for gradients over the layers, and for stacks of them."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from statistics import fmean
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # between two dots, or at an end
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """The layer of a tensor: what its name has before and behind the layer's number, that, and the number of layers."""
+
+    before: str
+    index: int
+    behind: str
+    count: int
+
+    @property
+    def layer(self) -> tuple[int, int]:
+        """The index and the count."""
+        return self.index, self.count
+
+    def named(self, index: int) -> str:
+        """The tensor's name in another layer."""
+        return f"{self.before}{index}{self.behind}"
+
+
 def find_layers(names: Iterable[str]) -> dict[str, tuple[int, int]]:
-    """(layer index, layer count) of each tensor in a layer.
+    """(layer index, layer count) of each tensor in a layer."""
+    return {name: place.layer for name, place in find_places(names).items()}
+
+
+def find_places(names: Iterable[str]) -> dict[str, Place]:
+    """The layer of each tensor in one.
 
     Names that differ only by numbers have one pattern. Of the numbers in a name that one is the layer that takes the
     most values among names of one pattern (the mean over all patterns with a number there); among equals the first, but
@@ -34,7 +59,10 @@ def find_layers(names: Iterable[str]) -> dict[str, tuple[int, int]]:
     for name, match in layers.items():
         before = name[: match.start()]
         counts[before] = max(counts.get(before, 0), int(match[0]) + 1)
-    return {name: (int(match[0]), counts[name[: match.start()]]) for name, match in layers.items()}
+    return {
+        name: Place(before := name[: match.start()], int(match[0]), name[match.end() :], counts[before])
+        for name, match in layers.items()
+    }
 
 
 def _counts_experts(match: re.Match[str]) -> bool:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from mergekit_lfm.arch.kinds import Kind, kind_of
 from mergekit_lfm.errors import PlanError, several
-from mergekit_lfm.plan.rows import VOCABULARY, Rows
-from mergekit_lfm.plan.sources import TensorRef
+from mergekit_lfm.plan.rows import VOCABULARY
+from mergekit_lfm.plan.sources import PartRoles, TensorRef
 from mergekit_lfm.plan.ties import Row, rows_of, twins_of
 from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.store.checkpoint import Checkpoint
@@ -23,34 +23,33 @@ TIED = "tied to the embedding by the model's config"
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """An output tensor, `spec`, and its source in each model, by the model's index.
+    """An output tensor, `spec`, and its source in each model, by the model's index in its part of the recipe.
 
     One source of several models: the tensor is that model's, whatever the others have. tied: its other names in the
     output, under which it is written too. twins: pairs of tensors of one model that have to be equal. kept: the element
-    from which on it is the template's, None if it is all merged.
+    from which on it is the tensor `rest`, None if it is all merged.
     """
 
     spec: TensorSpec
-    sources: Mapping[int, str]
+    sources: Mapping[int, TensorRef]
     kind: Kind = "parameter"
     tied: tuple[str, ...] = ()
     twins: tuple[tuple[TensorRef, TensorRef], ...] = ()
     kept: int | None = None
+    rest: TensorRef | None = None
 
 
-def match_tensors(
-    recipe: Recipe, vocabulary: Rows, labels: Sequence[str], template: int
-) -> tuple[dict[str, Match], tuple[Dropped, ...]]:
-    """The match of each output tensor by its name, and all tensors and rows that are dropped.
+def match_tensors(roles: PartRoles, kept: Mapping[str, int]) -> tuple[dict[str, Match], tuple[Dropped, ...]]:
+    """The match of each output tensor of a part by its name, and all tensors that are dropped.
 
-    vocabulary: the recipe's models.
+    kept: as of `Rows`.
 
     Raises PlanError with all tensors that only some models have, or have in one shape, unless the recipe chooses what
     becomes of them; buffers that loaders recompute and tied heads may differ.
     """
-    models = vocabulary.models
+    models, labels, template = roles.models, roles.labels, roles.template
     rows, apart = rows_of(models, template)
-    matching = _Matching(recipe, models, labels, template)
+    matching = _Matching(roles, roles.recipe, models, labels, template)
     for i, name in apart:
         matching.misfits.append(
             f"{labels[i]} has a {name} of its own, but the config of {labels[template]} ties it to the embedding, so "
@@ -58,21 +57,29 @@ def match_tensors(
         )
     for row in rows:
         matching.add(row)
-    matching.refuse(rows)
+    matching.refuse()
     matches = matching.matches
-    for name, count in vocabulary.kept.items():
+    for name, count in kept.items():
         if name in matches and len(matches[name].sources) > 1:
             shape = matches[name].spec.shape
-            matches[name] = replace(matches[name], kept=count * math.prod(shape[1:]))
-    beyond = "beyond the rows of the shortest vocabulary" if recipe.rows == "crop" else "beyond the base's vocabulary"
-    cut = [(labels[i], f"{name}, its last {count} rows", beyond) for i, name, count in vocabulary.cut]
-    return matches, (*matching.dropped(), *cut)
+            rest = matches[name].sources[template]
+            matches[name] = replace(matches[name], kept=count * math.prod(shape[1:]), rest=rest)
+    return matches, tuple(matching.dropped())
+
+
+def refuse_unmatched(recipe: Recipe, names: Collection[str]) -> None:
+    """Raise PlanError about each key of `keep` that is part of none of the tensors' names."""
+    unmatched = [part for part in recipe.keep if not any(part in name for name in names)]
+    if unmatched:
+        lines = [f"`keep`: {part!r} is part of no tensor's name; correct or remove it" for part in unmatched]
+        raise PlanError(several("the recipe does not fit the checkpoints", lines))
 
 
 @dataclass
 class _Matching:
     """The matches so far, and what does not fit."""
 
+    roles: PartRoles
     recipe: Recipe
     models: Sequence[Checkpoint]
     labels: Sequence[str]
@@ -83,6 +90,7 @@ class _Matching:
     extra: list[TensorRef] = field(default_factory=list)  # tensors that the template lacks
     misshapen: list[str] = field(default_factory=list)
     unused: dict[TensorRef, str] = field(default_factory=dict)  # why
+    used: set[TensorRef] = field(default_factory=set)
 
     def add(self, row: Row) -> None:
         """Match a tensor, or find out why it does not fit."""
@@ -91,22 +99,17 @@ class _Matching:
         first = next(iter(row.held))
         home = self.template if self.template in row.held else first
         spec = self.models[home][row.held[home][0]]
-        match = Match(
-            TensorSpec(name, spec.shape, spec.dtype),
-            {i: names[0] for i, names in row.held.items()},
-            kind_of(TensorSpec(name, spec.shape, spec.dtype)),
-            row.names[1:],
-            tuple(twins_of(row)),
-        )
-        kept, why = self._choose(match)
+        spec = TensorSpec(name, spec.shape, spec.dtype)
+        kind = kind_of(spec)
+        kept, why = self._choose(spec, kind, row)
         self.unused |= {
             (i, each): TIED if i in kept else why
             for i, names in row.held.items()
             for each in names
-            if i not in kept or each not in (match.sources[i], *row.names)
+            if i not in kept or each not in (names[0], *row.names)
         }
         if kept:
-            self._keep(match, kept)
+            self._keep(spec, kind, row, kept)
 
     def _without_dropped(self, row: Row) -> Row:
         """The row without the names, beside its first, that the recipe drops."""
@@ -122,74 +125,73 @@ class _Matching:
         """The recipe's choice for a tensor; None without one."""
         return next((choice for part, choice in self.recipe.keep.items() if part in name), None)
 
-    def _choose(self, match: Match) -> tuple[Sequence[int], str]:
+    def _choose(self, spec: TensorSpec, kind: Kind, row: Row) -> tuple[Sequence[int], str]:
         """The models whose tensors go into the output, and why those of the others do not."""
-        holders, theirs = tuple(match.sources), self.template not in match.sources
-        choice = self._choice(match.spec.name)
+        holders, theirs = tuple(row.held), self.template not in row.held
+        choice = self._choice(spec.name)
         if choice is not None:
-            return self._take(match, choice)
-        if theirs and match.kind in ("constant", "counter"):
+            return self._take(spec.name, row, choice)
+        if theirs and kind in ("constant", "counter"):
             return (), "a buffer that loaders recompute, which the template lacks"
-        if match.kind == "constant":
+        if kind == "constant":
             return [self.template], "a buffer that loaders recompute; the template's is kept"
-        if self._fits(match):
+        if self._fits(spec, kind, row):
             return holders, ""
         if self.recipe.tensors == "common":
             kept = [] if theirs else [self.template]
             return kept, "the template lacks it" if theirs else "not all models have it in this shape"
-        self._note_misfit(match, theirs)
+        self._note_misfit(spec, row, theirs)
         return holders, ""
 
-    def _take(self, match: Match, choice: str) -> tuple[Sequence[int], str]:
+    def _take(self, name: str, row: Row, choice: str) -> tuple[Sequence[int], str]:
         """The model that the recipe wants a tensor from, and why not those of the others."""
         if choice == "drop":
             return (), DROPPED
-        keeper = self.template if choice == "base" else self.labels.index(choice)
-        if keeper not in match.sources and choice != "base":
+        keeper = self.template if choice == "base" else self.labels.index(choice) if choice in self.labels else None
+        if keeper not in row.held and choice != "base":
             self.misfits.append(
-                f"`keep` takes {match.spec.name} from {choice}, which lacks it: choose another model, base or drop"
+                f"`keep` takes {name} from {choice}, which lacks it: choose another model, base or drop"
             )
-        return [i for i in match.sources if i == keeper], f"the recipe keeps that of {self.labels[keeper]}"
+        keepers = [i for i in row.held if i == keeper]
+        return keepers, f"the recipe keeps that of {self.labels[self.template] if choice == 'base' else choice}"
 
-    def _fits(self, match: Match) -> bool:
+    def _fits(self, spec: TensorSpec, kind: Kind, row: Row) -> bool:
         """True if all models have the tensor in one shape; of counters, those that have one."""
-        enough = match.kind == "counter" or len(match.sources) == len(self.models)
-        return enough and all(self.models[i][name].shape == match.spec.shape for i, name in match.sources.items())
+        enough = kind == "counter" or len(row.held) == len(self.models)
+        return enough and all(self.models[i][names[0]].shape == spec.shape for i, names in row.held.items())
 
-    def _note_misfit(self, match: Match, theirs: bool) -> None:
-        name, shape = match.spec.name, list(match.spec.shape)
+    def _note_misfit(self, spec: TensorSpec, row: Row, theirs: bool) -> None:
+        name, shape = spec.name, list(spec.shape)
         if theirs:
-            self.extra += [(i, name) for i in match.sources]
+            self.extra += [(i, name) for i in row.held]
             return
-        self.missing += [(i, name) for i in range(len(self.models)) if i not in match.sources]
-        for i, source in match.sources.items():
-            if self.models[i][source].shape != match.spec.shape:
+        self.missing += [(i, name) for i in range(len(self.models)) if i not in row.held]
+        for i, names in row.held.items():
+            if self.models[i][names[0]].shape != spec.shape:
                 self.misshapen.append(name)
-                theirs_is = f"{name} is {list(self.models[i][source].shape)} in {self.labels[i]}"
+                theirs_is = f"{name} is {list(self.models[i][names[0]].shape)} in {self.labels[i]}"
                 self.misfits.append(f"{theirs_is}, {shape} in {self.labels[self.template]}")
 
-    def _keep(self, match: Match, kept: Sequence[int]) -> None:
+    def _keep(self, spec: TensorSpec, kind: Kind, row: Row, kept: Sequence[int]) -> None:
         """Record a match of these models. A single one's tensor keeps its form."""
-        sources = {i: match.sources[i] for i in kept}
-        if len(sources) == 1:
-            ((i, source),) = sources.items()
-            spec = self.models[i][source]
-            match = replace(match, spec=TensorSpec(match.spec.name, spec.shape, spec.dtype))
-        twins = tuple(pair for pair in match.twins if pair[0][0] in sources)
-        self.matches[match.spec.name] = replace(match, sources=sources, twins=twins)
+        held = {i: row.held[i][0] for i in kept}
+        if len(held) == 1:
+            ((i, source),) = held.items()
+            spec = TensorSpec(spec.name, self.models[i][source].shape, self.models[i][source].dtype)
+        refer = self.roles.refer
+        twins = tuple((refer(*one), refer(*other)) for one, other in twins_of(row) if one[0] in held)
+        sources = {i: refer(i, name) for i, name in held.items()}
+        self.matches[spec.name] = Match(spec, sources, kind, row.names[1:], twins)
+        self.used |= held.items()
 
     def dropped(self) -> Iterator[Dropped]:
         """All that goes into no output tensor."""
-        used = {(i, name) for match in self.matches.values() for i, name in match.sources.items()}
         for i, (label, model) in enumerate(zip(self.labels, self.models, strict=True)):
-            yield from ((label, name, why) for name, why in model.dropped.items())
-            left = ((name, self.unused.get((i, name))) for name in model if (i, name) not in used)
+            left = ((name, self.unused.get((i, name))) for name in model if (i, name) not in self.used)
             yield from ((label, model.name_in_files(name), why) for name, why in left if why is not None)
 
-    def refuse(self, rows: Sequence[Row]) -> None:
+    def refuse(self) -> None:
         """Raise PlanError about all that does not fit, with the lines that a recipe may add."""
-        unmatched = [part for part in self.recipe.keep if not any(part in name for row in rows for name in row.names)]
-        self.misfits += [f"`keep`: {part!r} is part of no tensor's name; correct or remove it" for part in unmatched]
         if not (self.misfits or self.missing or self.extra):
             return
         found = several("the checkpoints differ", [*self._list_names(), *self.misfits])

@@ -7,12 +7,12 @@ layers that have these, together where they read the same inputs.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mergekit_lfm.errors import PlanError, several
 from mergekit_lfm.plan.job import Job, averaging_settings, unit_of
 from mergekit_lfm.plan.match import Match
-from mergekit_lfm.plan.sources import ModelRoles, TensorRef
+from mergekit_lfm.plan.sources import PartRoles, TensorRef
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +57,17 @@ class MatrixGroup:
         """The Gram matrices that all of them share."""
         return self.matrices[0].grams
 
+    def behind(self, count: int) -> MatrixGroup:
+        """The same with its tensors behind so many others."""
+        moved = (
+            replace(each, weight=each.weight + count, bias=None if each.bias is None else each.bias + count)
+            for each in self.matrices
+        )
+        return MatrixGroup(tuple(moved), self.nbytes)
+
 
 def group_matrices(
-    roles: ModelRoles,
+    roles: PartRoles,
     matches: Mapping[str, Match],
     jobs: Sequence[Job],
     statistics: Mapping[str, tuple[TensorRef, ...]],
@@ -69,7 +77,7 @@ def group_matrices(
     statistics: each weight's Gram matrices, by output tensor. Raises PlanError naming all layers that differ between
     the models, or that no tensor is a matrix for the method.
     """
-    method = roles.recipe.method
+    method = roles.part.method
     if method.whole is None:
         return ()
     layers = _find_layers(roles, matches, jobs, statistics)
@@ -92,9 +100,9 @@ def group_matrices(
     return tuple(matrix_groups)
 
 
-def _find_matrices(roles: ModelRoles, jobs: Sequence[Job]) -> Iterator[MatrixJob]:
+def _find_matrices(roles: PartRoles, jobs: Sequence[Job]) -> Iterator[MatrixJob]:
     """The merged tensors that the method has a view of."""
-    whole = roles.recipe.method.whole
+    whole = roles.part.method.whole
     assert whole is not None
     for i, job in enumerate(jobs):
         shape = None if job.copied or not job.spec.numel else whole.view(unit_of([job], roles.recipe.seed))
@@ -103,7 +111,7 @@ def _find_matrices(roles: ModelRoles, jobs: Sequence[Job]) -> Iterator[MatrixJob
 
 
 def _find_layers(
-    roles: ModelRoles, matches: Mapping[str, Match], jobs: Sequence[Job], grams: Mapping[str, tuple[TensorRef, ...]]
+    roles: PartRoles, matches: Mapping[str, Match], jobs: Sequence[Job], grams: Mapping[str, tuple[TensorRef, ...]]
 ) -> list[MatrixJob]:
     """The linear layers that have Gram matrices."""
     index = {job.name: i for i, job in enumerate(jobs)}
@@ -127,7 +135,7 @@ def _find_layers(
 
 
 def _make_layer(
-    roles: ModelRoles,
+    roles: PartRoles,
     matches: Mapping[str, Match],
     jobs: Sequence[Job],
     index: Mapping[str, int],
@@ -136,13 +144,13 @@ def _make_layer(
 ) -> MatrixJob:
     """The layer whose weight is the output tensor `name`."""
     inputs = list(zip(roles.inputs, roles.statistics, strict=True))
-    layers = [statistics.by_weight[matches[name].sources[i]][1] for i, statistics in inputs]
+    layers = [statistics.by_weight[matches[name].sources[i][1]][1] for i, statistics in inputs]
     job = jobs[index[name]]
     for k, (layer, (_, statistics)) in enumerate(zip(layers, inputs, strict=True)):
         entry = statistics.tensors[statistics.entry(statistics.by_weight[layer.weight][0])]
         if len(job.shape) != 2 or layer.axis != layers[0].axis or entry.shape != (job.shape[layer.axis] + 1,) * 2:
             raise PlanError(
-                f"{roles.recipe.statistics[k].ref}: {entry} is not a Gram matrix for {name} {list(job.shape)} with "
+                f"{roles.part.statistics[k].ref}: {entry} is not a Gram matrix for {name} {list(job.shape)} with "
                 f"inputs along axis {layers[0].axis}; collect the statistics again"
             )
     biases = {layer.bias and _output_of(matches, i, layer.bias) for layer, (i, _) in zip(layers, inputs, strict=True)}
@@ -168,6 +176,6 @@ def _make_layer(
 
 def _output_of(matches: Mapping[str, Match], model: int, tensor: str) -> str:
     """The output tensor whose source in a model is `tensor`; usually the one of the same name."""
-    if tensor in matches and matches[tensor].sources.get(model) == tensor:
+    if tensor in matches and matches[tensor].sources.get(model, (0, ""))[1] == tensor:
         return tensor
-    return next(name for name, match in matches.items() if match.sources.get(model) == tensor)
+    return next(name for name, match in matches.items() if match.sources.get(model, (0, ""))[1] == tensor)

@@ -7,7 +7,8 @@ all of it at once, before a byte is written. The plan's digest covers everything
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -17,22 +18,22 @@ import xxhash
 
 from mergekit_lfm.artifacts.patch import Patch
 from mergekit_lfm.artifacts.statistics import Statistics
-from mergekit_lfm.errors import PlanError, several_errors
+from mergekit_lfm.errors import PlanError, several, several_errors
 from mergekit_lfm.kernels.block import BLOCK
-from mergekit_lfm.methods.method import Unit
+from mergekit_lfm.methods.method import Method, Unit
 from mergekit_lfm.methods.registry import METHODS
 from mergekit_lfm.output.card import read_license
 from mergekit_lfm.output.layout import Shard, lay_out
 from mergekit_lfm.plan.agreement import refuse_disagreements
 from mergekit_lfm.plan.beside import gather_files
 from mergekit_lfm.plan.job import Job, make_job, unit_of
-from mergekit_lfm.plan.layers import find_layers
-from mergekit_lfm.plan.match import match_tensors
+from mergekit_lfm.plan.match import match_tensors, refuse_unmatched
 from mergekit_lfm.plan.matrices import MatrixGroup, group_matrices
-from mergekit_lfm.plan.rows import fit_rows
+from mergekit_lfm.plan.pieces import Piece, Pieces, cut_pieces, unused_names
+from mergekit_lfm.plan.rows import Rows, fit_rows
 from mergekit_lfm.plan.sources import (
     ADDED,
-    ModelRoles,
+    PartRoles,
     TensorRef,
     assign_roles,
     identity_of,
@@ -43,10 +44,10 @@ from mergekit_lfm.plan.sources import (
     refuse_resized,
 )
 from mergekit_lfm.plan.statistics import find_statistics
-from mergekit_lfm.plan.whole import refuse_parts
+from mergekit_lfm.plan.whole import refuse_other_tokenizers
+from mergekit_lfm.recipe.parts import Input
 from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.recipe.rename import RenameRule
-from mergekit_lfm.recipe.roles import Input
 from mergekit_lfm.recipe.settings import SettingsTable
 from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.store.files import read_bytes
@@ -55,27 +56,39 @@ from mergekit_lfm.store.tensors import TensorSpec
 from mergekit_lfm.version import __version__
 from mergekit_lfm.views.pending import Pending
 from mergekit_lfm.views.renamed import found_rules
+from mergekit_lfm.views.selected import Selected
 
 
 @dataclass(frozen=True)
 class Plan:
     """Everything about a merge that is decided before it starts.
 
+    models: the recipe's `all_models`, whose `template` is the index of the one whose form the output has. statistics:
+    the inputs', part by part. added: the edits' changes to the result, float64 by tensor; None without edits, or if
+    they are still to be made. norms: of the statistics of each part. part_of: by tensor the index of its part, where
+    that is not the first.
     groups: the jobs that are solved together, as indices into `tensors`; matrices: those that the method merges as
     whole matrices. Each job is in one of them. dropped: (model, tensor, reason). files, left_behind, lent: of `Beside`,
     the files that go beside the weights, those that do not, and those that another model than the template has.
     licenses: what the card of each model states. edited_on: the kind of device on which edits of the result are solved,
     "" for the processor. named_files: the states of the recipe's files other than models, before they were read.
     allowed: the differences of the models that the recipe allows. vocabulary: the number of the output's tokens, if
-    that is not the template's.
+    that is not the template's. notices: what to know about the plan beside those of the recipe. layers: for a stack,
+    model and layer of each of the output's layers.
     """
 
-    roles: ModelRoles
+    recipe: Recipe
+    models: tuple[Checkpoint, ...]
     tensors: tuple[Job, ...]
     groups: tuple[tuple[int, ...], ...]
     matrices: tuple[MatrixGroup, ...]
     shards: tuple[Shard, ...]
     dropped: tuple[tuple[str, str, str], ...]
+    template: int = 0
+    statistics: tuple[Statistics, ...] = ()
+    added: Checkpoint | None = None
+    norms: tuple[tuple[float, ...], ...] = ()
+    part_of: Mapping[str, int] = field(default_factory=dict)
     files: tuple[tuple[str, Path], ...] = field(default=())
     left_behind: tuple[tuple[str, str, str], ...] = field(default=())
     lent: tuple[tuple[str, str], ...] = field(default=())
@@ -84,39 +97,23 @@ class Plan:
     named_files: tuple[FileState, ...] = field(default=())
     allowed: tuple[str, ...] = ()
     vocabulary: int | None = None
+    notices: tuple[str, ...] = ()
 
-    @property
-    def recipe(self) -> Recipe:
-        return self.roles.recipe
-
-    @property
-    def models(self) -> tuple[Checkpoint, ...]:
-        return self.roles.models
-
-    @property
+    @cached_property
     def labels(self) -> tuple[str, ...]:
-        return self.roles.labels
-
-    @property
-    def template(self) -> int:
-        return self.roles.template
-
-    @property
-    def statistics(self) -> tuple[Statistics, ...]:
-        """Those of the inputs; () where the method takes none."""
-        return self.roles.statistics
+        return tuple(model.label for model in self.recipe.all_models)
 
     @cached_property
     def sources(self) -> tuple[Checkpoint, ...]:
         """The models, beyond them the statistics files, and what edits add: what a job's sources point into."""
-        added = () if self.roles.added is None else (self.roles.added,)
-        return (*self.roles.models, *(statistics.tensors for statistics in self.roles.statistics), *added)
+        added = () if self.added is None else (self.added,)
+        return (*self.models, *(statistics.tensors for statistics in self.statistics), *added)
 
     @cached_property
     def source_labels(self) -> tuple[str, ...]:
         """The name of each of `sources` in the recipe."""
-        added = () if self.roles.added is None else (ADDED,)
-        return (*self.roles.labels, *(file.ref for file in self.roles.recipe.statistics), *added)
+        added = () if self.added is None else (ADDED,)
+        return (*self.labels, *(file.ref for file in self.recipe.statistics), *added)
 
     @cached_property
     def renamed(self) -> dict[str, tuple[RenameRule, ...]]:
@@ -147,7 +144,7 @@ class Plan:
     def unedited(self) -> bool:
         """Whether edits are still to be made, of a model or of the result, which needs a model that runs."""
         models = any(model.edits for model in self.pending)
-        return models or (bool(self.recipe.result_edits) and self.roles.added is None)
+        return models or (bool(self.recipe.result_edits) and self.added is None)
 
     @property
     def bytes_written(self) -> int:
@@ -168,9 +165,12 @@ class Plan:
     @property
     def averaged(self) -> tuple[Job, ...]:
         """The jobs that are averaged because the method needs statistics and their tensors have none."""
-        other = self.recipe.merge_method
-        wants = self.recipe.method.statistics is not None
-        return tuple(job for job in self.tensors if wants and not job.copied and job.method != other)
+        wanting = {i: part.method for i, part in enumerate(self.recipe.parts) if part.method.statistics is not None}
+        return tuple(
+            job
+            for job in (self.tensors if wanting else ())
+            if (method := wanting.get(self.part_of.get(job.name, 0))) and not job.copied and job.method != method.name
+        )
 
     @property
     def left_groups(self) -> dict[tuple[str, str], list[str]]:
@@ -222,7 +222,8 @@ class Plan:
 
     def unit(self, jobs: Sequence[Job]) -> Unit:
         """The input of the method's solve for jobs that are solved together."""
-        return unit_of(jobs, self.recipe.seed, self.roles.norms)
+        norms = self.norms[self.part_of.get(jobs[0].name, 0)] if self.norms else ()
+        return unit_of(jobs, self.recipe.seed, norms)
 
 
 def make_plan(
@@ -244,24 +245,109 @@ def make_plan(
     for model in models:
         _ = model.config  # a config that cannot be read shows here
     labels = tuple(model.label for model in recipe.all_models)
-    roles = assign_roles(recipe, models, open_all(recipe, dict(zip(labels, models, strict=True))))
-    template = models[roles.template]
-    roles = replace(roles, added=open_changes(recipe, template, edits))
-    refuse_resized(recipe.all_models[roles.template], template)
-    allowed = refuse_disagreements(recipe, models, labels, roles.template)
-    rows = fit_rows(recipe, models, roles.template)
-    roles = replace(roles, models=rows.models)
-    template = rows.models[roles.template]
-    matches, dropped = match_tensors(recipe, rows, labels, roles.template)
+    template = labels.index(recipe.template.label)
+    statistics = open_all(recipe, dict(zip(labels, models, strict=True)))
+    added = open_changes(recipe, models[template], edits)
+    refuse_resized(recipe.template, models[template])
+    allowed = refuse_disagreements(recipe, models, labels, template)
+    vocabulary = fit_rows(recipe, models, template)
+    licenses = tuple(read_license(model.path) for model in models)
+    models = vocabulary.models
+    cut = cut_pieces(recipe, models)
+    roles = _roles_of(recipe, cut, len(models), statistics, added)
+    refuse_other_tokenizers(recipe, models, labels)
+    beside = gather_files(models, labels, template)
+    sources = (*models, *(each.tensors for own in statistics for each in own), *(() if added is None else (added,)))
+    planned, problems = list[_Planned](), list[PlanError]()
+    for piece, part in zip(cut.pieces, roles, strict=True):
+        try:
+            planned.append(_plan_part(part, piece, sources, vocabulary.kept, block))
+        except PlanError as error:
+            problems.append(error)
+    if problems:
+        raise several_errors("the checkpoints do not fit together", problems) if len(problems) > 1 else problems[0]
+    refuse_unmatched(recipe, [name for done in planned for name in done.names])
+    jobs, matrices, groups = list[Job](), list[MatrixGroup](), list[tuple[int, ...]]()
+    part_of: dict[str, int] = {}
+    for k, done in enumerate(planned):
+        first = len(jobs)
+        part_of |= {job.name: k for job in done.jobs} if k else {}
+        jobs += done.jobs
+        matrices += [group.behind(first) for group in done.matrices]
+        groups += [tuple(first + i for i in group) for group in done.groups]
+    written = Counter(name for job in jobs for name in job.names)
+    twice = [name for name, count in written.items() if count > 1]
+    if twice:
+        raise PlanError(several("two parts of the recipe make the same tensor", twice))
+    return Plan(
+        recipe=recipe,
+        models=models,
+        template=template,
+        statistics=tuple(each for own in statistics for each in own),
+        added=added,
+        norms=tuple(part.norms for part in roles),
+        part_of=part_of,
+        tensors=tuple(jobs),
+        groups=tuple(groups),
+        matrices=tuple(matrices),
+        shards=lay_out(models[template], _outputs(recipe, models[template], jobs), max_shard_size),
+        dropped=_dropped(recipe, models, cut, planned, vocabulary),
+        files=beside.files,
+        left_behind=beside.left,
+        lent=beside.lent,
+        licenses=licenses,
+        named_files=named,
+        allowed=allowed,
+        vocabulary=vocabulary.length,
+        notices=cut.notices,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """The jobs of a part, those that are solved together and the matrices, as indices into the jobs; what is dropped.
+
+    names: of all its tensors, also of those dropped.
+    """
+
+    jobs: list[Job]
+    groups: tuple[tuple[int, ...], ...]
+    matrices: tuple[MatrixGroup, ...]
+    dropped: tuple[tuple[str, str, str], ...]
+    names: Collection[str]
+
+
+def _roles_of(
+    recipe: Recipe,
+    cut: Pieces,
+    models: int,
+    statistics: Sequence[tuple[Statistics, ...]],
+    added: Checkpoint | None,
+) -> list[PartRoles]:
+    """The roles in each piece. models: the number of the recipe's."""
+    at, roles = models, []
+    changes = None if added is None else (models + sum(map(len, statistics)), added)
+    for k, piece in enumerate(cut.pieces):
+        own = statistics[k] if k < len(statistics) else ()
+        roles.append(assign_roles(recipe, piece, own, at, changes))
+        at += len(own)
+    return roles
+
+
+def _plan_part(
+    roles: PartRoles, piece: Piece, sources: Sequence[Checkpoint], kept: Mapping[str, int], block: int
+) -> _Planned:
+    """The jobs of a part. Raises PlanError with all that does not fit together."""
+    matches, dropped = match_tensors(roles, kept)
     statistics = find_statistics(roles, matches)
-    layers, table = find_layers(template), SettingsTable(recipe)
-    refuse_parts(recipe, rows.models, labels, layers)
-    beside = gather_files(rows.models, labels, roles.template)
+    table = SettingsTable(roles.part)
+    stacked = any(isinstance(model, Selected) for model in piece.models)
     jobs, problems = [], []
     for name, match in matches.items():
+        layer = piece.layers.get(name)
+        own = [match.sources.get(i, (0, name))[1] for i in roles.inputs] if stacked else ()
         try:
-            layer = layers.get(name)
-            jobs.append(make_job(roles, match, table.of(name, layer), layer, statistics.get(name), block))
+            jobs.append(make_job(roles, sources, match, table.of(name, layer, own), layer, statistics.get(name), block))
         except PlanError as error:
             problems.append(error)
     if problems:
@@ -269,37 +355,41 @@ def make_plan(
     matrices = group_matrices(roles, matches, jobs, statistics)
     whole = {i for group in matrices for i in group.jobs}
     for i in whole:
-        jobs[i] = replace(jobs[i], method=recipe.merge_method)  # a bias, too, which has no statistics of its own
-    return Plan(
-        roles=roles,
-        tensors=tuple(jobs),
-        groups=_groups(recipe, jobs, whole),
-        matrices=matrices,
-        shards=lay_out(template, _outputs(template, jobs), max_shard_size),
-        dropped=dropped,
-        files=beside.files,
-        left_behind=beside.left,
-        lent=beside.lent,
-        licenses=tuple(read_license(model.path) for model in models),
-        named_files=named,
-        allowed=allowed,
-        vocabulary=rows.length,
-    )
+        jobs[i] = replace(jobs[i], method=roles.part.method.name)  # a bias, too, which has no statistics of its own
+    names = {name for model in piece.models for name in model}
+    return _Planned(jobs, _groups(roles.part.method, jobs, whole), matrices, dropped, names)
 
 
-def _outputs(template: Checkpoint, jobs: Sequence[Job]) -> list[TensorSpec]:
-    """The tensors of the output, those of the template in its order, the others behind them."""
+def _dropped(
+    recipe: Recipe, models: Sequence[Checkpoint], cut: Pieces, planned: Sequence[_Planned], rows: Rows
+) -> tuple[tuple[str, str, str], ...]:
+    """All tensors and rows that go into no tensor of the output: (model, tensor, reason)."""
+    labels = [model.label for model in recipe.all_models]
+    found = [
+        (label, name, why) for label, model in zip(labels, models, strict=True) for name, why in model.dropped.items()
+    ]
+    found += [one for part in planned for one in part.dropped]
+    if recipe.slices or recipe.modules:
+        used = {ref for part in planned for job in part.jobs for ref in job.all_inputs}
+        kept = {(labels[i], models[i].name_in_files(name)) for i, name in used if i < len(models)}
+        found = [*dict.fromkeys(one for one in found if one[:2] not in kept), *unused_names(cut.pieces, recipe, models)]
+    beyond = "beyond the rows of the shortest vocabulary" if recipe.rows == "crop" else "beyond the base's vocabulary"
+    return (*found, *((labels[i], f"{name}, its last {count} rows", beyond) for i, name, count in rows.cut))
+
+
+def _outputs(recipe: Recipe, template: Checkpoint, jobs: Sequence[Job]) -> list[TensorSpec]:
+    """The tensors of the output, those of the template in its order, the others behind them; of a stack, by slices."""
     specs = {name: TensorSpec(name, job.shape, job.dtype) for job in jobs for name in job.names}
+    if any(name not in template for name in specs) and any(part.slice for part in recipe.parts):
+        return list(specs.values())
     order = dict.fromkeys([*(name for name in template if name in specs), *specs])
     return [specs[name] for name in order]
 
 
-def _groups(recipe: Recipe, jobs: Sequence[Job], whole: set[int]) -> tuple[tuple[int, ...], ...]:
+def _groups(method: Method, jobs: Sequence[Job], whole: set[int]) -> tuple[tuple[int, ...], ...]:
     """The jobs that are solved together, less those merged as matrices: each alone, or all that are merged."""
     together = [
-        i
-        for i, job in enumerate(jobs)
-        if job.method == recipe.merge_method and recipe.method.scope(job.settings.shared) == "model"
+        i for i, job in enumerate(jobs) if job.method == method.name and method.scope(job.settings.shared) == "model"
     ]
     alone = [(i,) for i in range(len(jobs)) if i not in {*together, *whole}]
     if not together:

@@ -19,18 +19,20 @@ from mergekit_lfm.artifacts.statistics import Statistics, open_statistics
 from mergekit_lfm.artifacts.transform import PANEL, Transform, open_transform, read_transform_info
 from mergekit_lfm.errors import FormatError, PlanError, several
 from mergekit_lfm.methods.kinds import AlignMethod
+from mergekit_lfm.plan.pieces import Piece
 from mergekit_lfm.plan.stored import open_stored
 from mergekit_lfm.recipe.align import AlignRequest
 from mergekit_lfm.recipe.edit import EditRequest
+from mergekit_lfm.recipe.parts import Edit, Input, Part
 from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.recipe.registry import ALIGN_METHODS
-from mergekit_lfm.recipe.roles import Edit, Input
 from mergekit_lfm.recipe.values import NamedFile
 from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.store.files import digest_file
 from mergekit_lfm.store.tensors import TensorSpec
 from mergekit_lfm.views.base import View
 from mergekit_lfm.views.pending import Pending
+from mergekit_lfm.views.selected import Selected
 
 
 def open_models(recipe: Recipe) -> tuple[Checkpoint, ...]:
@@ -202,47 +204,86 @@ TensorRef = tuple[int, str]  # (index of a model, then of a statistics file, the
 
 
 @dataclass(frozen=True, slots=True)
-class ModelRoles:
-    """A recipe's models and their roles: `inputs`, `base` and `template` are indices into `models`.
+class PartRoles:
+    """The models of a part of a recipe and their roles: `inputs`, `base` and `template` are indices into `models`.
 
-    base: the model that the method subtracts, None if the base is an input like the others. statistics: the inputs', ()
-    for methods without statistics. added: the edits' changes to the result, float64 by tensor; None without edits, or
-    if they are still to be made.
+    models: as the part sees them. origins: the index of each among the sources of the plan. base: the model that the
+    method subtracts, None if the base is an input like the others. statistics: the inputs', () for methods without
+    statistics, and their first index among the sources. added: the edits' changes to the result, float64 by tensor, and
+    their index; None without edits, or if they are still to be made.
     """
 
     recipe: Recipe
+    part: Part
     models: tuple[Checkpoint, ...]
     labels: tuple[str, ...]
+    origins: tuple[int, ...]
     inputs: tuple[int, ...]
     base: int | None
     template: int
     statistics: tuple[Statistics, ...] = ()
-    added: Checkpoint | None = None
+    first_statistics: int = 0
+    added: tuple[int, Checkpoint] | None = None
 
     @property
     def norms(self) -> tuple[float, ...]:
         """The norms of the inputs' statistics, for kinds that have one."""
         return tuple(statistics.info.norm for statistics in self.statistics if statistics.info.norm is not None)
 
+    def refer(self, i: int, name: str) -> TensorRef:
+        """The tensor of the plan's sources that is one of a model's."""
+        model = self.models[i]
+        return self.origins[i], model.source(name)[1] if isinstance(model, Selected) else name
 
-def assign_roles(recipe: Recipe, models: tuple[Checkpoint, ...], statistics: tuple[Statistics, ...]) -> ModelRoles:
-    """The roles of the models, which are the recipe's `all_models`."""
-    index = {model: i for i, model in enumerate(recipe.all_models)}
-    inputs = tuple(index[model] for model in recipe.inputs)
-    base = None if recipe.base is None or recipe.method.base in ("member", "first") else index[recipe.base]
-    template = index[recipe.base] if recipe.base else inputs[0]
-    return ModelRoles(
-        recipe, models, tuple(model.label for model in recipe.all_models), inputs, base, template, statistics
+
+def assign_roles(
+    recipe: Recipe,
+    piece: Piece,
+    statistics: tuple[Statistics, ...] = (),
+    first_statistics: int = 0,
+    added: tuple[int, Checkpoint] | None = None,
+) -> PartRoles:
+    """The roles of the models of a part. added: as of `PartRoles`."""
+    part, index = piece.part, {model: i for i, model in enumerate(piece.part.models)}
+    origins = {model: i for i, model in enumerate(recipe.all_models)}
+    inputs = tuple(index[model] for model in part.inputs)
+    base = None if part.base is None or part.method.base in ("member", "first") else index[part.base]
+    template = index.get(recipe.template, index[part.base] if part.base else inputs[0])
+    return PartRoles(
+        recipe,
+        part,
+        piece.models,
+        tuple(model.label for model in part.models),
+        tuple(origins[model] for model in part.models),
+        inputs,
+        base,
+        template,
+        statistics,
+        first_statistics,
+        added,
     )
 
 
-def open_all(recipe: Recipe, models: Mapping[str, Checkpoint]) -> tuple[Statistics, ...]:
-    """The statistics of every input, () if the method takes none. models: the recipe's, by label.
+def open_all(recipe: Recipe, models: Mapping[str, Checkpoint]) -> tuple[tuple[Statistics, ...], ...]:
+    """The statistics of every input of each part, () if its method takes none. models: the recipe's, by label.
 
     Raises PlanError naming all files of another kind or another model.
     """
-    wanted, opened, problems = recipe.method.statistics, list[Statistics](), list[str]()
-    for model, file in zip(recipe.inputs, recipe.statistics, strict=wanted is not None):
+    opened, problems = list[tuple[Statistics, ...]](), list[str]()
+    for part in recipe.parts:
+        wanted = part.method.statistics
+        found, wrong = ((), []) if wanted is None else _open_statistics(part, wanted, models)
+        opened.append(tuple(found))
+        problems += wrong
+    if problems:
+        raise PlanError(several("the statistics do not fit the models", problems))
+    return tuple(opened)
+
+
+def _open_statistics(part: Part, wanted: str, models: Mapping[str, Checkpoint]) -> tuple[list[Statistics], list[str]]:
+    """The statistics of a part's inputs, and what is wrong with them."""
+    opened, problems = list[Statistics](), list[str]()
+    for model, file in zip(part.inputs, part.statistics, strict=True):
         try:
             statistics = open_statistics(file.path)
         except (FormatError, FileNotFoundError) as error:
@@ -251,7 +292,7 @@ def open_all(recipe: Recipe, models: Mapping[str, Checkpoint]) -> tuple[Statisti
         opened.append(statistics)
         if statistics.info.kind != wanted:
             problems.append(
-                f"{file.ref} holds {statistics.info.kind} statistics, {recipe.method.name} needs {wanted}: "
+                f"{file.ref} holds {statistics.info.kind} statistics, {part.method.name} needs {wanted}: "
                 f"collect them with `mergekit-lfm stats {wanted} {model.label} ...`"
             )
         elif statistics.info.models[0] != models[model.label].content:
@@ -260,9 +301,7 @@ def open_all(recipe: Recipe, models: Mapping[str, Checkpoint]) -> tuple[Statisti
                 f"{model.label} has {models[model.label].content}; name the right file, or collect the statistics of "
                 f"this model with `mergekit-lfm stats {wanted} {model.label} ...`, from Python with `checkpoint=`"
             )
-    if problems:
-        raise PlanError(several("the statistics do not fit the models", problems))
-    return tuple(opened)
+    return opened, problems
 
 
 ADDED = "edits"  # the plan's name for the source of the changes that edits add to the result

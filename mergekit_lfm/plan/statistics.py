@@ -10,10 +10,10 @@ from collections.abc import Mapping
 
 from mergekit_lfm.errors import PlanError, several
 from mergekit_lfm.plan.match import Match
-from mergekit_lfm.plan.sources import ModelRoles, TensorRef
+from mergekit_lfm.plan.sources import PartRoles, TensorRef
 
 
-def find_statistics(roles: ModelRoles, matches: Mapping[str, Match]) -> dict[str, tuple[TensorRef, ...]]:
+def find_statistics(roles: PartRoles, matches: Mapping[str, Match]) -> dict[str, tuple[TensorRef, ...]]:
     """The statistics of every output tensor that has them: an entry of each input's file.
 
     Raises PlanError naming all tensors for which only some inputs have them.
@@ -22,16 +22,16 @@ def find_statistics(roles: ModelRoles, matches: Mapping[str, Match]) -> dict[str
     problems = []
     for name, match in matches.items() if roles.statistics else ():
         entries = [
-            statistics.entry_of(match.sources.get(i, ""))
+            statistics.entry_of(match.sources.get(i, (0, ""))[1])
             for i, statistics in zip(roles.inputs, roles.statistics, strict=True)
         ]
-        lacking = [roles.recipe.statistics[k].ref for k, entry in enumerate(entries) if entry is None]
+        lacking = [roles.part.statistics[k].ref for k, entry in enumerate(entries) if entry is None]
         if not lacking:
             sources_of[name] = tuple(
-                (len(roles.models) + k, entry) for k, entry in enumerate(entries) if entry is not None
+                (roles.first_statistics + k, entry) for k, entry in enumerate(entries) if entry is not None
             )
         elif len(lacking) < len(entries):
-            kind = roles.recipe.method.statistics
+            kind = roles.part.method.statistics
             reasons = {statistics.info.skipped.get(_layer_of(name)) for statistics in roles.statistics} - {None}
             why = f" ({'; '.join(sorted(map(str, reasons)))})" if reasons else ""
             problems.append(f"{', '.join(lacking)} lacks the {kind} statistics of {name}, which the others have{why}")

@@ -23,7 +23,7 @@ def open_stored(recipe: Recipe) -> dict[str, Checkpoint]:
     that do not fit.
     """
     models = _open_files(recipe)
-    if recipe.method.name != "passthrough":
+    if any(method.name != "passthrough" for method in recipe.methods):
         models = _dequantise(models)
     return _find_names(recipe, _rename(recipe, models))
 
@@ -83,8 +83,7 @@ def _find_names(recipe: Recipe, models: Mapping[str, Checkpoint]) -> dict[str, C
 
     A model's statistics, alignment and edits are about its own names, so one that has any keeps these.
     """
-    first = recipe.base or recipe.inputs[0]
-    template, renamed = models[first.label], dict(models)
+    template, renamed = models[recipe.template.label], dict(models)
     for model in recipe.all_models:
         fixed = model.rename or model.align or model.edits or model.stats
         if fixed or models[model.label].keys() == template.keys():

@@ -1,8 +1,8 @@
-"""Check what only headers and tokenizers show: slices are whole models, and all tokenizers are one."""
+"""Check what only tokenizers show: that all of them are one."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from mergekit_lfm.errors import PlanError, several
 from mergekit_lfm.recipe.form import NOT_YET
@@ -11,19 +11,9 @@ from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.store.tokens import find_tokens
 
 
-def refuse_parts(
-    recipe: Recipe, models: Sequence[Checkpoint], labels: Sequence[str], layers: Mapping[str, tuple[int, int]]
-) -> None:
-    """Raise PlanError if a slice is not all layers, or a tokenizer would have to be built.
-
-    layers: the index and the number of layers of each tensor of the template in a layer.
-    """
-    count = max((count for _, count in layers.values()), default=0)
-    problems = [
-        f"models[{i}].layer_range: found {list(entry.layer_range)}, the models have {count} layers: {NOT_YET['slices']}"
-        for i, entry in enumerate(recipe.models)
-        if entry.layer_range is not None and entry.layer_range != (0, count)
-    ]
+def refuse_other_tokenizers(recipe: Recipe, models: Sequence[Checkpoint], labels: Sequence[str]) -> None:
+    """Raise PlanError if a tokenizer would have to be built."""
+    problems = []
     if recipe.tokenizer_source is not None:
         tokens = [find_tokens(model) for model in models]
         first = tokens[0]

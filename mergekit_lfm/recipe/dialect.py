@@ -1,8 +1,4 @@
-"""Forms of published recipes that mean one thing exactly: read as ours, with a notice where a key has no effect.
-
-`slices` with one slice over all layers of its models is `models`; the plan checks that these are all. A parameter at
-the top level, beside `parameters`, has no effect with its default.
-"""
+"""Keys of published recipes without an effect here: read with a notice for each."""
 
 from __future__ import annotations
 
@@ -11,30 +7,37 @@ from typing import Any
 
 from mergekit_lfm.methods.registry import METHODS
 
+# Keys that mergekit does not read, or that are about how it runs, and what to know about them.
+UNUSED = {
+    "int8_mask": "masks take no memory to speak of",
+    "random_seed": "mergekit does not read it; `seed` seeds random methods",
+    "embed_slerp": "mergekit does not read it",
+    "name": "it names a stage for later ones, and there are none",
+    "rescale": "it belongs under `parameters`",
+    "lazy_unpickle": "checkpoints are always read tensor by tensor",
+    "low_cpu_memory": "give --memory",
+    "allow_crimes": "give `allow` or `rename`, as messages say",
+    "trust_remote_code": "a model's code never runs",
+    "copy_tokenizer": "the tokenizer is always copied",
+    "out_shard_size": "give --max-shard-size",
+    "cuda": "give `device: cuda`",
+}
+DEAD = "residual_weight"  # a key of a slice
+
 
 def read_dialect(data: Mapping[str, Any], known: Mapping[str, object]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The recipe in our form, and the notices. known: our keys."""
-    ours, notices = _without_slices(dict(data)), list[str]()
-    method = METHODS.get(str(ours.get("merge_method")))
-    for parameter in method.parameters if method is not None else ():
-        name = parameter.name
-        if name in ours and name not in known and ours[name] == parameter.default:
-            del ours[name]
-            notices.append(f"`{name}` at the top level has no effect here: {parameter.default!r} is its default")
+    """The recipe without keys that have no effect, and the notices. known: our keys."""
+    ours, notices = dict(data), list[str]()
+    parameters = {parameter.name for method in METHODS.values() for parameter in method.parameters}
+    for name in [name for name in ours if name not in known and (name in UNUSED or name in parameters)]:
+        why = UNUSED.get(name, "it belongs under `parameters`")
+        notices.append(f"`{name}` at the top level has no effect here: {why}")
+        del ours[name]
+    if isinstance(slices := ours.get("slices"), list):
+        dead = [i for i, each in enumerate(slices) if isinstance(each, Mapping) and DEAD in each]
+        notices += [f"slices[{i}].{DEAD} has no effect here: mergekit does not read it" for i in dead]
+        ours["slices"] = [
+            {key: value for key, value in each.items() if key != DEAD} if i in dead else each
+            for i, each in enumerate(slices)
+        ]
     return ours, tuple(notices)
-
-
-def _without_slices(data: dict[str, Any]) -> dict[str, Any]:
-    """The recipe with `models` in place of `slices`, if that is one slice with a list of models and their layers."""
-    slices = data.get("slices")
-    if data.get("models") or not isinstance(slices, list) or len(slices) != 1 or not isinstance(slices[0], Mapping):
-        return data
-    (piece,) = slices
-    sources, parameters = piece.get("sources"), data.get("parameters") or {}
-    fits = isinstance(sources, list) and piece.keys() <= {"sources", "parameters"} and isinstance(parameters, Mapping)
-    if not fits or not all(isinstance(source, Mapping) and "layer_range" in source for source in sources):
-        return data
-    own = piece.get("parameters") or {}
-    merged = {**parameters, **own} if isinstance(own, Mapping) else own
-    rest = {key: value for key, value in data.items() if key not in ("slices", "models", "parameters")}
-    return {**rest, "models": [dict(source) for source in sources], **({"parameters": merged} if merged else {})}

@@ -15,8 +15,6 @@ OUTPUT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 # Keys of mergekit and of our design that this version does not support, each with what to do instead.
 NOT_YET = {
-    "slices": "stacking layers is not supported in this version; merge whole models with `models`",
-    "modules": "merging single modules is not supported in this version; use filters in `parameters`",
     "tokenizer": "building a tokenizer is not supported in this version; without the key the base model's is copied",
     "tokenizer_source": "building a tokenizer is not supported in this version; without the key the base's is copied",
     "chat_template": "changing the template is not supported in this version; without the key the base's is copied",
@@ -62,7 +60,21 @@ def _dtype(value: object) -> object:
     return name
 
 
+def _layer_range(value: object) -> object:
+    """The two numbers of a range, which may also be text as in `0, 32`."""
+    if isinstance(value, str):
+        value = [int(part) if part.strip().isdecimal() else part for part in value.split(",")]
+    if value is None:
+        return None
+    numbers = [each for each in value if type(each) is int] if isinstance(value, list | tuple) else []
+    if not (isinstance(value, list | tuple) and len(numbers) == len(value) == 2 and 0 <= numbers[0] < numbers[1]):
+        expected = "the first layer and the one behind the last, as in [0, 16]"
+        raise Refusal("found {found}, expected {expected}", found=repr(value), expected=expected)
+    return tuple(numbers)
+
+
 Reference = Annotated[str, BeforeValidator(read_reference), Field(min_length=1)]
+LayerRange = Annotated[tuple[int, int] | None, BeforeValidator(_layer_range)]
 Dtype = Annotated[str | None, BeforeValidator(_dtype)]
 Edits = Annotated[
     tuple[Annotated[str | dict[str, Any], BeforeValidator(_path_or_mapping)], ...],
@@ -89,7 +101,7 @@ class ModelEntry(Strict):
     align: a transform file, or {to, method, ...} to find one before the merge. edits: changes to the model before the
     merge, each a patch file or {facts, method, ...}. rename: new names for its tensors, {old beginning: new beginning}
     or {"re:PATTERN": new text}; the first match holds, and all else about the model is about the new names.
-    layer_range: of a slice, all layers.
+    layer_range: of a slice, the first of its layers and the one behind the last.
     """
 
     model: Reference
@@ -97,7 +109,25 @@ class ModelEntry(Strict):
     align: Annotated[str | dict[str, Any] | None, BeforeValidator(_path_or_mapping)] = None
     edits: Edits = ()
     rename: Any = None
-    layer_range: tuple[int, int] | None = None
+    layer_range: LayerRange = None
+    parameters: Parameters = Field(default_factory=dict)
+
+
+class SliceEntry(Strict):
+    """Layers that follow on those of the slice before: as many of each source, merged with one another."""
+
+    sources: tuple[ModelEntry, ...] = Field(min_length=1)
+    base_model: Reference | None = None
+    parameters: Parameters = Field(default_factory=dict)
+
+
+class ModuleEntry(Strict):
+    """A part of the model with its own models or slices, and its own method if it names one."""
+
+    merge_method: str | None = None
+    models: tuple[ModelEntry, ...] = ()
+    slices: tuple[SliceEntry, ...] = ()
+    base_model: Reference | None = None
     parameters: Parameters = Field(default_factory=dict)
 
 

@@ -7,15 +7,14 @@ and every model's folder exists. The plan checks whether the tensors fit togethe
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, cast
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, ValidationInfo, model_validator
 
 from mergekit_lfm.arch.facts import FACTS
 from mergekit_lfm.errors import PlanError, Refusal, did_you_mean
-from mergekit_lfm.methods.method import REQUIRED, Method, Value
+from mergekit_lfm.methods.method import Method
 from mergekit_lfm.methods.registry import METHODS
 from mergekit_lfm.recipe.align import AlignRequest
 from mergekit_lfm.recipe.dialect import read_dialect
@@ -23,18 +22,22 @@ from mergekit_lfm.recipe.form import (
     Dtype,
     Edits,
     ModelEntry,
+    ModuleEntry,
     Parameters,
     Push,
     Reference,
+    SliceEntry,
     Strict,
     read_reference,
 )
+from mergekit_lfm.recipe.parts import Edit, Input, Part
 from mergekit_lfm.recipe.problems import Problem, parts_of, problem_at, refuse
 from mergekit_lfm.recipe.rename import rename_data
 from mergekit_lfm.recipe.requirements import missing_requirements
-from mergekit_lfm.recipe.roles import Edit, Input, Roles, assign_roles
+from mergekit_lfm.recipe.roles import read_base, read_edits
+from mergekit_lfm.recipe.structure import Structure
 from mergekit_lfm.recipe.validation import content_problems, form_problems, without_faults
-from mergekit_lfm.recipe.values import FOUND, NamedFile, Rule, as_data, value_at
+from mergekit_lfm.recipe.values import FOUND, NamedFile, as_data
 from mergekit_lfm.store.files import read_text
 from mergekit_lfm.store.yaml import read_yaml
 
@@ -50,16 +53,11 @@ def _read_allowed(value: object) -> object:
     return names
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """Every parameter's value for one output tensor: the values that all inputs share, and one mapping per input."""
-
-    shared: dict[str, Value]
-    inputs: tuple[dict[str, Value], ...]
-
-
 class Recipe(Strict):
     """A merge as the user wrote it. `dtype` is the output's unless `out_dtype` names another; arithmetic is float32.
+
+    models: merged whole; or slices: of their layers, stacked; or modules: models or slices for parts of the model,
+    which may name a method of their own. merge_method: may be left out where single models are copied.
 
     edits: changes to the result of the merge, before it is rounded. push: the result's repository on the Hub, as
     `org/name` or {repo, private}. device: where the merge is computed: cpu, cuda, cuda:1 or auto.
@@ -74,8 +72,10 @@ class Recipe(Strict):
     the working directory; `output` is relative to the working directory.
     """
 
-    merge_method: str
-    models: tuple[ModelEntry, ...]
+    merge_method: str | None = None
+    models: tuple[ModelEntry, ...] = ()
+    slices: tuple[SliceEntry, ...] = ()
+    modules: dict[str, ModuleEntry] = Field(default_factory=dict)
     base_model: Reference | None = None
     edits: Edits = ()
     parameters: Parameters = Field(default_factory=dict)
@@ -96,7 +96,9 @@ class Recipe(Strict):
     card: bool = Field(default=True, strict=True)
     tokenizer_source: Literal["base", "union"] | None = None
 
-    _roles: Roles = PrivateAttr()
+    _parts: tuple[Part, ...] = PrivateAttr()
+    _base: Input | None = PrivateAttr()
+    _result_edits: tuple[Edit, ...] = PrivateAttr()
     _text: str | None = PrivateAttr(default=None)
     _notices: tuple[str, ...] = PrivateAttr(default=())
 
@@ -124,7 +126,7 @@ class Recipe(Strict):
             ours, notices = read_dialect(data, cls.model_fields)
             recipe = cls.model_validate(ours, context={"where": where, "whole": True})
             recipe._text = source if isinstance(source, str) else None
-            recipe._notices = notices
+            recipe._notices = (*notices, *recipe._notices)
             return recipe
         except ValidationError as error:
             problems = [*content_problems(error), *form_problems(error, cls)]
@@ -143,23 +145,54 @@ class Recipe(Strict):
     @model_validator(mode="after")
     def _check(self, info: ValidationInfo) -> Self:
         context = info.context or {"where": None, "whole": True}
-        method = METHODS.get(self.merge_method)
-        if method is None:
-            words = {"found": repr(self.merge_method), "cure": did_you_mean(self.merge_method, METHODS)}
-            raise PlanError("{place}: unknown method {found}, {cure}", place="merge_method", **words)
-        roles, problems = assign_roles(
-            method, self.models, self.base_model, self.parameters, self.edits, context["where"]
-        )
-        problems += self._check_keep(roles)
+        methods = self._find_methods()
+        base, problems = read_base(self.base_model, context["where"], "base_model")
+        structure = Structure(tuple(dict.fromkeys(methods.values())), context["where"])
+        if self.modules:
+            structure.read_modules(self.modules, methods, base, self.parameters)
+        elif self.slices:
+            structure.read_slices(self.slices, base, [("parameters", self.parameters)])
+        else:
+            structure.read_models(self.models, base, self.parameters)
+        edits, wrong = read_edits(self.edits, context["where"], "edits")
+        parts = structure.parts
+        problems += [*structure.problems, *structure.conflicts(), *wrong]
+        if base is not None and not self.slices and not self.modules:
+            base = parts[0].base
+        self._parts, self._base, self._result_edits = tuple(parts), base, edits
+        problems += self._check_keep()
         if context["whole"]:  # the rest of a recipe may lack what its wrong keys were to give
-            problems = problems or missing_requirements(method, roles)
-        refuse(problems)
-        self._roles = roles
+            problems = problems or [problem for part in parts for problem in missing_requirements(part)]
+        refuse(list({str(problem): problem for problem in problems}.values()))
+        self._notices = tuple(dict.fromkeys(structure.notices))
         return self
 
-    def _check_keep(self, roles: Roles) -> list[Problem]:
+    def _find_methods(self) -> dict[str, Method]:
+        """The methods of the modules by their names, and of the whole by "". Raises PlanError for an unknown one."""
+        given = [key for key in ("models", "slices", "modules") if getattr(self, key)]
+        if len(given) > 1:
+            raise PlanError(f"found {' and '.join(f'`{key}`' for key in given)}, expected one of them")
+        required = [] if given else [*(["merge_method"] if self.merge_method is None else []), "models"]
+        refuse([Problem(place, "required") for place in required])
+        alone = [self.models, *(each.sources for each in self.slices)]
+        copied = not self.modules and all(len(models) <= 1 for models in alone)
+        names = {name: entry.merge_method or self.merge_method for name, entry in self.modules.items()}
+        if self.merge_method is not None or not self.modules:
+            names = {"": self.merge_method or ("passthrough" if copied and given else None), **names}
+        methods = {}
+        for module, name in names.items():
+            place = f"modules.{module}.merge_method" if module and self.modules[module].merge_method else "merge_method"
+            if name is None:
+                raise PlanError("{place}: required", place=place)
+            if name not in METHODS:
+                words = {"found": repr(name), "cure": did_you_mean(name, METHODS)}
+                raise PlanError("{place}: unknown method {found}, {cure}", place=place, **words)
+            methods[module] = METHODS[name]
+        return methods
+
+    def _check_keep(self) -> list[Problem]:
         """A problem for each value of `keep` that does not name a model."""
-        known = {"base", "drop", *(model.label for model in (*roles.lines, *([roles.base] if roles.base else [])))}
+        known = {"base", "drop", *(model.label for model in self.all_models)}
         return [
             problem_at(
                 f"keep.{part}",
@@ -191,96 +224,57 @@ class Recipe(Strict):
     @property
     def notices(self) -> tuple[str, ...]:
         """The entries of the recipe without an effect here, a line for each."""
-        return (*self._notices, *self._roles.notices)
+        return self._notices
 
     @property
-    def method(self) -> Method:
-        """The merge method."""
-        return METHODS[self.merge_method]
+    def parts(self) -> tuple[Part, ...]:
+        """What the recipe merges, by the models and the method."""
+        return self._parts
+
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        """The methods of the parts, each once."""
+        return tuple(dict.fromkeys(part.method for part in self.parts))
 
     @property
     def base(self) -> Input | None:
-        """The base model; with some methods it is also one of the inputs."""
-        return self._roles.base
+        """The base model of the top level; with some methods it is also one of the inputs."""
+        return self._base
 
     @property
-    def inputs(self) -> tuple[Input, ...]:
-        """The method's inputs in the recipe's order."""
-        return self._roles.inputs
+    def template(self) -> Input:
+        """The model whose form the result has: the base, else the first."""
+        return self._base or self.parts[0].base or self.parts[0].inputs[0]
 
     @property
     def statistics(self) -> tuple[NamedFile, ...]:
-        """The statistics file of each input, or () if the method takes no statistics."""
-        return tuple(model.stats for model in self.inputs if model.stats is not None)
+        """The statistics files of the inputs, part by part."""
+        return tuple(file for part in self.parts for file in part.statistics)
 
     @property
     def result_edits(self) -> tuple[Edit, ...]:
         """The edits of the merge's result, in order."""
-        return self._roles.edits
+        return self._result_edits
 
     def without_result_edits(self) -> Recipe:
         """The recipe without the edits of its result."""
         plain = self.model_copy(update={"edits": ()})
-        plain._roles = replace(self._roles, edits=())
+        plain._result_edits = ()
         return plain
 
     @property
     def all_models(self) -> tuple[Input, ...]:
         """Every model the recipe reads, the base first."""
         base = () if self.base is None else (self.base,)
-        return tuple(dict.fromkeys((*base, *self.inputs)))
-
-    def settings(self, tensor: str, layer: tuple[int, int] | None) -> Settings:
-        """The values of all parameters for the output tensor `tensor` in layer (index, count), None outside the layers.
-
-        A model's own settings win over the top level's, and these over the method's default. Raises PlanError if a
-        parameter without a default has filters but none matches.
-        """
-        shared, problems = self._values(None, tensor, layer)
-        inputs = [self._values(model, tensor, layer) for model in self.inputs]
-        refuse([*problems, *(problem for _, missing in inputs for problem in missing)])
-        return Settings(shared, tuple(values for values, _ in inputs))
-
-    @property
-    def rules(self) -> tuple[Rule, ...]:
-        """The rules of all settings."""
-        settings = [self._roles.settings, *(model.settings for model in self.inputs)]
-        return tuple(rule for values in settings for setting in values.values() for rule in setting)
-
-    def _values(
-        self, model: Input | None, tensor: str, layer: tuple[int, int] | None
-    ) -> tuple[dict[str, Value], list[Problem]]:
-        """The per-input values of `model`, or the shared ones for None; and a problem for each without a value."""
-        scopes = [model.settings, self._roles.settings] if model else [self._roles.settings]
-        values: dict[str, Value] = {}
-        missing: list[Problem] = []
-        for parameter in (p for p in self.method.parameters if p.per_input == (model is not None)):
-            name = parameter.name
-            candidates = (value_at(scope[name], parameter, tensor, layer) for scope in scopes if name in scope)
-            value = next((candidate[0] for candidate in candidates if candidate is not None), parameter.default)
-            if value is REQUIRED:
-                place = f"{model.place}." if model else ""
-                text = f"no filter matches {tensor}; add an entry without a filter"
-                missing.append(Problem(f"{place}parameters.{name}", text))
-            else:
-                values[name] = cast(Value, value)
-        return values, missing
+        return tuple(dict.fromkeys((*base, *(model for part in self.parts for model in part.models))))
 
     def normalised(self) -> dict[str, Any]:
         """The recipe in one canonical JSON-able form, which parses back to the same merge on any machine."""
-        models = [
-            {"model": line.ref, "parameters": {k: as_data(v) for k, v in sorted(line.settings.items())}}
-            | ({} if line.stats is None else {"stats": line.stats.ref})
-            | _align_data(line.align)
-            | _edits_data(line.edits)
-            | ({"rename": rename_data(line.rename)} if line.rename else {})
-            for line in self._roles.lines
-        ]
         return {
             "merge_method": self.merge_method,
             "base_model": self.base_model,
-            "models": models,
-            "parameters": {k: as_data(v) for k, v in sorted(self._roles.settings.items())},
+            **self._structure_data(),
+            "parameters": self._settings_data("parameters"),
             "dtype": self.dtype,
             "out_dtype": self.out_dtype,
             "seed": self.seed,
@@ -290,6 +284,57 @@ class Recipe(Strict):
             **({"rows": self.rows} if self.rows else {}),
             **({"allow": sorted(self.allow)} if self.allow else {}),
         }
+
+    def _structure_data(self) -> dict[str, Any]:
+        """The models, slices or modules."""
+        if self.modules:
+            return {"modules": {name: self._module_data(name, entry) for name, entry in self.modules.items()}}
+        if self.slices:
+            return {
+                "slices": [self._slice_data(part, entry) for part, entry in zip(self.parts, self.slices, strict=True)]
+            }
+        return {"models": [_line_data(line) for line in self.parts[0].lines]}
+
+    def _module_data(self, name: str, entry: ModuleEntry) -> dict[str, Any]:
+        parts = [part for part in self.parts if part.module == name]
+        models: dict[str, Any] = {"models": [_line_data(line) for line in parts[0].lines]}
+        if entry.slices:
+            models = {
+                "slices": [self._slice_data(part, piece) for part, piece in zip(parts, entry.slices, strict=True)]
+            }
+        own = {"merge_method": entry.merge_method, "base_model": entry.base_model}
+        settings = self._settings_data(f"modules.{name}.parameters")
+        return (
+            {key: value for key, value in own.items() if value}
+            | models
+            | ({"parameters": settings} if settings else {})
+        )
+
+    def _slice_data(self, part: Part, entry: SliceEntry) -> dict[str, Any]:
+        settings = self._settings_data(part.place.replace(".sources", ".parameters"))
+        return {
+            "sources": [_line_data(line) for line in part.lines],
+            **({"base_model": entry.base_model} if entry.base_model else {}),
+            **({"parameters": settings} if settings else {}),
+        }
+
+    def _settings_data(self, place: str) -> dict[str, Any]:
+        """The settings of a mapping `parameters`, which several parts may read."""
+        scopes = [scope for part in self.parts for scope in part.scopes if scope.place == place]
+        return {k: as_data(v) for k, v in sorted({k: v for scope in scopes for k, v in scope.settings.items()}.items())}
+
+
+def _line_data(line: Input) -> dict[str, Any]:
+    """A model's line in the canonical form."""
+    return (
+        {"model": line.ref}
+        | ({} if line.layers is None else {"layer_range": list(line.layers)})
+        | {"parameters": {k: as_data(v) for k, v in sorted(line.settings.items())}}
+        | ({} if line.stats is None else {"stats": line.stats.ref})
+        | _align_data(line.align)
+        | _edits_data(line.edits)
+        | ({"rename": rename_data(line.rename)} if line.rename else {})
+    )
 
 
 def _align_data(align: NamedFile | AlignRequest | None) -> dict[str, Any]:

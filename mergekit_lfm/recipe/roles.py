@@ -1,4 +1,4 @@
-"""Read a recipe's models, assign them their roles in its method, and check their settings.
+"""Read the models of a part of a recipe, assign them their roles in its method, and check their settings.
 
 A check returns its problems, each with its place in the recipe, so that a user sees all of them at once.
 """
@@ -6,101 +6,98 @@ A check returns its problems, each with its place in the recipe, so that a user 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mergekit_lfm.errors import did_you_mean
 from mergekit_lfm.methods.method import Method
+from mergekit_lfm.methods.registry import METHODS
 from mergekit_lfm.recipe.align import AlignRequest, read_align_request
-from mergekit_lfm.recipe.edit import EditRequest, read_edit_request
+from mergekit_lfm.recipe.edit import read_edit_request
 from mergekit_lfm.recipe.files import find_model, read_file
 from mergekit_lfm.recipe.form import ModelEntry
+from mergekit_lfm.recipe.parts import Edit, Input, Part, Scope, Slice
 from mergekit_lfm.recipe.problems import Problem, attempt, problem_at
 from mergekit_lfm.recipe.rename import RenameRule, read_rename
 from mergekit_lfm.recipe.values import NamedFile, Setting, read_setting
 from mergekit_lfm.store.hub import HubName
 
-# Parameters of mergekit that change its memory use but never a result.
-_WITHOUT_EFFECT = frozenset({"int8_mask"})
+# Parameters of mergekit that never change a result.
+_WITHOUT_EFFECT = {"int8_mask": "masks take no memory to speak of"}
 
 
-Edit = NamedFile | EditRequest
+def read_base(ref: str | None, where: Path | None, place: str) -> tuple[Input | None, list[Problem]]:
+    """The base model that a recipe names."""
+    if ref is None:
+        return None, []
+    source, problems = _read_source(ref, where, place)
+    return Input(ref, source, ref, place=place), problems
 
 
-@dataclass(frozen=True, slots=True)
-class Input:
-    """A model of a recipe: `ref` as written, its `source`, and a `label` unique in the recipe.
+def read_scope(raw: Mapping[str, Any], methods: Sequence[Method], place: str) -> tuple[Scope, list[str], list[Problem]]:
+    """The settings of a mapping `parameters` for the first of the methods, notices and problems.
 
-    source: the absolute path of its folder, or its name on the Hub. rename: new names for its tensors, which all else
-    sees. align: the transform file that rewrites it before the merge, or the request to find one. edits: patch files
-    that change it before the merge, or requests to make one. These are the model; the rest is of its line in the
-    recipe. place: of the line, in messages. settings: its own.
+    methods: all that the recipe merges with: what another one has is no mistake.
     """
-
-    ref: str
-    source: Path | HubName
-    label: str
-    align: NamedFile | AlignRequest | None = None
-    edits: tuple[Edit, ...] = ()
-    rename: tuple[RenameRule, ...] = ()
-    place: str = field(default="base_model", compare=False)
-    settings: Mapping[str, Setting] = field(default_factory=dict, compare=False)
-    stats: NamedFile | None = field(default=None, compare=False)
-
-
-@dataclass(frozen=True, slots=True)
-class Roles:
-    """A recipe's models as written (`lines`) and by role in the method, and the top level's settings.
-
-    edits: of the result. notices: about entries without effect.
-    """
-
-    base: Input | None
-    lines: tuple[Input, ...]
-    inputs: tuple[Input, ...]
-    settings: Mapping[str, Setting]
-    edits: tuple[Edit, ...] = ()
-    notices: tuple[str, ...] = ()
+    settings, notices, problems = _read_settings(raw, methods, place, own=False)
+    return Scope(place, settings), notices, problems
 
 
 def assign_roles(
-    method: Method,
+    methods: Sequence[Method],
     models: Sequence[ModelEntry],
-    base_ref: str | None,
-    parameters: Mapping[str, Any],
-    edits: Sequence[str | Mapping[str, Any]],
+    base: Input | None,
+    scopes: tuple[Scope, ...],
     where: Path | None,
-) -> tuple[Roles, list[Problem]]:
-    """The roles of `models` and of the base, and the result's edits; and all problems."""
-    base, problems = None, list[Problem]()
-    if base_ref is not None:
-        source, problems = _read_source(base_ref, where, "base_model")
-        base = Input(base_ref, source, base_ref)
-    lines: list[Input] = []
+    *,
+    place: str = "models",
+    module: str | None = None,
+    slice: Slice | None = None,
+) -> tuple[Part, list[str], list[Problem]]:
+    """The part of a recipe that the first of `methods` makes from `models`; notices and problems.
+
+    base: in a slice or a module it is an input only where it is listed, unless the method subtracts it.
+    """
+    lines, notices, problems = list[Input](), list[str](), list[Problem]()
     for i, entry in enumerate(models):
-        line, wrong = _read_line(entry, f"models[{i}]", method, base, lines, where)
+        line, told, wrong = _read_line(entry, f"{place}[{i}]", methods, base, lines, where)
         if base is not None and replace(line, rename=()) == base:
             base = replace(base, rename=line.rename)
         lines.append(line)
+        notices += told
         problems += wrong
     lines, wrong_aligns = _read_aligns(models, lines, base, where)
-    inputs, notices = _choose_inputs(method, base, lines)
-    shared, wrong_settings = _read_settings(parameters, method, "parameters", own=False)
-    of_result, wrong_edits = _read_edits(edits, where, "edits")
-    problems += [*wrong_aligns, *wrong_settings, *wrong_edits]
-    return Roles(base, tuple(lines), inputs, shared, of_result, notices), problems
+    method = methods[0]
+    if method.base == "member" and place != "models" and base not in lines:
+        base = None
+    if base is not None and base in lines:
+        base = replace(base, layers=next(line.layers for line in lines if line == base))
+    elif base is not None:
+        spans = {line.layers for line in lines}
+        if len(spans) > 1:
+            text = f"{base.ref}, the base, is not among the sources of this slice, which have different layers; list it"
+            problems.append(Problem(place, text))
+        base = replace(base, layers=next(iter(spans), None))
+    inputs, of_base = _choose_inputs(method, base, lines, whole=place == "models")
+    part = Part(method, base, tuple(lines), inputs, scopes, place, module, slice)
+    return part, [*notices, *of_base], [*problems, *wrong_aligns]
 
 
 def _read_line(
-    entry: ModelEntry, place: str, method: Method, base: Input | None, before: Sequence[Input], where: Path | None
-) -> tuple[Input, list[Problem]]:
+    entry: ModelEntry,
+    place: str,
+    methods: Sequence[Method],
+    base: Input | None,
+    before: Sequence[Input],
+    where: Path | None,
+) -> tuple[Input, list[str], list[Problem]]:
     """The model of a line, all but its alignment. before: the lines above."""
     source, problems = _read_source(entry.model, where, f"{place}.model")
-    settings, wrong_settings = _read_settings(entry.parameters, method, f"{place}.parameters", own=True)
-    stats, wrong_stats = _read_stats(entry.stats, method, where, f"{place}.stats")
-    edits, wrong_edits = _read_edits(entry.edits, where, f"{place}.edits")
+    settings, notices, wrong_settings = _read_settings(entry.parameters, methods, f"{place}.parameters", own=True)
+    stats, wrong_stats = _read_stats(entry.stats, methods[0], where, f"{place}.stats")
+    edits, wrong_edits = read_edits(entry.edits, where, f"{place}.edits")
     rename, wrong_names = _read_rename(entry.rename, f"{place}.rename")
     problems += [*wrong_settings, *wrong_stats, *wrong_names, *wrong_edits]
     if edits and entry.stats is not None:
@@ -116,7 +113,10 @@ def _read_line(
         )
         problems.append(Problem(place, text))
     model = _name_model(entry.model, source, base, before, apart=bool(entry.edits))
-    return replace(model, edits=edits, rename=rename, place=place, settings=settings, stats=stats), problems
+    line = replace(
+        model, edits=edits, rename=rename, place=place, settings=settings, stats=stats, layers=entry.layer_range
+    )
+    return line, notices, problems
 
 
 def _read_rename(raw: object, place: str) -> tuple[tuple[RenameRule, ...], list[Problem]]:
@@ -133,15 +133,27 @@ def _read_source(ref: str, where: Path | None, place: str) -> tuple[Path | HubNa
 
 
 def _read_settings(
-    raw: Mapping[str, Any], method: Method, place: str, *, own: bool
-) -> tuple[dict[str, Setting], list[Problem]]:
-    """The settings in a mapping `parameters`; `own` if it belongs to one model."""
-    known = {parameter.name: parameter for parameter in method.parameters}
+    raw: Mapping[str, Any], methods: Sequence[Method], place: str, *, own: bool
+) -> tuple[dict[str, Setting], list[str], list[Problem]]:
+    """The settings in a mapping `parameters`, notices and problems; `own` if it belongs to one model.
+
+    A parameter of another method of the recipe is for that; one of any other merge method has no effect.
+    """
+    method, known = methods[0], {parameter.name: parameter for parameter in methods[0].parameters}
+    others = {parameter.name for method in methods for parameter in method.parameters}
+    elsewhere = {parameter.name for method in METHODS.values() for parameter in method.parameters}
     settings: dict[str, Setting] = {}
+    notices: list[str] = []
     problems: list[Problem] = []
     for name, value in raw.items():
         at = f"{place}.{name}"
         if name in _WITHOUT_EFFECT:
+            notices.append(f"{at} has no effect here: {_WITHOUT_EFFECT[name]}")
+            continue
+        if name in others and name not in known:
+            continue
+        if name in elsewhere and name not in known:
+            notices.append(f"{at} has no effect here: {method.name} has no such parameter")
             continue
         if name not in known:
             cure = did_you_mean(name, known)
@@ -155,7 +167,7 @@ def _read_settings(
         problems += wrong
         if setting is not None:
             settings[name] = setting
-    return settings, problems
+    return settings, notices, problems
 
 
 def _read_stats(
@@ -169,7 +181,7 @@ def _read_stats(
     return read_file(ref, where, place, "a file made by `mergekit-lfm stats`")
 
 
-def _read_edits(
+def read_edits(
     edits: Sequence[str | Mapping[str, Any]], where: Path | None, place: str
 ) -> tuple[tuple[Edit, ...], list[Problem]]:
     """The patch files, and checked requests for edits still to be made."""
@@ -233,15 +245,18 @@ def _name_model(ref: str, source: Path | HubName, base: Input | None, before: Se
 
 
 def _choose_inputs(
-    method: Method, base: Input | None, lines: Sequence[Input]
+    method: Method, base: Input | None, lines: Sequence[Input], *, whole: bool
 ) -> tuple[tuple[Input, ...], tuple[str, ...]]:
-    """The method's inputs among the lines and the base, and a notice of parameters that a base does not have."""
+    """The method's inputs among the lines and the base, and a notice of parameters that a base does not have.
+
+    whole: True for the models of a recipe without slices and modules, among which the base always is.
+    """
     others = tuple(line for line in lines if line != base)
     if base is None:
         return others, ()
     listed = next((line for line in lines if line == base), base)
     if method.base == "member":
-        return tuple(lines) if base in lines else (*lines, base), ()
+        return tuple(lines) if base in lines or not whole else (*lines, base), ()
     if method.base == "first":
         return (listed, *others), ()
     names = ", ".join(f"`{name}`" for name in listed.settings)

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from mergekit_lfm.errors import Refusal, did_you_mean
-from mergekit_lfm.recipe.form import NOT_YET, ModelEntry, Push, Strict
+from mergekit_lfm.recipe.form import NOT_YET, ModelEntry, ModuleEntry, Push, SliceEntry, Strict
 from mergekit_lfm.recipe.problems import Problem, problem_at
 from mergekit_lfm.recipe.values import FOUND
 
@@ -37,16 +37,13 @@ def _problems_of(place: str, error: ValueError) -> list[Problem]:
 def form_problems(error: ValidationError, recipe: type[Strict]) -> Iterator[Problem]:
     """The problems of form in the data of a recipe, whose form is `recipe`."""
     details = error.errors(include_url=False)
-    unknown = {detail["loc"] for detail in details if detail["type"] == "extra_forbidden"}
     for detail in details:
         kind, path, value = detail["type"], detail["loc"], detail["input"]
         key_path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
         if path == ():
             continue
-        if kind == "missing" and path == ("models",) and unknown & {("slices",), ("modules",)}:
-            continue
         if kind == "extra_forbidden":
-            form = recipe if len(path) == 1 else Push if path[0] == "push" else ModelEntry
+            form = _form_at(path, recipe)
             key = str(path[-1])
             cure = did_you_mean(key, form.model_fields)
             unknown_key = problem_at(key_path, "unknown key, {cure}", found=key, cure=cure)
@@ -59,6 +56,15 @@ def form_problems(error: ValidationError, recipe: type[Strict]) -> Iterator[Prob
             found, expected = f"{value!r:.60}", EXPECTED.get(kind, detail["msg"].removeprefix(SHOULD))
             told = kind in EXPECTED or detail["msg"].startswith(SHOULD)
             yield problem_at(key_path, FOUND if told else "found {found}, {expected}", found=found, expected=expected)
+
+
+def _form_at(path: tuple[int | str, ...], recipe: type[Strict]) -> type[Strict]:
+    """The form that has an unknown key at a path."""
+    if len(path) < 3:
+        return Push if path[0] == "push" else recipe
+    forms: dict[str, type[Strict]] = {"models": ModelEntry, "sources": ModelEntry}
+    forms |= {"slices": SliceEntry, "modules": ModuleEntry}
+    return forms[str(path[-3])]
 
 
 def without_faults(data: Mapping[str, Any], error: ValidationError) -> dict[str, Any]:

@@ -151,23 +151,25 @@ def bound_text(bound: float) -> str:
     return str(bound) if isinstance(bound, int) else f"{bound:g}"
 
 
-def value_at(setting: Setting, parameter: Parameter, tensor: str, layer: tuple[int, int] | None) -> tuple[Value] | None:
-    """The value for `tensor` in layer (index, count), as a tuple of one; None if no rule matches.
+def find_rule(setting: Setting, tensor: str) -> Rule | None:
+    """The first rule that applies to `tensor`, None without one."""
+    return next((rule for rule in setting if rule.matches(tensor)), None)
+
+
+def value_of(rule: Rule, parameter: Parameter, layer: tuple[int, int] | None) -> Value:
+    """The value for a tensor in layer (index, count).
 
     The position runs from 0 in the first layer to 1 in the last; a single layer is at 1, and tensors outside the layers
     (layer None: embeddings, final norm, head) are at 0.
     """
-    rule = next((rule for rule in setting if rule.matches(tensor)), None)
-    if rule is None:
-        return None
     index, count = layer or (0, 2)
     last = len(rule.values) - 1
     left, rest = divmod(index * last, count - 1) if count > 1 else (last, 0)
     if parameter.kind != "float" or rest == 0:
-        return (rule.values[left],)
+        return rule.values[left]
     low, high = (float(value) for value in rule.values[left : left + 2] if value is not None)
     share = rest / (count - 1)
-    return ((1 - share) * low + share * high,)
+    return (1 - share) * low + share * high
 
 
 def as_data(setting: Setting) -> Any:

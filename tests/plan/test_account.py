@@ -55,7 +55,7 @@ def places(plan: Plan) -> dict[tuple[str, str], list[str]]:
         if (label, name) in found:  # else it is about rows
             found[label, name].append(f"dropped: {why}")
     for job in plan.tensors:
-        for i, name in job.match.sources.items():
+        for i, name in job.match.sources.values():
             found[plan.labels[i], plan.models[i].name_in_files(name)].append(job.name)
         for i, name in (twin for _, twin in job.match.twins if twin[1] in job.names):
             found[plan.labels[i], plan.models[i].name_in_files(name)].append(job.name)

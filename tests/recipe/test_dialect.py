@@ -50,19 +50,6 @@ def test_one_slice_over_all_layers_is_models(models: list[str], tmp_path: Path) 
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("ranges", [((0, 1), (0, 1)), ((0, 2), (1, 2))])
-def test_a_part_of_the_layers_is_refused(models: list[str], ranges: tuple[tuple[int, int], ...]) -> None:
-    with pytest.raises(PlanError, match=r"layer_range: found \[\d, \d\], the models have 2 layers: stacking"):
-        make_plan(Recipe.parse(slices(models, *ranges)))
-
-
-def test_several_slices_are_refused(models: list[str]) -> None:
-    recipe = slices(models, (0, 2), (0, 2))
-    recipe["slices"] *= 2
-    with pytest.raises(PlanError, match="slices: stacking layers is not supported"):
-        Recipe.parse(recipe)
-
-
 @pytest.mark.parametrize("method", ["ties", "dare_linear", "task_arithmetic"])
 def test_parameters_of_a_base_that_is_subtracted_have_no_effect(models: list[str], tmp_path: Path, method: str) -> None:
     lines = [{"model": model, "parameters": {"weight": 0.3, "density": 0.5}} for model in models]
@@ -75,12 +62,15 @@ def test_parameters_of_a_base_that_is_subtracted_have_no_effect(models: list[str
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_a_default_at_the_top_level_has_no_effect_and_another_value_is_refused(models: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("key", "value"), [("normalize", False), ("int8_mask", True), ("random_seed", 7), ("name", "x"), ("embed_slerp", 1)]
+)
+def test_keys_that_mergekit_does_not_read_have_no_effect(models: list[str], key: str, value: Any) -> None:
     lines = [{"model": model, "parameters": {"weight": 0.5}} for model in models]
-    recipe = {"merge_method": "linear", "models": lines, "normalize": True}
-    assert "`normalize` at the top level has no effect here" in Recipe.parse(recipe).notices[0]
-    with pytest.raises(PlanError, match="normalize: unknown key"):
-        Recipe.parse({**recipe, "normalize": False})
+    recipe = {"merge_method": "linear", "models": lines}
+    (notice,) = Recipe.parse({**recipe, key: value}).notices
+    assert notice.startswith(f"`{key}` at the top level has no effect here: ")
+    assert Recipe.parse({**recipe, key: value}).normalised() == Recipe.parse(recipe).normalised()
 
 
 @pytest.mark.parametrize("source", ["base", "union"])

@@ -19,7 +19,7 @@ from mergekit_lfm.methods.method import REQUIRED, Parameter
 from mergekit_lfm.methods.registry import METHODS
 from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.recipe.settings import SettingsTable
-from mergekit_lfm.recipe.values import as_data, read_setting, value_at
+from mergekit_lfm.recipe.values import as_data, find_rule, read_setting, value_of
 
 WEIGHT = Parameter("weight", REQUIRED, per_input=True, doc="")
 Q0, LAST = "model.layers.0.self_attn.q_proj.weight", (3, 4)
@@ -56,11 +56,11 @@ def refused(recipe):
 
 
 def weights(recipe, tensor=Q0, layer=None):
-    return [values["weight"] for values in Recipe.parse(recipe).settings(tensor, layer).inputs]
+    return [values["weight"] for values in Recipe.parse(recipe).parts[0].settings(tensor, layer).inputs]
 
 
 def t_of(setting, tensor=Q0, layer=None):
-    return Recipe.parse(slerp(setting)).settings(tensor, layer).shared["t"]
+    return Recipe.parse(slerp(setting)).parts[0].settings(tensor, layer).shared["t"]
 
 
 # Scopes, filters, gradients
@@ -69,7 +69,7 @@ def t_of(setting, tensor=Q0, layer=None):
 def test_a_models_own_value_comes_before_the_top_levels_and_that_before_the_default():
     entries = [{"model": "A", "parameters": {"weight": 1}}, {"model": "B"}]
     ties = {"merge_method": "ties", "base_model": "BASE", "models": entries, "parameters": {"weight": 5}}
-    settings = Recipe.parse(ties).settings(Q0, None)
+    settings = Recipe.parse(ties).parts[0].settings(Q0, None)
     assert [values["weight"] for values in settings.inputs] == [1, 5]
     assert [values["density"] for values in settings.inputs] == [1, 1]
     assert settings.shared["normalize"] is True
@@ -114,30 +114,28 @@ def test_gradients_are_piecewise_linear(points, layer):
     index, count = layer
     position = 1.0 if count == 1 else index / (count - 1)
     expected = np.interp(position, np.linspace(0, 1, len(points)), points) if len(points) > 1 else points[0]
-    values = value_at(read_setting(points, WEIGHT), WEIGHT, "x", layer)
-    assert values is not None
-    (value,) = values
+    (rule,) = read_setting(points, WEIGHT)
+    value = value_of(rule, WEIGHT, layer)
     assert value == pytest.approx(expected, rel=1e-9, abs=1e-9)
 
 
 def test_gradients_of_switches_take_turns():
     normalize = Parameter("normalize", True, per_input=False, kind="bool", doc="")
-    setting = read_setting([True, False, True], normalize)
-    values = [value_at(setting, normalize, "x", (i, 5)) for i in range(5)]
-    assert values == [(True,), (True,), (False,), (False,), (True,)]
+    (rule,) = read_setting([True, False, True], normalize)
+    assert [value_of(rule, normalize, (i, 5)) for i in range(5)] == [True, True, False, False, True]
 
 
 def test_numbers_may_be_text():
     assert weights(linear(parameters={"weight": "1e-1"}, models=[{"model": "A"}])) == [0.1]
-    assert Recipe.parse("merge_method: linear\nmodels: [{model: A, parameters: {weight: [1e-1, 2]}}]").settings(
-        Q0, (0, 2)
-    ).inputs == ({"weight": 0.1},)
+    assert Recipe.parse("merge_method: linear\nmodels: [{model: A, parameters: {weight: [1e-1, 2]}}]").parts[
+        0
+    ].settings(Q0, (0, 2)).inputs == ({"weight": 0.1},)
 
 
 def test_a_filter_that_misses_names_the_tensor_and_the_parameter():
     recipe = Recipe.parse(slerp([{"filter": "mlp", "value": 1}]))
     with pytest.raises(PlanError, match=r"parameters\.t: no filter matches model\.layers\.0\.self_attn"):
-        recipe.settings(Q0, None)
+        recipe.parts[0].settings(Q0, None)
 
 
 def test_mergekits_int8_mask_is_read_and_changes_nothing():
@@ -150,7 +148,7 @@ def test_mergekits_int8_mask_is_read_and_changes_nothing():
 
 def labels(recipe):
     parsed = Recipe.parse(recipe)
-    return [model.label for model in parsed.inputs], [model.label for model in parsed.all_models]
+    return [model.label for model in parsed.parts[0].inputs], [model.label for model in parsed.all_models]
 
 
 def test_the_base_is_not_an_input_if_deltas_are_merged():
@@ -181,8 +179,8 @@ def test_the_same_model_written_in_two_ways_is_one_base():
 def test_a_model_given_twice_is_two_inputs_with_labels_of_their_own():
     entries = [{"model": "A", "parameters": {"weight": 1}}, {"model": "A", "parameters": {"weight": 2}}]
     recipe = Recipe.parse(linear(models=entries))
-    assert [model.label for model in recipe.inputs] == ["A", "A (2)"]
-    assert len({model.source for model in recipe.inputs}) == 1
+    assert [model.label for model in recipe.parts[0].inputs] == ["A", "A (2)"]
+    assert len({model.source for model in recipe.parts[0].inputs}) == 1
     assert weights(linear(models=entries)) == [1, 2]
 
 
@@ -190,7 +188,7 @@ def test_paths_are_relative_to_the_recipe_then_to_the_working_directory(models):
     folder = models / "recipes"
     (folder / "A").mkdir(parents=True)
     recipe = Recipe.parse(linear(), where=folder)
-    assert [model.source for model in recipe.inputs] == [(folder / "A").resolve(), (models / "B").resolve()]
+    assert [model.source for model in recipe.parts[0].inputs] == [(folder / "A").resolve(), (models / "B").resolve()]
     (models / "B").rmdir()
     with pytest.raises(PlanError) as caught:
         Recipe.parse(linear(), where=folder)
@@ -200,7 +198,7 @@ def test_paths_are_relative_to_the_recipe_then_to_the_working_directory(models):
 def test_references_may_be_mappings_or_paths(models):
     for ref in ({"model": {"path": "A"}}, {"model": {"path": "A", "revision": None}, "lora": None}, models / "A"):
         entries = [{"model": ref, "parameters": {"weight": 1}}]
-        assert Recipe.parse(linear(models=entries)).inputs[0].source == (models / "A").resolve()
+        assert Recipe.parse(linear(models=entries)).parts[0].inputs[0].source == (models / "A").resolve()
 
 
 def test_a_folder_whose_name_holds_a_plus_is_a_folder(models):
@@ -241,7 +239,7 @@ def test_all_problems_come_in_one_message(models):
     [
         ({"merge_method": "lineer"}, "did you mean linear?"),
         ({"merge_method": 3}, "merge_method: found 3, expected text"),
-        ({"models": []}, "models: linear takes at least 1 model; found 0: none"),
+        ({"models": []}, "models: required"),
         ({"models": "A"}, "models: found 'A', expected a list of models"),
         ({"models": ["A"]}, "models[0]: found 'A', expected a mapping such as {model: path"),
         ({"models": [{}]}, "models[0].model: required"),
@@ -251,8 +249,8 @@ def test_all_problems_come_in_one_message(models):
         ({"seed": True}, "seed: found True"),
         ({"dtype": "int64"}, "dtype: found 'int64'"),
         ({"out_dtype": "float8_e4m3fn"}, "out_dtype: found 'float8_e4m3fn'"),
-        ({"slices": [{}]}, "slices: stacking layers is not supported"),
-        ({"modules": {"text": {}}}, "modules: merging single modules is not supported"),
+        ({"slices": [{}]}, "slices[0].sources: required"),
+        ({"modules": {"text": {}}}, "found `models` and `modules`, expected one of them"),
         ({"tokenizer_source": "model:A"}, "tokenizer_source: found 'model:A', expected 'base' or 'union'"),
         ({"tokenizer": {"source": "base"}}, "tokenizer: building a tokenizer is not supported"),
         ({"chat_template": "auto"}, "chat_template: changing the template is not supported"),
@@ -446,7 +444,7 @@ def test_settings_read_back_from_their_data(rules):
 def test_a_copy_with_another_seed_is_the_same_merge():
     recipe = Recipe.parse(linear()).model_copy(update={"seed": 7})
     assert recipe.normalised() == Recipe.parse(linear(seed=7)).normalised()
-    assert [model.label for model in recipe.inputs] == ["A", "B"]
+    assert [model.label for model in recipe.parts[0].inputs] == ["A", "B"]
 
 
 def test_every_default_is_a_value_that_a_recipe_could_give():
@@ -482,9 +480,9 @@ def test_a_table_of_settings_has_those_of_the_recipe() -> None:
             "parameters": {"density": 0.7},
         }
     )
-    table = SettingsTable(recipe)
+    table = SettingsTable(recipe.parts[0])
     names = [f"model.layers.{i}.{part}.weight" for i in range(3) for part in ("mlp.up", "mlp.down", "attn.q")]
     places = [*((name, (int(name.split(".")[2]), 3)) for name in names), ("norm.weight", None)]
     found = [table.of(*place) for place in places]
-    assert found == [recipe.settings(*place) for place in places]
+    assert found == [recipe.parts[0].settings(*place) for place in places]
     assert found[0] is found[1] and len({id(settings) for settings in found}) == 7

@@ -109,7 +109,7 @@ def test_the_base_is_renamed_by_its_line(models: Path) -> None:
     lines = [{"model": "b", "rename": B["rename"]}, {"model": "a", "parameters": {"weight": 0.5}}]
     recipe = {"merge_method": "task_arithmetic", "base_model": "b", "models": lines}
     plan = make_plan(Recipe.parse(recipe))
-    assert plan.labels == ("b", "a") and plan.roles.base == 0 and len(plan.roles.inputs) == 1
+    assert plan.labels == ("b", "a") and plan.template == 0 and len(plan.recipe.parts[0].inputs) == 1
     merged = load(Path(merge(recipe, models / "out")))
     a, b = load(models / "a"), load(models / "b")
     for name, x in a.items():

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from mergekit_lfm.output.push import Pushed
     from mergekit_lfm.plan.job import Job
     from mergekit_lfm.plan.plan import Plan
+    from mergekit_lfm.recipe.parts import Edit
     from mergekit_lfm.recipe.rename import RenameRule
-    from mergekit_lfm.recipe.roles import Edit
     from mergekit_lfm.store.checkpoint import Checkpoint
 
 SHOWN_RULES = 4
@@ -38,7 +38,7 @@ def plan_data(plan: Plan) -> dict[str, Any]:
     """A plan for JSON."""
     recipe = plan.recipe
     return {
-        "method": recipe.merge_method,
+        "method": ", ".join(method.name for method in recipe.methods),
         "models": [
             {"model": label, "tensors": len(model), "bytes": model.nbytes, **_hub_data(model)}
             for label, model in zip(plan.labels, plan.models, strict=True)
@@ -63,7 +63,7 @@ def plan_data(plan: Plan) -> dict[str, Any]:
             **{label: rename_data(rules) for label, rules in plan.renamed.items()},
         },
         "allowed": list(plan.allowed),
-        "notices": list(plan.recipe.notices),
+        "notices": [*plan.recipe.notices, *plan.notices],
         "template": plan.labels[plan.template],
         "dtypes": dict(Counter(job.dtype for job in plan.tensors)),
         "bytes_read": plan.bytes_read,
@@ -134,6 +134,7 @@ def plan_text(plan: Plan, facts: dict[str, Any], verbose: bool) -> str:
     rows[3:3] = [("names", f"{label}: {_rules_text(rules)}") for label, rules in plan.renamed.items()]
     rows[3:3] = [("allowed", text) for text in plan.allowed]
     rows[3:3] = [("no effect", text) for text in plan.recipe.notices]
+    rows[3:3] = [("note", text) for text in plan.notices]
     edited = {model.label: model.edits for model in plan.recipe.all_models if model.edits}
     for label, edits in [*edited.items(), ("the result", plan.recipe.result_edits)]:
         rows[3:3] = [("edited", f"{label}: {_edit_text(edit)}") for edit in edits]
