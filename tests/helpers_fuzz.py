@@ -39,7 +39,8 @@ from mergekit_lfm.engine.execute import execute
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.output.lock import LOCK, verify
 from mergekit_lfm.output.writer import JOURNAL, Receipt
-from mergekit_lfm.plan.plan import Plan, make_plan
+from mergekit_lfm.plan.make import make_plan
+from mergekit_lfm.plan.plan import Plan
 from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.store.folder import read_config
 from mergekit_lfm.store.places import partial_of

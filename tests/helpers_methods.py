@@ -13,7 +13,8 @@ from mergekit_lfm.artifacts.statistics import Layer
 from mergekit_lfm.methods.method import REQUIRED
 from mergekit_lfm.methods.registry import METHODS
 from mergekit_lfm.plan.budget import Budget
-from mergekit_lfm.plan.plan import Plan, make_plan
+from mergekit_lfm.plan.make import make_plan
+from mergekit_lfm.plan.plan import Plan
 from mergekit_lfm.recipe.recipe import Recipe
 
 Case = tuple[str, dict[str, Any]]

@@ -22,7 +22,7 @@ from mergekit_lfm.machine.progress import SILENCE, Progress
 from mergekit_lfm.machine.resources import default_memory
 from mergekit_lfm.machine.sizes import format_size
 from mergekit_lfm.output.replace import check_folder
-from mergekit_lfm.plan.plan import make_plan
+from mergekit_lfm.plan.make import make_plan
 from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.recipe.registry import ALIGN_METHODS
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint

@@ -62,7 +62,7 @@ def plan_merge(
     The options are those of `merge`, which takes the result, too. Raises PlanError or FormatError with everything
     that is wrong; ConnectionError if the Hub cannot be reached. The outcome's path is where the output would go.
     """
-    from mergekit_lfm.plan.plan import make_plan
+    from mergekit_lfm.plan.make import make_plan
 
     started = time.monotonic()
     if isinstance(recipe, Mapping):

@@ -28,7 +28,8 @@ from mergekit_lfm.artifacts.patch import Patch, PatchInfo, TensorChange, open_pa
 from mergekit_lfm.engine.execute import execute
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.machine.progress import SILENCE, Progress
-from mergekit_lfm.plan.plan import Plan, make_plan
+from mergekit_lfm.plan.make import make_plan
+from mergekit_lfm.plan.plan import Plan
 from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lfm.store.identity import content_digest

@@ -30,7 +30,8 @@ from mergekit_lfm.machine.resources import cache_folder, default_memory
 from mergekit_lfm.machine.sizes import format_size
 from mergekit_lfm.output.replace import Policy
 from mergekit_lfm.plan.budget import Budget, check_disk
-from mergekit_lfm.plan.plan import Plan, make_plan
+from mergekit_lfm.plan.make import make_plan
+from mergekit_lfm.plan.plan import Plan
 from mergekit_lfm.plan.sources import identity_of
 from mergekit_lfm.recipe.align import AlignRequest
 from mergekit_lfm.recipe.edit import EditRequest

@@ -116,7 +116,7 @@ class ModelEntry(Strict):
 class SliceEntry(Strict):
     """Layers that follow on those of the slice before: as many of each source, merged with one another."""
 
-    sources: tuple[ModelEntry, ...] = Field(min_length=1)
+    sources: tuple[ModelEntry, ...]
     base_model: Reference | None = None
     parameters: Parameters = Field(default_factory=dict)
 

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
+from mergekit_lfm.errors import PlanError
 from mergekit_lfm.methods.method import REQUIRED, Method, Parameter, Value
 from mergekit_lfm.methods.registry import METHODS
 from mergekit_lfm.recipe.align import AlignRequest
 from mergekit_lfm.recipe.edit import EditRequest
-from mergekit_lfm.recipe.problems import Problem, refuse
+from mergekit_lfm.recipe.problems import Problem
 from mergekit_lfm.recipe.rename import RenameRule
 from mergekit_lfm.recipe.values import NamedFile, Setting, find_rule, value_of
 from mergekit_lfm.store.hub import HubName
@@ -115,7 +116,10 @@ class Part:
         shared, problems = self._values(None, tensor, layer)
         names = sources or [tensor] * len(self.inputs)
         inputs = [self._values(model, name, layer) for model, name in zip(self.inputs, names, strict=True)]
-        refuse([*problems, *(problem for _, missing in inputs for problem in missing)])
+        problems += [problem for _, missing in inputs for problem in missing]
+        if problems:
+            places = "; ".join(problem.place for problem in problems)
+            raise PlanError("{lines}", lines="\n".join(map(str, problems)), place=places)
         return Settings(shared, tuple(values for values, _ in inputs))
 
     def _values(self, model: Input | None, tensor: str, layer: Layer | None) -> tuple[dict[str, Value], list[Problem]]:

@@ -49,6 +49,9 @@ class Structure:
         methods, start = methods or self.methods, 0
         for i, entry in enumerate(slices):
             at = f"{place}[{i}]"
+            if not entry.sources:
+                self.problems.append(Problem(f"{at}.sources", "found none, expected one or more"))
+                continue
             spans = [source.layer_range for source in entry.sources]
             layers = sorted({span[1] - span[0] for span in spans if span is not None})
             for k in (k for k, span in enumerate(spans) if span is None):

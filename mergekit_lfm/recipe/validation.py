@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from typing import Any
 
 from pydantic import ValidationError
@@ -68,14 +69,16 @@ def _form_at(path: tuple[int | str, ...], recipe: type[Strict]) -> type[Strict]:
 
 
 def without_faults(data: Mapping[str, Any], error: ValidationError) -> dict[str, Any]:
-    """A copy of `data` less the keys of the top level and of `models` that `error` names."""
-    rest = dict(data)
-    if isinstance(rest.get("models"), list | tuple):
-        rest["models"] = [dict(entry) if isinstance(entry, Mapping) else entry for entry in rest["models"]]
+    """A copy of `data` less the keys that `error` names."""
+    rest: dict[str, Any] = deepcopy(dict(data))
     for path in (detail["loc"] for detail in error.errors() if detail["loc"]):
-        if path[0] == "push":
-            path = path[:1]
-        parent = rest["models"][path[1]] if len(path) == 3 and path[0] == "models" else rest
+        *outer, key = path[:1] if path[0] == "push" else path
+        parent: Any = rest
+        for part in outer:
+            fits = isinstance(parent, Mapping | list | tuple) and not isinstance(part, str) != isinstance(
+                parent, Mapping
+            )
+            parent = parent[part] if fits and (part in parent or not isinstance(parent, Mapping)) else None
         if isinstance(parent, dict):
-            parent.pop(str(path[-1]), None)
+            parent.pop(key, None)
     return rest

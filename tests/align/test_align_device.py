@@ -24,7 +24,7 @@ from mergekit_lfm.artifacts import cache
 from mergekit_lfm.artifacts.transform import Transform, UnitsElement
 from mergekit_lfm.collect.run import collect
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.plan.plan import make_plan
+from mergekit_lfm.plan.make import make_plan
 from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.views.maps import CPU
 

@@ -25,7 +25,7 @@ from mergekit_lfm.artifacts.transform import open_transform
 from mergekit_lfm.collect.run import collect
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.plan.budget import Budget
-from mergekit_lfm.plan.plan import make_plan
+from mergekit_lfm.plan.make import make_plan
 from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.store.checkpoint import open_checkpoint
 from mergekit_lfm.views.rewritten import rewrite

@@ -23,7 +23,7 @@ from mergekit_lfm.commands.show.plans import plan_data
 from mergekit_lfm.edit.solve import edit
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.output.lock import verify
-from mergekit_lfm.plan.plan import make_plan
+from mergekit_lfm.plan.make import make_plan
 from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.runtime.load import load_model
 

@@ -25,7 +25,7 @@ from mergekit_lfm.commands.show.plans import plan_data, plan_text
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.methods import regmean
 from mergekit_lfm.plan.budget import Budget
-from mergekit_lfm.plan.plan import make_plan
+from mergekit_lfm.plan.make import make_plan
 from mergekit_lfm.recipe.recipe import Recipe
 
 Arrays = list[np.ndarray]

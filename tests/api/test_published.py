@@ -21,7 +21,7 @@ import transformers
 from helpers_merges import Tensors, load_all
 
 from mergekit_lfm import merge
-from mergekit_lfm.plan.plan import make_plan
+from mergekit_lfm.plan.make import make_plan
 from mergekit_lfm.recipe.recipe import Recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*left behind")]  # what trainings leave

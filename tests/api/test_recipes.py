@@ -17,7 +17,7 @@ from mergekit_lfm import merge
 from mergekit_lfm.judge.evaluate import perplexity
 from mergekit_lfm.methods.registry import METHODS
 from mergekit_lfm.output.lock import verify
-from mergekit_lfm.plan.plan import make_plan
+from mergekit_lfm.plan.make import make_plan
 from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.runtime.load import load_model
 from mergekit_lfm.store.tensors import TensorSpec, encode_header

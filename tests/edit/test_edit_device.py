@@ -22,7 +22,8 @@ from mergekit_lfm.edit.solve import edit
 from mergekit_lfm.edit.trace import trace
 from mergekit_lfm.edit.work import EditWork
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.plan.plan import Plan, make_plan
+from mergekit_lfm.plan.make import make_plan
+from mergekit_lfm.plan.plan import Plan
 from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.runtime import load as runtime
 from mergekit_lfm.views.maps import CPU

@@ -22,7 +22,8 @@ from mergekit_lfm.errors import FormatError
 from mergekit_lfm.methods.registry import METHODS
 from mergekit_lfm.output import shards
 from mergekit_lfm.plan.budget import Budget
-from mergekit_lfm.plan.plan import Plan, make_plan
+from mergekit_lfm.plan.make import make_plan
+from mergekit_lfm.plan.plan import Plan
 from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.store import formats
 

@@ -13,7 +13,7 @@ from mergekit_lfm.engine.execute import check_copies, execute
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.kernels.block import SEGMENT
 from mergekit_lfm.output.shards import ShardFiles
-from mergekit_lfm.plan.plan import make_plan
+from mergekit_lfm.plan.make import make_plan
 from mergekit_lfm.recipe.recipe import Recipe
 
 BLOCK = 16

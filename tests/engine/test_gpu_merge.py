@@ -42,7 +42,7 @@ from mergekit_lfm.kernels.reductions import L1, ColumnGram, Gram, Reduction, Row
 from mergekit_lfm.machine import accelerators, devices
 from mergekit_lfm.machine.accelerators import HOST, Gpu
 from mergekit_lfm.methods.registry import METHODS
-from mergekit_lfm.plan.plan import make_plan
+from mergekit_lfm.plan.make import make_plan
 from mergekit_lfm.recipe.recipe import Recipe
 
 TIES: Case = ("ties", {"density": 0.4})

@@ -17,7 +17,8 @@ from mergekit_lfm.errors import PlanError
 from mergekit_lfm.methods.registry import METHODS
 from mergekit_lfm.plan import budget
 from mergekit_lfm.plan.budget import Budget
-from mergekit_lfm.plan.plan import Plan, make_plan
+from mergekit_lfm.plan.make import make_plan
+from mergekit_lfm.plan.plan import Plan
 from mergekit_lfm.recipe.recipe import Recipe
 
 Case = tuple[str, dict[str, Any]]

@@ -14,7 +14,7 @@ from models import output_of
 
 from mergekit_lfm.engine.execute import execute
 from mergekit_lfm.errors import FormatError
-from mergekit_lfm.plan.plan import make_plan
+from mergekit_lfm.plan.make import make_plan
 
 CASES: list[Case] = [
     ("linear", {}),

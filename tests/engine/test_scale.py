@@ -19,7 +19,7 @@ from mergekit_lfm import merge
 from mergekit_lfm.align.elements import random_transform
 from mergekit_lfm.arch import find_symmetries
 from mergekit_lfm.plan.budget import Budget
-from mergekit_lfm.plan.plan import make_plan
+from mergekit_lfm.plan.make import make_plan
 from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.recipe.rename import RenameRule
 from mergekit_lfm.store.checkpoint import open_checkpoint

@@ -77,7 +77,7 @@ def test_the_example_in_python_runs(
 
 
 def test_the_recipe_of_the_guide_is_planned(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mergekit_lfm.plan.plan import make_plan
+    from mergekit_lfm.plan.make import make_plan
     from mergekit_lfm.recipe.form import Push
     from mergekit_lfm.recipe.recipe import Recipe
 

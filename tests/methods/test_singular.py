@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from mergekit_lfm import merge, merge_tensors
 from mergekit_lfm.commands.show.plans import plan_data
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.plan.plan import Plan, make_plan
+from mergekit_lfm.plan.make import make_plan
+from mergekit_lfm.plan.plan import Plan
 from mergekit_lfm.recipe.recipe import Recipe
 
 FORMULAS = {"tsv": oracles.tsv, "iso_c": oracles.iso_c}

@@ -20,7 +20,8 @@ from mergekit_lfm.arch import find_symmetries
 from mergekit_lfm.engine.execute import execute
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.output import writer
-from mergekit_lfm.plan.plan import Plan, make_plan
+from mergekit_lfm.plan.make import make_plan
+from mergekit_lfm.plan.plan import Plan
 from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.store.checkpoint import open_checkpoint
 

@@ -12,7 +12,8 @@ from helpers_merges import Tensors
 from models import save_checkpoint
 
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.plan.plan import Plan, make_plan
+from mergekit_lfm.plan.make import make_plan
+from mergekit_lfm.plan.plan import Plan
 from mergekit_lfm.recipe.recipe import Recipe
 
 TRUNK = ("embed_tokens.weight", "layers.0.q.weight", "layers.1.q.weight", "norm.weight")

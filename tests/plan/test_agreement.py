@@ -13,7 +13,7 @@ from models import save_checkpoint
 from mergekit_lfm import merge
 from mergekit_lfm.api.outcome import Finding
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.plan.plan import make_plan
+from mergekit_lfm.plan.make import make_plan
 from mergekit_lfm.recipe.recipe import Recipe
 
 LLAMA = {

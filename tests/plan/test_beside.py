@@ -26,7 +26,8 @@ from mergekit_lfm.output.lock import LOCK, verify
 from mergekit_lfm.output.replace import REPLACED
 from mergekit_lfm.output.save import MARK
 from mergekit_lfm.output.writer import JOURNAL
-from mergekit_lfm.plan.plan import Plan, make_plan
+from mergekit_lfm.plan.make import make_plan
+from mergekit_lfm.plan.plan import Plan
 from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.store import sidecars
 

@@ -14,7 +14,7 @@ from models import save_checkpoint
 from mergekit_lfm import merge
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.output.lock import verify
-from mergekit_lfm.plan.plan import make_plan
+from mergekit_lfm.plan.make import make_plan
 from mergekit_lfm.recipe.recipe import Recipe
 
 TRUNK, HEAD, BIAS = "roberta.encoder.layer.0.output.dense.weight", "classifier.out_proj.weight", "classifier.dense.bias"

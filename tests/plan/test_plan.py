@@ -21,7 +21,7 @@ from mergekit_lfm.kernels.reductions import Gram
 from mergekit_lfm.methods.registry import METHODS
 from mergekit_lfm.plan import plan as plans
 from mergekit_lfm.plan.budget import Budget
-from mergekit_lfm.plan.plan import make_plan
+from mergekit_lfm.plan.make import make_plan
 from mergekit_lfm.recipe.recipe import Recipe
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"

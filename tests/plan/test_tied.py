@@ -13,7 +13,7 @@ from models import save_checkpoint
 from mergekit_lfm import merge
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.output.lock import read_lock, verify
-from mergekit_lfm.plan.plan import make_plan
+from mergekit_lfm.plan.make import make_plan
 from mergekit_lfm.recipe.recipe import Recipe
 
 HEAD, EMBEDDING, NORM = "lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"

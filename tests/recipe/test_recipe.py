@@ -19,7 +19,7 @@ from mergekit_lfm.methods.method import REQUIRED, Parameter
 from mergekit_lfm.methods.registry import METHODS
 from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.recipe.settings import SettingsTable
-from mergekit_lfm.recipe.values import as_data, find_rule, read_setting, value_of
+from mergekit_lfm.recipe.values import as_data, read_setting, value_of
 
 WEIGHT = Parameter("weight", REQUIRED, per_input=True, doc="")
 Q0, LAST = "model.layers.0.self_attn.q_proj.weight", (3, 4)

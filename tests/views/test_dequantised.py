@@ -18,7 +18,7 @@ from models import save_checkpoint
 from mergekit_lfm import merge
 from mergekit_lfm.kernels.sums import round_once
 from mergekit_lfm.output.lock import verify
-from mergekit_lfm.plan.plan import make_plan
+from mergekit_lfm.plan.make import make_plan
 from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.recipe.rename import RenameRule
 from mergekit_lfm.runtime.load import load_model

@@ -16,7 +16,7 @@ from models import save_checkpoint
 
 from mergekit_lfm import merge
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.plan.plan import make_plan
+from mergekit_lfm.plan.make import make_plan
 from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.recipe.rename import RenameRule
 from mergekit_lfm.store.checkpoint import open_checkpoint

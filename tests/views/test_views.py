@@ -12,7 +12,7 @@ from helpers_views import make_patch, patched, pending, plain_tensors, rewritten
 
 from mergekit_lfm.output.layout import lay_out
 from mergekit_lfm.plan.budget import Budget
-from mergekit_lfm.plan.plan import make_plan
+from mergekit_lfm.plan.make import make_plan
 from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.store.checkpoint import Checkpoint, Cost, open_checkpoint
 from mergekit_lfm.store.tensors import TensorSpec
