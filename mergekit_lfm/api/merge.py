@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mergekit_lfm.api.arguments import as_bytes, expand
 from mergekit_lfm.api.outcome import Outcome, warn_of
+from mergekit_lfm.api.stages import Stages, plan_stages
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.machine.accelerators import Accelerator, accelerator_of
 from mergekit_lfm.machine.devices import find_gpu
 from mergekit_lfm.machine.progress import SILENCE, Progress
 from mergekit_lfm.recipe.form import Push
-from mergekit_lfm.recipe.recipe import Recipe
+from mergekit_lfm.recipe.recipe import Recipe, read_recipe
+from mergekit_lfm.recipe.stages import read_stages
 
 if TYPE_CHECKING:
     from mergekit_lfm.output.push import Pushed
@@ -27,22 +29,30 @@ RecipeLike = str | PathLike[str] | Mapping[str, Any] | Recipe
 
 @dataclass(frozen=True)
 class PlannedMerge:
-    """A merge that is planned and checked, and not made yet. goal: where the result is pushed, None for nowhere."""
+    """A merge that is planned and checked, and not made yet. goal: where the result is pushed, None for nowhere.
+
+    stages: those before it, if its recipe has several.
+    """
 
     plan: Plan
     out: Path
     accelerator: Accelerator
     goal: Push | None
     max_shard_size: int | None
+    stages: Stages | None = None
 
 
 @dataclass(frozen=True)
 class Merged:
-    """The result of a merge. resumed_bytes: written by an earlier, interrupted run. pushed: None without a push."""
+    """The result of a merge. resumed_bytes: written by an earlier, interrupted run. pushed: None without a push.
+
+    stages: the outcomes of the recipe's earlier stages.
+    """
 
     plan: Plan
     resumed_bytes: int = 0
     pushed: Pushed | None = None
+    stages: tuple[Outcome[Merged], ...] = ()
 
 
 def plan_merge(
@@ -65,11 +75,19 @@ def plan_merge(
     from mergekit_lfm.plan.make import make_plan
 
     started = time.monotonic()
+    stages: Stages | None = None
+    how: dict[str, Any] = {"max_shard_size": max_shard_size, "seed": seed, "device": device, "card": card}
     if isinstance(recipe, Mapping):
         recipe = Recipe.parse(recipe)
     elif not isinstance(recipe, Recipe):
-        source, recipe = Path(recipe), Recipe.load(Path(recipe))
-        out = out or recipe.output or Path("merged") / source.stem
+        path, text = Path(recipe), read_recipe(Path(recipe))
+        if documents := read_stages(text, str(path)):
+            out = expand(out or documents[-1].data.get("output") or Path("merged") / path.stem)
+            work = lambda recipe, folder: plan_merge(recipe, folder, **how).result  # noqa: E731
+            stages, recipe = plan_stages(documents, path.absolute().parent, out, work)
+        else:
+            recipe = Recipe.parse(text, path.absolute().parent, str(path))
+        out = out or recipe.output or Path("merged") / path.stem
     out = out or recipe.output
     if out is None:
         raise PlanError("no output: give OUT (in Python `out`), or give the recipe an `output`")
@@ -80,7 +98,7 @@ def plan_merge(
         recipe = recipe.model_copy(update={"card": False})
     goal, accelerator = recipe.goal(push_to, private=private), find_accelerator(recipe, device)
     plan = make_plan(recipe, max_shard_size=as_bytes(max_shard_size))
-    planned = PlannedMerge(plan, folder, accelerator, goal, as_bytes(max_shard_size))
+    planned = PlannedMerge(plan, folder, accelerator, goal, as_bytes(max_shard_size), stages)
     return Outcome(folder, planned, plan.digest, seconds=time.monotonic() - started)
 
 
@@ -102,6 +120,7 @@ def merge(
     private: bool = False,
     verify_push: bool = False,
     card: bool = True,
+    drop_stages: bool = False,
     progress: Progress = SILENCE,
     on_merged: Callable[[Outcome[Merged]], None] | None = None,
 ) -> Outcome[Merged]:
@@ -111,8 +130,8 @@ def merge(
     or text such as "4GB". device: "cpu", "cuda", "cuda:1" or "auto", in place of the recipe's. nan: "warn" notes NaN
     and infinity in the lock and as a warning, "error" refuses them. trust_times, compile: as of `execute`. push_to: a
     repository on the Hub that the result is pushed to, in place of the recipe's `push`; private: it has to be;
-    verify_push: download it again and compare it with its lock. card: False for no model card. on_merged is called
-    when OUT is complete, before the push.
+    verify_push: download it again and compare it with its lock. card: False for no model card. drop_stages: remove
+    what earlier stages of the recipe have left, once OUT is complete. on_merged is called then, before the push.
 
     Raises PlanError or FormatError (both ValueError) with everything that is wrong, before anything is written if it
     can be known then; ConnectionError if the Hub cannot be reached. Calling it again after an interruption goes on
@@ -121,29 +140,59 @@ def merge(
     from mergekit_lfm.engine.execute import execute
 
     started = time.monotonic()
+    how: dict[str, Any] = {"max_shard_size": max_shard_size, "seed": seed, "device": device, "card": card}
     if not isinstance(recipe, PlannedMerge):
-        how: dict[str, Any] = {"max_shard_size": max_shard_size, "seed": seed, "device": device, "card": card}
         recipe = plan_merge(recipe, out, push_to=push_to, private=private, **how).result
+    run: dict[str, Any] = {"memory": memory, "threads": threads, "nan": nan, "resume": resume}
+    run |= {"trust_times": trust_times, "compile": compile, "progress": progress}
+    earlier: tuple[Outcome[Merged], ...] = ()
+    stages = recipe.stages
+    if stages is not None:
+        earlier, recipe = _run_stages(recipe, how, run)
     plan, folder, accelerator, goal = recipe.plan, recipe.out, recipe.accelerator, recipe.goal
     if goal is not None:
         from mergekit_lfm.output.push import check_repository
 
         check_repository(goal.repo, private=goal.private)
-    options: dict[str, Any] = {"memory": as_bytes(memory), "threads": threads, "nan": nan}
-    options |= {"overwrite": overwrite, "resume": resume, "trust_times": trust_times, "progress": progress}
+    options: dict[str, Any] = {**run, "memory": as_bytes(memory), "overwrite": overwrite}
+    del options["compile"]
     if plan.pending or plan.unedited or plan.absent:
         from mergekit_lfm.api.prepare import prepare
 
         where: dict[str, Any] = {"max_shard_size": recipe.max_shard_size, "device": accelerator.name}
         plan = prepare(plan, folder, **where, **options)
     done = execute(plan, folder, accelerator=accelerator, compile=compile, **options)
-    warnings, merged = warn_of(done.findings), Merged(plan, done.resumed_bytes)
+    warnings, merged = warn_of(done.findings), Merged(plan, done.resumed_bytes, stages=earlier)
     outcome = Outcome(folder, merged, plan.digest, done.already_there, warnings, time.monotonic() - started)
+    if stages is not None and drop_stages:
+        stages.drop()
     if on_merged is not None:
         on_merged(outcome)
     if goal is None:
         return outcome
     return replace(_push(outcome, folder, goal, verify_push, progress), seconds=time.monotonic() - started)
+
+
+def _run_stages(
+    planned: PlannedMerge, how: Mapping[str, Any], run: Mapping[str, Any]
+) -> tuple[tuple[Outcome[Merged], ...], PlannedMerge]:
+    """The outcomes of all stages but the last, and the last one's plan on their results.
+
+    how: options of their plans; run: of their merges. An earlier result of another form of a stage is replaced.
+    """
+    from mergekit_lfm.output.lock import lock_of
+
+    stages = planned.stages
+    assert stages is not None
+    done = list[Outcome[Merged]]()
+    for stage, each in zip(stages.stages, stages.plans, strict=True):
+        run["progress"].notice(f"stage {stage.name}")
+        each.out.parent.mkdir(parents=True, exist_ok=True)
+        now = plan_merge(stages.recipe(stage), each.out, **how).result
+        changed = lock_of(each.out).get("plan", now.plan.digest) != now.plan.digest
+        done.append(merge(now, overwrite=changed, **run))
+    last = plan_merge(stages.recipe(stages.last), planned.out, **how).result
+    return tuple(done), replace(last, goal=planned.goal, accelerator=planned.accelerator)
 
 
 def _push(outcome: Outcome[Merged], folder: Path, goal: Push, verify: bool, progress: Progress) -> Outcome[Merged]:

@@ -72,6 +72,7 @@ Examples:
     is_flag=True,
     help="Tell a change of an input by its size and modification time alone, where inodes or other times change.",
 )
+@click.option("--drop-stages", is_flag=True, help="Remove the results of the recipe's earlier stages at the end.")
 @click.option("--dry-run", is_flag=True, help="Print the plan, and do nothing.")
 @options.output
 @click.option("-v", "--verbose", is_flag=True, help="Also print the plan, with all tensors.")
@@ -96,6 +97,7 @@ def merge(
     overwrite: bool,
     no_resume: bool,
     trust_times: bool,
+    drop_stages: bool,
     dry_run: bool,
     verbose: bool,
 ) -> None:
@@ -103,12 +105,12 @@ def merge(
 
     Models are folders, or on the Hub: org/name, org/name@revision. RECIPE is a file, or - for standard input. OUT is a
     new folder; without it, the recipe's `output`, else merged/ and the recipe's name. A run that was interrupted goes
-    on where it stopped when the same command is given again. Sizes are 500MB, 5GB (5e9 bytes), 3GiB, or a number of
+    on where it stopped when the same command is given again. A recipe of several documents is carried out stage by
+    stage; their results stay in OUT.stages, where the next run takes those that have not changed. Sizes are 500MB, 5GB (5e9 bytes), 3GiB, or a number of
     bytes.
     """
     from mergekit_lfm.api.merge import merge as run
     from mergekit_lfm.api.merge import plan_merge
-    from mergekit_lfm.commands.show.plans import plan_text
     from mergekit_lfm.commands.show.terminal import tell
 
     with transfers(hidden=console.hidden):
@@ -120,7 +122,7 @@ def merge(
         if dry_run:
             _show_plan(console, planned, memory, threads, verbose)
         if verbose:
-            tell(plan_text(planned.plan, _machine_facts(planned, memory, threads), verbose=True))
+            tell(_plan_texts(planned, memory, threads, verbose=True))
         with going_on_later(planned.out, planned.plan.digest):
             outcome = run(
                 planned,
@@ -130,6 +132,7 @@ def merge(
                 overwrite=overwrite,
                 resume=not no_resume,
                 trust_times=trust_times,
+                drop_stages=drop_stages,
                 compile=compile_,
                 verify_push=pull_back,
                 progress=console.progress,
@@ -174,10 +177,33 @@ def _read_recipe(path: Path) -> Path | Recipe:
 def _show_plan(
     console: Console, planned: PlannedMerge, memory: int | None, threads: int | None, verbose: bool
 ) -> NoReturn:
-    from mergekit_lfm.commands.show.plans import plan_data, plan_text
+    from mergekit_lfm.commands.show.plans import plan_data
 
     facts = _machine_facts(planned, memory, threads)
-    console.conclude(plan_data(planned.plan) | facts, lambda: plan_text(planned.plan, facts, verbose))
+    earlier = [
+        {"stage": name, **plan_data(stage.plan), **_machine_facts(stage, memory, threads)}
+        for name, stage in _stages_of(planned)
+    ]
+    data = plan_data(planned.plan) | facts | ({"stages": earlier} if earlier else {})
+    console.conclude(data, lambda: _plan_texts(planned, memory, threads, verbose))
+
+
+def _stages_of(planned: PlannedMerge) -> list[tuple[str, PlannedMerge]]:
+    """The names and plans of the stages before the last."""
+    stages = planned.stages
+    return [] if stages is None else [(s.name, plan) for s, plan in zip(stages.stages, stages.plans, strict=True)]
+
+
+def _plan_texts(planned: PlannedMerge, memory: int | None, threads: int | None, verbose: bool) -> str:
+    """The plans of all stages."""
+    from mergekit_lfm.commands.show.plans import plan_text
+
+    texts = [
+        f"stage {name}\n{plan_text(stage.plan, _machine_facts(stage, memory, threads), verbose)}\n"
+        for name, stage in _stages_of(planned)
+    ]
+    texts += ["the output"] if texts else []
+    return "\n".join([*texts, plan_text(planned.plan, _machine_facts(planned, memory, threads), verbose)])
 
 
 def _machine_facts(planned: PlannedMerge, memory: int | None, threads: int | None) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +14,14 @@ from mergekit_lfm.store.folder import split_address
 from mergekit_lfm.store.hub import HubName, hub_name, nearest_name
 
 EXPECTED = "expected {expected}"
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """Where the models of a recipe are: relative to a folder, or the results of earlier stages, by their names."""
+
+    folder: Path | None = None
+    stages: Mapping[str, Path] = field(default_factory=dict)
 
 
 def find_model(ref: str, where: Path | None) -> Path | HubName:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, ValidationInfo, model_validator
@@ -18,6 +19,7 @@ from mergekit_lfm.methods.method import Method
 from mergekit_lfm.methods.registry import METHODS
 from mergekit_lfm.recipe.align import AlignRequest
 from mergekit_lfm.recipe.dialect import read_dialect
+from mergekit_lfm.recipe.files import Where
 from mergekit_lfm.recipe.form import (
     Dtype,
     Edits,
@@ -42,6 +44,17 @@ from mergekit_lfm.store.files import read_text
 from mergekit_lfm.store.yaml import read_yaml
 
 IN_YAML = "a recipe in YAML"
+
+
+def read_recipe(path: str | Path) -> str:
+    """The text of a recipe's file. Raises PlanError if it cannot be read."""
+    try:
+        return read_text(Path(path))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise PlanError(
+            "{place}: cannot be read: {found}; expected {expected}", place=path, found=reason, expected=IN_YAML
+        ) from error
 
 
 def _read_allowed(value: object) -> object:
@@ -105,26 +118,28 @@ class Recipe(Strict):
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """The recipe in the file `path`. Raises PlanError with a list of all its problems."""
-        path = Path(path)
-        try:
-            text = read_text(path)
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-            raise PlanError(
-                "{place}: cannot be read: {found}; expected {expected}", place=path, found=reason, expected=IN_YAML
-            ) from error
-        return cls.parse(text, where=path.absolute().parent, label=str(path))
+        return cls.parse(read_recipe(path), where=Path(path).absolute().parent, label=str(path))
 
     @classmethod
-    def parse(cls, source: Mapping[str, Any] | str, where: Path | None = None, label: str = "recipe") -> Self:
-        """The recipe in YAML text or a mapping, as if read from the folder `where`; messages call it `label`."""
+    def parse(
+        cls,
+        source: Mapping[str, Any] | str,
+        where: Path | None = None,
+        label: str = "recipe",
+        stages: Mapping[str, Path] = MappingProxyType({}),
+    ) -> Self:
+        """The recipe in YAML text or a mapping, as if read from the folder `where`; messages call it `label`.
+
+        stages: the folders of models that it calls by the names of earlier stages.
+        """
+        models = Where(where, stages)
         data = read_yaml(source, label) if isinstance(source, str) else source
         if not isinstance(data, Mapping):
             expected = "a mapping with merge_method and models"
             raise PlanError(f"{{place}}: {FOUND}", place=label, found=f"{data!r:.40}", expected=expected)
         try:
             ours, notices = read_dialect(data, cls.model_fields)
-            recipe = cls.model_validate(ours, context={"where": where, "whole": True})
+            recipe = cls.model_validate(ours, context={"where": models, "whole": True})
             recipe._text = source if isinstance(source, str) else None
             recipe._notices = (*notices, *recipe._notices)
             return recipe
@@ -133,7 +148,7 @@ class Recipe(Strict):
             rest = without_faults(data, error)
         if rest != data:  # errors of form hide errors of content
             try:
-                cls.model_validate(rest, context={"where": where, "whole": False})
+                cls.model_validate(rest, context={"where": models, "whole": False})
             except ValidationError as error:
                 problems += content_problems(error)
         count = f"{len(problems)} problems\n  " if len(problems) > 1 else ""
@@ -144,10 +159,10 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _check(self, info: ValidationInfo) -> Self:
-        context = info.context or {"where": None, "whole": True}
+        context = info.context or {"where": Where(), "whole": True}
         methods = self._find_methods()
         base, problems = read_base(self.base_model, context["where"], "base_model")
-        structure = Structure(tuple(dict.fromkeys(methods.values())), context["where"])
+        structure = Structure(tuple(dict.fromkeys(methods.values())), context["where"], context["whole"])
         if self.modules:
             structure.read_modules(self.modules, methods, base, self.parameters)
         elif self.slices:

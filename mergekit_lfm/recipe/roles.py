@@ -16,7 +16,7 @@ from mergekit_lfm.methods.method import Method
 from mergekit_lfm.methods.registry import METHODS
 from mergekit_lfm.recipe.align import AlignRequest, read_align_request
 from mergekit_lfm.recipe.edit import read_edit_request
-from mergekit_lfm.recipe.files import find_model, read_file
+from mergekit_lfm.recipe.files import Where, find_model, read_file
 from mergekit_lfm.recipe.form import ModelEntry
 from mergekit_lfm.recipe.parts import Edit, Input, Part, Scope, Slice
 from mergekit_lfm.recipe.problems import Problem, attempt, problem_at
@@ -28,7 +28,7 @@ from mergekit_lfm.store.hub import HubName
 _WITHOUT_EFFECT = {"int8_mask": "masks take no memory to speak of"}
 
 
-def read_base(ref: str | None, where: Path | None, place: str) -> tuple[Input | None, list[Problem]]:
+def read_base(ref: str | None, where: Where, place: str) -> tuple[Input | None, list[Problem]]:
     """The base model that a recipe names."""
     if ref is None:
         return None, []
@@ -50,7 +50,7 @@ def assign_roles(
     models: Sequence[ModelEntry],
     base: Input | None,
     scopes: tuple[Scope, ...],
-    where: Path | None,
+    where: Where,
     *,
     place: str = "models",
     module: str | None = None,
@@ -91,7 +91,7 @@ def _read_line(
     methods: Sequence[Method],
     base: Input | None,
     before: Sequence[Input],
-    where: Path | None,
+    where: Where,
 ) -> tuple[Input, list[str], list[Problem]]:
     """The model of a line, all but its alignment. before: the lines above."""
     source, problems = _read_source(entry.model, where, f"{place}.model")
@@ -127,8 +127,10 @@ def _read_rename(raw: object, place: str) -> tuple[tuple[RenameRule, ...], list[
         return (), [Problem(place, line) for line in str(wrong).split("\n")]
 
 
-def _read_source(ref: str, where: Path | None, place: str) -> tuple[Path | HubName, list[Problem]]:
-    source, problems = attempt(partial(find_model, ref, where), place)
+def _read_source(ref: str, where: Where, place: str) -> tuple[Path | HubName, list[Problem]]:
+    if ref in where.stages:
+        return where.stages[ref], []
+    source, problems = attempt(partial(find_model, ref, where.folder), place)
     return source or Path(ref), problems
 
 
@@ -170,19 +172,17 @@ def _read_settings(
     return settings, notices, problems
 
 
-def _read_stats(
-    ref: str | None, method: Method, where: Path | None, place: str
-) -> tuple[NamedFile | None, list[Problem]]:
+def _read_stats(ref: str | None, method: Method, where: Where, place: str) -> tuple[NamedFile | None, list[Problem]]:
     if ref is None:
         return None, []
     if method.statistics is None:
         text = f"{method.name} takes no statistics; remove the key, or choose a method that does"
         return None, [Problem(place, text)]
-    return read_file(ref, where, place, "a file made by `mergekit-lfm stats`")
+    return read_file(ref, where.folder, place, "a file made by `mergekit-lfm stats`")
 
 
 def read_edits(
-    edits: Sequence[str | Mapping[str, Any]], where: Path | None, place: str
+    edits: Sequence[str | Mapping[str, Any]], where: Where, place: str
 ) -> tuple[tuple[Edit, ...], list[Problem]]:
     """The patch files, and checked requests for edits still to be made."""
     read: list[Edit] = []
@@ -190,7 +190,9 @@ def read_edits(
     for i, raw in enumerate(edits):
         at = f"{place}[{i}]"
         edit, wrong = (
-            read_file(raw, where, at, "a patch file") if isinstance(raw, str) else read_edit_request(raw, where, at)
+            read_file(raw, where.folder, at, "a patch file")
+            if isinstance(raw, str)
+            else read_edit_request(raw, where.folder, at)
         )
         problems += wrong
         read += [] if edit is None else [edit]
@@ -198,7 +200,7 @@ def read_edits(
 
 
 def _read_aligns(
-    models: Sequence[ModelEntry], lines: Sequence[Input], base: Input | None, where: Path | None
+    models: Sequence[ModelEntry], lines: Sequence[Input], base: Input | None, where: Where
 ) -> tuple[list[Input], list[Problem]]:
     """The lines with their alignments or requests for one."""
     fixed = {line.label: line.ref for line, entry in zip(lines, models, strict=True) if entry.align is None}
@@ -214,7 +216,7 @@ def _read_aligns(
 
 
 def _read_align(
-    entry: ModelEntry, place: str, base: Input | None, fixed: Mapping[str, str], where: Path | None
+    entry: ModelEntry, place: str, base: Input | None, fixed: Mapping[str, str], where: Where
 ) -> tuple[NamedFile | AlignRequest | None, list[Problem]]:
     """The alignment of a line. base: the base, if the line is it. fixed: as `read_align_request` takes them."""
     if entry.align is None:
@@ -228,8 +230,8 @@ def _read_align(
         )
         return None, [Problem(place, text)]
     if isinstance(entry.align, str):
-        return read_file(entry.align, where, place, "a transform file")
-    return read_align_request(entry.align, fixed, where, place)
+        return read_file(entry.align, where.folder, place, "a transform file")
+    return read_align_request(entry.align, fixed, where.folder, place)
 
 
 def _name_model(ref: str, source: Path | HubName, base: Input | None, before: Sequence[Input], *, apart: bool) -> Input:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from mergekit_lfm.methods.method import Method
+from mergekit_lfm.recipe.files import Where
 from mergekit_lfm.recipe.form import ModelEntry, ModuleEntry, SliceEntry
 from mergekit_lfm.recipe.parts import Input, Part, Scope, Slice, copy_of
 from mergekit_lfm.recipe.problems import Problem
@@ -19,11 +19,13 @@ from mergekit_lfm.recipe.roles import assign_roles, read_base, read_scope
 class Structure:
     """The parts of a recipe, and what was noticed while they were read.
 
-    methods: all that the recipe merges with, the first that of the top level. where: the folder of the recipe.
+    methods: all that the recipe merges with, the first that of the top level. where: its models are. whole:
+    False for the rest of a recipe whose wrong keys were left out.
     """
 
     methods: Sequence[Method]
-    where: Path | None
+    where: Where
+    whole: bool = True
     parts: list[Part] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
@@ -54,7 +56,7 @@ class Structure:
                 continue
             spans = [source.layer_range for source in entry.sources]
             layers = sorted({span[1] - span[0] for span in spans if span is not None})
-            for k in (k for k, span in enumerate(spans) if span is None):
+            for k in (k for k, span in enumerate(spans) if span is None and self.whole):
                 text = "required: the first layer and the one behind the last, as in [0, 16]"
                 self.problems.append(Problem(f"{at}.sources[{k}].layer_range", text))
             if len(layers) > 1:

@@ -75,10 +75,8 @@ def without_faults(data: Mapping[str, Any], error: ValidationError) -> dict[str,
         *outer, key = path[:1] if path[0] == "push" else path
         parent: Any = rest
         for part in outer:
-            fits = isinstance(parent, Mapping | list | tuple) and not isinstance(part, str) != isinstance(
-                parent, Mapping
-            )
-            parent = parent[part] if fits and (part in parent or not isinstance(parent, Mapping)) else None
+            known = parent if isinstance(parent, Mapping) else range(len(parent)) if isinstance(parent, list) else ()
+            parent = parent[part] if part in known else None
         if isinstance(parent, dict):
             parent.pop(key, None)
     return rest

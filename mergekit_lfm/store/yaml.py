@@ -32,13 +32,25 @@ class _Loader(SafeLoader):
 
 def read_yaml(text: str, label: str) -> object:
     """The one document in `text`. Raises PlanError with line and column for bad syntax and for a repeated key."""
+    documents = read_documents(text, label)
+    if len(documents) > 1:
+        raise PlanError(f"{label}: found {len(documents)} documents, expected one YAML document")
+    return documents[0]
+
+
+def read_documents(text: str, label: str) -> list[object]:
+    """The documents in `text` that are not empty, at least one. Raises PlanError as `read_yaml` does."""
     try:
-        loader = _Loader(text)
-        node = loader.get_single_node()
-        if node is None:
+        loader, documents = _Loader(text), []
+        while loader.check_node():
+            node = loader.get_node()
+            if node is None or (node.tag.endswith(":null") and not node.value):
+                continue
+            _Check(text, label).measure(node)
+            documents.append(loader.construct_document(node))
+        if not documents:
             raise PlanError(f"{label}: it is empty, expected one YAML document")
-        _Check(text, label).measure(node)
-        return loader.construct_document(node)
+        return documents
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         at = f" {_place(mark, text)}:" if mark else ""

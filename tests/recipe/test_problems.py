@@ -10,6 +10,7 @@ import pytest
 
 from mergekit_lfm.errors import PlanError, Refusal
 from mergekit_lfm.methods.registry import METHODS
+from mergekit_lfm.recipe.files import Where
 from mergekit_lfm.recipe.form import ModelEntry
 from mergekit_lfm.recipe.problems import InnerError, Problem, attempt, refuse
 from mergekit_lfm.recipe.recipe import Recipe
@@ -44,7 +45,7 @@ def test_every_line_of_models_has_its_problems_at_its_place(tmp_path: Path) -> N
         ModelEntry(model="gone", align={"to": "nowhere", "method": "ot", "cost": 3}, edits=("lost.st",)),
     ]
     scope, _, wrong = read_scope({"normalize": 2}, [METHODS["linear"]], "parameters")
-    roles, _, problems = assign_roles([METHODS["linear"]], lines, None, (scope,), tmp_path)
+    roles, _, problems = assign_roles([METHODS["linear"]], lines, None, (scope,), Where(tmp_path))
     problems += wrong
     assert [problem.place for problem in problems] == [
         "models[0].model",
@@ -62,8 +63,8 @@ def test_a_line_is_its_model_whatever_its_settings(tmp_path: Path) -> None:
     """The base that is listed with a weight is the base."""
     (tmp_path / "a").mkdir()
     lines = [ModelEntry(model="./a", parameters={"weight": 2})]
-    base, _ = read_base("a", tmp_path, "base_model")
-    roles, _, problems = assign_roles([METHODS["linear"]], lines, base, (), tmp_path)
+    base, _ = read_base("a", Where(tmp_path), "base_model")
+    roles, _, problems = assign_roles([METHODS["linear"]], lines, base, (), Where(tmp_path))
     assert problems == [] and roles.base is not None
     assert roles.inputs == (roles.base,) and hash(roles.inputs[0]) == hash(roles.base)
     assert (roles.inputs[0].place, roles.base.place) == ("models[0]", "base_model")

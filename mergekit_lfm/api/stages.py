@@ -1,0 +1,111 @@
+"""Recipes of several stages: planned all together before the first one runs, and carried out one after the other.
+
+A stage that is still to run is planned on a stand-in for the results that it takes: their headers and small files, over
+files without data. What a stage leaves lies in OUT.stages, under the stage's name, and is not made again unless the
+stage has changed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, TypeVar
+
+from mergekit_lfm.errors import PlanError
+from mergekit_lfm.recipe.recipe import Recipe
+from mergekit_lfm.recipe.stages import Stage
+
+if TYPE_CHECKING:
+    from mergekit_lfm.api.merge import PlannedMerge
+    from mergekit_lfm.plan.plan import Plan
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Stages:
+    """The stages of a recipe in the order of work, but for the last, and their plans.
+
+    where: the recipe's folder. folder: that of their results. scratch: the stand-ins, as long as the plans are used.
+    """
+
+    stages: tuple[Stage, ...]
+    last: Stage
+    where: Path
+    folder: Path
+    plans: tuple[PlannedMerge, ...]
+    scratch: TemporaryDirectory[str]
+
+    def recipe(self, stage: Stage) -> Recipe:
+        """The recipe of a stage, on the results of those before it."""
+        folders = {each.name: self.folder / each.name for each in self.stages if each.name in stage.needs}
+        return Recipe.parse(stage.data, self.where, stage.label, folders)
+
+    def drop(self) -> None:
+        """Remove the results of the stages."""
+        from mergekit_lfm.output.lock import LOCK
+        from mergekit_lfm.store.places import remove
+
+        for stage in self.stages:
+            if (self.folder / stage.name / LOCK).is_file():
+                remove(self.folder / stage.name)
+        with suppress(OSError):  # it holds something else, too
+            self.folder.rmdir()
+
+
+def stages_folder(out: Path) -> Path:
+    """The folder of what the stages of an output leave."""
+    return out.with_name(f"{out.name}.stages")
+
+
+def plan_stages(
+    stages: Sequence[Stage], where: Path, out: Path, plan: Callable[[Recipe, Path], PlannedMerge]
+) -> tuple[Stages, Recipe]:
+    """The plans of all stages but the last, and the last one's recipe, on stand-ins for the results that it takes.
+
+    plan: from a recipe and the folder of its result to its plan. Raises PlanError as that does.
+    """
+    *earlier, last = stages
+    scratch = TemporaryDirectory(prefix="mergekit_lfm-stages-")
+    folders: dict[str, Path] = {}
+    plans: list[PlannedMerge] = []
+    for stage in earlier:
+        planned = _in_stage(stage, lambda stage: plan(_parse(stage, where, folders), stages_folder(out) / stage.name))
+        plans.append(planned)
+        folders[stage.name] = Path(scratch.name, stage.name)
+        stand_in(planned.plan, folders[stage.name])
+    recipe = _parse(last, where, folders)
+    return Stages(tuple(earlier), last, where, stages_folder(out), tuple(plans), scratch), recipe
+
+
+def _parse(stage: Stage, where: Path, folders: Mapping[str, Path]) -> Recipe:
+    used = {name: folders[name] for name in stage.needs}
+    return Recipe.parse(stage.data, where, stage.label, used)
+
+
+def _in_stage(stage: Stage, work: Callable[[Stage], T]) -> T:
+    """The result of work on a stage, whose name its errors tell."""
+    try:
+        return work(stage)
+    except PlanError as error:
+        if str(error).startswith(stage.label):
+            raise
+        raise PlanError("{where}: {text}", where=stage.label, text=error, **error.parts) from None
+
+
+def stand_in(plan: Plan, folder: Path) -> None:
+    """Write a folder like the output of a plan: its headers and small files; the data take no space on the disk."""
+    from mergekit_lfm.engine.documents import Documents
+
+    folder.mkdir()
+    files = Documents(plan, folder.name).files
+    for name, data in [*files.items(), *((shard.name, shard.header) for shard in plan.shards)]:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    for shard in plan.shards:
+        os.truncate(folder / shard.name, shard.nbytes)

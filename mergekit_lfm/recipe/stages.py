@@ -1,0 +1,105 @@
+"""Recipes of several stages: a YAML document for each, whose result later ones take as a model by its name.
+
+The order of work follows from the names. The stage that no name is needed for, else the last, makes the output; the
+others leave their results beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
+from typing import Any
+
+from mergekit_lfm.errors import PlanError, several
+from mergekit_lfm.recipe.values import FOUND
+from mergekit_lfm.store.yaml import read_documents
+
+MODEL_KEYS = ("model", "path", "base_model", "source", "tokenizer_source", "to")  # whose text may be a model
+OF_OUTPUT = ("output", "push")  # keys of the stage that makes the output
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One document of a recipe: its name, its data without that, the stages whose results it takes, and its label."""
+
+    name: str
+    data: Mapping[str, Any]
+    needs: tuple[str, ...]
+    label: str
+
+
+def read_stages(text: str, label: str) -> tuple[Stage, ...]:
+    """The stages of a recipe's text in the order of work, the one that makes the output last; () for one document.
+
+    Raises PlanError for stages without a name of their own, or that need one another.
+    """
+    documents = read_documents(text, label)
+    if len(documents) == 1:
+        return ()
+    _check(documents, label)
+    datas = [data for data in documents if isinstance(data, Mapping)]
+    names = [str(data.get("name") or "") for data in datas]
+    named = {name: _without_name(data) for name, data in zip(names, datas, strict=True)}
+    last = "" if "" in named else names[-1]
+    needs = {name: tuple(dict.fromkeys(_find_names(data, named.keys() - {name}))) for name, data in named.items()}
+    _refuse_used(last, needs, named, label)
+    try:
+        order = [name for name in TopologicalSorter(needs).static_order() if name != last]
+    except CycleError as error:
+        raise PlanError(f"{label}: the stages {' and '.join(error.args[1][:-1])} need one another") from None
+    return tuple(
+        Stage(name, named[name], needs[name], f"{label}, stage {name}" if name else f"{label}, the last stage")
+        for name in [*order, last]
+    )
+
+
+def _check(documents: Sequence[object], label: str) -> None:
+    """Raise PlanError for documents that are no mappings, and for names that are missing or used twice."""
+    problems, seen, nameless = list[str](), dict[str, int](), list[int]()
+    for number, data in enumerate(documents, 1):
+        if not isinstance(data, Mapping):
+            words = FOUND.format(found=f"{data!r:.40}", expected="a mapping with merge_method and models")
+            problems.append(f"document {number}: {words}")
+            continue
+        name = data.get("name")
+        if name is None:
+            nameless.append(number)
+        elif not isinstance(name, str) or not name or "/" in name or name.startswith("."):
+            problems.append(f"document {number}: name: found {name!r}, expected a name without a slash")
+        elif name in seen:
+            problems.append(f"document {number}: name: {name} is the name of document {seen[name]}; choose another")
+        else:
+            seen[name] = number
+    if len(nameless) > 1:
+        found = " and ".join(map(str, nameless))
+        problems.append(f"documents {found} have no `name`, expected one for all but the one that makes the output")
+    if problems:
+        raise PlanError(f"{label}: {several('stages', problems)}")
+
+
+def _refuse_used(last: str, needs: Mapping[str, tuple[str, ...]], named: Mapping[str, Any], label: str) -> None:
+    """Raise PlanError if a stage takes the output, or another than that has its keys."""
+    problems = [f"stage {name} takes {last}, which makes the output" for name, used in needs.items() if last in used]
+    for name, data in named.items():
+        keys = [key for key in OF_OUTPUT if key in data and name != last]
+        problems += [f"stage {name}: `{key}` belongs to the stage that makes the output" for key in keys]
+    if problems:
+        raise PlanError(f"{label}: {several('stages', problems)}")
+
+
+def _without_name(data: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in data.items() if key != "name"}
+
+
+def _find_names(data: object, names: set[str]) -> Iterator[str]:
+    """The stages that a part of a document names as models."""
+    if isinstance(data, Mapping):
+        for key, value in data.items():
+            if isinstance(value, str) and key in MODEL_KEYS and value in names:
+                yield value
+            else:
+                yield from _find_names(value, names)
+    elif isinstance(data, list):
+        for part in data:
+            yield from _find_names(part, names)
