@@ -106,8 +106,8 @@ def merge(
     Models are folders, or on the Hub: org/name, org/name@revision. RECIPE is a file, or - for standard input. OUT is a
     new folder; without it, the recipe's `output`, else merged/ and the recipe's name. A run that was interrupted goes
     on where it stopped when the same command is given again. A recipe of several documents is carried out stage by
-    stage; their results stay in OUT.stages, where the next run takes those that have not changed. Sizes are 500MB, 5GB (5e9 bytes), 3GiB, or a number of
-    bytes.
+    stage; their results stay in OUT.stages, where the next run takes those that have not changed. Sizes are 500MB, 5GB
+    (5e9 bytes), 3GiB, or a number of bytes.
     """
     from mergekit_lfm.api.merge import merge as run
     from mergekit_lfm.api.merge import plan_merge
