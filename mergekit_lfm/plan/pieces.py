@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from mergekit_lfm.arch.layer_facts import stacks_of
 from mergekit_lfm.arch.modules import beginnings, find_modules
 from mergekit_lfm.arch.ties import is_tied, tied_names
 from mergekit_lfm.errors import PlanError, did_you_mean, several
@@ -23,7 +24,6 @@ BEFORE = re.compile(
     r"(^|[._])(w[tp]e|shared|\w*embed\w*|\w*patch\w*|conv\w*|stem|position\w*|tok_\w+|relative_\w+)([._]|$)"
 )
 AFTER = re.compile(r"(^|\.)(embed_out|lm_head|output|predictions)\.")
-LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth")
 EXTRA = re.compile(r"(^|\.)mtp\.")  # layers that predict further tokens, beside the stack
 
 
@@ -130,20 +130,17 @@ def _cut(
 
 def _is_all(line: tuple[Input, Checkpoint], places: Mapping[str, Place]) -> bool:
     """True if the layers of a line are all of one of its model's stacks."""
-    counts = {place.count for place in places.values()} | set(_stated_counts(line[1]))
-    return line[0].layers is None or (line[0].layers[0] == 0 and line[0].layers[1] in counts)
-
-
-def _stated_counts(model: Checkpoint) -> Iterator[int]:
-    """The numbers of layers in a config."""
-    text = model.config.get("text_config")
-    for config in (model.config, text if isinstance(text, Mapping) else {}):
-        yield from (config[key] for key in LAYER_COUNTS if type(config.get(key)) is int)
+    layers, config = line[0].layers, line[1].config
+    if layers is None:
+        return True
+    first, last = layers
+    return first == 0 and (last in {place.count for place in places.values()} or bool(stacks_of(config, last)))
 
 
 def _find_stack(model: Checkpoint, places: Mapping[str, Place], label: str) -> _Stack:
-    """The stack that a model's slices are of. Raises PlanError if there are several."""
+    """The stack that a model's slices are of: not layers of embeddings. Raises PlanError if there are several."""
     counts = {place.before: place.count for place in places.values() if not EXTRA.search(place.before)}
+    counts = {before: count for before, count in counts.items() if not BEFORE.search(before)} or counts
     if len(counts) != 1:
         found = ", ".join(f"{before} ({count})" for before, count in counts.items()) or "none"
         raise PlanError(
@@ -151,8 +148,8 @@ def _find_stack(model: Checkpoint, places: Mapping[str, Place], label: str) -> _
             + ("name the parts of the model with `modules`, each with its slices" if counts else "use `models`")
         )
     ((before, count),) = counts.items()
-    stated = [number for number in _stated_counts(model) if number < count]
-    count = max(stated, default=count)  # layers behind those of the config predict further tokens
+    if not stacks_of(model.config, count):  # layers behind those of the config predict further tokens
+        count = max((stack.size for stack in stacks_of(model.config) if stack.size < count), default=count)
     inside = {name: place for name, place in places.items() if place.before == before and place.index < count}
     return _Stack(before, count, inside)
 
