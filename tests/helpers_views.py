@@ -14,11 +14,13 @@ from models import save_checkpoint
 from torch.profiler import ProfilerActivity, profile
 
 from mergekit_lfm.align.elements import random_transform
+from mergekit_lfm.arch.experts import Form, layouts
 from mergekit_lfm.arch.table import Units, read_table
 from mergekit_lfm.artifacts.patch import Patch, PatchInfo, TensorChange
 from mergekit_lfm.recipe.rename import RenameRule
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lfm.views.base import View
+from mergekit_lfm.views.experts import Regrouped
 from mergekit_lfm.views.patched import Patched, summed_changes
 from mergekit_lfm.views.pending import Pending
 from mergekit_lfm.views.quantisation import dequantise
@@ -132,6 +134,21 @@ def renamed(checkpoint: Checkpoint) -> View:
     return Renamed(checkpoint, [RenameRule(r"re:^(\w+)\.weight", r"layer.\1.weight"), RenameRule("up.b", "b")])
 
 
+def save_experts(folder: Path) -> Path:
+    """Three experts in two tensors, and a vector."""
+    draw = torch.Generator().manual_seed(0)
+    shapes = {"gate_up_proj": (3, 2 * 101, 301), "down_proj": (3, 301, 101), "router": (3, 301)}
+    return save_checkpoint(folder, {f"mlp.experts.{n}": torch.randn(s, generator=draw) for n, s in shapes.items()}, {})
+
+
+def experts(checkpoint: Checkpoint, *forms: Form) -> Checkpoint:
+    """The checkpoint with its experts in one form after another."""
+    for form in forms:
+        layout = layouts()[0]
+        checkpoint = Regrouped(checkpoint, layout, layout.find(checkpoint), form)
+    return checkpoint
+
+
 def pending(checkpoint: Checkpoint) -> View:
     """The checkpoint before its alignment."""
     return Pending(checkpoint, checkpoint, dict.fromkeys(checkpoint, 100), 1000, {"align": "later"})
@@ -155,6 +172,11 @@ CASES: Mapping[str, Case] = MappingProxyType(
         ),
         "cut": (save_plain, lambda x: Resized(x, ROWS, 290, x)),
         "filled over cut": (save_plain, lambda x: Resized(Resized(x, ROWS, 290, x), ROWS, 301, x)),
+        "experts apart": (save_experts, lambda x: experts(x, "apart")),
+        "experts turned": (save_experts, lambda x: experts(x, "turned")),
+        "experts apart over turned": (save_experts, lambda x: experts(x, "turned", "apart")),
+        "experts together over apart": (save_experts, lambda x: experts(x, "apart", "together")),
+        "experts turned over apart": (save_experts, lambda x: experts(x, "apart", "turned")),
         "dequantised": (save_fp8, lambda x: dequantise(x)),
         "patched over dequantised over renamed": (
             save_fp8,

@@ -21,6 +21,9 @@ RENAMINGS: tuple[tuple[str, str], ...] = (
     (r"\.parametrizations\.weight\.original0$", ".weight_g"),
     (r"\.parametrizations\.weight\.original1$", ".weight_v"),
     (r"\.parametrizations\.weight\.original$", ".weight_orig"),
+    # Mixtral on the Hub, and in transformers 5
+    (r"\.block_sparse_moe\.", ".mlp."),
+    (r"\.mlp\.", ".block_sparse_moe."),
     # vision-language models before and after transformers 4.52
     (r"^visual\.", "model.visual."),
     (r"^model\.visual\.", "visual."),

@@ -38,6 +38,7 @@ from mergekit_lfm.recipe.settings import SettingsTable
 from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.store.state import state_of
 from mergekit_lfm.store.tensors import TensorSpec
+from mergekit_lfm.views.experts import note_of
 from mergekit_lfm.views.selected import Selected
 
 
@@ -95,8 +96,15 @@ def make_plan(
         named_files=named,
         allowed=allowed,
         vocabulary=rows.length,
-        notices=cut.notices,
+        notices=(*cut.notices, *_expert_notes(models, labels)),
     )
+
+
+def _expert_notes(models: Sequence[Checkpoint], labels: Sequence[str]) -> Iterator[str]:
+    """A line about each model whose experts are read in the layout of the template."""
+    for model, label in zip(models, labels, strict=True):
+        if note := note_of(model):
+            yield f"{label}: {note}"
 
 
 def _plan_parts(

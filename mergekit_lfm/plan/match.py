@@ -6,6 +6,7 @@ import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from mergekit_lfm.arch.experts import APART, TOGETHER
 from mergekit_lfm.arch.kinds import Kind, kind_of
 from mergekit_lfm.errors import PlanError, several
 from mergekit_lfm.plan.rows import VOCABULARY
@@ -202,6 +203,12 @@ class _Matching:
         """The lines that a recipe may add."""
         first = self.labels[self.template]
         names = [*(name for _, name in (*self.missing, *self.extra)), *self.misshapen]
+        if experts := self._find_experts():
+            yield (
+                f"The models hold experts in different layouts: {experts[0]} is a part of one, {experts[1]} all of a "
+                "layer. No known layout joins these names, expected a line in mergekit_lfm/arch/experts.py. Save the "
+                "models in one layout, as transformers does when it loads and saves them"
+            )
         if any(VOCABULARY.search(name) for name in self.misshapen):
             yield (
                 "One of the vocabularies was padded or resized: add `rows: crop` to merge the rows of the shortest "
@@ -213,6 +220,15 @@ class _Matching:
                 f"To merge only what all models share and keep the rest of {first}, add `tensors: common` to the "
                 f"recipe; to choose for some tensors, `keep: {{{part}: base}}`, or `drop`, or one of the models"
             )
+
+    def _find_experts(self) -> tuple[str, str] | None:
+        """A tensor of one expert that only one model has, and one of all experts that only another has."""
+        alone = [[name for _, name in side] for side in (self.missing, self.extra)]
+        for one, other in (alone, alone[::-1]):
+            apart, together = filter(APART.search, one), filter(TOGETHER.search, other)
+            if pair := next(zip(apart, together, strict=False), None):
+                return pair
+        return None
 
     def _list_names(self) -> Iterator[str]:
         """A line for each tensor that only some models have; one for all of a model where their beginnings differ."""

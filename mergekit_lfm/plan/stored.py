@@ -1,4 +1,4 @@
-"""The models of a recipe before any alignment or edit: open, dequantised and renamed."""
+"""The models of a recipe before any alignment or edit: open, dequantised, in the template's layout and names."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from mergekit_lfm.plan.renaming import find_renaming
 from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lfm.store.hub import HubName
+from mergekit_lfm.views.experts import regroup
 from mergekit_lfm.views.quantisation import dequantise
 from mergekit_lfm.views.renamed import Renamed
 
@@ -25,7 +26,7 @@ def open_stored(recipe: Recipe) -> dict[str, Checkpoint]:
     models = _open_files(recipe)
     if any(method.name != "passthrough" for method in recipe.methods):
         models = _dequantise(models)
-    return _find_names(recipe, _rename(recipe, models))
+    return _find_names(recipe, _regroup_experts(recipe, _rename(recipe, models)))
 
 
 def _open_files(recipe: Recipe) -> dict[str, Checkpoint]:
@@ -76,6 +77,16 @@ def _rename(recipe: Recipe, models: Mapping[str, Checkpoint]) -> dict[str, Check
     if problems:
         raise PlanError(several("new names do not fit", problems))
     return renamed
+
+
+def _regroup_experts(recipe: Recipe, models: Mapping[str, Checkpoint]) -> dict[str, Checkpoint]:
+    """The models, by label, with the experts of a mixture in tensors as the template has them.
+
+    As with names, a model stays as it is whose statistics, alignment or edits are about its tensors.
+    """
+    template = models[recipe.template.label]
+    free = {model.label for model in recipe.all_models if not (model.align or model.edits or model.stats)}
+    return {label: regroup(model, template) if label in free else model for label, model in models.items()}
 
 
 def _find_names(recipe: Recipe, models: Mapping[str, Checkpoint]) -> dict[str, Checkpoint]:

@@ -80,6 +80,10 @@ class View(Checkpoint):
         """The tensor in whose place it stands."""
         return 0, name
 
+    def offset(self, name: str) -> int:  # noqa: ARG002
+        """The first element of its source that is one of the tensor's."""
+        return 0
+
     @property
     def held(self) -> int:
         return 0
@@ -155,13 +159,14 @@ class View(Checkpoint):
         if self.maker(name) is not None:
             return None
         index, source = self.source(name)
-        return self.inners[index].location(source)
+        place = self.inners[index].location(source)
+        return place and (place[0], place[1] + self.offset(name) * ITEMSIZE[self[name].dtype])
 
     def read_into(self, name: str, start: int, into: memoryview) -> None:
         maker = self.maker(name)
         if maker is None:
             index, source = self.source(name)
-            self.inners[index].read_into(source, start, into)
+            self.inners[index].read_into(source, self.offset(name) + start, into)
         elif into:
             _fill(into, start * ITEMSIZE[maker.spec.dtype], maker, self._panel)
 

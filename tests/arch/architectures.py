@@ -48,7 +48,7 @@ PAIR |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ff
 PAIR |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
 MAMBA = {"vocab_size": 32, "hidden_size": 16, "state_size": 4, "num_hidden_layers": 2, "time_step_rank": 2}
 JAMBA = {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1}
-JAMBA |= {"mamba_d_state": 4, "mamba_dt_rank": 2, "use_mamba_kernels": False}
+JAMBA |= {"mamba_d_state": 4, "mamba_dt_rank": 2}
 
 IMAGE: Config = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
 IMAGE |= {"image_size": 8, "patch_size": 4}
