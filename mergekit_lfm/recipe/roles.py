@@ -81,7 +81,7 @@ def assign_roles(
             problems.append(Problem(place, text))
         base = replace(base, layers=next(iter(spans), None))
     inputs, of_base = _choose_inputs(method, base, lines, whole=place == "models")
-    part = Part(method, base, tuple(lines), inputs, scopes, place, module, slice)
+    part = Part(method.name, base, tuple(lines), inputs, scopes, place, module, slice)
     return part, [*notices, *of_base], [*problems, *wrong_aligns]
 
 
