@@ -27,6 +27,12 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "breadcrumbs": [{"density": 0.5, "gamma": 0.1}],
     "breadcrumbs_ties": [{"density": 0.5, "gamma": 0.1, "normalize": True}],
     "passthrough": [{"scale": 0.5}],
+    "della": [{"density": 0.5}],
+    "della_linear": [{"density": 0.4, "rescale": "density", "epsilon": 0.3}],
+    "ram": [{"epsilon": 0.05}],
+    "ramplus_tl": [{"epsilon": 0.05, "alpha": 2.0}],
+    "nearswap": [{"t": 0.02}],
+    "sce": [{"select_topk": 0.3}],
     "fisher": [{"normalize": True, "epsilon": 1e-3}],
     "regmean": [{"alpha": 1.0, "ridge": 0.0}],
     "tsv": [{"decompose": "kernels"}],
@@ -43,6 +49,13 @@ def ids(case: tuple[str, dict[str, Any]]) -> str:
 def parameters_of(name: str, extra: dict[str, Any]) -> dict[str, Any]:
     """A value for each parameter that has no default, and the extras."""
     return {p.name: 0.6 for p in METHODS[name].parameters if p.default is REQUIRED} | extra
+
+
+def scaled_parameters(name: str, extra: dict[str, Any], factor: float) -> dict[str, Any]:
+    """The same, with those in the units of the weights times a factor."""
+    own = {p.name: p.default for p in METHODS[name].parameters if p.absolute} | parameters_of(name, extra)
+    absolute = {p.name for p in METHODS[name].parameters if p.absolute}
+    return {key: value * factor if key in absolute else value for key, value in own.items()}
 
 
 def count_of(name: str) -> int:

@@ -246,6 +246,35 @@ def karcher(
     return _in_span(point * float(shares @ norms), xs)
 
 
+def nearswap(xs: Sequence[Array], t: float) -> Expected:
+    """g x + (1 - g) base with g = min(1, t / |base - x|), for xs = [base, x]."""
+    base, x = xs
+    size = np.abs(delta(x, base, exact=True))
+    g = np.minimum(1.0, np.divide(t, size, out=np.ones_like(size), where=size > 0))
+    return _sum([g, 1 - g], [x, base])
+
+
+def arcee_fusion(xs: Sequence[Array]) -> Expected:
+    """x where |x - base| KL(softmax(x) || softmax(base)) of the row is at least the threshold, else the base.
+
+    The threshold is median + 1.5 (third - first quartile) of these products, all of them, at index int(q (n - 1)).
+    """
+    base, x = xs
+    if not base.size:
+        return Expected(base, base)
+    p, q = (np.exp(v - v.max(-1, keepdims=True)) if v.ndim else np.ones(1) for v in (x, base))
+    p, q = (v / v.sum(-1, keepdims=True) + 1e-8 for v in (p, q))
+    divergence = (p * np.log(p / q)).sum(-1, keepdims=True)
+    products = np.reshape(np.abs(x - base) * divergence, base.shape)
+    ordered = np.sort(products.ravel())
+    first, median, third = (ordered[int(share * (ordered.size - 1))] for share in (0.25, 0.5, 0.75))
+    limit = median + 1.5 * (third - first)
+    noise = 1e-13 * float(np.abs(x - base).max()) + 1e-6 * limit  # of the divergence, and of float32 differences
+    near = np.abs(products - limit) <= noise
+    value = np.where(products >= limit, x, base)
+    return Expected(value, np.abs(value), np.where(near, np.where(products >= limit, base, x), value))
+
+
 def model_stock(xs: Sequence[Array], base: Array, filter_wise: bool = False, exact: bool = False) -> Expected:
     """base + t (mean - base), t = n c / (1 + (n - 1) c) or 0 for 0/0, with c the mean cosine over pairs of deltas."""
     ds = [delta(x, base, exact) for x in xs]
@@ -379,7 +408,65 @@ ties = TaskVectors(_keep_largest, vote=True, normalize=True, rescale=False)
 dare_linear = TaskVectors(_keep_given, vote=False, normalize=False, rescale=True)
 dare_ties = TaskVectors(_keep_given, vote=True, normalize=False, rescale=True)
 breadcrumbs = TaskVectors(_keep_middle, vote=False, normalize=False, rescale=False)
+della = TaskVectors(_keep_given, vote=True, normalize=True, rescale=True)
+della_linear = TaskVectors(_keep_given, vote=False, normalize=False, rescale=True)
 breadcrumbs_ties = TaskVectors(_keep_middle, vote=True, normalize=False, rescale=False)
+
+
+def _signed(deltas: Sequence[Array], weight: Sequence[float], factor: float, base: Array) -> Expected:
+    """base + factor * the weighted mean of the deltas that have the sign of their plain sum, of 0 plus."""
+    total = np.sum(deltas, axis=0)
+    elected = np.where(total < 0, -1.0, 1.0)
+    terms = [w * d for w, d in zip(weight, deltas, strict=True)]
+    merged = [_of_sign(terms, weight, sign, True, factor) for sign in (elected, -elected)]
+    close = np.abs(total) <= 4 * ulp(_largest_term(deltas), torch.float32)
+    biggest = np.max([np.abs(part) for _, parts in merged for part in parts], axis=0)
+    other = np.where(close, merged[1][0] + base, merged[0][0] + base)
+    return Expected(merged[0][0] + base, np.maximum(biggest, np.abs(base)), other)
+
+
+def sce(xs: Sequence[Array], base: Array, select_topk: float = 1.0, exact: bool = False, **more: Any) -> Expected:
+    """Keep the top share of the varying elements by variance; weigh by mean squares; the mean of the elected sign."""
+    deltas = [delta(x, base, exact) for x in xs]
+    if select_topk < 1:
+        pairs = [
+            (d - e) ** 2 for i, d in enumerate(deltas) for e in deltas[:i]
+        ]  # n^2 times the variance, of equal sums
+        variance = np.sum(pairs, axis=0) if pairs else np.zeros_like(base)
+        mask = keep_positions(variance, 0, int(np.count_nonzero(variance) * select_topk))
+        deltas = [d * mask for d in deltas]
+    squares = np.array([np.sum(d * d) for d in deltas])
+    weight = squares / squares.sum() if squares.sum() > 0 else np.full(len(xs), 1 / len(xs))
+    return _signed(deltas, weight.tolist(), more.get("lambda", 1.0), base)
+
+
+def ram(
+    xs: Sequence[Array],
+    base: Array,
+    epsilon: float = 1e-5,
+    r: float = 0.0,
+    alpha: float = 0.0,
+    exact: bool = False,
+    **more: Any,
+) -> Expected:
+    """base + sum_i d_i a_i (lam_i [c = 1] + [c > 1] / c), a_i = |d_i| > epsilon, c = sum a_i.
+
+    lam_i = 1 + r min(alpha, #(a_i, c > 1) / #(a_i, c = 1)); 1 without r.
+    """
+    deltas = [delta(x, base, exact) for x in xs]
+    active = [np.abs(d) > epsilon for d in deltas]
+    count = np.sum(active, axis=0)
+    shares = []
+    for a in active:
+        shared, alone = int((a & (count > 1)).sum()), int((a & (count == 1)).sum())
+        rho = min(alpha, shared / alone) if alone else 0.0  # alone = 0: a factor of nothing
+        shares.append(np.where(a, np.where(count == 1, 1 + r * rho, 1 / np.maximum(count, 1)), 0.0))
+    return _sum([more.get("lambda", 1.0) * share for share in shares], deltas, base)
+
+
+def ramplus_tl(xs: Sequence[Array], base: Array, r: float = 0.1, alpha: float = 0.2, **more: Any) -> Expected:
+    """RAM+ over one tensor."""
+    return ram(xs, base, r=r, alpha=alpha, **more)
 
 
 def ties_global(

@@ -20,12 +20,13 @@ from mergekit_lfm.kernels.ranks import NONE, Largest, Ranks
 from mergekit_lfm.kernels.reductions import magnitudes
 from mergekit_lfm.kernels.step import Step, put_together, run_eagerly, take_apart
 from mergekit_lfm.kernels.sums import Weights, weighted_sum
-from mergekit_lfm.methods import fisher
+from mergekit_lfm.methods import fisher, sce
 from mergekit_lfm.methods.task_vectors import SparseSum, apply
 
 BLOCK = 4096
 RANKS = Ranks([(Largest(0x3C500000, 1 << 40), Largest(0x3D000000, 0)), (Largest(0x3C000000, 0), NONE), (NONE, NONE)])
 COINS = Coins((1, 2**63 + 5, 7), (0.3, 0.7, 1.0))
+SELECTION = sce.Selection(Ranks([(Largest(0x3F50000000000000, 0), NONE)]), (0.5, 0.2, 0.3), 0.7)
 FUNCTIONS: dict[str, tuple[Any, Any, torch.dtype | None]] = {
     "weighted sum": (weighted_sum, Weights((0.3, 0.3, 0.4)), torch.bfloat16),
     "ties": (apply, SparseSum((0.5, -0.25, 1.0), RANKS, (0.5, -0.25, 1.0), True, 0.7), torch.bfloat16),
@@ -33,6 +34,8 @@ FUNCTIONS: dict[str, tuple[Any, Any, torch.dtype | None]] = {
     "dare": (apply, SparseSum((0.5, 0.25, 1.0), COINS, None, False, 1.0), torch.float32),
     "dare ties": (apply, SparseSum((0.5, 0.25, 1.0), COINS, (0.5, 0.25, 1.0), True, 1.0), torch.bfloat16),
     "magnitudes": (magnitudes, COINS, None),
+    "sce": (sce.apply, SELECTION, torch.float16),
+    "squares": (sce._squares, SELECTION, None),
     "fisher": (fisher.apply, fisher.FisherAverage([0.5, 1.0, 0.25], [0.0] * 3, [0.3, 0.5, 0.2]), torch.bfloat16),
 }
 
