@@ -32,6 +32,8 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "ram": [{"epsilon": 0.05}],
     "ramplus_tl": [{"epsilon": 0.05, "alpha": 2.0}],
     "nearswap": [{"t": 0.02}],
+    "pcb": [{"scope": "tensor", "density": 0.3}],
+    "consensus": [{"threshold": 0.1, "agree": 3}],
     "sce": [{"select_topk": 0.3}],
     "fisher": [{"normalize": True, "epsilon": 1e-3}],
     "regmean": [{"alpha": 1.0, "ridge": 0.0}],

@@ -275,8 +275,10 @@ def arcee_fusion(xs: Sequence[Array]) -> Expected:
     return Expected(value, np.abs(value), np.where(near, np.where(products >= limit, base, x), value))
 
 
-def model_stock(xs: Sequence[Array], base: Array, filter_wise: bool = False, exact: bool = False) -> Expected:
-    """base + t (mean - base), t = n c / (1 + (n - 1) c) or 0 for 0/0, with c the mean cosine over pairs of deltas."""
+def model_stock(
+    xs: Sequence[Array], base: Array, filter_wise: bool = False, exact: bool = False, **more: Any
+) -> Expected:
+    """base + lambda t (mean - base), t = n c / (1 + (n - 1) c), or 0 for 0/0; c: mean cosine over pairs of deltas."""
     ds = [delta(x, base, exact) for x in xs]
     axis = -1 if filter_wise and base.ndim > 1 else None
     cosines = []
@@ -289,7 +291,7 @@ def model_stock(xs: Sequence[Array], base: Array, filter_wise: bool = False, exa
     c, n = np.mean(cosines, axis=0), len(xs)
     below = 1 + (n - 1) * c
     t = np.where(np.abs(below) < 1e-6, 0.0, n * c / np.where(np.abs(below) < 1e-6, 1.0, below))
-    return _sum([t / n] * n, ds, base)
+    return _sum([more.get("lambda", 1.0) * t / n] * n, ds, base)
 
 
 # Whole matrices
@@ -467,6 +469,64 @@ def ram(
 def ramplus_tl(xs: Sequence[Array], base: Array, r: float = 0.1, alpha: float = 0.2, **more: Any) -> Expected:
     """RAM+ over one tensor."""
     return ram(xs, base, r=r, alpha=alpha, **more)
+
+
+def magmax(xs: Sequence[Array], base: Array, exact: bool = False, **more: Any) -> Expected:
+    """base + lambda * the delta of largest magnitude, the last one among equals."""
+    deltas = np.stack([delta(x, base, exact) for x in xs])
+    last = len(xs) - 1 - np.argmax(np.abs(deltas[::-1]), axis=0)
+    return _sum([more.get("lambda", 0.5)], [np.take_along_axis(deltas, last[None], 0)[0]], base)
+
+
+def consensus(
+    xs: Sequence[Array], base: Array, threshold: Sequence[float], agree: int = 2, exact: bool = False, **more: Any
+) -> Expected:
+    """base + lambda * sum_i d_i where at least `agree` masks |d_i| > threshold_i |sum - d_i| are true."""
+    deltas = [delta(x, base, exact) for x in xs]
+    total, factor = np.sum(deltas, axis=0), more.get("lambda", 1.0)
+    margins = [np.abs(d) - t * np.abs(total - d) for d, t in zip(deltas, threshold, strict=True)]
+    noise = 8 * ulp(_largest_term(deltas) * (1 + max(threshold)), torch.float32)
+    most, least = (np.sum([m > side * noise for m in margins], axis=0) >= agree for side in (-1, 1))
+    value = np.where(np.sum([m > 0 for m in margins], axis=0) >= agree, factor * total, 0.0)
+    other = np.where(most != least, factor * total - value, value)
+    return Expected(value + base, np.maximum(_largest_term(deltas, base), np.abs(factor * total)), other + base)
+
+
+def negmerge(xs: Sequence[Array], base: Array, exact: bool = False, **more: Any) -> Expected:
+    """base - lambda * the mean of the deltas where all are above 0, or all below."""
+    deltas = [delta(x, base, exact) for x in xs]
+    agreed = np.all([d > 0 for d in deltas], axis=0) | np.all([d < 0 for d in deltas], axis=0)
+    return _sum([-more.get("lambda", 1.0) / len(xs) * agreed] * len(xs), deltas, base)
+
+
+def expo(xs: Sequence[Array], base: Array, alpha: float, exact: bool = False) -> Expected:
+    """x + alpha (x - base), as base + (1 + alpha) d."""
+    return _sum([1 + alpha], [delta(xs[0], base, exact)], base)
+
+
+def pcb(xs: Sequence[Array], base: Array, density: float = 0.1, exact: bool = False, **more: Any) -> Expected:
+    """PCB-Merging as its authors compute it over one flat vector, with tanh(z) = z and scores of at least 0."""
+    deltas = np.stack([delta(x, base, exact).ravel() for x in xs])
+    n, numel = deltas.shape
+    if not numel:
+        return Expected(base, base)
+    ordered = np.sort(np.abs(deltas), axis=1)
+    low, high = ordered[:, [int(numel * 1e-4)]], ordered[:, [int(numel * (1 - 1e-4) - 1)]]
+    size = np.clip(np.abs(deltas), low, high)
+    part = _zero_to_one(size, low, high)
+    score = np.exp(n * part**2) * np.maximum(deltas * deltas.sum(axis=0), 0)
+    ordered = np.sort(score, axis=1)
+    floor, top = ordered[:, [min(numel - 1, int(numel * (1 - density)))]], ordered[:, [-1]]
+    weight = _zero_to_one(np.maximum(score, floor), floor, top)
+    total = weight.sum(axis=0)
+    merged = (weight * np.sign(deltas) * size).sum(axis=0) / np.where(total > 0, total, 1.0)
+    value = more.get("lambda", 1.2) * merged.reshape(base.shape)
+    return Expected(value + base, np.maximum(np.abs(value), np.abs(base)))
+
+
+def _zero_to_one(x: Array, low: Array, high: Array) -> Array:
+    """x from low to high as 0 to 1; 0 if these are equal."""
+    return np.asarray((x - low) / np.where(high > low, high - low, 1.0))
 
 
 def ties_global(

@@ -6,7 +6,7 @@ delta are kept, in how the kept are scaled, and in whether the signs are put to 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,7 +18,7 @@ from mergekit_lfm.kernels.random import Coins, LocalCoins, LocalRankedCoins, Ran
 from mergekit_lfm.kernels.ranks import NONE, LocalRanks, Ranks, largest
 from mergekit_lfm.kernels.reductions import L1, Reduction, SignBalance
 from mergekit_lfm.methods.linear import WEIGHT, normalise
-from mergekit_lfm.methods.method import Method, Parameter, Unit
+from mergekit_lfm.methods.method import Method, Parameter, Unit, Value
 
 if TYPE_CHECKING:
     import torch
@@ -215,6 +215,11 @@ SCOPE = Parameter(
 )
 
 
+def scope_of(shared: Mapping[str, Value]) -> str:
+    """The scope of a method that has the parameter SCOPE."""
+    return "model" if shared["scope"] == "global" else "tensor"
+
+
 LAMBDA = Parameter("lambda", 1.0, per_input=False, doc="factor of the merged delta")
 
 
@@ -270,7 +275,7 @@ METHODS = (
         "the largest entries of each delta, signs elected by weighted mass, mean of those that agree",
         _largest,
         (DENSITY, *_shared(True, False), SCOPE),
-        scope=lambda shared: "model" if shared["scope"] == "global" else "tensor",
+        scope=scope_of,
         version=3,
     ),
     _method(

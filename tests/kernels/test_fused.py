@@ -20,7 +20,7 @@ from mergekit_lfm.kernels.ranks import NONE, Largest, Ranks
 from mergekit_lfm.kernels.reductions import magnitudes
 from mergekit_lfm.kernels.step import Step, put_together, run_eagerly, take_apart
 from mergekit_lfm.kernels.sums import Weights, weighted_sum
-from mergekit_lfm.methods import fisher, sce
+from mergekit_lfm.methods import fisher, pcb, sce
 from mergekit_lfm.methods.task_vectors import SparseSum, apply
 
 BLOCK = 4096
@@ -35,7 +35,7 @@ FUNCTIONS: dict[str, tuple[Any, Any, torch.dtype | None]] = {
     "dare ties": (apply, SparseSum((0.5, 0.25, 1.0), COINS, (0.5, 0.25, 1.0), True, 1.0), torch.bfloat16),
     "magnitudes": (magnitudes, COINS, None),
     "sce": (sce.apply, SELECTION, torch.float16),
-    "squares": (sce._squares, SELECTION, None),
+    "pcb": (pcb.apply, pcb.Balance([0.0] * 3, [0.02] * 3, [1e-5] * 3, [4e-4] * 3, 1.2), torch.bfloat16),
     "fisher": (fisher.apply, fisher.FisherAverage([0.5, 1.0, 0.25], [0.0] * 3, [0.3, 0.5, 0.2]), torch.bfloat16),
 }
 

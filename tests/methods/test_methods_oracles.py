@@ -57,7 +57,7 @@ def karcher(random):
 
 
 def model_stock(random):
-    return random.integers(2, 5), {"filter_wise": bool(random.integers(2))}
+    return random.integers(2, 5), {"filter_wise": bool(random.integers(2)), "lambda": float(random.uniform(0.2, 1.5))}
 
 
 def task_arithmetic(random):
@@ -117,6 +117,24 @@ def ramplus_tl(random):
     return count, parameters | {"r": float(random.uniform(0, 1)), "alpha": float(random.choice([0.2, 3]))}
 
 
+def magmax(random):
+    return random.integers(2, 5), {"lambda": float(random.uniform(0.2, 1.5))}
+
+
+def consensus(random):
+    count, parameters = magmax(random)
+    threshold = [float(t) for t in random.choice([0, 0.25, 0.4, 2.1], count)]
+    return count, parameters | {"threshold": threshold, "agree": int(random.integers(1, 4))}
+
+
+def pcb(random):
+    return random.integers(1, 5), {"density": float(random.choice([0.05, 0.1, 0.4])), "lambda": 0.7}
+
+
+def expo(random):
+    return 1, {"alpha": float(random.uniform(-0.5, 1))}
+
+
 DRAW = {
     "linear": linear,
     "passthrough": passthrough,
@@ -139,6 +157,11 @@ DRAW = {
     "della_linear": della,
     "ram": ram,
     "ramplus_tl": ramplus_tl,
+    "magmax": magmax,
+    "consensus": consensus,
+    "negmerge": magmax,
+    "expo": expo,
+    "pcb": pcb,
 }
 TAKES_BASE = {"nuslerp", "multislerp"}
 ON_SPHERES = {"slerp", "nuslerp", "multislerp", "karcher"}
@@ -155,8 +178,8 @@ def tensors(random, count, shape, dtype):
 
 
 def bounds(method, dtype):
-    """The precision of the arithmetic; solves on spheres lose some of float64's."""
-    return torch.float32 if dtype != torch.float64 or method in ON_SPHERES | {"model_stock"} else torch.float64
+    """The precision of the arithmetic; solves on spheres, and exponentials of scores, lose some of float64's."""
+    return torch.float32 if dtype != torch.float64 or method in ON_SPHERES | {"model_stock", "pcb"} else torch.float64
 
 
 def masks(xs, base, density, **keys):
