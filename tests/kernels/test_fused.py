@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,20 @@ def test_no_library_is_loaded_from_a_folder_of_others(
         f"the compiled code in {own_cache} is not used: {reason}. This run compiles its own; remove the folder, "
         "or make it yours alone (chown, chmod 700)"
     }
+
+
+def test_a_changed_function_of_another_package_has_another_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "merge_of_somebody.py"
+    source.write_text("def apply(rows, base, local): return rows[0]\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    step = fused.Fused(import_module(source.stem).apply, (), torch.float32, None)
+    before = step.name
+    assert step.name == before
+    source.write_text("def apply(rows, base, local): return rows[1]\n")
+    fused._environment.cache_clear()
+    assert step.name != before
 
 
 def test_a_changed_library_is_compiled_anew(own_cache: Path, loaded: list[tuple[Path, bytes]]) -> None:

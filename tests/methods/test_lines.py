@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_methods import count_of, parameters_of
+from helpers_methods import parameters_of
 from models import save_checkpoint
 from safetensors.torch import load_file
 
 from mergekit_lfm import merge
+from mergekit_lfm.api.contract import count_inputs
 from mergekit_lfm.methods.registry import METHODS
 
 NAMES = ["embed.weight", *(f"layers.{i}.weight" for i in range(4)), "head.weight"]
@@ -38,7 +39,7 @@ def test_the_delta_of_layer_l_is_scaled_by_a_plus_b_l(method: str, folders: list
         recipe = {
             "merge_method": method,
             "base_model": str(folders[0]),
-            "models": [{"model": str(path)} for path in folders[1 : 1 + count_of(method)]],
+            "models": [{"model": str(path)} for path in folders[1 : 1 + count_inputs(method)]],
             "parameters": parameters_of(method, MORE.get(method, {})) | parameters,
         }
         out = tmp_path / str(parameters["lambda"])
