@@ -109,13 +109,13 @@ def keep_positions(x: Array, start: int, stop: int) -> npt.NDArray[np.bool_]:
     return mask.reshape(x.shape)
 
 
-def _largest_term(terms: Sequence[Array], base: Array | float = 0.0) -> Array:
+def largest_term(terms: Sequence[Array], base: Array | float = 0.0) -> Array:
     return np.asarray(np.max([np.abs(t) for t in terms] + [np.broadcast_to(np.abs(base), terms[0].shape)], axis=0))
 
 
-def _sum(coefficients: Sequence[Any], xs: Sequence[Array], base: Array | float = 0.0) -> Expected:
+def sum_terms(coefficients: Sequence[Any], xs: Sequence[Array], base: Array | float = 0.0) -> Expected:
     terms = [c * x for c, x in zip(coefficients, xs, strict=True)]
-    return Expected(sum(terms) + base, _largest_term(terms, base))
+    return Expected(sum(terms) + base, largest_term(terms, base))
 
 
 def _in_span(value: Array, xs: Sequence[Array], base: Array | float = 0.0) -> Expected:
@@ -123,7 +123,7 @@ def _in_span(value: Array, xs: Sequence[Array], base: Array | float = 0.0) -> Ex
     matrix = np.stack([x.ravel() for x in xs], axis=1)
     coefficients = np.linalg.lstsq(matrix, value.ravel(), rcond=None)[0] if value.size else np.zeros(len(xs))
     terms = [c * x for c, x in zip(coefficients, xs, strict=True)]
-    return Expected(value + base, _largest_term([*terms, value], base))
+    return Expected(value + base, largest_term([*terms, value], base))
 
 
 # Averages and spheres
@@ -131,12 +131,12 @@ def _in_span(value: Array, xs: Sequence[Array], base: Array | float = 0.0) -> Ex
 
 def linear(xs: Sequence[Array], weight: Sequence[float], normalize: bool = True) -> Expected:
     """sum w x, over sum w with `normalize`."""
-    return _sum([w / sum(weight) if normalize else w for w in weight], xs)
+    return sum_terms([w / sum(weight) if normalize else w for w in weight], xs)
 
 
 def passthrough(xs: Sequence[Array], scale: Sequence[float | None] = (None,)) -> Expected:
     """scale * x."""
-    return _sum([1.0 if scale[0] is None else scale[0]], xs)
+    return sum_terms([1.0 if scale[0] is None else scale[0]], xs)
 
 
 def fisher(
@@ -148,7 +148,7 @@ def fisher(
     even = np.broadcast_to(np.reshape(weight, (-1, *[1] * xs[0].ndim)), shares.shape)
     shares = np.where(shares.sum(0) > 0, shares, even)
     value = (shares * np.stack(xs)).sum(0) / shares.sum(0)
-    return Expected(np.asarray(value), _largest_term(xs))
+    return Expected(np.asarray(value), largest_term(xs))
 
 
 def slerp(xs: Sequence[Array], t: float) -> Expected:
@@ -156,9 +156,9 @@ def slerp(xs: Sequence[Array], t: float) -> Expected:
     norms = [np.linalg.norm(x) or 1.0 for x in xs]
     cosine = np.clip(np.sum((xs[0] / norms[0]) * (xs[1] / norms[1])), -1, 1)
     if abs(cosine) > 0.9995:
-        return _sum([1 - t, t], xs)
+        return sum_terms([1 - t, t], xs)
     angle = np.arccos(cosine)
-    return _sum([np.sin((1 - t) * angle) / np.sin(angle), np.sin(t * angle) / np.sin(angle)], xs)
+    return sum_terms([np.sin((1 - t) * angle) / np.sin(angle), np.sin(t * angle) / np.sin(angle)], xs)
 
 
 def nuslerp(
@@ -182,7 +182,7 @@ def nuslerp(
     sine = np.where(straight, 1.0, np.sin(angle))
     first = np.where(straight, 1 - t, np.sin((1 - t) * angle) / sine)
     second = np.where(straight, t, np.sin(t * angle) / sine)
-    return _sum([first, second], [a, b], 0.0 if base is None else base)
+    return sum_terms([first, second], [a, b], 0.0 if base is None else base)
 
 
 def multislerp(
@@ -200,13 +200,13 @@ def multislerp(
     vs = list(xs) if base is None else [delta(x, base, exact) for x in xs]
     norms = [float(np.linalg.norm(v)) for v in vs]
     if not any(norms):
-        return _sum(w, vs, 0.0 if base is None else base)
+        return sum_terms(w, vs, 0.0 if base is None else base)
     units = [v / (n or 1.0) for v, n in zip(vs, norms, strict=True)]
     mean: Array = np.asarray(sum(a * u for a, u in zip(w, units, strict=True)))
     shift = 0.0 if base is None else base
     if np.linalg.norm(mean) < eps:
         assert len(xs) == 2
-        return _sum(w, vs, shift)
+        return sum_terms(w, vs, shift)
     mean = mean / np.linalg.norm(mean)
     tangent = sum(a * (u - np.sum(u * mean) * mean) for a, u in zip(w, units, strict=True))
     length = float(np.linalg.norm(tangent))
@@ -226,7 +226,7 @@ def karcher(
     norms = np.array([np.linalg.norm(x) for x in xs])
     used = [i for i in range(len(xs)) if norms[i] > 0 and shares[i] > 0]
     if not used:
-        return Expected(np.zeros_like(xs[0]), _largest_term(xs))
+        return Expected(np.zeros_like(xs[0]), largest_term(xs))
     units = [xs[i] / norms[i] for i in used]
     a = shares[used] / shares[used].sum()
     point = sum(s * u for s, u in zip(a, units, strict=True))
@@ -251,7 +251,7 @@ def nearswap(xs: Sequence[Array], t: float) -> Expected:
     base, x = xs
     size = np.abs(delta(x, base, exact=True))
     g = np.minimum(1.0, np.divide(t, size, out=np.ones_like(size), where=size > 0))
-    return _sum([g, 1 - g], [x, base])
+    return sum_terms([g, 1 - g], [x, base])
 
 
 def arcee_fusion(xs: Sequence[Array]) -> Expected:
@@ -291,7 +291,7 @@ def model_stock(
     c, n = np.mean(cosines, axis=0), len(xs)
     below = 1 + (n - 1) * c
     t = np.where(np.abs(below) < 1e-6, 0.0, n * c / np.where(np.abs(below) < 1e-6, 1.0, below))
-    return _sum([more.get("lambda", 1.0) * t / n] * n, ds, base)
+    return sum_terms([more.get("lambda", 1.0) * t / n] * n, ds, base)
 
 
 # Whole matrices
@@ -370,17 +370,17 @@ class TaskVectors:
         self, terms: list[Array], weight: Sequence[float], base: Array, normalize: bool, factor: float, zeros: float
     ) -> Expected:
         if not self.vote:
-            return _sum([factor / (sum(weight) if normalize else 1.0)] * len(terms), terms, base)
+            return sum_terms([factor / (sum(weight) if normalize else 1.0)] * len(terms), terms, base)
         total = sum(terms)
         elected = np.where(total == 0, zeros, np.sign(total))
-        merged = [_of_sign(terms, weight, sign, normalize, factor) for sign in (elected, -elected)]
-        close = np.abs(total) <= 4 * ulp(_largest_term(terms), torch.float32)
+        merged = [mean_of_sign(terms, weight, sign, normalize, factor) for sign in (elected, -elected)]
+        close = np.abs(total) <= 4 * ulp(largest_term(terms), torch.float32)
         biggest = np.max([np.abs(part) for _, parts in merged for part in parts], axis=0)
         other = np.where(close, merged[1][0] + base, merged[0][0] + base)
         return Expected(merged[0][0] + base, np.maximum(biggest, np.abs(base)), other)
 
 
-def _of_sign(
+def mean_of_sign(
     terms: list[Array], weight: Sequence[float], sign: Array, normalize: bool, factor: float
 ) -> tuple[Array, list[Array]]:
     """The mean or sum of the terms of that sign, and its parts."""
@@ -413,120 +413,6 @@ breadcrumbs = TaskVectors(_keep_middle, vote=False, normalize=False, rescale=Fal
 della = TaskVectors(_keep_given, vote=True, normalize=True, rescale=True)
 della_linear = TaskVectors(_keep_given, vote=False, normalize=False, rescale=True)
 breadcrumbs_ties = TaskVectors(_keep_middle, vote=True, normalize=False, rescale=False)
-
-
-def _signed(deltas: Sequence[Array], weight: Sequence[float], factor: float, base: Array) -> Expected:
-    """base + factor * the weighted mean of the deltas that have the sign of their plain sum, of 0 plus."""
-    total = np.sum(deltas, axis=0)
-    elected = np.where(total < 0, -1.0, 1.0)
-    terms = [w * d for w, d in zip(weight, deltas, strict=True)]
-    merged = [_of_sign(terms, weight, sign, True, factor) for sign in (elected, -elected)]
-    close = np.abs(total) <= 4 * ulp(_largest_term(deltas), torch.float32)
-    biggest = np.max([np.abs(part) for _, parts in merged for part in parts], axis=0)
-    other = np.where(close, merged[1][0] + base, merged[0][0] + base)
-    return Expected(merged[0][0] + base, np.maximum(biggest, np.abs(base)), other)
-
-
-def sce(xs: Sequence[Array], base: Array, select_topk: float = 1.0, exact: bool = False, **more: Any) -> Expected:
-    """Keep the top share of the varying elements by variance; weigh by mean squares; the mean of the elected sign."""
-    deltas = [delta(x, base, exact) for x in xs]
-    if select_topk < 1:
-        pairs = [
-            (d - e) ** 2 for i, d in enumerate(deltas) for e in deltas[:i]
-        ]  # n^2 times the variance, of equal sums
-        variance = np.sum(pairs, axis=0) if pairs else np.zeros_like(base)
-        mask = keep_positions(variance, 0, int(np.count_nonzero(variance) * select_topk))
-        deltas = [d * mask for d in deltas]
-    squares = np.array([np.sum(d * d) for d in deltas])
-    weight = squares / squares.sum() if squares.sum() > 0 else np.full(len(xs), 1 / len(xs))
-    return _signed(deltas, weight.tolist(), more.get("lambda", 1.0), base)
-
-
-def ram(
-    xs: Sequence[Array],
-    base: Array,
-    epsilon: float = 1e-5,
-    r: float = 0.0,
-    alpha: float = 0.0,
-    exact: bool = False,
-    **more: Any,
-) -> Expected:
-    """base + sum_i d_i a_i (lam_i [c = 1] + [c > 1] / c), a_i = |d_i| > epsilon, c = sum a_i.
-
-    lam_i = 1 + r min(alpha, #(a_i, c > 1) / #(a_i, c = 1)); 1 without r.
-    """
-    deltas = [delta(x, base, exact) for x in xs]
-    active = [np.abs(d) > epsilon for d in deltas]
-    count = np.sum(active, axis=0)
-    shares = []
-    for a in active:
-        shared, alone = int((a & (count > 1)).sum()), int((a & (count == 1)).sum())
-        rho = min(alpha, shared / alone) if alone else 0.0  # alone = 0: a factor of nothing
-        shares.append(np.where(a, np.where(count == 1, 1 + r * rho, 1 / np.maximum(count, 1)), 0.0))
-    return _sum([more.get("lambda", 1.0) * share for share in shares], deltas, base)
-
-
-def ramplus_tl(xs: Sequence[Array], base: Array, r: float = 0.1, alpha: float = 0.2, **more: Any) -> Expected:
-    """RAM+ over one tensor."""
-    return ram(xs, base, r=r, alpha=alpha, **more)
-
-
-def magmax(xs: Sequence[Array], base: Array, exact: bool = False, **more: Any) -> Expected:
-    """base + lambda * the delta of largest magnitude, the last one among equals."""
-    deltas = np.stack([delta(x, base, exact) for x in xs])
-    last = len(xs) - 1 - np.argmax(np.abs(deltas[::-1]), axis=0)
-    return _sum([more.get("lambda", 0.5)], [np.take_along_axis(deltas, last[None], 0)[0]], base)
-
-
-def consensus(
-    xs: Sequence[Array], base: Array, threshold: Sequence[float], agree: int = 2, exact: bool = False, **more: Any
-) -> Expected:
-    """base + lambda * sum_i d_i where at least `agree` masks |d_i| > threshold_i |sum - d_i| are true."""
-    deltas = [delta(x, base, exact) for x in xs]
-    total, factor = np.sum(deltas, axis=0), more.get("lambda", 1.0)
-    margins = [np.abs(d) - t * np.abs(total - d) for d, t in zip(deltas, threshold, strict=True)]
-    noise = 8 * ulp(_largest_term(deltas) * (1 + max(threshold)), torch.float32)
-    most, least = (np.sum([m > side * noise for m in margins], axis=0) >= agree for side in (-1, 1))
-    value = np.where(np.sum([m > 0 for m in margins], axis=0) >= agree, factor * total, 0.0)
-    other = np.where(most != least, factor * total - value, value)
-    return Expected(value + base, np.maximum(_largest_term(deltas, base), np.abs(factor * total)), other + base)
-
-
-def negmerge(xs: Sequence[Array], base: Array, exact: bool = False, **more: Any) -> Expected:
-    """base - lambda * the mean of the deltas where all are above 0, or all below."""
-    deltas = [delta(x, base, exact) for x in xs]
-    agreed = np.all([d > 0 for d in deltas], axis=0) | np.all([d < 0 for d in deltas], axis=0)
-    return _sum([-more.get("lambda", 1.0) / len(xs) * agreed] * len(xs), deltas, base)
-
-
-def expo(xs: Sequence[Array], base: Array, alpha: float, exact: bool = False) -> Expected:
-    """x + alpha (x - base), as base + (1 + alpha) d."""
-    return _sum([1 + alpha], [delta(xs[0], base, exact)], base)
-
-
-def pcb(xs: Sequence[Array], base: Array, density: float = 0.1, exact: bool = False, **more: Any) -> Expected:
-    """PCB-Merging as its authors compute it over one flat vector, with tanh(z) = z and scores of at least 0."""
-    deltas = np.stack([delta(x, base, exact).ravel() for x in xs])
-    n, numel = deltas.shape
-    if not numel:
-        return Expected(base, base)
-    ordered = np.sort(np.abs(deltas), axis=1)
-    low, high = ordered[:, [int(numel * 1e-4)]], ordered[:, [int(numel * (1 - 1e-4) - 1)]]
-    size = np.clip(np.abs(deltas), low, high)
-    part = _zero_to_one(size, low, high)
-    score = np.exp(n * part**2) * np.maximum(deltas * deltas.sum(axis=0), 0)
-    ordered = np.sort(score, axis=1)
-    floor, top = ordered[:, [min(numel - 1, int(numel * (1 - density)))]], ordered[:, [-1]]
-    weight = _zero_to_one(np.maximum(score, floor), floor, top)
-    total = weight.sum(axis=0)
-    merged = (weight * np.sign(deltas) * size).sum(axis=0) / np.where(total > 0, total, 1.0)
-    value = more.get("lambda", 1.2) * merged.reshape(base.shape)
-    return Expected(value + base, np.maximum(np.abs(value), np.abs(base)))
-
-
-def _zero_to_one(x: Array, low: Array, high: Array) -> Array:
-    """x from low to high as 0 to 1; 0 if these are equal."""
-    return np.asarray((x - low) / np.where(high > low, high - low, 1.0))
 
 
 def ties_global(

@@ -55,23 +55,24 @@ def _share(x: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tens
     return (x - low) / (width + (1 - width.sign()))
 
 
-def _limited(rows: Rows, c: LocalBalance) -> Rows:
-    """The magnitudes, none below or above its input's ends, float64."""
+def _size(x: torch.Tensor, i: int, c: LocalBalance) -> torch.Tensor:
+    """The magnitudes of input i, none below or above its ends, float64."""
     import torch
 
-    sizes = [x.double().abs() for x in rows]
-    sizes = [torch.where(x < c.low[i], c.low[i], x) for i, x in enumerate(sizes)]
-    return [torch.where(x > c.high[i], c.high[i], x) for i, x in enumerate(sizes)]
+    size = x.double().abs()
+    size = torch.where(size < c.low[i], c.low[i], size)
+    return torch.where(size > c.high[i], c.high[i], size)
 
 
 def scores(rows: Rows, _: torch.Tensor | None, c: LocalBalance) -> tuple[torch.Tensor, ...]:
     """exp(n size^2) * delta * sum of the deltas, for each input, float64; 0 where the delta opposes the sum."""
-    wide, n = [x.double() for x in rows], len(rows)
-    total = wide[0]
-    for x in wide[1:]:
-        total = total + x
-    shares = [_share(size, c.low[i], c.high[i]) for i, size in enumerate(_limited(rows, c))]
-    return tuple(exp(share * share * n, n) * (x * total).clamp(min=0) for share, x in zip(shares, wide, strict=True))
+    total, n, found = rows[0].double(), len(rows), []
+    for x in rows[1:]:
+        total = total + x.double()
+    for i, x in enumerate(rows):
+        share = _share(_size(x, i, c), c.low[i], c.high[i])
+        found.append(exp(share * share * n, n) * (x.double() * total).clamp(min=0))
+    return tuple(found)
 
 
 def _solve(unit: Unit) -> Generator[Reduction, Any, Balance]:
@@ -92,10 +93,10 @@ def apply(rows: Rows, base: torch.Tensor | None, c: LocalBalance) -> torch.Tenso
     Source: PCB-Merging, arXiv 2410.02396, and its authors' code.
     """
     weights = [_share(score, c.floor[i], c.top[i]).clamp(min=0) for i, score in enumerate(scores(rows, None, c))]
-    deltas = [size * x.sign().double() for size, x in zip(_limited(rows, c), rows, strict=True)]
-    total, weight = deltas[0] * weights[0], weights[0] + 0.0
+    total, weight = _size(rows[0], 0, c) * rows[0].sign().double() * weights[0], weights[0] + 0.0
     for i in range(1, len(rows)):
-        total, weight = total + deltas[i] * weights[i], weight + weights[i]
+        total = total + _size(rows[i], i, c) * rows[i].sign().double() * weights[i]
+        weight = weight + weights[i]
     merged = (total / (weight + (1 - weight.sign()))).to(rows[0].dtype) * c.lambda_
     return merged if base is None else merged.add_(base)
 
