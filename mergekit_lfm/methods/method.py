@@ -40,6 +40,7 @@ class Parameter:
     `per_input`, for merges only: given for each input and each tensor; otherwise shared by all inputs of an output
     tensor. `doc` is a sentence without its capital and its full stop. `kind` "switch", for merges only, takes true,
     false or one of `choices`. `above` is an exclusive lower bound. `unset`: what a default of None stands for.
+    `absolute`, for merges only: a number in the units of the weights, such as a threshold.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Parameter:
     above: float | None = None
     choices: tuple[str, ...] = ()
     unset: str = ""
+    absolute: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +148,7 @@ class Method:
     a time. copies(unit): true if the result is the only input, byte for byte. version: raised when results
     change. statistics: the kind of statistics that each input needs; the base is then a "member". Elementwise methods
     see them as further rows: those of the n inputs, then their n statistics. Tensors without statistics are averaged.
+    homogeneous: false if the inputs times a factor do not give the result times it, as with a softmax of the weights.
     whole: for methods that merge tensors as matrices: those that it has a view of, and with `statistics` "gram" the
     linear layers that have these. A plan in which it would merge no matrix is an error.
     """
@@ -160,6 +163,7 @@ class Method:
     apply: Elementwise
     version: int = 1
     random: bool = False
+    homogeneous: bool = True
     scope: Callable[[Mapping[str, Value]], str] = field(default=lambda _: "tensor")
     row: Callable[[Unit], int | None] = field(default=lambda _: None)
     by_row: Callable[[Unit], bool] = field(default=lambda _: False)

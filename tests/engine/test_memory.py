@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_methods import CASES, DELTAS, ids, least_memory, parameters_of, plan_of
+from helpers_methods import CASES, DELTAS, ids, parameters_of, plan_of
 from models import output_of
 from safetensors.torch import save_file
 
+from mergekit_lfm.api.contract import least_memory
 from mergekit_lfm.engine.blocks import Blocks
 from mergekit_lfm.engine.execute import execute
 from mergekit_lfm.errors import PlanError

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,13 @@ from mergekit_lfm.kernels.ranks import NONE, Largest, Ranks
 from mergekit_lfm.kernels.reductions import magnitudes
 from mergekit_lfm.kernels.step import Step, put_together, run_eagerly, take_apart
 from mergekit_lfm.kernels.sums import Weights, weighted_sum
-from mergekit_lfm.methods import fisher
+from mergekit_lfm.methods import fisher, pcb, sce
 from mergekit_lfm.methods.task_vectors import SparseSum, apply
 
 BLOCK = 4096
 RANKS = Ranks([(Largest(0x3C500000, 1 << 40), Largest(0x3D000000, 0)), (Largest(0x3C000000, 0), NONE), (NONE, NONE)])
 COINS = Coins((1, 2**63 + 5, 7), (0.3, 0.7, 1.0))
+SELECTION = sce.Selection(Ranks([(Largest(0x3F50000000000000, 0), NONE)]), (0.5, 0.2, 0.3), 0.7)
 FUNCTIONS: dict[str, tuple[Any, Any, torch.dtype | None]] = {
     "weighted sum": (weighted_sum, Weights((0.3, 0.3, 0.4)), torch.bfloat16),
     "ties": (apply, SparseSum((0.5, -0.25, 1.0), RANKS, (0.5, -0.25, 1.0), True, 0.7), torch.bfloat16),
@@ -33,6 +35,8 @@ FUNCTIONS: dict[str, tuple[Any, Any, torch.dtype | None]] = {
     "dare": (apply, SparseSum((0.5, 0.25, 1.0), COINS, None, False, 1.0), torch.float32),
     "dare ties": (apply, SparseSum((0.5, 0.25, 1.0), COINS, (0.5, 0.25, 1.0), True, 1.0), torch.bfloat16),
     "magnitudes": (magnitudes, COINS, None),
+    "sce": (sce.apply, SELECTION, torch.float16),
+    "pcb": (pcb.apply, pcb.Balance([0.0] * 3, [0.02] * 3, [1e-5] * 3, [4e-4] * 3, 1.2), torch.bfloat16),
     "fisher": (fisher.apply, fisher.FisherAverage([0.5, 1.0, 0.25], [0.0] * 3, [0.3, 0.5, 0.2]), torch.bfloat16),
 }
 
@@ -183,6 +187,20 @@ def test_no_library_is_loaded_from_a_folder_of_others(
         f"the compiled code in {own_cache} is not used: {reason}. This run compiles its own; remove the folder, "
         "or make it yours alone (chown, chmod 700)"
     }
+
+
+def test_a_changed_function_of_another_package_has_another_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "merge_of_somebody.py"
+    source.write_text("def apply(rows, base, local): return rows[0]\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    step = fused.Fused(import_module(source.stem).apply, (), torch.float32, None)
+    before = step.name
+    assert step.name == before
+    source.write_text("def apply(rows, base, local): return rows[1]\n")
+    fused._environment.cache_clear()
+    assert step.name != before
 
 
 def test_a_changed_library_is_compiled_anew(own_cache: Path, loaded: list[tuple[Path, bytes]]) -> None:
