@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mergekit_lfm.kernels.block import Block, Rows
+from mergekit_lfm.kernels.constants import constant
 from mergekit_lfm.kernels.derived import derive
 from mergekit_lfm.kernels.ranks import magnitudes_of
 from mergekit_lfm.kernels.reductions import Reduction
@@ -58,7 +59,7 @@ class Importance:
         import torch
 
         (each,) = Spread(self.divergence[:, None], self.row).at(start, count, torch.float64)
-        return LocalImportance(each.contiguous(), torch.tensor(self.threshold, dtype=torch.float64))
+        return LocalImportance(each.contiguous(), constant(self.threshold, torch.float64))
 
 
 def importance(rows: Rows, _: torch.Tensor | None, local: LocalImportance) -> torch.Tensor:

@@ -12,6 +12,7 @@ from mergekit_lfm.kernels.derived import derive
 from mergekit_lfm.kernels.ranks import magnitudes_of
 from mergekit_lfm.kernels.reductions import Reduction
 from mergekit_lfm.kernels.series import exp
+from mergekit_lfm.kernels.sums import add_base, add_up
 from mergekit_lfm.methods.method import Method, Parameter, Unit
 from mergekit_lfm.methods.task_vectors import LAMBDA, SCOPE, scope_of
 
@@ -66,9 +67,7 @@ def _size(x: torch.Tensor, i: int, c: LocalBalance) -> torch.Tensor:
 
 def scores(rows: Rows, _: torch.Tensor | None, c: LocalBalance) -> tuple[torch.Tensor, ...]:
     """exp(n size^2) * delta * sum of the deltas, for each input, float64; 0 where the delta opposes the sum."""
-    total, n, found = rows[0].double(), len(rows), []
-    for x in rows[1:]:
-        total = total + x.double()
+    total, n, found = add_up(x.double() for x in rows), len(rows), []
     for i, x in enumerate(rows):
         share = _share(_size(x, i, c), c.low[i], c.high[i])
         found.append(exp(share * share * n, n) * (x.double() * total).clamp(min=0))
@@ -93,12 +92,10 @@ def apply(rows: Rows, base: torch.Tensor | None, c: LocalBalance) -> torch.Tenso
     Source: PCB-Merging, arXiv 2410.02396, and its authors' code.
     """
     weights = [_share(score, c.floor[i], c.top[i]).clamp(min=0) for i, score in enumerate(scores(rows, None, c))]
-    total, weight = _size(rows[0], 0, c) * rows[0].sign().double() * weights[0], weights[0] + 0.0
-    for i in range(1, len(rows)):
-        total = total + _size(rows[i], i, c) * rows[i].sign().double() * weights[i]
-        weight = weight + weights[i]
-    merged = (total / (weight + (1 - weight.sign()))).to(rows[0].dtype) * c.lambda_
-    return merged if base is None else merged.add_(base)
+    total = add_up(_size(x, i, c) * x.sign().double() * weights[i] for i, x in enumerate(rows))
+    weight = add_up(weights)
+    merged = (total / (weight + (1 - weight.sign()))).to(rows[0].dtype)
+    return add_base(merged * c.lambda_, base)
 
 
 METHODS = (

@@ -12,6 +12,7 @@ from mergekit_lfm.kernels.constants import constant
 from mergekit_lfm.kernels.derived import Derived, derive
 from mergekit_lfm.kernels.ranks import NONE, LocalRanks, Ranks, largest
 from mergekit_lfm.kernels.reductions import Reduction, Totals
+from mergekit_lfm.kernels.sums import add_base, add_up
 from mergekit_lfm.methods.method import Method, Parameter, Unit
 from mergekit_lfm.methods.task_vectors import LAMBDA, sum_agreeing
 
@@ -93,12 +94,9 @@ def apply(rows: Rows, base: torch.Tensor | None, c: LocalSelection) -> torch.Ten
     Source: FuseChat, arXiv 2408.07990; the variance and the weights as in mergekit's method of this name.
     """
     deltas = _select(rows, c.kept)
-    total = deltas[0]
-    for delta in deltas[1:]:
-        total = total + delta
     terms = [delta * c.weights[i] for i, delta in enumerate(deltas)]
-    merged = sum_agreeing(terms, total, c.weights, normalize=True, zero_is_positive=True) * c.lambda_
-    return merged if base is None else merged.add_(base)
+    merged = sum_agreeing(terms, add_up(deltas), c.weights, normalize=True, zero_is_positive=True)
+    return add_base(merged * c.lambda_, base)
 
 
 METHODS = (

@@ -17,6 +17,7 @@ from mergekit_lfm.kernels.constants import constant
 from mergekit_lfm.kernels.random import Coins, LocalCoins, LocalRankedCoins, RankedCoins
 from mergekit_lfm.kernels.ranks import NONE, LocalRanks, Ranks, largest
 from mergekit_lfm.kernels.reductions import L1, Reduction, SignBalance
+from mergekit_lfm.kernels.sums import add_base, add_up
 from mergekit_lfm.methods.linear import WEIGHT, normalise
 from mergekit_lfm.methods.method import Method, Parameter, Unit, Value
 
@@ -69,13 +70,10 @@ def apply(rows: Rows, base: torch.Tensor | None, c: LocalSum) -> torch.Tensor:
     terms = [x * c.factors[i] for i, x in enumerate(rows)]
     if c.mask is not None:
         terms = [apply_mask(term, c.mask.mask(i, rows[i])) for i, term in enumerate(terms)]
-    total = terms[0]
-    for term in terms[1:]:
-        total = total + term
+    total = add_up(terms)
     if c.votes is not None:
         total = sum_agreeing(terms, total, c.votes, c.normalize, c.zero_is_positive)
-    total = total * c.lambda_
-    return total if base is None else total.add_(base)
+    return add_base(total * c.lambda_, base)
 
 
 def sum_agreeing(
@@ -89,9 +87,8 @@ def sum_agreeing(
         total = total - (1 - total.sign().abs())  # -1 in place of zero
     elected = negative(total)
     agreeing = [flip_signs(term, elected).clamp(min=0) for term in terms]
-    merged = agreeing[0] + 0.0  # the greater of -0 and 0 is another on every device
-    for part in agreeing[1:]:
-        merged = merged + part
+    agreeing[0] = agreeing[0] + 0.0  # the greater of -0 and 0 is another on every device
+    merged = add_up(agreeing)
     if normalize:
         weight = agreeing[0].sign() * votes[0]
         for i in range(1, len(agreeing)):

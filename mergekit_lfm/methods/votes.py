@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mergekit_lfm.kernels.block import Rows
-from mergekit_lfm.kernels.sums import Weights
+from mergekit_lfm.kernels.sums import Weights, add_base, add_up
 from mergekit_lfm.methods.method import Method, Parameter, Unit, immediate
 from mergekit_lfm.methods.task_vectors import LAMBDA
 
@@ -15,14 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 
-def _sum(rows: Rows) -> torch.Tensor:
-    total = rows[0] + 0.0
-    for x in rows[1:]:
-        total = total + x
-    return total
-
-
-def largest(rows: Rows, base: torch.Tensor | None, local: torch.Tensor) -> torch.Tensor:
+def keep_largest(rows: Rows, base: torch.Tensor | None, local: torch.Tensor) -> torch.Tensor:
     """base + lambda * the delta of largest magnitude, among equals the last one's.
 
     Source: MagMax, arXiv 2407.06322; the last of equals as in FusionBench. local: [lambda].
@@ -32,32 +25,29 @@ def largest(rows: Rows, base: torch.Tensor | None, local: torch.Tensor) -> torch
     chosen = rows[0]
     for x in rows[1:]:
         chosen = torch.where(chosen.abs() > x.abs(), chosen, x)
-    chosen = chosen * local[0]
-    return chosen if base is None else chosen.add_(base)
+    return add_base(chosen * local[0], base)
 
 
-def shared(rows: Rows, base: torch.Tensor | None, local: torch.Tensor) -> torch.Tensor:
+def keep_shared(rows: Rows, base: torch.Tensor | None, local: torch.Tensor) -> torch.Tensor:
     """base + lambda * the sum of the deltas where at least `agree` models' masks keep it.
 
     A model's mask keeps |delta| > threshold * |sum - delta|. Source: TALL masks, arXiv 2405.07813, equations 5 and 6.
     local: [lambda, agree - 1, threshold of each input].
     """
-    total = _sum(rows)
+    total = add_up(rows)
     masks = [(x.abs() - (total - x).abs() * local[2 + i]).clamp(min=0).sign() for i, x in enumerate(rows)]
-    kept = (_sum(masks) - local[1]).clamp(min=0).sign()
-    merged = total * kept * local[0]
-    return merged if base is None else merged.add_(base)
+    kept = (add_up(masks) - local[1]).clamp(min=0).sign()
+    return add_base(total * kept * local[0], base)
 
 
-def unanimous(rows: Rows, base: torch.Tensor | None, local: torch.Tensor) -> torch.Tensor:
+def keep_unanimous(rows: Rows, base: torch.Tensor | None, local: torch.Tensor) -> torch.Tensor:
     """base - lambda * the mean of the deltas where all have one sign. Source: NegMerge, arXiv 2410.05583.
 
     local: [-lambda / n].
     """
-    votes = _sum([x.sign() for x in rows]).abs()
+    votes = add_up([x.sign() for x in rows]).abs()
     agreed = (votes - (len(rows) - 1)).clamp(min=0)  # 1 if all n votes are equal, none being 0
-    merged = _sum(rows) * agreed * local[0]
-    return merged if base is None else merged.add_(base)
+    return add_base(add_up(rows) * agreed * local[0], base)
 
 
 def _lambda(unit: Unit) -> Weights:
@@ -99,7 +89,7 @@ METHODS = (
         "of each element the largest change",
         (replace(LAMBDA, default=0.5),),
         _lambda,
-        largest,
+        keep_largest,
     ),
     _method(
         "consensus",
@@ -119,7 +109,7 @@ METHODS = (
             LAMBDA,
         ),
         _masks,
-        shared,
+        keep_shared,
     ),
     _method(
         "negmerge",
@@ -127,6 +117,6 @@ METHODS = (
         "the base less the mean delta where all models agree in sign: to unlearn what they learnt",
         (replace(LAMBDA, doc="factor of the mean delta, which is subtracted"),),
         _negated,
-        unanimous,
+        keep_unanimous,
     ),
 )
