@@ -100,6 +100,8 @@ METHODS = (
         solve=_solve,
         apply=apply,
         row=_row,
+        sums=lambda unit: unit.numel // (_row(unit) or 1),
+        joint=True,
         homogeneous=False,
     ),
 )

@@ -20,6 +20,11 @@ def _row(unit: Unit) -> int | None:
     return unit.shape[-1] if unit.shared["filter_wise"] and len(unit.shape) > 1 and unit.numel else None
 
 
+def _sums(unit: Unit) -> int:
+    row = _row(unit)
+    return 0 if row is None else unit.numel // row * len(unit.inputs) ** 2
+
+
 def ratio(gram: torch.Tensor) -> torch.Tensor:
     """t of the interpolation base + t (mean - base), from the Gram matrices [..., n, n] of the deltas.
 
@@ -63,5 +68,6 @@ METHODS = (
         version=2,
         row=_row,
         by_row=lambda unit: _row(unit) is not None,
+        sums=_sums,
     ),
 )

@@ -115,5 +115,6 @@ METHODS = (
         solve=_solve,
         apply=apply,
         scope=scope_of,
+        joint=True,
     ),
 )

@@ -89,5 +89,6 @@ METHODS = (
         inputs=(1, None),
         solve=_solve_plus,
         apply=apply,
+        joint=True,
     ),
 )

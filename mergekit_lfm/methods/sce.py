@@ -119,5 +119,6 @@ METHODS = (
         inputs=(1, None),
         solve=_solve,
         apply=apply,
+        joint=True,
     ),
 )
