@@ -125,7 +125,7 @@ def _find(
     numel: int, inputs: int, ranks: Mapping[Key, int], double: bool, few: int, sampling_pays: int, collected: int
 ) -> Generator[Reduction, Any, dict[Key, RankValue]]:
     """The values of the ranks: of few entries by a partition, else by the bracket, and what is left by digits."""
-    if numel <= few:
+    if numel <= few * (1 + double):  # a float64 has twice as many digits to count
         found = yield from by_partition(ranks)
     else:
         found = yield from by_bracket(numel, ranks, sampling_pays=sampling_pays, collected=collected)

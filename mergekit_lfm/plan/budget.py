@@ -64,7 +64,8 @@ class Budget:
     def _merging(self, job: Job, numel: int) -> int:
         """Bytes to merge so many elements at once, and for sums by row or column and the weights from them."""
         sums = job.sums * numel // job.spec.numel if job.by_row else job.sums
-        return numel * len(job.inputs) * self._wide(job) + 6 * sums * 8  # float64; what is made of them is not smaller
+        sums *= 6 * 8  # float64; the weights that a solve makes of them are not smaller
+        return numel * len(job.inputs) * self._wide(job) + sums
 
     def _reducing(self, job: Job) -> int:
         """Bytes for sums over a block: the inputs as they are stored, and those that are worked on at once."""

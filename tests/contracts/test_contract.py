@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers_methods import CASES, ids, parameters_of, plan_of
+from models import output_of
 
 from mergekit_lfm import merge_tensors
 from mergekit_lfm.api import contract
+from mergekit_lfm.engine.execute import execute
+from mergekit_lfm.engine.tasks import Executor
+from mergekit_lfm.engine.threads import thread_pool
+from mergekit_lfm.engine.worker import Worker
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.methods.registry import METHODS
 from mergekit_lfm.plan.budget import Budget
@@ -58,3 +66,26 @@ def test_in_passes_or_at_once_gives_the_same_bytes(case: tuple[str, dict[str, An
     big = next(job for job in plan.tensors if job.name == "big")
     assert Budget(plan).resident([plan.tensors.index(big)]) > contract.least_memory(plan) or not big.needs_sums
     contract.compare_passes(plan, tmp_path)
+
+
+@contextmanager
+def soon_interrupted(worker: Worker, count: int) -> Iterator[Executor]:
+    """Threads, and Ctrl-C after five results."""
+
+    def some(results: Iterator[Any]) -> Iterator[Any]:
+        yield from islice(results, 5)
+        raise KeyboardInterrupt
+
+    with thread_pool(worker, count) as executor:
+        yield lambda tasks: some(executor(tasks))
+
+
+@pytest.mark.parametrize("case", CASES, ids=ids)
+def test_an_interrupted_merge_goes_on_to_the_same_bytes(case: tuple[str, dict[str, Any]], tmp_path: Path) -> None:
+    plan = plan_of(case, tmp_path)
+    execute(plan, tmp_path / "at-once", threads=1)
+    with pytest.raises(KeyboardInterrupt):
+        execute(plan, tmp_path / "resumed", memory=3 * contract.least_memory(plan), threads=3, pool=soon_interrupted)
+    assert not (tmp_path / "resumed").exists()
+    execute(plan, tmp_path / "resumed", threads=1)
+    assert output_of(tmp_path / "at-once") == output_of(tmp_path / "resumed")
