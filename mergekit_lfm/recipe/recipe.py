@@ -187,10 +187,9 @@ class Recipe(Strict):
         given = [key for key in ("models", "slices", "modules") if getattr(self, key)]
         if len(given) > 1:
             raise PlanError(f"found {' and '.join(f'`{key}`' for key in given)}, expected one of them")
-        required = (
-            [] if given or self.base_model else [*(["merge_method"] if self.merge_method is None else []), "models"]
-        )
-        refuse([Problem(place, "required") for place in required])
+        if not given and self.base_model is None:
+            lacking = [*(["merge_method"] if self.merge_method is None else []), "models"]
+            refuse([Problem(place, "required") for place in lacking])
         alone = [self.models, *(each.sources for each in self.slices)]
         copied = not self.modules and all(len(models) <= 1 for models in alone)
         names = {name: entry.merge_method or self.merge_method for name, entry in self.modules.items()}
