@@ -2,6 +2,7 @@
 
 A list has an entry for each layer if it has as many as there are layers, unless its name is that of something else
 (_OTHER) or it stands in a part about something else (_APART). A list of numbers of layers is known by its name.
+An entry of another name that seems to count layers stays, and has to mean the same of each: its form is `fixed`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 from mergekit_lfm.arch.layer_rules import FULL, Part, rules_of
 
 Path = tuple[str, ...]
-Form = Literal["list", "indices", "enumeration", "pointers", "letters", "table", "rule", "period"]
+Form = Literal["list", "indices", "enumeration", "pointers", "letters", "table", "rule", "fixed", "window"]
 
 _COUNT = re.compile(r"(num_|n_)?((en|de)coder_)?(num_)?(hidden_|transformer_)?(layers?|blocks)|depth")
 # The parts of a config about something else than layers, or about the layers of another stack.
@@ -24,8 +25,8 @@ _APART = re.compile(
 )
 # Lists that may have as many entries as there are layers by accident.
 _OTHER = re.compile(
-    r"architectures|mrope_section|mtp_.*|stage_.*|out_(features|indices)|time_step_limit|(mlp|ssm|qkv)_multipliers|"
-    r"keys_to_ignore.*|.*tokens?|.*token_ids?|.*label.*|lang.*|image_.*|.*pinpoints|.*(mean|std|betas|quantiles)|"
+    r"architectures|mrope_section|encode_proj_layers|mtp_.*|stage_.*|out_(features|indices)|time_step_limit|"
+    r"(mlp|ssm|qkv)_multipliers|keys_to_ignore.*|.*tokens?|.*token_ids?|.*label.*|lang.*|image_.*|.*pinpoints|.*(mean|std|betas|quantiles)|"
     r".*(patch|kernel|stride|dilation|padding|tubelet|crop|pool|channel|ratio|bandwidth).*|(conv|tdnn)_.*"
 )
 # Lists with an entry for each layer, which a config has with another length only by mistake.
@@ -41,6 +42,8 @@ _POINTERS = frozenset({"kv_source_layers"})  # for each layer the number of anot
 _PERIOD = re.compile(
     r"\w*(layer|attn|attention|moe|expert|rope|block|sparse)\w*_(interval|period|frequency|freq|step|every_n_layers)"
 )
+# Numbers of layers, be they from 0 or from 1.
+_SOME = re.compile(r"\w*(layers|layer_(ids?|idxs?|indices|indexes)|idxs)")
 _LAST_FULL = frozenset({"gemma4", "gemma4_unified", "diffusion_gemma", "embedding_gemma2"})  # whatever their lists say
 
 
@@ -122,6 +125,9 @@ def facts_of(part: Part, model: str, count: int) -> dict[str, Fact]:
     if model in _LAST_FULL and "layer_types" in facts:
         types = facts["layer_types"]
         facts["layer_types"] = replace(types, values=[*types.values[:-1], FULL])
+    if (size := part.get("sliding_window")) is not None and "layer_types" in facts:
+        windows = [size if "sliding" in str(kind) else None for kind in facts["layer_types"].values]
+        facts["sliding_window"] = Fact(windows, "window", size)
     return facts
 
 
@@ -155,7 +161,9 @@ def _read(key: str, value: Any, count: int) -> Fact | None:
     if isinstance(value, str) and key.endswith("_pattern") and len(value) == count and not _OTHER.fullmatch(key):
         return Fact(list(value), "letters", value)
     if _PERIOD.fullmatch(key) and isinstance(value, int) and value > 1:
-        return Fact([layer % value for layer in range(count)], "period", value)
+        return Fact([layer % value for layer in range(count)], "fixed", value)
+    if _SOME.fullmatch(key) and not _OTHER.fullmatch(key) and isinstance(value, list) and (layers := _numbers(value)):
+        return Fact([layer in layers for layer in range(count)], "fixed", value)
     return None
 
 
