@@ -157,7 +157,7 @@ def _wrong_lengths(source: _Source, facts: Mapping[str, Fact]) -> list[str]:
     return [
         f"{name} has {len(entry)} entries, expected one for each of {source.size} layers; correct the config.json"
         for name, entry in entries.items()
-        if isinstance(entry, list) and len(entry) != source.size
+        if isinstance(entry, list) and len(entry) not in (0, source.size)
     ]
 
 
@@ -166,7 +166,7 @@ def _value(name: str, fact: Fact, source: _Source, layer: int) -> Any:
     if name in source.facts:
         return source.facts[name].values[layer]
     entry = _entry(source.part, name)
-    if fact.form == "list" and entry is not None and not isinstance(entry, Mapping):
+    if fact.form == "list" and entry is not None and not isinstance(entry, list | Mapping):
         return entry
     return None if fact.form in ("table", "window") else _ABSENT
 

@@ -49,14 +49,10 @@ _LAST_FULL = frozenset({"gemma4", "gemma4_unified", "diffusion_gemma", "embeddin
 
 @dataclass(frozen=True)
 class Fact:
-    """One fact of every layer, and the form in which the config states it.
-
-    whole: the entry of the config, None for what its class takes for granted.
-    """
+    """One fact of every layer, and the form in which the config states it."""
 
     values: Sequence[Any]
     form: Form
-    whole: Any = None
 
 
 class Stack(NamedTuple):
@@ -127,7 +123,7 @@ def facts_of(part: Part, model: str, count: int) -> dict[str, Fact]:
         facts["layer_types"] = replace(types, values=[*types.values[:-1], FULL])
     if (size := part.get("sliding_window")) is not None and "layer_types" in facts:
         windows = [size if "sliding" in str(kind) else None for kind in facts["layer_types"].values]
-        facts["sliding_window"] = Fact(windows, "window", size)
+        facts["sliding_window"] = Fact(windows, "window")
     return facts
 
 
@@ -137,7 +133,7 @@ def _entries(part: Part, path: Path, count: int) -> Iterator[tuple[Path, Fact]]:
         if isinstance(value, Mapping):
             if _is_table(key, value):
                 entries = {int(layer): entry for layer, entry in value.items()}
-                yield place, Fact([entries.get(layer) for layer in range(count)], "table", value)
+                yield place, Fact([entries.get(layer) for layer in range(count)], "table")
             elif not _APART.search(key) and not any(_COUNT.fullmatch(inner) for inner in value):
                 yield from _entries(value, place, count)
         elif fact := _read(key, value, count):
@@ -153,17 +149,22 @@ def _read(key: str, value: Any, count: int) -> Fact | None:
     """The fact that an entry states of each layer; None if it is about something else."""
     if _INDICES.fullmatch(key) and isinstance(value, list | str) and (layers := _numbers(value)) is not None:
         first = int(key in _FROM_ONE)
-        return Fact([layer + first in layers for layer in range(count)], _form(value), value)
+        return Fact([layer + first in layers for layer in range(count)], _form(value))
     if isinstance(value, list) and key in _POINTERS and len(value) == count:
-        return Fact([source - layer for layer, source in enumerate(value)], "pointers", value)
-    if isinstance(value, list) and (len(value) == count or _KNOWN.fullmatch(key)) and not _OTHER.fullmatch(key):
-        return Fact(value, "list", value)
+        return Fact([source - layer for layer, source in enumerate(value)], "pointers")
+    if (
+        isinstance(value, list)
+        and value
+        and (len(value) == count or _KNOWN.fullmatch(key))
+        and not _OTHER.fullmatch(key)
+    ):
+        return Fact(value, "list")
     if isinstance(value, str) and key.endswith("_pattern") and len(value) == count and not _OTHER.fullmatch(key):
-        return Fact(list(value), "letters", value)
+        return Fact(list(value), "letters")
     if _PERIOD.fullmatch(key) and isinstance(value, int) and value > 1:
-        return Fact([layer % value for layer in range(count)], "fixed", value)
+        return Fact([layer % value for layer in range(count)], "fixed")
     if _SOME.fullmatch(key) and not _OTHER.fullmatch(key) and isinstance(value, list) and (layers := _numbers(value)):
-        return Fact([layer in layers for layer in range(count)], "fixed", value)
+        return Fact([layer in layers for layer in range(count)], "fixed")
     return None
 
 
@@ -191,6 +192,4 @@ def entry_of(fact: Fact, name: str, values: Sequence[Any]) -> Any:
             return "".join(values)
         case "table":
             return {str(layer): value for layer, value in enumerate(values) if value is not None}
-        case "list":
-            return list(values)
-    return fact.whole
+    return list(values)

@@ -350,6 +350,16 @@ def test_forms_of_entries() -> None:
     }
 
 
+def test_an_empty_list_is_that_of_the_class() -> None:
+    """Llama 4's published configs have one, which stands for the layers by the interval."""
+    config = {"model_type": "llama4_text", "num_hidden_layers": 4, "no_rope_layers": [], "no_rope_layer_interval": 2}
+    assert stack_config(config, [(config, layer) for layer in (0, 1, 2, 3, 2, 3)], 4) == config | {
+        "num_hidden_layers": 6
+    }
+    stacked = stack_config(config, [(config, layer) for layer in REPEATED], 4)
+    assert stacked["no_rope_layers"] == [1, 0, 0, 1, 0] and "no_rope_layer_interval" not in stacked
+
+
 def test_a_stack_shares_nothing_with_its_sources() -> None:
     config = {"num_hidden_layers": 2, "block_configs": [{"size": 1}, {"size": 2}]}
     stack_config(config, [(config, 1)], 2)["block_configs"][0]["size"] = 3
