@@ -42,17 +42,17 @@ def kinds_of(config: Config, layer: int) -> dict[str, Any]:
     return kinds
 
 
-def stack_config(config: Config, origins: Origins, count: int) -> dict[str, Any]:
+def stack_config(config: Config, origins: Origins, count: int, prefix: str = "") -> dict[str, Any]:
     """The config of a model whose layer i is layer origins[i][1] of a model with the config origins[i][0].
 
-    config: the template's, whose model has `count` layers; all but what it says of layers stays as it is. The layers of
-    images and sound are meant only where nothing else in the config has this number. An encoder and a decoder of
-    `count` layers are both stacked.
+    config: the template's, whose model has `count` layers; all but what it says of layers stays as it is. prefix: what
+    the names of the layers' tensors begin with, which tells an encoder's from a decoder's, and those of images or sound
+    from those of text; without one, an encoder and a decoder of `count` layers are both stacked.
     Raises PlanError with all entries that cannot be reconciled.
     """
-    stacks = stacks_of(config, count)
+    stacks = stacks_of(config, count, prefix)
     if not stacks:
-        stated = [f"{_join(path, key)}: {size}" for path, keys, size in stacks_of(config) for key in keys]
+        stated = [f"{_join(path, key)}: {size}" for path, keys, size in stacks_of(config, None, prefix) for key in keys]
         raise PlanError(
             f"the template's config states no number of layers that is {count}, as its tensors have: it has "
             f"{shorten(stated) or 'none'}. Correct its config.json, or take another model as the base"

@@ -63,14 +63,26 @@ class Stack(NamedTuple):
     size: int
 
 
-def stacks_of(config: Part, size: int | None = None) -> list[Stack]:
+def stacks_of(config: Part, size: int | None = None, prefix: str = "") -> list[Stack]:
     """The stacks of layers that a config describes, the outermost first.
 
-    size: of these only those with this number of layers. Those of images or sound come in only where there is no other.
+    size: of these only those with this number of layers. prefix: what the names of the layers' tensors begin with: in
+    the names of an encoder, a decoder or of something other than text, the entries are those of that; without one,
+    those of images or sound come in only where there is no other.
     """
     stacks = list(_stacks(config, (), size))
-    main = [stack for stack in stacks if not any(_APART.search(key) for key in stack.path)]
-    return main or stacks
+    apart = bool(_APART.search(prefix))
+    main = [stack for stack in stacks if any(_APART.search(key) for key in stack.path) == apart] or stacks
+    sides = [stack._replace(keys=_keys_on_side(stack.keys, prefix)) for stack in main]
+    return [stack for stack in sides if stack.keys] or main
+
+
+def _keys_on_side(keys: tuple[str, ...], prefix: str) -> tuple[str, ...]:
+    """The entries that count the layers of an encoder, or of a decoder, if the names are of one."""
+    if "decoder." not in prefix and "encoder." not in prefix:
+        return keys
+    decoder = prefix.rfind("decoder.") > prefix.rfind("encoder.")
+    return tuple(key for key in keys if ("decoder" in key) == decoder)
 
 
 def _stacks(part: Part, path: Path, size: int | None) -> Iterator[Stack]:
