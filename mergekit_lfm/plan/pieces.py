@@ -1,4 +1,4 @@
-"""What each part of a recipe sees of its models: all tensors, those of a module, or some layers under new numbers.
+"""Cut models into what the parts of a recipe see: all tensors, those of a module, or some layers under new numbers.
 
 No table says which tensors exist. Layers are found in the names, per prefix; what is in no layer belongs to the first
 slice if it is before the layers (embeddings), else to the last (norms, heads).
@@ -150,7 +150,7 @@ def _cut(part: Part, own: Sequence[tuple[Input, Checkpoint]], seen: Sequence[Che
 
 
 def stacks_of(pieces: Sequence[Piece], recipe: Recipe, models: Sequence[Checkpoint]) -> tuple[Stacked, ...]:
-    """The stacks of a recipe's slices. Raises PlanError where a slice merges layers of different kinds."""
+    """The stacks of a recipe's slices. Raises PlanError if a slice merges layers of different kinds."""
     index = {model: i for i, model in enumerate(recipe.all_models)}
     layers: dict[str, list[tuple[int, int]]] = {}
     problems = list[str]()

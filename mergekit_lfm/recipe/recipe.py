@@ -246,7 +246,7 @@ class Recipe(Strict):
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """What the recipe merges, by the models and the method."""
+        """The parts of the recipe, by the models and the method."""
         return self._parts
 
     @property
