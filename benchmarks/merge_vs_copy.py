@@ -60,6 +60,8 @@ RECIPES = {
     "ties": THREE + "base_model: base\nparameters: {weight: 1, density: 0.5}\n",
     "dare_linear": THREE + "base_model: base\nparameters: {weight: 0.4, density: 0.5}\n",
     "dare_ties": THREE + "base_model: base\nparameters: {weight: 0.4, density: 0.5}\n",
+    "della": THREE + "base_model: base\nparameters: {weight: 0.4, density: 0.5}\n",
+    "sce": THREE + "base_model: base\nparameters: {select_topk: 0.1}\n",
     "karcher": THREE,
     "fisher": "models: [{model: one, stats: one.fisher}, {model: two, stats: two.fisher}]\n",
     "permuted": "models: [{model: one}, {model: two, align: permuted.transform}]\nparameters: {weight: 1}\n",

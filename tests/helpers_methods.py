@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from helpers_stats import gram_of, write_fisher, write_grams
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+from mergekit_lfm.api.contract import BLOCK, count_inputs, save_model
 from mergekit_lfm.artifacts.statistics import Layer
 from mergekit_lfm.methods.method import REQUIRED
 from mergekit_lfm.methods.registry import METHODS
-from mergekit_lfm.plan.budget import Budget
 from mergekit_lfm.plan.make import make_plan
 from mergekit_lfm.plan.plan import Plan
 from mergekit_lfm.recipe.recipe import Recipe
@@ -28,6 +28,14 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "breadcrumbs": [{"density": 0.5, "gamma": 0.1}],
     "breadcrumbs_ties": [{"density": 0.5, "gamma": 0.1, "normalize": True}],
     "passthrough": [{"scale": 0.5}],
+    "della": [{"density": 0.5}],
+    "della_linear": [{"density": 0.4, "rescale": "density", "epsilon": 0.3}],
+    "ram": [{"epsilon": 0.05}],
+    "ramplus_tl": [{"epsilon": 0.05, "alpha": 2.0}],
+    "nearswap": [{"t": 0.02}],
+    "pcb": [{"scope": "tensor", "density": 0.3}],
+    "consensus": [{"threshold": 0.1, "agree": 3}],
+    "sce": [{"select_topk": 0.3}],
     "fisher": [{"normalize": True, "epsilon": 1e-3}],
     "regmean": [{"alpha": 1.0, "ridge": 0.0}],
     "tsv": [{"decompose": "kernels"}],
@@ -46,49 +54,6 @@ def parameters_of(name: str, extra: dict[str, Any]) -> dict[str, Any]:
     return {p.name: 0.6 for p in METHODS[name].parameters if p.default is REQUIRED} | extra
 
 
-def count_of(name: str) -> int:
-    least, most = METHODS[name].inputs
-    return most or max(least, 3)
-
-
-def tensors_of(name: str, shape: tuple[int, ...] = (12, 20), dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    """Arguments for merge_tensors: fine-tunes of one base."""
-    generator = torch.Generator().manual_seed(11)
-    base = torch.randn(shape, generator=generator)
-    tunes = [(base + 0.05 * torch.randn(shape, generator=generator)).to(dtype) for _ in range(count_of(name))]
-    if METHODS[name].base == "first":
-        return {"tensors": tunes[1:], "base": tunes[0]}
-    given = {"tensors": tunes, "base": base.to(dtype) if name in DELTAS else None}
-    return given | ({"statistics": statistics_of(name, shape)} if METHODS[name].statistics else {})
-
-
-def statistics_of(name: str, shape: tuple[int, ...]) -> list[torch.Tensor]:
-    """One statistic for each input: squares, or Gram matrices of few examples for methods that see matrices."""
-    generator = torch.Generator().manual_seed(12)
-    if METHODS[name].statistics == "gram":
-        return [gram_of(torch.randn(5, shape[-1] - 1, generator=generator)).float() for _ in range(count_of(name))]
-    return [torch.randn(shape, generator=generator) ** 2 for _ in range(count_of(name))]
-
-
-def save_model(folder: Path, offset: int, big: tuple[int, int] = (300, 160)) -> None:
-    """Tensors of many sizes: less than a block, several blocks, several segments at the block size of the test."""
-    generator = torch.Generator().manual_seed(5)
-    shapes = {
-        "big": big,
-        "model.layers.0.w": (64, 48),
-        "model.layers.1.w": (64, 48),
-        "norm": (33,),
-        "empty": (0,),
-    }
-    base = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    generator = torch.Generator().manual_seed(offset)
-    tensors = {
-        name: (t + 0.05 * offset * torch.randn(t.shape, generator=generator)).bfloat16() for name, t in base.items()
-    }
-    folder.mkdir()
-    save_file(tensors, folder / "model.safetensors")
-
-
 def save_statistics(model: Path, kind: str) -> Path:
     """A statistics file of all tensors of a model, or of its layers."""
     tensors, path = load_file(model / "model.safetensors"), model.with_name(f"{model.name}.stats")
@@ -100,12 +65,12 @@ def save_statistics(model: Path, kind: str) -> Path:
     return write_grams(path, model, grams, [Layer(name, None, 1, n, name, 200) for name, n in inputs.items()])
 
 
-def plan_of(case: Case, folder: Path, *, big: tuple[int, int] = (300, 160), block: int = 256, **more: Any) -> Plan:
+def plan_of(case: Case, folder: Path, *, big: tuple[int, int] = (300, 160), block: int = BLOCK, **more: Any) -> Plan:
     """A merge of small models by a method of the registry."""
     name, extra = case
     for offset in range(4):
         save_model(folder / f"m{offset}", offset, big)
-    models: list[dict[str, Any]] = [{"model": str(folder / f"m{i + 1}")} for i in range(count_of(name))]
+    models: list[dict[str, Any]] = [{"model": str(folder / f"m{i + 1}")} for i in range(count_inputs(name))]
     if kind := METHODS[name].statistics:
         for model in models:
             model["stats"] = str(save_statistics(Path(model["model"]), kind))
@@ -113,9 +78,3 @@ def plan_of(case: Case, folder: Path, *, big: tuple[int, int] = (300, 160), bloc
     if METHODS[name].base != "member":
         recipe["base_model"] = str(folder / ("m0" if name in DELTAS else "m1"))
     return make_plan(Recipe.parse(recipe), block=block)
-
-
-def least_memory(plan: Plan, *, in_parts: bool = True) -> int:
-    """Bytes with which one worker can carry the plan out. in_parts: on the processor."""
-    budget = Budget(plan, in_parts)
-    return max([*(budget.least(job) for job in plan.tensors), *(group.nbytes for group in plan.matrices)])

@@ -27,6 +27,7 @@ from mergekit_lfm.views.quantisation import dequantise
 from mergekit_lfm.views.renamed import Renamed
 from mergekit_lfm.views.resized import Resized
 from mergekit_lfm.views.rewritten import Rewritten
+from mergekit_lfm.views.selected import Selected
 
 ROWS = ("up.weight", "up.bias")
 Tensors = dict[str, torch.Tensor]
@@ -149,6 +150,11 @@ def experts(checkpoint: Checkpoint, *forms: Form) -> Checkpoint:
     return checkpoint
 
 
+def selected(checkpoint: Checkpoint) -> View:
+    """Two of the tensors, one of them under another name."""
+    return Selected(checkpoint, {"up.weight": "up.weight", "layers.3.b": "up.bias"})
+
+
 def pending(checkpoint: Checkpoint) -> View:
     """The checkpoint before its alignment."""
     return Pending(checkpoint, checkpoint, dict.fromkeys(checkpoint, 100), 1000, {"align": "later"})
@@ -170,6 +176,7 @@ CASES: Mapping[str, Case] = MappingProxyType(
             save_plain,
             lambda x: Renamed(patched(Renamed(x, [RenameRule("none", "void")])), [RenameRule("", "model.")]),
         ),
+        "selected": (save_plain, selected),
         "cut": (save_plain, lambda x: Resized(x, ROWS, 290, x)),
         "filled over cut": (save_plain, lambda x: Resized(Resized(x, ROWS, 290, x), ROWS, 301, x)),
         "experts apart": (save_experts, lambda x: experts(x, "apart")),

@@ -109,13 +109,13 @@ def keep_positions(x: Array, start: int, stop: int) -> npt.NDArray[np.bool_]:
     return mask.reshape(x.shape)
 
 
-def _largest_term(terms: Sequence[Array], base: Array | float = 0.0) -> Array:
+def largest_term(terms: Sequence[Array], base: Array | float = 0.0) -> Array:
     return np.asarray(np.max([np.abs(t) for t in terms] + [np.broadcast_to(np.abs(base), terms[0].shape)], axis=0))
 
 
-def _sum(coefficients: Sequence[Any], xs: Sequence[Array], base: Array | float = 0.0) -> Expected:
+def sum_terms(coefficients: Sequence[Any], xs: Sequence[Array], base: Array | float = 0.0) -> Expected:
     terms = [c * x for c, x in zip(coefficients, xs, strict=True)]
-    return Expected(sum(terms) + base, _largest_term(terms, base))
+    return Expected(sum(terms) + base, largest_term(terms, base))
 
 
 def _in_span(value: Array, xs: Sequence[Array], base: Array | float = 0.0) -> Expected:
@@ -123,7 +123,7 @@ def _in_span(value: Array, xs: Sequence[Array], base: Array | float = 0.0) -> Ex
     matrix = np.stack([x.ravel() for x in xs], axis=1)
     coefficients = np.linalg.lstsq(matrix, value.ravel(), rcond=None)[0] if value.size else np.zeros(len(xs))
     terms = [c * x for c, x in zip(coefficients, xs, strict=True)]
-    return Expected(value + base, _largest_term([*terms, value], base))
+    return Expected(value + base, largest_term([*terms, value], base))
 
 
 # Averages and spheres
@@ -131,12 +131,12 @@ def _in_span(value: Array, xs: Sequence[Array], base: Array | float = 0.0) -> Ex
 
 def linear(xs: Sequence[Array], weight: Sequence[float], normalize: bool = True) -> Expected:
     """sum w x, over sum w with `normalize`."""
-    return _sum([w / sum(weight) if normalize else w for w in weight], xs)
+    return sum_terms([w / sum(weight) if normalize else w for w in weight], xs)
 
 
 def passthrough(xs: Sequence[Array], scale: Sequence[float | None] = (None,)) -> Expected:
     """scale * x."""
-    return _sum([1.0 if scale[0] is None else scale[0]], xs)
+    return sum_terms([1.0 if scale[0] is None else scale[0]], xs)
 
 
 def fisher(
@@ -148,7 +148,7 @@ def fisher(
     even = np.broadcast_to(np.reshape(weight, (-1, *[1] * xs[0].ndim)), shares.shape)
     shares = np.where(shares.sum(0) > 0, shares, even)
     value = (shares * np.stack(xs)).sum(0) / shares.sum(0)
-    return Expected(np.asarray(value), _largest_term(xs))
+    return Expected(np.asarray(value), largest_term(xs))
 
 
 def slerp(xs: Sequence[Array], t: float) -> Expected:
@@ -156,9 +156,9 @@ def slerp(xs: Sequence[Array], t: float) -> Expected:
     norms = [np.linalg.norm(x) or 1.0 for x in xs]
     cosine = np.clip(np.sum((xs[0] / norms[0]) * (xs[1] / norms[1])), -1, 1)
     if abs(cosine) > 0.9995:
-        return _sum([1 - t, t], xs)
+        return sum_terms([1 - t, t], xs)
     angle = np.arccos(cosine)
-    return _sum([np.sin((1 - t) * angle) / np.sin(angle), np.sin(t * angle) / np.sin(angle)], xs)
+    return sum_terms([np.sin((1 - t) * angle) / np.sin(angle), np.sin(t * angle) / np.sin(angle)], xs)
 
 
 def nuslerp(
@@ -182,7 +182,7 @@ def nuslerp(
     sine = np.where(straight, 1.0, np.sin(angle))
     first = np.where(straight, 1 - t, np.sin((1 - t) * angle) / sine)
     second = np.where(straight, t, np.sin(t * angle) / sine)
-    return _sum([first, second], [a, b], 0.0 if base is None else base)
+    return sum_terms([first, second], [a, b], 0.0 if base is None else base)
 
 
 def multislerp(
@@ -200,13 +200,13 @@ def multislerp(
     vs = list(xs) if base is None else [delta(x, base, exact) for x in xs]
     norms = [float(np.linalg.norm(v)) for v in vs]
     if not any(norms):
-        return _sum(w, vs, 0.0 if base is None else base)
+        return sum_terms(w, vs, 0.0 if base is None else base)
     units = [v / (n or 1.0) for v, n in zip(vs, norms, strict=True)]
     mean: Array = np.asarray(sum(a * u for a, u in zip(w, units, strict=True)))
     shift = 0.0 if base is None else base
     if np.linalg.norm(mean) < eps:
         assert len(xs) == 2
-        return _sum(w, vs, shift)
+        return sum_terms(w, vs, shift)
     mean = mean / np.linalg.norm(mean)
     tangent = sum(a * (u - np.sum(u * mean) * mean) for a, u in zip(w, units, strict=True))
     length = float(np.linalg.norm(tangent))
@@ -226,7 +226,7 @@ def karcher(
     norms = np.array([np.linalg.norm(x) for x in xs])
     used = [i for i in range(len(xs)) if norms[i] > 0 and shares[i] > 0]
     if not used:
-        return Expected(np.zeros_like(xs[0]), _largest_term(xs))
+        return Expected(np.zeros_like(xs[0]), largest_term(xs))
     units = [xs[i] / norms[i] for i in used]
     a = shares[used] / shares[used].sum()
     point = sum(s * u for s, u in zip(a, units, strict=True))
@@ -246,8 +246,39 @@ def karcher(
     return _in_span(point * float(shares @ norms), xs)
 
 
-def model_stock(xs: Sequence[Array], base: Array, filter_wise: bool = False, exact: bool = False) -> Expected:
-    """base + t (mean - base), t = n c / (1 + (n - 1) c) or 0 for 0/0, with c the mean cosine over pairs of deltas."""
+def nearswap(xs: Sequence[Array], t: float) -> Expected:
+    """g x + (1 - g) base with g = min(1, t / |base - x|), for xs = [base, x]."""
+    base, x = xs
+    size = np.abs(delta(x, base, exact=True))
+    g = np.minimum(1.0, np.divide(t, size, out=np.ones_like(size), where=size > 0))
+    return sum_terms([g, 1 - g], [x, base])
+
+
+def arcee_fusion(xs: Sequence[Array]) -> Expected:
+    """x where |x - base| KL(softmax(x) || softmax(base)) of the row is at least the threshold, else the base.
+
+    The threshold is median + 1.5 (third - first quartile) of these products, all of them, at index int(q (n - 1)).
+    """
+    base, x = xs
+    if not base.size:
+        return Expected(base, base)
+    p, q = (np.exp(v - v.max(-1, keepdims=True)) if v.ndim else np.ones(1) for v in (x, base))
+    p, q = (v / v.sum(-1, keepdims=True) + 1e-8 for v in (p, q))
+    divergence = (p * np.log(p / q)).sum(-1, keepdims=True)
+    products = np.reshape(np.abs(x - base) * divergence, base.shape)
+    ordered = np.sort(products.ravel())
+    first, median, third = (ordered[int(share * (ordered.size - 1))] for share in (0.25, 0.5, 0.75))
+    limit = median + 1.5 * (third - first)
+    noise = 1e-13 * float(np.abs(x - base).max()) + 1e-6 * limit  # of the divergence, and of float32 differences
+    near = np.abs(products - limit) <= noise
+    value = np.where(products >= limit, x, base)
+    return Expected(value, np.abs(value), np.where(near, np.where(products >= limit, base, x), value))
+
+
+def model_stock(
+    xs: Sequence[Array], base: Array, filter_wise: bool = False, exact: bool = False, **more: Any
+) -> Expected:
+    """base + lambda t (mean - base), t = n c / (1 + (n - 1) c), or 0 for 0/0; c: mean cosine over pairs of deltas."""
     ds = [delta(x, base, exact) for x in xs]
     axis = -1 if filter_wise and base.ndim > 1 else None
     cosines = []
@@ -260,7 +291,7 @@ def model_stock(xs: Sequence[Array], base: Array, filter_wise: bool = False, exa
     c, n = np.mean(cosines, axis=0), len(xs)
     below = 1 + (n - 1) * c
     t = np.where(np.abs(below) < 1e-6, 0.0, n * c / np.where(np.abs(below) < 1e-6, 1.0, below))
-    return _sum([t / n] * n, ds, base)
+    return sum_terms([more.get("lambda", 1.0) * t / n] * n, ds, base)
 
 
 # Whole matrices
@@ -339,17 +370,17 @@ class TaskVectors:
         self, terms: list[Array], weight: Sequence[float], base: Array, normalize: bool, factor: float, zeros: float
     ) -> Expected:
         if not self.vote:
-            return _sum([factor / (sum(weight) if normalize else 1.0)] * len(terms), terms, base)
+            return sum_terms([factor / (sum(weight) if normalize else 1.0)] * len(terms), terms, base)
         total = sum(terms)
         elected = np.where(total == 0, zeros, np.sign(total))
-        merged = [_of_sign(terms, weight, sign, normalize, factor) for sign in (elected, -elected)]
-        close = np.abs(total) <= 4 * ulp(_largest_term(terms), torch.float32)
+        merged = [mean_of_sign(terms, weight, sign, normalize, factor) for sign in (elected, -elected)]
+        close = np.abs(total) <= 4 * ulp(largest_term(terms), torch.float32)
         biggest = np.max([np.abs(part) for _, parts in merged for part in parts], axis=0)
         other = np.where(close, merged[1][0] + base, merged[0][0] + base)
         return Expected(merged[0][0] + base, np.maximum(biggest, np.abs(base)), other)
 
 
-def _of_sign(
+def mean_of_sign(
     terms: list[Array], weight: Sequence[float], sign: Array, normalize: bool, factor: float
 ) -> tuple[Array, list[Array]]:
     """The mean or sum of the terms of that sign, and its parts."""
@@ -379,6 +410,8 @@ ties = TaskVectors(_keep_largest, vote=True, normalize=True, rescale=False)
 dare_linear = TaskVectors(_keep_given, vote=False, normalize=False, rescale=True)
 dare_ties = TaskVectors(_keep_given, vote=True, normalize=False, rescale=True)
 breadcrumbs = TaskVectors(_keep_middle, vote=False, normalize=False, rescale=False)
+della = TaskVectors(_keep_given, vote=True, normalize=True, rescale=True)
+della_linear = TaskVectors(_keep_given, vote=False, normalize=False, rescale=True)
 breadcrumbs_ties = TaskVectors(_keep_middle, vote=True, normalize=False, rescale=False)
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mergekit_lfm.api.arguments import as_bytes, expand
 from mergekit_lfm.api.outcome import Outcome, warn_of
-from mergekit_lfm.api.stages import Stages, plan_stages
+from mergekit_lfm.api.planned import Merged, PlannedMerge, Stages
+from mergekit_lfm.api.stages import plan_stages
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.machine.accelerators import Accelerator, accelerator_of
 from mergekit_lfm.machine.devices import find_gpu
@@ -21,38 +22,9 @@ from mergekit_lfm.recipe.recipe import Recipe, read_recipe
 from mergekit_lfm.recipe.stages import read_stages
 
 if TYPE_CHECKING:
-    from mergekit_lfm.output.push import Pushed
-    from mergekit_lfm.plan.plan import Plan
+    pass
 
 RecipeLike = str | PathLike[str] | Mapping[str, Any] | Recipe
-
-
-@dataclass(frozen=True)
-class PlannedMerge:
-    """A merge that is planned and checked, and not made yet. goal: where the result is pushed, None for nowhere.
-
-    stages: those before it, if its recipe has several.
-    """
-
-    plan: Plan
-    out: Path
-    accelerator: Accelerator
-    goal: Push | None
-    max_shard_size: int | None
-    stages: Stages | None = None
-
-
-@dataclass(frozen=True)
-class Merged:
-    """The result of a merge. resumed_bytes: written by an earlier, interrupted run. pushed: None without a push.
-
-    stages: the outcomes of the recipe's earlier stages.
-    """
-
-    plan: Plan
-    resumed_bytes: int = 0
-    pushed: Pushed | None = None
-    stages: tuple[Outcome[Merged], ...] = ()
 
 
 def plan_merge(
@@ -137,44 +109,53 @@ def merge(
     can be known then; ConnectionError if the Hub cannot be reached. Calling it again after an interruption goes on
     where it stopped.
     """
-    from mergekit_lfm.engine.execute import execute
-
     started = time.monotonic()
     how: dict[str, Any] = {"max_shard_size": max_shard_size, "seed": seed, "device": device, "card": card}
     if not isinstance(recipe, PlannedMerge):
         recipe = plan_merge(recipe, out, push_to=push_to, private=private, **how).result
-    run: dict[str, Any] = {"memory": memory, "threads": threads, "nan": nan, "resume": resume}
-    run |= {"trust_times": trust_times, "compile": compile, "progress": progress}
-    earlier: tuple[Outcome[Merged], ...] = ()
-    stages = recipe.stages
-    if stages is not None:
-        earlier, recipe = _run_stages(recipe, how, run)
-    plan, folder, accelerator, goal = recipe.plan, recipe.out, recipe.accelerator, recipe.goal
+    goal, stages = recipe.goal, recipe.stages
     if goal is not None:
         from mergekit_lfm.output.push import check_repository
 
         check_repository(goal.repo, private=goal.private)
-    options: dict[str, Any] = {**run, "memory": as_bytes(memory), "overwrite": overwrite}
-    del options["compile"]
-    if plan.pending or plan.unedited or plan.absent:
-        from mergekit_lfm.api.prepare import prepare
-
-        where: dict[str, Any] = {"max_shard_size": recipe.max_shard_size, "device": accelerator.name}
-        plan = prepare(plan, folder, **where, **options)
-    done = execute(plan, folder, accelerator=accelerator, compile=compile, **options)
-    warnings, merged = warn_of(done.findings), Merged(plan, done.resumed_bytes, stages=earlier)
-    outcome = Outcome(folder, merged, plan.digest, done.already_there, warnings, time.monotonic() - started)
+    run: dict[str, Any] = {"memory": as_bytes(memory), "threads": threads, "nan": nan, "resume": resume}
+    run |= {"trust_times": trust_times, "progress": progress}
+    earlier: tuple[Outcome[Merged], ...] = ()
+    if stages is not None:
+        earlier, recipe = _run_stages(recipe, stages, how, {**run, "compile": compile})
+    outcome = _execute(recipe, compile, {**run, "overwrite": overwrite}, earlier, started)
     if stages is not None and drop_stages:
         stages.drop()
     if on_merged is not None:
         on_merged(outcome)
     if goal is None:
         return outcome
-    return replace(_push(outcome, folder, goal, verify_push, progress), seconds=time.monotonic() - started)
+    return replace(_push(outcome, recipe.out, goal, verify_push, progress), seconds=time.monotonic() - started)
+
+
+def _execute(
+    planned: PlannedMerge,
+    compile: Literal["auto", "always", "never"],
+    options: Mapping[str, Any],
+    earlier: tuple[Outcome[Merged], ...],
+    started: float,
+) -> Outcome[Merged]:
+    """The outcome of a merge, pushed nowhere. options: of `prepare` and `execute`; earlier: stages; started: when."""
+    from mergekit_lfm.engine.execute import execute
+
+    plan, folder, accelerator = planned.plan, planned.out, planned.accelerator
+    if plan.pending or plan.unedited or plan.absent:
+        from mergekit_lfm.api.prepare import prepare
+
+        where: dict[str, Any] = {"max_shard_size": planned.max_shard_size, "device": accelerator.name}
+        plan = prepare(plan, folder, **where, **options)
+    done = execute(plan, folder, accelerator=accelerator, compile=compile, **options)
+    warnings, merged = warn_of(done.findings), Merged(plan, done.resumed_bytes, stages=earlier)
+    return Outcome(folder, merged, plan.digest, done.already_there, warnings, time.monotonic() - started)
 
 
 def _run_stages(
-    planned: PlannedMerge, how: Mapping[str, Any], run: Mapping[str, Any]
+    planned: PlannedMerge, stages: Stages, how: Mapping[str, Any], run: Mapping[str, Any]
 ) -> tuple[tuple[Outcome[Merged], ...], PlannedMerge]:
     """The outcomes of all stages but the last, and the last one's plan on their results.
 
@@ -182,8 +163,6 @@ def _run_stages(
     """
     from mergekit_lfm.output.lock import lock_of
 
-    stages = planned.stages
-    assert stages is not None
     done = list[Outcome[Merged]]()
     for stage, each in zip(stages.stages, stages.plans, strict=True):
         run["progress"].notice(f"stage {stage.name}")

@@ -1,7 +1,7 @@
 """Recipes of several stages: planned all together before the first one runs, and carried out one after the other.
 
 A stage that is still to run is planned on a stand-in for the results that it takes: their headers and small files, over
-files without data. What a stage leaves lies in OUT.stages, under the stage's name, and is not made again unless the
+files without data. The results lie in OUT.stages, under the names of their stages, and each is made again only if its
 stage has changed.
 """
 
@@ -9,52 +9,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, TypeVar
 
+from mergekit_lfm.api.planned import PlannedMerge, Stages
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.recipe.stages import Stage
 
 if TYPE_CHECKING:
-    from mergekit_lfm.api.merge import PlannedMerge
     from mergekit_lfm.plan.plan import Plan
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Stages:
-    """The stages of a recipe in the order of work, but for the last, and their plans.
-
-    where: the recipe's folder. folder: that of their results. scratch: the stand-ins, as long as the plans are used.
-    """
-
-    stages: tuple[Stage, ...]
-    last: Stage
-    where: Path
-    folder: Path
-    plans: tuple[PlannedMerge, ...]
-    scratch: TemporaryDirectory[str]
-
-    def recipe(self, stage: Stage) -> Recipe:
-        """The recipe of a stage, on the results of those before it."""
-        folders = {each.name: self.folder / each.name for each in self.stages if each.name in stage.needs}
-        return Recipe.parse(stage.data, self.where, stage.label, folders)
-
-    def drop(self) -> None:
-        """Remove the results of the stages."""
-        from mergekit_lfm.output.lock import LOCK
-        from mergekit_lfm.store.places import remove
-
-        for stage in self.stages:
-            if (self.folder / stage.name / LOCK).is_file():
-                remove(self.folder / stage.name)
-        with suppress(OSError):  # it holds something else, too
-            self.folder.rmdir()
 
 
 def stages_folder(out: Path) -> Path:

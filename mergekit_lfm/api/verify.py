@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from mergekit_lfm.api.arguments import StrPath, as_bytes, expand
-from mergekit_lfm.api.merge import PlannedMerge, RecipeLike, plan_merge
+from mergekit_lfm.api.merge import RecipeLike, plan_merge
 from mergekit_lfm.api.outcome import Outcome
+from mergekit_lfm.api.planned import PlannedMerge
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.machine.progress import SILENCE, Progress
 from mergekit_lfm.store.hub import hub_name

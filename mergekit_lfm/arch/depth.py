@@ -42,17 +42,17 @@ def kinds_of(config: Config, layer: int) -> dict[str, Any]:
     return kinds
 
 
-def stack_config(config: Config, origins: Origins, count: int) -> dict[str, Any]:
+def stack_config(config: Config, origins: Origins, count: int, prefix: str = "") -> dict[str, Any]:
     """The config of a model whose layer i is layer origins[i][1] of a model with the config origins[i][0].
 
-    config: the template's, whose model has `count` layers; all but what it says of layers stays as it is. The layers of
-    images and sound are meant only where nothing else in the config has this number. An encoder and a decoder of
-    `count` layers are both stacked.
+    config: the template's, whose model has `count` layers; all but what it says of layers stays as it is. prefix: what
+    the names of the layers' tensors begin with, which tells an encoder's from a decoder's, and those of images or sound
+    from those of text; without one, an encoder and a decoder of `count` layers are both stacked.
     Raises PlanError with all entries that cannot be reconciled.
     """
-    stacks = stacks_of(config, count)
+    stacks = stacks_of(config, count, prefix)
     if not stacks:
-        stated = [f"{_join(path, key)}: {size}" for path, keys, size in stacks_of(config) for key in keys]
+        stated = [f"{_join(path, key)}: {size}" for path, keys, size in stacks_of(config, None, prefix) for key in keys]
         raise PlanError(
             f"the template's config states no number of layers that is {count}, as its tensors have: it has "
             f"{shorten(stated) or 'none'}. Correct its config.json, or take another model as the base"
@@ -111,7 +111,7 @@ def _rewrite(
 ) -> None:
     """Make the entries of a config say of its layers what is wanted, as far as they can."""
     for name, values in wanted.items():
-        if facts[name].form not in ("rule", "period") and _ABSENT not in values:
+        if facts[name].form not in ("rule", "fixed", "window") and _ABSENT not in values:
             _write(part, name, entry_of(facts[name], name, values), values)
     listed = {name for name, fact in facts.items() if fact.form != "rule"}
     needed = {key for rule in rules for key in rule.keys if rule.fact not in listed}
@@ -152,22 +152,23 @@ def _is_same_list(name: str, every: Sequence[_Source]) -> bool:
 
 def _wrong_lengths(source: _Source, facts: Mapping[str, Fact]) -> list[str]:
     """Lists of a config that other lists show to be of layers, but which have another number of entries."""
-    entries = {name: _entry(source.part, name) for name, fact in facts.items() if fact.form in ("list", "pointers")}
+    both = [*facts.items(), *((name, fact) for name, fact in source.facts.items() if name in facts)]
+    entries = {name: _entry(source.part, name) for name, fact in both if fact.form in ("list", "pointers")}
     return [
         f"{name} has {len(entry)} entries, expected one for each of {source.size} layers; correct the config.json"
         for name, entry in entries.items()
-        if isinstance(entry, list) and len(entry) != source.size
+        if isinstance(entry, list) and len(entry) not in (0, source.size)
     ]
 
 
 def _value(name: str, fact: Fact, source: _Source, layer: int) -> Any:
-    """Return a fact of a source's layer. One number for all layers is that of each; a table may leave layers out."""
+    """Return a fact of a source's layer. One number for all is that of each; tables and windows are of some layers."""
     if name in source.facts:
         return source.facts[name].values[layer]
     entry = _entry(source.part, name)
-    if fact.form == "list" and entry is not None and not isinstance(entry, Mapping):
+    if fact.form == "list" and entry is not None and not isinstance(entry, list | Mapping):
         return entry
-    return None if fact.form == "table" else _ABSENT
+    return None if fact.form in ("table", "window") else _ABSENT
 
 
 def _write(part: dict[str, Any], name: str, entry: Any, values: Sequence[Any]) -> None:
@@ -176,7 +177,7 @@ def _write(part: dict[str, Any], name: str, entry: Any, values: Sequence[Any]) -
     for step in path:
         part = part.setdefault(step, {})
     if isinstance(part.get(key), list | Mapping | None) or any(value != part[key] for value in values):
-        part[key] = entry
+        part[key] = deepcopy(entry)
 
 
 def _settle(rule: Rule, part: dict[str, Any], wanted: list[Any], needed: set[str]) -> None:
@@ -191,7 +192,7 @@ def _settle(rule: Rule, part: dict[str, Any], wanted: list[Any], needed: set[str
         if rule.values({**bare, **trial}, len(wanted)) == wanted:
             part.update(trial)
             return
-    beside = rule.fact in part and rule.fact not in rule.keys
+    beside = part.get(rule.fact) is not None and rule.fact not in rule.keys
     changes = dict.fromkeys(rule.keys) if beside else {}
     if rule.rewrite is not None:
         changes = rule.rewrite(wanted)

@@ -2,6 +2,7 @@
 
 A list has an entry for each layer if it has as many as there are layers, unless its name is that of something else
 (_OTHER) or it stands in a part about something else (_APART). A list of numbers of layers is known by its name.
+An entry of another name that seems to count layers stays, and has to mean the same of each: its form is `fixed`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 from mergekit_lfm.arch.layer_rules import FULL, Part, rules_of
 
 Path = tuple[str, ...]
-Form = Literal["list", "indices", "enumeration", "pointers", "letters", "table", "rule", "period"]
+Form = Literal["list", "indices", "enumeration", "pointers", "letters", "table", "rule", "fixed", "window"]
 
 _COUNT = re.compile(r"(num_|n_)?((en|de)coder_)?(num_)?(hidden_|transformer_)?(layers?|blocks)|depth")
 # The parts of a config about something else than layers, or about the layers of another stack.
@@ -24,8 +25,8 @@ _APART = re.compile(
 )
 # Lists that may have as many entries as there are layers by accident.
 _OTHER = re.compile(
-    r"architectures|mrope_section|mtp_.*|stage_.*|out_(features|indices)|time_step_limit|(mlp|ssm|qkv)_multipliers|"
-    r"keys_to_ignore.*|.*tokens?|.*token_ids?|.*label.*|lang.*|image_.*|.*pinpoints|.*(mean|std|betas|quantiles)|"
+    r"architectures|mrope_section|encode_proj_layers|mtp_.*|stage_.*|out_(features|indices)|time_step_limit|"
+    r"(mlp|ssm|qkv)_multipliers|keys_to_ignore.*|.*tokens?|.*token_ids?|.*label.*|lang.*|image_.*|.*pinpoints|.*(mean|std|betas|quantiles)|"
     r".*(patch|kernel|stride|dilation|padding|tubelet|crop|pool|channel|ratio|bandwidth).*|(conv|tdnn)_.*"
 )
 # Lists with an entry for each layer, which a config has with another length only by mistake.
@@ -41,19 +42,17 @@ _POINTERS = frozenset({"kv_source_layers"})  # for each layer the number of anot
 _PERIOD = re.compile(
     r"\w*(layer|attn|attention|moe|expert|rope|block|sparse)\w*_(interval|period|frequency|freq|step|every_n_layers)"
 )
+# Numbers of layers, be they from 0 or from 1.
+_SOME = re.compile(r"\w*(layers|layer_(ids?|idxs?|indices|indexes)|idxs)")
 _LAST_FULL = frozenset({"gemma4", "gemma4_unified", "diffusion_gemma", "embedding_gemma2"})  # whatever their lists say
 
 
 @dataclass(frozen=True)
 class Fact:
-    """One fact of every layer, and the form in which the config states it.
-
-    whole: the entry of the config, None for what its class takes for granted.
-    """
+    """One fact of every layer, and the form in which the config states it."""
 
     values: Sequence[Any]
     form: Form
-    whole: Any = None
 
 
 class Stack(NamedTuple):
@@ -64,14 +63,26 @@ class Stack(NamedTuple):
     size: int
 
 
-def stacks_of(config: Part, size: int | None = None) -> list[Stack]:
+def stacks_of(config: Part, size: int | None = None, prefix: str = "") -> list[Stack]:
     """The stacks of layers that a config describes, the outermost first.
 
-    size: of these only those with this number of layers. Those of images or sound come in only where there is no other.
+    size: of these only those with this number of layers. prefix: what the names of the layers' tensors begin with: in
+    the names of an encoder, a decoder or of something other than text, the entries are those of that; without one,
+    those of images or sound come in only where there is no other.
     """
     stacks = list(_stacks(config, (), size))
-    main = [stack for stack in stacks if not any(_APART.search(key) for key in stack.path)]
-    return main or stacks
+    apart = bool(_APART.search(prefix))
+    main = [stack for stack in stacks if any(_APART.search(key) for key in stack.path) == apart] or stacks
+    sides = [stack._replace(keys=_keys_on_side(stack.keys, prefix)) for stack in main]
+    return [stack for stack in sides if stack.keys] or main
+
+
+def _keys_on_side(keys: tuple[str, ...], prefix: str) -> tuple[str, ...]:
+    """The entries that count the layers of an encoder, or of a decoder, if the names are of one."""
+    if "decoder." not in prefix and "encoder." not in prefix:
+        return keys
+    decoder = prefix.rfind("decoder.") > prefix.rfind("encoder.")
+    return tuple(key for key in keys if ("decoder" in key) == decoder)
 
 
 def _stacks(part: Part, path: Path, size: int | None) -> Iterator[Stack]:
@@ -122,6 +133,9 @@ def facts_of(part: Part, model: str, count: int) -> dict[str, Fact]:
     if model in _LAST_FULL and "layer_types" in facts:
         types = facts["layer_types"]
         facts["layer_types"] = replace(types, values=[*types.values[:-1], FULL])
+    if (size := part.get("sliding_window")) is not None and "layer_types" in facts:
+        windows = [size if "sliding" in str(kind) else None for kind in facts["layer_types"].values]
+        facts["sliding_window"] = Fact(windows, "window")
     return facts
 
 
@@ -131,7 +145,7 @@ def _entries(part: Part, path: Path, count: int) -> Iterator[tuple[Path, Fact]]:
         if isinstance(value, Mapping):
             if _is_table(key, value):
                 entries = {int(layer): entry for layer, entry in value.items()}
-                yield place, Fact([entries.get(layer) for layer in range(count)], "table", value)
+                yield place, Fact([entries.get(layer) for layer in range(count)], "table")
             elif not _APART.search(key) and not any(_COUNT.fullmatch(inner) for inner in value):
                 yield from _entries(value, place, count)
         elif fact := _read(key, value, count):
@@ -147,15 +161,22 @@ def _read(key: str, value: Any, count: int) -> Fact | None:
     """The fact that an entry states of each layer; None if it is about something else."""
     if _INDICES.fullmatch(key) and isinstance(value, list | str) and (layers := _numbers(value)) is not None:
         first = int(key in _FROM_ONE)
-        return Fact([layer + first in layers for layer in range(count)], _form(value), value)
+        return Fact([layer + first in layers for layer in range(count)], _form(value))
     if isinstance(value, list) and key in _POINTERS and len(value) == count:
-        return Fact([source - layer for layer, source in enumerate(value)], "pointers", value)
-    if isinstance(value, list) and (len(value) == count or _KNOWN.fullmatch(key)) and not _OTHER.fullmatch(key):
-        return Fact(value, "list", value)
+        return Fact([source - layer for layer, source in enumerate(value)], "pointers")
+    if (
+        isinstance(value, list)
+        and value
+        and (len(value) == count or _KNOWN.fullmatch(key))
+        and not _OTHER.fullmatch(key)
+    ):
+        return Fact(value, "list")
     if isinstance(value, str) and key.endswith("_pattern") and len(value) == count and not _OTHER.fullmatch(key):
-        return Fact(list(value), "letters", value)
+        return Fact(list(value), "letters")
     if _PERIOD.fullmatch(key) and isinstance(value, int) and value > 1:
-        return Fact([layer % value for layer in range(count)], "period", value)
+        return Fact([layer % value for layer in range(count)], "fixed")
+    if _SOME.fullmatch(key) and not _OTHER.fullmatch(key) and isinstance(value, list) and (layers := _numbers(value)):
+        return Fact([layer in layers for layer in range(count)], "fixed")
     return None
 
 
@@ -183,6 +204,4 @@ def entry_of(fact: Fact, name: str, values: Sequence[Any]) -> Any:
             return "".join(values)
         case "table":
             return {str(layer): value for layer, value in enumerate(values) if value is not None}
-        case "list":
-            return list(values)
-    return fact.whole
+    return list(values)

@@ -63,7 +63,7 @@ def _every(period: str | int, word: Any, other: Any, first: int = -1) -> Value:
 
     def value(c: Part, i: int, n: int) -> Any:
         step = c[period] if isinstance(period, str) else period
-        return word if (i - first) % step == 0 else other
+        return word if step and (i - first) % step == 0 else other
 
     return value
 
@@ -146,7 +146,7 @@ def _inkling(c: Part, i: int, n: int) -> str:
 def _compressed(c: Part, i: int, n: int) -> str:
     ratios = c.get("compress_ratios")
     words = {0: SLIDING, 4: "compressed_sparse_attention", 128: "heavily_compressed_attention"}
-    return words[ratios[i] if ratios and i < len(ratios) else 4 if i > 1 and i % 2 else 128]
+    return words.get(ratios[i] if ratios and i < len(ratios) else 4 if i > 1 and i % 2 else 128, "")
 
 
 def _dots3(c: Part, i: int, n: int) -> str:

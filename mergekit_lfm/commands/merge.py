@@ -15,8 +15,8 @@ from mergekit_lfm.commands.options import as_json, device_option, going_on_later
 from mergekit_lfm.commands.shell import Command, transfers
 
 if TYPE_CHECKING:
-    from mergekit_lfm.api.merge import Merged, PlannedMerge
     from mergekit_lfm.api.outcome import Outcome
+    from mergekit_lfm.api.planned import Merged, PlannedMerge
     from mergekit_lfm.recipe.recipe import Recipe
 
 # Options of both.

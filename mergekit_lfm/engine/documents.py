@@ -30,6 +30,7 @@ from mergekit_lfm.output.layout import Index, indexes_of
 from mergekit_lfm.output.lock import FORMAT, LOCK, encode_lock
 from mergekit_lfm.output.names import last_name
 from mergekit_lfm.output.writer import Receipt
+from mergekit_lfm.plan.pieces import stacked_config
 from mergekit_lfm.plan.plan import Plan
 from mergekit_lfm.recipe.align import AlignRequest
 from mergekit_lfm.recipe.registry import ALIGN_METHODS, EDIT_METHODS
@@ -173,7 +174,7 @@ def _config(raw: bytes, plan: Plan) -> bytes:
         return raw
     dtype = floats.most_common(1)[0][0]
     before = parse_json(raw, "config.json")
-    config = deepcopy(before)
+    config = stacked_config(before, plan.stacks, plan.models)
     template = plan.models[plan.template].config
     for key in (key for key in QUANTISATION_KEYS if key in config and key not in template):
         del config[key]

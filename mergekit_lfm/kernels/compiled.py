@@ -10,6 +10,7 @@ folder where nobody else can write; loading one takes 10 ms.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import os
 import pickle
 import platform
@@ -169,10 +170,14 @@ def compiler() -> str | None:
 
 
 @cache
-def _environment() -> str:
-    """Digest of a compiled library's dependencies besides the function: our sources, torch, the processor."""
+def _environment(folder: Path) -> str:
+    """Digest of a compiled library's dependencies: our sources, those in the function's folder, torch, the processor.
+
+    The folder is another one for methods of other packages.
+    """
     package = Path(__file__).parent.parent
-    sources = [path.read_bytes() for part in ("kernels", "methods") for path in sorted((package / part).glob("*.py"))]
+    folders = dict.fromkeys((package / "kernels", package / "methods", folder))
+    sources = [path.read_bytes() for each in folders for path in sorted(each.glob("*.py"))]
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     flags = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
@@ -197,7 +202,9 @@ class Fused:
     def name(self) -> str:
         """The first part of its library's name; the library's own digest follows."""
         name = f"{self.function.__module__}.{self.function.__qualname__}"
-        facts = f"{_environment()} {name} {self.form} {self.dtype} {self.out}"
+        facts = (
+            f"{_environment(Path(inspect.getfile(self.function)).parent)} {name} {self.form} {self.dtype} {self.out}"
+        )
         return f"{self.function.__name__}-{xxhash.xxh3_128_hexdigest(facts.encode())}"
 
     @property

@@ -49,10 +49,28 @@ class LocalCoins(NamedTuple):
 
     def mask(self, i: int, x: torch.Tensor) -> torch.Tensor:
         """A mask, int32, of the kept entries of row i of the block."""
-        import torch
+        return _below(self.keys[i], len(x), self.limits[i])
 
-        halves = words(self.keys[i], (len(x) + 1) // 2).view(torch.int32)  # little-endian: first the even element's
-        return ((halves[: len(x)] >> 1) - self.limits[i]) >> 31
+
+def _below(key: torch.Tensor, count: int, limits: torch.Tensor) -> torch.Tensor:
+    """A mask, int32 [count], of the entries whose numbers are below their limits."""
+    import torch
+
+    halves = words(key, (count + 1) // 2).view(torch.int32)  # little-endian: first the even element's
+    return ((halves[:count] >> 1) - limits) >> 31
+
+
+def _limit(probability: float) -> int:
+    """The limit below which a number is with this probability, to 2^-31."""
+    return round(probability * 2**31) - 2**30
+
+
+def _states(keys: Sequence[int], start: int) -> torch.Tensor:
+    """The generators' states, int64 [n], for a block that starts at an even index."""
+    import torch
+
+    assert start % 2 == 0
+    return torch.tensor([_signed(key + start // 2 * _GOLDEN) for key in keys])
 
 
 @dataclass(frozen=True)
@@ -66,7 +84,42 @@ class Coins:
         """The coins of the block that starts at an even index `start`."""
         import torch
 
-        assert start % 2 == 0
-        keys = [_signed(key + start // 2 * _GOLDEN) for key in self.keys]
-        limits = [round(density * 2**31) - 2**30 for density in self.densities]
-        return LocalCoins(torch.tensor(keys), constant(tuple(limits), torch.int32))
+        return LocalCoins(_states(self.keys, start), constant(tuple(map(_limit, self.densities)), torch.int32))
+
+
+class LocalRankedCoins(NamedTuple):
+    """Coins for one block: states, int64 [n]; for each input the limits by rank in a row, int32 [row]."""
+
+    keys: torch.Tensor
+    limits: tuple[torch.Tensor, ...]
+
+    def mask(self, i: int, x: torch.Tensor) -> torch.Tensor:
+        """A mask, int32, of the kept entries of row i of the block, which is whole rows of the tensor."""
+        import torch
+
+        limits = self.limits[i]
+        order = x.abs().reshape(-1, len(limits)).sort(dim=1, descending=True, stable=True).indices
+        each = torch.empty_like(order, dtype=torch.int32).scatter_(1, order, limits.expand(order.shape))
+        return _below(self.keys[i], len(x), each.reshape(-1))
+
+
+@dataclass(frozen=True)
+class RankedCoins:
+    """Keeps the larger entries of every row of a tensor more often than the smaller ones.
+
+    ends: for each input the probabilities of a row's smallest and largest entry; between them they grow with the rank.
+    Among equals the lowest index counts as the largest. row: elements of a row; one alone is kept with the mean.
+    """
+
+    keys: Sequence[int]
+    ends: Sequence[tuple[float, float]]
+    row: int
+
+    def at(self, start: int, count: int, dtype: torch.dtype) -> LocalRankedCoins:  # noqa: ARG002
+        """The coins of the block of whole rows that starts at an even index `start`."""
+        import torch
+
+        steps = torch.linspace(1, 0, self.row, dtype=torch.float64) if self.row > 1 else torch.tensor([0.5]).double()
+        tables = [low + steps * (high - low) for low, high in self.ends]
+        limits = tuple((table * 2**31).round().to(torch.int64).sub(2**30).to(torch.int32) for table in tables)
+        return LocalRankedCoins(_states(self.keys, start), limits)

@@ -6,14 +6,25 @@ entry at the threshold is kept. Both are found by counting digits of the magnitu
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+import struct
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mergekit_lfm.kernels.bits import magnitude_bits, mask_above
 from mergekit_lfm.kernels.constants import constant
 from mergekit_lfm.kernels.reductions import Reduction
-from mergekit_lfm.kernels.selection import COLLECTED, FEW, SAMPLING_PAYS, by_bracket, by_digits, by_partition, cuts
+from mergekit_lfm.kernels.selection import (
+    COLLECTED,
+    FEW,
+    SAMPLING_PAYS,
+    Key,
+    RankValue,
+    by_bracket,
+    by_digits,
+    by_partition,
+    cuts,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -91,11 +102,32 @@ def largest(
     """
     sets = [[ALL if count >= numel else NONE for count in row] for row in counts]
     ranks = {(i, k): c for i, row in enumerate(counts) for k, c in enumerate(row) if 0 < c < numel}
-    if numel <= few:
-        found = yield from by_partition(ranks)
-    else:
-        found = yield from by_bracket(numel, ranks, sampling_pays=sampling_pays, collected=collected)
-    found |= yield from by_digits(len(counts), {key: rank for key, rank in ranks.items() if key not in found}, double)
+    found = yield from _find(numel, len(counts), ranks, double, few, sampling_pays, collected)
     for key, at in (yield from cuts(found, exact)).items():
         sets[key[0]][key[1]] = Largest(found[key].bits, numel if at is None else at)
     return sets
+
+
+def magnitudes_of(
+    numel: int, ranks: Sequence[Sequence[int]], *, double: bool
+) -> Generator[Reduction, Any, list[list[float]]]:
+    """The magnitudes of ranks[i][k], from 1, the largest, to `numel`, the smallest, of each input i."""
+    wanted = {(i, k): rank for i, row in enumerate(ranks) for k, rank in enumerate(row)}
+    found = yield from _find(numel, len(ranks), wanted, double, FEW, SAMPLING_PAYS, COLLECTED)
+    form = "qd" if double else "if"
+    return [
+        [struct.unpack(form[1], struct.pack(form[0], found[i, k].bits))[0] for k in range(len(row))]
+        for i, row in enumerate(ranks)
+    ]
+
+
+def _find(
+    numel: int, inputs: int, ranks: Mapping[Key, int], double: bool, few: int, sampling_pays: int, collected: int
+) -> Generator[Reduction, Any, dict[Key, RankValue]]:
+    """The values of the ranks: of few entries by a partition, else by the bracket, and what is left by digits."""
+    if numel <= few * (1 + double):  # a float64 has twice as many digits to count
+        found = yield from by_partition(ranks)
+    else:
+        found = yield from by_bracket(numel, ranks, sampling_pays=sampling_pays, collected=collected)
+    found |= yield from by_digits(inputs, {key: rank for key, rank in ranks.items() if key not in found}, double)
+    return found

@@ -56,6 +56,21 @@ class Sum(Reduction):
 
 
 @dataclass(frozen=True)
+class Totals(Sum):
+    """The sum of every row, float64 [n]."""
+
+    def block(self, block: Block) -> torch.Tensor:
+        import torch
+
+        return torch.stack([block.row(i).sum(dtype=torch.float64) for i in range(len(block))])
+
+    def chunk(self, chunk: Chunk) -> Iterable[torch.Tensor]:
+        from mergekit_lfm.kernels.lanes import sums
+
+        return sums([chunk.row(i) for i in range(len(chunk))], chunk.size, chunk.native).cpu().unbind()
+
+
+@dataclass(frozen=True)
 class Gram(Sum):
     """Inner products of the inputs, float64 [n, n]."""
 

@@ -5,8 +5,10 @@ Only + - * /, comparisons and where: no fused forms, so that eager, compiled and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from typing import TYPE_CHECKING
 
 from mergekit_lfm.kernels.constants import constant
@@ -50,12 +52,22 @@ class Spread:
         return weights.repeat(1, rows) if self.columns else weights.repeat_interleave(self.row, dim=1)
 
 
+def add_up(rows: Iterable[torch.Tensor]) -> torch.Tensor:
+    """The sum of the rows, in their order; a row alone as it is."""
+    return reduce(add, rows)
+
+
+def add_base(delta: torch.Tensor, base: torch.Tensor | None) -> torch.Tensor:
+    """base + delta, in the delta's memory, or the delta alone."""
+    return delta if base is None else delta.add_(base)
+
+
 def weighted_sum(rows: Rows, base: torch.Tensor | None, weights: torch.Tensor) -> torch.Tensor:
     """base + sum_i weights[i] x_i, or the sum alone. weights: [n], or [n, m] with one for every element."""
     total = rows[0] * weights[0]
     for i in range(1, len(rows)):
         total += rows[i] * weights[i]
-    return total if base is None else total.add_(base)
+    return add_base(total, base)
 
 
 def round_once(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

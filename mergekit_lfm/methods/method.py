@@ -40,6 +40,7 @@ class Parameter:
     `per_input`, for merges only: given for each input and each tensor; otherwise shared by all inputs of an output
     tensor. `doc` is a sentence without its capital and its full stop. `kind` "switch", for merges only, takes true,
     false or one of `choices`. `above` is an exclusive lower bound. `unset`: what a default of None stands for.
+    `absolute`, for merges only: a number in the units of the weights, such as a threshold.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Parameter:
     above: float | None = None
     choices: tuple[str, ...] = ()
     unset: str = ""
+    absolute: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,9 +145,12 @@ class Method:
     the others), "first" (required, and the first input). inputs: least and most number of inputs, None for any
     number. scope(shared): "tensor", or "model" for one solve over all tensors. row(unit): blocks are whole rows of this
     many elements. by_row(unit): true if the result for a row depends on that row alone; a solve then sees some rows at
-    a time. copies(unit): true if the result is the only input, byte for byte. version: raised when results
-    change. statistics: the kind of statistics that each input needs; the base is then a "member". Elementwise methods
-    see them as further rows: those of the n inputs, then their n statistics. Tensors without statistics are averaged.
+    a time. sums(unit): how many numbers its sums by row or column are. joint: true if a sum is of quantities that come
+    from all inputs together (`kernels.derived`), so that it needs all of a block at once. copies(unit): true if the
+    result is the only input, byte for byte. version: raised when results change. statistics: the kind of statistics
+    that each input needs; the base is then a "member". Elementwise methods see them as further rows: those of the n
+    inputs, then their n statistics. Tensors without statistics are averaged.
+    homogeneous: false if the inputs times a factor do not give the result times it, as with a softmax of the weights.
     whole: for methods that merge tensors as matrices: those that it has a view of, and with `statistics` "gram" the
     linear layers that have these. A plan in which it would merge no matrix is an error.
     """
@@ -160,9 +165,12 @@ class Method:
     apply: Elementwise
     version: int = 1
     random: bool = False
+    homogeneous: bool = True
     scope: Callable[[Mapping[str, Value]], str] = field(default=lambda _: "tensor")
     row: Callable[[Unit], int | None] = field(default=lambda _: None)
     by_row: Callable[[Unit], bool] = field(default=lambda _: False)
+    sums: Callable[[Unit], int] = field(default=lambda _: 0)
+    joint: bool = False
     copies: Callable[[Unit], bool] = field(default=lambda _: False)
     statistics: str | None = None
     whole: Whole | None = None

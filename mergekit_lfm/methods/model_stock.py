@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from mergekit_lfm.kernels.reductions import Gram, Reduction, RowGram
 from mergekit_lfm.kernels.sums import Spread, Weights, weighted_sum
 from mergekit_lfm.methods.method import Method, Parameter, Unit
+from mergekit_lfm.methods.task_vectors import LAMBDA
 
 if TYPE_CHECKING:
     import torch
@@ -17,6 +18,11 @@ COSINE_RESOLUTION = 1e-6  # of cosines: float32 deltas of opposite directions do
 
 def _row(unit: Unit) -> int | None:
     return unit.shape[-1] if unit.shared["filter_wise"] and len(unit.shape) > 1 and unit.numel else None
+
+
+def _sums(unit: Unit) -> int:
+    row = _row(unit)
+    return 0 if row is None else unit.numel // row * len(unit.inputs) ** 2
 
 
 def ratio(gram: torch.Tensor) -> torch.Tensor:
@@ -40,7 +46,7 @@ def ratio(gram: torch.Tensor) -> torch.Tensor:
 def _solve(unit: Unit) -> Generator[Reduction, Any, Weights | Spread]:
     n, row = len(unit.inputs), _row(unit)
     gram = yield (Gram() if row is None else RowGram(row))
-    weights = ratio(gram)[..., None].expand(*gram.shape[:-1]) / n
+    weights = ratio(gram)[..., None].expand(*gram.shape[:-1]) / n * unit.number("lambda")
     return Weights(weights.tolist()) if row is None else Spread(weights, row, first=unit.start)
 
 
@@ -53,6 +59,7 @@ METHODS = (
             Parameter(
                 "filter_wise", False, per_input=False, kind="bool", doc="one ratio for every row, not per tensor"
             ),
+            LAMBDA,
         ),
         base="required",
         inputs=(2, None),
@@ -61,5 +68,6 @@ METHODS = (
         version=2,
         row=_row,
         by_row=lambda unit: _row(unit) is not None,
+        sums=_sums,
     ),
 )

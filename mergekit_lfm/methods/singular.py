@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from mergekit_lfm.methods.method import Matrices, Method, Parameter, Unit, Whole, as_matrix, immediate
-from mergekit_lfm.methods.task_vectors import SparseSum, apply
+from mergekit_lfm.methods.task_vectors import LAMBDA, SparseSum, apply
 
 if TYPE_CHECKING:
     import torch
@@ -126,7 +126,7 @@ def _view(unit: Unit) -> tuple[int, int] | None:
 
 PARAMETERS = (
     Parameter("weight", 1.0, per_input=True, doc="factor of the input's delta"),
-    Parameter("lambda", 1.0, per_input=False, doc="factor of the merged delta"),
+    LAMBDA,
     Parameter(
         "decompose",
         "matrices",

@@ -129,6 +129,11 @@ def _row(unit: Unit) -> int | None:
     return unit.numel // unit.shape[0] if unit.shared["nuslerp_row_wise"] else unit.shape[-1]
 
 
+def _sums(unit: Unit) -> int:
+    row = _row(unit)
+    return 0 if row is None else 4 * (row if unit.shared["nuslerp_row_wise"] else unit.numel // row)
+
+
 def _nuslerp(unit: Unit) -> Generator[Reduction, Any, Weights | Spread]:
     row, columns = _row(unit), bool(unit.shared["nuslerp_row_wise"])
     gram = yield (Gram() if row is None else ColumnGram(row) if columns else RowGram(row))
@@ -183,6 +188,7 @@ METHODS = (
         version=2,
         row=_row,
         by_row=lambda unit: _row(unit) is not None and not unit.shared["nuslerp_row_wise"],
+        sums=_sums,
     ),
     Method(
         name="multislerp",

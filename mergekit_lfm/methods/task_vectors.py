@@ -1,4 +1,4 @@
-"""Task arithmetic and its sparse relatives: TIES, DARE, Breadcrumbs.
+"""Task arithmetic and its sparse relatives: TIES, DARE, Breadcrumbs, DELLA.
 
 All are one formula, base + lambda * combine(weight_i * scale_i * mask_i * delta_i). They differ in which entries of a
 delta are kept, in how the kept are scaled, and in whether the signs are put to a vote before summing.
@@ -6,23 +6,25 @@ delta are kept, in how the kept are scaled, and in whether the signs are put to 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from mergekit_lfm.errors import PlanError
 from mergekit_lfm.kernels.bits import apply_mask, flip_signs, negative
 from mergekit_lfm.kernels.block import Rows
 from mergekit_lfm.kernels.constants import constant
-from mergekit_lfm.kernels.random import Coins, LocalCoins
+from mergekit_lfm.kernels.random import Coins, LocalCoins, LocalRankedCoins, RankedCoins
 from mergekit_lfm.kernels.ranks import NONE, LocalRanks, Ranks, largest
 from mergekit_lfm.kernels.reductions import L1, Reduction, SignBalance
+from mergekit_lfm.kernels.sums import add_base, add_up
 from mergekit_lfm.methods.linear import WEIGHT, normalise
-from mergekit_lfm.methods.method import Method, Parameter, Unit
+from mergekit_lfm.methods.method import Method, Parameter, Unit, Value
 
 if TYPE_CHECKING:
     import torch
 
-Kept = Ranks | Coins
+Kept = Ranks | Coins | RankedCoins
 Sparsify = Callable[[Unit], Generator[Reduction, Any, Kept | None]]
 
 
@@ -30,7 +32,7 @@ class LocalSum(NamedTuple):
     """A sum's coefficients for one block; factors, votes [n] and lambda_ are tensors."""
 
     factors: torch.Tensor
-    mask: LocalRanks | LocalCoins | None
+    mask: LocalRanks | LocalCoins | LocalRankedCoins | None
     votes: torch.Tensor | None
     normalize: bool
     lambda_: torch.Tensor
@@ -68,16 +70,13 @@ def apply(rows: Rows, base: torch.Tensor | None, c: LocalSum) -> torch.Tensor:
     terms = [x * c.factors[i] for i, x in enumerate(rows)]
     if c.mask is not None:
         terms = [apply_mask(term, c.mask.mask(i, rows[i])) for i, term in enumerate(terms)]
-    total = terms[0]
-    for term in terms[1:]:
-        total = total + term
+    total = add_up(terms)
     if c.votes is not None:
-        total = _elected(terms, total, c.votes, c.normalize, c.zero_is_positive)
-    total = total * c.lambda_
-    return total if base is None else total.add_(base)
+        total = sum_agreeing(terms, total, c.votes, c.normalize, c.zero_is_positive)
+    return add_base(total * c.lambda_, base)
 
 
-def _elected(
+def sum_agreeing(
     terms: Rows, total: torch.Tensor, votes: torch.Tensor, normalize: bool, zero_is_positive: bool
 ) -> torch.Tensor:
     """The sum of the terms that agree in sign with the total, divided by the sum of their weights if `normalize`.
@@ -88,9 +87,8 @@ def _elected(
         total = total - (1 - total.sign().abs())  # -1 in place of zero
     elected = negative(total)
     agreeing = [flip_signs(term, elected).clamp(min=0) for term in terms]
-    merged = agreeing[0] + 0.0  # the greater of -0 and 0 is another on every device
-    for part in agreeing[1:]:
-        merged = merged + part
+    agreeing[0] = agreeing[0] + 0.0  # the greater of -0 and 0 is another on every device
+    merged = add_up(agreeing)
     if normalize:
         weight = agreeing[0].sign() * votes[0]
         for i in range(1, len(agreeing)):
@@ -123,6 +121,32 @@ def _coins(unit: Unit) -> Generator[Reduction, Any, Kept | None]:
     densities = unit.floats("density")
     return None if all(d >= 1 for d in densities) else Coins(unit.keys, tuple(densities))
     yield  # asks for nothing
+
+
+def _coins_by_rank(unit: Unit) -> Generator[Reduction, Any, Kept | None]:
+    """Keep entries with probabilities from density - epsilon, for a row's smallest, to density + epsilon."""
+    ends = []
+    for density, epsilon in zip(unit.floats("density"), unit.floats("epsilon"), strict=True):
+        low, high = (density - epsilon, density + epsilon) if density < 1 else (1.0, 1.0)
+        if density < 1 and not 0 < low <= high < 1:
+            raise PlanError(
+                f"{unit.name}: density {density:g} and epsilon {epsilon:g} give probabilities from {low:g} to "
+                f"{high:g}, which have to lie between 0 and 1: choose an epsilon below {min(density, 1 - density):g}"
+            )
+        ends.append((low, high))
+    return None if all(low >= 1 for low, _ in ends) else RankedCoins(unit.keys, ends, _last_axis(unit))
+    yield  # asks for nothing
+
+
+def _last_axis(unit: Unit) -> int:
+    """Elements of a row; a vector is one row."""
+    return unit.shape[-1] if unit.shape else 1
+
+
+def _even_rows(unit: Unit) -> int | None:
+    """Elements of blocks of whole rows; two rows if they are odd, because coins come in pairs."""
+    row = _last_axis(unit)
+    return row * (1 + row % 2) if unit.numel else None
 
 
 def _middle(unit: Unit) -> Generator[Reduction, Any, Kept | None]:
@@ -171,6 +195,13 @@ DENSITY = Parameter("density", 1.0, per_input=True, above=0, maximum=1, doc="fra
 GAMMA = Parameter(
     "gamma", 0.01, per_input=True, minimum=0, maximum=1, doc="fraction of a delta's largest entries to drop"
 )
+EPSILON = Parameter(
+    "epsilon",
+    0.15,
+    per_input=True,
+    minimum=0,
+    doc="a row's smallest entry is kept with probability density - epsilon, its largest with density + epsilon",
+)
 SCOPE = Parameter(
     "scope",
     "tensor",
@@ -179,6 +210,14 @@ SCOPE = Parameter(
     choices=("tensor", "global"),
     doc="one threshold per tensor, or one over the whole model as in the paper (keeps ties at the threshold)",
 )
+
+
+def scope_of(shared: Mapping[str, Value]) -> str:
+    """The scope of a method that has the parameter SCOPE."""
+    return "model" if shared["scope"] == "global" else "tensor"
+
+
+LAMBDA = Parameter("lambda", 1.0, per_input=False, doc="factor of the merged delta")
 
 
 def _shared(normalize: bool, rescale: bool | None) -> tuple[Parameter, ...]:
@@ -192,7 +231,7 @@ def _shared(normalize: bool, rescale: bool | None) -> tuple[Parameter, ...]:
     )
     return (
         Parameter("normalize", normalize, per_input=False, kind="bool", doc="divide by the sum of the weights"),
-        Parameter("lambda", 1.0, per_input=False, doc="factor of the merged delta"),
+        LAMBDA,
         *(() if rescale is None else (switch,)),
     )
 
@@ -200,7 +239,7 @@ def _shared(normalize: bool, rescale: bool | None) -> tuple[Parameter, ...]:
 def _method(
     name: str, source: str, summary: str, sparsify: Sparsify, parameters: tuple[Parameter, ...], **more: Any
 ) -> Method:
-    vote = name in {"ties", "dare_ties", "breadcrumbs_ties"}
+    vote = name in {"ties", "dare_ties", "breadcrumbs_ties", "della"}
     return Method(
         name=name,
         source=source,
@@ -216,6 +255,7 @@ def _method(
 
 TIES = "Yadav et al. 2023, TIES-Merging, arXiv 2306.01708"
 DARE = "Yu et al. 2024, Language models are Super Mario, arXiv 2311.03099"
+DELLA = "Deep et al. 2024, DELLA-Merging, arXiv 2406.11617"
 CRUMBS = "Davari and Belilovsky 2024, Model Breadcrumbs, arXiv 2312.06795"
 
 METHODS = (
@@ -232,7 +272,7 @@ METHODS = (
         "the largest entries of each delta, signs elected by weighted mass, mean of those that agree",
         _largest,
         (DENSITY, *_shared(True, False), SCOPE),
-        scope=lambda shared: "model" if shared["scope"] == "global" else "tensor",
+        scope=scope_of,
         version=3,
     ),
     _method(
@@ -268,5 +308,23 @@ METHODS = (
         _middle,
         (DENSITY, GAMMA, *_shared(False, False)),
         version=3,
+    ),
+    _method(
+        "della",
+        f"{DELLA}; {TIES}",
+        "random entries of each delta, larger ones of a row more often, then TIES",
+        _coins_by_rank,
+        (DENSITY, EPSILON, *_shared(True, True)),
+        random=True,
+        row=_even_rows,
+    ),
+    _method(
+        "della_linear",
+        DELLA,
+        "random entries of each delta, larger ones of a row more often, summed",
+        _coins_by_rank,
+        (DENSITY, EPSILON, *_shared(False, True)),
+        random=True,
+        row=_even_rows,
     ),
 )

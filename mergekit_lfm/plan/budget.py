@@ -14,6 +14,7 @@ from mergekit_lfm.kernels.reductions import ROWS
 from mergekit_lfm.kernels.selection import FEW
 from mergekit_lfm.machine.resources import allocated_bytes, free_space
 from mergekit_lfm.machine.sizes import format_size
+from mergekit_lfm.methods.registry import METHODS
 from mergekit_lfm.plan.job import SMALL, Job
 from mergekit_lfm.plan.plan import Plan
 from mergekit_lfm.store.places import partial_of
@@ -62,14 +63,14 @@ class Budget:
 
     def _merging(self, job: Job, numel: int) -> int:
         """Bytes to merge so many elements at once, and for sums by row or column and the weights from them."""
-        groups = 0 if job.row is None else numel // job.row if job.by_row else job.row
-        sums = 6 * groups * len(job.sources) ** 2 * 8  # float64; what a solve makes of them is not smaller
+        sums = job.sums * numel // job.spec.numel if job.by_row else job.sums
+        sums *= 6 * 8  # float64; the weights that a solve makes of them are not smaller
         return numel * len(job.inputs) * self._wide(job) + sums
 
     def _reducing(self, job: Job) -> int:
         """Bytes for sums over a block: the inputs as they are stored, and those that are worked on at once."""
         numel, n = min(job.block, job.spec.numel), len(job.inputs)
-        if n <= ROWS:
+        if n <= ROWS or METHODS[job.method].joint:
             return self._merging(job, numel)
         stored = sum(ITEMSIZE[self.plan.sources[i][name].dtype] for i, name in job.inputs)
         counts = n * HISTOGRAMS if job.spec.numel > FEW else 0

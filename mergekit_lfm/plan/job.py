@@ -27,9 +27,9 @@ class Job:
     match: its kind, and its other names in the output. compute: the dtype of the arithmetic. copied: True to take the
     first source, which all sources must equal; of a counter the largest. needs_sums: its solve needs sums over the
     tensor. row: blocks are whole rows of so many elements, or None. by_row: each block has a solve of its own, since
-    rows need no others. statistics: one per input, if the method takes them elementwise. added: the change added to the
-    result before it is rounded, or None. layer: its index and their count, for the gradients among the settings; None
-    outside the layers.
+    rows need no others. sums: how many numbers its solve's sums by row or column are. statistics: one per input, if the
+    method takes them elementwise. added: the change added to the result before it is rounded, or None. layer: its index
+    and their count, for the gradients among the settings; None outside the layers.
     """
 
     spec: TensorSpec
@@ -44,6 +44,7 @@ class Job:
     needs_sums: bool
     row: int | None = None
     by_row: bool = False
+    sums: int = 0
     statistics: tuple[TensorRef, ...] = ()
     added: TensorRef | None = None
     layer: tuple[int, int] | None = None
@@ -143,7 +144,7 @@ def make_job(
     job = Job(out, match, method.name, inputs, base_source, settings, compute, False, block, False, layer=layer)
     unit = unit_of([job], recipe.seed, roles.norms)
     changes: dict[str, Any] = {"block": block_numel(method, unit, block)}
-    changes |= {"row": method.row(unit), "by_row": method.by_row(unit)}
+    changes |= {"row": method.row(unit), "by_row": method.by_row(unit), "sums": method.sums(unit)}
     if method.statistics and not method.whole:
         changes["statistics"] = statistics or ()
     if method.copies(unit):

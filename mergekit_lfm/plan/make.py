@@ -19,7 +19,7 @@ from mergekit_lfm.plan.filters import refuse_idle_filters
 from mergekit_lfm.plan.job import Job, make_job
 from mergekit_lfm.plan.match import match_tensors, refuse_unmatched
 from mergekit_lfm.plan.matrices import MatrixGroup, group_matrices
-from mergekit_lfm.plan.pieces import Piece, Pieces, cut_pieces, unused_names
+from mergekit_lfm.plan.pieces import Piece, Pieces, cut_pieces, stacked_config, stacks_of, unused_names
 from mergekit_lfm.plan.plan import Plan
 from mergekit_lfm.plan.rows import Rows, fit_rows
 from mergekit_lfm.plan.sources import (
@@ -75,7 +75,8 @@ def make_plan(
     files = (*models, *(each.tensors for own in statistics for each in own), *(() if added is None else (added,)))
     roles = _roles_of(recipe, cut, len(models), statistics, added)
     planned = _plan_parts(cut, roles, files, rows, block)
-    jobs = _joined(planned)
+    jobs, stacks = _joined(planned), stacks_of(cut.pieces, recipe, models)
+    stacked_config(models[template].config, stacks, models)  # raises where the layers fit no config
     return Plan(
         recipe=recipe,
         models=models,
@@ -97,6 +98,7 @@ def make_plan(
         allowed=allowed,
         vocabulary=rows.length,
         notices=(*cut.notices, *_expert_notes(models, labels)),
+        stacks=stacks,
     )
 
 

@@ -1,4 +1,4 @@
-"""What each part of a recipe sees of its models: all tensors, those of a module, or some layers under new numbers.
+"""Cut models into what the parts of a recipe see: all tensors, those of a module, or some layers under new numbers.
 
 No table says which tensors exist. Layers are found in the names, per prefix; what is in no layer belongs to the first
 slice if it is before the layers (embeddings), else to the last (norms, heads).
@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
+from typing import Any
 
-from mergekit_lfm.arch.layer_facts import stacks_of
+from mergekit_lfm.arch.depth import kinds_of, stack_config
+from mergekit_lfm.arch.layer_facts import stacks_of as config_stacks
 from mergekit_lfm.arch.modules import beginnings, find_modules
 from mergekit_lfm.arch.ties import is_tied, tied_names
 from mergekit_lfm.errors import PlanError, did_you_mean, several
@@ -29,11 +32,27 @@ EXTRA = re.compile(r"(^|\.)mtp\.")  # layers that predict further tokens, beside
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A part of a recipe, its models as it sees them, and the layers of its tensors: index and count."""
+    """A part of a recipe, its models as it sees them, and the layers of its tensors: index and count.
+
+    stack: of a slice that is not all layers, what the names of the layers begin with.
+    """
 
     part: Part
     models: tuple[Checkpoint, ...]
     layers: Mapping[str, Layer]
+    stack: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Stacked:
+    """Layers of the output that slices make: what their names begin with, and the model and the layer of each in it.
+
+    count: the number of the template's layers.
+    """
+
+    prefix: str
+    count: int
+    layers: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +76,9 @@ def cut_pieces(recipe: Recipe, models: Sequence[Checkpoint]) -> Pieces:
         seen = [_restrict(checkpoint, names) for _, checkpoint in own]
         home = next((i for i, (model, _) in enumerate(own) if model == recipe.template), 0)
         try:
-            views, layers = (seen, find_layers(seen[home])) if part.slice is None else _cut(part, own, seen, home)
+            pieces.append(_whole(part, seen, home) if part.slice is None else _cut(part, own, seen, home))
         except PlanError as error:
             problems.append(str(error))
-            continue
-        pieces.append(Piece(part, tuple(views), layers))
     if problems:
         raise PlanError(several("slices do not fit the models", problems))
     notices: tuple[str, ...] = ()
@@ -106,14 +123,17 @@ class _Stack:
     places: Mapping[str, Place]
 
 
-def _cut(
-    part: Part, own: Sequence[tuple[Input, Checkpoint]], seen: Sequence[Checkpoint], home: int
-) -> tuple[Sequence[Checkpoint], Mapping[str, Layer]]:
-    """The layers of a slice in each model, under their numbers in the output, and the layers of their tensors."""
+def _whole(part: Part, seen: Sequence[Checkpoint], home: int) -> Piece:
+    """The piece of whole models, or whole modules; home: the index of the template."""
+    return Piece(part, tuple(seen), find_layers(seen[home]))
+
+
+def _cut(part: Part, own: Sequence[tuple[Input, Checkpoint]], seen: Sequence[Checkpoint], home: int) -> Piece:
+    """The layers of a slice in each model, under their numbers in the output."""
     places = [find_places(model) for model in seen]
     if part.slice is not None and part.slice.of == 1 and all(map(_is_all, own, places)):
-        return seen, {name: place.layer for name, place in places[home].items()}
-    views, layers = list[Checkpoint](), dict[str, Layer]()
+        return _whole(part, seen, home)
+    views, layers, prefix = list[Checkpoint](), dict[str, Layer](), None
     for i, ((line, _), model) in enumerate(zip(own, seen, strict=True)):
         stack = _find_stack(model, places[i], line.label)
         names = dict(_names_in_slice(part, line, model, stack))
@@ -122,10 +142,64 @@ def _cut(
             assert line.layers is not None
             assert part.slice is not None
             first, count = line.layers[0], part.slice.layers
+            prefix = stack.before
             layers = {
                 new: (stack.places[old].index - first, count) for new, old in names.items() if old in stack.places
             }
-    return views, layers
+    return Piece(part, tuple(views), layers, prefix)
+
+
+def stacks_of(pieces: Sequence[Piece], recipe: Recipe, models: Sequence[Checkpoint]) -> tuple[Stacked, ...]:
+    """The stacks of a recipe's slices. Raises PlanError if a slice merges layers of different kinds."""
+    index = {model: i for i, model in enumerate(recipe.all_models)}
+    layers: dict[str, list[tuple[int, int]]] = {}
+    problems = list[str]()
+    for piece in pieces:
+        part, prefix = piece.part, piece.stack
+        if prefix is None:
+            continue
+        home = recipe.template if recipe.template in part.models else part.models[0]
+        spans = {index[model]: model.layers for model in (home, *part.models) if model.layers is not None}
+        first, *others = ([(i, layer) for layer in range(*span)] for i, span in spans.items())
+        layers.setdefault(prefix, []).extend(first)
+        problems += [line for other in others for line in _other_kinds(part, models, first, other)]
+    if problems:
+        raise PlanError(several("slices merge layers of different kinds", problems))
+    template = models[index[recipe.template]]
+    return tuple(Stacked(prefix, _count_of(template, prefix), tuple(own)) for prefix, own in layers.items())
+
+
+def stacked_config(
+    config: Mapping[str, Any], stacks: Sequence[Stacked], models: Sequence[Checkpoint]
+) -> dict[str, Any]:
+    """A copy of the template's config that is about the stacked layers. Raises PlanError if it cannot be."""
+    result = deepcopy(dict(config))
+    for stack in stacks if config_stacks(config) else ():
+        origins = [(models[i].config, layer) for i, layer in stack.layers]
+        result = stack_config(result, origins, stack.count, stack.prefix)
+    return result
+
+
+def _other_kinds(
+    part: Part, models: Sequence[Checkpoint], one: Sequence[tuple[int, int]], other: Sequence[tuple[int, int]]
+) -> Iterator[str]:
+    """The layers that a slice merges though they are of different kinds by their configs."""
+    for (i, layer), (j, theirs) in zip(one, other, strict=True):
+        if not (stated_counts(models[i]) and stated_counts(models[j])):
+            continue
+        kinds, others = kinds_of(models[i].config, layer), kinds_of(models[j].config, theirs)
+        for name in (name for name in kinds if name in others and kinds[name] != others[name]):
+            yield (
+                f"{part.place}: layer {layer} has {name} {kinds[name]!r}, and layer {theirs}, with which it is merged, "
+                f"{others[name]!r}; choose layers of one kind"
+            )
+
+
+def _count_of(model: Checkpoint, prefix: str) -> int:
+    """The number of a model's layers that the config is about, of those with a prefix."""
+    count = max((place.count for place in find_places(model).values() if place.before == prefix), default=0)
+    stated = [stack.size for stack in config_stacks(model.config, None, prefix)]
+    return max((number for number in stated if number < count), default=count)
 
 
 def _is_all(line: tuple[Input, Checkpoint], places: Mapping[str, Place]) -> bool:
@@ -134,7 +208,12 @@ def _is_all(line: tuple[Input, Checkpoint], places: Mapping[str, Place]) -> bool
     if layers is None:
         return True
     first, last = layers
-    return first == 0 and (last in {place.count for place in places.values()} or bool(stacks_of(config, last)))
+    return first == 0 and (last in {place.count for place in places.values()} or bool(config_stacks(config, last)))
+
+
+def stated_counts(model: Checkpoint) -> list[int]:
+    """The numbers of layers in a config."""
+    return [stack.size for stack in config_stacks(model.config)]
 
 
 def _find_stack(model: Checkpoint, places: Mapping[str, Place], label: str) -> _Stack:
@@ -148,8 +227,7 @@ def _find_stack(model: Checkpoint, places: Mapping[str, Place], label: str) -> _
             + ("name the parts of the model with `modules`, each with its slices" if counts else "use `models`")
         )
     ((before, count),) = counts.items()
-    if not stacks_of(model.config, count):  # layers behind those of the config predict further tokens
-        count = max((stack.size for stack in stacks_of(model.config) if stack.size < count), default=count)
+    count = _count_of(model, before)  # layers behind those of the config predict further tokens
     inside = {name: place for name, place in places.items() if place.before == before and place.index < count}
     return _Stack(before, count, inside)
 

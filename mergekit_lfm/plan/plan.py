@@ -21,6 +21,7 @@ from mergekit_lfm.methods.registry import METHODS
 from mergekit_lfm.output.layout import Shard
 from mergekit_lfm.plan.job import Job, unit_of
 from mergekit_lfm.plan.matrices import MatrixGroup
+from mergekit_lfm.plan.pieces import Stacked
 from mergekit_lfm.plan.sources import (
     ADDED,
     TensorRef,
@@ -51,8 +52,8 @@ class Plan:
     licenses: what the card of each model states. edited_on: the kind of device on which edits of the result are solved,
     "" for the processor. named_files: the states of the recipe's files other than models, before they were read.
     allowed: the differences of the models that the recipe allows. vocabulary: the number of the output's tokens, if
-    that is not the template's. notices: what to know about the plan beside those of the recipe. layers: for a stack,
-    model and layer of each of the output's layers.
+    that is not the template's. notices: what to know about the plan beside those of the recipe. stacks: the layers that
+    slices make.
     """
 
     recipe: Recipe
@@ -76,6 +77,7 @@ class Plan:
     allowed: tuple[str, ...] = ()
     vocabulary: int | None = None
     notices: tuple[str, ...] = ()
+    stacks: tuple[Stacked, ...] = ()
 
     @cached_property
     def labels(self) -> tuple[str, ...]:

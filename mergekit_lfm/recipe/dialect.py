@@ -12,7 +12,7 @@ UNUSED = {
     "int8_mask": "masks take no memory to speak of",
     "random_seed": "mergekit does not read it; `seed` seeds random methods",
     "embed_slerp": "mergekit does not read it",
-    "name": "it names a stage for later ones, and there are none",
+    "name": "it is for later stages of a recipe, and this one has one",
     "rescale": "it belongs under `parameters`",
     "lazy_unpickle": "checkpoints are always read tensor by tensor",
     "low_cpu_memory": "give --memory",

@@ -83,7 +83,7 @@ class Part:
     first. module: the name of the module, None for the whole model. slice: its place in a stack.
     """
 
-    method: Method
+    method_name: str
     base: Input | None
     lines: tuple[Input, ...]
     inputs: tuple[Input, ...]
@@ -91,6 +91,10 @@ class Part:
     place: str = "models"
     module: str | None = None
     slice: Slice | None = None
+
+    @property
+    def method(self) -> Method:
+        return METHODS[self.method_name]
 
     @property
     def models(self) -> tuple[Input, ...]:
@@ -155,4 +159,4 @@ class Part:
 
 def copy_of(model: Input, place: str, module: str | None) -> Part:
     """The part that copies a model."""
-    return Part(METHODS["passthrough"], None, (model,), (model,), (), place, module)
+    return Part("passthrough", None, (model,), (model,), (), place, module)

@@ -6,7 +6,7 @@ and every model's folder exists. The plan checks whether the tensors fit togethe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self
@@ -187,13 +187,16 @@ class Recipe(Strict):
         given = [key for key in ("models", "slices", "modules") if getattr(self, key)]
         if len(given) > 1:
             raise PlanError(f"found {' and '.join(f'`{key}`' for key in given)}, expected one of them")
-        required = [] if given else [*(["merge_method"] if self.merge_method is None else []), "models"]
-        refuse([Problem(place, "required") for place in required])
-        alone = [self.models, *(each.sources for each in self.slices)]
-        copied = not self.modules and all(len(models) <= 1 for models in alone)
-        names = {name: entry.merge_method or self.merge_method for name, entry in self.modules.items()}
+        if not given and self.base_model is None:
+            lacking = [*(["merge_method"] if self.merge_method is None else []), "models"]
+            refuse([Problem(place, "required") for place in lacking])
+        own = self.merge_method or (_method_of_copies(self.models, self.slices) if given else None)
+        names = {
+            name: entry.merge_method or self.merge_method or _method_of_copies(entry.models, entry.slices)
+            for name, entry in self.modules.items()
+        }
         if self.merge_method is not None or not self.modules:
-            names = {"": self.merge_method or ("passthrough" if copied and given else None), **names}
+            names = {"": own, **names}
         methods = {}
         for module, name in names.items():
             place = f"modules.{module}.merge_method" if module and self.modules[module].merge_method else "merge_method"
@@ -243,7 +246,7 @@ class Recipe(Strict):
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """What the recipe merges, by the models and the method."""
+        """The parts of the recipe, by the models and the method."""
         return self._parts
 
     @property
@@ -337,6 +340,11 @@ class Recipe(Strict):
         """The settings of a mapping `parameters`, which several parts may read."""
         scopes = [scope for part in self.parts for scope in part.scopes if scope.place == place]
         return {k: as_data(v) for k, v in sorted({k: v for scope in scopes for k, v in scope.settings.items()}.items())}
+
+
+def _method_of_copies(models: Sequence[ModelEntry], slices: Sequence[SliceEntry]) -> str | None:
+    """The method that nobody has to name: where nothing is merged."""
+    return "passthrough" if all(len(each) <= 1 for each in (models, *(piece.sources for piece in slices))) else None
 
 
 def _line_data(line: Input) -> dict[str, Any]:

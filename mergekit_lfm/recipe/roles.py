@@ -39,7 +39,7 @@ def read_base(ref: str | None, where: Where, place: str) -> tuple[Input | None, 
 def read_scope(raw: Mapping[str, Any], methods: Sequence[Method], place: str) -> tuple[Scope, list[str], list[Problem]]:
     """The settings of a mapping `parameters` for the first of the methods, notices and problems.
 
-    methods: all that the recipe merges with: what another one has is no mistake.
+    methods: all that the recipe merges with; a parameter may be for one of the others.
     """
     settings, notices, problems = _read_settings(raw, methods, place, own=False)
     return Scope(place, settings), notices, problems
@@ -81,7 +81,7 @@ def assign_roles(
             problems.append(Problem(place, text))
         base = replace(base, layers=next(iter(spans), None))
     inputs, of_base = _choose_inputs(method, base, lines, whole=place == "models")
-    part = Part(method, base, tuple(lines), inputs, scopes, place, module, slice)
+    part = Part(method.name, base, tuple(lines), inputs, scopes, place, module, slice)
     return part, [*notices, *of_base], [*problems, *wrong_aligns]
 
 

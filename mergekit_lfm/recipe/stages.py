@@ -55,7 +55,7 @@ def read_stages(text: str, label: str) -> tuple[Stage, ...]:
 
 
 def _check(documents: Sequence[object], label: str) -> None:
-    """Raise PlanError for documents that are no mappings, and for names that are missing or used twice."""
+    """Raise PlanError for documents of another form, and for names that are missing or used twice."""
     problems, seen, nameless = list[str](), dict[str, int](), list[int]()
     for number, data in enumerate(documents, 1):
         if not isinstance(data, Mapping):

@@ -11,7 +11,7 @@ from mergekit_lfm.recipe.files import Where
 from mergekit_lfm.recipe.form import ModelEntry, ModuleEntry, SliceEntry
 from mergekit_lfm.recipe.parts import Input, Part, Scope, Slice, copy_of
 from mergekit_lfm.recipe.problems import Problem
-from mergekit_lfm.recipe.requirements import missing_models
+from mergekit_lfm.recipe.requirements import missing_requirements
 from mergekit_lfm.recipe.roles import assign_roles, read_base, read_scope
 
 
@@ -114,7 +114,7 @@ class Structure:
         part, told, wrong = assign_roles(
             methods, models, base, scopes, self.where, place=place, module=module, slice=slice
         )
-        if place != "models" and len(part.lines) == 1 and missing_models(part):
+        if place != "models" and len(part.lines) == 1 and missing_requirements(part):
             part = replace(copy_of(part.lines[0], place, module), slice=slice)
             told = []
         self.parts.append(part)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
@@ -20,7 +19,6 @@ from oracles import Expected, assert_close, doubles
 from torch import Tensor
 
 from mergekit_lfm import merge
-from mergekit_lfm.arch.depth import stack_config
 
 STACKED = [name for name, line in ARCHITECTURES.items() if line.stack]
 LAYER = re.compile(r"((?:^|.*?\.)(?:layers|layer|h|block|blocks|resblocks)\.)(\d+)(\..*)")
@@ -164,10 +162,6 @@ def test_a_stack_has_its_sources_tensors_loads_and_runs(pair: Path, name: str, t
     expected = dict(stacked(line, tensors))
     assert merged.keys() == expected.keys()
     assert all(torch.equal(merged[new], tensors[old]) for new, old in expected.items())
-    config = json.loads((out / "config.json").read_text())
-    for count in sorted(set(line.stack.values()), reverse=True):  # so that no stack grows to another's count
-        config = stack_config(config, [(config, i) for i in origins(count, line.again)], count)
-    (out / "config.json").write_text(json.dumps(config))
     assert outputs(load(line.kind, out)).isfinite().all()
 
 
@@ -181,10 +175,6 @@ def stack_of(line: Architecture, model: str) -> dict[str, Any]:
         return {"merge_method": "passthrough", "slices": slices[""]}
     modules = {module: {"slices": each} for module, each in slices.items()}
     return {"merge_method": "passthrough", "base_model": model, "modules": modules}
-
-
-def origins(count: int, again: int) -> list[int]:
-    return [*range(count), *range(again, count)]
 
 
 def stacked(line: Architecture, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:

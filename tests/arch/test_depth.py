@@ -350,6 +350,22 @@ def test_forms_of_entries() -> None:
     }
 
 
+def test_an_empty_list_is_that_of_the_class() -> None:
+    """Llama 4's published configs have one, which stands for the layers by the interval."""
+    config = {"model_type": "llama4_text", "num_hidden_layers": 4, "no_rope_layers": [], "no_rope_layer_interval": 2}
+    assert stack_config(config, [(config, layer) for layer in (0, 1, 2, 3, 2, 3)], 4) == config | {
+        "num_hidden_layers": 6
+    }
+    stacked = stack_config(config, [(config, layer) for layer in REPEATED], 4)
+    assert stacked["no_rope_layers"] == [1, 0, 0, 1, 0] and "no_rope_layer_interval" not in stacked
+
+
+def test_a_stack_shares_nothing_with_its_sources() -> None:
+    config = {"num_hidden_layers": 2, "block_configs": [{"size": 1}, {"size": 2}]}
+    stack_config(config, [(config, 1)], 2)["block_configs"][0]["size"] = 3
+    assert config["block_configs"] == [{"size": 1}, {"size": 2}]
+
+
 def test_layers_of_models_of_different_depths() -> None:
     """A list that both have is not one of layers; one number is that of each; a config may have its layers deeper."""
     one = {"model_type": "qwen2", "num_hidden_layers": 2, "numbers": [7, 9], "intermediate_size": 8}
@@ -407,6 +423,7 @@ REFUSED: dict[str, tuple[dict[str, Any], Sequence[int], str]] = {
     "threshold": (LLAMA | {"first_k_dense_replace": 2}, (0, 2, 1), r"first_k_dense_replace: 2 .*layer 2 .*'dense'"),
     "period": (JAMBA, (0, 0, 1), r"attn_layer_period: 2, attn_layer_offset: 1 .*layer 1 .*but layer 0.*'mamba'"),
     "unknown-period": (LLAMA | {"new_attention_interval": 2}, (0, 2, 1), "new_attention_interval: 2"),
+    "unknown-layers": (LLAMA | {"new_layers": [1, 3]}, (1, 3, 2), r"new_layers: \[1, 3\] .*layer 0 would have False"),
     "shared": (LLAMA | {"num_kv_shared_layers": 2}, (0, 3, 1), "num_kv_shared_layers: 2"),
     "numbers": (LLAMA | {"scale_attn_by_inverse_layer_idx": True}, (1, 0), "scale_attn_by_inverse_layer_idx: True"),
     "last-layer": (
@@ -437,6 +454,14 @@ def test_refusals_about_other_configs() -> None:
         stack_config(LLAMA, [], 3)
     with pytest.raises(PlanError, match="states no number of layers, expected num_hidden_layers"):
         stack_config(LLAMA, [({}, 0)], 4)
+    short = {"model_type": "qwen2", "num_hidden_layers": 4, "layer_types": ["full_attention"] * 3}
+    with pytest.raises(PlanError, match="layer_types has 3 entries"):
+        stack_config(LLAMA | {"model_type": "qwen2"}, [(short, 3)], 4)
+    windows = [{"model_type": "gemma2", "num_hidden_layers": 4, "sliding_window": size} for size in (8, 16)]
+    stacked = stack_config(windows[0], [(windows[0], 0), (windows[1], 1)], 4)
+    assert stacked == windows[0] | {"num_hidden_layers": 2}
+    with pytest.raises(PlanError, match=r"sliding_window: 8 .*layer 0 would have 8, but layer 2, which it is, has 16"):
+        stack_config(windows[0], [(windows[1], 2), (windows[0], 1)], 4)
     listed = LLAMA | {"kinds": ["a", "b", "c", "d"]}
     with pytest.raises(PlanError, match="kinds"):
         stack_config(LLAMA, [(LLAMA, 0), (listed, 1)], 4)

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_methods import CASES, DELTAS, count_of, ids, parameters_of, save_statistics
+from helpers_methods import CASES, DELTAS, ids, parameters_of, save_statistics
 from models import output_of
 from safetensors.torch import load_file, save_file
 
+from mergekit_lfm.api.contract import count_inputs
 from mergekit_lfm.engine.batches import split_batches
 from mergekit_lfm.engine.execute import execute
 from mergekit_lfm.engine.tasks import BatchTask, Executor, MergeTask, Task
@@ -50,7 +51,7 @@ def save_small(folder: Path, seed: int) -> Path:
 
 def plan_small(case: tuple[str, dict[str, Any]], folder: Path) -> Plan:
     name, extra = case
-    saved = [save_small(folder / f"m{i}", i) for i in range(1 + count_of(name))]
+    saved = [save_small(folder / f"m{i}", i) for i in range(1 + count_inputs(name))]
     models: list[dict[str, Any]] = [{"model": str(path)} for path in saved[1:]]
     if kind := METHODS[name].statistics:
         for model in models:
@@ -73,7 +74,14 @@ def one_by_one(worker: Worker, count: int) -> Iterator[Executor]:
         yield lambda tasks: executor(split(tasks))
 
 
-ELEMENTWISE = [case for case in CASES if METHODS[case[0]].whole is None and case[1].get("scope") != "global"]
+def is_solved_by_tensor(case: tuple[str, dict[str, Any]]) -> bool:
+    """False for matrices, and for one solve over the whole model, which needs tensors of one dtype."""
+    method = METHODS[case[0]]
+    shared = {parameter.name: parameter.default for parameter in method.parameters} | case[1]
+    return method.whole is None and method.scope(shared) == "tensor"
+
+
+ELEMENTWISE = [case for case in CASES if is_solved_by_tensor(case)]
 LINEAR = ("linear", {"weight": 0.25})
 
 

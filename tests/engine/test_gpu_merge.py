@@ -20,11 +20,8 @@ from helpers_methods import (
     CASES,
     Case,
     ids,
-    least_memory,
     parameters_of,
     plan_of,
-    save_model,
-    tensors_of,
 )
 from helpers_progress import Counted
 from models import output_of
@@ -32,6 +29,7 @@ from safetensors.torch import load_file, save_file
 
 from mergekit_lfm import merge, merge_tensors
 from mergekit_lfm.api import merge as api
+from mergekit_lfm.api.contract import least_memory, make_inputs, save_model
 from mergekit_lfm.artifacts.patch import Patch, TensorChange
 from mergekit_lfm.commands.app import main
 from mergekit_lfm.engine.blocks import Blocks, StoredBlock
@@ -135,7 +133,7 @@ def there(value: Any) -> Any:
 def test_tensors_on_a_gpu_are_merged_there(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """No operation mixes devices, which the pretended GPU refuses as CUDA does, and the result stays there."""
     name, extra = case
-    given = tensors_of(name, (60, 200), dtype)
+    given = make_inputs(name, (60, 200), dtype)
     here = merge_tensors(name, **given, **parameters_of(name, extra))
     monkeypatch.setattr(devices, "can_merge_on", lambda device: device == GPU)
     with pretended_gpu():

@@ -7,13 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_methods import CASES, DELTAS, ids, least_memory, parameters_of, plan_of
+from helpers_methods import CASES, DELTAS, ids, parameters_of, plan_of
 from models import output_of
 from safetensors.torch import save_file
 
+from mergekit_lfm import merge_tensors
+from mergekit_lfm.api.contract import least_memory, make_inputs
 from mergekit_lfm.engine.blocks import Blocks
 from mergekit_lfm.engine.execute import execute
 from mergekit_lfm.errors import PlanError
+from mergekit_lfm.kernels.derived import Derived
 from mergekit_lfm.methods.registry import METHODS
 from mergekit_lfm.plan import budget
 from mergekit_lfm.plan.budget import Budget
@@ -73,4 +76,32 @@ def test_many_inputs_give_the_same_bytes_in_parts(case: Case, tmp_path: Path, mo
     plan = make_plan(Recipe.parse(recipe), block=1 << 10)
     (job,) = plan.tensors
     assert compare(plan, tmp_path, monkeypatch) or job.needs_sums
-    assert Budget(plan).least(job) < Budget(plan).scratch(job)
+    assert Budget(plan).least(job) < Budget(plan).scratch(job) or METHODS[name].joint
+
+
+@pytest.mark.parametrize("case", ELEMENTWISE, ids=ids)
+def test_sums_of_all_inputs_together_are_declared(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    derived, block = list[str](), Derived.block
+
+    def noted(self: Derived, given: Any) -> Any:
+        derived.append(case[0])
+        return block(self, given)
+
+    monkeypatch.setattr(Derived, "block", noted)
+    merge_tensors(case[0], **make_inputs(case[0]), **parameters_of(*case))
+    assert METHODS[case[0]].joint or not derived
+
+
+def test_rows_count_where_sums_of_each_are_kept(tmp_path: Path) -> None:
+    """A long vector is one row; in the other shape every number is one, and `arcee_fusion` keeps a sum for each."""
+    for i in range(2):
+        tensors = {"vector": torch.zeros(100_000), "rows": torch.zeros(100_000, 1)}
+        (tmp_path / f"m{i}").mkdir()
+        save_file(tensors, tmp_path / f"m{i}" / "model.safetensors")
+    models = {"models": [{"model": str(tmp_path / "m1")}], "base_model": str(tmp_path / "m0")}
+    sums = {}
+    for name in ("della", "arcee_fusion"):
+        plan = make_plan(Recipe.parse(models | {"merge_method": name, "parameters": parameters_of(name, {})}))
+        held = {job.name: Budget(plan).scratch(job) for job in plan.tensors}
+        sums[name] = held["rows"] - 2 * 40 * 100_000, held["vector"] - 2 * 40 * 100_000
+    assert sums == {"della": (0, 0), "arcee_fusion": (48 * 100_000, 48)}

@@ -7,11 +7,12 @@ import random
 from pathlib import Path
 
 import pytest
-from helpers_methods import Case, least_memory, plan_of
+from helpers_methods import Case, plan_of
 from helpers_processes import Processes
 from helpers_progress import Counted
 from models import output_of
 
+from mergekit_lfm.api.contract import least_memory
 from mergekit_lfm.engine.execute import execute
 from mergekit_lfm.errors import FormatError
 from mergekit_lfm.plan.make import make_plan

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,20 @@ import torch
 
 from mergekit_lfm.kernels import compiled as fused
 from mergekit_lfm.kernels.compiled import Kernels
-from mergekit_lfm.kernels.random import Coins
+from mergekit_lfm.kernels.random import Coins, RankedCoins
 from mergekit_lfm.kernels.ranks import NONE, Largest, Ranks
 from mergekit_lfm.kernels.reductions import magnitudes
 from mergekit_lfm.kernels.step import Step, put_together, run_eagerly, take_apart
 from mergekit_lfm.kernels.sums import Weights, weighted_sum
-from mergekit_lfm.methods import fisher
+from mergekit_lfm.methods import arcee_fusion, fisher, nearswap, pcb, ram, sce, votes
 from mergekit_lfm.methods.task_vectors import SparseSum, apply
 
 BLOCK = 4096
 RANKS = Ranks([(Largest(0x3C500000, 1 << 40), Largest(0x3D000000, 0)), (Largest(0x3C000000, 0), NONE), (NONE, NONE)])
 COINS = Coins((1, 2**63 + 5, 7), (0.3, 0.7, 1.0))
+RANKED = RankedCoins((1, 2**63 + 5, 7), ((0.2, 0.4), (0.5, 0.9), (1.0, 1.0)), 64)
+IMPORTANCE = arcee_fusion.Importance(torch.linspace(0, 1, 16 * BLOCK, dtype=torch.float64), 1, 4e-3)
+SELECTION = sce.Selection(Ranks([(Largest(0x3F50000000000000, 0), NONE)]), (0.5, 0.2, 0.3), 0.7)
 FUNCTIONS: dict[str, tuple[Any, Any, torch.dtype | None]] = {
     "weighted sum": (weighted_sum, Weights((0.3, 0.3, 0.4)), torch.bfloat16),
     "ties": (apply, SparseSum((0.5, -0.25, 1.0), RANKS, (0.5, -0.25, 1.0), True, 0.7), torch.bfloat16),
@@ -33,8 +37,20 @@ FUNCTIONS: dict[str, tuple[Any, Any, torch.dtype | None]] = {
     "dare": (apply, SparseSum((0.5, 0.25, 1.0), COINS, None, False, 1.0), torch.float32),
     "dare ties": (apply, SparseSum((0.5, 0.25, 1.0), COINS, (0.5, 0.25, 1.0), True, 1.0), torch.bfloat16),
     "magnitudes": (magnitudes, COINS, None),
+    "sce": (sce.apply, SELECTION, torch.float16),
+    "ram": (ram.apply, Weights((0.7, 1e-3, 0.01, 0.02, 0.0)), torch.bfloat16),
+    "magmax": (votes.keep_largest, Weights((0.5,)), torch.bfloat16),
+    "consensus": (votes.keep_shared, Weights((0.5, 1.0, 0.4, 0.2, 0.6)), torch.bfloat16),
+    "negmerge": (votes.keep_unanimous, Weights((-0.3,)), torch.float32),
+    "pcb": (pcb.apply, pcb.Balance([0.0] * 3, [0.02] * 3, [1e-5] * 3, [4e-4] * 3, 1.2), torch.bfloat16),
+    "nearswap": (nearswap.apply, Weights((5e-3,)), torch.bfloat16),
+    "arcee fusion": (arcee_fusion.apply, IMPORTANCE, torch.bfloat16),
     "fisher": (fisher.apply, fisher.FisherAverage([0.5, 1.0, 0.25], [0.0] * 3, [0.3, 0.5, 0.2]), torch.bfloat16),
 }
+SORTING = {  # which no GPU kernel does
+    "della": (apply, SparseSum((0.5, 0.25, 1.0), RANKED, (0.5, 0.25, 1.0), True, 0.7), torch.bfloat16),
+}
+COMPILED = [name for name in FUNCTIONS | SORTING if name != "arcee fusion"]  # its coefficients are as large as blocks
 
 
 def stored_block(dtype: torch.dtype) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
@@ -52,10 +68,12 @@ def stored_block(dtype: torch.dtype) -> tuple[tuple[torch.Tensor, ...], torch.Te
     return tuple(x.to(dtype) for x in inputs), base.to(dtype)
 
 
-def with_statistics(dtype: torch.dtype) -> tuple[tuple[torch.Tensor, ...], None]:
-    """Three inputs and, in float32, a statistic of each; some are 0."""
-    inputs, _ = stored_block(dtype)
-    return (*inputs, *(x.float() ** 2 for x in inputs)), None
+def inputs_of(name: str, dtype: torch.dtype) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
+    """Inputs and a base for one of the functions; for some two inputs, or with a statistic of each, some of them 0."""
+    inputs, base = stored_block(dtype)
+    if name == "fisher":
+        return (*inputs, *(x.float() ** 2 for x in inputs)), None
+    return (inputs[:2], None) if name in ("nearswap", "arcee fusion") else (inputs, base)
 
 
 @pytest.fixture
@@ -70,11 +88,11 @@ def bits(result: Any) -> list[torch.Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", COMPILED)
 def test_compiled_is_eager_bit_for_bit(name: str, own_cache: Path) -> None:
-    function, coefficients, out = FUNCTIONS[name]
+    function, coefficients, out = (FUNCTIONS | SORTING)[name]
     dtype = torch.float32 if name == "dare" else torch.bfloat16
-    stored, base = stored_block(dtype) if name != "fisher" else with_statistics(dtype)
+    stored, base = inputs_of(name, dtype)
     local = coefficients.at(BLOCK, BLOCK, torch.float32)
     kernels = Kernels("always", 1, BLOCK, threads=2)
     compiled = kernels(Step(function, stored, base, local, torch.float32, out))
@@ -183,6 +201,20 @@ def test_no_library_is_loaded_from_a_folder_of_others(
         f"the compiled code in {own_cache} is not used: {reason}. This run compiles its own; remove the folder, "
         "or make it yours alone (chown, chmod 700)"
     }
+
+
+def test_a_changed_function_of_another_package_has_another_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "merge_of_somebody.py"
+    source.write_text("def apply(rows, base, local): return rows[0]\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    step = fused.Fused(import_module(source.stem).apply, (), torch.float32, None)
+    before = step.name
+    assert step.name == before
+    source.write_text("def apply(rows, base, local): return rows[1]\n")
+    fused._environment.cache_clear()
+    assert step.name != before
 
 
 def test_a_changed_library_is_compiled_anew(own_cache: Path, loaded: list[tuple[Path, bytes]]) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from helpers_cases import cases
 from helpers_gpu import needs_triton, stand_in
-from test_fused import BLOCK, COINS, FUNCTIONS, RANKS, bits, stored_block, with_statistics
+from test_fused import BLOCK, COINS, FUNCTIONS, RANKS, bits, inputs_of, stored_block
 from test_kernels import blocks_of, kept_by_sorting, values_of
 
 from mergekit_lfm.engine.blocks import StoredBlock, run_solve
@@ -60,7 +60,7 @@ def chunk_of(
 @pytest.mark.parametrize(("name", "dtype", "count"), cases(list(FUNCTIONS), DTYPES, [BLOCK, 2 * BLOCK - 333]))
 def test_a_kernel_has_the_bits_of_its_function(name: str, dtype: torch.dtype, count: int) -> None:
     function, coefficients, out = FUNCTIONS[name]
-    inputs, base = stored_block(dtype) if name != "fisher" else with_statistics(dtype)
+    inputs, base = inputs_of(name, dtype)
     stored = tuple(x.repeat(3)[:count] for x in inputs)
     wide = None if base is None else base.repeat(3)[:count]
     compute = torch.float64 if dtype == torch.float64 else torch.float32
@@ -226,7 +226,7 @@ from triton.compiler import ASTSource
 from mergekit_lfm.kernels import gpu
 from mergekit_lfm.kernels.native import bracket, sums
 from mergekit_lfm.kernels.step import Step
-from test_fused import FUNCTIONS, stored_block, with_statistics
+from test_fused import FUNCTIONS, inputs_of
 import test_fused
 
 NAMES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64",
@@ -243,7 +243,7 @@ def check(name, kernel, signature, constants):
 for dtype in (getattr(torch, sys.argv[1]),):
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     for name, (function, coefficients, out) in FUNCTIONS.items():
-        stored, base = stored_block(dtype) if name != "fisher" else with_statistics(dtype)
+        stored, base = inputs_of(name, dtype)
         local = coefficients.at(0, test_fused.BLOCK, compute)
         fused = gpu._fused(Step(function, stored, base, local, compute, out))
         source = gpu.source_of(fused)

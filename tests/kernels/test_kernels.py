@@ -16,6 +16,7 @@ from mergekit_lfm.kernels.bits import apply_mask, flip_signs, magnitude_bits, ma
 from mergekit_lfm.kernels.random import Coins, key, words
 from mergekit_lfm.kernels.ranks import NONE, Ranks, largest
 from mergekit_lfm.kernels.reductions import L1, ColumnGram, Gram, RowGram, SignBalance
+from mergekit_lfm.kernels.series import exp
 from mergekit_lfm.kernels.sums import Spread, round_once, weighted_sum
 from mergekit_lfm.machine.accelerators import HOST, Accelerator
 from mergekit_lfm.methods.method import Unit
@@ -255,3 +256,10 @@ def test_rounding_keeps_nan_and_infinity() -> None:
     rounded = round_once(x, torch.bfloat16)
     assert torch.equal(rounded.isnan(), x.isnan()) and rounded[[0, 1, 3]].tolist() == [torch.inf, -torch.inf, torch.inf]
     assert rounded[4].item() == 0 and rounded[5].item() < 1e-37
+
+
+@pytest.mark.parametrize("most", [1, 3, 40])
+def test_exp_by_its_series_is_exp(most: int) -> None:
+    x = torch.linspace(0, most, 1001, dtype=torch.float64)
+    assert np.allclose(exp(x, most).numpy(), np.exp(x.numpy()), rtol=32 * most * 2.0**-52, atol=0)
+    assert exp(x, most)[0] == 1

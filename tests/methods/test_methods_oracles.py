@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import oracles
+import oracles_deltas
 import pytest
 import torch
 from oracles import assert_close, doubles, rounded, to_bfloat16
@@ -57,7 +58,7 @@ def karcher(random):
 
 
 def model_stock(random):
-    return random.integers(2, 5), {"filter_wise": bool(random.integers(2))}
+    return random.integers(2, 5), {"filter_wise": bool(random.integers(2)), "lambda": float(random.uniform(0.2, 1.5))}
 
 
 def task_arithmetic(random):
@@ -87,6 +88,54 @@ def fisher(random):
     return count, {"weight": positive(random, count), "epsilon": epsilon, "normalize": bool(random.integers(2))}
 
 
+def sce(random):
+    count = random.integers(1, 5)
+    share = float(random.choice([0, 0.1, 0.5, 1]))
+    return count, {"select_topk": share, "lambda": float(random.uniform(0.2, 1.5))}
+
+
+def nearswap(random):
+    return 2, {"t": float(random.choice([0, 0.001, 0.05, 100]))}
+
+
+def arcee_fusion(_):
+    return 2, {}
+
+
+def della(random):
+    count, parameters = ties(random)
+    density = [float(d) for d in random.choice([0.3, 0.5, 0.7, 1.0], count)]
+    return count, parameters | {"density": density, "epsilon": [float(e) for e in random.choice([0, 0.1, 0.29], count)]}
+
+
+def ram(random):
+    epsilon = float(random.choice([0, 1e-5, 0.03]))
+    return random.integers(1, 5), {"epsilon": epsilon, "lambda": float(random.uniform(0.2, 1.5))}
+
+
+def ramplus_tl(random):
+    count, parameters = ram(random)
+    return count, parameters | {"r": float(random.uniform(0, 1)), "alpha": float(random.choice([0.2, 3]))}
+
+
+def magmax(random):
+    return random.integers(2, 5), {"lambda": float(random.uniform(0.2, 1.5))}
+
+
+def consensus(random):
+    count, parameters = magmax(random)
+    threshold = [float(t) for t in random.choice([0, 0.25, 0.4, 2.1], count)]
+    return count, parameters | {"threshold": threshold, "agree": int(random.integers(1, 4))}
+
+
+def pcb(random):
+    return random.integers(1, 5), {"density": float(random.choice([0.05, 0.1, 0.4])), "lambda": 0.7}
+
+
+def expo(random):
+    return 1, {"alpha": float(random.uniform(-0.5, 1))}
+
+
 DRAW = {
     "linear": linear,
     "passthrough": passthrough,
@@ -102,7 +151,20 @@ DRAW = {
     "dare_linear": ties,
     "dare_ties": ties,
     "fisher": fisher,
+    "sce": sce,
+    "nearswap": nearswap,
+    "arcee_fusion": arcee_fusion,
+    "della": della,
+    "della_linear": della,
+    "ram": ram,
+    "ramplus_tl": ramplus_tl,
+    "magmax": magmax,
+    "consensus": consensus,
+    "negmerge": magmax,
+    "expo": expo,
+    "pcb": pcb,
 }
+ORACLES = vars(oracles) | vars(oracles_deltas)
 TAKES_BASE = {"nuslerp", "multislerp"}
 ON_SPHERES = {"slerp", "nuslerp", "multislerp", "karcher"}
 
@@ -118,8 +180,8 @@ def tensors(random, count, shape, dtype):
 
 
 def bounds(method, dtype):
-    """The precision of the arithmetic; solves on spheres lose some of float64's."""
-    return torch.float32 if dtype != torch.float64 or method in ON_SPHERES | {"model_stock"} else torch.float64
+    """The precision of the arithmetic; solves on spheres, and exponentials of scores, lose some of float64's."""
+    return torch.float32 if dtype != torch.float64 or method in ON_SPHERES | {"model_stock", "pcb"} else torch.float64
 
 
 def masks(xs, base, density, **keys):
@@ -128,6 +190,15 @@ def masks(xs, base, density, **keys):
     alone = np.eye(len(xs)).tolist()
     settings = {"base": torch.zeros_like(base), "density": density, "rescale": False, **keys}
     return [doubles(merge_tensors("dare_linear", ones, weight=w, **settings)) > 0 for w in alone]
+
+
+def masks_by_rank(xs, base, density, epsilon):
+    """The entries of each delta that della keeps, of those that are not 0: found without weights, as they are."""
+    wide = torch.promote_types(base.dtype, torch.float32)
+    deltas = [x.to(wide) - base.to(wide) for x in xs]
+    settings = {"base": torch.zeros_like(base, dtype=wide), "density": density, "epsilon": epsilon, "rescale": False}
+    alone = np.eye(len(xs)).tolist()
+    return [doubles(merge_tensors("della_linear", deltas, weight=w, **settings)) != 0 for w in alone]
 
 
 def undirected(method, shape):
@@ -170,9 +241,11 @@ def compare(method, xs, base, parameters, random):
     more = {"base": doubles(base), "exact": base.dtype == torch.float64} if needs else {}
     if method.startswith("dare"):
         more["mask"] = masks(xs, base, parameters["density"])
+    if method.startswith("della"):
+        more["mask"] = masks_by_rank(xs, base, parameters["density"], parameters.pop("epsilon"))
     if METHODS[method].statistics:
         more["statistics"] = [doubles(f) for f in bases["statistics"]]
-    expected = getattr(oracles, method)([doubles(x) for x in xs], **parameters, **more)
+    expected = ORACLES[method]([doubles(x) for x in xs], **parameters, **more)
     assert_close(got, expected, arithmetic=bounds(method, base.dtype))
 
 
@@ -355,6 +428,22 @@ def test_masks_follow_the_seed_the_name_and_the_place_alone():
     for other in (coins(seed=1), coins(name="other"), coins(place=1), np.roll(first, 1)):
         expected = 0.3**2 + 0.7**2
         assert abs((first == other).mean() - expected) < 5 * np.sqrt(expected * (1 - expected) / first.size)
+
+
+def test_larger_entries_of_a_row_are_kept_more_often():
+    """With probabilities that grow evenly with the rank, from density - epsilon to density + epsilon."""
+    rows = 20_000
+    x = torch.tensor([0.5, -4.0, 1.0, -2.0, 3.0]).repeat(rows, 1)
+    got = merge_tensors("della_linear", [x], base=0 * x, weight=1, density=0.6, epsilon=0.3, rescale=False)
+    expected = np.array([0.3, 0.9, 0.45, 0.6, 0.75])
+    shares = doubles(got != 0).mean(axis=0)
+    assert (abs(shares - expected) < 5 * np.sqrt(expected * (1 - expected) / rows)).all()
+
+
+def test_probabilities_beyond_0_and_1_are_refused():
+    x = torch.ones(3)
+    with pytest.raises(PlanError, match=r"density 0\.9 and epsilon 0\.15 .* choose an epsilon below 0\.1"):
+        merge_tensors("della", [x], base=x, weight=1, density=0.9)
 
 
 def test_kept_entries_are_scaled_by_exactly_one_over_the_density():

@@ -14,11 +14,12 @@ import pytest
 import torch
 import xxhash
 from helpers_commands import run
-from helpers_methods import Case, least_memory, plan_of
+from helpers_methods import Case, plan_of
 from helpers_progress import Counted
 from models import files_of, output_of, save_checkpoint
 from safetensors.torch import load_file, save_file
 
+from mergekit_lfm.api.contract import least_memory
 from mergekit_lfm.engine.execute import execute
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.plan.make import make_plan

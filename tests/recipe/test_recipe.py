@@ -362,7 +362,7 @@ def test_refused_for_its_roles(change, expected):
         ("models: [1", "recipe: line 1, column 11:"),
         ("merge_method: linear\nmodels: []\nmerge_method: ties", "line 3: merge_method repeats the key of line 1"),
         ("models: [{model: A, parameters: {weight: 1, weight: 2}}]", "line 1: weight repeats the key of line 1"),
-        ("a: 1\n---\nb: 1", "another document"),
+        ("a: 1\n---\nb: 1", "found 2 documents"),
         ("a: \x00", "not YAML"),
         ("a: !!python/object:os.system {}", "could not determine a constructor"),
         ("merge_method: linear\noutput: 2024-13-45", "line 2, column 9:  found '2024-13-45', not a valid timestamp"),

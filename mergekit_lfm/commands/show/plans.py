@@ -19,8 +19,8 @@ from mergekit_lfm.recipe.rename import PATTERN, rename_data
 from mergekit_lfm.recipe.values import NamedFile
 
 if TYPE_CHECKING:
-    from mergekit_lfm.api.merge import Merged
     from mergekit_lfm.api.outcome import Outcome
+    from mergekit_lfm.api.planned import Merged
     from mergekit_lfm.methods.method import Value
     from mergekit_lfm.output.push import Pushed
     from mergekit_lfm.plan.job import Job
