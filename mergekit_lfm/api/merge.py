@@ -33,6 +33,7 @@ def plan_merge(
     *,
     max_shard_size: int | str | None = None,
     seed: int | None = None,
+    heads: Literal["base", "drop"] | None = None,
     device: str | None = None,
     push_to: str | None = None,
     private: bool = False,
@@ -48,7 +49,8 @@ def plan_merge(
 
     started = time.monotonic()
     stages: Stages | None = None
-    how: dict[str, Any] = {"max_shard_size": max_shard_size, "seed": seed, "device": device, "card": card}
+    how: dict[str, Any] = {"max_shard_size": max_shard_size, "seed": seed, "heads": heads, "device": device}
+    how["card"] = card
     if isinstance(recipe, Mapping):
         recipe = Recipe.parse(recipe)
     elif not isinstance(recipe, Recipe):
@@ -66,6 +68,8 @@ def plan_merge(
     folder = expand(out)
     if seed is not None:
         recipe = recipe.model_copy(update={"seed": seed})
+    if heads is not None:
+        recipe = recipe.model_copy(update={"heads": heads})
     if not card:
         recipe = recipe.model_copy(update={"card": False})
     goal, accelerator = recipe.goal(push_to, private=private), find_accelerator(recipe, device)
@@ -82,6 +86,7 @@ def merge(
     threads: int | None = None,
     max_shard_size: int | str | None = None,
     seed: int | None = None,
+    heads: Literal["base", "drop"] | None = None,
     device: str | None = None,
     nan: Literal["error", "warn"] = "error",
     overwrite: bool = False,
@@ -99,10 +104,10 @@ def merge(
     """Merge checkpoints as a recipe says (a YAML file, a mapping, a `Recipe`, or the result of `plan_merge`).
 
     out: by default the recipe's `output`, else `merged/<name of the recipe file>`. memory and max_shard_size: bytes,
-    or text such as "4GB". device: "cpu", "cuda", "cuda:1" or "auto", in place of the recipe's. nan: "warn" notes NaN
-    and infinity in the lock and as a warning, "error" refuses them. trust_times, compile: as of `execute`. push_to: a
-    repository on the Hub that the result is pushed to, in place of the recipe's `push`; private: it has to be;
-    verify_push: download it again and compare it with its lock. card: False for no model card. drop_stages: remove
+    or text such as "4GB". heads, and device ("cpu", "cuda", "cuda:1" or "auto"): in place of the recipe's. nan: "warn"
+    notes NaN and infinity in the lock and as a warning, "error" refuses them. trust_times, compile: as of `execute`.
+    push_to: a repository on the Hub that the result is pushed to, in place of the recipe's `push`; private: it has to
+    be; verify_push: download it again and compare it with its lock. card: False for no model card. drop_stages: remove
     what earlier stages of the recipe have left, once OUT is complete. on_merged is called then, before the push.
 
     Raises PlanError or FormatError (both ValueError) with everything that is wrong, before anything is written if it
@@ -110,7 +115,8 @@ def merge(
     where it stopped.
     """
     started = time.monotonic()
-    how: dict[str, Any] = {"max_shard_size": max_shard_size, "seed": seed, "device": device, "card": card}
+    how: dict[str, Any] = {"max_shard_size": max_shard_size, "seed": seed, "heads": heads, "device": device}
+    how["card"] = card
     if not isinstance(recipe, PlannedMerge):
         recipe = plan_merge(recipe, out, push_to=push_to, private=private, **how).result
     goal, stages = recipe.goal, recipe.stages

@@ -111,6 +111,6 @@ def layouts() -> list[Layout]:
 
 
 def _beginnings(ending: str, tensors: Specs) -> list[str]:
-    """What stands before the ending in the names of all tensors that have it."""
+    """The text before the ending, in the names of all tensors that have it."""
     starts = [name.removesuffix(ending) for name in tensors if name.endswith(ending)]
     return [start for start in starts if not start or start.endswith(".")]

@@ -27,6 +27,7 @@ planning = together(
     options.threads,
     options.max_shard_size,
     options.seed,
+    options.heads,
 )
 
 
@@ -87,6 +88,7 @@ def merge(
     threads: int | None,
     max_shard_size: int | None,
     seed: int | None,
+    heads: Literal["base", "drop"] | None,
     push_to: str | None,
     private: bool,
     pull_back: bool,
@@ -109,13 +111,13 @@ def merge(
     stage; their results stay in OUT.stages, where the next run takes those that have not changed. Sizes are 500MB, 5GB
     (5e9 bytes), 3GiB, or a number of bytes.
     """
-    from mergekit_lfm.api.merge import merge as run
-    from mergekit_lfm.api.merge import plan_merge
+    from mergekit_lfm.api import merge as api
     from mergekit_lfm.commands.show.terminal import tell
 
     with transfers(hidden=console.hidden):
-        where: dict[str, Any] = {"max_shard_size": max_shard_size, "seed": seed, "device": device, "push_to": push_to}
-        planned = plan_merge(_read_recipe(recipe), out, private=private, card=not no_card, **where).result
+        how: dict[str, Any] = {"max_shard_size": max_shard_size, "seed": seed, "heads": heads, "device": device}
+        how |= {"push_to": push_to, "private": private, "card": not no_card}
+        planned = api.plan_merge(_read_recipe(recipe), out, **how).result
         console.keep_apart([planned.out, *planned.plan.paths])
         if planned.goal is None and (private or pull_back):
             raise click.UsageError("--private and --verify are about a push: give --push-to org/name")
@@ -123,12 +125,11 @@ def merge(
             _show_plan(console, planned, memory, threads, verbose)
         if verbose:
             tell(_plan_texts(planned, memory, threads, verbose=True))
+        work: dict[str, Any] = {"memory": memory, "threads": threads, "nan": nan}
         with going_on_later(planned.out, planned.plan.digest):
-            outcome = run(
+            outcome = api.merge(
                 planned,
-                memory=memory,
-                threads=threads,
-                nan=nan,
+                **work,
                 overwrite=overwrite,
                 resume=not no_resume,
                 trust_times=trust_times,
@@ -248,6 +249,7 @@ def plan(
     threads: int | None,
     max_shard_size: int | None,
     seed: int | None,
+    heads: Literal["base", "drop"] | None,
     verbose: bool,
 ) -> None:
     """Print what a merge would read, write, drop and need, and do nothing.
@@ -258,5 +260,6 @@ def plan(
     from mergekit_lfm.api.merge import plan_merge
 
     with transfers(hidden=console.hidden):
-        planned = plan_merge(_read_recipe(recipe), out, max_shard_size=max_shard_size, seed=seed, device="cpu").result
+        what: dict[str, Any] = {"max_shard_size": max_shard_size, "seed": seed, "heads": heads}
+        planned = plan_merge(_read_recipe(recipe), out, device="cpu", **what).result
     _show_plan(console, planned, memory, threads, verbose)

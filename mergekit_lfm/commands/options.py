@@ -89,6 +89,12 @@ seed = click.option(
     help="The number from which random methods draw; the same one gives the same bytes. [default: the recipe's]",
 )
 
+heads = click.option(
+    "--heads",
+    type=click.Choice(["base", "drop"]),
+    help="Of models with different heads, base keeps the base model's, drop leaves all out. [default: the recipe's]",
+)
+
 
 def device_option(sentence: str, default: str | None = "cpu", otherwise: str = "cpu") -> Callable[[F], F]:
     """The option `--device`. sentence: what happens there. otherwise: the default in words."""

@@ -9,7 +9,6 @@ so that the same merge gives the same lock.
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from typing import Any
 
 import xxhash
 
+from mergekit_lfm.arch.heads import HEAD, LABEL_KEYS, trunk_of
 from mergekit_lfm.artifacts.facts import as_facts
 from mergekit_lfm.artifacts.patch import PatchInfo
 from mergekit_lfm.engine.digests import input_digests
@@ -40,8 +40,6 @@ from mergekit_lfm.version import versions
 from mergekit_lfm.views.patched import Changes, Patched
 
 DTYPE_KEYS = ("dtype", "torch_dtype")
-LABEL_KEYS = ("architectures", "id2label", "label2id", "num_labels", "problem_type")
-HEAD = re.compile(r"(^|\.)(classifier|classification_head|score|qa_outputs|heads?|cls|lm_head)\.")
 QUANTISATION_KEYS = ("quantization_config", "compression_config")
 
 
@@ -189,14 +187,24 @@ def _config(raw: bytes, plan: Plan) -> bytes:
 
 
 def _fit(config: dict[str, Any], plan: Plan) -> None:
-    """Change what a recipe's choices change: the length of the vocabulary, and the labels with another model's head."""
+    """Change what a recipe's choices change: the length of the vocabulary, and the class and labels with the head."""
     for part in _parts(config) if plan.vocabulary is not None else ():
         part.update({key: plan.vocabulary for key in ("vocab_size",) if part.get(key, 0) > plan.vocabulary})
     for job in plan.tensors:
         keeper = next(iter(job.match.sources.values()))[0]
         if len(job.match.sources) == 1 and keeper != plan.template and HEAD.search(job.name):
             theirs = plan.models[keeper].config
-            config.update({key: theirs[key] for key in LABEL_KEYS if key in theirs})
+            config.update({key: theirs[key] for key in ("architectures", *LABEL_KEYS) if key in theirs})
+    if plan.recipe.heads == "drop":
+        _drop_head(config)
+
+
+def _drop_head(config: dict[str, Any]) -> None:
+    """Name the class without a head in a config, where it is known, and leave out the labels."""
+    kinds = [trunk_of(str(kind), str(config.get("model_type", ""))) for kind in config.get("architectures") or ()]
+    known = {key: value for key, value in config.items() if key not in ("architectures", *LABEL_KEYS)}
+    config.clear()
+    config.update(known, **({"architectures": kinds} if kinds and None not in kinds else {}))
 
 
 def _parts(config: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from mergekit_lfm.arch.experts import APART, TOGETHER
+from mergekit_lfm.arch.heads import HEAD, POOLER
 from mergekit_lfm.arch.kinds import Kind, kind_of
 from mergekit_lfm.errors import PlanError, several
 from mergekit_lfm.plan.rows import VOCABULARY
@@ -52,6 +53,8 @@ def match_tensors(roles: PartRoles, kept: Mapping[str, int]) -> tuple[dict[str, 
     rows, apart = rows_of(models, template)
     matching = _Matching(roles, roles.recipe, models, labels, template)
     for i, name in apart:
+        if matching.choice(name) in ("base", "drop"):
+            continue  # among the rows, as a tensor of that model alone
         matching.misfits.append(
             f"{labels[i]} has a {name} of its own, but the config of {labels[template]} ties it to the embedding, so "
             "loaders would not use the merged head: choose an untied model as the base"
@@ -114,7 +117,7 @@ class _Matching:
 
     def _without_dropped(self, row: Row) -> Row:
         """The row without the names, beside its first, that the recipe drops."""
-        wanted = {name for name in row.names[1:] if self._choice(name) == "drop"}
+        wanted = {name for name in row.names[1:] if self.choice(name) == "drop"}
         if not wanted:
             return row
         self.unused |= {(i, name): DROPPED for i, names in row.held.items() for name in names if name in wanted}
@@ -122,14 +125,17 @@ class _Matching:
         names = tuple(name for name in row.names if name not in wanted)
         return Row(names, {i: names for i, names in held.items() if names})
 
-    def _choice(self, name: str) -> str | None:
+    def choice(self, name: str) -> str | None:
         """The recipe's choice for a tensor; None without one."""
-        return next((choice for part, choice in self.recipe.keep.items() if part in name), None)
+        choice = next((choice for part, choice in self.recipe.keep.items() if part in name), None)
+        return self.recipe.heads if choice is None and HEAD.search(name) else choice
 
     def _choose(self, spec: TensorSpec, kind: Kind, row: Row) -> tuple[Sequence[int], str]:
         """The models whose tensors go into the output, and why those of the others do not."""
         holders, theirs = tuple(row.held), self.template not in row.held
-        choice = self._choice(spec.name)
+        choice = self.choice(spec.name)
+        if choice is None and POOLER.search(spec.name) and not self._fits(spec, kind, row):
+            choice = self.recipe.heads
         if choice is not None:
             return self._take(spec.name, row, choice)
         if theirs and kind in ("constant", "counter"):
@@ -208,6 +214,11 @@ class _Matching:
                 f"The models hold experts in different layouts: {experts[0]} is a part of one, {experts[1]} all of a "
                 "layer. No known layout joins these names, expected a line in mergekit_lfm/arch/experts.py. Save the "
                 "models in one layout, as transformers does when it loads and saves them"
+            )
+        if any(HEAD.search(name) or POOLER.search(name) for name in names):
+            yield (
+                f"The models have different heads: add `heads: base` to the recipe to keep that of {first}, or "
+                "`heads: drop` for a model without one; or give `merge` this as `--heads`"
             )
         if any(VOCABULARY.search(name) for name in self.misshapen):
             yield (

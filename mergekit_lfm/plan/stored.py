@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from mergekit_lfm.arch.heads import HEAD, POOLER
 from mergekit_lfm.arch.kinds import kind_of
 from mergekit_lfm.arch.ties import tied_names
 from mergekit_lfm.errors import PlanError, several
@@ -106,12 +107,14 @@ def _find_names(recipe: Recipe, models: Mapping[str, Checkpoint]) -> dict[str, C
 
 
 def _excuse(recipe: Recipe, model: Checkpoint, template: Checkpoint) -> Callable[[str], bool]:
-    """Whether a tensor may be in one of both models alone: tied to another, not a parameter, or as the recipe wants."""
+    """Whether a tensor may be in one of both models alone: tied, a head's, no parameter, or as the recipe wants."""
     both = {**template, **model}
     tied = {name for group in tied_names(both) for name in group}
 
     def excused(name: str) -> bool:
         if recipe.tensors == "common" or name in tied or any(part in name for part in recipe.keep):
+            return True
+        if HEAD.search(name) or POOLER.search(name):
             return True
         return name in both and kind_of(both[name]) in ("constant", "counter")
 

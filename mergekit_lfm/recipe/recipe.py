@@ -77,9 +77,10 @@ class Recipe(Strict):
     card: whether the result gets a model card.
 
     tensors: "common" merges what all models share and keeps the rest of the base. keep: for parts of tensors' names
-    whose tensors are kept: "base", one of the models, or "drop". rows: of vocabularies that differ in length "crop"
-    those beyond the shortest, or "keep" those of the base. allow: facts in which the models may differ.
-    tokenizer_source: only where all tokenizers are equal; the base's is copied.
+    whose tensors are kept: "base", one of the models, or "drop". heads: of models with different heads "base" keeps
+    that of the base, "drop" leaves them out. rows: of vocabularies that differ in length "crop" those beyond the
+    shortest, or "keep" those of the base. allow: facts in which the models may differ. tokenizer_source: only where all
+    tokenizers are equal; the base's is copied.
 
     Build one with `Recipe.load` or `Recipe.parse`. Relative model paths are relative to the recipe's folder, then to
     the working directory; `output` is relative to the working directory.
@@ -104,6 +105,7 @@ class Recipe(Strict):
     keep: Annotated[dict[str, Reference], BeforeValidator(lambda value: {} if value is None else value)] = Field(
         default_factory=dict
     )
+    heads: Literal["base", "drop"] | None = None
     rows: Literal["crop", "keep"] | None = None
     allow: Annotated[tuple[str, ...], BeforeValidator(_read_allowed)] = ()
     card: bool = Field(default=True, strict=True)
@@ -299,6 +301,7 @@ class Recipe(Strict):
             **_edits_data(self.result_edits),
             **({"tensors": self.tensors} if self.tensors != "all" else {}),
             **({"keep": self.keep} if self.keep else {}),
+            **({"heads": self.heads} if self.heads else {}),
             **({"rows": self.rows} if self.rows else {}),
             **({"allow": sorted(self.allow)} if self.allow else {}),
         }

@@ -51,7 +51,7 @@ class Regrouped(View):
     def __init__(self, inner: Checkpoint, layout: Layout, found: Sequence[Experts], form: Form) -> None:
         self.form = form
         self._makers: dict[str, Maker] = {}
-        self._ranges: dict[str, tuple[str, int]] = {}  # the tensor of which it is a range, and the first element
+        self._ranges: dict[str, tuple[str, int]] = {}  # a tensor, and the first element of the range that it is
         moved = [experts for experts in found if experts.form != form]
         gone = {name for experts in moved for name in layout.names(experts)}
         specs = {name: spec for name, spec in inner.items() if name not in gone}

@@ -139,7 +139,7 @@ def test_a_matrix_of_one_expert_is_a_range_of_the_file(tmp_path: Path) -> None:
     assert all(view.maker(name) is None and view.location(name) is not None for name in view)
 
 
-def test_an_unknown_layout_is_refused_with_what_is_needed(tmp_path: Path) -> None:
+def test_an_unknown_layout_is_refused_with_its_names(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "a", apart(0), {})
     fused = together(apart(1))
     fused["model.layers.0.mlp.experts.wi"] = fused.pop(FUSED)
@@ -151,7 +151,7 @@ def test_an_unknown_layout_is_refused_with_what_is_needed(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("change", ["bias", "dtype", "expert"])
-def test_what_only_looks_like_a_layout_is_refused(change: str, tmp_path: Path) -> None:
+def test_a_layout_in_part_is_refused(change: str, tmp_path: Path) -> None:
     """gpt-oss interleaves gate and up, and has biases; the experts of a layer have one dtype and are all there."""
     tensors, fused = apart(0), together(apart(1))
     if change == "bias":
