@@ -1,5 +1,8 @@
 #!/usr/bin/env python3
-"""Write docs/cli.md from the commands' --help, and docs/api.md from the docstrings and signatures of the public names.
+"""Write docs/cli.md, docs/api.md and docs/architectures.md.
+
+They are made from the commands' --help, from the docstrings and signatures of the public names, and from the table of
+tests/arch/architectures.py.
 
 python scripts/reference.py           # exit code 1 and the names of the pages if one is not up to date
 python scripts/reference.py --write   # bring them up to date
@@ -12,14 +15,18 @@ from __future__ import annotations
 import sys
 import tomllib
 from argparse import ArgumentParser
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 
 import click
 
 sys.path.append(str(Path(__file__).parent))
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "arch"))
+from architectures import ARCHITECTURES
 from public_names import Public, public_names
+
+from mergekit_lfm.arch.experts import layouts
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDTH = 80  # of the help, as click prints it on a wide terminal
@@ -84,12 +91,51 @@ def api_page() -> str:
     return "\n\n".join(part.rstrip() for part in parts) + "\n"
 
 
+ARCHITECTURES_TEXT = """\
+No table says which architectures can be merged: tensors are matched by their names and shapes, so that a model merges
+whatever it is. Each line of the table is a test, which takes two tiny random models of the class and checks that
+
+- a merge has the names, shapes and order of its inputs, and the values of the formula in float64;
+- transformers loads the result without a missing or unexpected tensor, and it runs as a model whose tensors the formula
+  made;
+- a stack of all layers and the later ones once more has the tensors of its sources, byte by byte, and a config with
+  which transformers loads and runs it.
+
+A model without a class in transformers is merged by its tensors' names, and not loaded.
+
+`slices` stacks the layers of the whole model. An encoder and a decoder, or a language model and what sees, have a stack
+each: name them in `modules`, each with its `slices`. To add a line, see `tests/arch/architectures.py`."""
+
+EXPERTS_TEXT = """\
+transformers 5 holds the experts of a layer in two tensors, and saves each expert's matrices by their own names, as most
+models on the Hub have them. Some tools write the two tensors, as [experts, out, in] or [experts, in, out]. Models in
+different layouts are merged in that of the base, and the plan says so. The layouts that are known, less the beginnings
+of the names:"""
+
+
+def architectures_page() -> str:
+    """docs/architectures.md: a table of the tested architectures, and one of the layouts of experts."""
+    rows = [f"| {name} | `{line.kind}` | {_stacks(line.stack)} |" for name, line in ARCHITECTURES.items()]
+    layers = [f"| `{line.gate_up}`, `{line.down}` | {', '.join(f'`{x}`' for x in line.apart)} |" for line in layouts()]
+    parts = ["# Architectures", NOTE.format("tables")]
+    parts += [ARCHITECTURES_TEXT, "\n".join(["| architecture | class | stacks |", "|---|---|---|", *rows])]
+    parts += ["## Mixtures of experts", EXPERTS_TEXT]
+    parts += ["\n".join(["| all experts together | one expert `e` |", "|---|---|", *layers])]
+    return "\n\n".join(part.rstrip() for part in parts) + "\n"
+
+
+def _stacks(stack: Mapping[str, int]) -> str:
+    """The keys of a recipe that stack the modules."""
+    modules = ", ".join(f"`{module}`" for module in stack if module)
+    return f"`modules`: {modules}" if modules else "`slices`" if stack else "-"
+
+
 def anchor(name: Public) -> str:
     """The anchor that GitHub gives to the heading of a name."""
     return name.heading.replace("`", "").lower().replace(" ", "-")
 
 
-PAGES = {"docs/cli.md": cli_page, "docs/api.md": api_page}
+PAGES = {"docs/cli.md": cli_page, "docs/api.md": api_page, "docs/architectures.md": architectures_page}
 
 
 def main() -> int:

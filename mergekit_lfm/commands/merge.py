@@ -125,12 +125,11 @@ def merge(
             _show_plan(console, planned, memory, threads, verbose)
         if verbose:
             tell(_plan_texts(planned, memory, threads, verbose=True))
-        work: dict[str, Any] = {"memory": memory, "threads": threads, "nan": nan}
+        work: dict[str, Any] = {"memory": memory, "threads": threads, "nan": nan, "overwrite": overwrite}
         with going_on_later(planned.out, planned.plan.digest):
             outcome = api.merge(
                 planned,
                 **work,
-                overwrite=overwrite,
                 resume=not no_resume,
                 trust_times=trust_times,
                 drop_stages=drop_stages,
