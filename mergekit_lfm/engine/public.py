@@ -38,7 +38,21 @@ def public_recipe(plan: Plan) -> dict[str, Any]:
     ]
     base = recipe["base_model"]
     edits = {"edits": _public_edits(recipe["edits"])} if "edits" in recipe else {}
-    return {**recipe, "models": models, "base_model": base and names[base], **edits}
+    tokenizer = {"tokenizer": _public_tokenizer(recipe["tokenizer"], names)} if "tokenizer" in recipe else {}
+    return {**recipe, "models": models, "base_model": base and names[base], **edits, **tokenizer}
+
+
+def _public_tokenizer(data: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """A recipe's `tokenizer` with the names of its models."""
+    public = {**data, "source": names.get(data["source"], data["source"])}
+    if "tokens" in data:
+        public["tokens"] = {
+            text: {key: {**value, "model": names[value["model"]]} if "model" in value else value}
+            | {key: value for key, value in token.items() if key != "source"}
+            for text, token in data["tokens"].items()
+            for key, value in [("source", token.get("source", {}))]
+        }
+    return public
 
 
 def _public_edits(edits: list[str | dict[str, Any]]) -> list[str | dict[str, Any]]:

@@ -24,12 +24,10 @@ from mergekit_lfm.methods.registry import METHODS
 from mergekit_lfm.output.card import read_license
 from mergekit_lfm.output.layout import Shard, lay_out
 from mergekit_lfm.plan.agreement import refuse_disagreements
-from mergekit_lfm.plan.beside import gather_files
 from mergekit_lfm.plan.job import Job, make_job, unit_of
 from mergekit_lfm.plan.layers import find_layers
 from mergekit_lfm.plan.match import match_tensors
 from mergekit_lfm.plan.matrices import MatrixGroup, group_matrices
-from mergekit_lfm.plan.rows import fit_rows
 from mergekit_lfm.plan.sources import (
     ADDED,
     ModelRoles,
@@ -43,6 +41,8 @@ from mergekit_lfm.plan.sources import (
     refuse_resized,
 )
 from mergekit_lfm.plan.statistics import find_statistics
+from mergekit_lfm.plan.tokenizer import make_files
+from mergekit_lfm.plan.vocabulary import fit_vocabulary, without_fit
 from mergekit_lfm.plan.whole import refuse_parts
 from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.recipe.rename import RenameRule
@@ -66,8 +66,9 @@ class Plan:
     the files that go beside the weights, those that do not, and those that another model than the template has.
     licenses: what the card of each model states. edited_on: the kind of device on which edits of the result are solved,
     "" for the processor. named_files: the states of the recipe's files other than models, before they were read.
-    allowed: the differences of the models that the recipe allows. vocabulary: the number of the output's tokens, if
-    that is not the template's.
+    allowed: the differences of the models that the recipe allows. vocabulary: the rows of the template's and of the
+    output's, if they differ. made: the bytes of files that the plan makes. notices: about what the recipe leaves open,
+    and warnings, which the merge gives, too.
     """
 
     roles: ModelRoles
@@ -83,7 +84,10 @@ class Plan:
     edited_on: str = ""
     named_files: tuple[FileState, ...] = field(default=())
     allowed: tuple[str, ...] = ()
-    vocabulary: int | None = None
+    vocabulary: tuple[int, int] | None = None
+    made: tuple[tuple[str, bytes], ...] = ()
+    notices: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def recipe(self) -> Recipe:
@@ -198,8 +202,10 @@ class Plan:
 
     @cached_property
     def contents(self) -> dict[str, bytes]:
-        """The bytes of `files`, read once: the digest covers them, and the output's are made of them."""
-        return {name: read_bytes(path) for name, path in self.files}
+        """The bytes of `files` and `made`, read once: the digest covers them, and the output's are made of them."""
+        made = dict(self.made)
+        read = {name: read_bytes(path) for name, path in self.files if name not in made}
+        return dict(sorted({**read, **made}.items()))
 
     @cached_property
     def digest(self) -> str:
@@ -240,23 +246,20 @@ def make_plan(
     their order, so it differs from BLOCK only in tests.
     """
     named = tuple(state_of(path) for path in named_files(recipe))
-    models = open_models(recipe) if views is None else views
-    for model in models:
-        _ = model.config  # a config that cannot be read shows here
+    models = open_models(recipe) if views is None else without_fit(views)
+    _ = [model.config for model in models]  # one that cannot be read shows here
     labels = tuple(model.label for model in recipe.all_models)
     roles = assign_roles(recipe, models, open_all(recipe, dict(zip(labels, models, strict=True))))
-    template = models[roles.template]
-    roles = replace(roles, added=open_changes(recipe, template, edits))
-    refuse_resized(recipe.all_models[roles.template], template)
+    refuse_resized(recipe.all_models[roles.template], models[roles.template])
     allowed = refuse_disagreements(recipe, models, labels, roles.template)
-    rows = fit_rows(recipe, models, roles.template)
-    roles = replace(roles, models=rows.models)
-    template = rows.models[roles.template]
-    matches, dropped = match_tensors(recipe, rows, labels, roles.template)
+    vocabulary = fit_vocabulary(recipe, models, labels, roles.template)
+    template = vocabulary.rows.models[roles.template]
+    roles = replace(roles, models=vocabulary.rows.models, added=open_changes(recipe, template, edits))
+    matches, dropped = match_tensors(recipe, vocabulary.rows, labels, roles.template)
     statistics = find_statistics(roles, matches)
     layers, table = find_layers(template), SettingsTable(recipe)
-    refuse_parts(recipe, rows.models, labels, layers)
-    beside = gather_files(rows.models, labels, roles.template)
+    refuse_parts(recipe, layers)
+    files = make_files(recipe.chat_template, vocabulary, models, labels, roles.template)
     jobs, problems = [], []
     for name, match in matches.items():
         try:
@@ -277,13 +280,16 @@ def make_plan(
         matrices=matrices,
         shards=lay_out(template, _outputs(template, jobs), max_shard_size),
         dropped=dropped,
-        files=beside.files,
-        left_behind=beside.left,
-        lent=beside.lent,
+        files=files.beside.files,
+        left_behind=files.beside.left,
+        lent=files.beside.lent,
         licenses=tuple(read_license(model.path) for model in models),
         named_files=named,
         allowed=allowed,
-        vocabulary=rows.length,
+        vocabulary=vocabulary.rows.lengths,
+        made=tuple(sorted(files.made.items())),
+        notices=files.notices,
+        warnings=files.warnings,
     )
 
 

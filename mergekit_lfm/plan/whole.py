@@ -1,20 +1,16 @@
-"""Check what only headers and tokenizers show: slices are whole models, and all tokenizers are one."""
+"""Check what only headers show: slices are whole models."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from mergekit_lfm.errors import PlanError, several
 from mergekit_lfm.recipe.form import NOT_YET
 from mergekit_lfm.recipe.recipe import Recipe
-from mergekit_lfm.store.checkpoint import Checkpoint
-from mergekit_lfm.store.tokens import find_tokens
 
 
-def refuse_parts(
-    recipe: Recipe, models: Sequence[Checkpoint], labels: Sequence[str], layers: Mapping[str, tuple[int, int]]
-) -> None:
-    """Raise PlanError if a slice is not all layers, or a tokenizer would have to be built.
+def refuse_parts(recipe: Recipe, layers: Mapping[str, tuple[int, int]]) -> None:
+    """Raise PlanError if a slice is not all layers.
 
     layers: the index and the number of layers of each tensor of the template in a layer.
     """
@@ -24,14 +20,5 @@ def refuse_parts(
         for i, entry in enumerate(recipe.models)
         if entry.layer_range is not None and entry.layer_range != (0, count)
     ]
-    if recipe.tokenizer_source is not None:
-        tokens = [find_tokens(model) for model in models]
-        first = tokens[0]
-        problems += [
-            f"tokenizer_source: {labels[i]} and {labels[0]} have other tokenizers: {NOT_YET['tokenizer_source']}"
-            for i, other in enumerate(tokens)
-            if (other is None) != (first is None)
-            or (other is not None and first is not None and other.digest != first.digest and other.by_id != first.by_id)
-        ]
     if problems:
         raise PlanError(several("the recipe needs parts of models", problems))

@@ -1,7 +1,7 @@
 """Forms of published recipes that mean one thing exactly: read as ours, with a notice where a key has no effect.
 
 `slices` with one slice over all layers of its models is `models`; the plan checks that these are all. A parameter at
-the top level, beside `parameters`, has no effect with its default.
+the top level, beside `parameters`, has no effect with its default, and `embed_slerp` none at all.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from mergekit_lfm.methods.registry import METHODS
+
+EMBED_SLERP = "embed_slerp"  # of an early mergekit, which later ones do not read
 
 
 def read_dialect(data: Mapping[str, Any], known: Mapping[str, object]) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -21,6 +23,11 @@ def read_dialect(data: Mapping[str, Any], known: Mapping[str, object]) -> tuple[
         if name in ours and name not in known and ours[name] == parameter.default:
             del ours[name]
             notices.append(f"`{name}` at the top level has no effect here: {parameter.default!r} is its default")
+    if EMBED_SLERP in ours:
+        del ours[EMBED_SLERP]
+        notices.append(
+            f"`{EMBED_SLERP}` has no effect here: rows of the vocabulary are merged as all other tensors are"
+        )
     return ours, tuple(notices)
 
 

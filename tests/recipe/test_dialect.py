@@ -83,11 +83,18 @@ def test_a_default_at_the_top_level_has_no_effect_and_another_value_is_refused(m
         Recipe.parse({**recipe, "normalize": False})
 
 
+def test_embed_slerp_has_no_effect(models: list[str]) -> None:
+    lines = [{"model": model, "parameters": {"weight": 0.5}} for model in models]
+    recipe = {"merge_method": "linear", "models": lines, "tokenizer_source": "union"}
+    assert "`embed_slerp` has no effect here" in Recipe.parse({**recipe, "embed_slerp": True}).notices[0]
+    assert not Recipe.parse(recipe).notices
+
+
 @pytest.mark.parametrize("source", ["base", "union"])
 def test_a_tokenizer_s_source_is_read_where_all_are_equal(models: list[str], source: str) -> None:
     lines = [{"model": model, "parameters": {"weight": 0.5}} for model in models]
     recipe = {"merge_method": "linear", "models": lines, "tokenizer_source": source}
     assert make_plan(Recipe.parse(recipe)).tensors
     (Path(models[2]) / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"x": 0, "y": 1, "z": 2}}}))
-    with pytest.raises(PlanError, match="have other tokenizers: building a tokenizer is not supported"):
+    with pytest.raises(PlanError, match="has no embedding whose name is known"):
         make_plan(Recipe.parse(recipe))
