@@ -46,13 +46,13 @@ def _public_tokenizer(data: dict[str, Any], names: Mapping[str, str]) -> dict[st
     """A recipe's `tokenizer` with the names of its models."""
     public = {**data, "source": names.get(data["source"], data["source"])}
     if "tokens" in data:
-        public["tokens"] = {
-            text: {key: {**value, "model": names[value["model"]]} if "model" in value else value}
-            | {key: value for key, value in token.items() if key != "source"}
-            for text, token in data["tokens"].items()
-            for key, value in [("source", token.get("source", {}))]
-        }
+        public["tokens"] = {text: _public_token(token, names) for text, token in data["tokens"].items()}
     return public
+
+
+def _public_token(token: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    source = token.get("source", {})
+    return {**token, "source": {**source, "model": names[source["model"]]}} if "model" in source else token
 
 
 def _public_edits(edits: list[str | dict[str, Any]]) -> list[str | dict[str, Any]]:

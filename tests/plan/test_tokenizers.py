@@ -307,6 +307,37 @@ def test_tokens_beyond_the_rows_are_none(own: Path, tmp_path: Path) -> None:
     check_rows(out, own, "PG", base_or_mean("P"), [*TEXTS, "<z>"])
 
 
+def test_pieces_beyond_the_rows_are_taken_out_of_the_tokenizer(own: Path, tmp_path: Path) -> None:
+    """With the merges that make them, so that the library reads it."""
+    from tokenizers import Tokenizer
+
+    tokenizer = read_config(own / "A", "tokenizer.json")
+    tokenizer["model"] |= {"vocab": {**tokenizer["model"]["vocab"], "ab": SIZE, "abc": SIZE + 1}}
+    tokenizer["model"]["merges"] = [["a", "b"], ["ab", "c"]]
+    (own / "A" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert Tokenizer.from_file(str(own / "A" / "tokenizer.json")).encode("abc").ids == [SIZE + 1]
+    out = merged(recipe_of(own, "A", "E", tokenizer_source="base"), tmp_path / "out")
+    assert Tokenizer.from_file(str(out / "tokenizer.json")).encode("abc").ids == [64, 65, 66]
+
+
+def test_parts_of_a_config_follow(own: Path, tmp_path: Path) -> None:
+    """The size of the text's vocabulary does, that of another part does not."""
+    text = {"vocab_size": SIZE, "tie_word_embeddings": False}
+    (own / "A" / "config.json").write_text(json.dumps({"text_config": text, "audio_config": {"vocab_size": 5}}))
+    config = read_config(merged(recipe_of(own, "A", "E", tokenizer_source="union"), tmp_path / "out"))
+    assert (config["text_config"]["vocab_size"], config["audio_config"]["vocab_size"]) == (SIZE + 2, 5)
+
+
+def test_the_plan_says_what_becomes_of_the_tokens(folder: Path, tmp_path: Path) -> None:
+    from helpers_commands import answer, run
+
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps(recipe_of(folder, "A", "E", tokenizer_source="union")))
+    sentence = f"260 tokens of {folder / 'A'}, and 2 more: 262 rows"
+    assert f"tokenizer    {sentence}" in run("plan", str(recipe)).stdout
+    assert answer(run("plan", str(recipe), "--json"))["notices"] == [sentence]
+
+
 def test_the_files_that_list_added_tokens_are_kept_in_step(own: Path, tmp_path: Path) -> None:
     """And a new token has the settings of the first model that has it; others are named."""
     decoder = {"259": {"content": "<pad>", "special": True}}
@@ -440,12 +471,12 @@ def test_without_any_template_auto_says_so(folder: Path) -> None:
 
 def test_the_recipe_in_the_output_has_no_paths(folder: Path, tmp_path: Path) -> None:
     keys = tokens(x={"source": str(folder / "E"), "force": True}, y={"source": {"kind": "zero"}})
-    keys["tokenizer"]["source"] = str(folder / "E")
+    keys["tokenizer"] |= {"source": str(folder / "E"), "tokens": {**keys["tokenizer"]["tokens"], "a": {}}}
     out = merged(recipe_of(folder, "A", "E", **keys), tmp_path / "out")
     recipe = read_config(out, "merge.lock.json")["recipe"]["tokenizer"]
     row = {"kind": "model_token", "model": "E", "token": "<x>"}
     assert recipe == {
         "source": "E",
-        "tokens": {"<x>": {"source": row, "force": True}, "<y>": {"source": {"kind": "zero"}}},
+        "tokens": {"<x>": {"source": row, "force": True}, "<y>": {"source": {"kind": "zero"}}, "a": {}},
     }
     assert str(folder) not in (out / "merge.lock.json").read_text()
