@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from mergekit_lfm.plan.vocabulary import Vocabulary
 from mergekit_lfm.recipe.chat import AUTO, TEMPLATES
 from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.store.files import parse_json, read_bytes, read_json, read_text
-from mergekit_lfm.store.tokens import ADDED, WHOLE
+from mergekit_lfm.store.tokens import ADDED, WHOLE, Tokens
 
 CHAT, OLD_CHAT = "chat_template.jinja", "chat_template.json"
 OF_TOKENIZER = re.compile(
@@ -28,8 +28,9 @@ OF_TOKENIZER = re.compile(
     r"vocab\.(json|txt)|merges\.txt|spiece\.model|sentencepiece\.bpe\.model|chat_template\.jinja|"
     r"additional_chat_templates/.*)$"
 )
+SPECIALS, DECODER = "special_tokens_map.json", "added_tokens_decoder"
 WITH_IDS = ("config.json", "generation_config.json")
-ID_KEY = re.compile(r"_token_ids?$|^(begin_)?suppress_tokens$")
+ID_KEY = re.compile(r"_token_(ids?|index)$|^(begin_)?suppress_tokens$|^bad_words_ids$")
 SETTINGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": False}
 
 
@@ -88,18 +89,12 @@ def _translate_ids(files: Files, table: TokenTable) -> Iterator[tuple[str, bytes
         if isinstance(number, list):
             return [translate(each, place) for each in number]
         text = theirs.get(number) if isinstance(number, int) else None
-        if text is None and number not in table.by_id:
-            return number
-        if text not in known:
-            problems.append(
-                f"{place} is {number}, "
-                + (
-                    f"the token {text!r}, which the tokenizer of {table.labels[table.donor]} lacks"
-                    if text
-                    else "no token"
-                )
-            )
-        return known.get(text or "", number)
+        if text is None and number in table.by_id:
+            problems.append(f"{place} is {number}, for which {table.labels[table.template]} has no token")
+        if text is not None and text not in known:
+            lacking = table.labels[table.donor]
+            problems.append(f"{place} is {number}, the token {text!r}, which the tokenizer of {lacking} lacks")
+        return number if text is None else known.get(text, number)
 
     paths = dict(files.beside.files)
     for name in (name for name in WITH_IDS if name in paths):
@@ -124,55 +119,54 @@ def _map_ids(data: Any, translate: Callable[[Any, str], Any], place: str) -> Any
 
 def _change_tokenizer(files: Files, table: TokenTable) -> tuple[dict[str, bytes], list[str]]:
     """The files of the tokenizer that change, and warnings about tokens for which models have other settings."""
-    paths, new = dict(files.beside.files), dict(table.new)
-    gone = [n for n in table.tokens[table.donor].by_id if n not in table.own[table.donor]]
-    lost = {text for n in gone if (text := table.tokens[table.donor].by_id[n]) not in {*table.by_id.values()}}
+    donor, new = table.tokens[table.donor], table.new
+    gone = {number: text for number, text in donor.by_id.items() if number not in table.own[table.donor]}
+    lost = set(gone.values()) - set(table.by_id.values())
     if not new and not gone:
         return {}, []
     entries, warnings = _entries(table, new)
-    made = dict[str, Any]()
-    data = dict(table.tokens[table.donor].data)
-    added = [entry for entry in data.get("added_tokens") or [] if entry.get("id") not in gone]
-    data["added_tokens"] = [*added, *({"id": number, **entry} for number, entry in entries.items())]
-    made[WHOLE] = _without(data, gone)
-    if TOKENIZER in paths and isinstance(config := read_json(paths[TOKENIZER]), dict):
-        config = _without_specials(config, lost)
-        if isinstance(decoder := config.get("added_tokens_decoder"), dict):
+    added = [entry for entry in _added(donor) if entry.get("id") not in gone]
+    added += [{"id": number, **entry} for number, entry in entries.items()]
+    made = {WHOLE: _encode({**_without(donor.data, gone), "added_tokens": added})}
+    for name, path in files.beside.files:
+        before = read_json(path) if name in (TOKENIZER, SPECIALS, ADDED) else None
+        if not isinstance(before, dict):
+            continue
+        after = _without_specials(before, lost)
+        if name == ADDED:
+            after = {text: number for text, number in before.items() if number not in gone}
+            after |= {text: number for number, text in new.items()}
+        elif isinstance(decoder := before.get(DECODER), dict):
             kept = {number: entry for number, entry in decoder.items() if number not in map(str, gone)}
-            config["added_tokens_decoder"] = {**kept, **{str(number): entry for number, entry in entries.items()}}
-        made[TOKENIZER] = config
-    if "special_tokens_map.json" in paths and isinstance(specials := read_json(paths["special_tokens_map.json"]), dict):
-        made["special_tokens_map.json"] = _without_specials(specials, lost)
-    if ADDED in paths and isinstance(old := read_json(paths[ADDED]), dict):
-        kept = {text: number for text, number in old.items() if number not in gone}
-        made[ADDED] = {**kept, **{text: number for number, text in new.items()}}
-    return {name: _encode(value) for name, value in made.items()}, warnings
+            after[DECODER] = {**kept, **{str(number): entry for number, entry in entries.items()}}
+        if after != before:
+            made[name] = _encode(after)
+    return made, warnings
+
+
+def _added(tokens: Tokens) -> list[dict[str, Any]]:
+    """The added tokens in a tokenizer.json."""
+    return [entry for entry in tokens.data.get("added_tokens") or [] if isinstance(entry, dict)]
 
 
 def _entries(table: TokenTable, new: Mapping[int, str]) -> tuple[dict[int, dict[str, Any]], list[str]]:
-    """The settings of new tokens by ids: the first model's that has it as an added token; and what others have."""
-    stated: list[dict[Any, dict[str, Any]]] = []
-    for tokens in table.tokens:
-        added = tokens.data.get("added_tokens") or []
-        stated.append({entry.get("content"): {**SETTINGS, **entry} for entry in added if isinstance(entry, dict)})
+    """The settings of new tokens by ids: those of the first model that has it as an added token; and warnings."""
+    stated: dict[Any, list[tuple[str, dict[str, Any]]]] = {}
+    for label, tokens in zip(table.labels, table.tokens, strict=True):
+        for entry in _added(tokens):
+            settings = {key: entry.get(key, value) for key, value in SETTINGS.items()}
+            stated.setdefault(entry.get("content"), []).append((label, settings))
     entries, warnings = dict[int, dict[str, Any]](), list[str]()
     for number, text in new.items():
-        settings = [
-            (i, {key: entries_of[text][key] for key in SETTINGS})
-            for i, entries_of in enumerate(stated)
-            if text in entries_of
-        ]
-        entries[number] = {"content": text, **(settings[0][1] if settings else SETTINGS)}
-        other = [table.labels[i] for i, values in settings if values != settings[0][1]]
-        if other:
-            warnings.append(
-                f"the added token {text!r} has other settings in {', '.join(other)}: those of "
-                f"{table.labels[settings[0][0]]} are taken"
-            )
+        (first, settings), *others = stated.get(text, [("", SETTINGS)])
+        entries[number] = {"content": text, **settings}
+        if other := [label for label, theirs in others if theirs != settings]:
+            those = f"those of {first} are taken"
+            warnings.append(f"the added token {text!r} has other settings in {', '.join(other)}: {those}")
     return entries, warnings
 
 
-def _without(data: dict[str, Any], gone: Sequence[int]) -> dict[str, Any]:
+def _without(data: dict[str, Any], gone: Collection[int]) -> dict[str, Any]:
     """A tokenizer.json without some ids of its model's vocabulary, and without the merges that make these."""
     model = data.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
@@ -182,18 +176,16 @@ def _without(data: dict[str, Any], gone: Sequence[int]) -> dict[str, Any]:
         return {**data, "model": {**model, "vocab": vocabulary[: min([*gone, len(vocabulary)])]}}
     if not isinstance(vocabulary, dict):
         return data
-    model = {**model, "vocab": {text: number for text, number in vocabulary.items() if number not in {*gone}}}
+    kept = {text: number for text, number in vocabulary.items() if number not in gone}
+    model = {**model, "vocab": kept}
     if isinstance(merges := model.get("merges"), list):
-        model["merges"] = [
-            merge
-            for merge in merges
-            if _pair(merge) and {*_pair(merge), "".join(_pair(merge))} <= model["vocab"].keys()
-        ]
+        model["merges"] = [merge for merge in merges if {*_pair(merge), "".join(_pair(merge))} <= kept.keys()]
     return {**data, "model": model}
 
 
-def _pair(merge: Any) -> tuple[str, ...]:
-    return tuple(merge.split(" ") if isinstance(merge, str) else merge)
+def _pair(merge: Any) -> list[str]:
+    """The two pieces of a merge, which older files write as one text."""
+    return [*map(str, merge)] if isinstance(merge, list) else str(merge).split(" ")
 
 
 def _without_specials(config: dict[str, Any], lost: set[str]) -> dict[str, Any]:

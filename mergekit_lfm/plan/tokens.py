@@ -49,7 +49,7 @@ class TokenTable:
     def own(self) -> tuple[dict[int, str], ...]:
         """The tokens of each model that have a row, by ids, in their order."""
         return tuple(
-            {number: text for number, text in sorted(tokens.by_id.items()) if number < (length or 0)}
+            {number: text for number, text in sorted(tokens.by_id.items()) if 0 <= number < (length or 0)}
             for tokens, length in zip(self.tokens, self.lengths, strict=True)
         )
 
@@ -186,5 +186,5 @@ def describe(table: TokenTable) -> tuple[str, ...]:
     lines = [f"{len(table.own[table.donor]):,} tokens of {donor}{added}{padding}: {table.count + table.padding:,} rows"]
     for i, label in enumerate(table.labels):
         if left := table.left_out(i):
-            lines.append(f"{label}: {len(left):,} tokens are left out: {shorten(left)}")
+            lines.append(f"left out: {len(left):,} of the tokens of {label}: {shorten(left)}")
     return tuple(lines)

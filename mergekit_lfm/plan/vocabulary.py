@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from mergekit_lfm.errors import PlanError, several
+from mergekit_lfm.errors import FormatError, PlanError, several
 from mergekit_lfm.plan.rows import VOCABULARY, Rows, fit_rows, length_of, vocabulary_of
 from mergekit_lfm.plan.tokens import TokenTable, describe
 from mergekit_lfm.recipe.recipe import Recipe
@@ -81,11 +81,8 @@ def _fit_request(
     same = _is_padding(models, tokens) and not request.tokens and request.multiple is None
     of_template = request.source in (UNION, BASE, labels[template])
     if same and of_template:
-        return (
-            _fit_padding(models, labels, template)
-            if recipe.rows is None
-            else Vocabulary(fit_rows(recipe.rows, models, template))
-        )
+        by_rows = Vocabulary(fit_rows(recipe.rows, models, template))
+        return by_rows if recipe.rows is not None else _fit_padding(models, labels, template)
     if recipe.rows is not None:
         raise PlanError("`rows` merges rows by their ids, `tokenizer` by their tokens: remove one of the two keys")
     table = TokenTable(request, tuple(models), tuple(labels), _whole(tokens, labels), template)
@@ -100,10 +97,9 @@ def _fit_request(
 def _is_padding(models: Sequence[Checkpoint], tokens: Sequence[Tokens | None]) -> bool:
     """True if all models have the same tokens, and all rows that only some have are beyond these."""
     stated = [length for length in map(length_of, models) if length is not None]
-    if not _are_alike(models, tokens) or len(set(stated)) < 2:
-        return _are_alike(models, tokens)
-    first = tokens[0]
-    return first is not None and max(first.by_id, default=-1) < min(stated)
+    if not _are_alike(models, tokens):
+        return False
+    return len(set(stated)) < 2 or (tokens[0] is not None and max(tokens[0].by_id, default=-1) < min(stated))
 
 
 def _are_alike(models: Sequence[Checkpoint], tokens: Sequence[Tokens | None]) -> bool:
@@ -132,6 +128,8 @@ def _whole(tokens: Sequence[Tokens | None], labels: Sequence[str]) -> tuple[Toke
             f"found no {WHOLE} in {', '.join(without)}, expected one in every model whose rows are merged by tokens: "
             "load the tokenizer with transformers' AutoTokenizer as a fast one, and save it into the model's folder"
         )
+    for each in (each for each in whole if not isinstance(each.data, dict)):
+        raise FormatError(f"{each.path} holds no mapping, expected a tokenizer; fetch or write it again")
     return whole
 
 
