@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from helpers_merges import load_all
+from hub_server import HubServer
 from models import files_of, output_of
 
 from mergekit_lfm import merge
@@ -328,7 +329,7 @@ def test_parts_of_a_config_follow(own: Path, tmp_path: Path) -> None:
     assert (config["text_config"]["vocab_size"], config["audio_config"]["vocab_size"]) == (SIZE + 2, 5)
 
 
-def test_the_plan_says_what_becomes_of_the_tokens(folder: Path, tmp_path: Path) -> None:
+def test_the_plan_has_a_line_about_the_tokens(folder: Path, tmp_path: Path) -> None:
     from helpers_commands import answer, run
 
     recipe = tmp_path / "recipe.yaml"
@@ -369,6 +370,19 @@ def test_a_tokenizer_in_other_files_is_refused_with_the_way_out(own: Path) -> No
         plan_of(recipe_of(own, "A", "E", tokenizer_source="union"))
     with pytest.raises(PlanError, match="E has 258 tokens"):
         plan_of(recipe_of(own, "A", "E"))
+
+
+def test_models_on_the_hub(hub: HubServer, own: Path, tmp_path: Path) -> None:
+    """Tokens and templates are read there, and the files that rows come from are downloaded."""
+    (own / "E" / "chat_template.jinja").write_text("{{ 1 }}")
+    keys: dict[str, Any] = {"tokenizer_source": "union", "chat_template": "auto"}
+    for name in ("A", "E"):
+        hub.create(f"org/{name}", files_of(own / name))
+    lines = [{"model": f"org/{name}", "parameters": {"weight": i + 1.0}} for i, name in enumerate(("A", "E"))]
+    there = merged({"merge_method": "linear", "models": lines, **keys}, tmp_path / "there")
+    here = merged(recipe_of(own, "A", "E", **keys), tmp_path / "here")
+    for name in ("model.safetensors", "tokenizer.json", "config.json", "chat_template.jinja"):
+        assert (there / name).read_bytes() == (here / name).read_bytes()
 
 
 def test_the_output_depends_on_neither_threads_nor_memory(folder: Path, tmp_path: Path) -> None:
