@@ -66,7 +66,7 @@ class Documents:
         """The files that the lock covers, by name."""
         plan, files, paths = self.plan, dict[str, bytes](), dict(self.plan.files)
         for name, data in plan.contents.items():
-            with _explain(paths[name]):
+            with _explain(paths.get(name, name)):
                 files[name] = _without_paths(data)
                 if name == "config.json":
                     files[name] = _config(files[name], plan)
@@ -190,8 +190,10 @@ def _config(raw: bytes, plan: Plan) -> bytes:
 
 def _fit(config: dict[str, Any], plan: Plan) -> None:
     """Change what a recipe's choices change: the length of the vocabulary, and the labels with another model's head."""
+    before, rows = plan.vocabulary or (0, 0)
     for part in _parts(config) if plan.vocabulary is not None else ():
-        part.update({key: plan.vocabulary for key in ("vocab_size",) if part.get(key, 0) > plan.vocabulary})
+        if isinstance(size := part.get("vocab_size"), int) and (size == before or size > rows):
+            part["vocab_size"] = rows
     for job in plan.tensors:
         keeper = next(iter(job.match.sources.values()))[0]
         if len(job.match.sources) == 1 and keeper != plan.template and HEAD.search(job.name):

@@ -122,6 +122,7 @@ def _findings(plan: Plan, output: Output) -> Iterator[str]:
     """The warnings about a merge that was completed."""
     yield from output.notices
     yield from plan.recipe.notices
+    yield from plan.warnings
     for where in sorted({where for receipt in output.done.values() for where in receipt.nonfinite}):
         yield f"{where} holds NaN or infinity"
     yield from (f"merged although {text}" for text in plan.allowed)

@@ -14,14 +14,13 @@ from mergekit_lfm.methods.method import Method
 from mergekit_lfm.output.card import read_license
 from mergekit_lfm.output.layout import lay_out
 from mergekit_lfm.plan.agreement import refuse_disagreements
-from mergekit_lfm.plan.beside import gather_files
 from mergekit_lfm.plan.filters import refuse_idle_filters
 from mergekit_lfm.plan.job import Job, make_job
 from mergekit_lfm.plan.match import match_tensors, refuse_unmatched
 from mergekit_lfm.plan.matrices import MatrixGroup, group_matrices
 from mergekit_lfm.plan.pieces import Piece, Pieces, cut_pieces, stacked_config, stacks_of, unused_names
 from mergekit_lfm.plan.plan import Plan
-from mergekit_lfm.plan.rows import Rows, fit_rows
+from mergekit_lfm.plan.rows import Rows
 from mergekit_lfm.plan.sources import (
     PartRoles,
     assign_roles,
@@ -32,7 +31,8 @@ from mergekit_lfm.plan.sources import (
     refuse_resized,
 )
 from mergekit_lfm.plan.statistics import find_statistics
-from mergekit_lfm.plan.whole import refuse_other_tokenizers
+from mergekit_lfm.plan.tokenizer import make_files
+from mergekit_lfm.plan.vocabulary import fit_vocabulary, without_fit
 from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.recipe.settings import SettingsTable
 from mergekit_lfm.store.checkpoint import Checkpoint
@@ -56,24 +56,22 @@ def make_plan(
     their order, so it differs from BLOCK only in tests.
     """
     named = tuple(state_of(path) for path in named_files(recipe))
-    models = open_models(recipe) if views is None else views
-    for model in models:
-        _ = model.config  # a config that cannot be read shows here
+    models = open_models(recipe) if views is None else without_fit(views)
+    _ = [model.config for model in models]  # one that cannot be read shows here
     labels = tuple(model.label for model in recipe.all_models)
     template = labels.index(recipe.template.label)
     statistics = open_all(recipe, dict(zip(labels, models, strict=True)))
-    added = open_changes(recipe, models[template], edits)
     refuse_resized(recipe.template, models[template])
     allowed = refuse_disagreements(recipe, models, labels, template)
-    rows = fit_rows(recipe, models, template)
-    refuse_other_tokenizers(recipe, models, labels)
+    vocabulary = fit_vocabulary(recipe, models, labels, template)
+    files = make_files(recipe.chat_template, vocabulary, models, labels, template)
     licenses = tuple(read_license(model.path) for model in models)
-    models = rows.models
+    rows, models = vocabulary.rows, vocabulary.rows.models
+    added = open_changes(recipe, models[template], edits)
     cut = cut_pieces(recipe, models)
-    beside = gather_files(models, labels, template)
-    files = (*models, *(each.tensors for own in statistics for each in own), *(() if added is None else (added,)))
+    sources = (*models, *(each.tensors for own in statistics for each in own), *(() if added is None else (added,)))
     roles = _roles_of(recipe, cut, len(models), statistics, added)
-    planned = _plan_parts(cut, roles, files, rows, block)
+    planned = _plan_parts(cut, roles, sources, rows, block)
     jobs, stacks = _joined(planned), stacks_of(cut.pieces, recipe, models)
     stacked_config(models[template].config, stacks, models)  # raises where the layers fit no config
     return Plan(
@@ -89,14 +87,16 @@ def make_plan(
         matrices=tuple(group.behind(first) for first, part in _numbered(planned) for group in part.matrices),
         shards=lay_out(models[template], _outputs(recipe, models[template], jobs), max_shard_size),
         dropped=_dropped(recipe, models, cut, planned, rows),
-        files=beside.files,
-        left_behind=beside.left,
-        lent=beside.lent,
+        files=files.beside.files,
+        left_behind=files.beside.left,
+        lent=files.beside.lent,
         licenses=licenses,
         named_files=named,
         allowed=allowed,
-        vocabulary=rows.length,
-        notices=cut.notices,
+        vocabulary=rows.lengths,
+        made=tuple(sorted(files.made.items())),
+        notices=(*cut.notices, *files.notices),
+        warnings=files.warnings,
         stacks=stacks,
     )
 

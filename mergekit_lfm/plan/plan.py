@@ -51,9 +51,9 @@ class Plan:
     the files that go beside the weights, those that do not, and those that another model than the template has.
     licenses: what the card of each model states. edited_on: the kind of device on which edits of the result are solved,
     "" for the processor. named_files: the states of the recipe's files other than models, before they were read.
-    allowed: the differences of the models that the recipe allows. vocabulary: the number of the output's tokens, if
-    that is not the template's. notices: what to know about the plan beside those of the recipe. stacks: the layers that
-    slices make.
+    allowed: the differences of the models that the recipe allows. vocabulary: the rows of the template's and of the
+    output's, if they differ. made: the bytes of files that the plan makes. notices: about what the recipe leaves open,
+    and warnings, which the merge gives, too. stacks: the layers that slices make.
     """
 
     recipe: Recipe
@@ -75,8 +75,10 @@ class Plan:
     edited_on: str = ""
     named_files: tuple[FileState, ...] = field(default=())
     allowed: tuple[str, ...] = ()
-    vocabulary: int | None = None
+    vocabulary: tuple[int, int] | None = None
+    made: tuple[tuple[str, bytes], ...] = ()
     notices: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     stacks: tuple[Stacked, ...] = ()
 
     @cached_property
@@ -178,8 +180,10 @@ class Plan:
 
     @cached_property
     def contents(self) -> dict[str, bytes]:
-        """The bytes of `files`, read once: the digest covers them, and the output's are made of them."""
-        return {name: read_bytes(path) for name, path in self.files}
+        """The bytes of `files` and `made`, read once: the digest covers them, and the output's are made of them."""
+        made = dict(self.made)
+        read = {name: read_bytes(path) for name, path in self.files if name not in made}
+        return dict(sorted({**read, **made}.items()))
 
     @cached_property
     def digest(self) -> str:
