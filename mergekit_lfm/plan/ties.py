@@ -51,7 +51,7 @@ def rows_of(models: Sequence[Checkpoint], template: int) -> tuple[list[Row], lis
                 here = tuple(each for each in names if each in model)[:1]
             if here:
                 held[i] = here
-                used.update((i, each) for each in here)
+                used.update([(i, each) for each in here])
         rows.append(Row(names, held))
     extra = dict.fromkeys(name for i, model in enumerate(models) for name in model if (i, name) not in used)
     for name in extra:
@@ -76,9 +76,11 @@ def _holds(model: Checkpoint, group: tuple[str, ...]) -> tuple[str, ...] | None:
 
     A model that holds only one of them may still have tensors of their own under all, as its config says.
     """
-    here = tuple(name for name in group if name in model)
+    here = tuple([name for name in group if name in model])
+    if len(group) == 1:
+        return here
     tied = is_tied(model.config)
-    if len(group) == 1 or tied is True:
+    if tied is True:
         return here
     if tied is None:
         return here if all(have_same_bytes(model, here[0], model, other) for other in here[1:]) else None

@@ -52,6 +52,9 @@ class Cost:
     at_once: bool = False
 
 
+FREE = Cost()
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """A file of a checkpoint, and the dtype in which it stores each tensor, by name.
@@ -252,7 +255,7 @@ class StoredCheckpoint(Checkpoint):
         return None if offset is None else (file.fileno(), offset)
 
     def cost(self, name: str) -> Cost:  # noqa: ARG002
-        return Cost()
+        return FREE
 
     @property
     def resident(self) -> int:
