@@ -43,9 +43,9 @@ def split_batches(budget: Budget, jobs: Iterable[int], share: int) -> Iterator[t
 
 def sort_alike(plan: Plan, jobs: Iterable[int]) -> Iterator[list[Job]]:
     """The jobs in groups with the same method, models and dtypes, in the order of the plan."""
-    groups = dict[Any, list[Job]]()
+    groups, sources = dict[Any, list[Job]](), plan.sources
     for job in (plan.tensors[i] for i in jobs):
-        stored = tuple((i, plan.sources[i][name].dtype) for i, name in job.inputs)
+        stored = tuple([(i, sources[i][name].dtype) for i, name in job.inputs])
         alike = job.method, job.copied, stored, job.base is None, job.compute, job.dtype
         groups.setdefault(alike, []).append(job)
     yield from groups.values()
@@ -60,10 +60,10 @@ class Batch:
 
     def digests(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, str, list[str]]]:
         """Each job with the xxh3-128 of its result and of its inputs."""
-        merged, columns, start = bytes_of(self.merged), [bytes_of(column) for column in self.columns], 0
+        parts = [(bytes_of(tensor), tensor.itemsize) for tensor in (self.merged, *self.columns)]
+        start = 0
         for job in jobs:
             stop = start + job.spec.numel
-            parts = ((data, len(data) // self.merged.numel()) for data in (merged, *columns))
             digest, *inputs = [xxhash.xxh3_128_hexdigest(data[start * size : stop * size]) for data, size in parts]
             yield job, digest, inputs
             start = stop

@@ -37,6 +37,7 @@ from mergekit_lfm.store.tensors import UNFINISHED, write_exactly
 JOURNAL = "merge.journal"
 LONGEST_LINE = 1_000_000  # bytes; a receipt has some hundred
 SHOWN = 5  # tensors that a notice names
+_SORTED = json.JSONEncoder(sort_keys=True)
 SYNC_BYTES = 256 << 20  # about so many are synced and journalled at a time: syncing each tensor costs more than merging
 
 
@@ -70,7 +71,7 @@ class Receipt:
 
 def _check_of(data: Mapping[str, Any]) -> str:
     """xxh3-64 of a receipt's entries: digests of inputs, unlike those of outputs, are not computed again."""
-    return xxhash.xxh3_64_hexdigest(json.dumps(data, sort_keys=True).encode())
+    return xxhash.xxh3_64_hexdigest(_SORTED.encode(data).encode())
 
 
 class Output:

@@ -156,16 +156,16 @@ class Budget:
     @cached_property
     def _batch(self) -> int:
         """Bytes that a worker holds at most for small jobs that it does at once, if its share has room for as many."""
-        jobs = zip(self.plan.tensors, self._scratches, strict=True)
-        small = [(job.spec.numel, nbytes) for job, nbytes in jobs if job.small]
+        scratches = zip(self.plan.tensors, self._scratches, strict=True)
+        small = [(job.spec.numel, nbytes) for job, nbytes in scratches if job.small]
         most = max((nbytes / numel for numel, nbytes in small), default=0)
         return min(sum(nbytes for _, nbytes in small), int(SMALL * most))
 
     @cached_property
     def _largest(self) -> tuple[str, int]:
         """The tensor or group of matrices for which one worker needs most, and these bytes."""
-        jobs = zip(self.plan.tensors, self._device_leasts, strict=True)
-        demands = [(job.name, nbytes + self.views(job)) for job, nbytes in jobs]
+        leasts = zip(self.plan.tensors, self._device_leasts, strict=True)
+        demands = [(job.name, nbytes + self.views(job)) for job, nbytes in leasts]
         for group in self.plan.matrices:
             jobs = [self.plan.tensors[i] for i in group.jobs]
             demands.append((jobs[0].name, group.nbytes + max(self.views(job) for job in jobs)))
@@ -174,8 +174,8 @@ class Budget:
     @cached_property
     def _largest_of_device(self) -> tuple[str, int]:
         """The same on the device."""
-        jobs = zip(self.plan.tensors, self._device_leasts, strict=True)
-        demands = [(job.name, nbytes) for job, nbytes in jobs if not job.copied]
+        leasts = zip(self.plan.tensors, self._device_leasts, strict=True)
+        demands = [(job.name, nbytes) for job, nbytes in leasts if not job.copied]
         demands += [(self.plan.tensors[group.jobs[0]].name, group.nbytes) for group in self.plan.matrices]
         return max(demands, key=itemgetter(1), default=("", 0))
 

@@ -149,7 +149,8 @@ def make_job(
         index = len(roles.models) + len(roles.statistics)
         changes |= {"added": (index, changed[0]), "copied": False}
     changes["needs_sums"] = not (changes.get("copied") or changes["by_row"]) and _needs_sums(method, unit)
-    return replace(job, **changes)
+    changes = {name: value for name, value in changes.items() if value != getattr(job, name)}
+    return replace(job, **changes) if changes else job
 
 
 def _is_averaged(method: Method, match: Match, settings: Settings) -> bool:

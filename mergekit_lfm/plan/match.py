@@ -90,14 +90,10 @@ class _Matching:
         name = row.names[0]
         first = next(iter(row.held))
         home = self.template if self.template in row.held else first
-        spec = self.models[home][row.held[home][0]]
-        match = Match(
-            TensorSpec(name, spec.shape, spec.dtype),
-            {i: names[0] for i, names in row.held.items()},
-            kind_of(TensorSpec(name, spec.shape, spec.dtype)),
-            row.names[1:],
-            tuple(twins_of(row)),
-        )
+        stored = self.models[home][row.held[home][0]]
+        spec = TensorSpec(name, stored.shape, stored.dtype)
+        sources = {i: names[0] for i, names in row.held.items()}
+        match = Match(spec, sources, kind_of(spec), row.names[1:], tuple(twins_of(row)))
         kept, why = self._choose(match)
         self.unused |= {
             (i, each): TIED if i in kept else why
@@ -170,6 +166,9 @@ class _Matching:
 
     def _keep(self, match: Match, kept: Sequence[int]) -> None:
         """Record a match of these models. A single one's tensor keeps its form."""
+        if len(kept) == len(match.sources):
+            self.matches[match.spec.name] = match
+            return
         sources = {i: match.sources[i] for i in kept}
         if len(sources) == 1:
             ((i, source),) = sources.items()

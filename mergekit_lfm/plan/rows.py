@@ -36,11 +36,13 @@ class Rows:
 
 def fit_rows(recipe: Recipe, models: Sequence[Checkpoint], template: int) -> Rows:
     """The models as the recipe's `rows` wants them."""
+    if recipe.rows is None:
+        return Rows(tuple(models))
     vocabularies = [vocabulary_of(model) for model in models]
     lengths = [next(iter(names.values()), None) for names in vocabularies]
     stated = [length for length in lengths if length is not None]
     first = lengths[template]
-    if recipe.rows is None or first is None or len(set(stated)) < 2:
+    if first is None or len(set(stated)) < 2:
         return Rows(tuple(models))
     shortest = min(stated)
     rows = shortest if recipe.rows == "crop" else first
