@@ -21,6 +21,7 @@ from mergekit_lfm.methods.registry import METHODS
 from mergekit_lfm.plan.budget import Budget
 from mergekit_lfm.plan.job import SMALL, Job
 from mergekit_lfm.plan.plan import Plan
+from mergekit_lfm.plan.sources import TensorRef
 from mergekit_lfm.store.formats import bytes_of
 from mergekit_lfm.store.tensors import FLOATS
 
@@ -76,7 +77,8 @@ def merge_alike(plan: Plan, jobs: Sequence[Job], run: RunStep) -> Batch | None:
     """
     first = jobs[0]
     numel = sum(job.spec.numel for job in jobs)
-    columns = tuple(_read_column(plan, jobs, i, numel) for i in range(1 if first.copied else len(first.inputs)))
+    inputs = zip(*[job.inputs[:1] if job.copied else job.inputs for job in jobs], strict=True)
+    columns = tuple(_read_column(plan, refs, numel) for refs in inputs)
     if first.copied:
         return Batch(columns[0]) if first.dtype not in FLOATS or is_finite(columns[0]) else None
     if not all(is_finite(column) for column in columns):
@@ -128,9 +130,8 @@ def _are_same(one: Any, other: Any) -> bool:
     return one is other
 
 
-def _read_column(plan: Plan, jobs: Sequence[Job], i: int, numel: int) -> torch.Tensor:
-    """Input i of all jobs, one after another, as they are stored."""
-    refs = [job.inputs[i] for job in jobs]
+def _read_column(plan: Plan, refs: Sequence[TensorRef], numel: int) -> torch.Tensor:
+    """Tensors of one source, with so many elements in all, one after another, as they are stored."""
     source = plan.sources[refs[0][0]]
     column = torch.empty(numel, dtype=getattr(torch, source[refs[0][1]].dtype))
     source.read_all_into([name for _, name in refs], bytes_of(column))

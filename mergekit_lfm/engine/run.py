@@ -57,8 +57,8 @@ class Run:
 
     def _missing(self, job: int) -> tuple[int, ...]:
         """The segments of a job without a receipt."""
-        names, segments, done = self.plan.tensors[job].names, self.plan.tensors[job].segments, self.output.done
-        return tuple(segment for segment in range(segments) if any((name, segment) not in done for name in names))
+        names, segments, done = self.plan.tensors[job].names, range(self.plan.tensors[job].segments), self.output.done
+        return tuple([segment for segment in segments if not all([(name, segment) in done for name in names])])
 
     def _takes_passes(self, group: Sequence[int]) -> bool:
         """True if a group's inputs do not fit a worker's share, so that all workers read them, once for every sum."""

@@ -112,14 +112,14 @@ def make_job(
     """
     recipe, models, base = roles.recipe, roles.models, roles.base
     method, spec, names = recipe.method, match.spec, match.sources
-    sources = tuple((i, names[i]) for i in roles.inputs if i in names)
+    sources = tuple([(i, names[i]) for i in roles.inputs if i in names])
     base_source = (base, names[base]) if base is not None and base in names else None
     refs = sources if base_source is None else (*sources, base_source)
     dtypes = [models[i][name].dtype for i, name in refs]
     lone = len(names) == 1 < len(models)  # a tensor of one model alone
     if lone:
         refs, dtypes = tuple(names.items()), [spec.dtype]
-    if lone or not all(dtype in FLOATS for dtype in dtypes):
+    if lone or not {*dtypes} <= {*FLOATS}:
         refs = (*(ref for ref in refs if ref[0] == roles.template), *(ref for ref in refs if ref[0] != roles.template))
         if spec.dtype.startswith("float8") and not lone and settings.inputs[0].get("scale") is not None:
             raise PlanError(

@@ -150,7 +150,7 @@ class _Matching:
     def _fits(self, match: Match) -> bool:
         """True if all models have the tensor in one shape; of counters, those that have one."""
         enough = match.kind == "counter" or len(match.sources) == len(self.models)
-        return enough and all(self.models[i][name].shape == match.spec.shape for i, name in match.sources.items())
+        return enough and {self.models[i][name].shape for i, name in match.sources.items()} <= {match.spec.shape}
 
     def _note_misfit(self, match: Match, theirs: bool) -> None:
         name, shape = match.spec.name, list(match.spec.shape)

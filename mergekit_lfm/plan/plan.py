@@ -289,7 +289,8 @@ def make_plan(
 
 def _outputs(template: Checkpoint, jobs: Sequence[Job]) -> list[TensorSpec]:
     """The tensors of the output, those of the template in its order, the others behind them."""
-    specs = {name: TensorSpec(name, job.shape, job.dtype) for job in jobs for name in job.names}
+    specs = {job.name: job.spec for job in jobs}
+    specs |= {name: TensorSpec(name, job.shape, job.dtype) for job in jobs for name in job.match.tied}
     order = dict.fromkeys([*(name for name in template if name in specs), *specs])
     return [specs[name] for name in order]
 
@@ -301,7 +302,8 @@ def _groups(recipe: Recipe, jobs: Sequence[Job], whole: set[int]) -> tuple[tuple
         for i, job in enumerate(jobs)
         if job.method == recipe.merge_method and recipe.method.scope(job.settings.shared) == "model"
     ]
-    alone = [(i,) for i in range(len(jobs)) if i not in {*together, *whole}]
+    others = {*together, *whole}
+    alone = [(i,) for i in range(len(jobs)) if i not in others]
     if not together:
         return tuple(alone)
     first = jobs[together[0]]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import ItemsView, Iterator, Mapping, Sequence, ValuesView
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -231,6 +231,12 @@ class StoredCheckpoint(Checkpoint):
 
     def __len__(self) -> int:
         return len(self._specs)
+
+    def items(self) -> ItemsView[str, TensorSpec]:
+        return self._specs.items()
+
+    def values(self) -> ValuesView[TensorSpec]:
+        return self._specs.values()
 
     @property
     def dropped(self) -> dict[str, str]:
