@@ -18,6 +18,7 @@ from mergekit_lfm.plan.job import SMALL, Job
 from mergekit_lfm.plan.plan import Plan
 from mergekit_lfm.store.places import partial_of
 from mergekit_lfm.store.tensors import ITEMSIZE
+from mergekit_lfm.views.base import View
 
 if TYPE_CHECKING:
     from mergekit_lfm.machine.accelerators import Accelerator
@@ -65,9 +66,11 @@ class Budget:
 
     def _merging(self, job: Job, numel: int) -> int:
         """Bytes to merge so many elements at once, and for sums by row or column and the weights from them."""
-        groups = 0 if job.row is None else numel // job.row if job.by_row else job.row
-        sums = 6 * groups * len(job.sources) ** 2 * 8  # float64; what a solve makes of them is not smaller
-        return numel * len(job.inputs) * self._wide(job) + sums
+        blocks = numel * len(job.inputs) * self._wide(job)
+        if job.row is None:
+            return blocks
+        groups = numel // job.row if job.by_row else job.row
+        return blocks + 6 * groups * len(job.sources) ** 2 * 8  # float64; what a solve makes of them is not smaller
 
     def _reducing(self, job: Job) -> int:
         """Bytes for sums over a block: the inputs as they are stored, and those that are worked on at once."""
@@ -84,8 +87,13 @@ class Budget:
 
     def views(self, job: Job) -> int:
         """Bytes that views take while any range of the job's inputs is read."""
-        sources = self.plan.sources
-        return sum([sources[i].cost(name).scratch for i, name in job.all_inputs])
+        views = self._views
+        return sum([views[i].cost(name).scratch for i, name in job.all_inputs if i in views])
+
+    @cached_property
+    def _views(self) -> dict[int, View]:
+        """The sources that take memory while they are read."""
+        return {i: source for i, source in enumerate(self.plan.sources) if isinstance(source, View)}
 
     @property
     def resident_views(self) -> int:

@@ -139,8 +139,8 @@ def make_job(
             base_source = None
     job = Job(out, match, method.name, sources, base_source, settings, compute, False, block, False, layer=layer)
     unit = unit_of([job], recipe.seed, roles.norms)
-    changes: dict[str, Any] = {"block": block_numel(method, unit, block)}
-    changes |= {"row": method.row(unit), "by_row": method.by_row(unit)}
+    row, by_row = method.row(unit), method.by_row(unit)
+    changes: dict[str, Any] = {"block": block_numel(method, unit, block), "row": row, "by_row": by_row}
     if method.statistics and not method.whole:
         changes["statistics"] = statistics or ()
     if method.copies(unit):
@@ -148,7 +148,7 @@ def make_job(
     if roles.added is not None and (changed := [name for name in (spec.name, *match.tied) if name in roles.added]):
         index = len(roles.models) + len(roles.statistics)
         changes |= {"added": (index, changed[0]), "copied": False}
-    changes["needs_sums"] = not (changes.get("copied") or changes["by_row"]) and _needs_sums(method, unit)
+    changes["needs_sums"] = not (changes.get("copied") or by_row) and _needs_sums(method, unit)
     changes = {name: value for name, value in changes.items() if value != getattr(job, name)}
     return replace(job, **changes) if changes else job
 
@@ -193,7 +193,7 @@ def unit_of(jobs: Sequence[Job], seed: int, norms: tuple[float, ...] = ()) -> Un
     return Unit(
         name=first.name if len(jobs) == 1 else f"all {len(jobs)} tensors",
         shape=first.shape if len(jobs) == 1 else (),
-        numel=sum(job.spec.numel for job in jobs),
+        numel=sum([job.spec.numel for job in jobs]),
         shared=first.settings.shared,
         inputs=first.settings.inputs,
         keys=tuple(key(seed, first.name, i) for i in range(len(first.sources))) if METHODS[first.method].random else (),

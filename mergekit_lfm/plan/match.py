@@ -106,6 +106,8 @@ class _Matching:
 
     def _without_dropped(self, row: Row) -> Row:
         """The row without the names, beside its first, that the recipe drops."""
+        if len(row.names) == 1:
+            return row
         wanted = {name for name in row.names[1:] if self._choice(name) == "drop"}
         if not wanted:
             return row
@@ -116,7 +118,10 @@ class _Matching:
 
     def _choice(self, name: str) -> str | None:
         """The recipe's choice for a tensor; None without one."""
-        return next((choice for part, choice in self.recipe.keep.items() if part in name), None)
+        for part, choice in self.recipe.keep.items():
+            if part in name:
+                return choice
+        return None
 
     def _choose(self, match: Match) -> tuple[Sequence[int], str]:
         """The models whose tensors go into the output, and why those of the others do not."""
