@@ -18,7 +18,7 @@ def find_layers(names: Iterable[str]) -> dict[str, tuple[int, int]]:
     count, nor does one inside a layer. Experts do not count either: there may be more of them than of layers. Layers
     are counted for each text before their number. Tensors beside the layers of a container are in no layer.
     """
-    forms: dict[tuple[str, ...], list[list[str]]] = {}  # the parts of names, by those that are no numbers
+    forms: dict[tuple[str, ...], list[list[str]]] = {}  # names in parts, by the texts between their numbers
     for parts in map(_NUMBER.split, names):
         forms.setdefault(tuple(parts[::2]), []).append(parts)
     places = {form: _places(form) for form in forms}
