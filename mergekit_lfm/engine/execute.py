@@ -92,9 +92,8 @@ def execute(
     files = Output(plan.digest, plan.shards, plan.inputs, folder, resume, trust_times=trust_times)
     advancing = progress.by_bytes(plan.bytes_written, doing)
     with files as output, Worker(plan, output.partial, options) as worker, advancing as advance:
-        resumed = _take_over(plan, output, nan, count)
+        advance(resumed := _take_over(plan, output, nan, count))
         run = Run(plan, options, output, advance)
-        advance(resumed)
         try:
             with _explain_full_gpu(), pool(worker, count) as executor:
                 run.carry_out(executor)
