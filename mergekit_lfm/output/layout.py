@@ -60,7 +60,7 @@ class Shard:
         """Offset of each tensor's bytes in the file."""
         return self._encoded[1]
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Size of the file."""
         return len(self.header) + sum(spec.nbytes for spec in self.tensors)

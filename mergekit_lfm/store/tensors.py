@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -225,6 +226,7 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[TensorSpec, int, int]:
         raise FormatError(f"{path}: {name} needs dtype, shape and data_offsets, found {shorten(entry)}") from None
     if code not in DTYPES:
         raise FormatError(f"{path}: {name} has dtype {code!r:.60}, expected one of {', '.join(DTYPES)}")
+    name = sys.intern(name)  # models share names: one object is found faster in dicts than equal ones
     spec = TensorSpec(name, tuple(shape), DTYPES[code][0])
     if not whole or not fits(spec):
         raise FormatError(f"{path}: {name} has the shape {shorten(shape)}, expected sizes from 0 and under 2^63 bytes")
