@@ -152,9 +152,10 @@ def _conclude(console: Console, outcome: Outcome[Merged]) -> NoReturn:
     from mergekit_lfm.commands.show.plans import merge_data, push_text
 
     pushed = outcome.result.pushed
+    data = merge_data(outcome) if console.wants_data else {}  # it takes long for many tensors
     if pushed is None:
-        console.conclude(merge_data(outcome), path=outcome.path)
-    console.conclude(merge_data(outcome), lambda: push_text(pushed), path=f"{outcome.path}\n{pushed.url}")
+        console.conclude(data, path=outcome.path)
+    console.conclude(data, lambda: push_text(pushed), path=f"{outcome.path}\n{pushed.url}")
 
 
 def _read_recipe(path: Path) -> Path | Recipe:

@@ -109,8 +109,8 @@ class Documents:
             "dropped": [{"model": names[m], "tensor": t, "reason": why} for m, t, why in plan.dropped],
         }
 
-    def lock(self, receipts: Mapping[tuple[str, int], Receipt]) -> bytes:
-        """The lock of an output whose segments have these receipts."""
+    def lock(self, receipts: Mapping[tuple[str, int], Receipt]) -> tuple[bytes, str]:
+        """The lock of an output whose segments have these receipts, and the digest in it."""
         plan = self.plan
         shards = {spec.name: shard.name for shard in plan.shards for spec in shard.tensors}
         tensors = {

@@ -213,7 +213,8 @@ def _dropped(
 
 def _outputs(recipe: Recipe, template: Checkpoint, jobs: Sequence[Job]) -> list[TensorSpec]:
     """The tensors of the output, those of the template in its order, the others behind them; of a stack, by slices."""
-    specs = {name: TensorSpec(name, job.shape, job.dtype) for job in jobs for name in job.names}
+    specs = {job.name: job.spec for job in jobs}
+    specs |= {name: TensorSpec(name, job.shape, job.dtype) for job in jobs for name in job.match.tied}
     if any(name not in template for name in specs) and any(part.slice for part in recipe.parts):
         return list(specs.values())
     order = dict.fromkeys([*(name for name in template if name in specs), *specs])
@@ -225,7 +226,8 @@ def _groups(method: Method, jobs: Sequence[Job], whole: set[int]) -> tuple[tuple
     together = [
         i for i, job in enumerate(jobs) if job.method == method.name and method.scope(job.settings.shared) == "model"
     ]
-    alone = [(i,) for i in range(len(jobs)) if i not in {*together, *whole}]
+    others = {*together, *whole}
+    alone = [(i,) for i in range(len(jobs)) if i not in others]
     if not together:
         return tuple(alone)
     first = jobs[together[0]]

@@ -113,6 +113,8 @@ class _Matching:
 
     def _without_dropped(self, row: Row) -> Row:
         """The row without the names, beside its first, that the recipe drops."""
+        if len(row.names) == 1:
+            return row
         wanted = {name for name in row.names[1:] if self._choice(name) == "drop"}
         if not wanted:
             return row
@@ -123,7 +125,10 @@ class _Matching:
 
     def _choice(self, name: str) -> str | None:
         """The recipe's choice for a tensor; None without one."""
-        return next((choice for part, choice in self.recipe.keep.items() if part in name), None)
+        for part, choice in self.recipe.keep.items():
+            if part in name:
+                return choice
+        return None
 
     def _choose(self, spec: TensorSpec, kind: Kind, row: Row) -> tuple[Sequence[int], str]:
         """The models whose tensors go into the output, and why those of the others do not."""
@@ -158,7 +163,7 @@ class _Matching:
     def _fits(self, spec: TensorSpec, kind: Kind, row: Row) -> bool:
         """True if all models have the tensor in one shape; of counters, those that have one."""
         enough = kind == "counter" or len(row.held) == len(self.models)
-        return enough and all(self.models[i][names[0]].shape == spec.shape for i, names in row.held.items())
+        return enough and {self.models[i][names[0]].shape for i, names in row.held.items()} <= {spec.shape}
 
     def _note_misfit(self, spec: TensorSpec, row: Row, theirs: bool) -> None:
         name, shape = spec.name, list(spec.shape)
@@ -179,7 +184,7 @@ class _Matching:
             ((i, source),) = held.items()
             spec = TensorSpec(spec.name, self.models[i][source].shape, self.models[i][source].dtype)
         refer = self.roles.refer
-        twins = tuple((refer(*one), refer(*other)) for one, other in twins_of(row) if one[0] in held)
+        twins = tuple([(refer(*one), refer(*other)) for one, other in twins_of(row) if one[0] in held])
         sources = {i: refer(i, name) for i, name in held.items()}
         self.matches[spec.name] = Match(spec, sources, kind, row.names[1:], twins)
         self.used |= held.items()

@@ -128,7 +128,7 @@ class Plan:
         models = any(model.edits for model in self.pending)
         return models or (bool(self.recipe.result_edits) and self.added is None)
 
-    @property
+    @cached_property
     def bytes_written(self) -> int:
         return sum(job.nbytes * len(job.names) for job in self.tensors)
 

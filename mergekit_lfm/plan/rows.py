@@ -36,11 +36,13 @@ class Rows:
 
 def fit_rows(how: Literal["crop", "keep"] | None, models: Sequence[Checkpoint], template: int) -> Rows:
     """The models with vocabularies of one length, as a recipe's `rows` wants them; as they are without one."""
+    if how is None:
+        return Rows(tuple(models))
     vocabularies = [vocabulary_of(model) for model in models]
     lengths = [length_of(model) for model in models]
     stated = [length for length in lengths if length is not None]
     first = lengths[template]
-    if how is None or first is None or len(set(stated)) < 2:
+    if first is None or len(set(stated)) < 2:
         return Rows(tuple(models))
     shortest = min(stated)
     rows = shortest if how == "crop" else first
