@@ -80,9 +80,7 @@ def _holds(model: Checkpoint, group: tuple[str, ...]) -> tuple[str, ...] | None:
 
     A model that holds only one of them may still have tensors of their own under all, as its config says.
     """
-    here = tuple([name for name in group if name in model])
-    if len(group) == 1:
-        return here
+    here = tuple(name for name in group if name in model)
     tied = is_tied(model.config)
     if tied is True:
         return here
