@@ -21,9 +21,10 @@ def refuse_idle_filters(roles: Sequence[PartRoles]) -> None:
     names: dict[str, dict[str, None]] = {}  # of the tensors that a place in the recipe is about
     filters: dict[str, list[str]] = {}
     for part in roles:
+        found = list(_filters_of(part))
         tied = any(is_tied(model.config) is not False for model in part.models)
-        seen = [*(name for model in part.models for name in model), *(HEADS if tied else ())]
-        for place, pattern in _filters_of(part):
+        seen = [*(name for model in part.models for name in model), *(HEADS if tied else ())] if found else []
+        for place, pattern in found:
             names.setdefault(place, {}).update(dict.fromkeys(seen))
             filters.setdefault(place, []).append(pattern)
     problems = []

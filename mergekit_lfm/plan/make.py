@@ -106,8 +106,8 @@ def _plan_parts(
 ) -> list[_Planned]:
     """The jobs of all parts. Raises PlanError with all that does not fit together."""
     recipe = roles[0].recipe
-    names = [name for piece in cut.pieces for model in piece.models for name in model]
-    refuse_unmatched(recipe, names)
+    if recipe.keep:
+        refuse_unmatched(recipe, [name for piece in cut.pieces for model in piece.models for name in model])
     refuse_idle_filters(roles)
     planned, problems = list[_Planned](), list[PlanError]()
     for piece, part in zip(cut.pieces, roles, strict=True):
@@ -123,6 +123,8 @@ def _plan_parts(
 def _joined(planned: Sequence[_Planned]) -> tuple[Job, ...]:
     """The jobs of all parts. Raises PlanError if two make the same tensor."""
     jobs = tuple(job for part in planned for job in part.jobs)
+    if len(planned) == 1:
+        return jobs
     written = Counter(name for job in jobs for name in job.names)
     twice = [name for name, count in written.items() if count > 1]
     if twice:

@@ -187,7 +187,7 @@ class _Matching:
         twins = tuple([(refer(*one), refer(*other)) for one, other in twins_of(row) if one[0] in held])
         sources = {i: refer(i, name) for i, name in held.items()}
         self.matches[spec.name] = Match(spec, sources, kind, row.names[1:], twins)
-        self.used |= held.items()
+        self.used.update(held.items())
 
     def dropped(self) -> Iterator[Dropped]:
         """All that goes into no output tensor."""
