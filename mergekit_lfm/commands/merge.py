@@ -123,21 +123,11 @@ def merge(
             _show_plan(console, planned, memory, threads, verbose)
         if verbose:
             tell(_plan_texts(planned, memory, threads, verbose=True))
+        how: dict[str, Any] = {"memory": memory, "threads": threads, "nan": nan, "trust_times": trust_times}
+        how |= {"overwrite": overwrite, "resume": not no_resume, "compile": compile_, "verify_push": pull_back}
+        how |= {"drop_stages": drop_stages, "progress": console.progress}
         with going_on_later(planned.out, planned.plan.digest):
-            outcome = run(
-                planned,
-                memory=memory,
-                threads=threads,
-                nan=nan,
-                overwrite=overwrite,
-                resume=not no_resume,
-                trust_times=trust_times,
-                drop_stages=drop_stages,
-                compile=compile_,
-                verify_push=pull_back,
-                progress=console.progress,
-                on_merged=partial(_show_outcome, console),
-            )
+            outcome = run(planned, on_merged=partial(_show_outcome, console), **how)
     _conclude(console, outcome)
 
 

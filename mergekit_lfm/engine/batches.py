@@ -21,7 +21,7 @@ from mergekit_lfm.methods.registry import METHODS
 from mergekit_lfm.plan.budget import Budget
 from mergekit_lfm.plan.job import SMALL, Job
 from mergekit_lfm.plan.plan import Plan
-from mergekit_lfm.plan.sources import TensorRef
+from mergekit_lfm.plan.roles import TensorRef
 from mergekit_lfm.store.formats import bytes_of
 from mergekit_lfm.store.tensors import FLOATS
 

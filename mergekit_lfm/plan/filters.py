@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from mergekit_lfm.arch.ties import is_tied
 from mergekit_lfm.errors import PlanError, did_you_mean, several
-from mergekit_lfm.plan.sources import PartRoles
+from mergekit_lfm.plan.roles import PartRoles
 from mergekit_lfm.recipe.values import Setting
 
 HEADS = ("lm_head", "embed_out", "output", "proj_out")  # which a tied model does not store

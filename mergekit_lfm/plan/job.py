@@ -12,7 +12,7 @@ from mergekit_lfm.kernels.random import key
 from mergekit_lfm.methods.method import Method, Unit
 from mergekit_lfm.methods.registry import METHODS
 from mergekit_lfm.plan.match import Match
-from mergekit_lfm.plan.sources import PartRoles, TensorRef
+from mergekit_lfm.plan.roles import PartRoles, TensorRef
 from mergekit_lfm.recipe.parts import Settings
 from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.store.tensors import FLOATS, ITEMSIZE, TensorSpec

@@ -20,16 +20,9 @@ from mergekit_lfm.plan.match import match_tensors, refuse_unmatched
 from mergekit_lfm.plan.matrices import MatrixGroup, group_matrices
 from mergekit_lfm.plan.pieces import Piece, Pieces, cut_pieces, stacked_config, stacks_of, unused_names
 from mergekit_lfm.plan.plan import Plan
+from mergekit_lfm.plan.roles import PartRoles, assign_roles
 from mergekit_lfm.plan.rows import Rows
-from mergekit_lfm.plan.sources import (
-    PartRoles,
-    assign_roles,
-    named_files,
-    open_all,
-    open_changes,
-    open_models,
-    refuse_resized,
-)
+from mergekit_lfm.plan.sources import named_files, open_all, open_changes, open_models, refuse_resized
 from mergekit_lfm.plan.statistics import find_statistics
 from mergekit_lfm.plan.tokenizer import make_files
 from mergekit_lfm.plan.vocabulary import fit_vocabulary, without_fit

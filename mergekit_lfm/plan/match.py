@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 
 from mergekit_lfm.arch.kinds import Kind, kind_of
 from mergekit_lfm.errors import PlanError, several
+from mergekit_lfm.plan.roles import PartRoles, TensorRef
 from mergekit_lfm.plan.rows import VOCABULARY
-from mergekit_lfm.plan.sources import PartRoles, TensorRef
 from mergekit_lfm.plan.ties import Row, rows_of, twins_of
 from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.store.checkpoint import Checkpoint

@@ -22,11 +22,8 @@ from mergekit_lfm.output.layout import Shard
 from mergekit_lfm.plan.job import Job, unit_of
 from mergekit_lfm.plan.matrices import MatrixGroup
 from mergekit_lfm.plan.pieces import Stacked
-from mergekit_lfm.plan.sources import (
-    ADDED,
-    TensorRef,
-    identity_of,
-)
+from mergekit_lfm.plan.roles import TensorRef
+from mergekit_lfm.plan.sources import ADDED, identity_of
 from mergekit_lfm.recipe.parts import Input
 from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.recipe.rename import RenameRule
