@@ -217,22 +217,28 @@ def _encode_index(index: Index) -> bytes:
 
 def _card(plan: Plan, name: str, files: Mapping[str, bytes]) -> str:
     """The model card: a front matter for the Hub, the sources, edited facts, how to load it, the recipe."""
-    names, base = names_of(plan), plan.recipe.base
     dtypes = ", ".join(sorted({job.dtype for job in plan.tensors}))
     return model_card(
         name=name,
         methods=_methods(plan),
         numbers=f"{len(plan.tensors)} tensors, {sum(job.spec.numel for job in plan.tensors):,} numbers, {dtypes}",
-        sources=[
-            Source(names[label], " (base)" if base and label == base.label else "", license, repo)
-            for label, license, model in zip(plan.labels, plan.licenses, plan.models, strict=True)
-            for repo in (None if model.snapshot is None else model.snapshot.repo,)
-        ],
+        sources=list(_sources(plan)),
         facts=_taught(plan),
         loader=find_loader(name, files, [shard.name for shard in plan.shards]),
         recipe=recipe_text(short_recipe(plan)),
         lock=LOCK,
     )
+
+
+def _sources(plan: Plan) -> Iterator[Source]:
+    """The models of the card, each once, though slices may have it twice."""
+    names, base, seen = names_of(plan), plan.recipe.base, set[object]()
+    models = zip(plan.recipe.all_models, plan.licenses, plan.models, strict=True)
+    for model, license, checkpoint in models:
+        if not plan.stacks or model.source not in seen:
+            repo = None if checkpoint.snapshot is None else checkpoint.snapshot.repo
+            yield Source(names[model.label], " (base)" if base and model.label == base.label else "", license, repo)
+        seen.add(model.source)
 
 
 def _patches(plan: Plan) -> list[PatchInfo]:

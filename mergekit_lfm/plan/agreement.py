@@ -26,12 +26,13 @@ def refuse_disagreements(
     recipe: Recipe, models: Sequence[Checkpoint], labels: Sequence[str], template: int
 ) -> tuple[str, ...]:
     """The differences between the models that the recipe allows. Raises PlanError about all others."""
-    if len(models) < 2 or all(method.name == "passthrough" for method in recipe.methods):
+    if len(models) < 2:
         return ()
+    copied = all(method.name == "passthrough" for method in recipe.methods)
     found = [*_compare_configs(models, labels, template)]
-    if recipe.tokenizer_request is None:
+    if not copied and recipe.tokenizer_request is None:
         found += _compare_tokens(models, labels, template)
-    found += [*_find_factors(models, labels), *_find_empty(models, labels)]
+    found += [] if copied else [*_find_factors(models, labels), *_find_empty(models, labels)]
     refused = [(fact, text) for fact, text in found if fact not in recipe.allow]
     if refused:
         facts = ", ".join(dict.fromkeys(fact for fact, _ in refused))
