@@ -199,8 +199,8 @@ def _journal(plan: Plan, lock: dict[str, Any]) -> bytes:
     states = ({**asdict(state), "path": str(state.path)} for state in plan.inputs)
     tensors = lock["tensors"].items()
     receipts = (Receipt(name, 0, entry["xxh3"][0], (), tuple(entry.get("inputs", ()))) for name, entry in tensors)
-    lines = ({"plan": plan.digest}, *states, *(receipt.as_data() for receipt in receipts))
-    return "".join(json.dumps(line) + "\n" for line in lines).encode()
+    lines = [json.dumps(line) + "\n" for line in ({"plan": plan.digest}, *states)]
+    return "".join([*lines, *(receipt.as_line() for receipt in receipts)]).encode()
 
 
 def _resume(path: Path) -> None:

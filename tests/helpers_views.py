@@ -24,6 +24,7 @@ from mergekit_lfm.views.experts import Regrouped
 from mergekit_lfm.views.patched import Patched, summed_changes
 from mergekit_lfm.views.pending import Pending
 from mergekit_lfm.views.quantisation import dequantise
+from mergekit_lfm.views.reindexed import Reindexed, Run
 from mergekit_lfm.views.renamed import Renamed
 from mergekit_lfm.views.resized import Resized
 from mergekit_lfm.views.rewritten import Rewritten
@@ -155,6 +156,11 @@ def selected(checkpoint: Checkpoint) -> View:
     return Selected(checkpoint, {"up.weight": "up.weight", "layers.3.b": "up.bias"})
 
 
+def reindexed(checkpoint: Checkpoint, runs: Sequence[Run], padding: int = 0) -> View:
+    """The checkpoint with other rows in a matrix and a vector, some as if they were of another one."""
+    return Reindexed(checkpoint, [checkpoint], {name: [name, name] for name in ROWS}, runs, padding)
+
+
 def pending(checkpoint: Checkpoint) -> View:
     """The checkpoint before its alignment."""
     return Pending(checkpoint, checkpoint, dict.fromkeys(checkpoint, 100), 1000, {"align": "later"})
@@ -179,6 +185,12 @@ CASES: Mapping[str, Case] = MappingProxyType(
         "selected": (save_plain, selected),
         "cut": (save_plain, lambda x: Resized(x, ROWS, 290, x)),
         "filled over cut": (save_plain, lambda x: Resized(Resized(x, ROWS, 290, x), ROWS, 301, x)),
+        "reindexed": (save_plain, lambda x: reindexed(x, [Run(0, 200, ((0, 100),)), Run(200, 120, ((1, 7),))])),
+        "reindexed, with means and padding": (
+            lambda folder: save_plain(folder, torch.float32),
+            lambda x: reindexed(x, [Run(0, 299, ((0, 0), (1, 2))), Run(299, 3, ()), Run(302, 1, ((0, 300),))], 40),
+        ),
+        "reindexed, cut": (save_plain, lambda x: reindexed(x, [Run(0, 290, ((0, 0),))])),
         "experts apart": (save_experts, lambda x: experts(x, "apart")),
         "experts turned": (save_experts, lambda x: experts(x, "turned")),
         "experts apart over turned": (save_experts, lambda x: experts(x, "turned", "apart")),

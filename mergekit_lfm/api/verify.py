@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from mergekit_lfm.api.arguments import StrPath, as_bytes, expand
 from mergekit_lfm.api.merge import RecipeLike, plan_merge
 from mergekit_lfm.api.outcome import Outcome
-from mergekit_lfm.api.planned import PlannedMerge
+from mergekit_lfm.api.planned import PlannedMerge, Stages
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.machine.progress import SILENCE, Progress
+from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.store.hub import hub_name
 
 if TYPE_CHECKING:
@@ -61,7 +62,10 @@ def verify_output(
     planned = None
     if against_inputs is not None:
         how: dict[str, Any] = {"max_shard_size": max_shard_size, "seed": seed, "device": device}
-        planned = _plan_of(plan_merge(against_inputs, folder, **how).result, lock, out, progress)
+        planned = plan_merge(against_inputs, folder, **how).result
+        if planned.stages is not None:
+            planned = plan_merge(_on_results(planned.stages, out), folder, **how).result
+        planned = _plan_of(planned, lock, out, progress)
     nbytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     with progress.by_bytes(nbytes, "verifying") as advance:
         differences = verify(folder, advance, alone=snapshot is None)
@@ -75,6 +79,17 @@ def verify_output(
     inputs = (INPUTS_NOT_COVERED,) if planned is None else ()
     verified = Verified(tuple(differences), (*inputs, *NOT_COVERED, *others), nbytes, tuple(names))
     return Outcome(folder, verified, lock.plan, seconds=time.monotonic() - started)
+
+
+def _on_results(stages: Stages, out: StrPath) -> Recipe:
+    """The recipe of the last stage on what the others have left. Raises PlanError if that is gone."""
+    gone = [stage.name for stage in stages.stages if not (stages.folder / stage.name).is_dir()]
+    if gone:
+        raise PlanError(
+            f"{out} was made from the stages {', '.join(gone)}, which are no longer in {stages.folder}: merge again "
+            "without --drop-stages to make them, or verify OUT without its inputs"
+        )
+    return stages.recipe(stages.last)
 
 
 def _plan_of(planned: PlannedMerge, lock: Lock, out: StrPath, progress: Progress) -> PlannedMerge:

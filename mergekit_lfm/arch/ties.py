@@ -121,7 +121,8 @@ def tied_names(names: Iterable[str]) -> list[tuple[str, ...]]:
 def _tied_pairs(names: Mapping[str, None]) -> Iterator[tuple[str, str]]:
     """A tied tensor and the one that it is tied to."""
     pairs = _pairs()
-    for name in (name for name in names if name.endswith(tuple(pairs))):
+    ends = tuple(pairs)
+    for name in (name for name in names if name.endswith(ends)):
         for tied, sources in pairs.items():
             prefix = name.removesuffix(tied)
             if name.endswith(tied) and (not prefix or prefix.endswith(".")):

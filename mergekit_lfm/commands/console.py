@@ -69,6 +69,11 @@ class Console:
         """True if progress is not shown on a terminal, and text for people not at all."""
         return self.quiet or self.as_json
 
+    @property
+    def wants_data(self) -> bool:
+        """True if the result's data go anywhere: as JSON, or into the report."""
+        return self.as_json or self.report is not None
+
     @cached_property
     def progress(self) -> Terminal:
         """The display of a workflow's progress."""
@@ -143,9 +148,9 @@ class Console:
     ) -> NoReturn:
         """End with a result.
 
-        data: for JSON. text: makes the text for people, which is the result if there is no path, and else is printed
-        beside it on standard error. path: the path of the result. why: lines that say why the answer is no, printed
-        unless the result is JSON.
+        data: for JSON and the report, if it `wants_data`. text: makes the text for people, which is the result
+        if there is no path, and else is printed beside it on standard error. path: the path of the result. why: lines
+        that say why the answer is no, printed unless the result is JSON.
         """
         facts = {**self._facts(code), **data} if self.whole else dict(data)
         wanted = self.log is not None or not (self.as_json or (self.quiet and path is not None))

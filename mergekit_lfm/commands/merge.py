@@ -111,13 +111,14 @@ def merge(
     stage; their results stay in OUT.stages, where the next run takes those that have not changed. Sizes are 500MB, 5GB
     (5e9 bytes), 3GiB, or a number of bytes.
     """
-    from mergekit_lfm.api import merge as api
+    from mergekit_lfm.api.merge import merge as run
+    from mergekit_lfm.api.merge import plan_merge
     from mergekit_lfm.commands.show.terminal import tell
 
     with transfers(hidden=console.hidden):
         how: dict[str, Any] = {"max_shard_size": max_shard_size, "seed": seed, "heads": heads, "device": device}
         how |= {"push_to": push_to, "private": private, "card": not no_card}
-        planned = api.plan_merge(_read_recipe(recipe), out, **how).result
+        planned = plan_merge(_read_recipe(recipe), out, **how).result
         console.keep_apart([planned.out, *planned.plan.paths])
         if planned.goal is None and (private or pull_back):
             raise click.UsageError("--private and --verify are about a push: give --push-to org/name")
@@ -125,19 +126,11 @@ def merge(
             _show_plan(console, planned, memory, threads, verbose)
         if verbose:
             tell(_plan_texts(planned, memory, threads, verbose=True))
-        work: dict[str, Any] = {"memory": memory, "threads": threads, "nan": nan, "overwrite": overwrite}
+        work: dict[str, Any] = {"memory": memory, "threads": threads, "nan": nan, "trust_times": trust_times}
+        work |= {"overwrite": overwrite, "resume": not no_resume, "compile": compile_, "verify_push": pull_back}
+        work |= {"drop_stages": drop_stages, "progress": console.progress}
         with going_on_later(planned.out, planned.plan.digest):
-            outcome = api.merge(
-                planned,
-                **work,
-                resume=not no_resume,
-                trust_times=trust_times,
-                drop_stages=drop_stages,
-                compile=compile_,
-                verify_push=pull_back,
-                progress=console.progress,
-                on_merged=partial(_show_outcome, console),
-            )
+            outcome = run(planned, on_merged=partial(_show_outcome, console), **work)
     _conclude(console, outcome)
 
 
@@ -152,9 +145,10 @@ def _conclude(console: Console, outcome: Outcome[Merged]) -> NoReturn:
     from mergekit_lfm.commands.show.plans import merge_data, push_text
 
     pushed = outcome.result.pushed
+    data = merge_data(outcome) if console.wants_data else {}  # it takes long for many tensors
     if pushed is None:
-        console.conclude(merge_data(outcome), path=outcome.path)
-    console.conclude(merge_data(outcome), lambda: push_text(pushed), path=f"{outcome.path}\n{pushed.url}")
+        console.conclude(data, path=outcome.path)
+    console.conclude(data, lambda: push_text(pushed), path=f"{outcome.path}\n{pushed.url}")
 
 
 def _read_recipe(path: Path) -> Path | Recipe:

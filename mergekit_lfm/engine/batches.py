@@ -21,6 +21,7 @@ from mergekit_lfm.methods.registry import METHODS
 from mergekit_lfm.plan.budget import Budget
 from mergekit_lfm.plan.job import SMALL, Job
 from mergekit_lfm.plan.plan import Plan
+from mergekit_lfm.plan.roles import TensorRef
 from mergekit_lfm.store.formats import bytes_of
 from mergekit_lfm.store.tensors import FLOATS
 
@@ -43,9 +44,9 @@ def split_batches(budget: Budget, jobs: Iterable[int], share: int) -> Iterator[t
 
 def sort_alike(plan: Plan, jobs: Iterable[int]) -> Iterator[list[Job]]:
     """The jobs in groups with the same method, models and dtypes, in the order of the plan."""
-    groups = dict[Any, list[Job]]()
+    groups, sources = dict[Any, list[Job]](), plan.sources
     for job in (plan.tensors[i] for i in jobs):
-        stored = tuple((i, plan.sources[i][name].dtype) for i, name in job.inputs)
+        stored = tuple([(i, sources[i][name].dtype) for i, name in job.inputs])
         alike = job.method, job.copied, stored, job.base is None, job.compute, job.dtype
         groups.setdefault(alike, []).append(job)
     yield from groups.values()
@@ -60,10 +61,10 @@ class Batch:
 
     def digests(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, str, list[str]]]:
         """Each job with the xxh3-128 of its result and of its inputs."""
-        merged, columns, start = bytes_of(self.merged), [bytes_of(column) for column in self.columns], 0
+        parts = [(bytes_of(tensor), tensor.itemsize) for tensor in (self.merged, *self.columns)]
+        start = 0
         for job in jobs:
             stop = start + job.spec.numel
-            parts = ((data, len(data) // self.merged.numel()) for data in (merged, *columns))
             digest, *inputs = [xxhash.xxh3_128_hexdigest(data[start * size : stop * size]) for data, size in parts]
             yield job, digest, inputs
             start = stop
@@ -76,7 +77,8 @@ def merge_alike(plan: Plan, jobs: Sequence[Job], run: RunStep) -> Batch | None:
     """
     first = jobs[0]
     numel = sum(job.spec.numel for job in jobs)
-    columns = tuple(_read_column(plan, jobs, i, numel) for i in range(1 if first.copied else len(first.inputs)))
+    inputs = zip(*[job.inputs[:1] if job.copied else job.inputs for job in jobs], strict=True)
+    columns = tuple(_read_column(plan, refs, numel) for refs in inputs)
     if first.copied:
         return Batch(columns[0]) if first.dtype not in FLOATS or is_finite(columns[0]) else None
     if not all(is_finite(column) for column in columns):
@@ -128,9 +130,8 @@ def _are_same(one: Any, other: Any) -> bool:
     return one is other
 
 
-def _read_column(plan: Plan, jobs: Sequence[Job], i: int, numel: int) -> torch.Tensor:
-    """Input i of all jobs, one after another, as they are stored."""
-    refs = [job.inputs[i] for job in jobs]
+def _read_column(plan: Plan, refs: Sequence[TensorRef], numel: int) -> torch.Tensor:
+    """Tensors of one source, with so many elements in all, one after another, as they are stored."""
     source = plan.sources[refs[0][0]]
     column = torch.empty(numel, dtype=getattr(torch, source[refs[0][1]].dtype))
     source.read_all_into([name for _, name in refs], bytes_of(column))

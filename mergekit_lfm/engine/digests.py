@@ -7,6 +7,7 @@ dequantised.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import xxhash
@@ -73,4 +74,4 @@ def is_verbatim(plan: Plan, job: Job) -> bool:
 def input_digests(job: Job, receipts: Mapping[tuple[str, int], Receipt]) -> list[str]:
     """The digests of all that a job reads: its inputs, the base last, then Gram matrices; [] for verbatim copies."""
     segments = [receipts[job.name, segment].inputs for segment in range(job.segments)]
-    return [combine([digests[i] for digests in segments if i < len(digests)]) for i in range(len(segments[0]))]
+    return [combine([digest for digest in column if digest is not None]) for column in zip_longest(*segments)]

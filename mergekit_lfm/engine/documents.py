@@ -64,7 +64,7 @@ class Documents:
         """The files that the lock covers, by name."""
         plan, files, paths = self.plan, dict[str, bytes](), dict(self.plan.files)
         for name, data in plan.contents.items():
-            with _explain(paths[name]):
+            with _explain(paths.get(name, name)):
                 files[name] = _without_paths(data)
                 if name == "config.json":
                     files[name] = _config(files[name], plan)
@@ -107,8 +107,8 @@ class Documents:
             "dropped": [{"model": names[m], "tensor": t, "reason": why} for m, t, why in plan.dropped],
         }
 
-    def lock(self, receipts: Mapping[tuple[str, int], Receipt]) -> bytes:
-        """The lock of an output whose segments have these receipts."""
+    def lock(self, receipts: Mapping[tuple[str, int], Receipt]) -> tuple[bytes, str]:
+        """The lock of an output whose segments have these receipts, and the digest in it."""
         plan = self.plan
         shards = {spec.name: shard.name for shard in plan.shards for spec in shard.tensors}
         tensors = {
@@ -188,8 +188,10 @@ def _config(raw: bytes, plan: Plan) -> bytes:
 
 def _fit(config: dict[str, Any], plan: Plan) -> None:
     """Change what a recipe's choices change: the length of the vocabulary, and the class and labels with the head."""
+    before, rows = plan.vocabulary or (0, 0)
     for part in _parts(config) if plan.vocabulary is not None else ():
-        part.update({key: plan.vocabulary for key in ("vocab_size",) if part.get(key, 0) > plan.vocabulary})
+        if isinstance(size := part.get("vocab_size"), int) and (size == before or size > rows):
+            part["vocab_size"] = rows
     for job in plan.tensors:
         keeper = next(iter(job.match.sources.values()))[0]
         if len(job.match.sources) == 1 and keeper != plan.template and HEAD.search(job.name):
@@ -223,22 +225,28 @@ def _encode_index(index: Index) -> bytes:
 
 def _card(plan: Plan, name: str, files: Mapping[str, bytes]) -> str:
     """The model card: a front matter for the Hub, the sources, edited facts, how to load it, the recipe."""
-    names, base = names_of(plan), plan.recipe.base
     dtypes = ", ".join(sorted({job.dtype for job in plan.tensors}))
     return model_card(
         name=name,
         methods=_methods(plan),
         numbers=f"{len(plan.tensors)} tensors, {sum(job.spec.numel for job in plan.tensors):,} numbers, {dtypes}",
-        sources=[
-            Source(names[label], " (base)" if base and label == base.label else "", license, repo)
-            for label, license, model in zip(plan.labels, plan.licenses, plan.models, strict=True)
-            for repo in (None if model.snapshot is None else model.snapshot.repo,)
-        ],
+        sources=list(_sources(plan)),
         facts=_taught(plan),
         loader=find_loader(name, files, [shard.name for shard in plan.shards]),
         recipe=recipe_text(short_recipe(plan)),
         lock=LOCK,
     )
+
+
+def _sources(plan: Plan) -> Iterator[Source]:
+    """The models of the card, each once, though slices may have it twice."""
+    names, base, seen = names_of(plan), plan.recipe.base, set[object]()
+    models = zip(plan.recipe.all_models, plan.licenses, plan.models, strict=True)
+    for model, license, checkpoint in models:
+        if not plan.stacks or model.source not in seen:
+            repo = None if checkpoint.snapshot is None else checkpoint.snapshot.repo
+            yield Source(names[model.label], " (base)" if base and model.label == base.label else "", license, repo)
+        seen.add(model.source)
 
 
 def _patches(plan: Plan) -> list[PatchInfo]:

@@ -23,7 +23,7 @@ from mergekit_lfm.kernels.compiled import Mode
 from mergekit_lfm.machine.accelerators import HOST, Accelerator
 from mergekit_lfm.machine.progress import SILENCE, Progress
 from mergekit_lfm.machine.resources import default_memory, explain_thread_limit
-from mergekit_lfm.output.lock import LOCK, OWN_DIGEST, lock_of
+from mergekit_lfm.output.lock import LOCK
 from mergekit_lfm.output.replace import Policy, already_there, is_complete
 from mergekit_lfm.output.writer import Output, finish
 from mergekit_lfm.plan.budget import Budget, check_disk, workers
@@ -92,16 +92,16 @@ def execute(
     files = Output(plan.digest, plan.shards, plan.inputs, folder, resume, trust_times=trust_times)
     advancing = progress.by_bytes(plan.bytes_written, doing)
     with files as output, Worker(plan, output.partial, options) as worker, advancing as advance:
-        resumed = _take_over(plan, output, nan, count)
+        advance(resumed := _take_over(plan, output, nan, count))
         run = Run(plan, options, output, advance)
-        advance(resumed)
         try:
             with _explain_full_gpu(), pool(worker, count) as executor:
                 run.carry_out(executor)
         finally:
             output.flush()
-        output.publish({**documents.files, LOCK: documents.lock(output.done)})
-    keep_states(plan, lock_of(folder)[OWN_DIGEST])
+        lock, digest = documents.lock(output.done)
+        output.publish({**documents.files, LOCK: lock})
+    keep_states(plan, digest)
     return Execution(False, resumed, (*_findings(plan, output), *sorted(run.remarks)))
 
 
@@ -122,6 +122,7 @@ def _findings(plan: Plan, output: Output) -> Iterator[str]:
     """The warnings about a merge that was completed."""
     yield from output.notices
     yield from plan.recipe.notices
+    yield from plan.warnings
     for where in sorted({where for receipt in output.done.values() for where in receipt.nonfinite}):
         yield f"{where} holds NaN or infinity"
     yield from (f"merged although {text}" for text in plan.allowed)

@@ -22,7 +22,7 @@ from mergekit_lfm.machine.resources import cache_folder, default_threads
 from mergekit_lfm.output.lock import Lock, read_lock, verify
 from mergekit_lfm.plan.budget import Budget
 from mergekit_lfm.plan.plan import Plan
-from mergekit_lfm.plan.sources import TensorRef
+from mergekit_lfm.plan.roles import TensorRef
 from mergekit_lfm.store.checkpoint import Checkpoint
 
 SHOWN = 5  # tensors that a message names

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from mergekit_lfm.plan.matrices import MatrixJob
-from mergekit_lfm.plan.sources import TensorRef
+from mergekit_lfm.plan.roles import TensorRef
 
 ReadTensor = Callable[[TensorRef, int, int], torch.Tensor]  # a tensor's elements from the first to the last, 1-D
 

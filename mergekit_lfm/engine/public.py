@@ -34,11 +34,26 @@ def _public(key: str, value: Any, names: Mapping[str, str]) -> Any:
         return _public_align(value, names)
     if key == "edits":
         return _public_edits(value)
+    if key == "tokenizer":
+        return _public_tokenizer(value, names)
     if key in ("models", "slices", "sources"):
         return [{k: _public(k, v, names) for k, v in entry.items()} for entry in value]
     if key == "modules":
         return {name: {k: _public(k, v, names) for k, v in entry.items()} for name, entry in value.items()}
     return value
+
+
+def _public_tokenizer(data: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """A recipe's `tokenizer` with the names of its models."""
+    public = {**data, "source": names.get(data["source"], data["source"])}
+    if "tokens" in data:
+        public["tokens"] = {text: _public_token(token, names) for text, token in data["tokens"].items()}
+    return public
+
+
+def _public_token(token: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    source = token.get("source", {})
+    return {**token, "source": {**source, "model": names[source["model"]]}} if "model" in source else token
 
 
 def _public_edits(edits: list[str | dict[str, Any]]) -> list[str | dict[str, Any]]:

@@ -40,7 +40,8 @@ class Run:
     def carry_out(self, executor: Executor) -> None:
         """Do first all tasks that need no barrier, heavy ones first, then in file order; then those in passes."""
         jobs, at_once = self.plan.tensors, not self.options.accelerator.by_chunk
-        waiting = [group for group in self.plan.groups if any(self._missing(i) for i in group)]
+        anew = not self.output.done
+        waiting = [group for group in self.plan.groups if anew or any(self._missing(i) for i in group)]
         shared, alone, small = list[tuple[int, ...]](), list[int](), list[int]()
         for group in waiting:
             if self._takes_passes(group):
@@ -57,8 +58,8 @@ class Run:
 
     def _missing(self, job: int) -> tuple[int, ...]:
         """The segments of a job without a receipt."""
-        names, segments, done = self.plan.tensors[job].names, self.plan.tensors[job].segments, self.output.done
-        return tuple(segment for segment in range(segments) if any((name, segment) not in done for name in names))
+        names, segments, done = self.plan.tensors[job].names, range(self.plan.tensors[job].segments), self.output.done
+        return tuple([segment for segment in segments if not all((name, segment) in done for name in names)])
 
     def _takes_passes(self, group: Sequence[int]) -> bool:
         """True if a group's inputs do not fit a worker's share, so that all workers read them, once for every sum."""

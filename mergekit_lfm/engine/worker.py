@@ -33,7 +33,7 @@ from mergekit_lfm.plan.budget import Budget
 from mergekit_lfm.plan.job import Job
 from mergekit_lfm.plan.matrices import MatrixJob
 from mergekit_lfm.plan.plan import Plan
-from mergekit_lfm.plan.sources import TensorRef
+from mergekit_lfm.plan.roles import TensorRef
 from mergekit_lfm.store.formats import bytes_of
 from mergekit_lfm.store.tensors import FLOATS, ITEMSIZE
 

@@ -45,9 +45,11 @@ class Shard:
 
     @cached_property
     def _encoded(self) -> tuple[bytes, dict[str, int]]:
+        if not self.folder:
+            return encode_header(self.tensors, METADATA, self.congruent)
         specs = [replace(spec, name=self.own_name(spec.name)) for spec in self.tensors]
         header, offsets = encode_header(specs, METADATA, self.congruent)
-        return header, {spec.name: offsets[self.own_name(spec.name)] for spec in self.tensors}
+        return header, {spec.name: offsets[own.name] for spec, own in zip(self.tensors, specs, strict=True)}
 
     @property
     def header(self) -> bytes:
@@ -58,7 +60,7 @@ class Shard:
         """Offset of each tensor's bytes in the file."""
         return self._encoded[1]
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Size of the file."""
         return len(self.header) + sum(spec.nbytes for spec in self.tensors)

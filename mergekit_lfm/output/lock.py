@@ -166,8 +166,8 @@ def read_lock(out: Path) -> Lock:
         ) from None
 
 
-def encode_lock(lock: Mapping[str, Any]) -> bytes:
-    """The lock's bytes, with its digest: entries of most tensors stand once, under `common`, and each tensor in a line.
+def encode_lock(lock: Mapping[str, Any]) -> tuple[bytes, str]:
+    """The lock's bytes, and the digest in it: what most tensors share stands once, under `common`; each has a line.
 
     lock: its entries; `tensors` with all keys of each.
     """
@@ -182,8 +182,8 @@ def encode_lock(lock: Mapping[str, Any]) -> bytes:
     facts[OWN_DIGEST] = own_digest({**facts, "tensors": short})
     head = json.dumps(facts, indent=1, ensure_ascii=False)
     encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-    lines = ",".join(f"\n  {encode(name)}:{encode(entry)}" for name, entry in short.items())
-    return (head.removesuffix("\n}") + f',\n "tensors": {{{lines}\n }}\n}}\n').encode()
+    lines = ",".join(f"\n  {encode({name: entry})[1:-1]}" for name, entry in short.items())
+    return (head.removesuffix("\n}") + f',\n "tensors": {{{lines}\n }}\n}}\n').encode(), facts[OWN_DIGEST]
 
 
 def is_intact(lock: Mapping[str, Any]) -> bool:
@@ -223,7 +223,7 @@ def revise(folder: Path, name: str, data: bytes) -> None:
     tensors = {key: {**lock.get(COMMON, {}), **entry} for key, entry in lock["tensors"].items()}
     files = {**lock["files"], name: xxhash.xxh3_128_hexdigest(data)}
     replace_file(folder / name, data)
-    replace_file(folder / LOCK, encode_lock({**lock, "files": files, "tensors": tensors}))
+    replace_file(folder / LOCK, encode_lock({**lock, "files": files, "tensors": tensors})[0])
 
 
 def lock_of(folder: Path) -> dict[str, Any]:

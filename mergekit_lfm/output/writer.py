@@ -38,6 +38,7 @@ JOURNAL = "merge.journal"
 LONGEST_LINE = 1_000_000  # bytes; a receipt has some hundred
 SHOWN = 5  # tensors that a notice names
 SYNC_BYTES = 256 << 20  # about so many are synced and journalled at a time: syncing each tensor costs more than merging
+_ENCODER = json.JSONEncoder(sort_keys=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,24 +54,24 @@ class Receipt:
     nonfinite: tuple[str, ...] = ()
     inputs: tuple[str, ...] = ()
 
-    def as_data(self) -> dict[str, Any]:
-        """Its entries as JSON can hold them."""
+    def as_line(self) -> str:
+        """Its line in the journal: its entries as JSON, with a check of them."""
         data = {"tensor": self.tensor, "segment": self.segment, "xxh3": self.xxh3}
-        data |= {"nonfinite": list(self.nonfinite), "inputs": list(self.inputs)}
-        return {**data, "check": _check_of(data)}
+        text = _ENCODER.encode({**data, "nonfinite": self.nonfinite, "inputs": self.inputs})
+        return f'{text[:-1]}, "check": "{_check_of(text)}"}}\n'
 
     @classmethod
     def of_data(cls, data: Any) -> Receipt:
         """The receipt with these entries. Raises ValueError if they are not as they were written."""
         entries = {name: value for name, value in data.items() if name != "check"} if isinstance(data, Mapping) else {}
-        if not entries or data["check"] != _check_of(entries):
+        if not entries or data["check"] != _check_of(_ENCODER.encode(entries)):
             raise ValueError("the receipt was changed")
         return cls(**{**entries, "nonfinite": tuple(entries["nonfinite"]), "inputs": tuple(entries["inputs"])})
 
 
-def _check_of(data: Mapping[str, Any]) -> str:
+def _check_of(text: str) -> str:
     """xxh3-64 of a receipt's entries: digests of inputs, unlike those of outputs, are not computed again."""
-    return xxhash.xxh3_64_hexdigest(json.dumps(data, sort_keys=True).encode())
+    return xxhash.xxh3_64_hexdigest(text.encode())
 
 
 class Output:
@@ -256,7 +257,7 @@ class Output:
         if self._broken:
             return
         self._broken = True
-        lines = "".join(json.dumps(receipt.as_data()) + "\n" for receipt in batch).encode()
+        lines = "".join(receipt.as_line() for receipt in batch).encode()
         for shard in sorted({self._files.shard_of(receipt.tensor) for receipt in batch}):
             with name_file(self._files.path(shard)):
                 os.fdatasync(self._files.fileno(shard))

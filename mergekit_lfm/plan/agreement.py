@@ -26,19 +26,24 @@ def refuse_disagreements(
     recipe: Recipe, models: Sequence[Checkpoint], labels: Sequence[str], template: int
 ) -> tuple[str, ...]:
     """The differences between the models that the recipe allows. Raises PlanError about all others."""
-    if len(models) < 2 or all(method.name == "passthrough" for method in recipe.methods):
+    if len(models) < 2:
         return ()
-    found = [*_compare_configs(models, labels, template), *_compare_tokens(models, labels, template)]
-    found += [*_find_factors(models, labels), *_find_empty(models, labels)]
+    copied = all(method.name == "passthrough" for method in recipe.methods)
+    found = [*_compare_configs(models, labels, template)]
+    if not copied and recipe.tokenizer_request is None:
+        found += _compare_tokens(models, labels, template)
+    found += [] if copied else [*_find_factors(models, labels), *_find_empty(models, labels)]
     refused = [(fact, text) for fact, text in found if fact not in recipe.allow]
     if refused:
         facts = ", ".join(dict.fromkeys(fact for fact, _ in refused))
+        differ = any(fact == TOKENS for fact, _ in refused)
+        by_tokens = "To merge rows by their tokens, add `tokenizer_source: union`, or `base`. " if differ else ""
         raise PlanError(
             "{found}\n{cure}",
             found=several(
                 "the models agree in shapes, but not in what their numbers mean", [text for _, text in refused]
             ),
-            cure=f"If they should be merged all the same, add `allow: [{facts}]` to the recipe",
+            cure=f"{by_tokens}If they should be merged all the same, add `allow: [{facts}]` to the recipe",
         )
     return tuple(text for _, text in found)
 

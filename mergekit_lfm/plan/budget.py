@@ -19,6 +19,7 @@ from mergekit_lfm.plan.job import SMALL, Job
 from mergekit_lfm.plan.plan import Plan
 from mergekit_lfm.store.places import partial_of
 from mergekit_lfm.store.tensors import ITEMSIZE
+from mergekit_lfm.views.base import View
 
 if TYPE_CHECKING:
     from mergekit_lfm.machine.accelerators import Accelerator
@@ -39,20 +40,23 @@ class Budget:
 
     def scratch(self, job: Job) -> int:
         """Bytes that one worker holds to process the job block by block."""
-        if job.copied:
-            return min(job.block, job.spec.numel) * ITEMSIZE[job.dtype] + self.views(job)
         return self.device_scratch(job) + self.views(job)
 
     def device_scratch(self, job: Job) -> int:
         """The part of `scratch` that the device holds: all but the memory of views."""
-        return self._merging(job, min(job.block, job.spec.numel))
+        numel = min(job.block, job.spec.numel)
+        return numel * ITEMSIZE[job.dtype] if job.copied else self._merging(job, numel)
 
     def least(self, job: Job) -> int:
         """Bytes without which one worker cannot process the job, with blocks merged in small parts."""
+        return self._device_least(job) + self.views(job)
+
+    def _device_least(self, job: Job) -> int:
+        """The part of `least` that the device holds."""
         if job.copied or not self.in_parts:
-            return self.scratch(job)
+            return self.device_scratch(job)
         parts = self._merging(job, min(job.spec.numel, _part_numel(job, LEAST_PART)))
-        return max(parts, self._reducing(job) if job.needs_sums else 0) + self.views(job)
+        return max(parts, self._reducing(job) if job.needs_sums else 0)
 
     def part(self, job: Job, nbytes: int) -> int:
         """Elements of a block that one worker merges at a time to hold no more than so many bytes, if they suffice."""
@@ -63,9 +67,11 @@ class Budget:
 
     def _merging(self, job: Job, numel: int) -> int:
         """Bytes to merge so many elements at once, and for sums by row or column and the weights from them."""
+        blocks = numel * len(job.inputs) * self._wide(job)
+        if not job.sums:
+            return blocks
         sums = job.sums * numel // job.spec.numel if job.by_row else job.sums
-        sums *= 6 * 8  # float64; the weights that a solve makes of them are not smaller
-        return numel * len(job.inputs) * self._wide(job) + sums
+        return blocks + 6 * 8 * sums  # float64; the weights that a solve makes of them are not smaller
 
     def _reducing(self, job: Job) -> int:
         """Bytes for sums over a block: the inputs as they are stored, and those that are worked on at once."""
@@ -82,7 +88,13 @@ class Budget:
 
     def views(self, job: Job) -> int:
         """Bytes that views take while any range of the job's inputs is read."""
-        return sum(self.plan.sources[i].cost(name).scratch for i, name in job.all_inputs)
+        views = self._views
+        return sum([views[i].cost(name).scratch for i, name in job.all_inputs if i in views])
+
+    @cached_property
+    def _views(self) -> dict[int, View]:
+        """The sources that take memory while they are read."""
+        return {i: source for i, source in enumerate(self.plan.sources) if isinstance(source, View)}
 
     @property
     def resident_views(self) -> int:
@@ -126,9 +138,10 @@ class Budget:
                 f"{name} needs {largest / 1e6:,.0f} MB for one worker, a budget of {memory / 1e6:,.0f} MB{views} gives "
                 f"each of {threads} {max(0, share) / 1e6:,.0f} MB: raise --memory, lower --threads"
             )
-        kept = [self.resident(g) for g in plan.groups if plan.tensors[g[0]].needs_sums and self.resident(g) <= share]
-        whole = min(share, max(self._scratch, self._batch))
-        return min(memory, self.resident_views + threads * max([largest, whole, *kept]))
+        kept = [self.resident(group) for group in plan.groups if plan.tensors[group[0]].needs_sums]
+        whole = min(share, max([*self._scratches, self._batch]))
+        most = max([largest, whole, *(nbytes for nbytes in kept if nbytes <= share)])
+        return min(memory, self.resident_views + threads * most)
 
     def check_room(self, room: int, threads: int) -> None:
         """Raise PlanError if the device's memory is too little: each of so many threads has its share of `room`."""
@@ -140,21 +153,28 @@ class Budget:
             )
 
     @cached_property
-    def _scratch(self) -> int:
-        """Bytes that a worker holds for a job if its share has room for whole blocks."""
-        return max(map(self.scratch, self.plan.tensors), default=0)
+    def _scratches(self) -> tuple[int, ...]:
+        """Bytes that a worker holds for each job if its share has room for whole blocks."""
+        return tuple(map(self.scratch, self.plan.tensors))
+
+    @cached_property
+    def _device_leasts(self) -> tuple[int, ...]:
+        """Bytes of the device without which no worker can process each job."""
+        return tuple(map(self._device_least, self.plan.tensors))
 
     @cached_property
     def _batch(self) -> int:
         """Bytes that a worker holds at most for small jobs that it does at once, if its share has room for as many."""
-        small = [(job.spec.numel, self.scratch(job)) for job in self.plan.tensors if job.small]
+        scratches = zip(self.plan.tensors, self._scratches, strict=True)
+        small = [(job.spec.numel, nbytes) for job, nbytes in scratches if job.small]
         most = max((nbytes / numel for numel, nbytes in small), default=0)
         return min(sum(nbytes for _, nbytes in small), int(SMALL * most))
 
     @cached_property
     def _largest(self) -> tuple[str, int]:
         """The tensor or group of matrices for which one worker needs most, and these bytes."""
-        demands = [(job.name, self.least(job)) for job in self.plan.tensors]
+        leasts = zip(self.plan.tensors, self._device_leasts, strict=True)
+        demands = [(job.name, nbytes + self.views(job)) for job, nbytes in leasts]
         for group in self.plan.matrices:
             jobs = [self.plan.tensors[i] for i in group.jobs]
             demands.append((jobs[0].name, group.nbytes + max(self.views(job) for job in jobs)))
@@ -163,7 +183,8 @@ class Budget:
     @cached_property
     def _largest_of_device(self) -> tuple[str, int]:
         """The same on the device."""
-        demands = [(job.name, self.least(job) - self.views(job)) for job in self.plan.tensors if not job.copied]
+        leasts = zip(self.plan.tensors, self._device_leasts, strict=True)
+        demands = [(job.name, nbytes) for job, nbytes in leasts if not job.copied]
         demands += [(self.plan.tensors[group.jobs[0]].name, group.nbytes) for group in self.plan.matrices]
         return max(demands, key=itemgetter(1), default=("", 0))
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from mergekit_lfm.arch.ties import is_tied
 from mergekit_lfm.errors import PlanError, did_you_mean, several
-from mergekit_lfm.plan.sources import PartRoles
+from mergekit_lfm.plan.roles import PartRoles
 from mergekit_lfm.recipe.values import Setting
 
 HEADS = ("lm_head", "embed_out", "output", "proj_out")  # which a tied model does not store
@@ -21,9 +21,10 @@ def refuse_idle_filters(roles: Sequence[PartRoles]) -> None:
     names: dict[str, dict[str, None]] = {}  # of the tensors that a place in the recipe is about
     filters: dict[str, list[str]] = {}
     for part in roles:
+        found = list(_filters_of(part))
         tied = any(is_tied(model.config) is not False for model in part.models)
-        seen = [*(name for model in part.models for name in model), *(HEADS if tied else ())]
-        for place, pattern in _filters_of(part):
+        seen = [*(name for model in part.models for name in model), *(HEADS if tied else ())] if found else []
+        for place, pattern in found:
             names.setdefault(place, {}).update(dict.fromkeys(seen))
             filters.setdefault(place, []).append(pattern)
     problems = []

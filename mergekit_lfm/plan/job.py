@@ -12,7 +12,7 @@ from mergekit_lfm.kernels.random import key
 from mergekit_lfm.methods.method import Method, Unit
 from mergekit_lfm.methods.registry import METHODS
 from mergekit_lfm.plan.match import Match
-from mergekit_lfm.plan.sources import PartRoles, TensorRef
+from mergekit_lfm.plan.roles import PartRoles, TensorRef
 from mergekit_lfm.recipe.parts import Settings
 from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.store.tensors import FLOATS, ITEMSIZE, TensorSpec
@@ -115,14 +115,14 @@ def make_job(
     """
     recipe, base = roles.recipe, roles.base
     method, spec, held = roles.part.method, match.spec, match.sources
-    inputs = tuple(held[i] for i in roles.inputs if i in held)
+    inputs = tuple([held[i] for i in roles.inputs if i in held])
     base_source = held.get(base) if base is not None else None
     refs = inputs if base_source is None else (*inputs, base_source)
     dtypes = [sources[i][name].dtype for i, name in refs]
     lone = len(held) == 1 < len(roles.models)  # a tensor of one model alone
     if lone:
         refs, dtypes = tuple(held.values()), [spec.dtype]
-    if lone or not all(dtype in FLOATS for dtype in dtypes):
+    if lone or not {*dtypes} <= {*FLOATS}:
         first = held.get(roles.template)
         refs = (*(ref for ref in refs if ref == first), *(ref for ref in refs if ref != first))
         if spec.dtype.startswith("float8") and not lone and settings.inputs[0].get("scale") is not None:
@@ -143,8 +143,8 @@ def make_job(
             base_source = None
     job = Job(out, match, method.name, inputs, base_source, settings, compute, False, block, False, layer=layer)
     unit = unit_of([job], recipe.seed, roles.norms)
-    changes: dict[str, Any] = {"block": block_numel(method, unit, block)}
-    changes |= {"row": method.row(unit), "by_row": method.by_row(unit), "sums": method.sums(unit)}
+    row, by_row, sums = method.row(unit), method.by_row(unit), method.sums(unit)
+    changes: dict[str, Any] = {"block": block_numel(method, unit, block), "row": row, "by_row": by_row, "sums": sums}
     if method.statistics and not method.whole:
         changes["statistics"] = statistics or ()
     if method.copies(unit):
@@ -153,8 +153,9 @@ def make_job(
         index, added = roles.added
         changed = [name for name in (spec.name, *match.tied) if name in added]
         changes |= {"added": (index, changed[0]), "copied": False} if changed else {}
-    changes["needs_sums"] = not (changes.get("copied") or changes["by_row"]) and _needs_sums(method, unit)
-    return replace(job, **changes)
+    changes["needs_sums"] = not (changes.get("copied") or by_row) and _needs_sums(method, unit)
+    changes = {name: value for name, value in changes.items() if value != getattr(job, name)}
+    return replace(job, **changes) if changes else job
 
 
 def _is_averaged(method: Method, match: Match, settings: Settings) -> bool:
@@ -197,7 +198,7 @@ def unit_of(jobs: Sequence[Job], seed: int, norms: tuple[float, ...] = ()) -> Un
     return Unit(
         name=first.name if len(jobs) == 1 else f"all {len(jobs)} tensors",
         shape=first.shape if len(jobs) == 1 else (),
-        numel=sum(job.spec.numel for job in jobs),
+        numel=sum([job.spec.numel for job in jobs]),
         shared=first.settings.shared,
         inputs=first.settings.inputs,
         keys=tuple(key(seed, first.name, i) for i in range(len(first.sources))) if METHODS[first.method].random else (),

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import fmean
 
-_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # between two dots, or at an end
+_NUMBER = re.compile(r"(?<![^.])(\d+)(?![^.])")  # between two dots, or at an end
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,33 +43,29 @@ def find_places(names: Iterable[str]) -> dict[str, Place]:
     count, nor does one inside a layer. Experts do not count either: there may be more of them than of layers. Layers
     are counted for each text before their number. Tensors beside the layers of a container are in no layer.
     """
-    numbers = {name: [match for match in _NUMBER.finditer(name) if not _counts_experts(match)] for name in names}
-    places = {name: [_pattern(name[: match.start()]) for match in found] for name, found in numbers.items()}
+    forms: dict[tuple[str, ...], list[list[str]]] = {}  # names in parts, by the texts between their numbers
+    for parts in map(_NUMBER.split, names):
+        forms.setdefault(tuple(parts[::2]), []).append(parts)
+    places = {form: _places(form) for form in forms}
     values: dict[str, dict[str, set[str]]] = {}  # by place and pattern
-    for name, found in numbers.items():
-        for place, match in zip(places[name], found, strict=True):
-            values.setdefault(place, {}).setdefault(_pattern(name), set()).add(match[0])
+    for form, alike in forms.items():
+        for i, place in places[form].items():
+            numbers = values.setdefault(place, {}).setdefault("#".join(form), set())
+            numbers.update([parts[i] for parts in alike])
     sizes = {place: fmean(map(len, patterns.values())) for place, patterns in values.items()}
-    chosen = {
-        name: max(range(len(at)), key=lambda i: (sizes[at[i]], at[i] != "", -i)) for name, at in places.items() if at
-    }
-    containers = {place for name, i in chosen.items() for place in places[name][:i]}
-    layers = {name: numbers[name][i] for name, i in chosen.items() if places[name][i] not in containers}
+    chosen = {form: max(at, key=lambda i: (sizes[at[i]], at[i] != "", -i)) for form, at in places.items() if at}
+    containers = {place for form, layer in chosen.items() for i, place in places[form].items() if i < layer}
+    layers: dict[str, tuple[str, int, str]] = {}  # the text before the number, the number, the text behind it
     counts: dict[str, int] = {}
-    for name, match in layers.items():
-        before = name[: match.start()]
-        counts[before] = max(counts.get(before, 0), int(match[0]) + 1)
-    return {
-        name: Place(before := name[: match.start()], int(match[0]), name[match.end() :], counts[before])
-        for name, match in layers.items()
-    }
+    for form, i in chosen.items():
+        for parts in forms[form] if places[form][i] not in containers else ():
+            before, index = "".join(parts[:i]), int(parts[i])
+            layers["".join(parts)] = before, index, "".join(parts[i + 1 :])
+            counts[before] = max(counts.get(before, 0), index + 1)
+    return {name: Place(before, index, behind, counts[before]) for name, (before, index, behind) in layers.items()}
 
 
-def _counts_experts(match: re.Match[str]) -> bool:
-    """True for the number after a word such as `experts`."""
-    return match.string[: match.start()].rstrip(".").endswith(("expert", "experts"))
-
-
-def _pattern(name: str) -> str:
-    """The name without its numbers."""
-    return _NUMBER.sub("#", name)
+def _places(form: tuple[str, ...]) -> dict[int, str]:
+    """The pattern of the text before each number of a name, by the number's index among the parts; not of experts'."""
+    found = {2 * i - 1: "#".join(form[:i]) for i in range(1, len(form))}
+    return {i: place for i, place in found.items() if not place.rstrip(".").endswith(("expert", "experts"))}

@@ -14,25 +14,18 @@ from mergekit_lfm.methods.method import Method
 from mergekit_lfm.output.card import read_license
 from mergekit_lfm.output.layout import lay_out
 from mergekit_lfm.plan.agreement import refuse_disagreements
-from mergekit_lfm.plan.beside import gather_files
 from mergekit_lfm.plan.filters import refuse_idle_filters
 from mergekit_lfm.plan.job import Job, make_job
 from mergekit_lfm.plan.match import match_tensors, refuse_unmatched
 from mergekit_lfm.plan.matrices import MatrixGroup, group_matrices
 from mergekit_lfm.plan.pieces import Piece, Pieces, cut_pieces, stacked_config, stacks_of, unused_names
 from mergekit_lfm.plan.plan import Plan
-from mergekit_lfm.plan.rows import Rows, fit_rows
-from mergekit_lfm.plan.sources import (
-    PartRoles,
-    assign_roles,
-    named_files,
-    open_all,
-    open_changes,
-    open_models,
-    refuse_resized,
-)
+from mergekit_lfm.plan.roles import PartRoles, assign_roles
+from mergekit_lfm.plan.rows import Rows
+from mergekit_lfm.plan.sources import named_files, open_all, open_changes, open_models, refuse_resized
 from mergekit_lfm.plan.statistics import find_statistics
-from mergekit_lfm.plan.whole import refuse_other_tokenizers
+from mergekit_lfm.plan.tokenizer import make_files
+from mergekit_lfm.plan.vocabulary import fit_vocabulary, without_fit
 from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.recipe.settings import SettingsTable
 from mergekit_lfm.store.checkpoint import Checkpoint
@@ -57,24 +50,22 @@ def make_plan(
     their order, so it differs from BLOCK only in tests.
     """
     named = tuple(state_of(path) for path in named_files(recipe))
-    models = open_models(recipe) if views is None else views
-    for model in models:
-        _ = model.config  # a config that cannot be read shows here
+    models = open_models(recipe) if views is None else without_fit(views)
+    _ = [model.config for model in models]  # one that cannot be read shows here
     labels = tuple(model.label for model in recipe.all_models)
     template = labels.index(recipe.template.label)
     statistics = open_all(recipe, dict(zip(labels, models, strict=True)))
-    added = open_changes(recipe, models[template], edits)
     refuse_resized(recipe.template, models[template])
     allowed = refuse_disagreements(recipe, models, labels, template)
-    rows = fit_rows(recipe, models, template)
-    refuse_other_tokenizers(recipe, models, labels)
+    vocabulary = fit_vocabulary(recipe, models, labels, template)
+    files = make_files(recipe.chat_template, vocabulary, models, labels, template)
     licenses = tuple(read_license(model.path) for model in models)
-    models = rows.models
+    rows, models = vocabulary.rows, vocabulary.rows.models
+    added = open_changes(recipe, models[template], edits)
     cut = cut_pieces(recipe, models)
-    beside = gather_files(models, labels, template)
-    files = (*models, *(each.tensors for own in statistics for each in own), *(() if added is None else (added,)))
+    sources = (*models, *(each.tensors for own in statistics for each in own), *(() if added is None else (added,)))
     roles = _roles_of(recipe, cut, len(models), statistics, added)
-    planned = _plan_parts(cut, roles, files, rows, block)
+    planned = _plan_parts(cut, roles, sources, rows, block)
     jobs, stacks = _joined(planned), stacks_of(cut.pieces, recipe, models)
     stacked_config(models[template].config, stacks, models)  # raises where the layers fit no config
     return Plan(
@@ -90,14 +81,16 @@ def make_plan(
         matrices=tuple(group.behind(first) for first, part in _numbered(planned) for group in part.matrices),
         shards=lay_out(models[template], _outputs(recipe, models[template], jobs), max_shard_size),
         dropped=_dropped(recipe, models, cut, planned, rows),
-        files=beside.files,
-        left_behind=beside.left,
-        lent=beside.lent,
+        files=files.beside.files,
+        left_behind=files.beside.left,
+        lent=files.beside.lent,
         licenses=licenses,
         named_files=named,
         allowed=allowed,
-        vocabulary=rows.length,
-        notices=(*cut.notices, *_expert_notes(models, labels)),
+        vocabulary=rows.lengths,
+        made=tuple(sorted(files.made.items())),
+        notices=(*cut.notices, *_expert_notes(models, labels), *files.notices),
+        warnings=files.warnings,
         stacks=stacks,
     )
 
@@ -114,8 +107,8 @@ def _plan_parts(
 ) -> list[_Planned]:
     """The jobs of all parts. Raises PlanError with all that does not fit together."""
     recipe = roles[0].recipe
-    names = [name for piece in cut.pieces for model in piece.models for name in model]
-    refuse_unmatched(recipe, names)
+    if recipe.keep:
+        refuse_unmatched(recipe, [name for piece in cut.pieces for model in piece.models for name in model])
     refuse_idle_filters(roles)
     planned, problems = list[_Planned](), list[PlanError]()
     for piece, part in zip(cut.pieces, roles, strict=True):
@@ -131,6 +124,8 @@ def _plan_parts(
 def _joined(planned: Sequence[_Planned]) -> tuple[Job, ...]:
     """The jobs of all parts. Raises PlanError if two make the same tensor."""
     jobs = tuple(job for part in planned for job in part.jobs)
+    if len(planned) == 1:
+        return jobs
     written = Counter(name for job in jobs for name in job.names)
     twice = [name for name, count in written.items() if count > 1]
     if twice:
@@ -221,7 +216,8 @@ def _dropped(
 
 def _outputs(recipe: Recipe, template: Checkpoint, jobs: Sequence[Job]) -> list[TensorSpec]:
     """The tensors of the output, those of the template in its order, the others behind them; of a stack, by slices."""
-    specs = {name: TensorSpec(name, job.shape, job.dtype) for job in jobs for name in job.names}
+    specs = {job.name: job.spec for job in jobs}
+    specs |= {name: TensorSpec(name, job.shape, job.dtype) for job in jobs for name in job.match.tied}
     if any(name not in template for name in specs) and any(part.slice for part in recipe.parts):
         return list(specs.values())
     order = dict.fromkeys([*(name for name in template if name in specs), *specs])
@@ -233,7 +229,8 @@ def _groups(method: Method, jobs: Sequence[Job], whole: set[int]) -> tuple[tuple
     together = [
         i for i, job in enumerate(jobs) if job.method == method.name and method.scope(job.settings.shared) == "model"
     ]
-    alone = [(i,) for i in range(len(jobs)) if i not in {*together, *whole}]
+    others = {*together, *whole}
+    alone = [(i,) for i in range(len(jobs)) if i not in others]
     if not together:
         return tuple(alone)
     first = jobs[together[0]]

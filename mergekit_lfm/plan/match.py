@@ -10,8 +10,8 @@ from mergekit_lfm.arch.experts import APART, TOGETHER
 from mergekit_lfm.arch.heads import HEAD, POOLER
 from mergekit_lfm.arch.kinds import Kind, kind_of
 from mergekit_lfm.errors import PlanError, several
+from mergekit_lfm.plan.roles import PartRoles, TensorRef
 from mergekit_lfm.plan.rows import VOCABULARY
-from mergekit_lfm.plan.sources import PartRoles, TensorRef
 from mergekit_lfm.plan.ties import Row, rows_of, twins_of
 from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.store.checkpoint import Checkpoint
@@ -117,6 +117,8 @@ class _Matching:
 
     def _without_dropped(self, row: Row) -> Row:
         """The row without the names, beside its first, that the recipe drops."""
+        if len(row.names) == 1:
+            return row
         wanted = {name for name in row.names[1:] if self.choice(name) == "drop"}
         if not wanted:
             return row
@@ -127,14 +129,16 @@ class _Matching:
 
     def choice(self, name: str) -> str | None:
         """The recipe's choice for a tensor; None without one."""
-        choice = next((choice for part, choice in self.recipe.keep.items() if part in name), None)
-        return self.recipe.heads if choice is None and HEAD.search(name) else choice
+        for part, choice in self.recipe.keep.items():
+            if part in name:
+                return choice
+        return self.recipe.heads if self.recipe.heads and HEAD.search(name) else None
 
     def _choose(self, spec: TensorSpec, kind: Kind, row: Row) -> tuple[Sequence[int], str]:
         """The models whose tensors go into the output, and why those of the others do not."""
         holders, theirs = tuple(row.held), self.template not in row.held
         choice = self.choice(spec.name)
-        if choice is None and POOLER.search(spec.name) and not self._fits(spec, kind, row):
+        if choice is None and self.recipe.heads and POOLER.search(spec.name) and not self._fits(spec, kind, row):
             choice = self.recipe.heads
         if choice is not None:
             return self._take(spec.name, row, choice)
@@ -165,7 +169,7 @@ class _Matching:
     def _fits(self, spec: TensorSpec, kind: Kind, row: Row) -> bool:
         """True if all models have the tensor in one shape; of counters, those that have one."""
         enough = kind == "counter" or len(row.held) == len(self.models)
-        return enough and all(self.models[i][names[0]].shape == spec.shape for i, names in row.held.items())
+        return enough and {self.models[i][names[0]].shape for i, names in row.held.items()} <= {spec.shape}
 
     def _note_misfit(self, spec: TensorSpec, row: Row, theirs: bool) -> None:
         name, shape = spec.name, list(spec.shape)
@@ -186,10 +190,10 @@ class _Matching:
             ((i, source),) = held.items()
             spec = TensorSpec(spec.name, self.models[i][source].shape, self.models[i][source].dtype)
         refer = self.roles.refer
-        twins = tuple((refer(*one), refer(*other)) for one, other in twins_of(row) if one[0] in held)
+        twins = tuple([(refer(*one), refer(*other)) for one, other in twins_of(row) if one[0] in held])
         sources = {i: refer(i, name) for i, name in held.items()}
         self.matches[spec.name] = Match(spec, sources, kind, row.names[1:], twins)
-        self.used |= held.items()
+        self.used.update(held.items())
 
     def dropped(self) -> Iterator[Dropped]:
         """All that goes into no output tensor."""

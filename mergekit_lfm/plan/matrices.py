@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from mergekit_lfm.errors import PlanError, several
 from mergekit_lfm.plan.job import Job, averaging_settings, unit_of
 from mergekit_lfm.plan.match import Match
-from mergekit_lfm.plan.sources import PartRoles, TensorRef
+from mergekit_lfm.plan.roles import PartRoles, TensorRef
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,11 +22,8 @@ from mergekit_lfm.output.layout import Shard
 from mergekit_lfm.plan.job import Job, unit_of
 from mergekit_lfm.plan.matrices import MatrixGroup
 from mergekit_lfm.plan.pieces import Stacked
-from mergekit_lfm.plan.sources import (
-    ADDED,
-    TensorRef,
-    identity_of,
-)
+from mergekit_lfm.plan.roles import TensorRef
+from mergekit_lfm.plan.sources import ADDED, identity_of
 from mergekit_lfm.recipe.parts import Input
 from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.recipe.rename import RenameRule
@@ -51,9 +48,9 @@ class Plan:
     the files that go beside the weights, those that do not, and those that another model than the template has.
     licenses: what the card of each model states. edited_on: the kind of device on which edits of the result are solved,
     "" for the processor. named_files: the states of the recipe's files other than models, before they were read.
-    allowed: the differences of the models that the recipe allows. vocabulary: the number of the output's tokens, if
-    that is not the template's. notices: what to know about the plan beside those of the recipe. stacks: the layers that
-    slices make.
+    allowed: the differences of the models that the recipe allows. vocabulary: the rows of the template's and of the
+    output's, if they differ. made: the bytes of files that the plan makes. notices: about what the recipe leaves open,
+    and warnings, which the merge gives, too. stacks: the layers that slices make.
     """
 
     recipe: Recipe
@@ -75,8 +72,10 @@ class Plan:
     edited_on: str = ""
     named_files: tuple[FileState, ...] = field(default=())
     allowed: tuple[str, ...] = ()
-    vocabulary: int | None = None
+    vocabulary: tuple[int, int] | None = None
+    made: tuple[tuple[str, bytes], ...] = ()
     notices: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     stacks: tuple[Stacked, ...] = ()
 
     @cached_property
@@ -126,7 +125,7 @@ class Plan:
         models = any(model.edits for model in self.pending)
         return models or (bool(self.recipe.result_edits) and self.added is None)
 
-    @property
+    @cached_property
     def bytes_written(self) -> int:
         return sum(job.nbytes * len(job.names) for job in self.tensors)
 
@@ -178,8 +177,10 @@ class Plan:
 
     @cached_property
     def contents(self) -> dict[str, bytes]:
-        """The bytes of `files`, read once: the digest covers them, and the output's are made of them."""
-        return {name: read_bytes(path) for name, path in self.files}
+        """The bytes of `files` and `made`, read once: the digest covers them, and the output's are made of them."""
+        made = dict(self.made)
+        read = {name: read_bytes(path) for name, path in self.files if name not in made}
+        return dict(sorted({**read, **made}.items()))
 
     @cached_property
     def digest(self) -> str:

@@ -1,4 +1,4 @@
-"""Vocabularies of different lengths: padded, cut, or with tokens added.
+"""Vocabularies of different lengths whose rows are merged by their ids: padded, cut, or with tokens added.
 
 A recipe's `rows` says what becomes of the rows that only some models have: `crop` leaves them out, `keep` keeps those
 of the base.
@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
-from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.views.resized import Resized
 
@@ -24,26 +24,28 @@ VOCABULARY = re.compile(
 class Rows:
     """The models with vocabularies of one length.
 
-    kept: by the template's tensors the number of rows that are merged, if it keeps more. length: of the output's
-    vocabulary, if that is not the template's. cut: (index of a model, tensor, rows) that lose rows.
+    kept: by the template's tensors the number of rows that are merged, if it keeps more. lengths: of the template's
+    vocabulary and of the output's, if they differ. cut: (index of a model, tensor, rows) that lose rows.
     """
 
     models: tuple[Checkpoint, ...]
     kept: dict[str, int] = field(default_factory=dict)
-    length: int | None = None
+    lengths: tuple[int, int] | None = None
     cut: tuple[tuple[int, str, int], ...] = ()
 
 
-def fit_rows(recipe: Recipe, models: Sequence[Checkpoint], template: int) -> Rows:
-    """The models as the recipe's `rows` wants them."""
+def fit_rows(how: Literal["crop", "keep"] | None, models: Sequence[Checkpoint], template: int) -> Rows:
+    """The models with vocabularies of one length, as a recipe's `rows` wants them; as they are without one."""
+    if how is None:
+        return Rows(tuple(models))
     vocabularies = [vocabulary_of(model) for model in models]
-    lengths = [next(iter(names.values()), None) for names in vocabularies]
+    lengths = [length_of(model) for model in models]
     stated = [length for length in lengths if length is not None]
     first = lengths[template]
-    if recipe.rows is None or first is None or len(set(stated)) < 2:
+    if first is None or len(set(stated)) < 2:
         return Rows(tuple(models))
     shortest = min(stated)
-    rows = shortest if recipe.rows == "crop" else first
+    rows = shortest if how == "crop" else first
     fitted = [_fit(model, names, rows, models[template]) for model, names in zip(models, vocabularies, strict=True)]
     cut = [
         (i, name, length - rows)
@@ -52,7 +54,7 @@ def fit_rows(recipe: Recipe, models: Sequence[Checkpoint], template: int) -> Row
         if length > rows
     ]
     kept = dict.fromkeys(vocabularies[template], shortest) if rows > shortest else {}
-    return Rows(tuple(fitted), kept, None if rows == first else rows, tuple(cut))
+    return Rows(tuple(fitted), kept, None if rows == first else (first, rows), tuple(cut))
 
 
 def _fit(model: Checkpoint, names: Mapping[str, int], rows: int, template: Checkpoint) -> Checkpoint:
@@ -66,3 +68,8 @@ def vocabulary_of(model: Checkpoint) -> dict[str, int]:
     names = {name: spec.shape[0] for name, spec in model.items() if spec.shape and VOCABULARY.search(name)}
     length = next(iter(names.values()), None)
     return {name: rows for name, rows in names.items() if rows == length}
+
+
+def length_of(model: Checkpoint) -> int | None:
+    """The number of rows of its vocabulary; None if it has no tensor with a row for each token."""
+    return next(iter(vocabulary_of(model).values()), None)

@@ -7,7 +7,6 @@ needs no more. `api.prepare` puts the rewritten model in its place before anythi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from mergekit_lfm.artifacts.statistics import Statistics, open_statistics
 from mergekit_lfm.artifacts.transform import PANEL, Transform, open_transform, read_transform_info
 from mergekit_lfm.errors import FormatError, PlanError, several
 from mergekit_lfm.methods.kinds import AlignMethod
-from mergekit_lfm.plan.pieces import Piece
 from mergekit_lfm.plan.stored import open_stored
 from mergekit_lfm.recipe.align import AlignRequest
 from mergekit_lfm.recipe.edit import EditRequest
@@ -32,7 +30,6 @@ from mergekit_lfm.store.files import digest_file
 from mergekit_lfm.store.tensors import TensorSpec
 from mergekit_lfm.views.base import View
 from mergekit_lfm.views.pending import Pending
-from mergekit_lfm.views.selected import Selected
 
 
 def open_models(recipe: Recipe) -> tuple[Checkpoint, ...]:
@@ -198,70 +195,6 @@ def refuse_resized(model: Input, checkpoint: Checkpoint) -> None:
                 f"{list(checkpoint[resized].shape)}), so its config would no longer fit: list the model that it is "
                 "aligned to first, or as base_model"
             )
-
-
-TensorRef = tuple[int, str]  # (index of a model, then of a statistics file, then of the edits; name of a tensor there)
-
-
-@dataclass(frozen=True, slots=True)
-class PartRoles:
-    """The models of a part of a recipe and their roles: `inputs`, `base` and `template` are indices into `models`.
-
-    models: as the part sees them. origins: the index of each among the sources of the plan. base: the model that the
-    method subtracts, None if the base is an input like the others. statistics: the inputs', () for methods without
-    statistics, and their first index among the sources. added: the edits' changes to the result, float64 by tensor, and
-    their index; None without edits, or if they are still to be made.
-    """
-
-    recipe: Recipe
-    part: Part
-    models: tuple[Checkpoint, ...]
-    labels: tuple[str, ...]
-    origins: tuple[int, ...]
-    inputs: tuple[int, ...]
-    base: int | None
-    template: int
-    statistics: tuple[Statistics, ...] = ()
-    first_statistics: int = 0
-    added: tuple[int, Checkpoint] | None = None
-
-    @property
-    def norms(self) -> tuple[float, ...]:
-        """The norms of the inputs' statistics, for kinds that have one."""
-        return tuple(statistics.info.norm for statistics in self.statistics if statistics.info.norm is not None)
-
-    def refer(self, i: int, name: str) -> TensorRef:
-        """The tensor of the plan's sources that is one of a model's."""
-        model = self.models[i]
-        return self.origins[i], model.source(name)[1] if isinstance(model, Selected) else name
-
-
-def assign_roles(
-    recipe: Recipe,
-    piece: Piece,
-    statistics: tuple[Statistics, ...] = (),
-    first_statistics: int = 0,
-    added: tuple[int, Checkpoint] | None = None,
-) -> PartRoles:
-    """The roles of the models of a part. added: as of `PartRoles`."""
-    part, index = piece.part, {model: i for i, model in enumerate(piece.part.models)}
-    origins = {model: i for i, model in enumerate(recipe.all_models)}
-    inputs = tuple(index[model] for model in part.inputs)
-    base = None if part.base is None or part.method.base in ("member", "first") else index[part.base]
-    template = index.get(recipe.template, index[part.base] if part.base else inputs[0])
-    return PartRoles(
-        recipe,
-        part,
-        piece.models,
-        tuple(model.label for model in part.models),
-        tuple(origins[model] for model in part.models),
-        inputs,
-        base,
-        template,
-        statistics,
-        first_statistics,
-        added,
-    )
 
 
 def open_all(recipe: Recipe, models: Mapping[str, Checkpoint]) -> tuple[tuple[Statistics, ...], ...]:

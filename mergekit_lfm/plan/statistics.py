@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from mergekit_lfm.errors import PlanError, several
 from mergekit_lfm.plan.match import Match
-from mergekit_lfm.plan.sources import PartRoles, TensorRef
+from mergekit_lfm.plan.roles import PartRoles, TensorRef
 
 
 def find_statistics(roles: PartRoles, matches: Mapping[str, Match]) -> dict[str, tuple[TensorRef, ...]]:

@@ -33,12 +33,16 @@ def rows_of(models: Sequence[Checkpoint], template: int) -> tuple[list[Row], lis
     groups = tied_names(dict.fromkeys(name for model in models for name in model))
     groups = [group for group in groups if _alike(group, models) and _is_one(group, models, template)]
     group_of = {name: group for group in groups for name in group}
+    first = models[template]
     rows, apart, used = list[Row](), list[tuple[int, str]](), set[tuple[int, str]]()
-    for name in models[template]:
+    for name in first:
         if (template, name) in used:
             continue
-        group = group_of.get(name, (name,))
-        whole = _holds(models[template], group)
+        if name not in group_of:
+            rows.append(Row((name,), {i: (name,) for i, model in enumerate(models) if name in model}))
+            continue
+        group = group_of[name]
+        whole = _holds(first, group)
         names = whole or (name,)
         held = {}
         for i, model in enumerate(models):
@@ -53,8 +57,8 @@ def rows_of(models: Sequence[Checkpoint], template: int) -> tuple[list[Row], lis
                 held[i] = here
                 used.update((i, each) for each in here)
         rows.append(Row(names, held))
-    extra = dict.fromkeys(name for i, model in enumerate(models) for name in model if (i, name) not in used)
-    for name in extra:
+    others = [(i, name) for i, model in enumerate(models) for name in model if name in group_of or name not in first]
+    for name in dict.fromkeys(name for i, name in others if (i, name) not in used):
         held = {i: (name,) for i, model in enumerate(models) if name in model and (i, name) not in used}
         rows.append(Row((name,), held))
     return rows, apart
@@ -78,7 +82,7 @@ def _holds(model: Checkpoint, group: tuple[str, ...]) -> tuple[str, ...] | None:
     """
     here = tuple(name for name in group if name in model)
     tied = is_tied(model.config)
-    if len(group) == 1 or tied is True:
+    if tied is True:
         return here
     if tied is None:
         return here if all(have_same_bytes(model, here[0], model, other) for other in here[1:]) else None

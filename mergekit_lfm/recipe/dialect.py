@@ -11,7 +11,7 @@ from mergekit_lfm.methods.registry import METHODS
 UNUSED = {
     "int8_mask": "masks take no memory to speak of",
     "random_seed": "mergekit does not read it; `seed` seeds random methods",
-    "embed_slerp": "mergekit does not read it",
+    "embed_slerp": "rows of the vocabulary are merged as all other tensors are",
     "name": "it is for later stages of a recipe, and this one has one",
     "rescale": "it belongs under `parameters`",
     "lazy_unpickle": "checkpoints are always read tensor by tensor",

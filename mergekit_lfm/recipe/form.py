@@ -15,9 +15,6 @@ OUTPUT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 # Keys of mergekit and of our design that this version does not support, each with what to do instead.
 NOT_YET = {
-    "tokenizer": "building a tokenizer is not supported in this version; without the key the base model's is copied",
-    "tokenizer_source": "building a tokenizer is not supported in this version; without the key the base's is copied",
-    "chat_template": "changing the template is not supported in this version; without the key the base's is copied",
     "stats": "a statistics file belongs to one model: put `stats` beside it, under `models`",
     "align": "an alignment belongs to one model: put `align` beside it, under `models`",
     "rename": "new names belong to one model: put `rename` beside it, under `models`; for the base, on its line there",

@@ -18,6 +18,7 @@ from mergekit_lfm.errors import PlanError, Refusal, did_you_mean
 from mergekit_lfm.methods.method import Method
 from mergekit_lfm.methods.registry import METHODS
 from mergekit_lfm.recipe.align import AlignRequest
+from mergekit_lfm.recipe.chat import read_chat_template
 from mergekit_lfm.recipe.dialect import read_dialect
 from mergekit_lfm.recipe.files import Where
 from mergekit_lfm.recipe.form import (
@@ -38,6 +39,7 @@ from mergekit_lfm.recipe.rename import rename_data
 from mergekit_lfm.recipe.requirements import missing_requirements
 from mergekit_lfm.recipe.roles import read_base, read_edits
 from mergekit_lfm.recipe.structure import Structure
+from mergekit_lfm.recipe.tokenizer import TokenizerRequest, read_tokenizer
 from mergekit_lfm.recipe.validation import content_problems, form_problems, without_faults
 from mergekit_lfm.recipe.values import FOUND, NamedFile, as_data
 from mergekit_lfm.store.files import read_text
@@ -79,8 +81,9 @@ class Recipe(Strict):
     tensors: "common" merges what all models share and keeps the rest of the base. keep: for parts of tensors' names
     whose tensors are kept: "base", one of the models, or "drop". heads: of models with different heads "base" keeps
     that of the base, "drop" leaves them out. rows: of vocabularies that differ in length "crop" those beyond the
-    shortest, or "keep" those of the base. allow: facts in which the models may differ. tokenizer_source: only where all
-    tokenizers are equal; the base's is copied.
+    shortest, or "keep" those of the base. allow: facts in which the models may differ. tokenizer_source: whose tokens
+    the output has, those of the "base", the "union", or a model's; `tokenizer` is its long form. chat_template: auto, a
+    built-in one's name, or Jinja.
 
     Build one with `Recipe.load` or `Recipe.parse`. Relative model paths are relative to the recipe's folder, then to
     the working directory; `output` is relative to the working directory.
@@ -109,13 +112,16 @@ class Recipe(Strict):
     rows: Literal["crop", "keep"] | None = None
     allow: Annotated[tuple[str, ...], BeforeValidator(_read_allowed)] = ()
     card: bool = Field(default=True, strict=True)
-    tokenizer_source: Literal["base", "union"] | None = None
+    tokenizer_source: Any = None
+    tokenizer: Any = None
+    chat_template: Annotated[str | None, BeforeValidator(read_chat_template)] = None
 
     _parts: tuple[Part, ...] = PrivateAttr()
     _base: Input | None = PrivateAttr()
     _result_edits: tuple[Edit, ...] = PrivateAttr()
     _text: str | None = PrivateAttr(default=None)
     _notices: tuple[str, ...] = PrivateAttr(default=())
+    _tokenizer: TokenizerRequest | None = PrivateAttr(default=None)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -177,7 +183,9 @@ class Recipe(Strict):
         if base is not None and not self.slices and not self.modules:
             base = parts[0].base
         self._parts, self._base, self._result_edits = tuple(parts), base, edits
-        problems += self._check_keep()
+        models = {model.label: model.ref for model in self.all_models}
+        self._tokenizer, wrong = read_tokenizer(self.tokenizer_source, self.tokenizer, models)
+        problems += [*self._check_keep(), *wrong]
         if context["whole"]:  # the rest of a recipe may lack what its wrong keys were to give
             problems = problems or [problem for part in parts for problem in missing_requirements(part)]
         refuse(list({str(problem): problem for problem in problems}.values()))
@@ -276,6 +284,11 @@ class Recipe(Strict):
         """The edits of the merge's result, in order."""
         return self._result_edits
 
+    @property
+    def tokenizer_request(self) -> TokenizerRequest | None:
+        """The tokenizer that the recipe asks for."""
+        return self._tokenizer
+
     def without_result_edits(self) -> Recipe:
         """The recipe without the edits of its result."""
         plain = self.model_copy(update={"edits": ()})
@@ -304,6 +317,8 @@ class Recipe(Strict):
             **({"heads": self.heads} if self.heads else {}),
             **({"rows": self.rows} if self.rows else {}),
             **({"allow": sorted(self.allow)} if self.allow else {}),
+            **({"tokenizer": self._tokenizer.as_data()} if self._tokenizer else {}),
+            **({"chat_template": self.chat_template} if self.chat_template else {}),
         }
 
     def _structure_data(self) -> dict[str, Any]:

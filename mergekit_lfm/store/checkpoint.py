@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import ItemsView, Iterator, Mapping, Sequence, ValuesView
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -50,6 +50,9 @@ class Cost:
 
     scratch: int = 0
     at_once: bool = False
+
+
+FREE = Cost()
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +232,12 @@ class StoredCheckpoint(Checkpoint):
     def __len__(self) -> int:
         return len(self._specs)
 
+    def items(self) -> ItemsView[str, TensorSpec]:
+        return self._specs.items()
+
+    def values(self) -> ValuesView[TensorSpec]:
+        return self._specs.values()
+
     @property
     def dropped(self) -> dict[str, str]:
         return self._opened.dropped
@@ -252,7 +261,7 @@ class StoredCheckpoint(Checkpoint):
         return None if offset is None else (file.fileno(), offset)
 
     def cost(self, name: str) -> Cost:  # noqa: ARG002
-        return Cost()
+        return FREE
 
     @property
     def resident(self) -> int:

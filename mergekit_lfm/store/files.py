@@ -11,6 +11,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BufferedReader
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -124,8 +125,10 @@ def refuse_depth(data: Any, label: object) -> None:
     """Raise FormatError if lists and mappings of parsed JSON lie in one another over more than 100 levels."""
     containers = [data] if isinstance(data, dict | list) else []
     for _ in range(DEEPEST):
-        children = (part.values() if isinstance(part, dict) else part for part in containers)
-        containers = [child for group in children for child in group if isinstance(child, (dict, list))]
+        if not containers:
+            return
+        groups = [part.values() if isinstance(part, dict) else part for part in containers]
+        containers = [child for child in chain.from_iterable(groups) if isinstance(child, (dict, list))]
     if any(containers):  # those that are not empty
         raise FormatError(_too_deep(label))
 

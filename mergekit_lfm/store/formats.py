@@ -117,12 +117,12 @@ class WeightFile:
     def read_all_into(self, names: Iterable[str], into: memoryview) -> int:
         """Fill the first bytes of `into` with whole tensors, those side by side in the file at once; their number."""
         runs = list[list[int]]()
+        stop = -1
         for name in names:
             spec, offset = self.tensors[name]
-            if runs and runs[-1][1] == offset:
-                runs[-1][1] += spec.nbytes
-            else:
-                runs.append([offset, offset + spec.nbytes])
+            if offset != stop:
+                runs.append([offset, offset])
+            runs[-1][1] = stop = offset + spec.nbytes
         done = 0
         for begin, end in runs:
             read_exactly(self.fileno(), begin, into[done : done + end - begin], self.path)

@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from reprlib import repr as shorten
 from typing import Any
@@ -115,9 +117,10 @@ def parse_header(path: Path, head: bytes, size: int) -> Header:
     metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise FormatError("{place}: __metadata__ must map strings to strings; {cure}", place=path, cure=ANEW)
-    refuse_depth(entries, path)
+    loose = [entry for entry in entries.values() if not isinstance(entry, dict) or len(entry) > 3]
+    refuse_depth(loose, path)  # `_entry` sees every part of the others
     start = 8 + length
-    placed = sorted((_entry(path, name, entry) for name, entry in entries.items()), key=lambda item: item[1:])
+    placed = sorted([_entry(path, name, entry) for name, entry in entries.items()], key=itemgetter(1, 2))
     end = 0
     for spec, begin, stop in placed:
         if begin != end:
@@ -223,6 +226,7 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[TensorSpec, int, int]:
         raise FormatError(f"{path}: {name} needs dtype, shape and data_offsets, found {shorten(entry)}") from None
     if code not in DTYPES:
         raise FormatError(f"{path}: {name} has dtype {code!r:.60}, expected one of {', '.join(DTYPES)}")
+    name = sys.intern(name)  # models share names: one object is found faster in dicts than equal ones
     spec = TensorSpec(name, tuple(shape), DTYPES[code][0])
     if not whole or not fits(spec):
         raise FormatError(f"{path}: {name} has the shape {shorten(shape)}, expected sizes from 0 and under 2^63 bytes")
@@ -256,13 +260,9 @@ def encode_header(
     for spec in tensors:
         if spec.name == METADATA:
             raise FormatError(f"a tensor is named {METADATA}, which safetensors files keep for metadata; rename it")
-        entries[spec.name] = {
-            "dtype": CODES[spec.dtype],
-            "shape": list(spec.shape),
-            "data_offsets": [end, end + spec.nbytes],
-        }
-        offsets[spec.name] = end
-        end += spec.nbytes
+        begin, end = end, end + spec.nbytes
+        entries[spec.name] = {"dtype": CODES[spec.dtype], "shape": list(spec.shape), "data_offsets": [begin, end]}
+        offsets[spec.name] = begin
     raw = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     raw += b" " * (-len(raw) % 8 if congruent is None else (congruent - 8 - len(raw)) % 4096)
     if len(raw) > MAX_HEADER:

@@ -13,34 +13,51 @@ import xxhash
 from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.store.files import read_bytes, read_json, read_text
 
-FILES = ("tokenizer.json", "vocab.json", "vocab.txt")  # the first that a model has counts
+WHOLE = "tokenizer.json"
+FILES = (WHOLE, "vocab.json", "vocab.txt")  # the first that a model has counts
+ADDED = "added_tokens.json"  # tokens beside those of the other files; tokenizer.json has all
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """A file that states tokens."""
+    """A file that states tokens, and one with those added to them."""
 
     path: Path
+    added: Path | None = None
+
+    @property
+    def whole(self) -> bool:
+        """True if the file is a whole tokenizer."""
+        return self.path.name == WHOLE
 
     @cached_property
     def digest(self) -> str:
-        """xxh3-128 of the file's bytes."""
-        return xxhash.xxh3_128_hexdigest(read_bytes(self.path))
+        """xxh3-128 of the files' bytes."""
+        return xxhash.xxh3_128_hexdigest(b"".join(read_bytes(path) for path in (self.path, self.added) if path))
 
     @cached_property
     def by_id(self) -> Mapping[int, str]:
-        """The tokens by their ids. Raises FormatError if the file cannot be read."""
-        if self.path.suffix == ".txt":
-            return dict(enumerate(read_text(self.path).splitlines()))
-        data = read_json(self.path)
-        return dict(_entries(data) if self.path.name == "tokenizer.json" else _reversed(data))
+        """The tokens by their ids. Raises FormatError if a file cannot be read."""
+        if self.whole:
+            return dict(_entries(self.data))
+        text = self.path.suffix == ".txt"
+        own = enumerate(read_text(self.path).splitlines()) if text else _reversed(self.data)
+        return {**dict(own), **dict(_reversed(read_json(self.added)) if self.added else ())}
+
+    @cached_property
+    def data(self) -> Any:
+        """The JSON in the file. Raises FormatError if it cannot be read."""
+        return read_json(self.path)
 
 
 def find_tokens(model: Checkpoint) -> Tokens | None:
-    """The file that states a model's tokens; None without one. On the Hub it is downloaded."""
+    """The files that state a model's tokens; None without any. On the Hub they are downloaded."""
     if model.snapshot is not None:
-        model.snapshot.fetch([name for name in FILES if name in model.snapshot.sizes][:1])
-    return next((Tokens(path) for name in FILES if (path := model.path / name).is_file()), None)
+        names = [name for name in FILES if name in model.snapshot.sizes][:1]
+        model.snapshot.fetch([*names, *(name for name in (ADDED,) if names and name in model.snapshot.sizes)])
+    path = next((path for name in FILES if (path := model.path / name).is_file()), None)
+    added = model.path / ADDED
+    return None if path is None else Tokens(path, added if path.name != WHOLE and added.is_file() else None)
 
 
 def _entries(data: Any) -> Iterable[tuple[int, str]]:

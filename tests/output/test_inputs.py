@@ -24,7 +24,7 @@ from mergekit_lfm.engine.execute import execute
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.plan.make import make_plan
 from mergekit_lfm.plan.plan import Plan
-from mergekit_lfm.plan.sources import TensorRef
+from mergekit_lfm.plan.roles import TensorRef
 from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.store.formats import WeightFile
 

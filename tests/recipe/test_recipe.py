@@ -251,9 +251,6 @@ def test_all_problems_come_in_one_message(models):
         ({"out_dtype": "float8_e4m3fn"}, "out_dtype: found 'float8_e4m3fn'"),
         ({"slices": [{}]}, "slices[0].sources: required"),
         ({"modules": {"text": {}}}, "found `models` and `modules`, expected one of them"),
-        ({"tokenizer_source": "model:A"}, "tokenizer_source: found 'model:A', expected 'base' or 'union'"),
-        ({"tokenizer": {"source": "base"}}, "tokenizer: building a tokenizer is not supported"),
-        ({"chat_template": "auto"}, "chat_template: changing the template is not supported"),
         (
             {"parameters": {"normalise": True}},
             "parameters.normalise: linear has no such parameter, did you mean",

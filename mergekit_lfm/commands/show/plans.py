@@ -63,13 +63,13 @@ def plan_data(plan: Plan) -> dict[str, Any]:
             **{label: rename_data(rules) for label, rules in plan.renamed.items()},
         },
         "allowed": list(plan.allowed),
-        "notices": [*plan.recipe.notices, *plan.notices],
+        "notices": [*plan.recipe.notices, *plan.notices, *plan.warnings],
         "template": plan.labels[plan.template],
         "dtypes": dict(Counter(job.dtype for job in plan.tensors)),
         "bytes_read": plan.bytes_read,
         "bytes_written": plan.bytes_written,
         "shards": [{"file": shard.name, "tensors": len(shard.tensors), "bytes": shard.nbytes} for shard in plan.shards],
-        "files": [name for name, _ in plan.files],
+        "files": list(plan.contents),
         "held": [str(file) for file in plan.mapped_files],
         **tensors_data(plan),
         "digest": plan.digest,
@@ -134,7 +134,7 @@ def plan_text(plan: Plan, facts: dict[str, Any], verbose: bool) -> str:
     rows[3:3] = [("names", f"{label}: {_rules_text(rules)}") for label, rules in plan.renamed.items()]
     rows[3:3] = [("allowed", text) for text in plan.allowed]
     rows[3:3] = [("no effect", text) for text in plan.recipe.notices]
-    rows[3:3] = [("note", text) for text in plan.notices]
+    rows[3:3] = [("note", text) for text in (*plan.notices, *plan.warnings)]
     edited = {model.label: model.edits for model in plan.recipe.all_models if model.edits}
     for label, edits in [*edited.items(), ("the result", plan.recipe.result_edits)]:
         rows[3:3] = [("edited", f"{label}: {_edit_text(edit)}") for edit in edits]
