@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -44,3 +45,12 @@ def load_all(folder: Path) -> Tensors:
 def average(a: Tensors, b: Tensors, dtype: torch.dtype) -> Tensors:
     """(a + 3 b) / 4 in float64, then in the dtype (by way of float32, as torch converts)."""
     return {name: ((a[name].double() + 3 * b[name].double()) / 4).to(dtype) for name in a}
+
+
+def load_complete(kind: str, folder: Path) -> Any:
+    """The model of a class of transformers in a folder, which has every tensor of the class and no other."""
+    import transformers
+
+    model, info = getattr(transformers, kind).from_pretrained(folder, output_loading_info=True, local_files_only=True)
+    assert {key: value for key, value in info.items() if value} == {}
+    return model.eval()

@@ -17,6 +17,7 @@ from mergekit_lfm.arch.layer_facts import stacks_of as config_stacks
 from mergekit_lfm.arch.modules import beginnings, find_modules
 from mergekit_lfm.arch.ties import is_tied, tied_names
 from mergekit_lfm.errors import PlanError, did_you_mean, several
+from mergekit_lfm.plan.ends import find_ends, names_at_ends, refuse_moved_ends
 from mergekit_lfm.plan.layers import Place, find_layers, find_places
 from mergekit_lfm.recipe.parts import Input, Layer, Part, copy_of
 from mergekit_lfm.recipe.recipe import Recipe
@@ -26,7 +27,7 @@ from mergekit_lfm.views.selected import Selected
 BEFORE = re.compile(
     r"(^|[._])(w[tp]e|shared|\w*embed\w*|\w*patch\w*|conv\w*|stem|position\w*|tok_\w+|relative_\w+)([._]|$)"
 )
-AFTER = re.compile(r"(^|\.)(embed_out|lm_head|output|predictions)\.")
+AFTER = re.compile(r"(^|\.)(embed_out|lm_heads?|output|predictions)\.")
 EXTRA = re.compile(r"(^|\.)mtp\.")  # layers that predict further tokens, beside the stack
 
 
@@ -217,9 +218,10 @@ def stated_counts(model: Checkpoint) -> list[int]:
 
 
 def _find_stack(model: Checkpoint, places: Mapping[str, Place], label: str) -> _Stack:
-    """The stack that a model's slices are of: not layers of embeddings. Raises PlanError if there are several."""
+    """The stack that a model's slices are of: not embeddings or heads. Raises PlanError if there are several."""
     counts = {place.before: place.count for place in places.values() if not EXTRA.search(place.before)}
-    counts = {before: count for before, count in counts.items() if not BEFORE.search(before)} or counts
+    beside = {before for before in counts if BEFORE.search(before) or AFTER.search(before)}
+    counts = {before: count for before, count in counts.items() if before not in beside} or counts
     if len(counts) != 1:
         found = ", ".join(f"{before} ({count})" for before, count in counts.items()) or "none"
         raise PlanError(
@@ -242,11 +244,15 @@ def _names_in_slice(part: Part, line: Input, model: Checkpoint, stack: _Stack) -
             f"{line.place}.layer_range: found {list(line.layers)}, {line.label} has {stack.count} layers: 0 to "
             f"{stack.count - 1}; expected a range within [0, {stack.count}]"
         )
+    ends = find_ends(model.config, stack.places, stack.before, stack.count)
+    refuse_moved_ends(ends, line, part.slice)
+    yield from names_at_ends(ends, stack.places, part.slice)
+    own = ends[0].own | ends[1].own
     early = _before_layers(model, stack)
     for name in model:
         place = stack.places.get(name)
         if place is not None:
-            if first <= place.index < last:
+            if first <= place.index < last and place.behind not in own:
                 yield place.named(part.slice.start + place.index - first), name
         elif name.startswith(stack.before) and name not in early and _is_layer(name, stack):
             continue

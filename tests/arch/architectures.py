@@ -136,6 +136,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
             _PAIR,
         ),
         "wav2vec2": _A("Wav2Vec2ForCTC", TEXT | SOUND),
+        "MusicGen": _A("MusicgenForCausalLM", TEXT | {"ffn_dim": 24, "num_codebooks": 2}),
         "Mixtral": _A("MixtralForCausalLM", GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2}),
         "Qwen3-MoE": _A("Qwen3MoeForCausalLM", EXPERTS),
         "OLMoE": _A("OlmoeForCausalLM", EXPERTS),

@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 from architectures import ARCHITECTURES, Architecture
-from helpers_merges import Tensors, average, load_all
+from helpers_merges import Tensors, average, load_all, load_complete
 from models import save_checkpoint
 from oracles import Expected, assert_close, doubles
 from torch import Tensor
@@ -106,13 +106,6 @@ def leaves(found: Any) -> Iterator[Tensor]:
             yield from leaves(part)
 
 
-def load(kind: str, folder: Path) -> Any:
-    """The model in a folder, which has every tensor of its class and no other."""
-    model, info = getattr(transformers, kind).from_pretrained(folder, output_loading_info=True, local_files_only=True)
-    assert {key: value for key, value in info.items() if value} == {}
-    return model.eval()
-
-
 def layout_of(folder: Path) -> dict[str, list[tuple[str, Any, torch.dtype]]]:
     """The names of a checkpoint's files, and of each tensor the name, shape and dtype, in the order of the file."""
     from safetensors import safe_open
@@ -136,7 +129,7 @@ def test_a_merge_is_the_formula_s_in_the_layout_of_its_inputs(pair: Path, name: 
         expected_model.load_state_dict(average_of_states(expected_model.state_dict(), other.state_dict()))
         wanted = outputs(expected_model)
         assert wanted.isfinite().all() and not torch.allclose(wanted, outputs(other), atol=1e-3)
-        torch.testing.assert_close(outputs(load(line.kind, out)), wanted, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(outputs(load_complete(line.kind, out)), wanted, rtol=1e-4, atol=1e-5)
 
 
 def average_of_states(a: Tensors, b: Tensors) -> Tensors:
@@ -162,7 +155,7 @@ def test_a_stack_has_its_sources_tensors_loads_and_runs(pair: Path, name: str, t
     expected = dict(stacked(line, tensors))
     assert merged.keys() == expected.keys()
     assert all(torch.equal(merged[new], tensors[old]) for new, old in expected.items())
-    assert outputs(load(line.kind, out)).isfinite().all()
+    assert outputs(load_complete(line.kind, out)).isfinite().all()
 
 
 def stack_of(line: Architecture, model: str) -> dict[str, Any]:
