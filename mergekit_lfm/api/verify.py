@@ -40,6 +40,7 @@ def verify_output(
     sample: int | Literal["all"] = 8,
     max_shard_size: int | str | None = None,
     seed: int | None = None,
+    heads: Literal["base", "drop"] | None = None,
     device: str | None = None,
     memory: int | str | None = None,
     threads: int | None = None,
@@ -61,7 +62,7 @@ def verify_output(
     lock = read_lock(folder)
     planned = None
     if against_inputs is not None:
-        how: dict[str, Any] = {"max_shard_size": max_shard_size, "seed": seed, "device": device}
+        how: dict[str, Any] = {"max_shard_size": max_shard_size, "seed": seed, "heads": heads, "device": device}
         planned = plan_merge(against_inputs, folder, **how).result
         if planned.stages is not None:
             planned = plan_merge(_on_results(planned.stages, out), folder, **how).result

@@ -1,8 +1,8 @@
 """How models hold the experts of a layer: each with matrices of its own, or all of them in two tensors.
 
-A line of LAYOUTS is the names of the two tensors, of gate and up together and of down, and behind them what the names
-of one expert's gate, up and down are; `{e}` is its number. Source: conversion_mapping.py of transformers 5.24, which
-holds all experts in two tensors, and saves them each by its own, as most checkpoints have them.
+A line of LAYOUTS is the names of the two tensors, of gate with up and of down; and behind the colon what the names of
+one expert's matrices begin with, `{e}` being its number, and end with: gate, up, down. Source: conversion_mapping.py of
+transformers 5.24, which holds all experts in two tensors, and saves each by its own, as most checkpoints have them.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ Specs = Mapping[str, TensorSpec]
 # One tensor for each matrix of each expert; all in [experts, out, in]; all in [experts, in, out].
 Form = Literal["apart", "together", "turned"]
 
+PART = "experts."  # of the names of all lines
 APART = re.compile(r"(^|[._])experts\.\d+\.")
 TOGETHER = re.compile(r"(^|[._])experts\.(?!\d)")
 

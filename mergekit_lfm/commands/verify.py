@@ -46,6 +46,7 @@ Examples:
 )
 @options.max_shard_size
 @options.seed
+@options.heads
 @options.device_option("Where to compute", default=None, otherwise="the recipe's, else cpu")
 @options.memory
 @options.threads
@@ -59,6 +60,7 @@ def verify(
     sample: int | Literal["all"],
     max_shard_size: int | None,
     seed: int | None,
+    heads: Literal["base", "drop"] | None,
     device: str | None,
     memory: int | None,
     threads: int | None,
@@ -74,8 +76,8 @@ def verify(
     from mergekit_lfm.commands.show.terminal import count_noun
 
     with transfers(hidden=console.hidden):
-        how: dict[str, Any] = {"max_shard_size": max_shard_size, "seed": seed, "device": device}
-        how |= {"memory": memory, "threads": threads, "progress": console.progress}
+        how: dict[str, Any] = {"max_shard_size": max_shard_size, "seed": seed, "heads": heads}
+        how |= {"device": device, "memory": memory, "threads": threads, "progress": console.progress}
         outcome = verify_output(out, against_inputs=against_inputs, sample=sample, **how)
     verified, problems = outcome.result, outcome.result.differences
 

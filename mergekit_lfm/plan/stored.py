@@ -85,9 +85,11 @@ def _regroup_experts(recipe: Recipe, models: Mapping[str, Checkpoint]) -> dict[s
 
     As with names, a model stays as it is whose statistics, alignment or edits are about its tensors.
     """
-    template = models[recipe.template.label]
-    free = {model.label for model in recipe.all_models if not (model.align or model.edits or model.stats)}
-    return {label: regroup(model, template) if label in free else model for label, model in models.items()}
+    template, regrouped = models[recipe.template.label], dict(models)
+    for model in recipe.all_models:
+        if model != recipe.template and not (model.align or model.edits or model.stats):
+            regrouped[model.label] = regroup(models[model.label], template)
+    return regrouped
 
 
 def _find_names(recipe: Recipe, models: Mapping[str, Checkpoint]) -> dict[str, Checkpoint]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
-from mergekit_lfm.arch.experts import Experts, Form, Layout, Specs, layouts
+from mergekit_lfm.arch.experts import PART, Experts, Form, Layout, Specs, layouts
 from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.store.checkpoint import Layout as FileLayout
 from mergekit_lfm.store.tensors import TensorSpec
@@ -19,16 +19,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 WORDS = {
-    "apart": "a tensor for each matrix of an expert",
-    "together": "[experts, out, in]",
-    "turned": "[experts, in, out]",
+    "apart": "one by one",
+    "together": "together as [experts, out, in]",
+    "turned": "together as [experts, in, out]",
 }
 
 
 def regroup(model: Checkpoint, template: Specs) -> Checkpoint:
     """The model with its experts in the form of the template's; itself if they are, or if no known layout has both."""
-    for layout in layouts():
-        found, wanted = layout.find(model), layout.find(template)
+    mine, theirs = ({name: spec for name, spec in each.items() if PART in name} for each in (model, template))
+    for layout in layouts() if mine and theirs else ():
+        found, wanted = layout.find(mine), layout.find(theirs)
         forms = {experts.form for experts in wanted}
         if len(forms) == 1 and {experts.form for experts in found} - forms:
             return Regrouped(model, layout, found, next(iter(forms)))
@@ -55,9 +56,11 @@ class Regrouped(View):
         moved = [experts for experts in found if experts.form != form]
         gone = {name for experts in moved for name in layout.names(experts)}
         specs = {name: spec for name, spec in inner.items() if name not in gone}
-        specs |= {spec.name: spec for experts in moved for spec in self._make(layout, experts)}
-        before, after = layout.names(moved[0])[0], self._make(layout, moved[0])[0].name
-        self.note = f"its experts, {WORDS[moved[0].form]} such as {before}, are read as {WORDS[form]} such as {after}"
+        made = [spec for experts in moved for spec in self._make(layout, experts)]
+        stored, read = (WORDS[each] for each in (moved[0].form, form))
+        first = layout.names(moved[0])[0]
+        self.note = f"its experts are stored {stored}, such as {first}, and read {read}, such as {made[0].name}"
+        specs |= {spec.name: spec for spec in made}
         super().__init__(specs, (inner,), {"experts": form})
 
     def _make(self, layout: Layout, experts: Experts) -> list[TensorSpec]:

@@ -76,7 +76,7 @@ def test_both_layouts_merge_in_that_of_the_first(kind: str, tmp_path: Path) -> N
         assert all(torch.equal(merged[name], x) for name, x in alike.items())
         torch.testing.assert_close(outputs(load_complete(kind, out)), wanted, rtol=1e-4, atol=1e-6)
         (note,) = make_plan(Recipe.parse(recipe)).notices
-        assert note.startswith(f"{tmp_path / 'b' / second}: its experts, ") and "experts.gate_up_proj" in note
+        assert note.startswith(f"{tmp_path / 'b' / second}: its experts are stored ") and "experts.gate_up_proj" in note
 
 
 E, INNER, HIDDEN = 3, 5, 7

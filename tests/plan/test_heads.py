@@ -136,7 +136,9 @@ def test_the_option_stands_for_the_key(tmp_path: Path) -> None:
     for command in ("plan", "merge"):
         shown = run(command, recipe, str(tmp_path / "out"), "--heads", "drop", "--json")
         assert answer(shown)["digest"] == digest
-    assert not any(map(HEAD.search, load_all(tmp_path / "out")))
+    out = str(tmp_path / "out")
+    assert not any(map(HEAD.search, load_all(Path(out))))
+    assert answer(run("verify", out, "--against-inputs", recipe, "--heads", "drop", "--json"))["digest"] == digest
 
 
 HEADED = [
