@@ -13,7 +13,7 @@ HEAD = re.compile(
     r"vocab_transform|vocab_layer_norm)\."
     r"|(^|(?<!vision_model)\.)heads?\."
     r"|^(predictions|generator_predictions|generator_lm_head|discriminator_predictions|ctc_head|proj_out|embed_out|"
-    r"multiple_choice_head|sequence_summary|logits_proj|mlm_head|projector|projection)\."
+    r"multiple_choice_head|sequence_summary|logits_proj|mlm_head|projector)\."
     r"|^decoder\.(weight|bias)$|^final_logits_bias$"
 )
 POOLER = re.compile(r"(^|\.)pooler\.")

@@ -204,9 +204,11 @@ def _fit(config: dict[str, Any], plan: Plan) -> None:
 def _drop_head(config: dict[str, Any]) -> None:
     """Name the class without a head in a config, where it is known, and leave out the labels."""
     kinds = [trunk_of(str(kind), str(config.get("model_type", ""))) for kind in config.get("architectures") or ()]
-    known = {key: value for key, value in config.items() if key not in ("architectures", *LABEL_KEYS)}
-    config.clear()
-    config.update(known, **({"architectures": kinds} if kinds and None not in kinds else {}))
+    for key in LABEL_KEYS:
+        config.pop(key, None)
+    config.update({"architectures": kinds})
+    if not kinds or None in kinds:
+        del config["architectures"]
 
 
 def _parts(config: dict[str, Any]) -> Iterator[dict[str, Any]]:

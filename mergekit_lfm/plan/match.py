@@ -219,7 +219,7 @@ class _Matching:
                 "layer. No known layout joins these names, expected a line in mergekit_lfm/arch/experts.py. Save the "
                 "models in one layout, as transformers does when it loads and saves them"
             )
-        if any(HEAD.search(name) or POOLER.search(name) for name in names):
+        if any(map(self._is_of_head, names)):
             yield (
                 f"The models have different heads: add `heads: base` to the recipe to keep that of {first}, or "
                 "`heads: drop` for a model without one; or give `merge` this as `--heads`"
@@ -235,6 +235,12 @@ class _Matching:
                 f"To merge only what all models share and keep the rest of {first}, add `tensors: common` to the "
                 f"recipe; to choose for some tensors, `keep: {{{part}: base}}`, or `drop`, or one of the models"
             )
+
+    def _is_of_head(self, name: str) -> bool:
+        """True for a tensor of a head, or a pooler, that differs in more than the length of the vocabulary."""
+        if name in self.misshapen and VOCABULARY.search(name):
+            return False
+        return bool(HEAD.search(name) or POOLER.search(name))
 
     def _find_experts(self) -> tuple[str, str] | None:
         """A tensor of one expert that only one model has, and one of all experts that only another has."""

@@ -128,6 +128,15 @@ def test_a_tied_head_meets_one_of_its_own(tmp_path: Path) -> None:
         assert [(model, tensor) for model, tensor, _ in plan.dropped] == [(str(tmp_path / "b"), head)]
 
 
+def test_vocabularies_of_other_lengths_are_no_matter_of_heads(tmp_path: Path) -> None:
+    for name, rows in (("a", 4), ("b", 5)):
+        tensors = {name: torch.ones(rows, 3) for name in ("model.embed_tokens.weight", "lm_head.weight")}
+        save_checkpoint(tmp_path / name, tensors, {"model_type": "llama", "tie_word_embeddings": False})
+    with pytest.raises(PlanError, match="`rows: crop`") as refusal:
+        make_plan(Recipe.parse(recipe_of(tmp_path)))
+    assert "heads" not in str(refusal.value)
+
+
 def test_the_option_stands_for_the_key(tmp_path: Path) -> None:
     save("BertForSequenceClassification", tmp_path / "a", 0)
     save("BertModel", tmp_path / "b", 1)
