@@ -206,9 +206,10 @@ def _drop_head(config: dict[str, Any]) -> None:
     kinds = [trunk_of(str(kind), str(config.get("model_type", ""))) for kind in config.get("architectures") or ()]
     for key in LABEL_KEYS:
         config.pop(key, None)
-    config.update({"architectures": kinds})
-    if not kinds or None in kinds:
-        del config["architectures"]
+    if kinds and None not in kinds:
+        config["architectures"] = kinds
+    else:
+        config.pop("architectures", None)
 
 
 def _parts(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
