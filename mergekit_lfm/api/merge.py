@@ -22,6 +22,8 @@ from mergekit_lfm.recipe.recipe import Recipe, read_recipe
 from mergekit_lfm.recipe.stages import read_stages
 
 if TYPE_CHECKING:
+    from mergekit_lfm.engine.execute import Execution
+    from mergekit_lfm.plan.plan import Plan
     pass
 
 RecipeLike = str | PathLike[str] | Mapping[str, Any] | Recipe
@@ -123,7 +125,9 @@ def merge(
     earlier: tuple[Outcome[Merged], ...] = ()
     if stages is not None:
         earlier, recipe = _run_stages(recipe, stages, how, {**run, "compile": compile})
-    outcome = _execute(recipe, compile, {**run, "overwrite": overwrite}, earlier, started)
+    plan, done = _execute(recipe, compile, {**run, "overwrite": overwrite})
+    warnings, merged = warn_of(done.findings), Merged(plan, done.resumed_bytes, stages=earlier)
+    outcome = Outcome(recipe.out, merged, plan.digest, done.already_there, warnings, time.monotonic() - started)
     if stages is not None and drop_stages:
         stages.drop()
     if on_merged is not None:
@@ -134,13 +138,9 @@ def merge(
 
 
 def _execute(
-    planned: PlannedMerge,
-    compile: Literal["auto", "always", "never"],
-    options: Mapping[str, Any],
-    earlier: tuple[Outcome[Merged], ...],
-    started: float,
-) -> Outcome[Merged]:
-    """The outcome of a merge, pushed nowhere. options: of `prepare` and `execute`; earlier: stages; started: when."""
+    planned: PlannedMerge, compile: Literal["auto", "always", "never"], options: Mapping[str, Any]
+) -> tuple[Plan, Execution]:
+    """Carry out a plan; the plan as it was carried out, and what happened. options: of `prepare` and `execute`."""
     from mergekit_lfm.engine.execute import execute
 
     plan, folder, accelerator = planned.plan, planned.out, planned.accelerator
@@ -149,9 +149,7 @@ def _execute(
 
         where: dict[str, Any] = {"max_shard_size": planned.max_shard_size, "device": accelerator.name}
         plan = prepare(plan, folder, **where, **options)
-    done = execute(plan, folder, accelerator=accelerator, compile=compile, **options)
-    warnings, merged = warn_of(done.findings), Merged(plan, done.resumed_bytes, stages=earlier)
-    return Outcome(folder, merged, plan.digest, done.already_there, warnings, time.monotonic() - started)
+    return plan, execute(plan, folder, accelerator=accelerator, compile=compile, **options)
 
 
 def _run_stages(
