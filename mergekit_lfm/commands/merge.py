@@ -11,6 +11,7 @@ import click
 
 from mergekit_lfm.commands import options
 from mergekit_lfm.commands.console import Console
+from mergekit_lfm.commands.mergekit import MergekitCommand, mergekit_notices, mergekit_options
 from mergekit_lfm.commands.options import as_json, device_option, going_on_later, no_resume, overwrite, together
 from mergekit_lfm.commands.shell import Command, transfers
 
@@ -31,7 +32,7 @@ planning = together(
 
 
 @click.command(
-    cls=Command,
+    cls=MergekitCommand,
     epilog="""\b
 Examples:
   merge recipes/quickstart.yaml
@@ -77,6 +78,7 @@ Examples:
 @options.output
 @click.option("-v", "--verbose", is_flag=True, help="Also print the plan, with all tensors.")
 @options.version
+@mergekit_options
 @click.pass_obj
 def merge(
     console: Console,
@@ -85,21 +87,18 @@ def merge(
     out: Path | None,
     memory: int | None,
     threads: int | None,
-    max_shard_size: int | None,
-    seed: int | None,
-    push_to: str | None,
     private: bool,
     pull_back: bool,
     nan: Literal["error", "warn"],
     compile_: Literal["auto", "always", "never"],
     no_card: bool,
-    device: str | None,
     overwrite: bool,
     no_resume: bool,
     trust_times: bool,
     drop_stages: bool,
     dry_run: bool,
     verbose: bool,
+    **where: Any,
 ) -> None:
     """Merge models as RECIPE says and write the result to OUT.
 
@@ -113,8 +112,8 @@ def merge(
     from mergekit_lfm.api.merge import plan_merge
     from mergekit_lfm.commands.show.terminal import tell
 
+    console.warn(mergekit_notices(click.get_current_context()))
     with transfers(hidden=console.hidden):
-        where: dict[str, Any] = {"max_shard_size": max_shard_size, "seed": seed, "device": device, "push_to": push_to}
         planned = plan_merge(_read_recipe(recipe), out, private=private, card=not no_card, **where).result
         console.keep_apart([planned.out, *planned.plan.paths])
         if planned.goal is None and (private or pull_back):
