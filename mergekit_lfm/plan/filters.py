@@ -22,7 +22,8 @@ def refuse_idle_filters(roles: Sequence[PartRoles]) -> None:
     filters: dict[str, list[str]] = {}
     for part in roles:
         tied = any(is_tied(model.config) is not False for model in part.models)
-        seen = [*(name for model in part.models for name in model), *(HEADS if tied else ())]
+        own = [part.refer(i, name)[1] for i in part.inputs for name in part.models[i]]  # of a slice's sources
+        seen = [*(name for model in part.models for name in model), *own, *(HEADS if tied else ())]
         for place, pattern in _filters_of(part):
             names.setdefault(place, {}).update(dict.fromkeys(seen))
             filters.setdefault(place, []).append(pattern)
