@@ -41,6 +41,7 @@ __all__ = [
     "collect_stats",
     "edit_model",
     "evaluate_models",
+    "explain_plan",
     "find_symmetries",
     "find_transform",
     "inspect_file",
@@ -75,6 +76,7 @@ if TYPE_CHECKING:
     from mergekit_lfm.align.find import find_transform
     from mergekit_lfm.api.align import align_models, check_table
     from mergekit_lfm.api.edit import edit_model
+    from mergekit_lfm.api.explain import explain_plan
     from mergekit_lfm.api.inspect import inspect_file
     from mergekit_lfm.api.judge import evaluate_models, measure_barrier, repair_model
     from mergekit_lfm.api.merge import merge, plan_merge
@@ -136,6 +138,7 @@ _HOMES = {
     "collect_stats": "api.stats",
     "edit_model": "api.edit",
     "evaluate_models": "api.judge",
+    "explain_plan": "api.explain",
     "find_symmetries": "arch.registry",
     "find_transform": "align.find",
     "inspect_file": "api.inspect",

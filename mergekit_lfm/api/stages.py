@@ -8,12 +8,14 @@ stage has changed.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from shutil import rmtree
+from tempfile import mkdtemp
 from typing import TYPE_CHECKING, TypeVar
+from weakref import finalize
 
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.recipe.recipe import Recipe
@@ -26,11 +28,20 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+class Scratch:
+    """A temporary folder that is there as long as this object."""
+
+    def __init__(self) -> None:
+        self.path = Path(mkdtemp(prefix="mergekit_lfm-stages-"))
+        finalize(self, rmtree, self.path, ignore_errors=True)
+
+
 @dataclass(frozen=True)
 class Stages:
     """The stages of a recipe in the order of work, but for the last, and their plans.
 
     where: the recipe's folder. folder: that of their results. scratch: the stand-ins, as long as the plans are used.
+    allow_unknown: of `Recipe.parse`.
     """
 
     stages: tuple[Stage, ...]
@@ -38,12 +49,13 @@ class Stages:
     where: Path
     folder: Path
     plans: tuple[PlannedMerge, ...]
-    scratch: TemporaryDirectory[str]
+    scratch: Scratch
+    allow_unknown: bool = False
 
     def recipe(self, stage: Stage) -> Recipe:
         """The recipe of a stage, on the results of those before it."""
         folders = {each.name: self.folder / each.name for each in self.stages if each.name in stage.needs}
-        return Recipe.parse(stage.data, self.where, stage.label, folders)
+        return Recipe.parse(stage.data, self.where, stage.label, folders, allow_unknown=self.allow_unknown)
 
     def drop(self) -> None:
         """Remove the results of the stages."""
@@ -63,28 +75,34 @@ def stages_folder(out: Path) -> Path:
 
 
 def plan_stages(
-    stages: Sequence[Stage], where: Path, out: Path, plan: Callable[[Recipe, Path], PlannedMerge]
+    stages: Sequence[Stage],
+    where: Path,
+    out: Path,
+    plan: Callable[[Recipe, Path], PlannedMerge],
+    *,
+    allow_unknown: bool = False,
 ) -> tuple[Stages, Recipe]:
     """The plans of all stages but the last, and the last one's recipe, on stand-ins for the results that it takes.
 
-    plan: from a recipe and the folder of its result to its plan. Raises PlanError as that does.
+    plan: from a recipe and the folder of its result to its plan. Raises PlanError as that does. allow_unknown: of
+    `Recipe.parse`.
     """
+
+    def parse(stage: Stage) -> Recipe:
+        used = {name: folders[name] for name in stage.needs}
+        return Recipe.parse(stage.data, where, stage.label, used, allow_unknown=allow_unknown)
+
     *earlier, last = stages
-    scratch = TemporaryDirectory(prefix="mergekit_lfm-stages-")
+    scratch = Scratch()
     folders: dict[str, Path] = {}
     plans: list[PlannedMerge] = []
     for stage in earlier:
-        planned = _in_stage(stage, lambda stage: plan(_parse(stage, where, folders), stages_folder(out) / stage.name))
+        planned = _in_stage(stage, lambda stage: plan(parse(stage), stages_folder(out) / stage.name))
         plans.append(planned)
-        folders[stage.name] = Path(scratch.name, stage.name)
+        folders[stage.name] = scratch.path / stage.name
         stand_in(planned.plan, folders[stage.name])
-    recipe = _parse(last, where, folders)
-    return Stages(tuple(earlier), last, where, stages_folder(out), tuple(plans), scratch), recipe
-
-
-def _parse(stage: Stage, where: Path, folders: Mapping[str, Path]) -> Recipe:
-    used = {name: folders[name] for name in stage.needs}
-    return Recipe.parse(stage.data, where, stage.label, used)
+    stages_before = Stages(tuple(earlier), last, where, stages_folder(out), tuple(plans), scratch, allow_unknown)
+    return stages_before, parse(last)
 
 
 def _in_stage(stage: Stage, work: Callable[[Stage], T]) -> T:

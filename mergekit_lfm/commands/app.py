@@ -10,8 +10,9 @@ from mergekit_lfm.commands.barrier import barrier
 from mergekit_lfm.commands.edit import edit
 from mergekit_lfm.commands.eval import evaluate
 from mergekit_lfm.commands.inspect import inspect, methods
-from mergekit_lfm.commands.merge import merge, plan
+from mergekit_lfm.commands.merge import merge
 from mergekit_lfm.commands.patch import patch
+from mergekit_lfm.commands.plan import plan
 from mergekit_lfm.commands.push import push
 from mergekit_lfm.commands.repair import repair
 from mergekit_lfm.commands.shell import Group
