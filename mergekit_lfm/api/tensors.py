@@ -9,6 +9,7 @@ from warnings import warn
 from mergekit_lfm.errors import PlanError, did_you_mean
 from mergekit_lfm.methods.method import REQUIRED, Method, Parameter, Unit, Value
 from mergekit_lfm.methods.registry import METHODS
+from mergekit_lfm.recipe.foreign import unknown_method
 from mergekit_lfm.recipe.values import find_rule, read_setting, value_of
 
 if TYPE_CHECKING:
@@ -38,7 +39,8 @@ def merge_tensors(
     from mergekit_lfm.kernels.random import key
 
     if method not in METHODS:
-        raise PlanError(f"unknown method {method!r}, {did_you_mean(method, METHODS)}")
+        sentence, words = unknown_method(method, METHODS)
+        raise PlanError(sentence, **words)
     declared = METHODS[method]
     if base is not None and declared.base in ("first", "member"):
         tensors, base = [base, *tensors], None

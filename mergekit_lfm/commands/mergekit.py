@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from mergekit_lfm.commands.shell import Command, Size
+from mergekit_lfm.commands.shell import Command, Group, Size
 
 F = TypeVar("F", bound=Callable[..., Any])
 _GIVEN = f"{__name__}.given"  # where a click context has the options of mergekit and their values
@@ -85,6 +85,34 @@ DEFAULTS = (
     *("--no-low-cpu-memory", "--no-read-to-gpu", "--no-multi-gpu", "--no-lazy-unpickle", "--no-async-write"),
     "--no-clone-tensors",
 )
+
+
+# The programs of mergekit: what does the same here, or what to know.
+PROGRAMS = {
+    "mergekit-yaml": "`merge RECIPE OUT`, with the same recipe and options",
+    "mergekit-multi": "`merge RECIPE OUT`, with the same recipe of several documents; their results lie in OUT.stages",
+    "mergekit-pytorch": "`merge RECIPE OUT`: models may be single files; `tensors: common` is --tensor-intersection",
+    "mergekit-moe": "not supported in this version",
+    "mergekit-extract-lora": "not supported in this version",
+    "mergekit-tokensurgeon": "not supported in this version",
+    "mergekit-evolve": "not supported in this version",
+    "mergekit-legacy": "write a recipe; `mergekit-lfm init MODEL ...` begins one",
+    "mergekit-layershuffle": "write a recipe with `slices`",
+    "bakllama": "write a recipe with `slices`",
+}
+
+
+class MergekitGroup(Group):
+    """A group of commands that knows the programs of mergekit by their names."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The command that the arguments name; a usage error, with the way here, for a program of mergekit."""
+        names = [name for name in (args[0], f"mergekit-{args[0]}") if name in PROGRAMS]
+        if names and args[0] not in self.commands:
+            raise click.UsageError(f"{names[0]} is a program of mergekit; here: {PROGRAMS[names[0]]}", ctx)
+        return super().resolve_command(ctx, args)
 
 
 def mergekit_options(command: F) -> F:

@@ -20,6 +20,7 @@ from mergekit_lfm.methods.registry import METHODS
 from mergekit_lfm.recipe.align import AlignRequest
 from mergekit_lfm.recipe.dialect import read_dialect
 from mergekit_lfm.recipe.files import Where
+from mergekit_lfm.recipe.foreign import refuse_foreign, unknown_method
 from mergekit_lfm.recipe.form import (
     Dtype,
     Edits,
@@ -143,6 +144,7 @@ class Recipe(Strict):
         if not isinstance(data, Mapping):
             expected = "a mapping with merge_method and models"
             raise PlanError(f"{{place}}: {FOUND}", place=label, found=f"{data!r:.40}", expected=expected)
+        refuse_foreign(data, label)
         ignored = dict[str, str]()
         while True:
             recipe, problems = cls._read(data, Where(where, stages))
@@ -222,8 +224,8 @@ class Recipe(Strict):
             if name is None:
                 raise PlanError("{place}: required", place=place)
             if name not in METHODS:
-                words = {"found": repr(name), "cure": did_you_mean(name, METHODS)}
-                raise PlanError("{place}: unknown method {found}, {cure}", place=place, **words)
+                sentence, words = unknown_method(name, METHODS)
+                raise PlanError("{place}: " + sentence, place=place, **words)
             methods[module] = METHODS[name]
         return methods
 
