@@ -48,6 +48,7 @@ __all__ = [
     "load_model",
     "measure_barrier",
     "merge",
+    "merge_state_dicts",
     "merge_tensors",
     "open_checkpoint",
     "open_patch",
@@ -83,6 +84,7 @@ if TYPE_CHECKING:
     from mergekit_lfm.api.outcome import Finding, Outcome
     from mergekit_lfm.api.patches import apply_patches, undo_patches
     from mergekit_lfm.api.push import push
+    from mergekit_lfm.api.state_dicts import merge_state_dicts
     from mergekit_lfm.api.stats import collect_stats
     from mergekit_lfm.api.tensors import merge_tensors
     from mergekit_lfm.api.trace import trace_facts
@@ -145,6 +147,7 @@ _HOMES = {
     "load_model": "runtime.load",
     "measure_barrier": "api.judge",
     "merge": "api.merge",
+    "merge_state_dicts": "api.state_dicts",
     "merge_tensors": "api.tensors",
     "open_checkpoint": "store.checkpoint",
     "open_patch": "artifacts.patch",
