@@ -44,6 +44,7 @@ __all__ = [
     "explain_plan",
     "find_symmetries",
     "find_transform",
+    "init_recipe",
     "inspect_file",
     "load_model",
     "measure_barrier",
@@ -78,6 +79,7 @@ if TYPE_CHECKING:
     from mergekit_lfm.api.align import align_models, check_table
     from mergekit_lfm.api.edit import edit_model
     from mergekit_lfm.api.explain import explain_plan
+    from mergekit_lfm.api.init import init_recipe
     from mergekit_lfm.api.inspect import inspect_file
     from mergekit_lfm.api.judge import evaluate_models, measure_barrier, repair_model
     from mergekit_lfm.api.merge import merge, plan_merge
@@ -143,6 +145,7 @@ _HOMES = {
     "explain_plan": "api.explain",
     "find_symmetries": "arch.registry",
     "find_transform": "align.find",
+    "init_recipe": "api.init",
     "inspect_file": "api.inspect",
     "load_model": "runtime.load",
     "measure_barrier": "api.judge",

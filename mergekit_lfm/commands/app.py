@@ -9,6 +9,7 @@ from mergekit_lfm.commands.align import align
 from mergekit_lfm.commands.barrier import barrier
 from mergekit_lfm.commands.edit import edit
 from mergekit_lfm.commands.eval import evaluate
+from mergekit_lfm.commands.init import init
 from mergekit_lfm.commands.inspect import inspect, methods
 from mergekit_lfm.commands.merge import merge
 from mergekit_lfm.commands.mergekit import MergekitGroup
@@ -35,7 +36,7 @@ def main() -> None:
 
 
 for command in (
-    *(merge, plan, push, verify, inspect, methods, evaluate),
+    *(init, merge, plan, push, verify, inspect, methods, evaluate),
     *(stats, align, barrier, repair, edit, patch, trace),
 ):
     main.add_command(command)
