@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mergekit_lfm.api.merge import PlannedMerge
     from mergekit_lfm.plan.explain import Explanation
+    from mergekit_lfm.plan.plan import Plan
 
 
 def explain_plan(planned: PlannedMerge, names: Sequence[str]) -> tuple[Explanation, ...]:
@@ -20,8 +21,20 @@ def explain_plan(planned: PlannedMerge, names: Sequence[str]) -> tuple[Explanati
     """
     from mergekit_lfm.plan.explain import explain, refuse_unmatched_patterns
 
+    refuse_unmatched_patterns([plan for _, plan, _, _ in _plans(planned)], names)
+    return tuple(
+        replace(each, stage=stage)
+        for stage, plan, text, document in _plans(planned)
+        for each in explain(plan, names, text, document)
+    )
+
+
+def _plans(planned: PlannedMerge) -> Iterator[tuple[str, Plan, str | None, int]]:
+    """Each stage's name and plan, the text of the recipe, and the index of the stage's document in it."""
     stages = planned.stages
-    earlier = [] if stages is None else zip(stages.stages, stages.plans, strict=True)
-    plans = [*((stage.name, each.plan) for stage, each in earlier), ("", planned.plan)]
-    refuse_unmatched_patterns([plan for _, plan in plans], names)
-    return tuple(replace(each, stage=stage) for stage, plan in plans for each in explain(plan, names))
+    if stages is None:
+        yield "", planned.plan, planned.plan.recipe.text, 0
+        return
+    for stage, each in zip(stages.stages, stages.plans, strict=True):
+        yield stage.name, each.plan, stage.text, stage.document
+    yield "", planned.plan, stages.last.text, stages.last.document

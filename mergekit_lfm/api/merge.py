@@ -152,11 +152,6 @@ def merge(
     stages = recipe.stages
     if stages is not None:
         earlier, recipe = _run_stages(recipe, how, run)
-    goal = recipe.goal
-    if goal is not None:
-        from mergekit_lfm.output.push import check_repository
-
-        check_repository(goal.repo, private=goal.private)
     plan, done = _carry_out(recipe, {**run, "overwrite": overwrite})
     warnings, merged = warn_of(done.findings), Merged(plan, done.resumed_bytes, stages=earlier)
     outcome = Outcome(recipe.out, merged, plan.digest, done.already_there, warnings, time.monotonic() - started)
@@ -164,16 +159,20 @@ def merge(
         stages.drop()
     if on_merged is not None:
         on_merged(outcome)
-    if goal is None:
+    if recipe.goal is None:
         return outcome
-    return replace(_push(outcome, recipe.out, goal, verify_push, progress), seconds=time.monotonic() - started)
+    return replace(_push(outcome, recipe.out, recipe.goal, verify_push, progress), seconds=time.monotonic() - started)
 
 
 def _carry_out(planned: PlannedMerge, options: Mapping[str, Any]) -> tuple[Plan, Execution]:
-    """The plan, ready for the engine, and what came of it. options: of `merge`, for `execute`."""
+    """The plan, ready for the engine, and its execution. options: of `merge`, for `execute`."""
     from mergekit_lfm.engine.execute import execute
 
-    plan, accelerator = planned.plan, planned.accelerator
+    plan, accelerator, goal = planned.plan, planned.accelerator, planned.goal
+    if goal is not None:  # a push that would fail is refused before the work
+        from mergekit_lfm.output.push import check_repository
+
+        check_repository(goal.repo, private=goal.private)
     rest = {**options, "memory": as_bytes(options["memory"])}
     compile = rest.pop("compile")
     if plan.pending or plan.unedited or plan.absent:

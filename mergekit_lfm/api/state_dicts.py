@@ -38,9 +38,9 @@ def merge_state_dicts(
 
     models: state dicts or modules, in a list or by names. base: one of them, by its index or name, or a further model.
     Parameters are given by name, or as a mapping in `parameters`; `lambda` as `lambda_`. Each has the forms of a
-    recipe: a value, a gradient over the layers, or rules with `filter` and `value`. A parameter of which each input has
-    its own is one of these for all inputs; or a list with one for each input, the base among them if the method counts
-    it; or a mapping with one for each model that has its own. seed: as of a recipe.
+    recipe: a value, a gradient over the layers, or rules with `filter` and `value`. A parameter that is given for
+    each input is one of these for all inputs; or a list with one for each, the base among them if the method counts it;
+    or a mapping with one for each model that has its own. seed: as of a recipe.
 
     The models need the same tensors. Those that are not floating are copied and have to be equal; buffers that loaders
     compute are the base's, else the first model's; running statistics are averaged. Tensors that share memory in all
@@ -232,7 +232,7 @@ def _merge_all(part: Part, roles: _Roles, seed: int) -> dict[str, torch.Tensor]:
 
 
 def _memory_of(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """What two tensors have in common that are one, as tied weights are."""
+    """The memory of a tensor, the same for tied weights."""
     if not tensor.numel():
         return (id(tensor),)
     return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype

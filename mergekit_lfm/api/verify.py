@@ -60,6 +60,7 @@ def verify_output(
     planned = None
     if against_inputs is not None:
         how: dict[str, Any] = {"max_shard_size": max_shard_size, "seed": seed, "device": device}
+        how["allow_unknown"] = True  # as when it was merged, if it has any
         planned = _plan_of(plan_merge(against_inputs, folder, **how).result, lock, out, progress)
     nbytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     with progress.by_bytes(nbytes, "verifying") as advance:

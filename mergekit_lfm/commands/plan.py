@@ -109,6 +109,7 @@ def read_recipe(path: Path, *, allow_unknown: bool) -> Path | Recipe:
 def show_plan(
     console: Console, planned: PlannedMerge, memory: int | None, threads: int | None, verbose: bool
 ) -> NoReturn:
+    """End with the plans of all stages as the result."""
     from mergekit_lfm.commands.show.plans import plan_data
 
     facts = _machine_facts(planned, memory, threads)

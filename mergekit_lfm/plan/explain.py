@@ -31,7 +31,7 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class ValueOrigin:
-    """A parameter's value for a tensor, for one model, or for all if that is None.
+    """A parameter's value for a tensor and one model, or all models if `model` is not given.
 
     place: in the recipe, None for the method's default; line: of its file, None without one.
     """
@@ -58,11 +58,13 @@ class Explanation:
     stage: str = ""
 
 
-def explain(plan: Plan, patterns: Sequence[str]) -> tuple[Explanation, ...]:
-    """The explanations of all tensors that a pattern matches. * and ? in it match as in names of files."""
+def explain(plan: Plan, patterns: Sequence[str], text: str | None, document: int = 0) -> tuple[Explanation, ...]:
+    """The explanations of all tensors that a pattern matches. * and ? in it match as in names of files.
+
+    text: of the recipe, in which it is one of the documents; None for a recipe that is not in YAML.
+    """
     matching = [_matcher(pattern) for pattern in patterns]
-    text = plan.recipe.text
-    line_of = cache(lambda place: None if text is None else find_line(text, place))
+    line_of = cache(lambda place: None if text is None else find_line(text, place, document))
     jobs = [job for job in plan.tensors if any(match(name) for match in matching for name in job.names)]
     return tuple(_explain(plan, job, line_of) for job in jobs)
 

@@ -28,7 +28,7 @@ METHODS_ELSEWHERE = {
     "magnitude_prune": ("peft", "ties"),
 }
 OTHER_JOB = "jobs other than merges are not supported in this version; leave the document out"
-# Documents of other tools: the keys of which each has one, what they are, and what to do.
+# Documents of other tools: keys by which one is known, its description, and what to do.
 DOCUMENTS = (
     (
         ("experts", "gate_mode", "experts_per_token", "shared_experts"),

@@ -46,7 +46,7 @@ def read_documents(text: str, label: str) -> list[object]:
         loader, documents = _Loader(text), []
         while loader.check_node():
             node = loader.get_node()
-            if node is None or (node.tag.endswith(":null") and not node.value):
+            if node is None or _is_empty(node):
                 continue
             _Check(text, label).measure(node)
             documents.append(loader.construct_document(node))
@@ -61,6 +61,10 @@ def read_documents(text: str, label: str) -> list[object]:
         raise PlanError(f"{label}: not YAML: {error}") from error
     except RecursionError:  # without libyaml, which stops at 1,000 levels by itself
         raise PlanError(f"{label}: {TOO_DEEP}") from None
+
+
+def _is_empty(node: yaml.Node) -> bool:
+    return node.tag.endswith(":null") and not node.value
 
 
 def find_steps(data: object, path: str) -> tuple[tuple[Any, ...], str]:
@@ -83,13 +87,14 @@ def find_steps(data: object, path: str) -> tuple[tuple[Any, ...], str]:
     return tuple(steps), path
 
 
-def find_line(text: str, path: str) -> int | None:
+def find_line(text: str, path: str, document: int = 0) -> int | None:
     """The line, from 1, on which a place of a YAML document starts, or the nearest one around it that is written there.
 
-    None if even its first key is not written there.
+    document: the index among those of `read_documents`. None if even the first key of the place is not written there.
     """
-    steps, _ = find_steps(read_yaml(text, path), path)
-    node, line = yaml.compose(text, SafeLoader), None
+    steps, _ = find_steps(read_documents(text, path)[document], path)
+    node: yaml.Node = [node for node in yaml.compose_all(text, SafeLoader) if not _is_empty(node)][document]
+    line = None
     for step in steps:
         if isinstance(node, yaml.MappingNode):
             pairs = [(key, value) for key, value in node.value if key.value == str(step)]

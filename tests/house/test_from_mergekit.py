@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from mergekit_lfm.commands.merge import merge
 from mergekit_lfm.commands.mergekit import DEFAULTS, OPTIONS, PROGRAMS, MergekitOption
 from mergekit_lfm.recipe.dialect import DEAD, UNUSED
 from mergekit_lfm.recipe.foreign import METHODS_ELSEWHERE
@@ -43,6 +44,15 @@ def test_the_options_are_those_of_the_declaration() -> None:
     expected = [*map(row_of, OPTIONS), *same, *defaults]
     lines = "\n".join(f"| {' | '.join(row)} |" for row in expected)
     assert table("Options of mergekit-yaml") == expected, f"write these rows:\n{lines}"
+
+
+def test_options_of_ours_in_the_table_are_the_command_s() -> None:
+    named = {
+        flag for row in table("Options of mergekit-yaml") for flag in re.findall(r"(--[a-z-]+)", f"{row[1]} {row[2]}")
+    }
+    assert named and named <= {
+        name for parameter in merge.params if not getattr(parameter, "hidden", False) for name in parameter.opts
+    }
 
 
 def test_the_programs_are_those_of_the_declaration() -> None:

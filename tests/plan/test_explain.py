@@ -154,6 +154,9 @@ def test_every_stage_is_searched() -> None:
     )
     found = answer(run("plan", "recipe.yaml", "--explain", NAMES[0], "--json"))["tensors"]
     assert [(each["stage"], each["method"]) for each in found] == [("mixed", "dare_linear"), ("", "linear")]
+    earlier, last = map(origins, found)
+    assert ("weight", "a", 0.75, "models[0].parameters.weight", 6) in earlier
+    assert ("weight", "mixed", 1.0, "parameters.weight", 15) in last
 
 
 def test_a_name_that_no_tensor_has_is_refused_with_the_nearest() -> None:

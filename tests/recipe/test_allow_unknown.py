@@ -115,5 +115,7 @@ def test_the_option_does_the_same(command: str, stages: bool) -> None:
     Path("recipe.yaml").write_text(text)
     assert "did you mean weight?" in refusal(run(command, "recipe.yaml", "out"))
     assert run(command, "recipe.yaml", "out", "--allow-unknown").exit_code == 0
+    if command == "merge" and not stages:
+        assert run("verify", "out", "--against-inputs", "recipe.yaml").exit_code == 0
     if not stages:
         assert run(command, "-", "out", "--allow-unknown", standard_input=text).exit_code == 0

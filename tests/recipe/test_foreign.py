@@ -71,7 +71,7 @@ def test_a_stage_for_something_else_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_a_program_of_mergekit_says_what_is_here(name: str) -> None:
+def test_a_program_of_mergekit_names_its_counterpart(name: str) -> None:
     for word in (name, name.removeprefix("mergekit-")):
         result = run(word, "x", "y")
         assert result.exit_code == 2 and f"{name} is a program of mergekit; here: {PROGRAMS[name]}" in result.stderr
