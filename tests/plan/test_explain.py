@@ -17,6 +17,7 @@ from mergekit_lfm.recipe.parts import Settings
 NAMES = [
     "model.embed_tokens.weight",
     *(f"model.layers.{i}.{part}.weight" for i in range(4) for part in ("attn", "mlp")),
+    "model.norm.running_var",  # averaged by every method
 ]
 
 GRADIENT = """\
