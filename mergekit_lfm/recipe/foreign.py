@@ -7,18 +7,10 @@ from typing import Any
 
 from mergekit_lfm.errors import PlanError, did_you_mean
 
-MERGEKIT = "mergekit"
 FUSION_BENCH = "FusionBench"
 DIFFUSION = "tools for Stable Diffusion"
 # Methods of other tools, or their names there: the tool, and the nearest method here.
 METHODS_ELSEWHERE = {
-    "arcee_fusion": (MERGEKIT, "ties"),
-    "della": (MERGEKIT, "dare_ties"),
-    "della_linear": (MERGEKIT, "dare_linear"),
-    "nearswap": (MERGEKIT, "slerp"),
-    "ram": (MERGEKIT, "ties"),
-    "ramplus_tl": (MERGEKIT, "ties"),
-    "sce": (MERGEKIT, "ties"),
     "fisher_merging": (FUSION_BENCH, "fisher"),
     "simple_average": (FUSION_BENCH, "linear"),
     "ties_merging": (FUSION_BENCH, "ties"),

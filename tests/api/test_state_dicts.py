@@ -119,7 +119,7 @@ def test_all_differences_are_one_message() -> None:
     ("method", "how", "message"),
     [
         ("lin", {}, "unknown method 'lin'"),
-        ("della", {}, "della is a method of mergekit that is not here"),
+        ("ties_merging", {}, "ties_merging is a method of FusionBench that is not here"),
         ("linear", {}, "weight: required by linear"),
         ("linear", {"weight": {"0": 1}}, "weight: required by linear"),
         ("linear", {"weight": [1, 2]}, "found 2 values, expected a value for all models"),

@@ -23,8 +23,8 @@ ties dare_linear dare_ties breadcrumbs breadcrumbs_ties della della_linear
 MODELS = [{"model": "a"}, {"model": "b"}]
 
 
-def test_every_method_of_mergekit_is_here_or_known_by_name() -> None:
-    assert set(MERGEKIT.split()) - METHODS.keys() - METHODS_ELSEWHERE.keys() == set()
+def test_every_method_of_mergekit_is_here() -> None:
+    assert set(MERGEKIT.split()) <= METHODS.keys()
     assert {nearest for _, nearest in METHODS_ELSEWHERE.values()} <= METHODS.keys()
 
 
