@@ -41,12 +41,15 @@ __all__ = [
     "collect_stats",
     "edit_model",
     "evaluate_models",
+    "explain_plan",
     "find_symmetries",
     "find_transform",
+    "init_recipe",
     "inspect_file",
     "load_model",
     "measure_barrier",
     "merge",
+    "merge_state_dicts",
     "merge_tensors",
     "open_checkpoint",
     "open_patch",
@@ -75,12 +78,15 @@ if TYPE_CHECKING:
     from mergekit_lfm.align.find import find_transform
     from mergekit_lfm.api.align import align_models, check_table
     from mergekit_lfm.api.edit import edit_model
+    from mergekit_lfm.api.explain import explain_plan
+    from mergekit_lfm.api.init import init_recipe
     from mergekit_lfm.api.inspect import inspect_file
     from mergekit_lfm.api.judge import evaluate_models, measure_barrier, repair_model
     from mergekit_lfm.api.merge import merge, plan_merge
     from mergekit_lfm.api.outcome import Finding, Outcome
     from mergekit_lfm.api.patches import apply_patches, undo_patches
     from mergekit_lfm.api.push import push
+    from mergekit_lfm.api.state_dicts import merge_state_dicts
     from mergekit_lfm.api.stats import collect_stats
     from mergekit_lfm.api.tensors import merge_tensors
     from mergekit_lfm.api.trace import trace_facts
@@ -136,12 +142,15 @@ _HOMES = {
     "collect_stats": "api.stats",
     "edit_model": "api.edit",
     "evaluate_models": "api.judge",
+    "explain_plan": "api.explain",
     "find_symmetries": "arch.registry",
     "find_transform": "align.find",
+    "init_recipe": "api.init",
     "inspect_file": "api.inspect",
     "load_model": "runtime.load",
     "measure_barrier": "api.judge",
     "merge": "api.merge",
+    "merge_state_dicts": "api.state_dicts",
     "merge_tensors": "api.tensors",
     "open_checkpoint": "store.checkpoint",
     "open_patch": "artifacts.patch",

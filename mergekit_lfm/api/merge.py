@@ -22,7 +22,8 @@ from mergekit_lfm.recipe.recipe import Recipe, read_recipe
 from mergekit_lfm.recipe.stages import read_stages
 
 if TYPE_CHECKING:
-    pass
+    from mergekit_lfm.engine.execute import Execution
+    from mergekit_lfm.plan.plan import Plan
 
 RecipeLike = str | PathLike[str] | Mapping[str, Any] | Recipe
 
@@ -38,6 +39,7 @@ def plan_merge(
     push_to: str | None = None,
     private: bool = False,
     card: bool = True,
+    allow_unknown: bool = False,
 ) -> Outcome[PlannedMerge]:
     """Plan the merge of a recipe (a YAML file, a mapping, or a `Recipe`): what it would read, write and drop.
 
@@ -52,15 +54,15 @@ def plan_merge(
     how: dict[str, Any] = {"max_shard_size": max_shard_size, "seed": seed, "heads": heads, "device": device}
     how["card"] = card
     if isinstance(recipe, Mapping):
-        recipe = Recipe.parse(recipe)
+        recipe = Recipe.parse(recipe, allow_unknown=allow_unknown)
     elif not isinstance(recipe, Recipe):
         path, text = Path(recipe), read_recipe(Path(recipe))
         if documents := read_stages(text, str(path)):
             out = expand(out or documents[-1].data.get("output") or Path("merged") / path.stem)
             work = lambda recipe, folder: plan_merge(recipe, folder, **how).result  # noqa: E731
-            stages, recipe = plan_stages(documents, path.absolute().parent, out, work)
+            stages, recipe = plan_stages(documents, path.absolute().parent, out, work, allow_unknown=allow_unknown)
         else:
-            recipe = Recipe.parse(text, path.absolute().parent, str(path))
+            recipe = Recipe.parse(text, path.absolute().parent, str(path), allow_unknown=allow_unknown)
         out = out or recipe.output or Path("merged") / path.stem
     out = out or recipe.output
     if out is None:
@@ -97,6 +99,7 @@ def merge(
     private: bool = False,
     verify_push: bool = False,
     card: bool = True,
+    allow_unknown: bool = False,
     drop_stages: bool = False,
     progress: Progress = SILENCE,
     on_merged: Callable[[Outcome[Merged]], None] | None = None,
@@ -107,8 +110,9 @@ def merge(
     or text such as "4GB". heads, and device ("cpu", "cuda", "cuda:1" or "auto"): in place of the recipe's. nan: "warn"
     notes NaN and infinity in the lock and as a warning, "error" refuses them. trust_times, compile: as of `execute`.
     push_to: a repository on the Hub that the result is pushed to, in place of the recipe's `push`; private: it has to
-    be; verify_push: download it again and compare it with its lock. card: False for no model card. drop_stages: remove
-    what earlier stages of the recipe have left, once OUT is complete. on_merged is called then, before the push.
+    be; verify_push: download it again and compare it with its lock. card: False for no model card. allow_unknown:
+    keys of the recipe that are unknown are warnings in place of errors. drop_stages: remove the results of the recipe's
+    earlier stages once OUT is complete. on_merged is called then, before the push.
 
     Raises PlanError or FormatError (both ValueError) with everything that is wrong, before anything is written if it
     can be known then; ConnectionError if the Hub cannot be reached. Calling it again after an interruption goes on
@@ -118,46 +122,43 @@ def merge(
     how: dict[str, Any] = {"max_shard_size": max_shard_size, "seed": seed, "heads": heads, "device": device}
     how["card"] = card
     if not isinstance(recipe, PlannedMerge):
-        recipe = plan_merge(recipe, out, push_to=push_to, private=private, **how).result
-    goal, stages = recipe.goal, recipe.stages
-    if goal is not None:
-        from mergekit_lfm.output.push import check_repository
-
-        check_repository(goal.repo, private=goal.private)
-    run: dict[str, Any] = {"memory": as_bytes(memory), "threads": threads, "nan": nan, "resume": resume}
-    run |= {"trust_times": trust_times, "progress": progress}
+        more: dict[str, Any] = {"push_to": push_to, "private": private, "allow_unknown": allow_unknown}
+        recipe = plan_merge(recipe, out, **more, **how).result
+    run: dict[str, Any] = {"memory": memory, "threads": threads, "nan": nan, "resume": resume}
+    run |= {"trust_times": trust_times, "compile": compile, "progress": progress}
     earlier: tuple[Outcome[Merged], ...] = ()
+    stages = recipe.stages
     if stages is not None:
-        earlier, recipe = _run_stages(recipe, stages, how, {**run, "compile": compile})
-    outcome = _execute(recipe, compile, {**run, "overwrite": overwrite}, earlier, started)
+        earlier, recipe = _run_stages(recipe, stages, how, run)
+    plan, done = _carry_out(recipe, {**run, "overwrite": overwrite})
+    warnings, merged = warn_of(done.findings), Merged(plan, done.resumed_bytes, stages=earlier)
+    outcome = Outcome(recipe.out, merged, plan.digest, done.already_there, warnings, time.monotonic() - started)
     if stages is not None and drop_stages:
         stages.drop()
     if on_merged is not None:
         on_merged(outcome)
-    if goal is None:
+    if recipe.goal is None:
         return outcome
-    return replace(_push(outcome, recipe.out, goal, verify_push, progress), seconds=time.monotonic() - started)
+    return replace(_push(outcome, recipe.out, recipe.goal, verify_push, progress), seconds=time.monotonic() - started)
 
 
-def _execute(
-    planned: PlannedMerge,
-    compile: Literal["auto", "always", "never"],
-    options: Mapping[str, Any],
-    earlier: tuple[Outcome[Merged], ...],
-    started: float,
-) -> Outcome[Merged]:
-    """The outcome of a merge, pushed nowhere. options: of `prepare` and `execute`; earlier: stages; started: when."""
+def _carry_out(planned: PlannedMerge, options: Mapping[str, Any]) -> tuple[Plan, Execution]:
+    """The plan, ready for the engine, and its execution. options: of `merge`, for `execute`."""
     from mergekit_lfm.engine.execute import execute
 
-    plan, folder, accelerator = planned.plan, planned.out, planned.accelerator
+    plan, accelerator, goal = planned.plan, planned.accelerator, planned.goal
+    if goal is not None:  # a push that would fail is refused before the work
+        from mergekit_lfm.output.push import check_repository
+
+        check_repository(goal.repo, private=goal.private)
+    rest = {**options, "memory": as_bytes(options["memory"])}
+    compile = rest.pop("compile")
     if plan.pending or plan.unedited or plan.absent:
         from mergekit_lfm.api.prepare import prepare
 
         where: dict[str, Any] = {"max_shard_size": planned.max_shard_size, "device": accelerator.name}
-        plan = prepare(plan, folder, **where, **options)
-    done = execute(plan, folder, accelerator=accelerator, compile=compile, **options)
-    warnings, merged = warn_of(done.findings), Merged(plan, done.resumed_bytes, stages=earlier)
-    return Outcome(folder, merged, plan.digest, done.already_there, warnings, time.monotonic() - started)
+        plan = prepare(plan, planned.out, **where, **rest)
+    return plan, execute(plan, planned.out, accelerator=accelerator, compile=compile, **rest)
 
 
 def _run_stages(

@@ -5,8 +5,10 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from shutil import rmtree
+from tempfile import mkdtemp
 from typing import TYPE_CHECKING
+from weakref import finalize
 
 from mergekit_lfm.api.outcome import Outcome
 from mergekit_lfm.machine.accelerators import Accelerator
@@ -47,11 +49,20 @@ class Merged:
     stages: tuple[Outcome[Merged], ...] = ()
 
 
+class Scratch:
+    """A temporary folder that is there as long as this object."""
+
+    def __init__(self) -> None:
+        self.path = Path(mkdtemp(prefix="mergekit_lfm-stages-"))
+        finalize(self, rmtree, self.path, ignore_errors=True)
+
+
 @dataclass(frozen=True)
 class Stages:
     """The stages of a recipe in the order of work, but for the last, and their plans.
 
     where: the recipe's folder. folder: that of their results. scratch: the stand-ins, as long as the plans are used.
+    allow_unknown: of `Recipe.parse`.
     """
 
     stages: tuple[Stage, ...]
@@ -59,12 +70,13 @@ class Stages:
     where: Path
     folder: Path
     plans: tuple[PlannedMerge, ...]
-    scratch: TemporaryDirectory[str]
+    scratch: Scratch
+    allow_unknown: bool = False
 
     def recipe(self, stage: Stage) -> Recipe:
         """The recipe of a stage, on the results of those before it."""
         folders = {each.name: self.folder / each.name for each in self.stages if each.name in stage.needs}
-        return Recipe.parse(stage.data, self.where, stage.label, folders)
+        return Recipe.parse(stage.data, self.where, stage.label, folders, allow_unknown=self.allow_unknown)
 
     def drop(self) -> None:
         """Remove the results of the stages."""

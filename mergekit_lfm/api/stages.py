@@ -8,12 +8,11 @@ stage has changed.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, TypeVar
 
-from mergekit_lfm.api.planned import PlannedMerge, Stages
+from mergekit_lfm.api.planned import PlannedMerge, Scratch, Stages
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.recipe.stages import Stage
@@ -30,28 +29,34 @@ def stages_folder(out: Path) -> Path:
 
 
 def plan_stages(
-    stages: Sequence[Stage], where: Path, out: Path, plan: Callable[[Recipe, Path], PlannedMerge]
+    stages: Sequence[Stage],
+    where: Path,
+    out: Path,
+    plan: Callable[[Recipe, Path], PlannedMerge],
+    *,
+    allow_unknown: bool = False,
 ) -> tuple[Stages, Recipe]:
     """The plans of all stages but the last, and the last one's recipe, on stand-ins for the results that it takes.
 
-    plan: from a recipe and the folder of its result to its plan. Raises PlanError as that does.
+    plan: from a recipe and the folder of its result to its plan. Raises PlanError as that does. allow_unknown: of
+    `Recipe.parse`.
     """
+
+    def parse(stage: Stage) -> Recipe:
+        used = {name: folders[name] for name in stage.needs}
+        return Recipe.parse(stage.data, where, stage.label, used, allow_unknown=allow_unknown)
+
     *earlier, last = stages
-    scratch = TemporaryDirectory(prefix="mergekit_lfm-stages-")
+    scratch = Scratch()
     folders: dict[str, Path] = {}
     plans: list[PlannedMerge] = []
     for stage in earlier:
-        planned = _in_stage(stage, lambda stage: plan(_parse(stage, where, folders), stages_folder(out) / stage.name))
+        planned = _in_stage(stage, lambda stage: plan(parse(stage), stages_folder(out) / stage.name))
         plans.append(planned)
-        folders[stage.name] = Path(scratch.name, stage.name)
+        folders[stage.name] = scratch.path / stage.name
         stand_in(planned.plan, folders[stage.name])
-    recipe = _parse(last, where, folders)
-    return Stages(tuple(earlier), last, where, stages_folder(out), tuple(plans), scratch), recipe
-
-
-def _parse(stage: Stage, where: Path, folders: Mapping[str, Path]) -> Recipe:
-    used = {name: folders[name] for name in stage.needs}
-    return Recipe.parse(stage.data, where, stage.label, used)
+    stages_before = Stages(tuple(earlier), last, where, stages_folder(out), tuple(plans), scratch, allow_unknown)
+    return stages_before, parse(last)
 
 
 def _in_stage(stage: Stage, work: Callable[[Stage], T]) -> T:

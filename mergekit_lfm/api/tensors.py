@@ -9,6 +9,8 @@ from warnings import warn
 from mergekit_lfm.errors import PlanError, did_you_mean
 from mergekit_lfm.methods.method import REQUIRED, Method, Parameter, Unit, Value
 from mergekit_lfm.methods.registry import METHODS
+from mergekit_lfm.recipe.foreign import unknown_method
+from mergekit_lfm.recipe.parts import Settings
 from mergekit_lfm.recipe.values import find_rule, read_setting, value_of
 
 if TYPE_CHECKING:
@@ -35,17 +37,36 @@ def merge_tensors(
     GPU if all are on the same, else in the processor's memory. seed and name key the random numbers, as a recipe's seed
     and the tensor's name do.
     """
-    from mergekit_lfm.kernels.random import key
-
-    if method not in METHODS:
-        raise PlanError(f"unknown method {method!r}, {did_you_mean(method, METHODS)}")
-    declared = METHODS[method]
+    declared = find_method(method)
     if base is not None and declared.base in ("first", "member"):
         tensors, base = [base, *tensors], None
     shared, inputs = _values(declared, name, len(tensors), parameters)
     _check_tensors(declared, tensors, base)
     evidence = _check_statistics(declared, tensors, statistics)
+    return merge_checked(declared, name, Settings(shared, inputs), tensors, base, evidence, seed)
+
+
+def find_method(name: str) -> Method:
+    """The merge method of this name. Raises PlanError for an unknown one."""
+    if name not in METHODS:
+        sentence, words = unknown_method(name, METHODS)
+        raise PlanError(sentence, **words)
+    return METHODS[name]
+
+
+def merge_checked(
+    method: Method,
+    name: str,
+    settings: Settings,
+    tensors: Sequence[torch.Tensor],
+    base: torch.Tensor | None,
+    evidence: Sequence[torch.Tensor],
+    seed: int,
+) -> torch.Tensor:
+    """The merge of tensors that fit together. settings: of the tensor `name`. evidence: statistics, one for each."""
     import torch
+
+    from mergekit_lfm.kernels.random import key
 
     dtype = tensors[0].dtype
     for tensor in (*tensors[1:], *([] if base is None else [base])):
@@ -54,8 +75,8 @@ def merge_tensors(
         name=name,
         shape=tuple(tensors[0].shape),
         numel=tensors[0].numel(),
-        shared=shared,
-        inputs=inputs,
+        shared=settings.shared,
+        inputs=settings.inputs,
         keys=tuple(key(seed, name, position) for position in range(len(tensors))),
         double=dtype == torch.float64,
         norms=tuple(float(x.double().norm()) for x in evidence),
@@ -63,7 +84,7 @@ def merge_tensors(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # more would add the parts of a sum in another order
     try:
-        return _merged(declared, unit, tensors, base, evidence, dtype)
+        return _merged(method, unit, tensors, base, evidence, dtype)
     finally:
         torch.set_num_threads(threads)
 

@@ -9,19 +9,21 @@ from mergekit_lfm.commands.align import align
 from mergekit_lfm.commands.barrier import barrier
 from mergekit_lfm.commands.edit import edit
 from mergekit_lfm.commands.eval import evaluate
+from mergekit_lfm.commands.init import init
 from mergekit_lfm.commands.inspect import inspect, methods
-from mergekit_lfm.commands.merge import merge, plan
+from mergekit_lfm.commands.merge import merge
+from mergekit_lfm.commands.mergekit import MergekitGroup
 from mergekit_lfm.commands.patch import patch
+from mergekit_lfm.commands.plan import plan
 from mergekit_lfm.commands.push import push
 from mergekit_lfm.commands.repair import repair
-from mergekit_lfm.commands.shell import Group
 from mergekit_lfm.commands.stats import stats
 from mergekit_lfm.commands.trace import trace
 from mergekit_lfm.commands.verify import verify
 
 
 @click.group(
-    cls=Group,
+    cls=MergekitGroup,
     epilog="""\b
 Examples:
   mergekit-lfm merge recipe.yaml out/my-model
@@ -34,7 +36,7 @@ def main() -> None:
 
 
 for command in (
-    *(merge, plan, push, verify, inspect, methods, evaluate),
+    *(init, merge, plan, push, verify, inspect, methods, evaluate),
     *(stats, align, barrier, repair, edit, patch, trace),
 ):
     main.add_command(command)

@@ -93,13 +93,14 @@ def methods(console: Console, /, name: str | None) -> None:
     """
     from mergekit_lfm.commands.show.methods import method_data, method_text
     from mergekit_lfm.commands.show.terminal import table
-    from mergekit_lfm.errors import did_you_mean
+    from mergekit_lfm.recipe.foreign import unknown_method
     from mergekit_lfm.recipe.registry import all_methods
 
     kinds = all_methods()
     known = {method for methods in kinds.values() for method in methods}
     if name is not None and name not in known:
-        raise PlanError(f"unknown method {name!r}, {did_you_mean(name, known)}")
+        sentence, words = unknown_method(name, known)
+        raise PlanError(sentence, **words)
     chosen = [(kind, m) for kind, methods in kinds.items() for m in methods.values() if name in (None, m.name)]
     data: dict[str, dict[str, Any]] = {kind: {} for kind, _ in chosen}
     for kind, method in chosen:

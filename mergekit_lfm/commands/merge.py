@@ -1,8 +1,7 @@
-"""`merge` and `plan`."""
+"""`merge`."""
 
 from __future__ import annotations
 
-import sys
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
@@ -11,28 +10,18 @@ import click
 
 from mergekit_lfm.commands import options
 from mergekit_lfm.commands.console import Console
-from mergekit_lfm.commands.options import as_json, device_option, going_on_later, no_resume, overwrite, together
-from mergekit_lfm.commands.shell import Command, transfers
+from mergekit_lfm.commands.mergekit import MergekitCommand, mergekit_notices, mergekit_options
+from mergekit_lfm.commands.options import device_option, going_on_later, no_resume, overwrite
+from mergekit_lfm.commands.plan import plan_texts, planning, read_recipe, show_plan
+from mergekit_lfm.commands.shell import transfers
 
 if TYPE_CHECKING:
     from mergekit_lfm.api.outcome import Outcome
-    from mergekit_lfm.api.planned import Merged, PlannedMerge
-    from mergekit_lfm.recipe.recipe import Recipe
-
-# Options of both.
-planning = together(
-    click.argument("recipe", type=click.Path(path_type=Path)),
-    click.argument("out", type=click.Path(path_type=Path), required=False),
-    options.memory,
-    options.threads,
-    options.max_shard_size,
-    options.seed,
-    options.heads,
-)
+    from mergekit_lfm.api.planned import Merged
 
 
 @click.command(
-    cls=Command,
+    cls=MergekitCommand,
     epilog="""\b
 Examples:
   merge recipes/quickstart.yaml
@@ -78,6 +67,7 @@ Examples:
 @options.output
 @click.option("-v", "--verbose", is_flag=True, help="Also print the plan, with all tensors.")
 @options.version
+@mergekit_options
 @click.pass_obj
 def merge(
     console: Console,
@@ -86,22 +76,18 @@ def merge(
     out: Path | None,
     memory: int | None,
     threads: int | None,
-    max_shard_size: int | None,
-    seed: int | None,
-    heads: Literal["base", "drop"] | None,
-    push_to: str | None,
     private: bool,
     pull_back: bool,
     nan: Literal["error", "warn"],
     compile_: Literal["auto", "always", "never"],
     no_card: bool,
-    device: str | None,
     overwrite: bool,
     no_resume: bool,
     trust_times: bool,
     drop_stages: bool,
     dry_run: bool,
     verbose: bool,
+    **where: Any,
 ) -> None:
     """Merge models as RECIPE says and write the result to OUT.
 
@@ -115,22 +101,22 @@ def merge(
     from mergekit_lfm.api.merge import plan_merge
     from mergekit_lfm.commands.show.terminal import tell
 
+    console.warn(mergekit_notices(click.get_current_context()))
     with transfers(hidden=console.hidden):
-        how: dict[str, Any] = {"max_shard_size": max_shard_size, "seed": seed, "heads": heads, "device": device}
-        how |= {"push_to": push_to, "private": private, "card": not no_card}
-        planned = plan_merge(_read_recipe(recipe), out, **how).result
+        source = read_recipe(recipe, allow_unknown=where["allow_unknown"])
+        planned = plan_merge(source, out, private=private, card=not no_card, **where).result
         console.keep_apart([planned.out, *planned.plan.paths])
         if planned.goal is None and (private or pull_back):
             raise click.UsageError("--private and --verify are about a push: give --push-to org/name")
         if dry_run:
-            _show_plan(console, planned, memory, threads, verbose)
+            show_plan(console, planned, memory, threads, verbose)
         if verbose:
-            tell(_plan_texts(planned, memory, threads, verbose=True))
-        work: dict[str, Any] = {"memory": memory, "threads": threads, "nan": nan, "trust_times": trust_times}
-        work |= {"overwrite": overwrite, "resume": not no_resume, "compile": compile_, "verify_push": pull_back}
-        work |= {"drop_stages": drop_stages, "progress": console.progress}
+            tell(plan_texts(planned, memory, threads, verbose=True))
+        how: dict[str, Any] = {"memory": memory, "threads": threads, "nan": nan, "trust_times": trust_times}
+        how |= {"overwrite": overwrite, "resume": not no_resume, "compile": compile_, "verify_push": pull_back}
+        how |= {"drop_stages": drop_stages, "progress": console.progress}
         with going_on_later(planned.out, planned.plan.digest):
-            outcome = run(planned, on_merged=partial(_show_outcome, console), **work)
+            outcome = run(planned, on_merged=partial(_show_outcome, console), **how)
     _conclude(console, outcome)
 
 
@@ -149,110 +135,3 @@ def _conclude(console: Console, outcome: Outcome[Merged]) -> NoReturn:
     if pushed is None:
         console.conclude(data, path=outcome.path)
     console.conclude(data, lambda: push_text(pushed), path=f"{outcome.path}\n{pushed.url}")
-
-
-def _read_recipe(path: Path) -> Path | Recipe:
-    """The path of a recipe; for "-" the recipe on standard input, as if its file were in the working directory."""
-    if str(path) != "-":
-        return path
-    from mergekit_lfm.errors import PlanError
-    from mergekit_lfm.recipe.recipe import Recipe
-    from mergekit_lfm.store.files import SMALL
-
-    raw = sys.stdin.buffer.read(SMALL + 1)
-    if len(raw) > SMALL:
-        raise PlanError(f"standard input has over {SMALL:,} bytes, expected a recipe in YAML; give it one")
-    try:
-        return Recipe.parse(raw.decode(), where=Path.cwd(), label="standard input")
-    except UnicodeDecodeError:
-        raise PlanError("standard input is not UTF-8 text, expected a recipe in YAML; give it one") from None
-
-
-def _show_plan(
-    console: Console, planned: PlannedMerge, memory: int | None, threads: int | None, verbose: bool
-) -> NoReturn:
-    from mergekit_lfm.commands.show.plans import plan_data
-
-    facts = _machine_facts(planned, memory, threads)
-    earlier = [
-        {"stage": name, **plan_data(stage.plan), **_machine_facts(stage, memory, threads)}
-        for name, stage in _stages_of(planned)
-    ]
-    data = plan_data(planned.plan) | facts | ({"stages": earlier} if earlier else {})
-    console.conclude(data, lambda: _plan_texts(planned, memory, threads, verbose))
-
-
-def _stages_of(planned: PlannedMerge) -> list[tuple[str, PlannedMerge]]:
-    """The names and plans of the stages before the last."""
-    stages = planned.stages
-    return [] if stages is None else [(s.name, plan) for s, plan in zip(stages.stages, stages.plans, strict=True)]
-
-
-def _plan_texts(planned: PlannedMerge, memory: int | None, threads: int | None, verbose: bool) -> str:
-    """The plans of all stages."""
-    from mergekit_lfm.commands.show.plans import plan_text
-
-    texts = [
-        f"stage {name}\n{plan_text(stage.plan, _machine_facts(stage, memory, threads), verbose)}\n"
-        for name, stage in _stages_of(planned)
-    ]
-    texts += ["the output"] if texts else []
-    return "\n".join([*texts, plan_text(planned.plan, _machine_facts(planned, memory, threads), verbose)])
-
-
-def _machine_facts(planned: PlannedMerge, memory: int | None, threads: int | None) -> dict[str, Any]:
-    """The resources that the merge would take of this machine, and those that it has."""
-    from mergekit_lfm.machine.resources import allocated_bytes, default_memory, free_space
-    from mergekit_lfm.plan.budget import Budget, workers
-    from mergekit_lfm.store.places import partial_of
-
-    plan, out = planned.plan, planned.out
-    memory = memory or default_memory()
-    threads = workers(plan, memory, threads, planned.accelerator)
-    free, needed = free_space(out), sum(shard.nbytes for shard in plan.shards) - allocated_bytes(partial_of(out))
-    return {
-        "out": str(out),
-        "memory": memory,
-        "threads": threads,
-        "peak_memory": Budget(plan).peak(memory, threads),
-        "free_disk": free,
-        "enough_disk": needed <= free,
-        "push": None if planned.goal is None else planned.goal.model_dump(),
-        "device": planned.accelerator.name,
-    }
-
-
-@click.command(
-    cls=Command,
-    epilog="""\b
-Examples:
-  mergekit-lfm plan recipe.yaml
-  mergekit-lfm plan recipe.yaml --json""",
-)
-@planning
-@as_json
-@click.option("-v", "--verbose", is_flag=True, help="Also list all tensors.")
-@click.pass_obj
-def plan(
-    console: Console,
-    /,
-    recipe: Path,
-    out: Path | None,
-    memory: int | None,
-    threads: int | None,
-    max_shard_size: int | None,
-    seed: int | None,
-    heads: Literal["base", "drop"] | None,
-    verbose: bool,
-) -> None:
-    """Print what a merge would read, write, drop and need, and do nothing.
-
-    Only the headers of the models are read, on the Hub as well; with statistics the models are read once, to identify
-    them by their content. The same as `merge --dry-run`.
-    """
-    from mergekit_lfm.api.merge import plan_merge
-
-    with transfers(hidden=console.hidden):
-        what: dict[str, Any] = {"max_shard_size": max_shard_size, "seed": seed, "heads": heads}
-        planned = plan_merge(_read_recipe(recipe), out, device="cpu", **what).result
-    _show_plan(console, planned, memory, threads, verbose)

@@ -63,10 +63,14 @@ class Command(_Quiet):
         """Parse the options; with --json among them, wrong ones are JSON, too."""
         as_json = "--json" in args
         try:
-            return super().parse_args(ctx, args)
+            return self.read_args(ctx, args)
         except click.UsageError as error:
             with Console(name_of(ctx), as_json=as_json, whole=True):
                 raise error
+
+    def read_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the options."""
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; models on the Hub among its arguments are downloaded to the cache before."""

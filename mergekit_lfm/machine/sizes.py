@@ -4,26 +4,29 @@ import re
 
 from mergekit_lfm.errors import PlanError
 
+EXPECTED = "a size such as 50KB, 5GB (5e9 bytes), 3GiB, or a number of bytes"
 _PREFIXES = "KMGT"
-_UNITS = {
+_FACTORS = {
     "": 1,
-    **{f"{prefix}B".lower(): 1000**power for power, prefix in enumerate(_PREFIXES, 1)},
-    **{f"{prefix}iB".lower(): 1024**power for power, prefix in enumerate(_PREFIXES, 1)},
+    **{prefix.lower(): 1000**power for power, prefix in enumerate(_PREFIXES, 1)},
+    **{f"{prefix.lower()}i": 1024**power for power, prefix in enumerate(_PREFIXES, 1)},
 }
+_UNITS = {"": 1} | {f"{unit}{b}": factor for unit, factor in _FACTORS.items() if unit for b in ("", "b")}
 
 
 def parse_size(text: str | int) -> int:
-    """The bytes in "50KB", "1.5 GB", "3GiB" or "1000000", at least 1; upper and lower case are the same.
+    """The bytes in "50KB", "1.5 GB", "5G", "3GiB" or "1000000", at least 1; upper and lower case are the same.
 
-    A unit must end in B, and "5B" is refused: elsewhere it means five billion parameters.
+    The B may be left out. "5B" is refused: it is five bytes, or five billion as in mergekit.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(text).lower())
     factor = _UNITS.get(match[2]) if match else None
     size = round(float(match[1]) * factor) if match and factor else 0
     if size < 1:
-        raise PlanError(
-            f"found {str(text)!r}, expected a size such as 50KB, 5GB (5e9 bytes), 3GiB, or a number of bytes"
-        )
+        words = {"found": repr(str(text)), "expected": EXPECTED}
+        if match and match[2] == "b":
+            words["cure"] = f"billions of bytes are {match[1]}GB"
+        raise PlanError("found {found}, expected {expected}" + ("; {cure}" if "cure" in words else ""), **words)
     return size
 
 

@@ -23,7 +23,8 @@ def refuse_idle_filters(roles: Sequence[PartRoles]) -> None:
     for part in roles:
         found = list(_filters_of(part))
         tied = any(is_tied(model.config) is not False for model in part.models)
-        seen = [*(name for model in part.models for name in model), *(HEADS if tied else ())] if found else []
+        own = [part.refer(i, name)[1] for i in part.inputs for name in part.models[i]] if found else []  # of slices
+        seen = [*(name for model in part.models for name in model), *own, *(HEADS if tied else ())] if found else []
         for place, pattern in found:
             names.setdefault(place, {}).update(dict.fromkeys(seen))
             filters.setdefault(place, []).append(pattern)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from mergekit_lfm.arch.kinds import Kind
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.kernels.block import BLOCK, SEGMENT
 from mergekit_lfm.kernels.random import key
@@ -137,7 +138,7 @@ def make_job(
     dtype = recipe.out_dtype or recipe.dtype or _promote(dtypes)
     compute = "float64" if "float64" in (*dtypes, recipe.dtype) else "float32"
     out = TensorSpec(spec.name, spec.shape, dtype)
-    if (method.statistics and statistics is None) or _is_averaged(method, match, settings):
+    if (method.statistics and statistics is None) or is_averaged(method, match.kind, settings):
         method, settings = METHODS["linear"], averaging_settings(settings)
         if match.kind == "statistic":
             base_source = None
@@ -158,9 +159,9 @@ def make_job(
     return replace(job, **changes) if changes else job
 
 
-def _is_averaged(method: Method, match: Match, settings: Settings) -> bool:
+def is_averaged(method: Method, kind: Kind, settings: Settings) -> bool:
     """True for statistics that the method would not average with weights of one sign: a variance stays one."""
-    if match.kind != "statistic" or method.name == "passthrough":
+    if kind != "statistic" or method.name == "passthrough":
         return False
     return method.name != "linear" or any(float(values["weight"]) < 0 for values in settings.inputs)  # type: ignore[arg-type]
 

@@ -99,7 +99,9 @@ def _is_padding(models: Sequence[Checkpoint], tokens: Sequence[Tokens | None]) -
     stated = [length for length in map(length_of, models) if length is not None]
     if not _are_alike(models, tokens):
         return False
-    return len(set(stated)) < 2 or (tokens[0] is not None and max(tokens[0].by_id, default=-1) < min(stated))
+    if len(set(stated)) < 2:
+        return True
+    return tokens[0] is not None and bool(tokens[0].by_id) and max(tokens[0].by_id) < min(stated)
 
 
 def _are_alike(models: Sequence[Checkpoint], tokens: Sequence[Tokens | None]) -> bool:

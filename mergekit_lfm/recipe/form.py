@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from mergekit_lfm.errors import Refusal, did_you_mean
+from mergekit_lfm.recipe.problems import UnknownKey
 from mergekit_lfm.store.hub import repository
 
 OUTPUT_DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -34,12 +35,21 @@ def _without_unused(data: object, known: Iterable[str]) -> object:
 
 def read_reference(value: object) -> object:
     """The path or name in any of mergekit's model references: text, or {model: {path: ..., revision: ..}}."""
+    return _read_reference(value, "")
+
+
+def _read_reference(value: object, at: str) -> object:
+    """The same for the part of a reference at a place in it."""
     if not isinstance(value, Mapping):
         return os.fspath(value) if isinstance(value, os.PathLike) else value
     for key, part in value.items():
+        if key in NOT_YET and key != "revision" and part is not None:
+            raise ValueError(NOT_YET[key])
         if key not in ("model", "path", "revision") and part is not None:
-            raise ValueError(NOT_YET.get(key, f"unknown key {key!r}, expected a path or {{model: {{path: ...}}}}"))
-    name, revision = read_reference(value.get("model", value.get("path"))), value.get("revision")
+            text = "unknown key {found}, expected {expected}"
+            raise UnknownKey(at, key, text, found=repr(key), expected="a path or {model: {path: ...}}")
+    inner = "model" if "model" in value else "path"
+    name, revision = _read_reference(value.get(inner), f"{at}.{inner}"), value.get("revision")
     return name if revision is None else f"{name}@{revision}"
 
 

@@ -45,9 +45,9 @@ def read_options(
         at = f"{place}.{name}"
         if name not in readers:
             cure = did_you_mean(name, readers)
-            problems.append(
-                problem_at(at, "{method} has no such {noun}, {cure}", method=method, noun=noun, found=name, cure=cure)
-            )
+            text = "{method} has no such {noun}, {cure}"
+            problem = problem_at(at, text, method=method, noun=noun, found=name, cure=cure)
+            problems.append(problem._replace(unknown=at))
             continue
         value, wrong = attempt(partial(readers[name], raw), at)
         problems += wrong

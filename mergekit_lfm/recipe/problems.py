@@ -14,12 +14,14 @@ T = TypeVar("T")
 class Problem(NamedTuple):
     """One line of a message: a place in the recipe and what is wrong there. Lines that go on have no place.
 
-    parts: those of the text that are known by name, as in a `Refusal`.
+    parts: those of the text that are known by name, as in a `Refusal`. unknown: the place of a key that nobody reads,
+    without which the problem is gone.
     """
 
     place: str
     text: str
     parts: Mapping[str, str] = MappingProxyType({})
+    unknown: str = ""
 
     def __str__(self) -> str:
         return f"{self.place}: {self.text}" if self.place else self.text
@@ -33,6 +35,22 @@ class InnerError(Refusal):
         self.place, self.text = at, sentence.format(**words)
 
 
+class Problems(PlanError):
+    """All problems that a check has found, a line for each."""
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        super().__init__("{lines}", lines="\n".join(map(str, problems)), **parts_of(problems))
+        self.problems = tuple(problems)
+
+
+class UnknownKey(InnerError):
+    """A key that nobody reads, inside of the value that a caller has read: `key` goes on from the caller's place."""
+
+    def __init__(self, at: str, key: object, sentence: str, **words: object) -> None:
+        super().__init__(at, sentence, **words)
+        self.key = f"{at}.{key}"
+
+
 def problem_at(place: str, sentence: str, **words: object) -> Problem:
     """The problem at a place, from the same sentence and words as a `Refusal` is made of."""
     refusal = Refusal(sentence, **words)
@@ -44,7 +62,8 @@ def attempt(read: Callable[[], T], place: str) -> tuple[T | None, list[Problem]]
     try:
         return read(), []
     except InnerError as wrong:
-        return None, [Problem(place + wrong.place, wrong.text, wrong.parts)]
+        unknown = place + wrong.key if isinstance(wrong, UnknownKey) else ""
+        return None, [Problem(place + wrong.place, wrong.text, wrong.parts, unknown)]
     except ValueError as wrong:
         first, *rest = str(wrong).split("\n")
         parts = wrong.parts if isinstance(wrong, Refusal) else {}
@@ -62,4 +81,4 @@ def parts_of(problems: Sequence[Problem]) -> dict[str, str]:
 def refuse(problems: Sequence[Problem]) -> None:
     """Raise PlanError with a line for each problem, if there are any."""
     if problems:
-        raise PlanError("{lines}", lines="\n".join(map(str, problems)), **parts_of(problems))
+        raise Problems(problems)

@@ -21,6 +21,7 @@ from mergekit_lfm.recipe.align import AlignRequest
 from mergekit_lfm.recipe.chat import read_chat_template
 from mergekit_lfm.recipe.dialect import read_dialect
 from mergekit_lfm.recipe.files import Where
+from mergekit_lfm.recipe.foreign import refuse_foreign, unknown_method
 from mergekit_lfm.recipe.form import (
     Dtype,
     Edits,
@@ -40,7 +41,7 @@ from mergekit_lfm.recipe.requirements import missing_requirements
 from mergekit_lfm.recipe.roles import read_base, read_edits
 from mergekit_lfm.recipe.structure import Structure
 from mergekit_lfm.recipe.tokenizer import TokenizerRequest, read_tokenizer
-from mergekit_lfm.recipe.validation import content_problems, form_problems, without_faults
+from mergekit_lfm.recipe.validation import content_problems, form_problems, without_faults, without_keys
 from mergekit_lfm.recipe.values import FOUND, NamedFile, as_data
 from mergekit_lfm.store.files import read_text
 from mergekit_lfm.store.yaml import read_yaml
@@ -124,9 +125,13 @@ class Recipe(Strict):
     _tokenizer: TokenizerRequest | None = PrivateAttr(default=None)
 
     @classmethod
-    def load(cls, path: str | Path) -> Self:
-        """The recipe in the file `path`. Raises PlanError with a list of all its problems."""
-        return cls.parse(read_recipe(path), where=Path(path).absolute().parent, label=str(path))
+    def load(cls, path: str | Path, *, allow_unknown: bool = False) -> Self:
+        """The recipe in the file `path`. Raises PlanError with a list of all its problems.
+
+        allow_unknown: as of `parse`.
+        """
+        where = Path(path).absolute().parent
+        return cls.parse(read_recipe(path), where, str(path), allow_unknown=allow_unknown)
 
     @classmethod
     def parse(
@@ -135,35 +140,54 @@ class Recipe(Strict):
         where: Path | None = None,
         label: str = "recipe",
         stages: Mapping[str, Path] = MappingProxyType({}),
+        *,
+        allow_unknown: bool = False,
     ) -> Self:
         """The recipe in YAML text or a mapping, as if read from the folder `where`; messages call it `label`.
 
-        stages: the folders of models that it calls by the names of earlier stages.
+        stages: the folders of models that it calls by the names of earlier stages. allow_unknown: a notice, in place
+        of an error, about each key that is unknown.
         """
-        models = Where(where, stages)
         data = read_yaml(source, label) if isinstance(source, str) else source
         if not isinstance(data, Mapping):
             expected = "a mapping with merge_method and models"
             raise PlanError(f"{{place}}: {FOUND}", place=label, found=f"{data!r:.40}", expected=expected)
-        try:
-            ours, notices = read_dialect(data, cls.model_fields)
-            recipe = cls.model_validate(ours, context={"where": models, "whole": True})
-            recipe._text = source if isinstance(source, str) else None
-            recipe._notices = (*notices, *recipe._notices)
-            return recipe
-        except ValidationError as error:
-            problems = [*content_problems(error), *form_problems(error, cls)]
-            rest = without_faults(data, error)
-        if rest != data:  # errors of form hide errors of content
-            try:
-                cls.model_validate(rest, context={"where": models, "whole": False})
-            except ValidationError as error:
-                problems += content_problems(error)
+        refuse_foreign(data, label)
+        ignored = dict[str, str]()
+        while True:
+            recipe, problems = cls._read(data, Where(where, stages))
+            if recipe is not None:
+                recipe._text = source if isinstance(source, str) else None
+                recipe._notices = (*ignored.values(), *recipe._notices)
+                return recipe
+            unknown = {each.unknown: each.text for each in problems if allow_unknown and each.unknown}
+            if not unknown:
+                break
+            ignored |= {key: f"{key} has no effect here: {text}" for key, text in unknown.items()}
+            data = without_keys(data, unknown)
         count = f"{len(problems)} problems\n  " if len(problems) > 1 else ""
         parts = parts_of(problems)
         place = ": ".join([label, *([parts.pop("place")] if "place" in parts else [])])
         lines = "\n  ".join(map(str, problems))
         raise PlanError("{label}: {count}{lines}", label=label, count=count, lines=lines, place=place, **parts)
+
+    @classmethod
+    def _read(cls, data: Mapping[str, Any], where: Where) -> tuple[Self | None, list[Problem]]:
+        """The recipe; or None, and all problems."""
+        try:
+            ours, notices = read_dialect(data, cls.model_fields)
+            recipe = cls.model_validate(ours, context={"where": where, "whole": True})
+            recipe._notices = (*notices, *recipe._notices)
+            return recipe, []
+        except ValidationError as error:
+            problems = [*content_problems(error), *form_problems(error, cls)]
+            rest = without_faults(data, error)
+        if rest != data:  # errors of form hide errors of content
+            try:
+                cls.model_validate(rest, context={"where": where, "whole": False})
+            except ValidationError as error:
+                problems += content_problems(error)
+        return None, problems
 
     @model_validator(mode="after")
     def _check(self, info: ValidationInfo) -> Self:
@@ -213,8 +237,8 @@ class Recipe(Strict):
             if name is None:
                 raise PlanError("{place}: required", place=place)
             if name not in METHODS:
-                words = {"found": repr(name), "cure": did_you_mean(name, METHODS)}
-                raise PlanError("{place}: unknown method {found}, {cure}", place=place, **words)
+                sentence, words = unknown_method(name, METHODS)
+                raise PlanError("{place}: " + sentence, place=place, **words)
             methods[module] = METHODS[name]
         return methods
 

@@ -9,10 +9,10 @@ from mergekit_lfm.recipe.problems import Problem, problem_at
 
 def missing_requirements(part: Part) -> list[Problem]:
     """Everything that the part's method needs and the recipe lacks."""
-    return _lacking_models(part) + _unset(part) + _without_statistics(part)
+    return lacking_models(part) + _unset(part) + _without_statistics(part)
 
 
-def _lacking_models(part: Part) -> list[Problem]:
+def lacking_models(part: Part) -> list[Problem]:
     """The models that the method lacks, or has too many of."""
     problems: list[Problem] = []
     method, (least, most) = part.method, part.method.inputs

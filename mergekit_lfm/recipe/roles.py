@@ -159,9 +159,9 @@ def _read_settings(
             continue
         if name not in known:
             cure = did_you_mean(name, known)
-            problems.append(
-                problem_at(at, "{method} has no such parameter, {cure}", method=method.name, found=name, cure=cure)
-            )
+            text = "{method} has no such parameter, {cure}"
+            problem = problem_at(at, text, method=method.name, found=name, cure=cure)
+            problems.append(problem._replace(unknown=at))
             continue
         if own and not known[name].per_input:
             problems.append(Problem(at, f"{name} is shared by all inputs; move it to the top-level `parameters`"))

@@ -21,12 +21,17 @@ OF_OUTPUT = ("output", "push")  # keys of the stage that makes the output
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One document of a recipe: its name, its data without that, the stages whose results it takes, and its label."""
+    """One document of a recipe: its name, its data without that, the stages whose results it takes, and its label.
+
+    document: its index among the documents of `text`, the whole recipe.
+    """
 
     name: str
     data: Mapping[str, Any]
     needs: tuple[str, ...]
     label: str
+    document: int
+    text: str
 
 
 def read_stages(text: str, label: str) -> tuple[Stage, ...]:
@@ -49,7 +54,14 @@ def read_stages(text: str, label: str) -> tuple[Stage, ...]:
     except CycleError as error:
         raise PlanError(f"{label}: the stages {' and '.join(error.args[1][:-1])} need one another") from None
     return tuple(
-        Stage(name, named[name], needs[name], f"{label}, stage {name}" if name else f"{label}, the last stage")
+        Stage(
+            name,
+            named[name],
+            needs[name],
+            f"{label}, stage {name}" if name else f"{label}, the last stage",
+            names.index(name),
+            text,
+        )
         for name in [*order, last]
     )
 

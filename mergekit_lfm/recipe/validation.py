@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
+from functools import reduce
+from operator import getitem
 from typing import Any
 
 from pydantic import ValidationError
 
 from mergekit_lfm.errors import Refusal, did_you_mean
 from mergekit_lfm.recipe.form import NOT_YET, ModelEntry, ModuleEntry, Push, SliceEntry, Strict
-from mergekit_lfm.recipe.problems import Problem, problem_at
+from mergekit_lfm.recipe.problems import Problem, Problems, UnknownKey, problem_at
 from mergekit_lfm.recipe.values import FOUND
+from mergekit_lfm.store.yaml import find_steps
 
 SHOULD = "Input should be "  # how pydantic begins to say what it expected
 EXPECTED = {  # by pydantic's kind of error
@@ -31,6 +34,10 @@ def content_problems(error: ValidationError) -> list[Problem]:
 
 def _problems_of(place: str, error: ValueError) -> list[Problem]:
     """The lines of an error, at a place."""
+    if isinstance(error, Problems):
+        return list(error.problems)
+    if isinstance(error, UnknownKey):
+        return [Problem(place, error.text, error.parts, place + error.key)]
     parts = error.parts if isinstance(error, Refusal) else {}
     return [Problem(place, line, parts) for line in str(error).split("\n")]
 
@@ -47,8 +54,8 @@ def form_problems(error: ValidationError, recipe: type[Strict]) -> Iterator[Prob
             form = _form_at(path, recipe)
             key = str(path[-1])
             cure = did_you_mean(key, form.model_fields)
-            unknown_key = problem_at(key_path, "unknown key, {cure}", found=key, cure=cure)
-            yield Problem(key_path, NOT_YET[key]) if key in NOT_YET else unknown_key
+            problem = problem_at(key_path, "unknown key, {cure}", found=key, cure=cure)
+            yield Problem(key_path, NOT_YET[key]) if key in NOT_YET else problem._replace(unknown=key_path)
         elif kind == "missing":
             yield Problem(key_path, "required")
         elif kind == "value_error":
@@ -79,4 +86,15 @@ def without_faults(data: Mapping[str, Any], error: ValidationError) -> dict[str,
             parent = parent[part] if part in known else None
         if isinstance(parent, dict):
             parent.pop(key, None)
+    return rest
+
+
+def without_keys(data: Mapping[str, Any], paths: Iterable[str]) -> dict[str, Any]:
+    """A copy of `data` less the keys at these places."""
+    rest: dict[str, Any] = deepcopy(dict(data))
+    for path in paths:
+        steps, behind = find_steps(rest, path)
+        if not behind:
+            parent = reduce(getitem, steps[:-1], rest)
+            del parent[steps[-1]]
     return rest

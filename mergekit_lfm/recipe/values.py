@@ -15,7 +15,7 @@ from typing import Any
 
 from mergekit_lfm.errors import Refusal, did_you_mean
 from mergekit_lfm.methods.method import Parameter, Value
-from mergekit_lfm.recipe.problems import InnerError
+from mergekit_lfm.recipe.problems import InnerError, UnknownKey
 
 FOUND = "found {found}, expected {expected}"
 _KINDS = {
@@ -73,7 +73,7 @@ def _read_rule(raw: object, parameter: Parameter, at: str) -> Rule:
     for key in raw:
         if key not in ("filter", "value"):
             cure = did_you_mean(key, ("filter", "value"))
-            raise InnerError(at, "unknown key {found}, {cure}", found=repr(key), cure=cure)
+            raise UnknownKey(at, key, "unknown key {found}, {cure}", found=repr(key), cure=cure)
     if "value" not in raw:
         raise InnerError(at, FOUND, found="a filter without `value`", expected="both")
     pattern = raw.get("filter")

@@ -1,5 +1,7 @@
-"""Read one YAML document strictly: repeated keys, deep nesting and aliases that explode are errors with their line."""
+"""Read YAML strictly: repeated keys, deep nesting and aliases that explode are errors with their line."""
 
+import re
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import yaml
@@ -44,7 +46,7 @@ def read_documents(text: str, label: str) -> list[object]:
         loader, documents = _Loader(text), []
         while loader.check_node():
             node = loader.get_node()
-            if node is None or (node.tag.endswith(":null") and not node.value):
+            if node is None or _is_empty(node):
                 continue
             _Check(text, label).measure(node)
             documents.append(loader.construct_document(node))
@@ -59,6 +61,52 @@ def read_documents(text: str, label: str) -> list[object]:
         raise PlanError(f"{label}: not YAML: {error}") from error
     except RecursionError:  # without libyaml, which stops at 1,000 levels by itself
         raise PlanError(f"{label}: {TOO_DEEP}") from None
+
+
+def _is_empty(node: yaml.Node) -> bool:
+    return node.tag.endswith(":null") and not node.value
+
+
+def find_steps(data: object, path: str) -> tuple[tuple[Any, ...], str]:
+    """The keys and indices that lead to a place such as `slices[0].parameters.t`, and the rest that is not there."""
+    steps: list[Any] = []
+    while path:
+        if isinstance(data, Mapping):
+            path = path.removeprefix(".")
+            keys = [key for key in data if path == str(key) or path.startswith((f"{key}.", f"{key}["))]
+            step = max(keys, key=lambda key: len(str(key)), default=None)
+            length = len(str(step))
+        else:
+            number = re.match(r"\[(\d+)\]", path)
+            step = int(number[1]) if number and isinstance(data, list) and int(number[1]) < len(data) else None
+            length = len(number[0]) if number else 0
+        if step is None:
+            break
+        steps.append(step)
+        data, path = data[step], path[length:]  # type: ignore[index]
+    return tuple(steps), path
+
+
+def find_line(text: str, path: str, document: int = 0) -> int | None:
+    """The line, from 1, on which a place of a YAML document starts, or the nearest one around it that is written there.
+
+    document: the index among those of `read_documents`. None if even the first key of the place is not written there.
+    """
+    steps, _ = find_steps(read_documents(text, path)[document], path)
+    node: yaml.Node = [node for node in yaml.compose_all(text, SafeLoader) if not _is_empty(node)][document]
+    line = None
+    for step in steps:
+        if isinstance(node, yaml.MappingNode):
+            pairs = [(key, value) for key, value in node.value if key.value == str(step)]
+        elif isinstance(node, yaml.SequenceNode):
+            pairs = [(node.value[step], node.value[step])]
+        else:
+            pairs = []
+        if not pairs:  # the key comes from a mapping merged with <<
+            break
+        ((key, node),) = pairs
+        line = key.start_mark.line + 1
+    return line
 
 
 def _place(mark: yaml.Mark, text: str) -> str:

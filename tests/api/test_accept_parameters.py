@@ -70,7 +70,9 @@ def test_filters_and_gradients_together(models, merged):
 
 
 def test_filters_are_substrings_and_an_asterisk_is_everything(models, merged):
-    rules = [{"filter": "layers.0.self_attn", "value": 1}, {"filter": r"layers\.\d+\.mlp", "value": 1}]
+    rules = [{"filter": "layers.0.self_attn", "value": 1}]
+    with pytest.raises(PlanError, match="is part of no tensor's name"):  # a regular expression
+        merged(slerp(models, [{"filter": r"layers\.\d+\.mlp", "value": 1}, {"filter": "*", "value": 0}]))
     got = merged(slerp(models, [*rules, {"filter": "*", "value": 0}]))
     a, b = load(models["A"]), load(models["B"])
     for name, tensor in got.items():

@@ -427,16 +427,24 @@ def test_other_ways_to_start_it(folder: Path, how: list[str]) -> None:
 
 @pytest.mark.parametrize(
     ("text", "nbytes"),
-    [("50KB", 50_000), ("5GB", 5 * 10**9), ("1.5 mb", 1_500_000), ("3GiB", 3 << 30), ("1000", 1000), (7, 7)],
+    [
+        *(("50KB", 50_000), ("5GB", 5 * 10**9), ("1.5 mb", 1_500_000), ("3GiB", 3 << 30), ("1000", 1000), (7, 7)),
+        *(("5G", 5 * 10**9), (" 500m ", 500_000_000), ("2 Gi", 2 << 30), ("1t", 10**12)),
+    ],
 )
 def test_sizes_are_decimal_unless_they_say_otherwise(text: str | int, nbytes: int) -> None:
     assert parse_size(text) == nbytes
 
 
-@pytest.mark.parametrize("text", ["", "5B", "5G", "-1", "0", "1e9", "GB", "1.2.3MB", "0.1"])
+@pytest.mark.parametrize("text", ["", "5B", "5P", "5i", "-1", "0", "1e9", "GB", "1.2.3MB", "0.1"])
 def test_texts_that_are_not_sizes_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="expected a size such as"):
         parse_size(text)
+
+
+def test_five_billion_bytes_are_not_written_as_five() -> None:
+    with pytest.raises(PlanError, match=r"found '5 b', .*; billions of bytes are 5GB"):
+        parse_size("5 b")
 
 
 @pytest.mark.parametrize(

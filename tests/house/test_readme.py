@@ -147,13 +147,6 @@ def rows_of(text: str) -> list[list[str]]:
     return [re.split(r" \| ", row) for row in re.findall(r"^\| (\w+ \| .*\d.*?) \|$", text, re.MULTILINE)]
 
 
-def test_options_named_beside_those_of_mergekit_are_the_commands() -> None:
-    table = README[README.index("| mergekit | here |") : README.index("| `python benchmarks")]
-    ours = [re.findall(r"(--[a-z][a-z-]*)", row.split("|")[2]) for row in table.splitlines() if row.count("|") == 3]
-    named = {option for options in ours for option in options}
-    assert named and named <= {name for parameter in merge.params for name in parameter.opts}
-
-
 def test_every_method_and_no_other_is_in_the_table() -> None:
     table = section(MERGING, "Methods")
     named = [name for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)]

@@ -224,10 +224,11 @@ def _values_of(job: Job) -> Iterator[str]:
         scopes = job.settings.inputs if parameter.per_input else [job.settings.shared]
         values = [scope[parameter.name] for scope in scopes if parameter.name in scope]
         if any(value != parameter.default for value in values):
-            yield f"{parameter.name} {', '.join(map(_value_text, values))}"
+            yield f"{parameter.name} {', '.join(map(value_text, values))}"
 
 
-def _value_text(value: Value) -> str:
+def value_text(value: Value) -> str:
+    """A parameter's value as recipes have it."""
     return f"{value:g}" if isinstance(value, float) else json.dumps(value)
 
 
