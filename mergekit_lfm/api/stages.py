@@ -8,11 +8,13 @@ stage has changed.
 from __future__ import annotations
 
 import os
+import shutil
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 from typing import TYPE_CHECKING, TypeVar
 
 from mergekit_lfm.errors import PlanError
@@ -30,7 +32,8 @@ T = TypeVar("T")
 class Stages:
     """The stages of a recipe in the order of work, but for the last, and their plans.
 
-    where: the recipe's folder. folder: that of their results. scratch: the stand-ins, as long as the plans are used.
+    where: the recipe's folder. folder: that of their results. scratch: that of the stand-ins, as long as the plans are
+    used.
     """
 
     stages: tuple[Stage, ...]
@@ -38,7 +41,10 @@ class Stages:
     where: Path
     folder: Path
     plans: tuple[PlannedMerge, ...]
-    scratch: TemporaryDirectory[str]
+    scratch: Path
+
+    def __post_init__(self) -> None:
+        weakref.finalize(self, shutil.rmtree, self.scratch, ignore_errors=True)
 
     def recipe(self, stage: Stage) -> Recipe:
         """The recipe of a stage, on the results of those before it."""
@@ -70,15 +76,18 @@ def plan_stages(
     plan: from a recipe and the folder of its result to its plan. Raises PlanError as that does.
     """
     *earlier, last = stages
-    scratch = TemporaryDirectory(prefix="mergekit_lfm-stages-")
-    folders: dict[str, Path] = {}
+    scratch = Path(mkdtemp(prefix="mergekit_lfm-stages-"))
+    folders = {stage.name: scratch / stage.name for stage in earlier}
     plans: list[PlannedMerge] = []
-    for stage in earlier:
-        planned = _in_stage(stage, lambda stage: plan(_parse(stage, where, folders), stages_folder(out) / stage.name))
-        plans.append(planned)
-        folders[stage.name] = Path(scratch.name, stage.name)
-        stand_in(planned.plan, folders[stage.name])
-    recipe = _parse(last, where, folders)
+    try:
+        for stage in earlier:
+            work = lambda stage: plan(_parse(stage, where, folders), stages_folder(out) / stage.name)  # noqa: E731
+            plans.append(_in_stage(stage, work))
+            stand_in(plans[-1].plan, folders[stage.name])
+        recipe = _parse(last, where, folders)
+    except BaseException:
+        shutil.rmtree(scratch)
+        raise
     return Stages(tuple(earlier), last, where, stages_folder(out), tuple(plans), scratch), recipe
 
 
