@@ -20,6 +20,7 @@ from typing import Any
 
 import xxhash
 
+from mergekit_lfm.arch.ties import is_tied, tied_names
 from mergekit_lfm.artifacts.facts import as_facts
 from mergekit_lfm.artifacts.patch import PatchInfo
 from mergekit_lfm.engine.digests import input_digests
@@ -188,7 +189,9 @@ def _config(raw: bytes, plan: Plan) -> bytes:
 
 
 def _fit(config: dict[str, Any], plan: Plan) -> None:
-    """Change what a recipe's choices change: the length of the vocabulary, and the labels with another model's head."""
+    """Change what a recipe's choices change: the length of the vocabulary, the labels with another model's head, and
+    whether the head is the embedding: a head of its own would be lost by loaders that tie it.
+    """
     for part in _parts(config) if plan.vocabulary is not None else ():
         part.update({key: plan.vocabulary for key in ("vocab_size",) if part.get(key, 0) > plan.vocabulary})
     for job in plan.tensors:
@@ -196,6 +199,17 @@ def _fit(config: dict[str, Any], plan: Plan) -> None:
         if len(job.match.sources) == 1 and keeper != plan.template and HEAD.search(job.name):
             theirs = plan.models[keeper].config
             config.update({key: theirs[key] for key in LABEL_KEYS if key in theirs})
+    if is_tied(config) and _has_own_head(plan):
+        config["tie_word_embeddings"] = False
+        for part in _parts(config):
+            part.update({key: False for key in ("tie_word_embeddings",) if key in part})
+
+
+def _has_own_head(plan: Plan) -> bool:
+    """True if tensors that a tied model has once are several in the output."""
+    jobs = {name: job for job in plan.tensors for name in job.names}
+    groups = ([jobs[name] for name in group] for group in tied_names(jobs))
+    return any(job is not one and job.shape == one.shape for one, *others in groups for job in others)
 
 
 def _parts(config: dict[str, Any]) -> Iterator[dict[str, Any]]:

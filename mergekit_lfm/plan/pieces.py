@@ -57,7 +57,7 @@ def cut_pieces(recipe: Recipe, models: Sequence[Checkpoint]) -> Pieces:
         seen = [_restrict(checkpoint, names) for _, checkpoint in own]
         home = next((i for i, (model, _) in enumerate(own) if model == recipe.template), 0)
         try:
-            views, layers = (seen, find_layers(seen[home])) if part.slice is None else _cut(part, own, seen, home)
+            views, layers = _cut(part, own, seen, home, _restrict(template, names))
         except PlanError as error:
             problems.append(str(error))
             continue
@@ -107,20 +107,26 @@ class _Stack:
 
 
 def _cut(
-    part: Part, own: Sequence[tuple[Input, Checkpoint]], seen: Sequence[Checkpoint], home: int
+    part: Part, own: Sequence[tuple[Input, Checkpoint]], seen: Sequence[Checkpoint], home: int, template: Checkpoint
 ) -> tuple[Sequence[Checkpoint], Mapping[str, Layer]]:
-    """The layers of a slice in each model, under their numbers in the output, and the layers of their tensors."""
+    """What a part sees of its models, of a slice its layers under their numbers in the output; and the layers there.
+
+    template: as the part sees it.
+    """
+    if part.slice is None:
+        return seen, find_layers(seen[home])
     places = [find_places(model) for model in seen]
-    if part.slice is not None and part.slice.of == 1 and all(map(_is_all, own, places)):
+    if part.slice.of == 1 and all(map(_is_all, own, places)):
         return seen, {name: place.layer for name, place in places[home].items()}
     views, layers = list[Checkpoint](), dict[str, Layer]()
     for i, ((line, _), model) in enumerate(zip(own, seen, strict=True)):
         stack = _find_stack(model, places[i], line.label)
         names = dict(_names_in_slice(part, line, model, stack))
+        if part.slice.index == part.slice.of - 1:
+            names |= _heads_of(model, template)
         views.append(Selected(model, names))
         if i == home:
             assert line.layers is not None
-            assert part.slice is not None
             first, count = line.layers[0], part.slice.layers
             layers = {
                 new: (stack.places[old].index - first, count) for new, old in names.items() if old in stack.places
@@ -190,6 +196,15 @@ def _before_layers(model: Checkpoint, stack: _Stack) -> set[str]:
     early = {name for name in outside if BEFORE.search(name) and not AFTER.search(name)}
     groups = tied_names(outside) if is_tied(model.config) else []
     return early | {name for group in groups if early & set(group) for name in group}
+
+
+def _heads_of(model: Checkpoint, template: Checkpoint) -> dict[str, str]:
+    """The embedding of a tied model under the name of the head that an untied template has apart from its own."""
+    if is_tied(template.config) is not False or not is_tied(model.config):
+        return {}
+    groups = tied_names([*template, *(name for name in model if name not in template)])
+    pairs = ((name, [own for own in group if own in model]) for group in groups for name in group)
+    return {name: own[0] for name, own in pairs if own and name in template and AFTER.search(name)}
 
 
 def unused_names(

@@ -202,19 +202,39 @@ def test_c03_names_of_dtypes(dtype: str, world: World, tmp_path: Path) -> None:
     assert "dtype" in message and dtype in message
 
 
-@pytest.mark.parametrize("tied", [(True, True), (False, False), (True, False)])
-def test_c13_the_config_agrees_with_the_head(tied: tuple[bool, bool], tmp_path: Path) -> None:
+def tied_or_not(folder: Path, tied: tuple[bool, bool], base: str) -> dict[str, Any]:
+    """A recipe of two models that tie their heads, or do not."""
     for seed, (name, is_tied) in enumerate(zip("ab", tied, strict=True)):
-        llama_like("Llama", tmp_path / name, seed, tie_word_embeddings=is_tied)
-    recipe: dict[str, Any] = {"merge_method": "linear", "parameters": {"weight": 1}, "base_model": str(tmp_path / "a")}
-    recipe["models"] = [{"model": str(tmp_path / name)} for name in "ab"]
-    if tied == (True, False):  # the untied head would be lost
-        with pytest.raises(PlanError, match=r"b has lm_head\.weight .*, which .*a lacks"):
-            merge(recipe, tmp_path / "out")
-        recipe["base_model"] = str(tmp_path / "b")
-    out = Path(merge(recipe, tmp_path / "out"))
-    config, heads = json.loads((out / "config.json").read_text()), [name for name in load(out) if "head" in name]
-    assert config["tie_word_embeddings"] == all(tied) == (not heads)
+        llama_like("Llama", folder / name, seed, tie_word_embeddings=is_tied)
+    models = [{"model": str(folder / name)} for name in "ab"]
+    return {
+        "merge_method": "linear",
+        "parameters": {"weight": 1},
+        "base_model": str(folder / base),
+        "models": models,
+    }
+
+
+@pytest.mark.parametrize(("tied", "base"), [((True, True), "a"), ((False, False), "a"), ((True, False), "b")])
+def test_c13_the_config_agrees_with_the_head(tied: tuple[bool, bool], base: str, tmp_path: Path) -> None:
+    """The embedding of a tied model counts as its head."""
+    out = Path(merge(tied_or_not(tmp_path, tied, base), tmp_path / "out"))
+    merged, config = load(out), json.loads((out / "config.json").read_text())
+    assert config["tie_word_embeddings"] == all(tied) == (HEAD not in merged)
+    heads = [load(tmp_path / name) for name in "ab"]
+    expected = sum(each.get(HEAD, each[EMBEDDING]).double() for each in heads) / 2
+    assert torch.equal(merged.get(HEAD, merged[EMBEDDING]), torch.as_tensor(expected).float())
+
+
+def test_c13_a_head_that_a_tied_base_lacks(tmp_path: Path) -> None:
+    """It is refused, or kept where the recipe says so, with a config that has loaders read it."""
+    recipe = tied_or_not(tmp_path, (True, False), "a")
+    with pytest.raises(PlanError, match=r"b has lm_head\.weight .*, which .*a lacks"):
+        merge(recipe, tmp_path / "out")
+    out = Path(merge({**recipe, "keep": {"lm_head": str(tmp_path / "b")}}, tmp_path / "out"))
+    assert torch.equal(load(out)[HEAD], load(tmp_path / "b")[HEAD])
+    model = transformers.LlamaForCausalLM.from_pretrained(out)
+    assert torch.equal(model.lm_head.weight.detach(), load(out)[HEAD])
 
 
 def test_c17_relative_paths_without_a_network(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

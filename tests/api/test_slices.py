@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from helpers_merges import Tensors
 from helpers_stacks import (
     EMBEDDING,
+    HEAD,
     NORM,
     assert_same,
     layer_names,
@@ -284,12 +286,39 @@ def test_one_source_is_copied_by_a_method_of_two(models: dict[str, Tensors], tmp
 # ------------------------------------------------------------------ heads and misfits
 
 
-def tied_stack(folder: Path, name: str, seed: int) -> Tensors:
-    """A model whose head is its embedding."""
+def tied_stack(folder: Path, name: str, seed: int, *, stored: bool = False) -> Tensors:
+    """A model whose head is its embedding, stored once or twice."""
     tensors = make(seed, [EMBEDDING, *layer_names(4), NORM])
+    tensors |= {HEAD: tensors[EMBEDDING].clone()} if stored else {}
     config = {"model_type": "llama", "num_hidden_layers": 4, "tie_word_embeddings": True}
     save_checkpoint(folder / name, tensors, config)
     return tensors
+
+
+def test_a_head_of_its_own_is_not_tied(models: dict[str, Tensors], tmp_path: Path) -> None:
+    """The first model ties its head, the last does not: the config says so, or loaders would lose the head."""
+    tied, a = tied_stack(tmp_path, "tied", 5), models["a"]
+    merged = made(stack([source("tied", 0, 2)], [source("a", 2, 4)]), tmp_path)
+    assert_same(merged, stacked((tied, 0), (tied, 1), (a, 2), (a, 3), first=tied, last=a))
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_tied_head_is_the_embedding(stored: bool, models: dict[str, Tensors], tmp_path: Path) -> None:
+    """The last model ties its head, the first does not, and stores none or a copy: an untied model needs one."""
+    a, tied = models["a"], tied_stack(tmp_path, "tied", 5, stored=stored)
+    merged = made(stack([source("a", 0, 2)], [source("tied", 2, 4)]), tmp_path)
+    head = {**tied, HEAD: tied[EMBEDDING]}
+    assert_same(merged, stacked((a, 0), (a, 1), (tied, 2), (tied, 3), first=a, last=head))
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_stack_of_a_tied_model_stays_tied(stored: bool, tmp_path: Path) -> None:
+    tied = tied_stack(tmp_path, "tied", 5, stored=stored)
+    merged = made(stack([source("tied", 0, 3)], [source("tied", 2, 4)]), tmp_path)
+    expected = stacked(*((tied, i) for i in (0, 1, 2, 2, 3)), first=tied, last={**tied, HEAD: tied[EMBEDDING]})
+    assert_same(merged, {name: x for name, x in expected.items() if stored or name != HEAD})
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is True
 
 
 @pytest.mark.parametrize("ranges", [[(0, 5)], [(4, 6)], [(0, 2), (3, 9)]])
