@@ -46,22 +46,18 @@ class Pieces:
 
 def cut_pieces(recipe: Recipe, models: Sequence[Checkpoint]) -> Pieces:
     """The pieces of a recipe's `all_models`. Raises PlanError about all layers and modules that they do not have."""
-    index = {model: i for i, model in enumerate(recipe.all_models)}
-    template = models[index[recipe.template]]
+    opened = dict(zip(recipe.all_models, models, strict=True))
+    template = opened[recipe.template]
     wanted = list(dict.fromkeys(part.module for part in recipe.parts if part.module is not None))
     members = _modules_of(wanted, template, models) if wanted else {}
+    sight = _Sight(opened, members)
     pieces, problems = list[Piece](), list[str]()
     for part in recipe.parts:
-        own = [(model, models[index[model]]) for model in part.models]
-        names = members.get(part.module or "")
-        seen = [_restrict(checkpoint, names) for _, checkpoint in own]
-        home = next((i for i, (model, _) in enumerate(own) if model == recipe.template), 0)
+        home = next((model for model in part.models if model == recipe.template), part.models[0])
         try:
-            views, layers = _cut(part, own, seen, home, _restrict(template, names))
+            pieces.append(_cut(part, sight, home, recipe.template))
         except PlanError as error:
             problems.append(str(error))
-            continue
-        pieces.append(Piece(part, tuple(views), layers))
     if problems:
         raise PlanError(several("slices do not fit the models", problems))
     notices: tuple[str, ...] = ()
@@ -92,52 +88,71 @@ def _modules_of(
     return members
 
 
-def _restrict(model: Checkpoint, names: Mapping[str, None] | None) -> Checkpoint:
-    """The model's tensors of a module."""
-    return model if names is None else Selected(model, {name: name for name in model if name in names})
-
-
 @dataclass(frozen=True, slots=True)
 class _Stack:
-    """The layers of a model that slices are of: what their names begin with, their number, and the tensors' places."""
+    """The layers of a model that slices are of.
 
-    before: str
-    count: int
-    places: Mapping[str, Place]
-
-
-def _cut(
-    part: Part, own: Sequence[tuple[Input, Checkpoint]], seen: Sequence[Checkpoint], home: int, template: Checkpoint
-) -> tuple[Sequence[Checkpoint], Mapping[str, Layer]]:
-    """What a part sees of its models, of a slice its layers under their numbers in the output; and the layers there.
-
-    template: as the part sees it.
+    places: of the tensors in them; layers: the names in each. early, late: the names in no layer that come before the
+    layers, and the others. order: of all names in the model.
     """
+
+    places: Mapping[str, Place]
+    layers: Sequence[Sequence[str]]
+    early: Sequence[str]
+    late: Sequence[str]
+    order: Mapping[str, int]
+
+
+class _Sight:
+    """The models as the modules see them. A model is looked at once for all of its slices. members: by module."""
+
+    def __init__(self, models: Mapping[Input, Checkpoint], members: Mapping[str, Mapping[str, None]]) -> None:
+        self._models, self._members = models, members
+        self._seen = dict[tuple[Input, str | None], Checkpoint]()
+        self._stacks = dict[tuple[Input, str | None], _Stack]()
+
+    def see(self, model: Input, module: str | None) -> Checkpoint:
+        """The model's tensors of a module; all of them for None."""
+        if (model, module) not in self._seen:
+            checkpoint, names = self._models[model], self._members.get(module or "")
+            inside = None if names is None else {name: name for name in checkpoint if name in names}
+            self._seen[model, module] = checkpoint if inside is None else Selected(checkpoint, inside)
+        return self._seen[model, module]
+
+    def stack(self, model: Input, module: str | None) -> _Stack:
+        """The layers of the model in a module. Raises PlanError if there are several stacks."""
+        if (model, module) not in self._stacks:
+            self._stacks[model, module] = _find_stack(self.see(model, module), model.label)
+        return self._stacks[model, module]
+
+
+def _cut(part: Part, sight: _Sight, home: Input, template: Input) -> Piece:
+    """A part with its tensors; those in layers of a slice have their numbers in the output. home: names the tensors."""
+    seen = {model: sight.see(model, part.module) for model in part.models}
     if part.slice is None:
-        return seen, find_layers(seen[home])
-    places = [find_places(model) for model in seen]
-    if part.slice.of == 1 and all(map(_is_all, own, places)):
-        return seen, {name: place.layer for name, place in places[home].items()}
+        return Piece(part, tuple(seen.values()), find_layers(seen[home]))
+    if part.slice.of == 1 and all(_is_all(model, checkpoint) for model, checkpoint in seen.items()):
+        return Piece(part, tuple(seen.values()), find_layers(seen[home]))
     views, layers = list[Checkpoint](), dict[str, Layer]()
-    for i, ((line, _), model) in enumerate(zip(own, seen, strict=True)):
-        stack = _find_stack(model, places[i], line.label)
-        names = dict(_names_in_slice(part, line, model, stack))
+    for line, model in seen.items():
+        stack = sight.stack(line, part.module)
+        names = dict(_names_in_slice(part, line, stack))
         if part.slice.index == part.slice.of - 1:
-            names |= _heads_of(model, template)
+            names |= _heads_of(model, sight.see(template, part.module))
         views.append(Selected(model, names))
-        if i == home:
+        if line == home:
             assert line.layers is not None
             first, count = line.layers[0], part.slice.layers
             layers = {
                 new: (stack.places[old].index - first, count) for new, old in names.items() if old in stack.places
             }
-    return views, layers
+    return Piece(part, tuple(views), layers)
 
 
-def _is_all(line: tuple[Input, Checkpoint], places: Mapping[str, Place]) -> bool:
+def _is_all(line: Input, model: Checkpoint) -> bool:
     """True if the layers of a line are all of one of its model's stacks."""
-    counts = {place.count for place in places.values()} | set(_stated_counts(line[1]))
-    return line[0].layers is None or (line[0].layers[0] == 0 and line[0].layers[1] in counts)
+    counts = {place.count for place in find_places(model).values()} | set(_stated_counts(model))
+    return line.layers is None or (line.layers[0] == 0 and line.layers[1] in counts)
 
 
 def _stated_counts(model: Checkpoint) -> Iterator[int]:
@@ -147,8 +162,9 @@ def _stated_counts(model: Checkpoint) -> Iterator[int]:
         yield from (config[key] for key in LAYER_COUNTS if type(config.get(key)) is int)
 
 
-def _find_stack(model: Checkpoint, places: Mapping[str, Place], label: str) -> _Stack:
+def _find_stack(model: Checkpoint, label: str) -> _Stack:
     """The stack that a model's slices are of. Raises PlanError if there are several."""
+    places = find_places(model)
     counts = {place.before: place.count for place in places.values() if not EXTRA.search(place.before)}
     if len(counts) != 1:
         found = ", ".join(f"{before} ({count})" for before, count in counts.items()) or "none"
@@ -160,39 +176,41 @@ def _find_stack(model: Checkpoint, places: Mapping[str, Place], label: str) -> _
     stated = [number for number in _stated_counts(model) if number < count]
     count = max(stated, default=count)  # layers behind those of the config predict further tokens
     inside = {name: place for name, place in places.items() if place.before == before and place.index < count}
-    return _Stack(before, count, inside)
+    layers: list[list[str]] = [[] for _ in range(count)]
+    for name, place in inside.items():
+        layers[place.index].append(name)
+    outside = [name for name in model if name not in inside]
+    early = _before_layers(outside, model)
+    late = [name for name in outside if name not in early and not _is_layer(name, before)]
+    order = {name: i for i, name in enumerate(model)}
+    return _Stack(inside, layers, [name for name in outside if name in early], late, order)
 
 
-def _names_in_slice(part: Part, line: Input, model: Checkpoint, stack: _Stack) -> Iterator[tuple[str, str]]:
+def _names_in_slice(part: Part, line: Input, stack: _Stack) -> Iterator[tuple[str, str]]:
     """Of each tensor of a slice, its name in the output and in the model. Raises PlanError for layers it lacks."""
     assert part.slice is not None
     assert line.layers is not None
-    first, last = line.layers
-    if last > stack.count:
+    (first, last), count = line.layers, len(stack.layers)
+    if last > count:
         raise PlanError(
-            f"{line.place}.layer_range: found {list(line.layers)}, {line.label} has {stack.count} layers: 0 to "
-            f"{stack.count - 1}; expected a range within [0, {stack.count}]"
+            f"{line.place}.layer_range: found {list(line.layers)}, {line.label} has {count} layers: 0 to "
+            f"{count - 1}; expected a range within [0, {count}]"
         )
-    early = _before_layers(model, stack)
-    for name in model:
+    names = [name for layer in stack.layers[first:last] for name in layer]
+    names += stack.early if part.slice.index == 0 else ()
+    names += stack.late if part.slice.index == part.slice.of - 1 else ()
+    for name in sorted(names, key=stack.order.__getitem__):
         place = stack.places.get(name)
-        if place is not None:
-            if first <= place.index < last:
-                yield place.named(part.slice.start + place.index - first), name
-        elif name.startswith(stack.before) and name not in early and _is_layer(name, stack):
-            continue
-        elif part.slice.index == 0 if name in early else part.slice.index == part.slice.of - 1:
-            yield name, name
+        yield name if place is None else place.named(part.slice.start + place.index - first), name
 
 
-def _is_layer(name: str, stack: _Stack) -> bool:
+def _is_layer(name: str, before: str) -> bool:
     """True for a tensor in a layer beyond those of the config."""
-    return name[len(stack.before) :].partition(".")[0].isdecimal()
+    return name.startswith(before) and name[len(before) :].partition(".")[0].isdecimal()
 
 
-def _before_layers(model: Checkpoint, stack: _Stack) -> set[str]:
+def _before_layers(outside: Sequence[str], model: Checkpoint) -> set[str]:
     """The tensors outside of the layers that come before them, and those that the config ties to one of them."""
-    outside = [name for name in model if name not in stack.places]
     early = {name for name in outside if BEFORE.search(name) and not AFTER.search(name)}
     groups = tied_names(outside) if is_tied(model.config) else []
     return early | {name for group in groups if early & set(group) for name in group}

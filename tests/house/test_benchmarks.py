@@ -54,3 +54,12 @@ def test_gpu_kernels_prints_a_row_for_every_operation() -> None:
         "| L1 norms",
     ]
     assert all(float(row[2]) > 0 and float(row[3]) > 0 for row in rows)
+
+
+def test_planning_prints_a_row_for_every_recipe() -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "planning.py"), "--tensors", "100", "--repeats", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    _, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()]
+    assert [row[:2] for row in rows] == [
+        [name, "99"] for name in ("two models", "2 slices of 1", "2 slices of 2", "48 slices of 1", "48 slices of 2")
+    ]
