@@ -6,7 +6,7 @@ and every model's folder exists. The plan checks whether the tensors fit togethe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self
@@ -190,11 +190,13 @@ class Recipe(Strict):
         if not given and self.base_model is None:
             lacking = [*(["merge_method"] if self.merge_method is None else []), "models"]
             refuse([Problem(place, "required") for place in lacking])
-        alone = [self.models, *(each.sources for each in self.slices)]
-        copied = not self.modules and all(len(models) <= 1 for models in alone)
-        names = {name: entry.merge_method or self.merge_method for name, entry in self.modules.items()}
+        names = {
+            name: entry.merge_method or self.merge_method or _copying(entry.models, entry.slices)
+            for name, entry in self.modules.items()
+        }
         if self.merge_method is not None or not self.modules:
-            names = {"": self.merge_method or ("passthrough" if copied and given else None), **names}
+            copying = _copying(self.models, self.slices) if given else None
+            names = {"": self.merge_method or copying, **names}
         methods = {}
         for module, name in names.items():
             place = f"modules.{module}.merge_method" if module and self.modules[module].merge_method else "merge_method"
@@ -338,6 +340,12 @@ class Recipe(Strict):
         """The settings of a mapping `parameters`, which several parts may read."""
         scopes = [scope for part in self.parts for scope in part.scopes if scope.place == place]
         return {k: as_data(v) for k, v in sorted({k: v for scope in scopes for k, v in scope.settings.items()}.items())}
+
+
+def _copying(models: Sequence[ModelEntry], slices: Sequence[SliceEntry]) -> str | None:
+    """The method of models that are merged with no others; None if there are others."""
+    alone = all(len(lines) <= 1 for lines in (models, *(each.sources for each in slices)))
+    return "passthrough" if alone else None
 
 
 def _line_data(line: Input) -> dict[str, Any]:

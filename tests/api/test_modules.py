@@ -72,6 +72,17 @@ def test_tensors_in_no_module_are_the_base_s(models: dict[str, Tensors], tmp_pat
     assert_same(made(recipe, tmp_path), expected)
 
 
+def test_a_model_alone_needs_no_method(models: dict[str, Tensors], tmp_path: Path) -> None:
+    """Nor does the recipe, if every module has one or is copied."""
+    text: dict[str, Any] = {"models": lines("o", "a"), "merge_method": "slerp", "parameters": {"t": 1}}
+    recipe = {"base_model": "o", "modules": {"text_decoder": text, "vision_tower": {"models": lines("b")}}}
+    expected = {name: models["b" if name in OF_VISION else "a"][name] for name in NAMES}
+    assert_same(made(recipe, tmp_path), expected)
+    del text["merge_method"]
+    with pytest.raises(PlanError, match="merge_method: required"):
+        make_plan(Recipe.parse(place(recipe, tmp_path)))
+
+
 def test_source_slice_module_top(models: dict[str, Tensors], tmp_path: Path) -> None:
     """Of weights that differ in every scope that of the nearest holds; the other module has that of the top."""
     piece = {"sources": [source("a", 0, 4, weight=4.0), source("b", 0, 4)], "parameters": {"weight": 3.0}}
