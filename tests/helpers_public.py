@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from models import save_checkpoint
 
+PUBLIC = Path(__file__).parent / "recipe" / "public"  # recipes in the forms of public ones
+ABSOLUTE = "/home/somebody/models"  # the folder of models on somebody's machine, in one of them
 WIDTH, TOKENS = 4, 16
 LAYERS = {r"70b": 80, r"13b": 40, r"14B": 48, r"Qwen2-7B|VL-7B|千问": 28, r"MTP": 6}  # of a name; others have 32
 VECTORS = ("input_layernorm", "post_attention_layernorm")
@@ -89,6 +92,17 @@ def _save_adapter(folder: Path, layers: int) -> None:
     (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
     settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
     (folder / "adapter_config.json").write_text(json.dumps(settings))
+
+
+def put(path: Path, root: Path, encoding: str = "utf-8", newline: str = "\n") -> Path:
+    """The recipe in the folder of its stand-ins, which are made if they are not there."""
+    text = path.read_text("utf-8").replace(ABSOLUTE, f"{root}/local")
+    documents = [data for data in yaml.safe_load_all(text) if data]
+    for name in sorted(names_in(documents, (data.get("name", "") for data in documents))):
+        save_stand_in(root, name)
+    copy = root / path.name
+    copy.write_text(text, encoding, newline=newline)
+    return copy
 
 
 def names_in(data: Any, stages: Iterable[str] = ()) -> set[str]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from helpers_merges import load_all
-from helpers_public import MATRICES, VECTORS, count_layers, names_in, save_stand_in
+from helpers_public import MATRICES, PUBLIC, VECTORS, count_layers, names_in, put
 
 from mergekit_lfm import merge
 from mergekit_lfm.api.merge import plan_merge
@@ -19,8 +19,7 @@ from mergekit_lfm.plan.plan import Plan
 
 pytestmark = pytest.mark.filterwarnings("ignore::mergekit_lfm.api.outcome.Finding")
 
-PATHS = sorted((Path(__file__).parent / "public").glob("*.yaml"))
-ABSOLUTE = "/home/somebody/models"
+PATHS = sorted(PUBLIC.glob("*.yaml"))
 # Forms of keys that this version does not have. Strict: whoever adds the keys removes the lines here.
 MISSING = {
     "tokenizer_named": "tokenizers: a tokenizer's source by the name of a model",
@@ -46,17 +45,6 @@ def marked(path: Path) -> Any:
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("public")
-
-
-def put(path: Path, root: Path, encoding: str = "utf-8", newline: str = "\n") -> Path:
-    """The recipe in the folder of its stand-ins, which are made if they are not there."""
-    text = path.read_text("utf-8").replace(ABSOLUTE, f"{root}/local")
-    documents = [data for data in yaml.safe_load_all(text) if data]
-    for name in sorted(names_in(documents, (data.get("name", "") for data in documents))):
-        save_stand_in(root, name)
-    copy = root / path.name
-    copy.write_text(text, encoding, newline=newline)
-    return copy
 
 
 def expected_names(path: Path) -> set[str]:
