@@ -10,22 +10,21 @@ from __future__ import annotations
 import os
 import shutil
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Literal
 
 from mergekit_lfm.errors import PlanError
+from mergekit_lfm.machine.resources import default_memory
 from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.recipe.stages import Stage
 
 if TYPE_CHECKING:
     from mergekit_lfm.api.merge import PlannedMerge
     from mergekit_lfm.plan.plan import Plan
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -81,8 +80,8 @@ def plan_stages(
     plans: list[PlannedMerge] = []
     try:
         for stage in earlier:
-            work = lambda stage: plan(_parse(stage, where, folders), stages_folder(out) / stage.name)  # noqa: E731
-            plans.append(_in_stage(stage, work))
+            with in_stage(stage):
+                plans.append(plan(_parse(stage, where, folders), stages_folder(out) / stage.name))
             stand_in(plans[-1].plan, folders[stage.name])
         recipe = _parse(last, where, folders)
     except BaseException:
@@ -91,17 +90,44 @@ def plan_stages(
     return Stages(tuple(earlier), last, where, stages_folder(out), tuple(plans), scratch), recipe
 
 
+def check_stages(
+    planned: PlannedMerge,
+    *,
+    memory: int | None,
+    threads: int | None,
+    overwrite: bool,
+    resume: bool,
+    nan: Literal["error", "warn"],
+) -> None:
+    """Raise PlanError before the first stage runs if the memory does not suffice for all, or OUT may not be written.
+
+    planned: the merge of the last stage. A plan on stand-ins has the digest of that on the stages' results.
+    """
+    from mergekit_lfm.output.replace import already_there
+    from mergekit_lfm.plan.budget import workers
+
+    assert planned.stages is not None
+    plans = (*planned.stages.plans, planned)
+    for each in plans:
+        workers(each.plan, memory or default_memory(), threads, each.accelerator)
+    plan, rebuild = planned.plan, overwrite or not resume
+    sources = [pair for each in plans for pair in zip(each.plan.source_labels, each.plan.sources, strict=True)]
+    inputs = {label: source.path for label, source in sources}
+    already_there(plan.digest, plan.shards, inputs, planned.out, overwrite=overwrite, rebuild=rebuild, nan=nan)
+
+
 def _parse(stage: Stage, where: Path, folders: Mapping[str, Path]) -> Recipe:
     used = {name: folders[name] for name in stage.needs}
     return Recipe.parse(stage.data, where, stage.label, used)
 
 
-def _in_stage(stage: Stage, work: Callable[[Stage], T]) -> T:
-    """The result of work on a stage, whose name its errors tell."""
+@contextmanager
+def in_stage(stage: Stage | None) -> Iterator[None]:
+    """Name the stage in the PlanErrors of its work; None for a recipe without stages."""
     try:
-        return work(stage)
+        yield
     except PlanError as error:
-        if str(error).startswith(stage.label):
+        if stage is None or str(error).startswith(stage.label):
             raise
         raise PlanError("{where}: {text}", where=stage.label, text=error, **error.parts) from None
 
