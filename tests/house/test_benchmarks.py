@@ -21,6 +21,8 @@ def test_merge_vs_copy_prints_a_row_for_every_method(tmp_path: Path) -> None:
         "ties",
         "dare_linear",
         "dare_ties",
+        "della",
+        "sce",
         "karcher",
         "fisher",
         "permuted",
@@ -28,8 +30,9 @@ def test_merge_vs_copy_prints_a_row_for_every_method(tmp_path: Path) -> None:
         "regmean",
         "tsv",
         "iso_c",
+        "stacked",
     ]
-    assert [row[headings.index("inputs")] for row in rows] == [*"324443222233"]
+    assert [row[headings.index("inputs")] for row in rows] == [*"324444432222331"]
     assert all(
         float(row[headings.index(seconds)]) > 0 for row in rows for seconds in ("merge s", "start-up s", "CPU s")
     )
