@@ -6,11 +6,11 @@
 Makes checkpoints of a Llama's shape (bf16, two shards each): a base, and three models near it; and, for two of these,
 statistics files (float32) with the shapes of real ones. Every merge is a process of its own. Its floor, in the same
 run, reads the merge's inputs, discards them, and writes as many bytes as the merge's output by plain copy, with the
-merge's number of threads and an fsync at the end. Before each run its inputs are read into the page cache, the last
-output is removed, and dirty pages are written back. Numbers are medians; `ratio` is (merge - start-up) / floor, where
-start-up is the same merge of one tiny tensor; it means nothing for small sizes. `cold` is a first run that compiles its
-kernels and reads the models with statistics once more for their digests; `eager` is a run that may not compile; the
-other runs find kernels and digests in the cache.
+merge's number of threads and an fsync at the end. `stacked` copies the first half of a model's layers, then all of it.
+Before each run its inputs are read into the page cache, the last output is removed, and dirty pages are written back.
+Numbers are medians; `ratio` is (merge - start-up) / floor, where start-up is the same merge of one tiny tensor; it
+means nothing for small sizes. `cold` is a first run that compiles its kernels and reads the models with statistics once
+more for their digests; `eager` is a run that may not compile; the other runs find kernels and digests in the cache.
 """
 
 from __future__ import annotations
@@ -69,7 +69,13 @@ RECIPES = {
     "regmean": "models: [{model: one, stats: one.gram}, {model: two, stats: two.gram}]\n",
     "tsv": LAYERS,
     "iso_c": LAYERS,
+    "stacked": "models: [{model: one}]\n",  # where it has no layers
 }
+STACKED = """slices:
+- sources: [{{model: one, layer_range: [0, {half}]}}]
+- sources: [{{model: one, layer_range: [0, {layers}]}}]
+"""
+OTHER_NAMES = {"permuted": "linear", "rotated": "linear", "stacked": "passthrough"}  # of their methods
 # Transforms that rewrite a model before `linear` merges it: random elements of the groups of a Llama.
 REWRITTEN: dict[str, tuple[ElementKind, ...]] = {
     "permuted": ("order",),
@@ -231,9 +237,17 @@ def make_tiny(folder: Path) -> None:
 
 
 def write_recipes(folder: Path) -> None:
-    for method, text in RECIPES.items():
-        name = "linear" if method in REWRITTEN else method
-        (folder / f"{method}.yaml").write_text(f"merge_method: {name}\n{text}")
+    recipes = dict(RECIPES)
+    if layers := count_layers(folder):
+        recipes["stacked"] = STACKED.format(half=layers // 2, layers=layers)
+    for method, text in recipes.items():
+        (folder / f"{method}.yaml").write_text(f"merge_method: {OTHER_NAMES.get(method, method)}\n{text}")
+
+
+def count_layers(folder: Path) -> int:
+    """The number of the models' layers; 0 for the tiny ones."""
+    config = folder / MODELS[0] / "config.json"
+    return int(json.loads(config.read_text())["num_hidden_layers"]) if config.exists() else 0
 
 
 # ------------------------------------------------------------------ measuring
@@ -263,25 +277,37 @@ def read(path: Path) -> None:
             pass
 
 
-def copy(source: Path, target: Path) -> None:
-    """Copy a file through one buffer, and fsync it."""
-    buffer = memoryview(bytearray(CHUNK))
+def copy(source: Path, target: Path, nbytes: int | None = None) -> None:
+    """Copy a file, or its first bytes, through one buffer, and fsync it."""
+    buffer, left = memoryview(bytearray(CHUNK)), source.stat().st_size if nbytes is None else nbytes
     with source.open("rb", buffering=0) as file, target.open("wb", buffering=0) as out:
-        while count := file.readinto(buffer):
+        while left and (count := file.readinto(buffer[:left])):
             out.write(buffer[:count])
+            left -= count
         os.fsync(out.fileno())
+
+
+def repeated_nbytes(folder: Path, method: str) -> int:
+    """Bytes of the layers that an output has twice: the first half of a stack's."""
+    if method != "stacked":
+        return 0
+    first = tuple(f"model.layers.{i}." for i in range(count_layers(folder) // 2))
+    return sum(
+        spec.nbytes for name, spec in open_checkpoint(folder / "one").items() if first and name.startswith(first)
+    )
 
 
 def floor(folder: Path, method: str, threads: int) -> float:
     """Seconds to read and discard the method's inputs and to write a copy of one of them."""
     sources = read_by(folder, method)
-    copied = weights(folder, [inputs(method)[0]])
+    copied, again = weights(folder, [inputs(method)[0]]), repeated_nbytes(folder, method)
     target = folder / "copy"
     target.mkdir()
     with ThreadPoolExecutor(threads) as pool:
         started = time.monotonic()
         jobs = [pool.submit(read, path) for path in sources]
         jobs += [pool.submit(copy, path, target / path.name) for path in copied]
+        jobs += [pool.submit(copy, copied[0], target / "again", again)] if again else []
         for job in jobs:
             job.result()
         return time.monotonic() - started

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from mergekit_lfm.api.arguments import as_bytes, expand
 from mergekit_lfm.api.outcome import Outcome, warn_of
 from mergekit_lfm.api.planned import Merged, PlannedMerge, Stages
-from mergekit_lfm.api.stages import plan_stages
+from mergekit_lfm.api.stages import check_stages, in_stage, plan_stages
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.machine.accelerators import Accelerator, accelerator_of
 from mergekit_lfm.machine.devices import find_gpu
@@ -75,7 +75,8 @@ def plan_merge(
     if not card:
         recipe = recipe.model_copy(update={"card": False})
     goal, accelerator = recipe.goal(push_to, private=private), find_accelerator(recipe, device)
-    plan = make_plan(recipe, max_shard_size=as_bytes(max_shard_size))
+    with in_stage(None if stages is None else stages.last):
+        plan = make_plan(recipe, max_shard_size=as_bytes(max_shard_size))
     planned = PlannedMerge(plan, folder, accelerator, goal, as_bytes(max_shard_size), stages)
     return Outcome(folder, planned, plan.digest, seconds=time.monotonic() - started)
 
@@ -129,6 +130,7 @@ def merge(
     earlier: tuple[Outcome[Merged], ...] = ()
     stages = recipe.stages
     if stages is not None:
+        check_stages(recipe, memory=as_bytes(memory), threads=threads, overwrite=overwrite, resume=resume, nan=nan)
         earlier, recipe = _run_stages(recipe, stages, how, run)
     plan, done = _carry_out(recipe, {**run, "overwrite": overwrite})
     warnings, merged = warn_of(done.findings), Merged(plan, done.resumed_bytes, stages=earlier)
@@ -166,19 +168,28 @@ def _run_stages(
 ) -> tuple[tuple[Outcome[Merged], ...], PlannedMerge]:
     """The outcomes of all stages but the last, and the last one's plan on their results.
 
-    how: options of their plans; run: of their merges. An earlier result of another form of a stage is replaced.
+    how: options of their plans; run: of their merges.
     """
-    from mergekit_lfm.output.lock import lock_of
-
     done = list[Outcome[Merged]]()
     for stage, each in zip(stages.stages, stages.plans, strict=True):
         run["progress"].notice(f"stage {stage.name}")
         each.out.parent.mkdir(parents=True, exist_ok=True)
         now = plan_merge(stages.recipe(stage), each.out, **how).result
-        changed = lock_of(each.out).get("plan", now.plan.digest) != now.plan.digest
-        done.append(merge(now, overwrite=changed, **run))
+        done.append(_run_stage(now, run))
     last = plan_merge(stages.recipe(stages.last), planned.out, **how).result
     return tuple(done), replace(last, goal=planned.goal, accelerator=planned.accelerator)
+
+
+def _run_stage(planned: PlannedMerge, run: Mapping[str, Any]) -> Outcome[Merged]:
+    """The outcome of a stage. A result of its other forms, or from other inputs, is replaced."""
+    from mergekit_lfm.output.lock import lock_of
+
+    try:
+        return merge(planned, **run)
+    except PlanError:
+        if not lock_of(planned.out):
+            raise
+        return merge(planned, overwrite=True, **run)
 
 
 def _push(outcome: Outcome[Merged], folder: Path, goal: Push, verify: bool, progress: Progress) -> Outcome[Merged]:

@@ -8,19 +8,19 @@ stage has changed.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Literal
 
 from mergekit_lfm.api.planned import PlannedMerge, Scratch, Stages
 from mergekit_lfm.errors import PlanError
+from mergekit_lfm.machine.resources import default_memory
 from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.recipe.stages import Stage
 
 if TYPE_CHECKING:
     from mergekit_lfm.plan.plan import Plan
-
-T = TypeVar("T")
 
 
 def stages_folder(out: Path) -> Path:
@@ -51,20 +51,47 @@ def plan_stages(
     folders: dict[str, Path] = {}
     plans: list[PlannedMerge] = []
     for stage in earlier:
-        planned = _in_stage(stage, lambda stage: plan(parse(stage), stages_folder(out) / stage.name))
-        plans.append(planned)
+        with in_stage(stage):
+            plans.append(plan(parse(stage), stages_folder(out) / stage.name))
         folders[stage.name] = scratch.path / stage.name
-        stand_in(planned.plan, folders[stage.name])
+        stand_in(plans[-1].plan, folders[stage.name])
     stages_before = Stages(tuple(earlier), last, where, stages_folder(out), tuple(plans), scratch, allow_unknown)
     return stages_before, parse(last)
 
 
-def _in_stage(stage: Stage, work: Callable[[Stage], T]) -> T:
-    """The result of work on a stage, whose name its errors tell."""
+def check_stages(
+    planned: PlannedMerge,
+    *,
+    memory: int | None,
+    threads: int | None,
+    overwrite: bool,
+    resume: bool,
+    nan: Literal["error", "warn"],
+) -> None:
+    """Raise PlanError before the first stage runs if the memory does not suffice for all, or OUT may not be written.
+
+    planned: the merge of the last stage. A plan on stand-ins has the digest of that on the stages' results.
+    """
+    from mergekit_lfm.output.replace import already_there
+    from mergekit_lfm.plan.budget import workers
+
+    assert planned.stages is not None
+    plans = (*planned.stages.plans, planned)
+    for each in plans:
+        workers(each.plan, memory or default_memory(), threads, each.accelerator)
+    plan, rebuild = planned.plan, overwrite or not resume
+    sources = [pair for each in plans for pair in zip(each.plan.source_labels, each.plan.sources, strict=True)]
+    inputs = {label: source.path for label, source in sources}
+    already_there(plan.digest, plan.shards, inputs, planned.out, overwrite=overwrite, rebuild=rebuild, nan=nan)
+
+
+@contextmanager
+def in_stage(stage: Stage | None) -> Iterator[None]:
+    """Name the stage in the PlanErrors of its work; None for a recipe without stages."""
     try:
-        return work(stage)
+        yield
     except PlanError as error:
-        if str(error).startswith(stage.label):
+        if stage is None or str(error).startswith(stage.label):
             raise
         raise PlanError("{where}: {text}", where=stage.label, text=error, **error.parts) from None
 

@@ -20,6 +20,7 @@ from typing import Any
 import xxhash
 
 from mergekit_lfm.arch.heads import HEAD, LABEL_KEYS, trunk_of
+from mergekit_lfm.arch.ties import is_tied, tied_names
 from mergekit_lfm.artifacts.facts import as_facts
 from mergekit_lfm.artifacts.patch import PatchInfo
 from mergekit_lfm.engine.digests import input_digests
@@ -187,7 +188,10 @@ def _config(raw: bytes, plan: Plan) -> bytes:
 
 
 def _fit(config: dict[str, Any], plan: Plan) -> None:
-    """Change what a recipe's choices change: the length of the vocabulary, and the class and labels with the head."""
+    """Change what a recipe's choices change: the length of the vocabulary, the class and labels with the head.
+
+    So is whether the head is the embedding: a head of its own would be lost by loaders that tie it.
+    """
     before, rows = plan.vocabulary or (0, 0)
     for part in _parts(config) if plan.vocabulary is not None else ():
         if isinstance(size := part.get("vocab_size"), int) and (size == before or size > rows):
@@ -199,6 +203,10 @@ def _fit(config: dict[str, Any], plan: Plan) -> None:
             config.update({key: theirs[key] for key in ("architectures", *LABEL_KEYS) if key in theirs})
     if plan.recipe.heads == "drop":
         _drop_head(config)
+    if is_tied(config) and _has_own_head(plan):
+        config["tie_word_embeddings"] = False
+        for part in _parts(config):
+            part.update({key: False for key in ("tie_word_embeddings",) if key in part})
 
 
 def _drop_head(config: dict[str, Any]) -> None:
@@ -210,6 +218,13 @@ def _drop_head(config: dict[str, Any]) -> None:
         config["architectures"] = kinds
     else:
         config.pop("architectures", None)
+
+
+def _has_own_head(plan: Plan) -> bool:
+    """True if tensors that a tied model has once are several in the output."""
+    jobs = {name: job for job in plan.tensors for name in job.names}
+    groups = ([jobs[name] for name in group] for group in tied_names(jobs))
+    return any(job is not one and job.shape == one.shape for one, *others in groups for job in others)
 
 
 def _parts(config: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from mergekit_lfm.arch.ties import is_tied
 from mergekit_lfm.errors import PlanError, did_you_mean, several
@@ -19,18 +19,15 @@ def refuse_idle_filters(roles: Sequence[PartRoles]) -> None:
     The head of a model that ties it may be named: where it is stored, the filter is for it.
     """
     names: dict[str, dict[str, None]] = {}  # of the tensors that a place in the recipe is about
-    filters: dict[str, list[str]] = {}
+    filters: dict[str, dict[str, None]] = {}
     for part in roles:
-        found = list(_filters_of(part))
         tied = any(is_tied(model.config) is not False for model in part.models)
-        own = [part.refer(i, name)[1] for i in part.inputs for name in part.models[i]] if found else []  # of slices
-        seen = [*(name for model in part.models for name in model), *own, *(HEADS if tied else ())] if found else []
-        for place, pattern in found:
-            names.setdefault(place, {}).update(dict.fromkeys(seen))
-            filters.setdefault(place, []).append(pattern)
+        for place, pattern, seen in _filters_of(part):
+            names.setdefault(place, dict.fromkeys(HEADS if tied else ())).update(dict.fromkeys(seen))
+            filters.setdefault(place, {})[pattern] = None
     problems = []
     for place, patterns in filters.items():
-        for pattern in dict.fromkeys(patterns):
+        for pattern in patterns:
             if not any(pattern in name for name in names[place]):
                 words = dict.fromkeys(word for name in names[place] for word in _words(name))
                 cure = did_you_mean(pattern, words)
@@ -39,12 +36,24 @@ def refuse_idle_filters(roles: Sequence[PartRoles]) -> None:
         raise PlanError(several("filters match nothing", problems))
 
 
-def _filters_of(roles: PartRoles) -> Iterator[tuple[str, str]]:
-    """Each filter in the settings of a part, and the place of the setting."""
-    scopes = [scope for model in (None, *roles.part.inputs) for scope in roles.part.scopes_of(model)]
-    for scope in scopes:
-        for name, setting in scope.settings.items():
-            yield from ((f"{scope.place}.{name}", pattern) for pattern in _patterns(setting))
+def _filters_of(roles: PartRoles) -> Iterator[tuple[str, str, Collection[str]]]:
+    """Each filter in the settings of a part, the place of the setting, and the names that it looks at.
+
+    Those of the inputs' own parameters look at the names in the input, which has a slice's layers under other numbers.
+    """
+    part = roles.part
+    settings = (scope.settings for model in (None, *part.inputs) for scope in part.scopes_of(model))
+    if not any(True for each in settings for setting in each.values() for _ in _patterns(setting)):
+        return
+    outputs = dict.fromkeys(name for model in roles.models for name in model)
+    own = [
+        (model, [roles.refer(i, n)[1] for n in roles.models[i]])
+        for model, i in zip(part.inputs, roles.inputs, strict=True)
+    ]
+    for model, names in ((None, outputs), *own):
+        for scope in part.scopes_of(model):
+            for name in (each.name for each in part.parameters_of(model) if each.name in scope.settings):
+                yield from ((f"{scope.place}.{name}", text, names) for text in _patterns(scope.settings[name]))
 
 
 def _patterns(setting: Setting) -> Iterator[str]:

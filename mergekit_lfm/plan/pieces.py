@@ -1,12 +1,10 @@
 """Cut models into what the parts of a recipe see: all tensors, those of a module, or some layers under new numbers.
 
-No table says which tensors exist. Layers are found in the names, per prefix; what is in no layer belongs to the first
-slice if it is before the layers (embeddings), else to the last (norms, heads).
+A plan matches the tensors of each part as if these were its models; its jobs read the models themselves.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -15,20 +13,13 @@ from typing import Any
 from mergekit_lfm.arch.depth import kinds_of, stack_config
 from mergekit_lfm.arch.layer_facts import stacks_of as config_stacks
 from mergekit_lfm.arch.modules import beginnings, find_modules
-from mergekit_lfm.arch.ties import is_tied, tied_names
 from mergekit_lfm.errors import PlanError, did_you_mean, several
-from mergekit_lfm.plan.ends import find_ends, names_at_ends, refuse_moved_ends
-from mergekit_lfm.plan.layers import Place, find_layers, find_places
+from mergekit_lfm.plan.layers import find_layers
+from mergekit_lfm.plan.stack import Stack, count_layers, find_stack, heads_of, is_all, names_in_slice
 from mergekit_lfm.recipe.parts import Input, Layer, Part, copy_of
 from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.views.selected import Selected
-
-BEFORE = re.compile(
-    r"(^|[._])(w[tp]e|shared|\w*embed\w*|\w*patch\w*|conv\w*|stem|position\w*|tok_\w+|relative_\w+)([._]|$)"
-)
-AFTER = re.compile(r"(^|\.)(embed_out|lm_heads?|output|predictions)\.")
-EXTRA = re.compile(r"(^|\.)mtp\.")  # layers that predict further tokens, beside the stack
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,18 +57,16 @@ class Pieces:
 
 def cut_pieces(recipe: Recipe, models: Sequence[Checkpoint]) -> Pieces:
     """The pieces of a recipe's `all_models`. Raises PlanError about all layers and modules that they do not have."""
-    index = {model: i for i, model in enumerate(recipe.all_models)}
-    template = models[index[recipe.template]]
+    opened = dict(zip(recipe.all_models, models, strict=True))
+    template = opened[recipe.template]
     wanted = list(dict.fromkeys(part.module for part in recipe.parts if part.module is not None))
     members = _modules_of(wanted, template, models) if wanted else {}
+    sight = _Sight(opened, members)
     pieces, problems = list[Piece](), list[str]()
     for part in recipe.parts:
-        own = [(model, models[index[model]]) for model in part.models]
-        names = members.get(part.module or "")
-        seen = [_restrict(checkpoint, names) for _, checkpoint in own]
-        home = next((i for i, (model, _) in enumerate(own) if model == recipe.template), 0)
+        home = next((model for model in part.models if model == recipe.template), part.models[0])
         try:
-            pieces.append(_whole(part, seen, home) if part.slice is None else _cut(part, own, seen, home))
+            pieces.append(_cut(part, sight, home, recipe.template))
         except PlanError as error:
             problems.append(str(error))
     if problems:
@@ -110,40 +99,46 @@ def _modules_of(
     return members
 
 
-def _restrict(model: Checkpoint, names: Mapping[str, None] | None) -> Checkpoint:
-    """The model's tensors of a module."""
-    return model if names is None else Selected(model, {name: name for name in model if name in names})
+class _Sight:
+    """The models as the modules see them. A model is looked at once for all of its slices. members: by module."""
+
+    def __init__(self, models: Mapping[Input, Checkpoint], members: Mapping[str, Mapping[str, None]]) -> None:
+        self._models, self._members = models, members
+        self._seen = dict[tuple[Input, str | None], Checkpoint]()
+        self._stacks = dict[tuple[Input, str | None], Stack]()
+
+    def see(self, model: Input, module: str | None) -> Checkpoint:
+        """The model's tensors of a module; all of them for None."""
+        if (model, module) not in self._seen:
+            checkpoint, names = self._models[model], self._members.get(module or "")
+            inside = None if names is None else {name: name for name in checkpoint if name in names}
+            self._seen[model, module] = checkpoint if inside is None else Selected(checkpoint, inside)
+        return self._seen[model, module]
+
+    def stack(self, model: Input, module: str | None) -> Stack:
+        """The layers of the model in a module. Raises PlanError if there are several stacks."""
+        if (model, module) not in self._stacks:
+            self._stacks[model, module] = find_stack(self.see(model, module), model.label)
+        return self._stacks[model, module]
 
 
-@dataclass(frozen=True, slots=True)
-class _Stack:
-    """The layers of a model that slices are of: what their names begin with, their number, and the tensors' places."""
-
-    before: str
-    count: int
-    places: Mapping[str, Place]
-
-
-def _whole(part: Part, seen: Sequence[Checkpoint], home: int) -> Piece:
-    """The piece of whole models, or whole modules; home: the index of the template."""
-    return Piece(part, tuple(seen), find_layers(seen[home]))
-
-
-def _cut(part: Part, own: Sequence[tuple[Input, Checkpoint]], seen: Sequence[Checkpoint], home: int) -> Piece:
-    """The layers of a slice in each model, under their numbers in the output."""
-    places = [find_places(model) for model in seen]
-    if part.slice is not None and part.slice.of == 1 and all(map(_is_all, own, places)):
-        return _whole(part, seen, home)
-    views, layers, prefix = list[Checkpoint](), dict[str, Layer](), None
-    for i, ((line, _), model) in enumerate(zip(own, seen, strict=True)):
-        stack = _find_stack(model, places[i], line.label)
-        names = dict(_names_in_slice(part, line, model, stack))
+def _cut(part: Part, sight: _Sight, home: Input, template: Input) -> Piece:
+    """A part with its tensors; those in layers of a slice have their numbers in the output. home: names the tensors."""
+    seen = {model: sight.see(model, part.module) for model in part.models}
+    if part.slice is None or (
+        part.slice.of == 1 and all(is_all(model, checkpoint) for model, checkpoint in seen.items())
+    ):
+        return Piece(part, tuple(seen.values()), find_layers(seen[home]))
+    views, layers, prefix = list[Checkpoint](), dict[str, Layer](), ""
+    for line, model in seen.items():
+        stack = sight.stack(line, part.module)
+        names = dict(names_in_slice(part.slice, line, stack))
+        if part.slice.index == part.slice.of - 1:
+            names |= heads_of(model, sight.see(template, part.module))
         views.append(Selected(model, names))
-        if i == home:
+        if line == home:
             assert line.layers is not None
-            assert part.slice is not None
-            first, count = line.layers[0], part.slice.layers
-            prefix = stack.before
+            first, count, prefix = line.layers[0], part.slice.layers, stack.prefix
             layers = {
                 new: (stack.places[old].index - first, count) for new, old in names.items() if old in stack.places
             }
@@ -167,7 +162,7 @@ def stacks_of(pieces: Sequence[Piece], recipe: Recipe, models: Sequence[Checkpoi
     if problems:
         raise PlanError(several("slices merge layers of different kinds", problems))
     template = models[index[recipe.template]]
-    return tuple(Stacked(prefix, _count_of(template, prefix), tuple(own)) for prefix, own in layers.items())
+    return tuple(Stacked(prefix, count_layers(template, prefix), tuple(own)) for prefix, own in layers.items())
 
 
 def stacked_config(
@@ -186,7 +181,7 @@ def _other_kinds(
 ) -> Iterator[str]:
     """The layers that a slice merges though they are of different kinds by their configs."""
     for (i, layer), (j, theirs) in zip(one, other, strict=True):
-        if not (stated_counts(models[i]) and stated_counts(models[j])):
+        if not (config_stacks(models[i].config) and config_stacks(models[j].config)):
             continue
         kinds, others = kinds_of(models[i].config, layer), kinds_of(models[j].config, theirs)
         for name in (name for name in kinds if name in others and kinds[name] != others[name]):
@@ -194,83 +189,6 @@ def _other_kinds(
                 f"{part.place}: layer {layer} has {name} {kinds[name]!r}, and layer {theirs}, with which it is merged, "
                 f"{others[name]!r}; choose layers of one kind"
             )
-
-
-def _count_of(model: Checkpoint, prefix: str) -> int:
-    """The number of a model's layers that the config is about, of those with a prefix."""
-    count = max((place.count for place in find_places(model).values() if place.before == prefix), default=0)
-    stated = [stack.size for stack in config_stacks(model.config, None, prefix)]
-    return max((number for number in stated if number < count), default=count)
-
-
-def _is_all(line: tuple[Input, Checkpoint], places: Mapping[str, Place]) -> bool:
-    """True if the layers of a line are all of one of its model's stacks."""
-    layers, config = line[0].layers, line[1].config
-    if layers is None:
-        return True
-    first, last = layers
-    return first == 0 and (last in {place.count for place in places.values()} or bool(config_stacks(config, last)))
-
-
-def stated_counts(model: Checkpoint) -> list[int]:
-    """The numbers of layers in a config."""
-    return [stack.size for stack in config_stacks(model.config)]
-
-
-def _find_stack(model: Checkpoint, places: Mapping[str, Place], label: str) -> _Stack:
-    """The stack that a model's slices are of: not embeddings or heads. Raises PlanError if there are several."""
-    counts = {place.before: place.count for place in places.values() if not EXTRA.search(place.before)}
-    beside = {before for before in counts if BEFORE.search(before) or AFTER.search(before)}
-    counts = {before: count for before, count in counts.items() if before not in beside} or counts
-    if len(counts) != 1:
-        found = ", ".join(f"{before} ({count})" for before, count in counts.items()) or "none"
-        raise PlanError(
-            f"slices need one stack of layers, {label} has {found}: "
-            + ("name the parts of the model with `modules`, each with its slices" if counts else "use `models`")
-        )
-    ((before, count),) = counts.items()
-    count = _count_of(model, before)  # layers behind those of the config predict further tokens
-    inside = {name: place for name, place in places.items() if place.before == before and place.index < count}
-    return _Stack(before, count, inside)
-
-
-def _names_in_slice(part: Part, line: Input, model: Checkpoint, stack: _Stack) -> Iterator[tuple[str, str]]:
-    """Of each tensor of a slice, its name in the output and in the model. Raises PlanError for layers it lacks."""
-    assert part.slice is not None
-    assert line.layers is not None
-    first, last = line.layers
-    if last > stack.count:
-        raise PlanError(
-            f"{line.place}.layer_range: found {list(line.layers)}, {line.label} has {stack.count} layers: 0 to "
-            f"{stack.count - 1}; expected a range within [0, {stack.count}]"
-        )
-    ends = find_ends(model.config, stack.places, stack.before, stack.count)
-    refuse_moved_ends(ends, line, part.slice)
-    yield from names_at_ends(ends, stack.places, part.slice)
-    own = ends[0].own | ends[1].own
-    early = _before_layers(model, stack)
-    for name in model:
-        place = stack.places.get(name)
-        if place is not None:
-            if first <= place.index < last and place.behind not in own:
-                yield place.named(part.slice.start + place.index - first), name
-        elif name.startswith(stack.before) and name not in early and _is_layer(name, stack):
-            continue
-        elif part.slice.index == 0 if name in early else part.slice.index == part.slice.of - 1:
-            yield name, name
-
-
-def _is_layer(name: str, stack: _Stack) -> bool:
-    """True for a tensor in a layer beyond those of the config."""
-    return name[len(stack.before) :].partition(".")[0].isdecimal()
-
-
-def _before_layers(model: Checkpoint, stack: _Stack) -> set[str]:
-    """The tensors outside of the layers that come before them, and those that the config ties to one of them."""
-    outside = [name for name in model if name not in stack.places]
-    early = {name for name in outside if BEFORE.search(name) and not AFTER.search(name)}
-    groups = tied_names(outside) if is_tied(model.config) else []
-    return early | {name for group in groups if early & set(group) for name in group}
 
 
 def unused_names(

@@ -11,7 +11,7 @@ from mergekit_lfm.recipe.files import Where
 from mergekit_lfm.recipe.form import ModelEntry, ModuleEntry, SliceEntry
 from mergekit_lfm.recipe.parts import Input, Part, Scope, Slice, copy_of
 from mergekit_lfm.recipe.problems import Problem
-from mergekit_lfm.recipe.requirements import missing_requirements
+from mergekit_lfm.recipe.requirements import lacking_models, missing_requirements
 from mergekit_lfm.recipe.roles import assign_roles, read_base, read_scope
 
 
@@ -114,7 +114,7 @@ class Structure:
         part, told, wrong = assign_roles(
             methods, models, base, scopes, self.where, place=place, module=module, slice=slice
         )
-        if place != "models" and len(part.lines) == 1 and missing_requirements(part):
+        if place != "models" and len(part.lines) == 1 and _is_copied(part):
             part = replace(copy_of(part.lines[0], place, module), slice=slice)
             told = []
         self.parts.append(part)
@@ -129,3 +129,13 @@ class Structure:
             if known != model:
                 text = f"{model.label} has other `rename`, `align` or `edits` than at {known.place}; give it the same"
                 yield Problem(model.place, text)
+
+
+def _is_copied(part: Part) -> bool:
+    """True if the one model of a slice or module is copied: its method cannot merge that.
+
+    A method of two models takes the base as the first: in a module only if its parameters are set, in a slice never,
+    since the sources of a slice are all in it.
+    """
+    unlisted = part.method.base == "first" and (part.slice is not None or bool(missing_requirements(part)))
+    return unlisted or bool(lacking_models(part))

@@ -109,10 +109,13 @@ def read_value(raw: object, parameter: Parameter) -> Value:
 
 
 def _typed_value(value: object, parameter: Parameter) -> Value:
-    """`value` as the parameter's kind; Refusal names the expectation. Numbers may be text, as YAML reads 1e-1."""
+    """`value` as the parameter's kind; Refusal names the expectation.
+
+    Numbers may be text, as YAML reads 1e-1; switches may be 0 and 1, as searches for recipes write them.
+    """
     kind, choices = parameter.kind, parameter.choices
-    if kind in ("bool", "switch") and isinstance(value, bool):
-        return value
+    if kind in ("bool", "switch") and isinstance(value, Real) and value in (0, 1):
+        return bool(value)
     if kind in ("float", "int") and isinstance(value, str | Real) and not isinstance(value, bool):
         return _number(value, parameter)
     if kind in ("str", "switch") and isinstance(value, str) and (value in choices or not choices):

@@ -21,6 +21,8 @@ def test_merge_vs_copy_prints_a_row_for_every_method(tmp_path: Path) -> None:
         "ties",
         "dare_linear",
         "dare_ties",
+        "della",
+        "sce",
         "karcher",
         "fisher",
         "permuted",
@@ -28,8 +30,9 @@ def test_merge_vs_copy_prints_a_row_for_every_method(tmp_path: Path) -> None:
         "regmean",
         "tsv",
         "iso_c",
+        "stacked",
     ]
-    assert [row[headings.index("inputs")] for row in rows] == [*"324443222233"]
+    assert [row[headings.index("inputs")] for row in rows] == [*"324444432222331"]
     assert all(
         float(row[headings.index(seconds)]) > 0 for row in rows for seconds in ("merge s", "start-up s", "CPU s")
     )
@@ -54,3 +57,12 @@ def test_gpu_kernels_prints_a_row_for_every_operation() -> None:
         "| L1 norms",
     ]
     assert all(float(row[2]) > 0 and float(row[3]) > 0 for row in rows)
+
+
+def test_planning_prints_a_row_for_every_recipe() -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "planning.py"), "--tensors", "100", "--repeats", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    _, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()]
+    assert [row[:2] for row in rows] == [
+        [name, "99"] for name in ("two models", "2 slices of 1", "2 slices of 2", "48 slices of 1", "48 slices of 2")
+    ]

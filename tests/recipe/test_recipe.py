@@ -66,6 +66,12 @@ def t_of(setting, tensor=Q0, layer=None):
 # Scopes, filters, gradients
 
 
+def test_switches_may_be_numbers():
+    """Searches for recipes write 1.0 for true."""
+    values = [Recipe.parse(linear(parameters={"normalize": raw})).parts[0] for raw in (1.0, 1, 0, 0.0)]
+    assert [part.settings(Q0, None).shared["normalize"] for part in values] == [True, True, False, False]
+
+
 def test_a_models_own_value_comes_before_the_top_levels_and_that_before_the_default():
     entries = [{"model": "A", "parameters": {"weight": 1}}, {"model": "B"}]
     ties = {"merge_method": "ties", "base_model": "BASE", "models": entries, "parameters": {"weight": 5}}
@@ -255,7 +261,7 @@ def test_all_problems_come_in_one_message(models):
             {"parameters": {"normalise": True}},
             "parameters.normalise: linear has no such parameter, did you mean",
         ),
-        ({"parameters": {"normalize": 1}}, "parameters.normalize: found 1, expected true or false"),
+        ({"parameters": {"normalize": 2}}, "parameters.normalize: found 2, expected true or false"),
         ({"parameters": {"normalize": [True, "no"]}}, "parameters.normalize[1]: found 'no'"),
         ({"parameters": {"weight": []}}, "parameters.weight: found an empty list"),
         ({"parameters": {"weight": True}}, "parameters.weight: found True, expected a number"),
@@ -293,8 +299,8 @@ def test_all_problems_come_in_one_message(models):
         ({"models": [{"model": "A", "align": 3}]}, "models[0].align"),
         ({"models": [{"model": "A", "align": {}}, {"model": "B"}]}, "models[0].align: found {}, expected {to: MODEL"),
         (
-            {"models": [{"model": "A", "align": {"to": "B", "method": "rotation", "normalise": 1}}, {"model": "B"}]},
-            "models[0].align.normalise: found 1, expected true or false",
+            {"models": [{"model": "A", "align": {"to": "B", "method": "rotation", "normalise": 2}}, {"model": "B"}]},
+            "models[0].align.normalise: found 2, expected true or false",
         ),
         ({"models": [{"model": "A", "align": "t.st"}]}, "models[0].align: found 't.st', but there is no"),
         (
