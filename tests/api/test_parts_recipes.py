@@ -47,7 +47,6 @@ def test_stacked_yaml_repeats_layers_that_add_nothing(tmp_path: Path) -> None:
     assert [name for name, x in expected.items() if not torch.equal(merged[name], x)] == []
 
 
-@pytest.mark.xfail(strict=True, reason="configs of stacks: num_hidden_layers is that of the source")
 def test_stacked_yaml_answers_as_its_source(tmp_path: Path) -> None:
     out = Path(merge(RECIPES / "stacked.yaml", tmp_path / "out", threads=1))
     model: Any = load_model(out, "lm", dtype="auto").model
