@@ -127,11 +127,10 @@ def merge(
         recipe = plan_merge(recipe, out, **more, **how).result
     run: dict[str, Any] = {"memory": memory, "threads": threads, "nan": nan, "resume": resume}
     run |= {"trust_times": trust_times, "compile": compile, "progress": progress}
-    earlier: tuple[Outcome[Merged], ...] = ()
-    stages = recipe.stages
+    _check_push(recipe.goal)
+    stages, earlier = recipe.stages, tuple[Outcome[Merged], ...]()
     if stages is not None:
-        check_stages(recipe, memory=as_bytes(memory), threads=threads, overwrite=overwrite, resume=resume, nan=nan)
-        earlier, recipe = _run_stages(recipe, stages, how, run)
+        earlier, recipe = _run_stages(recipe, stages, how, {**run, "overwrite": overwrite})
     plan, done = _carry_out(recipe, {**run, "overwrite": overwrite})
     warnings, merged = warn_of(done.findings), Merged(plan, done.resumed_bytes, stages=earlier)
     outcome = Outcome(recipe.out, merged, plan.digest, done.already_there, warnings, time.monotonic() - started)
@@ -144,15 +143,19 @@ def merge(
     return replace(_push(outcome, recipe.out, recipe.goal, verify_push, progress), seconds=time.monotonic() - started)
 
 
+def _check_push(goal: Push | None) -> None:
+    """Raise PlanError if a push would fail, before the work."""
+    if goal is not None:
+        from mergekit_lfm.output.push import check_repository
+
+        check_repository(goal.repo, private=goal.private)
+
+
 def _carry_out(planned: PlannedMerge, options: Mapping[str, Any]) -> tuple[Plan, Execution]:
     """The plan, ready for the engine, and its execution. options: of `merge`, for `execute`."""
     from mergekit_lfm.engine.execute import execute
 
-    plan, accelerator, goal = planned.plan, planned.accelerator, planned.goal
-    if goal is not None:  # a push that would fail is refused before the work
-        from mergekit_lfm.output.push import check_repository
-
-        check_repository(goal.repo, private=goal.private)
+    plan, accelerator = planned.plan, planned.accelerator
     rest = {**options, "memory": as_bytes(options["memory"])}
     compile = rest.pop("compile")
     if plan.pending or plan.unedited or plan.absent:
@@ -168,14 +171,17 @@ def _run_stages(
 ) -> tuple[tuple[Outcome[Merged], ...], PlannedMerge]:
     """The outcomes of all stages but the last, and the last one's plan on their results.
 
-    how: options of their plans; run: of their merges.
+    how: options of their plans; run: of their merges, but for `overwrite`, which is about the output.
     """
+    checked = {key: run[key] for key in ("threads", "overwrite", "resume", "nan")}
+    check_stages(planned, memory=as_bytes(run["memory"]), **checked)
+    rest = {key: value for key, value in run.items() if key != "overwrite"}
     done = list[Outcome[Merged]]()
     for stage, each in zip(stages.stages, stages.plans, strict=True):
         run["progress"].notice(f"stage {stage.name}")
         each.out.parent.mkdir(parents=True, exist_ok=True)
         now = plan_merge(stages.recipe(stage), each.out, **how).result
-        done.append(_run_stage(now, run))
+        done.append(_run_stage(now, rest))
     last = plan_merge(stages.recipe(stages.last), planned.out, **how).result
     return tuple(done), replace(last, goal=planned.goal, accelerator=planned.accelerator)
 
