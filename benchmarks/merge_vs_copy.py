@@ -239,7 +239,7 @@ def make_tiny(folder: Path) -> None:
 def write_recipes(folder: Path) -> None:
     recipes = dict(RECIPES)
     if layers := count_layers(folder):
-        recipes |= {method: TWO + LAYERS for method in ("tsv", "iso_c")}
+        recipes |= dict.fromkeys(("tsv", "iso_c"), TWO + LAYERS)
         recipes["stacked"] = STACKED.format(half=layers // 2, layers=layers)
     for method, text in recipes.items():
         (folder / f"{method}.yaml").write_text(f"merge_method: {OTHER_NAMES.get(method, method)}\n{text}")
