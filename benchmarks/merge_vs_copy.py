@@ -50,9 +50,13 @@ if TYPE_CHECKING:
 
 MODELS = ("base", "one", "two", "three")
 THREE = "models: [{model: one}, {model: two}, {model: three}]\n"
-LAYERS = """models: [{model: one}, {model: two}]
-base_model: base
+TWO = "models: [{model: one}, {model: two}]\nbase_model: base\n"
+LAYERS = """\
 parameters: {decompose: [{filter: embed_tokens, value: none}, {filter: lm_head, value: none}, {value: matrices}]}
+"""
+STACKED = """slices:
+- sources: [{{model: one, layer_range: [0, {half}]}}]
+- sources: [{{model: one, layer_range: [0, {layers}]}}]
 """
 RECIPES = {
     "linear": THREE + "parameters: {weight: 1}\n",
@@ -67,14 +71,10 @@ RECIPES = {
     "permuted": "models: [{model: one}, {model: two, align: permuted.transform}]\nparameters: {weight: 1}\n",
     "rotated": "models: [{model: one}, {model: two, align: rotated.transform}]\nparameters: {weight: 1}\n",
     "regmean": "models: [{model: one, stats: one.gram}, {model: two, stats: two.gram}]\n",
-    "tsv": LAYERS,
-    "iso_c": LAYERS,
-    "stacked": "models: [{model: one}]\n",  # where it has no layers
+    "tsv": TWO,
+    "iso_c": TWO,
+    "stacked": "models: [{model: one}]\n",
 }
-STACKED = """slices:
-- sources: [{{model: one, layer_range: [0, {half}]}}]
-- sources: [{{model: one, layer_range: [0, {layers}]}}]
-"""
 OTHER_NAMES = {"permuted": "linear", "rotated": "linear", "stacked": "passthrough"}  # of their methods
 # Transforms that rewrite a model before `linear` merges it: random elements of the groups of a Llama.
 REWRITTEN: dict[str, tuple[ElementKind, ...]] = {
@@ -239,6 +239,7 @@ def make_tiny(folder: Path) -> None:
 def write_recipes(folder: Path) -> None:
     recipes = dict(RECIPES)
     if layers := count_layers(folder):
+        recipes |= dict.fromkeys(("tsv", "iso_c"), TWO + LAYERS)
         recipes["stacked"] = STACKED.format(half=layers // 2, layers=layers)
     for method, text in recipes.items():
         (folder / f"{method}.yaml").write_text(f"merge_method: {OTHER_NAMES.get(method, method)}\n{text}")

@@ -221,10 +221,11 @@ def _drop_head(config: dict[str, Any]) -> None:
 
 
 def _has_own_head(plan: Plan) -> bool:
-    """True if tensors that a tied model has once are several in the output."""
+    """True if the output has a head that is not its embedding: of a model that does not tie its own."""
     jobs = {name: job for job in plan.tensors for name in job.names}
     groups = ([jobs[name] for name in group] for group in tied_names(jobs))
-    return any(job is not one and job.shape == one.shape for one, *others in groups for job in others)
+    others = (job for one, *others in groups for job in others if job is not one and job.shape == one.shape)
+    return any(not is_tied(plan.models[i].config) for job in others for i, _ in job.match.sources.values())
 
 
 def _parts(config: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -23,7 +23,7 @@ def refuse_idle_filters(roles: Sequence[PartRoles]) -> None:
     for part in roles:
         tied = any(is_tied(model.config) is not False for model in part.models)
         for place, pattern, seen in _filters_of(part):
-            names.setdefault(place, dict.fromkeys(HEADS if tied else ())).update(dict.fromkeys(seen))
+            names.setdefault(place, {}).update(dict.fromkeys((*seen, *(HEADS if tied else ()))))
             filters.setdefault(place, {})[pattern] = None
     problems = []
     for place, patterns in filters.items():
@@ -46,11 +46,8 @@ def _filters_of(roles: PartRoles) -> Iterator[tuple[str, str, Collection[str]]]:
     if not any(True for each in settings for setting in each.values() for _ in _patterns(setting)):
         return
     outputs = dict.fromkeys(name for model in roles.models for name in model)
-    own = [
-        (model, [roles.refer(i, n)[1] for n in roles.models[i]])
-        for model, i in zip(part.inputs, roles.inputs, strict=True)
-    ]
-    for model, names in ((None, outputs), *own):
+    inputs = [[roles.refer(i, name)[1] for name in roles.models[i]] for i in roles.inputs]
+    for model, names in [(None, outputs), *zip(part.inputs, inputs, strict=True)]:
         for scope in part.scopes_of(model):
             for name in (each.name for each in part.parameters_of(model) if each.name in scope.settings):
                 yield from ((f"{scope.place}.{name}", text, names) for text in _patterns(scope.settings[name]))

@@ -128,12 +128,16 @@ class SliceEntry(Strict):
     parameters: Parameters = Field(default_factory=dict)
 
 
+Models = Annotated[tuple[ModelEntry, ...], BeforeValidator(lambda value: () if value is None else value)]
+Slices = Annotated[tuple[SliceEntry, ...], BeforeValidator(lambda value: () if value is None else value)]
+
+
 class ModuleEntry(Strict):
     """A part of the model with its own models or slices, and its own method if it names one."""
 
     merge_method: str | None = None
-    models: tuple[ModelEntry, ...] = ()
-    slices: tuple[SliceEntry, ...] = ()
+    models: Models = ()
+    slices: Slices = ()
     base_model: Reference | None = None
     parameters: Parameters = Field(default_factory=dict)
 

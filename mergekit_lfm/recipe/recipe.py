@@ -26,11 +26,13 @@ from mergekit_lfm.recipe.form import (
     Dtype,
     Edits,
     ModelEntry,
+    Models,
     ModuleEntry,
     Parameters,
     Push,
     Reference,
     SliceEntry,
+    Slices,
     Strict,
     read_reference,
 )
@@ -91,9 +93,11 @@ class Recipe(Strict):
     """
 
     merge_method: str | None = None
-    models: tuple[ModelEntry, ...] = ()
-    slices: tuple[SliceEntry, ...] = ()
-    modules: dict[str, ModuleEntry] = Field(default_factory=dict)
+    models: Models = ()
+    slices: Slices = ()
+    modules: Annotated[dict[str, ModuleEntry], BeforeValidator(lambda value: {} if value is None else value)] = Field(
+        default_factory=dict
+    )
     base_model: Reference | None = None
     edits: Edits = ()
     parameters: Parameters = Field(default_factory=dict)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -188,3 +189,14 @@ def test_references_with_a_revision_are_those_of_a_module_too(models: dict[str, 
     }
     expected = {name: models["b" if name in OF_VISION else "a"][name] for name in NAMES}
     assert_same(made(recipe, tmp_path), expected)
+
+
+def test_a_copy_of_a_tied_embedding_does_not_make_the_model_untied(tmp_path: Path) -> None:
+    """The head is stored though tied, and in no module: loaders ignore it, as in the models themselves."""
+    for seed, name in enumerate("ab"):
+        tensors = make(seed, NAMES)
+        config = {"model_type": "qwen2_5_vl", "tie_word_embeddings": True, "text_config": {"num_hidden_layers": 4}}
+        save_checkpoint(tmp_path / name, tensors | {HEAD: tensors[EMBEDDING].clone()}, config)
+    modules = {"model.language_model": {"models": lines("a", "b", weight=[0.5, 0.5])}}
+    made({"base_model": "a", "merge_method": "linear", "modules": modules}, tmp_path)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is True

@@ -10,6 +10,7 @@ import oracles
 import pytest
 import torch
 from helpers_merges import Tensors
+from helpers_methods import CASES, DELTAS, Case, ids, parameters_of, save_statistics
 from helpers_stacks import (
     EMBEDDING,
     HEAD,
@@ -28,7 +29,9 @@ from helpers_stacks import (
 from models import save_checkpoint
 from oracles import assert_close, doubles
 
+from mergekit_lfm.api.contract import count_inputs
 from mergekit_lfm.errors import PlanError
+from mergekit_lfm.methods.registry import METHODS
 from mergekit_lfm.plan.make import make_plan
 from mergekit_lfm.recipe.recipe import Recipe
 
@@ -281,6 +284,34 @@ def test_one_source_is_copied_by_a_method_of_two(models: dict[str, Tensors], tmp
     recipe = stack([source("b", 0, 2)], [source("a", 2, 4), source("b", 2, 4)], merge_method="slerp", base_model="a")
     merged = made({**recipe, "parameters": {"t": 1}}, tmp_path)
     assert_same(merged, models["b"])
+
+
+# ------------------------------------------------------------------ methods
+
+
+# Those that solve each tensor by itself.
+BY_TENSOR = [(name, more) for name, more in CASES if more.get("scope", "global" if name == "pcb" else "") != "global"]
+
+
+@pytest.mark.parametrize("case", BY_TENSOR, ids=ids)
+def test_slices_are_merged_as_the_whole_model(case: Case, tmp_path: Path) -> None:
+    """By every method, bit for bit, also with statistics and over whole matrices; and in another order.
+
+    Random masks depend on the names in the output, so those methods keep the order.
+    """
+    method, extra = METHODS[case[0]], case[1]
+    for seed in range(4):
+        make_stack(tmp_path, f"m{seed}", seed)
+    lines: list[dict[str, Any]] = [{"model": f"m{i + 1}"} for i in range(count_inputs(method.name))]
+    if method.statistics:
+        lines = [{**line, "stats": str(save_statistics(tmp_path / line["model"], method.statistics))} for line in lines]
+    recipe: dict[str, Any] = {"merge_method": method.name, "parameters": parameters_of(method.name, extra)}
+    recipe |= {"base_model": "m0" if method.name in DELTAS else "m1"} if method.base != "member" else {}
+    whole = made({**recipe, "models": lines}, tmp_path, "whole")
+    spans = [[0, 1], [1, 3], [3, 4]] if method.random else [[1, 3], [3, 4], [0, 1]]
+    slices = [{"sources": [{**line, "layer_range": span} for line in lines]} for span in spans]
+    layers = [(whole, layer) for span in spans for layer in range(*span)]
+    assert_same(made({**recipe, "slices": slices}, tmp_path, "parts"), stacked(*layers, first=whole, last=whole))
 
 
 # ------------------------------------------------------------------ heads and misfits

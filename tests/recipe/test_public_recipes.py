@@ -23,7 +23,16 @@ PATHS = sorted(PUBLIC.glob("*.yaml"))
 # Forms of keys that this version does not have. Strict: whoever adds the keys removes the lines here.
 MISSING = {"model_and_adapter": "adapters"}
 RUN = (
-    *("all_scopes", "cut_layers", "evolved_numbers", "passthrough_scaled", "slerp_chinese", "stack_anchors"),
+    *(
+        "all_scopes",
+        "cut_layers",
+        "slerp_default_module",
+        "dare_linear_base_last",
+        "evolved_numbers",
+        "passthrough_scaled",
+        "slerp_chinese",
+        "stack_anchors",
+    ),
     *("stack_zeroed", "ties_bio", "vision_modules", "vision_slerp", "further_tokens", "stages_mega", "nuslerp_pair"),
     *("breadcrumbs_ties_gamma", "della_tuned", "stack_two_models", "ties_gradients"),
 )
@@ -44,7 +53,7 @@ def expected_names(path: Path) -> set[str]:
     """The tensors of the output, from the recipe's text alone."""
     *_, recipe = (data for data in yaml.safe_load_all(path.read_text("utf-8")) if data)
     names = sorted(names_in(recipe))
-    stacked = recipe.get("slices") or []
+    stacked = recipe.get("slices") or recipe.get("modules", {}).get("default", {}).get("slices") or []
     ranges = [piece["sources"][0]["layer_range"] for piece in stacked]
     ends = [[int(x) for x in re.findall(r"\d+", str(each))] for each in ranges]
     count = sum(last - first for first, last in ends) or count_layers(names[0])
@@ -81,7 +90,9 @@ def test_a_public_recipe_runs(path: Path, root: Path, tmp_path: Path) -> None:
     assert verify(out) == []
     merged = load_all(out)
     assert merged.keys() == expected_names(path)
-    assert {x.dtype for x in merged.values()} == {getattr(torch, recipe.get("out_dtype", recipe["dtype"]))}
+    assert {x.dtype for x in merged.values()} == {
+        getattr(torch, (recipe.get("out_dtype") or recipe["dtype"]).removeprefix("torch."))
+    }
     assert all(x.isfinite().all() for x in merged.values())
 
 
