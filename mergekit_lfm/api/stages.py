@@ -7,6 +7,7 @@ stage has changed.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -57,6 +58,23 @@ def plan_stages(
         stand_in(planned.plan, folders[stage.name])
     stages_before = Stages(tuple(earlier), last, where, stages_folder(out), tuple(plans), scratch, allow_unknown)
     return stages_before, parse(last)
+
+
+def check_places(planned: PlannedMerge, folder: Path, *, kept: bool) -> None:
+    """Raise PlanError, before any stage runs, about a `folder` for their results or an output that cannot be.
+
+    planned: the last stage. kept: its output is there, and must not be replaced.
+    """
+    from mergekit_lfm.engine.public import public_recipe
+    from mergekit_lfm.output.lock import lock_of
+    from mergekit_lfm.store.places import ANOTHER, IS, OVERWRITE
+
+    if folder.exists() and not folder.is_dir():
+        raise PlanError(IS, place=folder, found="a file", expected="a folder for the results of stages", cure=ANOTHER)
+    recipe = json.loads(json.dumps(public_recipe(planned.plan)))
+    if kept and lock_of(planned.out).get("recipe") != recipe:
+        sentence = "{place} exists and is not the output of this merge; {cure}"
+        raise PlanError(sentence, place=planned.out, cure=OVERWRITE)
 
 
 def _in_stage(stage: Stage, work: Callable[[Stage], T]) -> T:
