@@ -76,7 +76,8 @@ def cut_pieces(recipe: Recipe, models: Sequence[Checkpoint]) -> Pieces:
         seen = [_restrict(checkpoint, names) for _, checkpoint in own]
         home = next((i for i, (model, _) in enumerate(own) if model == recipe.template), 0)
         try:
-            pieces.append(_whole(part, seen, home) if part.slice is None else _cut(part, own, seen, home))
+            here = recipe.template in part.models
+            pieces.append(_whole(part, seen, home) if part.slice is None else _cut(part, own, seen, home, here))
         except PlanError as error:
             problems.append(str(error))
     if problems:
@@ -128,10 +129,12 @@ def _whole(part: Part, seen: Sequence[Checkpoint], home: int) -> Piece:
     return Piece(part, tuple(seen), find_layers(seen[home]))
 
 
-def _cut(part: Part, own: Sequence[tuple[Input, Checkpoint]], seen: Sequence[Checkpoint], home: int) -> Piece:
-    """The layers of a slice in each model, under their numbers in the output."""
+def _cut(
+    part: Part, own: Sequence[tuple[Input, Checkpoint]], seen: Sequence[Checkpoint], home: int, here: bool
+) -> Piece:
+    """The layers of a slice in each model, under their numbers in the output. here: the template is one of them."""
     places = [find_places(model) for model in seen]
-    if part.slice is not None and part.slice.of == 1 and all(map(_is_all, own, places)):
+    if here and part.slice is not None and part.slice.of == 1 and all(map(_is_all, own, places)):
         return _whole(part, seen, home)
     views, layers, prefix = list[Checkpoint](), dict[str, Layer](), None
     for i, ((line, _), model) in enumerate(zip(own, seen, strict=True)):

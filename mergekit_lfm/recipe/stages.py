@@ -17,7 +17,7 @@ from mergekit_lfm.store.yaml import read_documents
 
 MODEL_KEYS = ("model", "path", "base_model", "source", "tokenizer_source", "to")  # whose text may be a model
 OF_OUTPUT = ("output", "push")  # keys of the stage that makes the output
-LONGEST_NAME = 200  # bytes: file systems allow 255, of which OUT.partial and its lock take some
+LONGEST_NAME = 200  # bytes: file systems allow 255, and OUT.partial and its lock take some of them
 FOLDER_NAME = (
     f"a folder's name of at most {LONGEST_NAME} bytes: no slash, no dot at its beginning, no .partial at its end"
 )
