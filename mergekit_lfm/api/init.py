@@ -129,7 +129,7 @@ def _lines(models: Sequence[_Model], base: _Base | None) -> Iterator[str]:
         yield f"dtype: {dtype} # of the output; the arithmetic is float32"
     if len(models) == 1:
         yield "# dtype: bfloat16 # writes all tensors in this dtype"
-    if len({model.checkpoint.config.get("vocab_size") for model in models}) > 1:
+    if len({str(model.checkpoint.config.get("vocab_size")) for model in models}) > 1:
         yield "# rows: crop # leaves out the rows beyond the shortest vocabulary; keep: those of the base stay"
 
 

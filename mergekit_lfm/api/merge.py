@@ -17,9 +17,9 @@ from mergekit_lfm.errors import PlanError
 from mergekit_lfm.machine.accelerators import Accelerator, accelerator_of
 from mergekit_lfm.machine.devices import find_gpu
 from mergekit_lfm.machine.progress import SILENCE, Progress
-from mergekit_lfm.recipe.form import Push
+from mergekit_lfm.recipe.form import Push, read_reference
 from mergekit_lfm.recipe.recipe import Recipe, read_recipe
-from mergekit_lfm.recipe.stages import read_stages
+from mergekit_lfm.recipe.stages import Stage, read_stages
 
 if TYPE_CHECKING:
     from mergekit_lfm.engine.execute import Execution
@@ -58,7 +58,7 @@ def plan_merge(
     elif not isinstance(recipe, Recipe):
         path, text = Path(recipe), read_recipe(Path(recipe))
         if documents := read_stages(text, str(path)):
-            out = expand(out or documents[-1].data.get("output") or Path("merged") / path.stem)
+            out = expand(out or _output_of(documents[-1]) or Path("merged") / path.stem)
             work = lambda recipe, folder: plan_merge(recipe, folder, **how).result  # noqa: E731
             stages, recipe = plan_stages(documents, path.absolute().parent, out, work, allow_unknown=allow_unknown)
         else:
@@ -79,6 +79,15 @@ def plan_merge(
         plan = make_plan(recipe, max_shard_size=as_bytes(max_shard_size))
     planned = PlannedMerge(plan, folder, accelerator, goal, as_bytes(max_shard_size), stages)
     return Outcome(folder, planned, plan.digest, seconds=time.monotonic() - started)
+
+
+def _output_of(stage: Stage) -> str | None:
+    """The output that a stage names; None also for one of another type, which its recipe refuses."""
+    try:
+        output = read_reference(stage.data.get("output"))
+    except ValueError:
+        return None
+    return output if isinstance(output, str) else None
 
 
 def merge(
@@ -130,7 +139,7 @@ def merge(
     _check_push(recipe.goal)
     stages, earlier = recipe.stages, tuple[Outcome[Merged], ...]()
     if stages is not None:
-        earlier, recipe = _run_stages(recipe, stages, how, {**run, "overwrite": overwrite})
+        earlier, recipe = _run_stages(recipe, stages, how, run, overwrite=overwrite)
     plan, done = _carry_out(recipe, {**run, "overwrite": overwrite})
     warnings, merged = warn_of(done.findings), Merged(plan, done.resumed_bytes, stages=earlier)
     outcome = Outcome(recipe.out, merged, plan.digest, done.already_there, warnings, time.monotonic() - started)
@@ -167,35 +176,49 @@ def _carry_out(planned: PlannedMerge, options: Mapping[str, Any]) -> tuple[Plan,
 
 
 def _run_stages(
-    planned: PlannedMerge, stages: Stages, how: Mapping[str, Any], run: Mapping[str, Any]
+    planned: PlannedMerge, stages: Stages, how: Mapping[str, Any], run: Mapping[str, Any], *, overwrite: bool
 ) -> tuple[tuple[Outcome[Merged], ...], PlannedMerge]:
     """The outcomes of all stages but the last, and the last one's plan on their results.
 
-    how: options of their plans; run: of their merges, but for `overwrite`, which is about the output.
+    how: options of their plans; run: of their merges. An earlier result of a stage that has changed, or its inputs, is
+    replaced. overwrite: so may be the output; without it, an output that would be refused then is refused before.
     """
-    checked = {key: run[key] for key in ("threads", "overwrite", "resume", "nan")}
-    check_stages(planned, memory=as_bytes(run["memory"]), **checked)
-    rest = {key: value for key, value in run.items() if key != "overwrite"}
+    from mergekit_lfm.store.places import OVERWRITE, has_files
+
+    checked = {key: run[key] for key in ("threads", "resume", "nan")}
+    check_stages(planned, memory=as_bytes(run["memory"]), overwrite=overwrite, **checked)
+    kept = has_files(planned.out) and not overwrite
     done = list[Outcome[Merged]]()
     for stage, each in zip(stages.stages, stages.plans, strict=True):
         run["progress"].notice(f"stage {stage.name}")
         each.out.parent.mkdir(parents=True, exist_ok=True)
         now = plan_merge(stages.recipe(stage), each.out, **how).result
-        done.append(_run_stage(now, rest))
+        changed = _has_changed(now, run)
+        if changed and kept:
+            sentence = "{place} was made before stage {name} changed; {cure}"
+            raise PlanError(sentence, place=planned.out, name=stage.name, cure=OVERWRITE)
+        done.append(merge(now, overwrite=changed, **run))
     last = plan_merge(stages.recipe(stages.last), planned.out, **how).result
     return tuple(done), replace(last, goal=planned.goal, accelerator=planned.accelerator)
 
 
-def _run_stage(planned: PlannedMerge, run: Mapping[str, Any]) -> Outcome[Merged]:
-    """The outcome of a stage. A result of its other forms, or from other inputs, is replaced."""
+def _has_changed(planned: PlannedMerge, run: Mapping[str, Any]) -> bool:
+    """True if an earlier result of a stage is that of another plan or of other inputs, or damaged."""
+    from mergekit_lfm.engine.execute import is_written
+    from mergekit_lfm.engine.inputs import Comparison
+    from mergekit_lfm.machine.resources import default_memory
     from mergekit_lfm.output.lock import lock_of
+    from mergekit_lfm.store.places import place_of
 
+    if not lock_of(planned.out):
+        return False
+    memory = as_bytes(run["memory"]) or default_memory()
+    comparison = Comparison(planned.plan, memory, run["threads"], run["progress"], run["trust_times"])
     try:
-        return merge(planned, **run)
+        is_written(comparison, place_of(planned.out), overwrite=False, resume=run["resume"], nan=run["nan"])
     except PlanError:
-        if not lock_of(planned.out):
-            raise
-        return merge(planned, overwrite=True, **run)
+        return True
+    return False
 
 
 def _push(outcome: Outcome[Merged], folder: Path, goal: Push, verify: bool, progress: Progress) -> Outcome[Merged]:

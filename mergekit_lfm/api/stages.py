@@ -74,9 +74,12 @@ def check_stages(
     """
     from mergekit_lfm.output.replace import already_there
     from mergekit_lfm.plan.budget import workers
+    from mergekit_lfm.store.places import ANOTHER, IS
 
     assert planned.stages is not None
-    plans = (*planned.stages.plans, planned)
+    folder, plans = planned.stages.folder, (*planned.stages.plans, planned)
+    if folder.exists() and not folder.is_dir():
+        raise PlanError(IS, place=folder, found="a file", expected="a folder for the results of stages", cure=ANOTHER)
     for each in plans:
         workers(each.plan, memory or default_memory(), threads, each.accelerator)
     plan, rebuild = planned.plan, overwrite or not resume

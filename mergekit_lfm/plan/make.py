@@ -14,6 +14,7 @@ from mergekit_lfm.methods.method import Method
 from mergekit_lfm.output.card import read_license
 from mergekit_lfm.output.layout import lay_out
 from mergekit_lfm.plan.agreement import refuse_disagreements
+from mergekit_lfm.plan.assembly import refuse_patchwork
 from mergekit_lfm.plan.filters import refuse_idle_filters
 from mergekit_lfm.plan.job import Job, make_job
 from mergekit_lfm.plan.match import match_tensors, refuse_unmatched
@@ -68,6 +69,7 @@ def make_plan(
     planned = _plan_parts(cut, roles, sources, rows, block)
     jobs, stacks = _joined(planned), stacks_of(cut.pieces, recipe, models)
     stacked_config(models[template].config, stacks, models)  # raises where the layers fit no config
+    refuse_patchwork(recipe, jobs, models, template, stacks)
     return Plan(
         recipe=recipe,
         models=models,

@@ -125,9 +125,8 @@ class _Sight:
 def _cut(part: Part, sight: _Sight, home: Input, template: Input) -> Piece:
     """A part with its tensors; those in layers of a slice have their numbers in the output. home: names the tensors."""
     seen = {model: sight.see(model, part.module) for model in part.models}
-    if part.slice is None or (
-        part.slice.of == 1 and all(is_all(model, checkpoint) for model, checkpoint in seen.items())
-    ):
+    alone = part.slice is not None and part.slice.of == 1 and template in part.models
+    if part.slice is None or (alone and all(is_all(model, checkpoint) for model, checkpoint in seen.items())):
         return Piece(part, tuple(seen.values()), find_layers(seen[home]))
     views, layers, prefix = list[Checkpoint](), dict[str, Layer](), ""
     for line, model in seen.items():

@@ -19,7 +19,7 @@ from mergekit_lfm.plan.tokens import TokenTable
 from mergekit_lfm.plan.vocabulary import Vocabulary
 from mergekit_lfm.recipe.chat import AUTO, TEMPLATES
 from mergekit_lfm.store.checkpoint import Checkpoint
-from mergekit_lfm.store.files import parse_json, read_bytes, read_json, read_text
+from mergekit_lfm.store.files import parse_json, read_bytes, read_json, read_small_text
 from mergekit_lfm.store.tokens import ADDED, WHOLE, Tokens
 
 CHAT, OLD_CHAT = "chat_template.jinja", "chat_template.json"
@@ -151,11 +151,11 @@ def _added(tokens: Tokens) -> list[dict[str, Any]]:
 
 def _entries(table: TokenTable, new: Mapping[int, str]) -> tuple[dict[int, dict[str, Any]], list[str]]:
     """The settings of new tokens by ids: those of the first model that has it as an added token; and warnings."""
-    stated: dict[Any, list[tuple[str, dict[str, Any]]]] = {}
+    stated: dict[str, list[tuple[str, dict[str, Any]]]] = {}
     for label, tokens in zip(table.labels, table.tokens, strict=True):
         for entry in _added(tokens):
             settings = {key: entry.get(key, value) for key, value in SETTINGS.items()}
-            stated.setdefault(entry.get("content"), []).append((label, settings))
+            stated.setdefault(str(entry.get("content")), []).append((label, settings))
     entries, warnings = dict[int, dict[str, Any]](), list[str]()
     for number, text in new.items():
         (first, settings), *others = stated.get(text, [("", SETTINGS)])
@@ -191,8 +191,8 @@ def _pair(merge: Any) -> list[str]:
 def _without_specials(config: dict[str, Any], lost: set[str]) -> dict[str, Any]:
     """A config of a tokenizer without roles for tokens that are gone."""
 
-    def text_of(value: Any) -> Any:
-        return value.get("content") if isinstance(value, dict) else value
+    def text_of(value: Any) -> str:
+        return str(value.get("content") if isinstance(value, dict) else value)
 
     kept = dict[str, Any]()
     for key, value in config.items():
@@ -230,7 +230,7 @@ def _set_template(files: Files, choice: str, models: Sequence[Checkpoint], label
 
 def _named_templates(templates: Any) -> Iterator[tuple[str, bytes]]:
     """The templates besides the default one of a list of them, as files where transformers looks for them."""
-    for entry in templates if isinstance(templates, list) else ():
+    for entry in (each for each in templates if isinstance(each, dict)) if isinstance(templates, list) else ():
         name, text = entry.get("name"), entry.get("template")
         if isinstance(name, str) and re.fullmatch(r"[\w-]+", name) and name != "default" and isinstance(text, str):
             yield f"additional_chat_templates/{name}.jinja", text.encode()
@@ -256,7 +256,7 @@ def _template_of(model: Checkpoint) -> str | None:
     if model.snapshot is not None:
         model.snapshot.fetch([name for name in (CHAT, TOKENIZER, OLD_CHAT) if name in model.snapshot.sizes])
     if (path := model.path / CHAT).is_file():
-        return read_text(path).strip()
+        return read_small_text(path).strip()
     for path in (path for name in (TOKENIZER, OLD_CHAT) if (path := model.path / name).is_file()):
         data = read_json(path)
         text = data.get("chat_template") if isinstance(data, dict) else None
@@ -268,4 +268,4 @@ def _template_of(model: Checkpoint) -> str | None:
 
 
 def _encode(data: Any) -> bytes:
-    return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace")  # lone surrogates

@@ -143,6 +143,11 @@ class TokenTable:
             raise PlanError(
                 f"{self.labels[i]} has no embedding whose name is known, so its tokens have no rows to merge"
             )
+        if not self.count:
+            raise PlanError(
+                f"{self.tokens[self.donor].path} has no token with a row in the embedding, so the output would have no "
+                "rows; fetch or write it again, or name another model as the source"
+            )
         fitted = [model if self.lengths[i] is None else self._fit(i, problems) for i, model in enumerate(self.models)]
         if problems:
             raise PlanError(several("the vocabularies cannot be merged by tokens", problems))

@@ -17,6 +17,11 @@ from mergekit_lfm.store.yaml import read_documents
 
 MODEL_KEYS = ("model", "path", "base_model", "source", "tokenizer_source", "to")  # whose text may be a model
 OF_OUTPUT = ("output", "push")  # keys of the stage that makes the output
+LONGEST_NAME = 200  # bytes: file systems allow 255, and OUT.partial and its lock take some of them
+FOLDER_NAME = (
+    f"a folder's name of at most {LONGEST_NAME} bytes: no slash, no dot at its beginning, no .partial at its end"
+)
+UNFINISHED = ".partial"  # how the folder of a result ends until it is complete
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +82,14 @@ def _check(documents: Sequence[object], label: str) -> None:
         name = data.get("name")
         if name is None:
             nameless.append(number)
-        elif not isinstance(name, str) or not name or "/" in name or name.startswith("."):
-            problems.append(f"document {number}: name: found {name!r}, expected a name without a slash")
+        elif not isinstance(name, str):
+            problems.append(f"document {number}: name: found {name!r}, expected text; put it in quotes")
+        elif not _is_folder_name(name):
+            expected = "a name for a folder: no slash, no dot at the beginning, no .partial at the end"
+            found = f"{name!r:.80}"
+            problems.append(
+                f"document {number}: name: found {found}, expected {expected}, at most {LONGEST_NAME} bytes"
+            )
         elif name in seen:
             problems.append(f"document {number}: name: {name} is the name of document {seen[name]}; choose another")
         else:
@@ -88,6 +99,12 @@ def _check(documents: Sequence[object], label: str) -> None:
         problems.append(f"documents {found} have no `name`, expected one for all but the one that makes the output")
     if problems:
         raise PlanError(f"{label}: {several('stages', problems)}")
+
+
+def _is_folder_name(name: str) -> bool:
+    """True if a result can have this name among those of the other stages."""
+    fits = name.isprintable() and 0 < len(name.encode()) <= LONGEST_NAME
+    return fits and "/" not in name and not name.startswith(".") and not name.endswith(UNFINISHED)
 
 
 def _refuse_used(last: str, needs: Mapping[str, tuple[str, ...]], named: Mapping[str, Any], label: str) -> None:

@@ -92,8 +92,9 @@ def read_tokenizer(
         return None, [problem_at("tokenizer", FOUND, found=repr(tokenizer), expected=expected)]
     known = ("source", "tokens", "pad_to_multiple_of")
     problems = _unknown_keys(tokenizer, known, "tokenizer")
-    label, wrong = _read_source(tokenizer.get("source") or UNION, models, "tokenizer.source")
-    tokens, wrong_tokens = _read_tokens(tokenizer.get("tokens") or {}, models)
+    stated = {key: value for key, value in tokenizer.items() if value is not None}
+    label, wrong = _read_source(stated.get("source", UNION), models, "tokenizer.source")
+    tokens, wrong_tokens = _read_tokens(stated.get("tokens", {}), models)
     multiple = tokenizer.get("pad_to_multiple_of")
     if multiple is not None and (not isinstance(multiple, int) or isinstance(multiple, bool) or multiple < 1):
         wrong.append(
@@ -177,7 +178,7 @@ def _read_kind(
 ) -> tuple[RowOf | tuple[()] | None, list[Problem]]:
     """The row in a mapping with `kind`."""
     kind = data["kind"]
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         cure = did_you_mean(kind, KINDS)
         return None, [problem_at(f"{place}.kind", "unknown kind {found}, {cure}", found=repr(kind), cure=cure)]
     problems = _unknown_keys(data, KINDS[kind], place)

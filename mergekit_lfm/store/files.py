@@ -104,6 +104,19 @@ def read_text(path: Path, most: int | None = SMALL) -> str:
     return read_bytes(path, most).decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
 
 
+def read_small_text(path: Path) -> str:
+    """The text as `read_text` gives it. Raises FormatError if it is not UTF-8."""
+    try:
+        return read_text(path)
+    except UnicodeDecodeError as error:
+        raise FormatError(
+            "{place}: {found}; {cure}",
+            place=path,
+            found=f"not UTF-8 text ({error.reason} in byte {error.start:,})",
+            cure=AGAIN,
+        ) from None
+
+
 def read_json(path: Path) -> Any:
     """The JSON in a small file. Raises FormatError, or OSError if it cannot be read."""
     return parse_json(read_bytes(path), path)

@@ -11,7 +11,7 @@ from typing import Any
 import xxhash
 
 from mergekit_lfm.store.checkpoint import Checkpoint
-from mergekit_lfm.store.files import read_bytes, read_json, read_text
+from mergekit_lfm.store.files import read_bytes, read_json, read_small_text
 
 WHOLE = "tokenizer.json"
 FILES = (WHOLE, "vocab.json", "vocab.txt")  # the first that a model has counts
@@ -41,7 +41,7 @@ class Tokens:
         if self.whole:
             return dict(_entries(self.data))
         text = self.path.suffix == ".txt"
-        own = enumerate(read_text(self.path).splitlines()) if text else _reversed(self.data)
+        own = enumerate(read_small_text(self.path).splitlines()) if text else _reversed(self.data)
         return {**dict(own), **dict(_reversed(read_json(self.added)) if self.added else ())}
 
     @cached_property

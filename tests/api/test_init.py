@@ -133,3 +133,9 @@ def test_a_model_that_is_not_there_is_named() -> None:
     assert not Path("recipe.yaml").exists()
     with pytest.raises(PlanError, match="found no models"):
         init_recipe([])
+
+
+def test_sizes_of_the_wrong_type_in_a_config_are_compared(tmp_path: Path) -> None:
+    for name, size in {"a": [1, 2], "b": {"c": 3}}.items():
+        save_checkpoint(tmp_path / name, {"w": torch.ones(2)}, {"vocab_size": size})
+    assert "rows: crop" in init_recipe([tmp_path / "a", tmp_path / "b"]).result

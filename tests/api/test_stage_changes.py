@@ -1,0 +1,90 @@
+"""Stages between runs: what is refused before any work, what is made again, and names that are no folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from models import files_of, save_checkpoint
+
+from mergekit_lfm import merge, plan_merge
+from mergekit_lfm.errors import PlanError
+
+STAGES = """
+name: {name}
+merge_method: linear
+models: [{{model: a}}, {{model: b}}]
+parameters: {{weight: {weight}}}
+---
+merge_method: linear
+models: [{{model: a}}, {{model: {name}}}]
+parameters: {{weight: 1, normalize: true}}
+{more}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    for i, name in enumerate("ab"):
+        save_checkpoint(tmp_path / name, {"w": torch.full((4,), i + 1.0)}, {})
+    return tmp_path
+
+
+def write(folder: Path, name: str = "x", weight: str = "[1, 1]", more: str = "") -> Path:
+    path = folder / "r.yaml"
+    path.write_text(STAGES.format(name=name, weight=weight, more=more))
+    return path
+
+
+@pytest.mark.parametrize(
+    "name", ["5", '"a\\0b"', '"a\\nb"', "x" * 201, "é" * 101, "x.partial", "../x", ".x", '""'], ids=range(9)
+)
+def test_a_name_that_is_no_folder_is_refused(folder: Path, name: str) -> None:
+    with pytest.raises(PlanError, match=r"document 1: name: found .*, expected"):
+        plan_merge(write(folder, name))
+
+
+@pytest.mark.parametrize("output", ["5", "[x]", "{a: b}"])
+def test_an_output_that_is_no_text_is_refused(folder: Path, output: str) -> None:
+    with pytest.raises(PlanError, match="output: "):
+        plan_merge(write(folder, more=f"output: {output}"))
+
+
+def test_a_stage_is_made_again_when_only_bytes_of_its_inputs_changed(folder: Path) -> None:
+    recipe = write(folder)
+    merge(recipe, "out")
+    before, stage = files_of(folder / "out"), files_of(folder / "out.stages/x")
+    save_checkpoint(folder / "new", {"w": torch.full((4,), 9.0)}, {})
+    (folder / "new/model.safetensors").replace(folder / "b/model.safetensors")
+    with pytest.raises(PlanError, match=r"was made before stage x changed; .*--overwrite"):
+        merge(recipe, "out")
+    assert (files_of(folder / "out"), files_of(folder / "out.stages/x")) == (before, stage)
+    made = merge(recipe, "out", overwrite=True)
+    assert not made.already_there and files_of(folder / "out.stages/x") != stage
+    assert merge(recipe, "out").already_there
+
+
+def test_a_stage_that_lost_its_weights_is_made_again(folder: Path) -> None:
+    recipe = write(folder)
+    merge(recipe, "out")
+    stage = files_of(folder / "out.stages/x")
+    (folder / "out.stages/x/model.safetensors").unlink()
+    merge(recipe, "out", overwrite=True)
+    assert files_of(folder / "out.stages/x") == stage
+
+
+@pytest.mark.parametrize(("weight", "more"), [("[1, 3]", ""), ("[1, 1]", "dtype: bfloat16")])
+def test_an_output_of_another_recipe_is_refused_before_a_stage_runs(folder: Path, weight: str, more: str) -> None:
+    merge(write(folder), "out")
+    before = files_of(folder / "out.stages")
+    with pytest.raises(PlanError, match="--overwrite"):
+        merge(write(folder, weight=weight, more=more), "out")
+    assert files_of(folder / "out.stages") == before
+
+
+def test_a_file_in_place_of_the_folder_of_stages_is_refused(folder: Path) -> None:
+    (folder / "out.stages").write_text("mine")
+    with pytest.raises(PlanError, match=r"out\.stages is a file, expected a folder for the results of stages"):
+        merge(write(folder), "out")
