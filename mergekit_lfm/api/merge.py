@@ -181,23 +181,16 @@ def _run_stages(
     """The outcomes of all stages but the last, and the last one's plan on their results.
 
     how: options of their plans; run: of their merges. An earlier result of a stage that has changed, or its inputs, is
-    replaced. overwrite: so may be the output; without it, an output that would be refused then is refused before.
+    replaced, and so is a damaged one. overwrite: so may be the output.
     """
-    from mergekit_lfm.store.places import OVERWRITE, has_files
-
     checked = {key: run[key] for key in ("threads", "resume", "nan")}
     check_stages(planned, memory=as_bytes(run["memory"]), overwrite=overwrite, **checked)
-    kept = has_files(planned.out) and not overwrite
     done = list[Outcome[Merged]]()
     for stage, each in zip(stages.stages, stages.plans, strict=True):
         run["progress"].notice(f"stage {stage.name}")
         each.out.parent.mkdir(parents=True, exist_ok=True)
         now = plan_merge(stages.recipe(stage), each.out, **how).result
-        changed = _has_changed(now, run)
-        if changed and kept:
-            sentence = "{place} was made before stage {name} changed; {cure}"
-            raise PlanError(sentence, place=planned.out, name=stage.name, cure=OVERWRITE)
-        done.append(merge(now, overwrite=changed, **run))
+        done.append(merge(now, overwrite=_has_changed(now, run), **run))
     last = plan_merge(stages.recipe(stages.last), planned.out, **how).result
     return tuple(done), replace(last, goal=planned.goal, accelerator=planned.accelerator)
 
