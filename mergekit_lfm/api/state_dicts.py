@@ -6,11 +6,11 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from mergekit_lfm.api.tensors import find_method, merge_checked
 from mergekit_lfm.errors import PlanError, did_you_mean, several
-from mergekit_lfm.methods.method import REQUIRED, Method, Parameter
+from mergekit_lfm.methods.method import REQUIRED, Method, Parameter, Value
 from mergekit_lfm.recipe.parts import Input, Part, Scope
 from mergekit_lfm.recipe.problems import Problem, attempt, refuse
 from mergekit_lfm.recipe.requirements import lacking_models
@@ -48,11 +48,27 @@ def merge_state_dicts(
     `scope: global`.
     """
     declared = find_method(method)
+    _refuse_other_types(models, parameters, seed)
     roles = _read_roles(models, declared, base)
     options = {**(parameters or {}), **{"lambda" if name == "lambda_" else name: raw for name, raw in more.items()}}
     part = _read_part(declared, roles, options)
     _refuse_differences(roles)
+    _refuse_idle_filters(part, roles.template)
     return _merge_all(part, roles, seed)
+
+
+def _refuse_other_types(models: object, parameters: object, seed: object) -> None:
+    """Raise PlanError about arguments of another type than `merge_state_dicts` takes."""
+    problems = []
+    if not isinstance(models, Mapping | Sequence) or isinstance(models, str):
+        text = f"found {type(models).__name__}, expected a list of state dicts, or a mapping from names to them"
+        problems.append(Problem("models", text))
+    if not isinstance(parameters, Mapping | None):
+        text = f"found {type(parameters).__name__}, expected a mapping from names to values"
+        problems.append(Problem("parameters", text))
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**64:
+        problems.append(Problem("seed", f"found {seed!r}, expected a whole number from 0 to 2^64 - 1"))
+    refuse(problems)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,9 +118,29 @@ def _as_state_dict(model: Any, name: str) -> Mapping[str, torch.Tensor]:
     import torch
 
     tensors = model.state_dict() if isinstance(model, torch.nn.Module) else model
-    if not isinstance(tensors, Mapping) or not all(isinstance(each, torch.Tensor) for each in tensors.values()):
+    if not isinstance(tensors, Mapping):
         raise PlanError(f"model {name}: found {type(model).__name__}, expected a state dict: names to tensors")
+    problems = [
+        f"model {name}: {key!r}: {wrong}" for key, tensor in tensors.items() if (wrong := _describe_fault(key, tensor))
+    ]
+    if problems:
+        raise PlanError(several("the models hold what cannot be merged", problems))
     return tensors
+
+
+def _describe_fault(key: object, tensor: object) -> str:
+    """What is wrong with an entry of a state dict, and what to do; "" for a tensor with a name."""
+    import torch
+
+    if not isinstance(key, str):
+        return f"found a name of type {type(key).__name__}, expected text; rename the tensor"
+    if not isinstance(tensor, torch.Tensor):
+        return f"found {type(tensor).__name__}, expected a tensor; leave the entry out"
+    if tensor.is_meta:
+        return "found a tensor on the meta device, which has no data; load the weights first"
+    if tensor.layout != torch.strided:
+        return f"found a tensor of layout {tensor.layout}, expected a dense one; call its `to_dense`"
+    return ""
 
 
 def _read_part(method: Method, roles: _Roles, options: Mapping[str, Any]) -> Part:
@@ -131,6 +167,19 @@ def _read_part(method: Method, roles: _Roles, options: Mapping[str, Any]) -> Par
     refuse(problems or [*_missing(part), *_unset(part)])
     refuse(list(_unsupported(part)))
     return part
+
+
+def _refuse_idle_filters(part: Part, names: Iterable[str]) -> None:
+    """Raise PlanError about all filters that match no tensor."""
+    known, problems = list(names), list[Problem]()
+    for model in (None, *part.inputs):
+        settings = part.scopes[0].settings if model is None else model.settings
+        for name, rule in ((name, rule) for name, setting in settings.items() for rule in setting):
+            if rule.filter is not None and not any(rule.filter in each for each in known):
+                place = name if model is None else f"{name} of {model.place}"
+                near = did_you_mean(rule.filter, {part for each in known for part in each.split(".")})
+                problems.append(Problem(place, f"filter {rule.filter!r} is part of no tensor's name, {near}"))
+    refuse(problems)
 
 
 def _missing(part: Part) -> Iterator[Problem]:
@@ -177,9 +226,11 @@ def _unset(part: Part) -> Iterator[Problem]:
 
 def _unsupported(part: Part) -> Iterator[Problem]:
     """A problem if the method needs more than tensors."""
+    found = {parameter.name: part.find(parameter, None, "", None)[0] for parameter in part.parameters_of(None)}
+    shared = {name: cast(Value, value) for name, value in found.items() if value is not REQUIRED}
     if part.method.statistics is not None:
         yield Problem("method", f"{part.method.name} needs statistics; merge saved models, with `stats` in the recipe")
-    elif part.method.scope(part.settings("", None).shared) == "model":
+    elif part.method.scope(shared) == "model":
         yield Problem("scope", "one solve over the whole model needs saved models; merge them, or use `scope: tensor`")
 
 
@@ -238,6 +289,15 @@ def _memory_of(tensor: torch.Tensor) -> tuple[Any, ...]:
     return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
+def _are_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """True if tensors of one shape and dtype have the same values; of float8 the same bytes."""
+    import torch
+
+    if one.is_floating_point():  # torch compares no float8
+        one, other = one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8)
+    return torch.equal(one, other.to(one.device))
+
+
 def _merge_one(
     part: Part, roles: _Roles, name: str, layer: tuple[int, int] | None, table: SettingsTable, seed: int
 ) -> torch.Tensor:
@@ -257,7 +317,7 @@ def _merge_one(
     if not _is_merged(template):
         if kind == "counter":
             return torch.stack(tensors).amax(0)
-        if not all(torch.equal(template, each.to(template.device)) for each in tensors):
+        if not all(_are_equal(template, each) for each in tensors):
             raise PlanError(f"found {template.dtype} with other values in other models, which cannot be merged")
         return template.detach().clone()
     method, settings = part.method, table.of(name, layer)

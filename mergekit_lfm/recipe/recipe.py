@@ -26,11 +26,14 @@ from mergekit_lfm.recipe.form import (
     Dtype,
     Edits,
     ModelEntry,
+    Models,
     ModuleEntry,
+    Modules,
     Parameters,
     Push,
     Reference,
     SliceEntry,
+    Slices,
     Strict,
     read_reference,
 )
@@ -90,9 +93,9 @@ class Recipe(Strict):
     """
 
     merge_method: str | None = None
-    models: tuple[ModelEntry, ...] = ()
-    slices: tuple[SliceEntry, ...] = ()
-    modules: dict[str, ModuleEntry] = Field(default_factory=dict)
+    models: Models = ()
+    slices: Slices = ()
+    modules: Modules = Field(default_factory=dict)
     base_model: Reference | None = None
     edits: Edits = ()
     parameters: Parameters = Field(default_factory=dict)
