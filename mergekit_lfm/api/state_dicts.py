@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from mergekit_lfm.api.in_memory import as_state_dict, is_model, refuse_other_types
 from mergekit_lfm.api.tensors import find_method, merge_checked
 from mergekit_lfm.errors import PlanError, did_you_mean, several
 from mergekit_lfm.methods.method import REQUIRED, Method, Parameter, Value
@@ -48,27 +49,13 @@ def merge_state_dicts(
     `scope: global`.
     """
     declared = find_method(method)
-    _refuse_other_types(models, parameters, seed)
+    refuse_other_types(models, parameters, seed)
     roles = _read_roles(models, declared, base)
     options = {**(parameters or {}), **{"lambda" if name == "lambda_" else name: raw for name, raw in more.items()}}
     part = _read_part(declared, roles, options)
     _refuse_differences(roles)
     _refuse_idle_filters(part, roles.template)
     return _merge_all(part, roles, seed)
-
-
-def _refuse_other_types(models: object, parameters: object, seed: object) -> None:
-    """Raise PlanError about arguments of another type than `merge_state_dicts` takes."""
-    problems = []
-    if not isinstance(models, Mapping | Sequence) or isinstance(models, str):
-        text = f"found {type(models).__name__}, expected a list of state dicts, or a mapping from names to them"
-        problems.append(Problem("models", text))
-    if not isinstance(parameters, Mapping | None):
-        text = f"found {type(parameters).__name__}, expected a mapping from names to values"
-        problems.append(Problem("parameters", text))
-    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**64:
-        problems.append(Problem("seed", f"found {seed!r}, expected a whole number from 0 to 2^64 - 1"))
-    refuse(problems)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,54 +80,19 @@ def _read_roles(
 ) -> _Roles:
     """The roles of the models. Raises PlanError for a base that is not one of them, and for too few or many."""
     pairs = list(models.items()) if isinstance(models, Mapping) else list(enumerate(models))
-    held = {str(key): _as_state_dict(model, str(key)) for key, model in pairs}
+    held = {str(key): as_state_dict(model, str(key)) for key, model in pairs}
     if base is None:
         return _Roles(held, None, next(iter(held.values()), {}))
-    name = "base" if _is_model(base) else str(base)
-    if not _is_model(base) and name not in held:
+    name = "base" if is_model(base) else str(base)
+    if not is_model(base) and name not in held:
         raise PlanError(f"base: found {base!r}, expected one of the models ({', '.join(held)}) or a state dict")
-    template = _as_state_dict(base, name) if _is_model(base) else held[name]
+    template = as_state_dict(base, name) if is_model(base) else held[name]
     if method.base == "member":
         return _Roles(held if name in held else {name: template, **held}, None, template)
     others = {key: model for key, model in held.items() if key != name}
     if method.base == "first":
         return _Roles({name: template, **others}, None, template)
     return _Roles(others, template, template)
-
-
-def _is_model(value: object) -> bool:
-    import torch
-
-    return isinstance(value, Mapping | torch.nn.Module)
-
-
-def _as_state_dict(model: Any, name: str) -> Mapping[str, torch.Tensor]:
-    import torch
-
-    tensors = model.state_dict() if isinstance(model, torch.nn.Module) else model
-    if not isinstance(tensors, Mapping):
-        raise PlanError(f"model {name}: found {type(model).__name__}, expected a state dict: names to tensors")
-    problems = [
-        f"model {name}: {key!r}: {wrong}" for key, tensor in tensors.items() if (wrong := _describe_fault(key, tensor))
-    ]
-    if problems:
-        raise PlanError(several("the models hold what cannot be merged", problems))
-    return tensors
-
-
-def _describe_fault(key: object, tensor: object) -> str:
-    """What is wrong with an entry of a state dict, and what to do; "" for a tensor with a name."""
-    import torch
-
-    if not isinstance(key, str):
-        return f"found a name of type {type(key).__name__}, expected text; rename the tensor"
-    if not isinstance(tensor, torch.Tensor):
-        return f"found {type(tensor).__name__}, expected a tensor; leave the entry out"
-    if tensor.is_meta:
-        return "found a tensor on the meta device, which has no data; load the weights first"
-    if tensor.layout != torch.strided:
-        return f"found a tensor of layout {tensor.layout}, expected a dense one; call its `to_dense`"
-    return ""
 
 
 def _read_part(method: Method, roles: _Roles, options: Mapping[str, Any]) -> Part:

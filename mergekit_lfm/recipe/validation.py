@@ -56,7 +56,8 @@ def form_problems(error: ValidationError, recipe: type[Strict]) -> Iterator[Prob
     """The problems of form in the data of a recipe, whose form is `recipe`."""
     details = error.errors(include_url=False)
     for detail in details:
-        kind, path, value = detail["type"], detail["loc"], detail["input"]
+        kind, value = detail["type"], detail["input"]
+        path = tuple(part for part in detail["loc"] if part != "[key]")  # pydantic's word for a wrong key itself
         key_path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
         if path == ():
             continue
