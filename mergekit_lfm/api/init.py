@@ -88,6 +88,7 @@ def _open(given: str, folder: Path) -> _Model:
     path = Path(given)
     local = path.exists() or split_address(path) is not None
     ref = os.path.relpath(path.absolute(), folder) if local and not path.is_absolute() else given
+    ref = f"./{ref}" if ref.startswith("~") and local else ref  # a recipe would take it for a home folder
     return _Model(given, ref, open_checkpoint(given))
 
 

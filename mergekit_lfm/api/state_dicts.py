@@ -6,11 +6,12 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+from mergekit_lfm.api.in_memory import as_state_dict, is_model, refuse_other_types
 from mergekit_lfm.api.tensors import find_method, merge_checked
 from mergekit_lfm.errors import PlanError, did_you_mean, several
-from mergekit_lfm.methods.method import REQUIRED, Method, Parameter
+from mergekit_lfm.methods.method import REQUIRED, Method, Parameter, Value
 from mergekit_lfm.recipe.parts import Input, Part, Scope
 from mergekit_lfm.recipe.problems import Problem, attempt, refuse
 from mergekit_lfm.recipe.requirements import lacking_models
@@ -48,10 +49,12 @@ def merge_state_dicts(
     `scope: global`.
     """
     declared = find_method(method)
+    refuse_other_types(models, parameters, seed)
     roles = _read_roles(models, declared, base)
     options = {**(parameters or {}), **{"lambda" if name == "lambda_" else name: raw for name, raw in more.items()}}
     part = _read_part(declared, roles, options)
     _refuse_differences(roles)
+    _refuse_idle_filters(part, roles.template)
     return _merge_all(part, roles, seed)
 
 
@@ -77,34 +80,19 @@ def _read_roles(
 ) -> _Roles:
     """The roles of the models. Raises PlanError for a base that is not one of them, and for too few or many."""
     pairs = list(models.items()) if isinstance(models, Mapping) else list(enumerate(models))
-    held = {str(key): _as_state_dict(model, str(key)) for key, model in pairs}
+    held = {str(key): as_state_dict(model, str(key)) for key, model in pairs}
     if base is None:
         return _Roles(held, None, next(iter(held.values()), {}))
-    name = "base" if _is_model(base) else str(base)
-    if not _is_model(base) and name not in held:
+    name = "base" if is_model(base) else str(base)
+    if not is_model(base) and name not in held:
         raise PlanError(f"base: found {base!r}, expected one of the models ({', '.join(held)}) or a state dict")
-    template = _as_state_dict(base, name) if _is_model(base) else held[name]
+    template = as_state_dict(base, name) if is_model(base) else held[name]
     if method.base == "member":
         return _Roles(held if name in held else {name: template, **held}, None, template)
     others = {key: model for key, model in held.items() if key != name}
     if method.base == "first":
         return _Roles({name: template, **others}, None, template)
     return _Roles(others, template, template)
-
-
-def _is_model(value: object) -> bool:
-    import torch
-
-    return isinstance(value, Mapping | torch.nn.Module)
-
-
-def _as_state_dict(model: Any, name: str) -> Mapping[str, torch.Tensor]:
-    import torch
-
-    tensors = model.state_dict() if isinstance(model, torch.nn.Module) else model
-    if not isinstance(tensors, Mapping) or not all(isinstance(each, torch.Tensor) for each in tensors.values()):
-        raise PlanError(f"model {name}: found {type(model).__name__}, expected a state dict: names to tensors")
-    return tensors
 
 
 def _read_part(method: Method, roles: _Roles, options: Mapping[str, Any]) -> Part:
@@ -131,6 +119,19 @@ def _read_part(method: Method, roles: _Roles, options: Mapping[str, Any]) -> Par
     refuse(problems or [*_missing(part), *_unset(part)])
     refuse(list(_unsupported(part)))
     return part
+
+
+def _refuse_idle_filters(part: Part, names: Iterable[str]) -> None:
+    """Raise PlanError about all filters that match no tensor."""
+    known, problems = list(names), list[Problem]()
+    for model in (None, *part.inputs):
+        settings = part.scopes[0].settings if model is None else model.settings
+        for name, rule in ((name, rule) for name, setting in settings.items() for rule in setting):
+            if rule.filter is not None and not any(rule.filter in each for each in known):
+                place = name if model is None else f"{name} of {model.place}"
+                near = did_you_mean(rule.filter, {part for each in known for part in each.split(".")})
+                problems.append(Problem(place, f"filter {rule.filter!r} is part of no tensor's name, {near}"))
+    refuse(problems)
 
 
 def _missing(part: Part) -> Iterator[Problem]:
@@ -177,9 +178,11 @@ def _unset(part: Part) -> Iterator[Problem]:
 
 def _unsupported(part: Part) -> Iterator[Problem]:
     """A problem if the method needs more than tensors."""
+    found = {parameter.name: part.find(parameter, None, "", None)[0] for parameter in part.parameters_of(None)}
+    shared = {name: cast(Value, value) for name, value in found.items() if value is not REQUIRED}
     if part.method.statistics is not None:
         yield Problem("method", f"{part.method.name} needs statistics; merge saved models, with `stats` in the recipe")
-    elif part.method.scope(part.settings("", None).shared) == "model":
+    elif part.method.scope(shared) == "model":
         yield Problem("scope", "one solve over the whole model needs saved models; merge them, or use `scope: tensor`")
 
 
@@ -238,6 +241,15 @@ def _memory_of(tensor: torch.Tensor) -> tuple[Any, ...]:
     return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
+def _are_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """True if tensors of one shape and dtype have the same values; of float8 the same bytes."""
+    import torch
+
+    if one.is_floating_point():  # torch compares no float8
+        one, other = one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8)
+    return torch.equal(one, other.to(one.device))
+
+
 def _merge_one(
     part: Part, roles: _Roles, name: str, layer: tuple[int, int] | None, table: SettingsTable, seed: int
 ) -> torch.Tensor:
@@ -257,7 +269,7 @@ def _merge_one(
     if not _is_merged(template):
         if kind == "counter":
             return torch.stack(tensors).amax(0)
-        if not all(torch.equal(template, each.to(template.device)) for each in tensors):
+        if not all(_are_equal(template, each) for each in tensors):
             raise PlanError(f"found {template.dtype} with other values in other models, which cannot be merged")
         return template.detach().clone()
     method, settings = part.method, table.of(name, layer)

@@ -48,8 +48,8 @@ def merge_tensors(
 
 def find_method(name: str) -> Method:
     """The merge method of this name. Raises PlanError for an unknown one."""
-    if name not in METHODS:
-        sentence, words = unknown_method(name, METHODS)
+    if not isinstance(name, str) or name not in METHODS:
+        sentence, words = unknown_method(str(name), METHODS)
         raise PlanError(sentence, **words)
     return METHODS[name]
 

@@ -17,6 +17,10 @@ class _Named(Protocol):
 
 N = TypeVar("N", bound=_Named)
 
+# What the code of another package may raise while it is imported.
+BROKEN: tuple[type[Exception], ...] = (ImportError, AttributeError, ArithmeticError, AssertionError, LookupError)
+BROKEN += (NameError, OSError, RuntimeError, SyntaxError, TypeError, ValueError)
+
 
 def find_methods(package: str, kind: type[N]) -> Mapping[str, N]:
     """The methods of this kind that the files of a package declare in their tuples `METHODS`, by name."""
@@ -38,8 +42,8 @@ def with_others(own: Mapping[str, N], kind: type[N], points: Iterable[EntryPoint
     for point in sorted(points, key=lambda point: point.value):
         place = f"{point.value} of the package {point.dist.name if point.dist else point.name}"
         try:
-            methods = point.load().METHODS
-        except (ImportError, AttributeError) as error:
+            methods = tuple(point.load().METHODS)
+        except BROKEN as error:
             raise PlanError(f"{place} cannot be read for methods: {reason(error)}; repair or uninstall it") from None
         for method in methods:
             if not isinstance(method, kind):

@@ -15,7 +15,7 @@ from mergekit_lfm.methods.registry import METHODS
 from mergekit_lfm.plan.job import Job
 from mergekit_lfm.plan.plan import Plan
 from mergekit_lfm.recipe.parts import Input, Part, copy_of
-from mergekit_lfm.store.yaml import find_line
+from mergekit_lfm.store.yaml import line_finder
 
 NEAREST = 3  # names that a message about an unknown one lists
 
@@ -64,9 +64,14 @@ def explain(plan: Plan, patterns: Sequence[str], text: str | None, document: int
     text: of the recipe, in which it is one of the documents; None for a recipe that is not in YAML.
     """
     matching = [_matcher(pattern) for pattern in patterns]
-    line_of = cache(lambda place: None if text is None else find_line(text, place, document))
+    line_of = _no_line if text is None else cache(line_finder(text, document))
     jobs = [job for job in plan.tensors if any(match(name) for match in matching for name in job.names)]
     return tuple(_explain(plan, job, line_of) for job in jobs)
+
+
+def _no_line(place: str) -> int | None:  # noqa: ARG001
+    """The line of a place in a recipe without text."""
+    return None
 
 
 def refuse_unmatched_patterns(plans: Sequence[Plan], patterns: Sequence[str]) -> None:

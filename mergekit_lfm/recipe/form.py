@@ -83,9 +83,15 @@ def _layer_range(value: object) -> object:
 Reference = Annotated[str, BeforeValidator(read_reference), Field(min_length=1)]
 LayerRange = Annotated[tuple[int, int] | None, BeforeValidator(_layer_range)]
 Dtype = Annotated[str | None, BeforeValidator(_dtype)]
+
+
+def _none_as_empty(value: object) -> object:
+    return () if value is None else value
+
+
 Edits = Annotated[
     tuple[Annotated[str | dict[str, Any], BeforeValidator(_path_or_mapping)], ...],
-    BeforeValidator(lambda value: () if value is None else value),
+    BeforeValidator(_none_as_empty),
 ]
 _Repository = Annotated[str, AfterValidator(repository)]
 Parameters = Annotated[dict[str, Any], BeforeValidator(lambda value: {} if value is None else value)]
@@ -128,8 +134,8 @@ class SliceEntry(Strict):
     parameters: Parameters = Field(default_factory=dict)
 
 
-Models = Annotated[tuple[ModelEntry, ...], BeforeValidator(lambda value: () if value is None else value)]
-Slices = Annotated[tuple[SliceEntry, ...], BeforeValidator(lambda value: () if value is None else value)]
+Models = Annotated[tuple[ModelEntry, ...], BeforeValidator(_none_as_empty)]
+Slices = Annotated[tuple[SliceEntry, ...], BeforeValidator(_none_as_empty)]
 
 
 class ModuleEntry(Strict):
@@ -140,6 +146,9 @@ class ModuleEntry(Strict):
     slices: Slices = ()
     base_model: Reference | None = None
     parameters: Parameters = Field(default_factory=dict)
+
+
+Modules = Annotated[dict[str, ModuleEntry], BeforeValidator(lambda value: {} if value is None else value)]
 
 
 class Push(Strict):

@@ -28,6 +28,7 @@ from mergekit_lfm.recipe.form import (
     ModelEntry,
     Models,
     ModuleEntry,
+    Modules,
     Parameters,
     Push,
     Reference,
@@ -95,9 +96,7 @@ class Recipe(Strict):
     merge_method: str | None = None
     models: Models = ()
     slices: Slices = ()
-    modules: Annotated[dict[str, ModuleEntry], BeforeValidator(lambda value: {} if value is None else value)] = Field(
-        default_factory=dict
-    )
+    modules: Modules = Field(default_factory=dict)
     base_model: Reference | None = None
     edits: Edits = ()
     parameters: Parameters = Field(default_factory=dict)

@@ -106,7 +106,9 @@ def read_tokenizer(
 
 def _unknown_keys(data: Mapping[Any, Any], known: tuple[str, ...], place: str) -> list[Problem]:
     return [
-        problem_at(f"{place}.{key}", "unknown key, {cure}", found=key, cure=did_you_mean(key, known))
+        problem_at(f"{place}.{key}", "unknown key, {cure}", found=key, cure=did_you_mean(key, known))._replace(
+            unknown=f"{place}.{key}"
+        )
         for key in data
         if key not in known
     ]

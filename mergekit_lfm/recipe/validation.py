@@ -22,7 +22,17 @@ EXPECTED = {  # by pydantic's kind of error
     "tuple_type": "a list of models",
     "dict_type": "a mapping of parameter names to values",
     "string_type": "text",
+    "too_short": "text",
+    "invalid_key": "a key that is text; put it in quotes",
     "string_pattern_mismatch": "cpu, cuda, cuda:1 or auto",
+}
+
+# The same for what is no model, by the key that it belongs to.
+EXPECTED_AT = {
+    ("model_type", "slices"): "a mapping such as {sources: [{model: path, layer_range: [0, 16]}]}",
+    ("model_type", "modules"): "a mapping such as {models: [{model: path}]}",
+    ("tuple_type", "slices"): "a list of slices, each with `sources`",
+    ("dict_type", "modules"): "a mapping from the names of modules to {models: ...}",
 }
 
 
@@ -46,7 +56,8 @@ def form_problems(error: ValidationError, recipe: type[Strict]) -> Iterator[Prob
     """The problems of form in the data of a recipe, whose form is `recipe`."""
     details = error.errors(include_url=False)
     for detail in details:
-        kind, path, value = detail["type"], detail["loc"], detail["input"]
+        kind, value = detail["type"], detail["input"]
+        path = tuple(part for part in detail["loc"] if part != "[key]")  # pydantic's word for a wrong key itself
         key_path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
         if path == ():
             continue
@@ -61,8 +72,10 @@ def form_problems(error: ValidationError, recipe: type[Strict]) -> Iterator[Prob
         elif kind == "value_error":
             yield from _problems_of(key_path, detail["ctx"]["error"])
         else:
-            found, expected = f"{value!r:.60}", EXPECTED.get(kind, detail["msg"].removeprefix(SHOULD))
-            told = kind in EXPECTED or detail["msg"].startswith(SHOULD)
+            key = next((str(part) for part in reversed(path) if part in ("models", "sources", "slices", "modules")), "")
+            known = EXPECTED_AT.get((kind, key), EXPECTED.get(kind))
+            found, expected = f"{value!r:.60}", known or detail["msg"].removeprefix(SHOULD)
+            told = known is not None or detail["msg"].startswith(SHOULD)
             yield problem_at(key_path, FOUND if told else "found {found}, {expected}", found=found, expected=expected)
 
 

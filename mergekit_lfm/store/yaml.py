@@ -1,7 +1,7 @@
 """Read YAML strictly: repeated keys, deep nesting and aliases that explode are errors with their line."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
 import yaml
@@ -87,13 +87,19 @@ def find_steps(data: object, path: str) -> tuple[tuple[Any, ...], str]:
     return tuple(steps), path
 
 
-def find_line(text: str, path: str, document: int = 0) -> int | None:
-    """The line, from 1, on which a place of a YAML document starts, or the nearest one around it that is written there.
+def line_finder(text: str, document: int = 0) -> Callable[[str], int | None]:
+    """A function that finds the line, from 1, on which a place of a YAML document starts; the text is read once.
 
-    document: the index among those of `read_documents`. None if even the first key of the place is not written there.
+    document: the index among those of `read_documents`. A place that is not written there has the line of the nearest
+    one around it; None if even its first key is not.
     """
-    steps, _ = find_steps(read_documents(text, path)[document], path)
-    node: yaml.Node = [node for node in yaml.compose_all(text, SafeLoader) if not _is_empty(node)][document]
+    data = read_documents(text, "the recipe")[document]
+    root: yaml.Node = [node for node in yaml.compose_all(text, SafeLoader) if not _is_empty(node)][document]
+    return lambda path: _find_line(root, find_steps(data, path)[0])
+
+
+def _find_line(node: yaml.Node, steps: Iterable[Any]) -> int | None:
+    """The line of a place, given by the steps to it from a node."""
     line = None
     for step in steps:
         if isinstance(node, yaml.MappingNode):

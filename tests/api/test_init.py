@@ -139,3 +139,8 @@ def test_sizes_of_the_wrong_type_in_a_config_are_compared(tmp_path: Path) -> Non
     for name, size in {"a": [1, 2], "b": {"c": 3}}.items():
         save_checkpoint(tmp_path / name, {"w": torch.ones(2)}, {"vocab_size": size})
     assert "rows: crop" in init_recipe([tmp_path / "a", tmp_path / "b"]).result
+
+
+def test_a_folder_whose_name_begins_like_a_home_folder_is_itself() -> None:
+    save("~model")
+    assert "model: ./~model" in init_recipe(["~model"]).result

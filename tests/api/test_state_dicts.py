@@ -137,3 +137,50 @@ def test_wrong_calls_are_refused(method: str, how: dict[str, Any], message: str)
     with pytest.raises(PlanError) as refused:
         merge_state_dicts(states(), method, **how)
     assert message in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"w": [1, 2]}, "model 1: 'w': found list, expected a tensor"),
+        ({"w": torch.empty(2, device="meta")}, "model 1: 'w': found a tensor on the meta device, .* load the weights"),
+        ({"w": torch.ones(2).to_sparse()}, "model 1: 'w': found a tensor of layout .*sparse"),
+        ({5: torch.ones(2)}, "model 1: 5: found a name of type int, expected text"),
+    ],
+)
+def test_entries_that_are_no_tensors_with_data_are_named(entry: Any, message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        merge_state_dicts([{"w": torch.ones(2)}, entry], "linear", weight=1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"models": None}, "models: found NoneType, expected a list of state dicts"),
+        ({"parameters": 5}, "parameters: found int, expected a mapping"),
+        ({"seed": -1}, "seed: found -1, expected a whole number from 0"),
+        ({"seed": 2**64}, "seed: found .*, expected a whole number from 0"),
+        ({"seed": "x"}, "seed: found 'x', expected a whole number from 0"),
+        ({"method": 5}, "unknown method '5'"),
+        ({"weight": [{"filter": "att", "value": 1}, {"value": 2}]}, "weight: filter 'att' is part of no tensor's name"),
+    ],
+)
+def test_arguments_of_other_types_and_idle_filters_are_refused(arguments: dict[str, Any], message: str) -> None:
+    both = {"models": [{"w": torch.ones(2)}, {"w": torch.ones(2)}], "method": "linear", "weight": 1}
+    with pytest.raises(PlanError, match=message):
+        merge_state_dicts(**{**both, **arguments})
+
+
+def test_filters_for_all_tensors_need_no_further_value() -> None:
+    merged = merge_state_dicts(
+        [{"w": torch.ones(2)}, {"w": torch.zeros(2)}], "linear", weight=[{"filter": "w", "value": 1}]
+    )
+    assert torch.equal(merged["w"], torch.full((2,), 0.5))
+
+
+def test_float8_is_copied_if_it_is_equal() -> None:
+    small = torch.tensor([1.0, -0.5]).to(torch.float8_e4m3fn)
+    merged = merge_state_dicts([{"w": small}, {"w": small.clone()}], "linear", weight=1)
+    assert torch.equal(merged["w"].view(torch.uint8), small.view(torch.uint8))
+    with pytest.raises(PlanError, match="with other values in other models"):
+        merge_state_dicts([{"w": small}, {"w": (-small.float()).to(small.dtype)}], "linear", weight=1)

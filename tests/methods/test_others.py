@@ -67,3 +67,15 @@ def test_a_broken_package_is_named_in_one_message(installed: Path) -> None:
 def test_a_name_that_is_taken_or_another_kind_is_refused(module: str, message: str) -> None:
     with pytest.raises(PlanError, match=message):
         with_others(METHODS, Method, [EntryPoint("mine", module, "mergekit_lfm.methods")])
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["raise RuntimeError('no')", "not python", "METHODS = 5", "METHODS = None", "1 / 0", "assert False", "{}[1]"],
+)
+def test_a_module_that_fails_in_any_way_is_named(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "failing_methods.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "failing_methods", raising=False)
+    with pytest.raises(PlanError, match=r"failing_methods of the package .* cannot be read for methods: .*; repair or"):
+        with_others(METHODS, Method, [EntryPoint("mine", "failing_methods", "mergekit_lfm.methods")])

@@ -140,3 +140,32 @@ def test_a_problem_that_stands_alone_has_its_parts_by_name(
         Recipe.parse(recipe, label="r")
     assert caught.value.parts == parts
     assert all(part in str(caught.value) for name, part in parts.items() if name != "place")
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"slices": "x"}, "slices: found 'x', expected a list of slices, each with `sources`"),
+        ({"slices": [None]}, r"slices\[0\]: found None, expected a mapping such as \{sources: "),
+        ({"slices": [{"sources": [None]}]}, r"sources\[0\]: found None, expected a mapping such as \{model: path"),
+        ({"modules": []}, r"modules: found \[\], expected a mapping from the names of modules to \{models: "),
+        ({"modules": {"lm_head": None}}, r"modules\.lm_head: found None, expected a mapping such as \{models: "),
+        ({"models": [{"model": ""}]}, r"models\[0\]\.model: found '', expected text"),
+        ({"models": [{"model": "a", 3: 4}]}, r"found 3, expected a key that is text; put it in quotes"),
+    ],
+)
+def test_a_message_says_which_form_was_expected(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        Recipe.parse({"merge_method": "passthrough", **keys})
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {"models": [{"model": "."}], "slices": None, "modules": None},
+        {"models": None, "slices": [{"sources": [{"model": ".", "layer_range": [0, 1]}]}], "modules": None},
+        {"models": None, "slices": None, "modules": {"lm_head": {"models": [{"model": "."}], "slices": None}}},
+    ],
+)
+def test_models_slices_and_modules_may_be_null_beside_one_another(recipe: dict[str, Any]) -> None:
+    assert [part.method_name for part in Recipe.parse(recipe).parts] == ["passthrough"]

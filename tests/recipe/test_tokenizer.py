@@ -148,3 +148,13 @@ def test_templates_without_a_system_s_text() -> None:
     assert render("alpaca", TALK[1:2]) == f"{intro}\n\n### Instruction:\nHi\n\n### Response:\n"
     assert render("exaone", TALK[1:2]) == "[|system|][|endofturn|]\n[|user|]Hi\n[|assistant|]"
     assert render("mistral", TALK[1:2]) == "<s>[INST] Hi [/INST]"
+
+
+def test_unknown_keys_may_be_allowed_at_every_level(folder: Path) -> None:
+    tokenizer = {"x": 1, "tokens": {"a.b": {"x": 1, "source": {"kind": "zero", "x": 1}}}}
+    lines = [{"model": name, "parameters": {"weight": 1.0}} for name in "AB"]
+    data = {"merge_method": "linear", "models": lines, "tokenizer": tokenizer}
+    recipe = Recipe.parse(data, where=folder, allow_unknown=True)
+    assert recipe.tokenizer_request == TokenizerRequest("union", {"a.b": TokenRequest(())})
+    places = ("tokenizer.x", "tokenizer.tokens.a.b.x", "tokenizer.tokens.a.b.source.x")
+    assert sorted(notice.split(" ")[0] for notice in recipe.notices) == sorted(places)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mergekit_lfm.store.yaml import find_line, find_steps
+from mergekit_lfm.store.yaml import find_steps, line_finder
 
 TEXT = """\
 # a comment
@@ -36,7 +36,7 @@ modules:
     ],
 )
 def test_a_place_has_the_line_on_which_it_starts(path: str, line: int | None) -> None:
-    assert find_line(TEXT, path) == line
+    assert line_finder(TEXT)(path) == line
 
 
 def test_the_steps_of_a_path_end_where_the_data_do() -> None:
