@@ -1,4 +1,4 @@
-"""Stages between runs: what is refused before any work, what is made again, and names that are no folders."""
+"""Stages between runs: refusals before any work, results that are made again, and names that no folder can have."""
 
 from __future__ import annotations
 
