@@ -17,6 +17,7 @@ from mergekit_lfm.api.planned import PlannedMerge, Scratch, Stages
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.recipe.stages import Stage
+from mergekit_lfm.store.places import beside
 
 if TYPE_CHECKING:
     from mergekit_lfm.plan.plan import Plan
@@ -26,7 +27,7 @@ T = TypeVar("T")
 
 def stages_folder(out: Path) -> Path:
     """The folder of what the stages of an output leave."""
-    return out.with_name(f"{out.name}.stages")
+    return beside(out, ".stages")
 
 
 def plan_stages(
