@@ -49,7 +49,7 @@ def as_state_dict(model: Any, name: str) -> Mapping[str, torch.Tensor]:
 
 
 def _describe_fault(key: object, tensor: object) -> str:
-    """What is wrong with an entry of a state dict, and what to do; "" for a tensor with a name."""
+    """The fault of an entry of a state dict, and what to do; "" for a tensor with a name."""
     import torch
 
     if not isinstance(key, str):

@@ -18,6 +18,7 @@ from mergekit_lfm.errors import PlanError
 from mergekit_lfm.machine.resources import default_memory
 from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.recipe.stages import Stage
+from mergekit_lfm.store.places import beside
 
 if TYPE_CHECKING:
     from mergekit_lfm.plan.plan import Plan
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 def stages_folder(out: Path) -> Path:
     """The folder of what the stages of an output leave."""
-    return out.with_name(f"{out.name}.stages")
+    return beside(out, ".stages")
 
 
 def plan_stages(

@@ -17,7 +17,7 @@ class _Named(Protocol):
 
 N = TypeVar("N", bound=_Named)
 
-# What the code of another package may raise while it is imported.
+# The errors that the code of another package may raise while it is imported.
 BROKEN: tuple[type[Exception], ...] = (ImportError, AttributeError, ArithmeticError, AssertionError, LookupError)
 BROKEN += (NameError, OSError, RuntimeError, SyntaxError, TypeError, ValueError)
 

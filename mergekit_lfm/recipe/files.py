@@ -48,7 +48,7 @@ def _find(ref: str, where: Path | None, hint: str, **words: str) -> Path:
     """The path of `ref`. hint, words: the end of the sentence that refuses any other text."""
     folders = dict.fromkeys((where or Path.cwd(), Path.cwd()))
     try:
-        relative = Path(ref).expanduser() if ref.startswith("~") else Path(ref)  # ./~a is no home folder
+        relative = Path(ref).expanduser() if ref.startswith("~") else Path(ref)  # ./~a is a folder here
     except RuntimeError:
         raise Refusal(
             "found {found}, but no user has the home folder {home}; {cure}",

@@ -85,11 +85,8 @@ def _check(documents: Sequence[object], label: str) -> None:
         elif not isinstance(name, str):
             problems.append(f"document {number}: name: found {name!r}, expected text; put it in quotes")
         elif not _is_folder_name(name):
-            expected = "a name for a folder: no slash, no dot at the beginning, no .partial at the end"
-            found = f"{name!r:.80}"
-            problems.append(
-                f"document {number}: name: found {found}, expected {expected}, at most {LONGEST_NAME} bytes"
-            )
+            words = FOUND.format(found=f"{name!r:.80}", expected=FOLDER_NAME)
+            problems.append(f"document {number}: name: {words}")
         elif name in seen:
             problems.append(f"document {number}: name: {name} is the name of document {seen[name]}; choose another")
         else:

@@ -27,7 +27,7 @@ EXPECTED = {  # by pydantic's kind of error
     "string_pattern_mismatch": "cpu, cuda, cuda:1 or auto",
 }
 
-# The same for what is no model, by the key that it belongs to.
+# The same for slices and modules, by their key.
 EXPECTED_AT = {
     ("model_type", "slices"): "a mapping such as {sources: [{model: path, layer_range: [0, 16]}]}",
     ("model_type", "modules"): "a mapping such as {models: [{model: path}]}",

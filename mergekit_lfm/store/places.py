@@ -102,5 +102,13 @@ def has_files(folder: Path) -> bool:
 
 def partial_of(out: Path) -> Path:
     """The folder OUT.partial, which becomes OUT once it is complete."""
-    named = out if out.name else out.resolve()  # "." has no name of its own
-    return named.with_name(f"{named.name}.partial")
+    return beside(out, ".partial")
+
+
+def beside(out: Path, end: str) -> Path:
+    """The path beside `out` whose name is that of `out` and `end`. Raises PlanError for the root of all folders."""
+    named = out if out.name not in ("", "..") else out.resolve()  # "." and ".." have no name of their own
+    if not named.name:
+        found, expected = "the root of the file system", "a folder to create"
+        raise PlanError(IS, place=named, found=found, expected=expected, cure=ANOTHER)
+    return named.with_name(f"{named.name}{end}")

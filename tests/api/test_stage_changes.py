@@ -1,4 +1,4 @@
-"""Stages between runs: what is refused before any work, what is made again, and names that are no folders."""
+"""Stages between runs: refusals before any work, results that are made again, and names that no folder can have."""
 
 from __future__ import annotations
 
@@ -86,3 +86,16 @@ def test_a_file_in_place_of_the_folder_of_stages_is_refused(folder: Path) -> Non
     (folder / "out.stages").write_text("mine")
     with pytest.raises(PlanError, match=r"out\.stages is a file, expected a folder for the results of stages"):
         merge(write(folder), "out")
+
+
+def test_an_output_without_a_name_of_its_own_has_its_stages_beside_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write(folder).absolute()
+    (folder / "out").mkdir()
+    monkeypatch.chdir(folder / "out")
+    merge(recipe, ".")
+    monkeypatch.chdir(folder)  # the folder that was here is another one now
+    assert (folder / "out.stages/x/model.safetensors").is_file() and (folder / "out/model.safetensors").is_file()
+    with pytest.raises(PlanError, match="is the root of the file system, expected a folder to create"):
+        merge(recipe, "/")
