@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -18,14 +18,15 @@ from mergekit_lfm.machine.accelerators import Accelerator, accelerator_of
 from mergekit_lfm.machine.devices import find_gpu
 from mergekit_lfm.machine.progress import SILENCE, Progress
 from mergekit_lfm.recipe.form import Push, read_reference
-from mergekit_lfm.recipe.recipe import Recipe, read_recipe
-from mergekit_lfm.recipe.stages import Stage, read_stages
+from mergekit_lfm.recipe.recipe import Recipe
+from mergekit_lfm.recipe.source import RecipeText, source_of
+from mergekit_lfm.recipe.stages import Stage
 
 if TYPE_CHECKING:
     from mergekit_lfm.engine.execute import Execution
     from mergekit_lfm.plan.plan import Plan
 
-RecipeLike = str | PathLike[str] | Mapping[str, Any] | Recipe
+RecipeLike = str | PathLike[str] | Mapping[str, Any] | Sequence[Mapping[str, Any]] | RecipeText | Recipe
 
 
 def plan_merge(
@@ -41,7 +42,9 @@ def plan_merge(
     card: bool = True,
     allow_unknown: bool = False,
 ) -> Outcome[PlannedMerge]:
-    """Plan the merge of a recipe (a YAML file, a mapping, or a `Recipe`): what it would read, write and drop.
+    """Plan the merge of a recipe (a YAML file, its text or data, or a `Recipe`): what it would read, write and drop.
+
+    Data are a mapping, or a list of them for the stages of a recipe; text is a `RecipeText`.
 
     Of the models only the headers are read; with statistics the models are read once, to know them by their content.
     The options are those of `merge`, which takes the result, too. Raises PlanError or FormatError with everything
@@ -50,24 +53,19 @@ def plan_merge(
     from mergekit_lfm.plan.make import make_plan
 
     started = time.monotonic()
-    stages: Stages | None = None
     how: dict[str, Any] = {"max_shard_size": max_shard_size, "seed": seed, "heads": heads, "device": device}
     how["card"] = card
-    if isinstance(recipe, Mapping):
-        recipe = Recipe.parse(recipe, allow_unknown=allow_unknown)
-    elif not isinstance(recipe, Recipe):
-        path, text = Path(recipe), read_recipe(Path(recipe))
-        if documents := read_stages(text, str(path)):
-            out = expand(out or _output_of(documents[-1]) or Path("merged") / path.stem)
+    stages: Stages | None = None
+    if not isinstance(recipe, Recipe):
+        source = source_of(recipe)
+        if documents := source.stages:
+            out = _need(out or _output_of(documents[-1]) or source.default_output)
             work = lambda recipe, folder: plan_merge(recipe, folder, **how).result  # noqa: E731
-            stages, recipe = plan_stages(documents, path.absolute().parent, out, work, allow_unknown=allow_unknown)
+            stages, recipe = plan_stages(documents, source.where, out, work, allow_unknown=allow_unknown)
         else:
-            recipe = Recipe.parse(text, path.absolute().parent, str(path), allow_unknown=allow_unknown)
-        out = out or recipe.output or Path("merged") / path.stem
-    out = out or recipe.output
-    if out is None:
-        raise PlanError("no output: give OUT (in Python `out`), or give the recipe an `output`")
-    folder = expand(out)
+            recipe = source.recipe(allow_unknown=allow_unknown)
+            out = out or recipe.output or source.default_output
+    folder = _need(out or recipe.output)
     if seed is not None:
         recipe = recipe.model_copy(update={"seed": seed})
     if heads is not None:
@@ -79,6 +77,13 @@ def plan_merge(
         plan = make_plan(recipe, max_shard_size=as_bytes(max_shard_size))
     planned = PlannedMerge(plan, folder, accelerator, goal, as_bytes(max_shard_size), stages)
     return Outcome(folder, planned, plan.digest, seconds=time.monotonic() - started)
+
+
+def _need(out: str | PathLike[str] | None) -> Path:
+    """The folder of the output."""
+    if out is None:
+        raise PlanError("no output: give OUT (in Python `out`), or give the recipe an `output`")
+    return expand(out)
 
 
 def _output_of(stage: Stage) -> str | None:
@@ -114,7 +119,7 @@ def merge(
     progress: Progress = SILENCE,
     on_merged: Callable[[Outcome[Merged]], None] | None = None,
 ) -> Outcome[Merged]:
-    """Merge checkpoints as a recipe says (a YAML file, a mapping, a `Recipe`, or the result of `plan_merge`).
+    """Merge checkpoints as a recipe says (a YAML file, its text or data, a `Recipe`, or the result of `plan_merge`).
 
     out: by default the recipe's `output`, else `merged/<name of the recipe file>`. memory and max_shard_size: bytes,
     or text such as "4GB". heads, and device ("cpu", "cuda", "cuda:1" or "auto"): in place of the recipe's. nan: "warn"

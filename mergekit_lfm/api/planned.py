@@ -67,7 +67,7 @@ class Stages:
 
     stages: tuple[Stage, ...]
     last: Stage
-    where: Path
+    where: Path | None
     folder: Path
     plans: tuple[PlannedMerge, ...]
     scratch: Scratch

@@ -31,7 +31,7 @@ def stages_folder(out: Path) -> Path:
 
 def plan_stages(
     stages: Sequence[Stage],
-    where: Path,
+    where: Path | None,
     out: Path,
     plan: Callable[[Recipe, Path], PlannedMerge],
     *,

@@ -103,7 +103,7 @@ def merge(
 
     console.warn(mergekit_notices(click.get_current_context()))
     with transfers(hidden=console.hidden):
-        source = read_recipe(recipe, allow_unknown=where["allow_unknown"])
+        source = read_recipe(recipe)
         planned = plan_merge(source, out, private=private, card=not no_card, **where).result
         console.keep_apart([planned.out, *planned.plan.paths])
         if planned.goal is None and (private or pull_back):

@@ -15,7 +15,7 @@ from mergekit_lfm.commands.shell import Command, transfers
 
 if TYPE_CHECKING:
     from mergekit_lfm.api.planned import PlannedMerge
-    from mergekit_lfm.recipe.recipe import Recipe
+    from mergekit_lfm.recipe.source import RecipeText
 
 # Options of `merge` and `plan`.
 planning = together(
@@ -76,7 +76,7 @@ def plan(
 
     with transfers(hidden=console.hidden):
         how: dict[str, Any] = {"max_shard_size": max_shard_size, "seed": seed, "heads": heads}
-        source = read_recipe(recipe, allow_unknown=allow_unknown)
+        source = read_recipe(recipe)
         planned = plan_merge(source, out, device="cpu", allow_unknown=allow_unknown, **how).result
     if explain:
         _show_explanations(console, planned, explain)
@@ -91,19 +91,19 @@ def _show_explanations(console: Console, planned: PlannedMerge, names: tuple[str
     console.conclude(explanations_data(explanations), lambda: explanations_text(explanations))
 
 
-def read_recipe(path: Path, *, allow_unknown: bool) -> Path | Recipe:
-    """The path of a recipe; for "-" the recipe on standard input, as if its file were in the working directory."""
+def read_recipe(path: Path) -> Path | RecipeText:
+    """The path of a recipe; for "-" the text on standard input, as if its file were in the working directory."""
     if str(path) != "-":
         return path
     from mergekit_lfm.errors import PlanError
-    from mergekit_lfm.recipe.recipe import Recipe
+    from mergekit_lfm.recipe.source import RecipeText
     from mergekit_lfm.store.files import SMALL
 
     raw = sys.stdin.buffer.read(SMALL + 1)
     if len(raw) > SMALL:
         raise PlanError(f"standard input has over {SMALL:,} bytes, expected a recipe in YAML; give it one")
     try:
-        return Recipe.parse(raw.decode(), where=Path.cwd(), label="standard input", allow_unknown=allow_unknown)
+        return RecipeText(raw.decode(), Path.cwd(), "standard input")
     except UnicodeDecodeError:
         raise PlanError("standard input is not UTF-8 text, expected a recipe in YAML; give it one") from None
 

@@ -13,7 +13,6 @@ from typing import Any
 
 from mergekit_lfm.errors import PlanError, several
 from mergekit_lfm.recipe.values import FOUND
-from mergekit_lfm.store.yaml import read_documents
 
 MODEL_KEYS = ("model", "path", "base_model", "source", "tokenizer_source", "to")  # whose text may be a model
 OF_OUTPUT = ("output", "push")  # keys of the stage that makes the output
@@ -28,7 +27,7 @@ UNFINISHED = ".partial"  # how the folder of a result ends until it is complete
 class Stage:
     """One document of a recipe: its name, its data without that, the stages whose results it takes, and its label.
 
-    document: its index among the documents of `text`, the whole recipe.
+    document: its index among the documents of `text`, the whole recipe; None if that was given as data.
     """
 
     name: str
@@ -36,15 +35,14 @@ class Stage:
     needs: tuple[str, ...]
     label: str
     document: int
-    text: str
+    text: str | None
 
 
-def read_stages(text: str, label: str) -> tuple[Stage, ...]:
-    """The stages of a recipe's text in the order of work, the one that makes the output last; () for one document.
+def find_stages(documents: Sequence[object], label: str, text: str | None = None) -> tuple[Stage, ...]:
+    """The stages of a recipe in the order of work, the one that makes the output last; () for one document.
 
-    Raises PlanError for stages without a name of their own, or that need one another.
+    text: of the recipe. Raises PlanError for stages without a name of their own, or that need one another.
     """
-    documents = read_documents(text, label)
     if len(documents) == 1:
         return ()
     _check(documents, label)

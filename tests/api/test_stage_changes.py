@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from helpers_commands import run
 from models import files_of, save_checkpoint
 
 from mergekit_lfm import merge, plan_merge
 from mergekit_lfm.errors import PlanError
+from mergekit_lfm.recipe.source import RecipeText
 
 STAGES = """
 name: {name}
@@ -99,3 +102,16 @@ def test_an_output_without_a_name_of_its_own_has_its_stages_beside_it(
     assert (folder / "out.stages/x/model.safetensors").is_file() and (folder / "out/model.safetensors").is_file()
     with pytest.raises(PlanError, match="is the root of the file system, expected a folder to create"):
         merge(recipe, "/")
+
+
+def test_stages_as_data_and_as_text_are_those_of_a_file(folder: Path) -> None:
+    path = write(folder)
+    merge(path, "out")
+    documents = list(yaml.safe_load_all(path.read_text()))
+    merge(documents, "data")
+    merge(RecipeText(path.read_text(), folder), "text")
+    assert run("merge", "-", "stdin", standard_input=path.read_text()).exit_code == 0
+    weights = [(folder / name / "model.safetensors").read_bytes() for name in ("out", "data", "text", "stdin")]
+    assert weights == weights[:1] * 4
+    with pytest.raises(PlanError, match="no output: give OUT"):
+        merge(documents)
