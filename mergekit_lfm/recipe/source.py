@@ -45,7 +45,7 @@ class Source:
 
 
 def source_of(given: str | PathLike[str] | Mapping[str, Any] | Sequence[Mapping[str, Any]] | RecipeText) -> Source:
-    """The documents of what is given. Raises PlanError if it cannot be read, or its stages make no sense."""
+    """The documents of a recipe in any form. Raises PlanError if it cannot be read, or its stages make no sense."""
     if isinstance(given, RecipeText):
         return _of_text(given)
     if isinstance(given, str | PathLike):

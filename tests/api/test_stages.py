@@ -220,7 +220,7 @@ def start_over(folder: Path) -> None:
         shutil.rmtree(path)
 
 
-@pytest.mark.parametrize("moments", [8, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("moments", [4, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_at_any_moment_it_goes_on(moments: int, run: Run, tmp_path: Path) -> None:
     """The same command then leaves the bytes of an uninterrupted run, and nothing else."""
     (tmp_path / "recipe.yaml").write_text(f"{FIRST}---\n{SECOND}---\n{THIRD}")

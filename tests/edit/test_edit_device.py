@@ -129,7 +129,9 @@ def asked(name: str, device: torch.device, dtype: torch.dtype = torch.float64) -
     return [*(row.p_new for row in scores.rows), traced.clean, traced.corrupted, *effects]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in ("llama", "gpt2") else pytest.mark.slow) for name in NAMES]
+)
 def test_scores_and_traces_are_those_of_the_cpu(name: str) -> None:
     with pretended_gpu():
         assert asked(name, GPU) == pytest.approx(asked(name, CPU), rel=1e-9, abs=SAME)

@@ -109,7 +109,7 @@ def test_masks_are_those_of_the_output_s_names(folder: Path, tmp_path: Path) -> 
     assert (changed[0] & changed[1] & (a != base)).any() and (changed[0] & ~changed[1]).any()
 
 
-@pytest.mark.parametrize("moments", [5, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("moments", [3, pytest.param(16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["passthrough", "ties"])
 def test_killed_at_any_moment_it_goes_on(name: str, moments: int, folder: Path, cli: Forks, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(place(RECIPES[name], folder)))

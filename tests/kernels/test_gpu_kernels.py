@@ -268,7 +268,7 @@ print("compiled")
     ("dtype", "architecture"),
     [
         ("bfloat16", "90"),
-        ("float64", "80"),
+        pytest.param("float64", "80", marks=pytest.mark.slow),
         pytest.param("bfloat16", "80", marks=pytest.mark.slow),
         pytest.param("float64", "90", marks=pytest.mark.slow),
     ],
