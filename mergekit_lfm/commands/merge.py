@@ -13,7 +13,7 @@ from mergekit_lfm.commands.console import Console
 from mergekit_lfm.commands.mergekit import MergekitCommand, mergekit_notices, mergekit_options
 from mergekit_lfm.commands.options import device_option, going_on_later, no_resume, overwrite
 from mergekit_lfm.commands.plan import plan_texts, planning, read_recipe, show_plan
-from mergekit_lfm.commands.shell import transfers
+from mergekit_lfm.commands.shell import lasting, transfers
 
 if TYPE_CHECKING:
     from mergekit_lfm.api.outcome import Outcome
@@ -103,8 +103,8 @@ def merge(
 
     console.warn(mergekit_notices(click.get_current_context()))
     with transfers(hidden=console.hidden):
-        source = read_recipe(recipe)
-        planned = plan_merge(source, out, private=private, card=not no_card, **where).result
+        with lasting():
+            planned = plan_merge(read_recipe(recipe), out, private=private, card=not no_card, **where).result
         console.keep_apart([planned.out, *planned.plan.paths])
         if planned.goal is None and (private or pull_back):
             raise click.UsageError("--private and --verify are about a push: give --push-to org/name")

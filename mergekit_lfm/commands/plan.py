@@ -11,7 +11,7 @@ import click
 from mergekit_lfm.commands import options
 from mergekit_lfm.commands.console import Console
 from mergekit_lfm.commands.options import as_json, together
-from mergekit_lfm.commands.shell import Command, transfers
+from mergekit_lfm.commands.shell import Command, lasting, transfers
 
 if TYPE_CHECKING:
     from mergekit_lfm.api.planned import PlannedMerge
@@ -76,8 +76,9 @@ def plan(
 
     with transfers(hidden=console.hidden):
         how: dict[str, Any] = {"max_shard_size": max_shard_size, "seed": seed, "heads": heads}
-        source = read_recipe(recipe)
-        planned = plan_merge(source, out, device="cpu", allow_unknown=allow_unknown, **how).result
+        with lasting():
+            how["allow_unknown"] = allow_unknown
+            planned = plan_merge(read_recipe(recipe), out, device="cpu", **how).result
     if explain:
         _show_explanations(console, planned, explain)
     show_plan(console, planned, memory, threads, verbose)
