@@ -104,3 +104,35 @@ def test_vision_language_yaml_is_a_formula_for_each_module(vision: Path, tmp_pat
     image = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     made = model.generate(input_ids=ids, pixel_values=image, max_new_tokens=4, do_sample=False)
     assert made.shape[1] > ids.shape[1]
+
+
+@pytest.fixture(scope="module")
+def tokens(made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+    """A folder with the recipe and its models."""
+
+    def make(folder: Path) -> None:
+        script = RECIPES / "make" / "tokens.py"
+        subprocess.run([sys.executable, str(script), str(folder / "tokens")], check=True, capture_output=True)
+        shutil.copy(RECIPES / "three_tokenizers.yaml", folder)
+
+    return made_once("tokens", make)
+
+
+def test_three_tokenizers_yaml_merges_rows_by_token(tokens: Path, tmp_path: Path) -> None:
+    out = Path(merge(tokens / "three_tokenizers.yaml", tmp_path / "out", threads=1))
+    assert verify(out) == []
+    merged, folders = load_all(out), [tokens / "tokens" / name for name in ("base", "docs", "code")]
+    own = [transformers.AutoTokenizer.from_pretrained(folder) for folder in (*folders, out)]
+    ids: list[dict[str, int]] = [each.get_vocab() for each in own]
+    assert ids[3].keys() == ids[0].keys() | ids[1].keys() | ids[2].keys() and len(ids[3]) == len(ids[0]) + 4
+    new = ("<|docs|>", "<|note|>", "<|code|>", "<|run|>")
+    assert [own[3](text)["input_ids"][-1] for text in new] == [ids[3][text] for text in new]
+    name = "model.embed_tokens.weight"
+    rows = [doubles(load_all(folder)[name]) for folder in folders]
+    for text, i in ids[3].items():
+        known = [row[own_ids[text]] for row, own_ids in zip(rows, ids, strict=False) if text in own_ids]
+        missing = sum(known) / len(known)
+        each = [row[own_ids[text]] if text in own_ids else missing for row, own_ids in zip(rows, ids, strict=False)]
+        expected = each[2] if text == "<|run|>" else 0.2 * each[0] + 0.4 * each[1] + 0.4 * each[2]
+        assert torch.allclose(merged[name][i].double(), torch.as_tensor(expected), rtol=1 / 128, atol=1e-8), text
+    assert len(generate(out)) > 4

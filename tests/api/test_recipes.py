@@ -28,7 +28,7 @@ MINILM = RECIPES / "minilm.yaml"
 # Their inputs are not in the repository, but made by a script that their opening comment names; other tests run them.
 PREPARED = [path for path in PATHS if re.search("python (recipes/make/|tests/serve_)", path.read_text("utf-8"))]
 # Recipes of several parts: test_parts_recipes.py runs them.
-PARTS = [RECIPES / f"{name}.yaml" for name in ("stacked", "three_stages", "vision_language")]
+PARTS = [RECIPES / f"{name}.yaml" for name in ("stacked", "three_stages", "three_tokenizers", "vision_language")]
 RUNNABLE = [path for path in PATHS if path not in (*PREPARED, *PARTS)]
 
 
