@@ -44,6 +44,7 @@ _PERIOD = re.compile(
 )
 # Numbers of layers, be they from 0 or from 1.
 _SOME = re.compile(r"\w*(layers|layer_(ids?|idxs?|indices|indexes)|idxs)")
+_BLOCKS = frozenset({"xlstm"})  # whose blocks are the layers; elsewhere they are something else beside these
 _LAST_FULL = frozenset({"gemma4", "gemma4_unified", "diffusion_gemma", "embedding_gemma2"})  # whatever their lists say
 
 
@@ -89,7 +90,7 @@ def _stacks(part: Part, path: Path, size: int | None) -> Iterator[Stack]:
     if not isinstance(part.get("depths"), list):  # stages of several layers each
         counts = {key: value for key, value in part.items() if _COUNT.fullmatch(key) and _is_number(value) and value}
         lists = [len(value) for key, value in part.items() if _KNOWN.fullmatch(key) and isinstance(value, list)]
-        if any(not key.endswith("blocks") for key in counts):  # blocks are something else beside layers
+        if part.get("model_type") not in _BLOCKS and any(not key.endswith("blocks") for key in counts):
             counts = {key: value for key, value in counts.items() if not key.endswith("blocks")}
         largest = max(counts.values() or lists, default=None)
         if (stated := largest if size is None else size) is not None:

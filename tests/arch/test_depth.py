@@ -468,3 +468,11 @@ def test_refusals_about_other_configs() -> None:
     with pytest.raises(PlanError, match="2 problems"):
         both = LLAMA | {"first_k_dense_replace": 1, "num_kv_shared_layers": 1}
         stack_config(both, [(both, 3), (both, 0)], 4)
+
+
+def test_the_blocks_of_xlstm_are_its_layers_and_those_of_others_are_not() -> None:
+    origins = [0, 1, 1, 2]
+    for kind, blocks in (("xlstm", 4), ("eomt", 3)):
+        config = {"model_type": kind, "num_hidden_layers": 3, "num_blocks": 3}
+        stacked = stack_config(config, [(config, layer) for layer in origins], 3)
+        assert (stacked["num_hidden_layers"], stacked["num_blocks"]) == (4, blocks)
