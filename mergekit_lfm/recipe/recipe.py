@@ -17,7 +17,7 @@ from mergekit_lfm.arch.facts import FACTS
 from mergekit_lfm.errors import PlanError, Refusal, did_you_mean
 from mergekit_lfm.methods.method import Method
 from mergekit_lfm.methods.registry import METHODS
-from mergekit_lfm.recipe.align import AlignRequest
+from mergekit_lfm.recipe.canonical import edits_data, settings_data, structure_data
 from mergekit_lfm.recipe.chat import read_chat_template
 from mergekit_lfm.recipe.dialect import read_dialect
 from mergekit_lfm.recipe.files import Where
@@ -27,7 +27,6 @@ from mergekit_lfm.recipe.form import (
     Edits,
     ModelEntry,
     Models,
-    ModuleEntry,
     Modules,
     Parameters,
     Push,
@@ -39,13 +38,12 @@ from mergekit_lfm.recipe.form import (
 )
 from mergekit_lfm.recipe.parts import Edit, Input, Part
 from mergekit_lfm.recipe.problems import Problem, parts_of, problem_at, refuse
-from mergekit_lfm.recipe.rename import rename_data
 from mergekit_lfm.recipe.requirements import missing_requirements
 from mergekit_lfm.recipe.roles import read_base, read_edits
 from mergekit_lfm.recipe.structure import Structure
 from mergekit_lfm.recipe.tokenizer import TokenizerRequest, read_tokenizer
 from mergekit_lfm.recipe.validation import content_problems, form_problems, without_faults, without_keys
-from mergekit_lfm.recipe.values import FOUND, NamedFile, as_data
+from mergekit_lfm.recipe.values import FOUND, NamedFile
 from mergekit_lfm.store.files import read_text
 from mergekit_lfm.store.yaml import read_yaml
 
@@ -333,12 +331,12 @@ class Recipe(Strict):
         return {
             "merge_method": self.merge_method,
             "base_model": self.base_model,
-            **self._structure_data(),
-            "parameters": self._settings_data("parameters"),
+            **structure_data(self.parts, self.slices, self.modules),
+            "parameters": settings_data(self.parts, "parameters"),
             "dtype": self.dtype,
             "out_dtype": self.out_dtype,
             "seed": self.seed,
-            **_edits_data(self.result_edits),
+            **edits_data(self.result_edits),
             **({"tensors": self.tensors} if self.tensors != "all" else {}),
             **({"keep": self.keep} if self.keep else {}),
             **({"heads": self.heads} if self.heads else {}),
@@ -348,69 +346,7 @@ class Recipe(Strict):
             **({"chat_template": self.chat_template} if self.chat_template else {}),
         }
 
-    def _structure_data(self) -> dict[str, Any]:
-        """The models, slices or modules."""
-        if self.modules:
-            return {"modules": {name: self._module_data(name, entry) for name, entry in self.modules.items()}}
-        if self.slices:
-            return {
-                "slices": [self._slice_data(part, entry) for part, entry in zip(self.parts, self.slices, strict=True)]
-            }
-        return {"models": [_line_data(line) for line in self.parts[0].lines]}
-
-    def _module_data(self, name: str, entry: ModuleEntry) -> dict[str, Any]:
-        parts = [part for part in self.parts if part.module == name]
-        models: dict[str, Any] = {"models": [_line_data(line) for line in parts[0].lines]}
-        if entry.slices:
-            models = {
-                "slices": [self._slice_data(part, piece) for part, piece in zip(parts, entry.slices, strict=True)]
-            }
-        own = {"merge_method": entry.merge_method, "base_model": entry.base_model}
-        settings = self._settings_data(f"modules.{name}.parameters")
-        return (
-            {key: value for key, value in own.items() if value}
-            | models
-            | ({"parameters": settings} if settings else {})
-        )
-
-    def _slice_data(self, part: Part, entry: SliceEntry) -> dict[str, Any]:
-        settings = self._settings_data(part.place.replace(".sources", ".parameters"))
-        return {
-            "sources": [_line_data(line) for line in part.lines],
-            **({"base_model": entry.base_model} if entry.base_model else {}),
-            **({"parameters": settings} if settings else {}),
-        }
-
-    def _settings_data(self, place: str) -> dict[str, Any]:
-        """The settings of a mapping `parameters`, which several parts may read."""
-        scopes = [scope for part in self.parts for scope in part.scopes if scope.place == place]
-        return {k: as_data(v) for k, v in sorted({k: v for scope in scopes for k, v in scope.settings.items()}.items())}
-
 
 def _method_of_copies(models: Sequence[ModelEntry], slices: Sequence[SliceEntry]) -> str | None:
     """The method that nobody has to name: where nothing is merged."""
     return "passthrough" if all(len(each) <= 1 for each in (models, *(piece.sources for piece in slices))) else None
-
-
-def _line_data(line: Input) -> dict[str, Any]:
-    """A model's line in the canonical form."""
-    return (
-        {"model": line.ref}
-        | ({} if line.layers is None else {"layer_range": list(line.layers)})
-        | {"parameters": {k: as_data(v) for k, v in sorted(line.settings.items())}}
-        | ({} if line.stats is None else {"stats": line.stats.ref})
-        | _align_data(line.align)
-        | _edits_data(line.edits)
-        | ({"rename": rename_data(line.rename)} if line.rename else {})
-    )
-
-
-def _align_data(align: NamedFile | AlignRequest | None) -> dict[str, Any]:
-    if align is None:
-        return {}
-    return {"align": align.ref if isinstance(align, NamedFile) else align.as_data()}
-
-
-def _edits_data(edits: tuple[Edit, ...]) -> dict[str, Any]:
-    data = [edit.ref if isinstance(edit, NamedFile) else edit.as_data() for edit in edits]
-    return {"edits": data} if data else {}
