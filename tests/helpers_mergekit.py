@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,11 @@ class World:
     def merge(self, text: str, out: Path, **options: Any) -> Tensors:
         """The result of a recipe."""
         return load(Path(merge(self.write(text, out.parent.name), out, **options)))
+
+    def runner(self, folder: Path) -> Callable[..., Tensors]:
+        """Merges a recipe into a new folder each time, and loads the result."""
+        numbers = count()
+        return lambda text, **options: self.merge(text, folder / f"out{next(numbers)}", **options)
 
     def refuse(self, text: str, out: Path) -> str:
         """The message about a recipe that is refused before anything is written."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +33,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 @pytest.fixture
 def run(world: World, tmp_path: Path) -> Run:
     """Merges a recipe and loads the result."""
-    numbers = count()
-    return lambda text, **options: world.merge(text, tmp_path / f"out{next(numbers)}", **options)
+    return world.runner(tmp_path)
 
 
 def linear_of(*weights: str) -> str:

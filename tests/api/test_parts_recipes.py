@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,16 @@ from mergekit_lfm.runtime.load import load_model
 
 transformers = pytest.importorskip("transformers")
 
+MadeOnce = Callable[[str, Callable[[Path], object]], Path]
 RECIPES = Path(__file__).parents[2] / "recipes"
 QUICKSTART = {name: RECIPES / "quickstart" / name for name in ("base", "docs", "code")}
+
+
+def prepare(script: str, models: str, recipe: str, folder: Path) -> None:
+    """Put a recipe into the folder, and the models that a script makes for it."""
+    command = [sys.executable, str(RECIPES / "make" / script), str(folder / models)]
+    subprocess.run(command, check=True, capture_output=True)
+    shutil.copy(RECIPES / recipe, folder)
 
 
 def generate(folder: Path) -> list[int]:
@@ -68,15 +77,9 @@ def test_three_stages_yaml_is_its_formula(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def vision(made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+def vision(made_once: MadeOnce) -> Path:
     """A folder with the recipe and its models."""
-
-    def make(folder: Path) -> None:
-        script = RECIPES / "make" / "vision.py"
-        subprocess.run([sys.executable, str(script), str(folder / "vision")], check=True, capture_output=True)
-        shutil.copy(RECIPES / "vision_language.yaml", folder)
-
-    return made_once("vision", make)
+    return made_once("vision", partial(prepare, "vision.py", "vision", "vision_language.yaml"))
 
 
 def test_vision_language_yaml_is_a_formula_for_each_module(vision: Path, tmp_path: Path) -> None:
@@ -107,15 +110,9 @@ def test_vision_language_yaml_is_a_formula_for_each_module(vision: Path, tmp_pat
 
 
 @pytest.fixture(scope="module")
-def tokens(made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+def tokens(made_once: MadeOnce) -> Path:
     """A folder with the recipe and its models."""
-
-    def make(folder: Path) -> None:
-        script = RECIPES / "make" / "tokens.py"
-        subprocess.run([sys.executable, str(script), str(folder / "tokens")], check=True, capture_output=True)
-        shutil.copy(RECIPES / "three_tokenizers.yaml", folder)
-
-    return made_once("tokens", make)
+    return made_once("tokens", partial(prepare, "tokens.py", "tokens", "three_tokenizers.yaml"))
 
 
 def test_three_tokenizers_yaml_merges_rows_by_token(tokens: Path, tmp_path: Path) -> None:
