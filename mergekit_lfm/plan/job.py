@@ -133,9 +133,13 @@ def make_job(
                 found=f"quantised ({spec.dtype})",
                 cure="leave it out of `scale`",
             )
-        kept = TensorSpec(spec.name, spec.shape, sources[refs[0][0]][refs[0][1]].dtype)
+        i, name = refs[0]
+        kept = TensorSpec(spec.name, spec.shape, sources[i][name].dtype)
+        if (stored := sources[i].stored_dtype(name)) != kept.dtype:  # one that an adapter changes, to round
+            linear, weights = METHODS["linear"].name, averaging_settings(settings)
+            return Job(replace(kept, dtype=stored), match, linear, refs[:1], None, weights, kept.dtype, False, block, False)
         return Job(kept, match, "copy", refs, None, settings, kept.dtype, True, block, False, layer=layer)
-    dtype = recipe.out_dtype or recipe.dtype or _promote(dtypes)
+    dtype = recipe.out_dtype or recipe.dtype or _promote([sources[i].stored_dtype(name) for i, name in refs])
     compute = "float64" if "float64" in (*dtypes, recipe.dtype) else "float32"
     out = TensorSpec(spec.name, spec.shape, dtype)
     if (method.statistics and statistics is None) or is_averaged(method, match.kind, settings):

@@ -9,13 +9,14 @@ from mergekit_lfm.arch.heads import HEAD, POOLER
 from mergekit_lfm.arch.kinds import kind_of
 from mergekit_lfm.arch.ties import tied_names
 from mergekit_lfm.errors import PlanError, several
-from mergekit_lfm.plan.renaming import find_renaming
 from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lfm.store.hub import HubName
+from mergekit_lfm.views.adapted import adapt
 from mergekit_lfm.views.experts import regroup
 from mergekit_lfm.views.quantisation import dequantise
 from mergekit_lfm.views.renamed import Renamed
+from mergekit_lfm.views.renaming import find_renaming
 
 
 def open_stored(recipe: Recipe) -> dict[str, Checkpoint]:
@@ -27,6 +28,7 @@ def open_stored(recipe: Recipe) -> dict[str, Checkpoint]:
     models = _open_files(recipe)
     if any(method.name != "passthrough" for method in recipe.methods):
         models = _dequantise(models)
+    models = _adapt(recipe, models)
     return _find_names(recipe, _regroup_experts(recipe, _rename(recipe, models)))
 
 
@@ -65,6 +67,20 @@ def _dequantise(models: Mapping[str, Checkpoint]) -> dict[str, Checkpoint]:
     if problems:
         raise PlanError("; ".join(problems) + ": merge the unquantised models, or dequantise them first")
     return readable
+
+
+def _adapt(recipe: Recipe, models: Mapping[str, Checkpoint]) -> dict[str, Checkpoint]:
+    """The models, by label, with the adapters that they are read with."""
+    adapted, problems = dict(models), []
+    for model in (model for model in recipe.all_models if model.adapters):
+        try:
+            plain, exact = dequantise(models[model.label]), not (model.edits or model.align or model.stats)
+            adapted[model.label] = adapt(plain, model.adapters, model.label, exact=exact)
+        except PlanError as error:
+            problems.append(str(error))
+    if problems:
+        raise PlanError(several("adapters do not fit their models", problems))
+    return adapted
 
 
 def _rename(recipe: Recipe, models: Mapping[str, Checkpoint]) -> dict[str, Checkpoint]:

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from mergekit_lfm.errors import Refusal
+from mergekit_lfm.recipe.adapters import AdapterRef, split_reference
 from mergekit_lfm.recipe.problems import Problem, attempt
 from mergekit_lfm.recipe.values import NamedFile
 from mergekit_lfm.store.folder import split_address
@@ -24,17 +25,38 @@ class Where:
     stages: Mapping[str, Path] = field(default_factory=dict)
 
 
+def find_reference(ref: str, where: Where) -> tuple[Path | HubName, tuple[AdapterRef, ...]]:
+    """The model in a text MODEL+ADAPTER, as `find_model` finds it, or the result of a stage; and the adapters.
+
+    Raises ValueError for the first part that is not there.
+    """
+    if ref in where.stages:
+        return where.stages[ref], ()
+    model, adapters = split_reference(ref, partial(_exists, where=where.folder))
+    source = where.stages[model] if model in where.stages else find_model(model, where.folder)
+    return source, tuple(
+        AdapterRef(name, where.stages[name] if name in where.stages else find_model(name, where.folder), scale)
+        for name, scale in adapters
+    )
+
+
+def _exists(ref: str, where: Path | None) -> bool:
+    """True if a model's path is there."""
+    try:
+        _find(ref, where, "")
+    except Refusal:
+        return False
+    return True
+
+
 def find_model(ref: str, where: Path | None) -> Path | HubName:
     """The absolute path of model `ref`, relative to `where`, else to the working directory, else its name on the Hub.
 
     Raises ValueError, naming both folders, for any other name. Does not ask the Hub.
     """
-    hint, words = EXPECTED, {"expected": "a folder, or a model on the Hub as org/name or org/name@revision"}
-    if "+" in ref:
-        hint = "adapters (model+lora) are not supported in this version; {cure}"
-        words = {"cure": "merge the adapter into its model first"}
+    expected = "a folder, or a model on the Hub as org/name or org/name@revision"
     try:
-        return _find(ref, where, hint, **words)
+        return _find(ref, where, EXPECTED, expected=expected)
     except Refusal as error:
         name = hub_name(ref)
         if name is None:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from mergekit_lfm.errors import Refusal, did_you_mean
+from mergekit_lfm.recipe.adapters import join_reference
 from mergekit_lfm.recipe.problems import UnknownKey
 from mergekit_lfm.store.hub import repository
 
@@ -19,10 +20,12 @@ NOT_YET = {
     "stats": "a statistics file belongs to one model: put `stats` beside it, under `models`",
     "align": "an alignment belongs to one model: put `align` beside it, under `models`",
     "rename": "new names belong to one model: put `rename` beside it, under `models`; for the base, on its line there",
-    "lora": "adapters are not supported in this version; merge the adapter into its model first",
     "revision": "write the revision after the model's name: org/name@revision",
     "override_architecture": "tensors are taken as the checkpoints name them; remove the key",
 }
+
+
+ADAPTER_KEYS = ("adapter", "lora", "scale")  # beside a model's name
 
 
 def _without_unused(data: object, known: Iterable[str]) -> object:
@@ -34,7 +37,10 @@ def _without_unused(data: object, known: Iterable[str]) -> object:
 
 
 def read_reference(value: object) -> object:
-    """The path or name in any of mergekit's model references: text, or {model: {path: ..., revision: ..}}."""
+    """The path or name in any of mergekit's model references: text, or {model: {path: ..., revision: ..}}.
+
+    A model with adapters is {model: ..., adapter: ..., scale: ...}, with one adapter or a list, or mergekit's `lora`.
+    """
     return _read_reference(value, "")
 
 
@@ -45,12 +51,40 @@ def _read_reference(value: object, at: str) -> object:
     for key, part in value.items():
         if key in NOT_YET and key != "revision" and part is not None:
             raise ValueError(NOT_YET[key])
-        if key not in ("model", "path", "revision") and part is not None:
+        if key not in ("model", "path", "revision", *ADAPTER_KEYS) and part is not None:
             text = "unknown key {found}, expected {expected}"
             raise UnknownKey(at, key, text, found=repr(key), expected="a path or {model: {path: ...}}")
     inner = "model" if "model" in value else "path"
     name, revision = _read_reference(value.get(inner), f"{at}.{inner}"), value.get("revision")
-    return name if revision is None else f"{name}@{revision}"
+    name = name if revision is None else f"{name}@{revision}"
+    return _with_adapters(name, value, at)
+
+
+def _with_adapters(name: object, value: Mapping[str, Any], at: str) -> object:
+    """A model's name with the adapters that stand beside it."""
+    keys = [key for key in ("adapter", "lora") if value.get(key) is not None]
+    scale = value.get("scale")
+    if not keys and scale is not None:
+        raise ValueError("`scale` beside a model is of an adapter: name one as `adapter`, or move it to `parameters`")
+    if not (keys and isinstance(name, str)):
+        return name
+    if not isinstance(scale, int | float | None) or isinstance(scale, bool):
+        raise Refusal("scale: found {found}, expected {expected}", found=repr(scale), expected="a number")
+    given = [each for key in keys for each in (value[key] if isinstance(value[key], list) else [value[key]])]
+    adapters = [_read_reference(each, f"{at}.adapter") for each in given]
+    wrong = next((each for each in adapters if not isinstance(each, str) or not each), None)
+    if wrong is not None:
+        raise Refusal("adapter: found {found}, expected {expected}", found=repr(wrong), expected="an adapter's folder")
+    return join_reference(name, [(str(each), 1.0 if scale is None else float(scale)) for each in adapters])
+
+
+def _adapters_beside(data: object) -> object:
+    """A model's line with the adapters beside the model as part of its name."""
+    if not isinstance(data, Mapping) or not any(key in data for key in ADAPTER_KEYS):
+        return data
+    own = {key: data[key] for key in ADAPTER_KEYS if data.get(key) is not None}
+    rest = {key: value for key, value in data.items() if key not in ADAPTER_KEYS}
+    return {**rest, "model": {"model": rest.get("model"), **own}} if own else rest
 
 
 def _path_or_mapping(value: object) -> object:
@@ -111,6 +145,8 @@ class Strict(BaseModel):
 class ModelEntry(Strict):
     """One line of `models`: a reference, this model's own parameters, its statistics file, alignment and edits.
 
+    adapter, scale: what the model is read with, and the share of what that does; they become part of the reference.
+
     align: a transform file, or {to, method, ...} to find one before the merge. edits: changes to the model before the
     merge, each a patch file or {facts, method, ...}. rename: new names for its tensors, {old beginning: new beginning}
     or {"re:PATTERN": new text}; the first match holds, and all else about the model is about the new names.
@@ -124,6 +160,11 @@ class ModelEntry(Strict):
     rename: Any = None
     layer_range: LayerRange = None
     parameters: Parameters = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_adapters(cls, data: object) -> object:
+        return _adapters_beside(data)
 
 
 class SliceEntry(Strict):

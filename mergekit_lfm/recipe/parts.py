@@ -14,6 +14,7 @@ from typing import cast
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.methods.method import REQUIRED, Method, Parameter, Value
 from mergekit_lfm.methods.registry import METHODS
+from mergekit_lfm.recipe.adapters import AdapterRef
 from mergekit_lfm.recipe.align import AlignRequest
 from mergekit_lfm.recipe.edit import EditRequest
 from mergekit_lfm.recipe.problems import Problem
@@ -29,8 +30,8 @@ Layer = tuple[int, int]  # index and count
 class Input:
     """A model of a recipe: `ref` as written, its `source`, and a `label` unique in the recipe.
 
-    source: the absolute path of its folder, or its name on the Hub. rename: new names for its tensors, which all else
-    sees. align: the transform file that rewrites it before the merge, or the request to find one. edits: patch files
+    source: the absolute path of its folder, or its name on the Hub. adapters: those that it is read with. rename: new
+    names for its tensors, which all else sees. align: the transform file that rewrites it before the merge, or the request to find one. edits: patch files
     that change it before the merge, or requests to make one. These are the model; the rest is of its line in the
     recipe. place: of the line, in messages. settings: its own. layers: of a slice, the first and the one behind the
     last; None for all.
@@ -39,6 +40,7 @@ class Input:
     ref: str
     source: Path | HubName
     label: str
+    adapters: tuple[AdapterRef, ...] = ()
     align: NamedFile | AlignRequest | None = None
     edits: tuple[Edit, ...] = ()
     rename: tuple[RenameRule, ...] = ()

@@ -14,9 +14,10 @@ from typing import Any
 from mergekit_lfm.errors import did_you_mean
 from mergekit_lfm.methods.method import Method
 from mergekit_lfm.methods.registry import METHODS
+from mergekit_lfm.recipe.adapters import AdapterRef
 from mergekit_lfm.recipe.align import AlignRequest, read_align_request
 from mergekit_lfm.recipe.edit import read_edit_request
-from mergekit_lfm.recipe.files import Where, find_model, read_file
+from mergekit_lfm.recipe.files import Where, find_reference, read_file
 from mergekit_lfm.recipe.form import ModelEntry
 from mergekit_lfm.recipe.parts import Edit, Input, Part, Scope, Slice
 from mergekit_lfm.recipe.problems import Problem, attempt, problem_at
@@ -32,8 +33,8 @@ def read_base(ref: str | None, where: Where, place: str) -> tuple[Input | None, 
     """The base model that a recipe names."""
     if ref is None:
         return None, []
-    source, problems = _read_source(ref, where, place)
-    return Input(ref, source, ref, place=place), problems
+    source, adapters, problems = _read_source(ref, where, place)
+    return Input(ref, source, ref, adapters, place=place), problems
 
 
 def read_scope(raw: Mapping[str, Any], methods: Sequence[Method], place: str) -> tuple[Scope, list[str], list[Problem]]:
@@ -94,7 +95,7 @@ def _read_line(
     where: Where,
 ) -> tuple[Input, list[str], list[Problem]]:
     """The model of a line, all but its alignment. before: the lines above."""
-    source, problems = _read_source(entry.model, where, f"{place}.model")
+    source, adapters, problems = _read_source(entry.model, where, f"{place}.model")
     settings, notices, wrong_settings = _read_settings(entry.parameters, methods, f"{place}.parameters", own=True)
     stats, wrong_stats = _read_stats(entry.stats, methods[0], where, f"{place}.stats")
     edits, wrong_edits = read_edits(entry.edits, where, f"{place}.edits")
@@ -112,7 +113,8 @@ def _read_line(
             "`mergekit-lfm patch apply`, and align that"
         )
         problems.append(Problem(place, text))
-    model = _name_model(entry.model, source, base, before, apart=bool(entry.edits))
+    named = Input(entry.model, source, entry.model, adapters)
+    model = _name_model(named, base, before, apart=bool(entry.edits))
     line = replace(
         model, edits=edits, rename=rename, place=place, settings=settings, stats=stats, layers=entry.layer_range
     )
@@ -127,11 +129,13 @@ def _read_rename(raw: object, place: str) -> tuple[tuple[RenameRule, ...], list[
         return (), [Problem(place, line) for line in str(wrong).split("\n")]
 
 
-def _read_source(ref: str, where: Where, place: str) -> tuple[Path | HubName, list[Problem]]:
-    if ref in where.stages:
-        return where.stages[ref], []
-    source, problems = attempt(partial(find_model, ref, where.folder), place)
-    return source or Path(ref), problems
+def _read_source(
+    ref: str, where: Where, place: str
+) -> tuple[Path | HubName, tuple[AdapterRef, ...], list[Problem]]:
+    """The model that a text names, and the adapters that it is read with."""
+    found, problems = attempt(partial(find_reference, ref, where), place)
+    source, adapters = found or (Path(ref), ())
+    return source, adapters, problems
 
 
 def _read_settings(
@@ -234,16 +238,23 @@ def _read_align(
     return read_align_request(entry.align, fixed, where.folder, place)
 
 
-def _name_model(ref: str, source: Path | HubName, base: Input | None, before: Sequence[Input], *, apart: bool) -> Input:
+def _name_model(named: Input, base: Input | None, before: Sequence[Input], *, apart: bool) -> Input:
     """The model of a new line: the base if this is its first line, else a model with its own label.
 
     apart: True for a changed model, which is never the base.
     """
-    if base is not None and source == base.source and base not in before and not apart:
+    same = base is not None and (named.source, _applied(named)) == (base.source, _applied(base))
+    if base is not None and same and base not in before and not apart:
         return base
+    ref = named.ref
     labels = {model.label for model in before} | ({base.label} if base else set())
     copies = (f"{ref} ({n})" for n in range(2, len(before) + 3))
-    return Input(ref, source, next(label for label in (ref, *copies) if label not in labels))
+    return replace(named, label=next(label for label in (ref, *copies) if label not in labels))
+
+
+def _applied(model: Input) -> list[tuple[Path | HubName, float]]:
+    """What a model's adapters are, however they are written."""
+    return [(adapter.source, adapter.scale) for adapter in model.adapters]
 
 
 def _choose_inputs(

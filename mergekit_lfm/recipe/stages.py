@@ -12,9 +12,11 @@ from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
 from mergekit_lfm.errors import PlanError, several
+from mergekit_lfm.recipe.adapters import names_in
 from mergekit_lfm.recipe.values import FOUND
 
-MODEL_KEYS = ("model", "path", "base_model", "source", "tokenizer_source", "to")  # whose text may be a model
+# The keys whose text may be a model, or one with adapters.
+MODEL_KEYS = ("model", "path", "adapter", "lora", "base_model", "source", "tokenizer_source", "to")
 OF_OUTPUT = ("output", "push")  # keys of the stage that makes the output
 LONGEST_NAME = 200  # bytes: file systems allow 255, and OUT.partial and its lock take some of them
 FOLDER_NAME = (
@@ -120,10 +122,11 @@ def _find_names(data: object, names: set[str]) -> Iterator[str]:
     """The stages that a part of a document names as models."""
     if isinstance(data, Mapping):
         for key, value in data.items():
-            if isinstance(value, str) and key in MODEL_KEYS and value in names:
-                yield value
-            else:
-                yield from _find_names(value, names)
+            texts = value if isinstance(value, list) else [value]
+            if key in MODEL_KEYS:
+                named = (part for text in texts if isinstance(text, str) for part in (text, *names_in(text)))
+                yield from (part for part in named if part in names)
+            yield from _find_names([part for part in texts if not isinstance(part, str)], names)
     elif isinstance(data, list):
         for part in data:
             yield from _find_names(part, names)

@@ -32,7 +32,7 @@ from mergekit_lfm.store.formats import WeightFile, bytes_of
 from mergekit_lfm.store.hub import HubName, hub_name, nearest_name
 from mergekit_lfm.store.identity import content_digest, identity_of, state_digest
 from mergekit_lfm.store.tensors import ITEMSIZE, TensorSpec
-from mergekit_lfm.store.weights import open_weights
+from mergekit_lfm.store.weights import open_adapter_weights, open_weights
 
 if TYPE_CHECKING:
     import torch
@@ -129,6 +129,15 @@ class Checkpoint(Mapping[str, TensorSpec]):
         """The tensors in the files that it leaves out on purpose, by their names there, and why."""
         return {}
 
+    def stored_dtype(self, name: str) -> str:
+        """The dtype of the tensor in the files, where it is read in a wider one only to be rounded once."""
+        return self[name].dtype
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """The folders that it is read from, and files without one."""
+        return (self.path,)
+
     def name_in_files(self, name: str) -> str:
         """The name of the tensor in the files."""
         return name
@@ -214,10 +223,15 @@ class Checkpoint(Mapping[str, TensorSpec]):
 class StoredCheckpoint(Checkpoint):
     """A checkpoint as its files hold it. Raises FormatError if it is damaged."""
 
-    def __init__(self, path: Path, snapshot: Snapshot | None = None, address: str = "") -> None:
-        """snapshot: the model on the Hub; `path` is its folder in the cache. address: of the tensors in a file."""
+    def __init__(
+        self, path: Path, snapshot: Snapshot | None = None, address: str = "", *, adapter: bool = False
+    ) -> None:
+        """snapshot: the model on the Hub; `path` is its folder in the cache. address: of the tensors in a file.
+
+        adapter: to open the adapter in the folder, not the model.
+        """
         self.path = path
-        self._opened = open_weights(path, snapshot, address)
+        self._opened = open_adapter_weights(path, snapshot) if adapter else open_weights(path, snapshot, address)
         self._specs, self._places = self._opened.specs, self._opened.places
 
     def __getitem__(self, name: str) -> TensorSpec:
@@ -286,17 +300,17 @@ class StoredCheckpoint(Checkpoint):
         )
 
 
-def open_checkpoint(path: str | os.PathLike[str] | HubName) -> Checkpoint:
+def open_checkpoint(path: str | os.PathLike[str] | HubName, *, adapter: bool = False) -> Checkpoint:
     """The checkpoint in a folder or a file, as a mapping from tensor names to `TensorSpec`; `read` gives the data.
 
     FILE#KEY.KEY names the state dict under these keys of a PyTorch file. Text such as `org/name` or `org/name@revision`
     that is not a local path names a model on the Hub: its headers are read there, and its files are downloaded when
-    their data are read. Raises FormatError if the checkpoint is damaged, FileNotFoundError if it does not exist, and
-    otherwise as `Snapshot.fetch` does.
+    their data are read. adapter: to open the adapter in a folder, in place of a model. Raises FormatError if the
+    checkpoint is damaged, FileNotFoundError if it does not exist, and otherwise as `Snapshot.fetch` does.
     """
     local = None if isinstance(path, HubName) else Path(path)
     if local is not None and local.exists():
-        return StoredCheckpoint(local)
+        return StoredCheckpoint(local, adapter=adapter)
     if local is not None and (parts := split_address(local)):
         return StoredCheckpoint(parts[0], address=parts[1])
     name = hub_name(path) if isinstance(path, str) else path
@@ -311,4 +325,4 @@ def open_checkpoint(path: str | os.PathLike[str] | HubName) -> Checkpoint:
         raise PlanError(f"{name} is not a local folder: {error}" if nowhere else str(error)) from None
     except ConnectionError as error:
         raise ConnectionError(f"{name} is not a local folder, and {error}") from None
-    return StoredCheckpoint(snapshot.folder, snapshot)
+    return StoredCheckpoint(snapshot.folder, snapshot, adapter=adapter)

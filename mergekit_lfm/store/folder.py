@@ -36,7 +36,8 @@ STATE = re.compile(
     r"events\.out\.tfevents[^/]*)$|(^|/)(checkpoint-\d+|global_step\d+|wandb|runs|lightning_logs)/"
 )
 
-ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
+ADAPTER = (ADAPTER_CONFIG, *ADAPTER_WEIGHTS)
 
 
 def split_address(path: Path) -> tuple[Path, str] | None:
@@ -97,9 +98,7 @@ def _choose(folder: Path, names: Collection[str], label: object) -> list[Path]:
         if known := [folder / name for name in (single, f"{single}{INDEX_END}") if name in here]:
             return known
     if any(name in names for name in ADAPTER):
-        raise FormatError(
-            f"{label} holds an adapter, not a model: merge it into its model first (peft's merge_and_unload)"
-        )
+        raise FormatError(f"{label} holds an adapter, not a model{_base_of(folder)}")
     indexes = [folder / name for name in here if is_index(folder / name)]
     if indexes:
         return [path for path in indexes if ".safetensors" in path.name] or indexes
@@ -110,6 +109,24 @@ def _choose(folder: Path, names: Collection[str], label: object) -> list[Path]:
         if others:
             break
     return []
+
+
+def _base_of(folder: Path) -> str:
+    """The end of a message about an adapter in a model's place: how to name it with its model."""
+    try:
+        base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or "MODEL"
+    except (OSError, FormatError, AttributeError):
+        base = "MODEL"
+    return f": name it with its model, {base}+{folder}"
+
+
+def find_adapter(folder: Path, names: Collection[str], label: object) -> Weights:
+    """The weights of the adapter among a folder's files `names`. Raises FormatError without any."""
+    found = [folder / name for name in ADAPTER_WEIGHTS if name in names]
+    if not found:
+        expected = " or ".join(ADAPTER_WEIGHTS)
+        raise FormatError(f"{label} holds no adapter: expected {expected}, and {ADAPTER_CONFIG}")
+    return Weights((found[0],), {})
 
 
 def is_index(path: Path) -> bool:

@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mergekit_lfm.errors import FormatError
-from mergekit_lfm.store.folder import ADAPTER, MODULES, Weights, describe_lack, find_weights, is_outside, read_modules
+from mergekit_lfm.store.folder import (
+    ADAPTER,
+    MODULES,
+    Weights,
+    describe_lack,
+    find_adapter,
+    find_weights,
+    is_outside,
+    read_modules,
+)
 from mergekit_lfm.store.formats import WeightFile, open_weight_files
 from mergekit_lfm.store.tensors import TensorSpec
 
@@ -56,7 +65,7 @@ def open_weights(path: Path, snapshot: Snapshot | None, address: str) -> OpenWei
     opened = OpenWeights()
     if snapshot is None and not path.is_dir():
         if path.name in ADAPTER:
-            raise FormatError(f"{path} is an adapter: merge it into its model first (peft's merge_and_unload)")
+            raise FormatError(f"{path} is an adapter: name its folder with its model, as in MODEL+{path.parent}")
         opened.add("", Weights((path,), {}), None, address)
         return opened
     label, names = snapshot or path, _names_in(path, "", snapshot)
@@ -76,6 +85,17 @@ def open_weights(path: Path, snapshot: Snapshot | None, address: str) -> OpenWei
         from mergekit_lfm.store.hub.client import offline_variable
 
         raise FormatError(f"{error}. {offline_variable()} is set, so only files in the cache are used") from None
+    return opened
+
+
+def open_adapter_weights(path: Path, snapshot: Snapshot | None) -> OpenWeights:
+    """Open the weights of an adapter in a folder, here or on the Hub, or in a file. Raises FormatError without any."""
+    opened = OpenWeights()
+    if snapshot is None and not path.is_dir():
+        weights = Weights((path,), {})
+    else:
+        weights = find_adapter(path, _names_in(path, "", snapshot), snapshot or path)
+    opened.add("", weights, snapshot)
     return opened
 
 

@@ -16,6 +16,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
+from mergekit_lfm.machine.progress import SILENCE, Progress
 from mergekit_lfm.store.checkpoint import Checkpoint, Cost, Layout
 from mergekit_lfm.store.formats import WeightFile, bytes_of
 from mergekit_lfm.store.tensors import ITEMSIZE, TensorSpec
@@ -97,6 +98,26 @@ class View(Checkpoint):
         """That of the checkpoint below, unless the view is in another folder."""
         below = self.inners[0] if self.inners else None
         return below.config if below is not None and below.path == self.path else super().config
+
+    def stored_dtype(self, name: str) -> str:
+        index, source = self.source(name)
+        below = self.inners[index] if self.inners else None
+        same = below is not None and source in below and below[source].dtype == self[name].dtype
+        return below.stored_dtype(source) if below is not None and same else self[name].dtype
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        return tuple(dict.fromkeys([self.path, *(folder for inner in self.inners for folder in inner.folders)]))
+
+    def fetch(self, progress: Progress = SILENCE) -> None:
+        for inner in self.inners:
+            inner.fetch(progress)
+
+    @property
+    def absent(self) -> dict[str, int]:
+        one = len(self.inners) == 1
+        files = [(inner, file, nbytes) for inner in self.inners for file, nbytes in inner.absent.items()]
+        return {file if one else f"{inner.snapshot}/{file}": nbytes for inner, file, nbytes in files}
 
     def name_in_files(self, name: str) -> str:
         index, source = self.source(name)

@@ -38,7 +38,7 @@ from mergekit_lfm.store.tensors import MAX_HEADER
 
 TAKES_LONG = 20_000_000  # bytes; larger downloads show their progress
 FIRST_RANGE = 100_000  # bytes: the headers of most files are shorter
-AT_PLANNING = ("config.json", "modules.json", "*.index.json", "README.md")
+AT_PLANNING = ("config.json", "adapter_config.json", "modules.json", "*.index.json", "README.md")
 
 
 @dataclass(frozen=True)

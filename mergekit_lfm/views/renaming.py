@@ -1,4 +1,4 @@
-"""Find out by which rules a model's names become those of the template: other prefixes, wrappers, other versions.
+"""Find out by which rules a model's names become those of another: other prefixes, wrappers, other versions.
 
 A search by steps: the rule that makes most tensors equal in name and shape, until none makes more. It counts only if
 everything then matches but what the recipe, ties or loaders allow to differ.

@@ -1,0 +1,172 @@
+"""Adapters as they are saved: what the config says, and the tensors by the module of the model that each belongs to.
+
+PEFT writes a folder with adapter_config.json; trainers of image models write one file, with every module's `alpha` in
+it. Reading an adapter reads headers, and needs neither PEFT nor torch unless a file has such numbers.
+Source: peft 0.21, utils/save_and_load.py; kohya-ss/sd-scripts, networks/lora.py; diffusers, loaders/lora_conversion_utils.py.
+"""  # noqa: E501
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from mergekit_lfm.errors import FormatError, several
+from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
+from mergekit_lfm.store.files import read_json
+from mergekit_lfm.store.folder import ADAPTER_CONFIG
+from mergekit_lfm.store.hub import HubName
+from mergekit_lfm.store.tensors import FLOATS, TensorSpec
+
+# The tensors of an adapter for one module, by PEFT's names; each also has an end, `.weight` or `.bias`, or none.
+PARTS = (
+    "lora_A lora_B lora_embedding_A lora_embedding_B lora_magnitude_vector hada_w1_a hada_w1_b hada_w2_a hada_w2_b "
+    "hada_t1 hada_t2 lokr_w1 lokr_w1_a lokr_w1_b lokr_w2 lokr_w2_a lokr_w2_b lokr_t2 ia3_l vera_lambda_b vera_lambda_d "
+    "vera_A vera_B trainable_tokens_delta alpha"
+).split()
+_PART = re.compile(rf"^(?:(.*?)\.)?({'|'.join(PARTS)})(?:\.(?!weight$|bias$)[^.]+)?(?:\.(weight|bias))?$")
+
+# Names that other programs give to the same parts, and wrappers of PEFT that are no part of a module's name.
+_SPELLINGS = (
+    (re.compile(r"(?:\.|_)lora(?:_linear_layer)?(?:\.|_)down\.weight$"), ".lora_A.weight"),
+    (re.compile(r"(?:\.|_)lora(?:_linear_layer)?(?:\.|_)up\.weight$"), ".lora_B.weight"),
+    (re.compile(r"\.dora_scale$"), ".lora_magnitude_vector"),
+    (re.compile(r"\.processor\.(to_\w+)\."), r".\1."),
+)
+_WRAPPERS = re.compile(r"\.(?:token_adapter|(?:modules_to_save|ln_tuning_layers)(?:\.(?!weight$|bias$)[^.]+(?=\.))?)(?=\.|$)")
+_PREFIXES = ("base_model.model.", "base_model.")
+NESTED = ".base_layer"  # PEFT's wrapper of what another one wraps
+
+# The keys of a config without an effect on what the adapter does to its model.
+IDLE = frozenset(
+    "auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config exclude_modules inference_mode "
+    "init_weights layers_pattern layers_to_transform lora_dropout lora_ga_config loftq_config megatron_config "
+    "megatron_core module_dropout modules_to_save peft_type peft_version projection_prng_key qalora_group_size "
+    "rank_dropout rank_dropout_scale revision runtime_config save_projection target_modules task_type velora_config "
+    "vera_dropout d_initial use_effective_conv2d decompose_both decompose_factor init_ia3_weights enable_lora "
+    "merge_weights loraplus_lr_ratio bias lora_bias target_parameters use_dora".split()
+)
+
+
+@dataclass(frozen=True)
+class Module:
+    """The tensors of an adapter for one module of the model: its name there, and their specs by the part's name.
+
+    depth: the number of PEFT's wrappers around the one that they belong to.
+    """
+
+    name: str
+    parts: Mapping[str, TensorSpec]
+    depth: int = 0
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter: its label in messages, its config, {} for a file without one, and its tensors.
+
+    modules: those with parts. saved: the tensors that stand in place of the model's, by the name there.
+    """
+
+    label: str
+    config: Mapping[str, Any]
+    tensors: Checkpoint
+    modules: tuple[Module, ...]
+    saved: Mapping[str, TensorSpec]
+
+    @property
+    def kind(self) -> str:
+        """PEFT's name of its kind: "LORA" and so on; that which its tensors show for a file without a config."""
+        if "peft_type" in self.config:
+            return str(self.config["peft_type"])
+        first = next((part for module in self.modules for part in module.parts), "lora")
+        return {"hada": "LOHA", "lokr": "LOKR"}.get(first[:4], "LORA")
+
+    @property
+    def base(self) -> str | None:
+        """The model that it says it was trained on."""
+        return self.config.get("base_model_name_or_path") or None
+
+    @cached_property
+    def key(self) -> dict[str, Any]:
+        """All of its config that its effect depends on."""
+        return {name: value for name, value in sorted(self.config.items()) if name not in IDLE and value}
+
+
+def open_adapter(source: Path | HubName, label: str | None = None) -> Adapter:
+    """The adapter in a folder, in a file, or on the Hub. Raises FormatError if it is damaged or of no known form."""
+    label = str(source) if label is None else label
+    tensors = open_checkpoint(source, adapter=True)
+    config = _read_config(tensors.path, label)
+    strange = [str(spec) for spec in tensors.values() if spec.dtype not in FLOATS]
+    if strange:
+        raise FormatError(several(f"{label} has tensors that are not floating-point numbers", strange))
+    modules, saved = _sort(tensors)
+    if not (modules or saved):
+        raise FormatError(f"{label} holds no tensor of an adapter, but {', '.join([*tensors][:3]) or 'nothing'}")
+    return Adapter(label, config, tensors, modules, saved)
+
+
+def _read_config(path: Path, label: str) -> dict[str, Any]:
+    """The config of an adapter's folder; {} for a file. Raises FormatError for a folder without one."""
+    if not path.is_dir():
+        return {}
+    if not (path / ADAPTER_CONFIG).is_file():
+        raise FormatError(f"{label} has no {ADAPTER_CONFIG}, which says how its tensors are applied; copy it there")
+    config = read_json(path / ADAPTER_CONFIG)
+    if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
+        raise FormatError(f"{label}/{ADAPTER_CONFIG}: expected an object with peft_type, found {json.dumps(config):.60}")
+    return config
+
+
+def _sort(tensors: Mapping[str, TensorSpec]) -> tuple[tuple[Module, ...], dict[str, TensorSpec]]:
+    """The modules of an adapter's tensors, and those that are tensors of the model."""
+    modules, saved = dict[tuple[str, int], dict[str, TensorSpec]](), dict[str, TensorSpec]()
+    for name, spec in tensors.items():
+        if ".original_module." in name:
+            continue  # what a saved module was before, which some versions of PEFT have written
+        plain = _plain(name)
+        match = _PART.match(plain)
+        if match is None:
+            saved[plain.replace(NESTED, "")] = spec
+            continue
+        module, part, end = match[1] or "", match[2], match[3]
+        key = module.replace(NESTED, ""), module.count(NESTED)
+        modules.setdefault(key, {})[f"{part}.bias" if end == "bias" else part] = spec
+    return tuple(Module(name, parts, depth) for (name, depth), parts in modules.items()), saved
+
+
+def _plain(name: str) -> str:
+    """A tensor's name without what PEFT puts before and into it, in PEFT's words."""
+    for prefix in _PREFIXES:
+        if name.startswith(prefix):
+            name = name.removeprefix(prefix)
+            break
+    for pattern, spelling in _SPELLINGS:
+        name = pattern.sub(spelling, name)
+    return _WRAPPERS.sub("", name)
+
+
+def dropped_of(adapter: Adapter) -> Iterator[str]:
+    """The tensors in the adapter's file that are no part of it."""
+    used = {spec.name for module in adapter.modules for spec in module.parts.values()}
+    used |= {spec.name for spec in adapter.saved.values()}
+    return (name for name in adapter.tensors if name not in used)
+
+
+def matches(pattern: str, module: str) -> bool:
+    """Whether a key of `rank_pattern` or `alpha_pattern` is about a module, as PEFT decides."""
+    return re.match(rf"(.*\.)?({pattern})$", module) is not None
+
+
+def pattern_value(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+    """The value of the first pattern that is about the module."""
+    return next((value for pattern, value in patterns.items() if matches(pattern, module)), default)
+
+
+def idle_patterns(patterns: Mapping[str, Any], modules: Sequence[str]) -> list[str]:
+    """The patterns that are about none of the modules."""
+    return [pattern for pattern in patterns if not any(matches(pattern, module) for module in modules)]

@@ -1,0 +1,60 @@
+"""Models with adapters, as text: MODEL+ADAPTER, each with a revision, several in turn; a share as in MODEL+0.5*ADAPTER.
+
+A path may have a plus sign itself, so what exists under the longer name is that.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from mergekit_lfm.store.hub import HubName
+
+PLUS, TIMES = "+", "*"
+_SCALED = re.compile(r"([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE]-?\d+)?)\s*\*\s*(.+)", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRef:
+    """An adapter that a model is read with: as written, where it is, and the share of what it does."""
+
+    ref: str
+    source: Path | HubName
+    scale: float = 1.0
+
+
+def split_reference(text: str, exists: Callable[[str], bool]) -> tuple[str, list[tuple[str, float]]]:
+    """The model in a text MODEL+SCALE*ADAPTER+..., and the adapters with their scales.
+
+    exists: whether a path is there, which then is not split.
+    """
+    parts = text.split(PLUS)
+    if len(parts) == 1:
+        return text, []
+    pieces, at = list[str](), 0
+    while at < len(parts):
+        ends = range(len(parts), at + 1, -1)
+        end = next((end for end in ends if exists(_unscaled(PLUS.join(parts[at:end]))[0])), at + 1)
+        pieces.append(PLUS.join(parts[at:end]))
+        at = end
+    if not all(pieces):
+        return text, []
+    return pieces[0], [_unscaled(piece) for piece in pieces[1:]]
+
+
+def _unscaled(piece: str) -> tuple[str, float]:
+    """The adapter in SCALE*ADAPTER, and the scale."""
+    match = _SCALED.fullmatch(piece)
+    return (piece, 1.0) if match is None else (match[2], float(match[1]))
+
+
+def join_reference(model: str, adapters: Iterable[tuple[str, float]]) -> str:
+    """The text that `split_reference` takes apart."""
+    return PLUS.join([model, *(ref if scale == 1 else f"{scale:g}{TIMES}{ref}" for ref, scale in adapters)])
+
+
+def names_in(text: str) -> list[str]:
+    """The names that a text may be made of: those of stages have no plus sign."""
+    return [_unscaled(part)[0] for part in text.split(PLUS)]

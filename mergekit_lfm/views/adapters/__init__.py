@@ -1,0 +1,1 @@
+"""What adapters of each kind do to a tensor of their model, a panel of its rows at a time."""

@@ -1,0 +1,60 @@
+"""The model's names of the tensors that an adapter changes: as a module has them that runs, or as files have them.
+
+PEFT names a tensor as the running model does; the file may have it without a wrapper's prefix, or by an older name.
+Trainers of image models write the dots of a name as underscores.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+from mergekit_lfm.artifacts.adapter import Adapter, Module
+from mergekit_lfm.store.tensors import TensorSpec
+from mergekit_lfm.views.renaming import find_renaming
+
+_UNDERSCORES = re.compile(r"^lora_(?:unet|te\d?|transformer|prior_unet)_")
+_EXPERTS = re.compile(r"(^|\.)experts$")
+# The models of transformers whose layers are Conv1D, which stores [in, out], and their layers.
+_CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+_CONV1D = re.compile(r"(^|\.)(c_attn|c_proj|c_fc|q_attn)$")
+
+
+def is_conv1d(module: str, model_type: str, stated: bool) -> bool:
+    """Whether a layer stores its weight as [in, out]. stated: as the adapter's config says, for unknown models."""
+    return bool(_CONV1D.search(module)) if model_type in _CONV1D_MODELS else stated
+
+
+def is_experts(module: Module) -> bool:
+    """Whether a module holds all experts of a layer in tensors of its own."""
+    return bool(_EXPERTS.search(module.name))
+
+
+def find_names(adapter: Adapter, model: Mapping[str, TensorSpec]) -> dict[str, str]:
+    """By the adapter's name of each tensor that it changes the model's; the same where no rule leads to one."""
+    wanted = [f"{module.name}.weight" for module in adapter.modules if module.name and not is_experts(module)]
+    wanted += adapter.saved
+    if any(_UNDERSCORES.match(name) for name in wanted):
+        return _without_underscores(wanted, model)
+    if all(name in model for name in wanted):
+        return {name: name for name in wanted}
+    theirs, ours = ({name: TensorSpec(name, (), "float32") for name in names} for names in (wanted, model))
+    rules = find_renaming(theirs, ours, lambda name: name in ours)
+    return {name: next((new for rule in rules if (new := rule.apply(name)) is not None), name) for name in wanted}
+
+
+def _without_underscores(wanted: Iterable[str], model: Mapping[str, TensorSpec]) -> dict[str, str]:
+    """The model's names, under the beginning that leads to most of them, such as that of a file with several models."""
+    wanted = list(wanted)
+    bare = {name: _UNDERSCORES.sub("", name.removesuffix(".weight")) for name in wanted}
+    best: dict[str, str] = {}
+    for beginning in sorted({name[: i + 1] for name in model for i, char in enumerate(name) if char == "."} | {""}, key=len)[:200]:
+        own = {
+            name[len(beginning) :].removesuffix(".weight").replace(".", "_"): name
+            for name in model
+            if name.startswith(beginning) and name.endswith(".weight")
+        }
+        found = {name: own[text] for name, text in bare.items() if text in own}
+        if len(found) > len(best):
+            best = found
+    return {name: best.get(name, name) for name in wanted}
