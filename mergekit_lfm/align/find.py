@@ -24,11 +24,12 @@ from mergekit_lfm.errors import PlanError, did_you_mean, reason
 from mergekit_lfm.machine.devices import find_gpu
 from mergekit_lfm.recipe.align import align_options
 from mergekit_lfm.recipe.registry import ALIGN_METHODS
-from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
+from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.store.hub import display_name
 from mergekit_lfm.store.identity import content_of
 from mergekit_lfm.store.tensors import TensorSpec
 from mergekit_lfm.version import __version__
+from mergekit_lfm.views.adapted import open_model
 from mergekit_lfm.views.maps import CPU
 
 ModelSource = str | os.PathLike[str] | Checkpoint | Mapping[str, Tensor]
@@ -153,7 +154,7 @@ def _report_full_memory(target: torch.device) -> Iterator[None]:
 def _side(model: ModelSource, label: str) -> Side:
     """Open a model. label: the name of a model given as tensors."""
     if isinstance(model, str | os.PathLike):
-        model = open_checkpoint(model)
+        model = open_model(model)
     if isinstance(model, Checkpoint):
         return Side(display_name(model.path), model, model)
     specs = {n: TensorSpec(n, tuple(x.shape), str(x.dtype).removeprefix("torch.")) for n, x in model.items()}

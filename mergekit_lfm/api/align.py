@@ -29,6 +29,7 @@ from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lfm.store.files import digest_file
 from mergekit_lfm.store.places import OVERWRITE, check_file
 from mergekit_lfm.store.tensors import ITEMSIZE
+from mergekit_lfm.views.adapted import open_model
 from mergekit_lfm.views.rewritten import Rewritten
 
 if TYPE_CHECKING:
@@ -186,7 +187,7 @@ def _check_places(inputs: list[Path], file: Path | None, folder: Path | None, *,
         raise PlanError(f"the transform {file} would lie in the folder {folder}, which is written, too; choose another")
     check_folder(folder, {str(path): path for path in inputs}, overwrite=replace)
     model, to = inputs[:2]
-    source, other = open_checkpoint(model), open_checkpoint(to)
+    source, other = open_model(model), open_model(to)
     if wider := next((name for name in source if name in other and source[name].shape != other[name].shape), None):
         raise PlanError(
             f"{model} has {source[wider]}, {to} {list(other[wider].shape)}: its config would not fit the rewritten "
@@ -203,7 +204,7 @@ def _compare(model: Path, transform: Transform, *, asked: bool) -> tuple[str, fl
 
     asked: run them if it is possible at all, and raise the errors.
     """
-    source = open_checkpoint(model)
+    source = open_model(model)
     rewritten = Rewritten(source, transform, {})
     if why := _find_obstacle(source, rewritten, transform, asked):
         return f"not compared: {why}", None, None
@@ -258,7 +259,7 @@ def check_table(model: StrPath, *, progress: Progress = SILENCE) -> Outcome[Chec
     from mergekit_lfm.runtime.probe import all_outputs, probe
 
     started, folder = time.monotonic(), model_folder(model)
-    checkpoint = open_checkpoint(folder)
+    checkpoint = open_model(folder)
     if not checkpoint.config.get("architectures"):
         lack = "whose config.json has no `architectures`" if checkpoint.config else "without a config.json"
         raise PlanError(

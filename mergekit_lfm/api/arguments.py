@@ -6,7 +6,9 @@ from os import PathLike
 from pathlib import Path
 
 from mergekit_lfm.errors import PlanError
+from mergekit_lfm.machine.progress import SILENCE, Progress
 from mergekit_lfm.machine.sizes import parse_size
+from mergekit_lfm.recipe.files import is_adapted, with_folders
 from mergekit_lfm.store.hub import hub_name, nearest_name
 
 StrPath = str | PathLike[str]
@@ -25,11 +27,16 @@ def expand(path: StrPath, label: str = "output") -> Path:
         raise PlanError(f"{label}: found {str(path)!r}, which names nobody's home; write the path in full") from None
 
 
-def model_folder(model: StrPath) -> Path:
+def model_folder(model: StrPath, progress: Progress = SILENCE) -> Path:
     """The folder of a model; one that is on the Hub is downloaded to the cache.
 
-    A folder wins over a model on the Hub with the same name. Raises ConnectionError if the Hub cannot be reached.
+    A folder wins over a model on the Hub with the same name. For a text MODEL+ADAPTER the result is such a text, with
+    folders. Raises ConnectionError if the Hub cannot be reached.
     """
+    if is_adapted(model):
+        from mergekit_lfm.store.sidecars import download
+
+        return Path(with_folders(str(model), lambda name, adapter: download(name, progress, adapter=adapter)))
     folder = expand(model, "model")
     name = None if folder.exists() else hub_name(str(model))
     if name is None:
@@ -39,4 +46,4 @@ def model_folder(model: StrPath) -> Path:
         return folder
     from mergekit_lfm.store.sidecars import download
 
-    return download(name)
+    return download(name, progress)

@@ -27,6 +27,7 @@ from mergekit_lfm.recipe.edit import edit_options
 from mergekit_lfm.store.checkpoint import open_checkpoint
 from mergekit_lfm.store.places import check_file
 from mergekit_lfm.version import versions
+from mergekit_lfm.views.adapted import open_model
 
 if TYPE_CHECKING:
     from mergekit_lfm.edit.scores import FactScores
@@ -105,7 +106,7 @@ def edit_model(
     after = _judge(folder, patch, target, known, dtype, device, progress) if verify else None
     if target is not None and after is not None:
         note_scores(target, after)
-    source = open_checkpoint(folder)
+    source = open_model(folder)
     changes = changes_data(patch, source)
     good, changed = is_enough(after, min_efficacy), has_changed(source, patch)
     edited = Edited(patch, tuple(changes), before, after, saved, good, changed)
@@ -137,7 +138,7 @@ class _Request:
             wanted["layers"] = known.get("layers")
         compared = {
             "method": info.method == self.method,
-            "model": info.base == open_checkpoint(model).content,
+            "model": info.base == open_model(model).content,
             "facts": info.facts == self.facts.as_data(),
             "options": known == json.loads(json.dumps(wanted)),
             "versions": info.versions == versions("torch"),
@@ -239,5 +240,5 @@ def _judge(
     """The scores of the edited model as its files hold it: those of the new folder, or of the model and the patch."""
     from mergekit_lfm.views.patched import patched_view
 
-    edited = patched_view(open_checkpoint(folder), patch) if save is None else save
+    edited = patched_view(open_model(folder), patch) if save is None else save
     return score(load_for_texts(edited, dtype, device), facts, "verifying", progress)

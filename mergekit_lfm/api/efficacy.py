@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.machine.progress import Progress
+from mergekit_lfm.views.adapted import with_adapters
 
 if TYPE_CHECKING:
     from mergekit_lfm.artifacts.facts import FactsFile
@@ -21,7 +22,7 @@ def load_for_texts(model: Path | Checkpoint, dtype: str, device: str) -> Loaded:
     """The language model in a folder, or in a view of its files. Raises PlanError if it lacks a tokenizer."""
     from mergekit_lfm.runtime.load import load_model, tokenizer_for_texts
 
-    loaded = load_model(model, "lm", dtype=dtype, device=device)
+    loaded = load_model(with_adapters(model), "lm", dtype=dtype, device=device)
     tokenizer_for_texts(loaded.tokenizer)
     return loaded
 

@@ -17,12 +17,13 @@ from mergekit_lfm.errors import PlanError, shorten
 from mergekit_lfm.machine.text import printable_line
 from mergekit_lfm.output.card import CARD, front_matter
 from mergekit_lfm.recipe.recipe import Recipe
-from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
+from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.store.durable import replace_file
 from mergekit_lfm.store.folder import split_address
 from mergekit_lfm.store.hub import hub_name
 from mergekit_lfm.store.places import ANOTHER, EXISTS, check_file
 from mergekit_lfm.store.tensors import FLOATS
+from mergekit_lfm.views.adapted import open_model
 
 COMPARED = ("architectures", "model_type", "hidden_size", "num_hidden_layers", "vocab_size")
 
@@ -63,7 +64,7 @@ def init_recipe(models: Sequence[StrPath], out: StrPath | None = None) -> Outcom
 
     The base is the model that the cards (`base_model`) or configs (`_name_or_path`) of the others name. The comments of
     the recipe say why it has its method and its base. The result is the text. Raises PlanError if `out` exists, and as
-    `open_checkpoint` does.
+    `open_model` does.
     """
     started = time.monotonic()
     if not models:
@@ -89,7 +90,7 @@ def _open(given: str, folder: Path) -> _Model:
     local = path.exists() or split_address(path) is not None
     ref = os.path.relpath(path.absolute(), folder) if local and not path.is_absolute() else given
     ref = f"./{ref}" if ref.startswith("~") and local else ref  # a recipe would take it for a home folder
-    return _Model(given, ref, open_checkpoint(given))
+    return _Model(given, ref, open_model(given))
 
 
 def _last_part(name: str) -> str:

@@ -13,8 +13,9 @@ from mergekit_lfm.api.outcome import Outcome
 from mergekit_lfm.artifacts.patch import Patch, open_patch
 from mergekit_lfm.artifacts.statistics import Statistics, open_statistics
 from mergekit_lfm.artifacts.transform import Transform, open_transform
-from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
+from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.store.tensors import read_header
+from mergekit_lfm.views.adapted import open_model
 
 Artifact = Statistics | Transform | Patch
 OPENERS: Mapping[str, Callable[[Path], Artifact]] = MappingProxyType(
@@ -42,7 +43,7 @@ def inspect_file(path: StrPath, *, content: bool = False) -> Outcome[Inspected]:
     FileNotFoundError if nothing is there.
     """
     started = time.monotonic()
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_model(path)
     inspected = Inspected(checkpoint, _open_artifact(checkpoint), checkpoint.content if content else None)
     return Outcome(checkpoint.path, inspected, checkpoint.digest, seconds=time.monotonic() - started)
 

@@ -14,6 +14,7 @@ from mergekit_lfm.api.outcome import Outcome
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.machine.progress import SILENCE, Progress
 from mergekit_lfm.store.hub import display_name
+from mergekit_lfm.views.adapted import with_adapters
 
 if TYPE_CHECKING:
     from torch import nn
@@ -74,7 +75,7 @@ def evaluate_models(
         from mergekit_lfm.runtime.load import load_model
 
         folder = model_folder(model)
-        loaded = load_model(folder, task, device=device)
+        loaded = load_model(with_adapters(folder), task, device=device)
         scores[display_name(folder)] = {name: judge(loaded) for name, judge in judges.items()}
         del loaded
     return Outcome(None, scores, seconds=time.monotonic() - started)

@@ -35,6 +35,7 @@ from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lfm.store.identity import content_digest
 from mergekit_lfm.store.places import check_file
 from mergekit_lfm.version import versions
+from mergekit_lfm.views.adapted import open_model
 from mergekit_lfm.views.patched import patched_view
 
 if TYPE_CHECKING:
@@ -95,13 +96,13 @@ def apply_patches(
     started = time.monotonic()
     check_efficacy(min_efficacy, verify=verify)
     folder, files, target = model_folder(model), [expand(path, "patch") for path in patches], expand(out)
-    source = open_checkpoint(folder)
+    source = open_model(folder)
     opened = [open_patch(path) for path in files]
     facts = facts_of(opened) if verify else None
     if facts is None and min_efficacy is not None:
         raise PlanError("--min-efficacy needs patches made from facts; these have none. Remove the option")
     if facts is not None:
-        check_runs(folder)
+        check_runs(source.path)
     view = patched_view(source, *opened, any_base=any_base)
     recipe = Recipe.parse(
         {"merge_method": "passthrough", "models": [{"model": str(folder), "edits": [*map(str, files)]}]}
@@ -153,7 +154,7 @@ def undo_patches(
     edits = []
     if base is not None:
         original = model_folder(base)
-        before = open_checkpoint(original)
+        before = open_model(original)
         back = _reversal(before, source, _find_differences(source, before, folder, original))
     else:
         back = _open_undo(file)

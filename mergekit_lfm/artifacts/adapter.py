@@ -23,12 +23,12 @@ from mergekit_lfm.store.hub import HubName
 from mergekit_lfm.store.tensors import FLOATS, TensorSpec
 
 # The tensors of an adapter for one module, by PEFT's names; each also has an end, `.weight` or `.bias`, or none.
-PARTS = (
+_PARTS = (
     "lora_A lora_B lora_embedding_A lora_embedding_B lora_magnitude_vector hada_w1_a hada_w1_b hada_w2_a hada_w2_b "
     "hada_t1 hada_t2 lokr_w1 lokr_w1_a lokr_w1_b lokr_w2 lokr_w2_a lokr_w2_b lokr_t2 ia3_l vera_lambda_b vera_lambda_d "
     "vera_A vera_B trainable_tokens_delta alpha"
-).split()
-_PART = re.compile(rf"^(?:(.*?)\.)?({'|'.join(PARTS)})(?:\.(?!weight$|bias$)[^.]+)?(?:\.(weight|bias))?$")
+)
+_PART = re.compile(rf"^(?:(.*?)\.)?({_PARTS.replace(' ', '|')})(?:\.(?!weight$|bias$)[^.]+)?(?:\.(weight|bias))?$")
 
 # Names that other programs give to the same parts, and wrappers of PEFT that are no part of a module's name.
 _SPELLINGS = (
@@ -37,19 +37,22 @@ _SPELLINGS = (
     (re.compile(r"\.dora_scale$"), ".lora_magnitude_vector"),
     (re.compile(r"\.processor\.(to_\w+)\."), r".\1."),
 )
-_WRAPPERS = re.compile(r"\.(?:token_adapter|(?:modules_to_save|ln_tuning_layers)(?:\.(?!weight$|bias$)[^.]+(?=\.))?)(?=\.|$)")
+_WRAPPERS = re.compile(
+    r"\.(?:token_adapter|(?:modules_to_save|ln_tuning_layers)(?:\.(?!weight$|bias$)[^.]+(?=\.))?)(?=\.|$)"
+)
 _PREFIXES = ("base_model.model.", "base_model.")
 NESTED = ".base_layer"  # PEFT's wrapper of what another one wraps
 
 # The keys of a config without an effect on what the adapter does to its model.
-IDLE = frozenset(
+_IDLE = (
     "auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config exclude_modules inference_mode "
     "init_weights layers_pattern layers_to_transform lora_dropout lora_ga_config loftq_config megatron_config "
     "megatron_core module_dropout modules_to_save peft_type peft_version projection_prng_key qalora_group_size "
     "rank_dropout rank_dropout_scale revision runtime_config save_projection target_modules task_type velora_config "
     "vera_dropout d_initial use_effective_conv2d decompose_both decompose_factor init_ia3_weights enable_lora "
-    "merge_weights loraplus_lr_ratio bias lora_bias target_parameters use_dora".split()
+    "merge_weights loraplus_lr_ratio bias lora_bias use_dora"
 )
+IDLE = frozenset(_IDLE.split())
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,9 @@ def _read_config(path: Path, label: str) -> dict[str, Any]:
         raise FormatError(f"{label} has no {ADAPTER_CONFIG}, which says how its tensors are applied; copy it there")
     config = read_json(path / ADAPTER_CONFIG)
     if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
-        raise FormatError(f"{label}/{ADAPTER_CONFIG}: expected an object with peft_type, found {json.dumps(config):.60}")
+        raise FormatError(
+            f"{label}/{ADAPTER_CONFIG}: expected an object with peft_type, found {json.dumps(config):.60}"
+        )
     return config
 
 

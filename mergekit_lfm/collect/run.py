@@ -30,6 +30,7 @@ from mergekit_lfm.runtime.tasks import TASKS
 from mergekit_lfm.store.checkpoint import open_checkpoint
 from mergekit_lfm.store.places import check_file, partial_of
 from mergekit_lfm.version import __version__
+from mergekit_lfm.views.adapted import with_adapters
 
 Model = nn.Module | str | Path
 Task = Literal["lm", "classification", "embedding"]
@@ -112,7 +113,7 @@ def _open_model(
         raise PlanError(
             f"{model} is a checkpoint itself; `checkpoint` is for modules that were loaded from one. Leave it out"
         )
-    loaded = load_model(model, task, dtype=dtype, device=device or "cpu")
+    loaded = load_model(with_adapters(model), task, dtype=dtype, device=device or "cpu")
     return make_subject(loaded.model, loaded.checkpoint), loaded
 
 

@@ -177,7 +177,10 @@ def _os_parts(error: OSError) -> dict[str, str]:
 
 
 class ModelFolder(click.ParamType):  # type: ignore[type-arg]
-    """A model's folder; or a model on the Hub, org/name or org/name@revision, which the command gets as a folder."""
+    """A model's folder; or a model on the Hub, org/name or org/name@revision, which the command gets as a folder.
+
+    With adapters, MODEL+ADAPTER, the command gets such a text, with folders in place of names on the Hub.
+    """
 
     name = "model"
 
@@ -195,12 +198,12 @@ def _download(value: Any, console: Console) -> Any:
     """The value, or values, of a parameter, with folders in place of models on the Hub."""
     if isinstance(value, tuple):
         return tuple(_download(each, console) for each in value)
-    if not isinstance(value, HubName):
+    if not isinstance(value, HubName) and "+" not in str(value):
         return value
-    from mergekit_lfm.store.sidecars import download
+    from mergekit_lfm.api.arguments import model_folder
 
     with transfers(hidden=console.hidden):
-        return download(value, console.progress)
+        return model_folder(str(value), console.progress)
 
 
 @contextmanager

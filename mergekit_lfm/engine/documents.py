@@ -36,6 +36,7 @@ from mergekit_lfm.plan.plan import Plan
 from mergekit_lfm.recipe.align import AlignRequest
 from mergekit_lfm.recipe.registry import ALIGN_METHODS, EDIT_METHODS
 from mergekit_lfm.store.files import parse_json
+from mergekit_lfm.store.hub import HubName
 from mergekit_lfm.store.tensors import FLOATS
 from mergekit_lfm.version import versions
 from mergekit_lfm.views.patched import Changes, Patched
@@ -265,6 +266,10 @@ def _sources(plan: Plan) -> Iterator[Source]:
         if not plan.stacks or model.source not in seen:
             repo = None if checkpoint.snapshot is None else checkpoint.snapshot.repo
             yield Source(names[model.label], " (base)" if base and model.label == base.label else "", license, repo)
+            hub = [
+                (adapter.ref, adapter.source.repo) for adapter in model.adapters if isinstance(adapter.source, HubName)
+            ]
+            yield from (Source(ref, " (adapter)", {}, repo) for ref, repo in hub)
         seen.add(model.source)
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from itertools import count
 from typing import Any
 
 from mergekit_lfm.machine.secrets import mask_secrets
 from mergekit_lfm.output.names import last_name, public_names
 from mergekit_lfm.plan.plan import Plan
+from mergekit_lfm.recipe.adapters import join_reference
 from mergekit_lfm.store.yaml import read_yaml
 
 PATH = re.compile(r"(?<![\w./:~-])(~/|/[\w.-]+/)")  # of this machine, or of another
@@ -16,8 +18,19 @@ PATH = re.compile(r"(?<![\w./:~-])(~/|/[\w.-]+/)")  # of this machine, or of ano
 
 def names_of(plan: Plan) -> dict[str, str]:
     """The `public_names` of a plan's models and statistics files; for a model on the Hub its name and commit."""
-    models = zip(plan.labels, plan.models, strict=True)
-    return public_names(plan.source_labels) | {label: str(m.snapshot) for label, m in models if m.snapshot is not None}
+    inputs = [*zip(plan.recipe.all_models, plan.models, strict=True)]
+    commits = {model.label: str(m.snapshot) for model, m in inputs if m.snapshot is not None}
+    adapted = {model.label for model, _ in inputs if model.adapters}
+    names = public_names(label for label in plan.source_labels if label not in adapted) | commits
+    taken = {name for label, name in names.items() if label not in adapted}
+    for model in (model for model, _ in inputs if model.adapters):
+        adapters = [(last_name(adapter.ref), adapter.scale) for adapter in model.adapters]
+        name = join_reference(commits.get(model.label, last_name(model.model_ref)), adapters)
+        if name in taken:
+            name = next(numbered for n in count(2) if (numbered := f"{name} ({n})") not in taken)
+        names[model.label] = name
+        taken.add(name)
+    return names
 
 
 def public_recipe(plan: Plan) -> dict[str, Any]:

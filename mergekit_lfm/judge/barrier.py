@@ -16,9 +16,9 @@ from mergekit_lfm.judge.ends import (
     EndModel,
     Opened,
     common_tensors,
+    load_end,
     module_of,
     open_aligned,
-    open_model,
 )
 from mergekit_lfm.judge.questions import QUESTION_TASKS, Data, Question, batches_of, judge, questions_of
 from mergekit_lfm.machine.progress import Count
@@ -111,7 +111,7 @@ def barrier(
         raise PlanError(f"the task {task!r} has no barrier; expected {' or '.join(QUESTION_TASKS)}. Choose one")
     if points < 3:
         raise PlanError(f"points is {points}; expected at least 3, the ends and one between them. Give more")
-    one = open_model(first, task, device)
+    one = load_end(first, task, device)
     other = open_aligned(second, transform, one, task, device)
     ends = common_tensors(one, other)
     questions = questions_of(one, data, task, window=window, batch_size=batch_size)

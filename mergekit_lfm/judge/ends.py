@@ -15,7 +15,8 @@ from mergekit_lfm.artifacts.transform import Transform, open_transform
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.plan.sources import aligned_view
 from mergekit_lfm.runtime.load import Loaded, load_model
-from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
+from mergekit_lfm.store.checkpoint import Checkpoint
+from mergekit_lfm.views.adapted import open_model, with_adapters
 from mergekit_lfm.views.base import View
 from mergekit_lfm.views.rewritten import rewrite
 
@@ -29,22 +30,22 @@ def module_of(model: Opened) -> nn.Module:
     return model.model if isinstance(model, Loaded) else model
 
 
-def open_model(model: EndModel, task: str, device: str = "cpu") -> Opened:
+def load_end(model: EndModel, task: str, device: str = "cpu") -> Opened:
     """The model; from a folder it is loaded for the task, in float32."""
-    return load_model(model, task, device=device) if isinstance(model, str | Path) else model
+    return load_model(with_adapters(model), task, device=device) if isinstance(model, str | Path) else model
 
 
 def open_aligned(model: EndModel, alignment: Alignment | None, to: Opened, task: str, device: str = "cpu") -> Opened:
-    """A new model, rewritten by the alignment; without one the result of `open_model`.
+    """A new model, rewritten by the alignment; without one the result of `load_end`.
 
     If the alignment changes shapes, the result has the config, or a copy of the module, of `to`, the model that it is
     aligned to. Raises PlanError for an alignment of another model.
     """
     if alignment is None:
-        return open_model(model, task, device)
+        return load_end(model, task, device)
     if isinstance(model, nn.Module):
         return _rewrite_module(model, alignment, module_of(to))
-    checkpoint = model.checkpoint if isinstance(model, Loaded) else open_checkpoint(model)
+    checkpoint = model.checkpoint if isinstance(model, Loaded) else open_model(model)
     view = _view(checkpoint, alignment)
     if isinstance(to, Loaded) and any(view[name].shape != spec.shape for name, spec in checkpoint.items()):
         view = view.in_folder(to.checkpoint.path)

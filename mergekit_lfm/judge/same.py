@@ -9,7 +9,8 @@ import torch
 from mergekit_lfm.artifacts.transform import Transform
 from mergekit_lfm.runtime.load import Loaded, load_as_saved, load_model
 from mergekit_lfm.runtime.probe import all_outputs, outputs_of, probe, relative_distance
-from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
+from mergekit_lfm.store.checkpoint import Checkpoint
+from mergekit_lfm.views.adapted import open_model
 from mergekit_lfm.views.maps import only_moves
 
 # Equal models differ by 2e-6 if sums have another order; a transform that is wrong makes differences of about 1.
@@ -27,7 +28,7 @@ def compare_outputs(
     of such noise in all parameters on the outputs is measured. Encoders are compared with the head that they were saved
     with: without it, the transform shows in their hidden states.
     """
-    checkpoint, copied = (x if isinstance(x, Checkpoint) else open_checkpoint(x) for x in (model, rewritten))
+    checkpoint, copied = (x if isinstance(x, Checkpoint) else open_model(x) for x in (model, rewritten))
     task = _task_of(checkpoint)
     with_head = task == "embedding" and bool(checkpoint.config.get("architectures"))
     first, second = (_with_head(x) if with_head else load_model(x, task) for x in (checkpoint, copied))

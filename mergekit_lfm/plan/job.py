@@ -137,7 +137,9 @@ def make_job(
         kept = TensorSpec(spec.name, spec.shape, sources[i][name].dtype)
         if (stored := sources[i].stored_dtype(name)) != kept.dtype:  # one that an adapter changes, to round
             linear, weights = METHODS["linear"].name, averaging_settings(settings)
-            return Job(replace(kept, dtype=stored), match, linear, refs[:1], None, weights, kept.dtype, False, block, False)
+            return Job(
+                replace(kept, dtype=stored), match, linear, refs[:1], None, weights, kept.dtype, False, block, False
+            )
         return Job(kept, match, "copy", refs, None, settings, kept.dtype, True, block, False, layer=layer)
     dtype = recipe.out_dtype or recipe.dtype or _promote([sources[i].stored_dtype(name) for i, name in refs])
     compute = "float64" if "float64" in (*dtypes, recipe.dtype) else "float32"

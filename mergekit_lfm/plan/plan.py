@@ -168,7 +168,10 @@ class Plan:
     @property
     def paths(self) -> tuple[Path, ...]:
         """The folders and files that are read: those of the sources, and the recipe's other files."""
-        return (*(folder for source in self.sources for folder in source.folders), *(state.path for state in self.named_files))
+        return (
+            *(folder for source in self.sources for folder in source.folders),
+            *(state.path for state in self.named_files),
+        )
 
     @property
     def mapped_files(self) -> tuple[Path, ...]:

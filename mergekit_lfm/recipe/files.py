@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from os import PathLike
 from pathlib import Path
 
 from mergekit_lfm.errors import Refusal
-from mergekit_lfm.recipe.adapters import AdapterRef, split_reference
+from mergekit_lfm.recipe.adapters import PLUS, AdapterRef, join_reference, split_reference
 from mergekit_lfm.recipe.problems import Problem, attempt
 from mergekit_lfm.recipe.values import NamedFile
 from mergekit_lfm.store.folder import split_address
@@ -38,6 +39,22 @@ def find_reference(ref: str, where: Where) -> tuple[Path | HubName, tuple[Adapte
         AdapterRef(name, where.stages[name] if name in where.stages else find_model(name, where.folder), scale)
         for name, scale in adapters
     )
+
+
+def is_adapted(text: object) -> bool:
+    """Whether a text names a model with adapters, MODEL+ADAPTER, not a path with a plus sign."""
+    return isinstance(text, str | PathLike) and PLUS in str(text) and not Path(text).exists()
+
+
+def with_folders(text: str, folder_of: Callable[[HubName, bool], Path]) -> str:
+    """A text MODEL+ADAPTER with folders in place of what is on the Hub. folder_of: a name's, True for an adapter."""
+    model, adapters = split_reference(text, partial(_exists, where=None))
+
+    def local(ref: str, adapter: bool) -> str:
+        source = find_model(ref, None)
+        return ref if isinstance(source, Path) else str(folder_of(source, adapter))
+
+    return join_reference(local(model, False), [(local(ref, True), scale) for ref, scale in adapters])
 
 
 def _exists(ref: str, where: Path | None) -> bool:

@@ -14,7 +14,7 @@ from typing import cast
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.methods.method import REQUIRED, Method, Parameter, Value
 from mergekit_lfm.methods.registry import METHODS
-from mergekit_lfm.recipe.adapters import AdapterRef
+from mergekit_lfm.recipe.adapters import PLUS, AdapterRef
 from mergekit_lfm.recipe.align import AlignRequest
 from mergekit_lfm.recipe.edit import EditRequest
 from mergekit_lfm.recipe.problems import Problem
@@ -31,10 +31,10 @@ class Input:
     """A model of a recipe: `ref` as written, its `source`, and a `label` unique in the recipe.
 
     source: the absolute path of its folder, or its name on the Hub. adapters: those that it is read with. rename: new
-    names for its tensors, which all else sees. align: the transform file that rewrites it before the merge, or the request to find one. edits: patch files
-    that change it before the merge, or requests to make one. These are the model; the rest is of its line in the
-    recipe. place: of the line, in messages. settings: its own. layers: of a slice, the first and the one behind the
-    last; None for all.
+    names for its tensors, which all else sees. align: the transform file that rewrites it before the merge, or the
+    request to find one. edits: patch files that change it before the merge, or requests to make one. These are the
+    model; the rest is of its line in the recipe. place: of the line, in messages. settings: its own. layers: of a
+    slice, the first and the one behind the last; None for all.
     """
 
     ref: str
@@ -48,6 +48,14 @@ class Input:
     settings: Mapping[str, Setting] = field(default_factory=dict, compare=False)
     stats: NamedFile | None = field(default=None, compare=False)
     layers: tuple[int, int] | None = field(default=None, compare=False)
+
+    @property
+    def model_ref(self) -> str:
+        """The part of `ref` before the adapters."""
+        text = self.ref
+        for adapter in reversed(self.adapters):
+            text = text[: text.rindex(PLUS, 0, text.rindex(adapter.ref))]
+        return text
 
 
 @dataclass(frozen=True, slots=True)

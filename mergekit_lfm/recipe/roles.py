@@ -129,9 +129,7 @@ def _read_rename(raw: object, place: str) -> tuple[tuple[RenameRule, ...], list[
         return (), [Problem(place, line) for line in str(wrong).split("\n")]
 
 
-def _read_source(
-    ref: str, where: Where, place: str
-) -> tuple[Path | HubName, tuple[AdapterRef, ...], list[Problem]]:
+def _read_source(ref: str, where: Where, place: str) -> tuple[Path | HubName, tuple[AdapterRef, ...], list[Problem]]:
     """The model that a text names, and the adapters that it is read with."""
     found, problems = attempt(partial(find_reference, ref, where), place)
     source, adapters = found or (Path(ref), ())

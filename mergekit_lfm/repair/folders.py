@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mergekit_lfm.arch import Symmetries, find_symmetries
 from mergekit_lfm.errors import FormatError
-from mergekit_lfm.judge.ends import Alignment, module_of, open_aligned, open_model
+from mergekit_lfm.judge.ends import Alignment, load_end, module_of, open_aligned
 from mergekit_lfm.judge.questions import Data, batches_of
 from mergekit_lfm.kernels.sums import round_once
 from mergekit_lfm.machine.progress import Count
@@ -62,7 +62,7 @@ def repair(
     shares = check_weights(weights, 2)
     check_out(folder, {str(path): Path(path) for path in (merged, *ends)}, overwrite=overwrite)
     table = find_symmetries(source) if symmetries is None else symmetries
-    model = open_model(source.path, task, device)
+    model = load_end(source.path, task, device)
     module = module_of(model)
     batches = batches_of(model, data, task, window=window, batch_size=batch_size)
     subject = make_subject(module, source)

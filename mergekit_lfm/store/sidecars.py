@@ -53,11 +53,15 @@ class Sidecars:
         return tuple((name, why) for name, why in self.left if why not in QUIET)
 
 
-def download(name: HubName, progress: Progress = SILENCE) -> Path:
-    """Download all files that loading a model needs, and return their folder. Raises as `open_checkpoint` does."""
-    model = open_checkpoint(name)
+def download(name: HubName, progress: Progress = SILENCE, *, adapter: bool = False) -> Path:
+    """Download all files that loading a model, or an adapter, needs, and return their folder.
+
+    Raises as `open_checkpoint` does.
+    """
+    model = open_checkpoint(name, adapter=adapter)
     model.fetch(progress)
-    sidecars_of(model)
+    if not adapter:
+        sidecars_of(model)
     return model.path
 
 

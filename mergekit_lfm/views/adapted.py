@@ -14,14 +14,14 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, TypeVar, final
 
 from mergekit_lfm.artifacts.adapter import Adapter, dropped_of, open_adapter
 from mergekit_lfm.artifacts.transform import PANEL
 from mergekit_lfm.errors import FormatError, PlanError, several
 from mergekit_lfm.kernels.sums import round_once
 from mergekit_lfm.recipe.adapters import AdapterRef
-from mergekit_lfm.recipe.files import Where, find_reference
+from mergekit_lfm.recipe.files import Where, find_reference, is_adapted
 from mergekit_lfm.store.checkpoint import Checkpoint, Layout, open_checkpoint
 from mergekit_lfm.store.tensors import ITEMSIZE, TensorSpec
 from mergekit_lfm.views.adapters.change import Change, Panel
@@ -32,6 +32,7 @@ from mergekit_lfm.views.quantisation import dequantise
 if TYPE_CHECKING:
     from torch import Tensor
 
+T = TypeVar("T")
 Step = tuple[int, Change]  # the index of an adapter among the view's checkpoints, and what it does
 
 
@@ -199,12 +200,17 @@ def adapt(checkpoint: Checkpoint, refs: Sequence[AdapterRef], label: object, *, 
     return Adapted(checkpoint, found, exact=exact) if found else checkpoint
 
 
+def with_adapters(model: T) -> T | Checkpoint:
+    """The model that a text MODEL+ADAPTER names; anything else as it is."""
+    return open_model(model) if isinstance(model, str | os.PathLike) and is_adapted(model) else model
+
+
 def open_model(text: str | os.PathLike[str], *, where: Path | None = None) -> Checkpoint:
     """The model that a text names, MODEL or MODEL+ADAPTER, as `open_checkpoint` opens it; quantised ones as float32.
 
     where: the folder that paths are relative to, before the working directory.
     """
-    if "+" not in str(text):
+    if not is_adapted(text):
         return open_checkpoint(text)
     source, adapters = find_reference(str(text), Where(where))
     return adapt(dequantise(open_checkpoint(source)), adapters, text)

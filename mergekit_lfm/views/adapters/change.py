@@ -134,9 +134,9 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class Multiplied:
-    """Every row or every column times its number: what IA3 does. Source: Liu et al. 2022, arXiv 2205.05638, section 3.3.
+    """Every row times its number, or every column, `across`: what IA3 does.
 
-    across: True if there is a number for each column.
+    Source: Liu et al. 2022, arXiv 2205.05638, section 3.3.
     """
 
     factors: TensorSpec
@@ -158,4 +158,3 @@ class Multiplied:
 
     def scaled(self, scale: float) -> Change:
         return Partial(self, scale)
-

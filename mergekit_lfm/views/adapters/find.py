@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
 
 from mergekit_lfm.arch.ties import tied_names
 from mergekit_lfm.artifacts.adapter import Adapter, Module, idle_patterns, pattern_value
@@ -27,7 +26,15 @@ Changes = dict[str, list[Change]]  # by the model's name of a tensor, in the ord
 
 # What an adapter is trained against is no longer the model on the disk if it was made in these ways.
 REBASED = ("pissa", "olora", "corda", "lora_ga", "loftq")
-UNCHANGED = "PROMPT_TUNING P_TUNING PREFIX_TUNING MULTITASK_PROMPT_TUNING CPT ADAPTION_PROMPT CARTRIDGE".split()
+UNCHANGED = (
+    "PROMPT_TUNING",
+    "P_TUNING",
+    "PREFIX_TUNING",
+    "MULTITASK_PROMPT_TUNING",
+    "CPT",
+    "ADAPTION_PROMPT",
+    "CARTRIDGE",
+)
 
 
 @dataclass
@@ -63,7 +70,9 @@ class Finding:
         """The factor of a module's change: alpha over the rank or, for rsLoRA, over the rank's root."""
         config = self.adapter.config
         if config:
-            alpha = pattern_value(config.get("alpha_pattern") or {}, name, config.get("lora_alpha", config.get("alpha")))
+            alpha = pattern_value(
+                config.get("alpha_pattern") or {}, name, config.get("lora_alpha", config.get("alpha"))
+            )
         else:
             alpha = _number(self.adapter, module) if "alpha" in module.parts else rank
         if not isinstance(alpha, int | float) or isinstance(alpha, bool):
@@ -108,7 +117,9 @@ def find_changes(adapter: Adapter, model: Checkpoint, label: object) -> Changes:
 def refuse_kind(adapter: Adapter) -> None:
     """Raise PlanError for an adapter that changes no weights, is of an unknown kind, or needs other weights."""
     if adapter.kind in UNCHANGED:
-        raise PlanError(f"{adapter.label} is {adapter.kind}, which changes no weights of its model: it cannot be merged")
+        raise PlanError(
+            f"{adapter.label} is {adapter.kind}, which changes no weights of its model: it cannot be merged"
+        )
     if adapter.kind not in KINDS:
         raise PlanError(
             f"{adapter.label} is {adapter.kind}, expected one of {', '.join(KINDS)}: merge it into its model with peft's "
@@ -117,7 +128,7 @@ def refuse_kind(adapter: Adapter) -> None:
     made = adapter.config.get("init_lora_weights")
     if isinstance(made, str) and made.startswith(REBASED):
         raise PlanError(
-            f"{adapter.label} was started with {made!r}, which changes the weights of the model, too: save it again with "
+            f"{adapter.label} was started with {made!r}, which changes the model's weights, too: save it again with "
             "path_initial_model_for_weight_conversion, or set init_lora_weights to true if MODEL is the changed one"
         )
 
@@ -230,7 +241,7 @@ def _hadamard(finding: Finding, module: Module) -> Iterator[tuple[str, Change]]:
     one, other = _factor(module, "hada_w1", "hada_t1"), _factor(module, "hada_w2", "hada_t2")
     weight = finding.weight(module)
     stored = weight.shape[0], weight.numel // max(1, weight.shape[0])
-    if one is None or other is None or not {(f.height, f.width) for f in (one, other)} == {stored}:
+    if one is None or other is None or {(f.height, f.width) for f in (one, other)} != {stored}:
         finding.refuse(module, f"its tensors, {_shapes(module)}, do not fit {weight}")
         return
     rank = finding.rank(module, module.name, module.parts["hada_w1_b"].shape[0])
@@ -290,7 +301,9 @@ def _vera(finding: Finding, module: Module) -> Iterator[tuple[str, Change]]:
     turned = finding.is_turned(module, weight, out, columns)
     rank = finding.rank(module, module.name, ranks.numel)
     if turned is None or a.shape[0] != rank or b.shape[1:] != (rank,) or a.shape[1] < columns or b.shape[0] < out:
-        finding.refuse(module, f"{_shapes(module)} with vera_A {list(a.shape)}, vera_B {list(b.shape)}: not of {weight}")
+        finding.refuse(
+            module, f"{_shapes(module)} with vera_A {list(a.shape)}, vera_B {list(b.shape)}: not of {weight}"
+        )
         return
     yield weight.name, Vera(a, b, ranks, rows, out, columns, turned)
 
@@ -298,7 +311,13 @@ def _vera(finding: Finding, module: Module) -> Iterator[tuple[str, Change]]:
 def _strange_keys(adapter: Adapter) -> Iterator[str]:
     """What the config asks for that nothing here does, and patterns that are about no module."""
     known = {"r", "alpha", "lora_alpha", "use_rslora", "fan_in_fan_out", "rank_pattern", "alpha_pattern"}
-    known |= {"init_lora_weights", "feedforward_modules", "token_indices", "trainable_token_indices"}
+    known |= {
+        "init_lora_weights",
+        "target_parameters",
+        "feedforward_modules",
+        "token_indices",
+        "trainable_token_indices",
+    }
     for name, value in adapter.key.items():
         if name not in known:
             yield f"adapter_config.json has {name}: {value!r:.60}, which is not supported here; merge it with peft"
@@ -329,7 +348,9 @@ def _describe_lack(finding: Finding, lacking: list[str], label: object) -> str:
             )
     heads = [name for name in lacking if name in adapter.saved]
     if len(heads) == len(lacking):
-        return f"it holds {shorten(heads, 3)}, which the model lacks: give the model with the head that it was trained on"
+        return (
+            f"it holds {shorten(heads, 3)}, which the model lacks: give the model with the head that it was trained on"
+        )
     return f"it changes {shorten(lacking, 3)}, which the model does not have{trained}"
 
 

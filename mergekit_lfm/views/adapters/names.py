@@ -48,7 +48,9 @@ def _without_underscores(wanted: Iterable[str], model: Mapping[str, TensorSpec])
     wanted = list(wanted)
     bare = {name: _UNDERSCORES.sub("", name.removesuffix(".weight")) for name in wanted}
     best: dict[str, str] = {}
-    for beginning in sorted({name[: i + 1] for name in model for i, char in enumerate(name) if char == "."} | {""}, key=len)[:200]:
+    for beginning in sorted(
+        {name[: i + 1] for name in model for i, char in enumerate(name) if char == "."} | {""}, key=len
+    )[:200]:
         own = {
             name[len(beginning) :].removesuffix(".weight").replace(".", "_"): name
             for name in model

@@ -1,0 +1,220 @@
+"""Adapters of every kind against PEFT: its merge, and the outputs of its running model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import peft
+import pytest
+import torch
+from helpers_adapters import KINDS, LORA, MODELS, Made, adapt, logits, make
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, PreTrainedModel
+
+from mergekit_lfm import merge, open_checkpoint
+from mergekit_lfm.store.checkpoint import Checkpoint
+from mergekit_lfm.views.adapted import open_model
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
+
+
+def merged_by_peft(made: Made, folder: Path) -> Checkpoint:
+    """The model after PEFT's own merge, as transformers saves it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made.live.merge_and_unload().save_pretrained(folder)
+    return open_checkpoint(folder)
+
+
+def error(view: Checkpoint, expected: Checkpoint) -> float:
+    """The largest difference of a tensor, over the largest number in it."""
+    assert {name: spec.shape for name, spec in view.items()} == {name: spec.shape for name, spec in expected.items()}
+    pairs = ((view.read(name).double(), expected.read(name).double()) for name in view)
+    return max(float((x - y).abs().max() / y.abs().max().clamp_min(1e-30)) for x, y in pairs)
+
+
+def loaded(view: Checkpoint) -> PreTrainedModel:
+    """The running model of the tensors, as the class that its config names."""
+    import transformers
+
+    (name,) = view.config["architectures"]
+    config = AutoConfig.from_pretrained(view.path)
+    config._experts_implementation = "eager"
+    tensors = {name: view.read(name).view(spec.shape) for name, spec in view.items()}
+    dtype = next(iter(tensors.values())).dtype
+    model = getattr(transformers, name).from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
+    return model.eval()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "near", "near_outputs"),
+    [("float64", 1e-12, 1e-10), pytest.param("float32", 1e-6, 1e-5, marks=pytest.mark.slow)],
+)
+@pytest.mark.parametrize("name", KINDS)
+def test_an_adapter_does_what_it_does_in_peft(
+    name: str, dtype: str, near: float, near_outputs: float, tmp_path: Path
+) -> None:
+    """The tensors are those of PEFT's merge, and the outputs those of the model with the adapter beside it."""
+    model, config, options, merges = KINDS[name]
+    made = make(tmp_path, model, config(**options), getattr(torch, dtype))
+    view, base = open_model(made.reference), open_checkpoint(made.base)
+    changed = {name for name in view if view.digest_of(name) != base.digest_of(name)}
+    assert changed and changed <= {name for name in view if view.location(name) is None}
+    expected = logits(made.live)
+    assert float((logits(loaded(view)) - expected).abs().max()) <= near_outputs * float(expected.abs().max())
+    if merges:
+        assert error(view, merged_by_peft(made, tmp_path / "merged")) <= near
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> tuple[str, dict[str, object]]:
+    """A model, and the options of a LoRA."""
+    model, names = draw(st.sampled_from([("llama", "q_proj v_proj o_proj up_proj down_proj"), ("gpt2", "c_attn c_fc")]))
+    targets = draw(st.lists(st.sampled_from(names.split()), min_size=1, unique=True))
+    small = st.integers(1, 6)
+    options: dict[str, object] = {"r": draw(small), "lora_alpha": draw(st.integers(1, 20)), "target_modules": targets}
+    options["use_rslora"], options["use_dora"] = draw(st.booleans()), draw(st.booleans())
+    options["bias"] = draw(st.sampled_from(["none", "all", "lora_only"]))
+    options["fan_in_fan_out"] = draw(st.booleans()) if model == "gpt2" else False
+    for key in ("rank_pattern", "alpha_pattern"):
+        options[key] = draw(st.dictionaries(st.sampled_from(targets), small, max_size=2))
+    if model == "llama" and not options["use_dora"] and options["bias"] == "none":
+        options["lora_bias"] = draw(st.booleans())
+    return model, options
+
+
+def check_config(model: str, options: dict[str, object]) -> None:
+    with TemporaryDirectory() as folder:
+        made = make(Path(folder), model, peft.LoraConfig(**options), torch.float64)
+        assert error(open_model(made.reference), merged_by_peft(made, Path(folder) / "merged")) <= 1e-12
+
+
+@settings(max_examples=6, deadline=None)
+@given(configs())
+def test_any_lora_does_what_it_does_in_peft(case: tuple[str, dict[str, object]]) -> None:
+    check_config(*case)
+
+
+@pytest.mark.slow
+@settings(max_examples=200, deadline=None)
+@given(configs())
+def test_two_hundred_loras_do_what_they_do_in_peft(case: tuple[str, dict[str, object]]) -> None:
+    check_config(*case)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Made, Path]:
+    """A Llama in bfloat16 with a LoRA and, beside it, a DoRA."""
+    folder = tmp_path_factory.mktemp("pair")
+    lora = make(folder, "llama", LORA(r=4, target_modules=["q_proj", "down_proj"]), torch.bfloat16)
+    torch.manual_seed(0)
+    other = adapt(
+        MODELS["llama"]().to(torch.bfloat16), folder, LORA(r=2, use_dora=True, target_modules=["q_proj"]), "dora"
+    )
+    return lora, other.adapter
+
+
+def test_adapters_are_applied_in_turn_and_rounded_once(pair: tuple[Made, Path]) -> None:
+    """By the formulas, in float64: W + s B A, then m (V + s D C) over the norms of its rows."""
+    made, dora = pair
+    view, base = open_model(f"{made.reference}+{dora}"), open_checkpoint(made.base)
+    one, two = (load_file(folder / "adapter_model.safetensors") for folder in (made.adapter, dora))
+    name = "model.layers.1.self_attn.q_proj"
+    key = f"base_model.model.{name}"
+    w = base.read(f"{name}.weight").view(base[f"{name}.weight"].shape).double()
+    v = w + 2 * one[f"{key}.lora_B.weight"].double() @ one[f"{key}.lora_A.weight"].double()
+    sum_ = v + 4 * two[f"{key}.lora_B.weight"].double() @ two[f"{key}.lora_A.weight"].double()
+    expected = sum_ * (two[f"{key}.lora_magnitude_vector"].double() / sum_.norm(dim=1))[:, None]
+    got = view.read(f"{name}.weight").view(w.shape)
+    assert got.dtype == torch.bfloat16 and view[f"{name}.weight"] == base[f"{name}.weight"]
+    exact = got.double() == expected.to(torch.float32).to(torch.bfloat16).double()
+    assert exact.float().mean() > 0.99  # the others lie between two numbers of bfloat16, as far as float32 can tell
+    torch.testing.assert_close(got.double(), expected, rtol=2**-8, atol=0)
+
+
+def test_a_share_of_an_adapter_is_that_share_of_what_it_does(pair: tuple[Made, Path]) -> None:
+    made, dora = pair
+    base = open_checkpoint(made.base)
+    for adapter in (made.adapter, dora):
+        none, half, whole, back = (open_model(f"{made.base}+{s}*{adapter}") for s in ("0", ".5", "1.0", "-1"))
+        assert all(none.digest_of(name) == base.digest_of(name) for name in base)
+        assert whole.digests == open_model(f"{made.base}+{adapter}").digests
+        for name in (name for name in base if whole.location(name) is None):
+            w, d = base.read(name).double(), whole.read(name).double() - base.read(name).double()
+            torch.testing.assert_close(
+                half.read(name).double(), w + d / 2, rtol=2**-7, atol=2**-7 * float(d.abs().max())
+            )
+            torch.testing.assert_close(back.read(name).double(), w - d, rtol=2**-7, atol=2**-6 * float(d.abs().max()))
+
+
+def test_a_merge_takes_adapters_before_they_are_rounded(pair: tuple[Made, Path], tmp_path: Path) -> None:
+    """The mean of base+adapter and its base, in float64, rounded to bfloat16 once; tensors without change are copied."""
+    made, _ = pair
+    recipe = {
+        "merge_method": "linear",
+        "models": [
+            {"model": str(made.base), "parameters": {"weight": 0.5}},
+            {"model": str(made.base), "adapter": str(made.adapter), "scale": 0.5, "parameters": {"weight": 0.5}},
+        ],
+    }
+    out, base = open_checkpoint(Path(merge(recipe, tmp_path / "out"))), open_checkpoint(made.base)
+    tensors = load_file(made.adapter / "adapter_model.safetensors")
+    for name, spec in base.items():
+        key, w = f"base_model.model.{name.removesuffix('.weight')}", base.read(name).view(spec.shape)
+        assert out[name] == spec
+        if f"{key}.lora_A.weight" in tensors:
+            delta = tensors[f"{key}.lora_B.weight"].double() @ tensors[f"{key}.lora_A.weight"].double()
+            w = (w.double() + delta / 2).float().bfloat16()
+        assert (out.read(name).view(spec.shape) == w).float().mean() > 0.99, name
+
+
+def test_a_merge_of_one_model_and_its_adapter_is_that_model(pair: tuple[Made, Path], tmp_path: Path) -> None:
+    """`passthrough`, with the layout of its base; nothing of this machine is in its documents."""
+    made, dora = pair
+    text = f"models:\n  - model: {made.base}\n    adapter: [{made.adapter}, {dora}]\nmerge_method: passthrough\n"
+    (tmp_path / "recipe.yaml").write_text(text)
+    merged = Path(merge(tmp_path / "recipe.yaml", tmp_path / "out"))
+    expected = open_model(f"{made.reference}+{dora}")
+    assert open_checkpoint(merged).digests == expected.digests
+    lock, card = ((merged / name).read_text() for name in ("merge.lock.json", "README.md"))
+    assert str(made.base.parent) not in lock + card and "- base+adapter+dora" in card
+    files = [file["file"] for file in json.loads(lock)["inputs"][0]["files"] if "file" in file]
+    assert files == ["model.safetensors", "adapter_model.safetensors", "adapter_model.safetensors"]
+    loaded(open_checkpoint(merged))
+
+
+def test_older_names_and_archives_are_read(pair: tuple[Made, Path], tmp_path: Path) -> None:
+    """Of PEFT before 0.5, with the adapter's name; a pickle of tensors; names without the prefix; a base without one."""
+    made, _ = pair
+    tensors = load_file(made.adapter / "adapter_model.safetensors")
+    expected = open_model(made.reference)
+    for number, rename in enumerate(
+        (
+            lambda name: name.replace("lora_A.weight", "lora_A.default.weight"),
+            lambda name: name.removeprefix("base_model.model."),
+            lambda name: name.replace("base_model.model.model.", "base_model.model."),
+        )
+    ):
+        other = shutil.copytree(made.adapter, tmp_path / str(number))
+        (other / "adapter_model.safetensors").unlink()
+        torch.save({rename(name): x for name, x in tensors.items()}, other / "adapter_model.bin")
+        assert open_model(f"{made.base}+{other}").digests == expected.digests
+
+
+def test_names_of_trainers_of_image_models_are_read(pair: tuple[Made, Path], tmp_path: Path) -> None:
+    """One file without a config: dots as underscores, halves called down and up, an alpha for each module."""
+    made, _ = pair
+    tensors, named = load_file(made.adapter / "adapter_model.safetensors"), {}
+    for name, x in tensors.items():
+        module, half = name.removeprefix("base_model.model.").split(".lora_")
+        key = "lora_unet_" + module.replace(".", "_")
+        named[f"{key}.lora_{'down' if half[0] == 'A' else 'up'}.weight"] = x
+        named[f"{key}.alpha"] = torch.tensor(8.0)
+    save_file(named, tmp_path / "kohya.safetensors")
+    assert open_model(f"{made.base}+{tmp_path}/kohya.safetensors").digests == open_model(made.reference).digests
