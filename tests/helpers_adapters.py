@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -32,12 +33,12 @@ IDS = torch.arange(14).view(2, 7) * 5 % 39
 
 
 def llama(**changes: Any) -> PreTrainedModel:
-    biases = {"attention_bias": True, "mlp_bias": True}
+    biases: dict[str, Any] = {"attention_bias": True, "mlp_bias": True}
     return LlamaForCausalLM(LlamaConfig(**WIDE, num_key_value_heads=1, **biases, bos_token_id=1, **changes))
 
 
 def gpt2() -> PreTrainedModel:
-    ends = {"bos_token_id": 1, "eos_token_id": 2}
+    ends: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2}
     return GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=40, n_positions=16, **ends))
 
 
@@ -52,7 +53,7 @@ def mixtral() -> PreTrainedModel:
 
 
 MODELS: Mapping[str, Callable[[], PreTrainedModel]] = MappingProxyType(
-    {"llama": llama, "gpt2": gpt2, "bert": bert, "mixtral": mixtral}
+    {"llama": llama, "tied": partial(llama, tie_word_embeddings=True), "gpt2": gpt2, "bert": bert, "mixtral": mixtral}
 )
 
 
@@ -142,12 +143,12 @@ def make(
 ) -> Made:
     """Save the model as `folder`/base and a random adapter to it beside that."""
     torch.manual_seed(0)
-    base = MODELS[model]().to(dtype).eval()
-    base.save_pretrained(folder / "base")
+    base: Any = MODELS[model]()
+    base.to(dtype).eval().save_pretrained(folder / "base")
     return adapt(base, folder, config, name)
 
 
-def adapt(base: PreTrainedModel, folder: Path, config: peft.PeftConfig, name: str) -> Made:
+def adapt(base: Any, folder: Path, config: peft.PeftConfig, name: str) -> Made:
     """A random adapter to a model that is saved as `folder`/base; its numbers depend on its name."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's about configs that it corrects
@@ -158,7 +159,7 @@ def adapt(base: PreTrainedModel, folder: Path, config: peft.PeftConfig, name: st
                 if parameter.requires_grad:
                     parameter.add_(torch.randn(parameter.shape, generator=draw, dtype=parameter.dtype) * 0.1)
         live.to(base.dtype).eval()
-        live.save_pretrained(folder / name)
+        live.save_pretrained(str(folder / name))
     return Made(live, folder / "base", folder / name)
 
 

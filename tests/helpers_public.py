@@ -34,7 +34,7 @@ def save_stand_in(root: Path, name: str) -> None:
     """A model for a name in a recipe, under that name in the folder, with numbers of its own."""
     path, _, adapter = name.partition("+")
     folder = root / path
-    if adapter:
+    if adapter and not (root / adapter).exists():
         _save_adapter(root / adapter, count_layers(path))
     if folder.exists():
         return

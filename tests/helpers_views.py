@@ -11,14 +11,18 @@ from typing import Any
 
 import torch
 from models import save_checkpoint
+from safetensors.torch import save_file
 from torch.profiler import ProfilerActivity, profile
 
 from mergekit_lfm.align.elements import random_transform
 from mergekit_lfm.arch.experts import Form, layouts
 from mergekit_lfm.arch.table import Units, read_table
 from mergekit_lfm.artifacts.patch import Patch, PatchInfo, TensorChange
+from mergekit_lfm.recipe.adapters import AdapterRef
 from mergekit_lfm.recipe.rename import RenameRule
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
+from mergekit_lfm.store.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from mergekit_lfm.views.adapted import adapt
 from mergekit_lfm.views.base import View
 from mergekit_lfm.views.experts import Regrouped
 from mergekit_lfm.views.patched import Patched, summed_changes
@@ -166,6 +170,34 @@ def pending(checkpoint: Checkpoint) -> View:
     return Pending(checkpoint, checkpoint, dict.fromkeys(checkpoint, 100), 1000, {"align": "later"})
 
 
+def adapted(checkpoint: Checkpoint, *, dora: bool = False, exact: bool = False) -> View:
+    """The checkpoint with a LoRA of two matrices, or a DoRA of columns, a new vector and a few rows."""
+    draw = torch.Generator().manual_seed(3)
+    config: dict[str, Any] = {
+        "peft_type": "LORA",
+        "r": 4,
+        "lora_alpha": 2,
+        "trainable_token_indices": {"down": [5, 900]},
+    }
+    tensors = {"up.bias": torch.ones(301), "down.trainable_tokens_delta": torch.zeros(2, 301)}
+    for name in ("up", "down"):
+        rows, columns = SHAPES[f"{name}.weight"]
+        a, b = torch.randn(4, columns, generator=draw), torch.randn(rows, 4, generator=draw)
+        turned = dora and name == "up"  # as if the model stored [in, out]
+        tensors |= {f"{name}.lora_A.weight": b.T if turned else a, f"{name}.lora_B.weight": a.T if turned else b}
+    if dora:
+        config["use_dora"] = True
+        tensors |= {"up.lora_magnitude_vector": torch.ones(901), "down.lora_magnitude_vector": torch.ones(1033)}
+    folder = checkpoint.path.with_name(f"{checkpoint.path.name}-adapter-{dora}")
+    if not folder.exists():
+        folder.mkdir()
+        save_file({f"base_model.model.{n}": x.contiguous() for n, x in tensors.items()}, folder / ADAPTER_WEIGHTS[0])
+        (folder / ADAPTER_CONFIG).write_text(json.dumps(config))
+    view = adapt(checkpoint, [AdapterRef("adapter", folder, 0.5)], "model", exact=exact)
+    assert isinstance(view, View)
+    return view
+
+
 Case = tuple[Callable[[Path], Path], Callable[[Checkpoint], Checkpoint]]  # saves a checkpoint, and makes a view of it
 
 CASES: Mapping[str, Case] = MappingProxyType(
@@ -201,6 +233,10 @@ CASES: Mapping[str, Case] = MappingProxyType(
             save_fp8,
             lambda x: patched(dequantise(Renamed(x, [RenameRule("none", "void")]))),
         ),
+        "adapted": (save_plain, adapted),
+        "adapted, float32": (lambda folder: save_plain(folder, torch.float32), lambda x: adapted(x, dora=True)),
+        "adapted, before rounding": (save_plain, lambda x: adapted(x, dora=True, exact=True)),
+        "patched over adapted over dequantised": (save_fp8, lambda x: patched(adapted(dequantise(x)))),
         "patched over rotated over rewritten": (save_plain, lambda x: patched(rotated(rewritten(x)))),
     }
 )

@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mergekit_lfm.errors import FormatError, several
+from mergekit_lfm.errors import FormatError, shorten
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lfm.store.files import read_json
 from mergekit_lfm.store.folder import ADAPTER_CONFIG
@@ -106,7 +106,9 @@ def open_adapter(source: Path | HubName, label: str | None = None) -> Adapter:
     config = _read_config(tensors.path, label)
     strange = [str(spec) for spec in tensors.values() if spec.dtype not in FLOATS]
     if strange:
-        raise FormatError(several(f"{label} has tensors that are not floating-point numbers", strange))
+        raise FormatError(
+            f"{label} has tensors that are not floating-point numbers: {shorten(strange, 3)}; save it anew"
+        )
     modules, saved = _sort(tensors)
     if not (modules or saved):
         raise FormatError(f"{label} holds no tensor of an adapter, but {', '.join([*tensors][:3]) or 'nothing'}")

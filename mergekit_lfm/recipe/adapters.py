@@ -50,9 +50,10 @@ def _unscaled(piece: str) -> tuple[str, float]:
     return (piece, 1.0) if match is None else (match[2], float(match[1]))
 
 
-def join_reference(model: str, adapters: Iterable[tuple[str, float]]) -> str:
-    """The text that `split_reference` takes apart."""
-    return PLUS.join([model, *(ref if scale == 1 else f"{scale:g}{TIMES}{ref}" for ref, scale in adapters)])
+def join_reference(model: str, adapters: Iterable[tuple[str, float]], *, ones: bool = False) -> str:
+    """The text that `split_reference` takes apart. ones: True to write a scale of 1, too, which no path is like."""
+    plain = 1 if not ones else None
+    return PLUS.join([model, *(ref if scale == plain else f"{scale:g}{TIMES}{ref}" for ref, scale in adapters)])
 
 
 def names_in(text: str) -> list[str]:

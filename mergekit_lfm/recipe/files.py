@@ -26,19 +26,31 @@ class Where:
     stages: Mapping[str, Path] = field(default_factory=dict)
 
 
-def find_reference(ref: str, where: Where) -> tuple[Path | HubName, tuple[AdapterRef, ...]]:
+@dataclass(frozen=True, slots=True)
+class FoundModel:
+    """A model that a text names, where it is, and the adapters that it is read with."""
+
+    ref: str
+    source: Path | HubName
+    adapters: tuple[AdapterRef, ...] = ()
+
+
+def find_reference(text: str, where: Where) -> FoundModel:
     """The model in a text MODEL+ADAPTER, as `find_model` finds it, or the result of a stage; and the adapters.
 
     Raises ValueError for the first part that is not there.
     """
-    if ref in where.stages:
-        return where.stages[ref], ()
-    model, adapters = split_reference(ref, partial(_exists, where=where.folder))
-    source = where.stages[model] if model in where.stages else find_model(model, where.folder)
-    return source, tuple(
-        AdapterRef(name, where.stages[name] if name in where.stages else find_model(name, where.folder), scale)
-        for name, scale in adapters
-    )
+    if text in where.stages:
+        return FoundModel(text, where.stages[text])
+    exists = partial(_exists, where=where.folder)
+    parts = model, adapters = split_reference(text, exists)
+    short = join_reference(model, adapters)
+
+    def find(ref: str) -> Path | HubName:
+        return where.stages[ref] if ref in where.stages else find_model(ref, where.folder)
+
+    found = tuple(AdapterRef(ref, find(ref), scale) for ref, scale in adapters)
+    return FoundModel(short if split_reference(short, exists) == parts else text, find(model), found)
 
 
 def is_adapted(text: object) -> bool:

@@ -75,7 +75,8 @@ def _with_adapters(name: object, value: Mapping[str, Any], at: str) -> object:
     wrong = next((each for each in adapters if not isinstance(each, str) or not each), None)
     if wrong is not None:
         raise Refusal("adapter: found {found}, expected {expected}", found=repr(wrong), expected="an adapter's folder")
-    return join_reference(name, [(str(each), 1.0 if scale is None else float(scale)) for each in adapters])
+    share = 1.0 if scale is None else float(scale)
+    return join_reference(name, [(str(each), share) for each in adapters], ones=True)
 
 
 def _adapters_beside(data: object) -> object:

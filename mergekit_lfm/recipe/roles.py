@@ -14,10 +14,9 @@ from typing import Any
 from mergekit_lfm.errors import did_you_mean
 from mergekit_lfm.methods.method import Method
 from mergekit_lfm.methods.registry import METHODS
-from mergekit_lfm.recipe.adapters import AdapterRef
 from mergekit_lfm.recipe.align import AlignRequest, read_align_request
 from mergekit_lfm.recipe.edit import read_edit_request
-from mergekit_lfm.recipe.files import Where, find_reference, read_file
+from mergekit_lfm.recipe.files import FoundModel, Where, find_reference, read_file
 from mergekit_lfm.recipe.form import ModelEntry
 from mergekit_lfm.recipe.parts import Edit, Input, Part, Scope, Slice
 from mergekit_lfm.recipe.problems import Problem, attempt, problem_at
@@ -33,8 +32,8 @@ def read_base(ref: str | None, where: Where, place: str) -> tuple[Input | None, 
     """The base model that a recipe names."""
     if ref is None:
         return None, []
-    source, adapters, problems = _read_source(ref, where, place)
-    return Input(ref, source, ref, adapters, place=place), problems
+    found, problems = _read_source(ref, where, place)
+    return Input(found.ref, found.source, found.ref, found.adapters, place=place), problems
 
 
 def read_scope(raw: Mapping[str, Any], methods: Sequence[Method], place: str) -> tuple[Scope, list[str], list[Problem]]:
@@ -95,7 +94,7 @@ def _read_line(
     where: Where,
 ) -> tuple[Input, list[str], list[Problem]]:
     """The model of a line, all but its alignment. before: the lines above."""
-    source, adapters, problems = _read_source(entry.model, where, f"{place}.model")
+    found, problems = _read_source(entry.model, where, f"{place}.model")
     settings, notices, wrong_settings = _read_settings(entry.parameters, methods, f"{place}.parameters", own=True)
     stats, wrong_stats = _read_stats(entry.stats, methods[0], where, f"{place}.stats")
     edits, wrong_edits = read_edits(entry.edits, where, f"{place}.edits")
@@ -113,7 +112,7 @@ def _read_line(
             "`mergekit-lfm patch apply`, and align that"
         )
         problems.append(Problem(place, text))
-    named = Input(entry.model, source, entry.model, adapters)
+    named = Input(found.ref, found.source, found.ref, found.adapters)
     model = _name_model(named, base, before, apart=bool(entry.edits))
     line = replace(
         model, edits=edits, rename=rename, place=place, settings=settings, stats=stats, layers=entry.layer_range
@@ -129,11 +128,10 @@ def _read_rename(raw: object, place: str) -> tuple[tuple[RenameRule, ...], list[
         return (), [Problem(place, line) for line in str(wrong).split("\n")]
 
 
-def _read_source(ref: str, where: Where, place: str) -> tuple[Path | HubName, tuple[AdapterRef, ...], list[Problem]]:
+def _read_source(ref: str, where: Where, place: str) -> tuple[FoundModel, list[Problem]]:
     """The model that a text names, and the adapters that it is read with."""
     found, problems = attempt(partial(find_reference, ref, where), place)
-    source, adapters = found or (Path(ref), ())
-    return source, adapters, problems
+    return found or FoundModel(ref, Path(ref)), problems
 
 
 def _read_settings(

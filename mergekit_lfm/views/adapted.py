@@ -212,5 +212,5 @@ def open_model(text: str | os.PathLike[str], *, where: Path | None = None) -> Ch
     """
     if not is_adapted(text):
         return open_checkpoint(text)
-    source, adapters = find_reference(str(text), Where(where))
-    return adapt(dequantise(open_checkpoint(source)), adapters, text)
+    found = find_reference(str(text), Where(where))
+    return adapt(dequantise(open_checkpoint(found.source)), found.adapters, found.ref)

@@ -21,11 +21,12 @@ BEGINNINGS = 6  # prefixes to try on either side
 
 
 def find_renaming(
-    model: Specs, template: Specs, excused: Callable[[str], bool] = lambda _: False
+    model: Specs, template: Specs, excused: Callable[[str], bool] = lambda _: False, *, wrappers: bool = False
 ) -> tuple[RenameRule, ...]:
     """The rules that give a model the template's names, () where its own match or no rules are found.
 
-    excused: whether a tensor that only one of them has may stay alone.
+    excused: whether a tensor that only one of them has may stay alone. wrappers: True for known rules only, and for
+    beginnings that are put before names or taken away; not for others in their place.
     """
     names, rules = {name: name for name in model}, list[RenameRule]()
     best = _count(names, model, template)
@@ -35,7 +36,7 @@ def find_renaming(
         lacking = [name for name in template if name not in there]
         if not (alone and lacking):
             break
-        tried = [(rule, _apply(rule, names)) for rule in _candidates(alone, lacking, names, template)]
+        tried = [(rule, _apply(rule, names)) for rule in _candidates(alone, lacking, names, template, wrappers)]
         counts = [(_count(new, model, template), rule, new) for rule, new in tried if new is not None]
         count, rule, new = max(counts, key=lambda each: each[0], default=(0, RenameRule("", ""), names))
         if count <= best:
@@ -61,7 +62,7 @@ def _first(rules: list[RenameRule], name: str) -> str:
 
 
 def _candidates(
-    alone: list[str], lacking: list[str], names: Mapping[str, str], template: Specs
+    alone: list[str], lacking: list[str], names: Mapping[str, str], template: Specs, wrappers: bool
 ) -> Iterator[RenameRule]:
     """Rules to try: the known ones, and changes of the beginnings of those that fit nowhere."""
     yield from (RenameRule(PATTERN + old, new) for old, new in RENAMINGS)
@@ -69,7 +70,7 @@ def _candidates(
     others = rf"{PATTERN}^(?!(?:{'|'.join(matched)})\.)" if matched else ""
     for old in _beginnings(alone):
         for new in _beginnings(lacking):
-            if old != new:
+            if old != new and not (wrappers and ((old and new) or any(map(str.isdigit, old + new)))):
                 yield RenameRule(old or others, new)
 
 

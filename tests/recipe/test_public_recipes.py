@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,8 +19,6 @@ from mergekit_lfm.plan.plan import Plan
 pytestmark = pytest.mark.filterwarnings("ignore::mergekit_lfm.api.outcome.Finding")
 
 PATHS = sorted(PUBLIC.glob("*.yaml"))
-# Forms of keys that this version does not have. Strict: whoever adds the keys removes the lines here.
-MISSING = {"model_and_adapter": "adapters"}
 RUN = (
     *(
         "all_scopes",
@@ -34,14 +31,8 @@ RUN = (
         "stack_anchors",
     ),
     *("stack_zeroed", "ties_bio", "vision_modules", "vision_slerp", "further_tokens", "stages_mega", "nuslerp_pair"),
-    *("breadcrumbs_ties_gamma", "della_tuned", "stack_two_models", "ties_gradients"),
+    *("breadcrumbs_ties_gamma", "della_tuned", "stack_two_models", "ties_gradients", "model_and_adapter"),
 )
-
-
-def marked(path: Path) -> Any:
-    missing = MISSING.get(path.stem)
-    wrong = [] if missing is None else [pytest.mark.xfail(strict=True, reason=missing)]
-    return pytest.param(path, id=path.stem, marks=wrong)
 
 
 @pytest.fixture(scope="module")
@@ -73,17 +64,17 @@ def made_names(plan: Plan) -> set[str]:
 
 
 def test_there_are_forty() -> None:
-    assert len(PATHS) - len(MISSING) >= 40 and {*MISSING, *RUN} <= {path.stem for path in PATHS}
+    assert len(PATHS) >= 40 and {*RUN} <= {path.stem for path in PATHS}
     assert len(RUN) >= len(PATHS) / 3
 
 
-@pytest.mark.parametrize("path", [marked(path) for path in PATHS])
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 def test_a_public_recipe_is_planned(path: Path, root: Path) -> None:
     planned = plan_merge(put(path, root)).result
     assert made_names(planned.plan) == expected_names(path)
 
 
-@pytest.mark.parametrize("path", [marked(path) for path in PATHS if path.stem in RUN])
+@pytest.mark.parametrize("path", [path for path in PATHS if path.stem in RUN], ids=lambda path: path.stem)
 def test_a_public_recipe_runs(path: Path, root: Path, tmp_path: Path) -> None:
     recipe = list(yaml.safe_load_all(path.read_text("utf-8")))[0 if path.stem != "stages_mega" else 1]
     out = Path(merge(put(path, root), tmp_path / "out"))

@@ -117,13 +117,11 @@ def find_changes(adapter: Adapter, model: Checkpoint, label: object) -> Changes:
 def refuse_kind(adapter: Adapter) -> None:
     """Raise PlanError for an adapter that changes no weights, is of an unknown kind, or needs other weights."""
     if adapter.kind in UNCHANGED:
-        raise PlanError(
-            f"{adapter.label} is {adapter.kind}, which changes no weights of its model: it cannot be merged"
-        )
+        raise PlanError(f"{adapter.label} is {adapter.kind}, which changes no weights: it cannot be merged")
     if adapter.kind not in KINDS:
         raise PlanError(
-            f"{adapter.label} is {adapter.kind}, expected one of {', '.join(KINDS)}: merge it into its model with peft's "
-            "merge_and_unload"
+            f"{adapter.label} is {adapter.kind}, expected one of {', '.join(KINDS)}: merge it into its model with "
+            "peft's merge_and_unload"
         )
     made = adapter.config.get("init_lora_weights")
     if isinstance(made, str) and made.startswith(REBASED):
@@ -336,8 +334,6 @@ def _describe_lack(finding: Finding, lacking: list[str], label: object) -> str:
     """A message about tensors that the adapter changes and the model lacks."""
     adapter, model = finding.adapter, finding.model
     trained = f"; it was trained on {adapter.base}" if adapter.base else ""
-    if len(lacking) == len(finding.names):
-        return f"none of the {len(lacking)} tensors that it changes, such as {lacking[0]}, is in {label}{trained}"
     tied = {name: group for group in tied_names(dict.fromkeys([*model, *lacking])) for name in group}
     for name in (name for name in lacking if name in tied):
         held = [other for other in tied[name] if other in model]
@@ -346,6 +342,8 @@ def _describe_lack(finding: Finding, lacking: list[str], label: object) -> str:
                 f"it changes {name}, which the model ties to {held[0]} and does not store: a merged model would need "
                 "both; save the model with the two apart, and tie_word_embeddings false"
             )
+    if len(lacking) == len(finding.names):
+        return f"none of the {len(lacking)} tensors that it changes, such as {lacking[0]}, is in {label}{trained}"
     heads = [name for name in lacking if name in adapter.saved]
     if len(heads) == len(lacking):
         return (

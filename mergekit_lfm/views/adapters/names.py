@@ -39,7 +39,7 @@ def find_names(adapter: Adapter, model: Mapping[str, TensorSpec]) -> dict[str, s
     if all(name in model for name in wanted):
         return {name: name for name in wanted}
     theirs, ours = ({name: TensorSpec(name, (), "float32") for name in names} for names in (wanted, model))
-    rules = find_renaming(theirs, ours, lambda name: name in ours)
+    rules = find_renaming(theirs, ours, lambda name: name in ours, wrappers=True)
     return {name: next((new for rule in rules if (new := rule.apply(name)) is not None), name) for name in wanted}
 
 
