@@ -2,8 +2,9 @@
 
 PEFT writes a folder with adapter_config.json; trainers of image models write one file, with every module's `alpha` in
 it. Reading an adapter reads headers, and needs neither PEFT nor torch unless a file has such numbers.
-Source: peft 0.21, utils/save_and_load.py; kohya-ss/sd-scripts, networks/lora.py; diffusers, loaders/lora_conversion_utils.py.
-"""  # noqa: E501
+Source: peft 0.21, utils/save_and_load.py; kohya-ss/sd-scripts, networks/lora.py; diffusers,
+loaders/lora_conversion_utils.py.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ _PARTS = (
 )
 _PART = re.compile(rf"^(?:(.*?)\.)?({_PARTS.replace(' ', '|')})(?:\.(?!weight$|bias$)[^.]+)?(?:\.(weight|bias))?$")
 
-# Names that other programs give to the same parts, and wrappers of PEFT that are no part of a module's name.
+# Names that other programs give to the same parts, and wrappers of PEFT in the names of modules.
 _SPELLINGS = (
     (re.compile(r"(?:\.|_)lora(?:_linear_layer)?(?:\.|_)down\.weight$"), ".lora_A.weight"),
     (re.compile(r"(?:\.|_)lora(?:_linear_layer)?(?:\.|_)up\.weight$"), ".lora_B.weight"),
@@ -158,7 +159,7 @@ def _plain(name: str) -> str:
 
 
 def dropped_of(adapter: Adapter) -> Iterator[str]:
-    """The tensors in the adapter's file that are no part of it."""
+    """The tensors in the adapter's file that it does not use."""
     used = {spec.name for module in adapter.modules for spec in module.parts.values()}
     used |= {spec.name for spec in adapter.saved.values()}
     return (name for name in adapter.tensors if name not in used)

@@ -14,7 +14,7 @@ from mergekit_lfm.methods.method import Method, Unit
 from mergekit_lfm.methods.registry import METHODS
 from mergekit_lfm.plan.match import Match
 from mergekit_lfm.plan.roles import PartRoles, TensorRef
-from mergekit_lfm.recipe.parts import Settings
+from mergekit_lfm.recipe.parts import Layer, Settings
 from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.store.tensors import FLOATS, ITEMSIZE, TensorSpec
 
@@ -124,8 +124,6 @@ def make_job(
     if lone:
         refs, dtypes = tuple(held.values()), [spec.dtype]
     if lone or not {*dtypes} <= {*FLOATS}:
-        first = held.get(roles.template)
-        refs = (*(ref for ref in refs if ref == first), *(ref for ref in refs if ref != first))
         if spec.dtype.startswith("float8") and not lone and settings.inputs[0].get("scale") is not None:
             raise PlanError(
                 "{place} is {found} and cannot be scaled; {cure}",
@@ -133,14 +131,9 @@ def make_job(
                 found=f"quantised ({spec.dtype})",
                 cure="leave it out of `scale`",
             )
-        i, name = refs[0]
-        kept = TensorSpec(spec.name, spec.shape, sources[i][name].dtype)
-        if (stored := sources[i].stored_dtype(name)) != kept.dtype:  # one that an adapter changes, to round
-            linear, weights = METHODS["linear"].name, averaging_settings(settings)
-            return Job(
-                replace(kept, dtype=stored), match, linear, refs[:1], None, weights, kept.dtype, False, block, False
-            )
-        return Job(kept, match, "copy", refs, None, settings, kept.dtype, True, block, False, layer=layer)
+        first = held.get(roles.template)
+        refs = (*(ref for ref in refs if ref == first), *(ref for ref in refs if ref != first))
+        return _copy(refs, sources, match, settings, block, layer)
     dtype = recipe.out_dtype or recipe.dtype or _promote([sources[i].stored_dtype(name) for i, name in refs])
     compute = "float64" if "float64" in (*dtypes, recipe.dtype) else "float32"
     out = TensorSpec(spec.name, spec.shape, dtype)
@@ -185,6 +178,24 @@ def _needs_sums(method: Method, unit: Unit) -> bool:
     except StopIteration:
         return False
     return True
+
+
+def _copy(
+    refs: tuple[TensorRef, ...],
+    sources: Sequence[Checkpoint],
+    match: Match,
+    settings: Settings,
+    block: int,
+    layer: Layer | None,
+) -> Job:
+    """The job of a tensor that the first source has as it is, or that it reads in a wider dtype, to round."""
+    i, name = refs[0]
+    dtype, stored = sources[i][name].dtype, sources[i].stored_dtype(name)
+    spec = TensorSpec(match.spec.name, match.spec.shape, stored)
+    if stored == dtype:
+        return Job(spec, match, "copy", refs, None, settings, dtype, True, block, False, layer=layer)
+    settings = averaging_settings(settings)
+    return Job(spec, match, METHODS["linear"].name, refs[:1], None, settings, dtype, False, block, False, layer=layer)
 
 
 def _promote(dtypes: Sequence[str]) -> str:

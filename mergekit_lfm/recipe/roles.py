@@ -249,7 +249,7 @@ def _name_model(named: Input, base: Input | None, before: Sequence[Input], *, ap
 
 
 def _applied(model: Input) -> list[tuple[Path | HubName, float]]:
-    """What a model's adapters are, however they are written."""
+    """The adapters of a model and their scales, in the order in which they are applied."""
     return [(adapter.source, adapter.scale) for adapter in model.adapters]
 
 

@@ -160,7 +160,7 @@ class Adapted(View):
 
     @property
     def dropped(self) -> dict[str, str]:
-        unused = {f"{a.label}: {name}": "no part of the adapter" for a in self.adapters for name in dropped_of(a)}
+        unused = {f"{a.label}: {name}": "not used by the adapter" for a in self.adapters for name in dropped_of(a)}
         return {**super().dropped, **unused}
 
     def _panel(self, maker: Maker, first: int, last: int) -> Tensor:

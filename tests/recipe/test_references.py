@@ -37,7 +37,9 @@ def models(tmp_path: Path) -> Path:
         ("org/x@v1+0.5*org/y@main", "org/x@v1", [("org/y@main", 0.5)]),
     ],
 )
-def test_what_exists_is_not_split(models: Path, text: str, model: str, adapters: list[tuple[str, float]]) -> None:
+def test_a_path_that_is_there_stays_whole(
+    models: Path, text: str, model: str, adapters: list[tuple[str, float]]
+) -> None:
     """A model and adapters in turn, each with its share; a path may have plus signs of its own."""
     found = find_reference(text, Where(models))
 

@@ -60,7 +60,7 @@ def loaded(view: Checkpoint) -> PreTrainedModel:
     [("float64", 1e-12, 1e-10), pytest.param("float32", 1e-6, 1e-5, marks=pytest.mark.slow)],
 )
 @pytest.mark.parametrize("name", KINDS)
-def test_an_adapter_does_what_it_does_in_peft(
+def test_an_adapter_gives_the_model_of_peft(
     name: str, dtype: str, near: float, near_outputs: float, tmp_path: Path
 ) -> None:
     """The tensors are those of PEFT's merge, and the outputs those of the model with the adapter beside it."""
@@ -100,14 +100,14 @@ def check_config(model: str, options: dict[str, Any]) -> None:
 
 @settings(max_examples=6, deadline=None)
 @given(configs())
-def test_any_lora_does_what_it_does_in_peft(case: tuple[str, dict[str, Any]]) -> None:
+def test_any_lora_gives_the_model_of_peft(case: tuple[str, dict[str, Any]]) -> None:
     check_config(*case)
 
 
 @pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(configs())
-def test_two_hundred_loras_do_what_they_do_in_peft(case: tuple[str, dict[str, Any]]) -> None:
+def test_two_hundred_loras_give_the_models_of_peft(case: tuple[str, dict[str, Any]]) -> None:
     check_config(*case)
 
 
@@ -139,7 +139,7 @@ def test_adapters_are_applied_in_turn_and_rounded_once(pair: tuple[Made, Path]) 
     torch.testing.assert_close(got.double(), expected, rtol=2**-8, atol=0)
 
 
-def test_a_share_of_an_adapter_is_that_share_of_what_it_does(pair: tuple[Made, Path]) -> None:
+def test_a_share_of_an_adapter_is_that_share_of_its_change(pair: tuple[Made, Path]) -> None:
     made, dora = pair
     base = open_checkpoint(made.base)
     for adapter in (made.adapter, dora):

@@ -1,4 +1,4 @@
-"""Adapters that are broken, hostile or of another model: one message that says what was found and what to do."""
+"""Adapters that are broken, hostile or of another model: one message about all of it, with a cure."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ A, B, NORM = f"{Q}.lora_A.weight", f"{Q}.lora_B.weight", "base_model.model.model
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "a rank that the tensors do not have": ({"r": 8}, "q_proj: its tensors have rank 4, adapter_config.json says 8"),
     "a pattern for nothing": ({"rank_pattern": {"o_proj": 4}}, "rank_pattern has 'o_proj', which matches none of its"),
-    "an alpha that is no number": ({"lora_alpha": "big"}, "found 'big' as its alpha, expected a number"),
+    "an alpha as text": ({"lora_alpha": "big"}, "found 'big' as its alpha, expected a number"),
     "a kind without weights": ({"peft_type": "PREFIX_TUNING"}, "PREFIX_TUNING, which changes no weights: it cannot"),
     "a kind that is not known": ({"peft_type": "OFT"}, "is OFT, expected one of LORA, .*merge_and_unload"),
     "no kind": ({"peft_type": None}, "expected an object with peft_type"),
@@ -121,7 +121,7 @@ def test_no_code_of_an_adapter_runs(made: Made, tmp_path: Path) -> None:
     assert not Path("/tmp/of-a-hostile-adapter").exists()
 
 
-def test_what_is_no_adapter_is_refused(made: Made, tmp_path: Path) -> None:
+def test_another_folder_in_an_adapters_place_is_refused(made: Made, tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=r"holds no adapter: expected adapter_model\.safetensors or adapter_model\.bin"):
         open_model(f"{made.base}+{made.base}")
     bare = shutil.copytree(made.adapter, tmp_path / "bare")

@@ -1,4 +1,4 @@
-"""What an adapter does to one tensor: the contract of a change, and the changes that most kinds share.
+"""The change that an adapter makes to one tensor: the contract, and the changes that most kinds share.
 
 A change gets a panel of the tensor's rows, [rows, numbers in a row], in the dtype of the arithmetic, and returns them
 changed; it may change them in place. A tensor with one axis is a column. A change is data, and pickles.

@@ -18,7 +18,7 @@ from mergekit_lfm.views.adapters.lora import Expert, Experts, LowRank
 from mergekit_lfm.views.adapters.names import is_experts
 
 if TYPE_CHECKING:
-    from mergekit_lfm.views.adapters.find import Finding
+    from mergekit_lfm.views.adapters.finding import Finding
 
 ORDER = ("gate_up_proj", "down_proj")  # of the tensors in a module
 TURNED = ("gpt_oss", "llama4", "llama4_text")  # the models that have them as [experts, in, out]
