@@ -25,6 +25,8 @@ Examples:
   mergekit-lfm inspect model-00001-of-00002.safetensors --json
   mergekit-lfm inspect stats.safetensors
   mergekit-lfm inspect transform.safetensors
+  mergekit-lfm inspect my-lora
+  mergekit-lfm inspect models/a+my-lora
   mergekit-lfm inspect Qwen/Qwen3-0.6B""",
 )
 @click.argument("path")
@@ -39,8 +41,8 @@ def inspect(console: Console, /, path: str, content: bool) -> None:
     """List the tensors of a model's folder, of one file, or of a model on the Hub: shapes, dtypes, sizes, totals.
 
     On the Hub (org/name, org/name@revision) the headers are read there, and no weights are downloaded.
-    After the list, a statistics file, a transform or a patch is described: its model, the method that made it, and its
-    content.
+    After the list, a statistics file, a transform, a patch or an adapter is described: its model, the method that made
+    it, and its content. MODEL+ADAPTER is the model with the adapter applied.
     """
     from mergekit_lfm.api.inspect import inspect_file
     from mergekit_lfm.commands.show.files import checkpoint_data, checkpoint_text
@@ -59,9 +61,10 @@ def _describe(artifact: Artifact | None, file: Path) -> tuple[str, dict[str, Any
     """The kind of an artifact, and its description as data and as text; ("", {}, "") without one."""
     if artifact is None:
         return "", {}, ""
+    from mergekit_lfm.artifacts.adapter import Adapter
     from mergekit_lfm.artifacts.statistics import Statistics
     from mergekit_lfm.artifacts.transform import Transform
-    from mergekit_lfm.commands.show.files import statistics_data, statistics_text
+    from mergekit_lfm.commands.show.files import adapter_data, adapter_text, statistics_data, statistics_text
     from mergekit_lfm.commands.show.patches import patch_data, patch_text
     from mergekit_lfm.commands.show.transforms import transform_data, transform_text
 
@@ -71,6 +74,9 @@ def _describe(artifact: Artifact | None, file: Path) -> tuple[str, dict[str, Any
     if isinstance(artifact, Transform):
         data = transform_data(artifact)
         return "transform", data, transform_text(data)
+    if isinstance(artifact, Adapter):
+        data = adapter_data(artifact)
+        return "adapter", data, adapter_text(data)
     data = {"path": str(file), **patch_data(artifact)}
     return "patch", data, patch_text(data)
 

@@ -32,6 +32,7 @@ from mergekit_lfm.recipe.settings import SettingsTable
 from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.store.state import state_of
 from mergekit_lfm.store.tensors import TensorSpec
+from mergekit_lfm.views.adapted import adapted_in
 from mergekit_lfm.views.experts import note_of
 from mergekit_lfm.views.selected import Selected
 
@@ -91,17 +92,19 @@ def make_plan(
         allowed=allowed,
         vocabulary=rows.lengths,
         made=tuple(sorted(files.made.items())),
-        notices=(*cut.notices, *_expert_notes(models, labels), *files.notices),
+        notices=(*cut.notices, *_model_notes(models, labels), *files.notices),
         warnings=files.warnings,
         stacks=stacks,
     )
 
 
-def _expert_notes(models: Sequence[Checkpoint], labels: Sequence[str]) -> Iterator[str]:
-    """A line about each model whose experts are read in the layout of the template."""
+def _model_notes(models: Sequence[Checkpoint], labels: Sequence[str]) -> Iterator[str]:
+    """Lines about models whose experts are read in the layout of the template, or whose head an adapter changes."""
     for model, label in zip(models, labels, strict=True):
-        if note := note_of(model):
-            yield f"{label}: {note}"
+        adapted = adapted_in(model)
+        for note in (note_of(model), adapted and adapted.note):
+            if note:
+                yield f"{label}: {note}"
 
 
 def _plan_parts(

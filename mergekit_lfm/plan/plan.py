@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import xxhash
 
@@ -31,8 +32,20 @@ from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.store.files import read_bytes
 from mergekit_lfm.store.state import FileState
 from mergekit_lfm.version import __version__
+from mergekit_lfm.views.adapted import adapted_in
 from mergekit_lfm.views.pending import Pending
 from mergekit_lfm.views.renamed import found_rules
+
+
+class AppliedAdapter(NamedTuple):
+    """An adapter of a model in a plan: its kind, the tensors that it changes out of all, its own word for its base."""
+
+    model: str
+    adapter: str
+    kind: str
+    changed: int
+    tensors: int
+    trained_on: str | None
 
 
 @dataclass(frozen=True)
@@ -100,6 +113,17 @@ class Plan:
         inputs = zip(self.recipe.all_models, self.models, strict=True)
         found = {model.label: found_rules(checkpoint) for model, checkpoint in inputs if not model.rename}
         return {label: rules for label, rules in found.items() if rules}
+
+    @cached_property
+    def adapters(self) -> tuple[AppliedAdapter, ...]:
+        """The adapters that the models are read with."""
+        views = [(label, adapted_in(model)) for label, model in zip(self.labels, self.models, strict=True)]
+        return tuple(
+            AppliedAdapter(label, adapter.label, adapter.kind, changed, len(view), adapter.base)
+            for label, view in views
+            if view is not None
+            for adapter, changed in zip(view.adapters, view.changed, strict=True)
+        )
 
     @property
     def pending(self) -> tuple[Input, ...]:

@@ -120,6 +120,11 @@ def _base_of(folder: Path) -> str:
     return f": name it with its model, {base}+{folder}"
 
 
+def is_adapter(folder: Path) -> bool:
+    """True for a folder here with an adapter and no model."""
+    return (folder / ADAPTER_CONFIG).is_file() and not any((folder / name).exists() for name in (*SINGLES, *INDEXES))
+
+
 def find_adapter(folder: Path, names: Collection[str], label: object) -> Weights:
     """The weights of the adapter among a folder's files `names`. Raises FormatError without any."""
     found = [folder / name for name in ADAPTER_WEIGHTS if name in names]

@@ -16,6 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, final
 
+from mergekit_lfm.arch.ties import is_tied, tied_names
 from mergekit_lfm.artifacts.adapter import Adapter, dropped_of, open_adapter
 from mergekit_lfm.artifacts.transform import PANEL
 from mergekit_lfm.errors import FormatError, PlanError, several
@@ -32,6 +33,7 @@ from mergekit_lfm.views.quantisation import dequantise
 if TYPE_CHECKING:
     from torch import Tensor
 
+HEAD = "lm_head.weight"
 T = TypeVar("T")
 Step = tuple[int, Change]  # the index of an adapter among the view's checkpoints, and what it does
 
@@ -132,7 +134,7 @@ class Adapted(View):
     """The checkpoint with the adapters applied in turn, each to a share of what it does.
 
     adapters: with their shares and their changes, which fit the checkpoint. exact: True to leave the changed tensors in
-    the dtype of the arithmetic, as a merge takes them.
+    the dtype of the arithmetic, as a merge takes them. changed: the number of tensors that each adapter changes.
     """
 
     def __init__(self, inner: Checkpoint, adapters: Sequence[tuple[Adapter, float, Changes]], *, exact: bool) -> None:
@@ -147,12 +149,24 @@ class Adapted(View):
         key = {"adapters": [[adapter.kind, adapter.key, scale] for adapter, scale, _ in adapters], "exact": exact}
         super().__init__(specs, (inner, *(adapter.tensors for adapter, _, _ in adapters)), key)
         self.adapters = tuple(adapter for adapter, _, _ in adapters)
+        self.changed = tuple(len(changes) for _, _, changes in adapters)
 
     def maker(self, name: str) -> Applied | None:
         return self._makers.get(name)
 
     def stored_dtype(self, name: str) -> str:
         return self.inners[0].stored_dtype(name)
+
+    @property
+    def note(self) -> str | None:
+        """A line about a head that changes with an embedding, since the model ties the two."""
+        model = self.inners[0]
+        runs = any(part in str(name) for name in model.config.get("architectures") or () for part in ("LM", "Generat"))
+        if HEAD in model or not (runs and is_tied(model.config)):
+            return None
+        groups = tied_names([*model, HEAD])
+        name = next((name for group in groups if HEAD in group for name in group if name in self._makers), None)
+        return name and f"the adapter changes {name}, to which {HEAD} is tied: the head changes with it"
 
     @property
     def layout(self) -> tuple[Layout, ...]:
@@ -181,6 +195,15 @@ def _make(old: TensorSpec, steps: tuple[Step, ...], passes: _Passes, *, exact: b
     applied = Applied(old, old, steps, passes.once)
     spec = replace(old, dtype=applied.arithmetic) if exact else old
     return replace(applied, spec=spec)
+
+
+def adapted_in(checkpoint: Checkpoint) -> Adapted | None:
+    """The checkpoint, or one below it, with its adapters; None without any."""
+    while isinstance(checkpoint, View) and checkpoint.inners:
+        if isinstance(checkpoint, Adapted):
+            return checkpoint
+        checkpoint = checkpoint.inners[0]
+    return None
 
 
 def adapt(checkpoint: Checkpoint, refs: Sequence[AdapterRef], label: object, *, exact: bool = False) -> Checkpoint:

@@ -13,6 +13,7 @@ import peft
 import pytest
 import torch
 from helpers_adapters import KINDS, LORA, MODELS, Made, adapt, logits, make
+from helpers_commands import run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -215,3 +216,23 @@ def test_names_of_trainers_of_image_models_are_read(pair: tuple[Made, Path], tmp
         named[f"{key}.alpha"] = torch.tensor(8.0)
     save_file(named, tmp_path / "kohya.safetensors")
     assert open_model(f"{made.base}+{tmp_path}/kohya.safetensors").digests == open_model(made.reference).digests
+
+
+def test_a_plan_names_each_adapter_and_a_head_that_changes(tmp_path: Path) -> None:
+    """The model stores its embedding alone, and uses it as its head."""
+    made = make(tmp_path, "tied", LORA(r=2, target_modules=["embed_tokens", "q_proj"]))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"models: [{{model: {made.base}, adapter: {made.adapter}}}]\nmerge_method: passthrough\n")
+    data, text = (run("plan", str(recipe), *words).stdout for words in (["--json"], []))
+    (adapter,) = json.loads(data)["adapters"]
+    assert (adapter["kind"], adapter["changed"]) == ("LORA", 3)
+    assert "LORA, changes 3 of 34 tensors" in text
+    assert "the adapter changes model.embed_tokens.weight, to which lm_head.weight is tied" in text
+
+
+def test_an_adapter_can_be_inspected(pair: tuple[Made, Path]) -> None:
+    _, dora = pair
+    data, text = (run("inspect", str(dora), *words).stdout for words in (["--json"], []))
+    described = json.loads(data)["adapter"]
+    assert (described["kind"], described["ranks"]) == ("LORA", [{"rank": 2, "modules": 2}])
+    assert "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" in text and "2 (2 modules)" in text

@@ -1,14 +1,18 @@
-"""Show the contents of files: a checkpoint's tensors, and a statistics file's metadata."""
+"""Show the contents of files: a checkpoint's tensors, a statistics file's metadata, and an adapter."""
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from mergekit_lfm.artifacts.adapter import dropped_of, pattern_value
 from mergekit_lfm.commands.show.terminal import count_noun, table
+from mergekit_lfm.errors import shorten
 from mergekit_lfm.machine.sizes import format_size
 from mergekit_lfm.machine.text import printable_line
 
 if TYPE_CHECKING:
+    from mergekit_lfm.artifacts.adapter import Adapter
     from mergekit_lfm.artifacts.statistics import Statistics
     from mergekit_lfm.store.checkpoint import Checkpoint
 
@@ -54,6 +58,34 @@ def checkpoint_text(data: dict[str, Any]) -> str:
             ),
         ]
     )
+
+
+def adapter_data(adapter: Adapter) -> dict[str, Any]:
+    """An adapter's kind, its own word for its model, the rank of each module, and the tensors that it replaces."""
+    stated, patterns = adapter.config.get("r"), adapter.config.get("rank_pattern") or {}
+    ranks = Counter(pattern_value(patterns, module.name, stated) for module in adapter.modules if stated)
+    return {
+        "kind": adapter.kind,
+        "trained_on": adapter.base,
+        "settings": adapter.key,
+        "modules": [module.name for module in adapter.modules],
+        "ranks": [{"rank": rank, "modules": count} for rank, count in ranks.most_common()],
+        "saved": [*adapter.saved],
+        "unused": [*dropped_of(adapter)],
+    }
+
+
+def adapter_text(data: dict[str, Any]) -> str:
+    """`adapter_data` in lines."""
+    rows = [
+        ("adapter", data["kind"] + (f", trained on {data['trained_on']}" if data["trained_on"] else "")),
+        ("modules", f"{len(data['modules']):,}"),
+        ("ranks", ", ".join(f"{own['rank']} ({count_noun(own['modules'], 'module')})" for own in data["ranks"])),
+        ("settings", ", ".join(f"{name} {value}" for name, value in data["settings"].items())),
+        ("whole", shorten(data["saved"], SHOWN_NAMES)),
+        ("unused", shorten(data["unused"], SHOWN_NAMES)),
+    ]
+    return table([row for row in rows if row[1]])
 
 
 def statistics_data(statistics: Statistics) -> dict[str, Any]:

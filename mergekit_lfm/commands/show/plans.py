@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from mergekit_lfm.methods.method import Value
     from mergekit_lfm.output.push import Pushed
     from mergekit_lfm.plan.job import Job
-    from mergekit_lfm.plan.plan import Plan
+    from mergekit_lfm.plan.plan import AppliedAdapter, Plan
     from mergekit_lfm.recipe.parts import Edit
     from mergekit_lfm.recipe.rename import RenameRule
     from mergekit_lfm.store.checkpoint import Checkpoint
@@ -58,6 +58,7 @@ def plan_data(plan: Plan) -> dict[str, Any]:
             **{model.label: _edits_data(model.edits) for model in recipe.all_models if model.edits},
             **({"the result": _edits_data(recipe.result_edits)} if recipe.result_edits else {}),
         },
+        "adapters": [adapter._asdict() for adapter in plan.adapters],
         "renamed": {
             **{model.label: rename_data(model.rename) for model in recipe.all_models if model.rename},
             **{label: rename_data(rules) for label, rules in plan.renamed.items()},
@@ -131,6 +132,7 @@ def plan_text(plan: Plan, facts: dict[str, Any], verbose: bool) -> str:
         for model in plan.recipe.all_models
         for rule in model.rename
     ]
+    rows[3:3] = [("adapter", _adapter_text(adapter)) for adapter in plan.adapters]
     rows[3:3] = [("names", f"{label}: {_rules_text(rules)}") for label, rules in plan.renamed.items()]
     rows[3:3] = [("allowed", text) for text in plan.allowed]
     rows[3:3] = [("no effect", text) for text in plan.recipe.notices]
@@ -197,6 +199,11 @@ def _rules_text(rules: Sequence[RenameRule]) -> str:
     ]
     more = [f"{len(rules) - SHOWN_RULES} more"] if len(rules) > SHOWN_RULES else []
     return ", ".join([*shown, *more])
+
+
+def _adapter_text(adapter: AppliedAdapter) -> str:
+    trained = f", trained on {adapter.trained_on}" if adapter.trained_on else ""
+    return f"{adapter.adapter}: {adapter.kind}, changes {adapter.changed:,} of {adapter.tensors:,} tensors{trained}"
 
 
 def _edit_text(edit: Edit) -> str:
