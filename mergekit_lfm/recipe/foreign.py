@@ -17,7 +17,11 @@ METHODS_ELSEWHERE = {
     "weighted_average": (FUSION_BENCH, "linear"),
     "add_difference": (DIFFUSION, "task_arithmetic"),
     "weighted_sum": (DIFFUSION, "linear"),
-    "magnitude_prune": ("peft", "ties"),
+    "magnitude_prune": ("peft", "breadcrumbs, with gamma 0"),
+    "magnitude_prune_svd": ("peft", "breadcrumbs, with gamma 0"),
+    "ties_svd": ("peft", "ties"),
+    "dare_ties_svd": ("peft", "dare_ties"),
+    "dare_linear_svd": ("peft", "dare_linear"),
 }
 OTHER_JOB = "jobs other than merges are not supported in this version; leave the document out"
 # Documents of other tools: keys by which one is known, its description, and what to do.

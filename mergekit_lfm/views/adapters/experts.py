@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from mergekit_lfm.arch.experts import PART, Form, Layout, layouts
 from mergekit_lfm.arch.experts import Experts as Layer
-from mergekit_lfm.artifacts.adapter import Module
+from mergekit_lfm.artifacts.adapter import Adapter, Module
 from mergekit_lfm.store.tensors import TensorSpec
 from mergekit_lfm.views.adapters.change import Change
 from mergekit_lfm.views.adapters.lora import Expert, Experts, LowRank
@@ -35,7 +35,7 @@ def expert_changes(finding: Finding) -> Iterator[tuple[str, Change]]:
             wrappers.setdefault(module.name, []).append(module)
     apart = _find_apart(finding.model) if wrappers else {}
     for name, modules in wrappers.items():
-        parameters = _parameters(finding, name)
+        parameters = parameters_of(finding.adapter, name)
         modules.sort(key=lambda module: -module.depth)
         if len(parameters) != len(modules):
             found = ", ".join(parameters) or "none"
@@ -57,9 +57,9 @@ def _find_apart(model: Mapping[str, TensorSpec]) -> Apart:
     return found
 
 
-def _parameters(finding: Finding, module: str) -> list[str]:
+def parameters_of(adapter: Adapter, module: str) -> list[str]:
     """The tensors of a module that the config names, in the order in which the module has them."""
-    stated = finding.adapter.config.get("target_parameters") or ()
+    stated = adapter.config.get("target_parameters") or ()
     own = {each.rpartition(".")[2] for each in stated if f".{module}.".endswith(f".{each.rpartition('.')[0]}.")}
     return [*(name for name in ORDER if name in own), *sorted(own - {*ORDER})]
 

@@ -51,13 +51,17 @@ class Finding:
 
     def rank(self, module: Module, name: str, found: int) -> int:
         """The rank of a module, which its tensors and the config must agree on. name: for the config's patterns."""
-        config = self.adapter.config
-        if not config:
+        if not self.adapter.config:
             return found
-        stated = pattern_value(config.get("rank_pattern") or {}, name, config.get("r"))
+        stated = self.stated_rank(name)
         if stated != found:
             self.refuse(module, f"its tensors have rank {found}, adapter_config.json says {stated}")
         return found
+
+    def stated_rank(self, name: str) -> object:
+        """The rank that the config has for a module or a tensor of this name."""
+        config = self.adapter.config
+        return pattern_value(config.get("rank_pattern") or {}, name, config.get("r"))
 
     def scale(self, module: Module, name: str, rank: int) -> float:
         """The factor of a module's change: alpha over the rank or, for rsLoRA, over the rank's root."""
@@ -91,7 +95,7 @@ def find_changes(adapter: Adapter, model: Checkpoint, label: object) -> Changes:
     refuse_kind(adapter)
     names = find_names(adapter, model)
     finding = Finding(adapter, model, str(model.config.get("model_type", "")), names)
-    finding.problems += _strange_keys(adapter)
+    finding.problems += strange_keys(adapter)
     changes: Changes = {}
     for name, change in _all_changes(finding):
         if model[name].dtype not in FLOATS:
@@ -137,27 +141,41 @@ def _all_changes(finding: Finding) -> Iterator[tuple[str, Change]]:
     yield from expert_changes(finding)
 
 
+def halves_of(module: Module) -> tuple[str, str]:
+    """The names of a module's two matrices."""
+    return ("lora_embedding_A", "lora_embedding_B") if "lora_embedding_A" in module.parts else ("lora_A", "lora_B")
+
+
+def find_halves(finding: Finding, module: Module) -> tuple[TensorSpec, TensorSpec] | None:
+    """A module's A and B; None, and a problem if only one of them is whole."""
+    names = halves_of(module)
+    if missing := [name for name in names if name not in module.parts]:
+        if len(missing) < 2 or "lora_embedding_B" in module.parts:
+            finding.refuse(module, f"it has no {missing[0]}; save the adapter anew")
+        return None
+    a, b = (module.parts[name] for name in names)
+    if 0 in (*a.shape, *b.shape) or min(len(a.shape), len(b.shape)) < 2:
+        text = f"its {names[0]} is {list(a.shape)}, {names[1]} {list(b.shape)}: the training saved one part of many; "
+        finding.refuse(module, text + "save it gathered, with ZeRO-3 in GatheredParameters")
+        return None
+    return a, b
+
+
 def _low_rank(finding: Finding, module: Module) -> Iterator[tuple[str, Change]]:
     """What LoRA, rsLoRA and DoRA do to a layer, a convolution or an embedding, and to the layer's bias."""
     if "trainable_tokens_delta" in module.parts:
         yield from _tokens(finding, module)
-    halves = ("lora_embedding_A", "lora_embedding_B") if "lora_embedding_A" in module.parts else ("lora_A", "lora_B")
-    if missing := [half for half in halves if half not in module.parts]:
-        if len(missing) < 2 or "lora_embedding_B" in module.parts:
-            finding.refuse(module, f"it has no {missing[0]}; save the adapter anew")
+    halves = find_halves(finding, module)
+    if halves is None:
         return
-    a, b = (module.parts[half] for half in halves)
-    if 0 in (*a.shape, *b.shape) or min(len(a.shape), len(b.shape)) < 2:
-        text = f"its {halves[0]} is {list(a.shape)}, {halves[1]} {list(b.shape)}: the training saved one part of many; "
-        finding.refuse(module, text + "save it gathered, with ZeRO-3 in GatheredParameters")
-        return
+    a, b, names = *halves, halves_of(module)
     weight, rank = finding.weight(module), a.shape[0]
     out, columns = b.shape[0], a.numel // rank
     turned = finding.is_turned(module, weight, out, columns)
-    if halves[0] == "lora_embedding_A" and weight.shape == (columns, out):
+    if names[0] == "lora_embedding_A" and weight.shape == (columns, out):
         turned = True
     if turned is None or b.numel != out * rank:
-        finding.refuse(module, f"{halves[0]} {list(a.shape)} and {halves[1]} {list(b.shape)} do not fit {weight}")
+        finding.refuse(module, f"{names[0]} {list(a.shape)} and {names[1]} {list(b.shape)} do not fit {weight}")
         return
     scale = finding.scale(module, module.name, finding.rank(module, module.name, rank))
     change = LowRank(a, b, scale, turned)
@@ -295,7 +313,7 @@ def _vera(finding: Finding, module: Module) -> Iterator[tuple[str, Change]]:
     yield weight.name, Vera(a, b, ranks, rows, out, columns, turned)
 
 
-def _strange_keys(adapter: Adapter) -> Iterator[str]:
+def strange_keys(adapter: Adapter) -> Iterator[str]:
     """What the config asks for that nothing here does, and patterns that are about no module."""
     known = {"r", "alpha", "lora_alpha", "use_rslora", "fan_in_fan_out", "rank_pattern", "alpha_pattern"}
     known |= {"init_lora_weights", "feedforward_modules", "token_indices", "trainable_token_indices"}
