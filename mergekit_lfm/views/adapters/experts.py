@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from mergekit_lfm.arch.experts import PART, Form, Layout, layouts
+from mergekit_lfm.arch.experts import ORDER, PART, Form, Layout, layouts
 from mergekit_lfm.arch.experts import Experts as Layer
 from mergekit_lfm.artifacts.adapter import Adapter, Module
 from mergekit_lfm.store.tensors import TensorSpec
@@ -20,7 +20,6 @@ from mergekit_lfm.views.adapters.names import is_experts
 if TYPE_CHECKING:
     from mergekit_lfm.views.adapters.find import Finding
 
-ORDER = ("gate_up_proj", "down_proj")  # of the tensors in a module
 TURNED = ("gpt_oss", "llama4", "llama4_text")  # the models that have them as [experts, in, out]
 
 
