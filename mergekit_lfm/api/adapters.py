@@ -6,52 +6,26 @@ Of each module the matrices of all adapters are in memory, and its merged change
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from os import PathLike
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from mergekit_lfm.api.adapter_plans import AdapterRecipeLike, PlannedAdapters, plan_adapters
 from mergekit_lfm.api.arguments import StrPath, expand
 from mergekit_lfm.api.outcome import Outcome, warn_of
-from mergekit_lfm.errors import FormatError, PlanError, did_you_mean, several, shorten
+from mergekit_lfm.errors import PlanError, did_you_mean
 from mergekit_lfm.machine.progress import SILENCE, Progress
-from mergekit_lfm.methods.method import REQUIRED
+from mergekit_lfm.methods.method import REQUIRED, Value
 from mergekit_lfm.methods.registry import METHODS
-from mergekit_lfm.recipe.adapter_recipe import SUMS, AdapterRecipe
-from mergekit_lfm.recipe.recipe import read_recipe
-from mergekit_lfm.recipe.source import RecipeText
-from mergekit_lfm.recipe.values import Setting
+from mergekit_lfm.recipe.adapter_recipe import SUMS
+from mergekit_lfm.recipe.parts import Settings
+from mergekit_lfm.recipe.settings import SettingsTable
 
 if TYPE_CHECKING:
     import torch
 
-    from mergekit_lfm.artifacts.adapter import Adapter
     from mergekit_lfm.kernels.low_rank import Product
-    from mergekit_lfm.store.checkpoint import Checkpoint
-    from mergekit_lfm.store.tensors import TensorSpec
-    from mergekit_lfm.views.adapters.pairs import Form, Pair
-
-AdapterRecipeLike = AdapterRecipe | str | PathLike[str] | Mapping[str, Any] | RecipeText
-
-
-@dataclass(frozen=True)
-class PlannedAdapters:
-    """A merge of adapters that is checked, and not made yet.
-
-    modules: by name the pair of each adapter, None where it leaves the module alone; saved: by the model's name the
-    tensors that stand in place of its own. base: the model, if the recipe names it, and base_names: its names of saved
-    tensors. notices: what a user should know.
-    """
-
-    recipe: AdapterRecipe
-    out: Path
-    adapters: tuple[Adapter, ...]
-    modules: Mapping[str, tuple[Pair | None, ...]]
-    saved: Mapping[str, tuple[TensorSpec | None, ...]]
-    base: Checkpoint | None
-    base_names: Mapping[str, str]
-    notices: tuple[str, ...]
+    from mergekit_lfm.output.adapter import AdapterOutput, NewAdapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,12 +71,12 @@ def merge_adapters(
 ) -> Outcome[MergedAdapter]:
     """Merge adapters of one model to one adapter, which PEFT loads. The model itself is not needed.
 
-    adapters: folders, files or names on the Hub. method: one that merges changes to a base, `linear`, or PEFT's `cat` and
-    `svd`. weights: one for each adapter, 1 by default where the method needs them. space: "product" merges the changes
-    of weights themselves, "knots" and "core" their coordinates in a basis that the adapters share. rank: of the result
-    at most; or energy, the share of the squares of every change that it holds at least. base: the model, which is read
-    where adapters save tensors whole. Parameters are those of the method, `lambda` as `lambda_`: a value for all
-    adapters, or a list with one for each.
+    adapters: folders, files or names on the Hub. method: one that merges changes to a base, `linear`, or PEFT's `cat`
+    and `svd`. weights: one for each adapter, 1 by default where the method needs them. space: "product" merges the
+    changes of weights themselves, "knots" and "core" their coordinates in a basis that the adapters share. rank: of the
+    result at most; or energy, the share of the squares of every change that it holds at least. base: the model, which
+    is read where adapters save tensors whole. Parameters are those of the method, `lambda` as `lambda_`: a value for
+    all adapters, or a list with one for each.
 
     Raises PlanError or FormatError with all that does not fit, before anything is written.
     """
@@ -149,8 +123,11 @@ def merge_adapter_recipe(
 
     out: by default the recipe's `output`, else `merged/<name of the recipe file>`. Otherwise as `merge_adapters`.
     """
+    import torch
+
     from mergekit_lfm.output.adapter import new_adapter
     from mergekit_lfm.output.save import check_out
+    from mergekit_lfm.plan.layers import find_layers
 
     started = time.monotonic()
     planned = recipe
@@ -160,173 +137,117 @@ def merge_adapter_recipe(
     if planned.base is not None:
         inputs[f"the base {planned.recipe.base_model}"] = planned.base.path
     check_out(planned.out, inputs, overwrite=overwrite)
-    modules = list[MergedModule]()
+    table, modules = SettingsTable(planned.recipe.part), list[MergedModule]()
+    layers = find_layers([*map(planned.weight, planned.modules), *planned.saved])
     with new_adapter(planned.out, _output_of(planned)) as adapter, progress.by_count("modules", "merging") as count:
         for name in planned.modules:
-            modules.append(_merge_module(planned, name, adapter))
+            modules.append(_merge_module(planned, name, table, layers.get(planned.weight(name)), adapter))
             count(len(modules), len(planned.modules))
-        for name, tensor in _merged_saved(planned):
-            adapter.save(name, tensor)
+        for name in planned.saved:
+            tensor = _merge_saved(planned, name, table.of(name, layers.get(name)))
+            adapter.save(name, tensor.to(getattr(torch, planned.recipe.dtype or "float32")))
     merged = MergedAdapter(tuple(modules), tuple(planned.saved))
     warnings = warn_of(planned.notices)
     return Outcome(planned.out, merged, warnings=warnings, seconds=time.monotonic() - started)
 
 
-def plan_adapters(
-    recipe: AdapterRecipeLike, out: StrPath | None = None, *, allow_unknown: bool = False
-) -> Outcome[PlannedAdapters]:
-    """Check a merge of adapters, and say what it would make. Only headers are read, but for tensors that are saved whole.
+def _merge_module(
+    planned: PlannedAdapters, name: str, table: SettingsTable, layer: tuple[int, int] | None, adapter: NewAdapter
+) -> MergedModule:
+    """Merge the changes of one module, and add it to the new adapter."""
+    import torch
 
-    Raises PlanError or FormatError with all that does not fit.
-    """
-    from mergekit_lfm.store.checkpoint import open_checkpoint
-    from mergekit_lfm.views.quantisation import dequantise
+    from mergekit_lfm.api.spaces import ModuleMerge, merge_products
+    from mergekit_lfm.kernels.low_rank import Limit
 
-    started = time.monotonic()
-    recipe, default = _read(recipe, allow_unknown=allow_unknown)
-    place = out or recipe.output or default
-    if place is None:
-        raise PlanError("no output: give OUT (in Python `out`), or give the recipe an `output`")
-    adapters, pairs = _open_all(recipe)
-    base = None if recipe.base is None else dequantise(open_checkpoint(recipe.base))
-    modules = {
-        name: tuple(own.get(name) for own in pairs) for name in dict.fromkeys(name for own in pairs for name in own)
-    }
-    saved = {
-        name: tuple(adapter.saved.get(name) for adapter in adapters)
-        for name in dict.fromkeys(name for adapter in adapters for name in adapter.saved)
-    }
-    names = _names_in_base(adapters, base)
-    planned = PlannedAdapters(recipe, expand(place), adapters, modules, saved, base, names, ())
-    problems = [*_differing_forms(planned), *_saved_problems(planned), *_idle_filters(planned)]
-    if problems:
-        raise PlanError(several("the adapters cannot be merged", problems))
-    notices = (*recipe.notices, *_notices(planned))
-    planned = PlannedAdapters(recipe, expand(place), adapters, modules, saved, base, names, notices)
-    return Outcome(planned.out, planned, warnings=notices, seconds=time.monotonic() - started)
-
-
-def _read(recipe: AdapterRecipeLike, *, allow_unknown: bool) -> tuple[AdapterRecipe, Path | None]:
-    """The recipe, and the output by its file's name."""
-    if isinstance(recipe, AdapterRecipe):
-        return recipe, None
-    if isinstance(recipe, RecipeText):
-        return AdapterRecipe.parse(recipe.text, recipe.where, recipe.label, allow_unknown=allow_unknown), None
-    if isinstance(recipe, Mapping):
-        return AdapterRecipe.parse(recipe, allow_unknown=allow_unknown), None
-    path = Path(recipe)
-    read = AdapterRecipe.parse(read_recipe(path), path.absolute().parent, str(path), allow_unknown=allow_unknown)
-    return read, Path("merged") / path.stem
+    recipe, form, weight = planned.recipe, planned.form(name), planned.weight(name)
+    limit = Limit(recipe.rank, recipe.energy)
+    if recipe.merge_method == "svd" and limit == Limit():
+        limit = Limit(max(pair.rank for pair in planned.modules[name] if pair is not None))
+    merge = ModuleMerge(recipe.part.method, weight, table.of(weight, layer), recipe.space, limit, recipe.seed)
+    dtype = getattr(torch, recipe.dtype or "float32")
+    if form.experts:
+        done = [
+            merge_products(replace(merge, name=f"{weight}[{e}]"), _products(planned, name, e))
+            for e in range(form.experts)
+        ]
+        rank = max(each.product.rank for each in done)
+        padded = [each.product.padded(rank) for each in done]
+        a, b = (torch.stack([each[side] for each in padded]).to(dtype) for side in (1, 0))
+        adapter.add_experts(name, a, b)
+        shape: tuple[int, ...] = (form.experts, form.out, *form.columns)
+    else:
+        done = [merge_products(merge, _products(planned, name))]
+        b, a = (x.to(dtype) for x in done[0].product)
+        rank, axes = len(a), [1] * (len(form.columns) - 1)  # a convolution's
+        adapter.add(name, a.view(rank, *form.columns), b.view(form.out, rank, *axes), embedding=form.embedding)
+        shape = form.out, *form.columns
+    energy, kept = (sum(values) for values in zip(*((each.energy, each.kept) for each in done), strict=True))
+    return MergedModule(name, shape, rank, energy, kept / energy if energy else 1.0)
 
 
-def _open_all(recipe: AdapterRecipe) -> tuple[tuple[Adapter, ...], list[dict[str, Pair]]]:
-    """The adapters, and what each changes. Raises PlanError with the problems of all."""
-    from mergekit_lfm.artifacts.adapter import open_adapter
-    from mergekit_lfm.views.adapters.pairs import find_pairs
+def _products(planned: PlannedAdapters, name: str, expert: int | None = None) -> list[Product | None]:
+    """The change of a module, or of one of its experts, by each adapter."""
+    import torch
 
-    adapters, pairs, problems = list[Adapter](), list[dict[str, Pair]](), list[str]()
-    for line in recipe.lines:
-        try:
-            adapters.append(open_adapter(line.input.source, line.input.label))
-            pairs.append(find_pairs(adapters[-1], line.scale))
-        except (FormatError, PlanError, FileNotFoundError) as error:
-            problems.append(str(error))
-    if problems:
-        raise PlanError(several("the adapters cannot be merged", problems))
-    return tuple(adapters), pairs
+    from mergekit_lfm.kernels.low_rank import Product
 
-
-def _names_in_base(adapters: Sequence[Adapter], base: Checkpoint | None) -> dict[str, str]:
-    """By the adapters' names of saved tensors the base's."""
-    from mergekit_lfm.views.adapters.names import find_names
-
-    names: dict[str, str] = {}
-    for adapter in adapters if base is not None else ():
-        found = find_names(adapter, base)
-        names |= {name: found[name] for name in adapter.saved}
-    return names
-
-
-def _differing_forms(planned: PlannedAdapters) -> Iterator[str]:
-    """A problem for each module that the adapters have in several shapes."""
-    for name, pairs in planned.modules.items():
-        forms = {a.label: pair.form for a, pair in zip(planned.adapters, pairs, strict=True) if pair is not None}
-        if len(set(forms.values())) > 1:
-            found = ", ".join(f"in {label} {form}" for label, form in forms.items())
-            yield f"{name} has several shapes: {found}; give adapters of one model"
-
-
-def _saved_problems(planned: PlannedAdapters) -> Iterator[str]:
-    """A problem for each tensor that is saved whole and cannot be merged."""
-    base, method = planned.base, planned.recipe.part.method
-    for name, specs in planned.saved.items():
-        held = {a.label: spec for a, spec in zip(planned.adapters, specs, strict=True) if spec is not None}
-        shapes = {label: spec.shape for label, spec in held.items()}
-        if len(set(shapes.values())) > 1:
-            found = ", ".join(f"in {label} {list(shape)}" for label, shape in shapes.items())
-            yield f"{name} has several shapes: {found}; give adapters of one model"
+    products: list[Product | None] = []
+    for adapter, pair in zip(planned.adapters, planned.modules[name], strict=True):
+        if pair is None:
+            products.append(None)
             continue
-        own = None if base is None else base.get(planned.base_names[name])
-        if base is not None:
-            if own is None or own.shape != next(iter(shapes.values())):
-                found = "no such tensor" if own is None else f"{list(own.shape)}"
-                yield f"{name} is saved in {', '.join(held)}, the base has {found}; give the model they were trained on"
-            continue
-        lacking = [label for label in (a.label for a in planned.adapters) if label not in held]
-        if lacking:
-            yield f"{name} is saved in {', '.join(held)} alone: give `base_model`, whose value the others keep"
-        elif method.name != "linear" and not _are_equal(planned, name):
-            text = "is saved whole, with other values in each adapter"
-            yield f"{name} {text}: give `base_model`, which {method.name} subtracts, or choose `linear`"
+        a, b = (adapter.tensors.read(spec.name).view(spec.shape).flatten(1) for spec in (pair.a, pair.b))
+        if expert is not None:
+            a, b = a[expert * pair.rank : (expert + 1) * pair.rank], b[:, expert :: pair.form.experts]
+        dtype = torch.float64 if torch.float64 in (a.dtype, b.dtype) else torch.float32
+        products.append(Product(b.to(dtype) * pair.scale, a.to(dtype)))
+    return products
 
 
-def _are_equal(planned: PlannedAdapters, name: str) -> bool:
-    """True if all adapters save the same bytes as a tensor."""
-    pairs = [(a, spec) for a, spec in zip(planned.adapters, planned.saved[name], strict=True) if spec is not None]
-    kinds = {(spec.dtype, adapter.tensors.digest_of(spec.name)) for adapter, spec in pairs}
-    return len(kinds) == 1 and len(pairs) == len(planned.adapters)
+def _merge_saved(planned: PlannedAdapters, name: str, settings: Settings) -> torch.Tensor:
+    """A tensor that is saved whole: its merged change to the base, or without one the weighted mean of its values."""
+    import torch
+
+    from mergekit_lfm.api.tensors import merge_checked
+
+    recipe, method = planned.recipe, planned.recipe.part.method
+    values = [
+        None if spec is None else adapter.tensors.read(spec.name).view(spec.shape)
+        for adapter, spec in zip(planned.adapters, planned.saved[name], strict=True)
+    ]
+    held = [x for x in values if x is not None]
+    if len(held) == len(values) and all(x.dtype == held[0].dtype and torch.equal(x, held[0]) for x in held):
+        return held[0]
+    scales = [line.scale for line in recipe.lines]
+    if planned.base is None:
+        weights = [float(own["weight"]) for own in settings.inputs]  # type: ignore[arg-type]
+        shares: list[dict[str, Value]] = [{"weight": w * scale} for w, scale in zip(weights, scales, strict=True)]
+        mean = Settings({"normalize": True}, tuple(shares))
+        return merge_checked(method, name, mean, held, None, (), recipe.seed)
+    spec = planned.base[planned.base_names[name]]
+    base = planned.base.read(spec.name).view(spec.shape)
+    dtype = torch.float64 if torch.float64 in {x.dtype for x in (base, *held)} else torch.float32
+    base = base.to(dtype)
+    changes = [
+        torch.zeros_like(base) if x is None else (x.to(dtype) - base) * scale
+        for x, scale in zip(values, scales, strict=True)
+    ]
+    zero = None if method.base == "member" else torch.zeros_like(base)
+    return base + merge_checked(method, name, settings, changes, zero, (), recipe.seed)
 
 
-def _idle_filters(planned: PlannedAdapters) -> Iterator[str]:
-    """A problem for each filter that is part of no tensor's name."""
-    part = planned.recipe.part
-    known = [*map(_weight, planned.modules), *planned.saved]
-    settings: list[tuple[str, Mapping[str, Setting]]] = [(scope.place, scope.settings) for scope in part.scopes]
-    settings += [(f"{model.place}.parameters", model.settings) for model in part.inputs]
-    for place, own in settings:
-        for name, rule in ((name, rule) for name, setting in own.items() for rule in setting):
-            if rule.filter is not None and not any(rule.filter in each for each in known):
-                words = {word for each in known for word in each.split(".") if not word.isdecimal()}
-                cure = did_you_mean(rule.filter, words)
-                yield f"{place}.{name}: filter {rule.filter!r} is part of no tensor's name, {cure}"
+def _output_of(planned: PlannedAdapters) -> AdapterOutput:
+    """The facts about the new adapter besides its tensors."""
+    from mergekit_lfm.output.adapter import AdapterOutput
+    from mergekit_lfm.output.card import code_block, recipe_text
 
-
-def _notices(planned: PlannedAdapters) -> Iterator[str]:
-    """What a user should know, although the adapters are merged."""
-    bases = dict.fromkeys(adapter.base for adapter in planned.adapters if adapter.base)
-    if len(bases) > 1:
-        named = ", ".join(f"{a.label} on {a.base}" for a in planned.adapters if a.base)
-        yield f"the adapters say that they were trained on several models: {named}; the result names the first"
-    for i, adapter in enumerate(planned.adapters):
-        alone = [name for name, pairs in planned.modules.items() if pairs[i] is None]
-        if alone:
-            count = f"{len(alone)} of {len(planned.modules)} modules"
-            yield f"{adapter.label} does not change {count}, such as {shorten(alone, 1)}; there its change is 0"
-
-
-def _weight(module: str) -> str:
-    return f"{module}.weight"
-
-
-def _output_of(planned: PlannedAdapters) -> Any:
-    raise NotImplementedError
-
-
-def _merge_module(planned: PlannedAdapters, name: str, adapter: Any) -> MergedModule:
-    """Merge one module, and add it to the new adapter."""
-    raise NotImplementedError
-
-
-def _merged_saved(planned: PlannedAdapters) -> Iterator[tuple[str, torch.Tensor]]:
-    """The merged tensors that are saved whole."""
-    raise NotImplementedError
+    configs = [adapter.config for adapter in planned.adapters]
+    tasks = {config.get("task_type") for config in configs}
+    return AdapterOutput(
+        names=None,
+        base=next((adapter.base for adapter in planned.adapters if adapter.base), None),
+        task=tasks.pop() if len(tasks) == 1 else None,
+        fan_in_fan_out=any(config.get("fan_in_fan_out") for config in configs),
+        about=f"It was merged from other adapters:\n\n{code_block(recipe_text(planned.recipe.normalised()), 'yaml')}",
+    )

@@ -33,6 +33,13 @@ class Product(NamedTuple):
     def rank(self) -> int:
         return self.a.shape[0]
 
+    def padded(self, rank: int) -> Product:
+        """The same matrix at a larger rank, with zeros."""
+        import torch
+
+        more = rank - self.rank
+        return Product(torch.nn.functional.pad(self.b, (0, more)), torch.nn.functional.pad(self.a, (0, 0, 0, more)))
+
 
 class Fitted(NamedTuple):
     """A product that stands for a matrix. energy: the matrix's, the sum of its squares; kept: that of the product."""

@@ -21,7 +21,7 @@ import yaml
 
 from mergekit_lfm.arch.experts import ORDER
 from mergekit_lfm.errors import PlanError, several
-from mergekit_lfm.output.adapter_config import HEADS, in_order, make_config
+from mergekit_lfm.output.adapter_config import HEADS, find_task, in_order, make_config, modules_of
 from mergekit_lfm.output.card import CARD, LONGEST, as_markdown, bound, code_block
 from mergekit_lfm.output.save import make_folder
 from mergekit_lfm.store.durable import replace_file, sync_folder
@@ -44,14 +44,16 @@ COPIED_AT_ONCE = 1 << 24  # bytes
 class AdapterOutput:
     """The facts in the files of an adapter besides its tensors.
 
-    names: those of all tensors of the model, as it has them when it runs. base: the model's name or path, for the
-    config. architecture: its class in transformers. fan_in_fan_out: True if the wrapped layers are Conv1D. repo: the
-    model on the Hub, license: its entries in a card, about: Markdown, all three for the card.
+    names: those of all tensors of the model, as it has them when it runs; None if they are not known, so that modules
+    are named in full. base: the model's name or path, for the config. architecture: its class in transformers. task:
+    PEFT's name of its task, if that is not to follow from the class. fan_in_fan_out: True if the wrapped layers are
+    Conv1D. repo: the model on the Hub, license: its entries in a card, about: Markdown, all three for the card.
     """
 
-    names: Collection[str]
+    names: Collection[str] | None
     base: str | None = None
     architecture: str | None = None
+    task: str | None = None
     fan_in_fan_out: bool = False
     repo: str | None = None
     license: Mapping[str, str] = field(default_factory=dict)
@@ -101,14 +103,16 @@ class NewAdapter:
     def finish(self, folder: Path, title: str) -> None:
         """Write the files into a folder. title: of the model card."""
         output = self._output
-        modules = self._saved_modules()
+        names = self._own_names() if output.names is None else output.names
+        modules = self._saved_modules(names)
         config = make_config(
             ranks=self._ranks,
             parameters=self._parameters,
             saved=modules,
             bias=any(modules.isdisjoint(_parents(name)) for name in self._saved),
-            names=output.names,
-            architecture=output.architecture,
+            names=names,
+            in_full=output.names is None,
+            task=output.task or find_task(output.architecture, modules, modules_of(names)),
             base=output.base,
             fan_in_fan_out=output.fan_in_fan_out,
         )
@@ -117,12 +121,17 @@ class NewAdapter:
         replace_file(folder / CARD, adapter_card(title, output).encode())
         sync_folder(folder)
 
-    def _saved_modules(self) -> set[str]:
+    def _own_names(self) -> set[str]:
+        """The names of tensors that the model has for certain."""
+        layers = {name.removesuffix("bias") + "weight" for name in self._saved if name.endswith(".bias")}
+        return self._saved | layers | {f"{module}.weight" for module in self._ranks} | {*self._parameters}
+
+    def _saved_modules(self, names: Collection[str]) -> set[str]:
         """The modules whose tensors all are saved: those of a head together, others by themselves.
 
         A bias whose weight is not saved needs none. Raises PlanError for any other tensor without one.
         """
-        held = Counter(module for name in self._output.names for module in _parents(name))
+        held = Counter(module for name in names for module in _parents(name))
         found = Counter(module for name in self._saved for module in _parents(name))
         modules, problems = set[str](), list[str]()
         for name in sorted(self._saved):
