@@ -17,7 +17,7 @@ from mergekit_lfm.errors import PlanError, did_you_mean
 from mergekit_lfm.machine.progress import SILENCE, Progress
 from mergekit_lfm.methods.method import REQUIRED, Value
 from mergekit_lfm.methods.registry import METHODS
-from mergekit_lfm.recipe.adapter_recipe import SUMS
+from mergekit_lfm.recipe.adapter_recipe import SUMS, AdapterRecipe
 from mergekit_lfm.recipe.parts import Settings
 from mergekit_lfm.recipe.settings import SettingsTable
 
@@ -241,13 +241,30 @@ def _output_of(planned: PlannedAdapters) -> AdapterOutput:
     """The facts about the new adapter besides its tensors."""
     from mergekit_lfm.output.adapter import AdapterOutput
     from mergekit_lfm.output.card import code_block, recipe_text
+    from mergekit_lfm.store.hub import hub_name
 
     configs = [adapter.config for adapter in planned.adapters]
     tasks = {config.get("task_type") for config in configs}
+    base = next((adapter.base for adapter in planned.adapters if adapter.base), None)
+    recipe = code_block(recipe_text(_public_recipe(planned.recipe)), "yaml")
     return AdapterOutput(
         names=None,
-        base=next((adapter.base for adapter in planned.adapters if adapter.base), None),
+        base=base,
+        repo=base if base and hub_name(base) else None,
         task=tasks.pop() if len(tasks) == 1 else None,
         fan_in_fan_out=any(config.get("fan_in_fan_out") for config in configs),
-        about=f"It was merged from other adapters:\n\n{code_block(recipe_text(planned.recipe.normalised()), 'yaml')}",
+        about=f"It was merged from other adapters:\n\n{recipe}",
     )
+
+
+def _public_recipe(recipe: AdapterRecipe) -> dict[str, Any]:
+    """The recipe without the folders of this machine, and without empty settings."""
+    from mergekit_lfm.output.names import last_name, public_names
+
+    data = recipe.normalised()
+    names = public_names([line["adapter"] for line in data["adapters"]])
+    lines = [{**line, "adapter": names[line["adapter"]]} for line in data["adapters"]]
+    data["adapters"] = [{key: value for key, value in line.items() if value != {}} for line in lines]
+    if "base_model" in data:
+        data["base_model"] = last_name(data["base_model"])
+    return {key: value for key, value in data.items() if value != {}}

@@ -29,9 +29,10 @@ from mergekit_lfm.kernels.low_rank import (
     multiply,
 )
 from mergekit_lfm.kernels.random import key
-from mergekit_lfm.kernels.sums import Weights
+from mergekit_lfm.kernels.sums import Weights, weighted_sum
 from mergekit_lfm.methods.method import Method, Unit
 from mergekit_lfm.methods.task_vectors import SparseSum
+from mergekit_lfm.methods.task_vectors import apply as sparse_sum
 from mergekit_lfm.plan.job import block_numel
 from mergekit_lfm.recipe.parts import Settings
 
@@ -178,7 +179,7 @@ def _merge(method: Method, unit: Unit, inputs: Sequence[_Panels]) -> torch.Tenso
         torch.float64 if unit.double else dtype,
     )
     coefficients = run_solve(method.solve(unit), blocks.reduce)
-    weights = _weights_of(coefficients)
+    weights = _weights_of(method, coefficients)
     if weights is not None:
         return weights
     merged = torch.empty(unit.numel, dtype=dtype)
@@ -188,10 +189,11 @@ def _merge(method: Method, unit: Unit, inputs: Sequence[_Panels]) -> torch.Tenso
     return merged.view(inputs[0].shape)
 
 
-def _weights_of(coefficients: Coefficients) -> Sequence[float] | None:
+def _weights_of(method: Method, coefficients: Coefficients) -> Sequence[float] | None:
     """The weights of a plain weighted sum; None if the coefficients are of something else."""
-    if isinstance(coefficients, Weights):
+    if method.apply is weighted_sum and isinstance(coefficients, Weights):
         return coefficients.values
-    if isinstance(coefficients, SparseSum) and coefficients.mask is None and coefficients.votes is None:
-        return [factor * coefficients.lambda_ for factor in coefficients.factors]
-    return None
+    if method.apply is not sparse_sum or not isinstance(coefficients, SparseSum):
+        return None
+    plain = coefficients.mask is None and coefficients.votes is None
+    return [factor * coefficients.lambda_ for factor in coefficients.factors] if plain else None
