@@ -48,13 +48,18 @@ class PlannedAdapters:
         """The form of the changes of a module."""
         return next(pair.form for pair in self.modules[module] if pair is not None)
 
+    def shape(self, module: str) -> tuple[int, ...]:
+        """The shape of the changes of a module: [out, in], a convolution's with its kernel, or [experts, out, in]."""
+        form = self.form(module)
+        return *([form.experts] if form.experts else []), form.out, *form.columns
+
     def weight(self, module: str) -> str:
         """The name of the tensor that is changed in a module: that of experts is known by its own."""
         return module if self.form(module).experts else f"{module}.weight"
 
 
 def plan_adapters(
-    recipe: AdapterRecipeLike, out: StrPath | None = None, *, allow_unknown: bool = False
+    recipe: AdapterRecipeLike, out: StrPath | None = None, *, seed: int | None = None, allow_unknown: bool = False
 ) -> Outcome[PlannedAdapters]:
     """Check a merge of adapters, and say what it would make. It reads headers, and tensors that are saved whole.
 
@@ -65,6 +70,8 @@ def plan_adapters(
 
     started = time.monotonic()
     recipe, default = _read(recipe, allow_unknown=allow_unknown)
+    if seed is not None:
+        recipe = recipe.model_copy(update={"seed": seed})
     place = out or recipe.output or default
     if place is None:
         raise PlanError("no output: give OUT (in Python `out`), or give the recipe an `output`")

@@ -175,15 +175,13 @@ def _merge_module(
         padded = [each.product.padded(rank) for each in done]
         a, b = (torch.stack([each[side] for each in padded]).to(dtype) for side in (1, 0))
         adapter.add_experts(name, a, b)
-        shape: tuple[int, ...] = (form.experts, form.out, *form.columns)
     else:
         done = [merge_products(merge, _products(planned, name))]
         b, a = (x.to(dtype) for x in done[0].product)
         rank, axes = len(a), [1] * (len(form.columns) - 1)  # a convolution's
         adapter.add(name, a.view(rank, *form.columns), b.view(form.out, rank, *axes), embedding=form.embedding)
-        shape = form.out, *form.columns
     energy, kept = (sum(values) for values in zip(*((each.energy, each.kept) for each in done), strict=True))
-    return MergedModule(name, shape, rank, energy, kept / energy if energy else 1.0)
+    return MergedModule(name, planned.shape(name), rank, energy, kept / energy if energy else 1.0)
 
 
 def _products(planned: PlannedAdapters, name: str, expert: int | None = None) -> list[Product | None]:

@@ -45,7 +45,8 @@ def by_peft(folders: Sequence[Path], weights: list[float], kind: str, **options:
     found = {}
     for name, module in model.base_model.model.named_modules():
         if isinstance(module, LoraLayer):
-            change = module.get_delta_weight("merged").detach().double().numpy()
+            layer: Any = module
+            change = layer.get_delta_weight("merged").detach().double().numpy()
             found[name] = change.T if "embed" in name else change
     return found
 
