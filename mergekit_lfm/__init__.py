@@ -49,6 +49,8 @@ __all__ = [
     "load_model",
     "measure_barrier",
     "merge",
+    "merge_adapter_recipe",
+    "merge_adapters",
     "merge_state_dicts",
     "merge_tensors",
     "open_checkpoint",
@@ -57,6 +59,7 @@ __all__ = [
     "open_transform",
     "patched_view",
     "perplexity",
+    "plan_adapters",
     "plan_merge",
     "push",
     "random_transform",
@@ -76,6 +79,8 @@ __all__ = [
 if TYPE_CHECKING:
     from mergekit_lfm.align.elements import random_transform
     from mergekit_lfm.align.find import find_transform
+    from mergekit_lfm.api.adapter_plans import plan_adapters
+    from mergekit_lfm.api.adapters import merge_adapter_recipe, merge_adapters
     from mergekit_lfm.api.align import align_models, check_table
     from mergekit_lfm.api.edit import edit_model
     from mergekit_lfm.api.explain import explain_plan
@@ -150,6 +155,8 @@ _HOMES = {
     "load_model": "runtime.load",
     "measure_barrier": "api.judge",
     "merge": "api.merge",
+    "merge_adapter_recipe": "api.adapters",
+    "merge_adapters": "api.adapters",
     "merge_state_dicts": "api.state_dicts",
     "merge_tensors": "api.tensors",
     "open_checkpoint": "store.checkpoint",
@@ -158,6 +165,7 @@ _HOMES = {
     "open_transform": "artifacts.transform",
     "patched_view": "views.patched",
     "perplexity": "judge.evaluate",
+    "plan_adapters": "api.adapter_plans",
     "plan_merge": "api.merge",
     "push": "api.push",
     "random_transform": "align.elements",

@@ -32,6 +32,7 @@ from pathlib import Path  # noqa: E402
 import pytest  # noqa: E402
 from helpers_faults import Forks, warm_interpreter  # noqa: E402
 from helpers_hub import hub, xet_hub  # noqa: E402, F401  # fixtures of several modules
+from helpers_lora import trio  # noqa: E402, F401
 
 
 @pytest.fixture(scope="session")

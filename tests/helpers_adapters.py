@@ -1,184 +1,65 @@
-"""Tiny models of four architectures, and adapters of every kind that PEFT makes for them, with random numbers."""
+"""Tiny models of the families that adapters differ on, and adapters as PEFT reads them."""
 
 from __future__ import annotations
 
-import json
+import copy
 import warnings
-from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
-import peft
 import torch
-from safetensors.torch import load_file, save_file
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-    PreTrainedModel,
-)
+from torch import Tensor
 
-SIZES: Mapping[str, Any] = MappingProxyType({"vocab_size": 40, "num_hidden_layers": 2})
-WIDE: Mapping[str, Any] = MappingProxyType(
-    {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, **SIZES}
-)
-IDS = torch.arange(14).view(2, 7) * 5 % 39
+IDS = torch.tensor([[1, 5, 9, 2, 7]])
 
 
-def llama(**changes: Any) -> PreTrainedModel:
-    biases: dict[str, Any] = {"attention_bias": True, "mlp_bias": True}
-    return LlamaForCausalLM(LlamaConfig(**WIDE, num_key_value_heads=1, **biases, bos_token_id=1, **changes))
+SIZES: dict[str, Any] = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+SIZES |= {"num_attention_heads": 2, "max_position_embeddings": 32, "pad_token_id": 0}
+GROUPED = SIZES | {"num_key_value_heads": 1, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False}
+GPT2: dict[str, Any] = {"vocab_size": 32, "n_embd": 16, "n_head": 2, "n_layer": 2, "n_positions": 32}
 
 
-def gpt2() -> PreTrainedModel:
-    ends: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2}
-    return GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=40, n_positions=16, **ends))
+def _make(kind: str) -> Any:
+    import transformers
+
+    hub: Any = transformers
+    if kind == "llama":
+        return hub.LlamaForCausalLM(hub.LlamaConfig(**GROUPED, attention_bias=True, mlp_bias=True))
+    if kind == "gpt2":
+        return hub.GPT2LMHeadModel(hub.GPT2Config(**GPT2, bos_token_id=1, eos_token_id=2))
+    if kind == "bert":
+        return hub.BertForSequenceClassification(hub.BertConfig(**SIZES, num_labels=3))
+    assert kind == "mixtral"
+    return hub.MixtralForCausalLM(hub.MixtralConfig(**GROUPED, num_local_experts=4, num_experts_per_tok=2))
 
 
-def bert() -> PreTrainedModel:
-    return BertForSequenceClassification(BertConfig(**WIDE, max_position_embeddings=16))
+def tiny_model(kind: str, seed: int = 0) -> Any:
+    """A "llama", "gpt2", "bert" with a head or "mixtral", its weights so large that its outputs depend on all."""
+    torch.manual_seed(seed)
+    model = _make(kind).eval()
+    with torch.no_grad():
+        for x in model.parameters():
+            x.add_(0.2 * torch.randn(x.shape))
+    return model
 
 
-def mixtral() -> PreTrainedModel:
-    config = MixtralConfig(**WIDE, num_key_value_heads=1, num_local_experts=3, bos_token_id=1)
-    config._experts_implementation = "eager"  # the others know no float64
-    return MixtralForCausalLM(config)
+def logits(model: Any) -> Tensor:
+    """The model's outputs for the same few tokens."""
+    with torch.no_grad():
+        result: Tensor = model(IDS).logits
+    return result
 
 
-MODELS: Mapping[str, Callable[[], PreTrainedModel]] = MappingProxyType(
-    {"llama": llama, "tied": partial(llama, tie_word_embeddings=True), "gpt2": gpt2, "bert": bert, "mixtral": mixtral}
-)
+def with_adapter(model: Any, adapter: Path) -> Any:
+    """A copy of the model with the adapter, by peft. Asserts that it finds all keys, and has a place for each."""
+    import peft
 
-
-class Kind(NamedTuple):
-    """A model, and how PEFT is asked for an adapter to it. merges: False where PEFT cannot save what it merged."""
-
-    model: str
-    config: Callable[..., peft.PeftConfig]
-    options: Mapping[str, Any]
-    merges: bool = True
-
-
-def kind(model: str, config: Callable[..., peft.PeftConfig], *, merges: bool = True, **options: Any) -> Kind:
-    return Kind(model, config, options, merges)
-
-
-LORA, BOTH = peft.LoraConfig, ["q_proj", "down_proj"]
-EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-KINDS: Mapping[str, Kind] = MappingProxyType(
-    {
-        "LoRA": kind("llama", LORA, r=4, target_modules=BOTH),
-        "LoRA, ranks and alphas by pattern": kind(
-            "llama",
-            LORA,
-            r=4,
-            lora_alpha=7,
-            target_modules=BOTH,
-            rank_pattern={"down_proj": 3, "layers.1.self_attn.q_proj": 5},
-            alpha_pattern={"layers.0.*.q_proj": 11},
-        ),
-        "rsLoRA": kind("llama", LORA, r=4, lora_alpha=3, use_rslora=True, target_modules=BOTH),
-        "LoRA, all biases": kind("llama", LORA, r=4, bias="all", target_modules=BOTH),
-        "LoRA, own biases": kind("llama", LORA, r=4, bias="lora_only", target_modules=BOTH),
-        "LoRA, bias of B": kind("llama", LORA, r=4, lora_bias=True, target_modules=["q_proj"]),
-        "DoRA": kind("llama", LORA, r=4, use_dora=True, target_modules=BOTH),
-        "LoRA of embeddings and head": kind("llama", LORA, r=4, target_modules=["q_proj", "embed_tokens", "lm_head"]),
-        "DoRA of embeddings": kind("llama", LORA, r=4, use_dora=True, target_modules=["embed_tokens"]),
-        "LoRA, trained tokens": kind(
-            "llama", LORA, r=4, target_modules=BOTH, trainable_token_indices={"embed_tokens": [3, 1]}
-        ),
-        "LoRA of Conv1D": kind("gpt2", LORA, r=4, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True),
-        "DoRA of Conv1D": kind("gpt2", LORA, r=4, target_modules=["c_fc"], fan_in_fan_out=True, use_dora=True),
-        "LoRA of BERT with its head": kind(
-            "bert", LORA, r=4, target_modules=["query", "dense"], modules_to_save=["classifier"], task_type="SEQ_CLS"
-        ),
-        "LoRA of experts": kind("mixtral", LORA, r=4, target_modules=["q_proj"], target_parameters=EXPERTS),
-        "LoRA of experts and router": kind(
-            "mixtral", LORA, r=2, target_modules=[], target_parameters=["gate.weight", *EXPERTS[1:]]
-        ),
-        "LoHa": kind("llama", peft.LoHaConfig, r=4, alpha=3, target_modules=BOTH),
-        "LoKr": kind("llama", peft.LoKrConfig, r=2, alpha=3, target_modules=BOTH, decompose_both=True),
-        "LoKr, whole": kind("llama", peft.LoKrConfig, r=40, alpha=3, target_modules=BOTH),
-        "IA3": kind("llama", peft.IA3Config, target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
-        "IA3 of Conv1D": kind(
-            "gpt2",
-            peft.IA3Config,
-            target_modules=["c_attn", "mlp.c_proj"],
-            feedforward_modules=["mlp.c_proj"],
-            fan_in_fan_out=True,
-        ),
-        "VeRA": kind("llama", peft.VeraConfig, r=4, target_modules=BOTH),
-        "LN tuning": kind("llama", peft.LNTuningConfig, target_modules=["input_layernorm", "norm"]),
-        "LN tuning of BERT with its head": kind(
-            "bert", peft.LNTuningConfig, target_modules=["LayerNorm"], modules_to_save=["classifier"], merges=False
-        ),
-        "trained tokens": kind(
-            "llama", peft.TrainableTokensConfig, token_indices=[5, 2], target_modules=["embed_tokens"]
-        ),
-    }
-)
-
-
-class Made(NamedTuple):
-    """A model with an adapter that is not merged yet, and the folders of both."""
-
-    live: peft.PeftModel
-    base: Path
-    adapter: Path
-
-    @property
-    def reference(self) -> str:
-        return f"{self.base}+{self.adapter}"
-
-
-def make(
-    folder: Path, model: str, config: peft.PeftConfig, dtype: torch.dtype = torch.float32, name: str = "adapter"
-) -> Made:
-    """Save the model as `folder`/base and a random adapter to it beside that."""
-    torch.manual_seed(0)
-    base: Any = MODELS[model]()
-    base.to(dtype).eval().save_pretrained(folder / "base")
-    return adapt(base, folder, config, name)
-
-
-def adapt(base: Any, folder: Path, config: peft.PeftConfig, name: str) -> Made:
-    """A random adapter to a model that is saved as `folder`/base; its numbers depend on its name."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT's about configs that it corrects
-        live = peft.get_peft_model(base, config, autocast_adapter_dtype=False)
-        draw = torch.Generator().manual_seed(len(name) + sum(map(ord, name)))
-        with torch.no_grad():
-            for parameter in live.parameters():
-                if parameter.requires_grad:
-                    parameter.add_(torch.randn(parameter.shape, generator=draw, dtype=parameter.dtype) * 0.1)
-        live.to(base.dtype).eval()
-        live.save_pretrained(str(folder / name))
-    return Made(live, folder / "base", folder / name)
-
-
-def logits(model: torch.nn.Module) -> torch.Tensor:
-    """The model's outputs on some tokens."""
-    with torch.inference_mode():
-        output: torch.Tensor = model(IDS).logits
-    return output
-
-
-def change_config(adapter: Path, **changes: Any) -> Path:
-    """Write other values to an adapter's config."""
-    file = adapter / "adapter_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
-    return adapter
-
-
-def change_tensors(adapter: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Path:
-    """Write other tensors to an adapter's file."""
-    file = adapter / "adapter_model.safetensors"
-    save_file({name: x.contiguous() for name, x in change(load_file(file)).items()}, file)
-    return adapter
+        # peft asks transformers for what that has renamed, and overlooks that it follows patterns about parameters
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        warnings.filterwarnings("ignore", r"The following \w+ keys did not match any targeted module", RuntimeWarning)
+        wrapped = peft.PeftModel.from_pretrained(copy.deepcopy(model), str(adapter))
+    result: Any = peft.set_peft_model_state_dict(wrapped, peft.load_peft_weights(str(adapter)))
+    own = [name for name in result.missing_keys if "lora_" in name or "modules_to_save.default" in name]
+    assert not result.unexpected_keys and not own
+    return wrapped.eval()

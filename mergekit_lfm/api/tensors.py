@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from math import prod
 from typing import TYPE_CHECKING, Any
 from warnings import warn
 
@@ -66,27 +67,33 @@ def merge_checked(
     """The merge of tensors that fit together. settings: of the tensor `name`. evidence: statistics, one for each."""
     import torch
 
-    from mergekit_lfm.kernels.random import key
-
     dtype = tensors[0].dtype
     for tensor in (*tensors[1:], *([] if base is None else [base])):
         dtype = torch.promote_types(dtype, tensor.dtype)
-    unit = Unit(
-        name=name,
-        shape=tuple(tensors[0].shape),
-        numel=tensors[0].numel(),
-        shared=settings.shared,
-        inputs=settings.inputs,
-        keys=tuple(key(seed, name, position) for position in range(len(tensors))),
-        double=dtype == torch.float64,
-        norms=tuple(float(x.double().norm()) for x in evidence),
-    )
+    norms = tuple(float(x.double().norm()) for x in evidence)
+    unit = unit_of(name, settings, tuple(tensors[0].shape), seed, double=dtype == torch.float64, norms=norms)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # more would add the parts of a sum in another order
     try:
         return _merged(method, unit, tensors, base, evidence, dtype)
     finally:
         torch.set_num_threads(threads)
+
+
+def unit_of(
+    name: str,
+    settings: Settings,
+    shape: tuple[int, ...],
+    seed: int,
+    *,
+    double: bool = False,
+    norms: tuple[float, ...] = (),
+) -> Unit:
+    """The unit of the tensor `name` alone. double, norms: as of `Unit`."""
+    from mergekit_lfm.kernels.random import key
+
+    keys = tuple(key(seed, name, position) for position in range(len(settings.inputs)))
+    return Unit(name, shape, prod(shape), settings.shared, settings.inputs, keys, double, norms=norms)
 
 
 def _merged(

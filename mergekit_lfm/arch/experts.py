@@ -26,6 +26,7 @@ Specs = Mapping[str, TensorSpec]
 # One tensor for each matrix of each expert; all in [experts, out, in]; all in [experts, in, out].
 Form = Literal["apart", "together", "turned"]
 
+ORDER = ("gate_up_proj", "down_proj")  # of the tensors with all experts, in the module that has them
 PART = "experts."  # of the names of all lines
 APART = re.compile(r"(^|[._])experts\.\d+\.")
 TOGETHER = re.compile(r"(^|[._])experts\.(?!\d)")

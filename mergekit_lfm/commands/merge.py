@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 import click
 
 from mergekit_lfm.commands import options
+from mergekit_lfm.commands.adapters import merge_adapters
 from mergekit_lfm.commands.console import Console
 from mergekit_lfm.commands.mergekit import MergekitCommand, mergekit_notices, mergekit_options
 from mergekit_lfm.commands.options import device_option, going_on_later, no_resume, overwrite
@@ -94,17 +95,21 @@ def merge(
     Models are folders, or on the Hub: org/name, org/name@revision. RECIPE is a file, or - for standard input. OUT is a
     new folder; without it, the recipe's `output`, else merged/ and the recipe's name. A run that was interrupted goes
     on where it stopped when the same command is given again. A recipe of several documents is carried out stage by
-    stage; their results stay in OUT.stages, where the next run takes those that have not changed. Sizes are 500MB, 5GB
-    (5e9 bytes), 3GiB, or a number of bytes.
+    stage; their results stay in OUT.stages, where the next run takes those that have not changed. A recipe with
+    `job: adapters` merges adapters to one. Sizes are 500MB, 5GB (5e9 bytes), 3GiB, or a number of bytes.
     """
     from mergekit_lfm.api.merge import merge as run
     from mergekit_lfm.api.merge import plan_merge
     from mergekit_lfm.commands.show.terminal import tell
+    from mergekit_lfm.recipe.source import job_of
 
     console.warn(mergekit_notices(click.get_current_context()))
+    given = read_recipe(recipe)
+    if job_of(given) == "adapters":
+        merge_adapters(console, given, out, overwrite=overwrite, dry_run=dry_run)
     with transfers(hidden=console.hidden):
         with lasting():
-            planned = plan_merge(read_recipe(recipe), out, private=private, card=not no_card, **where).result
+            planned = plan_merge(given, out, private=private, card=not no_card, **where).result
         console.keep_apart([planned.out, *planned.plan.paths])
         if planned.goal is None and (private or pull_back):
             raise click.UsageError("--private and --verify are about a push: give --push-to org/name")

@@ -67,7 +67,7 @@ def bound(text: str, longest: int) -> str:
     return line if len(line) <= longest else f"{line[: longest - 3]}..."
 
 
-def _markdown(text: str) -> str:
+def as_markdown(text: str) -> str:
     """The text as one line of Markdown that shows it."""
     return MARKDOWN.sub(r"\\\g<0>", bound(text, LONGEST))
 
@@ -86,7 +86,7 @@ def recipe_text(recipe: Mapping[str, Any]) -> str:
     return yaml.safe_dump(_bound_all(recipe), sort_keys=False, width=1 << 30)
 
 
-def _block(text: str, language: str) -> str:
+def code_block(text: str, language: str) -> str:
     """The text between fences that are longer than any in it."""
     fence = "`" * (max([2, *map(len, re.findall("`+", text))]) + 1)
     return f"{fence}{language}\n{text}{fence}"
@@ -104,7 +104,7 @@ class Source:
     @property
     def line(self) -> str:
         """The model as Markdown: a link to its page if it has one."""
-        shown = _markdown(self.name)
+        shown = as_markdown(self.name)
         return (f"[{shown}](https://huggingface.co/{self.repo})" if self.repo else shown) + self.role
 
 
@@ -170,31 +170,32 @@ def model_card(
     front |= {"tags": ["merge" if relation == "merge" else "model-editing", "mergekit_lfm"]}
     stated = any(source.license for source in sources)
     lines = "\n".join(
-        f"- {source.line}" + (f", license: {_markdown(_label(source.license))}" if stated else "") for source in sources
+        f"- {source.line}" + (f", license: {as_markdown(_label(source.license))}" if stated else "")
+        for source in sources
     )
     by = ", ".join(f"`{method}`" + (f" ({_linked(paper)})" if paper else "") for method, paper in methods.items())
     here = "Its folder, or its name on the Hub, in place of the name:"
     return (
-        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {_markdown(name)}\n\n"
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {as_markdown(name)}\n\n"
         f"Made with mergekit_lfm {__version__} by {by}.\n\n"
         f"{numbers}.\n\n"
         f"## Models\n\n{lines}\n\n"
         f"{_facts_section(facts)}"
-        f"## To load it\n\n{here}\n\n{_block(loader.code + chr(10), 'python')}\n\n"
-        f"## Recipe\n\n{_block(recipe, 'yaml')}\n\n"
+        f"## To load it\n\n{here}\n\n{code_block(loader.code + chr(10), 'python')}\n\n"
+        f"## Recipe\n\n{code_block(recipe, 'yaml')}\n\n"
         f"`{lock}` has the identity of every input and a digest of every tensor; `mergekit-lfm verify` checks them.\n"
     )
 
 
 def _linked(paper: str) -> str:
     """The source of a method with links to arXiv."""
-    return ARXIV.sub(r"[\g<0>](https://arxiv.org/abs/\1)", _markdown(paper))
+    return ARXIV.sub(r"[\g<0>](https://arxiv.org/abs/\1)", as_markdown(paper))
 
 
 def _facts_section(facts: Sequence[str]) -> str:
     if not facts:
         return ""
-    lines = "\n".join(f"- {_markdown(fact)}" for fact in facts[:SHOWN_FACTS])
+    lines = "\n".join(f"- {as_markdown(fact)}" for fact in facts[:SHOWN_FACTS])
     more = f"\n- and {len(facts) - SHOWN_FACTS} more" if len(facts) > SHOWN_FACTS else ""
     count = "one fact" if len(facts) == 1 else f"{len(facts)} facts"
     return f"## Edited facts\n\nIt was edited to say {count}:\n\n{lines}{more}\n\n{NOT_JUDGED}\n\n"

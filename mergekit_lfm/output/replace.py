@@ -17,7 +17,7 @@ from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.output.layout import Shard
 from mergekit_lfm.output.lock import LOCK, covered_files, is_intact, is_link, lock_of
 from mergekit_lfm.store.files import open_file, read_bytes
-from mergekit_lfm.store.folder import INDEXES, find_weights, is_index
+from mergekit_lfm.store.folder import ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEXES, find_weights, is_index
 from mergekit_lfm.store.locks import lock_folder
 from mergekit_lfm.store.places import EXISTS, OVERWRITE, check_apart, check_kind, has_files, partial_of, remove
 
@@ -178,6 +178,8 @@ def _own_files(folder: Path) -> set[str]:
         except FormatError:
             pass  # a damaged lock: go by the names
     names = {path.name for path in folder.iterdir() if path.is_file() and not path.is_symlink()}
+    if ADAPTER_CONFIG in names and not names.isdisjoint(ADAPTER_WEIGHTS):
+        return {name for name in names if BESIDE.search(name) or name in ADAPTER}
     try:
         weights = find_weights(folder, names, folder)
     except FormatError:

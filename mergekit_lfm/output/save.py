@@ -1,4 +1,4 @@
-"""Save a checkpoint, or a view of one, as a folder of its own: complete, or not there.
+"""Save a folder, such as a checkpoint or a view of one: complete, or not there.
 
 It is written as OUT.partial, which becomes OUT with one rename. A killed run leaves OUT.partial at most; the next one
 starts over. A file in it marks it as ours; it lies beside it while the complete folder gets its name.
@@ -61,7 +61,7 @@ def save_checkpoint(
     bytes. Replaces OUT: call `check_out` first. Returns the files that were left behind, and why.
     """
     folder = checkpoint.path
-    with _partial(out) as partial:
+    with make_folder(out) as partial:
         shards = lay_out(checkpoint, list(checkpoint.values()), None)
         for shard in shards:
             (partial / shard.name).parent.mkdir(parents=True, exist_ok=True)
@@ -86,8 +86,11 @@ def _encode_index(index: Index) -> bytes:
 
 
 @contextmanager
-def _partial(out: Path) -> Iterator[Path]:
-    """OUT.partial, empty except for its mark; it becomes OUT afterwards, or is removed after an exception."""
+def make_folder(out: Path) -> Iterator[Path]:
+    """OUT.partial, empty except for its mark; it becomes OUT afterwards, or is removed after an exception.
+
+    Replaces OUT: call `check_out` first.
+    """
     partial = partial_of(out)
     partial.mkdir(parents=True, exist_ok=True)
     mark = partial / MARK

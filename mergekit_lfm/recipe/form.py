@@ -168,6 +168,14 @@ class ModelEntry(Strict):
         return _adapters_beside(data)
 
 
+class AdapterEntry(Strict):
+    """One line of `adapters`: an adapter, its share of what it does, and its own parameters."""
+
+    adapter: Reference
+    scale: float = Field(default=1.0, strict=True, allow_inf_nan=False)
+    parameters: Parameters = Field(default_factory=dict)
+
+
 class SliceEntry(Strict):
     """Layers that follow on those of the slice before: as many of each source, merged with one another."""
 

@@ -7,6 +7,7 @@ and every model's folder exists. The plan checks whether the tensors fit togethe
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self
@@ -37,12 +38,12 @@ from mergekit_lfm.recipe.form import (
     read_reference,
 )
 from mergekit_lfm.recipe.parts import Edit, Input, Part
-from mergekit_lfm.recipe.problems import Problem, parts_of, problem_at, refuse
+from mergekit_lfm.recipe.problems import Problem, problem_at, refuse
 from mergekit_lfm.recipe.requirements import missing_requirements
 from mergekit_lfm.recipe.roles import read_base, read_edits
 from mergekit_lfm.recipe.structure import Structure
 from mergekit_lfm.recipe.tokenizer import TokenizerRequest, read_tokenizer
-from mergekit_lfm.recipe.validation import content_problems, form_problems, without_faults, without_keys
+from mergekit_lfm.recipe.validation import find_problems, read_form
 from mergekit_lfm.recipe.values import FOUND, NamedFile
 from mergekit_lfm.store.files import read_text
 from mergekit_lfm.store.yaml import read_yaml
@@ -154,41 +155,27 @@ class Recipe(Strict):
             expected = "a mapping with merge_method and models"
             raise PlanError(f"{{place}}: {FOUND}", place=label, found=f"{data!r:.40}", expected=expected)
         refuse_foreign(data, label)
-        ignored = dict[str, str]()
-        while True:
-            recipe, problems = cls._read(data, Where(where, stages))
-            if recipe is not None:
-                recipe._text = source if isinstance(source, str) else None
-                recipe._notices = (*ignored.values(), *recipe._notices)
-                return recipe
-            unknown = {each.unknown: each.text for each in problems if allow_unknown and each.unknown}
-            if not unknown:
-                break
-            ignored |= {key: f"{key} has no effect here: {text}" for key, text in unknown.items()}
-            data = without_keys(data, unknown)
-        count = f"{len(problems)} problems\n  " if len(problems) > 1 else ""
-        parts = parts_of(problems)
-        place = ": ".join([label, *([parts.pop("place")] if "place" in parts else [])])
-        lines = "\n  ".join(map(str, problems))
-        raise PlanError("{label}: {count}{lines}", label=label, count=count, lines=lines, place=place, **parts)
+        recipe, ignored = read_form(
+            partial(cls._read, where=Where(where, stages)), data, label, allow_unknown=allow_unknown
+        )
+        recipe._text = source if isinstance(source, str) else None
+        recipe._notices = (*ignored, *recipe._notices)
+        return recipe
 
     @classmethod
     def _read(cls, data: Mapping[str, Any], where: Where) -> tuple[Self | None, list[Problem]]:
         """The recipe; or None, and all problems."""
-        try:
-            ours, notices = read_dialect(data, cls.model_fields)
-            recipe = cls.model_validate(ours, context={"where": where, "whole": True})
+        notices = list[str]()
+
+        def prepare(data: Mapping[str, Any]) -> Mapping[str, Any]:
+            ours, told = read_dialect(data, cls.model_fields)
+            notices.extend(told)
+            return ours
+
+        recipe, problems = find_problems(cls, data, where, prepare)
+        if recipe is not None:
             recipe._notices = (*notices, *recipe._notices)
-            return recipe, []
-        except ValidationError as error:
-            problems = [*content_problems(error), *form_problems(error, cls)]
-            rest = without_faults(data, error)
-        if rest != data:  # errors of form hide errors of content
-            try:
-                cls.model_validate(rest, context={"where": where, "whole": False})
-            except ValidationError as error:
-                problems += content_problems(error)
-        return None, problems
+        return recipe, problems
 
     @model_validator(mode="after")
     def _check(self, info: ValidationInfo) -> Self:

@@ -9,7 +9,7 @@ from mergekit_lfm.recipe.problems import Problem, problem_at
 
 def missing_requirements(part: Part) -> list[Problem]:
     """Everything that the part's method needs and the recipe lacks."""
-    return lacking_models(part) + _unset(part) + _without_statistics(part)
+    return lacking_models(part) + unset_parameters(part) + _without_statistics(part)
 
 
 def lacking_models(part: Part) -> list[Problem]:
@@ -30,7 +30,7 @@ def lacking_models(part: Part) -> list[Problem]:
     return problems
 
 
-def _unset(part: Part) -> list[Problem]:
+def unset_parameters(part: Part) -> list[Problem]:
     """Every parameter without a default that the recipe sets nowhere."""
     problems, method = [], part.method
     for parameter in method.parameters:

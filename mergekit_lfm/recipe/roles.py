@@ -41,7 +41,7 @@ def read_scope(raw: Mapping[str, Any], methods: Sequence[Method], place: str) ->
 
     methods: all that the recipe merges with; a parameter may be for one of the others.
     """
-    settings, notices, problems = _read_settings(raw, methods, place, own=False)
+    settings, notices, problems = read_settings(raw, methods, place, own=False)
     return Scope(place, settings), notices, problems
 
 
@@ -95,7 +95,7 @@ def _read_line(
 ) -> tuple[Input, list[str], list[Problem]]:
     """The model of a line, all but its alignment. before: the lines above."""
     found, problems = _read_source(entry.model, where, f"{place}.model")
-    settings, notices, wrong_settings = _read_settings(entry.parameters, methods, f"{place}.parameters", own=True)
+    settings, notices, wrong_settings = read_settings(entry.parameters, methods, f"{place}.parameters", own=True)
     stats, wrong_stats = _read_stats(entry.stats, methods[0], where, f"{place}.stats")
     edits, wrong_edits = read_edits(entry.edits, where, f"{place}.edits")
     rename, wrong_names = _read_rename(entry.rename, f"{place}.rename")
@@ -134,7 +134,7 @@ def _read_source(ref: str, where: Where, place: str) -> tuple[FoundModel, list[P
     return found or FoundModel(ref, Path(ref)), problems
 
 
-def _read_settings(
+def read_settings(
     raw: Mapping[str, Any], methods: Sequence[Method], place: str, *, own: bool
 ) -> tuple[dict[str, Setting], list[str], list[Problem]]:
     """The settings in a mapping `parameters`, notices and problems; `own` if it belongs to one model.

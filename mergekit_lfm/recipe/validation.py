@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from functools import reduce
 from operator import getitem
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from mergekit_lfm.errors import Refusal, did_you_mean
-from mergekit_lfm.recipe.form import NOT_YET, ModelEntry, ModuleEntry, Push, SliceEntry, Strict
-from mergekit_lfm.recipe.problems import Problem, Problems, UnknownKey, problem_at
+from mergekit_lfm.errors import PlanError, Refusal, did_you_mean
+from mergekit_lfm.recipe.files import Where
+from mergekit_lfm.recipe.form import NOT_YET, AdapterEntry, ModelEntry, ModuleEntry, Push, SliceEntry, Strict
+from mergekit_lfm.recipe.problems import Problem, Problems, UnknownKey, parts_of, problem_at
 from mergekit_lfm.recipe.values import FOUND
 from mergekit_lfm.store.yaml import find_steps
 
@@ -27,13 +28,67 @@ EXPECTED = {  # by pydantic's kind of error
     "string_pattern_mismatch": "cpu, cuda, cuda:1 or auto",
 }
 
-# The same for slices and modules, by their key.
+LISTS = ("models", "sources", "slices", "modules", "adapters")
+# The same for the other lists, by their key.
 EXPECTED_AT = {
+    ("model_type", "adapters"): "a mapping such as {adapter: path, parameters: {weight: 0.5}}",
+    ("tuple_type", "adapters"): "a list of adapters",
     ("model_type", "slices"): "a mapping such as {sources: [{model: path, layer_range: [0, 16]}]}",
     ("model_type", "modules"): "a mapping such as {models: [{model: path}]}",
     ("tuple_type", "slices"): "a list of slices, each with `sources`",
     ("dict_type", "modules"): "a mapping from the names of modules to {models: ...}",
 }
+
+
+F = TypeVar("F", bound=Strict)
+
+
+def read_form(
+    read: Callable[[Mapping[str, Any]], tuple[F | None, list[Problem]]],
+    data: Mapping[str, Any],
+    label: str,
+    *,
+    allow_unknown: bool,
+) -> tuple[F, tuple[str, ...]]:
+    """What `read` makes of data, and a notice for each unknown key, which is an error unless `allow_unknown`.
+
+    Raises PlanError with all problems.
+    """
+    ignored = dict[str, str]()
+    while True:
+        form, problems = read(data)
+        if form is not None:
+            return form, tuple(ignored.values())
+        unknown = {each.unknown: each.text for each in problems if allow_unknown and each.unknown}
+        if not unknown:
+            break
+        ignored |= {key: f"{key} has no effect here: {text}" for key, text in unknown.items()}
+        data = without_keys(data, unknown)
+    count = f"{len(problems)} problems\n  " if len(problems) > 1 else ""
+    parts = parts_of(problems)
+    place = ": ".join([label, *([parts.pop("place")] if "place" in parts else [])])
+    lines = "\n  ".join(map(str, problems))
+    raise PlanError("{label}: {count}{lines}", label=label, count=count, lines=lines, place=place, **parts)
+
+
+def find_problems(
+    form: type[F],
+    data: Mapping[str, Any],
+    where: Where,
+    prepare: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda data: data,
+) -> tuple[F | None, list[Problem]]:
+    """The form of data, whose models are `where`; or None, and all problems."""
+    try:
+        return form.model_validate(prepare(data), context={"where": where, "whole": True}), []
+    except ValidationError as error:
+        problems = [*content_problems(error), *form_problems(error, form)]
+        rest = without_faults(data, error)
+    if rest != data:  # errors of form hide errors of content
+        try:
+            form.model_validate(rest, context={"where": where, "whole": False})
+        except ValidationError as error:
+            problems += content_problems(error)
+    return None, problems
 
 
 def content_problems(error: ValidationError) -> list[Problem]:
@@ -72,7 +127,7 @@ def form_problems(error: ValidationError, recipe: type[Strict]) -> Iterator[Prob
         elif kind == "value_error":
             yield from _problems_of(key_path, detail["ctx"]["error"])
         else:
-            key = next((str(part) for part in reversed(path) if part in ("models", "sources", "slices", "modules")), "")
+            key = next((str(part) for part in reversed(path) if part in LISTS), "")
             known = EXPECTED_AT.get((kind, key), EXPECTED.get(kind))
             found, expected = f"{value!r:.60}", known or detail["msg"].removeprefix(SHOULD)
             told = known is not None or detail["msg"].startswith(SHOULD)
@@ -84,7 +139,7 @@ def _form_at(path: tuple[int | str, ...], recipe: type[Strict]) -> type[Strict]:
     if len(path) < 3:
         return Push if path[0] == "push" else recipe
     forms: dict[str, type[Strict]] = {"models": ModelEntry, "sources": ModelEntry}
-    forms |= {"slices": SliceEntry, "modules": ModuleEntry}
+    forms |= {"slices": SliceEntry, "modules": ModuleEntry, "adapters": AdapterEntry}
     return forms[str(path[-3])]
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import peft
 import pytest
 import torch
-from helpers_adapters import KINDS, LORA, MODELS, Made, adapt, logits, make
 from helpers_commands import run
+from helpers_peft import KINDS, LORA, MODELS, Made, adapt, logits, make
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_adapters import LORA, Made, change_config, change_tensors, make
 from helpers_commands import run
+from helpers_peft import LORA, Made, change_config, change_tensors, make
 from models import files_of
 
 from mergekit_lfm import PlanError

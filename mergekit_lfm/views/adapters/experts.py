@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from mergekit_lfm.arch.experts import PART, Form, Layout, layouts
+from mergekit_lfm.arch.experts import ORDER, PART, Form, Layout, layouts
 from mergekit_lfm.arch.experts import Experts as Layer
-from mergekit_lfm.artifacts.adapter import Module
+from mergekit_lfm.artifacts.adapter import Adapter, Module
 from mergekit_lfm.store.tensors import TensorSpec
 from mergekit_lfm.views.adapters.change import Change
 from mergekit_lfm.views.adapters.lora import Expert, Experts, LowRank
@@ -20,7 +20,6 @@ from mergekit_lfm.views.adapters.names import is_experts
 if TYPE_CHECKING:
     from mergekit_lfm.views.adapters.finding import Finding
 
-ORDER = ("gate_up_proj", "down_proj")  # of the tensors in a module
 TURNED = ("gpt_oss", "llama4", "llama4_text")  # the models that have them as [experts, in, out]
 
 
@@ -35,7 +34,7 @@ def expert_changes(finding: Finding) -> Iterator[tuple[str, Change]]:
             wrappers.setdefault(module.name, []).append(module)
     apart = _find_apart(finding.model) if wrappers else {}
     for name, modules in wrappers.items():
-        parameters = _parameters(finding, name)
+        parameters = parameters_of(finding.adapter, name)
         modules.sort(key=lambda module: -module.depth)
         if len(parameters) != len(modules):
             found = ", ".join(parameters) or "none"
@@ -57,9 +56,9 @@ def _find_apart(model: Mapping[str, TensorSpec]) -> Apart:
     return found
 
 
-def _parameters(finding: Finding, module: str) -> list[str]:
+def parameters_of(adapter: Adapter, module: str) -> list[str]:
     """The tensors of a module that the config names, in the order in which the module has them."""
-    stated = finding.adapter.config.get("target_parameters") or ()
+    stated = adapter.config.get("target_parameters") or ()
     own = {each.rpartition(".")[2] for each in stated if f".{module}.".endswith(f".{each.rpartition('.')[0]}.")}
     return [*(name for name in ORDER if name in own), *sorted(own - {*ORDER})]
 

@@ -39,7 +39,7 @@ def find_changes(adapter: Adapter, model: Checkpoint, label: object) -> Changes:
     refuse_kind(adapter)
     names = find_names(adapter, model)
     finding = Finding(adapter, model, str(model.config.get("model_type", "")), names)
-    finding.problems += _strange_keys(adapter)
+    finding.problems += strange_keys(adapter)
     changes: Changes = {}
     for name, change in _all_changes(finding):
         if model[name].dtype not in FLOATS:
@@ -85,7 +85,7 @@ def _all_changes(finding: Finding) -> Iterator[tuple[str, Change]]:
     yield from expert_changes(finding)
 
 
-def _strange_keys(adapter: Adapter) -> Iterator[str]:
+def strange_keys(adapter: Adapter) -> Iterator[str]:
     """The keys of the config that nothing here stands for, and patterns that match no module."""
     known = {"r", "alpha", "lora_alpha", "use_rslora", "fan_in_fan_out", "rank_pattern", "alpha_pattern"}
     known |= {

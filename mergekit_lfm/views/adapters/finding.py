@@ -32,13 +32,17 @@ class Finding:
 
     def rank(self, module: Module, name: str, found: int) -> int:
         """The rank of a module, which its tensors and the config must agree on. name: for the config's patterns."""
-        config = self.adapter.config
-        if not config:
+        if not self.adapter.config:
             return found
-        stated = pattern_value(config.get("rank_pattern") or {}, name, config.get("r"))
+        stated = self.stated_rank(name)
         if stated != found:
             self.refuse(module, f"its tensors have rank {found}, adapter_config.json says {stated}")
         return found
+
+    def stated_rank(self, name: str) -> object:
+        """The rank that the config has for a module or a tensor of this name."""
+        config = self.adapter.config
+        return pattern_value(config.get("rank_pattern") or {}, name, config.get("r"))
 
     def scale(self, module: Module, name: str, rank: int) -> float:
         """The factor of a module's change: alpha over the rank or, for rsLoRA, over the rank's root."""

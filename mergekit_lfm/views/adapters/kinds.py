@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 
 from mergekit_lfm.artifacts.adapter import Adapter, Module, pattern_value
+from mergekit_lfm.store.tensors import TensorSpec
 from mergekit_lfm.views.adapters.change import Added, Change, Multiplied, Rows
 from mergekit_lfm.views.adapters.finding import Finding
 from mergekit_lfm.views.adapters.lora import LowRank, Magnitude, Vera
@@ -16,27 +17,41 @@ from mergekit_lfm.views.adapters.names import is_conv1d
 from mergekit_lfm.views.adapters.products import Factor, Hadamard, Kronecker
 
 
+def halves_of(module: Module) -> tuple[str, str]:
+    """The names of a module's two matrices."""
+    return ("lora_embedding_A", "lora_embedding_B") if "lora_embedding_A" in module.parts else ("lora_A", "lora_B")
+
+
+def find_halves(finding: Finding, module: Module) -> tuple[TensorSpec, TensorSpec] | None:
+    """A module's A and B; None, and a problem if only one of them is whole."""
+    names = halves_of(module)
+    if missing := [name for name in names if name not in module.parts]:
+        if len(missing) < 2 or "lora_embedding_B" in module.parts:
+            finding.refuse(module, f"it has no {missing[0]}; save the adapter anew")
+        return None
+    a, b = (module.parts[name] for name in names)
+    if 0 in (*a.shape, *b.shape) or min(len(a.shape), len(b.shape)) < 2:
+        text = f"its {names[0]} is {list(a.shape)}, {names[1]} {list(b.shape)}: the training saved one part of many; "
+        finding.refuse(module, text + "save it gathered, with ZeRO-3 in GatheredParameters")
+        return None
+    return a, b
+
+
 def _low_rank(finding: Finding, module: Module) -> Iterator[tuple[str, Change]]:
     """The changes of LoRA, rsLoRA and DoRA: of a layer and its bias, a convolution, an embedding."""
     if "trainable_tokens_delta" in module.parts:
         yield from _tokens(finding, module)
-    halves = ("lora_embedding_A", "lora_embedding_B") if "lora_embedding_A" in module.parts else ("lora_A", "lora_B")
-    if missing := [half for half in halves if half not in module.parts]:
-        if len(missing) < 2 or "lora_embedding_B" in module.parts:
-            finding.refuse(module, f"it has no {missing[0]}; save the adapter anew")
+    halves = find_halves(finding, module)
+    if halves is None:
         return
-    a, b = (module.parts[half] for half in halves)
-    if 0 in (*a.shape, *b.shape) or min(len(a.shape), len(b.shape)) < 2:
-        text = f"its {halves[0]} is {list(a.shape)}, {halves[1]} {list(b.shape)}: the training saved one part of many; "
-        finding.refuse(module, text + "save it gathered, with ZeRO-3 in GatheredParameters")
-        return
+    a, b, names = *halves, halves_of(module)
     weight, rank = finding.weight(module), a.shape[0]
     out, columns = b.shape[0], a.numel // rank
     turned = finding.is_turned(module, weight, out, columns)
-    if halves[0] == "lora_embedding_A" and weight.shape == (columns, out):
+    if names[0] == "lora_embedding_A" and weight.shape == (columns, out):
         turned = True
     if turned is None or b.numel != out * rank:
-        finding.refuse(module, f"{halves[0]} {list(a.shape)} and {halves[1]} {list(b.shape)} do not fit {weight}")
+        finding.refuse(module, f"{names[0]} {list(a.shape)} and {names[1]} {list(b.shape)} do not fit {weight}")
         return
     scale = finding.scale(module, module.name, finding.rank(module, module.name, rank))
     change = LowRank(a, b, scale, turned)

@@ -30,11 +30,16 @@ def is_experts(module: Module) -> bool:
     return bool(_EXPERTS.search(module.name))
 
 
+def has_underscores(modules: Iterable[str]) -> bool:
+    """Whether some modules have the names of trainers of image models."""
+    return any(_UNDERSCORES.match(name) for name in modules)
+
+
 def find_names(adapter: Adapter, model: Mapping[str, TensorSpec]) -> dict[str, str]:
     """By the adapter's name of each tensor that it changes the model's; the same where no rule leads to one."""
     wanted = [f"{module.name}.weight" for module in adapter.modules if module.name and not is_experts(module)]
     wanted += adapter.saved
-    if any(_UNDERSCORES.match(name) for name in wanted):
+    if has_underscores(wanted):
         return _without_underscores(wanted, model)
     if all(name in model for name in wanted):
         return {name: name for name in wanted}

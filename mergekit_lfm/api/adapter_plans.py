@@ -1,0 +1,205 @@
+"""Merges of adapters that are planned: what each adapter changes, and whether the changes fit together."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergekit_lfm.api.arguments import StrPath, expand
+from mergekit_lfm.api.outcome import Outcome
+from mergekit_lfm.errors import FormatError, PlanError, did_you_mean, several, shorten
+from mergekit_lfm.recipe.adapter_recipe import AdapterRecipe
+from mergekit_lfm.recipe.recipe import read_recipe
+from mergekit_lfm.recipe.source import RecipeText
+from mergekit_lfm.recipe.values import Setting
+
+if TYPE_CHECKING:
+    from mergekit_lfm.artifacts.adapter import Adapter
+    from mergekit_lfm.store.checkpoint import Checkpoint
+    from mergekit_lfm.store.tensors import TensorSpec
+    from mergekit_lfm.views.adapters.pairs import Form, Pair
+
+AdapterRecipeLike = AdapterRecipe | str | PathLike[str] | Mapping[str, Any] | RecipeText
+
+
+@dataclass(frozen=True)
+class PlannedAdapters:
+    """A merge of adapters that is checked, and not made yet.
+
+    modules: by name the pair of each adapter, None where it leaves the module alone; saved: by the model's name the
+    tensors that stand in place of its own. base: the model, if the recipe names it, and base_names: its names of saved
+    tensors. notices: what a user should know.
+    """
+
+    recipe: AdapterRecipe
+    out: Path
+    adapters: tuple[Adapter, ...]
+    modules: Mapping[str, tuple[Pair | None, ...]]
+    saved: Mapping[str, tuple[TensorSpec | None, ...]]
+    base: Checkpoint | None
+    base_names: Mapping[str, str]
+    notices: tuple[str, ...] = ()
+
+    def form(self, module: str) -> Form:
+        """The form of the changes of a module."""
+        return next(pair.form for pair in self.modules[module] if pair is not None)
+
+    def shape(self, module: str) -> tuple[int, ...]:
+        """The shape of the changes of a module: [out, in], a convolution's with its kernel, or [experts, out, in]."""
+        form = self.form(module)
+        return *([form.experts] if form.experts else []), form.out, *form.columns
+
+    def weight(self, module: str) -> str:
+        """The name of the tensor that is changed in a module: that of experts is known by its own."""
+        return module if self.form(module).experts else f"{module}.weight"
+
+
+def plan_adapters(
+    recipe: AdapterRecipeLike, out: StrPath | None = None, *, seed: int | None = None, allow_unknown: bool = False
+) -> Outcome[PlannedAdapters]:
+    """Check a merge of adapters, and say what it would make. It reads headers, and tensors that are saved whole.
+
+    Raises PlanError or FormatError with all that does not fit.
+    """
+    from mergekit_lfm.store.checkpoint import open_checkpoint
+    from mergekit_lfm.views.quantisation import dequantise
+
+    started = time.monotonic()
+    recipe, default = _read(recipe, allow_unknown=allow_unknown)
+    if seed is not None:
+        recipe = recipe.model_copy(update={"seed": seed})
+    place = out or recipe.output or default
+    if place is None:
+        raise PlanError("no output: give OUT (in Python `out`), or give the recipe an `output`")
+    adapters, pairs = _open_all(recipe)
+    base = None if recipe.base is None else dequantise(open_checkpoint(recipe.base))
+    modules = {
+        name: tuple(own.get(name) for own in pairs) for name in dict.fromkeys(name for own in pairs for name in own)
+    }
+    saved = {
+        name: tuple(adapter.saved.get(name) for adapter in adapters)
+        for name in dict.fromkeys(name for adapter in adapters for name in adapter.saved)
+    }
+    names = _names_in_base(adapters, base)
+    planned = PlannedAdapters(recipe, expand(place), adapters, modules, saved, base, names)
+    problems = [*_differing_forms(planned), *_saved_problems(planned), *_idle_filters(planned)]
+    if problems:
+        raise PlanError(several("the adapters cannot be merged", problems))
+    planned = replace(planned, notices=(*recipe.notices, *_notices(planned)))
+    return Outcome(planned.out, planned, warnings=planned.notices, seconds=time.monotonic() - started)
+
+
+def _read(recipe: AdapterRecipeLike, *, allow_unknown: bool) -> tuple[AdapterRecipe, Path | None]:
+    """The recipe, and the output by its file's name."""
+    if isinstance(recipe, AdapterRecipe):
+        return recipe, None
+    if isinstance(recipe, RecipeText):
+        return AdapterRecipe.parse(recipe.text, recipe.where, recipe.label, allow_unknown=allow_unknown), None
+    if isinstance(recipe, Mapping):
+        return AdapterRecipe.parse(recipe, allow_unknown=allow_unknown), None
+    path = Path(recipe)
+    read = AdapterRecipe.parse(read_recipe(path), path.absolute().parent, str(path), allow_unknown=allow_unknown)
+    return read, Path("merged") / path.stem
+
+
+def _open_all(recipe: AdapterRecipe) -> tuple[tuple[Adapter, ...], list[dict[str, Pair]]]:
+    """The adapters, and what each changes. Raises PlanError with the problems of all."""
+    from mergekit_lfm.artifacts.adapter import open_adapter
+    from mergekit_lfm.views.adapters.pairs import find_pairs
+
+    adapters: list[Adapter] = []
+    pairs: list[dict[str, Pair]] = []
+    problems: list[str] = []
+    for line in recipe.lines:
+        try:
+            adapters.append(open_adapter(line.input.source, line.input.label))
+            pairs.append(find_pairs(adapters[-1], line.scale))
+        except (FormatError, PlanError, FileNotFoundError) as error:
+            problems.append(str(error))
+    if problems:
+        raise PlanError(several("the adapters cannot be merged", problems))
+    return tuple(adapters), pairs
+
+
+def _names_in_base(adapters: Sequence[Adapter], base: Checkpoint | None) -> dict[str, str]:
+    """By the adapters' names of saved tensors the base's."""
+    from mergekit_lfm.views.adapters.names import find_names
+
+    names: dict[str, str] = {}
+    if base is None:
+        return names
+    for adapter in adapters:
+        found = find_names(adapter, base)
+        names |= {name: found[name] for name in adapter.saved}
+    return names
+
+
+def _differing_forms(planned: PlannedAdapters) -> Iterator[str]:
+    """A problem for each module that the adapters have in several shapes."""
+    for name, pairs in planned.modules.items():
+        forms = {a.label: pair.form for a, pair in zip(planned.adapters, pairs, strict=True) if pair is not None}
+        if len(set(forms.values())) > 1:
+            found = ", ".join(f"in {label} {form}" for label, form in forms.items())
+            yield f"{name} has several shapes: {found}; give adapters of one model"
+
+
+def _saved_problems(planned: PlannedAdapters) -> Iterator[str]:
+    """A problem for each tensor that is saved whole and cannot be merged."""
+    base, method = planned.base, planned.recipe.part.method
+    for name, specs in planned.saved.items():
+        held = {a.label: spec for a, spec in zip(planned.adapters, specs, strict=True) if spec is not None}
+        shapes = {label: spec.shape for label, spec in held.items()}
+        if len(set(shapes.values())) > 1:
+            found = ", ".join(f"in {label} {list(shape)}" for label, shape in shapes.items())
+            yield f"{name} has several shapes: {found}; give adapters of one model"
+            continue
+        own = None if base is None else base.get(planned.base_names[name])
+        if base is not None:
+            if own is None or own.shape != next(iter(shapes.values())):
+                found = "no such tensor" if own is None else f"{list(own.shape)}"
+                yield f"{name} is saved in {', '.join(held)}, the base has {found}; give the model they were trained on"
+            continue
+        lacking = [label for label in (a.label for a in planned.adapters) if label not in held]
+        if lacking:
+            yield f"{name} is saved in {', '.join(held)} alone: give `base_model`, whose value the others keep"
+        elif method.name != "linear" and not _are_equal(planned, name):
+            text = "is saved whole, with other values in each adapter"
+            yield f"{name} {text}: give `base_model`, which {method.name} subtracts, or choose `linear`"
+
+
+def _are_equal(planned: PlannedAdapters, name: str) -> bool:
+    """True if all adapters save the same bytes as a tensor."""
+    pairs = [(a, spec) for a, spec in zip(planned.adapters, planned.saved[name], strict=True) if spec is not None]
+    kinds = {(spec.dtype, adapter.tensors.digest_of(spec.name)) for adapter, spec in pairs}
+    return len(kinds) == 1 and len(pairs) == len(planned.adapters)
+
+
+def _idle_filters(planned: PlannedAdapters) -> Iterator[str]:
+    """A problem for each filter that is part of no tensor's name."""
+    part = planned.recipe.part
+    known = [*map(planned.weight, planned.modules), *planned.saved]
+    settings: list[tuple[str, Mapping[str, Setting]]] = [(scope.place, scope.settings) for scope in part.scopes]
+    settings += [(f"{model.place}.parameters", model.settings) for model in part.inputs]
+    for place, own in settings:
+        for name, rule in ((name, rule) for name, setting in own.items() for rule in setting):
+            if rule.filter is not None and not any(rule.filter in each for each in known):
+                words = {word for each in known for word in each.split(".") if not word.isdecimal()}
+                cure = did_you_mean(rule.filter, words)
+                yield f"{place}.{name}: filter {rule.filter!r} is part of no tensor's name, {cure}"
+
+
+def _notices(planned: PlannedAdapters) -> Iterator[str]:
+    """What a user should know, although the adapters are merged."""
+    bases = dict.fromkeys(adapter.base for adapter in planned.adapters if adapter.base)
+    if len(bases) > 1:
+        named = ", ".join(f"{a.label} on {a.base}" for a in planned.adapters if a.base)
+        yield f"the adapters say that they were trained on several models: {named}; the result names the first"
+    for i, adapter in enumerate(planned.adapters):
+        alone = [name for name, pairs in planned.modules.items() if pairs[i] is None]
+        if alone:
+            count = f"{len(alone)} of {len(planned.modules)} modules"
+            yield f"{adapter.label} does not change {count}, such as {shorten(alone, 1)}; there its change is 0"

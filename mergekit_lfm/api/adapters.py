@@ -1,0 +1,268 @@
+"""`merge_adapters`: several adapters to one, module by module, without the model that they are for.
+
+Of each module the matrices of all adapters are in memory, and its merged change; of a module with experts those of one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from mergekit_lfm.api.adapter_plans import AdapterRecipeLike, PlannedAdapters, plan_adapters
+from mergekit_lfm.api.arguments import StrPath, expand
+from mergekit_lfm.api.outcome import Outcome, warn_of
+from mergekit_lfm.errors import PlanError, did_you_mean
+from mergekit_lfm.machine.progress import SILENCE, Progress
+from mergekit_lfm.methods.method import REQUIRED, Value
+from mergekit_lfm.methods.registry import METHODS
+from mergekit_lfm.recipe.adapter_recipe import SUMS, AdapterRecipe
+from mergekit_lfm.recipe.parts import Settings
+from mergekit_lfm.recipe.settings import SettingsTable
+
+if TYPE_CHECKING:
+    import torch
+
+    from mergekit_lfm.kernels.low_rank import Product
+    from mergekit_lfm.output.adapter import AdapterOutput, NewAdapter
+
+
+@dataclass(frozen=True, slots=True)
+class MergedModule:
+    """One module of a merged adapter. kept: the share of its merged change, in squares, that its rank holds."""
+
+    name: str
+    shape: tuple[int, ...]
+    rank: int
+    energy: float
+    kept: float
+
+
+@dataclass(frozen=True)
+class MergedAdapter:
+    """The result of a merge of adapters: its modules, and the tensors that it saves whole."""
+
+    modules: tuple[MergedModule, ...]
+    saved: tuple[str, ...]
+
+    @property
+    def kept(self) -> float:
+        """The share of the merged changes of all modules, in squares, that is in the adapter."""
+        total = sum(module.energy for module in self.modules)
+        return sum(module.energy * module.kept for module in self.modules) / total if total else 1.0
+
+
+def merge_adapters(
+    adapters: Sequence[StrPath],
+    out: StrPath,
+    *,
+    method: str = "linear",
+    weights: Sequence[float] | None = None,
+    space: str = "product",
+    rank: int | None = None,
+    energy: float | None = None,
+    base: StrPath | None = None,
+    dtype: str = "float32",
+    seed: int = 0,
+    overwrite: bool = False,
+    progress: Progress = SILENCE,
+    **parameters: Any,
+) -> Outcome[MergedAdapter]:
+    """Merge adapters of one model to one adapter, which PEFT loads. The model itself is not needed.
+
+    adapters: folders, files or names on the Hub. method: one that merges changes to a base, `linear`, or PEFT's `cat`
+    and `svd`. weights: one for each adapter, 1 by default where the method needs them. space: "product" merges the
+    changes of weights themselves, "knots" and "core" their coordinates in a basis that the adapters share. rank: of the
+    result at most; or energy, the share of the squares of every change that it holds at least. base: the model, which
+    is read where adapters save tensors whole. Parameters are those of the method, `lambda` as `lambda_`: a value for
+    all adapters, or a list with one for each.
+
+    Raises PlanError or FormatError with all that does not fit, before anything is written.
+    """
+    data: dict[str, Any] = {"job": "adapters", "merge_method": method, "space": space, "dtype": dtype, "seed": seed}
+    data |= {key: value for key, value in (("rank", rank), ("energy", energy)) if value is not None}
+    if base is not None:
+        data["base_model"] = str(expand(base, "base"))
+    data |= _with_parameters([str(expand(adapter, "adapter")) for adapter in adapters], method, weights, parameters)
+    return merge_adapter_recipe(data, out, overwrite=overwrite, progress=progress)
+
+
+def _with_parameters(
+    adapters: Sequence[str], method: str, weights: Sequence[float] | None, parameters: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The recipe's `adapters` and `parameters`, from arguments with a list for what each adapter has its own of."""
+    declared = METHODS.get("linear" if method in SUMS else method)
+    known = {} if declared is None else {parameter.name: parameter for parameter in declared.parameters}
+    given = {"lambda" if name == "lambda_" else name: value for name, value in parameters.items()}
+    for name in given.keys() - known.keys() if known else ():
+        raise PlanError(f"{method} has no parameter {name!r}, {did_you_mean(name, known)}")
+    if weights is not None:
+        given["weight"] = list(weights)
+    elif "weight" in known and known["weight"].default is REQUIRED:
+        given.setdefault("weight", 1.0)
+    lines: list[dict[str, Any]] = [{"adapter": adapter, "parameters": {}} for adapter in adapters]
+    for name in [name for name, value in given.items() if isinstance(value, list | tuple) and known.get(name)]:
+        values = given.pop(name)
+        if len(values) != len(lines):
+            raise PlanError(f"{name}: found {len(values)} values, expected one for each of {len(lines)} adapters")
+        for line, value in zip(lines, values, strict=True):
+            line["parameters"][name] = value
+    return {"adapters": lines, "parameters": given}
+
+
+def merge_adapter_recipe(
+    recipe: AdapterRecipeLike | PlannedAdapters,
+    out: StrPath | None = None,
+    *,
+    overwrite: bool = False,
+    allow_unknown: bool = False,
+    progress: Progress = SILENCE,
+) -> Outcome[MergedAdapter]:
+    """Merge adapters as a recipe with `job: adapters` says (a YAML file, data, or the result of `plan_adapters`).
+
+    out: by default the recipe's `output`, else `merged/<name of the recipe file>`. Otherwise as `merge_adapters`.
+    """
+    import torch
+
+    from mergekit_lfm.output.adapter import new_adapter
+    from mergekit_lfm.output.save import check_out
+    from mergekit_lfm.plan.layers import find_layers
+
+    started = time.monotonic()
+    planned = recipe
+    if not isinstance(planned, PlannedAdapters):
+        planned = plan_adapters(planned, out, allow_unknown=allow_unknown).result
+    inputs = {adapter.label: adapter.tensors.path for adapter in planned.adapters}
+    if planned.base is not None:
+        inputs[f"the base {planned.recipe.base_model}"] = planned.base.path
+    check_out(planned.out, inputs, overwrite=overwrite)
+    table, modules = SettingsTable(planned.recipe.part), list[MergedModule]()
+    layers = find_layers([*map(planned.weight, planned.modules), *planned.saved])
+    with new_adapter(planned.out, _output_of(planned)) as adapter, progress.by_count("modules", "merging") as count:
+        for name in planned.modules:
+            modules.append(_merge_module(planned, name, table, layers.get(planned.weight(name)), adapter))
+            count(len(modules), len(planned.modules))
+        for name in planned.saved:
+            tensor = _merge_saved(planned, name, table.of(name, layers.get(name)))
+            adapter.save(name, tensor.to(getattr(torch, planned.recipe.dtype or "float32")))
+    merged = MergedAdapter(tuple(modules), tuple(planned.saved))
+    warnings = warn_of(planned.notices)
+    return Outcome(planned.out, merged, warnings=warnings, seconds=time.monotonic() - started)
+
+
+def _merge_module(
+    planned: PlannedAdapters, name: str, table: SettingsTable, layer: tuple[int, int] | None, adapter: NewAdapter
+) -> MergedModule:
+    """Merge the changes of one module, and add it to the new adapter."""
+    import torch
+
+    from mergekit_lfm.api.spaces import ModuleMerge, merge_products
+    from mergekit_lfm.kernels.low_rank import Limit
+
+    recipe, form, weight = planned.recipe, planned.form(name), planned.weight(name)
+    limit = Limit(recipe.rank, recipe.energy)
+    if recipe.merge_method == "svd" and limit == Limit():
+        limit = Limit(max(pair.rank for pair in planned.modules[name] if pair is not None))
+    merge = ModuleMerge(recipe.part.method, weight, table.of(weight, layer), recipe.space, limit, recipe.seed)
+    dtype = getattr(torch, recipe.dtype or "float32")
+    if form.experts:
+        done = [
+            merge_products(replace(merge, name=f"{weight}[{e}]"), _products(planned, name, e))
+            for e in range(form.experts)
+        ]
+        rank = max(each.product.rank for each in done)
+        padded = [each.product.padded(rank) for each in done]
+        a, b = (torch.stack([each[side] for each in padded]).to(dtype) for side in (1, 0))
+        adapter.add_experts(name, a, b)
+    else:
+        done = [merge_products(merge, _products(planned, name))]
+        b, a = (x.to(dtype) for x in done[0].product)
+        rank, axes = len(a), [1] * (len(form.columns) - 1)  # a convolution's
+        adapter.add(name, a.view(rank, *form.columns), b.view(form.out, rank, *axes), embedding=form.embedding)
+    energy, kept = (sum(values) for values in zip(*((each.energy, each.kept) for each in done), strict=True))
+    return MergedModule(name, planned.shape(name), rank, energy, kept / energy if energy else 1.0)
+
+
+def _products(planned: PlannedAdapters, name: str, expert: int | None = None) -> list[Product | None]:
+    """The change of a module, or of one of its experts, by each adapter."""
+    import torch
+
+    from mergekit_lfm.kernels.low_rank import Product
+
+    products: list[Product | None] = []
+    for adapter, pair in zip(planned.adapters, planned.modules[name], strict=True):
+        if pair is None:
+            products.append(None)
+            continue
+        a, b = (adapter.tensors.read(spec.name).view(spec.shape).flatten(1) for spec in (pair.a, pair.b))
+        if expert is not None:
+            a, b = a[expert * pair.rank : (expert + 1) * pair.rank], b[:, expert :: pair.form.experts]
+        dtype = torch.float64 if torch.float64 in (a.dtype, b.dtype) else torch.float32
+        products.append(Product(b.to(dtype) * pair.scale, a.to(dtype)))
+    return products
+
+
+def _merge_saved(planned: PlannedAdapters, name: str, settings: Settings) -> torch.Tensor:
+    """A tensor that is saved whole: its merged change to the base, or without one the weighted mean of its values."""
+    import torch
+
+    from mergekit_lfm.api.tensors import merge_checked
+
+    recipe, method = planned.recipe, planned.recipe.part.method
+    values = [
+        None if spec is None else adapter.tensors.read(spec.name).view(spec.shape)
+        for adapter, spec in zip(planned.adapters, planned.saved[name], strict=True)
+    ]
+    held = [x for x in values if x is not None]
+    if len(held) == len(values) and all(x.dtype == held[0].dtype and torch.equal(x, held[0]) for x in held):
+        return held[0]
+    scales = [line.scale for line in recipe.lines]
+    if planned.base is None:
+        weights = [float(own["weight"]) for own in settings.inputs]  # type: ignore[arg-type]
+        shares: list[dict[str, Value]] = [{"weight": w * scale} for w, scale in zip(weights, scales, strict=True)]
+        mean = Settings({"normalize": True}, tuple(shares))
+        return merge_checked(method, name, mean, held, None, (), recipe.seed)
+    spec = planned.base[planned.base_names[name]]
+    base = planned.base.read(spec.name).view(spec.shape)
+    dtype = torch.float64 if torch.float64 in {x.dtype for x in (base, *held)} else torch.float32
+    base = base.to(dtype)
+    changes = [
+        torch.zeros_like(base) if x is None else (x.to(dtype) - base) * scale
+        for x, scale in zip(values, scales, strict=True)
+    ]
+    zero = None if method.base == "member" else torch.zeros_like(base)
+    return base + merge_checked(method, name, settings, changes, zero, (), recipe.seed)
+
+
+def _output_of(planned: PlannedAdapters) -> AdapterOutput:
+    """The facts about the new adapter besides its tensors."""
+    from mergekit_lfm.output.adapter import AdapterOutput
+    from mergekit_lfm.output.card import code_block, recipe_text
+    from mergekit_lfm.store.hub import hub_name
+
+    configs = [adapter.config for adapter in planned.adapters]
+    tasks = {config.get("task_type") for config in configs}
+    base = next((adapter.base for adapter in planned.adapters if adapter.base), None)
+    recipe = code_block(recipe_text(_public_recipe(planned.recipe)), "yaml")
+    return AdapterOutput(
+        names=None,
+        base=base,
+        repo=base if base and hub_name(base) else None,
+        task=tasks.pop() if len(tasks) == 1 else None,
+        fan_in_fan_out=any(config.get("fan_in_fan_out") for config in configs),
+        about=f"It was merged from other adapters:\n\n{recipe}",
+    )
+
+
+def _public_recipe(recipe: AdapterRecipe) -> dict[str, Any]:
+    """The recipe without the folders of this machine, and without empty settings."""
+    from mergekit_lfm.output.names import last_name, public_names
+
+    data = recipe.normalised()
+    names = public_names([line["adapter"] for line in data["adapters"]])
+    lines = [{**line, "adapter": names[line["adapter"]]} for line in data["adapters"]]
+    data["adapters"] = [{key: value for key, value in line.items() if value != {}} for line in lines]
+    if "base_model" in data:
+        data["base_model"] = last_name(data["base_model"])
+    return {key: value for key, value in data.items() if value != {}}

@@ -1,0 +1,215 @@
+"""Write an adapter as PEFT does: a folder with its factors, its config and a model card; complete, or not there.
+
+The change of a module's weight, as [out, in], is b @ a: all factors are written at the scale 1. They go to the disk as
+they come, in any order and from any thread, and are put in order at the end.
+Source: peft 0.21, utils/save_and_load.py; tuners/lora/layer.py, ParamWrapper.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from io import BufferedRandom
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from mergekit_lfm.arch.experts import ORDER
+from mergekit_lfm.errors import PlanError, several
+from mergekit_lfm.output.adapter_config import HEADS, find_task, in_order, make_config, modules_of
+from mergekit_lfm.output.card import CARD, LONGEST, as_markdown, bound, code_block
+from mergekit_lfm.output.save import make_folder
+from mergekit_lfm.store.durable import replace_file, sync_folder
+from mergekit_lfm.store.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from mergekit_lfm.store.formats import bytes_of
+from mergekit_lfm.store.tensors import TensorSpec, encode_header, read_exactly
+from mergekit_lfm.version import __version__
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PREFIX = "base_model.model."
+WRAPPER = ".base_layer"
+SPOOL = "factors.unfinished"  # the tensors in the order in which they came
+METADATA = {"format": "pt"}
+COPIED_AT_ONCE = 1 << 24  # bytes
+
+
+@dataclass(frozen=True)
+class AdapterOutput:
+    """The facts in the files of an adapter besides its tensors.
+
+    names: those of all tensors of the model, as it has them when it runs; None if they are not known, so that modules
+    are named in full. base: the model's name or path, for the config. architecture: its class in transformers. task:
+    PEFT's name of its task, if that is not to follow from the class. fan_in_fan_out: True if the wrapped layers are
+    Conv1D. repo: the model on the Hub, license: its entries in a card, about: Markdown, all three for the card.
+    """
+
+    names: Collection[str] | None
+    base: str | None = None
+    architecture: str | None = None
+    task: str | None = None
+    fan_in_fan_out: bool = False
+    repo: str | None = None
+    license: Mapping[str, str] = field(default_factory=dict)
+    about: str = ""
+
+
+class NewAdapter:
+    """An adapter that is being written, by the names that modules and tensors have in the running model."""
+
+    def __init__(self, output: AdapterOutput, spool: BufferedRandom) -> None:
+        self._output, self._spool, self._lock = output, spool, Lock()
+        self._places: dict[str, tuple[TensorSpec, int]] = {}
+        self._ranks: dict[str, int] = {}
+        self._parameters: dict[str, int] = {}
+        self._saved: set[str] = set()
+
+    def add(self, module: str, a: Tensor, b: Tensor, *, embedding: bool = False) -> None:
+        """Change a module's weight by b @ a: a [rank, in], b [out, rank]; an embedding's in is its rows.
+
+        The factors of a convolution have four axes: [rank, in, height, width] and [out, rank, 1, 1].
+        """
+        ends = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
+        assert a.shape[0] == b.shape[1] > 0
+        self._ranks[module] = a.shape[0]
+        for end, x in zip(ends, (a, b), strict=True):
+            self._write(f"{module}.{end}", x)
+
+    def add_experts(self, name: str, a: Tensor, b: Tensor) -> None:
+        """Change a tensor of all experts: by b[e] @ a[e], with a [experts, rank, in] and b [experts, out, rank]."""
+        self._parameters[name] = a.shape[1]
+        self._write(f"{name} lora_A.weight", a.flatten(0, 1))
+        self._write(f"{name} lora_B.weight", b.permute(1, 2, 0).flatten(1))  # rank by rank, and in it the experts
+
+    def save(self, name: str, x: Tensor) -> None:
+        """Put a tensor in place of the model's: a bias, or one of a module whose tensors all are saved."""
+        self._saved.add(name)
+        self._write(name, x)
+
+    def _write(self, name: str, x: Tensor) -> None:
+        x = x.detach().cpu().contiguous()
+        spec = TensorSpec(name, tuple(x.shape), str(x.dtype).removeprefix("torch."))
+        with self._lock:
+            assert name not in self._places
+            self._places[name] = spec, self._spool.tell()
+            self._spool.write(bytes_of(x))
+
+    def finish(self, folder: Path, title: str) -> None:
+        """Write the files into a folder. title: of the model card."""
+        output = self._output
+        names = self._own_names() if output.names is None else output.names
+        modules = self._saved_modules(names)
+        config = make_config(
+            ranks=self._ranks,
+            parameters=self._parameters,
+            saved=modules,
+            bias=any(modules.isdisjoint(_parents(name)) for name in self._saved),
+            names=names,
+            in_full=output.names is None,
+            task=output.task or find_task(output.architecture, modules, modules_of(names)),
+            base=output.base,
+            fan_in_fan_out=output.fan_in_fan_out,
+        )
+        self._write_tensors(folder / ADAPTER_WEIGHTS[0])
+        replace_file(folder / ADAPTER_CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+        replace_file(folder / CARD, adapter_card(title, output).encode())
+        sync_folder(folder)
+
+    def _own_names(self) -> set[str]:
+        """The names of tensors that the model has for certain."""
+        layers = {name.removesuffix("bias") + "weight" for name in self._saved if name.endswith(".bias")}
+        return self._saved | layers | {f"{module}.weight" for module in self._ranks} | {*self._parameters}
+
+    def _saved_modules(self, names: Collection[str]) -> set[str]:
+        """The modules whose tensors all are saved: those of a head together, others by themselves.
+
+        A bias whose weight is not saved needs none. Raises PlanError for any other tensor without one.
+        """
+        held = Counter(module for name in names for module in _parents(name))
+        found = Counter(module for name in self._saved for module in _parents(name))
+        modules, problems = set[str](), list[str]()
+        for name in sorted(self._saved):
+            module = name.rpartition(".")[0]
+            heads = [parent for parent in _parents(name) if parent.rpartition(".")[2] in HEADS]
+            whole = next((each for each in (*heads, module) if each and found[each] == held[each]), None)
+            if whole is not None:
+                modules.add(whole)
+            elif not name.endswith(".bias") or f"{module}.weight" in self._saved:
+                problems.append(f"{name} without the other tensors of {module or 'the model'}")
+        if problems:
+            raise PlanError(several("PEFT saves whole modules, and none can be saved of", problems) + "; exclude it")
+        return modules
+
+    def _write_tensors(self, path: Path) -> None:
+        """The tensors by PEFT's names, in the order of these."""
+        places = {}
+        for own, (spec, offset) in self._places.items():
+            name = PREFIX + self._name(own)
+            places[name] = replace(spec, name=name), offset
+        specs = [places[name][0] for name in sorted(places, key=in_order)]
+        self._spool.flush()
+        replace_file(path, self._content(specs, {name: offset for name, (_, offset) in places.items()}))
+
+    def _content(self, specs: list[TensorSpec], offsets: Mapping[str, int]) -> Iterator[bytes | memoryview]:
+        yield encode_header(specs, METADATA)[0]
+        buffer = memoryview(bytearray(COPIED_AT_ONCE))
+        for spec in specs:
+            for start in range(0, spec.nbytes, COPIED_AT_ONCE):
+                part = buffer[: spec.nbytes - start]
+                read_exactly(self._spool.fileno(), offsets[spec.name] + start, part, Path(self._spool.name))
+                yield part
+
+    def _name(self, own: str) -> str:
+        """PEFT's name of a tensor. It wraps a module once for each of its parameters, the first of them innermost."""
+        name, _, factor = own.partition(" ")
+        module, _, leaf = name.rpartition(".")
+        if factor:
+            others = [each.rpartition(".") for each in self._parameters]
+            depth = sum(home == module and ORDER.index(other) > ORDER.index(leaf) for home, _, other in others)
+            return f"{module}{WRAPPER * depth}.{factor}"
+        return f"{module}{WRAPPER}.{leaf}" if own in self._saved and module in self._ranks else own
+
+
+def _parents(name: str) -> list[str]:
+    """The modules that a tensor is in, from the model's own down."""
+    return [name[:i] for i, char in enumerate(name) if char == "."]
+
+
+@contextmanager
+def new_adapter(out: Path, output: AdapterOutput) -> Iterator[NewAdapter]:
+    """An adapter to fill, which becomes the folder `out` if nothing fails. Replaces OUT: call `check_out` first."""
+    with make_folder(out) as partial:
+        with (partial / SPOOL).open("w+b") as spool:
+            adapter = NewAdapter(output, spool)
+            yield adapter
+            adapter.finish(partial, out.resolve().name)
+        (partial / SPOOL).unlink()
+
+
+def adapter_card(title: str, output: AdapterOutput) -> str:
+    """The text of its model card."""
+    front: dict[str, Any] = dict(output.license)
+    front |= {"base_model": output.repo, "base_model_relation": "adapter"} if output.repo else {}
+    front |= {"library_name": "peft", "tags": ["lora", "mergekit_lfm"]}
+    named = output.architecture
+    kind = named if named and named.isidentifier() else "AutoModel"
+    base = bound(output.repo or output.base or "MODEL", LONGEST)
+    code = (
+        f"from peft import PeftModel\nfrom transformers import {kind}\n\n"
+        f"model = {kind}.from_pretrained({base!r})\n"
+        f"model = PeftModel.from_pretrained(model, {bound(title, LONGEST)!r})\n"
+    )
+    shown = as_markdown(base)
+    link = f"[{shown}](https://huggingface.co/{output.repo})" if output.repo else shown
+    about = f"{output.about.strip()}\n\n" if output.about else ""
+    return (
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {as_markdown(title)}\n\n"
+        f"An adapter (LoRA) for {link}, made with mergekit_lfm {__version__}.\n\n{about}"
+        f"## To load it\n\n{code_block(code, 'python')}\n"
+    )
