@@ -23,12 +23,15 @@ from transformers import (
     MixtralConfig,
     MixtralForCausalLM,
     PreTrainedModel,
+    ResNetConfig,
+    ResNetForImageClassification,
 )
 
 SIZES: Mapping[str, Any] = MappingProxyType({"vocab_size": 40, "num_hidden_layers": 2})
 WIDE: Mapping[str, Any] = MappingProxyType(
     {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, **SIZES}
 )
+PIXELS = torch.linspace(-1, 1, 2 * 3 * 32 * 32).reshape(2, 3, 32, 32)
 IDS = torch.arange(14).view(2, 7) * 5 % 39
 
 
@@ -52,8 +55,20 @@ def mixtral() -> PreTrainedModel:
     return MixtralForCausalLM(config)
 
 
+def resnet() -> PreTrainedModel:
+    sizes: dict[str, Any] = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+    return ResNetForImageClassification(ResNetConfig(**sizes, num_channels=3))
+
+
 MODELS: Mapping[str, Callable[[], PreTrainedModel]] = MappingProxyType(
-    {"llama": llama, "tied": partial(llama, tie_word_embeddings=True), "gpt2": gpt2, "bert": bert, "mixtral": mixtral}
+    {
+        "llama": llama,
+        "tied": partial(llama, tie_word_embeddings=True),
+        "gpt2": gpt2,
+        "bert": bert,
+        "mixtral": mixtral,
+        "resnet": resnet,
+    }
 )
 
 
@@ -70,6 +85,7 @@ def kind(model: str, config: Callable[..., peft.PeftConfig], *, merges: bool = T
     return Kind(model, config, options, merges)
 
 
+# The scale of a LoHa is a binary fraction here: PEFT rounds it to float32, also in float64.
 LORA, BOTH = peft.LoraConfig, ["q_proj", "down_proj"]
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 KINDS: Mapping[str, Kind] = MappingProxyType(
@@ -113,6 +129,21 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
             target_modules=["c_attn", "mlp.c_proj"],
             feedforward_modules=["mlp.c_proj"],
             fan_in_fan_out=True,
+        ),
+        "LoRA of convolutions": kind("resnet", LORA, r=3, target_modules=["convolution"]),
+        "DoRA of convolutions": kind("resnet", LORA, r=3, use_dora=True, target_modules=["convolution"]),
+        "LoHa of convolutions": kind(
+            "resnet", peft.LoHaConfig, r=4, alpha=2, target_modules=["convolution"], use_effective_conv2d=True
+        ),
+        "LoHa of convolutions, whole": kind("resnet", peft.LoHaConfig, r=4, target_modules=["convolution"]),
+        "LoKr of convolutions": kind(
+            "resnet", peft.LoKrConfig, r=2, alpha=2, target_modules=["convolution"], use_effective_conv2d=True
+        ),
+        "IA3 of convolutions": kind(
+            "resnet",
+            peft.IA3Config,
+            target_modules=["layer.0.convolution", "layer.1.convolution"],
+            feedforward_modules=["layer.1.convolution"],
         ),
         "VeRA": kind("llama", peft.VeraConfig, r=4, target_modules=BOTH),
         "LN tuning": kind("llama", peft.LNTuningConfig, target_modules=["input_layernorm", "norm"]),
@@ -166,7 +197,8 @@ def adapt(base: Any, folder: Path, config: peft.PeftConfig, name: str) -> Made:
 def logits(model: torch.nn.Module) -> torch.Tensor:
     """The model's outputs on some tokens."""
     with torch.inference_mode():
-        output: torch.Tensor = model(IDS).logits
+        first = next(model.parameters())
+        output: torch.Tensor = model(PIXELS.to(first.dtype) if first.ndim == 4 else IDS).logits
     return output
 
 

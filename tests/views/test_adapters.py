@@ -51,7 +51,7 @@ def loaded(view: Checkpoint) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(view.path)
     config._experts_implementation = "eager"
     tensors = {name: view.read(name).view(spec.shape) for name, spec in view.items()}
-    dtype = next(iter(tensors.values())).dtype
+    dtype = next(x.dtype for x in tensors.values() if x.is_floating_point())
     model = getattr(transformers, name).from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
     return model.eval()  # type: ignore[no-any-return]
 

@@ -39,12 +39,12 @@ class Factor:
 
     def make(self, panel: Panel, rows: slice) -> Tensor:
         """Some of its rows, [rows, width]."""
-        tensors = [panel.part(spec).flatten(2 if len(self.tensors) == 3 else 1) for spec in self.tensors]
+        tensors = [panel.part(spec) for spec in self.tensors]
         if len(tensors) == 1:
-            return tensors[0][rows]
+            return tensors[0][rows].flatten(1)
         if len(tensors) == 2:
-            return tensors[0][rows] @ tensors[1]
-        core, a, b = tensors
+            return tensors[0][rows].flatten(1) @ tensors[1].flatten(1)
+        core, a, b = tensors[0].flatten(2), *tensors[1:]
         first = (a[:, rows].T @ core.flatten(1)).view(-1, *core.shape[1:])  # [rows, rank, kernel]
         return (first.mT @ b).mT.flatten(1)  # [rows, in, kernel]
 
