@@ -73,11 +73,14 @@ class Kernels:
             self._temporary.cleanup()
 
     def __call__(self, step: Step) -> Any:
-        if self.mode != "never" and len(step.stored[0]) == self.block:
+        count = len(step.stored[0])
+        if self.mode != "never" and self.block // 2 < count <= self.block:
             tensors: list[torch.Tensor] = []
-            fused = Fused(
-                step.function, take_apart((step.stored, step.base, step.local), tensors), step.dtype, step.out
-            )
+            form = take_apart((step.stored, step.base, step.local), tensors)
+            if count < self.block:
+                tensors = [_lengthen(x, count, self.block) for x in tensors]
+                form = take_apart(put_together(form, iter(tensors)), [])
+            fused = Fused(step.function, form, step.dtype, step.out)
             with self._lock:
                 first = fused not in self._kernels
                 kernel = self._kernels.setdefault(fused, None)
@@ -88,7 +91,8 @@ class Kernels:
                 self._load_compiled(fused, compiled)
             kernel = kernel or self._kernels[fused]
             if kernel is not None:
-                return kernel(*tensors)
+                result = kernel(*tensors)
+                return tuple(x[:count] for x in result) if isinstance(result, tuple) else result[:count]
         return run_eagerly(step)
 
     def _compiled(self, fused: Fused) -> subprocess.Popen[bytes] | None:
@@ -98,8 +102,8 @@ class Kernels:
 
     def _obtain(self, fused: Fused, tensors: list[torch.Tensor]) -> None:
         """Load the function from the cache, or start to compile it if that pays."""
-        if sum(t.numel() >= self.block for t in tensors) > fused.inputs:
-            return  # coefficients for every element, as at a cut: rare
+        if sum(t.shape == (self.block,) for t in tensors) > fused.inputs:
+            return  # a coefficient for every element, as at a cut: rare, unlike a row of them for each input
         library = self._find(fused) if cache_folder("kernels").exists() else None
         if library is not None:
             self._load(fused, library)
@@ -162,6 +166,11 @@ class Kernels:
         started = time.perf_counter()
         fused(*tensors)
         return (time.perf_counter() - started) * self.blocks / self.threads
+
+
+def _lengthen(x: torch.Tensor, count: int, block: int) -> torch.Tensor:
+    """A tensor of `count` elements, or of rows of these, with zeros up to the end of a whole block."""
+    return torch.nn.functional.pad(x, (0, block - count)) if x.dim() and x.shape[-1] == count else x
 
 
 def compiler() -> str | None:
