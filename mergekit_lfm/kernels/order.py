@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, Any]
 
-AT_ONCE = 1 << 16  # entries that are sorted at once: the indices of more would not fit into the processor's cache
 INFINITY = {4: 0x7F800000, 8: 0x7FF0000000000000}  # the bits, by the float's width in bytes; those of NaN are greater
 
 
@@ -44,16 +43,13 @@ def by_rank_on_host(x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     import torch
 
     table, bits = values.numpy(), as_integers(x).numpy().reshape(-1, len(values))
-    each = np.empty(bits.shape, table.dtype)
-    step = max(1, AT_ONCE // len(values))
-    for first in range(0, len(bits), step):
-        rows = bits[first : first + step] & np.iinfo(bits.dtype).max
-        top = rows.max(axis=1, keepdims=True)
-        if top.max() > INFINITY[bits.itemsize]:
-            np.minimum(rows, INFINITY[bits.itemsize] + 1, out=rows)
-        order = _sort_rows(rows, top)
-        each[first : first + step].reshape(-1)[order.reshape(-1)] = np.tile(table, len(rows))
-    return torch.from_numpy(each.reshape(-1))
+    rows = bits & np.iinfo(bits.dtype).max
+    top = rows.max(axis=1, keepdims=True)
+    if top.max() > INFINITY[bits.itemsize]:
+        np.minimum(rows, INFINITY[bits.itemsize] + 1, out=rows)
+    each = np.empty(rows.size, table.dtype)
+    each[_sort_rows(rows, top).reshape(-1)] = np.tile(table, len(rows))
+    return torch.from_numpy(each)
 
 
 def _sort_rows(rows: Array, top: Array) -> Array:

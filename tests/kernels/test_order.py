@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mergekit_lfm.engine.blocks import Blocks, StoredBlock
-from mergekit_lfm.kernels import order
 from mergekit_lfm.kernels.order import by_rank, by_rank_on_device
 from mergekit_lfm.kernels.random import Known, LocalRankedCoins, RankedCoins, settle, words, words_on_host
 from mergekit_lfm.kernels.reductions import L1
@@ -55,12 +54,6 @@ def test_ranks_where_16_bits_mislead() -> None:
     rows[1, ::8], rows[3, 5::8] = torch.tensor(few), torch.tensor(few)
     rows[:, 1] = 1.0
     check(rows.reshape(-1), 64)
-
-
-@pytest.mark.parametrize("at_once", [1, 48, 10_000])
-def test_ranks_of_some_rows_at_a_time(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
-    monkeypatch.setattr(order, "AT_ONCE", at_once)
-    check(torch.randn(7 * 20, generator=torch.Generator().manual_seed(0)).bfloat16().float(), 20)
 
 
 @given(st.integers(-(2**63), 2**63 - 1), st.integers(0, 50))
