@@ -32,12 +32,13 @@ import torch
 import xxhash
 
 from mergekit_lfm.kernels import bits
-from mergekit_lfm.kernels.step import Elementwise, Form, Step, leaves_of, put_together, run_eagerly, take_apart
+from mergekit_lfm.kernels.step import Elementwise, Form, Step, leaves_of, put_together, resize, run_eagerly, take_apart
 from mergekit_lfm.machine.private import make_private, why_unsafe
 from mergekit_lfm.machine.resources import cache_folder
 
 Mode = Literal["auto", "always", "never"]
 COMPILE_S = 10  # about what compiling one function takes
+SHORTEST = 4  # blocks of up to a fourth of a whole one take less time eagerly than the whole one compiled
 
 
 class Kernels:
@@ -74,12 +75,9 @@ class Kernels:
 
     def __call__(self, step: Step) -> Any:
         count = len(step.stored[0])
-        if self.mode != "never" and self.block // 2 < count <= self.block:
+        if self.mode != "never" and self.block // SHORTEST < count <= self.block:
             tensors: list[torch.Tensor] = []
-            form = take_apart((step.stored, step.base, step.local), tensors)
-            if count < self.block:
-                tensors = [_lengthen(x, count, self.block) for x in tensors]
-                form = take_apart(put_together(form, iter(tensors)), [])
+            form = resize(take_apart((step.stored, step.base, step.local), tensors), count, self.block)
             fused = Fused(step.function, form, step.dtype, step.out)
             with self._lock:
                 first = fused not in self._kernels
@@ -91,7 +89,9 @@ class Kernels:
                 self._load_compiled(fused, compiled)
             kernel = kernel or self._kernels[fused]
             if kernel is not None:
-                result = kernel(*tensors)
+                if count == self.block:
+                    return kernel(*tensors)
+                result = kernel(*[_lengthen(x, count, self.block) for x in tensors])
                 return tuple(x[:count] for x in result) if isinstance(result, tuple) else result[:count]
         return run_eagerly(step)
 
@@ -102,7 +102,7 @@ class Kernels:
 
     def _obtain(self, fused: Fused, tensors: list[torch.Tensor]) -> None:
         """Load the function from the cache, or start to compile it if that pays."""
-        if sum(t.shape == (self.block,) for t in tensors) > fused.inputs:
+        if sum(shape == (self.block,) for _, shape in fused.leaves()) > fused.inputs:
             return  # a coefficient for every element, as at a cut: rare, unlike a row of them for each input
         library = self._find(fused) if cache_folder("kernels").exists() else None
         if library is not None:

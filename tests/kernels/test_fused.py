@@ -20,7 +20,7 @@ from mergekit_lfm.kernels.random import Coins, LocalMasks
 from mergekit_lfm.kernels.ranks import NONE, Largest, Ranks
 from mergekit_lfm.kernels.reductions import magnitudes
 from mergekit_lfm.kernels.step import Step, put_together, run_eagerly, take_apart
-from mergekit_lfm.kernels.sums import Weights, weighted_sum
+from mergekit_lfm.kernels.sums import Spread, Weights, weighted_sum
 from mergekit_lfm.methods import arcee_fusion, fisher, nearswap, pcb, ram, sce, votes
 from mergekit_lfm.methods.task_vectors import SparseSum, apply
 
@@ -58,7 +58,10 @@ FUNCTIONS: dict[str, tuple[Any, Any, torch.dtype | None]] = {
     "arcee fusion": (arcee_fusion.apply, IMPORTANCE, torch.bfloat16),
     "fisher": (fisher.apply, fisher.FisherAverage([0.5, 1.0, 0.25], [0.0] * 3, [0.3, 0.5, 0.2]), torch.bfloat16),
 }
-COMPILED = [name for name in FUNCTIONS if name != "arcee fusion"]  # its coefficients are as large as blocks
+BY_ROW = {  # weights of blocks of whole rows
+    "rows": (weighted_sum, Spread(torch.linspace(0, 1, 24 * BLOCK).double().reshape(-1, 3), 64), torch.bfloat16),
+}
+COMPILED = [name for name in FUNCTIONS | BY_ROW if name != "arcee fusion"]  # its coefficients are as large as blocks
 
 
 def stored_block(dtype: torch.dtype) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
@@ -98,7 +101,7 @@ def bits(result: Any) -> list[torch.Tensor]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiled_is_eager_bit_for_bit(name: str, own_cache: Path) -> None:
-    function, coefficients, out = FUNCTIONS[name]
+    function, coefficients, out = (FUNCTIONS | BY_ROW)[name]
     dtype = torch.float32 if name == "dare" else torch.bfloat16
     stored, base = inputs_of(name, dtype)
     local = coefficients.at(BLOCK, BLOCK, torch.float32)
@@ -147,11 +150,11 @@ def test_a_failed_compilation_is_reported_and_runs_eagerly(monkeypatch: pytest.M
 @pytest.mark.slow
 @pytest.mark.usefixtures("own_cache")
 def test_a_shorter_block_runs_compiled_as_part_of_a_whole_one() -> None:
-    """Whatever its length, from half a block on, by the one library; a shorter one runs eagerly."""
+    """Whatever its length, from a fourth of a block on, by the one library; a shorter one runs eagerly."""
     function, coefficients, out = FUNCTIONS["della"]
     stored, base = stored_block(torch.bfloat16)
     kernels = Kernels("always", 1, BLOCK, threads=1)
-    for count in (BLOCK, BLOCK - 1, BLOCK // 2 + 1, BLOCK // 2):
+    for count in (BLOCK, BLOCK - 1, BLOCK // 4 + 1, BLOCK // 4):
         local = coefficients.at(0, count, torch.float32)
         step = Step(function, tuple(x[:count] for x in stored), base[:count], local, torch.float32, out)
         assert torch.equal(kernels(step), run_eagerly(step))
@@ -206,7 +209,7 @@ def test_a_shorter_block_is_lengthened_for_a_library(loaded: list[tuple[Path, by
     with Kernels("always", 1, BLOCK, 1) as kernels:
         for name in ("della", "magnitudes in della"):
             function, coefficients, out = FUNCTIONS[name]
-            for count in (BLOCK, BLOCK - 1, BLOCK // 2 + 1, BLOCK // 2):
+            for count in (BLOCK, BLOCK - 1, BLOCK // 4 + 1, BLOCK // 4):
                 local = coefficients.at(0, count, torch.float32)
                 step = Step(function, tuple(x[:count] for x in stored), base[:count], local, torch.float32, out)
                 assert all(map(torch.equal, bits(kernels(step)), bits(run_eagerly(step))))
