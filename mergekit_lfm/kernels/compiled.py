@@ -47,7 +47,7 @@ class Kernels:
     mode "auto" compiles functions that would take longer eagerly, over the `blocks` of the merge, than compiling takes,
     about `compile_s`; "always" compiles everything first. problems: why functions could not be compiled, or
     libraries on disk not be used. Functions not compiled, or not yet, run eagerly, with the same result. Use as a
-    context manager: leaving it stops unfinished compilations.
+    context manager: leaving it stops unfinished compilations. A block shorter than `block` is computed as part of one.
     """
 
     native = False

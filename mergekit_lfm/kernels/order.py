@@ -72,8 +72,8 @@ def _sort_rows(rows: Array, top: Array) -> Array:
 def _sort_roughly(rows: Array, top: Array) -> Array:
     """`_sort_rows` by 16 bits of each number, which are the same for equal numbers.
 
-    Of float32 they tell apart those of up to 12 significant bits after the first, down to 2^-16 of the row's largest.
-    The last of the bits is also set if there are further ones.
+    Of float32 they tell apart those of up to 11 significant bits after the first, down to 2^-16 of the row's largest.
+    The last of the 16 is set for all that have further bits.
     """
     import numpy as np
 
