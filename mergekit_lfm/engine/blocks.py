@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from mergekit_lfm.kernels.block import SEGMENT, Coefficients, Elementwise
+from mergekit_lfm.kernels.random import Known, settle
 from mergekit_lfm.kernels.reductions import Reduction
 from mergekit_lfm.kernels.step import RunStep, Step, run_eagerly
 from mergekit_lfm.machine.accelerators import HOST, Accelerator, ReadRange
@@ -27,7 +28,7 @@ class StoredBlock:
     """A `Block` of inputs as they are stored; converts them, and subtracts the base, on demand.
 
     Also a `Chunk` if they lie on a device: size is the number of elements of a block. flag: [1] there, not 0 once a
-    stored or computed value is not finite.
+    stored or computed value is not finite. known: masks to use again, see `kernels.random.settle`.
     """
 
     stored: tuple[torch.Tensor, ...]
@@ -37,6 +38,7 @@ class StoredBlock:
     run: RunStep
     size: int
     flag: torch.Tensor | None = None
+    known: Known | None = None
 
     @property
     def count(self) -> int:
@@ -63,6 +65,7 @@ class StoredBlock:
 
     def each(self, function: Elementwise, local: Any, out: torch.dtype | None = None) -> Any:
         """function(rows, base, local), rounded to `out`."""
+        local = settle(local, self, self.known)
         return self.run(Step(function, self.stored, self.stored_base, local, self.dtype, out, self.flag))
 
     def blocks(self) -> Iterator[tuple[int, StoredBlock]]:
@@ -106,7 +109,8 @@ class Blocks:
 
     sources, base: readers of element ranges. dtype: that of the arithmetic. run: runs elementwise functions.
     accelerator: the device that the readers read to. It gets chunks of `at_once` blocks, a divisor of SEGMENT.
-    part: elements of a block to merge at a time, if memory is too short for all.
+    part: elements of a block to merge at a time, if memory is too short for all. known: masks of the blocks, if there
+    is room to keep them.
     """
 
     sources: Sequence[ReadRange]
@@ -118,6 +122,7 @@ class Blocks:
     accelerator: Accelerator = HOST
     at_once: int = 1
     part: int | None = None
+    known: Known | None = None
 
     def __len__(self) -> int:
         return -(-self.numel // self.block)
@@ -146,7 +151,7 @@ class Blocks:
         """Elements start .. stop as a block. Loading the next ones may overwrite its memory."""
         stored = tuple(read(start, stop) for read in self.sources)
         base = self.base and self.base(start, stop)
-        return StoredBlock(stored, base, start, self.dtype, self.run, self.block, self.accelerator.flag())
+        return StoredBlock(stored, base, start, self.dtype, self.run, self.block, self.accelerator.flag(), self.known)
 
     def reduce_segment(self, request: Reduction, segment: int) -> Any:
         """One segment's part of the reduction, its blocks added in order; None if the request visits no block."""

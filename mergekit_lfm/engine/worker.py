@@ -22,6 +22,7 @@ from mergekit_lfm.errors import FormatError
 from mergekit_lfm.kernels.block import Coefficients
 from mergekit_lfm.kernels.compiled import Mode
 from mergekit_lfm.kernels.gpu import make_kernels
+from mergekit_lfm.kernels.random import Known
 from mergekit_lfm.kernels.sums import round_once
 from mergekit_lfm.machine.accelerators import Accelerator, ReadRange
 from mergekit_lfm.machine.resources import allow_many_files, keep_freed_memory
@@ -142,7 +143,8 @@ class Worker:
         base = readers[job.base] if job.base else None
         sources = [readers[source] for source in job.sources + job.statistics]
         dtype = getattr(torch, job.compute)
-        return Blocks(sources, base, job.spec.numel, job.block, dtype, self._kernels, device, at_once, part)
+        known: Known | None = {} if resident and not device.by_chunk else None
+        return Blocks(sources, base, job.spec.numel, job.block, dtype, self._kernels, device, at_once, part, known)
 
     def _count_blocks(self, job: Job, nbytes: int, most: int) -> int:
         """Blocks per chunk that fit in `nbytes`, at most `most`: a power of two that divides SEGMENT."""

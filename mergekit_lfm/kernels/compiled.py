@@ -32,12 +32,13 @@ import torch
 import xxhash
 
 from mergekit_lfm.kernels import bits
-from mergekit_lfm.kernels.step import Elementwise, Form, Step, leaves_of, put_together, run_eagerly, take_apart
+from mergekit_lfm.kernels.step import Elementwise, Form, Step, leaves_of, put_together, resize, run_eagerly, take_apart
 from mergekit_lfm.machine.private import make_private, why_unsafe
 from mergekit_lfm.machine.resources import cache_folder
 
 Mode = Literal["auto", "always", "never"]
 COMPILE_S = 10  # about what compiling one function takes
+SHORTEST = 4  # blocks of up to a fourth of a whole one take less time eagerly than the whole one compiled
 
 
 class Kernels:
@@ -46,7 +47,7 @@ class Kernels:
     mode "auto" compiles functions that would take longer eagerly, over the `blocks` of the merge, than compiling takes,
     about `compile_s`; "always" compiles everything first. problems: why functions could not be compiled, or
     libraries on disk not be used. Functions not compiled, or not yet, run eagerly, with the same result. Use as a
-    context manager: leaving it stops unfinished compilations.
+    context manager: leaving it stops unfinished compilations. A block shorter than `block` is computed as part of one.
     """
 
     native = False
@@ -73,11 +74,11 @@ class Kernels:
             self._temporary.cleanup()
 
     def __call__(self, step: Step) -> Any:
-        if self.mode != "never" and len(step.stored[0]) == self.block:
+        count = len(step.stored[0])
+        if self.mode != "never" and self.block // SHORTEST < count <= self.block:
             tensors: list[torch.Tensor] = []
-            fused = Fused(
-                step.function, take_apart((step.stored, step.base, step.local), tensors), step.dtype, step.out
-            )
+            form = resize(take_apart((step.stored, step.base, step.local), tensors), count, self.block)
+            fused = Fused(step.function, form, step.dtype, step.out)
             with self._lock:
                 first = fused not in self._kernels
                 kernel = self._kernels.setdefault(fused, None)
@@ -88,7 +89,10 @@ class Kernels:
                 self._load_compiled(fused, compiled)
             kernel = kernel or self._kernels[fused]
             if kernel is not None:
-                return kernel(*tensors)
+                if count == self.block:
+                    return kernel(*tensors)
+                result = kernel(*[_lengthen(x, count, self.block) for x in tensors])
+                return tuple(x[:count] for x in result) if isinstance(result, tuple) else result[:count]
         return run_eagerly(step)
 
     def _compiled(self, fused: Fused) -> subprocess.Popen[bytes] | None:
@@ -98,8 +102,8 @@ class Kernels:
 
     def _obtain(self, fused: Fused, tensors: list[torch.Tensor]) -> None:
         """Load the function from the cache, or start to compile it if that pays."""
-        if sum(t.numel() >= self.block for t in tensors) > fused.inputs:
-            return  # coefficients for every element, as at a cut: rare
+        if sum(shape == (self.block,) for _, shape in fused.leaves()) > fused.inputs:
+            return  # a coefficient for every element, as at a cut: rare, unlike a row of them for each input
         library = self._find(fused) if cache_folder("kernels").exists() else None
         if library is not None:
             self._load(fused, library)
@@ -162,6 +166,11 @@ class Kernels:
         started = time.perf_counter()
         fused(*tensors)
         return (time.perf_counter() - started) * self.blocks / self.threads
+
+
+def _lengthen(x: torch.Tensor, count: int, block: int) -> torch.Tensor:
+    """A tensor of `count` elements, or of rows of these, with zeros up to the end of a whole block."""
+    return torch.nn.functional.pad(x, (0, block - count)) if x.dim() and x.shape[-1] == count else x
 
 
 def compiler() -> str | None:

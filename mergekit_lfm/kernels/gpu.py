@@ -22,7 +22,7 @@ from mergekit_lfm.errors import reason
 from mergekit_lfm.kernels.block import BLOCK
 from mergekit_lfm.kernels.compiled import Fused, Kernels, Mode
 from mergekit_lfm.kernels.emit import COUNT, PROGRAM, KernelText, Unsupported, emit
-from mergekit_lfm.kernels.step import Form, Step, run_eagerly, take_apart
+from mergekit_lfm.kernels.step import Step, resize, run_eagerly, take_apart
 from mergekit_lfm.machine.accelerators import Accelerator
 
 KERNELS_PAY = 1 << 28  # elements of a merge from which kernels pay
@@ -106,17 +106,8 @@ def _delicate(rows: Sequence[torch.Tensor], _: torch.Tensor | None, __: Any) -> 
 
 def _fused(step: Step) -> Fused:
     """The key of a kernel: the step's function and form, with the number of elements of the traced block."""
-    form = _as_traced(take_apart((step.stored, step.base, step.local), []), len(step.stored[0]))
+    form = resize(take_apart((step.stored, step.base, step.local), []), len(step.stored[0]), COUNT)
     return Fused(step.function, form, step.dtype, step.out)
-
-
-def _as_traced(form: Form, count: int) -> Form:
-    """The form with the number of elements of a block replaced by that of the traced one."""
-    if not isinstance(form, tuple):
-        return form
-    if isinstance(form[0], torch.dtype):
-        return form[0], tuple(COUNT if size == count else size for size in form[1])
-    return form[0], *(_as_traced(item, count) for item in form[1:])
 
 
 def kernel_of(fused: Fused) -> Callable[[Step], Any]:

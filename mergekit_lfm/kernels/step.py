@@ -65,6 +65,15 @@ def put_together(form: Form, tensors: Iterator[torch.Tensor]) -> Any:
     return kind(*values) if hasattr(kind, "_fields") else tuple(values)
 
 
+def resize(form: Form, count: int, size: int) -> Form:
+    """The form with `size` in place of `count`, the number of elements of a block."""
+    if not isinstance(form, tuple):
+        return form
+    if isinstance(form[0], torch.dtype):
+        return form[0], tuple(size if each == count else each for each in form[1])
+    return form[0], *(resize(item, count, size) for item in form[1:])
+
+
 def leaves_of(form: Form) -> Iterator[tuple[torch.dtype, tuple[int, ...]]]:
     """The dtype and shape of each tensor of a form, in order."""
     if isinstance(form, tuple):

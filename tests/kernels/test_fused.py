@@ -16,27 +16,38 @@ import torch
 
 from mergekit_lfm.kernels import compiled as fused
 from mergekit_lfm.kernels.compiled import Kernels
-from mergekit_lfm.kernels.random import Coins, RankedCoins
+from mergekit_lfm.kernels.random import Coins, LocalMasks
 from mergekit_lfm.kernels.ranks import NONE, Largest, Ranks
 from mergekit_lfm.kernels.reductions import magnitudes
 from mergekit_lfm.kernels.step import Step, put_together, run_eagerly, take_apart
-from mergekit_lfm.kernels.sums import Weights, weighted_sum
+from mergekit_lfm.kernels.sums import Spread, Weights, weighted_sum
 from mergekit_lfm.methods import arcee_fusion, fisher, nearswap, pcb, ram, sce, votes
 from mergekit_lfm.methods.task_vectors import SparseSum, apply
 
 BLOCK = 4096
 RANKS = Ranks([(Largest(0x3C500000, 1 << 40), Largest(0x3D000000, 0)), (Largest(0x3C000000, 0), NONE), (NONE, NONE)])
 COINS = Coins((1, 2**63 + 5, 7), (0.3, 0.7, 1.0))
-RANKED = RankedCoins((1, 2**63 + 5, 7), ((0.2, 0.4), (0.5, 0.9), (1.0, 1.0)), 64)
 IMPORTANCE = arcee_fusion.Importance(torch.linspace(0, 1, 16 * BLOCK, dtype=torch.float64), 1, 4e-3)
 SELECTION = sce.Selection(Ranks([(Largest(0x3F50000000000000, 0), NONE)]), (0.5, 0.2, 0.3), 0.7)
+
+
+class EveryThird:
+    """Masks that are known, of three inputs, as coins that depend on ranks become."""
+
+    def at(self, start: int, count: int, dtype: torch.dtype) -> LocalMasks:  # noqa: ARG002
+        return LocalMasks(-(torch.arange(start, start + 3 * count).reshape(3, count) % 3 == 0).int())
+
+
+THIRDS: Any = EveryThird()
 FUNCTIONS: dict[str, tuple[Any, Any, torch.dtype | None]] = {
     "weighted sum": (weighted_sum, Weights((0.3, 0.3, 0.4)), torch.bfloat16),
     "ties": (apply, SparseSum((0.5, -0.25, 1.0), RANKS, (0.5, -0.25, 1.0), True, 0.7), torch.bfloat16),
     "global ties": (apply, SparseSum((0.5, 0.25, 1.0), RANKS, (0.5, 0.25, 1.0), False, 1.0, False), torch.float16),
     "dare": (apply, SparseSum((0.5, 0.25, 1.0), COINS, None, False, 1.0), torch.float32),
     "dare ties": (apply, SparseSum((0.5, 0.25, 1.0), COINS, (0.5, 0.25, 1.0), True, 1.0), torch.bfloat16),
+    "della": (apply, SparseSum((0.5, 0.25, 1.0), THIRDS, (0.5, 0.25, 1.0), True, 0.7), torch.bfloat16),
     "magnitudes": (magnitudes, COINS, None),
+    "magnitudes in della": (magnitudes, THIRDS, None),
     "sce": (sce.apply, SELECTION, torch.float16),
     "ram": (ram.apply, Weights((0.7, 1e-3, 0.01, 0.02, 0.0)), torch.bfloat16),
     "magmax": (votes.keep_largest, Weights((0.5,)), torch.bfloat16),
@@ -47,10 +58,10 @@ FUNCTIONS: dict[str, tuple[Any, Any, torch.dtype | None]] = {
     "arcee fusion": (arcee_fusion.apply, IMPORTANCE, torch.bfloat16),
     "fisher": (fisher.apply, fisher.FisherAverage([0.5, 1.0, 0.25], [0.0] * 3, [0.3, 0.5, 0.2]), torch.bfloat16),
 }
-SORTING = {  # which no GPU kernel does
-    "della": (apply, SparseSum((0.5, 0.25, 1.0), RANKED, (0.5, 0.25, 1.0), True, 0.7), torch.bfloat16),
+BY_ROW = {  # weights of blocks of whole rows
+    "rows": (weighted_sum, Spread(torch.linspace(0, 1, 24 * BLOCK).double().reshape(-1, 3), 64), torch.bfloat16),
 }
-COMPILED = [name for name in FUNCTIONS | SORTING if name != "arcee fusion"]  # its coefficients are as large as blocks
+COMPILED = [name for name in FUNCTIONS | BY_ROW if name != "arcee fusion"]  # its coefficients are as large as blocks
 
 
 def stored_block(dtype: torch.dtype) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
@@ -90,7 +101,7 @@ def bits(result: Any) -> list[torch.Tensor]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiled_is_eager_bit_for_bit(name: str, own_cache: Path) -> None:
-    function, coefficients, out = (FUNCTIONS | SORTING)[name]
+    function, coefficients, out = (FUNCTIONS | BY_ROW)[name]
     dtype = torch.float32 if name == "dare" else torch.bfloat16
     stored, base = inputs_of(name, dtype)
     local = coefficients.at(BLOCK, BLOCK, torch.float32)
@@ -136,6 +147,20 @@ def test_a_failed_compilation_is_reported_and_runs_eagerly(monkeypatch: pytest.M
     assert kernels.problems == {"weighted_sum runs without being compiled: no compiler here"}
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("own_cache")
+def test_a_shorter_block_runs_compiled_as_part_of_a_whole_one() -> None:
+    """Whatever its length, from a fourth of a block on, by the one library; a shorter one runs eagerly."""
+    function, coefficients, out = FUNCTIONS["della"]
+    stored, base = stored_block(torch.bfloat16)
+    kernels = Kernels("always", 1, BLOCK, threads=1)
+    for count in (BLOCK, BLOCK - 1, BLOCK // 4 + 1, BLOCK // 4):
+        local = coefficients.at(0, count, torch.float32)
+        step = Step(function, tuple(x[:count] for x in stored), base[:count], local, torch.float32, out)
+        assert torch.equal(kernels(step), run_eagerly(step))
+    assert len(kernels._kernels) == 1 and all(kernels._kernels.values()) and not kernels.problems
+
+
 def compile_nothing(step: fused.Fused, folder: Path) -> subprocess.Popen[bytes]:
     """In place of compiling: a library of a few bytes, with its digest in its name."""
     content = b"compiled here"
@@ -176,6 +201,19 @@ def test_a_library_is_loaded_from_a_private_folder(own_cache: Path, loaded: list
     (library,) = own_cache.glob("*.pt2")
     assert loaded == [(library, b"compiled here")] * 2
     assert own_cache.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_shorter_block_is_lengthened_for_a_library(loaded: list[tuple[Path, bytes]]) -> None:
+    """Its inputs and what its coefficients have for every element; results are cut, one or several."""
+    stored, base = stored_block(torch.bfloat16)
+    with Kernels("always", 1, BLOCK, 1) as kernels:
+        for name in ("della", "magnitudes in della"):
+            function, coefficients, out = FUNCTIONS[name]
+            for count in (BLOCK, BLOCK - 1, BLOCK // 4 + 1, BLOCK // 4):
+                local = coefficients.at(0, count, torch.float32)
+                step = Step(function, tuple(x[:count] for x in stored), base[:count], local, torch.float32, out)
+                assert all(map(torch.equal, bits(kernels(step)), bits(run_eagerly(step))))
+    assert len(loaded) == 2
 
 
 def make_writable(folder: Path) -> None:
