@@ -193,7 +193,7 @@ def _idle_filters(planned: PlannedAdapters) -> Iterator[str]:
 
 
 def _notices(planned: PlannedAdapters) -> Iterator[str]:
-    """What a user should know, although the adapters are merged."""
+    """The facts that a user should know, although the adapters are merged."""
     bases = dict.fromkeys(adapter.base for adapter in planned.adapters if adapter.base)
     if len(bases) > 1:
         named = ", ".join(f"{a.label} on {a.base}" for a in planned.adapters if a.base)

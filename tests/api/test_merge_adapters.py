@@ -59,7 +59,7 @@ def assert_same(found: dict[str, Array], expected: dict[str, Array], tolerance: 
 
 @pytest.mark.parametrize("kind", PEFT_SUMS)
 def test_peft_gives_the_same_products(kind: str, trio: list[Path], tmp_path: Path) -> None:
-    """Where its weights are no votes. TIES has weights 1: PEFT divides by the number of terms, we by their weights."""
+    """The weights are 1 for TIES: PEFT divides by the number of terms, we by their weights."""
     options = {"density": PEFT_SUMS[kind]["density"]} if "density" in PEFT_SUMS[kind] else {}
     weights = [1.0, 1.0, 1.0] if "ties" in kind else [1.0, 0.5, -2.0]
     rank = {} if kind == "cat" else {"svd_rank": FULL}
@@ -192,7 +192,7 @@ def test_peft_loads_the_result_and_computes_with_it(how: dict[str, Any], trio: l
     assert not torch.allclose(found, logits(base), atol=0.1)
 
 
-def test_shares_and_signs_are_of_what_an_adapter_does(trio: list[Path], tmp_path: Path) -> None:
+def test_a_scale_is_a_share_of_an_adapters_changes(trio: list[Path], tmp_path: Path) -> None:
     merge_adapters_by_recipe(
         tmp_path / "out", [{"adapter": str(trio[0]), "scale": -0.5}, {"adapter": str(trio[0]), "scale": 2}]
     )

@@ -36,7 +36,7 @@ def here(trio: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     return tmp_path
 
 
-def test_a_dry_run_prints_what_would_be_made(here: Path) -> None:
+def test_a_dry_run_prints_the_plan(here: Path) -> None:
     result = run("merge", "soup.yaml", "--dry-run")
     assert result.exit_code == 0
     lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
@@ -53,7 +53,7 @@ def test_a_dry_run_prints_what_would_be_made(here: Path) -> None:
     assert data["recipe"]["rank"] == 2 and data["recipe"]["adapters"][2]["scale"] == 0.5
 
 
-def test_it_writes_an_adapter_and_tells_what_its_rank_keeps(here: Path) -> None:
+def test_it_writes_an_adapter_and_prints_the_share_that_its_rank_keeps(here: Path) -> None:
     result = run("merge", "soup.yaml", "out")
     assert (result.exit_code, result.stdout) == (0, "out\n")
     assert "warning: one does not change 3 of 7 modules" in result.stderr
@@ -96,7 +96,7 @@ def edit_tensors(folder: Path, name: str, tensor: torch.Tensor | None) -> None:
     save_file(tensors | ({} if tensor is None else {key: tensor}), path)
 
 
-def test_all_that_is_no_product_is_refused_in_one_message(here: Path) -> None:
+def test_adapters_of_other_kinds_are_refused_in_one_message(here: Path) -> None:
     """And each line says what can be done."""
     edit_config(here / "one", use_dora=True)
     tensors = load_file(here / "one" / "adapter_model.safetensors")
@@ -107,7 +107,10 @@ def test_all_that_is_no_product_is_refused_in_one_message(here: Path) -> None:
     text = refusal(run("merge", "soup.yaml", "out"))
     assert "the adapters cannot be merged, 3 problems" in text
     assert "one: model.layers.0.self_attn.q_proj has DoRA, whose change depends on the model's weights" in text
-    assert "two is IA3, whose changes are no products of a LoRA: apply it to its model as `model: BASE+ADAPTER`" in text
+    assert (
+        "two is IA3, expected LORA, whose changes are products of matrices: apply it to its model as `model: BASE+AD"
+        in text
+    )
     assert "its tensors have rank 3, adapter_config.json says 5" in text and "found 'x' as its alpha" in text
     assert not (here / "out").exists() and not (here / "out.partial").exists()
 

@@ -71,7 +71,7 @@ def test_a_rank_that_is_not_there_is_not_written() -> None:
 
 
 def test_the_randomised_factors_of_a_large_matrix_are_nearly_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a spectrum that decays slowly. Its energy is exact, and what is kept is that of the product."""
+    """On a spectrum that decays slowly. Its energy is exact, and the kept part that of the product."""
     monkeypatch.setattr(low_rank, "EXACT_SIDE", 64)
     generator = torch.Generator().manual_seed(3)
     left, right = (torch.linalg.qr(torch.randn(n, 160, generator=generator).double()).Q for n in (200, 300))
