@@ -46,13 +46,15 @@ class AdapterOutput:
 
     names: those of all tensors of the model, as it has them when it runs. base: the model's name or path, for the
     config. architecture: its class in transformers. fan_in_fan_out: True if the wrapped layers are Conv1D. repo: the
-    model on the Hub, license: its entries in a card, about: Markdown, all three for the card.
+    model on the Hub, license: its entries in a card, about: Markdown, all three for the card. tied: an
+    embedding and the head that has its weight; changes of the one are then changes of the other.
     """
 
     names: Collection[str]
     base: str | None = None
     architecture: str | None = None
     fan_in_fan_out: bool = False
+    tied: tuple[str, str] | None = None
     repo: str | None = None
     license: Mapping[str, str] = field(default_factory=dict)
     about: str = ""
@@ -67,6 +69,8 @@ class NewAdapter:
         self._ranks: dict[str, int] = {}
         self._parameters: dict[str, int] = {}
         self._saved: set[str] = set()
+        self._is_tied = False
+        self.about = output.about
 
     def add(self, module: str, a: Tensor, b: Tensor, *, embedding: bool = False) -> None:
         """Change a module's weight by b @ a: a [rank, in], b [out, rank]; an embedding's in is its rows.
@@ -78,6 +82,9 @@ class NewAdapter:
         self._ranks[module] = a.shape[0]
         for end, x in zip(ends, (a, b), strict=True):
             self._write(f"{module}.{end}", x)
+        if self._head_of(module):
+            self._is_tied = True
+            self.add(self._head_of(module), b.T, a.T)
 
     def add_experts(self, name: str, a: Tensor, b: Tensor) -> None:
         """Change a tensor of all experts: by b[e] @ a[e], with a [experts, rank, in] and b [experts, out, rank]."""
@@ -89,6 +96,14 @@ class NewAdapter:
         """Put a tensor in place of the model's: a bias, or one of a module whose tensors all are saved."""
         self._saved.add(name)
         self._write(name, x)
+        if self._head_of(name.removesuffix(".weight")):
+            self._is_tied = True
+            self.save(f"{self._head_of(name.removesuffix('.weight'))}.weight", x)
+
+    def _head_of(self, module: str) -> str:
+        """The head that is tied to an embedding, "" for any other module. PEFT has tensors of both."""
+        tied = self._output.tied
+        return tied[1] if tied and tied[0] == module else ""
 
     def _write(self, name: str, x: Tensor) -> None:
         x = x.detach().cpu().contiguous()
@@ -107,22 +122,29 @@ class NewAdapter:
             parameters=self._parameters,
             saved=modules,
             bias=any(modules.isdisjoint(_parents(name)) for name in self._saved),
-            names=output.names,
+            names=self._names,
             architecture=output.architecture,
             base=output.base,
             fan_in_fan_out=output.fan_in_fan_out,
+            tied=self._is_tied,
         )
         self._write_tensors(folder / ADAPTER_WEIGHTS[0])
         replace_file(folder / ADAPTER_CONFIG, (json.dumps(config, indent=2) + "\n").encode())
-        replace_file(folder / CARD, adapter_card(title, output).encode())
+        replace_file(folder / CARD, adapter_card(title, replace(output, about=self.about)).encode())
         sync_folder(folder)
+
+    @property
+    def _names(self) -> set[str]:
+        """The names of all tensors of the model, those of a tied head among them."""
+        tied = self._output.tied
+        return {*self._output.names, *([f"{tied[1]}.weight"] if tied else [])}
 
     def _saved_modules(self) -> set[str]:
         """The modules whose tensors all are saved: those of a head together, others by themselves.
 
         A bias whose weight is not saved needs none. Raises PlanError for any other tensor without one.
         """
-        held = Counter(module for name in self._output.names for module in _parents(name))
+        held = Counter(module for name in self._names for module in _parents(name))
         found = Counter(module for name in self._saved for module in _parents(name))
         modules, problems = set[str](), list[str]()
         for name in sorted(self._saved):
