@@ -134,7 +134,7 @@ def _names_in_base(adapters: Sequence[Adapter], base: Checkpoint | None) -> dict
         return names
     for adapter in adapters:
         found = find_names(adapter, base)
-        names |= {name: found[name] for name in adapter.saved}
+        names |= {name: found.get(name, name) for name in adapter.saved}
     return names
 
 

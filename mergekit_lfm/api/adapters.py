@@ -24,7 +24,7 @@ from mergekit_lfm.recipe.settings import SettingsTable
 if TYPE_CHECKING:
     import torch
 
-    from mergekit_lfm.kernels.low_rank import Product
+    from mergekit_lfm.kernels.products import Product
     from mergekit_lfm.output.adapter import AdapterOutput, NewAdapter
 
 
@@ -158,7 +158,7 @@ def _merge_module(
     import torch
 
     from mergekit_lfm.api.spaces import ModuleMerge, merge_products
-    from mergekit_lfm.kernels.low_rank import Limit
+    from mergekit_lfm.kernels.products import Limit
 
     recipe, form, weight = planned.recipe, planned.form(name), planned.weight(name)
     limit = Limit(recipe.rank, recipe.energy)
@@ -188,7 +188,7 @@ def _products(planned: PlannedAdapters, name: str, expert: int | None = None) ->
     """The change of a module, or of one of its experts, by each adapter."""
     import torch
 
-    from mergekit_lfm.kernels.low_rank import Product
+    from mergekit_lfm.kernels.products import Product
 
     products: list[Product | None] = []
     for adapter, pair in zip(planned.adapters, planned.modules[name], strict=True):

@@ -17,7 +17,7 @@ from mergekit_lfm.api.tensors import unit_of
 from mergekit_lfm.artifacts.transform import PANEL
 from mergekit_lfm.engine.blocks import Blocks, apply_to, run_solve
 from mergekit_lfm.kernels.block import Coefficients
-from mergekit_lfm.kernels.low_rank import (
+from mergekit_lfm.kernels.products import (
     Fitted,
     Limit,
     Product,

@@ -41,6 +41,14 @@ def words(key: torch.Tensor, count: int) -> torch.Tensor:
     return z ^ ((z >> 31) & ((1 << 33) - 1))
 
 
+def normal(key: int, count: int) -> torch.Tensor:
+    """The first `count` numbers of a normal distribution by the key, float64 [count], up to 8 of either sign."""
+    import torch
+
+    z = words(torch.tensor(_signed(key)), count) >> 11  # 53 bits with a sign
+    return torch.erfinv((z.double() + 0.5) * 2.0**-52).mul_(2**0.5)
+
+
 class LocalCoins(NamedTuple):
     """Coins for one block: states, int64 [n]; limits, int32 [n]."""
 

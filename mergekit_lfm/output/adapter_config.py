@@ -54,12 +54,14 @@ def make_config(
     task: str | None,
     base: str | None,
     fan_in_fan_out: bool,
+    tied: bool,
 ) -> dict[str, Any]:
     """The content of adapter_config.json, all changes being at the scale 1.
 
     ranks: by module, of those that PEFT wraps; parameters: by tensor, of those that it wraps. saved: the modules that
     are whole in the adapter. names: those of all tensors of the model; in_full: if there may be others, from
-    which short names would not tell them. Raises PlanError if PEFT cannot select them.
+    which short names would not tell them. tied: True if the head's are those of the embedding. Raises PlanError if PEFT
+    cannot select them.
     """
     modules = modules_of(names)
     # PEFT warns of patterns that are about parameters, though it follows them: so r is their rank if they have one.
@@ -69,6 +71,7 @@ def make_config(
         "alpha_pattern": patterns,
         "base_model_name_or_path": base,
         "bias": "all" if bias else "none",
+        **({"ensure_weight_tying": True} if tied else {}),
         "fan_in_fan_out": fan_in_fan_out,
         "inference_mode": True,
         "init_lora_weights": True,
