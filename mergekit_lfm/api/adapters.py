@@ -139,13 +139,18 @@ def merge_adapter_recipe(
     check_out(planned.out, inputs, overwrite=overwrite)
     table, modules = SettingsTable(planned.recipe.part), list[MergedModule]()
     layers = find_layers([*map(planned.weight, planned.modules), *planned.saved])
-    with new_adapter(planned.out, _output_of(planned)) as adapter, progress.by_count("modules", "merging") as count:
-        for name in planned.modules:
-            modules.append(_merge_module(planned, name, table, layers.get(planned.weight(name)), adapter))
-            count(len(modules), len(planned.modules))
-        for name in planned.saved:
-            tensor = _merge_saved(planned, name, table.of(name, layers.get(name)))
-            adapter.save(name, tensor.to(getattr(torch, planned.recipe.dtype or "float32")))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # more would add the parts of a sum in another order
+    try:
+        with new_adapter(planned.out, _output_of(planned)) as adapter, progress.by_count("modules", "merging") as count:
+            for name in planned.modules:
+                modules.append(_merge_module(planned, name, table, layers.get(planned.weight(name)), adapter))
+                count(len(modules), len(planned.modules))
+            for name in planned.saved:
+                tensor = _merge_saved(planned, name, table.of(name, layers.get(name)))
+                adapter.save(name, tensor.to(getattr(torch, planned.recipe.dtype or "float32")))
+    finally:
+        torch.set_num_threads(threads)
     merged = MergedAdapter(tuple(modules), tuple(planned.saved))
     warnings = warn_of(planned.notices)
     return Outcome(planned.out, merged, warnings=warnings, seconds=time.monotonic() - started)

@@ -249,6 +249,25 @@ def test_experts_are_merged_one_by_one(tmp_path: Path) -> None:
     assert torch.allclose(logits(with_adapter(model, tmp_path / "out")), logits(expected), atol=1e-4)
 
 
+def test_layers_that_are_stored_turned_keep_their_biases(tmp_path: Path) -> None:
+    """GPT-2's layers are Conv1D. PEFT saves a bias beside the matrices, under a name of its wrapper's."""
+    model = tiny_model("gpt2")
+    config = {"target_modules": ["c_attn", "mlp.c_proj"], "fan_in_fan_out": True, "bias": "lora_only", "r": 2}
+    folders = [save_lora(model, tmp_path / f"{seed}", seed, **config) for seed in (1, 2)]
+    for i, folder in enumerate(folders, 1):
+        tensors = load_file(folder / "adapter_model.safetensors")
+        biases = {name: x + i for name, x in tensors.items() if name.endswith("bias")}
+        assert len(biases) == 4
+        save_file(tensors | biases, folder / "adapter_model.safetensors")
+    merge_adapters(folders, tmp_path / "out", method="cat", weights=[1, 3])
+    expected = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, change in sum_of(folders, [1, 3]).items():
+            expected.get_parameter(f"{name}.weight").add_(torch.from_numpy(change.T).float())
+            expected.get_parameter(f"{name}.bias").add_(1.75)
+    assert torch.allclose(logits(with_adapter(model, tmp_path / "out")), logits(expected), rtol=1e-3, atol=1e-3)
+
+
 def heads(tmp_path: Path, seeds: Sequence[int] = (1, 2)) -> tuple[Any, list[Path]]:
     """A classifier, and adapters that save its head whole, and the biases of their layers."""
     model = tiny_model("bert")
