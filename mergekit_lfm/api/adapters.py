@@ -170,10 +170,10 @@ def _merge_module(
     if recipe.merge_method == "svd" and limit == Limit():
         limit = Limit(max(pair.rank for pair in planned.modules[name] if pair is not None))
     merge = ModuleMerge(recipe.part.method, weight, table.of(weight, layer), recipe.space, limit, recipe.seed)
-    dtype = getattr(torch, recipe.dtype or "float32")
+    products, dtype = _read_products(planned, name), getattr(torch, recipe.dtype or "float32")
     if form.experts:
         done = [
-            merge_products(replace(merge, name=f"{weight}[{e}]"), _products(planned, name, e))
+            merge_products(replace(merge, name=f"{weight}[{e}]"), [x and x.expert(e, form.experts) for x in products])
             for e in range(form.experts)
         ]
         rank = max(each.product.rank for each in done)
@@ -181,7 +181,7 @@ def _merge_module(
         a, b = (torch.stack([each[side] for each in padded]).to(dtype) for side in (1, 0))
         adapter.add_experts(name, a, b)
     else:
-        done = [merge_products(merge, _products(planned, name))]
+        done = [merge_products(merge, products)]
         b, a = (x.to(dtype) for x in done[0].product)
         rank, axes = len(a), [1] * (len(form.columns) - 1)  # a convolution's
         adapter.add(name, a.view(rank, *form.columns), b.view(form.out, rank, *axes), embedding=form.embedding)
@@ -189,8 +189,8 @@ def _merge_module(
     return MergedModule(name, planned.shape(name), rank, energy, kept / energy if energy else 1.0)
 
 
-def _products(planned: PlannedAdapters, name: str, expert: int | None = None) -> list[Product | None]:
-    """The change of a module, or of one of its experts, by each adapter."""
+def _read_products(planned: PlannedAdapters, name: str) -> list[Product | None]:
+    """The change of a module by each adapter; of experts that of all of them, as PEFT has it."""
     import torch
 
     from mergekit_lfm.kernels.products import Product
@@ -201,8 +201,6 @@ def _products(planned: PlannedAdapters, name: str, expert: int | None = None) ->
             products.append(None)
             continue
         a, b = (adapter.tensors.read(spec.name).view(spec.shape).flatten(1) for spec in (pair.a, pair.b))
-        if expert is not None:
-            a, b = a[expert * pair.rank : (expert + 1) * pair.rank], b[:, expert :: pair.form.experts]
         dtype = torch.float64 if torch.float64 in (a.dtype, b.dtype) else torch.float32
         products.append(Product(b.to(dtype) * pair.scale, a.to(dtype)))
     return products

@@ -31,6 +31,11 @@ class Product(NamedTuple):
     def rank(self) -> int:
         return self.a.shape[0]
 
+    def expert(self, number: int, count: int) -> Product:
+        """One of `count` experts, of PEFT's matrices of them all: rows of a together, every so many columns of b."""
+        rank = self.rank // count
+        return Product(self.b[:, number::count], self.a[number * rank : (number + 1) * rank])
+
     def padded(self, rank: int) -> Product:
         """The same matrix at a larger rank, with zeros."""
         import torch
