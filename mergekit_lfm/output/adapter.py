@@ -44,13 +44,15 @@ COPIED_AT_ONCE = 1 << 24  # bytes
 class AdapterOutput:
     """The facts in the files of an adapter besides its tensors.
 
-    names: those of all tensors of the model, as it has them when it runs. base: the model's name or path, for the
+    names: those of all tensors of the model, as it has them when it runs; not complete if they are unknown but for the
+    changed ones, so that modules are selected by whole names. base: the model's name or path, for the
     config. architecture: its class in transformers. fan_in_fan_out: True if the wrapped layers are Conv1D. repo: the
     model on the Hub, license: its entries in a card, about: Markdown, all three for the card. tied: an
     embedding and the head that has its weight; changes of the one are then changes of the other.
     """
 
     names: Collection[str]
+    complete: bool = True
     base: str | None = None
     architecture: str | None = None
     fan_in_fan_out: bool = False
@@ -123,6 +125,7 @@ class NewAdapter:
             saved=modules,
             bias=any(modules.isdisjoint(_parents(name)) for name in self._saved),
             names=self._names,
+            complete=output.complete,
             architecture=output.architecture,
             base=output.base,
             fan_in_fan_out=output.fan_in_fan_out,

@@ -50,6 +50,7 @@ def make_config(
     saved: Collection[str],
     bias: bool,
     names: Collection[str],
+    complete: bool,
     architecture: str | None,
     base: str | None,
     fan_in_fan_out: bool,
@@ -58,8 +59,8 @@ def make_config(
     """The content of adapter_config.json, all changes being at the scale 1.
 
     ranks: by module, of those that PEFT wraps; parameters: by tensor, of those that it wraps. saved: the modules that
-    are whole in the adapter. names: those of all tensors of the model. tied: True if the head's are those
-    of the embedding. Raises PlanError if PEFT cannot select them.
+    are whole in the adapter. names: those of all tensors of the model, or not complete. tied: True if the head
+    has the embedding's weight. Raises PlanError if PEFT cannot select them.
     """
     modules = modules_of(names)
     # PEFT warns of patterns that are about parameters, though it follows them: so r is their rank if they have one.
@@ -79,7 +80,7 @@ def make_config(
         "peft_type": "LORA",
         "r": r,
         "rank_pattern": patterns,
-        "target_modules": _find_targets(ranks, modules, empty=[] if parameters else NO_TARGETS),
+        "target_modules": _find_targets(ranks, modules, complete=complete) or ([] if parameters else NO_TARGETS),
         "target_parameters": _find_parameters(parameters, names) or None,
         "task_type": find_task(architecture, saved, modules),
         "use_dora": False,
@@ -94,10 +95,10 @@ def find_task(architecture: str | None, saved: Collection[str], modules: Collect
     return None if task in _NEED_HEADS and not heads <= {*saved} else task
 
 
-def _find_targets(wanted: Collection[str], modules: Collection[str], empty: list[str] | str) -> list[str] | str:
+def _find_targets(wanted: Collection[str], modules: Collection[str], *, complete: bool) -> list[str] | str:
     """The value of `target_modules`: ends of names where they select exactly these, else names, else an expression."""
-    if not wanted:
-        return empty
+    if not complete:
+        return sorted(wanted, key=in_order)
     keys = _exact_keys(wanted, modules, _ends, lambda name: name.rpartition(".")[2])
     return "|".join(re.escape(name) for name in sorted(wanted, key=in_order)) if keys is None else keys
 
