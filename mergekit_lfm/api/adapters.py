@@ -217,10 +217,9 @@ def _merge_saved(planned: PlannedAdapters, name: str, settings: Settings) -> tor
         None if spec is None else adapter.tensors.read(spec.name).view(spec.shape)
         for adapter, spec in zip(planned.adapters, planned.saved[name], strict=True)
     ]
-    held = [x for x in values if x is not None]
-    if len(held) == len(values) and all(x.dtype == held[0].dtype and torch.equal(x, held[0]) for x in held):
+    held, scales = [x for x in values if x is not None], [line.scale for line in recipe.lines]
+    if planned.base is None and all(x.dtype == held[0].dtype and torch.equal(x, held[0]) for x in held):
         return held[0]
-    scales = [line.scale for line in recipe.lines]
     if planned.base is None:
         weights = [float(own["weight"]) for own in settings.inputs]  # type: ignore[arg-type]
         shares: list[dict[str, Value]] = [{"weight": w * scale} for w, scale in zip(weights, scales, strict=True)]
@@ -248,8 +247,10 @@ def _output_of(planned: PlannedAdapters) -> AdapterOutput:
     tasks = {config.get("task_type") for config in configs}
     base = next((adapter.base for adapter in planned.adapters if adapter.base), None)
     recipe = code_block(recipe_text(_public_recipe(planned.recipe)), "yaml")
+    layers = {name.removesuffix("bias") + "weight" for name in planned.saved if name.endswith(".bias")}
     return AdapterOutput(
-        names=None,
+        names={*map(planned.weight, planned.modules), *planned.saved, *layers},
+        complete=False,
         base=base,
         repo=base if base and hub_name(base) else None,
         task=tasks.pop() if len(tasks) == 1 else None,

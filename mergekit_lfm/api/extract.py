@@ -152,8 +152,8 @@ def _names(tensors: Sequence[Whole]) -> str:
     return shorten([each.name for each in tensors], 3)
 
 
-def _output(plan: Extraction, base: str) -> AdapterOutput:
-    """The facts in the adapter's files."""
+def output_of(plan: Extraction, base: str) -> AdapterOutput:
+    """The facts in the files of an adapter for the planned model, and for a base as its user names it."""
     architecture = next(iter(plan.model.config.get("architectures") or []), None)
     name = None if Path(base).expanduser().exists() else hub_name(base)
     return AdapterOutput(
@@ -181,7 +181,7 @@ def _extract(extractor: Extractor, target: Path, base: str) -> Extracted:
     elif extractor.ranks.nbytes is not None:
         ranks = extractor.share(plan.groups, _rest(plan, saved, extractor.ranks.nbytes))
     sizes = {group.name: len(group.names) for group in plan.groups}
-    with new_adapter(target, _output(plan, base)) as adapter:
+    with new_adapter(target, output_of(plan, base)) as adapter:
         reduced = extractor.write(adapter, plan.groups, ranks)
         for name in saved:
             adapter.save(plan.names[name], plan.model.read(name).view(plan.model[name].shape))

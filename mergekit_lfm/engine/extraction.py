@@ -208,8 +208,12 @@ def _add(adapter: NewAdapter, group: Group, pairs: Sequence[tuple[Tensor, Tensor
     """Add the factors of a group to the adapter."""
     if group.kind == "experts":
         adapter.add_experts(group.module, torch.stack([a for a, _ in pairs]), torch.stack([b for _, b in pairs]))
-        return
-    a, b = pairs[0]
+    else:
+        add_product(adapter, group, *pairs[0])
+
+
+def add_product(adapter: NewAdapter, group: Group, a: Tensor, b: Tensor) -> None:
+    """Add the product b [out, rank] a [rank, in] for the one matrix of a group to the adapter."""
     if group.kernel:
         a = a.reshape(len(a), -1, *group.kernel)
         b = b.reshape(*b.shape, *(1 for _ in group.kernel))

@@ -44,14 +44,16 @@ COPIED_AT_ONCE = 1 << 24  # bytes
 class AdapterOutput:
     """The facts in the files of an adapter besides its tensors.
 
-    names: those of all tensors of the model, as it has them when it runs; None if they are not known, so that modules
-    are named in full. base: the model's name or path, for the config. architecture: its class in transformers. task:
-    PEFT's name of its task, if that is not to follow from the class. fan_in_fan_out: True if the wrapped layers are
-    Conv1D. repo: the model on the Hub, license: its entries in a card, about: Markdown, all three for the card.
-    tied: an embedding and the head that has its weight; changes of the one are then changes of the other.
+    names: those of all tensors of the model, as it has them when it runs; not complete if they are unknown but for the
+    changed ones, so that modules are selected by whole names. base: the model's name or path, for the
+    config. architecture: its class in transformers. task: PEFT's name of its task, if that is not to follow from the
+    class. fan_in_fan_out: True if the wrapped layers are Conv1D. repo: the model on the Hub, license: its entries in a
+    card, about: Markdown, all three for the card. tied: an embedding and the head that has its weight; changes of the
+    one are then changes of the other.
     """
 
-    names: Collection[str] | None
+    names: Collection[str]
+    complete: bool = True
     base: str | None = None
     architecture: str | None = None
     task: str | None = None
@@ -118,16 +120,15 @@ class NewAdapter:
     def finish(self, folder: Path, title: str) -> None:
         """Write the files into a folder. title: of the model card."""
         output = self._output
-        names = self._names
-        modules = self._saved_modules(names)
+        modules = self._saved_modules()
         config = make_config(
             ranks=self._ranks,
             parameters=self._parameters,
             saved=modules,
             bias=any(modules.isdisjoint(_parents(name)) for name in self._saved),
-            names=names,
-            in_full=output.names is None,
-            task=output.task or find_task(output.architecture, modules, modules_of(names)),
+            names=self._names,
+            complete=output.complete,
+            task=output.task or find_task(output.architecture, modules, modules_of(self._names)),
             base=output.base,
             fan_in_fan_out=output.fan_in_fan_out,
             tied=self._is_tied,
@@ -139,19 +140,16 @@ class NewAdapter:
 
     @property
     def _names(self) -> set[str]:
-        """The names of all tensors of the model, as far as they are known; those of a tied head among them."""
-        if self._output.names is not None:
-            tied = self._output.tied
-            return {*self._output.names, *([f"{tied[1]}.weight"] if tied else [])}
-        layers = {name.removesuffix("bias") + "weight" for name in self._saved if name.endswith(".bias")}
-        return self._saved | layers | {f"{module}.weight" for module in self._ranks} | {*self._parameters}
+        """The names of all tensors of the model, those of a tied head among them."""
+        tied = self._output.tied
+        return {*self._output.names, *([f"{tied[1]}.weight"] if tied else [])}
 
-    def _saved_modules(self, names: Collection[str]) -> set[str]:
+    def _saved_modules(self) -> set[str]:
         """The modules whose tensors all are saved: those of a head together, others by themselves.
 
         A bias whose weight is not saved needs none. Raises PlanError for any other tensor without one.
         """
-        held = Counter(module for name in names for module in _parents(name))
+        held = Counter(module for name in self._names for module in _parents(name))
         found = Counter(module for name in self._saved for module in _parents(name))
         modules, problems = set[str](), list[str]()
         for name in sorted(self._saved):

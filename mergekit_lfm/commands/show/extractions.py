@@ -10,6 +10,7 @@ from mergekit_lfm.commands.show.terminal import count_noun, table
 from mergekit_lfm.machine.sizes import format_size
 
 if TYPE_CHECKING:
+    from mergekit_lfm.api.export import ExportedTensor
     from mergekit_lfm.api.extract import Extracted, Whole
     from mergekit_lfm.api.outcome import Outcome
 
@@ -73,6 +74,22 @@ def extraction_text(data: Mapping[str, Any]) -> str:
     return "\n".join(
         [*lines, f"{format_size(data['bytes'])}; {count_noun(data['unchanged'], 'tensor')} did not change"]
     )
+
+
+def export_data(outcome: Outcome[tuple[ExportedTensor, ...]]) -> dict[str, Any]:
+    """An adapter made from patches for JSON. rank: None for a tensor that is whole in it."""
+    tensors = [{"name": each.name, "rank": each.rank, "kept": each.kept} for each in outcome.result]
+    return {**outcome_data(outcome), "tensors": tensors}
+
+
+def export_text(data: Mapping[str, Any]) -> str:
+    """The tensors of an adapter made from patches, as a table."""
+    rows = [("tensor", "rank", "kept")]
+    rows += [
+        (row["name"], "whole" if row["rank"] is None else str(row["rank"]), f"{row['kept']:.2%}")
+        for row in data["tensors"]
+    ]
+    return table(rows, right="rank kept")
 
 
 def _leaf(name: str) -> str:
