@@ -44,6 +44,11 @@ class PlannedAdapters:
     base_names: Mapping[str, str]
     notices: tuple[str, ...] = ()
 
+    @property
+    def dtype(self) -> str:
+        """The dtype of the result."""
+        return self.recipe.dtype or "float32"
+
     def form(self, module: str) -> Form:
         """The form of the changes of a module."""
         return next(pair.form for pair in self.modules[module] if pair is not None)

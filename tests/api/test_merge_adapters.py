@@ -96,6 +96,16 @@ def test_a_linear_merge_is_the_mean_of_the_products_in_every_space(
     assert_same(changes(tmp_path / "out"), sum_of(trio, [0.5, 0.25, 0.25]))
 
 
+def test_svd_has_the_largest_rank_of_the_adapters_unless_told(trio: list[Path], tmp_path: Path) -> None:
+    merged = merge_adapters(trio, tmp_path / "out", method="svd").result
+    assert [module.rank for module in merged.modules] == [3, 3, 3, 3, 4, 4, 3]
+    exact = sum_of(trio, [1, 1, 1])
+    for module in merged.modules:
+        u, s, v = np.linalg.svd(exact[module.name], full_matrices=False)
+        best = (u[:, : module.rank] * s[: module.rank]) @ v[: module.rank]
+        np.testing.assert_allclose(changes(tmp_path / "out")[module.name], best, atol=1e-5)
+
+
 @pytest.mark.parametrize("method", ["task_arithmetic", "dare_linear", "model_stock"])
 def test_a_method_that_is_a_weighted_sum_needs_no_matrix(method: str, trio: list[Path], tmp_path: Path) -> None:
     """It is exact at the sum of the ranks, as `linear` is."""

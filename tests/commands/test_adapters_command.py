@@ -130,11 +130,24 @@ def test_differing_shapes_are_refused_in_one_message(here: Path) -> None:
         ("0.self_attn.q_proj.lora_B.weight", None, "two: model.layers.0.self_attn.q_proj: it has no lora_B"),
         ("0.self_attn.q_proj.lora_B.weight", torch.ones(16, 3), "A [2, 16] and B [16, 3] are of other ranks"),
         ("0.self_attn.q_proj.lora_A.weight", torch.ones(0), "the training saved one part of many"),
+        (
+            "1.mlp.down_proj.lora_A.weight",
+            torch.full((4, 24), torch.inf),
+            "1.mlp.down_proj.lora_A.weight holds NaN or inf",
+        ),
     ],
 )
 def test_damaged_adapters_are_refused(name: str, tensor: torch.Tensor | None, expected: str, here: Path) -> None:
     edit_tensors(here / "two", name, tensor)
     assert expected in refusal(run("merge", "soup.yaml", "out"))
+    assert not (here / "out").exists() and not (here / "out.partial").exists()
+
+
+def test_a_dtype_that_is_too_narrow_is_refused(here: Path) -> None:
+    (here / "soup.yaml").write_text(RECIPE.replace("weight: 1", "lambda: 1.0e12, weight: 1") + "dtype: float16\n")
+    assert "its merged values are too large for float16; choose another `dtype`" in refusal(
+        run("merge", "soup.yaml", "out")
+    )
 
 
 def test_a_filter_that_matches_nothing_is_refused(here: Path) -> None:
