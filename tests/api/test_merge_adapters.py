@@ -175,6 +175,19 @@ def test_ties_on_products_is_the_best_of_its_rank(trio: list[Path], tmp_path: Pa
     assert {module.name: module.rank for module in merged.modules}["model.layers.0.mlp.down_proj"] == 4
 
 
+def test_adapters_of_several_dtypes_are_merged_in_the_widest(trio: list[Path], tmp_path: Path) -> None:
+    wide = tmp_path / "two"
+    wide.mkdir()
+    (wide / "adapter_config.json").symlink_to(trio[1] / "adapter_config.json")
+    tensors = load_file(trio[1] / "adapter_model.safetensors")
+    save_file({name: x.double() for name, x in tensors.items()}, wide / "adapter_model.safetensors")
+    for space in ("product", "knots", "core"):
+        how: dict[str, Any] = {"method": "ties", "density": 0.5, "space": space}
+        merge_adapters(trio, tmp_path / f"{space}-plain", **how)
+        merge_adapters([trio[0], wide, trio[2]], tmp_path / f"{space}-wide", dtype="float64", **how)
+        assert_same(changes(tmp_path / f"{space}-wide"), changes(tmp_path / f"{space}-plain"), 1e-5)
+
+
 def test_a_share_of_energy_chooses_each_modules_rank(trio: list[Path], tmp_path: Path) -> None:
     merged = merge_adapters(trio, tmp_path / "out", energy=0.9).result
     exact = sum_of(trio, [1 / 3] * 3)

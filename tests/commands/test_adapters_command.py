@@ -48,6 +48,7 @@ def test_a_dry_run_prints_the_plan(here: Path) -> None:
     ]
     assert "down_proj 2 16 x 24 - 4 -" in lines and "q_proj 2 16 x 16 3 2 3" in lines
     assert sorted(path.name for path in here.iterdir()) == ["one", "soup.yaml", "three", "two"]
+    assert run("plan", "soup.yaml").stdout == result.stdout
     data = answer(run("merge", "soup.yaml", "--dry-run", "--json"))
     assert data["modules"][0] == {"name": "model.layers.0.self_attn.q_proj", "shape": [16, 16], "ranks": [3, 2, 3]}
     assert data["recipe"]["rank"] == 2 and data["recipe"]["adapters"][2]["scale"] == 0.5
@@ -113,6 +114,12 @@ def test_adapters_of_other_kinds_are_refused_in_one_message(here: Path) -> None:
     )
     assert "its tensors have rank 3, adapter_config.json says 5" in text and "found 'x' as its alpha" in text
     assert not (here / "out").exists() and not (here / "out.partial").exists()
+
+
+def test_dora_is_known_by_its_config_alone(here: Path) -> None:
+    edit_config(here / "two", use_dora=True)
+    text = "two: its config has use_dora: DoRA, whose change depends on the model's weights, expected a LoRA"
+    assert text in refusal(run("merge", "soup.yaml", "out"))
 
 
 def test_differing_shapes_are_refused_in_one_message(here: Path) -> None:

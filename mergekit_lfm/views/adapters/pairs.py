@@ -77,6 +77,8 @@ def find_pairs(adapter: Adapter, share: float) -> dict[str, Pair]:
     others = [
         f"{module.name} has {why}" for module in adapter.modules for part, why in OTHERS.items() if part in module.parts
     ]
+    if adapter.config.get("use_dora") and not others:
+        others = [f"its config has use_dora: {OTHERS['lora_magnitude_vector']}"]
     if others:
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
         finding.problems.append(f"{others[0]}{more}, expected a LoRA, whose changes are products of matrices: {APPLY}")
