@@ -42,6 +42,8 @@ __all__ = [
     "edit_model",
     "evaluate_models",
     "explain_plan",
+    "export_patches",
+    "extract_lora",
     "find_symmetries",
     "find_transform",
     "init_recipe",
@@ -84,6 +86,8 @@ if TYPE_CHECKING:
     from mergekit_lfm.api.align import align_models, check_table
     from mergekit_lfm.api.edit import edit_model
     from mergekit_lfm.api.explain import explain_plan
+    from mergekit_lfm.api.export import export_patches
+    from mergekit_lfm.api.extract import extract_lora
     from mergekit_lfm.api.init import init_recipe
     from mergekit_lfm.api.inspect import inspect_file
     from mergekit_lfm.api.judge import evaluate_models, measure_barrier, repair_model
@@ -148,6 +152,8 @@ _HOMES = {
     "edit_model": "api.edit",
     "evaluate_models": "api.judge",
     "explain_plan": "api.explain",
+    "export_patches": "api.export",
+    "extract_lora": "api.extract",
     "find_symmetries": "arch.registry",
     "find_transform": "align.find",
     "init_recipe": "api.init",

@@ -19,12 +19,12 @@ GROUPED = SIZES | {"num_key_value_heads": 1, "bos_token_id": 1, "eos_token_id": 
 GPT2: dict[str, Any] = {"vocab_size": 32, "n_embd": 16, "n_head": 2, "n_layer": 2, "n_positions": 32}
 
 
-def _make(kind: str) -> Any:
+def _make(kind: str, **options: Any) -> Any:
     import transformers
 
     hub: Any = transformers
     if kind == "llama":
-        return hub.LlamaForCausalLM(hub.LlamaConfig(**GROUPED, attention_bias=True, mlp_bias=True))
+        return hub.LlamaForCausalLM(hub.LlamaConfig(**GROUPED | options, attention_bias=True, mlp_bias=True))
     if kind == "gpt2":
         return hub.GPT2LMHeadModel(hub.GPT2Config(**GPT2, bos_token_id=1, eos_token_id=2))
     if kind == "bert":
@@ -33,10 +33,10 @@ def _make(kind: str) -> Any:
     return hub.MixtralForCausalLM(hub.MixtralConfig(**GROUPED, num_local_experts=4, num_experts_per_tok=2))
 
 
-def tiny_model(kind: str, seed: int = 0) -> Any:
+def tiny_model(kind: str, **options: Any) -> Any:
     """A "llama", "gpt2", "bert" with a head or "mixtral", its weights so large that its outputs depend on all."""
-    torch.manual_seed(seed)
-    model = _make(kind).eval()
+    torch.manual_seed(0)
+    model = _make(kind, **options).eval()
     with torch.no_grad():
         for x in model.parameters():
             x.add_(0.2 * torch.randn(x.shape))

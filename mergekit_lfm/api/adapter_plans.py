@@ -44,6 +44,11 @@ class PlannedAdapters:
     base_names: Mapping[str, str]
     notices: tuple[str, ...] = ()
 
+    @property
+    def dtype(self) -> str:
+        """The dtype of the result."""
+        return self.recipe.dtype or "float32"
+
     def form(self, module: str) -> Form:
         """The form of the changes of a module."""
         return next(pair.form for pair in self.modules[module] if pair is not None)
@@ -134,7 +139,7 @@ def _names_in_base(adapters: Sequence[Adapter], base: Checkpoint | None) -> dict
         return names
     for adapter in adapters:
         found = find_names(adapter, base)
-        names |= {name: found[name] for name in adapter.saved}
+        names |= {name: found.get(name, name) for name in adapter.saved}
     return names
 
 
@@ -193,7 +198,7 @@ def _idle_filters(planned: PlannedAdapters) -> Iterator[str]:
 
 
 def _notices(planned: PlannedAdapters) -> Iterator[str]:
-    """What a user should know, although the adapters are merged."""
+    """The facts that a user should know, although the adapters are merged."""
     bases = dict.fromkeys(adapter.base for adapter in planned.adapters if adapter.base)
     if len(bases) > 1:
         named = ", ".join(f"{a.label} on {a.base}" for a in planned.adapters if a.base)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from mergekit_lfm.api.adapter_plans import AdapterRecipeLike, PlannedAdapters, plan_adapters
 from mergekit_lfm.api.arguments import StrPath, expand
 from mergekit_lfm.api.outcome import Outcome, warn_of
-from mergekit_lfm.errors import PlanError, did_you_mean
+from mergekit_lfm.errors import FormatError, PlanError, did_you_mean
 from mergekit_lfm.machine.progress import SILENCE, Progress
 from mergekit_lfm.methods.method import REQUIRED, Value
 from mergekit_lfm.methods.registry import METHODS
@@ -24,8 +24,10 @@ from mergekit_lfm.recipe.settings import SettingsTable
 if TYPE_CHECKING:
     import torch
 
-    from mergekit_lfm.kernels.low_rank import Product
+    from mergekit_lfm.artifacts.adapter import Adapter
+    from mergekit_lfm.kernels.products import Product
     from mergekit_lfm.output.adapter import AdapterOutput, NewAdapter
+    from mergekit_lfm.store.tensors import TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,13 +141,18 @@ def merge_adapter_recipe(
     check_out(planned.out, inputs, overwrite=overwrite)
     table, modules = SettingsTable(planned.recipe.part), list[MergedModule]()
     layers = find_layers([*map(planned.weight, planned.modules), *planned.saved])
-    with new_adapter(planned.out, _output_of(planned)) as adapter, progress.by_count("modules", "merging") as count:
-        for name in planned.modules:
-            modules.append(_merge_module(planned, name, table, layers.get(planned.weight(name)), adapter))
-            count(len(modules), len(planned.modules))
-        for name in planned.saved:
-            tensor = _merge_saved(planned, name, table.of(name, layers.get(name)))
-            adapter.save(name, tensor.to(getattr(torch, planned.recipe.dtype or "float32")))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # more would add the parts of a sum in another order
+    try:
+        with new_adapter(planned.out, _output_of(planned)) as adapter, progress.by_count("modules", "merging") as count:
+            for name in planned.modules:
+                modules.append(_merge_module(planned, name, table, layers.get(planned.weight(name)), adapter))
+                count(len(modules), len(planned.modules))
+            for name in planned.saved:
+                tensor = _merge_saved(planned, name, table.of(name, layers.get(name)))
+                adapter.save(name, _round(tensor, name, planned.dtype))
+    finally:
+        torch.set_num_threads(threads)
     merged = MergedAdapter(tuple(modules), tuple(planned.saved))
     warnings = warn_of(planned.notices)
     return Outcome(planned.out, merged, warnings=warnings, seconds=time.monotonic() - started)
@@ -158,49 +165,65 @@ def _merge_module(
     import torch
 
     from mergekit_lfm.api.spaces import ModuleMerge, merge_products
-    from mergekit_lfm.kernels.low_rank import Limit
+    from mergekit_lfm.kernels.products import Limit
 
     recipe, form, weight = planned.recipe, planned.form(name), planned.weight(name)
     limit = Limit(recipe.rank, recipe.energy)
     if recipe.merge_method == "svd" and limit == Limit():
         limit = Limit(max(pair.rank for pair in planned.modules[name] if pair is not None))
     merge = ModuleMerge(recipe.part.method, weight, table.of(weight, layer), recipe.space, limit, recipe.seed)
-    dtype = getattr(torch, recipe.dtype or "float32")
+    products = _read_products(planned, name)
     if form.experts:
         done = [
-            merge_products(replace(merge, name=f"{weight}[{e}]"), _products(planned, name, e))
+            merge_products(replace(merge, name=f"{weight}[{e}]"), [x and x.expert(e, form.experts) for x in products])
             for e in range(form.experts)
         ]
         rank = max(each.product.rank for each in done)
         padded = [each.product.padded(rank) for each in done]
-        a, b = (torch.stack([each[side] for each in padded]).to(dtype) for side in (1, 0))
+        a, b = (_round(torch.stack([each[side] for each in padded]), name, planned.dtype) for side in (1, 0))
         adapter.add_experts(name, a, b)
     else:
-        done = [merge_products(merge, _products(planned, name))]
-        b, a = (x.to(dtype) for x in done[0].product)
+        done = [merge_products(merge, products)]
+        b, a = (_round(x, name, planned.dtype) for x in done[0].product)
         rank, axes = len(a), [1] * (len(form.columns) - 1)  # a convolution's
         adapter.add(name, a.view(rank, *form.columns), b.view(form.out, rank, *axes), embedding=form.embedding)
     energy, kept = (sum(values) for values in zip(*((each.energy, each.kept) for each in done), strict=True))
     return MergedModule(name, planned.shape(name), rank, energy, kept / energy if energy else 1.0)
 
 
-def _products(planned: PlannedAdapters, name: str, expert: int | None = None) -> list[Product | None]:
-    """The change of a module, or of one of its experts, by each adapter."""
+def _read_products(planned: PlannedAdapters, name: str) -> list[Product | None]:
+    """The change of a module by each adapter; of experts that of all of them, as PEFT has it."""
     import torch
 
-    from mergekit_lfm.kernels.low_rank import Product
+    from mergekit_lfm.kernels.products import Product
 
     products: list[Product | None] = []
     for adapter, pair in zip(planned.adapters, planned.modules[name], strict=True):
         if pair is None:
             products.append(None)
             continue
-        a, b = (adapter.tensors.read(spec.name).view(spec.shape).flatten(1) for spec in (pair.a, pair.b))
-        if expert is not None:
-            a, b = a[expert * pair.rank : (expert + 1) * pair.rank], b[:, expert :: pair.form.experts]
+        a, b = (_read(adapter, spec).flatten(1) for spec in (pair.a, pair.b))
         dtype = torch.float64 if torch.float64 in (a.dtype, b.dtype) else torch.float32
         products.append(Product(b.to(dtype) * pair.scale, a.to(dtype)))
     return products
+
+
+def _read(adapter: Adapter, spec: TensorSpec) -> torch.Tensor:
+    """A tensor of an adapter. Raises FormatError if it is not finite."""
+    x = adapter.tensors.read(spec.name).view(spec.shape)
+    if not bool(x.isfinite().all()):
+        raise FormatError(f"{adapter.label}: {spec.name} holds NaN or infinity; train or save the adapter again")
+    return x
+
+
+def _round(x: torch.Tensor, name: str, dtype: str) -> torch.Tensor:
+    """A merged tensor in the output's dtype. Raises PlanError if it overflows there."""
+    import torch
+
+    rounded = x.to(getattr(torch, dtype))
+    if not bool(rounded.isfinite().all()):
+        raise PlanError(f"{name}: its merged values are too large for {dtype}; choose another `dtype`")
+    return rounded
 
 
 def _merge_saved(planned: PlannedAdapters, name: str, settings: Settings) -> torch.Tensor:
@@ -211,13 +234,12 @@ def _merge_saved(planned: PlannedAdapters, name: str, settings: Settings) -> tor
 
     recipe, method = planned.recipe, planned.recipe.part.method
     values = [
-        None if spec is None else adapter.tensors.read(spec.name).view(spec.shape)
+        None if spec is None else _read(adapter, spec)
         for adapter, spec in zip(planned.adapters, planned.saved[name], strict=True)
     ]
-    held = [x for x in values if x is not None]
-    if len(held) == len(values) and all(x.dtype == held[0].dtype and torch.equal(x, held[0]) for x in held):
+    held, scales = [x for x in values if x is not None], [line.scale for line in recipe.lines]
+    if planned.base is None and all(x.dtype == held[0].dtype and torch.equal(x, held[0]) for x in held):
         return held[0]
-    scales = [line.scale for line in recipe.lines]
     if planned.base is None:
         weights = [float(own["weight"]) for own in settings.inputs]  # type: ignore[arg-type]
         shares: list[dict[str, Value]] = [{"weight": w * scale} for w, scale in zip(weights, scales, strict=True)]
@@ -245,8 +267,10 @@ def _output_of(planned: PlannedAdapters) -> AdapterOutput:
     tasks = {config.get("task_type") for config in configs}
     base = next((adapter.base for adapter in planned.adapters if adapter.base), None)
     recipe = code_block(recipe_text(_public_recipe(planned.recipe)), "yaml")
+    layers = {name.removesuffix("bias") + "weight" for name in planned.saved if name.endswith(".bias")}
     return AdapterOutput(
-        names=None,
+        names={*map(planned.weight, planned.modules), *planned.saved, *layers},
+        complete=False,
         base=base,
         repo=base if base and hub_name(base) else None,
         task=tasks.pop() if len(tasks) == 1 else None,

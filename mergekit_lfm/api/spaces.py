@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, reduce
 
 import torch
 
@@ -17,7 +17,7 @@ from mergekit_lfm.api.tensors import unit_of
 from mergekit_lfm.artifacts.transform import PANEL
 from mergekit_lfm.engine.blocks import Blocks, apply_to, run_solve
 from mergekit_lfm.kernels.block import Coefficients
-from mergekit_lfm.kernels.low_rank import (
+from mergekit_lfm.kernels.products import (
     Fitted,
     Limit,
     Product,
@@ -35,6 +35,8 @@ from mergekit_lfm.methods.task_vectors import SparseSum
 from mergekit_lfm.methods.task_vectors import apply as sparse_sum
 from mergekit_lfm.plan.job import block_numel
 from mergekit_lfm.recipe.parts import Settings
+
+Read = Callable[[int, int], torch.Tensor | None]  # rows of a matrix, from the first up to the last; None: zeros
 
 
 @dataclass(frozen=True)
@@ -57,9 +59,10 @@ def merge_products(module: ModuleMerge, products: Sequence[Product | None]) -> F
 
     Without a limit it is exact where it is one of the factors; a matrix gets the largest rank of the adapters.
     """
+    dtype = reduce(torch.promote_types, (product.a.dtype for product in products if product is not None))
+    products = [product and Product(product.b.to(dtype), product.a.to(dtype)) for product in products]
     held = [product for product in products if product is not None]
     shape = held[0].b.shape[0], held[0].a.shape[1]
-    dtype = held[0].a.dtype
     if module.space == "product":
         unit = module.unit(shape, double=dtype == torch.float64)
         merged = _merge(module.method, unit, [_Panels(shape, _read(product), dtype) for product in products])
@@ -97,9 +100,6 @@ def _shared_basis(
         return coordinates, lambda merged: Product(basis, merged)
     left, right, cores = core_space(products)
     return cores, lambda merged: Product(left @ merged, right.T)
-
-
-Read = Callable[[int, int], "torch.Tensor | None"]  # rows of a matrix, from the first up to the last; None: zeros
 
 
 def _read(product: Product | None) -> Read:

@@ -1,4 +1,4 @@
-"""`merge` of a recipe with `job: adapters`."""
+"""`merge` and `plan` of a recipe with `job: adapters`."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from mergekit_lfm.commands.align import align
 from mergekit_lfm.commands.barrier import barrier
 from mergekit_lfm.commands.edit import edit
 from mergekit_lfm.commands.eval import evaluate
+from mergekit_lfm.commands.extract_lora import extract_lora
 from mergekit_lfm.commands.init import init
 from mergekit_lfm.commands.inspect import inspect, methods
 from mergekit_lfm.commands.merge import merge
@@ -37,6 +38,6 @@ def main() -> None:
 
 for command in (
     *(init, merge, plan, push, verify, inspect, methods, evaluate),
-    *(stats, align, barrier, repair, edit, patch, trace),
+    *(stats, align, barrier, repair, edit, patch, trace, extract_lora),
 ):
     main.add_command(command)

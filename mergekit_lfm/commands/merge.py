@@ -11,7 +11,7 @@ import click
 from mergekit_lfm.commands import options
 from mergekit_lfm.commands.adapters import merge_adapters
 from mergekit_lfm.commands.console import Console
-from mergekit_lfm.commands.mergekit import MergekitCommand, mergekit_notices, mergekit_options
+from mergekit_lfm.commands.mergekit import DEFAULTS, OPTIONS, MergekitCommand, mergekit_notices, mergekit_options
 from mergekit_lfm.commands.options import device_option, going_on_later, no_resume, overwrite
 from mergekit_lfm.commands.plan import plan_texts, planning, read_recipe, show_plan
 from mergekit_lfm.commands.shell import lasting, transfers
@@ -68,7 +68,7 @@ Examples:
 @options.output
 @click.option("-v", "--verbose", is_flag=True, help="Also print the plan, with all tensors.")
 @options.version
-@mergekit_options
+@mergekit_options(OPTIONS, DEFAULTS)
 @click.pass_obj
 def merge(
     console: Console,

@@ -1,11 +1,12 @@
-"""The options of mergekit-yaml, which `merge` takes as well: each sets one of ours, or a notice says why it need not.
+"""Options of mergekit's programs, which ours take as well: each sets one of ours, or a notice says why it need not.
 
-They are hidden from the help. `docs/from-mergekit.md` has this table for people.
+OPTIONS are those of mergekit-yaml for `merge`, EXTRACTING those of mergekit-extract-lora. They are hidden from the
+help. `docs/from-mergekit.md` has these tables for people.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -28,9 +29,9 @@ class _ShardSize(Size):
 
 @dataclass(frozen=True, slots=True)
 class MergekitOption:
-    """An option of mergekit-yaml. type: of its value, None for a switch.
+    """An option of mergekit's. type: of its value, None for a switch; many: it may be given several times.
 
-    sets, to: the parameter of `merge` that it sets, and to what, None for its own value. here: the option of ours with
+    sets, to: the parameter of ours that it sets, and to what, None for its own value. here: the option of ours with
     the same effect. why: it needs nothing here; or, if it is `ignored`, what to do instead.
     """
 
@@ -42,6 +43,7 @@ class MergekitOption:
     why: str = ""
     ignored: bool = False
     short: str = ""
+    many: bool = False
 
     @property
     def notice(self) -> str:
@@ -79,6 +81,27 @@ OPTIONS = (
     _ignore("--lora-merge-cache", "no adapter is merged into a file of its own", click.STRING),
     _ignore("--lora-merge-dtype", "no adapter is merged into a file of its own", click.STRING),
 )
+_ALIKE = (
+    "--safe-serialization",
+    "--no-safe-serialization",
+    "--lazy-unpickle",
+    "--low-cpu-memory",
+    "--transformers-cache",
+)
+EXTRACTING = (
+    MergekitOption("--max-rank", click.IntRange(min=1), sets="rank", here="--rank"),
+    MergekitOption("--include-regex", click.STRING, sets="include", here="--include", short="-i", many=True),
+    MergekitOption("--exclude-regex", click.STRING, sets="exclude", here="--exclude", short="-e", many=True),
+    MergekitOption("--save-module", click.STRING, sets="save", here="--save", many=True),
+    MergekitOption("--cuda", sets="device", to="cuda", here="--device cuda"),
+    MergekitOption("--num-threads", click.IntRange(min=1), sets="threads", here="--threads", short="-j"),
+    MergekitOption("--distribute-scale", why="both factors have the roots of the singular values"),
+    _ignore("--no-distribute-scale", "both factors have the roots of the singular values"),
+    _ignore("--sv-epsilon", "--energy keeps as many singular values as matter", click.FLOAT),
+    _ignore("--skip-undecomposable", "exclude the names of the modules: --exclude norm"),
+    _ignore("--random-seed", "the random numbers of a tensor depend on its name alone", click.INT),
+    *(option for option in OPTIONS if option.flag in _ALIKE),
+)
 # Switches that name mergekit's default, which is also ours.
 DEFAULTS = (
     *("--no-allow-crimes", "--no-unsafe-truncate-embeddings", "--no-trust-remote-code", "--no-quiet", "--no-cuda"),
@@ -93,7 +116,7 @@ PROGRAMS = {
     "mergekit-multi": "`merge RECIPE OUT`, with the same recipe of several documents; their results lie in OUT.stages",
     "mergekit-pytorch": "`merge RECIPE OUT`: models may be single files; `tensors: common` is --tensor-intersection",
     "mergekit-moe": "not supported in this version",
-    "mergekit-extract-lora": "not supported in this version",
+    "mergekit-extract-lora": "`mergekit-lfm extract-lora FINETUNED --base BASE -o OUT`; the other options are the same",
     "mergekit-tokensurgeon": "not supported in this version",
     "mergekit-evolve": "not supported in this version",
     "mergekit-legacy": "write a recipe; `mergekit-lfm init MODEL ...` begins one",
@@ -115,31 +138,35 @@ class MergekitGroup(Group):
         return super().resolve_command(ctx, args)
 
 
-def mergekit_options(command: F) -> F:
-    """Add the hidden options of mergekit-yaml to a command."""
-    for option in OPTIONS:
+def mergekit_options(options: Sequence[MergekitOption], defaults: Sequence[str]) -> Callable[[F], F]:
+    """Add hidden options of mergekit's to a command."""
+    return lambda command: _add_options(command, options, defaults)
+
+
+def _add_options(command: F, options: Sequence[MergekitOption], defaults: Sequence[str]) -> F:
+    for option in options:
         switch = option.type is None
         text = f"As {option.here}." if option.here else f"{option.why}."
         names = [name for name in (option.short, option.flag) if name]
-        how: dict[str, Any] = {"is_flag": True} if switch else {"type": option.type}
+        how: dict[str, Any] = {"is_flag": True} if switch else {"type": option.type, "multiple": option.many}
         command = click.option(*names, hidden=True, expose_value=False, callback=_note(option), help=text, **how)(
             command
         )
-    for flag in DEFAULTS:
+    for flag in defaults:
         command = click.option(flag, is_flag=True, hidden=True, expose_value=False, help="The default.")(command)
     return command
 
 
 def _note(option: MergekitOption) -> Callable[[click.Context, click.Parameter, Any], None]:
     def note(ctx: click.Context, param: click.Parameter, value: Any) -> None:  # noqa: ARG001
-        if value not in (None, False):
+        if value not in (None, False, ()):
             ctx.meta.setdefault(_GIVEN, []).append((option, value))
 
     return note
 
 
 class MergekitCommand(Command):
-    """A command that takes the options of mergekit-yaml."""
+    """A command that takes options of mergekit's."""
 
     def read_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse the options, and set ours as those of mergekit say."""

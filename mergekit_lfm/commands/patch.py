@@ -1,4 +1,4 @@
-"""`patch show`, `patch apply` and `patch undo`."""
+"""`patch show`, `patch apply`, `patch undo` and `patch export`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Examples:
   mergekit-lfm patch undo models/a-edited -o models/a-again""",
 )
 def patch() -> None:
-    """Show, apply and undo patches: files with what changes in a model, as `edit` writes them."""
+    """Show, apply, undo and export patches: files with what changes in a model, as `edit` writes them."""
 
 
 @patch.command(
@@ -145,3 +145,37 @@ def undo(console: Console, /, edited: Path, out: Path, undo: Path | None, **valu
     data = apply_data(outcome)
     console.warn(outcome.warnings)
     console.conclude(data, lambda: apply_text(data), path=out)
+
+
+@patch.command(
+    cls=Command,
+    epilog="""\b
+Examples:
+  mergekit-lfm patch export patch.safetensors --base models/a -o patch-lora
+  mergekit-lfm patch export first.safetensors second.safetensors --base org/a --rank 16 -o patch-lora""",
+)
+@click.argument("patches", metavar="PATCH...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The folder to write the adapter to.")
+@click.option(
+    "--base",
+    help="The model that the patches are for. [default: names are taken from the patches, and no tensor whole]",
+)
+@click.option(
+    "--rank", type=click.IntRange(min=1), help="The most that a product for a dense change has. [default: its rank]"
+)
+@options.overwrite
+@options.output
+@click.pass_obj
+def export(console: Console, /, patches: Sequence[Path], out: Path, **values: Any) -> None:
+    """Write patches as one adapter (LoRA) for PEFT.
+
+    Products of a patch keep their rank; a dense change becomes its best product. A replaced tensor is whole in the
+    adapter, with the others of its module, which come from the model given by --base.
+    """
+    from mergekit_lfm.api.export import export_patches
+    from mergekit_lfm.commands.show.extractions import export_data, export_text
+
+    outcome = export_patches(patches, out, **values)
+    data = export_data(outcome)
+    console.warn(outcome.warnings)
+    console.conclude(data, lambda: export_text(data), path=out)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 import click
 
 from mergekit_lfm.commands import options
+from mergekit_lfm.commands.adapters import merge_adapters
 from mergekit_lfm.commands.console import Console
 from mergekit_lfm.commands.options import as_json, together
 from mergekit_lfm.commands.shell import Command, lasting, transfers
@@ -73,12 +74,16 @@ def plan(
     them by their content. The same as `merge --dry-run`.
     """
     from mergekit_lfm.api.merge import plan_merge
+    from mergekit_lfm.recipe.source import job_of
 
+    given = read_recipe(recipe)
+    if job_of(given) == "adapters":
+        merge_adapters(console, given, out, overwrite=False, dry_run=True)
     with transfers(hidden=console.hidden):
         how: dict[str, Any] = {"max_shard_size": max_shard_size, "seed": seed, "heads": heads}
         with lasting():
             how["allow_unknown"] = allow_unknown
-            planned = plan_merge(read_recipe(recipe), out, device="cpu", **how).result
+            planned = plan_merge(given, out, device="cpu", **how).result
     if explain:
         _show_explanations(console, planned, explain)
     show_plan(console, planned, memory, threads, verbose)

@@ -1,156 +1,108 @@
-"""Products b @ a of two small matrices, b [out, rank] and a [rank, in]: their sums, their bases, their best factors.
+"""The best approximation of a matrix by a product of two small ones: exact, or randomised.
 
-Only `factor` and `multiply` see a matrix [out, in]. Decompositions are in float64.
+Both give an orthonormal basis of one side and the matrix's coordinates in it, sorted by their energy, the square of a
+singular value. So the share of |D|^2 that the first ones keep is known exactly, however good the basis is.
+Source: Halko, Martinsson, Tropp 2011, arXiv 0909.4061, algorithms 4.4 (range finder) and 5.1 (decomposition).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from mergekit_lfm.kernels.random import normal
+
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
-RESOLUTION = 2.0**-52  # of float64
-# Directions with a smaller share of the largest singular value are noise of rounding. KnOTS' code has 1e-5 as the value
-# itself, which suits one size of adapters.
-SMALLEST = 1e-5
-EXACT_SIDE = 2048  # of the smaller side of a matrix: the decomposition of a larger one takes minutes
-OVERSAMPLING, PASSES = (
-    16,
-    4,
-)  # of the randomised decomposition, Halko et al. 2011, arXiv 0909.4061, sections 4.2 and 4.5
+OVERSAMPLING = 10  # columns beyond the rank at least, as the source advises; a quarter of it for large ones
+POWERS = 3  # iterations with D D^T, for spectra that decay slowly
+SMALL = 256  # of the smaller side: decomposed exactly in no time
+FIRST = 16  # the rank to try first where a share of the energy is asked for
+COLUMNS = 1 << 11  # of a matrix in float64 at a time
 
 
-class Product(NamedTuple):
-    """The matrix b @ a, with b [out, rank] and a [rank, in]."""
+class LowRank(NamedTuple):
+    """D ~ unit @ other, or its transpose if `turned`, by descending energies.
 
-    b: Tensor
-    a: Tensor
+    unit [smaller side, k], orthonormal; other [k, larger side]; energies float64 [k], on the processor; total: |D|^2.
+    """
 
-    @property
-    def rank(self) -> int:
-        return self.a.shape[0]
+    unit: Tensor
+    other: Tensor
+    turned: bool
+    energies: Tensor
+    total: float
 
-    def padded(self, rank: int) -> Product:
-        """The same matrix at a larger rank, with zeros."""
-        import torch
-
-        more = rank - self.rank
-        return Product(torch.nn.functional.pad(self.b, (0, more)), torch.nn.functional.pad(self.a, (0, 0, 0, more)))
-
-
-class Fitted(NamedTuple):
-    """A product that stands for a matrix. energy: the matrix's, the sum of its squares; kept: that of the product."""
-
-    product: Product
-    energy: float
-    kept: float
+    def factors(self, rank: int) -> tuple[Tensor, Tensor]:
+        """A [rank, in] and B [out, rank], each with the roots of the singular values, on the processor."""
+        roots = self.energies[:rank].sqrt().sqrt().to(self.other.device, self.other.dtype)
+        unit, other = self.unit[:, :rank] * roots, self.other[:rank] / roots[:, None]
+        other[roots == 0] = 0
+        a, b = (unit.T, other.T) if self.turned else (other, unit)
+        return a.cpu(), b.cpu()
 
 
-class Limit(NamedTuple):
-    """How large the rank of a product may be: at most `rank`, and as small as it keeps the share `energy`."""
-
-    rank: int | None = None
-    energy: float | None = None
-
-
-def multiply(product: Product, first: int, last: int) -> Tensor:
-    """Rows first .. last of the matrix."""
-    return product.b[first:last] @ product.a
+def is_exact(rows: int, columns: int, rank: int, *, exact: bool) -> bool:
+    """Whether a matrix is decomposed exactly: if asked, if it is small, or if the rank is above a quarter of a side."""
+    side = min(rows, columns)
+    return exact or side <= SMALL or 4 * rank > side
 
 
-def add_products(products: Sequence[Product], weights: Sequence[float]) -> Product:
-    """The weighted sum of the matrices, exactly: at the sum of their ranks, and with all their a as they are."""
+def approximate(d: Tensor, rank: int, key: int, *, exact: bool = False) -> LowRank:
+    """The first `rank` directions of d [out, in], at most its smaller side. key: decides the random numbers."""
     import torch
 
-    b = torch.cat([product.b * weight for product, weight in zip(products, weights, strict=True)], 1)
-    return Product(b, torch.cat([product.a for product in products]))
+    turned = d.shape[0] > d.shape[1]
+    x = d.T if turned else d
+    total = float(torch.linalg.vector_norm(d, dtype=torch.float64)) ** 2
+    if is_exact(d.shape[0], d.shape[1], rank, exact=exact):
+        unit = _directions(x)[:, :rank].to(x.dtype)
+        other = unit.T @ x
+    else:
+        basis = _find_range(x, rank + max(OVERSAMPLING, rank // 4), key)
+        inside = basis.T @ x
+        inner = _directions(inside).to(x.dtype)
+        unit, other = (basis @ inner)[:, :rank], (inner.T @ inside)[:rank]
+    energies = torch.linalg.vector_norm(other, dim=1, dtype=torch.float64).square().cpu()
+    return LowRank(unit, other, turned, energies, total)
 
 
-def fit(product: Product, limit: Limit) -> Fitted:
-    """The best product of a limited rank, from the small factors alone."""
-    import torch
-
-    left, right = (torch.linalg.qr(x.double()) for x in (product.b, product.a.T))
-    u, s, v = torch.linalg.svd(left.R @ right.R.T, full_matrices=False)
-    return _cut(left.Q @ u, s, v @ right.Q.T, float(s.square().sum()), limit, product.a.dtype)
-
-
-def factor(matrix: Tensor, limit: Limit, seed: int = 0) -> Fitted:
-    """The best product of a limited rank for a matrix [out, in]; of a large one, nearly the best. seed: for that."""
-    import torch
-
-    smaller = min(matrix.shape)
-    sampled = smaller if limit.rank is None or limit.energy is not None else limit.rank + OVERSAMPLING
-    if smaller <= EXACT_SIDE or 4 * sampled > smaller:
-        u, s, v = torch.linalg.svd(matrix.double(), full_matrices=False)
-        return _cut(u, s, v, float(s.square().sum()), limit, matrix.dtype)
-    q = _find_range(matrix, sampled, seed)
-    u, s, v = torch.linalg.svd((q.T @ matrix).double(), full_matrices=False)
-    energy = sum(float(rows.double().square().sum()) for rows in torch.split(matrix, 1024))
-    return _cut(q.double() @ u, s, v, energy, limit, matrix.dtype)
+def scratch(rows: int, columns: int, rank: int, *, exact: bool) -> int:
+    """The numbers of float32 that decomposing such a matrix takes at most, itself among them."""
+    side = min(rows, columns)
+    if is_exact(rows, columns, rank, exact=exact):
+        return rows * columns + 2 * (4 * side * side + 2 * side * COLUMNS) + 2 * rank * (rows + columns)
+    return rows * columns + 6 * (rank + max(OVERSAMPLING, rank // 4)) * (rows + columns)
 
 
-def _find_range(matrix: Tensor, count: int, seed: int) -> Tensor:
-    """An orthonormal basis [out, count] of most of what the matrix maps to. Source: Halko et al., algorithm 4.4."""
-    import torch
-
-    generator = torch.Generator().manual_seed(seed)
-    start = torch.randn(matrix.shape[1], count, generator=generator, dtype=matrix.dtype)
-    q: Tensor = torch.linalg.qr(matrix @ start).Q
-    for _ in range(PASSES):
-        q = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ q).Q).Q
-    return q
+def rank_for(energies: Tensor, total: float, share: float) -> int | None:
+    """The least rank that keeps this share of the total; None if that takes more than these energies."""
+    kept = energies.cumsum(0)
+    enough = (kept >= share * total).nonzero()
+    return int(enough[0]) + 1 if len(enough) else None
 
 
-def _cut(u: Tensor, s: Tensor, v: Tensor, energy: float, limit: Limit, dtype: torch.dtype) -> Fitted:
-    """The first columns of u and rows of v, each times the roots of the singular values s."""
-    squares = s.square()
-    count = int((s > RESOLUTION * max(len(u), v.shape[1]) * s[:1]).sum())
-    if limit.energy is not None:
-        count = min(count, 1 + int((squares.cumsum(0) < limit.energy * energy).sum()))
-    count = max(1, count if limit.rank is None else min(count, limit.rank))
-    roots = s[:count].sqrt()
-    product = Product((u[:, :count] * roots).to(dtype), (roots[:, None] * v[:count]).to(dtype))
-    return Fitted(product, energy, min(energy, float(squares[:count].sum())))
+def _directions(x: Tensor) -> Tensor:
+    """The left singular vectors [rows, rows] of a wide matrix, by descending singular values, in float64.
 
-
-def knots(products: Iterable[Product]) -> tuple[Tensor, list[Tensor]]:
-    """U [out, k] and the S V_i^T [k, in] of [D_1 ... D_n] = U S [V_1 ... V_n]^T, from the factors of the D_i.
-
-    Source: Stoica et al. 2024, Model merging with SVD to tie the KnOTS, arXiv 2410.19735, section 4.
+    They are the eigenvectors of x x^T, which has the square of x's precision in float64 if x is float32.
     """
     import torch
 
-    products = [Product(b.double(), a.double()) for b, a in products]
-    left = torch.linalg.qr(torch.cat([b for b, _ in products], 1))
-    own = left.R.split([product.rank for product in products], 1)
-    right = [torch.linalg.qr(a.T, mode="r").R.T for _, a in products]  # a_i is right_i times orthonormal rows
-    u, s, _ = torch.linalg.svd(torch.cat([x @ y for x, y in zip(own, right, strict=True)], 1), full_matrices=False)
-    u = u[:, s >= SMALLEST * s[:1]]
-    return left.Q @ u, [(u.T @ x) @ a for x, (_, a) in zip(own, products, strict=True)]
+    gram = torch.zeros(x.shape[0], x.shape[0], dtype=torch.float64, device=x.device)
+    for start in range(0, x.shape[1], COLUMNS):
+        part = x[:, start : start + COLUMNS].double()
+        gram += part @ part.T
+    directions: Tensor = torch.linalg.eigh(gram).eigenvectors.flip(1)
+    return directions
 
 
-def core_space(products: Iterable[Product]) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """U [out, p] and V [in, q], bases of all b and all a^T, and the matrices U^T D_i V [p, q].
-
-    Source: Panariello et al. 2025, Accurate and efficient low-rank model merging in Core Space, arXiv 2509.17786,
-    section 3.
-    """
+def _find_range(x: Tensor, count: int, key: int) -> Tensor:
+    """An orthonormal basis [rows, count] of nearly all that x [rows, columns] does."""
     import torch
 
-    products = [Product(b.double(), a.double()) for b, a in products]
-    u = _basis(torch.cat([b for b, _ in products], 1))
-    v = _basis(torch.cat([a for _, a in products]).T)
-    return u, v, [(u.T @ b) @ (a @ v) for b, a in products]
-
-
-def _basis(columns: Tensor) -> Tensor:
-    """The left singular vectors of a matrix, without those of values that are 0 but for rounding."""
-    import torch
-
-    u, s, _ = torch.linalg.svd(columns, full_matrices=False)
-    basis: Tensor = u[:, s >= RESOLUTION * max(columns.shape) * s[:1]]
+    draws = normal(key, x.shape[1] * count).view(x.shape[1], count).to(x.device, x.dtype)
+    basis: Tensor = torch.linalg.qr(x @ draws).Q
+    for _ in range(POWERS):
+        basis = torch.linalg.qr(x @ torch.linalg.qr(x.T @ basis).Q).Q
     return basis

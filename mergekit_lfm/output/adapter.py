@@ -44,17 +44,21 @@ COPIED_AT_ONCE = 1 << 24  # bytes
 class AdapterOutput:
     """The facts in the files of an adapter besides its tensors.
 
-    names: those of all tensors of the model, as it has them when it runs; None if they are not known, so that modules
-    are named in full. base: the model's name or path, for the config. architecture: its class in transformers. task:
-    PEFT's name of its task, if that is not to follow from the class. fan_in_fan_out: True if the wrapped layers are
-    Conv1D. repo: the model on the Hub, license: its entries in a card, about: Markdown, all three for the card.
+    names: those of all tensors of the model, as it has them when it runs; not complete if they are unknown but for the
+    changed ones, so that modules are selected by whole names. base: the model's name or path, for the
+    config. architecture: its class in transformers. task: PEFT's name of its task, if that is not to follow from the
+    class. fan_in_fan_out: True if the wrapped layers are Conv1D. repo: the model on the Hub, license: its entries in a
+    card, about: Markdown, all three for the card. tied: an embedding and the head that has its weight; changes of the
+    one are then changes of the other.
     """
 
-    names: Collection[str] | None
+    names: Collection[str]
+    complete: bool = True
     base: str | None = None
     architecture: str | None = None
     task: str | None = None
     fan_in_fan_out: bool = False
+    tied: tuple[str, str] | None = None
     repo: str | None = None
     license: Mapping[str, str] = field(default_factory=dict)
     about: str = ""
@@ -69,6 +73,8 @@ class NewAdapter:
         self._ranks: dict[str, int] = {}
         self._parameters: dict[str, int] = {}
         self._saved: set[str] = set()
+        self._is_tied = False
+        self.about = output.about
 
     def add(self, module: str, a: Tensor, b: Tensor, *, embedding: bool = False) -> None:
         """Change a module's weight by b @ a: a [rank, in], b [out, rank]; an embedding's in is its rows.
@@ -80,6 +86,9 @@ class NewAdapter:
         self._ranks[module] = a.shape[0]
         for end, x in zip(ends, (a, b), strict=True):
             self._write(f"{module}.{end}", x)
+        if self._head_of(module):
+            self._is_tied = True
+            self.add(self._head_of(module), b.T, a.T)
 
     def add_experts(self, name: str, a: Tensor, b: Tensor) -> None:
         """Change a tensor of all experts: by b[e] @ a[e], with a [experts, rank, in] and b [experts, out, rank]."""
@@ -91,6 +100,14 @@ class NewAdapter:
         """Put a tensor in place of the model's: a bias, or one of a module whose tensors all are saved."""
         self._saved.add(name)
         self._write(name, x)
+        if self._head_of(name.removesuffix(".weight")):
+            self._is_tied = True
+            self.save(f"{self._head_of(name.removesuffix('.weight'))}.weight", x)
+
+    def _head_of(self, module: str) -> str:
+        """The head that is tied to an embedding, "" for any other module. PEFT has tensors of both."""
+        tied = self._output.tied
+        return tied[1] if tied and tied[0] == module else ""
 
     def _write(self, name: str, x: Tensor) -> None:
         x = x.detach().cpu().contiguous()
@@ -103,35 +120,36 @@ class NewAdapter:
     def finish(self, folder: Path, title: str) -> None:
         """Write the files into a folder. title: of the model card."""
         output = self._output
-        names = self._own_names() if output.names is None else output.names
-        modules = self._saved_modules(names)
+        modules = self._saved_modules()
         config = make_config(
             ranks=self._ranks,
             parameters=self._parameters,
             saved=modules,
             bias=any(modules.isdisjoint(_parents(name)) for name in self._saved),
-            names=names,
-            in_full=output.names is None,
-            task=output.task or find_task(output.architecture, modules, modules_of(names)),
+            names=self._names,
+            complete=output.complete,
+            task=output.task or find_task(output.architecture, modules, modules_of(self._names)),
             base=output.base,
             fan_in_fan_out=output.fan_in_fan_out,
+            tied=self._is_tied,
         )
         self._write_tensors(folder / ADAPTER_WEIGHTS[0])
         replace_file(folder / ADAPTER_CONFIG, (json.dumps(config, indent=2) + "\n").encode())
-        replace_file(folder / CARD, adapter_card(title, output).encode())
+        replace_file(folder / CARD, adapter_card(title, replace(output, about=self.about)).encode())
         sync_folder(folder)
 
-    def _own_names(self) -> set[str]:
-        """The names of tensors that the model has for certain."""
-        layers = {name.removesuffix("bias") + "weight" for name in self._saved if name.endswith(".bias")}
-        return self._saved | layers | {f"{module}.weight" for module in self._ranks} | {*self._parameters}
+    @property
+    def _names(self) -> set[str]:
+        """The names of all tensors of the model, those of a tied head among them."""
+        tied = self._output.tied
+        return {*self._output.names, *([f"{tied[1]}.weight"] if tied else [])}
 
-    def _saved_modules(self, names: Collection[str]) -> set[str]:
+    def _saved_modules(self) -> set[str]:
         """The modules whose tensors all are saved: those of a head together, others by themselves.
 
         A bias whose weight is not saved needs none. Raises PlanError for any other tensor without one.
         """
-        held = Counter(module for name in names for module in _parents(name))
+        held = Counter(module for name in self._names for module in _parents(name))
         found = Counter(module for name in self._saved for module in _parents(name))
         modules, problems = set[str](), list[str]()
         for name in sorted(self._saved):

@@ -50,16 +50,17 @@ def make_config(
     saved: Collection[str],
     bias: bool,
     names: Collection[str],
-    in_full: bool,
+    complete: bool,
     task: str | None,
     base: str | None,
     fan_in_fan_out: bool,
+    tied: bool,
 ) -> dict[str, Any]:
     """The content of adapter_config.json, all changes being at the scale 1.
 
     ranks: by module, of those that PEFT wraps; parameters: by tensor, of those that it wraps. saved: the modules that
-    are whole in the adapter. names: those of all tensors of the model; in_full: if there may be others, from
-    which short names would not tell them. Raises PlanError if PEFT cannot select them.
+    are whole in the adapter. names: those of all tensors of the model, or not complete. tied: True if the head
+    has the embedding's weight. Raises PlanError if PEFT cannot select them.
     """
     modules = modules_of(names)
     # PEFT warns of patterns that are about parameters, though it follows them: so r is their rank if they have one.
@@ -69,17 +70,18 @@ def make_config(
         "alpha_pattern": patterns,
         "base_model_name_or_path": base,
         "bias": "all" if bias else "none",
+        **({"ensure_weight_tying": True} if tied else {}),
         "fan_in_fan_out": fan_in_fan_out,
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_alpha": r,
         "lora_dropout": 0.0,
-        "modules_to_save": _find_saved(saved, modules, in_full) or None,
+        "modules_to_save": _find_saved(saved, modules, complete=complete) or None,
         "peft_type": "LORA",
         "r": r,
         "rank_pattern": patterns,
-        "target_modules": _find_targets(ranks, modules, in_full, empty=[] if parameters else NO_TARGETS),
-        "target_parameters": _find_parameters(parameters, names, in_full) or None,
+        "target_modules": _find_targets(ranks, modules, complete=complete) or ([] if parameters else NO_TARGETS),
+        "target_parameters": _find_parameters(parameters, names, complete=complete) or None,
         "task_type": task,
         "use_dora": False,
         "use_rslora": False,
@@ -93,27 +95,25 @@ def find_task(architecture: str | None, saved: Collection[str], modules: Collect
     return None if task in _NEED_HEADS and not heads <= {*saved} else task
 
 
-def _find_targets(
-    wanted: Collection[str], modules: Collection[str], in_full: bool, empty: list[str] | str
-) -> list[str] | str:
+def _find_targets(wanted: Collection[str], modules: Collection[str], *, complete: bool) -> list[str] | str:
     """The value of `target_modules`: ends of names where they select exactly these, else names, else an expression."""
-    if not wanted:
-        return empty
-    keys = _exact_keys(wanted, modules, _ends, str if in_full else lambda name: name.rpartition(".")[2])
+    if not complete:
+        return sorted(wanted, key=in_order)
+    keys = _exact_keys(wanted, modules, _ends, lambda name: name.rpartition(".")[2])
     return "|".join(re.escape(name) for name in sorted(wanted, key=in_order)) if keys is None else keys
 
 
-def _find_parameters(wanted: Collection[str], names: Collection[str], in_full: bool) -> list[str]:
+def _find_parameters(wanted: Collection[str], names: Collection[str], *, complete: bool) -> list[str]:
     """The value of `target_parameters`."""
-    keys = _exact_keys(wanted, names, _ends, str if in_full else lambda name: re.split(r"\.\d+\.", name)[-1])
+    keys = _exact_keys(wanted, names, _ends, (lambda name: re.split(r"\.\d+\.", name)[-1]) if complete else str)
     if keys is None:
         raise PlanError(f"PEFT cannot tell {shorten([*wanted], 3)} from other tensors of the model; exclude them")
     return keys
 
 
-def _find_saved(wanted: Collection[str], modules: Collection[str], in_full: bool) -> list[str]:
+def _find_saved(wanted: Collection[str], modules: Collection[str], *, complete: bool) -> list[str]:
     """The value of `modules_to_save`."""
-    keys = _exact_keys(wanted, modules, _any_ends, str if in_full else lambda name: name.rpartition(".")[2])
+    keys = _exact_keys(wanted, modules, _any_ends, (lambda name: name.rpartition(".")[2]) if complete else str)
     if keys is None:
         others = sorted(saved_with(wanted, modules) - {*wanted}, key=in_order)
         raise PlanError(

@@ -50,7 +50,7 @@ def read_form(
     *,
     allow_unknown: bool,
 ) -> tuple[F, tuple[str, ...]]:
-    """What `read` makes of data, and a notice for each unknown key, which is an error unless `allow_unknown`.
+    """The form that `read` makes of data, and a notice for each unknown key, an error unless `allow_unknown`.
 
     Raises PlanError with all problems.
     """

@@ -59,7 +59,7 @@ def assert_same(found: dict[str, Array], expected: dict[str, Array], tolerance: 
 
 @pytest.mark.parametrize("kind", PEFT_SUMS)
 def test_peft_gives_the_same_products(kind: str, trio: list[Path], tmp_path: Path) -> None:
-    """Where its weights are no votes. TIES has weights 1: PEFT divides by the number of terms, we by their weights."""
+    """The weights are 1 for TIES: PEFT divides by the number of terms, we by their weights."""
     options = {"density": PEFT_SUMS[kind]["density"]} if "density" in PEFT_SUMS[kind] else {}
     weights = [1.0, 1.0, 1.0] if "ties" in kind else [1.0, 0.5, -2.0]
     rank = {} if kind == "cat" else {"svd_rank": FULL}
@@ -94,6 +94,16 @@ def test_a_linear_merge_is_the_mean_of_the_products_in_every_space(
 ) -> None:
     merge_adapters(trio, tmp_path / "out", weights=[2, 1, 1], space=space)
     assert_same(changes(tmp_path / "out"), sum_of(trio, [0.5, 0.25, 0.25]))
+
+
+def test_svd_has_the_largest_rank_of_the_adapters_unless_told(trio: list[Path], tmp_path: Path) -> None:
+    merged = merge_adapters(trio, tmp_path / "out", method="svd").result
+    assert [module.rank for module in merged.modules] == [3, 3, 3, 3, 4, 4, 3]
+    exact = sum_of(trio, [1, 1, 1])
+    for module in merged.modules:
+        u, s, v = np.linalg.svd(exact[module.name], full_matrices=False)
+        best = (u[:, : module.rank] * s[: module.rank]) @ v[: module.rank]
+        np.testing.assert_allclose(changes(tmp_path / "out")[module.name], best, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["task_arithmetic", "dare_linear", "model_stock"])
@@ -165,6 +175,19 @@ def test_ties_on_products_is_the_best_of_its_rank(trio: list[Path], tmp_path: Pa
     assert {module.name: module.rank for module in merged.modules}["model.layers.0.mlp.down_proj"] == 4
 
 
+def test_adapters_of_several_dtypes_are_merged_in_the_widest(trio: list[Path], tmp_path: Path) -> None:
+    wide = tmp_path / "two"
+    wide.mkdir()
+    (wide / "adapter_config.json").symlink_to(trio[1] / "adapter_config.json")
+    tensors = load_file(trio[1] / "adapter_model.safetensors")
+    save_file({name: x.double() for name, x in tensors.items()}, wide / "adapter_model.safetensors")
+    for space in ("product", "knots", "core"):
+        how: dict[str, Any] = {"method": "ties", "density": 0.5, "space": space}
+        merge_adapters(trio, tmp_path / f"{space}-plain", **how)
+        merge_adapters([trio[0], wide, trio[2]], tmp_path / f"{space}-wide", dtype="float64", **how)
+        assert_same(changes(tmp_path / f"{space}-wide"), changes(tmp_path / f"{space}-plain"), 1e-5)
+
+
 def test_a_share_of_energy_chooses_each_modules_rank(trio: list[Path], tmp_path: Path) -> None:
     merged = merge_adapters(trio, tmp_path / "out", energy=0.9).result
     exact = sum_of(trio, [1 / 3] * 3)
@@ -192,7 +215,7 @@ def test_peft_loads_the_result_and_computes_with_it(how: dict[str, Any], trio: l
     assert not torch.allclose(found, logits(base), atol=0.1)
 
 
-def test_shares_and_signs_are_of_what_an_adapter_does(trio: list[Path], tmp_path: Path) -> None:
+def test_a_scale_is_a_share_of_an_adapters_changes(trio: list[Path], tmp_path: Path) -> None:
     merge_adapters_by_recipe(
         tmp_path / "out", [{"adapter": str(trio[0]), "scale": -0.5}, {"adapter": str(trio[0]), "scale": 2}]
     )
@@ -247,6 +270,25 @@ def test_experts_are_merged_one_by_one(tmp_path: Path) -> None:
             one, two = (each.get_parameter(name) for each in both)
             x.copy_(0.25 * one + 0.75 * two)
     assert torch.allclose(logits(with_adapter(model, tmp_path / "out")), logits(expected), atol=1e-4)
+
+
+def test_layers_that_are_stored_turned_keep_their_biases(tmp_path: Path) -> None:
+    """GPT-2's layers are Conv1D. PEFT saves a bias beside the matrices, under a name of its wrapper's."""
+    model = tiny_model("gpt2")
+    config = {"target_modules": ["c_attn", "mlp.c_proj"], "fan_in_fan_out": True, "bias": "lora_only", "r": 2}
+    folders = [save_lora(model, tmp_path / f"{seed}", seed, **config) for seed in (1, 2)]
+    for i, folder in enumerate(folders, 1):
+        tensors = load_file(folder / "adapter_model.safetensors")
+        biases = {name: x + i for name, x in tensors.items() if name.endswith("bias")}
+        assert len(biases) == 4
+        save_file(tensors | biases, folder / "adapter_model.safetensors")
+    merge_adapters(folders, tmp_path / "out", method="cat", weights=[1, 3])
+    expected = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, change in sum_of(folders, [1, 3]).items():
+            expected.get_parameter(f"{name}.weight").add_(torch.from_numpy(change.T).float())
+            expected.get_parameter(f"{name}.bias").add_(1.75)
+    assert torch.allclose(logits(with_adapter(model, tmp_path / "out")), logits(expected), rtol=1e-3, atol=1e-3)
 
 
 def heads(tmp_path: Path, seeds: Sequence[int] = (1, 2)) -> tuple[Any, list[Path]]:

@@ -36,7 +36,7 @@ def here(trio: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     return tmp_path
 
 
-def test_a_dry_run_prints_what_would_be_made(here: Path) -> None:
+def test_a_dry_run_prints_the_plan(here: Path) -> None:
     result = run("merge", "soup.yaml", "--dry-run")
     assert result.exit_code == 0
     lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
@@ -48,12 +48,13 @@ def test_a_dry_run_prints_what_would_be_made(here: Path) -> None:
     ]
     assert "down_proj 2 16 x 24 - 4 -" in lines and "q_proj 2 16 x 16 3 2 3" in lines
     assert sorted(path.name for path in here.iterdir()) == ["one", "soup.yaml", "three", "two"]
+    assert run("plan", "soup.yaml").stdout == result.stdout
     data = answer(run("merge", "soup.yaml", "--dry-run", "--json"))
     assert data["modules"][0] == {"name": "model.layers.0.self_attn.q_proj", "shape": [16, 16], "ranks": [3, 2, 3]}
     assert data["recipe"]["rank"] == 2 and data["recipe"]["adapters"][2]["scale"] == 0.5
 
 
-def test_it_writes_an_adapter_and_tells_what_its_rank_keeps(here: Path) -> None:
+def test_it_writes_an_adapter_and_prints_the_share_that_its_rank_keeps(here: Path) -> None:
     result = run("merge", "soup.yaml", "out")
     assert (result.exit_code, result.stdout) == (0, "out\n")
     assert "warning: one does not change 3 of 7 modules" in result.stderr
@@ -96,7 +97,7 @@ def edit_tensors(folder: Path, name: str, tensor: torch.Tensor | None) -> None:
     save_file(tensors | ({} if tensor is None else {key: tensor}), path)
 
 
-def test_all_that_is_no_product_is_refused_in_one_message(here: Path) -> None:
+def test_adapters_of_other_kinds_are_refused_in_one_message(here: Path) -> None:
     """And each line says what can be done."""
     edit_config(here / "one", use_dora=True)
     tensors = load_file(here / "one" / "adapter_model.safetensors")
@@ -107,9 +108,18 @@ def test_all_that_is_no_product_is_refused_in_one_message(here: Path) -> None:
     text = refusal(run("merge", "soup.yaml", "out"))
     assert "the adapters cannot be merged, 3 problems" in text
     assert "one: model.layers.0.self_attn.q_proj has DoRA, whose change depends on the model's weights" in text
-    assert "two is IA3, whose changes are no products of a LoRA: apply it to its model as `model: BASE+ADAPTER`" in text
+    assert (
+        "two is IA3, expected LORA, whose changes are products of matrices: apply it to its model as `model: BASE+AD"
+        in text
+    )
     assert "its tensors have rank 3, adapter_config.json says 5" in text and "found 'x' as its alpha" in text
     assert not (here / "out").exists() and not (here / "out.partial").exists()
+
+
+def test_dora_is_known_by_its_config_alone(here: Path) -> None:
+    edit_config(here / "two", use_dora=True)
+    text = "two: its config has use_dora: DoRA, whose change depends on the model's weights, expected a LoRA"
+    assert text in refusal(run("merge", "soup.yaml", "out"))
 
 
 def test_differing_shapes_are_refused_in_one_message(here: Path) -> None:
@@ -127,11 +137,24 @@ def test_differing_shapes_are_refused_in_one_message(here: Path) -> None:
         ("0.self_attn.q_proj.lora_B.weight", None, "two: model.layers.0.self_attn.q_proj: it has no lora_B"),
         ("0.self_attn.q_proj.lora_B.weight", torch.ones(16, 3), "A [2, 16] and B [16, 3] are of other ranks"),
         ("0.self_attn.q_proj.lora_A.weight", torch.ones(0), "the training saved one part of many"),
+        (
+            "1.mlp.down_proj.lora_A.weight",
+            torch.full((4, 24), torch.inf),
+            "1.mlp.down_proj.lora_A.weight holds NaN or inf",
+        ),
     ],
 )
 def test_damaged_adapters_are_refused(name: str, tensor: torch.Tensor | None, expected: str, here: Path) -> None:
     edit_tensors(here / "two", name, tensor)
     assert expected in refusal(run("merge", "soup.yaml", "out"))
+    assert not (here / "out").exists() and not (here / "out.partial").exists()
+
+
+def test_a_dtype_that_is_too_narrow_is_refused(here: Path) -> None:
+    (here / "soup.yaml").write_text(RECIPE.replace("weight: 1", "lambda: 1.0e12, weight: 1") + "dtype: float16\n")
+    assert "its merged values are too large for float16; choose another `dtype`" in refusal(
+        run("merge", "soup.yaml", "out")
+    )
 
 
 def test_a_filter_that_matches_nothing_is_refused(here: Path) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import click
 import pytest
 
+from mergekit_lfm.commands.extract_lora import extract_lora
 from mergekit_lfm.commands.merge import merge
-from mergekit_lfm.commands.mergekit import DEFAULTS, OPTIONS, PROGRAMS, MergekitOption
+from mergekit_lfm.commands.mergekit import DEFAULTS, EXTRACTING, OPTIONS, PROGRAMS, MergekitOption
 from mergekit_lfm.recipe.dialect import DEAD, UNUSED
 from mergekit_lfm.recipe.foreign import METHODS_ELSEWHERE
 from mergekit_lfm.recipe.form import ModelEntry, ModuleEntry, SliceEntry
@@ -46,12 +48,19 @@ def test_the_options_are_those_of_the_declaration() -> None:
     assert table("Options of mergekit-yaml") == expected, f"write these rows:\n{lines}"
 
 
-def test_options_of_ours_in_the_table_are_the_command_s() -> None:
-    named = {
-        flag for row in table("Options of mergekit-yaml") for flag in re.findall(r"(--[a-z-]+)", f"{row[1]} {row[2]}")
-    }
+def test_the_options_for_adapters_are_those_of_the_declaration() -> None:
+    same = [["`--embed-lora`, `--no-embed-lora`, `--quiet`, `--device`", "the same", ""]]
+    assert table("Options of mergekit-extract-lora") == [*map(row_of, EXTRACTING), *same]
+
+
+@pytest.mark.parametrize(
+    ("heading", "command"),
+    [("Options of mergekit-yaml", merge), ("Options of mergekit-extract-lora", extract_lora)],
+)
+def test_options_of_ours_in_the_table_are_the_command_s(heading: str, command: click.Command) -> None:
+    named = {flag for row in table(heading) for flag in re.findall(r"(--[a-z-]+)", f"{row[1]} {row[2]}")}
     assert named and named <= {
-        name for parameter in merge.params if not getattr(parameter, "hidden", False) for name in parameter.opts
+        name for parameter in command.params if not getattr(parameter, "hidden", False) for name in parameter.opts
     }
 
 

@@ -138,7 +138,7 @@ def test_a_merge_of_models_says_where_adapters_are_merged() -> None:
             read(recipe())
 
 
-def test_a_stage_of_adapters_is_refused_with_what_to_do() -> None:
+def test_a_stage_of_adapters_is_refused_with_the_way_to_go() -> None:
     stages = [recipe(name="soup"), {"models": [{"model": "base+soup"}]}]
     with pytest.raises(PlanError, match=r"recipe, stage soup: job adapters: .*takes its output as an adapter"):
         merge(stages, "out")

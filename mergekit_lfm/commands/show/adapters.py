@@ -1,4 +1,4 @@
-"""Show merges of adapters: what is planned, and the ranks and shares of what was made."""
+"""Show merges of adapters: the plan of one, and the ranks and shares in its result."""
 
 from __future__ import annotations
 

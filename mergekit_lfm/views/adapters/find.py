@@ -74,7 +74,7 @@ def _all_changes(finding: Finding) -> Iterator[tuple[str, Change]]:
     """The changes, by tensor: the saved ones first, since a low-rank change is on top of the weight beside it."""
     adapter, model, names = finding.adapter, finding.model, finding.names
     for name, spec in adapter.saved.items():
-        old = model.get(names[name])
+        old = model.get(names.get(name, ""))
         if old is not None and old.shape != spec.shape:
             finding.problems.append(f"{old} is {list(spec.shape)} in the adapter: give the model it was trained on")
         elif old is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
+from mergekit_lfm.arch.ties import tied_names
 from mergekit_lfm.artifacts.adapter import Adapter, Module
 from mergekit_lfm.store.tensors import TensorSpec
 from mergekit_lfm.views.renaming import find_renaming
@@ -39,6 +40,9 @@ def find_names(adapter: Adapter, model: Mapping[str, TensorSpec]) -> dict[str, s
     """By the adapter's name of each tensor that it changes the model's; the same where no rule leads to one."""
     wanted = [f"{module.name}.weight" for module in adapter.modules if module.name and not is_experts(module)]
     wanted += adapter.saved
+    if adapter.config.get("ensure_weight_tying"):  # the adapter then has the embedding's for a head without its own
+        twins = {name for group in tied_names(wanted) for name in group[1:]}
+        wanted = [name for name in wanted if name in model or name not in twins]
     if has_underscores(wanted):
         return _without_underscores(wanted, model)
     if all(name in model for name in wanted):

@@ -1,7 +1,7 @@
 """The pairs of matrices of an adapter whose changes are their products, by what they change. Its own headers suffice.
 
-Adapters are merged among themselves where each change is scale B A. What the change of another kind is depends on the
-weights of the model, or it is no sum; such an adapter is refused.
+Adapters are merged among themselves where each change is scale B A. The change of another kind depends on the model's
+weights, or is not a sum of products; such an adapter is refused.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mergekit_lfm.views.adapters.kinds import find_halves
 from mergekit_lfm.views.adapters.names import has_underscores, is_experts
 
 APPLY = "apply it to its model as `model: BASE+ADAPTER`, and merge the models"
-# Parts of a module that are no product, and what they are.
+# Parts of a module that are not of a product, and their names in messages.
 OTHERS = {
     "lora_magnitude_vector": "DoRA, whose change depends on the model's weights",
     "trainable_tokens_delta": "rows of trained tokens",
@@ -68,18 +68,22 @@ class Pair:
 def find_pairs(adapter: Adapter, share: float) -> dict[str, Pair]:
     """By the module, or the tensor of all experts, that an adapter changes the pair. share: of what it does.
 
-    Raises PlanError with all that is no product, and that does not fit the config.
+    Raises PlanError with all that is something else than a product, or does not fit the config.
     """
     refuse_kind(adapter)
     if adapter.kind != "LORA":
-        raise PlanError(f"{adapter.label} is {adapter.kind}, whose changes are no products of a LoRA: {APPLY}")
+        raise PlanError(
+            f"{adapter.label} is {adapter.kind}, expected LORA, whose changes are products of matrices: {APPLY}"
+        )
     finding = Finding(adapter, {}, "", {})
     others = [
         f"{module.name} has {why}" for module in adapter.modules for part, why in OTHERS.items() if part in module.parts
     ]
+    if adapter.config.get("use_dora") and not others:
+        others = [f"its config has use_dora: {OTHERS['lora_magnitude_vector']}"]
     if others:
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
-        finding.problems.append(f"{others[0]}{more}, which is no product of a LoRA: {APPLY}")
+        finding.problems.append(f"{others[0]}{more}, expected a LoRA, whose changes are products of matrices: {APPLY}")
     if has_underscores(module.name for module in adapter.modules):
         text = "its names have underscores for dots, and only a model says which: "
         finding.problems.append(text + APPLY)

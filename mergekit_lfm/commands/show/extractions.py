@@ -1,0 +1,97 @@
+"""Show adapters that were extracted: how much of the change they keep, and where."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from mergekit_lfm.commands.show.outcomes import outcome_data
+from mergekit_lfm.commands.show.terminal import count_noun, table
+from mergekit_lfm.machine.sizes import format_size
+
+if TYPE_CHECKING:
+    from mergekit_lfm.api.export import ExportedTensor
+    from mergekit_lfm.api.extract import Extracted, Whole
+    from mergekit_lfm.api.outcome import Outcome
+
+SHOWN = 10  # dropped tensors to list
+
+
+def extraction_data(outcome: Outcome[Extracted]) -> dict[str, Any]:
+    """An extracted adapter for JSON: every product with its rank and the share of its change that it keeps."""
+    extracted = outcome.result
+    return {
+        **outcome_data(outcome),
+        "kept": extracted.kept,
+        "bytes": extracted.nbytes,
+        "unchanged": extracted.unchanged,
+        "matrices": [
+            {
+                "name": each.name,
+                "shape": list(each.shape),
+                "count": each.count,
+                "rank": each.rank,
+                "kept": each.kept / each.energy,
+                "share": each.energy / extracted.energy,
+            }
+            for each in extracted.reduced
+        ],
+        "saved": _whole(extracted.saved, extracted.energy),
+        "dropped": _whole(extracted.dropped, extracted.energy),
+    }
+
+
+def _whole(tensors: Iterable[Whole], energy: float) -> list[dict[str, Any]]:
+    return [
+        {"name": each.name, "share": each.energy / energy if energy else 0.0, **({"why": each.why} if each.why else {})}
+        for each in tensors
+    ]
+
+
+def extraction_text(data: Mapping[str, Any]) -> str:
+    """A row for all products of layers of one name, for what is saved and for what is dropped; and the sum."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for row in data["matrices"]:
+        groups.setdefault(_leaf(row["name"]), []).append(row)
+    rows = [("tensors", "number", "rank", "of the change", "kept")]
+    for leaf, own in groups.items():
+        share = sum(row["share"] for row in own)
+        kept = sum(row["share"] * row["kept"] for row in own) / share
+        ranks = sorted({row["rank"] for row in own})
+        rank = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} - {ranks[-1]}"
+        rows.append((leaf, str(len(own)), rank, f"{share:.2%}", f"{kept:.2%}"))
+    for words, key, kept in (("saved whole", "saved", "100.00%"), ("dropped", "dropped", "0.00%")):
+        if own := data[key]:
+            rows.append((words, str(len(own)), "", f"{sum(row['share'] for row in own):.2%}", kept))
+    changed = sum(len(data[key]) for key in ("matrices", "saved", "dropped"))
+    rows.append(("all", str(changed), "", "100.00%", f"{data['kept']:.2%}"))
+    lines = [table(rows, right="number rank kept"), ""]
+    lines += [
+        f"dropped: {row['name']}, {row['share']:.2%} of the change: {row['why']}" for row in data["dropped"][:SHOWN]
+    ]
+    if len(data["dropped"]) > SHOWN:
+        lines.append(f"and {count_noun(len(data['dropped']) - SHOWN, 'more dropped tensor')}")
+    return "\n".join(
+        [*lines, f"{format_size(data['bytes'])}; {count_noun(data['unchanged'], 'tensor')} did not change"]
+    )
+
+
+def export_data(outcome: Outcome[tuple[ExportedTensor, ...]]) -> dict[str, Any]:
+    """An adapter made from patches for JSON. rank: None for a tensor that is whole in it."""
+    tensors = [{"name": each.name, "rank": each.rank, "kept": each.kept} for each in outcome.result]
+    return {**outcome_data(outcome), "tensors": tensors}
+
+
+def export_text(data: Mapping[str, Any]) -> str:
+    """The tensors of an adapter made from patches, as a table."""
+    rows = [("tensor", "rank", "kept")]
+    rows += [
+        (row["name"], "whole" if row["rank"] is None else str(row["rank"]), f"{row['kept']:.2%}")
+        for row in data["tensors"]
+    ]
+    return table(rows, right="rank kept")
+
+
+def _leaf(name: str) -> str:
+    """The name of the layer in its block."""
+    return name.removesuffix(".weight").rpartition(".")[2]

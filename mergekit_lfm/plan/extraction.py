@@ -1,0 +1,332 @@
+"""Plan an adapter from two models' headers: which tensors become products, and which modules it has whole.
+
+Names are those that the model has when it runs, as PEFT needs them. Every tensor has one place: in a group, in a module
+that can be saved, among the biases, or among those that no adapter can hold, with the reason.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal, NamedTuple
+
+from mergekit_lfm.arch.experts import ORDER, layouts
+from mergekit_lfm.arch.heads import HEAD, POOLER
+from mergekit_lfm.arch.kinds import kind_of
+from mergekit_lfm.arch.ties import is_tied, tied_names
+from mergekit_lfm.errors import PlanError, several
+from mergekit_lfm.output.adapter_config import HEADS, modules_of, saved_with
+from mergekit_lfm.store.checkpoint import Checkpoint
+from mergekit_lfm.store.tensors import FLOATS, TensorSpec
+from mergekit_lfm.views.adapters.experts import TURNED
+from mergekit_lfm.views.adapters.names import is_conv1d
+from mergekit_lfm.views.experts import regroup
+from mergekit_lfm.views.renamed import Renamed
+from mergekit_lfm.views.renaming import find_renaming
+
+# Embeddings of words, which PEFT can wrap; those of positions have classes of their own.
+WORDS = re.compile(r"(^|\.)(embed_tokens|word_embeddings?|wte|shared|tok_embeddings|embed_in)$")
+EMBEDDINGS = re.compile(r"(^|\.)(\w*embeddings?|embed_\w+|wte|wpe|shared|relative_attention_bias)$")
+ROUTER = re.compile(r"(^|\.)(gate|router)$")
+# Running models whose files on the Hub have names without the module that the class with a head adds.
+TRUNKS = {"gpt2": "transformer.", "bloom": "transformer."}
+
+EXCLUDED = "excluded"
+PARTIAL = "PEFT saves whole modules, and its own has others in it"
+
+Kind = Literal["layer", "embedding", "experts"]
+
+
+class Piece(NamedTuple):
+    """Rows of a matrix in the files: [rows, columns] elements of a tensor from `start` on."""
+
+    name: str
+    start: int
+    rows: int
+    columns: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """Matrices that get one rank: that of a layer, or those of all experts.
+
+    module: PEFT's name of the layer, or of the tensor of all experts. members: the pieces of each matrix. out, columns:
+    its shape once it is turned, if it is stored as [in, out]. kernel: the sizes of a convolution's.
+    """
+
+    module: str
+    kind: Kind
+    members: tuple[tuple[Piece, ...], ...]
+    out: int
+    columns: int
+    turned: bool = False
+    kernel: tuple[int, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The name of the tensor in reports."""
+        return self.module if self.kind == "experts" else f"{self.module}.weight"
+
+    @property
+    def names(self) -> list[str]:
+        """Its tensors in the files."""
+        return list(dict.fromkeys(piece.name for member in self.members for piece in member))
+
+    @property
+    def width(self) -> int:
+        """The numbers that one rank takes."""
+        return len(self.members) * (self.out + self.columns)
+
+    @property
+    def most(self) -> int:
+        """The largest rank."""
+        return min(self.out, self.columns)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which tensors an adapter may change, and how: those with one of `include` in their names, and none of `exclude`.
+
+    Texts are regular expressions. save: those of modules to save whole. embed_lora: whether embeddings and heads are
+    products.
+    """
+
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    save: Sequence[str] = ()
+    embed_lora: bool = False
+
+    def takes(self, name: str) -> bool:
+        wanted = not self.include or any(re.search(text, name) for text in self.include)
+        return wanted and not any(re.search(text, name) for text in self.exclude)
+
+    def saves(self, module: str) -> bool:
+        return any(re.search(text, module) for text in self.save)
+
+
+@dataclass
+class Extraction:
+    """The plan. model, base: with the same names and layout. names: by a tensor's name there that of the running model.
+
+    groups: the products. modules: by PEFT's name those that can be saved, with their tensors. biases: of the layers in
+    groups. lost: the tensors that no adapter can hold, and why. added: those that the model alone has, its head.
+    together: by the names of one expert's tensors those of the tensors with all experts.
+    """
+
+    model: Checkpoint
+    base: Checkpoint
+    names: Mapping[str, str]
+    groups: list[Group] = field(default_factory=list)
+    modules: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    biases: list[str] = field(default_factory=list)
+    lost: dict[str, str] = field(default_factory=dict)
+    added: frozenset[str] = frozenset()
+    together: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def turned(self) -> bool:
+        """Whether layers are Conv1D."""
+        return any(group.turned for group in self.groups if group.kind == "layer")
+
+    @cached_property
+    def tied(self) -> tuple[str, str] | None:
+        """The modules of the embedding and of the head that has its weight, where PEFT keeps the two alike."""
+        architecture = str(next(iter(self.model.config.get("architectures") or [""]), ""))
+        if not is_tied(self.model.config) or not architecture.endswith(("ForCausalLM", "LMHeadModel")):
+            return None
+        groups = tied_names({**dict.fromkeys(self.names.values()), "lm_head.weight": None})
+        group = next((group for group in groups if group[-1] == "lm_head.weight"), None)
+        return None if group is None else (group[0].removesuffix(".weight"), "lm_head")
+
+    @property
+    def running(self) -> list[str]:
+        """The names of all tensors of the running model."""
+        return list(dict.fromkeys(self.together.get(name, running) for name, running in self.names.items()))
+
+    def save_with(self, wanted: Collection[str]) -> set[str]:
+        """These modules and those that PEFT must save with them, as far as they can be saved."""
+        return {*wanted, *(saved_with(wanted, modules_of(self.running)) & self.modules.keys())}
+
+
+def plan_extraction(model: Checkpoint, base: Checkpoint, labels: tuple[str, str], selection: Selection) -> Extraction:
+    """Find the place of every tensor. labels: of the model and the base in messages.
+
+    Raises PlanError if the two do not have the same tensors in the same shapes, but for heads.
+    """
+    base = regroup(base, model)
+    tied = _tied(model, base)
+    if model.keys() != base.keys() and (rules := find_renaming(base, model, lambda name: _is_apart(name, tied))):
+        base = Renamed(base, rules)
+    counted = [name for name, spec in model.items() if kind_of(spec) != "constant" and name not in tied]
+    added = _compare(model, base, counted, labels, tied, selection)
+    names = dict(zip(counted, _running_names(counted, model), strict=True))
+    plan = Extraction(model, base, names, added=frozenset(added))
+    _place(plan, selection)
+    return plan
+
+
+def _tied(model: Checkpoint, base: Checkpoint) -> set[str]:
+    """The names that stand for another tensor."""
+    if not is_tied(model.config):
+        return set()
+    return {name for group in tied_names({**base, **model}) for name in group[1:]}
+
+
+def _is_apart(name: str, tied: Collection[str]) -> bool:
+    """Whether one of two models may have a tensor alone."""
+    spec = TensorSpec(name, (), "float32")
+    return name in tied or bool(HEAD.search(name) or POOLER.search(name)) or kind_of(spec) == "constant"
+
+
+def _compare(
+    model: Checkpoint,
+    base: Checkpoint,
+    counted: Sequence[str],
+    labels: tuple[str, str],
+    tied: Collection[str],
+    selection: Selection,
+) -> Iterator[str]:
+    """The tensors of heads that the model alone has, or in another shape. Raises PlanError for other differences."""
+    label, base_label = labels
+    problems = []
+    for name in counted:
+        spec, old = model[name], base.get(name)
+        if old is not None and old.shape == spec.shape:
+            continue
+        if (HEAD.search(name) and not _is_vocabulary(name)) or (old is None and POOLER.search(name)):
+            yield name
+        elif old is None:
+            problems.append(f"{spec} is in {label} alone")
+        elif selection.takes(name):
+            problems.append(f"{name} is {list(spec.shape)} in {label}, {list(old.shape)} in {base_label}")
+    alone = (spec for name, spec in base.items() if name not in model and not _is_apart(name, tied))
+    problems += [f"{spec} is in {base_label} alone" for spec in alone if kind_of(spec) != "constant"]
+    if problems:
+        found = several(f"an adapter changes values, but {label} and {base_label} differ in more", problems, most=10)
+        raise PlanError(f"{found}\nGive the model that was fine-tuned, resized as it was, as the base")
+
+
+def _is_vocabulary(name: str) -> bool:
+    return name.rpartition(".")[0].rpartition(".")[2] in ("lm_head", "embed_out", "decoder")
+
+
+def _running_names(names: Sequence[str], model: Checkpoint) -> list[str]:
+    """The names as the class has them that the config names."""
+    kind = str(model.config.get("model_type", ""))
+    architecture = next(iter(model.config.get("architectures") or [""]), "")
+    trunk = "" if str(architecture).endswith("Model") and "LMHead" not in str(architecture) else TRUNKS.get(kind, "")
+    if any(name.startswith(trunk) for name in names):
+        trunk = ""
+    running = [name if HEAD.search(name) else trunk + name for name in names]
+    return [re.sub(r"LayerNorm\.(gamma|beta)$", _norm, name.replace(".block_sparse_moe.", ".mlp.")) for name in running]
+
+
+def _norm(match: re.Match[str]) -> str:
+    return "LayerNorm." + ("weight" if match[1] == "gamma" else "bias")
+
+
+def _place(plan: Extraction, selection: Selection) -> None:
+    """Put every tensor into its place."""
+    inside: dict[str, list[str]] = {}
+    for name, running in plan.names.items():
+        for module in _parents(running):
+            inside.setdefault(module, []).append(name)
+    placed, weights = set[str](), set[str]()
+    for group in _groups(plan, selection, inside):
+        placed.update(group.names)
+        weights.add(group.name)
+        if group.kind == "experts":
+            plan.together |= dict.fromkeys(group.names, group.module)
+        if selection.takes(group.name):
+            plan.groups.append(group)
+        else:
+            plan.lost |= dict.fromkeys(group.names, EXCLUDED)
+    for name, running in plan.names.items():
+        if name in placed:
+            continue
+        module, _, leaf = running.rpartition(".")
+        home = _home(running)
+        own = inside.get(home, [])
+        if not selection.takes(running):
+            plan.lost[name] = EXCLUDED
+        elif leaf == "bias" and f"{module}.weight" in weights:
+            plan.biases.append(name)
+        elif own and (home != module or all(plan.names[each].rpartition(".")[0] == module for each in own)):
+            plan.modules[home] = tuple(own)
+        else:
+            plan.lost[name] = PARTIAL
+
+
+def _home(running: str) -> str:
+    """The module that a tensor is saved with: a whole head, or its own."""
+    return next((each for each in _parents(running) if each.rpartition(".")[2] in HEADS), running.rpartition(".")[0])
+
+
+def _groups(plan: Extraction, selection: Selection, inside: Mapping[str, Sequence[str]]) -> Iterator[Group]:
+    """The groups of all tensors that can be products."""
+    kind = str(plan.model.config.get("model_type", ""))
+    apart = [*_experts_apart(plan)]
+    yield from apart
+    placed = {name for group in apart for name in group.names}
+    for name, running in plan.names.items():
+        spec = plan.model[name]
+        if name in placed or name in plan.added or spec.dtype not in FLOATS or 0 in spec.shape:
+            continue
+        module, _, leaf = running.rpartition(".")
+        if len(spec.shape) == 3 and leaf in ORDER and module.endswith("experts"):
+            yield _experts_together(spec, running, kind)
+        elif leaf == "weight" and module and len(spec.shape) > 1 and not selection.saves(module):
+            is_router = ROUTER.search(module) and f"{module.rpartition('.')[0]}.experts" in inside
+            group = None if is_router else _layer(spec, running, module, kind, selection)
+            if group is not None:
+                yield group
+
+
+def _layer(spec: TensorSpec, running: str, module: str, kind: str, selection: Selection) -> Group | None:
+    """The group of one layer's weight; None for those that are saved whole."""
+    rows, columns, *kernel = spec.shape
+    whole: tuple[Piece, ...] = (Piece(spec.name, 0, rows, spec.numel // rows),)
+    if EMBEDDINGS.search(module) and not kernel:
+        known = selection.embed_lora and WORDS.search(module)
+        return Group(module, "embedding", (whole,), columns, rows, turned=True) if known else None
+    if HEAD.search(running) and not (selection.embed_lora and _is_vocabulary(running)):
+        return None
+    if kernel:  # each output of a depthwise convolution has its own input, and PEFT's factors know no such layer
+        return Group(module, "layer", (whole,), rows, spec.numel // rows, kernel=(*kernel,)) if columns > 1 else None
+    if is_conv1d(module, kind, stated=False):
+        return Group(module, "layer", (whole,), columns, rows, turned=True)
+    return Group(module, "layer", (whole,), rows, columns)
+
+
+def _experts_together(spec: TensorSpec, running: str, kind: str) -> Group:
+    """The group of a tensor of all experts."""
+    count, rows, columns = spec.shape
+    members = tuple((Piece(spec.name, e * rows * columns, rows, columns),) for e in range(count))
+    out, into = (columns, rows) if kind in TURNED else (rows, columns)
+    return Group(running, "experts", members, out, into, turned=kind in TURNED)
+
+
+def _experts_apart(plan: Extraction) -> Iterator[Group]:
+    """The groups of experts that the files have one by one, as the running model has them: in two tensors."""
+    own = {name: plan.model[name] for name in plan.names if ".experts." in name}
+    placed = set[str]()
+    for layout in layouts():
+        for layer in layout.find(own):
+            names = layout.names(layer)
+            if layer.form != "apart" or not placed.isdisjoint(names):
+                continue
+            placed.update(names)
+            for together, matrices in zip(layout.together(layer), ((0, 1), (2,)), strict=True):
+                members = tuple(
+                    tuple(Piece(layout.name(layer, e, i), 0, *layer.matrices[i]) for i in matrices)
+                    for e in range(layer.count)
+                )
+                rows = sum(piece.rows for piece in members[0])
+                yield Group(together, "experts", members, rows, members[0][0].columns)
+
+
+def _parents(name: str) -> list[str]:
+    """The modules that a tensor is in, from the model's own down."""
+    return [name[:i] for i, char in enumerate(name) if char == "."]
