@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 IDS = torch.tensor([[1, 5, 9, 2, 7]])
 
@@ -63,3 +63,18 @@ def with_adapter(model: Any, adapter: Path) -> Any:
     own = [name for name in result.missing_keys if "lora_" in name or "modules_to_save.default" in name]
     assert not result.unexpected_keys and not own
     return wrapped.eval()
+
+
+class Net(nn.Module):
+    """A model whose modules' names end alike, with a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(3, 6, 3, padding=1)
+        self.proj = nn.Linear(6, 6)
+        self.inner = nn.ModuleDict({"proj": nn.Linear(6, 6), "norm": nn.LayerNorm(6), "post_norm": nn.LayerNorm(6)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.proj(self.conv(x).mean((2, 3)))
+        return self.inner["post_norm"](self.inner["proj"](self.inner["norm"](x)))  # type: ignore[no-any-return]

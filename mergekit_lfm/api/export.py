@@ -53,7 +53,7 @@ def export_patches(
     """Write patches as one adapter: products at their rank, dense changes by their best product.
 
     base: the model that they are for. Its names and config go into the adapter, which can then hold tensors whole, with
-    the others of their module: replaced ones, and changes of what is no matrix. Without it names are taken as they are.
+    the others of their module: replaced ones, and changes of norms and the like. Without it names stay as they are.
     rank: of the products for dense changes, by default as high as they need. Raises PlanError for changes that no
     adapter can hold.
     """

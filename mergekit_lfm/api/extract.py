@@ -21,14 +21,16 @@ from mergekit_lfm.machine.sizes import format_size
 from mergekit_lfm.output.adapter import AdapterOutput, new_adapter
 from mergekit_lfm.output.card import read_license
 from mergekit_lfm.output.save import check_out
-from mergekit_lfm.plan.extraction import EXCLUDED, Extraction, Selection, plan_extraction
+from mergekit_lfm.plan.extraction import EXCLUDED, WORDS, Extraction, Selection, plan_extraction
 from mergekit_lfm.store.folder import ADAPTER_WEIGHTS
 from mergekit_lfm.store.hub import hub_name
 from mergekit_lfm.views.adapted import open_model
 from mergekit_lfm.views.quantisation import dequantise
 
 NO_ROOM = "no rank fits into the size"
+ENTRY = 150  # bytes of a tensor in a header besides its name, at most
 RANK = 32  # where nothing says how many
+LABELS = re.compile(r"^(classifier(\.out_proj)?|score)\.weight$")  # has a row for each
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -95,7 +97,7 @@ def extract_lora(
     heads as products, too. exact: decompose without random numbers. dtype: of the products; tensors that are saved
     whole keep theirs. memory: bytes, or text such as "4GB", for what is decomposed at a time.
 
-    What is no matrix is saved whole if it changed, as PEFT can; the other changes are named in the outcome. Models are
+    Other tensors are saved whole if they changed and PEFT can; the outcome names changes that are lost. Models are
     paths, names on the Hub, or MODEL+ADAPTER. Raises PlanError if they differ in more than values, or nothing changed.
     """
     started, target = time.monotonic(), expand(out)
@@ -122,6 +124,10 @@ def extract_lora(
         extracted = _extract(replace(extractor, threads=count, done=done), target, str(base))
     lost = [each for each in extracted.dropped if each.why != EXCLUDED]
     findings = [f"{len(lost)} changed tensors are not in the adapter: {lost[0].why}: {_names(lost)}"] if lost else []
+    if plan.unties and any(WORDS.search(each.name.removesuffix(".weight")) for each in extracted.saved):
+        findings.append(
+            f"with PEFT the head of {model} keeps the base's embedding, which is tied to it, and was changed"
+        )
     return Outcome(target, extracted, warnings=warn_of(findings), seconds=time.monotonic() - started)
 
 
@@ -139,7 +145,7 @@ def _ranks(rank: int | None, energy: float | None, nbytes: int | None, *, exact:
 
 
 def _expressions(texts: Sequence[str]) -> tuple[str, ...]:
-    """The regular expressions. Raises PlanError for one that is none."""
+    """The regular expressions. Raises PlanError for one that is wrong."""
     for text in texts:
         try:
             re.compile(text)
@@ -160,11 +166,18 @@ def output_of(plan: Extraction, base: str) -> AdapterOutput:
         names=plan.running,
         base=base,
         architecture=architecture if isinstance(architecture, str) else None,
+        labels=_labels(plan),
         fan_in_fan_out=plan.turned,
         tied=plan.tied,
         repo=None if name is None else name.repo,
         license=read_license(plan.base.path),
     )
+
+
+def _labels(plan: Extraction) -> int | None:
+    """The number of a classifier's labels, if it has a head of its own."""
+    heads = (name for name, running in plan.names.items() if LABELS.search(running))
+    return next((plan.model[name].shape[0] for name in heads), None)
 
 
 def _extract(extractor: Extractor, target: Path, base: str) -> Extracted:
@@ -206,12 +219,14 @@ def _extract(extractor: Extractor, target: Path, base: str) -> Extracted:
 
 
 def _rest(plan: Extraction, saved: Sequence[str], nbytes: int) -> int:
-    """The bytes that saved tensors leave. Raises PlanError if they take all."""
-    taken = sum(plan.model[name].nbytes for name in saved)
+    """The bytes that saved tensors leave, and the file's header. Raises PlanError if they take all."""
+    taken = sum(plan.model[name].nbytes + ENTRY + len(plan.names[name]) for name in saved)
+    taken += sum(2 * (ENTRY + len(group.module)) for group in plan.groups)
     if taken >= nbytes:
+        whole = f" and the tensors that are saved whole, {shorten(saved, 3)}" if saved else ""
         raise PlanError(
-            f"found a size of {format_size(nbytes)}, but the tensors that are saved whole take {format_size(taken)}: "
-            f"{shorten(saved, 3)}; give more, or exclude some of them"
+            f"found a size of {format_size(nbytes)}, expected more than {format_size(taken)}, for the header{whole}; "
+            "give more, or exclude some"
         )
     return nbytes - taken
 

@@ -102,7 +102,7 @@ class Extractor:
         """Bytes that decomposing a matrix of a group takes at most, and all factors of the group."""
         rank = min(self.ranks.rank or group.most, group.most)
         numbers = scratch(group.out, group.columns, rank, exact=self.ranks.exact)
-        numbers += 2 * group.out * group.columns  # what is read of both models; their difference counts there
+        numbers += 2 * group.out * group.columns  # of both models; their difference counts there
         factors = group.width * rank if len(group.members) > 1 else 0
         return (8 if _is_wide(self.plan, group) else 4) * (numbers + factors)
 

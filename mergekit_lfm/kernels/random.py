@@ -48,7 +48,6 @@ def words(key: torch.Tensor, count: int) -> torch.Tensor:
     return z ^ ((z >> 31) & ((1 << 33) - 1))
 
 
-<<<<<<< HEAD
 def words_on_host(key: torch.Tensor, count: int) -> torch.Tensor:
     """`words` in numpy, in place, which takes a third of the time."""
     import numpy as np
@@ -64,14 +63,14 @@ def words_on_host(key: torch.Tensor, count: int) -> torch.Tensor:
         if mix != 1:
             z *= np.uint64(mix)
     return torch.from_numpy(z.view(np.int64))
-=======
+
+
 def normal(key: int, count: int) -> torch.Tensor:
     """The first `count` numbers of a normal distribution by the key, float64 [count], up to 8 of either sign."""
     import torch
 
     z = words(torch.tensor(_signed(key)), count) >> 11  # 53 bits with a sign
     return torch.erfinv((z.double() + 0.5) * 2.0**-52).mul_(2**0.5)
->>>>>>> 50b1530aa9bc0f365d866098db175a139dcf51a3
 
 
 class LocalCoins(NamedTuple):

@@ -45,11 +45,11 @@ class AdapterOutput:
     """The facts in the files of an adapter besides its tensors.
 
     names: those of all tensors of the model, as it has them when it runs; not complete if they are unknown but for the
-    changed ones, so that modules are selected by whole names. base: the model's name or path, for the
-    config. architecture: its class in transformers. task: PEFT's name of its task, if that is not to follow from the
-    class. fan_in_fan_out: True if the wrapped layers are Conv1D. repo: the model on the Hub, license: its entries in a
-    card, about: Markdown, all three for the card. tied: an embedding and the head that has its weight; changes of the
-    one are then changes of the other.
+    changed ones, so that modules are selected by whole names. base: the model's name or path, for the config.
+    architecture: its class in transformers; labels: their number if it is a classifier. task: PEFT's name of its task,
+    if that is not to follow from the class. fan_in_fan_out: True if the wrapped layers are Conv1D. tied: an embedding
+    and the head that has its weight; changes of the one are then changes of the other. repo: the model on the Hub,
+    license: its entries in a card, about: Markdown, all three for the card.
     """
 
     names: Collection[str]
@@ -57,6 +57,7 @@ class AdapterOutput:
     base: str | None = None
     architecture: str | None = None
     task: str | None = None
+    labels: int | None = None
     fan_in_fan_out: bool = False
     tied: tuple[str, str] | None = None
     repo: str | None = None
@@ -218,9 +219,10 @@ def adapter_card(title: str, output: AdapterOutput) -> str:
     named = output.architecture
     kind = named if named and named.isidentifier() else "AutoModel"
     base = bound(output.repo or output.base or "MODEL", LONGEST)
+    labels = "" if output.labels is None else f", num_labels={output.labels}"
     code = (
         f"from peft import PeftModel\nfrom transformers import {kind}\n\n"
-        f"model = {kind}.from_pretrained({base!r})\n"
+        f"model = {kind}.from_pretrained({base!r}{labels})\n"
         f"model = PeftModel.from_pretrained(model, {bound(title, LONGEST)!r})\n"
     )
     shown = as_markdown(base)

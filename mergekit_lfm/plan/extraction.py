@@ -33,6 +33,7 @@ ROUTER = re.compile(r"(^|\.)(gate|router)$")
 # Running models whose files on the Hub have names without the module that the class with a head adds.
 TRUNKS = {"gpt2": "transformer.", "bloom": "transformer."}
 
+TIED_OTHERWISE = ("ForMaskedLM", "ForConditionalGeneration", "ForPreTraining")
 EXCLUDED = "excluded"
 PARTIAL = "PEFT saves whole modules, and its own has others in it"
 
@@ -139,6 +140,12 @@ class Extraction:
         groups = tied_names({**dict.fromkeys(self.names.values()), "lm_head.weight": None})
         group = next((group for group in groups if group[-1] == "lm_head.weight"), None)
         return None if group is None else (group[0].removesuffix(".weight"), "lm_head")
+
+    @property
+    def unties(self) -> bool:
+        """Whether PEFT would give the head of the model an embedding of its own: it ties `lm_head` alone."""
+        architecture = str(next(iter(self.model.config.get("architectures") or [""]), ""))
+        return bool(is_tied(self.model.config)) and architecture.endswith(TIED_OTHERWISE)
 
     @property
     def running(self) -> list[str]:

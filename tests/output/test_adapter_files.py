@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from helpers_adapters import logits, tiny_model, with_adapter
+from helpers_adapters import Net, logits, tiny_model, with_adapter
 from models import files_of
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from mergekit_lfm.artifacts.adapter import open_adapter
@@ -98,21 +98,6 @@ def test_experts(tmp_path: Path, parts: tuple[str, ...]) -> None:
                 x.data += b @ a
                 adapter.add_experts(f"model.layers.{i}.mlp.experts.{part}", a, b)
     torch.testing.assert_close(logits(with_adapter(model, tmp_path / "out")), logits(changed), atol=1e-4, rtol=1e-4)
-
-
-class Net(nn.Module):
-    """A model whose modules' names end alike, with a convolution."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.conv = nn.Conv2d(3, 6, 3, padding=1)
-        self.proj = nn.Linear(6, 6)
-        self.inner = nn.ModuleDict({"proj": nn.Linear(6, 6), "norm": nn.LayerNorm(6), "post_norm": nn.LayerNorm(6)})
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.proj(self.conv(x).mean((2, 3)))
-        return self.inner["post_norm"](self.inner["proj"](self.inner["norm"](x)))  # type: ignore[no-any-return]
 
 
 def test_names_that_end_alike(tmp_path: Path) -> None:

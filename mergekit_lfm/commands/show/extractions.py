@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +53,7 @@ def extraction_text(data: Mapping[str, Any]) -> str:
     """A row for all products of layers of one name, for what is saved and for what is dropped; and the sum."""
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for row in data["matrices"]:
-        groups.setdefault(_leaf(row["name"]), []).append(row)
+        groups.setdefault(layer_of(row["name"]), []).append(row)
     rows = [("tensors", "number", "rank", "of the change", "kept")]
     for leaf, own in groups.items():
         share = sum(row["share"] for row in own)
@@ -92,6 +93,6 @@ def export_text(data: Mapping[str, Any]) -> str:
     return table(rows, right="rank kept")
 
 
-def _leaf(name: str) -> str:
+def layer_of(name: str) -> str:
     """The name of the layer in its block."""
-    return name.removesuffix(".weight").rpartition(".")[2]
+    return re.split(r"(?:^|\.)\d+\.", name.removesuffix(".weight"))[-1]
