@@ -18,7 +18,9 @@ from models import files_of, output_of
 from safetensors.torch import save_file
 
 from mergekit_lfm import merge, open_checkpoint
+from mergekit_lfm.api.arguments import model_folder
 from mergekit_lfm.errors import FormatError, PlanError
+from mergekit_lfm.views.adapted import open_model
 
 RECIPE = """\
 merge_method: linear
@@ -436,4 +438,6 @@ def test_the_data_of_a_model_and_its_adapter_are_downloaded_when_read(lora: HubS
     local = answer(run("inspect", "local/a+0.5*local/lora", "--json", "--content"))
     assert said["tensors"] == local["tensors"]
     assert answer(run("inspect", "org/a+0.5*org/lora@v1", "--json", "--content"))["content"] == local["content"]
+    text = str(model_folder("org/a+0.5*org/lora@v1"))  # as commands that run models get it
+    assert text.count("/snapshots/") == 2 and open_model(text).content == local["content"]
     assert "optimizer.pt" not in weights_sent(lora)
