@@ -111,14 +111,22 @@ def test_the_merge_with_statistics_runs_as_shown(here: Path) -> None:
     assert_rows(run(command), shown(README, command))
 
 
+@pytest.mark.usefixtures("here")
+def test_the_adapter_is_extracted_and_applied_as_shown() -> None:
+    for command in re.findall(r"^    \$ (mergekit-lfm (?:extract-lora|eval \S+\+).*)$", README, re.MULTILINE):
+        expected = shown(README, command)
+        assert_rows(run(command)[: len(expected)], expected)  # the table, up to an empty line
+
+
 def assert_rows(printed: list[str], expected: list[str]) -> None:
     """The same tables, numbers within rounding: sums of floats differ between processors."""
     rows = [[line.split() for line in lines if line.strip()] for lines in (printed, expected)]
     assert len(rows[0]) == len(rows[1])
     for ours, theirs in zip(*rows, strict=True):
         for one, other in zip(ours, theirs, strict=True):
-            if re.fullmatch(r"[\d,]+\.\d+", one):
-                assert float(one.replace(",", "")) == pytest.approx(float(other.replace(",", "")), rel=2e-3)
+            if re.fullmatch(r"[\d,]+\.\d+%?", one):
+                number, there = (float(each.rstrip("%").replace(",", "")) for each in (one, other))
+                assert number == pytest.approx(there, rel=2e-3)
             else:
                 assert one == other
 

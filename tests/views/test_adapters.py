@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from helpers_commands import run
+from helpers_commands import ROOT, run
 from helpers_peft import KINDS, LORA, MODELS, Made, adapt, logits, make
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,6 +23,7 @@ from transformers import AutoConfig, PreTrainedModel
 from mergekit_lfm import merge, open_checkpoint
 from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.views.adapted import open_model
+from mergekit_lfm.views.adapters.kinds import KINDS as ADAPTER_KINDS
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
 
@@ -236,3 +238,10 @@ def test_an_adapter_can_be_inspected(pair: tuple[Made, Path]) -> None:
     described = json.loads(data)["adapter"]
     assert (described["kind"], described["ranks"]) == ("LORA", [{"rank": 2, "modules": 2}])
     assert "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" in text and "2 (2 modules)" in text
+
+
+def test_every_kind_is_a_line_of_the_guide() -> None:
+    text = (ROOT / "docs/adapters.md").read_text("utf-8")
+    table = text[text.index("| kind | tested on |") :].partition("\n\n")[0]
+    assert [line.split(" | ")[0].removeprefix("| ") for line in table.splitlines()[2:]] == [*KINDS]
+    assert {*ADAPTER_KINDS} <= {*re.findall(r"`(\w+)`", text[text.index("## Kinds") :])}
