@@ -19,7 +19,8 @@ from mergekit_lfm.kernels.low_rank import FIRST, LowRank, approximate, is_exact,
 from mergekit_lfm.kernels.random import key
 from mergekit_lfm.machine.sizes import format_size
 from mergekit_lfm.output.adapter import NewAdapter
-from mergekit_lfm.plan.extraction import Extraction, Group
+from mergekit_lfm.plan.extraction import Extraction
+from mergekit_lfm.plan.groups import Group
 from mergekit_lfm.store.tensors import ITEMSIZE
 
 AT_ONCE = 1 << 22  # elements of a tensor that is compared and not decomposed
@@ -132,6 +133,7 @@ class Extractor:
             self.done(group.out * group.columns * ITEMSIZE[self.plan.model[group.names[0]].dtype])
         if energy and rank:
             _add(adapter, group, pairs)
+        kept = min(kept, energy)  # up to the rounding of the basis
         return Reduced(group.name, (group.out, group.columns), rank, energy, kept, len(group.members))
 
     def _search(self, group: Group) -> tuple[int, int, LowRank | None]:
