@@ -229,6 +229,18 @@ def test_experts_stored_together_come_back_with_one_rank(tmp_path: Path) -> None
     torch.testing.assert_close(logits(with_adapter(base, tmp_path / "out")), logits(tuned), atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float64, 1e-6), (torch.bfloat16, 1e-2)])
+def test_other_dtypes_are_read_exactly(tmp_path: Path, dtype: torch.dtype, most: float) -> None:
+    """The bound is that of the adapter's float32, or of the bfloat16 in which the base with the adapter is read."""
+    draw = torch.Generator().manual_seed(3)
+    base = {Q: torch.randn(8, 6, generator=draw), "model.norm.weight": torch.ones(6)}
+    tuned = {name: x + torch.randn(x.shape, generator=draw) for name, x in base.items()}
+    save_checkpoint(tmp_path / "base", {name: x.to(dtype) for name, x in base.items()}, LLAMA)
+    save_checkpoint(tmp_path / "tuned", {name: x.to(dtype) for name, x in tuned.items()}, LLAMA)
+    extract_lora(tmp_path / "tuned", tmp_path / "base", tmp_path / "out")
+    assert errors(tmp_path / "base", tmp_path / "out", tmp_path / "tuned") < most
+
+
 def test_an_excluded_tensor_may_have_another_shape(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "base", BASE, LLAMA)
     tuned = changed(Q, torch.ones(8, 6)) | {"model.embed_tokens.weight": torch.zeros(10, 6)}
