@@ -19,7 +19,8 @@ from mergekit_lfm.errors import PlanError, several, shorten
 from mergekit_lfm.kernels.low_rank import approximate
 from mergekit_lfm.output.adapter import AdapterOutput, NewAdapter, new_adapter
 from mergekit_lfm.output.save import check_out
-from mergekit_lfm.plan.extraction import Extraction, Group, Piece, Selection, plan_extraction
+from mergekit_lfm.plan.extraction import Extraction, plan_extraction
+from mergekit_lfm.plan.groups import Group, Piece, Selection
 from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.views.adapted import open_model
 from mergekit_lfm.views.patched import patched_view
