@@ -105,12 +105,12 @@ def open_adapter(source: Path | HubName, label: str | None = None) -> Adapter:
     label = str(source) if label is None else label
     tensors = open_checkpoint(source, adapter=True)
     config = _read_config(tensors.path, label)
-    strange = [str(spec) for spec in tensors.values() if spec.dtype not in FLOATS]
+    modules, saved = _sort(tensors)
+    strange = [str(spec) for own in modules for spec in own.parts.values() if spec.dtype not in FLOATS]
     if strange:
         raise FormatError(
             f"{label} has tensors that are not floating-point numbers: {shorten(strange, 3)}; save it anew"
         )
-    modules, saved = _sort(tensors)
     if not (modules or saved):
         raise FormatError(f"{label} holds no tensor of an adapter, but {', '.join([*tensors][:3]) or 'nothing'}")
     return Adapter(label, config, tensors, modules, saved)

@@ -42,8 +42,10 @@ def find_changes(adapter: Adapter, model: Checkpoint, label: object) -> Changes:
     finding.problems += strange_keys(adapter)
     changes: Changes = {}
     for name, change in _all_changes(finding):
-        if model[name].dtype not in FLOATS:
-            finding.problems.append(f"{model[name]}, which no adapter can change")
+        dtypes = {model[name].dtype, *(part.dtype for part in change.parts)}
+        if not dtypes <= {*FLOATS} and not (isinstance(change, Replaced) and len(dtypes) == 1):  # a counter, say
+            others = ", ".join(str(part) for part in change.parts)
+            finding.problems.append(f"{model[name]} cannot be changed by {others}: give the model it was trained on")
         changes.setdefault(name, []).append(change)
     lacking = [name for name, own in names.items() if own not in model]
     if lacking:
