@@ -56,7 +56,7 @@ def test_gpu_kernels_prints_a_row_for_every_operation() -> None:
         "| Gram matrix",
         "| L1 norms",
     ]
-    assert all(float(row[2]) > 0 and float(row[3]) > 0 for row in rows)
+    assert all(float(row[-3]) > 0 for row in rows)  # the milliseconds of the kernels
 
 
 def test_planning_prints_a_row_for_every_recipe() -> None:
