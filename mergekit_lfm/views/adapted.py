@@ -25,7 +25,7 @@ from mergekit_lfm.recipe.adapters import AdapterRef
 from mergekit_lfm.recipe.files import Where, find_reference, is_adapted
 from mergekit_lfm.store.checkpoint import Checkpoint, Layout, open_checkpoint
 from mergekit_lfm.store.tensors import FLOATS, ITEMSIZE, TensorSpec
-from mergekit_lfm.views.adapters.change import Change, Panel, Partial, Replaced
+from mergekit_lfm.views.adapters.change import Change, Panel, Partial, Replaced, scaled
 from mergekit_lfm.views.adapters.find import Changes, find_changes
 from mergekit_lfm.views.base import Maker, ReadRows, Source, View, row_count
 from mergekit_lfm.views.quantisation import dequantise
@@ -141,8 +141,8 @@ class Adapted(View):
         steps: dict[str, list[Step]] = {}
         for i, (_, scale, changes) in enumerate(adapters, 1):
             for name, own in changes.items():
-                scaled = own if scale == 1 else [change.scaled(scale) for change in own]
-                steps.setdefault(name, []).extend((i, change) for change in scaled)
+                shares = own if scale == 1 else [scaled(change, scale) for change in own]
+                steps.setdefault(name, []).extend((i, change) for change in shares)
         passes = _Passes()
         self._taken = {name: taken for name, own in steps.items() if (taken := _taken(inner[name], own))}
         self._makers = {

@@ -6,11 +6,11 @@ Liu et al. 2024, arXiv 2402.09353, equation 5 (DoRA); Kopiczko et al. 2023, arXi
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mergekit_lfm.store.tensors import TensorSpec
-from mergekit_lfm.views.adapters.change import Change, Panel, Partial
+from mergekit_lfm.views.adapters.change import Change, Panel
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +31,7 @@ class Expert:
 
 
 @dataclass(frozen=True, slots=True)
-class LowRank:
+class LowRank(Change):
     """W + scale B A, with B [out, rank] and A [rank, in]. turned: True if the model stores W as [in, out].
 
     expert: of a tensor for one expert alone; all of them, [experts, out, in] or turned, are `Experts`.
@@ -66,12 +66,9 @@ class LowRank:
         left, right = (a[:, rows].T, b.T) if self.turned else (b[rows], a)
         return panel.x.addmm_(left, right, alpha=self.scale)
 
-    def scaled(self, scale: float) -> Change:
-        return replace(self, scale=self.scale * scale)
-
 
 @dataclass(frozen=True, slots=True)
-class Experts:
+class Experts(Change):
     """The same for every expert of a tensor of all, one expert a panel. turned: of [experts, in, out]."""
 
     a: TensorSpec
@@ -96,12 +93,9 @@ class Experts:
             one.apply(Panel(x, 0, shape[0], panel.part, panel.panels, panel.once))
         return panel.x
 
-    def scaled(self, scale: float) -> Change:
-        return replace(self, scale=self.scale * scale)
-
 
 @dataclass(frozen=True, slots=True)
-class Magnitude:
+class Magnitude(Change):
     """DoRA: each output's weights after a LoRA, scaled to the norm that the adapter has for them.
 
     across: True if the model stores an output's weights as a column. The norms of columns take one more pass over the
@@ -137,16 +131,13 @@ class Magnitude:
         assert squares is not None
         return squares.sqrt_().to(panel.x.dtype)
 
-    def scaled(self, scale: float) -> Change:
-        return Partial(self, scale)
-
 
 def _norms(x: Tensor, axis: int) -> Tensor:
     return x.double().square().sum(axis).sqrt_().to(x.dtype)
 
 
 @dataclass(frozen=True, slots=True)
-class Vera:
+class Vera(Change):
     """VeRA: W + diag(rows) B diag(ranks) A, with A and B that all layers share, cut to the layer's size."""
 
     a: TensorSpec
@@ -171,6 +162,3 @@ class Vera:
         rows = slice(panel.first, panel.last)
         left, right = (a[:, rows].T, b.T) if self.turned else (b[rows], a)
         return panel.x.addmm_(left, right, alpha=self.scale)
-
-    def scaled(self, scale: float) -> Change:
-        return replace(self, scale=self.scale * scale)
