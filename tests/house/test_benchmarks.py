@@ -66,3 +66,12 @@ def test_planning_prints_a_row_for_every_recipe() -> None:
     assert [row[:2] for row in rows] == [
         [name, "99"] for name in ("two models", "2 slices of 1", "2 slices of 2", "48 slices of 1", "48 slices of 2")
     ]
+
+
+@pytest.mark.slow  # loads PEFT
+def test_adapters_prints_a_row_for_each_way() -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "adapters.py"), "--size", "0.001", "--sparse", "2MB"]
+    done = subprocess.run([*command, "--repeats", "1"], capture_output=True, text=True, check=True)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if line[:3] != "|--"]
+    assert [row[0] for row in rows if row and len(row[0]) < 5] == ["copy", "ours", "peft", "copy", "ours"]
+    assert all(float(row[2]) > 0 for row in rows if row and len(row[0]) < 5)
