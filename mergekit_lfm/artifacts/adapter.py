@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 from mergekit_lfm.errors import FormatError, shorten
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lfm.store.files import read_json
-from mergekit_lfm.store.folder import ADAPTER_CONFIG
+from mergekit_lfm.store.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from mergekit_lfm.store.hub import HubName
 from mergekit_lfm.store.tensors import FLOATS, TensorSpec
 
@@ -104,7 +104,7 @@ def open_adapter(source: Path | HubName, label: str | None = None) -> Adapter:
     """The adapter in a folder, in a file, or on the Hub. Raises FormatError if it is damaged or of no known form."""
     label = str(source) if label is None else label
     tensors = open_checkpoint(source, adapter=True)
-    config = _read_config(tensors.path, label)
+    config = _read_config(tensors.path, tensors, label)
     modules, saved = _sort(tensors)
     strange = [str(spec) for own in modules for spec in own.parts.values() if spec.dtype not in FLOATS]
     if strange:
@@ -116,10 +116,20 @@ def open_adapter(source: Path | HubName, label: str | None = None) -> Adapter:
     return Adapter(label, config, tensors, modules, saved)
 
 
-def _read_config(path: Path, label: str) -> dict[str, Any]:
-    """The config of an adapter's folder; {} for a file. Raises FormatError for a folder without one."""
+def _read_config(path: Path, tensors: Iterable[str], label: str) -> dict[str, Any]:
+    """The config of an adapter's folder, also if its file is named; {} for another program's file.
+
+    Raises FormatError for an adapter of PEFT's without one.
+    """
     if not path.is_dir():
-        return {}
+        if not any(name.startswith(_PREFIXES) for name in tensors):
+            return {}
+        if path.name not in ADAPTER_WEIGHTS:
+            raise FormatError(
+                f"{label} is PEFT's, which has the scales in {ADAPTER_CONFIG}: put that beside it, call it "
+                f"{ADAPTER_WEIGHTS[0]}, and name the folder"
+            )
+        path, label = path.parent, str(path.parent)
     if not (path / ADAPTER_CONFIG).is_file():
         raise FormatError(f"{label} has no {ADAPTER_CONFIG}, which says how its tensors are applied; copy it there")
     config = read_json(path / ADAPTER_CONFIG)
