@@ -105,7 +105,7 @@ def open_adapter(source: Path | HubName, label: str | None = None) -> Adapter:
     label = str(source) if label is None else label
     tensors = open_checkpoint(source, adapter=True)
     config = _read_config(tensors.path, tensors, label)
-    modules, saved = _sort(tensors)
+    modules, saved = _sort(tensors, label)
     strange = [str(spec) for own in modules for spec in own.parts.values() if spec.dtype not in FLOATS]
     if strange:
         raise FormatError(
@@ -140,20 +140,30 @@ def _read_config(path: Path, tensors: Iterable[str], label: str) -> dict[str, An
     return config
 
 
-def _sort(tensors: Mapping[str, TensorSpec]) -> tuple[tuple[Module, ...], dict[str, TensorSpec]]:
-    """The modules of an adapter's tensors, and those that are tensors of the model."""
+def _sort(tensors: Mapping[str, TensorSpec], label: str) -> tuple[tuple[Module, ...], dict[str, TensorSpec]]:
+    """The modules of an adapter's tensors, and those that are tensors of the model.
+
+    Raises FormatError for tensors that stand for the same, as in a file of several adapters.
+    """
     modules, saved = dict[tuple[str, int], dict[str, TensorSpec]](), dict[str, TensorSpec]()
+    twice = list[str]()
     for name, spec in tensors.items():
         if ".original_module." in name:
             continue  # what a saved module was before, which some versions of PEFT have written
         plain = _plain(name)
         match = _PART.match(plain)
         if match is None:
-            saved[plain.replace(NESTED, "")] = spec
-            continue
-        module, part, end = match[1] or "", match[2], match[3]
-        key = module.replace(NESTED, ""), module.count(NESTED)
-        modules.setdefault(key, {})[f"{part}.bias" if end == "bias" else part] = spec
+            own, key = saved, plain.replace(NESTED, "")
+        else:
+            module, part, end = match[1] or "", match[2], match[3]
+            own = modules.setdefault((module.replace(NESTED, ""), module.count(NESTED)), {})
+            key = f"{part}.bias" if end == "bias" else part
+        if own.setdefault(key, spec) != spec:
+            twice.append(f"{own[key].name} and {name}")
+    if twice:
+        raise FormatError(
+            f"{label} has two tensors for one: {shorten(twice, 3)}; save each adapter in a file of its own"
+        )
     return tuple(Module(name, parts, depth) for (name, depth), parts in modules.items()), saved
 
 

@@ -71,3 +71,12 @@ def test_the_file_of_a_folder_has_the_folders_config(base: Path, tmp_path: Path)
         open_model(f"{base}+{file}")
     with pytest.raises(PlanError, match=r"alone\.safetensors is PEFT's, .* put that beside it"):
         open_model(f"{base}+{write(tmp_path / 'alone.safetensors', LORA)}")
+
+
+def test_a_file_with_two_adapters_is_refused(base: Path, tmp_path: Path) -> None:
+    """Neither of them is lost in silence."""
+    for end in ("lora_A", "modules_to_save"):
+        names = (f"{PEFT}.{end}.{name}.weight" for name in ("default", "other"))
+        adapter = folder_of(write(tmp_path / end / "adapter_model.safetensors", dict.fromkeys(names, A)))
+        with pytest.raises(PlanError, match=r"has two tensors for one: \S+default\.weight and \S+other\.weight"):
+            open_model(f"{base}+{adapter}")
