@@ -42,6 +42,7 @@ _WRAPPERS = re.compile(
     r"\.(?:token_adapter|(?:modules_to_save|ln_tuning_layers)(?:\.(?!weight$|bias$)[^.]+(?=\.))?)(?=\.|$)"
 )
 _PREFIXES = ("base_model.model.", "base_model.")
+_KINDS = {"hada": "LOHA", "lokr": "LOKR", "ia3_": "IA3"}  # by how the names of their parts begin
 NESTED = ".base_layer"  # PEFT's wrapper of what another one wraps
 
 # The keys of a config without an effect on what the adapter does to its model.
@@ -86,8 +87,14 @@ class Adapter:
         """PEFT's name of its kind: "LORA" and so on; that which its tensors show for a file without a config."""
         if "peft_type" in self.config:
             return str(self.config["peft_type"])
-        first = next((part for module in self.modules for part in module.parts), "lora")
-        return {"hada": "LOHA", "lokr": "LOKR"}.get(first[:4], "LORA")
+        return self.kind_of(self.modules[0]) if self.modules else "LORA"
+
+    def kind_of(self, module: Module) -> str:
+        """The kind of a module: trainers of image models mix them in a file, which has no config."""
+        if "peft_type" in self.config:
+            return self.kind
+        starts = {part[:4] for part in module.parts}
+        return next((kind for start, kind in _KINDS.items() if start in starts), "LORA")
 
     @property
     def base(self) -> str | None:
@@ -164,6 +171,9 @@ def _sort(tensors: Mapping[str, TensorSpec], label: str) -> tuple[tuple[Module, 
         raise FormatError(
             f"{label} has two tensors for one: {shorten(twice, 3)}; save each adapter in a file of its own"
         )
+    for key, parts in [*modules.items()]:
+        if parts.keys() == {"alpha"}:  # a tensor of the model: the number alpha is beside matrices
+            saved[f"{key[0]}.alpha".lstrip(".")] = modules.pop(key)["alpha"]
     return tuple(Module(name, parts, depth) for (name, depth), parts in modules.items()), saved
 
 

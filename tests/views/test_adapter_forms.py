@@ -80,3 +80,44 @@ def test_a_file_with_two_adapters_is_refused(base: Path, tmp_path: Path) -> None
         adapter = folder_of(write(tmp_path / end / "adapter_model.safetensors", dict.fromkeys(names, A)))
         with pytest.raises(PlanError, match=r"has two tensors for one: \S+default\.weight and \S+other\.weight"):
             open_model(f"{base}+{adapter}")
+
+
+HADA = {f"hada_w{i}_{end}": x for i in (1, 2) for end, x in (("a", B), ("b", A))}
+STRANGE: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Tensor], str]] = {
+    "another kind in a LoRA": (CONFIG, {f"{PEFT}.{part}": x for part, x in HADA.items()}, "hada_w1_a.* not of LORA"),
+    "IA3 in a LoRA": (CONFIG, {**LORA, f"{PEFT}.ia3_l": draw(8)}, "it has ia3_l, which is not of LORA"),
+    "a LoRA in IA3": ({"peft_type": "IA3"}, LORA, "it has lora_A, lora_B, which is not of IA3"),
+    "IA3 in LN tuning": ({"peft_type": "LN_TUNING"}, {f"{PEFT}.ia3_l": draw(8)}, "it has ia3_l, which is not of"),
+    "norms alone": (CONFIG, {f"{PEFT}.lora_magnitude_vector": draw(8)}, "it has no lora_A"),
+    "no module": (CONFIG, {**LORA, "base_model.model.lora_A.weight": A}, "its lora_A are of no module"),
+    "norms of LoHa": (
+        {**CONFIG, "peft_type": "LOHA", "alpha": 2},
+        {f"{PEFT}.{part}": x for part, x in {**HADA, "dora_scale": draw(8, 1)}.items()},
+        "it has lora_magnitude_vector, which is not of LOHA",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", STRANGE)
+def test_no_tensor_is_without_effect_in_silence(base: Path, tmp_path: Path, case: str) -> None:
+    config, tensors, message = STRANGE[case]
+    adapter = folder_of(write(tmp_path / "adapter/adapter_model.safetensors", tensors), config)
+    with pytest.raises(PlanError, match=message):
+        open_model(f"{base}+{adapter}")
+
+
+def test_a_file_may_mix_kinds(base: Path, tmp_path: Path) -> None:
+    """As LyCORIS writes them: one kind for attention, another for the rest. Without alphas the scales are 1."""
+    down = "lora_unet_model_layers_0_mlp_down_proj"
+    tensors = {f"{down}.lora_down.weight": draw(2, 12), f"{down}.lora_up.weight": B}
+    tensors |= {f"lora_unet_{Q.replace('.', '_')}.{part}": x for part, x in HADA.items()}
+    changes = {"model.layers.0.mlp.down_proj.weight": B @ draw(2, 12), f"{Q}.weight": (B @ A) ** 2}
+    check(base, write(tmp_path / "mixed.safetensors", tensors), changes)
+
+
+def test_a_models_own_alpha_is_saved(base: Path, tmp_path: Path) -> None:
+    """A layer may have a tensor of this name, as of a dynamic tanh, that an adapter saves whole."""
+    saved = {f"base_model.model.{NORM}.{end}": draw(size) + 1 for end, size in (("alpha", 1), ("weight", 8))}
+    adapter = folder_of(write(tmp_path / "adapter/adapter_model.safetensors", {**LORA, **saved}))
+    ones = {f"{NORM}.alpha": torch.ones(1).double(), f"{NORM}.weight": torch.ones(8).double()}
+    check(base, adapter, {f"{Q}.weight": 4 * B @ A, **ones})

@@ -23,10 +23,10 @@ def halves_of(module: Module) -> tuple[str, str]:
 
 
 def find_halves(finding: Finding, module: Module) -> tuple[TensorSpec, TensorSpec] | None:
-    """A module's A and B; None, and a problem if only one of them is whole."""
+    """A module's A and B; None for one of trained tokens alone, and with a problem if one of them is not whole."""
     names = halves_of(module)
     if missing := [name for name in names if name not in module.parts]:
-        if len(missing) < 2 or "lora_embedding_B" in module.parts:
+        if module.parts.keys() != {"trainable_tokens_delta"}:
             finding.refuse(module, f"it has no {missing[0]}; save the adapter anew")
         return None
     a, b = (module.parts[name] for name in names)
@@ -190,6 +190,19 @@ def _vera(finding: Finding, module: Module) -> Iterator[tuple[str, Change]]:
         return
     yield weight.name, Vera(a, b, ranks, rows, out, columns, turned)
 
+
+# How the names of the parts of each kind begin.
+PARTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "LORA": ("lora_", "trainable_tokens_delta", "alpha"),
+        "LOHA": ("hada_", "alpha"),
+        "LOKR": ("lokr_", "alpha"),
+        "IA3": ("ia3_",),
+        "VERA": ("vera_",),
+        "LN_TUNING": (),
+        "TRAINABLE_TOKENS": ("trainable_tokens_delta",),
+    }
+)
 
 # By PEFT's name of the kind.
 KINDS: Mapping[str, Callable[[Finding, Module], Iterator[tuple[str, Change]]]] = MappingProxyType(
