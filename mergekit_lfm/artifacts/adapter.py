@@ -51,7 +51,7 @@ _IDLE = (
     "init_weights layers_pattern layers_to_transform lora_dropout lora_ga_config loftq_config megatron_config "
     "megatron_core module_dropout modules_to_save peft_type peft_version projection_prng_key qalora_group_size "
     "rank_dropout rank_dropout_scale revision runtime_config save_projection target_modules task_type velora_config "
-    "vera_dropout d_initial use_effective_conv2d decompose_both decompose_factor init_ia3_weights enable_lora "
+    "vera_dropout d_initial use_effective_conv2d decompose_both decompose_factor init_ia3_weights "
     "merge_weights loraplus_lr_ratio bias lora_bias use_dora"
 )
 IDLE = frozenset(_IDLE.split())
@@ -144,7 +144,22 @@ def _read_config(path: Path, tensors: Iterable[str], label: str) -> dict[str, An
         raise FormatError(
             f"{label}/{ADAPTER_CONFIG}: expected an object with peft_type, found {json.dumps(config):.60}"
         )
+    for key in ("rank_pattern", "alpha_pattern"):
+        if wrong := _wrong_patterns(config.get(key) or {}):
+            raise FormatError(f"{label}/{ADAPTER_CONFIG}: {key} has {wrong}; correct it")
     return config
+
+
+def _wrong_patterns(patterns: object) -> str | None:
+    """What is wrong with the value of `rank_pattern` or `alpha_pattern`."""
+    if not isinstance(patterns, dict):
+        return f"{patterns!r:.60}, expected an object with a number for each regular expression"
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            return f"{pattern!r:.60}, expected a regular expression ({error})"
+    return None
 
 
 def _sort(tensors: Mapping[str, TensorSpec], label: str) -> tuple[tuple[Module, ...], dict[str, TensorSpec]]:
@@ -171,9 +186,8 @@ def _sort(tensors: Mapping[str, TensorSpec], label: str) -> tuple[tuple[Module, 
         raise FormatError(
             f"{label} has two tensors for one: {shorten(twice, 3)}; save each adapter in a file of its own"
         )
-    for key, parts in [*modules.items()]:
-        if parts.keys() == {"alpha"}:  # a tensor of the model: the number alpha is beside matrices
-            saved[f"{key[0]}.alpha".lstrip(".")] = modules.pop(key)["alpha"]
+    for place in [place for place, parts in modules.items() if parts.keys() == {"alpha"}]:
+        saved[f"{place[0]}.alpha".lstrip(".")] = modules.pop(place)["alpha"]  # the number alpha is beside matrices
     return tuple(Module(name, parts, depth) for (name, depth), parts in modules.items()), saved
 
 

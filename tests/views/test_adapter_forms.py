@@ -98,6 +98,24 @@ STRANGE: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Tensor], str]] = {
 }
 
 
+HOSTILE: Mapping[str, tuple[dict[str, Any], str]] = {
+    "no expression": ({"rank_pattern": {"*q_proj": 2}}, r"rank_pattern has '\*q_proj', expected a regular expression"),
+    "a list": ({"alpha_pattern": [2]}, r"alpha_pattern has \[2\], expected an object with a number for each"),
+    "no number": ({"lora_alpha": float("nan")}, "found nan as its alpha, expected a number"),
+    "no finite number": ({"lora_alpha": float("inf")}, "found inf as its alpha, expected a number"),
+    "no number of floats": ({"lora_alpha": 10**400}, "as its alpha, expected a number"),
+    "groups of outputs": ({"enable_lora": [True, False, True]}, "enable_lora: .* which is not supported here"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_hostile_config_is_refused(base: Path, tmp_path: Path, case: str) -> None:
+    changes, message = HOSTILE[case]
+    adapter = folder_of(write(tmp_path / "adapter/adapter_model.safetensors", LORA), CONFIG | changes)
+    with pytest.raises(PlanError, match=message):
+        open_model(f"{base}+{adapter}")
+
+
 @pytest.mark.parametrize("case", STRANGE)
 def test_no_tensor_is_without_effect_in_silence(base: Path, tmp_path: Path, case: str) -> None:
     config, tensors, message = STRANGE[case]

@@ -10,6 +10,8 @@ from mergekit_lfm.artifacts.adapter import Adapter, Module, pattern_value
 from mergekit_lfm.store.tensors import TensorSpec
 from mergekit_lfm.views.adapters.names import is_conv1d
 
+LARGEST = 3e38  # of float32
+
 
 @dataclass
 class Finding:
@@ -53,8 +55,8 @@ class Finding:
             )
         else:
             alpha = _number(self.adapter, module) if "alpha" in module.parts else rank
-        if not isinstance(alpha, int | float) or isinstance(alpha, bool):
-            self.refuse(module, f"found {alpha!r} as its alpha, expected a number")
+        if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not abs(alpha) < LARGEST:
+            self.refuse(module, f"found {alpha!r:.60} as its alpha, expected a number")
             return 1.0
         return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
