@@ -139,3 +139,16 @@ def test_a_models_own_alpha_is_saved(base: Path, tmp_path: Path) -> None:
     adapter = folder_of(write(tmp_path / "adapter/adapter_model.safetensors", {**LORA, **saved}))
     ones = {f"{NORM}.alpha": torch.ones(1).double(), f"{NORM}.weight": torch.ones(8).double()}
     check(base, adapter, {f"{Q}.weight": 4 * B @ A, **ones})
+
+
+def kohya(name: str, a: Tensor, b: Tensor, start: str = "lora_unet_", **others: Tensor) -> dict[str, Tensor]:
+    """A LoRA of one module as trainers of image models write it."""
+    module = start + name.replace(".", "_")
+    return {f"{module}.{end}": x for end, x in {"lora_down.weight": a, "lora_up.weight": b, **others}.items()}
+
+
+def test_text_encoders_with_the_same_names_are_refused(base: Path, tmp_path: Path) -> None:
+    """Files for SDXL have two; only one of them can be the model."""
+    tensors = kohya(Q, A, B, "lora_te1_") | kohya(Q, A, B, "lora_te2_")
+    with pytest.raises(PlanError, match=r"it changes one tensor by two names: lora_te1_\S+ and lora_te2_\S+;"):
+        open_model(f"{base}+{write(tmp_path / 'sdxl.safetensors', tensors)}")

@@ -47,6 +47,11 @@ def find_changes(adapter: Adapter, model: Checkpoint, label: object) -> Changes:
             others = ", ".join(str(part) for part in change.parts)
             finding.problems.append(f"{model[name]} cannot be changed by {others}: give the model it was trained on")
         changes.setdefault(name, []).append(change)
+    both: dict[str, list[str]] = {}
+    for name, own in names.items():
+        both.setdefault(own, []).append(name)
+    if twice := [" and ".join(each) for own, each in both.items() if len(each) > 1 and own in model]:
+        finding.problems.append(f"it changes one tensor by two names: {shorten(twice, 3)}; save each model's by itself")
     lacking = [name for name, own in names.items() if own not in model]
     if lacking:
         finding.problems.append(_describe_lack(finding, lacking, label))
