@@ -113,7 +113,8 @@ def open_adapter(source: Path | HubName, label: str | None = None) -> Adapter:
     tensors = open_checkpoint(source, adapter=True)
     config = _read_config(tensors.path, tensors, label)
     modules, saved = _sort(tensors, label)
-    strange = [str(spec) for own in modules for spec in own.parts.values() if spec.dtype not in FLOATS]
+    parts = [spec for own in modules for part, spec in own.parts.items() if part != "alpha"]  # which may be an integer
+    strange = [str(spec) for spec in parts if spec.dtype not in FLOATS]
     if strange:
         raise FormatError(
             f"{label} has tensors that are not floating-point numbers: {shorten(strange, 3)}; save it anew"

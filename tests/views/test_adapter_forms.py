@@ -152,3 +152,16 @@ def test_text_encoders_with_the_same_names_are_refused(base: Path, tmp_path: Pat
     tensors = kohya(Q, A, B, "lora_te1_") | kohya(Q, A, B, "lora_te2_")
     with pytest.raises(PlanError, match=r"it changes one tensor by two names: lora_te1_\S+ and lora_te2_\S+;"):
         open_model(f"{base}+{write(tmp_path / 'sdxl.safetensors', tensors)}")
+
+
+@pytest.mark.parametrize("alpha", [torch.tensor(8), torch.tensor(8.0), torch.tensor([8.0])])
+def test_alpha_is_a_number_of_any_kind(base: Path, tmp_path: Path, alpha: Tensor) -> None:
+    """An integer, as `diffusers` writes it for other trainers, or a float."""
+    check(base, write(tmp_path / "lora.safetensors", kohya(Q, A, B, alpha=alpha)), {f"{Q}.weight": 4 * B @ A})
+
+
+def test_an_alpha_that_is_no_number_is_refused(base: Path, tmp_path: Path) -> None:
+    for alpha in (torch.tensor(float("nan")), torch.ones(2), torch.ones(0)):
+        file = write(tmp_path / "lora.safetensors", kohya(Q, A, B, alpha=alpha))
+        with pytest.raises(PlanError, match=r"found \S+ as its alpha, expected a number|its alpha is \[\d\]"):
+            open_model(f"{base}+{file}")
