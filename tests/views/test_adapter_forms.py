@@ -34,6 +34,7 @@ def base(tmp_path: Path) -> Path:
     folder = tmp_path / "base"
     folder.mkdir()
     tensors = {f"{Q}.weight": draw(8, 8).T.contiguous(), "model.layers.0.mlp.down_proj.weight": draw(8, 12)}
+    tensors |= {"model.conv.weight": draw(4, 3, 2, 2)}
     tensors |= {f"{NORM}.weight": draw(8), f"{NORM}.alpha": draw(1)}
     save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}))
@@ -165,3 +166,25 @@ def test_an_alpha_that_is_no_number_is_refused(base: Path, tmp_path: Path) -> No
         file = write(tmp_path / "lora.safetensors", kohya(Q, A, B, alpha=alpha))
         with pytest.raises(PlanError, match=r"found \S+ as its alpha, expected a number|its alpha is \[\d\]"):
             open_model(f"{base}+{file}")
+
+
+@pytest.mark.parametrize(
+    ("name", "w", "halves", "axes"),
+    [
+        (Q, draw(8, 8).T, (A, B), (1,)),
+        (Q, draw(8, 8).T, (A, B), (0,)),
+        ("model.layers.0.mlp.down_proj", draw(8, 12), (draw(2, 12), B), (0,)),
+        ("model.conv", draw(4, 3, 2, 2), (draw(2, 3, 2, 2), draw(4, 2, 1, 1)), (1, 2, 3)),
+        ("model.conv", draw(4, 3, 2, 2), (draw(2, 3, 2, 2), draw(4, 2, 1, 1)), (0, 2, 3)),
+    ],
+)
+def test_norms_are_of_outputs_or_of_inputs(
+    base: Path, tmp_path: Path, name: str, w: Tensor, halves: tuple[Tensor, Tensor], axes: tuple[int, ...]
+) -> None:
+    """DoRA as LyCORIS writes it, over all axes but one: m (W + B A) / |W + B A|. Square layers show only its shape."""
+    a, b = halves
+    after = w + (b.flatten(1) @ a.flatten(1)).view(w.shape)
+    norms = after.square().sum(axes, keepdim=True).sqrt()
+    wanted = draw(*norms.shape)
+    file = write(tmp_path / "dora.safetensors", kohya(name, a, b, dora_scale=wanted))
+    check(base, file, {f"{name}.weight": after * wanted / norms - w})

@@ -58,10 +58,17 @@ def _low_rank(finding: Finding, module: Module) -> Iterator[tuple[str, Change]]:
     norms = module.parts.get("lora_magnitude_vector")
     if norms is None and finding.adapter.config.get("use_dora"):
         finding.refuse(module, "it has no lora_magnitude_vector, though use_dora is set; save the adapter anew")
-    if norms is not None and norms.numel != out:
-        finding.refuse(module, f"its lora_magnitude_vector is {list(norms.shape)}, expected {out} numbers")
-    yield weight.name, change if norms is None else Magnitude(change, norms, turned)
+    inputs = norms is not None and _scales_inputs_of(norms, out)
+    count = a.shape[1] if inputs else out
+    if norms is not None and norms.numel != count:
+        finding.refuse(module, f"its lora_magnitude_vector is {list(norms.shape)}, expected {count} numbers")
+    yield weight.name, change if norms is None else Magnitude(change, norms, turned != inputs)
     yield from _added_bias(finding, module, scale)
+
+
+def _scales_inputs_of(norms: TensorSpec, out: int) -> bool:
+    """Whether the norms of a DoRA are those of inputs: LyCORIS' are, [1, in, ...], unless asked for [out, 1, ...]."""
+    return norms.name.endswith(".dora_scale") and norms.shape[:1] != (out,)
 
 
 def _added_bias(finding: Finding, module: Module, scale: float) -> Iterator[tuple[str, Change]]:
