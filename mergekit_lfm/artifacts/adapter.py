@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,7 @@ from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lfm.store.files import read_json
 from mergekit_lfm.store.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from mergekit_lfm.store.hub import HubName
-from mergekit_lfm.store.tensors import FLOATS, TensorSpec
+from mergekit_lfm.store.tensors import FLOATS, TensorSpec, read_header
 
 # The tensors of an adapter for one module, by PEFT's names; each also has an end, `.weight` or `.bias`, or none.
 _PARTS = (
@@ -42,6 +42,7 @@ _WRAPPERS = re.compile(
     r"\.(?:token_adapter|(?:modules_to_save|ln_tuning_layers)(?:\.(?!weight$|bias$)[^.]+(?=\.))?)(?=\.|$)"
 )
 _PREFIXES = ("base_model.model.", "base_model.")
+DIFFUSERS = "lora_adapter_metadata"  # the key of a header under which diffusers has PEFT's config
 _KINDS = {"hada": "LOHA", "lokr": "LOKR", "ia3_": "IA3"}  # by how the names of their parts begin
 NESTED = ".base_layer"  # PEFT's wrapper of what another one wraps
 
@@ -104,14 +105,14 @@ class Adapter:
     @cached_property
     def key(self) -> dict[str, Any]:
         """All of its config that its effect depends on."""
-        return {name: value for name, value in sorted(self.config.items()) if name not in IDLE and value}
+        return _effective(self.config)
 
 
 def open_adapter(source: Path | HubName, label: str | None = None) -> Adapter:
     """The adapter in a folder, in a file, or on the Hub. Raises FormatError if it is damaged or of no known form."""
     label = str(source) if label is None else label
     tensors = open_checkpoint(source, adapter=True)
-    config = _read_config(tensors.path, tensors, label)
+    config = _read_config(tensors, label)
     modules, saved = _sort(tensors, label)
     parts = [spec for own in modules for part, spec in own.parts.items() if part != "alpha"]  # which may be an integer
     strange = [str(spec) for spec in parts if spec.dtype not in FLOATS]
@@ -124,14 +125,16 @@ def open_adapter(source: Path | HubName, label: str | None = None) -> Adapter:
     return Adapter(label, config, tensors, modules, saved)
 
 
-def _read_config(path: Path, tensors: Iterable[str], label: str) -> dict[str, Any]:
-    """The config of an adapter's folder, also if its file is named; {} for another program's file.
+def _read_config(tensors: Checkpoint, label: str) -> dict[str, Any]:
+    """The config of an adapter's folder, also if its file is named; of another program's file what is in its header.
 
     Raises FormatError for an adapter of PEFT's without one.
     """
+    path = tensors.path
     if not path.is_dir():
         if not any(name.startswith(_PREFIXES) for name in tensors):
-            return {}
+            config = _read_metadata(path, label) if tensors.files[0].is_safetensors else {}
+            return _checked(config, f"{label}, {DIFFUSERS}")
         if path.name not in ADAPTER_WEIGHTS:
             raise FormatError(
                 f"{label} is PEFT's, which has the scales in {ADAPTER_CONFIG}: put that beside it, call it "
@@ -145,9 +148,39 @@ def _read_config(path: Path, tensors: Iterable[str], label: str) -> dict[str, An
         raise FormatError(
             f"{label}/{ADAPTER_CONFIG}: expected an object with peft_type, found {json.dumps(config):.60}"
         )
+    return _checked(config, f"{label}/{ADAPTER_CONFIG}")
+
+
+def _read_metadata(file: Path, label: str) -> dict[str, Any]:
+    """The config that diffusers writes into a file's header, with the model's name before each key; {} without one."""
+    text = read_header(file).metadata.get(DIFFUSERS)
+    if text is None:
+        return {}
+    try:
+        data = json.loads(text)
+        configs: dict[str, dict[str, Any]] = {}
+        for key, value in data.items():
+            configs.setdefault(key.rpartition(".")[0], {"peft_type": "LORA"})[key.rpartition(".")[2]] = value
+    except (ValueError, AttributeError):
+        raise FormatError(f"{label}: its {DIFFUSERS} is {text!r:.60}, expected an object; save it anew") from None
+    different = {json.dumps(_effective(config)) for config in configs.values()}
+    if len(different) > 1:
+        raise FormatError(
+            f"{label} has adapters of {shorten([*configs], 3)}, with other ranks or alphas; save each by itself"
+        )
+    return next(iter(configs.values()), {})
+
+
+def _effective(config: Mapping[str, Any]) -> dict[str, Any]:
+    """All of a config that the adapter's effect depends on."""
+    return {name: value for name, value in sorted(config.items()) if name not in IDLE and value}
+
+
+def _checked(config: dict[str, Any], place: str) -> dict[str, Any]:
+    """The config. Raises FormatError for patterns that are none."""
     for key in ("rank_pattern", "alpha_pattern"):
         if wrong := _wrong_patterns(config.get(key) or {}):
-            raise FormatError(f"{label}/{ADAPTER_CONFIG}: {key} has {wrong}; correct it")
+            raise FormatError(f"{place}: {key} has {wrong}; correct it")
     return config
 
 

@@ -188,3 +188,24 @@ def test_norms_are_of_outputs_or_of_inputs(
     wanted = draw(*norms.shape)
     file = write(tmp_path / "dora.safetensors", kohya(name, a, b, dora_scale=wanted))
     check(base, file, {f"{name}.weight": after * wanted / norms - w})
+
+
+def test_diffusers_has_the_config_in_the_header(base: Path, tmp_path: Path) -> None:
+    """The alpha is there alone: its tensors have PEFT's names. Without it alpha is the rank, as diffusers takes it."""
+    tensors = {f"transformer.{name.removeprefix('base_model.model.')}": x for name, x in LORA.items()}
+    config = {"r": 2, "lora_alpha": 8, "target_modules": ["q_proj"], "alpha_pattern": {}, "peft_type": "LORA"}
+    one, two = (
+        {f"{model}.{key}": value for key, value in own.items()}
+        for model, own in (("transformer", config), ("text_encoder", config | {"lora_alpha": 2}))
+    )
+    file = write(tmp_path / "pytorch_lora_weights.safetensors", tensors, lora_adapter_metadata=json.dumps(one))
+    check(base, file, {f"{Q}.weight": 4 * B @ A})
+    check(base, write(file, tensors), {f"{Q}.weight": B @ A})
+    for text, message in (
+        (json.dumps(one | two), "has adapters of transformer, text_encoder, with other ranks or alphas"),
+        ("[]", "lora_adapter_metadata is '\\[\\]', expected an object"),
+        (json.dumps(one | {"transformer.r": 4}), "its tensors have rank 2"),
+        (json.dumps(one | {"transformer.rank_pattern": {"*": 1}}), "lora_adapter_metadata: rank_pattern has"),
+    ):
+        with pytest.raises(PlanError, match=message):
+            open_model(f"{base}+{write(file, tensors, lora_adapter_metadata=text)}")
