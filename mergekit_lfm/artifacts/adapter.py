@@ -29,13 +29,14 @@ _PARTS = (
     "hada_t1 hada_t2 lokr_w1 lokr_w1_a lokr_w1_b lokr_w2 lokr_w2_a lokr_w2_b lokr_t2 ia3_l vera_lambda_b vera_lambda_d "
     "vera_A vera_B trainable_tokens_delta alpha"
 )
-_PART = re.compile(rf"^(?:(.*?)\.)?({_PARTS.replace(' ', '|')})(?:\.(?!weight$|bias$)[^.]+)?(?:\.(weight|bias))?$")
+_PART = re.compile(rf"^(?:(.*)\.)?({_PARTS.replace(' ', '|')})(?:\.(?!weight$|bias$)[^.]+)?(?:\.(weight|bias))?$")
 
 # Names that other programs give to the same parts, and wrappers of PEFT in the names of modules.
 _SPELLINGS = (
     (re.compile(r"(?:\.|_)lora(?:_linear_layer)?(?:\.|_)down\.weight$"), ".lora_A.weight"),
     (re.compile(r"(?:\.|_)lora(?:_linear_layer)?(?:\.|_)up\.weight$"), ".lora_B.weight"),
     (re.compile(r"\.dora_scale$"), ".lora_magnitude_vector"),
+    (re.compile(r"\.processor\.to_out\."), ".to_out.0."),
     (re.compile(r"\.processor\.(to_\w+)\."), r".\1."),
 )
 _WRAPPERS = re.compile(

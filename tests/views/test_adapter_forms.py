@@ -16,6 +16,7 @@ from mergekit_lfm import PlanError
 from mergekit_lfm.views.adapted import open_model
 
 Q, NORM = "model.layers.0.self_attn.q_proj", "model.norm"
+ATTENTION = [f"down_blocks.0.attentions.0.attn1.{name}" for name in ("to_q", "to_out.0")]  # of diffusers' U-Nets
 PEFT = f"base_model.model.{Q}"
 CONFIG: dict[str, Any] = {"peft_type": "LORA", "r": 2, "lora_alpha": 8}
 
@@ -34,6 +35,7 @@ def base(tmp_path: Path) -> Path:
     folder = tmp_path / "base"
     folder.mkdir()
     tensors = {f"{Q}.weight": draw(8, 8).T.contiguous(), "model.layers.0.mlp.down_proj.weight": draw(8, 12)}
+    tensors |= {f"{name}.weight": draw(8, 8) for name in (*ATTENTION, "x.lora_A")}
     tensors |= {"model.conv.weight": draw(4, 3, 2, 2)}
     tensors |= {f"{NORM}.weight": draw(8), f"{NORM}.alpha": draw(1)}
     save_file(tensors, folder / "model.safetensors")
@@ -209,3 +211,29 @@ def test_diffusers_has_the_config_in_the_header(base: Path, tmp_path: Path) -> N
     ):
         with pytest.raises(PlanError, match=message):
             open_model(f"{base}+{write(file, tensors, lora_adapter_metadata=text)}")
+
+
+FORMS = {
+    "processors": {"processor.to_q_lora": ("down", "up"), "processor.to_out_lora": ("down", "up")},
+    "layers beside": {"to_q.lora_linear_layer": ("down", "up"), "to_out.0.lora_linear_layer": ("down", "up")},
+    "halves": {"to_q.lora": ("down", "up"), "to_out.0.lora": ("down", "up")},
+    "peft": {"to_q": ("lora_A", "lora_B"), "to_out.0": ("lora_A", "lora_B")},
+}
+
+
+@pytest.mark.parametrize("beginning", ["unet.", ""])
+@pytest.mark.parametrize("form", FORMS)
+def test_diffusers_of_all_ages_is_read(base: Path, tmp_path: Path, form: str, beginning: str) -> None:
+    tensors = {
+        f"{beginning}down_blocks.0.attentions.0.attn1.{module}.{end}.weight": x
+        for module, ends in FORMS[form].items()
+        for end, x in zip(ends, (A, B), strict=True)
+    }
+    changes = {f"{name}.weight": B @ A for name in ATTENTION}
+    check(base, write(tmp_path / "unet.safetensors", tensors), changes)
+
+
+def test_a_module_may_be_called_as_a_part_of_an_adapter(base: Path, tmp_path: Path) -> None:
+    tensors = {f"base_model.model.x.lora_A.lora_{half}.weight": x for half, x in (("A", A), ("B", B))}
+    adapter = folder_of(write(tmp_path / "adapter/adapter_model.safetensors", tensors))
+    check(base, adapter, {"x.lora_A.weight": 4 * B @ A})
