@@ -35,7 +35,7 @@ def base(tmp_path: Path) -> Path:
     folder = tmp_path / "base"
     folder.mkdir()
     tensors = {f"{Q}.weight": draw(8, 8).T.contiguous(), "model.layers.0.mlp.down_proj.weight": draw(8, 12)}
-    tensors |= {f"{name}.weight": draw(8, 8) for name in (*ATTENTION, "x.lora_A")}
+    tensors |= {f"{name}.weight": draw(8, 8) for name in (*ATTENTION, "x.lora_A", "y.a_b", "y_a.b")}
     tensors |= {"model.conv.weight": draw(4, 3, 2, 2)}
     tensors |= {f"{NORM}.weight": draw(8), f"{NORM}.alpha": draw(1)}
     save_file(tensors, folder / "model.safetensors")
@@ -237,3 +237,17 @@ def test_a_module_may_be_called_as_a_part_of_an_adapter(base: Path, tmp_path: Pa
     tensors = {f"base_model.model.x.lora_A.lora_{half}.weight": x for half, x in (("A", A), ("B", B))}
     adapter = folder_of(write(tmp_path / "adapter/adapter_model.safetensors", tensors))
     check(base, adapter, {"x.lora_A.weight": 4 * B @ A})
+
+
+def test_names_that_are_alike_without_dots_are_refused(base: Path, tmp_path: Path) -> None:
+    file = write(tmp_path / "lora.safetensors", kohya("y.a_b", A, B))
+    with pytest.raises(PlanError, match=r"underscores for dots, .* y\.a_b\.weight or y_a\.b\.weight"):
+        open_model(f"{base}+{file}")
+
+
+def test_only_what_the_model_lacks_is_named(base: Path, tmp_path: Path) -> None:
+    """A file with the adapters of a U-Net and of its text encoder, and the U-Net as the model."""
+    names = [*(f"unet.{name}" for name in ATTENTION), "text_encoder.text_model.encoder.layers.0.q_proj"]
+    tensors = {f"{name}.lora_{half}.weight": x for name in names for half, x in (("A", A), ("B", B))}
+    with pytest.raises(PlanError, match=r"it changes text_encoder\.\S+, which the model does not have"):
+        open_model(f"{base}+{write(tmp_path / 'both.safetensors', tensors)}")
