@@ -53,7 +53,12 @@ def _unscaled(piece: str) -> tuple[str, float]:
 def join_reference(model: str, adapters: Iterable[tuple[str, float]], *, ones: bool = False) -> str:
     """The text that `split_reference` takes apart. ones: True to write a scale of 1, too, which no path is like."""
     plain = 1 if not ones else None
-    return PLUS.join([model, *(ref if scale == plain else f"{scale:g}{TIMES}{ref}" for ref, scale in adapters)])
+    return PLUS.join([model, *(ref if scale == plain else f"{_text_of(scale)}{TIMES}{ref}" for ref, scale in adapters)])
+
+
+def _text_of(scale: float) -> str:
+    """The shortest text that is read as this number, without a plus sign."""
+    return repr(scale).replace("e+", "e").removesuffix(".0")
 
 
 def names_in(text: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -44,6 +45,10 @@ def find_reference(text: str, where: Where) -> FoundModel:
         return FoundModel(text, where.stages[text])
     exists = partial(_exists, where=where.folder)
     parts = model, adapters = split_reference(text, exists)
+    if endless := next((ref for ref, scale in adapters if math.isinf(scale)), None):
+        raise Refusal(
+            "found an infinite share of {found}, {expected}", found=repr(endless), expected="expected a number"
+        )
     short = join_reference(model, adapters)
 
     def find(ref: str) -> Path | HubName:

@@ -96,10 +96,10 @@ class Experts(Change):
 
 @dataclass(frozen=True, slots=True)
 class Magnitude(Change):
-    """DoRA: each output's weights after a LoRA, scaled to the norm that the adapter has for them.
+    """DoRA: each output's weights after a LoRA, scaled to the adapter's norm for them, or LyCORIS' for each input's.
 
-    across: True if the model stores an output's weights as a column. The norms of columns take one more pass over the
-    tensor. Norms are summed in float64.
+    across: True if the model stores these weights as a column, or as columns that follow one another, as those for an
+    input of a convolution. The norms of columns take one more pass over the tensor. Norms are summed in float64.
     """
 
     lora: LowRank
@@ -111,7 +111,7 @@ class Magnitude(Change):
         return *self.lora.parts, self.norms
 
     def scratch(self, rows: int) -> int:
-        columns = self.lora.b.shape[0] if self.across else self.lora.a.numel // max(1, self.lora.a.shape[0])
+        columns = self.lora.b.shape[0] if self.lora.turned else self.lora.a.numel // max(1, self.lora.a.shape[0])
         return self.lora.scratch(rows) + 3 * rows * columns
 
     def apply(self, panel: Panel) -> Tensor:
@@ -119,17 +119,17 @@ class Magnitude(Change):
         if not self.across:
             x = self.lora.apply(panel)
             return x.mul_((norms[panel.first : panel.last] / _norms(x, 1))[:, None])
-        before = panel.once(lambda: self._column_norms(panel))
-        return self.lora.apply(panel).mul_(norms / before)
+        before = panel.once(lambda: self._column_norms(panel, len(norms)))
+        return self.lora.apply(panel).mul_((norms / before).repeat_interleave(panel.x.shape[1] // len(norms)))
 
-    def _column_norms(self, panel: Panel) -> Tensor:
+    def _column_norms(self, panel: Panel, count: int) -> Tensor:
         squares = None
         for each in panel.panels():
             x = self.lora.apply(each).double()
             sums = x.square_().sum(0)
             squares = sums if squares is None else squares + sums
         assert squares is not None
-        return squares.sqrt_().to(panel.x.dtype)
+        return squares.view(count, -1).sum(1).sqrt_().to(panel.x.dtype)
 
 
 def _norms(x: Tensor, axis: int) -> Tensor:
