@@ -83,7 +83,7 @@ VISION = "alpha/Qwen2-VL-7B-Instruct"
 
 
 def gradient_in_parts(points: Sequence[float], name: str) -> float:
-    """The value for a tensor of a model of images and text, whose parts have 4 and 28 layers; a stack of one its last."""
+    """The value for a tensor of a model of images and text, of 4 and 28 layers; in a stack of one it is the last."""
     if ".mlp.0." in name:
         return points[-1]
     return gradient(points, name.replace("blocks", "layers"), 4 if "visual" in name else 28)
