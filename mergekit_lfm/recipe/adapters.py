@@ -6,7 +6,7 @@ A path may have a plus sign itself, so what exists under the longer name is that
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,6 +59,13 @@ def join_reference(model: str, adapters: Iterable[tuple[str, float]], *, ones: b
 def _text_of(scale: float) -> str:
     """The shortest text that is read as this number, without a plus sign."""
     return repr(scale).replace("e+", "e").removesuffix(".0")
+
+
+def model_of(text: str, adapters: Sequence[AdapterRef]) -> str:
+    """The model in a text whose adapters are known."""
+    for adapter in reversed(adapters):
+        text = text[: text.rindex(PLUS, 0, text.rindex(adapter.ref))]
+    return text
 
 
 def names_in(text: str) -> list[str]:

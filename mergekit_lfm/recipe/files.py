@@ -10,7 +10,7 @@ from os import PathLike
 from pathlib import Path
 
 from mergekit_lfm.errors import Refusal
-from mergekit_lfm.recipe.adapters import PLUS, AdapterRef, join_reference, split_reference
+from mergekit_lfm.recipe.adapters import PLUS, AdapterRef, join_reference, model_of, split_reference
 from mergekit_lfm.recipe.problems import Problem, attempt
 from mergekit_lfm.recipe.values import NamedFile
 from mergekit_lfm.store.folder import split_address
@@ -34,6 +34,11 @@ class FoundModel:
     ref: str
     source: Path | HubName
     adapters: tuple[AdapterRef, ...] = ()
+
+    @property
+    def model(self) -> str:
+        """The part of `ref` before the adapters."""
+        return model_of(self.ref, self.adapters)
 
 
 def find_reference(text: str, where: Where) -> FoundModel:
