@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -50,7 +51,7 @@ def shown(document: str, command: str) -> list[str]:
 
 def run(command: str) -> list[str]:
     """The lines that a command prints, in order of the streams: errors and notices first."""
-    name, *arguments = command.split()
+    name, *arguments = shlex.split(command)
     result = CliRunner().invoke(merge if name == "merge" else main, arguments)
     assert result.exit_code == 0, result.output
     return [*result.stderr.splitlines(), *result.stdout.splitlines()]
