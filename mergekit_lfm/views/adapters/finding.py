@@ -10,7 +10,7 @@ from mergekit_lfm.artifacts.adapter import Adapter, Module, pattern_value
 from mergekit_lfm.store.tensors import TensorSpec
 from mergekit_lfm.views.adapters.names import is_conv1d
 
-LARGEST = 3e38  # of float32
+LARGEST = 1e19  # the root of float32's largest number, so that a share of a scale is in its range, too
 
 
 @dataclass
