@@ -84,8 +84,7 @@ def check_stages(
     for each in plans:
         workers(each.plan, memory or default_memory(), threads, each.accelerator)
     plan, rebuild = planned.plan, overwrite or not resume
-    sources = [pair for each in plans for pair in zip(each.plan.source_labels, each.plan.sources, strict=True)]
-    inputs = {label: source.path for label, source in sources}
+    inputs = {label: path for each in plans for label, path in each.plan.places.items()}
     already_there(plan.digest, plan.shards, inputs, planned.out, overwrite=overwrite, rebuild=rebuild, nan=nan)
 
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from mergekit_lfm.artifacts.patterns import Patterns
 from mergekit_lfm.errors import FormatError, shorten
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lfm.store.files import read_json
@@ -102,6 +103,14 @@ class Adapter:
     def base(self) -> str | None:
         """The model that it says it was trained on."""
         return self.config.get("base_model_name_or_path") or None
+
+    @cached_property
+    def rank_patterns(self) -> Patterns:
+        return Patterns(self.config.get("rank_pattern") or {})
+
+    @cached_property
+    def alpha_patterns(self) -> Patterns:
+        return Patterns(self.config.get("alpha_pattern") or {})
 
     @cached_property
     def key(self) -> dict[str, Any]:
@@ -242,18 +251,3 @@ def dropped_of(adapter: Adapter) -> Iterator[str]:
     used = {spec.name for module in adapter.modules for spec in module.parts.values()}
     used |= {spec.name for spec in adapter.saved.values()}
     return (name for name in adapter.tensors if name not in used)
-
-
-def matches(pattern: str, module: str) -> bool:
-    """Whether a key of `rank_pattern` or `alpha_pattern` is about a module, as PEFT decides."""
-    return re.match(rf"(.*\.)?({pattern})$", module) is not None
-
-
-def pattern_value(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    """The value of the first pattern that is about the module."""
-    return next((value for pattern, value in patterns.items() if matches(pattern, module)), default)
-
-
-def idle_patterns(patterns: Mapping[str, Any], modules: Sequence[str]) -> list[str]:
-    """The patterns that are about none of the modules."""
-    return [pattern for pattern in patterns if not any(matches(pattern, module) for module in modules)]

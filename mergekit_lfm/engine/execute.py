@@ -161,8 +161,7 @@ def is_written(comparison: Comparison, folder: Path, *, overwrite: bool, resume:
 
 def _already_there(comparison: Comparison, folder: Path, *, overwrite: bool, resume: bool, nan: Policy) -> bool:
     plan, rebuild = comparison.plan, overwrite or not resume
-    inputs = {label: source.path for label, source in zip(plan.source_labels, plan.sources, strict=True)}
-    there = already_there(plan.digest, plan.shards, inputs, folder, overwrite=overwrite, rebuild=rebuild, nan=nan)
+    there = already_there(plan.digest, plan.shards, plan.places, folder, overwrite=overwrite, rebuild=rebuild, nan=nan)
     return there and comparison.has_these_inputs(folder)
 
 

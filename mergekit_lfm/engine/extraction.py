@@ -129,7 +129,7 @@ class Extractor:
         for e in range(len(group.members)):
             near = known if known is not None else self._approximate(group, e, max(tried, 1))
             energy, kept = energy + near.total, kept + float(near.energies[:rank].sum())
-            pairs.append(_round(near.factors(rank), self.dtype))
+            pairs.append(_round(near.factors(rank), self.dtype, group.name))
             self.done(group.out * group.columns * ITEMSIZE[self.plan.model[group.names[0]].dtype])
         if energy and rank:
             _add(adapter, group, pairs)
@@ -202,9 +202,13 @@ def _is_wide(plan: Extraction, group: Group) -> bool:
     return any(side[name].dtype == "float64" for side in (plan.model, plan.base) for name in group.names)
 
 
-def _round(factors: tuple[Tensor, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    a, b = factors
-    return a.to(dtype), b.to(dtype)
+def _round(factors: tuple[Tensor, Tensor], dtype: torch.dtype, name: str) -> tuple[Tensor, Tensor]:
+    """The factors in the dtype of the adapter. Raises PlanError if they overflow there."""
+    a, b = (x.to(dtype) for x in factors)
+    if not (bool(a.isfinite().all()) and bool(b.isfinite().all())):
+        kind = str(dtype).removeprefix("torch.")
+        raise PlanError(f"{name}: the factors of its change are too large for {kind}; choose another dtype")
+    return a, b
 
 
 def _add(adapter: NewAdapter, group: Group, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:

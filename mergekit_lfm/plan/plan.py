@@ -190,6 +190,12 @@ class Plan:
         return tuple(dict.fromkeys(state for state in (*files, *self.named_files) if state is not None))
 
     @property
+    def places(self) -> dict[str, Path]:
+        """The paths that are read and must be apart from the output: models by their labels, others by themselves."""
+        models = {label: source.path for label, source in zip(self.source_labels, self.sources, strict=True)}
+        return {str(path): path for path in self.paths if path not in models.values()} | models
+
+    @property
     def paths(self) -> tuple[Path, ...]:
         """The folders and files that are read: those of the sources, and the recipe's other files."""
         return (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,6 +15,7 @@ from mergekit_lfm.recipe.values import NamedFile
 from mergekit_lfm.store.folder import split_address
 from mergekit_lfm.store.hub import HubName, hub_name, nearest_name
 
+LARGEST_SHARE = 1e19  # of an adapter: times the scale of its own it is in the range of float32
 EXPECTED = "expected {expected}"
 
 
@@ -50,10 +50,8 @@ def find_reference(text: str, where: Where) -> FoundModel:
         return FoundModel(text, where.stages[text])
     exists = partial(_exists, where=where.folder)
     parts = model, adapters = split_reference(text, exists)
-    if endless := next((ref for ref, scale in adapters if math.isinf(scale)), None):
-        raise Refusal(
-            "found an infinite share of {found}, {expected}", found=repr(endless), expected="expected a number"
-        )
+    if large := next((ref for ref, scale in adapters if abs(scale) > LARGEST_SHARE), None):
+        raise Refusal("the share of {found} is above {most:g}; choose another", found=repr(large), most=LARGEST_SHARE)
     short = join_reference(model, adapters)
 
     def find(ref: str) -> Path | HubName:

@@ -322,3 +322,17 @@ def test_a_wrong_request_gets_one_message(
     with pytest.raises((PlanError, FormatError), match=message):
         extract_lora(tmp_path / "tuned", tmp_path / "base", tmp_path / "out", **options)
     assert {path.name for path in tmp_path.iterdir()} == {"base", "tuned"}
+
+
+def test_factors_that_overflow_are_refused(tmp_path: Path) -> None:
+    """Infinite numbers in the adapter would be NaN in the model."""
+    name = "model.layers.0.mlp.up_proj.weight"
+    for folder, size in (("base", 0.0), ("tuned", 1e12)):
+        save_checkpoint(tmp_path / folder, {name: torch.full((8, 8), size)}, LLAMA)
+    with pytest.raises(
+        PlanError, match=r"up_proj\.weight: the factors of its change are too large for float16; choose"
+    ):
+        extract_lora(tmp_path / "tuned", tmp_path / "base", tmp_path / "out", rank=1, dtype="float16")
+    assert not (tmp_path / "out").exists()
+    extract_lora(tmp_path / "tuned", tmp_path / "base", tmp_path / "out", rank=1)
+    assert errors(tmp_path / "base", tmp_path / "out", tmp_path / "tuned") < 1e-5

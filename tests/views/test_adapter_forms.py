@@ -251,3 +251,12 @@ def test_only_what_the_model_lacks_is_named(base: Path, tmp_path: Path) -> None:
     tensors = {f"{name}.lora_{half}.weight": x for name in names for half, x in (("A", A), ("B", B))}
     with pytest.raises(PlanError, match=r"it changes text_encoder\.\S+, which the model does not have"):
         open_model(f"{base}+{write(tmp_path / 'both.safetensors', tensors)}")
+
+
+def test_the_largest_share_of_the_largest_alpha_is_a_number(base: Path, tmp_path: Path) -> None:
+    """Of float32, too, in which most models are computed."""
+    tensors = {name: x.float() * 1e-18 for name, x in LORA.items()}
+    config = CONFIG | {"lora_alpha": 9e18}
+    adapter = folder_of(write(tmp_path / "adapter/adapter_model.safetensors", tensors), config)
+    save_file({f"{Q}.weight": draw(8, 8).float()}, base / "model.safetensors")
+    assert bool(open_model(f"{base}+-1e19*{adapter}").read(f"{Q}.weight").isfinite().all())

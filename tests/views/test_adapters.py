@@ -17,10 +17,11 @@ from helpers_commands import ROOT, run
 from helpers_peft import KINDS, LORA, MODELS, Made, adapt, logits, make
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import files_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, PreTrainedModel
 
-from mergekit_lfm import merge, open_checkpoint
+from mergekit_lfm import PlanError, merge, open_checkpoint
 from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.views.adapted import Adapted, open_model
 from mergekit_lfm.views.adapters.kinds import KINDS as ADAPTER_KINDS
@@ -193,6 +194,20 @@ def test_a_merge_of_one_model_and_its_adapter_is_that_model(pair: tuple[Made, Pa
     files = [file["file"] for file in json.loads(lock)["inputs"][0]["files"] if "file" in file]
     assert files == ["model.safetensors", "adapter_model.safetensors", "adapter_model.safetensors"]
     loaded(open_checkpoint(merged))
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_merge_never_replaces_its_adapter(pair: tuple[Made, Path], tmp_path: Path, *, overwrite: bool) -> None:
+    """Nor the folder of its only file, nor one around it."""
+    made, _ = pair
+    adapter = shutil.copytree(made.adapter, tmp_path / "around/adapter")
+    file = adapter / "adapter_model.safetensors"
+    for out, ref in ((adapter, adapter), (adapter, file), (adapter.parent, adapter), (adapter / "in", adapter)):
+        before = files_of(tmp_path)
+        recipe = {"merge_method": "passthrough", "models": [{"model": str(made.base), "adapter": str(ref)}]}
+        with pytest.raises(PlanError, match=r"the input .* lie in one another"):
+            merge(recipe, out, overwrite=overwrite)
+        assert files_of(tmp_path) == before
 
 
 def test_older_names_and_archives_are_read(pair: tuple[Made, Path], tmp_path: Path) -> None:

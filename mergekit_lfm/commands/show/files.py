@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from mergekit_lfm.artifacts.adapter import dropped_of, pattern_value
+from mergekit_lfm.artifacts.adapter import dropped_of
 from mergekit_lfm.commands.show.terminal import count_noun, table
 from mergekit_lfm.errors import shorten
 from mergekit_lfm.machine.sizes import format_size
@@ -62,8 +62,8 @@ def checkpoint_text(data: dict[str, Any]) -> str:
 
 def adapter_data(adapter: Adapter) -> dict[str, Any]:
     """An adapter's kind, its own word for its model, the rank of each module, and the tensors that it replaces."""
-    stated, patterns = adapter.config.get("r"), adapter.config.get("rank_pattern") or {}
-    ranks = Counter(pattern_value(patterns, module.name, stated) for module in adapter.modules if stated)
+    stated = adapter.config.get("r")
+    ranks = Counter(adapter.rank_patterns.value(module.name, stated) for module in adapter.modules if stated)
     return {
         "kind": adapter.kind,
         "trained_on": adapter.base,

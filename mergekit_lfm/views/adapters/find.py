@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mergekit_lfm.arch.ties import tied_names
-from mergekit_lfm.artifacts.adapter import Adapter, Module, idle_patterns
+from mergekit_lfm.artifacts.adapter import Adapter, Module
 from mergekit_lfm.errors import PlanError, several, shorten
 from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.store.tensors import FLOATS
@@ -122,8 +122,8 @@ def strange_keys(adapter: Adapter) -> Iterator[str]:
             yield f"adapter_config.json has {name}: {value!r:.60}, which is not supported here; merge it with peft"
     modules = [module.name for module in adapter.modules]
     modules += [f"{name}.{each.rpartition('.')[2]}" for name in modules for each in _parameters(adapter)]
-    for key in ("rank_pattern", "alpha_pattern"):
-        for pattern in idle_patterns(adapter.config.get(key) or {}, modules):
+    for key, patterns in (("rank_pattern", adapter.rank_patterns), ("alpha_pattern", adapter.alpha_patterns)):
+        for pattern in patterns.idle(modules):
             yield f"{key} has {pattern!r}, which matches none of its modules; correct or remove it"
 
 

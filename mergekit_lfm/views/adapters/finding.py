@@ -6,11 +6,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from mergekit_lfm.artifacts.adapter import Adapter, Module, pattern_value
+from mergekit_lfm.artifacts.adapter import Adapter, Module
 from mergekit_lfm.store.tensors import TensorSpec
 from mergekit_lfm.views.adapters.names import is_conv1d
 
-LARGEST = 3e38  # of float32
+LARGEST = 1e19  # the root of float32's largest number, so that a share of a scale is in its range, too
 
 
 @dataclass
@@ -44,15 +44,13 @@ class Finding:
     def stated_rank(self, name: str) -> object:
         """The rank that the config has for a module or a tensor of this name."""
         config = self.adapter.config
-        return pattern_value(config.get("rank_pattern") or {}, name, config.get("r"))
+        return self.adapter.rank_patterns.value(name, config.get("r"))
 
     def scale(self, module: Module, name: str, rank: int) -> float:
         """The factor of a module's change: alpha over the rank or, for rsLoRA, over the rank's root."""
         config = self.adapter.config
         if config:
-            alpha = pattern_value(
-                config.get("alpha_pattern") or {}, name, config.get("lora_alpha", config.get("alpha"))
-            )
+            alpha = self.adapter.alpha_patterns.value(name, config.get("lora_alpha", config.get("alpha")))
         else:
             alpha = self._alpha(module, rank)
         if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not abs(alpha) < LARGEST:

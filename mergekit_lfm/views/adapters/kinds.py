@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 
-from mergekit_lfm.artifacts.adapter import Adapter, Module, pattern_value
+from mergekit_lfm.artifacts.adapter import Adapter, Module
 from mergekit_lfm.store.tensors import TensorSpec
 from mergekit_lfm.views.adapters.change import Added, Change, Multiplied, Rows
 from mergekit_lfm.views.adapters.finding import Finding
@@ -151,7 +151,7 @@ def _kronecker(finding: Finding, module: Module) -> Iterator[tuple[str, Change]]
     if halves:
         rank = finding.rank(module, module.name, halves[0].shape[0])
     elif config:  # without halves the tensors show no rank; the factor is as for that which the config states
-        rank = pattern_value(config.get("rank_pattern") or {}, module.name, config.get("r"))
+        rank = finding.adapter.rank_patterns.value(module.name, config.get("r"))
     scale = finding.scale(module, module.name, rank) if halves or config else 1.0
     yield weight.name, Kronecker(one, other, scale)
 
