@@ -131,7 +131,7 @@ class Extractor:
             pairs.append(_round(near.factors(rank), self.dtype))
             self.done(group.out * group.columns * ITEMSIZE[self.plan.model[group.names[0]].dtype])
         if energy and rank:
-            _add(adapter, group, pairs)
+            add_group(adapter, group, pairs)
         return Reduced(group.name, (group.out, group.columns), rank, energy, kept, len(group.members))
 
     def _search(self, group: Group) -> tuple[int, int, LowRank | None]:
@@ -204,7 +204,7 @@ def _round(factors: tuple[Tensor, Tensor], dtype: torch.dtype) -> tuple[Tensor, 
     return a.to(dtype), b.to(dtype)
 
 
-def _add(adapter: NewAdapter, group: Group, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+def add_group(adapter: NewAdapter, group: Group, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
     """Add the factors of a group to the adapter."""
     if group.kind == "experts":
         adapter.add_experts(group.module, torch.stack([a for a, _ in pairs]), torch.stack([b for _, b in pairs]))

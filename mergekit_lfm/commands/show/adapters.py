@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from mergekit_lfm.commands.show.outcomes import ALREADY_THERE
 from mergekit_lfm.commands.show.terminal import count_noun, table
 
 if TYPE_CHECKING:
@@ -71,6 +72,8 @@ def merged_data(merged: MergedAdapter) -> dict[str, Any]:
 
 def merged_text(outcome: Outcome[MergedAdapter]) -> str:
     """The ranks of a merged adapter, and what they keep of the merged changes, by kind of module."""
+    if outcome.already_there:
+        return ALREADY_THERE
     merged = outcome.result
     groups: dict[str, list[MergedModule]] = {}
     for module in merged.modules:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from mergekit_lfm.commands.show.outcomes import outcome_data
+from mergekit_lfm.commands.show.outcomes import ALREADY_THERE, outcome_data
 from mergekit_lfm.commands.show.terminal import count_noun, table
 from mergekit_lfm.machine.sizes import format_size
 
@@ -51,6 +51,10 @@ def _whole(tensors: Iterable[Whole], energy: float) -> list[dict[str, Any]]:
 
 def extraction_text(data: Mapping[str, Any]) -> str:
     """A row for all products of layers of one name, for what is saved and for what is dropped; and the sum."""
+    if data["already_there"]:
+        return ALREADY_THERE
+    if data["already_there"]:
+        return ALREADY_THERE
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for row in data["matrices"]:
         groups.setdefault(layer_of(row["name"]), []).append(row)
@@ -85,6 +89,8 @@ def export_data(outcome: Outcome[tuple[ExportedTensor, ...]]) -> dict[str, Any]:
 
 def export_text(data: Mapping[str, Any]) -> str:
     """The tensors of an adapter made from patches, as a table."""
+    if data["already_there"]:
+        return ALREADY_THERE
     rows = [("tensor", "rank", "kept")]
     rows += [
         (row["name"], "whole" if row["rank"] is None else str(row["rank"]), f"{row['kept']:.2%}")
