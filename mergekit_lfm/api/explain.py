@@ -36,5 +36,6 @@ def _plans(planned: PlannedMerge) -> Iterator[tuple[str, Plan, str | None, int]]
         yield "", planned.plan, planned.plan.recipe.text, 0
         return
     for stage, each in zip(stages.stages, stages.plans, strict=True):
-        yield stage.name, each.plan, stage.text, stage.document
+        if isinstance(each, PlannedMerge):
+            yield stage.name, each.plan, stage.text, stage.document
     yield "", planned.plan, stages.last.text, stages.last.document

@@ -46,7 +46,7 @@ class AdapterInput:
 
 @dataclass(frozen=True)
 class AdapterRequest:
-    """What an adapter is made from: the recipe in its canonical form, and the inputs.
+    """The recipe of an adapter in its canonical form, and the inputs.
 
     public: the recipe without the folders of this machine, as the lock has it.
     """

@@ -21,6 +21,7 @@ from mergekit_lfm.store.tensors import ITEMSIZE, MAX_HEADER, TensorSpec
 
 LOCK = "merge.lock.json"
 ADAPTER_LOCK = "adapter.lock.json"
+LOCKS = (LOCK, ADAPTER_LOCK)
 FORMAT = 3
 OWN_DIGEST = "digest"  # the lock's entry with a digest of all others
 COMMON = "common"  # the lock's entry with what its tensors have in common
@@ -229,7 +230,7 @@ def revise(folder: Path, name: str, data: bytes) -> None:
 
 def lock_name(folder: Path) -> str | None:
     """The name of the lock in a finished output, of a merge or of an adapter; None without a whole one."""
-    return next((name for name in (LOCK, ADAPTER_LOCK) if lock_of(folder, name)), None)
+    return next((name for name in LOCKS if lock_of(folder, name)), None)
 
 
 def lock_of(folder: Path, name: str = LOCK) -> dict[str, Any]:

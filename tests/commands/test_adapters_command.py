@@ -79,7 +79,7 @@ def test_it_writes_an_adapter_and_prints_the_share_that_its_rank_keeps(here: Pat
 def test_options_for_models_are_refused(here: Path) -> None:  # noqa: ARG001
     result = run("merge", "soup.yaml", "--memory", "1GB", "--device", "cuda")
     assert result.exit_code == 2
-    assert "the recipe merges adapters, for which there is no --memory, --device; leave it out" in result.stderr
+    assert "No stage of the recipe takes --memory, --device; leave it out." in result.stderr
 
 
 def test_standard_input_is_a_recipe_as_well(here: Path) -> None:
