@@ -163,13 +163,11 @@ def merge(
     run: dict[str, Any] = {"memory": memory, "threads": threads, "nan": nan, "resume": resume}
     run |= {"trust_times": trust_times, "compile": compile, "progress": progress}
     _check_push(recipe.goal)
-    stages, earlier = recipe.stages, tuple[Outcome[Any], ...]()
-    if stages is not None:
-        earlier, last = run_stages(recipe, run, overwrite=overwrite)
-        assert isinstance(last, PlannedMerge)
-        recipe = replace(last, goal=recipe.goal, accelerator=recipe.accelerator)
+    stages = recipe.stages
+    earlier, recipe = _run_earlier(recipe, run, overwrite=overwrite)
     plan, done = _carry_out(recipe, {**run, "overwrite": overwrite})
-    warnings, merged = warn_of(done.findings), Merged(plan, done.resumed_bytes, stages=earlier)
+    merged = Merged(plan, done.resumed_bytes, stages=earlier)
+    warnings = *(() if stages is None else stages.findings(earlier)), *warn_of(done.findings)
     outcome = Outcome(recipe.out, merged, plan.digest, done.already_there, warnings, time.monotonic() - started)
     if stages is not None and drop_stages:
         stages.drop()
@@ -201,6 +199,17 @@ def _carry_out(planned: PlannedMerge, options: Mapping[str, Any]) -> tuple[Plan,
         where: dict[str, Any] = {"max_shard_size": planned.max_shard_size, "device": accelerator.name}
         plan = prepare(plan, planned.out, **where, **rest)
     return plan, execute(plan, planned.out, accelerator=accelerator, compile=compile, **rest)
+
+
+def _run_earlier(
+    planned: PlannedMerge, run: Mapping[str, Any], *, overwrite: bool
+) -> tuple[tuple[Outcome[Any], ...], PlannedMerge]:
+    """The outcomes of the stages before a merge, and its plan on their results."""
+    if planned.stages is None:
+        return (), planned
+    earlier, last = run_stages(planned, run, overwrite=overwrite)
+    assert isinstance(last, PlannedMerge)
+    return earlier, replace(last, goal=planned.goal, accelerator=planned.accelerator)
 
 
 def run_stages(

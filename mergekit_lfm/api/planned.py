@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,6 +101,11 @@ class Stages:
     def recipe(self, stage: Stage) -> Recipe | JobRecipe:
         """The recipe of a stage, on the results of those before it."""
         return parse_stage(stage, self.where, self.folder, allow_unknown=self.allow_unknown)
+
+    def findings(self, outcomes: Sequence[Outcome[Any]]) -> tuple[str, ...]:
+        """The warnings in the outcomes of the stages, each with the name of its stage."""
+        pairs = zip(self.stages, outcomes, strict=True)
+        return tuple(f"stage {stage.name}: {line}" for stage, outcome in pairs for line in outcome.warnings)
 
     def drop(self) -> None:
         """Remove the results of the stages."""

@@ -98,10 +98,10 @@ def run_recipe(recipe: RecipeLike | Planned, out: str | PathLike[str] | None = N
         return merge(planned, **options)
     stages, run = planned.stages, {name: options.get(name, default) for name, default in WORK.items()}
     overwrite = bool(options.get("overwrite"))
-    last: Planned = planned
-    if stages is not None:
-        _, last = run_stages(planned, run, overwrite=overwrite)
+    if stages is None:
+        return run_planned(planned, run, overwrite=overwrite)
+    earlier, last = run_stages(planned, run, overwrite=overwrite)
     outcome = run_planned(last, run, overwrite=overwrite)
-    if stages is not None and options.get("drop_stages"):
+    if options.get("drop_stages"):
         stages.drop()
-    return outcome
+    return replace(outcome, warnings=(*stages.findings(earlier), *outcome.warnings))
