@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from os import PathLike
 from typing import Any
@@ -37,6 +37,7 @@ WORK: Mapping[str, Any] = {
     "progress": SILENCE,
 }
 PLANNING = ("max_shard_size", "seed", "heads", "device", "card", "allow_unknown")
+OF_MERGES = ("push_to", "private", "verify_push", "on_merged")  # which a job that makes the output has no use for
 
 
 def plan_recipe(recipe: RecipeLike, out: str | PathLike[str] | None = None, **options: Any) -> Outcome[Planned]:
@@ -51,6 +52,7 @@ def plan_recipe(recipe: RecipeLike, out: str | PathLike[str] | None = None, **op
     if source is None or job is None:
         merged = plan_merge(recipe, out, **options)
         return Outcome[Planned](merged.path, merged.result, merged.digest, seconds=merged.seconds)
+    _refuse_unknown(options, (*PLANNING, *OF_MERGES))
     planned = _plan_last(source, job, out, **options)
     return Outcome[Planned](planned.out, planned, warnings=planned.plan.notices, seconds=time.monotonic() - started)
 
@@ -96,6 +98,7 @@ def run_recipe(recipe: RecipeLike | Planned, out: str | PathLike[str] | None = N
         planned = plan_recipe(planned, out, **{name: options[name] for name in PLANNING if name in options}).result
     if isinstance(planned, PlannedMerge):
         return merge(planned, **options)
+    _refuse_unknown(options, (*PLANNING, *OF_MERGES, *WORK, "overwrite", "drop_stages"))
     stages, run = planned.stages, {name: options.get(name, default) for name, default in WORK.items()}
     overwrite = bool(options.get("overwrite"))
     if stages is None:
@@ -105,3 +108,9 @@ def run_recipe(recipe: RecipeLike | Planned, out: str | PathLike[str] | None = N
     if options.get("drop_stages"):
         stages.drop()
     return replace(outcome, warnings=(*stages.findings(earlier), *outcome.warnings))
+
+
+def _refuse_unknown(options: Mapping[str, Any], known: Iterable[str]) -> None:
+    """Raise TypeError for arguments that no recipe has."""
+    if unknown := options.keys() - {*known}:
+        raise TypeError(f"unexpected arguments: {', '.join(sorted(unknown))}")

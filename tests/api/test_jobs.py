@@ -261,6 +261,13 @@ def test_the_recipe_of_a_job_alone_may_have_a_name() -> None:
     assert run_recipe({**first, "output": "there"}).path == Path("there")
 
 
+def test_an_argument_that_no_recipe_has_is_an_error() -> None:
+    first, *_ = yaml.safe_load_all(RECIPE)
+    for call in (plan_recipe, run_recipe):
+        with pytest.raises(TypeError, match="unexpected arguments: overwrit"):
+            call(first, "out", overwrit=True)
+
+
 def test_a_merge_alone_is_one_in_run_recipe_too() -> None:
     recipe = {"merge_method": "passthrough", "models": [{"model": "one"}]}
     assert run_recipe(recipe, "out").digest == merge(recipe, "out").digest == plan_recipe(recipe, "out").digest
