@@ -181,7 +181,7 @@ def main() -> None:
         subprocess.run(
             [sys.executable, "-c", make.format(str(sparse), args.sparse)], cwd=Path(__file__).parent, check=True
         )
-        print(heading(model / "base", args.threads, args.repeats, []), end="\n\n")
+        print(heading(model, args.threads, args.repeats, []), end="\n\n")
         for title, folder, ways, memory in (
             ("The model, 1.1 billion parameters times the size", model, ("copy", "ours", "peft"), None),
             (f"The sparse base, with --memory {format_size(args.memory)}", sparse, ("copy", "ours"), args.memory),

@@ -22,7 +22,8 @@ from mergekit_lfm.kernels.low_rank import approximate
 from mergekit_lfm.output.adapter import AdapterOutput, NewAdapter, new_adapter
 from mergekit_lfm.output.adapter_lock import AdapterInput, AdapterRequest, result_of
 from mergekit_lfm.output.names import public_names
-from mergekit_lfm.plan.extraction import Extraction, Group, Piece, Selection, plan_extraction
+from mergekit_lfm.plan.extraction import Extraction, plan_extraction
+from mergekit_lfm.plan.groups import Group, Piece, Selection
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lfm.store.hub import hub_name
 from mergekit_lfm.views.adapted import open_model

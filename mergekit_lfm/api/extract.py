@@ -21,7 +21,8 @@ from mergekit_lfm.machine.resources import default_memory, default_threads
 from mergekit_lfm.machine.sizes import format_size
 from mergekit_lfm.output.adapter import new_adapter
 from mergekit_lfm.output.adapter_lock import result_of
-from mergekit_lfm.plan.extraction import EXCLUDED, WORDS, Extraction
+from mergekit_lfm.plan.extraction import EXCLUDED, Extraction
+from mergekit_lfm.plan.groups import WORDS
 from mergekit_lfm.recipe.extract_recipe import ExtractRecipe
 from mergekit_lfm.store.folder import ADAPTER_WEIGHTS
 
@@ -126,9 +127,7 @@ def extract_planned(
     count = threads_for(extractor, wanted, most, stated=memory is not None)
     for side in (plan.model, plan.base):
         side.fetch(progress)
-    passes = 2 if ranks.nbytes is not None else 1
-    nbytes = sum(passes * spec.nbytes for spec in plan.model.values())
-    with progress.by_bytes(nbytes, "extracting") as done:
+    with progress.by_bytes(_work(plan, 2 if ranks.nbytes is not None else 1), "extracting") as done:
         extracted = _extract(replace(extractor, threads=count, done=done), planned)
     warnings = warn_of([*planned.notices, *_findings(plan, extracted, recipe.model)])
     return Outcome(target, extracted, planned.request.digest, False, warnings, time.monotonic() - started)
@@ -137,7 +136,7 @@ def extract_planned(
 def _findings(plan: Extraction, extracted: Extracted, model: str) -> list[str]:
     """The facts about the adapter that a user should know."""
     lost = [each for each in extracted.dropped if each.why != EXCLUDED]
-    findings = [f"{len(lost)} changed tensors are not in the adapter: {lost[0].why}: {_names(lost)}"] if lost else []
+    findings = [f"the adapter lacks {_names(lost)}: {lost[0].why}"] if lost else []
     if plan.unties and any(WORDS.search(each.name.removesuffix(".weight")) for each in extracted.saved):
         findings.append(
             f"with PEFT the head of {model} keeps the base's embedding, which is tied to it, and was changed"
@@ -157,6 +156,12 @@ def _read_result(out: Path) -> Extracted:
     )
 
 
+def _work(plan: Extraction, passes: int) -> int:
+    """Bytes to compare and to decompose, the latter in so many passes."""
+    matrices = sum(plan.model[name].nbytes for group in plan.groups for name in group.names)
+    return passes * matrices + sum(plan.model[name].nbytes for name in plan.compared)
+
+
 def _names(tensors: Sequence[Whole]) -> str:
     return shorten([each.name for each in tensors], 3)
 
@@ -164,8 +169,7 @@ def _names(tensors: Sequence[Whole]) -> str:
 def _extract(extractor: Extractor, planned: PlannedExtraction) -> Extracted:
     """Compare, decompose, and write the adapter."""
     plan = extractor.plan
-    whole = [*plan.biases, *plan.lost, *(name for own in plan.modules.values() for name in own)]
-    changed = extractor.changed(dict.fromkeys(whole))
+    changed = extractor.changed(plan.compared)
     modules = plan.save_with([module for module, own in plan.modules.items() if not changed.keys().isdisjoint(own)])
     saved = [*(name for name in plan.biases if name in changed)]
     saved += [name for module, own in plan.modules.items() if module in modules for name in own]
@@ -179,15 +183,12 @@ def _extract(extractor: Extractor, planned: PlannedExtraction) -> Extracted:
         reduced = extractor.write(adapter, plan.groups, ranks)
         for name in saved:
             adapter.save(plan.names[name], plan.model.read(name).view(plan.model[name].shape))
-        dropped = [Whole(name, energy, plan.lost[name]) for name, energy in changed.items() if name in plan.lost]
+        lost = {name: why for name, why in plan.lost.items() if name in changed and name not in saved}
+        dropped = [Whole(name, changed[name], why) for name, why in lost.items()]
         dropped += [Whole(each.name, each.energy, NO_ROOM) for each in reduced if not each.rank]
         if not (saved or any(each.rank for each in reduced)):
-            more = (
-                f"; {len(dropped)} tensors that differ are excluded, or have no room: {_names(dropped)}"
-                if dropped
-                else ""
-            )
-            raise PlanError(f"nothing to extract: the models have the same values{more}")
+            more = f" but in {_names(dropped)}: {dropped[0].why}" if dropped else ""
+            raise PlanError(f"nothing to extract: the models have the same values{more}; give others, or take more")
         extracted = Extracted(
             tuple(each for each in reduced if each.rank),
             tuple(Whole(name, changed.get(name, 0.0)) for name in saved),
@@ -216,12 +217,12 @@ def _rest(plan: Extraction, saved: Sequence[str], nbytes: int) -> int:
 def _about(extracted: Extracted) -> str:
     """The part of the model card about the contents."""
     ranks = sorted({each.rank for each in extracted.reduced})
-    by = "rank " + (str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}") if ranks else "no product"
-    lines = [
-        f"Extracted from a fine-tuned model: {len(extracted.reduced)} matrices as products of {by}, "
-        f"{len(extracted.saved)} tensors whole. It keeps {extracted.kept:.2%} of the energy of the change "
-        "(the sum of the squares of all differences).",
-    ]
-    if extracted.dropped:
-        lines.append(f"{len(extracted.dropped)} changed tensors are not in it.")
-    return "\n".join(lines)
+    rows = {
+        "matrices as products": len(extracted.reduced),
+        "their ranks": " to ".join(map(str, dict.fromkeys([*ranks[:1], *ranks[-1:]]))),
+        "tensors whole": len(extracted.saved),
+        "changed tensors that it lacks": len(extracted.dropped),
+        "kept of the change": f"{extracted.kept:.2%} of the sum of its squares",
+    }
+    lines = "\n".join(f"- {name}: {value}" for name, value in rows.items() if value)
+    return f"Extracted from a fine-tuned model:\n\n{lines}"

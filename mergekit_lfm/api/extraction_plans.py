@@ -12,7 +12,8 @@ from mergekit_lfm.output.adapter import AdapterOutput, NewAdapter
 from mergekit_lfm.output.adapter_lock import AdapterInput, AdapterRequest
 from mergekit_lfm.output.card import read_license
 from mergekit_lfm.output.names import public_names
-from mergekit_lfm.plan.extraction import Extraction, Group, Selection, plan_extraction
+from mergekit_lfm.plan.extraction import Extraction, plan_extraction
+from mergekit_lfm.plan.groups import Group, Selection
 from mergekit_lfm.recipe.extract_recipe import ExtractRecipe
 from mergekit_lfm.recipe.files import FoundModel
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint

@@ -16,6 +16,7 @@ from mergekit_lfm.api.outcome import Outcome
 from mergekit_lfm.errors import PlanError, shorten
 from mergekit_lfm.machine.text import printable_line
 from mergekit_lfm.output.card import CARD, front_matter
+from mergekit_lfm.recipe.files import Where, find_reference, is_adapted
 from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.store.durable import replace_file
@@ -43,6 +44,11 @@ class _Model:
         named = [(name, "card") for name in (bases if isinstance(bases, list) else [bases])]
         named.append((self.checkpoint.config.get("_name_or_path"), "config"))
         yield from ((name, place) for name, place in named if isinstance(name, str) and name.strip())
+
+    @property
+    def adapts(self) -> str | None:
+        """The model of MODEL+ADAPTER; None for a model without an adapter."""
+        return find_reference(self.given, Where()).model if is_adapted(self.given) else None
 
     def is_named(self, name: str) -> bool:
         """True if the name is for this model: its own, its folder's, or the last part of either."""
@@ -99,6 +105,9 @@ def _last_part(name: str) -> str:
 
 def _find_base(models: Sequence[_Model]) -> _Base | None:
     """The model that the others were made from: one of them, or another on the Hub; None if it is unclear."""
+    adapted = {model.adapts or model.given for model in models}
+    if len(models) > 1 and len(adapted) == 1 and any(model.adapts for model in models):
+        return _Base(adapted.pop(), "the model that the adapters are applied to")
     named = dict[int, list[str]]()  # by the index of a model, the reasons of those that name it
     elsewhere = list[set[str]]()
     for model in models:

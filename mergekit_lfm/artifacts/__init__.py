@@ -1,1 +1,1 @@
-"""Files that one step leaves for the next: statistics, transforms, patches, facts."""
+"""Files that one step leaves for the next: statistics, transforms, patches, adapters, facts."""

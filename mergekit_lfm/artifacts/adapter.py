@@ -19,9 +19,9 @@ from typing import Any
 from mergekit_lfm.errors import FormatError, shorten
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lfm.store.files import read_json
-from mergekit_lfm.store.folder import ADAPTER_CONFIG
+from mergekit_lfm.store.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from mergekit_lfm.store.hub import HubName
-from mergekit_lfm.store.tensors import FLOATS, TensorSpec
+from mergekit_lfm.store.tensors import FLOATS, TensorSpec, read_header
 
 # The tensors of an adapter for one module, by PEFT's names; each also has an end, `.weight` or `.bias`, or none.
 _PARTS = (
@@ -29,19 +29,22 @@ _PARTS = (
     "hada_t1 hada_t2 lokr_w1 lokr_w1_a lokr_w1_b lokr_w2 lokr_w2_a lokr_w2_b lokr_t2 ia3_l vera_lambda_b vera_lambda_d "
     "vera_A vera_B trainable_tokens_delta alpha"
 )
-_PART = re.compile(rf"^(?:(.*?)\.)?({_PARTS.replace(' ', '|')})(?:\.(?!weight$|bias$)[^.]+)?(?:\.(weight|bias))?$")
+_PART = re.compile(rf"^(?:(.*)\.)?({_PARTS.replace(' ', '|')})(?:\.(?!weight$|bias$)[^.]+)?(?:\.(weight|bias))?$")
 
 # Names that other programs give to the same parts, and wrappers of PEFT in the names of modules.
 _SPELLINGS = (
     (re.compile(r"(?:\.|_)lora(?:_linear_layer)?(?:\.|_)down\.weight$"), ".lora_A.weight"),
     (re.compile(r"(?:\.|_)lora(?:_linear_layer)?(?:\.|_)up\.weight$"), ".lora_B.weight"),
     (re.compile(r"\.dora_scale$"), ".lora_magnitude_vector"),
+    (re.compile(r"\.processor\.to_out\."), ".to_out.0."),
     (re.compile(r"\.processor\.(to_\w+)\."), r".\1."),
 )
 _WRAPPERS = re.compile(
     r"\.(?:token_adapter|(?:modules_to_save|ln_tuning_layers)(?:\.(?!weight$|bias$)[^.]+(?=\.))?)(?=\.|$)"
 )
 _PREFIXES = ("base_model.model.", "base_model.")
+DIFFUSERS = "lora_adapter_metadata"  # the key of a header under which diffusers has PEFT's config
+_KINDS = {"hada": "LOHA", "lokr": "LOKR", "ia3_": "IA3"}  # by how the names of their parts begin
 NESTED = ".base_layer"  # PEFT's wrapper of what another one wraps
 
 # The keys of a config without an effect on what the adapter does to its model.
@@ -50,7 +53,7 @@ _IDLE = (
     "init_weights layers_pattern layers_to_transform lora_dropout lora_ga_config loftq_config megatron_config "
     "megatron_core module_dropout modules_to_save peft_type peft_version projection_prng_key qalora_group_size "
     "rank_dropout rank_dropout_scale revision runtime_config save_projection target_modules task_type velora_config "
-    "vera_dropout d_initial use_effective_conv2d decompose_both decompose_factor init_ia3_weights enable_lora "
+    "vera_dropout d_initial use_effective_conv2d decompose_both decompose_factor init_ia3_weights "
     "merge_weights loraplus_lr_ratio bias lora_bias use_dora"
 )
 IDLE = frozenset(_IDLE.split())
@@ -86,8 +89,14 @@ class Adapter:
         """PEFT's name of its kind: "LORA" and so on; that which its tensors show for a file without a config."""
         if "peft_type" in self.config:
             return str(self.config["peft_type"])
-        first = next((part for module in self.modules for part in module.parts), "lora")
-        return {"hada": "LOHA", "lokr": "LOKR"}.get(first[:4], "LORA")
+        return self.kind_of(self.modules[0]) if self.modules else "LORA"
+
+    def kind_of(self, module: Module) -> str:
+        """The kind of a module: trainers of image models mix them in a file, which has no config."""
+        if "peft_type" in self.config:
+            return self.kind
+        starts = {part[:4] for part in module.parts}
+        return next((kind for start, kind in _KINDS.items() if start in starts), "LORA")
 
     @property
     def base(self) -> str | None:
@@ -97,29 +106,42 @@ class Adapter:
     @cached_property
     def key(self) -> dict[str, Any]:
         """All of its config that its effect depends on."""
-        return {name: value for name, value in sorted(self.config.items()) if name not in IDLE and value}
+        return _effective(self.config)
 
 
 def open_adapter(source: Path | HubName, label: str | None = None) -> Adapter:
     """The adapter in a folder, in a file, or on the Hub. Raises FormatError if it is damaged or of no known form."""
     label = str(source) if label is None else label
     tensors = open_checkpoint(source, adapter=True)
-    config = _read_config(tensors.path, label)
-    strange = [str(spec) for spec in tensors.values() if spec.dtype not in FLOATS]
+    config = _read_config(tensors, label)
+    modules, saved = _sort(tensors, label)
+    parts = [spec for own in modules for part, spec in own.parts.items() if part != "alpha"]  # which may be an integer
+    strange = [str(spec) for spec in parts if spec.dtype not in FLOATS]
     if strange:
         raise FormatError(
             f"{label} has tensors that are not floating-point numbers: {shorten(strange, 3)}; save it anew"
         )
-    modules, saved = _sort(tensors)
     if not (modules or saved):
         raise FormatError(f"{label} holds no tensor of an adapter, but {', '.join([*tensors][:3]) or 'nothing'}")
     return Adapter(label, config, tensors, modules, saved)
 
 
-def _read_config(path: Path, label: str) -> dict[str, Any]:
-    """The config of an adapter's folder; {} for a file. Raises FormatError for a folder without one."""
+def _read_config(tensors: Checkpoint, label: str) -> dict[str, Any]:
+    """The config of an adapter's folder, also if its file is named; of another program's file what is in its header.
+
+    Raises FormatError for an adapter of PEFT's without one.
+    """
+    path = tensors.path
     if not path.is_dir():
-        return {}
+        if not any(name.startswith(_PREFIXES) for name in tensors):
+            config = _read_metadata(path, label) if tensors.files[0].is_safetensors else {}
+            return _checked(config, f"{label}, {DIFFUSERS}")
+        if path.name not in ADAPTER_WEIGHTS:
+            raise FormatError(
+                f"{label} is PEFT's, which has the scales in {ADAPTER_CONFIG}: put that beside it, call it "
+                f"{ADAPTER_WEIGHTS[0]}, and name the folder"
+            )
+        path, label = path.parent, str(path.parent)
     if not (path / ADAPTER_CONFIG).is_file():
         raise FormatError(f"{label} has no {ADAPTER_CONFIG}, which says how its tensors are applied; copy it there")
     config = read_json(path / ADAPTER_CONFIG)
@@ -127,23 +149,80 @@ def _read_config(path: Path, label: str) -> dict[str, Any]:
         raise FormatError(
             f"{label}/{ADAPTER_CONFIG}: expected an object with peft_type, found {json.dumps(config):.60}"
         )
+    return _checked(config, f"{label}/{ADAPTER_CONFIG}")
+
+
+def _read_metadata(file: Path, label: str) -> dict[str, Any]:
+    """The config that diffusers writes into a file's header, with the model's name before each key; {} without one."""
+    text = read_header(file).metadata.get(DIFFUSERS)
+    if text is None:
+        return {}
+    try:
+        data = json.loads(text)
+        configs: dict[str, dict[str, Any]] = {}
+        for key, value in data.items():
+            configs.setdefault(key.rpartition(".")[0], {"peft_type": "LORA"})[key.rpartition(".")[2]] = value
+    except (ValueError, AttributeError):
+        raise FormatError(f"{label}: its {DIFFUSERS} is {text!r:.60}, expected an object; save it anew") from None
+    different = {json.dumps(_effective(config)) for config in configs.values()}
+    if len(different) > 1:
+        raise FormatError(
+            f"{label} has adapters of {shorten([*configs], 3)}, with other ranks or alphas; save each by itself"
+        )
+    return next(iter(configs.values()), {})
+
+
+def _effective(config: Mapping[str, Any]) -> dict[str, Any]:
+    """All of a config that the adapter's effect depends on."""
+    return {name: value for name, value in sorted(config.items()) if name not in IDLE and value}
+
+
+def _checked(config: dict[str, Any], place: str) -> dict[str, Any]:
+    """The config. Raises FormatError for patterns that are none."""
+    for key in ("rank_pattern", "alpha_pattern"):
+        if wrong := _wrong_patterns(config.get(key) or {}):
+            raise FormatError(f"{place}: {key} has {wrong}; correct it")
     return config
 
 
-def _sort(tensors: Mapping[str, TensorSpec]) -> tuple[tuple[Module, ...], dict[str, TensorSpec]]:
-    """The modules of an adapter's tensors, and those that are tensors of the model."""
+def _wrong_patterns(patterns: object) -> str | None:
+    """What is wrong with the value of `rank_pattern` or `alpha_pattern`."""
+    if not isinstance(patterns, dict):
+        return f"{patterns!r:.60}, expected an object with a number for each regular expression"
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            return f"{pattern!r:.60}, expected a regular expression ({error})"
+    return None
+
+
+def _sort(tensors: Mapping[str, TensorSpec], label: str) -> tuple[tuple[Module, ...], dict[str, TensorSpec]]:
+    """The modules of an adapter's tensors, and those that are tensors of the model.
+
+    Raises FormatError for tensors that stand for the same, as in a file of several adapters.
+    """
     modules, saved = dict[tuple[str, int], dict[str, TensorSpec]](), dict[str, TensorSpec]()
+    twice = list[str]()
     for name, spec in tensors.items():
         if ".original_module." in name:
             continue  # what a saved module was before, which some versions of PEFT have written
         plain = _plain(name)
         match = _PART.match(plain)
         if match is None:
-            saved[plain.replace(NESTED, "")] = spec
-            continue
-        module, part, end = match[1] or "", match[2], match[3]
-        key = module.replace(NESTED, ""), module.count(NESTED)
-        modules.setdefault(key, {})[f"{part}.bias" if end == "bias" else part] = spec
+            own, key = saved, plain.replace(NESTED, "")
+        else:
+            module, part, end = match[1] or "", match[2], match[3]
+            own = modules.setdefault((module.replace(NESTED, ""), module.count(NESTED)), {})
+            key = f"{part}.bias" if end == "bias" else part
+        if own.setdefault(key, spec) != spec:
+            twice.append(f"{own[key].name} and {name}")
+    if twice:
+        raise FormatError(
+            f"{label} has two tensors for one: {shorten(twice, 3)}; save each adapter in a file of its own"
+        )
+    for place in [place for place, parts in modules.items() if parts.keys() == {"alpha"}]:
+        saved[f"{place[0]}.alpha".lstrip(".")] = modules.pop(place)["alpha"]  # the number alpha is beside matrices
     return tuple(Module(name, parts, depth) for (name, depth), parts in modules.items()), saved
 
 

@@ -78,8 +78,8 @@ OPTIONS = (
     _ignore("--allow-crimes", "name the facts in which the models may differ: `allow: [model_type]` in the recipe"),
     _ignore("--unsafe-truncate-embeddings", "write `rows: crop` in the recipe"),
     _ignore("--transformers-cache", "models lie in the Hub's shared cache; HF_HUB_CACHE moves it", click.STRING),
-    _ignore("--lora-merge-cache", "no adapter is merged into a file of its own", click.STRING),
-    _ignore("--lora-merge-dtype", "no adapter is merged into a file of its own", click.STRING),
+    _ignore("--lora-merge-cache", "adapters are applied while their model is read", click.STRING),
+    _ignore("--lora-merge-dtype", "adapters are applied in float32, or float64, and rounded once", click.STRING),
 )
 _ALIKE = (
     "--safe-serialization",

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from mergekit_lfm.errors import FormatError, PlanError
-from mergekit_lfm.kernels.low_rank import FIRST, LowRank, approximate, is_exact, rank_for, scratch
+from mergekit_lfm.kernels.low_rank import FIRST, LowRank, approximate, energy_of, is_exact, rank_for, scratch
 from mergekit_lfm.kernels.random import key
 from mergekit_lfm.machine.sizes import format_size
 from mergekit_lfm.output.adapter import NewAdapter
-from mergekit_lfm.plan.extraction import Extraction, Group
+from mergekit_lfm.plan.extraction import Extraction
+from mergekit_lfm.plan.groups import Group
 from mergekit_lfm.store.tensors import ITEMSIZE
 
 AT_ONCE = 1 << 22  # elements of a tensor that is compared and not decomposed
@@ -132,6 +133,7 @@ class Extractor:
             self.done(group.out * group.columns * ITEMSIZE[self.plan.model[group.names[0]].dtype])
         if energy and rank:
             add_group(adapter, group, pairs)
+        kept = min(kept, energy)  # up to the rounding of the basis
         return Reduced(group.name, (group.out, group.columns), rank, energy, kept, len(group.members))
 
     def _search(self, group: Group) -> tuple[int, int, LowRank | None]:
@@ -184,8 +186,9 @@ def _read_change(plan: Extraction, group: Group, e: int) -> Tensor:
     for name, start, rows, columns in group.members[e]:
         change = plan.model.read(name, start, start + rows * columns).to(dtype)
         change -= plan.base.read(name, start, start + rows * columns).to(dtype)
-        _check_finite(float(torch.linalg.vector_norm(change, dtype=torch.float64)), name)
-        parts.append(change.view(rows, columns))
+        change = change.view(rows, columns)
+        _check_finite(energy_of(change), name)
+        parts.append(change)
     whole = parts[0] if len(parts) == 1 else torch.cat(parts)
     return whole.T if group.turned else whole
 

@@ -18,6 +18,7 @@ OVERSAMPLING = 10  # columns beyond the rank at least, as the source advises; a 
 POWERS = 3  # iterations with D D^T, for spectra that decay slowly
 SMALL = 256  # of the smaller side: decomposed exactly in no time
 FIRST = 16  # the rank to try first where a share of the energy is asked for
+AT_ONCE = 1 << 18  # elements to square
 COLUMNS = 1 << 11  # of a matrix in float64 at a time
 
 
@@ -54,7 +55,7 @@ def approximate(d: Tensor, rank: int, key: int, *, exact: bool = False) -> LowRa
 
     turned = d.shape[0] > d.shape[1]
     x = d.T if turned else d
-    total = float(torch.linalg.vector_norm(d, dtype=torch.float64)) ** 2
+    total = energy_of(d)
     if is_exact(d.shape[0], d.shape[1], rank, exact=exact):
         unit = _directions(x)[:, :rank].to(x.dtype)
         other = unit.T @ x
@@ -63,8 +64,15 @@ def approximate(d: Tensor, rank: int, key: int, *, exact: bool = False) -> LowRa
         inside = basis.T @ x
         inner = _directions(inside).to(x.dtype)
         unit, other = (basis @ inner)[:, :rank], (inner.T @ inside)[:rank]
-    energies = torch.linalg.vector_norm(other, dim=1, dtype=torch.float64).square().cpu()
+    energies = torch.tensor([energy_of(row[None]) for row in other], dtype=torch.float64)
     return LowRank(unit, other, turned, energies, total)
+
+
+def energy_of(x: Tensor) -> float:
+    """The sum of the squares of a matrix in float64, some rows at a time: torch would make a copy in float64."""
+    rows = max(1, AT_ONCE // max(1, x.shape[1]))
+    parts = (x[start : start + rows].double() for start in range(0, x.shape[0], rows))
+    return sum(float(part.square().sum()) for part in parts)
 
 
 def scratch(rows: int, columns: int, rank: int, *, exact: bool) -> int:
@@ -72,7 +80,7 @@ def scratch(rows: int, columns: int, rank: int, *, exact: bool) -> int:
     side = min(rows, columns)
     if is_exact(rows, columns, rank, exact=exact):
         return rows * columns + 2 * (4 * side * side + 2 * side * COLUMNS) + 2 * rank * (rows + columns)
-    return rows * columns + 6 * (rank + max(OVERSAMPLING, rank // 4)) * (rows + columns)
+    return rows * columns + 12 * (rank + max(OVERSAMPLING, rank // 4)) * (rows + columns)
 
 
 def rank_for(energies: Tensor, total: float, share: float) -> int | None:

@@ -145,7 +145,7 @@ class LocalRankedCoins(NamedTuple):
         import numpy as np
         import torch
 
-        here = block.count, *self.keys.tolist()
+        here = () if known is None else (block.count, *self.keys.tolist())
         if known is not None and here in known:
             kept = np.unpackbits(known[here], axis=1, count=block.count)
             return LocalMasks(torch.from_numpy(kept).int().neg_())

@@ -251,7 +251,7 @@ def adapter_card(title: str, output: AdapterOutput) -> str:
     front |= {"library_name": "peft", "tags": ["lora", "mergekit_lfm"]}
     named = output.architecture
     kind = named if named and named.isidentifier() else "AutoModel"
-    base = bound(output.repo or output.base or "MODEL", LONGEST)
+    base = bound(output.repo or Path(output.base or "MODEL").name, LONGEST)  # no path of the machine that made it
     labels = "" if output.labels is None else f", num_labels={output.labels}"
     code = (
         f"from peft import PeftModel\nfrom transformers import {kind}\n\n"

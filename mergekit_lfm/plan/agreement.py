@@ -79,7 +79,8 @@ def _find_factors(models: Sequence[Checkpoint], labels: Sequence[str]) -> Iterat
             yield (
                 FACTORS,
                 f"{label} has {len(factors)} factors of an adapter, such as {factors[0]}: merging the factors does not "
-                "merge what they multiply to. Merge each adapter into its model first",
+                "merge what they multiply to. Name each adapter with its model, MODEL+ADAPTER, or merge adapters with "
+                "`job: adapters`",
             )
 
 

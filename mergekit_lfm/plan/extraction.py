@@ -10,101 +10,24 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, NamedTuple
 
-from mergekit_lfm.arch.experts import ORDER, layouts
 from mergekit_lfm.arch.heads import HEAD, POOLER
 from mergekit_lfm.arch.kinds import kind_of
 from mergekit_lfm.arch.ties import is_tied, tied_names
 from mergekit_lfm.errors import PlanError, several
 from mergekit_lfm.output.adapter_config import HEADS, modules_of, saved_with
+from mergekit_lfm.plan.groups import Group, Selection, find_groups, is_vocabulary
 from mergekit_lfm.store.checkpoint import Checkpoint
-from mergekit_lfm.store.tensors import FLOATS, TensorSpec
-from mergekit_lfm.views.adapters.experts import TURNED
-from mergekit_lfm.views.adapters.names import is_conv1d
+from mergekit_lfm.store.tensors import TensorSpec
 from mergekit_lfm.views.experts import regroup
 from mergekit_lfm.views.renamed import Renamed
 from mergekit_lfm.views.renaming import find_renaming
 
-# Embeddings of words, which PEFT can wrap; those of positions have classes of their own.
-WORDS = re.compile(r"(^|\.)(embed_tokens|word_embeddings?|wte|shared|tok_embeddings|embed_in)$")
-EMBEDDINGS = re.compile(r"(^|\.)(\w*embeddings?|embed_\w+|wte|wpe|shared|relative_attention_bias)$")
-ROUTER = re.compile(r"(^|\.)(gate|router)$")
 # Running models whose files on the Hub have names without the module that the class with a head adds.
 TRUNKS = {"gpt2": "transformer.", "bloom": "transformer."}
-
 TIED_OTHERWISE = ("ForMaskedLM", "ForConditionalGeneration", "ForPreTraining")
 EXCLUDED = "excluded"
 PARTIAL = "PEFT saves whole modules, and its own has others in it"
-
-Kind = Literal["layer", "embedding", "experts"]
-
-
-class Piece(NamedTuple):
-    """Rows of a matrix in the files: [rows, columns] elements of a tensor from `start` on."""
-
-    name: str
-    start: int
-    rows: int
-    columns: int
-
-
-@dataclass(frozen=True)
-class Group:
-    """Matrices that get one rank: that of a layer, or those of all experts.
-
-    module: PEFT's name of the layer, or of the tensor of all experts. members: the pieces of each matrix. out, columns:
-    its shape once it is turned, if it is stored as [in, out]. kernel: the sizes of a convolution's.
-    """
-
-    module: str
-    kind: Kind
-    members: tuple[tuple[Piece, ...], ...]
-    out: int
-    columns: int
-    turned: bool = False
-    kernel: tuple[int, ...] = ()
-
-    @property
-    def name(self) -> str:
-        """The name of the tensor in reports."""
-        return self.module if self.kind == "experts" else f"{self.module}.weight"
-
-    @property
-    def names(self) -> list[str]:
-        """Its tensors in the files."""
-        return list(dict.fromkeys(piece.name for member in self.members for piece in member))
-
-    @property
-    def width(self) -> int:
-        """The numbers that one rank takes."""
-        return len(self.members) * (self.out + self.columns)
-
-    @property
-    def most(self) -> int:
-        """The largest rank."""
-        return min(self.out, self.columns)
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Which tensors an adapter may change, and how: those with one of `include` in their names, and none of `exclude`.
-
-    Texts are regular expressions. save: those of modules to save whole. embed_lora: whether embeddings and heads are
-    products.
-    """
-
-    include: Sequence[str] = ()
-    exclude: Sequence[str] = ()
-    save: Sequence[str] = ()
-    embed_lora: bool = False
-
-    def takes(self, name: str) -> bool:
-        wanted = not self.include or any(re.search(text, name) for text in self.include)
-        return wanted and not any(re.search(text, name) for text in self.exclude)
-
-    def saves(self, module: str) -> bool:
-        return any(re.search(text, module) for text in self.save)
 
 
 @dataclass
@@ -112,7 +35,7 @@ class Extraction:
     """The plan. model, base: with the same names and layout. names: by a tensor's name there that of the running model.
 
     groups: the products. modules: by PEFT's name those that can be saved, with their tensors. biases: of the layers in
-    groups. lost: the tensors that no adapter can hold, and why. added: those that the model alone has, its head.
+    groups. lost: the tensors that no adapter can hold, and why. added: those that the model alone has.
     together: by the names of one expert's tensors those of the tensors with all experts.
     """
 
@@ -146,6 +69,11 @@ class Extraction:
         """Whether PEFT would give the head of the model an embedding of its own: it ties `lm_head` alone."""
         architecture = str(next(iter(self.model.config.get("architectures") or [""]), ""))
         return bool(is_tied(self.model.config)) and architecture.endswith(TIED_OTHERWISE)
+
+    @property
+    def compared(self) -> list[str]:
+        """The tensors that are in no group."""
+        return list(dict.fromkeys([*self.biases, *self.lost, *(name for own in self.modules.values() for name in own)]))
 
     @property
     def running(self) -> list[str]:
@@ -195,35 +123,33 @@ def _compare(
     tied: Collection[str],
     selection: Selection,
 ) -> Iterator[str]:
-    """The tensors of heads that the model alone has, or in another shape. Raises PlanError for other differences."""
+    """The tensors that the model alone has, or in another shape: of heads, or excluded. Raises PlanError for others."""
     label, base_label = labels
     problems = []
     for name in counted:
         spec, old = model[name], base.get(name)
         if old is not None and old.shape == spec.shape:
             continue
-        if (HEAD.search(name) and not _is_vocabulary(name)) or (old is None and POOLER.search(name)):
+        free = (HEAD.search(name) and not is_vocabulary(name)) or (old is None and POOLER.search(name))
+        if free or not selection.takes(name):
             yield name
         elif old is None:
             problems.append(f"{spec} is in {label} alone")
-        elif selection.takes(name):
+        else:
             problems.append(f"{name} is {list(spec.shape)} in {label}, {list(old.shape)} in {base_label}")
     alone = (spec for name, spec in base.items() if name not in model and not _is_apart(name, tied))
-    problems += [f"{spec} is in {base_label} alone" for spec in alone if kind_of(spec) != "constant"]
+    problems += [f"{spec} is in {base_label} alone" for spec in alone if selection.takes(spec.name)]
     if problems:
         found = several(f"an adapter changes values, but {label} and {base_label} differ in more", problems, most=10)
         raise PlanError(f"{found}\nGive the model that was fine-tuned, resized as it was, as the base")
-
-
-def _is_vocabulary(name: str) -> bool:
-    return name.rpartition(".")[0].rpartition(".")[2] in ("lm_head", "embed_out", "decoder")
 
 
 def _running_names(names: Sequence[str], model: Checkpoint) -> list[str]:
     """The names as the class has them that the config names."""
     kind = str(model.config.get("model_type", ""))
     architecture = next(iter(model.config.get("architectures") or [""]), "")
-    trunk = "" if str(architecture).endswith("Model") and "LMHead" not in str(architecture) else TRUNKS.get(kind, "")
+    headed = re.search(r"(For\w+|LMHeadModel|DoubleHeadsModel)$", str(architecture))
+    trunk = TRUNKS.get(kind, "") if headed else ""
     if any(name.startswith(trunk) for name in names):
         trunk = ""
     running = [name if HEAD.search(name) else trunk + name for name in names]
@@ -241,7 +167,8 @@ def _place(plan: Extraction, selection: Selection) -> None:
         for module in _parents(running):
             inside.setdefault(module, []).append(name)
     placed, weights = set[str](), set[str]()
-    for group in _groups(plan, selection, inside):
+    specs = {running: plan.model[name] for name, running in plan.names.items() if name not in plan.added}
+    for group in find_groups(specs, str(plan.model.config.get("model_type", "")), selection):
         placed.update(group.names)
         weights.add(group.name)
         if group.kind == "experts":
@@ -269,69 +196,6 @@ def _place(plan: Extraction, selection: Selection) -> None:
 def _home(running: str) -> str:
     """The module that a tensor is saved with: a whole head, or its own."""
     return next((each for each in _parents(running) if each.rpartition(".")[2] in HEADS), running.rpartition(".")[0])
-
-
-def _groups(plan: Extraction, selection: Selection, inside: Mapping[str, Sequence[str]]) -> Iterator[Group]:
-    """The groups of all tensors that can be products."""
-    kind = str(plan.model.config.get("model_type", ""))
-    apart = [*_experts_apart(plan)]
-    yield from apart
-    placed = {name for group in apart for name in group.names}
-    for name, running in plan.names.items():
-        spec = plan.model[name]
-        if name in placed or name in plan.added or spec.dtype not in FLOATS or 0 in spec.shape:
-            continue
-        module, _, leaf = running.rpartition(".")
-        if len(spec.shape) == 3 and leaf in ORDER and module.endswith("experts"):
-            yield _experts_together(spec, running, kind)
-        elif leaf == "weight" and module and len(spec.shape) > 1 and not selection.saves(module):
-            is_router = ROUTER.search(module) and f"{module.rpartition('.')[0]}.experts" in inside
-            group = None if is_router else _layer(spec, running, module, kind, selection)
-            if group is not None:
-                yield group
-
-
-def _layer(spec: TensorSpec, running: str, module: str, kind: str, selection: Selection) -> Group | None:
-    """The group of one layer's weight; None for those that are saved whole."""
-    rows, columns, *kernel = spec.shape
-    whole: tuple[Piece, ...] = (Piece(spec.name, 0, rows, spec.numel // rows),)
-    if EMBEDDINGS.search(module) and not kernel:
-        known = selection.embed_lora and WORDS.search(module)
-        return Group(module, "embedding", (whole,), columns, rows, turned=True) if known else None
-    if HEAD.search(running) and not (selection.embed_lora and _is_vocabulary(running)):
-        return None
-    if kernel:  # each output of a depthwise convolution has its own input, and PEFT's factors know no such layer
-        return Group(module, "layer", (whole,), rows, spec.numel // rows, kernel=(*kernel,)) if columns > 1 else None
-    if is_conv1d(module, kind, stated=False):
-        return Group(module, "layer", (whole,), columns, rows, turned=True)
-    return Group(module, "layer", (whole,), rows, columns)
-
-
-def _experts_together(spec: TensorSpec, running: str, kind: str) -> Group:
-    """The group of a tensor of all experts."""
-    count, rows, columns = spec.shape
-    members = tuple((Piece(spec.name, e * rows * columns, rows, columns),) for e in range(count))
-    out, into = (columns, rows) if kind in TURNED else (rows, columns)
-    return Group(running, "experts", members, out, into, turned=kind in TURNED)
-
-
-def _experts_apart(plan: Extraction) -> Iterator[Group]:
-    """The groups of experts that the files have one by one, as the running model has them: in two tensors."""
-    own = {name: plan.model[name] for name in plan.names if ".experts." in name}
-    placed = set[str]()
-    for layout in layouts():
-        for layer in layout.find(own):
-            names = layout.names(layer)
-            if layer.form != "apart" or not placed.isdisjoint(names):
-                continue
-            placed.update(names)
-            for together, matrices in zip(layout.together(layer), ((0, 1), (2,)), strict=True):
-                members = tuple(
-                    tuple(Piece(layout.name(layer, e, i), 0, *layer.matrices[i]) for i in matrices)
-                    for e in range(layer.count)
-                )
-                rows = sum(piece.rows for piece in members[0])
-                yield Group(together, "experts", members, rows, members[0][0].columns)
 
 
 def _parents(name: str) -> list[str]:

@@ -6,7 +6,7 @@ A path may have a plus sign itself, so what exists under the longer name is that
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,7 +53,19 @@ def _unscaled(piece: str) -> tuple[str, float]:
 def join_reference(model: str, adapters: Iterable[tuple[str, float]], *, ones: bool = False) -> str:
     """The text that `split_reference` takes apart. ones: True to write a scale of 1, too, which no path is like."""
     plain = 1 if not ones else None
-    return PLUS.join([model, *(ref if scale == plain else f"{scale:g}{TIMES}{ref}" for ref, scale in adapters)])
+    return PLUS.join([model, *(ref if scale == plain else f"{_text_of(scale)}{TIMES}{ref}" for ref, scale in adapters)])
+
+
+def _text_of(scale: float) -> str:
+    """The shortest text that is read as this number, without a plus sign."""
+    return repr(scale).replace("e+", "e").removesuffix(".0")
+
+
+def model_of(text: str, adapters: Sequence[AdapterRef]) -> str:
+    """The model in a text whose adapters are known."""
+    for adapter in reversed(adapters):
+        text = text[: text.rindex(PLUS, 0, text.rindex(adapter.ref))]
+    return text
 
 
 def names_in(text: str) -> list[str]:

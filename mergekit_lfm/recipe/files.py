@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -9,7 +10,7 @@ from os import PathLike
 from pathlib import Path
 
 from mergekit_lfm.errors import Refusal
-from mergekit_lfm.recipe.adapters import PLUS, AdapterRef, join_reference, split_reference
+from mergekit_lfm.recipe.adapters import PLUS, AdapterRef, join_reference, model_of, split_reference
 from mergekit_lfm.recipe.problems import Problem, attempt
 from mergekit_lfm.recipe.values import NamedFile
 from mergekit_lfm.store.folder import split_address
@@ -34,6 +35,11 @@ class FoundModel:
     source: Path | HubName
     adapters: tuple[AdapterRef, ...] = ()
 
+    @property
+    def model(self) -> str:
+        """The part of `ref` before the adapters."""
+        return model_of(self.ref, self.adapters)
+
 
 def find_reference(text: str, where: Where) -> FoundModel:
     """The model in a text MODEL+ADAPTER, as `find_model` finds it, or the result of a stage; and the adapters.
@@ -44,6 +50,10 @@ def find_reference(text: str, where: Where) -> FoundModel:
         return FoundModel(text, where.stages[text])
     exists = partial(_exists, where=where.folder)
     parts = model, adapters = split_reference(text, exists)
+    if endless := next((ref for ref, scale in adapters if math.isinf(scale)), None):
+        raise Refusal(
+            "found an infinite share of {found}, {expected}", found=repr(endless), expected="expected a number"
+        )
     short = join_reference(model, adapters)
 
     def find(ref: str) -> Path | HubName:

@@ -11,6 +11,10 @@ FUSION_BENCH = "FusionBench"
 DIFFUSION = "tools for Stable Diffusion"
 # Methods of other tools, or their names there: the tool, and the nearest method here.
 METHODS_ELSEWHERE = {
+    "cabs": ("mergekit", "ties"),
+    "core_space": ("mergekit", "tsv"),
+    "lrp": ("mergekit", "ties"),
+    "zipit": ("mergekit", "linear"),
     "fisher_merging": (FUSION_BENCH, "fisher"),
     "simple_average": (FUSION_BENCH, "linear"),
     "ties_merging": (FUSION_BENCH, "ties"),

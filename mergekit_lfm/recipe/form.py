@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
@@ -68,7 +69,8 @@ def _with_adapters(name: object, value: Mapping[str, Any], at: str) -> object:
         raise ValueError("`scale` beside a model is of an adapter: name one as `adapter`, or move it to `parameters`")
     if not (keys and isinstance(name, str)):
         return name
-    if not isinstance(scale, int | float | None) or isinstance(scale, bool):
+    is_number = isinstance(scale, int | float) and not isinstance(scale, bool) and abs(scale) <= sys.float_info.max
+    if not (scale is None or is_number):
         raise Refusal("scale: found {found}, expected {expected}", found=repr(scale), expected="a number")
     given = [each for key in keys for each in (value[key] if isinstance(value[key], list) else [value[key]])]
     adapters = [_read_reference(each, f"{at}.adapter") for each in given]

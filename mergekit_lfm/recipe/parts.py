@@ -14,7 +14,7 @@ from typing import cast
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.methods.method import REQUIRED, Method, Parameter, Value
 from mergekit_lfm.methods.registry import METHODS
-from mergekit_lfm.recipe.adapters import PLUS, AdapterRef
+from mergekit_lfm.recipe.adapters import AdapterRef, model_of
 from mergekit_lfm.recipe.align import AlignRequest
 from mergekit_lfm.recipe.edit import EditRequest
 from mergekit_lfm.recipe.problems import Problem
@@ -52,10 +52,7 @@ class Input:
     @property
     def model_ref(self) -> str:
         """The part of `ref` before the adapters."""
-        text = self.ref
-        for adapter in reversed(self.adapters):
-            text = text[: text.rindex(PLUS, 0, text.rindex(adapter.ref))]
-        return text
+        return model_of(self.ref, self.adapters)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,1 +1,1 @@
-"""Checkpoints made from others while they are read: rewritten, patched, or still pending."""
+"""Checkpoints made from others while they are read: rewritten, patched, with adapters, or still pending."""

@@ -24,8 +24,8 @@ from mergekit_lfm.kernels.sums import round_once
 from mergekit_lfm.recipe.adapters import AdapterRef
 from mergekit_lfm.recipe.files import Where, find_reference, is_adapted
 from mergekit_lfm.store.checkpoint import Checkpoint, Layout, open_checkpoint
-from mergekit_lfm.store.tensors import ITEMSIZE, TensorSpec
-from mergekit_lfm.views.adapters.change import Change, Panel
+from mergekit_lfm.store.tensors import FLOATS, ITEMSIZE, TensorSpec
+from mergekit_lfm.views.adapters.change import Change, Panel, Partial, Replaced, scaled
 from mergekit_lfm.views.adapters.find import Changes, find_changes
 from mergekit_lfm.views.base import Maker, ReadRows, Source, View, row_count
 from mergekit_lfm.views.quantisation import dequantise
@@ -141,10 +141,15 @@ class Adapted(View):
         steps: dict[str, list[Step]] = {}
         for i, (_, scale, changes) in enumerate(adapters, 1):
             for name, own in changes.items():
-                scaled = own if scale == 1 else [change.scaled(scale) for change in own]
-                steps.setdefault(name, []).extend((i, change) for change in scaled)
+                shares = own if scale == 1 else [scaled(change, scale) for change in own]
+                steps.setdefault(name, []).extend((i, change) for change in shares)
         passes = _Passes()
-        self._makers = {name: _make(inner[name], tuple(own), passes, exact=exact) for name, own in steps.items()}
+        self._taken = {name: taken for name, own in steps.items() if (taken := _taken(inner[name], own))}
+        self._makers = {
+            name: _make(inner[name], tuple(own), passes, exact=exact)
+            for name, own in steps.items()
+            if name not in self._taken
+        }
         specs = {name: self._makers[name].spec if name in self._makers else spec for name, spec in inner.items()}
         key = {"adapters": [[adapter.kind, adapter.key, scale] for adapter, scale, _ in adapters], "exact": exact}
         super().__init__(specs, (inner, *(adapter.tensors for adapter, _, _ in adapters)), key)
@@ -153,6 +158,12 @@ class Adapted(View):
 
     def maker(self, name: str) -> Applied | None:
         return self._makers.get(name)
+
+    def source(self, name: str) -> Source:
+        return self._taken.get(name, (0, name))
+
+    def name_in_files(self, name: str) -> str:
+        return self.inners[0].name_in_files(name)
 
     def stored_dtype(self, name: str) -> str:
         return self.inners[0].stored_dtype(name)
@@ -189,6 +200,17 @@ class Adapted(View):
         if source not in parts:
             parts[source] = super()._read(source, first, last)
         return parts[source]
+
+
+def _taken(old: TensorSpec, steps: Sequence[Step]) -> Source | None:
+    """The adapter's tensor that stands in place of the model's as it is; None for any other change.
+
+    Of integers that is so for any share: there is no number between two of them.
+    """
+    i, change = steps[-1]
+    if isinstance(change, Partial) and old.dtype not in FLOATS:
+        change = change.change
+    return (i, change.new.name) if isinstance(change, Replaced) and change.new.dtype == old.dtype else None
 
 
 def _make(old: TensorSpec, steps: tuple[Step, ...], passes: _Passes, *, exact: bool) -> Applied:

@@ -182,7 +182,7 @@ def test_an_adapter_is_not_a_model(work: Work, names: tuple[str, ...]) -> None:
     weights(work.b).rename(work.b / names[0])
     for name in names[1:]:
         (work.b / name).write_text("{}")
-    work.refused("models/b holds an adapter", "merge it into its model first")
+    work.refused("models/b holds an adapter", "name it with its model, MODEL+")
 
 
 def test_an_adapter_beside_a_model_is_left_alone(work: Work) -> None:

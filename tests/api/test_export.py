@@ -10,14 +10,16 @@ import pytest
 import torch
 from helpers_adapters import logits, tiny_model, with_adapter
 from helpers_commands import answer, run
+from helpers_lora import save_lora
 from models import files_of
 from torch import Tensor
 
-from mergekit_lfm import apply_patches, export_patches
+from mergekit_lfm import apply_patches, export_patches, merge_adapters
 from mergekit_lfm.api.outcome import Finding
 from mergekit_lfm.artifacts.patch import Patch, PatchInfo, TensorChange
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.store.checkpoint import open_checkpoint
+from mergekit_lfm.views.adapted import open_model
 
 LAYER = {"llama": "model.layers.1.mlp.down_proj", "gpt2": "transformer.h.1.mlp.c_proj"}
 
@@ -131,3 +133,22 @@ def test_the_command_prints_the_ranks(tmp_path: Path) -> None:
     assert data["tensors"] == [{"name": f"{LAYER['llama']}.weight", "rank": 2, "kept": 1.0}]
     result = run(*arguments, "-o", str(tmp_path / "y" / "out"))
     assert "down_proj.weight     2  100.00%" in result.stderr and files_of(tmp_path / "x") == files_of(tmp_path / "y")
+
+
+def test_an_exported_patch_is_an_adapter_among_others(tmp_path: Path) -> None:
+    """After a LoRA in turn, and merged with it to one adapter: in both ways the patched model with the LoRA."""
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path / "base")
+    name = f"{LAYER['llama']}.weight"
+    file = patch(tmp_path / "patch.safetensors", model, {name: "low_rank"})
+    export_patches([file], tmp_path / "edit")
+    lora = save_lora(model, tmp_path / "lora", 1, r=2, target_modules=["down_proj", "q_proj"])
+    apply_patches(tmp_path / "base", [file], tmp_path / "patched", verify=False, any_base=True)
+    expected = open_model(f"{tmp_path}/patched+{lora}")
+    in_turn = open_model(f"{tmp_path}/base+{lora}+{tmp_path}/edit")
+    with pytest.warns(Finding, match="does not change 3 of 4 modules"):
+        merge_adapters([lora, tmp_path / "edit"], tmp_path / "both", method="cat")
+    at_once = open_model(f"{tmp_path}/base+{tmp_path}/both")
+    for key in expected:
+        for view in (in_turn, at_once):
+            torch.testing.assert_close(view.read(key), expected.read(key), rtol=1e-5, atol=1e-6)

@@ -188,9 +188,7 @@ def test_changes_that_are_not_extracted_are_named(tmp_path: Path) -> None:
     base |= {"model.layers.0.v_proj.weight": torch.zeros(8, 8), "model.norm.weight": torch.zeros(8)}
     save_checkpoint(tmp_path / "base", base, LLAMA)
     save_checkpoint(tmp_path / "tuned", {name: x + 1 for name, x in base.items()}, LLAMA)
-    with pytest.warns(
-        Finding, match=r"1 changed tensors are not in .* its own has others in it: model\.layers\.0\.gamma"
-    ):
+    with pytest.warns(Finding, match=r"the adapter lacks model\.layers\.0\.gamma: PEFT saves whole modules"):
         result = extract_lora(tmp_path / "tuned", tmp_path / "base", tmp_path / "out", exclude=["v_proj"]).result
     assert {each.name: (each.why, each.energy) for each in result.dropped} == {
         "model.layers.0.v_proj.weight": ("excluded", 64),
@@ -219,6 +217,45 @@ def test_files_without_the_prefix_of_the_class_are_named_as_it_runs(tmp_path: Pa
     extract_lora(tmp_path / "tuned", tmp_path / "base", tmp_path / "out", rank=64)
     torch.testing.assert_close(logits(with_adapter(base, tmp_path / "out")), logits(tuned), atol=1e-3, rtol=1e-3)
     assert errors(tmp_path / "base", tmp_path / "out", tmp_path / "tuned") < 1e-5
+
+
+def test_experts_stored_together_come_back_with_one_rank(tmp_path: Path) -> None:
+    base, tuned = tiny_model("mixtral"), tune(tiny_model("mixtral"), rank=2)
+    for folder, model in (("base", base), ("tuned", tuned)):
+        save_checkpoint(tmp_path / folder, model.state_dict(), model.config.to_dict())
+    result = extract_lora(tmp_path / "tuned", tmp_path / "base", tmp_path / "out", energy=1 - 1e-9).result
+    assert {(each.rank, each.count) for each in result.reduced if "experts" in each.name} == {(2, 4)}
+    assert errors(tmp_path / "base", tmp_path / "out", tmp_path / "tuned") < 1e-4
+    torch.testing.assert_close(logits(with_adapter(base, tmp_path / "out")), logits(tuned), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float64, 1e-6), (torch.bfloat16, 1e-2)])
+def test_other_dtypes_are_read_exactly(tmp_path: Path, dtype: torch.dtype, most: float) -> None:
+    """The bound is that of the adapter's float32, or of the bfloat16 in which the base with the adapter is read."""
+    draw = torch.Generator().manual_seed(3)
+    base = {Q: torch.randn(8, 6, generator=draw), "model.norm.weight": torch.ones(6)}
+    tuned = {name: x + torch.randn(x.shape, generator=draw) for name, x in base.items()}
+    save_checkpoint(tmp_path / "base", {name: x.to(dtype) for name, x in base.items()}, LLAMA)
+    save_checkpoint(tmp_path / "tuned", {name: x.to(dtype) for name, x in tuned.items()}, LLAMA)
+    extract_lora(tmp_path / "tuned", tmp_path / "base", tmp_path / "out")
+    assert errors(tmp_path / "base", tmp_path / "out", tmp_path / "tuned") < most
+
+
+def test_an_excluded_tensor_may_have_another_shape(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "base", BASE, LLAMA)
+    tuned = changed(Q, torch.ones(8, 6)) | {"model.embed_tokens.weight": torch.zeros(10, 6)}
+    save_checkpoint(tmp_path / "tuned", tuned, LLAMA)
+    result = extract_lora(tmp_path / "tuned", tmp_path / "base", tmp_path / "out", exclude=["embed"]).result
+    assert [each.name for each in result.dropped] == ["model.embed_tokens.weight"]
+
+
+def test_an_adapter_on_its_base_is_extracted_again(tmp_path: Path) -> None:
+    base, tuned = tiny_model("llama"), tune(tiny_model("llama"), rank=2)
+    base.save_pretrained(tmp_path / "base")
+    tuned.save_pretrained(tmp_path / "tuned")
+    extract_lora(tmp_path / "tuned", tmp_path / "base", tmp_path / "one", rank=2)
+    extract_lora(f"{tmp_path / 'base'}+{tmp_path / 'one'}", tmp_path / "base", tmp_path / "two", rank=2)
+    assert errors(tmp_path / "base", tmp_path / "two", tmp_path / "tuned") < 1e-5
 
 
 def test_convolutions_come_back(tmp_path: Path) -> None:
@@ -254,7 +291,7 @@ def changed(name: str, x: Tensor) -> dict[str, Tensor]:
 BASE = {Q: torch.zeros(8, 6), "model.embed_tokens.weight": torch.zeros(9, 6), "model.norm.weight": torch.zeros(6)}
 HOSTILE: list[tuple[dict[str, Tensor], dict[str, Any], str]] = [
     (BASE, {}, "nothing to extract: the models have the same values"),
-    (changed(Q, torch.ones(8, 6)), {"exclude": ["q_"]}, "same values; 1 tensors that differ are excluded"),
+    (changed(Q, torch.ones(8, 6)), {"exclude": ["q_"]}, "same values but in model.layers.0.q_proj.weight: excluded"),
     (changed("model.embed_tokens.weight", torch.zeros(10, 6)), {}, r"embed_tokens.weight is \[10, 6\] in .*, \[9, 6\]"),
     (changed("model.extra.weight", torch.zeros(2)), {}, r"model.extra.weight \[2\] float32 is in .*tuned alone"),
     ({Q: torch.ones(8, 6)}, {}, "2 problems"),
@@ -268,7 +305,7 @@ HOSTILE: list[tuple[dict[str, Tensor], dict[str, Any], str]] = [
     (BASE, {"dtype": "float64"}, "dtype: found 'float64', expected one of float32, bfloat16, float16; did you mean"),
     (changed(Q, torch.ones(8, 6)), {"memory": 100}, "found a memory of 100 B"),
     (changed(Q, torch.ones(8, 6)), {"size": 10}, "found a size of 10 B, expected more than .* for the header; give"),
-    (changed(Q, torch.ones(8, 6)), {"size": 350}, "1 tensors that differ are excluded, or have no room"),
+    (changed(Q, torch.ones(8, 6)), {"size": 350}, "q_proj.weight: no rank fits into the size"),
     (
         changed("model.norm.weight", torch.ones(6)),
         {"size": 10},

@@ -18,7 +18,9 @@ from models import files_of, output_of
 from safetensors.torch import save_file
 
 from mergekit_lfm import merge, open_checkpoint
+from mergekit_lfm.api.arguments import model_folder
 from mergekit_lfm.errors import FormatError, PlanError
+from mergekit_lfm.views.adapted import open_model
 
 RECIPE = """\
 merge_method: linear
@@ -389,3 +391,53 @@ def test_a_full_disk_is_noticed_before(folder: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(PlanError, match=r"need .* GB more in the cache of the Hub, .*make room, or set HF_HOME"):
         merge("recipe.yaml", "out")
     assert list(folder.glob("out*")) == []
+
+
+@pytest.fixture
+def lora(models: HubServer, folder: Path) -> HubServer:
+    """An adapter on the Hub, its second commit, and a copy of the first one here."""
+    place = folder / "local/lora"
+    place.mkdir()
+    (name, spec), *_ = ((name, spec) for name, spec in open_checkpoint("local/a").items() if "q_proj" in name)
+    key = f"base_model.model.{name.removesuffix('.weight')}"
+    tensors = {
+        f"{key}.lora_A.weight": torch.ones(2, spec.shape[1]),
+        f"{key}.lora_B.weight": torch.ones(spec.shape[0], 2),
+    }
+    save_file(tensors, place / "adapter_model.safetensors")
+    (place / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4}))
+    commit = models.create("org/lora", {**files_of(place), "optimizer.pt": b"x" * 200_000})
+    models.tag("org/lora", "v1", commit)
+    models.commit("org/lora", {"adapter_config.json": b'{"peft_type": "LORA", "r": 2, "lora_alpha": 400}'})
+    return models
+
+
+def test_an_adapter_on_the_hub_is_read_at_its_commit(lora: HubServer, folder: Path) -> None:
+    """A plan reads headers; the merge downloads the adapter, not what lies beside it; its commit is recorded."""
+    text = "models: [{model: MODEL+0.5*LORA}]\nmerge_method: passthrough\n"
+    (folder / "adapted.yaml").write_text(text.replace("MODEL", "org/a").replace("LORA", "org/lora@v1"))
+    (folder / "local.yaml").write_text(text.replace("MODEL", "local/a").replace("LORA", "local/lora"))
+    assert run("plan", "adapted.yaml").exit_code == 0
+    assert not (set(weights_sent(lora)) & {"optimizer.pt"})
+    merge("adapted.yaml", "out")
+    merge("local.yaml", "same")
+    assert open_checkpoint("out").digests == open_checkpoint("same").digests != open_checkpoint("local/a").digests
+    assert "optimizer.pt" not in weights_sent(lora) and "adapter_model.safetensors" in weights_sent(lora)
+    lock = json.loads((folder / "out/merge.lock.json").read_text())
+    commits = {file["commit"] for entry in lock["inputs"] for file in entry["files"] if "commit" in file}
+    assert commits == {f"org/a@{lora.head('org/a')}", f"org/lora@{lora.revision('org/lora', 'v1')}"}
+    card = (folder / "out/README.md").read_text()
+    assert "base_model:\n- org/a\n- org/lora\n" in card and str(folder) not in card
+
+
+@pytest.mark.usefixtures("folder")
+def test_the_data_of_a_model_and_its_adapter_are_downloaded_when_read(lora: HubServer) -> None:
+    """`inspect` reads headers, unless the content is asked for."""
+    said = answer(run("inspect", "org/a+0.5*org/lora@v1", "--json"))
+    assert "adapter_model.safetensors" not in {path.name for path in Path().glob("../**/snapshots/*/*")}
+    local = answer(run("inspect", "local/a+0.5*local/lora", "--json", "--content"))
+    assert said["tensors"] == local["tensors"]
+    assert answer(run("inspect", "org/a+0.5*org/lora@v1", "--json", "--content"))["content"] == local["content"]
+    text = str(model_folder("org/a+0.5*org/lora@v1"))  # as commands that run models get it
+    assert text.count("/snapshots/") == 2 and open_model(text).content == local["content"]
+    assert "optimizer.pt" not in weights_sent(lora)

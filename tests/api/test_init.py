@@ -10,6 +10,7 @@ import torch
 import yaml
 from helpers_commands import answer, refusal, run
 from models import save_checkpoint
+from safetensors.torch import save_file
 
 from mergekit_lfm import PlanError, Recipe, init_recipe, plan_merge
 
@@ -144,3 +145,19 @@ def test_sizes_of_the_wrong_type_in_a_config_are_compared(tmp_path: Path) -> Non
 def test_a_folder_whose_name_begins_like_a_home_folder_is_itself() -> None:
     save("~model")
     assert "model: ./~model" in init_recipe(["~model"]).result
+
+
+def test_the_model_of_adapters_is_the_base(folder: Path) -> None:
+    """Where all are adapters to one model, or the model itself; an adapter of another model tells nothing."""
+    for name in ("one", "two"):
+        (folder / name).mkdir()
+        (folder / name / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 1, "lora_alpha": 1}')
+        save_file({"norm": torch.ones(2)}, folder / name / "adapter_model.safetensors")
+    save("base")
+    save("other")
+    for others in (["base+one", "base+0.5*two"], ["base+one", "base+0.5*two", "base"]):
+        recipe = proposal(*others)
+        assert (recipe["merge_method"], recipe["base_model"]) == ("ties", "base")
+        assert [line["model"] for line in recipe["models"]] == others[:2]
+        Path("recipe.yaml").unlink()
+    assert proposal("base+one", "other+two")["merge_method"] == "slerp"

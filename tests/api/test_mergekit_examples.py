@@ -78,6 +78,68 @@ def test_examples(example: str, root: Path, tmp_path: Path) -> None:
         assert_close(x, formula(name, *(doubles(each[name]) for each in inputs)))
 
 
+CAPTIONS, SCREENS = "alpha/Qwen2-VL-7B-Captioner", "beta/Qwen2-VL-7B-Screens"
+VISION = "alpha/Qwen2-VL-7B-Instruct"
+
+
+def gradient_in_parts(points: Sequence[float], name: str) -> float:
+    """The value for a tensor of a model of images and text, of 4 and 28 layers; in a stack of one it is the last."""
+    if ".mlp.0." in name:
+        return points[-1]
+    return gradient(points, name.replace("blocks", "layers"), 4 if "visual" in name else 28)
+
+
+def tied_in_parts(name: str, base: Array, *xs: Array) -> Expected:
+    """vlm-ties.yml: the base is listed, too, but subtracted."""
+    density = gradient_in_parts([1, 0.7, 0.1], name)
+    return oracles.ties(xs[:1], [1.0], base, [density])
+
+
+VISION_EXAMPLES: dict[str, tuple[str, list[str], Callable[..., Expected]]] = {
+    "vlm-linear": (
+        f"""
+models:
+  - model: {VISION}
+    parameters: {{weight: 1.0}}
+  - model: {CAPTIONS}
+    parameters: {{weight: 1.0}}
+merge_method: linear
+dtype: float32
+""",
+        [VISION, CAPTIONS],
+        lambda _, *xs: oracles.linear(xs, [1.0, 1.0]),
+    ),
+    "vlm-ties": (
+        f"""
+models:
+  - model: {SCREENS}
+    parameters: {{density: [1, 0.7, 0.1], weight: 1.0}}
+  - model: {VISION}
+    parameters: {{density: 0.5, weight: [0, 0.3, 0.7, 1]}}
+merge_method: ties
+base_model: {VISION}
+parameters: {{normalize: true, int8_mask: true}}
+dtype: float16
+""",
+        [VISION, SCREENS],
+        tied_in_parts,
+    ),
+}
+
+
+@pytest.mark.parametrize("example", VISION_EXAMPLES)
+def test_examples_of_images_and_text(example: str, root: Path, tmp_path: Path) -> None:
+    text, names, formula = VISION_EXAMPLES[example]
+    for name in names:
+        save_stand_in(root, name)
+    (root / f"{example}.yml").write_text(text)
+    merged = load_all(Path(merge(root / f"{example}.yml", tmp_path / "out")))
+    inputs = [load_all(root / name) for name in names]
+    assert merged.keys() == inputs[0].keys() and sum("visual.blocks" in name for name in merged) == 12
+    for name, x in merged.items():
+        assert_close(x, formula(name, *(doubles(each[name]) for each in inputs)))
+
+
 def test_mega_takes_the_rounded_result_of_its_first_stage(root: Path, tmp_path: Path) -> None:
     merged = load_all(Path(merge(put(PUBLIC / "stages_mega.yaml", root), tmp_path / "out")))
     first = load_all(tmp_path / "out.stages" / "gradient-slerp")

@@ -13,7 +13,7 @@ import torch
 from helpers_commands import ROOT, answer, refusal, run
 from safetensors.torch import load_file, save_file
 
-from mergekit_lfm import PlanError, merge, merge_adapters
+from mergekit_lfm import PlanError, merge, merge_adapters, merge_tensors
 from mergekit_lfm.store.checkpoint import open_checkpoint
 from mergekit_lfm.views.adapted import open_model
 
@@ -175,17 +175,44 @@ def test_python_takes_lists_with_a_value_for_each_adapter(here: Path) -> None:  
         merge_adapters(["one", "two", "three"], "out", method="ties", densty=0.5)
 
 
-@pytest.mark.slow  # trains adapters
-def test_lora_soup_yaml_makes_an_adapter_that_a_merge_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the recipes of adapters, and the adapters that they name, hardly trained."""
+    folder = tmp_path_factory.mktemp("trained")
     command = [sys.executable, "-W", "ignore", str(ROOT / "recipes/make/loras.py"), "adapters", "--steps", "2"]
-    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
-    shutil.copy(ROOT / "recipes/lora_soup.yaml", tmp_path)
-    monkeypatch.chdir(tmp_path)
+    subprocess.run(command, check=True, capture_output=True, cwd=folder)
+    shutil.copytree(ROOT / "recipes/quickstart", folder / "quickstart")
+    for name in ("lora_soup.yaml", "lora_merge.yaml"):
+        shutil.copy(ROOT / "recipes" / name, folder)
+    return folder
+
+
+@pytest.mark.slow  # trains adapters
+def test_lora_soup_yaml_makes_an_adapter_that_a_merge_takes(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(trained)
     assert run("merge", "lora_soup.yaml").exit_code == 0
-    out, base = tmp_path / "merged" / "lora_soup", ROOT / "recipes/quickstart/base"
+    out, base = trained / "merged" / "lora_soup", trained / "quickstart/base"
     assert {str(spec.dtype) for spec in open_checkpoint(out, adapter=True).values()} == {"bfloat16"}
     changed, plain = open_model(f"{base}+{out}"), open_checkpoint(base)
     moved = [name for name in plain if not torch.equal(changed.read(name), plain.read(name))]
     assert len(moved) == 21
-    merge({"models": [{"model": str(base), "adapter": str(out)}], "dtype": "bfloat16"}, tmp_path / "model")
-    assert open_checkpoint(tmp_path / "model").keys() == plain.keys()
+    merge({"models": [{"model": str(base), "adapter": str(out)}], "dtype": "bfloat16"}, trained / "model")
+    assert open_checkpoint(trained / "model").keys() == plain.keys()
+
+
+@pytest.mark.slow  # the same
+def test_lora_merge_yaml_merges_the_changes_of_two_adapters(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By TIES in memory, on the changes as numpy multiplies them out of the files."""
+    monkeypatch.chdir(trained)
+    assert run("merge", "lora_merge.yaml").exit_code == 0
+    merged, plain = open_checkpoint("merged/lora_merge"), open_checkpoint("quickstart/base")
+    files = [load_file(f"adapters/{name}/adapter_model.safetensors") for name in ("docs", "code")]
+    for name, spec in plain.items():
+        base, key = plain.read(name).view(spec.shape).float(), f"base_model.model.{name.removesuffix('.weight')}"
+        if f"{key}.lora_A.weight" not in files[0]:
+            assert torch.equal(merged.read(name), plain.read(name)), name
+            continue
+        pairs = [(file[f"{key}.lora_B.weight"].numpy(), file[f"{key}.lora_A.weight"].numpy()) for file in files]
+        tuned = [base + share * 2 * torch.from_numpy(b @ a) for share, (b, a) in zip((1, 0.8), pairs, strict=True)]
+        expected = merge_tensors("ties", tuned, base=base, weight=1.0, density=0.5).bfloat16()
+        assert (merged.read(name).view(spec.shape) == expected).float().mean() > 0.995, name

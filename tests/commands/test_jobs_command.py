@@ -173,7 +173,7 @@ def test_extract_yaml_gives_the_fine_tune_back_as_far_as_it_says(extracted: Path
     stated = json.loads((extracted / "adapter.lock.json").read_text())["result"]
     parts = [*stated["reduced"], *({**each, "kept": each["energy"]} for each in stated["saved"])]
     assert sum(each["kept"] for each in parts) / sum(each["energy"] for each in parts) == pytest.approx(kept, abs=1e-3)
-    (card,) = re.findall(r"It keeps ([\d.]+)% of the energy", (extracted / "README.md").read_text())
+    (card,) = re.findall(r"kept of the change: ([\d.]+)%", (extracted / "README.md").read_text())
     assert float(card) / 100 == pytest.approx(kept, abs=1e-3) and kept > 0.9
 
 

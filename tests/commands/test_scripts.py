@@ -355,7 +355,7 @@ def test_the_document_has_every_field() -> None:
     merged = answer(run("merge", "recipe.yaml", "out", "--json"))
     assert merged.keys() == fields_of(of_run) | fields_of(of_merge)
     assert {f"error.{name}" for name in ("kind", "message", *NOTHING)} == fields_of(of_error)
-    commands = re.findall(r"`([a-z ]+)`", DOCUMENT.split(" has the same options")[0])
+    commands = re.findall(r"`([a-z -]+)`", DOCUMENT.split(" has the same options")[0])
     assert set(commands) == {name for name, command in walk(main) if any(p.name == "report" for p in command.params)}
 
 

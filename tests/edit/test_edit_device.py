@@ -130,7 +130,7 @@ def asked(name: str, device: torch.device, dtype: torch.dtype = torch.float64) -
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in ("llama", "gpt2") else pytest.mark.slow) for name in NAMES]
+    "name", [pytest.param(name, marks=() if name == "llama" else pytest.mark.slow) for name in NAMES]
 )
 def test_scores_and_traces_are_those_of_the_cpu(name: str) -> None:
     with pretended_gpu():

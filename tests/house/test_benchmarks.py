@@ -40,10 +40,10 @@ def test_merge_vs_copy_prints_a_row_for_every_method(tmp_path: Path) -> None:
 
 def test_gpu_kernels_prints_a_row_for_every_operation() -> None:
     script = ROOT / "benchmarks" / "gpu_kernels.py"
-    command = [sys.executable, str(script), "--device", "cpu", "--numel", "300000", "--repeats", "1"]
+    command = [sys.executable, str(script), "--device", "cpu", "--numel", "30000", "--repeats", "1"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     title, _, headings, _, *rows = [line.split(" | ") for line in done.stdout.splitlines()]
-    assert "300,000 elements" in title[0] and headings[-3:-1] == ["kernels ms", "ratio"]
+    assert "30,000 elements" in title[0] and headings[-3:-1] == ["kernels ms", "ratio"]
     assert [row[0] for row in rows] == [
         "| linear",
         "| task_arithmetic",
@@ -56,7 +56,7 @@ def test_gpu_kernels_prints_a_row_for_every_operation() -> None:
         "| Gram matrix",
         "| L1 norms",
     ]
-    assert all(float(row[2]) > 0 and float(row[3]) > 0 for row in rows)
+    assert all(float(row[-3]) > 0 for row in rows)  # the milliseconds of the kernels
 
 
 def test_planning_prints_a_row_for_every_recipe() -> None:
@@ -66,3 +66,12 @@ def test_planning_prints_a_row_for_every_recipe() -> None:
     assert [row[:2] for row in rows] == [
         [name, "99"] for name in ("two models", "2 slices of 1", "2 slices of 2", "48 slices of 1", "48 slices of 2")
     ]
+
+
+@pytest.mark.slow  # loads PEFT
+def test_adapters_prints_a_row_for_each_way() -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "adapters.py"), "--size", "0.001", "--sparse", "2MB"]
+    done = subprocess.run([*command, "--repeats", "1"], capture_output=True, text=True, check=True)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if line[:3] != "|--"]
+    assert [row[0] for row in rows if row and len(row[0]) < 5] == ["copy", "ours", "peft", "copy", "ours"]
+    assert all(float(row[2]) > 0 for row in rows if row and len(row[0]) < 5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -50,7 +51,7 @@ def shown(document: str, command: str) -> list[str]:
 
 def run(command: str) -> list[str]:
     """The lines that a command prints, in order of the streams: errors and notices first."""
-    name, *arguments = command.split()
+    name, *arguments = shlex.split(command)
     result = CliRunner().invoke(merge if name == "merge" else main, arguments)
     assert result.exit_code == 0, result.output
     return [*result.stderr.splitlines(), *result.stdout.splitlines()]
@@ -111,14 +112,22 @@ def test_the_merge_with_statistics_runs_as_shown(here: Path) -> None:
     assert_rows(run(command), shown(README, command))
 
 
+@pytest.mark.usefixtures("here")
+def test_the_adapter_is_extracted_and_applied_as_shown() -> None:
+    for command in re.findall(r"^    \$ (mergekit-lfm (?:extract-lora|eval \S+\+).*)$", README, re.MULTILINE):
+        expected = shown(README, command)
+        assert_rows(run(command)[: len(expected)], expected)  # the table, up to an empty line
+
+
 def assert_rows(printed: list[str], expected: list[str]) -> None:
     """The same tables, numbers within rounding: sums of floats differ between processors."""
     rows = [[line.split() for line in lines if line.strip()] for lines in (printed, expected)]
     assert len(rows[0]) == len(rows[1])
     for ours, theirs in zip(*rows, strict=True):
         for one, other in zip(ours, theirs, strict=True):
-            if re.fullmatch(r"[\d,]+\.\d+", one):
-                assert float(one.replace(",", "")) == pytest.approx(float(other.replace(",", "")), rel=2e-3)
+            if re.fullmatch(r"[\d,]+\.\d+%?", one):
+                number, there = (float(each.rstrip("%").replace(",", "")) for each in (one, other))
+                assert number == pytest.approx(there, rel=2e-3)
             else:
                 assert one == other
 

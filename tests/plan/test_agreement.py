@@ -119,7 +119,9 @@ def test_factors_of_adapters_are_not_averaged(tmp_path: Path, names: tuple[str, 
         "models": [{"model": str(tmp_path / name)} for name in ("a", "b")],
         "parameters": {"weight": 1.0},
     }
-    with pytest.raises(PlanError, match=r"factors of an adapter, such as .*Merge each adapter into its model"):
+    with pytest.raises(
+        PlanError, match=r"factors of an adapter, such as .*Name each adapter with its model, MODEL\+ADAPTER"
+    ):
         make_plan(Recipe.parse(recipe))
     assert len(make_plan(Recipe.parse({**recipe, "allow": ["factors"]})).allowed) == 2
 

@@ -51,9 +51,20 @@ def test_a_path_that_is_there_stays_whole(
     assert [(each.source, each.scale) for each in found.adapters] == [(place(ref), scale) for ref, scale in adapters]
 
 
-@given(st.lists(st.tuples(st.from_regex(r"[a-z/]{1,8}", fullmatch=True), st.floats(-4, 4).map(lambda x: round(x, 3)))))
+@given(
+    st.lists(st.tuples(st.from_regex(r"[a-z/]{1,8}", fullmatch=True), st.floats(allow_nan=False, allow_infinity=False)))
+)
 def test_a_joined_reference_is_split_into_its_parts(adapters: list[tuple[str, float]]) -> None:
     assert split_reference(join_reference("m", adapters), lambda _: False) == ("m", adapters)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), True, "half"])
+def test_a_share_is_a_finite_number(models: Path, scale: object) -> None:
+    with pytest.raises(ValueError, match=r"scale: found \S+, expected a number"):
+        line = {"model": "a", "adapter": "b", "scale": scale}
+        Recipe.parse({"merge_method": "passthrough", "models": [line]}, models)
+    with pytest.raises(ValueError, match="found an infinite share of 'b', expected a number"):
+        find_reference("a+1e400*b", Where(models))
 
 
 FORMS: list[dict[str, Any]] = [

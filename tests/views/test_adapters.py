@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from helpers_commands import run
+from helpers_commands import ROOT, run
 from helpers_peft import KINDS, LORA, MODELS, Made, adapt, logits, make
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,7 +22,8 @@ from transformers import AutoConfig, PreTrainedModel
 
 from mergekit_lfm import merge, open_checkpoint
 from mergekit_lfm.store.checkpoint import Checkpoint
-from mergekit_lfm.views.adapted import open_model
+from mergekit_lfm.views.adapted import Adapted, open_model
+from mergekit_lfm.views.adapters.kinds import KINDS as ADAPTER_KINDS
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
 
@@ -69,7 +71,8 @@ def test_an_adapter_gives_the_model_of_peft(
     made = make(tmp_path, model, config(**options), getattr(torch, dtype))
     view, base = open_model(made.reference), open_checkpoint(made.base)
     changed = {name for name in view if view.digest_of(name) != base.digest_of(name)}
-    assert changed and changed <= {name for name in view if view.location(name) is None}
+    assert isinstance(view, Adapted) and changed
+    assert changed <= {name for name in view if view.maker(name) is not None or view.source(name) != (0, name)}
     expected = logits(made.live)
     assert float((logits(loaded(view)) - expected).abs().max()) <= near_outputs * float(expected.abs().max())
     if merges:
@@ -236,3 +239,23 @@ def test_an_adapter_can_be_inspected(pair: tuple[Made, Path]) -> None:
     described = json.loads(data)["adapter"]
     assert (described["kind"], described["ranks"]) == ("LORA", [{"rank": 2, "modules": 2}])
     assert "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" in text and "2 (2 modules)" in text
+
+
+def test_every_kind_is_a_line_of_the_guide() -> None:
+    text = (ROOT / "docs/adapters.md").read_text("utf-8")
+    table = text[text.index("| kind | tested on |") :].partition("\n\n")[0]
+    assert [line.split(" | ")[0].removeprefix("| ") for line in table.splitlines()[2:]] == [*KINDS]
+    assert {*ADAPTER_KINDS} <= {*re.findall(r"`(\w+)`", text[text.index("## Kinds") :])}
+
+
+def test_tensors_that_stand_for_the_models_are_copied(tmp_path: Path) -> None:
+    """A batch normalisation that was trained whole, with its counter, which is an integer."""
+    norm = "resnet.embedder.embedder.normalization"
+    config = LORA(r=2, target_modules=["layer.0.convolution"], modules_to_save=[norm])
+    made = make(tmp_path, "resnet", config)
+    tensors = load_file(made.adapter / "adapter_model.safetensors")
+    for reference in (made.reference, f"{made.base}+0.5*{made.adapter}"):
+        view = open_model(reference)
+        key = f"{norm}.num_batches_tracked"
+        assert torch.equal(view.read(key), tensors[f"base_model.model.{key}"].reshape(1))
+        assert (view.location(f"{norm}.weight") is not None) == (reference == made.reference)

@@ -74,6 +74,7 @@ TENSORS: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
         r"model\.norm\.weight \[16\] float32 is \[17\] in the adapter: give the model it was trained on",
     ),
     "integers": (lambda tensors: {**tensors, A: torch.ones(4, 16, dtype=torch.int8)}, "not floating-point numbers"),
+    "integers for numbers": (lambda tensors: {**tensors, NORM: torch.ones(16, dtype=torch.int8)}, "int8"),
     "nothing of an adapter": (lambda _: {"lora_A.weight.lost": torch.ones(1)}, "is in"),
     "a bias that the layer cannot have": (
         lambda tensors: {**tensors, f"{Q}.lora_B.bias": torch.ones(3)},

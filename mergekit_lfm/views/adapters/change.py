@@ -6,9 +6,10 @@ changed; it may change them in place. A tensor with one axis is a column. A chan
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, cast
 
 from mergekit_lfm.store.tensors import TensorSpec
 
@@ -32,18 +33,31 @@ class Panel:
     once: Callable[[Callable[[], Tensor]], Tensor]
 
 
-class Change(Protocol):
-    """parts: the adapter's tensors that it reads, whole. scratch: numbers that it holds besides, for so many rows."""
+class Change(ABC):
+    """Its heirs are final. One that adds something has a field `scale`, a factor of what it adds."""
 
     @property
-    def parts(self) -> tuple[TensorSpec, ...]: ...
-    def scratch(self, rows: int) -> int: ...
-    def apply(self, panel: Panel, /) -> Tensor: ...
-    def scaled(self, scale: float, /) -> Change: ...
+    @abstractmethod
+    def parts(self) -> tuple[TensorSpec, ...]:
+        """The adapter's tensors that it reads, whole."""
+
+    @abstractmethod
+    def apply(self, panel: Panel) -> Tensor:
+        """The panel's rows after the change."""
+
+    def scratch(self, rows: int) -> int:  # noqa: ARG002
+        """The numbers that it holds besides, for a panel of so many rows."""
+        return 0
+
+
+def scaled(change: Change, share: float) -> Change:
+    """A share of a change: of what it adds, if it is a sum, else of the difference that it makes."""
+    scale = getattr(change, "scale", None)
+    return Partial(change, share) if scale is None else replace(cast(Any, change), scale=scale * share)
 
 
 @dataclass(frozen=True, slots=True)
-class Partial:
+class Partial(Change):
     """A share of another change: x + scale (changed x - x)."""
 
     change: Change
@@ -61,12 +75,9 @@ class Partial:
         after = self.change.apply(panel)
         return before + (after - before) * self.scale
 
-    def scaled(self, scale: float) -> Change:
-        return Partial(self.change, self.scale * scale)
-
 
 @dataclass(frozen=True, slots=True)
-class Replaced:
+class Replaced(Change):
     """The adapter's tensor in place of the model's."""
 
     new: TensorSpec
@@ -75,19 +86,13 @@ class Replaced:
     def parts(self) -> tuple[TensorSpec, ...]:
         return (self.new,)
 
-    def scratch(self, rows: int) -> int:  # noqa: ARG002
-        return 0
-
     def apply(self, panel: Panel) -> Tensor:
         new = panel.part(self.new)
         return new.reshape(new.shape[0] if new.ndim else 1, -1)[panel.first : panel.last].clone()
 
-    def scaled(self, scale: float) -> Change:
-        return Partial(self, scale)
-
 
 @dataclass(frozen=True, slots=True)
-class Added:
+class Added(Change):
     """scale times a tensor of the adapter, added: what the bias of a LoRA's B does to the bias of its layer."""
 
     added: TensorSpec
@@ -103,12 +108,9 @@ class Added:
     def apply(self, panel: Panel) -> Tensor:
         return panel.x.add_(panel.part(self.added).reshape(-1, 1)[panel.first : panel.last] * self.scale)
 
-    def scaled(self, scale: float) -> Change:
-        return replace(self, scale=self.scale * scale)
-
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class Rows(Change):
     """The adapter's rows in place of some of the model's: those of the tokens that were trained."""
 
     new: TensorSpec
@@ -118,9 +120,6 @@ class Rows:
     def parts(self) -> tuple[TensorSpec, ...]:
         return (self.new,)
 
-    def scratch(self, rows: int) -> int:  # noqa: ARG002
-        return 0
-
     def apply(self, panel: Panel) -> Tensor:
         new = panel.part(self.new)
         for i, row in enumerate(self.indices):
@@ -128,12 +127,9 @@ class Rows:
                 panel.x[row - panel.first] = new[i].flatten()
         return panel.x
 
-    def scaled(self, scale: float) -> Change:
-        return Partial(self, scale)
-
 
 @dataclass(frozen=True, slots=True)
-class Multiplied:
+class Multiplied(Change):
     """Every row times its number, or every column, `across`: what IA3 does.
 
     Source: Liu et al. 2022, arXiv 2205.05638, section 3.3.
@@ -146,15 +142,9 @@ class Multiplied:
     def parts(self) -> tuple[TensorSpec, ...]:
         return (self.factors,)
 
-    def scratch(self, rows: int) -> int:  # noqa: ARG002
-        return 0
-
     def apply(self, panel: Panel) -> Tensor:
         factors = panel.part(self.factors).flatten()
         if not self.across:
             return panel.x.mul_(factors[panel.first : panel.last, None])
         size = panel.x.shape[1] // len(factors)  # of the kernel of a convolution, whose numbers follow one another
         return panel.x.mul_(factors.repeat_interleave(size))
-
-    def scaled(self, scale: float) -> Change:
-        return Partial(self, scale)

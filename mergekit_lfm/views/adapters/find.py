@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mergekit_lfm.arch.ties import tied_names
-from mergekit_lfm.artifacts.adapter import Adapter, idle_patterns
+from mergekit_lfm.artifacts.adapter import Adapter, Module, idle_patterns
 from mergekit_lfm.errors import PlanError, several, shorten
 from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.store.tensors import FLOATS
 from mergekit_lfm.views.adapters.change import Change, Replaced
 from mergekit_lfm.views.adapters.experts import expert_changes
 from mergekit_lfm.views.adapters.finding import Finding
-from mergekit_lfm.views.adapters.kinds import KINDS
+from mergekit_lfm.views.adapters.kinds import KINDS, PARTS
 from mergekit_lfm.views.adapters.names import find_names
 
 Changes = dict[str, list[Change]]  # by the model's name of a tensor, in the order in which they are made
@@ -39,12 +39,19 @@ def find_changes(adapter: Adapter, model: Checkpoint, label: object) -> Changes:
     refuse_kind(adapter)
     names = find_names(adapter, model)
     finding = Finding(adapter, model, str(model.config.get("model_type", "")), names)
-    finding.problems += strange_keys(adapter)
+    finding.problems += [*strange_keys(adapter), *all_strange_parts(adapter)]
     changes: Changes = {}
     for name, change in _all_changes(finding):
-        if model[name].dtype not in FLOATS:
-            finding.problems.append(f"{model[name]}, which no adapter can change")
+        dtypes = {model[name].dtype, *(part.dtype for part in change.parts)}
+        if not dtypes <= {*FLOATS} and not (isinstance(change, Replaced) and len(dtypes) == 1):  # a counter, say
+            others = ", ".join(str(part) for part in change.parts)
+            finding.problems.append(f"{model[name]} cannot be changed by {others}: give the model it was trained on")
         changes.setdefault(name, []).append(change)
+    both: dict[str, list[str]] = {}
+    for name, own in names.items():
+        both.setdefault(own, []).append(name)
+    if twice := [" and ".join(each) for own, each in both.items() if len(each) > 1 and own in model]:
+        finding.problems.append(f"it changes one tensor by two names: {shorten(twice, 3)}; save each model's by itself")
     lacking = [name for name, own in names.items() if own not in model]
     if lacking:
         finding.problems.append(_describe_lack(finding, lacking, label))
@@ -80,9 +87,24 @@ def _all_changes(finding: Finding) -> Iterator[tuple[str, Change]]:
         elif old is not None:
             yield old.name, Replaced(spec)
     for module in adapter.modules:
-        if names.get(f"{module.name}.weight") in model:
-            yield from KINDS[adapter.kind](finding, module)
+        if names.get(f"{module.name}.weight") in model and not strange_parts(adapter, module):
+            yield from KINDS[adapter.kind_of(module)](finding, module)
     yield from expert_changes(finding)
+
+
+def all_strange_parts(adapter: Adapter) -> Iterator[str]:
+    """A problem for each module with tensors that would have no effect."""
+    for module in adapter.modules:
+        kind = adapter.kind_of(module)
+        if strange := strange_parts(adapter, module):
+            yield f"{module.name}: it has {', '.join(strange)}, which is not of {kind}; merge it with what trained it"
+        elif not module.name and kind != "VERA":
+            yield f"its {', '.join(module.parts)} are of no module; save the adapter anew"
+
+
+def strange_parts(adapter: Adapter, module: Module) -> list[str]:
+    """The tensors of a module that its kind has no use for."""
+    return [part for part in module.parts if not part.startswith(PARTS[adapter.kind_of(module)])]
 
 
 def strange_keys(adapter: Adapter) -> Iterator[str]:

@@ -10,6 +10,8 @@ from mergekit_lfm.artifacts.adapter import Adapter, Module, pattern_value
 from mergekit_lfm.store.tensors import TensorSpec
 from mergekit_lfm.views.adapters.names import is_conv1d
 
+LARGEST = 3e38  # of float32
+
 
 @dataclass
 class Finding:
@@ -52,11 +54,21 @@ class Finding:
                 config.get("alpha_pattern") or {}, name, config.get("lora_alpha", config.get("alpha"))
             )
         else:
-            alpha = _number(self.adapter, module) if "alpha" in module.parts else rank
-        if not isinstance(alpha, int | float) or isinstance(alpha, bool):
-            self.refuse(module, f"found {alpha!r} as its alpha, expected a number")
+            alpha = self._alpha(module, rank)
+        if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not abs(alpha) < LARGEST:
+            self.refuse(module, f"found {alpha!r:.60} as its alpha, expected a number")
             return 1.0
         return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+    def _alpha(self, module: Module, rank: int) -> float:
+        """The number in a module's tensor `alpha`; the rank without one."""
+        spec = module.parts.get("alpha")
+        if spec is None:
+            return rank
+        if spec.numel != 1:
+            self.refuse(module, f"its alpha is {list(spec.shape)}, expected a number")
+            return rank
+        return float(self.adapter.tensors.read(spec.name)[0])
 
     def is_turned(self, module: Module, weight: TensorSpec, out: int, columns: int) -> bool | None:
         """Whether the model stores a weight as [in, out]; None if it has another shape."""
@@ -66,8 +78,3 @@ class Finding:
         if stored == (out, columns):
             return False
         return True if len(weight.shape) == 2 and stored == (columns, out) else None
-
-
-def _number(adapter: Adapter, module: Module) -> float:
-    """The number in a module's tensor `alpha`."""
-    return float(adapter.tensors.read(module.parts["alpha"].name)[0])

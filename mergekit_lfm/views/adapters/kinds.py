@@ -23,10 +23,10 @@ def halves_of(module: Module) -> tuple[str, str]:
 
 
 def find_halves(finding: Finding, module: Module) -> tuple[TensorSpec, TensorSpec] | None:
-    """A module's A and B; None, and a problem if only one of them is whole."""
+    """A module's A and B; None for one of trained tokens alone, and with a problem if one of them is not whole."""
     names = halves_of(module)
     if missing := [name for name in names if name not in module.parts]:
-        if len(missing) < 2 or "lora_embedding_B" in module.parts:
+        if module.parts.keys() != {"trainable_tokens_delta"}:
             finding.refuse(module, f"it has no {missing[0]}; save the adapter anew")
         return None
     a, b = (module.parts[name] for name in names)
@@ -58,10 +58,17 @@ def _low_rank(finding: Finding, module: Module) -> Iterator[tuple[str, Change]]:
     norms = module.parts.get("lora_magnitude_vector")
     if norms is None and finding.adapter.config.get("use_dora"):
         finding.refuse(module, "it has no lora_magnitude_vector, though use_dora is set; save the adapter anew")
-    if norms is not None and norms.numel != out:
-        finding.refuse(module, f"its lora_magnitude_vector is {list(norms.shape)}, expected {out} numbers")
-    yield weight.name, change if norms is None else Magnitude(change, norms, turned)
+    inputs = norms is not None and _scales_inputs_of(norms, out)
+    count = a.shape[1] if inputs else out
+    if norms is not None and norms.numel != count:
+        finding.refuse(module, f"its lora_magnitude_vector is {list(norms.shape)}, expected {count} numbers")
+    yield weight.name, change if norms is None else Magnitude(change, norms, turned != inputs)
     yield from _added_bias(finding, module, scale)
+
+
+def _scales_inputs_of(norms: TensorSpec, out: int) -> bool:
+    """Whether the norms of a DoRA are those of inputs: LyCORIS' are, [1, in, ...], unless asked for [out, 1, ...]."""
+    return norms.name.endswith(".dora_scale") and norms.shape[:1] != (out,)
 
 
 def _added_bias(finding: Finding, module: Module, scale: float) -> Iterator[tuple[str, Change]]:
@@ -190,6 +197,19 @@ def _vera(finding: Finding, module: Module) -> Iterator[tuple[str, Change]]:
         return
     yield weight.name, Vera(a, b, ranks, rows, out, columns, turned)
 
+
+# How the names of the parts of each kind begin.
+PARTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "LORA": ("lora_", "trainable_tokens_delta", "alpha"),
+        "LOHA": ("hada_", "alpha"),
+        "LOKR": ("lokr_", "alpha"),
+        "IA3": ("ia3_",),
+        "VERA": ("vera_",),
+        "LN_TUNING": (),
+        "TRAINABLE_TOKENS": ("trainable_tokens_delta",),
+    }
+)
 
 # By PEFT's name of the kind.
 KINDS: Mapping[str, Callable[[Finding, Module], Iterator[tuple[str, Change]]]] = MappingProxyType(

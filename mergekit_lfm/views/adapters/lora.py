@@ -6,11 +6,11 @@ Liu et al. 2024, arXiv 2402.09353, equation 5 (DoRA); Kopiczko et al. 2023, arXi
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mergekit_lfm.store.tensors import TensorSpec
-from mergekit_lfm.views.adapters.change import Change, Panel, Partial
+from mergekit_lfm.views.adapters.change import Change, Panel
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +31,7 @@ class Expert:
 
 
 @dataclass(frozen=True, slots=True)
-class LowRank:
+class LowRank(Change):
     """W + scale B A, with B [out, rank] and A [rank, in]. turned: True if the model stores W as [in, out].
 
     expert: of a tensor for one expert alone; all of them, [experts, out, in] or turned, are `Experts`.
@@ -66,12 +66,9 @@ class LowRank:
         left, right = (a[:, rows].T, b.T) if self.turned else (b[rows], a)
         return panel.x.addmm_(left, right, alpha=self.scale)
 
-    def scaled(self, scale: float) -> Change:
-        return replace(self, scale=self.scale * scale)
-
 
 @dataclass(frozen=True, slots=True)
-class Experts:
+class Experts(Change):
     """The same for every expert of a tensor of all, one expert a panel. turned: of [experts, in, out]."""
 
     a: TensorSpec
@@ -96,16 +93,13 @@ class Experts:
             one.apply(Panel(x, 0, shape[0], panel.part, panel.panels, panel.once))
         return panel.x
 
-    def scaled(self, scale: float) -> Change:
-        return replace(self, scale=self.scale * scale)
-
 
 @dataclass(frozen=True, slots=True)
-class Magnitude:
-    """DoRA: each output's weights after a LoRA, scaled to the norm that the adapter has for them.
+class Magnitude(Change):
+    """DoRA: each output's weights after a LoRA, scaled to the adapter's norm for them, or LyCORIS' for each input's.
 
-    across: True if the model stores an output's weights as a column. The norms of columns take one more pass over the
-    tensor. Norms are summed in float64.
+    across: True if the model stores these weights as a column, or as columns that follow one another, as those for an
+    input of a convolution. The norms of columns take one more pass over the tensor. Norms are summed in float64.
     """
 
     lora: LowRank
@@ -117,7 +111,7 @@ class Magnitude:
         return *self.lora.parts, self.norms
 
     def scratch(self, rows: int) -> int:
-        columns = self.lora.b.shape[0] if self.across else self.lora.a.numel // max(1, self.lora.a.shape[0])
+        columns = self.lora.b.shape[0] if self.lora.turned else self.lora.a.numel // max(1, self.lora.a.shape[0])
         return self.lora.scratch(rows) + 3 * rows * columns
 
     def apply(self, panel: Panel) -> Tensor:
@@ -125,20 +119,17 @@ class Magnitude:
         if not self.across:
             x = self.lora.apply(panel)
             return x.mul_((norms[panel.first : panel.last] / _norms(x, 1))[:, None])
-        before = panel.once(lambda: self._column_norms(panel))
-        return self.lora.apply(panel).mul_(norms / before)
+        before = panel.once(lambda: self._column_norms(panel, len(norms)))
+        return self.lora.apply(panel).mul_((norms / before).repeat_interleave(panel.x.shape[1] // len(norms)))
 
-    def _column_norms(self, panel: Panel) -> Tensor:
+    def _column_norms(self, panel: Panel, count: int) -> Tensor:
         squares = None
         for each in panel.panels():
             x = self.lora.apply(each).double()
             sums = x.square_().sum(0)
             squares = sums if squares is None else squares + sums
         assert squares is not None
-        return squares.sqrt_().to(panel.x.dtype)
-
-    def scaled(self, scale: float) -> Change:
-        return Partial(self, scale)
+        return squares.view(count, -1).sum(1).sqrt_().to(panel.x.dtype)
 
 
 def _norms(x: Tensor, axis: int) -> Tensor:
@@ -146,7 +137,7 @@ def _norms(x: Tensor, axis: int) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Vera:
+class Vera(Change):
     """VeRA: W + diag(rows) B diag(ranks) A, with A and B that all layers share, cut to the layer's size."""
 
     a: TensorSpec
@@ -171,6 +162,3 @@ class Vera:
         rows = slice(panel.first, panel.last)
         left, right = (a[:, rows].T, b.T) if self.turned else (b[rows], a)
         return panel.x.addmm_(left, right, alpha=self.scale)
-
-    def scaled(self, scale: float) -> Change:
-        return replace(self, scale=self.scale * scale)

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 
 from mergekit_lfm.arch.ties import tied_names
 from mergekit_lfm.artifacts.adapter import Adapter, Module
+from mergekit_lfm.errors import PlanError, shorten
 from mergekit_lfm.store.tensors import TensorSpec
 from mergekit_lfm.views.renaming import find_renaming
 
@@ -49,23 +50,28 @@ def find_names(adapter: Adapter, model: Mapping[str, TensorSpec]) -> dict[str, s
         return {name: name for name in wanted}
     theirs, ours = ({name: TensorSpec(name, (), "float32") for name in names} for names in (wanted, model))
     rules = find_renaming(theirs, ours, lambda name: name in ours, wrappers=True)
+    rules = rules or find_renaming(theirs, ours, lambda _: True, wrappers=True)  # so that only the rest is lacking
     return {name: next((new for rule in rules if (new := rule.apply(name)) is not None), name) for name in wanted}
 
 
 def _without_underscores(wanted: Iterable[str], model: Mapping[str, TensorSpec]) -> dict[str, str]:
-    """The model's names, under the beginning that leads to most of them, such as that of a file with several models."""
+    """The model's names, under the beginning that leads to most of them, such as that of a file with several models.
+
+    Raises PlanError where two of the model's names are alike without dots.
+    """
     wanted = list(wanted)
     bare = {name: _UNDERSCORES.sub("", name.removesuffix(".weight")) for name in wanted}
-    best: dict[str, str] = {}
+    best: dict[str, list[str]] = {}
     for beginning in sorted(
         {name[: i + 1] for name in model for i, char in enumerate(name) if char == "."} | {""}, key=len
     )[:200]:
-        own = {
-            name[len(beginning) :].removesuffix(".weight").replace(".", "_"): name
-            for name in model
-            if name.startswith(beginning) and name.endswith(".weight")
-        }
+        own: dict[str, list[str]] = {}
+        for name in model:
+            if name.startswith(beginning) and name.endswith(".weight"):
+                own.setdefault(name[len(beginning) :].removesuffix(".weight").replace(".", "_"), []).append(name)
         found = {name: own[text] for name, text in bare.items() if text in own}
         if len(found) > len(best):
             best = found
-    return {name: best.get(name, name) for name in wanted}
+    if unclear := [f"{name}: {' or '.join(names)}" for name, names in best.items() if len(names) > 1]:
+        raise PlanError(f"its names have underscores for dots, which leaves open {shorten(unclear, 3)}")
+    return {name: best.get(name, [name])[0] for name in wanted}

@@ -14,7 +14,7 @@ from mergekit_lfm.artifacts.adapter import Adapter, Module
 from mergekit_lfm.errors import PlanError, several
 from mergekit_lfm.store.tensors import TensorSpec
 from mergekit_lfm.views.adapters.experts import parameters_of
-from mergekit_lfm.views.adapters.find import refuse_kind, strange_keys
+from mergekit_lfm.views.adapters.find import all_strange_parts, refuse_kind, strange_keys
 from mergekit_lfm.views.adapters.finding import Finding
 from mergekit_lfm.views.adapters.kinds import find_halves
 from mergekit_lfm.views.adapters.names import has_underscores, is_experts
@@ -87,7 +87,7 @@ def find_pairs(adapter: Adapter, share: float) -> dict[str, Pair]:
     if has_underscores(module.name for module in adapter.modules):
         text = "its names have underscores for dots, and only a model says which: "
         finding.problems.append(text + APPLY)
-    finding.problems += strange_keys(adapter)
+    finding.problems += [*strange_keys(adapter), *all_strange_parts(adapter)]
     pairs = dict(_all_pairs(finding, share))
     if finding.problems:
         problems = [f"{adapter.label}: {problem}" for problem in dict.fromkeys(finding.problems)]

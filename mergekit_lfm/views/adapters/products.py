@@ -6,7 +6,7 @@ section 3.3 (LoKr, LyCORIS). W may be the kernel of a convolution: [out, in, hei
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mergekit_lfm.store.tensors import TensorSpec
@@ -50,7 +50,7 @@ class Factor:
 
 
 @dataclass(frozen=True, slots=True)
-class Hadamard:
+class Hadamard(Change):
     """W + scale (one * other), element by element."""
 
     one: Factor
@@ -69,12 +69,9 @@ class Hadamard:
         product = self.one.make(panel, rows).mul_(self.other.make(panel, rows))
         return panel.x.add_(product.mul_(self.scale))
 
-    def scaled(self, scale: float) -> Change:
-        return replace(self, scale=self.scale * scale)
-
 
 @dataclass(frozen=True, slots=True)
-class Kronecker:
+class Kronecker(Change):
     """W + scale (one (x) other): row i of it has row i // m of one, with m rows in other, and row i % m of that."""
 
     one: Factor
@@ -96,6 +93,3 @@ class Kronecker:
         first, last = panel.first // m, -(-panel.last // m)
         rows = (one[first:last, None, :, None] * other[None, :, None, :]).reshape((last - first) * m, -1)
         return panel.x.add_(rows[panel.first - first * m : panel.last - first * m].mul_(self.scale))
-
-    def scaled(self, scale: float) -> Change:
-        return replace(self, scale=self.scale * scale)
