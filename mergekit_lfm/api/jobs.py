@@ -14,7 +14,6 @@ from typing import Any, Protocol
 
 from mergekit_lfm.api.outcome import Outcome
 from mergekit_lfm.errors import PlanError, did_you_mean
-from mergekit_lfm.output.adapter_lock import AdapterRequest
 from mergekit_lfm.recipe.adapter_recipe import AdapterRecipe
 from mergekit_lfm.recipe.extract_recipe import ExtractRecipe
 
@@ -26,17 +25,29 @@ class JobRecipe(Protocol):
     def output(self) -> str | None: ...
 
 
+class JobRequest(Protocol):
+    """The request that the result of a job answers, and that the lock in its folder names.
+
+    paths: those that are read, by their names in messages. is_answered: whether the folder is the result, whole; raises
+    PlanError if it must not be written. is_of: whether its lock is that of the request.
+    """
+
+    @property
+    def paths(self) -> Mapping[str, Path]: ...
+    def is_answered(self, out: Path, /, *, overwrite: bool) -> bool: ...
+    def is_of(self, out: Path, /) -> bool: ...
+
+
 class JobPlan(Protocol):
     """A job that is checked, and not done yet.
 
-    request: identifies its result, whose lock says whether it is there. `stand_in` writes a folder like the result,
-    from headers alone: later stages are planned on it.
+    `stand_in` writes a folder like the result, from headers alone: later stages are planned on it.
     """
 
     @property
     def out(self) -> Path: ...
     @property
-    def request(self) -> AdapterRequest: ...
+    def request(self) -> JobRequest: ...
     @property
     def notices(self) -> tuple[str, ...]: ...
     def stand_in(self, folder: Path, /) -> None: ...

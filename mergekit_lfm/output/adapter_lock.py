@@ -18,6 +18,7 @@ import xxhash
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.output.lock import ADAPTER_LOCK, FORMAT, compare_files, encode_lock, lock_of, read_lock
 from mergekit_lfm.output.names import public_names
+from mergekit_lfm.output.replace import clear_replaced
 from mergekit_lfm.output.save import check_out
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lfm.store.places import check_apart, check_kind, has_files
@@ -95,6 +96,7 @@ class AdapterRequest:
                 found=f"{problems[0]}{more}",
                 cure="--overwrite makes it again",
             )
+        clear_replaced(out)
         return True
 
     def is_of(self, out: Path) -> bool:

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from helpers_extract import CONFIG, SHAPES, draw, save_trio
-from helpers_faults import snapshot
+from helpers_faults import Forks, snapshot
 from models import files_of, save_checkpoint
 from safetensors.torch import load_file
 
@@ -172,6 +172,25 @@ def test_an_interrupted_run_goes_on_with_its_stage(monkeypatch: pytest.MonkeyPat
             run_recipe("recipe.yaml", "out")
     assert {path.name for path in Path("out.stages").iterdir()} == {"from_one", "from_two"}
     assert already_there(run_recipe("recipe.yaml", "out")) == [True, True, False]
+
+
+@pytest.mark.parametrize("moments", [2, pytest.param(15, marks=pytest.mark.slow)])
+def test_killed_at_any_moment_it_goes_on(moments: int, cli: Forks, here: Path) -> None:
+    """The same command then leaves the bytes of an uninterrupted run, and nothing else."""
+
+    def command(**fault: Any) -> Any:
+        ran = cli.run("recipe.yaml", "out", "--threads", "1", cwd=here, **fault)
+        assert ran.code == (-9 if ran.code < 0 and fault else 0), ran.err
+        return ran
+
+    calls = len(command().calls)
+    expected = snapshot(here)
+    for moment in range(moments):
+        shutil.rmtree(here / "out.stages")
+        shutil.rmtree(here / "out")
+        command(kill_at=1 + (2 * moment + 1) * calls // (2 * moments))
+        command()
+        assert snapshot(here) == expected
 
 
 def test_results_are_dropped_at_the_end(here: Path) -> None:
