@@ -112,25 +112,27 @@ def extract_planned(
     progress: Progress = SILENCE,
 ) -> Outcome[Extracted]:
     """Write the adapter of a planned extraction; options and outcome as of `extract_lora`."""
-    started, plan, recipe, target = time.monotonic(), planned.plan, planned.recipe, planned.out
-    if planned.request.is_answered(target, overwrite=overwrite):
-        there, warnings = _read_result(target), warn_of(planned.notices)
-        return Outcome(target, there, planned.request.digest, True, warnings, time.monotonic() - started)
+    started, request = time.monotonic(), planned.request
+    there = request.is_answered(planned.out, overwrite=overwrite)
+    extracted = _read_result(planned.out) if there else _carry_out(planned, as_bytes(memory), threads, progress)
+    warnings = warn_of([*planned.notices, *_findings(planned.plan, extracted, planned.recipe.model)])
+    return Outcome(planned.out, extracted, request.digest, there, warnings, time.monotonic() - started)
+
+
+def _carry_out(planned: PlannedExtraction, memory: int | None, threads: int | None, progress: Progress) -> Extracted:
+    """Write the adapter of a planned extraction."""
+    plan, recipe = planned.plan, planned.recipe
     stated = recipe.normalised()
     ranks = Ranks(stated.get("rank"), recipe.energy, recipe.size, recipe.exact)
     gpu = find_gpu(planned.device)
     place = torch.device("cpu") if gpu is None else gpu
     extractor = Extractor(plan, ranks, getattr(torch, stated["dtype"]), place, 1, lambda _: None)
     wanted = (threads or default_threads()) if gpu is None else 1
-    most = default_memory() if memory is None else as_bytes(memory)
-    assert most is not None
-    count = threads_for(extractor, wanted, most, stated=memory is not None)
+    count = threads_for(extractor, wanted, memory or default_memory(), stated=memory is not None)
     for side in (plan.model, plan.base):
         side.fetch(progress)
     with progress.by_bytes(_work(plan, 2 if ranks.nbytes is not None else 1), "extracting") as done:
-        extracted = _extract(replace(extractor, threads=count, done=done), planned)
-    warnings = warn_of([*planned.notices, *_findings(plan, extracted, recipe.model)])
-    return Outcome(target, extracted, planned.request.digest, False, warnings, time.monotonic() - started)
+        return _extract(replace(extractor, threads=count, done=done), planned)
 
 
 def _findings(plan: Extraction, extracted: Extracted, model: str) -> list[str]:

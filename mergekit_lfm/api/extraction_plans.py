@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from mergekit_lfm.machine.devices import find_gpu
 from mergekit_lfm.output.adapter import AdapterOutput, NewAdapter
 from mergekit_lfm.output.adapter_lock import AdapterInput, AdapterRequest
 from mergekit_lfm.output.card import read_license
@@ -92,12 +93,13 @@ class PlannedExtraction:
 def plan_extract(recipe: ExtractRecipe, out: Path, *, device: str | None = None) -> PlannedExtraction:
     """Check an extraction, and say what it would make. It reads headers only.
 
-    Raises PlanError if the models differ in more than values, or FormatError for a damaged one.
+    Raises PlanError if the models differ in more than values, or without the device, FormatError for a damaged model.
     """
     model, base = map(_open, recipe.models)
     selection = Selection(recipe.include, recipe.exclude, recipe.save, recipe.embed_lora)
     plan = plan_extraction(model, base, (recipe.model, recipe.base_model), selection)
-    return PlannedExtraction(recipe, out, plan, device or "cpu")
+    name = device or "cpu"
+    return PlannedExtraction(recipe, out, plan, "cpu" if name == "cpu" or find_gpu(name) is None else name)
 
 
 def _open(found: FoundModel) -> Checkpoint:

@@ -336,6 +336,14 @@ def test_an_extraction_is_planned_without_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_a_device_that_is_not_there_is_refused_by_the_plan() -> None:
+    recipe = {"job": "extract", "model": "one", "base_model": "base"}
+    with pytest.raises(PlanError, match="the device 'cuda:99' cannot be used here"):
+        plan_recipe(recipe, "out", device="cuda:99")
+    planned = plan_recipe(recipe, "out", device="auto").result
+    assert isinstance(planned, PlannedJob) and planned.job.name == "extract"
+
+
 def test_a_stand_in_without_products_has_all_that_may_be_saved() -> None:
     planned = plan_recipe({"job": "extract", "model": "one", "base_model": "base", "save": "."}, "out").result
     assert isinstance(planned, PlannedJob)

@@ -43,7 +43,7 @@ def plan_data(planned: PlannedExtraction) -> dict[str, Any]:
 def plan_text(planned: PlannedExtraction) -> str:
     """A planned extraction as a table, with a row for all products of layers of one name and shape."""
     data, recipe = plan_data(planned), planned.recipe
-    size = f"{planned.recipe.normalised().get('rank')}, or the smaller side of a matrix"
+    size = f"{recipe.normalised().get('rank')}, or the smaller side of a matrix"
     if recipe.energy is not None:
         size = f"as small as it keeps {recipe.energy:.4g} of each matrix's change"
     elif recipe.size is not None:
@@ -110,8 +110,6 @@ def done_text(outcome: Outcome[Extracted]) -> str:
     if outcome.already_there:
         return ALREADY_THERE
     data = done_data(outcome)
-    if data["already_there"]:
-        return ALREADY_THERE
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for row in data["matrices"]:
         groups.setdefault(layer_of(row["name"]), []).append(row)
