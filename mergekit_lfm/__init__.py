@@ -63,6 +63,7 @@ __all__ = [
     "perplexity",
     "plan_adapters",
     "plan_merge",
+    "plan_recipe",
     "push",
     "random_transform",
     "read_data",
@@ -72,6 +73,7 @@ __all__ = [
     "repair_module",
     "retrieval",
     "rewrite",
+    "run_recipe",
     "score_facts",
     "trace_facts",
     "undo_patches",
@@ -95,6 +97,7 @@ if TYPE_CHECKING:
     from mergekit_lfm.api.outcome import Finding, Outcome
     from mergekit_lfm.api.patches import apply_patches, undo_patches
     from mergekit_lfm.api.push import push
+    from mergekit_lfm.api.recipes import plan_recipe, run_recipe
     from mergekit_lfm.api.state_dicts import merge_state_dicts
     from mergekit_lfm.api.stats import collect_stats
     from mergekit_lfm.api.tensors import merge_tensors
@@ -173,6 +176,7 @@ _HOMES = {
     "perplexity": "judge.evaluate",
     "plan_adapters": "api.adapter_plans",
     "plan_merge": "api.merge",
+    "plan_recipe": "api.recipes",
     "push": "api.push",
     "random_transform": "align.elements",
     "read_data": "runtime.data",
@@ -182,6 +186,7 @@ _HOMES = {
     "repair_module": "repair.modules",
     "retrieval": "judge.evaluate",
     "rewrite": "views.rewritten",
+    "run_recipe": "api.recipes",
     "score_facts": "edit.scores",
     "trace_facts": "api.trace",
     "undo_patches": "api.patches",

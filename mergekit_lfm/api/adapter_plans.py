@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,11 @@ from mergekit_lfm.recipe.source import RecipeText
 from mergekit_lfm.recipe.values import Setting
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from mergekit_lfm.artifacts.adapter import Adapter
+    from mergekit_lfm.output.adapter import AdapterOutput, NewAdapter
+    from mergekit_lfm.output.adapter_lock import AdapterRequest
     from mergekit_lfm.store.checkpoint import Checkpoint
     from mergekit_lfm.store.tensors import TensorSpec
     from mergekit_lfm.views.adapters.pairs import Form, Pair
@@ -62,6 +67,41 @@ class PlannedAdapters:
         """The name of the tensor that is changed in a module: that of experts is known by its own."""
         return module if self.form(module).experts else f"{module}.weight"
 
+    @cached_property
+    def request(self) -> AdapterRequest:
+        """The request that the adapter answers."""
+        from mergekit_lfm.output.adapter_lock import AdapterInput, AdapterRequest
+
+        inputs = [AdapterInput(adapter.label, adapter.tensors, adapter.config) for adapter in self.adapters]
+        if self.base is not None:
+            inputs.append(AdapterInput(str(self.recipe.base_model), self.base, {}))
+        return AdapterRequest(self.recipe.normalised(), _public_recipe(self.recipe), tuple(inputs))
+
+    @cached_property
+    def output(self) -> AdapterOutput:
+        """The facts in the adapter's files besides its tensors."""
+        return _output_of(self)
+
+    def stand_in(self, folder: Path) -> None:
+        """Write a folder like the result, without data: all modules, at the rank that they can have at most."""
+        import torch
+
+        from mergekit_lfm.output.adapter import NewAdapter
+
+        dtype = getattr(torch, self.dtype)
+        adapter = NewAdapter(self.output, None)
+        for name in self.modules:
+            form = self.form(name)
+            most = min(form.out, form.width)
+            rank, count = min(self.recipe.rank or most, most), max(1, form.experts)
+            a = torch.empty(count, rank, *form.columns, dtype=dtype, device="meta")
+            b = torch.empty(count, form.out, rank, dtype=dtype, device="meta")
+            add_module(adapter, name, form, a, b)
+        for name, specs in self.saved.items():
+            shape = next(spec.shape for spec in specs if spec is not None)
+            adapter.save(name, torch.empty(shape, dtype=dtype, device="meta"))
+        adapter.stand_in(folder)
+
 
 def plan_adapters(
     recipe: AdapterRecipeLike, out: StrPath | None = None, *, seed: int | None = None, allow_unknown: bool = False
@@ -70,16 +110,22 @@ def plan_adapters(
 
     Raises PlanError or FormatError with all that does not fit.
     """
-    from mergekit_lfm.store.checkpoint import open_checkpoint
-    from mergekit_lfm.views.quantisation import dequantise
-
     started = time.monotonic()
     recipe, default = _read(recipe, allow_unknown=allow_unknown)
-    if seed is not None:
-        recipe = recipe.model_copy(update={"seed": seed})
     place = out or recipe.output or default
     if place is None:
         raise PlanError("no output: give OUT (in Python `out`), or give the recipe an `output`")
+    planned = plan_adapter_recipe(recipe, expand(place), seed=seed)
+    return Outcome(planned.out, planned, warnings=planned.notices, seconds=time.monotonic() - started)
+
+
+def plan_adapter_recipe(recipe: AdapterRecipe, out: Path, *, seed: int | None = None) -> PlannedAdapters:
+    """The same for a recipe that is read, and for the folder of its output."""
+    from mergekit_lfm.store.checkpoint import open_checkpoint
+    from mergekit_lfm.views.quantisation import dequantise
+
+    if seed is not None:
+        recipe = recipe.model_copy(update={"seed": seed})
     adapters, pairs = _open_all(recipe)
     base = None if recipe.base is None else dequantise(open_checkpoint(recipe.base))
     modules = {
@@ -90,12 +136,11 @@ def plan_adapters(
         for name in dict.fromkeys(name for adapter in adapters for name in adapter.saved)
     }
     names = _names_in_base(adapters, base)
-    planned = PlannedAdapters(recipe, expand(place), adapters, modules, saved, base, names)
+    planned = PlannedAdapters(recipe, out, adapters, modules, saved, base, names)
     problems = [*_differing_forms(planned), *_saved_problems(planned), *_idle_filters(planned)]
     if problems:
         raise PlanError(several("the adapters cannot be merged", problems))
-    planned = replace(planned, notices=(*recipe.notices, *_notices(planned)))
-    return Outcome(planned.out, planned, warnings=planned.notices, seconds=time.monotonic() - started)
+    return replace(planned, notices=(*recipe.notices, *_notices(planned)))
 
 
 def _read(recipe: AdapterRecipeLike, *, allow_unknown: bool) -> tuple[AdapterRecipe, Path | None]:
@@ -208,3 +253,47 @@ def _notices(planned: PlannedAdapters) -> Iterator[str]:
         if alone:
             count = f"{len(alone)} of {len(planned.modules)} modules"
             yield f"{adapter.label} does not change {count}, such as {shorten(alone, 1)}; there its change is 0"
+
+
+def add_module(adapter: NewAdapter, name: str, form: Form, a: Tensor, b: Tensor) -> None:
+    """Add a module's matrices a [experts or 1, rank, in] and b [experts or 1, out, rank] to a new adapter."""
+    if form.experts:
+        adapter.add_experts(name, a, b)
+        return
+    rank, axes = a.shape[1], [1] * (len(form.columns) - 1)  # a convolution's
+    adapter.add(name, a.view(rank, *form.columns), b.view(form.out, rank, *axes), embedding=form.embedding)
+
+
+def _output_of(planned: PlannedAdapters) -> AdapterOutput:
+    """The facts about the new adapter besides its tensors."""
+    from mergekit_lfm.output.adapter import AdapterOutput
+    from mergekit_lfm.output.card import code_block, recipe_text
+    from mergekit_lfm.store.hub import hub_name
+
+    configs = [adapter.config for adapter in planned.adapters]
+    tasks = {config.get("task_type") for config in configs}
+    base = next((adapter.base for adapter in planned.adapters if adapter.base), None)
+    recipe = code_block(recipe_text(_public_recipe(planned.recipe)), "yaml")
+    layers = {name.removesuffix("bias") + "weight" for name in planned.saved if name.endswith(".bias")}
+    return AdapterOutput(
+        names={*map(planned.weight, planned.modules), *planned.saved, *layers},
+        complete=False,
+        base=base,
+        repo=base if base and hub_name(base) else None,
+        task=tasks.pop() if len(tasks) == 1 else None,
+        fan_in_fan_out=any(config.get("fan_in_fan_out") for config in configs),
+        about=f"It was merged from other adapters:\n\n{recipe}",
+    )
+
+
+def _public_recipe(recipe: AdapterRecipe) -> dict[str, Any]:
+    """The recipe without the folders of this machine, and without empty settings."""
+    from mergekit_lfm.output.names import last_name, public_names
+
+    data = recipe.normalised()
+    names = public_names([line["adapter"] for line in data["adapters"]])
+    lines = [{**line, "adapter": names[line["adapter"]]} for line in data["adapters"]]
+    data["adapters"] = [{key: value for key, value in line.items() if value != {}} for line in lines]
+    if "base_model" in data:
+        data["base_model"] = last_name(data["base_model"])
+    return {key: value for key, value in data.items() if value != {}}

@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergekit_lfm.api.adapter_plans import AdapterRecipeLike, PlannedAdapters, plan_adapters
+from mergekit_lfm.api.adapter_plans import AdapterRecipeLike, PlannedAdapters, add_module, plan_adapters
 from mergekit_lfm.api.arguments import StrPath, expand
 from mergekit_lfm.api.outcome import Outcome, warn_of
 from mergekit_lfm.errors import FormatError, PlanError, did_you_mean
 from mergekit_lfm.machine.progress import SILENCE, Progress
 from mergekit_lfm.methods.method import REQUIRED, Value
 from mergekit_lfm.methods.registry import METHODS
-from mergekit_lfm.recipe.adapter_recipe import SUMS, AdapterRecipe
+from mergekit_lfm.recipe.adapter_recipe import SUMS
 from mergekit_lfm.recipe.parts import Settings
 from mergekit_lfm.recipe.settings import SettingsTable
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     from mergekit_lfm.artifacts.adapter import Adapter
     from mergekit_lfm.kernels.products import Product
-    from mergekit_lfm.output.adapter import AdapterOutput, NewAdapter
+    from mergekit_lfm.output.adapter import NewAdapter
     from mergekit_lfm.store.tensors import TensorSpec
 
 
@@ -128,34 +129,42 @@ def merge_adapter_recipe(
     import torch
 
     from mergekit_lfm.output.adapter import new_adapter
-    from mergekit_lfm.output.save import check_out
     from mergekit_lfm.plan.layers import find_layers
 
     started = time.monotonic()
     planned = recipe
     if not isinstance(planned, PlannedAdapters):
         planned = plan_adapters(planned, out, allow_unknown=allow_unknown).result
-    inputs = {adapter.label: adapter.tensors.path for adapter in planned.adapters}
-    if planned.base is not None:
-        inputs[f"the base {planned.recipe.base_model}"] = planned.base.path
-    check_out(planned.out, inputs, overwrite=overwrite)
+    request = planned.request
+    if request.is_answered(planned.out, overwrite=overwrite):
+        there, warnings = _read_result(planned.out), warn_of(planned.notices)
+        return Outcome(planned.out, there, request.digest, True, warnings, time.monotonic() - started)
     table, modules = SettingsTable(planned.recipe.part), list[MergedModule]()
     layers = find_layers([*map(planned.weight, planned.modules), *planned.saved])
-    threads = torch.get_num_threads()
+    threads, counting = torch.get_num_threads(), progress.by_count("modules", "merging")
     torch.set_num_threads(1)  # more would add the parts of a sum in another order
     try:
-        with new_adapter(planned.out, _output_of(planned)) as adapter, progress.by_count("modules", "merging") as count:
+        with new_adapter(planned.out, planned.output, request) as adapter, counting as count:
             for name in planned.modules:
                 modules.append(_merge_module(planned, name, table, layers.get(planned.weight(name)), adapter))
                 count(len(modules), len(planned.modules))
             for name in planned.saved:
                 tensor = _merge_saved(planned, name, table.of(name, layers.get(name)))
                 adapter.save(name, _round(tensor, name, planned.dtype))
+            merged = MergedAdapter(tuple(modules), tuple(planned.saved))
+            adapter.result = asdict(merged)
     finally:
         torch.set_num_threads(threads)
-    merged = MergedAdapter(tuple(modules), tuple(planned.saved))
-    warnings = warn_of(planned.notices)
-    return Outcome(planned.out, merged, warnings=warnings, seconds=time.monotonic() - started)
+    return Outcome(planned.out, merged, request.digest, False, warn_of(planned.notices), time.monotonic() - started)
+
+
+def _read_result(out: Path) -> MergedAdapter:
+    """The contents of an adapter that an earlier run has made, from its lock."""
+    from mergekit_lfm.output.adapter_lock import result_of
+
+    result = result_of(out)
+    modules = (MergedModule(**{**module, "shape": tuple(module["shape"])}) for module in result["modules"])
+    return MergedAdapter(tuple(modules), tuple(result["saved"]))
 
 
 def _merge_module(
@@ -179,14 +188,12 @@ def _merge_module(
             for e in range(form.experts)
         ]
         rank = max(each.product.rank for each in done)
-        padded = [each.product.padded(rank) for each in done]
-        a, b = (_round(torch.stack([each[side] for each in padded]), name, planned.dtype) for side in (1, 0))
-        adapter.add_experts(name, a, b)
     else:
         done = [merge_products(merge, products)]
-        b, a = (_round(x, name, planned.dtype) for x in done[0].product)
-        rank, axes = len(a), [1] * (len(form.columns) - 1)  # a convolution's
-        adapter.add(name, a.view(rank, *form.columns), b.view(form.out, rank, *axes), embedding=form.embedding)
+        rank = done[0].product.rank
+    padded = [each.product.padded(rank) for each in done]
+    a, b = (_round(torch.stack([each[side] for each in padded]), name, planned.dtype) for side in (1, 0))
+    add_module(adapter, name, form, a, b)
     energy, kept = (sum(values) for values in zip(*((each.energy, each.kept) for each in done), strict=True))
     return MergedModule(name, planned.shape(name), rank, energy, kept / energy if energy else 1.0)
 
@@ -255,38 +262,3 @@ def _merge_saved(planned: PlannedAdapters, name: str, settings: Settings) -> tor
     ]
     zero = None if method.base == "member" else torch.zeros_like(base)
     return base + merge_checked(method, name, settings, changes, zero, (), recipe.seed)
-
-
-def _output_of(planned: PlannedAdapters) -> AdapterOutput:
-    """The facts about the new adapter besides its tensors."""
-    from mergekit_lfm.output.adapter import AdapterOutput
-    from mergekit_lfm.output.card import code_block, recipe_text
-    from mergekit_lfm.store.hub import hub_name
-
-    configs = [adapter.config for adapter in planned.adapters]
-    tasks = {config.get("task_type") for config in configs}
-    base = next((adapter.base for adapter in planned.adapters if adapter.base), None)
-    recipe = code_block(recipe_text(_public_recipe(planned.recipe)), "yaml")
-    layers = {name.removesuffix("bias") + "weight" for name in planned.saved if name.endswith(".bias")}
-    return AdapterOutput(
-        names={*map(planned.weight, planned.modules), *planned.saved, *layers},
-        complete=False,
-        base=base,
-        repo=base if base and hub_name(base) else None,
-        task=tasks.pop() if len(tasks) == 1 else None,
-        fan_in_fan_out=any(config.get("fan_in_fan_out") for config in configs),
-        about=f"It was merged from other adapters:\n\n{recipe}",
-    )
-
-
-def _public_recipe(recipe: AdapterRecipe) -> dict[str, Any]:
-    """The recipe without the folders of this machine, and without empty settings."""
-    from mergekit_lfm.output.names import last_name, public_names
-
-    data = recipe.normalised()
-    names = public_names([line["adapter"] for line in data["adapters"]])
-    lines = [{**line, "adapter": names[line["adapter"]]} for line in data["adapters"]]
-    data["adapters"] = [{key: value for key, value in line.items() if value != {}} for line in lines]
-    if "base_model" in data:
-        data["base_model"] = last_name(data["base_model"])
-    return {key: value for key, value in data.items() if value != {}}

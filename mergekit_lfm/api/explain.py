@@ -30,11 +30,14 @@ def explain_plan(planned: PlannedMerge, names: Sequence[str]) -> tuple[Explanati
 
 
 def _plans(planned: PlannedMerge) -> Iterator[tuple[str, Plan, str | None, int]]:
-    """Each stage's name and plan, the text of the recipe, and the index of the stage's document in it."""
+    """Each merge's stage and plan, the text of the recipe, and the index of the stage's document in it."""
+    from mergekit_lfm.api.planned import PlannedMerge
+
     stages = planned.stages
     if stages is None:
         yield "", planned.plan, planned.plan.recipe.text, 0
         return
     for stage, each in zip(stages.stages, stages.plans, strict=True):
-        yield stage.name, each.plan, stage.text, stage.document
+        if isinstance(each, PlannedMerge):
+            yield stage.name, each.plan, stage.text, stage.document
     yield "", planned.plan, stages.last.text, stages.last.document

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mergekit_lfm.api.arguments import StrPath, expand
-from mergekit_lfm.api.extract import output_of
+from mergekit_lfm.api.extraction_plans import output_of
 from mergekit_lfm.api.outcome import Outcome, warn_of
 from mergekit_lfm.artifacts.patch import Patch, open_patch
 from mergekit_lfm.engine.extraction import add_product
 from mergekit_lfm.errors import PlanError, several, shorten
 from mergekit_lfm.kernels.low_rank import approximate
 from mergekit_lfm.output.adapter import AdapterOutput, NewAdapter, new_adapter
-from mergekit_lfm.output.save import check_out
+from mergekit_lfm.output.adapter_lock import AdapterInput, AdapterRequest, result_of
+from mergekit_lfm.output.names import public_names
 from mergekit_lfm.plan.extraction import Extraction, plan_extraction
 from mergekit_lfm.plan.groups import Group, Piece, Selection
-from mergekit_lfm.store.checkpoint import Checkpoint
+from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
+from mergekit_lfm.store.hub import hub_name
 from mergekit_lfm.views.adapted import open_model
 from mergekit_lfm.views.patched import patched_view
 from mergekit_lfm.views.quantisation import dequantise
@@ -63,17 +67,40 @@ def export_patches(
         raise PlanError(f"found rank {rank}, expected 1 or more; choose another")
     opened = [open_patch(path) for path in files]
     model = None if base is None else dequantise(open_model(base))
-    folders = () if model is None else model.folders
-    check_out(target, {str(path): path for path in (*files, *folders)}, overwrite=overwrite)
+    request = _request(files, opened, base, model, rank)
+    if request.is_answered(target, overwrite=overwrite):
+        there = tuple(ExportedTensor(**each) for each in result_of(target)["tensors"])
+        return Outcome(target, there, request.digest, True, seconds=time.monotonic() - started)
     contents = _changes_alone(opened) if model is None else _changes_in(opened, model, str(base))
     about = f"Made from {len(files)} patch{'' if len(files) == 1 else 'es'} of weights."
-    with new_adapter(target, replace(contents.output, about=about)) as adapter:
+    with new_adapter(target, replace(contents.output, about=about), request) as adapter:
         tensors = [_add(adapter, group, opened, rank) for group in contents.groups]
         tensors += [ExportedTensor(name, None) for name in contents.save(adapter)]
+        adapter.result = {"tensors": [asdict(each) for each in tensors]}
     most = {group.names[0]: group.most for group in contents.groups}
     full = [each.name for each in tensors if rank is None and each.dense and each.rank == most[each.name]]
     findings = [f"{shorten(full, 3)}: products of full rank, as the changes have it; --rank bounds it"] if full else []
-    return Outcome(target, tuple(tensors), warnings=warn_of(findings), seconds=time.monotonic() - started)
+    return Outcome(target, tuple(tensors), request.digest, False, warn_of(findings), time.monotonic() - started)
+
+
+def _request(
+    files: Sequence[Path], patches: Sequence[Patch], base: StrPath | None, model: Checkpoint | None, rank: int | None
+) -> AdapterRequest:
+    """The request that the adapter answers."""
+    inputs = [
+        AdapterInput(str(file), open_checkpoint(file), patch.info.metadata())
+        for file, patch in zip(files, patches, strict=True)
+    ]
+    if model is not None:
+        inputs.append(AdapterInput(str(base), model, model.config))
+    names = public_names(source.label for source in inputs)
+
+    def recipe(name: Callable[[str], str]) -> dict[str, Any]:
+        data: dict[str, Any] = {"job": "export", "patches": [name(str(file)) for file in files]}
+        data |= {} if base is None else {"base_model": name(str(base))}
+        return data | ({} if rank is None else {"rank": rank})
+
+    return AdapterRequest(recipe(str), recipe(names.__getitem__), tuple(inputs))
 
 
 @dataclass(frozen=True)
@@ -145,7 +172,8 @@ def _changes_in(patches: Sequence[Patch], model: Checkpoint, label: str) -> _Con
     held = {*saved, *(name for group in groups for name in group.names)}
     if lost := [f"{name}: {plan.lost.get(name, EXPERT)}" for name in changed - held]:
         raise PlanError(several("an adapter cannot hold these changes", sorted(lost)) + "; apply the patches instead")
-    return _Contents(groups, output_of(plan, label), saved, plan)
+    name = None if Path(label).expanduser().exists() else hub_name(label)
+    return _Contents(groups, output_of(plan, label, None if name is None else name.repo), saved, plan)
 
 
 def _add(adapter: NewAdapter, group: Group, patches: Sequence[Patch], rank: int | None) -> ExportedTensor:

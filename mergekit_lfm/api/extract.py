@@ -2,37 +2,32 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from mergekit_lfm.api.arguments import StrPath, as_bytes, expand
+from mergekit_lfm.api.extraction_plans import PlannedExtraction, plan_extract
 from mergekit_lfm.api.outcome import Outcome, warn_of
 from mergekit_lfm.engine.extraction import Extractor, Ranks, Reduced, threads_for
-from mergekit_lfm.errors import PlanError, did_you_mean, shorten
+from mergekit_lfm.errors import PlanError, shorten
 from mergekit_lfm.machine.devices import find_gpu
 from mergekit_lfm.machine.progress import SILENCE, Progress
 from mergekit_lfm.machine.resources import default_memory, default_threads
 from mergekit_lfm.machine.sizes import format_size
-from mergekit_lfm.output.adapter import AdapterOutput, new_adapter
-from mergekit_lfm.output.card import read_license
-from mergekit_lfm.output.save import check_out
-from mergekit_lfm.plan.extraction import EXCLUDED, Extraction, plan_extraction
-from mergekit_lfm.plan.groups import WORDS, Selection
+from mergekit_lfm.output.adapter import new_adapter
+from mergekit_lfm.output.adapter_lock import result_of
+from mergekit_lfm.plan.extraction import EXCLUDED, Extraction
+from mergekit_lfm.plan.groups import WORDS
+from mergekit_lfm.recipe.extract_recipe import ExtractRecipe
 from mergekit_lfm.store.folder import ADAPTER_WEIGHTS
-from mergekit_lfm.store.hub import hub_name
-from mergekit_lfm.views.adapted import open_model
-from mergekit_lfm.views.quantisation import dequantise
 
 NO_ROOM = "no rank fits into the size"
 ENTRY = 150  # bytes of a tensor in a header besides its name, at most
-RANK = 32  # where nothing says how many
-LABELS = re.compile(r"^(classifier(\.out_proj)?|score)\.weight$")  # has a row for each
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,56 +96,66 @@ def extract_lora(
     Other tensors are saved whole if they changed and PEFT can; the outcome names changes that are lost. Models are
     paths, names on the Hub, or MODEL+ADAPTER. Raises PlanError if they differ in more than values, or nothing changed.
     """
-    started, target = time.monotonic(), expand(out)
-    ranks = _ranks(rank, energy, as_bytes(size), exact=exact)
-    selection = Selection(_expressions(include), _expressions(exclude), _expressions(save), embed_lora)
-    if dtype not in DTYPES:
-        raise PlanError(f"found dtype {dtype!r}, expected one of {', '.join(DTYPES)}; {did_you_mean(dtype, DTYPES)}")
-    ours, theirs = dequantise(open_model(model)), dequantise(open_model(base))
-    inputs = {str(path): path for side in (ours, theirs) for path in side.folders}
-    check_out(target, inputs, overwrite=overwrite)
-    plan = plan_extraction(ours, theirs, (str(model), str(base)), selection)
-    gpu = find_gpu(device)
+    data: dict[str, Any] = {"job": "extract", "model": model, "base_model": base, "dtype": dtype}
+    data |= {"rank": rank, "energy": energy, "size": as_bytes(size), "embed_lora": embed_lora, "exact": exact}
+    data |= {"include": list(include), "exclude": list(exclude), "save": list(save)}
+    planned = plan_extract(ExtractRecipe.parse(data, label="extraction"), expand(out), device=device)
+    return extract_planned(planned, memory=memory, threads=threads, overwrite=overwrite, progress=progress)
+
+
+def extract_planned(
+    planned: PlannedExtraction,
+    *,
+    memory: int | str | None = None,
+    threads: int | None = None,
+    overwrite: bool = False,
+    progress: Progress = SILENCE,
+) -> Outcome[Extracted]:
+    """Write the adapter of a planned extraction; options and outcome as of `extract_lora`."""
+    started, request = time.monotonic(), planned.request
+    there = request.is_answered(planned.out, overwrite=overwrite)
+    extracted = _read_result(planned.out) if there else _carry_out(planned, as_bytes(memory), threads, progress)
+    warnings = warn_of([*planned.notices, *_findings(planned.plan, extracted, planned.recipe.model)])
+    return Outcome(planned.out, extracted, request.digest, there, warnings, time.monotonic() - started)
+
+
+def _carry_out(planned: PlannedExtraction, memory: int | None, threads: int | None, progress: Progress) -> Extracted:
+    """Write the adapter of a planned extraction."""
+    plan, recipe = planned.plan, planned.recipe
+    stated = recipe.normalised()
+    ranks = Ranks(stated.get("rank"), recipe.energy, recipe.size, recipe.exact)
+    gpu = find_gpu(planned.device)
     place = torch.device("cpu") if gpu is None else gpu
-    extractor = Extractor(plan, ranks, getattr(torch, dtype), place, 1, lambda _: None)
+    extractor = Extractor(plan, ranks, getattr(torch, stated["dtype"]), place, 1, lambda _: None)
     wanted = (threads or default_threads()) if gpu is None else 1
-    most = default_memory() if memory is None else as_bytes(memory)
-    assert most is not None
-    count = threads_for(extractor, wanted, most, stated=memory is not None)
-    for side in (ours, theirs):
+    count = threads_for(extractor, wanted, memory or default_memory(), stated=memory is not None)
+    for side in (plan.model, plan.base):
         side.fetch(progress)
     with progress.by_bytes(_work(plan, 2 if ranks.nbytes is not None else 1), "extracting") as done:
-        extracted = _extract(replace(extractor, threads=count, done=done), target, str(base))
+        return _extract(replace(extractor, threads=count, done=done), planned)
+
+
+def _findings(plan: Extraction, extracted: Extracted, model: str) -> list[str]:
+    """The facts about the adapter that a user should know."""
     lost = [each for each in extracted.dropped if each.why != EXCLUDED]
     findings = [f"the adapter lacks {_names(lost)}: {lost[0].why}"] if lost else []
     if plan.unties and any(WORDS.search(each.name.removesuffix(".weight")) for each in extracted.saved):
         findings.append(
             f"with PEFT the head of {model} keeps the base's embedding, which is tied to it, and was changed"
         )
-    return Outcome(target, extracted, warnings=warn_of(findings), seconds=time.monotonic() - started)
+    return findings
 
 
-def _ranks(rank: int | None, energy: float | None, nbytes: int | None, *, exact: bool) -> Ranks:
-    """How ranks are chosen. Raises PlanError for values out of range, and for more than one."""
-    given = {"rank": rank, "energy": energy, "size": nbytes}
-    stated = [name for name, value in given.items() if value is not None]
-    if len(stated) > 1:
-        raise PlanError(f"found {' and '.join(stated)}, expected one of rank, energy and size; leave out the others")
-    if rank is not None and rank < 1:
-        raise PlanError(f"found rank {rank}, expected 1 or more; choose another")
-    if energy is not None and not 0 < energy <= 1:
-        raise PlanError(f"found energy {energy}, expected a share above 0 and at most 1; choose another")
-    return Ranks(rank if stated else RANK, energy, nbytes, exact)
-
-
-def _expressions(texts: Sequence[str]) -> tuple[str, ...]:
-    """The regular expressions. Raises PlanError for one that is wrong."""
-    for text in texts:
-        try:
-            re.compile(text)
-        except re.error as error:
-            raise PlanError(f"found {text!r}, expected a regular expression ({error}); correct it") from None
-    return tuple(texts)
+def _read_result(out: Path) -> Extracted:
+    """The contents of an adapter that an earlier run has made, from its lock."""
+    result = result_of(out)
+    return Extracted(
+        tuple(Reduced(**{**each, "shape": tuple(each["shape"])}) for each in result["reduced"]),
+        tuple(Whole(**each) for each in result["saved"]),
+        tuple(Whole(**each) for each in result["dropped"]),
+        result["unchanged"],
+        (out / ADAPTER_WEIGHTS[0]).stat().st_size,
+    )
 
 
 def _work(plan: Extraction, passes: int) -> int:
@@ -163,29 +168,7 @@ def _names(tensors: Sequence[Whole]) -> str:
     return shorten([each.name for each in tensors], 3)
 
 
-def output_of(plan: Extraction, base: str) -> AdapterOutput:
-    """The facts in the files of an adapter for the planned model, and for a base as its user names it."""
-    architecture = next(iter(plan.model.config.get("architectures") or []), None)
-    name = None if Path(base).expanduser().exists() else hub_name(base)
-    return AdapterOutput(
-        names=plan.running,
-        base=base,
-        architecture=architecture if isinstance(architecture, str) else None,
-        labels=_labels(plan),
-        fan_in_fan_out=plan.turned,
-        tied=plan.tied,
-        repo=None if name is None else name.repo,
-        license=read_license(plan.base.path),
-    )
-
-
-def _labels(plan: Extraction) -> int | None:
-    """The number of a classifier's labels, if it has a head of its own."""
-    heads = (name for name, running in plan.names.items() if LABELS.search(running))
-    return next((plan.model[name].shape[0] for name in heads), None)
-
-
-def _extract(extractor: Extractor, target: Path, base: str) -> Extracted:
+def _extract(extractor: Extractor, planned: PlannedExtraction) -> Extracted:
     """Compare, decompose, and write the adapter."""
     plan = extractor.plan
     changed = extractor.changed(plan.compared)
@@ -198,7 +181,7 @@ def _extract(extractor: Extractor, target: Path, base: str) -> Extracted:
     elif extractor.ranks.nbytes is not None:
         ranks = extractor.share(plan.groups, _rest(plan, saved, extractor.ranks.nbytes))
     sizes = {group.name: len(group.names) for group in plan.groups}
-    with new_adapter(target, output_of(plan, base)) as adapter:
+    with new_adapter(planned.out, planned.output, planned.request) as adapter:
         reduced = extractor.write(adapter, plan.groups, ranks)
         for name in saved:
             adapter.save(plan.names[name], plan.model.read(name).view(plan.model[name].shape))
@@ -216,7 +199,8 @@ def _extract(extractor: Extractor, target: Path, base: str) -> Extracted:
             0,
         )
         adapter.about = _about(extracted)
-    return replace(extracted, nbytes=(target / ADAPTER_WEIGHTS[0]).stat().st_size)
+        adapter.result = {key: value for key, value in asdict(extracted).items() if key != "nbytes"}
+    return replace(extracted, nbytes=(planned.out / ADAPTER_WEIGHTS[0]).stat().st_size)
 
 
 def _rest(plan: Extraction, saved: Sequence[str], nbytes: int) -> int:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mergekit_lfm.api.arguments import as_bytes, expand
+from mergekit_lfm.api.jobs import JobRecipe, find_job
 from mergekit_lfm.api.outcome import Outcome, warn_of
-from mergekit_lfm.api.planned import Merged, PlannedMerge, Stages
+from mergekit_lfm.api.planned import Merged, Planned, PlannedJob, PlannedMerge, Stages, plan_job
 from mergekit_lfm.api.stages import check_stages, in_stage, plan_stages
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.machine.accelerators import Accelerator, accelerator_of
@@ -19,7 +20,7 @@ from mergekit_lfm.machine.devices import find_gpu
 from mergekit_lfm.machine.progress import SILENCE, Progress
 from mergekit_lfm.recipe.form import Push, read_reference
 from mergekit_lfm.recipe.recipe import Recipe
-from mergekit_lfm.recipe.source import RecipeText, source_of
+from mergekit_lfm.recipe.source import RecipeText, Source, source_of
 from mergekit_lfm.recipe.stages import Stage
 
 if TYPE_CHECKING:
@@ -58,14 +59,16 @@ def plan_merge(
     stages: Stages | None = None
     if not isinstance(recipe, Recipe):
         source = source_of(recipe)
+        _refuse_job(source)
         if documents := source.stages:
-            out = _need(out or _output_of(documents[-1]) or source.default_output)
-            work = lambda recipe, folder: plan_merge(recipe, folder, **how).result  # noqa: E731
-            stages, recipe = plan_stages(documents, source.where, out, work, allow_unknown=allow_unknown)
+            out = need_output(out or output_of(documents[-1]) or source.default_output)
+            stages, last = plan_stages(documents, source.where, out, plan_stage, how, allow_unknown=allow_unknown)
+            assert isinstance(last, Recipe)
+            recipe = last
         else:
             recipe = source.recipe(allow_unknown=allow_unknown)
             out = out or recipe.output or source.default_output
-    folder = _need(out or recipe.output)
+    folder = need_output(out or recipe.output)
     if seed is not None:
         recipe = recipe.model_copy(update={"seed": seed})
     if heads is not None:
@@ -79,14 +82,33 @@ def plan_merge(
     return Outcome(folder, planned, plan.digest, seconds=time.monotonic() - started)
 
 
-def _need(out: str | PathLike[str] | None) -> Path:
+def plan_stage(stage: Stage, recipe: Recipe | JobRecipe, out: Path, how: Mapping[str, Any]) -> Planned:
+    """The plan of one stage from its recipe and the folder of its result. how: options of `plan_merge`."""
+    if isinstance(recipe, Recipe):
+        return plan_merge(recipe, out, **how).result
+    job = find_job(stage.data, stage.label)
+    assert job is not None
+    return plan_job(job, recipe, out, how)
+
+
+def _refuse_job(source: Source) -> None:
+    """Raise PlanError if a job makes the output."""
+    label, data = (source.stages[-1].label, source.stages[-1].data) if source.stages else (source.label, None)
+    job = find_job(source.documents[0] if data is None else data, label)
+    if job is not None:
+        sentence = "{place}: job {found} makes {what}, expected a merge, which makes a model; {cure}"
+        cure = "in Python plan_recipe and run_recipe take it, on the command line `merge`"
+        raise PlanError(sentence, place=label, found=job.name, what=job.makes, cure=cure)
+
+
+def need_output(out: str | PathLike[str] | None) -> Path:
     """The folder of the output."""
     if out is None:
         raise PlanError("no output: give OUT (in Python `out`), or give the recipe an `output`")
     return expand(out)
 
 
-def _output_of(stage: Stage) -> str | None:
+def output_of(stage: Stage) -> str | None:
     """The output that a stage names; None also for one of another type, which its recipe refuses."""
     try:
         output = read_reference(stage.data.get("output"))
@@ -134,19 +156,18 @@ def merge(
     where it stopped.
     """
     started = time.monotonic()
-    how: dict[str, Any] = {"max_shard_size": max_shard_size, "seed": seed, "heads": heads, "device": device}
-    how["card"] = card
     if not isinstance(recipe, PlannedMerge):
-        more: dict[str, Any] = {"push_to": push_to, "private": private, "allow_unknown": allow_unknown}
-        recipe = plan_merge(recipe, out, **more, **how).result
+        how: dict[str, Any] = {"max_shard_size": max_shard_size, "seed": seed, "heads": heads, "device": device}
+        how |= {"card": card, "push_to": push_to, "private": private, "allow_unknown": allow_unknown}
+        recipe = plan_merge(recipe, out, **how).result
     run: dict[str, Any] = {"memory": memory, "threads": threads, "nan": nan, "resume": resume}
     run |= {"trust_times": trust_times, "compile": compile, "progress": progress}
     _check_push(recipe.goal)
-    stages, earlier = recipe.stages, tuple[Outcome[Merged], ...]()
-    if stages is not None:
-        earlier, recipe = _run_stages(recipe, stages, how, run, overwrite=overwrite)
+    stages = recipe.stages
+    earlier, recipe = _run_earlier(recipe, run, overwrite=overwrite)
     plan, done = _carry_out(recipe, {**run, "overwrite": overwrite})
-    warnings, merged = warn_of(done.findings), Merged(plan, done.resumed_bytes, stages=earlier)
+    merged = Merged(plan, done.resumed_bytes, stages=earlier)
+    warnings = *(() if stages is None else stages.findings(earlier)), *warn_of(done.findings)
     outcome = Outcome(recipe.out, merged, plan.digest, done.already_there, warnings, time.monotonic() - started)
     if stages is not None and drop_stages:
         stages.drop()
@@ -180,39 +201,85 @@ def _carry_out(planned: PlannedMerge, options: Mapping[str, Any]) -> tuple[Plan,
     return plan, execute(plan, planned.out, accelerator=accelerator, compile=compile, **rest)
 
 
-def _run_stages(
-    planned: PlannedMerge, stages: Stages, how: Mapping[str, Any], run: Mapping[str, Any], *, overwrite: bool
-) -> tuple[tuple[Outcome[Merged], ...], PlannedMerge]:
+def _run_earlier(
+    planned: PlannedMerge, run: Mapping[str, Any], *, overwrite: bool
+) -> tuple[tuple[Outcome[Any], ...], PlannedMerge]:
+    """The outcomes of the stages before a merge, and its plan on their results."""
+    if planned.stages is None:
+        return (), planned
+    earlier, last = run_stages(planned, run, overwrite=overwrite)
+    assert isinstance(last, PlannedMerge)
+    return earlier, replace(last, goal=planned.goal, accelerator=planned.accelerator)
+
+
+def run_stages(
+    planned: Planned, run: Mapping[str, Any], *, overwrite: bool
+) -> tuple[tuple[Outcome[Any], ...], Planned]:
     """The outcomes of all stages but the last, and the last one's plan on their results.
 
-    how: options of their plans; run: of their merges. An earlier result of a stage that has changed, or its inputs, is
-    replaced, and so is a damaged one. overwrite: so may be the output.
+    planned: the last stage. run: options of `merge` for the work. An earlier result of a stage that has changed, or its
+    inputs, is replaced, and so is a damaged one. overwrite: so may be the output.
     """
+    stages = planned.stages
+    assert stages is not None
     checked = {key: run[key] for key in ("threads", "resume", "nan")}
     check_stages(planned, memory=as_bytes(run["memory"]), overwrite=overwrite, **checked)
-    done = list[Outcome[Merged]]()
+    done = list[Outcome[Any]]()
     for stage, each in zip(stages.stages, stages.plans, strict=True):
         run["progress"].notice(f"stage {stage.name}")
         each.out.parent.mkdir(parents=True, exist_ok=True)
-        now = plan_merge(stages.recipe(stage), each.out, **how).result
-        done.append(merge(now, overwrite=_has_changed(now, run), **run))
-    last = plan_merge(stages.recipe(stages.last), planned.out, **how).result
-    return tuple(done), replace(last, goal=planned.goal, accelerator=planned.accelerator)
+        with in_stage(stage):
+            now = plan_stage(stage, stages.recipe(stage), each.out, stages.how)
+        changed = _has_changed(now, run)
+        if changed and not (overwrite or stages.final):
+            _refuse_older(planned.out, stage, now)
+        with in_stage(stage):
+            done.append(run_planned(now, run, overwrite=changed))
+    with in_stage(stages.last):
+        return tuple(done), plan_stage(stages.last, stages.recipe(stages.last), planned.out, stages.how)
 
 
-def _has_changed(planned: PlannedMerge, run: Mapping[str, Any]) -> bool:
+def run_planned(planned: Planned, run: Mapping[str, Any], *, overwrite: bool) -> Outcome[Any]:
+    """Carry out what is planned, without stages. run: options of `merge` for the work; a job takes its own."""
+    if isinstance(planned, PlannedMerge):
+        return merge(planned, overwrite=overwrite, **run)
+    own = {name: run[name] for name in sorted(planned.job.run_options)}
+    return planned.job.run(planned.plan, overwrite=overwrite, progress=run["progress"], **own)
+
+
+def _refuse_older(out: Path, stage: Stage, now: Planned) -> None:
+    """Raise PlanError if OUT is there, and the stage's result of another recipe or of other inputs.
+
+    Before a job has run, the plan of the last stage does not show that.
+    """
+    from mergekit_lfm.output.lock import lock_of
+    from mergekit_lfm.store.places import OVERWRITE, has_files
+
+    if isinstance(now, PlannedJob):
+        same = now.plan.request.is_of(now.out)
+    else:
+        same = lock_of(now.out).get("plan") == now.plan.digest
+    if has_files(out) and not same:
+        sentence = "{place} exists and is from before the change of stage {name}; {cure}"
+        raise PlanError(sentence, place=out, name=stage.name, cure=OVERWRITE)
+
+
+def _has_changed(planned: Planned, run: Mapping[str, Any]) -> bool:
     """True if an earlier result of a stage is that of another plan or of other inputs, or damaged."""
     from mergekit_lfm.engine.execute import is_written
     from mergekit_lfm.engine.inputs import Comparison
     from mergekit_lfm.machine.resources import default_memory
-    from mergekit_lfm.output.lock import lock_of
+    from mergekit_lfm.output.lock import lock_name
     from mergekit_lfm.store.places import place_of
 
-    if not lock_of(planned.out):
+    if not lock_name(planned.out):
         return False
-    memory = as_bytes(run["memory"]) or default_memory()
-    comparison = Comparison(planned.plan, memory, run["threads"], run["progress"], run["trust_times"])
     try:
+        if isinstance(planned, PlannedJob):
+            planned.plan.request.is_answered(planned.out, overwrite=False)
+            return False
+        memory = as_bytes(run["memory"]) or default_memory()
+        comparison = Comparison(planned.plan, memory, run["threads"], run["progress"], run["trust_times"])
         is_written(comparison, place_of(planned.out), overwrite=False, resume=run["resume"], nan=run["nan"])
     except PlanError:
         return True

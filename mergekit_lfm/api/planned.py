@@ -1,15 +1,17 @@
-"""Merges that are planned, and those that are made: one, or the stages of a recipe."""
+"""Merges and jobs that are planned, and merges that are made: one, or the stages of a recipe."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import rmtree
 from tempfile import mkdtemp
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import finalize
 
+from mergekit_lfm.api.jobs import Job, JobPlan, JobRecipe, find_job
 from mergekit_lfm.api.outcome import Outcome
 from mergekit_lfm.machine.accelerators import Accelerator
 from mergekit_lfm.recipe.form import Push
@@ -37,6 +39,23 @@ class PlannedMerge:
 
 
 @dataclass(frozen=True)
+class PlannedJob:
+    """A job that is planned and checked, and not done yet. stages: those before it, if its recipe has several."""
+
+    job: Job
+    plan: JobPlan
+    stages: Stages | None = None
+
+    @property
+    def out(self) -> Path:
+        """The folder of its result."""
+        return self.plan.out
+
+
+Planned = PlannedMerge | PlannedJob
+
+
+@dataclass(frozen=True)
 class Merged:
     """The result of a merge. resumed_bytes: written by an earlier, interrupted run. pushed: None without a push.
 
@@ -46,7 +65,7 @@ class Merged:
     plan: Plan
     resumed_bytes: int = 0
     pushed: Pushed | None = None
-    stages: tuple[Outcome[Merged], ...] = ()
+    stages: tuple[Outcome[Any], ...] = ()
 
 
 class Scratch:
@@ -61,30 +80,54 @@ class Scratch:
 class Stages:
     """The stages of a recipe in the order of work, but for the last, and their plans.
 
-    where: the recipe's folder. folder: that of their results. scratch: the stand-ins, as long as the plans are used.
-    allow_unknown: of `Recipe.parse`.
+    where: the recipe's folder. folder: that of their results. how: the options of their plans. scratch: the stand-ins,
+    as long as the plans are used. allow_unknown: of `Recipe.parse`.
     """
 
     stages: tuple[Stage, ...]
     last: Stage
     where: Path | None
     folder: Path
-    plans: tuple[PlannedMerge, ...]
+    plans: tuple[Planned, ...]
+    how: Mapping[str, Any]
     scratch: Scratch
     allow_unknown: bool = False
 
-    def recipe(self, stage: Stage) -> Recipe:
+    @property
+    def final(self) -> bool:
+        """True if the plans on stand-ins are those on the results: only data decide the ranks that jobs leave."""
+        return all(isinstance(plan, PlannedMerge) for plan in self.plans)
+
+    def recipe(self, stage: Stage) -> Recipe | JobRecipe:
         """The recipe of a stage, on the results of those before it."""
-        folders = {each.name: self.folder / each.name for each in self.stages if each.name in stage.needs}
-        return Recipe.parse(stage.data, self.where, stage.label, folders, allow_unknown=self.allow_unknown)
+        return parse_stage(stage, self.where, self.folder, allow_unknown=self.allow_unknown)
+
+    def findings(self, outcomes: Sequence[Outcome[Any]]) -> tuple[str, ...]:
+        """The warnings in the outcomes of the stages, each with the name of its stage."""
+        pairs = zip(self.stages, outcomes, strict=True)
+        return tuple(f"stage {stage.name}: {line}" for stage, outcome in pairs for line in outcome.warnings)
 
     def drop(self) -> None:
         """Remove the results of the stages."""
-        from mergekit_lfm.output.lock import LOCK
+        from mergekit_lfm.output.lock import LOCKS
         from mergekit_lfm.store.places import remove
 
         for stage in self.stages:
-            if (self.folder / stage.name / LOCK).is_file():
+            if any((self.folder / stage.name / name).is_file() for name in LOCKS):
                 remove(self.folder / stage.name)
         with suppress(OSError):  # it holds something else, too
             self.folder.rmdir()
+
+
+def parse_stage(stage: Stage, where: Path | None, folder: Path, *, allow_unknown: bool) -> Recipe | JobRecipe:
+    """The recipe of a stage. where: the recipe's folder. folder: of the results of the stages before it."""
+    job = find_job(stage.data, stage.label)
+    parse = Recipe.parse if job is None else job.parse
+    folders = {name: folder / name for name in stage.needs}
+    return parse(stage.data, where, stage.label, folders, allow_unknown=allow_unknown)
+
+
+def plan_job(job: Job, recipe: JobRecipe, out: Path, how: Mapping[str, Any]) -> PlannedJob:
+    """A job's plan from its recipe and the folder of its result. how: options of `plan_recipe`; it takes its own."""
+    own = {name: how[name] for name in sorted(job.plan_options) if how.get(name) is not None}
+    return PlannedJob(job, job.plan(recipe, out, **own))

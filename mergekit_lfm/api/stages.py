@@ -2,26 +2,26 @@
 
 A stage that is still to run is planned on a stand-in for the results that it takes: their headers and small files, over
 files without data. The results lie in OUT.stages, under the names of their stages, and each is made again only if its
-stage has changed.
+stage has changed. A stage after a job is planned again on the result, whose ranks only data decide.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
-from mergekit_lfm.api.planned import PlannedMerge, Scratch, Stages
+from mergekit_lfm.api.jobs import JobRecipe
+from mergekit_lfm.api.planned import Planned, PlannedJob, PlannedMerge, Scratch, Stages, parse_stage
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.machine.resources import default_memory
 from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.recipe.stages import Stage
 from mergekit_lfm.store.places import beside
 
-if TYPE_CHECKING:
-    from mergekit_lfm.plan.plan import Plan
+PlanStage = Callable[[Stage, Recipe | JobRecipe, Path, Mapping[str, Any]], Planned]
 
 
 def stages_folder(out: Path) -> Path:
@@ -33,35 +33,30 @@ def plan_stages(
     stages: Sequence[Stage],
     where: Path | None,
     out: Path,
-    plan: Callable[[Recipe, Path], PlannedMerge],
+    plan: PlanStage,
+    how: Mapping[str, Any],
     *,
     allow_unknown: bool = False,
-) -> tuple[Stages, Recipe]:
+) -> tuple[Stages, Recipe | JobRecipe]:
     """The plans of all stages but the last, and the last one's recipe, on stand-ins for the results that it takes.
 
-    plan: from a recipe and the folder of its result to its plan. Raises PlanError as that does. allow_unknown: of
-    `Recipe.parse`.
+    plan: from a stage, its recipe, the folder of its result, and the options `how` to its plan. Raises PlanError as
+    that does. allow_unknown: of `Recipe.parse`.
     """
-
-    def parse(stage: Stage) -> Recipe:
-        used = {name: folders[name] for name in stage.needs}
-        return Recipe.parse(stage.data, where, stage.label, used, allow_unknown=allow_unknown)
-
     *earlier, last = stages
     scratch = Scratch()
-    folders: dict[str, Path] = {}
-    plans: list[PlannedMerge] = []
+    plans: list[Planned] = []
     for stage in earlier:
         with in_stage(stage):
-            plans.append(plan(parse(stage), stages_folder(out) / stage.name))
-        folders[stage.name] = scratch.path / stage.name
-        stand_in(plans[-1].plan, folders[stage.name])
-    stages_before = Stages(tuple(earlier), last, where, stages_folder(out), tuple(plans), scratch, allow_unknown)
-    return stages_before, parse(last)
+            recipe = parse_stage(stage, where, scratch.path, allow_unknown=allow_unknown)
+            plans.append(plan(stage, recipe, stages_folder(out) / stage.name, how))
+            stand_in(plans[-1], scratch.path / stage.name)
+    before = Stages(tuple(earlier), last, where, stages_folder(out), tuple(plans), how, scratch, allow_unknown)
+    return before, parse_stage(last, where, scratch.path, allow_unknown=allow_unknown)
 
 
 def check_stages(
-    planned: PlannedMerge,
+    planned: Planned,
     *,
     memory: int | None,
     threads: int | None,
@@ -71,7 +66,7 @@ def check_stages(
 ) -> None:
     """Raise PlanError before the first stage runs if the memory does not suffice for all, or OUT may not be written.
 
-    planned: the merge of the last stage. A plan on stand-ins has the digest of that on the stages' results.
+    planned: the last stage. Without jobs a plan on stand-ins has the digest of that on the stages' results.
     """
     from mergekit_lfm.output.replace import already_there
     from mergekit_lfm.plan.budget import workers
@@ -82,10 +77,34 @@ def check_stages(
     if folder.exists() and not folder.is_dir():
         raise PlanError(IS, place=folder, found="a file", expected="a folder for the results of stages", cure=ANOTHER)
     for each in plans:
-        workers(each.plan, memory or default_memory(), threads, each.accelerator)
-    plan, rebuild = planned.plan, overwrite or not resume
-    inputs = {label: path for each in plans for label, path in each.plan.places.items()}
-    already_there(plan.digest, plan.shards, inputs, planned.out, overwrite=overwrite, rebuild=rebuild, nan=nan)
+        if isinstance(each, PlannedMerge):
+            workers(each.plan, memory or default_memory(), threads, each.accelerator)
+    inputs = {label: path for each in plans for label, path in _inputs_of(each).items()}
+    if isinstance(planned, PlannedMerge) and planned.stages.final:
+        plan, rebuild = planned.plan, overwrite or not resume
+        already_there(plan.digest, plan.shards, inputs, planned.out, overwrite=overwrite, rebuild=rebuild, nan=nan)
+    else:
+        _check_place(planned.out, inputs, overwrite=overwrite)
+
+
+def _inputs_of(planned: Planned) -> Mapping[str, Path]:
+    """The paths that a stage reads, by label."""
+    if isinstance(planned, PlannedJob):
+        return planned.plan.request.paths
+    return planned.plan.places
+
+
+def _check_place(out: Path, inputs: Mapping[str, Path], *, overwrite: bool) -> None:
+    """Raise PlanError if OUT may not be written, whatever its plan will be."""
+    from mergekit_lfm.output.lock import lock_name
+    from mergekit_lfm.output.replace import check_folder
+    from mergekit_lfm.store.places import check_apart, check_kind
+
+    if overwrite or not lock_name(out):
+        check_folder(out, inputs, overwrite=overwrite)
+    else:  # it may be the output of these stages, which the last one finds out
+        check_apart(out, inputs)
+        check_kind(out)
 
 
 @contextmanager
@@ -99,10 +118,14 @@ def in_stage(stage: Stage | None) -> Iterator[None]:
         raise PlanError("{where}: {text}", where=stage.label, text=error, **error.parts) from None
 
 
-def stand_in(plan: Plan, folder: Path) -> None:
-    """Write a folder like the output of a plan: its headers and small files; the data take no space on the disk."""
+def stand_in(planned: Planned, folder: Path) -> None:
+    """Write a folder like the result of a plan: its headers and small files; the data take no space on the disk."""
     from mergekit_lfm.engine.documents import Documents
 
+    if isinstance(planned, PlannedJob):
+        planned.plan.stand_in(folder)
+        return
+    plan = planned.plan
     folder.mkdir()
     files = Documents(plan, folder.name).files
     for name, data in [*files.items(), *((shard.name, shard.header) for shard in plan.shards)]:

@@ -46,7 +46,7 @@ def verify_output(
     threads: int | None = None,
     progress: Progress = SILENCE,
 ) -> Outcome[Verified]:
-    """Read an output of `merge` again and compare it with its lock.
+    """Read an output of `merge`, or an adapter with a lock, again and compare it with its lock.
 
     out: its folder, or its name on the Hub: then it is downloaded to the cache, without what the lock does not name.
     against_inputs: the recipe of the merge: its models are read again and compared with the lock, too, and so many of
@@ -54,13 +54,15 @@ def verify_output(
     digest is that of the plan. Raises FormatError if it has no lock, PlanError if it is of another recipe.
     """
     from mergekit_lfm.output.card import CARD, OWN_CARD
-    from mergekit_lfm.output.lock import INPUTS_NOT_COVERED, NOT_COVERED, read_lock, verify
+    from mergekit_lfm.output.lock import INPUTS_NOT_COVERED, LOCK, NOT_COVERED, read_lock, verify
 
     started, folder = time.monotonic(), expand(out, "OUT")
     snapshot = None if folder.exists() else _pull(str(out), progress)
     folder = folder if snapshot is None else snapshot.folder
     lock = read_lock(folder)
     planned = None
+    if against_inputs is not None and lock.name != LOCK:
+        raise PlanError(f"{out} is an adapter, expected the output of a merge; verify it without its inputs")
     if against_inputs is not None:
         how: dict[str, Any] = {"max_shard_size": max_shard_size, "seed": seed, "heads": heads, "device": device}
         how["allow_unknown"] = True  # as when it was merged, if it has any
@@ -91,7 +93,9 @@ def _on_results(stages: Stages, out: StrPath) -> Recipe:
             f"{out} was made from the stages {', '.join(gone)}, which are no longer in {stages.folder}: merge again "
             "without --drop-stages to make them, or verify OUT without its inputs"
         )
-    return stages.recipe(stages.last)
+    recipe = stages.recipe(stages.last)
+    assert isinstance(recipe, Recipe)
+    return recipe
 
 
 def _plan_of(planned: PlannedMerge, lock: Lock, out: StrPath, progress: Progress) -> PlannedMerge:

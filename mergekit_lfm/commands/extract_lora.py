@@ -62,12 +62,11 @@ def extract_lora(console: Console, /, finetuned: str, base: str, out: Path, **va
     folder, a name on the Hub, or MODEL+ADAPTER.
     """
     from mergekit_lfm.api.extract import extract_lora as run
-    from mergekit_lfm.commands.show.extractions import extraction_data, extraction_text
+    from mergekit_lfm.commands.show.extractions import done_data, done_text
 
     console.warn(mergekit_notices(click.get_current_context()))
     if sum(values[name] is not None for name in ("rank", "energy", "size")) > 1:
         raise click.UsageError("Give one of --rank, --energy and --size.")
     outcome = run(finetuned, base, out, progress=console.progress, **values)
-    data = extraction_data(outcome)
     console.warn(outcome.warnings)
-    console.conclude(data, lambda: extraction_text(data), path=out)
+    console.conclude(done_data(outcome), lambda: done_text(outcome), path=out)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 import click
 
 from mergekit_lfm.commands import options
-from mergekit_lfm.commands.adapters import merge_adapters
 from mergekit_lfm.commands.console import Console
+from mergekit_lfm.commands.jobs import conclude_job, refuse_idle_options
 from mergekit_lfm.commands.mergekit import DEFAULTS, OPTIONS, MergekitCommand, mergekit_notices, mergekit_options
 from mergekit_lfm.commands.options import device_option, going_on_later, no_resume, overwrite
 from mergekit_lfm.commands.plan import plan_texts, planning, read_recipe, show_plan
@@ -95,23 +95,23 @@ def merge(
     Models are folders, or on the Hub: org/name, org/name@revision. RECIPE is a file, or - for standard input. OUT is a
     new folder; without it, the recipe's `output`, else merged/ and the recipe's name. A run that was interrupted goes
     on where it stopped when the same command is given again. A recipe of several documents is carried out stage by
-    stage; their results stay in OUT.stages, where the next run takes those that have not changed. A recipe with
-    `job: adapters` merges adapters to one. Sizes are 500MB, 5GB (5e9 bytes), 3GiB, or a number of bytes.
+    stage; their results stay in OUT.stages, where the next run takes those that have not changed. A stage with `job`
+    makes an adapter: `adapters` merges several to one, `extract` takes one from a fine-tuned model. Sizes are 500MB,
+    5GB (5e9 bytes), 3GiB, or a number of bytes.
     """
-    from mergekit_lfm.api.merge import merge as run
-    from mergekit_lfm.api.merge import plan_merge
+    from mergekit_lfm.api.planned import PlannedJob
+    from mergekit_lfm.api.recipes import plan_recipe, run_recipe
     from mergekit_lfm.commands.show.terminal import tell
-    from mergekit_lfm.recipe.source import job_of
 
     console.warn(mergekit_notices(click.get_current_context()))
     given = read_recipe(recipe)
-    if job_of(given) == "adapters":
-        merge_adapters(console, given, out, overwrite=overwrite, dry_run=dry_run)
     with transfers(hidden=console.hidden):
         with lasting():
-            planned = plan_merge(given, out, private=private, card=not no_card, **where).result
-        console.keep_apart([planned.out, *planned.plan.paths])
-        if planned.goal is None and (private or pull_back):
+            planned = plan_recipe(given, out, private=private, card=not no_card, **where).result
+        refuse_idle_options(planned)
+        paths = planned.plan.request.paths.values() if isinstance(planned, PlannedJob) else planned.plan.paths
+        console.keep_apart([planned.out, *paths])
+        if not isinstance(planned, PlannedJob) and planned.goal is None and (private or pull_back):
             raise click.UsageError("--private and --verify are about a push: give --push-to org/name")
         if dry_run:
             show_plan(console, planned, memory, threads, verbose)
@@ -120,8 +120,11 @@ def merge(
         how: dict[str, Any] = {"memory": memory, "threads": threads, "nan": nan, "trust_times": trust_times}
         how |= {"overwrite": overwrite, "resume": not no_resume, "compile": compile_, "verify_push": pull_back}
         how |= {"drop_stages": drop_stages, "progress": console.progress}
-        with going_on_later(planned.out, planned.plan.digest):
-            outcome = run(planned, on_merged=partial(_show_outcome, console), **how)
+        digest = None if isinstance(planned, PlannedJob) else planned.plan.digest
+        with going_on_later(planned.out, digest):
+            outcome = run_recipe(planned, on_merged=partial(_show_outcome, console), **how)
+    if isinstance(planned, PlannedJob):
+        conclude_job(console, planned.job, outcome)
     _conclude(console, outcome)
 
 

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 import click
 
 from mergekit_lfm.commands import options
-from mergekit_lfm.commands.adapters import merge_adapters
 from mergekit_lfm.commands.console import Console
+from mergekit_lfm.commands.jobs import refuse_idle_options, show_of
 from mergekit_lfm.commands.options import as_json, together
 from mergekit_lfm.commands.shell import Command, lasting, transfers
 
 if TYPE_CHECKING:
-    from mergekit_lfm.api.planned import PlannedMerge
+    from mergekit_lfm.api.planned import Planned, PlannedMerge
     from mergekit_lfm.recipe.source import RecipeText
 
 # Options of `merge` and `plan`.
@@ -73,18 +73,17 @@ def plan(
     Only the headers of the models are read, on the Hub as well; with statistics the models are read once, to identify
     them by their content. The same as `merge --dry-run`.
     """
-    from mergekit_lfm.api.merge import plan_merge
-    from mergekit_lfm.recipe.source import job_of
+    from mergekit_lfm.api.planned import PlannedMerge
+    from mergekit_lfm.api.recipes import plan_recipe
 
     given = read_recipe(recipe)
-    if job_of(given) == "adapters":
-        merge_adapters(console, given, out, overwrite=False, dry_run=True)
     with transfers(hidden=console.hidden):
         how: dict[str, Any] = {"max_shard_size": max_shard_size, "seed": seed, "heads": heads}
         with lasting():
             how["allow_unknown"] = allow_unknown
-            planned = plan_merge(given, out, device="cpu", **how).result
-    if explain:
+            planned = plan_recipe(given, out, device="cpu", **how).result
+    refuse_idle_options(planned)
+    if explain and isinstance(planned, PlannedMerge):
         _show_explanations(console, planned, explain)
     show_plan(console, planned, memory, threads, verbose)
 
@@ -114,37 +113,45 @@ def read_recipe(path: Path) -> Path | RecipeText:
         raise PlanError("standard input is not UTF-8 text, expected a recipe in YAML; give it one") from None
 
 
-def show_plan(
-    console: Console, planned: PlannedMerge, memory: int | None, threads: int | None, verbose: bool
-) -> NoReturn:
+def show_plan(console: Console, planned: Planned, memory: int | None, threads: int | None, verbose: bool) -> NoReturn:
     """End with the plans of all stages as the result."""
-    from mergekit_lfm.commands.show.plans import plan_data
-
-    facts = _machine_facts(planned, memory, threads)
-    earlier = [
-        {"stage": name, **plan_data(stage.plan), **_machine_facts(stage, memory, threads)}
-        for name, stage in _stages_of(planned)
-    ]
-    data = plan_data(planned.plan) | facts | ({"stages": earlier} if earlier else {})
+    earlier = [{"stage": name, **_plan_data(stage, memory, threads)} for name, stage in _stages_of(planned)]
+    data = _plan_data(planned, memory, threads) | ({"stages": earlier} if earlier else {})
     console.conclude(data, lambda: plan_texts(planned, memory, threads, verbose))
 
 
-def _stages_of(planned: PlannedMerge) -> list[tuple[str, PlannedMerge]]:
+def _plan_data(planned: Planned, memory: int | None, threads: int | None) -> dict[str, Any]:
+    """The plan of one stage for JSON."""
+    from mergekit_lfm.api.planned import PlannedJob
+    from mergekit_lfm.commands.show.plans import plan_data
+
+    if isinstance(planned, PlannedJob):
+        data: dict[str, Any] = show_of(planned.job).plan_data(planned.plan)
+        return data
+    return plan_data(planned.plan) | _machine_facts(planned, memory, threads)
+
+
+def _stages_of(planned: Planned) -> list[tuple[str, Planned]]:
     """The names and plans of the stages before the last."""
     stages = planned.stages
     return [] if stages is None else [(s.name, plan) for s, plan in zip(stages.stages, stages.plans, strict=True)]
 
 
-def plan_texts(planned: PlannedMerge, memory: int | None, threads: int | None, verbose: bool) -> str:
+def plan_texts(planned: Planned, memory: int | None, threads: int | None, verbose: bool) -> str:
     """The plans of all stages."""
+    texts = [f"stage {name}\n{_plan_text(stage, memory, threads, verbose)}\n" for name, stage in _stages_of(planned)]
+    texts += ["the output"] if texts else []
+    return "\n".join([*texts, _plan_text(planned, memory, threads, verbose)])
+
+
+def _plan_text(planned: Planned, memory: int | None, threads: int | None, verbose: bool) -> str:
+    """The plan of one stage."""
+    from mergekit_lfm.api.planned import PlannedJob
     from mergekit_lfm.commands.show.plans import plan_text
 
-    texts = [
-        f"stage {name}\n{plan_text(stage.plan, _machine_facts(stage, memory, threads), verbose)}\n"
-        for name, stage in _stages_of(planned)
-    ]
-    texts += ["the output"] if texts else []
-    return "\n".join([*texts, plan_text(planned.plan, _machine_facts(planned, memory, threads), verbose)])
+    if isinstance(planned, PlannedJob):
+        return str(show_of(planned.job).plan_text(planned.plan))
+    return plan_text(planned.plan, _machine_facts(planned, memory, threads), verbose)
 
 
 def _machine_facts(planned: PlannedMerge, memory: int | None, threads: int | None) -> dict[str, Any]:

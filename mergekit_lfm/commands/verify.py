@@ -65,7 +65,7 @@ def verify(
     memory: int | None,
     threads: int | None,
 ) -> None:
-    """Read a merged model again and compare it with its merge.lock.json.
+    """Read a merged model or a new adapter again and compare it with its merge.lock.json or adapter.lock.json.
 
     OUT is its folder, or its name on the Hub; then the files that the lock names are downloaded to the cache. Prints
     every difference, and what the lock cannot show; the exit code is 1 if there is a difference. With --against-inputs

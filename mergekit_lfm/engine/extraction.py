@@ -132,7 +132,7 @@ class Extractor:
             pairs.append(_round(near.factors(rank), self.dtype, group.name))
             self.done(group.out * group.columns * ITEMSIZE[self.plan.model[group.names[0]].dtype])
         if energy and rank:
-            _add(adapter, group, pairs)
+            add_group(adapter, group, pairs)
         kept = min(kept, energy)  # up to the rounding of the basis
         return Reduced(group.name, (group.out, group.columns), rank, energy, kept, len(group.members))
 
@@ -211,7 +211,7 @@ def _round(factors: tuple[Tensor, Tensor], dtype: torch.dtype, name: str) -> tup
     return a, b
 
 
-def _add(adapter: NewAdapter, group: Group, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+def add_group(adapter: NewAdapter, group: Group, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
     """Add the factors of a group to the adapter."""
     if group.kind == "experts":
         adapter.add_experts(group.module, torch.stack([a for a, _ in pairs]), torch.stack([b for _, b in pairs]))

@@ -8,6 +8,7 @@ Source: peft 0.21, utils/save_and_load.py; tuners/lora/layer.py, ParamWrapper.
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,12 +18,15 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
+import xxhash
 import yaml
 
 from mergekit_lfm.arch.experts import ORDER
 from mergekit_lfm.errors import PlanError, several
 from mergekit_lfm.output.adapter_config import HEADS, find_task, in_order, make_config, modules_of
+from mergekit_lfm.output.adapter_lock import AdapterRequest
 from mergekit_lfm.output.card import CARD, LONGEST, as_markdown, bound, code_block
+from mergekit_lfm.output.lock import ADAPTER_LOCK
 from mergekit_lfm.output.save import make_folder
 from mergekit_lfm.store.durable import replace_file, sync_folder
 from mergekit_lfm.store.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -66,16 +70,21 @@ class AdapterOutput:
 
 
 class NewAdapter:
-    """An adapter that is being written, by the names that modules and tensors have in the running model."""
+    """An adapter that is being written, by the names that modules and tensors have in the running model.
 
-    def __init__(self, output: AdapterOutput, spool: BufferedRandom) -> None:
+    spool: the file that takes the tensors; None for a stand-in, whose tensors have no data.
+    """
+
+    def __init__(self, output: AdapterOutput, spool: BufferedRandom | None) -> None:
         self._output, self._spool, self._lock = output, spool, Lock()
         self._places: dict[str, tuple[TensorSpec, int]] = {}
+        self._digests: dict[str, str] = {}
         self._ranks: dict[str, int] = {}
         self._parameters: dict[str, int] = {}
         self._saved: set[str] = set()
         self._is_tied = False
         self.about = output.about
+        self.result: Mapping[str, Any] = {}  # for the lock
 
     def add(self, module: str, a: Tensor, b: Tensor, *, embedding: bool = False) -> None:
         """Change a module's weight by b @ a: a [rank, in], b [out, rank]; an embedding's in is its rows.
@@ -111,15 +120,40 @@ class NewAdapter:
         return tied[1] if tied and tied[0] == module else ""
 
     def _write(self, name: str, x: Tensor) -> None:
-        x = x.detach().cpu().contiguous()
         spec = TensorSpec(name, tuple(x.shape), str(x.dtype).removeprefix("torch."))
+        assert name not in self._places
+        if self._spool is None:
+            self._places[name] = spec, 0
+            return
+        data = bytes_of(x.detach().cpu().contiguous())
+        digest = xxhash.xxh3_128_hexdigest(data)
         with self._lock:
-            assert name not in self._places
-            self._places[name] = spec, self._spool.tell()
-            self._spool.write(bytes_of(x))
+            self._places[name], self._digests[name] = (spec, self._spool.tell()), digest
+            self._spool.write(data)
 
-    def finish(self, folder: Path, title: str) -> None:
-        """Write the files into a folder. title: of the model card."""
+    def finish(self, folder: Path, title: str, request: AdapterRequest) -> None:
+        """Write the files into a folder, the lock last. title: of the model card."""
+        files, specs = self._documents(title), self._specs()
+        header, _ = encode_header(specs.values(), METADATA)
+        replace_file(folder / ADAPTER_WEIGHTS[0], self._content(header, specs))
+        tensors = [(spec, self._digests[own]) for own, spec in specs.items()]
+        files |= {ADAPTER_LOCK: request.lock(files, ADAPTER_WEIGHTS[0], header, tensors, self.result)}
+        for name, data in files.items():
+            replace_file(folder / name, data)
+        sync_folder(folder)
+
+    def stand_in(self, folder: Path) -> None:
+        """Write the files into a folder, without data, which take no space on the disk, and without a lock."""
+        folder.mkdir()
+        for name, data in self._documents(folder.name).items():
+            (folder / name).write_bytes(data)
+        specs, weights = self._specs().values(), folder / ADAPTER_WEIGHTS[0]
+        header, _ = encode_header(specs, METADATA)
+        weights.write_bytes(header)
+        os.truncate(weights, len(header) + sum(spec.nbytes for spec in specs))
+
+    def _documents(self, title: str) -> dict[str, bytes]:
+        """The config and the model card."""
         output = self._output
         modules = self._saved_modules()
         config = make_config(
@@ -134,10 +168,8 @@ class NewAdapter:
             fan_in_fan_out=output.fan_in_fan_out,
             tied=self._is_tied,
         )
-        self._write_tensors(folder / ADAPTER_WEIGHTS[0])
-        replace_file(folder / ADAPTER_CONFIG, (json.dumps(config, indent=2) + "\n").encode())
-        replace_file(folder / CARD, adapter_card(title, replace(output, about=self.about)).encode())
-        sync_folder(folder)
+        card = adapter_card(title, replace(output, about=self.about))
+        return {ADAPTER_CONFIG: (json.dumps(config, indent=2) + "\n").encode(), CARD: card.encode()}
 
     @property
     def _names(self) -> set[str]:
@@ -165,23 +197,20 @@ class NewAdapter:
             raise PlanError(several("PEFT saves whole modules, and none can be saved of", problems) + "; exclude it")
         return modules
 
-    def _write_tensors(self, path: Path) -> None:
-        """The tensors by PEFT's names, in the order of these."""
-        places = {}
-        for own, (spec, offset) in self._places.items():
-            name = PREFIX + self._name(own)
-            places[name] = replace(spec, name=name), offset
-        specs = [places[name][0] for name in sorted(places, key=in_order)]
-        self._spool.flush()
-        replace_file(path, self._content(specs, {name: offset for name, (_, offset) in places.items()}))
+    def _specs(self) -> dict[str, TensorSpec]:
+        """The tensors with PEFT's names, in the order of these, by our names."""
+        specs = {own: replace(spec, name=PREFIX + self._name(own)) for own, (spec, _) in self._places.items()}
+        return dict(sorted(specs.items(), key=lambda item: in_order(item[1].name)))
 
-    def _content(self, specs: list[TensorSpec], offsets: Mapping[str, int]) -> Iterator[bytes | memoryview]:
-        yield encode_header(specs, METADATA)[0]
+    def _content(self, header: bytes, specs: Mapping[str, TensorSpec]) -> Iterator[bytes | memoryview]:
+        yield header
+        assert self._spool is not None
+        self._spool.flush()
         buffer = memoryview(bytearray(COPIED_AT_ONCE))
-        for spec in specs:
+        for own, spec in specs.items():
             for start in range(0, spec.nbytes, COPIED_AT_ONCE):
                 part = buffer[: spec.nbytes - start]
-                read_exactly(self._spool.fileno(), offsets[spec.name] + start, part, Path(self._spool.name))
+                read_exactly(self._spool.fileno(), self._places[own][1] + start, part, Path(self._spool.name))
                 yield part
 
     def _name(self, own: str) -> str:
@@ -201,13 +230,17 @@ def _parents(name: str) -> list[str]:
 
 
 @contextmanager
-def new_adapter(out: Path, output: AdapterOutput) -> Iterator[NewAdapter]:
-    """An adapter to fill, which becomes the folder `out` if nothing fails. Replaces OUT: call `check_out` first."""
+def new_adapter(out: Path, output: AdapterOutput, request: AdapterRequest) -> Iterator[NewAdapter]:
+    """An adapter to fill, which becomes the folder `out` if nothing fails.
+
+    Replaces OUT: call `request.is_answered` first.
+    """
+    _ = request.digest  # of the inputs as they are before the work
     with make_folder(out) as partial:
         with (partial / SPOOL).open("w+b") as spool:
             adapter = NewAdapter(output, spool)
             yield adapter
-            adapter.finish(partial, out.resolve().name)
+            adapter.finish(partial, out.resolve().name, request)
         (partial / SPOOL).unlink()
 
 

@@ -1,4 +1,4 @@
-"""The lock of an output, merge.lock.json: read it, and compare it with its folder."""
+"""The lock of an output, merge.lock.json or an adapter's adapter.lock.json: read it, compare it with its folder."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from mergekit_lfm.store.folder import leads_away
 from mergekit_lfm.store.tensors import ITEMSIZE, MAX_HEADER, TensorSpec
 
 LOCK = "merge.lock.json"
+ADAPTER_LOCK = "adapter.lock.json"
+LOCKS = (LOCK, ADAPTER_LOCK)
 FORMAT = 3
 OWN_DIGEST = "digest"  # the lock's entry with a digest of all others
 COMMON = "common"  # the lock's entry with what its tensors have in common
@@ -45,9 +47,10 @@ class LockedTensor:
 class Lock:
     """A lock's digests of its plan, of itself, of the shards' headers and of all other files, and its tensors.
 
-    intact: False if the lock is not as it was written.
+    name: of its own file. intact: False if the lock is not as it was written.
     """
 
+    name: str
     plan: str
     digest: str
     files: Mapping[str, str]
@@ -58,7 +61,7 @@ class Lock:
     @property
     def names(self) -> set[str]:
         """The names of all files that it covers, and its own."""
-        return {LOCK, *self.files, *self.headers, *(tensor.file for tensor in self.tensors.values())}
+        return {self.name, *self.files, *self.headers, *(tensor.file for tensor in self.tensors.values())}
 
 
 def verify(out: Path, progress: Callable[[int], None] | None = None, *, alone: bool = True) -> list[str]:
@@ -68,15 +71,9 @@ def verify(out: Path, progress: Callable[[int], None] | None = None, *, alone: b
     name are differences, too. Raises FormatError without a whole lock.
     """
     lock = read_lock(out)
-    problems = [f"{name} is missing" for name in lock.files if not (out / name).is_file()]
-    problems += [
-        f"{name} was changed"
-        for name, digest in lock.files.items()
-        if (out / name).is_file() and xxhash.xxh3_128_hexdigest(read_bytes(out / name)) != digest
-    ]
-    problems += _compare_files(out, lock, alone)
+    problems = [*compare_files(out, lock, alone)]
     try:
-        checkpoint = open_checkpoint(out)
+        checkpoint = open_checkpoint(out, adapter=lock.name == ADAPTER_LOCK)
     except (FormatError, OSError) as error:
         return [*problems, str(error)]
     homes = {name: part.file for part in checkpoint.layout for name in part.dtypes}
@@ -93,10 +90,14 @@ def verify(out: Path, progress: Callable[[int], None] | None = None, *, alone: b
     return problems
 
 
-def _compare_files(out: Path, lock: Lock, alone: bool) -> Iterator[str]:
-    """The differences of the lock itself, of headers, links, and files that it does not name."""
+def compare_files(out: Path, lock: Lock, alone: bool) -> Iterator[str]:
+    """The differences of all but the tensors: of the lock itself, headers, links, and files that it does not name."""
+    yield from (f"{name} is missing" for name in lock.files if not (out / name).is_file())
+    for name, digest in lock.files.items():
+        if (out / name).is_file() and xxhash.xxh3_128_hexdigest(read_bytes(out / name)) != digest:
+            yield f"{name} was changed"
     if not lock.intact:
-        yield f"{LOCK} was changed"
+        yield f"{lock.name} was changed"
     for name in sorted(lock.names):
         if is_link(out, name):
             yield f"{name} is a link to {(out / name).readlink()}"
@@ -134,34 +135,35 @@ def covered_files(out: Path) -> set[str]:
 
 def read_lock(out: Path) -> Lock:
     """The lock of an output folder. Raises FormatError without a whole one."""
-    lock = lock_of(out)
+    name = lock_name(out) or LOCK
+    lock = lock_of(out, name)
     if lock.get("format") != FORMAT:
         raise FormatError(
-            f"{out} has no {LOCK} of format {FORMAT}: it is not an output of `merge`, or of another version"
+            f"{out} has no {name} of format {FORMAT}: it is not an output of `merge`, or of another version"
         )
     try:
         segments = {name: int(numel) for name, numel in lock["segments"].items()}
         tensors = {
-            name: LockedTensor(
-                TensorSpec(name, tuple(entry["shape"]), entry["dtype"]),
+            tensor: LockedTensor(
+                TensorSpec(tensor, tuple(entry["shape"]), entry["dtype"]),
                 str(entry["file"]),
-                segments.get(name),
+                segments.get(tensor),
                 tuple(entry["xxh3"]),
                 tuple(entry.get("inputs", ())),
             )
-            for name, own in lock["tensors"].items()
+            for tensor, own in lock["tensors"].items()
             for entry in ({**lock.get(COMMON, {}), **own},)
         }
         headers = {name: str(digest) for name, digest in lock["headers"].items()}
         plan, digest = str(lock["plan"]), str(lock[OWN_DIGEST])
-        found = Lock(plan, digest, dict(lock["files"]), headers, tensors, is_intact(lock))
-        for name in found.names:
-            if leads_away(name):
-                raise ValueError(f"{name:.60} names no file of the folder")
+        found = Lock(name, plan, digest, dict(lock["files"]), headers, tensors, is_intact(lock))
+        for file in found.names:
+            if leads_away(file):
+                raise ValueError(f"{file:.60} names no file of the folder")
         return found
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FormatError(
-            f"{out / LOCK} is damaged ({error!r}): expected `plan`, `digest`, `files`, `headers`, `segments`, and "
+            f"{out / name} is damaged ({error!r}): expected `plan`, `digest`, `files`, `headers`, `segments`, and "
             "`tensors` with shape, dtype, file and xxh3; merge again"
         ) from None
 
@@ -226,10 +228,15 @@ def revise(folder: Path, name: str, data: bytes) -> None:
     replace_file(folder / LOCK, encode_lock({**lock, "files": files, "tensors": tensors})[0])
 
 
-def lock_of(folder: Path) -> dict[str, Any]:
+def lock_name(folder: Path) -> str | None:
+    """The name of the lock in a finished output, of a merge or of an adapter; None without a whole one."""
+    return next((name for name in LOCKS if lock_of(folder, name)), None)
+
+
+def lock_of(folder: Path, name: str = LOCK) -> dict[str, Any]:
     """The lock of a finished output, {} without a whole one."""
     try:
-        lock = read_json(folder / LOCK)
+        lock = read_json(folder / name)
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return {}
     return lock if isinstance(lock, dict) else {}

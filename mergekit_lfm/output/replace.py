@@ -15,7 +15,7 @@ import xxhash
 
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.output.layout import Shard
-from mergekit_lfm.output.lock import LOCK, covered_files, is_intact, is_link, lock_of
+from mergekit_lfm.output.lock import LOCK, covered_files, is_intact, is_link, lock_name, lock_of
 from mergekit_lfm.store.files import open_file, read_bytes
 from mergekit_lfm.store.folder import ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEXES, find_weights, is_index
 from mergekit_lfm.store.locks import lock_folder
@@ -172,7 +172,7 @@ def files_in(folder: Path) -> set[str]:
 
 def _own_files(folder: Path) -> set[str]:
     """The files in a folder that belong to the model saved there, by its lock or by their names."""
-    if lock_of(folder):
+    if lock_name(folder):
         try:
             return covered_files(folder)
         except FormatError:

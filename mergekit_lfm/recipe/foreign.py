@@ -27,11 +27,7 @@ METHODS_ELSEWHERE = {
     "dare_ties_svd": ("peft", "dare_ties"),
     "dare_linear_svd": ("peft", "dare_linear"),
 }
-ADAPTERS_JOB = (
-    "adapters are merged by a recipe of its own: a file with this document alone, for `merge`, in Python for "
-    "merge_adapter_recipe; a later merge takes its output as an adapter, `model: BASE+OUT`"
-)
-OTHER_JOB = "jobs other than merges are not supported in this version; leave the document out"
+A_JOB = "a merge has no `job`: give the recipe to `merge` on the command line, or to run_recipe in Python"
 # Documents of other tools: keys by which one is known, its description, and what to do.
 DOCUMENTS = (
     (
@@ -69,8 +65,7 @@ def unknown_method(name: str, known: Iterable[str]) -> tuple[str, dict[str, str]
 def refuse_foreign(data: Mapping[str, Any], label: str) -> None:
     """Raise PlanError if a document is for another job or another tool."""
     if "job" in data:
-        cure = ADAPTERS_JOB if data["job"] == "adapters" else OTHER_JOB
-        raise PlanError("{place}: {found}: {cure}", place=label, found=f"job {data['job']}", cure=cure)
+        raise PlanError("{place}: {found}: {cure}", place=label, found=f"job {data['job']}", cure=A_JOB)
     for keys, what, cure in DOCUMENTS:
         found = [f"`{key}`" for key in keys if key in data]
         if found:

@@ -44,14 +44,6 @@ class Source:
         return Recipe.parse(given, self.where, self.label, allow_unknown=allow_unknown)
 
 
-def job_of(given: str | PathLike[str] | RecipeText) -> str | None:
-    """The job of a recipe of one document; None for a merge, and for stages."""
-    text = given if isinstance(given, RecipeText) else RecipeText(read_recipe(Path(given)), Path(), str(given))
-    first, *others = read_documents(text.text, text.label)
-    job = first.get("job") if isinstance(first, Mapping) and not others else None
-    return job if isinstance(job, str) else None
-
-
 def source_of(given: str | PathLike[str] | Mapping[str, Any] | Sequence[Mapping[str, Any]] | RecipeText) -> Source:
     """The documents of a recipe in any form. Raises PlanError if it cannot be read, or its stages make no sense."""
     if isinstance(given, RecipeText):

@@ -1,4 +1,4 @@
-"""Recipes of several stages: a YAML document for each, whose result later ones take as a model by its name.
+"""Recipes of several stages: a YAML document for each, whose result later ones take by its name.
 
 The order of work follows from the names. The stage that no name is needed for, else the last, makes the output; the
 others leave their results beside it.
@@ -76,7 +76,7 @@ def _check(documents: Sequence[object], label: str) -> None:
     problems, seen, nameless = list[str](), dict[str, int](), list[int]()
     for number, data in enumerate(documents, 1):
         if not isinstance(data, Mapping):
-            words = FOUND.format(found=f"{data!r:.40}", expected="a mapping with merge_method and models")
+            words = FOUND.format(found=f"{data!r:.40}", expected="a mapping with merge_method and models, or with job")
             problems.append(f"document {number}: {words}")
             continue
         name = data.get("name")

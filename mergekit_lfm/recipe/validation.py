@@ -28,11 +28,12 @@ EXPECTED = {  # by pydantic's kind of error
     "string_pattern_mismatch": "cpu, cuda, cuda:1 or auto",
 }
 
-LISTS = ("models", "sources", "slices", "modules", "adapters")
+LISTS = ("models", "sources", "slices", "modules", "adapters", "include", "exclude", "save")
 # The same for the other lists, by their key.
 EXPECTED_AT = {
     ("model_type", "adapters"): "a mapping such as {adapter: path, parameters: {weight: 0.5}}",
     ("tuple_type", "adapters"): "a list of adapters",
+    **{("tuple_type", key): "a regular expression, or a list of them" for key in ("include", "exclude", "save")},
     ("model_type", "slices"): "a mapping such as {sources: [{model: path, layer_range: [0, 16]}]}",
     ("model_type", "modules"): "a mapping such as {models: [{model: path}]}",
     ("tuple_type", "slices"): "a list of slices, each with `sources`",

@@ -62,12 +62,16 @@ def test_it_writes_an_adapter_and_prints_the_share_that_its_rank_keeps(here: Pat
     assert "module number rank kept" in lines and lines[-1].startswith("7 modules; kept ")
     assert sorted(path.name for path in (here / "out").iterdir()) == [
         "README.md",
+        "adapter.lock.json",
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
     card = (here / "out" / "README.md").read_text()
     assert "merge_method: ties" in card and str(here) not in card
-    assert "out exists; choose another output, or use --overwrite" in refusal(run("merge", "soup.yaml", "out"))
+    assert "already there" in run("merge", "soup.yaml", "out").stderr
+    assert "out exists; choose another output, or use --overwrite" in refusal(
+        run("merge", "soup.yaml", "out", "--seed", "5")
+    )
     data = json.loads(run("merge", "soup.yaml", "out", "--overwrite", "--json", "--seed", "5").stdout)
     assert {module["rank"] for module in data["modules"]} == {2} and 0 < data["kept"] < 1
 
@@ -75,7 +79,7 @@ def test_it_writes_an_adapter_and_prints_the_share_that_its_rank_keeps(here: Pat
 def test_options_for_models_are_refused(here: Path) -> None:  # noqa: ARG001
     result = run("merge", "soup.yaml", "--memory", "1GB", "--device", "cuda")
     assert result.exit_code == 2
-    assert "the recipe merges adapters, for which there is no --memory, --device; leave it out" in result.stderr
+    assert "No stage of the recipe takes --memory, --device; leave it out." in result.stderr
 
 
 def test_standard_input_is_a_recipe_as_well(here: Path) -> None:

@@ -59,7 +59,7 @@ def test_the_options_of_mergekit_do_the_same(models: Path) -> None:
     [
         (("--rank", "2", "--energy", "0.5"), "Give one of --rank, --energy and --size"),
         (("--rank", "2", "--max-rank", "3"), "found --max-rank and --rank, which say different things"),
-        (("--base", "nowhere"), "no such checkpoint: nowhere"),
+        (("--base", "nowhere"), "extraction: base_model: found 'nowhere', but there is no "),
         (("-o", "base/out"), "lie in one another"),
     ],
 )
@@ -68,8 +68,14 @@ def test_a_wrong_request_is_refused(models: Path, options: tuple[str, ...], mess
     assert result.exit_code == 2 and message in result.stderr
 
 
-def test_an_output_is_replaced_if_asked(models: Path) -> None:  # noqa: ARG001
+def test_an_output_is_replaced_if_asked(models: Path) -> None:
     arguments = ("extract-lora", "tuned", "--base", "base", "-o", "out", "-q", "--exclude", "scale")
     assert run(*arguments).exit_code == 0
-    assert "out exists" in refusal(run(*arguments))
-    assert run(*arguments, "--overwrite").exit_code == 0
+    before = files_of(models / "out"), [path.stat().st_mtime_ns for path in sorted((models / "out").iterdir())]
+    assert (again := run(*arguments[:-3], "--exclude", "scale")).exit_code == 0 and "already there" in again.stderr
+    assert before == (
+        files_of(models / "out"),
+        [path.stat().st_mtime_ns for path in sorted((models / "out").iterdir())],
+    )
+    assert "out exists" in refusal(run(*arguments, "--rank", "5"))
+    assert run(*arguments, "--rank", "5", "--overwrite").exit_code == 0

@@ -18,7 +18,10 @@ from transformers.pytorch_utils import Conv1D
 from mergekit_lfm.artifacts.adapter import open_adapter
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.output.adapter import AdapterOutput, NewAdapter, new_adapter
+from mergekit_lfm.output.adapter_lock import AdapterRequest
 from mergekit_lfm.output.save import check_out
+
+REQUEST = AdapterRequest({"job": "test"}, {"job": "test"}, ())
 
 
 def draw_change(model: Any, adapter: NewAdapter, skip: tuple[str, ...] = ()) -> None:
@@ -45,7 +48,7 @@ def output_of(model: Any, **options: Any) -> AdapterOutput:
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_low_rank_changes_and_biases(tmp_path: Path, kind: str) -> None:
     model, changed = tiny_model(kind), tiny_model(kind)
-    with new_adapter(tmp_path / "out", output_of(model, fan_in_fan_out=kind == "gpt2")) as adapter:
+    with new_adapter(tmp_path / "out", output_of(model, fan_in_fan_out=kind == "gpt2"), REQUEST) as adapter:
         draw_change(changed, adapter, skip=("lm_head",))
     assert not torch.allclose(logits(model), logits(changed), atol=0.1)
     torch.testing.assert_close(logits(with_adapter(model, tmp_path / "out")), logits(changed), atol=1e-4, rtol=1e-4)
@@ -56,7 +59,7 @@ def test_low_rank_changes_and_biases(tmp_path: Path, kind: str) -> None:
 
 def test_a_head_is_saved_whole(tmp_path: Path) -> None:
     model, changed = tiny_model("bert"), tiny_model("bert")
-    with new_adapter(tmp_path / "out", output_of(model)) as adapter:
+    with new_adapter(tmp_path / "out", output_of(model), REQUEST) as adapter:
         draw_change(changed, adapter, skip=("classifier", "dense"))
         for name in ("classifier", "bert.embeddings.LayerNorm", "bert.pooler.dense"):
             for end, x in changed.get_submodule(name).named_parameters():
@@ -70,7 +73,7 @@ def test_a_head_is_saved_whole(tmp_path: Path) -> None:
 def test_without_its_head_a_classifier_has_no_task(tmp_path: Path) -> None:
     """PEFT would look for the head in the adapter."""
     model, changed = tiny_model("bert"), tiny_model("bert")
-    with new_adapter(tmp_path / "out", output_of(model)) as adapter:
+    with new_adapter(tmp_path / "out", output_of(model), REQUEST) as adapter:
         draw_change(changed, adapter, skip=("classifier",))
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["task_type"] is None
     torch.testing.assert_close(logits(with_adapter(model, tmp_path / "out")), logits(changed), atol=1e-4, rtol=1e-4)
@@ -82,7 +85,7 @@ def test_embeddings_of_low_rank(tmp_path: Path) -> None:
     a, b = torch.randn(2, embedding.shape[0]), torch.randn(embedding.shape[1], 2)
     with torch.no_grad():
         embedding += (b @ a).T
-    with new_adapter(tmp_path / "out", output_of(model)) as adapter:
+    with new_adapter(tmp_path / "out", output_of(model), REQUEST) as adapter:
         adapter.add("model.embed_tokens", a, b, embedding=True)
     torch.testing.assert_close(logits(with_adapter(model, tmp_path / "out")), logits(changed))
 
@@ -90,7 +93,7 @@ def test_embeddings_of_low_rank(tmp_path: Path) -> None:
 @pytest.mark.parametrize("parts", [("gate_up_proj", "down_proj"), ("gate_up_proj",), ("down_proj",)])
 def test_experts(tmp_path: Path, parts: tuple[str, ...]) -> None:
     model, changed = tiny_model("mixtral"), tiny_model("mixtral")
-    with new_adapter(tmp_path / "out", output_of(model)) as adapter:
+    with new_adapter(tmp_path / "out", output_of(model), REQUEST) as adapter:
         for i, layer in enumerate(changed.model.layers):
             for rank, part in enumerate(parts, 1):
                 x = getattr(layer.mlp.experts, part)
@@ -109,7 +112,7 @@ def test_names_that_end_alike(tmp_path: Path) -> None:
     with torch.no_grad():
         conv += (b.flatten(1) @ a.flatten(1)).view(conv.shape)
         proj += d @ c
-    with new_adapter(tmp_path / "out", AdapterOutput(names=[*model.state_dict()])) as adapter:
+    with new_adapter(tmp_path / "out", AdapterOutput(names=[*model.state_dict()]), REQUEST) as adapter:
         adapter.add("conv", a, b)
         adapter.add("proj", c, d)
     images = torch.randn(2, 3, 4, 4)
@@ -129,7 +132,7 @@ FEW = AdapterOutput(names=["norm.weight", "layers.0.norm1.weight", "layers.0.pre
 )
 def test_a_saved_tensor_that_peft_cannot_save_is_refused(tmp_path: Path, saved: list[str], message: str) -> None:
     output = replace(FEW, names={*(FEW.names or ()), *saved, "layers.0.norm1.shift"})
-    with pytest.raises(PlanError, match=message), new_adapter(tmp_path / "out", output) as adapter:
+    with pytest.raises(PlanError, match=message), new_adapter(tmp_path / "out", output, REQUEST) as adapter:
         for name in saved:
             adapter.save(name, torch.ones(6))
     assert not list(tmp_path.iterdir())
@@ -142,7 +145,7 @@ def fill(adapter: NewAdapter, ranks: list[int]) -> None:
 
 def write(out: Path, ranks: list[int], *, turned: bool = False) -> None:
     names = [f"layers.{i}.q.weight" for i in range(12)]
-    with new_adapter(out, AdapterOutput(names=names, base="a", about="By hand.")) as adapter:
+    with new_adapter(out, AdapterOutput(names=names, base="a", about="By hand."), REQUEST) as adapter:
         if turned:
             for i in reversed(range(len(ranks))):
                 adapter.add(f"layers.{i}.q", torch.full((ranks[i], 4), float(i)), torch.ones(3, ranks[i]))
@@ -179,7 +182,7 @@ def test_only_an_adapter_is_replaced(tmp_path: Path) -> None:
 def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
     write(tmp_path / "out", [1])
     before = files_of(tmp_path)
-    with pytest.raises(KeyboardInterrupt), new_adapter(tmp_path / "out", FEW) as adapter:
+    with pytest.raises(KeyboardInterrupt), new_adapter(tmp_path / "out", FEW, REQUEST) as adapter:
         fill(adapter, [2, 2])
         raise KeyboardInterrupt
     assert files_of(tmp_path) == before
@@ -189,7 +192,7 @@ def test_the_card_is_one_to_publish(tmp_path: Path) -> None:
     output = replace(
         FEW, repo="org/base", architecture="LlamaForCausalLM", license={"license": "mit"}, about="By *hand*."
     )
-    with new_adapter(tmp_path / "out", output) as adapter:
+    with new_adapter(tmp_path / "out", output, REQUEST) as adapter:
         fill(adapter, [1])
     card = (tmp_path / "out" / "README.md").read_text()
     front = yaml.safe_load(card.split("---")[1])

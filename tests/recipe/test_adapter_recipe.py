@@ -133,12 +133,7 @@ def test_the_sums_of_peft_are_not_normalised() -> None:
 
 
 def test_a_merge_of_models_says_where_adapters_are_merged() -> None:
-    for read in (Recipe.parse, merge):
-        with pytest.raises(PlanError, match=r"recipe: job adapters: adapters are merged by a recipe of its own"):
-            read(recipe())
-
-
-def test_a_stage_of_adapters_is_refused_with_the_way_to_go() -> None:
-    stages = [recipe(name="soup"), {"models": [{"model": "base+soup"}]}]
-    with pytest.raises(PlanError, match=r"recipe, stage soup: job adapters: .*takes its output as an adapter"):
-        merge(stages, "out")
+    with pytest.raises(PlanError, match=r"recipe: job adapters: a merge has no `job`: give the recipe to `merge`"):
+        Recipe.parse(recipe())
+    with pytest.raises(PlanError, match=r"recipe: job adapters makes an adapter, expected a merge, .* run_recipe"):
+        merge(recipe())

@@ -55,7 +55,7 @@ def test_a_slip_of_the_pen_is_still_one() -> None:
         ({"genome": {"models": ["a", "b"], "merge_method": "ties"}, "tasks": [{"name": "x"}]}, "mergekit-evolve"),
         ({"model": "a", "donor": "b"}, "mergekit-tokensurgeon"),
         ({"layer_slices": [{"model": "a", "start": 0, "end": 2}]}, "bakllama"),
-        ({"job": "tune", "model": "a"}, "jobs other than merges are not supported in this version"),
+        ({"job": "tune", "model": "a"}, "job tune: a merge has no `job`"),
     ],
 )
 def test_a_document_for_something_else_is_one_message(document: dict[str, Any], words: str) -> None:
@@ -68,7 +68,7 @@ def test_a_document_for_something_else_is_one_message(document: dict[str, Any], 
 def test_a_stage_for_something_else_is_named(tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text("name: x\njob: tune\n---\nmerge_method: linear\nmodels: [{model: x}]\n")
-    assert "stage x: job tune: jobs other than merges" in refusal(run("plan", str(file)))
+    assert "stage x: job tune: expected adapters or extract, or no `job` for a merge" in refusal(run("plan", str(file)))
 
 
 @pytest.mark.parametrize("name", PROGRAMS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from mergekit_lfm.commands.show.outcomes import ALREADY_THERE, outcome_data
 from mergekit_lfm.commands.show.terminal import count_noun, table
 
 if TYPE_CHECKING:
@@ -54,8 +55,9 @@ def plan_text(planned: PlannedAdapters) -> str:
     return f"{table(rows)}\n\n{table([head, *lines])}"
 
 
-def merged_data(merged: MergedAdapter) -> dict[str, Any]:
+def done_data(outcome: Outcome[MergedAdapter]) -> dict[str, Any]:
     """A merged adapter for JSON."""
+    merged = outcome.result
     modules = [
         {
             "name": module.name,
@@ -66,11 +68,13 @@ def merged_data(merged: MergedAdapter) -> dict[str, Any]:
         }
         for module in merged.modules
     ]
-    return {"modules": modules, "saved": list(merged.saved), "kept": merged.kept}
+    return outcome_data(outcome) | {"modules": modules, "saved": list(merged.saved), "kept": merged.kept}
 
 
-def merged_text(outcome: Outcome[MergedAdapter]) -> str:
+def done_text(outcome: Outcome[MergedAdapter]) -> str:
     """The ranks of a merged adapter, and what they keep of the merged changes, by kind of module."""
+    if outcome.already_there:
+        return ALREADY_THERE
     merged = outcome.result
     groups: dict[str, list[MergedModule]] = {}
     for module in merged.modules:

@@ -3,22 +3,78 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mergekit_lfm.commands.show.outcomes import outcome_data
+from mergekit_lfm.commands.show.outcomes import ALREADY_THERE, outcome_data
 from mergekit_lfm.commands.show.terminal import count_noun, table
 from mergekit_lfm.machine.sizes import format_size
 
 if TYPE_CHECKING:
     from mergekit_lfm.api.export import ExportedTensor
     from mergekit_lfm.api.extract import Extracted, Whole
+    from mergekit_lfm.api.extraction_plans import PlannedExtraction
     from mergekit_lfm.api.outcome import Outcome
 
 SHOWN = 10  # dropped tensors to list
 
 
-def extraction_data(outcome: Outcome[Extracted]) -> dict[str, Any]:
+def plan_data(planned: PlannedExtraction) -> dict[str, Any]:
+    """A planned extraction for JSON. saved: tensors that are saved whole if they differ; lost: those in no adapter."""
+    plan = planned.plan
+    return {
+        "out": str(planned.out),
+        "recipe": planned.recipe.normalised(),
+        "matrices": [
+            {
+                "name": group.name,
+                "shape": [group.out, group.columns],
+                "count": len(group.members),
+                "rank": planned.rank(group),
+            }
+            for group in plan.groups
+        ],
+        "saved": [*plan.biases, *(name for own in plan.modules.values() for name in own)],
+        "lost": [{"name": name, "why": why} for name, why in plan.lost.items()],
+        "warnings": list(planned.notices),
+    }
+
+
+def plan_text(planned: PlannedExtraction) -> str:
+    """A planned extraction as a table, with a row for all products of layers of one name and shape."""
+    data, recipe = plan_data(planned), planned.recipe
+    size = f"{recipe.normalised().get('rank')}, or the smaller side of a matrix"
+    if recipe.energy is not None:
+        size = f"as small as it keeps {recipe.energy:.4g} of each matrix's change"
+    elif recipe.size is not None:
+        size = f"as {format_size(recipe.size)} for all allow"
+    rows = [
+        ("extract", f"the change from {recipe.base_model} to {recipe.model}"),
+        ("write", f"an adapter at {planned.out}"),
+        ("rank", size),
+    ]
+    if data["saved"]:
+        rows.append(("saved whole", f"if they differ: {_names_text(data['saved'])}"))
+    reasons = dict.fromkeys(each["why"] for each in data["lost"])
+    rows += [
+        ("left out", f"{why}: {_names_text([each['name'] for each in data['lost'] if each['why'] == why])}")
+        for why in reasons
+    ]
+    rows += [("note", text) for text in planned.notices]
+    groups: dict[tuple[str, str, str], int] = {}
+    for each in data["matrices"]:
+        key = layer_of(each["name"]), " x ".join(map(str, each["shape"])), str(each["rank"])
+        groups[key] = groups.get(key, 0) + each["count"]
+    lines = [(leaf, str(count), shape, most) for (leaf, shape, most), count in groups.items()]
+    head = ("product", "number", "shape", "rank at most")
+    return f"{table(rows)}\n\n{table([head, *lines])}" if lines else table(rows)
+
+
+def _names_text(names: Sequence[str]) -> str:
+    return f"{count_noun(len(names), 'tensor')}, such as {names[0]}" if len(names) > 1 else names[0]
+
+
+def done_data(outcome: Outcome[Extracted]) -> dict[str, Any]:
     """An extracted adapter for JSON: every product with its rank and the share of its change that it keeps."""
     extracted = outcome.result
     return {
@@ -49,8 +105,11 @@ def _whole(tensors: Iterable[Whole], energy: float) -> list[dict[str, Any]]:
     ]
 
 
-def extraction_text(data: Mapping[str, Any]) -> str:
+def done_text(outcome: Outcome[Extracted]) -> str:
     """A row for all products of layers of one name, for what is saved and for what is dropped; and the sum."""
+    if outcome.already_there:
+        return ALREADY_THERE
+    data = done_data(outcome)
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for row in data["matrices"]:
         groups.setdefault(layer_of(row["name"]), []).append(row)
@@ -85,6 +144,8 @@ def export_data(outcome: Outcome[tuple[ExportedTensor, ...]]) -> dict[str, Any]:
 
 def export_text(data: Mapping[str, Any]) -> str:
     """The tensors of an adapter made from patches, as a table."""
+    if data["already_there"]:
+        return ALREADY_THERE
     rows = [("tensor", "rank", "kept")]
     rows += [
         (row["name"], "whole" if row["rank"] is None else str(row["rank"]), f"{row['kept']:.2%}")

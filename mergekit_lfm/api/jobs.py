@@ -1,0 +1,117 @@
+"""Jobs: the stages of a recipe besides merges, `job: NAME`. One declaration for each, and one table of them.
+
+To add a job, write its recipe's form (`recipe/`), a plan with the members of `JobPlan`, a function that carries it out,
+and a module of `commands/show` that prints both; and a row here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+from mergekit_lfm.api.outcome import Outcome
+from mergekit_lfm.errors import PlanError, did_you_mean
+from mergekit_lfm.recipe.adapter_recipe import AdapterRecipe
+from mergekit_lfm.recipe.extract_recipe import ExtractRecipe
+
+
+class JobRecipe(Protocol):
+    """The recipe of a job. output: the folder of its result, if the recipe names one."""
+
+    @property
+    def output(self) -> str | None: ...
+
+
+class JobRequest(Protocol):
+    """The request that the result of a job answers, and that the lock in its folder names.
+
+    paths: those that are read, by their names in messages. is_answered: whether the folder is the result, whole; raises
+    PlanError if it must not be written. is_of: whether its lock is that of the request.
+    """
+
+    @property
+    def paths(self) -> Mapping[str, Path]: ...
+    def is_answered(self, out: Path, /, *, overwrite: bool) -> bool: ...
+    def is_of(self, out: Path, /) -> bool: ...
+
+
+class JobPlan(Protocol):
+    """A job that is checked, and not done yet.
+
+    `stand_in` writes a folder like the result, from headers alone: later stages are planned on it.
+    """
+
+    @property
+    def out(self) -> Path: ...
+    @property
+    def request(self) -> JobRequest: ...
+    @property
+    def notices(self) -> tuple[str, ...]: ...
+    def stand_in(self, folder: Path, /) -> None: ...
+
+
+@dataclass(frozen=True)
+class Job:
+    """A kind of stage besides merges.
+
+    makes: its result in words. parse: reads a document, with the arguments of `Recipe.parse`. plan: from its recipe and
+    the folder of the result to a `JobPlan`; plan_options: the options of `plan_recipe` that it takes. run: carries a
+    plan out; run_options: the options of `run_recipe` that it takes besides `overwrite` and `progress`. show: the
+    module of `commands/show` that prints plans and outcomes.
+    """
+
+    name: str
+    makes: str
+    parse: Callable[..., JobRecipe]
+    plan: Callable[..., JobPlan]
+    run: Callable[..., Outcome[Any]]
+    show: str
+    plan_options: frozenset[str] = frozenset()
+    run_options: frozenset[str] = frozenset()
+
+
+def _later(name: str) -> Callable[..., Any]:
+    """A function of this room, whose module is imported when it is called: it may need torch."""
+    module, _, function = name.rpartition(".")
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        return getattr(import_module(f"mergekit_lfm.api.{module}"), function)(*arguments, **options)
+
+    return call
+
+
+ADAPTERS = Job(
+    name="adapters",
+    makes="an adapter",
+    parse=AdapterRecipe.parse,
+    plan=_later("adapter_plans.plan_adapter_recipe"),
+    run=_later("adapters.merge_adapter_recipe"),
+    show="adapters",
+    plan_options=frozenset({"seed"}),
+)
+EXTRACT = Job(
+    name="extract",
+    makes="an adapter",
+    parse=ExtractRecipe.parse,
+    plan=_later("extraction_plans.plan_extract"),
+    run=_later("extract.extract_planned"),
+    show="extractions",
+    plan_options=frozenset({"device"}),
+    run_options=frozenset({"memory", "threads"}),
+)
+JOBS: Mapping[str, Job] = {job.name: job for job in (ADAPTERS, EXTRACT)}
+
+
+def find_job(data: object, label: str) -> Job | None:
+    """The job of a document, None for a merge. Raises PlanError for one that is not here."""
+    name = data.get("job") if isinstance(data, Mapping) else None
+    if name is None:
+        return None
+    if not isinstance(name, str) or name not in JOBS:
+        sentence = "{place}: job {found}: expected {expected}, or no `job` for a merge; {cure}"
+        expected = " or ".join(JOBS)
+        raise PlanError(sentence, place=label, found=name, expected=expected, cure=did_you_mean(name, JOBS))
+    return JOBS[name]

@@ -1,0 +1,160 @@
+"""The lock of an adapter, adapter.lock.json: the request that it was made by, its inputs, and digests of all bytes.
+
+The form is that of a merge's lock. Two requests are the same if their options are, the versions, and the content of
+their inputs: then the adapter that is there is not made again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from mergekit_lfm.errors import FormatError, PlanError
+from mergekit_lfm.output.lock import ADAPTER_LOCK, FORMAT, compare_files, encode_lock, lock_of, read_lock
+from mergekit_lfm.output.names import public_names
+from mergekit_lfm.output.replace import clear_replaced
+from mergekit_lfm.output.save import check_out
+from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
+from mergekit_lfm.store.places import check_apart, check_kind, has_files
+from mergekit_lfm.store.tensors import TensorSpec
+from mergekit_lfm.version import versions
+
+
+@dataclass(frozen=True)
+class AdapterInput:
+    """An input of an adapter: its label, its tensors, and its config, on which the result depends, too."""
+
+    label: str
+    tensors: Checkpoint
+    config: Mapping[str, Any]
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """Data that identify it by its content; on the Hub its commit does. Reads all data, once on a machine."""
+        is_local = any(file.snapshot is None for file in self.tensors.files)
+        return {
+            "files": self.tensors.identity,
+            **({"content": self.tensors.content} if is_local else {}),
+            "config": xxhash.xxh3_128_hexdigest(json.dumps(self.config, sort_keys=True).encode()),
+        }
+
+
+@dataclass(frozen=True)
+class AdapterRequest:
+    """The recipe of an adapter in its canonical form, and the inputs.
+
+    public: the recipe without the folders of this machine, as the lock has it.
+    """
+
+    recipe: Mapping[str, Any]
+    public: Mapping[str, Any]
+    inputs: tuple[AdapterInput, ...]
+
+    @cached_property
+    def states(self) -> list[Any]:
+        """The states of the inputs' files when they were first asked for."""
+        return [source.tensors.states for source in self.inputs]
+
+    @cached_property
+    def digest(self) -> str:
+        """xxh3-128 of all that determines the adapter. Reads the inputs, as `AdapterInput.facts` does."""
+        _ = self.states
+        facts = {
+            "versions": versions("torch"),
+            "recipe": self.recipe,
+            "inputs": [[source.label, source.facts] for source in self.inputs],
+        }
+        return xxhash.xxh3_128_hexdigest(json.dumps(facts, sort_keys=True).encode())
+
+    @property
+    def paths(self) -> dict[str, Path]:
+        """The folders and files that are read, by their names in messages."""
+        folders = [(source, folder) for source in self.inputs for folder in source.tensors.folders]
+        return {source.label if folder == source.tensors.path else str(folder): folder for source, folder in folders}
+
+    def is_answered(self, out: Path, *, overwrite: bool) -> bool:
+        """True if OUT is the adapter of this request; False if it may be written there.
+
+        Compares the content of all files but the tensors'. Raises PlanError if OUT must not be written.
+        """
+        check_apart(out, self.paths)
+        check_kind(out)
+        if overwrite or not has_files(out) or not self.is_of(out):
+            check_out(out, self.paths, overwrite=overwrite)
+            return False
+        if problems := _find_damage(out):
+            more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
+            raise PlanError(
+                "{place} is the output of this recipe, but {found}; {cure}",
+                place=out,
+                found=f"{problems[0]}{more}",
+                cure="--overwrite makes it again",
+            )
+        clear_replaced(out)
+        return True
+
+    def is_of(self, out: Path) -> bool:
+        """True if the lock in OUT is that of this request. Reads the inputs only if there is one."""
+        lock = lock_of(out, ADAPTER_LOCK)
+        return bool(lock) and lock.get("plan") == self.digest
+
+    def lock(
+        self,
+        files: Mapping[str, bytes],
+        weights: str,
+        header: bytes,
+        tensors: Iterable[tuple[TensorSpec, str]],
+        result: Mapping[str, Any],
+    ) -> bytes:
+        """The bytes of the lock. weights: the file of the tensors, each with the digest of its bytes.
+
+        result: facts about the adapter that only making it shows. Raises FormatError if an input was changed meanwhile.
+        """
+        for source, state in zip(self.inputs, self.states, strict=True):
+            if source.tensors.states != state:
+                raise FormatError(f"{source.label} was changed while it was read; run the same command again")
+        names = public_names(source.label for source in self.inputs)
+        facts = {
+            "format": FORMAT,
+            "plan": self.digest,
+            "versions": versions("torch"),
+            "recipe": self.public,
+            "inputs": [{"input": names[source.label], **source.facts} for source in self.inputs],
+            "result": result,
+            "segments": {},
+            "files": {name: xxhash.xxh3_128_hexdigest(data) for name, data in sorted(files.items())},
+            "headers": {weights: xxhash.xxh3_128_hexdigest(header)},
+            "tensors": {
+                spec.name: {
+                    "method": str(self.recipe["job"]),
+                    "dtype": spec.dtype,
+                    "shape": list(spec.shape),
+                    "file": weights,
+                    "xxh3": [digest],
+                }
+                for spec, digest in tensors
+            },
+        }
+        return encode_lock(facts)[0]
+
+
+def result_of(out: Path) -> Mapping[str, Any]:
+    """The facts in an adapter's lock that only making it showed."""
+    result: Mapping[str, Any] = lock_of(out, ADAPTER_LOCK)["result"]
+    return result
+
+
+def _find_damage(out: Path) -> list[str]:
+    """The differences of an adapter's names, sizes and small files from its lock; `verify` reads the tensors, too."""
+    try:
+        problems = [*compare_files(out, read_lock(out), alone=False)]
+        open_checkpoint(out, adapter=True)
+    except (FormatError, FileNotFoundError) as error:
+        return [str(error)]
+    return problems
