@@ -94,9 +94,9 @@ def test_masks_are_found_once_and_kept_by_bits(monkeypatch: pytest.MonkeyPatch) 
     calls = list[int]()
     mask = LocalRankedCoins.mask
 
-    def count_calls(self: LocalRankedCoins, i: int, row: torch.Tensor) -> torch.Tensor:
+    def count_calls(self: LocalRankedCoins, i: int, *more: Any) -> torch.Tensor:
         calls.append(i)
-        return mask(self, i, row)
+        return mask(self, i, *more)
 
     monkeypatch.setattr(LocalRankedCoins, "mask", count_calls)
     sums: list[Any] = []
