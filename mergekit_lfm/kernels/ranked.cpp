@@ -49,24 +49,41 @@ void rank(const uint32_t *x, uint32_t row, uint32_t *slot, uint64_t *entries) {
     }
 }
 
+// The generator's word of two entries, `words` in random.py.
+uint64_t word(uint64_t key, int64_t pair) {
+    uint64_t z = key + uint64_t(pair + 1) * 0x9E3779B97F4A7C15;
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9;
+    z = (z ^ z >> 27) * 0x94D049BB133111EB;
+    return z ^ z >> 31;
+}
+
+int8_t below(uint64_t number, int32_t limit) { return ((int32_t(number) >> 1) - limit) >> 31; }
+
+// The masks of the entries from index `start` on.
+void draw(uint64_t key, int64_t start, uint32_t count, const int32_t *limit, int8_t *mask) {
+    if (start % 2 && count) {
+        *mask++ = below(word(key, start++ / 2) >> 32, *limit++);
+        count--;
+    }
+    for (uint32_t i = 0; i < count / 2; i++) {
+        const uint64_t both = word(key, start / 2 + i);
+        mask[2 * i] = below(both, limit[2 * i]);
+        mask[2 * i + 1] = below(both >> 32, limit[2 * i + 1]);
+    }
+    if (count % 2) mask[count - 1] = below(word(key, (start + count) / 2), limit[count - 1]);
+}
+
 }  // namespace
 
 // mask [rows * row]: all ones for the entries of x that are kept by the coins of the state `key`, whose limits depend on
 // the rank in the row. scratch: three times as long as a row.
 extern "C" void ranked_mask(const uint32_t *x, int64_t rows, uint32_t row, uint64_t key, const int32_t *limits,
-                            uint32_t *scratch, int32_t *mask) {
+                            uint32_t *scratch, int8_t *mask) {
     uint64_t *entries = reinterpret_cast<uint64_t *>(scratch);
-    for (int64_t r = 0; r < rows; r++) {
-        rank(x + r * row, row, scratch + 2 * row, entries);
-        for (uint32_t i = 0; i < row; i++) mask[r * row + uint32_t(entries[i])] = limits[i];
-    }
-    const int64_t count = rows * row;
-    for (int64_t i = 0; i < count / 2 + count % 2; i++) {
-        uint64_t z = key + uint64_t(i + 1) * 0x9E3779B97F4A7C15;
-        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9;
-        z = (z ^ z >> 27) * 0x94D049BB133111EB;
-        z ^= z >> 31;
-        mask[2 * i] = ((int32_t(z) >> 1) - mask[2 * i]) >> 31;
-        if (2 * i + 1 < count) mask[2 * i + 1] = ((int32_t(z >> 32) >> 1) - mask[2 * i + 1]) >> 31;
+    int32_t *limit = reinterpret_cast<int32_t *>(scratch + 2 * row);
+    for (int64_t start = 0; start < rows * row; start += row) {
+        rank(x + start, row, scratch + 2 * row, entries);
+        for (uint32_t i = 0; i < row; i++) limit[uint32_t(entries[i])] = limits[i];
+        draw(key, start, row, limit, mask + start);
     }
 }

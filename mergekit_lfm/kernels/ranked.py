@@ -75,7 +75,7 @@ def load(library: Path) -> Native:
 
     def run(key: torch.Tensor, x: torch.Tensor, limits: torch.Tensor) -> torch.Tensor:
         row = len(limits)
-        mask, scratch = torch.empty(len(x), dtype=torch.int32), torch.empty(3 * row, dtype=torch.int32)
+        mask, scratch = torch.empty(len(x), dtype=torch.int8), torch.empty(3 * row, dtype=torch.int32)
         state = int(key) & 0xFFFFFFFFFFFFFFFF
         pointers = limits.data_ptr(), scratch.data_ptr(), mask.data_ptr()
         function(x.data_ptr(), len(x) // row, row, state, *pointers)

@@ -79,7 +79,7 @@ def test_masks_take_the_place_of_coins_that_depend_on_ranks() -> None:
     settled = settle((None, local, (True, number)), block)
     assert settled[0] is None and settled[2][0] is True and settled[2][1] is number
     for i in range(2):
-        assert torch.equal(settled[1].mask(i, block.row(i)), local.mask(i, block.row(i)))
+        assert torch.equal(settled[1].mask(i, block.row(i)), local.mask(i, block.row(i)).int())
     same = (None, (True, number))
     assert settle(same, block) is same
 

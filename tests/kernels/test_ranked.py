@@ -40,7 +40,7 @@ def check(native: ranked.Native, x: torch.Tensor, row: int, key: int = 5) -> Non
     limits = torch.linspace(2**30, -(2**30), row, dtype=torch.float64).to(torch.int32)
     state = torch.tensor(key)
     numbers = words(state, (len(x) + 1) // 2).view(torch.int32)[: len(x)] >> 1
-    expected = -(numbers < by_rank_on_device(x, limits)).int()
+    expected = -(numbers < by_rank_on_device(x, limits)).to(torch.int8)
     assert torch.equal(native(state, x, limits), expected)
     assert torch.equal(x.view(torch.int32), before.view(torch.int32))
 
@@ -148,7 +148,7 @@ class Counted:
         return masks
 
     def ranked_mask(self, _: torch.Tensor, x: torch.Tensor, __: torch.Tensor) -> torch.Tensor:
-        return torch.full((len(x),), -1, dtype=torch.int32)
+        return torch.full((len(x),), -1, dtype=torch.int8)
 
 
 def test_a_block_s_masks_are_made_by_what_runs_it() -> None:
