@@ -65,8 +65,12 @@ class StoredBlock:
 
     def each(self, function: Elementwise, local: Any, out: torch.dtype | None = None) -> Any:
         """function(rows, base, local), rounded to `out`."""
-        local = settle(local, self, self.known, getattr(self.run, "ranked_mask", ranked_mask))
+        local = self.settle(local)
         return self.run(Step(function, self.stored, self.stored_base, local, self.dtype, out, self.flag))
+
+    def settle(self, local: Any) -> Any:
+        """local with masks in place of coins that depend on ranks."""
+        return settle(local, self, self.known, getattr(self.run, "ranked_mask", ranked_mask))
 
     def blocks(self) -> Iterator[tuple[int, StoredBlock]]:
         """Every block of a chunk with its number in the tensor."""
