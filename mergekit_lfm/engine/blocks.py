@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from mergekit_lfm.kernels.block import SEGMENT, Coefficients, Elementwise
-from mergekit_lfm.kernels.random import Known, settle
+from mergekit_lfm.kernels.random import Known, ranked_mask, settle
 from mergekit_lfm.kernels.reductions import Reduction
 from mergekit_lfm.kernels.step import RunStep, Step, run_eagerly
 from mergekit_lfm.machine.accelerators import HOST, Accelerator, ReadRange
@@ -65,8 +65,12 @@ class StoredBlock:
 
     def each(self, function: Elementwise, local: Any, out: torch.dtype | None = None) -> Any:
         """function(rows, base, local), rounded to `out`."""
-        local = settle(local, self, self.known)
+        local = self.settle(local)
         return self.run(Step(function, self.stored, self.stored_base, local, self.dtype, out, self.flag))
+
+    def settle(self, local: Any) -> Any:
+        """local with masks in place of coins that depend on ranks."""
+        return settle(local, self, self.known, getattr(self.run, "ranked_mask", ranked_mask))
 
     def blocks(self) -> Iterator[tuple[int, StoredBlock]]:
         """Every block of a chunk with its number in the tensor."""

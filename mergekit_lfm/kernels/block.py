@@ -46,6 +46,9 @@ class Block(Protocol):
         local: a tensor, or tuples of tensors, None and bool.
         """
 
+    def settle(self, local: Any) -> Any:
+        """local with masks in place of coins that depend on ranks, see `kernels.random.settle`."""
+
 
 class Chunk(Block, Protocol):
     """Several neighbouring blocks at once, on a device. size: elements of a block; the last may be shorter.

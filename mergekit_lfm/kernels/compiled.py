@@ -9,12 +9,9 @@ folder where nobody else can write; loading one takes 10 ms.
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import os
 import pickle
-import platform
-import shutil
 import signal
 import subprocess
 import sys
@@ -32,9 +29,10 @@ import torch
 import xxhash
 
 from mergekit_lfm.kernels import bits
+from mergekit_lfm.kernels.libraries import Libraries, compiler, instructions, keep
+from mergekit_lfm.kernels.random import ranked_mask
+from mergekit_lfm.kernels.ranked import PAYS, RankedMasks
 from mergekit_lfm.kernels.step import Elementwise, Form, Step, leaves_of, put_together, resize, run_eagerly, take_apart
-from mergekit_lfm.machine.private import make_private, why_unsafe
-from mergekit_lfm.machine.resources import cache_folder
 
 Mode = Literal["auto", "always", "never"]
 COMPILE_S = 10  # about what compiling one function takes
@@ -58,9 +56,10 @@ class Kernels:
         self.problems = set[str]()
         self._kernels: dict[Fused, Callable[..., Any] | None] = {}
         self._compiling: dict[Fused, subprocess.Popen[bytes]] = {}
-        self._lock, self._place_lock = Lock(), Lock()
-        self._place: Path | None = None
-        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        self._lock = Lock()
+        self._libraries = Libraries(self.problems)
+        pays = mode == "always" or (blocks >= PAYS and compiler() is not None)
+        self.ranked_mask = ranked_mask if mode == "never" else RankedMasks(self._libraries, compiles=pays)
 
     def __enter__(self) -> Kernels:
         return self
@@ -70,8 +69,7 @@ class Kernels:
             os.killpg(process.pid, signal.SIGKILL)  # with the C++ compiler that it may have started
             process.communicate()
         self._compiling.clear()
-        if self._temporary is not None:
-            self._temporary.cleanup()
+        self._libraries.close()
 
     def __call__(self, step: Step) -> Any:
         count = len(step.stored[0])
@@ -104,49 +102,23 @@ class Kernels:
         """Load the function from the cache, or start to compile it if that pays."""
         if sum(shape == (self.block,) for _, shape in fused.leaves()) > fused.inputs:
             return  # a coefficient for every element, as at a cut: rare, unlike a row of them for each input
-        library = self._find(fused) if cache_folder("kernels").exists() else None
+        library = self._libraries.find(fused.name, ".pt2")
         if library is not None:
             self._load(fused, library)
         elif self.mode == "always" or (
             compiler() is not None and self._eager_seconds(fused, tensors) >= self.compile_s
         ):
-            process = fused.start_compiling(self._folder())
+            process = fused.start_compiling(self._libraries.folder())
             if self.mode == "always":
                 self._load_compiled(fused, process)
             else:
                 with self._lock:
                     self._compiling[fused] = process
 
-    def _folder(self) -> Path:
-        """The folder of libraries: the cache's, or a temporary one if others could write there."""
-        with self._place_lock:
-            if self._place is None:
-                self._place = cache_folder("kernels")
-                if problem := make_private(self._place):
-                    self.problems.add(
-                        f"the compiled code in {self._place} is not used: {problem}. This run compiles its own; remove "
-                        "the folder, or make it yours alone (chown, chmod 700)"
-                    )
-                    self._temporary = tempfile.TemporaryDirectory(prefix="mergekit_lfm-")
-                    self._place = Path(self._temporary.name)
-            return self._place
-
-    def _find(self, fused: Fused) -> Path | None:
-        """The function's library on disk, as it was compiled; any other is removed."""
-        for library in sorted(self._folder().glob(f"{fused.name}.*.pt2")):
-            try:
-                if not why_unsafe(library) and library.name == f"{fused.name}.{_digest(library)}.pt2":
-                    return library
-            except FileNotFoundError:  # another run has removed it
-                continue
-            library.unlink(missing_ok=True)
-            self.problems.add(f"{library} was changed after it was compiled, and is not used; it was removed")
-        return None
-
     def _load_compiled(self, fused: Fused, compiled: subprocess.Popen[bytes]) -> None:
         """Load the function's library, after the process that compiled it has ended."""
         message = compiled.communicate()[1].decode().strip() or "the compiler left no library"
-        library = self._find(fused)
+        library = self._libraries.find(fused.name, ".pt2")
         if library is None:
             self.problems.add(f"{fused.function.__name__} runs without being compiled: {message.splitlines()[-1]}")
         else:
@@ -173,11 +145,6 @@ def _lengthen(x: torch.Tensor, count: int, block: int) -> torch.Tensor:
     return torch.nn.functional.pad(x, (0, block - count)) if x.dim() and x.shape[-1] == count else x
 
 
-def compiler() -> str | None:
-    """The C++ compiler that inductor would call."""
-    return shutil.which(os.environ.get("CXX", "g++"))
-
-
 @cache
 def _environment(folder: Path) -> str:
     """Digest of a compiled library's dependencies: our sources, those in the function's folder, torch, the processor.
@@ -187,15 +154,7 @@ def _environment(folder: Path) -> str:
     package = Path(__file__).parent.parent
     folders = dict.fromkeys((package / "kernels", package / "methods", folder))
     sources = [path.read_bytes() for each in folders for path in sorted(each.glob("*.py"))]
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    flags = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
-    return xxhash.xxh3_128_hexdigest(b"\0".join([*sources, torch.__version__.encode(), flags.encode()]))
-
-
-def _digest(library: Path) -> str:
-    with library.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return xxhash.xxh3_128_hexdigest(b"\0".join([*sources, torch.__version__.encode(), instructions().encode()]))
 
 
 @dataclass(frozen=True)
@@ -279,10 +238,7 @@ class Fused:
             package = Path(folder) / "step.pt2"
             exported = torch.export.export(Module(), tuple(example))
             aoti_compile_and_package(exported, package_path=str(package), inductor_configs={"cpp.threads": 1, **exact})
-            with package.open("rb") as file:
-                os.fsync(file.fileno())
-            package.chmod(0o600)
-            package.rename(place / f"{self.name}.{_digest(package)}.pt2")
+            keep(package, place, self.name)
 
 
 def main() -> None:

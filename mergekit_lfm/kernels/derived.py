@@ -10,6 +10,7 @@ from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from mergekit_lfm.kernels.random import settle
 from mergekit_lfm.kernels.reductions import Reduction
 
 if TYPE_CHECKING:
@@ -46,7 +47,10 @@ class ComputedRows:
         return self.stored[i].clone()
 
     def each(self, function: Elementwise, local: Any) -> Any:
-        return function(self.stored, None, local)
+        return function(self.stored, None, self.settle(local))
+
+    def settle(self, local: Any) -> Any:
+        return settle(local, self)
 
     def blocks(self) -> Iterator[tuple[int, Block]]:
         for first in range(0, self.count, self.size):

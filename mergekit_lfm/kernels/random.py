@@ -7,7 +7,7 @@ engine, and does not change when another tensor of the recipe does.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import is_
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import torch
 
     from mergekit_lfm.kernels.block import Block
+
+    RankedMask = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # as `ranked_mask`
 
 Known = dict[tuple[int, ...], "np.ndarray[Any, Any]"]
 
@@ -120,13 +122,25 @@ class Coins:
 
 
 class LocalMasks(NamedTuple):
-    """Masks that are known, int32 [n, m], for one block."""
+    """Masks that are known, int32 [n, m], for one block: compilers make poor code of int8."""
 
     masks: torch.Tensor
 
     def mask(self, i: int, x: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
-        """A mask, int32, of the kept entries of row i of the block."""
+        """A mask of the kept entries of row i of the block."""
         return self.masks[i]
+
+
+def ranked_mask(key: torch.Tensor, x: torch.Tensor, limits: torch.Tensor) -> torch.Tensor:
+    """A mask of the entries of x whose numbers are below the limits of their ranks in rows of len(limits).
+
+    On a GPU int32, else int8, which takes a fourth of the memory.
+    """
+    import torch
+
+    make = words_on_host if x.is_cpu else words
+    mask = _below(make(key, (len(x) + 1) // 2), len(x), by_rank(x, limits))
+    return mask.to(torch.int8) if x.is_cpu else mask
 
 
 class LocalRankedCoins(NamedTuple):
@@ -135,12 +149,11 @@ class LocalRankedCoins(NamedTuple):
     keys: torch.Tensor
     limits: tuple[torch.Tensor, ...]
 
-    def mask(self, i: int, x: torch.Tensor) -> torch.Tensor:
-        """A mask, int32, of the kept entries of row i of the block, which is whole rows of the tensor."""
-        make = words_on_host if x.is_cpu else words
-        return _below(make(self.keys[i], (len(x) + 1) // 2), len(x), by_rank(x, self.limits[i]))
+    def mask(self, i: int, x: torch.Tensor, make: RankedMask = ranked_mask) -> torch.Tensor:
+        """A mask of the kept entries of row i of the block, which is whole rows of the tensor."""
+        return make(self.keys[i], x, self.limits[i])
 
-    def settle(self, block: Block, known: Known | None) -> LocalMasks:
+    def settle(self, block: Block, known: Known | None, make: RankedMask) -> LocalMasks:
         """The masks of a block; from `known` if they are there, else into it."""
         import numpy as np
         import torch
@@ -148,23 +161,24 @@ class LocalRankedCoins(NamedTuple):
         here = () if known is None else (block.count, *self.keys.tolist())
         if known is not None and here in known:
             kept = np.unpackbits(known[here], axis=1, count=block.count)
-            return LocalMasks(torch.from_numpy(kept).int().neg_())
-        masks = torch.stack([self.mask(i, block.row(i)) for i in range(len(block))])
+            return LocalMasks(torch.from_numpy(kept).view(torch.int8).neg_().int())
+        masks = torch.stack([self.mask(i, block.row(i), make) for i in range(len(block))])
         if known is not None:
-            known[here] = np.packbits(masks.numpy() < 0, axis=1)
-        return LocalMasks(masks)
+            known[here] = np.packbits(masks.numpy(), axis=1)
+        return LocalMasks(masks.int())
 
 
-def settle(local: Any, block: Block, known: Known | None = None) -> Any:
+def settle(local: Any, block: Block, known: Known | None = None, make: RankedMask = ranked_mask) -> Any:
     """Coefficients for one block with masks in place of coins that depend on ranks, so that the rest is elementwise.
 
-    known: masks of a tensor's blocks by their coins, in the processor's memory: takes a bit for each element.
+    known: masks of a tensor's blocks by their coins, in the processor's memory: takes a bit for each element. make:
+    `ranked_mask`, or compiled code in its place.
     """
     if isinstance(local, LocalRankedCoins):
-        return local.settle(block, known)
+        return local.settle(block, known, make)
     if not isinstance(local, tuple):
         return local
-    settled = [settle(item, block, known) for item in local]
+    settled = [settle(item, block, known, make) for item in local]
     if all(map(is_, local, settled)):
         return local
     return type(local)(*settled) if hasattr(local, "_fields") else tuple(settled)

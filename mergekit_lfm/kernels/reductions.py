@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mergekit_lfm.kernels.bits import apply_mask
+from mergekit_lfm.kernels.random import LocalRankedCoins
 
 if TYPE_CHECKING:
     import torch
@@ -177,8 +178,11 @@ class L1(Sum):
     def block(self, block: Block) -> torch.Tensor:
         import torch
 
-        if len(block) > ROWS:
-            local = self.mask.at(block.start, block.count, block.dtype)
+        local = self.mask.at(block.start, block.count, block.dtype)
+        ranked = isinstance(local, LocalRankedCoins)
+        if ranked and len(block) <= ROWS:
+            local = block.settle(local)
+        if ranked or len(block) > ROWS:  # masks that are in memory take less time row by row
             return torch.stack([_masked_sums(block.row(i), i, local) for i in range(len(block))])
         both = self._magnitudes(block)
         return torch.stack([x.sum(dtype=torch.float64) for x in both]).reshape(2, -1).T

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mergekit_lfm.engine.blocks import Blocks, StoredBlock
 from mergekit_lfm.kernels.order import by_rank, by_rank_on_device
-from mergekit_lfm.kernels.random import Known, LocalRankedCoins, RankedCoins, settle, words, words_on_host
+from mergekit_lfm.kernels.random import Known, LocalMasks, LocalRankedCoins, RankedCoins, settle, words, words_on_host
 from mergekit_lfm.kernels.reductions import L1
 from mergekit_lfm.kernels.step import run_eagerly
 
@@ -79,9 +79,26 @@ def test_masks_take_the_place_of_coins_that_depend_on_ranks() -> None:
     settled = settle((None, local, (True, number)), block)
     assert settled[0] is None and settled[2][0] is True and settled[2][1] is number
     for i in range(2):
-        assert torch.equal(settled[1].mask(i, block.row(i)), local.mask(i, block.row(i)))
+        assert torch.equal(settled[1].mask(i, block.row(i)), local.mask(i, block.row(i)).int())
     same = (None, (True, number))
     assert settle(same, block) is same
+
+
+class Found:
+    """The masks of one block, as they were found."""
+
+    def __init__(self, masks: LocalMasks) -> None:
+        self.masks = masks
+
+    def at(self, *_: object) -> LocalMasks:
+        return self.masks
+
+
+def test_sums_over_masks_by_rank_are_those_of_the_masks_found() -> None:
+    """Row by row as all at once."""
+    block = a_block(5 * ROW)
+    found = Found(block.settle(COINS.at(0, 5 * ROW, torch.float32)))
+    assert torch.equal(L1(COINS).block(block), L1(found).block(block))
 
 
 def cut(row: torch.Tensor, start: int, stop: int) -> torch.Tensor:
@@ -94,9 +111,9 @@ def test_masks_are_found_once_and_kept_by_bits(monkeypatch: pytest.MonkeyPatch) 
     calls = list[int]()
     mask = LocalRankedCoins.mask
 
-    def count_calls(self: LocalRankedCoins, i: int, row: torch.Tensor) -> torch.Tensor:
+    def count_calls(self: LocalRankedCoins, i: int, *more: Any) -> torch.Tensor:
         calls.append(i)
-        return mask(self, i, row)
+        return mask(self, i, *more)
 
     monkeypatch.setattr(LocalRankedCoins, "mask", count_calls)
     sums: list[Any] = []
