@@ -151,7 +151,7 @@ class Counted:
         return torch.full((len(x),), -1, dtype=torch.int8)
 
 
-def test_a_block_s_masks_are_made_by_what_runs_it() -> None:
+def test_the_runner_of_a_block_makes_its_masks() -> None:
     block = StoredBlock((X, X), None, 0, torch.float32, Counted(), 12)
     local = RankedCoins((1, 2), ((0.2, 0.8), (0.1, 0.2)), 3).at(0, 12, torch.float32)
     assert torch.equal(block.each(mask_of, local), torch.full((2, 12), -1, dtype=torch.int32))
