@@ -187,7 +187,7 @@ def _effective(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _checked(config: dict[str, Any], place: str) -> dict[str, Any]:
-    """The config. Raises FormatError for patterns that are none."""
+    """The config. Raises FormatError if a pattern is not a regular expression."""
     for key in ("rank_pattern", "alpha_pattern"):
         if wrong := _wrong_patterns(config.get(key) or {}):
             raise FormatError(f"{place}: {key} has {wrong}; correct it")
@@ -195,7 +195,7 @@ def _checked(config: dict[str, Any], place: str) -> dict[str, Any]:
 
 
 def _wrong_patterns(patterns: object) -> str | None:
-    """What is wrong with the value of `rank_pattern` or `alpha_pattern`."""
+    """The mistake in the value of `rank_pattern` or `alpha_pattern`, None without one."""
     if not isinstance(patterns, dict):
         return f"{patterns!r:.60}, expected an object with a number for each regular expression"
     for pattern in patterns:

@@ -57,7 +57,7 @@ def find_names(adapter: Adapter, model: Mapping[str, TensorSpec]) -> dict[str, s
 def _without_underscores(wanted: Iterable[str], model: Mapping[str, TensorSpec]) -> dict[str, str]:
     """The model's names, under the beginning that leads to most of them, such as that of a file with several models.
 
-    Raises PlanError where two of the model's names are alike without dots.
+    Raises PlanError if two of the model's names are alike without dots.
     """
     wanted = list(wanted)
     bare = {name: _UNDERSCORES.sub("", name.removesuffix(".weight")) for name in wanted}
