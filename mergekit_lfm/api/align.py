@@ -23,6 +23,7 @@ from mergekit_lfm.machine.resources import default_memory
 from mergekit_lfm.machine.sizes import format_size
 from mergekit_lfm.output.replace import check_folder
 from mergekit_lfm.plan.make import make_plan
+from mergekit_lfm.recipe.files import paths_in
 from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.recipe.registry import ALIGN_METHODS
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
@@ -177,15 +178,16 @@ def _write(transform: Transform, file: Path, *, there: bool, overwrite: bool) ->
 
 def _check_places(inputs: list[Path], file: Path | None, folder: Path | None, *, replace: bool) -> None:
     """Raise an error, before the work, if an output must not be written, or the rewritten model could not be run."""
+    places = [place for path in inputs for place in paths_in(path)]
     if file is not None:
-        check_file(file, inputs, overwrite=replace)
+        check_file(file, places, overwrite=replace)
     if folder is None:
         return
     if file is None:
         raise PlanError("save applies a transform file, which `out` names; give `out`, too")
     if file.resolve().is_relative_to(folder.resolve()):
         raise PlanError(f"the transform {file} would lie in the folder {folder}, which is written, too; choose another")
-    check_folder(folder, {str(path): path for path in inputs}, overwrite=replace)
+    check_folder(folder, {str(path): path for path in places}, overwrite=replace)
     model, to = inputs[:2]
     source, other = open_model(model), open_model(to)
     if wider := next((name for name in source if name in other and source[name].shape != other[name].shape), None):

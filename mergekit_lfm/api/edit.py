@@ -24,6 +24,7 @@ from mergekit_lfm.errors import PlanError
 from mergekit_lfm.machine.progress import SILENCE, Progress
 from mergekit_lfm.output.replace import check_folder
 from mergekit_lfm.recipe.edit import edit_options
+from mergekit_lfm.recipe.files import paths_in
 from mergekit_lfm.store.checkpoint import open_checkpoint
 from mergekit_lfm.store.places import check_file
 from mergekit_lfm.version import versions
@@ -91,7 +92,7 @@ def edit_model(
     known, folder = as_facts(facts), model_folder(model)
     file, target = (None if path is None else expand(path) for path in (out, save))
     statistics = None if stats is None else _open_gram(expand(stats, "stats"))
-    inputs = [folder, *(expand(x) for x in (facts, stats, config) if isinstance(x, str | Path))]
+    inputs = [*paths_in(folder), *(expand(x) for x in (facts, stats, config) if isinstance(x, str | Path))]
     request = _Request(method, edit_options(method, chosen, place="edit"), known, statistics)
     there = is_repeated(file, partial(request.differences, folder), overwrite=overwrite)
     _check_places(inputs, file, target, there, overwrite)

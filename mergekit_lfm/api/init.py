@@ -81,7 +81,7 @@ def init_recipe(models: Sequence[StrPath], out: StrPath | None = None) -> Outcom
     if file is not None:
         if file.exists():
             raise PlanError(EXISTS, place=file, cure=ANOTHER)
-        check_file(file, [model.checkpoint.path for model in opened], overwrite=False)
+        check_file(file, [path for model in opened for path in model.checkpoint.folders], overwrite=False)
         folder.mkdir(parents=True, exist_ok=True)
     text = "\n".join(_lines(opened, _find_base(opened))) + "\n"
     Recipe.parse(text, folder, "the new recipe")

@@ -13,6 +13,7 @@ from mergekit_lfm.api.efficacy import load_for_texts
 from mergekit_lfm.api.outcome import Outcome
 from mergekit_lfm.artifacts.facts import as_facts
 from mergekit_lfm.machine.progress import SILENCE, Progress
+from mergekit_lfm.recipe.files import paths_in
 from mergekit_lfm.store.durable import replace_file
 from mergekit_lfm.store.hub import display_name
 from mergekit_lfm.store.places import check_file
@@ -47,7 +48,9 @@ def trace_facts(
     known, folder = as_facts(facts), model_folder(model)
     file = None if out is None else expand(out)
     if file is not None:
-        check_file(file, [folder, *([expand(facts)] if isinstance(facts, str | Path) else [])], overwrite=overwrite)
+        check_file(
+            file, [*paths_in(folder), *([expand(facts)] if isinstance(facts, str | Path) else [])], overwrite=overwrite
+        )
     loaded = load_for_texts(folder, dtype, device)
     from mergekit_lfm.edit.trace import trace
 

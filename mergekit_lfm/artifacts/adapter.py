@@ -144,7 +144,8 @@ def _read_config(tensors: Checkpoint, label: str) -> dict[str, Any]:
     if not path.is_dir():
         if not any(name.startswith(_PREFIXES) for name in tensors):
             config = _read_metadata(path, label) if tensors.files[0].is_safetensors else {}
-            return _checked(config, f"{label}, {DIFFUSERS}")
+            _check_patterns(config, f"{label}, {DIFFUSERS}")
+            return config
         if path.name not in ADAPTER_WEIGHTS:
             raise FormatError(
                 f"{label} is PEFT's, which has the scales in {ADAPTER_CONFIG}: put that beside it, call it "
@@ -158,7 +159,8 @@ def _read_config(tensors: Checkpoint, label: str) -> dict[str, Any]:
         raise FormatError(
             f"{label}/{ADAPTER_CONFIG}: expected an object with peft_type, found {json.dumps(config):.60}"
         )
-    return _checked(config, f"{label}/{ADAPTER_CONFIG}")
+    _check_patterns(config, f"{label}/{ADAPTER_CONFIG}")
+    return config
 
 
 def _read_metadata(file: Path, label: str) -> dict[str, Any]:
@@ -186,24 +188,20 @@ def _effective(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in sorted(config.items()) if name not in IDLE and value}
 
 
-def _checked(config: dict[str, Any], place: str) -> dict[str, Any]:
-    """The config. Raises FormatError for patterns that cannot be compiled."""
+def _check_patterns(config: Mapping[str, Any], place: str) -> None:
+    """Raise FormatError if a pattern in the config is not a regular expression."""
     for key in ("rank_pattern", "alpha_pattern"):
-        if wrong := _wrong_patterns(config.get(key) or {}):
-            raise FormatError(f"{place}: {key} has {wrong}; correct it")
-    return config
-
-
-def _wrong_patterns(patterns: object) -> str | None:
-    """The problem of a value of `rank_pattern` or `alpha_pattern`; None if it is right."""
-    if not isinstance(patterns, dict):
-        return f"{patterns!r:.60}, expected an object with a number for each regular expression"
-    for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            return f"{pattern!r:.60}, expected a regular expression ({error})"
-    return None
+        patterns = config.get(key) or {}
+        if not isinstance(patterns, dict):
+            expected = "expected an object with a number for each regular expression"
+            raise FormatError(f"{place}: {key} has {patterns!r:.60}, {expected}; correct it")
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise FormatError(
+                    f"{place}: {key} has {pattern!r:.60}, expected a regular expression ({error}); correct it"
+                ) from None
 
 
 def _sort(tensors: Mapping[str, TensorSpec], label: str) -> tuple[tuple[Module, ...], dict[str, TensorSpec]]:

@@ -14,7 +14,7 @@ _NAME = re.compile(r"(?:\w|\\?\.)+")  # in which a dot without a backslash stand
 
 
 class Patterns:
-    """The patterns with their values. Raises re.error for one that cannot be compiled."""
+    """The patterns with their values. Raises re.error if one is not a regular expression."""
 
     def __init__(self, patterns: Mapping[str, Any]) -> None:
         self._patterns, self._values = [*patterns], [*patterns.values()]

@@ -20,6 +20,7 @@ from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.machine.progress import Count
 from mergekit_lfm.machine.resources import allocated_bytes, default_memory, free_space
 from mergekit_lfm.machine.sizes import format_size, parse_size
+from mergekit_lfm.recipe.files import paths_in
 from mergekit_lfm.recipe.registry import STATISTIC_METHODS
 from mergekit_lfm.recipe.stats import statistic_options
 from mergekit_lfm.runtime.batches import Batch, as_batches, digest_of
@@ -96,7 +97,7 @@ def collect(
 
 def _destination(out: Path, models: Sequence[Model | None], data: object) -> Path:
     """Where the file goes; its folder is made. Raises PlanError if the file must not go there."""
-    inputs = [Path(path) for path in (*models, data) if isinstance(path, str | Path)]
+    inputs = [place for path in (*models, data) if isinstance(path, str | Path) for place in paths_in(path)]
     check_file(out, inputs, overwrite=True)  # an earlier output is compared with the request before it is replaced
     resolved = out.resolve()
     resolved.parent.mkdir(parents=True, exist_ok=True)

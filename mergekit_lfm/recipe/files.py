@@ -66,6 +66,15 @@ def is_adapted(text: object) -> bool:
     return isinstance(text, str | PathLike) and PLUS in str(text) and not Path(text).exists()
 
 
+def paths_in(text: str | PathLike[str]) -> list[Path]:
+    """The paths of a model and of its adapters, where a text MODEL+ADAPTER names them; else the text as a path."""
+    if not is_adapted(text):
+        return [Path(text)]
+    found = find_reference(str(text), Where())
+    sources = [found.source, *(adapter.source for adapter in found.adapters)]
+    return [source for source in sources if isinstance(source, Path)]
+
+
 def with_folders(text: str, folder_of: Callable[[HubName, bool], Path]) -> str:
     """A text MODEL+ADAPTER with folders in place of what is on the Hub. folder_of: a name's, True for an adapter."""
     model, adapters = split_reference(text, partial(_exists, where=None))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers_commands import answer, run
 from helpers_text import byte_tokenizer, llama_config, save_model, write_lines
+from models import files_of
 from safetensors.torch import load_file, save_file
 
 from mergekit_lfm import merge, open_checkpoint
@@ -69,3 +70,22 @@ def test_a_command_takes_a_model_with_an_adapter(place: Path, words: str) -> Non
     for file in place.glob("merged-*"):
         other = load_file(place / file.name.replace("merged", "adapted"))
         assert all(torch.equal(x, other.pop(name)) for name, x in load_file(file).items()) and not other
+
+
+@pytest.mark.parametrize("file", ["lora/adapter_model.safetensors", "lora/new.safetensors"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "stats gram MODEL --task lm --data PLACE/data.jsonl -o FILE",
+        "align MODEL --to PLACE/base -o FILE --overwrite",
+        "align PLACE/base --to MODEL -o FILE --overwrite",
+        "init MODEL -o FILE",
+    ],
+)
+def test_no_command_writes_into_an_adapter(place: Path, words: str, file: str) -> None:
+    """It is an input, which is only read, as the model is."""
+    before = files_of(place / "lora")
+    words = words.replace("MODEL", f"{place}/base+{place}/lora").replace("FILE", f"{place}/{file}")
+    result = run(*words.replace("PLACE", str(place)).split())
+    assert result.exit_code == 2 and ("only read" in result.output or "exists" in result.output)
+    assert files_of(place / "lora") == before

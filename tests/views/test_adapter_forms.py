@@ -245,7 +245,7 @@ def test_names_that_are_alike_without_dots_are_refused(base: Path, tmp_path: Pat
         open_model(f"{base}+{file}")
 
 
-def test_the_lacking_tensors_alone_are_named(base: Path, tmp_path: Path) -> None:
+def test_tensors_that_the_model_lacks_are_named(base: Path, tmp_path: Path) -> None:
     """A file with the adapters of a U-Net and of its text encoder, and the U-Net as the model."""
     names = [*(f"unet.{name}" for name in ATTENTION), "text_encoder.text_model.encoder.layers.0.q_proj"]
     tensors = {f"{name}.lora_{half}.weight": x for name in names for half, x in (("A", A), ("B", B))}
