@@ -207,7 +207,7 @@ def test_an_interruption_is_an_object(folder: Path, monkeypatch: pytest.MonkeyPa
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(api, "merge", interrupt)
+    monkeypatch.setattr(api, "run_recipe", interrupt)
     error = error_of("merge", "recipe.yaml", "out", "--report", "r.json", code=130)
     message = "interrupted: nothing was written; run the same command again to go on"
     assert error == {"kind": "Interrupted", "message": message, **NOTHING}
@@ -238,7 +238,7 @@ def test_a_defect_is_reported_and_keeps_its_traceback(monkeypatch: pytest.Monkey
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("a defect")
 
-    monkeypatch.setattr(api, "merge", fail)
+    monkeypatch.setattr(api, "run_recipe", fail)
     with pytest.raises(RuntimeError, match="a defect"):
         run("merge", "recipe.yaml", "out", "--report", "r.json", "--log", "x.log")
     found = json.loads(Path("r.json").read_text())
@@ -280,7 +280,7 @@ def test_a_log_that_can_no_longer_be_written_ends_the_run_with_one_message(monke
         Path("x.log").mkdir()  # as if the disk were full
         progress.notice("downloading")
 
-    monkeypatch.setattr(api, "merge", fill)
+    monkeypatch.setattr(api, "run_recipe", fill)
     message = refusal(run("merge", "recipe.yaml", "out", "-q", "--log", "x.log", "--report", "r.json"))
     assert message == "error: x.log: Is a directory\n"
     assert json.loads(Path("r.json").read_text())["error"]["place"] == "x.log"
