@@ -19,7 +19,7 @@ from helpers_commands import PROGRAM, ROOT, answer, refusal, run
 from models import save_checkpoint
 from safetensors.torch import save_file
 
-from mergekit_lfm.api import merge as api
+from mergekit_lfm.api import recipes as api
 from mergekit_lfm.commands.app import main
 from mergekit_lfm.commands.show.progress import Terminal
 from mergekit_lfm.machine.resources import peak_memory
