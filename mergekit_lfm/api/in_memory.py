@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mergekit_lfm.errors import PlanError, several
+from mergekit_lfm.kernels.sums import round_once
 from mergekit_lfm.recipe.problems import Problem, refuse
+from mergekit_lfm.store.tensors import FLOATS
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +27,43 @@ def refuse_other_types(models: object, parameters: object, seed: object) -> None
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**64:
         problems.append(Problem("seed", f"found {seed!r}, expected a whole number from 0 to 2^64 - 1"))
     refuse(problems)
+
+
+@dataclass(frozen=True, slots=True)
+class Dtypes:
+    """The dtypes of a merge in memory: of the result, None for that to which those of the tensors promote.
+
+    double: True for arithmetic in float64.
+    """
+
+    out: torch.dtype | None
+    double: bool
+
+    def widen(self, x: torch.Tensor) -> torch.Tensor:
+        """A tensor that is to be merged, so wide that only the result is rounded."""
+        import torch
+
+        least = torch.float64 if self.double else torch.float32
+        return x if self.out is None else x.to(torch.promote_types(x.dtype, least))
+
+    def finish(self, x: torch.Tensor) -> torch.Tensor:
+        """A merged tensor in the dtype of the result."""
+        return x if self.out is None else round_once(x, self.out)
+
+
+def read_dtypes(dtype: torch.dtype | str | None, out_dtype: torch.dtype | str | None) -> Dtypes:
+    """The dtypes of a merge in memory. Raises PlanError for one that is not of floating-point numbers."""
+    import torch
+
+    read, problems = list[torch.dtype | None](), list[Problem]()
+    for name, given in (("dtype", dtype), ("out_dtype", out_dtype)):
+        text = None if given is None else str(given).removeprefix("torch.")
+        if text is not None and text not in FLOATS:
+            problems.append(Problem(name, f"found {given!r}, expected one of {', '.join(FLOATS)}"))
+        read.append(None if text is None or text not in FLOATS else getattr(torch, text))
+    refuse(problems)
+    wanted, out = read
+    return Dtypes(out or wanted, wanted == torch.float64)
 
 
 def is_model(value: object) -> bool:

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from mergekit_lfm.api.in_memory import as_state_dict, is_model, refuse_other_types
+from mergekit_lfm.api.in_memory import Dtypes, as_state_dict, is_model, read_dtypes, refuse_other_types
 from mergekit_lfm.api.tensors import find_method, merge_checked
 from mergekit_lfm.errors import PlanError, did_you_mean, several
 from mergekit_lfm.methods.method import REQUIRED, Method, Parameter, Value
@@ -33,6 +33,10 @@ def merge_state_dicts(
     base: StateDict | Hashable | None = None,
     parameters: Mapping[str, Any] | None = None,
     seed: int = 0,
+    strict: bool = True,
+    dtype: torch.dtype | str | None = None,
+    out_dtype: torch.dtype | str | None = None,
+    batch_options: object = None,  # noqa: ARG001
     **more: Any,
 ) -> dict[str, torch.Tensor]:
     """The merge of models in memory, from names to tensors, as a recipe with the same parameters merges saved models.
@@ -45,17 +49,21 @@ def merge_state_dicts(
 
     The models need the same tensors. Those that are not floating are copied and have to be equal; buffers that loaders
     compute are the base's, else the first model's; running statistics are averaged. Tensors that share memory in all
-    models are merged once. Raises PlanError with everything that does not fit. Use `merge` for statistics, and for
-    `scope: global`.
+    models are merged once. strict: False to leave out tensors that some models lack. dtype, out_dtype: of the merged
+    tensors, as in a recipe; by default each has that to which those of the models promote. batch_options: of mergekit,
+    whose callers give it; tensors are merged one at a time. Raises PlanError with everything that does not fit. Use
+    `merge` for statistics, and for `scope: global`.
     """
     declared = find_method(method)
     refuse_other_types(models, parameters, seed)
     roles = _read_roles(models, declared, base)
     options = {**(parameters or {}), **{"lambda" if name == "lambda_" else name: raw for name, raw in more.items()}}
     part = _read_part(declared, roles, options)
+    if not strict:
+        roles = roles.in_common()
     _refuse_differences(roles)
     _refuse_idle_filters(part, roles.template)
-    return _merge_all(part, roles, seed)
+    return _merge_all(part, roles, seed, read_dtypes(dtype, out_dtype))
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +81,16 @@ class _Roles:
     def all(self) -> dict[str, Mapping[str, torch.Tensor]]:
         """All models, the base last."""
         return self.inputs if self.base is None else {**self.inputs, "base": self.base}
+
+    def in_common(self) -> _Roles:
+        """The same models with the tensors that all of them have."""
+        names = [name for name in self.template if all(name in model for model in self.all.values())]
+
+        def cut(model: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+            return {name: model[name] for name in names}
+
+        inputs = {key: cut(model) for key, model in self.inputs.items()}
+        return _Roles(inputs, None if self.base is None else cut(self.base), cut(self.template))
 
 
 def _read_roles(
@@ -210,7 +228,7 @@ def _is_merged(tensor: torch.Tensor) -> bool:
     return tensor.is_floating_point() and tensor.element_size() > 1
 
 
-def _merge_all(part: Part, roles: _Roles, seed: int) -> dict[str, torch.Tensor]:
+def _merge_all(part: Part, roles: _Roles, seed: int, dtypes: Dtypes) -> dict[str, torch.Tensor]:
     """All tensors of the merged model."""
     from mergekit_lfm.plan.layers import find_layers
 
@@ -225,7 +243,7 @@ def _merge_all(part: Part, roles: _Roles, seed: int) -> dict[str, torch.Tensor]:
             merged[name] = merged[twin]
             continue
         try:
-            merged[name] = _merge_one(part, roles, name, layers.get(name), table, seed)
+            merged[name] = _merge_one(part, roles, name, layers.get(name), table, seed, dtypes)
         except PlanError as error:
             problems.append(f"{name}: {error}")
             merged[name] = roles.template[name]
@@ -251,7 +269,13 @@ def _are_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def _merge_one(
-    part: Part, roles: _Roles, name: str, layer: tuple[int, int] | None, table: SettingsTable, seed: int
+    part: Part,
+    roles: _Roles,
+    name: str,
+    layer: tuple[int, int] | None,
+    table: SettingsTable,
+    seed: int,
+    dtypes: Dtypes,
 ) -> torch.Tensor:
     """One tensor of the merged model."""
     import torch
@@ -275,4 +299,5 @@ def _merge_one(
     method, settings = part.method, table.of(name, layer)
     if is_averaged(method, kind, settings):
         method, settings, base = METHODS["linear"], averaging_settings(settings), None
-    return merge_checked(method, name, settings, tensors, base, (), seed)
+    tensors, base = [dtypes.widen(x) for x in tensors], None if base is None else dtypes.widen(base)
+    return dtypes.finish(merge_checked(method, name, settings, tensors, base, (), seed))

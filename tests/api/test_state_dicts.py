@@ -76,6 +76,36 @@ def test_mergekit_s_call_with_a_base_among_the_models() -> None:
     assert all(torch.equal(merged[name], apart[name]) for name in NAMES)
 
 
+def test_the_call_of_sentence_transformers() -> None:
+    """As its version 6.2 merges encoders: ids of the models are their indices, the dtype is given."""
+    models = dict(enumerate(states()))
+    options: dict[str, Any] = {"base": 0, "parameters": {"weight": 1.0}, "dtype": torch.float32, "out_dtype": None}
+    merged = merge_state_dicts(models, "task_arithmetic", **options, batch_options=None)
+    for name in NAMES:
+        base, a, b = (state[name].double() for state in models.values())
+        torch.testing.assert_close(merged[name], (a + b - base).float(), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(("dtype", "out"), [("float32", None), ("float64", "bfloat16"), (None, "float16")])
+def test_the_dtype_is_as_of_a_recipe(dtype: str | None, out: str | None) -> None:
+    """Arithmetic in float32 or more, from the numbers as they are; one rounding."""
+    narrow = [{name: x.bfloat16() for name, x in state.items()} for state in states()[:2]]
+    merged = merge_state_dicts(narrow, "linear", weight=1.0, dtype=dtype, out_dtype=out)
+    for name in NAMES:
+        mean = (narrow[0][name].double() + narrow[1][name].double()) / 2
+        expected = mean.float().to(getattr(torch, out or dtype or "bfloat16"))
+        assert torch.equal(merged[name], expected)
+    with pytest.raises(PlanError, match=r"(?s)dtype: found 'int8'.*out_dtype: found torch.int32"):
+        merge_state_dicts(narrow, "linear", weight=1.0, dtype="int8", out_dtype=torch.int32)
+
+
+def test_tensors_that_some_lack_may_be_left_out() -> None:
+    a, b, _ = states()
+    merged = merge_state_dicts([a, {name: b[name] for name in NAMES[1:]}], "linear", weight=1.0, strict=False)
+    assert list(merged) == NAMES[1:]
+    assert torch.equal(merged[NAMES[1]], merge_state_dicts([a, b], "linear", weight=1.0)[NAMES[1]])
+
+
 def test_the_layers_of_a_sentence_encoder_s_dense_module_are_merged() -> None:
     modules = [torch.nn.Linear(4, 3) for _ in range(2)]
     merged = merge_state_dicts(modules, "slerp", parameters={"t": 1.0}, base=0)
