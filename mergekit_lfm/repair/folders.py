@@ -25,8 +25,9 @@ from mergekit_lfm.repair.modules import Repaired, check_weights, combine, make_c
 from mergekit_lfm.runtime.batches import Batch, digest_of
 from mergekit_lfm.runtime.batchnorm import batchnorms
 from mergekit_lfm.runtime.subject import Subject, evaluation_mode, make_subject
-from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
+from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.version import __version__
+from mergekit_lfm.views.adapted import open_model
 
 FACTS = "repair.json"
 RUNNING_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -58,11 +59,12 @@ def repair(
     Raises PlanError if there is nothing to repair, if the weights do not fit, and if `out` exists without `overwrite`;
     FormatError if the merged model lacks running statistics that need a new estimate.
     """
-    source, folder = open_checkpoint(merged), Path(out)
+    source, folder = open_model(merged), Path(out)
     shares = check_weights(weights, 2)
-    check_out(folder, {str(path): Path(path) for path in (merged, *ends)}, overwrite=overwrite)
+    inputs = [source, *map(open_model, ends)]
+    check_out(folder, {str(path): path for model in inputs for path in model.folders}, overwrite=overwrite)
     table = find_symmetries(source) if symmetries is None else symmetries
-    model = load_end(source.path, task, device)
+    model = load_end(merged, task, device)
     module = module_of(model)
     batches = batches_of(model, data, task, window=window, batch_size=batch_size)
     subject = make_subject(module, source)
@@ -125,7 +127,7 @@ def _facts(
 ) -> dict[str, Any]:
     """The inputs of the repair, without absolute paths and times, so that equal repairs give equal files."""
     names = public_names(map(str, models))
-    named = [{"model": names[str(path)], "content": open_checkpoint(path).content} for path in models]
+    named = [{"model": names[str(path)], "content": open_model(path).content} for path in models]
     return {
         "merged": named[0],
         "ends": [{**entry, "weight": weight} for entry, weight in zip(named[1:], weights, strict=True)],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from mergekit_lfm.repair import repair
 from mergekit_lfm.runtime.data import read_data
 from mergekit_lfm.runtime.load import load_model
 from mergekit_lfm.store.checkpoint import open_checkpoint
+from mergekit_lfm.store.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from mergekit_lfm.store.places import partial_of
 from mergekit_lfm.store.tensors import write_exactly
 from mergekit_lfm.views.rewritten import rewrite
@@ -94,6 +96,28 @@ def test_a_folder_is_repaired_under_the_names_on_the_disk(
     assert [layer["name"] for layer in facts["layers"]] == DENSE
     assert [end["model"] for end in facts["ends"]] == ["a", "b"]
     assert str(tmp_path) not in json.dumps(facts)
+
+
+def test_an_end_may_have_an_adapter(berts: tuple[Path, Path, Path], texts: Path, tmp_path: Path) -> None:
+    """It gives what the model does with the adapter merged in: here a bias in place of the model's."""
+    a, b, merged = berts
+    name, lora = f"{DENSE[0]}.bias", tmp_path / "lora"
+    lora.mkdir()
+    save_file({f"base_model.model.{name}": torch.ones(open_checkpoint(b)[name].shape)}, lora / ADAPTER_WEIGHTS[0])
+    (lora / ADAPTER_CONFIG).write_text('{"peft_type": "LORA", "r": 1, "lora_alpha": 1}')
+    shutil.copytree(b, tmp_path / "whole")
+    tensors = load_file(b / "model.safetensors")
+    tensors[name] = torch.ones_like(tensors[name])
+    save_file(tensors, tmp_path / "whole" / "model.safetensors", {"format": "pt"})
+    for end, out in ((Path(f"{b}+{lora}"), "one"), (tmp_path / "whole", "two")):
+        repair(merged, (a, end), texts, tmp_path / out, task="classification")
+    one, two = (load_file(tmp_path / out / "model.safetensors") for out in ("one", "two"))
+    torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
+    facts = json.loads((tmp_path / "one" / "repair.json").read_text())
+    assert str(tmp_path) not in json.dumps(facts)
+    with pytest.raises(PlanError, match="input"):
+        repair(merged, (a, Path(f"{b}+{lora}")), texts, lora, task="classification", overwrite=True)
+    assert sorted(path.name for path in lora.iterdir()) == [ADAPTER_CONFIG, ADAPTER_WEIGHTS[0]]
 
 
 def test_dtypes_are_kept_and_layers_measured_as_they_are_stored(
