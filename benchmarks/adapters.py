@@ -24,10 +24,9 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
-from merge_vs_copy import config, copy, heading, read, shapes, write_shard
+from merge_vs_copy import Cost, config, copy, heading, read, run, shapes, write_shard
 
 from mergekit_lfm.machine.sizes import format_size, parse_size
 from mergekit_lfm.store.tensors import TensorSpec, encode_header
@@ -41,15 +40,6 @@ from peft import PeftModel
 base = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
 PeftModel.from_pretrained(base, sys.argv[2]).merge_and_unload().save_pretrained(sys.argv[3])
 """
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """One process: its seconds, those of the processor, and the most bytes that it held."""
-
-    seconds: float
-    cpu_s: float
-    peak: int
 
 
 def make_model(folder: Path, size: float) -> None:
@@ -104,22 +94,7 @@ def write_adapter(folder: Path, matrices: Mapping[str, tuple[int, ...]]) -> None
     (folder / "adapter_config.json").write_text(json.dumps(settings))
 
 
-def run(command: Sequence[str], folder: Path) -> Run:
-    """Run a command in a folder."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "HF_HUB_OFFLINE": "1"}
-    started = time.monotonic()
-    process = subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.monotonic() - started
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"{' '.join(command)[:200]} ended with exit code {process.returncode}")
-    return Run(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
-
-
-def copy_all(folder: Path, threads: int) -> Run:
+def copy_all(folder: Path, threads: int) -> Cost:
     """Read the model and the adapter, and write a copy of the model."""
     weights = sorted((folder / "base").glob("*.safetensors"))
     (folder / "out").mkdir()
@@ -130,10 +105,10 @@ def copy_all(folder: Path, threads: int) -> Run:
         for job in jobs:
             job.result()
     after = os.times()
-    return Run(time.monotonic() - started, after.user + after.system - before.user - before.system, 0)
+    return Cost(time.monotonic() - started, after.user + after.system - before.user - before.system, 0)
 
 
-def measure(folder: Path, way: str, repeats: int, threads: int, memory: int | None) -> list[Run]:
+def measure(folder: Path, way: str, repeats: int, threads: int, memory: int | None) -> list[Cost]:
     """The runs of one way to do the work, each without an earlier output, and with its inputs in the page cache."""
     text = "models: [{model: base, adapter: adapter}]\nmerge_method: passthrough\n"
     (folder / "recipe.yaml").write_text(text)
@@ -148,12 +123,13 @@ def measure(folder: Path, way: str, repeats: int, threads: int, memory: int | No
         if way == "copy":
             runs.append(copy_all(folder, threads))
         else:
-            runs.append(run(ours if way == "ours" else [sys.executable, "-c", PEFT, "base", "adapter", "out"], folder))
+            command = ours if way == "ours" else [sys.executable, "-c", PEFT, "base", "adapter", "out"]
+            runs.append(run(command, folder, {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}))
     shutil.rmtree(folder / "out", ignore_errors=True)
     return runs
 
 
-def row(name: str, runs: Sequence[Run], floor: float) -> str:
+def row(name: str, runs: Sequence[Cost], floor: float) -> str:
     """A line of the table."""
     seconds = statistics.median(run.seconds for run in runs)
     cpu = statistics.median(run.cpu_s for run in runs)

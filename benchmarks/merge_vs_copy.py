@@ -27,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -317,15 +317,20 @@ def floor(folder: Path, method: str, threads: int) -> float:
 def merge(folder: Path, method: str, options: Sequence[str], kernels: Path) -> Cost:
     """The cost of one merge in a process of its own."""
     command = [sys.executable, "-m", "mergekit_lfm", "merge", f"{method}.yaml", "out", "--quiet", *options]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    environment |= {"TORCHINDUCTOR_CACHE_DIR": str(kernels / "inductor"), "XDG_CACHE_HOME": str(kernels)}
+    caches = {"TORCHINDUCTOR_CACHE_DIR": str(kernels / "inductor"), "XDG_CACHE_HOME": str(kernels)}
+    return run(command, folder, caches)
+
+
+def run(command: Sequence[str], folder: Path, variables: Mapping[str, str]) -> Cost:
+    """The cost of a command in a folder, with these variables in its environment besides."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), **variables}
     started = time.monotonic()
     process = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.monotonic() - started
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise SystemExit(f"{method}: the merge ended with exit code {process.returncode}")
+        raise SystemExit(f"{' '.join(command)[:200]} ended with exit code {process.returncode}")
     return Cost(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
 
 

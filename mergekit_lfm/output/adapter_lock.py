@@ -15,10 +15,10 @@ from typing import Any
 
 import xxhash
 
-from mergekit_lfm.errors import FormatError, PlanError
+from mergekit_lfm.errors import FormatError
 from mergekit_lfm.output.lock import ADAPTER_LOCK, FORMAT, compare_files, encode_lock, lock_of, read_lock
 from mergekit_lfm.output.names import public_names
-from mergekit_lfm.output.replace import clear_replaced
+from mergekit_lfm.output.replace import clear_replaced, refuse_damage
 from mergekit_lfm.output.save import check_out
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lfm.store.places import check_apart, check_kind, has_files
@@ -88,14 +88,7 @@ class AdapterRequest:
         if overwrite or not has_files(out) or not self.is_of(out):
             check_out(out, self.paths, overwrite=overwrite)
             return False
-        if problems := _find_damage(out):
-            more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
-            raise PlanError(
-                "{place} is the output of this recipe, but {found}; {cure}",
-                place=out,
-                found=f"{problems[0]}{more}",
-                cure="--overwrite makes it again",
-            )
+        refuse_damage(out, _find_damage(out), "this recipe")
         clear_replaced(out)
         return True
 

@@ -34,6 +34,18 @@ BESIDE = re.compile(
 SHOWN = 5  # files that a message names
 
 
+def refuse_damage(out: Path, problems: Sequence[str], maker: str) -> None:
+    """Raise PlanError about an output with problems. maker: what has made it, in words."""
+    if problems:
+        raise PlanError(
+            "{place} is the output of {maker}, but {found}; {cure}",
+            place=out,
+            maker=maker,
+            found=problems[0] + (f" and {len(problems) - 1} more" if len(problems) > 1 else ""),
+            cure="--overwrite makes it again",
+        )
+
+
 def already_there(
     digest: str,
     shards: Sequence[Shard],
@@ -57,15 +69,7 @@ def already_there(
     lock = lock_of(out)
     same = lock.get("plan") == digest
     if same and not rebuild:
-        problems = _damage(out, lock, shards)
-        if problems:
-            more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
-            raise PlanError(
-                "{place} is the output of this merge, but {found}; {cure}",
-                place=out,
-                found=f"{problems[0]}{more}",
-                cure="--overwrite makes it again",
-            )
+        refuse_damage(out, _damage(out, lock, shards), "this merge")
         if lock.get("nonfinite") and nan == "error":
             raise PlanError(
                 "{place} exists, but was made with --nan warn: {found}; {cure}",

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, PrivateAttr, ValidationInfo, model_validator
 
@@ -16,15 +14,14 @@ from mergekit_lfm.methods.method import Method
 from mergekit_lfm.methods.registry import METHODS
 from mergekit_lfm.recipe.files import Where, find_model, find_reference
 from mergekit_lfm.recipe.foreign import unknown_method
-from mergekit_lfm.recipe.form import AdapterEntry, Dtype, Parameters, Reference, Strict, read_reference
+from mergekit_lfm.recipe.form import AdapterEntry, Dtype, Parameters, Reference, read_reference
+from mergekit_lfm.recipe.job_form import JobForm
 from mergekit_lfm.recipe.parts import Input, Part, Scope
 from mergekit_lfm.recipe.problems import Problem, attempt, problem_at, refuse
 from mergekit_lfm.recipe.requirements import unset_parameters
 from mergekit_lfm.recipe.roles import read_scope, read_settings
-from mergekit_lfm.recipe.validation import find_problems, read_form
-from mergekit_lfm.recipe.values import FOUND, Rule, as_data, find_rule, value_of
+from mergekit_lfm.recipe.values import Rule, as_data, find_rule, value_of
 from mergekit_lfm.store.hub import HubName
-from mergekit_lfm.store.yaml import read_yaml
 
 JOB = "adapters"
 SPACES = ("product", "knots", "core")
@@ -40,7 +37,7 @@ class Line:
     scale: float
 
 
-class AdapterRecipe(Strict):
+class AdapterRecipe(JobForm):
     """A merge of adapters as the user wrote it.
 
     space: in which a method runs: on the products of each adapter's matrices, or on their coordinates in a basis that
@@ -49,6 +46,8 @@ class AdapterRecipe(Strict):
 
     Build one with `AdapterRecipe.parse`. Paths are as of a merge's `Recipe`.
     """
+
+    EXPECTED: ClassVar[str] = "a mapping with adapters"
 
     job: Literal["adapters"]
     merge_method: str
@@ -65,28 +64,6 @@ class AdapterRecipe(Strict):
     _part: Part = PrivateAttr()
     _lines: tuple[Line, ...] = PrivateAttr()
     _base: Path | HubName | None = PrivateAttr(default=None)
-    _notices: tuple[str, ...] = PrivateAttr(default=())
-
-    @classmethod
-    def parse(
-        cls,
-        source: Mapping[str, Any] | str,
-        where: Path | None = None,
-        label: str = "recipe",
-        stages: Mapping[str, Path] = MappingProxyType({}),
-        *,
-        allow_unknown: bool = False,
-    ) -> Self:
-        """The recipe in YAML text or a mapping; arguments as of `Recipe.parse`. Raises PlanError with all problems."""
-        data = read_yaml(source, label) if isinstance(source, str) else source
-        if not isinstance(data, Mapping):
-            raise PlanError(
-                f"{{place}}: {FOUND}", place=label, found=f"{data!r:.40}", expected="a mapping with adapters"
-            )
-        read = partial(find_problems, cls, where=Where(where, stages))
-        recipe, ignored = read_form(read, data, label, allow_unknown=allow_unknown)
-        recipe._notices = (*ignored, *recipe._notices)
-        return recipe
 
     @model_validator(mode="after")
     def _check(self, info: ValidationInfo) -> Self:
@@ -139,11 +116,6 @@ class AdapterRecipe(Strict):
             sentence, words = unknown_method(self.merge_method, [*usable, *SUMS])
             raise PlanError("{place}: " + sentence, place="merge_method", **words)
         return METHODS[self.merge_method]
-
-    @property
-    def notices(self) -> tuple[str, ...]:
-        """The entries of the recipe without an effect here, a line for each."""
-        return self._notices
 
     @property
     def part(self) -> Part:

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
-from types import MappingProxyType
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, PrivateAttr, ValidationInfo, model_validator
 
 from mergekit_lfm.errors import PlanError, did_you_mean
 from mergekit_lfm.machine.sizes import parse_size
 from mergekit_lfm.recipe.files import FoundModel, Where, find_reference
-from mergekit_lfm.recipe.form import Dtype, Reference, Strict, read_reference
+from mergekit_lfm.recipe.form import Dtype, Reference, read_reference
+from mergekit_lfm.recipe.job_form import JobForm
 from mergekit_lfm.recipe.problems import Problem, attempt, problem_at, refuse
-from mergekit_lfm.recipe.validation import find_problems, read_form
 from mergekit_lfm.recipe.values import FOUND
-from mergekit_lfm.store.yaml import read_yaml
 
 JOB = "extract"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -39,7 +35,7 @@ Size = Annotated[
 ]
 
 
-class ExtractRecipe(Strict):
+class ExtractRecipe(JobForm):
     """An extraction of an adapter as the user wrote it: the change from `base_model` to `model`.
 
     One of: rank, of all matrices (32 without any of the three); energy, the share of the squares of each matrix's
@@ -49,6 +45,8 @@ class ExtractRecipe(Strict):
 
     Build one with `ExtractRecipe.parse`. Paths are as of a merge's `Recipe`.
     """
+
+    EXPECTED: ClassVar[str] = "a mapping with model and base_model"
 
     job: Literal["extract"]
     model: Reference
@@ -65,27 +63,6 @@ class ExtractRecipe(Strict):
     output: Annotated[str | None, BeforeValidator(read_reference)] = None
 
     _models: tuple[FoundModel, FoundModel] = PrivateAttr()
-    _notices: tuple[str, ...] = PrivateAttr(default=())
-
-    @classmethod
-    def parse(
-        cls,
-        source: Mapping[str, Any] | str,
-        where: Path | None = None,
-        label: str = "recipe",
-        stages: Mapping[str, Path] = MappingProxyType({}),
-        *,
-        allow_unknown: bool = False,
-    ) -> Self:
-        """The recipe in YAML text or a mapping; arguments as of `Recipe.parse`. Raises PlanError with all problems."""
-        data = read_yaml(source, label) if isinstance(source, str) else source
-        if not isinstance(data, Mapping):
-            words = {"found": f"{data!r:.40}", "expected": "a mapping with model and base_model"}
-            raise PlanError(f"{{place}}: {FOUND}", place=label, **words)
-        read = partial(find_problems, cls, where=Where(where, stages))
-        recipe, ignored = read_form(read, data, label, allow_unknown=allow_unknown)
-        recipe._notices = ignored
-        return recipe
 
     @model_validator(mode="after")
     def _check(self, info: ValidationInfo) -> Self:
@@ -110,11 +87,6 @@ class ExtractRecipe(Strict):
         assert model is not None and base is not None
         self._models = model, base
         return self
-
-    @property
-    def notices(self) -> tuple[str, ...]:
-        """The entries of the recipe without an effect here, a line for each."""
-        return self._notices
 
     @property
     def models(self) -> tuple[FoundModel, FoundModel]:

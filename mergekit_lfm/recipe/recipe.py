@@ -43,10 +43,9 @@ from mergekit_lfm.recipe.requirements import missing_requirements
 from mergekit_lfm.recipe.roles import read_base, read_edits
 from mergekit_lfm.recipe.structure import Structure
 from mergekit_lfm.recipe.tokenizer import TokenizerRequest, read_tokenizer
-from mergekit_lfm.recipe.validation import find_problems, read_form
+from mergekit_lfm.recipe.validation import find_problems, read_document, read_form
 from mergekit_lfm.recipe.values import FOUND, NamedFile
 from mergekit_lfm.store.files import read_text
-from mergekit_lfm.store.yaml import read_yaml
 
 IN_YAML = "a recipe in YAML"
 
@@ -150,10 +149,7 @@ class Recipe(Strict):
         stages: the folders of models that it calls by the names of earlier stages. allow_unknown: a notice, in place
         of an error, about each key that is unknown.
         """
-        data = read_yaml(source, label) if isinstance(source, str) else source
-        if not isinstance(data, Mapping):
-            expected = "a mapping with merge_method and models"
-            raise PlanError(f"{{place}}: {FOUND}", place=label, found=f"{data!r:.40}", expected=expected)
+        data = read_document(source, label, "a mapping with merge_method and models")
         refuse_foreign(data, label)
         recipe, ignored = read_form(
             partial(cls._read, where=Where(where, stages)), data, label, allow_unknown=allow_unknown

@@ -15,7 +15,7 @@ from mergekit_lfm.recipe.files import Where
 from mergekit_lfm.recipe.form import NOT_YET, AdapterEntry, ModelEntry, ModuleEntry, Push, SliceEntry, Strict
 from mergekit_lfm.recipe.problems import Problem, Problems, UnknownKey, parts_of, problem_at
 from mergekit_lfm.recipe.values import FOUND
-from mergekit_lfm.store.yaml import find_steps
+from mergekit_lfm.store.yaml import find_steps, read_yaml
 
 SHOULD = "Input should be "  # how pydantic begins to say what it expected
 EXPECTED = {  # by pydantic's kind of error
@@ -42,6 +42,14 @@ EXPECTED_AT = {
 
 
 F = TypeVar("F", bound=Strict)
+
+
+def read_document(source: Mapping[str, Any] | str, label: str, expected: str) -> Mapping[str, Any]:
+    """The mapping in YAML text, or as it is. Raises PlanError for anything else, with what is expected."""
+    data = read_yaml(source, label) if isinstance(source, str) else source
+    if not isinstance(data, Mapping):
+        raise PlanError(f"{{place}}: {FOUND}", place=label, found=f"{data!r:.40}", expected=expected)
+    return data
 
 
 def read_form(

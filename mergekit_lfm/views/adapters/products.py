@@ -50,8 +50,8 @@ class Factor:
 
 
 @dataclass(frozen=True, slots=True)
-class Hadamard(Change):
-    """W + scale (one * other), element by element."""
+class _Product(Change):
+    """W + scale times a product of two factors."""
 
     one: Factor
     other: Factor
@@ -60,6 +60,11 @@ class Hadamard(Change):
     @property
     def parts(self) -> tuple[TensorSpec, ...]:
         return *self.one.tensors, *self.other.tensors
+
+
+@dataclass(frozen=True, slots=True)
+class Hadamard(_Product):
+    """W + scale (one * other), element by element."""
 
     def scratch(self, rows: int) -> int:
         return 3 * rows * self.one.width
@@ -71,16 +76,8 @@ class Hadamard(Change):
 
 
 @dataclass(frozen=True, slots=True)
-class Kronecker(Change):
+class Kronecker(_Product):
     """W + scale (one (x) other): row i of it has row i // m of one, with m rows in other, and row i % m of that."""
-
-    one: Factor
-    other: Factor
-    scale: float
-
-    @property
-    def parts(self) -> tuple[TensorSpec, ...]:
-        return *self.one.tensors, *self.other.tensors
 
     def scratch(self, rows: int) -> int:
         factors = self.one.height * self.one.width + self.other.height * self.other.width
