@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,6 +88,8 @@ def merge_adapters(
     data |= {key: value for key, value in (("rank", rank), ("energy", energy)) if value is not None}
     if base is not None:
         data["base_model"] = str(expand(base, "base"))
+    if isinstance(adapters, str | PathLike):
+        raise PlanError(f"adapters: found {str(adapters)!r}, expected a list of adapters")
     data |= _with_parameters([str(expand(adapter, "adapter")) for adapter in adapters], method, weights, parameters)
     return merge_adapter_recipe(data, out, overwrite=overwrite, progress=progress)
 

@@ -189,15 +189,18 @@ def _effective(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_patterns(config: Mapping[str, Any], place: str) -> None:
-    """Raise FormatError if a pattern in the config is not a regular expression."""
+    """Raise FormatError if a pattern in the config is not a regular expression, or names are not texts."""
+    stated = config.get("target_parameters") or []
+    if not isinstance(stated, list) or not all(isinstance(each, str) for each in stated):
+        raise FormatError(f"{place}: target_parameters has {stated!r:.60}, expected a list of names; correct it")
     for key in ("rank_pattern", "alpha_pattern"):
         patterns = config.get(key) or {}
-        if not isinstance(patterns, dict):
+        if not isinstance(patterns, dict) or any(type(value) not in {int, float} for value in patterns.values()):
             expected = "expected an object with a number for each regular expression"
             raise FormatError(f"{place}: {key} has {patterns!r:.60}, {expected}; correct it")
         for pattern in patterns:
             try:
-                re.compile(pattern)
+                Patterns({pattern: 1})
             except re.error as error:
                 raise FormatError(
                     f"{place}: {key} has {pattern!r:.60}, expected a regular expression ({error}); correct it"

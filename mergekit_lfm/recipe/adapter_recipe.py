@@ -51,7 +51,7 @@ class AdapterRecipe(JobForm):
 
     job: Literal["adapters"]
     merge_method: str
-    adapters: Annotated[tuple[AdapterEntry, ...], Field(min_length=1)]
+    adapters: tuple[AdapterEntry, ...]
     parameters: Parameters = Field(default_factory=dict)
     space: Literal["product", "knots", "core"] = "product"
     rank: int | None = Field(default=None, strict=True, ge=1)

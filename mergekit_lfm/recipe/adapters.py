@@ -13,6 +13,8 @@ from pathlib import Path
 from mergekit_lfm.store.hub import HubName
 
 PLUS, TIMES = "+", "*"
+# Of an adapter, and of its own scale: the root of the largest float32, so that one times the other is in its range.
+LARGEST_SHARE = 1e19
 _SCALED = re.compile(r"([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE]-?\d+)?)\s*\*\s*(.+)", re.DOTALL)
 
 

@@ -9,13 +9,12 @@ from os import PathLike
 from pathlib import Path
 
 from mergekit_lfm.errors import Refusal
-from mergekit_lfm.recipe.adapters import PLUS, AdapterRef, join_reference, model_of, split_reference
+from mergekit_lfm.recipe.adapters import LARGEST_SHARE, PLUS, AdapterRef, join_reference, model_of, split_reference
 from mergekit_lfm.recipe.problems import Problem, attempt
 from mergekit_lfm.recipe.values import NamedFile
 from mergekit_lfm.store.folder import split_address
 from mergekit_lfm.store.hub import HubName, hub_name, nearest_name
 
-LARGEST_SHARE = 1e19  # of an adapter: times the scale of its own it is in the range of float32
 EXPECTED = "expected {expected}"
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from mergekit_lfm.errors import Refusal, did_you_mean
-from mergekit_lfm.recipe.adapters import join_reference
+from mergekit_lfm.recipe.adapters import LARGEST_SHARE, join_reference
 from mergekit_lfm.recipe.problems import UnknownKey
 from mergekit_lfm.store.hub import repository
 
@@ -174,7 +174,7 @@ class AdapterEntry(Strict):
     """One line of `adapters`: an adapter, its share of what it does, and its own parameters."""
 
     adapter: Reference
-    scale: float = Field(default=1.0, strict=True, allow_inf_nan=False)
+    scale: float = Field(default=1.0, strict=True, allow_inf_nan=False, ge=-LARGEST_SHARE, le=LARGEST_SHARE)
     parameters: Parameters = Field(default_factory=dict)
 
 

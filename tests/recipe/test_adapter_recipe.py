@@ -80,7 +80,7 @@ def test_all_problems_are_in_one_message() -> None:
         ({"rank": 0}, "rank: found 0, expected greater than or equal to 1"),
         ({"energy": 1.5}, "energy: found 1.5, expected less than or equal to 1"),
         ({"rank": 2, "energy": 0.5}, "rank: found `rank` and `energy`, expected one of them"),
-        ({"adapters": []}, "adapters: found [], expected"),
+        ({"adapters": []}, "adapters: ties takes at least 1 adapter; found 0"),
         ({"adapters": "one"}, "adapters: found 'one', expected a list of adapters"),
         ({"adapters": ["one"]}, "adapters[0]: found 'one', expected a mapping such as {adapter: path"),
         ({"parameters": {"weight": 1, "scope": "global"}}, "parameters.scope: adapters are merged module by module"),

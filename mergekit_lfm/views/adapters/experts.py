@@ -14,6 +14,7 @@ from mergekit_lfm.arch.experts import Experts as Layer
 from mergekit_lfm.artifacts.adapter import Adapter, Module
 from mergekit_lfm.store.tensors import TensorSpec
 from mergekit_lfm.views.adapters.change import Change
+from mergekit_lfm.views.adapters.kinds import find_halves
 from mergekit_lfm.views.adapters.lora import Expert, Experts, LowRank
 from mergekit_lfm.views.adapters.names import is_experts
 
@@ -65,10 +66,14 @@ def parameters_of(adapter: Adapter, module: str) -> list[str]:
 
 def _change(finding: Finding, module: Module, parameter: str, apart: Apart) -> Iterator[tuple[str, Change]]:
     """The changes of one tensor of all experts, or of the tensors of each that it stands for."""
-    if not {"lora_A", "lora_B"} <= module.parts.keys():
-        finding.refuse(module, f"{parameter} has {', '.join(module.parts)}, expected lora_A and lora_B")
+    if module.parts.keys() != {"lora_A", "lora_B"} or finding.adapter.config.get("use_dora"):
+        dora = ", use_dora is set" if finding.adapter.config.get("use_dora") else ""
+        finding.refuse(module, f"{parameter} has {', '.join(module.parts)}{dora}; expected lora_A and lora_B of a LoRA")
         return
-    a, b, name = module.parts["lora_A"], module.parts["lora_B"], f"{module.name}.{parameter}"
+    halves = find_halves(finding, module)
+    if halves is None:
+        return
+    a, b, name = *halves, f"{module.name}.{parameter}"
     stored = finding.model.get(name)
     if stored is not None:
         count, form = stored.shape[0] if stored.shape else 0, _form(finding.model_type, stored, a, b)

@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from mergekit_lfm.artifacts.adapter import Adapter, Module
+from mergekit_lfm.recipe.adapters import LARGEST_SHARE
 from mergekit_lfm.store.tensors import TensorSpec
 from mergekit_lfm.views.adapters.names import is_conv1d
-
-LARGEST = 1e19  # the root of float32's largest number, so that a share of a scale is in its range, too
 
 
 @dataclass
@@ -46,14 +45,17 @@ class Finding:
         config = self.adapter.config
         return self.adapter.rank_patterns.value(name, config.get("r"))
 
-    def scale(self, module: Module, name: str, rank: int) -> float:
+    def scale(self, module: Module, name: str, rank: object) -> float:
         """The factor of a module's change: alpha over the rank or, for rsLoRA, over the rank's root."""
         config = self.adapter.config
+        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+            self.refuse(module, f"found {rank!r:.60} as its rank, expected a whole number from 1")
+            return 1.0
         if config:
             alpha = self.adapter.alpha_patterns.value(name, config.get("lora_alpha", config.get("alpha")))
         else:
             alpha = self._alpha(module, rank)
-        if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not abs(alpha) < LARGEST:
+        if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not abs(alpha) < LARGEST_SHARE:
             self.refuse(module, f"found {alpha!r:.60} as its alpha, expected a number")
             return 1.0
         return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)

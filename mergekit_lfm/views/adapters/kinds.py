@@ -29,6 +29,9 @@ def find_halves(finding: Finding, module: Module) -> tuple[TensorSpec, TensorSpe
         if module.parts.keys() != {"trainable_tokens_delta"}:
             finding.refuse(module, f"it has no {missing[0]}; save the adapter anew")
         return None
+    if "lora_embedding_A" in module.parts and {"lora_A", "lora_B"} & module.parts.keys():
+        finding.refuse(module, "it has matrices of a layer and of an embedding; save the adapter anew")
+        return None
     a, b = (module.parts[name] for name in names)
     if 0 in (*a.shape, *b.shape) or min(len(a.shape), len(b.shape)) < 2:
         text = f"its {names[0]} is {list(a.shape)}, {names[1]} {list(b.shape)}: the training saved one part of many; "
@@ -159,6 +162,8 @@ def _kronecker(finding: Finding, module: Module) -> Iterator[tuple[str, Change]]
 def _factor(module: Module, name: str, core: str) -> Factor | None:
     """A factor of a product from the module's tensors; None if one of them is missing or does not fit the others."""
     parts = module.parts
+    if any(0 in spec.shape for spec in parts.values()):
+        return None
     if name in parts:
         return Factor((parts[name],)) if len(parts[name].shape) >= 2 else None
     if f"{name}_a" not in parts or f"{name}_b" not in parts:

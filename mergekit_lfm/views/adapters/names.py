@@ -45,7 +45,7 @@ def find_names(adapter: Adapter, model: Mapping[str, TensorSpec]) -> dict[str, s
         twins = {name for group in tied_names(wanted) for name in group[1:]}
         wanted = [name for name in wanted if name in model or name not in twins]
     if has_underscores(wanted):
-        return _without_underscores(wanted, model)
+        return _without_underscores(wanted, model, adapter.label)
     if all(name in model for name in wanted):
         return {name: name for name in wanted}
     theirs, ours = ({name: TensorSpec(name, (), "float32") for name in names} for names in (wanted, model))
@@ -54,7 +54,7 @@ def find_names(adapter: Adapter, model: Mapping[str, TensorSpec]) -> dict[str, s
     return {name: next((new for rule in rules if (new := rule.apply(name)) is not None), name) for name in wanted}
 
 
-def _without_underscores(wanted: Iterable[str], model: Mapping[str, TensorSpec]) -> dict[str, str]:
+def _without_underscores(wanted: Iterable[str], model: Mapping[str, TensorSpec], label: str) -> dict[str, str]:
     """The model's names, under the beginning that leads to most of them, such as that of a file with several models.
 
     Raises PlanError if two of the model's names are alike without dots.
@@ -73,5 +73,8 @@ def _without_underscores(wanted: Iterable[str], model: Mapping[str, TensorSpec])
         if len(found) > len(best):
             best = found
     if unclear := [f"{name}: {' or '.join(names)}" for name, names in best.items() if len(names) > 1]:
-        raise PlanError(f"its names have underscores for dots, which leaves open {shorten(unclear, 3)}")
+        open_names = shorten(unclear, 3)
+        raise PlanError(
+            f"{label}: its names have underscores for dots, which leaves open {open_names}; name them with dots"
+        )
     return {name: best.get(name, [name])[0] for name in wanted}
