@@ -83,7 +83,7 @@ class _Roles:
         return self.inputs if self.base is None else {**self.inputs, "base": self.base}
 
     def in_common(self) -> _Roles:
-        """The same models with the tensors that all of them have. Raises PlanError if these are none."""
+        """The same models with the tensors that all of them have. Raises PlanError if there are no such tensors."""
         names = [name for name in self.template if all(name in model for model in self.all.values())]
         if not names:
             raise PlanError("the models have no tensor in common: give models whose names agree")

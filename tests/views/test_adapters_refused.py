@@ -44,6 +44,12 @@ A, B, NORM = f"{Q}.lora_A.weight", f"{Q}.lora_B.weight", "base_model.model.model
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "a rank that the tensors do not have": ({"r": 8}, "q_proj: its tensors have rank 4, adapter_config.json says 8"),
     "a pattern for nothing": ({"rank_pattern": {"o_proj": 4}}, "rank_pattern has 'o_proj', which matches none of its"),
+    "flags within a pattern": ({"rank_pattern": {"(?i)q_proj": 4}}, "rank_pattern has '.*q_proj', expected a regular"),
+    "a list for a rank": (
+        {"rank_pattern": {"q_proj": [4]}},
+        "rank_pattern has .*, expected an object with a number for",
+    ),
+    "a number for a parameter": ({"target_parameters": [1]}, r"target_parameters has \[1\], expected a list of names"),
     "an alpha as text": ({"lora_alpha": "big"}, "found 'big' as its alpha, expected a number"),
     "a kind without weights": ({"peft_type": "PREFIX_TUNING"}, "PREFIX_TUNING, which changes no weights: it cannot"),
     "a kind that is not known": ({"peft_type": "OFT"}, "is OFT, expected one of LORA, .*merge_and_unload"),
@@ -58,6 +64,10 @@ TENSORS: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
     "other shapes": (
         lambda tensors: {**tensors, A: torch.ones(4, 17)},
         r"lora_A \[4, 17\] and lora_B \[16, 4\] do not fit model\.layers\.0\.self_attn\.q_proj\.weight \[16, 16\]",
+    ),
+    "matrices of two kinds": (
+        with_others(**{f"{Q}.lora_embedding_{half}".replace(".", "__"): torch.zeros(4, 4) for half in "AB"}),
+        "q_proj: it has matrices of a layer and of an embedding; save the adapter anew",
     ),
     "other ranks": (lambda tensors: {**tensors, A: torch.ones(5, 16)}, "do not fit"),
     "a part of a training": (lambda tensors: {**tensors, A: torch.ones(0)}, "one part of many; save it gathered"),
