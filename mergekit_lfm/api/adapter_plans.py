@@ -177,6 +177,7 @@ def _open_all(recipe: AdapterRecipe) -> tuple[tuple[Adapter, ...], list[dict[str
 
 def _names_in_base(adapters: Sequence[Adapter], base: Checkpoint | None) -> dict[str, str]:
     """By the adapters' names of saved tensors the base's."""
+    from mergekit_lfm.arch.ties import is_tied, tied_names
     from mergekit_lfm.views.adapters.names import find_names
 
     names: dict[str, str] = {}
@@ -185,6 +186,10 @@ def _names_in_base(adapters: Sequence[Adapter], base: Checkpoint | None) -> dict
     for adapter in adapters:
         found = find_names(adapter, base)
         names |= {name: found.get(name, name) for name in adapter.saved}
+    if is_tied(base.config):  # the adapters save a head that the base has as its embedding
+        groups = tied_names(dict.fromkeys([*base, *names.values()]))
+        twins = {name: own for group in groups for own in group if own in base for name in group if name not in base}
+        names = {name: twins.get(own, own) for name, own in names.items()}
     return names
 
 

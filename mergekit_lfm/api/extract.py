@@ -205,8 +205,10 @@ def _extract(extractor: Extractor, planned: PlannedExtraction) -> Extracted:
 
 def _rest(plan: Extraction, saved: Sequence[str], nbytes: int) -> int:
     """The bytes that saved tensors leave, and the file's header. Raises PlanError if they take all."""
-    taken = sum(plan.model[name].nbytes + ENTRY + len(plan.names[name]) for name in saved)
-    taken += sum(2 * (ENTRY + len(group.module)) for group in plan.groups)
+    taken = 0
+    for name, own in ((name, plan.names[name]) for name in saved):
+        taken += plan.copies(own.removesuffix(".weight")) * (plan.model[name].nbytes + ENTRY + len(own))
+    taken += sum(2 * plan.copies(group.module) * (ENTRY + len(group.module)) for group in plan.groups)
     if taken >= nbytes:
         whole = f" and the tensors that are saved whole, {shorten(saved, 3)}" if saved else ""
         raise PlanError(

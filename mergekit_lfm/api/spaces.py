@@ -16,6 +16,7 @@ import torch
 from mergekit_lfm.api.tensors import unit_of
 from mergekit_lfm.artifacts.transform import PANEL
 from mergekit_lfm.engine.blocks import Blocks, apply_to, run_solve
+from mergekit_lfm.errors import PlanError
 from mergekit_lfm.kernels.block import Coefficients
 from mergekit_lfm.kernels.products import (
     Fitted,
@@ -79,15 +80,19 @@ def merge_products(module: ModuleMerge, products: Sequence[Product | None]) -> F
         sources = [_Panels((small[0], small[1]), _slice(x), torch.float64) for x in inputs]
         merged = _merge(module.method, unit, sources)
         if isinstance(merged, torch.Tensor):
-            return _fit(back(merged), module.limit, dtype)
+            return _fit(back(merged), module.limit, dtype, module.name)
     weights = [weight for weight, product in zip(merged, products, strict=True) if product is not None]
-    return _fit(add_products(held, weights), module.limit, dtype)
+    return _fit(add_products(held, weights), module.limit, dtype, module.name)
 
 
-def _fit(product: Product, limit: Limit, dtype: torch.dtype) -> Fitted:
-    fitted = fit(product, limit)
+def _fit(product: Product, limit: Limit, dtype: torch.dtype, name: str) -> Fitted:
     if limit == Limit():
-        return Fitted(Product(product.b.to(dtype), product.a.to(dtype)), fitted.energy, fitted.energy)
+        b, a = product.b.double(), product.a.double()
+        energy = float((b.T @ b).mul(a @ a.T).sum())  # |b a|^2
+        return Fitted(Product(product.b.to(dtype), product.a.to(dtype)), energy, energy)
+    if not all(bool(x.isfinite().all()) for x in product):
+        raise PlanError(f"{name}: its merged values are too large; choose smaller weights")
+    fitted = fit(product, limit)
     return Fitted(Product(*(x.to(dtype) for x in fitted.product)), fitted.energy, fitted.kept)
 
 

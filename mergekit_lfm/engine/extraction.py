@@ -82,17 +82,20 @@ class Extractor:
     def share(self, groups: Sequence[Group], nbytes: int) -> dict[str, int]:
         """Ranks by group whose factors take at most so many bytes, the largest energies for a byte first."""
         size = ITEMSIZE[str(self.dtype).removeprefix("torch.")]
-        most = {group.name: min(group.most, nbytes // (size * group.width)) for group in groups}
+        widths = [group.width * self.plan.copies(group.module) for group in groups]
+        most = {
+            group.name: min(group.most, nbytes // (size * width)) for group, width in zip(groups, widths, strict=True)
+        }
         spectra = self._map(lambda group: self._spectrum(group, most[group.name]), groups)
         offers = [
-            (-energy / group.width, i, rank)
-            for i, (group, spectrum) in enumerate(zip(groups, spectra, strict=True))
+            (-energy / widths[i], i, rank)
+            for i, spectrum in enumerate(spectra)
             for rank, energy in enumerate(spectrum, 1)
             if energy > 0
         ]
         ranks, left, full = {group.name: 0 for group in groups}, nbytes, set[int]()
         for _, i, rank in sorted(offers):
-            cost = size * groups[i].width
+            cost = size * widths[i]
             if i in full or cost > left:
                 full.add(i)  # a rank needs those before it
                 continue

@@ -64,6 +64,10 @@ class Extraction:
         group = next((group for group in groups if group[-1] == "lm_head.weight"), None)
         return None if group is None else (group[0].removesuffix(".weight"), "lm_head")
 
+    def copies(self, module: str) -> int:
+        """How often the adapter has a module's tensors: those of an embedding also for the head that is tied to it."""
+        return 2 if self.tied and self.tied[0] == module else 1
+
     @property
     def unties(self) -> bool:
         """Whether PEFT would give the head of the model an embedding of its own: it ties `lm_head` alone."""

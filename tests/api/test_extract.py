@@ -134,6 +134,15 @@ def test_a_size_is_spent_where_it_keeps_most(tmp_path: Path) -> None:
     assert len({*ranks.values()}) > 1
 
 
+@pytest.mark.filterwarnings("ignore:.*no rank fits")
+@pytest.mark.parametrize("embed_lora", [False, True])
+def test_a_size_has_room_for_a_head_that_is_tied_to_an_embedding(tmp_path: Path, embed_lora: bool) -> None:
+    models = Path(__file__).parents[2] / "recipes" / "quickstart"
+    out = tmp_path / "out"
+    result = extract_lora(models / "docs", models / "base", out, size=700_000, embed_lora=embed_lora).result
+    assert 680_000 < result.nbytes == (tmp_path / "out" / "adapter_model.safetensors").stat().st_size <= 700_000
+
+
 @pytest.mark.parametrize("shape", [(300, 420), (420, 300)])
 def test_the_randomised_decomposition_keeps_as_much_as_the_exact_one(shape: tuple[int, int]) -> None:
     draw = torch.Generator().manual_seed(1)
