@@ -37,7 +37,7 @@ class PlannedAdapters:
 
     modules: by name the pair of each adapter, None where it leaves the module alone; saved: by the model's name the
     tensors that stand in place of its own. base: the model, if the recipe names it, and base_names: its names of saved
-    tensors. notices: what a user should know.
+    tensors. tied: the modules of an embedding and of a head that gets the same. notices: what a user should know.
     """
 
     recipe: AdapterRecipe
@@ -47,6 +47,7 @@ class PlannedAdapters:
     saved: Mapping[str, tuple[TensorSpec | None, ...]]
     base: Checkpoint | None
     base_names: Mapping[str, str]
+    tied: tuple[str, str] | None = None
     notices: tuple[str, ...] = ()
 
     @property
@@ -135,8 +136,12 @@ def plan_adapter_recipe(recipe: AdapterRecipe, out: Path, *, seed: int | None = 
         name: tuple(adapter.saved.get(name) for adapter in adapters)
         for name in dict.fromkeys(name for adapter in adapters for name in adapter.saved)
     }
+    tied = _tied(adapters)
+    if tied is not None:  # the head follows the embedding
+        modules.pop(tied[1], None)
+        saved.pop(f"{tied[1]}.weight", None)
     names = _names_in_base(adapters, base)
-    planned = PlannedAdapters(recipe, out, adapters, modules, saved, base, names)
+    planned = PlannedAdapters(recipe, out, adapters, modules, saved, base, names, tied)
     problems = [*_differing_forms(planned), *_saved_problems(planned), *_idle_filters(planned)]
     if problems:
         raise PlanError(several("the adapters cannot be merged", problems))
@@ -175,9 +180,20 @@ def _open_all(recipe: AdapterRecipe) -> tuple[tuple[Adapter, ...], list[dict[str
     return tuple(adapters), pairs
 
 
+def _tied(adapters: Sequence[Adapter]) -> tuple[str, str] | None:
+    """The modules of an embedding and of a head, if all adapters that have tensors of them keep the two alike."""
+    from mergekit_lfm.arch.ties import tied_names
+
+    own = [{f"{module.name}.weight" for module in adapter.modules} | {*adapter.saved} for adapter in adapters]
+    for group in tied_names(dict.fromkeys(name for names in own for name in names)):
+        having = [adapter for adapter, names in zip(adapters, own, strict=True) if not names.isdisjoint(group)]
+        if len(group) > 1 and all(adapter.config.get("ensure_weight_tying") for adapter in having):
+            return group[0].removesuffix(".weight"), group[-1].removesuffix(".weight")
+    return None
+
+
 def _names_in_base(adapters: Sequence[Adapter], base: Checkpoint | None) -> dict[str, str]:
     """By the adapters' names of saved tensors the base's."""
-    from mergekit_lfm.arch.ties import is_tied, tied_names
     from mergekit_lfm.views.adapters.names import find_names
 
     names: dict[str, str] = {}
@@ -186,10 +202,6 @@ def _names_in_base(adapters: Sequence[Adapter], base: Checkpoint | None) -> dict
     for adapter in adapters:
         found = find_names(adapter, base)
         names |= {name: found.get(name, name) for name in adapter.saved}
-    if is_tied(base.config):  # the adapters save a head that the base has as its embedding
-        groups = tied_names(dict.fromkeys([*base, *names.values()]))
-        twins = {name: own for group in groups for own in group if own in base for name in group if name not in base}
-        names = {name: twins.get(own, own) for name, own in names.items()}
     return names
 
 
@@ -287,6 +299,7 @@ def _output_of(planned: PlannedAdapters) -> AdapterOutput:
         repo=base if base and hub_name(base) else None,
         task=tasks.pop() if len(tasks) == 1 else None,
         fan_in_fan_out=any(config.get("fan_in_fan_out") for config in configs),
+        tied=planned.tied,
         about=f"It was merged from other adapters:\n\n{recipe}",
     )
 

@@ -16,8 +16,9 @@ from helpers_adapters import logits, tiny_model, with_adapter
 from helpers_lora import Array, changes, save_lora, sum_of
 from safetensors.torch import load_file, save_file
 
-from mergekit_lfm import PlanError, merge_adapters
+from mergekit_lfm import PlanError, extract_lora, merge_adapters
 from mergekit_lfm.api.outcome import Finding
+from mergekit_lfm.views.adapted import open_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* does not change .* modules:mergekit_lfm.Finding")
 FULL = 8  # the largest sum of ranks, and the smaller side of v_proj: PEFT's `svd` fails at a larger rank
@@ -385,3 +386,32 @@ def test_notices_name_modules_that_some_leave_alone_and_other_bases(trio: list[P
     assert "two does not change 2 of 6 modules, such as model.layers.0.self_attn.v_proj and 1 more; there" in texts[2]
     assert "one on org/base0" in texts[0] and "two on org/base1" in texts[0]
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] == "org/base0"
+
+
+def test_adapters_extracted_from_a_model_with_a_tied_head_are_merged_and_applied_to_it(tmp_path: Path) -> None:
+    """The head follows the embedding, whose change is the sum of those of both."""
+    models = Path(__file__).parents[2] / "recipes" / "quickstart"
+    adapters = [tmp_path / name for name in ("docs", "code")]
+    for adapter in adapters:
+        extract_lora(models / adapter.name, models / "base", adapter, rank=8)
+    merge_adapters(adapters, tmp_path / "both", method="task_arithmetic", base=models / "base", weight=1.0)
+    merged = open_model(f"{models / 'base'}+{tmp_path / 'both'}")
+    base, docs, code = (
+        load_file(models / name / "model.safetensors")["model.embed_tokens.weight"].double()
+        for name in ("base", "docs", "code")
+    )
+    name = "model.embed_tokens.weight"
+    found = merged.read(name).view(merged[name].shape).double()
+    torch.testing.assert_close(found, docs + code - base, rtol=1e-2, atol=1e-3)
+    assert "lm_head.weight" not in merged
+    assert json.loads((tmp_path / "both" / "adapter_config.json").read_text())["ensure_weight_tying"]
+
+
+def test_weights_beyond_float32_get_one_message(tmp_path: Path) -> None:
+    models = Path(__file__).parents[2] / "recipes" / "quickstart"
+    extract_lora(models / "docs", models / "base", tmp_path / "docs", rank=4, include=["mlp"])
+    with pytest.raises(PlanError, match="too large"):
+        merge_adapters([tmp_path / "docs"], tmp_path / "out", method="cat", weights=[1e39], rank=2)
+    with pytest.raises(PlanError, match="expected a list of adapters"):
+        merge_adapters(str(tmp_path / "docs"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
