@@ -22,6 +22,7 @@ from mergekit_lfm.api.merge import (
 from mergekit_lfm.api.outcome import Outcome
 from mergekit_lfm.api.planned import Planned, PlannedJob, PlannedMerge, plan_job
 from mergekit_lfm.api.stages import in_stage, plan_stages
+from mergekit_lfm.errors import PlanError
 from mergekit_lfm.machine.progress import SILENCE
 from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.recipe.source import Source, source_of
@@ -111,6 +112,8 @@ def run_recipe(recipe: RecipeLike | Planned, out: str | PathLike[str] | None = N
 
 
 def _refuse_unknown(options: Mapping[str, Any], known: Iterable[str]) -> None:
-    """Raise TypeError for arguments that no recipe has."""
+    """Raise TypeError for arguments that no recipe has, and PlanError for a push of what a job makes."""
     if unknown := options.keys() - {*known}:
         raise TypeError(f"unexpected arguments: {', '.join(sorted(unknown))}")
+    if options.get("push_to"):
+        raise PlanError(f"push_to: found {options['push_to']!r}, but what a job makes is not pushed; leave it out")

@@ -287,6 +287,30 @@ def test_an_argument_that_no_recipe_has_is_an_error() -> None:
             call(first, "out", overwrit=True)
 
 
+def test_a_push_of_what_a_job_makes_is_refused(here: Path) -> None:
+    recipe = {"job": "extract", "model": "one", "base_model": "base", "rank": 2}
+    with pytest.raises(PlanError, match="push_to: found 'org/name', but what a job makes is not pushed"):
+        run_recipe(recipe, "unpushed", push_to="org/name")
+    assert not (here / "unpushed").exists()
+
+
+def test_the_example_of_the_docs_runs_on_models_with_a_tied_head(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = Path(__file__).parents[2]
+    text = (root / "docs" / "merging.md").read_text().partition("### Jobs: stages that make adapters\n")[2]
+    block = "\n".join(line[4:] for line in text.partition("\nA document without")[0].strip("\n").split("\n"))
+    (tmp_path / "user").mkdir()
+    monkeypatch.chdir(tmp_path / "user")
+    for name in ("base", "docs"):
+        Path(name).symlink_to(root / "recipes" / "quickstart" / name)
+    extract_lora(root / "recipes" / "quickstart" / "code", "./base", "code-lora", rank=8)
+    Path("r.yaml").write_text(block)
+    run_recipe("r.yaml", "out")
+    assert open_checkpoint("out").keys() == open_checkpoint("base").keys()
+    assert not torch.equal(*(load_file(f"{name}/model.safetensors")["model.norm.weight"] for name in ("out", "base")))
+
+
 def test_a_merge_alone_is_one_in_run_recipe_too() -> None:
     recipe = {"merge_method": "passthrough", "models": [{"model": "one"}]}
     assert run_recipe(recipe, "out").digest == merge(recipe, "out").digest == plan_recipe(recipe, "out").digest
