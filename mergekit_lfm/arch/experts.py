@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
-from mergekit_lfm.store.tensors import TensorSpec
+from mergekit_lfm.store.tensors import FLOATS, TensorSpec, promote
 
 LAYOUTS = """
 mlp.experts.gate_up_proj mlp.experts.down_proj: mlp.experts.{e}. gate_proj.weight up_proj.weight down_proj.weight
@@ -98,9 +98,10 @@ class Layout(NamedTuple):
             count = sum(map(str.isdecimal, numbers))
             experts = Experts(before, "apart", count, (first.shape[0], first.shape[1]), first.dtype)
             held = [tensors.get(name) for name in self.names(experts)]
-            wanted = [(shape, first.dtype) for shape in experts.matrices] * experts.count
-            if [spec and (spec.shape, spec.dtype) for spec in held] == wanted:
-                yield experts
+            dtypes = {spec.dtype for spec in held if spec is not None}
+            alike = len(dtypes) == 1 or dtypes <= {*FLOATS}  # an adapter may have changed one expert alone
+            if alike and [spec and spec.shape for spec in held] == [*experts.matrices] * experts.count:
+                yield replace(experts, dtype=promote(dtypes))
 
 
 def layouts() -> list[Layout]:

@@ -16,7 +16,7 @@ from mergekit_lfm.plan.match import Match
 from mergekit_lfm.plan.roles import PartRoles, TensorRef
 from mergekit_lfm.recipe.parts import Layer, Settings
 from mergekit_lfm.store.checkpoint import Checkpoint
-from mergekit_lfm.store.tensors import FLOATS, ITEMSIZE, TensorSpec
+from mergekit_lfm.store.tensors import FLOATS, ITEMSIZE, TensorSpec, promote
 
 SMALL = 1 << 16  # elements; a merge of as many takes longer than the work that each task has besides
 
@@ -134,7 +134,7 @@ def make_job(
         first = held.get(roles.template)
         refs = (*(ref for ref in refs if ref == first), *(ref for ref in refs if ref != first))
         return _copy(refs, sources, match, settings, block, layer)
-    dtype = recipe.out_dtype or recipe.dtype or _promote([sources[i].stored_dtype(name) for i, name in refs])
+    dtype = recipe.out_dtype or recipe.dtype or promote([sources[i].stored_dtype(name) for i, name in refs])
     compute = "float64" if "float64" in (*dtypes, recipe.dtype) else "float32"
     out = TensorSpec(spec.name, spec.shape, dtype)
     if (method.statistics and statistics is None) or is_averaged(method, match.kind, settings):
@@ -196,11 +196,6 @@ def _copy(
         return Job(spec, match, "copy", refs, None, settings, dtype, True, block, False, layer=layer)
     settings = averaging_settings(settings)
     return Job(spec, match, METHODS["linear"].name, refs[:1], None, settings, dtype, False, block, False, layer=layer)
-
-
-def _promote(dtypes: Sequence[str]) -> str:
-    widest = max(dtypes, key=lambda dtype: ITEMSIZE[dtype])
-    return "float32" if {"float16", "bfloat16"} <= set(dtypes) and ITEMSIZE[widest] == 2 else widest
 
 
 def averaging_settings(settings: Settings) -> Settings:

@@ -85,6 +85,13 @@ class Header:
     nbytes: int
 
 
+def promote(dtypes: Iterable[str]) -> str:
+    """The dtype that holds the numbers of all: the widest, and float32 for float16 with bfloat16."""
+    dtypes = sorted(set(dtypes))
+    widest = max(dtypes, key=lambda dtype: ITEMSIZE[dtype])
+    return "float32" if {"float16", "bfloat16"} <= set(dtypes) and ITEMSIZE[widest] == 2 else widest
+
+
 def read_header(path: Path) -> Header:
     """The header of a safetensors file, checked as the official loader does.
 

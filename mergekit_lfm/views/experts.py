@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, final
 from mergekit_lfm.arch.experts import PART, Experts, Form, Layout, Specs, layouts
 from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.store.checkpoint import Layout as FileLayout
-from mergekit_lfm.store.tensors import TensorSpec
+from mergekit_lfm.store.tensors import TensorSpec, promote
 from mergekit_lfm.views.base import Maker, ReadRows, Source, View
 
 if TYPE_CHECKING:
@@ -100,6 +100,12 @@ class Regrouped(View):
             return self._makers[name].sources[0]
         return 0, self._ranges.get(name, (name, 0))[0]
 
+    def stored_dtype(self, name: str) -> str:
+        maker, inner = self._makers.get(name), self.inners[0]
+        if maker is None:
+            return super().stored_dtype(name)
+        return promote({inner.stored_dtype(source) for _, source in maker.sources})
+
     def offset(self, name: str) -> int:
         return self._ranges.get(name, (name, 0))[1]
 
@@ -142,7 +148,7 @@ class Joined:
             return read((0, self.parts[0][0]), first, last).transpose(1, 2).contiguous()
         names = self.parts[first]
         length = (self.spec.shape[2] if self.turned else self.spec.shape[1]) // len(names)
-        matrices = [read((0, name), 0, length) for name in names]
+        matrices = [read((0, name), 0, length).to(getattr(torch, self.spec.dtype)) for name in names]
         if self.turned:
             return torch.cat([matrix.T for matrix in matrices], 1)[None]
         return torch.cat(matrices)[None]

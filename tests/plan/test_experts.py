@@ -12,6 +12,7 @@ import torch
 import transformers
 from helpers_merges import Tensors, average, load_all, load_complete
 from models import save_checkpoint
+from safetensors.torch import save_file
 
 from mergekit_lfm import merge
 from mergekit_lfm.errors import PlanError
@@ -162,3 +163,34 @@ def test_a_layout_in_part_is_refused(change: str, tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "b", fused, {})
     with pytest.raises(PlanError, match="different layouts"):
         make_plan(Recipe.parse(recipe_of(tmp_path / "a", tmp_path / "b")))
+
+
+@pytest.mark.parametrize("first", ["apart", "together"])
+def test_an_adapter_on_one_expert_alone_goes_with_a_model_that_has_all_in_one_tensor(
+    first: str, tmp_path: Path
+) -> None:
+    """The experts that the adapter leaves alone stay bfloat16, and are read beside the changed one in float32."""
+    model = build("MixtralForCausalLM", 0).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "apart")
+    config = json.loads((tmp_path / "apart" / "config.json").read_text())
+    save_checkpoint(tmp_path / "together", model.state_dict(), config)
+    name = "model.layers.0.block_sparse_moe.experts.2.w1"
+    stored = load_all(tmp_path / "apart")
+    a, b = torch.randn(2, 16), torch.randn(24, 2)
+    lora = tmp_path / "lora"
+    lora.mkdir()
+    tensors = {f"base_model.model.{name}.lora_A.weight": a, f"base_model.model.{name}.lora_B.weight": b}
+    save_file(tensors, lora / "adapter_model.safetensors")
+    (lora / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 2}')
+    adapted = {"model": str(tmp_path / "apart"), "adapter": str(lora), "parameters": {"weight": 1}}
+    plain = {"model": str(tmp_path / "together"), "parameters": {"weight": 1}}
+    models = [adapted, plain] if first == "apart" else [plain, adapted]
+    merge({"merge_method": "linear", "models": models}, tmp_path / "out")
+    out = load_all(tmp_path / "out")
+    expected = (stored[f"{name}.weight"].double() + (b.double() @ a.double()) / 2).bfloat16()
+    gate_up = "model.layers.0.mlp.experts.gate_up_proj"
+    found = out[f"{name}.weight"] if first == "apart" else out[gate_up][2, :24]
+    torch.testing.assert_close(found, expected, rtol=2**-8, atol=0)
+    together = model.state_dict()[gate_up]
+    other = out[name.replace("experts.2", "experts.1") + ".weight"] if first == "apart" else out[gate_up][1, :24]
+    assert torch.equal(other, together[1, :24])
