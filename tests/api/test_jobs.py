@@ -287,7 +287,7 @@ def test_an_argument_that_no_recipe_has_is_an_error() -> None:
             call(first, "out", overwrit=True)
 
 
-def test_a_push_of_what_a_job_makes_is_refused(here: Path) -> None:
+def test_the_result_of_a_job_is_not_pushed(here: Path) -> None:
     recipe = {"job": "extract", "model": "one", "base_model": "base", "rank": 2}
     with pytest.raises(PlanError, match="push_to: found 'org/name', but what a job makes is not pushed"):
         run_recipe(recipe, "unpushed", push_to="org/name")
