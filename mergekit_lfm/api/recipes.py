@@ -100,6 +100,7 @@ def run_recipe(recipe: RecipeLike | Planned, out: str | PathLike[str] | None = N
     if isinstance(planned, PlannedMerge):
         return merge(planned, **options)
     _refuse_unknown(options, (*PLANNING, *OF_MERGES, *WORK, "overwrite", "drop_stages"))
+    _refuse_push(options)
     stages, run = planned.stages, {name: options.get(name, default) for name, default in WORK.items()}
     overwrite = bool(options.get("overwrite"))
     if stages is None:
@@ -112,8 +113,12 @@ def run_recipe(recipe: RecipeLike | Planned, out: str | PathLike[str] | None = N
 
 
 def _refuse_unknown(options: Mapping[str, Any], known: Iterable[str]) -> None:
-    """Raise TypeError for arguments that no recipe has, and PlanError for a push of what a job makes."""
+    """Raise TypeError for arguments that no recipe has."""
     if unknown := options.keys() - {*known}:
         raise TypeError(f"unexpected arguments: {', '.join(sorted(unknown))}")
+
+
+def _refuse_push(options: Mapping[str, Any]) -> None:
+    """Raise PlanError where what a job makes is to be pushed."""
     if options.get("push_to"):
         raise PlanError(f"push_to: found {options['push_to']!r}, but what a job makes is not pushed; leave it out")
