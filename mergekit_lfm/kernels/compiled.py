@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,6 +30,7 @@ import torch
 import xxhash
 
 from mergekit_lfm.kernels import bits
+from mergekit_lfm.kernels.inductor import compile_library, load_library
 from mergekit_lfm.kernels.libraries import Libraries, compiler, instructions, keep
 from mergekit_lfm.kernels.random import ranked_mask
 from mergekit_lfm.kernels.ranked import PAYS, RankedMasks
@@ -102,7 +104,7 @@ class Kernels:
         """Load the function from the cache, or start to compile it if that pays."""
         if sum(shape == (self.block,) for _, shape in fused.leaves()) > fused.inputs:
             return  # a coefficient for every element, as at a cut: rare, unlike a row of them for each input
-        library = self._libraries.find(fused.name, ".pt2")
+        library = self._libraries.find(fused.name, ".so")
         if library is not None:
             self._load(fused, library)
         elif self.mode == "always" or (
@@ -118,7 +120,7 @@ class Kernels:
     def _load_compiled(self, fused: Fused, compiled: subprocess.Popen[bytes]) -> None:
         """Load the function's library, after the process that compiled it has ended."""
         message = compiled.communicate()[1].decode().strip() or "the compiler left no library"
-        library = self._libraries.find(fused.name, ".pt2")
+        library = self._libraries.find(fused.name, ".so")
         if library is None:
             self.problems.add(f"{fused.function.__name__} runs without being compiled: {message.splitlines()[-1]}")
         else:
@@ -191,13 +193,11 @@ class Fused:
 
     def load(self, library: Path, threads: int) -> Callable[..., Any]:
         """The library as a function of the tensors, usable by this many threads at once."""
-        # torch._inductor.package.load_package calls this, too, but importing it takes 2 s.
-        loaded = torch._C._aoti.AOTIModelPackageLoader(str(library), "model", False, threads, -1)
-        single = self.out is not None
+        call, single = load_library(library, threads), self.out is not None
 
         def run(*tensors: torch.Tensor) -> Any:
-            results = loaded.boxed_run(list(tensors))
-            return results[0] if single else tuple(results)
+            results = call(tensors)
+            return results[0] if single else results
 
         return run
 
@@ -224,8 +224,6 @@ class Fused:
 
     def compile(self, place: Path) -> None:
         """Compile, and move the complete library to the folder `place`."""
-        from torch._inductor import aoti_compile_and_package
-
         fused = self
         example: list[torch.Tensor] = [torch.zeros(shape, dtype=dtype) for dtype, shape in self.leaves()]
 
@@ -233,12 +231,10 @@ class Fused:
             def forward(self, *tensors: torch.Tensor) -> Any:
                 return fused(*tensors)
 
-        exact = {"cpp.enable_floating_point_contract_flag": "off", "cpp.enable_unsafe_math_opt_flag": False}
         with tempfile.TemporaryDirectory(dir=place) as folder:
-            package = Path(folder) / "step.pt2"
-            exported = torch.export.export(Module(), tuple(example))
-            aoti_compile_and_package(exported, package_path=str(package), inductor_configs={"cpp.threads": 1, **exact})
-            keep(package, place, self.name)
+            library = Path(folder) / "step.so"
+            shutil.copyfile(compile_library(Module(), example), library)  # it may lie in a cache of the user's
+            keep(library, place, self.name)
 
 
 def main() -> None:

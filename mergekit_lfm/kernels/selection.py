@@ -118,11 +118,12 @@ class Bracket(Reduction):
             bits = bits_of(block, i).numpy() if mine else None
             for key, pivots in mine.items():
                 assert bits is not None
-                inside = bits[(bits > pivots[-1]) & (bits < pivots[0])]
-                for pivot in pivots[1:-1]:
-                    inside = inside[inside != pivot]
                 above = int(np.count_nonzero(bits > pivots[0]))
-                equal = [[int(np.count_nonzero(bits == pivot))] for pivot in pivots]
+                inside, equal = bits[(bits >= pivots[-1]) & (bits <= pivots[0])], []
+                for pivot in pivots:
+                    others = inside[inside != pivot]
+                    equal.append([len(inside) - len(others)])
+                    inside = others
                 parts[key] = Bracketed(above, equal, [inside], len(inside))
         return parts
 

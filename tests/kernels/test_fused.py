@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from importlib import import_module
@@ -107,7 +108,7 @@ def test_compiled_is_eager_bit_for_bit(name: str, own_cache: Path) -> None:
     local = coefficients.at(BLOCK, BLOCK, torch.float32)
     kernels = Kernels("always", 1, BLOCK, threads=2)
     compiled = kernels(Step(function, stored, base, local, torch.float32, out))
-    assert not kernels.problems and len(list(own_cache.glob("*.pt2"))) == 1
+    assert not kernels.problems and len(list(own_cache.glob("*.so"))) == 1
     eager = run_eagerly(Step(function, stored, base, local, torch.float32, out))
     assert all(torch.equal(a, b) for a, b in zip(bits(compiled), bits(eager), strict=True))
     other = Kernels("auto", 0, BLOCK, threads=1)  # a later process finds it in the cache, whatever the coefficients
@@ -161,10 +162,34 @@ def test_a_shorter_block_runs_compiled_as_part_of_a_whole_one() -> None:
     assert len(kernels._kernels) == 1 and all(kernels._kernels.values()) and not kernels.problems
 
 
+@pytest.mark.slow
+def test_compiled_code_lets_other_threads_run(own_cache: Path) -> None:  # noqa: ARG001
+    """Python's lock, which a thread keeps for longer than the test takes, is free while a library runs."""
+    kernels, gate, ran = Kernels("always", 1, BLOCK, threads=1), threading.Lock(), list[bool]()
+    gate.acquire()
+    other = threading.Thread(target=lambda: ran.append(gate.acquire()))
+    kernels(a_sum())
+    (library,) = kernels._kernels.values()
+    assert library is not None
+    stored, base = stored_block(torch.bfloat16)
+    tensors = (*stored, base, Weights((1.0, 1.0, 1.0)).at(0, BLOCK, torch.float32))
+    interval = sys.getswitchinterval()
+    other.start()
+    try:
+        sys.setswitchinterval(1000)
+        gate.release()
+        for _ in range(10_000):
+            ran or library(*tensors)
+        assert ran == [True]
+    finally:
+        sys.setswitchinterval(interval)
+        other.join()
+
+
 def compile_nothing(step: fused.Fused, folder: Path) -> subprocess.Popen[bytes]:
     """In place of compiling: a library of a few bytes, with its digest in its name."""
     content = b"compiled here"
-    (folder / f"{step.name}.{hashlib.sha256(content).hexdigest()}.pt2").write_bytes(content)
+    (folder / f"{step.name}.{hashlib.sha256(content).hexdigest()}.so").write_bytes(content)
     return subprocess.Popen(["true"], stderr=subprocess.PIPE)
 
 
@@ -198,7 +223,7 @@ def run_twice() -> Kernels:
 
 def test_a_library_is_loaded_from_a_private_folder(own_cache: Path, loaded: list[tuple[Path, bytes]]) -> None:
     assert run_twice().problems == set()
-    (library,) = own_cache.glob("*.pt2")
+    (library,) = own_cache.glob("*.so")
     assert loaded == [(library, b"compiled here")] * 2
     assert own_cache.stat().st_mode & 0o777 == 0o700
 
@@ -257,7 +282,7 @@ def test_a_changed_function_of_another_package_has_another_library(
 
 def test_a_changed_library_is_compiled_anew(own_cache: Path, loaded: list[tuple[Path, bytes]]) -> None:
     run_twice()
-    (library,) = own_cache.glob("*.pt2")
+    (library,) = own_cache.glob("*.so")
     library.write_bytes(b"foreign code")
     with Kernels("always", 1, BLOCK, 1) as kernels:
         kernels(a_sum())
@@ -267,7 +292,7 @@ def test_a_changed_library_is_compiled_anew(own_cache: Path, loaded: list[tuple[
 
 def test_a_library_that_others_may_write_is_compiled_anew(own_cache: Path, loaded: list[tuple[Path, bytes]]) -> None:
     run_twice()
-    (library,) = own_cache.glob("*.pt2")
+    (library,) = own_cache.glob("*.so")
     library.chmod(0o666)
     with Kernels("always", 1, BLOCK, 1) as kernels:
         kernels(a_sum())
@@ -291,7 +316,7 @@ def test_the_merge_goes_on_while_something_is_compiled(own_cache: Path) -> None:
                 time.sleep(0.01)
             assert torch.equal(kernels(Step(function, stored, base, local, torch.float32, out)), eager)
             assert calls > 1 and not kernels.problems
-        (library,) = own_cache.glob("*.pt2")
+        (library,) = own_cache.glob("*.so")
         library.write_bytes(library.read_bytes()[:1000])
         with Kernels("auto", 1, BLOCK, threads=2, compile_s=0) as kernels:
             assert torch.equal(kernels(Step(function, stored, base, local, torch.float32, out)), eager)
