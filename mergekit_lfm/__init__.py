@@ -76,6 +76,7 @@ __all__ = [
     "run_recipe",
     "score_facts",
     "trace_facts",
+    "tune_model",
     "undo_patches",
     "verify_output",
 ]
@@ -102,6 +103,7 @@ if TYPE_CHECKING:
     from mergekit_lfm.api.stats import collect_stats
     from mergekit_lfm.api.tensors import merge_tensors
     from mergekit_lfm.api.trace import trace_facts
+    from mergekit_lfm.api.tune import tune_model
     from mergekit_lfm.api.verify import verify_output
     from mergekit_lfm.arch.registry import find_symmetries
     from mergekit_lfm.arch.table import Symmetries, Units, read_table
@@ -189,6 +191,7 @@ _HOMES = {
     "run_recipe": "api.recipes",
     "score_facts": "edit.scores",
     "trace_facts": "api.trace",
+    "tune_model": "api.tune",
     "undo_patches": "api.patches",
     "verify_output": "api.verify",
 }

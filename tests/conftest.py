@@ -34,6 +34,39 @@ from helpers_faults import Forks, warm_interpreter  # noqa: E402
 from helpers_hub import hub, xet_hub  # noqa: E402, F401  # fixtures of several modules
 from helpers_lora import trio  # noqa: E402, F401
 
+# Modules that take long, with about the seconds of their slow tests: a worker would end with one of them, alone.
+LONG = {
+    "test_kill_resume": 300,
+    "test_fused": 260,
+    "test_llamas": 160,
+    "test_edit_fixture": 120,
+    "test_published": 110,
+    "test_benchmarks": 100,
+    "test_adapters": 90,
+    "test_collect_runs": 80,
+    "test_faults": 80,
+    "test_merge_statistics": 60,
+    "test_fuzz": 50,
+    "test_kills": 40,
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the long modules, spread over the workers: each starts with an equal share of the list."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    hands, seconds = [list[pytest.Item]() for _ in range(workers)], [0] * workers
+    for module in sorted(LONG, key=lambda name: -LONG[name]):
+        least = seconds.index(min(seconds))
+        hands[least] += [item for item in items if item.path.stem == module]
+        seconds[least] += LONG[module]
+    rest = [item for item in items if item.path.stem not in LONG]
+    share = len(items) // workers
+    for hand in hands[:-1]:
+        missing = max(0, share - len(hand))
+        hand += rest[:missing]
+        del rest[:missing]
+    items[:] = [item for hand in (*hands, rest) for item in hand]
+
 
 @pytest.fixture(scope="session")
 def cli() -> Iterator[Forks]:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from mergekit_lfm.artifacts.adapter import Adapter
     from mergekit_lfm.output.adapter import AdapterOutput, NewAdapter
-    from mergekit_lfm.output.adapter_lock import AdapterRequest
+    from mergekit_lfm.output.request import Request
     from mergekit_lfm.store.checkpoint import Checkpoint
     from mergekit_lfm.store.tensors import TensorSpec
     from mergekit_lfm.views.adapters.pairs import Form, Pair
@@ -69,14 +69,14 @@ class PlannedAdapters:
         return module if self.form(module).experts else f"{module}.weight"
 
     @cached_property
-    def request(self) -> AdapterRequest:
+    def request(self) -> Request:
         """The request that the adapter answers."""
-        from mergekit_lfm.output.adapter_lock import AdapterInput, AdapterRequest
+        from mergekit_lfm.output.request import Request, RequestInput
 
-        inputs = [AdapterInput(adapter.label, adapter.tensors, adapter.config) for adapter in self.adapters]
+        inputs = [RequestInput(adapter.label, adapter.tensors, adapter.config) for adapter in self.adapters]
         if self.base is not None:
-            inputs.append(AdapterInput(str(self.recipe.base_model), self.base, {}))
-        return AdapterRequest(self.recipe.normalised(), _public_recipe(self.recipe), tuple(inputs))
+            inputs.append(RequestInput(str(self.recipe.base_model), self.base, {}))
+        return Request(self.recipe.normalised(), _public_recipe(self.recipe), tuple(inputs))
 
     @cached_property
     def output(self) -> AdapterOutput:

@@ -163,7 +163,7 @@ def merge_adapter_recipe(
 
 def _read_result(out: Path) -> MergedAdapter:
     """The contents of an adapter that an earlier run has made, from its lock."""
-    from mergekit_lfm.output.adapter_lock import result_of
+    from mergekit_lfm.output.request import result_of
 
     result = result_of(out)
     modules = (MergedModule(**{**module, "shape": tuple(module["shape"])}) for module in result["modules"])

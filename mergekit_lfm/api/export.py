@@ -20,8 +20,8 @@ from mergekit_lfm.engine.extraction import add_product
 from mergekit_lfm.errors import PlanError, several, shorten
 from mergekit_lfm.kernels.low_rank import approximate
 from mergekit_lfm.output.adapter import AdapterOutput, NewAdapter, new_adapter
-from mergekit_lfm.output.adapter_lock import AdapterInput, AdapterRequest, result_of
 from mergekit_lfm.output.names import public_names
+from mergekit_lfm.output.request import Request, RequestInput, result_of
 from mergekit_lfm.plan.extraction import Extraction, plan_extraction
 from mergekit_lfm.plan.groups import Group, Piece, Selection
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
@@ -85,14 +85,14 @@ def export_patches(
 
 def _request(
     files: Sequence[Path], patches: Sequence[Patch], base: StrPath | None, model: Checkpoint | None, rank: int | None
-) -> AdapterRequest:
+) -> Request:
     """The request that the adapter answers."""
     inputs = [
-        AdapterInput(str(file), open_checkpoint(file), patch.info.metadata())
+        RequestInput(str(file), open_checkpoint(file), patch.info.metadata())
         for file, patch in zip(files, patches, strict=True)
     ]
     if model is not None:
-        inputs.append(AdapterInput(str(base), model, model.config))
+        inputs.append(RequestInput(str(base), model, model.config))
     names = public_names(source.label for source in inputs)
 
     def recipe(name: Callable[[str], str]) -> dict[str, Any]:
@@ -100,7 +100,7 @@ def _request(
         data |= {} if base is None else {"base_model": name(str(base))}
         return data | ({} if rank is None else {"rank": rank})
 
-    return AdapterRequest(recipe(str), recipe(names.__getitem__), tuple(inputs))
+    return Request(recipe(str), recipe(names.__getitem__), tuple(inputs))
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from mergekit_lfm.machine.progress import SILENCE, Progress
 from mergekit_lfm.machine.resources import default_memory, default_threads
 from mergekit_lfm.machine.sizes import format_size
 from mergekit_lfm.output.adapter import new_adapter
-from mergekit_lfm.output.adapter_lock import result_of
+from mergekit_lfm.output.request import result_of
 from mergekit_lfm.plan.extraction import EXCLUDED, Extraction
 from mergekit_lfm.plan.groups import WORDS
 from mergekit_lfm.recipe.extract_recipe import ExtractRecipe

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from mergekit_lfm.machine.devices import find_gpu
 from mergekit_lfm.output.adapter import AdapterOutput, NewAdapter
-from mergekit_lfm.output.adapter_lock import AdapterInput, AdapterRequest
 from mergekit_lfm.output.card import read_license
 from mergekit_lfm.output.names import public_names
+from mergekit_lfm.output.request import Request, RequestInput
 from mergekit_lfm.plan.extraction import Extraction, plan_extraction
 from mergekit_lfm.plan.groups import Group, Selection
 from mergekit_lfm.recipe.extract_recipe import ExtractRecipe
@@ -40,14 +40,14 @@ class PlannedExtraction:
         return self.recipe.notices
 
     @cached_property
-    def request(self) -> AdapterRequest:
+    def request(self) -> Request:
         """The request that the adapter answers. The kind of device counts, since sums differ there."""
         recipe = {**self.recipe.normalised(), **({} if self.device == "cpu" else {"device": "cuda"})}
         model, base = self.recipe.model, self.recipe.base_model
         names = public_names([model, base])
         public = {**recipe, "model": names[model], "base_model": names[base]}
         sides = ((model, self.plan.model), (base, self.plan.base))
-        return AdapterRequest(recipe, public, tuple(AdapterInput(ref, side, side.config) for ref, side in sides))
+        return Request(recipe, public, tuple(RequestInput(ref, side, side.config) for ref, side in sides))
 
     @cached_property
     def output(self) -> AdapterOutput:

@@ -16,6 +16,7 @@ from mergekit_lfm.api.outcome import Outcome
 from mergekit_lfm.errors import PlanError, did_you_mean
 from mergekit_lfm.recipe.adapter_recipe import AdapterRecipe
 from mergekit_lfm.recipe.extract_recipe import ExtractRecipe
+from mergekit_lfm.recipe.tune_recipe import TuneRecipe
 
 
 class JobRecipe(Protocol):
@@ -102,7 +103,17 @@ EXTRACT = Job(
     plan_options=frozenset({"device"}),
     run_options=frozenset({"memory", "threads"}),
 )
-JOBS: Mapping[str, Job] = {job.name: job for job in (ADAPTERS, EXTRACT)}
+TUNE = Job(
+    name="tune",
+    makes="a tuned model",
+    parse=TuneRecipe.parse,
+    plan=_later("tune_plans.plan_tuning"),
+    run=_later("tune.tune_planned"),
+    show="tunings",
+    plan_options=frozenset({"device"}),
+    run_options=frozenset({"threads"}),
+)
+JOBS: Mapping[str, Job] = {job.name: job for job in (ADAPTERS, EXTRACT, TUNE)}
 
 
 def find_job(data: object, label: str) -> Job | None:

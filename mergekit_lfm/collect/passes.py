@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from mergekit_lfm.collect.partial import Partial
-from mergekit_lfm.collect.pauses import Pauses, delay_interrupts
 from mergekit_lfm.collect.request import Statistic, StatisticsRequest
 from mergekit_lfm.errors import FormatError, PlanError
+from mergekit_lfm.machine.pauses import Pauses, delay_interrupts
 from mergekit_lfm.machine.progress import Count
 from mergekit_lfm.machine.sizes import format_size
 from mergekit_lfm.store.tensors import ITEMSIZE, TensorSpec

@@ -14,9 +14,9 @@ from torch import nn
 from mergekit_lfm.artifacts.statistics import Statistics, StatisticsInfo, open_statistics
 from mergekit_lfm.collect.partial import WIDEST_COUNT, WIDEST_NORM, Partial, check_partial_is_ours, clear
 from mergekit_lfm.collect.passes import divide, file_bytes, run_passes, sum_bytes
-from mergekit_lfm.collect.pauses import Pauses
 from mergekit_lfm.collect.request import Collector, Statistic, StatisticsRequest
 from mergekit_lfm.errors import FormatError, PlanError
+from mergekit_lfm.machine.pauses import Pauses
 from mergekit_lfm.machine.progress import Count
 from mergekit_lfm.machine.resources import allocated_bytes, default_memory, free_space
 from mergekit_lfm.machine.sizes import format_size, parse_size

@@ -20,6 +20,7 @@ from mergekit_lfm.commands.push import push
 from mergekit_lfm.commands.repair import repair
 from mergekit_lfm.commands.stats import stats
 from mergekit_lfm.commands.trace import trace
+from mergekit_lfm.commands.tune import tune
 from mergekit_lfm.commands.verify import verify
 
 
@@ -38,6 +39,6 @@ def main() -> None:
 
 for command in (
     *(init, merge, plan, push, verify, inspect, methods, evaluate),
-    *(stats, align, barrier, repair, edit, patch, trace, extract_lora),
+    *(stats, align, barrier, repair, edit, patch, trace, extract_lora, tune),
 ):
     main.add_command(command)

@@ -1,7 +1,7 @@
-"""Methods other than merges: how to align models, edit facts, and collect statistics. A name, a source, parameters.
+"""Methods other than merges: how to align, edit, collect statistics, and tune. A name, a source, parameters.
 
 Each is declared beside its code, in the room above that runs it; `recipe.registry` finds them. The functions' types are
-those of their rooms, which say what goes in and out (`Aligner`, `Editor`, `Collector`).
+those of their rooms, which say what goes in and out (`Aligner`, `Editor`, `Collector`, `Tuner`).
 """
 
 from __future__ import annotations
@@ -75,4 +75,24 @@ class StatisticMethod(Generic[F]):
     settle: Callable[[str, Options], Options] = field(default=_as_they_are)
 
 
-AnyMethod = Method | AlignMethod[Any] | EditMethod[Any] | StatisticMethod[Any]
+Makes = Literal["checkpoint", "patch", "adapter"]
+
+
+@dataclass(frozen=True, slots=True)
+class TuneMethod(Generic[F]):
+    """A way to tune a model. makes: what it leaves: the whole model, the tensors that changed, or PEFT's adapter.
+
+    rate: its learning rate by default. needs: a file of statistics that it needs.
+    """
+
+    name: str
+    source: str
+    summary: str
+    makes: Makes
+    prepare: F
+    rate: float
+    parameters: tuple[Parameter, ...] = ()
+    needs: Literal["fisher"] | None = None
+
+
+AnyMethod = Method | AlignMethod[Any] | EditMethod[Any] | StatisticMethod[Any] | TuneMethod[Any]

@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from io import BufferedRandom
+from itertools import chain
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -24,13 +25,15 @@ import yaml
 from mergekit_lfm.arch.experts import ORDER
 from mergekit_lfm.errors import PlanError, several
 from mergekit_lfm.output.adapter_config import HEADS, find_task, in_order, make_config, modules_of
-from mergekit_lfm.output.adapter_lock import AdapterRequest
 from mergekit_lfm.output.card import CARD, LONGEST, as_markdown, bound, code_block
 from mergekit_lfm.output.lock import ADAPTER_LOCK
+from mergekit_lfm.output.request import Request
 from mergekit_lfm.output.save import make_folder
 from mergekit_lfm.store.durable import replace_file, sync_folder
 from mergekit_lfm.store.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from mergekit_lfm.store.formats import bytes_of
+from mergekit_lfm.store.hub import hub_name
+from mergekit_lfm.store.identity import spec_of
 from mergekit_lfm.store.tensors import TensorSpec, encode_header, read_exactly
 from mergekit_lfm.version import __version__
 
@@ -131,13 +134,13 @@ class NewAdapter:
             self._places[name], self._digests[name] = (spec, self._spool.tell()), digest
             self._spool.write(data)
 
-    def finish(self, folder: Path, title: str, request: AdapterRequest) -> None:
+    def finish(self, folder: Path, title: str, request: Request) -> None:
         """Write the files into a folder, the lock last. title: of the model card."""
         files, specs = self._documents(title), self._specs()
         header, _ = encode_header(specs.values(), METADATA)
         replace_file(folder / ADAPTER_WEIGHTS[0], self._content(header, specs))
-        tensors = [(spec, self._digests[own]) for own, spec in specs.items()]
-        files |= {ADAPTER_LOCK: request.lock(files, ADAPTER_WEIGHTS[0], header, tensors, self.result)}
+        tensors = [(spec, ADAPTER_WEIGHTS[0], self._digests[own]) for own, spec in specs.items()]
+        files |= {ADAPTER_LOCK: request.lock(files, {ADAPTER_WEIGHTS[0]: header}, tensors, self.result)}
         for name, data in files.items():
             replace_file(folder / name, data)
         sync_folder(folder)
@@ -230,7 +233,7 @@ def _parents(name: str) -> list[str]:
 
 
 @contextmanager
-def new_adapter(out: Path, output: AdapterOutput, request: AdapterRequest) -> Iterator[NewAdapter]:
+def new_adapter(out: Path, output: AdapterOutput, request: Request) -> Iterator[NewAdapter]:
     """An adapter to fill, which becomes the folder `out` if nothing fails.
 
     Replaces OUT: call `request.is_answered` first.
@@ -242,6 +245,31 @@ def new_adapter(out: Path, output: AdapterOutput, request: AdapterRequest) -> It
             yield adapter
             adapter.finish(partial, out.resolve().name, request)
         (partial / SPOOL).unlink()
+
+
+def save_adapter(
+    out: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], request: Request, result: Mapping[str, Any]
+) -> None:
+    """Write an adapter that PEFT has made, with its config and names. result: facts for the lock.
+
+    Replaces OUT: call `request.is_answered` first.
+    """
+    _ = request.digest
+    specs = [spec_of(name, tensors[name]) for name in sorted(tensors, key=in_order)]
+    header, _ = encode_header(specs, METADATA)
+    base = config.get("base_model_name_or_path")
+    repo = base if isinstance(base, str) and hub_name(base) and not Path(base).exists() else None
+    card = adapter_card(out.resolve().name, AdapterOutput((), base=base, repo=repo))
+    text = json.dumps(config, indent=2, sort_keys=True, default=sorted)  # sets have no order
+    files = {ADAPTER_CONFIG: f"{text}\n".encode(), CARD: card.encode()}
+    data = {spec.name: bytes_of(tensors[spec.name].contiguous()) for spec in specs}
+    with make_folder(out) as partial:
+        replace_file(partial / ADAPTER_WEIGHTS[0], chain([header], data.values()))
+        locked = [(spec, ADAPTER_WEIGHTS[0], xxhash.xxh3_128_hexdigest(data[spec.name])) for spec in specs]
+        files[ADAPTER_LOCK] = request.lock(files, {ADAPTER_WEIGHTS[0]: header}, locked, result)
+        for name, content in files.items():
+            replace_file(partial / name, content)
+        sync_folder(partial)
 
 
 def adapter_card(title: str, output: AdapterOutput) -> str:

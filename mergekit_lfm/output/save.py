@@ -12,7 +12,10 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import xxhash
 
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.output.card import CARD
@@ -31,6 +34,8 @@ from mergekit_lfm.store.tensors import TensorSpec, write_exactly
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from mergekit_lfm.output.request import Request
 
 MARK = "saving.unfinished"  # the file that marks OUT.partial as ours
 COPIED_AT_ONCE = 1 << 22  # elements
@@ -52,31 +57,54 @@ def _mark_beside(partial: Path) -> Path:
 
 
 def save_checkpoint(
-    checkpoint: Checkpoint, out: Path, changed: Mapping[str, Tensor], documents: Mapping[str, bytes]
+    checkpoint: Checkpoint,
+    out: Path,
+    changed: Mapping[str, Tensor],
+    documents: Mapping[str, bytes],
+    *,
+    request: Request | None = None,
+    result: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, str]:
     """Write the checkpoint's tensors, those in `changed` in place of its own, and the other files of its folder.
 
     Dtypes, shards and order are the checkpoint's; changed tensors have its shapes. documents: more files, by name.
     Copies the folder's files that `sidecars_of` names and its model card, but not a merge's lock, which is about other
-    bytes. Replaces OUT: call `check_out` first. Returns the files that were left behind, and why.
+    bytes. request: what the folder answers, for a lock of its own with `result`. Replaces OUT: call `check_out` first.
+    Returns the files that were left behind, and why.
     """
-    folder = checkpoint.path
+    folder, tensors = checkpoint.path, list[tuple[TensorSpec, str, str]]()
     with make_folder(out) as partial:
         shards = lay_out(checkpoint, list(checkpoint.values()), None)
         for shard in shards:
             (partial / shard.name).parent.mkdir(parents=True, exist_ok=True)
-            _write_shard(checkpoint, shard, changed, partial / shard.name)
+            tensors += _write_shard(checkpoint, shard, changed, partial / shard.name)
         sidecars = sidecars_of(checkpoint)
         files = dict(sidecars.files)
         if folder.is_dir() and (folder / CARD).is_file() and not is_outside(folder / CARD, folder):
             files[CARD] = folder / CARD
         contents = {name: read_bytes(path) for name, path in files.items()} | dict(documents)
         contents |= {index.name: _encode_index(index) for index in indexes_of(shards)}
+        if request is not None:
+            headers = {shard.name: bytes(shard.header) for shard in shards}
+            contents[request.lock_file] = request.lock(contents, headers, tensors, result)
         for name, content in contents.items():
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
             replace_file(partial / name, content)
             sync_folder((partial / name).parent)
     return dict(sidecars.missed)
+
+
+def stand_in(checkpoint: Checkpoint, folder: Path) -> None:
+    """Write a folder like the saved checkpoint: its headers and small files; the data take no space on the disk."""
+    folder.mkdir()
+    shards = lay_out(checkpoint, list(checkpoint.values()), None)
+    files = {name: read_bytes(path) for name, path in sidecars_of(checkpoint).files}
+    files |= {index.name: _encode_index(index) for index in indexes_of(shards)}
+    for name, content in [*files.items(), *((shard.name, bytes(shard.header)) for shard in shards)]:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    for shard in shards:
+        os.truncate(folder / shard.name, shard.nbytes)
 
 
 def _encode_index(index: Index) -> bytes:
@@ -112,24 +140,39 @@ def make_folder(out: Path) -> Iterator[Path]:
             raise
 
 
-def _write_shard(checkpoint: Checkpoint, shard: Shard, changed: Mapping[str, Tensor], path: Path) -> None:
+def _write_shard(
+    checkpoint: Checkpoint, shard: Shard, changed: Mapping[str, Tensor], path: Path
+) -> list[tuple[TensorSpec, str, str]]:
+    """Write a shard; each of its tensors with the shard's name and the digest of its bytes."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
     try:
         with name_file(path):
             reserve(fd, shard.nbytes)
             write_exactly(fd, 0, memoryview(shard.header))
-            for spec in shard.tensors:
-                _write_tensor(checkpoint, spec, changed.get(spec.name), fd, shard.offsets[spec.name])
+            written = [
+                (
+                    spec,
+                    shard.name,
+                    _write_tensor(checkpoint, spec, changed.get(spec.name), fd, shard.offsets[spec.name]),
+                )
+                for spec in shard.tensors
+            ]
             os.fsync(fd)
+            return written
     finally:
         os.close(fd)
 
 
-def _write_tensor(checkpoint: Checkpoint, spec: TensorSpec, changed: Tensor | None, fd: int, offset: int) -> None:
+def _write_tensor(checkpoint: Checkpoint, spec: TensorSpec, changed: Tensor | None, fd: int, offset: int) -> str:
+    """Write a tensor's bytes; returns their digest."""
     if changed is not None:
         assert (tuple(changed.shape), str(changed.dtype)) == (spec.shape, f"torch.{spec.dtype}")
-        write_exactly(fd, offset, bytes_of(changed.contiguous()))
-        return
+        data = bytes_of(changed.contiguous())
+        write_exactly(fd, offset, data)
+        return xxhash.xxh3_128_hexdigest(data)
+    digest = xxhash.xxh3_128()
     for start in range(0, spec.numel, COPIED_AT_ONCE):
         block = bytes_of(checkpoint.read(spec.name, start, start + COPIED_AT_ONCE))
+        digest.update(block)
         write_exactly(fd, offset + start * (spec.nbytes // spec.numel), block)
+    return digest.hexdigest()

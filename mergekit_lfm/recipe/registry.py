@@ -9,15 +9,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from mergekit_lfm.methods.find import find_methods
-from mergekit_lfm.methods.kinds import AlignMethod, AnyMethod, EditMethod, StatisticMethod
+from mergekit_lfm.methods.kinds import AlignMethod, AnyMethod, EditMethod, StatisticMethod, TuneMethod
 
 ALIGN_METHODS = find_methods("mergekit_lfm.align.methods", AlignMethod)
 EDIT_METHODS = find_methods("mergekit_lfm.edit.methods", EditMethod)
 STATISTIC_METHODS = find_methods("mergekit_lfm.collect.methods", StatisticMethod)
+TUNE_METHODS = find_methods("mergekit_lfm.tune.methods", TuneMethod)
 
 
 def all_methods() -> Mapping[str, Mapping[str, AnyMethod]]:
     """The methods by kind and name, those that merge first."""
     from mergekit_lfm.methods.registry import METHODS
 
-    return {"merge": METHODS, "align": ALIGN_METHODS, "edit": EDIT_METHODS, "stats": STATISTIC_METHODS}
+    return {
+        "merge": METHODS,
+        "align": ALIGN_METHODS,
+        "edit": EDIT_METHODS,
+        "stats": STATISTIC_METHODS,
+        "tune": TUNE_METHODS,
+    }

@@ -66,7 +66,7 @@ def read_data(
         _check_window(window, positions, 2)  # the start token, and one to predict
         size = window or min(positions or DATA_WINDOW, DATA_WINDOW)
         return _group(_windows(file, lines, tokenizer, size)[:max_examples], None, batch_size)
-    limit = _limit(window, positions, tokenizer)
+    limit = text_limit(window, positions, tokenizer)
     texts = lines[:max_examples]
     labels = None if texts[0].label is None else [line.label or 0 for line in texts]
     return _group(_sequences(file, texts, tokenizer, limit), labels, batch_size)
@@ -91,7 +91,7 @@ def read_pairs(
     if missing:
         refuse(file, missing, 'an object {"text": ..., "positive": ...} on each line')
     tokenizer = tokenizer_for_texts(tokenizer)
-    limit = _limit(window, positions, tokenizer)
+    limit = text_limit(window, positions, tokenizer)
     distinct: dict[str, DataLine] = {}  # each positive with the first line that has it
     for line in lines:
         distinct.setdefault(line.positive or "", line._replace(text=line.positive or ""))
@@ -119,7 +119,7 @@ def _check_window(window: int | None, positions: int | None, least: int) -> None
         raise PlanError(f"window is {window}; expected {limit}. Choose a window in that range, or leave it out")
 
 
-def _limit(window: int | None, positions: int | None, tokenizer: Tokenizer) -> int | None:
+def text_limit(window: int | None, positions: int | None, tokenizer: Tokenizer) -> int | None:
     """The most tokens of a text: the least of window, positions and the tokenizer's limit; None without any.
 
     RoBERTa's 514 positions have room for the 512 tokens that its tokenizer allows.

@@ -18,10 +18,10 @@ from transformers.pytorch_utils import Conv1D
 from mergekit_lfm.artifacts.adapter import open_adapter
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.output.adapter import AdapterOutput, NewAdapter, new_adapter
-from mergekit_lfm.output.adapter_lock import AdapterRequest
+from mergekit_lfm.output.request import Request
 from mergekit_lfm.output.save import check_out
 
-REQUEST = AdapterRequest({"job": "test"}, {"job": "test"}, ())
+REQUEST = Request({"job": "test"}, {"job": "test"}, ())
 
 
 def draw_change(model: Any, adapter: NewAdapter, skip: tuple[str, ...] = ()) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mergekit_lfm.commands.show.terminal import table
-from mergekit_lfm.methods.kinds import AlignMethod, AnyMethod, EditMethod
+from mergekit_lfm.methods.kinds import AlignMethod, AnyMethod, EditMethod, TuneMethod
 from mergekit_lfm.methods.method import REQUIRED, Method, Parameter
 from mergekit_lfm.recipe.values import bound_text
 
@@ -20,6 +20,12 @@ COUNTS = {
     "optional": ", the base not counted",
     "member": "",
     "first": ", the base included",
+}
+
+MADE = {
+    "checkpoint": "a model's folder",
+    "patch": "a patch file, with the tensors that changed",
+    "adapter": "an adapter's folder, as PEFT has it",
 }
 
 
@@ -42,6 +48,8 @@ def _inputs(method: AnyMethod) -> dict[str, Any]:
         return {"statistics": method.statistics}
     if isinstance(method, EditMethod):
         return {"layers": {"default": method.band, "several": method.several}}
+    if isinstance(method, TuneMethod):
+        return {"makes": method.makes, "learning_rate": method.rate, "statistics": method.needs}
     return {"models": method.models}
 
 
@@ -65,6 +73,9 @@ def _input_rows(method: AnyMethod) -> list[tuple[str, str]]:
         return [("stats", {"no": "none"}.get(method.statistics, f"{method.statistics}, of kind cross"))]
     if isinstance(method, EditMethod):
         return [("layers", "several" if method.several else "one")]
+    if isinstance(method, TuneMethod):
+        stats = [] if method.needs is None else [("stats", f"required, of kind {method.needs}")]
+        return [("makes", MADE[method.makes]), ("learning rate", f"{method.rate:g} by default"), *stats]
     return [("models", str(method.models))]
 
 

@@ -1,7 +1,7 @@
-"""The lock of an adapter, adapter.lock.json: the request that it was made by, its inputs, and digests of all bytes.
+"""The request that a job's folder answers, and its lock: the recipe, the inputs, and digests of all bytes.
 
 The form is that of a merge's lock. Two requests are the same if their options are, the versions, and the content of
-their inputs: then the adapter that is there is not made again.
+their inputs: then the folder that is there is not made again.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from mergekit_lfm.version import versions
 
 
 @dataclass(frozen=True)
-class AdapterInput:
-    """An input of an adapter: its label, its tensors, and its config, on which the result depends, too."""
+class RequestInput:
+    """An input of a job: its label, its tensors, and its config, on which the result depends, too."""
 
     label: str
     tensors: Checkpoint
@@ -46,15 +46,17 @@ class AdapterInput:
 
 
 @dataclass(frozen=True)
-class AdapterRequest:
-    """The recipe of an adapter in its canonical form, and the inputs.
+class Request:
+    """The recipe of a job in its canonical form, and the inputs.
 
-    public: the recipe without the folders of this machine, as the lock has it.
+    public: the recipe without the folders of this machine, as the lock has it. lock_file: the lock's name, that of an
+    adapter's or of a model's.
     """
 
     recipe: Mapping[str, Any]
     public: Mapping[str, Any]
-    inputs: tuple[AdapterInput, ...]
+    inputs: tuple[RequestInput, ...]
+    lock_file: str = ADAPTER_LOCK
 
     @cached_property
     def states(self) -> list[Any]:
@@ -63,7 +65,7 @@ class AdapterRequest:
 
     @cached_property
     def digest(self) -> str:
-        """xxh3-128 of all that determines the adapter. Reads the inputs, as `AdapterInput.facts` does."""
+        """xxh3-128 of all that determines the result. Reads the inputs, as `RequestInput.facts` does."""
         _ = self.states
         facts = {
             "versions": versions("torch"),
@@ -79,7 +81,7 @@ class AdapterRequest:
         return {source.label if folder == source.tensors.path else str(folder): folder for source, folder in folders}
 
     def is_answered(self, out: Path, *, overwrite: bool) -> bool:
-        """True if OUT is the adapter of this request; False if it may be written there.
+        """True if OUT is the result of this request; False if it may be written there.
 
         Compares the content of all files but the tensors'. Raises PlanError if OUT must not be written.
         """
@@ -88,26 +90,25 @@ class AdapterRequest:
         if overwrite or not has_files(out) or not self.is_of(out):
             check_out(out, self.paths, overwrite=overwrite)
             return False
-        refuse_damage(out, _find_damage(out), "this recipe")
+        refuse_damage(out, _find_damage(out, adapter=self.lock_file == ADAPTER_LOCK), "this recipe")
         clear_replaced(out)
         return True
 
     def is_of(self, out: Path) -> bool:
         """True if the lock in OUT is that of this request. Reads the inputs only if there is one."""
-        lock = lock_of(out, ADAPTER_LOCK)
+        lock = lock_of(out, self.lock_file)
         return bool(lock) and lock.get("plan") == self.digest
 
     def lock(
         self,
         files: Mapping[str, bytes],
-        weights: str,
-        header: bytes,
-        tensors: Iterable[tuple[TensorSpec, str]],
+        headers: Mapping[str, bytes],
+        tensors: Iterable[tuple[TensorSpec, str, str]],
         result: Mapping[str, Any],
     ) -> bytes:
-        """The bytes of the lock. weights: the file of the tensors, each with the digest of its bytes.
+        """The bytes of the lock. headers: of the files of tensors; tensors: each with its file and its bytes' digest.
 
-        result: facts about the adapter that only making it shows. Raises FormatError if an input was changed meanwhile.
+        result: facts about the result that only making it shows. Raises FormatError if an input was changed meanwhile.
         """
         for source, state in zip(self.inputs, self.states, strict=True):
             if source.tensors.states != state:
@@ -122,32 +123,32 @@ class AdapterRequest:
             "result": result,
             "segments": {},
             "files": {name: xxhash.xxh3_128_hexdigest(data) for name, data in sorted(files.items())},
-            "headers": {weights: xxhash.xxh3_128_hexdigest(header)},
+            "headers": {name: xxhash.xxh3_128_hexdigest(header) for name, header in headers.items()},
             "tensors": {
                 spec.name: {
                     "method": str(self.recipe["job"]),
                     "dtype": spec.dtype,
                     "shape": list(spec.shape),
-                    "file": weights,
+                    "file": file,
                     "xxh3": [digest],
                 }
-                for spec, digest in tensors
+                for spec, file, digest in tensors
             },
         }
         return encode_lock(facts)[0]
 
 
-def result_of(out: Path) -> Mapping[str, Any]:
-    """The facts in an adapter's lock that only making it showed."""
-    result: Mapping[str, Any] = lock_of(out, ADAPTER_LOCK)["result"]
+def result_of(out: Path, lock_file: str = ADAPTER_LOCK) -> Mapping[str, Any]:
+    """The facts in a lock that only making the result showed."""
+    result: Mapping[str, Any] = lock_of(out, lock_file)["result"]
     return result
 
 
-def _find_damage(out: Path) -> list[str]:
-    """The differences of an adapter's names, sizes and small files from its lock; `verify` reads the tensors, too."""
+def _find_damage(out: Path, *, adapter: bool) -> list[str]:
+    """The differences of a folder's names, sizes and small files from its lock; `verify` reads the tensors, too."""
     try:
         problems = [*compare_files(out, read_lock(out), alone=False)]
-        open_checkpoint(out, adapter=True)
+        open_checkpoint(out, adapter=adapter)
     except (FormatError, FileNotFoundError) as error:
         return [str(error)]
     return problems

@@ -1,0 +1,269 @@
+"""`tune_model`: from a saved model and data to a trained one: a checkpoint, a patch, or an adapter."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mergekit_lfm.api.arguments import StrPath, expand
+from mergekit_lfm.api.outcome import Outcome, warn_of
+from mergekit_lfm.api.tune_plans import PlannedTuning, plan_tuning
+from mergekit_lfm.artifacts.patch import Patch, PatchInfo, TensorChange, read_patch_info
+from mergekit_lfm.artifacts.statistics import open_statistics
+from mergekit_lfm.errors import FormatError, PlanError
+from mergekit_lfm.kernels.sums import round_once
+from mergekit_lfm.machine.progress import SILENCE, Progress
+from mergekit_lfm.output.adapter import save_adapter
+from mergekit_lfm.output.request import result_of
+from mergekit_lfm.output.save import save_checkpoint
+from mergekit_lfm.recipe.tune_recipe import TuneRecipe
+from mergekit_lfm.runtime.load import Loaded, load_model
+from mergekit_lfm.runtime.subject import Subject, make_subject
+from mergekit_lfm.store.checkpoint import Checkpoint
+from mergekit_lfm.store.locks import lock_folder
+from mergekit_lfm.train.examples import Examples, join, seed_of
+from mergekit_lfm.train.loop import STATE, History, fit
+from mergekit_lfm.train.losses import LOSSES
+from mergekit_lfm.train.texts import check_labels, read_examples
+from mergekit_lfm.tune.work import Prepared, TuneWork
+from mergekit_lfm.version import versions
+
+
+@dataclass(frozen=True, slots=True)
+class Tuned:
+    """The result of a tuning. makes: "checkpoint", "patch" or "adapter".
+
+    steps: those done, fewer than planned where the development set ended it. trained: how many numbers were trained;
+    parameters: the model's. loss: the mean over the last tenth of the steps. dev_loss, best_step: the least on the
+    development set, whose state was kept; None without one.
+    """
+
+    makes: str
+    steps: int
+    trained: int
+    parameters: int
+    loss: float
+    dev_loss: float | None = None
+    best_step: int | None = None
+
+
+def tune_model(
+    model: StrPath,
+    data: StrPath | Sequence[StrPath | Mapping[str, Any]],
+    out: StrPath,
+    *,
+    task: str,
+    method: str = "full",
+    parameters: Mapping[str, Any] | None = None,
+    dev: StrPath | None = None,
+    stats: StrPath | None = None,
+    window: int | None = None,
+    steps: int = 200,
+    batch_size: int = 16,
+    learning_rate: float | None = None,
+    schedule: str = "linear",
+    warmup: float = 0.0,
+    weight_decay: float = 0.0,
+    clip: float = 1.0,
+    accumulate: int = 1,
+    evaluate_every: int | None = None,
+    patience: int | None = None,
+    checkpointing: bool = False,
+    seed: int = 0,
+    device: str | None = None,
+    threads: int | None = None,
+    overwrite: bool = False,
+    progress: Progress = SILENCE,
+) -> Outcome[Tuned]:
+    """Train a saved model on data by a method, and write what that leaves: a checkpoint, a patch file or an adapter.
+
+    model: a folder, a name on the Hub, or MODEL+ADAPTER; it stays as it is. data: a .jsonl, .txt or .npz file, or
+    several; an entry {path, most} uses `most` examples of a file in one time round. task: "lm", "classification" or
+    "embedding". parameters: of the method, as `mergekit-lfm methods` lists them. dev: a development set, whose least
+    loss decides what is kept. stats: the file of Fisher information that the method `mask` needs. threads: how many
+    torch uses while this runs; the bytes depend on their number. The other settings are explained at `Options`.
+
+    A run that was killed goes on from the state in OUT.training, where the metrics stay, too. If `out` holds the result
+    of the same request already, nothing is done. The outcome's digest is that of the request. Raises PlanError for
+    settings and data that do not fit, and for a loss that is not finite; FormatError for damaged files; ImportError
+    without transformers, or for an adapter without peft.
+    """
+    recipe: dict[str, Any] = {"job": "tune", "model": os.fspath(model), "task": task, "method": method}
+    entries = [data] if isinstance(data, str | os.PathLike) else [*data]
+    recipe["data"] = [dict(each) if isinstance(each, Mapping) else os.fspath(each) for each in entries]
+    recipe |= {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "schedule": schedule}
+    recipe |= {"warmup": warmup, "weight_decay": weight_decay, "clip": clip, "accumulate": accumulate, "seed": seed}
+    recipe |= {"evaluate_every": evaluate_every, "patience": patience, "checkpointing": checkpointing, "window": window}
+    recipe |= {"parameters": dict(parameters or {})}
+    recipe |= {key: None if path is None else os.fspath(path) for key, path in (("dev", dev), ("stats", stats))}
+    planned = plan_tuning(TuneRecipe.parse(recipe, label="tune"), expand(out), device=device)
+    return tune_planned(planned, threads=threads, overwrite=overwrite, progress=progress)
+
+
+def tune_planned(
+    planned: PlannedTuning, *, threads: int | None = None, overwrite: bool = False, progress: Progress = SILENCE
+) -> Outcome[Tuned]:
+    """Carry a planned tuning out; as `tune_model` does."""
+    started = time.monotonic()
+    out, request = planned.out, planned.answer
+    there = planned.request.is_answered(out, overwrite=overwrite)
+    if there:
+        return Outcome(out, _known(planned), request.digest, True, warn_of(planned.notices), time.monotonic() - started)
+    training = planned.training
+    _check_training(training)
+    training.mkdir(parents=True, exist_ok=True)
+    with _threads(threads), lock_folder(training):
+        tuned = _tune(planned, training, progress)
+        (training / STATE).unlink(missing_ok=True)
+    return Outcome(out, tuned, request.digest, False, warn_of(planned.notices), time.monotonic() - started)
+
+
+def _known(planned: PlannedTuning) -> Tuned:
+    """The result that an earlier run has left."""
+    makes = planned.recipe.declaration.makes
+    facts = (
+        read_patch_info(planned.out).options["result"]
+        if makes == "patch"
+        else result_of(planned.out, planned.answer.lock_file)
+    )
+    return Tuned(**facts)
+
+
+def _check_training(folder: Path) -> None:
+    """Raise PlanError if the folder for the state holds something else."""
+    ours = {STATE, "metrics.jsonl"}
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise PlanError(f"{folder} is in the way of the training's state; move it away")
+    others = sorted(path.name for path in folder.iterdir() if path.name not in ours) if folder.is_dir() else []
+    others = [name for name in others if not name.startswith(".")]
+    if others:
+        raise PlanError(f"{folder} holds {others[0]}, which is not the state of a training; move it away")
+
+
+def _tune(planned: PlannedTuning, training: Path, progress: Progress) -> Tuned:
+    """Train, and write the result."""
+    recipe, request = planned.recipe, planned.answer
+    options, method = recipe.options, recipe.declaration
+    loaded = load_model(planned.source, recipe.task, device=planned.device)
+    subject = make_subject(loaded.model, planned.source)
+    examples = join([_read(file.path, loaded, recipe) for file in recipe.files], [file.most for file in recipe.files])
+    dev = None if recipe.dev_file is None else _read(recipe.dev_file.path, loaded, recipe)
+    size = sum(x.numel() for x in loaded.model.parameters())
+    with torch.random.fork_rng([loaded.model.device] if planned.device.startswith("cuda") else []):
+        torch.manual_seed(seed_of(options.seed, "start"))
+        fisher = None if recipe.statistics is None else _fisher(recipe.statistics, subject)
+        work = TuneWork(loaded.model, recipe.task, recipe.settings, options.steps, recipe.model, fisher)
+        prepared = method.prepare(work)
+    if options.weight_decay and not prepared.decays:
+        raise PlanError(
+            f"weight_decay is {options.weight_decay}, and {method.name} trains parts of tensors, which would decay as "
+            "a whole; leave it out"
+        )
+    trained = sum(x.numel() for x in prepared.model.parameters() if x.requires_grad)
+    with progress.by_count(" steps", "tuning") as count:
+        history = fit(
+            prepared.model,
+            examples,
+            LOSSES[recipe.task],
+            options,
+            dev=dev,
+            hooks=prepared.hooks,
+            place=training,
+            request=request.digest,
+            tell=lambda done, whole, _: count(done, whole),
+        )
+    tuned = _result(method.makes, history, trained, size)
+    _write(planned, prepared, subject, tuned)
+    return tuned
+
+
+def _read(path: Path, loaded: Loaded, recipe: TuneRecipe) -> Examples:
+    examples = read_examples(path, loaded, window=recipe.window)
+    if recipe.task == "classification":
+        classes = getattr(loaded.model.config, "num_labels", None)
+        check_labels(examples, classes, path)
+    return examples
+
+
+def _fisher(path: Path, subject: Subject) -> dict[str, Tensor]:
+    """The Fisher information of each parameter that a file covers. Raises FormatError for a file of another model."""
+    statistics = open_statistics(path)
+    if statistics.info.kind != "fisher" or statistics.info.models != (subject.digest,):
+        raise FormatError(
+            f"{path} holds no Fisher information of this model; collect it with `mergekit-lfm stats fisher`"
+        )
+    found = {name: statistics.entry_of(tensor) for name, tensor in subject.tensors.items()}
+    shapes = dict(subject.module.named_parameters())
+    return {
+        name: statistics.tensors.read(entry).view(shapes[name].shape)
+        for name, entry in found.items()
+        if entry is not None and name in shapes
+    }
+
+
+def _result(makes: str, history: History, trained: int, size: int) -> Tuned:
+    return Tuned(makes, history.steps, trained, size, history.loss, history.best, history.best_step)
+
+
+def _write(planned: PlannedTuning, prepared: Prepared, subject: Subject, tuned: Tuned) -> None:
+    """Write what the training has left."""
+    facts = {name: getattr(tuned, name) for name in Tuned.__dataclass_fields__}
+    if prepared.adapter is not None:
+        made = prepared.adapter()
+        save_adapter(planned.out, made.config, made.tensors, planned.answer, facts)
+        return
+    prepared.fold()
+    changed = changes_of(subject, planned.source)
+    if planned.recipe.declaration.makes == "checkpoint":
+        documents = {"tune.json": (json.dumps(planned.answer.public, indent=2) + "\n").encode()}
+        save_checkpoint(planned.source, planned.out, changed, documents, request=planned.answer, result=facts)
+        return
+    source = planned.source
+    tensors = {
+        name: TensorChange("replace", source[name].shape, source[name].dtype, digest=source.digest_of(name))
+        for name in changed
+    }
+    options = {"request": planned.answer.digest, "recipe": planned.answer.public, "result": facts}
+    info = PatchInfo(planned.recipe.method, tensors, source.content, options, {}, versions("torch"))
+    planned.out.parent.mkdir(parents=True, exist_ok=True)
+    Patch(info, changed).save(planned.out)
+
+
+def changes_of(subject: Subject, source: Checkpoint) -> dict[str, Tensor]:
+    """The tensors of a checkpoint that a model, which was loaded from it, has changed, rounded to their dtypes.
+
+    Raises PlanError for a changed parameter that no tensor holds.
+    """
+    changed, lost = dict[str, Tensor](), list[str]()
+    for name, parameter in subject.module.named_parameters():
+        tensors = subject.tensors_of(parameter)
+        for tensor in tensors:
+            stored = source.read(tensor).view(source[tensor].shape)
+            new = round_once(parameter.detach().cpu(), stored.dtype)
+            if not torch.equal(new.view(torch.uint8), stored.view(torch.uint8)):
+                changed[tensor] = new.contiguous()
+        if not tensors and parameter.requires_grad:
+            lost.append(f"{name} ({subject.why_unknown(parameter)})")
+    if lost:
+        raise PlanError(f"trained parameters that no tensor of {source.path} holds: {', '.join(lost[:5])}")
+    return changed
+
+
+@contextmanager
+def _threads(threads: int | None) -> Iterator[None]:
+    """Let torch use so many threads meanwhile; None leaves their number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

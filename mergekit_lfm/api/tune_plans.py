@@ -1,0 +1,128 @@
+"""Tunings that are planned: what is trained on what, the request that the result answers, and where it goes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import xxhash
+
+from mergekit_lfm.artifacts.patch import read_patch_info
+from mergekit_lfm.errors import PlanError
+from mergekit_lfm.machine.devices import find_device
+from mergekit_lfm.output import save
+from mergekit_lfm.output.lock import ADAPTER_LOCK, LOCK
+from mergekit_lfm.output.names import public_names
+from mergekit_lfm.output.request import Request, RequestInput
+from mergekit_lfm.recipe.tune_recipe import DataFile, TuneRecipe
+from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
+from mergekit_lfm.store.files import open_file
+from mergekit_lfm.store.places import beside, check_file
+from mergekit_lfm.views.adapted import adapt
+from mergekit_lfm.views.quantisation import dequantise
+
+TRAINING = ".training"  # ends the name of the folder with the state and the metrics, beside OUT
+SUFFIX = ".safetensors"
+
+
+@dataclass(frozen=True)
+class PatchRequest:
+    """The request that a patch answers: its file's metadata say of which one it is."""
+
+    request: Request
+
+    @property
+    def paths(self) -> dict[str, Path]:
+        """The folders and files that are read, by their names in messages."""
+        return self.request.paths
+
+    def is_answered(self, out: Path, *, overwrite: bool) -> bool:
+        """True if OUT is the patch of this request; False if it may be written there, else PlanError."""
+        if out.is_file() and not overwrite and self.is_of(out):
+            return True
+        check_file(out, self.paths.values(), overwrite=overwrite)
+        return False
+
+    def is_of(self, out: Path) -> bool:
+        """True if a file is a patch of this request."""
+        try:
+            return read_patch_info(out).options.get("request") == self.request.digest
+        except (ValueError, OSError):
+            return False
+
+
+@dataclass(frozen=True)
+class PlannedTuning:
+    """A tuning that is checked, and not done yet. device: where it runs. source: the model, read with its adapters."""
+
+    recipe: TuneRecipe
+    out: Path
+    source: Checkpoint
+    device: str = "cpu"
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """The facts that a user should know."""
+        return self.recipe.notices
+
+    @cached_property
+    def answer(self) -> Request:
+        """All that determines the result: the recipe, the model, and the content of the data."""
+        recipe = self.recipe
+        whole = {**recipe.normalised(), "device": self.device.partition(":")[0], "content": self._contents}
+        files = [*recipe.files, *([recipe.dev_file] if recipe.dev_file else [])]
+        names = public_names([recipe.model, *(file.ref for file in files), *([recipe.stats] if recipe.stats else [])])
+        data = [{**entry, "path": names[entry["path"]]} for entry in whole["data"]]
+        public = {**whole, "model": names[recipe.model], "data": data}
+        public |= {key: names[whole[key]] for key in ("dev", "stats") if key in whole}
+        lock = ADAPTER_LOCK if recipe.declaration.makes == "adapter" else LOCK
+        inputs = (RequestInput(recipe.model, self.source, self.source.config),)
+        return Request(whole, public, inputs, lock)
+
+    @cached_property
+    def _contents(self) -> dict[str, str]:
+        """The digests of the files that are read besides the model."""
+        files: list[DataFile | Path | None] = [*self.recipe.files, self.recipe.dev_file, self.recipe.statistics]
+        paths = [file.path if isinstance(file, DataFile) else file for file in files if file is not None]
+        return {f"{number} {path.name}": _digest(path) for number, path in enumerate(paths)}
+
+    @property
+    def request(self) -> Request | PatchRequest:
+        """The request that the result answers."""
+        return PatchRequest(self.answer) if self.recipe.declaration.makes == "patch" else self.answer
+
+    @property
+    def training(self) -> Path:
+        """The folder for the state and the metrics."""
+        return beside(self.out, TRAINING)
+
+    def stand_in(self, folder: Path) -> None:
+        """Write a folder like the result, without data."""
+        if self.recipe.declaration.makes != "checkpoint":
+            raise PlanError(
+                f"a later stage takes the result of {self.recipe.method}, expected that of a method that makes a whole "
+                "model, such as full; give this one a file of its own, and merge it in another recipe"
+            )
+        save.stand_in(self.source, folder)
+
+
+def plan_tuning(recipe: TuneRecipe, out: Path, *, device: str | None = None) -> PlannedTuning:
+    """Check a tuning, and say what it would make. It reads headers only.
+
+    Raises PlanError without the device, FormatError for a damaged model.
+    """
+    found = recipe.found
+    source = adapt(dequantise(open_checkpoint(found.source)), found.adapters, found.ref)
+    place = str(find_device(device or "cpu"))
+    if recipe.declaration.makes == "patch" and out.suffix != SUFFIX:
+        raise PlanError(f"{out}: {recipe.method} makes a patch, which is a file; give a name that ends in {SUFFIX}")
+    return PlannedTuning(recipe, out, source, place)
+
+
+def _digest(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with open_file(path) as file:
+        while data := file.read(1 << 22):
+            digest.update(data)
+    return digest.hexdigest()

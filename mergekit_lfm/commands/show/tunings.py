@@ -1,0 +1,65 @@
+"""Show tunings: what is planned, and what was trained."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from mergekit_lfm.commands.show.methods import MADE
+from mergekit_lfm.commands.show.outcomes import ALREADY_THERE, outcome_data
+from mergekit_lfm.commands.show.terminal import table
+
+if TYPE_CHECKING:
+    from mergekit_lfm.api.outcome import Outcome
+    from mergekit_lfm.api.tune import Tuned
+    from mergekit_lfm.api.tune_plans import PlannedTuning
+
+
+def plan_data(planned: PlannedTuning) -> dict[str, Any]:
+    """A planned tuning for JSON."""
+    makes = planned.recipe.declaration.makes
+    return {
+        "out": str(planned.out),
+        "makes": makes,
+        "recipe": planned.recipe.normalised(),
+        "warnings": list(planned.notices),
+    }
+
+
+def plan_text(planned: PlannedTuning) -> str:
+    """A planned tuning as a table."""
+    recipe = planned.recipe
+    options, parameters = recipe.options, ", ".join(f"{name} {value}" for name, value in recipe.settings.items())
+    rows = [
+        ("tune", recipe.model),
+        ("write", f"{MADE[recipe.declaration.makes]}, {planned.out}"),
+        ("method", f"{recipe.method}: {recipe.declaration.summary}"),
+        *([("parameters", parameters)] if parameters else []),
+        ("task", recipe.task),
+        *(("data", file.ref if file.most is None else f"{file.ref}, {file.most} each time") for file in recipe.files),
+        *([("development set", recipe.dev_file.ref)] if recipe.dev_file else []),
+        ("steps", f"{options.steps} of {options.batch_size} examples"),
+        ("learning rate", f"{options.learning_rate:g}, {options.schedule}"),
+        *(("note", text) for text in planned.notices),
+    ]
+    return table(rows)
+
+
+def done_data(outcome: Outcome[Tuned]) -> dict[str, Any]:
+    """A tuning for JSON."""
+    return {**outcome_data(outcome), **asdict(outcome.result)}
+
+
+def done_text(outcome: Outcome[Tuned]) -> str:
+    """What was trained, and the loss."""
+    if outcome.already_there:
+        return ALREADY_THERE
+    tuned = outcome.result
+    rows = [
+        ("made", MADE[tuned.makes]),
+        ("trained", f"{tuned.trained:,} of {tuned.parameters:,} numbers, {tuned.steps} steps"),
+        ("loss", f"{tuned.loss:.4g}, the mean over the last tenth of the steps"),
+    ]
+    if tuned.dev_loss is not None:
+        rows.append(("on the development set", f"{tuned.dev_loss:.4g}, the least, after {tuned.best_step} steps"))
+    return table(rows)

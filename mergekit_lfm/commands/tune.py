@@ -1,0 +1,108 @@
+"""`tune`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mergekit_lfm.commands import options
+from mergekit_lfm.commands.console import Console
+from mergekit_lfm.commands.options import going_on_later
+from mergekit_lfm.commands.parameters import method_option, method_rows, parameter_options
+from mergekit_lfm.commands.shell import Command
+from mergekit_lfm.recipe.registry import TUNE_METHODS
+from mergekit_lfm.recipe.training import SCHEDULES
+from mergekit_lfm.runtime.tasks import TASKS
+
+HELP = f"""Train MODEL on data by a method, and write the tuned model, a patch or an adapter.
+
+\b
+{method_rows(TUNE_METHODS)}
+
+full, lp_ft and layerwise write a model's folder; bitfit, mask and svf a patch file with the tensors that changed;
+the others an adapter as PEFT has it. Each is an input of merges. MODEL is a folder, a name on the Hub, or
+MODEL+ADAPTER.
+
+\b
+Data are .jsonl with one of these on every line, .txt for lm, or .npz with the model's inputs and labels:
+  lm              {{"text": ...}}, {{"prompt": ..., "completion": ...}} or {{"messages": [...]}}; of the last two
+                  only completions, and what the assistant says, are learned
+  classification  {{"text": ..., "label": 0}}
+  embedding       {{"text": ..., "positive": ...}}
+
+A run that was interrupted goes on from OUT.training when the same command runs again; metrics.jsonl there has a
+line for each step. If OUT holds the result of the same request already, nothing is done. Needs the extra:
+pip install "mergekit_lfm[models]", and for adapters "mergekit_lfm[tune]"
+"""
+
+
+@click.command(
+    cls=Command,
+    help=HELP,
+    epilog="""\b
+Examples:
+  mergekit-lfm tune models/base --data a.jsonl --task lm -o tuned
+  mergekit-lfm tune models/base --data a.jsonl --task lm --method lora --rank 16 -o tuned-lora
+  mergekit-lfm tune models/base --data a.jsonl --dev b.jsonl --task lm --evaluate-every 50 --patience 3 -o tuned""",
+)
+@click.argument("model")
+@click.option(
+    "--data",
+    required=True,
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="A data file: .jsonl, .txt or .npz. Can be given several times.",
+)
+@click.option(
+    "--task",
+    required=True,
+    type=click.Choice([*TASKS]),
+    help="The kind of model: lm, classification or embedding (a sentence encoder).",
+)
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The folder or file to write.")
+@method_option(TUNE_METHODS, "full", "What is trained.")
+@parameter_options(TUNE_METHODS)
+@click.option("--dev", type=click.Path(path_type=Path), help="A data file whose least loss decides what is kept.")
+@click.option("--stats", type=click.Path(path_type=Path), help="For mask: a file of `stats fisher`.")
+@click.option("--window", type=click.IntRange(min=1), help="The most tokens of an example. [default: the model's]")
+@click.option("--steps", type=click.IntRange(min=1), default=200, help="Steps of the optimizer, AdamW. [default: 200]")
+@options.batch_size_option("a step")
+@click.option("--accumulate", type=click.IntRange(min=1), default=1, help="Cut each batch into this many parts.")
+@click.option(
+    "--learning-rate", type=click.FloatRange(0, min_open=True), help="[default: the method's, see `methods tune/NAME`]"
+)
+@click.option(
+    "--schedule",
+    type=click.Choice(SCHEDULES),
+    default="linear",
+    help="How the learning rate falls after the warm-up. [default: linear]",
+)
+@click.option("--warmup", type=click.FloatRange(0, 1), default=0.0, help="Share of the steps with a rising rate.")
+@click.option("--weight-decay", type=click.FloatRange(0), default=0.0, help="Weight decay of matrices. [default: 0]")
+@click.option("--clip", type=click.FloatRange(0), default=1.0, help="Largest norm of the gradient, 0 for any.")
+@click.option("--evaluate-every", type=click.IntRange(min=1), help="Steps between two looks at --dev. [default: all]")
+@click.option(
+    "--patience", type=click.IntRange(min=1), help="Stop after this many looks at --dev without a better loss."
+)
+@click.option("--checkpointing", is_flag=True, help="Compute activations again to save memory.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Decides all random numbers. [default: 0]")
+@options.device_option("Where the model runs", default=None)
+@click.option("--threads", type=click.IntRange(min=1), help="The number of threads. [default: torch's choice]")
+@options.overwrite
+@options.output
+@click.pass_obj
+def tune(console: Console, /, model: str, data: tuple[Path, ...], method: str, out: Path, **values: Any) -> None:
+    """Train a model; the text is HELP."""
+    from mergekit_lfm.api.tune import tune_model
+    from mergekit_lfm.commands.show.tunings import done_data, done_text
+
+    own = {parameter.name for each in TUNE_METHODS.values() for parameter in each.parameters}
+    parameters = {name: values.pop(name) for name in own}
+    parameters = {name: value for name, value in parameters.items() if value is not None}
+    with going_on_later(out):
+        values |= {"method": method, "parameters": parameters, "progress": console.progress}
+        outcome = tune_model(model, data, out, **values)
+    console.warn(outcome.warnings)
+    console.conclude(done_data(outcome), lambda: done_text(outcome), path=out)

@@ -1,0 +1,75 @@
+"""How a model is trained: the number of steps, the rate of each, and when to look at the development set."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from mergekit_lfm.errors import PlanError, did_you_mean
+
+Schedule = Literal["constant", "linear", "cosine"]
+SCHEDULES = ("constant", "linear", "cosine")
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The settings of a training.
+
+    steps: of the optimizer. batch_size: examples of a step; accumulate: into how many parts they are cut, so that less
+    is in memory. schedule: of the learning rate after the warm-up, which takes the share `warmup` of the steps: to 0 by
+    a line or half a cosine, or constant. weight_decay: of tensors of two or more axes. clip: the largest norm of the
+    gradient, 0 for any. evaluate_every: steps between two looks at the development set, None for one at the end.
+    patience: looks without a better loss before training stops, None for none; the best state is kept. checkpointing:
+    compute activations again in place of keeping them. autocast: matrix products in bfloat16.
+    """
+
+    steps: int = 200
+    batch_size: int = 16
+    learning_rate: float = 2e-5
+    schedule: Schedule = "linear"
+    warmup: float = 0.0
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    accumulate: int = 1
+    seed: int = 0
+    evaluate_every: int | None = None
+    patience: int | None = None
+    checkpointing: bool = False
+    autocast: bool = False
+
+    def __post_init__(self) -> None:
+        """Raise PlanError for settings out of range, with all of them."""
+        problems = [
+            f"{name} is {value}; expected at least {least}"
+            for name, value, least in (
+                ("steps", self.steps, 1),
+                ("batch_size", self.batch_size, 1),
+                ("accumulate", self.accumulate, 1),
+                ("evaluate_every", self.evaluate_every, 1),
+                ("patience", self.patience, 1),
+                ("weight_decay", self.weight_decay, 0),
+                ("clip", self.clip, 0),
+            )
+            if value is not None and not value >= least
+        ]
+        if not 0 < self.learning_rate < math.inf:
+            problems.append(f"learning_rate is {self.learning_rate}; expected a number above 0")
+        if not 0 <= self.warmup <= 1:
+            problems.append(f"warmup is {self.warmup}; expected a share of the steps from 0 to 1")
+        if self.accumulate > self.batch_size:
+            problems.append(f"accumulate is {self.accumulate}; expected at most batch_size, {self.batch_size}")
+        if self.schedule not in SCHEDULES:
+            cure = did_you_mean(self.schedule, SCHEDULES)
+            problems.append(f"schedule is {self.schedule!r}; expected {', '.join(SCHEDULES)}; {cure}")
+        if problems:
+            raise PlanError("; ".join(problems))
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, from 0."""
+        warm = round(self.warmup * self.steps)
+        if step < warm:
+            return self.learning_rate * (step + 1) / warm
+        done = (step - warm) / max(1, self.steps - warm)
+        shares = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
+        return self.learning_rate * shares[self.schedule]

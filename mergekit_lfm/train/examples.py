@@ -1,0 +1,113 @@
+"""Encoded examples, and which of them make the batch of a step: a function of the seed and the step alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+
+import torch
+import xxhash
+from torch import Tensor
+
+from mergekit_lfm.errors import PlanError
+from mergekit_lfm.store.formats import bytes_of
+
+IGNORED = -100  # a label that no loss counts, by torch's convention
+
+Batch = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """Examples, each the inputs of a model by name and perhaps `labels`, without the axis of examples.
+
+    pad: for inputs whose first axis may differ between examples the value that lengthens the shorter ones. A batch with
+    such an input has an `attention_mask` of it, named with its prefix: `positive_input_ids` has
+    `positive_attention_mask`. parts: of how many examples each data set is, in order, and how many of them one time
+    round has, drawn anew for each: a small set beside a large one is then seen as often as that allows. By default one.
+    """
+
+    items: Sequence[Mapping[str, Tensor]]
+    pad: Mapping[str, int] = field(default_factory=dict)
+    parts: tuple[tuple[int, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        """Raise PlanError without examples, or where they differ in their inputs."""
+        if not self.items:
+            raise PlanError("the data hold no example; give at least one")
+        first = self.items[0]
+        for number, item in enumerate(self.items):
+            if item.keys() != first.keys():
+                names = [", ".join(each) for each in (item, first)]
+                raise PlanError(f"example {number} has {names[0]}; expected {names[1]}, as the first one has")
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @cached_property
+    def digest(self) -> str:
+        """xxh3-128 of the examples, in hex."""
+        whole = xxhash.xxh3_128(repr((sorted(self.pad.items()), self.parts)).encode())
+        for item in self.items:
+            for name, x in sorted(item.items()):
+                whole.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
+                whole.update(bytes_of(x.contiguous()))
+        return whole.hexdigest()
+
+    def batch(self, numbers: Sequence[int]) -> dict[str, Tensor]:
+        """The examples of these numbers, each input with a first axis of examples."""
+        chosen = [self.items[number] for number in numbers]
+        batch: dict[str, Tensor] = {}
+        for name in chosen[0]:
+            rows = [item[name] for item in chosen]
+            if name in self.pad:
+                batch[name] = _pad(rows, self.pad[name])
+                if name.endswith("input_ids"):
+                    mask = _pad([torch.ones_like(row) for row in rows], 0)
+                    batch[name.removesuffix("input_ids") + "attention_mask"] = mask
+            else:
+                batch[name] = torch.stack(rows)
+        return batch
+
+    def step(self, step: int, size: int, seed: int) -> list[int]:
+        """The numbers of a step's examples: the next `size` of all, in an order of its own for each time round."""
+        parts = self.parts or ((len(self), len(self)),)
+        numbers, round_ = list[int](), sum(most for _, most in parts)
+        while len(numbers) < size:
+            epoch, start = divmod(step * size + len(numbers), round_)
+            numbers += _order(parts, seed, epoch)[start : start + size - len(numbers)]
+        return numbers
+
+    def in_order(self, size: int) -> Iterator[dict[str, Tensor]]:
+        """All examples once, in batches of up to `size`."""
+        for start in range(0, len(self), size):
+            yield self.batch(range(start, min(len(self), start + size)))
+
+
+def _pad(rows: Sequence[Tensor], value: int) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence([*rows], batch_first=True, padding_value=value)
+
+
+@lru_cache(maxsize=2)
+def _order(parts: tuple[tuple[int, int], ...], seed: int, epoch: int) -> list[int]:
+    """The numbers of the examples of one time round, in order."""
+    generator, chosen, first = torch.Generator().manual_seed(seed_of(seed, "order", epoch)), list[Tensor](), 0
+    for count, most in parts:
+        chosen.append(first + torch.randperm(count, generator=generator)[:most])
+        first += count
+    numbers = torch.cat(chosen)
+    order: list[int] = numbers[torch.randperm(len(numbers), generator=generator)].tolist()
+    return order
+
+
+def join(sets: Sequence[Examples], most: Sequence[int | None]) -> Examples:
+    """Several data sets as one; `most` of each are used in one time round, None for all."""
+    items = [item for each in sets for item in each.items]
+    parts = [(len(each), min(len(each), limit or len(each))) for each, limit in zip(sets, most, strict=True)]
+    return Examples(items, sets[0].pad, tuple(parts))
+
+
+def seed_of(*facts: object) -> int:
+    """A seed for a random generator that is another one for other facts."""
+    return xxhash.xxh3_64_intdigest("\0".join(map(str, facts)).encode()) >> 1

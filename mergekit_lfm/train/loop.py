@@ -1,0 +1,251 @@
+"""`fit`: train a model. One loop for every way of tuning, distilling and meta-learning that goes by gradients.
+
+The batch of a step, its random numbers and its rate depend on the seed and the step alone, so that a training that was
+killed goes on from its last state to the same bytes, on the same machine with the same number of threads.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mergekit_lfm.errors import PlanError
+from mergekit_lfm.machine.pauses import Pauses, delay_interrupts
+from mergekit_lfm.recipe.training import Options
+from mergekit_lfm.store.durable import replace_file
+from mergekit_lfm.train.examples import Examples, seed_of
+from mergekit_lfm.train.hooks import Hook, Parameters
+from mergekit_lfm.train.losses import Loss
+from mergekit_lfm.train.state import Looked, State
+
+STATE, METRICS = "state.safetensors", "metrics.jsonl"
+
+Tell = Callable[[int, int, Mapping[str, Any]], None]  # steps done, of all, and the last line of the record
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """What a training did. steps: those done; record: a line for each. best: the least loss on the development set, and
+    best_step, after how many steps; None without the set."""
+
+    steps: int
+    record: tuple[Mapping[str, Any], ...]
+    best: float | None = None
+    best_step: int | None = None
+
+    @property
+    def loss(self) -> float:
+        """The mean loss of the last tenth of the steps."""
+        last = self.record[-max(1, len(self.record) // 10) :]
+        return float(sum(line["loss"] for line in last) / len(last))
+
+
+def fit(
+    model: nn.Module,
+    examples: Examples,
+    loss: Loss,
+    options: Options,
+    *,
+    dev: Examples | None = None,
+    hooks: Sequence[Hook] = (),
+    place: Path | None = None,
+    request: str = "",
+    pauses: Pauses | None = None,
+    tell: Tell | None = None,
+) -> History:
+    """Train the parameters of a model that require gradients, in place, by AdamW.
+
+    dev: a development set: the parameters with the least loss on it are those that stay. place: a folder for the state,
+    which is saved at `pauses` and on Ctrl-C, and for the metrics, a line of JSON for each step; request: what is being
+    made, so that a state of something else is not gone on from. The model is in evaluation mode afterwards.
+
+    Raises PlanError where nothing is trained, and for a loss that is not finite, which names the step; the state before
+    that step is saved. Source of AdamW: Loshchilov and Hutter 2019, arXiv 1711.05101.
+    """
+    parameters = {name: x for name, x in model.named_parameters() if x.requires_grad}
+    if not parameters:
+        raise PlanError("no parameter of the model is trained; choose a method that trains some")
+    state = State(model, parameters, _optimizer(parameters, options), tuple(hooks))
+    for hook in hooks:
+        hook.begin(parameters)
+    file = None if place is None else place / STATE
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        state.restore(file, request)
+    pauses = pauses or Pauses()
+    device = next(iter(parameters.values())).device
+    with _training(model, options), delay_interrupts() as interrupted, _random(device):
+        while state.done < options.steps and not _is_over(state.looked, options):
+            begun = time.monotonic()
+            line = _step(state, examples, loss, options, file, request)
+            if dev is not None and _is_look(state.done, options):
+                line["dev_loss"] = _look(state, dev, loss, options)
+            state.record.append(line | {"seconds": round(time.monotonic() - begun, 4)})
+            if tell is not None:
+                tell(state.done, options.steps, state.record[-1])
+            if file is not None and (pauses.due or interrupted()):
+                with pauses.taken():
+                    _save(state, file, request)
+            if interrupted():
+                raise KeyboardInterrupt
+    _keep_best(state)
+    for hook in hooks:
+        hook.finish(parameters)
+    if file is not None:
+        _save(state, file, request)
+    best = state.looked
+    return History(state.done, tuple(state.record), best.best, None if best.best is None else best.best_step)
+
+
+def _optimizer(parameters: Parameters, options: Options) -> torch.optim.Optimizer:
+    """AdamW, with weight decay for matrices alone."""
+    groups = [
+        {"params": [x for x in parameters.values() if (x.ndim > 1) == decays], "weight_decay": decay}
+        for decays, decay in ((True, options.weight_decay), (False, 0.0))
+    ]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=options.learning_rate, fused=True)
+
+
+@contextmanager
+def _training(model: nn.Module, options: Options) -> Iterator[None]:
+    """The model in the mode of training; in evaluation mode afterwards."""
+    model.train()
+    if options.checkpointing:
+        enable = getattr(model, "gradient_checkpointing_enable", None)
+        if enable is None:
+            raise PlanError(f"checkpointing: {type(model).__name__} does not compute activations again; leave it out")
+        enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        if options.checkpointing:
+            model.gradient_checkpointing_disable()  # type: ignore[operator]
+        model.eval()
+
+
+@contextmanager
+def _random(device: torch.device) -> Iterator[None]:
+    """Torch's random numbers are as before afterwards."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+
+
+def _autocast(device: torch.device, options: Options) -> AbstractContextManager[object]:
+    return torch.autocast(device.type, torch.bfloat16) if options.autocast else nullcontext()
+
+
+def _step(
+    state: State, examples: Examples, loss: Loss, options: Options, file: Path | None, request: str
+) -> dict[str, Any]:
+    """One step of the optimizer; its line of the record."""
+    step, model = state.done, state.model
+    torch.manual_seed(seed_of(options.seed, "step", step))
+    for hook in state.hooks:
+        hook.before(step, state.parameters)
+    numbers = examples.step(step, options.batch_size, options.seed)
+    device = next(iter(state.parameters.values())).device
+    size = math.ceil(len(numbers) / options.accumulate)
+    total, count, tokens = 0.0, 0, 0
+    parts = [numbers[start : start + size] for start in range(0, len(numbers), size)]
+    for part in parts:
+        batch = {name: x.to(device, non_blocking=True) for name, x in examples.batch(part).items()}
+        with _autocast(device, options):
+            terms = loss(model, batch)
+        tokens += _tokens(batch)
+        count += terms.number
+        value = terms.total
+        if terms.number:
+            (value / terms.number if len(parts) == 1 else value).backward()  # type: ignore[no-untyped-call]
+        total += float(value.detach())
+    mean = total / max(1, count)
+    if not math.isfinite(mean):
+        if file is not None:
+            state.optimizer.zero_grad()
+            _save(state, file, request)
+        kept = f" The state before it is in {file}" if file is not None else ""
+        raise PlanError(
+            f"the loss of step {step + 1} is {mean}, expected a finite number; choose a lower learning rate than "
+            f"{options.learning_rate:g}, or look for the cause in the data.{kept}"
+        )
+    _apply(state, count if len(parts) > 1 else 1, options)
+    state.done = step + 1
+    for hook in state.hooks:
+        hook.after(state.done, state.parameters)
+    return {"step": state.done, "loss": mean, "learning_rate": options.rate(step), "tokens": tokens}
+
+
+def _tokens(batch: Mapping[str, Tensor]) -> int:
+    """Tokens of a batch without padding, or its examples where it has no tokens."""
+    masks = [x for name, x in batch.items() if name.endswith("attention_mask")]
+    return sum(int(mask.sum()) for mask in masks) if masks else len(next(iter(batch.values())))
+
+
+def _apply(state: State, count: int, options: Options) -> None:
+    """Change the parameters by the gradients that are there, of a loss that is a sum of `count` terms."""
+    gradients = [x.grad for x in state.parameters.values() if x.grad is not None]
+    if count > 1:
+        torch._foreach_div_(gradients, count)
+    for hook in state.hooks:
+        hook.correct(state.parameters)
+    if options.clip:
+        torch.nn.utils.clip_grad_norm_(state.parameters.values(), options.clip)
+    for group in state.optimizer.param_groups:
+        group["lr"] = options.rate(state.done)
+    state.optimizer.step()
+    state.optimizer.zero_grad()
+
+
+def _is_look(done: int, options: Options) -> bool:
+    return done == options.steps or (options.evaluate_every is not None and done % options.evaluate_every == 0)
+
+
+def _is_over(looked: Looked, options: Options) -> bool:
+    return options.patience is not None and looked.waits >= options.patience
+
+
+def _look(state: State, dev: Examples, loss: Loss, options: Options) -> float:
+    """The loss on the development set; keeps the parameters if it is the least so far."""
+    value = mean_loss(state.model, dev, loss, options)
+    looked = state.looked
+    if looked.best is None or value < looked.best:
+        state.looked = Looked(value, state.done, 0)
+        state.kept = {name: x.detach().clone() for name, x in state.parameters.items()}
+    else:
+        state.looked = Looked(looked.best, looked.best_step, looked.waits + 1)
+    return value
+
+
+def mean_loss(model: nn.Module, examples: Examples, loss: Loss, options: Options) -> float:
+    """The mean loss over all examples, in evaluation mode; the model's mode is as before afterwards."""
+    was, total, count = model.training, 0.0, 0
+    device = next(model.parameters()).device
+    model.eval()
+    with torch.no_grad(), _autocast(device, options):
+        for batch in examples.in_order(max(1, options.batch_size // options.accumulate)):
+            terms = loss(model, {name: x.to(device) for name, x in batch.items()})
+            total, count = total + float(terms.total), count + terms.number
+    model.train(was)
+    return total / max(1, count)
+
+
+@torch.no_grad()
+def _keep_best(state: State) -> None:
+    for name, x in state.kept.items():
+        state.parameters[name].copy_(x)
+
+
+def _save(state: State, file: Path, request: str) -> None:
+    """Save the state, and the metrics beside it."""
+    state.save(file, request)
+    lines = "".join(json.dumps(line) + "\n" for line in state.record)
+    replace_file(file.with_name(METRICS), lines.encode())

@@ -1,0 +1,116 @@
+"""Losses, as pure functions of a model and a batch: a sum over terms, and the number of terms.
+
+Sum and number are apart so that a batch that is cut into parts has the loss, and the gradient, of the whole one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mergekit_lfm.errors import PlanError
+from mergekit_lfm.runtime.load import embeddings, logits, run
+from mergekit_lfm.train.examples import IGNORED, Batch
+
+SCALE = 20.0  # of cosines, as sentence-transformers has it: a temperature of 0.05
+
+
+class Terms(NamedTuple):
+    """A loss: the sum of its terms, a scalar, and their number."""
+
+    total: Tensor
+    number: int
+
+
+Loss = Callable[[nn.Module, Batch], Terms]
+
+
+def next_token(model: nn.Module, batch: Batch) -> Terms:
+    """Cross-entropy of each token of `labels` [n, tokens] but the first of a row, from the tokens before it."""
+    targets = batch["labels"][:, 1:]
+    scores = logits(_run(model, batch))[:, :-1]
+    return cross_entropy(scores, targets)
+
+
+def masked_tokens(model: nn.Module, batch: Batch) -> Terms:
+    """Cross-entropy of each token of `labels` [n, tokens] at its own place."""
+    return cross_entropy(logits(_run(model, batch)), batch["labels"])
+
+
+def classes(model: nn.Module, batch: Batch) -> Terms:
+    """Cross-entropy of `labels` [n]."""
+    return cross_entropy(logits(_run(model, batch)), batch["labels"])
+
+
+def cross_entropy(scores: Tensor, targets: Tensor) -> Terms:
+    """-ln p of the targets [...] by scores [..., classes]; those that are `IGNORED` have no term."""
+    flat, wanted = _wide(scores.flatten(0, -2)), targets.flatten()
+    total = torch.nn.functional.cross_entropy(flat, wanted, ignore_index=IGNORED, reduction="sum")
+    return Terms(total, int((wanted != IGNORED).sum()))
+
+
+def _wide(x: Tensor) -> Tensor:
+    """The tensor in float32 if its dtype is shorter."""
+    return x.float() if x.dtype.itemsize < 4 else x
+
+
+def squares(model: nn.Module, batch: Batch) -> Terms:
+    """Squared differences of `labels` [n] or [n, outputs] from what the model gives."""
+    found, wanted = _wide(logits(_run(model, batch))), batch["labels"]
+    total = (found.reshape(wanted.shape) - wanted).square().sum()
+    return Terms(total, wanted.numel())
+
+
+def ranking(model: nn.Module, batch: Batch) -> Terms:
+    """-ln of the share that a text's own positive has among all positives of the batch, by exp(20 cosine).
+
+    Texts are `input_ids`, their positives `positive_input_ids`. Positives that equal a text's own are left out of its
+    others. Source: Henderson et al. 2017, arXiv 1705.00652, section 4.4; van den Oord et al. 2018, arXiv 1807.03748.
+    """
+    mine = {name: x for name, x in batch.items() if not name.startswith("positive_")}
+    other = {name.removeprefix("positive_"): x for name, x in batch.items() if name.startswith("positive_")}
+    if not other:
+        raise PlanError('found texts without positives; expected {"text": ..., "positive": ...} on each line')
+    texts, positives = (pool(model, side) for side in (mine, other))  # [n, d]
+    scores = SCALE * texts @ positives.T
+    ids = other["input_ids"]
+    same = (ids[:, None] == ids[None]).all(-1) & ~torch.eye(len(ids), dtype=torch.bool, device=ids.device)
+    scores = scores.masked_fill(same, -torch.inf)
+    return cross_entropy(scores, torch.arange(len(ids), device=ids.device))
+
+
+def pool(model: nn.Module, batch: Batch) -> Tensor:
+    """One vector of length 1 for each text: the mean over its tokens of the last hidden state, [n, d]."""
+    output = _run(model, batch)
+    states, mask = getattr(output, "last_hidden_state", None), batch.get("attention_mask")
+    if states is None or mask is None:
+        return embeddings(output)
+    weights = mask.to(states.dtype)[..., None]
+    means = (states * weights).sum(1) / weights.sum(1)
+    return torch.nn.functional.normalize(means, dim=-1)
+
+
+def towards(loss: Loss, start: Mapping[str, Tensor], weight: float) -> Loss:
+    """The loss, and `weight` times half the squared distance of the parameters in `start` from there.
+
+    Source: Li, Grandvalet, Davoine 2018, arXiv 1802.01483, equation 2 (L2-SP).
+    """
+
+    def added(model: nn.Module, batch: Batch) -> Terms:
+        total, number = loss(model, batch)
+        named = dict(model.named_parameters())
+        distances = [(named[name].float() - x.to(named[name].device)).square().sum() for name, x in start.items()]
+        return Terms(total + number * weight / 2 * torch.stack(distances).sum(), number)
+
+    return added
+
+
+LOSSES: Mapping[str, Loss] = {"lm": next_token, "classification": classes, "embedding": ranking}
+
+
+def _run(model: nn.Module, batch: Batch) -> object:
+    """The model's output for a batch without its labels."""
+    return run(model, (), {name: x for name, x in batch.items() if name != "labels"})

@@ -1,0 +1,205 @@
+"""Training data from files, as examples for a task: texts with a loss on all or on answers, labels, pairs, arrays.
+
+Language models: `{"text": ...}` or a .txt file, in windows of which every token but the first is predicted;
+`{"prompt": ..., "completion": ...}`, whose completion alone is; `{"messages": [{"role": ..., "content": ...}, ...]}`,
+by the tokenizer's chat template, with a loss on what the assistant says. Classifiers: `{"text": ..., "label": ...}`.
+Encoders: `{"text": ..., "positive": ...}`. Arrays: an .npz with the model's inputs and `labels`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mergekit_lfm.errors import FormatError, PlanError, reason
+from mergekit_lfm.runtime.data import read_data, text_limit
+from mergekit_lfm.runtime.lines import is_text, read_objects, refuse
+from mergekit_lfm.runtime.load import start_token, tokenizer_for_texts
+from mergekit_lfm.train.examples import IGNORED, Examples
+
+if TYPE_CHECKING:
+    from mergekit_lfm.runtime.load import Loaded, Tokenizer
+
+Item = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Numbered:
+    """An object of a JSONL file, and the number of its line."""
+
+    entry: Mapping[str, Any]
+    line: int
+
+
+def read_examples(path: Path, loaded: Loaded, *, window: int | None = None) -> Examples:
+    """The examples in a file for the task of a model. window: the most tokens of one, at most the model's positions.
+
+    Raises FormatError for a file that does not fit, with the first ten lines that do not, and PlanError for a window
+    beyond the model. Prompts with completions, and conversations, that are longer than the window are refused: what is
+    cut off them would be what is to be learned.
+    """
+    if path.suffix == ".npz":
+        return _read_arrays(path, window)
+    tokenizer = tokenizer_for_texts(loaded.tokenizer)
+    if loaded.task == "lm":
+        if path.suffix == ".jsonl":
+            forms = ("text", "prompt", "messages")
+            lines = read_objects(path, _one_of(forms), f"an object with one of {', '.join(forms)} on each line")
+            if lines and "text" not in lines[0].entry:
+                items = _conversations(path, lines, tokenizer, text_limit(window, loaded.positions, tokenizer))
+                return Examples(items, {"input_ids": _padding(tokenizer), "labels": IGNORED})
+        pieces = read_data(path, "lm", tokenizer, window=window, positions=loaded.positions)
+        rows = [row for batch in pieces for row in batch.kwargs["input_ids"]]
+        items = [{"input_ids": row, "labels": row} for row in rows]
+        return Examples(items, {"input_ids": _padding(tokenizer), "labels": IGNORED})
+    if loaded.task == "embedding":
+        return _read_pairs(path, tokenizer, text_limit(window, loaded.positions, tokenizer))
+    batches = read_data(path, loaded.task, tokenizer, window=window, positions=loaded.positions)
+    if batches[0].labels is None:
+        raise FormatError(f'{path}: found no labels; expected {{"text": ..., "label": ...}} on each line. Add them')
+    items = [
+        {"input_ids": row, "labels": label}
+        for batch in batches
+        if batch.labels is not None
+        for row, label in zip(batch.kwargs["input_ids"], batch.labels, strict=True)
+    ]
+    return Examples(items, {"input_ids": _padding(tokenizer)})
+
+
+def check_labels(examples: Examples, classes: int | None, place: object) -> None:
+    """Raise PlanError for labels that the head of a classifier with so many classes lacks."""
+    largest = max(int(item["labels"]) for item in examples.items)
+    if classes is not None and largest >= classes:
+        raise PlanError(
+            f"{place}: found the label {largest}; expected 0 to {classes - 1}, the classes of the head. Correct "
+            "the labels, or give a model with a head for them"
+        )
+
+
+def _one_of(keys: Sequence[str]) -> Callable[[dict[str, Any], int], Numbered | str]:
+    def read(entry: dict[str, Any], line: int) -> Numbered | str:
+        given = [key for key in keys if key in entry]
+        if len(given) != 1:
+            return f"{' and '.join(given) or 'none of ' + ', '.join(keys)}"
+        if given == ["messages"]:
+            wrong = _why_no_conversation(entry["messages"])
+            return wrong or Numbered(entry, line)
+        if given == ["prompt"] and not is_text(entry.get("completion")):
+            return 'no "completion", or an empty one'
+        return Numbered(entry, line) if isinstance(entry[given[0]], str) else f'"{given[0]}" is not a text'
+
+    return read
+
+
+def _why_no_conversation(messages: object) -> str | None:
+    fits = isinstance(messages, list) and all(
+        isinstance(each, dict) and isinstance(each.get("role"), str) and isinstance(each.get("content"), str)
+        for each in messages
+    )
+    if not fits:
+        return '"messages" is no list of {"role": ..., "content": ...}'
+    assert isinstance(messages, list)
+    return None if any(each["role"] == "assistant" for each in messages) else "no message of the assistant"
+
+
+def _conversations(path: Path, lines: Sequence[Numbered], tokenizer: Tokenizer, limit: int | None) -> list[Item]:
+    """Prompts with completions, or messages: tokens, and as labels those to be learned."""
+    items, problems = list[Item](), list[str]()
+    for line in lines:
+        turns = line.entry.get("messages")
+        if "text" in line.entry:
+            problems.append(f"line {line.line}: text; the first line has another form")
+            continue
+        ids, labels = _encode_turns(turns, tokenizer) if turns else _encode_answer(line.entry, tokenizer)
+        if limit is not None and len(ids) > limit:
+            problems.append(f"line {line.line}: {len(ids)} tokens")
+            continue
+        items.append({"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)})
+    if problems:
+        refuse(path, problems, f"conversations of one form, of at most {limit} tokens")
+    return items
+
+
+def _encode_answer(entry: Mapping[str, Any], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """The start token, the prompt, the completion and the end token, if there is one; labels for the last two."""
+    prompt = [start_token(tokenizer), *tokenizer(entry["prompt"], add_special_tokens=False)["input_ids"]]
+    answer = [*tokenizer(entry["completion"], add_special_tokens=False)["input_ids"]]
+    answer += [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    return prompt + answer, [IGNORED] * len(prompt) + answer
+
+
+def _encode_turns(turns: Sequence[Mapping[str, str]], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """A conversation by the chat template; labels for what each message of the assistant adds to what is before it."""
+    ids: list[int] = []
+    labels: list[int] = []
+    for number, turn in enumerate(turns, 1):
+        speaks = turn["role"] == "assistant"
+        if speaks:  # the words that ask for an answer are not learned
+            ids, labels = _extend(ids, labels, _template(tokenizer, turns[: number - 1], True), False)
+        later = speaks or number == len(turns) or turns[number]["role"] != "assistant"
+        if later:
+            ids, labels = _extend(ids, labels, _template(tokenizer, turns[:number], False), speaks)
+    return ids, labels
+
+
+def _extend(ids: list[int], labels: list[int], longer: list[int], learned: bool) -> tuple[list[int], list[int]]:
+    """The tokens of a longer conversation, with labels for those that are new where they are to be learned."""
+    same = next((i for i, (a, b) in enumerate(zip(ids, longer, strict=False)) if a != b), min(len(ids), len(longer)))
+    new = longer[same:]
+    return longer, labels[:same] + (new if learned else [IGNORED] * len(new))
+
+
+def _template(tokenizer: Tokenizer, turns: Sequence[Mapping[str, str]], asks: bool) -> list[int]:
+    try:
+        text: Any = tokenizer.apply_chat_template(
+            [dict(turn) for turn in turns], tokenize=False, add_generation_prompt=asks
+        )
+    except (ValueError, TypeError, LookupError, RuntimeError) as error:
+        raise PlanError(
+            f"the chat template cannot write these messages ({reason(error)}); expected a template for "
+            "their roles. Set chat_template, or give prompts with completions"
+        ) from None
+    found: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return found
+
+
+def _read_pairs(path: Path, tokenizer: Tokenizer, limit: int | None) -> Examples:
+    """Texts with their positives."""
+
+    def read(entry: dict[str, Any], line: int) -> Numbered | str:
+        fits = is_text(entry.get("text")) and is_text(entry.get("positive"))
+        return Numbered(entry, line) if fits else 'no "text" with a "positive"'
+
+    lines = read_objects(path, read, 'an object {"text": ..., "positive": ...} on each line')
+    options: dict[str, Any] = {"truncation": limit is not None, "max_length": limit, "verbose": False}
+    sides = [tokenizer([line.entry[key] for line in lines], **options)["input_ids"] for key in ("text", "positive")]
+    items = [
+        {"input_ids": torch.tensor(text), "positive_input_ids": torch.tensor(positive)}
+        for text, positive in zip(*sides, strict=True)
+    ]
+    padding = _padding(tokenizer)
+    return Examples(items, {"input_ids": padding, "positive_input_ids": padding})
+
+
+def _read_arrays(path: Path, window: int | None) -> Examples:
+    """The rows of arrays, by the names of the model's inputs."""
+    items: list[Item] = []
+    for batch in read_data(path, "classification", None, window=window):
+        if batch.args or batch.labels is None:
+            raise FormatError(
+                f"{path}: expected arrays with the names of the model's inputs, such as pixel_values, and labels; "
+                f"found {'x' if batch.args else 'no labels'}. Rename or add them"
+            )
+        named = {**batch.kwargs, "labels": batch.labels}
+        items += [{name: x[row] for name, x in named.items()} for row in range(len(batch))]
+    return Examples(items)
+
+
+def _padding(tokenizer: Tokenizer) -> int:
+    """The token that lengthens a row; no result depends on which it is, as a mask hides it."""
+    return int(tokenizer.pad_token_id or 0)

@@ -1,0 +1,153 @@
+"""Tuning by PEFT's adapters: LoRA and its relatives, whose changes can be merged into the weights."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from mergekit_lfm.errors import PlanError, reason
+from mergekit_lfm.methods.kinds import TuneMethod
+from mergekit_lfm.methods.method import Parameter, Value
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from mergekit_lfm.tune.work import Prepared, TuneWork
+
+TASKS = {"lm": "CAUSAL_LM", "classification": "SEQ_CLS", "embedding": "FEATURE_EXTRACTION"}
+
+RANK = Parameter("rank", 8, kind="int", minimum=1, doc="rank of the change of each matrix")
+ALPHA = Parameter("alpha", 16.0, above=0, doc="the change is scaled by alpha over rank")
+DROPOUT = Parameter("dropout", 0.0, minimum=0, maximum=1, doc="share of a layer's inputs that training drops")
+TARGETS = Parameter(
+    "targets", "all-linear", kind="str", doc="names of the modules to change, with commas, or all-linear, or PEFT's own"
+)
+
+
+def _prepare(make: Callable[[Any, Mapping[str, Value]], Any]) -> Callable[[TuneWork], Prepared]:
+    """A method by its config. make(peft, options): the config of PEFT, without the task and the base."""
+
+    def prepare(work: TuneWork) -> Prepared:
+        from mergekit_lfm.tune.work import PeftAdapter, Prepared
+
+        peft = import_peft()
+        try:
+            config = make(peft, work.options)
+            config.task_type, config.base_model_name_or_path = TASKS[work.task], work.reference
+            with quiet():
+                model = peft.get_peft_model(work.model, config)
+        except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
+            raise PlanError(
+                f"PEFT makes no such adapter for {type(work.model).__name__} ({reason(error)}); expected names of its "
+                "modules in `targets`. Give them, or choose another method"
+            ) from error
+
+        def adapter() -> PeftAdapter:
+            facts = {**model.peft_config["default"].to_dict(), "inference_mode": True, "revision": None}
+            with quiet():
+                tensors = peft.get_peft_model_state_dict(model)
+            return PeftAdapter(facts, {name: x.detach().cpu().contiguous() for name, x in tensors.items()})
+
+        return Prepared(model, adapter=adapter)
+
+    return prepare
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the warnings that PEFT causes in the libraries that it calls."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def import_peft() -> Any:
+    """The library. Raises an ImportError that says how to install it."""
+    try:
+        import peft
+    except ImportError as error:
+        message = 'tuning an adapter needs peft: pip install "mergekit_lfm[tune]"'
+        raise ImportError(message, name="peft") from error
+    return peft
+
+
+def _targets(options: Mapping[str, Value]) -> str | list[str] | None:
+    text = str(options["targets"])
+    return None if text == "default" else text if text == "all-linear" else text.split(",")
+
+
+def _lora(peft: Any, options: Mapping[str, Value], **more: Any) -> Any:
+    return peft.LoraConfig(
+        r=options["rank"],
+        lora_alpha=options["alpha"],
+        lora_dropout=options["dropout"],
+        target_modules=_targets(options),
+        **more,
+    )
+
+
+def _dora(peft: Any, options: Mapping[str, Value]) -> Any:
+    return _lora(peft, options, use_dora=True)
+
+
+def _lokr(peft: Any, options: Mapping[str, Value]) -> Any:
+    return peft.LoKrConfig(r=options["rank"], alpha=options["alpha"], target_modules=_targets(options))
+
+
+def _ia3(peft: Any, options: Mapping[str, Value]) -> Any:
+    return peft.IA3Config(target_modules=_targets(options), feedforward_modules=[])
+
+
+def _ln(peft: Any, options: Mapping[str, Value]) -> Any:
+    return peft.LNTuningConfig(target_modules=_targets(options))
+
+
+METHODS = (
+    TuneMethod(
+        "lora",
+        "Hu et al. 2021, arXiv 2106.09685",
+        "a change of low rank for each matrix, as an adapter",
+        "adapter",
+        _prepare(_lora),
+        2e-4,
+        (RANK, ALPHA, DROPOUT, TARGETS),
+    ),
+    TuneMethod(
+        "dora",
+        "Liu et al. 2024, arXiv 2402.09353",
+        "a change of low rank for the direction of each row of a matrix, and one of its length, as an adapter",
+        "adapter",
+        _prepare(_dora),
+        2e-4,
+        (RANK, ALPHA, DROPOUT, TARGETS),
+    ),
+    TuneMethod(
+        "lokr",
+        "Yeh et al. 2023, arXiv 2309.14859",
+        "a Kronecker product as the change of each matrix, as an adapter",
+        "adapter",
+        _prepare(_lokr),
+        1e-3,
+        (RANK, ALPHA, TARGETS),
+    ),
+    TuneMethod(
+        "ia3",
+        "Liu et al. 2022, arXiv 2205.05638",
+        "one factor for each output of a layer, as an adapter",
+        "adapter",
+        _prepare(_ia3),
+        3e-3,
+        (TARGETS,),
+    ),
+    TuneMethod(
+        "ln",
+        "Zhao et al. 2023, arXiv 2312.11420",
+        "the layers that normalise alone, as an adapter",
+        "adapter",
+        _prepare(_ln),
+        1e-3,
+        (Parameter("targets", "default", kind="str", doc="names of the modules, with commas, or default, PEFT's own"),),
+    ),
+)

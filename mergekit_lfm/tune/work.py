@@ -1,0 +1,98 @@
+"""What a tuning method gets, and what it gives back: a model that is ready to be trained."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor, nn
+
+from mergekit_lfm.errors import PlanError
+from mergekit_lfm.methods.method import Value
+from mergekit_lfm.train.hooks import Hook
+
+NUMBER = re.compile(r"\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class TuneWork:
+    """A model to be tuned. options: a value for each parameter of the method. steps: of the training.
+
+    reference: the model as its user names it. fisher: Fisher information by the names of parameters, if it is given.
+    """
+
+    model: nn.Module
+    task: str
+    options: Mapping[str, Value]
+    steps: int
+    reference: str
+    fisher: Mapping[str, Tensor] | None = None
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The names of all parameters; one with several names has its first."""
+        return tuple(name for name, _ in self.model.named_parameters())
+
+    @cached_property
+    def head(self) -> frozenset[str]:
+        """The parameters of the head, in front of which the rest of the model is; none for an encoder."""
+        prefix = getattr(self.model, "base_model_prefix", "")
+        if not prefix or not hasattr(self.model, prefix):
+            return frozenset()
+        return frozenset(name for name in self.names if not name.startswith(f"{prefix}."))
+
+    @cached_property
+    def groups(self) -> tuple[frozenset[str], ...]:
+        """The parameters from the model's end to its beginning: what is above all layers, each layer, what is below.
+
+        The layers of several stacks that have one number are one group.
+        """
+        numbers = {name: int(found[1]) for name in self.names if (found := NUMBER.search(name))}
+        if not numbers:
+            raise PlanError(f"{type(self.model).__name__} has no numbered layers; expected some. Choose another method")
+        first = next(i for i, name in enumerate(self.names) if name in numbers)
+        below = frozenset(name for name in self.names[:first])
+        above = frozenset(name for name in self.names[first:] if name not in numbers)
+        layers = [frozenset(n for n in numbers if numbers[n] == i) for i in sorted(set(numbers.values()), reverse=True)]
+        return tuple(group for group in (above, *layers, below) if group)
+
+    def train(self, names: Iterable[str]) -> None:
+        """Have these parameters trained, and no others. Raises PlanError for none."""
+        wanted = set(names)
+        if not wanted:
+            raise PlanError(f"{type(self.model).__name__} has no parameter that this method trains; choose another")
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name in wanted)
+
+
+def _nothing() -> None:
+    """Do nothing."""
+
+
+@dataclass(frozen=True)
+class PeftAdapter:
+    """An adapter in PEFT's form: its config as data, and its tensors by PEFT's names."""
+
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model that is ready to be trained. model: the one to run, which may wrap that of the work.
+
+    decays: whether weight decay makes sense. fold: puts what was trained into the parameters that the model had.
+    adapter: what was trained, as an adapter, in its place.
+    """
+
+    model: nn.Module
+    hooks: tuple[Hook, ...] = ()
+    decays: bool = True
+    fold: Callable[[], None] = field(default=_nothing)
+    adapter: Callable[[], PeftAdapter] | None = None
+
+
+Tuner = Callable[[TuneWork], Prepared]

@@ -1,0 +1,128 @@
+"""What every tuning method promises. A new one is tested without another line here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers_tune import TASKS, tiny  # noqa: F401
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mergekit_lfm import collect_stats, merge, tune_model
+from mergekit_lfm.recipe.registry import TUNE_METHODS
+from mergekit_lfm.recipe.training import Options
+from mergekit_lfm.runtime.load import load_model
+from mergekit_lfm.train.loop import mean_loss
+from mergekit_lfm.train.losses import LOSSES
+from mergekit_lfm.train.texts import read_examples
+from mergekit_lfm.views.adapted import open_model
+from mergekit_lfm.views.patched import patched_view
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
+CASES = [(name, kind) for name in TUNE_METHODS for kind in ("llama", "bert")]
+# Without a head of its own, without biases, or without layers that normalise by PEFT's own list.
+UNFIT = {("lp_ft", "llama")}
+OPTIONS: dict[str, Any] = {"steps": 6, "batch_size": 8, "learning_rate": 3e-3, "threads": 1}
+MORE: Mapping[str, Mapping[str, Any]] = {
+    "ia3": {"parameters": {"targets": "q_proj,v_proj,query,value"}},
+    "ln": {"parameters": {"targets": "input_layernorm,LayerNorm"}},
+    "mask": {"parameters": {"share": 0.01}},
+    "full": {"weight_decay": 0.1},
+}
+
+
+def tuned(name: str, kind: str, root: Path, out: Path, **more: Any) -> Path:
+    """The result of a method on a tiny model."""
+    needs: dict[str, Any] = {}
+    if TUNE_METHODS[name].needs:
+        stats = out.parent / f"{kind}.fisher.safetensors"
+        collect_stats("fisher", root / kind, root / f"{kind}.jsonl", stats, task=TASKS[kind])  # type: ignore[arg-type]
+        needs["stats"] = stats
+    options = {**OPTIONS, **MORE.get(name, {}), **needs, **more}
+    place = out.with_suffix(".safetensors") if TUNE_METHODS[name].makes == "patch" else out
+    return Path(tune_model(root / kind, root / f"{kind}.jsonl", place, task=TASKS[kind], method=name, **options))
+
+
+def opened(name: str, base: Path, result: Path) -> Any:
+    """The tuned model as a checkpoint."""
+    makes = TUNE_METHODS[name].makes
+    if makes == "patch":
+        from mergekit_lfm.artifacts.patch import open_patch
+
+        return patched_view(open_model(base), open_patch(result))
+    return open_model(f"{base}+{result}" if makes == "adapter" else result)
+
+
+def tensors(checkpoint: Any) -> dict[str, Tensor]:
+    return {name: checkpoint.read(name).view(spec.shape) for name, spec in checkpoint.items()}
+
+
+def may_change(name: str, tensor: str, shape: tuple[int, ...], kind: str) -> bool:
+    """Whether a method may change a tensor."""
+    head = kind == "bert" and tensor.startswith("classifier")
+    matrix = len(shape) == 2 and "embed" not in tensor and "lm_head" not in tensor and not head
+    return {
+        "full": True,
+        "lp_ft": True,
+        "layerwise": True,
+        "mask": True,
+        "bitfit": tensor.endswith("bias") or head,
+        "svf": matrix or head,
+        "ia3": any(part in tensor for part in ("q_proj", "v_proj", "query", "value"))
+        or head,  # of outputs, so of biases
+        "ln": "norm" in tensor.lower() or head,
+    }.get(name, matrix or head)
+
+
+@pytest.mark.parametrize(("name", "kind"), [case for case in CASES if case not in UNFIT])
+def test_it_changes_what_it_may_lowers_the_loss_and_comes_back_equal(
+    name: str,
+    kind: str,
+    tiny: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    base, data = tiny / kind, tiny / f"{kind}.jsonl"
+    if (name, kind) == ("bitfit", "llama"):
+        with pytest.raises(Exception, match="has no biases"):
+            tuned(name, kind, tiny, tmp_path / "out")
+        return
+    result = tuned(name, kind, tiny, tmp_path / "out")
+    again = tuned(name, kind, tiny, tmp_path / "again")
+    files = [path for path in result.iterdir() if path.suffix == ".safetensors"] if result.is_dir() else [result]
+    for file in files:
+        other = again / file.name if result.is_dir() else again
+        assert file.read_bytes() == other.read_bytes()
+    before, after = tensors(open_model(base)), tensors(opened(name, base, result))
+    changed = {tensor for tensor, x in before.items() if not torch.equal(x, after[tensor])}
+    assert changed and before.keys() == after.keys()
+    assert [n for n in changed if not may_change(name, n, tuple(before[n].shape), kind)] == []
+    start, end = (load_model(source, TASKS[kind]) for source in (base, opened(name, base, result)))
+    examples = read_examples(data, start)
+    losses = [mean_loss(each.model, examples, LOSSES[TASKS[kind]], Options()) for each in (start, end)]
+    assert losses[1] < losses[0]
+    told = [
+        json.loads(line) for line in (tmp_path / f"{result.name}.training" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert [line["step"] for line in told] == [*range(1, 7)]
+
+
+@pytest.mark.parametrize("name", ["full", "bitfit", "lora"])
+def test_a_merge_takes_what_it_writes(name: str, tiny: Path, tmp_path: Path) -> None:  # noqa: F811
+    """Halfway between the base and the tuned model, by the engine."""
+    base = tiny / "bert"
+    result = tuned(name, "bert", tiny, tmp_path / "out")
+    entry: dict[str, Any] = {"model": str(base), "edits": [str(result)]}
+    if TUNE_METHODS[name].makes == "adapter":
+        entry = {"model": f"{base}+{result}"}
+    elif TUNE_METHODS[name].makes == "checkpoint":
+        entry = {"model": str(result)}
+    recipe = {"merge_method": "linear", "models": [{"model": str(base)}, entry], "parameters": {"weight": 1}}
+    merged = load_file(Path(merge(recipe, tmp_path / "merged")) / "model.safetensors")
+    before, after = tensors(open_model(base)), tensors(opened(name, base, result))
+    for tensor, x in merged.items():
+        assert torch.allclose(x.double(), (before[tensor].double() + after[tensor].double()) / 2, atol=1e-7)

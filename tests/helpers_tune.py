@@ -1,0 +1,72 @@
+"""Tiny saved models with tokenizers, and data to tune them on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers_editing import LLAMA, TEXTS, trained_tokenizer
+
+transformers = pytest.importorskip("transformers")
+
+BERT = {
+    "vocab_size": 340,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 48,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+    "initializer_range": 0.1,
+}
+TASKS = {"llama": "lm", "bert": "classification", "encoder": "embedding"}
+
+
+def save_tiny(kind: str, folder: Path) -> Path:
+    """A model of random weights with its tokenizer: a Llama, a BERT that tells three classes apart, or its encoder."""
+    torch.manual_seed(3)
+    made: Any
+    if kind == "llama":
+        made = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**LLAMA, "num_hidden_layers": 2}))
+    elif kind == "bert":
+        made = transformers.BertForSequenceClassification(transformers.BertConfig(**BERT, num_labels=3))
+    else:
+        made = transformers.BertModel(transformers.BertConfig(**BERT))
+    with torch.no_grad():
+        for name, x in made.named_parameters():
+            if name.endswith("bias"):
+                x.normal_(0, 0.1)
+    made.save_pretrained(folder)
+    trained_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def write_data(kind: str, file: Path) -> Path:
+    """Sixteen examples for a model."""
+    words = [text for line in TEXTS for text in line.split(" . ")] * 4
+    lines: list[dict[str, Any]]
+    if kind == "llama":
+        lines = [{"text": word} for word in words[:16]]
+    elif kind == "bert":
+        lines = [{"text": word, "label": number % 3} for number, word in enumerate(words[:16])]
+    else:
+        lines = [{"text": word, "positive": " ".join(reversed(word.split()))} for word in words[:16]]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return file
+
+
+@pytest.fixture(scope="session")
+def tiny(made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+    """A folder with the models, by their kinds, and for each its data, KIND.jsonl."""
+
+    def make(folder: Path) -> None:
+        for kind in TASKS:
+            save_tiny(kind, folder / kind)
+            write_data(kind, folder / f"{kind}.jsonl")
+
+    return made_once("tiny-tuned", make)

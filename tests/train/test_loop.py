@@ -1,0 +1,292 @@
+"""The training loop: against closed forms and AdamW written from the paper; cut, killed and gone on from."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mergekit_lfm.errors import PlanError
+from mergekit_lfm.machine.pauses import Pauses
+from mergekit_lfm.recipe.training import Options
+from mergekit_lfm.train.examples import Examples, join
+from mergekit_lfm.train.hooks import Ball, Hook, Masks, MovingAverage, Phases, Pull, Snapshots
+from mergekit_lfm.train.loop import METRICS, STATE, fit, mean_loss
+from mergekit_lfm.train.losses import Terms, squares, towards
+
+
+class Net(nn.Module):
+    """A line, or two layers with dropout between them."""
+
+    def __init__(self, deep: bool = False, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        width = 7 if deep else 1
+        self.first = nn.Linear(5, width, dtype=dtype)
+        self.second = nn.Linear(width, 1, dtype=dtype) if deep else nn.Identity()
+        self.drop = nn.Dropout(0.3 if deep else 0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.second(self.drop(self.first(x)))
+        return out.squeeze(-1)
+
+
+def data(count: int = 24, dtype: torch.dtype = torch.float64) -> Examples:
+    torch.manual_seed(0)
+    x = torch.randn(count, 5, dtype=dtype)
+    y = x @ torch.arange(1.0, 6.0, dtype=dtype) + 0.1 * torch.randn(count, dtype=dtype) + 2
+    return Examples([{"x": a, "labels": b} for a, b in zip(x, y, strict=True)])
+
+
+def numbers(model: nn.Module) -> Tensor:
+    return torch.cat([x.detach().flatten() for x in model.parameters()])
+
+
+def test_a_line_becomes_that_of_least_squares() -> None:
+    model, examples = Net(), data()
+    fit(model, examples, squares, Options(steps=3000, batch_size=24, learning_rate=0.05, schedule="cosine", clip=0.0))
+    rows = torch.stack([torch.cat([item["x"], torch.ones(1).double()]) for item in examples.items])
+    wanted = torch.linalg.lstsq(rows, torch.stack([item["labels"] for item in examples.items])[:, None]).solution
+    assert torch.allclose(numbers(model), wanted.flatten(), atol=1e-6)
+
+
+def test_three_steps_are_those_of_the_paper() -> None:
+    """AdamW, algorithm 2 of arXiv 1711.05101, in float64, with weight decay for matrices alone."""
+    model, examples = Net(), data(4)
+    options = Options(steps=3, batch_size=4, learning_rate=0.1, weight_decay=0.2, clip=0.5, warmup=0.34)
+    weight, bias = (x.detach().clone() for x in model.parameters())
+    moments = [[torch.zeros_like(x), torch.zeros_like(x)] for x in (weight, bias)]
+    x = torch.stack([item["x"] for item in examples.items])
+    y = torch.stack([item["labels"] for item in examples.items])
+    for step in (1, 2, 3):
+        rate = 0.1 if step == 1 else 0.1 * (1 - (step - 2) / 2)
+        error = 2 * (x @ weight[0] + bias - y) / 4
+        gradients = [(error @ x)[None], error.sum()[None]]
+        norm = torch.cat([g.flatten() for g in gradients]).norm()
+        for value, gradient, decay, (first, second) in zip((weight, bias), gradients, (0.2, 0), moments, strict=True):
+            clipped = gradient * min(1.0, float(0.5 / (norm + 1e-6)))
+            first.mul_(0.9).add_(0.1 * clipped)
+            second.mul_(0.999).add_(0.001 * clipped**2)
+            hats = first / (1 - 0.9**step), second / (1 - 0.999**step)
+            value -= rate * (hats[0] / (hats[1].sqrt() + 1e-8) + decay * value)
+    fit(model, examples, squares, options)
+    assert torch.allclose(numbers(model), torch.cat([weight.flatten(), bias]), atol=1e-12)
+
+
+class Killed(BaseException):
+    """The end of a process."""
+
+
+def killed_at(step: int) -> Any:
+    def tell(done: int, _: int, __: Mapping[str, Any]) -> None:
+        if done == step:
+            raise Killed
+
+    return tell
+
+
+@pytest.mark.parametrize("every_s", [0.0, 1e9])
+def test_killed_at_any_step_it_goes_on_to_the_same_bytes(every_s: float, tmp_path: Path) -> None:
+    """With a state at each step, and without one; dropout, averages, a development set and a ball are gone on with."""
+    options = Options(steps=9, batch_size=5, learning_rate=0.01, evaluate_every=2, accumulate=2)
+
+    def hooks() -> list[Hook]:
+        return [MovingAverage(0.9), Ball(0.05, "l2")]
+
+    whole = Net(deep=True)
+    history = fit(whole, data(), squares, options, dev=data(7), hooks=hooks())
+    for step in range(1, 9):
+        place = tmp_path / f"{every_s}-{step}"
+        pauses = Pauses(every_s=every_s, saving_share=math.inf)
+        how: dict[str, Any] = {"dev": data(7), "place": place, "request": "r"}
+        with pytest.raises(Killed):
+            fit(Net(deep=True), data(), squares, options, hooks=hooks(), pauses=pauses, tell=killed_at(step), **how)
+        again, steps = Net(deep=True), list[int]()
+        found = fit(
+            again, data(), squares, options, hooks=hooks(), tell=lambda done, *_, steps=steps: steps.append(done), **how
+        )
+        assert torch.equal(numbers(again), numbers(whole))
+        assert steps[0] == (step if every_s == 0 else 1)  # the last state is from before the step that was told
+        assert (found.best, found.best_step) == (history.best, history.best_step)
+        lines = [json.loads(line) for line in (place / METRICS).read_text().splitlines()]
+        assert [line["step"] for line in lines] == [*range(1, 10)]
+        assert [line["loss"] for line in lines] == [line["loss"] for line in history.record]
+
+
+def test_a_state_of_another_request_is_not_gone_on_from(tmp_path: Path) -> None:
+    options = Options(steps=4, batch_size=5, learning_rate=0.01)
+    pauses = Pauses(every_s=0, saving_share=math.inf)
+    with pytest.raises(Killed):
+        fit(Net(), data(), squares, options, place=tmp_path, request="a", pauses=pauses, tell=killed_at(3))
+    steps = list[int]()
+    for content in (None, b"damaged"):
+        if content is not None:
+            (tmp_path / STATE).write_bytes(content)
+        fit(Net(), data(), squares, options, place=tmp_path, request="b", tell=lambda done, *_: steps.append(done))
+    assert steps == [1, 2, 3, 4] * 2
+
+
+def test_a_batch_in_parts_is_the_batch() -> None:
+    models = [Net() for _ in range(3)]
+    for model, parts in zip(models, (1, 2, 5), strict=True):
+        fit(model, data(), squares, Options(steps=6, batch_size=5, learning_rate=0.1, accumulate=parts))
+    assert torch.allclose(numbers(models[0]), numbers(models[1]), atol=1e-12)
+    assert torch.allclose(numbers(models[0]), numbers(models[2]), atol=1e-12)
+
+
+def test_random_numbers_outside_are_as_before_and_the_seed_decides_those_inside() -> None:
+    results = []
+    for seed in (1, 1, 2):
+        model, examples = Net(deep=True), data()
+        before = torch.random.get_rng_state()
+        fit(model, examples, squares, Options(steps=3, batch_size=5, seed=seed))
+        assert torch.equal(torch.random.get_rng_state(), before)
+        assert not model.training
+        results.append(numbers(model))
+    assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
+
+
+def test_the_state_with_the_least_loss_on_the_development_set_stays_and_patience_ends() -> None:
+    """The training data lead away from the development set: the best state is one of the first."""
+    options = Options(steps=100, batch_size=24, learning_rate=0.2, evaluate_every=1, patience=3, schedule="constant")
+    model, dev = Net(), data(6)
+    away = Examples([{"x": item["x"], "labels": -item["labels"]} for item in data().items])
+    fit(model, dev, squares, Options(steps=10, batch_size=6, learning_rate=0.2))
+    history = fit(model, away, squares, options, dev=dev)
+    assert history.best_step == 1 and history.steps == 4 and len(history.record) == 4
+    assert mean_loss(model, dev, squares, options) == history.best == history.record[0]["dev_loss"]
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_step(tmp_path: Path) -> None:
+    examples = data()
+    calls = list[int]()
+
+    def broken(model: nn.Module, batch: Mapping[str, Tensor]) -> Terms:
+        calls.append(1)
+        total, number = squares(model, batch)
+        return Terms(total * (math.nan if len(calls) == 4 else 1), number)
+
+    model, before = Net(), Net()
+    with pytest.raises(PlanError, match=r"the loss of step 4 is nan, expected a finite number; .*state.safetensors"):
+        fit(model, examples, broken, Options(steps=9, batch_size=5), place=tmp_path, request="r")
+    fit(before, examples, squares, Options(steps=9, batch_size=5), tell=None, place=tmp_path / "b", request="r")
+    calls.append(1)
+    fit(model, examples, broken, Options(steps=9, batch_size=5), place=tmp_path, request="r")  # the state is whole
+    assert torch.equal(numbers(model), numbers(before))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [("constant", [0.5, 1, 1, 1]), ("linear", [0.5, 1, 1, 0.5]), ("cosine", [0.5, 1, 1, 0.5])],
+)
+def test_rates_rise_and_fall(schedule: Any, expected: list[float]) -> None:
+    options = Options(steps=4, learning_rate=1.0, schedule=schedule, warmup=0.5)
+    assert [options.rate(step) for step in range(4)] == pytest.approx(expected)
+
+
+def test_settings_out_of_range_are_refused_together() -> None:
+    with pytest.raises(
+        PlanError, match=r"steps is 0; expected at least 1; .*learning_rate is -1; .*schedule is 'linar'"
+    ):
+        Options(steps=0, learning_rate=-1, schedule="linar")  # type: ignore[arg-type]
+    with pytest.raises(PlanError, match="accumulate is 9; expected at most batch_size, 4"):
+        Options(batch_size=4, accumulate=9)
+    with pytest.raises(PlanError, match="no parameter of the model is trained"):
+        fit(Net().requires_grad_(False), data(), squares, Options())
+
+
+def test_each_example_once_in_a_round_and_data_sets_up_to_their_cap() -> None:
+    examples = data(10)
+    seen = [number for step in range(5) for number in examples.step(step, 4, seed=1)]
+    assert sorted(seen[:10]) == sorted(seen[10:]) == [*range(10)] and seen[:10] != seen[10:]
+    assert examples.step(1, 4, 1) != examples.step(1, 4, 2)
+    mixed = join([data(10), data(3), data(2)], [4, None, 9])
+    rounds = [[number for step in range(3) for number in mixed.step(3 * i + step, 3, 0)] for i in range(20)]
+    assert all(len({*each}) == 9 and {10, 11, 12, 13, 14} < {*each} for each in rounds)
+    assert {number for each in rounds for number in each} == {*range(15)}  # another four of the first set each time
+
+
+def test_an_average_of_weights_is_that_by_hand() -> None:
+    model, trace = Net(), list[Tensor]()
+
+    class Trace(Hook):
+        def after(self, done: int, parameters: Mapping[str, nn.Parameter]) -> None:  # noqa: ARG002
+            trace.append(torch.cat([x.detach().flatten().clone() for x in parameters.values()]))
+
+    average = numbers(model).float()
+    fit(model, data(), squares, Options(steps=5, batch_size=5, learning_rate=0.1), hooks=[Trace(), MovingAverage(0.2)])
+    for done, x in enumerate(trace, 1):
+        decay = min(0.2, (1 + done) / (10 + done))
+        average = decay * average + (1 - decay) * x.float()
+    assert torch.allclose(numbers(model).float(), average, atol=1e-6)
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_a_ball_holds_the_change(norm: Any) -> None:
+    model = Net()
+    start = numbers(model)
+    fit(model, data(), squares, Options(steps=40, batch_size=5, learning_rate=0.1), hooks=[Ball(0.25, norm)])
+    change = numbers(model) - start
+    length = float(change.norm() if norm == "l2" else change.abs().max())
+    assert length == pytest.approx(0.25, abs=1e-9)
+
+
+def test_phases_and_masks_train_what_they_name_alone() -> None:
+    model = Net(deep=True)
+    names = [name for name, _ in model.named_parameters()]
+    seen = list[list[str]]()
+    before = {name: x.detach().clone() for name, x in model.named_parameters()}
+
+    class Watch(Hook):
+        def after(self, done: int, parameters: Mapping[str, nn.Parameter]) -> None:  # noqa: ARG002
+            seen.append([name for name, x in parameters.items() if not torch.equal(x, before[name])])
+
+    phases = Phases([(0, frozenset({"second.weight"})), (2, frozenset(names))])
+    fit(model, data(), squares, Options(steps=3, batch_size=5, learning_rate=0.1), hooks=[phases, Watch()])
+    assert seen == [["second.weight"], ["second.weight"], names]
+    model = Net()
+    mask = torch.tensor([[1.0, 0, 0, 1, 0]])
+    start = model.first.weight.detach().clone()
+    fit(
+        model, data(), squares, Options(steps=3, batch_size=5, learning_rate=0.1), hooks=[Masks({"first.weight": mask})]
+    )
+    assert torch.equal(model.first.weight != start, mask.bool())
+
+
+def test_snapshots_are_the_weights_on_the_way_and_a_pull_goes_towards_others(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    options = Options(steps=4, batch_size=5, learning_rate=0.1, schedule="constant")
+    model, shorter = Net(), Net()
+    fit(model, data(), squares, options, hooks=[Snapshots(tmp_path, 2)])
+    fit(shorter, data(), squares, Options(steps=2, batch_size=5, learning_rate=0.1, schedule="constant"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000002.safetensors", "step-000004.safetensors"]
+    halfway = load_file(tmp_path / "step-000002.safetensors")
+    assert torch.equal(torch.cat([x.flatten() for x in halfway.values()]).sort().values, numbers(shorter).sort().values)
+    pulled, zeros = Net(), {name: torch.zeros_like(x) for name, x in Net().named_parameters()}
+    fit(
+        pulled, data(), squares, Options(steps=1, batch_size=5, learning_rate=0.1), hooks=[Pull(lambda: zeros, 0.25, 1)]
+    )
+    once = Net()
+    fit(once, data(), squares, Options(steps=1, batch_size=5, learning_rate=0.1))
+    assert torch.allclose(numbers(pulled), 0.25 * numbers(once), atol=1e-12)
+
+
+def test_a_penalty_holds_the_start() -> None:
+    """With the gradient of a quadratic loss, the minimum between data and start is that of ridge regression."""
+    model, examples = Net(), data()
+    start = {name: x.detach().clone() for name, x in model.named_parameters()}
+    loss = towards(squares, start, 3.0)
+    fit(model, examples, loss, Options(steps=3000, batch_size=24, learning_rate=0.05, schedule="cosine", clip=0.0))
+    rows = torch.stack([torch.cat([item["x"], torch.ones(1).double()]) for item in examples.items])
+    wanted = torch.stack([item["labels"] for item in examples.items])
+    first = torch.cat([x.flatten() for x in start.values()])
+    gram = 2 * rows.T @ rows / 24 + 3 * torch.eye(6).double()
+    solution = torch.linalg.solve(gram, 2 * rows.T @ wanted / 24 + 3 * first)
+    assert torch.allclose(numbers(model), solution, atol=1e-5)
