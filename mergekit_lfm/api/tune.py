@@ -31,7 +31,7 @@ from mergekit_lfm.runtime.subject import Subject, make_subject
 from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.store.locks import lock_folder
 from mergekit_lfm.train.examples import Examples, join, seed_of
-from mergekit_lfm.train.loop import STATE, History, fit
+from mergekit_lfm.train.loop import METRICS, STATE, fit
 from mergekit_lfm.train.losses import LOSSES
 from mergekit_lfm.train.texts import check_labels, read_examples
 from mergekit_lfm.tune.work import Prepared, TuneWork
@@ -118,12 +118,9 @@ def tune_planned(
     there = planned.request.is_answered(out, overwrite=overwrite)
     if there:
         return Outcome(out, _known(planned), request.digest, True, warn_of(planned.notices), time.monotonic() - started)
-    training = planned.training
-    _check_training(training)
-    training.mkdir(parents=True, exist_ok=True)
-    with _threads(threads), lock_folder(training):
-        tuned = _tune(planned, training, progress)
-        (training / STATE).unlink(missing_ok=True)
+    _check_training(planned.training)
+    with _threads(threads):
+        tuned = _tune(planned, progress)
     return Outcome(out, tuned, request.digest, False, warn_of(planned.notices), time.monotonic() - started)
 
 
@@ -140,7 +137,7 @@ def _known(planned: PlannedTuning) -> Tuned:
 
 def _check_training(folder: Path) -> None:
     """Raise PlanError if the folder for the state holds something else."""
-    ours = {STATE, "metrics.jsonl"}
+    ours = {STATE, METRICS}
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise PlanError(f"{folder} is in the way of the training's state; move it away")
     others = sorted(path.name for path in folder.iterdir() if path.name not in ours) if folder.is_dir() else []
@@ -149,7 +146,7 @@ def _check_training(folder: Path) -> None:
         raise PlanError(f"{folder} holds {others[0]}, which is not the state of a training; move it away")
 
 
-def _tune(planned: PlannedTuning, training: Path, progress: Progress) -> Tuned:
+def _tune(planned: PlannedTuning, progress: Progress) -> Tuned:
     """Train, and write the result."""
     recipe, request = planned.recipe, planned.answer
     options, method = recipe.options, recipe.declaration
@@ -168,8 +165,9 @@ def _tune(planned: PlannedTuning, training: Path, progress: Progress) -> Tuned:
             f"weight_decay is {options.weight_decay}, and {method.name} trains parts of tensors, which would decay as "
             "a whole; leave it out"
         )
-    trained = sum(x.numel() for x in prepared.model.parameters() if x.requires_grad)
-    with progress.by_count(" steps", "tuning") as count:
+    trained, training = sum(x.numel() for x in prepared.model.parameters() if x.requires_grad), planned.training
+    training.mkdir(parents=True, exist_ok=True)
+    with lock_folder(training), progress.by_count(" steps", "tuning") as count:
         history = fit(
             prepared.model,
             examples,
@@ -181,8 +179,9 @@ def _tune(planned: PlannedTuning, training: Path, progress: Progress) -> Tuned:
             request=request.digest,
             tell=lambda done, whole, _: count(done, whole),
         )
-    tuned = _result(method.makes, history, trained, size)
-    _write(planned, prepared, subject, tuned)
+        tuned = Tuned(method.makes, history.steps, trained, size, history.loss, history.best, history.best_step)
+        _write(planned, prepared, subject, tuned)
+        (training / STATE).unlink(missing_ok=True)
     return tuned
 
 
@@ -208,10 +207,6 @@ def _fisher(path: Path, subject: Subject) -> dict[str, Tensor]:
         for name, entry in found.items()
         if entry is not None and name in shapes
     }
-
-
-def _result(makes: str, history: History, trained: int, size: int) -> Tuned:
-    return Tuned(makes, history.steps, trained, size, history.loss, history.best, history.best_step)
 
 
 def _write(planned: PlannedTuning, prepared: Prepared, subject: Subject, tuned: Tuned) -> None:

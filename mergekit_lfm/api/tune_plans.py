@@ -99,12 +99,24 @@ class PlannedTuning:
 
     def stand_in(self, folder: Path) -> None:
         """Write a folder like the result, without data."""
-        if self.recipe.declaration.makes != "checkpoint":
+        makes = self.recipe.declaration.makes
+        if makes == "patch":
             raise PlanError(
-                f"a later stage takes the result of {self.recipe.method}, expected that of a method that makes a whole "
-                "model, such as full; give this one a file of its own, and merge it in another recipe"
+                f"{self.recipe.method} makes a patch, which is a file, expected a method that makes a folder here. "
+                "Tune in a recipe of its own, and name the file under `edits` of another"
             )
-        save.stand_in(self.source, folder)
+        if makes == "checkpoint":
+            save.stand_in(self.source, folder)
+            return
+        from mergekit_lfm.output.adapter import stand_in_adapter
+        from mergekit_lfm.runtime.load import empty_model
+        from mergekit_lfm.tune.work import TuneWork
+
+        recipe = self.recipe
+        model = empty_model(self.source, recipe.task)
+        work = TuneWork(model, recipe.task, recipe.settings, recipe.options.steps, recipe.model)
+        made = recipe.declaration.prepare(work).adapter()
+        stand_in_adapter(folder, made.config, made.tensors)
 
 
 def plan_tuning(recipe: TuneRecipe, out: Path, *, device: str | None = None) -> PlannedTuning:

@@ -71,7 +71,7 @@ Examples:
 @options.batch_size_option("a step")
 @click.option("--accumulate", type=click.IntRange(min=1), default=1, help="Cut each batch into this many parts.")
 @click.option(
-    "--learning-rate", type=click.FloatRange(0, min_open=True), help="[default: the method's, see `methods tune/NAME`]"
+    "--learning-rate", type=click.FloatRange(0, min_open=True), help="[default: the method's, as `methods NAME` shows]"
 )
 @click.option(
     "--schedule",

@@ -150,10 +150,8 @@ class NewAdapter:
         folder.mkdir()
         for name, data in self._documents(folder.name).items():
             (folder / name).write_bytes(data)
-        specs, weights = self._specs().values(), folder / ADAPTER_WEIGHTS[0]
-        header, _ = encode_header(specs, METADATA)
-        weights.write_bytes(header)
-        os.truncate(weights, len(header) + sum(spec.nbytes for spec in specs))
+        specs = [*self._specs().values()]
+        _write_empty(folder / ADAPTER_WEIGHTS[0], encode_header(specs, METADATA)[0], specs)
 
     def _documents(self, title: str) -> dict[str, bytes]:
         """The config and the model card."""
@@ -255,14 +253,9 @@ def save_adapter(
     Replaces OUT: call `request.is_answered` first.
     """
     _ = request.digest
-    specs = [spec_of(name, tensors[name]) for name in sorted(tensors, key=in_order)]
-    header, _ = encode_header(specs, METADATA)
-    base = config.get("base_model_name_or_path")
-    repo = base if isinstance(base, str) and hub_name(base) and not Path(base).exists() else None
-    card = adapter_card(out.resolve().name, AdapterOutput((), base=base, repo=repo))
-    text = json.dumps(config, indent=2, sort_keys=True, default=sorted)  # sets have no order
-    files = {ADAPTER_CONFIG: f"{text}\n".encode(), CARD: card.encode()}
-    data = {spec.name: bytes_of(tensors[spec.name].contiguous()) for spec in specs}
+    specs, header = _lay_out(tensors)
+    data = {spec.name: bytes_of(tensors[spec.name].cpu().contiguous()) for spec in specs}
+    files = _documents(out.resolve().name, config)
     with make_folder(out) as partial:
         replace_file(partial / ADAPTER_WEIGHTS[0], chain([header], data.values()))
         locked = [(spec, ADAPTER_WEIGHTS[0], xxhash.xxh3_128_hexdigest(data[spec.name])) for spec in specs]
@@ -270,6 +263,38 @@ def save_adapter(
         for name, content in files.items():
             replace_file(partial / name, content)
         sync_folder(partial)
+
+
+def stand_in_adapter(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write the files of `save_adapter` into a folder, without data, which take no space on the disk, or a lock."""
+    folder.mkdir()
+    for name, content in _documents(folder.name, config).items():
+        (folder / name).write_bytes(content)
+    specs, header = _lay_out(tensors)
+    _write_empty(folder / ADAPTER_WEIGHTS[0], header, specs)
+
+
+def _lay_out(tensors: Mapping[str, Tensor]) -> tuple[list[TensorSpec], bytes]:
+    """The tensors in the order of the file, and its header."""
+    specs = [spec_of(name, tensors[name]) for name in sorted(tensors, key=in_order)]
+    return specs, encode_header(specs, METADATA)[0]
+
+
+def _documents(title: str, config: Mapping[str, Any]) -> dict[str, bytes]:
+    """The config as PEFT has it, and the model card."""
+    base = config.get("base_model_name_or_path")
+    repo = base if isinstance(base, str) and hub_name(base) and not Path(base).exists() else None
+    text = json.dumps(config, indent=2, sort_keys=True, default=sorted)  # sets have no order
+    return {
+        ADAPTER_CONFIG: f"{text}\n".encode(),
+        CARD: adapter_card(title, AdapterOutput((), base=base, repo=repo)).encode(),
+    }
+
+
+def _write_empty(weights: Path, header: bytes, specs: Collection[TensorSpec]) -> None:
+    """Write a file of tensors without data, which takes no space on the disk."""
+    weights.write_bytes(header)
+    os.truncate(weights, len(header) + sum(spec.nbytes for spec in specs))
 
 
 def adapter_card(title: str, output: AdapterOutput) -> str:

@@ -114,6 +114,18 @@ def load_model(path: str | Path | Checkpoint, task: str, *, dtype: str = "float3
     return loaded
 
 
+def empty_model(source: Checkpoint, task: str) -> nn.Module:
+    """A model as `load_model` loads it, without values: its parameters are on the meta device. Raises as that does."""
+    import torch
+
+    transformers, folder = import_transformers(), source.path
+    with _quiet(transformers), _loading(folder, task), torch.device("meta"):
+        config = transformers.AutoConfig.from_pretrained(folder, **OURS)
+        _check_architecture(config, folder, task)
+        model: nn.Module = _auto_class(transformers, source, task).from_config(config, trust_remote_code=False)
+    return model
+
+
 def load_as_saved(folder: Path, tensors: Mapping[str, Tensor]) -> Loaded:
     """Load the model as the class that the folder's config names, head included, with `tensors` instead of the files'.
 

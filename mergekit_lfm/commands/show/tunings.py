@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from mergekit_lfm.commands.show.methods import MADE
-from mergekit_lfm.commands.show.outcomes import ALREADY_THERE, outcome_data
+from mergekit_lfm.commands.show.outcomes import outcome_data
 from mergekit_lfm.commands.show.terminal import table
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def done_data(outcome: Outcome[Tuned]) -> dict[str, Any]:
 def done_text(outcome: Outcome[Tuned]) -> str:
     """What was trained, and the loss."""
     if outcome.already_there:
-        return ALREADY_THERE
+        return "already there: the result of the same request; nothing was done"
     tuned = outcome.result
     rows = [
         ("made", MADE[tuned.makes]),

@@ -35,7 +35,7 @@ def _prepare(make: Callable[[Any, Mapping[str, Value]], Any]) -> Callable[[TuneW
         peft = import_peft()
         try:
             config = make(peft, work.options)
-            config.task_type, config.base_model_name_or_path = TASKS[work.task], work.reference
+            config.task_type = TASKS[work.task]
             with quiet():
                 model = peft.get_peft_model(work.model, config)
         except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
@@ -46,9 +46,10 @@ def _prepare(make: Callable[[Any, Mapping[str, Value]], Any]) -> Callable[[TuneW
 
         def adapter() -> PeftAdapter:
             facts = {**model.peft_config["default"].to_dict(), "inference_mode": True, "revision": None}
+            facts["base_model_name_or_path"] = work.reference
             with quiet():
                 tensors = peft.get_peft_model_state_dict(model)
-            return PeftAdapter(facts, {name: x.detach().cpu().contiguous() for name, x in tensors.items()})
+            return PeftAdapter(facts, {name: x.detach().contiguous() for name, x in tensors.items()})
 
         return Prepared(model, adapter=adapter)
 
