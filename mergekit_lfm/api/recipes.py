@@ -119,6 +119,6 @@ def _refuse_unknown(options: Mapping[str, Any], known: Iterable[str]) -> None:
 
 
 def _refuse_push(options: Mapping[str, Any]) -> None:
-    """Raise PlanError where what a job makes is to be pushed."""
+    """Raise PlanError if the result of a job is to be pushed."""
     if options.get("push_to"):
         raise PlanError(f"push_to: found {options['push_to']!r}, but what a job makes is not pushed; leave it out")

@@ -22,9 +22,9 @@ from mergekit_lfm.artifacts.statistics import open_statistics
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.kernels.sums import round_once
 from mergekit_lfm.machine.progress import SILENCE, Progress
-from mergekit_lfm.output.adapter import save_adapter
 from mergekit_lfm.output.request import result_of
 from mergekit_lfm.output.save import save_checkpoint
+from mergekit_lfm.output.trained_adapter import save_adapter
 from mergekit_lfm.recipe.tune_recipe import TuneRecipe
 from mergekit_lfm.runtime.load import Loaded, load_model
 from mergekit_lfm.runtime.subject import Subject, make_subject
@@ -88,8 +88,8 @@ def tune_model(
 
     model: a folder, a name on the Hub, or MODEL+ADAPTER; it stays as it is. data: a .jsonl, .txt or .npz file, or
     several; an entry {path, most} uses `most` examples of a file in one time round. task: "lm", "classification" or
-    "embedding". parameters: of the method, as `mergekit-lfm methods` lists them. dev: a development set, whose least
-    loss decides what is kept. stats: the file of Fisher information that the method `mask` needs. threads: how many
+    "embedding". parameters: of the method, as `mergekit-lfm methods` lists them. dev: a development set; the state with
+    the least loss on it is kept. stats: the file of Fisher information that the method `mask` needs. threads: how many
     torch uses while this runs; the bytes depend on their number. The other settings are explained at `Options`.
 
     A run that was killed goes on from the state in OUT.training, where the metrics stay, too. If `out` holds the result
@@ -220,7 +220,14 @@ def _write(planned: PlannedTuning, prepared: Prepared, subject: Subject, tuned: 
     changed = changes_of(subject, planned.source)
     if planned.recipe.declaration.makes == "checkpoint":
         documents = {"tune.json": (json.dumps(planned.answer.public, indent=2) + "\n").encode()}
-        save_checkpoint(planned.source, planned.out, changed, documents, request=planned.answer, result=facts)
+        request = planned.answer
+        save_checkpoint(
+            planned.source,
+            planned.out,
+            changed,
+            documents,
+            lock=lambda files, headers, tensors: {request.lock_file: request.lock(files, headers, tensors, facts)},
+        )
         return
     source = planned.source
     tensors = {

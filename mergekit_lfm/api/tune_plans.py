@@ -28,7 +28,7 @@ SUFFIX = ".safetensors"
 
 @dataclass(frozen=True)
 class PatchRequest:
-    """The request that a patch answers: its file's metadata say of which one it is."""
+    """The request that a patch answers, whose digest its metadata have."""
 
     request: Request
 
@@ -108,7 +108,7 @@ class PlannedTuning:
         if makes == "checkpoint":
             save.stand_in(self.source, folder)
             return
-        from mergekit_lfm.output.adapter import stand_in_adapter
+        from mergekit_lfm.output.trained_adapter import stand_in_adapter
         from mergekit_lfm.runtime.load import empty_model
         from mergekit_lfm.tune.work import TuneWork
 

@@ -62,9 +62,11 @@ Examples:
     help="The kind of model: lm, classification or embedding (a sentence encoder).",
 )
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The folder or file to write.")
-@method_option(TUNE_METHODS, "full", "What is trained.")
+@method_option(TUNE_METHODS, "full", "The part that is trained, and how.")
 @parameter_options(TUNE_METHODS)
-@click.option("--dev", type=click.Path(path_type=Path), help="A data file whose least loss decides what is kept.")
+@click.option(
+    "--dev", type=click.Path(path_type=Path), help="A data file; the state with the least loss on it stays."
+)
 @click.option("--stats", type=click.Path(path_type=Path), help="For mask: a file of `stats fisher`.")
 @click.option("--window", type=click.IntRange(min=1), help="The most tokens of an example. [default: the model's]")
 @click.option("--steps", type=click.IntRange(min=1), default=200, help="Steps of the optimizer, AdamW. [default: 200]")

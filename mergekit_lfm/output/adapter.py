@@ -14,7 +14,6 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from io import BufferedRandom
-from itertools import chain
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -32,8 +31,6 @@ from mergekit_lfm.output.save import make_folder
 from mergekit_lfm.store.durable import replace_file, sync_folder
 from mergekit_lfm.store.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from mergekit_lfm.store.formats import bytes_of
-from mergekit_lfm.store.hub import hub_name
-from mergekit_lfm.store.identity import spec_of
 from mergekit_lfm.store.tensors import TensorSpec, encode_header, read_exactly
 from mergekit_lfm.version import __version__
 
@@ -151,7 +148,7 @@ class NewAdapter:
         for name, data in self._documents(folder.name).items():
             (folder / name).write_bytes(data)
         specs = [*self._specs().values()]
-        _write_empty(folder / ADAPTER_WEIGHTS[0], encode_header(specs, METADATA)[0], specs)
+        write_empty(folder / ADAPTER_WEIGHTS[0], encode_header(specs, METADATA)[0], specs)
 
     def _documents(self, title: str) -> dict[str, bytes]:
         """The config and the model card."""
@@ -245,58 +242,6 @@ def new_adapter(out: Path, output: AdapterOutput, request: Request) -> Iterator[
         (partial / SPOOL).unlink()
 
 
-def save_adapter(
-    out: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], request: Request, result: Mapping[str, Any]
-) -> None:
-    """Write an adapter that PEFT has made, with its config and names. result: facts for the lock.
-
-    Replaces OUT: call `request.is_answered` first.
-    """
-    _ = request.digest
-    specs, header = _lay_out(tensors)
-    data = {spec.name: bytes_of(tensors[spec.name].cpu().contiguous()) for spec in specs}
-    files = _documents(out.resolve().name, config)
-    with make_folder(out) as partial:
-        replace_file(partial / ADAPTER_WEIGHTS[0], chain([header], data.values()))
-        locked = [(spec, ADAPTER_WEIGHTS[0], xxhash.xxh3_128_hexdigest(data[spec.name])) for spec in specs]
-        files[ADAPTER_LOCK] = request.lock(files, {ADAPTER_WEIGHTS[0]: header}, locked, result)
-        for name, content in files.items():
-            replace_file(partial / name, content)
-        sync_folder(partial)
-
-
-def stand_in_adapter(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write the files of `save_adapter` into a folder, without data, which take no space on the disk, or a lock."""
-    folder.mkdir()
-    for name, content in _documents(folder.name, config).items():
-        (folder / name).write_bytes(content)
-    specs, header = _lay_out(tensors)
-    _write_empty(folder / ADAPTER_WEIGHTS[0], header, specs)
-
-
-def _lay_out(tensors: Mapping[str, Tensor]) -> tuple[list[TensorSpec], bytes]:
-    """The tensors in the order of the file, and its header."""
-    specs = [spec_of(name, tensors[name]) for name in sorted(tensors, key=in_order)]
-    return specs, encode_header(specs, METADATA)[0]
-
-
-def _documents(title: str, config: Mapping[str, Any]) -> dict[str, bytes]:
-    """The config as PEFT has it, and the model card."""
-    base = config.get("base_model_name_or_path")
-    repo = base if isinstance(base, str) and hub_name(base) and not Path(base).exists() else None
-    text = json.dumps(config, indent=2, sort_keys=True, default=sorted)  # sets have no order
-    return {
-        ADAPTER_CONFIG: f"{text}\n".encode(),
-        CARD: adapter_card(title, AdapterOutput((), base=base, repo=repo)).encode(),
-    }
-
-
-def _write_empty(weights: Path, header: bytes, specs: Collection[TensorSpec]) -> None:
-    """Write a file of tensors without data, which takes no space on the disk."""
-    weights.write_bytes(header)
-    os.truncate(weights, len(header) + sum(spec.nbytes for spec in specs))
-
-
 def adapter_card(title: str, output: AdapterOutput) -> str:
     """The text of its model card."""
     front: dict[str, Any] = dict(output.license)
@@ -319,3 +264,9 @@ def adapter_card(title: str, output: AdapterOutput) -> str:
         f"An adapter (LoRA) for {link}, made with mergekit_lfm {__version__}.\n\n{about}"
         f"## To load it\n\n{code_block(code, 'python')}\n"
     )
+
+
+def write_empty(weights: Path, header: bytes, specs: Collection[TensorSpec]) -> None:
+    """Write a file of tensors without data, which takes no space on the disk."""
+    weights.write_bytes(header)
+    os.truncate(weights, len(header) + sum(spec.nbytes for spec in specs))

@@ -9,11 +9,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import xxhash
 
@@ -35,10 +34,12 @@ from mergekit_lfm.store.tensors import TensorSpec, write_exactly
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mergekit_lfm.output.request import Request
-
 MARK = "saving.unfinished"  # the file that marks OUT.partial as ours
 COPIED_AT_ONCE = 1 << 22  # elements
+
+Written = list[tuple[TensorSpec, str, str]]  # tensors, each with its file and the digest of its bytes
+# From the contents of small files, the headers of the others and their tensors to the lock, by its name.
+Locker = Callable[[Mapping[str, bytes], Mapping[str, bytes], Written], Mapping[str, bytes]]
 
 
 def check_out(out: Path, inputs: Mapping[str, Path], *, overwrite: bool) -> None:
@@ -62,17 +63,15 @@ def save_checkpoint(
     changed: Mapping[str, Tensor],
     documents: Mapping[str, bytes],
     *,
-    request: Request | None = None,
-    result: Mapping[str, Any] = MappingProxyType({}),
+    lock: Locker | None = None,
 ) -> dict[str, str]:
     """Write the checkpoint's tensors, those in `changed` in place of its own, and the other files of its folder.
 
     Dtypes, shards and order are the checkpoint's; changed tensors have its shapes. documents: more files, by name.
     Copies the folder's files that `sidecars_of` names and its model card, but not a merge's lock, which is about other
-    bytes. request: what the folder answers, for a lock of its own with `result`. Replaces OUT: call `check_out` first.
-    Returns the files that were left behind, and why.
+    bytes. lock: makes one. Replaces OUT: call `check_out` first. Returns the files that were left behind, and why.
     """
-    folder, tensors = checkpoint.path, list[tuple[TensorSpec, str, str]]()
+    folder, tensors = checkpoint.path, Written()
     with make_folder(out) as partial:
         shards = lay_out(checkpoint, list(checkpoint.values()), None)
         for shard in shards:
@@ -84,9 +83,8 @@ def save_checkpoint(
             files[CARD] = folder / CARD
         contents = {name: read_bytes(path) for name, path in files.items()} | dict(documents)
         contents |= {index.name: _encode_index(index) for index in indexes_of(shards)}
-        if request is not None:
-            headers = {shard.name: bytes(shard.header) for shard in shards}
-            contents[request.lock_file] = request.lock(contents, headers, tensors, result)
+        if lock is not None:
+            contents |= lock(contents, {shard.name: bytes(shard.header) for shard in shards}, tensors)
         for name, content in contents.items():
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
             replace_file(partial / name, content)
@@ -140,9 +138,7 @@ def make_folder(out: Path) -> Iterator[Path]:
             raise
 
 
-def _write_shard(
-    checkpoint: Checkpoint, shard: Shard, changed: Mapping[str, Tensor], path: Path
-) -> list[tuple[TensorSpec, str, str]]:
+def _write_shard(checkpoint: Checkpoint, shard: Shard, changed: Mapping[str, Tensor], path: Path) -> Written:
     """Write a shard; each of its tensors with the shard's name and the digest of its bytes."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
     try:

@@ -67,7 +67,7 @@ def _read_content(path: Path) -> str:
 
 
 def _read_objects(content: str, read: Callable[[dict[str, Any], int], T | str]) -> tuple[list[T], list[str]]:
-    """What `read` makes of the lines that are not blank, and the problems of the others."""
+    """The results of `read` for the lines that are not blank, and the problems of the others."""
     parsed, problems = list[T](), list[str]()
     for number, text in enumerate(content.split("\n"), 1):  # splitlines would cut at U+2028, which JSON may hold
         if text.strip():

@@ -1,4 +1,4 @@
-"""What else happens at the steps of a training: snapshots, averages of weights, projections, schedules of freezing.
+"""Actions at the steps of a training: snapshots, averages of weights, projections, schedules of freezing.
 
 A hook that remembers something gives it as tensors, which are saved and restored with the state of the training.
 """
@@ -40,11 +40,11 @@ class Hook:
         """Called after the last step."""
 
     def tensors(self) -> Mapping[str, Tensor]:
-        """What it remembers."""
+        """All that it remembers."""
         return {}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Remember what `tensors` gave."""
+        """Remember the tensors that `tensors` gave."""
 
 
 class Snapshots(Hook):

@@ -34,8 +34,10 @@ Tell = Callable[[int, int, Mapping[str, Any]], None]  # steps done, of all, and 
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """What a training did. steps: those done; record: a line for each. best: the least loss on the development set, and
-    best_step, after how many steps; None without the set."""
+    """The course of a training. steps: those done; record: a line for each.
+
+    best: the least loss on the development set, after `best_step` steps; None without the set.
+    """
 
     steps: int
     record: tuple[Mapping[str, Any], ...]
@@ -68,8 +70,8 @@ def fit(
     which is saved at `pauses` and on Ctrl-C, and for the metrics, a line of JSON for each step; request: what is being
     made, so that a state of something else is not gone on from. The model is in evaluation mode afterwards.
 
-    Raises PlanError where nothing is trained, and for a loss that is not finite, which names the step; the state before
-    that step is saved. Source of AdamW: Loshchilov and Hutter 2019, arXiv 1711.05101.
+    Raises PlanError if nothing is trained, and for a loss that is not finite, with the step; the state before that is
+    saved. Source of AdamW: Loshchilov and Hutter 2019, arXiv 1711.05101.
     """
     parameters = {name: x for name, x in model.named_parameters() if x.requires_grad}
     if not parameters:

@@ -27,7 +27,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, by torch's names
 
 @dataclass
 class Looked:
-    """What was seen at the looks at the development set. best: the least loss; waits: looks since then."""
+    """The looks at the development set so far. best: the least loss; waits: looks since then."""
 
     best: float | None = None
     best_step: int = 0
@@ -64,7 +64,7 @@ class State:
         return found | {f"kept/{name}": x for name, x in self.kept.items()}
 
     def save(self, path: Path, request: str) -> None:
-        """Write the state; what was there is replaced at once, or not at all."""
+        """Write the state; an earlier one is replaced at once, or not at all."""
         parts = {name: x.detach().reshape(1) if x.ndim == 0 else x for name, x in self.tensors().items()}
         looked = self.looked
         facts = {

@@ -1,6 +1,6 @@
 """Training data from files, as examples for a task: texts with a loss on all or on answers, labels, pairs, arrays.
 
-Language models: `{"text": ...}` or a .txt file, in windows of which every token but the first is predicted;
+Language models: `{"text": ...}` or a .txt file, in windows, where every token but the first is predicted;
 `{"prompt": ..., "completion": ...}`, whose completion alone is; `{"messages": [{"role": ..., "content": ...}, ...]}`,
 by the tokenizer's chat template, with a loss on what the assistant says. Classifiers: `{"text": ..., "label": ...}`.
 Encoders: `{"text": ..., "positive": ...}`. Arrays: an .npz with the model's inputs and `labels`.
@@ -102,7 +102,7 @@ def _why_no_conversation(messages: object) -> str | None:
         for each in messages
     )
     if not fits:
-        return '"messages" is no list of {"role": ..., "content": ...}'
+        return '"messages" is not a list of {"role": ..., "content": ...}'
     assert isinstance(messages, list)
     return None if any(each["role"] == "assistant" for each in messages) else "no message of the assistant"
 

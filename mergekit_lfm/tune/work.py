@@ -1,4 +1,4 @@
-"""What a tuning method gets, and what it gives back: a model that is ready to be trained."""
+"""The input of a tuning method, and its result: a model that is ready to be trained."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class TuneWork:
 
     @cached_property
     def head(self) -> frozenset[str]:
-        """The parameters of the head, in front of which the rest of the model is; none for an encoder."""
+        """The parameters of the head, which reads the rest of the model; none for an encoder."""
         prefix = getattr(self.model, "base_model_prefix", "")
         if not prefix or not hasattr(self.model, prefix):
             return frozenset()

@@ -124,7 +124,9 @@ def test_frozen_features_and_a_trained_head_are_logistic_regression() -> None:
     }
     examples = read_examples(Path("train.jsonl"), loaded)
     seen: list[torch.Tensor] = []
-    loaded.model.get_submodule("classifier").register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].detach()))
+    loaded.model.get_submodule("classifier").register_forward_hook(
+        lambda _, inputs, __: seen.append(inputs[0].detach())
+    )
     with torch.no_grad():
         for batch in examples.in_order(1):
             loaded.model(**{name: x for name, x in batch.items() if name != "labels"})

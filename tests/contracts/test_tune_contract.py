@@ -1,4 +1,4 @@
-"""What every tuning method promises. A new one is tested without another line here."""
+"""The promises of every tuning method. A new one is tested without another line here."""
 
 from __future__ import annotations
 
@@ -103,10 +103,10 @@ def test_it_changes_what_it_may_lowers_the_loss_and_comes_back_equal(
     examples = read_examples(data, start)
     losses = [mean_loss(each.model, examples, LOSSES[TASKS[kind]], Options()) for each in (start, end)]
     assert losses[1] < losses[0]
-    told = [
+    lines = [
         json.loads(line) for line in (tmp_path / f"{result.name}.training" / "metrics.jsonl").read_text().splitlines()
     ]
-    assert [line["step"] for line in told] == [*range(1, 7)]
+    assert [line["step"] for line in lines] == [*range(1, 7)]
 
 
 @pytest.mark.parametrize("name", ["full", "bitfit", "lora"])

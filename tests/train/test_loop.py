@@ -112,7 +112,7 @@ def test_killed_at_any_step_it_goes_on_to_the_same_bytes(every_s: float, tmp_pat
             again, data(), squares, options, hooks=hooks(), tell=lambda done, *_, steps=steps: steps.append(done), **how
         )
         assert torch.equal(numbers(again), numbers(whole))
-        assert steps[0] == (step if every_s == 0 else 1)  # the last state is from before the step that was told
+        assert steps[0] == (step if every_s == 0 else 1)  # the last state is that before the kill
         assert (found.best, found.best_step) == (history.best, history.best_step)
         lines = [json.loads(line) for line in (place / METRICS).read_text().splitlines()]
         assert [line["step"] for line in lines] == [*range(1, 10)]

@@ -126,7 +126,7 @@ def test_what_the_assistant_says_is_learned(tmp_path: Path) -> None:
             r"of at most 48 tokens; found\n  line 1: \d+ tokens",
         ),
         ([{"messages": [{"role": "user", "content": "a"}]}], "line 1: no message of the assistant"),
-        ([{"messages": "hello"}], 'line 1: "messages" is no list'),
+        ([{"messages": "hello"}], 'line 1: "messages" is not a list'),
     ],
 )
 def test_lines_that_do_not_fit_are_named(lines: list[Any], message: str, tmp_path: Path, tiny: Path) -> None:  # noqa: F811

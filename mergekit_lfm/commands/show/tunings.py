@@ -51,7 +51,7 @@ def done_data(outcome: Outcome[Tuned]) -> dict[str, Any]:
 
 
 def done_text(outcome: Outcome[Tuned]) -> str:
-    """What was trained, and the loss."""
+    """The numbers that were trained, and the loss."""
     if outcome.already_there:
         return "already there: the result of the same request; nothing was done"
     tuned = outcome.result
