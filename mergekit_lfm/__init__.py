@@ -32,6 +32,7 @@ __all__ = [
     "Units",
     "__version__",
     "accuracy",
+    "add_head",
     "align_models",
     "apply_patches",
     "as_batches",
@@ -91,6 +92,7 @@ if TYPE_CHECKING:
     from mergekit_lfm.api.explain import explain_plan
     from mergekit_lfm.api.export import export_patches
     from mergekit_lfm.api.extract import extract_lora
+    from mergekit_lfm.api.heads import add_head
     from mergekit_lfm.api.init import init_recipe
     from mergekit_lfm.api.inspect import inspect_file
     from mergekit_lfm.api.judge import evaluate_models, measure_barrier, repair_model
@@ -147,6 +149,7 @@ _HOMES = {
     "Transform": "artifacts.transform",
     "Units": "arch.table",
     "accuracy": "judge.evaluate",
+    "add_head": "api.heads",
     "align_models": "api.align",
     "apply_patches": "api.patches",
     "as_batches": "runtime.batches",

@@ -16,6 +16,7 @@ from mergekit_lfm.api.outcome import Outcome
 from mergekit_lfm.errors import PlanError, did_you_mean
 from mergekit_lfm.recipe.adapter_recipe import AdapterRecipe
 from mergekit_lfm.recipe.extract_recipe import ExtractRecipe
+from mergekit_lfm.recipe.head_recipe import HeadRecipe
 from mergekit_lfm.recipe.tune_recipe import TuneRecipe
 
 
@@ -113,7 +114,15 @@ TUNE = Job(
     plan_options=frozenset({"device"}),
     run_options=frozenset({"threads"}),
 )
-JOBS: Mapping[str, Job] = {job.name: job for job in (ADAPTERS, EXTRACT, TUNE)}
+HEAD = Job(
+    name="head",
+    makes="a model with a new head",
+    parse=HeadRecipe.parse,
+    plan=_later("heads.plan_head"),
+    run=_later("heads.make_head"),
+    show="heads",
+)
+JOBS: Mapping[str, Job] = {job.name: job for job in (ADAPTERS, EXTRACT, HEAD, TUNE)}
 
 
 def find_job(data: object, label: str) -> Job | None:

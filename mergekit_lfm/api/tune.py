@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,10 @@ from mergekit_lfm.runtime.subject import Subject, make_subject
 from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.store.locks import lock_folder
 from mergekit_lfm.train.examples import Examples, join, seed_of
-from mergekit_lfm.train.loop import METRICS, STATE, fit
+from mergekit_lfm.train.loop import STATE, fit
 from mergekit_lfm.train.losses import LOSSES
-from mergekit_lfm.train.texts import check_labels, read_examples
+from mergekit_lfm.train.state import METRICS
+from mergekit_lfm.train.texts import check_labels, lengthen_by_no_ending, read_examples
 from mergekit_lfm.tune.work import Prepared, TuneWork
 from mergekit_lfm.version import versions
 
@@ -78,6 +79,7 @@ def tune_model(
     evaluate_every: int | None = None,
     patience: int | None = None,
     checkpointing: bool = False,
+    autocast: bool = False,
     seed: int = 0,
     device: str | None = None,
     threads: int | None = None,
@@ -103,6 +105,7 @@ def tune_model(
     recipe |= {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "schedule": schedule}
     recipe |= {"warmup": warmup, "weight_decay": weight_decay, "clip": clip, "accumulate": accumulate, "seed": seed}
     recipe |= {"evaluate_every": evaluate_every, "patience": patience, "checkpointing": checkpointing, "window": window}
+    recipe |= {"autocast": autocast}
     recipe |= {"parameters": dict(parameters or {})}
     recipe |= {key: None if path is None else os.fspath(path) for key, path in (("dev", dev), ("stats", stats))}
     planned = plan_tuning(TuneRecipe.parse(recipe, label="tune"), expand(out), device=device)
@@ -152,8 +155,7 @@ def _tune(planned: PlannedTuning, progress: Progress) -> Tuned:
     options, method = recipe.options, recipe.declaration
     loaded = load_model(planned.source, recipe.task, device=planned.device)
     subject = make_subject(loaded.model, planned.source)
-    examples = join([_read(file.path, loaded, recipe) for file in recipe.files], [file.most for file in recipe.files])
-    dev = None if recipe.dev_file is None else _read(recipe.dev_file.path, loaded, recipe)
+    examples, dev = _read_all(loaded, recipe)
     size = sum(x.numel() for x in loaded.model.parameters())
     with torch.random.fork_rng([loaded.model.device] if planned.device.startswith("cuda") else []):
         torch.manual_seed(seed_of(options.seed, "start"))
@@ -188,9 +190,21 @@ def _tune(planned: PlannedTuning, progress: Progress) -> Tuned:
 def _read(path: Path, loaded: Loaded, recipe: TuneRecipe) -> Examples:
     examples = read_examples(path, loaded, window=recipe.window)
     if recipe.task == "classification":
-        classes = getattr(loaded.model.config, "num_labels", None)
-        check_labels(examples, classes, path)
+        config: Any = loaded.model.config
+        check_labels(examples, getattr(config, "num_labels", None), path)
     return examples
+
+
+def _read_all(loaded: Loaded, recipe: TuneRecipe) -> tuple[Examples, Examples | None]:
+    """The data, and the development set."""
+    sets = [_read(file.path, loaded, recipe) for file in recipe.files]
+    dev = [] if recipe.dev_file is None else [_read(recipe.dev_file.path, loaded, recipe)]
+    if recipe.task == "classification" and "input_ids" in sets[0].pad:
+        config: Any = loaded.model.config
+        padding = lengthen_by_no_ending([*sets, *dev])
+        config.get_text_config().pad_token_id = padding  # by which a decoder finds a row's last token
+        sets, dev = ([replace(each, pad={"input_ids": padding}) for each in some] for some in (sets, dev))
+    return join(sets, [file.most for file in recipe.files]), dev[0] if dev else None
 
 
 def _fisher(path: Path, subject: Subject) -> dict[str, Tensor]:

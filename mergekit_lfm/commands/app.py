@@ -10,6 +10,7 @@ from mergekit_lfm.commands.barrier import barrier
 from mergekit_lfm.commands.edit import edit
 from mergekit_lfm.commands.eval import evaluate
 from mergekit_lfm.commands.extract_lora import extract_lora
+from mergekit_lfm.commands.head import head
 from mergekit_lfm.commands.init import init
 from mergekit_lfm.commands.inspect import inspect, methods
 from mergekit_lfm.commands.merge import merge
@@ -39,6 +40,6 @@ def main() -> None:
 
 for command in (
     *(init, merge, plan, push, verify, inspect, methods, evaluate),
-    *(stats, align, barrier, repair, edit, patch, trace, extract_lora, tune),
+    *(stats, align, barrier, repair, edit, patch, trace, extract_lora, head, tune),
 ):
     main.add_command(command)

@@ -64,9 +64,7 @@ Examples:
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The folder or file to write.")
 @method_option(TUNE_METHODS, "full", "The part that is trained, and how.")
 @parameter_options(TUNE_METHODS)
-@click.option(
-    "--dev", type=click.Path(path_type=Path), help="A data file; the state with the least loss on it stays."
-)
+@click.option("--dev", type=click.Path(path_type=Path), help="A data file; the state with the least loss on it stays.")
 @click.option("--stats", type=click.Path(path_type=Path), help="For mask: a file of `stats fisher`.")
 @click.option("--window", type=click.IntRange(min=1), help="The most tokens of an example. [default: the model's]")
 @click.option("--steps", type=click.IntRange(min=1), default=200, help="Steps of the optimizer, AdamW. [default: 200]")
@@ -89,6 +87,7 @@ Examples:
     "--patience", type=click.IntRange(min=1), help="Stop after this many looks at --dev without a better loss."
 )
 @click.option("--checkpointing", is_flag=True, help="Compute activations again to save memory.")
+@click.option("--autocast", is_flag=True, help="Multiply matrices in bfloat16, which is faster on a GPU.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Decides all random numbers. [default: 0]")
 @options.device_option("Where the model runs", default=None)
 @click.option("--threads", type=click.IntRange(min=1), help="The number of threads. [default: torch's choice]")

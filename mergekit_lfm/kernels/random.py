@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from operator import is_
+from threading import get_ident
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mergekit_lfm.kernels.constants import constant
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     RankedMask = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # as `ranked_mask`
 
 Known = dict[tuple[int, ...], "np.ndarray[Any, Any]"]
+
+LONGEST_KEPT = 1 << 16  # entries of a row whose limits are kept for the next block
 
 _GOLDEN, _MIX1, _MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
@@ -198,9 +202,29 @@ class RankedCoins:
 
     def at(self, start: int, count: int, dtype: torch.dtype) -> LocalRankedCoins:  # noqa: ARG002
         """The coins of the block of whole rows that starts at an even index `start`."""
-        import torch
+        return LocalRankedCoins(_states(self.keys, start), tuple(_limits(*ends, self.row) for ends in self.ends))
 
-        steps = torch.linspace(1, 0, self.row, dtype=torch.float64) if self.row > 1 else torch.tensor([0.5]).double()
-        tables = [low + steps * (high - low) for low, high in self.ends]
-        limits = tuple((table * 2**31).round().to(torch.int64).sub(2**30).to(torch.int32) for table in tables)
-        return LocalRankedCoins(_states(self.keys, start), limits)
+
+def _limits(low: float, high: float, row: int) -> torch.Tensor:
+    """The limits of a row's entries by their ranks, int32 [row], for these probabilities of the last and the first.
+
+    On torch's default device; those of usual rows are made once for each device and thread.
+    """
+    import torch
+
+    if row > LONGEST_KEPT:
+        return _make_limits(low, high, row)
+    return _kept_limits(low, high, row, torch.get_default_device(), get_ident())
+
+
+@lru_cache(maxsize=64)
+def _kept_limits(low: float, high: float, row: int, device: torch.device, thread: int) -> torch.Tensor:  # noqa: ARG001
+    return _make_limits(low, high, row)
+
+
+def _make_limits(low: float, high: float, row: int) -> torch.Tensor:
+    import torch
+
+    steps = torch.linspace(1, 0, row, dtype=torch.float64) if row > 1 else torch.tensor([0.5]).double()
+    table = low + steps * (high - low)
+    return (table * 2**31).round().to(torch.int64).sub(2**30).to(torch.int32)

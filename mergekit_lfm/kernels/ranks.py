@@ -24,6 +24,7 @@ from mergekit_lfm.kernels.selection import (
     by_digits,
     by_partition,
     cuts,
+    of_nonzero,
 )
 
 if TYPE_CHECKING:
@@ -106,6 +107,26 @@ def largest(
     for key, at in (yield from cuts(found, exact)).items():
         sets[key[0]][key[1]] = Largest(found[key].bits, numel if at is None else at)
     return sets
+
+
+def largest_of_nonzero(
+    numel: int,
+    share: float,
+    *,
+    double: bool,
+    sampling_pays: int = SAMPLING_PAYS,
+    collected: int = COLLECTED,
+) -> Generator[Reduction, Any, Largest]:
+    """The int(share * c) largest magnitudes of the first input, of whose `numel` entries c are not 0; share below 1.
+
+    Else as of `largest`.
+    """
+    rank, value = yield from of_nonzero(numel, share, sampling_pays=sampling_pays, collected=collected)
+    if not rank:
+        return NONE
+    found = {(0, 0): value} if value is not None else (yield from by_digits(1, {(0, 0): rank}, double))
+    cut = (yield from cuts(found, exact=True))[0, 0]
+    return Largest(found[0, 0].bits, numel if cut is None else cut)
 
 
 def magnitudes_of(

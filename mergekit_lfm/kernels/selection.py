@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from math import ceil, sqrt
 from typing import TYPE_CHECKING, Any
 
@@ -151,6 +152,37 @@ class Bracket(Reduction):
         return total
 
 
+@dataclass(frozen=True)
+class Nonzero(Sum):
+    """The number of entries of the first input that are not 0, an int64 scalar."""
+
+    def block(self, block: Block) -> torch.Tensor:
+        import numpy as np
+        import torch
+
+        return torch.tensor(int(np.count_nonzero(bits_of(block, 0).numpy() > 0)))
+
+    def chunk(self, chunk: Chunk) -> Iterable[torch.Tensor]:
+        return [(bits_of(chunk, 0) > 0).sum().cpu()]
+
+
+@dataclass(frozen=True)
+class Both(Reduction):
+    """The values of two reductions whose sums are exact, from one pass."""
+
+    first: Reduction
+    second: Reduction
+
+    def block(self, block: Block) -> tuple[Any, Any]:
+        return self.first.block(block), self.second.block(block)
+
+    def chunk(self, chunk: Chunk) -> Iterable[tuple[Any, Any]]:
+        return [(reduce(self.first.add, self.first.chunk(chunk)), reduce(self.second.add, self.second.chunk(chunk)))]
+
+    def add(self, total: tuple[Any, Any], part: tuple[Any, Any]) -> tuple[Any, Any]:
+        return self.first.add(total[0], part[0]), self.second.add(total[1], part[1])
+
+
 def by_partition(ranks: Mapping[Key, int]) -> Generator[Reduction, Any, dict[Key, RankValue]]:
     """The values of the ranks (from 1, the largest), from all entries at once."""
     import numpy as np
@@ -177,21 +209,49 @@ def by_bracket(
     if numel < sampling_pays or not ranks:
         return {}
     samples = yield Sample(max(1, numel // SAMPLED // SAMPLE))
-    pivots = {}
-    for (i, k), rank in ranks.items():
-        sample, share = np.concatenate(samples[i]), rank / numel
-        # Six standard deviations of a sampled rank, and as much again since neighbours in a tensor are alike.
-        margin = ceil(12 * sqrt(len(sample) * share * (1 - share))) + 2
-        middle = len(sample) - 1 - min(int(len(sample) * share), len(sample) - 1)  # ascending, as numpy partitions
-        low, high = middle - margin, middle + margin
-        inside = [n for n in (low, middle, high) if 0 <= n < len(sample)]
-        values = {int(value) for value in np.partition(sample, inside)[inside]}
-        values |= {0} if low < 0 else set()
-        values |= {int(np.iinfo(sample.dtype).max)} if high >= len(sample) else set()
-        pivots[i, k] = sorted(values, reverse=True)
+    pivots = {key: _pivots(np.concatenate(samples[key[0]]), rank / numel) for key, rank in ranks.items()}
     count_bracket = yield Bracket(pivots, min(numel // 16, 2 * collected // max(2, len(pivots))))
     found = {key: part.at(pivots[key], ranks[key]) for key, part in count_bracket.items()}
     return {key: value for key, value in found.items() if value is not None}
+
+
+def _pivots(sample: np.ndarray[Any, Any], share: float, margin: float = 0.0) -> list[int]:
+    """The descending ends of a bracket around the value above which a share of all entries is, and that of the sample.
+
+    margin: by which the share may differ.
+    """
+    import numpy as np
+
+    count = len(sample)
+    # Six standard deviations of a sampled rank, and as much again since neighbours in a tensor are alike.
+    around = ceil(12 * sqrt(count * share * (1 - share)) + count * margin) + 2
+    middle = count - 1 - min(int(count * share), count - 1)  # ascending, as numpy partitions
+    low, high = middle - around, middle + around
+    inside = [n for n in (low, middle, high) if 0 <= n < count]
+    values = {int(value) for value in np.partition(sample, inside)[inside]}
+    values |= {0} if low < 0 else set()
+    values |= {int(np.iinfo(sample.dtype).max)} if high >= count else set()
+    return sorted(values, reverse=True)
+
+
+def of_nonzero(
+    numel: int, share: float, *, sampling_pays: int = SAMPLING_PAYS, collected: int = COLLECTED
+) -> Generator[Reduction, Any, tuple[int, RankValue | None]]:
+    """The rank int(share * c) for the c entries of the first input that are not 0, and its value if a bracket has it.
+
+    One pass counts them and collects the bracket around the rank that a sample gives.
+    """
+    import numpy as np
+
+    if numel < sampling_pays:
+        return int(int((yield Nonzero())) * share), None
+    sample = np.concatenate((yield Sample(max(1, numel // SAMPLED // SAMPLE)))[0])
+    filled = np.count_nonzero(sample) / len(sample)
+    spread = 12 * sqrt(filled * (1 - filled) / len(sample))  # of that share, as of a rank
+    bracket = Bracket({(0, 0): _pivots(sample, share * filled, share * spread)}, min(numel // 16, collected))
+    parts, nonzero = yield Both(bracket, Nonzero())
+    rank = int(int(nonzero) * share)
+    return rank, parts[0, 0].at(bracket.pivots[0, 0], rank) if rank else None
 
 
 @dataclass(frozen=True)

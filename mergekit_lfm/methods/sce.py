@@ -10,7 +10,7 @@ from mergekit_lfm.kernels.bits import apply_mask
 from mergekit_lfm.kernels.block import Rows
 from mergekit_lfm.kernels.constants import constant
 from mergekit_lfm.kernels.derived import Derived, derive
-from mergekit_lfm.kernels.ranks import NONE, LocalRanks, Ranks, largest
+from mergekit_lfm.kernels.ranks import NONE, LocalRanks, Ranks, largest_of_nonzero
 from mergekit_lfm.kernels.reductions import Reduction, Totals
 from mergekit_lfm.kernels.sums import add_base, add_up
 from mergekit_lfm.methods.method import Method, Parameter, Unit
@@ -57,14 +57,6 @@ def spread(rows: Rows, *_: object) -> torch.Tensor:
     return total
 
 
-def _differs(rows: Rows, *_: object) -> torch.Tensor:
-    """1 where the inputs differ, so that their spread is not 0, else 0."""
-    total = rows[0] * 0
-    for x in rows[1:]:
-        total = total + (x - rows[0]).abs()
-    return total.sign()
-
-
 def _select(rows: Rows, kept: LocalRanks | None) -> Rows:
     """The inputs, 0 where they are not selected."""
     if kept is None:
@@ -83,9 +75,7 @@ def _solve(unit: Unit) -> Generator[Reduction, Any, Selection]:
     even = [1.0 / len(unit.inputs)] * len(unit.inputs)
     kept, share, lambda_ = None, unit.number("select_topk"), unit.number("lambda")
     if share < 1:
-        (differing,) = (yield Derived(_differs, None, Totals())).tolist()
-        ((first,),) = yield from derive(largest(unit.numel, [[int(differing * share)]], double=True), spread)
-        kept = Ranks([(first, NONE)])
+        kept = Ranks([((yield from derive(largest_of_nonzero(unit.numel, share, double=True), spread)), NONE)])
     squares = (yield Derived(_squares, Selection(kept, even, lambda_), Totals())).tolist()
     total = sum(squares)
     return Selection(kept, [x / total for x in squares] if total else even, lambda_)

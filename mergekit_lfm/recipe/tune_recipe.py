@@ -27,6 +27,18 @@ JOB = "tune"
 A_FILE = "a .jsonl, .txt or .npz file"
 
 
+def tune_options(method: str, given: Mapping[str, Any]) -> dict[str, Value]:
+    """A value for each parameter of a tuning method, of those given or the default. Raises PlanError for wrong ones."""
+    values, problems = _read_parameters(TUNE_METHODS[method], given)
+    refuse(problems)
+    return values
+
+
+def _read_parameters(method: TuneMethod[Any], given: Mapping[str, Any]) -> tuple[dict[str, Value], list[Problem]]:
+    values, problems = read_options(given, readers_of(method.parameters), method.name, "parameters")
+    return {**defaults_of(method.parameters), **values}, problems
+
+
 class DataEntry(Strict):
     """A file of examples. most: how many of them, drawn anew each time round, are used in one; all by default."""
 
@@ -83,6 +95,7 @@ class TuneRecipe(JobForm):
     evaluate_every: int | None = Field(default=None, strict=True)
     patience: int | None = Field(default=None, strict=True)
     checkpointing: bool = Field(default=False, strict=True)
+    autocast: bool = Field(default=False, strict=True)
     seed: int = Field(default=0, strict=True, ge=0, lt=2**63)
     output: Annotated[str | None, BeforeValidator(read_reference)] = None
 
@@ -122,8 +135,7 @@ class TuneRecipe(JobForm):
 
     def _read_settings(self, method: TuneMethod[Any], where: Where) -> list[Problem]:
         """Read what depends on the method; the problems."""
-        values, problems = read_options(self.parameters, readers_of(method.parameters), self.method, "parameters")
-        self._settings = {**defaults_of(method.parameters), **values}
+        self._settings, problems = _read_parameters(method, self.parameters)
         if (method.needs is None) != (self.stats is None):
             needs = f"the file of `mergekit-lfm stats {method.needs}`" if method.needs else "no file: leave it out"
             problems.append(problem_at("stats", FOUND, found=repr(self.stats), expected=needs))
@@ -140,7 +152,7 @@ class TuneRecipe(JobForm):
         return problems
 
     def _make_options(self, method: TuneMethod[Any]) -> Options:
-        names = Options.__dataclass_fields__.keys() - {"learning_rate", "autocast"}
+        names = Options.__dataclass_fields__.keys() - {"learning_rate"}
         rate = method.rate if self.learning_rate is None else self.learning_rate
         return Options(learning_rate=rate, **{name: getattr(self, name) for name in names})
 
@@ -183,7 +195,6 @@ class TuneRecipe(JobForm):
         """The recipe in one canonical JSON-able form, which parses back to the same tuning on any machine."""
         data = [{"path": e.path} | ({} if e.most is None else {"most": e.most}) for e in self.data]
         optional = {key: getattr(self, key) for key in ("dev", "stats", "window") if getattr(self, key) is not None}
-        training = {name: value for name, value in asdict(self._options).items() if name != "autocast"}
         return {
             "job": JOB,
             "model": self.model,
@@ -192,5 +203,5 @@ class TuneRecipe(JobForm):
             "method": self.method,
             "parameters": dict(self._settings),
             **optional,
-            **{name: value for name, value in training.items() if value is not None},
+            **{name: value for name, value in asdict(self._options).items() if value is not None},
         }

@@ -23,6 +23,7 @@ from mergekit_lfm.store.files import name_file
 from mergekit_lfm.store.sidecars import sidecars_of
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
     from transformers import PreTrainedTokenizerBase
 
@@ -124,6 +125,48 @@ def empty_model(source: Checkpoint, task: str) -> nn.Module:
         _check_architecture(config, folder, task)
         model: nn.Module = _auto_class(transformers, source, task).from_config(config, trust_remote_code=False)
     return model
+
+
+def classifier_with_new_head(
+    source: Checkpoint, labels: Sequence[str], seed: int, *, empty: bool = False
+) -> tuple[Any, tuple[str, ...], tuple[str, ...]]:
+    """A classifier for these labels that has a saved model as its trunk, in the model's dtype, and a new head.
+
+    Also the names of the new parameters, and those of tensors that it has no place for. empty: without values. Raises
+    PlanError for an architecture without classifiers, FormatError if more than a head would be new.
+    """
+    import torch
+
+    transformers, folder = import_transformers(), source.path
+    named = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    auto = transformers.AutoModelForSequenceClassification
+    with _quiet(transformers), _loading(folder, "classification"), torch.random.fork_rng([]):
+        config = transformers.AutoConfig.from_pretrained(folder, num_labels=len(labels), **named, **OURS)
+        with torch.device("meta"):
+            model = auto.from_config(config, trust_remote_code=False)
+        dtype = _most_frequent_dtype(source)
+        if empty:
+            return model.to(dtype), (), ()
+        torch.manual_seed(seed)
+        tensors = {name: source.read(name).view(spec.shape) for name, spec in source.items()}
+        read = _reader_of(tensors, type(model), config)
+        model, report = read(dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **OURS)
+    added = sorted({*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])})
+    trunk = f"{model.base_model_prefix}."
+    if wrong := [name for name in added if name.startswith(trunk) and ".pooler." not in name]:
+        raise FormatError(f"{folder} lacks {', '.join(wrong[:5])} of the {_architecture(config)}; give the whole model")
+    return model.eval(), tuple(added), tuple(sorted(report["unexpected_keys"]))
+
+
+def _most_frequent_dtype(source: Checkpoint) -> torch.dtype:
+    """The dtype that most numbers of a checkpoint have."""
+    import torch
+
+    sizes: dict[str, int] = {}
+    for spec in source.values():
+        sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.numel
+    kind: torch.dtype = getattr(torch, max(sizes, key=lambda dtype: sizes[dtype]))
+    return kind
 
 
 def load_as_saved(folder: Path, tensors: Mapping[str, Tensor]) -> Loaded:

@@ -6,7 +6,6 @@ killed goes on from its last state to the same bytes, on the same machine with t
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,13 +20,12 @@ from torch import Tensor, nn
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.machine.pauses import Pauses, delay_interrupts
 from mergekit_lfm.recipe.training import Options
-from mergekit_lfm.store.durable import replace_file
 from mergekit_lfm.train.examples import Examples, seed_of
 from mergekit_lfm.train.hooks import Hook, Parameters
 from mergekit_lfm.train.losses import Loss
 from mergekit_lfm.train.state import Looked, State
 
-STATE, METRICS = "state.safetensors", "metrics.jsonl"
+STATE = "state.safetensors"
 
 Tell = Callable[[int, int, Mapping[str, Any]], None]  # steps done, of all, and the last line of the record
 
@@ -96,14 +94,14 @@ def fit(
                 tell(state.done, options.steps, state.record[-1])
             if file is not None and (pauses.due or interrupted()):
                 with pauses.taken():
-                    _save(state, file, request)
+                    state.save(file, request)
             if interrupted():
                 raise KeyboardInterrupt
     _keep_best(state)
     for hook in hooks:
         hook.finish(parameters)
     if file is not None:
-        _save(state, file, request)
+        state.save(file, request)
     best = state.looked
     return History(state.done, tuple(state.record), best.best, None if best.best is None else best.best_step)
 
@@ -173,7 +171,7 @@ def _step(
     if not math.isfinite(mean):
         if file is not None:
             state.optimizer.zero_grad()
-            _save(state, file, request)
+            state.save(file, request)
         kept = f" The state before it is in {file}" if file is not None else ""
         raise PlanError(
             f"the loss of step {step + 1} is {mean}, expected a finite number; choose a lower learning rate than "
@@ -244,10 +242,3 @@ def mean_loss(model: nn.Module, examples: Examples, loss: Loss, options: Options
 def _keep_best(state: State) -> None:
     for name, x in state.kept.items():
         state.parameters[name].copy_(x)
-
-
-def _save(state: State, file: Path, request: str) -> None:
-    """Save the state, and the metrics beside it."""
-    state.save(file, request)
-    lines = "".join(json.dumps(line) + "\n" for line in state.record)
-    replace_file(file.with_name(METRICS), lines.encode())

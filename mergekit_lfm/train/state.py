@@ -1,11 +1,13 @@
 """The state of a training in a file: enough to go on to the same bytes.
 
-It holds what is trained, the buffers, the optimizer's moments and what hooks remember, and as facts the step, the
-history, and the request that is being answered. Random numbers need no state: each step has a seed of its own.
+It holds the trained parameters, the buffers, the optimizer's moments and the memory of hooks, and as facts the step and
+the request that is being answered. Random numbers need no state: each step has a seed of its own. The record of the
+steps is the file of metrics beside it, which is written first, so that it has at least the steps of the state.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,11 +19,13 @@ from torch import Tensor, nn
 from mergekit_lfm.artifacts.header import Kind, save_tensors
 from mergekit_lfm.errors import FormatError
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
+from mergekit_lfm.store.durable import replace_file
 from mergekit_lfm.store.identity import spec_of
 from mergekit_lfm.store.tensors import read_header
 from mergekit_lfm.train.hooks import Hook, Parameters
 
 TRAINING = Kind("training", "mergekit-lfm tune", "start anew")
+METRICS = "metrics.jsonl"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, by torch's names
 
 
@@ -64,13 +68,14 @@ class State:
         return found | {f"kept/{name}": x for name, x in self.kept.items()}
 
     def save(self, path: Path, request: str) -> None:
-        """Write the state; an earlier one is replaced at once, or not at all."""
+        """Write the metrics, then the state; an earlier one is replaced at once, or not at all."""
+        lines = "".join(json.dumps(line) + "\n" for line in self.record)
+        replace_file(path.with_name(METRICS), lines.encode())
         parts = {name: x.detach().reshape(1) if x.ndim == 0 else x for name, x in self.tensors().items()}
         looked = self.looked
         facts = {
             "request": request,
             "done": self.done,
-            "record": self.record,
             "looked": [looked.best, looked.best_step, looked.waits],
         }
         specs = [spec_of(name, x) for name, x in parts.items()]
@@ -81,7 +86,7 @@ class State:
         """Go on from a file; False, and nothing changed, if it is not there, damaged, or of another request."""
         try:
             metadata = read_header(path).metadata
-            facts = TRAINING.decode(metadata, ("request", "done", "record", "looked"), dict, path)
+            facts = TRAINING.decode(metadata, ("request", "done", "looked"), dict, path)
             if facts["request"] != request:
                 return False
             stored = open_checkpoint(path)
@@ -93,16 +98,26 @@ class State:
         for name, x in self.parameters.items():
             if f"step/{name}" in stored:
                 moments = {moment: stored.read(f"{moment}/{name}").view(x.shape).to(x.device) for moment in MOMENTS}
-                self.optimizer.state[x] = {"step": stored.read(f"step/{name}").reshape(()), **moments}
+                self.optimizer.state[x] = {"step": stored.read(f"step/{name}").reshape(()).to(x.device), **moments}
         for number, hook in enumerate(self.hooks):
             hook.restore(_read_under(f"hook/{number}/", stored))
         self.kept = _read_under("kept/", stored)
-        self.done, self.record, self.looked = facts["done"], facts["record"], Looked(*facts["looked"])
+        self.done, self.looked = facts["done"], Looked(*facts["looked"])
+        self.record = read_record(path.with_name(METRICS), self.done)
         return True
 
     def _places(self) -> Iterator[tuple[str, Tensor]]:
         yield from ((f"parameter/{name}", x) for name, x in self.parameters.items())
         yield from ((f"buffer/{name}", x) for name, x in self.model.named_buffers())
+
+
+def read_record(path: Path, steps: int) -> list[dict[str, Any]]:
+    """The lines of the first steps in a file of metrics; [] for a file that is not there or damaged."""
+    try:
+        lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        return [line for line in lines if line["step"] <= steps]
+    except (OSError, ValueError, LookupError, TypeError):
+        return []
 
 
 def _read_under(start: str, stored: Checkpoint) -> dict[str, Tensor]:

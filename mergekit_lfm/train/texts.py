@@ -81,6 +81,13 @@ def check_labels(examples: Examples, classes: int | None, place: object) -> None
         )
 
 
+def lengthen_by_no_ending(sets: Sequence[Examples]) -> int:
+    """The token to lengthen rows with that no row ends with: theirs, or the first such one."""
+    ends = {int(item["input_ids"][-1]) for each in sets for item in each.items}
+    mine = sets[0].pad["input_ids"]
+    return mine if mine not in ends else next(token for token in range(len(ends) + 1) if token not in ends)
+
+
 def _one_of(keys: Sequence[str]) -> Callable[[dict[str, Any], int], Numbered | str]:
     def read(entry: dict[str, Any], line: int) -> Numbered | str:
         given = [key for key in keys if key in entry]

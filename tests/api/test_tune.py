@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from helpers_commands import refusal, run, start
+from helpers_editing import LLAMA, trained_tokenizer
 from helpers_tune import tiny, transformers  # noqa: F401
 from safetensors.torch import load_file
 
@@ -275,3 +276,17 @@ def test_transformers_loads_and_runs_the_result() -> None:
     ours = load_model("out", "classification").model
     with torch.no_grad():
         assert torch.equal(model(ids).logits, ours(ids).logits)
+
+
+@pytest.mark.usefixtures("here")
+def test_a_decoder_that_classifies_reads_the_last_token_of_each_row() -> None:
+    """A batch has the loss of its rows, although some end with the token by which others would be lengthened."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**LLAMA, num_labels=3)
+    transformers.LlamaForSequenceClassification(config).save_pretrained("decoder")
+    trained_tokenizer("ended").save_pretrained("decoder")
+    how: dict[str, Any] = {"task": "classification", "steps": 1, "batch_size": 16, "threads": 1, "clip": 0.0}
+    tune_model("decoder", "bert.jsonl", "whole", **how)
+    tune_model("decoder", "bert.jsonl", "parts", accumulate=16, **how)  # rows alone are not lengthened
+    first = [json.loads(Path(f"{out}.training/metrics.jsonl").read_text())["loss"] for out in ("whole", "parts")]
+    assert first[0] == pytest.approx(first[1], rel=1e-5)

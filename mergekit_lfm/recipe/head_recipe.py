@@ -1,0 +1,61 @@
+"""Recipes of `job: head`: a saved model gets a new head for labels. Checked completely before any work."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BeforeValidator, Field, PrivateAttr, ValidationInfo, model_validator
+
+from mergekit_lfm.recipe.files import FoundModel, Where, find_reference
+from mergekit_lfm.recipe.form import Reference, read_reference
+from mergekit_lfm.recipe.job_form import JobForm
+from mergekit_lfm.recipe.problems import attempt, problem_at, refuse
+from mergekit_lfm.recipe.values import FOUND
+
+JOB = "head"
+
+
+def _as_names(value: object) -> object:
+    """The labels' names; a number stands for so many, LABEL_0 and so on, as transformers names them."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return tuple(f"LABEL_{i}" for i in range(value))
+    return value
+
+
+class HeadRecipe(JobForm):
+    """A new head as the user wrote it. labels: their names, or their number. seed: of its random weights.
+
+    Build one with `HeadRecipe.parse`. Paths are as of a merge's `Recipe`.
+    """
+
+    EXPECTED: ClassVar[str] = "a mapping with model and labels"
+
+    job: Literal["head"]
+    model: Reference
+    labels: Annotated[tuple[str, ...], BeforeValidator(_as_names)]
+    seed: int = Field(default=0, strict=True, ge=0, lt=2**63)
+    output: Annotated[str | None, BeforeValidator(read_reference)] = None
+
+    _model: FoundModel = PrivateAttr()
+
+    @model_validator(mode="after")
+    def _check(self, info: ValidationInfo) -> Self:
+        where: Where = (info.context or {"where": Where()})["where"]
+        model, problems = attempt(partial(find_reference, self.model, where), "model")
+        if len(self.labels) < 2 or len({*self.labels}) < len(self.labels):
+            found = f"{len(self.labels)} labels, {len({*self.labels})} different ones"
+            problems.append(problem_at("labels", FOUND, found=found, expected="at least two, each once"))
+        refuse(problems)
+        assert model is not None
+        self._model = model
+        return self
+
+    @property
+    def found(self) -> FoundModel:
+        """The model that gets the head."""
+        return self._model
+
+    def normalised(self) -> dict[str, Any]:
+        """The recipe in one canonical JSON-able form, which parses back to the same head on any machine."""
+        return {"job": JOB, "model": self.model, "labels": list(self.labels), "seed": self.seed}
