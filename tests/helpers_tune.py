@@ -24,15 +24,16 @@ BERT = {
     "attention_probs_dropout_prob": 0.0,
     "initializer_range": 0.1,
 }
-TASKS = {"llama": "lm", "bert": "classification", "encoder": "embedding"}
+TASKS = {"llama": "lm", "tied": "lm", "bert": "classification", "encoder": "embedding"}
 
 
 def save_tiny(kind: str, folder: Path) -> Path:
-    """A model of random weights with its tokenizer: a Llama, a BERT that tells three classes apart, or its encoder."""
+    """A model of random weights with its tokenizer: a Llama (tied or not), a BERT for three classes, or an encoder."""
     torch.manual_seed(3)
     made: Any
-    if kind == "llama":
-        made = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**LLAMA, "num_hidden_layers": 2}))
+    if kind in ("llama", "tied"):
+        config = {**LLAMA, "num_hidden_layers": 2, "tie_word_embeddings": kind == "tied"}
+        made = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
     elif kind == "bert":
         made = transformers.BertForSequenceClassification(transformers.BertConfig(**BERT, num_labels=3))
     else:
@@ -50,7 +51,7 @@ def write_data(kind: str, file: Path) -> Path:
     """Sixteen examples for a model."""
     words = [text for line in TEXTS for text in line.split(" . ")] * 4
     lines: list[dict[str, Any]]
-    if kind == "llama":
+    if kind in ("llama", "tied"):
         lines = [{"text": word} for word in words[:16]]
     elif kind == "bert":
         lines = [{"text": word, "label": number % 3} for number, word in enumerate(words[:16])]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from mergekit_lfm.api.arguments import StrPath, expand
 from mergekit_lfm.api.outcome import Outcome, warn_of
@@ -63,7 +64,7 @@ class PlannedHead:
 
     def _write(self, folder: Path, *, empty: bool) -> NewHead:
         """Write the model's files into a folder that is not there, or empty."""
-        from mergekit_lfm.runtime.load import classifier_with_new_head
+        from mergekit_lfm.runtime.load import classifier_with_new_head, save_quietly
 
         labels, seed = self.recipe.labels, self.recipe.seed
         model, added, dropped = classifier_with_new_head(self.source, labels, seed, empty=empty)
@@ -73,7 +74,7 @@ class PlannedHead:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 replace_file(folder / name, read_bytes(path))
         if not empty:
-            model.save_pretrained(folder, save_original_format=False)
+            save_quietly(model, folder, _as_stored(model, added, self.source))
             return NewHead(added, dropped)
         specs = [spec_of(name, x) for name, x in model.state_dict().items()]
         write_empty(folder / WEIGHTS, encode_header(specs, METADATA)[0], specs)
@@ -101,6 +102,16 @@ class PlannedHead:
             replace_file(partial / LOCK, self.request.lock(others, headers, locked, facts))
             sync_folder(partial)
         return made
+
+
+def _as_stored(model: Any, added: Collection[str], source: Checkpoint) -> dict[str, Any]:
+    """The tensors of a classifier, those of its trunk as the model that it was made from has them."""
+    trunk, tensors = f"{model.base_model_prefix}.", dict(model.state_dict())
+    for name in tensors.keys() - {*added}:
+        stored = next((each for each in (name, name.removeprefix(trunk)) if each in source), None)
+        if stored is not None and source[stored].shape == tuple(tensors[name].shape):
+            tensors[name] = source.read(stored).view(source[stored].shape)
+    return tensors
 
 
 def plan_head(recipe: HeadRecipe, out: Path) -> PlannedHead:
@@ -133,5 +144,6 @@ def make_head(planned: PlannedHead, *, overwrite: bool = False, progress: object
     else:
         made = planned.make()
     findings = [f"{name} is of a head that the new one replaces, and is dropped" for name in made.dropped]
+    findings += [f"{name} is left behind: {why}" for name, why in sidecars_of(planned.source).missed]
     warnings = warn_of([*planned.notices, *findings])
     return Outcome(planned.out, made, request.digest, there, warnings, time.monotonic() - started)

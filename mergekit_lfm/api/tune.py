@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,44 +16,22 @@ from torch import Tensor
 from mergekit_lfm.api.arguments import StrPath, expand
 from mergekit_lfm.api.outcome import Outcome, warn_of
 from mergekit_lfm.api.tune_plans import PlannedTuning, plan_tuning
-from mergekit_lfm.artifacts.patch import Patch, PatchInfo, TensorChange, read_patch_info
+from mergekit_lfm.api.tune_results import Tuned, check_places, write_result
+from mergekit_lfm.artifacts.patch import read_patch_info
 from mergekit_lfm.artifacts.statistics import open_statistics
 from mergekit_lfm.errors import FormatError, PlanError
-from mergekit_lfm.kernels.sums import round_once
 from mergekit_lfm.machine.progress import SILENCE, Progress
 from mergekit_lfm.output.request import result_of
-from mergekit_lfm.output.save import save_checkpoint
-from mergekit_lfm.output.trained_adapter import save_adapter
 from mergekit_lfm.recipe.tune_recipe import TuneRecipe
 from mergekit_lfm.runtime.load import Loaded, load_model
 from mergekit_lfm.runtime.subject import Subject, make_subject
-from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.store.locks import lock_folder
 from mergekit_lfm.train.examples import Examples, join, seed_of
 from mergekit_lfm.train.loop import STATE, fit
 from mergekit_lfm.train.losses import LOSSES
 from mergekit_lfm.train.state import METRICS
 from mergekit_lfm.train.texts import check_labels, lengthen_by_no_ending, read_examples
-from mergekit_lfm.tune.work import Prepared, TuneWork
-from mergekit_lfm.version import versions
-
-
-@dataclass(frozen=True, slots=True)
-class Tuned:
-    """The result of a tuning. makes: "checkpoint", "patch" or "adapter".
-
-    steps: those done, fewer than planned where the development set ended it. trained: how many numbers were trained;
-    parameters: the model's. loss: the mean over the last tenth of the steps. dev_loss, best_step: the least on the
-    development set, whose state was kept; None without one.
-    """
-
-    makes: str
-    steps: int
-    trained: int
-    parameters: int
-    loss: float
-    dev_loss: float | None = None
-    best_step: int | None = None
+from mergekit_lfm.tune.work import TuneWork
 
 
 def tune_model(
@@ -118,13 +95,15 @@ def tune_planned(
     """Carry a planned tuning out; as `tune_model` does."""
     started = time.monotonic()
     out, request = planned.out, planned.answer
+    _ = request.digest  # of the inputs as they are before the work
     there = planned.request.is_answered(out, overwrite=overwrite)
     if there:
         return Outcome(out, _known(planned), request.digest, True, warn_of(planned.notices), time.monotonic() - started)
     _check_training(planned.training)
     with _threads(threads):
-        tuned = _tune(planned, progress)
-    return Outcome(out, tuned, request.digest, False, warn_of(planned.notices), time.monotonic() - started)
+        tuned, findings = _tune(planned, progress)
+    warnings = warn_of([*planned.notices, *findings])
+    return Outcome(out, tuned, request.digest, False, warnings, time.monotonic() - started)
 
 
 def _known(planned: PlannedTuning) -> Tuned:
@@ -149,8 +128,8 @@ def _check_training(folder: Path) -> None:
         raise PlanError(f"{folder} holds {others[0]}, which is not the state of a training; move it away")
 
 
-def _tune(planned: PlannedTuning, progress: Progress) -> Tuned:
-    """Train, and write the result."""
+def _tune(planned: PlannedTuning, progress: Progress) -> tuple[Tuned, list[str]]:
+    """Train, and write the result; also findings."""
     recipe, request = planned.recipe, planned.answer
     options, method = recipe.options, recipe.declaration
     loaded = load_model(planned.source, recipe.task, device=planned.device)
@@ -160,16 +139,19 @@ def _tune(planned: PlannedTuning, progress: Progress) -> Tuned:
     with torch.random.fork_rng([loaded.model.device] if planned.device.startswith("cuda") else []):
         torch.manual_seed(seed_of(options.seed, "start"))
         fisher = None if recipe.statistics is None else _fisher(recipe.statistics, subject)
-        work = TuneWork(loaded.model, recipe.task, recipe.settings, options.steps, recipe.model, fisher)
+        work = TuneWork(loaded.model, recipe.task, recipe.settings, options.steps, recipe.found.model, fisher)
+        _ = subject.names  # as they are before the method changes them
         prepared = method.prepare(work)
+    check_places(prepared, subject, planned.source)
     if options.weight_decay and not prepared.decays:
         raise PlanError(
             f"weight_decay is {options.weight_decay}, and {method.name} trains parts of tensors, which would decay as "
             "a whole; leave it out"
         )
-    trained, training = sum(x.numel() for x in prepared.model.parameters() if x.requires_grad), planned.training
+    every, training = sum(x.numel() for x in prepared.model.parameters() if x.requires_grad), planned.training
+    trained = every if prepared.count is None else prepared.count
     training.mkdir(parents=True, exist_ok=True)
-    with lock_folder(training), progress.by_count(" steps", "tuning") as count:
+    with _without_empty(training), lock_folder(training), progress.by_count(" steps", "tuning") as count:
         history = fit(
             prepared.model,
             examples,
@@ -182,9 +164,9 @@ def _tune(planned: PlannedTuning, progress: Progress) -> Tuned:
             tell=lambda done, whole, _: count(done, whole),
         )
         tuned = Tuned(method.makes, history.steps, trained, size, history.loss, history.best, history.best_step)
-        _write(planned, prepared, subject, tuned)
+        findings = write_result(planned, prepared, subject, tuned)
         (training / STATE).unlink(missing_ok=True)
-    return tuned
+    return tuned, findings
 
 
 def _read(path: Path, loaded: Loaded, recipe: TuneRecipe) -> Examples:
@@ -223,55 +205,14 @@ def _fisher(path: Path, subject: Subject) -> dict[str, Tensor]:
     }
 
 
-def _write(planned: PlannedTuning, prepared: Prepared, subject: Subject, tuned: Tuned) -> None:
-    """Write what the training has left."""
-    facts = {name: getattr(tuned, name) for name in Tuned.__dataclass_fields__}
-    if prepared.adapter is not None:
-        made = prepared.adapter()
-        save_adapter(planned.out, made.config, made.tensors, planned.answer, facts)
-        return
-    prepared.fold()
-    changed = changes_of(subject, planned.source)
-    if planned.recipe.declaration.makes == "checkpoint":
-        documents = {"tune.json": (json.dumps(planned.answer.public, indent=2) + "\n").encode()}
-        request = planned.answer
-        save_checkpoint(
-            planned.source,
-            planned.out,
-            changed,
-            documents,
-            lock=lambda files, headers, tensors: {request.lock_file: request.lock(files, headers, tensors, facts)},
-        )
-        return
-    source = planned.source
-    tensors = {
-        name: TensorChange("replace", source[name].shape, source[name].dtype, digest=source.digest_of(name))
-        for name in changed
-    }
-    options = {"request": planned.answer.digest, "recipe": planned.answer.public, "result": facts}
-    info = PatchInfo(planned.recipe.method, tensors, source.content, options, {}, versions("torch"))
-    planned.out.parent.mkdir(parents=True, exist_ok=True)
-    Patch(info, changed).save(planned.out)
-
-
-def changes_of(subject: Subject, source: Checkpoint) -> dict[str, Tensor]:
-    """The tensors of a checkpoint that a model, which was loaded from it, has changed, rounded to their dtypes.
-
-    Raises PlanError for a changed parameter that no tensor holds.
-    """
-    changed, lost = dict[str, Tensor](), list[str]()
-    for name, parameter in subject.module.named_parameters():
-        tensors = subject.tensors_of(parameter)
-        for tensor in tensors:
-            stored = source.read(tensor).view(source[tensor].shape)
-            new = round_once(parameter.detach().cpu(), stored.dtype)
-            if not torch.equal(new.view(torch.uint8), stored.view(torch.uint8)):
-                changed[tensor] = new.contiguous()
-        if not tensors and parameter.requires_grad:
-            lost.append(f"{name} ({subject.why_unknown(parameter)})")
-    if lost:
-        raise PlanError(f"trained parameters that no tensor of {source.path} holds: {', '.join(lost[:5])}")
-    return changed
+@contextmanager
+def _without_empty(folder: Path) -> Iterator[None]:
+    """Remove the folder afterwards if it is empty, as when nothing was worth to be saved."""
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from pathlib import Path
 import xxhash
 
 from mergekit_lfm.artifacts.patch import read_patch_info
-from mergekit_lfm.errors import PlanError
+from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.machine.devices import find_device
 from mergekit_lfm.output import save
 from mergekit_lfm.output.lock import ADAPTER_LOCK, LOCK
@@ -28,14 +28,15 @@ SUFFIX = ".safetensors"
 
 @dataclass(frozen=True)
 class PatchRequest:
-    """The request that a patch answers, whose digest its metadata have."""
+    """The request that a patch answers, whose digest its metadata have. files: those read besides the model."""
 
     request: Request
+    files: tuple[Path, ...]
 
     @property
     def paths(self) -> dict[str, Path]:
         """The folders and files that are read, by their names in messages."""
-        return self.request.paths
+        return {**self.request.paths, **{str(path): path for path in self.files}}
 
     def is_answered(self, out: Path, *, overwrite: bool) -> bool:
         """True if OUT is the patch of this request; False if it may be written there, else PlanError."""
@@ -64,13 +65,16 @@ class PlannedTuning:
     @property
     def notices(self) -> tuple[str, ...]:
         """The facts that a user should know."""
-        return self.recipe.notices
+        found = self.recipe.found
+        on = f"the adapter is for {self.recipe.model}, and its config names {found.model} alone"
+        makes = self.recipe.declaration.makes
+        return (*self.recipe.notices, *([on] if found.adapters and makes == "adapter" else []))
 
     @cached_property
     def answer(self) -> Request:
         """All that determines the result: the recipe, the model, and the content of the data."""
         recipe = self.recipe
-        whole = {**recipe.normalised(), "device": self.device.partition(":")[0], "content": self._contents}
+        whole = {**recipe.normalised(), "device": self.device.partition(":")[0], "content": self.contents}
         files = [*recipe.files, *([recipe.dev_file] if recipe.dev_file else [])]
         names = public_names([recipe.model, *(file.ref for file in files), *([recipe.stats] if recipe.stats else [])])
         data = [{**entry, "path": names[entry["path"]]} for entry in whole["data"]]
@@ -80,17 +84,30 @@ class PlannedTuning:
         inputs = (RequestInput(recipe.model, self.source, self.source.config),)
         return Request(whole, public, inputs, lock)
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that are read besides the model."""
+        found: list[DataFile | Path | None] = [*self.recipe.files, self.recipe.dev_file, self.recipe.statistics]
+        return tuple(file.path if isinstance(file, DataFile) else file for file in found if file is not None)
+
     @cached_property
-    def _contents(self) -> dict[str, str]:
-        """The digests of the files that are read besides the model."""
-        files: list[DataFile | Path | None] = [*self.recipe.files, self.recipe.dev_file, self.recipe.statistics]
-        paths = [file.path if isinstance(file, DataFile) else file for file in files if file is not None]
-        return {f"{number} {path.name}": _digest(path) for number, path in enumerate(paths)}
+    def contents(self) -> dict[str, str]:
+        """The digests of these files when they were first asked for."""
+        return self._digests()
+
+    def _digests(self) -> dict[str, str]:
+        return {f"{number} {path.name}": _digest(path) for number, path in enumerate(self.files)}
+
+    def check_unchanged(self) -> None:
+        """Raise FormatError if the model or the data were changed since they were first looked at."""
+        self.answer.check_unchanged()
+        if self._digests() != self.contents:
+            raise FormatError("the data were changed while the model was tuned; run the same command again")
 
     @property
     def request(self) -> Request | PatchRequest:
         """The request that the result answers."""
-        return PatchRequest(self.answer) if self.recipe.declaration.makes == "patch" else self.answer
+        return PatchRequest(self.answer, self.files) if self.recipe.declaration.makes == "patch" else self.answer
 
     @property
     def training(self) -> Path:
@@ -114,7 +131,7 @@ class PlannedTuning:
 
         recipe = self.recipe
         model = empty_model(self.source, recipe.task)
-        work = TuneWork(model, recipe.task, recipe.settings, recipe.options.steps, recipe.model)
+        work = TuneWork(model, recipe.task, recipe.settings, recipe.options.steps, recipe.found.model)
         made = recipe.declaration.prepare(work).adapter()
         stand_in_adapter(folder, made.config, made.tensors)
 

@@ -66,7 +66,11 @@ Examples:
 @parameter_options(TUNE_METHODS)
 @click.option("--dev", type=click.Path(path_type=Path), help="A data file; the state with the least loss on it stays.")
 @click.option("--stats", type=click.Path(path_type=Path), help="For mask: a file of `stats fisher`.")
-@click.option("--window", type=click.IntRange(min=1), help="The most tokens of an example. [default: the model's]")
+@click.option(
+    "--window",
+    type=click.IntRange(min=1),
+    help="The most tokens of an example. [default: as many as the model takes; for texts of lm at most 512]",
+)
 @click.option("--steps", type=click.IntRange(min=1), default=200, help="Steps of the optimizer, AdamW. [default: 200]")
 @options.batch_size_option("a step")
 @click.option("--accumulate", type=click.IntRange(min=1), default=1, help="Cut each batch into this many parts.")

@@ -99,6 +99,12 @@ class Request:
         lock = lock_of(out, self.lock_file)
         return bool(lock) and lock.get("plan") == self.digest
 
+    def check_unchanged(self) -> None:
+        """Raise FormatError if an input was changed since it was first looked at."""
+        for source, state in zip(self.inputs, self.states, strict=True):
+            if source.tensors.states != state:
+                raise FormatError(f"{source.label} was changed while it was read; run the same command again")
+
     def lock(
         self,
         files: Mapping[str, bytes],
@@ -110,9 +116,7 @@ class Request:
 
         result: facts about the result that only making it shows. Raises FormatError if an input was changed meanwhile.
         """
-        for source, state in zip(self.inputs, self.states, strict=True):
-            if source.tensors.states != state:
-                raise FormatError(f"{source.label} was changed while it was read; run the same command again")
+        self.check_unchanged()
         names = public_names(source.label for source in self.inputs)
         facts = {
             "format": FORMAT,

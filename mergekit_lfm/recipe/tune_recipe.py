@@ -142,6 +142,13 @@ class TuneRecipe(JobForm):
         elif self.stats is not None:
             found, missing = read_file(self.stats, where.folder, "stats", "a statistics file")
             self._stats, problems = None if found is None else found.path, [*problems, *missing]
+        if self.evaluate_every is not None and self.dev is None:
+            problems.append(
+                problem_at("evaluate_every", FOUND, found=str(self.evaluate_every), expected="`dev` beside it")
+            )
+        if self.task == "embedding" and self.accumulate > 1:
+            expected = "1 for embedding, whose loss is about all texts of a batch at once"
+            problems.append(problem_at("accumulate", FOUND, found=str(self.accumulate), expected=expected))
         if self.patience is not None and (self.dev is None or self.evaluate_every is None):
             expected = "`dev` and `evaluate_every` beside it"
             problems.append(problem_at("patience", FOUND, found=str(self.patience), expected=expected))

@@ -158,6 +158,12 @@ def classifier_with_new_head(
     return model.eval(), tuple(added), tuple(sorted(report["unexpected_keys"]))
 
 
+def save_quietly(model: Any, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Save a model of transformers with these tensors, without its bar."""
+    with _quiet(import_transformers()):
+        model.save_pretrained(folder, state_dict=dict(tensors))
+
+
 def _most_frequent_dtype(source: Checkpoint) -> torch.dtype:
     """The dtype that most numbers of a checkpoint have."""
     import torch

@@ -22,7 +22,12 @@ Parameters = Mapping[str, nn.Parameter]  # all that are trained at some step, by
 
 
 class Hook:
-    """Something that happens at steps; each part by default does nothing. Steps count from 1 where they are done."""
+    """Something that happens at steps; each part by default does nothing. Steps count from 1 where they are done.
+
+    Hooks act in the order in which they are given. replaces: whether it puts other weights in place of the last ones.
+    """
+
+    replaces = False
 
     def begin(self, parameters: Parameters) -> None:
         """Called once before the first step, also where a training goes on, before `restore`."""
@@ -66,6 +71,8 @@ class MovingAverage(Hook):
 
     decay: of a step; in the first steps less, (1 + steps) / (10 + steps), so that the start is forgotten.
     """
+
+    replaces = True
 
     def __init__(self, decay: float = 0.999) -> None:
         if not 0 <= decay < 1:

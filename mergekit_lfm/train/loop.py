@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mergekit_lfm.errors import PlanError
+from mergekit_lfm.errors import PlanError, reason
 from mergekit_lfm.machine.pauses import Pauses, delay_interrupts
 from mergekit_lfm.recipe.training import Options
 from mergekit_lfm.train.examples import Examples, seed_of
@@ -74,6 +74,9 @@ def fit(
     parameters = {name: x for name, x in model.named_parameters() if x.requires_grad}
     if not parameters:
         raise PlanError("no parameter of the model is trained; choose a method that trains some")
+    if dev is not None and any(hook.replaces for hook in hooks):
+        raise PlanError("a hook puts other weights in place of those that the development set chose; leave one out")
+    request = request or repr((examples.digest, dev and dev.digest, options))
     state = State(model, parameters, _optimizer(parameters, options), tuple(hooks))
     for hook in hooks:
         hook.begin(parameters)
@@ -117,13 +120,19 @@ def _optimizer(parameters: Parameters, options: Options) -> torch.optim.Optimize
 
 @contextmanager
 def _training(model: nn.Module, options: Options) -> Iterator[None]:
-    """The model in the mode of training; in evaluation mode afterwards."""
-    model.train()
+    """The model in the mode of training, but for batch normalisation; in evaluation mode afterwards."""
     if options.checkpointing:
-        enable = getattr(model, "gradient_checkpointing_enable", None)
-        if enable is None:
-            raise PlanError(f"checkpointing: {type(model).__name__} does not compute activations again; leave it out")
-        enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        try:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+        except (AttributeError, ValueError) as error:
+            name = type(model).__name__
+            raise PlanError(
+                f"checkpointing: {name} cannot compute activations again ({reason(error)}); leave it out"
+            ) from None
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
     try:
         with torch.inference_mode(False), torch.enable_grad():
             yield
@@ -168,16 +177,22 @@ def _step(
             (value / terms.number if len(parts) == 1 else value).backward()  # type: ignore[no-untyped-call]
         total += float(value.detach())
     mean = total / max(1, count)
-    if not math.isfinite(mean):
+    norm = _correct(state, count if len(parts) > 1 else 1, options) if math.isfinite(mean) else math.inf
+    if not math.isfinite(norm):
+        state.optimizer.zero_grad()
         if file is not None:
-            state.optimizer.zero_grad()
             state.save(file, request)
         kept = f" The state before it is in {file}" if file is not None else ""
-        raise PlanError(
-            f"the loss of step {step + 1} is {mean}, expected a finite number; choose a lower learning rate than "
-            f"{options.learning_rate:g}, or look for the cause in the data.{kept}"
+        found = f"the loss of step {step + 1} is {mean}" + (
+            ", and its gradient is not finite" if mean < math.inf else ""
         )
-    _apply(state, count if len(parts) > 1 else 1, options)
+        raise PlanError(f"{found}, expected finite numbers; {_cure(options)}.{kept}")
+    for group in state.optimizer.param_groups:
+        group["lr"] = options.rate(step)
+    state.optimizer.step()
+    state.optimizer.zero_grad()
+    if not bool(torch.stack([x.isfinite().all() for x in torch._foreach_norm([*state.parameters.values()])]).all()):
+        raise PlanError(f"step {step + 1} makes parameters that are not finite; {_cure(options)}")
     state.done = step + 1
     for hook in state.hooks:
         hook.after(state.done, state.parameters)
@@ -190,19 +205,17 @@ def _tokens(batch: Mapping[str, Tensor]) -> int:
     return sum(int(mask.sum()) for mask in masks) if masks else len(next(iter(batch.values())))
 
 
-def _apply(state: State, count: int, options: Options) -> None:
-    """Change the parameters by the gradients that are there, of a loss that is a sum of `count` terms."""
-    gradients = [x.grad for x in state.parameters.values() if x.grad is not None]
+def _cure(options: Options) -> str:
+    return f"choose a lower learning rate than {options.learning_rate:g}, or look for the cause in the data"
+
+
+def _correct(state: State, count: int, options: Options) -> float:
+    """Divide the gradients, of a loss that is a sum of `count` terms, and clip them; their norm before that."""
     if count > 1:
-        torch._foreach_div_(gradients, count)
+        torch._foreach_div_([x.grad for x in state.parameters.values() if x.grad is not None], count)
     for hook in state.hooks:
         hook.correct(state.parameters)
-    if options.clip:
-        torch.nn.utils.clip_grad_norm_(state.parameters.values(), options.clip)
-    for group in state.optimizer.param_groups:
-        group["lr"] = options.rate(state.done)
-    state.optimizer.step()
-    state.optimizer.zero_grad()
+    return float(torch.nn.utils.clip_grad_norm_(state.parameters.values(), options.clip or math.inf))
 
 
 def _is_look(done: int, options: Options) -> bool:
@@ -216,6 +229,8 @@ def _is_over(looked: Looked, options: Options) -> bool:
 def _look(state: State, dev: Examples, loss: Loss, options: Options) -> float:
     """The loss on the development set; keeps the parameters if it is the least so far."""
     value = mean_loss(state.model, dev, loss, options)
+    if not math.isfinite(value):
+        raise PlanError(f"the loss on the development set is {value} after step {state.done}; {_cure(options)}")
     looked = state.looked
     if looked.best is None or value < looked.best:
         state.looked = Looked(value, state.done, 0)

@@ -8,7 +8,7 @@ steps is the file of metrics beside it, which is written first, so that it has a
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,11 +71,14 @@ class State:
         """Write the metrics, then the state; an earlier one is replaced at once, or not at all."""
         lines = "".join(json.dumps(line) + "\n" for line in self.record)
         replace_file(path.with_name(METRICS), lines.encode())
-        parts = {name: x.detach().reshape(1) if x.ndim == 0 else x for name, x in self.tensors().items()}
+        whole = self.tensors()
+        scalars = [name for name, x in whole.items() if not x.ndim]  # a file has none
+        parts = {name: x.detach().reshape(1) if name in scalars else x for name, x in whole.items()}
         looked = self.looked
         facts = {
             "request": request,
             "done": self.done,
+            "scalars": scalars,
             "looked": [looked.best, looked.best_step, looked.waits],
         }
         specs = [spec_of(name, x) for name, x in parts.items()]
@@ -86,8 +89,9 @@ class State:
         """Go on from a file; False, and nothing changed, if it is not there, damaged, or of another request."""
         try:
             metadata = read_header(path).metadata
-            facts = TRAINING.decode(metadata, ("request", "done", "looked"), dict, path)
-            if facts["request"] != request:
+            facts = TRAINING.decode(metadata, ("request", "done", "scalars", "looked"), dict, path)
+            record = read_record(path.with_name(METRICS), facts["done"])
+            if facts["request"] != request or len(record) < facts["done"]:
                 return False
             stored = open_checkpoint(path)
         except (FormatError, OSError):
@@ -100,10 +104,10 @@ class State:
                 moments = {moment: stored.read(f"{moment}/{name}").view(x.shape).to(x.device) for moment in MOMENTS}
                 self.optimizer.state[x] = {"step": stored.read(f"step/{name}").reshape(()).to(x.device), **moments}
         for number, hook in enumerate(self.hooks):
-            hook.restore(_read_under(f"hook/{number}/", stored))
-        self.kept = _read_under("kept/", stored)
+            hook.restore(_read_under(f"hook/{number}/", stored, facts["scalars"]))
+        self.kept = _read_under("kept/", stored, facts["scalars"])
         self.done, self.looked = facts["done"], Looked(*facts["looked"])
-        self.record = read_record(path.with_name(METRICS), self.done)
+        self.record = record
         return True
 
     def _places(self) -> Iterator[tuple[str, Tensor]]:
@@ -120,7 +124,7 @@ def read_record(path: Path, steps: int) -> list[dict[str, Any]]:
         return []
 
 
-def _read_under(start: str, stored: Checkpoint) -> dict[str, Tensor]:
-    """The tensors whose names begin so, by the rest of their names."""
-    names = [name for name in stored if name.startswith(start)]
-    return {name.removeprefix(start): stored.read(name).view(stored[name].shape) for name in names}
+def _read_under(start: str, stored: Checkpoint, scalars: Container[str]) -> dict[str, Tensor]:
+    """The tensors whose names begin so, by the rest of their names. scalars: the names of those without axes."""
+    shapes = {name: () if name in scalars else spec.shape for name, spec in stored.items() if name.startswith(start)}
+    return {name.removeprefix(start): stored.read(name).view(shape) for name, shape in shapes.items()}

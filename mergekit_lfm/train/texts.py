@@ -73,10 +73,11 @@ def read_examples(path: Path, loaded: Loaded, *, window: int | None = None) -> E
 
 def check_labels(examples: Examples, classes: int | None, place: object) -> None:
     """Raise PlanError for labels that the head of a classifier with so many classes lacks."""
-    largest = max(int(item["labels"]) for item in examples.items)
-    if classes is not None and largest >= classes:
+    labels = {int(item["labels"]) for item in examples.items}
+    wrong = sorted(label for label in labels if label < 0 or (classes is not None and label >= classes))
+    if classes is not None and wrong:
         raise PlanError(
-            f"{place}: found the label {largest}; expected 0 to {classes - 1}, the classes of the head. Correct "
+            f"{place}: found the label {wrong[0]}; expected 0 to {classes - 1}, the classes of the head. Correct "
             "the labels, or give a model with a head for them"
         )
 
@@ -128,7 +129,7 @@ def _conversations(path: Path, lines: Sequence[Numbered], tokenizer: Tokenizer, 
             continue
         items.append({"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)})
     if problems:
-        refuse(path, problems, f"conversations of one form, of at most {limit} tokens")
+        refuse(path, problems, "conversations of one form" + (f", of at most {limit} tokens" if limit else ""))
     return items
 
 
@@ -148,8 +149,7 @@ def _encode_turns(turns: Sequence[Mapping[str, str]], tokenizer: Tokenizer) -> t
         speaks = turn["role"] == "assistant"
         if speaks:  # the words that ask for an answer are not learned
             ids, labels = _extend(ids, labels, _template(tokenizer, turns[: number - 1], True), False)
-        later = speaks or number == len(turns) or turns[number]["role"] != "assistant"
-        if later:
+        if speaks or number == len(turns):  # a template may refuse a conversation that ends elsewhere
             ids, labels = _extend(ids, labels, _template(tokenizer, turns[:number], False), speaks)
     return ids, labels
 
@@ -161,12 +161,19 @@ def _extend(ids: list[int], labels: list[int], longer: list[int], learned: bool)
     return longer, labels[:same] + (new if learned else [IGNORED] * len(new))
 
 
+def template_error() -> type[Exception]:
+    """The error of a chat template that refuses messages; of jinja2, which comes with torch."""
+    from jinja2 import TemplateError
+
+    return TemplateError
+
+
 def _template(tokenizer: Tokenizer, turns: Sequence[Mapping[str, str]], asks: bool) -> list[int]:
     try:
         text: Any = tokenizer.apply_chat_template(
             [dict(turn) for turn in turns], tokenize=False, add_generation_prompt=asks
         )
-    except (ValueError, TypeError, LookupError, RuntimeError) as error:
+    except (ValueError, TypeError, LookupError, RuntimeError, template_error()) as error:
         raise PlanError(
             f"the chat template cannot write these messages ({reason(error)}); expected a template for "
             "their roles. Set chat_template, or give prompts with completions"

@@ -59,6 +59,11 @@ class TuneWork:
         layers = [frozenset(n for n in numbers if numbers[n] == i) for i in sorted(set(numbers.values()), reverse=True)]
         return tuple(group for group in (above, *layers, below) if group)
 
+    def parameters(self, names: Iterable[str]) -> list[nn.Parameter]:
+        """The parameters of these names."""
+        wanted = set(names)
+        return [parameter for name, parameter in self.model.named_parameters() if name in wanted]
+
     def train(self, names: Iterable[str]) -> None:
         """Have these parameters trained, and no others. Raises PlanError for none."""
         wanted = set(names)
@@ -84,13 +89,16 @@ class PeftAdapter:
 class Prepared:
     """A model that is ready to be trained. model: the one to run, which may wrap that of the work.
 
-    decays: whether weight decay makes sense. fold: puts what was trained into the parameters that the model had.
-    adapter: what was trained, as an adapter, in its place.
+    decays: whether weight decay makes sense. count: how many numbers are trained, if not all of those parameters.
+    changed: the parameters of the work's model that will have other values, if not the trained ones. fold: puts the
+    trained values into these. adapter: the trained values as an adapter, in its place.
     """
 
     model: nn.Module
     hooks: tuple[Hook, ...] = ()
     decays: bool = True
+    count: int | None = None
+    changed: tuple[nn.Parameter, ...] | None = None
     fold: Callable[[], None] = field(default=_nothing)
     adapter: Callable[[], PeftAdapter] | None = None
 

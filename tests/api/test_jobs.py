@@ -13,6 +13,7 @@ import torch
 import yaml
 from helpers_extract import CONFIG, SHAPES, draw, save_trio
 from helpers_faults import Forks, snapshot
+from helpers_tune import save_tiny, write_data
 from models import files_of, save_checkpoint
 from safetensors.torch import load_file
 
@@ -317,9 +318,9 @@ def test_a_merge_alone_is_one_in_run_recipe_too() -> None:
     assert run_recipe(Recipe.parse(recipe), "out").already_there
 
 
-@pytest.mark.parametrize("name", ["extrac", "tune", 5])
+@pytest.mark.parametrize("name", ["extrac", "distil", 5])
 def test_an_unknown_job_is_refused(name: object) -> None:
-    with pytest.raises(PlanError, match=rf"recipe: job {name}: expected adapters or extract, or no `job` "):
+    with pytest.raises(PlanError, match=rf"recipe: job {name}: expected adapters or extract or head or tune, or"):
         run_recipe({"job": name, "model": "one"}, "out")
 
 
@@ -327,7 +328,12 @@ def job_plan(name: str) -> PlannedJob:
     documents: dict[str, dict[str, Any]] = {
         "extract": {"job": "extract", "model": "one", "base_model": "base"},
         "adapters": {"job": "adapters", "merge_method": "cat", "adapters": [{"adapter": "lora"}], "base_model": "base"},
+        "head": {"job": "head", "model": "encoder", "labels": 3},
+        "tune": {"job": "tune", "model": "encoder", "data": "pairs.jsonl", "task": "embedding", "steps": 2},
     }
+    if name in ("head", "tune"):
+        save_tiny("encoder", Path("encoder"))
+        write_data("encoder", Path("pairs.jsonl"))
     if name == "adapters":
         extract_lora("two", "base", "lora", rank=2)
         documents[name]["parameters"] = {"weight": 1}
@@ -343,12 +349,15 @@ def test_every_job_keeps_the_promises_of_its_declaration(name: str) -> None:
 
     planned = job_plan(name)
     planned.plan.stand_in(Path("stand-in"))
-    assert open_adapter(Path("stand-in")).modules
+    makes_adapter = name in ("adapters", "extract")
+    assert open_adapter(Path("stand-in")).modules if makes_adapter else dict(open_checkpoint("stand-in"))
     show = show_of(planned.job)
     assert str(planned.out) in show.plan_text(planned.plan) and show.plan_data(planned.plan)["recipe"]["job"] == name
     outcome = run_recipe(planned)
     assert verify_output("out").result.differences == () and run_recipe(planned).already_there
-    assert "kept" in show.done_text(outcome) and show.done_data(outcome)["out"] == "out"
+    assert makes_adapter or dict(open_checkpoint("out")) == dict(open_checkpoint("stand-in"))
+    word = {"head": "new: ", "tune": "trained"}.get(name, "kept")
+    assert word in show.done_text(outcome) and show.done_data(outcome)["out"] == "out"
 
 
 def test_an_extraction_is_planned_without_torch() -> None:

@@ -67,7 +67,7 @@ def test_tuned_patches_and_adapters_go_onto_it_in_one_recipe() -> None:
 
 
 @pytest.mark.usefixtures("here")
-def test_what_cannot_be_is_refused() -> None:
+def test_one_label_or_part_of_a_model_is_refused() -> None:
     for labels, message in (
         ("1", "found 1 labels, 1 different ones, expected at least two"),
         ("a,a", "1 different ones"),

@@ -40,7 +40,7 @@ def here(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:  
 
 
 @pytest.mark.usefixtures("here")
-def test_lora_is_what_peft_trains() -> None:
+def test_lora_is_the_adapter_that_peft_trains() -> None:
     """The same adapter, batches and rates in a loop of PEFT's model by hand."""
     import warnings
 
@@ -66,12 +66,12 @@ def test_lora_is_what_peft_trains() -> None:
         warnings.simplefilter("ignore")
         torch.manual_seed(seed_of(0, "start"))
         config = peft.LoraConfig(r=3, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-        model = peft.get_peft_model(loaded.model, config)  # type: ignore[arg-type]
+        model = peft.get_peft_model(loaded.model, config)
     optimizer = torch.optim.AdamW([x for x in model.parameters() if x.requires_grad], lr=1e-2, weight_decay=0.0)
     for step in range(4):
         total, number = next_token(model, examples.batch(examples.step(step, 4, options.seed)))
         optimizer.zero_grad()
-        (total / number).backward()
+        (total / number).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     ours, theirs = load_file("ours/adapter_model.safetensors"), peft.get_peft_model_state_dict(model)
     assert ours.keys() == theirs.keys()
@@ -225,8 +225,7 @@ def test_one_message_and_nothing_is_left(arguments: list[str], message: str, her
     found = refusal(run("tune", *arguments, "-o", "out", "--threads", "1"))
     assert message in found
     left = [path for path in sorted(here.rglob("*")) if path not in before]
-    allowed = {"out.training"} if "the loss of step" in message else set()  # the last good state is in it
-    assert {path.relative_to(here).parts[0] for path in left} == allowed
+    assert left == []
 
 
 @pytest.mark.usefixtures("here")

@@ -77,8 +77,9 @@ def options_of(kind: str, method: AnyMethod, given: Mapping[str, Any]) -> Mappin
     """The values of a method's options as the room reads them."""
     if isinstance(method, AlignMethod):
         return align_options(method.name, given, statistics=method.statistics == "required")
-    read = {"edit": edit_options, "stats": statistic_options, "tune": tune_options}[kind]
-    return read(method.name, given)
+    if kind == "tune":
+        return tune_options(method.name, given)
+    return edit_options(method.name, given) if kind == "edit" else statistic_options(method.name, given)
 
 
 def command_of(kind: str, method: AnyMethod) -> click.Command:

@@ -93,19 +93,21 @@ def killed_at(step: int) -> Any:
 
 
 @pytest.mark.parametrize("every_s", [0.0, 1e9])
-def test_killed_at_any_step_it_goes_on_to_the_same_bytes(every_s: float, tmp_path: Path) -> None:
-    """With a state at each step, and without one; dropout, averages, a development set and a ball are gone on with."""
+@pytest.mark.parametrize("judged", [True, False])
+def test_killed_at_any_step_it_goes_on_to_the_same_bytes(every_s: float, judged: bool, tmp_path: Path) -> None:
+    """With a state at each step, and without one; dropout, averages or a development set, and a ball go on."""
     options = Options(steps=9, batch_size=5, learning_rate=0.01, evaluate_every=2, accumulate=2)
+    dev = data(7) if judged else None
 
     def hooks() -> list[Hook]:
-        return [MovingAverage(0.9), Ball(0.05, "l2")]
+        return [Ball(0.05, "l2"), *([] if judged else [MovingAverage(0.9)])]
 
     whole = Net(deep=True)
-    history = fit(whole, data(), squares, options, dev=data(7), hooks=hooks())
+    history = fit(whole, data(), squares, options, dev=dev, hooks=hooks())
     for step in range(1, 9):
         place = tmp_path / f"{every_s}-{step}"
         pauses = Pauses(every_s=every_s, saving_share=math.inf)
-        how: dict[str, Any] = {"dev": data(7), "place": place, "request": "r"}
+        how: dict[str, Any] = {"dev": dev, "place": place, "request": "r"}
         with pytest.raises(Killed):
             fit(Net(deep=True), data(), squares, options, hooks=hooks(), pauses=pauses, tell=killed_at(step), **how)
         again, steps = Net(deep=True), list[int]()
@@ -174,7 +176,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_step(tmp_path: Path) -> N
         return Terms(total * (math.nan if len(calls) == 4 else 1), number)
 
     model, before = Net(), Net()
-    with pytest.raises(PlanError, match=r"the loss of step 4 is nan, expected a finite number; .*state.safetensors"):
+    with pytest.raises(PlanError, match=r"the loss of step 4 is nan, expected finite numbers; .*state.safetensors"):
         fit(model, examples, broken, Options(steps=9, batch_size=5), place=tmp_path, request="r")
     fit(before, examples, squares, Options(steps=9, batch_size=5), tell=None, place=tmp_path / "b", request="r")
     calls.append(1)
@@ -238,7 +240,7 @@ def test_a_ball_holds_the_change(norm: Any) -> None:
     assert length == pytest.approx(0.25, abs=1e-9)
 
 
-def test_phases_and_masks_train_what_they_name_alone() -> None:
+def test_phases_and_masks_train_the_parts_they_name_alone() -> None:
     model = Net(deep=True)
     names = [name for name, _ in model.named_parameters()]
     seen = list[list[str]]()
@@ -291,3 +293,65 @@ def test_a_penalty_holds_the_start() -> None:
     gram = 2 * rows.T @ rows / 24 + 3 * torch.eye(6).double()
     solution = torch.linalg.solve(gram, 2 * rows.T @ wanted / 24 + 3 * first)
     assert torch.allclose(numbers(model), solution, atol=1e-5)
+
+
+class Normed(nn.Module):
+    """A layer, batch normalisation and a number as a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.line, self.norm = nn.Linear(5, 1), nn.BatchNorm1d(1)
+        self.scale = nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.norm(self.line(x)) * self.scale
+        return out.squeeze(-1)
+
+
+def test_statistics_of_normalisation_stay_and_a_parameter_without_axes_is_gone_on_with(tmp_path: Path) -> None:
+    options = Options(steps=4, batch_size=5, learning_rate=0.1)
+    examples = data(dtype=torch.float32)
+    whole = Normed()
+    fit(whole, examples, squares, options, hooks=[MovingAverage(0.5)])
+    assert float(whole.norm.running_mean) == 0 and float(whole.norm.running_var) == 1  # type: ignore[arg-type]
+    how: dict[str, Any] = {"place": tmp_path, "request": "r", "pauses": Pauses(every_s=0, saving_share=math.inf)}
+    with pytest.raises(Killed):
+        fit(Normed(), examples, squares, options, hooks=[MovingAverage(0.5)], tell=killed_at(3), **how)
+    again = Normed()
+    fit(again, examples, squares, options, hooks=[MovingAverage(0.5)], **how)
+    assert torch.equal(numbers(again), numbers(whole))
+
+
+def test_without_a_request_the_data_and_options_are_it(tmp_path: Path) -> None:
+    steps = list[int]()
+    for rate in (0.1, 0.1, 0.2):
+        options = Options(steps=3, batch_size=5, learning_rate=rate)
+        fit(Net(), data(), squares, options, place=tmp_path, tell=lambda done, *_: steps.append(done))
+    assert steps == [1, 2, 3, 1, 2, 3]
+
+
+def test_a_state_without_its_record_is_not_gone_on_from(tmp_path: Path) -> None:
+    fit(Net(), data(), squares, Options(steps=3, batch_size=5), place=tmp_path, request="r")
+    (tmp_path / METRICS).write_text("damaged")
+    history = fit(Net(), data(), squares, Options(steps=3, batch_size=5), place=tmp_path, request="r")
+    assert len(history.record) == 3
+
+
+def test_numbers_that_are_not_finite_are_found_before_they_are_kept(tmp_path: Path) -> None:
+    """A gradient, parameters after a step, and a loss on the development set."""
+    options = Options(steps=5, batch_size=5)
+
+    def steep(model: nn.Module, batch: Mapping[str, Tensor]) -> Terms:
+        total, number = squares(model, batch)
+        return Terms(total + (total * 0).sqrt(), number)  # the slope of a root at 0
+
+    with pytest.raises(PlanError, match=r"the loss of step 1 is .*, and its gradient is not finite"):
+        fit(Net(), data(), steep, options, place=tmp_path)
+    with pytest.raises(PlanError, match="step 1 makes parameters that are not finite"):
+        fit(Net(dtype=torch.float32), data(dtype=torch.float32), squares, Options(steps=2, learning_rate=1e39))
+    broken = Examples([{"x": torch.full((5,), math.nan).double(), "labels": torch.tensor(1.0).double()}])
+    with pytest.raises(PlanError, match="the loss on the development set is nan after step 5"):
+        fit(Net(), data(), squares, options, dev=broken)
+    with pytest.raises(PlanError, match="other weights in place of those"):
+        fit(Net(), data(), squares, options, dev=data(), hooks=[MovingAverage()])

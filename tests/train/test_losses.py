@@ -94,7 +94,7 @@ TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}
 TEMPLATE += "{% if add_generation_prompt %}<assistant>{% endif %}"
 
 
-def test_what_the_assistant_says_is_learned(tmp_path: Path) -> None:
+def test_words_of_the_assistant_are_learned(tmp_path: Path) -> None:
     from mergekit_lfm.runtime.load import Loaded
     from mergekit_lfm.store.checkpoint import open_checkpoint
 

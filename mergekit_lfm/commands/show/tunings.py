@@ -11,8 +11,8 @@ from mergekit_lfm.commands.show.terminal import table
 
 if TYPE_CHECKING:
     from mergekit_lfm.api.outcome import Outcome
-    from mergekit_lfm.api.tune import Tuned
     from mergekit_lfm.api.tune_plans import PlannedTuning
+    from mergekit_lfm.api.tune_results import Tuned
 
 
 def plan_data(planned: PlannedTuning) -> dict[str, Any]:

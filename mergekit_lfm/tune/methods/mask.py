@@ -29,13 +29,15 @@ def largest_gradients(work: TuneWork) -> Prepared:
     everything = torch.cat([work.fisher[name].flatten().float() for name in known])
     share = work.options["share"]
     assert isinstance(share, float)
-    chosen = torch.zeros(len(everything), dtype=torch.bool)
-    chosen[everything.argsort(descending=True, stable=True)[: max(1, int(share * len(everything)))]] = True
+    count = max(1, int(share * len(everything)))
+    least = everything.kthvalue(len(everything) - count + 1).values
+    chosen = everything > least
+    chosen[(everything == least).nonzero()[: count - int(chosen.sum())]] = True
     parts = torch.split(chosen, [x.numel() for x in known.values()])
     masks = {name: part.view(x.shape) for (name, x), part in zip(known.items(), parts, strict=True)}
     masks = {name: mask for name, mask in masks.items() if bool(mask.any())}
     work.train(masks)
-    return Prepared(work.model, (Masks(masks),), decays=False)
+    return Prepared(work.model, (Masks(masks),), decays=False, count=count)
 
 
 METHODS = (

@@ -41,6 +41,7 @@ def singular_values(work: TuneWork) -> Prepared:
             tuned: torch.Tensor = weight + change.view(weight.shape)
             return tuned
 
+    embedded = {id(each.weight) for each in work.model.modules() if isinstance(each, nn.Embedding)}  # and tied heads
     head = work.head if work.task == "classification" else frozenset()
     work.train(work.names)
     chosen = [
@@ -50,8 +51,10 @@ def singular_values(work: TuneWork) -> Prepared:
         and isinstance(module.weight, nn.Parameter)
         and module.weight.ndim > 1
         and not isinstance(module, nn.Embedding)
+        and id(module.weight) not in embedded
         and f"{name}.weight" not in work.head
     ]
+    changed = tuple(module.weight for _, module in chosen) + tuple(work.parameters(head))
     for _, module in chosen:
         parametrize.register_parametrization(module, "weight", Values(module.weight))
     for name, parameter in work.model.named_parameters():
@@ -61,7 +64,7 @@ def singular_values(work: TuneWork) -> Prepared:
         for _, module in chosen:
             parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
 
-    return Prepared(work.model, decays=False, fold=fold)
+    return Prepared(work.model, decays=False, fold=fold, changed=changed)
 
 
 METHODS = (

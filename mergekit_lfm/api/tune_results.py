@@ -1,0 +1,100 @@
+"""The result of a tuning: written as a model, a patch or an adapter."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mergekit_lfm.api.tune_plans import PlannedTuning
+from mergekit_lfm.artifacts.patch import Patch, PatchInfo, TensorChange
+from mergekit_lfm.errors import PlanError, shorten
+from mergekit_lfm.kernels.sums import round_once
+from mergekit_lfm.output.save import save_checkpoint
+from mergekit_lfm.output.trained_adapter import save_adapter
+from mergekit_lfm.runtime.subject import Subject
+from mergekit_lfm.store.checkpoint import Checkpoint
+from mergekit_lfm.tune.work import Prepared
+from mergekit_lfm.version import versions
+
+
+@dataclass(frozen=True, slots=True)
+class Tuned:
+    """The result of a tuning. makes: "checkpoint", "patch" or "adapter".
+
+    steps: those done, fewer than planned where the development set ended it. trained: how many numbers were trained;
+    parameters: the model's. loss: the mean over the last tenth of the steps. dev_loss, best_step: the least on the
+    development set, whose state was kept; None without one.
+    """
+
+    makes: str
+    steps: int
+    trained: int
+    parameters: int
+    loss: float
+    dev_loss: float | None = None
+    best_step: int | None = None
+
+
+def write_result(planned: PlannedTuning, prepared: Prepared, subject: Subject, tuned: Tuned) -> list[str]:
+    """Write the result; returns findings."""
+    facts = {name: getattr(tuned, name) for name in Tuned.__dataclass_fields__}
+    planned.check_unchanged()
+    if prepared.adapter is not None:
+        made = prepared.adapter()
+        save_adapter(planned.out, made.config, made.tensors, planned.answer, facts)
+        return []
+    prepared.fold()
+    changed = changes_of(subject, planned.source)
+    if planned.recipe.declaration.makes == "checkpoint":
+        documents = {"tune.json": (json.dumps(planned.answer.public, indent=2) + "\n").encode()}
+        request = planned.answer
+        left = save_checkpoint(
+            planned.source,
+            planned.out,
+            changed,
+            documents,
+            lock=lambda files, headers, tensors: {request.lock_file: request.lock(files, headers, tensors, facts)},
+        )
+        return [f"{name} is left behind: {why}" for name, why in left.items()]
+    source = planned.source
+    tensors = {
+        name: TensorChange("replace", source[name].shape, source[name].dtype, digest=source.digest_of(name))
+        for name in changed
+    }
+    options = {"request": planned.answer.digest, "recipe": planned.answer.public, "result": facts}
+    info = PatchInfo(planned.recipe.method, tensors, source.content, options, {}, versions("torch"))
+    planned.out.parent.mkdir(parents=True, exist_ok=True)
+    Patch(info, changed).save(planned.out)
+    return [] if changed else ["no tensor has another value in its dtype; train longer, or at a higher learning rate"]
+
+
+def changes_of(subject: Subject, source: Checkpoint) -> dict[str, Tensor]:
+    """The tensors of a checkpoint that a model, which was loaded from it, has changed, rounded to their dtypes.
+
+    Raises PlanError for numbers that their dtype cannot hold.
+    """
+    changed, infinite = dict[str, Tensor](), list[str]()
+    for parameter in subject.module.parameters():
+        for tensor in subject.tensors_of(parameter):
+            stored = source.read(tensor).view(source[tensor].shape)
+            new = round_once(parameter.detach().cpu(), stored.dtype).contiguous()
+            if not torch.equal(new.reshape(-1).view(torch.uint8), stored.reshape(-1).view(torch.uint8)):
+                changed[tensor] = new
+                infinite += [] if bool(new.isfinite().all()) else [f"{tensor}, {source[tensor].dtype}"]
+    if infinite:
+        raise PlanError(f"the trained numbers are too large for {shorten(infinite, 3)}; give a model in float32")
+    return changed
+
+
+def check_places(prepared: Prepared, subject: Subject, source: Checkpoint) -> None:
+    """Raise PlanError if no tensor of the checkpoint holds a parameter that will change, as of joined experts."""
+    if prepared.adapter is not None:
+        return
+    changing = prepared.changed or tuple(x for x in subject.module.parameters() if x.requires_grad)
+    lost = [f"{subject.names[id(x)][0]} ({subject.why_unknown(x)})" for x in changing if not subject.tensors_of(x)]
+    if lost:
+        found = f"this method trains parameters that no tensor of {source.path} holds: {shorten(lost, 5)}"
+        raise PlanError(f"{found}; choose a method that makes an adapter")
