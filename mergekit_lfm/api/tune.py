@@ -16,10 +16,10 @@ from torch import Tensor
 from mergekit_lfm.api.arguments import StrPath, expand
 from mergekit_lfm.api.outcome import Outcome, warn_of
 from mergekit_lfm.api.tune_plans import PlannedTuning, plan_tuning
-from mergekit_lfm.api.tune_results import Tuned, check_places, write_result
+from mergekit_lfm.api.tune_results import Tuned, check_adapter, check_places, write_result
 from mergekit_lfm.artifacts.patch import read_patch_info
 from mergekit_lfm.artifacts.statistics import open_statistics
-from mergekit_lfm.errors import FormatError, PlanError
+from mergekit_lfm.errors import FormatError, PlanError, reason
 from mergekit_lfm.machine.progress import SILENCE, Progress
 from mergekit_lfm.output.request import result_of
 from mergekit_lfm.recipe.tune_recipe import TuneRecipe
@@ -133,6 +133,11 @@ def _tune(planned: PlannedTuning, progress: Progress) -> tuple[Tuned, list[str]]
     recipe, request = planned.recipe, planned.answer
     options, method = recipe.options, recipe.declaration
     loaded = load_model(planned.source, recipe.task, device=planned.device)
+    config: Any = loaded.model.config
+    if getattr(config, "is_encoder_decoder", False):
+        raise PlanError(
+            f"{recipe.model} is an encoder with a decoder, expected a model without; such are not tuned here"
+        )
     subject = make_subject(loaded.model, planned.source)
     examples, dev = _read_all(loaded, recipe)
     size = sum(x.numel() for x in loaded.model.parameters())
@@ -143,6 +148,7 @@ def _tune(planned: PlannedTuning, progress: Progress) -> tuple[Tuned, list[str]]
         _ = subject.names  # as they are before the method changes them
         prepared = method.prepare(work)
     check_places(prepared, subject, planned.source)
+    check_adapter(planned, prepared)
     if options.weight_decay and not prepared.decays:
         raise PlanError(
             f"weight_decay is {options.weight_decay}, and {method.name} trains parts of tensors, which would decay as "
@@ -150,7 +156,10 @@ def _tune(planned: PlannedTuning, progress: Progress) -> tuple[Tuned, list[str]]
         )
     every, training = sum(x.numel() for x in prepared.model.parameters() if x.requires_grad), planned.training
     trained = every if prepared.count is None else prepared.count
-    training.mkdir(parents=True, exist_ok=True)
+    try:
+        training.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PlanError(f"{planned.out} cannot be written ({reason(error)}); choose another output") from None
     with _without_empty(training), lock_folder(training), progress.by_count(" steps", "tuning") as count:
         history = fit(
             prepared.model,
@@ -181,6 +190,13 @@ def _read_all(loaded: Loaded, recipe: TuneRecipe) -> tuple[Examples, Examples | 
     """The data, and the development set."""
     sets = [_read(file.path, loaded, recipe) for file in recipe.files]
     dev = [] if recipe.dev_file is None else [_read(recipe.dev_file.path, loaded, recipe)]
+    files = [*recipe.files, *([recipe.dev_file] if recipe.dev_file else [])]
+    for file, each in zip(files, [*sets, *dev], strict=True):
+        if each.items[0].keys() != sets[0].items[0].keys():
+            found, expected = (", ".join(some.items[0]) for some in (each, sets[0]))
+            raise PlanError(f"{file.ref}: found {found}; expected {expected}, as in {files[0].ref}")
+    if recipe.task == "embedding" and sum(map(len, sets)) < 2:
+        raise PlanError(f"{files[0].ref}: found one pair, expected two or more: a text is told from others. Add some")
     if recipe.task == "classification" and "input_ids" in sets[0].pad:
         config: Any = loaded.model.config
         padding = lengthen_by_no_ending([*sets, *dev])

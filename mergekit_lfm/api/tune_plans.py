@@ -43,6 +43,8 @@ class PatchRequest:
         if out.is_file() and not overwrite and self.is_of(out):
             return True
         check_file(out, self.paths.values(), overwrite=overwrite)
+        if out.is_file() and not _is_patch(out):
+            raise PlanError(f"{out} exists and is not a patch, which alone is overwritten; choose another output")
         return False
 
     def is_of(self, out: Path) -> bool:
@@ -134,6 +136,13 @@ class PlannedTuning:
         work = TuneWork(model, recipe.task, recipe.settings, recipe.options.steps, recipe.found.model)
         made = recipe.declaration.prepare(work).adapter()
         stand_in_adapter(folder, made.config, made.tensors)
+
+
+def _is_patch(file: Path) -> bool:
+    try:
+        return bool(read_patch_info(file))
+    except (ValueError, OSError):
+        return False
 
 
 def plan_tuning(recipe: TuneRecipe, out: Path, *, device: str | None = None) -> PlannedTuning:

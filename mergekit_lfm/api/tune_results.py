@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
 
 from mergekit_lfm.api.tune_plans import PlannedTuning
 from mergekit_lfm.artifacts.patch import Patch, PatchInfo, TensorChange
-from mergekit_lfm.errors import PlanError, shorten
+from mergekit_lfm.errors import FormatError, PlanError, shorten
 from mergekit_lfm.kernels.sums import round_once
 from mergekit_lfm.output.save import save_checkpoint
-from mergekit_lfm.output.trained_adapter import save_adapter
+from mergekit_lfm.output.trained_adapter import save_adapter, stand_in_adapter
+from mergekit_lfm.recipe.adapters import AdapterRef
 from mergekit_lfm.runtime.subject import Subject
 from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.tune.work import Prepared
 from mergekit_lfm.version import versions
+from mergekit_lfm.views.adapted import adapt
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +91,24 @@ def changes_of(subject: Subject, source: Checkpoint) -> dict[str, Tensor]:
     if infinite:
         raise PlanError(f"the trained numbers are too large for {shorten(infinite, 3)}; give a model in float32")
     return changed
+
+
+def check_adapter(planned: PlannedTuning, prepared: Prepared) -> None:
+    """Raise PlanError if an adapter would not go onto its model as its file holds it: tied heads, other names."""
+    if prepared.adapter is None:
+        return
+    made = prepared.adapter()
+    with TemporaryDirectory() as place:
+        folder = Path(place) / "adapter"
+        stand_in_adapter(folder, made.config, made.tensors)
+        try:
+            adapt(planned.source, (AdapterRef(planned.out.name, folder, 1.0),), planned.recipe.model)
+        except (PlanError, FormatError) as error:
+            method = planned.recipe.method
+            raise PlanError(
+                f"the adapter that {method} makes would not go onto {planned.recipe.model}: {error}\n"
+                "Choose other targets, or a method that makes a model or a patch"
+            ) from None
 
 
 def check_places(prepared: Prepared, subject: Subject, source: Checkpoint) -> None:

@@ -12,7 +12,7 @@ from mergekit_lfm.commands.shell import Command
 
 
 def _read_labels(ctx: click.Context, parameter: click.Parameter, text: str) -> int | list[str]:  # noqa: ARG001
-    return int(text) if text.isdecimal() else [name.strip() for name in text.split(",")]
+    return int(text) if text.removeprefix("-").isdecimal() else [name.strip() for name in text.split(",")]
 
 
 @click.command(

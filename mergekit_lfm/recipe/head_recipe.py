@@ -7,20 +7,25 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, PrivateAttr, ValidationInfo, model_validator
 
+from mergekit_lfm.errors import Refusal
 from mergekit_lfm.recipe.files import FoundModel, Where, find_reference
 from mergekit_lfm.recipe.form import Reference, read_reference
 from mergekit_lfm.recipe.job_form import JobForm
-from mergekit_lfm.recipe.problems import attempt, problem_at, refuse
-from mergekit_lfm.recipe.values import FOUND
+from mergekit_lfm.recipe.problems import attempt, refuse
 
 JOB = "head"
 
 
 def _as_names(value: object) -> object:
     """The labels' names; a number stands for so many, LABEL_0 and so on, as transformers names them."""
-    if isinstance(value, int) and not isinstance(value, bool):
+    expected = "a number from 2, or a list of names, each once"
+    if isinstance(value, int) and not isinstance(value, bool) and value > 1:
         return tuple(f"LABEL_{i}" for i in range(value))
-    return value
+    names = list(value) if isinstance(value, list | tuple) else []
+    texts = [name for name in names if isinstance(name, str) and name.strip()]
+    if len({*texts}) < max(2, len(names)):
+        raise Refusal("found {found}, expected {expected}", found=repr(value), expected=expected)
+    return tuple(names)
 
 
 class HeadRecipe(JobForm):
@@ -43,9 +48,6 @@ class HeadRecipe(JobForm):
     def _check(self, info: ValidationInfo) -> Self:
         where: Where = (info.context or {"where": Where()})["where"]
         model, problems = attempt(partial(find_reference, self.model, where), "model")
-        if len(self.labels) < 2 or len({*self.labels}) < len(self.labels):
-            found = f"{len(self.labels)} labels, {len({*self.labels})} different ones"
-            problems.append(problem_at("labels", FOUND, found=found, expected="at least two, each once"))
         refuse(problems)
         assert model is not None
         self._model = model

@@ -51,7 +51,7 @@ class Options:
                 ("weight_decay", self.weight_decay, 0),
                 ("clip", self.clip, 0),
             )
-            if value is not None and not value >= least
+            if value is not None and not least <= value < math.inf
         ]
         if not 0 < self.learning_rate < math.inf:
             problems.append(f"learning_rate is {self.learning_rate}; expected a number above 0")

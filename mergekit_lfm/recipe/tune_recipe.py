@@ -36,6 +36,13 @@ def tune_options(method: str, given: Mapping[str, Any]) -> dict[str, Value]:
 
 def _read_parameters(method: TuneMethod[Any], given: Mapping[str, Any]) -> tuple[dict[str, Value], list[Problem]]:
     values, problems = read_options(given, readers_of(method.parameters), method.name, "parameters")
+    own = {parameter.name for parameter in method.parameters}
+    for name in given.keys() - own:
+        owners = [each.name for each in TUNE_METHODS.values() if name in {p.name for p in each.parameters}]
+        if owners:
+            problems = [each for each in problems if each.place != f"parameters.{name}"]
+            sentence = "{method} has no such parameter; {owners} have it"
+            problems.append(problem_at(f"parameters.{name}", sentence, method=method.name, owners=", ".join(owners)))
     return {**defaults_of(method.parameters), **values}, problems
 
 
@@ -146,6 +153,9 @@ class TuneRecipe(JobForm):
             problems.append(
                 problem_at("evaluate_every", FOUND, found=str(self.evaluate_every), expected="`dev` beside it")
             )
+        if self.task == "embedding" and self.batch_size < 2:
+            expected = "2 or more for embedding, whose loss compares the texts of a batch"
+            problems.append(problem_at("batch_size", FOUND, found=str(self.batch_size), expected=expected))
         if self.task == "embedding" and self.accumulate > 1:
             expected = "1 for embedding, whose loss is about all texts of a batch at once"
             problems.append(problem_at("accumulate", FOUND, found=str(self.accumulate), expected=expected))

@@ -73,6 +73,10 @@ def _read_objects(content: str, read: Callable[[dict[str, Any], int], T | str]) 
         if text.strip():
             try:
                 entry = json.loads(text)
+                json.dumps(entry, ensure_ascii=False).encode()
+            except UnicodeEncodeError as error:
+                problems.append(f"line {number}: half a character, {error.object[error.start]!a}")
+                continue
             except (ValueError, RecursionError) as error:
                 problems.append(f"line {number}: not JSON ({error})")
                 continue

@@ -142,6 +142,8 @@ def classifier_with_new_head(
     auto = transformers.AutoModelForSequenceClassification
     with _quiet(transformers), _loading(folder, "classification"), torch.random.fork_rng([]):
         config = transformers.AutoConfig.from_pretrained(folder, num_labels=len(labels), **named, **OURS)
+        if getattr(config, "is_encoder_decoder", False):
+            raise PlanError(f"{folder} is an encoder with a decoder, expected a model without; give another")
         with torch.device("meta"):
             model = auto.from_config(config, trust_remote_code=False)
         dtype = _most_frequent_dtype(source)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -122,13 +123,7 @@ def _optimizer(parameters: Parameters, options: Options) -> torch.optim.Optimize
 def _training(model: nn.Module, options: Options) -> Iterator[None]:
     """The model in the mode of training, but for batch normalisation; in evaluation mode afterwards."""
     if options.checkpointing:
-        try:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
-        except (AttributeError, ValueError) as error:
-            name = type(model).__name__
-            raise PlanError(
-                f"checkpointing: {name} cannot compute activations again ({reason(error)}); leave it out"
-            ) from None
+        _recompute(model, True)
     model.train()
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -138,8 +133,24 @@ def _training(model: nn.Module, options: Options) -> Iterator[None]:
             yield
     finally:
         if options.checkpointing:
-            model.gradient_checkpointing_disable()  # type: ignore[operator]
+            _recompute(model, False)
         model.eval()
+
+
+def _recompute(model: Any, on: bool) -> None:
+    """Have a model of transformers compute activations again, or not. Raises PlanError if it cannot."""
+    try:
+        with warnings.catch_warnings():  # of a new name in transformers
+            warnings.simplefilter("ignore")
+            if on:
+                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            else:
+                model.gradient_checkpointing_disable()
+    except (AttributeError, ValueError) as error:
+        name = type(model).__name__
+        raise PlanError(
+            f"checkpointing: {name} cannot compute activations again ({reason(error)}); leave it out"
+        ) from None
 
 
 @contextmanager

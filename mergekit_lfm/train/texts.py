@@ -44,6 +44,8 @@ def read_examples(path: Path, loaded: Loaded, *, window: int | None = None) -> E
     cut off them would be what is to be learned.
     """
     if path.suffix == ".npz":
+        if loaded.task != "classification":
+            raise FormatError(f"{path}: arrays are for classifiers; expected a .jsonl or .txt file for {loaded.task}")
         return _read_arrays(path, window)
     tokenizer = tokenizer_for_texts(loaded.tokenizer)
     if loaded.task == "lm":

@@ -44,18 +44,24 @@ class TuneWork:
             return frozenset()
         return frozenset(name for name in self.names if not name.startswith(f"{prefix}."))
 
+    @property
+    def embedded(self) -> frozenset[int]:
+        """The ids of the weights of embeddings, which are those of tied heads, too."""
+        return frozenset(id(each.weight) for each in self.model.modules() if isinstance(each, nn.Embedding))
+
     @cached_property
     def groups(self) -> tuple[frozenset[str], ...]:
         """The parameters from the model's end to its beginning: what is above all layers, each layer, what is below.
 
         The layers of several stacks that have one number are one group.
         """
-        numbers = {name: int(found[1]) for name in self.names if (found := NUMBER.search(name))}
+        names = [name for name in self.names if self.task != "embedding" or not name.startswith("pooler.")]  # unused
+        numbers = {name: int(found[1]) for name in names if (found := NUMBER.search(name))}
         if not numbers:
             raise PlanError(f"{type(self.model).__name__} has no numbered layers; expected some. Choose another method")
-        first = next(i for i, name in enumerate(self.names) if name in numbers)
-        below = frozenset(name for name in self.names[:first])
-        above = frozenset(name for name in self.names[first:] if name not in numbers)
+        first = next(i for i, name in enumerate(names) if name in numbers)
+        below = frozenset(names[:first])
+        above = frozenset(name for name in names[first:] if name not in numbers)
         layers = [frozenset(n for n in numbers if numbers[n] == i) for i in sorted(set(numbers.values()), reverse=True)]
         return tuple(group for group in (above, *layers, below) if group)
 

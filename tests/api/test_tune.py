@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers_commands import refusal, run, start
@@ -208,17 +209,40 @@ def test_the_same_request_again_does_nothing_another_is_refused() -> None:
         (["llama", "--data", "long.jsonl", "--task", "lm"], "of at most 48 tokens"),
         (["llama", "--data", "llama.jsonl", "--task", "lm", "--device", "cuda"], "cannot be used here"),
         (["llama", "--data", "llama.jsonl", "--task", "lm", "--method", "bitfit"], "name that ends in .safetensors"),
-        (["llama", "--data", "llama.jsonl", "--task", "lm", "--rank", "3"], "full has no such parameter"),
+        (
+            ["llama", "--data", "llama.jsonl", "--task", "lm", "--rank", "3"],
+            "has no such parameter; dora, lokr, lora have it",
+        ),
         (["llama", "--data", "llama.jsonl", "--task", "lm", "--patience", "3"], "`dev` and `evaluate_every` beside it"),
         (
-            ["llama", "--data", "llama.jsonl", "--task", "lm", "--learning-rate", "1e30", "--clip", "0"],
-            "the loss of step",
+            ["llama", "--data", "llama.jsonl", "--task", "lm", "--learning-rate", "1e38", "--clip", "0"],
+            "not finite",
         ),
         (["encoder", "--data", "encoder.jsonl", "--task", "embedding", "--method", "lp_ft"], "has no head of its own"),
         (["bert", "--data", "llama.jsonl", "--task", "classification"], "found no labels"),
+        (
+            ["bert", "--data", "bert.jsonl", "--dev", "image.npz", "--task", "classification"],
+            "expected input_ids",
+        ),
+        (["llama", "--data", "image.npz", "--task", "lm"], "arrays are for classifiers"),
+        (["llama", "--data", "half.jsonl", "--task", "lm"], "line 1: half a character"),
+        (["encoder", "--data", "pair.jsonl", "--task", "embedding"], "found one pair, expected two or more"),
+        (["encoder", "--data", "encoder.jsonl", "--task", "embedding", "--accumulate", "2"], "1 for embedding"),
+        (["encoder", "--data", "encoder.jsonl", "--task", "embedding", "--batch-size", "1"], "2 or more for embedding"),
+        (["llama", "--data", "llama.jsonl", "--task", "lm", "--method", "lora", "--rank", "99"], "at most 32"),
+        (["llama", "--data", "llama.jsonl", "--task", "lm", "--method", "lora", "--targets", " ,"], "names of modules"),
+        (
+            ["tied", "--data", "llama.jsonl", "--task", "lm", "--method", "lora", "--targets", "lm_head"],
+            "would not go",
+        ),
+        (["llama", "--data", "llama.jsonl", "--task", "lm", "--evaluate-every", "2"], "`dev` beside it"),
+        (["llama", "--data", "llama.jsonl", "--task", "lm", "--weight-decay", "inf"], "weight_decay is inf"),
     ],
 )
 def test_one_message_and_nothing_is_left(arguments: list[str], message: str, here: Path) -> None:
+    np.savez("image.npz", pixels=np.zeros((4, 2), np.float32), labels=np.zeros(4, np.int64))
+    Path("half.jsonl").write_text('{"text": "\\ud800 a"}\n')
+    Path("pair.jsonl").write_text('{"text": "a", "positive": "b"}\n')
     Path("wrong.jsonl").write_text('{"text": "a", "label": 7}\n')
     Path("long.jsonl").write_text(json.dumps({"prompt": "word " * 60, "completion": "b"}) + "\n")
     before = sorted(here.rglob("*"))
@@ -289,3 +313,40 @@ def test_a_decoder_that_classifies_reads_the_last_token_of_each_row() -> None:
     tune_model("decoder", "bert.jsonl", "parts", accumulate=16, **how)  # rows alone are not lengthened
     first = [json.loads(Path(f"{out}.training/metrics.jsonl").read_text())["loss"] for out in ("whole", "parts")]
     assert first[0] == pytest.approx(first[1], rel=1e-5)
+
+
+@pytest.mark.usefixtures("here")
+def test_overwriting_replaces_a_patch_alone_and_no_input() -> None:
+    shutil.copy("bert/model.safetensors", "weights.safetensors")
+    how: dict[str, Any] = {"task": "classification", "method": "svf", "steps": 1, "threads": 1, "overwrite": True}
+    with pytest.raises(PlanError, match="exists and is not a patch, which alone is overwritten"):
+        tune_model("bert", "bert.jsonl", "weights.safetensors", **how)
+    collect_stats("fisher", "bert", "bert.jsonl", "fisher.safetensors", task="classification")
+    how |= {"method": "mask", "stats": "fisher.safetensors"}
+    with pytest.raises(PlanError, match=r"the output .*fisher.safetensors"):
+        tune_model("bert", "bert.jsonl", "fisher.safetensors", **how)
+
+
+@pytest.mark.usefixtures("here")
+def test_experts_in_one_tensor_stay_and_are_refused_where_they_would_be_lost() -> None:
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(**{**LLAMA, "num_hidden_layers": 1}, num_local_experts=2)
+    transformers.MixtralForCausalLM(config).save_pretrained("mixtral")
+    trained_tokenizer().save_pretrained("mixtral")
+    with pytest.raises(PlanError, match=r"mixtral holds: .*experts.*choose a method that makes an adapter"):
+        tune_model("mixtral", "llama.jsonl", "full", **LINE)
+    for method in ("lora", "lokr", "ln"):
+        tune_model("mixtral", "llama.jsonl", method, method=method, **LINE)
+        with pytest.warns(
+            UserWarning, match=rf"the adapter is for mixtral\+{method}, and its config names mixtral alone"
+        ):
+            tune_model(f"mixtral+{method}", "llama.jsonl", f"{method}.lora", method="lora", **LINE)
+
+
+@pytest.mark.usefixtures("here")
+def test_a_pooler_that_embeddings_do_not_use_is_in_no_layer() -> None:
+    how: dict[str, Any] = {"task": "embedding", "method": "layerwise", "steps": 3, "threads": 1, "learning_rate": 0.01}
+    tune_model("encoder", "encoder.jsonl", "out", **how)
+    before, after = load_file("encoder/model.safetensors"), load_file("out/model.safetensors")
+    same = {name for name, x in before.items() if torch.equal(x, after[name])}
+    assert same and all(name.startswith("pooler.") for name in same)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_lfm.errors import PlanError, reason
 from mergekit_lfm.methods.kinds import TuneMethod
-from mergekit_lfm.methods.method import Parameter, Value
+from mergekit_lfm.methods.method import Parameter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -20,13 +20,16 @@ TASKS = {"lm": "CAUSAL_LM", "classification": "SEQ_CLS", "embedding": "FEATURE_E
 
 RANK = Parameter("rank", 8, kind="int", minimum=1, doc="rank of the change of each matrix")
 ALPHA = Parameter("alpha", 16.0, above=0, doc="the change is scaled by alpha over rank")
-DROPOUT = Parameter("dropout", 0.0, minimum=0, maximum=1, doc="share of a layer's inputs that training drops")
+DROPOUT = Parameter("dropout", 0.0, minimum=0, maximum=0.99, doc="share of a layer's inputs that training drops")
 TARGETS = Parameter(
-    "targets", "all-linear", kind="str", doc="names of the modules to change, with commas, or all-linear, or PEFT's own"
+    "targets",
+    "all-linear",
+    kind="str",
+    doc="names of the modules to change, with commas, or all-linear: all but heads and experts",
 )
 
 
-def _prepare(make: Callable[[Any, Mapping[str, Value]], Any]) -> Callable[[TuneWork], Prepared]:
+def _prepare(make: Callable[[Any, Mapping[str, Any]], Any]) -> Callable[[TuneWork], Prepared]:
     """A method by its config. make(peft, options): the config of PEFT, without the task and the base."""
 
     def prepare(work: TuneWork) -> Prepared:
@@ -34,8 +37,10 @@ def _prepare(make: Callable[[Any, Mapping[str, Value]], Any]) -> Callable[[TuneW
         from mergekit_lfm.tune.work import PeftAdapter, Prepared
 
         peft = import_peft()
+        _check_rank(work)
+        options: dict[str, Any] = {**work.options, "targets": _targets(work)}
         try:
-            config = make(peft, work.options)
+            config = make(peft, options)
             config.task_type = TASKS[work.task]
             with quiet():
                 model = peft.get_peft_model(work.model, config)
@@ -75,35 +80,68 @@ def import_peft() -> Any:
     return peft
 
 
-def _targets(options: Mapping[str, Value]) -> str | list[str] | None:
-    text = str(options["targets"])
-    return None if text == "default" else text if text == "all-linear" else text.split(",")
+def _check_rank(work: TuneWork) -> None:
+    """Raise PlanError for a rank that no matrix has."""
+    largest = max((min(x.shape) for x in work.model.parameters() if x.ndim == 2), default=1)
+    rank = work.options.get("rank", 1)
+    if isinstance(rank, int) and rank > largest:
+        raise PlanError(f"rank is {rank}; expected at most {largest}, the largest that a matrix of this model has")
 
 
-def _lora(peft: Any, options: Mapping[str, Value], **more: Any) -> Any:
+def _targets(work: TuneWork) -> list[str]:
+    """The modules to change, as PEFT takes them. Raises PlanError for no names."""
+    text = str(work.options["targets"])
+    modules = dict(work.model.named_modules())
+    if text == "all-linear":
+        return _linear_layers(work)
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if text == "norms":
+        names = sorted({name.rpartition(".")[2] for name, each in modules.items() if "Norm" in type(each).__name__})
+    if not names:
+        raise PlanError(f"targets: found {text!r}, expected names of modules with commas, such as q_proj,v_proj")
+    return names
+
+
+def _linear_layers(work: TuneWork) -> list[str]:
+    """The last names of all linear layers but heads; whole names where something else has that last name.
+
+    PEFT's own all-linear wraps experts in one tensor, too, in a form that few programs read.
+    """
+    heads = {id(each) for each in work.parameters(work.head)} | work.embedded
+    linear, others = list[str](), set[str]()
+    for name, module in work.model.named_modules():
+        weight = getattr(module, "weight", None)
+        if type(module).__name__ in ("Linear", "Conv1D") and id(weight) not in heads:
+            linear.append(name)
+        else:
+            others.add(name.rpartition(".")[2])
+    return sorted({name if (last := name.rpartition(".")[2]) in others else last for name in linear})
+
+
+def _lora(peft: Any, options: Mapping[str, Any], **more: Any) -> Any:
     return peft.LoraConfig(
         r=options["rank"],
         lora_alpha=options["alpha"],
         lora_dropout=options["dropout"],
-        target_modules=_targets(options),
+        target_modules=options["targets"],
         **more,
     )
 
 
-def _dora(peft: Any, options: Mapping[str, Value]) -> Any:
+def _dora(peft: Any, options: Mapping[str, Any]) -> Any:
     return _lora(peft, options, use_dora=True)
 
 
-def _lokr(peft: Any, options: Mapping[str, Value]) -> Any:
-    return peft.LoKrConfig(r=options["rank"], alpha=options["alpha"], target_modules=_targets(options))
+def _lokr(peft: Any, options: Mapping[str, Any]) -> Any:
+    return peft.LoKrConfig(r=options["rank"], alpha=options["alpha"], target_modules=options["targets"])
 
 
-def _ia3(peft: Any, options: Mapping[str, Value]) -> Any:
-    return peft.IA3Config(target_modules=_targets(options), feedforward_modules=[])
+def _ia3(peft: Any, options: Mapping[str, Any]) -> Any:
+    return peft.IA3Config(target_modules=options["targets"], feedforward_modules=[])
 
 
-def _ln(peft: Any, options: Mapping[str, Value]) -> Any:
-    return peft.LNTuningConfig(target_modules=_targets(options))
+def _ln(peft: Any, options: Mapping[str, Any]) -> Any:
+    return peft.LNTuningConfig(target_modules=options["targets"])
 
 
 METHODS = (
@@ -150,6 +188,6 @@ METHODS = (
         "adapter",
         _prepare(_ln),
         1e-3,
-        (Parameter("targets", "default", kind="str", doc="names of the modules, with commas, or default, PEFT's own"),),
+        (Parameter("targets", "norms", kind="str", doc="names of the modules, with commas, or norms for all of them"),),
     ),
 )

@@ -41,7 +41,6 @@ def singular_values(work: TuneWork) -> Prepared:
             tuned: torch.Tensor = weight + change.view(weight.shape)
             return tuned
 
-    embedded = {id(each.weight) for each in work.model.modules() if isinstance(each, nn.Embedding)}  # and tied heads
     head = work.head if work.task == "classification" else frozenset()
     work.train(work.names)
     chosen = [
@@ -51,7 +50,7 @@ def singular_values(work: TuneWork) -> Prepared:
         and isinstance(module.weight, nn.Parameter)
         and module.weight.ndim > 1
         and not isinstance(module, nn.Embedding)
-        and id(module.weight) not in embedded
+        and id(module.weight) not in work.embedded
         and f"{name}.weight" not in work.head
     ]
     changed = tuple(module.weight for _, module in chosen) + tuple(work.parameters(head))

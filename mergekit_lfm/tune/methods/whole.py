@@ -51,10 +51,11 @@ def biases(work: TuneWork) -> Prepared:
     """The biases, and the head of a classifier. Source: Ben Zaken et al. 2021, arXiv 2106.10199."""
     from mergekit_lfm.tune.work import Prepared
 
-    found = [name for name in work.names if name.rpartition(".")[2] == "bias"]
+    found = {name for name in work.names if name.rpartition(".")[2] == "bias"}
+    found |= work.head if work.task == "classification" else frozenset()
     if not found:
         raise PlanError(f"{type(work.model).__name__} has no biases, which bitfit trains; choose another method")
-    work.train([*found, *(work.head if work.task == "classification" else ())])
+    work.train(found)
     return Prepared(work.model)
 
 
