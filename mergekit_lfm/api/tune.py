@@ -196,7 +196,7 @@ def _read_all(loaded: Loaded, recipe: TuneRecipe) -> tuple[Examples, Examples | 
             found, expected = (", ".join(some.items[0]) for some in (each, sets[0]))
             raise PlanError(f"{file.ref}: found {found}; expected {expected}, as in {files[0].ref}")
     if recipe.task == "embedding" and sum(map(len, sets)) < 2:
-        raise PlanError(f"{files[0].ref}: found one pair, expected two or more: a text is told from others. Add some")
+        raise PlanError(f"{files[0].ref}: found one pair, expected two or more, which are compared. Add some")
     if recipe.task == "classification" and "input_ids" in sets[0].pad:
         config: Any = loaded.model.config
         padding = lengthen_by_no_ending([*sets, *dev])

@@ -338,7 +338,7 @@ def test_experts_in_one_tensor_stay_and_are_refused_where_they_would_be_lost() -
     for method in ("lora", "lokr", "ln"):
         tune_model("mixtral", "llama.jsonl", method, method=method, **LINE)
         with pytest.warns(
-            UserWarning, match=rf"the adapter is for mixtral\+{method}, and its config names mixtral alone"
+            UserWarning, match=rf"for mixtral\+{method}, and its config names mixtral alone"
         ):
             tune_model(f"mixtral+{method}", "llama.jsonl", f"{method}.lora", method="lora", **LINE)
 
