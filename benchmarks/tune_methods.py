@@ -42,7 +42,7 @@ WINDOW = 64
 
 def opened(base: Path, out: Path) -> Any:
     """The tuned model as a checkpoint."""
-    if out.suffix:
+    if out.suffix == ".safetensors":
         return patched_view(open_model(base), open_patch(out))
     return open_model(f"{base}+{out}" if (out / "adapter_config.json").exists() else out)
 

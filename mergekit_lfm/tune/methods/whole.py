@@ -29,8 +29,10 @@ def probe_first(work: TuneWork) -> Prepared:
         raise PlanError(
             "this model has no head of its own, which lp_ft trains first; choose another method, or a task with a head"
         )
-    work.train(work.names)
     probing = round(_share(work, "probe") * work.steps)
+    work.train(work.head if probing == work.steps else work.names)
+    if probing == work.steps:
+        return Prepared(work.model)
     return Prepared(work.model, (Phases([(0, work.head), (probing, frozenset(work.names))]),))
 
 
