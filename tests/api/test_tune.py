@@ -337,9 +337,7 @@ def test_experts_in_one_tensor_stay_and_are_refused_where_they_would_be_lost() -
         tune_model("mixtral", "llama.jsonl", "full", **LINE)
     for method in ("lora", "lokr", "ln"):
         tune_model("mixtral", "llama.jsonl", method, method=method, **LINE)
-        with pytest.warns(
-            UserWarning, match=rf"for mixtral\+{method}, and its config names mixtral alone"
-        ):
+        with pytest.warns(UserWarning, match=rf"for mixtral\+{method}, and its config names mixtral alone"):
             tune_model(f"mixtral+{method}", "llama.jsonl", f"{method}.lora", method="lora", **LINE)
 
 
