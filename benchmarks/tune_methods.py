@@ -1,6 +1,6 @@
 """Compare ways to tune all-MiniLM-L6-v2 to tell docstrings of four packages apart.
 
-    python benchmarks/tune_methods.py                      # three seeds, half an hour
+    python benchmarks/tune_methods.py                      # three seeds, an hour
     python benchmarks/tune_methods.py --steps 2 --seeds 1  # a smoke test
 
 Makes the data (recipes/make/domains.py), a base with a new head for each seed, and tunes it by each method at each of
