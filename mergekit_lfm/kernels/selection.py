@@ -120,8 +120,12 @@ class Bracket(Reduction):
             for key, pivots in mine.items():
                 assert bits is not None
                 above = int(np.count_nonzero(bits > pivots[0]))
-                inside, equal = bits[(bits >= pivots[-1]) & (bits <= pivots[0])], []
+                inside = bits[(bits > pivots[-1]) & (bits < pivots[0])]  # few; many may equal the ends
+                equal = []
                 for pivot in pivots:
+                    if pivot in (pivots[0], pivots[-1]):
+                        equal.append([int(np.count_nonzero(bits == pivot))])
+                        continue
                     others = inside[inside != pivot]
                     equal.append([len(inside) - len(others)])
                     inside = others

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_lfm.errors import FormatError, PlanError, reason
 from mergekit_lfm.machine.devices import find_device
+from mergekit_lfm.machine.extras import import_extra
 from mergekit_lfm.runtime.tasks import TASKS
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lfm.store.files import name_file
@@ -272,12 +273,7 @@ def _tensor_in(output: Any, expected: str) -> Tensor:
 
 def import_transformers() -> Any:
     """The transformers library. Raises an ImportError that says how to install it."""
-    try:
-        import transformers
-    except ImportError as error:
-        message = 'running a model needs transformers: pip install "mergekit_lfm[models]"'
-        raise ImportError(message, name="transformers") from error
-    return transformers
+    return import_extra("transformers", "running a model", "models")
 
 
 def _describe(x: Any) -> str:

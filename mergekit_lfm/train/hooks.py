@@ -1,12 +1,13 @@
 """Actions at the steps of a training: snapshots, averages of weights, projections, schedules of freezing.
 
-A hook that remembers something gives it as tensors, which are saved and restored with the state of the training.
+The memory of a hook is saved with the state of the training.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -25,9 +26,11 @@ class Hook:
     """Something that happens at steps; each part by default does nothing. Steps count from 1 where they are done.
 
     Hooks act in the order in which they are given. replaces: whether it puts other weights in place of the last ones.
+    memory: tensors by the names of parameters, which are made by `begin` and saved with the state of the training.
     """
 
     replaces = False
+    memory: Mapping[str, Tensor] = MappingProxyType({})
 
     def begin(self, parameters: Parameters) -> None:
         """Called once before the first step, also where a training goes on, before `restore`."""
@@ -44,12 +47,10 @@ class Hook:
     def finish(self, parameters: Parameters) -> None:
         """Called after the last step."""
 
-    def tensors(self) -> Mapping[str, Tensor]:
-        """All that it remembers."""
-        return {}
-
-    def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Remember the tensors that `tensors` gave."""
+    def restore(self, memory: Mapping[str, Tensor]) -> None:
+        """Take a memory that was saved."""
+        for name, x in memory.items():
+            self.memory[name].copy_(x)
 
 
 class Snapshots(Hook):
@@ -77,28 +78,21 @@ class MovingAverage(Hook):
     def __init__(self, decay: float = 0.999) -> None:
         if not 0 <= decay < 1:
             raise PlanError(f"decay is {decay}; expected a number from 0 to below 1")
-        self.decay, self.average = decay, dict[str, Tensor]()
+        self.decay = decay
 
     def begin(self, parameters: Parameters) -> None:
-        self.average = {name: x.detach().float().clone() for name, x in parameters.items()}
+        self.memory = {name: x.detach().float().clone() for name, x in parameters.items()}
 
     @torch.no_grad()
     def after(self, done: int, parameters: Parameters) -> None:
         decay = min(self.decay, (1 + done) / (10 + done))
         for name, x in parameters.items():
-            self.average[name].lerp_(x.float(), 1 - decay)
+            self.memory[name].lerp_(x.float(), 1 - decay)
 
     @torch.no_grad()
     def finish(self, parameters: Parameters) -> None:
         for name, x in parameters.items():
-            x.copy_(self.average[name])
-
-    def tensors(self) -> Mapping[str, Tensor]:
-        return self.average
-
-    def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        for name, x in tensors.items():
-            self.average[name].copy_(x)
+            x.copy_(self.memory[name])
 
 
 class Ball(Hook):
@@ -110,14 +104,14 @@ class Ball(Hook):
     def __init__(self, radius: float, norm: Literal["l2", "linf"] = "linf") -> None:
         if not radius > 0:
             raise PlanError(f"radius is {radius}; expected a number above 0")
-        self.radius, self.norm, self.start = radius, norm, dict[str, Tensor]()
+        self.radius, self.norm = radius, norm
 
     def begin(self, parameters: Parameters) -> None:
-        self.start = {name: x.detach().clone() for name, x in parameters.items()}
+        self.memory = {name: x.detach().clone() for name, x in parameters.items()}
 
     @torch.no_grad()
     def after(self, done: int, parameters: Parameters) -> None:  # noqa: ARG002
-        changes = {name: x - self.start[name] for name, x in parameters.items()}
+        changes = {name: x - self.memory[name] for name, x in parameters.items()}
         if self.norm == "linf":
             changes = {name: x.clamp(-self.radius, self.radius) for name, x in changes.items()}
         else:
@@ -126,14 +120,7 @@ class Ball(Hook):
                 return
             changes = {name: x * (self.radius / length) for name, x in changes.items()}
         for name, x in parameters.items():
-            x.copy_(self.start[name] + changes[name])
-
-    def tensors(self) -> Mapping[str, Tensor]:
-        return self.start
-
-    def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        for name, x in tensors.items():
-            self.start[name].copy_(x)
+            x.copy_(self.memory[name] + changes[name])
 
 
 class Pull(Hook):

@@ -35,11 +35,6 @@ def next_token(model: nn.Module, batch: Batch) -> Terms:
     return cross_entropy(scores, targets)
 
 
-def masked_tokens(model: nn.Module, batch: Batch) -> Terms:
-    """Cross-entropy of each token of `labels` [n, tokens] at its own place."""
-    return cross_entropy(logits(_run(model, batch)), batch["labels"])
-
-
 def classes(model: nn.Module, batch: Batch) -> Terms:
     """Cross-entropy of `labels` [n]."""
     return cross_entropy(logits(_run(model, batch)), batch["labels"])

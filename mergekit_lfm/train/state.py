@@ -64,7 +64,7 @@ class State:
             if "step" in moments:
                 found[f"step/{name}"] = torch.as_tensor(moments["step"], dtype=torch.float32).reshape(1)
         for number, hook in enumerate(self.hooks):
-            found |= {f"hook/{number}/{name}": x for name, x in hook.tensors().items()}
+            found |= {f"hook/{number}/{name}": x for name, x in hook.memory.items()}
         return found | {f"kept/{name}": x for name, x in self.kept.items()}
 
     def save(self, path: Path, request: str) -> None:

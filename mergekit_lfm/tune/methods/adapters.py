@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from mergekit_lfm.errors import PlanError, reason
+from mergekit_lfm.machine.extras import import_extra
 from mergekit_lfm.methods.kinds import TuneMethod
 from mergekit_lfm.methods.method import Parameter
 
@@ -36,7 +37,7 @@ def _prepare(make: Callable[[Any, Mapping[str, Any]], Any]) -> Callable[[TuneWor
         """The model with a new adapter, as PEFT makes it."""
         from mergekit_lfm.tune.work import PeftAdapter, Prepared
 
-        peft = import_peft()
+        peft = import_extra("peft", "tuning an adapter", "tune")
         _check_rank(work)
         options: dict[str, Any] = {**work.options, "targets": _targets(work)}
         try:
@@ -68,16 +69,6 @@ def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-def import_peft() -> Any:
-    """The library. Raises an ImportError that says how to install it."""
-    try:
-        import peft
-    except ImportError as error:
-        message = 'tuning an adapter needs peft: pip install "mergekit_lfm[tune]"'
-        raise ImportError(message, name="peft") from error
-    return peft
 
 
 def _check_rank(work: TuneWork) -> None:
