@@ -23,10 +23,8 @@ Files = dict[str, tuple[object, ...]]  # mode and content, by path
 
 # Modules that the commands load when they run, besides those of the interpreter of `helpers_faults`.
 MODULES = (
-    *(
-        f"mergekit_lfm.api.{name}"
-        for name in ("align", "edit", "judge", "merge", "patches", "prepare", "push", "stats")
-    ),
+    *(f"mergekit_lfm.api.{name}" for name in ("align", "edit", "eval_plans", "judge", "merge", "patches", "prepare")),
+    *(f"mergekit_lfm.api.{name}" for name in ("push", "stats", "stats_plans", "tune")),
     *("mergekit_lfm.engine.execute", "mergekit_lfm.output.push", "mergekit_lfm.commands.show.terminal"),
     *("transformers.models.llama.modeling_llama", "transformers.models.auto.modeling_auto"),
     *("transformers.models.auto.tokenization_auto", "transformers.generation", "scipy.optimize", "huggingface_hub"),
@@ -41,6 +39,33 @@ RECIPES = {
     "tsv": "merge_method: tsv\nbase_model: a\nmodels: [{model: b}]\n",
     "regmean": "merge_method: regmean\n" + MODELS % (", stats: a.gram", ", stats: b.gram"),
     "aligned": "merge_method: linear\nparameters: {weight: 1}\n" + MODELS % ("", ", align: {to: a}"),
+    "experts": """
+name: tuned
+job: tune
+model: a
+data: text.txt
+task: lm
+method: lora
+parameters: {rank: 2}
+steps: 4
+batch_size: 2
+---
+name: own
+job: stats
+kind: gram
+model: a+tuned
+data: text.txt
+task: lm
+---
+name: merged
+merge_method: regmean
+models: [{model: a+tuned, stats: own}, {model: a, stats: a.gram}]
+---
+job: eval
+models: [a, a+tuned, merged]
+data: text.txt
+task: lm
+""",
     "edited": "merge_method: linear\nparameters: {weight: 1}\nedits: [a.patch]\n" + MODELS % ("", ""),
 }
 DATA = "--data in/text.txt --task lm"
@@ -95,11 +120,16 @@ class Bench:
             blob.unlink()
 
     def outputs(self) -> dict[str, Files]:
-        """The files at each place that a command has written to; the repository is one, once it has a model."""
+        """The files at each place that a command has written to; the repository is one, once it has a model.
+
+        Each stage's result is one; the folder with the course of a training does not count.
+        """
         made: dict[str, Files] = {}
         for path, entry in snapshot(self.folder).items():
-            place = path.split("/")[0]
-            if place not in ("in", "cache") and not LEFTOVER.fullmatch(place):
+            place = "/".join(path.split("/")[: 2 if path.startswith("out.stages/") else 1])
+            if place.endswith(".training"):
+                continue
+            if place not in ("in", "cache") and not LEFTOVER.fullmatch(place.rpartition("/")[2]):
                 made.setdefault(place, {})[path] = entry
         if self._hub.exists(REPO) and "config.json" in (files := self._hub.files(REPO)):
             made["the Hub"] = {name: (content,) for name, content in files.items()}

@@ -16,11 +16,8 @@ from mergekit_lfm.output.request import Request, RequestInput
 from mergekit_lfm.plan.extraction import Extraction, plan_extraction
 from mergekit_lfm.plan.groups import Group, Selection
 from mergekit_lfm.recipe.extract_recipe import ExtractRecipe
-from mergekit_lfm.recipe.files import FoundModel
-from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lfm.store.hub import HubName
-from mergekit_lfm.views.adapted import adapt
-from mergekit_lfm.views.quantisation import dequantise
+from mergekit_lfm.views.adapted import open_found
 
 LABELS = re.compile(r"^(classifier(\.out_proj)?|score)\.weight$")  # has a row for each
 
@@ -95,15 +92,11 @@ def plan_extract(recipe: ExtractRecipe, out: Path, *, device: str | None = None)
 
     Raises PlanError if the models differ in more than values, or without the device, FormatError for a damaged model.
     """
-    model, base = map(_open, recipe.models)
+    model, base = map(open_found, recipe.models)
     selection = Selection(recipe.include, recipe.exclude, recipe.save, recipe.embed_lora)
     plan = plan_extraction(model, base, (recipe.model, recipe.base_model), selection)
     name = device or "cpu"
     return PlannedExtraction(recipe, out, plan, "cpu" if name == "cpu" or find_gpu(name) is None else name)
-
-
-def _open(found: FoundModel) -> Checkpoint:
-    return adapt(dequantise(open_checkpoint(found.source)), found.adapters, found.ref)
 
 
 def output_of(plan: Extraction, base: str, repo: str | None) -> AdapterOutput:

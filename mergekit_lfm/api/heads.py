@@ -24,8 +24,7 @@ from mergekit_lfm.store.files import read_bytes
 from mergekit_lfm.store.identity import spec_of
 from mergekit_lfm.store.sidecars import sidecars_of
 from mergekit_lfm.store.tensors import encode_header
-from mergekit_lfm.views.adapted import adapt
-from mergekit_lfm.views.quantisation import dequantise
+from mergekit_lfm.views.adapted import open_found
 
 WEIGHTS = "model.safetensors"  # as transformers calls the file of a model
 
@@ -116,8 +115,7 @@ def _as_stored(model: Any, added: Collection[str], source: Checkpoint) -> dict[s
 
 def plan_head(recipe: HeadRecipe, out: Path) -> PlannedHead:
     """Check a recipe for a new head, from headers alone. Raises FormatError for a damaged model."""
-    found = recipe.found
-    return PlannedHead(recipe, out, adapt(dequantise(open_checkpoint(found.source)), found.adapters, found.ref))
+    return PlannedHead(recipe, out, open_found(recipe.found))
 
 
 def add_head(

@@ -15,8 +15,11 @@ from typing import Any, Protocol
 from mergekit_lfm.api.outcome import Outcome
 from mergekit_lfm.errors import PlanError, did_you_mean
 from mergekit_lfm.recipe.adapter_recipe import AdapterRecipe
+from mergekit_lfm.recipe.eval_recipe import EvalRecipe
 from mergekit_lfm.recipe.extract_recipe import ExtractRecipe
 from mergekit_lfm.recipe.head_recipe import HeadRecipe
+from mergekit_lfm.recipe.registry import TUNE_METHODS
+from mergekit_lfm.recipe.stats_recipe import StatsRecipe
 from mergekit_lfm.recipe.tune_recipe import TuneRecipe
 
 
@@ -55,14 +58,22 @@ class JobPlan(Protocol):
     def stand_in(self, folder: Path, /) -> None: ...
 
 
+SAFETENSORS = ".safetensors"
+
+
+def _no_suffix(_: Mapping[str, Any]) -> str:
+    return ""
+
+
 @dataclass(frozen=True)
 class Job:
     """A kind of stage besides merges.
 
     makes: its result in words. parse: reads a document, with the arguments of `Recipe.parse`. plan: from its recipe and
-    the folder of the result to a `JobPlan`; plan_options: the options of `plan_recipe` that it takes. run: carries a
+    the place of the result to a `JobPlan`; plan_options: the options of `plan_recipe` that it takes. run: carries a
     plan out; run_options: the options of `run_recipe` that it takes besides `overwrite` and `progress`. show: the
-    module of `commands/show` that prints plans and outcomes.
+    module of `commands/show` that prints plans and outcomes. suffix: the end of the result's name, from the document:
+    that of a file, or "" for a folder.
     """
 
     name: str
@@ -71,6 +82,7 @@ class Job:
     plan: Callable[..., JobPlan]
     run: Callable[..., Outcome[Any]]
     show: str
+    suffix: Callable[[Mapping[str, Any]], str] = _no_suffix
     plan_options: frozenset[str] = frozenset()
     run_options: frozenset[str] = frozenset()
 
@@ -83,6 +95,12 @@ def _later(name: str) -> Callable[..., Any]:
         return getattr(import_module(f"mergekit_lfm.api.{module}"), function)(*arguments, **options)
 
     return call
+
+
+def _suffix_of_tuning(data: Mapping[str, Any]) -> str:
+    """A patch is a file."""
+    method = TUNE_METHODS.get(str(data.get("method")))
+    return SAFETENSORS if method is not None and method.makes == "patch" else ""
 
 
 ADAPTERS = Job(
@@ -111,6 +129,29 @@ TUNE = Job(
     plan=_later("tune_plans.plan_tuning"),
     run=_later("tune.tune_planned"),
     show="tunings",
+    suffix=_suffix_of_tuning,
+    plan_options=frozenset({"device"}),
+    run_options=frozenset({"threads"}),
+)
+STATS = Job(
+    name="stats",
+    makes="a statistics file",
+    parse=StatsRecipe.parse,
+    plan=_later("stats_plans.plan_stats"),
+    run=_later("stats_plans.collect_planned"),
+    show="statistics",
+    suffix=lambda _: SAFETENSORS,
+    plan_options=frozenset({"device"}),
+    run_options=frozenset({"memory", "threads"}),
+)
+EVAL = Job(
+    name="eval",
+    makes="a file of scores",
+    parse=EvalRecipe.parse,
+    plan=_later("eval_plans.plan_eval"),
+    run=_later("eval_plans.evaluate_planned"),
+    show="scores",
+    suffix=lambda _: ".json",
     plan_options=frozenset({"device"}),
     run_options=frozenset({"threads"}),
 )
@@ -122,7 +163,7 @@ HEAD = Job(
     run=_later("heads.make_head"),
     show="heads",
 )
-JOBS: Mapping[str, Job] = {job.name: job for job in (ADAPTERS, EXTRACT, HEAD, TUNE)}
+JOBS: Mapping[str, Job] = {job.name: job for job in (ADAPTERS, EVAL, EXTRACT, HEAD, STATS, TUNE)}
 
 
 def find_job(data: object, label: str) -> Job | None:

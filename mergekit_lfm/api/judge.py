@@ -69,7 +69,7 @@ def evaluate_models(
         judges = {str(facts): _judge_facts(expand(facts, "facts"), progress)}
     else:
         judges = {str(file): _judge_text(expand(file, "text"), window, stride) for file in texts}
-        judges |= {str(file): _judge_data(expand(file, "data"), task, window, stride) for file in files}
+        judges |= {str(file): judge_data(expand(file, "data"), task, window, stride) for file in files}
     scores = {}
     for model in named:
         from mergekit_lfm.runtime.load import load_model
@@ -103,7 +103,8 @@ def _judge_text(file: Path, window: int | None, stride: int | None) -> Callable[
     return partial(perplexity, text=text, window=window, stride=stride)
 
 
-def _judge_data(file: Path, task: str, window: int | None, stride: int | None) -> Callable[[Loaded], Score]:
+def judge_data(file: Path, task: str, window: int | None, stride: int | None) -> Callable[[Loaded], Score]:
+    """The function that scores a loaded model on a data file of its task. Raises FormatError for a damaged file."""
     from mergekit_lfm.judge.evaluate import accuracy, perplexity, retrieval
     from mergekit_lfm.runtime.data import read_documents
 

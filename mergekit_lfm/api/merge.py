@@ -259,7 +259,7 @@ def _refuse_older(out: Path, stage: Stage, now: Planned) -> None:
         same = now.plan.request.is_of(now.out)
     else:
         same = lock_of(now.out).get("plan") == now.plan.digest
-    if has_files(out) and not same:
+    if (out.is_file() or has_files(out)) and not same:
         sentence = "{place} exists and is from before the change of stage {name}; {cure}"
         raise PlanError(sentence, place=out, name=stage.name, cure=OVERWRITE)
 
@@ -272,7 +272,7 @@ def _has_changed(planned: Planned, run: Mapping[str, Any]) -> bool:
     from mergekit_lfm.output.lock import lock_name
     from mergekit_lfm.store.places import place_of
 
-    if not lock_name(planned.out):
+    if not (planned.out.is_file() or lock_name(planned.out)):
         return False
     try:
         if isinstance(planned, PlannedJob):

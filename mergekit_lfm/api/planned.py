@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +48,7 @@ class PlannedJob:
 
     @property
     def out(self) -> Path:
-        """The folder of its result."""
+        """The place of its result."""
         return self.plan.out
 
 
@@ -100,7 +100,12 @@ class Stages:
 
     def recipe(self, stage: Stage) -> Recipe | JobRecipe:
         """The recipe of a stage, on the results of those before it."""
-        return parse_stage(stage, self.where, self.folder, allow_unknown=self.allow_unknown)
+        return parse_stage(stage, self.where, self.places, allow_unknown=self.allow_unknown)
+
+    @property
+    def places(self) -> dict[str, Path]:
+        """The results of the stages by their names."""
+        return places_of(self.stages, self.folder)
 
     def findings(self, outcomes: Sequence[Outcome[Any]]) -> tuple[str, ...]:
         """The warnings in the outcomes of the stages, each with the name of its stage."""
@@ -112,19 +117,32 @@ class Stages:
         from mergekit_lfm.output.lock import LOCKS
         from mergekit_lfm.store.places import remove
 
-        for stage in self.stages:
-            if any((self.folder / stage.name / name).is_file() for name in LOCKS):
-                remove(self.folder / stage.name)
+        for place in self.places.values():
+            if place.is_file() or any((place / name).is_file() for name in LOCKS):
+                remove(place)
         with suppress(OSError):  # it holds something else, too
             self.folder.rmdir()
 
 
-def parse_stage(stage: Stage, where: Path | None, folder: Path, *, allow_unknown: bool) -> Recipe | JobRecipe:
-    """The recipe of a stage. where: the recipe's folder. folder: of the results of the stages before it."""
+def places_of(stages: Iterable[Stage], folder: Path) -> dict[str, Path]:
+    """The results of stages in a folder, by the names of the stages."""
+    return {stage.name: folder / f"{stage.name}{suffix_of(stage)}" for stage in stages}
+
+
+def suffix_of(stage: Stage) -> str:
+    """The end of the name of a stage's result: that of a file, or "" for a folder."""
+    job = find_job(stage.data, stage.label)
+    return "" if job is None else job.suffix(stage.data)
+
+
+def parse_stage(
+    stage: Stage, where: Path | None, places: Mapping[str, Path], *, allow_unknown: bool
+) -> Recipe | JobRecipe:
+    """The recipe of a stage. where: the recipe's folder. places: the results of the stages before it."""
     job = find_job(stage.data, stage.label)
     parse = Recipe.parse if job is None else job.parse
-    folders = {name: folder / name for name in stage.needs}
-    return parse(stage.data, where, stage.label, folders, allow_unknown=allow_unknown)
+    needed = {name: places[name] for name in stage.needs}
+    return parse(stage.data, where, stage.label, needed, allow_unknown=allow_unknown)
 
 
 def plan_job(job: Job, recipe: JobRecipe, out: Path, how: Mapping[str, Any]) -> PlannedJob:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from mergekit_lfm.api.jobs import Job, find_job
@@ -75,14 +76,20 @@ def _plan_last(
         assert isinstance(alone, Mapping)
         data = {key: value for key, value in alone.items() if key != "name"}
         recipe = job.parse(data, source.where, source.label, allow_unknown=allow_unknown)
-        return plan_job(job, recipe, need_output(out or recipe.output or source.default_output), how)
+        return plan_job(job, recipe, need_output(out or recipe.output or _default(source, job, data)), how)
     last = source.stages[-1]
-    folder = need_output(out or output_of(last) or source.default_output)
-    stages, parsed = plan_stages(source.stages, source.where, folder, plan_stage, how, allow_unknown=allow_unknown)
+    place = need_output(out or output_of(last) or _default(source, job, last.data))
+    stages, parsed = plan_stages(source.stages, source.where, place, plan_stage, how, allow_unknown=allow_unknown)
     with in_stage(last):
-        planned = plan_stage(last, parsed, folder, how)
+        planned = plan_stage(last, parsed, place, how)
     assert isinstance(planned, PlannedJob)
     return replace(planned, stages=stages)
+
+
+def _default(source: Source, job: Job, data: Mapping[str, Any]) -> Path | None:
+    """The output by the name of the recipe's file; None without one. data: of the job."""
+    place = source.default_output
+    return None if place is None else place.with_name(f"{place.name}{job.suffix(data)}")
 
 
 def run_recipe(recipe: RecipeLike | Planned, out: str | PathLike[str] | None = None, **options: Any) -> Outcome[Any]:

@@ -14,19 +14,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mergekit_lfm.api.jobs import JobRecipe
-from mergekit_lfm.api.planned import Planned, PlannedJob, PlannedMerge, Scratch, Stages, parse_stage
+from mergekit_lfm.api.planned import Planned, PlannedJob, PlannedMerge, Scratch, Stages, parse_stage, places_of
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.machine.resources import default_memory
 from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.recipe.stages import Stage
 from mergekit_lfm.store.places import beside
 
+FILES = (".json", ".safetensors")  # how the names of results end that are files
+
 PlanStage = Callable[[Stage, Recipe | JobRecipe, Path, Mapping[str, Any]], Planned]
 
 
 def stages_folder(out: Path) -> Path:
     """The folder of what the stages of an output leave."""
-    return beside(out, ".stages")
+    return beside(out.with_suffix("") if out.suffix in FILES else out, ".stages")
 
 
 def plan_stages(
@@ -46,13 +48,14 @@ def plan_stages(
     *earlier, last = stages
     scratch = Scratch()
     plans: list[Planned] = []
+    places, empty = places_of(earlier, stages_folder(out)), places_of(earlier, scratch.path)
     for stage in earlier:
         with in_stage(stage):
-            recipe = parse_stage(stage, where, scratch.path, allow_unknown=allow_unknown)
-            plans.append(plan(stage, recipe, stages_folder(out) / stage.name, how))
-            stand_in(plans[-1], scratch.path / stage.name)
+            recipe = parse_stage(stage, where, empty, allow_unknown=allow_unknown)
+            plans.append(plan(stage, recipe, places[stage.name], how))
+            stand_in(plans[-1], empty[stage.name])
     before = Stages(tuple(earlier), last, where, stages_folder(out), tuple(plans), how, scratch, allow_unknown)
-    return before, parse_stage(last, where, scratch.path, allow_unknown=allow_unknown)
+    return before, parse_stage(last, where, empty, allow_unknown=allow_unknown)
 
 
 def check_stages(
@@ -84,7 +87,7 @@ def check_stages(
         plan, rebuild = planned.plan, overwrite or not resume
         already_there(plan.digest, plan.shards, inputs, planned.out, overwrite=overwrite, rebuild=rebuild, nan=nan)
     else:
-        _check_place(planned.out, inputs, overwrite=overwrite)
+        _check_place(planned, inputs, overwrite=overwrite)
 
 
 def _inputs_of(planned: Planned) -> Mapping[str, Path]:
@@ -94,13 +97,17 @@ def _inputs_of(planned: Planned) -> Mapping[str, Path]:
     return planned.plan.places
 
 
-def _check_place(out: Path, inputs: Mapping[str, Path], *, overwrite: bool) -> None:
+def _check_place(planned: Planned, inputs: Mapping[str, Path], *, overwrite: bool) -> None:
     """Raise PlanError if OUT may not be written, whatever its plan will be."""
+    from mergekit_lfm.output.file_request import FileRequest
     from mergekit_lfm.output.lock import lock_name
     from mergekit_lfm.output.replace import check_folder
-    from mergekit_lfm.store.places import check_apart, check_kind
+    from mergekit_lfm.store.places import check_apart, check_file, check_kind
 
-    if overwrite or not lock_name(out):
+    out = planned.out
+    if isinstance(planned, PlannedJob) and isinstance(planned.plan.request, FileRequest):
+        check_file(out, inputs.values(), overwrite=overwrite or planned.plan.request.is_kind(out))
+    elif overwrite or not lock_name(out):
         check_folder(out, inputs, overwrite=overwrite)
     else:  # it may be the output of these stages, which the last one finds out
         check_apart(out, inputs)
@@ -119,7 +126,7 @@ def in_stage(stage: Stage | None) -> Iterator[None]:
 
 
 def stand_in(planned: Planned, folder: Path) -> None:
-    """Write a folder like the result of a plan: its headers and small files; the data take no space on the disk."""
+    """Write something like the result of a plan: its headers and small files; the data take no space on the disk."""
     from mergekit_lfm.engine.documents import Documents
 
     if isinstance(planned, PlannedJob):

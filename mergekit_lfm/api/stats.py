@@ -60,7 +60,7 @@ def collect_stats(
     options: dict[str, Any] = {"layers": layers, "batch_size": batch_size, "window": window, "device": device}
     options |= {"max_examples": max_examples, "dtype": dtype, "memory": memory, "resume": resume}
     before = _state(file)
-    with _set_threads(threads), progress.by_count("examples", "collecting") as count:
+    with set_threads(threads), progress.by_count("examples", "collecting") as count:
         statistics = collect(
             kind,
             _as_model(model),
@@ -92,7 +92,7 @@ def _state(file: Path) -> tuple[int, int] | None:
 
 
 @contextmanager
-def _set_threads(threads: int | None) -> Iterator[None]:
+def set_threads(threads: int | None) -> Iterator[None]:
     """Let torch use so many threads meanwhile; None leaves their number."""
     if threads is None:
         yield

@@ -6,53 +6,24 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import xxhash
-
-from mergekit_lfm.artifacts.patch import read_patch_info
+from mergekit_lfm.artifacts.patch import PatchInfo, TensorChange, read_patch_info
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.machine.devices import find_device
 from mergekit_lfm.output import save
+from mergekit_lfm.output.adapter import write_empty
+from mergekit_lfm.output.file_request import FileRequest
 from mergekit_lfm.output.lock import ADAPTER_LOCK, LOCK
 from mergekit_lfm.output.names import public_names
 from mergekit_lfm.output.request import Request, RequestInput
 from mergekit_lfm.recipe.tune_recipe import DataFile, TuneRecipe
-from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
-from mergekit_lfm.store.files import open_file
-from mergekit_lfm.store.places import beside, check_file
-from mergekit_lfm.views.adapted import adapt
-from mergekit_lfm.views.quantisation import dequantise
+from mergekit_lfm.store.checkpoint import Checkpoint
+from mergekit_lfm.store.files import digest_file
+from mergekit_lfm.store.places import beside
+from mergekit_lfm.store.tensors import FLOATS, encode_header
+from mergekit_lfm.views.adapted import open_found
 
 TRAINING = ".training"  # ends the name of the folder with the state and the metrics, beside OUT
 SUFFIX = ".safetensors"
-
-
-@dataclass(frozen=True)
-class PatchRequest:
-    """The request that a patch answers, whose digest its metadata have. files: those read besides the model."""
-
-    request: Request
-    files: tuple[Path, ...]
-
-    @property
-    def paths(self) -> dict[str, Path]:
-        """The folders and files that are read, by their names in messages."""
-        return {**self.request.paths, **{str(path): path for path in self.files}}
-
-    def is_answered(self, out: Path, *, overwrite: bool) -> bool:
-        """True if OUT is the patch of this request; False if it may be written there, else PlanError."""
-        if out.is_file() and not overwrite and self.is_of(out):
-            return True
-        check_file(out, self.paths.values(), overwrite=overwrite)
-        if out.is_file() and not _is_patch(out):
-            raise PlanError(f"{out} exists and is not a patch, which alone is overwritten; choose another output")
-        return False
-
-    def is_of(self, out: Path) -> bool:
-        """True if a file is a patch of this request."""
-        try:
-            return read_patch_info(out).options.get("request") == self.request.digest
-        except (ValueError, OSError):
-            return False
 
 
 @dataclass(frozen=True)
@@ -98,7 +69,7 @@ class PlannedTuning:
         return self._digests()
 
     def _digests(self) -> dict[str, str]:
-        return {f"{number} {path.name}": _digest(path) for number, path in enumerate(self.files)}
+        return {f"{number} {path.name}": digest_file(path) for number, path in enumerate(self.files)}
 
     def check_unchanged(self) -> None:
         """Raise FormatError if the model or the data were changed since they were first looked at."""
@@ -107,9 +78,16 @@ class PlannedTuning:
             raise FormatError("the data were changed while the model was tuned; run the same command again")
 
     @property
-    def request(self) -> Request | PatchRequest:
+    def request(self) -> Request | FileRequest:
         """The request that the result answers."""
-        return PatchRequest(self.answer, self.files) if self.recipe.declaration.makes == "patch" else self.answer
+        if self.recipe.declaration.makes != "patch":
+            return self.answer
+        return FileRequest(
+            self.answer,
+            self.files,
+            "a patch",
+            lambda out: bool(read_patch_info(out).options.get("request") == self.answer.digest),
+        )
 
     @property
     def training(self) -> Path:
@@ -117,13 +95,14 @@ class PlannedTuning:
         return beside(self.out, TRAINING)
 
     def stand_in(self, folder: Path) -> None:
-        """Write a folder like the result, without data."""
+        """Write something like the result, without data; a patch as if it changed each tensor."""
         makes = self.recipe.declaration.makes
         if makes == "patch":
-            raise PlanError(
-                f"{self.recipe.method} makes a patch, which is a file, expected a method that makes a folder here. "
-                "Tune in a recipe of its own, and name the file under `edits` of another"
-            )
+            specs = [spec for spec in self.source.values() if spec.dtype in FLOATS]
+            changes = {spec.name: TensorChange("replace", spec.shape, spec.dtype) for spec in specs}
+            metadata = PatchInfo(self.recipe.method, changes).metadata()
+            write_empty(folder, encode_header(specs, metadata)[0], specs)
+            return
         if makes == "checkpoint":
             save.stand_in(self.source, folder)
             return
@@ -138,29 +117,13 @@ class PlannedTuning:
         stand_in_adapter(folder, made.config, made.tensors)
 
 
-def _is_patch(file: Path) -> bool:
-    try:
-        return bool(read_patch_info(file))
-    except (ValueError, OSError):
-        return False
-
-
 def plan_tuning(recipe: TuneRecipe, out: Path, *, device: str | None = None) -> PlannedTuning:
     """Check a tuning, and say what it would make. It reads headers only.
 
     Raises PlanError without the device, FormatError for a damaged model.
     """
-    found = recipe.found
-    source = adapt(dequantise(open_checkpoint(found.source)), found.adapters, found.ref)
+    source = open_found(recipe.found)
     place = str(find_device(device or "cpu"))
     if recipe.declaration.makes == "patch" and out.suffix != SUFFIX:
         raise PlanError(f"{out}: {recipe.method} makes a patch, which is a file; give a name that ends in {SUFFIX}")
     return PlannedTuning(recipe, out, source, place)
-
-
-def _digest(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with open_file(path) as file:
-        while data := file.read(1 << 22):
-            digest.update(data)
-    return digest.hexdigest()

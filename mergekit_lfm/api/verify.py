@@ -87,7 +87,7 @@ def verify_output(
 
 def _on_results(stages: Stages, out: StrPath) -> Recipe:
     """The recipe of the last stage on what the others have left. Raises PlanError if that is gone."""
-    gone = [stage.name for stage in stages.stages if not (stages.folder / stage.name).is_dir()]
+    gone = [name for name, place in stages.places.items() if not place.exists()]
     if gone:
         raise PlanError(
             f"{out} was made from the stages {', '.join(gone)}, which are no longer in {stages.folder}: merge again "

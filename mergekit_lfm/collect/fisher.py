@@ -21,11 +21,12 @@ from mergekit_lfm.collect.examplewise import (
     record_calls,
 )
 from mergekit_lfm.collect.likelihoods import LikelihoodScores, outcome, scores_of
-from mergekit_lfm.collect.request import FILTERED, StatisticsRequest, select_names
+from mergekit_lfm.collect.request import FILTERED, Outline, StatisticsRequest, select_names
 from mergekit_lfm.errors import PlanError
 
 if TYPE_CHECKING:
     from mergekit_lfm.runtime.batches import Batch
+    from mergekit_lfm.runtime.subject import Subject
 
 NOT_USED = "no prediction on the data depends on it"
 
@@ -145,6 +146,17 @@ class FisherStatistic:
                 "its parameters. Check the model, and whether there is anything to predict in the data"
             )
         return math.sqrt(squares)
+
+
+def outline_fisher(subject: Subject, patterns: Sequence[str]) -> Outline:
+    """The file of a model without values: as if the predictions depended on each parameter."""
+    shapes = {
+        f"fisher/{name}": tuple(parameter.shape)
+        for parameter in subject.module.parameters()
+        for name in subject.tensors_of(parameter)
+    }
+    wanted = select_names([name.removeprefix("fisher/") for name in shapes], patterns, "parameter")
+    return Outline({name: shape for name, shape in shapes.items() if name.removeprefix("fisher/") in wanted}, norm=1.0)
 
 
 def _check_problem(module: nn.Module) -> None:

@@ -7,7 +7,7 @@ the sum is the number of tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,11 +15,12 @@ from torch import Tensor
 
 from mergekit_lfm.artifacts.statistics import Layer
 from mergekit_lfm.collect.linear import NOT_CALLED, check_sharing, find_inputs_read, linear_layers, listen_to_inputs
-from mergekit_lfm.collect.request import StatisticsRequest
+from mergekit_lfm.collect.request import Outline, StatisticsRequest
 from mergekit_lfm.errors import PlanError
 
 if TYPE_CHECKING:
     from mergekit_lfm.runtime.batches import Batch
+    from mergekit_lfm.runtime.subject import Subject
 
 TOKENS = 1024  # tokens multiplied at a time
 COLUMNS = 256  # columns of a product at a time: a symmetric one is computed above the diagonal only, to this width
@@ -135,6 +136,13 @@ class GramStatistic(_Moments):
         _mirror(total)
         count = round(float(total[-1, -1]))
         return {f"gram/{unit}": total.div_(count)}, count
+
+
+def outline_gram(subject: Subject, patterns: Sequence[str]) -> Outline:
+    """The file of Gram matrices of a model without values: as if each layer were called, and had inputs of its own."""
+    layers, skipped = linear_layers(subject, patterns)
+    entries = {f"gram/{name}": (layer.inputs + 1, layer.inputs + 1) for name, layer in layers.items()}
+    return Outline(entries, {name: layer.described(name, 1) for name, layer in layers.items()}, skipped)
 
 
 class CrossStatistic(_Moments):

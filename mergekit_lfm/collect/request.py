@@ -73,6 +73,16 @@ class Statistic(Protocol):
         """The norm for the file, from the sum of all entries' squares; None for none. Raises PlanError if it is 0."""
 
 
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """A statistics file as far as it is known before the model runs. entries: the shapes of its tensors, by name."""
+
+    entries: Mapping[str, tuple[int, ...]]
+    layers: Mapping[str, Layer] = field(default_factory=dict)
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    norm: float | None = None
+
+
 Collector = StatisticMethod[Callable[[StatisticsRequest], Statistic]]
 
 

@@ -20,6 +20,7 @@ from mergekit_lfm.machine.pauses import Pauses
 from mergekit_lfm.machine.progress import Count
 from mergekit_lfm.machine.resources import allocated_bytes, default_memory, free_space
 from mergekit_lfm.machine.sizes import format_size, parse_size
+from mergekit_lfm.methods.kinds import Options
 from mergekit_lfm.recipe.files import paths_in
 from mergekit_lfm.recipe.registry import STATISTIC_METHODS
 from mergekit_lfm.recipe.stats import statistic_options
@@ -28,12 +29,12 @@ from mergekit_lfm.runtime.data import read_data
 from mergekit_lfm.runtime.load import Loaded, load_model
 from mergekit_lfm.runtime.subject import Subject, evaluation_mode, make_subject
 from mergekit_lfm.runtime.tasks import TASKS
-from mergekit_lfm.store.checkpoint import open_checkpoint
+from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lfm.store.places import check_file, partial_of
 from mergekit_lfm.version import __version__
 from mergekit_lfm.views.adapted import with_adapters
 
-Model = nn.Module | str | Path
+Model = nn.Module | str | Path | Checkpoint
 Task = Literal["lm", "classification", "embedding"]
 
 
@@ -98,6 +99,7 @@ def collect(
 def _destination(out: Path, models: Sequence[Model | None], data: object) -> Path:
     """Where the file goes; its folder is made. Raises PlanError if the file must not go there."""
     inputs = [place for path in (*models, data) if isinstance(path, str | Path) for place in paths_in(path)]
+    inputs += [folder for model in models if isinstance(model, Checkpoint) for folder in model.folders]
     check_file(out, inputs, overwrite=True)  # an earlier output is compared with the request before it is replaced
     resolved = out.resolve()
     resolved.parent.mkdir(parents=True, exist_ok=True)
@@ -114,7 +116,8 @@ def _open_model(
         raise PlanError(
             f"{model} is a checkpoint itself; `checkpoint` is for modules that were loaded from one. Leave it out"
         )
-    loaded = load_model(with_adapters(model), task, dtype=dtype, device=device or "cpu")
+    source = model if isinstance(model, Checkpoint) else with_adapters(model)
+    loaded = load_model(source, task, dtype=dtype, device=device or "cpu")
     return make_subject(loaded.model, loaded.checkpoint), loaded
 
 
@@ -148,12 +151,29 @@ def _check_tokenizers(models: Sequence[Loaded]) -> None:
 
 def _known_facts(kind: str, request: StatisticsRequest) -> StatisticsInfo:
     """The facts known before the model runs."""
-    options: dict[str, Any] = {"task": request.task, "layers": sorted(request.layers)}
-    options["dtype"] = [str(subject.dtype).removeprefix("torch.") for subject in request.subjects]
-    options |= request.options
+    models = [(subject.digest, str(subject.dtype).removeprefix("torch.")) for subject in request.subjects]
+    return known_facts(kind, models, request.data, request.task, request.layers, request.options)
+
+
+def known_facts(
+    kind: str,
+    models: Sequence[tuple[str, str]],
+    batches: Sequence[Batch],
+    task: str,
+    layers: Sequence[str],
+    options: Options,
+) -> StatisticsInfo:
+    """The facts of a statistics file that are known before the model runs. models: the content and dtype of each."""
+    digests, dtypes = zip(*models, strict=True)
+    whole = {"task": task, "layers": sorted(layers), "dtype": [*dtypes], **options}
     versions = {"mergekit_lfm": __version__, "torch": torch.__version__}
-    models = tuple(subject.digest for subject in request.subjects)
-    return StatisticsInfo(kind, models, digest_of(request.data), options, request.examples, versions=versions)
+    return StatisticsInfo(kind, digests, digest_of(batches), whole, sum(map(len, batches)), versions=versions)
+
+
+def differences(file: Path, facts: StatisticsInfo) -> list[str]:
+    """The names of the facts in which a statistics file differs. Raises FormatError for another file."""
+    existing, names = open_statistics(file).info, ("kind", "models", "data", "options", "versions")
+    return [name for name in names if getattr(existing, name) != getattr(facts, name)]
 
 
 def _already_there(out: Path, facts: StatisticsInfo, overwrite: bool) -> bool:
@@ -161,12 +181,9 @@ def _already_there(out: Path, facts: StatisticsInfo, overwrite: bool) -> bool:
     if not out.exists():
         return False
     try:
-        existing = open_statistics(out).info
+        differing = differences(out, facts)
     except FormatError:
         differing = ["it is not a complete statistics file"]
-    else:
-        names = ("kind", "models", "data", "options", "versions")
-        differing = [name for name in names if getattr(existing, name) != getattr(facts, name)]
     if not differing:
         clear(out)
         return True

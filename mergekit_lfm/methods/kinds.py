@@ -61,7 +61,8 @@ class StatisticMethod(Generic[F]):
     """A kind of statistic. summary: what it collects, in the words of MODEL. doc: what for, and how.
 
     examples: options of its command that make sense together. models: of how many models on the same data it is.
-    settle(task, options): the options with an effect on a task, or PlanError; they go into the file.
+    settle(task, options): the options with an effect on a task, or PlanError; they go into the file. outline: the
+    entries of a file, as far as they are known before the model runs; None for a statistic that no stage collects.
     """
 
     name: str
@@ -73,6 +74,7 @@ class StatisticMethod(Generic[F]):
     parameters: tuple[Parameter, ...] = ()
     models: Literal[1, 2] = 1
     settle: Callable[[str, Options], Options] = field(default=_as_they_are)
+    outline: Callable[..., Any] | None = None
 
 
 Makes = Literal["checkpoint", "patch", "adapter"]

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from mergekit_lfm.errors import did_you_mean
 from mergekit_lfm.methods.method import Value
-from mergekit_lfm.recipe.files import read_file
+from mergekit_lfm.recipe.files import Where, read_file
 from mergekit_lfm.recipe.options import defaults_of, read_options, readers_of, unknown_method
 from mergekit_lfm.recipe.problems import Problem, problem_at, refuse
 from mergekit_lfm.recipe.registry import ALIGN_METHODS
@@ -67,7 +66,7 @@ def read_align_options(
 
 
 def read_align_request(
-    given: Mapping[str, Any], models: Mapping[str, str], where: Path | None, place: str
+    given: Mapping[str, Any], models: Mapping[str, str], where: Where, place: str
 ) -> tuple[AlignRequest | None, list[Problem]]:
     """The request in a mapping {to, method, ...}; or None, and the problems of the first part with any.
 

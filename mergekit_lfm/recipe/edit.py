@@ -10,13 +10,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from mergekit_lfm.artifacts.facts import BLANK, read_facts_file
 from mergekit_lfm.errors import did_you_mean
-from mergekit_lfm.recipe.files import read_file
+from mergekit_lfm.recipe.files import Where, read_file
 from mergekit_lfm.recipe.options import Reader, defaults_of, read_options, readers_of, unknown_method
 from mergekit_lfm.recipe.problems import Problem, attempt, problem_at, refuse
 from mergekit_lfm.recipe.registry import EDIT_METHODS
@@ -118,9 +117,7 @@ def read_edit_options(
     return values | own, problems + wrong
 
 
-def read_edit_request(
-    given: Mapping[str, Any], where: Path | None, place: str
-) -> tuple[EditRequest | None, list[Problem]]:
+def read_edit_request(given: Mapping[str, Any], where: Where, place: str) -> tuple[EditRequest | None, list[Problem]]:
     """The request in a mapping {facts, method, stats, ...}; or None, and the problems of the first part with any."""
     rest = dict(given)
     facts, method, stats = rest.pop("facts", None), rest.pop("method", "memit"), rest.pop("stats", None)

@@ -137,7 +137,9 @@ def _find(ref: str, where: Path | None, hint: str, **words: str) -> Path:
     raise Refusal("found {found}, but there is no {missing}; " + hint, found=repr(ref), missing=missing, **words)
 
 
-def read_file(ref: str, where: Path | None, place: str, expected: str) -> tuple[NamedFile | None, list[Problem]]:
-    """The file that `ref` names. expected: what it should be."""
-    path, problems = attempt(partial(_find, ref, where, EXPECTED, expected=expected), place)
+def read_file(ref: str, where: Where, place: str, expected: str) -> tuple[NamedFile | None, list[Problem]]:
+    """The file that `ref` names, which may be the result of a stage. expected: what it should be."""
+    if ref in where.stages:
+        return NamedFile(ref, where.stages[ref]), []
+    path, problems = attempt(partial(_find, ref, where.folder, EXPECTED, expected=expected), place)
     return None if path is None else NamedFile(ref, path), problems

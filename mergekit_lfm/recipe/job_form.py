@@ -10,9 +10,23 @@ from typing import Any, ClassVar, Self
 
 from pydantic import PrivateAttr
 
+from mergekit_lfm.errors import did_you_mean
 from mergekit_lfm.recipe.files import Where
 from mergekit_lfm.recipe.form import Strict
+from mergekit_lfm.recipe.problems import Problem, problem_at
 from mergekit_lfm.recipe.validation import find_problems, read_document, read_form
+from mergekit_lfm.recipe.values import FOUND
+from mergekit_lfm.runtime.tasks import TASKS
+
+A_DATA_FILE = "a .jsonl, .txt or .npz file"
+
+
+def read_task(task: str) -> list[Problem]:
+    """The problem with a task that is not there; [] for one that is."""
+    if task in TASKS:
+        return []
+    sentence, cure = FOUND + "; {cure}", did_you_mean(task, TASKS)
+    return [problem_at("task", sentence, found=repr(task), expected=", ".join(TASKS), cure=cure)]
 
 
 class JobForm(Strict):

@@ -178,7 +178,7 @@ def _read_stats(ref: str | None, method: Method, where: Where, place: str) -> tu
     if method.statistics is None:
         text = f"{method.name} takes no statistics; remove the key, or choose a method that does"
         return None, [Problem(place, text)]
-    return read_file(ref, where.folder, place, "a file made by `mergekit-lfm stats`")
+    return read_file(ref, where, place, "a file made by `mergekit-lfm stats`")
 
 
 def read_edits(
@@ -190,9 +190,7 @@ def read_edits(
     for i, raw in enumerate(edits):
         at = f"{place}[{i}]"
         edit, wrong = (
-            read_file(raw, where.folder, at, "a patch file")
-            if isinstance(raw, str)
-            else read_edit_request(raw, where.folder, at)
+            read_file(raw, where, at, "a patch file") if isinstance(raw, str) else read_edit_request(raw, where, at)
         )
         problems += wrong
         read += [] if edit is None else [edit]
@@ -230,8 +228,8 @@ def _read_align(
         )
         return None, [Problem(place, text)]
     if isinstance(entry.align, str):
-        return read_file(entry.align, where.folder, place, "a transform file")
-    return read_align_request(entry.align, fixed, where.folder, place)
+        return read_file(entry.align, where, place, "a transform file")
+    return read_align_request(entry.align, fixed, where, place)
 
 
 def _name_model(named: Input, base: Input | None, before: Sequence[Input], *, apart: bool) -> Input:

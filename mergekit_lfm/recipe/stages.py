@@ -15,8 +15,9 @@ from mergekit_lfm.errors import PlanError, several
 from mergekit_lfm.recipe.adapters import names_in
 from mergekit_lfm.recipe.values import FOUND
 
-# The keys whose text may be a model, or one with adapters.
-MODEL_KEYS = ("model", "path", "adapter", "lora", "base_model", "source", "tokenizer_source", "to")
+# The keys whose text may be a model, or one with adapters; and those of files.
+MODEL_KEYS = ("model", "models", "path", "adapter", "lora", "base_model", "source", "tokenizer_source", "to")
+FILE_KEYS = ("stats", "edits")
 OF_OUTPUT = ("output", "push")  # keys of the stage that makes the output
 LONGEST_NAME = 200  # bytes: file systems allow 255, and OUT.partial and its lock take some of them
 FOLDER_NAME = (
@@ -123,7 +124,7 @@ def _find_names(data: object, names: set[str]) -> Iterator[str]:
     if isinstance(data, Mapping):
         for key, value in data.items():
             texts = value if isinstance(value, list) else [value]
-            if key in MODEL_KEYS:
+            if key in (*MODEL_KEYS, *FILE_KEYS):
                 named = (part for text in texts if isinstance(text, str) for part in (text, *names_in(text)))
                 yield from (part for part in named if part in names)
             yield from _find_names([part for part in texts if not isinstance(part, str)], names)

@@ -121,7 +121,7 @@ class TuneRecipe(JobForm):
         named = [(f"data[{i}].path", entry) for i, entry in enumerate(self.data)]
         named += [("dev", DataEntry(path=self.dev))] if self.dev is not None else []
         for place, entry in named:
-            found, missing = read_file(entry.path, where.folder, place, A_FILE)
+            found, missing = read_file(entry.path, where, place, A_FILE)
             problems += missing
             if found is not None:
                 files.append(DataFile(entry.path, found.path, entry.most))
@@ -147,7 +147,7 @@ class TuneRecipe(JobForm):
             needs = f"the file of `mergekit-lfm stats {method.needs}`" if method.needs else "no file: leave it out"
             problems.append(problem_at("stats", FOUND, found=repr(self.stats), expected=needs))
         elif self.stats is not None:
-            found, missing = read_file(self.stats, where.folder, "stats", "a statistics file")
+            found, missing = read_file(self.stats, where, "stats", "a statistics file")
             self._stats, problems = None if found is None else found.path, [*problems, *missing]
         if self.evaluate_every is not None and self.dev is None:
             problems.append(

@@ -61,9 +61,12 @@ class Loaded:
     @property
     def positions(self) -> int | None:
         """The longest sequence the config allows, in tokens; None if it names no limit (XLNet says -1)."""
-        config: Any = self.model.config
-        limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-        return None if limit is None or limit < 1 else int(limit)
+        return _positions(self.model.config)
+
+
+def _positions(config: Any) -> int | None:
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return None if limit is None or limit < 1 else int(limit)
 
 
 def load_model(path: str | Path | Checkpoint, task: str, *, dtype: str = "float32", device: str = "cpu") -> Loaded:
@@ -126,6 +129,15 @@ def empty_model(source: Checkpoint, task: str) -> nn.Module:
         _check_architecture(config, folder, task)
         model: nn.Module = _auto_class(transformers, source, task).from_config(config, trust_remote_code=False)
     return model
+
+
+def load_reader(source: Checkpoint) -> tuple[Tokenizer | None, int | None]:
+    """The tokenizer of a model, None without one, and the longest sequence it takes, None without a limit."""
+    transformers, folder = import_transformers(), source.path
+    sidecars_of(source)  # fetches the other files of a model on the Hub
+    with _quiet(transformers), _loading(folder, "embedding"):
+        config = transformers.AutoConfig.from_pretrained(folder, **OURS)
+        return _tokenizer(transformers, folder), _positions(config)
 
 
 def classifier_with_new_head(

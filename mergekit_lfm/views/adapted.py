@@ -22,7 +22,7 @@ from mergekit_lfm.artifacts.transform import PANEL
 from mergekit_lfm.errors import FormatError, PlanError, several
 from mergekit_lfm.kernels.sums import round_once
 from mergekit_lfm.recipe.adapters import AdapterRef
-from mergekit_lfm.recipe.files import Where, find_reference, is_adapted
+from mergekit_lfm.recipe.files import FoundModel, Where, find_reference, is_adapted
 from mergekit_lfm.store.checkpoint import Checkpoint, Layout, open_checkpoint
 from mergekit_lfm.store.tensors import FLOATS, ITEMSIZE, TensorSpec
 from mergekit_lfm.views.adapters.change import Change, Panel, Partial, Replaced, scaled
@@ -257,5 +257,9 @@ def open_model(text: str | os.PathLike[str], *, where: Path | None = None) -> Ch
     """
     if not is_adapted(text):
         return open_checkpoint(text)
-    found = find_reference(str(text), Where(where))
+    return open_found(find_reference(str(text), Where(where)))
+
+
+def open_found(found: FoundModel) -> Checkpoint:
+    """The model that a recipe names, with its adapters; a quantised one as float32."""
     return adapt(dequantise(open_checkpoint(found.source)), found.adapters, found.ref)

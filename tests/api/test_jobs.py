@@ -299,7 +299,7 @@ def test_the_example_of_the_docs_runs_on_models_with_a_tied_head(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = Path(__file__).parents[2]
-    text = (root / "docs" / "merging.md").read_text().partition("### Jobs: stages that make adapters\n")[2]
+    text = (root / "docs" / "merging.md").read_text().partition("### Jobs: stages besides merges\n")[2]
     block = "\n".join(line[4:] for line in text.partition("\nA document without")[0].strip("\n").split("\n"))
     (tmp_path / "user").mkdir()
     monkeypatch.chdir(tmp_path / "user")
@@ -320,7 +320,7 @@ def test_a_merge_alone_is_one_in_run_recipe_too() -> None:
 
 @pytest.mark.parametrize("name", ["extrac", "distil", 5])
 def test_an_unknown_job_is_refused(name: object) -> None:
-    with pytest.raises(PlanError, match=rf"recipe: job {name}: expected adapters or extract or head or tune, or"):
+    with pytest.raises(PlanError, match=rf"recipe: job {name}: expected {' or '.join(JOBS)}, or no"):
         run_recipe({"job": name, "model": "one"}, "out")
 
 
@@ -329,9 +329,11 @@ def job_plan(name: str) -> PlannedJob:
         "extract": {"job": "extract", "model": "one", "base_model": "base"},
         "adapters": {"job": "adapters", "merge_method": "cat", "adapters": [{"adapter": "lora"}], "base_model": "base"},
         "head": {"job": "head", "model": "encoder", "labels": 3},
+        "stats": {"job": "stats", "kind": "gram", "model": "encoder", "data": "pairs.jsonl", "task": "embedding"},
+        "eval": {"job": "eval", "models": "encoder", "data": "pairs.jsonl", "task": "embedding"},
         "tune": {"job": "tune", "model": "encoder", "data": "pairs.jsonl", "task": "embedding", "steps": 2},
     }
-    if name in ("head", "tune"):
+    if name in ("head", "tune", "stats", "eval"):
         save_tiny("encoder", Path("encoder"))
         write_data("encoder", Path("pairs.jsonl"))
     if name == "adapters":
@@ -349,14 +351,20 @@ def test_every_job_keeps_the_promises_of_its_declaration(name: str) -> None:
 
     planned = job_plan(name)
     planned.plan.stand_in(Path("stand-in"))
-    makes_adapter = name in ("adapters", "extract")
-    assert open_adapter(Path("stand-in")).modules if makes_adapter else dict(open_checkpoint("stand-in"))
+    makes_adapter, makes_file = name in ("adapters", "extract"), name in ("stats", "eval")
+    if name == "eval":
+        assert not Path("stand-in").read_bytes()
+    else:
+        assert open_adapter(Path("stand-in")).modules if makes_adapter else dict(open_checkpoint("stand-in"))
     show = show_of(planned.job)
     assert str(planned.out) in show.plan_text(planned.plan) and show.plan_data(planned.plan)["recipe"]["job"] == name
     outcome = run_recipe(planned)
-    assert verify_output("out").result.differences == () and run_recipe(planned).already_there
-    assert makes_adapter or dict(open_checkpoint("out")) == dict(open_checkpoint("stand-in"))
-    word = {"head": "new: ", "tune": "trained"}.get(name, "kept")
+    assert run_recipe(planned).already_there and (makes_file or verify_output("out").result.differences == ())
+    if not (makes_adapter or name == "eval"):
+        alike = set(open_checkpoint("out").values()) <= set(open_checkpoint("stand-in").values())
+        assert alike and (name == "stats" or dict(open_checkpoint("out")) == dict(open_checkpoint("stand-in")))
+    words = {"head": "new: ", "tune": "trained", "stats": "layers", "eval": "top-1"}
+    word = words.get(name, "kept")
     assert word in show.done_text(outcome) and show.done_data(outcome)["out"] == "out"
 
 

@@ -68,7 +68,7 @@ def test_a_document_for_something_else_is_one_message(document: dict[str, Any], 
 def test_a_stage_for_something_else_is_named(tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text("name: x\njob: distil\n---\nmerge_method: linear\nmodels: [{model: x}]\n")
-    assert "stage x: job distil: expected adapters or extract or head or tune, or no `job`" in refusal(
+    assert "stage x: job distil: expected adapters or eval or extract or head or stats or tune, or no `job`" in refusal(
         run("plan", str(file))
     )
 

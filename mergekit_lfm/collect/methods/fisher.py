@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mergekit_lfm.methods.kinds import Options, StatisticMethod
 from mergekit_lfm.methods.method import Parameter
 
 if TYPE_CHECKING:
-    from mergekit_lfm.collect.request import Collector, Statistic, StatisticsRequest
+    from mergekit_lfm.collect.request import Collector, Outline, Statistic, StatisticsRequest
+    from mergekit_lfm.runtime.subject import Subject
 
 
 def start(request: StatisticsRequest) -> Statistic:
@@ -25,6 +27,13 @@ def settle(task: str, options: Options) -> Options:
     labels = resolve_labels(task, options["labels"])
     drawn = ("samples", "seed") if labels == "sampled" else ()
     return {"labels": labels, **{name: options[name] for name in drawn}}
+
+
+def outline(subject: Subject, patterns: Sequence[str]) -> Outline:
+    """An entry for each parameter."""
+    from mergekit_lfm.collect.fisher import outline_fisher
+
+    return outline_fisher(subject, patterns)
 
 
 METHODS: tuple[Collector, ...] = (
@@ -66,5 +75,6 @@ METHODS: tuple[Collector, ...] = (
         ),
         settle=settle,
         start=start,
+        outline=outline,
     ),
 )

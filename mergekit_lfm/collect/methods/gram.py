@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mergekit_lfm.methods.kinds import StatisticMethod
 
 if TYPE_CHECKING:
-    from mergekit_lfm.collect.request import Collector, Statistic, StatisticsRequest
+    from mergekit_lfm.collect.request import Collector, Outline, Statistic, StatisticsRequest
+    from mergekit_lfm.runtime.subject import Subject
 
 
 def start(request: StatisticsRequest) -> Statistic:
@@ -15,6 +17,13 @@ def start(request: StatisticsRequest) -> Statistic:
     from mergekit_lfm.collect.moments import GramStatistic
 
     return GramStatistic(request)
+
+
+def outline(subject: Subject, patterns: Sequence[str]) -> Outline:
+    """A matrix for each linear layer."""
+    from mergekit_lfm.collect.moments import outline_gram
+
+    return outline_gram(subject, patterns)
 
 
 METHODS: tuple[Collector, ...] = (
@@ -29,5 +38,6 @@ METHODS: tuple[Collector, ...] = (
             "--data a.txt --task lm --layers mlp -o a.safetensors",
         ),
         start=start,
+        outline=outline,
     ),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mergekit_lfm.commands.show.patches import counts_text, scores_text
@@ -111,6 +112,20 @@ def evaluation_text(scores: ScoreTable) -> str:
             mean = _means(columns, list(files.values()))
             rows.append((model, "mean", *(format(mean[k], c.form) if k in mean else "" for k, c in columns.items())))
     return table(rows, right=" ".join(headings))
+
+
+def matrix_text(scores: ScoreTable) -> str:
+    """A table with a row for each model and a column for each file, of the first number that has a mean."""
+    _, columns = _judgement(scores)
+    name, form, mean = next((name, f"#{each.form}", each.mean) for name, each in columns.items() if each.mean)
+    files = list(next(iter(scores.values())))
+    short = {file: PurePath(file).stem for file in files}
+    headings = [short[file] if [*short.values()].count(short[file]) == 1 else file for file in files]
+    rows = [(columns[name].heading, *headings, "mean")]
+    for model, own in scores.items():
+        numbers = [getattr(own[file], name) for file in files]
+        rows.append((model, *(format(x, form) for x in (*numbers, mean(numbers)))))
+    return table(rows, right=" ".join([*headings, "mean"]))
 
 
 def facts_data(scores: ScoreTable) -> list[dict[str, Any]]:
