@@ -18,12 +18,14 @@ from mergekit_lfm.output.request import Request, RequestInput
 from mergekit_lfm.recipe.tune_recipe import DataFile, TuneRecipe
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lfm.store.files import open_file
+from mergekit_lfm.store.folder import ADAPTER_WEIGHTS
 from mergekit_lfm.store.places import beside, check_file
 from mergekit_lfm.views.adapted import adapt
 from mergekit_lfm.views.quantisation import dequantise
 
 TRAINING = ".training"  # ends the name of the folder with the state and the metrics, beside OUT
 SUFFIX = ".safetensors"
+FOLDERS = ("adapter", "prompt")  # results that are folders as PEFT has them
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class PlannedTuning:
         found = self.recipe.found
         on = f"the adapter is for {self.recipe.model}, and its config names {found.model} alone"
         makes = self.recipe.declaration.makes
-        return (*self.recipe.notices, *([on] if found.adapters and makes == "adapter" else []))
+        return (*self.recipe.notices, *([on] if found.adapters and makes in FOLDERS else []))
 
     @cached_property
     def answer(self) -> Request:
@@ -78,11 +80,13 @@ class PlannedTuning:
         recipe = self.recipe
         whole = {**recipe.normalised(), "device": self.device.partition(":")[0], "content": self.contents}
         files = [*recipe.files, *([recipe.dev_file] if recipe.dev_file else [])]
-        names = public_names([recipe.model, *(file.ref for file in files), *([recipe.stats] if recipe.stats else [])])
+        others = [*([recipe.stats] if recipe.stats else []), *recipe.earlier]
+        names = public_names([recipe.model, *(file.ref for file in files), *others])
         data = [{**entry, "path": names[entry["path"]]} for entry in whole["data"]]
         public = {**whole, "model": names[recipe.model], "data": data}
         public |= {key: names[whole[key]] for key in ("dev", "stats") if key in whole}
-        lock = ADAPTER_LOCK if recipe.declaration.makes == "adapter" else LOCK
+        public |= {"earlier": [names[each] for each in recipe.earlier]} if recipe.earlier else {}
+        lock = ADAPTER_LOCK if recipe.declaration.makes in FOLDERS else LOCK
         inputs = (RequestInput(recipe.model, self.source, self.source.config),)
         return Request(whole, public, inputs, lock)
 
@@ -90,6 +94,7 @@ class PlannedTuning:
     def files(self) -> tuple[Path, ...]:
         """The files that are read besides the model."""
         found: list[DataFile | Path | None] = [*self.recipe.files, self.recipe.dev_file, self.recipe.statistics]
+        found += [folder / ADAPTER_WEIGHTS[0] for folder in self.recipe.earlier_prompts]
         return tuple(file.path if isinstance(file, DataFile) else file for file in found if file is not None)
 
     @cached_property
@@ -123,6 +128,10 @@ class PlannedTuning:
             raise PlanError(
                 f"{self.recipe.method} makes a patch, which is a file, expected a method that makes a folder here. "
                 "Tune in a recipe of its own, and name the file under `edits` of another"
+            )
+        if makes == "prompt":
+            raise PlanError(
+                f"{self.recipe.method} makes a prompt, which no other stage takes; tune in a recipe of its own"
             )
         if makes == "checkpoint":
             save.stand_in(self.source, folder)

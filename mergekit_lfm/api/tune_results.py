@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,11 +28,11 @@ from mergekit_lfm.views.adapted import adapt
 
 @dataclass(frozen=True, slots=True)
 class Tuned:
-    """The result of a tuning. makes: "checkpoint", "patch" or "adapter".
+    """The result of a tuning. makes: "checkpoint", "patch", "adapter" or "prompt".
 
     steps: those done, fewer than planned where the development set ended it. trained: how many numbers were trained;
     parameters: the model's. loss: the mean over the last tenth of the steps. dev_loss, best_step: the least on the
-    development set, whose state was kept; None without one.
+    development set, whose state was kept; None without one. facts: more about the result, as the words of `pez`.
     """
 
     makes: str
@@ -40,6 +42,7 @@ class Tuned:
     loss: float
     dev_loss: float | None = None
     best_step: int | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 def write_result(planned: PlannedTuning, prepared: Prepared, subject: Subject, tuned: Tuned) -> list[str]:
@@ -95,7 +98,7 @@ def changes_of(subject: Subject, source: Checkpoint) -> dict[str, Tensor]:
 
 def check_adapter(planned: PlannedTuning, prepared: Prepared) -> None:
     """Raise PlanError if an adapter would not go onto its model as its file holds it: tied heads, other names."""
-    if prepared.adapter is None:
+    if prepared.adapter is None or planned.recipe.declaration.makes == "prompt":
         return
     made = prepared.adapter()
     with TemporaryDirectory() as place:

@@ -75,14 +75,15 @@ class StatisticMethod(Generic[F]):
     settle: Callable[[str, Options], Options] = field(default=_as_they_are)
 
 
-Makes = Literal["checkpoint", "patch", "adapter"]
+Makes = Literal["checkpoint", "patch", "adapter", "prompt"]
 
 
 @dataclass(frozen=True, slots=True)
 class TuneMethod(Generic[F]):
-    """A way to tune a model. makes: what it leaves: the whole model, the tensors that changed, or PEFT's adapter.
+    """A way to tune a model. makes: what it leaves: the model, the tensors that changed, PEFT's adapter, or a prompt.
 
-    rate: its learning rate by default. needs: a file of statistics that it needs.
+    rate: its learning rate by default. needs: a file of statistics that it needs. earlier: how many prompts made
+    earlier it takes: none, one to start from or none, or one and more that stay before its own.
     """
 
     name: str
@@ -93,6 +94,7 @@ class TuneMethod(Generic[F]):
     rate: float
     parameters: tuple[Parameter, ...] = ()
     needs: Literal["fisher"] | None = None
+    earlier: Literal["none", "start", "before"] = "none"
 
 
 AnyMethod = Method | AlignMethod[Any] | EditMethod[Any] | StatisticMethod[Any] | TuneMethod[Any]

@@ -50,20 +50,21 @@ ROUNDING = 1e-4
 class Loaded:
     """A model in evaluation mode, loaded for a task, with its tokenizer and the checkpoint it comes from.
 
-    tokenizer: None if the folder lacks one, as for a model of images.
+    tokenizer: None if the folder lacks one, as for a model of images. virtual: the tokens of a prompt before each text.
     """
 
     model: nn.Module
     tokenizer: Tokenizer | None
     task: str
     checkpoint: Checkpoint
+    virtual: int = 0
 
     @property
     def positions(self) -> int | None:
-        """The longest sequence the config allows, in tokens; None if it names no limit (XLNet says -1)."""
+        """The longest text the config allows, in tokens; None if it names no limit (XLNet says -1)."""
         config: Any = self.model.config
         limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-        return None if limit is None or limit < 1 else int(limit)
+        return None if limit is None or limit < 1 else int(limit) - self.virtual
 
 
 def load_model(path: str | Path | Checkpoint, task: str, *, dtype: str = "float32", device: str = "cpu") -> Loaded:

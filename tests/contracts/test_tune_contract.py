@@ -14,17 +14,22 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mergekit_lfm import collect_stats, merge, tune_model
+from mergekit_lfm.artifacts.prompt import open_prompt
 from mergekit_lfm.recipe.registry import TUNE_METHODS
 from mergekit_lfm.recipe.training import Options
 from mergekit_lfm.runtime.load import load_model
+from mergekit_lfm.runtime.prompts import with_prompt
+from mergekit_lfm.runtime.quiet import quiet
 from mergekit_lfm.train.loop import mean_loss
 from mergekit_lfm.train.losses import LOSSES
 from mergekit_lfm.train.texts import read_examples
 from mergekit_lfm.views.adapted import open_model
 from mergekit_lfm.views.patched import patched_view
 
+peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
-CASES = [(name, kind) for name in TUNE_METHODS for kind in ("llama", "tied", "bert")]
+PROMPTS = [name for name, method in TUNE_METHODS.items() if method.makes == "prompt"]
+CASES = [(name, kind) for name in TUNE_METHODS if name not in PROMPTS for kind in ("llama", "tied", "bert")]
 OPTIONS: dict[str, Any] = {"steps": 6, "batch_size": 8, "learning_rate": 3e-3, "threads": 1}
 MORE: Mapping[str, Mapping[str, Any]] = {
     "ia3": {"parameters": {"targets": "q_proj,v_proj,query,value"}},
@@ -41,6 +46,9 @@ def tuned(name: str, kind: str, root: Path, out: Path, **more: Any) -> Any:
         stats = out.parent / f"{kind}.fisher.safetensors"
         collect_stats("fisher", root / kind, root / f"{kind}.jsonl", stats, task=TASKS[kind])  # type: ignore[arg-type]
         needs["stats"] = stats
+    if TUNE_METHODS[name].earlier == "before":
+        needs["earlier"] = out.parent / f"{out.name}.earlier"
+        tune_model(root / kind, root / f"{kind}.jsonl", needs["earlier"], task=TASKS[kind], method="prompt", steps=1)
     options = {**OPTIONS, **MORE.get(name, {}), **needs, **more}
     place = out.with_suffix(".safetensors") if TUNE_METHODS[name].makes == "patch" else out
     return tune_model(root / kind, root / f"{kind}.jsonl", place, task=TASKS[kind], method=name, **options)
@@ -113,6 +121,40 @@ def test_it_changes_its_part_alone_lowers_the_loss_and_comes_back_equal(
         json.loads(line) for line in (tmp_path / f"{result.name}.training" / "metrics.jsonl").read_text().splitlines()
     ]
     assert [line["step"] for line in lines] == [*range(1, 7)]
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+@pytest.mark.parametrize("name", PROMPTS)
+def test_a_prompt_lowers_the_loss_alone_and_comes_back_equal(name: str, kind: str, tiny: Path, tmp_path: Path) -> None:  # noqa: F811
+    data = tiny / f"{kind}.jsonl"
+    more: dict[str, Any] = {"dev": data, "batch_size": 16, "parameters": {"tokens": 4}}
+    if (name, kind) == ("prefix", "bert"):
+        with pytest.raises(Exception, match="does not run with prefix"):
+            tuned(name, kind, tiny, tmp_path / "out", **more)
+        return
+    outcome = tuned(name, kind, tiny, tmp_path / "out", **more)
+    result = Path(outcome)
+    again = Path(tuned(name, kind, tiny, tmp_path / "again", **more))
+    file = f"{result.name}/adapter_model.safetensors"
+    assert (result.parent / file).read_bytes() == (again / "adapter_model.safetensors").read_bytes()
+    head = {"base_model.classifier.weight", "base_model.classifier.bias"} if kind == "bert" else set()
+    assert load_file(tmp_path / file).keys() == {"prompt_embeddings", *head}
+    loaded = load_model(tiny / kind, TASKS[kind])
+    examples = read_examples(data, loaded)
+    prompted = with_prompt(loaded, open_prompt(result)).model
+    loss = mean_loss(prompted, examples, LOSSES[TASKS[kind]], Options())
+    lines = (tmp_path / "out.training" / "metrics.jsonl").read_text().splitlines()
+    assert loss < json.loads(lines[0])["loss"]  # of the start, on all examples
+    assert loss == pytest.approx(outcome.result.dev_loss, rel=1e-5)
+    with quiet():
+        theirs = peft.PeftModel.from_pretrained(load_model(tiny / kind, TASKS[kind]).model, result).eval()
+    for row in (examples.batch([number]) for number in range(3)):
+        inputs = {key: x for key, x in row.items() if key != "labels"}
+        with quiet(), torch.no_grad():
+            ours, expected = prompted(**inputs).logits, theirs(**inputs).logits
+        if kind == "llama":
+            expected = expected[:, -ours.shape[1] :]
+        torch.testing.assert_close(ours, expected, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["full", "bitfit", "lora"])

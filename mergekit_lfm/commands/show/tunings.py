@@ -37,6 +37,7 @@ def plan_text(planned: PlannedTuning) -> str:
         *([("parameters", parameters)] if parameters else []),
         ("task", recipe.task),
         *(("data", file.ref if file.most is None else f"{file.ref}, {file.most} each time") for file in recipe.files),
+        *(("earlier prompt", ref) for ref in recipe.earlier),
         *([("development set", recipe.dev_file.ref)] if recipe.dev_file else []),
         ("steps", f"{options.steps} of {options.batch_size} examples"),
         ("learning rate", f"{options.learning_rate:g}, {options.schedule}"),
@@ -62,4 +63,5 @@ def done_text(outcome: Outcome[Tuned]) -> str:
     ]
     if tuned.dev_loss is not None:
         rows.append(("on the development set", f"{tuned.dev_loss:.4g}, the least, after {tuned.best_step} steps"))
+    rows += [(name, str(value)) for name, value in tuned.facts.items()]
     return table(rows)
