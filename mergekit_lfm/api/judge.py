@@ -14,7 +14,6 @@ from mergekit_lfm.api.outcome import Outcome
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.machine.progress import SILENCE, Progress
 from mergekit_lfm.store.hub import display_name
-from mergekit_lfm.views.adapted import with_adapters
 
 if TYPE_CHECKING:
     from torch import nn
@@ -43,6 +42,7 @@ def evaluate_models(
 ) -> Outcome[Scores]:
     """Judge saved models on texts, on data files of a task, or on a facts file; one model is in memory at a time.
 
+    models: folders, names on the Hub, or MODEL+ADAPTER, where the adapter may be a file with a bottleneck adapter.
     text: files of UTF-8 text, for language models: perplexity and bits per byte. data: .jsonl, .txt or .npz files of
     `task`: "lm" as for texts, "classification" the accuracy, "embedding" the retrieval of each text's own positive.
     facts: a facts file, as `edit_model` takes it. window: the most tokens at a time; stride: for "lm", the tokens
@@ -72,10 +72,10 @@ def evaluate_models(
         judges |= {str(file): _judge_data(expand(file, "data"), task, window, stride) for file in files}
     scores = {}
     for model in named:
-        from mergekit_lfm.runtime.load import load_model
+        from mergekit_lfm.api.attachments import load_attached
 
         folder = model_folder(model)
-        loaded = load_model(with_adapters(folder), task, device=device)
+        loaded = load_attached(folder, task, device=device)
         scores[display_name(folder)] = {name: judge(loaded) for name, judge in judges.items()}
         del loaded
     return Outcome(None, scores, seconds=time.monotonic() - started)

@@ -75,14 +75,15 @@ class StatisticMethod(Generic[F]):
     settle: Callable[[str, Options], Options] = field(default=_as_they_are)
 
 
-Makes = Literal["checkpoint", "patch", "adapter"]
+Makes = Literal["checkpoint", "patch", "adapter", "attachment"]
 
 
 @dataclass(frozen=True, slots=True)
 class TuneMethod(Generic[F]):
-    """A way to tune a model. makes: what it leaves: the whole model, the tensors that changed, or PEFT's adapter.
+    """A way to tune a model. makes: the whole model, the tensors that changed, PEFT's adapter, or an attached module.
 
-    rate: its learning rate by default. needs: a file of statistics that it needs.
+    rate: its learning rate by default. needs: a file of statistics that it needs. files: the parameter that names
+    files with commas, which it reads.
     """
 
     name: str
@@ -93,6 +94,7 @@ class TuneMethod(Generic[F]):
     rate: float
     parameters: tuple[Parameter, ...] = ()
     needs: Literal["fisher"] | None = None
+    files: str | None = None
 
 
 AnyMethod = Method | AlignMethod[Any] | EditMethod[Any] | StatisticMethod[Any] | TuneMethod[Any]

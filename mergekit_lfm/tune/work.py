@@ -6,13 +6,16 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from mergekit_lfm.artifacts.attachment import Attachment
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.methods.method import Value
 from mergekit_lfm.train.hooks import Hook
+from mergekit_lfm.train.losses import Loss
 
 NUMBER = re.compile(r"\.(\d+)\.")
 
@@ -22,6 +25,7 @@ class TuneWork:
     """A model to be tuned. options: a value for each parameter of the method. steps: of the training.
 
     reference: the model as its user names it. fisher: Fisher information by the names of parameters, if it is given.
+    files: those that the method's parameter names. content: the digest of the model's content.
     """
 
     model: nn.Module
@@ -30,6 +34,8 @@ class TuneWork:
     steps: int
     reference: str
     fisher: Mapping[str, Tensor] | None = None
+    files: tuple[Path, ...] = ()
+    content: str = ""
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -97,7 +103,8 @@ class Prepared:
 
     decays: whether weight decay makes sense. count: how many numbers are trained, if not all of those parameters.
     changed: the parameters of the work's model that will have other values, if not the trained ones. fold: puts the
-    trained values into these. adapter: the trained values as an adapter, in its place.
+    trained values into these. adapter: the trained values as an adapter, in its place; attachment: as that. loss: makes
+    the loss that is trained of the task's own; in evaluation it has to be equal to that.
     """
 
     model: nn.Module
@@ -107,6 +114,8 @@ class Prepared:
     changed: tuple[nn.Parameter, ...] | None = None
     fold: Callable[[], None] = field(default=_nothing)
     adapter: Callable[[], PeftAdapter] | None = None
+    attachment: Callable[[], Attachment] | None = None
+    loss: Callable[[Loss], Loss] | None = None
 
 
 Tuner = Callable[[TuneWork], Prepared]

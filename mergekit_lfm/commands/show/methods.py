@@ -26,6 +26,7 @@ MADE = {
     "checkpoint": "a model's folder",
     "patch": "a patch file, with the tensors that changed",
     "adapter": "an adapter's folder, as PEFT has it",
+    "attachment": "a file with a bottleneck adapter",
 }
 
 
