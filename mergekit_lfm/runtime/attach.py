@@ -61,17 +61,20 @@ def install(model: nn.Module, form: str, config: Config) -> Attached:
         raise PlanError("the model has an attachment, expected none; average them, or give one alone")
     sites = find_sites(model, config["places"])
     made, attached = FORMS[form], Attached(model, {})
-    shared = None if made.shared is None else made.shared(config)
-    if shared is not None:
-        trunk.add_module(SHARED, shared.to(next(trunk.parameters())))
-        attached.modules[SHARED] = shared
-    for site in sites:
-        module = made.build(config, site.width, shared).to(next(site.writes.parameters()))
-        module.train(model.training)
-        name = site.place + SUFFIX
-        site.module.add_module(name, module)
-        attached.modules[f"{site.layer}.{name}"] = module
-        attached.handles += _hook(site, module, beside=bool(config["beside"]))
+    try:
+        shared = None if made.shared is None else made.shared(config)
+        if shared is not None:
+            trunk.add_module(SHARED, shared.to(next(trunk.parameters())))
+            attached.modules[SHARED] = shared
+        for site in sites:
+            module = made.build(config, site.width, shared).to(next(site.writes.parameters()))
+            name = site.place + SUFFIX
+            site.module.add_module(name, module.train(model.training))
+            attached.modules[f"{site.layer}.{name}"] = module
+            attached.handles += _hook(site, module, beside=bool(config["beside"]))
+    except BaseException:
+        attached.detach()
+        raise
     return attached
 
 
@@ -109,9 +112,9 @@ def attach(model: nn.Module, attachment: Attachment, base: str, label: object = 
     check_base(attachment, base, label)
     try:
         attached = install(model, info.form, info.config)
+    except PlanError:
+        raise
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        if isinstance(error, PlanError):
-            raise
         raise FormatError(f"{label} has a damaged config ({error!r}); {ATTACHMENT.again}") from None
     places: dict[str, Tensor] = {**attached.parameters}
     headless = trunk_of(model) is model
@@ -137,11 +140,12 @@ def expand_attachment(attachment: Attachment) -> Attachment:
         return attachment
     shared, tensors = FORMS["compact"].shared, dict[str, Tensor]()
     assert shared is not None
-    rules = shared(info.config)
-    rules.load_state_dict({"left": attachment.tensors[f"{SHARED}.left"]})
+    left = attachment.tensors[f"{SHARED}.left"]
+    rules = shared(info.config).to(left)
+    rules.load_state_dict({"left": left})
     for at in sorted({name.rpartition(".")[0] for name in attachment.tensors if name.endswith(".down_bias")}):
         own = {name.removeprefix(f"{at}."): x for name, x in attachment.tensors.items() if name.startswith(f"{at}.")}
-        module = FORMS["compact"].build(info.config, len(own["up_bias"]), rules)
+        module = FORMS["compact"].build(info.config, len(own["up_bias"]), rules).to(left)
         assert isinstance(module, Compact)
         module.load_state_dict(own)
         tensors |= {f"{at}.{name}": x for name, x in module.expanded().items()}
