@@ -14,7 +14,6 @@ from mergekit_lfm.api.outcome import Outcome, warn_of
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.machine.progress import SILENCE, Progress
 from mergekit_lfm.store.hub import display_name
-from mergekit_lfm.views.adapted import with_adapters
 
 if TYPE_CHECKING:
     from torch import nn
@@ -45,6 +44,7 @@ def evaluate_models(
 ) -> Outcome[Scores]:
     """Judge saved models on texts, on data files of a task, or on a facts file; one model is in memory at a time.
 
+    models: folders, names on the Hub, or MODEL+ADAPTER, where the adapter may be a file with a bottleneck adapter.
     text: files of UTF-8 text, for language models: perplexity and bits per byte. data: .jsonl, .txt or .npz files of
     `task`: "lm" as for texts, "classification" the accuracy, "embedding" the retrieval of each text's own positive.
     facts: a facts file, as `edit_model` takes it. prompt: a prompt's folder, as `tune_model` or PEFT makes it, stands
@@ -76,10 +76,10 @@ def evaluate_models(
     before = None if prompt is None else _open_prompt(prompt)
     scores, notices = {}, list[str]()
     for model in named:
-        from mergekit_lfm.runtime.load import load_model
+        from mergekit_lfm.api.attachments import load_attached
 
         folder = model_folder(model)
-        loaded = load_model(with_adapters(folder), task, device=device)
+        loaded = load_attached(folder, task, device=device)
         if before is not None:
             loaded, notice = _put_before(loaded, before, display_name(folder))
             notices += notice

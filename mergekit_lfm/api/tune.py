@@ -15,10 +15,9 @@ from torch import Tensor
 
 from mergekit_lfm.api.arguments import StrPath, expand
 from mergekit_lfm.api.outcome import Outcome, warn_of
-from mergekit_lfm.api.tune_plans import PlannedTuning, plan_tuning
-from mergekit_lfm.api.tune_prompts import check_lengths, check_prompt, leave_room, read_earlier
+from mergekit_lfm.api.tune_plans import OPTIONS, PlannedTuning, plan_tuning
+from mergekit_lfm.api.tune_prompts import check_lengths, check_prompt, leave_room
 from mergekit_lfm.api.tune_results import Tuned, check_adapter, check_places, write_result
-from mergekit_lfm.artifacts.patch import read_patch_info
 from mergekit_lfm.artifacts.statistics import open_statistics
 from mergekit_lfm.errors import FormatError, PlanError, reason
 from mergekit_lfm.machine.progress import SILENCE, Progress
@@ -45,7 +44,6 @@ def tune_model(
     parameters: Mapping[str, Any] | None = None,
     dev: StrPath | None = None,
     stats: StrPath | None = None,
-    earlier: StrPath | Sequence[StrPath] = (),
     window: int | None = None,
     steps: int = 200,
     batch_size: int = 16,
@@ -65,15 +63,13 @@ def tune_model(
     overwrite: bool = False,
     progress: Progress = SILENCE,
 ) -> Outcome[Tuned]:
-    """Train a saved model on data by a method, and write what that leaves: a checkpoint, a patch, an adapter, a prompt.
+    """Train a saved model on data by a method, and write what that leaves: a checkpoint, a file, an adapter, a prompt.
 
     model: a folder, a name on the Hub, or MODEL+ADAPTER; it stays as it is. data: a .jsonl, .txt or .npz file, or
     several; an entry {path, most} uses `most` examples of a file in one time round. task: "lm", "classification" or
     "embedding". parameters: of the method, as `mergekit-lfm methods` lists them. dev: a development set; the state with
-    the least loss on it is kept. stats: the file of Fisher information that the method `mask` needs. earlier: prompts
-    made earlier, the first made first: one for `prompt` to start from, those that `progressive` leaves as they are.
-    threads: how many torch uses while this runs; the bytes depend on their number. The other settings are explained at
-    `Options`.
+    the least loss on it is kept. stats: the file of Fisher information that the method `mask` needs. threads: how many
+    torch uses while this runs; the bytes depend on their number. The other settings are explained at `Options`.
 
     A run that was killed goes on from the state in OUT.training, where the metrics stay, too. If `out` holds the result
     of the same request already, nothing is done. The outcome's digest is that of the request. Raises PlanError for
@@ -88,8 +84,6 @@ def tune_model(
     recipe |= {"evaluate_every": evaluate_every, "patience": patience, "checkpointing": checkpointing, "window": window}
     recipe |= {"autocast": autocast}
     recipe |= {"parameters": dict(parameters or {})}
-    prompts = [earlier] if isinstance(earlier, str | os.PathLike) else earlier
-    recipe |= {"earlier": [os.fspath(each) for each in prompts]}
     recipe |= {key: None if path is None else os.fspath(path) for key, path in (("dev", dev), ("stats", stats))}
     planned = plan_tuning(TuneRecipe.parse(recipe, label="tune"), expand(out), device=device)
     return tune_planned(planned, threads=threads, overwrite=overwrite, progress=progress)
@@ -116,9 +110,7 @@ def _known(planned: PlannedTuning) -> Tuned:
     """The result that an earlier run has left."""
     makes = planned.recipe.declaration.makes
     facts = (
-        read_patch_info(planned.out).options["result"]
-        if makes == "patch"
-        else result_of(planned.out, planned.answer.lock_file)
+        OPTIONS[makes](planned.out)["result"] if makes in OPTIONS else result_of(planned.out, planned.answer.lock_file)
     )
     return Tuned(**facts)
 
@@ -145,19 +137,19 @@ def _tune(planned: PlannedTuning, progress: Progress) -> tuple[Tuned, list[str]]
             f"{recipe.model} is an encoder with a decoder, expected a model without; such are not tuned here"
         )
     subject = make_subject(loaded.model, planned.source)
-    earlier = read_earlier(recipe, loaded)
-    examples, dev = _read_all(leave_room(recipe, loaded, earlier), recipe)
     size = sum(x.numel() for x in loaded.model.parameters())
     with torch.random.fork_rng([loaded.model.device] if planned.device.startswith("cuda") else []):
         torch.manual_seed(seed_of(options.seed, "start"))
         fisher = None if recipe.statistics is None else _fisher(recipe.statistics, subject)
-        facts = (recipe.task, recipe.settings, options.steps, recipe.found.model, fisher, loaded.tokenizer, earlier)
-        work = TuneWork(loaded.model, *facts)
+        files = tuple(file.path for file in recipe.named_files)
+        facts = (recipe.found.model, fisher, files, subject.digest, loaded.tokenizer)
+        work = TuneWork(loaded.model, recipe.task, recipe.settings, options.steps, *facts)
         _ = subject.names  # as they are before the method changes them
         prepared = method.prepare(work)
     check_places(prepared, subject, planned.source)
     check_adapter(planned, prepared)
     check_prompt(recipe, prepared)
+    examples, dev = _read_all(leave_room(recipe, loaded, prepared.virtual), recipe)
     if options.weight_decay and not prepared.decays:
         raise PlanError(
             f"weight_decay is {options.weight_decay}, and {method.name} trains parts of tensors, which would decay as "
@@ -173,7 +165,7 @@ def _tune(planned: PlannedTuning, progress: Progress) -> tuple[Tuned, list[str]]
         history = fit(
             prepared.model,
             examples,
-            LOSSES[recipe.task],
+            LOSSES[recipe.task] if prepared.loss is None else prepared.loss(LOSSES[recipe.task]),
             options,
             dev=dev,
             hooks=prepared.hooks,

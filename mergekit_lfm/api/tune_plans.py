@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import xxhash
 
+from mergekit_lfm.artifacts.attachment import read_attachment_info
 from mergekit_lfm.artifacts.patch import read_patch_info
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.machine.devices import find_device
@@ -26,14 +30,26 @@ from mergekit_lfm.views.quantisation import dequantise
 TRAINING = ".training"  # ends the name of the folder with the state and the metrics, beside OUT
 SUFFIX = ".safetensors"
 FOLDERS = ("adapter", "prompt")  # results that are folders as PEFT has them
+# What is a file and no folder: how to read the options in its header, by what a method makes.
+OPTIONS: Mapping[str, Callable[[Path], Mapping[str, Any]]] = MappingProxyType(
+    {
+        "patch": lambda file: read_patch_info(file).options,
+        "attachment": lambda file: read_attachment_info(file).options,
+    }
+)
+NAMES: Mapping[str, str] = MappingProxyType({"patch": "a patch", "attachment": "a bottleneck adapter"})
 
 
 @dataclass(frozen=True)
-class PatchRequest:
-    """The request that a patch answers, whose digest its metadata have. files: those read besides the model."""
+class FileRequest:
+    """The request that a file answers, whose digest its metadata have. files: those read besides the model.
+
+    makes: the kind of the file.
+    """
 
     request: Request
     files: tuple[Path, ...]
+    makes: str
 
     @property
     def paths(self) -> dict[str, Path]:
@@ -41,20 +57,26 @@ class PatchRequest:
         return {**self.request.paths, **{str(path): path for path in self.files}}
 
     def is_answered(self, out: Path, *, overwrite: bool) -> bool:
-        """True if OUT is the patch of this request; False if it may be written there, else PlanError."""
+        """True if OUT is the file of this request; False if it may be written there, else PlanError."""
         if out.is_file() and not overwrite and self.is_of(out):
             return True
         check_file(out, self.paths.values(), overwrite=overwrite)
-        if out.is_file() and not _is_patch(out):
-            raise PlanError(f"{out} exists and is not a patch, which alone is overwritten; choose another output")
+        if out.is_file() and self._read(out) is None:
+            name = NAMES[self.makes]
+            raise PlanError(f"{out} exists and is not {name}, which alone is overwritten; choose another output")
         return False
 
     def is_of(self, out: Path) -> bool:
-        """True if a file is a patch of this request."""
+        """True if a file is that of this request."""
+        options = self._read(out)
+        return options is not None and options.get("request") == self.request.digest
+
+    def _read(self, file: Path) -> Mapping[str, Any] | None:
+        """The options in a file of the kind; None for any other file."""
         try:
-            return read_patch_info(out).options.get("request") == self.request.digest
+            return OPTIONS[self.makes](file)
         except (ValueError, OSError):
-            return False
+            return None
 
 
 @dataclass(frozen=True)
@@ -80,12 +102,14 @@ class PlannedTuning:
         recipe = self.recipe
         whole = {**recipe.normalised(), "device": self.device.partition(":")[0], "content": self.contents}
         files = [*recipe.files, *([recipe.dev_file] if recipe.dev_file else [])]
-        others = [*([recipe.stats] if recipe.stats else []), *recipe.earlier]
-        names = public_names([recipe.model, *(file.ref for file in files), *others])
+        named = [file.ref for file in recipe.named_files]
+        refs = [recipe.model, *(file.ref for file in files), *([recipe.stats] if recipe.stats else []), *named]
+        names = public_names(refs)
         data = [{**entry, "path": names[entry["path"]]} for entry in whole["data"]]
         public = {**whole, "model": names[recipe.model], "data": data}
         public |= {key: names[whole[key]] for key in ("dev", "stats") if key in whole}
-        public |= {"earlier": [names[each] for each in recipe.earlier]} if recipe.earlier else {}
+        if (key := recipe.declaration.files) is not None:
+            public["parameters"] = {**whole["parameters"], key: ",".join(names[ref] for ref in named)}
         lock = ADAPTER_LOCK if recipe.declaration.makes in FOLDERS else LOCK
         inputs = (RequestInput(recipe.model, self.source, self.source.config),)
         return Request(whole, public, inputs, lock)
@@ -93,9 +117,10 @@ class PlannedTuning:
     @property
     def files(self) -> tuple[Path, ...]:
         """The files that are read besides the model."""
-        found: list[DataFile | Path | None] = [*self.recipe.files, self.recipe.dev_file, self.recipe.statistics]
-        found += [folder / ADAPTER_WEIGHTS[0] for folder in self.recipe.earlier_prompts]
-        return tuple(file.path if isinstance(file, DataFile) else file for file in found if file is not None)
+        recipe = self.recipe
+        found: list[DataFile | Path | None] = [*recipe.files, recipe.dev_file, recipe.statistics, *recipe.named_files]
+        paths = [file.path if isinstance(file, DataFile) else file for file in found if file is not None]
+        return tuple(path / ADAPTER_WEIGHTS[0] if path.is_dir() else path for path in paths)
 
     @cached_property
     def contents(self) -> dict[str, str]:
@@ -112,9 +137,10 @@ class PlannedTuning:
             raise FormatError("the data were changed while the model was tuned; run the same command again")
 
     @property
-    def request(self) -> Request | PatchRequest:
+    def request(self) -> Request | FileRequest:
         """The request that the result answers."""
-        return PatchRequest(self.answer, self.files) if self.recipe.declaration.makes == "patch" else self.answer
+        makes = self.recipe.declaration.makes
+        return FileRequest(self.answer, self.files, makes) if makes in OPTIONS else self.answer
 
     @property
     def training(self) -> Path:
@@ -124,10 +150,11 @@ class PlannedTuning:
     def stand_in(self, folder: Path) -> None:
         """Write a folder like the result, without data."""
         makes = self.recipe.declaration.makes
-        if makes == "patch":
+        if makes in OPTIONS:
+            use = {"patch": ", and name the file under `edits` of another"}.get(makes, "")
             raise PlanError(
-                f"{self.recipe.method} makes a patch, which is a file, expected a method that makes a folder here. "
-                "Tune in a recipe of its own, and name the file under `edits` of another"
+                f"{self.recipe.method} makes {NAMES[makes]}, which is a file, expected a method that makes a folder "
+                f"here. Tune in a recipe of its own{use}"
             )
         if makes == "prompt":
             raise PlanError(
@@ -147,13 +174,6 @@ class PlannedTuning:
         stand_in_adapter(folder, made.config, made.tensors)
 
 
-def _is_patch(file: Path) -> bool:
-    try:
-        return bool(read_patch_info(file))
-    except (ValueError, OSError):
-        return False
-
-
 def plan_tuning(recipe: TuneRecipe, out: Path, *, device: str | None = None) -> PlannedTuning:
     """Check a tuning, and say what it would make. It reads headers only.
 
@@ -162,8 +182,11 @@ def plan_tuning(recipe: TuneRecipe, out: Path, *, device: str | None = None) -> 
     found = recipe.found
     source = adapt(dequantise(open_checkpoint(found.source)), found.adapters, found.ref)
     place = str(find_device(device or "cpu"))
-    if recipe.declaration.makes == "patch" and out.suffix != SUFFIX:
-        raise PlanError(f"{out}: {recipe.method} makes a patch, which is a file; give a name that ends in {SUFFIX}")
+    makes = recipe.declaration.makes
+    if makes in OPTIONS and out.suffix != SUFFIX:
+        raise PlanError(
+            f"{out}: {recipe.method} makes {NAMES[makes]}, which is a file; give a name that ends in {SUFFIX}"
+        )
     return PlannedTuning(recipe, out, source, place)
 
 

@@ -1,14 +1,11 @@
-"""Prompts in a tuning: those made earlier, the room that they leave to texts, and whether a model takes them."""
+"""Prompts in a tuning: the room that they leave to texts, and whether a model takes them."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
-from mergekit_lfm.artifacts.prompt import SOFT, open_prompt
 from mergekit_lfm.errors import PlanError, reason
 from mergekit_lfm.recipe.tune_recipe import TuneRecipe
 from mergekit_lfm.runtime.load import Loaded, embeddings, logits, run
@@ -17,31 +14,10 @@ from mergekit_lfm.train.examples import Examples
 from mergekit_lfm.tune.work import Prepared
 
 
-def read_earlier(recipe: TuneRecipe, loaded: Loaded) -> tuple[Tensor, ...]:
-    """The values of the prompts made earlier. Raises PlanError for those of other kinds and widths."""
-    found = list[Tensor]()
-    for ref, folder in zip(recipe.earlier, recipe.earlier_prompts, strict=True):
-        prompt = open_prompt(folder, ref)
-        if prompt.kind not in SOFT:
-            raise PlanError(f"{ref} is {prompt.kind}, expected {' or '.join(SOFT)}, which are vectors before texts")
-        model: Any = loaded.model
-        width = model.get_input_embeddings().embedding_dim
-        if prompt.width != width:
-            raise PlanError(
-                f"{ref} has virtual tokens of {prompt.width} numbers, {recipe.model} takes {width}; give a prompt of "
-                "this model"
-            )
-        found.append(prompt.read().float())
-    return tuple(found)
-
-
-def leave_room(recipe: TuneRecipe, loaded: Loaded, earlier: tuple[Tensor, ...]) -> Loaded:
-    """The loaded model with the virtual tokens of the recipe counted. Raises PlanError for a window beyond the rest."""
-    if recipe.declaration.makes != "prompt":
+def leave_room(recipe: TuneRecipe, loaded: Loaded, count: int) -> Loaded:
+    """The loaded model with so many virtual tokens before each text. Raises PlanError for a window beyond the rest."""
+    if not count:
         return loaded
-    count = int(recipe.settings["tokens"] or 0)
-    if recipe.declaration.earlier == "before":
-        count += sum(map(len, earlier))
     room = behind(loaded, count)
     if recipe.window is not None and room.positions is not None and recipe.window > room.positions:
         raise PlanError(

@@ -1,4 +1,4 @@
-"""The result of a tuning: written as a model, a patch or an adapter."""
+"""The result of a tuning: written as a model, a patch, an adapter or a bottleneck adapter."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from mergekit_lfm.views.adapted import adapt
 
 @dataclass(frozen=True, slots=True)
 class Tuned:
-    """The result of a tuning. makes: "checkpoint", "patch", "adapter" or "prompt".
+    """The result of a tuning. makes: "checkpoint", "patch", "adapter", "attachment" or "prompt".
 
     steps: those done, fewer than planned where the development set ended it. trained: how many numbers were trained;
     parameters: the model's. loss: the mean over the last tenth of the steps. dev_loss, best_step: the least on the
@@ -53,6 +53,12 @@ def write_result(planned: PlannedTuning, prepared: Prepared, subject: Subject, t
         made = prepared.adapter()
         save_adapter(planned.out, made.config, made.tensors, planned.answer, facts)
         return []
+    options = {"request": planned.answer.digest, "recipe": planned.answer.public, "result": facts}
+    if prepared.attachment is not None:
+        attachment = prepared.attachment().made_for(planned.source.content, options, versions("torch"))
+        planned.out.parent.mkdir(parents=True, exist_ok=True)
+        attachment.save(planned.out)
+        return []
     prepared.fold()
     changed = changes_of(subject, planned.source)
     if planned.recipe.declaration.makes == "checkpoint":
@@ -71,7 +77,6 @@ def write_result(planned: PlannedTuning, prepared: Prepared, subject: Subject, t
         name: TensorChange("replace", source[name].shape, source[name].dtype, digest=source.digest_of(name))
         for name in changed
     }
-    options = {"request": planned.answer.digest, "recipe": planned.answer.public, "result": facts}
     info = PatchInfo(planned.recipe.method, tensors, source.content, options, {}, versions("torch"))
     planned.out.parent.mkdir(parents=True, exist_ok=True)
     Patch(info, changed).save(planned.out)
@@ -116,7 +121,7 @@ def check_adapter(planned: PlannedTuning, prepared: Prepared) -> None:
 
 def check_places(prepared: Prepared, subject: Subject, source: Checkpoint) -> None:
     """Raise PlanError if no tensor of the checkpoint holds a parameter that will change, as of joined experts."""
-    if prepared.adapter is not None:
+    if prepared.adapter is not None or prepared.attachment is not None:
         return
     changing = prepared.changed or tuple(x for x in subject.module.parameters() if x.requires_grad)
     lost = [f"{subject.names[id(x)][0]} ({subject.why_unknown(x)})" for x in changing if not subject.tensors_of(x)]

@@ -22,8 +22,9 @@ HELP = f"""Train MODEL on data by a method, and write the tuned model, a patch, 
 {method_rows(TUNE_METHODS)}
 
 full, lp_ft and layerwise write a model's folder; bitfit, mask and svf a patch file with the tensors that changed;
-prompt, p_tuning, prefix, progressive and pez a prompt as PEFT has it, for `eval --prompt`; the others an adapter
-as PEFT has it. All but prompts are inputs of merges. MODEL is a folder, a name on the Hub, or MODEL+ADAPTER.
+dora, ia3, ln, lokr and lora an adapter as PEFT has it. Each is an input of merges. adamix, adapter_fusion, compacter,
+houlsby, parallel and pfeiffer write a file with a bottleneck adapter, which `eval MODEL+FILE` runs; the others a prompt
+as PEFT has it, for `eval --prompt`. MODEL is a folder, a name on the Hub, or MODEL+ADAPTER.
 
 \b
 Data are .jsonl with one of these on every line, .txt for lm, or .npz with the model's inputs and labels:
@@ -66,13 +67,6 @@ Examples:
 @parameter_options(TUNE_METHODS)
 @click.option("--dev", type=click.Path(path_type=Path), help="A data file; the state with the least loss on it stays.")
 @click.option("--stats", type=click.Path(path_type=Path), help="For mask: a file of `stats fisher`.")
-@click.option(
-    "--earlier",
-    multiple=True,
-    type=click.Path(path_type=Path),
-    help="A prompt made earlier: for prompt one to start from; progressive leaves several as they are, the first made "
-    "first.",
-)
 @click.option(
     "--window",
     type=click.IntRange(min=1),

@@ -75,15 +75,15 @@ class StatisticMethod(Generic[F]):
     settle: Callable[[str, Options], Options] = field(default=_as_they_are)
 
 
-Makes = Literal["checkpoint", "patch", "adapter", "prompt"]
+Makes = Literal["checkpoint", "patch", "adapter", "attachment", "prompt"]
 
 
 @dataclass(frozen=True, slots=True)
 class TuneMethod(Generic[F]):
-    """A way to tune a model. makes: what it leaves: the model, the tensors that changed, PEFT's adapter, or a prompt.
+    """A way to tune a model. makes: the model, the tensors that changed, PEFT's adapter, an attached module, a prompt.
 
-    rate: its learning rate by default. needs: a file of statistics that it needs. earlier: how many prompts made
-    earlier it takes: none, one to start from or none, or one and more that stay before its own.
+    rate: its learning rate by default. needs: a file of statistics that it needs. files: the parameter that names
+    files with commas, which it reads; one whose default is "" may name none.
     """
 
     name: str
@@ -94,7 +94,7 @@ class TuneMethod(Generic[F]):
     rate: float
     parameters: tuple[Parameter, ...] = ()
     needs: Literal["fisher"] | None = None
-    earlier: Literal["none", "start", "before"] = "none"
+    files: str | None = None
 
 
 AnyMethod = Method | AlignMethod[Any] | EditMethod[Any] | StatisticMethod[Any] | TuneMethod[Any]

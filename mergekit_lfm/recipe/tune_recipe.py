@@ -46,6 +46,19 @@ def _read_parameters(method: TuneMethod[Any], given: Mapping[str, Any]) -> tuple
     return {**defaults_of(method.parameters), **values}, problems
 
 
+def _read_named(text: str, parameter: str, where: Where) -> tuple[tuple[DataFile, ...], list[Problem]]:
+    """The files in a text with commas."""
+    place, files, problems = f"parameters.{parameter}", list[DataFile](), list[Problem]()
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        problems.append(problem_at(place, FOUND, found=repr(text), expected="files with commas"))
+    for name in names:
+        found, missing = read_file(name, where.folder, place, "the result of an earlier tuning")
+        problems += missing
+        files += [] if found is None else [DataFile(name, found.path)]
+    return tuple(files), problems
+
+
 class DataEntry(Strict):
     """A file of examples. most: how many of them, drawn anew each time round, are used in one; all by default."""
 
@@ -59,12 +72,6 @@ def _as_entries(value: object) -> object:
     return tuple(each if isinstance(each, Mapping | DataEntry) else {"path": each} for each in entries)
 
 
-def _as_texts(value: object) -> object:
-    """One folder or several."""
-    return tuple(map(read_reference, value if isinstance(value, list | tuple) else [value]))
-
-
-Folders = Annotated[tuple[str, ...], BeforeValidator(_as_texts)]
 Entries = Annotated[tuple[DataEntry, ...], BeforeValidator(_as_entries), Field(min_length=1)]
 
 
@@ -80,9 +87,8 @@ class DataFile:
 class TuneRecipe(JobForm):
     """A tuning as the user wrote it. parameters: of the method; the other settings are of every training.
 
-    stats: a file of Fisher information, for the method that needs one. earlier: folders of prompts made earlier, the
-    first made first: one that `prompt` starts from, or those before which `progressive` puts its own. window: the most
-    tokens of an example. learning_rate: by default the method's. The rest is explained at `Options`.
+    stats: a file of Fisher information, for the method that needs one. window: the most tokens of an example.
+    learning_rate: by default the method's. The rest is explained at `Options`.
 
     Build one with `TuneRecipe.parse`. Paths are as of a merge's `Recipe`.
     """
@@ -97,7 +103,6 @@ class TuneRecipe(JobForm):
     parameters: Parameters = Field(default_factory=dict)
     dev: Annotated[str | None, BeforeValidator(read_reference)] = None
     stats: Annotated[str | None, BeforeValidator(read_reference)] = None
-    earlier: Folders = ()
     window: int | None = Field(default=None, strict=True, ge=1)
     steps: int = Field(default=200, strict=True)
     batch_size: int = Field(default=16, strict=True)
@@ -118,7 +123,7 @@ class TuneRecipe(JobForm):
     _data: tuple[DataFile, ...] = PrivateAttr()
     _dev: DataFile | None = PrivateAttr(default=None)
     _stats: Path | None = PrivateAttr(default=None)
-    _earlier: tuple[Path, ...] = PrivateAttr(default=())
+    _named: tuple[DataFile, ...] = PrivateAttr(default=())
     _options: Options = PrivateAttr()
     _settings: dict[str, Value] = PrivateAttr()
 
@@ -158,7 +163,9 @@ class TuneRecipe(JobForm):
         elif self.stats is not None:
             found, missing = read_file(self.stats, where.folder, "stats", "a statistics file")
             self._stats, problems = None if found is None else found.path, [*problems, *missing]
-        problems += self._read_earlier(method, where)
+        if method.files is not None and self._settings[method.files] != "":
+            self._named, missing = _read_named(str(self._settings[method.files] or ""), method.files, where)
+            problems = [*problems, *missing]
         if self.evaluate_every is not None and self.dev is None:
             problems.append(
                 problem_at("evaluate_every", FOUND, found=str(self.evaluate_every), expected="`dev` beside it")
@@ -176,25 +183,6 @@ class TuneRecipe(JobForm):
             self._options = self._make_options(method)
         except PlanError as error:
             problems.append(Problem("", str(error)))
-        return problems
-
-    def _read_earlier(self, method: TuneMethod[Any], where: Where) -> list[Problem]:
-        """Find the prompts made earlier; the problems."""
-        counts = {
-            "none": (0, 0, "none"),
-            "start": (0, 1, "at most one, to start from"),
-            "before": (1, 99, "one or more"),
-        }
-        least, most, expected = counts[method.earlier]
-        if not least <= len(self.earlier) <= most:
-            found = ", ".join(self.earlier) or "none"
-            return [problem_at("earlier", FOUND, found=found, expected=f"{expected}, for {method.name}")]
-        problems, folders = list[Problem](), list[Path]()
-        for ref in self.earlier:
-            found_folder, missing = read_file(ref, where.folder, "earlier", "a prompt's folder")
-            problems += missing
-            folders += [found_folder.path] if found_folder else []
-        self._earlier = tuple(folders)
         return problems
 
     def _make_options(self, method: TuneMethod[Any]) -> Options:
@@ -223,9 +211,9 @@ class TuneRecipe(JobForm):
         return self._stats
 
     @property
-    def earlier_prompts(self) -> tuple[Path, ...]:
-        """The folders of prompts made earlier."""
-        return self._earlier
+    def named_files(self) -> tuple[DataFile, ...]:
+        """The files that a parameter of the method names."""
+        return self._named
 
     @property
     def options(self) -> Options:
@@ -254,6 +242,5 @@ class TuneRecipe(JobForm):
             "method": self.method,
             "parameters": dict(self._settings),
             **optional,
-            **({"earlier": list(self.earlier)} if self.earlier else {}),
             **{name: value for name, value in asdict(self._options).items() if value is not None},
         }

@@ -6,13 +6,16 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from mergekit_lfm.artifacts.attachment import Attachment
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.methods.method import Value
 from mergekit_lfm.train.hooks import Hook
+from mergekit_lfm.train.losses import Loss
 
 NUMBER = re.compile(r"\.(\d+)\.")
 
@@ -22,7 +25,7 @@ class TuneWork:
     """A model to be tuned. options: a value for each parameter of the method. steps: of the training.
 
     reference: the model as its user names it. fisher: Fisher information by the names of parameters, if it is given.
-    tokenizer: the model's. earlier: the values of prompts made earlier, [tokens, width], the first made first.
+    files: those that the method's parameter names. content: the digest of the model's content. tokenizer: the model's.
     """
 
     model: nn.Module
@@ -31,8 +34,9 @@ class TuneWork:
     steps: int
     reference: str
     fisher: Mapping[str, Tensor] | None = None
+    files: tuple[Path, ...] = ()
+    content: str = ""
     tokenizer: Any = None
-    earlier: tuple[Tensor, ...] = ()
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -111,8 +115,9 @@ class Prepared:
 
     decays: whether weight decay makes sense. count: how many numbers are trained, if not all of those parameters.
     changed: the parameters of the work's model that will have other values, if not the trained ones. fold: puts the
-    trained values into these. adapter: the trained values as an adapter, in its place. facts: what a user should know
-    about the trained values, by its name, as JSON has it.
+    trained values into these. adapter: the trained values as an adapter, in its place; attachment: as that. loss: makes
+    the loss that is trained of the task's own; in evaluation it has to be equal to that. virtual: the virtual tokens
+    before each text. facts: what a user should know about the trained values, by its name, as JSON has it.
     """
 
     model: nn.Module
@@ -122,6 +127,9 @@ class Prepared:
     changed: tuple[nn.Parameter, ...] | None = None
     fold: Callable[[], None] = field(default=_nothing)
     adapter: Callable[[], PeftAdapter] | None = None
+    attachment: Callable[[], Attachment] | None = None
+    loss: Callable[[Loss], Loss] | None = None
+    virtual: int = 0
     facts: Callable[[], Mapping[str, Any]] = field(default=_no_facts)
 
 

@@ -37,7 +37,6 @@ def plan_text(planned: PlannedTuning) -> str:
         *([("parameters", parameters)] if parameters else []),
         ("task", recipe.task),
         *(("data", file.ref if file.most is None else f"{file.ref}, {file.most} each time") for file in recipe.files),
-        *(("earlier prompt", ref) for ref in recipe.earlier),
         *([("development set", recipe.dev_file.ref)] if recipe.dev_file else []),
         ("steps", f"{options.steps} of {options.batch_size} examples"),
         ("learning rate", f"{options.learning_rate:g}, {options.schedule}"),

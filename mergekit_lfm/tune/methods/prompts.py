@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from mergekit_lfm.tune.work import Prepared, TuneWork
 
 TOKENS = Parameter("tokens", 20, kind="int", minimum=1, doc="number of virtual tokens")
+EARLIER = (
+    "folders of prompts made earlier, with commas, the first made first: for prompt one to start from, for progressive "
+    "those that stay"
+)
 START = Parameter("start", "", kind="str", doc="text whose tokens they are at first, by default random ones")
 
 
@@ -26,7 +30,7 @@ def soft(work: TuneWork) -> Prepared:
     task without labels. Source: Gu et al. 2021, arXiv 2109.04332, section 3.
     """
     model = _attach(work, work.integer("tokens"))
-    _fill(model, _earlier(work) if work.earlier else _start(work))
+    _fill(model, _earlier(work) if work.files else _start(work))
     return _prepared(model, work)
 
 
@@ -78,7 +82,7 @@ def progressive(work: TuneWork) -> Prepared:
             return torch.cat([self.embedding.weight, self.earlier])[None]
 
     new = _start(work)
-    earlier = torch.cat([values.to(new) for values in reversed(work.earlier)])
+    earlier = torch.cat([values.to(new) for values in reversed(_read_earlier(work))])
     model = _attach(work, len(new) + len(earlier))
     model.prompt_encoder["default"] = Before(new, earlier)
     return _prepared(model, work)
@@ -153,20 +157,38 @@ def _prepared(model: Any, work: TuneWork, facts: Callable[[], dict[str, Any]] = 
     from mergekit_lfm.tune.peft_models import save_of
     from mergekit_lfm.tune.work import Prepared
 
-    return Prepared(Prompted(model), adapter=save_of(model, work), facts=facts)
+    count = model.active_peft_config.num_virtual_tokens
+    return Prepared(Prompted(model), adapter=save_of(model, work), virtual=count, facts=facts)
+
+
+def _read_earlier(work: TuneWork) -> list[Tensor]:
+    """The values of the prompts made earlier, [tokens, width]. Raises PlanError for those of other kinds and widths."""
+    from mergekit_lfm.artifacts.prompt import SOFT, open_prompt
+
+    width = work.model.get_input_embeddings().embedding_dim  # type: ignore[operator]
+    found: list[Tensor] = []
+    for folder in work.files:
+        prompt = open_prompt(folder)
+        if prompt.kind not in SOFT or prompt.width != width:
+            raise PlanError(
+                f"{folder} is {prompt.kind} of width {prompt.width}, expected {' or '.join(SOFT)} of width {width}; "
+                "give a prompt of this model"
+            )
+        found.append(prompt.read().float())
+    return found
 
 
 def _earlier(work: TuneWork) -> Tensor:
     """The values of an earlier prompt [tokens, width], to start from. Raises PlanError for another number of tokens."""
-    (values,) = work.earlier
-    count, text = work.integer("tokens"), work.options["start"]
-    if text or len(values) != count:
-        found = f"start {text!r}" if text else f"tokens {count}"
+    count, text, found = work.integer("tokens"), work.options["start"], _read_earlier(work)
+    sizes = [len(values) for values in found]
+    if text or sizes != [count]:
+        beside = f"start {text!r}" if text else f"tokens {count}"
         raise PlanError(
-            f"found {found} beside an earlier prompt of {len(values)} tokens, which is the start; expected tokens "
-            f"{len(values)} and no start text"
+            f"found {beside} beside earlier prompts of {' and '.join(map(str, sizes))} tokens; expected one of "
+            f"{count} tokens, which is the start, and no start text"
         )
-    return values
+    return found[0]
 
 
 def _start(work: TuneWork, among: Tensor | None = None) -> Tensor:
@@ -201,8 +223,8 @@ METHODS = (
         "prompt",
         soft,
         1e-2,
-        (TOKENS, START),
-        earlier="start",
+        (TOKENS, START, Parameter("earlier", "", kind="str", unset="none", doc=EARLIER)),
+        files="earlier",
     ),
     TuneMethod(
         "p_tuning",
@@ -229,8 +251,8 @@ METHODS = (
         "prompt",
         progressive,
         1e-2,
-        (TOKENS,),
-        earlier="before",
+        (TOKENS, Parameter("earlier", None, kind="str", unset="required", doc=EARLIER)),
+        files="earlier",
     ),
     TuneMethod(
         "pez",
