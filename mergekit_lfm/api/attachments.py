@@ -13,7 +13,7 @@ from mergekit_lfm.api.arguments import StrPath, expand
 from mergekit_lfm.api.outcome import Outcome
 from mergekit_lfm.api.state_dicts import merge_state_dicts
 from mergekit_lfm.api.tune_plans import SUFFIX, FileRequest
-from mergekit_lfm.artifacts.attachment import Attachment, is_attachment, open_attachment
+from mergekit_lfm.artifacts.attachment import Attachment, is_attachment, open_attachment, refuse_prompts
 from mergekit_lfm.errors import PlanError, several
 from mergekit_lfm.output.lock import LOCK
 from mergekit_lfm.output.names import public_names
@@ -61,6 +61,8 @@ def average_attachments(
     if target.suffix != SUFFIX:
         raise PlanError(f"{target}: the average is a file; give a name that ends in {SUFFIX}")
     opened = [open_attachment(file) for file in files]
+    for file, each in zip(files, opened, strict=True):
+        refuse_prompts(each.info, file)
     _check_alike(files, opened)
     request = _request([os.fspath(path) for path in attachments], files, opened, shares)
     there = request.is_answered(target, overwrite=overwrite)

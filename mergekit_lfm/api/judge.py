@@ -18,6 +18,7 @@ from mergekit_lfm.store.hub import display_name
 if TYPE_CHECKING:
     from torch import nn
 
+    from mergekit_lfm.artifacts.attachment import Attachment
     from mergekit_lfm.artifacts.prompt import Prompt
     from mergekit_lfm.artifacts.transform import Transform
     from mergekit_lfm.edit.scores import FactScores
@@ -47,9 +48,10 @@ def evaluate_models(
     models: folders, names on the Hub, or MODEL+ADAPTER, where the adapter may be a file with a bottleneck adapter.
     text: files of UTF-8 text, for language models: perplexity and bits per byte. data: .jsonl, .txt or .npz files of
     `task`: "lm" as for texts, "classification" the accuracy, "embedding" the retrieval of each text's own positive.
-    facts: a facts file, as `edit_model` takes it. prompt: a prompt's folder, as `tune_model` or PEFT makes it, stands
-    before every text, and the same tokens are scored as without it. window: the most tokens at a time; stride: for
-    "lm", the tokens predicted at a time. The result has the scores by model, then by file.
+    facts: a facts file, as `edit_model` takes it. prompt: a prompt's folder, as `tune_model` or PEFT makes it, or a
+    file with a mixture of prompts; it stands before every text, and the same tokens are scored as without it. window:
+    the most tokens at a time; stride: for "lm", the tokens predicted at a time. The result has the scores by model,
+    then by file.
 
     Raises PlanError for inputs that do not go together and files that cannot be read, ImportError if transformers is
     not installed, or with a prompt peft.
@@ -88,18 +90,23 @@ def evaluate_models(
     return Outcome(None, scores, warnings=warn_of(notices), seconds=time.monotonic() - started)
 
 
-def _open_prompt(prompt: StrPath) -> Prompt:
+def _open_prompt(prompt: StrPath) -> Prompt | Attachment:
+    """The prompt in a folder, or the mixture in a file."""
+    from mergekit_lfm.artifacts.attachment import open_attachment
     from mergekit_lfm.artifacts.prompt import open_prompt
 
-    return open_prompt(expand(prompt, "prompt"), str(prompt))
+    place = expand(prompt, "prompt")
+    return open_attachment(place) if place.is_file() else open_prompt(place, str(prompt))
 
 
-def _put_before(loaded: Loaded, prompt: Prompt, model: str) -> tuple[Loaded, list[str]]:
+def _put_before(loaded: Loaded, prompt: Prompt | Attachment, model: str) -> tuple[Loaded, list[str]]:
     """The loaded model with the prompt, and a notice if that was trained on another one."""
+    from mergekit_lfm.artifacts.prompt import Prompt
     from mergekit_lfm.runtime.prompts import with_prompt
 
-    other = prompt.base not in (None, loaded.checkpoint.content)
-    notice = f"{prompt.label} was trained on a model of other content than {model}; the score is of both together"
+    base = prompt.base if isinstance(prompt, Prompt) else prompt.info.base
+    other = base not in (None, loaded.checkpoint.content)
+    notice = f"the prompt was trained on a model of other content than {model}; the score is of both together"
     return with_prompt(loaded, prompt), [notice] if other else []
 
 

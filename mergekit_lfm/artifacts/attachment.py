@@ -22,6 +22,7 @@ from mergekit_lfm.store.tensors import read_header
 if TYPE_CHECKING:
     from torch import Tensor
 
+PROMPTS = "prompts"  # the form of a mixture of prompts, which stands before texts
 ATTACHMENT = Kind("bottleneck adapter", "mergekit-lfm tune --method houlsby", "tune again")
 NO_WEIGHTS = (
     "{label} is a bottleneck adapter, which is no change of a weight and cannot be merged into weights; run it with "
@@ -105,5 +106,15 @@ def is_attachment(path: object) -> bool:
 
 def refuse_attachment(path: object, label: object) -> None:
     """Raise FormatError for an attachment, where weights are needed."""
-    if is_attachment(path):
+    if isinstance(path, Path) and is_attachment(path):
+        refuse_prompts(read_attachment_info(path), label)
         raise FormatError(NO_WEIGHTS.format(label=label))
+
+
+def refuse_prompts(info: AttachmentInfo, label: object) -> None:
+    """Raise FormatError for a mixture of prompts, where weights or modules are needed."""
+    if info.form == PROMPTS:
+        raise FormatError(
+            f"{label} is a mixture of prompts, which changes no weights and no layers; run its model with it, as "
+            f"`mergekit-lfm eval MODEL --prompt {label}` does"
+        )

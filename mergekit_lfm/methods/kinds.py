@@ -75,15 +75,15 @@ class StatisticMethod(Generic[F]):
     settle: Callable[[str, Options], Options] = field(default=_as_they_are)
 
 
-Makes = Literal["checkpoint", "patch", "adapter", "attachment", "prompt"]
+Makes = Literal["checkpoint", "patch", "adapter", "attachment", "prompt", "mixture"]
 
 
 @dataclass(frozen=True, slots=True)
 class TuneMethod(Generic[F]):
     """A way to tune a model. makes: the model, the tensors that changed, PEFT's adapter, an attached module, a prompt.
 
-    rate: its learning rate by default. needs: a file of statistics that it needs. files: the parameter that names
-    files with commas, which it reads; one whose default is "" may name none.
+    "mixture": of several prompts. rate: its learning rate by default. needs: a file of statistics that it needs. files:
+    the parameter that names files with commas, which it reads; one whose default is "" may name none.
     """
 
     name: str

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mergekit_lfm.artifacts.attachment import ATTACHMENT, Attachment
+from mergekit_lfm.artifacts.attachment import ATTACHMENT, Attachment, refuse_prompts
 from mergekit_lfm.errors import FormatError, PlanError, shorten
 from mergekit_lfm.runtime.bottlenecks import FORMS, Compact, Config
 from mergekit_lfm.runtime.sites import PLACES, Site, find_sites, trunk_of
@@ -109,6 +109,7 @@ def attach(model: nn.Module, attachment: Attachment, base: str, label: object = 
     another model, with both contents, and for tensors that do not fit.
     """
     info = attachment.info
+    refuse_prompts(info, label)
     check_base(attachment, base, label)
     try:
         attached = install(model, info.form, info.config)

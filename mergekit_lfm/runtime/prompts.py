@@ -9,19 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mergekit_lfm.artifacts.attachment import PROMPTS, Attachment
 from mergekit_lfm.artifacts.prompt import PREFIX, Prompt
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.machine.extras import import_extra
+from mergekit_lfm.runtime.load import Loaded, logits
 from mergekit_lfm.runtime.quiet import quiet
 from mergekit_lfm.runtime.tasks import PEFT_TASKS
-
-if TYPE_CHECKING:
-    from mergekit_lfm.runtime.load import Loaded
 
 
 class Prompted(nn.Module):
@@ -33,10 +32,7 @@ class Prompted(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         """The attributes of the model within, such as its config."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("model"), name)
+        return _attribute(self, name)
 
     @property
     def is_prefix(self) -> bool:
@@ -56,6 +52,39 @@ class Prompted(nn.Module):
         if self.is_prefix:
             raise ValueError("a prefix stands in the cache, which is not used then")
         self.model.get_base_model().gradient_checkpointing_enable(**options)
+
+
+class Mixture(nn.Module):
+    """A model whose predictions are averaged over several prompts. values: [prompts, tokens, width].
+
+    weights: the logarithms of the prompts' shares, up to a constant. The output is the logarithms of the averages,
+    which sum to 1: [n, classes], or [n, tokens, vocabulary] for the text's own tokens.
+    """
+
+    def __init__(self, model: Any, values: Tensor, weights: Tensor) -> None:
+        super().__init__()
+        self.model, self.values, self.weights = model, nn.Parameter(values), nn.Parameter(weights)
+
+    def __getattr__(self, name: str) -> Any:
+        """The attributes of the model within, such as its config."""
+        return _attribute(self, name)
+
+    def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
+        """ln of sum_j w_j p(y | prompt_j, text)."""
+        ids = _check_texts(input_ids, inputs)
+        mixed = [
+            share + logits(run_behind(self.model, rows, ids, attention_mask, inputs)).float().log_softmax(-1)
+            for share, rows in zip(self.weights.log_softmax(0), self.values, strict=True)
+        ]
+        return torch.stack(mixed).logsumexp(0)
+
+
+def _attribute(module: nn.Module, name: str) -> Any:
+    """An attribute of a module, or of the model within."""
+    try:
+        return nn.Module.__getattr__(module, name)
+    except AttributeError:
+        return getattr(nn.Module.__getattr__(module, "model"), name)
 
 
 def run_behind(model: Any, rows: Tensor, ids: Tensor, mask: Tensor | None, inputs: Mapping[str, Any]) -> Any:
@@ -94,11 +123,13 @@ def _check_texts(ids: Tensor | None, inputs: Mapping[str, Any]) -> Tensor:
     return ids
 
 
-def with_prompt(loaded: Loaded, prompt: Prompt) -> Loaded:
-    """A loaded model with a prompt before every text; it is changed in place, if the prompt has a head.
+def with_prompt(loaded: Loaded, prompt: Prompt | Attachment) -> Loaded:
+    """A loaded model with a prompt, or a mixture of some, before every text; it is changed in place, as by a head.
 
     Raises PlanError for a prompt of another task, or that does not fit the model, ImportError without peft.
     """
+    if isinstance(prompt, Attachment):
+        return _with_mixture(loaded, prompt)
     peft = import_extra("peft", "a prompt", "tune")
     _check_fit(loaded, prompt)
     with quiet():
@@ -112,6 +143,30 @@ def with_prompt(loaded: Loaded, prompt: Prompt) -> Loaded:
     return behind(
         replace(loaded, model=Prompted(model).to(next(loaded.model.parameters()).device).eval()), prompt.count
     )
+
+
+@torch.no_grad()
+def _with_mixture(loaded: Loaded, mixture: Attachment) -> Loaded:
+    """As `with_prompt`. Raises PlanError for another attachment."""
+    if mixture.info.form != PROMPTS:
+        raise PlanError(f"found {mixture}, expected a mixture of prompts; run a bottleneck adapter as MODEL+FILE")
+    model: Any = loaded.model
+    values, weights = mixture.tensors["values"], mixture.tensors["weights"]
+    places = dict(model.named_parameters())
+    width = model.get_input_embeddings().embedding_dim
+    task, heads = mixture.info.config.get("task"), mixture.info.replaced
+    fits = all(name in places and places[name].shape == mixture.tensors[name].shape for name in heads)
+    if task != loaded.task or values.shape[-1] != width or not fits:
+        found = ", ".join([f"virtual tokens of {values.shape[-1]} numbers", *heads])
+        raise PlanError(
+            f"the mixture is for {task}, with {found}; {type(model).__name__} for {loaded.task} takes {width} numbers. "
+            "Give the model and the task that it was trained on"
+        )
+    for name in mixture.info.replaced:
+        places[name].copy_(mixture.tensors[name])
+    device = next(iter(places.values())).device
+    mixed = Mixture(model, values.to(device), weights.to(device)).eval()
+    return behind(replace(loaded, model=mixed), values.shape[1])
 
 
 def behind(loaded: Loaded, count: int) -> Loaded:

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from mergekit_lfm import collect_stats, merge, tune_model
 from mergekit_lfm.api.attachments import load_attached
+from mergekit_lfm.api.tune_plans import OPTIONS as OPTIONS_OF_FILES
 from mergekit_lfm.artifacts.attachment import open_attachment
 from mergekit_lfm.artifacts.prompt import open_prompt
 from mergekit_lfm.recipe.registry import TUNE_METHODS
 from mergekit_lfm.recipe.training import Options
-from mergekit_lfm.runtime.load import load_model
+from mergekit_lfm.runtime.load import load_model, logits
 from mergekit_lfm.runtime.prompts import with_prompt
 from mergekit_lfm.runtime.quiet import quiet
 from mergekit_lfm.train.loop import mean_loss
@@ -30,7 +31,7 @@ from mergekit_lfm.views.patched import patched_view
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
-PROMPTS = [name for name, method in TUNE_METHODS.items() if method.makes == "prompt"]
+PROMPTS = [name for name, method in TUNE_METHODS.items() if method.makes in ("prompt", "mixture")]
 CASES = [  # modules beside weights do not see whether these are tied
     (name, kind)
     for name, method in TUNE_METHODS.items()
@@ -64,7 +65,7 @@ def tuned(name: str, kind: str, root: Path, out: Path, **more: Any) -> Any:
         tune_model(root / kind, root / f"{kind}.jsonl", earlier, task=TASKS[kind], method="prompt", steps=1)
         more["parameters"] = {**more["parameters"], "earlier": str(earlier)}
     options = {**OPTIONS, **MORE.get(name, {}), **needs, **more}
-    place = out.with_suffix(".safetensors") if TUNE_METHODS[name].makes in ("patch", "attachment") else out
+    place = out.with_suffix(".safetensors") if TUNE_METHODS[name].makes in OPTIONS_OF_FILES else out
     return tune_model(root / kind, root / f"{kind}.jsonl", place, task=TASKS[kind], method=name, **options)
 
 
@@ -164,9 +165,24 @@ def test_it_changes_its_part_alone_lowers_the_loss_and_comes_back_equal(
     assert [line["step"] for line in lines] == [*range(1, outcome.result.steps + 1)]
 
 
+def by_hand(name: str, result: Path, base: Any, inputs: Mapping[str, Tensor]) -> Any:
+    """The scores of one row with a prompt: by PEFT's model, of a mixture the probabilities of its definition."""
+    count = inputs["input_ids"].shape[1] if TASKS["llama"] == base.task else 0  # of a classifier all
+    if name != "mixture":
+        with quiet():
+            return peft.PeftModel.from_pretrained(base.model, result).eval()(**inputs).logits[:, -count:]
+    stored = load_file(result)
+    for own in stored.keys() - {"values", "weights"}:
+        base.model.get_parameter(own).copy_(stored[own])
+    texts = base.model.get_input_embeddings()(inputs["input_ids"])
+    both = [torch.cat([rows[None], texts], 1) for rows in stored["values"]]
+    parts = [base.model(inputs_embeds=each).logits[:, -count:].double().softmax(-1) for each in both]
+    return sum(share * part for share, part in zip(stored["weights"].double().softmax(0), parts, strict=True))
+
+
 @pytest.mark.parametrize("kind", ["llama", "bert"])
 @pytest.mark.parametrize("name", PROMPTS)
-def test_a_prompt_lowers_the_loss_alone_and_comes_back_equal(name: str, kind: str, tiny: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_prompt_lowers_the_loss_and_comes_back_equal(name: str, kind: str, tiny: Path, tmp_path: Path) -> None:  # noqa: F811
     data = tiny / f"{kind}.jsonl"
     more: dict[str, Any] = {"dev": data, "batch_size": 16, "parameters": {"tokens": 4}}
     if (name, kind) == ("prefix", "bert"):
@@ -174,28 +190,28 @@ def test_a_prompt_lowers_the_loss_alone_and_comes_back_equal(name: str, kind: st
             tuned(name, kind, tiny, tmp_path / "out", **more)
         return
     outcome = tuned(name, kind, tiny, tmp_path / "out", **more)
-    result = Path(outcome)
-    again = Path(tuned(name, kind, tiny, tmp_path / "again", **more))
-    file = f"{result.name}/adapter_model.safetensors"
-    assert (result.parent / file).read_bytes() == (again / "adapter_model.safetensors").read_bytes()
-    head = {"base_model.classifier.weight", "base_model.classifier.bias"} if kind == "bert" else set()
-    assert load_file(tmp_path / file).keys() == {"prompt_embeddings", *head}
+    result, again = Path(outcome), Path(tuned(name, kind, tiny, tmp_path / "again", **more))
+    files = [each / "adapter_model.safetensors" if each.is_dir() else each for each in (result, again)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    head = {"classifier.weight", "classifier.bias"} if kind == "bert" else set()
+    expected = {"values", "weights"} if name == "mixture" else {"prompt_embeddings"}
+    assert {key.removeprefix("base_model.") for key in load_file(files[0])} == {*expected, *head}
     loaded = load_model(tiny / kind, TASKS[kind])
     examples = read_examples(data, loaded)
-    prompted = with_prompt(loaded, open_prompt(result)).model
-    loss = mean_loss(prompted, examples, LOSSES[TASKS[kind]], Options())
-    lines = (tmp_path / "out.training" / "metrics.jsonl").read_text().splitlines()
+    put = with_prompt(loaded, open_attachment(result) if name == "mixture" else open_prompt(result))
+    loss = mean_loss(put.model, examples, LOSSES[TASKS[kind]], Options())
+    lines = (tmp_path / f"{result.name}.training" / "metrics.jsonl").read_text().splitlines()
     assert loss < json.loads(lines[0])["loss"]  # of the start, on all examples
     assert loss == pytest.approx(outcome.result.dev_loss, rel=1e-5)
-    with quiet():
-        theirs = peft.PeftModel.from_pretrained(load_model(tiny / kind, TASKS[kind]).model, result).eval()
+    base = load_model(tiny / kind, TASKS[kind])
     for row in (examples.batch([number]) for number in range(3)):
         inputs = {key: x for key, x in row.items() if key != "labels"}
-        with quiet(), torch.no_grad():
-            ours, expected = prompted(**inputs).logits, theirs(**inputs).logits
-        if kind == "llama":
-            expected = expected[:, -ours.shape[1] :]
-        torch.testing.assert_close(ours, expected, atol=1e-6, rtol=0)
+        with torch.no_grad():
+            ours, theirs = logits(put.model(**inputs)), by_hand(name, result, base, inputs)
+        if name == "mixture":
+            ours = ours.double().exp()
+            torch.testing.assert_close(ours.sum(-1), torch.ones_like(ours[..., 0]), atol=1e-6, rtol=0)
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["full", "bitfit", "lora"])

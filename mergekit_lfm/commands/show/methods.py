@@ -27,6 +27,7 @@ MADE = {
     "patch": "a patch file, with the tensors that changed",
     "adapter": "an adapter's folder, as PEFT has it",
     "prompt": "a prompt's folder, as PEFT has it",
+    "mixture": "a file with a mixture of prompts",
     "attachment": "a file with a bottleneck adapter",
 }
 

@@ -30,7 +30,7 @@ def soft(work: TuneWork) -> Prepared:
     task without labels. Source: Gu et al. 2021, arXiv 2109.04332, section 3.
     """
     model = _attach(work, work.integer("tokens"))
-    _fill(model, _earlier(work) if work.files else _start(work))
+    _fill(model, _earlier(work) if work.files else first_values(work))
     return _prepared(model, work)
 
 
@@ -81,7 +81,7 @@ def progressive(work: TuneWork) -> Prepared:
         def forward(self, _numbers: Tensor) -> Tensor:
             return torch.cat([self.embedding.weight, self.earlier])[None]
 
-    new = _start(work)
+    new = first_values(work)
     earlier = torch.cat([values.to(new) for values in reversed(_read_earlier(work))])
     model = _attach(work, len(new) + len(earlier))
     model.prompt_encoder["default"] = Before(new, earlier)
@@ -126,7 +126,7 @@ def hard(work: TuneWork) -> Prepared:
             return seen[None]
 
     model = _attach(work, work.integer("tokens"))
-    nearest = Nearest(_start(work, among=ids))
+    nearest = Nearest(first_values(work, among=ids))
     model.prompt_encoder["default"] = nearest
 
     def facts() -> dict[str, Any]:
@@ -191,7 +191,7 @@ def _earlier(work: TuneWork) -> Tensor:
     return found[0]
 
 
-def _start(work: TuneWork, among: Tensor | None = None) -> Tensor:
+def first_values(work: TuneWork, among: Tensor | None = None) -> Tensor:
     """The first values of virtual tokens [tokens, width]: the embeddings of a text, or of random tokens.
 
     among: the tokens to choose from; by default all of the embedding. A text that is too short is repeated.
