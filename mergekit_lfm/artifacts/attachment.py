@@ -1,4 +1,4 @@
-"""The attachment: a small module that runs with a model and is no change of its weights, such as a bottleneck adapter.
+"""The attachment: a small module that runs with a model, and not a change of its weights: a bottleneck adapter.
 
 It is one safetensors file: the tensors of the module by their names in the model's trunk, and the tensors of the model
 that it replaces, such as a classifier's head. The metadata say which form of module it is, how it is built, which
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 ATTACHMENT = Kind("bottleneck adapter", "mergekit-lfm tune --method houlsby", "tune again")
 NO_WEIGHTS = (
-    "{label} is a bottleneck adapter, which is no change of a weight and cannot be merged into weights; run it with "
+    "{label} is a bottleneck adapter, which is not a change of a weight and cannot be merged into weights; run it with "
     "`mergekit-lfm eval MODEL+FILE`, or average several with `mergekit-lfm average`"
 )
 

@@ -54,7 +54,7 @@ class Attached:
 def install(model: nn.Module, form: str, config: Config) -> Attached:
     """New modules of a form at the places of a model that the config names, on its device and in its dtype.
 
-    Raises PlanError where a place cannot be told, and for a model that has an attachment.
+    Raises PlanError as `find_sites` does, and for a model that has an attachment.
     """
     trunk, taken = trunk_of(model), {SHARED, *(place + SUFFIX for place in PLACES)}
     if any(name.rpartition(".")[2] in taken for name, _ in trunk.named_modules()):

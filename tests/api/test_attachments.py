@@ -153,7 +153,7 @@ def test_adamix_writes_the_mean_of_its_experts() -> None:
 
 
 def test_adamix_killed_on_the_way_goes_on_to_the_same_numbers(tiny: Path, tmp_path: Path) -> None:  # noqa: F811
-    """What it draws in a step depends on the seed and the step alone."""
+    """The random numbers of a step depend on the seed and the step alone."""
 
     def train(place: Path, stop: int | None) -> Mapping[str, Tensor]:
         prepared = prepare("adamix", str(tiny / "bert"))
@@ -180,13 +180,13 @@ RECIPE = "merge_method: linear\nmodels: [{model: ./bert}, {model: %s}]\nparamete
 
 
 REFUSED: list[tuple[list[str], str]] = [
-    (["merge", "merged.yaml", "out"], "which is no change of a weight and cannot be merged into weights; run it"),
-    (["merge", "alone.yaml", "out"], "a.safetensors is a bottleneck adapter, which is no change of a weight"),
+    (["merge", "merged.yaml", "out"], "which is not a change of a weight and cannot be merged into weights; run it"),
+    (["merge", "alone.yaml", "out"], "a.safetensors is a bottleneck adapter, which is not a change of a weight"),
     (
         ["stats", "gram", "bert+a.safetensors", "--data", "bert.jsonl", "--task", "lm", "-o", "out"],
-        "which is no change of a weight",
+        "which is not a change of a weight",
     ),
-    (["extract-lora", "bert+a.safetensors", "--base", "bert", "-o", "out"], "which is no change of a weight"),
+    (["extract-lora", "bert+a.safetensors", "--base", "bert", "-o", "out"], "which is not a change of a weight"),
     (["eval", "llama+a.safetensors", "--text", "bert.jsonl"], "belongs to a model of content"),
     (["eval", "bert+0.5*a.safetensors", "--text", "bert.jsonl"], "expected one bottleneck adapter, as a whole"),
     (["eval", "bert+a.safetensors+b.safetensors", "--text", "bert.jsonl"], "found 1*a.safetensors+1*b.safetensors"),
@@ -214,7 +214,7 @@ REFUSED: list[tuple[list[str], str]] = [
         ["tune", "bert", "--method", "houlsby", "--overwrite", "-o", "weights.safetensors"],
         "not a bottleneck adapter",
     ),
-    (["tune", "bert+a.safetensors", "--method", "lora", "-o", "out"], "which is no change of a weight"),
+    (["tune", "bert+a.safetensors", "--method", "lora", "-o", "out"], "which is not a change of a weight"),
 ]
 
 
