@@ -46,10 +46,6 @@ class AttachmentInfo:
     options: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
 
-    def metadata(self) -> dict[str, str]:
-        """The metadata of the safetensors header."""
-        return ATTACHMENT.encode(asdict(self))
-
 
 @dataclass(frozen=True)
 class Attachment:
@@ -68,7 +64,7 @@ class Attachment:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the attachment to a file."""
         specs = [spec_of(name, x) for name, x in self.tensors.items()]
-        save_tensors(Path(path), specs, self.tensors.__getitem__, self.info.metadata())
+        save_tensors(Path(path), specs, self.tensors.__getitem__, ATTACHMENT.encode(asdict(self.info)))
 
 
 def read_attachment_info(path: Path) -> AttachmentInfo:

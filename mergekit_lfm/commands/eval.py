@@ -22,6 +22,7 @@ Examples:
   mergekit-lfm eval base merged/quickstart --text a.txt --text b.txt
   mergekit-lfm eval merged/digits --data test.npz --task classification
   mergekit-lfm eval merged/minilm --data pairs.jsonl --task embedding
+  mergekit-lfm eval models/a models/a+bottleneck.safetensors --data test.jsonl --task classification
   mergekit-lfm eval models/a models/a-edited --facts facts.yaml""",
 )
 @click.argument("models", nargs=-1, required=True, type=ModelFolder())
@@ -69,7 +70,7 @@ def evaluate(
     stride: int | None,
     device: str,
 ) -> None:
-    """Judge MODELS on texts, data or facts.
+    """Judge MODELS on texts, data or facts: folders, names on the Hub, MODEL+ADAPTER, or MODEL+FILE with a bottleneck.
 
     \b
     lm              perplexity and bits per byte of texts; less is better

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mergekit_lfm.artifacts.attachment import ATTACHMENT, Attachment
 from mergekit_lfm.errors import FormatError, PlanError, shorten
-from mergekit_lfm.runtime.bottlenecks import FORMS, Compact, Config
+from mergekit_lfm.runtime.bottlenecks import FORMS, Compact, Config, Rules
 from mergekit_lfm.runtime.sites import PLACES, Site, find_sites, trunk_of
 
 SHARED = "shared_adapter"  # in the trunk: what the modules of all layers share
@@ -138,15 +138,12 @@ def expand_attachment(attachment: Attachment) -> Attachment:
     info = attachment.info
     if info.form != "compact":
         return attachment
-    shared, tensors = FORMS["compact"].shared, dict[str, Tensor]()
-    assert shared is not None
-    left = attachment.tensors[f"{SHARED}.left"]
-    rules = shared(info.config).to(left)
+    left, tensors = attachment.tensors[f"{SHARED}.left"], dict[str, Tensor]()
+    rules = Rules(info.config).to(left)
     rules.load_state_dict({"left": left})
     for at in sorted({name.rpartition(".")[0] for name in attachment.tensors if name.endswith(".down_bias")}):
         own = {name.removeprefix(f"{at}."): x for name, x in attachment.tensors.items() if name.startswith(f"{at}.")}
-        module = FORMS["compact"].build(info.config, len(own["up_bias"]), rules).to(left)
-        assert isinstance(module, Compact)
+        module = Compact(info.config, len(own["up_bias"]), rules).to(left)
         module.load_state_dict(own)
         tensors |= {f"{at}.{name}": x for name, x in module.expanded().items()}
     tensors |= {name: attachment.tensors[name] for name in info.replaced}

@@ -25,6 +25,7 @@ from mergekit_lfm import (
     open_attachment,
     tune_model,
 )
+from mergekit_lfm.api.attachments import load_attached
 from mergekit_lfm.machine.pauses import Pauses
 from mergekit_lfm.recipe.registry import TUNE_METHODS
 from mergekit_lfm.recipe.training import Options
@@ -93,6 +94,9 @@ def test_eval_runs_a_model_with_an_adapter_and_inspect_describes_it() -> None:
     assert [each["model"] for each in scores] == ["bert", "bert+a.safetensors"]
     correct = [each["files"][0]["correct"] for each in scores]
     assert correct[1] == right > correct[0]
+    trunk, ids = load_attached("bert+a.safetensors", "embedding").model, torch.arange(2, 9)[None]
+    with torch.no_grad():  # without a head the one in the file is not used
+        assert torch.equal(trunk(ids).last_hidden_state, loaded.model.get_submodule("bert")(ids).last_hidden_state)
     data = answer(run("inspect", "a.safetensors", "--json"))["attachment"]
     assert data["method"] == "houlsby" and data["base"] == open_checkpoint("bert").content
     text = run("inspect", "a.safetensors").stdout
