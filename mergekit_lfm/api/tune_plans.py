@@ -30,7 +30,7 @@ from mergekit_lfm.views.quantisation import dequantise
 TRAINING = ".training"  # ends the name of the folder with the state and the metrics, beside OUT
 SUFFIX = ".safetensors"
 FOLDERS = ("adapter", "prompt")  # results that are folders as PEFT has them
-# What is a file and no folder: how to read the options in its header, by what a method makes.
+# Results that are files: a reader of the options in their headers, by the kind of result.
 OPTIONS: Mapping[str, Callable[[Path], Mapping[str, Any]]] = MappingProxyType(
     {
         "patch": lambda file: read_patch_info(file).options,

@@ -1,4 +1,4 @@
-"""The attachment: a small module that runs with a model and is no change of its weights, such as a bottleneck adapter.
+"""The attachment: a small module that runs with a model, and not a change of its weights: a bottleneck adapter.
 
 It is one safetensors file: the tensors of the module by their names in the model's trunk, and the tensors of the model
 that it replaces, such as a classifier's head. The metadata say which form of module it is, how it is built, which
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 PROMPTS = "prompts"  # the form of a mixture of prompts, which stands before texts
 ATTACHMENT = Kind("bottleneck adapter", "mergekit-lfm tune --method houlsby", "tune again")
 NO_WEIGHTS = (
-    "{label} is a bottleneck adapter, which is no change of a weight and cannot be merged into weights; run it with "
+    "{label} is a bottleneck adapter, which is not a change of a weight and cannot be merged into weights; run it with "
     "`mergekit-lfm eval MODEL+FILE`, or average several with `mergekit-lfm average`"
 )
 
@@ -47,10 +47,6 @@ class AttachmentInfo:
     options: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
 
-    def metadata(self) -> dict[str, str]:
-        """The metadata of the safetensors header."""
-        return ATTACHMENT.encode(asdict(self))
-
 
 @dataclass(frozen=True)
 class Attachment:
@@ -69,7 +65,7 @@ class Attachment:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the attachment to a file."""
         specs = [spec_of(name, x) for name, x in self.tensors.items()]
-        save_tensors(Path(path), specs, self.tensors.__getitem__, self.info.metadata())
+        save_tensors(Path(path), specs, self.tensors.__getitem__, ATTACHMENT.encode(asdict(self.info)))
 
 
 def read_attachment_info(path: Path) -> AttachmentInfo:

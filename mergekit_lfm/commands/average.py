@@ -42,8 +42,8 @@ def average(
 ) -> None:
     """Average bottleneck adapters of one model, of one method and one size, to one.
 
-    Such adapters are made by `tune --method houlsby` and its relatives. They are no change of weights, so that merges
-    do not take them; `eval MODEL+FILE` runs one.
+    Such adapters are made by `tune --method houlsby` and its relatives. They are not changes of weights, so that
+    merges do not take them; `eval MODEL+FILE` runs one. Those that began with one --seed, on other data, average well.
     """
     from mergekit_lfm.api.attachments import average_attachments
     from mergekit_lfm.commands.show.attachments import done_data, done_text

@@ -23,6 +23,7 @@ Examples:
   mergekit-lfm eval merged/digits --data test.npz --task classification
   mergekit-lfm eval merged/minilm --data pairs.jsonl --task embedding
   mergekit-lfm eval models/base --prompt docs-prompt --text news.txt
+  mergekit-lfm eval models/a models/a+bottleneck.safetensors --data test.jsonl --task classification
   mergekit-lfm eval models/a models/a-edited --facts facts.yaml""",
 )
 @click.argument("models", nargs=-1, required=True, type=ModelFolder())
@@ -76,7 +77,7 @@ def evaluate(
     stride: int | None,
     device: str,
 ) -> None:
-    """Judge MODELS on texts, data or facts.
+    """Judge MODELS on texts, data or facts: folders, names on the Hub, MODEL+ADAPTER, or MODEL+FILE with a bottleneck.
 
     \b
     lm              perplexity and bits per byte of texts; less is better

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mergekit_lfm.artifacts.attachment import ATTACHMENT, Attachment, refuse_prompts
 from mergekit_lfm.errors import FormatError, PlanError, shorten
-from mergekit_lfm.runtime.bottlenecks import FORMS, Compact, Config
+from mergekit_lfm.runtime.bottlenecks import FORMS, Compact, Config, Rules
 from mergekit_lfm.runtime.sites import PLACES, Site, find_sites, trunk_of
 
 SHARED = "shared_adapter"  # in the trunk: what the modules of all layers share
@@ -54,7 +54,7 @@ class Attached:
 def install(model: nn.Module, form: str, config: Config) -> Attached:
     """New modules of a form at the places of a model that the config names, on its device and in its dtype.
 
-    Raises PlanError where a place cannot be told, and for a model that has an attachment.
+    Raises PlanError as `find_sites` does, and for a model that has an attachment.
     """
     trunk, taken = trunk_of(model), {SHARED, *(place + SUFFIX for place in PLACES)}
     if any(name.rpartition(".")[2] in taken for name, _ in trunk.named_modules()):
@@ -139,15 +139,12 @@ def expand_attachment(attachment: Attachment) -> Attachment:
     info = attachment.info
     if info.form != "compact":
         return attachment
-    shared, tensors = FORMS["compact"].shared, dict[str, Tensor]()
-    assert shared is not None
-    left = attachment.tensors[f"{SHARED}.left"]
-    rules = shared(info.config).to(left)
+    left, tensors = attachment.tensors[f"{SHARED}.left"], dict[str, Tensor]()
+    rules = Rules(info.config).to(left)
     rules.load_state_dict({"left": left})
     for at in sorted({name.rpartition(".")[0] for name in attachment.tensors if name.endswith(".down_bias")}):
         own = {name.removeprefix(f"{at}."): x for name, x in attachment.tensors.items() if name.startswith(f"{at}.")}
-        module = FORMS["compact"].build(info.config, len(own["up_bias"]), rules).to(left)
-        assert isinstance(module, Compact)
+        module = Compact(info.config, len(own["up_bias"]), rules).to(left)
         module.load_state_dict(own)
         tensors |= {f"{at}.{name}": x for name, x in module.expanded().items()}
     tensors |= {name: attachment.tensors[name] for name in info.replaced}

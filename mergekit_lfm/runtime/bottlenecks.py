@@ -33,7 +33,7 @@ class Bottleneck(nn.Module):
         self.activation, self.scale = ACTIVATIONS[config["activation"]], float(config["scale"])
 
     def forward(self, states: Tensor) -> Tensor:
-        """What is added, of states [..., width]."""
+        """The change that is added, of states [..., width]."""
         change: Tensor = self.scale * self.up(self.activation(self.down(states)))
         return change
 
@@ -76,7 +76,7 @@ class Compact(nn.Module):
         return kronecker_sum(left, self.down_s @ self.down_t).T, kronecker_sum(left, self.up_s @ self.up_t).T
 
     def forward(self, states: Tensor) -> Tensor:
-        """What is added, of states [..., width]."""
+        """The change that is added, of states [..., width]."""
         down, up = self.matrices()
         inner = self.activation(nn.functional.linear(states, down, self.down_bias))
         return self.scale * nn.functional.linear(inner, up, self.up_bias)
@@ -95,7 +95,7 @@ def kronecker_sum(left: Tensor, right: Tensor) -> Tensor:
 
 
 class Mixture(nn.Module):
-    """Several bottlenecks, of which each step of a training takes one D and one U at random; their average otherwise.
+    """Several bottlenecks: in training one D and one U of them, drawn at random for each pass; else their average.
 
     All layers choose by themselves. Source: Wang et al. 2022, arXiv 2205.12410, sections 3.1 and 3.3.
     """
@@ -106,7 +106,7 @@ class Mixture(nn.Module):
         self.activation, self.scale = ACTIVATIONS[config["activation"]], float(config["scale"])
 
     def forward(self, states: Tensor) -> Tensor:
-        """What is added, of states [..., width]."""
+        """The change that is added, of states [..., width]."""
         if self.training:
             first, second = torch.randint(len(self.experts), (2,)).tolist()
             down, up = self.experts[first].down, self.experts[second].up
@@ -138,7 +138,7 @@ class Fusion(nn.Module):
         nn.init.eye_(self.value.weight)
 
     def forward(self, states: Tensor) -> Tensor:
-        """What is added, of states [..., width]."""
+        """The change that is added, of states [..., width]."""
         found = torch.stack([adapter(states) for adapter in self.adapters], -2)  # [..., adapters, width]
         scores = (self.key(found) @ self.query(states)[..., None])[..., 0]
         mixed: Tensor = (scores.softmax(-1)[..., None] * self.value(found)).sum(-2)

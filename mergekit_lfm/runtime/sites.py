@@ -46,7 +46,7 @@ def trunk_of(model: nn.Module) -> nn.Module:
 def find_sites(model: nn.Module, places: Sequence[Place]) -> list[Site]:
     """The places of these kinds in all layers, in the order of the model.
 
-    Raises PlanError for a model without layers that have attention, and for a layer where it cannot be told.
+    Raises PlanError for a model without layers that have attention, and for a layer with several candidates or none.
     """
     layers = [(name, layer, _matrices(layer)) for name, layer in _numbered(trunk_of(model))]
     stacks = {_stack(name) for name, _, matrices in layers if any(_is_attention(own) for own, _ in matrices)}
@@ -58,10 +58,8 @@ def find_sites(model: nn.Module, places: Sequence[Place]) -> list[Site]:
         if site.place in places
     ]
     if not {*places} <= {site.place for site in sites}:
-        raise PlanError(
-            f"{type(model).__name__} has no numbered layers with attention and a feed-forward part that are told "
-            f"apart, expected some; {CURE}"
-        )
+        name = type(model).__name__
+        raise PlanError(f"{name} has no numbered layers with attention and a feed-forward part, expected some; {CURE}")
     return sites
 
 

@@ -25,6 +25,7 @@ from mergekit_lfm import (
     open_attachment,
     tune_model,
 )
+from mergekit_lfm.api.attachments import load_attached
 from mergekit_lfm.machine.pauses import Pauses
 from mergekit_lfm.recipe.registry import TUNE_METHODS
 from mergekit_lfm.recipe.training import Options
@@ -93,6 +94,9 @@ def test_eval_runs_a_model_with_an_adapter_and_inspect_describes_it() -> None:
     assert [each["model"] for each in scores] == ["bert", "bert+a.safetensors"]
     correct = [each["files"][0]["correct"] for each in scores]
     assert correct[1] == right > correct[0]
+    trunk, ids = load_attached("bert+a.safetensors", "embedding").model, torch.arange(2, 9)[None]
+    with torch.no_grad():  # without a head the one in the file is not used
+        assert torch.equal(trunk(ids).last_hidden_state, loaded.model.get_submodule("bert")(ids).last_hidden_state)
     data = answer(run("inspect", "a.safetensors", "--json"))["attachment"]
     assert data["method"] == "houlsby" and data["base"] == open_checkpoint("bert").content
     text = run("inspect", "a.safetensors").stdout
@@ -153,7 +157,7 @@ def test_adamix_writes_the_mean_of_its_experts() -> None:
 
 
 def test_adamix_killed_on_the_way_goes_on_to_the_same_numbers(tiny: Path, tmp_path: Path) -> None:  # noqa: F811
-    """What it draws in a step depends on the seed and the step alone."""
+    """The random numbers of a step depend on the seed and the step alone."""
 
     def train(place: Path, stop: int | None) -> Mapping[str, Tensor]:
         prepared = prepare("adamix", str(tiny / "bert"))
@@ -180,13 +184,13 @@ RECIPE = "merge_method: linear\nmodels: [{model: ./bert}, {model: %s}]\nparamete
 
 
 REFUSED: list[tuple[list[str], str]] = [
-    (["merge", "merged.yaml", "out"], "which is no change of a weight and cannot be merged into weights; run it"),
-    (["merge", "alone.yaml", "out"], "a.safetensors is a bottleneck adapter, which is no change of a weight"),
+    (["merge", "merged.yaml", "out"], "which is not a change of a weight and cannot be merged into weights; run it"),
+    (["merge", "alone.yaml", "out"], "a.safetensors is a bottleneck adapter, which is not a change of a weight"),
     (
         ["stats", "gram", "bert+a.safetensors", "--data", "bert.jsonl", "--task", "lm", "-o", "out"],
-        "which is no change of a weight",
+        "which is not a change of a weight",
     ),
-    (["extract-lora", "bert+a.safetensors", "--base", "bert", "-o", "out"], "which is no change of a weight"),
+    (["extract-lora", "bert+a.safetensors", "--base", "bert", "-o", "out"], "which is not a change of a weight"),
     (["eval", "llama+a.safetensors", "--text", "bert.jsonl"], "belongs to a model of content"),
     (["eval", "bert+0.5*a.safetensors", "--text", "bert.jsonl"], "expected one bottleneck adapter, as a whole"),
     (["eval", "bert+a.safetensors+b.safetensors", "--text", "bert.jsonl"], "found 1*a.safetensors+1*b.safetensors"),
@@ -214,7 +218,7 @@ REFUSED: list[tuple[list[str], str]] = [
         ["tune", "bert", "--method", "houlsby", "--overwrite", "-o", "weights.safetensors"],
         "not a bottleneck adapter",
     ),
-    (["tune", "bert+a.safetensors", "--method", "lora", "-o", "out"], "which is no change of a weight"),
+    (["tune", "bert+a.safetensors", "--method", "lora", "-o", "out"], "which is not a change of a weight"),
 ]
 
 

@@ -152,7 +152,7 @@ def test_a_layer_of_a_bert_is_that_of_the_paper(tiny: Path) -> None:  # noqa: F8
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
-def test_beside_a_part_the_module_reads_what_that_reads(tiny: Path) -> None:  # noqa: F811
+def test_beside_a_part_the_module_reads_the_input_of_that(tiny: Path) -> None:  # noqa: F811
     """Table 1 of He et al.: h + s * adapter(x), of a Llama, also where activations are computed again."""
     model: Any = load_model(tiny / "llama", "lm", dtype="float64").model
     config = {**CONFIG, "places": ["ffn"], "beside": True, "scale": 3.0}
@@ -202,8 +202,8 @@ def test_a_mixture_draws_in_training_and_is_its_mean_otherwise() -> None:
     random_tensors(dict(mixture.named_parameters()))
     states = [dict(expert.named_parameters()) for expert in mixture.experts]
     with torch.no_grad():
-        for name, x in plain.named_parameters():
-            x.copy_((states[0][name] + states[1][name] + states[2][name]) / 3)
+        for name, own in plain.named_parameters():
+            own.copy_((states[0][name] + states[1][name] + states[2][name]) / 3)
     x = torch.randn(4, 32, dtype=torch.float64)
     mixture.eval()
     assert torch.allclose(mixture(x), plain(x), atol=1e-12)
@@ -243,14 +243,16 @@ def test_an_attachment_that_does_not_fit_is_refused_and_nothing_is_left(tiny: Pa
     made = install(model, "bottleneck", CONFIG)
     tensors = {name: x.detach().clone() for name, x in made.parameters.items()}
     made.detach()
-    for facts, changed, message in [
+    cases: list[tuple[dict[str, Any], dict[str, Tensor], str]] = [
         ({"base": "other"}, {}, "belongs to a model of content other, found one of content base"),
         ({}, {"more": torch.zeros(1)}, "does not fit the model at more"),
         ({}, {"encoder.layer.0.ffn_adapter.up.bias": torch.zeros(3)}, "does not fit the model at encoder.layer.0"),
         ({"form": "other"}, {}, "has a damaged config"),
         ({"config": {"places": ["ffn"]}}, {}, "has a damaged config"),
-    ]:
-        info = AttachmentInfo(**{"method": "houlsby", "form": "bottleneck", "config": CONFIG, "base": "base", **facts})  # type: ignore[arg-type]
+    ]
+    for facts, changed, message in cases:
+        given: dict[str, Any] = {"method": "houlsby", "form": "bottleneck", "config": CONFIG, "base": "base", **facts}
+        info = AttachmentInfo(**given)
         with pytest.raises(FormatError, match=message):
             attach(model, Attachment(info, {**tensors, **changed}), "base")
         assert {*model.state_dict()} == names and torch.equal(outputs(model), before)

@@ -152,7 +152,7 @@ def test_examples_of_other_inputs_are_refused() -> None:
 
 @pytest.mark.parametrize("kind", ["llama", "bert"])
 def test_consistency_is_the_mean_of_both_divergences_of_two_passes(kind: str, tiny: Path) -> None:  # noqa: F811
-    """Passes that differ by what is added to their scores, and rows of several lengths, of which padding counts not."""
+    """Passes that differ by noise on their scores, and rows of several lengths, whose padding does not count."""
     task = {"llama": "lm", "bert": "classification"}[kind]
     loaded = load_model(tiny / kind, task, dtype="float64")
     examples = read_examples(tiny / f"{kind}.jsonl", loaded)
@@ -165,7 +165,8 @@ def test_consistency_is_the_mean_of_both_divergences_of_two_passes(kind: str, ti
 
     loaded.model.register_forward_hook(disturb)
     loaded.model.train()
-    total, number = consistent(LOSSES[task], 0.3)(loaded.model, batch)
+    with torch.no_grad():
+        total, number = consistent(LOSSES[task], 0.3)(loaded.model, batch)
     labels = batch["labels"]
     if task == "lm":
         scores, labels = [x[:, :-1][labels[:, 1:] != IGNORED] for x in scores], labels[:, 1:][labels[:, 1:] != IGNORED]

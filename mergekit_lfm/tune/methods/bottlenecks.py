@@ -185,7 +185,7 @@ METHODS = (
     TuneMethod(
         "adamix",
         "Wang et al. 2022, arXiv 2205.12410",
-        "as pfeiffer, several at each place, one of which each step takes at random; they are averaged at the end",
+        "as pfeiffer, several at each place; each step draws one, and their average is the result",
         "attachment",
         mixture,
         1e-3,
