@@ -95,8 +95,8 @@ class PlannedTuning:
     def notices(self) -> tuple[str, ...]:
         """The facts that a user should know."""
         found = self.recipe.found
-        on = f"the adapter is for {self.recipe.model}, and its config names {found.model} alone"
         makes = self.recipe.declaration.makes
+        on = f"the {makes} is for {self.recipe.model}, and its config names {found.model} alone"
         return (*self.recipe.notices, *([on] if found.adapters and makes in FOLDERS else []))
 
     @cached_property

@@ -61,10 +61,17 @@ class Loaded:
 
     @property
     def positions(self) -> int | None:
-        """The longest text the config allows, in tokens; None if it names no limit (XLNet says -1)."""
+        """The longest text the config allows, in tokens; None if it names no limit (XLNet says -1).
+
+        RoBERTa counts from 2: the first rows of its table of positions stand for padding.
+        """
         config: Any = self.model.config
         limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-        return None if limit is None or limit < 1 else int(limit) - self.virtual
+        if limit is None or limit < 1:
+            return None
+        tables = (module for name, module in self.model.named_modules() if name.endswith("position_embeddings"))
+        padding = next((getattr(table, "padding_idx", None) for table in tables), None)
+        return int(limit) - (0 if padding is None else padding + 1) - self.virtual
 
 
 def load_model(path: str | Path | Checkpoint, task: str, *, dtype: str = "float32", device: str = "cpu") -> Loaded:

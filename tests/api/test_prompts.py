@@ -129,6 +129,18 @@ def test_a_decoder_that_classifies_finds_the_last_token_behind_a_prompt(made: Pa
     assert whole == pytest.approx(sum(alone), rel=1e-12)
 
 
+def test_no_text_is_too_long_for_a_model_that_counts_positions_from_two(tmp_path: Path) -> None:
+    """RoBERTa's 26 positions have room for 24 tokens: 20 of a text behind 4."""
+    sizes = {"vocab_size": 340, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    config = transformers.RobertaConfig(**sizes, num_attention_heads=4, max_position_embeddings=26, num_labels=3)
+    transformers.RobertaForSequenceClassification(config).save_pretrained(tmp_path / "roberta")
+    trained_tokenizer().save_pretrained(tmp_path / "roberta")
+    (tmp_path / "roberta.jsonl").write_text(json.dumps({"text": "the cat " * 30, "label": 1}) + "\n")
+    make("prompt", "roberta", "classification", tmp_path, tmp_path / "out", parameters={"tokens": 4})
+    loaded = with_prompt(load_model(tmp_path / "roberta", "classification"), open_prompt(tmp_path / "out"))
+    assert loaded.positions == 20
+
+
 def test_the_start_is_a_text_an_earlier_prompt_or_random_tokens(made: Path, tmp_path: Path) -> None:
     table = load_file(made / "llama" / "model.safetensors")["model.embed_tokens.weight"]
     tokenizer: Any = load_model(made / "llama", "lm").tokenizer
