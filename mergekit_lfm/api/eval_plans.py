@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from mergekit_lfm.api.attachments import load_with, split_attached
 from mergekit_lfm.api.judge import judge_data
 from mergekit_lfm.api.outcome import Outcome, warn_of
 from mergekit_lfm.api.stats import set_threads
@@ -20,8 +21,8 @@ from mergekit_lfm.machine.progress import SILENCE, Progress
 from mergekit_lfm.output.file_request import FileRequest
 from mergekit_lfm.output.names import public_names
 from mergekit_lfm.output.request import Request, RequestInput
+from mergekit_lfm.recipe.adapters import AdapterRef
 from mergekit_lfm.recipe.eval_recipe import JOB, EvalRecipe
-from mergekit_lfm.runtime.load import load_model
 from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.store.durable import replace_file
 from mergekit_lfm.store.files import digest_file, read_json
@@ -32,11 +33,15 @@ Scores = Mapping[str, Mapping[str, Score]]  # by model, then by file, as the rec
 
 @dataclass(frozen=True)
 class PlannedEval:
-    """A judgement that is checked, and not made yet. sources: the models. device: where they run."""
+    """A judgement that is checked, and not made yet. device: where models run.
+
+    sources: the models; attached: what runs with each and changes no weight, such as a bottleneck adapter.
+    """
 
     recipe: EvalRecipe
     out: Path
     sources: tuple[Checkpoint, ...]
+    attached: tuple[AdapterRef | None, ...]
     device: str = "cpu"
 
     @property
@@ -49,13 +54,15 @@ class PlannedEval:
         """The request that the file answers: the recipe, and the content of models and data."""
         recipe = self.recipe
         whole = {**recipe.normalised(), "device": self.device.partition(":")[0]}
-        whole["content"] = [digest_file(path) for path in recipe.files]
+        modules = [Path(ref.source) for ref in self.attached if ref is not None and isinstance(ref.source, Path)]
+        whole["content"] = [digest_file(path) for path in (*recipe.files, *modules)]
         names = public_names([*recipe.models, *recipe.data])
         public = {**whole, **{key: [names[ref] for ref in whole[key]] for key in ("models", "data")}}
         pairs = zip(recipe.models, self.sources, strict=True)
         inputs = tuple(RequestInput(ref, source, source.config) for ref, source in pairs)
         request = Request(whole, public, inputs)
-        return FileRequest(request, recipe.files, "a file of scores", lambda out: _digest_in(out) == request.digest)
+        files = (*recipe.files, *modules)
+        return FileRequest(request, files, "a file of scores", lambda out: _digest_in(out) == request.digest)
 
     def stand_in(self, file: Path) -> None:
         """Write an empty file, since no stage reads scores."""
@@ -64,7 +71,8 @@ class PlannedEval:
 
 def plan_eval(recipe: EvalRecipe, out: Path, *, device: str | None = None) -> PlannedEval:
     """Check a recipe that judges models. Reads headers only. Raises PlanError without the device."""
-    return PlannedEval(recipe, out, tuple(map(open_found, recipe.found)), str(find_device(device or "cpu")))
+    found, attached = zip(*map(split_attached, recipe.found), strict=True)
+    return PlannedEval(recipe, out, tuple(map(open_found, found)), attached, str(find_device(device or "cpu")))
 
 
 def evaluate_planned(
@@ -81,8 +89,8 @@ def evaluate_planned(
         judges = {ref: judge_data(path, *how) for ref, path in zip(recipe.data, recipe.files, strict=True)}
         scores, count = dict[str, dict[str, Score]](), len(planned.sources) * len(judges)
         with set_threads(threads), progress.by_count("scores", "judging") as report:
-            for ref, source in zip(recipe.models, planned.sources, strict=True):
-                loaded = load_model(source, recipe.task, device=planned.device)
+            for ref, source, attached in zip(recipe.models, planned.sources, planned.attached, strict=True):
+                loaded = load_with(source, attached, recipe.task, device=planned.device)
                 scores[ref] = {}
                 for name, judge in judges.items():
                     scores[ref][name] = judge(loaded)

@@ -11,6 +11,7 @@ from types import MappingProxyType
 from mergekit_lfm.api.arguments import StrPath
 from mergekit_lfm.api.outcome import Outcome
 from mergekit_lfm.artifacts.adapter import Adapter, open_adapter
+from mergekit_lfm.artifacts.attachment import Attachment, open_attachment
 from mergekit_lfm.artifacts.patch import Patch, open_patch
 from mergekit_lfm.artifacts.statistics import Statistics, open_statistics
 from mergekit_lfm.artifacts.transform import Transform, open_transform
@@ -19,9 +20,14 @@ from mergekit_lfm.store.folder import is_adapter
 from mergekit_lfm.store.tensors import read_header
 from mergekit_lfm.views.adapted import open_model
 
-Artifact = Statistics | Transform | Patch | Adapter
-OPENERS: Mapping[str, Callable[[Path], Statistics | Transform | Patch]] = MappingProxyType(
-    {"statistics": open_statistics, "transform": open_transform, "patch": open_patch}
+Artifact = Statistics | Transform | Patch | Adapter | Attachment
+OPENERS: Mapping[str, Callable[[Path], Statistics | Transform | Patch | Attachment]] = MappingProxyType(
+    {
+        "statistics": open_statistics,
+        "transform": open_transform,
+        "patch": open_patch,
+        "bottleneck adapter": open_attachment,
+    }
 )
 
 

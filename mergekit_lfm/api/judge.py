@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_lfm.api.arguments import StrPath, expand, model_folder
-from mergekit_lfm.api.outcome import Outcome
+from mergekit_lfm.api.outcome import Outcome, warn_of
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.machine.progress import SILENCE, Progress
 from mergekit_lfm.store.hub import display_name
-from mergekit_lfm.views.adapted import with_adapters
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from mergekit_lfm.artifacts.attachment import Attachment
+    from mergekit_lfm.artifacts.prompt import Prompt
     from mergekit_lfm.artifacts.transform import Transform
     from mergekit_lfm.edit.scores import FactScores
     from mergekit_lfm.judge.barrier import Interpolation
@@ -36,6 +37,7 @@ def evaluate_models(
     data: StrPath | Sequence[StrPath] = (),
     facts: StrPath | None = None,
     task: str | None = None,
+    prompt: StrPath | None = None,
     window: int | None = None,
     stride: int | None = None,
     device: str = "cpu",
@@ -43,13 +45,16 @@ def evaluate_models(
 ) -> Outcome[Scores]:
     """Judge saved models on texts, on data files of a task, or on a facts file; one model is in memory at a time.
 
+    models: folders, names on the Hub, or MODEL+ADAPTER, where the adapter may be a file with a bottleneck adapter.
     text: files of UTF-8 text, for language models: perplexity and bits per byte. data: .jsonl, .txt or .npz files of
     `task`: "lm" as for texts, "classification" the accuracy, "embedding" the retrieval of each text's own positive.
-    facts: a facts file, as `edit_model` takes it. window: the most tokens at a time; stride: for "lm", the tokens
-    predicted at a time. The result has the scores by model, then by file.
+    facts: a facts file, as `edit_model` takes it. prompt: a prompt's folder, as `tune_model` or PEFT makes it, or a
+    file with a mixture of prompts; it stands before every text, and the same tokens are scored as without it. window:
+    the most tokens at a time; stride: for "lm", the tokens predicted at a time. The result has the scores by model,
+    then by file.
 
     Raises PlanError for inputs that do not go together and files that cannot be read, ImportError if transformers is
-    not installed.
+    not installed, or with a prompt peft.
     """
     started = time.monotonic()
     named, texts, files = _as_list(models), _as_list(text), _as_list(data)
@@ -59,8 +64,8 @@ def evaluate_models(
         raise PlanError("data need a task: lm, classification or embedding; give it (--task)")
     if texts and task not in (None, "lm"):
         raise PlanError(f"texts are for language models; give data with the task {task}")
-    if facts is not None and (task, window, stride) != (None, None, None):
-        raise PlanError("facts take no task, window or stride; leave them out")
+    if facts is not None and (task, prompt, window, stride) != (None, None, None, None):
+        raise PlanError("facts take no task, prompt, window or stride; leave them out")
     task = task or "lm"
     if stride is not None and task != "lm":
         raise PlanError("stride is for language models; leave it out")
@@ -70,15 +75,39 @@ def evaluate_models(
     else:
         judges = {str(file): _judge_text(expand(file, "text"), window, stride) for file in texts}
         judges |= {str(file): judge_data(expand(file, "data"), task, window, stride) for file in files}
-    scores = {}
+    before = None if prompt is None else _open_prompt(prompt)
+    scores, notices = {}, list[str]()
     for model in named:
-        from mergekit_lfm.runtime.load import load_model
+        from mergekit_lfm.api.attachments import load_attached
 
         folder = model_folder(model)
-        loaded = load_model(with_adapters(folder), task, device=device)
+        loaded = load_attached(folder, task, device=device)
+        if before is not None:
+            loaded, notice = _put_before(loaded, before, display_name(folder))
+            notices += notice
         scores[display_name(folder)] = {name: judge(loaded) for name, judge in judges.items()}
         del loaded
-    return Outcome(None, scores, seconds=time.monotonic() - started)
+    return Outcome(None, scores, warnings=warn_of(notices), seconds=time.monotonic() - started)
+
+
+def _open_prompt(prompt: StrPath) -> Prompt | Attachment:
+    """The prompt in a folder, or the mixture in a file."""
+    from mergekit_lfm.artifacts.attachment import open_attachment
+    from mergekit_lfm.artifacts.prompt import open_prompt
+
+    place = expand(prompt, "prompt")
+    return open_attachment(place) if place.is_file() else open_prompt(place, str(prompt))
+
+
+def _put_before(loaded: Loaded, prompt: Prompt | Attachment, model: str) -> tuple[Loaded, list[str]]:
+    """The loaded model with the prompt, and a notice if that was trained on another one."""
+    from mergekit_lfm.artifacts.prompt import Prompt
+    from mergekit_lfm.runtime.prompts import with_prompt
+
+    base = prompt.base if isinstance(prompt, Prompt) else prompt.info.base
+    other = base not in (None, loaded.checkpoint.content)
+    notice = f"the prompt was trained on a model of other content than {model}; the score is of both together"
+    return with_prompt(loaded, prompt), [notice] if other else []
 
 
 def _as_list(paths: StrPath | Sequence[StrPath]) -> list[StrPath]:

@@ -53,7 +53,7 @@ class PlannedStats:
     def facts(self) -> StatisticsInfo:
         """The facts of the file that are known before the model runs."""
         recipe = self.recipe
-        tokenizer, positions = load_reader(self.source)
+        tokenizer, positions = load_reader(self.source, recipe.task)
         how: dict[str, Any] = {key: getattr(recipe, key) for key in ("batch_size", "max_examples", "window")}
         batches = read_data(recipe.data_file, recipe.task, tokenizer, positions=positions, **how)
         models = [(self.source.content, recipe.dtype)]

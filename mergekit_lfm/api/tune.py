@@ -1,4 +1,4 @@
-"""`tune_model`: from a saved model and data to a trained one: a checkpoint, a patch, or an adapter."""
+"""`tune_model`: from a saved model and data to a trained one: a checkpoint, a patch, an adapter, or a prompt."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from torch import Tensor
 
 from mergekit_lfm.api.arguments import StrPath, expand
 from mergekit_lfm.api.outcome import Outcome, warn_of
-from mergekit_lfm.api.tune_plans import PlannedTuning, plan_tuning
+from mergekit_lfm.api.tune_plans import OPTIONS, PlannedTuning, plan_tuning
+from mergekit_lfm.api.tune_prompts import check_lengths, check_prompt, leave_room
 from mergekit_lfm.api.tune_results import Tuned, check_adapter, check_places, write_result
-from mergekit_lfm.artifacts.patch import read_patch_info
 from mergekit_lfm.artifacts.statistics import open_statistics
 from mergekit_lfm.errors import FormatError, PlanError, reason
 from mergekit_lfm.machine.progress import SILENCE, Progress
@@ -63,7 +63,7 @@ def tune_model(
     overwrite: bool = False,
     progress: Progress = SILENCE,
 ) -> Outcome[Tuned]:
-    """Train a saved model on data by a method, and write what that leaves: a checkpoint, a patch file or an adapter.
+    """Train a saved model on data by a method, and write what that leaves: a checkpoint, a file, an adapter, a prompt.
 
     model: a folder, a name on the Hub, or MODEL+ADAPTER; it stays as it is. data: a .jsonl, .txt or .npz file, or
     several; an entry {path, most} uses `most` examples of a file in one time round. task: "lm", "classification" or
@@ -110,9 +110,7 @@ def _known(planned: PlannedTuning) -> Tuned:
     """The result that an earlier run has left."""
     makes = planned.recipe.declaration.makes
     facts = (
-        read_patch_info(planned.out).options["result"]
-        if makes == "patch"
-        else result_of(planned.out, planned.answer.lock_file)
+        OPTIONS[makes](planned.out)["result"] if makes in OPTIONS else result_of(planned.out, planned.answer.lock_file)
     )
     return Tuned(**facts)
 
@@ -139,16 +137,19 @@ def _tune(planned: PlannedTuning, progress: Progress) -> tuple[Tuned, list[str]]
             f"{recipe.model} is an encoder with a decoder, expected a model without; such are not tuned here"
         )
     subject = make_subject(loaded.model, planned.source)
-    examples, dev = _read_all(loaded, recipe)
     size = sum(x.numel() for x in loaded.model.parameters())
     with torch.random.fork_rng([loaded.model.device] if planned.device.startswith("cuda") else []):
         torch.manual_seed(seed_of(options.seed, "start"))
         fisher = None if recipe.statistics is None else _fisher(recipe.statistics, subject)
-        work = TuneWork(loaded.model, recipe.task, recipe.settings, options.steps, recipe.found.model, fisher)
+        files = tuple(file.path for file in recipe.named_files)
+        facts = (recipe.found.model, fisher, files, subject.digest, loaded.tokenizer)
+        work = TuneWork(loaded.model, recipe.task, recipe.settings, options.steps, *facts)
         _ = subject.names  # as they are before the method changes them
         prepared = method.prepare(work)
     check_places(prepared, subject, planned.source)
     check_adapter(planned, prepared)
+    check_prompt(recipe, prepared)
+    examples, dev = _read_all(leave_room(recipe, loaded, prepared.virtual), recipe)
     if options.weight_decay and not prepared.decays:
         raise PlanError(
             f"weight_decay is {options.weight_decay}, and {method.name} trains parts of tensors, which would decay as "
@@ -164,7 +165,7 @@ def _tune(planned: PlannedTuning, progress: Progress) -> tuple[Tuned, list[str]]
         history = fit(
             prepared.model,
             examples,
-            LOSSES[recipe.task],
+            LOSSES[recipe.task] if prepared.loss is None else prepared.loss(LOSSES[recipe.task]),
             options,
             dev=dev,
             hooks=prepared.hooks,
@@ -172,7 +173,8 @@ def _tune(planned: PlannedTuning, progress: Progress) -> tuple[Tuned, list[str]]
             request=request.digest,
             tell=lambda done, whole, _: count(done, whole),
         )
-        tuned = Tuned(method.makes, history.steps, trained, size, history.loss, history.best, history.best_step)
+        found = (history.steps, trained, size, history.loss, history.best, history.best_step)
+        tuned = Tuned(method.makes, *found, prepared.facts())
         findings = write_result(planned, prepared, subject, tuned)
         (training / STATE).unlink(missing_ok=True)
     return tuned, findings
@@ -183,6 +185,7 @@ def _read(path: Path, loaded: Loaded, recipe: TuneRecipe) -> Examples:
     if recipe.task == "classification":
         config: Any = loaded.model.config
         check_labels(examples, getattr(config, "num_labels", None), path)
+    check_lengths(examples, loaded, path)
     return examples
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
-from mergekit_lfm.artifacts.patch import PatchInfo, TensorChange, read_patch_info
+from mergekit_lfm.artifacts.attachment import read_attachment_info
+from mergekit_lfm.artifacts.patch import read_patch_info
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.machine.devices import find_device
-from mergekit_lfm.output import save
-from mergekit_lfm.output.adapter import write_empty
 from mergekit_lfm.output.file_request import FileRequest
 from mergekit_lfm.output.lock import ADAPTER_LOCK, LOCK
 from mergekit_lfm.output.names import public_names
@@ -18,12 +20,29 @@ from mergekit_lfm.output.request import Request, RequestInput
 from mergekit_lfm.recipe.tune_recipe import DataFile, TuneRecipe
 from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.store.files import digest_file
+from mergekit_lfm.store.folder import ADAPTER_WEIGHTS
 from mergekit_lfm.store.places import beside
-from mergekit_lfm.store.tensors import FLOATS, encode_header
 from mergekit_lfm.views.adapted import open_found
 
 TRAINING = ".training"  # ends the name of the folder with the state and the metrics, beside OUT
 SUFFIX = ".safetensors"
+FOLDERS = ("adapter", "prompt")  # results that are folders as PEFT has them
+# Results that are files: a reader of the options in their headers, by the kind of result.
+OPTIONS: Mapping[str, Callable[[Path], Mapping[str, Any]]] = MappingProxyType(
+    {
+        "patch": lambda file: read_patch_info(file).options,
+        "attachment": lambda file: read_attachment_info(file).options,
+        "mixture": lambda file: read_attachment_info(file).options,
+    }
+)
+NAMES: Mapping[str, str] = MappingProxyType(
+    {"patch": "a patch", "attachment": "a bottleneck adapter", "mixture": "a mixture of prompts"}
+)
+
+
+def file_request(request: Request, files: tuple[Path, ...], makes: str) -> FileRequest:
+    """The request that a file of a kind answers, whose digest is among its options."""
+    return FileRequest(request, files, NAMES[makes], lambda out: OPTIONS[makes](out).get("request") == request.digest)
 
 
 @dataclass(frozen=True)
@@ -39,9 +58,9 @@ class PlannedTuning:
     def notices(self) -> tuple[str, ...]:
         """The facts that a user should know."""
         found = self.recipe.found
-        on = f"the adapter is for {self.recipe.model}, and its config names {found.model} alone"
         makes = self.recipe.declaration.makes
-        return (*self.recipe.notices, *([on] if found.adapters and makes == "adapter" else []))
+        on = f"the {makes} is for {self.recipe.model}, and its config names {found.model} alone"
+        return (*self.recipe.notices, *([on] if found.adapters and makes in FOLDERS else []))
 
     @cached_property
     def answer(self) -> Request:
@@ -49,19 +68,25 @@ class PlannedTuning:
         recipe = self.recipe
         whole = {**recipe.normalised(), "device": self.device.partition(":")[0], "content": self.contents}
         files = [*recipe.files, *([recipe.dev_file] if recipe.dev_file else [])]
-        names = public_names([recipe.model, *(file.ref for file in files), *([recipe.stats] if recipe.stats else [])])
+        named = [file.ref for file in recipe.named_files]
+        refs = [recipe.model, *(file.ref for file in files), *([recipe.stats] if recipe.stats else []), *named]
+        names = public_names(refs)
         data = [{**entry, "path": names[entry["path"]]} for entry in whole["data"]]
         public = {**whole, "model": names[recipe.model], "data": data}
         public |= {key: names[whole[key]] for key in ("dev", "stats") if key in whole}
-        lock = ADAPTER_LOCK if recipe.declaration.makes == "adapter" else LOCK
+        if (key := recipe.declaration.files) is not None:
+            public["parameters"] = {**whole["parameters"], key: ",".join(names[ref] for ref in named)}
+        lock = ADAPTER_LOCK if recipe.declaration.makes in FOLDERS else LOCK
         inputs = (RequestInput(recipe.model, self.source, self.source.config),)
         return Request(whole, public, inputs, lock)
 
     @property
     def files(self) -> tuple[Path, ...]:
         """The files that are read besides the model."""
-        found: list[DataFile | Path | None] = [*self.recipe.files, self.recipe.dev_file, self.recipe.statistics]
-        return tuple(file.path if isinstance(file, DataFile) else file for file in found if file is not None)
+        recipe = self.recipe
+        found: list[DataFile | Path | None] = [*recipe.files, recipe.dev_file, recipe.statistics, *recipe.named_files]
+        paths = [file.path if isinstance(file, DataFile) else file for file in found if file is not None]
+        return tuple(path / ADAPTER_WEIGHTS[0] if path.is_dir() else path for path in paths)
 
     @cached_property
     def contents(self) -> dict[str, str]:
@@ -80,41 +105,19 @@ class PlannedTuning:
     @property
     def request(self) -> Request | FileRequest:
         """The request that the result answers."""
-        if self.recipe.declaration.makes != "patch":
-            return self.answer
-        return FileRequest(
-            self.answer,
-            self.files,
-            "a patch",
-            lambda out: bool(read_patch_info(out).options.get("request") == self.answer.digest),
-        )
+        makes = self.recipe.declaration.makes
+        return file_request(self.answer, self.files, makes) if makes in OPTIONS else self.answer
 
     @property
     def training(self) -> Path:
         """The folder for the state and the metrics."""
         return beside(self.out, TRAINING)
 
-    def stand_in(self, folder: Path) -> None:
+    def stand_in(self, place: Path) -> None:
         """Write something like the result, without data; a patch as if it changed each tensor."""
-        makes = self.recipe.declaration.makes
-        if makes == "patch":
-            specs = [spec for spec in self.source.values() if spec.dtype in FLOATS]
-            changes = {spec.name: TensorChange("replace", spec.shape, spec.dtype) for spec in specs}
-            metadata = PatchInfo(self.recipe.method, changes).metadata()
-            write_empty(folder, encode_header(specs, metadata)[0], specs)
-            return
-        if makes == "checkpoint":
-            save.stand_in(self.source, folder)
-            return
-        from mergekit_lfm.output.trained_adapter import stand_in_adapter
-        from mergekit_lfm.runtime.load import empty_model
-        from mergekit_lfm.tune.work import TuneWork
+        from mergekit_lfm.api.tune_stand_ins import stand_in_tuning
 
-        recipe = self.recipe
-        model = empty_model(self.source, recipe.task)
-        work = TuneWork(model, recipe.task, recipe.settings, recipe.options.steps, recipe.found.model)
-        made = recipe.declaration.prepare(work).adapter()
-        stand_in_adapter(folder, made.config, made.tensors)
+        stand_in_tuning(self.recipe, self.source, place)
 
 
 def plan_tuning(recipe: TuneRecipe, out: Path, *, device: str | None = None) -> PlannedTuning:
@@ -124,6 +127,9 @@ def plan_tuning(recipe: TuneRecipe, out: Path, *, device: str | None = None) -> 
     """
     source = open_found(recipe.found)
     place = str(find_device(device or "cpu"))
-    if recipe.declaration.makes == "patch" and out.suffix != SUFFIX:
-        raise PlanError(f"{out}: {recipe.method} makes a patch, which is a file; give a name that ends in {SUFFIX}")
+    makes = recipe.declaration.makes
+    if makes in OPTIONS and out.suffix != SUFFIX:
+        raise PlanError(
+            f"{out}: {recipe.method} makes {NAMES[makes]}, which is a file; give a name that ends in {SUFFIX}"
+        )
     return PlannedTuning(recipe, out, source, place)

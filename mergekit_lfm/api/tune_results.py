@@ -1,11 +1,13 @@
-"""The result of a tuning: written as a model, a patch or an adapter."""
+"""The result of a tuning: written as a model, a patch, an adapter or a bottleneck adapter."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,11 +28,11 @@ from mergekit_lfm.views.adapted import adapt
 
 @dataclass(frozen=True, slots=True)
 class Tuned:
-    """The result of a tuning. makes: "checkpoint", "patch" or "adapter".
+    """The result of a tuning. makes: "checkpoint", "patch", "adapter", "attachment", "prompt" or "mixture".
 
     steps: those done, fewer than planned where the development set ended it. trained: how many numbers were trained;
     parameters: the model's. loss: the mean over the last tenth of the steps. dev_loss, best_step: the least on the
-    development set, whose state was kept; None without one.
+    development set, whose state was kept; None without one. facts: more about the result, as the words of `pez`.
     """
 
     makes: str
@@ -40,6 +42,7 @@ class Tuned:
     loss: float
     dev_loss: float | None = None
     best_step: int | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 def write_result(planned: PlannedTuning, prepared: Prepared, subject: Subject, tuned: Tuned) -> list[str]:
@@ -49,6 +52,12 @@ def write_result(planned: PlannedTuning, prepared: Prepared, subject: Subject, t
     if prepared.adapter is not None:
         made = prepared.adapter()
         save_adapter(planned.out, made.config, made.tensors, planned.answer, facts)
+        return []
+    options = {"request": planned.answer.digest, "recipe": planned.answer.public, "result": facts}
+    if prepared.attachment is not None:
+        attachment = prepared.attachment().made_for(planned.source.content, options, versions("torch"))
+        planned.out.parent.mkdir(parents=True, exist_ok=True)
+        attachment.save(planned.out)
         return []
     prepared.fold()
     changed = changes_of(subject, planned.source)
@@ -68,7 +77,6 @@ def write_result(planned: PlannedTuning, prepared: Prepared, subject: Subject, t
         name: TensorChange("replace", source[name].shape, source[name].dtype, digest=source.digest_of(name))
         for name in changed
     }
-    options = {"request": planned.answer.digest, "recipe": planned.answer.public, "result": facts}
     info = PatchInfo(planned.recipe.method, tensors, source.content, options, {}, versions("torch"))
     planned.out.parent.mkdir(parents=True, exist_ok=True)
     Patch(info, changed).save(planned.out)
@@ -95,7 +103,7 @@ def changes_of(subject: Subject, source: Checkpoint) -> dict[str, Tensor]:
 
 def check_adapter(planned: PlannedTuning, prepared: Prepared) -> None:
     """Raise PlanError if an adapter would not go onto its model as its file holds it: tied heads, other names."""
-    if prepared.adapter is None:
+    if prepared.adapter is None or planned.recipe.declaration.makes == "prompt":
         return
     made = prepared.adapter()
     with TemporaryDirectory() as place:
@@ -113,7 +121,7 @@ def check_adapter(planned: PlannedTuning, prepared: Prepared) -> None:
 
 def check_places(prepared: Prepared, subject: Subject, source: Checkpoint) -> None:
     """Raise PlanError if no tensor of the checkpoint holds a parameter that will change, as of joined experts."""
-    if prepared.adapter is not None:
+    if prepared.adapter is not None or prepared.attachment is not None:
         return
     changing = prepared.changed or tuple(x for x in subject.module.parameters() if x.requires_grad)
     lost = [f"{subject.names[id(x)][0]} ({subject.why_unknown(x)})" for x in changing if not subject.tensors_of(x)]

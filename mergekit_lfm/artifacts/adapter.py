@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from mergekit_lfm.artifacts.attachment import refuse_attachment
 from mergekit_lfm.artifacts.patterns import Patterns
 from mergekit_lfm.errors import FormatError, shorten
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
@@ -121,6 +122,7 @@ class Adapter:
 def open_adapter(source: Path | HubName, label: str | None = None) -> Adapter:
     """The adapter in a folder, in a file, or on the Hub. Raises FormatError if it is damaged or of no known form."""
     label = str(source) if label is None else label
+    refuse_attachment(source, label)
     tensors = open_checkpoint(source, adapter=True)
     config = _read_config(tensors, label)
     modules, saved = _sort(tensors, label)

@@ -6,6 +6,7 @@ import click
 
 from mergekit_lfm.commands import options
 from mergekit_lfm.commands.align import align
+from mergekit_lfm.commands.average import average
 from mergekit_lfm.commands.barrier import barrier
 from mergekit_lfm.commands.edit import edit
 from mergekit_lfm.commands.eval import evaluate
@@ -40,6 +41,6 @@ def main() -> None:
 
 for command in (
     *(init, merge, plan, push, verify, inspect, methods, evaluate),
-    *(stats, align, barrier, repair, edit, patch, trace, extract_lora, head, tune),
+    *(stats, align, barrier, repair, edit, patch, trace, extract_lora, head, tune, average),
 ):
     main.add_command(command)

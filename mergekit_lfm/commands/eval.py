@@ -22,6 +22,8 @@ Examples:
   mergekit-lfm eval base merged/quickstart --text a.txt --text b.txt
   mergekit-lfm eval merged/digits --data test.npz --task classification
   mergekit-lfm eval merged/minilm --data pairs.jsonl --task embedding
+  mergekit-lfm eval models/base --prompt docs-prompt --text news.txt
+  mergekit-lfm eval models/a models/a+bottleneck.safetensors --data test.jsonl --task classification
   mergekit-lfm eval models/a models/a-edited --facts facts.yaml""",
 )
 @click.argument("models", nargs=-1, required=True, type=ModelFolder())
@@ -44,6 +46,11 @@ Examples:
 )
 @click.option("--task", type=click.Choice([*TASKS]), help="The kind of models; see above. [default: lm, for --text]")
 @click.option(
+    "--prompt",
+    type=click.Path(path_type=Path),
+    help="The folder of a prompt, as `tune --method prompt` makes it, to put before every text.",
+)
+@click.option(
     "--window",
     type=click.IntRange(min=1),
     help="Cut the data into pieces of this many tokens. [default: as many as the model takes; for lm at most 2048]",
@@ -65,11 +72,12 @@ def evaluate(
     files: Sequence[Path],
     facts: Path | None,
     task: str | None,
+    prompt: Path | None,
     window: int | None,
     stride: int | None,
     device: str,
 ) -> None:
-    """Judge MODELS on texts, data or facts.
+    """Judge MODELS on texts, data or facts: folders, names on the Hub, MODEL+ADAPTER, or MODEL+FILE with a bottleneck.
 
     \b
     lm              perplexity and bits per byte of texts; less is better
@@ -91,19 +99,24 @@ def evaluate(
 
     if facts is None:
         _check_files(texts, files, task, stride)
-    elif texts or files or (task, window, stride) != (None, None, None):
-        raise click.UsageError("--facts stands alone: leave out --text, --data, --task, --window and --stride.")
-    scores = evaluate_models(
+    elif texts or files or (task, prompt, window, stride) != (None, None, None, None):
+        raise click.UsageError(
+            "--facts stands alone: leave out --text, --data, --task, --prompt, --window and --stride."
+        )
+    outcome = evaluate_models(
         models,
         text=texts,
         data=files,
         facts=facts,
         task=task,
+        prompt=prompt,
         window=window,
         stride=stride,
         device=device,
         progress=console.progress,
-    ).result
+    )
+    console.warn(outcome.warnings)
+    scores = outcome.result
     data, text = (evaluation_data, evaluation_text) if facts is None else (facts_data, facts_text)
     console.conclude({"models": data(scores)}, lambda: text(scores))
 

@@ -41,8 +41,8 @@ def inspect(console: Console, /, path: str, content: bool) -> None:
     """List the tensors of a model's folder, of one file, or of a model on the Hub: shapes, dtypes, sizes, totals.
 
     On the Hub (org/name, org/name@revision) the headers are read there, and no weights are downloaded.
-    After the list, a statistics file, a transform, a patch or an adapter is described: its model, the method that made
-    it, and its content. MODEL+ADAPTER is the model with the adapter applied.
+    After the list, a statistics file, a transform, a patch or an adapter of any kind is described: its model, its
+    method and its content. MODEL+ADAPTER is the model with the adapter applied.
     """
     from mergekit_lfm.api.inspect import inspect_file
     from mergekit_lfm.commands.show.files import checkpoint_data, checkpoint_text
@@ -62,8 +62,10 @@ def _describe(artifact: Artifact | None, file: Path) -> tuple[str, dict[str, Any
     if artifact is None:
         return "", {}, ""
     from mergekit_lfm.artifacts.adapter import Adapter
+    from mergekit_lfm.artifacts.attachment import Attachment
     from mergekit_lfm.artifacts.statistics import Statistics
     from mergekit_lfm.artifacts.transform import Transform
+    from mergekit_lfm.commands.show.attachments import attachment_data, attachment_text
     from mergekit_lfm.commands.show.files import adapter_data, adapter_text, statistics_data, statistics_text
     from mergekit_lfm.commands.show.patches import patch_data, patch_text
     from mergekit_lfm.commands.show.transforms import transform_data, transform_text
@@ -77,6 +79,9 @@ def _describe(artifact: Artifact | None, file: Path) -> tuple[str, dict[str, Any
     if isinstance(artifact, Adapter):
         data = adapter_data(artifact)
         return "adapter", data, adapter_text(data)
+    if isinstance(artifact, Attachment):
+        data = attachment_data(artifact)
+        return "attachment", data, attachment_text(data)
     data = {"path": str(file), **patch_data(artifact)}
     return "patch", data, patch_text(data)
 

@@ -16,14 +16,15 @@ from mergekit_lfm.recipe.registry import TUNE_METHODS
 from mergekit_lfm.recipe.training import SCHEDULES
 from mergekit_lfm.runtime.tasks import TASKS
 
-HELP = f"""Train MODEL on data by a method, and write the tuned model, a patch or an adapter.
+HELP = f"""Train MODEL on data by a method, and write the tuned model, a patch, an adapter or a prompt.
 
 \b
 {method_rows(TUNE_METHODS)}
 
 full, lp_ft and layerwise write a model's folder; bitfit, mask and svf a patch file with the tensors that changed;
-the others an adapter as PEFT has it. Each is an input of merges. MODEL is a folder, a name on the Hub, or
-MODEL+ADAPTER.
+dora, ia3, ln, lokr and lora an adapter as PEFT has it. Each is an input of merges. adamix, adapter_fusion, compacter,
+houlsby, parallel and pfeiffer write a file with a bottleneck adapter, which `eval MODEL+FILE` runs; the others a prompt
+as PEFT has it, for `eval --prompt`. MODEL is a folder, a name on the Hub, or MODEL+ADAPTER.
 
 \b
 Data are .jsonl with one of these on every line, .txt for lm, or .npz with the model's inputs and labels:
@@ -34,7 +35,7 @@ Data are .jsonl with one of these on every line, .txt for lm, or .npz with the m
 
 A run that was interrupted goes on from OUT.training when the same command runs again; metrics.jsonl there has a
 line for each step. If OUT holds the result of the same request already, nothing is done. Needs the extra:
-pip install "mergekit_lfm[models]", and for adapters "mergekit_lfm[tune]"
+pip install "mergekit_lfm[models]", and for adapters and prompts "mergekit_lfm[tune]"
 """
 
 

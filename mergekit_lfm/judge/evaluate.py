@@ -108,6 +108,7 @@ def window_and_stride(model: Loaded, window: int | None, stride: int | None) -> 
         stride = window
     if window < 1 or (positions is not None and window > positions):
         limit = "at least 1" if positions is None else f"from 1 to {positions}, the positions of the model"
+        limit += f" behind {model.virtual} virtual tokens" if model.virtual else ""
         raise PlanError(f"window is {window}; expected {limit}. Choose a window in that range, or leave it out")
     if not 1 <= stride <= window:
         raise PlanError(

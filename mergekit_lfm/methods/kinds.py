@@ -77,14 +77,15 @@ class StatisticMethod(Generic[F]):
     outline: Callable[..., Any] | None = None
 
 
-Makes = Literal["checkpoint", "patch", "adapter"]
+Makes = Literal["checkpoint", "patch", "adapter", "attachment", "prompt", "mixture"]
 
 
 @dataclass(frozen=True, slots=True)
 class TuneMethod(Generic[F]):
-    """A way to tune a model. makes: what it leaves: the whole model, the tensors that changed, or PEFT's adapter.
+    """A way to tune a model. makes: the model, the tensors that changed, PEFT's adapter, an attached module, a prompt.
 
-    rate: its learning rate by default. needs: a file of statistics that it needs.
+    "mixture": of several prompts. rate: its learning rate by default. needs: a file of statistics that it needs. files:
+    the parameter that names files with commas, which it reads; one whose default is "" may name none.
     """
 
     name: str
@@ -95,6 +96,7 @@ class TuneMethod(Generic[F]):
     rate: float
     parameters: tuple[Parameter, ...] = ()
     needs: Literal["fisher"] | None = None
+    files: str | None = None
 
 
 AnyMethod = Method | AlignMethod[Any] | EditMethod[Any] | StatisticMethod[Any] | TuneMethod[Any]

@@ -41,6 +41,12 @@ PREFIX = "base_model.model."
 WRAPPER = ".base_layer"
 SPOOL = "factors.unfinished"  # the tensors in the order in which they came
 METADATA = {"format": "pt"}
+WORDS = {  # of a card, for a kind
+    "LORA": "An adapter (LoRA)",
+    "PROMPT_TUNING": "A prompt of virtual tokens",
+    "P_TUNING": "A prompt of virtual tokens",
+    "PREFIX_TUNING": "A prompt of keys and values",
+}
 COPIED_AT_ONCE = 1 << 24  # bytes
 
 
@@ -53,7 +59,7 @@ class AdapterOutput:
     architecture: its class in transformers; labels: their number if it is a classifier. task: PEFT's name of its task,
     if that is not to follow from the class. fan_in_fan_out: True if the wrapped layers are Conv1D. tied: an embedding
     and the head that has its weight; changes of the one are then changes of the other. repo: the model on the Hub,
-    license: its entries in a card, about: Markdown, all three for the card.
+    license: its entries in a card, about: Markdown, all three for the card. kind: PEFT's name of its kind.
     """
 
     names: Collection[str]
@@ -67,6 +73,7 @@ class AdapterOutput:
     repo: str | None = None
     license: Mapping[str, str] = field(default_factory=dict)
     about: str = ""
+    kind: str = "LORA"
 
 
 class NewAdapter:
@@ -246,7 +253,7 @@ def adapter_card(title: str, output: AdapterOutput) -> str:
     """The text of its model card."""
     front: dict[str, Any] = dict(output.license)
     front |= {"base_model": output.repo, "base_model_relation": "adapter"} if output.repo else {}
-    front |= {"library_name": "peft", "tags": ["lora", "mergekit_lfm"]}
+    front |= {"library_name": "peft", "tags": [output.kind.lower(), "mergekit_lfm"]}
     named = output.architecture
     kind = named if named and named.isidentifier() else "AutoModel"
     base = bound(output.repo or Path(output.base or "MODEL").name, LONGEST)  # no path of the machine that made it
@@ -258,10 +265,11 @@ def adapter_card(title: str, output: AdapterOutput) -> str:
     )
     shown = as_markdown(base)
     link = f"[{shown}](https://huggingface.co/{output.repo})" if output.repo else shown
+    named_kind = WORDS.get(output.kind, f"An adapter ({output.kind})")
     about = f"{output.about.strip()}\n\n" if output.about else ""
     return (
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {as_markdown(title)}\n\n"
-        f"An adapter (LoRA) for {link}, made with mergekit_lfm {__version__}.\n\n{about}"
+        f"{named_kind} for {link}, made with mergekit_lfm {__version__}.\n\n{about}"
         f"## To load it\n\n{code_block(code, 'python')}\n"
     )
 

@@ -69,5 +69,5 @@ def _documents(title: str, config: Mapping[str, Any]) -> dict[str, bytes]:
     text = json.dumps(config, indent=2, sort_keys=True, default=sorted)  # sets have no order
     return {
         ADAPTER_CONFIG: f"{text}\n".encode(),
-        CARD: adapter_card(title, AdapterOutput((), base=base, repo=repo)).encode(),
+        CARD: adapter_card(title, AdapterOutput((), base=base, repo=repo, kind=str(config["peft_type"]))).encode(),
     }

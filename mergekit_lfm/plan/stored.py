@@ -8,6 +8,7 @@ from pathlib import Path
 from mergekit_lfm.arch.heads import HEAD, POOLER
 from mergekit_lfm.arch.kinds import kind_of
 from mergekit_lfm.arch.ties import tied_names
+from mergekit_lfm.artifacts.attachment import refuse_attachment
 from mergekit_lfm.errors import PlanError, several
 from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
@@ -37,6 +38,7 @@ def _open_files(recipe: Recipe) -> dict[str, Checkpoint]:
     checkpoints: dict[Path | HubName, Checkpoint] = {}
     problems = []
     for model in recipe.all_models:
+        refuse_attachment(model.source, model.label)
         try:
             if model.source not in checkpoints:
                 checkpoints[model.source] = open_checkpoint(model.source)

@@ -46,6 +46,19 @@ def _read_parameters(method: TuneMethod[Any], given: Mapping[str, Any]) -> tuple
     return {**defaults_of(method.parameters), **values}, problems
 
 
+def _read_named(text: str, parameter: str, where: Where) -> tuple[tuple[DataFile, ...], list[Problem]]:
+    """The files in a text with commas."""
+    place, files, problems = f"parameters.{parameter}", list[DataFile](), list[Problem]()
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        problems.append(problem_at(place, FOUND, found=repr(text), expected="files with commas"))
+    for name in names:
+        found, missing = read_file(name, where, place, "the result of an earlier tuning")
+        problems += missing
+        files += [] if found is None else [DataFile(name, found.path)]
+    return tuple(files), problems
+
+
 class DataEntry(Strict):
     """A file of examples. most: how many of them, drawn anew each time round, are used in one; all by default."""
 
@@ -110,6 +123,7 @@ class TuneRecipe(JobForm):
     _data: tuple[DataFile, ...] = PrivateAttr()
     _dev: DataFile | None = PrivateAttr(default=None)
     _stats: Path | None = PrivateAttr(default=None)
+    _named: tuple[DataFile, ...] = PrivateAttr(default=())
     _options: Options = PrivateAttr()
     _settings: dict[str, Value] = PrivateAttr()
 
@@ -149,6 +163,9 @@ class TuneRecipe(JobForm):
         elif self.stats is not None:
             found, missing = read_file(self.stats, where, "stats", "a statistics file")
             self._stats, problems = None if found is None else found.path, [*problems, *missing]
+        if method.files is not None and self._settings[method.files] != "":
+            self._named, missing = _read_named(str(self._settings[method.files] or ""), method.files, where)
+            problems = [*problems, *missing]
         if self.evaluate_every is not None and self.dev is None:
             problems.append(
                 problem_at("evaluate_every", FOUND, found=str(self.evaluate_every), expected="`dev` beside it")
@@ -192,6 +209,11 @@ class TuneRecipe(JobForm):
     def statistics(self) -> Path | None:
         """The file of Fisher information."""
         return self._stats
+
+    @property
+    def named_files(self) -> tuple[DataFile, ...]:
+        """The files that a parameter of the method names."""
+        return self._named
 
     @property
     def options(self) -> Options:

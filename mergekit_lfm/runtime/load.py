@@ -50,23 +50,28 @@ ROUNDING = 1e-4
 class Loaded:
     """A model in evaluation mode, loaded for a task, with its tokenizer and the checkpoint it comes from.
 
-    tokenizer: None if the folder lacks one, as for a model of images.
+    tokenizer: None if the folder lacks one, as for a model of images. virtual: the tokens of a prompt before each text.
     """
 
     model: nn.Module
     tokenizer: Tokenizer | None
     task: str
     checkpoint: Checkpoint
+    virtual: int = 0
 
     @property
     def positions(self) -> int | None:
-        """The longest sequence the config allows, in tokens; None if it names no limit (XLNet says -1)."""
-        return _positions(self.model.config)
+        """The longest text the config allows, in tokens; None if it names no limit (XLNet says -1).
 
-
-def _positions(config: Any) -> int | None:
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return None if limit is None or limit < 1 else int(limit)
+        RoBERTa counts from 2: the first rows of its table of positions stand for padding.
+        """
+        config: Any = self.model.config
+        limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+        if limit is None or limit < 1:
+            return None
+        tables = (module for name, module in self.model.named_modules() if name.endswith("position_embeddings"))
+        padding = next((getattr(table, "padding_idx", None) for table in tables), None)
+        return int(limit) - (0 if padding is None else padding + 1) - self.virtual
 
 
 def load_model(path: str | Path | Checkpoint, task: str, *, dtype: str = "float32", device: str = "cpu") -> Loaded:
@@ -131,13 +136,13 @@ def empty_model(source: Checkpoint, task: str) -> nn.Module:
     return model
 
 
-def load_reader(source: Checkpoint) -> tuple[Tokenizer | None, int | None]:
+def load_reader(source: Checkpoint, task: str) -> tuple[Tokenizer | None, int | None]:
     """The tokenizer of a model, None without one, and the longest sequence it takes, None without a limit."""
     transformers, folder = import_transformers(), source.path
     sidecars_of(source)  # fetches the other files of a model on the Hub
-    with _quiet(transformers), _loading(folder, "embedding"):
-        config = transformers.AutoConfig.from_pretrained(folder, **OURS)
-        return _tokenizer(transformers, folder), _positions(config)
+    with _quiet(transformers), _loading(folder, task):
+        loaded = Loaded(empty_model(source, task), _tokenizer(transformers, folder), task, source)
+        return loaded.tokenizer, loaded.positions
 
 
 def classifier_with_new_head(

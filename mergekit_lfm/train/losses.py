@@ -103,6 +103,35 @@ def towards(loss: Loss, start: Mapping[str, Tensor], weight: float) -> Loss:
     return added
 
 
+def consistent(loss: Loss, weight: float) -> Loss:
+    """The loss, and `weight` times half the sum of both divergences, KL, between the predictions of two passes.
+
+    For models that choose at random in a training, as mixtures of adapters or dropout do; in evaluation the loss alone.
+    The loss is of the first pass. Source: Wang et al. 2022, arXiv 2205.12410, equations 6 and 7. Raises PlanError for
+    a model without scores of classes or tokens.
+    """
+
+    def added(model: nn.Module, batch: Batch) -> Terms:
+        if not model.training:
+            return loss(model, batch)
+        outputs: list[object] = []
+        handle = model.register_forward_hook(lambda _, __, output: outputs.append(output))
+        try:
+            total, number = loss(model, batch)
+            loss(model, batch)
+        finally:
+            handle.remove()
+        if len(outputs) != 2 or not hasattr(outputs[0], "logits"):
+            raise PlanError("two predictions are compared, expected a model with scores of classes or tokens")
+        first, second = (_wide(logits(output)).log_softmax(-1) for output in outputs)
+        apart = ((first.exp() - second.exp()) * (first - second)).sum(-1)  # KL(a|b) + KL(b|a), [n] or [n, tokens]
+        if batch["labels"].ndim > 1:
+            apart = apart[:, :-1][batch["labels"][:, 1:] != IGNORED]
+        return Terms(total + weight / 2 * apart.sum(), number)
+
+    return added
+
+
 LOSSES: Mapping[str, Loss] = {"lm": next_token, "classification": classes, "embedding": ranking}
 
 

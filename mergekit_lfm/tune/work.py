@@ -6,13 +6,16 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from mergekit_lfm.artifacts.attachment import Attachment
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.methods.method import Value
 from mergekit_lfm.train.hooks import Hook
+from mergekit_lfm.train.losses import Loss
 
 NUMBER = re.compile(r"\.(\d+)\.")
 
@@ -22,6 +25,7 @@ class TuneWork:
     """A model to be tuned. options: a value for each parameter of the method. steps: of the training.
 
     reference: the model as its user names it. fisher: Fisher information by the names of parameters, if it is given.
+    files: those that the method's parameter names. content: the digest of the model's content. tokenizer: the model's.
     """
 
     model: nn.Module
@@ -30,6 +34,9 @@ class TuneWork:
     steps: int
     reference: str
     fisher: Mapping[str, Tensor] | None = None
+    files: tuple[Path, ...] = ()
+    content: str = ""
+    tokenizer: Any = None
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -65,6 +72,12 @@ class TuneWork:
         layers = [frozenset(n for n in numbers if numbers[n] == i) for i in sorted(set(numbers.values()), reverse=True)]
         return tuple(group for group in (above, *layers, below) if group)
 
+    def integer(self, name: str) -> int:
+        """A parameter of the method that is a whole number."""
+        value = self.options[name]
+        assert isinstance(value, int)
+        return value
+
     def parameters(self, names: Iterable[str]) -> list[nn.Parameter]:
         """The parameters of these names."""
         wanted = set(names)
@@ -83,6 +96,11 @@ def _nothing() -> None:
     """Do nothing."""
 
 
+def _no_facts() -> Mapping[str, Any]:
+    """No facts."""
+    return {}
+
+
 @dataclass(frozen=True)
 class PeftAdapter:
     """An adapter in PEFT's form: its config as data, and its tensors by PEFT's names."""
@@ -97,7 +115,9 @@ class Prepared:
 
     decays: whether weight decay makes sense. count: how many numbers are trained, if not all of those parameters.
     changed: the parameters of the work's model that will have other values, if not the trained ones. fold: puts the
-    trained values into these. adapter: the trained values as an adapter, in its place.
+    trained values into these. adapter: the trained values as an adapter, in its place; attachment: as that. loss: makes
+    the loss that is trained of the task's own; in evaluation it has to be equal to that. virtual: the virtual tokens
+    before each text. facts: what a user should know about the trained values, by its name, as JSON has it.
     """
 
     model: nn.Module
@@ -107,6 +127,10 @@ class Prepared:
     changed: tuple[nn.Parameter, ...] | None = None
     fold: Callable[[], None] = field(default=_nothing)
     adapter: Callable[[], PeftAdapter] | None = None
+    attachment: Callable[[], Attachment] | None = None
+    loss: Callable[[Loss], Loss] | None = None
+    virtual: int = 0
+    facts: Callable[[], Mapping[str, Any]] = field(default=_no_facts)
 
 
 Tuner = Callable[[TuneWork], Prepared]

@@ -17,7 +17,7 @@ from mergekit_lfm.recipe.training import Options
 from mergekit_lfm.runtime.load import load_model
 from mergekit_lfm.train.examples import IGNORED, Examples
 from mergekit_lfm.train.loop import mean_loss
-from mergekit_lfm.train.losses import LOSSES, cross_entropy, next_token, pool, ranking
+from mergekit_lfm.train.losses import LOSSES, consistent, cross_entropy, next_token, pool, ranking
 from mergekit_lfm.train.texts import read_examples
 
 
@@ -148,3 +148,43 @@ def test_examples_of_other_inputs_are_refused() -> None:
         Examples([{"x": torch.zeros(1)}, {"y": torch.zeros(1)}])
     with pytest.raises(PlanError, match="no example"):
         Examples([])
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_consistency_is_the_mean_of_both_divergences_of_two_passes(kind: str, tiny: Path) -> None:  # noqa: F811
+    """Passes that differ by noise on their scores, and rows of several lengths, whose padding does not count."""
+    task = {"llama": "lm", "bert": "classification"}[kind]
+    loaded = load_model(tiny / kind, task, dtype="float64")
+    examples = read_examples(tiny / f"{kind}.jsonl", loaded)
+    batch, scores = examples.batch([0, 1, 4]), list[torch.Tensor]()
+
+    def disturb(_: Any, __: Any, output: Any) -> None:
+        noise = torch.randn(output.logits.shape[-1], generator=torch.Generator().manual_seed(len(scores))).double()
+        output.logits = output.logits + noise
+        scores.append(output.logits)
+
+    loaded.model.register_forward_hook(disturb)
+    loaded.model.train()
+    with torch.no_grad():
+        total, number = consistent(LOSSES[task], 0.3)(loaded.model, batch)
+    labels = batch["labels"]
+    if task == "lm":
+        scores, labels = [x[:, :-1][labels[:, 1:] != IGNORED] for x in scores], labels[:, 1:][labels[:, 1:] != IGNORED]
+    first, second = (x.log_softmax(-1) for x in scores)
+    apart = [
+        torch.nn.functional.kl_div(a, b, log_target=True, reduction="sum")
+        for a, b in ((first, second), (second, first))
+    ]
+    own = torch.nn.functional.nll_loss(first, labels, reduction="sum")
+    assert number == len(labels) and float(apart[0]) > 0.1
+    assert float(total) == pytest.approx(float(own + 0.3 * (apart[0] + apart[1]) / 2), rel=1e-12)
+    loaded.model.eval()
+    assert len(scores) == 2 and consistent(LOSSES[task], 0.3)(loaded.model, batch).number == number
+
+
+def test_consistency_needs_predictions(tiny: Path) -> None:  # noqa: F811
+    loaded = load_model(tiny / "encoder", "embedding")
+    batch = read_examples(tiny / "encoder.jsonl", loaded).batch([0, 1])
+    loaded.model.train()
+    with pytest.raises(PlanError, match="two predictions are compared"):
+        consistent(ranking, 1.0)(loaded.model, batch)

@@ -51,7 +51,10 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a number for a parameter": ({"target_parameters": [1]}, r"target_parameters has \[1\], expected a list of names"),
     "an alpha as text": ({"lora_alpha": "big"}, "found 'big' as its alpha, expected a number"),
-    "a kind without weights": ({"peft_type": "PREFIX_TUNING"}, "PREFIX_TUNING, which changes no weights: it cannot"),
+    "a kind without weights": (
+        {"peft_type": "PREFIX_TUNING"},
+        "PREFIX_TUNING, a prompt, which changes no weights: it cannot",
+    ),
     "a kind that is not known": ({"peft_type": "OFT"}, "is OFT, expected one of LORA, .*merge_and_unload"),
     "no kind": ({"peft_type": None}, "expected an object with peft_type"),
     "a changed base": ({"init_lora_weights": "pissa"}, "was started with 'pissa', which changes the model's weights"),

@@ -26,6 +26,9 @@ MADE = {
     "checkpoint": "a model's folder",
     "patch": "a patch file, with the tensors that changed",
     "adapter": "an adapter's folder, as PEFT has it",
+    "prompt": "a prompt's folder, as PEFT has it",
+    "mixture": "a file with a mixture of prompts",
+    "attachment": "a file with a bottleneck adapter",
 }
 
 

@@ -62,4 +62,5 @@ def done_text(outcome: Outcome[Tuned]) -> str:
     ]
     if tuned.dev_loss is not None:
         rows.append(("on the development set", f"{tuned.dev_loss:.4g}, the least, after {tuned.best_step} steps"))
+    rows += [(name, str(value)) for name, value in tuned.facts.items()]
     return table(rows)

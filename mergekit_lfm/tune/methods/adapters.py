@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from mergekit_lfm.errors import PlanError, reason
-from mergekit_lfm.machine.extras import import_extra
+from mergekit_lfm.errors import PlanError
 from mergekit_lfm.methods.kinds import TuneMethod
 from mergekit_lfm.methods.method import Parameter
 
@@ -16,8 +12,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from mergekit_lfm.tune.work import Prepared, TuneWork
-
-TASKS = {"lm": "CAUSAL_LM", "classification": "SEQ_CLS", "embedding": "FEATURE_EXTRACTION"}
 
 RANK = Parameter("rank", 8, kind="int", minimum=1, doc="rank of the change of each matrix")
 ALPHA = Parameter("alpha", 16.0, above=0, doc="the change is scaled by alpha over rank")
@@ -35,40 +29,15 @@ def _prepare(make: Callable[[Any, Mapping[str, Any]], Any]) -> Callable[[TuneWor
 
     def prepare(work: TuneWork) -> Prepared:
         """The model with a new adapter, as PEFT makes it."""
-        from mergekit_lfm.tune.work import PeftAdapter, Prepared
+        from mergekit_lfm.tune.peft_models import attach, save_of
+        from mergekit_lfm.tune.work import Prepared
 
-        peft = import_extra("peft", "tuning an adapter", "tune")
         _check_rank(work)
         options: dict[str, Any] = {**work.options, "targets": _targets(work)}
-        try:
-            config = make(peft, options)
-            config.task_type = TASKS[work.task]
-            with quiet():
-                model = peft.get_peft_model(work.model, config)
-        except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
-            raise PlanError(
-                f"PEFT makes no such adapter for {type(work.model).__name__} ({reason(error)}); expected names of its "
-                "modules in `targets`. Give them, or choose another method"
-            ) from error
-
-        def adapter() -> PeftAdapter:
-            facts = {**model.peft_config["default"].to_dict(), "inference_mode": True, "revision": None}
-            facts["base_model_name_or_path"] = work.reference
-            with quiet():
-                tensors = peft.get_peft_model_state_dict(model)
-            return PeftAdapter(facts, {name: x.detach().contiguous() for name, x in tensors.items()})
-
-        return Prepared(model, adapter=adapter)
+        model = attach(work, lambda peft: make(peft, options), "names of its modules in `targets`")
+        return Prepared(model, adapter=save_of(model, work))
 
     return prepare
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without the warnings that PEFT causes in the libraries that it calls."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def _check_rank(work: TuneWork) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from mergekit_lfm.arch.ties import tied_names
 from mergekit_lfm.artifacts.adapter import Adapter, Module
+from mergekit_lfm.artifacts.prompt import PREFIX, SOFT
 from mergekit_lfm.errors import PlanError, several, shorten
 from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.store.tensors import FLOATS
@@ -23,15 +24,7 @@ Changes = dict[str, list[Change]]  # by the model's name of a tensor, in the ord
 
 # The ways to start an adapter that change the weights of the model that it is trained with.
 REBASED = ("pissa", "olora", "corda", "lora_ga", "loftq")
-UNCHANGED = (
-    "PROMPT_TUNING",
-    "P_TUNING",
-    "PREFIX_TUNING",
-    "MULTITASK_PROMPT_TUNING",
-    "CPT",
-    "ADAPTION_PROMPT",
-    "CARTRIDGE",
-)
+UNCHANGED = ("MULTITASK_PROMPT_TUNING", "CPT", "ADAPTION_PROMPT", "CARTRIDGE")
 
 
 def find_changes(adapter: Adapter, model: Checkpoint, label: object) -> Changes:
@@ -62,6 +55,11 @@ def find_changes(adapter: Adapter, model: Checkpoint, label: object) -> Changes:
 
 def refuse_kind(adapter: Adapter) -> None:
     """Raise PlanError for an adapter that changes no weights, is of an unknown kind, or needs other weights."""
+    if adapter.kind in (PREFIX, *SOFT):
+        raise PlanError(
+            f"{adapter.label} is {adapter.kind}, a prompt, which changes no weights: it cannot be merged; run "
+            f"its model with it, as `mergekit-lfm eval MODEL --prompt {adapter.label}` does"
+        )
     if adapter.kind in UNCHANGED:
         raise PlanError(f"{adapter.label} is {adapter.kind}, which changes no weights: it cannot be merged")
     if adapter.kind not in KINDS:
