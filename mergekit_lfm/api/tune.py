@@ -6,7 +6,6 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from mergekit_lfm.train.examples import Examples, join, seed_of
 from mergekit_lfm.train.loop import STATE, fit
 from mergekit_lfm.train.losses import LOSSES
 from mergekit_lfm.train.state import METRICS
-from mergekit_lfm.train.texts import check_labels, lengthen_by_no_ending, read_examples
+from mergekit_lfm.train.texts import check_labels, lengthen_for, read_examples
 from mergekit_lfm.tune.work import TuneWork
 
 
@@ -66,10 +65,11 @@ def tune_model(
     """Train a saved model on data by a method, and write what that leaves: a checkpoint, a patch file or an adapter.
 
     model: a folder, a name on the Hub, or MODEL+ADAPTER; it stays as it is. data: a .jsonl, .txt or .npz file, or
-    several; an entry {path, most} uses `most` examples of a file in one time round. task: "lm", "classification" or
-    "embedding". parameters: of the method, as `mergekit-lfm methods` lists them. dev: a development set; the state with
-    the least loss on it is kept. stats: the file of Fisher information that the method `mask` needs. threads: how many
-    torch uses while this runs; the bytes depend on their number. The other settings are explained at `Options`.
+    several; an entry {path, most} uses `most` examples of a file in one time round. task: "lm", "classification",
+    "embedding", "masked_lm", "seq2seq" or "regression". parameters: of the method, as `mergekit-lfm methods` lists
+    them. dev: a development set; the state with the least loss on it is kept. stats: the file of Fisher information
+    that the method `mask` needs. threads: how many torch uses while this runs; the bytes depend on their number. The
+    other settings are explained at `Options`.
 
     A run that was killed goes on from the state in OUT.training, where the metrics stay, too. If `out` holds the result
     of the same request already, nothing is done. The outcome's digest is that of the request. Raises PlanError for
@@ -134,9 +134,10 @@ def _tune(planned: PlannedTuning, progress: Progress) -> tuple[Tuned, list[str]]
     options, method = recipe.options, recipe.declaration
     loaded = load_model(planned.source, recipe.task, device=planned.device)
     config: Any = loaded.model.config
-    if getattr(config, "is_encoder_decoder", False):
+    if getattr(config, "is_encoder_decoder", False) and recipe.task != "seq2seq":
         raise PlanError(
-            f"{recipe.model} is an encoder with a decoder, expected a model without; such are not tuned here"
+            f"{recipe.model} is an encoder with a decoder, which is tuned by the task seq2seq alone; choose that, or "
+            "give a model without a decoder"
         )
     subject = make_subject(loaded.model, planned.source)
     examples, dev = _read_all(loaded, recipe)
@@ -197,11 +198,8 @@ def _read_all(loaded: Loaded, recipe: TuneRecipe) -> tuple[Examples, Examples | 
             raise PlanError(f"{file.ref}: found {found}; expected {expected}, as in {files[0].ref}")
     if recipe.task == "embedding" and sum(map(len, sets)) < 2:
         raise PlanError(f"{files[0].ref}: found one pair, expected two or more, which are compared. Add some")
-    if recipe.task == "classification" and "input_ids" in sets[0].pad:
-        config: Any = loaded.model.config
-        padding = lengthen_by_no_ending([*sets, *dev])
-        config.get_text_config().pad_token_id = padding  # by which a decoder finds a row's last token
-        sets, dev = ([replace(each, pad={"input_ids": padding}) for each in some] for some in (sets, dev))
+    longer = lengthen_for(loaded, [*sets, *dev])
+    sets, dev = longer[: len(sets)], longer[len(sets) :]
     return join(sets, [file.most for file in recipe.files]), dev[0] if dev else None
 
 

@@ -14,7 +14,7 @@ from mergekit_lfm.commands.parameters import method_option, method_rows, paramet
 from mergekit_lfm.commands.shell import Command
 from mergekit_lfm.recipe.registry import TUNE_METHODS
 from mergekit_lfm.recipe.training import SCHEDULES
-from mergekit_lfm.runtime.tasks import TASKS
+from mergekit_lfm.runtime.tasks import TUNE_TASKS
 
 HELP = f"""Train MODEL on data by a method, and write the tuned model, a patch or an adapter.
 
@@ -30,7 +30,10 @@ Data are .jsonl with one of these on every line, .txt for lm, or .npz with the m
   lm              {{"text": ...}}, {{"prompt": ..., "completion": ...}} or {{"messages": [...]}}; of the last two
                   only completions, and what the assistant says, are learned
   classification  {{"text": ..., "label": 0}}
-  embedding       {{"text": ..., "positive": ...}}
+  embedding       {{"text": ..., "positive": ...}}, for a sentence encoder
+  masked_lm       {{"text": ...}} or .txt; 15 % of the tokens, chosen anew in each step, are predicted
+  seq2seq         {{"prompt": ..., "completion": ...}}, for an encoder with a decoder
+  regression      {{"text": ..., "label": 0.37}}, for a head with one output
 
 A run that was interrupted goes on from OUT.training when the same command runs again; metrics.jsonl there has a
 line for each step. If OUT holds the result of the same request already, nothing is done. Needs the extra:
@@ -58,8 +61,8 @@ Examples:
 @click.option(
     "--task",
     required=True,
-    type=click.Choice([*TASKS]),
-    help="The kind of model: lm, classification or embedding (a sentence encoder).",
+    type=click.Choice([*TUNE_TASKS]),
+    help="The kind of model, and the loss; see above.",
 )
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The folder or file to write.")
 @method_option(TUNE_METHODS, "full", "The part that is trained, and how.")

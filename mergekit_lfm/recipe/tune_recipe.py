@@ -21,7 +21,7 @@ from mergekit_lfm.recipe.problems import Problem, attempt, problem_at, refuse
 from mergekit_lfm.recipe.registry import TUNE_METHODS
 from mergekit_lfm.recipe.training import Options, Schedule
 from mergekit_lfm.recipe.values import FOUND
-from mergekit_lfm.runtime.tasks import TASKS
+from mergekit_lfm.runtime.tasks import TUNE_TASKS
 
 JOB = "tune"
 A_FILE = "a .jsonl, .txt or .npz file"
@@ -125,9 +125,9 @@ class TuneRecipe(JobForm):
             problems += missing
             if found is not None:
                 files.append(DataFile(entry.path, found.path, entry.most))
-        if self.task not in TASKS:
-            cure = did_you_mean(self.task, TASKS)
-            expected = ", ".join(TASKS)
+        if self.task not in TUNE_TASKS:
+            cure = did_you_mean(self.task, TUNE_TASKS)
+            expected = ", ".join(TUNE_TASKS)
             problems.append(problem_at("task", FOUND + "; {cure}", found=repr(self.task), expected=expected, cure=cure))
         method = TUNE_METHODS.get(self.method)
         if method is None:

@@ -172,13 +172,13 @@ def _step(
     torch.manual_seed(seed_of(options.seed, "step", step))
     for hook in state.hooks:
         hook.before(step, state.parameters)
-    numbers = examples.step(step, options.batch_size, options.seed)
+    numbers, draw = examples.step(step, options.batch_size, options.seed), seed_of(options.seed, "draw", step)
     device = next(iter(state.parameters.values())).device
     size = math.ceil(len(numbers) / options.accumulate)
     total, count, tokens = 0.0, 0, 0
     parts = [numbers[start : start + size] for start in range(0, len(numbers), size)]
     for part in parts:
-        batch = {name: x.to(device, non_blocking=True) for name, x in examples.batch(part).items()}
+        batch = {name: x.to(device, non_blocking=True) for name, x in examples.batch(part, draw).items()}
         with _autocast(device, options):
             terms = loss(model, batch)
         tokens += _tokens(batch)

@@ -35,6 +35,12 @@ def next_token(model: nn.Module, batch: Batch) -> Terms:
     return cross_entropy(scores, targets)
 
 
+def each_token(model: nn.Module, batch: Batch) -> Terms:
+    """Cross-entropy of `labels` [n, tokens] by the scores in the same places: of masked tokens, of an answer."""
+    counted = batch["labels"] != IGNORED
+    return cross_entropy(logits(_run(model, batch))[counted], batch["labels"][counted])
+
+
 def classes(model: nn.Module, batch: Batch) -> Terms:
     """Cross-entropy of `labels` [n]."""
     return cross_entropy(logits(_run(model, batch)), batch["labels"])
@@ -103,7 +109,14 @@ def towards(loss: Loss, start: Mapping[str, Tensor], weight: float) -> Loss:
     return added
 
 
-LOSSES: Mapping[str, Loss] = {"lm": next_token, "classification": classes, "embedding": ranking}
+LOSSES: Mapping[str, Loss] = {
+    "lm": next_token,
+    "classification": classes,
+    "embedding": ranking,
+    "masked_lm": each_token,
+    "seq2seq": each_token,
+    "regression": squares,
+}
 
 
 def _run(model: nn.Module, batch: Batch) -> object:

@@ -3,13 +3,14 @@
 Language models: `{"text": ...}` or a .txt file, in windows, where every token but the first is predicted;
 `{"prompt": ..., "completion": ...}`, whose completion alone is; `{"messages": [{"role": ..., "content": ...}, ...]}`,
 by the tokenizer's chat template, with a loss on what the assistant says. Classifiers: `{"text": ..., "label": ...}`.
-Encoders: `{"text": ..., "positive": ...}`. Arrays: an .npz with the model's inputs and `labels`.
+Encoders: `{"text": ..., "positive": ...}`. Arrays: an .npz with the model's inputs and `labels`. Other
+tasks: see `train.forms`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,9 @@ from mergekit_lfm.errors import FormatError, PlanError, reason
 from mergekit_lfm.runtime.data import read_data, text_limit
 from mergekit_lfm.runtime.lines import is_text, read_objects, refuse
 from mergekit_lfm.runtime.load import start_token, tokenizer_for_texts
-from mergekit_lfm.train.examples import IGNORED, Examples
+from mergekit_lfm.runtime.tasks import HEADED
+from mergekit_lfm.train.examples import IGNORED, Examples, padding_of
+from mergekit_lfm.train.forms import FORMS
 
 if TYPE_CHECKING:
     from mergekit_lfm.runtime.load import Loaded, Tokenizer
@@ -54,11 +57,13 @@ def read_examples(path: Path, loaded: Loaded, *, window: int | None = None) -> E
             lines = read_objects(path, _one_of(forms), f"an object with one of {', '.join(forms)} on each line")
             if lines and "text" not in lines[0].entry:
                 items = _conversations(path, lines, tokenizer, text_limit(window, loaded.positions, tokenizer))
-                return Examples(items, {"input_ids": _padding(tokenizer), "labels": IGNORED})
+                return Examples(items, {"input_ids": padding_of(tokenizer), "labels": IGNORED})
         pieces = read_data(path, "lm", tokenizer, window=window, positions=loaded.positions)
         rows = [row for batch in pieces for row in batch.kwargs["input_ids"]]
         items = [{"input_ids": row, "labels": row} for row in rows]
-        return Examples(items, {"input_ids": _padding(tokenizer), "labels": IGNORED})
+        return Examples(items, {"input_ids": padding_of(tokenizer), "labels": IGNORED})
+    if loaded.task in FORMS:
+        return FORMS[loaded.task](path, loaded, text_limit(window, loaded.positions, tokenizer))
     if loaded.task == "embedding":
         return _read_pairs(path, tokenizer, text_limit(window, loaded.positions, tokenizer))
     batches = read_data(path, loaded.task, tokenizer, window=window, positions=loaded.positions)
@@ -70,7 +75,7 @@ def read_examples(path: Path, loaded: Loaded, *, window: int | None = None) -> E
         if batch.labels is not None
         for row, label in zip(batch.kwargs["input_ids"], batch.labels, strict=True)
     ]
-    return Examples(items, {"input_ids": _padding(tokenizer)})
+    return Examples(items, {"input_ids": padding_of(tokenizer)})
 
 
 def check_labels(examples: Examples, classes: int | None, place: object) -> None:
@@ -84,7 +89,20 @@ def check_labels(examples: Examples, classes: int | None, place: object) -> None
         )
 
 
-def lengthen_by_no_ending(sets: Sequence[Examples]) -> int:
+def lengthen_for(loaded: Loaded, sets: Sequence[Examples]) -> list[Examples]:
+    """The data sets, their rows lengthened so that the head of a decoder finds each one's last token; sets its config.
+
+    Other models' sets stay as they are.
+    """
+    if loaded.task not in HEADED or "input_ids" not in sets[0].pad:
+        return [*sets]
+    config: Any = loaded.model.config
+    padding = _token_of_no_ending(sets)
+    config.get_text_config().pad_token_id = padding  # by which a decoder finds a row's last token
+    return [replace(each, pad={"input_ids": padding}) for each in sets]
+
+
+def _token_of_no_ending(sets: Sequence[Examples]) -> int:
     """The token to lengthen rows with that no row ends with: theirs, or the first such one."""
     ends = {int(item["input_ids"][-1]) for each in sets for item in each.items}
     mine = sets[0].pad["input_ids"]
@@ -198,7 +216,7 @@ def _read_pairs(path: Path, tokenizer: Tokenizer, limit: int | None) -> Examples
         {"input_ids": torch.tensor(text), "positive_input_ids": torch.tensor(positive)}
         for text, positive in zip(*sides, strict=True)
     ]
-    padding = _padding(tokenizer)
+    padding = padding_of(tokenizer)
     return Examples(items, {"input_ids": padding, "positive_input_ids": padding})
 
 
@@ -214,8 +232,3 @@ def _read_arrays(path: Path, window: int | None) -> Examples:
         named = {**batch.kwargs, "labels": batch.labels}
         items += [{name: x[row] for name, x in named.items()} for row in range(len(batch))]
     return Examples(items)
-
-
-def _padding(tokenizer: Tokenizer) -> int:
-    """The token that lengthens a row; no result depends on which it is, as a mask hides it."""
-    return int(tokenizer.pad_token_id or 0)

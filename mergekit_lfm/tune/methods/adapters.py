@@ -17,7 +17,14 @@ if TYPE_CHECKING:
 
     from mergekit_lfm.tune.work import Prepared, TuneWork
 
-TASKS = {"lm": "CAUSAL_LM", "classification": "SEQ_CLS", "embedding": "FEATURE_EXTRACTION"}
+TASKS = {
+    "lm": "CAUSAL_LM",
+    "classification": "SEQ_CLS",
+    "embedding": "FEATURE_EXTRACTION",
+    "masked_lm": None,  # PEFT has no name for it
+    "seq2seq": "SEQ_2_SEQ_LM",
+    "regression": "SEQ_CLS",
+}
 
 RANK = Parameter("rank", 8, kind="int", minimum=1, doc="rank of the change of each matrix")
 ALPHA = Parameter("alpha", 16.0, above=0, doc="the change is scaled by alpha over rank")
