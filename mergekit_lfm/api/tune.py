@@ -27,8 +27,8 @@ from mergekit_lfm.runtime.subject import Subject, make_subject
 from mergekit_lfm.store.locks import lock_folder
 from mergekit_lfm.train.examples import Examples, join, seed_of
 from mergekit_lfm.train.loop import STATE, fit
-from mergekit_lfm.train.losses import LOSSES
 from mergekit_lfm.train.state import METRICS
+from mergekit_lfm.train.terms import build_loss, check_language, with_reference
 from mergekit_lfm.train.texts import check_labels, lengthen_for, read_examples
 from mergekit_lfm.tune.work import TuneWork
 
@@ -41,6 +41,7 @@ def tune_model(
     task: str,
     method: str = "full",
     parameters: Mapping[str, Any] | None = None,
+    loss: Mapping[str, float] | None = None,
     dev: StrPath | None = None,
     stats: StrPath | None = None,
     window: int | None = None,
@@ -67,9 +68,10 @@ def tune_model(
     model: a folder, a name on the Hub, or MODEL+ADAPTER; it stays as it is. data: a .jsonl, .txt or .npz file, or
     several; an entry {path, most} uses `most` examples of a file in one time round. task: "lm", "classification",
     "embedding", "masked_lm", "seq2seq" or "regression". parameters: of the method, as `mergekit-lfm methods` lists
-    them. dev: a development set; the state with the least loss on it is kept. stats: the file of Fisher information
-    that the method `mask` needs. threads: how many torch uses while this runs; the bytes depend on their number. The
-    other settings are explained at `Options`.
+    them. loss: numbers of terms that are added to the task's loss, by their names in `LOSS_TERMS`. dev: a development
+    set; the state with the least loss on it is kept. stats: the file of Fisher information that the method `mask`
+    needs. threads: how many torch uses while this runs; the bytes depend on their number. The other settings are
+    explained at `Options`.
 
     A run that was killed goes on from the state in OUT.training, where the metrics stay, too. If `out` holds the result
     of the same request already, nothing is done. The outcome's digest is that of the request. Raises PlanError for
@@ -83,7 +85,7 @@ def tune_model(
     recipe |= {"warmup": warmup, "weight_decay": weight_decay, "clip": clip, "accumulate": accumulate, "seed": seed}
     recipe |= {"evaluate_every": evaluate_every, "patience": patience, "checkpointing": checkpointing, "window": window}
     recipe |= {"autocast": autocast}
-    recipe |= {"parameters": dict(parameters or {})}
+    recipe |= {"parameters": dict(parameters or {}), "loss": dict(loss or {})}
     recipe |= {key: None if path is None else os.fspath(path) for key, path in (("dev", dev), ("stats", stats))}
     planned = plan_tuning(TuneRecipe.parse(recipe, label="tune"), expand(out), device=device)
     return tune_planned(planned, threads=threads, overwrite=overwrite, progress=progress)
@@ -161,11 +163,13 @@ def _tune(planned: PlannedTuning, progress: Progress) -> tuple[Tuned, list[str]]
         training.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise PlanError(f"{planned.out} cannot be written ({reason(error)}); choose another output") from None
+    start = {name: x.detach().clone() for name, x in prepared.model.named_parameters() if x.requires_grad}
+    loss = build_loss(recipe.task, recipe.loss, start if "l2sp" in recipe.loss else {})
     with _without_empty(training), lock_folder(training), progress.by_count(" steps", "tuning") as count:
         history = fit(
             prepared.model,
             examples,
-            LOSSES[recipe.task],
+            loss,
             options,
             dev=dev,
             hooks=prepared.hooks,
@@ -177,6 +181,19 @@ def _tune(planned: PlannedTuning, progress: Progress) -> tuple[Tuned, list[str]]
         findings = write_result(planned, prepared, subject, tuned)
         (training / STATE).unlink(missing_ok=True)
     return tuned, findings
+
+
+def _check_loss(recipe: TuneRecipe, loaded: Loaded, examples: Examples) -> None:
+    """Raise PlanError for a term of the loss that does not fit the model or the data."""
+    if "aux_lm" in recipe.loss:
+        check_language(loaded, examples)
+    pairs = "rejected_input_ids" in examples.items[0]
+    if pairs != ("dpo" in recipe.loss):
+        found = f"{recipe.files[0].ref}: found {'chosen and rejected answers' if pairs else 'no rejected answers'}"
+        cure = "set the loss dpo (--loss dpo=0.1)" if pairs else 'give {"prompt", "chosen", "rejected"} on each line'
+        raise PlanError(
+            f"{found}; expected {'the loss dpo' if pairs else 'some for the loss dpo'}. {cure.capitalize()}"
+        )
 
 
 def _read(path: Path, loaded: Loaded, recipe: TuneRecipe) -> Examples:
@@ -200,6 +217,10 @@ def _read_all(loaded: Loaded, recipe: TuneRecipe) -> tuple[Examples, Examples | 
         raise PlanError(f"{files[0].ref}: found one pair, expected two or more, which are compared. Add some")
     longer = lengthen_for(loaded, [*sets, *dev])
     sets, dev = longer[: len(sets)], longer[len(sets) :]
+    _check_loss(recipe, loaded, sets[0])
+    if "dpo" in recipe.loss:
+        size = recipe.options.batch_size
+        sets, dev = ([with_reference(loaded.model, each, size) for each in some] for some in (sets, dev))
     return join(sets, [file.most for file in recipe.files]), dev[0] if dev else None
 
 

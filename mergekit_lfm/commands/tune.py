@@ -12,9 +12,15 @@ from mergekit_lfm.commands.console import Console
 from mergekit_lfm.commands.options import going_on_later
 from mergekit_lfm.commands.parameters import method_option, method_rows, parameter_options
 from mergekit_lfm.commands.shell import Command
+from mergekit_lfm.recipe.loss_terms import LOSS_TERMS
 from mergekit_lfm.recipe.registry import TUNE_METHODS
 from mergekit_lfm.recipe.training import SCHEDULES
 from mergekit_lfm.runtime.tasks import TUNE_TASKS
+
+
+def _terms() -> str:
+    return "\n".join(f"  {term.name:7} {term.summary}" for term in LOSS_TERMS.values())
+
 
 HELP = f"""Train MODEL on data by a method, and write the tuned model, a patch or an adapter.
 
@@ -28,17 +34,33 @@ MODEL+ADAPTER.
 \b
 Data are .jsonl with one of these on every line, .txt for lm, or .npz with the model's inputs and labels:
   lm              {{"text": ...}}, {{"prompt": ..., "completion": ...}} or {{"messages": [...]}}; of the last two
-                  only completions, and what the assistant says, are learned
+                  only completions, and what the assistant says, are learned. With --loss dpo=0.1
+                  {{"prompt": ..., "chosen": ..., "rejected": ...}}
   classification  {{"text": ..., "label": 0}}
   embedding       {{"text": ..., "positive": ...}}, for a sentence encoder
   masked_lm       {{"text": ...}} or .txt; 15 % of the tokens, chosen anew in each step, are predicted
   seq2seq         {{"prompt": ..., "completion": ...}}, for an encoder with a decoder
   regression      {{"text": ..., "label": 0.37}}, for a head with one output
 
+\b
+Terms of --loss, each with a number, as --loss l2sp=0.01:
+{_terms()}
+
 A run that was interrupted goes on from OUT.training when the same command runs again; metrics.jsonl there has a
 line for each step. If OUT holds the result of the same request already, nothing is done. Needs the extra:
 pip install "mergekit_lfm[models]", and for adapters "mergekit_lfm[tune]"
 """
+
+
+def _read_terms(ctx: click.Context, parameter: click.Parameter, texts: tuple[str, ...]) -> dict[str, float]:  # noqa: ARG001
+    terms = dict[str, float]()
+    for text in texts:
+        name, _, number = text.partition("=")
+        try:
+            terms[name.strip()] = float(number)
+        except ValueError:
+            raise click.BadParameter(f"found {text!r}; expected a name and a number, as l2sp=0.01") from None
+    return terms
 
 
 @click.command(
@@ -67,6 +89,13 @@ Examples:
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The folder or file to write.")
 @method_option(TUNE_METHODS, "full", "The part that is trained, and how.")
 @parameter_options(TUNE_METHODS)
+@click.option(
+    "--loss",
+    multiple=True,
+    callback=_read_terms,
+    metavar="NAME=NUMBER",
+    help=f"Add a term to the loss: {', '.join(LOSS_TERMS)}. Can be given several times.",
+)
 @click.option("--dev", type=click.Path(path_type=Path), help="A data file; the state with the least loss on it stays.")
 @click.option("--stats", type=click.Path(path_type=Path), help="For mask: a file of `stats fisher`.")
 @click.option(

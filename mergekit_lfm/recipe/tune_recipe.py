@@ -16,6 +16,7 @@ from mergekit_lfm.methods.method import Value
 from mergekit_lfm.recipe.files import FoundModel, Where, find_reference, read_file
 from mergekit_lfm.recipe.form import Parameters, Reference, Strict, read_reference
 from mergekit_lfm.recipe.job_form import JobForm
+from mergekit_lfm.recipe.loss_terms import check_terms
 from mergekit_lfm.recipe.options import defaults_of, read_options, readers_of, unknown_method
 from mergekit_lfm.recipe.problems import Problem, attempt, problem_at, refuse
 from mergekit_lfm.recipe.registry import TUNE_METHODS
@@ -74,6 +75,7 @@ class DataFile:
 class TuneRecipe(JobForm):
     """A tuning as the user wrote it. parameters: of the method; the other settings are of every training.
 
+    loss: numbers of the terms that are added to the task's loss, as `LOSS_TERMS` has them.
     stats: a file of Fisher information, for the method that needs one. window: the most tokens of an example.
     learning_rate: by default the method's. The rest is explained at `Options`.
 
@@ -88,6 +90,7 @@ class TuneRecipe(JobForm):
     task: str
     method: str = "full"
     parameters: Parameters = Field(default_factory=dict)
+    loss: dict[str, float] = Field(default_factory=dict)
     dev: Annotated[str | None, BeforeValidator(read_reference)] = None
     stats: Annotated[str | None, BeforeValidator(read_reference)] = None
     window: int | None = Field(default=None, strict=True, ge=1)
@@ -149,6 +152,7 @@ class TuneRecipe(JobForm):
         elif self.stats is not None:
             found, missing = read_file(self.stats, where.folder, "stats", "a statistics file")
             self._stats, problems = None if found is None else found.path, [*problems, *missing]
+        problems += check_terms(self.loss, self.task, method.makes)
         if self.evaluate_every is not None and self.dev is None:
             problems.append(
                 problem_at("evaluate_every", FOUND, found=str(self.evaluate_every), expected="`dev` beside it")
@@ -220,5 +224,6 @@ class TuneRecipe(JobForm):
             "method": self.method,
             "parameters": dict(self._settings),
             **optional,
+            **({"loss": dict(sorted(self.loss.items()))} if self.loss else {}),
             **{name: value for name, value in asdict(self._options).items() if value is not None},
         }

@@ -317,18 +317,23 @@ def _architecture(config: Any) -> str:
     return ", ".join(config.architectures or [type(config).__name__])
 
 
-def _check_causal(loaded: Loaded) -> None:
-    """Raises PlanError if the first token's scores depend on later tokens, as in a BERT that is not a decoder."""
+def looks_ahead(model: nn.Module, positions: int | None, read: Callable[[Any], Tensor]) -> bool:
+    """Whether a model's output at the first token depends on later ones. read: the output [n, tokens, d] in its own."""
     import torch
 
-    length = min(PROBE, loaded.positions or PROBE)
-    ids = torch.zeros(2, length, dtype=torch.long, device=next(loaded.model.parameters()).device)
+    length = min(PROBE, positions or PROBE)
+    ids = torch.zeros(2, length, dtype=torch.long, device=next(model.parameters()).device)
     ids[1, 1:] = 1
     with torch.inference_mode():
-        scores = logits(run(loaded.model, kwargs={"input_ids": ids}))[:, 0]  # [2, vocabulary]
-    first, second = scores.float()
-    rounding = max(ROUNDING, 4 * torch.finfo(scores.dtype).eps)
-    if float((first - second).abs().max()) > rounding * float(first.abs().max()):
+        found = read(run(model, kwargs={"input_ids": ids}))[:, 0]  # [2, d]
+    first, second = found.float()
+    rounding = max(ROUNDING, 4 * torch.finfo(found.dtype).eps)
+    return float((first - second).abs().max()) > rounding * float(first.abs().max())
+
+
+def _check_causal(loaded: Loaded) -> None:
+    """Raises PlanError if the first token's scores depend on later tokens, as in a BERT that is not a decoder."""
+    if looks_ahead(loaded.model, loaded.positions, logits):
         raise PlanError(
             f"{loaded.checkpoint.path}: its architecture, {_architecture(loaded.model.config)}, is not a "
             f"{TUNE_TASKS['lm']}: its scores of a token depend on later tokens. Give a model that predicts the next "

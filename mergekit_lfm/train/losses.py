@@ -26,41 +26,61 @@ class Terms(NamedTuple):
 
 
 Loss = Callable[[nn.Module, Batch], Terms]
+Scorer = Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]  # scores [..., classes], and targets [...]
 
 
 def next_token(model: nn.Module, batch: Batch) -> Terms:
     """Cross-entropy of each token of `labels` [n, tokens] but the first of a row, from the tokens before it."""
-    targets = batch["labels"][:, 1:]
-    scores = logits(_run(model, batch))[:, :-1]
-    return cross_entropy(scores, targets)
+    return cross_entropy(*_next_scores(model, batch))
 
 
 def each_token(model: nn.Module, batch: Batch) -> Terms:
     """Cross-entropy of `labels` [n, tokens] by the scores in the same places: of masked tokens, of an answer."""
-    counted = batch["labels"] != IGNORED
-    return cross_entropy(logits(_run(model, batch))[counted], batch["labels"][counted])
+    return cross_entropy(*_place_scores(model, batch))
 
 
 def classes(model: nn.Module, batch: Batch) -> Terms:
     """Cross-entropy of `labels` [n]."""
-    return cross_entropy(logits(_run(model, batch)), batch["labels"])
+    return cross_entropy(*_class_scores(model, batch))
+
+
+def _next_scores(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    return logits(_run(model, batch))[:, :-1], batch["labels"][:, 1:]
+
+
+def _place_scores(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    counted = batch["labels"] != IGNORED
+    return logits(_run(model, batch))[counted], batch["labels"][counted]
+
+
+def _class_scores(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    return logits(_run(model, batch)), batch["labels"]
+
+
+# The scores behind the cross-entropy of a task.
+SCORES: Mapping[str, Scorer] = {
+    "lm": _next_scores,
+    "classification": _class_scores,
+    "masked_lm": _place_scores,
+    "seq2seq": _place_scores,
+}
 
 
 def cross_entropy(scores: Tensor, targets: Tensor) -> Terms:
     """-ln p of the targets [...] by scores [..., classes]; those that are `IGNORED` have no term."""
-    flat, wanted = _wide(scores.flatten(0, -2)), targets.flatten()
+    flat, wanted = widen(scores.flatten(0, -2)), targets.flatten()
     total = torch.nn.functional.cross_entropy(flat, wanted, ignore_index=IGNORED, reduction="sum")
     return Terms(total, int((wanted != IGNORED).sum()))
 
 
-def _wide(x: Tensor) -> Tensor:
+def widen(x: Tensor) -> Tensor:
     """The tensor in float32 if its dtype is shorter."""
     return x.float() if x.dtype.itemsize < 4 else x
 
 
 def squares(model: nn.Module, batch: Batch) -> Terms:
     """Squared differences of `labels` [n] or [n, outputs] from what the model gives."""
-    found, wanted = _wide(logits(_run(model, batch))), batch["labels"]
+    found, wanted = widen(logits(_run(model, batch))), batch["labels"]
     total = (found.reshape(wanted.shape) - wanted).square().sum()
     return Terms(total, wanted.numel())
 
@@ -95,15 +115,17 @@ def pool(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def towards(loss: Loss, start: Mapping[str, Tensor], weight: float) -> Loss:
-    """The loss, and `weight` times half the squared distance of the parameters in `start` from there.
+    """The loss, and in training `weight` times half the squared distance of the parameters in `start` from there.
 
     Source: Li, Grandvalet, Davoine 2018, arXiv 1802.01483, equation 2 (L2-SP).
     """
 
     def added(model: nn.Module, batch: Batch) -> Terms:
         total, number = loss(model, batch)
+        if not model.training:
+            return Terms(total, number)
         named = dict(model.named_parameters())
-        distances = [(named[name].float() - x.to(named[name].device)).square().sum() for name, x in start.items()]
+        distances = [(widen(named[name]) - x.to(named[name].device)).square().sum() for name, x in start.items()]
         return Terms(total + number * weight / 2 * torch.stack(distances).sum(), number)
 
     return added

@@ -1,10 +1,10 @@
 """Training data from files, as examples for a task: texts with a loss on all or on answers, labels, pairs, arrays.
 
 Language models: `{"text": ...}` or a .txt file, in windows, where every token but the first is predicted;
-`{"prompt": ..., "completion": ...}`, whose completion alone is; `{"messages": [{"role": ..., "content": ...}, ...]}`,
-by the tokenizer's chat template, with a loss on what the assistant says. Classifiers: `{"text": ..., "label": ...}`.
-Encoders: `{"text": ..., "positive": ...}`. Arrays: an .npz with the model's inputs and `labels`. Other
-tasks: see `train.forms`.
+`{"prompt": ..., "completion": ...}`, whose completion alone is; `{"prompt": ..., "chosen": ..., "rejected": ...}`, for
+preferences; `{"messages": [{"role": ..., "content": ...}, ...]}`, by the tokenizer's chat template, with a loss on what
+the assistant says. Classifiers: `{"text": ..., "label": ...}`. Encoders: `{"text": ..., "positive": ...}`. Arrays: an
+.npz with the model's inputs and `labels`. Other tasks: see `train.forms`.
 """
 
 from __future__ import annotations
@@ -55,8 +55,11 @@ def read_examples(path: Path, loaded: Loaded, *, window: int | None = None) -> E
         if path.suffix == ".jsonl":
             forms = ("text", "prompt", "messages")
             lines = read_objects(path, _one_of(forms), f"an object with one of {', '.join(forms)} on each line")
+            limit = text_limit(window, loaded.positions, tokenizer)
+            if lines and "chosen" in lines[0].entry:
+                return _preferences(path, lines, tokenizer, limit)
             if lines and "text" not in lines[0].entry:
-                items = _conversations(path, lines, tokenizer, text_limit(window, loaded.positions, tokenizer))
+                items = _conversations(path, lines, tokenizer, limit)
                 return Examples(items, {"input_ids": padding_of(tokenizer), "labels": IGNORED})
         pieces = read_data(path, "lm", tokenizer, window=window, positions=loaded.positions)
         rows = [row for batch in pieces for row in batch.kwargs["input_ids"]]
@@ -117,6 +120,9 @@ def _one_of(keys: Sequence[str]) -> Callable[[dict[str, Any], int], Numbered | s
         if given == ["messages"]:
             wrong = _why_no_conversation(entry["messages"])
             return wrong or Numbered(entry, line)
+        if given == ["prompt"] and ("chosen" in entry or "rejected" in entry):
+            fits = is_text(entry.get("chosen")) and is_text(entry.get("rejected"))
+            return Numbered(entry, line) if fits else 'no "chosen" with a "rejected"'
         if given == ["prompt"] and not is_text(entry.get("completion")):
             return 'no "completion", or an empty one'
         return Numbered(entry, line) if isinstance(entry[given[0]], str) else f'"{given[0]}" is not a text'
@@ -140,8 +146,8 @@ def _conversations(path: Path, lines: Sequence[Numbered], tokenizer: Tokenizer, 
     items, problems = list[Item](), list[str]()
     for line in lines:
         turns = line.entry.get("messages")
-        if "text" in line.entry:
-            problems.append(f"line {line.line}: text; the first line has another form")
+        if "text" in line.entry or "chosen" in line.entry:
+            problems.append(f"line {line.line}: {next(iter(line.entry))}; the first line has another form")
             continue
         ids, labels = _encode_turns(turns, tokenizer) if turns else _encode_answer(line.entry, tokenizer)
         if limit is not None and len(ids) > limit:
@@ -159,6 +165,32 @@ def _encode_answer(entry: Mapping[str, Any], tokenizer: Tokenizer) -> tuple[list
     answer = [*tokenizer(entry["completion"], add_special_tokens=False)["input_ids"]]
     answer += [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     return prompt + answer, [IGNORED] * len(prompt) + answer
+
+
+def _preferences(path: Path, lines: Sequence[Numbered], tokenizer: Tokenizer, limit: int | None) -> Examples:
+    """Prompts with a chosen answer and a rejected one, as `rejected_input_ids` and `rejected_labels`."""
+    items, problems = list[Item](), list[str]()
+    for line in lines:
+        if "chosen" not in line.entry:
+            problems.append(f"line {line.line}: no chosen and rejected answer; the first line has them")
+            continue
+        item = dict[str, Tensor]()
+        for start, key in (("", "chosen"), ("rejected_", "rejected")):
+            ids, labels = _encode_answer({**line.entry, "completion": line.entry[key]}, tokenizer)
+            item |= {f"{start}input_ids": torch.tensor(ids), f"{start}labels": torch.tensor(labels)}
+            problems += [f"line {line.line}: {len(ids)} tokens"] if limit is not None and len(ids) > limit else []
+        items.append(item)
+    if problems:
+        refuse(path, problems, "preferences" + (f", of at most {limit} tokens" if limit else ""))
+    padding = padding_of(tokenizer)
+    return Examples(
+        items,
+        {
+            f"{start}{name}": pad
+            for start in ("", "rejected_")
+            for name, pad in (("input_ids", padding), ("labels", IGNORED))
+        },
+    )
 
 
 def _encode_turns(turns: Sequence[Mapping[str, str]], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:

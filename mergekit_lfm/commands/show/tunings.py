@@ -36,6 +36,7 @@ def plan_text(planned: PlannedTuning) -> str:
         ("method", f"{recipe.method}: {recipe.declaration.summary}"),
         *([("parameters", parameters)] if parameters else []),
         ("task", recipe.task),
+        *([("loss", ", ".join(f"{name} {number:g}" for name, number in recipe.loss.items()))] if recipe.loss else []),
         *(("data", file.ref if file.most is None else f"{file.ref}, {file.most} each time") for file in recipe.files),
         *([("development set", recipe.dev_file.ref)] if recipe.dev_file else []),
         ("steps", f"{options.steps} of {options.batch_size} examples"),
