@@ -165,7 +165,7 @@ def _tune(planned: PlannedTuning, progress: Progress) -> tuple[Tuned, list[str]]
         raise PlanError(f"{planned.out} cannot be written ({reason(error)}); choose another output") from None
     start = {name: x.detach().clone() for name, x in prepared.model.named_parameters() if x.requires_grad}
     loss = build_loss(recipe.task, recipe.loss, start if "l2sp" in recipe.loss else {})
-    with _without_empty(training), lock_folder(training), progress.by_count(" steps", "tuning") as count:
+    with _without_empty(training), lock_folder(training), progress.by_step(" steps", "tuning") as report:
         history = fit(
             prepared.model,
             examples,
@@ -175,12 +175,18 @@ def _tune(planned: PlannedTuning, progress: Progress) -> tuple[Tuned, list[str]]
             hooks=prepared.hooks,
             place=training,
             request=request.digest,
-            tell=lambda done, whole, _: count(done, whole),
+            tell=lambda done, whole, line: report(done, whole, _facts(line, examples)),
         )
         tuned = Tuned(method.makes, history.steps, trained, size, history.loss, history.best, history.best_step)
         findings = write_result(planned, prepared, subject, tuned)
         (training / STATE).unlink(missing_ok=True)
     return tuned, findings
+
+
+def _facts(line: Mapping[str, Any], examples: Examples) -> str:
+    """The loss of a step and its pace, in words."""
+    unit = "tokens" if any(name.endswith("input_ids") for name in examples.pad) else "examples"
+    return f"loss {line['loss']:.4g}, {line['per_second']:,.0f} {unit}/s"
 
 
 def _check_loss(recipe: TuneRecipe, loaded: Loaded, examples: Examples) -> None:

@@ -27,6 +27,7 @@ from mergekit_lfm.train.losses import Loss
 from mergekit_lfm.train.state import Looked, State
 
 STATE = "state.safetensors"
+PACE = 50  # steps by which the time left is estimated
 
 Tell = Callable[[int, int, Mapping[str, Any]], None]  # steps done, of all, and the last line of the record
 
@@ -91,9 +92,10 @@ def fit(
         while state.done < options.steps and not _is_over(state.looked, options):
             begun = time.monotonic()
             line = _step(state, examples, loss, options, file, request)
+            line["per_second"] = round(line["tokens"] / max(time.monotonic() - begun, 1e-9), 1)
             if dev is not None and _is_look(state.done, options):
                 line["dev_loss"] = _look(state, dev, loss, options)
-            state.record.append(line | {"seconds": round(time.monotonic() - begun, 4)})
+            state.record.append(line | _times(time.monotonic() - begun, state, options))
             if tell is not None:
                 tell(state.done, options.steps, state.record[-1])
             if file is not None and (pauses.due or interrupted()):
@@ -108,6 +110,13 @@ def fit(
         state.save(file, request)
     best = state.looked
     return History(state.done, tuple(state.record), best.best, None if best.best is None else best.best_step)
+
+
+def _times(seconds: float, state: State, options: Options) -> dict[str, float]:
+    """The time of a step for its line, and the seconds left by the pace of the last steps."""
+    last = [*(each["seconds"] for each in state.record[-PACE:]), seconds]
+    left = (options.steps - state.done) * sum(last) / len(last)
+    return {"seconds": round(seconds, 4), "seconds_left": round(left, 1)}
 
 
 def _optimizer(parameters: Parameters, options: Options) -> torch.optim.Optimizer:

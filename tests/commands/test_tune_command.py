@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
 
 import pytest
-from helpers_commands import answer, run
+from helpers_commands import answer, refusal, run
 from helpers_tune import tiny  # noqa: F401
 
 from mergekit_lfm import merge, perplexity
@@ -41,6 +42,35 @@ def test_tune_names_its_result() -> None:
     assert data["already_there"] and data["makes"] == "adapter" and data["best_step"] == 3
     assert 0 < data["trained"] < data["parameters"] and data["dev_loss"] > 0
     assert answer(run("inspect", "out", "--json"))
+
+
+@pytest.mark.usefixtures("here")
+def test_the_course_of_a_training_is_drawn_from_its_record() -> None:
+    pytest.importorskip("matplotlib")
+    run(*TUNE, "--dev", "llama.jsonl", "--evaluate-every", "1", "-o", "out")
+    lines = [json.loads(line) for line in Path("out.training/metrics.jsonl").read_text().splitlines()]
+    assert [*lines[0]] == [
+        "step",
+        "loss",
+        "learning_rate",
+        "tokens",
+        "per_second",
+        "dev_loss",
+        "seconds",
+        "seconds_left",
+    ]
+    assert all(line["per_second"] > line["tokens"] / line["seconds"] > 0 for line in lines)  # a look is not in the pace
+    assert lines[-1]["seconds_left"] == 0 < lines[0]["seconds_left"]
+    results = [
+        answer(run("curves", place, "-o", f"{i}.png", "--json")) for i, place in enumerate(("out", "out.training"))
+    ]
+    assert [each["runs"][0]["step"] for each in results] == [3, 3]
+    pictures = [Path(f"{i}.png").read_bytes() for i in range(2)]
+    assert all(each.startswith(b"\x89PNG") and len(each) > 10_000 for each in pictures)
+    Path("broken.jsonl").write_text('{"step": 1, "loss": 2}\n')
+    assert "line 1 is not a step of a training" in refusal(run("curves", "broken.jsonl", "-o", "x.png"))
+    assert "found no metrics.jsonl at llama" in refusal(run("curves", "llama", "-o", "x.png"))
+    assert "ends with .png" in refusal(run("curves", "out", "-o", "x.pdf"))
 
 
 @pytest.mark.usefixtures("here")
