@@ -25,7 +25,7 @@ from mergekit_lfm.recipe.tune_recipe import TuneRecipe
 from mergekit_lfm.runtime.load import Loaded, load_model
 from mergekit_lfm.runtime.subject import Subject, make_subject
 from mergekit_lfm.store.locks import lock_folder
-from mergekit_lfm.train.examples import Examples, join, seed_of
+from mergekit_lfm.train.examples import Examples, join, seed_of, split
 from mergekit_lfm.train.loop import STATE, fit
 from mergekit_lfm.train.state import METRICS
 from mergekit_lfm.train.terms import build_loss, check_language, with_reference
@@ -42,7 +42,8 @@ def tune_model(
     method: str = "full",
     parameters: Mapping[str, Any] | None = None,
     loss: Mapping[str, float] | None = None,
-    dev: StrPath | None = None,
+    dev: StrPath | float | None = None,
+    groups: Sequence[Mapping[str, Any]] = (),
     stats: StrPath | None = None,
     window: int | None = None,
     steps: int = 200,
@@ -69,8 +70,9 @@ def tune_model(
     several; an entry {path, most} uses `most` examples of a file in one time round. task: "lm", "classification",
     "embedding", "masked_lm", "seq2seq" or "regression". parameters: of the method, as `mergekit-lfm methods` lists
     them. loss: numbers of terms that are added to the task's loss, by their names in `LOSS_TERMS`. dev: a development
-    set; the state with the least loss on it is kept. stats: the file of Fisher information that the method `mask`
-    needs. threads: how many torch uses while this runs; the bytes depend on their number. The other settings are
+    set, or a share of the data as one; the state with the least loss on it is kept. groups: {match, learning_rate,
+    weight_decay} of the parameters whose names match a pattern. stats: the file of Fisher information that the method
+    `mask` needs. threads: how many torch uses while this runs; the bytes depend on their number. The other settings are
     explained at `Options`.
 
     A run that was killed goes on from the state in OUT.training, where the metrics stay, too. If `out` holds the result
@@ -86,7 +88,8 @@ def tune_model(
     recipe |= {"evaluate_every": evaluate_every, "patience": patience, "checkpointing": checkpointing, "window": window}
     recipe |= {"autocast": autocast}
     recipe |= {"parameters": dict(parameters or {}), "loss": dict(loss or {})}
-    recipe |= {key: None if path is None else os.fspath(path) for key, path in (("dev", dev), ("stats", stats))}
+    recipe |= {"dev": os.fspath(dev) if isinstance(dev, os.PathLike) else dev, "groups": [*map(dict, groups)]}
+    recipe |= {"stats": None if stats is None else os.fspath(stats)}
     planned = plan_tuning(TuneRecipe.parse(recipe, label="tune"), expand(out), device=device)
     return tune_planned(planned, threads=threads, overwrite=overwrite, progress=progress)
 
@@ -152,9 +155,10 @@ def _tune(planned: PlannedTuning, progress: Progress) -> tuple[Tuned, list[str]]
         prepared = method.prepare(work)
     check_places(prepared, subject, planned.source)
     check_adapter(planned, prepared)
-    if options.weight_decay and not prepared.decays:
+    decay = max([options.weight_decay, *(group.weight_decay or 0.0 for group in options.groups)])
+    if decay and not prepared.decays:
         raise PlanError(
-            f"weight_decay is {options.weight_decay}, and {method.name} trains parts of tensors, which would decay as "
+            f"weight_decay is {decay}, and {method.name} trains parts of tensors, which would decay as "
             "a whole; leave it out"
         )
     every, training = sum(x.numel() for x in prepared.model.parameters() if x.requires_grad), planned.training
@@ -227,6 +231,9 @@ def _read_all(loaded: Loaded, recipe: TuneRecipe) -> tuple[Examples, Examples | 
     if "dpo" in recipe.loss:
         size = recipe.options.batch_size
         sets, dev = ([with_reference(loaded.model, each, size) for each in some] for some in (sets, dev))
+    if recipe.dev_share is not None:
+        sets, held = split(sets, recipe.dev_share, recipe.seed)
+        dev = [held]
     return join(sets, [file.most for file in recipe.files]), dev[0] if dev else None
 
 

@@ -81,7 +81,7 @@ class PlannedTuning:
         names = public_names([recipe.model, *(file.ref for file in files), *([recipe.stats] if recipe.stats else [])])
         data = [{**entry, "path": names[entry["path"]]} for entry in whole["data"]]
         public = {**whole, "model": names[recipe.model], "data": data}
-        public |= {key: names[whole[key]] for key in ("dev", "stats") if key in whole}
+        public |= {key: names[whole[key]] for key in ("dev", "stats") if isinstance(whole.get(key), str)}
         lock = ADAPTER_LOCK if recipe.declaration.makes == "adapter" else LOCK
         inputs = (RequestInput(recipe.model, self.source, self.source.config),)
         return Request(whole, public, inputs, lock)

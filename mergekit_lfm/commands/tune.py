@@ -63,6 +63,30 @@ def _read_terms(ctx: click.Context, parameter: click.Parameter, texts: tuple[str
     return terms
 
 
+def _read_dev(ctx: click.Context, parameter: click.Parameter, text: str | None) -> str | float | None:  # noqa: ARG001
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return text
+
+
+def _read_groups(
+    ctx: click.Context,  # noqa: ARG001
+    parameter: click.Parameter,  # noqa: ARG001
+    texts: tuple[str, ...],
+) -> list[dict[str, str | float]]:
+    groups = list[dict[str, str | float]]()
+    for text in texts:
+        match, *settings = text.split()
+        pairs = [setting.partition("=") for setting in settings]
+        try:
+            groups.append({"match": match, **{name: float(number) for name, _, number in pairs}})
+        except ValueError:
+            expected = "a pattern, then learning_rate=NUMBER, weight_decay=NUMBER or both"
+            raise click.BadParameter(f"found {text!r}; expected {expected}") from None
+    return groups
+
+
 @click.command(
     cls=Command,
     help=HELP,
@@ -96,7 +120,12 @@ Examples:
     metavar="NAME=NUMBER",
     help=f"Add a term to the loss: {', '.join(LOSS_TERMS)}. Can be given several times.",
 )
-@click.option("--dev", type=click.Path(path_type=Path), help="A data file; the state with the least loss on it stays.")
+@click.option(
+    "--dev",
+    callback=_read_dev,
+    metavar="FILE|SHARE",
+    help="A data file, or a share of --data, as 0.1; the state with the least loss on it stays.",
+)
 @click.option("--stats", type=click.Path(path_type=Path), help="For mask: a file of `stats fisher`.")
 @click.option(
     "--window",
@@ -117,6 +146,14 @@ Examples:
 )
 @click.option("--warmup", type=click.FloatRange(0, 1), default=0.0, help="Share of the steps with a rising rate.")
 @click.option("--weight-decay", type=click.FloatRange(0), default=0.0, help="Weight decay of matrices. [default: 0]")
+@click.option(
+    "--group",
+    "groups",
+    multiple=True,
+    callback=_read_groups,
+    metavar="TEXT",
+    help='Parameters with settings of their own: "*.layers.0.* learning_rate=1e-5 weight_decay=0". Several times.',
+)
 @click.option("--clip", type=click.FloatRange(0), default=1.0, help="Largest norm of the gradient, 0 for any.")
 @click.option("--evaluate-every", type=click.IntRange(min=1), help="Steps between two looks at --dev. [default: all]")
 @click.option(

@@ -125,6 +125,20 @@ def join(sets: Sequence[Examples], most: Sequence[int | None]) -> Examples:
     return replace(sets[0], items=items, parts=tuple(parts))
 
 
+def split(sets: Sequence[Examples], share: float, seed: int) -> tuple[list[Examples], Examples]:
+    """The data sets without a share of each one's examples, chosen by the seed; and these as a development set."""
+    kept, chosen = list[Examples](), list[Mapping[str, Tensor]]()
+    for number, each in enumerate(sets):
+        generator = torch.Generator().manual_seed(seed_of(seed, "dev", number))
+        order: list[int] = torch.randperm(len(each), generator=generator).tolist()
+        count = round(share * len(each))
+        chosen += [each.items[i] for i in sorted(order[:count])]
+        kept.append(replace(each, items=[each.items[i] for i in sorted(order[count:])]))
+    if not chosen:
+        raise PlanError(f"dev is {share:g} of {sum(map(len, sets))} examples, less than one; give more data, or a file")
+    return kept, replace(sets[0], items=chosen)
+
+
 def padding_of(tokenizer: Tokenizer) -> int:
     """The token that lengthens a row; no result depends on which it is, as a mask hides it."""
     return int(tokenizer.pad_token_id or 0)

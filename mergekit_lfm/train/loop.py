@@ -22,8 +22,9 @@ from mergekit_lfm.errors import PlanError, reason
 from mergekit_lfm.machine.pauses import Pauses, delay_interrupts
 from mergekit_lfm.recipe.training import Options
 from mergekit_lfm.train.examples import Examples, seed_of
-from mergekit_lfm.train.hooks import Hook, Parameters
+from mergekit_lfm.train.hooks import Hook
 from mergekit_lfm.train.losses import Loss
+from mergekit_lfm.train.optimizer import make_optimizer
 from mergekit_lfm.train.state import Looked, State
 
 STATE = "state.safetensors"
@@ -79,7 +80,7 @@ def fit(
     if dev is not None and any(hook.replaces for hook in hooks):
         raise PlanError("a hook puts other weights in place of those that the development set chose; leave one out")
     request = request or repr((examples.digest, dev and dev.digest, options))
-    state = State(model, parameters, _optimizer(parameters, options), tuple(hooks))
+    state = State(model, parameters, make_optimizer(parameters, options), tuple(hooks))
     for hook in hooks:
         hook.begin(parameters)
     file = None if place is None else place / STATE
@@ -117,15 +118,6 @@ def _times(seconds: float, state: State, options: Options) -> dict[str, float]:
     last = [*(each["seconds"] for each in state.record[-PACE:]), seconds]
     left = (options.steps - state.done) * sum(last) / len(last)
     return {"seconds": round(seconds, 4), "seconds_left": round(left, 1)}
-
-
-def _optimizer(parameters: Parameters, options: Options) -> torch.optim.Optimizer:
-    """AdamW, with weight decay for matrices alone."""
-    groups = [
-        {"params": [x for x in parameters.values() if (x.ndim > 1) == decays], "weight_decay": decay}
-        for decays, decay in ((True, options.weight_decay), (False, 0.0))
-    ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=options.learning_rate, fused=True)
 
 
 @contextmanager
@@ -208,7 +200,7 @@ def _step(
         )
         raise PlanError(f"{found}, expected finite numbers; {_cure(options)}.{kept}")
     for group in state.optimizer.param_groups:
-        group["lr"] = options.rate(step)
+        group["lr"] = group["share"] * options.rate(step)
     state.optimizer.step()
     state.optimizer.zero_grad()
     if not bool(torch.stack([x.isfinite().all() for x in torch._foreach_norm([*state.parameters.values()])]).all()):

@@ -45,6 +45,28 @@ def test_tune_names_its_result() -> None:
 
 
 @pytest.mark.usefixtures("here")
+def test_a_recipe_and_the_command_take_a_share_and_groups() -> None:
+    """Both ways ask for the same; other groups, and another share, are another request."""
+    Path("r.yaml").write_text(
+        "job: tune\nmodel: llama\ndata: llama.jsonl\ntask: lm\nsteps: 3\ndev: 0.25\n"
+        "groups: [{match: '*.layers.0.*', learning_rate: 1.0e-9, weight_decay: 0}]\n"
+    )
+    assert "0.25 of the data" in run("plan", "r.yaml", "out").stdout
+    assert run("merge", "r.yaml", "out", "--threads", "1").exit_code == 0
+    before, after = open_checkpoint("llama"), open_checkpoint("out")
+    moved = {name: float((after.read(name) - before.read(name)).abs().max()) for name in before}
+    assert all((change < 1e-7) == (".layers.0." in name) for name, change in moved.items())
+    group = "*.layers.0.* learning_rate=1e-9 weight_decay=0"
+    same = answer(run(*TUNE, "--dev", "0.25", "--group", group, "-o", "out", "--json"))
+    assert same["already_there"] and same["dev_loss"] > 0
+    assert "out exists" in refusal(run(*TUNE, "--dev", "0.5", "--group", group, "-o", "out"))
+    assert "out exists" in refusal(run(*TUNE, "--dev", "0.25", "-o", "out"))
+    assert "above 0 and below 1" in refusal(run(*TUNE, "--dev", "1", "-o", "x"))
+    assert "no trained parameter has such a name" in refusal(run(*TUNE, "--group", "*.layers.9.*", "-o", "x"))
+    assert not Path("x").exists() and not Path("x.training").exists()
+
+
+@pytest.mark.usefixtures("here")
 def test_the_course_of_a_training_is_drawn_from_its_record() -> None:
     pytest.importorskip("matplotlib")
     run(*TUNE, "--dev", "llama.jsonl", "--evaluate-every", "1", "-o", "out")

@@ -39,6 +39,7 @@ def plan_text(planned: PlannedTuning) -> str:
         *([("loss", ", ".join(f"{name} {number:g}" for name, number in recipe.loss.items()))] if recipe.loss else []),
         *(("data", file.ref if file.most is None else f"{file.ref}, {file.most} each time") for file in recipe.files),
         *([("development set", recipe.dev_file.ref)] if recipe.dev_file else []),
+        *([("development set", f"{recipe.dev_share:g} of the data")] if recipe.dev_share else []),
         ("steps", f"{options.steps} of {options.batch_size} examples"),
         ("learning rate", f"{options.learning_rate:g}, {options.schedule}"),
         *(("note", text) for text in planned.notices),
