@@ -16,6 +16,7 @@ from mergekit_lfm.output.lock import ADAPTER_LOCK, LOCK
 from mergekit_lfm.output.names import public_names
 from mergekit_lfm.output.request import Request, RequestInput
 from mergekit_lfm.recipe.tune_recipe import DataFile, TuneRecipe
+from mergekit_lfm.runtime.images import find_images
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lfm.store.files import open_file
 from mergekit_lfm.store.places import beside, check_file
@@ -159,8 +160,12 @@ def plan_tuning(recipe: TuneRecipe, out: Path, *, device: str | None = None) -> 
 
 
 def _digest(path: Path) -> str:
+    """Of a file's content; of images with the names of their folders, and their own content."""
+    images = find_images(path)
     digest = xxhash.xxh3_128()
-    with open_file(path) as file:
-        while data := file.read(1 << 22):
-            digest.update(data)
+    for file in [*([] if path.is_dir() else [path]), *(image.path for image in images or ())]:
+        digest.update(b"" if images is None else f"\0{file.parent.name}/{file.name}\0".encode())
+        with open_file(file) as opened:
+            while data := opened.read(1 << 22):
+                digest.update(data)
     return digest.hexdigest()

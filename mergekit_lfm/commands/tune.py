@@ -36,7 +36,8 @@ Data are .jsonl with one of these on every line, .txt for lm, or .npz with the m
   lm              {{"text": ...}}, {{"prompt": ..., "completion": ...}} or {{"messages": [...]}}; of the last two
                   only completions, and what the assistant says, are learned. With --loss dpo=0.1
                   {{"prompt": ..., "chosen": ..., "rejected": ...}}
-  classification  {{"text": ..., "label": 0}}
+  classification  {{"text": ..., "label": 0}}; {{"image": "a.png", "label": 0}}, with paths relative to the file,
+                  or a folder with a sub-folder of images for each class
   embedding       {{"text": ..., "positive": ...}}, for a sentence encoder
   masked_lm       {{"text": ...}} or .txt; 15 % of the tokens, chosen anew in each step, are predicted
   seq2seq         {{"prompt": ..., "completion": ...}}, for an encoder with a decoder
@@ -102,7 +103,7 @@ Examples:
     required=True,
     multiple=True,
     type=click.Path(path_type=Path),
-    help="A data file: .jsonl, .txt or .npz. Can be given several times.",
+    help="A data file: .jsonl, .txt or .npz, or a folder of images. Can be given several times.",
 )
 @click.option(
     "--task",

@@ -25,7 +25,7 @@ from mergekit_lfm.recipe.values import FOUND
 from mergekit_lfm.runtime.tasks import TUNE_TASKS
 
 JOB = "tune"
-A_FILE = "a .jsonl, .txt or .npz file"
+A_FILE = "a .jsonl, .txt or .npz file, or a folder of images"
 
 
 def tune_options(method: str, given: Mapping[str, Any]) -> dict[str, Value]:

@@ -40,6 +40,7 @@ TOKENIZER_FILES = (
 )
 # Options of from_pretrained: no network, and no code of the folder, which it would ask about on standard input.
 OURS = {"local_files_only": True, "trust_remote_code": False}
+IMAGES = "preprocessor_config.json"  # the image processor's file
 PROBE = 4  # tokens, to see whether a model looks ahead
 # Rounding alone moves a logit by up to this fraction of the largest: an expert's batch depends on the other tokens. In
 # a BERT of random weights, later tokens move it by 0.005, in a trained one by far more.
@@ -236,6 +237,26 @@ def start_token(tokenizer: Tokenizer) -> int:
             "Set bos_token in tokenizer_config.json"
         )
     return int(start)
+
+
+def image_processor(loaded: Loaded) -> tuple[Callable[[Any], dict[str, Tensor]], str]:
+    """From an image to the inputs of a model, each without the axis of examples; and all that determines them, as text.
+
+    Raises FormatError for a model without an image processor.
+    """
+    transformers, folder = import_transformers(), loaded.checkpoint.path
+    if not (folder / IMAGES).is_file():
+        raise FormatError(
+            f"the data are images, and {folder} has no {IMAGES}; expected one, which says how the model takes them. "
+            "Save the model's image processor there"
+        )
+    with _quiet(transformers), _loading(folder, loaded.task):
+        processor = transformers.AutoImageProcessor.from_pretrained(folder, **OURS)
+
+    def process(image: Any) -> dict[str, Tensor]:
+        return {name: x[0] for name, x in processor(images=image, return_tensors="pt").items()}
+
+    return process, processor.to_json_string()
 
 
 def logits(output: Any) -> Tensor:

@@ -4,7 +4,7 @@ Language models: `{"text": ...}` or a .txt file, in windows, where every token b
 `{"prompt": ..., "completion": ...}`, whose completion alone is; `{"prompt": ..., "chosen": ..., "rejected": ...}`, for
 preferences; `{"messages": [{"role": ..., "content": ...}, ...]}`, by the tokenizer's chat template, with a loss on what
 the assistant says. Classifiers: `{"text": ..., "label": ...}`. Encoders: `{"text": ..., "positive": ...}`. Arrays: an
-.npz with the model's inputs and `labels`. Other tasks: see `train.forms`.
+.npz with the model's inputs and `labels`. Images: `train.pictures`; other tasks: `train.forms`.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from torch import Tensor
 
 from mergekit_lfm.errors import FormatError, PlanError, reason
 from mergekit_lfm.runtime.data import read_data, text_limit
+from mergekit_lfm.runtime.images import find_images
 from mergekit_lfm.runtime.lines import is_text, read_objects, refuse
 from mergekit_lfm.runtime.load import start_token, tokenizer_for_texts
 from mergekit_lfm.runtime.tasks import HEADED
 from mergekit_lfm.train.examples import IGNORED, Examples, padding_of
 from mergekit_lfm.train.forms import FORMS
+from mergekit_lfm.train.pictures import picture_examples
 
 if TYPE_CHECKING:
     from mergekit_lfm.runtime.load import Loaded, Tokenizer
@@ -46,6 +48,11 @@ def read_examples(path: Path, loaded: Loaded, *, window: int | None = None) -> E
     beyond the model. Prompts with completions, and conversations, that are longer than the window are refused: what is
     cut off them would be what is to be learned.
     """
+    if loaded.task == "classification":
+        config: Any = loaded.model.config
+        images = find_images(path, getattr(config, "label2id", None))
+        if images is not None:
+            return picture_examples(path, images, loaded)
     if path.suffix == ".npz":
         if loaded.task != "classification":
             raise FormatError(f"{path}: arrays are for classifiers; expected a .jsonl or .txt file for {loaded.task}")
