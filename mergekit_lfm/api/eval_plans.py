@@ -15,7 +15,8 @@ from mergekit_lfm.api.judge import judge_data
 from mergekit_lfm.api.outcome import Outcome, warn_of
 from mergekit_lfm.api.stats import set_threads
 from mergekit_lfm.errors import FormatError
-from mergekit_lfm.judge.evaluate import SCORES, Score
+from mergekit_lfm.judge.evaluate import Accuracy, Perplexity, Retrieval
+from mergekit_lfm.judge.held_out import Fit, TokenLoss
 from mergekit_lfm.machine.devices import find_device
 from mergekit_lfm.machine.progress import SILENCE, Progress
 from mergekit_lfm.output.file_request import FileRequest
@@ -28,6 +29,8 @@ from mergekit_lfm.store.durable import replace_file
 from mergekit_lfm.store.files import digest_file, read_json
 from mergekit_lfm.views.adapted import open_found
 
+Score = Perplexity | Accuracy | Retrieval | TokenLoss | Fit
+KINDS: Mapping[str, type[Score]] = {each.__name__: each for each in (Perplexity, Accuracy, Retrieval, TokenLoss, Fit)}
 Scores = Mapping[str, Mapping[str, Score]]  # by model, then by file, as the recipe names them
 
 
@@ -96,7 +99,8 @@ def evaluate_planned(
                     scores[ref][name] = judge(loaded)
                     report(sum(map(len, scores.values())), count)
         request.request.check_unchanged()
-        facts = {"job": JOB, "request": digest, "recipe": request.request.public, "kind": SCORES[recipe.task].__name__}
+        facts = {"job": JOB, "request": digest, "recipe": request.request.public}
+        facts["kind"] = next(type(score).__name__ for own in scores.values() for score in own.values())
         facts["scores"] = {ref: {name: asdict(score) for name, score in own.items()} for ref, own in scores.items()}
         planned.out.parent.mkdir(parents=True, exist_ok=True)
         replace_file(planned.out, (json.dumps(facts, indent=2) + "\n").encode())
@@ -117,5 +121,5 @@ def _digest_in(file: Path) -> str:
 
 def _read_scores(file: Path) -> dict[str, dict[str, Score]]:
     facts = _read(file)
-    kind = next(kind for kind in SCORES.values() if kind.__name__ == facts["kind"])
+    kind = KINDS[facts["kind"]]
     return {ref: {name: kind(**score) for name, score in own.items()} for ref, own in facts["scores"].items()}

@@ -13,6 +13,7 @@ from mergekit_lfm.api.arguments import StrPath, expand, model_folder
 from mergekit_lfm.api.outcome import Outcome, warn_of
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.machine.progress import SILENCE, Progress
+from mergekit_lfm.runtime.tasks import TUNE_TASKS
 from mergekit_lfm.store.hub import display_name
 
 if TYPE_CHECKING:
@@ -24,10 +25,12 @@ if TYPE_CHECKING:
     from mergekit_lfm.edit.scores import FactScores
     from mergekit_lfm.judge.barrier import Interpolation
     from mergekit_lfm.judge.evaluate import Score
+    from mergekit_lfm.judge.held_out import Fit, TokenLoss
     from mergekit_lfm.repair import Repaired
     from mergekit_lfm.runtime.load import Loaded
 
-Scores = Mapping[str, Mapping[str, "Score | FactScores"]]  # by model, then by file
+
+Scores = Mapping[str, Mapping[str, "Score | TokenLoss | Fit | FactScores"]]  # by model, then by file
 
 
 def evaluate_models(
@@ -47,7 +50,8 @@ def evaluate_models(
 
     models: folders, names on the Hub, or MODEL+ADAPTER, where the adapter may be a file with a bottleneck adapter.
     text: files of UTF-8 text, for language models: perplexity and bits per byte. data: .jsonl, .txt or .npz files of
-    `task`: "lm" as for texts, "classification" the accuracy, "embedding" the retrieval of each text's own positive.
+    `task`: "lm" as for texts, "classification" the accuracy, "embedding" the retrieval of each text's own positive,
+    "seq2seq" the perplexity of answers, "masked_lm" that of masked tokens, "regression" the mean squared error.
     facts: a facts file, as `edit_model` takes it. prompt: a prompt's folder, as `tune_model` or PEFT makes it, or a
     file with a mixture of prompts; it stands before every text, and the same tokens are scored as without it. window:
     the most tokens at a time; stride: for "lm", the tokens predicted at a time. The result has the scores by model,
@@ -61,7 +65,7 @@ def evaluate_models(
     if [bool(texts), bool(files), facts is not None].count(True) != 1:
         raise PlanError("give texts (--text), data with a task (--data, --task) or facts (--facts): one of the three")
     if files and task is None:
-        raise PlanError("data need a task: lm, classification or embedding; give it (--task)")
+        raise PlanError(f"data need a task: {', '.join(TUNE_TASKS)}; give one (--task)")
     if texts and task not in (None, "lm"):
         raise PlanError(f"texts are for language models; give data with the task {task}")
     if facts is not None and (task, prompt, window, stride) != (None, None, None, None):
@@ -69,7 +73,7 @@ def evaluate_models(
     task = task or "lm"
     if stride is not None and task != "lm":
         raise PlanError("stride is for language models; leave it out")
-    judges: dict[str, Callable[[Loaded], Score | FactScores]]
+    judges: dict[str, Callable[[Loaded], Score | TokenLoss | Fit | FactScores]]
     if facts is not None:
         judges = {str(facts): _judge_facts(expand(facts, "facts"), progress)}
     else:
@@ -132,9 +136,12 @@ def _judge_text(file: Path, window: int | None, stride: int | None) -> Callable[
     return partial(perplexity, text=text, window=window, stride=stride)
 
 
-def judge_data(file: Path, task: str, window: int | None, stride: int | None) -> Callable[[Loaded], Score]:
+def judge_data(
+    file: Path, task: str, window: int | None, stride: int | None
+) -> Callable[[Loaded], Score | TokenLoss | Fit]:
     """The function that scores a loaded model on a data file of its task. Raises FormatError for a damaged file."""
     from mergekit_lfm.judge.evaluate import accuracy, perplexity, retrieval
+    from mergekit_lfm.judge.held_out import fit_of, token_loss
     from mergekit_lfm.runtime.data import read_documents
 
     if task == "lm":
@@ -143,7 +150,11 @@ def judge_data(file: Path, task: str, window: int | None, stride: int | None) ->
         return partial(accuracy, data=file, window=window)
     if task == "embedding":
         return partial(retrieval, pairs=file, window=window)
-    raise PlanError(f"found the task {task!r}, expected lm, classification or embedding; choose one of these")
+    if task in ("masked_lm", "seq2seq"):
+        return partial(token_loss, data=file, window=window)
+    if task == "regression":
+        return partial(fit_of, data=file, window=window)
+    raise PlanError(f"found the task {task!r}, expected {', '.join(TUNE_TASKS)}; choose one of these")
 
 
 def measure_barrier(

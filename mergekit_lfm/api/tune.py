@@ -6,7 +6,6 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +25,11 @@ from mergekit_lfm.recipe.tune_recipe import TuneRecipe
 from mergekit_lfm.runtime.load import Loaded, load_model
 from mergekit_lfm.runtime.subject import Subject, make_subject
 from mergekit_lfm.store.locks import lock_folder
-from mergekit_lfm.train.examples import Examples, join, seed_of
+from mergekit_lfm.train.examples import Examples, join, seed_of, split
 from mergekit_lfm.train.loop import STATE, fit
-from mergekit_lfm.train.losses import LOSSES
 from mergekit_lfm.train.state import METRICS
-from mergekit_lfm.train.texts import check_labels, lengthen_by_no_ending, read_examples
+from mergekit_lfm.train.terms import build_loss, check_language, with_reference
+from mergekit_lfm.train.texts import check_labels, lengthen_for, read_examples
 from mergekit_lfm.tune.work import TuneWork
 
 
@@ -42,7 +41,9 @@ def tune_model(
     task: str,
     method: str = "full",
     parameters: Mapping[str, Any] | None = None,
-    dev: StrPath | None = None,
+    loss: Mapping[str, float] | None = None,
+    dev: StrPath | float | None = None,
+    groups: Sequence[Mapping[str, Any]] = (),
     stats: StrPath | None = None,
     window: int | None = None,
     steps: int = 200,
@@ -66,10 +67,13 @@ def tune_model(
     """Train a saved model on data by a method, and write what that leaves: a checkpoint, a file, an adapter, a prompt.
 
     model: a folder, a name on the Hub, or MODEL+ADAPTER; it stays as it is. data: a .jsonl, .txt or .npz file, or
-    several; an entry {path, most} uses `most` examples of a file in one time round. task: "lm", "classification" or
-    "embedding". parameters: of the method, as `mergekit-lfm methods` lists them. dev: a development set; the state with
-    the least loss on it is kept. stats: the file of Fisher information that the method `mask` needs. threads: how many
-    torch uses while this runs; the bytes depend on their number. The other settings are explained at `Options`.
+    several; an entry {path, most} uses `most` examples of a file in one time round. task: "lm", "classification",
+    "embedding", "masked_lm", "seq2seq" or "regression". parameters: of the method, as `mergekit-lfm methods` lists
+    them. loss: numbers of terms that are added to the task's loss, by their names in `LOSS_TERMS`. dev: a development
+    set, or a share of the data as one; the state with the least loss on it is kept. groups: {match, learning_rate,
+    weight_decay} of the parameters whose names match a pattern. stats: the file of Fisher information that the method
+    `mask` needs. threads: how many torch uses while this runs; the bytes depend on their number. The other settings are
+    explained at `Options`.
 
     A run that was killed goes on from the state in OUT.training, where the metrics stay, too. If `out` holds the result
     of the same request already, nothing is done. The outcome's digest is that of the request. Raises PlanError for
@@ -83,8 +87,9 @@ def tune_model(
     recipe |= {"warmup": warmup, "weight_decay": weight_decay, "clip": clip, "accumulate": accumulate, "seed": seed}
     recipe |= {"evaluate_every": evaluate_every, "patience": patience, "checkpointing": checkpointing, "window": window}
     recipe |= {"autocast": autocast}
-    recipe |= {"parameters": dict(parameters or {})}
-    recipe |= {key: None if path is None else os.fspath(path) for key, path in (("dev", dev), ("stats", stats))}
+    recipe |= {"parameters": dict(parameters or {}), "loss": dict(loss or {})}
+    recipe |= {"dev": os.fspath(dev) if isinstance(dev, os.PathLike) else dev, "groups": [*map(dict, groups)]}
+    recipe |= {"stats": None if stats is None else os.fspath(stats)}
     planned = plan_tuning(TuneRecipe.parse(recipe, label="tune"), expand(out), device=device)
     return tune_planned(planned, threads=threads, overwrite=overwrite, progress=progress)
 
@@ -132,9 +137,10 @@ def _tune(planned: PlannedTuning, progress: Progress) -> tuple[Tuned, list[str]]
     options, method = recipe.options, recipe.declaration
     loaded = load_model(planned.source, recipe.task, device=planned.device)
     config: Any = loaded.model.config
-    if getattr(config, "is_encoder_decoder", False):
+    if getattr(config, "is_encoder_decoder", False) and recipe.task != "seq2seq":
         raise PlanError(
-            f"{recipe.model} is an encoder with a decoder, expected a model without; such are not tuned here"
+            f"{recipe.model} is an encoder with a decoder, which is tuned by the task seq2seq alone; choose that, or "
+            "give a model without a decoder"
         )
     subject = make_subject(loaded.model, planned.source)
     size = sum(x.numel() for x in loaded.model.parameters())
@@ -150,9 +156,10 @@ def _tune(planned: PlannedTuning, progress: Progress) -> tuple[Tuned, list[str]]
     check_adapter(planned, prepared)
     check_prompt(recipe, prepared)
     examples, dev = _read_all(leave_room(recipe, loaded, prepared.virtual), recipe)
-    if options.weight_decay and not prepared.decays:
+    decay = max([options.weight_decay, *(group.weight_decay or 0.0 for group in options.groups)])
+    if decay and not prepared.decays:
         raise PlanError(
-            f"weight_decay is {options.weight_decay}, and {method.name} trains parts of tensors, which would decay as "
+            f"weight_decay is {decay}, and {method.name} trains parts of tensors, which would decay as "
             "a whole; leave it out"
         )
     every, training = sum(x.numel() for x in prepared.model.parameters() if x.requires_grad), planned.training
@@ -161,23 +168,44 @@ def _tune(planned: PlannedTuning, progress: Progress) -> tuple[Tuned, list[str]]
         training.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise PlanError(f"{planned.out} cannot be written ({reason(error)}); choose another output") from None
-    with _without_empty(training), lock_folder(training), progress.by_count(" steps", "tuning") as count:
+    start = {name: x.detach().clone() for name, x in prepared.model.named_parameters() if x.requires_grad}
+    loss = build_loss(recipe.task, recipe.loss, start if "l2sp" in recipe.loss else {})
+    with _without_empty(training), lock_folder(training), progress.by_step(" steps", "tuning") as report:
         history = fit(
             prepared.model,
             examples,
-            LOSSES[recipe.task] if prepared.loss is None else prepared.loss(LOSSES[recipe.task]),
+            loss if prepared.loss is None else prepared.loss(loss),
             options,
             dev=dev,
             hooks=prepared.hooks,
             place=training,
             request=request.digest,
-            tell=lambda done, whole, _: count(done, whole),
+            tell=lambda done, whole, line: report(done, whole, _facts(line, examples)),
         )
         found = (history.steps, trained, size, history.loss, history.best, history.best_step)
         tuned = Tuned(method.makes, *found, prepared.facts())
         findings = write_result(planned, prepared, subject, tuned)
         (training / STATE).unlink(missing_ok=True)
     return tuned, findings
+
+
+def _facts(line: Mapping[str, Any], examples: Examples) -> str:
+    """The loss of a step and its pace, in words."""
+    unit = "tokens" if any(name.endswith("input_ids") for name in examples.pad) else "examples"
+    return f"loss {line['loss']:.4g}, {line['per_second']:,.0f} {unit}/s"
+
+
+def _check_loss(recipe: TuneRecipe, loaded: Loaded, examples: Examples) -> None:
+    """Raise PlanError for a term of the loss that does not fit the model or the data."""
+    if "aux_lm" in recipe.loss:
+        check_language(loaded, examples)
+    pairs = "rejected_input_ids" in examples.items[0]
+    if pairs != ("dpo" in recipe.loss):
+        found = f"{recipe.files[0].ref}: found {'chosen and rejected answers' if pairs else 'no rejected answers'}"
+        cure = "set the loss dpo (--loss dpo=0.1)" if pairs else 'give {"prompt", "chosen", "rejected"} on each line'
+        raise PlanError(
+            f"{found}; expected {'the loss dpo' if pairs else 'some for the loss dpo'}. {cure.capitalize()}"
+        )
 
 
 def _read(path: Path, loaded: Loaded, recipe: TuneRecipe) -> Examples:
@@ -200,11 +228,15 @@ def _read_all(loaded: Loaded, recipe: TuneRecipe) -> tuple[Examples, Examples | 
             raise PlanError(f"{file.ref}: found {found}; expected {expected}, as in {files[0].ref}")
     if recipe.task == "embedding" and sum(map(len, sets)) < 2:
         raise PlanError(f"{files[0].ref}: found one pair, expected two or more, which are compared. Add some")
-    if recipe.task == "classification" and "input_ids" in sets[0].pad:
-        config: Any = loaded.model.config
-        padding = lengthen_by_no_ending([*sets, *dev])
-        config.get_text_config().pad_token_id = padding  # by which a decoder finds a row's last token
-        sets, dev = ([replace(each, pad={"input_ids": padding}) for each in some] for some in (sets, dev))
+    longer = lengthen_for(loaded, [*sets, *dev])
+    sets, dev = longer[: len(sets)], longer[len(sets) :]
+    _check_loss(recipe, loaded, sets[0])
+    if "dpo" in recipe.loss:
+        size = recipe.options.batch_size
+        sets, dev = ([with_reference(loaded.model, each, size) for each in some] for some in (sets, dev))
+    if recipe.dev_share is not None:
+        sets, held = split(sets, recipe.dev_share, recipe.seed)
+        dev = [held]
     return join(sets, [file.most for file in recipe.files]), dev[0] if dev else None
 
 

@@ -18,8 +18,8 @@ from mergekit_lfm.output.lock import ADAPTER_LOCK, LOCK
 from mergekit_lfm.output.names import public_names
 from mergekit_lfm.output.request import Request, RequestInput
 from mergekit_lfm.recipe.tune_recipe import DataFile, TuneRecipe
+from mergekit_lfm.runtime.images import digest_data
 from mergekit_lfm.store.checkpoint import Checkpoint
-from mergekit_lfm.store.files import digest_file
 from mergekit_lfm.store.folder import ADAPTER_WEIGHTS
 from mergekit_lfm.store.places import beside
 from mergekit_lfm.views.adapted import open_found
@@ -73,7 +73,7 @@ class PlannedTuning:
         names = public_names(refs)
         data = [{**entry, "path": names[entry["path"]]} for entry in whole["data"]]
         public = {**whole, "model": names[recipe.model], "data": data}
-        public |= {key: names[whole[key]] for key in ("dev", "stats") if key in whole}
+        public |= {key: names[whole[key]] for key in ("dev", "stats") if isinstance(whole.get(key), str)}
         if (key := recipe.declaration.files) is not None:
             public["parameters"] = {**whole["parameters"], key: ",".join(names[ref] for ref in named)}
         lock = ADAPTER_LOCK if recipe.declaration.makes in FOLDERS else LOCK
@@ -84,9 +84,10 @@ class PlannedTuning:
     def files(self) -> tuple[Path, ...]:
         """The files that are read besides the model."""
         recipe = self.recipe
-        found: list[DataFile | Path | None] = [*recipe.files, recipe.dev_file, recipe.statistics, *recipe.named_files]
+        found: list[DataFile | Path | None] = [*recipe.files, recipe.dev_file, recipe.statistics]
         paths = [file.path if isinstance(file, DataFile) else file for file in found if file is not None]
-        return tuple(path / ADAPTER_WEIGHTS[0] if path.is_dir() else path for path in paths)
+        named = [file.path for file in recipe.named_files]
+        return (*paths, *(path / ADAPTER_WEIGHTS[0] if path.is_dir() else path for path in named))
 
     @cached_property
     def contents(self) -> dict[str, str]:
@@ -94,7 +95,7 @@ class PlannedTuning:
         return self._digests()
 
     def _digests(self) -> dict[str, str]:
-        return {f"{number} {path.name}": digest_file(path) for number, path in enumerate(self.files)}
+        return {f"{number} {path.name}": digest_data(path) for number, path in enumerate(self.files)}
 
     def check_unchanged(self) -> None:
         """Raise FormatError if the model or the data were changed since they were first looked at."""

@@ -8,6 +8,7 @@ from mergekit_lfm.commands import options
 from mergekit_lfm.commands.align import align
 from mergekit_lfm.commands.average import average
 from mergekit_lfm.commands.barrier import barrier
+from mergekit_lfm.commands.curves import curves
 from mergekit_lfm.commands.edit import edit
 from mergekit_lfm.commands.eval import evaluate
 from mergekit_lfm.commands.extract_lora import extract_lora
@@ -41,6 +42,6 @@ def main() -> None:
 
 for command in (
     *(init, merge, plan, push, verify, inspect, methods, evaluate),
-    *(stats, align, barrier, repair, edit, patch, trace, extract_lora, head, tune, average),
+    *(stats, align, barrier, repair, edit, patch, trace, extract_lora, head, tune, average, curves),
 ):
     main.add_command(command)

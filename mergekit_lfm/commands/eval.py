@@ -10,7 +10,7 @@ import click
 from mergekit_lfm.commands import options
 from mergekit_lfm.commands.console import Console
 from mergekit_lfm.commands.shell import Command, ModelFolder
-from mergekit_lfm.runtime.tasks import TASKS
+from mergekit_lfm.runtime.tasks import TUNE_TASKS
 
 
 @click.command(
@@ -44,7 +44,9 @@ Examples:
 @click.option(
     "--facts", type=click.Path(path_type=Path), help="A facts file, as `edit` takes it, to score language models on."
 )
-@click.option("--task", type=click.Choice([*TASKS]), help="The kind of models; see above. [default: lm, for --text]")
+@click.option(
+    "--task", type=click.Choice([*TUNE_TASKS]), help="The kind of models; see above. [default: lm, for --text]"
+)
 @click.option(
     "--prompt",
     type=click.Path(path_type=Path),
@@ -84,6 +86,9 @@ def evaluate(
     classification  share of examples whose most likely class is their "label"
     embedding       share of texts whose own "positive" is the nearest of all
                     (top-1), and the mean of 1 / its place (MRR)
+    seq2seq         perplexity of the "completion" after each "prompt"
+    masked_lm       perplexity of 15 % of the tokens, the same for all models
+    regression      mean squared error, and correlation with each "label"
 
     With --facts: ES, PS, NS are shares of prompts, paraphrases and other subjects where the right target is the more
     likely one; EA, PA, NA where its tokens are the most likely of all; GA and QA where the model's own words say the

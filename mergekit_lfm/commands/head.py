@@ -34,7 +34,7 @@ Examples:
 def head(
     console: Console, /, model: str, labels: int | list[str], out: Path, seed: int, overwrite: bool, **_: object
 ) -> None:
-    """Give MODEL a new head for labels, of random weights: a classifier to tune.
+    """Give MODEL a new head for labels, of random weights: a classifier to tune; with one label, for regression.
 
     An old head is dropped. The result is the base of all that is tuned from it: patches, adapters and merges are about
     its tensors. MODEL is a folder, a name on the Hub, or MODEL+ADAPTER. Needs the extra: pip install

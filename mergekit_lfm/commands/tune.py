@@ -12,9 +12,15 @@ from mergekit_lfm.commands.console import Console
 from mergekit_lfm.commands.options import going_on_later
 from mergekit_lfm.commands.parameters import method_option, method_rows, parameter_options
 from mergekit_lfm.commands.shell import Command
+from mergekit_lfm.recipe.loss_terms import LOSS_TERMS
 from mergekit_lfm.recipe.registry import TUNE_METHODS
 from mergekit_lfm.recipe.training import SCHEDULES
-from mergekit_lfm.runtime.tasks import TASKS
+from mergekit_lfm.runtime.tasks import TUNE_TASKS
+
+
+def _terms() -> str:
+    return "\n".join(f"  {term.name:7} {term.summary}" for term in LOSS_TERMS.values())
+
 
 HELP = f"""Train MODEL on data by a method, and write the tuned model, a patch, an adapter or a prompt.
 
@@ -29,14 +35,58 @@ as PEFT has it, for `eval --prompt`. MODEL is a folder, a name on the Hub, or MO
 \b
 Data are .jsonl with one of these on every line, .txt for lm, or .npz with the model's inputs and labels:
   lm              {{"text": ...}}, {{"prompt": ..., "completion": ...}} or {{"messages": [...]}}; of the last two
-                  only completions, and what the assistant says, are learned
-  classification  {{"text": ..., "label": 0}}
-  embedding       {{"text": ..., "positive": ...}}
+                  only completions, and what the assistant says, are learned. With --loss dpo=0.1
+                  {{"prompt": ..., "chosen": ..., "rejected": ...}}
+  classification  {{"text": ..., "label": 0}}; {{"image": "a.png", "label": 0}}, with paths relative to the file,
+                  or a folder with a sub-folder of images for each class
+  embedding       {{"text": ..., "positive": ...}}, for a sentence encoder
+  masked_lm       {{"text": ...}} or .txt; 15 % of the tokens, chosen anew in each step, are predicted
+  seq2seq         {{"prompt": ..., "completion": ...}}, for an encoder with a decoder
+  regression      {{"text": ..., "label": 0.37}}, for a head with one output
+
+\b
+Terms of --loss, each with a number, as --loss l2sp=0.01:
+{_terms()}
 
 A run that was interrupted goes on from OUT.training when the same command runs again; metrics.jsonl there has a
 line for each step. If OUT holds the result of the same request already, nothing is done. Needs the extra:
 pip install "mergekit_lfm[models]", and for adapters and prompts "mergekit_lfm[tune]"
 """
+
+
+def _read_terms(ctx: click.Context, parameter: click.Parameter, texts: tuple[str, ...]) -> dict[str, float]:  # noqa: ARG001
+    terms = dict[str, float]()
+    for text in texts:
+        name, _, number = text.partition("=")
+        try:
+            terms[name.strip()] = float(number)
+        except ValueError:
+            raise click.BadParameter(f"found {text!r}; expected a name and a number, as l2sp=0.01") from None
+    return terms
+
+
+def _read_dev(ctx: click.Context, parameter: click.Parameter, text: str | None) -> str | float | None:  # noqa: ARG001
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return text
+
+
+def _read_groups(
+    ctx: click.Context,  # noqa: ARG001
+    parameter: click.Parameter,  # noqa: ARG001
+    texts: tuple[str, ...],
+) -> list[dict[str, str | float]]:
+    groups = list[dict[str, str | float]]()
+    for text in texts:
+        match, *settings = text.split()
+        pairs = [setting.partition("=") for setting in settings]
+        try:
+            groups.append({"match": match, **{name: float(number) for name, _, number in pairs}})
+        except ValueError:
+            expected = "a pattern, then learning_rate=NUMBER, weight_decay=NUMBER or both"
+            raise click.BadParameter(f"found {text!r}; expected {expected}") from None
+    return groups
 
 
 @click.command(
@@ -54,18 +104,30 @@ Examples:
     required=True,
     multiple=True,
     type=click.Path(path_type=Path),
-    help="A data file: .jsonl, .txt or .npz. Can be given several times.",
+    help="A data file: .jsonl, .txt or .npz, or a folder of images. Can be given several times.",
 )
 @click.option(
     "--task",
     required=True,
-    type=click.Choice([*TASKS]),
-    help="The kind of model: lm, classification or embedding (a sentence encoder).",
+    type=click.Choice([*TUNE_TASKS]),
+    help="The kind of model, and the loss; see above.",
 )
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The folder or file to write.")
 @method_option(TUNE_METHODS, "full", "The part that is trained, and how.")
 @parameter_options(TUNE_METHODS)
-@click.option("--dev", type=click.Path(path_type=Path), help="A data file; the state with the least loss on it stays.")
+@click.option(
+    "--loss",
+    multiple=True,
+    callback=_read_terms,
+    metavar="NAME=NUMBER",
+    help=f"Add a term to the loss: {', '.join(LOSS_TERMS)}. Can be given several times.",
+)
+@click.option(
+    "--dev",
+    callback=_read_dev,
+    metavar="FILE|SHARE",
+    help="A data file, or a share of --data, as 0.1; the state with the least loss on it stays.",
+)
 @click.option("--stats", type=click.Path(path_type=Path), help="For mask: a file of `stats fisher`.")
 @click.option(
     "--window",
@@ -86,6 +148,14 @@ Examples:
 )
 @click.option("--warmup", type=click.FloatRange(0, 1), default=0.0, help="Share of the steps with a rising rate.")
 @click.option("--weight-decay", type=click.FloatRange(0), default=0.0, help="Weight decay of matrices. [default: 0]")
+@click.option(
+    "--group",
+    "groups",
+    multiple=True,
+    callback=_read_groups,
+    metavar="TEXT",
+    help='Parameters with settings of their own: "*.layers.0.* learning_rate=1e-5 weight_decay=0". Several times.',
+)
 @click.option("--clip", type=click.FloatRange(0), default=1.0, help="Largest norm of the gradient, 0 for any.")
 @click.option("--evaluate-every", type=click.IntRange(min=1), help="Steps between two looks at --dev. [default: all]")
 @click.option(

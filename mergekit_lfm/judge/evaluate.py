@@ -8,7 +8,7 @@ models with the same tokenizer. Classifiers by accuracy, sentence encoders by re
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,6 @@ class Retrieval:
 
 
 Score = Perplexity | Accuracy | Retrieval
-SCORES: Mapping[str, type[Score]] = {"lm": Perplexity, "classification": Accuracy, "embedding": Retrieval}  # by task
 
 
 def perplexity(

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 Count = Callable[[int, int], None]  # called with (number done, number in all)
+Report = Callable[[int, int, str], None]  # and with other facts, in words
 
 
 class Progress(Protocol):
@@ -23,6 +24,9 @@ class Progress(Protocol):
 
     def by_count(self, unit: str, doing: str) -> AbstractContextManager[Count]:
         """Work counted in `unit`: call the context's value with (number done, number in all)."""
+
+    def by_step(self, unit: str, doing: str) -> AbstractContextManager[Report]:
+        """Work counted in `unit`, with facts to show beside: call with (number done, number in all, the facts)."""
 
     def by_tick(self, unit: str, doing: str) -> AbstractContextManager[Callable[[int], None]]:
         """Work of unknown extent: call the context's value with each number done."""
@@ -45,6 +49,10 @@ class Silence:
         return nullcontext(lambda _: None)
 
     def by_count(self, unit: str, doing: str) -> AbstractContextManager[Count]:  # noqa: ARG002
+        """Show nothing."""
+        return nullcontext(lambda *_: None)
+
+    def by_step(self, unit: str, doing: str) -> AbstractContextManager[Report]:  # noqa: ARG002
         """Show nothing."""
         return nullcontext(lambda *_: None)
 

@@ -13,6 +13,7 @@ from mergekit_lfm.recipe.form import Reference, read_reference
 from mergekit_lfm.recipe.job_form import A_DATA_FILE, JobForm, read_task
 from mergekit_lfm.recipe.problems import attempt, problem_at, refuse
 from mergekit_lfm.recipe.values import FOUND
+from mergekit_lfm.runtime.tasks import TUNE_TASKS
 
 JOB = "eval"
 
@@ -46,7 +47,7 @@ class EvalRecipe(JobForm):
     @model_validator(mode="after")
     def _check(self, info: ValidationInfo) -> Self:
         where: Where = (info.context or {"where": Where()})["where"]
-        models, files, problems = list[FoundModel](), list[Path](), read_task(self.task)
+        models, files, problems = list[FoundModel](), list[Path](), read_task(self.task, TUNE_TASKS)
         for i, model in enumerate(self.models):
             found, missing = attempt(partial(find_reference, model, where), f"models[{i}]")
             problems += missing

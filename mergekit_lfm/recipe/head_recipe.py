@@ -17,13 +17,13 @@ JOB = "head"
 
 
 def _as_names(value: object) -> object:
-    """The labels' names; a number stands for so many, LABEL_0 and so on, as transformers names them."""
-    expected = "a number from 2, or a list of names, each once"
-    if isinstance(value, int) and not isinstance(value, bool) and value > 1:
+    """The labels' names; a number stands for so many, LABEL_0 and so on, as transformers has it; 1 is for numbers."""
+    expected = "a number from 1, or a list of names, each once"
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
         return tuple(f"LABEL_{i}" for i in range(value))
     names = list(value) if isinstance(value, list | tuple) else []
     texts = [name for name in names if isinstance(name, str) and name.strip()]
-    if len({*texts}) < max(2, len(names)):
+    if len({*texts}) < max(1, len(names)):
         raise Refusal("found {found}, expected {expected}", found=repr(value), expected=expected)
     return tuple(names)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -16,17 +16,16 @@ from mergekit_lfm.recipe.form import Strict
 from mergekit_lfm.recipe.problems import Problem, problem_at
 from mergekit_lfm.recipe.validation import find_problems, read_document, read_form
 from mergekit_lfm.recipe.values import FOUND
-from mergekit_lfm.runtime.tasks import TASKS
 
 A_DATA_FILE = "a .jsonl, .txt or .npz file"
 
 
-def read_task(task: str) -> list[Problem]:
-    """The problem with a task that is not there; [] for one that is."""
-    if task in TASKS:
+def read_task(task: str, tasks: Collection[str]) -> list[Problem]:
+    """The problem with a task that is not one of these; [] for one that is."""
+    if task in tasks:
         return []
-    sentence, cure = FOUND + "; {cure}", did_you_mean(task, TASKS)
-    return [problem_at("task", sentence, found=repr(task), expected=", ".join(TASKS), cure=cure)]
+    sentence, cure = FOUND + "; {cure}", did_you_mean(task, tasks)
+    return [problem_at("task", sentence, found=repr(task), expected=", ".join(tasks), cure=cure)]
 
 
 class JobForm(Strict):

@@ -19,6 +19,7 @@ from mergekit_lfm.recipe.options import defaults_of, read_options, readers_of, u
 from mergekit_lfm.recipe.problems import Problem, attempt, problem_at, refuse
 from mergekit_lfm.recipe.registry import STATISTIC_METHODS
 from mergekit_lfm.recipe.values import FOUND
+from mergekit_lfm.runtime.tasks import TASKS
 
 JOB = "stats"
 DTYPES = Literal["float32", "float64", "bfloat16", "float16"]
@@ -57,7 +58,7 @@ class StatsRecipe(JobForm):
         where: Where = (info.context or {"where": Where()})["where"]
         model, problems = attempt(partial(find_reference, self.model, where), "model")
         data, missing = read_file(self.data, where, "data", A_DATA_FILE)
-        problems += [*missing, *read_task(self.task)]
+        problems += [*missing, *read_task(self.task, TASKS)]
         kinds = {name: each for name, each in STATISTIC_METHODS.items() if each.outline is not None}
         if self.kind in kinds:
             problems += self._read_settings(kinds[self.kind])

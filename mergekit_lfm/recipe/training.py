@@ -13,6 +13,28 @@ SCHEDULES = ("constant", "linear", "cosine")
 
 
 @dataclass(frozen=True, slots=True)
+class Group:
+    """Parameters with settings of their own. match: a pattern of their names, as `*.layers.0.*`, in the way of fnmatch.
+
+    learning_rate, weight_decay: those of the training if None; the rate rises and falls as that does.
+    """
+
+    match: str
+    learning_rate: float | None = None
+    weight_decay: float | None = None
+
+    @property
+    def problems(self) -> list[str]:
+        """The settings that are out of range, in words."""
+        problems, place = list[str](), f"groups, {self.match!r}"
+        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
+            problems.append(f"{place}: learning_rate is {self.learning_rate}; expected a number above 0")
+        if self.weight_decay is not None and not 0 <= self.weight_decay < math.inf:
+            problems.append(f"{place}: weight_decay is {self.weight_decay}; expected at least 0")
+        return problems
+
+
+@dataclass(frozen=True, slots=True)
 class Options:
     """The settings of a training.
 
@@ -21,7 +43,8 @@ class Options:
     a line or half a cosine, or constant. weight_decay: of tensors of two or more axes. clip: the largest norm of the
     gradient, 0 for any. evaluate_every: steps between two looks at the development set, None for one at the end.
     patience: looks without a better loss before training stops, None for none; the best state is kept. checkpointing:
-    compute activations again in place of keeping them. autocast: matrix products in bfloat16.
+    compute activations again in place of keeping them. autocast: matrix products in bfloat16. groups: parameters with
+    a rate or a weight decay of their own; each is in the first group that it matches.
     """
 
     steps: int = 200
@@ -37,6 +60,7 @@ class Options:
     patience: int | None = None
     checkpointing: bool = False
     autocast: bool = False
+    groups: tuple[Group, ...] = ()
 
     def __post_init__(self) -> None:
         """Raise PlanError for settings out of range, with all of them."""
@@ -62,6 +86,7 @@ class Options:
         if self.schedule not in SCHEDULES:
             cure = did_you_mean(self.schedule, SCHEDULES)
             problems.append(f"schedule is {self.schedule!r}; expected {', '.join(SCHEDULES)}; {cure}")
+        problems += [problem for group in self.groups for problem in group.problems]
         if problems:
             raise PlanError("; ".join(problems))
 

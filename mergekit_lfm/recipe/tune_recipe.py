@@ -10,21 +10,22 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, PrivateAttr, ValidationInfo, model_validator
 
-from mergekit_lfm.errors import PlanError, did_you_mean
+from mergekit_lfm.errors import PlanError, Refusal
 from mergekit_lfm.methods.kinds import TuneMethod
 from mergekit_lfm.methods.method import Value
 from mergekit_lfm.recipe.files import FoundModel, Where, find_reference, read_file
 from mergekit_lfm.recipe.form import Parameters, Reference, Strict, read_reference
-from mergekit_lfm.recipe.job_form import JobForm
+from mergekit_lfm.recipe.job_form import JobForm, read_task
+from mergekit_lfm.recipe.loss_terms import check_terms
 from mergekit_lfm.recipe.options import defaults_of, read_options, readers_of, unknown_method
 from mergekit_lfm.recipe.problems import Problem, attempt, problem_at, refuse
 from mergekit_lfm.recipe.registry import TUNE_METHODS
-from mergekit_lfm.recipe.training import Options, Schedule
+from mergekit_lfm.recipe.training import Group, Options, Schedule
 from mergekit_lfm.recipe.values import FOUND
-from mergekit_lfm.runtime.tasks import TASKS
+from mergekit_lfm.runtime.tasks import TUNE_TASKS
 
 JOB = "tune"
-A_FILE = "a .jsonl, .txt or .npz file"
+A_FILE = "a .jsonl, .txt or .npz file, or a folder of images"
 
 
 def tune_options(method: str, given: Mapping[str, Any]) -> dict[str, Value]:
@@ -75,6 +76,24 @@ def _as_entries(value: object) -> object:
 Entries = Annotated[tuple[DataEntry, ...], BeforeValidator(_as_entries), Field(min_length=1)]
 
 
+class GroupEntry(Strict):
+    """Parameters whose names match a pattern, with a learning rate or a weight decay of their own."""
+
+    match: str
+    learning_rate: float | None = None
+    weight_decay: float | None = None
+
+
+def _read_dev(value: object) -> object:
+    """A share of the data, or a file."""
+    if isinstance(value, float) and 0 < value < 1:
+        return value
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        expected = "a share of the data above 0 and below 1, or a file"
+        raise Refusal("found {found}, expected {expected}", found=str(value), expected=expected)
+    return read_reference(value)
+
+
 @dataclass(frozen=True, slots=True)
 class DataFile:
     """A file of examples as named, where it is, and how many of them are used in one time round; None for all."""
@@ -87,8 +106,9 @@ class DataFile:
 class TuneRecipe(JobForm):
     """A tuning as the user wrote it. parameters: of the method; the other settings are of every training.
 
+    loss: numbers of the terms that are added to the task's loss, as `LOSS_TERMS` has them.
     stats: a file of Fisher information, for the method that needs one. window: the most tokens of an example.
-    learning_rate: by default the method's. The rest is explained at `Options`.
+    dev: a file, or a share of the data. learning_rate: by default the method's. The rest is explained at `Options`.
 
     Build one with `TuneRecipe.parse`. Paths are as of a merge's `Recipe`.
     """
@@ -101,7 +121,9 @@ class TuneRecipe(JobForm):
     task: str
     method: str = "full"
     parameters: Parameters = Field(default_factory=dict)
-    dev: Annotated[str | None, BeforeValidator(read_reference)] = None
+    loss: dict[str, float] = Field(default_factory=dict)
+    dev: Annotated[str | float | None, BeforeValidator(_read_dev)] = None
+    groups: tuple[GroupEntry, ...] = ()
     stats: Annotated[str | None, BeforeValidator(read_reference)] = None
     window: int | None = Field(default=None, strict=True, ge=1)
     steps: int = Field(default=200, strict=True)
@@ -133,16 +155,13 @@ class TuneRecipe(JobForm):
         model, problems = attempt(partial(find_reference, self.model, where), "model")
         files = list[DataFile]()
         named = [(f"data[{i}].path", entry) for i, entry in enumerate(self.data)]
-        named += [("dev", DataEntry(path=self.dev))] if self.dev is not None else []
+        named += [("dev", DataEntry(path=self.dev))] if isinstance(self.dev, str) else []
         for place, entry in named:
             found, missing = read_file(entry.path, where, place, A_FILE)
             problems += missing
             if found is not None:
                 files.append(DataFile(entry.path, found.path, entry.most))
-        if self.task not in TASKS:
-            cure = did_you_mean(self.task, TASKS)
-            expected = ", ".join(TASKS)
-            problems.append(problem_at("task", FOUND + "; {cure}", found=repr(self.task), expected=expected, cure=cure))
+        problems += read_task(self.task, TUNE_TASKS)
         method = TUNE_METHODS.get(self.method)
         if method is None:
             problems.append(unknown_method(self.method, TUNE_METHODS, "tune"))
@@ -151,7 +170,7 @@ class TuneRecipe(JobForm):
         refuse(problems)
         assert model is not None
         self._model = model
-        self._data, self._dev = tuple(files[: len(self.data)]), files[-1] if self.dev is not None else None
+        self._data, self._dev = tuple(files[: len(self.data)]), files[-1] if isinstance(self.dev, str) else None
         return self
 
     def _read_settings(self, method: TuneMethod[Any], where: Where) -> list[Problem]:
@@ -166,6 +185,7 @@ class TuneRecipe(JobForm):
         if method.files is not None and self._settings[method.files] != "":
             self._named, missing = _read_named(str(self._settings[method.files] or ""), method.files, where)
             problems = [*problems, *missing]
+        problems += check_terms(self.loss, self.task, method.makes)
         if self.evaluate_every is not None and self.dev is None:
             problems.append(
                 problem_at("evaluate_every", FOUND, found=str(self.evaluate_every), expected="`dev` beside it")
@@ -186,9 +206,10 @@ class TuneRecipe(JobForm):
         return problems
 
     def _make_options(self, method: TuneMethod[Any]) -> Options:
-        names = Options.__dataclass_fields__.keys() - {"learning_rate"}
+        names = Options.__dataclass_fields__.keys() - {"learning_rate", "groups"}
         rate = method.rate if self.learning_rate is None else self.learning_rate
-        return Options(learning_rate=rate, **{name: getattr(self, name) for name in names})
+        groups = tuple(Group(**dict(entry)) for entry in self.groups)
+        return Options(learning_rate=rate, groups=groups, **{name: getattr(self, name) for name in names})
 
     @property
     def found(self) -> FoundModel:
@@ -204,6 +225,11 @@ class TuneRecipe(JobForm):
     def dev_file(self) -> DataFile | None:
         """The file of the development set."""
         return self._dev
+
+    @property
+    def dev_share(self) -> float | None:
+        """The share of the data that is the development set."""
+        return self.dev if isinstance(self.dev, float) else None
 
     @property
     def statistics(self) -> Path | None:
@@ -233,6 +259,8 @@ class TuneRecipe(JobForm):
     def normalised(self) -> dict[str, Any]:
         """The recipe in one canonical JSON-able form, which parses back to the same tuning on any machine."""
         data = [{"path": e.path} | ({} if e.most is None else {"most": e.most}) for e in self.data]
+        options = asdict(self._options)
+        groups = [{k: v for k, v in group.items() if v is not None} for group in options.pop("groups")]
         optional = {key: getattr(self, key) for key in ("dev", "stats", "window") if getattr(self, key) is not None}
         return {
             "job": JOB,
@@ -242,5 +270,7 @@ class TuneRecipe(JobForm):
             "method": self.method,
             "parameters": dict(self._settings),
             **optional,
-            **{name: value for name, value in asdict(self._options).items() if value is not None},
+            **({"loss": dict(sorted(self.loss.items()))} if self.loss else {}),
+            **{name: value for name, value in options.items() if value is not None},
+            **({"groups": groups} if groups else {}),
         }

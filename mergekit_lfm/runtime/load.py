@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from mergekit_lfm.errors import FormatError, PlanError, reason
 from mergekit_lfm.machine.devices import find_device
 from mergekit_lfm.machine.extras import import_extra
-from mergekit_lfm.runtime.tasks import TASKS
+from mergekit_lfm.runtime.tasks import HEADED, TUNE_TASKS
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lfm.store.files import name_file
 from mergekit_lfm.store.sidecars import sidecars_of
@@ -40,6 +40,7 @@ TOKENIZER_FILES = (
 )
 # Options of from_pretrained: no network, and no code of the folder, which it would ask about on standard input.
 OURS = {"local_files_only": True, "trust_remote_code": False}
+IMAGES = "preprocessor_config.json"  # the image processor's file
 PROBE = 4  # tokens, to see whether a model looks ahead
 # Rounding alone moves a logit by up to this fraction of the largest: an expert's batch depends on the other tokens. In
 # a BERT of random weights, later tokens move it by 0.005, in a trained one by far more.
@@ -79,13 +80,14 @@ def load_model(path: str | Path | Checkpoint, task: str, *, dtype: str = "float3
 
     If path is a view, such as a checkpoint rewritten by a transform, the tensors are read through it, and the config
     and the tokenizer come from its folder. task: "lm" for a causal language model, "classification" for a classifier of
-    texts or images, "embedding" for the encoder without a head. dtype: the torch dtype to compute in, by name, or
+    texts or images, "embedding" for the encoder without a head, "masked_lm", "seq2seq", or "regression" for a head of
+    one output. dtype: the torch dtype to compute in, by name, or
     "auto" for the one it was saved in (half the memory for a bf16 model, but coarser results, and slow on most CPUs).
     Raises FormatError if path is not such a folder or its files lack tensors of the model, PlanError for an unknown
     task, for an architecture that cannot do it, and for an unavailable device or dtype.
     """
-    if task not in TASKS:
-        raise PlanError(f"found the task {task!r}; expected {', '.join(TASKS)}. Choose one of them")
+    if task not in TUNE_TASKS:
+        raise PlanError(f"found the task {task!r}; expected {', '.join(TUNE_TASKS)}. Choose one of them")
     import torch
 
     device = _check_place(device, dtype)
@@ -114,7 +116,7 @@ def load_model(path: str | Path | Checkpoint, task: str, *, dtype: str = "float3
         else:
             model = _complete_model(partial(auto.from_pretrained, folder), folder, task, dtype)
     text_config = model.config.get_text_config()
-    if task == "classification" and tokenizer is not None and getattr(text_config, "pad_token_id", 0) is None:
+    if task in HEADED and tokenizer is not None and getattr(text_config, "pad_token_id", 0) is None:
         # Decoders need a padding token to find each row's last token. No row is padded here: an id that no token has
         # makes the last one count.
         text_config.pad_token_id = -1
@@ -254,6 +256,26 @@ def start_token(tokenizer: Tokenizer) -> int:
     return int(start)
 
 
+def image_processor(loaded: Loaded) -> tuple[Callable[[Any], dict[str, Tensor]], str]:
+    """From an image to the inputs of a model, each without the axis of examples; and all that determines them, as text.
+
+    Raises FormatError for a model without an image processor.
+    """
+    transformers, folder = import_transformers(), loaded.checkpoint.path
+    if not (folder / IMAGES).is_file():
+        raise FormatError(
+            f"the data are images, and {folder} has no {IMAGES}; expected one, which says how the model takes them. "
+            "Save the model's image processor there"
+        )
+    with _quiet(transformers), _loading(folder, loaded.task):
+        processor = transformers.AutoImageProcessor.from_pretrained(folder, **OURS)
+
+    def process(image: Any) -> dict[str, Tensor]:
+        return {name: x[0] for name, x in processor(images=image, return_tensors="pt").items()}
+
+    return process, processor.to_json_string()
+
+
 def logits(output: Any) -> Tensor:
     """The scores of classes or vocabulary in a model's output: its `logits`, itself, or its first item."""
     return _tensor_in(getattr(output, "logits", output), "logits [examples, classes]")
@@ -310,11 +332,22 @@ def _check_place(device: str, dtype: str) -> str:
 
 
 def _check_architecture(config: Any, folder: Path, task: str) -> None:
-    """Raises PlanError for an encoder with a decoder, except to classify: its output is the decoder's."""
-    if task != "classification" and getattr(config, "is_encoder_decoder", False):
+    """Raises PlanError for an encoder with a decoder, except for seq2seq, and to classify by the decoder's output."""
+    both, unfit = getattr(config, "is_encoder_decoder", False), f"does not fit the task {task!r}"
+    if task == "seq2seq" and not both:
         raise PlanError(
-            f"{folder}: its architecture, {_architecture(config)}, does not fit the task {task!r}: its decoder needs "
+            f"{folder}: its architecture, {_architecture(config)}, {unfit}: it has no encoder with a decoder. Give "
+            "such a model, as T5 or BART, or choose the task lm"
+        )
+    if both and task not in ("classification", "seq2seq"):
+        raise PlanError(
+            f"{folder}: its architecture, {_architecture(config)}, {unfit}: its decoder needs "
             "inputs of its own. Give a model that takes the text alone"
+        )
+    if task == "regression" and config.num_labels != 1:
+        raise PlanError(
+            f"{folder}: its head has {config.num_labels} outputs, expected one for regression; make a model with one "
+            "by `mergekit-lfm head MODEL --labels 1`"
         )
 
 
@@ -322,22 +355,27 @@ def _architecture(config: Any) -> str:
     return ", ".join(config.architectures or [type(config).__name__])
 
 
-def _check_causal(loaded: Loaded) -> None:
-    """Raises PlanError if the first token's scores depend on later tokens, as in a BERT that is not a decoder."""
+def looks_ahead(model: nn.Module, positions: int | None, read: Callable[[Any], Tensor]) -> bool:
+    """Whether a model's output at the first token depends on later ones. read: the output [n, tokens, d] in its own."""
     import torch
 
-    length = min(PROBE, loaded.positions or PROBE)
-    ids = torch.zeros(2, length, dtype=torch.long, device=next(loaded.model.parameters()).device)
+    length = min(PROBE, positions or PROBE)
+    ids = torch.zeros(2, length, dtype=torch.long, device=next(model.parameters()).device)
     ids[1, 1:] = 1
     with torch.inference_mode():
-        scores = logits(run(loaded.model, kwargs={"input_ids": ids}))[:, 0]  # [2, vocabulary]
-    first, second = scores.float()
-    rounding = max(ROUNDING, 4 * torch.finfo(scores.dtype).eps)
-    if float((first - second).abs().max()) > rounding * float(first.abs().max()):
+        found = read(run(model, kwargs={"input_ids": ids}))[:, 0]  # [2, d]
+    first, second = found.float()
+    rounding = max(ROUNDING, 4 * torch.finfo(found.dtype).eps)
+    return float((first - second).abs().max()) > rounding * float(first.abs().max())
+
+
+def _check_causal(loaded: Loaded) -> None:
+    """Raises PlanError if the first token's scores depend on later tokens, as in a BERT that is not a decoder."""
+    if looks_ahead(loaded.model, loaded.positions, logits):
         raise PlanError(
             f"{loaded.checkpoint.path}: its architecture, {_architecture(loaded.model.config)}, is not a "
-            f"{TASKS['lm']}: its scores of a token depend on later tokens. Give a model that predicts the next token "
-            "(for a BERT trained that way, set is_decoder: true in the config)"
+            f"{TUNE_TASKS['lm']}: its scores of a token depend on later tokens. Give a model that predicts the next "
+            "token (for a BERT trained that way, set is_decoder: true in the config)"
         )
 
 
@@ -355,8 +393,8 @@ def _loading(folder: Path, task: str) -> Iterator[None]:
         needs_code = "trust_remote_code" in str(error)
         why = "it needs code that is in the folder, which is not run" if needs_code else reason(error)
         raise FormatError(
-            f"{folder}: found no {TASKS[task]} that can be loaded: {why}; expected a model and a tokenizer that the "
-            "installed transformers supports. Give such a model, or choose the task that it was made for"
+            f"{folder}: found no {TUNE_TASKS[task]} that can be loaded: {why}; expected a model and a tokenizer that "
+            "the installed transformers supports. Give such a model, or choose the task that it was made for"
         ) from error
 
 
@@ -369,10 +407,9 @@ def _tokenizer(transformers: Any, folder: Path) -> Tokenizer | None:
 
 def _auto_class(transformers: Any, checkpoint: Checkpoint, task: str) -> Any:
     """The class of transformers that loads the model for the task."""
-    if task == "lm":
-        return transformers.AutoModelForCausalLM
-    if task == "embedding":
-        return transformers.AutoModel
+    named = {"lm": "ForCausalLM", "embedding": "", "masked_lm": "ForMaskedLM", "seq2seq": "ForSeq2SeqLM"}
+    if task in named:
+        return getattr(transformers, f"AutoModel{named[task]}")
     saved_as = checkpoint.config.get("architectures") or []
     if any("ForImageClassification" in name for name in saved_as):
         return transformers.AutoModelForImageClassification
@@ -412,7 +449,7 @@ def _complete_model(read: Callable[..., Any], folder: Path, task: str, dtype: st
         model, problems = load(add_pooling_layer=False)
     if problems:
         raise FormatError(
-            f"{folder}: the files do not hold the {TASKS[task]} that its config.json describes:\n  "
+            f"{folder}: the files do not hold the {TUNE_TASKS[task]} that its config.json describes:\n  "
             + "\n  ".join(problems)
             + "\nMake the config and the tensors agree; `mergekit-lfm inspect` lists the tensors"
         )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 import xxhash
@@ -13,9 +14,13 @@ from torch import Tensor
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.store.formats import bytes_of
 
+if TYPE_CHECKING:
+    from mergekit_lfm.runtime.load import Tokenizer
+
 IGNORED = -100  # a label that no loss counts, by torch's convention
 
 Batch = Mapping[str, Tensor]
+Change = Callable[[Mapping[str, Tensor], torch.Generator], Mapping[str, Tensor]]  # an example, made anew at random
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,11 +31,13 @@ class Examples:
     such an input has an `attention_mask` of it, named with its prefix: `positive_input_ids` has
     `positive_attention_mask`. parts: of how many examples each data set is, in order, and how many of them one time
     round has, drawn anew for each: a small set beside a large one is then seen as often as that allows. By default one.
+    change: makes the example that a batch has of each, with random numbers of its own; its repr says all about it.
     """
 
     items: Sequence[Mapping[str, Tensor]]
     pad: Mapping[str, int] = field(default_factory=dict)
     parts: tuple[tuple[int, int], ...] = ()
+    change: Change | None = None
 
     def __post_init__(self) -> None:
         """Raise PlanError without examples, or where they differ in their inputs."""
@@ -49,15 +56,19 @@ class Examples:
     def digest(self) -> str:
         """xxh3-128 of the examples, in hex."""
         whole = xxhash.xxh3_128(repr((sorted(self.pad.items()), self.parts)).encode())
+        whole.update(b"" if self.change is None else repr(self.change).encode())
         for item in self.items:
             for name, x in sorted(item.items()):
                 whole.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
                 whole.update(bytes_of(x.contiguous()))
         return whole.hexdigest()
 
-    def batch(self, numbers: Sequence[int]) -> dict[str, Tensor]:
-        """The examples of these numbers, each input with a first axis of examples."""
-        chosen = [self.items[number] for number in numbers]
+    def batch(self, numbers: Sequence[int], draw: int = 0) -> dict[str, Tensor]:
+        """The examples of these numbers, each input with a first axis of examples.
+
+        draw: the random numbers of an example depend on this and its number, whatever batch it is in.
+        """
+        chosen = [self._changed(number, draw) for number in numbers]
         batch: dict[str, Tensor] = {}
         for name in chosen[0]:
             rows = [item[name] for item in chosen]
@@ -69,6 +80,12 @@ class Examples:
             else:
                 batch[name] = torch.stack(rows)
         return batch
+
+    def _changed(self, number: int, draw: int) -> Mapping[str, Tensor]:
+        item = self.items[number]
+        if self.change is None:
+            return item
+        return self.change(item, torch.Generator().manual_seed(seed_of(draw, number)))
 
     def step(self, step: int, size: int, seed: int) -> list[int]:
         """The numbers of a step's examples: the next `size` of all, in an order of its own for each time round."""
@@ -105,7 +122,26 @@ def join(sets: Sequence[Examples], most: Sequence[int | None]) -> Examples:
     """Several data sets as one; `most` of each are used in one time round, None for all."""
     items = [item for each in sets for item in each.items]
     parts = [(len(each), min(len(each), limit or len(each))) for each, limit in zip(sets, most, strict=True)]
-    return Examples(items, sets[0].pad, tuple(parts))
+    return replace(sets[0], items=items, parts=tuple(parts))
+
+
+def split(sets: Sequence[Examples], share: float, seed: int) -> tuple[list[Examples], Examples]:
+    """The data sets without a share of each one's examples, chosen by the seed; and these as a development set."""
+    kept, chosen = list[Examples](), list[Mapping[str, Tensor]]()
+    for number, each in enumerate(sets):
+        generator = torch.Generator().manual_seed(seed_of(seed, "dev", number))
+        order: list[int] = torch.randperm(len(each), generator=generator).tolist()
+        count = round(share * len(each))
+        chosen += [each.items[i] for i in sorted(order[:count])]
+        kept.append(replace(each, items=[each.items[i] for i in sorted(order[count:])]))
+    if not chosen:
+        raise PlanError(f"dev is {share:g} of {sum(map(len, sets))} examples, less than one; give more data, or a file")
+    return kept, replace(sets[0], items=chosen)
+
+
+def padding_of(tokenizer: Tokenizer) -> int:
+    """The token that lengthens a row; no result depends on which it is, as a mask hides it."""
+    return int(tokenizer.pad_token_id or 0)
 
 
 def seed_of(*facts: object) -> int:

@@ -22,11 +22,13 @@ from mergekit_lfm.errors import PlanError, reason
 from mergekit_lfm.machine.pauses import Pauses, delay_interrupts
 from mergekit_lfm.recipe.training import Options
 from mergekit_lfm.train.examples import Examples, seed_of
-from mergekit_lfm.train.hooks import Hook, Parameters
+from mergekit_lfm.train.hooks import Hook
 from mergekit_lfm.train.losses import Loss
+from mergekit_lfm.train.optimizer import make_optimizer
 from mergekit_lfm.train.state import Looked, State
 
 STATE = "state.safetensors"
+PACE = 50  # steps by which the time left is estimated
 
 Tell = Callable[[int, int, Mapping[str, Any]], None]  # steps done, of all, and the last line of the record
 
@@ -78,7 +80,7 @@ def fit(
     if dev is not None and any(hook.replaces for hook in hooks):
         raise PlanError("a hook puts other weights in place of those that the development set chose; leave one out")
     request = request or repr((examples.digest, dev and dev.digest, options))
-    state = State(model, parameters, _optimizer(parameters, options), tuple(hooks))
+    state = State(model, parameters, make_optimizer(parameters, options), tuple(hooks))
     for hook in hooks:
         hook.begin(parameters)
     file = None if place is None else place / STATE
@@ -91,9 +93,10 @@ def fit(
         while state.done < options.steps and not _is_over(state.looked, options):
             begun = time.monotonic()
             line = _step(state, examples, loss, options, file, request)
+            line["per_second"] = round(line["tokens"] / max(time.monotonic() - begun, 1e-9), 1)
             if dev is not None and _is_look(state.done, options):
                 line["dev_loss"] = _look(state, dev, loss, options)
-            state.record.append(line | {"seconds": round(time.monotonic() - begun, 4)})
+            state.record.append(line | _times(time.monotonic() - begun, state, options))
             if tell is not None:
                 tell(state.done, options.steps, state.record[-1])
             if file is not None and (pauses.due or interrupted()):
@@ -110,13 +113,11 @@ def fit(
     return History(state.done, tuple(state.record), best.best, None if best.best is None else best.best_step)
 
 
-def _optimizer(parameters: Parameters, options: Options) -> torch.optim.Optimizer:
-    """AdamW, with weight decay for matrices alone."""
-    groups = [
-        {"params": [x for x in parameters.values() if (x.ndim > 1) == decays], "weight_decay": decay}
-        for decays, decay in ((True, options.weight_decay), (False, 0.0))
-    ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=options.learning_rate, fused=True)
+def _times(seconds: float, state: State, options: Options) -> dict[str, float]:
+    """The time of a step for its line, and the seconds left by the pace of the last steps."""
+    last = [*(each["seconds"] for each in state.record[-PACE:]), seconds]
+    left = (options.steps - state.done) * sum(last) / len(last)
+    return {"seconds": round(seconds, 4), "seconds_left": round(left, 1)}
 
 
 @contextmanager
@@ -172,13 +173,13 @@ def _step(
     torch.manual_seed(seed_of(options.seed, "step", step))
     for hook in state.hooks:
         hook.before(step, state.parameters)
-    numbers = examples.step(step, options.batch_size, options.seed)
+    numbers, draw = examples.step(step, options.batch_size, options.seed), seed_of(options.seed, "draw", step)
     device = next(iter(state.parameters.values())).device
     size = math.ceil(len(numbers) / options.accumulate)
     total, count, tokens = 0.0, 0, 0
     parts = [numbers[start : start + size] for start in range(0, len(numbers), size)]
     for part in parts:
-        batch = {name: x.to(device, non_blocking=True) for name, x in examples.batch(part).items()}
+        batch = {name: x.to(device, non_blocking=True) for name, x in examples.batch(part, draw).items()}
         with _autocast(device, options):
             terms = loss(model, batch)
         tokens += _tokens(batch)
@@ -199,7 +200,7 @@ def _step(
         )
         raise PlanError(f"{found}, expected finite numbers; {_cure(options)}.{kept}")
     for group in state.optimizer.param_groups:
-        group["lr"] = options.rate(step)
+        group["lr"] = group["share"] * options.rate(step)
     state.optimizer.step()
     state.optimizer.zero_grad()
     if not bool(torch.stack([x.isfinite().all() for x in torch._foreach_norm([*state.parameters.values()])]).all()):

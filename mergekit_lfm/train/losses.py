@@ -6,7 +6,7 @@ Sum and number are apart so that a batch that is cut into parts has the loss, an
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,35 +26,61 @@ class Terms(NamedTuple):
 
 
 Loss = Callable[[nn.Module, Batch], Terms]
+Scorer = Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]  # scores [..., classes], and targets [...]
 
 
 def next_token(model: nn.Module, batch: Batch) -> Terms:
     """Cross-entropy of each token of `labels` [n, tokens] but the first of a row, from the tokens before it."""
-    targets = batch["labels"][:, 1:]
-    scores = logits(_run(model, batch))[:, :-1]
-    return cross_entropy(scores, targets)
+    return cross_entropy(*_next_scores(model, batch))
+
+
+def each_token(model: nn.Module, batch: Batch) -> Terms:
+    """Cross-entropy of `labels` [n, tokens] by the scores in the same places: of masked tokens, of an answer."""
+    return cross_entropy(*_place_scores(model, batch))
 
 
 def classes(model: nn.Module, batch: Batch) -> Terms:
     """Cross-entropy of `labels` [n]."""
-    return cross_entropy(logits(_run(model, batch)), batch["labels"])
+    return cross_entropy(*_class_scores(model, batch))
+
+
+def _next_scores(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    return logits(_run(model, batch))[:, :-1], batch["labels"][:, 1:]
+
+
+def _place_scores(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    counted = batch["labels"] != IGNORED
+    return logits(_run(model, batch))[counted], batch["labels"][counted]
+
+
+def _class_scores(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    return logits(_run(model, batch)), batch["labels"]
+
+
+# The scores behind the cross-entropy of a task.
+SCORES: Mapping[str, Scorer] = {
+    "lm": _next_scores,
+    "classification": _class_scores,
+    "masked_lm": _place_scores,
+    "seq2seq": _place_scores,
+}
 
 
 def cross_entropy(scores: Tensor, targets: Tensor) -> Terms:
     """-ln p of the targets [...] by scores [..., classes]; those that are `IGNORED` have no term."""
-    flat, wanted = _wide(scores.flatten(0, -2)), targets.flatten()
+    flat, wanted = widen(scores.flatten(0, -2)), targets.flatten()
     total = torch.nn.functional.cross_entropy(flat, wanted, ignore_index=IGNORED, reduction="sum")
     return Terms(total, int((wanted != IGNORED).sum()))
 
 
-def _wide(x: Tensor) -> Tensor:
+def widen(x: Tensor) -> Tensor:
     """The tensor in float32 if its dtype is shorter."""
     return x.float() if x.dtype.itemsize < 4 else x
 
 
 def squares(model: nn.Module, batch: Batch) -> Terms:
     """Squared differences of `labels` [n] or [n, outputs] from what the model gives."""
-    found, wanted = _wide(logits(_run(model, batch))), batch["labels"]
+    found, wanted = widen(logits(_run(model, batch))), batch["labels"]
     total = (found.reshape(wanted.shape) - wanted).square().sum()
     return Terms(total, wanted.numel())
 
@@ -89,50 +115,71 @@ def pool(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def towards(loss: Loss, start: Mapping[str, Tensor], weight: float) -> Loss:
-    """The loss, and `weight` times half the squared distance of the parameters in `start` from there.
+    """The loss, and in training `weight` times half the squared distance of the parameters in `start` from there.
 
     Source: Li, Grandvalet, Davoine 2018, arXiv 1802.01483, equation 2 (L2-SP).
     """
 
     def added(model: nn.Module, batch: Batch) -> Terms:
         total, number = loss(model, batch)
+        if not model.training:
+            return Terms(total, number)
         named = dict(model.named_parameters())
-        distances = [(named[name].float() - x.to(named[name].device)).square().sum() for name, x in start.items()]
+        distances = [(widen(named[name]) - x.to(named[name].device)).square().sum() for name, x in start.items()]
         return Terms(total + number * weight / 2 * torch.stack(distances).sum(), number)
 
     return added
 
 
-def consistent(loss: Loss, weight: float) -> Loss:
-    """The loss, and `weight` times half the sum of both divergences, KL, between the predictions of two passes.
+def consistent(loss: Loss, scorer: Scorer, weight: float) -> Loss:
+    """The loss, and in training `weight` times half the divergence between the predictions of two passes.
 
-    For models that choose at random in a training, as mixtures of adapters or dropout do; in evaluation the loss alone.
-    The loss is of the first pass. Source: Wang et al. 2022, arXiv 2205.12410, equations 6 and 7. Raises PlanError for
-    a model without scores of classes or tokens.
+    For models that choose at random in a training, as mixtures of adapters or dropout do. The loss is of the first
+    pass; scorer: of the same task. Source: Wang et al. 2022, arXiv 2205.12410, equations 6 and 7.
     """
 
     def added(model: nn.Module, batch: Batch) -> Terms:
         if not model.training:
             return loss(model, batch)
-        outputs: list[object] = []
+        outputs: list[Any] = []
         handle = model.register_forward_hook(lambda _, __, output: outputs.append(output))
         try:
             total, number = loss(model, batch)
-            loss(model, batch)
         finally:
             handle.remove()
-        if len(outputs) != 2 or not hasattr(outputs[0], "logits"):
-            raise PlanError("two predictions are compared, expected a model with scores of classes or tokens")
-        first, second = (_wide(logits(output)).log_softmax(-1) for output in outputs)
-        apart = ((first.exp() - second.exp()) * (first - second)).sum(-1)  # KL(a|b) + KL(b|a), [n] or [n, tokens]
-        if batch["labels"].ndim > 1:
-            apart = apart[:, :-1][batch["labels"][:, 1:] != IGNORED]
-        return Terms(total + weight / 2 * apart.sum(), number)
+        first, targets = scorer(_Said(outputs[0]), batch)
+        second, _ = scorer(model, batch)
+        return Terms(total + weight / 2 * divergence(first, second, targets), number)
 
     return added
 
 
-LOSSES: Mapping[str, Loss] = {"lm": next_token, "classification": classes, "embedding": ranking}
+class _Said(nn.Module):
+    """A model that gives an output once more."""
+
+    def __init__(self, output: Any) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(self, **_: Tensor) -> Any:
+        """The output, whatever goes in."""
+        return self.output
+
+
+def divergence(first: Tensor, second: Tensor, targets: Tensor) -> Tensor:
+    """KL(p, q) + KL(q, p) of the predictions by two scores [..., classes], summed over targets [...] that count."""
+    p, q = (widen(x[targets != IGNORED]).log_softmax(-1) for x in (first, second))
+    return ((p.exp() - q.exp()) * (p - q)).sum()
+
+
+LOSSES: Mapping[str, Loss] = {
+    "lm": next_token,
+    "classification": classes,
+    "embedding": ranking,
+    "masked_lm": each_token,
+    "seq2seq": each_token,
+    "regression": squares,
+}
 
 
 def _run(model: nn.Module, batch: Batch) -> object:

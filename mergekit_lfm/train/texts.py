@@ -1,15 +1,16 @@
 """Training data from files, as examples for a task: texts with a loss on all or on answers, labels, pairs, arrays.
 
 Language models: `{"text": ...}` or a .txt file, in windows, where every token but the first is predicted;
-`{"prompt": ..., "completion": ...}`, whose completion alone is; `{"messages": [{"role": ..., "content": ...}, ...]}`,
-by the tokenizer's chat template, with a loss on what the assistant says. Classifiers: `{"text": ..., "label": ...}`.
-Encoders: `{"text": ..., "positive": ...}`. Arrays: an .npz with the model's inputs and `labels`.
+`{"prompt": ..., "completion": ...}`, whose completion alone is; `{"prompt": ..., "chosen": ..., "rejected": ...}`, for
+preferences; `{"messages": [{"role": ..., "content": ...}, ...]}`, by the tokenizer's chat template, with a loss on what
+the assistant says. Classifiers: `{"text": ..., "label": ...}`. Encoders: `{"text": ..., "positive": ...}`. Arrays: an
+.npz with the model's inputs and `labels`. Images: `train.pictures`; other tasks: `train.forms`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +19,13 @@ from torch import Tensor
 
 from mergekit_lfm.errors import FormatError, PlanError, reason
 from mergekit_lfm.runtime.data import read_data, text_limit
+from mergekit_lfm.runtime.images import find_images
 from mergekit_lfm.runtime.lines import is_text, read_objects, refuse
 from mergekit_lfm.runtime.load import start_token, tokenizer_for_texts
-from mergekit_lfm.train.examples import IGNORED, Examples
+from mergekit_lfm.runtime.tasks import HEADED
+from mergekit_lfm.train.examples import IGNORED, Examples, padding_of
+from mergekit_lfm.train.forms import FORMS
+from mergekit_lfm.train.pictures import picture_examples
 
 if TYPE_CHECKING:
     from mergekit_lfm.runtime.load import Loaded, Tokenizer
@@ -43,6 +48,11 @@ def read_examples(path: Path, loaded: Loaded, *, window: int | None = None) -> E
     beyond the model. Prompts with completions, and conversations, that are longer than the window are refused: what is
     cut off them would be what is to be learned.
     """
+    if loaded.task == "classification":
+        config: Any = loaded.model.config
+        images = find_images(path, getattr(config, "label2id", None))
+        if images is not None:
+            return picture_examples(path, images, loaded)
     if path.suffix == ".npz":
         if loaded.task != "classification":
             raise FormatError(f"{path}: arrays are for classifiers; expected a .jsonl or .txt file for {loaded.task}")
@@ -52,13 +62,18 @@ def read_examples(path: Path, loaded: Loaded, *, window: int | None = None) -> E
         if path.suffix == ".jsonl":
             forms = ("text", "prompt", "messages")
             lines = read_objects(path, _one_of(forms), f"an object with one of {', '.join(forms)} on each line")
+            limit = text_limit(window, loaded.positions, tokenizer)
+            if lines and "chosen" in lines[0].entry:
+                return _preferences(path, lines, tokenizer, limit)
             if lines and "text" not in lines[0].entry:
-                items = _conversations(path, lines, tokenizer, text_limit(window, loaded.positions, tokenizer))
-                return Examples(items, {"input_ids": _padding(tokenizer), "labels": IGNORED})
+                items = _conversations(path, lines, tokenizer, limit)
+                return Examples(items, {"input_ids": padding_of(tokenizer), "labels": IGNORED})
         pieces = read_data(path, "lm", tokenizer, window=window, positions=loaded.positions)
         rows = [row for batch in pieces for row in batch.kwargs["input_ids"]]
         items = [{"input_ids": row, "labels": row} for row in rows]
-        return Examples(items, {"input_ids": _padding(tokenizer), "labels": IGNORED})
+        return Examples(items, {"input_ids": padding_of(tokenizer), "labels": IGNORED})
+    if loaded.task in FORMS:
+        return FORMS[loaded.task](path, loaded, text_limit(window, loaded.positions, tokenizer))
     if loaded.task == "embedding":
         return _read_pairs(path, tokenizer, text_limit(window, loaded.positions, tokenizer))
     batches = read_data(path, loaded.task, tokenizer, window=window, positions=loaded.positions)
@@ -70,7 +85,7 @@ def read_examples(path: Path, loaded: Loaded, *, window: int | None = None) -> E
         if batch.labels is not None
         for row, label in zip(batch.kwargs["input_ids"], batch.labels, strict=True)
     ]
-    return Examples(items, {"input_ids": _padding(tokenizer)})
+    return Examples(items, {"input_ids": padding_of(tokenizer)})
 
 
 def check_labels(examples: Examples, classes: int | None, place: object) -> None:
@@ -84,7 +99,20 @@ def check_labels(examples: Examples, classes: int | None, place: object) -> None
         )
 
 
-def lengthen_by_no_ending(sets: Sequence[Examples]) -> int:
+def lengthen_for(loaded: Loaded, sets: Sequence[Examples]) -> list[Examples]:
+    """The data sets, their rows lengthened so that the head of a decoder finds each one's last token; sets its config.
+
+    Other models' sets stay as they are.
+    """
+    if loaded.task not in HEADED or "input_ids" not in sets[0].pad:
+        return [*sets]
+    config: Any = loaded.model.config
+    padding = _token_of_no_ending(sets)
+    config.get_text_config().pad_token_id = padding  # by which a decoder finds a row's last token
+    return [replace(each, pad={"input_ids": padding}) for each in sets]
+
+
+def _token_of_no_ending(sets: Sequence[Examples]) -> int:
     """The token to lengthen rows with that no row ends with: theirs, or the first such one."""
     ends = {int(item["input_ids"][-1]) for each in sets for item in each.items}
     mine = sets[0].pad["input_ids"]
@@ -99,6 +127,9 @@ def _one_of(keys: Sequence[str]) -> Callable[[dict[str, Any], int], Numbered | s
         if given == ["messages"]:
             wrong = _why_no_conversation(entry["messages"])
             return wrong or Numbered(entry, line)
+        if given == ["prompt"] and ("chosen" in entry or "rejected" in entry):
+            fits = is_text(entry.get("chosen")) and is_text(entry.get("rejected"))
+            return Numbered(entry, line) if fits else 'no "chosen" with a "rejected"'
         if given == ["prompt"] and not is_text(entry.get("completion")):
             return 'no "completion", or an empty one'
         return Numbered(entry, line) if isinstance(entry[given[0]], str) else f'"{given[0]}" is not a text'
@@ -122,8 +153,8 @@ def _conversations(path: Path, lines: Sequence[Numbered], tokenizer: Tokenizer, 
     items, problems = list[Item](), list[str]()
     for line in lines:
         turns = line.entry.get("messages")
-        if "text" in line.entry:
-            problems.append(f"line {line.line}: text; the first line has another form")
+        if "text" in line.entry or "chosen" in line.entry:
+            problems.append(f"line {line.line}: {next(iter(line.entry))}; the first line has another form")
             continue
         ids, labels = _encode_turns(turns, tokenizer) if turns else _encode_answer(line.entry, tokenizer)
         if limit is not None and len(ids) > limit:
@@ -141,6 +172,32 @@ def _encode_answer(entry: Mapping[str, Any], tokenizer: Tokenizer) -> tuple[list
     answer = [*tokenizer(entry["completion"], add_special_tokens=False)["input_ids"]]
     answer += [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     return prompt + answer, [IGNORED] * len(prompt) + answer
+
+
+def _preferences(path: Path, lines: Sequence[Numbered], tokenizer: Tokenizer, limit: int | None) -> Examples:
+    """Prompts with a chosen answer and a rejected one, as `rejected_input_ids` and `rejected_labels`."""
+    items, problems = list[Item](), list[str]()
+    for line in lines:
+        if "chosen" not in line.entry:
+            problems.append(f"line {line.line}: no chosen and rejected answer; the first line has them")
+            continue
+        item = dict[str, Tensor]()
+        for start, key in (("", "chosen"), ("rejected_", "rejected")):
+            ids, labels = _encode_answer({**line.entry, "completion": line.entry[key]}, tokenizer)
+            item |= {f"{start}input_ids": torch.tensor(ids), f"{start}labels": torch.tensor(labels)}
+            problems += [f"line {line.line}: {len(ids)} tokens"] if limit is not None and len(ids) > limit else []
+        items.append(item)
+    if problems:
+        refuse(path, problems, "preferences" + (f", of at most {limit} tokens" if limit else ""))
+    padding = padding_of(tokenizer)
+    return Examples(
+        items,
+        {
+            f"{start}{name}": pad
+            for start in ("", "rejected_")
+            for name, pad in (("input_ids", padding), ("labels", IGNORED))
+        },
+    )
 
 
 def _encode_turns(turns: Sequence[Mapping[str, str]], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
@@ -198,7 +255,7 @@ def _read_pairs(path: Path, tokenizer: Tokenizer, limit: int | None) -> Examples
         {"input_ids": torch.tensor(text), "positive_input_ids": torch.tensor(positive)}
         for text, positive in zip(*sides, strict=True)
     ]
-    padding = _padding(tokenizer)
+    padding = padding_of(tokenizer)
     return Examples(items, {"input_ids": padding, "positive_input_ids": padding})
 
 
@@ -214,8 +271,3 @@ def _read_arrays(path: Path, window: int | None) -> Examples:
         named = {**batch.kwargs, "labels": batch.labels}
         items += [{name: x[row] for name, x in named.items()} for row in range(len(batch))]
     return Examples(items)
-
-
-def _padding(tokenizer: Tokenizer) -> int:
-    """The token that lengthens a row; no result depends on which it is, as a mask hides it."""
-    return int(tokenizer.pad_token_id or 0)

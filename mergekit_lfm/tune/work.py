@@ -45,10 +45,12 @@ class TuneWork:
 
     @cached_property
     def head(self) -> frozenset[str]:
-        """The parameters of the head, which reads the rest of the model; none for an encoder."""
+        """The parameters of the head, which reads the rest of the model; none for an encoder, or where it is tied."""
         prefix = getattr(self.model, "base_model_prefix", "")
-        if not prefix or not hasattr(self.model, prefix):
-            return frozenset()
+        if not prefix or not hasattr(self.model, prefix):  # T5 has no trunk of its own
+            head: Any = getattr(self.model, "get_output_embeddings", lambda: None)()
+            own = () if head is None else {id(x) for x in head.parameters()} - self.embedded
+            return frozenset(name for name, x in self.model.named_parameters() if id(x) in own)
         return frozenset(name for name in self.names if not name.startswith(f"{prefix}."))
 
     @property

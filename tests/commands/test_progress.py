@@ -70,7 +70,7 @@ def test_durations_in_words(seconds: float, text: str) -> None:
 
 
 def work(terminal: Terminal, bench: Bench) -> None:
-    """A notice, and three steps of over a minute: by bytes, by count, and of unknown extent."""
+    """A notice, and four steps of over a minute: by bytes, by count, with facts, and of unknown extent."""
     terminal.notice("downloading a")
     with terminal.by_bytes(400, "merging") as advance:
         advance(100)
@@ -80,6 +80,10 @@ def work(terminal: Terminal, bench: Bench) -> None:
         count(0, 4)
         bench.now += 61
         count(1, 4)
+    with terminal.by_step(" steps", "tuning") as report:
+        report(0, 4, "loss 3")
+        bench.now += 61
+        report(1, 4, "loss 2, 50 tokens/s")
     with terminal.by_tick("sweeps", "aligning") as tick:
         tick(0)
         bench.now += 61
@@ -89,6 +93,7 @@ def work(terminal: Terminal, bench: Bench) -> None:
 LINES = [
     "merging: 200 B of 400 B, 1 B/s, 3 min left",
     "editing: 1 of 4 facts, 0.984 a minute, 3 min left",
+    "tuning: 1 of 4 steps, 0.984 a minute, 3 min left, loss 2, 50 tokens/s",
     "aligning: 5 sweeps, 4.92 a minute",
 ]
 

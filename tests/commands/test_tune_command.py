@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
 
 import pytest
-from helpers_commands import answer, run
+from helpers_commands import answer, refusal, run
 from helpers_tune import tiny  # noqa: F401
 
 from mergekit_lfm import merge, perplexity
@@ -41,6 +42,57 @@ def test_tune_names_its_result() -> None:
     assert data["already_there"] and data["makes"] == "adapter" and data["best_step"] == 3
     assert 0 < data["trained"] < data["parameters"] and data["dev_loss"] > 0
     assert answer(run("inspect", "out", "--json"))
+
+
+@pytest.mark.usefixtures("here")
+def test_a_recipe_and_the_command_take_a_share_and_groups() -> None:
+    """Both ways ask for the same; other groups, and another share, are another request."""
+    Path("r.yaml").write_text(
+        "job: tune\nmodel: llama\ndata: llama.jsonl\ntask: lm\nsteps: 3\ndev: 0.25\n"
+        "groups: [{match: '*.layers.0.*', learning_rate: 1.0e-9, weight_decay: 0}]\n"
+    )
+    assert "0.25 of the data" in run("plan", "r.yaml", "out").stdout
+    assert run("merge", "r.yaml", "out", "--threads", "1").exit_code == 0
+    before, after = open_checkpoint("llama"), open_checkpoint("out")
+    moved = {name: float((after.read(name) - before.read(name)).abs().max()) for name in before}
+    assert all((change < 1e-7) == (".layers.0." in name) for name, change in moved.items())
+    group = "*.layers.0.* learning_rate=1e-9 weight_decay=0"
+    same = answer(run(*TUNE, "--dev", "0.25", "--group", group, "-o", "out", "--json"))
+    assert same["already_there"] and same["dev_loss"] > 0
+    assert "out exists" in refusal(run(*TUNE, "--dev", "0.5", "--group", group, "-o", "out"))
+    assert "out exists" in refusal(run(*TUNE, "--dev", "0.25", "-o", "out"))
+    assert "above 0 and below 1" in refusal(run(*TUNE, "--dev", "1", "-o", "x"))
+    assert "no trained parameter has such a name" in refusal(run(*TUNE, "--group", "*.layers.9.*", "-o", "x"))
+    assert not Path("x").exists() and not Path("x.training").exists()
+
+
+@pytest.mark.usefixtures("here")
+def test_the_course_of_a_training_is_drawn_from_its_record() -> None:
+    pytest.importorskip("matplotlib")
+    run(*TUNE, "--dev", "llama.jsonl", "--evaluate-every", "1", "-o", "out")
+    lines = [json.loads(line) for line in Path("out.training/metrics.jsonl").read_text().splitlines()]
+    assert [*lines[0]] == [
+        "step",
+        "loss",
+        "learning_rate",
+        "tokens",
+        "per_second",
+        "dev_loss",
+        "seconds",
+        "seconds_left",
+    ]
+    assert all(line["per_second"] > line["tokens"] / line["seconds"] > 0 for line in lines)  # a look is not in the pace
+    assert lines[-1]["seconds_left"] == 0 < lines[0]["seconds_left"]
+    results = [
+        answer(run("curves", place, "-o", f"{i}.png", "--json")) for i, place in enumerate(("out", "out.training"))
+    ]
+    assert [each["runs"][0]["step"] for each in results] == [3, 3]
+    pictures = [Path(f"{i}.png").read_bytes() for i in range(2)]
+    assert all(each.startswith(b"\x89PNG") and len(each) > 10_000 for each in pictures)
+    Path("broken.jsonl").write_text('{"step": 1, "loss": 2}\n')
+    assert "line 1 is not a step of a training" in refusal(run("curves", "broken.jsonl", "-o", "x.png"))
+    assert "found no metrics.jsonl at llama" in refusal(run("curves", "llama", "-o", "x.png"))
+    assert "ends with .png" in refusal(run("curves", "out", "-o", "x.pdf"))
 
 
 @pytest.mark.usefixtures("here")

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.machine.pauses import Pauses
-from mergekit_lfm.recipe.training import Options
-from mergekit_lfm.train.examples import Examples, join
+from mergekit_lfm.recipe.training import Group, Options
+from mergekit_lfm.train.examples import Examples, join, split
 from mergekit_lfm.train.hooks import Ball, Hook, Masks, MovingAverage, Phases, Pull, Snapshots
 from mergekit_lfm.train.loop import STATE, fit, mean_loss
 from mergekit_lfm.train.losses import Terms, squares, towards
@@ -78,6 +78,42 @@ def test_three_steps_are_those_of_the_paper() -> None:
             value -= rate * (hats[0] / (hats[1].sqrt() + 1e-8) + decay * value)
     fit(model, examples, squares, options)
     assert torch.allclose(numbers(model), torch.cat([weight.flatten(), bias]), atol=1e-12)
+
+
+def test_groups_have_rates_and_decays_of_their_own() -> None:
+    """One step of AdamW is its rate times the sign of the gradient, and the decay; the first match counts."""
+    model, x = Net(deep=True), data(8)
+    start = {name: value.detach().clone() for name, value in model.named_parameters()}
+    groups = (Group("second.weight", 0.01, 0.5), Group("second.*", 0.02), Group("*.bias", weight_decay=0.9))
+    model.drop.p = 0.0
+    fit(model, x, squares, Options(steps=1, batch_size=8, learning_rate=0.1, weight_decay=0.2, groups=groups, clip=0.0))
+    for name, rate, decay in (
+        ("second.weight", 0.01, 0.5),
+        ("second.bias", 0.02, 0.0),  # decay is for matrices alone
+        ("first.bias", 0.1, 0.0),
+        ("first.weight", 0.1, 0.2),
+    ):
+        step = dict(model.named_parameters())[name].detach() - start[name] * (1 - rate * decay)
+        assert torch.allclose(step.abs(), torch.full_like(step, rate), rtol=1e-4)
+    for match, why in (("third.*", "has such a name"), ("first.weight", "is left for it by the groups before")):
+        with pytest.raises(PlanError, match=f"groups: found '{match}', and no trained parameter {why}"):
+            fit(Net(), data(), squares, Options(groups=(Group("first.*"), Group(match)), steps=1))
+    with pytest.raises(PlanError, match=r"groups, 'a': learning_rate is 0; .*groups, 'a': weight_decay is -1"):
+        Options(groups=(Group("a", 0, -1),))
+
+
+def test_a_share_of_the_data_is_held_out() -> None:
+    sets = [data(20), data(10)]
+    kept, held = split(sets, 0.2, seed=3)
+    numbers = [[id(item) for item in each.items] for each in (*sets, *kept, held)]
+    assert [len(each) for each in numbers[2:]] == [16, 8, 6]
+    assert sorted(numbers[0] + numbers[1]) == sorted(
+        numbers[2] + numbers[3] + numbers[4]
+    )  # each example is in one part
+    again = split(sets, 0.2, seed=3)[1], split(sets, 0.2, seed=4)[1]
+    assert [each.digest == held.digest for each in again] == [True, False]
+    with pytest.raises(PlanError, match=r"dev is 0.01 of 30 examples, less than one"):
+        split(sets, 0.01, 0)
 
 
 class Killed(BaseException):

@@ -17,7 +17,7 @@ from mergekit_lfm.recipe.training import Options
 from mergekit_lfm.runtime.load import load_model
 from mergekit_lfm.train.examples import IGNORED, Examples
 from mergekit_lfm.train.loop import mean_loss
-from mergekit_lfm.train.losses import LOSSES, consistent, cross_entropy, next_token, pool, ranking
+from mergekit_lfm.train.losses import LOSSES, SCORES, consistent, cross_entropy, next_token, pool, ranking
 from mergekit_lfm.train.texts import read_examples
 
 
@@ -166,7 +166,7 @@ def test_consistency_is_the_mean_of_both_divergences_of_two_passes(kind: str, ti
     loaded.model.register_forward_hook(disturb)
     loaded.model.train()
     with torch.no_grad():
-        total, number = consistent(LOSSES[task], 0.3)(loaded.model, batch)
+        total, number = consistent(LOSSES[task], SCORES[task], 0.3)(loaded.model, batch)
     labels = batch["labels"]
     if task == "lm":
         scores, labels = [x[:, :-1][labels[:, 1:] != IGNORED] for x in scores], labels[:, 1:][labels[:, 1:] != IGNORED]
@@ -179,12 +179,4 @@ def test_consistency_is_the_mean_of_both_divergences_of_two_passes(kind: str, ti
     assert number == len(labels) and float(apart[0]) > 0.1
     assert float(total) == pytest.approx(float(own + 0.3 * (apart[0] + apart[1]) / 2), rel=1e-12)
     loaded.model.eval()
-    assert len(scores) == 2 and consistent(LOSSES[task], 0.3)(loaded.model, batch).number == number
-
-
-def test_consistency_needs_predictions(tiny: Path) -> None:  # noqa: F811
-    loaded = load_model(tiny / "encoder", "embedding")
-    batch = read_examples(tiny / "encoder.jsonl", loaded).batch([0, 1])
-    loaded.model.train()
-    with pytest.raises(PlanError, match="two predictions are compared"):
-        consistent(ranking, 1.0)(loaded.model, batch)
+    assert len(scores) == 2 and consistent(LOSSES[task], SCORES[task], 0.3)(loaded.model, batch).number == number

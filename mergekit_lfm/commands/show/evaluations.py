@@ -67,6 +67,22 @@ JUDGEMENTS = {
             "mrr": Column("MRR", ".4f", arithmetic),
         },
     ),
+    "TokenLoss": Judgement(
+        "file",
+        {
+            "examples": Column("examples", ","),
+            "tokens": Column("tokens", ","),
+            "perplexity": Column("perplexity", ".4g", geometric),
+        },
+    ),
+    "Fit": Judgement(
+        "file",
+        {
+            "examples": Column("examples", ","),
+            "error": Column("squared error", ".4g", arithmetic),
+            "correlation": Column("correlation", ".4f", arithmetic),
+        },
+    ),
 }
 
 

@@ -1,4 +1,4 @@
-"""Plot lines between models, and traces of facts. Imports matplotlib, the extra `plots`, only to draw."""
+"""Plot lines between models, traces of facts, and courses of trainings, by matplotlib, which drawing alone imports."""
 
 from __future__ import annotations
 
@@ -96,6 +96,43 @@ def plot_effects(
     if title:
         figure.suptitle(title, fontsize=10)
     _save(figure, path)
+
+
+def plot_courses(courses: Mapping[str, Sequence[Mapping[str, Any]]], path: str | Path) -> None:
+    """Draw the losses and the learning rates of trainings over their steps, each by its name, into one PNG.
+
+    courses: a line of the record for each step. A thick line is the mean of the last twentieth of the steps, marks are
+    losses on the development set. Raises PlanError if matplotlib is not installed or the path cannot be written.
+    """
+    check_plot(path)
+    figure_class, canvas_class = _matplotlib()
+    figure = figure_class(figsize=INCHES, layout="constrained")
+    canvas_class(figure)
+    left, right = figure.subplots(1, 2, width_ratios=(2, 1))
+    for i, (name, lines) in enumerate(courses.items()):
+        colour, steps = COLOURS[i % len(COLOURS)], [line["step"] for line in lines]
+        losses = [line["loss"] for line in lines]
+        left.plot(steps, losses, color=colour, linewidth=0.8, alpha=0.3)
+        left.plot(steps, _smoothed(losses, max(1, len(losses) // 20)), color=colour, linewidth=1.8, label=name)
+        looks = [(line["step"], line["dev_loss"]) for line in lines if "dev_loss" in line]
+        if looks:
+            marks = {"marker": MARKS[i % len(MARKS)], "markersize": 5, "linestyle": ":", "linewidth": 1}
+            left.plot(*zip(*looks, strict=True), color=colour, label=f"{name}, development set", **marks)
+        right.plot(steps, [line["learning_rate"] for line in lines], color=colour, linewidth=1.6)
+    for axes, label in ((left, "loss"), (right, "learning rate")):
+        axes.set_xlabel("step")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    right.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    left.legend(frameon=False, fontsize=9)
+    _save(figure, path)
+
+
+def _smoothed(values: Sequence[float], size: int) -> list[float]:
+    """The mean of each value and those before it, up to `size` of them."""
+    windows = [values[max(0, i + 1 - size) : i + 1] for i in range(len(values))]
+    return [sum(window) / len(window) for window in windows]
 
 
 def _save(figure: Any, path: str | Path) -> None:

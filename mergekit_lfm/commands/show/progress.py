@@ -35,13 +35,13 @@ class Pace:
         self.last = clock()
         self.first: tuple[float, int] | None = None
 
-    def report(self, done: int, total: int | None) -> None:
-        """Say how much is done so far, of how much in all if that is known, if a minute has passed."""
+    def report(self, done: int, total: int | None, facts: str = "") -> None:
+        """Say how much is done so far, of how much in all if that is known, and facts, if a minute has passed."""
         now = self.clock()
         self.first = self.first or (now, done)
         if now - self.last >= MINUTE:
             self.last = now
-            self.tell(f"{self.doing}: " + ", ".join(self._parts(now, done, total)))
+            self.tell(f"{self.doing}: " + ", ".join([*self._parts(now, done, total), *([facts] if facts else [])]))
 
     def _parts(self, now: float, done: int, total: int | None) -> Iterator[str]:
         in_bytes = self.unit == BYTES
@@ -103,15 +103,22 @@ class Terminal:
     @contextmanager
     def by_count(self, unit: str, doing: str) -> Iterator[Callable[[int, int], None]]:
         """A bar of what is counted in `unit`."""
+        with self.by_step(unit, doing) as report:
+            yield lambda done, total: report(done, total, "")
+
+    @contextmanager
+    def by_step(self, unit: str, doing: str) -> Iterator[Callable[[int, int, str], None]]:
+        """A bar of what is counted in `unit`, with facts after it."""
         pace = self._pace(doing, unit)
         with self._bar(None, doing, unit) as bar:
 
-            def report(done: int, total: int) -> None:
+            def report(done: int, total: int, facts: str) -> None:
                 if bar.total is None:  # an interrupted run's share must not count in this run's rate
                     bar.total, bar.initial, bar.n = total, done, done
                     bar.refresh()
+                bar.set_postfix_str(facts, refresh=False)
                 bar.update(done - bar.n)
-                pace.report(done, total)
+                pace.report(done, total, facts)
 
             yield report
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.methods.kinds import TuneMethod
 from mergekit_lfm.methods.method import Parameter
+from mergekit_lfm.runtime.tasks import HEADED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -48,7 +49,7 @@ def _prepare(
 
 def _head(work: TuneWork) -> frozenset[str]:
     """The parameters of a classifier's head."""
-    return work.head if work.task == "classification" else frozenset()
+    return work.head if work.task in HEADED else frozenset()
 
 
 def _take(work: TuneWork, head: frozenset[str], tensors: Mapping[str, Tensor], **facts: Any) -> Attachment:
@@ -67,11 +68,11 @@ def mixture(work: TuneWork) -> Prepared:
     """
     from mergekit_lfm.runtime.attach import install
     from mergekit_lfm.runtime.bottlenecks import Mixture
-    from mergekit_lfm.train.losses import consistent
+    from mergekit_lfm.train.losses import SCORES, consistent
     from mergekit_lfm.tune.work import Prepared
 
-    if work.task == "embedding":
-        raise PlanError("adamix compares predictions of classes or tokens, which embedding has not; choose another")
+    if work.task not in SCORES:
+        raise PlanError(f"adamix compares predictions of classes or tokens, which {work.task} has not; choose another")
     plain = {**PLAIN, "places": [*FEED_FORWARD], "activation": "gelu", "size": work.options["size"]}
     head, weight = _head(work), work.options["consistency"]
     assert isinstance(weight, float)
@@ -84,7 +85,7 @@ def mixture(work: TuneWork) -> Prepared:
         return _take(work, head, tensors, method="adamix", form="bottleneck", config=plain)
 
     def loss(task: Loss) -> Loss:
-        return consistent(task, weight)
+        return consistent(task, SCORES[work.task], weight)
 
     return Prepared(work.model, attachment=average, loss=loss)
 

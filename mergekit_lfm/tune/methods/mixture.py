@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.methods.kinds import TuneMethod
 from mergekit_lfm.methods.method import Parameter
+from mergekit_lfm.runtime.tasks import HEADED
 from mergekit_lfm.tune.methods.prompts import TOKENS, first_values
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def mixture(work: TuneWork) -> Prepared:
 
     if work.task == "embedding":
         raise PlanError("mixture averages predictions of classes or tokens, which embedding has not; choose `prompt`")
-    head = work.head if work.task == "classification" else frozenset()
+    head = work.head if work.task in HEADED else frozenset()
     for name, x in work.model.named_parameters():
         x.requires_grad_(name in head)
     count, tokens = work.integer("prompts"), work.integer("tokens")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mergekit_lfm.methods.kinds import TuneMethod
+from mergekit_lfm.runtime.tasks import HEADED
 
 if TYPE_CHECKING:
     from mergekit_lfm.tune.work import Prepared, TuneWork
@@ -41,7 +42,7 @@ def singular_values(work: TuneWork) -> Prepared:
             tuned: torch.Tensor = weight + change.view(weight.shape)
             return tuned
 
-    head = work.head if work.task == "classification" else frozenset()
+    head = work.head if work.task in HEADED else frozenset()
     work.train(work.names)
     chosen = [
         (name, module)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.methods.kinds import TuneMethod
 from mergekit_lfm.methods.method import Parameter
+from mergekit_lfm.runtime.tasks import HEADED
 
 if TYPE_CHECKING:
     from mergekit_lfm.tune.work import Prepared, TuneWork
@@ -54,7 +55,7 @@ def biases(work: TuneWork) -> Prepared:
     from mergekit_lfm.tune.work import Prepared
 
     found = {name for name in work.names if name.rpartition(".")[2] == "bias"}
-    found |= work.head if work.task == "classification" else frozenset()
+    found |= work.head if work.task in HEADED else frozenset()
     if not found:
         raise PlanError(f"{type(work.model).__name__} has no biases, which bitfit trains; choose another method")
     work.train(found)

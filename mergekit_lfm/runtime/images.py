@@ -1,0 +1,89 @@
+"""Images with labels: a folder with a sub-folder for each class, or JSONL of {"image": "a.png", "label": 0}.
+
+Paths in JSONL are relative to the file. The classes of a folder are those of the model by their names, if it has all of
+them, else the numbers of the names in order.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import xxhash
+
+from mergekit_lfm.errors import FormatError, shorten
+from mergekit_lfm.runtime.lines import is_text, read_objects
+from mergekit_lfm.store.files import digest_file, open_file
+
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+
+
+class LabelledImage(NamedTuple):
+    """An image's file, and its class."""
+
+    path: Path
+    label: int
+
+
+def find_images(path: Path, classes: Mapping[str, int] | None = None) -> list[LabelledImage] | None:
+    """The images of a folder, or of a file of lines; None for a file of other data. classes: those of the model.
+
+    Raises FormatError for a folder without classes, for other files in it, for wrong lines, and for missing images.
+    """
+    if path.is_dir():
+        return _in_folder(path, classes or {})
+    if not _has_images(path):
+        return None
+    expected = 'an object {"image": "a.png", "label": 0} on each line, and the image beside the file'
+    return read_objects(path, lambda entry, _: _read(entry, path.parent), expected)
+
+
+def digest_data(path: Path) -> str:
+    """xxh3-128 of a data file's content, in hex; of images with the names of their folders, and their own content."""
+    images = find_images(path)
+    if images is None:
+        return digest_file(path)
+    parts = [] if path.is_dir() else [digest_file(path)]
+    parts += [f"{image.path.parent.name}/{image.path.name} {digest_file(image.path)}" for image in images]
+    return xxhash.xxh3_128_hexdigest("\n".join(parts).encode())
+
+
+def _has_images(path: Path) -> bool:
+    """Whether the first line of a file of JSON lines has an image."""
+    if path.suffix != ".jsonl":
+        return False
+    with open_file(path) as file:
+        first = next((line for line in file if line.strip()), b"")
+    try:
+        entry = json.loads(first)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(entry, dict) and "image" in entry
+
+
+def _read(entry: Mapping[str, Any], folder: Path) -> LabelledImage | str:
+    image, label = entry.get("image"), entry.get("label")
+    if not is_text(image):
+        return 'no "image", or an empty one'
+    if not isinstance(label, int) or isinstance(label, bool) or label < 0:
+        return f'"label" is {json.dumps(label)}, not a whole number from 0'
+    file = folder / str(image)
+    return LabelledImage(file, label) if file.is_file() else f"there is no {file}"
+
+
+def _in_folder(folder: Path, classes: Mapping[str, int]) -> list[LabelledImage]:
+    places = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    names = [path.name for path in places if path.is_dir()]
+    numbers = classes if names and all(name in classes for name in names) else {n: i for i, n in enumerate(names)}
+    files = [path for place in places if place.is_dir() for path in sorted(place.iterdir()) if path.name[0] != "."]
+    wrong = [path for path in places if not path.is_dir()]
+    wrong += [path for path in files if path.suffix.lower() not in SUFFIXES or not path.is_file()]
+    if wrong or not files:
+        found = shorten([str(path.relative_to(folder)) for path in wrong], 5) if wrong else "none"
+        raise FormatError(
+            f"{folder}: expected a folder for each class with images in it ({', '.join(SUFFIXES)}), and found {found}; "
+            "move other files away"
+        )
+    return [LabelledImage(path, numbers[path.parent.name]) for path in files]
