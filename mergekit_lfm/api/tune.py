@@ -7,8 +7,9 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,15 +23,16 @@ from mergekit_lfm.artifacts.statistics import open_statistics
 from mergekit_lfm.errors import FormatError, PlanError, reason
 from mergekit_lfm.machine.progress import SILENCE, Progress
 from mergekit_lfm.output.request import result_of
-from mergekit_lfm.recipe.tune_recipe import TuneRecipe
+from mergekit_lfm.recipe.tune_recipe import DataFile, TuneRecipe
 from mergekit_lfm.runtime.load import Loaded, load_model
 from mergekit_lfm.runtime.subject import Subject, make_subject
 from mergekit_lfm.store.locks import lock_folder
 from mergekit_lfm.train.examples import Examples, join, seed_of
-from mergekit_lfm.train.loop import STATE, fit
+from mergekit_lfm.train.loop import STATE, fit, mean_loss
 from mergekit_lfm.train.losses import LOSSES
 from mergekit_lfm.train.state import METRICS
 from mergekit_lfm.train.texts import check_labels, lengthen_by_no_ending, read_examples
+from mergekit_lfm.tune.phases import select_parts
 from mergekit_lfm.tune.work import TuneWork
 
 
@@ -44,8 +46,11 @@ def tune_model(
     parameters: Mapping[str, Any] | None = None,
     dev: StrPath | None = None,
     stats: StrPath | None = None,
+    train: str | Sequence[str] | None = None,
+    phases: Sequence[Mapping[str, Any]] = (),
+    held_out: Sequence[str] = (),
     window: int | None = None,
-    steps: int = 200,
+    steps: int | None = None,
     batch_size: int = 16,
     learning_rate: float | None = None,
     schedule: str = "linear",
@@ -66,10 +71,14 @@ def tune_model(
     """Train a saved model on data by a method, and write what that leaves: a checkpoint, a patch file or an adapter.
 
     model: a folder, a name on the Hub, or MODEL+ADAPTER; it stays as it is. data: a .jsonl, .txt or .npz file, or
-    several; an entry {path, most} uses `most` examples of a file in one time round. task: "lm", "classification" or
-    "embedding". parameters: of the method, as `mergekit-lfm methods` lists them. dev: a development set; the state with
-    the least loss on it is kept. stats: the file of Fisher information that the method `mask` needs. threads: how many
-    torch uses while this runs; the bytes depend on their number. The other settings are explained at `Options`.
+    several; an entry {path, most, templates, cluster} uses `most` examples of a file in one time round, writes its
+    lines by templates {prompt, completion}, and names its kind of tasks; held_out: kinds that are judged and not
+    trained on. task: "lm", "classification" or "embedding". parameters: of the method, as `mergekit-lfm methods` lists
+    them. dev: a development set; the state with the least loss on it is kept. stats: the file of Fisher information
+    that the method `mask` needs. train: patterns for the names of parameters, such as "*layers.0.*": of these alone is
+    trained what the method trains. phases: parts {steps, train} one after the other, in place of train and steps.
+    steps: by default 200. threads: how many torch uses while this runs; the bytes depend on their number. The other
+    settings are explained at `Options`.
 
     A run that was killed goes on from the state in OUT.training, where the metrics stay, too. If `out` holds the result
     of the same request already, nothing is done. The outcome's digest is that of the request. Raises PlanError for
@@ -79,7 +88,9 @@ def tune_model(
     recipe: dict[str, Any] = {"job": "tune", "model": os.fspath(model), "task": task, "method": method}
     entries = [data] if isinstance(data, str | os.PathLike) else [*data]
     recipe["data"] = [dict(each) if isinstance(each, Mapping) else os.fspath(each) for each in entries]
-    recipe |= {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "schedule": schedule}
+    recipe |= {} if steps is None else {"steps": steps}
+    recipe |= {"train": train, "phases": [*phases], "held_out": [*held_out], "batch_size": batch_size}
+    recipe |= {"learning_rate": learning_rate, "schedule": schedule}
     recipe |= {"warmup": warmup, "weight_decay": weight_decay, "clip": clip, "accumulate": accumulate, "seed": seed}
     recipe |= {"evaluate_every": evaluate_every, "patience": patience, "checkpointing": checkpointing, "window": window}
     recipe |= {"autocast": autocast}
@@ -139,14 +150,14 @@ def _tune(planned: PlannedTuning, progress: Progress) -> tuple[Tuned, list[str]]
             f"{recipe.model} is an encoder with a decoder, expected a model without; such are not tuned here"
         )
     subject = make_subject(loaded.model, planned.source)
-    examples, dev = _read_all(loaded, recipe)
+    data = _read_all(loaded, recipe)
     size = sum(x.numel() for x in loaded.model.parameters())
     with torch.random.fork_rng([loaded.model.device] if planned.device.startswith("cuda") else []):
         torch.manual_seed(seed_of(options.seed, "start"))
         fisher = None if recipe.statistics is None else _fisher(recipe.statistics, subject)
         work = TuneWork(loaded.model, recipe.task, recipe.settings, options.steps, recipe.found.model, fisher)
         _ = subject.names  # as they are before the method changes them
-        prepared = method.prepare(work)
+        prepared = select_parts(method.prepare(work), recipe.parts, method.name)
     check_places(prepared, subject, planned.source)
     check_adapter(planned, prepared)
     if options.weight_decay and not prepared.decays:
@@ -160,36 +171,48 @@ def _tune(planned: PlannedTuning, progress: Progress) -> tuple[Tuned, list[str]]
         training.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise PlanError(f"{planned.out} cannot be written ({reason(error)}); choose another output") from None
+    judge = partial(mean_loss, prepared.model, loss=LOSSES[recipe.task], options=options)
+    before = {name: judge(each) for name, each in data.held_out.items()}
     with _without_empty(training), lock_folder(training), progress.by_count(" steps", "tuning") as count:
         history = fit(
             prepared.model,
-            examples,
+            data.examples,
             LOSSES[recipe.task],
             options,
-            dev=dev,
+            dev=data.dev,
             hooks=prepared.hooks,
             place=training,
             request=request.digest,
             tell=lambda done, whole, _: count(done, whole),
         )
-        tuned = Tuned(method.makes, history.steps, trained, size, history.loss, history.best, history.best_step)
+        held_out = {name: {"before": loss, "after": judge(data.held_out[name])} for name, loss in before.items()}
+        reached = (history.loss, history.best, history.best_step)
+        tuned = Tuned(method.makes, history.steps, trained, size, *reached, held_out)
         findings = write_result(planned, prepared, subject, tuned)
         (training / STATE).unlink(missing_ok=True)
     return tuned, findings
 
 
-def _read(path: Path, loaded: Loaded, recipe: TuneRecipe) -> Examples:
-    examples = read_examples(path, loaded, window=recipe.window)
+class _Data(NamedTuple):
+    """The examples to train on, the development set, and the examples of clusters that are held out."""
+
+    examples: Examples
+    dev: Examples | None
+    held_out: dict[str, Examples]
+
+
+def _read(file: DataFile, loaded: Loaded, recipe: TuneRecipe) -> Examples:
+    examples = read_examples(file.path, loaded, window=recipe.window, templates=file.templates)
     if recipe.task == "classification":
         config: Any = loaded.model.config
-        check_labels(examples, getattr(config, "num_labels", None), path)
+        check_labels(examples, getattr(config, "num_labels", None), file.path)
     return examples
 
 
-def _read_all(loaded: Loaded, recipe: TuneRecipe) -> tuple[Examples, Examples | None]:
-    """The data, and the development set."""
-    sets = [_read(file.path, loaded, recipe) for file in recipe.files]
-    dev = [] if recipe.dev_file is None else [_read(recipe.dev_file.path, loaded, recipe)]
+def _read_all(loaded: Loaded, recipe: TuneRecipe) -> _Data:
+    """The data of all files."""
+    sets = [_read(file, loaded, recipe) for file in recipe.files]
+    dev = [] if recipe.dev_file is None else [_read(recipe.dev_file, loaded, recipe)]
     files = [*recipe.files, *([recipe.dev_file] if recipe.dev_file else [])]
     for file, each in zip(files, [*sets, *dev], strict=True):
         if each.items[0].keys() != sets[0].items[0].keys():
@@ -202,7 +225,12 @@ def _read_all(loaded: Loaded, recipe: TuneRecipe) -> tuple[Examples, Examples | 
         padding = lengthen_by_no_ending([*sets, *dev])
         config.get_text_config().pad_token_id = padding  # by which a decoder finds a row's last token
         sets, dev = ([replace(each, pad={"input_ids": padding}) for each in some] for some in (sets, dev))
-    return join(sets, [file.most for file in recipe.files]), dev[0] if dev else None
+    named = [*zip(recipe.files, sets, strict=True)]
+    held = {name: [each for file, each in named if file.cluster == name] for name in recipe.held_out}
+    trained = [(file.most, each) for file, each in named if file.cluster not in held]
+    examples = join([each for _, each in trained], [most for most, _ in trained])
+    others = {name: join(each, [None] * len(each)) for name, each in held.items()}
+    return _Data(examples, dev[0] if dev else None, others)
 
 
 def _fisher(path: Path, subject: Subject) -> dict[str, Tensor]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -30,7 +31,8 @@ class Tuned:
 
     steps: those done, fewer than planned where the development set ended it. trained: how many numbers were trained;
     parameters: the model's. loss: the mean over the last tenth of the steps. dev_loss, best_step: the least on the
-    development set, whose state was kept; None without one.
+    development set, whose state was kept; None without one. held_out: the losses `before` and `after`
+    on each cluster of data that was held out.
     """
 
     makes: str
@@ -40,6 +42,7 @@ class Tuned:
     loss: float
     dev_loss: float | None = None
     best_step: int | None = None
+    held_out: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 def write_result(planned: PlannedTuning, prepared: Prepared, subject: Subject, tuned: Tuned) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -17,8 +17,10 @@ from mergekit_lfm.recipe.files import FoundModel, Where, find_reference, read_fi
 from mergekit_lfm.recipe.form import Parameters, Reference, Strict, read_reference
 from mergekit_lfm.recipe.job_form import JobForm
 from mergekit_lfm.recipe.options import defaults_of, read_options, readers_of, unknown_method
+from mergekit_lfm.recipe.phases import Patterns, PhaseEntry
 from mergekit_lfm.recipe.problems import Problem, attempt, problem_at, refuse
 from mergekit_lfm.recipe.registry import TUNE_METHODS
+from mergekit_lfm.recipe.templates import Template
 from mergekit_lfm.recipe.training import Options, Schedule
 from mergekit_lfm.recipe.values import FOUND
 from mergekit_lfm.runtime.tasks import TASKS
@@ -47,10 +49,21 @@ def _read_parameters(method: TuneMethod[Any], given: Mapping[str, Any]) -> tuple
 
 
 class DataEntry(Strict):
-    """A file of examples. most: how many of them, drawn anew each time round, are used in one; all by default."""
+    """A file of examples. most: how many of them, drawn anew each time round, are used in one; all by default.
+
+    templates: ways to make a prompt and a completion of a line; for each example one is drawn each time round.
+    cluster: the name of the kind of tasks that the file is of.
+    """
 
     path: Annotated[str, BeforeValidator(read_reference)]
     most: int | None = Field(default=None, strict=True, ge=1)
+    templates: tuple[Template, ...] = ()
+    cluster: str | None = Field(default=None, min_length=1)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The entry as data, without what is as by default."""
+        return self.model_dump(mode="json", exclude_defaults=True)
 
 
 def _as_entries(value: object) -> object:
@@ -64,18 +77,24 @@ Entries = Annotated[tuple[DataEntry, ...], BeforeValidator(_as_entries), Field(m
 
 @dataclass(frozen=True, slots=True)
 class DataFile:
-    """A file of examples as named, where it is, and how many of them are used in one time round; None for all."""
+    """A file of examples as named, where it is, and how many of them are used in one time round; None for all.
+
+    templates, cluster: as of a `DataEntry`.
+    """
 
     ref: str
     path: Path
     most: int | None = None
+    templates: tuple[Template, ...] = ()
+    cluster: str | None = None
 
 
 class TuneRecipe(JobForm):
     """A tuning as the user wrote it. parameters: of the method; the other settings are of every training.
 
     stats: a file of Fisher information, for the method that needs one. window: the most tokens of an example.
-    learning_rate: by default the method's. The rest is explained at `Options`.
+    learning_rate: by default the method's. The rest is explained at `Options`. train: patterns for the names of
+    parameters; the method trains these alone. phases: several such parts one after the other, each with its steps. held_out: clusters of data that are not trained on, but judged.
 
     Build one with `TuneRecipe.parse`. Paths are as of a merge's `Recipe`.
     """
@@ -90,6 +109,9 @@ class TuneRecipe(JobForm):
     parameters: Parameters = Field(default_factory=dict)
     dev: Annotated[str | None, BeforeValidator(read_reference)] = None
     stats: Annotated[str | None, BeforeValidator(read_reference)] = None
+    train: Patterns | None = None
+    phases: tuple[PhaseEntry, ...] = ()
+    held_out: tuple[str, ...] = ()
     window: int | None = Field(default=None, strict=True, ge=1)
     steps: int = Field(default=200, strict=True)
     batch_size: int = Field(default=16, strict=True)
@@ -124,11 +146,12 @@ class TuneRecipe(JobForm):
             found, missing = read_file(entry.path, where.folder, place, A_FILE)
             problems += missing
             if found is not None:
-                files.append(DataFile(entry.path, found.path, entry.most))
+                files.append(DataFile(entry.path, found.path, entry.most, entry.templates, entry.cluster))
         if self.task not in TASKS:
             cure = did_you_mean(self.task, TASKS)
             expected = ", ".join(TASKS)
             problems.append(problem_at("task", FOUND + "; {cure}", found=repr(self.task), expected=expected, cure=cure))
+        problems += [*self._check_clusters(), *self._check_phases()]
         method = TUNE_METHODS.get(self.method)
         if method is None:
             problems.append(unknown_method(self.method, TUNE_METHODS, "tune"))
@@ -168,10 +191,36 @@ class TuneRecipe(JobForm):
             problems.append(Problem("", str(error)))
         return problems
 
+    def _check_clusters(self) -> Iterator[Problem]:
+        """The problems of templates, clusters and those held out."""
+        for i, entry in enumerate(self.data):
+            if entry.templates and self.task != "lm":
+                expected = "none for this task: they make prompts and completions, for lm"
+                yield problem_at(f"data[{i}].templates", FOUND, found=str(len(entry.templates)), expected=expected)
+            elif entry.templates and not entry.path.endswith(".jsonl"):
+                yield problem_at(f"data[{i}].path", FOUND, found=repr(entry.path), expected="a .jsonl for templates")
+        clusters = {entry.cluster for entry in self.data}
+        for i, name in enumerate(self.held_out):
+            if name not in clusters:
+                known = sorted(cluster for cluster in clusters if cluster)
+                expected = f"a cluster of the data: {', '.join(known) or 'none has one'}"
+                yield problem_at(f"held_out[{i}]", FOUND, found=repr(name), expected=expected)
+        if clusters <= {*self.held_out}:
+            yield Problem("held_out", "all data are held out, expected some to train on; leave out a cluster")
+
+    def _check_phases(self) -> Iterator[Problem]:
+        """The problems of the parts that are trained."""
+        total = sum(phase.steps for phase in self.phases)
+        if self.phases and self.train is not None:
+            yield Problem("train", "found beside `phases`, which have their own; expected one of the two")
+        if self.phases and "steps" in self.model_fields_set and self.steps != total:
+            yield problem_at("steps", FOUND, found=str(self.steps), expected=f"{total}, the sum over the phases")
+
     def _make_options(self, method: TuneMethod[Any]) -> Options:
-        names = Options.__dataclass_fields__.keys() - {"learning_rate"}
+        names = Options.__dataclass_fields__.keys() - {"learning_rate", "steps"}
         rate = method.rate if self.learning_rate is None else self.learning_rate
-        return Options(learning_rate=rate, **{name: getattr(self, name) for name in names})
+        steps = sum(phase.steps for phase in self.phases) or self.steps
+        return Options(steps=steps, learning_rate=rate, **{name: getattr(self, name) for name in names})
 
     @property
     def found(self) -> FoundModel:
@@ -180,8 +229,15 @@ class TuneRecipe(JobForm):
 
     @property
     def files(self) -> tuple[DataFile, ...]:
-        """The files of examples."""
+        """The files of examples, also of those that are held out."""
         return self._data
+
+    @property
+    def parts(self) -> tuple[tuple[int, tuple[str, ...]], ...]:
+        """The phases, each its steps and patterns; none where the method decides alone."""
+        if self.train is not None:
+            return ((self._options.steps, self.train),)
+        return tuple((phase.steps, phase.train) for phase in self.phases)
 
     @property
     def dev_file(self) -> DataFile | None:
@@ -210,15 +266,18 @@ class TuneRecipe(JobForm):
 
     def normalised(self) -> dict[str, Any]:
         """The recipe in one canonical JSON-able form, which parses back to the same tuning on any machine."""
-        data = [{"path": e.path} | ({} if e.most is None else {"most": e.most}) for e in self.data]
         optional = {key: getattr(self, key) for key in ("dev", "stats", "window") if getattr(self, key) is not None}
+        parts: dict[str, Any] = {} if self.train is None else {"train": [*self.train]}
+        parts |= {"phases": [phase.model_dump(mode="json") for phase in self.phases]} if self.phases else {}
+        parts |= {"held_out": [*self.held_out]} if self.held_out else {}
         return {
             "job": JOB,
             "model": self.model,
-            "data": data,
+            "data": [entry.facts for entry in self.data],
             "task": self.task,
             "method": self.method,
             "parameters": dict(self._settings),
             **optional,
+            **parts,
             **{name: value for name, value in asdict(self._options).items() if value is not None},
         }

@@ -26,11 +26,14 @@ class Examples:
     such an input has an `attention_mask` of it, named with its prefix: `positive_input_ids` has
     `positive_attention_mask`. parts: of how many examples each data set is, in order, and how many of them one time
     round has, drawn anew for each: a small set beside a large one is then seen as often as that allows. By default one.
+    forms: how many items of each data set, one after the other, are forms of one example; one time round has one of
+    them, drawn anew. By default one.
     """
 
     items: Sequence[Mapping[str, Tensor]]
     pad: Mapping[str, int] = field(default_factory=dict)
     parts: tuple[tuple[int, int], ...] = ()
+    forms: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Raise PlanError without examples, or where they differ in their inputs."""
@@ -48,7 +51,7 @@ class Examples:
     @cached_property
     def digest(self) -> str:
         """xxh3-128 of the examples, in hex."""
-        whole = xxhash.xxh3_128(repr((sorted(self.pad.items()), self.parts)).encode())
+        whole = xxhash.xxh3_128(repr((sorted(self.pad.items()), self.parts, self.forms)).encode())
         for item in self.items:
             for name, x in sorted(item.items()):
                 whole.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
@@ -72,12 +75,19 @@ class Examples:
 
     def step(self, step: int, size: int, seed: int) -> list[int]:
         """The numbers of a step's examples: the next `size` of all, in an order of its own for each time round."""
-        parts = self.parts or ((len(self), len(self)),)
+        parts, forms = self._sets
         numbers, round_ = list[int](), sum(most for _, most in parts)
         while len(numbers) < size:
             epoch, start = divmod(step * size + len(numbers), round_)
-            numbers += _order(parts, seed, epoch)[start : start + size - len(numbers)]
+            numbers += _order(parts, forms, seed, epoch)[start : start + size - len(numbers)]
         return numbers
+
+    @property
+    def _sets(self) -> tuple[tuple[tuple[int, int], ...], tuple[int, ...]]:
+        """The data sets: examples and how many of them are used, and the forms of each example."""
+        count = len(self) // (self.forms or (1,))[0]
+        parts = self.parts or ((count, count),)
+        return parts, self.forms or (1,) * len(parts)
 
     def in_order(self, size: int) -> Iterator[dict[str, Tensor]]:
         """All examples once, in batches of up to `size`."""
@@ -90,12 +100,15 @@ def _pad(rows: Sequence[Tensor], value: int) -> Tensor:
 
 
 @lru_cache(maxsize=2)
-def _order(parts: tuple[tuple[int, int], ...], seed: int, epoch: int) -> list[int]:
+def _order(parts: tuple[tuple[int, int], ...], forms: tuple[int, ...], seed: int, epoch: int) -> list[int]:
     """The numbers of the examples of one time round, in order."""
     generator, chosen, first = torch.Generator().manual_seed(seed_of(seed, "order", epoch)), list[Tensor](), 0
-    for count, most in parts:
-        chosen.append(first + torch.randperm(count, generator=generator)[:most])
-        first += count
+    for (count, most), kinds in zip(parts, forms, strict=True):
+        part = torch.randperm(count, generator=generator)[:most]
+        if kinds > 1:
+            part = part * kinds + torch.randint(kinds, part.shape, generator=generator)
+        chosen.append(first + part)
+        first += count * kinds
     numbers = torch.cat(chosen)
     order: list[int] = numbers[torch.randperm(len(numbers), generator=generator)].tolist()
     return order
@@ -104,8 +117,12 @@ def _order(parts: tuple[tuple[int, int], ...], seed: int, epoch: int) -> list[in
 def join(sets: Sequence[Examples], most: Sequence[int | None]) -> Examples:
     """Several data sets as one; `most` of each are used in one time round, None for all."""
     items = [item for each in sets for item in each.items]
-    parts = [(len(each), min(len(each), limit or len(each))) for each, limit in zip(sets, most, strict=True)]
-    return Examples(items, sets[0].pad, tuple(parts))
+    parts, forms = list[tuple[int, int]](), list[int]()
+    for each, limit in zip(sets, most, strict=True):
+        ((count, _),), own = each._sets
+        parts.append((count, min(count, limit or count)))
+        forms += own
+    return Examples(items, sets[0].pad, tuple(parts), tuple(forms))
 
 
 def seed_of(*facts: object) -> int:
