@@ -85,16 +85,14 @@ def tune_model(
     settings and data that do not fit, and for a loss that is not finite; FormatError for damaged files; ImportError
     without transformers, or for an adapter without peft.
     """
-    recipe: dict[str, Any] = {"job": "tune", "model": os.fspath(model), "task": task, "method": method}
     entries = [data] if isinstance(data, str | os.PathLike) else [*data]
+    recipe: dict[str, Any] = {"job": "tune", "model": os.fspath(model), "task": task, "method": method}
     recipe["data"] = [dict(each) if isinstance(each, Mapping) else os.fspath(each) for each in entries]
-    recipe |= {} if steps is None else {"steps": steps}
-    recipe |= {"train": train, "phases": [*phases], "held_out": [*held_out], "batch_size": batch_size}
-    recipe |= {"learning_rate": learning_rate, "schedule": schedule}
-    recipe |= {"warmup": warmup, "weight_decay": weight_decay, "clip": clip, "accumulate": accumulate, "seed": seed}
-    recipe |= {"evaluate_every": evaluate_every, "patience": patience, "checkpointing": checkpointing, "window": window}
-    recipe |= {"autocast": autocast}
-    recipe |= {"parameters": dict(parameters or {})}
+    recipe |= {"checkpointing": checkpointing, **({} if steps is None else {"steps": steps})}
+    recipe |= {"train": train, "phases": [*phases], "held_out": [*held_out], "parameters": dict(parameters or {})}
+    recipe |= {"batch_size": batch_size, "learning_rate": learning_rate, "schedule": schedule, "warmup": warmup}
+    recipe |= {"weight_decay": weight_decay, "clip": clip, "accumulate": accumulate, "seed": seed, "window": window}
+    recipe |= {"evaluate_every": evaluate_every, "patience": patience, "autocast": autocast}
     recipe |= {key: None if path is None else os.fspath(path) for key, path in (("dev", dev), ("stats", stats))}
     planned = plan_tuning(TuneRecipe.parse(recipe, label="tune"), expand(out), device=device)
     return tune_planned(planned, threads=threads, overwrite=overwrite, progress=progress)

@@ -94,7 +94,8 @@ class TuneRecipe(JobForm):
 
     stats: a file of Fisher information, for the method that needs one. window: the most tokens of an example.
     learning_rate: by default the method's. The rest is explained at `Options`. train: patterns for the names of
-    parameters; the method trains these alone. phases: several such parts one after the other, each with its steps. held_out: clusters of data that are not trained on, but judged.
+    parameters; the method trains these alone. phases: several such parts one after the other, each with its steps.
+    held_out: clusters of data that are not trained on, but judged.
 
     Build one with `TuneRecipe.parse`. Paths are as of a merge's `Recipe`.
     """
