@@ -41,6 +41,7 @@ __all__ = [
     "check_table",
     "collect_stats",
     "edit_model",
+    "emulate_model",
     "evaluate_models",
     "explain_plan",
     "export_patches",
@@ -65,6 +66,7 @@ __all__ = [
     "plan_adapters",
     "plan_merge",
     "plan_recipe",
+    "plug_in_ends",
     "push",
     "random_transform",
     "read_data",
@@ -97,6 +99,7 @@ if TYPE_CHECKING:
     from mergekit_lfm.api.inspect import inspect_file
     from mergekit_lfm.api.judge import evaluate_models, measure_barrier, repair_model
     from mergekit_lfm.api.merge import merge, plan_merge
+    from mergekit_lfm.api.offsite import emulate_model, plug_in_ends
     from mergekit_lfm.api.outcome import Finding, Outcome
     from mergekit_lfm.api.patches import apply_patches, undo_patches
     from mergekit_lfm.api.push import push
@@ -158,6 +161,7 @@ _HOMES = {
     "check_table": "api.align",
     "collect_stats": "api.stats",
     "edit_model": "api.edit",
+    "emulate_model": "api.offsite",
     "evaluate_models": "api.judge",
     "explain_plan": "api.explain",
     "export_patches": "api.export",
@@ -182,6 +186,7 @@ _HOMES = {
     "plan_adapters": "api.adapter_plans",
     "plan_merge": "api.merge",
     "plan_recipe": "api.recipes",
+    "plug_in_ends": "api.offsite",
     "push": "api.push",
     "random_transform": "align.elements",
     "read_data": "runtime.data",

@@ -15,6 +15,7 @@ from mergekit_lfm.commands.init import init
 from mergekit_lfm.commands.inspect import inspect, methods
 from mergekit_lfm.commands.merge import merge
 from mergekit_lfm.commands.mergekit import MergekitGroup
+from mergekit_lfm.commands.offsite import offsite
 from mergekit_lfm.commands.patch import patch
 from mergekit_lfm.commands.plan import plan
 from mergekit_lfm.commands.push import push
@@ -40,6 +41,6 @@ def main() -> None:
 
 for command in (
     *(init, merge, plan, push, verify, inspect, methods, evaluate),
-    *(stats, align, barrier, repair, edit, patch, trace, extract_lora, head, tune),
+    *(stats, align, barrier, repair, edit, patch, trace, extract_lora, head, tune, offsite),
 ):
     main.add_command(command)

@@ -29,7 +29,7 @@ MINILM = RECIPES / "minilm.yaml"
 PREPARED = [path for path in PATHS if re.search("python (recipes/make/|tests/serve_)", path.read_text("utf-8"))]
 # Recipes of several parts: test_parts_recipes.py runs them.
 PARTS = [RECIPES / f"{name}.yaml" for name in ("stacked", "three_stages", "three_tokenizers", "vision_language")]
-JOBS = [RECIPES / "extract.yaml", RECIPES / "tuned.yaml"]  # tests of their commands run them
+JOBS = [RECIPES / f"{name}.yaml" for name in ("extract", "offsite", "tuned")]  # tests of their commands run them
 RUNNABLE = [path for path in PATHS if path not in (*PREPARED, *PARTS, *JOBS)]
 
 
