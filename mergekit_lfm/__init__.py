@@ -43,6 +43,7 @@ __all__ = [
     "edit_model",
     "emulate_model",
     "evaluate_models",
+    "evaluate_routed",
     "explain_plan",
     "export_patches",
     "extract_lora",
@@ -104,6 +105,7 @@ if TYPE_CHECKING:
     from mergekit_lfm.api.patches import apply_patches, undo_patches
     from mergekit_lfm.api.push import push
     from mergekit_lfm.api.recipes import plan_recipe, run_recipe
+    from mergekit_lfm.api.route import evaluate_routed
     from mergekit_lfm.api.state_dicts import merge_state_dicts
     from mergekit_lfm.api.stats import collect_stats
     from mergekit_lfm.api.tensors import merge_tensors
@@ -163,6 +165,7 @@ _HOMES = {
     "edit_model": "api.edit",
     "emulate_model": "api.offsite",
     "evaluate_models": "api.judge",
+    "evaluate_routed": "api.route",
     "explain_plan": "api.explain",
     "export_patches": "api.export",
     "extract_lora": "api.extract",

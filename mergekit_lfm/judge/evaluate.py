@@ -87,7 +87,12 @@ def perplexity(
     if not count:
         raise PlanError("the text is empty: there is nothing to predict; give a text of at least one token")
     size = sum(len(document.encode()) for document in documents)
-    return Perplexity(count, size, total, _exp(total / count), total / math.log(2) / size)
+    return perplexity_of(count, size, total)
+
+
+def perplexity_of(tokens: int, nbytes: int, nll: float) -> Perplexity:
+    """The numbers that follow from a sum of -ln p over tokens of texts of so many bytes."""
+    return Perplexity(tokens, nbytes, nll, _exp(nll / tokens), nll / math.log(2) / nbytes)
 
 
 def pieces(count: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:

@@ -86,7 +86,7 @@ def test_an_emulator_that_is_not_tuned_gives_the_model_and_an_adapter_is_taken()
 
 
 @pytest.mark.usefixtures("here")
-def test_what_is_no_emulator_of_the_model_is_refused() -> None:
+def test_others_than_an_emulator_of_the_model_are_refused() -> None:
     shutil.copytree("llama", "other")
     weights = tensors("other")
     weights["model.layers.2.mlp.up_proj.weight"][0, 0] += 1
