@@ -79,6 +79,7 @@ __all__ = [
     "rewrite",
     "run_recipe",
     "score_facts",
+    "select_examples",
     "trace_facts",
     "tune_model",
     "undo_patches",
@@ -106,6 +107,7 @@ if TYPE_CHECKING:
     from mergekit_lfm.api.push import push
     from mergekit_lfm.api.recipes import plan_recipe, run_recipe
     from mergekit_lfm.api.route import evaluate_routed
+    from mergekit_lfm.api.select import select_examples
     from mergekit_lfm.api.state_dicts import merge_state_dicts
     from mergekit_lfm.api.stats import collect_stats
     from mergekit_lfm.api.tensors import merge_tensors
@@ -201,6 +203,7 @@ _HOMES = {
     "rewrite": "views.rewritten",
     "run_recipe": "api.recipes",
     "score_facts": "edit.scores",
+    "select_examples": "api.select",
     "trace_facts": "api.trace",
     "tune_model": "api.tune",
     "undo_patches": "api.patches",

@@ -20,6 +20,7 @@ from mergekit_lfm.commands.patch import patch
 from mergekit_lfm.commands.plan import plan
 from mergekit_lfm.commands.push import push
 from mergekit_lfm.commands.repair import repair
+from mergekit_lfm.commands.select import select
 from mergekit_lfm.commands.stats import stats
 from mergekit_lfm.commands.trace import trace
 from mergekit_lfm.commands.tune import tune
@@ -41,6 +42,6 @@ def main() -> None:
 
 for command in (
     *(init, merge, plan, push, verify, inspect, methods, evaluate),
-    *(stats, align, barrier, repair, edit, patch, trace, extract_lora, head, tune, offsite),
+    *(stats, align, barrier, repair, edit, patch, trace, extract_lora, head, tune, offsite, select),
 ):
     main.add_command(command)
