@@ -23,8 +23,10 @@ from mergekit_lfm.output.card import CONFIG
 from mergekit_lfm.plan.stack import Stack, find_stack
 from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.store.files import read_text
+from mergekit_lfm.store.sidecars import sidecars_of
 from mergekit_lfm.store.yaml import read_yaml
 from mergekit_lfm.views.adapted import open_model
+from mergekit_lfm.views.quantisation import dequantise
 
 T = TypeVar("T")
 
@@ -69,7 +71,7 @@ def emulate_model(
     keep: that share; at least one layer between is kept unless it is 0, and at least one is left out. The outcome's
     digest is that of the merge's plan. Raises PlanError for a model with too few layers, and as `merge` does.
     """
-    source = open_model(model)
+    source = dequantise(open_model(model))
     stack = find_stack(source, os.fspath(model))
     count = len(stack.layers)
     middle = count - 2 * ends
@@ -131,8 +133,8 @@ def plug_in_ends(
     emulator: a folder that `tune` has made of what `emulate_model` wrote, or EMULATOR+ADAPTER. Reads both models once.
     Raises PlanError for an emulator of another model, or one with other tuned parts than its ends.
     """
-    named, tuned = os.fspath(emulator), open_model(emulator)
-    source = open_model(model)
+    named, tuned, source = os.fspath(emulator), dequantise(open_model(emulator)), dequantise(open_model(model))
+    sidecars_of(tuned)  # fetches the other files of a model on the Hub
     stack, other = find_stack(source, os.fspath(model)), find_stack(tuned, named)
     ranges = _ranges_of(tuned, named)
     count, (_, first), (last, stop) = len(stack.layers), ranges[0], ranges[-1]

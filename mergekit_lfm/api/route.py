@@ -33,6 +33,7 @@ def evaluate_routed(
     data: Files,
     *,
     task: str = "lm",
+    encoder: StrPath | None = None,
     window: int | None = None,
     stride: int | None = None,
     device: str = "cpu",
@@ -40,10 +41,11 @@ def evaluate_routed(
     """Send each text of data files to the expert whose own texts are most like it, and score it by that one.
 
     experts: models (folders, names on the Hub, MODEL+ADAPTER), each with files of its kind of texts, such as those that
-    it was tuned on. data: .jsonl or .txt files as `evaluate_models` takes them. task: "lm" or "classification". One
-    model is in memory at a time. Raises PlanError for fewer than two experts, FormatError for files that do not fit.
+    it was tuned on. data: .jsonl or .txt files as `evaluate_models` takes them. task: "lm" or "classification".
+    encoder: a model of sentences that says how alike texts are; by default n-grams do. One model is in memory at a
+    time. Raises PlanError for fewer than two experts, FormatError for files that do not fit.
     """
-    from mergekit_lfm.judge.route import Router, add_up, read_routed, read_texts, score_part
+    from mergekit_lfm.judge.route import add_up, read_routed, read_texts, score_part
     from mergekit_lfm.runtime.load import load_model
 
     started = time.monotonic()
@@ -52,9 +54,9 @@ def evaluate_routed(
     if task not in ("lm", "classification") or (stride is not None and task != "lm"):
         raise PlanError(f"found the task {task!r}; expected lm or classification, and a stride for lm alone")
     paths = {str(file): expand(file, "data") for file in _as_list(data)}
-    router = Router([[text for file in _as_list(own) for text in read_texts(expand(file))] for own in experts.values()])
+    kinds = [[text for file in _as_list(own) for text in read_texts(expand(file))] for own in experts.values()]
     texts = {name: read_routed(path, task) for name, path in paths.items()}
-    choices = {name: [router.choose(text) for text in own] for name, own in texts.items()}
+    choices = _choose(kinds, texts, encoder, device)
     names = [display_name(model_folder(model)) for model in experts]
     parts: dict[str, list[Perplexity | Accuracy]] = {name: [] for name in paths}
     for number, model in enumerate(experts):
@@ -71,6 +73,21 @@ def evaluate_routed(
     }
     routed = Routed({name: add_up(scores) for name, scores in parts.items()}, chosen)
     return Outcome(None, routed, seconds=time.monotonic() - started)
+
+
+def _choose(
+    kinds: Sequence[Sequence[str]], texts: Mapping[str, Sequence[str]], encoder: StrPath | None, device: str
+) -> dict[str, list[int]]:
+    """The number of the expert for each text, by file."""
+    from mergekit_lfm.judge.route import Router, choose_by_encoder
+
+    if encoder is None:
+        router = Router(kinds)
+        return {name: [router.choose(text) for text in own] for name, own in texts.items()}
+    from mergekit_lfm.runtime.load import load_model
+
+    loaded = load_model(with_adapters(model_folder(encoder)), "embedding", device=device)
+    return {name: choose_by_encoder(loaded, kinds, own) for name, own in texts.items()}
 
 
 def _as_list(files: Files) -> list[StrPath]:

@@ -52,6 +52,11 @@ Examples:
     help="Judge experts together, in a row `routed`: each text by the one whose own texts, in FILE, are most like it. "
     "Can be given several times, for one model, too.",
 )
+@click.option(
+    "--router",
+    type=ModelFolder(),
+    help="A model of sentences that says which texts are alike, for --expert. [default: none; n-grams do]",
+)
 @click.option("--task", type=click.Choice([*TASKS]), help="The kind of models; see above. [default: lm, for --text]")
 @click.option(
     "--window",
@@ -75,6 +80,7 @@ def evaluate(
     files: Sequence[Path],
     facts: Path | None,
     experts: Sequence[str],
+    router: Path | None,
     task: str | None,
     window: int | None,
     stride: int | None,
@@ -103,6 +109,8 @@ def evaluate(
     routed = _read_experts(experts)
     if not models and not routed:
         raise click.UsageError("Give one model or more to judge, or --expert MODEL=FILE.")
+    if router is not None and not routed:
+        raise click.UsageError("--router chooses among experts; give --expert MODEL=FILE, too.")
     if routed and texts:
         raise click.UsageError("--expert chooses for each text of --data; give that in place of --text.")
     if facts is None:
@@ -118,7 +126,7 @@ def evaluate(
         scores |= evaluate_models(models, **given, **how).result
     data, text = (evaluation_data, evaluation_text) if facts is None else (facts_data, facts_text)
     if routed:
-        _conclude_routed(console, scores, routed, files, how)
+        _conclude_routed(console, scores, routed, files, {**how, "encoder": router})
     console.conclude({"models": data(scores)}, lambda: text(scores))
 
 

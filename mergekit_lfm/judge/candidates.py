@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.machine.progress import Count
-from mergekit_lfm.runtime.data import text_limit
+from mergekit_lfm.runtime.data import group_rows, text_limit
 from mergekit_lfm.runtime.load import Loaded, logits, run, tokenizer_for_texts
 from mergekit_lfm.train.examples import seed_of
 
@@ -93,19 +93,12 @@ def predictions(
     return logs.view(len(texts), copies, -1)
 
 
-def _run_all(model: Loaded, rows: Sequence[Sequence[int]], batch_size: int, tell: Callable[[int], None]) -> Tensor:
+def _run_all(model: Loaded, rows: Sequence[list[int]], batch_size: int, tell: Callable[[int], None]) -> Tensor:
     """ln p of each class for each row of tokens, [rows, classes]; rows of one length share batches."""
-    by_length: dict[int, list[int]] = {}
-    for number, row in enumerate(rows):
-        by_length.setdefault(len(row), []).append(number)
-    device, found, done = next(model.model.parameters()).device, dict[int, Tensor](), 0
-    for _, numbers in sorted(by_length.items()):
-        for start in range(0, len(numbers), batch_size):
-            part = numbers[start : start + batch_size]
-            ids = torch.tensor([rows[number] for number in part], device=device)
-            with torch.inference_mode():
-                scores = logits(run(model.model, (), {"input_ids": ids})).double().log_softmax(-1)
-            found |= dict(zip(part, scores.cpu(), strict=True))
-            done += len(part)
-            tell(done)
+    device, found = next(model.model.parameters()).device, dict[int, Tensor]()
+    for batch in group_rows(rows, None, batch_size):
+        with torch.inference_mode():
+            scores = logits(run(model.model, (), {"input_ids": batch.kwargs["input_ids"].to(device)}))
+        found |= dict(zip(batch.indices, scores.double().log_softmax(-1).cpu(), strict=True))
+        tell(len(found))
     return torch.stack([found[number] for number in range(len(rows))])

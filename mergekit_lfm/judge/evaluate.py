@@ -182,7 +182,7 @@ def retrieval(
     texts, positives, own = read_pairs(
         pairs, model.tokenizer, window=window, positions=model.positions, batch_size=batch_size
     )
-    left, right = _vectors(model.model, texts), _vectors(model.model, positives)
+    left, right = unit_vectors(model.model, texts), unit_vectors(model.model, positives)
     ranks = torch.cat([_ranks(left[i : i + ROWS] @ right.T, own[i : i + ROWS]) for i in range(0, len(left), ROWS)])
     return Retrieval(len(own), float((ranks == 1).double().mean()), float((1 / ranks.double()).mean()))
 
@@ -193,7 +193,7 @@ def _ranks(similarity: Tensor, own: Sequence[int]) -> Tensor:
     return (~(similarity < right)).sum(1)
 
 
-def _vectors(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
+def unit_vectors(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
     """The unit vector of every example, float64 [examples, d], in the order of their numbers."""
     vectors = torch.cat([embeddings(_forward(model, batch)).double() for batch in batches])
     order = torch.tensor([i for batch in batches for i in batch.indices], device=vectors.device)

@@ -1,8 +1,8 @@
 """Send each text to the expert whose own texts are most like it, and score the experts on what they are sent.
 
-Texts are compared by their n-grams of characters, weighted by TF-IDF: no model, nothing random, nothing to download.
-Source: Jang et al. 2023, arXiv 2302.03202, section 3.2, which retrieves by a model of sentences from single examples;
-here an expert is the mean of its texts.
+Texts are compared by their n-grams of characters, weighted by TF-IDF, without a model; or by a model of sentences.
+Source: Jang et al. 2023, arXiv 2302.03202, section 3.2, which retrieves from single examples; here an expert is the
+mean of its texts.
 """
 
 from __future__ import annotations
@@ -12,14 +12,19 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from mergekit_lfm.errors import FormatError, PlanError
-from mergekit_lfm.judge.evaluate import Accuracy, Perplexity, accuracy, perplexity, perplexity_of
+from mergekit_lfm.judge.evaluate import Accuracy, Perplexity, accuracy, perplexity, perplexity_of, unit_vectors
 from mergekit_lfm.runtime.batches import Batch
-from mergekit_lfm.runtime.data import read_data
+from mergekit_lfm.runtime.data import group_rows, read_data, text_limit
 from mergekit_lfm.runtime.lines import read_lines, read_objects
-from mergekit_lfm.runtime.load import Loaded
+from mergekit_lfm.runtime.load import Loaded, tokenizer_for_texts
 
+BATCH_SIZE = 16  # texts that an encoder reads at once
 SIZES = (3, 4, 5)  # of n-grams: names of things and their endings, and not whole words alone
 
 Vector = Mapping[str, float]  # weights by n-gram
@@ -51,6 +56,22 @@ class Router:
                 for gram, count in counts.items()
             }
         )
+
+
+def choose_by_encoder(
+    encoder: Loaded, experts: Sequence[Sequence[str]], texts: Sequence[str], *, window: int | None = None
+) -> list[int]:
+    """The number of each text's expert, by a model of sentences: that with the nearest mean, by the cosine."""
+    tokenizer = tokenizer_for_texts(encoder.tokenizer)
+    limit = text_limit(window, encoder.positions, tokenizer)
+    options: dict[str, Any] = {"truncation": limit is not None, "max_length": limit, "verbose": False}
+
+    def embed(own: Sequence[str]) -> Tensor:
+        return unit_vectors(encoder.model, group_rows(tokenizer([*own], **options)["input_ids"], None, BATCH_SIZE))
+
+    means = torch.stack([torch.nn.functional.normalize(embed(own).mean(0), dim=0) for own in experts])
+    chosen: list[int] = (embed(texts) @ means.T).argmax(1).tolist()
+    return chosen
 
 
 def _grams(text: str) -> Iterator[str]:

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from helpers_commands import answer, refusal, run
 from helpers_tune import save_tiny, tiny  # noqa: F401
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from mergekit_lfm import PlanError, accuracy, evaluate_models, evaluate_routed, perplexity
+from mergekit_lfm import PlanError, accuracy, evaluate_models, evaluate_routed, load_model, perplexity
 from mergekit_lfm.judge.route import Router, read_texts
 
 SEA = ["The ship sails on the sea.", "A sailor, a ship and a mast.", "Waves carry the small boat."]
@@ -65,6 +66,25 @@ def test_a_file_is_scored_by_the_experts_on_their_parts() -> None:
     whole = evaluate_models("llama", data="new.jsonl", task="lm").result["llama"]["new.jsonl"]
     assert (same.tokens, same.bytes) == (whole.tokens, whole.bytes)  # type: ignore[union-attr]
     assert same.bits_per_byte == pytest.approx(whole.bits_per_byte)  # type: ignore[union-attr]
+
+
+def test_an_encoder_chooses_the_nearest_mean(here: Path, tiny: Path) -> None:  # noqa: F811
+    encoder = load_model(tiny / "encoder", "embedding")
+    assert encoder.tokenizer is not None
+
+    def embed(text: str) -> torch.Tensor:
+        ids = encoder.tokenizer(text, return_tensors="pt")["input_ids"]  # type: ignore[misc]
+        with torch.no_grad():
+            states: torch.Tensor = encoder.model(input_ids=ids).last_hidden_state[0].double().mean(0)
+        unit: torch.Tensor = states / states.norm()
+        return unit
+
+    sea, sky = (torch.stack([embed(text) for text in own]).mean(0) for own in (SEA, SKY))
+    nearest = [bool(embed(text) @ (sky / sky.norm() - sea / sea.norm()) > 0) for text in NEW if text]
+    assert 0 < sum(nearest) < 5
+    how = ("--expert", "llama=sea.jsonl", "--expert", "tied=sky.jsonl", "--data", "new.jsonl", "--task", "lm")
+    data = answer(run("eval", *how, "--router", str(tiny / "encoder"), "--json"))
+    assert here and data["chosen"]["new.jsonl"] == {"llama": 5 - sum(nearest), "tied": sum(nearest)}
 
 
 @pytest.mark.usefixtures("here")
