@@ -43,7 +43,9 @@ __all__ = [
     "check_table",
     "collect_stats",
     "edit_model",
+    "emulate_model",
     "evaluate_models",
+    "evaluate_routed",
     "explain_plan",
     "export_patches",
     "extract_lora",
@@ -68,6 +70,7 @@ __all__ = [
     "plan_adapters",
     "plan_merge",
     "plan_recipe",
+    "plug_in_ends",
     "push",
     "random_transform",
     "read_data",
@@ -79,6 +82,7 @@ __all__ = [
     "rewrite",
     "run_recipe",
     "score_facts",
+    "select_examples",
     "trace_facts",
     "tune_model",
     "undo_patches",
@@ -101,10 +105,13 @@ if TYPE_CHECKING:
     from mergekit_lfm.api.inspect import inspect_file
     from mergekit_lfm.api.judge import evaluate_models, measure_barrier, repair_model
     from mergekit_lfm.api.merge import merge, plan_merge
+    from mergekit_lfm.api.offsite import emulate_model, plug_in_ends
     from mergekit_lfm.api.outcome import Finding, Outcome
     from mergekit_lfm.api.patches import apply_patches, undo_patches
     from mergekit_lfm.api.push import push
     from mergekit_lfm.api.recipes import plan_recipe, run_recipe
+    from mergekit_lfm.api.route import evaluate_routed
+    from mergekit_lfm.api.select import select_examples
     from mergekit_lfm.api.state_dicts import merge_state_dicts
     from mergekit_lfm.api.stats import collect_stats
     from mergekit_lfm.api.tensors import merge_tensors
@@ -165,7 +172,9 @@ _HOMES = {
     "check_table": "api.align",
     "collect_stats": "api.stats",
     "edit_model": "api.edit",
+    "emulate_model": "api.offsite",
     "evaluate_models": "api.judge",
+    "evaluate_routed": "api.route",
     "explain_plan": "api.explain",
     "export_patches": "api.export",
     "extract_lora": "api.extract",
@@ -190,6 +199,7 @@ _HOMES = {
     "plan_adapters": "api.adapter_plans",
     "plan_merge": "api.merge",
     "plan_recipe": "api.recipes",
+    "plug_in_ends": "api.offsite",
     "push": "api.push",
     "random_transform": "align.elements",
     "read_data": "runtime.data",
@@ -201,6 +211,7 @@ _HOMES = {
     "rewrite": "views.rewritten",
     "run_recipe": "api.recipes",
     "score_facts": "edit.scores",
+    "select_examples": "api.select",
     "trace_facts": "api.trace",
     "tune_model": "api.tune",
     "undo_patches": "api.patches",

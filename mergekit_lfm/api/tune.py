@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +15,24 @@ from torch import Tensor
 
 from mergekit_lfm.api.arguments import StrPath, expand
 from mergekit_lfm.api.outcome import Outcome, warn_of
+from mergekit_lfm.api.tune_data import read_all
 from mergekit_lfm.api.tune_plans import OPTIONS, PlannedTuning, plan_tuning
-from mergekit_lfm.api.tune_prompts import check_lengths, check_prompt, leave_room
+from mergekit_lfm.api.tune_prompts import check_prompt, leave_room
 from mergekit_lfm.api.tune_results import Tuned, check_adapter, check_places, write_result
 from mergekit_lfm.artifacts.statistics import open_statistics
 from mergekit_lfm.errors import FormatError, PlanError, reason
 from mergekit_lfm.machine.progress import SILENCE, Progress
 from mergekit_lfm.output.request import result_of
 from mergekit_lfm.recipe.tune_recipe import TuneRecipe
-from mergekit_lfm.runtime.load import Loaded, load_model
+from mergekit_lfm.runtime.load import load_model
 from mergekit_lfm.runtime.subject import Subject, make_subject
 from mergekit_lfm.store.locks import lock_folder
-from mergekit_lfm.train.examples import Examples, join, seed_of, split
-from mergekit_lfm.train.loop import STATE, fit
+from mergekit_lfm.train.examples import Examples, seed_of
+from mergekit_lfm.train.loop import STATE, fit, mean_loss
+from mergekit_lfm.train.losses import LOSSES
 from mergekit_lfm.train.state import METRICS
-from mergekit_lfm.train.terms import build_loss, check_language, with_reference
-from mergekit_lfm.train.texts import check_labels, lengthen_for, read_examples
+from mergekit_lfm.train.terms import build_loss
+from mergekit_lfm.tune.phases import select_parts
 from mergekit_lfm.tune.work import TuneWork
 
 
@@ -45,8 +48,11 @@ def tune_model(
     dev: StrPath | float | None = None,
     groups: Sequence[Mapping[str, Any]] = (),
     stats: StrPath | None = None,
+    train: str | Sequence[str] | None = None,
+    phases: Sequence[Mapping[str, Any]] = (),
+    held_out: Sequence[str] = (),
     window: int | None = None,
-    steps: int = 200,
+    steps: int | None = None,
     batch_size: int = 16,
     learning_rate: float | None = None,
     schedule: str = "linear",
@@ -67,27 +73,30 @@ def tune_model(
     """Train a saved model on data by a method, and write what that leaves: a checkpoint, a file, an adapter, a prompt.
 
     model: a folder, a name on the Hub, or MODEL+ADAPTER; it stays as it is. data: a .jsonl, .txt or .npz file, or
-    several; an entry {path, most} uses `most` examples of a file in one time round. task: "lm", "classification",
-    "embedding", "masked_lm", "seq2seq" or "regression". parameters: of the method, as `mergekit-lfm methods` lists
-    them. loss: numbers of terms that are added to the task's loss, by their names in `LOSS_TERMS`. dev: a development
-    set, or a share of the data as one; the state with the least loss on it is kept. groups: {match, learning_rate,
-    weight_decay} of the parameters whose names match a pattern. stats: the file of Fisher information that the method
-    `mask` needs. threads: how many torch uses while this runs; the bytes depend on their number. The other settings are
-    explained at `Options`.
+    several; an entry {path, most, templates, cluster} uses `most` examples of a file in one time round, writes its
+    lines by templates {prompt, completion}, and names its kind of tasks; held_out: kinds that are judged and not
+    trained on. task: "lm", "classification", "embedding", "masked_lm", "seq2seq" or "regression". parameters: of the
+    method, as `mergekit-lfm methods` lists them. loss: numbers of terms that are added to the task's loss, by their
+    names in `LOSS_TERMS`. dev: a development set, or a share of the data as one; the state with the least loss on it is
+    kept. groups: {match, learning_rate, weight_decay} of the parameters whose names match a pattern. stats: the file of
+    Fisher information that the method `mask` needs. train: patterns for the names of parameters, such as
+    "*layers.0.*": of these alone is trained what the method trains. phases: parts {steps, train} one after the other,
+    in place of train and steps. steps: by default 200. threads: how many torch uses while this runs; the bytes depend
+    on their number. The other settings are explained at `Options`.
 
     A run that was killed goes on from the state in OUT.training, where the metrics stay, too. If `out` holds the result
     of the same request already, nothing is done. The outcome's digest is that of the request. Raises PlanError for
     settings and data that do not fit, and for a loss that is not finite; FormatError for damaged files; ImportError
     without transformers, or for an adapter without peft.
     """
-    recipe: dict[str, Any] = {"job": "tune", "model": os.fspath(model), "task": task, "method": method}
     entries = [data] if isinstance(data, str | os.PathLike) else [*data]
+    recipe: dict[str, Any] = {"job": "tune", "model": os.fspath(model), "task": task, "method": method}
     recipe["data"] = [dict(each) if isinstance(each, Mapping) else os.fspath(each) for each in entries]
-    recipe |= {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "schedule": schedule}
-    recipe |= {"warmup": warmup, "weight_decay": weight_decay, "clip": clip, "accumulate": accumulate, "seed": seed}
-    recipe |= {"evaluate_every": evaluate_every, "patience": patience, "checkpointing": checkpointing, "window": window}
-    recipe |= {"autocast": autocast}
-    recipe |= {"parameters": dict(parameters or {}), "loss": dict(loss or {})}
+    recipe |= {"checkpointing": checkpointing, **({} if steps is None else {"steps": steps})}
+    recipe |= {"train": train, "phases": [*phases], "held_out": [*held_out], "parameters": dict(parameters or {})}
+    recipe |= {"batch_size": batch_size, "learning_rate": learning_rate, "schedule": schedule, "warmup": warmup}
+    recipe |= {"weight_decay": weight_decay, "clip": clip, "accumulate": accumulate, "seed": seed, "window": window}
+    recipe |= {"evaluate_every": evaluate_every, "patience": patience, "autocast": autocast, "loss": dict(loss or {})}
     recipe |= {"dev": os.fspath(dev) if isinstance(dev, os.PathLike) else dev, "groups": [*map(dict, groups)]}
     recipe |= {"stats": None if stats is None else os.fspath(stats)}
     planned = plan_tuning(TuneRecipe.parse(recipe, label="tune"), expand(out), device=device)
@@ -151,11 +160,11 @@ def _tune(planned: PlannedTuning, progress: Progress) -> tuple[Tuned, list[str]]
         facts = (recipe.found.model, fisher, files, subject.digest, loaded.tokenizer)
         work = TuneWork(loaded.model, recipe.task, recipe.settings, options.steps, *facts)
         _ = subject.names  # as they are before the method changes them
-        prepared = method.prepare(work)
+        prepared = select_parts(method.prepare(work), recipe.parts, method.name)
     check_places(prepared, subject, planned.source)
     check_adapter(planned, prepared)
     check_prompt(recipe, prepared)
-    examples, dev = _read_all(leave_room(recipe, loaded, prepared.virtual), recipe)
+    data = read_all(leave_room(recipe, loaded, prepared.virtual), recipe)
     decay = max([options.weight_decay, *(group.weight_decay or 0.0 for group in options.groups)])
     if decay and not prepared.decays:
         raise PlanError(
@@ -170,20 +179,23 @@ def _tune(planned: PlannedTuning, progress: Progress) -> tuple[Tuned, list[str]]
         raise PlanError(f"{planned.out} cannot be written ({reason(error)}); choose another output") from None
     start = {name: x.detach().clone() for name, x in prepared.model.named_parameters() if x.requires_grad}
     loss = build_loss(recipe.task, recipe.loss, start if "l2sp" in recipe.loss else {})
+    judge = partial(mean_loss, prepared.model, loss=LOSSES[recipe.task], options=options)
+    before = {name: judge(each) for name, each in data.held_out.items()}
     with _without_empty(training), lock_folder(training), progress.by_step(" steps", "tuning") as report:
         history = fit(
             prepared.model,
-            examples,
+            data.examples,
             loss if prepared.loss is None else prepared.loss(loss),
             options,
-            dev=dev,
+            dev=data.dev,
             hooks=prepared.hooks,
             place=training,
             request=request.digest,
-            tell=lambda done, whole, line: report(done, whole, _facts(line, examples)),
+            tell=lambda done, whole, line: report(done, whole, _facts(line, data.examples)),
         )
-        found = (history.steps, trained, size, history.loss, history.best, history.best_step)
-        tuned = Tuned(method.makes, *found, prepared.facts())
+        held_out = {name: {"before": loss, "after": judge(data.held_out[name])} for name, loss in before.items()}
+        reached = (history.loss, history.best, history.best_step)
+        tuned = Tuned(method.makes, history.steps, trained, size, *reached, prepared.facts(), held_out)
         findings = write_result(planned, prepared, subject, tuned)
         (training / STATE).unlink(missing_ok=True)
     return tuned, findings
@@ -193,51 +205,6 @@ def _facts(line: Mapping[str, Any], examples: Examples) -> str:
     """The loss of a step and its pace, in words."""
     unit = "tokens" if any(name.endswith("input_ids") for name in examples.pad) else "examples"
     return f"loss {line['loss']:.4g}, {line['per_second']:,.0f} {unit}/s"
-
-
-def _check_loss(recipe: TuneRecipe, loaded: Loaded, examples: Examples) -> None:
-    """Raise PlanError for a term of the loss that does not fit the model or the data."""
-    if "aux_lm" in recipe.loss:
-        check_language(loaded, examples)
-    pairs = "rejected_input_ids" in examples.items[0]
-    if pairs != ("dpo" in recipe.loss):
-        found = f"{recipe.files[0].ref}: found {'chosen and rejected answers' if pairs else 'no rejected answers'}"
-        cure = "set the loss dpo (--loss dpo=0.1)" if pairs else 'give {"prompt", "chosen", "rejected"} on each line'
-        raise PlanError(
-            f"{found}; expected {'the loss dpo' if pairs else 'some for the loss dpo'}. {cure.capitalize()}"
-        )
-
-
-def _read(path: Path, loaded: Loaded, recipe: TuneRecipe) -> Examples:
-    examples = read_examples(path, loaded, window=recipe.window)
-    if recipe.task == "classification":
-        config: Any = loaded.model.config
-        check_labels(examples, getattr(config, "num_labels", None), path)
-    check_lengths(examples, loaded, path)
-    return examples
-
-
-def _read_all(loaded: Loaded, recipe: TuneRecipe) -> tuple[Examples, Examples | None]:
-    """The data, and the development set."""
-    sets = [_read(file.path, loaded, recipe) for file in recipe.files]
-    dev = [] if recipe.dev_file is None else [_read(recipe.dev_file.path, loaded, recipe)]
-    files = [*recipe.files, *([recipe.dev_file] if recipe.dev_file else [])]
-    for file, each in zip(files, [*sets, *dev], strict=True):
-        if each.items[0].keys() != sets[0].items[0].keys():
-            found, expected = (", ".join(some.items[0]) for some in (each, sets[0]))
-            raise PlanError(f"{file.ref}: found {found}; expected {expected}, as in {files[0].ref}")
-    if recipe.task == "embedding" and sum(map(len, sets)) < 2:
-        raise PlanError(f"{files[0].ref}: found one pair, expected two or more, which are compared. Add some")
-    longer = lengthen_for(loaded, [*sets, *dev])
-    sets, dev = longer[: len(sets)], longer[len(sets) :]
-    _check_loss(recipe, loaded, sets[0])
-    if "dpo" in recipe.loss:
-        size = recipe.options.batch_size
-        sets, dev = ([with_reference(loaded.model, each, size) for each in some] for some in (sets, dev))
-    if recipe.dev_share is not None:
-        sets, held = split(sets, recipe.dev_share, recipe.seed)
-        dev = [held]
-    return join(sets, [file.most for file in recipe.files]), dev[0] if dev else None
 
 
 def _fisher(path: Path, subject: Subject) -> dict[str, Tensor]:

@@ -17,7 +17,8 @@ from mergekit_lfm.output.file_request import FileRequest
 from mergekit_lfm.output.lock import ADAPTER_LOCK, LOCK
 from mergekit_lfm.output.names import public_names
 from mergekit_lfm.output.request import Request, RequestInput
-from mergekit_lfm.recipe.tune_recipe import DataFile, TuneRecipe
+from mergekit_lfm.recipe.tune_data import DataFile
+from mergekit_lfm.recipe.tune_recipe import TuneRecipe
 from mergekit_lfm.runtime.images import digest_data
 from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.store.folder import ADAPTER_WEIGHTS

@@ -33,6 +33,7 @@ class Tuned:
     steps: those done, fewer than planned where the development set ended it. trained: how many numbers were trained;
     parameters: the model's. loss: the mean over the last tenth of the steps. dev_loss, best_step: the least on the
     development set, whose state was kept; None without one. facts: more about the result, as the words of `pez`.
+    held_out: the losses `before` and `after` on each cluster of data that was held out.
     """
 
     makes: str
@@ -43,6 +44,7 @@ class Tuned:
     dev_loss: float | None = None
     best_step: int | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
+    held_out: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 def write_result(planned: PlannedTuning, prepared: Prepared, subject: Subject, tuned: Tuned) -> list[str]:

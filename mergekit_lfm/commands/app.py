@@ -17,10 +17,12 @@ from mergekit_lfm.commands.init import init
 from mergekit_lfm.commands.inspect import inspect, methods
 from mergekit_lfm.commands.merge import merge
 from mergekit_lfm.commands.mergekit import MergekitGroup
+from mergekit_lfm.commands.offsite import offsite
 from mergekit_lfm.commands.patch import patch
 from mergekit_lfm.commands.plan import plan
 from mergekit_lfm.commands.push import push
 from mergekit_lfm.commands.repair import repair
+from mergekit_lfm.commands.select import select
 from mergekit_lfm.commands.stats import stats
 from mergekit_lfm.commands.trace import trace
 from mergekit_lfm.commands.tune import tune
@@ -42,6 +44,6 @@ def main() -> None:
 
 for command in (
     *(init, merge, plan, push, verify, inspect, methods, evaluate),
-    *(stats, align, barrier, repair, edit, patch, trace, extract_lora, head, tune, average, curves),
+    *(stats, align, barrier, repair, edit, patch, trace, extract_lora, head, tune, average, curves, offsite, select),
 ):
     main.add_command(command)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 import click
 
@@ -24,9 +25,10 @@ Examples:
   mergekit-lfm eval merged/minilm --data pairs.jsonl --task embedding
   mergekit-lfm eval models/base --prompt docs-prompt --text news.txt
   mergekit-lfm eval models/a models/a+bottleneck.safetensors --data test.jsonl --task classification
-  mergekit-lfm eval models/a models/a-edited --facts facts.yaml""",
+  mergekit-lfm eval models/a models/a-edited --facts facts.yaml
+  mergekit-lfm eval average --expert a=a.jsonl --expert b=b.jsonl --data test.jsonl --task lm""",
 )
-@click.argument("models", nargs=-1, required=True, type=ModelFolder())
+@click.argument("models", nargs=-1, type=ModelFolder())
 @click.option(
     "--text",
     "texts",
@@ -43,6 +45,19 @@ Examples:
 )
 @click.option(
     "--facts", type=click.Path(path_type=Path), help="A facts file, as `edit` takes it, to score language models on."
+)
+@click.option(
+    "--expert",
+    "experts",
+    multiple=True,
+    metavar="MODEL=FILE",
+    help="Judge experts together, in a row `routed`: each text by the one whose own texts, in FILE, are most like it. "
+    "Can be given several times, for one model, too.",
+)
+@click.option(
+    "--router",
+    type=ModelFolder(),
+    help="A model of sentences that says which texts are alike, for --expert. [default: none; n-grams do]",
 )
 @click.option(
     "--task", type=click.Choice([*TUNE_TASKS]), help="The kind of models; see above. [default: lm, for --text]"
@@ -73,6 +88,8 @@ def evaluate(
     texts: Sequence[Path],
     files: Sequence[Path],
     facts: Path | None,
+    experts: Sequence[str],
+    router: Path | None,
     task: str | None,
     prompt: Path | None,
     window: int | None,
@@ -102,28 +119,58 @@ def evaluate(
     from mergekit_lfm.api.judge import evaluate_models
     from mergekit_lfm.commands.show.evaluations import evaluation_data, evaluation_text, facts_data, facts_text
 
+    routed = _read_experts(experts)
+    if not models and not routed:
+        raise click.UsageError("Give one model or more to judge, or --expert MODEL=FILE.")
+    if router is not None and not routed:
+        raise click.UsageError("--router chooses among experts; give --expert MODEL=FILE, too.")
+    if routed and texts:
+        raise click.UsageError("--expert chooses for each text of --data; give that in place of --text.")
     if facts is None:
         _check_files(texts, files, task, stride)
-    elif texts or files or (task, prompt, window, stride) != (None, None, None, None):
+    elif routed or texts or files or (task, prompt, window, stride) != (None, None, None, None):
         raise click.UsageError(
-            "--facts stands alone: leave out --text, --data, --task, --prompt, --window and --stride."
+            "--facts stands alone: leave out --expert, --text, --data, --task, --prompt, --window and --stride."
         )
-    outcome = evaluate_models(
-        models,
-        text=texts,
-        data=files,
-        facts=facts,
-        task=task,
-        prompt=prompt,
-        window=window,
-        stride=stride,
-        device=device,
-        progress=console.progress,
-    )
-    console.warn(outcome.warnings)
-    scores = outcome.result
+    how: dict[str, Any] = {"task": task, "window": window, "stride": stride, "device": device}
+    scores: dict[str, Any] = {}
+    if models:
+        given: dict[str, Any] = {"text": texts, "data": files, "facts": facts, "prompt": prompt}
+        outcome = evaluate_models(models, **given, **how, progress=console.progress)
+        console.warn(outcome.warnings)
+        scores |= outcome.result
     data, text = (evaluation_data, evaluation_text) if facts is None else (facts_data, facts_text)
+    if routed:
+        _conclude_routed(console, scores, routed, files, {**how, "encoder": router})
     console.conclude({"models": data(scores)}, lambda: text(scores))
+
+
+def _conclude_routed(
+    console: Console,
+    scores: Mapping[str, Any],
+    experts: Mapping[str, Sequence[Path]],
+    files: Sequence[Path],
+    how: Mapping[str, Any],
+) -> NoReturn:
+    """Judge experts together, and print their row below those of the models."""
+    from mergekit_lfm.api.route import evaluate_routed
+    from mergekit_lfm.commands.show.evaluations import choices_text, evaluation_data, evaluation_text
+
+    routed = evaluate_routed(experts, files, **how).result
+    every = {**scores, "routed": routed.scores}
+    data = {"models": evaluation_data(every), "chosen": {name: dict(own) for name, own in routed.chosen.items()}}
+    console.conclude(data, lambda: f"{evaluation_text(every)}\n{choices_text(routed.chosen)}")
+
+
+def _read_experts(given: Sequence[str]) -> dict[str, list[Path]]:
+    """The files of each expert; a usage error for another text than MODEL=FILE."""
+    experts: dict[str, list[Path]] = {}
+    for text in given:
+        model, equals, file = text.rpartition("=")
+        if not (model and equals and file):
+            raise click.UsageError(f"--expert is {text!r}; expected MODEL=FILE, an expert and its kind of texts.")
+        experts.setdefault(model, []).append(Path(file))
+    return experts
 
 
 def _check_files(texts: Sequence[Path], files: Sequence[Path], task: str | None, stride: int | None) -> None:

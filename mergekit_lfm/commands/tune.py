@@ -130,6 +130,13 @@ Examples:
 )
 @click.option("--stats", type=click.Path(path_type=Path), help="For mask: a file of `stats fisher`.")
 @click.option(
+    "--train",
+    multiple=True,
+    metavar="PATTERN",
+    help="Train, of what the method trains, parameters alone whose names match, such as '*layers.0.*'. Can be given "
+    "several times.",
+)
+@click.option(
     "--window",
     type=click.IntRange(min=1),
     help="The most tokens of an example. [default: as many as the model takes; for texts of lm at most 512]",
@@ -177,6 +184,7 @@ def tune(console: Console, /, model: str, data: tuple[Path, ...], method: str, o
     own = {parameter.name for each in TUNE_METHODS.values() for parameter in each.parameters}
     parameters = {name: values.pop(name) for name in own}
     parameters = {name: value for name, value in parameters.items() if value is not None}
+    values["train"] = values["train"] or None
     with going_on_later(out):
         values |= {"method": method, "parameters": parameters, "progress": console.progress}
         outcome = tune_model(model, data, out, **values)

@@ -87,7 +87,12 @@ def perplexity(
     if not count:
         raise PlanError("the text is empty: there is nothing to predict; give a text of at least one token")
     size = sum(len(document.encode()) for document in documents)
-    return Perplexity(count, size, total, _exp(total / count), total / math.log(2) / size)
+    return perplexity_of(count, size, total)
+
+
+def perplexity_of(tokens: int, nbytes: int, nll: float) -> Perplexity:
+    """The numbers that follow from a sum of -ln p over tokens of texts of so many bytes."""
+    return Perplexity(tokens, nbytes, nll, _exp(nll / tokens), nll / math.log(2) / nbytes)
 
 
 def pieces(count: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
@@ -178,7 +183,7 @@ def retrieval(
     texts, positives, own = read_pairs(
         pairs, model.tokenizer, window=window, positions=model.positions, batch_size=batch_size
     )
-    left, right = _vectors(model.model, texts), _vectors(model.model, positives)
+    left, right = unit_vectors(model.model, texts), unit_vectors(model.model, positives)
     ranks = torch.cat([_ranks(left[i : i + ROWS] @ right.T, own[i : i + ROWS]) for i in range(0, len(left), ROWS)])
     return Retrieval(len(own), float((ranks == 1).double().mean()), float((1 / ranks.double()).mean()))
 
@@ -189,7 +194,7 @@ def _ranks(similarity: Tensor, own: Sequence[int]) -> Tensor:
     return (~(similarity < right)).sum(1)
 
 
-def _vectors(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
+def unit_vectors(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
     """The unit vector of every example, float64 [examples, d], in the order of their numbers."""
     vectors = torch.cat([embeddings(_forward(model, batch)).double() for batch in batches])
     order = torch.tensor([i for batch in batches for i in batch.indices], device=vectors.device)

@@ -2,78 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, PrivateAttr, ValidationInfo, model_validator
 
-from mergekit_lfm.errors import PlanError, Refusal
+from mergekit_lfm.errors import PlanError
 from mergekit_lfm.methods.kinds import TuneMethod
 from mergekit_lfm.methods.method import Value
 from mergekit_lfm.recipe.files import FoundModel, Where, find_reference, read_file
 from mergekit_lfm.recipe.form import Parameters, Reference, Strict, read_reference
 from mergekit_lfm.recipe.job_form import JobForm, read_task
 from mergekit_lfm.recipe.loss_terms import check_terms
-from mergekit_lfm.recipe.options import defaults_of, read_options, readers_of, unknown_method
+from mergekit_lfm.recipe.options import unknown_method
+from mergekit_lfm.recipe.phases import Patterns, PhaseEntry
 from mergekit_lfm.recipe.problems import Problem, attempt, problem_at, refuse
 from mergekit_lfm.recipe.registry import TUNE_METHODS
 from mergekit_lfm.recipe.training import Group, Options, Schedule
+from mergekit_lfm.recipe.tune_data import A_FILE, DataEntry, DataFile, Dev, Entries, read_named
+from mergekit_lfm.recipe.tune_options import read_parameters
 from mergekit_lfm.recipe.values import FOUND
 from mergekit_lfm.runtime.tasks import TUNE_TASKS
 
 JOB = "tune"
-A_FILE = "a .jsonl, .txt or .npz file, or a folder of images"
-
-
-def tune_options(method: str, given: Mapping[str, Any]) -> dict[str, Value]:
-    """A value for each parameter of a tuning method, of those given or the default. Raises PlanError for wrong ones."""
-    values, problems = _read_parameters(TUNE_METHODS[method], given)
-    refuse(problems)
-    return values
-
-
-def _read_parameters(method: TuneMethod[Any], given: Mapping[str, Any]) -> tuple[dict[str, Value], list[Problem]]:
-    values, problems = read_options(given, readers_of(method.parameters), method.name, "parameters")
-    own = {parameter.name for parameter in method.parameters}
-    for name in given.keys() - own:
-        owners = [each.name for each in TUNE_METHODS.values() if name in {p.name for p in each.parameters}]
-        if owners:
-            problems = [each for each in problems if each.place != f"parameters.{name}"]
-            sentence = "{method} has no such parameter; {owners} have it"
-            problems.append(problem_at(f"parameters.{name}", sentence, method=method.name, owners=", ".join(owners)))
-    return {**defaults_of(method.parameters), **values}, problems
-
-
-def _read_named(text: str, parameter: str, where: Where) -> tuple[tuple[DataFile, ...], list[Problem]]:
-    """The files in a text with commas."""
-    place, files, problems = f"parameters.{parameter}", list[DataFile](), list[Problem]()
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    if not names:
-        problems.append(problem_at(place, FOUND, found=repr(text), expected="files with commas"))
-    for name in names:
-        found, missing = read_file(name, where, place, "the result of an earlier tuning")
-        problems += missing
-        files += [] if found is None else [DataFile(name, found.path)]
-    return tuple(files), problems
-
-
-class DataEntry(Strict):
-    """A file of examples. most: how many of them, drawn anew each time round, are used in one; all by default."""
-
-    path: Annotated[str, BeforeValidator(read_reference)]
-    most: int | None = Field(default=None, strict=True, ge=1)
-
-
-def _as_entries(value: object) -> object:
-    """One file or several, each a path or {path, most}."""
-    entries = list(value) if isinstance(value, list | tuple) else [value]
-    return tuple(each if isinstance(each, Mapping | DataEntry) else {"path": each} for each in entries)
-
-
-Entries = Annotated[tuple[DataEntry, ...], BeforeValidator(_as_entries), Field(min_length=1)]
 
 
 class GroupEntry(Strict):
@@ -84,31 +38,14 @@ class GroupEntry(Strict):
     weight_decay: float | None = None
 
 
-def _read_dev(value: object) -> object:
-    """A share of the data, or a file."""
-    if isinstance(value, float) and 0 < value < 1:
-        return value
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        expected = "a share of the data above 0 and below 1, or a file"
-        raise Refusal("found {found}, expected {expected}", found=str(value), expected=expected)
-    return read_reference(value)
-
-
-@dataclass(frozen=True, slots=True)
-class DataFile:
-    """A file of examples as named, where it is, and how many of them are used in one time round; None for all."""
-
-    ref: str
-    path: Path
-    most: int | None = None
-
-
 class TuneRecipe(JobForm):
     """A tuning as the user wrote it. parameters: of the method; the other settings are of every training.
 
     loss: numbers of the terms that are added to the task's loss, as `LOSS_TERMS` has them.
     stats: a file of Fisher information, for the method that needs one. window: the most tokens of an example.
-    dev: a file, or a share of the data. learning_rate: by default the method's. The rest is explained at `Options`.
+    dev: a file, or a share of the data. learning_rate: by default the method's. train: patterns for the names of
+    parameters; the method trains these alone. phases: several such parts one after the other, each with its steps.
+    held_out: clusters of data that are not trained on, but judged. The rest is explained at `Options`.
 
     Build one with `TuneRecipe.parse`. Paths are as of a merge's `Recipe`.
     """
@@ -122,9 +59,12 @@ class TuneRecipe(JobForm):
     method: str = "full"
     parameters: Parameters = Field(default_factory=dict)
     loss: dict[str, float] = Field(default_factory=dict)
-    dev: Annotated[str | float | None, BeforeValidator(_read_dev)] = None
+    dev: Dev = None
     groups: tuple[GroupEntry, ...] = ()
     stats: Annotated[str | None, BeforeValidator(read_reference)] = None
+    train: Patterns | None = None
+    phases: tuple[PhaseEntry, ...] = ()
+    held_out: tuple[str, ...] = ()
     window: int | None = Field(default=None, strict=True, ge=1)
     steps: int = Field(default=200, strict=True)
     batch_size: int = Field(default=16, strict=True)
@@ -160,8 +100,8 @@ class TuneRecipe(JobForm):
             found, missing = read_file(entry.path, where, place, A_FILE)
             problems += missing
             if found is not None:
-                files.append(DataFile(entry.path, found.path, entry.most))
-        problems += read_task(self.task, TUNE_TASKS)
+                files.append(DataFile(entry.path, found.path, entry.most, entry.templates, entry.cluster))
+        problems += [*read_task(self.task, TUNE_TASKS), *self._check_clusters(), *self._check_phases()]
         method = TUNE_METHODS.get(self.method)
         if method is None:
             problems.append(unknown_method(self.method, TUNE_METHODS, "tune"))
@@ -175,7 +115,7 @@ class TuneRecipe(JobForm):
 
     def _read_settings(self, method: TuneMethod[Any], where: Where) -> list[Problem]:
         """Read what depends on the method; the problems."""
-        self._settings, problems = _read_parameters(method, self.parameters)
+        self._settings, problems = read_parameters(method, self.parameters)
         if (method.needs is None) != (self.stats is None):
             needs = f"the file of `mergekit-lfm stats {method.needs}`" if method.needs else "no file: leave it out"
             problems.append(problem_at("stats", FOUND, found=repr(self.stats), expected=needs))
@@ -183,7 +123,7 @@ class TuneRecipe(JobForm):
             found, missing = read_file(self.stats, where, "stats", "a statistics file")
             self._stats, problems = None if found is None else found.path, [*problems, *missing]
         if method.files is not None and self._settings[method.files] != "":
-            self._named, missing = _read_named(str(self._settings[method.files] or ""), method.files, where)
+            self._named, missing = read_named(str(self._settings[method.files] or ""), method.files, where)
             problems = [*problems, *missing]
         problems += check_terms(self.loss, self.task, method.makes)
         if self.evaluate_every is not None and self.dev is None:
@@ -205,11 +145,38 @@ class TuneRecipe(JobForm):
             problems.append(Problem("", str(error)))
         return problems
 
+    def _check_clusters(self) -> Iterator[Problem]:
+        """The problems of templates, clusters and those held out."""
+        for i, entry in enumerate(self.data):
+            if entry.templates and self.task != "lm":
+                expected = "none for this task: they make prompts and completions, for lm"
+                yield problem_at(f"data[{i}].templates", FOUND, found=str(len(entry.templates)), expected=expected)
+            elif entry.templates and not entry.path.endswith(".jsonl"):
+                yield problem_at(f"data[{i}].path", FOUND, found=repr(entry.path), expected="a .jsonl for templates")
+        clusters = {entry.cluster for entry in self.data}
+        for i, name in enumerate(self.held_out):
+            if name not in clusters:
+                known = sorted(cluster for cluster in clusters if cluster)
+                expected = f"a cluster of the data: {', '.join(known) or 'none has one'}"
+                yield problem_at(f"held_out[{i}]", FOUND, found=repr(name), expected=expected)
+        if clusters <= {*self.held_out}:
+            yield Problem("held_out", "all data are held out, expected some to train on; leave out a cluster")
+
+    def _check_phases(self) -> Iterator[Problem]:
+        """The problems of the parts that are trained."""
+        total = sum(phase.steps for phase in self.phases)
+        if self.phases and self.train is not None:
+            yield Problem("train", "found beside `phases`, which have their own; expected one of the two")
+        if self.phases and "steps" in self.model_fields_set and self.steps != total:
+            yield problem_at("steps", FOUND, found=str(self.steps), expected=f"{total}, the sum over the phases")
+
     def _make_options(self, method: TuneMethod[Any]) -> Options:
-        names = Options.__dataclass_fields__.keys() - {"learning_rate", "groups"}
+        names = Options.__dataclass_fields__.keys() - {"learning_rate", "groups", "steps"}
         rate = method.rate if self.learning_rate is None else self.learning_rate
         groups = tuple(Group(**dict(entry)) for entry in self.groups)
-        return Options(learning_rate=rate, groups=groups, **{name: getattr(self, name) for name in names})
+        steps = sum(phase.steps for phase in self.phases) or self.steps
+        rest = {name: getattr(self, name) for name in names}
+        return Options(steps=steps, learning_rate=rate, groups=groups, **rest)
 
     @property
     def found(self) -> FoundModel:
@@ -218,8 +185,15 @@ class TuneRecipe(JobForm):
 
     @property
     def files(self) -> tuple[DataFile, ...]:
-        """The files of examples."""
+        """The files of examples, also of those that are held out."""
         return self._data
+
+    @property
+    def parts(self) -> tuple[tuple[int, tuple[str, ...]], ...]:
+        """The phases, each its steps and patterns; none where the method decides alone."""
+        if self.train is not None:
+            return ((self._options.steps, self.train),)
+        return tuple((phase.steps, phase.train) for phase in self.phases)
 
     @property
     def dev_file(self) -> DataFile | None:
@@ -258,19 +232,22 @@ class TuneRecipe(JobForm):
 
     def normalised(self) -> dict[str, Any]:
         """The recipe in one canonical JSON-able form, which parses back to the same tuning on any machine."""
-        data = [{"path": e.path} | ({} if e.most is None else {"most": e.most}) for e in self.data]
         options = asdict(self._options)
         groups = [{k: v for k, v in group.items() if v is not None} for group in options.pop("groups")]
         optional = {key: getattr(self, key) for key in ("dev", "stats", "window") if getattr(self, key) is not None}
+        parts: dict[str, Any] = {} if self.train is None else {"train": [*self.train]}
+        parts |= {"phases": [phase.model_dump(mode="json") for phase in self.phases]} if self.phases else {}
+        parts |= {"held_out": [*self.held_out]} if self.held_out else {}
         return {
             "job": JOB,
             "model": self.model,
-            "data": data,
+            "data": [entry.facts for entry in self.data],
             "task": self.task,
             "method": self.method,
             "parameters": dict(self._settings),
             **optional,
             **({"loss": dict(sorted(self.loss.items()))} if self.loss else {}),
+            **parts,
             **{name: value for name, value in options.items() if value is not None},
             **({"groups": groups} if groups else {}),
         }

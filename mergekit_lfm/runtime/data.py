@@ -65,11 +65,11 @@ def read_data(
     if task == "lm":
         _check_window(window, positions, 2)  # the start token, and one to predict
         size = window or min(positions or DATA_WINDOW, DATA_WINDOW)
-        return _group(_windows(file, lines, tokenizer, size)[:max_examples], None, batch_size)
+        return group_rows(_windows(file, lines, tokenizer, size)[:max_examples], None, batch_size)
     limit = text_limit(window, positions, tokenizer)
     texts = lines[:max_examples]
     labels = None if texts[0].label is None else [line.label or 0 for line in texts]
-    return _group(_sequences(file, texts, tokenizer, limit), labels, batch_size)
+    return group_rows(_sequences(file, texts, tokenizer, limit), labels, batch_size)
 
 
 def read_pairs(
@@ -97,7 +97,7 @@ def read_pairs(
         distinct.setdefault(line.positive or "", line._replace(text=line.positive or ""))
     number_of = {positive: i for i, positive in enumerate(distinct)}
     texts, positives = (
-        _group(_sequences(file, side, tokenizer, limit), None, batch_size) for side in (lines, [*distinct.values()])
+        group_rows(_sequences(file, side, tokenizer, limit), None, batch_size) for side in (lines, [*distinct.values()])
     )
     return texts, positives, [number_of[line.positive or ""] for line in lines]
 
@@ -153,7 +153,7 @@ def _tokens(path: Path, texts: Sequence[DataLine], tokenizer: Tokenizer, **optio
     return sequences
 
 
-def _group(sequences: Sequence[list[int]], labels: Sequence[int] | None, batch_size: int) -> list[Batch]:
+def group_rows(sequences: Sequence[list[int]], labels: Sequence[int] | None, batch_size: int) -> list[Batch]:
     """Batches of equally long sequences, by length and then in their given order."""
     by_length: dict[int, list[int]] = {}
     for i, sequence in enumerate(sequences):

@@ -31,12 +31,15 @@ class Examples:
     such an input has an `attention_mask` of it, named with its prefix: `positive_input_ids` has
     `positive_attention_mask`. parts: of how many examples each data set is, in order, and how many of them one time
     round has, drawn anew for each: a small set beside a large one is then seen as often as that allows. By default one.
-    change: makes the example that a batch has of each, with random numbers of its own; its repr says all about it.
+    forms: how many items of each data set, one after the other, are forms of one example; one time round has one of
+    them, drawn anew. By default one. change: makes the example that a batch has of each, with random numbers of its
+    own; its repr says all about it.
     """
 
     items: Sequence[Mapping[str, Tensor]]
     pad: Mapping[str, int] = field(default_factory=dict)
     parts: tuple[tuple[int, int], ...] = ()
+    forms: tuple[int, ...] = ()
     change: Change | None = None
 
     def __post_init__(self) -> None:
@@ -55,7 +58,7 @@ class Examples:
     @cached_property
     def digest(self) -> str:
         """xxh3-128 of the examples, in hex."""
-        whole = xxhash.xxh3_128(repr((sorted(self.pad.items()), self.parts)).encode())
+        whole = xxhash.xxh3_128(repr((sorted(self.pad.items()), self.parts, self.forms)).encode())
         whole.update(b"" if self.change is None else repr(self.change).encode())
         for item in self.items:
             for name, x in sorted(item.items()):
@@ -89,12 +92,19 @@ class Examples:
 
     def step(self, step: int, size: int, seed: int) -> list[int]:
         """The numbers of a step's examples: the next `size` of all, in an order of its own for each time round."""
-        parts = self.parts or ((len(self), len(self)),)
+        parts, forms = self._sets
         numbers, round_ = list[int](), sum(most for _, most in parts)
         while len(numbers) < size:
             epoch, start = divmod(step * size + len(numbers), round_)
-            numbers += _order(parts, seed, epoch)[start : start + size - len(numbers)]
+            numbers += _order(parts, forms, seed, epoch)[start : start + size - len(numbers)]
         return numbers
+
+    @property
+    def _sets(self) -> tuple[tuple[tuple[int, int], ...], tuple[int, ...]]:
+        """The data sets: examples and how many of them are used, and the forms of each example."""
+        count = len(self) // (self.forms or (1,))[0]
+        parts = self.parts or ((count, count),)
+        return parts, self.forms or (1,) * len(parts)
 
     def in_order(self, size: int) -> Iterator[dict[str, Tensor]]:
         """All examples once, in batches of up to `size`."""
@@ -107,12 +117,15 @@ def _pad(rows: Sequence[Tensor], value: int) -> Tensor:
 
 
 @lru_cache(maxsize=2)
-def _order(parts: tuple[tuple[int, int], ...], seed: int, epoch: int) -> list[int]:
+def _order(parts: tuple[tuple[int, int], ...], forms: tuple[int, ...], seed: int, epoch: int) -> list[int]:
     """The numbers of the examples of one time round, in order."""
     generator, chosen, first = torch.Generator().manual_seed(seed_of(seed, "order", epoch)), list[Tensor](), 0
-    for count, most in parts:
-        chosen.append(first + torch.randperm(count, generator=generator)[:most])
-        first += count
+    for (count, most), kinds in zip(parts, forms, strict=True):
+        part = torch.randperm(count, generator=generator)[:most]
+        if kinds > 1:
+            part = part * kinds + torch.randint(kinds, part.shape, generator=generator)
+        chosen.append(first + part)
+        first += count * kinds
     numbers = torch.cat(chosen)
     order: list[int] = numbers[torch.randperm(len(numbers), generator=generator)].tolist()
     return order
@@ -121,22 +134,26 @@ def _order(parts: tuple[tuple[int, int], ...], seed: int, epoch: int) -> list[in
 def join(sets: Sequence[Examples], most: Sequence[int | None]) -> Examples:
     """Several data sets as one; `most` of each are used in one time round, None for all."""
     items = [item for each in sets for item in each.items]
-    parts = [(len(each), min(len(each), limit or len(each))) for each, limit in zip(sets, most, strict=True)]
-    return replace(sets[0], items=items, parts=tuple(parts))
+    parts, forms = list[tuple[int, int]](), list[int]()
+    for each, limit in zip(sets, most, strict=True):
+        ((count, _),), own = each._sets
+        parts.append((count, min(count, limit or count)))
+        forms += own
+    return replace(sets[0], items=items, parts=tuple(parts), forms=tuple(forms))
 
 
 def split(sets: Sequence[Examples], share: float, seed: int) -> tuple[list[Examples], Examples]:
     """The data sets without a share of each one's examples, chosen by the seed; and these as a development set."""
     kept, chosen = list[Examples](), list[Mapping[str, Tensor]]()
     for number, each in enumerate(sets):
+        ((count, _),), (kinds,) = each._sets
         generator = torch.Generator().manual_seed(seed_of(seed, "dev", number))
-        order: list[int] = torch.randperm(len(each), generator=generator).tolist()
-        count = round(share * len(each))
-        chosen += [each.items[i] for i in sorted(order[:count])]
-        kept.append(replace(each, items=[each.items[i] for i in sorted(order[count:])]))
+        held = {*torch.randperm(count, generator=generator)[: round(share * count)].tolist()}
+        chosen += [item for i, item in enumerate(each.items) if i // kinds in held]
+        kept.append(replace(each, items=[item for i, item in enumerate(each.items) if i // kinds not in held]))
     if not chosen:
         raise PlanError(f"dev is {share:g} of {sum(map(len, sets))} examples, less than one; give more data, or a file")
-    return kept, replace(sets[0], items=chosen)
+    return kept, replace(sets[0], items=chosen, forms=())
 
 
 def padding_of(tokenizer: Tokenizer) -> int:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mergekit_lfm.errors import FormatError, PlanError, reason
+from mergekit_lfm.recipe.templates import Template
 from mergekit_lfm.runtime.data import read_data, text_limit
 from mergekit_lfm.runtime.images import find_images
 from mergekit_lfm.runtime.lines import is_text, read_objects, refuse
@@ -41,8 +42,12 @@ class Numbered:
     line: int
 
 
-def read_examples(path: Path, loaded: Loaded, *, window: int | None = None) -> Examples:
+def read_examples(
+    path: Path, loaded: Loaded, *, window: int | None = None, templates: Sequence[Template] = ()
+) -> Examples:
     """The examples in a file for the task of a model. window: the most tokens of one, at most the model's positions.
+
+    templates: for language models, ways to make a prompt and a completion of a line; each makes a form of its example.
 
     Raises FormatError for a file that does not fit, with the first ten lines that do not, and PlanError for a window
     beyond the model. Prompts with completions, and conversations, that are longer than the window are refused: what is
@@ -58,6 +63,10 @@ def read_examples(path: Path, loaded: Loaded, *, window: int | None = None) -> E
             raise FormatError(f"{path}: arrays are for classifiers; expected a .jsonl or .txt file for {loaded.task}")
         return _read_arrays(path, window)
     tokenizer = tokenizer_for_texts(loaded.tokenizer)
+    if templates:
+        filled = _fill_templates(path, templates)
+        items = _conversations(path, filled, tokenizer, text_limit(window, loaded.positions, tokenizer))
+        return Examples(items, {"input_ids": padding_of(tokenizer), "labels": IGNORED}, forms=(len(templates),))
     if loaded.task == "lm":
         if path.suffix == ".jsonl":
             forms = ("text", "prompt", "messages")
@@ -135,6 +144,22 @@ def _one_of(keys: Sequence[str]) -> Callable[[dict[str, Any], int], Numbered | s
         return Numbered(entry, line) if isinstance(entry[given[0]], str) else f'"{given[0]}" is not a text'
 
     return read
+
+
+def _fill_templates(path: Path, templates: Sequence[Template]) -> list[Numbered]:
+    """Each line of a file with each template."""
+
+    def read(entry: dict[str, Any], line: int) -> list[Numbered] | str:
+        filled = [template.fill(entry) for template in templates]
+        wrong = next((each for each in filled if isinstance(each, str)), None)
+        return wrong or [Numbered(each, line) for each in filled if not isinstance(each, str)]
+
+    lines = read_objects(path, read, f"an object with {', '.join(sorted(_keys(templates))) or 'any keys'} on each line")
+    return [each for line in lines for each in line]
+
+
+def _keys(templates: Sequence[Template]) -> set[str]:
+    return {key for template in templates for key in template.keys}
 
 
 def _why_no_conversation(messages: object) -> str | None:

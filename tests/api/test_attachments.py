@@ -29,7 +29,7 @@ from mergekit_lfm.api.attachments import load_attached
 from mergekit_lfm.machine.pauses import Pauses
 from mergekit_lfm.recipe.registry import TUNE_METHODS
 from mergekit_lfm.recipe.training import Options
-from mergekit_lfm.recipe.tune_recipe import tune_options
+from mergekit_lfm.recipe.tune_options import tune_options
 from mergekit_lfm.runtime.attach import SHARED, attach
 from mergekit_lfm.runtime.load import load_model
 from mergekit_lfm.store.checkpoint import open_checkpoint

@@ -24,7 +24,7 @@ from mergekit_lfm.recipe.align import align_options
 from mergekit_lfm.recipe.edit import edit_options
 from mergekit_lfm.recipe.registry import STATISTIC_METHODS, all_methods
 from mergekit_lfm.recipe.stats import statistic_options
-from mergekit_lfm.recipe.tune_recipe import tune_options
+from mergekit_lfm.recipe.tune_options import tune_options
 from mergekit_lfm.recipe.values import read_value
 
 FOLDERS = {

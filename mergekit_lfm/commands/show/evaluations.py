@@ -144,6 +144,12 @@ def matrix_text(scores: ScoreTable) -> str:
     return table(rows, right=" ".join([*headings, "mean"]))
 
 
+def choices_text(chosen: Mapping[str, Mapping[str, int]]) -> str:
+    """A line for each file: how many of its texts each expert was sent."""
+    rows = {name: ", ".join(f"{count:,} to {expert}" for expert, count in own.items()) for name, own in chosen.items()}
+    return "\n".join(f"{name}: {shares}" for name, shares in rows.items())
+
+
 def facts_data(scores: ScoreTable) -> list[dict[str, Any]]:
     """Each model's scores on a facts file, for JSON."""
     return [

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from mergekit_lfm.api.outcome import Outcome
     from mergekit_lfm.api.tune_plans import PlannedTuning
     from mergekit_lfm.api.tune_results import Tuned
+    from mergekit_lfm.recipe.tune_data import DataFile
 
 
 def plan_data(planned: PlannedTuning) -> dict[str, Any]:
@@ -37,7 +38,11 @@ def plan_text(planned: PlannedTuning) -> str:
         *([("parameters", parameters)] if parameters else []),
         ("task", recipe.task),
         *([("loss", ", ".join(f"{name} {number:g}" for name, number in recipe.loss.items()))] if recipe.loss else []),
-        *(("data", file.ref if file.most is None else f"{file.ref}, {file.most} each time") for file in recipe.files),
+        *(
+            (f"phase {i}, {steps} steps" if len(recipe.parts) > 1 else "trained", ", ".join(patterns))
+            for i, (steps, patterns) in enumerate(recipe.parts, 1)
+        ),
+        *(("held out" if file.cluster in recipe.held_out else "data", _of_file(file)) for file in recipe.files),
         *([("development set", recipe.dev_file.ref)] if recipe.dev_file else []),
         *([("development set", f"{recipe.dev_share:g} of the data")] if recipe.dev_share else []),
         ("steps", f"{options.steps} of {options.batch_size} examples"),
@@ -45,6 +50,13 @@ def plan_text(planned: PlannedTuning) -> str:
         *(("note", text) for text in planned.notices),
     ]
     return table(rows)
+
+
+def _of_file(file: DataFile) -> str:
+    """A file of data, and how it is used."""
+    facts = [file.ref, *([f"{file.most} each time"] if file.most is not None else [])]
+    facts += [f"templates: {len(file.templates)}"] if file.templates else []
+    return ", ".join([*facts, *([f"cluster {file.cluster}"] if file.cluster else [])])
 
 
 def done_data(outcome: Outcome[Tuned]) -> dict[str, Any]:
@@ -65,4 +77,8 @@ def done_text(outcome: Outcome[Tuned]) -> str:
     if tuned.dev_loss is not None:
         rows.append(("on the development set", f"{tuned.dev_loss:.4g}, the least, after {tuned.best_step} steps"))
     rows += [(name, str(value)) for name, value in tuned.facts.items()]
+    rows += [
+        (f"{name}, held out", f"{loss['before']:.4g} before, {loss['after']:.4g} after")
+        for name, loss in tuned.held_out.items()
+    ]
     return table(rows)

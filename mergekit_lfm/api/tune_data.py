@@ -1,0 +1,76 @@
+"""The data of a tuning: to train on, to choose the best state by, and clusters that are held out."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from mergekit_lfm.api.tune_prompts import check_lengths
+from mergekit_lfm.errors import PlanError
+from mergekit_lfm.recipe.tune_data import DataFile
+from mergekit_lfm.recipe.tune_recipe import TuneRecipe
+from mergekit_lfm.runtime.load import Loaded
+from mergekit_lfm.train.examples import Examples, join, split
+from mergekit_lfm.train.terms import check_language, with_reference
+from mergekit_lfm.train.texts import check_labels, lengthen_for, read_examples
+
+
+class TuneData(NamedTuple):
+    """The examples to train on, the development set, and the examples of clusters that are held out."""
+
+    examples: Examples
+    dev: Examples | None
+    held_out: dict[str, Examples]
+
+
+def read_all(loaded: Loaded, recipe: TuneRecipe) -> TuneData:
+    """The data of all files. Raises PlanError for files that do not fit each other, FormatError for damaged ones."""
+    sets = [_read(file, loaded, recipe) for file in recipe.files]
+    dev = [] if recipe.dev_file is None else [_read(recipe.dev_file, loaded, recipe)]
+    files = [*recipe.files, *([recipe.dev_file] if recipe.dev_file else [])]
+    for file, each in zip(files, [*sets, *dev], strict=True):
+        if each.items[0].keys() != sets[0].items[0].keys():
+            found, expected = (", ".join(some.items[0]) for some in (each, sets[0]))
+            raise PlanError(f"{file.ref}: found {found}; expected {expected}, as in {files[0].ref}")
+    if recipe.task == "embedding" and sum(map(len, sets)) < 2:
+        raise PlanError(f"{files[0].ref}: found one pair, expected two or more, which are compared. Add some")
+    longer = lengthen_for(loaded, [*sets, *dev])
+    sets, dev = longer[: len(sets)], longer[len(sets) :]
+    _check_loss(recipe, loaded, sets[0])
+    if "dpo" in recipe.loss:
+        size = recipe.options.batch_size
+        sets, dev = ([with_reference(loaded.model, each, size) for each in some] for some in (sets, dev))
+    return _divide(recipe, sets, dev[0] if dev else None)
+
+
+def _divide(recipe: TuneRecipe, sets: list[Examples], dev: Examples | None) -> TuneData:
+    """The data sets of the files, by what they are for."""
+    named = [*zip(recipe.files, sets, strict=True)]
+    held = {name: [each for file, each in named if file.cluster == name] for name in recipe.held_out}
+    others = {name: join(each, [None] * len(each)) for name, each in held.items()}
+    most = [file.most for file, _ in named if file.cluster not in held]
+    trained = [each for file, each in named if file.cluster not in held]
+    if recipe.dev_share is not None:
+        trained, dev = split(trained, recipe.dev_share, recipe.seed)
+    return TuneData(join(trained, most), dev, others)
+
+
+def _read(file: DataFile, loaded: Loaded, recipe: TuneRecipe) -> Examples:
+    examples = read_examples(file.path, loaded, window=recipe.window, templates=file.templates)
+    if recipe.task == "classification":
+        config: Any = loaded.model.config
+        check_labels(examples, getattr(config, "num_labels", None), file.path)
+    check_lengths(examples, loaded, file.path)
+    return examples
+
+
+def _check_loss(recipe: TuneRecipe, loaded: Loaded, examples: Examples) -> None:
+    """Raise PlanError for a term of the loss that does not fit the model or the data."""
+    if "aux_lm" in recipe.loss:
+        check_language(loaded, examples)
+    pairs = "rejected_input_ids" in examples.items[0]
+    if pairs != ("dpo" in recipe.loss):
+        found = f"{recipe.files[0].ref}: found {'chosen and rejected answers' if pairs else 'no rejected answers'}"
+        cure = "set the loss dpo (--loss dpo=0.1)" if pairs else 'give {"prompt", "chosen", "rejected"} on each line'
+        raise PlanError(
+            f"{found}; expected {'the loss dpo' if pairs else 'some for the loss dpo'}. {cure.capitalize()}"
+        )
