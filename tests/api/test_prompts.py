@@ -228,6 +228,7 @@ TUNE = ("tune", "llama", "--data", "llama.jsonl", "--task", "lm", "-o", "out", "
         ([*TUNE, "prompt", "--tokens", "30", "--window", "40"], "70 tokens in the 48 positions of llama"),
         ([*TUNE, "prompt", "--tokens", "47"], "47 virtual tokens leave no room for a text in the 48 positions"),
         ([*TUNE, "prompt", "--earlier", "llama.prompt"], "found tokens 20 beside earlier prompts of 3 tokens"),
+        ([*TUNE, "prompt", "--earlier", "llama.prompt", "-o", "llama.prompt", "--overwrite"], "lie in one another"),
         ([*TUNE, "progressive"], "parameters.earlier: found '', expected files with commas"),
         ([*TUNE, "progressive", "--earlier", "lora"], "is LORA, expected a prompt"),
         ([*TUNE, "prefix", "--checkpointing"], "a prefix stands in the cache"),
