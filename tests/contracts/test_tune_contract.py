@@ -52,7 +52,7 @@ def tuned(name: str, kind: str, root: Path, out: Path, **more: Any) -> Any:
     if TUNE_METHODS[name].files:
         others = [out.parent / f"other{seed}.safetensors" for seed in (0, 1)]
         for seed, other in enumerate(others):
-            tuned("pfeiffer", kind, root, other, seed=seed)
+            tuned("pfeiffer", kind, root, other, seed=seed, steps=1)
         needs["parameters"] = {TUNE_METHODS[name].files: ",".join(map(str, others))}
     options = {**OPTIONS, **MORE.get(name, {}), **needs, **more}
     place = out.with_suffix(".safetensors") if TUNE_METHODS[name].makes in ("patch", "attachment") else out
