@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
+
+import torch
 
 from mergekit_lfm.api.tune_prompts import check_lengths
 from mergekit_lfm.errors import PlanError
@@ -39,7 +42,15 @@ def read_all(loaded: Loaded, recipe: TuneRecipe) -> TuneData:
     if "dpo" in recipe.loss:
         size = recipe.options.batch_size
         sets, dev = ([with_reference(loaded.model, each, size) for each in some] for some in (sets, dev))
+    if recipe.declaration.tasks:
+        numbered = [_of_task(each, number) for number, each in enumerate([*sets, *dev])]
+        sets, dev = numbered[: len(sets)], numbered[len(sets) :]
     return _divide(recipe, sets, dev[0] if dev else None)
+
+
+def _of_task(examples: Examples, number: int) -> Examples:
+    """The examples with the number of their task."""
+    return replace(examples, items=[{**item, "task_ids": torch.tensor(number)} for item in examples.items])
 
 
 def _divide(recipe: TuneRecipe, sets: list[Examples], dev: Examples | None) -> TuneData:

@@ -26,6 +26,7 @@ class TuneWork:
 
     reference: the model as its user names it. fisher: Fisher information by the names of parameters, if it is given.
     files: those that the method's parameter names. content: the digest of the model's content. tokenizer: the model's.
+    tasks: the names of the data files, without their ends.
     """
 
     model: nn.Module
@@ -37,6 +38,7 @@ class TuneWork:
     files: tuple[Path, ...] = ()
     content: str = ""
     tokenizer: Any = None
+    tasks: tuple[str, ...] = ()
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -105,10 +107,14 @@ def _no_facts() -> Mapping[str, Any]:
 
 @dataclass(frozen=True)
 class PeftAdapter:
-    """An adapter in PEFT's form: its config as data, and its tensors by PEFT's names."""
+    """An adapter in PEFT's form: its config as data, and its tensors by PEFT's names.
+
+    parts: further adapters, by the folders that they are written to inside of its own.
+    """
 
     config: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
+    parts: Mapping[str, PeftAdapter] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
