@@ -19,6 +19,7 @@ from mergekit_lfm.api.tune_results import Tuned, check_adapter, check_places, wr
 from mergekit_lfm.artifacts.patch import read_patch_info
 from mergekit_lfm.artifacts.statistics import open_statistics
 from mergekit_lfm.errors import FormatError, PlanError, reason
+from mergekit_lfm.machine.launch import rank
 from mergekit_lfm.machine.progress import SILENCE, Progress
 from mergekit_lfm.output.request import result_of
 from mergekit_lfm.recipe.tune_recipe import TuneRecipe
@@ -27,6 +28,7 @@ from mergekit_lfm.runtime.subject import Subject, make_subject
 from mergekit_lfm.store.locks import lock_folder
 from mergekit_lfm.train.examples import Examples, join, seed_of, split
 from mergekit_lfm.train.loop import STATE, fit
+from mergekit_lfm.train.processes import Group, joined
 from mergekit_lfm.train.state import METRICS
 from mergekit_lfm.train.terms import build_loss, check_language, with_reference
 from mergekit_lfm.train.texts import check_labels, lengthen_for, read_examples
@@ -76,7 +78,8 @@ def tune_model(
     explained at `Options`.
 
     A run that was killed goes on from the state in OUT.training, where the metrics stay, too. If `out` holds the result
-    of the same request already, nothing is done. The outcome's digest is that of the request. Raises PlanError for
+    of the same request already, nothing is done. Processes that torchrun has started share each step; the first alone
+    writes. The outcome's digest is that of the request. Raises PlanError for
     settings and data that do not fit, and for a loss that is not finite; FormatError for damaged files; ImportError
     without transformers, or for an adapter without peft.
     """
@@ -169,7 +172,10 @@ def _tune(planned: PlannedTuning, progress: Progress) -> tuple[Tuned, list[str]]
         raise PlanError(f"{planned.out} cannot be written ({reason(error)}); choose another output") from None
     start = {name: x.detach().clone() for name, x in prepared.model.named_parameters() if x.requires_grad}
     loss = build_loss(recipe.task, recipe.loss, start if "l2sp" in recipe.loss else {})
-    with _without_empty(training), lock_folder(training), progress.by_step(" steps", "tuning") as report:
+    shown = SILENCE if rank() else progress
+    with joined(planned.device) as group, _writing(training, group), shown.by_step(" steps", "tuning") as report:
+        if group.count > 1 and recipe.task == "embedding":
+            raise PlanError("the loss of embedding is about all texts of a batch at once; start one process")
         history = fit(
             prepared.model,
             examples,
@@ -182,6 +188,8 @@ def _tune(planned: PlannedTuning, progress: Progress) -> tuple[Tuned, list[str]]
             tell=lambda done, whole, line: report(done, whole, _facts(line, examples)),
         )
         tuned = Tuned(method.makes, history.steps, trained, size, history.loss, history.best, history.best_step)
+        if group.rank:
+            return tuned, []
         findings = write_result(planned, prepared, subject, tuned)
         (training / STATE).unlink(missing_ok=True)
     return tuned, findings
@@ -254,10 +262,14 @@ def _fisher(path: Path, subject: Subject) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _without_empty(folder: Path) -> Iterator[None]:
-    """Remove the folder afterwards if it is empty, as when nothing was worth to be saved."""
-    try:
+def _writing(folder: Path, group: Group) -> Iterator[None]:
+    """Lock the folder for the first process; remove it afterwards if it is empty, as when nothing was saved."""
+    if group.rank:
         yield
+        return
+    try:
+        with lock_folder(folder):
+            yield
     finally:
         with suppress(OSError):
             folder.rmdir()

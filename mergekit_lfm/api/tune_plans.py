@@ -11,6 +11,7 @@ import xxhash
 from mergekit_lfm.artifacts.patch import read_patch_info
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.machine.devices import find_device
+from mergekit_lfm.machine.launch import local_device
 from mergekit_lfm.output import save
 from mergekit_lfm.output.lock import ADAPTER_LOCK, LOCK
 from mergekit_lfm.output.names import public_names
@@ -153,7 +154,7 @@ def plan_tuning(recipe: TuneRecipe, out: Path, *, device: str | None = None) -> 
     """
     found = recipe.found
     source = adapt(dequantise(open_checkpoint(found.source)), found.adapters, found.ref)
-    place = str(find_device(device or "cpu"))
+    place = str(find_device(local_device(device or "cpu")))
     if recipe.declaration.makes == "patch" and out.suffix != SUFFIX:
         raise PlanError(f"{out}: {recipe.method} makes a patch, which is a file; give a name that ends in {SUFFIX}")
     return PlannedTuning(recipe, out, source, place)
