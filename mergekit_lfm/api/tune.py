@@ -68,14 +68,14 @@ def tune_model(
 ) -> Outcome[Tuned]:
     """Train a saved model on data by a method, and write what that leaves: a checkpoint, a patch file or an adapter.
 
-    model: a folder, a name on the Hub, or MODEL+ADAPTER; it stays as it is. data: a .jsonl, .txt or .npz file, or
-    several; an entry {path, most} uses `most` examples of a file in one time round. task: "lm", "classification",
-    "embedding", "masked_lm", "seq2seq" or "regression". parameters: of the method, as `mergekit-lfm methods` lists
-    them. loss: numbers of terms that are added to the task's loss, by their names in `LOSS_TERMS`. dev: a development
-    set, or a share of the data as one; the state with the least loss on it is kept. groups: {match, learning_rate,
-    weight_decay} of the parameters whose names match a pattern. stats: the file of Fisher information that the method
-    `mask` needs. threads: how many torch uses while this runs; the bytes depend on their number. The other settings are
-    explained at `Options`.
+    model: a folder, a name on the Hub, or MODEL+ADAPTER; it stays as it is. data: a .jsonl, .txt or .npz file, a folder
+    of images, or "package.module:function", which is called for the lines; or several; an entry {path, most} uses
+    `most` examples of one in one time round. task: "lm", "classification", "embedding", "masked_lm", "seq2seq" or
+    "regression". parameters: of the method, as `mergekit-lfm methods` lists them. loss: numbers of terms that are added
+    to the task's loss, by their names in `LOSS_TERMS`. dev: a development set, or a share of the data as one; the state
+    with the least loss on it is kept. groups: {match, learning_rate, weight_decay} of the parameters whose names match
+    a pattern. stats: the file of Fisher information that the method `mask` needs. threads: how many torch uses while
+    this runs; the bytes depend on their number. The other settings are explained at `Options`.
 
     A run that was killed goes on from the state in OUT.training, where the metrics stay, too. If `out` holds the result
     of the same request already, nothing is done. Processes that torchrun has started share each step; the first alone
@@ -148,7 +148,7 @@ def _tune(planned: PlannedTuning, progress: Progress) -> tuple[Tuned, list[str]]
             "give a model without a decoder"
         )
     subject = make_subject(loaded.model, planned.source)
-    examples, dev = _read_all(loaded, recipe)
+    examples, dev = _read_all(loaded, planned)
     size = sum(x.numel() for x in loaded.model.parameters())
     with torch.random.fork_rng([loaded.model.device] if planned.device.startswith("cuda") else []):
         torch.manual_seed(seed_of(options.seed, "start"))
@@ -222,10 +222,11 @@ def _read(path: Path, loaded: Loaded, recipe: TuneRecipe) -> Examples:
     return examples
 
 
-def _read_all(loaded: Loaded, recipe: TuneRecipe) -> tuple[Examples, Examples | None]:
+def _read_all(loaded: Loaded, planned: PlannedTuning) -> tuple[Examples, Examples | None]:
     """The data, and the development set."""
-    sets = [_read(file.path, loaded, recipe) for file in recipe.files]
-    dev = [] if recipe.dev_file is None else [_read(recipe.dev_file.path, loaded, recipe)]
+    recipe = planned.recipe
+    sets = [_read(planned.path_of(file), loaded, recipe) for file in recipe.files]
+    dev = [] if recipe.dev_file is None else [_read(planned.path_of(recipe.dev_file), loaded, recipe)]
     files = [*recipe.files, *([recipe.dev_file] if recipe.dev_file else [])]
     for file, each in zip(files, [*sets, *dev], strict=True):
         if each.items[0].keys() != sets[0].items[0].keys():

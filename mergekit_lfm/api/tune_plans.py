@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+import weakref
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from tempfile import mkdtemp
 
 import xxhash
 
@@ -17,6 +20,7 @@ from mergekit_lfm.output.lock import ADAPTER_LOCK, LOCK
 from mergekit_lfm.output.names import public_names
 from mergekit_lfm.output.request import Request, RequestInput
 from mergekit_lfm.recipe.tune_recipe import DataFile, TuneRecipe
+from mergekit_lfm.runtime.calls import write_examples
 from mergekit_lfm.runtime.images import find_images
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lfm.store.files import open_file
@@ -92,7 +96,19 @@ class PlannedTuning:
     def files(self) -> tuple[Path, ...]:
         """The files that are read besides the model."""
         found: list[DataFile | Path | None] = [*self.recipe.files, self.recipe.dev_file, self.recipe.statistics]
-        return tuple(file.path if isinstance(file, DataFile) else file for file in found if file is not None)
+        return tuple(self.path_of(file) if isinstance(file, DataFile) else file for file in found if file is not None)
+
+    def path_of(self, file: DataFile) -> Path:
+        """Where the examples of a data file are; those of a function are written when they are first asked for."""
+        return self._called[file.ref] if file.is_function else file.path
+
+    @cached_property
+    def _called(self) -> dict[str, Path]:
+        """The files with the examples of functions, in a folder that goes when this plan does."""
+        folder = Path(mkdtemp())
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        files = [file for file in (*self.recipe.files, self.recipe.dev_file) if file is not None and file.is_function]
+        return {ref: write_examples(ref, folder) for ref in {file.ref: None for file in files}}
 
     @cached_property
     def contents(self) -> dict[str, str]:

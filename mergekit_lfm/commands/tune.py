@@ -106,7 +106,8 @@ Examples:
     required=True,
     multiple=True,
     type=click.Path(path_type=Path),
-    help="A data file: .jsonl, .txt or .npz, or a folder of images. Can be given several times.",
+    help="A data file: .jsonl, .txt or .npz; a folder of images; or package.module:function, which is called and "
+    "returns such lines. Can be given several times.",
 )
 @click.option(
     "--task",

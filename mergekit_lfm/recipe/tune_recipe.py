@@ -22,10 +22,11 @@ from mergekit_lfm.recipe.problems import Problem, attempt, problem_at, refuse
 from mergekit_lfm.recipe.registry import TUNE_METHODS
 from mergekit_lfm.recipe.training import Group, Options, Schedule
 from mergekit_lfm.recipe.values import FOUND
+from mergekit_lfm.runtime.calls import is_function
 from mergekit_lfm.runtime.tasks import TUNE_TASKS
 
 JOB = "tune"
-A_FILE = "a .jsonl, .txt or .npz file, or a folder of images"
+A_FILE = "a .jsonl, .txt or .npz file, a folder of images, or package.module:function"
 
 
 def tune_options(method: str, given: Mapping[str, Any]) -> dict[str, Value]:
@@ -83,11 +84,15 @@ def _read_dev(value: object) -> object:
 
 @dataclass(frozen=True, slots=True)
 class DataFile:
-    """A file of examples as named, where it is, and how many of them are used in one time round; None for all."""
+    """A file of examples as named, where it is, and how many of them are used in one time round; None for all.
+
+    is_function: `ref` names a function that returns the examples, and `path` is nothing.
+    """
 
     ref: str
     path: Path
     most: int | None = None
+    is_function: bool = False
 
 
 class TuneRecipe(JobForm):
@@ -143,6 +148,9 @@ class TuneRecipe(JobForm):
         named = [(f"data[{i}].path", entry) for i, entry in enumerate(self.data)]
         named += [("dev", DataEntry(path=self.dev))] if isinstance(self.dev, str) else []
         for place, entry in named:
+            if is_function(entry.path):
+                files.append(DataFile(entry.path, Path(), entry.most, is_function=True))
+                continue
             found, missing = read_file(entry.path, where.folder, place, A_FILE)
             problems += missing
             if found is not None:
