@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers_training import Net, data, numbers
 from helpers_tune import tiny  # noqa: F401
 from safetensors.torch import load_file
-from test_loop import Net, data, numbers
 from torch import nn
 
 from mergekit_lfm import tune_model
@@ -33,7 +33,7 @@ SCRIPT = f"""
 import math
 from pathlib import Path
 import torch
-from test_loop import Killed, Net, data, numbers
+from helpers_training import Killed, Net, data, numbers
 from mergekit_lfm.commands.app import main
 from mergekit_lfm.machine.pauses import Pauses
 from mergekit_lfm.recipe.training import Options
@@ -71,7 +71,7 @@ def test_two_processes_do_the_steps_of_one(tiny: Path, tmp_path: Path) -> None: 
     shutil.copytree(tiny / "llama", tmp_path / "llama")
     shutil.copy(tiny / "llama.jsonl", tmp_path)
     (tmp_path / "both.py").write_text(SCRIPT)
-    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "train")))
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "both.py"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
