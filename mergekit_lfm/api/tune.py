@@ -21,6 +21,7 @@ from mergekit_lfm.api.tune_prompts import check_prompt, leave_room
 from mergekit_lfm.api.tune_results import Tuned, check_adapter, check_places, write_result
 from mergekit_lfm.artifacts.statistics import open_statistics
 from mergekit_lfm.errors import FormatError, PlanError, reason
+from mergekit_lfm.machine.launch import rank
 from mergekit_lfm.machine.progress import SILENCE, Progress
 from mergekit_lfm.output.request import result_of
 from mergekit_lfm.recipe.tune_recipe import TuneRecipe
@@ -31,6 +32,7 @@ from mergekit_lfm.store.places import check_apart
 from mergekit_lfm.train.examples import Examples, seed_of
 from mergekit_lfm.train.loop import STATE, fit, mean_loss
 from mergekit_lfm.train.losses import LOSSES
+from mergekit_lfm.train.processes import Group, joined
 from mergekit_lfm.train.state import METRICS
 from mergekit_lfm.train.terms import build_loss
 from mergekit_lfm.tune.phases import select_parts
@@ -73,20 +75,22 @@ def tune_model(
 ) -> Outcome[Tuned]:
     """Train a saved model on data by a method, and write what that leaves: a checkpoint, a file, an adapter, a prompt.
 
-    model: a folder, a name on the Hub, or MODEL+ADAPTER; it stays as it is. data: a .jsonl, .txt or .npz file, or
-    several; an entry {path, most, templates, cluster} uses `most` examples of a file in one time round, writes its
-    lines by templates {prompt, completion}, and names its kind of tasks; held_out: kinds that are judged and not
-    trained on. task: "lm", "classification", "embedding", "masked_lm", "seq2seq" or "regression". parameters: of the
-    method, as `mergekit-lfm methods` lists them. loss: numbers of terms that are added to the task's loss, by their
-    names in `LOSS_TERMS`. dev: a development set, or a share of the data as one; the state with the least loss on it is
-    kept. groups: {match, learning_rate, weight_decay} of the parameters whose names match a pattern. stats: the file of
-    Fisher information that the method `mask` needs. train: patterns for the names of parameters, such as
-    "*layers.0.*": of these alone is trained what the method trains. phases: parts {steps, train} one after the other,
-    in place of train and steps. steps: by default 200. threads: how many torch uses while this runs; the bytes depend
-    on their number. The other settings are explained at `Options`.
+    model: a folder, a name on the Hub, or MODEL+ADAPTER; it stays as it is. data: a .jsonl, .txt or .npz file, a folder
+    of images, or "package.module:function", which is called for the lines; or several; an entry {path, most, templates,
+    cluster} uses `most` examples of one in one time round, writes its lines by templates {prompt, completion}, and
+    names its kind of tasks; held_out: kinds that are judged and not trained on. task: "lm", "classification",
+    "embedding", "masked_lm", "seq2seq" or "regression". parameters: of the method, as `mergekit-lfm methods` lists
+    them. loss: numbers of terms that are added to the task's loss, by their names in `LOSS_TERMS`. dev: a development
+    set, or a share of the data as one; the state with the least loss on it is kept. groups: {match, learning_rate,
+    weight_decay} of the parameters whose names match a pattern. stats: the file of Fisher information that the method
+    `mask` needs. train: patterns for the names of parameters, such as "*layers.0.*": of these alone is trained what the
+    method trains. phases: parts {steps, train} one after the other, in place of train and steps. steps: by default 200.
+    threads: how many torch uses while this runs; the bytes depend on their number. The other settings are explained at
+    `Options`.
 
     A run that was killed goes on from the state in OUT.training, where the metrics stay, too. If `out` holds the result
-    of the same request already, nothing is done. The outcome's digest is that of the request. Raises PlanError for
+    of the same request already, nothing is done. Processes that torchrun has started share each step; the first alone
+    writes. The outcome's digest is that of the request. Raises PlanError for
     settings and data that do not fit, and for a loss that is not finite; FormatError for damaged files; ImportError
     without transformers, or for an adapter without peft.
     """
@@ -166,7 +170,7 @@ def _tune(planned: PlannedTuning, progress: Progress) -> tuple[Tuned, list[str]]
     check_places(prepared, subject, planned.source)
     check_adapter(planned, prepared)
     check_prompt(recipe, prepared)
-    data = read_all(leave_room(recipe, loaded, prepared.virtual), recipe)
+    data = read_all(leave_room(recipe, loaded, prepared.virtual), planned)
     decay = max([options.weight_decay, *(group.weight_decay or 0.0 for group in options.groups)])
     if decay and not prepared.decays:
         raise PlanError(
@@ -183,7 +187,10 @@ def _tune(planned: PlannedTuning, progress: Progress) -> tuple[Tuned, list[str]]
     loss = build_loss(recipe.task, recipe.loss, start if "l2sp" in recipe.loss else {})
     judge = partial(mean_loss, prepared.model, loss=LOSSES[recipe.task], options=options)
     before = {name: judge(each) for name, each in data.held_out.items()}
-    with _without_empty(training), lock_folder(training), progress.by_step(" steps", "tuning") as report:
+    shown = SILENCE if rank() else progress
+    with joined(planned.device) as group, _writing(training, group), shown.by_step(" steps", "tuning") as report:
+        if group.count > 1 and recipe.task == "embedding":
+            raise PlanError("the loss of embedding is about all texts of a batch at once; start one process")
         history = fit(
             prepared.model,
             data.examples,
@@ -198,6 +205,8 @@ def _tune(planned: PlannedTuning, progress: Progress) -> tuple[Tuned, list[str]]
         held_out = {name: {"before": loss, "after": judge(data.held_out[name])} for name, loss in before.items()}
         reached = (history.loss, history.best, history.best_step)
         tuned = Tuned(method.makes, history.steps, trained, size, *reached, prepared.facts(), held_out)
+        if group.rank:
+            return tuned, []
         findings = write_result(planned, prepared, subject, tuned)
         (training / STATE).unlink(missing_ok=True)
     return tuned, findings
@@ -226,10 +235,14 @@ def _fisher(path: Path, subject: Subject) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _without_empty(folder: Path) -> Iterator[None]:
-    """Remove the folder afterwards if it is empty, as when nothing was worth to be saved."""
-    try:
+def _writing(folder: Path, group: Group) -> Iterator[None]:
+    """Lock the folder for the first process; remove it afterwards if it is empty, as when nothing was saved."""
+    if group.rank:
         yield
+        return
+    try:
+        with lock_folder(folder):
+            yield
     finally:
         with suppress(OSError):
             folder.rmdir()

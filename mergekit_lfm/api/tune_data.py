@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from mergekit_lfm.api.tune_plans import PlannedTuning
 from mergekit_lfm.api.tune_prompts import check_lengths
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.recipe.tune_data import DataFile
@@ -25,10 +26,11 @@ class TuneData(NamedTuple):
     held_out: dict[str, Examples]
 
 
-def read_all(loaded: Loaded, recipe: TuneRecipe) -> TuneData:
+def read_all(loaded: Loaded, planned: PlannedTuning) -> TuneData:
     """The data of all files. Raises PlanError for files that do not fit each other, FormatError for damaged ones."""
-    sets = [_read(file, loaded, recipe) for file in recipe.files]
-    dev = [] if recipe.dev_file is None else [_read(recipe.dev_file, loaded, recipe)]
+    recipe = planned.recipe
+    sets = [_read(file, loaded, planned) for file in recipe.files]
+    dev = [] if recipe.dev_file is None else [_read(recipe.dev_file, loaded, planned)]
     files = [*recipe.files, *([recipe.dev_file] if recipe.dev_file else [])]
     for file, each in zip(files, [*sets, *dev], strict=True):
         if each.items[0].keys() != sets[0].items[0].keys():
@@ -65,12 +67,13 @@ def _divide(recipe: TuneRecipe, sets: list[Examples], dev: Examples | None) -> T
     return TuneData(join(trained, most), dev, others)
 
 
-def _read(file: DataFile, loaded: Loaded, recipe: TuneRecipe) -> Examples:
-    examples = read_examples(file.path, loaded, window=recipe.window, templates=file.templates)
+def _read(file: DataFile, loaded: Loaded, planned: PlannedTuning) -> Examples:
+    recipe, path = planned.recipe, planned.path_of(file)
+    examples = read_examples(path, loaded, window=recipe.window, templates=file.templates)
     if recipe.task == "classification":
         config: Any = loaded.model.config
-        check_labels(examples, getattr(config, "num_labels", None), file.path)
-    check_lengths(examples, loaded, file.path)
+        check_labels(examples, getattr(config, "num_labels", None), path)
+    check_lengths(examples, loaded, path)
     return examples
 
 

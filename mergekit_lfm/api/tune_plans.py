@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from tempfile import mkdtemp
 from types import MappingProxyType
 from typing import Any
 
@@ -13,12 +16,14 @@ from mergekit_lfm.artifacts.attachment import read_attachment_info
 from mergekit_lfm.artifacts.patch import read_patch_info
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.machine.devices import find_device
+from mergekit_lfm.machine.launch import local_device
 from mergekit_lfm.output.file_request import FileRequest
 from mergekit_lfm.output.lock import ADAPTER_LOCK, LOCK
 from mergekit_lfm.output.names import public_names
 from mergekit_lfm.output.request import Request, RequestInput
 from mergekit_lfm.recipe.tune_data import DataFile
 from mergekit_lfm.recipe.tune_recipe import TuneRecipe
+from mergekit_lfm.runtime.calls import write_examples
 from mergekit_lfm.runtime.images import digest_data
 from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.store.folder import ADAPTER_WEIGHTS
@@ -86,9 +91,21 @@ class PlannedTuning:
         """The files that are read besides the model."""
         recipe = self.recipe
         found: list[DataFile | Path | None] = [*recipe.files, recipe.dev_file, recipe.statistics]
-        paths = [file.path if isinstance(file, DataFile) else file for file in found if file is not None]
+        paths = [self.path_of(file) if isinstance(file, DataFile) else file for file in found if file is not None]
         named = [file.path for file in recipe.named_files]
         return (*paths, *(path / ADAPTER_WEIGHTS[0] if path.is_dir() else path for path in named))
+
+    def path_of(self, file: DataFile) -> Path:
+        """Where the examples of a data file are; those of a function are written when they are first asked for."""
+        return self._called[file.ref] if file.is_function else file.path
+
+    @cached_property
+    def _called(self) -> dict[str, Path]:
+        """The files with the examples of functions, in a folder that goes when this plan does."""
+        folder = Path(mkdtemp())
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        files = [file for file in (*self.recipe.files, self.recipe.dev_file) if file is not None and file.is_function]
+        return {ref: write_examples(ref, folder) for ref in {file.ref: None for file in files}}
 
     @cached_property
     def contents(self) -> dict[str, str]:
@@ -128,7 +145,7 @@ def plan_tuning(recipe: TuneRecipe, out: Path, *, device: str | None = None) -> 
     Raises PlanError without the device, FormatError for a damaged model.
     """
     source = open_found(recipe.found)
-    place = str(find_device(device or "cpu"))
+    place = str(find_device(local_device(device or "cpu")))
     makes = recipe.declaration.makes
     if makes in OPTIONS and out.suffix != SUFFIX:
         raise PlanError(

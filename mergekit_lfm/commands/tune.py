@@ -12,6 +12,7 @@ from mergekit_lfm.commands.console import Console
 from mergekit_lfm.commands.options import going_on_later
 from mergekit_lfm.commands.parameters import method_option, method_rows, parameter_options
 from mergekit_lfm.commands.shell import Command
+from mergekit_lfm.machine.launch import rank
 from mergekit_lfm.recipe.loss_terms import LOSS_TERMS
 from mergekit_lfm.recipe.registry import TUNE_METHODS
 from mergekit_lfm.recipe.training import SCHEDULES
@@ -48,6 +49,8 @@ Data are .jsonl with one of these on every line, .txt for lm, or .npz with the m
 \b
 Terms of --loss, each with a number, as --loss l2sp=0.01:
 {_terms()}
+
+Under torchrun several processes share the examples of each step.
 
 A run that was interrupted goes on from OUT.training when the same command runs again; metrics.jsonl there has a
 line for each step. If OUT holds the result of the same request already, nothing is done. Needs the extra:
@@ -105,7 +108,8 @@ Examples:
     required=True,
     multiple=True,
     type=click.Path(path_type=Path),
-    help="A data file: .jsonl, .txt or .npz, or a folder of images. Can be given several times.",
+    help="A data file: .jsonl, .txt or .npz; a folder of images; or package.module:function, which is called and "
+    "returns such lines. Can be given several times.",
 )
 @click.option(
     "--task",
@@ -189,5 +193,7 @@ def tune(console: Console, /, model: str, data: tuple[Path, ...], method: str, o
     with going_on_later(out):
         values |= {"method": method, "parameters": parameters, "progress": console.progress}
         outcome = tune_model(model, data, out, **values)
+    if rank():
+        return  # the first of several processes prints
     console.warn(outcome.warnings)
     console.conclude(done_data(outcome), lambda: done_text(outcome), path=out)

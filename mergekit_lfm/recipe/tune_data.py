@@ -16,7 +16,7 @@ from mergekit_lfm.recipe.problems import Problem, problem_at
 from mergekit_lfm.recipe.templates import Template
 from mergekit_lfm.recipe.values import FOUND
 
-A_FILE = "a .jsonl, .txt or .npz file, or a folder of images"
+A_FILE = "a .jsonl, .txt or .npz file, a folder of images, or package.module:function"
 
 
 class DataEntry(Strict):
@@ -63,7 +63,8 @@ Dev = Annotated[str | float | None, BeforeValidator(read_dev)]
 class DataFile:
     """A file of examples as named, where it is, and how many of them are used in one time round; None for all.
 
-    templates, cluster: as of a `DataEntry`.
+    templates, cluster: as of a `DataEntry`. is_function: `ref` names a function that returns the examples, and `path`
+    is nothing.
     """
 
     ref: str
@@ -71,6 +72,7 @@ class DataFile:
     most: int | None = None
     templates: tuple[Template, ...] = ()
     cluster: str | None = None
+    is_function: bool = False
 
 
 def read_named(text: str, parameter: str, where: Where) -> tuple[tuple[DataFile, ...], list[Problem]]:

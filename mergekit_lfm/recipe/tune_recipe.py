@@ -25,6 +25,7 @@ from mergekit_lfm.recipe.training import Group, Options, Schedule
 from mergekit_lfm.recipe.tune_data import A_FILE, DataEntry, DataFile, Dev, Entries, read_named
 from mergekit_lfm.recipe.tune_options import read_parameters
 from mergekit_lfm.recipe.values import FOUND
+from mergekit_lfm.runtime.calls import is_function
 from mergekit_lfm.runtime.tasks import TUNE_TASKS
 
 JOB = "tune"
@@ -97,6 +98,9 @@ class TuneRecipe(JobForm):
         named = [(f"data[{i}].path", entry) for i, entry in enumerate(self.data)]
         named += [("dev", DataEntry(path=self.dev))] if isinstance(self.dev, str) else []
         for place, entry in named:
+            if is_function(entry.path):
+                files.append(DataFile(entry.path, Path(), entry.most, entry.templates, entry.cluster, is_function=True))
+                continue
             found, missing = read_file(entry.path, where, place, A_FILE)
             problems += missing
             if found is not None:

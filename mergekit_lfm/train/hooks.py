@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mergekit_lfm.artifacts.header import save_tensors
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.store.identity import spec_of
+from mergekit_lfm.train.processes import current_group
 
 SNAPSHOT = "step-{:06}.safetensors"
 
@@ -60,7 +61,7 @@ class Snapshots(Hook):
         self.folder, self.every = folder, every
 
     def after(self, done: int, parameters: Parameters) -> None:
-        if done % self.every == 0:
+        if done % self.every == 0 and current_group().rank == 0:
             parts = {name: x.detach() for name, x in parameters.items()}
             specs = [spec_of(name, x) for name, x in parts.items()]
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from mergekit_lfm.train.examples import Examples, seed_of
 from mergekit_lfm.train.hooks import Hook
 from mergekit_lfm.train.losses import Loss
 from mergekit_lfm.train.optimizer import make_optimizer
+from mergekit_lfm.train.processes import current_group
 from mergekit_lfm.train.state import Looked, State
 
 STATE = "state.safetensors"
@@ -69,7 +71,8 @@ def fit(
 
     dev: a development set: the parameters with the least loss on it are those that stay. place: a folder for the state,
     which is saved at `pauses` and on Ctrl-C, and for the metrics, a line of JSON for each step; request: what is being
-    made, so that a state of something else is not gone on from. The model is in evaluation mode afterwards.
+    made, so that a state of something else is not gone on from. The model is in evaluation mode afterwards. Several
+    processes of torch.distributed share the examples of each step, and the first one alone writes.
 
     Raises PlanError if nothing is trained, and for a loss that is not finite, with the step; the state before that is
     saved. Source of AdamW: Loshchilov and Hutter 2019, arXiv 1711.05101.
@@ -81,14 +84,10 @@ def fit(
         raise PlanError("a hook puts other weights in place of those that the development set chose; leave one out")
     request = request or repr((examples.digest, dev and dev.digest, options))
     state = State(model, parameters, make_optimizer(parameters, options), tuple(hooks))
-    for hook in hooks:
-        hook.begin(parameters)
-    file = None if place is None else place / STATE
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        state.restore(file, request)
-    pauses = pauses or Pauses()
-    device = next(iter(parameters.values())).device
+    _begin(state, place, request)
+    pauses, group, device = pauses or Pauses(), current_group(), next(iter(parameters.values())).device
+    group.check_same(device, state.done, options.batch_size)
+    file, tell = (None, None) if group.rank else (None if place is None else place / STATE, tell)
     with _training(model, options), delay_interrupts() as interrupted, _random(device):
         while state.done < options.steps and not _is_over(state.looked, options):
             begun = time.monotonic()
@@ -99,10 +98,11 @@ def fit(
             state.record.append(line | _times(time.monotonic() - begun, state, options))
             if tell is not None:
                 tell(state.done, options.steps, state.record[-1])
-            if file is not None and (pauses.due or interrupted()):
+            stops = sum(group.add(device, interrupted())) > 0
+            if file is not None and (pauses.due or stops):
                 with pauses.taken():
                     state.save(file, request)
-            if interrupted():
+            if stops:
                 raise KeyboardInterrupt
     _keep_best(state)
     for hook in hooks:
@@ -111,6 +111,15 @@ def fit(
         state.save(file, request)
     best = state.looked
     return History(state.done, tuple(state.record), best.best, None if best.best is None else best.best_step)
+
+
+def _begin(state: State, place: Path | None, request: str) -> None:
+    """Begin with the hooks, and go on from the state in a folder if it is of this request."""
+    for hook in state.hooks:
+        hook.begin(state.parameters)
+    if place is not None:
+        place.mkdir(parents=True, exist_ok=True)
+        state.restore(place / STATE, request)
 
 
 def _times(seconds: float, state: State, options: Options) -> dict[str, float]:
@@ -169,15 +178,17 @@ def _step(
     state: State, examples: Examples, loss: Loss, options: Options, file: Path | None, request: str
 ) -> dict[str, Any]:
     """One step of the optimizer; its line of the record."""
-    step, model = state.done, state.model
-    torch.manual_seed(seed_of(options.seed, "step", step))
+    step, model, group = state.done, state.model, current_group()
+    torch.manual_seed(seed_of(options.seed, "step", step, *([group.rank] if group.rank else [])))
     for hook in state.hooks:
         hook.before(step, state.parameters)
-    numbers, draw = examples.step(step, options.batch_size, options.seed), seed_of(options.seed, "draw", step)
+    numbers = group.share(examples.step(step, options.batch_size, options.seed))
+    draw = seed_of(options.seed, "draw", step)
     device = next(iter(state.parameters.values())).device
     size = math.ceil(len(numbers) / options.accumulate)
-    total, count, tokens = 0.0, 0, 0
+    total, count, tokens = 0.0, 0.0, 0.0
     parts = [numbers[start : start + size] for start in range(0, len(numbers), size)]
+    whole = len(parts) == group.count == 1
     for part in parts:
         batch = {name: x.to(device, non_blocking=True) for name, x in examples.batch(part, draw).items()}
         with _autocast(device, options):
@@ -186,10 +197,13 @@ def _step(
         count += terms.number
         value = terms.total
         if terms.number:
-            (value / terms.number if len(parts) == 1 else value).backward()  # type: ignore[no-untyped-call]
+            (value / terms.number if whole else value).backward()  # type: ignore[no-untyped-call]
         total += float(value.detach())
+    total, count, tokens = group.add(device, total, count, tokens)
     mean = total / max(1, count)
-    norm = _correct(state, count if len(parts) > 1 else 1, options) if math.isfinite(mean) else math.inf
+    if math.isfinite(mean):
+        group.add_gradients(state.parameters)
+    norm = _correct(state, 1 if whole else count, options) if math.isfinite(mean) else math.inf
     if not math.isfinite(norm):
         state.optimizer.zero_grad()
         if file is not None:
@@ -199,8 +213,8 @@ def _step(
             ", and its gradient is not finite" if mean < math.inf else ""
         )
         raise PlanError(f"{found}, expected finite numbers; {_cure(options)}.{kept}")
-    for group in state.optimizer.param_groups:
-        group["lr"] = group["share"] * options.rate(step)
+    for settings in state.optimizer.param_groups:
+        settings["lr"] = settings["share"] * options.rate(step)
     state.optimizer.step()
     state.optimizer.zero_grad()
     if not bool(torch.stack([x.isfinite().all() for x in torch._foreach_norm([*state.parameters.values()])]).all()):
@@ -208,7 +222,7 @@ def _step(
     state.done = step + 1
     for hook in state.hooks:
         hook.after(state.done, state.parameters)
-    return {"step": state.done, "loss": mean, "learning_rate": options.rate(step), "tokens": tokens}
+    return {"step": state.done, "loss": mean, "learning_rate": options.rate(step), "tokens": int(tokens)}
 
 
 def _tokens(batch: Mapping[str, Tensor]) -> int:
@@ -221,7 +235,7 @@ def _cure(options: Options) -> str:
     return f"choose a lower learning rate than {options.learning_rate:g}, or look for the cause in the data"
 
 
-def _correct(state: State, count: int, options: Options) -> float:
+def _correct(state: State, count: float, options: Options) -> float:
     """Divide the gradients, of a loss that is a sum of `count` terms, and clip them; their norm before that."""
     if count > 1:
         torch._foreach_div_([x.grad for x in state.parameters.values() if x.grad is not None], count)
@@ -253,16 +267,21 @@ def _look(state: State, dev: Examples, loss: Loss, options: Options) -> float:
 
 
 def mean_loss(model: nn.Module, examples: Examples, loss: Loss, options: Options) -> float:
-    """The mean loss over all examples, in evaluation mode; the model's mode is as before afterwards."""
-    was, total, count = model.training, 0.0, 0
+    """The mean loss over all examples, in evaluation mode; the model's mode is as before afterwards.
+
+    Several processes share the examples, and have the same mean.
+    """
+    was, total, count, group = model.training, 0.0, 0, current_group()
     device = next(model.parameters()).device
     model.eval()
     with torch.no_grad(), _autocast(device, options):
-        for batch in examples.in_order(max(1, options.batch_size // options.accumulate)):
+        size = max(1, options.batch_size // options.accumulate)
+        for batch in islice(examples.in_order(size), group.rank, None, group.count):
             terms = loss(model, {name: x.to(device) for name, x in batch.items()})
             total, count = total + float(terms.total), count + terms.number
     model.train(was)
-    return total / max(1, count)
+    total, terms_in_all = group.add(device, total, count)
+    return total / max(1, terms_in_all)
 
 
 @torch.no_grad()

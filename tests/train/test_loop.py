@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers_training import Killed, Net, data, numbers
 from torch import Tensor, nn
 
 from mergekit_lfm.errors import PlanError
@@ -20,33 +21,6 @@ from mergekit_lfm.train.hooks import Ball, Hook, Masks, MovingAverage, Phases, P
 from mergekit_lfm.train.loop import STATE, fit, mean_loss
 from mergekit_lfm.train.losses import Terms, squares, towards
 from mergekit_lfm.train.state import METRICS
-
-
-class Net(nn.Module):
-    """A line, or two layers with dropout between them."""
-
-    def __init__(self, deep: bool = False, dtype: torch.dtype = torch.float64) -> None:
-        super().__init__()
-        torch.manual_seed(5)
-        width = 7 if deep else 1
-        self.first = nn.Linear(5, width, dtype=dtype)
-        self.second = nn.Linear(width, 1, dtype=dtype) if deep else nn.Identity()
-        self.drop = nn.Dropout(0.3 if deep else 0.0)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.second(self.drop(self.first(x)))
-        return out.squeeze(-1)
-
-
-def data(count: int = 24, dtype: torch.dtype = torch.float64) -> Examples:
-    torch.manual_seed(0)
-    x = torch.randn(count, 5, dtype=dtype)
-    y = x @ torch.arange(1.0, 6.0, dtype=dtype) + 0.1 * torch.randn(count, dtype=dtype) + 2
-    return Examples([{"x": a, "labels": b} for a, b in zip(x, y, strict=True)])
-
-
-def numbers(model: nn.Module) -> Tensor:
-    return torch.cat([x.detach().flatten() for x in model.parameters()])
 
 
 def test_a_line_becomes_that_of_least_squares() -> None:
@@ -114,10 +88,6 @@ def test_a_share_of_the_data_is_held_out() -> None:
     assert [each.digest == held.digest for each in again] == [True, False]
     with pytest.raises(PlanError, match=r"dev is 0.01 of 30 examples, less than one"):
         split(sets, 0.01, 0)
-
-
-class Killed(BaseException):
-    """The end of a process."""
 
 
 def killed_at(step: int) -> Any:
