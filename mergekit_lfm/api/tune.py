@@ -144,7 +144,7 @@ def _tune(planned: PlannedTuning, progress: Progress) -> tuple[Tuned, list[str]]
         torch.manual_seed(seed_of(options.seed, "start"))
         fisher = None if recipe.statistics is None else _fisher(recipe.statistics, subject)
         files = tuple(file.path for file in recipe.named_files)
-        facts = (recipe.found.model, fisher, files, subject.digest, loaded.tokenizer)
+        facts = (recipe.found.model, fisher, files, subject.digest, recipe.tasks, loaded.tokenizer)
         work = TuneWork(loaded.model, recipe.task, recipe.settings, options.steps, *facts)
         _ = subject.names  # as they are before the method changes them
         prepared = method.prepare(work)
@@ -207,7 +207,15 @@ def _read_all(loaded: Loaded, recipe: TuneRecipe) -> tuple[Examples, Examples | 
         padding = lengthen_by_no_ending([*sets, *dev])
         config.get_text_config().pad_token_id = padding  # by which a decoder finds a row's last token
         sets, dev = ([replace(each, pad={"input_ids": padding}) for each in some] for some in (sets, dev))
+    if recipe.declaration.tasks:
+        numbered = [_of_task(each, number) for number, each in enumerate([*sets, *dev])]
+        sets, dev = numbered[: len(sets)], numbered[len(sets) :]
     return join(sets, [file.most for file in recipe.files]), dev[0] if dev else None
+
+
+def _of_task(examples: Examples, number: int) -> Examples:
+    """The examples with the number of their task."""
+    return replace(examples, items=[{**item, "task_ids": torch.tensor(number)} for item in examples.items])
 
 
 def _fisher(path: Path, subject: Subject) -> dict[str, Tensor]:

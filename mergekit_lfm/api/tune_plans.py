@@ -172,7 +172,8 @@ class PlannedTuning:
 
         recipe = self.recipe
         model = empty_model(self.source, recipe.task)
-        work = TuneWork(model, recipe.task, recipe.settings, recipe.options.steps, recipe.found.model)
+        steps, model_name = recipe.options.steps, recipe.found.model
+        work = TuneWork(model, recipe.task, recipe.settings, steps, model_name, tasks=recipe.tasks)
         made = recipe.declaration.prepare(work).adapter()
         stand_in_adapter(folder, made.config, made.tensors)
 

@@ -51,7 +51,8 @@ def write_result(planned: PlannedTuning, prepared: Prepared, subject: Subject, t
     planned.check_unchanged()
     if prepared.adapter is not None:
         made = prepared.adapter()
-        save_adapter(planned.out, made.config, made.tensors, planned.answer, facts)
+        parts = {folder: (part.config, part.tensors) for folder, part in made.parts.items()}
+        save_adapter(planned.out, made.config, made.tensors, planned.answer, facts, parts)
         return []
     options = {"request": planned.answer.digest, "recipe": planned.answer.public, "result": facts}
     if prepared.attachment is not None:

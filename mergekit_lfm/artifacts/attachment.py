@@ -53,10 +53,7 @@ class Attachment:
     """A module that runs with a model. tensors: by their names in a file, those that replace the model's among them."""
 
     info: AttachmentInfo
-    tensors: Mapping[str, Tensor]
-
-    def __repr__(self) -> str:
-        return f"Attachment({self.info.method}, {len(self.tensors)} tensors)"
+    tensors: Mapping[str, Tensor] = field(repr=False)
 
     def made_for(self, base: str, options: Mapping[str, Any], versions: Mapping[str, str]) -> Attachment:
         """This attachment, tied to the content of its model, with what is known of its making."""

@@ -83,7 +83,8 @@ class TuneMethod(Generic[F]):
     """A way to tune a model. makes: the model, the tensors that changed, PEFT's adapter, an attached module, a prompt.
 
     "mixture": of several prompts. rate: its learning rate by default. needs: a file of statistics that it needs. files:
-    the parameter that names files with commas, which it reads; one whose default is "" may name none.
+    the parameter that names files with commas, which it reads; one whose default is "" may name none. tasks: whether
+    examples have the number of their data file, `task_ids`, and those of the development set the next one.
     """
 
     name: str
@@ -95,6 +96,7 @@ class TuneMethod(Generic[F]):
     parameters: tuple[Parameter, ...] = ()
     needs: Literal["fisher"] | None = None
     files: str | None = None
+    tasks: bool = False
 
 
 AnyMethod = Method | AlignMethod[Any] | EditMethod[Any] | StatisticMethod[Any] | TuneMethod[Any]

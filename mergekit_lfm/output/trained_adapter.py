@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import xxhash
@@ -27,22 +28,34 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+Parts = Mapping[str, tuple[Mapping[str, Any], Mapping[str, "Tensor"]]]  # configs and tensors by folders in OUT
+
+
 def save_adapter(
-    out: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], request: Request, result: Mapping[str, Any]
+    out: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    request: Request,
+    result: Mapping[str, Any],
+    parts: Parts = MappingProxyType({}),
 ) -> None:
     """Write an adapter that PEFT has made, with its config and names. result: facts for the lock.
 
-    Replaces OUT: call `request.is_answered` first.
+    parts: further adapters, in folders of OUT. Replaces OUT: call `request.is_answered` first.
     """
     _ = request.digest
     specs, header = _lay_out(tensors)
     data = {spec.name: bytes_of(tensors[spec.name].cpu().contiguous()) for spec in specs}
     files = _documents(out.resolve().name, config)
+    for folder, (own, held) in parts.items():
+        files |= {f"{folder}/{name}": content for name, content in _documents(folder, own).items()}
+        files[f"{folder}/{ADAPTER_WEIGHTS[0]}"] = _encode(held)
     with make_folder(out) as partial:
         replace_file(partial / ADAPTER_WEIGHTS[0], chain([header], data.values()))
         locked = [(spec, ADAPTER_WEIGHTS[0], xxhash.xxh3_128_hexdigest(data[spec.name])) for spec in specs]
         files[ADAPTER_LOCK] = request.lock(files, {ADAPTER_WEIGHTS[0]: header}, locked, result)
         for name, content in files.items():
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
             replace_file(partial / name, content)
         sync_folder(partial)
 
@@ -54,6 +67,12 @@ def stand_in_adapter(folder: Path, config: Mapping[str, Any], tensors: Mapping[s
         (folder / name).write_bytes(content)
     specs, header = _lay_out(tensors)
     write_empty(folder / ADAPTER_WEIGHTS[0], header, specs)
+
+
+def _encode(tensors: Mapping[str, Tensor]) -> bytes:
+    """The bytes of a file with these tensors."""
+    specs, header = _lay_out(tensors)
+    return b"".join([header, *(bytes_of(tensors[spec.name].cpu().contiguous()) for spec in specs)])
 
 
 def _lay_out(tensors: Mapping[str, Tensor]) -> tuple[list[TensorSpec], bytes]:

@@ -163,6 +163,8 @@ class TuneRecipe(JobForm):
         elif self.stats is not None:
             found, missing = read_file(self.stats, where.folder, "stats", "a statistics file")
             self._stats, problems = None if found is None else found.path, [*problems, *missing]
+        if method.tasks and self.checkpointing:
+            problems.append(problem_at("checkpointing", FOUND, found="true", expected=f"none for {method.name}"))
         if method.files is not None and self._settings[method.files] != "":
             self._named, missing = _read_named(str(self._settings[method.files] or ""), method.files, where)
             problems = [*problems, *missing]
@@ -214,6 +216,15 @@ class TuneRecipe(JobForm):
     def named_files(self) -> tuple[DataFile, ...]:
         """The files that a parameter of the method names."""
         return self._named
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The names of the data files without their ends, each of its own."""
+        names = list[str]()
+        for number, file in enumerate(self.files, 1):
+            name = file.path.name.partition(".")[0]
+            names.append(f"{name}-{number}" if name in names else name)
+        return tuple(names)
 
     @property
     def options(self) -> Options:

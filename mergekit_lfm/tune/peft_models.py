@@ -35,11 +35,15 @@ def save_of(model: Any, work: TuneWork) -> Callable[[], PeftAdapter]:
     peft = import_extra("peft", "tuning an adapter", "tune")
 
     def save() -> PeftAdapter:
-        config = model.peft_config["default"]
-        facts = {**config.to_dict(), "inference_mode": True, "revision": None, "peft_type": config.peft_type.value}
-        facts["base_model_name_or_path"] = work.reference
         with quiet():
             tensors = peft.get_peft_model_state_dict(model)
+        facts = as_saved(model.peft_config["default"], work)
         return PeftAdapter(facts, {name: x.detach().contiguous() for name, x in tensors.items()})
 
     return save
+
+
+def as_saved(config: Any, work: TuneWork) -> dict[str, Any]:
+    """A config of PEFT's as its file has it, for the model of the work."""
+    ours = {"inference_mode": True, "revision": None, "base_model_name_or_path": work.reference}
+    return {**config.to_dict(), **ours, "peft_type": config.peft_type.value}

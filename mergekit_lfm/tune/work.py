@@ -25,7 +25,8 @@ class TuneWork:
     """A model to be tuned. options: a value for each parameter of the method. steps: of the training.
 
     reference: the model as its user names it. fisher: Fisher information by the names of parameters, if it is given.
-    files: those that the method's parameter names. content: the digest of the model's content. tokenizer: the model's.
+    files: those that the method's parameter names. content: the digest of the model's content. tasks: the names of the
+    data files, without their ends. tokenizer: the model's.
     """
 
     model: nn.Module
@@ -36,6 +37,7 @@ class TuneWork:
     fisher: Mapping[str, Tensor] | None = None
     files: tuple[Path, ...] = ()
     content: str = ""
+    tasks: tuple[str, ...] = ()
     tokenizer: Any = None
 
     @cached_property
@@ -103,10 +105,14 @@ def _no_facts() -> Mapping[str, Any]:
 
 @dataclass(frozen=True)
 class PeftAdapter:
-    """An adapter in PEFT's form: its config as data, and its tensors by PEFT's names."""
+    """An adapter in PEFT's form: its config as data, and its tensors by PEFT's names.
+
+    parts: further adapters, by the folders that they are written to inside of its own.
+    """
 
     config: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
+    parts: Mapping[str, PeftAdapter] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -168,14 +168,14 @@ def test_adamix_killed_on_the_way_goes_on_to_the_same_numbers(tiny: Path, tmp_pa
             if done == stop:
                 raise KeyboardInterrupt
 
-        options, pauses = Options(steps=6, batch_size=4), Pauses(every_s=0, saving_share=math.inf)
+        options, pauses = Options(steps=4, batch_size=2), Pauses(every_s=0, saving_share=math.inf)
         loss = prepared.loss(classes)
         fit(prepared.model, examples, loss, options, place=place, request="r", pauses=pauses, tell=tell)
         return prepared.attachment().tensors
 
     whole = train(tmp_path / "whole", None)
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "killed", 4)
+        train(tmp_path / "killed", 2)
     rest = train(tmp_path / "killed", None)
     assert all(torch.equal(x, rest[name]) for name, x in whole.items())
 

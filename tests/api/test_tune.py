@@ -22,8 +22,10 @@ from mergekit_lfm.api.recipes import plan_recipe, run_recipe
 from mergekit_lfm.recipe.training import Options
 from mergekit_lfm.runtime.load import load_model
 from mergekit_lfm.store.locks import lock_folder
-from mergekit_lfm.train.losses import next_token
+from mergekit_lfm.train.loop import mean_loss
+from mergekit_lfm.train.losses import LOSSES, next_token
 from mergekit_lfm.train.texts import read_examples
+from mergekit_lfm.views.adapted import open_model
 
 LINE: dict[str, Any] = {"task": "lm", "steps": 4, "batch_size": 4, "threads": 1}
 
@@ -77,6 +79,52 @@ def test_lora_is_the_adapter_that_peft_trains() -> None:
     ours, theirs = load_file("ours/adapter_model.safetensors"), peft.get_peft_model_state_dict(model)
     assert ours.keys() == theirs.keys()
     assert all(torch.allclose(ours[name], x, atol=1e-5) for name, x in theirs.items())
+
+
+@pytest.mark.usefixtures("here")
+def test_routing_collapses_to_a_lora_for_each_file() -> None:
+    """Each has the outputs of PEFT's model with that task, and the adapter itself those of all skills alike."""
+    import peft
+
+    from mergekit_lfm.recipe.registry import TUNE_METHODS
+    from mergekit_lfm.recipe.tune_recipe import tune_options
+    from mergekit_lfm.runtime.quiet import quiet
+    from mergekit_lfm.tune.work import TuneWork
+
+    kind, task, files = "bert", "classification", ["bert.jsonl", "other.v2.jsonl"]
+    shutil.copy(*files)
+    how: dict[str, Any] = {**LINE, "task": task, "method": "mhr", "learning_rate": 0.05, "dev": files[0]}
+    parameters = {"rank": 3, "skills": 3, "heads": 4}
+    made = tune_model(kind, files, "out", parameters=parameters, **how)
+    options = tune_options("mhr", parameters)
+    loaded = load_model(kind, task, dtype="float64")
+    prepared = TUNE_METHODS["mhr"].prepare(TuneWork(loaded.model, task, options, 4, kind, tasks=(kind, "other")))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, x in prepared.model.named_parameters():
+            if x.requires_grad:
+                x.copy_(torch.randn(x.shape, generator=generator) * (2 if "router" in name else 0.1))
+    prepared.model.eval()
+    adapter, ids = prepared.adapter(), torch.arange(2, 12).view(2, 5)
+    with torch.no_grad():
+        routed = [prepared.model(input_ids=ids, task_ids=torch.tensor([t, t])).logits for t in range(3)]
+    for expected, made_of in zip(routed, [*adapter.parts.values(), adapter], strict=True):
+        chosen = ("r", "lora_alpha", "task_type", "target_modules", "modules_to_save")
+        with quiet():
+            config = peft.LoraConfig(**{name: made_of.config[name] for name in chosen})
+            plain = peft.get_peft_model(load_model(kind, task, dtype="float64").model, config)
+            peft.set_peft_model_state_dict(plain, dict(made_of.tensors))
+        with torch.no_grad():
+            assert torch.allclose(plain.eval()(input_ids=ids).logits, expected, atol=1e-6)
+    assert not torch.allclose(routed[0], routed[1], atol=1e-3)
+    judged = [load_model(open_model(f"{kind}+{out}"), task) for out in ("out", f"out/tasks/{kind}", "out/tasks/other")]
+    examples = read_examples(Path(files[0]), judged[0])
+    losses = [mean_loss(each.model, examples, LOSSES[task], Options()) for each in judged]
+    assert made.result.dev_loss == pytest.approx(losses[0], rel=1e-5) and losses[1] != losses[2]
+    assert tune_model(kind, files, "out", parameters=parameters, **how).already_there
+    assert "good" in run("verify", "out").stdout
+    Path("out/tasks/other/adapter_model.safetensors").write_bytes(b"damaged")
+    assert run("verify", "out").exit_code == 1
 
 
 @pytest.mark.usefixtures("here")
@@ -211,7 +259,7 @@ def test_the_same_request_again_does_nothing_another_is_refused() -> None:
         (["llama", "--data", "llama.jsonl", "--task", "lm", "--method", "bitfit"], "name that ends in .safetensors"),
         (
             ["llama", "--data", "llama.jsonl", "--task", "lm", "--rank", "3"],
-            "has no such parameter; dora, lokr, lora have it",
+            "has no such parameter; dora, lokr, lora, mhr have it",
         ),
         (["llama", "--data", "llama.jsonl", "--task", "lm", "--patience", "3"], "`dev` and `evaluate_every` beside it"),
         (
@@ -236,6 +284,12 @@ def test_the_same_request_again_does_nothing_another_is_refused() -> None:
             "would not go",
         ),
         (["llama", "--data", "llama.jsonl", "--task", "lm", "--evaluate-every", "2"], "`dev` beside it"),
+        (["llama", "--data", "llama.jsonl", "--task", "lm", "--method", "mhr", "--heads", "5"], "heads is 5; expected"),
+        (
+            ["encoder", "--data", "encoder.jsonl", "--task", "embedding", "--method", "mhr"],
+            "needs a task for each text",
+        ),
+        (["llama", "--data", "llama.jsonl", "--task", "lm", "--method", "mhr", "--checkpointing"], "none for mhr"),
         (["llama", "--data", "llama.jsonl", "--task", "lm", "--weight-decay", "inf"], "weight_decay is inf"),
     ],
 )

@@ -58,7 +58,7 @@ def tuned(name: str, kind: str, root: Path, out: Path, **more: Any) -> Any:
     if TUNE_METHODS[name].files == "adapters":
         others = [out.parent / f"other{seed}.safetensors" for seed in (0, 1)]
         for seed, other in enumerate(others):
-            tuned("pfeiffer", kind, root, other, seed=seed)
+            tuned("pfeiffer", kind, root, other, seed=seed, steps=1)
         needs["parameters"] = {TUNE_METHODS[name].files: ",".join(map(str, others))}
     if name == "progressive":
         earlier = out.parent / f"{out.name}.earlier"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mergekit_lfm.errors import PlanError
+from mergekit_lfm.machine.extras import import_extra
 from mergekit_lfm.methods.kinds import TuneMethod
 from mergekit_lfm.methods.method import Parameter
 
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from mergekit_lfm.tune.work import Prepared, TuneWork
+
+LINEAR = ("Linear", "Conv1D")  # names of classes
 
 RANK = Parameter("rank", 8, kind="int", minimum=1, doc="rank of the change of each matrix")
 ALPHA = Parameter("alpha", 16.0, above=0, doc="the change is scaled by alpha over rank")
@@ -33,11 +36,35 @@ def _prepare(make: Callable[[Any, Mapping[str, Any]], Any]) -> Callable[[TuneWor
         from mergekit_lfm.tune.work import Prepared
 
         _check_rank(work)
-        options: dict[str, Any] = {**work.options, "targets": _targets(work)}
+        options: dict[str, Any] = {**work.options, "targets": _targets(work), "tasks": len(work.tasks)}
         model = attach(work, lambda peft: make(peft, options), "names of its modules in `targets`")
         return Prepared(model, adapter=save_of(model, work))
 
     return prepare
+
+
+def routed(work: TuneWork) -> Prepared:
+    """Skills that all tasks share, weighed for each task and head. Source: Caccia et al. 2022, arXiv 2211.03831.
+
+    The development set is judged with all skills alike, as the adapter for a task to come has them. All linear layers
+    are those of numbered layers, since PEFT routes states of tokens alone, which a pooler does not read.
+    """
+    from dataclasses import replace
+
+    from mergekit_lfm.tune.routing import begin_evenly, collapse
+    from mergekit_lfm.tune.work import NUMBER
+
+    if work.task == "embedding":
+        raise PlanError("mhr needs a task for each text, which pairs have not; expected lm or classification")
+    if work.options["targets"] == "all-linear":
+        linear = [n for n, each in work.model.named_modules() if type(each).__name__ in LINEAR and NUMBER.search(n)]
+        work = replace(work, options={**work.options, "targets": ",".join(linear)})
+    prepared = _prepare(_poly)(work)
+    heads = work.options["heads"]
+    assert isinstance(heads, int)
+    begin_evenly(prepared.model, heads)
+    peft = import_extra("peft", "tuning an adapter", "tune")
+    return replace(prepared, adapter=lambda: collapse(peft, prepared.model, work))
 
 
 def _check_rank(work: TuneWork) -> None:
@@ -71,7 +98,7 @@ def _linear_layers(work: TuneWork) -> list[str]:
     linear, others = list[str](), set[str]()
     for name, module in work.model.named_modules():
         weight = getattr(module, "weight", None)
-        if type(module).__name__ in ("Linear", "Conv1D") and id(weight) not in heads:
+        if type(module).__name__ in LINEAR and id(weight) not in heads:
             linear.append(name)
         else:
             others.add(name.rpartition(".")[2])
@@ -102,6 +129,16 @@ def _ia3(peft: Any, options: Mapping[str, Any]) -> Any:
 
 def _ln(peft: Any, options: Mapping[str, Any]) -> Any:
     return peft.LNTuningConfig(target_modules=options["targets"])
+
+
+def _poly(peft: Any, options: Mapping[str, Any]) -> Any:
+    return peft.PolyConfig(
+        r=options["rank"],
+        n_tasks=options["tasks"] + 1,
+        n_skills=options["skills"],
+        n_splits=options["heads"],
+        target_modules=options["targets"],
+    )
 
 
 METHODS = (
@@ -149,5 +186,20 @@ METHODS = (
         _prepare(_ln),
         1e-3,
         (Parameter("targets", "norms", kind="str", doc="names of the modules, with commas, or norms for all of them"),),
+    ),
+    TuneMethod(
+        "mhr",
+        "Caccia et al. 2022, arXiv 2211.03831",
+        "changes of low rank that all data files share, weighed for each file and block of a matrix, as adapters",
+        "adapter",
+        routed,
+        1e-3,
+        (
+            RANK,
+            Parameter("skills", 4, kind="int", minimum=1, doc="changes of low rank that the files share"),
+            Parameter("heads", 4, kind="int", minimum=1, doc="blocks of a matrix with weights of their own"),
+            TARGETS,
+        ),
+        tasks=True,
     ),
 )
