@@ -163,7 +163,7 @@ def _tune(planned: PlannedTuning, progress: Progress) -> tuple[Tuned, list[str]]
         torch.manual_seed(seed_of(options.seed, "start"))
         fisher = None if recipe.statistics is None else _fisher(recipe.statistics, subject)
         files = tuple(file.path for file in recipe.named_files)
-        facts = (recipe.found.model, fisher, files, subject.digest, loaded.tokenizer, recipe.tasks)
+        facts = (recipe.found.model, fisher, files, subject.digest, recipe.tasks, loaded.tokenizer)
         work = TuneWork(loaded.model, recipe.task, recipe.settings, options.steps, *facts)
         _ = subject.names  # as they are before the method changes them
         prepared = select_parts(method.prepare(work), recipe.parts, method.name)

@@ -38,7 +38,7 @@ def _stand_in_module(recipe: TuneRecipe, source: Checkpoint, place: Path) -> Non
     from mergekit_lfm.tune.work import TuneWork
 
     files = tuple(file.path for file in recipe.named_files)
-    facts = (recipe.found.model, None, files, source.content, None, recipe.tasks)
+    facts = (recipe.found.model, None, files, source.content, recipe.tasks)
     work = TuneWork(empty_model(source, recipe.task), recipe.task, recipe.settings, recipe.options.steps, *facts)
     prepared = recipe.declaration.prepare(work)
     if prepared.adapter is not None:

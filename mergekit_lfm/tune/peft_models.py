@@ -44,6 +44,6 @@ def save_of(model: Any, work: TuneWork) -> Callable[[], PeftAdapter]:
 
 
 def as_saved(config: Any, work: TuneWork) -> dict[str, Any]:
-    """The facts of a config of PEFT's as an adapter's folder has them."""
-    facts = {**config.to_dict(), "inference_mode": True, "revision": None, "peft_type": config.peft_type.value}
-    return {**facts, "base_model_name_or_path": work.reference}
+    """A config of PEFT's as its file has it, for the model of the work."""
+    ours = {"inference_mode": True, "revision": None, "base_model_name_or_path": work.reference}
+    return {**config.to_dict(), **ours, "peft_type": config.peft_type.value}

@@ -25,8 +25,8 @@ class TuneWork:
     """A model to be tuned. options: a value for each parameter of the method. steps: of the training.
 
     reference: the model as its user names it. fisher: Fisher information by the names of parameters, if it is given.
-    files: those that the method's parameter names. content: the digest of the model's content. tokenizer: the model's.
-    tasks: the names of the data files, without their ends.
+    files: those that the method's parameter names. content: the digest of the model's content. tasks: the names of the
+    data files, without their ends. tokenizer: the model's.
     """
 
     model: nn.Module
@@ -37,8 +37,8 @@ class TuneWork:
     fisher: Mapping[str, Tensor] | None = None
     files: tuple[Path, ...] = ()
     content: str = ""
-    tokenizer: Any = None
     tasks: tuple[str, ...] = ()
+    tokenizer: Any = None
 
     @cached_property
     def names(self) -> tuple[str, ...]:
