@@ -23,7 +23,7 @@ from mergekit_lfm.recipe.registry import TUNE_METHODS
 from mergekit_lfm.recipe.training import Group, Options, Schedule
 from mergekit_lfm.recipe.values import FOUND
 from mergekit_lfm.runtime.calls import is_function
-from mergekit_lfm.runtime.tasks import TUNE_TASKS
+from mergekit_lfm.runtime.tasks import TASKS, TUNE_TASKS
 
 JOB = "tune"
 A_FILE = "a .jsonl, .txt or .npz file, a folder of images, or package.module:function"
@@ -173,7 +173,10 @@ class TuneRecipe(JobForm):
     def _read_settings(self, method: TuneMethod[Any], where: Where) -> list[Problem]:
         """Read what depends on the method; the problems."""
         self._settings, problems = _read_parameters(method, self.parameters)
-        if (method.needs is None) != (self.stats is None):
+        if method.needs is not None and self.task in TUNE_TASKS and self.task not in TASKS:
+            expected = f"one of {', '.join(TASKS)}, for which there are statistics; or another method"
+            problems.append(problem_at("task", FOUND, found=repr(self.task), expected=expected))
+        elif (method.needs is None) != (self.stats is None):
             needs = f"the file of `mergekit-lfm stats {method.needs}`" if method.needs else "no file: leave it out"
             problems.append(problem_at("stats", FOUND, found=repr(self.stats), expected=needs))
         elif self.stats is not None:
