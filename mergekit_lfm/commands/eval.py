@@ -41,7 +41,7 @@ Examples:
     "files",
     multiple=True,
     type=click.Path(path_type=Path),
-    help="A data file to judge on: .jsonl, .txt or .npz. Can be given several times.",
+    help="A data file to judge on: .jsonl, .txt or .npz, or a folder of images. Can be given several times.",
 )
 @click.option(
     "--facts", type=click.Path(path_type=Path), help="A facts file, as `edit` takes it, to score language models on."

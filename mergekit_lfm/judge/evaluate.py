@@ -19,7 +19,10 @@ from torch import Tensor, nn
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.runtime.batches import Batch, as_batches
 from mergekit_lfm.runtime.data import read_data, read_pairs
+from mergekit_lfm.runtime.images import find_images
 from mergekit_lfm.runtime.load import Loaded, embeddings, load_model, logits, run, start_token, tokenizer_for_texts
+from mergekit_lfm.train.examples import Examples
+from mergekit_lfm.train.pictures import picture_examples
 
 # The logits of a window are [window, vocabulary] in float32: 1 GB for 2,048 tokens and 128k entries. The 131,072
 # positions that recent models declare would take 67 GB.
@@ -146,8 +149,9 @@ def accuracy(
     """The share of labelled examples whose most likely class is their label.
 
     model is a folder, a loaded model, or any module that returns logits [n, classes], in evaluation mode; data a file
-    for `read_data`, or any input of `as_batches`. The first of equally likely classes wins; NaN scores count as wrong.
-    Raises PlanError for data without labels, or with labels of classes that the model lacks.
+    for `read_data`, images for a model of transformers (`find_images`), or any input of `as_batches`. The first of
+    equally likely classes wins; NaN scores count as wrong. Raises PlanError for data without labels, or with labels of
+    classes that the model lacks.
     """
     if isinstance(model, str | Path):
         model = load_model(model, "classification")
@@ -209,8 +213,20 @@ def _forward(model: nn.Module, batch: Batch) -> Any:
 
 def _batches(
     model: Loaded | nn.Module, data: str | Path | Iterable[Any], window: int | None, batch_size: int
-) -> Sequence[Batch]:
+) -> Iterable[Batch]:
     if not isinstance(data, str | Path):
         return as_batches(data)
+    if isinstance(model, Loaded):
+        config: Any = model.model.config
+        images = find_images(Path(data), getattr(config, "label2id", None))
+        if images is not None:
+            return _of_images(picture_examples(Path(data), images, model), batch_size)
     tokenizer, positions = (model.tokenizer, model.positions) if isinstance(model, Loaded) else (None, None)
     return read_data(data, "classification", tokenizer, window=window, positions=positions, batch_size=batch_size)
+
+
+def _of_images(examples: Examples, size: int) -> Iterator[Batch]:
+    """Batches of images, each read when it is wanted."""
+    for start, batch in zip(range(0, len(examples), size), examples.in_order(size), strict=True):
+        labels = batch.pop("labels")
+        yield Batch(tuple(range(start, start + len(labels))), kwargs=batch, labels=labels)

@@ -26,7 +26,7 @@ from mergekit_lfm.recipe.tune_data import A_FILE, DataEntry, DataFile, Dev, Entr
 from mergekit_lfm.recipe.tune_options import read_parameters
 from mergekit_lfm.recipe.values import FOUND
 from mergekit_lfm.runtime.calls import is_function
-from mergekit_lfm.runtime.tasks import TUNE_TASKS
+from mergekit_lfm.runtime.tasks import TASKS, TUNE_TASKS
 
 JOB = "tune"
 
@@ -120,7 +120,10 @@ class TuneRecipe(JobForm):
     def _read_settings(self, method: TuneMethod[Any], where: Where) -> list[Problem]:
         """Read what depends on the method; the problems."""
         self._settings, problems = read_parameters(method, self.parameters)
-        if (method.needs is None) != (self.stats is None):
+        if method.needs is not None and self.task in TUNE_TASKS and self.task not in TASKS:
+            expected = f"one of {', '.join(TASKS)}, for which there are statistics; or another method"
+            problems.append(problem_at("task", FOUND, found=repr(self.task), expected=expected))
+        elif (method.needs is None) != (self.stats is None):
             needs = f"the file of `mergekit-lfm stats {method.needs}`" if method.needs else "no file: leave it out"
             problems.append(problem_at("stats", FOUND, found=repr(self.stats), expected=needs))
         elif self.stats is not None:

@@ -98,7 +98,12 @@ def read_examples(
 
 
 def check_labels(examples: Examples, classes: int | None, place: object) -> None:
-    """Raise PlanError for labels that the head of a classifier with so many classes lacks."""
+    """Raise PlanError for labels that the head of a classifier with so many classes lacks, and for a head of one."""
+    if classes == 1:
+        raise PlanError(
+            "the head of the model has one output; expected one for each class. Choose the task regression, or make a "
+            "head by `mergekit-lfm head`"
+        )
     labels = {int(item["labels"]) for item in examples.items}
     wrong = sorted(label for label in labels if label < 0 or (classes is not None and label >= classes))
     if classes is not None and wrong:

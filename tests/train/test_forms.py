@@ -11,17 +11,19 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_commands import answer, run
+from helpers_commands import answer, refusal, run
 from helpers_editing import TEXTS, trained_tokenizer
+from helpers_training import Killed, numbers
 from helpers_tune import BERT, transformers
 
 from mergekit_lfm import PlanError, add_head, tune_model
 from mergekit_lfm.artifacts.patch import open_patch
 from mergekit_lfm.errors import FormatError
+from mergekit_lfm.machine.pauses import Pauses
 from mergekit_lfm.recipe.training import Options
 from mergekit_lfm.runtime.load import load_model
 from mergekit_lfm.train.examples import IGNORED
-from mergekit_lfm.train.loop import mean_loss
+from mergekit_lfm.train.loop import fit, mean_loss
 from mergekit_lfm.train.losses import LOSSES
 from mergekit_lfm.train.texts import read_examples
 from mergekit_lfm.views.adapted import open_model
@@ -115,7 +117,37 @@ def test_masks_are_those_of_bert_and_depend_on_draw_and_number_alone(made: Path,
     assert not torch.equal(examples.batch([2], draw=8)["labels"], examples.batch([2], draw=7)["labels"])
 
 
-CASES = [("masked", "full"), ("masked", "bitfit"), ("t5", "full"), ("t5", "lora"), ("bart", "lora"), ("score", "lora")]
+def test_a_killed_training_goes_on_with_the_masks_of_its_steps(made: Path, tmp_path: Path) -> None:
+    loaded = [load_model(made / "masked", "masked_lm") for _ in range(2)]
+    examples = read_examples(made / "masked.jsonl", loaded[0])
+    options = Options(steps=4, batch_size=3, learning_rate=0.01, evaluate_every=2)
+    loss = LOSSES["masked_lm"]
+    how: dict[str, Any] = {"dev": examples, "request": "r"}
+    whole = fit(loaded[0].model, examples, loss, options, **how)
+
+    def kill(done: int, *_: object) -> None:
+        if done == 3:
+            raise Killed
+
+    always = Pauses(every_s=0, saving_share=math.inf)
+    with pytest.raises(Killed):
+        fit(loaded[1].model, examples, loss, options, place=tmp_path, pauses=always, tell=kill, **how)
+    again = load_model(made / "masked", "masked_lm")
+    found = fit(again.model, examples, loss, options, place=tmp_path, **how)
+    assert [line["loss"] for line in found.record] == [line["loss"] for line in whole.record]
+    assert len({line["loss"] for line in whole.record}) == 4 and found.best == whole.best
+    assert torch.equal(numbers(again.model), numbers(loaded[0].model))
+
+
+CASES = [
+    ("masked", "full"),
+    ("masked", "lora"),
+    ("masked", "bitfit"),
+    ("t5", "full"),
+    ("t5", "lora"),
+    ("bart", "lora"),
+    ("score", "lora"),
+]
 
 
 @pytest.mark.parametrize(("kind", "method"), CASES)
@@ -123,14 +155,12 @@ def test_a_tuned_model_comes_back_with_the_loss_it_had(kind: str, method: str, m
     data, task = made / f"{kind}.jsonl", KINDS[kind]
     suffix = ".safetensors" if method == "bitfit" else ""
     how: dict[str, Any] = {"method": method, "task": task, "dev": data, "steps": 12, "batch_size": 4, "threads": 1}
-    outs = [tmp_path / f"{name}{suffix}" for name in ("one", "two")]
-    one, _ = (tune_model(made / kind, data, out, learning_rate=0.01, **how) for out in outs)
-    names = ["."] if suffix else ["model.safetensors" if method == "full" else "adapter_model.safetensors"]
-    assert all((outs[0] / name).read_bytes() == (outs[1] / name).read_bytes() for name in names)
+    out = tmp_path / f"out{suffix}"
+    one = tune_model(made / kind, data, out, learning_rate=0.01, **how)
     tuned = {
-        "full": lambda: open_model(outs[0]),
-        "lora": lambda: open_model(f"{made / kind}+{outs[0]}"),
-        "bitfit": lambda: patched_view(open_model(made / kind), open_patch(outs[0])),
+        "full": lambda: open_model(out),
+        "lora": lambda: open_model(f"{made / kind}+{out}"),
+        "bitfit": lambda: patched_view(open_model(made / kind), open_patch(out)),
     }[method]()
     losses = []
     for source in (made / kind, tuned):
@@ -176,6 +206,12 @@ def test_models_and_data_that_do_not_fit_are_refused(made: Path, tmp_path: Path)
         read_examples(
             write(tmp_path / "b.jsonl", [{"text": "a", "label": "a"}]), load_model(made / "score", "regression")
         )
+    file = write(tmp_path / "c.jsonl", [{"text": "a", "label": 0}])
+    more = ["-o", str(tmp_path / "x"), "--data", str(file)]
+    found = refusal(run("tune", str(made / "score"), "--task", "classification", *more))
+    assert "the head of the model has one output; expected one for each class" in found
+    found = refusal(run("tune", str(made / "masked"), "--task", "masked_lm", "--method", "mask", "--stats", "a", *more))
+    assert "for which there are statistics; or another method" in found
     for command in ("stats", "repair"):
         arguments = {"stats": ("gram", "m"), "repair": ("m", "a", "b")}[command]
         result = run(command, *arguments, "--data", "x.txt", "--task", "seq2seq", "-o", "o")

@@ -81,6 +81,12 @@ def test_a_classifier_of_images_learns_them_and_a_changed_image_is_another_reque
     arguments = ["vit", "--data", "pets", "--task", "classification", "--steps", "30", "--batch-size", "9"]
     arguments += ["--threads", "1", "--dev", "0.34", "--learning-rate", "0.01", "-o", "out"]
     assert answer(run("tune", *arguments, "--json"))["already_there"]
+    (score,) = answer(run("eval", "out", "--data", "pets", "--task", "classification", "--json"))["models"][0]["files"]
+    loaded = load_model("out", "classification")
+    batch = read_examples(Path("pets"), loaded).batch(range(9))
+    with torch.no_grad():
+        right = loaded.model(pixel_values=batch["pixel_values"]).logits.argmax(1) == batch["labels"]
+    assert score["examples"] == 9 and score["correct"] == int(right.sum()) > 3
     Image.new("RGB", (20, 24)).save("pets/cat/0.png")
     assert "out exists" in refusal(run("tune", *arguments))
 
