@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from mergekit_lfm import PlanError, tune_model
+from mergekit_lfm.machine.pauses import Pauses
 from mergekit_lfm.recipe.training import Options
 from mergekit_lfm.runtime.load import load_model
 from mergekit_lfm.train.examples import IGNORED, Examples
 from mergekit_lfm.train.loop import fit
-from mergekit_lfm.train.losses import next_token
+from mergekit_lfm.train.losses import next_token, squares
 from mergekit_lfm.train.texts import read_examples
 from mergekit_lfm.tune.phases import select_parts
 from mergekit_lfm.tune.work import Prepared
@@ -92,6 +95,39 @@ def test_parts_that_train_nothing_are_refused(options: dict[str, Any], message: 
 def test_a_pattern_on_the_command_line_that_matches_nothing_is_one_message() -> None:
     found = run("tune", "llama", "--data", "llama.jsonl", "--task", "lm", "--train", "*nowhere*", "-o", "out")
     assert "'*nowhere*'" in refusal(found)
+
+
+class Killed(Exception):
+    """The end of a run in place of a kill."""
+
+
+def test_killed_in_any_phase_it_goes_on_to_the_same_numbers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    start = nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.2), nn.Linear(3, 1))
+    examples = Examples([{"input": torch.randn(4), "labels": torch.randn(())} for _ in range(9)])
+    options = Options(steps=6, batch_size=4, learning_rate=0.1)
+
+    def train(place: Path, last: int) -> tuple[torch.Tensor, int]:
+        model = copy.deepcopy(start)
+        prepared = select_parts(Prepared(model), [(3, ["0.*"]), (3, ["0.bias", "2.*"])], "full")
+
+        seen = list[int]()
+
+        def tell(done: int, *_: object) -> None:
+            seen.append(done)
+            if done == last:
+                raise Killed
+
+        how: dict[str, Any] = {"place": place, "request": "a", "pauses": Pauses(every_s=0, saving_share=math.inf)}
+        fit(model, examples, squares, options, hooks=prepared.hooks, tell=tell, **how)
+        return torch.cat([x.detach().flatten() for x in model.parameters()]), seen[0]
+
+    wanted, _ = train(tmp_path / "whole", 0)
+    for last in (1, 3, 4, 6):
+        with pytest.raises(Killed):
+            train(tmp_path / str(last), last)
+        numbers, first = train(tmp_path / str(last), 0)
+        assert torch.equal(numbers, wanted) and first == last  # goes on from the state before the kill
 
 
 def test_a_llava_learns_its_projector_and_then_its_language_model_too() -> None:
