@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -195,7 +196,7 @@ def _tune(planned: PlannedTuning, progress: Progress) -> tuple[Tuned, list[str]]
             prepared.model,
             data.examples,
             loss if prepared.loss is None else prepared.loss(loss),
-            options,
+            replace(options, groups=(*options.groups, *prepared.groups(options.learning_rate))),
             dev=data.dev,
             hooks=prepared.hooks,
             place=training,

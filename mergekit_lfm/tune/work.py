@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mergekit_lfm.artifacts.attachment import Attachment
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.methods.method import Value
+from mergekit_lfm.recipe.training import Group
 from mergekit_lfm.train.hooks import Hook
 from mergekit_lfm.train.losses import Loss
 
@@ -125,7 +126,8 @@ class Prepared:
     changed: the parameters of the work's model that will have other values, if not the trained ones. fold: puts the
     trained values into these. adapter: the trained values as an adapter, in its place; attachment: as that. loss: makes
     the loss that is trained of the task's own; in evaluation it has to be equal to that. virtual: the virtual tokens
-    before each text. facts: what a user should know about the trained values, by its name, as JSON has it.
+    before each text. rates: factors of the learning rate, by patterns for the names of parameters. facts: what a user
+    should know about the trained values, by its name, as JSON has it.
     """
 
     model: nn.Module
@@ -138,7 +140,12 @@ class Prepared:
     attachment: Callable[[], Attachment] | None = None
     loss: Callable[[Loss], Loss] | None = None
     virtual: int = 0
+    rates: Mapping[str, float] = field(default_factory=dict)
     facts: Callable[[], Mapping[str, Any]] = field(default=_no_facts)
+
+    def groups(self, rate: float) -> tuple[Group, ...]:
+        """The groups of parameters with a rate of their own, without weight decay. rate: that of the others."""
+        return tuple(Group(pattern, rate * factor, weight_decay=0.0) for pattern, factor in self.rates.items())
 
 
 Tuner = Callable[[TuneWork], Prepared]

@@ -17,7 +17,7 @@ from mergekit_lfm.errors import PlanError
 from mergekit_lfm.machine.pauses import Pauses
 from mergekit_lfm.recipe.training import Group, Options
 from mergekit_lfm.train.examples import Examples, join, split
-from mergekit_lfm.train.hooks import Ball, Hook, Masks, MovingAverage, Phases, Pull, Rates, Snapshots
+from mergekit_lfm.train.hooks import Ball, Hook, Masks, MovingAverage, Phases, Pull, Snapshots
 from mergekit_lfm.train.loop import STATE, fit, mean_loss
 from mergekit_lfm.train.losses import Terms, squares, towards
 from mergekit_lfm.train.state import METRICS
@@ -236,7 +236,7 @@ def test_an_average_of_weights_is_that_by_hand() -> None:
     assert torch.allclose(numbers(model).float(), average, atol=1e-6)
 
 
-def test_a_factor_of_the_rate_is_another_rate_for_the_parameters_it_names() -> None:
+def test_a_group_is_trained_as_if_alone_at_its_rate() -> None:
     """Two lines that do not depend on each other: each as if it was trained alone at its rate."""
 
     def loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Terms:
@@ -245,8 +245,7 @@ def test_a_factor_of_the_rate_is_another_rate_for_the_parameters_it_names() -> N
 
     how: dict[str, Any] = {"steps": 6, "batch_size": 5, "clip": 0.0}
     both = nn.ModuleList([Net(), Net()])
-    factors = {"1.first.weight": 7.0, "1.first.bias": 7.0}
-    fit(both, data(), loss, Options(learning_rate=0.01, **how), hooks=[Rates(factors)])
+    fit(both, data(), loss, Options(learning_rate=0.01, groups=(Group("1.*", learning_rate=0.07),), **how))
     for net, rate in zip(both, (0.01, 0.07), strict=True):
         alone = nn.ModuleList([Net()])
         fit(alone, data(), loss, Options(learning_rate=rate, **how))

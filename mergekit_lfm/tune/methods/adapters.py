@@ -51,7 +51,6 @@ def routed(work: TuneWork) -> Prepared:
     """
     from dataclasses import replace
 
-    from mergekit_lfm.train.hooks import Rates
     from mergekit_lfm.tune.routing import begin_evenly, collapse
     from mergekit_lfm.tune.work import NUMBER
 
@@ -65,9 +64,8 @@ def routed(work: TuneWork) -> Prepared:
     assert isinstance(heads, int) and isinstance(factor, float)
     begin_evenly(prepared.model, heads)
     peft = import_extra("peft", "tuning an adapter", "tune")
-    weights = [name for name, _ in prepared.model.named_parameters() if name.endswith(".module_logits")]
-    hooks = (Rates(dict.fromkeys(weights, factor)),)
-    return replace(prepared, hooks=hooks, decays=False, adapter=lambda: collapse(peft, prepared.model, work))
+    rates = {"*.module_logits": factor}
+    return replace(prepared, rates=rates, decays=False, adapter=lambda: collapse(peft, prepared.model, work))
 
 
 def _check_rank(work: TuneWork) -> None:
