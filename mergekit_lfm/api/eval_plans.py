@@ -6,13 +6,14 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from mergekit_lfm.api.attachments import load_with, split_attached
 from mergekit_lfm.api.judge import judge_data
 from mergekit_lfm.api.outcome import Outcome, warn_of
+from mergekit_lfm.api.route import Expert, judge_routed
 from mergekit_lfm.api.stats import set_threads
 from mergekit_lfm.errors import FormatError
 from mergekit_lfm.judge.evaluate import Accuracy, Perplexity, Retrieval
@@ -23,7 +24,9 @@ from mergekit_lfm.output.file_request import FileRequest
 from mergekit_lfm.output.names import public_names
 from mergekit_lfm.output.request import Request, RequestInput
 from mergekit_lfm.recipe.adapters import AdapterRef
-from mergekit_lfm.recipe.eval_recipe import JOB, EvalRecipe
+from mergekit_lfm.recipe.eval_recipe import JOB, ROUTED, EvalRecipe
+from mergekit_lfm.recipe.files import FoundModel
+from mergekit_lfm.runtime.load import Loaded
 from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.store.durable import replace_file
 from mergekit_lfm.store.files import digest_file, read_json
@@ -35,16 +38,35 @@ Scores = Mapping[str, Mapping[str, Score]]  # by model, then by file, as the rec
 
 
 @dataclass(frozen=True)
+class ReadModel:
+    """A model that is judged, as the recipe names it. attached: what runs with it and changes no weight."""
+
+    ref: str
+    source: Checkpoint
+    attached: AdapterRef | None
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The file of what runs with it."""
+        source = None if self.attached is None else self.attached.source
+        return (source,) if isinstance(source, Path) else ()
+
+    def load(self, task: str, device: str) -> Loaded:
+        """The model, ready to be judged."""
+        return load_with(self.source, self.attached, task, device=device)
+
+
+@dataclass(frozen=True)
 class PlannedEval:
     """A judgement that is checked, and not made yet. device: where models run.
 
-    sources: the models; attached: what runs with each and changes no weight, such as a bottleneck adapter.
+    experts: models that are judged together, each with the file of its texts.
     """
 
     recipe: EvalRecipe
     out: Path
-    sources: tuple[Checkpoint, ...]
-    attached: tuple[AdapterRef | None, ...]
+    models: tuple[ReadModel, ...]
+    experts: tuple[tuple[ReadModel, Path], ...]
     device: str = "cpu"
 
     @property
@@ -55,16 +77,15 @@ class PlannedEval:
     @cached_property
     def request(self) -> FileRequest:
         """The request that the file answers: the recipe, and the content of models and data."""
-        recipe = self.recipe
+        recipe, every = self.recipe, [*self.models, *(model for model, _ in self.experts)]
+        files = (*recipe.files, *(file for _, file in self.experts), *(file for model in every for file in model.files))
         whole = {**recipe.normalised(), "device": self.device.partition(":")[0]}
-        modules = [Path(ref.source) for ref in self.attached if ref is not None and isinstance(ref.source, Path)]
-        whole["content"] = [digest_file(path) for path in (*recipe.files, *modules)]
-        names = public_names([*recipe.models, *recipe.data])
+        whole["content"] = [digest_file(path) for path in files]
+        names = public_names([*recipe.models, *recipe.data, *recipe.experts, *recipe.experts.values()])
         public = {**whole, **{key: [names[ref] for ref in whole[key]] for key in ("models", "data")}}
-        pairs = zip(recipe.models, self.sources, strict=True)
-        inputs = tuple(RequestInput(ref, source, source.config) for ref, source in pairs)
+        public |= {"experts": {names[ref]: names[file] for ref, file in recipe.experts.items()}} if self.experts else {}
+        inputs = tuple(RequestInput(model.ref, model.source, model.source.config) for model in every)
         request = Request(whole, public, inputs)
-        files = (*recipe.files, *modules)
         return FileRequest(request, files, "a file of scores", lambda out: _digest_in(out) == request.digest)
 
     def stand_in(self, file: Path) -> None:
@@ -74,30 +95,28 @@ class PlannedEval:
 
 def plan_eval(recipe: EvalRecipe, out: Path, *, device: str | None = None) -> PlannedEval:
     """Check a recipe that judges models. Reads headers only. Raises PlanError without the device."""
-    found, attached = zip(*map(split_attached, recipe.found), strict=True)
-    return PlannedEval(recipe, out, tuple(map(open_found, found)), attached, str(find_device(device or "cpu")))
+    models = tuple(map(_open, recipe.found))
+    experts = tuple((_open(found), file) for found, file in recipe.expert_models)
+    return PlannedEval(recipe, out, models, experts, str(find_device(device or "cpu")))
+
+
+def _open(named: FoundModel) -> ReadModel:
+    found, attached = split_attached(named)
+    return ReadModel(named.ref, open_found(found), attached)
 
 
 def evaluate_planned(
     planned: PlannedEval, *, threads: int | None = None, overwrite: bool = False, progress: Progress = SILENCE
 ) -> Outcome[Scores]:
     """Judge the models, one in memory at a time, and write the scores: a JSON file with the recipe."""
-    started, recipe, request = time.monotonic(), planned.recipe, planned.request
+    started, request = time.monotonic(), planned.request
     digest = request.request.digest
     there = request.is_answered(planned.out, overwrite=overwrite)
     if there:
-        scores = _read_scores(planned.out)
+        scores: Scores = _read_scores(planned.out)
     else:
-        how = (recipe.task, recipe.window, recipe.stride)
-        judges = {ref: judge_data(path, *how) for ref, path in zip(recipe.data, recipe.files, strict=True)}
-        scores, count = dict[str, dict[str, Score]](), len(planned.sources) * len(judges)
-        with set_threads(threads), progress.by_count("scores", "judging") as report:
-            for ref, source, attached in zip(recipe.models, planned.sources, planned.attached, strict=True):
-                loaded = load_with(source, attached, recipe.task, device=planned.device)
-                scores[ref] = {}
-                for name, judge in judges.items():
-                    scores[ref][name] = judge(loaded)
-                    report(sum(map(len, scores.values())), count)
+        with set_threads(threads):
+            scores = _judge(planned, progress)
         request.request.check_unchanged()
         facts = {"job": JOB, "request": digest, "recipe": request.request.public}
         facts["kind"] = next(type(score).__name__ for own in scores.values() for score in own.values())
@@ -105,6 +124,26 @@ def evaluate_planned(
         planned.out.parent.mkdir(parents=True, exist_ok=True)
         replace_file(planned.out, (json.dumps(facts, indent=2) + "\n").encode())
     return Outcome(planned.out, scores, digest, there, warn_of(planned.notices), time.monotonic() - started)
+
+
+def _judge(planned: PlannedEval, progress: Progress) -> Scores:
+    """The scores of all models, and those of the experts together."""
+    recipe, device = planned.recipe, planned.device
+    paths = dict(zip(recipe.data, recipe.files, strict=True))
+    how: dict[str, Any] = {"window": recipe.window, "stride": recipe.stride}
+    judges = {name: judge_data(path, recipe.task, **how) for name, path in paths.items()}
+    scores, count = dict[str, Mapping[str, Score]](), len(planned.models) * len(judges)
+    with progress.by_count("scores", "judging") as report:
+        for model in planned.models:
+            loaded, own = model.load(recipe.task, device), dict[str, Score]()
+            for name, judge in judges.items():
+                own[name] = judge(loaded)
+                report(len(scores) * len(judges) + len(own), count)
+            scores[model.ref] = own
+    if planned.experts:
+        experts = [Expert(m.ref, (file,), partial(m.load, recipe.task, device)) for m, file in planned.experts]
+        scores[ROUTED] = judge_routed(experts, paths, recipe.task, device=device, **how).scores
+    return scores
 
 
 def _read(file: Path) -> dict[str, Any]:

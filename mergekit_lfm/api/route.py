@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mergekit_lfm.api.arguments import StrPath, expand, model_folder
@@ -16,6 +18,7 @@ from mergekit_lfm.views.adapted import with_adapters
 
 if TYPE_CHECKING:
     from mergekit_lfm.judge.evaluate import Accuracy, Perplexity
+    from mergekit_lfm.runtime.load import Loaded
 
 Files = StrPath | Sequence[StrPath]
 
@@ -26,6 +29,15 @@ class Routed:
 
     scores: Mapping[str, Perplexity | Accuracy]
     chosen: Mapping[str, Mapping[str, int]]
+
+
+@dataclass(frozen=True)
+class Expert:
+    """An expert among others: its name, files of its kind of texts, and a function that loads it."""
+
+    name: str
+    files: tuple[Path, ...]
+    load: Callable[[], Loaded]
 
 
 def evaluate_routed(
@@ -45,8 +57,7 @@ def evaluate_routed(
     encoder: a model of sentences that says how alike texts are; by default n-grams do. One model is in memory at a
     time. Raises PlanError for fewer than two experts, FormatError for files that do not fit.
     """
-    from mergekit_lfm.judge.route import add_up, read_routed, read_texts, score_part
-    from mergekit_lfm.runtime.load import load_model
+    from mergekit_lfm.api.attachments import load_attached
 
     started = time.monotonic()
     if len(experts) < 2:
@@ -54,15 +65,40 @@ def evaluate_routed(
     if task not in ("lm", "classification") or (stride is not None and task != "lm"):
         raise PlanError(f"found the task {task!r}; expected lm or classification, and a stride for lm alone")
     paths = {str(file): expand(file, "data") for file in _as_list(data)}
-    kinds = [[text for file in _as_list(own) for text in read_texts(expand(file))] for own in experts.values()]
+    made = [
+        Expert(
+            display_name(model_folder(model)),
+            tuple(expand(file) for file in _as_list(own)),
+            partial(load_attached, model_folder(model), task, device=device),
+        )
+        for model, own in experts.items()
+    ]
+    routed = judge_routed(made, paths, task, encoder=encoder, window=window, stride=stride, device=device)
+    return Outcome(None, routed, seconds=time.monotonic() - started)
+
+
+def judge_routed(
+    experts: Sequence[Expert],
+    paths: Mapping[str, Path],
+    task: str,
+    *,
+    encoder: StrPath | None = None,
+    window: int | None = None,
+    stride: int | None = None,
+    device: str = "cpu",
+) -> Routed:
+    """The same for experts that are checked. paths: of the data, by their names."""
+    from mergekit_lfm.judge.route import add_up, read_routed, read_texts, score_part
+
+    kinds = [[text for file in expert.files for text in read_texts(file)] for expert in experts]
     texts = {name: read_routed(path, task) for name, path in paths.items()}
     choices = _choose(kinds, texts, encoder, device)
-    names = [display_name(model_folder(model)) for model in experts]
+    names = [expert.name for expert in experts]
     parts: dict[str, list[Perplexity | Accuracy]] = {name: [] for name in paths}
-    for number, model in enumerate(experts):
+    for number, expert in enumerate(experts):
         mine = {name: [i for i, choice in enumerate(own) if choice == number] for name, own in choices.items()}
         if any(mine.values()):
-            loaded = load_model(with_adapters(model_folder(model)), task, device=device)
+            loaded = expert.load()
             for name, numbers in mine.items():
                 if numbers:
                     score = score_part(loaded, paths[name], texts[name], numbers, window=window, stride=stride)
@@ -71,8 +107,7 @@ def evaluate_routed(
     chosen = {
         name: {expert: own.count(i) for i, expert in enumerate(names) if i in own} for name, own in choices.items()
     }
-    routed = Routed({name: add_up(scores) for name, scores in parts.items()}, chosen)
-    return Outcome(None, routed, seconds=time.monotonic() - started)
+    return Routed({name: add_up(scores) for name, scores in parts.items()}, chosen)
 
 
 def _choose(

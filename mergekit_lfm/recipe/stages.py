@@ -18,6 +18,7 @@ from mergekit_lfm.recipe.values import FOUND
 # The keys whose text may be a model, or one with adapters; and those of files.
 MODEL_KEYS = ("model", "models", "path", "adapter", "lora", "base_model", "source", "tokenizer_source", "to")
 FILE_KEYS = ("stats", "edits")
+NAMED = ("experts",)  # keys of mappings from models
 OF_OUTPUT = ("output", "push")  # keys of the stage that makes the output
 LONGEST_NAME = 200  # bytes: file systems allow 255, and OUT.partial and its lock take some of them
 FOLDER_NAME = (
@@ -124,7 +125,8 @@ def _find_names(data: object, names: set[str]) -> Iterator[str]:
     if isinstance(data, Mapping):
         for key, value in data.items():
             texts = value if isinstance(value, list) else [value]
-            if key in (*MODEL_KEYS, *FILE_KEYS):
+            texts = list(value) if key in NAMED and isinstance(value, Mapping) else texts
+            if key in (*MODEL_KEYS, *FILE_KEYS, *NAMED):
                 named = (part for text in texts if isinstance(text, str) for part in (text, *names_in(text)))
                 yield from (part for part in named if part in names)
             yield from _find_names([part for part in texts if not isinstance(part, str)], names)

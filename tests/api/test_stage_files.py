@@ -12,7 +12,16 @@ import yaml
 from helpers_faults import snapshot
 from helpers_tune import save_tiny, write_data
 
-from mergekit_lfm import PlanError, collect_stats, evaluate_models, merge, plan_recipe, run_recipe, tune_model
+from mergekit_lfm import (
+    PlanError,
+    collect_stats,
+    evaluate_models,
+    evaluate_routed,
+    merge,
+    plan_recipe,
+    run_recipe,
+    tune_model,
+)
 
 TUNE: dict[str, Any] = {"job": "tune", "model": "base", "data": "base.jsonl", "task": "classification", "steps": 3}
 TUNE |= {"learning_rate": 0.01, "batch_size": 4}
@@ -33,6 +42,7 @@ STAGES: list[dict[str, Any]] = [
         "models": ["base", "base+one", "merged", "patched"],
         "data": ["base.jsonl"],
         "task": "classification",
+        "experts": {"base+one": "base.jsonl", "patched": "other.jsonl"},
     },
 ]
 
@@ -41,7 +51,8 @@ STAGES: list[dict[str, Any]] = [
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The recipe, carried out."""
     folder = tmp_path_factory.mktemp("experts")
-    write_data("bert", folder / "base.jsonl")
+    lines = write_data("bert", folder / "base.jsonl").read_text().splitlines(keepends=True)
+    (folder / "other.jsonl").write_text("".join(lines[1::2]))
     save_tiny("bert", folder / "base")
     (folder / "recipe.yaml").write_text(yaml.safe_dump_all(STAGES, sort_keys=False))
     with pytest.MonkeyPatch.context() as patch:
@@ -79,7 +90,10 @@ def test_the_results_are_those_of_the_functions_by_hand(tmp_path: Path) -> None:
     models: list[str | Path] = ["base", f"base+{stages}/one", stages / "merged", stages / "patched"]
     judged = evaluate_models(models, data=["base.jsonl"], task="classification").result
     scores = json.loads(Path("out.json").read_text())["scores"]
-    assert list(scores) == STAGES[-1]["models"]
+    experts = {f"base+{stages}/one": "base.jsonl", stages / "patched": "other.jsonl"}
+    routed = evaluate_routed({str(model): file for model, file in experts.items()}, "base.jsonl", task="classification")
+    assert list(scores) == [*STAGES[-1]["models"], "routed"]
+    assert scores.pop("routed") == {name: asdict(score) for name, score in routed.result.scores.items()}
     by_hand = [{name: asdict(score) for name, score in own.items()} for own in judged.values()]
     assert [*scores.values()] == by_hand
 
@@ -104,7 +118,7 @@ def test_nothing_foreign_is_overwritten(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=r"notes\.json exists"):
         run_recipe("recipe.yaml", notes)
     with pytest.raises(PlanError, match="is not a file of scores, which alone is overwritten"):
-        run_recipe({**STAGES[-1], "models": ["base"]}, notes, overwrite=True)
+        run_recipe({**STAGES[-1], "models": ["base"], "experts": {}}, notes, overwrite=True)
     assert notes.read_text() == "{}"
 
 
@@ -117,11 +131,12 @@ def test_nothing_foreign_is_overwritten(tmp_path: Path) -> None:
         (2, {"data": "none.jsonl"}, "data: found 'none.jsonl', but there is no"),
         (6, {"models": ["base", "base"]}, "models: found base twice, expected each once"),
         (6, {"stride": 2}, "stride: found 2, expected none"),
+        (6, {"experts": {"base": "base.jsonl"}}, "experts: found 1 for classification, expected two or more"),
         (6, {"task": "classify"}, "task: found 'classify', expected lm, classification, embedding"),
     ],
 )
 def test_recipes_that_make_no_sense_are_refused(number: int, change: dict[str, Any], message: str) -> None:
-    stage = {key: value for key, value in STAGES[number].items() if key != "name"}
+    stage = {key: value for key, value in STAGES[number].items() if key not in ("name", "experts")}
     with pytest.raises(PlanError) as error:
         plan_recipe({**stage, "model": "base", **change} if number == 2 else {**stage, **change}, "elsewhere")
     assert message in str(error.value)
