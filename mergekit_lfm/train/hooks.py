@@ -141,6 +141,26 @@ class Pull(Hook):
                 x.lerp_(others[name].to(x), 1 - self.share)
 
 
+class Rates(Hook):
+    """Trains some parameters at other rates: `factors`, by name, of the learning rate, without weight decay.
+
+    Each step of theirs is that of the optimizer times the factor.
+    """
+
+    def __init__(self, factors: Mapping[str, float]) -> None:
+        self.factors = factors
+
+    def begin(self, parameters: Parameters) -> None:
+        self.memory = {name: parameters[name].detach().clone() for name in self.factors}
+
+    @torch.no_grad()
+    def after(self, done: int, parameters: Parameters) -> None:  # noqa: ARG002
+        for name, factor in self.factors.items():
+            x, before = parameters[name], self.memory[name]
+            x.copy_(before + factor * (x - before))
+            before.copy_(x)
+
+
 class Phases(Hook):
     """Trains more or other parameters as training goes on. phases: (steps done from which on, names), in order."""
 

@@ -16,7 +16,7 @@ from mergekit_lfm.errors import PlanError
 from mergekit_lfm.machine.pauses import Pauses
 from mergekit_lfm.recipe.training import Options
 from mergekit_lfm.train.examples import Examples, join
-from mergekit_lfm.train.hooks import Ball, Hook, Masks, MovingAverage, Phases, Pull, Snapshots
+from mergekit_lfm.train.hooks import Ball, Hook, Masks, MovingAverage, Phases, Pull, Rates, Snapshots
 from mergekit_lfm.train.loop import STATE, fit, mean_loss
 from mergekit_lfm.train.losses import Terms, squares, towards
 from mergekit_lfm.train.state import METRICS
@@ -228,6 +228,23 @@ def test_an_average_of_weights_is_that_by_hand() -> None:
         decay = min(0.2, (1 + done) / (10 + done))
         average = decay * average + (1 - decay) * x.float()
     assert torch.allclose(numbers(model).float(), average, atol=1e-6)
+
+
+def test_a_factor_of_the_rate_is_another_rate_for_the_parameters_it_names() -> None:
+    """Two lines that do not depend on each other: each as if it was trained alone at its rate."""
+
+    def loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Terms:
+        apart = [net(batch["x"]) - batch["labels"] for net in model.children()]
+        return Terms(torch.stack([x.square().sum() for x in apart]).sum(), len(batch["labels"]))
+
+    how: dict[str, Any] = {"steps": 6, "batch_size": 5, "clip": 0.0}
+    both = nn.ModuleList([Net(), Net()])
+    factors = {"1.first.weight": 7.0, "1.first.bias": 7.0}
+    fit(both, data(), loss, Options(learning_rate=0.01, **how), hooks=[Rates(factors)])
+    for net, rate in zip(both, (0.01, 0.07), strict=True):
+        alone = nn.ModuleList([Net()])
+        fit(alone, data(), loss, Options(learning_rate=rate, **how))
+        assert torch.allclose(numbers(net), numbers(alone), atol=1e-12)
 
 
 @pytest.mark.parametrize("norm", ["l2", "linf"])

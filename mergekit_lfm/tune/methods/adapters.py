@@ -51,6 +51,7 @@ def routed(work: TuneWork) -> Prepared:
     """
     from dataclasses import replace
 
+    from mergekit_lfm.train.hooks import Rates
     from mergekit_lfm.tune.routing import begin_evenly, collapse
     from mergekit_lfm.tune.work import NUMBER
 
@@ -60,11 +61,13 @@ def routed(work: TuneWork) -> Prepared:
         linear = [n for n, each in work.model.named_modules() if type(each).__name__ in LINEAR and NUMBER.search(n)]
         work = replace(work, options={**work.options, "targets": ",".join(linear)})
     prepared = _prepare(_poly)(work)
-    heads = work.options["heads"]
-    assert isinstance(heads, int)
+    heads, factor = work.options["heads"], work.options["routing_rate"]
+    assert isinstance(heads, int) and isinstance(factor, float)
     begin_evenly(prepared.model, heads)
     peft = import_extra("peft", "tuning an adapter", "tune")
-    return replace(prepared, adapter=lambda: collapse(peft, prepared.model, work))
+    weights = [name for name, _ in prepared.model.named_parameters() if name.endswith(".module_logits")]
+    hooks = (Rates(dict.fromkeys(weights, factor)),)
+    return replace(prepared, hooks=hooks, decays=False, adapter=lambda: collapse(peft, prepared.model, work))
 
 
 def _check_rank(work: TuneWork) -> None:
@@ -198,6 +201,7 @@ METHODS = (
             RANK,
             Parameter("skills", 4, kind="int", minimum=1, doc="changes of low rank that the files share"),
             Parameter("heads", 4, kind="int", minimum=1, doc="blocks of a matrix with weights of their own"),
+            Parameter("routing_rate", 100.0, above=0, doc="rate of the weights, as a factor of the learning rate"),
             TARGETS,
         ),
         tasks=True,
