@@ -9,37 +9,27 @@ the assistant says. Classifiers: `{"text": ..., "label": ...}`. Encoders: `{"tex
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from mergekit_lfm.errors import FormatError, PlanError, reason
+from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.recipe.templates import Template
 from mergekit_lfm.runtime.data import read_data, text_limit
 from mergekit_lfm.runtime.images import find_images
-from mergekit_lfm.runtime.lines import is_text, read_objects, refuse
-from mergekit_lfm.runtime.load import start_token, tokenizer_for_texts
+from mergekit_lfm.runtime.lines import is_text, read_objects
+from mergekit_lfm.runtime.load import tokenizer_for_texts
 from mergekit_lfm.runtime.tasks import HEADED
+from mergekit_lfm.train.conversations import Item, Numbered, read_conversations, read_preferences, why_no_conversation
 from mergekit_lfm.train.examples import IGNORED, Examples, padding_of
 from mergekit_lfm.train.forms import FORMS
 from mergekit_lfm.train.pictures import picture_examples
 
 if TYPE_CHECKING:
     from mergekit_lfm.runtime.load import Loaded, Tokenizer
-
-Item = Mapping[str, Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class Numbered:
-    """An object of a JSONL file, and the number of its line."""
-
-    entry: Mapping[str, Any]
-    line: int
 
 
 def read_examples(
@@ -65,7 +55,7 @@ def read_examples(
     tokenizer = tokenizer_for_texts(loaded.tokenizer)
     if templates:
         filled = _fill_templates(path, templates)
-        items = _conversations(path, filled, tokenizer, text_limit(window, loaded.positions, tokenizer))
+        items = read_conversations(path, filled, tokenizer, text_limit(window, loaded.positions, tokenizer))
         return Examples(items, {"input_ids": padding_of(tokenizer), "labels": IGNORED}, forms=(len(templates),))
     if loaded.task == "lm":
         if path.suffix == ".jsonl":
@@ -73,9 +63,9 @@ def read_examples(
             lines = read_objects(path, _one_of(forms), f"an object with one of {', '.join(forms)} on each line")
             limit = text_limit(window, loaded.positions, tokenizer)
             if lines and "chosen" in lines[0].entry:
-                return _preferences(path, lines, tokenizer, limit)
+                return read_preferences(path, lines, tokenizer, limit)
             if lines and "text" not in lines[0].entry:
-                items = _conversations(path, lines, tokenizer, limit)
+                items = read_conversations(path, lines, tokenizer, limit)
                 return Examples(items, {"input_ids": padding_of(tokenizer), "labels": IGNORED})
         pieces = read_data(path, "lm", tokenizer, window=window, positions=loaded.positions)
         rows = [row for batch in pieces for row in batch.kwargs["input_ids"]]
@@ -139,7 +129,7 @@ def _one_of(keys: Sequence[str]) -> Callable[[dict[str, Any], int], Numbered | s
         if len(given) != 1:
             return f"{' and '.join(given) or 'none of ' + ', '.join(keys)}"
         if given == ["messages"]:
-            wrong = _why_no_conversation(entry["messages"])
+            wrong = why_no_conversation(entry["messages"])
             return wrong or Numbered(entry, line)
         if given == ["prompt"] and ("chosen" in entry or "rejected" in entry):
             fits = is_text(entry.get("chosen")) and is_text(entry.get("rejected"))
@@ -165,110 +155,6 @@ def _fill_templates(path: Path, templates: Sequence[Template]) -> list[Numbered]
 
 def _keys(templates: Sequence[Template]) -> set[str]:
     return {key for template in templates for key in template.keys}
-
-
-def _why_no_conversation(messages: object) -> str | None:
-    fits = isinstance(messages, list) and all(
-        isinstance(each, dict) and isinstance(each.get("role"), str) and isinstance(each.get("content"), str)
-        for each in messages
-    )
-    if not fits:
-        return '"messages" is not a list of {"role": ..., "content": ...}'
-    assert isinstance(messages, list)
-    return None if any(each["role"] == "assistant" for each in messages) else "no message of the assistant"
-
-
-def _conversations(path: Path, lines: Sequence[Numbered], tokenizer: Tokenizer, limit: int | None) -> list[Item]:
-    """Prompts with completions, or messages: tokens, and as labels those to be learned."""
-    items, problems = list[Item](), list[str]()
-    for line in lines:
-        turns = line.entry.get("messages")
-        if "text" in line.entry or "chosen" in line.entry:
-            problems.append(f"line {line.line}: {next(iter(line.entry))}; the first line has another form")
-            continue
-        ids, labels = _encode_turns(turns, tokenizer) if turns else _encode_answer(line.entry, tokenizer)
-        if limit is not None and len(ids) > limit:
-            problems.append(f"line {line.line}: {len(ids)} tokens")
-            continue
-        items.append({"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)})
-    if problems:
-        refuse(path, problems, "conversations of one form" + (f", of at most {limit} tokens" if limit else ""))
-    return items
-
-
-def _encode_answer(entry: Mapping[str, Any], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """The start token, the prompt, the completion and the end token, if there is one; labels for the last two."""
-    prompt = [start_token(tokenizer), *tokenizer(entry["prompt"], add_special_tokens=False)["input_ids"]]
-    answer = [*tokenizer(entry["completion"], add_special_tokens=False)["input_ids"]]
-    answer += [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
-    return prompt + answer, [IGNORED] * len(prompt) + answer
-
-
-def _preferences(path: Path, lines: Sequence[Numbered], tokenizer: Tokenizer, limit: int | None) -> Examples:
-    """Prompts with a chosen answer and a rejected one, as `rejected_input_ids` and `rejected_labels`."""
-    items, problems = list[Item](), list[str]()
-    for line in lines:
-        if "chosen" not in line.entry:
-            problems.append(f"line {line.line}: no chosen and rejected answer; the first line has them")
-            continue
-        item = dict[str, Tensor]()
-        for start, key in (("", "chosen"), ("rejected_", "rejected")):
-            ids, labels = _encode_answer({**line.entry, "completion": line.entry[key]}, tokenizer)
-            item |= {f"{start}input_ids": torch.tensor(ids), f"{start}labels": torch.tensor(labels)}
-            problems += [f"line {line.line}: {len(ids)} tokens"] if limit is not None and len(ids) > limit else []
-        items.append(item)
-    if problems:
-        refuse(path, problems, "preferences" + (f", of at most {limit} tokens" if limit else ""))
-    padding = padding_of(tokenizer)
-    return Examples(
-        items,
-        {
-            f"{start}{name}": pad
-            for start in ("", "rejected_")
-            for name, pad in (("input_ids", padding), ("labels", IGNORED))
-        },
-    )
-
-
-def _encode_turns(turns: Sequence[Mapping[str, str]], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """A conversation by the chat template; labels for what each message of the assistant adds to what is before it."""
-    ids: list[int] = []
-    labels: list[int] = []
-    for number, turn in enumerate(turns, 1):
-        speaks = turn["role"] == "assistant"
-        if speaks:  # the words that ask for an answer are not learned
-            ids, labels = _extend(ids, labels, _template(tokenizer, turns[: number - 1], True), False)
-        if speaks or number == len(turns):  # a template may refuse a conversation that ends elsewhere
-            ids, labels = _extend(ids, labels, _template(tokenizer, turns[:number], False), speaks)
-    return ids, labels
-
-
-def _extend(ids: list[int], labels: list[int], longer: list[int], learned: bool) -> tuple[list[int], list[int]]:
-    """The tokens of a longer conversation, with labels for those that are new where they are to be learned."""
-    same = next((i for i, (a, b) in enumerate(zip(ids, longer, strict=False)) if a != b), min(len(ids), len(longer)))
-    new = longer[same:]
-    return longer, labels[:same] + (new if learned else [IGNORED] * len(new))
-
-
-def template_error() -> type[Exception]:
-    """The error of a chat template that refuses messages; of jinja2, which comes with torch."""
-    from jinja2 import TemplateError
-
-    return TemplateError
-
-
-def _template(tokenizer: Tokenizer, turns: Sequence[Mapping[str, str]], asks: bool) -> list[int]:
-    try:
-        text: Any = tokenizer.apply_chat_template(
-            [dict(turn) for turn in turns], tokenize=False, add_generation_prompt=asks
-        )
-    except (ValueError, TypeError, LookupError, RuntimeError, template_error()) as error:
-        raise PlanError(
-            f"the chat template cannot write these messages ({reason(error)}); expected a template for "
-            "their roles. Set chat_template, or give prompts with completions"
-        ) from None
-    found: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return found
 
 
 def _read_pairs(path: Path, tokenizer: Tokenizer, limit: int | None) -> Examples:
