@@ -30,7 +30,7 @@ class Numbered:
 
 
 def why_no_conversation(messages: object) -> str | None:
-    """The reason why a value is no conversation with a message of the assistant, in words; None for one."""
+    """The reason why a value is not a conversation with a message of the assistant, in words; None for one."""
     fits = isinstance(messages, list) and all(
         isinstance(each, dict) and isinstance(each.get("role"), str) and isinstance(each.get("content"), str)
         for each in messages
