@@ -9,14 +9,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mergekit_lfm.api.arguments import StrPath, expand
 from mergekit_lfm.api.outcome import Outcome, warn_of
-from mergekit_lfm.api.tune_data import read_all
+from mergekit_lfm.api.tune_data import TuneData, read_all
 from mergekit_lfm.api.tune_plans import OPTIONS, PlannedTuning, plan_tuning
 from mergekit_lfm.api.tune_prompts import check_prompt, leave_room
 from mergekit_lfm.api.tune_results import Tuned, check_adapter, check_places, write_result
@@ -37,7 +37,7 @@ from mergekit_lfm.train.processes import Group, joined
 from mergekit_lfm.train.state import METRICS
 from mergekit_lfm.train.terms import build_loss
 from mergekit_lfm.tune.phases import select_parts
-from mergekit_lfm.tune.work import TuneWork
+from mergekit_lfm.tune.work import Prepared, TuneWork
 
 
 def tune_model(
@@ -147,10 +147,18 @@ def _check_training(folder: Path) -> None:
         raise PlanError(f"{folder} holds {others[0]}, which is not the state of a training; move it away")
 
 
-def _tune(planned: PlannedTuning, progress: Progress) -> tuple[Tuned, list[str]]:
-    """Train, and write the result; also findings."""
-    recipe, request = planned.recipe, planned.answer
-    options, method = recipe.options, recipe.declaration
+class _Ready(NamedTuple):
+    """A model that is ready to be trained, the checkpoint's names of its parameters, its data, and its size."""
+
+    prepared: Prepared
+    subject: Subject
+    data: TuneData
+    size: int
+
+
+def _make_ready(planned: PlannedTuning) -> _Ready:
+    """Load the model and the data, and check that they go together with the method."""
+    recipe, method, options = planned.recipe, planned.recipe.declaration, planned.recipe.options
     loaded = load_model(planned.source, recipe.task, device=planned.device)
     config: Any = loaded.model.config
     if getattr(config, "is_encoder_decoder", False) and recipe.task != "seq2seq":
@@ -178,13 +186,19 @@ def _tune(planned: PlannedTuning, progress: Progress) -> tuple[Tuned, list[str]]
             f"weight_decay is {decay}, and {method.name} trains parts of tensors, which would decay as "
             "a whole; leave it out"
         )
-    every, training = sum(x.numel() for x in prepared.model.parameters() if x.requires_grad), planned.training
-    trained = every if prepared.count is None else prepared.count
+    return _Ready(prepared, subject, data, size)
+
+
+def _tune(planned: PlannedTuning, progress: Progress) -> tuple[Tuned, list[str]]:
+    """Train, and write the result; also findings."""
+    recipe, options, training = planned.recipe, planned.recipe.options, planned.training
+    prepared, subject, data, size = _make_ready(planned)
     try:
         training.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise PlanError(f"{planned.out} cannot be written ({reason(error)}); choose another output") from None
     start = {name: x.detach().clone() for name, x in prepared.model.named_parameters() if x.requires_grad}
+    trained = sum(x.numel() for x in start.values()) if prepared.count is None else prepared.count
     loss = build_loss(recipe.task, recipe.loss, start if "l2sp" in recipe.loss else {})
     judge = partial(mean_loss, prepared.model, loss=LOSSES[recipe.task], options=options)
     before = {name: judge(each) for name, each in data.held_out.items()}
@@ -200,12 +214,13 @@ def _tune(planned: PlannedTuning, progress: Progress) -> tuple[Tuned, list[str]]
             dev=data.dev,
             hooks=prepared.hooks,
             place=training,
-            request=request.digest,
+            request=planned.answer.digest,
             tell=lambda done, whole, line: report(done, whole, _facts(line, data.examples)),
         )
         held_out = {name: {"before": loss, "after": judge(data.held_out[name])} for name, loss in before.items()}
         reached = (history.loss, history.best, history.best_step)
-        tuned = Tuned(method.makes, history.steps, trained, size, *reached, prepared.facts(), held_out)
+        makes = recipe.declaration.makes
+        tuned = Tuned(makes, history.steps, trained, size, *reached, prepared.facts(), held_out)
         if group.rank:
             return tuned, []
         findings = write_result(planned, prepared, subject, tuned)

@@ -120,12 +120,7 @@ def evaluate(
     from mergekit_lfm.commands.show.evaluations import evaluation_data, evaluation_text, facts_data, facts_text
 
     routed = _read_experts(experts)
-    if not models and not routed:
-        raise click.UsageError("Give one model or more to judge, or --expert MODEL=FILE.")
-    if router is not None and not routed:
-        raise click.UsageError("--router chooses among experts; give --expert MODEL=FILE, too.")
-    if routed and texts:
-        raise click.UsageError("--expert chooses for each text of --data; give that in place of --text.")
+    _check_models(models, routed, router, texts)
     if facts is None:
         _check_files(texts, files, task, stride)
     elif routed or texts or files or (task, prompt, window, stride) != (None, None, None, None):
@@ -143,6 +138,18 @@ def evaluate(
     if routed:
         _conclude_routed(console, scores, routed, files, {**how, "encoder": router})
     console.conclude({"models": data(scores)}, lambda: text(scores))
+
+
+def _check_models(
+    models: Sequence[Path], routed: Mapping[str, Sequence[Path]], router: Path | None, texts: Sequence[Path]
+) -> None:
+    """Raise a usage error for models and experts that do not go together."""
+    if not models and not routed:
+        raise click.UsageError("Give one model or more to judge, or --expert MODEL=FILE.")
+    if router is not None and not routed:
+        raise click.UsageError("--router chooses among experts; give --expert MODEL=FILE, too.")
+    if routed and texts:
+        raise click.UsageError("--expert chooses for each text of --data; give that in place of --text.")
 
 
 def _conclude_routed(

@@ -23,6 +23,7 @@ from mergekit_lfm import (
     evaluate_models,
     merge_adapters,
     open_attachment,
+    run_recipe,
     tune_model,
 )
 from mergekit_lfm.api.attachments import load_attached
@@ -275,9 +276,12 @@ def test_the_same_request_again_does_nothing_and_a_fusion_depends_on_its_files()
 
 
 @pytest.mark.usefixtures("here")
-def test_a_stage_of_a_recipe_makes_a_folder_and_no_file() -> None:
-    stage = "name: one\njob: tune\nmodel: ./bert\ndata: bert.jsonl\ntask: classification\nmethod: pfeiffer\n"
-    Path("r.yaml").write_text(
-        f"{stage}---\nmerge_method: linear\nmodels: [{{model: one}}]\nparameters: {{weight: 1}}\n"
-    )
-    assert "makes a bottleneck adapter, which is a file" in refusal(run("merge", "r.yaml", "out"))
+def test_a_stage_of_a_recipe_is_judged_with_its_model() -> None:
+    stage = "name: one\njob: tune\nmodel: ./bert\ndata: bert.jsonl\ntask: classification\nmethod: pfeiffer\nsteps: 2\n"
+    judged = "job: eval\nmodels: [bert, bert+one]\ndata: bert.jsonl\ntask: classification\n"
+    Path("r.yaml").write_text(f"{stage}---\n{judged}")
+    scores = run_recipe("r.yaml", "out.json").result
+    by_hand = evaluate_models("bert+out.stages/one.safetensors", data="bert.jsonl", task="classification").result
+    assert scores["bert+one"] == by_hand.popitem()[1]  # type: ignore[attr-defined]
+    Path("r.yaml").write_text(f"{stage}---\nmerge_method: passthrough\nmodels: [{{model: bert, adapter: one}}]\n")
+    assert "is not a change of a weight and cannot be merged" in refusal(run("merge", "r.yaml", "out"))
