@@ -99,6 +99,9 @@ class TuneRecipe(JobForm):
         named += [("dev", DataEntry(path=self.dev))] if isinstance(self.dev, str) else []
         for place, entry in named:
             if is_function(entry.path):
+                if where.folder is not None:
+                    expected = "a file: a recipe runs no code; name functions by `tune --data`, or in Python"
+                    problems.append(problem_at(place, FOUND, found=entry.path, expected=expected))
                 files.append(DataFile(entry.path, Path(), entry.most, entry.templates, entry.cluster, is_function=True))
                 continue
             found, missing = read_file(entry.path, where, place, A_FILE)

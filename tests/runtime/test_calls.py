@@ -77,3 +77,10 @@ def test_a_function_that_gives_no_examples_is_named() -> None:
     ):
         assert message in refusal(run(*tune(data, "x")))
     assert not Path("x").exists() and not Path("x.training").exists()
+
+
+@pytest.mark.usefixtures("here")
+def test_a_recipe_runs_no_code() -> None:
+    Path("r.yaml").write_text("job: tune\nmodel: llama\ndata: mine.some:lines\ntask: lm\nsteps: 3\n")
+    assert "expected a file: a recipe runs no code" in refusal(run("merge", "r.yaml", "x"))
+    assert "mine.some" not in sys.modules
