@@ -114,13 +114,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=200, help="of each training [default: 200]")
     parser.add_argument("--seeds", type=int, default=3, help="[default: 3]")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=[*METHODS], help="[default: all]")
     chosen = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         domains.main([place])
         export_model(str(folder / "minilm"))
         print("| method | trained | accuracy | drift | seconds |\n|---|--:|--:|--:|--:|")
-        for name in METHODS:
+        for name in chosen.methods:
             found = [run(folder, seed, name, chosen.steps) for seed in range(chosen.seeds)]
             cells = [f"{found[0]['trained']:,.0f}"]
             for key, form in (("accuracy", "{:.1%}"), ("drift", "{:.3f}"), ("seconds", "{:.0f}")):

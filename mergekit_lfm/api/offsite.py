@@ -158,14 +158,13 @@ def _ranges_of(tuned: Checkpoint, label: str) -> list[Range]:
     expected = "expected the recipe of an emulator, which `mergekit-lfm offsite emulate` writes and `tune` keeps"
     if not file.is_file():
         raise PlanError(f"{label} has no {CONFIG}; {expected}. Give such a folder, tuned")
-    recipe = read_yaml(read_text(file), str(file))
+    recipe: Any = read_yaml(read_text(file), str(file))
     try:
-        assert isinstance(recipe, dict)
         sources = [source for each in recipe["slices"] for source in each["sources"]]
         ranges = [(int(a), int(b)) for a, b in (source["layer_range"] for source in sources)]
         plain = recipe["merge_method"] == "passthrough" and len(sources) == len(recipe["slices"])
         plain = plain and len({str(source["model"]) for source in sources}) == 1
-    except (AssertionError, KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError):
         plain, ranges = False, []
     bounds = [bound for span in ranges for bound in span]
     if not plain or len(ranges) < 2 or bounds[0] or bounds != sorted(bounds):

@@ -77,36 +77,39 @@ def tune_model(
     """Train a saved model on data by a method, and write what that leaves: a checkpoint, a file, an adapter, a prompt.
 
     model: a folder, a name on the Hub, or MODEL+ADAPTER; it stays as it is. data: a .jsonl, .txt or .npz file, a folder
-    of images, or "package.module:function", which is called for the lines; or several; an entry {path, most, templates,
-    cluster} uses `most` examples of one in one time round, writes its lines by templates {prompt, completion}, and
-    names its kind of tasks; held_out: kinds that are judged and not trained on. task: "lm", "classification",
-    "embedding", "masked_lm", "seq2seq" or "regression". parameters: of the method, as `mergekit-lfm methods` lists
-    them. loss: numbers of terms that are added to the task's loss, by their names in `LOSS_TERMS`. dev: a development
-    set, or a share of the data as one; the state with the least loss on it is kept. groups: {match, learning_rate,
-    weight_decay} of the parameters whose names match a pattern. stats: the file of Fisher information that the method
-    `mask` needs. train: patterns for the names of parameters, such as "*layers.0.*": of these alone is trained what the
-    method trains. phases: parts {steps, train} one after the other, in place of train and steps. steps: by default 200.
-    threads: how many torch uses while this runs; the bytes depend on their number. The other settings are explained at
-    `Options`.
+    of images, or "package.module:function", which is called for the lines; or several; {path, most, templates, cluster}
+    uses `most` examples of one in one time round, writes its lines by templates {prompt, completion}, and names its
+    kind of tasks; held_out: kinds that are judged alone. task: "lm", "classification", "embedding", "masked_lm",
+    "seq2seq" or "regression". parameters: of the method, as `mergekit-lfm methods` lists them. loss: numbers of added
+    terms, such as {"l2sp": 0.1}. dev: a development set, or a share of the data; the state with the least loss on it is
+    kept. groups: {match, learning_rate, weight_decay} of parameters by a pattern. stats: the Fisher information that
+    `mask` needs. train: patterns such as "*layers.0.*": of these parameters alone is trained what the method trains.
+    phases: parts {steps, train} one after the other. steps: by default 200. threads: how many torch uses; the bytes
+    depend on it. The rest is as of `Options`.
 
     A run that was killed goes on from the state in OUT.training, where the metrics stay, too. If `out` holds the result
     of the same request already, nothing is done. Processes that torchrun has started share each step; the first alone
-    writes. The outcome's digest is that of the request. Raises PlanError for
-    settings and data that do not fit, and for a loss that is not finite; FormatError for damaged files; ImportError
-    without transformers, or for an adapter without peft.
+    writes. The outcome's digest is that of the request. Raises PlanError for settings and data that do not fit, and for
+    a loss that is not finite; FormatError for damaged files; ImportError without transformers, or, where it is needed,
+    without peft.
     """
-    entries = [data] if isinstance(data, str | os.PathLike) else [*data]
-    recipe: dict[str, Any] = {"job": "tune", "model": os.fspath(model), "task": task, "method": method}
-    recipe["data"] = [dict(each) if isinstance(each, Mapping) else os.fspath(each) for each in entries]
-    recipe |= {"checkpointing": checkpointing, **({} if steps is None else {"steps": steps})}
-    recipe |= {"train": train, "phases": [*phases], "held_out": [*held_out], "parameters": dict(parameters or {})}
-    recipe |= {"batch_size": batch_size, "learning_rate": learning_rate, "schedule": schedule, "warmup": warmup}
-    recipe |= {"weight_decay": weight_decay, "clip": clip, "accumulate": accumulate, "seed": seed, "window": window}
-    recipe |= {"evaluate_every": evaluate_every, "patience": patience, "autocast": autocast, "loss": dict(loss or {})}
-    recipe |= {"dev": os.fspath(dev) if isinstance(dev, os.PathLike) else dev, "groups": [*map(dict, groups)]}
-    recipe |= {"stats": None if stats is None else os.fspath(stats)}
-    planned = plan_tuning(TuneRecipe.parse(recipe, label="tune"), expand(out), device=device)
+    settings = {name: value for name, value in locals().items() if name in TuneRecipe.model_fields}
+    planned = plan_tuning(_as_recipe(settings), expand(out), device=device)
     return tune_planned(planned, threads=threads, overwrite=overwrite, progress=progress)
+
+
+def _as_recipe(settings: Mapping[str, Any]) -> TuneRecipe:
+    """The arguments of `tune_model` as a recipe."""
+    data, steps = settings["data"], settings["steps"]
+    entries = [data] if isinstance(data, str | os.PathLike) else [*data]
+    paths = {key: settings[key] for key in ("model", "dev", "stats")}
+    recipe = {"job": "tune", **settings, **{k: os.fspath(x) for k, x in paths.items() if isinstance(x, os.PathLike)}}
+    recipe |= {key: [*settings[key]] for key in ("groups", "phases", "held_out")}
+    recipe |= {key: dict(settings[key] or {}) for key in ("parameters", "loss")}
+    recipe["data"] = [dict(each) if isinstance(each, Mapping) else os.fspath(each) for each in entries]
+    if steps is None:
+        del recipe["steps"]  # the recipe's own default, or the sum over the phases
+    return TuneRecipe.parse(recipe, label="tune")
 
 
 def tune_planned(

@@ -126,7 +126,7 @@ def _times(seconds: float, state: State, options: Options) -> dict[str, float]:
     """The time of a step for its line, and the seconds left by the pace of the last steps."""
     last = [*(each["seconds"] for each in state.record[-PACE:]), seconds]
     left = (options.steps - state.done) * sum(last) / len(last)
-    return {"seconds": round(seconds, 4), "seconds_left": round(left, 1)}
+    return {"seconds": round(seconds, 4), "seconds_left": round(left, 4)}
 
 
 @contextmanager

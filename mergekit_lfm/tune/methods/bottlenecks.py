@@ -57,7 +57,7 @@ def _take(work: TuneWork, head: frozenset[str], tensors: Mapping[str, Tensor], *
     from mergekit_lfm.artifacts.attachment import Attachment, AttachmentInfo
 
     heads = {name: x for name, x in work.model.named_parameters() if name in head}
-    whole = {name: x.detach().cpu().contiguous() for name, x in {**tensors, **heads}.items()}
+    whole = {name: x.detach().contiguous() for name, x in {**tensors, **heads}.items()}
     return Attachment(AttachmentInfo(**facts, replaced=tuple(heads)), whole)
 
 

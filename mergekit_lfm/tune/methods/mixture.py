@@ -41,7 +41,7 @@ def mixture(work: TuneWork) -> Prepared:
         heads = {name: x for name, x in work.model.named_parameters() if name in head}
         config = {"task": work.task, "prompts": count, "tokens": tokens}
         info = AttachmentInfo("mixture", PROMPTS, config, replaced=tuple(heads))
-        return Attachment(info, {name: x.detach().cpu().contiguous() for name, x in {**own, **heads}.items()})
+        return Attachment(info, {name: x.detach().contiguous() for name, x in {**own, **heads}.items()})
 
     def facts() -> dict[str, Any]:
         return {"weights": [round(share, 4) for share in mixed.weights.softmax(0).tolist()]}
