@@ -17,7 +17,7 @@ import hashlib
 import json
 import re
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 PACKAGES = ("scipy", "sklearn", "torch", "transformers")
@@ -26,9 +26,8 @@ SIZES = {"train": 200, "dev": 40, "test": 100}  # texts of each package
 SHORTEST, LONGEST = 60, 600  # letters of a text
 
 
-def texts_of(package: str) -> Iterator[str]:
-    """The first paragraphs of a package's docstrings, each once, in an order by their digests."""
-    found = set[str]()
+def docstrings_of(package: str) -> Iterator[str]:
+    """The docstrings of a package's functions and classes, as its sources have them."""
     for path in sorted((Path(sysconfig.get_path("purelib")) / package).rglob("*.py")):
         try:
             tree = ast.parse(path.read_text("utf-8"))
@@ -36,11 +35,19 @@ def texts_of(package: str) -> Iterator[str]:
             continue
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef | ast.ClassDef):
-                first = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
-                text = NAMES.sub("it", first)
-                if SHORTEST <= len(text) <= LONGEST:
-                    found.add(text)
-    yield from sorted(found, key=lambda text: hashlib.sha256(text.encode()).hexdigest())
+                yield ast.get_docstring(node) or ""
+
+
+def each_once(texts: Iterable[str]) -> Iterator[str]:
+    """The texts, each once, in an order by their digests."""
+    yield from sorted({*texts}, key=lambda text: hashlib.sha256(text.encode()).hexdigest())
+
+
+def texts_of(package: str) -> Iterator[str]:
+    """The first paragraphs of a package's docstrings, without the names of packages."""
+    firsts = (" ".join(text.split("\n\n")[0].split()) for text in docstrings_of(package))
+    texts = (NAMES.sub("it", first) for first in firsts)
+    yield from each_once(text for text in texts if SHORTEST <= len(text) <= LONGEST)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -12,32 +12,19 @@ a test file is in no file to tune on.
 from __future__ import annotations
 
 import argparse
-import ast
-import hashlib
 import json
-import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-PACKAGES = ("scipy", "sklearn", "torch", "transformers")
+from domains import PACKAGES, docstrings_of, each_once
+
 TRAINED, JUDGED = 50_000, 12_000  # letters of each package
 SHORTEST, LONGEST = 300, 3000  # letters of a docstring
 
 
-def docstrings_of(package: str) -> Iterator[str]:
-    """The docstrings of a package, each once, in an order by their digests."""
-    found = set[str]()
-    for path in sorted((Path(sysconfig.get_path("purelib")) / package).rglob("*.py")):
-        try:
-            tree = ast.parse(path.read_text("utf-8"))
-        except (SyntaxError, UnicodeDecodeError):
-            continue
-        for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef | ast.ClassDef):
-                text = ast.get_docstring(node) or ""
-                if SHORTEST <= len(text) <= LONGEST and text.isascii():
-                    found.add(text)
-    yield from sorted(found, key=lambda text: hashlib.sha256(text.encode()).hexdigest())
+def texts_of(package: str) -> Iterator[str]:
+    """The docstrings of a package that are of middle length."""
+    yield from each_once(t for t in docstrings_of(package) if SHORTEST <= len(t) <= LONGEST and t.isascii())
 
 
 def paragraphs(text: str) -> set[str]:
@@ -65,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     out: Path = parser.parse_args(arguments).out
     out.mkdir(parents=True, exist_ok=True)
     for package in PACKAGES:
-        judged, trained = divide(docstrings_of(package))
+        judged, trained = divide(texts_of(package))
         for name, texts in ((f"{package}.test", judged), (package, trained)):
             lines = [json.dumps({"text": text}) for text in texts]
             (out / f"{name}.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
