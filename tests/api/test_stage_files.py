@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -140,3 +141,26 @@ def test_recipes_that_make_no_sense_are_refused(number: int, change: dict[str, A
     with pytest.raises(PlanError) as error:
         plan_recipe({**stage, "model": "base", **change} if number == 2 else {**stage, **change}, "elsewhere")
     assert message in str(error.value)
+
+
+@pytest.mark.slow
+def test_the_recipe_of_experts_goes_from_texts_to_the_table(tmp_path: Path) -> None:
+    """As it is, but for fewer steps and texts: each expert is the best of all models at its own kind of texts."""
+    root = Path(__file__).parents[2] / "recipes"
+    text = (root / "experts.yaml").read_text().replace("steps: 100", "steps: 16")
+    (tmp_path / "recipe.yaml").write_text(text)
+    (tmp_path / "quickstart").symlink_to(root / "quickstart")
+    (tmp_path / "experts").mkdir()
+    for file in (root / "experts").glob("*.jsonl"):
+        lines = file.read_text().splitlines(keepends=True)
+        (tmp_path / "experts" / file.name).write_text("".join(lines[: 4 if "test" in file.name else 16]))
+    scores = run_recipe(tmp_path / "recipe.yaml", tmp_path / "out.json").result
+    kinds = ["scipy", "sklearn", "torch", "transformers"]
+    experts = {kind: scores[f"quickstart/base+{kind}"] for kind in kinds}
+    for kind, own in experts.items():
+        on = f"experts/{kind}.test.jsonl"
+        assert own[on].perplexity == min(each[on].perplexity for each in (scores["quickstart/base"], *experts.values()))
+    assert [*scores][-5:] == ["average", "ties", "regmean", "quickstart/base+knots", "routed"]
+    merged = (sum(math.log(score.perplexity) for score in scores[name].values()) for name in [*scores][-5:])
+    base = sum(math.log(score.perplexity) for score in scores["quickstart/base"].values())
+    assert all(total < base for total in merged)
