@@ -18,6 +18,7 @@ from mergekit_lfm.recipe.values import FOUND
 # The keys whose text may be a model, or one with adapters; and those of files.
 MODEL_KEYS = ("model", "models", "path", "adapter", "lora", "base_model", "source", "tokenizer_source", "to")
 FILE_KEYS = ("stats", "edits")
+LISTS = ("adapters", "earlier")  # parameters of tunings: names with commas
 NAMED = ("experts",)  # keys of mappings from models
 OF_OUTPUT = ("output", "push")  # keys of the stage that makes the output
 LONGEST_NAME = 200  # bytes: file systems allow 255, and OUT.partial and its lock take some of them
@@ -129,6 +130,8 @@ def _find_names(data: object, names: set[str]) -> Iterator[str]:
             if key in (*MODEL_KEYS, *FILE_KEYS, *NAMED):
                 named = (part for text in texts if isinstance(text, str) for part in (text, *names_in(text)))
                 yield from (part for part in named if part in names)
+            if key in LISTS and isinstance(value, str):
+                yield from (part for part in map(str.strip, value.split(",")) if part in names)
             yield from _find_names([part for part in texts if not isinstance(part, str)], names)
     elif isinstance(data, list):
         for part in data:

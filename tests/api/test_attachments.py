@@ -283,5 +283,11 @@ def test_a_stage_of_a_recipe_is_judged_with_its_model() -> None:
     scores = run_recipe("r.yaml", "out.json").result
     by_hand = evaluate_models("bert+out.stages/one.safetensors", data="bert.jsonl", task="classification").result
     assert scores["bert+one"] == by_hand.popitem()[1]  # type: ignore[attr-defined]
+    other = stage.replace("name: one", "name: two") + "seed: 1\n"
+    fused = stage.replace("name: one\n", "").replace("pfeiffer", "adapter_fusion")
+    Path("r.yaml").write_text(f"{stage}---\n{other}---\n{fused}parameters: {{adapters: 'one, two'}}\n")
+    assert run_recipe("r.yaml", "fused.safetensors").result.makes == "attachment"
+    inner = load_file("fused.safetensors")["encoder.layer.1.ffn_adapter.adapters.1.up.weight"]
+    assert torch.equal(inner, load_file("fused.stages/two.safetensors")["encoder.layer.1.ffn_adapter.up.weight"])
     Path("r.yaml").write_text(f"{stage}---\nmerge_method: passthrough\nmodels: [{{model: bert, adapter: one}}]\n")
     assert "is not a change of a weight and cannot be merged" in refusal(run("merge", "r.yaml", "out"))
