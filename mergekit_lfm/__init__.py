@@ -47,6 +47,7 @@ __all__ = [
     "evaluate_models",
     "evaluate_routed",
     "explain_plan",
+    "export_attached",
     "export_patches",
     "extract_lora",
     "find_symmetries",
@@ -99,6 +100,7 @@ if TYPE_CHECKING:
     from mergekit_lfm.api.edit import edit_model
     from mergekit_lfm.api.explain import explain_plan
     from mergekit_lfm.api.export import export_patches
+    from mergekit_lfm.api.export_attached import export_attached
     from mergekit_lfm.api.extract import extract_lora
     from mergekit_lfm.api.heads import add_head
     from mergekit_lfm.api.init import init_recipe
@@ -168,6 +170,7 @@ _HOMES = {
     "as_batches": "runtime.batches",
     "as_facts": "artifacts.facts",
     "average_attachments": "api.attachments",
+    "export_attached": "api.export_attached",
     "barrier": "judge.barrier",
     "check_table": "api.align",
     "collect_stats": "api.stats",

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from mergekit_lfm.api.arguments import StrPath, expand
 from mergekit_lfm.api.outcome import Outcome, warn_of
@@ -17,10 +16,9 @@ from mergekit_lfm.output.lock import LOCK
 from mergekit_lfm.output.names import public_names
 from mergekit_lfm.output.request import Request, RequestInput, result_of
 from mergekit_lfm.output.save import make_folder
+from mergekit_lfm.output.written import copy_sidecars, lock_written, stored_tensors
 from mergekit_lfm.recipe.head_recipe import HeadRecipe
-from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
-from mergekit_lfm.store.durable import replace_file, sync_folder
-from mergekit_lfm.store.files import read_bytes
+from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.store.identity import spec_of
 from mergekit_lfm.store.sidecars import sidecars_of
 from mergekit_lfm.store.tensors import encode_header
@@ -68,12 +66,9 @@ class PlannedHead:
         labels, seed = self.recipe.labels, self.recipe.seed
         model, added, dropped = classifier_with_new_head(self.source, labels, seed, empty=empty)
         folder.mkdir(exist_ok=True)
-        for name, path in sidecars_of(self.source).files:
-            if name != "config.json":
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                replace_file(folder / name, read_bytes(path))
+        copy_sidecars(self.source, folder)
         if not empty:
-            save_quietly(model, folder, _as_stored(model, added, self.source))
+            save_quietly(model, folder, stored_tensors(model, dict.fromkeys(added), self.source))
             return NewHead(added, dropped)
         specs = [spec_of(name, x) for name, x in model.state_dict().items()]
         write_empty(folder / WEIGHTS, encode_header(specs, METADATA)[0], specs)
@@ -85,32 +80,8 @@ class PlannedHead:
         _ = self.request.digest
         with make_folder(self.out) as partial:
             made = self._write(partial, empty=False)
-            written = open_checkpoint(partial)
-            headers, locked = {}, []
-            for part in written.layout:
-                with (partial / part.file).open("rb") as file:
-                    length = file.read(8)
-                    headers[part.file] = length + file.read(int.from_bytes(length, "little"))
-                locked += [(written[name], part.file, written.digest_of(name)) for name in part.dtypes]
-            others = {
-                path.relative_to(partial).as_posix(): path.read_bytes()
-                for path in sorted(partial.rglob("*"))
-                if path.is_file() and path.name not in headers and not path.name.endswith(".unfinished")
-            }
-            facts = {"added": list(made.added), "dropped": list(made.dropped)}
-            replace_file(partial / LOCK, self.request.lock(others, headers, locked, facts))
-            sync_folder(partial)
+            lock_written(partial, self.request, {"added": list(made.added), "dropped": list(made.dropped)})
         return made
-
-
-def _as_stored(model: Any, added: Collection[str], source: Checkpoint) -> dict[str, Any]:
-    """The tensors of a classifier, those of its trunk as the model that it was made from has them."""
-    trunk, tensors = f"{model.base_model_prefix}.", dict(model.state_dict())
-    for name in tensors.keys() - {*added}:
-        stored = next((each for each in (name, name.removeprefix(trunk)) if each in source), None)
-        if stored is not None and source[stored].shape == tuple(tensors[name].shape):
-            tensors[name] = source.read(stored).view(source[stored].shape)
-    return tensors
 
 
 def plan_head(recipe: HeadRecipe, out: Path) -> PlannedHead:

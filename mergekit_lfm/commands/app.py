@@ -11,6 +11,7 @@ from mergekit_lfm.commands.barrier import barrier
 from mergekit_lfm.commands.curves import curves
 from mergekit_lfm.commands.edit import edit
 from mergekit_lfm.commands.eval import evaluate
+from mergekit_lfm.commands.export import export
 from mergekit_lfm.commands.extract_lora import extract_lora
 from mergekit_lfm.commands.head import head
 from mergekit_lfm.commands.init import init
@@ -44,6 +45,22 @@ def main() -> None:
 
 for command in (
     *(init, merge, plan, push, verify, inspect, methods, evaluate),
-    *(stats, align, barrier, repair, edit, patch, trace, extract_lora, head, tune, average, curves, offsite, select),
+    *(
+        stats,
+        align,
+        barrier,
+        repair,
+        edit,
+        patch,
+        trace,
+        extract_lora,
+        head,
+        tune,
+        average,
+        export,
+        curves,
+        offsite,
+        select,
+    ),
 ):
     main.add_command(command)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,8 +10,8 @@ from torch import Tensor, nn
 
 from mergekit_lfm.artifacts.attachment import ATTACHMENT, Attachment, refuse_prompts
 from mergekit_lfm.errors import FormatError, PlanError, shorten
-from mergekit_lfm.runtime.bottlenecks import FORMS, Compact, Config, Rules
-from mergekit_lfm.runtime.sites import PLACES, Site, find_sites, trunk_of
+from mergekit_lfm.runtime.bottlenecks import FORMS, Compact, Config, Rules, join
+from mergekit_lfm.runtime.sites import PLACES, find_sites, trunk_of
 
 SHARED = "shared_adapter"  # in the trunk: what the modules of all layers share
 SUFFIX = "_adapter"  # ends a module's name in its layer, after the place
@@ -71,25 +70,11 @@ def install(model: nn.Module, form: str, config: Config) -> Attached:
             name = site.place + SUFFIX
             site.module.add_module(name, module.train(model.training))
             attached.modules[f"{site.layer}.{name}"] = module
-            attached.handles += _hook(site, module, beside=bool(config["beside"]))
+            attached.handles += join(module, site.reads, site.writes, beside=bool(config["beside"]))
     except BaseException:
         attached.detach()
         raise
     return attached
-
-
-def _hook(site: Site, module: Callable[[Tensor], Tensor], *, beside: bool) -> list[Any]:
-    """Have a module's result added to what a part of a layer writes: of that, or beside it of what the part reads."""
-    read: dict[str, Tensor] = {}
-
-    def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        read["states"] = inputs[0]
-
-    def add(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-        return output + module(read.pop("states") if beside else output)
-
-    handles: list[Any] = [site.reads.register_forward_pre_hook(keep)] if beside else []
-    return [*handles, site.writes.register_forward_hook(add)]
 
 
 def check_base(attachment: Attachment, content: str, label: object) -> None:

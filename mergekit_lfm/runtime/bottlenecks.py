@@ -145,6 +145,21 @@ class Fusion(nn.Module):
         return mixed
 
 
+def join(module: nn.Module, reads: nn.Module, writes: nn.Module, *, beside: bool) -> list[Any]:
+    """Have a module's result added to what a part of a layer writes: of that, or beside it of what the part reads."""
+    read: dict[str, Tensor] = {}
+
+    def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        read["states"] = inputs[0]
+
+    def add(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        change: Tensor = module(read.pop("states") if beside else output)
+        return output + change
+
+    handles: list[Any] = [reads.register_forward_pre_hook(keep)] if beside else []
+    return [*handles, writes.register_forward_hook(add)]
+
+
 def _alone(form: Callable[[Config, int], nn.Module]) -> Callable[[Config, int, nn.Module | None], nn.Module]:
     return lambda config, width, _: form(config, width)
 

@@ -332,7 +332,16 @@ def _check_place(device: str, dtype: str) -> str:
 
 
 def _check_architecture(config: Any, folder: Path, task: str) -> None:
-    """Raises PlanError for an encoder with a decoder, except for seq2seq, and to classify by the decoder's output."""
+    """Raises PlanError for an encoder with a decoder, except for seq2seq, and to classify by the decoder's output.
+
+    And for a class of the folder's own code: transformers would take another one that lacks a part of it.
+    """
+    named = next(iter(config.architectures or []), None)
+    if named is not None and getattr(config, "auto_map", None) and not hasattr(import_transformers(), named):
+        raise PlanError(
+            f"{folder}: {named} is a class of its own code, which is not run; expected one of transformers. Give the "
+            "model that it was made from, with its adapter if it was exported with one"
+        )
     both, unfit = getattr(config, "is_encoder_decoder", False), f"does not fit the task {task!r}"
     if task == "seq2seq" and not both:
         raise PlanError(

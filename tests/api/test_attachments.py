@@ -21,6 +21,7 @@ from mergekit_lfm import (
     PlanError,
     average_attachments,
     evaluate_models,
+    export_attached,
     merge_adapters,
     open_attachment,
     run_recipe,
@@ -291,3 +292,42 @@ def test_a_stage_of_a_recipe_is_judged_with_its_model() -> None:
     assert torch.equal(inner, load_file("fused.stages/two.safetensors")["encoder.layer.1.ffn_adapter.up.weight"])
     Path("r.yaml").write_text(f"{stage}---\nmerge_method: passthrough\nmodels: [{{model: bert, adapter: one}}]\n")
     assert "is not a change of a weight and cannot be merged" in refusal(run("merge", "r.yaml", "out"))
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(("kind", "method"), [("bert", "compacter"), ("llama", "parallel"), ("bert", "adapter_fusion")])
+def test_an_exported_model_runs_without_this_package(
+    kind: str, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loaded by transformers with the folder's own code, it has the outputs of the model with its adapter."""
+    import transformers
+    from transformers import dynamic_module_utils
+
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(transformers.utils.hub, "HF_MODULES_CACHE", str(tmp_path / "modules"), raising=False)
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    task = {"bert": "classification", "llama": "lm"}[kind]
+    more: dict[str, Any] = {"parameters": {"adapters": "a.safetensors,b.safetensors"}} if "fusion" in method else {}
+    tune_model(kind, f"{kind}.jsonl", "x.safetensors", method=method, **{**HOW, "task": task}, **more)
+    done = answer(run("export", f"{kind}+x.safetensors", "-o", "out", "--json"))
+    assert done["code"] == "modeling_attached.py" and export_attached(f"{kind}+x.safetensors", "out").already_there
+    assert "mergekit" not in Path("out/modeling_attached.py").read_text()
+    auto = getattr(transformers, done["auto"])
+    loaded, info = auto.from_pretrained("out", trust_remote_code=True, output_loading_info=True)
+    assert not any(info.values()) and type(loaded).__name__ == done["class_name"]
+    ids, expected = torch.arange(2, 12).view(2, 5), load_attached(f"{kind}+x.safetensors", task).model.eval()
+    plain = load_model(kind, task).model.eval()
+    with torch.no_grad():
+        found, wanted, before = (model.eval()(input_ids=ids).logits for model in (loaded, expected, plain))
+    assert torch.equal(found, wanted) or torch.allclose(found, wanted, atol=1e-6)
+    assert not torch.allclose(wanted, before, atol=1e-3)
+    assert "good" in run("verify", "out").stdout and transformers.AutoTokenizer.from_pretrained("out")
+    with pytest.raises(PlanError, match=rf"{done['class_name']} is a class of its own code, which is not run"):
+        load_model("out", task)
+
+
+@pytest.mark.usefixtures("here")
+def test_only_a_model_with_an_adapter_is_exported() -> None:
+    assert "has no bottleneck adapter, expected MODEL+FILE" in refusal(run("export", "bert", "-o", "out"))
+    assert "belongs to a model of content" in refusal(run("export", "llama+a.safetensors", "-o", "out"))
+    assert not Path("out").exists()

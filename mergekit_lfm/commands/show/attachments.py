@@ -11,6 +11,7 @@ from mergekit_lfm.commands.show.terminal import table
 
 if TYPE_CHECKING:
     from mergekit_lfm.api.attachments import Averaged
+    from mergekit_lfm.api.export_attached import Exported
     from mergekit_lfm.api.outcome import Outcome
     from mergekit_lfm.artifacts.attachment import Attachment
 
@@ -35,6 +36,19 @@ def attachment_text(data: dict[str, Any]) -> str:
         ("in place of", ", ".join(data["replaced"])),
     ]
     return table([row for row in rows if row[1]])
+
+
+def exported_data(outcome: Outcome[Exported]) -> dict[str, Any]:
+    """An exported model for JSON."""
+    return {**outcome_data(outcome), **asdict(outcome.result)}
+
+
+def exported_text(outcome: Outcome[Exported]) -> str:
+    """How the model is loaded."""
+    if outcome.already_there:
+        return "already there: the result of the same request; nothing was done"
+    exported = outcome.result
+    return table([("load", f'{exported.auto}.from_pretrained("{outcome.path}", trust_remote_code=True)')])
 
 
 def done_data(outcome: Outcome[Averaged]) -> dict[str, Any]:
