@@ -331,3 +331,27 @@ def test_only_a_model_with_an_adapter_is_exported() -> None:
     assert "has no bottleneck adapter, expected MODEL+FILE" in refusal(run("export", "bert", "-o", "out"))
     assert "belongs to a model of content" in refusal(run("export", "llama+a.safetensors", "-o", "out"))
     assert not Path("out").exists()
+
+
+@pytest.mark.slow
+def test_adapters_leave_states_of_other_texts_nearer_to_the_base_than_full_tuning(tmp_path: Path) -> None:
+    """As He et al. 2021, arXiv 2106.03164, section 3.1, found it; by the cosine, on texts of another kind."""
+    root = Path(__file__).parents[2] / "recipes" / "quickstart"
+    how: dict[str, Any] = {"task": "lm", "steps": 40, "batch_size": 8, "threads": 1}
+    ways = {"full": (1e-3, "full"), "lora": (1e-3, "lora"), "houlsby": (3e-3, "houlsby.safetensors")}
+    base = load_attached(root / "base", "lm")
+    assert base.tokenizer is not None
+    tokens = base.tokenizer((root / "code.txt").read_text(), verbose=False)["input_ids"]
+    ids = torch.tensor(tokens[:800]).view(8, 100)
+
+    def states(model: Any) -> torch.Tensor:
+        with torch.no_grad():
+            return torch.nn.functional.normalize(model.model(input_ids=ids).last_hidden_state, dim=-1)
+
+    moved = {}
+    for method, (rate, name) in ways.items():
+        out = tmp_path / name
+        tune_model(root / "base", root / "docs.txt", out, method=method, learning_rate=rate, **how)
+        loaded = load_attached(out if method == "full" else f"{root / 'base'}+{out}", "lm")
+        moved[method] = float(1 - (states(loaded.model) * states(base.model)).sum(-1).mean())
+    assert 1e-3 < moved["lora"] < moved["houlsby"] < moved["full"]
