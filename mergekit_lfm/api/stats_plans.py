@@ -19,6 +19,7 @@ from mergekit_lfm.output.adapter import write_empty
 from mergekit_lfm.output.file_request import FileRequest
 from mergekit_lfm.output.names import public_names
 from mergekit_lfm.output.request import Request, RequestInput
+from mergekit_lfm.output.written import stored_name
 from mergekit_lfm.recipe.stats_recipe import StatsRecipe
 from mergekit_lfm.runtime.data import read_data
 from mergekit_lfm.runtime.load import empty_model, load_reader
@@ -75,9 +76,9 @@ class PlannedStats:
     def stand_in(self, file: Path) -> None:
         """Write a file like the result, without data."""
         module = empty_model(self.source, self.recipe.task)
-        own = {name: tuple(x.shape) for name, x in module.named_parameters(remove_duplicate=False)}
-        same = [name for name, shape in own.items() if name in self.source and self.source[name].shape == shape]
-        subject = Subject(module, self.source.content, dict(zip(same, same, strict=True)))
+        named = dict(module.named_parameters(remove_duplicate=False))
+        tensors = {name: tensor for name, x in named.items() if (tensor := stored_name(module, name, x, self.source))}
+        subject = Subject(module, self.source.content, tensors)
         assert self.recipe.method.outline is not None
         outline: Outline = self.recipe.method.outline(subject, self.recipe.layers)
         models = (self.source.content,)

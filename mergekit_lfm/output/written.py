@@ -43,9 +43,19 @@ def lock_written(folder: Path, request: Request, result: Mapping[str, Any]) -> N
 
 def stored_tensors(model: Any, added: Mapping[str, object], source: Checkpoint) -> dict[str, Any]:
     """A model's tensors, those that it has from a checkpoint in the checkpoint's dtypes. added: the others, by name."""
-    trunk, tensors = f"{model.base_model_prefix}.", dict(model.state_dict())
+    tensors = dict(model.state_dict())
     for name in tensors.keys() - {*added}:
-        stored = next((each for each in (name, name.removeprefix(trunk)) if each in source), None)
-        if stored is not None and source[stored].shape == tuple(tensors[name].shape):
+        stored = stored_name(model, name, tensors[name], source)
+        if stored is not None:
             tensors[name] = source.read(stored).view(source[stored].shape)
     return tensors
+
+
+def stored_name(model: Any, name: str, x: Any, source: Checkpoint) -> str | None:
+    """The tensor of a checkpoint that a model's parameter is by its name, with or without the trunk's prefix.
+
+    None if there is none of its shape.
+    """
+    trunk = f"{getattr(model, 'base_model_prefix', '')}."
+    names = (name, name.removeprefix(trunk), f"{trunk}{name}")
+    return next((each for each in names if each in source and source[each].shape == tuple(x.shape)), None)

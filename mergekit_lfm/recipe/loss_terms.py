@@ -19,6 +19,7 @@ class LossTerm:
     """A term that is added to a loss, with one number. tasks: those that it fits.
 
     instead: it takes the place of the task's loss. own: it is about the model's own parameters, so not for adapters.
+    alone: it reads the states of one pass, so not for mixtures of prompts.
     """
 
     name: str
@@ -27,6 +28,7 @@ class LossTerm:
     tasks: tuple[str, ...]
     instead: bool = False
     own: bool = False
+    alone: bool = False
 
 
 LOSS_TERMS: Mapping[str, LossTerm] = {
@@ -50,6 +52,7 @@ LOSS_TERMS: Mapping[str, LossTerm] = {
             "Radford et al. 2018, GPT, equation 5",
             "so many times the loss of a language model on the same texts, for decoders with tied embeddings",
             HEADED,
+            alone=True,
         ),
         LossTerm(
             "dpo",
@@ -74,8 +77,10 @@ def check_terms(terms: Mapping[str, float], task: str, makes: str) -> Iterator[P
             yield problem_at(place, FOUND, found=str(number), expected="a number above 0")
         if task in TUNE_TASKS and task not in term.tasks:
             yield problem_at(place, FOUND, found=f"the task {task}", expected=" or ".join(term.tasks))
+        found = f"a method that makes {'an' if makes[:1] == 'a' else 'a'} {makes}"
         if term.own and makes not in OWN_WEIGHTS:
-            found = f"a method that makes an {makes}"
             yield problem_at(place, FOUND, found=found, expected="one that trains the model's own parameters")
+        if term.alone and makes == "mixture":
+            yield problem_at(place, FOUND, found=found, expected="one with a single pass for each text")
     if "dpo" in terms and "r3f" in terms:
         yield problem_at("loss", FOUND, found="dpo and r3f", expected="one of them")

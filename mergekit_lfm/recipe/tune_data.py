@@ -16,7 +16,7 @@ from mergekit_lfm.recipe.problems import Problem, problem_at
 from mergekit_lfm.recipe.templates import Template
 from mergekit_lfm.recipe.values import FOUND
 
-A_FILE = "a .jsonl, .txt or .npz file, a folder of images, or package.module:function"
+A_FILE = "a .jsonl, .txt or .npz file, or a folder of images"
 
 
 class DataEntry(Strict):

@@ -104,7 +104,8 @@ class TuneRecipe(JobForm):
                     problems.append(problem_at(place, FOUND, found=entry.path, expected=expected))
                 files.append(DataFile(entry.path, Path(), entry.most, entry.templates, entry.cluster, is_function=True))
                 continue
-            found, missing = read_file(entry.path, where, place, A_FILE)
+            functions = ", or package.module:function" if where.folder is None else ""
+            found, missing = read_file(entry.path, where, place, f"{A_FILE}{functions}")
             problems += missing
             if found is not None:
                 files.append(DataFile(entry.path, found.path, entry.most, entry.templates, entry.cluster))
@@ -132,8 +133,9 @@ class TuneRecipe(JobForm):
         elif self.stats is not None:
             found, missing = read_file(self.stats, where, "stats", "a statistics file")
             self._stats, problems = None if found is None else found.path, [*problems, *missing]
-        if method.tasks and self.checkpointing:
-            problems.append(problem_at("checkpointing", FOUND, found="true", expected=f"none for {method.name}"))
+        for name, is_set in (("checkpointing", self.checkpointing), ("loss.dpo", "dpo" in self.loss)):
+            if method.tasks and is_set:
+                problems.append(problem_at(name, FOUND, found="it", expected=f"none for {method.name}"))
         if method.files is not None and self._settings[method.files] != "":
             self._named, missing = read_named(str(self._settings[method.files] or ""), method.files, where)
             problems = [*problems, *missing]

@@ -149,7 +149,10 @@ def with_prompt(loaded: Loaded, prompt: Prompt | Attachment) -> Loaded:
 def _with_mixture(loaded: Loaded, mixture: Attachment) -> Loaded:
     """As `with_prompt`. Raises PlanError for another attachment."""
     if mixture.info.form != PROMPTS:
-        raise PlanError(f"found {mixture}, expected a mixture of prompts; run a bottleneck adapter as MODEL+FILE")
+        raise PlanError(
+            f"found a bottleneck adapter by {mixture.info.method}, expected a prompt or a mixture of some; run its "
+            "file as MODEL+FILE"
+        )
     model: Any = loaded.model
     values, weights = mixture.tensors["values"], mixture.tensors["weights"]
     places = dict(model.named_parameters())

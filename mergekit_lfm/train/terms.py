@@ -94,7 +94,8 @@ def with_language(loss: Loss, weight: float) -> Loss:
             total, number = loss(model, batch)
         finally:
             handle.remove()
-        states = seen[0].last_hidden_state[:, :-1]  # [n, tokens - 1, d]
+        count = batch["input_ids"].shape[1]  # without the virtual tokens of a prompt, which stand before
+        states = seen[0].last_hidden_state[:, -count:-1]  # [n, tokens - 1, d]
         scores = widen(states @ trunk.get_input_embeddings().weight.T)
         counted = batch["attention_mask"][:, 1:]
         losses = nn.functional.cross_entropy(scores.transpose(1, 2), batch["input_ids"][:, 1:], reduction="none")
