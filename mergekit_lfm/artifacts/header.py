@@ -18,12 +18,14 @@ from mergekit_lfm.errors import FormatError
 from mergekit_lfm.store.durable import replace_file
 from mergekit_lfm.store.files import parse_json
 from mergekit_lfm.store.formats import bytes_of
-from mergekit_lfm.store.tensors import TensorSpec, encode_header
+from mergekit_lfm.store.tensors import TensorSpec, encode_header, read_header
 
 if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
+
+KIND = "lfm.kind"  # the key of a header that names the kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +41,13 @@ class Kind:
         """The facts as metadata. texts: facts that are written as they are, not as JSON."""
         plain = {f"lfm.{name}": text for name, text in texts.items()}
         fields = {f"lfm.{name}": json.dumps(value, sort_keys=True) for name, value in facts.items()}
-        return {"format": "pt", "lfm.kind": self.name, "lfm.format": self.format, **plain, **fields}
+        return {"format": "pt", KIND: self.name, "lfm.format": self.format, **plain, **fields}
 
     def decode(
         self, metadata: Mapping[str, str], names: Iterable[str], build: Callable[[dict[str, Any]], T], label: object
     ) -> T:
         """build(facts), of the facts with these names. Raises FormatError if the metadata are of anything else."""
-        if metadata.get("lfm.kind") != self.name:
+        if metadata.get(KIND) != self.name:
             raise FormatError(f"{label} is not a {self.name} file; make one with `{self.command}`")
         if metadata.get("lfm.format") != self.format:
             raise FormatError(f"{label} is a {self.name} file of another version; {self.again}")
@@ -53,6 +55,13 @@ class Kind:
             return build({name: parse_json(metadata[f"lfm.{name}"], name) for name in names})
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise FormatError(f"{label} has damaged metadata ({error!r}); {self.again}") from None
+
+    def is_at(self, path: object) -> bool:
+        """Whether a path is a file that says it is of this kind."""
+        try:
+            return isinstance(path, Path) and path.is_file() and read_header(path).metadata.get(KIND) == self.name
+        except (OSError, ValueError):
+            return False
 
     def find(self, path: str | os.PathLike[str]) -> Path:
         """The path of a file that exists. Raises FileNotFoundError for any other."""

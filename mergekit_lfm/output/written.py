@@ -54,7 +54,7 @@ def stored_tensors(model: Any, added: Mapping[str, object], source: Checkpoint) 
 def stored_name(model: Any, name: str, x: Any, source: Checkpoint) -> str | None:
     """The tensor of a checkpoint that a model's parameter is by its name, with or without the trunk's prefix.
 
-    None if there is none of its shape.
+    None without one of its shape.
     """
     trunk = f"{getattr(model, 'base_model_prefix', '')}."
     names = (name, name.removeprefix(trunk), f"{trunk}{name}")

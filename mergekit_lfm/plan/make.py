@@ -32,7 +32,7 @@ from mergekit_lfm.recipe.settings import SettingsTable
 from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.store.state import state_of
 from mergekit_lfm.store.tensors import TensorSpec
-from mergekit_lfm.views.adapted import adapted_in
+from mergekit_lfm.views.adapted import Adapted, adapted_in
 from mergekit_lfm.views.experts import note_of
 from mergekit_lfm.views.selected import Selected
 
@@ -101,8 +101,8 @@ def make_plan(
 def _model_notes(models: Sequence[Checkpoint], labels: Sequence[str]) -> Iterator[str]:
     """Lines about models whose experts are read in the layout of the template, or whose head an adapter changes."""
     for model, label in zip(models, labels, strict=True):
-        adapted = adapted_in(model)
-        for note in (note_of(model), adapted and adapted.note):
+        heads = [view.note for view in adapted_in(model) if isinstance(view, Adapted)]
+        for note in (note_of(model), *heads):
             if note:
                 yield f"{label}: {note}"
 

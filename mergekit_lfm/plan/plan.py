@@ -7,7 +7,7 @@ all of it at once, before a byte is written. The plan's digest covers everything
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
@@ -32,7 +32,8 @@ from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.store.files import read_bytes
 from mergekit_lfm.store.state import FileState
 from mergekit_lfm.version import __version__
-from mergekit_lfm.views.adapted import adapted_in
+from mergekit_lfm.views.adapted import Adapted, adapted_in
+from mergekit_lfm.views.patched import Patched
 from mergekit_lfm.views.pending import Pending
 from mergekit_lfm.views.renamed import found_rules
 
@@ -46,6 +47,16 @@ class AppliedAdapter(NamedTuple):
     changed: int
     tensors: int
     trained_on: str | None
+
+
+def _applied(label: str, view: Adapted | Patched) -> Iterator[AppliedAdapter]:
+    """The adapters or patches of a view on a model."""
+    if isinstance(view, Patched):
+        for name, info in zip(view.named, view.infos, strict=True):
+            yield AppliedAdapter(label, name, f"patch by {info.method}", len(info.tensors), len(view), None)
+    else:
+        for adapter, changed in zip(view.adapters, view.changed, strict=True):
+            yield AppliedAdapter(label, adapter.label, adapter.kind, changed, len(view), adapter.base)
 
 
 @dataclass(frozen=True)
@@ -116,14 +127,10 @@ class Plan:
 
     @cached_property
     def adapters(self) -> tuple[AppliedAdapter, ...]:
-        """The adapters that the models are read with."""
-        views = [(label, adapted_in(model)) for label, model in zip(self.labels, self.models, strict=True)]
-        return tuple(
-            AppliedAdapter(label, adapter.label, adapter.kind, changed, len(view), adapter.base)
-            for label, view in views
-            if view is not None
-            for adapter, changed in zip(view.adapters, view.changed, strict=True)
-        )
+        """The adapters and patches that the models are read with."""
+        pairs = zip(self.labels, self.models, strict=True)
+        views = [(label, view) for label, model in pairs for view in adapted_in(model)]
+        return tuple(each for label, view in views for each in _applied(label, view))
 
     @property
     def pending(self) -> tuple[Input, ...]:

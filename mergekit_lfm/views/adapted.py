@@ -12,12 +12,13 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, final
 
 from mergekit_lfm.arch.ties import is_tied, tied_names
 from mergekit_lfm.artifacts.adapter import Adapter, dropped_of, open_adapter
+from mergekit_lfm.artifacts.patch import PATCH, open_patch
 from mergekit_lfm.artifacts.transform import PANEL
 from mergekit_lfm.errors import FormatError, PlanError, several
 from mergekit_lfm.kernels.sums import round_once
@@ -28,6 +29,7 @@ from mergekit_lfm.store.tensors import FLOATS, ITEMSIZE, TensorSpec
 from mergekit_lfm.views.adapters.change import Change, Panel, Partial, Replaced, scaled
 from mergekit_lfm.views.adapters.find import Changes, find_changes
 from mergekit_lfm.views.base import Maker, ReadRows, Source, View, row_count
+from mergekit_lfm.views.patched import Patched, patched_view
 from mergekit_lfm.views.quantisation import dequantise
 
 if TYPE_CHECKING:
@@ -219,20 +221,27 @@ def _make(old: TensorSpec, steps: tuple[Step, ...], passes: _Passes, *, exact: b
     return replace(applied, spec=spec)
 
 
-def adapted_in(checkpoint: Checkpoint) -> Adapted | None:
-    """The checkpoint, or one below it, with its adapters; None without any."""
-    while isinstance(checkpoint, View) and checkpoint.inners:
-        if isinstance(checkpoint, Adapted):
-            return checkpoint
-        checkpoint = checkpoint.inners[0]
-    return None
+def adapted_in(checkpoint: Checkpoint) -> Iterator[Adapted | Patched]:
+    """The checkpoint, and those below it, that adapters or patches are read with, in the order of their work."""
+    if isinstance(checkpoint, View) and checkpoint.inners:
+        yield from adapted_in(checkpoint.inners[0])
+    if isinstance(checkpoint, Adapted) or (isinstance(checkpoint, Patched) and checkpoint.named):
+        yield checkpoint
 
 
 def adapt(checkpoint: Checkpoint, refs: Sequence[AdapterRef], label: object, *, exact: bool = False) -> Checkpoint:
-    """The checkpoint with the adapters applied in turn; itself without any. label: of the model in messages.
+    """The checkpoint with the adapters and patches applied in turn; itself without any.
 
-    Raises one PlanError about all adapters that cannot be read or do not fit.
+    label: of the model in messages. Raises one PlanError about all adapters that cannot be read or do not fit, or about
+    patches of another model.
     """
+    for are_patches, group in groupby(refs, lambda ref: PATCH.is_at(ref.source)):
+        apply = _apply_patches if are_patches else partial(_apply_adapters, exact=exact)
+        checkpoint = apply(checkpoint, [*group], label)
+    return checkpoint
+
+
+def _apply_adapters(checkpoint: Checkpoint, refs: Sequence[AdapterRef], label: object, *, exact: bool) -> Checkpoint:
     found, problems = list[tuple[Adapter, float, Changes]](), list[str]()
     for ref in refs:
         try:
@@ -242,7 +251,15 @@ def adapt(checkpoint: Checkpoint, refs: Sequence[AdapterRef], label: object, *, 
             problems.append(str(error))
     if problems:
         raise PlanError(several("adapters do not fit their models", problems))
-    return Adapted(checkpoint, found, exact=exact) if found else checkpoint
+    return Adapted(checkpoint, found, exact=exact)
+
+
+def _apply_patches(checkpoint: Checkpoint, refs: Sequence[AdapterRef], label: object) -> Checkpoint:
+    shares = [f"{ref.scale:g}*{ref.ref}" for ref in refs if ref.scale != 1]
+    if shares:
+        raise PlanError(f"{label}: found {shares[0]}, a share of a patch; expected it as a whole. Leave the number out")
+    files = {ref.ref: open_checkpoint(ref.source) for ref in refs}
+    return patched_view(checkpoint, *(open_patch(file.path) for file in files.values()), files=files)
 
 
 def with_adapters(model: T) -> T | Checkpoint:

@@ -11,11 +11,10 @@ from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, final
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, final
 
-import torch
 import xxhash
-from torch import Tensor
 
 from mergekit_lfm.artifacts.patch import Patch
 from mergekit_lfm.artifacts.transform import PANEL
@@ -25,6 +24,9 @@ from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.store.formats import bytes_of
 from mergekit_lfm.store.tensors import TensorSpec
 from mergekit_lfm.views.base import ReadRows, Source, View, row_count
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Patcher:
@@ -69,6 +71,8 @@ class Patcher:
 
     def rows(self, first: int, last: int, read: ReadRows) -> Tensor:
         """Patch one panel of rows. read: returns rows of the stored tensor."""
+        import torch
+
         rows = slice(None) if self.whole else slice(first, last)
         stored = read(self.sources[0], first, last) if self.sources else None
         if self.base and self.new is not None:
@@ -86,10 +90,20 @@ class Patcher:
 
 @final
 class Patched(View):
-    """The checkpoint with the patches, which fit it, applied. key: identifies them in digests. infos: their headers."""
+    """The checkpoint with the patches, which fit it, applied. key: identifies them in digests. infos: their headers.
 
-    def __init__(self, inner: Checkpoint, patches: Sequence[Patch], key: Mapping[str, Any]) -> None:
-        super().__init__(inner, (inner,), key)
+    files: of the patches, by the names that a user gave them, where they are read with the model.
+    """
+
+    def __init__(
+        self,
+        inner: Checkpoint,
+        patches: Sequence[Patch],
+        key: Mapping[str, Any],
+        files: Mapping[str, Checkpoint] = MappingProxyType({}),
+    ) -> None:
+        super().__init__(inner, (inner, *files.values()), key)
+        self.named = tuple(files)
         self.infos = tuple(patch.info for patch in patches)
         self._patchers = make_patchers(patches, inner, base=True)
 
@@ -128,14 +142,19 @@ def make_patchers(patches: Sequence[Patch], specs: Mapping[str, TensorSpec], *, 
     return {name: Patcher(chosen, specs[name], base=base) for name, chosen in changes.items()}
 
 
-def patched_view(checkpoint: Checkpoint, *patches: Patch, any_base: bool = False) -> Checkpoint:
+def patched_view(
+    checkpoint: Checkpoint,
+    *patches: Patch,
+    any_base: bool = False,
+    files: Mapping[str, Checkpoint] = MappingProxyType({}),
+) -> Checkpoint:
     """The checkpoint with the patches applied, read like any other. Tensors that they do not change stay as they are.
 
     Raises PlanError naming all tensors that are missing, of another shape or dtype, or, unless any_base, of other bytes
     than those that a patch was made for: the checkpoint's, or what the patches before it give.
     """
     check_base(checkpoint, patches, any_base=any_base)
-    return Patched(checkpoint, patches, {"patches": [*map(digest_of, patches)]})
+    return Patched(checkpoint, patches, {"patches": [*map(digest_of, patches)]}, files)
 
 
 def check_base(checkpoint: Checkpoint, patches: Sequence[Patch], *, any_base: bool = False) -> None:

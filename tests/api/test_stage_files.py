@@ -40,7 +40,7 @@ STAGES: list[dict[str, Any]] = [
     {"name": "patched", "merge_method": "passthrough", "models": [{"model": "base", "edits": ["two"]}]},
     {
         "job": "eval",
-        "models": ["base", "base+one", "merged", "patched"],
+        "models": ["base", "base+one", "base+two", "merged", "patched"],
         "data": ["base.jsonl"],
         "task": "classification",
         "experts": {"base+one": "base.jsonl", "patched": "other.jsonl"},
@@ -88,7 +88,8 @@ def test_the_results_are_those_of_the_functions_by_hand(tmp_path: Path) -> None:
         out = merge({key: value for key, value in recipe.items() if key != "name"}, tmp_path / name)
         weights = Path(out, "model.safetensors").read_bytes()
         assert (stages / name / "model.safetensors").read_bytes() == weights
-    models: list[str | Path] = ["base", f"base+{stages}/one", stages / "merged", stages / "patched"]
+    models: list[str | Path] = ["base", f"base+{stages}/one", f"base+{stages}/two.safetensors"]
+    models += [stages / "merged", stages / "patched"]
     judged = evaluate_models(models, data=["base.jsonl"], task="classification").result
     scores = json.loads(Path("out.json").read_text())["scores"]
     experts = {f"base+{stages}/one": "base.jsonl", stages / "patched": "other.jsonl"}
@@ -96,7 +97,7 @@ def test_the_results_are_those_of_the_functions_by_hand(tmp_path: Path) -> None:
     assert list(scores) == [*STAGES[-1]["models"], "routed"]
     assert scores.pop("routed") == {name: asdict(score) for name, score in routed.result.scores.items()}
     by_hand = [{name: asdict(score) for name, score in own.items()} for own in judged.values()]
-    assert [*scores.values()] == by_hand
+    assert [*scores.values()] == by_hand and scores["base+two"] == scores["patched"]
 
 
 def test_a_second_run_does_nothing_and_a_changed_stage_is_made_again() -> None:

@@ -13,7 +13,7 @@ from helpers_tune import TASKS, tiny  # noqa: F401
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mergekit_lfm import collect_stats, merge, tune_model
+from mergekit_lfm import PlanError, collect_stats, merge, plan_merge, tune_model
 from mergekit_lfm.api.attachments import load_attached
 from mergekit_lfm.api.tune_plans import OPTIONS as OPTIONS_OF_FILES
 from mergekit_lfm.artifacts.attachment import open_attachment
@@ -27,7 +27,6 @@ from mergekit_lfm.train.loop import mean_loss
 from mergekit_lfm.train.losses import LOSSES
 from mergekit_lfm.train.texts import read_examples
 from mergekit_lfm.views.adapted import open_model
-from mergekit_lfm.views.patched import patched_view
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
@@ -71,12 +70,7 @@ def tuned(name: str, kind: str, root: Path, out: Path, **more: Any) -> Any:
 
 def opened(name: str, base: Path, result: Path) -> Any:
     """The tuned model as a checkpoint."""
-    makes = TUNE_METHODS[name].makes
-    if makes == "patch":
-        from mergekit_lfm.artifacts.patch import open_patch
-
-        return patched_view(open_model(base), open_patch(result))
-    return open_model(f"{base}+{result}" if makes == "adapter" else result)
+    return open_model(result if TUNE_METHODS[name].makes == "checkpoint" else f"{base}+{result}")
 
 
 def started(name: str, base: Path, result: Path, kind: str) -> Any:
@@ -229,3 +223,13 @@ def test_a_merge_takes_the_result(name: str, tiny: Path, tmp_path: Path) -> None
     before, after = tensors(open_model(base)), tensors(opened(name, base, result))
     for tensor, x in merged.items():
         assert torch.allclose(x.double(), (before[tensor].double() + after[tensor].double()) / 2, atol=1e-7)
+    if "edits" in entry:  # a patch beside a model and one in its name are the same
+        recipe["models"] = [{"model": str(base)}, {"model": f"{base}+{result}"}]
+        named = plan_merge(recipe, tmp_path / "named").result.plan
+        assert [(each.kind, each.changed) for each in named.adapters] == [(f"patch by {name}", len(load_file(result)))]
+        again = load_file(Path(merge(recipe, tmp_path / "named")) / "model.safetensors")
+        assert all(torch.equal(again[tensor], x) for tensor, x in merged.items())
+        with pytest.raises(PlanError, match="a share of a patch; expected it as a whole"):
+            open_model(f"{base}+0.5*{result}")
+        with pytest.raises(PlanError, match="the patch does not fit"):
+            open_model(f"{tiny / 'encoder'}+{result}")
