@@ -42,6 +42,7 @@ __all__ = [
     "barrier",
     "check_table",
     "collect_stats",
+    "distill_model",
     "edit_model",
     "emulate_model",
     "evaluate_models",
@@ -97,6 +98,7 @@ if TYPE_CHECKING:
     from mergekit_lfm.api.adapters import merge_adapter_recipe, merge_adapters
     from mergekit_lfm.api.align import align_models, check_table
     from mergekit_lfm.api.attachments import average_attachments
+    from mergekit_lfm.api.distill import distill_model
     from mergekit_lfm.api.edit import edit_model
     from mergekit_lfm.api.explain import explain_plan
     from mergekit_lfm.api.export import export_patches
@@ -174,6 +176,7 @@ _HOMES = {
     "barrier": "judge.barrier",
     "check_table": "api.align",
     "collect_stats": "api.stats",
+    "distill_model": "api.distill",
     "edit_model": "api.edit",
     "emulate_model": "api.offsite",
     "evaluate_models": "api.judge",

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from mergekit_lfm.api.outcome import Outcome
 from mergekit_lfm.errors import PlanError, did_you_mean
 from mergekit_lfm.recipe.adapter_recipe import AdapterRecipe
+from mergekit_lfm.recipe.distill_recipe import DistillRecipe
 from mergekit_lfm.recipe.eval_recipe import EvalRecipe
 from mergekit_lfm.recipe.extract_recipe import ExtractRecipe
 from mergekit_lfm.recipe.head_recipe import HeadRecipe
@@ -133,6 +134,17 @@ TUNE = Job(
     plan_options=frozenset({"device"}),
     run_options=frozenset({"threads"}),
 )
+DISTILL = Job(
+    name="distill",
+    makes="a student of other models",
+    parse=DistillRecipe.parse,
+    plan=_later("distill_plans.plan_distillation"),
+    run=_later("tune.tune_planned"),
+    show="distillations",
+    suffix=_suffix_of_tuning,
+    plan_options=frozenset({"device"}),
+    run_options=frozenset({"threads"}),
+)
 STATS = Job(
     name="stats",
     makes="a statistics file",
@@ -163,7 +175,7 @@ HEAD = Job(
     run=_later("heads.make_head"),
     show="heads",
 )
-JOBS: Mapping[str, Job] = {job.name: job for job in (ADAPTERS, EVAL, EXTRACT, HEAD, STATS, TUNE)}
+JOBS: Mapping[str, Job] = {job.name: job for job in (ADAPTERS, DISTILL, EVAL, EXTRACT, HEAD, STATS, TUNE)}
 
 
 def find_job(data: object, label: str) -> Job | None:

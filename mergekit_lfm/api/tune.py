@@ -17,16 +17,15 @@ from torch import Tensor
 from mergekit_lfm.api.arguments import StrPath, expand
 from mergekit_lfm.api.outcome import Outcome, warn_of
 from mergekit_lfm.api.tune_data import TuneData, read_all
-from mergekit_lfm.api.tune_plans import OPTIONS, PlannedTuning, plan_tuning
+from mergekit_lfm.api.tune_plans import ANSWERS, OPTIONS, Lessons, PlannedTuning, plan_tuning
 from mergekit_lfm.api.tune_prompts import check_prompt, leave_room
 from mergekit_lfm.api.tune_results import Tuned, check_adapter, check_places, write_result
 from mergekit_lfm.artifacts.statistics import open_statistics
 from mergekit_lfm.errors import FormatError, PlanError, reason
-from mergekit_lfm.machine.launch import rank
 from mergekit_lfm.machine.progress import SILENCE, Progress
 from mergekit_lfm.output.request import result_of
 from mergekit_lfm.recipe.tune_recipe import TuneRecipe
-from mergekit_lfm.runtime.load import load_model
+from mergekit_lfm.runtime.load import Loaded, load_model
 from mergekit_lfm.runtime.subject import Subject, make_subject
 from mergekit_lfm.store.locks import lock_folder
 from mergekit_lfm.store.places import check_apart
@@ -94,22 +93,20 @@ def tune_model(
     without peft.
     """
     settings = {name: value for name, value in locals().items() if name in TuneRecipe.model_fields}
-    planned = plan_tuning(_as_recipe(settings), expand(out), device=device)
+    recipe = TuneRecipe.parse({"job": "tune", **as_settings(settings)}, label="tune")
+    planned = plan_tuning(recipe, expand(out), device=device)
     return tune_planned(planned, threads=threads, overwrite=overwrite, progress=progress)
 
 
-def _as_recipe(settings: Mapping[str, Any]) -> TuneRecipe:
-    """The arguments of `tune_model` as a recipe."""
-    data, steps = settings["data"], settings["steps"]
+def as_settings(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a training in Python as a recipe has them; those that are None are left to their defaults."""
+    given = {name: value for name, value in arguments.items() if value is not None}
+    data = given["data"]
     entries = [data] if isinstance(data, str | os.PathLike) else [*data]
-    paths = {key: settings[key] for key in ("model", "dev", "stats")}
-    recipe = {"job": "tune", **settings, **{k: os.fspath(x) for k, x in paths.items() if isinstance(x, os.PathLike)}}
-    recipe |= {key: [*settings[key]] for key in ("groups", "phases", "held_out")}
-    recipe |= {key: dict(settings[key] or {}) for key in ("parameters", "loss")}
-    recipe["data"] = [dict(each) if isinstance(each, Mapping) else os.fspath(each) for each in entries]
-    if steps is None:
-        del recipe["steps"]  # the recipe's own default, or the sum over the phases
-    return TuneRecipe.parse(recipe, label="tune")
+    given["data"] = [dict(each) if isinstance(each, Mapping) else os.fspath(each) for each in entries]
+    given |= {name: os.fspath(value) for name, value in given.items() if isinstance(value, os.PathLike)}
+    given |= {name: [*given[name]] for name in ("groups", "phases", "held_out") if name in given}
+    return given | {name: dict(given[name]) for name in ("parameters", "loss") if name in given}
 
 
 def tune_planned(
@@ -141,7 +138,7 @@ def _known(planned: PlannedTuning) -> Tuned:
 
 def _check_training(folder: Path) -> None:
     """Raise PlanError if the folder for the state holds something else."""
-    ours = {STATE, METRICS}
+    ours = {STATE, METRICS, ANSWERS}
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise PlanError(f"{folder} is in the way of the training's state; move it away")
     others = sorted(path.name for path in folder.iterdir() if path.name not in ours) if folder.is_dir() else []
@@ -153,6 +150,7 @@ def _check_training(folder: Path) -> None:
 class _Ready(NamedTuple):
     """A model that is ready to be trained, the checkpoint's names of its parameters, its data, and its size."""
 
+    loaded: Loaded
     prepared: Prepared
     subject: Subject
     data: TuneData
@@ -189,45 +187,65 @@ def _make_ready(planned: PlannedTuning) -> _Ready:
             f"weight_decay is {decay}, and {method.name} trains parts of tensors, which would decay as "
             "a whole; leave it out"
         )
-    return _Ready(prepared, subject, data, size)
+    return _Ready(replace(loaded, model=prepared.model), prepared, subject, data, size)
 
 
 def _tune(planned: PlannedTuning, progress: Progress) -> tuple[Tuned, list[str]]:
     """Train, and write the result; also findings."""
-    recipe, options, training = planned.recipe, planned.recipe.options, planned.training
-    prepared, subject, data, size = _make_ready(planned)
+    ready, training = _make_ready(planned), planned.training
     try:
         training.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise PlanError(f"{planned.out} cannot be written ({reason(error)}); choose another output") from None
+    with joined(planned.device) as group, _writing(training, group):
+        if group.count > 1 and planned.recipe.compares_batches:
+            raise PlanError("the loss is about all examples of a batch at once; start one process")
+        data = ready.data
+        if planned.is_taught_before:
+            del ready  # so that no two models are in memory at a time
+        lessons = planned.learn(data, progress)
+        if planned.is_taught_before:
+            ready = _make_ready(planned)
+        return _train(planned, ready, lessons, group, SILENCE if group.rank else progress)
+
+
+def _train(
+    planned: PlannedTuning, ready: _Ready, lessons: Lessons | None, group: Group, progress: Progress
+) -> tuple[Tuned, list[str]]:
+    """Train what is ready, and write the result; also findings."""
+    recipe, options, training = planned.recipe, planned.recipe.options, planned.training
+    loaded, prepared, subject, data, size = ready
     start = {name: x.detach().clone() for name, x in prepared.model.named_parameters() if x.requires_grad}
     trained = sum(x.numel() for x in start.values()) if prepared.count is None else prepared.count
-    loss = build_loss(recipe.task, recipe.loss, start if "l2sp" in recipe.loss else {})
+    examples, base = data.examples, None
+    if lessons is not None:
+        examples, base = lessons.begin(loaded, examples)
+    loss = build_loss(recipe.task, recipe.loss, start if "l2sp" in recipe.loss else {}, base)
     judge = partial(mean_loss, prepared.model, loss=LOSSES[recipe.task], options=options)
     before = {name: judge(each) for name, each in data.held_out.items()}
-    shown = SILENCE if rank() else progress
-    with joined(planned.device) as group, _writing(training, group), shown.by_step(" steps", "tuning") as report:
-        if group.count > 1 and recipe.task == "embedding":
-            raise PlanError("the loss of embedding is about all texts of a batch at once; start one process")
+    with progress.by_step(" steps", recipe.VERB) as report:
         history = fit(
             prepared.model,
-            data.examples,
+            examples,
             loss if prepared.loss is None else prepared.loss(loss),
             replace(options, groups=(*options.groups, *prepared.groups(options.learning_rate))),
             dev=data.dev,
             hooks=prepared.hooks,
             place=training,
             request=planned.answer.digest,
-            tell=lambda done, whole, line: report(done, whole, _facts(line, data.examples)),
+            tell=lambda done, whole, line: report(done, whole, _facts(line, examples)),
         )
-        held_out = {name: {"before": loss, "after": judge(data.held_out[name])} for name, loss in before.items()}
-        reached = (history.loss, history.best, history.best_step)
-        makes = recipe.declaration.makes
-        tuned = Tuned(makes, history.steps, trained, size, *reached, prepared.facts(), held_out)
-        if group.rank:
-            return tuned, []
-        findings = write_result(planned, prepared, subject, tuned)
-        (training / STATE).unlink(missing_ok=True)
+    held_out = {name: {"before": loss, "after": judge(data.held_out[name])} for name, loss in before.items()}
+    reached = (history.loss, history.best, history.best_step)
+    makes = recipe.declaration.makes
+    facts = {**prepared.facts(), **({} if lessons is None else lessons.end(loaded))}
+    tuned = Tuned(makes, history.steps, trained, size, *reached, facts, held_out)
+    if group.rank:
+        return tuned, []
+    findings = write_result(planned, prepared, subject, tuned)
+    (training / STATE).unlink(missing_ok=True)
+    if lessons is not None:
+        lessons.clear()
     return tuned, findings
 
 

@@ -11,7 +11,7 @@ from mergekit_lfm.api.tune_plans import PlannedTuning
 from mergekit_lfm.api.tune_prompts import check_lengths
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.recipe.tune_data import DataFile
-from mergekit_lfm.recipe.tune_recipe import TuneRecipe
+from mergekit_lfm.recipe.tune_recipe import TrainingRecipe
 from mergekit_lfm.runtime.load import Loaded
 from mergekit_lfm.train.examples import Examples, join, split
 from mergekit_lfm.train.terms import check_language, with_reference
@@ -26,11 +26,14 @@ class TuneData(NamedTuple):
     held_out: dict[str, Examples]
 
 
-def read_all(loaded: Loaded, planned: PlannedTuning) -> TuneData:
-    """The data of all files. Raises PlanError for files that do not fit each other, FormatError for damaged ones."""
+def read_all(loaded: Loaded, planned: PlannedTuning, *, fits: bool = True) -> TuneData:
+    """The data of all files. fits: whether their labels have to be classes of the model.
+
+    Raises PlanError for files that do not fit each other, FormatError for damaged ones.
+    """
     recipe = planned.recipe
-    sets = [_read(file, loaded, planned) for file in recipe.files]
-    dev = [] if recipe.dev_file is None else [_read(recipe.dev_file, loaded, planned)]
+    sets = [_read(file, loaded, planned, fits=fits) for file in recipe.files]
+    dev = [] if recipe.dev_file is None else [_read(recipe.dev_file, loaded, planned, fits=fits)]
     files = [*recipe.files, *([recipe.dev_file] if recipe.dev_file else [])]
     for file, each in zip(files, [*sets, *dev], strict=True):
         if each.items[0].keys() != sets[0].items[0].keys():
@@ -55,7 +58,7 @@ def _of_task(examples: Examples, number: int) -> Examples:
     return replace(examples, items=[{**item, "task_ids": torch.tensor(number)} for item in examples.items])
 
 
-def _divide(recipe: TuneRecipe, sets: list[Examples], dev: Examples | None) -> TuneData:
+def _divide(recipe: TrainingRecipe, sets: list[Examples], dev: Examples | None) -> TuneData:
     """The data sets of the files, by what they are for."""
     named = [*zip(recipe.files, sets, strict=True)]
     held = {name: [each for file, each in named if file.cluster == name] for name in recipe.held_out}
@@ -67,17 +70,18 @@ def _divide(recipe: TuneRecipe, sets: list[Examples], dev: Examples | None) -> T
     return TuneData(join(trained, most), dev, others)
 
 
-def _read(file: DataFile, loaded: Loaded, planned: PlannedTuning) -> Examples:
+def _read(file: DataFile, loaded: Loaded, planned: PlannedTuning, *, fits: bool) -> Examples:
     recipe, path = planned.recipe, planned.path_of(file)
-    examples = read_examples(path, loaded, window=recipe.window, templates=file.templates)
-    if recipe.task == "classification":
+    options: dict[str, Any] = {"window": recipe.window, "templates": file.templates, "labelled": recipe.is_labelled}
+    examples = read_examples(path, loaded, **options)
+    if recipe.task == "classification" and recipe.is_labelled and fits:
         config: Any = loaded.model.config
         check_labels(examples, getattr(config, "num_labels", None), path)
     check_lengths(examples, loaded, path)
     return examples
 
 
-def _check_loss(recipe: TuneRecipe, loaded: Loaded, examples: Examples) -> None:
+def _check_loss(recipe: TrainingRecipe, loaded: Loaded, examples: Examples) -> None:
     """Raise PlanError for a term of the loss that does not fit the model or the data."""
     if "aux_lm" in recipe.loss:
         check_language(loaded, examples)

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from tempfile import mkdtemp
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mergekit_lfm.artifacts.attachment import read_attachment_info
 from mergekit_lfm.artifacts.patch import read_patch_info
@@ -22,7 +22,7 @@ from mergekit_lfm.output.lock import ADAPTER_LOCK, LOCK
 from mergekit_lfm.output.names import public_names
 from mergekit_lfm.output.request import Request, RequestInput
 from mergekit_lfm.recipe.tune_data import DataFile
-from mergekit_lfm.recipe.tune_recipe import TuneRecipe
+from mergekit_lfm.recipe.tune_recipe import TrainingRecipe
 from mergekit_lfm.runtime.calls import write_examples
 from mergekit_lfm.runtime.images import digest_data
 from mergekit_lfm.store.checkpoint import Checkpoint
@@ -30,7 +30,15 @@ from mergekit_lfm.store.folder import ADAPTER_WEIGHTS
 from mergekit_lfm.store.places import beside
 from mergekit_lfm.views.adapted import open_found
 
+if TYPE_CHECKING:
+    from mergekit_lfm.api.tune_data import TuneData
+    from mergekit_lfm.machine.progress import Progress
+    from mergekit_lfm.runtime.load import Loaded
+    from mergekit_lfm.train.examples import Examples
+    from mergekit_lfm.train.losses import Loss
+
 TRAINING = ".training"  # ends the name of the folder with the state and the metrics, beside OUT
+ANSWERS = "teachers"  # the folder in that one with what the teachers of a distillation say
 SUFFIX = ".safetensors"
 FOLDERS = ("adapter", "prompt")  # results that are folders as PEFT has them
 # Results that are files: a reader of the options in their headers, by the kind of result.
@@ -46,6 +54,18 @@ NAMES: Mapping[str, str] = MappingProxyType(
 )
 
 
+class Lessons(Protocol):
+    """What is learned of other models about the data of a training.
+
+    begin: from the student, as it will be trained, and its examples to what is trained on, and the loss in place of the
+    task's. end: facts about the trained student. clear: removes what was kept for the training.
+    """
+
+    def begin(self, loaded: Loaded, examples: Examples, /) -> tuple[Examples, Loss]: ...
+    def end(self, loaded: Loaded, /) -> Mapping[str, Any]: ...
+    def clear(self) -> None: ...
+
+
 def file_request(request: Request, files: tuple[Path, ...], makes: str) -> FileRequest:
     """The request that a file of a kind answers, whose digest is among its options."""
     return FileRequest(request, files, NAMES[makes], lambda out: OPTIONS[makes](out).get("request") == request.digest)
@@ -55,7 +75,7 @@ def file_request(request: Request, files: tuple[Path, ...], makes: str) -> FileR
 class PlannedTuning:
     """A tuning that is checked, and not done yet. device: where it runs. source: the model, read with its adapters."""
 
-    recipe: TuneRecipe
+    recipe: TrainingRecipe
     out: Path
     source: Checkpoint
     device: str = "cpu"
@@ -76,15 +96,34 @@ class PlannedTuning:
         files = [*recipe.files, *([recipe.dev_file] if recipe.dev_file else [])]
         named = [file.ref for file in recipe.named_files]
         refs = [recipe.model, *(file.ref for file in files), *([recipe.stats] if recipe.stats else []), *named]
-        names = public_names(refs)
-        data = [{**entry, "path": names[entry["path"]]} for entry in whole["data"]]
-        public = {**whole, "model": names[recipe.model], "data": data}
-        public |= {key: names[whole[key]] for key in ("dev", "stats") if isinstance(whole.get(key), str)}
-        if (key := recipe.declaration.files) is not None:
-            public["parameters"] = {**whole["parameters"], key: ",".join(names[ref] for ref in named)}
+        inputs = (RequestInput(recipe.model, self.source, self.source.config), *self.others)
+        public = self.name_publicly(whole, public_names([*refs, *(other.label for other in self.others)]))
         lock = ADAPTER_LOCK if recipe.declaration.makes in FOLDERS else LOCK
-        inputs = (RequestInput(recipe.model, self.source, self.source.config),)
         return Request(whole, public, inputs, lock)
+
+    @property
+    def others(self) -> tuple[RequestInput, ...]:
+        """The models that are read besides the one that is trained."""
+        return ()
+
+    def name_publicly(self, whole: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+        """The recipe with the public names of its models and files."""
+        data = [{**entry, "path": names[entry["path"]]} for entry in whole["data"]]
+        public = {**whole, "model": names[whole["model"]], "data": data}
+        public |= {key: names[whole[key]] for key in ("dev", "stats") if isinstance(whole.get(key), str)}
+        if (key := self.recipe.declaration.files) is not None:
+            named = ",".join(names[file.ref] for file in self.recipe.named_files)
+            public["parameters"] = {**whole["parameters"], key: named}
+        return public
+
+    @property
+    def is_taught_before(self) -> bool:
+        """Whether something is learned of other models before the one to train is loaded for that."""
+        return False
+
+    def learn(self, data: TuneData, progress: Progress) -> Lessons | None:  # noqa: ARG002
+        """What is learned of other models about the data: nothing in a tuning."""
+        return None
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -139,7 +178,7 @@ class PlannedTuning:
         stand_in_tuning(self.recipe, self.source, place)
 
 
-def plan_tuning(recipe: TuneRecipe, out: Path, *, device: str | None = None) -> PlannedTuning:
+def plan_tuning(recipe: TrainingRecipe, out: Path, *, device: str | None = None) -> PlannedTuning:
     """Check a tuning, and say what it would make. It reads headers only.
 
     Raises PlanError without the device, FormatError for a damaged model.

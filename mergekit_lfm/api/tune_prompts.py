@@ -7,14 +7,14 @@ from pathlib import Path
 import torch
 
 from mergekit_lfm.errors import PlanError, reason
-from mergekit_lfm.recipe.tune_recipe import TuneRecipe
+from mergekit_lfm.recipe.tune_recipe import TrainingRecipe
 from mergekit_lfm.runtime.load import Loaded, embeddings, logits, run
 from mergekit_lfm.runtime.prompts import behind
 from mergekit_lfm.train.examples import Examples
 from mergekit_lfm.tune.work import Prepared
 
 
-def leave_room(recipe: TuneRecipe, loaded: Loaded, count: int) -> Loaded:
+def leave_room(recipe: TrainingRecipe, loaded: Loaded, count: int) -> Loaded:
     """The loaded model with so many virtual tokens before each text. Raises PlanError for a window beyond the rest."""
     if not count:
         return loaded
@@ -39,7 +39,7 @@ def check_lengths(examples: Examples, loaded: Loaded, place: Path) -> None:
         )
 
 
-def check_prompt(recipe: TuneRecipe, prepared: Prepared) -> None:
+def check_prompt(recipe: TrainingRecipe, prepared: Prepared) -> None:
     """Raise PlanError if the model does not run with a prompt, or sees nothing of it."""
     if recipe.declaration.makes not in ("prompt", "mixture"):
         return

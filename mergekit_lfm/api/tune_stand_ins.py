@@ -10,13 +10,13 @@ from mergekit_lfm.artifacts.patch import PatchInfo, TensorChange
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.output import save
 from mergekit_lfm.output.adapter import write_empty
-from mergekit_lfm.recipe.tune_recipe import TuneRecipe
+from mergekit_lfm.recipe.tune_recipe import TrainingRecipe
 from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.store.identity import spec_of
 from mergekit_lfm.store.tensors import FLOATS, encode_header
 
 
-def stand_in_tuning(recipe: TuneRecipe, source: Checkpoint, place: Path) -> None:
+def stand_in_tuning(recipe: TrainingRecipe, source: Checkpoint, place: Path) -> None:
     """Write a folder or file like the result of a tuning of `source`. Raises PlanError for what no stage takes."""
     makes = recipe.declaration.makes
     if makes == "checkpoint":
@@ -31,7 +31,7 @@ def stand_in_tuning(recipe: TuneRecipe, source: Checkpoint, place: Path) -> None
         raise PlanError(f"{recipe.method} makes a prompt, which no other stage takes; tune in a recipe of its own")
 
 
-def _stand_in_module(recipe: TuneRecipe, source: Checkpoint, place: Path) -> None:
+def _stand_in_module(recipe: TrainingRecipe, source: Checkpoint, place: Path) -> None:
     """The same for what the method adds to a model, whose shapes only the model shows."""
     from mergekit_lfm.output.trained_adapter import stand_in_adapter
     from mergekit_lfm.runtime.load import empty_model

@@ -9,6 +9,7 @@ from mergekit_lfm.commands.align import align
 from mergekit_lfm.commands.average import average
 from mergekit_lfm.commands.barrier import barrier
 from mergekit_lfm.commands.curves import curves
+from mergekit_lfm.commands.distill import distill
 from mergekit_lfm.commands.edit import edit
 from mergekit_lfm.commands.eval import evaluate
 from mergekit_lfm.commands.export import export
@@ -56,6 +57,7 @@ for command in (
         extract_lora,
         head,
         tune,
+        distill,
         average,
         export,
         curves,

@@ -16,7 +16,18 @@ from mergekit_lfm.recipe.adapters import names_in
 from mergekit_lfm.recipe.values import FOUND
 
 # The keys whose text may be a model, or one with adapters; and those of files.
-MODEL_KEYS = ("model", "models", "path", "adapter", "lora", "base_model", "source", "tokenizer_source", "to")
+MODEL_KEYS = (
+    "model",
+    "models",
+    "path",
+    "adapter",
+    "lora",
+    "base_model",
+    "source",
+    "tokenizer_source",
+    "to",
+    "teachers",
+)
 FILE_KEYS = ("stats", "edits")
 LISTS = ("adapters", "earlier")  # parameters of tunings: names with commas
 NAMED = ("experts",)  # keys of mappings from models

@@ -1,8 +1,8 @@
-"""Recipes of `job: tune`: a model trained on data by a method. Checked completely before any work, without torch."""
+"""Recipes of trainings, and of `job: tune`: a model trained on data by a method. Checked beforehand, without torch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -28,8 +28,6 @@ from mergekit_lfm.recipe.values import FOUND
 from mergekit_lfm.runtime.calls import is_function
 from mergekit_lfm.runtime.tasks import TASKS, TUNE_TASKS
 
-JOB = "tune"
-
 
 class GroupEntry(Strict):
     """Parameters whose names match a pattern, with a learning rate or a weight decay of their own."""
@@ -39,8 +37,8 @@ class GroupEntry(Strict):
     weight_decay: float | None = None
 
 
-class TuneRecipe(JobForm):
-    """A tuning as the user wrote it. parameters: of the method; the other settings are of every training.
+class TrainingRecipe(JobForm):
+    """A training as the user wrote it. parameters: of the method; the other settings are of every training.
 
     loss: numbers of the terms that are added to the task's loss, as `LOSS_TERMS` has them.
     stats: a file of Fisher information, for the method that needs one. window: the most tokens of an example.
@@ -48,12 +46,13 @@ class TuneRecipe(JobForm):
     parameters; the method trains these alone. phases: several such parts one after the other, each with its steps.
     held_out: clusters of data that are not trained on, but judged. The rest is explained at `Options`.
 
-    Build one with `TuneRecipe.parse`. Paths are as of a merge's `Recipe`.
+    Build one by the `parse` of its job's class. Paths are as of a merge's `Recipe`.
     """
 
     EXPECTED: ClassVar[str] = "a mapping with model, data and task"
+    VERB: ClassVar[str] = "tuning"
 
-    job: Literal["tune"]
+    job: str
     model: Reference
     data: Entries
     task: str
@@ -114,8 +113,8 @@ class TuneRecipe(JobForm):
         if method is None:
             problems.append(unknown_method(self.method, TUNE_METHODS, "tune"))
         else:
-            problems += self._read_settings(method, where)
-        refuse(problems)
+            problems += [*self._read_settings(method, where), *self._check_loss(method)]
+        refuse([*problems, *self._read_more(where)])
         assert model is not None
         self._model = model
         self._data, self._dev = tuple(files[: len(self.data)]), files[-1] if isinstance(self.dev, str) else None
@@ -139,7 +138,6 @@ class TuneRecipe(JobForm):
         if method.files is not None and self._settings[method.files] != "":
             self._named, missing = read_named(str(self._settings[method.files] or ""), method.files, where)
             problems = [*problems, *missing]
-        problems += check_terms(self.loss, self.task, method.makes)
         if self.evaluate_every is not None and self.dev is None:
             problems.append(
                 problem_at("evaluate_every", FOUND, found=str(self.evaluate_every), expected="`dev` beside it")
@@ -158,6 +156,14 @@ class TuneRecipe(JobForm):
         except PlanError as error:
             problems.append(Problem("", str(error)))
         return problems
+
+    def _check_loss(self, method: TuneMethod[Any]) -> Iterator[Problem]:
+        """The problems of the loss."""
+        return check_terms(self.loss, self.task, method.makes)
+
+    def _read_more(self, where: Where) -> Iterable[Problem]:  # noqa: ARG002
+        """Read what the job has besides; the problems."""
+        return ()
 
     def _check_clusters(self) -> Iterator[Problem]:
         """The problems of templates, clusters and those held out."""
@@ -220,6 +226,16 @@ class TuneRecipe(JobForm):
         return self.dev if isinstance(self.dev, float) else None
 
     @property
+    def compares_batches(self) -> bool:
+        """Whether the loss is about all examples of a batch at once."""
+        return self.task == "embedding"
+
+    @property
+    def is_labelled(self) -> bool:
+        """Whether the labels, or positives, of the data are read."""
+        return True
+
+    @property
     def statistics(self) -> Path | None:
         """The file of Fisher information."""
         return self._stats
@@ -262,7 +278,7 @@ class TuneRecipe(JobForm):
         parts |= {"phases": [phase.model_dump(mode="json") for phase in self.phases]} if self.phases else {}
         parts |= {"held_out": [*self.held_out]} if self.held_out else {}
         return {
-            "job": JOB,
+            "job": self.job,
             "model": self.model,
             "data": [entry.facts for entry in self.data],
             "task": self.task,
@@ -274,3 +290,9 @@ class TuneRecipe(JobForm):
             **{name: value for name, value in options.items() if value is not None},
             **({"groups": groups} if groups else {}),
         }
+
+
+class TuneRecipe(TrainingRecipe):
+    """A tuning as the user wrote it."""
+
+    job: Literal["tune"]

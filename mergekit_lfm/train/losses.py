@@ -147,15 +147,15 @@ def consistent(loss: Loss, scorer: Scorer, weight: float) -> Loss:
             total, number = loss(model, batch)
         finally:
             handle.remove()
-        first, targets = scorer(_Said(outputs[0]), batch)
+        first, targets = scorer(Said(outputs[0]), batch)
         second, _ = scorer(model, batch)
         return Terms(total + weight / 2 * divergence(first, second, targets), number)
 
     return added
 
 
-class _Said(nn.Module):
-    """A model that gives an output once more."""
+class Said(nn.Module):
+    """A model that gives an output once more, so that a loss of a model can be taken of its output."""
 
     def __init__(self, output: Any) -> None:
         super().__init__()

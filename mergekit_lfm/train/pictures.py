@@ -35,7 +35,8 @@ class Reading:
         path = bytes(item["image"].tolist()).decode()
         try:
             with _pillow().open(path) as image:
-                return {**self.process(image.convert("RGB")), "labels": item["labels"]}
+                labels = {name: x for name, x in item.items() if name != "image"}
+                return {**self.process(image.convert("RGB")), **labels}
         except BROKEN as error:
             raise FormatError(f"{path}: an image that cannot be read ({reason(error)}); replace or remove it") from None
 

@@ -33,9 +33,9 @@ OTHER = "rejected_"  # begins the names of the inputs of the answer that was not
 REFERENCE = "reference"  # the base's ln p of the two answers
 
 
-def build_loss(task: str, terms: Mapping[str, float], start: Mapping[str, Tensor]) -> Loss:
-    """The loss of a task with terms by their names. start: what is trained, as it is before."""
-    loss = prefer(terms["dpo"]) if "dpo" in terms else LOSSES[task]
+def build_loss(task: str, terms: Mapping[str, float], start: Mapping[str, Tensor], base: Loss | None = None) -> Loss:
+    """The loss of a task, or `base` in its place, with terms by their names. start: what is trained, as before."""
+    loss = prefer(terms["dpo"]) if "dpo" in terms else base or LOSSES[task]
     if "r3f" in terms:
         loss = smooth(SCORES[task], terms["r3f"])
     if "aux_lm" in terms:

@@ -20,7 +20,7 @@ from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.recipe.templates import Template
 from mergekit_lfm.runtime.data import read_data, text_limit
 from mergekit_lfm.runtime.images import find_images
-from mergekit_lfm.runtime.lines import is_text, read_objects
+from mergekit_lfm.runtime.lines import is_text, read_lines, read_objects
 from mergekit_lfm.runtime.load import tokenizer_for_texts
 from mergekit_lfm.runtime.tasks import HEADED
 from mergekit_lfm.train.conversations import Item, Numbered, read_conversations, read_preferences, why_no_conversation
@@ -33,10 +33,16 @@ if TYPE_CHECKING:
 
 
 def read_examples(
-    path: Path, loaded: Loaded, *, window: int | None = None, templates: Sequence[Template] = ()
+    path: Path,
+    loaded: Loaded,
+    *,
+    window: int | None = None,
+    templates: Sequence[Template] = (),
+    labelled: bool = True,
 ) -> Examples:
     """The examples in a file for the task of a model. window: the most tokens of one, at most the model's positions.
 
+    labelled: False for classifiers, encoders and numbers without their labels and positives, which may be missing then.
     templates: for language models, ways to make a prompt and a completion of a line; each makes a form of its example.
 
     Raises FormatError for a file that does not fit, with the first ten lines that do not, and PlanError for a window
@@ -47,12 +53,14 @@ def read_examples(
         config: Any = loaded.model.config
         images = find_images(path, getattr(config, "label2id", None))
         if images is not None:
-            return picture_examples(path, images, loaded)
+            return _without_labels(picture_examples(path, images, loaded), labelled)
     if path.suffix == ".npz":
         if loaded.task != "classification":
             raise FormatError(f"{path}: arrays are for classifiers; expected a .jsonl or .txt file for {loaded.task}")
-        return _read_arrays(path, window)
+        return _without_labels(_read_arrays(path, window, labelled=labelled), labelled)
     tokenizer = tokenizer_for_texts(loaded.tokenizer)
+    if not labelled and loaded.task in (*HEADED, "embedding"):
+        return _read_texts(path, tokenizer, text_limit(window, loaded.positions, tokenizer))
     if templates:
         filled = _fill_templates(path, templates)
         items = read_conversations(path, filled, tokenizer, text_limit(window, loaded.positions, tokenizer))
@@ -175,15 +183,38 @@ def _read_pairs(path: Path, tokenizer: Tokenizer, limit: int | None) -> Examples
     return Examples(items, {"input_ids": padding, "positive_input_ids": padding})
 
 
-def _read_arrays(path: Path, window: int | None) -> Examples:
-    """The rows of arrays, by the names of the model's inputs."""
+def _read_texts(path: Path, tokenizer: Tokenizer, limit: int | None) -> Examples:
+    """Texts alone, whatever else stands on their lines."""
+
+    def read(entry: dict[str, Any], _: int) -> tuple[str] | str:
+        return (entry["text"],) if is_text(entry.get("text")) else 'no "text", or an empty one'
+
+    if path.suffix == ".jsonl":
+        texts = [text for (text,) in read_objects(path, read, 'an object {"text": ...} on each line')]
+    else:
+        texts = [line.text for line in read_lines(path, whole=False)]
+    options: dict[str, Any] = {"truncation": limit is not None, "max_length": limit, "verbose": False}
+    items = [{"input_ids": torch.tensor(row)} for row in tokenizer(texts, **options)["input_ids"]]
+    return Examples(items, {"input_ids": padding_of(tokenizer)})
+
+
+def _without_labels(examples: Examples, labelled: bool) -> Examples:
+    """The examples without their labels, unless they are wanted."""
+    if labelled:
+        return examples
+    items = [{name: x for name, x in item.items() if name != "labels"} for item in examples.items]
+    return replace(examples, items=items)
+
+
+def _read_arrays(path: Path, window: int | None, *, labelled: bool) -> Examples:
+    """The rows of arrays, by the names of the model's inputs. labelled: whether labels must be there."""
     items: list[Item] = []
     for batch in read_data(path, "classification", None, window=window):
-        if batch.args or batch.labels is None:
+        if batch.args or (batch.labels is None and labelled):
             raise FormatError(
                 f"{path}: expected arrays with the names of the model's inputs, such as pixel_values, and labels; "
                 f"found {'x' if batch.args else 'no labels'}. Rename or add them"
             )
-        named = {**batch.kwargs, "labels": batch.labels}
+        named = {**batch.kwargs, **({} if batch.labels is None else {"labels": batch.labels})}
         items += [{name: x[row] for name, x in named.items()} for row in range(len(batch))]
     return Examples(items)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -64,8 +65,8 @@ def done_data(outcome: Outcome[Tuned]) -> dict[str, Any]:
     return {**outcome_data(outcome), **asdict(outcome.result)}
 
 
-def done_text(outcome: Outcome[Tuned]) -> str:
-    """The numbers that were trained, and the loss."""
+def done_text(outcome: Outcome[Tuned], besides: Collection[str] = ()) -> str:
+    """The numbers that were trained, and the loss. besides: names of facts that are shown elsewhere."""
     if outcome.already_there:
         return "already there: the result of the same request; nothing was done"
     tuned = outcome.result
@@ -76,7 +77,7 @@ def done_text(outcome: Outcome[Tuned]) -> str:
     ]
     if tuned.dev_loss is not None:
         rows.append(("on the development set", f"{tuned.dev_loss:.4g}, the least, after {tuned.best_step} steps"))
-    rows += [(name, str(value)) for name, value in tuned.facts.items()]
+    rows += [(name, str(value)) for name, value in tuned.facts.items() if name not in besides]
     rows += [
         (f"{name}, held out", f"{loss['before']:.4g} before, {loss['after']:.4g} after")
         for name, loss in tuned.held_out.items()

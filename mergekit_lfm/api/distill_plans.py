@@ -1,0 +1,146 @@
+"""Distillations that are planned: a training with teachers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergekit_lfm.api.tune_plans import ANSWERS, PlannedTuning, plan_tuning
+from mergekit_lfm.distill.course import Course, Pairs, even_pairs
+from mergekit_lfm.errors import PlanError
+from mergekit_lfm.machine.progress import Progress
+from mergekit_lfm.output.request import RequestInput
+from mergekit_lfm.recipe.distill_recipe import ALIGNED, DistillRecipe
+from mergekit_lfm.recipe.distill_terms import DISTILL_TERMS
+from mergekit_lfm.store.checkpoint import Checkpoint
+from mergekit_lfm.views.adapted import open_found
+
+if TYPE_CHECKING:
+    from mergekit_lfm.api.distill import Taught
+    from mergekit_lfm.api.tune_data import TuneData
+
+
+DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depths")  # keys of configs
+
+
+@dataclass(frozen=True)
+class PlannedDistillation(PlannedTuning):
+    """A distillation that is checked, and not done yet. teachers: the models, by the order of the recipe."""
+
+    teachers: tuple[Checkpoint, ...] = ()
+
+    @property
+    def distillation(self) -> DistillRecipe:
+        """The recipe."""
+        assert isinstance(self.recipe, DistillRecipe)
+        return self.recipe
+
+    @property
+    def others(self) -> tuple[RequestInput, ...]:
+        labels = [entry.model for entry in self.distillation.teachers]
+        return tuple(RequestInput(label, x, x.config) for label, x in zip(labels, self.teachers, strict=True))
+
+    def name_publicly(self, whole: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+        teachers = [{**entry, "model": names[entry["model"]]} for entry in whole["teachers"]]
+        return {**super().name_publicly(whole, names), "teachers": teachers}
+
+    @cached_property
+    def course(self) -> Course:
+        """How the student follows the teachers. Raises PlanError if a config does not say how many layers there are."""
+        recipe = self.distillation
+        weights = {name: weight for name, weight in recipe.terms.items() if name in DISTILL_TERMS}
+        pairs: list[Pairs] = [()] * len(self.teachers)
+        if any(DISTILL_TERMS[name].layered for name in weights):
+            pairs = [recipe.layers or self._even_pairs(teacher) for teacher in self.teachers]
+        total = sum(entry.weight for entry in recipe.teachers)
+        classes = [entry.classes for entry in recipe.teachers if entry.classes is not None]
+        shares = [entry.weight / total for entry in recipe.teachers]
+        return Course(recipe.task, weights, pairs, shares, recipe.temperature, recipe.divergence, classes)
+
+    def _even_pairs(self, teacher: Checkpoint) -> Pairs:
+        return even_pairs(_depth_of(self.source), _depth_of(teacher))
+
+    @property
+    def is_taught_before(self) -> bool:
+        return self.distillation.is_cached
+
+    @property
+    def answers(self) -> Path:
+        """The folder for what the teachers say."""
+        return self.distillation.cache_folder or self.training / ANSWERS
+
+    def learn(self, data: TuneData, progress: Progress) -> Taught:
+        from mergekit_lfm.api.distill import learn
+
+        return learn(self, data, progress)
+
+
+def plan_distillation(recipe: DistillRecipe, out: Path, *, device: str | None = None) -> PlannedDistillation:
+    """Check a distillation, and say what it would make. It reads headers and configs only.
+
+    Raises PlanError for teachers that do not fit the student, or without the device, FormatError for a damaged model.
+    """
+    planned = plan_tuning(recipe, out, device=device)
+    teachers = tuple(open_found(found) for found in recipe.found_teachers)
+    made = PlannedDistillation(planned.recipe, planned.out, planned.source, planned.device, teachers)
+    for number, teacher in enumerate(teachers):
+        _check_fit(made, number, teacher)
+    _ = made.course
+    return made
+
+
+def _check_fit(planned: PlannedDistillation, number: int, teacher: Checkpoint) -> None:
+    """Raise PlanError if a config shows that a student cannot follow a teacher."""
+    recipe, entry = planned.distillation, planned.distillation.teachers[number]
+    mine, theirs = (_text_config(x.config) for x in (planned.source, teacher))
+    aligned, where = [name for name in ALIGNED if name in recipe.terms], f"teachers[{number}]"
+    labels = [labels_of(x.config) for x in (planned.source, teacher)]
+    if recipe.task == "classification" and aligned and None not in labels:
+        if entry.classes is not None:
+            wanted, found = entry.classes[1] - entry.classes[0] + 1, f"classes {entry.classes[0]} to {entry.classes[1]}"
+        else:
+            wanted, found = labels[0] or 0, "all classes of the student"
+        if wanted != labels[1]:
+            raise PlanError(
+                f"{where}: {entry.model} has {labels[1]} classes, expected {wanted}, for {found}; give its `classes`, "
+                "or use terms that compare vectors, as triplet, in place of " + " and ".join(aligned)
+            )
+    last = max((entry.classes[1] for entry in recipe.teachers if entry.classes is not None), default=None)
+    if last is not None and labels[0] not in (None, last + 1):
+        raise PlanError(
+            f"the teachers' classes are 0 to {last}, and {recipe.model} has {labels[0]}; expected as many. Make a "
+            f"student with them by `mergekit-lfm head {recipe.model} --labels {last + 1}`"
+        )
+    for side, config in ((0, mine), (1, theirs)):
+        count = _find_depth(config)
+        wrong = [pair[side] for pair in recipe.layers if count is not None and pair[side] > count]
+        if wrong:
+            named = entry.model if side else recipe.model
+            raise PlanError(f"layers: found {wrong[0]}, and {named} has {count} layers; expected 0 to {count}")
+
+
+def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    text = config.get("text_config")
+    return text if isinstance(text, Mapping) else config
+
+
+def _find_depth(config: Mapping[str, Any]) -> int | None:
+    """The layers that a config counts, or the stages of a network for images."""
+    counts = (config.get(key) for key in DEPTHS)
+    return next((count if isinstance(count, int) else len(count) for count in counts if count), None)
+
+
+def _depth_of(model: Checkpoint) -> int:
+    depth = _find_depth(_text_config(model.config))
+    if depth is None:
+        raise PlanError(f"the config of {model.path} does not say how many layers there are; give `layers`")
+    return depth
+
+
+def labels_of(config: Mapping[str, Any]) -> int | None:
+    """The classes that a config names; transformers' own number is 2."""
+    names = config.get("id2label")
+    return len(names) if isinstance(names, Mapping) else config.get("num_labels")

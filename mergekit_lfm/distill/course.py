@@ -1,0 +1,53 @@
+"""How a student follows its teachers: terms with weights, and what is compared for them. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from mergekit_lfm.recipe.distill_terms import DISTILL_TERMS
+
+Pairs = Sequence[tuple[int, int]]  # layers of the student and of the teacher that belong together
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What is asked of a model. states: of hidden states, 0 for the embeddings; attentions: of layers, from 1."""
+
+    scores: bool = False
+    features: bool = False
+    states: tuple[int, ...] = ()
+    attentions: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Course:
+    """How a student follows its teachers. weights: of `DISTILL_TERMS`. pairs: of layers, for each teacher.
+
+    shares: of the teachers, whose sum is 1. classes: of the student, first and last, that each teacher has.
+    """
+
+    task: str
+    weights: Mapping[str, float]
+    pairs: Sequence[Pairs]
+    shares: Sequence[float]
+    temperature: float = 2.0
+    divergence: str = "forward"
+    classes: Sequence[tuple[int, int]] = ()
+
+    def wanted(self, teacher: int | None) -> Wanted:
+        """What is asked of a teacher; of the student for None."""
+        reads = {DISTILL_TERMS[name].reads for name in self.weights}
+        scores = "scores" in reads or (teacher is None and "local" in self.weights)
+        if teacher is None:
+            layers = sorted({mine for pairs in self.pairs for mine, _ in pairs})
+        else:
+            layers = sorted({theirs for _, theirs in self.pairs[teacher]})
+        attended = tuple(layer for layer in layers if layer) if "attentions" in reads else ()
+        states = tuple(layers) if "states" in reads else ()
+        return Wanted(scores, "features" in reads, states, attended)
+
+
+def even_pairs(mine: int, theirs: int) -> Pairs:
+    """The layers of a student, each with the teacher's at the same share of its depth."""
+    return [(layer, round(layer * theirs / mine)) for layer in range(1, mine + 1)]

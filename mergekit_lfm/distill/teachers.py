@@ -1,0 +1,207 @@
+"""Teachers: what they say about examples, asked in each step, or before the training and kept in files.
+
+An example goes through a teacher alone, without padding, so that what is said about it does not depend on others: both
+ways give the same bytes. Files of one teacher hold what it says about a part of the examples, by their numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mergekit_lfm.artifacts.header import Kind, save_tensors
+from mergekit_lfm.distill.course import Wanted
+from mergekit_lfm.distill.watch import SCORES, Part, Seen, join_parts, watch
+from mergekit_lfm.errors import FormatError, PlanError
+from mergekit_lfm.machine.progress import Count
+from mergekit_lfm.machine.resources import free_space
+from mergekit_lfm.machine.sizes import format_size
+from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
+from mergekit_lfm.store.identity import spec_of
+from mergekit_lfm.store.tensors import read_header
+from mergekit_lfm.train.examples import Batch, Examples
+
+ANSWERS = Kind("answers of a teacher", "mergekit-lfm distill", "remove it, and it is made again")
+FILE = "answers-{:05}.safetensors"
+PATTERN = "answers-*.safetensors"
+LARGEST = 64_000_000  # bytes of a file, about
+FIRST = 8  # examples by which the size of all is estimated
+IDS = "ids"
+NUMBER = "example_ids"  # the name in a batch of the examples' numbers
+
+
+class Teacher(Protocol):
+    """Says something about the examples of a batch, on its device."""
+
+    def about(self, batch: Batch) -> Seen: ...
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a teacher is asked. top_k: so many of its scores at `temperature` are read, and the share of the rest."""
+
+    task: str
+    wanted: Wanted
+    top_k: int | None = None
+    temperature: float = 1.0
+
+    @torch.no_grad()
+    def ask(self, model: nn.Module, row: Batch) -> dict[str, Part]:
+        """What a model says about one example, a batch of one."""
+        device = next(model.parameters()).device
+        with torch.autocast(device.type, enabled=False):
+            _, seen = watch(model, self.task, row, self.wanted)
+        if self.top_k is not None and SCORES in seen:
+            values, ids = largest(seen[SCORES].values, self.top_k, self.temperature)
+            counts = seen[SCORES].counts
+            seen |= {SCORES: Part(values, counts), IDS: Part(ids, counts)}
+        return seen
+
+
+def largest(scores: Tensor, count: int, temperature: float) -> tuple[Tensor, Tensor]:
+    """ln p of the `count` most likely classes, most likely first, and of the rest together; and which classes they are.
+
+    scores: [rows, classes], p their softmax at the temperature. Returns [rows, count + 1] and [rows, count].
+    """
+    logs = (scores / temperature).log_softmax(-1)
+    top = logs.topk(min(count, scores.shape[-1]), -1)
+    return torch.cat([top.values, share_of_rest(logs, top.indices)], -1), top.indices
+
+
+def share_of_rest(logs: Tensor, ids: Tensor) -> Tensor:
+    """ln of the sum of all p but those of some classes, [rows, 1]. logs: ln p [rows, classes]; ids: [rows, count]."""
+    return logs.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
+
+
+@dataclass(frozen=True)
+class Live:
+    """A teacher in memory."""
+
+    model: nn.Module
+    reading: Reading
+
+    def about(self, batch: Batch) -> Seen:
+        asked = [self.reading.ask(self.model, row) for row in rows_of(batch)]
+        return {name: join_parts([each[name] for each in asked]) for name in asked[0]}
+
+
+def rows_of(batch: Batch) -> Iterator[dict[str, Tensor]]:
+    """Each example of a batch without its padding, as a batch of one."""
+    lengths = {name.removesuffix("attention_mask"): x.sum(1) for name, x in batch.items() if name.endswith("_mask")}
+    longest = "decoder_" if "decoder_" in lengths else ""  # what the labels of a language model stand beside
+    for row in range(len(next(iter(batch.values())))):
+        cut = dict[str, Tensor]()
+        for name, x in batch.items():
+            start = name.removesuffix("attention_mask").removesuffix("input_ids")
+            start = longest if name == "labels" and x.ndim == 2 else start
+            part = x[row : row + 1]
+            cut[name] = part[:, : int(lengths[start][row])] if start in lengths and x.ndim == 2 else part
+        yield cut
+
+
+@dataclass
+class Kept:
+    """What a teacher has said about examples, in the files of a folder.
+
+    key: of the teacher, the examples, and how it is asked; files of another key are not read.
+    """
+
+    folder: Path
+    key: str
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def about(self, batch: Batch) -> Seen:
+        numbers = batch[NUMBER].tolist()
+        found = [self._read(number) for number in numbers]
+        return {name: join_parts([each[name] for each in found]) for name in found[0]}
+
+    def _read(self, number: int) -> dict[str, Part]:
+        if number not in self._files:
+            raise FormatError(f"{self.folder} has nothing about example {number} any more; run the same command again")
+        tensors = self._files[number].read(number)
+        return {name: Part(x.to(self.device), (len(x),)) for name, x in tensors.items()}
+
+    @cached_property
+    def _files(self) -> dict[int, Answers]:
+        """The file of each example."""
+        found = dict[int, Answers]()
+        for path, numbers in self._read_headers():
+            found |= dict.fromkeys(numbers, Answers(path))
+        return found
+
+    def _read_headers(self) -> Iterator[tuple[Path, list[int]]]:
+        """The files of this key, each with the numbers of its examples."""
+        for path in sorted(self.folder.glob(PATTERN)):
+            try:
+                metadata = read_header(path).metadata
+                facts = ANSWERS.decode(metadata, ("key", "numbers"), dict, path)
+            except (FormatError, OSError):
+                continue
+            if facts["key"] == self.key:
+                yield path, facts["numbers"]
+
+    def fill(self, model: nn.Module, reading: Reading, examples: Examples, numbers: Sequence[int], tell: Count) -> None:
+        """Ask a teacher about the examples of these numbers that no file has; a file is whole, or not there.
+
+        Raises PlanError if the disk has no room for all.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        there = {number for _, some in self._read_headers() for number in some}
+        left, count = [number for number in numbers if number not in there], len(numbers)
+        tensors, size, held = dict[str, Tensor](), 0, list[int]()
+        for done, number in enumerate(left, 1):
+            row = {name: x.to(self.device) for name, x in examples.batch([number]).items()}
+            said = {f"{number}/{name}": part.values.cpu() for name, part in reading.ask(model, row).items()}
+            tensors |= said
+            held.append(number)
+            size += sum(x.nbytes for x in said.values())
+            if done == min(FIRST, len(left)):
+                self._check_room(size // done * len(left))
+            if size >= LARGEST or done == len(left):
+                self._save(tensors, held)
+                tensors, size, held = {}, 0, []
+            tell(count - len(left) + done, count)
+        self.__dict__.pop("_files", None)
+
+    def _check_room(self, wanted: int) -> None:
+        free = free_space(self.folder)
+        if wanted > free:
+            raise PlanError(
+                f"what the teacher says takes {format_size(wanted)}, and {self.folder} has {format_size(free)} free; "
+                "set top_k, keep it elsewhere by cache, or set cache to false to ask the teacher in each step"
+            )
+
+    def _save(self, tensors: Mapping[str, Tensor], numbers: list[int]) -> None:
+        free = next(i for i in range(1, 100_000) if not (self.folder / FILE.format(i)).exists())
+        specs = [spec_of(name, x) for name, x in tensors.items()]
+        metadata = ANSWERS.encode({"key": self.key, "numbers": numbers})
+        save_tensors(self.folder / FILE.format(free), specs, tensors.__getitem__, metadata)
+
+
+class Answers:
+    """A file of answers, which is opened when it is first read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @cached_property
+    def _stored(self) -> Checkpoint:
+        return open_checkpoint(self.path)
+
+    @cached_property
+    def _names(self) -> dict[int, list[str]]:
+        names = dict[int, list[str]]()
+        for name in self._stored:
+            names.setdefault(int(name.partition("/")[0]), []).append(name)
+        return names
+
+    def read(self, number: int) -> dict[str, Tensor]:
+        """The tensors of an example."""
+        stored = self._stored
+        return {name.partition("/")[2]: stored.read(name).view(stored[name].shape) for name in self._names[number]}

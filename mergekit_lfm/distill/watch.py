@@ -1,0 +1,178 @@
+"""What a model says about a batch: its scores, the vectors that its head reads, hidden states, attention.
+
+Each part is rows, those of the examples one after the other, without padding: a teacher that has seen every example
+alone, and a student that sees a batch, have the same rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mergekit_lfm.distill.course import Wanted
+from mergekit_lfm.errors import PlanError
+from mergekit_lfm.runtime.load import logits, run
+from mergekit_lfm.train.examples import IGNORED, Batch
+from mergekit_lfm.train.losses import Said, pool, widen
+
+SCORES, FEATURES = "scores", "features"
+STATE, ATTENTION = "state/{}", "attention/{}"
+OTHER = "positive_"  # begins the names of the inputs of a text's positive
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Rows [rows, width], in float32 or wider, and how many of them each example has."""
+
+    values: Tensor
+    counts: tuple[int, ...]
+
+
+Seen = Mapping[str, Part]
+
+
+def watch(model: nn.Module, task: str, batch: Batch, wanted: Wanted) -> tuple[Any, dict[str, Part]]:
+    """A model's output for a batch, and what is wanted of it. Raises PlanError for a model that does not show that."""
+    inputs = inputs_of(batch)
+    more: dict[str, Any] = {"output_hidden_states": True} if wanted.states else {}
+    more |= {"output_attentions": True} if wanted.attentions else {}
+    with _heard(model, task, wanted.features) as heard:
+        output = run(model, (), {**inputs, **more})
+    lengths, seen = lengths_of(batch), dict[str, Part]()
+    if wanted.scores:
+        seen[SCORES] = _scores(task, output, batch)
+    if wanted.features:
+        seen[FEATURES] = _features(model, task, batch, output, heard, lengths)
+    states = _listed(output, "hidden_states", wanted.states, model)
+    for index in wanted.states:
+        seen[STATE.format(index)] = _rows(states[index], lengths)
+    attentions = _listed(output, "attentions", [layer - 1 for layer in wanted.attentions], model)
+    for layer in wanted.attentions:
+        seen[ATTENTION.format(layer)] = _distributions(attentions[layer - 1], lengths)
+    return output, seen
+
+
+def show_attention(model: nn.Module) -> None:
+    """Have a model of transformers compute attention in the plain way, which alone shows it."""
+    for module in model.modules():
+        choose: Any = getattr(module, "set_attn_implementation", None)
+        if choose is not None:
+            choose("eager")
+            return
+
+
+def inputs_of(batch: Batch) -> dict[str, Tensor]:
+    """The inputs of a model in a batch: of texts with positives, those of the texts."""
+    return {name: x for name, x in batch.items() if name != "labels" and not name.startswith(OTHER)}
+
+
+def lengths_of(batch: Batch) -> tuple[int, ...] | None:
+    """The tokens of each example; None for inputs without a mask, as images."""
+    mask = batch.get("attention_mask")
+    return None if mask is None else tuple(mask.sum(1).tolist())
+
+
+def targets_of(task: str, batch: Batch) -> tuple[int, ...]:
+    """How many terms the loss of a task has for each example."""
+    if task in ("lm", "masked_lm", "seq2seq"):
+        return tuple(_counted(task, batch).sum(1).tolist())
+    return (1,) * len(next(iter(batch.values())))
+
+
+def _counted(task: str, batch: Batch) -> Tensor:
+    """Where the targets of a language model are, among its scores: [n, tokens], or for lm without the last."""
+    labels = batch["labels"]
+    return (labels[:, 1:] if task == "lm" else labels) != IGNORED
+
+
+def _scores(task: str, output: Any, batch: Batch) -> Part:
+    scores = logits(output)
+    if task in ("lm", "masked_lm", "seq2seq"):
+        counted = _counted(task, batch)
+        scores = scores[:, :-1] if task == "lm" else scores
+        return Part(widen(scores[counted]), tuple(counted.sum(1).tolist()))
+    return Part(widen(scores.reshape(len(scores), -1)), (1,) * len(scores))
+
+
+@contextmanager
+def _heard(model: nn.Module, task: str, listen: bool) -> Iterator[list[Tensor]]:
+    """The inputs of a classifier's head while it runs."""
+    heard = list[Tensor]()
+    if not listen or task != "classification":
+        yield heard
+        return
+    handle = head_of(model).register_forward_pre_hook(lambda _, arguments: heard.append(arguments[0]))
+    try:
+        yield heard
+    finally:
+        handle.remove()
+
+
+def head_of(model: nn.Module) -> nn.Module:
+    """The last layer of a classifier. Raises PlanError if it is not a linear one."""
+    config: Any = getattr(model, "config", None)
+    count = getattr(config, "num_labels", None)
+    linear = [x for x in model.modules() if isinstance(x, nn.Linear) and count in (None, x.out_features)]
+    if not linear:
+        raise PlanError(
+            f"{type(model).__name__} has no linear layer for its {count} classes, whose inputs are its vectors; leave "
+            "out the terms that compare vectors"
+        )
+    return linear[-1]
+
+
+def _features(
+    model: nn.Module, task: str, batch: Batch, output: Any, heard: Sequence[Tensor], lengths: tuple[int, ...] | None
+) -> Part:
+    """The vectors of examples: what the head of a classifier reads, or what an encoder of texts gives."""
+    if task == "embedding":
+        mine = pool(Said(output), inputs_of(batch))
+        other = {name.removeprefix(OTHER): x for name, x in batch.items() if name.startswith(OTHER)}
+        sides = [mine, *([pool(model, other)] if other else [])]
+        return Part(widen(torch.stack(sides, 1).flatten(0, 1)), (len(sides),) * len(mine))
+    vectors = heard[-1]
+    if vectors.ndim == 3:  # a decoder's head reads each token, and the last one counts
+        assert lengths is not None
+        vectors = vectors[torch.arange(len(vectors)), [length - 1 for length in lengths]]
+    return Part(widen(vectors.flatten(1)), (1,) * len(vectors))
+
+
+def _listed(output: Any, name: str, wanted: Sequence[int], model: nn.Module) -> Sequence[Tensor]:
+    """The tensors of each layer in an output. Raises PlanError if it has none, or too few."""
+    found = getattr(output, name, None) or ()
+    if wanted and (not found or max(wanted) >= len(found) or any(found[index] is None for index in wanted)):
+        raise PlanError(
+            f"{type(model).__name__} gives {len(found)} {name.replace('_', ' ')}, expected more than {max(wanted)}; "
+            "choose other layers, or leave out the terms that compare them"
+        )
+    return found
+
+
+def _rows(states: Tensor, lengths: tuple[int, ...] | None) -> Part:
+    """Hidden states [n, tokens, d], or [n, d, height, width] of images, as rows."""
+    if states.ndim == 4:
+        states = states.flatten(2).transpose(1, 2)
+    if lengths is None:
+        return Part(widen(states.flatten(0, 1)), (states.shape[1],) * len(states))
+    rows = [x[:length] for x, length in zip(states, lengths, strict=True)]
+    return Part(widen(torch.cat(rows)), lengths)
+
+
+def _distributions(attention: Tensor, lengths: tuple[int, ...] | None) -> Part:
+    """The attention [n, heads, tokens, tokens] of each head and token as a row; 0 for tokens that are not there."""
+    lengths = lengths or (attention.shape[-1],) * len(attention)
+    width = max(lengths)
+    rows = [x[:, :length, :width].flatten(0, 1) for x, length in zip(attention, lengths, strict=True)]
+    return Part(widen(torch.cat(rows)), tuple(len(x) for x in rows))
+
+
+def join_parts(parts: Sequence[Part]) -> Part:
+    """The rows of several examples as one part. Those of attention are lengthened to the longest."""
+    width = max(part.values.shape[-1] for part in parts)
+    rows = [nn.functional.pad(part.values, (0, width - part.values.shape[-1])) for part in parts]
+    return Part(torch.cat(rows), tuple(count for part in parts for count in part.counts))
