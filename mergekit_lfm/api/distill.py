@@ -184,7 +184,8 @@ def learn(planned: PlannedDistillation, data: TuneData, progress: Progress) -> T
         _check_reading(entry.model, planned, data, read_all(loaded, planned, fits=False))
         if judge is not None and entry.classes is None and _has_labels_of(planned, number):
             scores[entry.model] = judge(loaded)
-        reading = Reading(recipe.task, planned.course.wanted(number), recipe.top_k, recipe.temperature)
+        temperature = 1.0 if recipe.top_k is None else recipe.temperature
+        reading = Reading(recipe.task, planned.course.wanted(number), recipe.top_k, temperature)
         teachers.append(_ask(planned, number, loaded, reading, data.examples, numbers, progress))
         del loaded
         gc.collect()

@@ -12,6 +12,7 @@ from mergekit_lfm.commands.options import going_on_later
 from mergekit_lfm.commands.parameters import method_option, parameter_options
 from mergekit_lfm.commands.shell import Command
 from mergekit_lfm.commands.training import data_options, loss_option, training_options
+from mergekit_lfm.errors import PlanError
 from mergekit_lfm.machine.launch import rank
 from mergekit_lfm.recipe.distill_recipe import Divergence
 from mergekit_lfm.recipe.distill_terms import DISTILL_TERMS, KEPT
@@ -106,7 +107,7 @@ def distill(
     from mergekit_lfm.commands.show.distillations import done_data, done_text
 
     if cache is not None and no_cache:
-        raise click.UsageError("found --cache and --no-cache; expected one of them")
+        raise PlanError("found --cache and --no-cache; expected one of them. Leave one out")
     own = {parameter.name for each in TUNE_METHODS.values() for parameter in each.parameters}
     parameters = {name: values.pop(name) for name in own}
     values["parameters"] = {name: value for name, value in parameters.items() if value is not None}

@@ -48,7 +48,7 @@ class Follow:
                 for name, key, own, other in self._compared(number):
                     a, b = mine[own].values, theirs[other].values
                     self._build_one(name, key, a, b)
-            self.beside.to(device)
+            self.beside.to(device, next(iter(mine.values())).values.dtype)
         if self.beside:
             student.add_module(BESIDE, self.beside)
 

@@ -23,21 +23,20 @@ def plan_data(planned: PlannedDistillation) -> dict[str, Any]:
 
 
 def plan_text(planned: PlannedDistillation) -> str:
-    """A planned distillation as tables."""
-    recipe = planned.distillation
-    rows = [("student", recipe.model)]
+    """A planned distillation as a table."""
+    recipe, rows = planned.distillation, list[tuple[str, str]]()
     for entry, pairs in zip(recipe.teachers, planned.course.pairs, strict=True):
         facts = [entry.model, *([f"classes {entry.classes[0]} to {entry.classes[1]}"] if entry.classes else [])]
         facts += [f"weight {entry.weight:g}"] if len(recipe.teachers) > 1 else []
         facts += [f"layers {', '.join(f'{mine} to {theirs}' for mine, theirs in pairs)}"] if pairs else []
         rows.append(("teacher", ", ".join(facts)))
-    rows.append(("terms", ", ".join(f"{name} {weight:g}" for name, weight in recipe.terms.items())))
+    rows.append(("loss", ", ".join(f"{name} {weight:g}" for name, weight in recipe.terms.items())))
     if "kd" in recipe.terms:
         rows.append(("kd", f"temperature {recipe.temperature:g}, {recipe.divergence}"))
     if recipe.top_k is not None:
         rows.append(("top_k", f"{recipe.top_k} of the teachers' scores, and the share of the rest"))
     rows.append(("teachers are asked", "before the training" if recipe.is_cached else "in each step"))
-    return f"{table(rows)}\n{tunings.plan_text(planned)}"
+    return tunings.plan_text(planned, rows)
 
 
 def done_text(outcome: Outcome[Tuned]) -> str:

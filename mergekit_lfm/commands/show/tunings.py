@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -28,17 +28,18 @@ def plan_data(planned: PlannedTuning) -> dict[str, Any]:
     }
 
 
-def plan_text(planned: PlannedTuning) -> str:
-    """A planned tuning as a table."""
+def plan_text(planned: PlannedTuning, more: Sequence[tuple[str, str]] = ()) -> str:
+    """A planned tuning as a table. more: rows behind that of the task, in place of that of the loss."""
     recipe = planned.recipe
     options, parameters = recipe.options, ", ".join(f"{name} {value}" for name, value in recipe.settings.items())
+    loss = ", ".join(f"{name} {number:g}" for name, number in recipe.loss.items())
     rows = [
-        ("tune", recipe.model),
+        (recipe.job, recipe.model),
         ("write", f"{MADE[recipe.declaration.makes]}, {planned.out}"),
         ("method", f"{recipe.method}: {recipe.declaration.summary}"),
         *([("parameters", parameters)] if parameters else []),
         ("task", recipe.task),
-        *([("loss", ", ".join(f"{name} {number:g}" for name, number in recipe.loss.items()))] if recipe.loss else []),
+        *(more or ([("loss", loss)] if loss else [])),
         *(
             (f"phase {i}, {steps} steps" if len(recipe.parts) > 1 else "trained", ", ".join(patterns))
             for i, (steps, patterns) in enumerate(recipe.parts, 1)

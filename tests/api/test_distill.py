@@ -1,0 +1,214 @@
+"""`distill_model` as a whole: teachers asked before or in each step, recipes, interruptions, refusals, scores."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers_commands import refusal, run
+from helpers_tune import tiny  # noqa: F401
+from safetensors.torch import load_file, save_file
+
+from mergekit_lfm import PlanError, distill_model, open_checkpoint
+from mergekit_lfm.api.recipes import run_recipe
+from mergekit_lfm.distill import teachers as answers
+from mergekit_lfm.distill.teachers import Kept
+from mergekit_lfm.runtime.load import load_model
+from mergekit_lfm.train.texts import read_examples
+
+LINE: dict[str, Any] = {"steps": 4, "batch_size": 4, "learning_rate": 3e-3, "threads": 1}
+
+
+@pytest.fixture
+def here(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:  # noqa: F811
+    """A folder with tiny models, a teacher of each with other weights, and their data."""
+    for kind in ("llama", "bert", "encoder"):
+        shutil.copytree(tiny / kind, tmp_path / kind)
+        shutil.copy(tiny / f"{kind}.jsonl", tmp_path)
+        for number in (1, 2):
+            teacher = shutil.copytree(tiny / kind, tmp_path / f"{kind}-teacher{number}")
+            tensors, generator = load_file(teacher / "model.safetensors"), torch.Generator().manual_seed(number)
+            moved = {n: x + 0.1 * torch.randn(x.shape, generator=generator) for n, x in tensors.items()}
+            save_file(moved, teacher / "model.safetensors", metadata={"format": "pt"})
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+CASES = [
+    ("llama", "lm", {"loss": {"kd": 0.9, "task": 0.1}, "top_k": 5}),
+    ("llama", "lm", {"loss": {"attention": 1.0, "hint": 1.0, "lit": 0.1}}),
+    ("bert", "classification", {"loss": {"kd": 1.0, "vid": 0.1, "angle": 1.0, "triplet": 1.0, "local": 1.0}}),
+    ("encoder", "embedding", {"loss": {"embed": 1.0, "distance": 1.0, "l2sp": 0.01}}),
+]
+
+
+@pytest.mark.parametrize(("kind", "task", "how"), CASES)
+@pytest.mark.usefixtures("here")
+def test_teachers_asked_before_and_in_each_step_give_the_same_bytes(kind: str, task: str, how: dict[str, Any]) -> None:
+    """And the student comes nearer to them; nothing but the student's own tensors is in it."""
+    both = [f"{kind}-teacher1", {"model": f"{kind}-teacher2", "weight": 3.0}]
+    made = [
+        distill_model(kind, both, f"{kind}.jsonl", out, task=task, cache=cache, **how, **LINE)
+        for out, cache in (("kept", None), ("live", False))
+    ]
+    files = [Path(out, "model.safetensors").read_bytes() for out in ("kept", "live")]
+    assert files[0] == files[1] and made[0].digest == made[1].digest
+    assert not Path("kept.training/teachers").exists()
+    assert load_file("kept/model.safetensors").keys() == load_file(f"{kind}/model.safetensors").keys()
+    record = [json.loads(line)["loss"] for line in Path("kept.training/metrics.jsonl").read_text().splitlines()]
+    assert record[-1] < record[0]
+    assert distill_model(kind, both, f"{kind}.jsonl", "kept", task=task, **how, **LINE).already_there
+    assert "good" in run("verify", "kept").stdout
+
+
+@pytest.mark.usefixtures("here")
+def test_what_a_teacher_says_survives_an_interruption(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files that are whole are not made again, and the result has the same bytes; in a cache they stay for others."""
+    monkeypatch.setattr(answers, "LARGEST", 1)  # a file for each example
+    how: dict[str, Any] = {"task": "lm", **LINE}
+    distill_model("llama", "llama-teacher1", "llama.jsonl", "whole", **how)
+    save, made = Kept._save, list[int]()
+
+    def stop(self: Kept, tensors: Any, numbers: list[int]) -> None:
+        if len(made) == 5:
+            raise KeyboardInterrupt
+        save(self, tensors, numbers)
+        made.extend(numbers)
+
+    monkeypatch.setattr(Kept, "_save", stop)
+    with pytest.raises(KeyboardInterrupt):
+        distill_model("llama", "llama-teacher1", "llama.jsonl", "out", **how)
+    first, before = made.copy(), {path: path.stat().st_ino for path in Path("out.training").rglob("answers-*")}
+    assert len(first) == len(before) == 5
+    made.clear()
+    monkeypatch.setattr(Kept, "_save", lambda *a: (save(*a), made.extend(a[2]))[0])
+    distill_model("llama", "llama-teacher1", "llama.jsonl", "out", **how)
+    assert not {*made} & {*first} and open_checkpoint("out").content == open_checkpoint("whole").content
+    distill_model("llama", "llama-teacher1", "llama.jsonl", "one", cache="cache", **how)
+    made.clear()
+    distill_model("llama", "llama-teacher1", "llama.jsonl", "two", cache="cache", temperature=1.0, **how)
+    assert made == [] and [*Path("cache").rglob("answers-*")]
+
+
+@pytest.mark.usefixtures("here")
+def test_the_first_step_has_the_divergence_of_transformers_models() -> None:
+    """The loss of a step with a batch of all examples, by the two models alone, each example by itself."""
+    made = distill_model("bert", "bert-teacher1", "bert.jsonl", "out", task="classification", temperature=3.0,
+                         **{**LINE, "steps": 1, "batch_size": 16})  # fmt: skip
+    student, teacher = (load_model(name, "classification", dtype="float64") for name in ("bert", "bert-teacher1"))
+    total = 0.0
+    for item in read_examples(Path("bert.jsonl"), student).items:
+        with torch.no_grad():
+            q, p = ((x.model(item["input_ids"][None]).logits / 3).log_softmax(-1) for x in (student, teacher))
+        total += 9 * float((p.exp() * (p - q)).sum())
+    assert made.result.loss == pytest.approx(total / 16, rel=1e-4)
+
+
+@pytest.mark.usefixtures("here")
+def test_a_development_file_shows_what_came_back() -> None:
+    """A student that is its teacher with noise on it; the scores are those of `eval`."""
+    how: dict[str, Any] = {**LINE, "steps": 30, "dev": "llama.jsonl", "evaluate_every": 30}
+    facts = distill_model("llama-teacher1", "llama", "llama.jsonl", "out", task="lm", **how).result.facts
+    numbers = [each["bits_per_byte"] for each in (facts["teachers"]["llama"], facts["before"], facts["after"])]
+    assert facts["recovered"] == pytest.approx((numbers[1] - numbers[2]) / (numbers[1] - numbers[0]))
+    judged = json.loads(run("eval", "out", "--data", "llama.jsonl", "--task", "lm", "--json").stdout)
+    assert f"{numbers[2]:.6f}" in json.dumps(json.loads(json.dumps(judged), parse_float=lambda x: f"{float(x):.6f}"))
+
+
+@pytest.mark.usefixtures("here")
+def test_texts_without_labels_suffice_and_an_adapter_can_be_the_student() -> None:
+    texts = [json.loads(line)["text"] for line in Path("bert.jsonl").read_text().splitlines()]
+    Path("bare.txt").write_text("\n".join(texts))
+    distill_model("bert", "bert-teacher1", "bare.txt", "out", task="classification", **LINE)
+    distill_model("encoder", "encoder-teacher1", "bare.txt", "adapter", task="embedding", method="lora", **LINE)
+    assert Path("adapter/adapter_model.safetensors").is_file()
+
+
+@pytest.mark.usefixtures("here")
+def test_teachers_of_some_classes_each_are_one_teacher_of_all() -> None:
+    """The first step's loss is that of a teacher whose head has the rows of both, in the order of their classes."""
+    config = json.loads(Path("bert/config.json").read_text())
+    heads = load_file("bert-teacher1/model.safetensors")
+    for name, rows in (("first", [0]), ("rest", [1, 2])):
+        shutil.copytree("bert-teacher1", name)
+        cut = {n: x[rows].clone() if n.startswith("classifier") else x for n, x in heads.items()}
+        save_file(cut, f"{name}/model.safetensors", metadata={"format": "pt"})
+        labels = {str(i): f"LABEL_{i}" for i in range(len(rows))}
+        named = {**config, "id2label": labels, "label2id": {v: int(k) for k, v in labels.items()}}
+        Path(name, "config.json").write_text(json.dumps(named))
+    how: dict[str, Any] = {"task": "classification", **LINE}
+    parts = [{"model": "rest", "classes": (1, 2)}, {"model": "first", "classes": (0, 0)}]
+    one, all_ = (
+        distill_model("bert", teachers, "bert.jsonl", out, **how)
+        for teachers, out in ((parts, "out"), ("bert-teacher1", "whole"))
+    )
+    assert one.result.loss == pytest.approx(all_.result.loss, rel=1e-5)
+
+
+RECIPE = """
+job: distill
+name: student
+model: llama
+teachers: [llama-teacher1, {model: llama-teacher2, weight: 2}]
+data: llama.jsonl
+task: lm
+loss: {kd: 1, hint: 0.1}
+layers: {1: 1, 2: 2}
+steps: 2
+learning_rate: 1.0e-3
+---
+merge_method: linear
+models: [{model: student}, {model: llama-teacher1}]
+parameters: {weight: 0.5}
+"""
+
+
+@pytest.mark.usefixtures("here")
+def test_a_recipe_merges_what_it_has_distilled() -> None:
+    Path("r.yaml").write_text(RECIPE)
+    assert "llama-teacher2, weight 2" in run("plan", "r.yaml", "out").stdout
+    run_recipe("r.yaml", "out", threads=1)
+    assert open_checkpoint("out.stages/student").keys() == open_checkpoint("llama").keys()
+    lock = json.loads(Path("out.stages/student/merge.lock.json").read_text())
+    assert [each["input"] for each in lock["inputs"]] == ["llama", "llama-teacher1", "llama-teacher2"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--loss", "kdd=1"], "kd"),
+        (["--loss", "task=1"], "a term that follows the teacher"),
+        (["--loss", "embed=1"], "found the task lm, expected classification or embedding"),
+        (["--loss", "r3f=1"], "r3f is of `job: tune` alone"),
+        (["--loss", "hint=1", "--layer", "1=9"], "llama-teacher1 has 2 layers; expected 0 to 2"),
+        (["--loss", "hint=1", "--temperature", "2"], "temperature: found it, expected none without kd"),
+        (["--method", "prompt"], "expected a method that trains a model"),
+        (["--top-k", "3", "--loss", "logits=1"], "logits"),
+        (["--no-cache", "--cache", "x"], "found --cache and --no-cache"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_any_work(here: Path, arguments: list[str], message: str) -> None:
+    before = sorted(here.rglob("*"))
+    command = ["distill", "llama", "--teacher", "llama-teacher1", "--data", "llama.jsonl", "--task", "lm", "-o", "out"]
+    assert message in refusal(run(*command, *arguments))
+    assert sorted(here.rglob("*")) == before
+
+
+@pytest.mark.usefixtures("here")
+def test_teachers_that_do_not_fit_are_refused() -> None:
+    command = ["distill", "bert", "--data", "bert.jsonl", "--task", "classification", "-o", "out"]
+    config = json.loads(Path("bert-teacher2/config.json").read_text())
+    labels = {str(i): f"LABEL_{i}" for i in range(2)}
+    config |= {"id2label": labels, "label2id": {v: int(k) for k, v in labels.items()}}
+    Path("bert-teacher2/config.json").write_text(json.dumps(config))
+    assert "bert-teacher2 has 2 classes, expected 3" in refusal(run(*command, "--teacher", "bert-teacher2"))
+    tokenizer = json.loads(Path("llama-teacher2/tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["e"] = vocabulary["e"], vocabulary["a"]
+    Path("llama-teacher2/tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(PlanError, match=r"llama-teacher2 and llama read the data in different ways"):
+        distill_model("llama", "llama-teacher2", "llama.jsonl", "out", task="lm", **LINE)
