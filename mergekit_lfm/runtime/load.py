@@ -41,6 +41,7 @@ TOKENIZER_FILES = (
 # Options of from_pretrained: no network, and no code of the folder, which it would ask about on standard input.
 OURS = {"local_files_only": True, "trust_remote_code": False}
 IMAGES = "preprocessor_config.json"  # the image processor's file
+PROCESSOR = "processor_config.json"  # the file of the processor of images and texts, perhaps with that one in it
 PROBE = 4  # tokens, to see whether a model looks ahead
 # Rounding alone moves a logit by up to this fraction of the largest: an expert's batch depends on the other tokens. In
 # a BERT of random weights, later tokens move it by 0.005, in a trained one by far more.
@@ -79,9 +80,9 @@ def load_model(path: str | Path | Checkpoint, task: str, *, dtype: str = "float3
     """Load the model and tokenizer in the folder at path. Fetches nothing and runs no code of the folder.
 
     If path is a view, such as a checkpoint rewritten by a transform, the tensors are read through it, and the config
-    and the tokenizer come from its folder. task: "lm" for a causal language model, "classification" for a classifier of
-    texts or images, "embedding" for the encoder without a head, "masked_lm", "seq2seq", or "regression" for a head of
-    one output. dtype: the torch dtype to compute in, by name, or
+    and the tokenizer come from its folder. task: "lm" for a causal language model, of texts or of images and texts,
+    "classification" for a classifier of texts or images, "embedding" for the encoder without a head, "masked_lm",
+    "seq2seq", or "regression" for a head of one output. dtype: the torch dtype to compute in, by name, or
     "auto" for the one it was saved in (half the memory for a bf16 model, but coarser results, and slow on most CPUs).
     Raises FormatError if path is not such a folder or its files lack tensors of the model, PlanError for an unknown
     task, for an architecture that cannot do it, and for an unavailable device or dtype.
@@ -107,7 +108,7 @@ def load_model(path: str | Path | Checkpoint, task: str, *, dtype: str = "float3
             del config.quantization_config  # a view that is read as float32
         _check_architecture(config, folder, task)
         tokenizer = _tokenizer(transformers, folder)
-        auto = _auto_class(transformers, checkpoint, task)
+        auto = _auto_class(transformers, config, task)
         if isinstance(path, Checkpoint):
             with torch.device("meta"):
                 kind = type(auto.from_config(config, trust_remote_code=False))
@@ -134,7 +135,7 @@ def empty_model(source: Checkpoint, task: str) -> nn.Module:
     with _quiet(transformers), _loading(folder, task), torch.device("meta"):
         config = transformers.AutoConfig.from_pretrained(folder, **OURS)
         _check_architecture(config, folder, task)
-        model: nn.Module = _auto_class(transformers, source, task).from_config(config, trust_remote_code=False)
+        model: nn.Module = _auto_class(transformers, config, task).from_config(config, trust_remote_code=False)
     return model
 
 
@@ -276,6 +277,34 @@ def image_processor(loaded: Loaded) -> tuple[Callable[[Any], dict[str, Tensor]],
     return process, processor.to_json_string()
 
 
+def image_text_processor(loaded: Loaded) -> Any:
+    """The processor of transformers that makes images and a text the inputs of a model of both.
+
+    Raises PlanError for a model of texts alone, FormatError for one without the processor's files, or whose processor
+    names no token that stands for an image.
+    """
+    transformers, folder = import_transformers(), loaded.checkpoint.path
+    kind = _image_text_class(loaded.model.config)
+    if kind is None or not isinstance(loaded.model, kind):
+        raise PlanError(
+            f"the data are images with texts, and {folder} is a {type(loaded.model).__name__}, which takes texts "
+            'alone; expected a model of both, such as LLaVA. Give one, or lines without "image"'
+        )
+    if not any((folder / name).is_file() for name in (PROCESSOR, IMAGES)):
+        raise FormatError(
+            f"the data are images with texts, and {folder} has neither {PROCESSOR} nor {IMAGES}; expected the files of "
+            "the model's processor. Save it there, by its save_pretrained"
+        )
+    with _quiet(transformers), _loading(folder, loaded.task):
+        processor = transformers.AutoProcessor.from_pretrained(folder, **OURS)
+    if not (hasattr(processor, "image_processor") and getattr(processor, "image_token", None)):
+        raise FormatError(
+            f"{folder}: its processor is a {type(processor).__name__}, which has no image processor or names no token "
+            "for images; expected one such as LlavaProcessor. Save the model's own there"
+        )
+    return processor
+
+
 def logits(output: Any) -> Tensor:
     """The scores of classes or vocabulary in a model's output: its `logits`, itself, or its first item."""
     return _tensor_in(getattr(output, "logits", output), "logits [examples, classes]")
@@ -414,15 +443,30 @@ def _tokenizer(transformers: Any, folder: Path) -> Tokenizer | None:
     return tokenizer
 
 
-def _auto_class(transformers: Any, checkpoint: Checkpoint, task: str) -> Any:
+def _auto_class(transformers: Any, config: Any, task: str) -> Any:
     """The class of transformers that loads the model for the task."""
+    if task == "lm" and _image_text_class(config) is not None:
+        return transformers.AutoModelForImageTextToText
     named = {"lm": "ForCausalLM", "embedding": "", "masked_lm": "ForMaskedLM", "seq2seq": "ForSeq2SeqLM"}
     if task in named:
         return getattr(transformers, f"AutoModel{named[task]}")
-    saved_as = checkpoint.config.get("architectures") or []
-    if any("ForImageClassification" in name for name in saved_as):
+    if any("ForImageClassification" in name for name in config.architectures or []):
         return transformers.AutoModelForImageClassification
     return transformers.AutoModelForSequenceClassification
+
+
+def _image_text_class(config: Any) -> Any:
+    """The class for images and texts that a config is of; None for other configs.
+
+    Some families have one config for it and for a class of texts alone: `architectures` says which of them was saved.
+    """
+    transformers, kind = import_transformers(), type(config)
+    both = transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if kind not in both:
+        return None
+    alone = not config.architectures and kind in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    saved = config.architectures or [both[kind].__name__]
+    return both[kind] if both[kind].__name__ in saved and not alone else None
 
 
 def _reader_of(tensors: Mapping[str, Tensor], kind: Any, config: Any) -> Callable[..., Any]:
