@@ -295,8 +295,14 @@ def image_text_processor(loaded: Loaded) -> Any:
             f"the data are images with texts, and {folder} has neither {PROCESSOR} nor {IMAGES}; expected the files of "
             "the model's processor. Save it there, by its save_pretrained"
         )
-    with _quiet(transformers), _loading(folder, loaded.task):
-        processor = transformers.AutoProcessor.from_pretrained(folder, **OURS)
+    try:
+        with _quiet(transformers), name_file(folder):
+            processor = transformers.AutoProcessor.from_pretrained(folder, **OURS)
+    except (AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise FormatError(
+            f"{folder}: its processor of images and texts cannot be loaded: {reason(error)}; expected one of the "
+            "installed transformers, with the libraries that it needs. Install these, or give another model"
+        ) from error
     if not (hasattr(processor, "image_processor") and getattr(processor, "image_token", None)):
         raise FormatError(
             f"{folder}: its processor is a {type(processor).__name__}, which has no image processor or names no token "

@@ -33,8 +33,8 @@ class Examples:
     round has, drawn anew for each: a small set beside a large one is then seen as often as that allows. By default one.
     forms: how many items of each data set, one after the other, are forms of one example; one time round has one of
     them, drawn anew. By default one. change: makes the example that a batch has of each, with random numbers of its
-    own; its repr says all about it. rows: inputs, with the shape of one row, of which an example has one row or more,
-    as it has images: a batch has the rows of all, one after the other.
+    own; its repr says all about it. rows: inputs with one row or more in each example, as images are, and the shape
+    of a row: a batch has the rows of all examples, one after the other.
     """
 
     items: Sequence[Mapping[str, Tensor]]

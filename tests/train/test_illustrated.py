@@ -15,6 +15,9 @@ from helpers_editing import LLAMA, trained_tokenizer
 from helpers_tune import transformers
 from safetensors.torch import load_file
 
+from mergekit_lfm import FormatError
+from mergekit_lfm.recipe.templates import Template
+from mergekit_lfm.runtime.images import digest_data
 from mergekit_lfm.runtime.load import load_model
 from mergekit_lfm.train.examples import IGNORED, Examples
 from mergekit_lfm.train.losses import next_token
@@ -41,13 +44,22 @@ phases:
 SECOND = '  - {steps: 1, train: ["*multi_modal_projector*", "*language_model*"]}\n'
 
 
+VISION: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "patch_size": 8}
+VISION |= {"num_attention_heads": 2, "image_size": 16}
+
+
+def image_processor(kind: str, **settings: Any) -> Any:
+    """An image processor of transformers that needs no torchvision, where it has one apart."""
+    found = getattr(transformers, f"{kind}ImageProcessorPil", None) or getattr(transformers, f"{kind}ImageProcessor")
+    return found(**settings)
+
+
 def save_llava(folder: str) -> None:
     """A LLaVA of random weights for images of 16 x 16 pixels, four tokens each, with its processor."""
     tokenizer = trained_tokenizer()
     tokenizer.model_max_length = 64
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
-    vision = transformers.CLIPVisionConfig(**sizes, num_attention_heads=2, image_size=16, patch_size=8)
+    vision = transformers.CLIPVisionConfig(**VISION)
     text = transformers.LlamaConfig(
         **{**LLAMA, "num_hidden_layers": 2, "max_position_embeddings": 64, "vocab_size": len(tokenizer)}
     )
@@ -59,8 +71,7 @@ def save_llava(folder: str) -> None:
     )
     torch.manual_seed(0)
     transformers.LlavaForConditionalGeneration(config).save_pretrained(folder)
-    name = "CLIPImageProcessorPil" if hasattr(transformers, "CLIPImageProcessorPil") else "CLIPImageProcessor"
-    images = getattr(transformers, name)(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    images = image_processor("CLIP", size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
     strategy: dict[str, Any] = {"vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
     processor = transformers.LlavaProcessor(images, tokenizer, patch_size=8, chat_template=TEMPLATE, **strategy)
     processor.save_pretrained(folder)
@@ -98,6 +109,11 @@ def test_answers_about_images_have_the_loss_of_transformers() -> None:
     asked, talked = (read_examples(Path(f"{name}.jsonl"), loaded) for name in ("asked", "talked"))
     assert learned_texts(asked) == [f" {words}</s>" for words in WORDS]
     assert learned_texts(talked) == ["Paris . Paris . ", "Paris . "]
+    template = Template(prompt="{prompt} <image> that", completion="{completion}")
+    assert learned_texts(read_examples(Path("asked.jsonl"), loaded, templates=[template])) == learned_texts(asked)
+    before = digest_data(Path("talked.jsonl"))
+    Image.new("RGB", (20, 24)).save("1.png")
+    assert digest_data(Path("talked.jsonl")) != before
     prompts = ["<s><image>\nIt is said"] * 3
     talks = [
         "user : <image> <image> born ? . assistant : Paris . user : city ? . assistant : Paris . ",
@@ -121,6 +137,77 @@ def test_answers_about_images_have_the_loss_of_transformers() -> None:
             theirs = loaded.model(**inputs, labels=batch["labels"]).loss
             total, number = next_token(loaded.model, batch)
         assert float(total / number) == pytest.approx(float(theirs), rel=1e-6)
+
+
+def save_gemma(folder: str) -> None:
+    """A Gemma 3 of random weights, whose tokens have types: those of one image see each other."""
+    names = {"image_token": "<image>", "boi_token": "<boi>", "eoi_token": "<eoi>"}
+    start: Any = trained_tokenizer()
+    start.add_special_tokens({"additional_special_tokens": [*names.values()]})
+    tokenizer = type(start)(
+        tokenizer_object=start.backend_tokenizer, bos_token="<s>", eos_token="</s>", extra_special_tokens=names
+    )
+    sizes = {**LLAMA, "num_hidden_layers": 2, "vocab_size": len(tokenizer), "head_dim": 8, "sliding_window": 64}
+    config = transformers.Gemma3Config(
+        text_config={**sizes, "max_position_embeddings": 99},
+        vision_config={**VISION, "image_size": 32},
+        mm_tokens_per_image=4,
+        **{f"{kind}_token_index": tokenizer.convert_tokens_to_ids(f"<{kind}>") for kind in ("image", "boi", "eoi")},
+    )
+    torch.manual_seed(0)
+    transformers.Gemma3ForConditionalGeneration(config).save_pretrained(folder)
+    images = image_processor("Gemma3", size={"height": 32, "width": 32})
+    template = TEMPLATE.replace("<image>", "<boi>")
+    transformers.Gemma3Processor(images, tokenizer, image_seq_length=4, chat_template=template).save_pretrained(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("here")
+def test_types_of_tokens_go_with_them() -> None:
+    save_gemma("gemma")
+    loaded, processor = load_model("gemma", "lm"), transformers.AutoProcessor.from_pretrained("gemma")
+    processor.tokenizer.pad_token, processor.tokenizer.padding_side = "<s>", "right"
+    texts = [f"<s><boi>\nIt is said {words}</s>" for words in WORDS]
+    images = [[Image.open(f"{i}.png")] for i in range(3)]
+    inputs = processor(images=images, text=texts, padding=True, add_special_tokens=False, return_tensors="pt")
+    batch = read_examples(Path("asked.jsonl"), loaded).batch(range(3))
+    assert torch.equal(batch["token_type_ids"], inputs["token_type_ids"]) and batch["token_type_ids"].any()
+    with torch.no_grad():
+        theirs = loaded.model(**inputs, labels=batch["labels"]).loss
+        total, number = next_token(loaded.model, batch)
+    assert float(total / number) == pytest.approx(float(theirs), rel=1e-6)
+    run("tune", "gemma", "--data", "asked.jsonl", "--task", "lm", "--steps", "2", "-o", "out", "--threads", "1")
+    assert load_file("out/model.safetensors").keys() == load_file("gemma/model.safetensors").keys()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("here")
+def test_images_of_several_numbers_of_tiles_are_refused() -> None:
+    """LLaVA-NeXT cuts an image into tiles, by its shape."""
+    tokenizer = trained_tokenizer()
+    tokenizer.model_max_length = 200
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    text = {**LLAMA, "num_hidden_layers": 1, "max_position_embeddings": 200, "vocab_size": len(tokenizer)}
+    tiles: dict[str, Any] = {"image_grid_pinpoints": [[16, 32], [32, 32]]}
+    config = transformers.LlavaNextConfig(
+        vision_config=transformers.CLIPVisionConfig(**VISION),
+        text_config=transformers.LlamaConfig(**text),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        tie_word_embeddings=False,
+        **tiles,
+    )
+    transformers.LlavaNextForConditionalGeneration(config).save_pretrained("next")
+    images = image_processor(
+        "LlavaNext", size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}, do_pad=False, **tiles
+    )
+    strategy: dict[str, Any] = {"vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    transformers.LlavaNextProcessor(images, tokenizer, patch_size=8, **strategy).save_pretrained("next")
+    loaded = load_model("next", "lm")
+    batch = read_examples(Path("asked.jsonl"), loaded).batch(range(3))
+    assert batch["pixel_values"].shape == (3, 5, 3, 16, 16) and batch["image_sizes"].tolist() == [[20, 24]] * 3
+    Image.new("RGB", (80, 20)).save("2.png")
+    with pytest.raises(FormatError, match=r"line 3: pixel_values of \[3, 3, 16, 16\].*the first line has .*\[5, 3, 16"):
+        read_examples(Path("asked.jsonl"), loaded)
 
 
 @pytest.mark.usefixtures("here")
