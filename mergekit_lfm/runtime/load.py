@@ -40,8 +40,6 @@ TOKENIZER_FILES = (
 )
 # Options of from_pretrained: no network, and no code of the folder, which it would ask about on standard input.
 OURS = {"local_files_only": True, "trust_remote_code": False}
-IMAGES = "preprocessor_config.json"  # the image processor's file
-PROCESSOR = "processor_config.json"  # the file of the processor of images and texts, perhaps with that one in it
 PROBE = 4  # tokens, to see whether a model looks ahead
 # Rounding alone moves a logit by up to this fraction of the largest: an expert's batch depends on the other tokens. In
 # a BERT of random weights, later tokens move it by 0.005, in a trained one by far more.
@@ -102,7 +100,7 @@ def load_model(path: str | Path | Checkpoint, task: str, *, dtype: str = "float3
             "tokenizer. Give the path of such a folder, or open_checkpoint(NAME) for a model on the Hub"
         )
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(folder)
-    with _quiet(transformers), _loading(folder, task):
+    with without_noise(transformers), loading(folder, task):
         config = transformers.AutoConfig.from_pretrained(folder, **OURS)
         if "quantization_config" not in checkpoint.config and hasattr(config, "quantization_config"):
             del config.quantization_config  # a view that is read as float32
@@ -132,7 +130,7 @@ def empty_model(source: Checkpoint, task: str) -> nn.Module:
     import torch
 
     transformers, folder = import_transformers(), source.path
-    with _quiet(transformers), _loading(folder, task), torch.device("meta"):
+    with without_noise(transformers), loading(folder, task), torch.device("meta"):
         config = transformers.AutoConfig.from_pretrained(folder, **OURS)
         _check_architecture(config, folder, task)
         model: nn.Module = _auto_class(transformers, config, task).from_config(config, trust_remote_code=False)
@@ -143,7 +141,7 @@ def load_reader(source: Checkpoint, task: str) -> tuple[Tokenizer | None, int | 
     """The tokenizer of a model, None without one, and the longest sequence it takes, None without a limit."""
     transformers, folder = import_transformers(), source.path
     sidecars_of(source)  # fetches the other files of a model on the Hub
-    with _quiet(transformers), _loading(folder, task):
+    with without_noise(transformers), loading(folder, task):
         loaded = Loaded(empty_model(source, task), _tokenizer(transformers, folder), task, source)
         return loaded.tokenizer, loaded.positions
 
@@ -161,7 +159,7 @@ def classifier_with_new_head(
     transformers, folder = import_transformers(), source.path
     named = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     auto = transformers.AutoModelForSequenceClassification
-    with _quiet(transformers), _loading(folder, "classification"), torch.random.fork_rng([]):
+    with without_noise(transformers), loading(folder, "classification"), torch.random.fork_rng([]):
         config = transformers.AutoConfig.from_pretrained(folder, num_labels=len(labels), **named, **OURS)
         if getattr(config, "is_encoder_decoder", False):
             raise PlanError(f"{folder} is an encoder with a decoder, expected a model without; give another")
@@ -183,7 +181,7 @@ def classifier_with_new_head(
 
 def save_quietly(model: Any, folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Save a model of transformers with these tensors, without its bar."""
-    with _quiet(import_transformers()):
+    with without_noise(import_transformers()):
         model.save_pretrained(folder, state_dict=dict(tensors))
 
 
@@ -207,7 +205,7 @@ def load_as_saved(folder: Path, tensors: Mapping[str, Tensor]) -> Loaded:
     transformers = import_transformers()
     checkpoint = open_checkpoint(folder)
     dtype = next(str(x.dtype).removeprefix("torch.") for x in tensors.values() if x.is_floating_point())
-    with _quiet(transformers), _loading(folder, "embedding"):
+    with without_noise(transformers), loading(folder, "embedding"):
         config = transformers.AutoConfig.from_pretrained(folder, **OURS)
         name = next(iter(config.architectures or []), None)
         kind = getattr(transformers, name or "", None)
@@ -255,60 +253,6 @@ def start_token(tokenizer: Tokenizer) -> int:
             "Set bos_token in tokenizer_config.json"
         )
     return int(start)
-
-
-def image_processor(loaded: Loaded) -> tuple[Callable[[Any], dict[str, Tensor]], str]:
-    """From an image to the inputs of a model, each without the axis of examples; and all that determines them, as text.
-
-    Raises FormatError for a model without an image processor.
-    """
-    transformers, folder = import_transformers(), loaded.checkpoint.path
-    if not (folder / IMAGES).is_file():
-        raise FormatError(
-            f"the data are images, and {folder} has no {IMAGES}; expected one, which says how the model takes them. "
-            "Save the model's image processor there"
-        )
-    with _quiet(transformers), _loading(folder, loaded.task):
-        processor = transformers.AutoImageProcessor.from_pretrained(folder, **OURS)
-
-    def process(image: Any) -> dict[str, Tensor]:
-        return {name: x[0] for name, x in processor(images=image, return_tensors="pt").items()}
-
-    return process, processor.to_json_string()
-
-
-def image_text_processor(loaded: Loaded) -> Any:
-    """The processor of transformers that makes images and a text the inputs of a model of both.
-
-    Raises PlanError for a model of texts alone, FormatError for one without the processor's files, or whose processor
-    names no token that stands for an image.
-    """
-    transformers, folder = import_transformers(), loaded.checkpoint.path
-    kind = _image_text_class(loaded.model.config)
-    if kind is None or not isinstance(loaded.model, kind):
-        raise PlanError(
-            f"the data are images with texts, and {folder} is a {type(loaded.model).__name__}, which takes texts "
-            'alone; expected a model of both, such as LLaVA. Give one, or lines without "image"'
-        )
-    if not any((folder / name).is_file() for name in (PROCESSOR, IMAGES)):
-        raise FormatError(
-            f"the data are images with texts, and {folder} has neither {PROCESSOR} nor {IMAGES}; expected the files of "
-            "the model's processor. Save it there, by its save_pretrained"
-        )
-    try:
-        with _quiet(transformers), name_file(folder):
-            processor = transformers.AutoProcessor.from_pretrained(folder, **OURS)
-    except (AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise FormatError(
-            f"{folder}: its processor of images and texts cannot be loaded: {reason(error)}; expected one of the "
-            "installed transformers, with the libraries that it needs. Install these, or give another model"
-        ) from error
-    if not (hasattr(processor, "image_processor") and getattr(processor, "image_token", None)):
-        raise FormatError(
-            f"{folder}: its processor is a {type(processor).__name__}, which has no image processor or names no token "
-            "for images; expected one such as LlavaProcessor. Save the model's own there"
-        )
-    return processor
 
 
 def logits(output: Any) -> Tensor:
@@ -424,7 +368,7 @@ def _check_causal(loaded: Loaded) -> None:
 
 
 @contextmanager
-def _loading(folder: Path, task: str) -> Iterator[None]:
+def loading(folder: Path, task: str) -> Iterator[None]:
     """Turn the errors of transformers for a folder that it cannot load into one FormatError; name it in OSErrors."""
     from huggingface_hub.errors import StrictDataclassError
 
@@ -451,7 +395,7 @@ def _tokenizer(transformers: Any, folder: Path) -> Tokenizer | None:
 
 def _auto_class(transformers: Any, config: Any, task: str) -> Any:
     """The class of transformers that loads the model for the task."""
-    if task == "lm" and _image_text_class(config) is not None:
+    if task == "lm" and image_text_class(config) is not None:
         return transformers.AutoModelForImageTextToText
     named = {"lm": "ForCausalLM", "embedding": "", "masked_lm": "ForMaskedLM", "seq2seq": "ForSeq2SeqLM"}
     if task in named:
@@ -461,7 +405,7 @@ def _auto_class(transformers: Any, config: Any, task: str) -> Any:
     return transformers.AutoModelForSequenceClassification
 
 
-def _image_text_class(config: Any) -> Any:
+def image_text_class(config: Any) -> Any:
     """The class for images and texts that a config is of; None for other configs.
 
     Some families have one config for it and for a class of texts alone: `architectures` says which of them was saved.
@@ -516,7 +460,7 @@ def _complete_model(read: Callable[..., Any], folder: Path, task: str, dtype: st
 
 
 @contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
+def without_noise(transformers: Any) -> Iterator[None]:
     """Hide the bar for reading weights and the warnings of problems that _complete_model reports as errors."""
     logging = transformers.utils.logging
     bar, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()

@@ -19,7 +19,8 @@ from torch import Tensor
 from mergekit_lfm.errors import FormatError, PlanError, reason
 from mergekit_lfm.runtime.images import images_of
 from mergekit_lfm.runtime.lines import refuse
-from mergekit_lfm.runtime.load import image_text_processor, start_token
+from mergekit_lfm.runtime.load import start_token
+from mergekit_lfm.runtime.processors import image_text_processor
 from mergekit_lfm.train.conversations import Numbered, encode_completion, label_turns, write_turns
 from mergekit_lfm.train.examples import IGNORED, Examples, padding_of
 from mergekit_lfm.train.pictures import open_image, read_paths, write_paths

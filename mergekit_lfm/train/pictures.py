@@ -14,7 +14,7 @@ from mergekit_lfm.errors import FormatError, reason
 from mergekit_lfm.machine.extras import import_extra
 from mergekit_lfm.runtime.images import LabelledImage
 from mergekit_lfm.runtime.lines import refuse
-from mergekit_lfm.runtime.load import image_processor
+from mergekit_lfm.runtime.processors import image_processor
 from mergekit_lfm.train.examples import Examples
 
 if TYPE_CHECKING:
