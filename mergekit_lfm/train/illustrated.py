@@ -114,6 +114,8 @@ def _encode(entry: Mapping[str, Any], files: Sequence[Path], processor: Any) -> 
         if "messages" in entry:
             return _encode_turns(entry["messages"], files, processor, written)
         return _encode_answer(entry, files, processor, written)
+    except PlanError:  # of the model: it fits no line
+        raise
     except FormatError as error:  # an image that cannot be read
         return str(error)
     except (ValueError, TypeError, IndexError) as error:

@@ -247,7 +247,12 @@ def test_lines_and_models_that_do_not_fit_images_are_named() -> None:
     assert "line 1: 2 times <image> for 1 images" in message({**line, "prompt": "<image> <image>"})
     assert "line 1: 12 tokens" in message(line, options=("--window", "9"))
     assert "choose another method" in message(line, options=("--method", "prompt"))
-    Path("llava/processor_config.json").rename("kept.json")
+    turns = [{"role": "user", "content": "born ?"}, {"role": "assistant", "content": "Paris"}]
+    late = [*turns, {"role": "user", "content": "<image> ?"}, turns[1]]
+    assert "line 1: an image after the first words of the assistant" in message({"image": "0.png", "messages": late})
+    Path("llava/chat_template.jinja").unlink()
+    assert "error: the chat template cannot write these messages" in message({"image": "0.png", "messages": turns})
+    Path("llava/processor_config.json").unlink()
     assert "has neither processor_config.json nor preprocessor_config.json" in message(line)
     transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA)).save_pretrained("llama")
     trained_tokenizer().save_pretrained("llama")
