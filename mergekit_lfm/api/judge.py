@@ -50,8 +50,9 @@ def evaluate_models(
 
     models: folders, names on the Hub, or MODEL+ADAPTER, where the adapter may be a file with a bottleneck adapter.
     text: files of UTF-8 text, for language models: perplexity and bits per byte. data: .jsonl, .txt or .npz files of
-    `task`: "lm" as for texts, "classification" the accuracy, "embedding" the retrieval of each text's own positive,
-    "seq2seq" the perplexity of answers, "masked_lm" that of masked tokens, "regression" the mean squared error.
+    `task`: "lm" as for texts, with images the perplexity of answers, "classification" the accuracy, "embedding" the
+    retrieval of each text's own positive, "seq2seq" the perplexity of answers, "masked_lm" that of masked tokens,
+    "regression" the mean squared error.
     facts: a facts file, as `edit_model` takes it. prompt: a prompt's folder, as `tune_model` or PEFT makes it, or a
     file with a mixture of prompts; it stands before every text, and the same tokens are scored as without it. window:
     the most tokens at a time; stride: for "lm", the tokens predicted at a time. The result has the scores by model,
@@ -143,7 +144,12 @@ def judge_data(
     from mergekit_lfm.judge.evaluate import accuracy, perplexity, retrieval
     from mergekit_lfm.judge.held_out import fit_of, token_loss
     from mergekit_lfm.runtime.data import read_documents
+    from mergekit_lfm.runtime.images import has_images
 
+    if task == "lm" and has_images(file):
+        if stride is not None:
+            raise PlanError(f"{file}: stride is for texts, and these have images; leave it out")
+        return partial(token_loss, data=file, window=window)
     if task == "lm":
         return partial(perplexity, text=read_documents(file), window=window, stride=stride)
     if task == "classification":

@@ -39,6 +39,11 @@ def read_all(loaded: Loaded, planned: PlannedTuning, *, fits: bool = True) -> Tu
         if each.items[0].keys() != sets[0].items[0].keys():
             found, expected = (", ".join(some.items[0]) for some in (each, sets[0]))
             raise PlanError(f"{file.ref}: found {found}; expected {expected}, as in {files[0].ref}")
+        if each.rows != sets[0].rows:
+            found, expected = (", ".join(f"{k} of {[*v]}" for k, v in some.rows.items()) for some in (each, sets[0]))
+            raise PlanError(
+                f"{file.ref}: found {found}; expected {expected}, as in {files[0].ref}; give images of one size"
+            )
     if recipe.task == "embedding" and sum(map(len, sets)) < 2:
         raise PlanError(f"{files[0].ref}: found one pair, expected two or more, which are compared. Add some")
     longer = lengthen_for(loaded, [*sets, *dev])

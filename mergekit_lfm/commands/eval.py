@@ -99,7 +99,8 @@ def evaluate(
     """Judge MODELS on texts, data or facts: folders, names on the Hub, MODEL+ADAPTER, or MODEL+FILE with a bottleneck.
 
     \b
-    lm              perplexity and bits per byte of texts; less is better
+    lm              perplexity and bits per byte of texts; less is better; of
+                    lines with an "image" the perplexity of their answers
     classification  share of examples whose most likely class is their "label"
     embedding       share of texts whose own "positive" is the nearest of all
                     (top-1), and the mean of 1 / its place (MRR)

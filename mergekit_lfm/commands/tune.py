@@ -36,7 +36,8 @@ folder, a name on the Hub, or MODEL+ADAPTER.
 Data are .jsonl with one of these on every line, .txt for lm, or .npz with the model's inputs and labels:
   lm              {{"text": ...}}, {{"prompt": ..., "completion": ...}} or {{"messages": [...]}}; of the last two
                   only completions, and what the assistant says, are learned. With --loss dpo=0.1
-                  {{"prompt": ..., "chosen": ..., "rejected": ...}}
+                  {{"prompt": ..., "chosen": ..., "rejected": ...}}. With "image": "a.png", or a list, beside
+                  prompt or messages for a model of images and texts, such as LLaVA
   classification  {{"text": ..., "label": 0}}; {{"image": "a.png", "label": 0}}, with paths relative to the file,
                   or a folder with a sub-folder of images for each class
   embedding       {{"text": ..., "positive": ...}}, for a sentence encoder

@@ -40,7 +40,7 @@ class Fit:
 
 
 def token_loss(model: Loaded, data: str | Path, *, window: int | None = None) -> TokenLoss:
-    """The loss of a "seq2seq" model on the answers in a file, or of a "masked_lm" on tokens that are masked.
+    """The loss of a "seq2seq" model, or of an "lm" of images, on the answers in a file, or of a "masked_lm" on tokens.
 
     Which tokens are masked depends on the places of the texts in the file alone, so that models are compared on the
     same ones. data, window: as of `read_examples`.

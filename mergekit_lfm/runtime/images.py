@@ -1,7 +1,8 @@
-"""Images with labels: a folder with a sub-folder for each class, or JSONL of {"image": "a.png", "label": 0}.
+"""Images in data files: with labels, in a folder for each class or in lines; and with texts, in lines.
 
-Paths in JSONL are relative to the file. The classes of a folder are those of the model by their names, if it has all of
-them, else the numbers of the names in order.
+Lines are JSONL of {"image": "a.png", "label": 0}, or have one image or a list of them beside a text. Paths are relative
+to the file. The classes of a folder are those of the model by their names, if it has all of them, else the numbers of
+the names in order.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def find_images(path: Path, classes: Mapping[str, int] | None = None) -> list[La
     """
     if path.is_dir():
         return _in_folder(path, classes or {})
-    if not _has_images(path):
+    if not has_images(path):
         return None
     expected = 'an object {"image": "a.png", "label": 0} on each line, and the image beside the file'
     return read_objects(path, lambda entry, _: _read(entry, path.parent), expected)
@@ -42,15 +43,37 @@ def find_images(path: Path, classes: Mapping[str, int] | None = None) -> list[La
 
 def digest_data(path: Path) -> str:
     """xxh3-128 of a data file's content, in hex; of images with the names of their folders, and their own content."""
-    images = find_images(path)
-    if images is None:
+    if not path.is_dir() and not has_images(path):
         return digest_file(path)
+    files = [image.path for image in find_images(path) or ()] if path.is_dir() else _files_in_lines(path)
     parts = [] if path.is_dir() else [digest_file(path)]
-    parts += [f"{image.path.parent.name}/{image.path.name} {digest_file(image.path)}" for image in images]
+    parts += [f"{file.parent.name}/{file.name} {digest_file(file)}" for file in files]
     return xxhash.xxh3_128_hexdigest("\n".join(parts).encode())
 
 
-def _has_images(path: Path) -> bool:
+def _files_in_lines(path: Path) -> list[Path]:
+    """The images that lines name and that are there; whoever reads the lines reports the others."""
+    found: list[list[Path]] = read_objects(path, lambda entry, _: _named(entry, path.parent), "JSON objects")
+    return [file for files in found for file in files if file.is_file()]
+
+
+def images_of(entry: Mapping[str, Any], folder: Path) -> list[Path] | str:
+    """The image or images of a line, or a description of its problem."""
+    images = entry.get("image")
+    several = isinstance(images, list)
+    if not (several and images and all(map(is_text, images))) and not is_text(images):
+        return 'no "image", or an empty one'
+    files = _named(entry, folder)
+    missing = [str(file) for file in files if not file.is_file()]
+    return f"there is no {shorten(missing, 3)}" if missing else files
+
+
+def _named(entry: Mapping[str, Any], folder: Path) -> list[Path]:
+    images = entry.get("image")
+    return [folder / name for name in (images if isinstance(images, list) else [images]) if isinstance(name, str)]
+
+
+def has_images(path: Path) -> bool:
     """Whether the first line of a file of JSON lines has an image."""
     if path.suffix != ".jsonl":
         return False
@@ -60,17 +83,17 @@ def _has_images(path: Path) -> bool:
         entry = json.loads(first)
     except (ValueError, RecursionError):
         return False
-    return isinstance(entry, dict) and "image" in entry
+    return isinstance(entry, dict) and entry.get("image") is not None
 
 
 def _read(entry: Mapping[str, Any], folder: Path) -> LabelledImage | str:
-    image, label = entry.get("image"), entry.get("label")
-    if not is_text(image):
-        return 'no "image", or an empty one'
+    label = entry.get("label")
     if not isinstance(label, int) or isinstance(label, bool) or label < 0:
         return f'"label" is {json.dumps(label)}, not a whole number from 0'
-    file = folder / str(image)
-    return LabelledImage(file, label) if file.is_file() else f"there is no {file}"
+    found = images_of(entry, folder)
+    if isinstance(found, list) and len(found) > 1:
+        return f"{len(found)} images for one label"
+    return found if isinstance(found, str) else LabelledImage(found[0], label)
 
 
 def _in_folder(folder: Path, classes: Mapping[str, int]) -> list[LabelledImage]:

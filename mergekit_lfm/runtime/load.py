@@ -40,7 +40,6 @@ TOKENIZER_FILES = (
 )
 # Options of from_pretrained: no network, and no code of the folder, which it would ask about on standard input.
 OURS = {"local_files_only": True, "trust_remote_code": False}
-IMAGES = "preprocessor_config.json"  # the image processor's file
 PROBE = 4  # tokens, to see whether a model looks ahead
 # Rounding alone moves a logit by up to this fraction of the largest: an expert's batch depends on the other tokens. In
 # a BERT of random weights, later tokens move it by 0.005, in a trained one by far more.
@@ -79,9 +78,9 @@ def load_model(path: str | Path | Checkpoint, task: str, *, dtype: str = "float3
     """Load the model and tokenizer in the folder at path. Fetches nothing and runs no code of the folder.
 
     If path is a view, such as a checkpoint rewritten by a transform, the tensors are read through it, and the config
-    and the tokenizer come from its folder. task: "lm" for a causal language model, "classification" for a classifier of
-    texts or images, "embedding" for the encoder without a head, "masked_lm", "seq2seq", or "regression" for a head of
-    one output. dtype: the torch dtype to compute in, by name, or
+    and the tokenizer come from its folder. task: "lm" for a causal language model, of texts or of images and texts,
+    "classification" for a classifier of texts or images, "embedding" for the encoder without a head, "masked_lm",
+    "seq2seq", or "regression" for a head of one output. dtype: the torch dtype to compute in, by name, or
     "auto" for the one it was saved in (half the memory for a bf16 model, but coarser results, and slow on most CPUs).
     Raises FormatError if path is not such a folder or its files lack tensors of the model, PlanError for an unknown
     task, for an architecture that cannot do it, and for an unavailable device or dtype.
@@ -101,13 +100,13 @@ def load_model(path: str | Path | Checkpoint, task: str, *, dtype: str = "float3
             "tokenizer. Give the path of such a folder, or open_checkpoint(NAME) for a model on the Hub"
         )
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(folder)
-    with _quiet(transformers), _loading(folder, task):
+    with without_noise(transformers), loading(folder, task):
         config = transformers.AutoConfig.from_pretrained(folder, **OURS)
         if "quantization_config" not in checkpoint.config and hasattr(config, "quantization_config"):
             del config.quantization_config  # a view that is read as float32
         _check_architecture(config, folder, task)
         tokenizer = _tokenizer(transformers, folder)
-        auto = _auto_class(transformers, checkpoint, task)
+        auto = _auto_class(transformers, config, task)
         if isinstance(path, Checkpoint):
             with torch.device("meta"):
                 kind = type(auto.from_config(config, trust_remote_code=False))
@@ -131,10 +130,10 @@ def empty_model(source: Checkpoint, task: str) -> nn.Module:
     import torch
 
     transformers, folder = import_transformers(), source.path
-    with _quiet(transformers), _loading(folder, task), torch.device("meta"):
+    with without_noise(transformers), loading(folder, task), torch.device("meta"):
         config = transformers.AutoConfig.from_pretrained(folder, **OURS)
         _check_architecture(config, folder, task)
-        model: nn.Module = _auto_class(transformers, source, task).from_config(config, trust_remote_code=False)
+        model: nn.Module = _auto_class(transformers, config, task).from_config(config, trust_remote_code=False)
     return model
 
 
@@ -142,7 +141,7 @@ def load_reader(source: Checkpoint, task: str) -> tuple[Tokenizer | None, int | 
     """The tokenizer of a model, None without one, and the longest sequence it takes, None without a limit."""
     transformers, folder = import_transformers(), source.path
     sidecars_of(source)  # fetches the other files of a model on the Hub
-    with _quiet(transformers), _loading(folder, task):
+    with without_noise(transformers), loading(folder, task):
         loaded = Loaded(empty_model(source, task), _tokenizer(transformers, folder), task, source)
         return loaded.tokenizer, loaded.positions
 
@@ -160,7 +159,7 @@ def classifier_with_new_head(
     transformers, folder = import_transformers(), source.path
     named = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     auto = transformers.AutoModelForSequenceClassification
-    with _quiet(transformers), _loading(folder, "classification"), torch.random.fork_rng([]):
+    with without_noise(transformers), loading(folder, "classification"), torch.random.fork_rng([]):
         config = transformers.AutoConfig.from_pretrained(folder, num_labels=len(labels), **named, **OURS)
         if getattr(config, "is_encoder_decoder", False):
             raise PlanError(f"{folder} is an encoder with a decoder, expected a model without; give another")
@@ -182,7 +181,7 @@ def classifier_with_new_head(
 
 def save_quietly(model: Any, folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Save a model of transformers with these tensors, without its bar."""
-    with _quiet(import_transformers()):
+    with without_noise(import_transformers()):
         model.save_pretrained(folder, state_dict=dict(tensors))
 
 
@@ -206,7 +205,7 @@ def load_as_saved(folder: Path, tensors: Mapping[str, Tensor]) -> Loaded:
     transformers = import_transformers()
     checkpoint = open_checkpoint(folder)
     dtype = next(str(x.dtype).removeprefix("torch.") for x in tensors.values() if x.is_floating_point())
-    with _quiet(transformers), _loading(folder, "embedding"):
+    with without_noise(transformers), loading(folder, "embedding"):
         config = transformers.AutoConfig.from_pretrained(folder, **OURS)
         name = next(iter(config.architectures or []), None)
         kind = getattr(transformers, name or "", None)
@@ -254,26 +253,6 @@ def start_token(tokenizer: Tokenizer) -> int:
             "Set bos_token in tokenizer_config.json"
         )
     return int(start)
-
-
-def image_processor(loaded: Loaded) -> tuple[Callable[[Any], dict[str, Tensor]], str]:
-    """From an image to the inputs of a model, each without the axis of examples; and all that determines them, as text.
-
-    Raises FormatError for a model without an image processor.
-    """
-    transformers, folder = import_transformers(), loaded.checkpoint.path
-    if not (folder / IMAGES).is_file():
-        raise FormatError(
-            f"the data are images, and {folder} has no {IMAGES}; expected one, which says how the model takes them. "
-            "Save the model's image processor there"
-        )
-    with _quiet(transformers), _loading(folder, loaded.task):
-        processor = transformers.AutoImageProcessor.from_pretrained(folder, **OURS)
-
-    def process(image: Any) -> dict[str, Tensor]:
-        return {name: x[0] for name, x in processor(images=image, return_tensors="pt").items()}
-
-    return process, processor.to_json_string()
 
 
 def logits(output: Any) -> Tensor:
@@ -389,7 +368,7 @@ def _check_causal(loaded: Loaded) -> None:
 
 
 @contextmanager
-def _loading(folder: Path, task: str) -> Iterator[None]:
+def loading(folder: Path, task: str) -> Iterator[None]:
     """Turn the errors of transformers for a folder that it cannot load into one FormatError; name it in OSErrors."""
     from huggingface_hub.errors import StrictDataclassError
 
@@ -414,15 +393,30 @@ def _tokenizer(transformers: Any, folder: Path) -> Tokenizer | None:
     return tokenizer
 
 
-def _auto_class(transformers: Any, checkpoint: Checkpoint, task: str) -> Any:
+def _auto_class(transformers: Any, config: Any, task: str) -> Any:
     """The class of transformers that loads the model for the task."""
+    if task == "lm" and image_text_class(config) is not None:
+        return transformers.AutoModelForImageTextToText
     named = {"lm": "ForCausalLM", "embedding": "", "masked_lm": "ForMaskedLM", "seq2seq": "ForSeq2SeqLM"}
     if task in named:
         return getattr(transformers, f"AutoModel{named[task]}")
-    saved_as = checkpoint.config.get("architectures") or []
-    if any("ForImageClassification" in name for name in saved_as):
+    if any("ForImageClassification" in name for name in config.architectures or []):
         return transformers.AutoModelForImageClassification
     return transformers.AutoModelForSequenceClassification
+
+
+def image_text_class(config: Any) -> Any:
+    """The class for images and texts that a config is of; None for other configs.
+
+    Some families have one config for it and for a class of texts alone: `architectures` says which of them was saved.
+    """
+    transformers, kind = import_transformers(), type(config)
+    both = transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if kind not in both:
+        return None
+    alone = not config.architectures and kind in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    saved = config.architectures or [both[kind].__name__]
+    return both[kind] if both[kind].__name__ in saved and not alone else None
 
 
 def _reader_of(tensors: Mapping[str, Tensor], kind: Any, config: Any) -> Callable[..., Any]:
@@ -466,7 +460,7 @@ def _complete_model(read: Callable[..., Any], folder: Path, task: str, dtype: st
 
 
 @contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
+def without_noise(transformers: Any) -> Iterator[None]:
     """Hide the bar for reading weights and the warnings of problems that _complete_model reports as errors."""
     logging = transformers.utils.logging
     bar, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +50,8 @@ def read_conversations(path: Path, lines: Sequence[Numbered], tokenizer: Tokeniz
         if "text" in line.entry or "chosen" in line.entry:
             problems.append(f"line {line.line}: {next(iter(line.entry))}; the first line has another form")
             continue
-        ids, labels = _encode_turns(turns, tokenizer) if turns else _encode_answer(line.entry, tokenizer)
+        encode = partial(_encode_turns, tokenizer)
+        ids, labels = label_turns(turns, encode) if turns else _encode_answer(line.entry, tokenizer)
         if limit is not None and len(ids) > limit:
             problems.append(f"line {line.line}: {len(ids)} tokens")
             continue
@@ -62,9 +64,14 @@ def read_conversations(path: Path, lines: Sequence[Numbered], tokenizer: Tokeniz
 def _encode_answer(entry: Mapping[str, Any], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """The start token, the prompt, the completion and the end token, if there is one; labels for the last two."""
     prompt = [start_token(tokenizer), *tokenizer(entry["prompt"], add_special_tokens=False)["input_ids"]]
-    answer = [*tokenizer(entry["completion"], add_special_tokens=False)["input_ids"]]
-    answer += [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    answer = encode_completion(entry, tokenizer)
     return prompt + answer, [IGNORED] * len(prompt) + answer
+
+
+def encode_completion(entry: Mapping[str, Any], tokenizer: Tokenizer) -> list[int]:
+    """The tokens of a completion, and the end token, if there is one."""
+    answer: list[int] = [*tokenizer(entry["completion"], add_special_tokens=False)["input_ids"]]
+    return answer + ([] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)])
 
 
 def read_preferences(path: Path, lines: Sequence[Numbered], tokenizer: Tokenizer, limit: int | None) -> Examples:
@@ -93,16 +100,21 @@ def read_preferences(path: Path, lines: Sequence[Numbered], tokenizer: Tokenizer
     )
 
 
-def _encode_turns(turns: Sequence[Mapping[str, str]], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """A conversation by the chat template; labels for what each message of the assistant adds to what is before it."""
+def label_turns(
+    turns: Sequence[Mapping[str, Any]], encode: Callable[[Sequence[Mapping[str, Any]], bool], list[int]]
+) -> tuple[list[int], list[int]]:
+    """The tokens of a conversation, and as labels those that each message of the assistant adds to what is before it.
+
+    encode: the tokens of messages, and, if it is to, of the words that ask for an answer.
+    """
     ids: list[int] = []
     labels: list[int] = []
     for number, turn in enumerate(turns, 1):
         speaks = turn["role"] == "assistant"
         if speaks:  # the words that ask for an answer are not learned
-            ids, labels = _extend(ids, labels, _template(tokenizer, turns[: number - 1], True), False)
+            ids, labels = _extend(ids, labels, encode(turns[: number - 1], True), False)
         if speaks or number == len(turns):  # a template may refuse a conversation that ends elsewhere
-            ids, labels = _extend(ids, labels, _template(tokenizer, turns[:number], False), speaks)
+            ids, labels = _extend(ids, labels, encode(turns[:number], False), speaks)
     return ids, labels
 
 
@@ -120,9 +132,13 @@ def template_error() -> type[Exception]:
     return TemplateError
 
 
-def _template(tokenizer: Tokenizer, turns: Sequence[Mapping[str, str]], asks: bool) -> list[int]:
+def write_turns(writer: Any, turns: Sequence[Mapping[str, Any]], asks: bool) -> str:
+    """Messages as a text, by the chat template of a tokenizer or a processor. Raises PlanError if that refuses them.
+
+    asks: also the words that ask for an answer.
+    """
     try:
-        text: Any = tokenizer.apply_chat_template(
+        text: str = writer.apply_chat_template(
             [dict(turn) for turn in turns], tokenize=False, add_generation_prompt=asks
         )
     except (ValueError, TypeError, LookupError, RuntimeError, template_error()) as error:
@@ -130,5 +146,9 @@ def _template(tokenizer: Tokenizer, turns: Sequence[Mapping[str, str]], asks: bo
             f"the chat template cannot write these messages ({reason(error)}); expected a template for "
             "their roles. Set chat_template, or give prompts with completions"
         ) from None
-    found: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return text
+
+
+def _encode_turns(tokenizer: Tokenizer, turns: Sequence[Mapping[str, Any]], asks: bool) -> list[int]:
+    found: list[int] = tokenizer(write_turns(tokenizer, turns, asks), add_special_tokens=False)["input_ids"]
     return found

@@ -33,7 +33,8 @@ class Examples:
     round has, drawn anew for each: a small set beside a large one is then seen as often as that allows. By default one.
     forms: how many items of each data set, one after the other, are forms of one example; one time round has one of
     them, drawn anew. By default one. change: makes the example that a batch has of each, with random numbers of its
-    own; its repr says all about it.
+    own; its repr says all about it. rows: inputs with one row or more in each example, as images are, and the shape
+    of a row: a batch has the rows of all examples, one after the other.
     """
 
     items: Sequence[Mapping[str, Tensor]]
@@ -41,6 +42,7 @@ class Examples:
     parts: tuple[tuple[int, int], ...] = ()
     forms: tuple[int, ...] = ()
     change: Change | None = None
+    rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Raise PlanError without examples, or where they differ in their inputs."""
@@ -81,7 +83,7 @@ class Examples:
                     mask = _pad([torch.ones_like(row) for row in rows], 0)
                     batch[name.removesuffix("input_ids") + "attention_mask"] = mask
             else:
-                batch[name] = torch.stack(rows)
+                batch[name] = torch.cat(rows) if name in self.rows else torch.stack(rows)
         return batch
 
     def _changed(self, number: int, draw: int) -> Mapping[str, Tensor]:

@@ -227,7 +227,7 @@ def _step(
 
 def _tokens(batch: Mapping[str, Tensor]) -> int:
     """Tokens of a batch without padding, or its examples where it has no tokens."""
-    masks = [x for name, x in batch.items() if name.endswith("attention_mask")]
+    masks = [x for name, x in batch.items() if name.endswith("attention_mask") and not name.startswith("pixel")]
     return sum(int(mask.sum()) for mask in masks) if masks else len(next(iter(batch.values())))
 
 

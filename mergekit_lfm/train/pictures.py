@@ -14,7 +14,7 @@ from mergekit_lfm.errors import FormatError, reason
 from mergekit_lfm.machine.extras import import_extra
 from mergekit_lfm.runtime.images import LabelledImage
 from mergekit_lfm.runtime.lines import refuse
-from mergekit_lfm.runtime.load import image_processor
+from mergekit_lfm.runtime.processors import image_processor
 from mergekit_lfm.train.examples import Examples
 
 if TYPE_CHECKING:
@@ -32,13 +32,9 @@ class Reading:
 
     def __call__(self, item: Mapping[str, Tensor], _: torch.Generator) -> dict[str, Tensor]:
         """The inputs of the model, such as `pixel_values`, with the label."""
-        path = bytes(item["image"].tolist()).decode()
-        try:
-            with _pillow().open(path) as image:
-                labels = {name: x for name, x in item.items() if name != "image"}
-                return {**self.process(image.convert("RGB")), **labels}
-        except BROKEN as error:
-            raise FormatError(f"{path}: an image that cannot be read ({reason(error)}); replace or remove it") from None
+        (path,) = read_paths(item["image"])
+        labels = {name: x for name, x in item.items() if name != "image"}
+        return {**self.process(open_image(path)), **labels}
 
     def __repr__(self) -> str:
         return self.describe
@@ -58,12 +54,31 @@ def picture_examples(path: Path, images: Sequence[LabelledImage], loaded: Loaded
         refuse(path, problems, "images that can be read")
     items = [
         {
-            "image": torch.tensor([*str(image.path.absolute()).encode()], dtype=torch.uint8),
+            "image": write_paths([image.path]),
             "labels": torch.tensor(image.label),
         }
         for image in images
     ]
     return Examples(items, change=Reading(process, describe))
+
+
+def write_paths(paths: Sequence[Path]) -> Tensor:
+    """Files of images as a tensor of bytes, so that an example can hold them."""
+    return torch.tensor([*"\0".join(str(path.absolute()) for path in paths).encode()], dtype=torch.uint8)
+
+
+def read_paths(paths: Tensor) -> list[str]:
+    """The files in such a tensor."""
+    return bytes(paths.tolist()).decode().split("\0")
+
+
+def open_image(path: str | Path) -> Any:
+    """An image in RGB. Raises FormatError for one that cannot be read."""
+    try:
+        with _pillow().open(path) as image:
+            return image.convert("RGB")
+    except BROKEN as error:
+        raise FormatError(f"{path}: an image that cannot be read ({reason(error)}); replace or remove it") from None
 
 
 def _pillow() -> Any:

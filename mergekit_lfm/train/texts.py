@@ -4,7 +4,8 @@ Language models: `{"text": ...}` or a .txt file, in windows, where every token b
 `{"prompt": ..., "completion": ...}`, whose completion alone is; `{"prompt": ..., "chosen": ..., "rejected": ...}`, for
 preferences; `{"messages": [{"role": ..., "content": ...}, ...]}`, by the tokenizer's chat template, with a loss on what
 the assistant says. Classifiers: `{"text": ..., "label": ...}`. Encoders: `{"text": ..., "positive": ...}`. Arrays: an
-.npz with the model's inputs and `labels`. Images: `train.pictures`; other tasks: `train.forms`.
+.npz with the model's inputs and `labels`. Images: `train.pictures`, with texts `train.illustrated`; other tasks:
+`train.forms`.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ import torch
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.recipe.templates import Template
 from mergekit_lfm.runtime.data import read_data, text_limit
-from mergekit_lfm.runtime.images import find_images
-from mergekit_lfm.runtime.lines import is_text, read_lines, read_objects
+from mergekit_lfm.runtime.images import find_images, has_images
+from mergekit_lfm.runtime.lines import is_text, read_lines, read_objects, refuse
 from mergekit_lfm.runtime.load import tokenizer_for_texts
 from mergekit_lfm.runtime.tasks import HEADED
 from mergekit_lfm.train.conversations import Item, Numbered, read_conversations, read_preferences, why_no_conversation
 from mergekit_lfm.train.examples import IGNORED, Examples, padding_of
 from mergekit_lfm.train.forms import FORMS
+from mergekit_lfm.train.illustrated import illustrated_examples
 from mergekit_lfm.train.pictures import picture_examples
 
 if TYPE_CHECKING:
@@ -61,24 +63,8 @@ def read_examples(
     tokenizer = tokenizer_for_texts(loaded.tokenizer)
     if not labelled and loaded.task in (*HEADED, "embedding"):
         return _read_texts(path, tokenizer, text_limit(window, loaded.positions, tokenizer))
-    if templates:
-        filled = _fill_templates(path, templates)
-        items = read_conversations(path, filled, tokenizer, text_limit(window, loaded.positions, tokenizer))
-        return Examples(items, {"input_ids": padding_of(tokenizer), "labels": IGNORED}, forms=(len(templates),))
-    if loaded.task == "lm":
-        if path.suffix == ".jsonl":
-            forms = ("text", "prompt", "messages")
-            lines = read_objects(path, _one_of(forms), f"an object with one of {', '.join(forms)} on each line")
-            limit = text_limit(window, loaded.positions, tokenizer)
-            if lines and "chosen" in lines[0].entry:
-                return read_preferences(path, lines, tokenizer, limit)
-            if lines and "text" not in lines[0].entry:
-                items = read_conversations(path, lines, tokenizer, limit)
-                return Examples(items, {"input_ids": padding_of(tokenizer), "labels": IGNORED})
-        pieces = read_data(path, "lm", tokenizer, window=window, positions=loaded.positions)
-        rows = [row for batch in pieces for row in batch.kwargs["input_ids"]]
-        items = [{"input_ids": row, "labels": row} for row in rows]
-        return Examples(items, {"input_ids": padding_of(tokenizer), "labels": IGNORED})
+    if templates or loaded.task == "lm":
+        return _read_language(path, loaded, tokenizer, window, templates)
     if loaded.task in FORMS:
         return FORMS[loaded.task](path, loaded, text_limit(window, loaded.positions, tokenizer))
     if loaded.task == "embedding":
@@ -93,6 +79,37 @@ def read_examples(
         for row, label in zip(batch.kwargs["input_ids"], batch.labels, strict=True)
     ]
     return Examples(items, {"input_ids": padding_of(tokenizer)})
+
+
+def _read_language(
+    path: Path, loaded: Loaded, tokenizer: Tokenizer, window: int | None, templates: Sequence[Template]
+) -> Examples:
+    """Texts, answers, conversations or preferences; with images, answers and conversations."""
+    limit = text_limit(window, loaded.positions, tokenizer)
+    pad = {"input_ids": padding_of(tokenizer), "labels": IGNORED}
+    illustrated = has_images(path)
+    forms = ("prompt", "messages") if illustrated else ("text", "prompt", "messages")
+    lines = list[Numbered]()
+    if templates:
+        lines = _fill_templates(path, templates)
+    elif path.suffix == ".jsonl":
+        expected = f"an object with one of {', '.join(forms)} on each line"
+        lines = read_objects(path, _one_of(forms), expected + (", and an image" if illustrated else ""))
+    if illustrated:
+        examples = illustrated_examples(path, lines, loaded, limit)
+        return replace(examples, forms=(len(templates),) if templates else ())
+    late = [f"line {line.line}: an image; the first line has none" for line in lines if line.entry.get("image")]
+    if late:
+        refuse(path, late, "images on all lines, or on none")
+    if templates:
+        return Examples(read_conversations(path, lines, tokenizer, limit), pad, forms=(len(templates),))
+    if lines and "chosen" in lines[0].entry:
+        return read_preferences(path, lines, tokenizer, limit)
+    if lines and "text" not in lines[0].entry:
+        return Examples(read_conversations(path, lines, tokenizer, limit), pad)
+    pieces = read_data(path, "lm", tokenizer, window=window, positions=loaded.positions)
+    rows = [row for batch in pieces for row in batch.kwargs["input_ids"]]
+    return Examples([{"input_ids": row, "labels": row} for row in rows], pad)
 
 
 def check_labels(examples: Examples, classes: int | None, place: object) -> None:
@@ -155,7 +172,8 @@ def _fill_templates(path: Path, templates: Sequence[Template]) -> list[Numbered]
     def read(entry: dict[str, Any], line: int) -> list[Numbered] | str:
         filled = [template.fill(entry) for template in templates]
         wrong = next((each for each in filled if isinstance(each, str)), None)
-        return wrong or [Numbered(each, line) for each in filled if not isinstance(each, str)]
+        image = {"image": entry["image"]} if "image" in entry else {}
+        return wrong or [Numbered({**each, **image}, line) for each in filled if not isinstance(each, str)]
 
     lines = read_objects(path, read, f"an object with {', '.join(sorted(_keys(templates))) or 'any keys'} on each line")
     return [each for line in lines for each in line]
