@@ -36,6 +36,7 @@ from mergekit_lfm.train.losses import LOSSES
 from mergekit_lfm.train.processes import Group, joined
 from mergekit_lfm.train.state import METRICS
 from mergekit_lfm.train.terms import build_loss
+from mergekit_lfm.tune.heads import normalise_head
 from mergekit_lfm.tune.phases import select_parts
 from mergekit_lfm.tune.work import Prepared, TuneWork
 
@@ -179,6 +180,8 @@ def _make_ready(planned: PlannedTuning) -> _Ready:
         work = TuneWork(loaded.model, recipe.task, recipe.settings, options.steps, *facts)
         _ = subject.names  # as they are before the method changes them
         prepared = select_parts(method.prepare(work), recipe.parts, method.name)
+    if "r4f" in recipe.loss:
+        prepared = normalise_head(prepared, work, method.name)
     check_places(prepared, subject, planned.source)
     check_adapter(planned, prepared)
     check_prompt(recipe, prepared)

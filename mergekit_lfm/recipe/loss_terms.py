@@ -48,6 +48,13 @@ LOSS_TERMS: Mapping[str, LossTerm] = {
             ("lm", "classification", "masked_lm", "seq2seq"),
         ),
         LossTerm(
+            "r4f",
+            "Aghajanyan et al. 2020, arXiv 2008.03156",
+            "r3f, and each matrix of the head has the spectral norm 1, in the result too",
+            ("classification",),
+            own=True,
+        ),
+        LossTerm(
             "aux_lm",
             "Radford et al. 2018, GPT, equation 5",
             "so many times the loss of a language model on the same texts, for decoders with tied embeddings",
@@ -82,5 +89,6 @@ def check_terms(terms: Mapping[str, float], task: str, makes: str) -> Iterator[P
             yield problem_at(place, FOUND, found=found, expected="one that trains the model's own parameters")
         if term.alone and makes == "mixture":
             yield problem_at(place, FOUND, found=found, expected="one with a single pass for each text")
-    if "dpo" in terms and "r3f" in terms:
-        yield problem_at("loss", FOUND, found="dpo and r3f", expected="one of them")
+    for one, other in (("dpo", "r3f"), ("r3f", "r4f")):
+        if one in terms and other in terms:
+            yield problem_at("loss", FOUND, found=f"{one} and {other}", expected="one of them")
