@@ -163,7 +163,8 @@ class _Ready(NamedTuple):
 def _make_ready(planned: PlannedTuning) -> _Ready:
     """Load the model and the data, and check that they go together with the method."""
     recipe, method, options = planned.recipe, planned.recipe.declaration, planned.recipe.options
-    loaded = load_model(planned.source, recipe.task, device=planned.device)
+    loaded = load_model(planned.source, method.loads or recipe.task, device=planned.device)
+    loaded = replace(loaded, task=recipe.task)
     config: Any = loaded.model.config
     if getattr(config, "is_encoder_decoder", False) and recipe.task != "seq2seq":
         raise PlanError(

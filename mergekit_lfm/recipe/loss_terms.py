@@ -19,7 +19,7 @@ class LossTerm:
     """A term that is added to a loss, with one number. tasks: those that it fits.
 
     instead: it takes the place of the task's loss. own: it is about the model's own parameters, so not for adapters.
-    alone: it reads the states of one pass, so not for mixtures of prompts.
+    alone: it reads the states of one pass, so not for mixtures of prompts and templates.
     """
 
     name: str
@@ -87,7 +87,7 @@ def check_terms(terms: Mapping[str, float], task: str, makes: str) -> Iterator[P
         found = f"a method that makes {'an' if makes[:1] == 'a' else 'a'} {makes}"
         if term.own and makes not in OWN_WEIGHTS:
             yield problem_at(place, FOUND, found=found, expected="one that trains the model's own parameters")
-        if term.alone and makes == "mixture":
+        if term.alone and makes in ("mixture", "template"):
             yield problem_at(place, FOUND, found=found, expected="one with a single pass for each text")
     for one, other in (("dpo", "r3f"), ("r3f", "r4f")):
         if one in terms and other in terms:
