@@ -112,7 +112,7 @@ class Templated(nn.Module):
         return attribute_of(self, name)
 
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
-        """The scores of the classes for texts [n, tokens], with their special tokens; padding is after these."""
+        """The scores of the classes for texts [n, tokens], which have their special tokens."""
         ids = check_texts(input_ids, inputs)
         real = torch.ones_like(ids) if attention_mask is None else attention_mask
         filled = [self.layout.fill(row[mask.bool()]) for row, mask in zip(ids, real, strict=True)]
