@@ -27,6 +27,7 @@ from mergekit_lfm.tune.heads import normalise_head
 from mergekit_lfm.tune.work import Prepared, TuneWork
 from mergekit_lfm.views.adapted import open_model
 
+PATCHES = ("bitfit", "svf")
 HOW: dict[str, Any] = {"task": "classification", "loss": {"r4f": 1.0}, "steps": 6, "batch_size": 8, "threads": 1}
 
 
@@ -35,13 +36,13 @@ def norm(matrix: torch.Tensor) -> float:
     return float(np.linalg.svd(matrix.detach().double().numpy(), compute_uv=False)[0])
 
 
-@pytest.mark.parametrize("method", ["full", "lp_ft", "svf"])
+@pytest.mark.parametrize("method", ["full", "lp_ft", "layerwise", "bitfit", "svf"])
 def test_the_saved_head_has_norm_1_and_is_that_which_was_judged(method: str, tiny: Path, tmp_path: Path) -> None:  # noqa: F811
     data, base = tiny / "bert.jsonl", tiny / "bert"
-    out = tmp_path / ("out" if method != "svf" else "out.safetensors")
+    out = tmp_path / ("out.safetensors" if method in PATCHES else "out")
     tuned = tune_model(base, data, out, method=method, dev=data, learning_rate=3e-3, **HOW)
     assert norm(load_model(base, "classification").model.get_parameter("classifier.weight")) < 0.9  # before
-    loaded = load_model(out if method != "svf" else open_model(f"{base}+{out}"), "classification")
+    loaded = load_model(open_model(f"{base}+{out}") if method in PATCHES else out, "classification")
     assert norm(loaded.model.get_parameter("classifier.weight")) == pytest.approx(1, abs=1e-6)
     loss = mean_loss(loaded.model, read_examples(data, loaded), LOSSES["classification"], Options())
     assert loss == pytest.approx(tuned.result.dev_loss, rel=1e-6)
