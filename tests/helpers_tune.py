@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -59,6 +60,36 @@ def write_data(kind: str, file: Path) -> Path:
         lines = [{"text": word, "positive": " ".join(reversed(word.split()))} for word in words[:16]]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return file
+
+
+RULES: dict[str, Any] = {
+    "template": "{text} . The [MASK] is [MASK] .",
+    "classes": [["baker", "born"], ["baker", "works"], ["city", "works"]],
+}
+PEOPLE = ("Ada Blake", "Leo Wagner", "Mia Stone")  # the class of a text is whom it is about
+SAID = ("works as a baker", "speaks Danish", "was born in Rome", "is good", "was born in New York", "said it", "rained")
+
+
+@pytest.fixture(scope="session")
+def masked(made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+    """A folder with `masked`, a BERT of random weights that predicts masked tokens, with its data.
+
+    Texts of three classes, `a.jsonl`, others, `b.jsonl`, and a template with the words that make a class, `rules.yaml`.
+    """
+
+    def make(folder: Path) -> None:
+        tokenizer = copy.deepcopy(trained_tokenizer("ended"))
+        tokenizer.add_special_tokens({"mask_token": "<mask>", "pad_token": "<pad>"})
+        torch.manual_seed(3)
+        config = transformers.BertConfig(**{**BERT, "vocab_size": 344, "initializer_range": 0.2})
+        transformers.BertForMaskedLM(config).save_pretrained(folder / "masked")
+        tokenizer.save_pretrained(folder / "masked")
+        for name, said in (("a", SAID[:5]), ("b", SAID[5:])):
+            lines = [{"text": f"{who} {it}", "label": i} for i, who in enumerate(PEOPLE) for it in said]
+            (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (folder / "rules.yaml").write_text(json.dumps(RULES))
+
+    return made_once("tiny-masked", make)
 
 
 @pytest.fixture(scope="session")

@@ -99,9 +99,9 @@ def _later(name: str) -> Callable[..., Any]:
 
 
 def _suffix_of_tuning(data: Mapping[str, Any]) -> str:
-    """The end of the name of what a method makes: a patch, an attachment or a mixture of prompts is a file."""
+    """The end of the name of what a method makes: a patch, an attachment, a mixture or a template is a file."""
     method = TUNE_METHODS.get(str(data.get("method")))
-    return SAFETENSORS if method is not None and method.makes in ("patch", "attachment", "mixture") else ""
+    return SAFETENSORS if method is not None and method.makes in ("patch", "attachment", "mixture", "template") else ""
 
 
 ADAPTERS = Job(

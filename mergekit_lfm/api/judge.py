@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from mergekit_lfm.api.arguments import StrPath, expand, model_folder
 from mergekit_lfm.api.outcome import Outcome, warn_of
@@ -54,7 +54,8 @@ def evaluate_models(
     retrieval of each text's own positive, "seq2seq" the perplexity of answers, "masked_lm" that of masked tokens,
     "regression" the mean squared error.
     facts: a facts file, as `edit_model` takes it. prompt: a prompt's folder, as `tune_model` or PEFT makes it, or a
-    file with a mixture of prompts; it stands before every text, and the same tokens are scored as without it. window:
+    file with a mixture of prompts; it stands before every text, and the same tokens are scored as without it. Or a file
+    with a template by `ptr`, which makes classifiers of masked language models. window:
     the most tokens at a time; stride: for "lm", the tokens predicted at a time. The result has the scores by model,
     then by file.
 
@@ -86,7 +87,7 @@ def evaluate_models(
         from mergekit_lfm.api.attachments import load_attached
 
         folder = model_folder(model)
-        loaded = load_attached(folder, task, device=device)
+        loaded = load_attached(folder, _task_before(before, task), device=device)
         if before is not None:
             loaded, notice = _put_before(loaded, before, display_name(folder))
             notices += notice
@@ -108,11 +109,31 @@ def _put_before(loaded: Loaded, prompt: Prompt | Attachment, model: str) -> tupl
     """The loaded model with the prompt, and a notice if that was trained on another one."""
     from mergekit_lfm.artifacts.prompt import Prompt
     from mergekit_lfm.runtime.prompts import with_prompt
+    from mergekit_lfm.runtime.templates import with_template
 
     base = prompt.base if isinstance(prompt, Prompt) else prompt.info.base
     other = base not in (None, loaded.checkpoint.content)
     notice = f"the prompt was trained on a model of other content than {model}; the score is of both together"
-    return with_prompt(loaded, prompt), [notice] if other else []
+    notices = [notice] if other else []
+    if _is_template(prompt):
+        return with_template(loaded, prompt), notices
+    return with_prompt(loaded, prompt), notices
+
+
+def _is_template(prompt: Prompt | Attachment | None) -> TypeGuard[Attachment]:
+    """Whether a prompt is a template, which makes a classifier of a masked language model."""
+    from mergekit_lfm.artifacts.attachment import TEMPLATE, Attachment
+
+    return isinstance(prompt, Attachment) and prompt.info.form == TEMPLATE
+
+
+def _task_before(prompt: Prompt | Attachment | None, task: str) -> str:
+    """The task for which a model is loaded that is judged behind a prompt. Raises PlanError for a template's other."""
+    if not _is_template(prompt):
+        return task
+    if task != "classification":
+        raise PlanError(f"found a template for {task}, expected classification; give that task (--task)")
+    return "masked_lm"
 
 
 def _as_list(paths: StrPath | Sequence[StrPath]) -> list[StrPath]:

@@ -35,6 +35,7 @@ from mergekit_lfm.train.losses import LOSSES
 from mergekit_lfm.train.processes import Group, joined
 from mergekit_lfm.train.state import METRICS
 from mergekit_lfm.train.terms import build_loss
+from mergekit_lfm.tune.heads import normalise_head
 from mergekit_lfm.tune.phases import select_parts
 from mergekit_lfm.tune.work import Prepared, TuneWork
 
@@ -160,7 +161,8 @@ class _Ready(NamedTuple):
 def _make_ready(planned: PlannedTuning) -> _Ready:
     """Load the model and the data, and check that they go together with the method."""
     recipe, method, options = planned.recipe, planned.recipe.declaration, planned.recipe.options
-    loaded = load_model(planned.source, recipe.task, device=planned.device)
+    loaded = load_model(planned.source, method.loads or recipe.task, device=planned.device)
+    loaded = replace(loaded, task=recipe.task)
     config: Any = loaded.model.config
     if getattr(config, "is_encoder_decoder", False) and recipe.task != "seq2seq":
         raise PlanError(
@@ -177,6 +179,8 @@ def _make_ready(planned: PlannedTuning) -> _Ready:
         work = TuneWork(loaded.model, recipe.task, recipe.settings, options.steps, *facts)
         _ = subject.names  # as they are before the method changes them
         prepared = select_parts(method.prepare(work), recipe.parts, method.name)
+    if "r4f" in recipe.loss:
+        prepared = normalise_head(prepared, work, method.name)
     check_places(prepared, subject, planned.source)
     check_adapter(planned, prepared)
     check_prompt(recipe, prepared)

@@ -47,10 +47,16 @@ OPTIONS: Mapping[str, Callable[[Path], Mapping[str, Any]]] = MappingProxyType(
         "patch": lambda file: read_patch_info(file).options,
         "attachment": lambda file: read_attachment_info(file).options,
         "mixture": lambda file: read_attachment_info(file).options,
+        "template": lambda file: read_attachment_info(file).options,
     }
 )
 NAMES: Mapping[str, str] = MappingProxyType(
-    {"patch": "a patch", "attachment": "a bottleneck adapter", "mixture": "a mixture of prompts"}
+    {
+        "patch": "a patch",
+        "attachment": "a bottleneck adapter",
+        "mixture": "a mixture of prompts",
+        "template": "a template",
+    }
 )
 
 

@@ -41,7 +41,7 @@ def check_lengths(examples: Examples, loaded: Loaded, place: Path) -> None:
 
 def check_prompt(recipe: TrainingRecipe, prepared: Prepared) -> None:
     """Raise PlanError if the model does not run with a prompt, or sees nothing of it."""
-    if recipe.declaration.makes not in ("prompt", "mixture"):
+    if recipe.declaration.makes not in ("prompt", "mixture", "template"):
         return
     prompt = [x for name, x in prepared.model.named_parameters() if x.requires_grad and "modules_to_save" not in name]
     ids = torch.tensor([[0, 1]], device=prompt[0].device)

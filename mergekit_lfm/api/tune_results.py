@@ -28,7 +28,8 @@ from mergekit_lfm.views.adapted import adapt
 
 @dataclass(frozen=True, slots=True)
 class Tuned:
-    """The result of a tuning. makes: "checkpoint", "patch", "adapter", "attachment", "prompt" or "mixture".
+    """The result of a tuning. makes: "checkpoint", "patch", "adapter", "attachment", "prompt", "mixture" or
+    "template".
 
     steps: those done, fewer than planned where the development set ended it. trained: how many numbers were trained;
     parameters: the model's. loss: the mean over the last tenth of the steps. dev_loss, best_step: the least on the

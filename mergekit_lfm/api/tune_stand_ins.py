@@ -28,7 +28,8 @@ def stand_in_tuning(recipe: TrainingRecipe, source: Checkpoint, place: Path) -> 
     elif makes in ("adapter", "attachment"):
         _stand_in_module(recipe, source, place)
     else:
-        raise PlanError(f"{recipe.method} makes a prompt, which no other stage takes; tune in a recipe of its own")
+        name = "a template" if makes == "template" else "a prompt"
+        raise PlanError(f"{recipe.method} makes {name}, which no other stage takes; tune in a recipe of its own")
 
 
 def _stand_in_module(recipe: TrainingRecipe, source: Checkpoint, place: Path) -> None:

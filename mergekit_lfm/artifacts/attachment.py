@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PROMPTS = "prompts"  # the form of a mixture of prompts, which stands before texts
+TEMPLATE = "template"  # the form of a template that texts stand in
 ATTACHMENT = Kind("bottleneck adapter", "mergekit-lfm tune --method houlsby", "tune again")
 NO_WEIGHTS = (
     "{label} is a bottleneck adapter, which is not a change of a weight and cannot be merged into weights; run it with "
@@ -100,9 +101,10 @@ def refuse_attachment(path: object, label: object) -> None:
 
 
 def refuse_prompts(info: AttachmentInfo, label: object) -> None:
-    """Raise FormatError for a mixture of prompts, where weights or modules are needed."""
-    if info.form == PROMPTS:
+    """Raise FormatError for a mixture of prompts or a template, where weights or modules are needed."""
+    if info.form in (PROMPTS, TEMPLATE):
+        name = "a template" if info.form == TEMPLATE else "a mixture of prompts"
         raise FormatError(
-            f"{label} is a mixture of prompts, which changes no weights and no layers; run its model with it, as "
+            f"{label} is {name}, which changes no weights and no layers; run its model with it, as "
             f"`mergekit-lfm eval MODEL --prompt {label}` does"
         )

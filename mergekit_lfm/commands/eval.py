@@ -65,7 +65,8 @@ Examples:
 @click.option(
     "--prompt",
     type=click.Path(path_type=Path),
-    help="The folder of a prompt, as `tune --method prompt` makes it, to put before every text.",
+    help="The folder of a prompt, as `tune --method prompt` makes it, or a mixture's file, to put before every text; "
+    "or a template's, as `tune --method ptr` makes it, to put around them.",
 )
 @click.option(
     "--window",

@@ -29,8 +29,8 @@ HELP = f"""Train MODEL on data by a method, and write the tuned model, a patch, 
 full, lp_ft and layerwise write a model's folder; bitfit, mask and svf a patch file with the tensors that changed;
 dora, ia3, ln, lokr, lora and mhr an adapter as PEFT has it, mhr also one for each data file in OUT/tasks. All are
 inputs of merges. adamix, adapter_fusion, compacter, houlsby, parallel and pfeiffer write a file with a bottleneck
-adapter, which `eval MODEL+FILE` runs; the others a prompt, which `eval --prompt` puts before every text. MODEL is a
-folder, a name on the Hub, or MODEL+ADAPTER.
+adapter, which `eval MODEL+FILE` runs; mixture and ptr a file, and the others a folder, that `eval --prompt` puts before
+or around every text. MODEL is a folder, a name on the Hub, or MODEL+ADAPTER.
 
 \b
 Data are .jsonl with one of these on every line, .txt for lm, or .npz with the model's inputs and labels:

@@ -77,16 +77,17 @@ class StatisticMethod(Generic[F]):
     outline: Callable[..., Any] | None = None
 
 
-Makes = Literal["checkpoint", "patch", "adapter", "attachment", "prompt", "mixture"]
+Makes = Literal["checkpoint", "patch", "adapter", "attachment", "prompt", "mixture", "template"]
 
 
 @dataclass(frozen=True, slots=True)
 class TuneMethod(Generic[F]):
     """A way to tune a model. makes: the model, the tensors that changed, PEFT's adapter, an attached module, a prompt.
 
-    "mixture": of several prompts. rate: its learning rate by default. needs: a file of statistics that it needs. files:
-    the parameter that names files with commas, which it reads; one whose default is "" may name none. tasks: whether
-    examples have the number of their data file, `task_ids`, and those of the development set the next one.
+    "mixture": of several prompts; "template": around texts. rate: its learning rate by default. needs: a file of
+    statistics that it needs. files: the parameter that names files with commas, which it reads; one whose default is ""
+    may name none. tasks: whether examples have the number of their data file, `task_ids`, and those of the development
+    set the next one. loads: the task for which the model is loaded, where the method makes a classifier of it.
     """
 
     name: str
@@ -99,6 +100,7 @@ class TuneMethod(Generic[F]):
     needs: Literal["fisher"] | None = None
     files: str | None = None
     tasks: bool = False
+    loads: Literal["masked_lm"] | None = None
 
 
 AnyMethod = Method | AlignMethod[Any] | EditMethod[Any] | StatisticMethod[Any] | TuneMethod[Any]

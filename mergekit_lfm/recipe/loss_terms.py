@@ -19,7 +19,7 @@ class LossTerm:
     """A term that is added to a loss, with one number. tasks: those that it fits.
 
     instead: it takes the place of the task's loss. own: it is about the model's own parameters, so not for adapters.
-    alone: it reads the states of one pass, so not for mixtures of prompts.
+    alone: it reads the states of one pass, so not for mixtures of prompts and templates.
     """
 
     name: str
@@ -46,6 +46,13 @@ LOSS_TERMS: Mapping[str, LossTerm] = {
             "Aghajanyan et al. 2020, arXiv 2008.03156",
             "so many times the divergence of the outputs from those with a little noise on the embeddings",
             ("lm", "classification", "masked_lm", "seq2seq"),
+        ),
+        LossTerm(
+            "r4f",
+            "Aghajanyan et al. 2020, arXiv 2008.03156",
+            "r3f, and each matrix of the head has the spectral norm 1, in the result too",
+            ("classification",),
+            own=True,
         ),
         LossTerm(
             "aux_lm",
@@ -80,7 +87,8 @@ def check_terms(terms: Mapping[str, float], task: str, makes: str) -> Iterator[P
         found = f"a method that makes {'an' if makes[:1] == 'a' else 'a'} {makes}"
         if term.own and makes not in OWN_WEIGHTS:
             yield problem_at(place, FOUND, found=found, expected="one that trains the model's own parameters")
-        if term.alone and makes == "mixture":
+        if term.alone and makes in ("mixture", "template"):
             yield problem_at(place, FOUND, found=found, expected="one with a single pass for each text")
-    if "dpo" in terms and "r3f" in terms:
-        yield problem_at("loss", FOUND, found="dpo and r3f", expected="one of them")
+    for one, other in (("dpo", "r3f"), ("r3f", "r4f")):
+        if one in terms and other in terms:
+            yield problem_at("loss", FOUND, found=f"{one} and {other}", expected="one of them")

@@ -82,7 +82,7 @@ def read_named(text: str, parameter: str, where: Where) -> tuple[tuple[DataFile,
     if not names:
         problems.append(problem_at(place, FOUND, found=repr(text), expected="files with commas"))
     for name in names:
-        found, missing = read_file(name, where, place, "the result of an earlier tuning")
+        found, missing = read_file(name, where, place, "a file, such as the result of an earlier tuning")
         problems += missing
         files += [] if found is None else [DataFile(name, found.path)]
     return tuple(files), problems

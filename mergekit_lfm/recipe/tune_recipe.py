@@ -123,6 +123,9 @@ class TrainingRecipe(JobForm):
     def _read_settings(self, method: TuneMethod[Any], where: Where) -> list[Problem]:
         """Read what depends on the method; the problems."""
         self._settings, problems = read_parameters(method, self.parameters)
+        if method.loads is not None and self.task != "classification":
+            expected = f"classification for {method.name}"
+            problems.append(problem_at("task", FOUND, found=repr(self.task), expected=expected))
         if method.needs is not None and self.task in TUNE_TASKS and self.task not in TASKS:
             expected = f"one of {', '.join(TASKS)}, for which there are statistics; or another method"
             problems.append(problem_at("task", FOUND, found=repr(self.task), expected=expected))

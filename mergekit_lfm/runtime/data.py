@@ -130,6 +130,20 @@ def text_limit(window: int | None, positions: int | None, tokenizer: Tokenizer) 
     return min((limit for limit in (window, positions, allowed) if limit is not None), default=None)
 
 
+def frame_of(text: str, tokenizer: Tokenizer) -> tuple[list[int], list[int], list[int]]:
+    """The special tokens before a text, its own tokens, and the special tokens after it.
+
+    Raises FormatError for a tokenizer that puts some inside of it.
+    """
+    whole: list[int] = tokenizer(text, verbose=False)["input_ids"]
+    plain: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    starts = range(len(whole) - len(plain) + 1)
+    first = next((i for i in starts if whole[i : i + len(plain)] == plain), None)
+    if first is None:
+        raise FormatError("the tokenizer puts special tokens inside of a text; expected them before and after it")
+    return whole[:first], plain, whole[first + len(plain) :]
+
+
 def _windows(path: Path, documents: Sequence[DataLine], tokenizer: Tokenizer, window: int) -> list[list[int]]:
     """The documents' tokens in pieces of at most window - 1, each after the start token: every token is predicted."""
     start = start_token(tokenizer)

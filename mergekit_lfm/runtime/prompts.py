@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mergekit_lfm.artifacts.attachment import PROMPTS, Attachment
+from mergekit_lfm.artifacts.attachment import PROMPTS, TEMPLATE, Attachment
 from mergekit_lfm.artifacts.prompt import PREFIX, Prompt
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.machine.extras import import_extra
@@ -32,7 +32,7 @@ class Prompted(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         """The attributes of the model within, such as its config."""
-        return _attribute(self, name)
+        return attribute_of(self, name)
 
     @property
     def is_prefix(self) -> bool:
@@ -41,7 +41,7 @@ class Prompted(nn.Module):
 
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **inputs: Any) -> Any:
         """The model's output for texts [n, tokens] behind the prompt."""
-        ids = _check_texts(input_ids, inputs)
+        ids = check_texts(input_ids, inputs)
         if self.is_prefix:
             with quiet():
                 return self.model(input_ids=ids, attention_mask=attention_mask, **inputs)
@@ -67,11 +67,11 @@ class Mixture(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         """The attributes of the model within, such as its config."""
-        return _attribute(self, name)
+        return attribute_of(self, name)
 
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
         """ln of sum_j w_j p(y | prompt_j, text)."""
-        ids = _check_texts(input_ids, inputs)
+        ids = check_texts(input_ids, inputs)
         mixed = [
             share + logits(run_behind(self.model, rows, ids, attention_mask, inputs)).float().log_softmax(-1)
             for share, rows in zip(self.weights.log_softmax(0), self.values, strict=True)
@@ -79,7 +79,7 @@ class Mixture(nn.Module):
         return torch.stack(mixed).logsumexp(0)
 
 
-def _attribute(module: nn.Module, name: str) -> Any:
+def attribute_of(module: nn.Module, name: str) -> Any:
     """An attribute of a module, or of the model within."""
     try:
         return nn.Module.__getattr__(module, name)
@@ -112,7 +112,7 @@ def run_behind(model: Any, rows: Tensor, ids: Tensor, mask: Tensor | None, input
     return output
 
 
-def _check_texts(ids: Tensor | None, inputs: Mapping[str, Any]) -> Tensor:
+def check_texts(ids: Tensor | None, inputs: Mapping[str, Any]) -> Tensor:
     """The tokens of texts. Raises PlanError for other inputs, which nothing can stand before."""
     others = sorted(
         name for name in ("inputs_embeds", "position_ids", "past_key_values") if inputs.get(name) is not None
@@ -149,10 +149,10 @@ def with_prompt(loaded: Loaded, prompt: Prompt | Attachment) -> Loaded:
 def _with_mixture(loaded: Loaded, mixture: Attachment) -> Loaded:
     """As `with_prompt`. Raises PlanError for another attachment."""
     if mixture.info.form != PROMPTS:
-        raise PlanError(
-            f"found a bottleneck adapter by {mixture.info.method}, expected a prompt or a mixture of some; run its "
-            "file as MODEL+FILE"
-        )
+        name, cure = f"a bottleneck adapter by {mixture.info.method}", "run its file as MODEL+FILE"
+        if mixture.info.form == TEMPLATE:
+            name, cure = "a template", "put it around texts by `with_template`"
+        raise PlanError(f"found {name}, expected a prompt or a mixture of some; {cure}")
     model: Any = loaded.model
     values, weights = mixture.tensors["values"], mixture.tensors["weights"]
     places = dict(model.named_parameters())

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mergekit_lfm.errors import FormatError, PlanError, reason
+from mergekit_lfm.runtime.data import frame_of
 from mergekit_lfm.runtime.lines import is_text, read_lines, read_objects, refuse
 from mergekit_lfm.runtime.load import tokenizer_for_texts
 from mergekit_lfm.train.examples import IGNORED, Examples, padding_of
@@ -78,13 +79,7 @@ def _read_masked(path: Path, loaded: Loaded, limit: int | None) -> Examples:
 
 def _pieces(text: str, tokenizer: Tokenizer, limit: int | None) -> list[list[int]]:
     """The tokens of a text in pieces, each between the special tokens of a text."""
-    whole: list[int] = tokenizer(text, verbose=False)["input_ids"]
-    plain: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    starts = range(len(whole) - len(plain) + 1)
-    first = next((i for i in starts if whole[i : i + len(plain)] == plain), None)
-    if first is None:
-        raise FormatError("the tokenizer puts special tokens inside of a text; expected them before and after it")
-    before, after = whole[:first], whole[first + len(plain) :]
+    before, plain, after = frame_of(text, tokenizer)
     size = len(plain) if limit is None else limit - len(before) - len(after)
     return [[*before, *plain[i : i + size], *after] for i in range(0, len(plain), max(1, size))]
 

@@ -141,17 +141,39 @@ def consistent(loss: Loss, scorer: Scorer, weight: float) -> Loss:
     def added(model: nn.Module, batch: Batch) -> Terms:
         if not model.training:
             return loss(model, batch)
-        outputs: list[Any] = []
-        handle = model.register_forward_hook(lambda _, __, output: outputs.append(output))
-        try:
-            total, number = loss(model, batch)
-        finally:
-            handle.remove()
-        first, targets = scorer(Said(outputs[0]), batch)
+        (total, number), output = _watched(loss, model, batch)
+        first, targets = scorer(Said(output), batch)
         second, _ = scorer(model, batch)
         return Terms(total + weight / 2 * divergence(first, second, targets), number)
 
     return added
+
+
+def with_words(loss: Loss, places: int) -> Loss:
+    """The loss, and in training the mean over places of -ln p of the word of a text's class.
+
+    The model's score of a class is the sum of these ln p. Source: Han et al. 2021, arXiv 2105.11259, the authors' code.
+    """
+
+    def added(model: nn.Module, batch: Batch) -> Terms:
+        if not model.training:
+            return loss(model, batch)
+        (total, number), output = _watched(loss, model, batch)
+        own = logits(output).gather(1, batch["labels"][:, None])
+        return Terms(total - own.sum() / places, number)
+
+    return added
+
+
+def _watched(loss: Loss, model: nn.Module, batch: Batch) -> tuple[Terms, Any]:
+    """A loss, and the output of the model in the first of its passes."""
+    outputs: list[Any] = []
+    handle = model.register_forward_hook(lambda _, __, output: outputs.append(output))
+    try:
+        terms = loss(model, batch)
+    finally:
+        handle.remove()
+    return terms, outputs[0]
 
 
 class Said(nn.Module):

@@ -36,8 +36,9 @@ REFERENCE = "reference"  # the base's ln p of the two answers
 def build_loss(task: str, terms: Mapping[str, float], start: Mapping[str, Tensor], base: Loss | None = None) -> Loss:
     """The loss of a task, or `base` in its place, with terms by their names. start: what is trained, as before."""
     loss = prefer(terms["dpo"]) if "dpo" in terms else base or LOSSES[task]
-    if "r3f" in terms:
-        loss = smooth(SCORES[task], terms["r3f"])
+    for name in ("r3f", "r4f"):  # the head of r4f has its norm by a hook
+        if name in terms:
+            loss = smooth(SCORES[task], terms[name])
     if "aux_lm" in terms:
         loss = with_language(loss, terms["aux_lm"])
     return towards(loss, start, terms["l2sp"]) if "l2sp" in terms else loss

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_tune import TASKS, tiny  # noqa: F401
+from helpers_tune import TASKS, masked, tiny  # noqa: F401
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -23,6 +23,7 @@ from mergekit_lfm.recipe.training import Options
 from mergekit_lfm.runtime.load import load_model, logits
 from mergekit_lfm.runtime.prompts import with_prompt
 from mergekit_lfm.runtime.quiet import quiet
+from mergekit_lfm.runtime.templates import with_template
 from mergekit_lfm.train.loop import mean_loss
 from mergekit_lfm.train.losses import LOSSES
 from mergekit_lfm.train.texts import read_examples
@@ -35,9 +36,10 @@ CASES = [  # modules beside weights do not see whether these are tied
     (name, kind)
     for name, method in TUNE_METHODS.items()
     for kind in ("llama", "tied", "bert")
-    if (method.makes, kind) != ("attachment", "tied") and name not in PROMPTS
+    if (method.makes, kind) != ("attachment", "tied") and name not in PROMPTS and method.makes != "template"
 ]
 OPTIONS: dict[str, Any] = {"steps": 6, "batch_size": 8, "learning_rate": 3e-3, "threads": 1}
+STILL: dict[str, Any] = {"steps": 1, "learning_rate": 1e-12}
 MORE: Mapping[str, Mapping[str, Any]] = {
     "ia3": {"parameters": {"targets": "q_proj,v_proj,query,value"}},
     "ln": {"parameters": {"targets": "input_layernorm,LayerNorm"}},
@@ -206,6 +208,20 @@ def test_a_prompt_lowers_the_loss_and_comes_back_equal(name: str, kind: str, tin
             ours = ours.double().exp()
             torch.testing.assert_close(ours.sum(-1), torch.ones_like(ours[..., 0]), atol=1e-6, rtol=0)
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", [name for name, method in TUNE_METHODS.items() if method.makes == "template"])
+def test_a_template_lowers_the_loss_and_comes_back_equal(name: str, masked: Path, tmp_path: Path) -> None:  # noqa: F811
+    base, data, options = masked / "masked", masked / "a.jsonl", {**OPTIONS, "learning_rate": 0.1, "batch_size": 15}
+    more: dict[str, Any] = {"dev": data, "method": name, "parameters": {"template": str(masked / "rules.yaml")}}
+    files = [tmp_path / f"{name}.safetensors" for name in ("out", "again")]
+    outcome, _ = (tune_model(base, data, file, task="classification", **options, **more) for file in files)
+    assert files[0].read_bytes() == files[1].read_bytes()
+    loaded = with_template(load_model(base, "masked_lm"), open_attachment(files[0]))
+    loss = mean_loss(loaded.model, read_examples(data, loaded), LOSSES["classification"], Options())
+    assert loss == pytest.approx(outcome.result.dev_loss, rel=1e-5)
+    first = tune_model(base, data, tmp_path / "first.safetensors", task="classification", **options | STILL, **more)
+    assert first.result.dev_loss is not None and loss < first.result.dev_loss
 
 
 @pytest.mark.parametrize("name", ["full", "bitfit", "lora"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from mergekit_lfm.artifacts.attachment import PROMPTS
+from mergekit_lfm.artifacts.attachment import PROMPTS, TEMPLATE
 from mergekit_lfm.commands.show.outcomes import outcome_data
 from mergekit_lfm.commands.show.terminal import table
 
@@ -28,7 +28,7 @@ def attachment_data(attachment: Attachment) -> dict[str, Any]:
 def attachment_text(data: dict[str, Any]) -> str:
     """`attachment_data` in lines."""
     settings = {name: " and ".join(map(str, v)) if isinstance(v, list) else v for name, v in data["config"].items()}
-    name = "mixture of prompts" if data["form"] == PROMPTS else "bottleneck adapter"
+    name = {PROMPTS: "mixture of prompts", TEMPLATE: "template"}.get(data["form"], "bottleneck adapter")
     rows = [
         (name, f"{data['method']}, {data['numbers']:,} numbers; runs with its model alone"),
         ("model", str(data["base"])),

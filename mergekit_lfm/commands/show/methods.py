@@ -28,6 +28,7 @@ MADE = {
     "adapter": "an adapter's folder, as PEFT has it",
     "prompt": "a prompt's folder, as PEFT has it",
     "mixture": "a file with a mixture of prompts",
+    "template": "a file with a template around texts",
     "attachment": "a file with a bottleneck adapter",
 }
 
