@@ -37,16 +37,19 @@ HOW: dict[str, Any] = {"task": "classification", "batch_size": 32, "threads": 2,
 def save_images(file: Path, images: np.ndarray, labels: np.ndarray | None) -> Path:
     """Images [n, 8, 8] with their labels, or without, as `tune` and `distill` read them."""
     pixels = (images[:, None] / 8 - 1).astype(np.float32)
-    named = {} if labels is None else {"labels": labels.astype(np.int64)}
-    np.savez(file, pixel_values=pixels, **named)
+    if labels is None:
+        np.savez(file, pixel_values=pixels)
+    else:
+        np.savez(file, pixel_values=pixels, labels=labels.astype(np.int64))
     return file
 
 
-def save_new(folder: Path, sizes: Mapping[str, int], classes: int, seed: int) -> Path:
+def save_new(folder: Path, sizes: Mapping[str, Any], classes: int, seed: int) -> Path:
     """A vision transformer with random weights for images of 8 x 8."""
     torch.manual_seed(seed)
-    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    config = transformers.ViTConfig(image_size=8, patch_size=2, num_channels=1, num_labels=classes, **sizes, **dropout)
+    dropout: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    fixed: dict[str, Any] = {"image_size": 8, "patch_size": 2, "num_channels": 1, "num_labels": classes}
+    config = transformers.ViTConfig(**fixed, **sizes, **dropout)
     transformers.ViTForImageClassification(config).save_pretrained(folder)
     return folder
 

@@ -8,8 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergekit_lfm.api.tune_plans import ANSWERS, PlannedTuning, plan_tuning
-from mergekit_lfm.distill.course import Course, Pairs, even_pairs
+from mergekit_lfm.api.tune_plans import PlannedTuning, plan_tuning
+from mergekit_lfm.distill.course import Course, Pairs, even_pairs, labels_of
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.machine.progress import Progress
 from mergekit_lfm.output.request import RequestInput
@@ -19,8 +19,8 @@ from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.views.adapted import open_found
 
 if TYPE_CHECKING:
-    from mergekit_lfm.api.distill import Taught
-    from mergekit_lfm.api.tune_data import TuneData
+    from mergekit_lfm.api.lessons import Taught
+    from mergekit_lfm.train.examples import Examples
 
 
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depths")  # keys of configs
@@ -67,15 +67,10 @@ class PlannedDistillation(PlannedTuning):
     def is_taught_before(self) -> bool:
         return self.distillation.is_cached
 
-    @property
-    def answers(self) -> Path:
-        """The folder for what the teachers say."""
-        return self.distillation.cache_folder or self.training / ANSWERS
+    def learn(self, examples: Examples, progress: Progress) -> Taught:
+        from mergekit_lfm.api.lessons import learn
 
-    def learn(self, data: TuneData, progress: Progress) -> Taught:
-        from mergekit_lfm.api.distill import learn
-
-        return learn(self, data, progress)
+        return learn(self, self.distillation, self.course, self.teachers, examples, progress)
 
 
 def plan_distillation(recipe: DistillRecipe, out: Path, *, device: str | None = None) -> PlannedDistillation:
@@ -138,9 +133,3 @@ def _depth_of(model: Checkpoint) -> int:
     if depth is None:
         raise PlanError(f"the config of {model.path} does not say how many layers there are; give `layers`")
     return depth
-
-
-def labels_of(config: Mapping[str, Any]) -> int | None:
-    """The classes that a config names; transformers' own number is 2."""
-    names = config.get("id2label")
-    return len(names) if isinstance(names, Mapping) else config.get("num_labels")

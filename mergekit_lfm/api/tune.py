@@ -204,10 +204,10 @@ def _tune(planned: PlannedTuning, progress: Progress) -> tuple[Tuned, list[str]]
     with joined(planned.device) as group, _writing(training, group):
         if group.count > 1 and planned.recipe.compares_batches:
             raise PlanError("the loss is about all examples of a batch at once; start one process")
-        data = ready.data
+        examples = ready.data.examples
         if planned.is_taught_before:
             del ready  # so that no two models are in memory at a time
-        lessons = planned.learn(data, progress)
+        lessons = planned.learn(examples, progress)
         if planned.is_taught_before:
             ready = _make_ready(planned)
         return _train(planned, ready, lessons, group, SILENCE if group.rank else progress)

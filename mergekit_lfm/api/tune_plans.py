@@ -31,7 +31,6 @@ from mergekit_lfm.store.places import beside
 from mergekit_lfm.views.adapted import open_found
 
 if TYPE_CHECKING:
-    from mergekit_lfm.api.tune_data import TuneData
     from mergekit_lfm.machine.progress import Progress
     from mergekit_lfm.runtime.load import Loaded
     from mergekit_lfm.train.examples import Examples
@@ -127,8 +126,8 @@ class PlannedTuning:
         """Whether something is learned of other models before the one to train is loaded for that."""
         return False
 
-    def learn(self, data: TuneData, progress: Progress) -> Lessons | None:  # noqa: ARG002
-        """What is learned of other models about the data: nothing in a tuning."""
+    def learn(self, examples: Examples, progress: Progress) -> Lessons | None:  # noqa: ARG002
+        """What is learned of other models about the examples: nothing in a tuning."""
         return None
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from mergekit_lfm.recipe.distill_terms import DISTILL_TERMS
 
@@ -51,3 +52,9 @@ class Course:
 def even_pairs(mine: int, theirs: int) -> Pairs:
     """The layers of a student, each with the teacher's at the same share of its depth."""
     return [(layer, round(layer * theirs / mine)) for layer in range(1, mine + 1)]
+
+
+def labels_of(config: Mapping[str, Any]) -> int | None:
+    """The classes that a config names; transformers' own number is 2."""
+    names = config.get("id2label")
+    return len(names) if isinstance(names, Mapping) else config.get("num_labels")

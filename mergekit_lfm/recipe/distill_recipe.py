@@ -70,7 +70,7 @@ class DistillRecipe(TrainingRecipe):
 
     def _check_loss(self, method: TuneMethod[Any]) -> Iterator[Problem]:
         yield from check_distill_terms(self.loss, self.task, method.makes)
-        if method.makes in ("prompt", "mixture") or method.tasks or method.name == "adamix":
+        if method.makes in ("prompt", "mixture", "template") or method.tasks or method.name == "adamix":
             expected = "a method that trains a model, a patch, or one adapter"
             yield problem_at("method", FOUND, found=method.name, expected=expected)
         if self.together and self.accumulate > 1:

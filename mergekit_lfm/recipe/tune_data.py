@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -86,3 +86,21 @@ def read_named(text: str, parameter: str, where: Where) -> tuple[tuple[DataFile,
         problems += missing
         files += [] if found is None else [DataFile(name, found.path)]
     return tuple(files), problems
+
+
+def check_clusters(data: Sequence[DataEntry], held_out: Sequence[str], task: str) -> Iterator[Problem]:
+    """The problems of templates, clusters and those held out."""
+    for i, entry in enumerate(data):
+        if entry.templates and task != "lm":
+            expected = "none for this task: they make prompts and completions, for lm"
+            yield problem_at(f"data[{i}].templates", FOUND, found=str(len(entry.templates)), expected=expected)
+        elif entry.templates and not entry.path.endswith(".jsonl"):
+            yield problem_at(f"data[{i}].path", FOUND, found=repr(entry.path), expected="a .jsonl for templates")
+    clusters = {entry.cluster for entry in data}
+    for i, name in enumerate(held_out):
+        if name not in clusters:
+            known = sorted(cluster for cluster in clusters if cluster)
+            expected = f"a cluster of the data: {', '.join(known) or 'none has one'}"
+            yield problem_at(f"held_out[{i}]", FOUND, found=repr(name), expected=expected)
+    if clusters <= {*held_out}:
+        yield Problem("held_out", "all data are held out, expected some to train on; leave out a cluster")

@@ -22,7 +22,7 @@ from mergekit_lfm.recipe.phases import Patterns, PhaseEntry
 from mergekit_lfm.recipe.problems import Problem, attempt, problem_at, refuse
 from mergekit_lfm.recipe.registry import TUNE_METHODS
 from mergekit_lfm.recipe.training import Group, Options, Schedule
-from mergekit_lfm.recipe.tune_data import A_FILE, DataEntry, DataFile, Dev, Entries, read_named
+from mergekit_lfm.recipe.tune_data import A_FILE, DataEntry, DataFile, Dev, Entries, check_clusters, read_named
 from mergekit_lfm.recipe.tune_options import read_parameters
 from mergekit_lfm.recipe.values import FOUND
 from mergekit_lfm.runtime.calls import is_function
@@ -108,7 +108,11 @@ class TrainingRecipe(JobForm):
             problems += missing
             if found is not None:
                 files.append(DataFile(entry.path, found.path, entry.most, entry.templates, entry.cluster))
-        problems += [*read_task(self.task, TUNE_TASKS), *self._check_clusters(), *self._check_phases()]
+        problems += [
+            *read_task(self.task, TUNE_TASKS),
+            *check_clusters(self.data, self.held_out, self.task),
+            *self._check_phases(),
+        ]
         method = TUNE_METHODS.get(self.method)
         if method is None:
             problems.append(unknown_method(self.method, TUNE_METHODS, "tune"))
@@ -167,23 +171,6 @@ class TrainingRecipe(JobForm):
     def _read_more(self, where: Where) -> Iterable[Problem]:  # noqa: ARG002
         """Read what the job has besides; the problems."""
         return ()
-
-    def _check_clusters(self) -> Iterator[Problem]:
-        """The problems of templates, clusters and those held out."""
-        for i, entry in enumerate(self.data):
-            if entry.templates and self.task != "lm":
-                expected = "none for this task: they make prompts and completions, for lm"
-                yield problem_at(f"data[{i}].templates", FOUND, found=str(len(entry.templates)), expected=expected)
-            elif entry.templates and not entry.path.endswith(".jsonl"):
-                yield problem_at(f"data[{i}].path", FOUND, found=repr(entry.path), expected="a .jsonl for templates")
-        clusters = {entry.cluster for entry in self.data}
-        for i, name in enumerate(self.held_out):
-            if name not in clusters:
-                known = sorted(cluster for cluster in clusters if cluster)
-                expected = f"a cluster of the data: {', '.join(known) or 'none has one'}"
-                yield problem_at(f"held_out[{i}]", FOUND, found=repr(name), expected=expected)
-        if clusters <= {*self.held_out}:
-            yield Problem("held_out", "all data are held out, expected some to train on; leave out a cluster")
 
     def _check_phases(self) -> Iterator[Problem]:
         """The problems of the parts that are trained."""

@@ -50,7 +50,7 @@ CASES = [
 @pytest.mark.usefixtures("here")
 def test_teachers_asked_before_and_in_each_step_give_the_same_bytes(kind: str, task: str, how: dict[str, Any]) -> None:
     """And the student comes nearer to them; nothing but the student's own tensors is in it."""
-    both = [f"{kind}-teacher1", {"model": f"{kind}-teacher2", "weight": 3.0}]
+    both: list[Any] = [f"{kind}-teacher1", {"model": f"{kind}-teacher2", "weight": 3.0}]
     made = [
         distill_model(kind, both, f"{kind}.jsonl", out, task=task, cache=cache, **how, **LINE)
         for out, cache in (("kept", None), ("live", False))
