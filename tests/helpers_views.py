@@ -226,7 +226,7 @@ CASES: Mapping[str, Case] = MappingProxyType(
             lambda x: Renamed(patched(Renamed(x, [RenameRule("none", "void")])), [RenameRule("", "model.")]),
         ),
         "selected": (save_plain, selected),
-        "blank": (save_plain, lambda x: Blank(x.path, dict(x))),
+        "blank": (save_plain, lambda x: Blank(x.path, {name: spec for name, spec in x.items() if spec.numel})),
         "cut": (save_plain, lambda x: Resized(x, ROWS, 290, x)),
         "filled over cut": (save_plain, lambda x: Resized(Resized(x, ROWS, 290, x), ROWS, 301, x)),
         "reindexed": (save_plain, lambda x: reindexed(x, [Run(0, 200, ((0, 100),)), Run(200, 120, ((1, 7),))])),
