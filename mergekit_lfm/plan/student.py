@@ -77,7 +77,7 @@ def ranges_of(layers: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def find_mlps(source: Checkpoint, label: str, share: float) -> Mlps:
-    """The MLPs of a model, of which this share of the units stays, one at least.
+    """The MLPs of a model. share: of the units of each that stay, one at least.
 
     Raises PlanError for an architecture whose MLPs are not known, and if the config does not say how wide they are.
     """

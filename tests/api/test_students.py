@@ -126,7 +126,7 @@ def test_units_that_nothing_reads_are_dropped_first(kind: str) -> None:
 
 
 @pytest.mark.usefixtures("here")
-def test_statistics_rank_units_by_what_they_add_to_the_output(tiny: Path) -> None:  # noqa: F811
+def test_statistics_rank_units_by_their_part_of_the_output(tiny: Path) -> None:  # noqa: F811
     """The root mean square of each unit's part of the down-projection's output, from the activations themselves."""
     shutil.copytree(tiny / "llama", "llama")
     model = transformers.LlamaForCausalLM.from_pretrained("llama").eval()
