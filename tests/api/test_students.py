@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers_commands import answer, refusal, run
+from helpers_commands import ROOT, answer, refusal, run
 from helpers_editing import LLAMA
 from helpers_tune import BERT, tiny, transformers  # noqa: F401
 from safetensors.torch import load_file, save_file
@@ -182,6 +183,11 @@ def test_a_student_is_a_stage_that_later_ones_tune_and_judge(tiny: Path) -> None
         "job: eval\nmodels: [small, tuned]\ndata: bert.jsonl\ntask: classification\n"
     )
     plan_recipe("r.yaml", "out.json")
+    shutil.copytree(tiny / "llama", "models/teacher")
+    shutil.copy(tiny / "llama.jsonl", "texts.jsonl")
+    (block,) = re.findall("```yaml\n(.*?)```", (ROOT / "docs/distillation.md").read_text(), re.DOTALL)
+    Path("docs.yaml").write_text(block)
+    plan_recipe("docs.yaml", "out")
     run_recipe("r.yaml", "out.json")
     small, tuned = (open_checkpoint(f"out.stages/{name}") for name in ("small", "tuned"))
     assert dict(small) == dict(tuned) and small["bert.encoder.layer.0.intermediate.dense.weight"].shape == (12, 32)
