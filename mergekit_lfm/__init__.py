@@ -56,6 +56,7 @@ __all__ = [
     "init_recipe",
     "inspect_file",
     "load_model",
+    "make_student",
     "measure_barrier",
     "merge",
     "merge_adapter_recipe",
@@ -118,6 +119,7 @@ if TYPE_CHECKING:
     from mergekit_lfm.api.select import select_examples
     from mergekit_lfm.api.state_dicts import merge_state_dicts
     from mergekit_lfm.api.stats import collect_stats
+    from mergekit_lfm.api.students import make_student
     from mergekit_lfm.api.tensors import merge_tensors
     from mergekit_lfm.api.trace import trace_facts
     from mergekit_lfm.api.tune import tune_model
@@ -189,6 +191,7 @@ _HOMES = {
     "init_recipe": "api.init",
     "inspect_file": "api.inspect",
     "load_model": "runtime.load",
+    "make_student": "api.students",
     "measure_barrier": "api.judge",
     "merge": "api.merge",
     "merge_adapter_recipe": "api.adapters",

@@ -18,12 +18,14 @@ from mergekit_lfm.align.elements import random_transform
 from mergekit_lfm.arch.experts import Form, layouts
 from mergekit_lfm.arch.table import Units, read_table
 from mergekit_lfm.artifacts.patch import Patch, PatchInfo, TensorChange
+from mergekit_lfm.artifacts.transform import Transform, TransformInfo, UnitsElement
 from mergekit_lfm.recipe.adapters import AdapterRef
 from mergekit_lfm.recipe.rename import RenameRule
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lfm.store.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from mergekit_lfm.views.adapted import adapt
 from mergekit_lfm.views.base import View
+from mergekit_lfm.views.blank import Blank
 from mergekit_lfm.views.experts import Regrouped
 from mergekit_lfm.views.patched import Patched, summed_changes
 from mergekit_lfm.views.pending import Pending
@@ -118,6 +120,14 @@ def rewritten(checkpoint: Checkpoint) -> View:
     return Rewritten(checkpoint, random_transform({}, table, seed=2, kinds=["order", "scale"]), {"transform": "random"})
 
 
+def narrowed(checkpoint: Checkpoint) -> View:
+    """The checkpoint with some of its units."""
+    table = read_table(TABLE, GROUPS, checkpoint)
+    units = torch.arange(301)
+    elements = {"ffn": UnitsElement(units[units % 6 > 0]), "residual": UnitsElement(torch.arange(900))}
+    return Rewritten(checkpoint, Transform(table, elements, TransformInfo("by hand")), {"units": "by hand"})
+
+
 def rotated(checkpoint: Checkpoint) -> View:
     """The checkpoint with the rows of a matrix mixed, so that it is made at once."""
     groups = {"ffn": Units(301), "residual": Units(1033, rotation="orthogonal")}
@@ -204,6 +214,7 @@ CASES: Mapping[str, Case] = MappingProxyType(
     {
         "rewritten": (save_plain, rewritten),
         "rewritten, float32": (lambda folder: save_plain(folder, torch.float32), rewritten),
+        "narrowed": (save_plain, narrowed),
         "rotated": (save_plain, rotated),
         "rotated, float32": (lambda folder: save_plain(folder, torch.float32), rotated),
         "patched": (save_plain, patched),
@@ -215,6 +226,7 @@ CASES: Mapping[str, Case] = MappingProxyType(
             lambda x: Renamed(patched(Renamed(x, [RenameRule("none", "void")])), [RenameRule("", "model.")]),
         ),
         "selected": (save_plain, selected),
+        "blank": (save_plain, lambda x: Blank(x.path, {name: spec for name, spec in x.items() if spec.numel})),
         "cut": (save_plain, lambda x: Resized(x, ROWS, 290, x)),
         "filled over cut": (save_plain, lambda x: Resized(Resized(x, ROWS, 290, x), ROWS, 301, x)),
         "reindexed": (save_plain, lambda x: reindexed(x, [Run(0, 200, ((0, 100),)), Run(200, 120, ((1, 7),))])),

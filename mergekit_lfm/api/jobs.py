@@ -21,6 +21,7 @@ from mergekit_lfm.recipe.extract_recipe import ExtractRecipe
 from mergekit_lfm.recipe.head_recipe import HeadRecipe
 from mergekit_lfm.recipe.registry import TUNE_METHODS
 from mergekit_lfm.recipe.stats_recipe import StatsRecipe
+from mergekit_lfm.recipe.student_recipe import StudentRecipe
 from mergekit_lfm.recipe.tune_recipe import TuneRecipe
 
 
@@ -175,7 +176,15 @@ HEAD = Job(
     run=_later("heads.make_head"),
     show="heads",
 )
-JOBS: Mapping[str, Job] = {job.name: job for job in (ADAPTERS, DISTILL, EVAL, EXTRACT, HEAD, STATS, TUNE)}
+STUDENT = Job(
+    name="student",
+    makes="a smaller model",
+    parse=StudentRecipe.parse,
+    plan=_later("students.plan_student"),
+    run=_later("students.make_planned_student"),
+    show="students",
+)
+JOBS: Mapping[str, Job] = {job.name: job for job in (ADAPTERS, DISTILL, EVAL, EXTRACT, HEAD, STATS, STUDENT, TUNE)}
 
 
 def find_job(data: object, label: str) -> Job | None:

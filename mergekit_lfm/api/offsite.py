@@ -21,6 +21,7 @@ from mergekit_lfm.errors import PlanError
 from mergekit_lfm.machine.progress import SILENCE, Progress
 from mergekit_lfm.output.card import CONFIG
 from mergekit_lfm.plan.stack import Stack, find_stack
+from mergekit_lfm.plan.student import ranges_of, spread
 from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.store.files import read_text
 from mergekit_lfm.store.sidecars import sidecars_of
@@ -82,8 +83,8 @@ def emulate_model(
         )
     if not 0 <= keep < 1:
         raise PlanError(f"keep: found {keep}; expected a share of the layers between the ends, from 0 to below 1")
-    chosen = [ends + layer for layer in _spread(middle, min(middle - 1, max(round(keep * middle), int(keep > 0))))]
-    ranges = [(0, ends), *_runs(chosen), (count - ends, count)]
+    chosen = [ends + layer for layer in spread(middle, min(middle - 1, max(round(keep * middle), int(keep > 0))))]
+    ranges = [(0, ends), *ranges_of(chosen), (count - ends, count)]
     layers = tuple(layer for span in ranges for layer in range(*span))
     trained = (*range(ends), *range(len(layers) - ends, len(layers)))
     heads = [name for name in stack.late if HEAD.search(name)] if _is_classifier(source) else []
@@ -98,20 +99,6 @@ def _stack(parts: Sequence[tuple[StrPath, Range]], out: StrPath, result: T, how:
     slices = [{"sources": [{"model": os.fspath(of), "layer_range": [*span]}]} for of, span in parts]
     done = merge({"merge_method": "passthrough", "slices": slices}, out, **how)
     return Outcome(done.path, result, done.digest, done.already_there, done.warnings, done.seconds)
-
-
-def _spread(count: int, kept: int) -> list[int]:
-    """So many of a number of layers, evenly spaced from the first to the last; one alone is in the middle."""
-    if kept < 2:
-        return [(count - 1) // 2] * kept
-    return [round(i * (count - 1) / (kept - 1)) for i in range(kept)]
-
-
-def _runs(layers: Sequence[int]) -> list[Range]:
-    """The ranges of layers that follow one another."""
-    starts = [layer for layer in layers if layer - 1 not in layers]
-    stops = [layer + 1 for layer in layers if layer + 1 not in layers]
-    return [*zip(starts, stops, strict=True)]
 
 
 def _is_classifier(model: Checkpoint) -> bool:

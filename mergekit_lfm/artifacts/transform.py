@@ -31,9 +31,10 @@ PANEL = 1 << 18  # elements of a tensor to rewrite at a time
 class UnitsElement:
     """An element of a `Units` group: an order with factors, or a matrix.
 
-    order: int64 [n], new unit i is the old unit order[i]; None keeps it. scale: float64 [n], the factor of new unit i;
-    None for ones. matrix: float64 [m, n], new = matrix @ old, in place of order and scale. dual: float64 [m, n], acts
-    on axes that read the units; None if the matrix is orthogonal, and so acts there, too.
+    order: int64 [n], new unit i is the old unit order[i]; None keeps it. In memory it may be shorter, a choice of
+    units; a file has permutations alone. scale: float64 [n], the factor of new unit i; None for ones.
+    matrix: float64 [m, n], new = matrix @ old, in place of order and scale. dual: float64 [m, n], acts on axes that
+    read the units; None if the matrix is orthogonal, and so acts there, too.
     """
 
     order: Tensor | None = None

@@ -26,6 +26,7 @@ from mergekit_lfm.commands.push import push
 from mergekit_lfm.commands.repair import repair
 from mergekit_lfm.commands.select import select
 from mergekit_lfm.commands.stats import stats
+from mergekit_lfm.commands.student import student
 from mergekit_lfm.commands.trace import trace
 from mergekit_lfm.commands.tune import tune
 from mergekit_lfm.commands.verify import verify
@@ -56,6 +57,7 @@ for command in (
         trace,
         extract_lora,
         head,
+        student,
         tune,
         distill,
         average,

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import xxhash
@@ -92,11 +93,11 @@ def save_checkpoint(
     return dict(sidecars.missed)
 
 
-def stand_in(checkpoint: Checkpoint, folder: Path) -> None:
+def stand_in(checkpoint: Checkpoint, folder: Path, documents: Mapping[str, bytes] = MappingProxyType({})) -> None:
     """Write a folder like the saved checkpoint: its headers and small files; the data take no space on the disk."""
     folder.mkdir()
     shards = lay_out(checkpoint, list(checkpoint.values()), None)
-    files = {name: read_bytes(path) for name, path in sidecars_of(checkpoint).files}
+    files = {name: read_bytes(path) for name, path in sidecars_of(checkpoint).files} | dict(documents)
     files |= {index.name: _encode_index(index) for index in indexes_of(shards)}
     for name, content in [*files.items(), *((shard.name, bytes(shard.header)) for shard in shards)]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -368,6 +368,14 @@ def _check_causal(loaded: Loaded) -> None:
 
 
 @contextmanager
+def reading(folder: Path, task: str) -> Iterator[Any]:
+    """transformers, without its bars and warnings; its errors about a folder are one FormatError."""
+    transformers = import_transformers()
+    with without_noise(transformers), loading(folder, task):
+        yield transformers
+
+
+@contextmanager
 def loading(folder: Path, task: str) -> Iterator[None]:
     """Turn the errors of transformers for a folder that it cannot load into one FormatError; name it in OSErrors."""
     from huggingface_hub.errors import StrictDataclassError

@@ -20,8 +20,9 @@ NARROW = 1024  # rows that one block may mix before the whole tensor is rewritte
 class Map:
     """A transform's effect along a run of an axis: new = after * (blocks @ (before * old[index])).
 
-    index: int64 [n]; blocks: [k, out, in] on the diagonal; before [n] and after [m]; None leaves that step out. values:
-    [n] that replace all of it. All but the index have the dtype of the arithmetic.
+    index: int64 [n], of fewer than the old entries where units are left out; blocks: [k, out, in] on the diagonal;
+    before [n] and after [m]; None leaves that step out. values: [n] that replace all of it. All but the index have the
+    dtype of the arithmetic.
     """
 
     index: Tensor | None = None

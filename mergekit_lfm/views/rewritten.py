@@ -1,8 +1,8 @@
 """Tensors rewritten by a transform: whole in memory, or while a checkpoint is read.
 
-A new order is exact in any dtype. Products are float64, or float32 for 16-bit tensors, rounded once to the stored
-dtype, in panels of rows that do not depend on the range that is read: the bytes are the same for any range, chunk and
-thread.
+A new order, or a choice of units, is exact in any dtype. Products are float64, or float32 for 16-bit tensors, rounded
+once to the stored dtype, in panels of rows that do not depend on the range that is read: the bytes are the same for any
+range, chunk and thread.
 """
 
 from __future__ import annotations
@@ -167,7 +167,8 @@ def _runs(maps: Maps, spec: TensorSpec, axis: int) -> list[Stretch]:
         else:
             way, each = maps.of(part, arithmetic), size // part_size(symmetries.groups, part)
             new, old = way.block
-            runs.append(Stretch(way, each, first, size, size // old * new))
+            units = size // each if way.index is None else len(way.index)
+            runs.append(Stretch(way, each, first, size, units // old * new * each))
         first += size
     return runs
 

@@ -331,9 +331,10 @@ def job_plan(name: str) -> PlannedJob:
         "head": {"job": "head", "model": "encoder", "labels": 3},
         "stats": {"job": "stats", "kind": "gram", "model": "encoder", "data": "pairs.jsonl", "task": "embedding"},
         "eval": {"job": "eval", "models": "encoder", "data": "pairs.jsonl", "task": "embedding"},
+        "student": {"job": "student", "model": "encoder", "layers": [1], "mlp": 0.5},
         "tune": {"job": "tune", "model": "encoder", "data": "pairs.jsonl", "task": "embedding", "steps": 2},
     }
-    if name in ("head", "tune", "stats", "eval"):
+    if name in ("head", "student", "tune", "stats", "eval"):
         save_tiny("encoder", Path("encoder"))
         write_data("encoder", Path("pairs.jsonl"))
     if name == "adapters":

@@ -50,6 +50,17 @@ def test_statistics_are_collected_on_a_model_of_the_hub(models: HubServer) -> No
     assert open_statistics("a.safetensors").info.models == (open_checkpoint(QUICKSTART / "docs").content,)
 
 
+@pytest.mark.parametrize("weights", [(), ("--random",)], ids=["own", "random"])
+def test_a_student_of_a_model_of_the_hub_is_that_of_its_copy(models: HubServer, weights: tuple[str, ...]) -> None:
+    pytest.importorskip("transformers")
+    assert models.exists("org/docs")
+    for model, out in (("org/docs", "ours"), (str(QUICKSTART / "docs"), "theirs")):
+        result = run("student", model, "--keep", "0.5", "--mlp", "0.5", *weights, "-o", out)
+        assert result.exit_code == 0, result.stderr
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert Path("ours", name).read_bytes() == Path("theirs", name).read_bytes()
+
+
 def test_a_model_is_aligned_to_one_of_the_hub(models: HubServer) -> None:
     assert models.exists("org/code")
     line = ("align", str(QUICKSTART / "docs"), "--to", "org/code", "--method", "weight_matching", "-o", "t.safetensors")

@@ -15,8 +15,8 @@ from helpers_tune import BERT, tiny, transformers  # noqa: F401
 from safetensors.torch import load_file
 
 from mergekit_lfm import emulate_model, merge, perplexity, plug_in_ends, tune_model
-from mergekit_lfm.api.offsite import _spread
 from mergekit_lfm.output.lock import verify
+from mergekit_lfm.plan.student import spread
 
 ROOT = Path(__file__).parents[2]
 SIX = {"num_hidden_layers": 6}
@@ -47,7 +47,7 @@ def tensors(folder: str | PathLike[str]) -> dict[str, torch.Tensor]:
 )
 def test_layers_are_kept_evenly_from_the_first_to_the_last(count: int, kept: int, layers: list[int]) -> None:
     """As in the authors' code: layer round(i * (count - 1) / (kept - 1))."""
-    assert _spread(count, kept) == layers
+    assert spread(count, kept) == layers
 
 
 @pytest.mark.usefixtures("here")

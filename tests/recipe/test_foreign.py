@@ -12,6 +12,7 @@ from helpers_merges import load_all
 from safetensors.torch import save_file
 
 from mergekit_lfm import METHODS, PlanError, Recipe, merge, merge_tensors
+from mergekit_lfm.api.jobs import JOBS
 from mergekit_lfm.commands.app import main
 from mergekit_lfm.commands.mergekit import PROGRAMS
 from mergekit_lfm.recipe.foreign import METHODS_ELSEWHERE
@@ -68,9 +69,7 @@ def test_a_document_for_something_else_is_one_message(document: dict[str, Any], 
 def test_a_stage_for_something_else_is_named(tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text("name: x\njob: distil\n---\nmerge_method: linear\nmodels: [{model: x}]\n")
-    assert "stage x: job distil: expected adapters or eval or extract or head or stats or tune, or no `job`" in refusal(
-        run("plan", str(file))
-    )
+    assert f"stage x: job distil: expected {' or '.join(JOBS)}, or no `job`" in refusal(run("plan", str(file)))
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
