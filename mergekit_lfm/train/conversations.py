@@ -29,14 +29,19 @@ class Numbered:
     line: int
 
 
-def why_no_conversation(messages: object) -> str | None:
-    """The reason why a value is not a conversation with a message of the assistant, in words; None for one."""
+def why_no_messages(messages: object) -> str | None:
+    """The reason why a value is not a list of messages, in words; None for one."""
     fits = isinstance(messages, list) and all(
         isinstance(each, dict) and isinstance(each.get("role"), str) and isinstance(each.get("content"), str)
         for each in messages
     )
-    if not fits:
-        return '"messages" is not a list of {"role": ..., "content": ...}'
+    return None if fits else '"messages" is not a list of {"role": ..., "content": ...}'
+
+
+def why_no_conversation(messages: object) -> str | None:
+    """The reason why a value is not a conversation with a message of the assistant, in words; None for one."""
+    if why := why_no_messages(messages):
+        return why
     assert isinstance(messages, list)
     return None if any(each["role"] == "assistant" for each in messages) else "no message of the assistant"
 
@@ -59,9 +64,14 @@ def read_conversations(path: Path, lines: Sequence[Numbered], tokenizer: Tokeniz
     return items
 
 
+def encode_prompt(text: str, tokenizer: Tokenizer) -> list[int]:
+    """The tokens before an answer: the start token, and those of the prompt."""
+    return [start_token(tokenizer), *tokenizer(text, add_special_tokens=False)["input_ids"]]
+
+
 def _encode_answer(entry: Mapping[str, Any], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """The start token, the prompt, the completion and the end token, if there is one; labels for the last two."""
-    prompt = [start_token(tokenizer), *tokenizer(entry["prompt"], add_special_tokens=False)["input_ids"]]
+    prompt = encode_prompt(entry["prompt"], tokenizer)
     answer = [*tokenizer(entry["completion"], add_special_tokens=False)["input_ids"]]
     answer += [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     return prompt + answer, [IGNORED] * len(prompt) + answer
@@ -100,9 +110,9 @@ def _encode_turns(turns: Sequence[Mapping[str, str]], tokenizer: Tokenizer) -> t
     for number, turn in enumerate(turns, 1):
         speaks = turn["role"] == "assistant"
         if speaks:  # the words that ask for an answer are not learned
-            ids, labels = _extend(ids, labels, _template(tokenizer, turns[: number - 1], True), False)
+            ids, labels = _extend(ids, labels, encode_messages(tokenizer, turns[: number - 1], True), False)
         if speaks or number == len(turns):  # a template may refuse a conversation that ends elsewhere
-            ids, labels = _extend(ids, labels, _template(tokenizer, turns[:number], False), speaks)
+            ids, labels = _extend(ids, labels, encode_messages(tokenizer, turns[:number], False), speaks)
     return ids, labels
 
 
@@ -120,7 +130,11 @@ def template_error() -> type[Exception]:
     return TemplateError
 
 
-def _template(tokenizer: Tokenizer, turns: Sequence[Mapping[str, str]], asks: bool) -> list[int]:
+def encode_messages(tokenizer: Tokenizer, turns: Sequence[Mapping[str, str]], asks: bool) -> list[int]:
+    """The tokens of messages by the chat template. asks: with its words that ask for an answer.
+
+    Raises PlanError if the template refuses them.
+    """
     try:
         text: Any = tokenizer.apply_chat_template(
             [dict(turn) for turn in turns], tokenize=False, add_generation_prompt=asks
