@@ -25,7 +25,7 @@ from mergekit_lfm.output.file_request import lock_beside
 from mergekit_lfm.output.unfinished_lines import UnfinishedLines, drop_unfinished
 from mergekit_lfm.recipe.generate_recipe import JOB, MOST_TOKENS, GenerateRecipe
 from mergekit_lfm.runtime.load import load_reader, tokenizer_for_texts
-from mergekit_lfm.store.durable import replace_file
+from mergekit_lfm.store.durable import replace_file, sync_folder
 from mergekit_lfm.train.openings import Row, encode_openings
 from mergekit_lfm.version import versions
 
@@ -151,6 +151,7 @@ def _publish(planned: PlannedTexts, content: bytes, generated: Generated) -> Non
     lock |= {"result": asdict(generated), "content": xxhash.xxh3_128_hexdigest(content)}
     replace_file(lock_beside(planned.out), (json.dumps(lock, indent=2) + "\n").encode())
     replace_file(planned.out, content)
+    sync_folder(planned.out.parent)
     drop_unfinished(planned.out)
 
 

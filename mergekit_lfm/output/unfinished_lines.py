@@ -73,9 +73,9 @@ class UnfinishedLines:
 
 
 def drop_unfinished(out: Path) -> None:
-    """Remove the parts once OUT is there."""
+    """Remove the parts once OUT is there, or what a run that was killed meanwhile has left of them."""
     folder = partial_of(out)
-    if folder.is_dir() and (folder / PARTS).is_file():
+    if folder.is_dir() and not _has_others(folder):
         with lock_folder(folder):
             shutil.rmtree(folder)
         sync_folder(out.parent)
@@ -83,8 +83,12 @@ def drop_unfinished(out: Path) -> None:
 
 def _refuse_others(folder: Path) -> None:
     """Raise PlanError for a folder with something else than parts."""
-    if not folder.exists() and not folder.is_symlink():
-        return
-    content = {*folder.iterdir()} - {*leftovers(folder)} if folder.is_dir() and not folder.is_symlink() else None
-    if content is None or content - {folder / PARTS}:
+    if (folder.exists() or folder.is_symlink()) and _has_others(folder):
         raise PlanError(f"{folder} exists and is not the beginning of an unfinished file; move it away")
+
+
+def _has_others(folder: Path) -> bool:
+    """True if this is no folder, or has something else than parts in it."""
+    return (
+        folder.is_symlink() or not folder.is_dir() or bool({*folder.iterdir()} - {folder / PARTS, *leftovers(folder)})
+    )

@@ -14,7 +14,7 @@ from helpers_commands import answer, refusal, run
 from helpers_text import byte_tokenizer, llama_config, save_model, transformers, write_lines
 
 from mergekit_lfm import FormatError, PlanError, generate_texts, load_model, run_recipe
-from mergekit_lfm.api import generate as generating
+from mergekit_lfm.api.generate_batches import write_batch
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*texts were cut:mergekit_lfm.api.outcome.Finding")
 PROMPTS = ["Ada", "Leo is", "a cook", "Oslo i", "It"]
@@ -116,17 +116,17 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(monkeypatch: pytest.Monkey
     how = {**HOW, "count": 7, "batch_size": 2, "temperature": 0.8}
     generate_texts("llama", None, "whole.jsonl", **how)
     assert len(lines("whole.jsonl")) == 7 and all(line.keys() == {"text"} for line in lines("whole.jsonl"))
-    calls, write = list[int](), generating.write_batch
+    calls = list[int]()
 
     def stop_at(last: int) -> None:
         def count(*arguments: Any) -> Any:
             calls.append(1)
             if len(calls) > last:
                 raise Killed
-            return write(*arguments)
+            return write_batch(*arguments)
 
         calls.clear()
-        monkeypatch.setattr(generating, "write_batch", count)
+        monkeypatch.setattr("mergekit_lfm.api.generate.write_batch", count)
 
     stop_at(2)
     with pytest.raises(Killed):
