@@ -53,7 +53,7 @@ def write_batch(
         stops=_ends(loaded, tokenizer),
         pick=lambda scores: sampling.pick(scores, streams),
         start=_decoder_start(loaded) if recipe.task == "seq2seq" else None,
-        told=lambda new: pace.tell(0, new),
+        tell=lambda new: pace.tell(0, new),
     )
     return [
         {

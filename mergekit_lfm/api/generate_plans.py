@@ -84,7 +84,7 @@ def plan_texts(recipe: GenerateRecipe, out: Path, *, device: str | None = None) 
 
 
 def read_lock(out: Path) -> dict[str, Any]:
-    """The lock beside a file of texts. Raises FormatError for another file, OSError if there is none."""
+    """The lock beside a file of texts. Raises FormatError for another file, OSError without one."""
     place = lock_beside(out)
     lock = read_json(place)
     if not (isinstance(lock, dict) and lock.get("job") == JOB and {"request", "content", "result"} <= lock.keys()):

@@ -88,7 +88,7 @@ def _refuse_others(folder: Path) -> None:
 
 
 def _has_others(folder: Path) -> bool:
-    """True if this is no folder, or has something else than parts in it."""
+    """True for a folder with something else than parts, and for anything that is not a folder."""
     return (
         folder.is_symlink() or not folder.is_dir() or bool({*folder.iterdir()} - {folder / PARTS, *leftovers(folder)})
     )

@@ -98,12 +98,12 @@ def continue_rows(
     pick: Callable[[Tensor], Tensor] = most_likely,
     start: Sequence[int] | None = None,
     enough: Callable[[Sequence[int]], bool] = lambda _: False,
-    told: Callable[[int], None] = lambda _: None,
+    tell: Callable[[int], None] = lambda _: None,
 ) -> list[Said]:
     """The tokens after each of several rows of one length, at most `most`.
 
     stops: tokens that end a text. pick: from scores [n, vocabulary] to a token of each row. start: the first tokens of
-    a decoder, whose encoder reads the rows; None for a model without. enough: True for tokens that need no more. told:
+    a decoder, whose encoder reads the rows; None for a model without. enough: True for tokens that need no more. tell:
     called with the number of new tokens. The number of rows is the same at each step, also when some have ended.
     """
     device = next(model.parameters()).device
@@ -124,7 +124,7 @@ def continue_rows(
                 said[i].append(token)
                 new += 1
                 going[i] = not enough(said[i])
-        told(new)
+        tell(new)
         if not any(going):
             break
         ids = torch.cat([ids, tokens[:, None]], 1)
