@@ -64,7 +64,7 @@ def generate_texts(
     overwrite: bool = False,
     progress: Progress = SILENCE,
 ) -> Outcome[Generated]:
-    """Let a language model write texts, and keep them as a data file for `tune`, `stats` and `eval`.
+    """Let a language model write texts, and keep them as a data file, for `tune` above all.
 
     model: a folder, a name on the Hub, or MODEL+ADAPTER. data: a .jsonl file with a prompt, or messages, on each line;
     None for texts that the model begins itself, at its start token. out: the .jsonl file: lines {"prompt",

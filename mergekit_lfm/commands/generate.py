@@ -80,9 +80,9 @@ def generate(console: Console, /, model: Path, data: Path | None, out: Path, **v
     """Have a language model write texts, and keep them as a data file: a teacher's, for a student to be tuned on.
 
     A line {"prompt": ...} gets a "completion". A line {"messages": [...]} gets the assistant's next turn; one at its
-    end is written anew. Without --data each line is {"text": ...}, which the model begins at its start token. OUT is
-    read by `tune`, `stats` and `eval`; OUT.lock.json says how it was made. An interrupted run goes on when it is
-    started again. Needs the extra: pip install "mergekit_lfm[models]"
+    end is written anew. Without --data each line is {"text": ...}, which the model begins at its start token. `tune`
+    reads OUT, and `stats` and `eval` read texts; OUT.lock.json says how it was made. An interrupted run goes on when it
+    is started again. Needs the extra: pip install "mergekit_lfm[models]"
     """
     from mergekit_lfm.api.generate import generate_texts
     from mergekit_lfm.commands.show.generations import done_data, done_text

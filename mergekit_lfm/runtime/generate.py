@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
+from inspect import signature
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -107,6 +108,8 @@ def continue_rows(
     called with the number of new tokens. The number of rows is the same at each step, also when some have ended.
     """
     device = next(model.parameters()).device
+    # The scores of a long prompt would take gigabytes.
+    last = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
     ids, name, read = torch.tensor(rows, device=device), "input_ids", dict[str, Any]()
     if start is not None:
         ids, name, read = torch.tensor([[*start]] * len(rows), device=device), "decoder_input_ids", {"input_ids": ids}
@@ -114,7 +117,7 @@ def continue_rows(
     inputs: dict[str, Any] = {name: ids}
     for _ in range(most):
         with torch.no_grad():
-            output = run(model, kwargs={**read, **inputs, "use_cache": True})
+            output = run(model, kwargs={**read, **inputs, **last, "use_cache": True})
         tokens = pick(logits(output)[:, -1]).to(device)  # [n]
         new = 0
         for i, token in enumerate(tokens.cpu().tolist()):

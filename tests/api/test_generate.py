@@ -88,7 +88,7 @@ def test_greedy_texts_are_those_of_transformers() -> None:
         }  # words that were there are written anew
 
 
-def test_an_encoder_with_a_decoder_writes_what_transformers_has_it_write() -> None:
+def test_the_words_of_an_encoder_with_a_decoder_are_those_of_transformers() -> None:
     generate_texts("t5", "prompts.jsonl", "out.jsonl", task="seq2seq", temperature=0, **HOW)
     tokenizer = load_model(Path("t5"), "seq2seq").tokenizer
     assert tokenizer is not None
@@ -176,6 +176,7 @@ def test_the_command_writes_and_tells() -> None:
     assert result.exit_code == 0 and "already there" in result.output
     report = refusal(run("generate", "llama", "--temperature", "0", "--count", "2", "-o", "x.jsonl"))
     assert "count: found 2, expected none at temperature 0" in report
+    assert run(*command[:4], "--count", "2", "-q", "-o", "more.jsonl").output.splitlines()[-1] == "more.jsonl"
     plan = {"job": "generate", "model": "llama", "data": "prompts.jsonl"}
     Path("recipe.yaml").write_text(yaml.safe_dump(plan))
     assert answer(run("plan", "recipe.yaml", "out.jsonl", "--json"))
