@@ -181,5 +181,5 @@ def _write_batches(
     with progress.by_step(" texts", "writing") as report:
         pace = Pace(report, whole, done)
         for batch in batches[first:]:
-            unfinished.add(write_batch(loaded, recipe, rows, batch, pace))
+            unfinished.add(write_batch(loaded, recipe, planned.openings, rows, batch, pace))
             pace.tell(len(batch), 0)

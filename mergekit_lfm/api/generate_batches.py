@@ -15,7 +15,7 @@ from mergekit_lfm.runtime.generate import continue_rows, stop_tokens
 from mergekit_lfm.runtime.load import Loaded, tokenizer_for_texts
 from mergekit_lfm.runtime.sampling import Sampling
 from mergekit_lfm.train.examples import seed_of
-from mergekit_lfm.train.openings import Row
+from mergekit_lfm.train.openings import Opening, Row, fit_words
 
 if TYPE_CHECKING:
     from mergekit_lfm.runtime.load import Tokenizer
@@ -39,7 +39,12 @@ class Pace:
 
 
 def write_batch(
-    loaded: Loaded, recipe: GenerateRecipe, rows: Sequence[Row], batch: Sequence[Text], pace: Pace
+    loaded: Loaded,
+    recipe: GenerateRecipe,
+    openings: Sequence[Opening],
+    rows: Sequence[Row],
+    batch: Sequence[Text],
+    pace: Pace,
 ) -> list[dict[str, Any]]:
     """The texts of a batch: of each its words, the number of its tokens, and whether it ended by itself."""
     tokenizer = tokenizer_for_texts(loaded.tokenizer)
@@ -55,14 +60,11 @@ def write_batch(
         start=_decoder_start(loaded) if recipe.task == "seq2seq" else None,
         tell=lambda new: pace.tell(0, new),
     )
-    return [
-        {
-            "text": tokenizer.decode(each.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False),
-            "tokens": len(each.tokens),
-            "ended": each.ended,
-        }
-        for each in said
-    ]
+    texts = list[dict[str, Any]]()
+    for (number, _), each in zip(batch, said, strict=True):
+        words, count = fit_words(openings[number], rows[number], each.tokens, tokenizer, recipe.task)
+        texts.append({"text": words, "tokens": count, "ended": each.ended and count == len(each.tokens)})
+    return texts
 
 
 def _ends(loaded: Loaded, tokenizer: Tokenizer) -> frozenset[int]:

@@ -66,7 +66,7 @@ def read_conversations(path: Path, lines: Sequence[Numbered], tokenizer: Tokeniz
 
 def encode_prompt(text: str, tokenizer: Tokenizer) -> list[int]:
     """The tokens before an answer: the start token, and those of the prompt."""
-    return [start_token(tokenizer), *tokenizer(text, add_special_tokens=False)["input_ids"]]
+    return [start_token(tokenizer), *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
 
 
 def _encode_answer(entry: Mapping[str, Any], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
@@ -144,5 +144,5 @@ def encode_messages(tokenizer: Tokenizer, turns: Sequence[Mapping[str, str]], as
             f"the chat template cannot write these messages ({reason(error)}); expected a template for "
             "their roles. Set chat_template, or give prompts with completions"
         ) from None
-    found: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    found: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return found

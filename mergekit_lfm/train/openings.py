@@ -39,10 +39,14 @@ class Opening:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """The tokens of an opening, and how many more fit with an end behind them; None for any number."""
+    """The tokens of an opening, and how many more fit with an end behind them; None for any number.
+
+    limit: the most tokens of the whole line, as `tune` reads it.
+    """
 
     tokens: tuple[int, ...]
     room: int | None
+    limit: int | None
 
 
 def read_openings(path: Path, task: str) -> list[Opening]:
@@ -102,7 +106,7 @@ def _encode(entry: Mapping[str, Any], tokenizer: Tokenizer, task: str, limit: in
     """The row of an opening. The room leaves a place for the end: of a completion, or of the assistant's turn."""
     if task == "seq2seq":
         ids: list[int] = tokenizer(entry["prompt"], verbose=False)["input_ids"]
-        return Row(tuple(ids), None if limit is None else limit - 1)
+        return Row(tuple(ids), None if limit is None else limit - 1, limit)
     end = 1
     if "messages" in entry:
         turns = entry["messages"]
@@ -113,4 +117,29 @@ def _encode(entry: Mapping[str, Any], tokenizer: Tokenizer, task: str, limit: in
         ids = encode_prompt(entry["prompt"], tokenizer)
     else:
         ids, end = [start_token(tokenizer)], 0
-    return Row(tuple(ids), None if limit is None else limit - len(ids) - end)
+    return Row(tuple(ids), None if limit is None else limit - len(ids) - end, limit)
+
+
+def fit_words(opening: Opening, row: Row, tokens: list[int], tokenizer: Tokenizer, task: str) -> tuple[str, int]:
+    """The words of an answer, and of how many of its tokens they are: all, unless `tune` would refuse the line then.
+
+    A tokenizer may read words as more tokens than they were written in, such as characters that were cut.
+    """
+    count = len(tokens)
+    while True:
+        words = str(tokenizer.decode(tokens[:count], skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        if row.limit is None or count == 0 or _size(opening.complete(words), tokenizer, task) <= row.limit:
+            return words, count
+        count -= 1
+
+
+def _size(entry: Mapping[str, Any], tokenizer: Tokenizer, task: str) -> int:
+    """The tokens of a line as `tune` reads it; of texts, which it cuts into windows, 0."""
+    if "messages" in entry:
+        return len(encode_messages(tokenizer, entry["messages"], False))
+    if "prompt" not in entry:
+        return 0
+    if task == "seq2seq":
+        return len(tokenizer(text_target=entry["completion"], verbose=False)["input_ids"])
+    answer: list[int] = tokenizer(entry["completion"], add_special_tokens=False, verbose=False)["input_ids"]
+    return len(encode_prompt(entry["prompt"], tokenizer)) + len(answer) + 1

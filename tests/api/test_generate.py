@@ -15,11 +15,12 @@ from helpers_text import byte_tokenizer, llama_config, save_model, transformers,
 
 from mergekit_lfm import FormatError, PlanError, generate_texts, load_model, run_recipe
 from mergekit_lfm.api.generate_batches import write_batch
+from mergekit_lfm.train.texts import read_examples
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*texts were cut:mergekit_lfm.api.outcome.Finding")
 PROMPTS = ["Ada", "Leo is", "a cook", "Oslo i", "It"]
-CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
-CHAT += "{% if add_generation_prompt %}<assistant>{% endif %}"
+CHAT = "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}{{ eos_token }}{% endfor %}"
+CHAT += "{% if add_generation_prompt %}<a>{% endif %}"
 HOW: dict[str, Any] = {"threads": 1, "max_new_tokens": 6}
 
 
@@ -81,7 +82,7 @@ def test_greedy_texts_are_those_of_transformers() -> None:
     assert (outcome.result.texts, outcome.result.prompts, outcome.result.blank) == (5, 5, 0)
     generate_texts("llama", "talks.jsonl", "talk.jsonl", temperature=0, **HOW)
     for text, line in zip(PROMPTS, lines("talk.jsonl"), strict=False):
-        asked = tokenizer(f"<user>{text}</s><assistant>")["input_ids"]
+        asked = tokenizer(f"<u>{text}</s><a>")["input_ids"]
         words = greedy("llama", "lm", asked)
         assert line == {
             "messages": [{"role": "user", "content": text}, {"role": "assistant", "content": words}]
@@ -106,6 +107,16 @@ def test_a_text_depends_on_the_seed_and_its_numbers_alone() -> None:
     assert len({line["completion"] for line in lines("more.jsonl")}) == 15
     generate_texts("llama", "prompts.jsonl", "other.jsonl", **{**how, "seed": 5})
     assert all(a != b for a, b in zip(lines("other.jsonl"), lines("one.jsonl"), strict=True))
+
+
+def test_a_line_that_the_models_positions_cut_is_read_again() -> None:
+    """The words of this model are mostly halves of characters, which are more tokens when they are read."""
+    for data in ("prompts.jsonl", "talks.jsonl"):
+        out = f"cut-{data}"
+        generate_texts("llama", data, out, max_new_tokens=99, threads=1, seed=2)
+        loaded = load_model(Path("llama"), "lm")
+        sizes = [len(item["input_ids"]) for item in read_examples(Path(out), loaded).items]
+        assert loaded.positions == 32 and 28 < max(sizes) <= 32
 
 
 class Killed(BaseException):
