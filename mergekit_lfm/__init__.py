@@ -53,6 +53,7 @@ __all__ = [
     "extract_lora",
     "find_symmetries",
     "find_transform",
+    "generate_texts",
     "init_recipe",
     "inspect_file",
     "load_model",
@@ -105,6 +106,7 @@ if TYPE_CHECKING:
     from mergekit_lfm.api.export import export_patches
     from mergekit_lfm.api.export_attached import export_attached
     from mergekit_lfm.api.extract import extract_lora
+    from mergekit_lfm.api.generate import generate_texts
     from mergekit_lfm.api.heads import add_head
     from mergekit_lfm.api.init import init_recipe
     from mergekit_lfm.api.inspect import inspect_file
@@ -188,6 +190,7 @@ _HOMES = {
     "extract_lora": "api.extract",
     "find_symmetries": "arch.registry",
     "find_transform": "align.find",
+    "generate_texts": "api.generate",
     "init_recipe": "api.init",
     "inspect_file": "api.inspect",
     "load_model": "runtime.load",

@@ -23,8 +23,8 @@ Files = dict[str, tuple[object, ...]]  # mode and content, by path
 
 # Modules that the commands load when they run, besides those of the interpreter of `helpers_faults`.
 MODULES = (
-    *(f"mergekit_lfm.api.{name}" for name in ("align", "edit", "eval_plans", "judge", "merge", "patches", "prepare")),
-    *(f"mergekit_lfm.api.{name}" for name in ("push", "stats", "stats_plans", "tune")),
+    *(f"mergekit_lfm.api.{name}" for name in ("align", "edit", "eval_plans", "generate", "judge", "merge")),
+    *(f"mergekit_lfm.api.{name}" for name in ("patches", "prepare", "push", "stats", "stats_plans", "tune")),
     *("mergekit_lfm.engine.execute", "mergekit_lfm.output.push", "mergekit_lfm.commands.show.terminal"),
     *("transformers.models.llama.modeling_llama", "transformers.models.auto.modeling_auto"),
     *("transformers.models.auto.tokenization_auto", "transformers.generation", "scipy.optimize", "huggingface_hub"),
@@ -87,6 +87,7 @@ COMMANDS = {
     "align": "align in/b --to in/a -o out",
     "align --save": "align in/b --to in/a -o out.transform --save out",
     "repair": f"repair in/merged --ends in/a in/b {DATA} -o out",
+    "generate": "generate in/a --count 6 --max-new-tokens 4 --batch-size 2 --threads 1 -o out.jsonl",
     "push": f"push in/merged {REPO}",
     "verify": "verify in/merged",
 }

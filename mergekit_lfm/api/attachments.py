@@ -153,12 +153,14 @@ def split_attached(found: FoundModel) -> tuple[FoundModel, AdapterRef | None]:
     return replace(found, adapters=tuple(ref for ref in found.adapters if ref not in attached)), attached[0]
 
 
-def load_with(source: Checkpoint, attached: AdapterRef | None, task: str, *, device: str = "cpu") -> Loaded:
+def load_with(
+    source: Checkpoint, attached: AdapterRef | None, task: str, *, dtype: str = "float32", device: str = "cpu"
+) -> Loaded:
     """Load a model for a task, with an attachment if one is given. Raises FormatError for one of another model."""
     from mergekit_lfm.runtime.attach import attach
     from mergekit_lfm.runtime.load import load_model
 
-    loaded = load_model(source, task, device=device)
+    loaded = load_model(source, task, dtype=dtype, device=device)
     if attached is not None:
         assert isinstance(attached.source, Path)
         attach(loaded.model, open_attachment(attached.source), source.content, attached.ref)

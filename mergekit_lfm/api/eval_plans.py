@@ -39,7 +39,7 @@ Scores = Mapping[str, Mapping[str, Score]]  # by model, then by file, as the rec
 
 @dataclass(frozen=True)
 class ReadModel:
-    """A model that is judged, as the recipe names it. attached: what runs with it and changes no weight."""
+    """A model that runs, as the recipe names it. attached: what runs with it and changes no weight."""
 
     ref: str
     source: Checkpoint
@@ -51,9 +51,9 @@ class ReadModel:
         source = None if self.attached is None else self.attached.source
         return (source,) if isinstance(source, Path) else ()
 
-    def load(self, task: str, device: str) -> Loaded:
-        """The model, ready to be judged."""
-        return load_with(self.source, self.attached, task, device=device)
+    def load(self, task: str, device: str, dtype: str = "float32") -> Loaded:
+        """The model, ready to run."""
+        return load_with(self.source, self.attached, task, dtype=dtype, device=device)
 
 
 @dataclass(frozen=True)
@@ -95,12 +95,13 @@ class PlannedEval:
 
 def plan_eval(recipe: EvalRecipe, out: Path, *, device: str | None = None) -> PlannedEval:
     """Check a recipe that judges models. Reads headers only. Raises PlanError without the device."""
-    models = tuple(map(_open, recipe.found))
-    experts = tuple((_open(found), file) for found, file in recipe.expert_models)
+    models = tuple(map(open_named, recipe.found))
+    experts = tuple((open_named(found), file) for found, file in recipe.expert_models)
     return PlannedEval(recipe, out, models, experts, str(find_device(device or "cpu")))
 
 
-def _open(named: FoundModel) -> ReadModel:
+def open_named(named: FoundModel) -> ReadModel:
+    """A model that a recipe names, by its headers."""
     found, attached = split_attached(named)
     return ReadModel(named.ref, open_found(found), attached)
 

@@ -18,6 +18,7 @@ from mergekit_lfm.recipe.adapter_recipe import AdapterRecipe
 from mergekit_lfm.recipe.distill_recipe import DistillRecipe
 from mergekit_lfm.recipe.eval_recipe import EvalRecipe
 from mergekit_lfm.recipe.extract_recipe import ExtractRecipe
+from mergekit_lfm.recipe.generate_recipe import GenerateRecipe
 from mergekit_lfm.recipe.head_recipe import HeadRecipe
 from mergekit_lfm.recipe.registry import TUNE_METHODS
 from mergekit_lfm.recipe.stats_recipe import StatsRecipe
@@ -168,6 +169,17 @@ EVAL = Job(
     plan_options=frozenset({"device"}),
     run_options=frozenset({"threads"}),
 )
+GENERATE = Job(
+    name="generate",
+    makes="a file of texts",
+    parse=GenerateRecipe.parse,
+    plan=_later("generate_plans.plan_texts"),
+    run=_later("generate.write_planned"),
+    show="generations",
+    suffix=lambda _: ".jsonl",
+    plan_options=frozenset({"device"}),
+    run_options=frozenset({"threads"}),
+)
 HEAD = Job(
     name="head",
     makes="a model with a new head",
@@ -184,7 +196,9 @@ STUDENT = Job(
     run=_later("students.make_planned_student"),
     show="students",
 )
-JOBS: Mapping[str, Job] = {job.name: job for job in (ADAPTERS, DISTILL, EVAL, EXTRACT, HEAD, STATS, STUDENT, TUNE)}
+JOBS: Mapping[str, Job] = {
+    job.name: job for job in (ADAPTERS, DISTILL, EVAL, EXTRACT, GENERATE, HEAD, STATS, STUDENT, TUNE)
+}
 
 
 def find_job(data: object, label: str) -> Job | None:

@@ -114,12 +114,14 @@ class Stages:
 
     def drop(self) -> None:
         """Remove the results of the stages."""
+        from mergekit_lfm.output.file_request import lock_beside
         from mergekit_lfm.output.lock import LOCKS
         from mergekit_lfm.store.places import remove
 
         for place in self.places.values():
             if place.is_file() or any((place / name).is_file() for name in LOCKS):
                 remove(place)
+                lock_beside(place).unlink(missing_ok=True)
         with suppress(OSError):  # it holds something else, too
             self.folder.rmdir()
 

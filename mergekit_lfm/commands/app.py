@@ -14,6 +14,7 @@ from mergekit_lfm.commands.edit import edit
 from mergekit_lfm.commands.eval import evaluate
 from mergekit_lfm.commands.export import export
 from mergekit_lfm.commands.extract_lora import extract_lora
+from mergekit_lfm.commands.generate import generate
 from mergekit_lfm.commands.head import head
 from mergekit_lfm.commands.init import init
 from mergekit_lfm.commands.inspect import inspect, methods
@@ -60,6 +61,7 @@ for command in (
         student,
         tune,
         distill,
+        generate,
         average,
         export,
         curves,

@@ -8,7 +8,12 @@ from pathlib import Path
 
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.output.request import Request
-from mergekit_lfm.store.places import check_file
+from mergekit_lfm.store.places import beside, check_file
+
+
+def lock_beside(out: Path) -> Path:
+    """The lock of a file that has no room for one in it: OUT.lock.json."""
+    return beside(out, ".lock.json")
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,9 @@ MODEL_KEYS = (
     "to",
     "teachers",
 )
-FILE_KEYS = ("stats", "edits")
+FILE_KEYS = ("stats", "edits", "data", "dev")
 LISTS = ("adapters", "earlier")  # parameters of tunings: names with commas
-NAMED = ("experts",)  # keys of mappings from models
+NAMED = ("experts",)  # keys of mappings from models to files
 OF_OUTPUT = ("output", "push")  # keys of the stage that makes the output
 LONGEST_NAME = 200  # bytes: file systems allow 255, and OUT.partial and its lock take some of them
 FOLDER_NAME = (
@@ -137,7 +137,7 @@ def _find_names(data: object, names: set[str]) -> Iterator[str]:
     if isinstance(data, Mapping):
         for key, value in data.items():
             texts = value if isinstance(value, list) else [value]
-            texts = list(value) if key in NAMED and isinstance(value, Mapping) else texts
+            texts = [*value, *value.values()] if key in NAMED and isinstance(value, Mapping) else texts
             if key in (*MODEL_KEYS, *FILE_KEYS, *NAMED):
                 named = (part for text in texts if isinstance(text, str) for part in (text, *names_in(text)))
                 yield from (part for part in named if part in names)

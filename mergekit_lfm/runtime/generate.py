@@ -1,10 +1,11 @@
-"""Let a language model continue texts by itself: greedily, until it stops or has said enough."""
+"""Let a language model continue texts by itself, until it stops or has said enough."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Collection, Sequence
+from inspect import signature
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,18 @@ STATES = (
     "cache",
     "past_key_values",
 )  # the name of a model's states of earlier tokens, since transformers 5.24 and before
+
+
+class Said(NamedTuple):
+    """The tokens after a row, without one that ends the text. ended: whether the model ended it by itself."""
+
+    tokens: list[int]
+    ended: bool
+
+
+def most_likely(scores: Tensor) -> Tensor:
+    """The most likely token of each row of scores [n, vocabulary], the first among equals."""
+    return scores.argmax(-1)
 
 
 def stop_tokens(model: nn.Module) -> frozenset[int]:
@@ -70,31 +83,56 @@ def generate(
         room = most if limit is None else min(most, limit - length)
         for start in range(0, len(same), batch):
             chunk = same[start : start + batch]
-            said |= zip(chunk, _continue(model, [rows[i] for i in chunk], room, ended), strict=True)
+            own = continue_rows(model, [rows[i] for i in chunk], room, stops=stop_tokens(model), enough=ended)
+            said |= zip(chunk, (each.tokens for each in own), strict=True)
             if progress is not None:
                 progress(len(said), len(rows))
     return [said[i] for i in range(len(rows))]
 
 
-def _continue(
-    model: nn.Module, rows: Sequence[Sequence[int]], most: int, ended: Callable[[Sequence[int]], bool]
-) -> list[list[int]]:
-    """The tokens after each of several rows of one length."""
-    ids = torch.tensor(rows, device=next(model.parameters()).device)
-    stops, said, going = stop_tokens(model), [list[int]() for _ in rows], [True] * len(rows)
-    inputs: dict[str, Any] = {"input_ids": ids}
+def continue_rows(
+    model: nn.Module,
+    rows: Sequence[Sequence[int]],
+    most: int,
+    *,
+    stops: Collection[int],
+    pick: Callable[[Tensor], Tensor] = most_likely,
+    start: Sequence[int] | None = None,
+    enough: Callable[[Sequence[int]], bool] = lambda _: False,
+    tell: Callable[[int], None] = lambda _: None,
+) -> list[Said]:
+    """The tokens after each of several rows of one length, at most `most`.
+
+    stops: tokens that end a text. pick: from scores [n, vocabulary] to a token of each row. start: the first tokens of
+    a decoder, whose encoder reads the rows; None for a model without. enough: True for tokens that need no more. tell:
+    called with the number of new tokens. The number of rows is the same at each step, also when some have ended.
+    """
+    device = next(model.parameters()).device
+    # The scores of a long prompt would take gigabytes.
+    last = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
+    ids, name, read = torch.tensor(rows, device=device), "input_ids", dict[str, Any]()
+    if start is not None:
+        ids, name, read = torch.tensor([[*start]] * len(rows), device=device), "decoder_input_ids", {"input_ids": ids}
+    said, going, ended = [list[int]() for _ in rows], [True] * len(rows), [False] * len(rows)
+    inputs: dict[str, Any] = {name: ids}
     for _ in range(most):
         with torch.no_grad():
-            output = run(model, kwargs={**inputs, "use_cache": True})
-        tokens: Tensor = logits(output)[:, -1].argmax(-1)
+            output = run(model, kwargs={**read, **inputs, **last, "use_cache": True})
+        tokens = pick(logits(output)[:, -1]).to(device)  # [n]
+        new = 0
         for i, token in enumerate(tokens.cpu().tolist()):
-            going[i] = going[i] and token not in stops
+            ended[i] = ended[i] or (going[i] and token in stops)
+            going[i] = going[i] and not ended[i]
             if going[i]:
                 said[i].append(token)
-                going[i] = not ended(said[i])
+                new += 1
+                going[i] = not enough(said[i])
+        tell(new)
         if not any(going):
             break
         ids = torch.cat([ids, tokens[:, None]], 1)
-        name = next((each for each in STATES if getattr(output, each, None) is not None), None)
-        inputs = {"input_ids": ids} if name is None else {"input_ids": ids[:, -1:], name: getattr(output, name)}
-    return said
+        states = next((each for each in STATES if getattr(output, each, None) is not None), None)
+        inputs = {name: ids} if states is None else {name: ids[:, -1:], states: getattr(output, states)}
+        if start is not None:
+            read = {"encoder_outputs": (output.encoder_last_hidden_state,)}
+    return [Said(*each) for each in zip(said, ended, strict=True)]

@@ -30,14 +30,19 @@ class Numbered:
     line: int
 
 
-def why_no_conversation(messages: object) -> str | None:
-    """The reason why a value is not a conversation with a message of the assistant, in words; None for one."""
+def why_no_messages(messages: object) -> str | None:
+    """The reason why a value is not a list of messages, in words; None for one."""
     fits = isinstance(messages, list) and all(
         isinstance(each, dict) and isinstance(each.get("role"), str) and isinstance(each.get("content"), str)
         for each in messages
     )
-    if not fits:
-        return '"messages" is not a list of {"role": ..., "content": ...}'
+    return None if fits else '"messages" is not a list of {"role": ..., "content": ...}'
+
+
+def why_no_conversation(messages: object) -> str | None:
+    """The reason why a value is not a conversation with a message of the assistant, in words; None for one."""
+    if why := why_no_messages(messages):
+        return why
     assert isinstance(messages, list)
     return None if any(each["role"] == "assistant" for each in messages) else "no message of the assistant"
 
@@ -50,7 +55,7 @@ def read_conversations(path: Path, lines: Sequence[Numbered], tokenizer: Tokeniz
         if "text" in line.entry or "chosen" in line.entry:
             problems.append(f"line {line.line}: {next(iter(line.entry))}; the first line has another form")
             continue
-        encode = partial(_encode_turns, tokenizer)
+        encode = partial(encode_messages, tokenizer)
         ids, labels = label_turns(turns, encode) if turns else _encode_answer(line.entry, tokenizer)
         if limit is not None and len(ids) > limit:
             problems.append(f"line {line.line}: {len(ids)} tokens")
@@ -61,9 +66,14 @@ def read_conversations(path: Path, lines: Sequence[Numbered], tokenizer: Tokeniz
     return items
 
 
+def encode_prompt(text: str, tokenizer: Tokenizer) -> list[int]:
+    """The tokens before an answer: the start token, and those of the prompt."""
+    return [start_token(tokenizer), *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
+
+
 def _encode_answer(entry: Mapping[str, Any], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """The start token, the prompt, the completion and the end token, if there is one; labels for the last two."""
-    prompt = [start_token(tokenizer), *tokenizer(entry["prompt"], add_special_tokens=False)["input_ids"]]
+    prompt = encode_prompt(entry["prompt"], tokenizer)
     answer = encode_completion(entry, tokenizer)
     return prompt + answer, [IGNORED] * len(prompt) + answer
 
@@ -149,6 +159,8 @@ def write_turns(writer: Any, turns: Sequence[Mapping[str, Any]], asks: bool) -> 
     return text
 
 
-def _encode_turns(tokenizer: Tokenizer, turns: Sequence[Mapping[str, Any]], asks: bool) -> list[int]:
-    found: list[int] = tokenizer(write_turns(tokenizer, turns, asks), add_special_tokens=False)["input_ids"]
+def encode_messages(tokenizer: Tokenizer, turns: Sequence[Mapping[str, Any]], asks: bool) -> list[int]:
+    """The tokens of messages, as `write_turns` writes them."""
+    text = write_turns(tokenizer, turns, asks)
+    found: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return found

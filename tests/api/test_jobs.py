@@ -328,6 +328,7 @@ def job_plan(name: str) -> PlannedJob:
     documents: dict[str, dict[str, Any]] = {
         "extract": {"job": "extract", "model": "one", "base_model": "base"},
         "adapters": {"job": "adapters", "merge_method": "cat", "adapters": [{"adapter": "lora"}], "base_model": "base"},
+        "generate": {"job": "generate", "model": "llama", "count": 3, "max_new_tokens": 4},
         "head": {"job": "head", "model": "encoder", "labels": 3},
         "stats": {"job": "stats", "kind": "gram", "model": "encoder", "data": "pairs.jsonl", "task": "embedding"},
         "eval": {"job": "eval", "models": "encoder", "data": "pairs.jsonl", "task": "embedding"},
@@ -337,10 +338,12 @@ def job_plan(name: str) -> PlannedJob:
     if name in ("head", "student", "tune", "stats", "eval"):
         save_tiny("encoder", Path("encoder"))
         write_data("encoder", Path("pairs.jsonl"))
+    if name == "generate":
+        save_tiny("llama", Path("llama"))
     if name == "adapters":
         extract_lora("two", "base", "lora", rank=2)
         documents[name]["parameters"] = {"weight": 1}
-    planned = plan_recipe(documents[name], "out").result
+    planned = plan_recipe(documents[name], "out.jsonl" if name == "generate" else "out").result
     assert isinstance(planned, PlannedJob)
     return planned
 
@@ -352,21 +355,21 @@ def test_every_job_keeps_the_promises_of_its_declaration(name: str) -> None:
 
     planned = job_plan(name)
     planned.plan.stand_in(Path("stand-in"))
-    makes_adapter, makes_file = name in ("adapters", "extract"), name in ("stats", "eval")
-    if name == "eval":
-        assert not Path("stand-in").read_bytes()
+    makes_adapter, makes_file = name in ("adapters", "extract"), name in ("stats", "eval", "generate")
+    if name in ("eval", "generate"):
+        assert Path("stand-in").read_text() == {"eval": "", "generate": '{"text": "."}\n'}[name]
     else:
         assert open_adapter(Path("stand-in")).modules if makes_adapter else dict(open_checkpoint("stand-in"))
     show = show_of(planned.job)
     assert str(planned.out) in show.plan_text(planned.plan) and show.plan_data(planned.plan)["recipe"]["job"] == name
     outcome = run_recipe(planned)
     assert run_recipe(planned).already_there and (makes_file or verify_output("out").result.differences == ())
-    if not (makes_adapter or name == "eval"):
+    if not (makes_adapter or name in ("eval", "generate")):
         alike = set(open_checkpoint("out").values()) <= set(open_checkpoint("stand-in").values())
         assert alike and (name == "stats" or dict(open_checkpoint("out")) == dict(open_checkpoint("stand-in")))
-    words = {"head": "new: ", "tune": "trained", "stats": "layers", "eval": "top-1"}
+    words = {"head": "new: ", "tune": "trained", "stats": "layers", "eval": "top-1", "generate": "3 texts"}
     word = words.get(name, "kept")
-    assert word in show.done_text(outcome) and show.done_data(outcome)["out"] == "out"
+    assert word in show.done_text(outcome) and show.done_data(outcome)["out"] == str(planned.out)
 
 
 def test_an_extraction_is_planned_without_torch() -> None:
