@@ -73,8 +73,9 @@ def evaluate_models(
     if facts is not None and (task, prompt, window, stride) != (None, None, None, None):
         raise PlanError("facts take no task, prompt, window or stride; leave them out")
     task = task or "lm"
-    if stride is not None and task != "lm":
-        raise PlanError("stride is for language models; leave it out")
+    _check_stride(stride, task)
+    from mergekit_lfm.api.attachments import load_attached
+
     judges: dict[str, Callable[[Loaded], Score | TokenLoss | Fit | FactScores]]
     if facts is not None:
         judges = {str(facts): _judge_facts(expand(facts, "facts"), progress)}
@@ -84,8 +85,6 @@ def evaluate_models(
     before = None if prompt is None else _open_prompt(prompt)
     scores, notices = {}, list[str]()
     for model in named:
-        from mergekit_lfm.api.attachments import load_attached
-
         folder = model_folder(model)
         loaded = load_attached(folder, _task_before(before, task), device=device)
         if before is not None:
@@ -94,6 +93,12 @@ def evaluate_models(
         scores[display_name(folder)] = {name: judge(loaded) for name, judge in judges.items()}
         del loaded
     return Outcome(None, scores, warnings=warn_of(notices), seconds=time.monotonic() - started)
+
+
+def _check_stride(stride: int | None, task: str) -> None:
+    """Raise PlanError for a stride that the task does not have."""
+    if stride is not None and task != "lm":
+        raise PlanError("stride is for language models; leave it out")
 
 
 def _open_prompt(prompt: StrPath) -> Prompt | Attachment:

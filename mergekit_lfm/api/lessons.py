@@ -1,4 +1,4 @@
-"""What teachers say about the data of a training, how they and the student do on a development set."""
+"""The lessons of teachers: their answers about the data of a training, and the scores of teachers and student."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ Judge = Callable[[Loaded], Any]
 
 @dataclass
 class Taught:
-    """What the teachers say about the data of a training.
+    """The answers of teachers about the data of a training.
 
     scores: of each teacher on the development set, by its name; judge: what gives such a score, None without a file.
     """
@@ -58,7 +58,7 @@ class Taught:
     def begin(self, loaded: Loaded, examples: Examples) -> tuple[Examples, Loss]:
         """The examples with their numbers, and the loss of the student by its teachers.
 
-        What is trained beside the student becomes a part of the model.
+        Maps that are trained beside the student become a part of the model.
         """
         recipe, model = self.planned.recipe, loaded.model
         numbered = [{**item, NUMBER: torch.tensor(number)} for number, item in enumerate(examples.items)]
@@ -87,7 +87,7 @@ class Taught:
         }
 
     def clear(self) -> None:
-        """Remove what was kept for this training alone."""
+        """Remove the answers of this training alone."""
         folder = self.planned.training / ANSWERS
         for place in [*folder.glob("*"), folder]:
             for file in place.glob(PATTERN):

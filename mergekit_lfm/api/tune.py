@@ -100,7 +100,7 @@ def tune_model(
 
 
 def as_settings(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a training in Python as a recipe has them; those that are None are left to their defaults."""
+    """The arguments of a training in Python as a recipe has them; None stands for the default."""
     given = {name: value for name, value in arguments.items() if value is not None}
     data = given["data"]
     entries = [data] if isinstance(data, str | os.PathLike) else [*data]

@@ -60,10 +60,10 @@ NAMES: Mapping[str, str] = MappingProxyType(
 
 
 class Lessons(Protocol):
-    """What is learned of other models about the data of a training.
+    """The lessons of other models about the data of a training.
 
     begin: from the student, as it will be trained, and its examples to what is trained on, and the loss in place of the
-    task's. end: facts about the trained student. clear: removes what was kept for the training.
+    task's. end: facts about the trained student. clear: removes the files of the training.
     """
 
     def begin(self, loaded: Loaded, examples: Examples, /) -> tuple[Examples, Loss]: ...
@@ -127,7 +127,7 @@ class PlannedTuning:
         return False
 
     def learn(self, examples: Examples, progress: Progress) -> Lessons | None:  # noqa: ARG002
-        """What is learned of other models about the examples: nothing in a tuning."""
+        """The lessons of other models about the examples; a tuning has none."""
         return None
 
     @property

@@ -14,8 +14,7 @@ from mergekit_lfm.commands.shell import Command
 from mergekit_lfm.commands.training import data_options, loss_option, training_options
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.machine.launch import rank
-from mergekit_lfm.recipe.distill_recipe import Divergence
-from mergekit_lfm.recipe.distill_terms import DISTILL_TERMS, KEPT
+from mergekit_lfm.recipe.distill_terms import DISTILL_TERMS, KEPT, Divergence
 from mergekit_lfm.recipe.registry import TUNE_METHODS
 
 

@@ -13,7 +13,7 @@ from mergekit_lfm.recipe.training import SCHEDULES
 from mergekit_lfm.runtime.tasks import TUNE_TASKS
 
 
-def read_terms(ctx: click.Context, parameter: click.Parameter, texts: tuple[str, ...]) -> dict[str, float]:  # noqa: ARG001
+def _read_terms(ctx: click.Context, parameter: click.Parameter, texts: tuple[str, ...]) -> dict[str, float]:  # noqa: ARG001
     terms = dict[str, float]()
     for text in texts:
         name, _, number = text.partition("=")
@@ -48,7 +48,7 @@ def _read_groups(
     return groups
 
 
-# What a model is trained on, and where the result goes.
+# The data of a training, and the place of its result.
 data_options = together(
     click.option(
         "--data",
@@ -66,7 +66,7 @@ data_options = together(
     ),
     click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The folder or file to write."),
 )
-# How it is trained.
+# The way of a training.
 training_options = together(
     click.option(
         "--dev",
@@ -137,7 +137,7 @@ def loss_option(names: Iterable[str], sentence: str) -> Callable[[F], F]:
     return click.option(
         "--loss",
         multiple=True,
-        callback=read_terms,
+        callback=_read_terms,
         metavar="NAME=NUMBER",
         help=f"{sentence}: {', '.join(names)}. Can be given several times.",
     )

@@ -13,7 +13,7 @@ Pairs = Sequence[tuple[int, int]]  # layers of the student and of the teacher th
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What is asked of a model. states: of hidden states, 0 for the embeddings; attentions: of layers, from 1."""
+    """The parts that a model shows. states: of hidden states, 0 for the embeddings; attentions: of layers, from 1."""
 
     scores: bool = False
     features: bool = False
@@ -37,7 +37,7 @@ class Course:
     classes: Sequence[tuple[int, int]] = ()
 
     def wanted(self, teacher: int | None) -> Wanted:
-        """What is asked of a teacher; of the student for None."""
+        """The parts that a teacher shows; None stands for the student."""
         reads = {DISTILL_TERMS[name].reads for name in self.weights}
         scores = "scores" in reads or (teacher is None and "local" in self.weights)
         if teacher is None:

@@ -1,4 +1,4 @@
-"""The loss of a student that follows teachers: a weighted sum of terms, and what is trained beside the student."""
+"""The loss of a student that follows teachers: a weighted sum of terms, and maps that are trained beside it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Follow:
     beside: nn.ModuleDict = field(default_factory=nn.ModuleDict)
 
     def build(self, student: nn.Module, batch: Batch, seed: int) -> None:
-        """Make what is trained beside the student, for the widths that a batch shows, and check that all fits."""
+        """Make the maps beside the student, for the widths that a batch shows, and check that all fits."""
         if self.course.wanted(None).attentions:
             show_attention(student)
         with torch.random.fork_rng([]), torch.no_grad():
@@ -53,7 +53,7 @@ class Follow:
             student.add_module(BESIDE, self.beside)
 
     def _build_one(self, name: str, key: str, mine: Tensor, theirs: Tensor) -> None:
-        """What a term trains for a pair of layers. Raises PlanError for rows or widths that do not fit."""
+        """Make the map that a term trains for a pair of layers. Raises PlanError for rows or widths that do not fit."""
         if len(mine) != len(theirs):
             raise PlanError(
                 f"{name}: the student has {len(mine)} rows where the teacher has {len(theirs)}; expected as many. "

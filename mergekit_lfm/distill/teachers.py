@@ -1,7 +1,7 @@
-"""Teachers: what they say about examples, asked in each step, or before the training and kept in files.
+"""Teachers: their answers about examples, given in each step, or before the training and kept in files.
 
-An example goes through a teacher alone, without padding, so that what is said about it does not depend on others: both
-ways give the same bytes. Files of one teacher hold what it says about a part of the examples, by their numbers.
+An example goes through a teacher alone, without padding, so that the answer does not depend on others: both ways give
+the same bytes. A file of a teacher holds its answers about a part of the examples, by their numbers.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Reading:
 
     @torch.no_grad()
     def ask(self, model: nn.Module, row: Batch) -> dict[str, Part]:
-        """What a model says about one example, a batch of one."""
+        """The answer of a model about one example, a batch of one."""
         device = next(model.parameters()).device
         with torch.autocast(device.type, enabled=False):
             _, seen = watch(model, self.task, row, self.wanted)
@@ -107,7 +107,7 @@ def rows_of(batch: Batch) -> Iterator[dict[str, Tensor]]:
 
 @dataclass
 class Kept:
-    """What a teacher has said about examples, in the files of a folder.
+    """The answers of a teacher about examples, in the files of a folder.
 
     key: of the teacher, the examples, and how it is asked; files of another key are not read.
     """

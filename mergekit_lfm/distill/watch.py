@@ -1,4 +1,4 @@
-"""What a model says about a batch: its scores, the vectors that its head reads, hidden states, attention.
+"""The parts that a model shows of a batch: scores, the vectors that its head reads, hidden states, attention.
 
 Each part is rows, those of the examples one after the other, without padding: a teacher that has seen every example
 alone, and a student that sees a batch, have the same rows.

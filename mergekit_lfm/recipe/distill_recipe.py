@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, PrivateAttr
 
 from mergekit_lfm.methods.kinds import TuneMethod
-from mergekit_lfm.recipe.distill_terms import DEFAULTS, DISTILL_TERMS, check_distill_terms
+from mergekit_lfm.recipe.distill_terms import DEFAULTS, DISTILL_TERMS, Divergence, check_distill_terms
 from mergekit_lfm.recipe.files import FoundModel, Where, find_reference
 from mergekit_lfm.recipe.form import Reference, Strict
 from mergekit_lfm.recipe.problems import Problem, attempt, problem_at
@@ -18,7 +18,6 @@ from mergekit_lfm.recipe.tune_recipe import TrainingRecipe
 from mergekit_lfm.recipe.values import FOUND
 
 ALIGNED = ("kd", "hard", "logits")  # terms that compare scores class by class
-Divergence = Literal["forward", "reverse", "js"]
 
 
 class TeacherEntry(Strict):

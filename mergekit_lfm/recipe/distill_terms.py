@@ -15,6 +15,8 @@ from mergekit_lfm.runtime.tasks import TUNE_TASKS
 
 Reads = Literal["scores", "features", "states", "attentions", "labels"]
 
+Divergence = Literal["forward", "reverse", "js"]  # of `kd`
+
 SCORED = ("lm", "classification", "masked_lm", "seq2seq")
 VECTORS = ("classification", "embedding")
 STACKS = ("lm", "classification", "embedding", "masked_lm", "regression")

@@ -13,6 +13,7 @@ from typing import Any
 
 from mergekit_lfm.errors import PlanError, several
 from mergekit_lfm.recipe.adapters import names_in
+from mergekit_lfm.recipe.heal import OF_OUTPUT, split_heals
 from mergekit_lfm.recipe.values import FOUND
 
 # The keys whose text may be a model, or one with adapters; and those of files.
@@ -31,7 +32,6 @@ MODEL_KEYS = (
 FILE_KEYS = ("stats", "edits", "data", "dev")
 LISTS = ("adapters", "earlier")  # parameters of tunings: names with commas
 NAMED = ("experts",)  # keys of mappings from models to files
-OF_OUTPUT = ("output", "push")  # keys of the stage that makes the output
 LONGEST_NAME = 200  # bytes: file systems allow 255, and OUT.partial and its lock take some of them
 FOLDER_NAME = (
     f"a folder's name of at most {LONGEST_NAME} bytes: no slash, no dot at its beginning, no .partial at its end"
@@ -59,6 +59,8 @@ def find_stages(documents: Sequence[object], label: str, text: str | None = None
 
     text: of the recipe. Raises PlanError for stages without a name of their own, or that need one another.
     """
+    split = [*split_heals(documents, label)]
+    documents = [data for data, _ in split]
     if len(documents) == 1:
         return ()
     _check(documents, label)
@@ -78,7 +80,7 @@ def find_stages(documents: Sequence[object], label: str, text: str | None = None
             named[name],
             needs[name],
             f"{label}, stage {name}" if name else f"{label}, the last stage",
-            names.index(name),
+            split[names.index(name)][1],
             text,
         )
         for name in [*order, last]

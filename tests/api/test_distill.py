@@ -66,7 +66,7 @@ def test_teachers_asked_before_and_in_each_step_give_the_same_bytes(kind: str, t
 
 
 @pytest.mark.usefixtures("here")
-def test_what_a_teacher_says_survives_an_interruption(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_of_a_teacher_survive_an_interruption(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files that are whole are not made again, and the result has the same bytes; in a cache they stay for others."""
     monkeypatch.setattr(answers, "LARGEST", 1)  # a file for each example
     how: dict[str, Any] = {"task": "lm", **LINE}
@@ -114,7 +114,7 @@ def test_the_first_step_has_the_divergence_of_transformers_models() -> None:
 
 
 @pytest.mark.usefixtures("here")
-def test_a_development_file_shows_what_came_back() -> None:
+def test_a_development_file_shows_the_share_that_came_back() -> None:
     """A student that is its teacher with noise on it; the scores are those of `eval`."""
     how: dict[str, Any] = {**LINE, "steps": 30, "dev": "llama.jsonl", "evaluate_every": 30}
     facts = distill_model("llama-teacher1", "llama", "llama.jsonl", "out", task="lm", **how).result.facts
@@ -173,7 +173,7 @@ parameters: {weight: 0.5}
 
 
 @pytest.mark.usefixtures("here")
-def test_a_recipe_merges_what_it_has_distilled() -> None:
+def test_a_recipe_merges_its_student() -> None:
     Path("r.yaml").write_text(RECIPE)
     assert "llama-teacher2, weight 2" in run("plan", "r.yaml", "out").stdout
     run_recipe("r.yaml", "out", threads=1)
@@ -196,7 +196,7 @@ def test_a_recipe_merges_what_it_has_distilled() -> None:
         (["--no-cache", "--cache", "x"], "found --cache and --no-cache"),
     ],
 )
-def test_what_does_not_fit_is_refused_before_any_work(here: Path, arguments: list[str], message: str) -> None:
+def test_settings_that_do_not_fit_are_refused_before_any_work(here: Path, arguments: list[str], message: str) -> None:
     before = sorted(here.rglob("*"))
     command = ["distill", "llama", "--teacher", "llama-teacher1", "--data", "llama.jsonl", "--task", "lm", "-o", "out"]
     assert message in refusal(run(*command, *arguments))

@@ -326,6 +326,7 @@ def test_an_unknown_job_is_refused(name: object) -> None:
 
 def job_plan(name: str) -> PlannedJob:
     documents: dict[str, dict[str, Any]] = {
+        "distill": {"job": "distill", "model": "encoder", "teachers": "encoder", "data": "pairs.jsonl"},
         "extract": {"job": "extract", "model": "one", "base_model": "base"},
         "adapters": {"job": "adapters", "merge_method": "cat", "adapters": [{"adapter": "lora"}], "base_model": "base"},
         "generate": {"job": "generate", "model": "llama", "count": 3, "max_new_tokens": 4},
@@ -335,7 +336,8 @@ def job_plan(name: str) -> PlannedJob:
         "student": {"job": "student", "model": "encoder", "layers": [1], "mlp": 0.5},
         "tune": {"job": "tune", "model": "encoder", "data": "pairs.jsonl", "task": "embedding", "steps": 2},
     }
-    if name in ("head", "student", "tune", "stats", "eval"):
+    if name in ("distill", "head", "student", "tune", "stats", "eval"):
+        documents["distill"] |= {"task": "embedding", "steps": 2}
         save_tiny("encoder", Path("encoder"))
         write_data("encoder", Path("pairs.jsonl"))
     if name == "generate":
@@ -367,7 +369,14 @@ def test_every_job_keeps_the_promises_of_its_declaration(name: str) -> None:
     if not (makes_adapter or name in ("eval", "generate")):
         alike = set(open_checkpoint("out").values()) <= set(open_checkpoint("stand-in").values())
         assert alike and (name == "stats" or dict(open_checkpoint("out")) == dict(open_checkpoint("stand-in")))
-    words = {"head": "new: ", "tune": "trained", "stats": "layers", "eval": "top-1", "generate": "3 texts"}
+    words = {
+        "distill": "trained",
+        "head": "new: ",
+        "tune": "trained",
+        "stats": "layers",
+        "eval": "top-1",
+        "generate": "3 texts",
+    }
     word = words.get(name, "kept")
     assert word in show.done_text(outcome) and show.done_data(outcome)["out"] == str(planned.out)
 
