@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from helpers_commands import refusal, run
+from helpers_editing import LLAMA
 from helpers_tune import tiny  # noqa: F401
 from safetensors.torch import load_file, save_file
 
@@ -17,6 +21,7 @@ from mergekit_lfm import PlanError, distill_model, open_checkpoint
 from mergekit_lfm.api.recipes import run_recipe
 from mergekit_lfm.distill import teachers as answers
 from mergekit_lfm.distill.teachers import Kept
+from mergekit_lfm.recipe.source import RecipeText
 from mergekit_lfm.runtime.load import load_model
 from mergekit_lfm.train.texts import read_examples
 
@@ -180,6 +185,91 @@ def test_a_recipe_merges_its_student() -> None:
     assert open_checkpoint("out.stages/student").keys() == open_checkpoint("llama").keys()
     lock = json.loads(Path("out.stages/student/merge.lock.json").read_text())
     assert [each["input"] for each in lock["inputs"]] == ["llama", "llama-teacher1", "llama-teacher2"]
+
+
+HEALED = """
+name: whole
+merge_method: linear
+models: [{model: llama-teacher1}, {model: llama-teacher2}]
+parameters: {weight: 0.5}
+heal: {teachers: [llama-teacher1, llama-teacher2], data: llama.jsonl, task: lm, steps: 2, learning_rate: 1.0e-3}
+---
+job: eval
+models: [whole-unhealed, whole]
+data: llama.jsonl
+task: lm
+"""
+
+
+@pytest.mark.usefixtures("here")
+def test_heal_is_a_stage_behind_the_documents_own() -> None:
+    """The same bytes as of the two stages written out."""
+    first = HEALED.partition("---")[0]
+    Path("r.yaml").write_text(HEALED)
+    run_recipe("r.yaml", "scores.json", threads=1)
+    apart = [
+        {**yaml.safe_load(first), "name": "student", "heal": None},
+        {"job": "distill", "name": "whole", "model": "student", **yaml.safe_load(first)["heal"]},
+    ]
+    del apart[0]["heal"]
+    run_recipe(apart, "out", threads=1)
+    healed = open_checkpoint("scores.stages/whole")
+    assert healed.content == open_checkpoint("out").content
+    assert healed.content != open_checkpoint("scores.stages/whole-unhealed").content
+    for wrong in ("5", "{model: a, teachers: b}"):
+        Path("wrong.yaml").write_text(first.partition("heal:")[0] + f"heal: {wrong}\n")
+        assert "heal: found" in refusal(run("merge", "wrong.yaml", "out2"))
+
+
+@pytest.mark.slow
+def test_a_pruned_model_is_healed_by_the_whole_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recipe of the docs with fewer steps: at least half of what was lost in bits per byte comes back."""
+    recipes = Path(__file__).parents[2] / "recipes"
+    text = (recipes / "heal.yaml").read_text().replace("steps: 200", "steps: 50")
+    monkeypatch.chdir(tmp_path)
+    run_recipe(RecipeText(text, recipes), "scores.json", threads=1)
+    scores = json.loads(Path("scores.json").read_text())["scores"].values()
+    whole, pruned, healed = (each["quickstart/docs.txt"]["bits_per_byte"] for each in scores)
+    assert (pruned - healed) / (pruned - whole) > 0.5
+
+
+MEASURED = """
+import sys
+from pathlib import Path
+from mergekit_lfm import distill_model
+how = {"task": "lm", "steps": 1, "batch_size": 1, "window": 8, "threads": 1, "learning_rate": 1e-4}
+cache = None if sys.argv[1] == "kept" else False
+distill_model("small", ["large1", "large2"], "llama.jsonl", sys.argv[1], cache=cache, **how)
+(peak,) = (line.split() for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+print(int(peak[1]) * 1024)
+"""
+
+
+@pytest.mark.slow
+def test_teachers_larger_together_than_the_memory_are_asked_one_after_the_other(here: Path) -> None:
+    """Two of 180 MB: in memory is one of them at a time, where asking both in each step holds both."""
+    import transformers
+
+    config: dict[str, Any] = {
+        **LLAMA,
+        "num_hidden_layers": 2,
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_attention_heads": 8,
+    }
+    for name in ("large1", "large2"):
+        made = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**config, "num_key_value_heads": 8}))
+        made.save_pretrained(here / name)
+        shutil.copy(here / "llama/tokenizer.json", here / name)
+        shutil.copy(here / "llama/tokenizer_config.json", here / name)
+    (here / "llama").rename("small")
+    size = sum(path.stat().st_size for path in (here / "large1").glob("*.safetensors"))
+    assert size > 130_000_000
+    peaks = [
+        int(subprocess.run([sys.executable, "-c", MEASURED, how], check=True, capture_output=True, text=True).stdout)
+        for how in ("kept", "live")
+    ]
+    assert peaks[1] - peaks[0] > 0.8 * size
 
 
 @pytest.mark.parametrize(
