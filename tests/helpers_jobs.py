@@ -23,7 +23,10 @@ Files = dict[str, tuple[object, ...]]  # mode and content, by path
 
 # Modules that the commands load when they run, besides those of the interpreter of `helpers_faults`.
 MODULES = (
-    *(f"mergekit_lfm.api.{name}" for name in ("align", "edit", "eval_plans", "generate", "judge", "merge")),
+    *(
+        f"mergekit_lfm.api.{name}"
+        for name in ("align", "distill", "edit", "eval_plans", "generate", "judge", "lessons", "merge")
+    ),
     *(f"mergekit_lfm.api.{name}" for name in ("patches", "prepare", "push", "stats", "stats_plans", "tune")),
     *("mergekit_lfm.engine.execute", "mergekit_lfm.output.push", "mergekit_lfm.commands.show.terminal"),
     *("transformers.models.llama.modeling_llama", "transformers.models.auto.modeling_auto"),
@@ -87,6 +90,7 @@ COMMANDS = {
     "align": "align in/b --to in/a -o out",
     "align --save": "align in/b --to in/a -o out.transform --save out",
     "repair": f"repair in/merged --ends in/a in/b {DATA} -o out",
+    "distill": "distill in/a --teacher in/b --data in/text.txt --task lm --steps 4 --batch-size 2 --threads 1 -o out",
     "generate": "generate in/a --count 6 --max-new-tokens 4 --batch-size 2 --threads 1 -o out.jsonl",
     "push": f"push in/merged {REPO}",
     "verify": "verify in/merged",
