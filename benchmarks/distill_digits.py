@@ -91,7 +91,7 @@ def compare(folder: Path, seed: int, steps: int) -> list[dict[str, float]]:
         tune_model(new, data, folder / name, **how)
         return folder / name
 
-    def student(name: str, sizes: Mapping[str, int], teachers: Any, data: Path, loss: Any, **more: Any) -> Path:
+    def student(name: str, sizes: Mapping[str, Any], teachers: Any, data: Path, loss: Any, **more: Any) -> Path:
         new = save_new(folder / f"start-{name}", sizes, more.pop("classes", 10), seed + 100)
         if teachers is None:
             tune_model(new, data, folder / name, **how)
@@ -111,10 +111,13 @@ def compare(folder: Path, seed: int, steps: int) -> list[dict[str, float]]:
         ("kd alone, all images", SMALL, digits.all, {"kd": 1.0}, {"temperature": 4.0}),
         ("deep: labels alone", DEEP, digits.few, None, {}),
         ("deep: kd and labels", DEEP, digits.few, both, {"temperature": 4.0}),
-        ("deep: hint, kd, labels", DEEP, digits.few, {**both, "hint": 1.0}, {"temperature": 4.0, "layers": layers}),
-        ("deep: vid, kd, labels", DEEP, digits.few, {**both, "vid": 1.0}, {"temperature": 4.0, "layers": layers}),
+        ("deep: vid, kd, labels", DEEP, digits.few, {**both, "vid": 0.1}, {"temperature": 4.0, "layers": layers}),
     ):
         one[name] = score(student(name, sizes, None if loss is None else teacher, data, loss, **more), digits.test)
+    halves = {**how, "steps": max(1, steps // 2)}
+    hinted = student("hinted", DEEP, teacher, digits.few, {"hint": 1.0}, layers=layers, **halves)
+    distill_model(hinted, teacher, digits.few, folder / "deep-kd", loss=both, temperature=4.0, **halves)
+    one["deep: hint, then kd and labels"] = score(folder / "deep-kd", digits.test)
     half = taught("half", first, 5)
     other = {}
     for name, loss in (

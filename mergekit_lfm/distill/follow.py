@@ -105,8 +105,15 @@ class Follow:
         return Terms(total, sum(targets))
 
     def _by_scores(self, name: str, mine: Seen, said: Sequence[Seen]) -> Tensor:
-        """A term about scores, summed over targets: by each teacher, or by all as one, each with classes of its own."""
+        """A term about scores, summed over targets: by each teacher, or by all as one, each with classes of its own.
+
+        With labels, which decide between teachers, `kd` compares the classes of each teacher among themselves.
+        """
         scores, shares = mine[SCORES].values, self.course.shares
+        if self.course.classes and name == "kd" and "task" in self.course.weights:
+            parts = [scores[:, first : last + 1] for first, last in self.course.classes]
+            values = [self._by_score(name, part, seen) for part, seen in zip(parts, said, strict=True)]
+            return torch.stack([share * value for share, value in zip(shares, values, strict=True)]).sum()
         if self.course.classes:
             order = sorted(range(len(said)), key=lambda number: self.course.classes[number])
             joined = torch.cat([said[number][SCORES].values for number in order], -1)

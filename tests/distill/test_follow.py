@@ -15,7 +15,7 @@ from mergekit_lfm.distill.blocks import fed
 from mergekit_lfm.distill.course import Course, Wanted, even_pairs
 from mergekit_lfm.distill.follow import Follow
 from mergekit_lfm.distill.teachers import Live, Reading, largest, rows_of
-from mergekit_lfm.distill.watch import STATE, show_attention, watch
+from mergekit_lfm.distill.watch import SCORES, STATE, Part, show_attention, watch
 from mergekit_lfm.train.examples import IGNORED
 
 N, D = 5, 4
@@ -181,3 +181,31 @@ def test_a_block_is_fed_with_the_teachers_states() -> None:
     layer = trunk.layers[1](states[1], position_embeddings=trunk.rotary_emb(states[1], places), position_ids=places)
     expected = trunk.norm(layer if isinstance(layer, Tensor) else layer[0])
     torch.testing.assert_close(seen[STATE.format(2)].values, expected[0], rtol=1e-9, atol=1e-9)
+
+
+class _Fixed:
+    """A teacher with the same scores whatever it is asked."""
+
+    def __init__(self, scores: Tensor) -> None:
+        self.scores = scores
+
+    def about(self, batch: dict[str, Tensor]) -> dict[str, Part]:  # noqa: ARG002
+        return {SCORES: Part(self.scores, (1,) * len(self.scores))}
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_teachers_of_some_classes_are_compared_among_those_if_there_are_labels(labelled: bool) -> None:
+    """Without labels the scores of both, in the order of their classes, are those of one teacher."""
+    torch.manual_seed(0)
+    student, x = torch.nn.Linear(3, 5).double(), torch.randn(4, 3, dtype=torch.float64)
+    mine, low, high = student(x), *(torch.randn(4, n, dtype=torch.float64) for n in (2, 3))
+    weights = {"kd": 0.5, **({"task": 1.0} if labelled else {})}
+    course = Course("classification", weights, [(), ()], [0.25, 0.75], 2.0, "forward", [(2, 4), (0, 1)])
+    labels = torch.tensor([0, 4, 2, 1])
+    found = Follow(course, [_Fixed(high), _Fixed(low)])(student.train(), {"input": x, "labels": labels})
+    apart = 0.25 * terms.kd(mine[:, 2:], high, 2.0, "forward") + 0.75 * terms.kd(mine[:, :2], low, 2.0, "forward")
+    if labelled:
+        expected = 0.5 * apart + torch.nn.functional.cross_entropy(mine, labels, reduction="sum")
+    else:
+        expected = 0.5 * terms.kd(mine, torch.cat([low, high], 1), 2.0, "forward")
+    torch.testing.assert_close(found.total, expected, rtol=1e-12, atol=0)
