@@ -1,0 +1,1 @@
+"""Distillation: students that learn from teachers, with data or with none."""
