@@ -1,7 +1,7 @@
 """Students without data: every preset on scikit-learn's digits, beside two baselines that prove nothing.
 
     python benchmarks/data_free.py                                     # three seeds: about half an hour on one core
-    python benchmarks/data_free.py --presets dfq deepinversion --seeds 1
+    python benchmarks/data_free.py --presets dfq deepinversion --seeds 0
 
 A number is the student's accuracy in percent on 450 images that no model has seen, the mean over seeds ± the standard
 deviation. Teachers are convolutional networks of 14 thousand parameters, with BatchNorm and without it; students have
@@ -12,6 +12,7 @@ when the teacher's BatchNorm takes the noise's own statistics. Wild and proxy im
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from mergekit_lfm.distill.generate import Generation
 from mergekit_lfm.distill.generators import build
 from mergekit_lfm.distill.learner import Learner, Learning, learn
 from mergekit_lfm.distill.metadata import collect_records, find_clusters
@@ -31,7 +33,7 @@ from mergekit_lfm.distill.synthesise import Given, synthesise
 from mergekit_lfm.errors import PlanError
 
 SHAPE, TEST = (1, 8, 8), 450
-STEPS = 2000  # of students
+STEPS = 1200  # of students
 
 
 class Net(nn.Module):
@@ -100,7 +102,7 @@ def teach(data: Data, norm: bool, seed: int, epochs: int = 30) -> Net:
     images, labels = data.train
     generator = torch.Generator().manual_seed(seed)
     for _ in range(epochs):
-        for chosen in torch.randperm(len(images), generator=generator).split(64):
+        for chosen in torch.split(torch.randperm(len(images), generator=generator), 64):
             loss = nn.functional.cross_entropy(net(images[chosen]), labels[chosen])
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
@@ -123,18 +125,14 @@ def judge(net: nn.Module, data: Data) -> float:
 def on_noise(teacher: Net, student: Net, seed: int, steps: int, own_statistics: bool) -> None:
     """Train a student on the teacher's scores of uniform noise, new in each step."""
     learner = Learner(student, 10, Learning(), steps, seed)
-    norms = batch_norms(teacher) if own_statistics else []
+    source = copy.deepcopy(teacher)
+    for each in batch_norms(source) if own_statistics else []:
+        each.momentum = 0.0
+        each.train()
     for step in range(steps):
         noise = torch.rand(128, *SHAPE, generator=torch.Generator().manual_seed(1_000_000 * seed + step))
-        before = [each.momentum for each in norms]
-        for each in norms:
-            each.momentum = 0.0
-            each.train()
         with torch.no_grad():
-            scores = teacher(noise)
-        for each, momentum in zip(norms, before, strict=True):
-            each.momentum = momentum
-            each.eval()
+            scores = source(noise)
         learner.step((noise, scores))
 
 
@@ -166,7 +164,8 @@ def measure(
     recorded = Given(collect_records(teacher, train), given.clusters, data.wild)
     for name in presets:
         facts = recorded if "records" in PRESETS[name].terms else given
-        options = {"rounds": max(1, steps // 4)} if PRESETS[name].family == "generator" else {}
+        rounds = PRESETS[name].generation.get("rounds", Generation().rounds)
+        options = {"rounds": max(1, rounds * steps // STEPS)}
         try:
             run(
                 name,
@@ -198,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--presets", nargs="+", default=[*PRESETS], choices=[*PRESETS], help="[default: all]")
-    parser.add_argument("--seeds", type=int, default=3, help="[default: 3]")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="[default: 0 1 2]")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"of each student [default: {STEPS}]")
     parser.add_argument("--teachers", nargs="+", default=["bn", "plain"], choices=["bn", "plain"])
     parser.add_argument("--samples", type=Path, help="a folder for the images")
@@ -208,8 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     headings = {"bn": "with BatchNorm", "plain": "without it"}
     columns = {
         headings[kind]: [
-            measure(data, kind == "bn", seed, chosen.presets, chosen.steps, chosen.samples)
-            for seed in range(chosen.seeds)
+            measure(data, kind == "bn", seed, chosen.presets, chosen.steps, chosen.samples) for seed in chosen.seeds
         ]
         for kind in chosen.teachers
     }

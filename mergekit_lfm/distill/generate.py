@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -37,9 +38,9 @@ class Generation:
     of that: Han et al. 2020, arXiv 2011.03749; of Reptile here: Fang et al. 2022, arXiv 2112.06253.
     """
 
-    rounds: int = 500
+    rounds: int = 400
     generator_steps: int = 1
-    student_steps: int = 4
+    student_steps: int = 3
     batch_size: int = 128
     learning_rate: float = 2e-3
     outer: Outer = "go_on"
@@ -136,7 +137,7 @@ class _Work:
         shape = generator.shape
         readers = {"decoder": generator.latent, "proxy": 1}
         self.readers = {
-            name: build(lambda outputs=outputs: Reader(shape, outputs), seed_of(seed, name)).to(self.device)
+            name: build(partial(Reader, shape, outputs), seed_of(seed, name)).to(self.device)
             for name, outputs in readers.items()
             if name in terms
         }
@@ -149,7 +150,7 @@ class _Work:
         """Adam of all that is trained to make images."""
         decoder = [*self.readers["decoder"].parameters()] if "decoder" in self.readers else []
         head = [*self.head.parameters()] if "contrast" in self.terms else []
-        groups = [{"params": [*self.generator.parameters(), *decoder, *head]}]
+        groups: list[dict[str, Any]] = [{"params": [*self.generator.parameters(), *decoder, *head]}]
         groups += [{"params": latents, "lr": 5 * self.options.learning_rate}] if latents else []
         return torch.optim.Adam(groups, lr=self.options.learning_rate, betas=(0.5, 0.999))
 
@@ -236,7 +237,7 @@ class _Work:
         real = critic(proxy[chosen].to(self.device))
         loss = nn.functional.softplus(-real).mean() + nn.functional.softplus(critic(made)).mean()
         self.critic.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         self.critic.step()
 
     def _with_views(self, seen: Pass, turn: tuple[int, int]) -> Pass:

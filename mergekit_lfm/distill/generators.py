@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 M = TypeVar("M", bound=nn.Module)
-WIDTH = 32  # channels
+WIDTH = 32  # channels at half the size and below; half as many at the full size
 FINEST = 2  # times that the height and the width are doubled
 
 
@@ -34,10 +34,10 @@ class Generator(nn.Module):
             nn.BatchNorm2d(WIDTH),
             nn.LeakyReLU(0.2),
             nn.Upsample(scale_factor=2),
-            nn.Conv2d(WIDTH, WIDTH, 3, padding=1),
-            nn.BatchNorm2d(WIDTH),
+            nn.Conv2d(WIDTH, WIDTH // 2, 3, padding=1),
+            nn.BatchNorm2d(WIDTH // 2),
             nn.LeakyReLU(0.2),
-            nn.Conv2d(WIDTH, shape[0], 3, padding=1),
+            nn.Conv2d(WIDTH // 2, shape[0], 3, padding=1),
         )
 
     def forward(self, latents: Tensor) -> Tensor:

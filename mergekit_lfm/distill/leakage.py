@@ -68,7 +68,7 @@ def audit(
     facts = Facts(gradient=gradient, targets=labels.repeat(copies), groups=copies)
     options = replace(options or Inversion(steps=300), batch_size=max(2, count * copies))
     made = invert(model, terms, shape, count * copies, options=options, facts=facts, seed=seed, tell=tell)
-    images = made.images.unflatten(0, (copies, count)).mean(0)
+    images = made.images.reshape(copies, count, *shape).mean(0)
     with frozen([model], trained=True):
         seen = Observer(model, frozenset(), gradient=gradient).see(images, targets=labels.to(images.device))
     samples = Samples(images, seen.scores.detach())
@@ -76,7 +76,7 @@ def audit(
 
 
 def as_gradient(base: nn.Module, tuned: nn.Module, learning_rate: float = 1.0) -> dict[str, Tensor]:
-    """The gradient of which a tuned model is one step of plain descent from its base: (base - tuned) / learning_rate.
+    """(base - tuned) / learning_rate: the gradient, if one step of plain descent led from the base to the tuned model.
 
     For several steps it is their sum, at changing weights, which gives away less. Only the direction counts for ways
     that compare by cosines. Parameters that did not change are left out: they were not trained.

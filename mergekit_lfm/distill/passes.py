@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,6 +16,7 @@ from mergekit_lfm.runtime.hooks import hook_modules
 from mergekit_lfm.runtime.load import logits, run
 
 FEATURES = ("activation", "clusters", "contrast")  # terms that read the inputs of the last linear layer
+BatchNorm = nn.modules.batchnorm._BatchNorm
 GRADIENTS = ("gradient", "gradient_l2")
 
 
@@ -57,7 +58,7 @@ class Pass:
         """A fact that a term needs. Raises PlanError if the pass was made without it."""
         value = getattr(self, name)
         if value is None or value == ():
-            raise PlanError(f"a term reads {name} of a pass, and there are none; give them, or leave the term out")
+            raise PlanError(f"a term reads {name} of a pass that was made without; give that, or leave the term out")
         return value
 
 
@@ -132,10 +133,9 @@ def moments_of(x: Tensor, *, whole: bool = True) -> Moments:
     return Moments(mean, centred.T @ centred / len(rows) if whole else centred.square().mean(0))
 
 
-def batch_norms(model: nn.Module) -> list[nn.Module]:
+def batch_norms(model: nn.Module) -> list[BatchNorm]:
     """The BatchNorm layers of a model that store statistics, in order."""
-    kinds = nn.modules.batchnorm._BatchNorm
-    return [each for each in model.modules() if isinstance(each, kinds) and each.running_mean is not None]
+    return [each for each in model.modules() if isinstance(each, BatchNorm) and each.running_mean is not None]
 
 
 def last_linear(model: nn.Module) -> nn.Linear:
@@ -166,8 +166,4 @@ def frozen(models: Iterable[nn.Module | None], *, trained: bool = False) -> Iter
 def scores_in_parts(teacher: nn.Module, images: Tensor, size: int) -> Tensor:
     """The teacher's scores of images, in evaluation mode, in batches of up to `size`, without gradients."""
     with torch.no_grad(), frozen([teacher]):
-        return torch.cat([logits(run(teacher, (part,))) for part in images.split(size)])
-
-
-Score = Callable[[Pass], Tensor]
-Names = Sequence[str]
+        return torch.cat([logits(run(teacher, (part,))) for part in torch.split(images, size)])

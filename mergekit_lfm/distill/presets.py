@@ -81,14 +81,14 @@ PIXELS = (
         "Yin et al. 2019, arXiv 1912.08795",
         "images of a class whose activations have BatchNorm's statistics",
         "pixels",
-        {"one_hot": 1.0, "bn": 1.0, "total_variation": 0.1, "l2": 0.01},
+        {"one_hot": 1.0, "bn": 3.0, "total_variation": 0.1, "l2": 0.01},
     ),
     Preset(
         "adi",
         "Yin et al. 2019, arXiv 1912.08795 (adaptive)",
         "DeepInversion, with images on which the student of that time disagrees with the teacher",
         "pixels",
-        {"one_hot": 1.0, "bn": 1.0, "competition": 1.0, "total_variation": 0.1, "l2": 0.01},
+        {"one_hot": 1.0, "bn": 3.0, "competition": 1.0, "total_variation": 0.1, "l2": 0.01},
         rounds=4,
     ),
     Preset(
@@ -152,7 +152,8 @@ GENERATORS = (
         "Choi et al. 2020, arXiv 2005.04136",
         "BatchNorm's statistics, sure and balanced classes, and images on which student and teacher differ",
         "generator",
-        {"bn": 1.0, "one_hot": 0.1, "balance": 1.0, "adversarial_kl": 0.1},
+        {"bn": 1.0, "one_hot": 0.1, "balance": 1.0, "adversarial_kl": 0.5},
+        learning={"memory": "replay"},
     ),
     Preset(
         "cmi",
@@ -160,7 +161,7 @@ GENERATORS = (
         "batches from new generators, unlike each other and all earlier ones by a contrast of features",
         "generator",
         {"bn": 1.0, "one_hot": 0.5, "adversarial_kl": 0.5, "contrast": 0.5},
-        generation={"outer": "fresh", "latents": "learned"},
+        generation={"outer": "fresh", "latents": "learned", "rounds": 24, "generator_steps": 50, "student_steps": 50},
     ),
     Preset(
         "fastdfkd",
@@ -168,7 +169,7 @@ GENERATORS = (
         "batches in a few steps from a generator that Reptile makes quick to adapt",
         "generator",
         {"bn": 1.0, "one_hot": 0.5, "adversarial_kl": 0.5},
-        generation={"outer": "reptile", "latents": "learned"},
+        generation={"outer": "reptile", "latents": "learned", "rounds": 120, "generator_steps": 5, "student_steps": 10},
     ),
     Preset(
         "retain",
@@ -183,8 +184,8 @@ GENERATORS = (
         "Wang et al. 2023, arXiv 2303.11611",
         "DFQ's generator, and a student that learns the teacher's answers on images that were attacked",
         "generator",
-        {"bn": 1.0, "one_hot": 0.1, "balance": 1.0, "adversarial_kl": 0.1},
-        learning={"attack": 0.1},
+        {"bn": 1.0, "one_hot": 0.1, "balance": 1.0, "adversarial_kl": 0.5},
+        learning={"memory": "replay", "attack": 0.1},
     ),
 )
 

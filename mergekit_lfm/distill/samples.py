@@ -64,7 +64,8 @@ def draw_grid(samples: Samples) -> bytes:
     columns = math.ceil(math.sqrt(len(x)))
     rows = math.ceil(len(x) / columns)
     x = torch.cat([x, x.new_ones(rows * columns - len(x), *x.shape[1:])])
-    table = x.unflatten(0, (rows, columns)).permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)  # [channels, h, w]
+    table = x.reshape(rows, columns, *x.shape[1:]).permute(2, 0, 3, 1, 4)
+    table = table.flatten(3, 4).flatten(1, 2)  # [channels, h, w]
     pixels = (table * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
     buffer = io.BytesIO()
     pillow.fromarray(pixels[..., 0] if channels == 1 else pixels).save(buffer, "PNG")
@@ -73,6 +74,6 @@ def draw_grid(samples: Samples) -> bytes:
 
 def _by_class(labels: Tensor, count: int) -> list[int]:
     """The numbers of `count` images: of each class in turn its next one, so that a row has one of each."""
-    queues = [(labels == label).nonzero().flatten().tolist() for label in labels.unique().tolist()]
+    queues = [(labels == label).nonzero().flatten().tolist() for label in torch.unique(labels).tolist()]
     turns = [queue[i] for i in range(max(map(len, queues))) for queue in queues if i < len(queue)]
     return turns[:count]

@@ -31,7 +31,7 @@ NO_OPTIONS: Options = MappingProxyType({})
 
 @dataclass(frozen=True)
 class Given:
-    """What a user has besides a teacher. records, clusters: of the teacher on its data. images: of another kind."""
+    """Facts that a user has besides a teacher. records, clusters: of it on its data. images: of another kind."""
 
     records: Mapping[str, Moments] | None = None
     clusters: Clusters | None = None
@@ -55,7 +55,7 @@ def synthesise(
     *,
     given: Given | None = None,
     count: int = 256,
-    student_steps: int = 1000,
+    student_steps: int = 1200,
     low: float = 0.0,
     high: float = 1.0,
     seed: int = 0,

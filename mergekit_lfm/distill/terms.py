@@ -36,8 +36,13 @@ def records(seen: Pass) -> Tensor:
 
 
 def _distances(pairs: tuple[tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]], ...]) -> Tensor:
-    norm = torch.linalg.vector_norm
-    return torch.stack([norm(a - b) for found, wanted in pairs for a, b in zip(found, wanted, strict=True)]).sum()
+    gaps = [a - b for found, wanted in pairs for a, b in zip(found, wanted, strict=True)]
+    return torch.stack([_norm(x) for x in gaps]).sum()
+
+
+def _norm(x: Tensor) -> Tensor:
+    length: Tensor = torch.linalg.vector_norm(x)
+    return length
 
 
 def one_hot(seen: Pass) -> Tensor:
@@ -56,7 +61,8 @@ def impressions(seen: Pass) -> Tensor:
 
 def activation(seen: Pass) -> Tensor:
     """The negative mean size of features. Source: Chen et al. 2019, arXiv 1904.01186."""
-    return -seen.get("features").abs().mean()  # type: ignore[no-any-return]
+    features: Tensor = seen.get("features")
+    return -features.abs().mean()
 
 
 def balance(seen: Pass) -> Tensor:
@@ -65,12 +71,17 @@ def balance(seen: Pass) -> Tensor:
     Source: Chen et al. 2019, arXiv 1904.01186, there divided by the number of classes.
     """
     mean = seen.scores.softmax(-1).mean(0)
-    return torch.special.entr(mean).sum().neg()
+    return -_entropy(mean)
 
 
 def certainty(seen: Pass) -> Tensor:
     """The mean entropy of each prediction. Source: Addepalli et al. 2019, arXiv 1912.11960."""
-    return torch.special.entr(seen.scores.softmax(-1)).sum(-1).mean()
+    return _entropy(seen.scores.softmax(-1)).mean()
+
+
+def _entropy(chances: Tensor) -> Tensor:
+    entropies: Tensor = torch.special.entr(chances).sum(-1)
+    return entropies
 
 
 def adversarial_kl(seen: Pass) -> Tensor:
@@ -115,8 +126,8 @@ def diversity(seen: Pass) -> Tensor:
     """
     half = len(seen.images) // 2
     images, chances = seen.images, seen.scores.softmax(-1)
-    norm = torch.linalg.vector_norm
-    return norm(chances[half : 2 * half] - chances[:half]) / (norm(images[half : 2 * half] - images[:half]) + TINY)
+    apart = _norm(images[half : 2 * half] - images[:half])
+    return _norm(chances[half : 2 * half] - chances[:half]) / (apart + TINY)
 
 
 def spread(seen: Pass) -> Tensor:
@@ -124,7 +135,8 @@ def spread(seen: Pass) -> Tensor:
 
     Distances are Euclidean between latent numbers, and means of absolute differences between images.
     """
-    z, x = seen.get("latents"), seen.images.flatten(1)
+    z: Tensor = seen.get("latents")
+    x = seen.images.flatten(1)
     far = (z[:, None] - z[None]).square().sum(-1).clamp(min=TINY).sqrt()
     apart = (x[:, None] - x[None]).abs().mean(-1)
     return (-(far * apart).mean()).exp()
@@ -155,7 +167,7 @@ def boundary(seen: Pass) -> Tensor:
 
     Source: Braun et al. 2024, arXiv 2306.02090: pairs meet at the border between their classes.
     """
-    targets = seen.get("targets")
+    targets: Tensor = seen.get("targets")
     other = (targets != targets.roll(1)).to(seen.scores.dtype)
     gaps = (seen.scores - seen.scores.roll(1, 0)).square().mean(-1)
     return (gaps * other).sum() / other.sum().clamp(min=1)
@@ -170,13 +182,13 @@ def gradient(seen: Pass) -> Tensor:
 def gradient_l2(seen: Pass) -> Tensor:
     """The squared distance of both gradients. Source: Zhu et al. 2019, arXiv 1906.08935."""
     found, wanted = seen.get("gradients")
-    return (found - wanted).square().sum()  # type: ignore[no-any-return]
+    return torch.square(found - wanted).sum()
 
 
 def group(seen: Pass) -> Tensor:
     """The mean squared distance of copies of a batch from their mean. Source: Yin et al. 2021, arXiv 2104.07586."""
-    x = seen.images.unflatten(0, (seen.groups, -1))  # [groups, n, ...]
-    return (x - x.mean(0)).square().mean()
+    copies = seen.images.reshape(seen.groups, -1)  # [groups, n ...]
+    return (copies - copies.mean(0)).square().mean()
 
 
 Term = Callable[[Pass], Tensor]

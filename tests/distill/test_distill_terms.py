@@ -34,7 +34,7 @@ def test_bn_vanishes_at_the_stored_statistics() -> None:
     net, images = small(), some_images(32, 3)
     (norm,) = batch_norms(net)
     found = moments_of(net.conv(images), whole=False)
-    norm.running_mean, norm.running_var = found.mean.detach().clone(), found.spread.detach().clone()  # type: ignore[assignment]
+    norm.running_mean, norm.running_var = found.mean.detach().clone(), found.spread.detach().clone()
     with frozen([net]):
         observer = Observer(net, frozenset(["bn"]))
         assert float(TERMS["bn"](observer.see(images))) < 1e-5

@@ -36,7 +36,7 @@ def tuned_on(net: nn.Module, images: Tensor, labels: Tensor, rate: float) -> nn.
     nn.functional.cross_entropy(after(images), labels).backward()  # type: ignore[no-untyped-call]
     with torch.no_grad():
         for x in after.parameters():
-            x -= rate * (0 if x.grad is None else x.grad)
+            x.sub_(rate * (torch.zeros_like(x) if x.grad is None else x.grad))
     return after
 
 
