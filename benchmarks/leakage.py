@@ -3,8 +3,8 @@
     python benchmarks/leakage.py             # three seeds, some minutes on one core
 
 A network of random weights takes steps of plain descent on a few digits; `audit` is given the difference as if it had
-been one step. A number is the correlation of the true images with the found ones of the same class, the mean over images
-and seeds, with its standard error. Adam's difference is that of one step with Adam in place of plain descent.
+been one step. A number is the correlation of the true images with the ones found for their classes, the mean over
+images and seeds, with its standard error. Adam's difference is that of one step with Adam in place of plain descent.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def measure(seed: int, steps: int) -> dict[str, float]:
         labels = torch.arange(count)
         net = build(lambda smooth=smooth: network(smooth), seed)  # type: ignore[misc]
         change = as_gradient(net, tune(net, images, labels, tuned_for, adam))
-        leak = audit(net, change, SHAPE, labels=labels, options=Inversion(steps=steps), seed=seed)
+        leak = audit(net, change, SHAPE, count=count, labels=labels, options=Inversion(steps=steps), seed=seed)
         pairs = zip(leak.samples.images, images, strict=True)
         found[name] = 100 * sum(correlation(made, true) for made, true in pairs) / count
     return found

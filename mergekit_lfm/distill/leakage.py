@@ -63,6 +63,8 @@ def audit(
     """
     _check(model, gradient, way)
     labels = read_labels(model, gradient, count) if labels is None else labels
+    if labels.shape != (count,):
+        raise PlanError(f"found labels of shape {list(labels.shape)} for {count} images; expected one for each")
     terms = {name: weight for name, weight in WAYS[way].items() if name != "bn" or batch_norms(model)}
     copies = groups if "group" in terms else 1
     facts = Facts(gradient=gradient, targets=labels.repeat(copies), groups=copies)

@@ -70,6 +70,8 @@ def test_gradients_of_other_models_are_refused() -> None:
     ):
         with pytest.raises(PlanError, match=words):
             audit(net, gradient, SHAPE)
+    with pytest.raises(PlanError, match="for 1 images; expected one for each"):
+        audit(net, dict(net.named_parameters()), SHAPE, labels=torch.tensor([1, 2]))
     with pytest.raises(PlanError, match="Give the labels"):
         audit(net, {"first.weight": torch.zeros(12, 1, 5, 5)}, SHAPE)
     with pytest.raises(PlanError, match="did you mean deep_leakage"):
