@@ -17,7 +17,7 @@ from mergekit_lfm.distill.impressions import draw_classes
 from mergekit_lfm.distill.learner import Learner, Learning
 from mergekit_lfm.distill.passes import Moments, Observer, Pass, frozen, last_linear, scores_in_parts
 from mergekit_lfm.distill.samples import Samples
-from mergekit_lfm.distill.terms import COMPARING, TERMS, check_terms
+from mergekit_lfm.distill.terms import COMPARING, TERMS, check_finite, check_terms
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.train.examples import seed_of
 
@@ -211,11 +211,7 @@ class _Work:
                 seen = self._with_views(seen, turn)
         values = {name: TERMS[name](seen) for name in self.terms}
         total = torch.stack([weight * self._counted(name, values[name]) for name, weight in self.terms.items()]).sum()
-        if not math.isfinite(float(total.detach())):
-            raise PlanError(
-                f"the generator's loss is {float(total.detach())} in round {turn[0] + 1}; expected a finite number. "
-                f"Choose a lower learning rate than {self.options.learning_rate:g}, or smaller weights"
-            )
+        check_finite(total, f"the generator's loss in round {turn[0] + 1}", self.options.learning_rate)
         self.optimizer.zero_grad()
         total.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()

@@ -14,7 +14,7 @@ from mergekit_lfm.distill.impressions import draw_classes, draw_impressions
 from mergekit_lfm.distill.metadata import Clusters
 from mergekit_lfm.distill.passes import GRADIENTS, Moments, Observer, frozen, last_linear, scores_in_parts
 from mergekit_lfm.distill.samples import Samples
-from mergekit_lfm.distill.terms import COMPARING, check_terms, weigh
+from mergekit_lfm.distill.terms import COMPARING, check_finite, check_terms, weigh
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.train.examples import seed_of
 
@@ -137,11 +137,7 @@ def _invert_batch(
         total, values = weigh(
             terms, observer.see(_move(images, options.jitter, generator), groups=facts.groups, **known)
         )
-        if not math.isfinite(float(total.detach())):
-            raise PlanError(
-                f"the loss of step {step + 1} is {float(total.detach())}; expected a finite number. Choose a lower "
-                f"learning rate than {options.learning_rate:g}, or smaller weights"
-            )
+        check_finite(total, f"the loss in step {step + 1}", options.learning_rate)
         (images.grad,) = torch.autograd.grad(total, [images])
         optimizer.step()
         with torch.no_grad():

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mergekit_lfm.distill.divergences import DIVERGENCES, kd_divergence
+from mergekit_lfm.distill.terms import check_finite
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.runtime.load import logits, run
 from mergekit_lfm.train.examples import seed_of
@@ -97,11 +98,7 @@ class Learner:
         with torch.random.fork_rng([]):
             torch.manual_seed(seed_of(self.seed, "student", self.done))  # for dropout
             loss = self._loss(new, remembered)
-        if not math.isfinite(float(loss.detach())):
-            raise PlanError(
-                f"the student's loss is {float(loss.detach())} in step {self.done + 1}; expected a finite number. "
-                f"Choose a lower learning rate than {self.options.learning_rate:g}"
-            )
+        check_finite(loss, f"the student's loss in step {self.done + 1}", self.options.learning_rate)
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         share = (1 + math.cos(math.pi * self.done / max(1, self.steps))) / 2

@@ -152,7 +152,7 @@ GENERATORS = (
         "Choi et al. 2020, arXiv 2005.04136",
         "BatchNorm's statistics, sure and balanced classes, and images on which student and teacher differ",
         "generator",
-        {"bn": 1.0, "one_hot": 0.1, "balance": 1.0, "adversarial_kl": 0.5},
+        {"bn": 1.0, "one_hot": 0.1, "balance": 1.0, "adversarial_kl": 1.0},
         learning={"memory": "replay"},
     ),
     Preset(
@@ -184,7 +184,7 @@ GENERATORS = (
         "Wang et al. 2023, arXiv 2303.11611",
         "DFQ's generator, and a student that learns the teacher's answers on images that were attacked",
         "generator",
-        {"bn": 1.0, "one_hot": 0.1, "balance": 1.0, "adversarial_kl": 0.5},
+        {"bn": 1.0, "one_hot": 0.1, "balance": 1.0, "adversarial_kl": 1.0},
         learning={"memory": "replay", "attack": 0.1},
     ),
 )

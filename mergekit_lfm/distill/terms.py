@@ -5,6 +5,7 @@ A term is a mean over the batch, so that weights keep their meaning for other ba
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -210,6 +211,16 @@ def check_terms(terms: Mapping[str, float]) -> None:
     for name in terms:
         if name not in TERMS:
             raise PlanError(f"found the term {name!r}; expected {', '.join(TERMS)}; {did_you_mean(name, TERMS)}")
+
+
+def check_finite(loss: Tensor, place: str, learning_rate: float) -> None:
+    """Raise PlanError for a loss that is not finite. place: whose it is, and where."""
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        raise PlanError(
+            f"{place} is {value}; expected a finite number. Choose a lower learning rate than {learning_rate:g}, or "
+            "smaller weights"
+        )
 
 
 def weigh(terms: Mapping[str, float], seen: Pass) -> tuple[Tensor, dict[str, Tensor]]:
