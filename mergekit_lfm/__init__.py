@@ -84,6 +84,7 @@ __all__ = [
     "run_recipe",
     "score_facts",
     "select_examples",
+    "synthesise_images",
     "trace_facts",
     "tune_model",
     "undo_patches",
@@ -116,6 +117,7 @@ if TYPE_CHECKING:
     from mergekit_lfm.api.select import select_examples
     from mergekit_lfm.api.state_dicts import merge_state_dicts
     from mergekit_lfm.api.stats import collect_stats
+    from mergekit_lfm.api.synthesise import synthesise_images
     from mergekit_lfm.api.tensors import merge_tensors
     from mergekit_lfm.api.trace import trace_facts
     from mergekit_lfm.api.tune import tune_model
@@ -215,6 +217,7 @@ _HOMES = {
     "run_recipe": "api.recipes",
     "score_facts": "edit.scores",
     "select_examples": "api.select",
+    "synthesise_images": "api.synthesise",
     "trace_facts": "api.trace",
     "tune_model": "api.tune",
     "undo_patches": "api.patches",

@@ -84,7 +84,7 @@ def find_clusters(teacher: nn.Module, images: Tensor, *, each: int = 3, axes: in
     heard = list[Tensor]()
     with frozen([teacher]), torch.no_grad(), hook_modules({last_linear(teacher): heard.append}, inputs=True):
         classes = logits(run(teacher, (images,))).argmax(-1)
-    features, centres, spread = heard[0].flatten(1), list[Tensor](), list[Tensor]()
+    classes, features, centres, spread = classes.cpu(), heard[0].flatten(1).cpu(), list[Tensor](), list[Tensor]()
     for label in torch.unique(classes).tolist():
         rows = features[classes == label]
         for members in _k_means(rows, min(each, len(rows)), seed_of(seed, "clusters", label)):

@@ -103,7 +103,8 @@ class Observer:
         modules = dict(self.teacher.named_modules())
         if not self.records:
             raise PlanError("the term records needs records of the teacher's layers; give some, or leave it out")
-        return {modules[name]: moments for name, moments in self.records.items()}
+        device = next(self.teacher.parameters()).device
+        return {modules[name]: Moments(*(x.to(device) for x in moments)) for name, moments in self.records.items()}
 
     def _gradients(self, seen: Pass) -> tuple[Tensor, Tensor]:
         """The gradient of the mean cross-entropy of the targets, as far as it is wanted; and the wanted one."""
