@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from mergekit_lfm.api.tune_results import changes_of
 from mergekit_lfm.artifacts.statistics import open_statistics
 from mergekit_lfm.distill.metadata import collect_records, find_clusters, read_records
 from mergekit_lfm.distill.passes import scores_in_parts
-from mergekit_lfm.distill.presets import find_preset
+from mergekit_lfm.distill.presets import Preset, find_preset
 from mergekit_lfm.distill.samples import save_samples
 from mergekit_lfm.distill.synthesise import Given, Synthesis, synthesise
 from mergekit_lfm.errors import FormatError, PlanError
@@ -28,7 +28,7 @@ from mergekit_lfm.machine.progress import SILENCE, Progress
 from mergekit_lfm.output.save import check_out, save_checkpoint
 from mergekit_lfm.runtime.data import read_data
 from mergekit_lfm.runtime.load import IMAGES, Loaded, load_model
-from mergekit_lfm.runtime.subject import make_subject
+from mergekit_lfm.runtime.subject import Subject, make_subject
 from mergekit_lfm.store.files import read_text
 from mergekit_lfm.store.places import check_file, check_outside
 from mergekit_lfm.views.adapted import with_adapters
@@ -84,7 +84,8 @@ def synthesise_images(
     stay as they are. stats: a file of Gram matrices of the teacher; data: an .npz file of some of its images, for
     records and clusters; images: one of images of any kind. size: height and width, by default those of the model's
     config or image processor; low, high: the range of pixels, by default the processor's, else 0 to 1. count: how many
-    images gradients make. steps: of a student on these; rounds: of a generator, by default the preset's.
+    images gradients make. steps: of a student on these; rounds: of a generator, or steps of gradients for each batch of
+    images; by default the preset's.
 
     Raises PlanError for all that a preset needs and is not given, and for models that do not go together; FormatError
     for files of something else; ImportError without transformers or Pillow.
@@ -100,14 +101,40 @@ def synthesise_images(
     if target is not None:
         check_out(target, {str(path): path for path in (*files, *folders)}, overwrite=overwrite)
         check_outside(place, [target])
+    made, learned = _make(
+        folders, row, (stats, data, images), (size, low, high), (count, steps, rounds), seed, device, progress
+    )
+    written, findings = tuple(save_samples(place, made.samples)), list[str]()
+    if target is not None and learned is not None:
+        findings = _write_student(*learned, target, row.name, seed)
+    result = _describe(row.name, made, written, learned and learned[0], target)
+    return Outcome(place, result, warnings=warn_of(findings), seconds=time.monotonic() - started)
+
+
+def _make(
+    folders: Sequence[Path],
+    row: Preset,
+    files: tuple[StrPath | None, StrPath | None, StrPath | None],
+    form: tuple[int | None, float | None, float | None],
+    numbers: tuple[int, int, int | None],
+    seed: int,
+    device: str,
+    progress: Progress,
+) -> tuple[Synthesis, tuple[Loaded, Subject] | None]:
+    """The images, and the trained student if there is one. folders: the teacher's, and perhaps the student's."""
+    (size, low, high), (count, steps, rounds) = form, numbers
     loaded = [load_model(with_adapters(folder), "classification", device=device) for folder in folders]
     _check_classes(loaded)
+    subjects = [make_subject(each.model, each.checkpoint) for each in loaded]  # as they are before the training
+    _ = [subject.names for subject in subjects]
     shape, bounds = _form(loaded[0], size, low, high)
-    given = _given(loaded[0], stats, data, images, shape)
-    with progress.by_count(" steps" if row.family == "pixels" else " rounds", "making images") as report:
+    given = _given(loaded[0], subjects[0], *files, shape)
+    pixels = row.family == "pixels"
+    longer = {} if rounds is None else {"steps" if pixels else "rounds": rounds}
+    with progress.by_count(" steps" if pixels else " rounds", "making images") as report:
         made = synthesise(
             loaded[0].model,
-            loaded[1].model if student is not None else None,
+            loaded[1].model if len(loaded) > 1 else None,
             row,
             shape,
             given=given,
@@ -117,13 +144,9 @@ def synthesise_images(
             high=bounds[1],
             seed=seed,
             tell=lambda done, whole, _: report(done, whole),
-            generation={} if rounds is None else {"rounds": rounds},
+            **{"inversion" if pixels else "generation": longer},
         )
-    written, findings = tuple(save_samples(place, made.samples)), list[str]()
-    if target is not None:
-        findings = _write_student(loaded[1], target, row.name, seed)
-    result = _describe(row.name, made, written, loaded[1] if target is not None else None, target)
-    return Outcome(place, result, warnings=warn_of(findings), seconds=time.monotonic() - started)
+    return made, (loaded[1], subjects[1]) if len(loaded) > 1 else None
 
 
 def _check(out: Path, target: Path | None, student: bool, *, count: int, steps: int, rounds: int | None) -> None:
@@ -184,6 +207,7 @@ def _sides(size: Any) -> tuple[int, int] | None:
 
 def _given(
     loaded: Loaded,
+    subject: Subject,
     stats: StrPath | None,
     data: StrPath | None,
     images: StrPath | None,
@@ -194,7 +218,7 @@ def _given(
     records = None if own is None else collect_records(loaded.model, own)
     if stats is not None:
         statistics = open_statistics(expand(stats, "statistics"))
-        if statistics.info.models != (make_subject(loaded.model, loaded.checkpoint).digest,):
+        if statistics.info.models != (subject.digest,):
             raise FormatError(
                 f"{statistics.path} holds no statistics of this model; collect them with `mergekit-lfm stats`"
             )
@@ -212,10 +236,10 @@ def _pixels(path: Path, shape: tuple[int, int, int], loaded: Loaded) -> Tensor:
     return torch.cat(found).to(next(loaded.model.parameters()).device, torch.float32)
 
 
-def _write_student(loaded: Loaded, out: Path, preset: str, seed: int) -> list[str]:
+def _write_student(loaded: Loaded, subject: Subject, out: Path, preset: str, seed: int) -> list[str]:
     """Write the student with its new parameters and BatchNorm's new statistics; returns findings."""
     source = loaded.checkpoint
-    changed = changes_of(make_subject(loaded.model, source), source) | _buffers(loaded, source)
+    changed = changes_of(subject, source) | _buffers(loaded, source)
     document = json.dumps({"preset": preset, "seed": seed}, indent=2) + "\n"
     left = save_checkpoint(source, out, changed, {"synthesise.json": document.encode()})
     return [f"{name} is left behind: {why}" for name, why in left.items()]

@@ -39,7 +39,7 @@ Examples:
 @click.option(
     "--steps", type=click.IntRange(min=1), default=1200, help="Steps of the student on these. [default: 1200]"
 )
-@click.option("--rounds", type=click.IntRange(min=1), help="Rounds of a generator. [default: the preset's]")
+@click.option("--rounds", type=click.IntRange(min=1), help="Of a generator, or of gradients. [default: the preset's]")
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Decides all random numbers. [default: 0]")
 @options.device_option("Where the models run")
 @options.overwrite
