@@ -87,6 +87,7 @@ __all__ = [
     "run_recipe",
     "score_facts",
     "select_examples",
+    "synthesise_images",
     "trace_facts",
     "tune_model",
     "undo_patches",
@@ -122,6 +123,7 @@ if TYPE_CHECKING:
     from mergekit_lfm.api.state_dicts import merge_state_dicts
     from mergekit_lfm.api.stats import collect_stats
     from mergekit_lfm.api.students import make_student
+    from mergekit_lfm.api.synthesise import synthesise_images
     from mergekit_lfm.api.tensors import merge_tensors
     from mergekit_lfm.api.trace import trace_facts
     from mergekit_lfm.api.tune import tune_model
@@ -224,6 +226,7 @@ _HOMES = {
     "run_recipe": "api.recipes",
     "score_facts": "edit.scores",
     "select_examples": "api.select",
+    "synthesise_images": "api.synthesise",
     "trace_facts": "api.trace",
     "tune_model": "api.tune",
     "undo_patches": "api.patches",

@@ -28,6 +28,7 @@ from mergekit_lfm.commands.repair import repair
 from mergekit_lfm.commands.select import select
 from mergekit_lfm.commands.stats import stats
 from mergekit_lfm.commands.student import student
+from mergekit_lfm.commands.synthesise import synthesise
 from mergekit_lfm.commands.trace import trace
 from mergekit_lfm.commands.tune import tune
 from mergekit_lfm.commands.verify import verify
@@ -67,6 +68,7 @@ for command in (
         curves,
         offsite,
         select,
+        synthesise,
     ),
 ):
     main.add_command(command)

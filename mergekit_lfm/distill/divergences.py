@@ -24,7 +24,7 @@ def kd_divergence(
     KL(q, p), "js" T^2 times the Jensen-Shannon divergence (at most T^2 ln 2). "mae" is the mean absolute difference
     of the scores themselves, over the classes, and T has no part in it. The gradient of "forward" in the student's
     scores is T (q - p). Source: Hinton et al. 2015, arXiv 1503.02531, section 2; mae: Fang et al. 2019, arXiv
-    1912.11006, equation 6. Raises PlanError for another kind, a temperature that is not above 0, or other shapes.
+    1912.11006. Raises PlanError for another kind, a temperature that is not above 0, or other shapes.
     """
     _check(student_scores, teacher_scores, temperature, kind)
     student, teacher = widen(student_scores), widen(teacher_scores)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -189,7 +190,7 @@ class _Fixed:
     def __init__(self, scores: Tensor) -> None:
         self.scores = scores
 
-    def about(self, batch: dict[str, Tensor]) -> dict[str, Part]:  # noqa: ARG002
+    def about(self, batch: Mapping[str, Tensor]) -> dict[str, Part]:  # noqa: ARG002
         return {SCORES: Part(self.scores, (1,) * len(self.scores))}
 
 

@@ -1,0 +1,58 @@
+"""`synthesise`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mergekit_lfm.commands import options
+from mergekit_lfm.commands.console import Console
+from mergekit_lfm.commands.shell import Command, ModelFolder
+from mergekit_lfm.distill.presets import PRESETS
+
+FILE = click.Path(path_type=Path)
+
+
+@click.command(
+    cls=Command,
+    epilog="""\b
+Examples:
+  mergekit-lfm synthesise models/resnet -o made.npz
+  mergekit-lfm synthesise models/resnet --preset dfq --student models/small --student-out small-tuned -o made.npz""",
+)
+@click.argument("teacher", type=ModelFolder())
+@click.option(
+    "--preset", type=click.Choice([*PRESETS]), default="deepinversion", help="The way. [default: deepinversion]"
+)
+@click.option("-o", "--out", required=True, type=FILE, help="The .npz file to write; a .png comes beside it.")
+@click.option("--student", type=ModelFolder(), help="A classifier of the same classes, which learns from the images.")
+@click.option("--student-out", type=FILE, help="The folder to write the student to.")
+@click.option("--stats", type=FILE, help="Gram matrices of TEACHER, which take the place of BatchNorm's statistics.")
+@click.option("--data", type=FILE, help="Some of TEACHER's own images, .npz, for records and clusters of activations.")
+@click.option("--images", type=FILE, help="Images of any kind, .npz, for degan and dfnd.")
+@click.option("--size", type=click.IntRange(min=1), help="Height and width. [default: the model's]")
+@click.option("--low", type=float, help="The least value of a pixel. [default: the image processor's, else 0]")
+@click.option("--high", type=float, help="The largest value of a pixel. [default: the image processor's, else 1]")
+@click.option("--count", type=click.IntRange(min=2), default=256, help="Images that gradients make. [default: 256]")
+@click.option(
+    "--steps", type=click.IntRange(min=1), default=1200, help="Steps of the student on these. [default: 1200]"
+)
+@click.option("--rounds", type=click.IntRange(min=1), help="Of a generator, or of gradients. [default: the preset's]")
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Decides all random numbers. [default: 0]")
+@options.device_option("Where the models run")
+@options.overwrite
+@options.output
+@click.pass_obj
+def synthesise(console: Console, /, teacher: Path, out: Path, **values: Any) -> None:
+    """Make images for the classifier TEACHER without its data, and train a student on them.
+
+    Presets are published ways: docs/distillation.md lists them with how well each did. Those with a generator need a
+    student; the others can also make images alone. Needs the extra: pip install "mergekit_lfm[images]"
+    """
+    from mergekit_lfm.api.synthesise import synthesise_images
+    from mergekit_lfm.commands.show.synthetic import synthesised_data, synthesised_text
+
+    outcome = synthesise_images(teacher, out, progress=console.progress, **values)
+    console.conclude(synthesised_data(outcome), lambda: synthesised_text(outcome), path=out)

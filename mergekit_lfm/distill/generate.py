@@ -1,0 +1,275 @@
+"""`generate`: a generator makes images for a teacher and a student, and the student learns from them, turn by turn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mergekit_lfm.distill.bank import Bank
+from mergekit_lfm.distill.generators import Generator, Reader, build, renew
+from mergekit_lfm.distill.impressions import draw_classes
+from mergekit_lfm.distill.learner import Learner, Learning
+from mergekit_lfm.distill.passes import Moments, Observer, Pass, frozen, last_linear, scores_in_parts
+from mergekit_lfm.distill.samples import Samples
+from mergekit_lfm.distill.image_terms import COMPARING, TERMS, check_finite, check_terms
+from mergekit_lfm.errors import PlanError
+from mergekit_lfm.train.examples import seed_of
+
+Outer = Literal["go_on", "fresh", "reptile"]
+OUTERS, LATENTS = ("go_on", "fresh", "reptile"), ("drawn", "learned")
+PROJECTED = 32  # numbers of the head by which CMI compares features
+Tell = Callable[[int, int, Mapping[str, Any]], None]  # rounds done, of all, and the terms' values
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """How a generator is trained. rounds: each of `generator_steps` of it, and then `student_steps` of the student.
+
+    outer: the generator of the next round is this one's ("go_on"), a new one ("fresh"), or the one before moved by
+    `outer_rate` towards this one ("reptile"). latents: drawn for each step, or drawn once a round and trained with the
+    generator ("learned"); the student then learns from a bank of at most `bank` images. conditional: the generator is
+    given classes. exponential: terms that count as exp(value - its value before), so that a rise counts most. Source
+    of that: Han et al. 2020, arXiv 2011.03749; of Reptile here: Fang et al. 2022, arXiv 2112.06253.
+    """
+
+    rounds: int = 400
+    generator_steps: int = 1
+    student_steps: int = 3
+    batch_size: int = 128
+    learning_rate: float = 2e-3
+    outer: Outer = "go_on"
+    outer_rate: float = 0.5
+    latents: Literal["drawn", "learned"] = "drawn"
+    conditional: bool = False
+    exponential: tuple[str, ...] = ()
+    bank: int = 2048
+
+    def __post_init__(self) -> None:
+        """Raise PlanError for settings out of range, with all of them."""
+        least = (("rounds", 1), ("generator_steps", 1), ("student_steps", 0), ("batch_size", 2), ("bank", 2))
+        problems = [f"{n} is {getattr(self, n)}; expected at least {m}" for n, m in least if getattr(self, n) < m]
+        if not 0 < self.learning_rate < math.inf:
+            problems.append(f"learning_rate is {self.learning_rate}; expected a number above 0")
+        if not 0 < self.outer_rate <= 1:
+            problems.append(f"outer_rate is {self.outer_rate}; expected a share above 0, up to 1")
+        if self.outer not in OUTERS:
+            problems.append(f"outer is {self.outer!r}; expected {', '.join(OUTERS)}")
+        if self.latents not in LATENTS:
+            problems.append(f"latents is {self.latents!r}; expected {' or '.join(LATENTS)}")
+        if problems:
+            raise PlanError("; ".join(problems))
+
+
+@dataclass(frozen=True)
+class Generated:
+    """The last images that a generator made, and a line for each round: the terms, and the student's loss."""
+
+    samples: Samples
+    record: tuple[Mapping[str, float], ...]
+
+
+def generate(
+    teacher: nn.Module,
+    student: nn.Module,
+    generator: Generator,
+    terms: Mapping[str, float],
+    *,
+    options: Generation | None = None,
+    learning: Learning | None = None,
+    records: Mapping[str, Moments] | None = None,
+    proxy: Tensor | None = None,
+    seed: int = 0,
+    tell: Tell | None = None,
+) -> Generated:
+    """Train a generator so that the weighted sum of terms is small on its images, and a student on these, in turn.
+
+    Both are trained in place; the teacher runs in evaluation mode and stays as it is. proxy: images of another kind,
+    for the term of that name. One seed gives the same student, on the same machine with as many threads. Raises
+    PlanError for unknown terms, terms without their facts, and losses that are not finite.
+    """
+    options, learning = options or Generation(), learning or Learning()
+    check_terms(terms)
+    if "proxy" in terms and proxy is None:
+        raise PlanError("the term proxy needs images of another kind; give them, or leave it out")
+    work = _Work(teacher, student, generator, terms, options, learning, records, proxy, seed)
+    record = list[Mapping[str, float]]()
+    with frozen([teacher]):
+        for number in range(options.rounds):
+            line = work.round(number)
+            record.append(line)
+            if tell is not None:
+                tell(number + 1, options.rounds, line)
+        student.eval()
+        images = work.bank.images if options.latents == "learned" else work.images("last", 0)
+    return Generated(Samples(images, scores_in_parts(teacher, images, options.batch_size)), tuple(record))
+
+
+class _Work:
+    """The networks of one run, their optimizers, and the bank of images."""
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        student: nn.Module,
+        generator: Generator,
+        terms: Mapping[str, float],
+        options: Generation,
+        learning: Learning,
+        records: Mapping[str, Moments] | None,
+        proxy: Tensor | None,
+        seed: int,
+    ) -> None:
+        self.teacher, self.student, self.generator = teacher, student, generator
+        self.terms, self.options, self.proxy, self.seed = terms, options, proxy, seed
+        self.device = next(teacher.parameters()).device
+        head = last_linear(teacher)
+        self.classes = head.out_features
+        self.learner = Learner(student, self.classes, learning, options.rounds * options.student_steps, seed)
+        self.observer = Observer(teacher, frozenset(terms), student if set(COMPARING) & terms.keys() else None, records)
+        self.bank = Bank(options.bank)
+        self.before = dict[str, Tensor]()  # the values of exponential terms in the step before
+        shape = generator.shape
+        readers = {"decoder": generator.latent, "proxy": 1}
+        self.readers = {
+            name: build(partial(Reader, shape, outputs), seed_of(seed, name)).to(self.device)
+            for name, outputs in readers.items()
+            if name in terms
+        }
+        self.head = build(lambda: nn.Linear(head.in_features, PROJECTED), seed_of(seed, "head")).to(self.device)
+        self.optimizer = self._optimizer([])
+        critics = [x for name, reader in self.readers.items() if name == "proxy" for x in reader.parameters()]
+        self.critic = torch.optim.Adam(critics, lr=options.learning_rate) if critics else None
+
+    def _optimizer(self, latents: list[Tensor]) -> torch.optim.Optimizer:
+        """Adam of all that is trained to make images."""
+        decoder = [*self.readers["decoder"].parameters()] if "decoder" in self.readers else []
+        head = [*self.head.parameters()] if "contrast" in self.terms else []
+        groups: list[dict[str, Any]] = [{"params": [*self.generator.parameters(), *decoder, *head]}]
+        groups += [{"params": latents, "lr": 5 * self.options.learning_rate}] if latents else []
+        return torch.optim.Adam(groups, lr=self.options.learning_rate, betas=(0.5, 0.999))
+
+    def draw(self, *facts: object) -> tuple[Tensor, Tensor]:
+        """Latent numbers, with those for classes if the generator has some; and the classes."""
+        own = seed_of(self.seed, *facts)
+        size = (self.options.batch_size, self.generator.latent)
+        latents = torch.randn(size, generator=torch.Generator().manual_seed(own))
+        classes = draw_classes(size[0], self.classes, own)
+        if self.generator.classes:
+            latents = torch.cat([latents, nn.functional.one_hot(classes, self.classes).to(latents.dtype)], 1)
+        return latents.to(self.device), classes.to(self.device)
+
+    def images(self, *facts: object) -> Tensor:
+        """Images of new latent numbers, without gradients."""
+        with torch.no_grad():
+            made: Tensor = self.generator(self.draw(*facts)[0])
+        return made
+
+    def round(self, number: int) -> dict[str, float]:
+        """A round; its line of the record."""
+        learned, start = self.options.latents == "learned", dict[str, Tensor]()
+        latents, classes = self.draw("round", number)
+        if self.options.outer == "fresh":
+            renew(self.generator, seed_of(self.seed, "generator", number))
+        if self.options.outer == "reptile":
+            start = {name: x.detach().clone() for name, x in self.generator.state_dict().items()}
+        if learned or self.options.outer != "go_on":
+            self.optimizer = self._optimizer([latents.requires_grad_()] if learned else [])
+        self.generator.train()
+        line = dict[str, float]()
+        for step in range(self.options.generator_steps):
+            if not learned:
+                latents, classes = self.draw("step", number, step)
+            line = self._generator_step(latents, classes, (number, step))
+        if learned:
+            with torch.no_grad():
+                made = self.generator(latents)
+            self.bank.add(made, scores_in_parts(self.teacher, made, len(made)))
+        if start:
+            move_towards(start, self.generator, self.options.outer_rate)
+        losses = [self._student_step(number, step) for step in range(self.options.student_steps)]
+        return line | {"student": sum(losses) / max(1, len(losses))}
+
+    def _generator_step(self, latents: Tensor, classes: Tensor, turn: tuple[int, int]) -> dict[str, float]:
+        images = self.generator(latents)
+        facts: dict[str, Any] = {"latents": latents[:, : self.generator.latent].detach()}
+        if self.generator.classes or self.options.latents == "learned":
+            facts["targets"] = classes
+        if "decoder" in self.readers:
+            facts["decoded"] = self.readers["decoder"](images)
+        if "proxy" in self.readers:
+            self._critic_step(images.detach(), turn)
+            facts["judged"] = self.readers["proxy"](images).squeeze(-1)
+        with frozen([self.student]):
+            seen = self.observer.see(images, **facts)
+            if "contrast" in self.terms:
+                seen = self._with_views(seen, turn)
+        values = {name: TERMS[name](seen) for name in self.terms}
+        total = torch.stack([weight * self._counted(name, values[name]) for name, weight in self.terms.items()]).sum()
+        check_finite(total, f"the generator's loss in round {turn[0] + 1}", self.options.learning_rate)
+        self.optimizer.zero_grad()
+        total.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        return {name: float(value.detach()) for name, value in values.items()}
+
+    def _counted(self, name: str, value: Tensor) -> Tensor:
+        """A term's value as it counts in the sum."""
+        if name not in self.options.exponential:
+            return value
+        last, self.before[name] = self.before.get(name, value.detach()), value.detach()
+        return (value - last).exp()
+
+    def _critic_step(self, made: Tensor, turn: tuple[int, int]) -> None:
+        """Teach the critic to tell other data from generated images."""
+        proxy, critic = self.proxy, self.readers["proxy"]
+        assert proxy is not None and self.critic is not None
+        chooser = torch.Generator().manual_seed(seed_of(self.seed, "proxy", *turn))
+        chosen = torch.randint(len(proxy), (len(made),), generator=chooser)
+        real = critic(proxy[chosen].to(self.device))
+        loss = nn.functional.softplus(-real).mean() + nn.functional.softplus(critic(made)).mean()
+        self.critic.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.critic.step()
+
+    def _with_views(self, seen: Pass, turn: tuple[int, int]) -> Pass:
+        """The pass with projected features: of the images, of copies moved by a pixel, and of images of the bank."""
+        chooser = torch.Generator().manual_seed(seed_of(self.seed, "views", *turn))
+        shifts = torch.randint(-1, 2, (2,), generator=chooser).tolist()
+        copies = self.observer.see(seen.images.roll(shifts, (-2, -1))).get("features")
+        if len(self.bank):
+            with torch.no_grad():
+                others = self.observer.see(self.bank.draw(len(seen.images), chooser)[0]).get("features")
+        else:
+            others = seen.get("features")[:0]
+        return replace(seen, views=(self.head(seen.get("features")), self.head(copies), self.head(others)))
+
+    def _student_step(self, number: int, step: int) -> float:
+        """A step of the student: on images of the bank, or new ones, and remembered ones if it has a memory."""
+        chooser = torch.Generator().manual_seed(seed_of(self.seed, "bank", number, step))
+        if self.options.latents == "learned":
+            return self.learner.step(self.bank.draw(self.learner.options.batch_size, chooser))
+        images = self.images("student", number, step)
+        new = images, scores_in_parts(self.teacher, images, len(images))
+        if self.learner.options.memory == "none":
+            return self.learner.step(new)
+        remembered = self.bank.draw(len(images), chooser) if len(self.bank) else None
+        if step == 0:
+            self.bank.add(*new)
+        return self.learner.step(new, remembered)
+
+
+@torch.no_grad()
+def move_towards(start: Mapping[str, Tensor], module: nn.Module, rate: float) -> None:
+    """Reptile's outer step: the module's numbers become start + rate (its own - start), in place.
+
+    That is task arithmetic of one model, with lambda = rate. Whole numbers, such as counts, stay as they are. Source:
+    Nichol et al. 2018, arXiv 1803.02999, algorithm 1.
+    """
+    for name, x in module.state_dict().items():
+        if x.is_floating_point():
+            x.copy_(start[name] + rate * (x - start[name]))

@@ -1,0 +1,176 @@
+"""`invert`: make images for a model by gradients in their pixels, so that terms of a loss become small."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mergekit_lfm.distill.impressions import draw_classes, draw_impressions
+from mergekit_lfm.distill.metadata import Clusters
+from mergekit_lfm.distill.passes import GRADIENTS, Moments, Observer, frozen, last_linear, scores_in_parts
+from mergekit_lfm.distill.samples import Samples
+from mergekit_lfm.distill.image_terms import COMPARING, check_finite, check_terms, weigh
+from mergekit_lfm.errors import PlanError
+from mergekit_lfm.train.examples import seed_of
+
+Tell = Callable[[int, int, Mapping[str, Any]], None]  # steps done, of all, and the terms' values
+
+
+@dataclass(frozen=True, slots=True)
+class Inversion:
+    """How images are made from noise. steps: of Adam, for each batch; its rate falls by half a cosine.
+
+    low, high: the range of pixels, to which they are cut after each step. targets: "classes" in equal numbers, or
+    "impressions", soft ones. jitter: the most pixels by which a batch is moved, in a circle, for a step. noise: 2 eps
+    of Langevin's noise sqrt(2 eps) n at the first step; eps falls to a ten-thousandth. Source of the noise: Braun et
+    al. 2024, arXiv 2306.02090.
+    """
+
+    steps: int = 200
+    learning_rate: float = 0.1
+    batch_size: int = 256
+    low: float = 0.0
+    high: float = 1.0
+    targets: Literal["classes", "impressions"] = "classes"
+    jitter: int = 0
+    noise: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Raise PlanError for settings out of range, with all of them."""
+        problems = [
+            f"{name} is {value}; expected {expected}"
+            for name, value, expected, right in (
+                ("steps", self.steps, "at least 1", self.steps >= 1),
+                ("learning_rate", self.learning_rate, "a number above 0", 0 < self.learning_rate < math.inf),
+                ("batch_size", self.batch_size, "at least 2", self.batch_size >= 2),
+                ("high", self.high, f"a number above low, {self.low}", self.low < self.high < math.inf),
+                ("jitter", self.jitter, "at least 0", self.jitter >= 0),
+                ("noise", self.noise, "at least 0", 0 <= self.noise < math.inf),
+            )
+            if not right
+        ]
+        if problems:
+            raise PlanError("; ".join(problems))
+
+    def random(self, shape: tuple[int, ...], seed: int) -> Tensor:
+        """Uniform noise over the range of pixels."""
+        noise = torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+        return self.low + (self.high - self.low) * noise
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Facts that some terms read. student: for terms that compare; records, clusters: of the teacher on its data.
+
+    gradient: wanted, by the names of the teacher's parameters; targets: the classes, or None to draw them. groups:
+    copies of each image that are made together, for the term `group`.
+    """
+
+    student: nn.Module | None = None
+    records: Mapping[str, Moments] | None = None
+    clusters: Clusters | None = None
+    gradient: Mapping[str, Tensor] | None = None
+    targets: Tensor | None = None
+    groups: int = 1
+
+
+NOTHING = Facts()
+
+
+def invert(
+    teacher: nn.Module,
+    terms: Mapping[str, float],
+    shape: tuple[int, int, int],
+    count: int,
+    *,
+    options: Inversion | None = None,
+    facts: Facts = NOTHING,
+    seed: int = 0,
+    tell: Tell | None = None,
+) -> Samples:
+    """Images [count, *shape] that make the weighted sum of terms small, and the teacher's scores of them.
+
+    Batches are made one after the other; one seed gives the same images. The teacher runs in evaluation mode and stays
+    as it is. Raises PlanError for unknown terms, for terms without their facts, and for a loss that is not finite.
+    """
+    options = options or Inversion()
+    check_terms(terms)
+    observer = Observer(
+        teacher,
+        frozenset(terms),
+        facts.student if set(COMPARING) & terms.keys() else None,
+        facts.records,
+        facts.gradient if set(GRADIENTS) & terms.keys() else None,
+    )
+    made, size = list[Tensor](), min(options.batch_size, count)
+    with frozen([teacher], trained=observer.gradient is not None), frozen([facts.student]):
+        for start in range(0, count, size):
+            own = seed_of(seed, "batch", start)
+            made.append(_invert_batch(observer, terms, (min(size, count - start), *shape), options, facts, own, tell))
+    images = torch.cat(made)
+    return Samples(images, scores_in_parts(teacher, images, size))
+
+
+def _invert_batch(
+    observer: Observer,
+    terms: Mapping[str, float],
+    shape: tuple[int, ...],
+    options: Inversion,
+    facts: Facts,
+    seed: int,
+    tell: Tell | None,
+) -> Tensor:
+    """The images of one batch."""
+    device = next(observer.teacher.parameters()).device
+    generator = torch.Generator().manual_seed(seed_of(seed, "steps"))
+    known = {name: x.to(device) for name, x in _targets(observer, terms, shape[0], options, facts, seed).items()}
+    images = options.random(shape, seed_of(seed, "start")).to(device).requires_grad_()
+    optimizer = torch.optim.Adam([images], lr=options.learning_rate, betas=(0.5, 0.9))
+    for step in range(options.steps):
+        share = (1 + math.cos(math.pi * step / options.steps)) / 2
+        optimizer.param_groups[0]["lr"] = options.learning_rate * share
+        total, values = weigh(
+            terms, observer.see(_move(images, options.jitter, generator), groups=facts.groups, **known)
+        )
+        check_finite(total, f"the loss in step {step + 1}", options.learning_rate)
+        (images.grad,) = torch.autograd.grad(total, [images])
+        optimizer.step()
+        with torch.no_grad():
+            if options.noise:
+                eps = options.noise * 10 ** (-4 * step / options.steps)
+                images += (2 * eps) ** 0.5 * torch.randn(shape, generator=generator).to(device)
+            images.clamp_(options.low, options.high)
+        if tell is not None:
+            tell(step + 1, options.steps, {name: float(value.detach()) for name, value in values.items()})
+    return images.detach()
+
+
+def _targets(
+    observer: Observer, terms: Mapping[str, float], count: int, options: Inversion, facts: Facts, seed: int
+) -> dict[str, Tensor]:
+    """The targets of a batch, and the features that it is to have."""
+    known = dict[str, Tensor]()
+    if "clusters" in terms:
+        if facts.clusters is None:
+            raise PlanError("the term clusters needs clusters of the teacher's features; give them, or leave it out")
+        known["aims"] = facts.clusters.draw(count, torch.Generator().manual_seed(seed_of(seed, "aims")))
+    if facts.targets is not None:
+        return known | {"targets": facts.targets}
+    if options.targets == "impressions":
+        return known | {"targets": draw_impressions(last_linear(observer.teacher).weight, count, seed)}
+    if {"one_hot", "boundary"} & terms.keys():
+        known["targets"] = draw_classes(count, last_linear(observer.teacher).out_features, seed)
+    return known
+
+
+def _move(images: Tensor, most: int, generator: torch.Generator) -> Tensor:
+    """The images moved in a circle by up to `most` pixels both ways, all alike."""
+    if not most:
+        return images
+    shifts = torch.randint(-most, most + 1, (2,), generator=generator).tolist()
+    return images.roll(shifts, (-2, -1))
