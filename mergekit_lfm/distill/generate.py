@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from mergekit_lfm.distill.bank import Bank
 from mergekit_lfm.distill.generators import Generator, Reader, build, renew
+from mergekit_lfm.distill.image_terms import COMPARING, TERMS, check_finite, check_terms
 from mergekit_lfm.distill.impressions import draw_classes
 from mergekit_lfm.distill.learner import Learner, Learning
 from mergekit_lfm.distill.passes import Moments, Observer, Pass, frozen, last_linear, scores_in_parts
 from mergekit_lfm.distill.samples import Samples
-from mergekit_lfm.distill.image_terms import COMPARING, TERMS, check_finite, check_terms
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.train.examples import seed_of
 

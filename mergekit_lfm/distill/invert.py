@@ -10,11 +10,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from mergekit_lfm.distill.image_terms import COMPARING, check_finite, check_terms, weigh
 from mergekit_lfm.distill.impressions import draw_classes, draw_impressions
 from mergekit_lfm.distill.metadata import Clusters
 from mergekit_lfm.distill.passes import GRADIENTS, Moments, Observer, frozen, last_linear, scores_in_parts
 from mergekit_lfm.distill.samples import Samples
-from mergekit_lfm.distill.image_terms import COMPARING, check_finite, check_terms, weigh
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.train.examples import seed_of
 

@@ -14,10 +14,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from mergekit_lfm.distill.image_terms import TERMS
 from mergekit_lfm.distill.invert import Facts, Inversion, Tell, invert
 from mergekit_lfm.distill.passes import Observer, batch_norms, frozen, last_linear
 from mergekit_lfm.distill.samples import Samples
-from mergekit_lfm.distill.image_terms import TERMS
 from mergekit_lfm.errors import PlanError, did_you_mean, several
 
 Way = Literal["deep_leakage", "inverting_gradients", "gradinversion"]

@@ -10,10 +10,10 @@ import torch
 from helpers_distill import SHAPE, small, some_images
 from torch import Tensor, nn
 
+from mergekit_lfm.distill.image_terms import TERMS, check_terms
 from mergekit_lfm.distill.impressions import class_similarity, concentrations, draw_impressions
 from mergekit_lfm.distill.metadata import collect_records
 from mergekit_lfm.distill.passes import Moments, Observer, Pass, batch_norms, frozen, moments_of
-from mergekit_lfm.distill.image_terms import TERMS, check_terms
 from mergekit_lfm.errors import PlanError
 
 CHECKERS = torch.tensor([[0.0, 1.0], [1.0, 0.0]]).repeat(4, 4)[None, None]
