@@ -39,11 +39,11 @@ def distill_model(
     student, teachers: folders, names on the Hub, or MODEL+ADAPTER; of teachers also {model, weight, classes}, with
     `classes` the first and the last of the student's that are the teacher's. data: as of `tune_model`; labels are
     needed for the terms `task` and `local`, and in `dev`, alone. loss: weights of terms; by default {"kd": 1}, for
-    encoders {"embed": 1}. temperature: of kd and local, by default 2. divergence: "forward" (by default), "reverse" or
-    "js". top_k: read so many of the largest scores, and the share of the rest. layers: the number of a hidden state of
-    the student, and of the teacher's that it follows; by default evenly. cache: a folder to keep what the teachers say
-    for other runs; False holds the teachers in memory, and asks them in each step, to the same bytes. training: the
-    method, its parameters and all else that `tune_model` takes.
+    encoders {"embed": 1}. temperature: of kd, uld and local, by default 2. divergence: "forward" (by default),
+    "reverse" or "js". top_k: read so many of the largest scores, and the share of the rest. layers: the number of a
+    hidden state of the student, and of the teacher's that it follows; by default evenly. cache: a folder to keep what
+    the teachers say for other runs; False holds the teachers in memory, and asks them in each step, to the same bytes.
+    training: the method, its parameters and all else that `tune_model` takes.
 
     The teachers are asked before the training, one after the other, and no two models are in memory at a time. With
     `dev`, a file, the result's facts say how the teachers, and the student before and after, do on it. Raises PlanError

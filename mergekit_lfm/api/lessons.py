@@ -18,6 +18,7 @@ from mergekit_lfm.api.tune_data import read_all
 from mergekit_lfm.api.tune_plans import ANSWERS, PlannedTuning
 from mergekit_lfm.distill.course import Course, labels_of
 from mergekit_lfm.distill.follow import Follow
+from mergekit_lfm.distill.spans import pair_places, target_places
 from mergekit_lfm.distill.teachers import NUMBER, PATTERN, Kept, Live, Reading, Teacher
 from mergekit_lfm.distill.watch import show_attention
 from mergekit_lfm.errors import PlanError
@@ -140,7 +141,12 @@ def learn(
     teachers, scores = list[Teacher](), dict[str, Any]()
     for number, (entry, source) in enumerate(zip(recipe.teachers, sources, strict=True)):
         loaded = load_model(source, recipe.task, device=planned.device)
-        _check_reading(entry.model, planned, examples, read_all(loaded, planned, fits=False).examples)
+        other = read_all(loaded, planned, fits=False).examples
+        if course.by_tokens:
+            _check_reading(entry.model, planned, examples, other)
+            other = examples
+        else:
+            _check_places(entry.model, planned, examples, other)
         if judge is not None and entry.classes is None and _has_classes_of(planned, source):
             scores[entry.model] = judge(loaded)
         temperature = 1.0 if recipe.top_k is None else recipe.temperature
@@ -150,7 +156,7 @@ def learn(
         if recipe.is_cached:
             facts = [
                 source.content,
-                examples.digest,
+                other.digest,
                 repr(reading),
                 planned.device.partition(":")[0],
                 versions("torch"),
@@ -159,10 +165,10 @@ def learn(
             folder = recipe.cache_folder or planned.training / ANSWERS
             kept = Kept(folder / key, key, torch.device(planned.device))
             with progress.by_count(" examples", f"asking {entry.model}") as tell:
-                kept.fill(loaded.model, reading, examples, numbers, tell)
+                kept.fill(loaded.model, reading, other, numbers, tell)
             teachers.append(kept)
         else:
-            teachers.append(Live(loaded.model, reading))
+            teachers.append(Live(loaded.model, reading, None if course.by_tokens else other))
         del loaded
         gc.collect()
     return Taught(planned, course, teachers, scores, judge if scores else None)
@@ -187,8 +193,25 @@ def _check_reading(teacher: str, planned: PlannedTuning, own: Examples, other: E
     found = f"{teacher} and {student} read the data in different ways, first in example {wrong or 0}"
     raise PlanError(
         f"{found}; expected the same tokenizer, and as long texts (`window`). Choose a student of the teacher's "
-        "family, or let the teacher write texts (`mergekit-lfm generate`) and tune on them"
+        "family, let the teacher write texts (`mergekit-lfm generate`) and tune on them, or, for a language model, set "
+        "the loss uld, alone or with task, which pairs the tokens of two tokenizers by their places in the text"
     )
+
+
+def _check_places(teacher: str, planned: PlannedTuning, own: Examples, other: Examples) -> None:
+    """Raise PlanError if a teacher reads other examples, or shares no place with the student in any of them.
+
+    Both read the same files, and an example is a line of one, so that as many are the same.
+    """
+    student = planned.recipe.model
+    if len(own) != len(other):
+        found = f"{teacher} reads {len(other)} examples, and {student} {len(own)}"
+        raise PlanError(f"{found}; expected as many. Give data that stay as they are")
+    if not any(pair_places(target_places(a), target_places(b)) for a, b in zip(own.items, other.items, strict=True)):
+        raise PlanError(
+            f"{teacher} and {student} share no place in the texts where both begin a token; expected some, which uld "
+            "compares. Choose a teacher whose tokens are words or parts of words, as the student's"
+        )
 
 
 def _is_same(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> bool:

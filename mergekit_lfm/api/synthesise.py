@@ -27,7 +27,8 @@ from mergekit_lfm.machine.extras import import_extra
 from mergekit_lfm.machine.progress import SILENCE, Progress
 from mergekit_lfm.output.save import check_out, save_checkpoint
 from mergekit_lfm.runtime.data import read_data
-from mergekit_lfm.runtime.load import IMAGES, Loaded, load_model
+from mergekit_lfm.runtime.load import Loaded, load_model
+from mergekit_lfm.runtime.processors import IMAGES
 from mergekit_lfm.runtime.subject import Subject, make_subject
 from mergekit_lfm.store.files import read_text
 from mergekit_lfm.store.places import check_file, check_outside

@@ -9,10 +9,11 @@ import torch
 
 from mergekit_lfm.api.tune_plans import PlannedTuning
 from mergekit_lfm.api.tune_prompts import check_lengths
+from mergekit_lfm.distill.spans import with_places, without_places
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.recipe.tune_data import DataFile
 from mergekit_lfm.recipe.tune_recipe import TrainingRecipe
-from mergekit_lfm.runtime.load import Loaded
+from mergekit_lfm.runtime.load import Loaded, tokenizer_for_texts
 from mergekit_lfm.train.examples import Examples, join, split
 from mergekit_lfm.train.terms import check_language, with_reference
 from mergekit_lfm.train.texts import check_labels, lengthen_for, read_examples
@@ -55,7 +56,14 @@ def read_all(loaded: Loaded, planned: PlannedTuning, *, fits: bool = True) -> Tu
     if recipe.declaration.tasks:
         numbered = [_of_task(each, number) for number, each in enumerate([*sets, *dev])]
         sets, dev = numbered[: len(sets)], numbered[len(sets) :]
-    return _divide(recipe, sets, dev[0] if dev else None)
+    if not recipe.by_places:
+        return _divide(recipe, sets, dev[0] if dev else None)
+    tokenizer = tokenizer_for_texts(loaded.tokenizer)
+    named = zip(recipe.files, sets, strict=True)
+    sets = [with_places(each, planned.path_of(file), tokenizer, file.templates) for file, each in named]
+    data = _divide(recipe, sets, dev[0] if dev else None)
+    held_out = {name: without_places(each) for name, each in data.held_out.items()}
+    return data._replace(dev=None if data.dev is None else without_places(data.dev), held_out=held_out)
 
 
 def _of_task(examples: Examples, number: int) -> Examples:

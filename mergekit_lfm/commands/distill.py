@@ -36,6 +36,8 @@ other, and what they say is kept in OUT.training until it ends, or in the folder
 makes that smaller. With --no-cache they stay in memory and are asked in each step, to the same bytes. With --dev FILE
 the result says how teachers and student do on it, and what share of the student's lack came back.
 
+A teacher of a language model must have the student's tokenizer, unless the loss is uld, alone or with task.
+
 A run that was interrupted goes on when the same command runs again. Recipes give each teacher a weight, or classes of
 its own. Needs the extra: pip install "mergekit_lfm[models]"
 """
@@ -67,7 +69,7 @@ Examples:
 )
 @data_options
 @loss_option([*DISTILL_TERMS, *KEPT], "The weight of a term")
-@click.option("--temperature", type=click.FloatRange(0, min_open=True), help="Of kd and local. [default: 2]")
+@click.option("--temperature", type=click.FloatRange(0, min_open=True), help="Of kd, uld and local. [default: 2]")
 @click.option(
     "--divergence",
     type=click.Choice(get_args(Divergence)),

@@ -48,6 +48,12 @@ class Course:
         states = tuple(layers) if "states" in reads else ()
         return Wanted(scores, "features" in reads, states, attended)
 
+    @property
+    def by_tokens(self) -> bool:
+        """Whether a term compares token with token, so that the teachers must have the student's tokenizer."""
+        terms = [DISTILL_TERMS[name] for name in self.weights]
+        return any(term.reads != "labels" and not term.any_tokenizer for term in terms)
+
 
 def even_pairs(mine: int, theirs: int) -> Pairs:
     """The layers of a student, each with the teacher's at the same share of its depth."""

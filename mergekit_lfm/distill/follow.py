@@ -12,8 +12,20 @@ from torch import Tensor, nn
 from mergekit_lfm.distill import terms
 from mergekit_lfm.distill.blocks import fed, padded, unpadded
 from mergekit_lfm.distill.course import Course, Wanted
+from mergekit_lfm.distill.spans import pair_parts
 from mergekit_lfm.distill.teachers import IDS, NUMBER, Teacher
-from mergekit_lfm.distill.watch import ATTENTION, FEATURES, SCORES, STATE, Part, Seen, show_attention, targets_of, watch
+from mergekit_lfm.distill.watch import (
+    ATTENTION,
+    FEATURES,
+    PLACES,
+    SCORES,
+    STATE,
+    Part,
+    Seen,
+    show_attention,
+    targets_of,
+    watch,
+)
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.recipe.distill_terms import DISTILL_TERMS
 from mergekit_lfm.train.examples import Batch
@@ -85,7 +97,7 @@ class Follow:
 
     def __call__(self, student: nn.Module, batch: Batch) -> Terms:
         """The loss; in evaluation that of the task itself."""
-        plain, task = {name: x for name, x in batch.items() if name != NUMBER}, self.course.task
+        plain, task = {name: x for name, x in batch.items() if name not in (NUMBER, PLACES)}, self.course.task
         if not student.training:
             return LOSSES[task](student, plain)
         output, mine = self._watch(student, batch)
@@ -95,6 +107,8 @@ class Follow:
         for name, weight in self.course.weights.items():
             if name == "task":
                 whole = LOSSES[task](student if task == "embedding" else Said(output), plain).total
+            elif name == "uld":
+                whole = self._by_places(mine, said, targets)
             elif DISTILL_TERMS[name].reads == "scores":
                 whole = self._by_scores(name, mine, said)
             elif name == "lit":
@@ -132,6 +146,15 @@ class Follow:
         if ids is None:
             return terms.kd(scores, theirs, course.temperature, course.divergence)
         return terms.kd_of_largest(scores, theirs, ids.values, course.temperature, course.divergence)
+
+    def _by_places(self, mine: Seen, said: Sequence[Seen], targets: Sequence[int]) -> Tensor:
+        """`uld`: the mean over targets that have a partner in the same place, of examples with as much as they have."""
+        values = list[Tensor]()
+        for seen, share in zip(said, self.course.shares, strict=True):
+            own, other, counts = pair_parts(mine[PLACES], seen[PLACES])
+            rows = terms.uld(mine[SCORES].values[own], seen[SCORES].values[other], self.course.temperature)
+            values.append(share * _by_example(rows, counts, targets))
+        return torch.stack(values).sum()
 
     def _by_parts(self, name: str, mine: Seen, said: Sequence[Seen], batch: Batch, targets: Sequence[int]) -> Tensor:
         """A term about vectors, states or attention: the mean over layers, of examples with as much as they have."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mergekit_lfm.artifacts.header import Kind, save_tensors
 from mergekit_lfm.distill.course import Wanted
-from mergekit_lfm.distill.watch import SCORES, Part, Seen, join_parts, watch
+from mergekit_lfm.distill.watch import PLACES, SCORES, Part, Seen, join_parts, watch
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.machine.progress import Count
 from mergekit_lfm.machine.resources import free_space
@@ -81,14 +81,22 @@ def share_of_rest(logs: Tensor, ids: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Live:
-    """A teacher in memory."""
+    """A teacher in memory. examples: as it reads them itself, None for one that reads them as the student does."""
 
     model: nn.Module
     reading: Reading
+    examples: Examples | None = None
 
     def about(self, batch: Batch) -> Seen:
-        asked = [self.reading.ask(self.model, row) for row in rows_of(batch)]
+        rows = rows_of(batch) if self.examples is None else own_rows(self.examples, batch[NUMBER])
+        asked = [self.reading.ask(self.model, row) for row in rows]
         return {name: join_parts([each[name] for each in asked]) for name in asked[0]}
+
+
+def own_rows(examples: Examples, numbers: Tensor) -> Iterator[Batch]:
+    """The examples of these numbers, each as a batch of one on their device."""
+    for number in numbers.tolist():
+        yield {name: x.to(numbers.device) for name, x in examples.batch([number]).items()}
 
 
 def rows_of(batch: Batch) -> Iterator[dict[str, Tensor]]:
@@ -99,7 +107,7 @@ def rows_of(batch: Batch) -> Iterator[dict[str, Tensor]]:
         cut = dict[str, Tensor]()
         for name, x in batch.items():
             start = name.removesuffix("attention_mask").removesuffix("input_ids")
-            start = longest if name == "labels" and x.ndim == 2 else start
+            start = longest if name in ("labels", PLACES) and x.ndim == 2 else start
             part = x[row : row + 1]
             cut[name] = part[:, : int(lengths[start][row])] if start in lengths and x.ndim == 2 else part
         yield cut

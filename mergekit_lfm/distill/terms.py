@@ -33,6 +33,19 @@ def kd_of_largest(mine: Tensor, theirs: Tensor, ids: Tensor, temperature: float,
     return temperature**2 * kd_divergence(own, theirs, 1.0, kind)
 
 
+def uld(mine: Tensor, theirs: Tensor, temperature: float) -> Tensor:
+    """The Wasserstein distance of two predictions where each class is as far from any other: [rows].
+
+    It is the sum of |q - p| over the sorted probabilities of scores [rows, classes], the fewer ones followed by zeros.
+    Which class is which has no part, so that the two may have other classes. Source: Boizard et al. 2024, arXiv
+    2402.12030, section 3; as theirs without a factor for the temperature, which the paper leaves at 1.
+    """
+    q, p = ((x / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True).values for x in (mine, theirs))
+    width = max(q.shape[-1], p.shape[-1])
+    longer = [nn.functional.pad(x, (0, width - x.shape[-1])) for x in (q, p)]
+    return (longer[0] - longer[1]).abs().sum(-1)
+
+
 def squares(mine: Tensor, theirs: Tensor) -> Tensor:
     """The mean squared difference of each row: [rows]."""
     return (mine - theirs).square().mean(-1)

@@ -22,12 +22,13 @@ from mergekit_lfm.train.losses import Said, pool, widen
 
 SCORES, FEATURES = "scores", "features"
 STATE, ATTENTION = "state/{}", "attention/{}"
+PLACES = "places"  # of tokens in the texts of their example
 OTHER = "positive_"  # begins the names of the inputs of a text's positive
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Rows [rows, width], in float32 or wider, and how many of them each example has."""
+    """Rows [rows, width], numbers in float32 or wider, and how many of them each example has."""
 
     values: Tensor
     counts: tuple[int, ...]
@@ -46,6 +47,9 @@ def watch(model: nn.Module, task: str, batch: Batch, wanted: Wanted) -> tuple[An
     lengths, seen = lengths_of(batch), dict[str, Part]()
     if wanted.scores:
         seen[SCORES] = _scores(task, output, batch)
+        if PLACES in batch:
+            counted = _counted(task, batch)
+            seen[PLACES] = Part(batch[PLACES][:, 1:][counted][:, None], seen[SCORES].counts)
     if wanted.features:
         seen[FEATURES] = _features(model, task, batch, output, heard, lengths)
     states = _listed(output, "hidden_states", wanted.states, model)
@@ -68,7 +72,7 @@ def show_attention(model: nn.Module) -> None:
 
 def inputs_of(batch: Batch) -> dict[str, Tensor]:
     """The inputs of a model in a batch: of texts with positives, those of the texts."""
-    return {name: x for name, x in batch.items() if name != "labels" and not name.startswith(OTHER)}
+    return {name: x for name, x in batch.items() if name not in ("labels", PLACES) and not name.startswith(OTHER)}
 
 
 def lengths_of(batch: Batch) -> tuple[int, ...] | None:

@@ -18,6 +18,7 @@ from mergekit_lfm.recipe.tune_recipe import TrainingRecipe
 from mergekit_lfm.recipe.values import FOUND
 
 ALIGNED = ("kd", "hard", "logits")  # terms that compare scores class by class
+HEATED = ("kd", "uld", "local")  # terms of predictions at a temperature
 
 
 class TeacherEntry(Strict):
@@ -48,8 +49,8 @@ Layer = Annotated[int, Field(strict=True, ge=0)]
 class DistillRecipe(TrainingRecipe):
     """A distillation as the user wrote it. model: the student. loss: weights of `DISTILL_TERMS`.
 
-    temperature: of `kd` and `local`; divergence: of `kd`. top_k: so many of the largest scores of a teacher are read,
-    and the rest's share. layers: the student's hidden states and the teacher's that belong together, 0 for the
+    temperature: of `kd`, `uld` and `local`; divergence: of `kd`. top_k: so many of the largest scores of a teacher are
+    read, and the rest's share. layers: the student's hidden states and the teacher's that belong together, 0 for the
     embeddings; by default evenly. cache: a folder where what the teachers say is kept for other runs; false keeps the
     teachers in memory instead, as masked_lm needs, whose masks are drawn anew. The rest is as of a training.
     """
@@ -90,7 +91,7 @@ class DistillRecipe(TrainingRecipe):
         """The problems of settings without the term that they are for."""
         set_here, terms = self.model_fields_set, self.terms
         for name, owners in (
-            ("temperature", ("kd", "local")),
+            ("temperature", HEATED),
             ("divergence", ("kd",)),
             ("top_k", ("kd", "hard")),
             ("layers", tuple(name for name, term in DISTILL_TERMS.items() if term.layered)),
@@ -99,8 +100,10 @@ class DistillRecipe(TrainingRecipe):
                 yield problem_at(
                     name, FOUND, found="it", expected=f"none without {' or '.join(owners)} in the loss; leave it out"
                 )
-        if self.top_k is not None and "logits" in terms:
-            yield problem_at("top_k", FOUND, found=str(self.top_k), expected="none with logits, which reads all scores")
+        for name in ("logits", "uld"):
+            if self.top_k is not None and name in terms:
+                expected = f"none with {name}, which reads all scores"
+                yield problem_at("top_k", FOUND, found=str(self.top_k), expected=expected)
         if self.task == "masked_lm" and self.cache not in (None, False):
             expected = "false for masked_lm, whose masks are drawn anew in each step"
             yield problem_at("cache", FOUND, found=str(self.cache), expected=expected)
@@ -145,6 +148,10 @@ class DistillRecipe(TrainingRecipe):
         return bool({"task", "local"} & self.terms.keys()) or self.dev is not None
 
     @property
+    def by_places(self) -> bool:
+        return any(DISTILL_TERMS[name].any_tokenizer for name in self.terms if name in DISTILL_TERMS)
+
+    @property
     def is_cached(self) -> bool:
         """Whether the teachers are asked before the training, one after the other, and not in each step."""
         return self.task != "masked_lm" if self.cache is None else self.cache is not False
@@ -164,6 +171,6 @@ class DistillRecipe(TrainingRecipe):
         optional |= {"layers": [[*pair] for pair in self.layers]} if self.layers else {}
         teachers = [entry.model_dump(mode="json", exclude_none=True) for entry in self.teachers]
         own = {"teachers": teachers, "loss": dict(sorted(self.terms.items())), **optional}
-        own |= {"temperature": self.temperature} if {"kd", "local"} & self.terms.keys() else {}
+        own |= {"temperature": self.temperature} if {*HEATED} & self.terms.keys() else {}
         own |= {"divergence": self.divergence} if "kd" in self.terms else {}
         return {**super().normalised(), **own}

@@ -29,7 +29,8 @@ class DistillTerm:
     """A term by which a student follows a teacher, with its weight. tasks: those that it fits.
 
     reads: what it compares; "labels" of the data, not of a teacher. layered: whether it compares layers. together: it
-    is about all examples of a batch at once. same: it needs a student as wide as the teacher.
+    is about all examples of a batch at once. same: it needs a student as wide as the teacher. any_tokenizer: it reads
+    scores of a teacher that may have another tokenizer.
     """
 
     name: str
@@ -40,6 +41,7 @@ class DistillTerm:
     layered: bool = False
     together: bool = False
     same: bool = False
+    any_tokenizer: bool = False
 
 
 DISTILL_TERMS: Mapping[str, DistillTerm] = {
@@ -55,6 +57,14 @@ DISTILL_TERMS: Mapping[str, DistillTerm] = {
             "mean squared difference of the outputs themselves",
             (*SCORED, "regression"),
             "scores",
+        ),
+        DistillTerm(
+            "uld",
+            "arXiv 2402.12030",
+            "differences of the sorted probabilities, for a teacher of another tokenizer, too",
+            ("lm",),
+            "scores",
+            any_tokenizer=True,
         ),
         DistillTerm("task", "", "the loss of the task itself, on the labels of the data", EVERY, "labels"),
         DistillTerm(

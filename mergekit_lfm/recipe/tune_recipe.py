@@ -226,6 +226,11 @@ class TrainingRecipe(JobForm):
         return True
 
     @property
+    def by_places(self) -> bool:
+        """Whether the tokens of examples need their places in the texts."""
+        return False
+
+    @property
     def statistics(self) -> Path | None:
         """The file of Fisher information."""
         return self._stats

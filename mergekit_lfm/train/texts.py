@@ -88,13 +88,7 @@ def _read_language(
     limit = text_limit(window, loaded.positions, tokenizer)
     pad = {"input_ids": padding_of(tokenizer), "labels": IGNORED}
     illustrated = has_images(path)
-    forms = ("prompt", "messages") if illustrated else ("text", "prompt", "messages")
-    lines = list[Numbered]()
-    if templates:
-        lines = _fill_templates(path, templates)
-    elif path.suffix == ".jsonl":
-        expected = f"an object with one of {', '.join(forms)} on each line"
-        lines = read_objects(path, _one_of(forms), expected + (", and an image" if illustrated else ""))
+    lines = language_lines(path, templates, illustrated=illustrated)
     if illustrated:
         examples = illustrated_examples(path, lines, loaded, limit)
         return replace(examples, forms=(len(templates),) if templates else ())
@@ -110,6 +104,17 @@ def _read_language(
     pieces = read_data(path, "lm", tokenizer, window=window, positions=loaded.positions)
     rows = [row for batch in pieces for row in batch.kwargs["input_ids"]]
     return Examples([{"input_ids": row, "labels": row} for row in rows], pad)
+
+
+def language_lines(path: Path, templates: Sequence[Template], *, illustrated: bool = False) -> list[Numbered]:
+    """The lines of a .jsonl file for a language model, or what templates make of them; none of a .txt file."""
+    if templates:
+        return _fill_templates(path, templates)
+    if path.suffix != ".jsonl":
+        return []
+    forms = ("prompt", "messages") if illustrated else ("text", "prompt", "messages")
+    expected = f"an object with one of {', '.join(forms)} on each line"
+    return read_objects(path, _one_of(forms), expected + (", and an image" if illustrated else ""))
 
 
 def check_labels(examples: Examples, classes: int | None, place: object) -> None:

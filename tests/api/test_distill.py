@@ -14,6 +14,7 @@ import torch
 import yaml
 from helpers_commands import refusal, run
 from helpers_editing import LLAMA
+from helpers_tokenizers import save_llama
 from helpers_tune import tiny  # noqa: F401
 from safetensors.torch import load_file, save_file
 
@@ -45,7 +46,7 @@ def here(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:  
 
 CASES = [
     ("llama", "lm", {"loss": {"kd": 0.9, "task": 0.1}, "top_k": 5}),
-    ("llama", "lm", {"loss": {"attention": 1.0, "hint": 1.0, "lit": 0.1}}),
+    ("llama", "lm", {"loss": {"attention": 1.0, "hint": 1.0, "lit": 0.1, "uld": 0.5}}),
     ("bert", "classification", {"loss": {"kd": 1.0, "vid": 0.1, "angle": 1.0, "triplet": 1.0, "local": 1.0}}),
     ("encoder", "embedding", {"loss": {"embed": 1.0, "distance": 1.0, "l2sp": 0.01}}),
 ]
@@ -283,6 +284,7 @@ def test_teachers_larger_together_than_the_memory_are_asked_one_after_the_other(
         (["--loss", "hint=1", "--temperature", "2"], "temperature: found it, expected none without kd"),
         (["--method", "prompt"], "expected a method that trains a model"),
         (["--top-k", "3", "--loss", "logits=1"], "logits"),
+        (["--top-k", "3", "--loss", "kd=1", "--loss", "uld=1"], "none with uld"),
         (["--no-cache", "--cache", "x"], "found --cache and --no-cache"),
     ],
 )
@@ -305,5 +307,31 @@ def test_teachers_that_do_not_fit_are_refused() -> None:
     vocabulary = tokenizer["model"]["vocab"]
     vocabulary["a"], vocabulary["e"] = vocabulary["e"], vocabulary["a"]
     Path("llama-teacher2/tokenizer.json").write_text(json.dumps(tokenizer))
-    with pytest.raises(PlanError, match=r"llama-teacher2 and llama read the data in different ways"):
-        distill_model("llama", "llama-teacher2", "llama.jsonl", "out", task="lm", **LINE)
+    message = (
+        r"llama-teacher2 and llama read the data in different ways[^$]*generate[^$]*the loss uld, alone or with task"
+    )
+    for loss in ({"kd": 1.0}, {"uld": 1.0, "hint": 1.0}):
+        with pytest.raises(PlanError, match=message):
+            distill_model("llama", "llama-teacher2", "llama.jsonl", "out", task="lm", loss=loss, **LINE)
+
+
+@pytest.mark.usefixtures("here")
+def test_a_teacher_of_another_tokenizer_is_followed_where_both_begin_a_token() -> None:
+    """Asked before or in each step, to the same bytes; and of answers, with scores in bits per byte."""
+    save_llama(Path("letters"), 5, config={"initializer_range": 0.2, "max_position_embeddings": 200})
+    texts = [json.loads(line)["text"] for line in Path("llama.jsonl").read_text().splitlines()]
+    lines = [{"prompt": "Say :", "completion": text} for text in texts]
+    Path("answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    both: list[Any] = ["letters", {"model": "llama-teacher1", "weight": 3.0}]
+    how: dict[str, Any] = {"task": "lm", "loss": {"uld": 1.0}, **LINE, "batch_size": 16}
+    made = [
+        distill_model("llama", both, "llama.jsonl", out, cache=cache, **how)
+        for out, cache in (("kept", None), ("live", False))
+    ]
+    files = [Path(out, "model.safetensors").read_bytes() for out in ("kept", "live")]
+    assert files[0] == files[1] and made[0].digest == made[1].digest
+    record = [json.loads(line)["loss"] for line in Path("kept.training/metrics.jsonl").read_text().splitlines()]
+    assert record[-1] < record[0]
+    how |= {"loss": {"uld": 1.0, "task": 0.01}, "dev": "llama.jsonl"}
+    facts = distill_model("llama", "letters", "answers.jsonl", "answered", **how).result.facts
+    assert "bits_per_byte" in facts["teachers"]["letters"]

@@ -15,9 +15,9 @@ from mergekit_lfm.distill import terms
 from mergekit_lfm.distill.blocks import fed
 from mergekit_lfm.distill.course import Course, Wanted, even_pairs
 from mergekit_lfm.distill.follow import Follow
-from mergekit_lfm.distill.teachers import Live, Reading, largest, rows_of
-from mergekit_lfm.distill.watch import SCORES, STATE, Part, show_attention, watch
-from mergekit_lfm.train.examples import IGNORED
+from mergekit_lfm.distill.teachers import NUMBER, Live, Reading, largest, rows_of
+from mergekit_lfm.distill.watch import PLACES, SCORES, STATE, Part, show_attention, watch
+from mergekit_lfm.train.examples import IGNORED, Examples
 
 N, D = 5, 4
 
@@ -49,6 +49,22 @@ def test_the_largest_scores_and_the_rest_are_all_scores() -> None:
         shares = [(float(p[row][group].sum()), float(q[row][group].sum())) for group in groups]
         total += 4 * sum(a * math.log(a / b) for a, b in shares)
     assert float(terms.kd_of_largest(mine, top, ids, 2.0, "forward")) == pytest.approx(total, rel=1e-12)
+
+
+def test_sorted_probabilities_by_hand() -> None:
+    """Sorted and followed by zeros; the order of classes has no part, and the larger vocabulary may be on each side."""
+    torch.manual_seed(0)
+    mine, theirs = 2 * torch.randn(3, 4, dtype=torch.float64), 2 * torch.randn(3, 6, dtype=torch.float64)
+    for a, b in ((mine, theirs), (theirs, mine)):
+        expected = list[float]()
+        for row in range(3):
+            sides = list[list[float]]()
+            for scores in (a[row].tolist(), b[row].tolist()):
+                whole = sum(math.exp(x / 2) for x in scores)
+                sides.append(sorted((math.exp(x / 2) / whole for x in scores), reverse=True))
+            expected.append(sum(abs(q - p) for q, p in itertools.zip_longest(*sides, fillvalue=0.0)))
+        assert terms.uld(a, b, 2.0).tolist() == pytest.approx(expected, rel=1e-12)
+    assert terms.uld(mine, mine[:, [2, 0, 3, 1]], 2.0).tolist() == pytest.approx([0.0] * 3, abs=1e-15)
 
 
 def test_relations_by_hand(vectors: tuple[Tensor, Tensor]) -> None:
@@ -125,20 +141,20 @@ def test_attention_and_local_classes_by_hand(vectors: tuple[Tensor, Tensor]) -> 
     assert float(terms.local(scores, vectors[1], labels, 2.0)) == pytest.approx(total, rel=1e-10)
 
 
-def _llama(layers: int, seed: int) -> Any:
+def _llama(layers: int, seed: int, vocabulary: int = 40) -> Any:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(seed)
     config = transformers.LlamaConfig(
-        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=layers, num_attention_heads=2,
+        vocab_size=vocabulary, hidden_size=16, intermediate_size=24, num_hidden_layers=layers, num_attention_heads=2,
         num_key_value_heads=2,
     )  # fmt: skip
     return transformers.LlamaForCausalLM(config).double().train()
 
 
-def _batch() -> dict[str, Tensor]:
+def _batch(**more: Tensor) -> dict[str, Tensor]:
     ids = torch.tensor([[3, 5, 7, 9, 11], [4, 6, 8, 0, 0]])
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
-    return {"input_ids": ids, "attention_mask": mask, "labels": torch.where(mask > 0, ids, IGNORED)}
+    return {"input_ids": ids, "attention_mask": mask, "labels": torch.where(mask > 0, ids, IGNORED), **more}
 
 
 @pytest.mark.parametrize("weights", [{"kd": 1.0}, {"hint": 1.0, "attention": 0.5}, {"vid": 1.0}, {"lit": 1.0}])
@@ -162,6 +178,33 @@ def test_a_batch_is_its_examples_one_by_one(weights: dict[str, float]) -> None:
         assert (a is None) == (b is None)
         if a is not None and b is not None:
             torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-12)
+
+
+def test_targets_are_compared_in_their_places_and_a_batch_is_its_examples() -> None:
+    """By the two models alone, in float64: the mean over pairs, for each target of an example."""
+    theirs: Any = [
+        {"input_ids": [2, 30, 31, 32], "labels": [2, 30, 31, 32], PLACES: [-1, 0, 2, 4]},
+        {"input_ids": [2, 33], "labels": [2, 33], PLACES: [-1, 0]},
+    ]
+    items = [{name: torch.tensor(x) for name, x in item.items()} for item in theirs]
+    examples = Examples(items, {"input_ids": 0, "labels": IGNORED, PLACES: -1})
+    teacher, student = _llama(2, 0, 50).eval(), _llama(2, 1)
+    course = Course("lm", {"uld": 1.0}, [()], [1.0], 1.5)
+    follow = Follow(course, [Live(teacher, Reading("lm", course.wanted(0)), examples)])
+    places = torch.tensor([[-1, 0, 1, 2, 3], [-1, 1, 2, -1, -1]])
+    batch = _batch(**{PLACES: places, NUMBER: torch.tensor([0, 1])})
+    follow.build(student, batch, 0)
+    whole, apart = follow(student, batch), [follow(student, row) for row in rows_of(batch)]
+    said = [teacher(item["input_ids"][None]).logits[0] for item in items[:1]]
+    mine = student(batch["input_ids"][:1]).logits[0]
+    pairs = [(0, 0), (2, 1)]  # the places 0 and 2; the second example shares none
+    rows = [terms.uld(mine[a][None], said[0][b][None], 1.5) for a, b in pairs]
+    expected = float(4 * torch.cat(rows).mean().detach())
+    assert whole.number == sum(each.number for each in apart) == 6
+    assert float(whole.total.detach()) == pytest.approx(expected, rel=1e-10)
+    assert [float(each.total.detach()) for each in apart] == pytest.approx([expected, 0.0], rel=1e-10)
+    gradients = [torch.autograd.grad(x, student.lm_head.weight)[0] for x in (whole.total, apart[0].total)]
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-8, atol=1e-12)
 
 
 def test_a_block_is_fed_with_the_teachers_states() -> None:
