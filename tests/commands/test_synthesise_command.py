@@ -26,7 +26,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "layer_type": "basic",
         }
         config = ResNetConfig(**sizes, num_channels=3, num_labels=classes)
-        ResNetForImageClassification(config).save_pretrained(folder / name)
+        ResNetForImageClassification(ResNetConfig(**config)).save_pretrained(folder / name)
     processor = {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 16},
                  "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.25, 0.5]}  # fmt: skip
     (folder / "teacher" / "preprocessor_config.json").write_text(json.dumps(processor))
