@@ -323,7 +323,7 @@ def test_a_teacher_of_another_tokenizer_is_followed_where_both_begin_a_token() -
     lines = [{"prompt": "Say :", "completion": text} for text in texts]
     Path("answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     both: list[Any] = ["letters", {"model": "llama-teacher1", "weight": 3.0}]
-    how: dict[str, Any] = {"task": "lm", "loss": {"uld": 1.0}, **LINE, "batch_size": 16}
+    how: dict[str, Any] = {"task": "lm", "loss": {"uld": 1.0}, "dev": 0.25, **LINE, "batch_size": 12}
     made = [
         distill_model("llama", both, "llama.jsonl", out, cache=cache, **how)
         for out, cache in (("kept", None), ("live", False))
