@@ -58,7 +58,17 @@ class PlannedDistillation(PlannedTuning):
         total = sum(entry.weight for entry in recipe.teachers)
         classes = [entry.classes for entry in recipe.teachers if entry.classes is not None]
         shares = [entry.weight / total for entry in recipe.teachers]
-        return Course(recipe.task, weights, pairs, shares, recipe.temperature, recipe.divergence, classes)
+        widths = [self._shared_width(teacher) for teacher in self.teachers]
+        heat = (recipe.temperature, recipe.divergence)
+        return Course(recipe.task, weights, pairs, shares, *heat, classes, widths)
+
+    def _shared_width(self, teacher: Checkpoint) -> int | None:
+        """The words that the student and a teacher have both, where one vocabulary is longer than the other."""
+        if self.recipe.task not in ("lm", "masked_lm", "seq2seq") or "uld" in self.distillation.terms:
+            return None
+        sizes = [_text_config(model.config).get("vocab_size") for model in (self.source, teacher)]
+        known = [size for size in sizes if isinstance(size, int)]
+        return min(known) if len({*known}) == 2 else None
 
     def _even_pairs(self, teacher: Checkpoint) -> Pairs:
         return even_pairs(_depth_of(self.source), _depth_of(teacher))
@@ -84,7 +94,21 @@ def plan_distillation(recipe: DistillRecipe, out: Path, *, device: str | None = 
     for number, teacher in enumerate(teachers):
         _check_fit(made, number, teacher)
     _ = made.course
+    _check_cache(made)
     return made
+
+
+def _check_cache(planned: PlannedDistillation) -> None:
+    """Raise PlanError for a cache that would be in the output, beside its state, or in a model that is read."""
+    cache = planned.distillation.cache_folder
+    if cache is None:
+        return
+    if cache.exists() and not cache.is_dir():
+        raise PlanError(f"cache: {cache} is a file, expected a folder; choose another")
+    models = [folder for model in (planned.source, *planned.teachers) for folder in model.folders]
+    for place in (planned.out, planned.training, *models):
+        if cache.resolve().is_relative_to(place.resolve()):
+            raise PlanError(f"cache: {cache} is in {place}, expected a folder of its own; choose another")
 
 
 def _check_fit(planned: PlannedDistillation, number: int, teacher: Checkpoint) -> None:

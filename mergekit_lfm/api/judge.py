@@ -171,10 +171,15 @@ def judge_data(
     from mergekit_lfm.judge.held_out import fit_of, token_loss
     from mergekit_lfm.runtime.data import read_documents
     from mergekit_lfm.runtime.images import has_images
+    from mergekit_lfm.runtime.lines import has_answers
 
     if task == "lm" and has_images(file):
         if stride is not None:
             raise PlanError(f"{file}: stride is for texts, and these have images; leave it out")
+        return partial(token_loss, data=file, window=window)
+    if task == "lm" and has_answers(file):
+        if stride is not None:
+            raise PlanError(f"{file}: stride is for texts, and these are answers; leave it out")
         return partial(token_loss, data=file, window=window)
     if task == "lm":
         return partial(perplexity, text=read_documents(file), window=window, stride=stride)

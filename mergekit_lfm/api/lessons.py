@@ -150,7 +150,7 @@ def learn(
         if judge is not None and entry.classes is None and _has_classes_of(planned, source):
             scores[entry.model] = judge(loaded)
         temperature = 1.0 if recipe.top_k is None else recipe.temperature
-        reading = Reading(recipe.task, course.wanted(number), recipe.top_k, temperature)
+        reading = Reading(recipe.task, course.wanted(number), recipe.top_k, temperature, course.widths[number])
         if reading.wanted.attentions:
             show_attention(loaded.model)
         if recipe.is_cached:

@@ -49,7 +49,10 @@ def _read_layers(
     texts: tuple[str, ...],
 ) -> dict[int, int] | None:
     try:
-        return {int(mine): int(theirs) for mine, theirs in (text.split("=") for text in texts)} or None
+        pairs = [(int(mine), int(theirs)) for mine, theirs in (text.split("=") for text in texts)]
+        if len(dict(pairs)) < len(pairs):
+            raise click.BadParameter("found a layer of the student twice; expected each once")
+        return dict(pairs) or None
     except ValueError:
         raise click.BadParameter(f"found {' '.join(texts)!r}; expected two numbers each, as 1=2") from None
 

@@ -25,7 +25,8 @@ class Wanted:
 class Course:
     """How a student follows its teachers. weights: of `DISTILL_TERMS`. pairs: of layers, for each teacher.
 
-    shares: of the teachers, whose sum is 1. classes: of the student, first and last, that each teacher has.
+    shares: of the teachers, whose sum is 1. classes: of the student, first and last, that each teacher has. widths: of
+    the vocabulary that the student and each teacher have both, of which one may be padded; None for all.
     """
 
     task: str
@@ -35,6 +36,7 @@ class Course:
     temperature: float = 2.0
     divergence: str = "forward"
     classes: Sequence[tuple[int, int]] = ()
+    widths: Sequence[int | None] = ()
 
     def wanted(self, teacher: int | None) -> Wanted:
         """The parts that a teacher shows; None stands for the student."""

@@ -132,7 +132,8 @@ class Follow:
             order = sorted(range(len(said)), key=lambda number: self.course.classes[number])
             joined = torch.cat([said[number][SCORES].values for number in order], -1)
             said, shares = [{SCORES: Part(joined, mine[SCORES].counts)}], (1.0,)
-        values = [self._by_score(name, scores, seen) for seen in said]
+        widths = self.course.widths or (None,) * len(said)
+        values = [self._by_score(name, scores[:, :width], seen) for seen, width in zip(said, widths, strict=False)]
         return torch.stack([share * value for share, value in zip(shares, values, strict=True)]).sum()
 
     def _by_score(self, name: str, scores: Tensor, seen: Seen) -> Tensor:
@@ -141,8 +142,7 @@ class Follow:
             likely = theirs.argmax(-1) if ids is None else ids.values[:, 0]
             return nn.functional.cross_entropy(scores, likely, reduction="sum")
         if name == "logits":
-            both = min(scores.shape[-1], theirs.shape[-1])
-            return terms.squares(scores[..., :both], theirs[..., :both]).sum()
+            return terms.squares(scores, theirs).sum()
         if ids is None:
             return terms.kd(scores, theirs, course.temperature, course.divergence)
         return terms.kd_of_largest(scores, theirs, ids.values, course.temperature, course.divergence)

@@ -13,16 +13,18 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+import xxhash
 from torch import Tensor, nn
 
 from mergekit_lfm.artifacts.header import Kind, save_tensors
 from mergekit_lfm.distill.course import Wanted
 from mergekit_lfm.distill.watch import PLACES, SCORES, Part, Seen, join_parts, watch
-from mergekit_lfm.errors import FormatError, PlanError
+from mergekit_lfm.errors import FormatError, PlanError, reason
 from mergekit_lfm.machine.progress import Count
 from mergekit_lfm.machine.resources import free_space
 from mergekit_lfm.machine.sizes import format_size
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
+from mergekit_lfm.store.formats import bytes_of
 from mergekit_lfm.store.identity import spec_of
 from mergekit_lfm.store.tensors import read_header
 from mergekit_lfm.train.examples import Batch, Examples
@@ -44,12 +46,16 @@ class Teacher(Protocol):
 
 @dataclass(frozen=True)
 class Reading:
-    """How a teacher is asked. top_k: so many of its scores at `temperature` are read, and the share of the rest."""
+    """How a teacher is asked. top_k: so many of its scores at `temperature` are read, and the share of the rest.
+
+    width: the first scores alone are read, those that the student has, too; None for all.
+    """
 
     task: str
     wanted: Wanted
     top_k: int | None = None
     temperature: float = 1.0
+    width: int | None = None
 
     @torch.no_grad()
     def ask(self, model: nn.Module, row: Batch) -> dict[str, Part]:
@@ -57,9 +63,11 @@ class Reading:
         device = next(model.parameters()).device
         with torch.autocast(device.type, enabled=False):
             _, seen = watch(model, self.task, row, self.wanted)
+        if SCORES in seen:
+            counts = seen[SCORES].counts
+            seen[SCORES] = Part(seen[SCORES].values[:, : self.width], counts)
         if self.top_k is not None and SCORES in seen:
             values, ids = largest(seen[SCORES].values, self.top_k, self.temperature)
-            counts = seen[SCORES].counts
             seen |= {SCORES: Part(values, counts), IDS: Part(ids, counts)}
         return seen
 
@@ -67,10 +75,11 @@ class Reading:
 def largest(scores: Tensor, count: int, temperature: float) -> tuple[Tensor, Tensor]:
     """ln p of the `count` most likely classes, most likely first, and of the rest together; and which classes they are.
 
-    scores: [rows, classes], p their softmax at the temperature. Returns [rows, count + 1] and [rows, count].
+    scores: [rows, classes], p their softmax at the temperature. At most all classes but one are apart, so that there is
+    a rest. Returns [rows, count + 1] and [rows, count].
     """
     logs = (scores / temperature).log_softmax(-1)
-    top = logs.topk(min(count, scores.shape[-1]), -1)
+    top = logs.topk(min(count, scores.shape[-1] - 1), -1)
     return torch.cat([top.values, share_of_rest(logs, top.indices)], -1), top.indices
 
 
@@ -143,6 +152,12 @@ class Kept:
             found |= dict.fromkeys(numbers, Answers(path))
         return found
 
+    def _remove_damaged(self) -> None:
+        """Remove files of this key whose content is not as it was written, so that it is made again."""
+        for path, _ in [*self._read_headers()]:
+            if not Answers(path).is_whole:
+                path.unlink()
+
     def _read_headers(self) -> Iterator[tuple[Path, list[int]]]:
         """The files of this key, each with the numbers of its examples."""
         for path in sorted(self.folder.glob(PATTERN)):
@@ -159,7 +174,13 @@ class Kept:
 
         Raises PlanError if the disk has no room for all.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise PlanError(
+                f"{self.folder} cannot be made ({reason(error)}); choose another folder for cache"
+            ) from None
+        self._remove_damaged()
         there = {number for _, some in self._read_headers() for number in some}
         left, count = [number for number in numbers if number not in there], len(numbers)
         tensors, size, held = dict[str, Tensor](), 0, list[int]()
@@ -188,8 +209,16 @@ class Kept:
     def _save(self, tensors: Mapping[str, Tensor], numbers: list[int]) -> None:
         free = next(i for i in range(1, 100_000) if not (self.folder / FILE.format(i)).exists())
         specs = [spec_of(name, x) for name, x in tensors.items()]
-        metadata = ANSWERS.encode({"key": self.key, "numbers": numbers})
+        metadata = ANSWERS.encode({"key": self.key, "numbers": numbers, "digest": digest_of(tensors)})
         save_tensors(self.folder / FILE.format(free), specs, tensors.__getitem__, metadata)
+
+
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """xxh3-128 of the bytes of tensors, in the order of their names."""
+    whole = xxhash.xxh3_128()
+    for _, x in sorted(tensors.items()):
+        whole.update(bytes_of(x.contiguous()))
+    return whole.hexdigest()
 
 
 class Answers:
@@ -208,6 +237,15 @@ class Answers:
         for name in self._stored:
             names.setdefault(int(name.partition("/")[0]), []).append(name)
         return names
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the content is as it was written."""
+        try:
+            facts = ANSWERS.decode(read_header(self.path).metadata, ("digest",), dict, self.path)
+            return bool(facts["digest"] == digest_of({name: self._stored.read(name) for name in self._stored}))
+        except (FormatError, OSError):
+            return False
 
     def read(self, number: int) -> dict[str, Tensor]:
         """The tensors of an example."""

@@ -15,12 +15,8 @@ LEAST = 1e-6  # of a variance, as a share of 1
 
 
 def kd(mine: Tensor, theirs: Tensor, temperature: float, kind: str) -> Tensor:
-    """T^2 times the divergence of two scores [rows, classes], summed over the rows.
-
-    Those that one of them has more, as models with padded vocabularies do, are left out.
-    """
-    both = min(mine.shape[-1], theirs.shape[-1])
-    return kd_divergence(mine[..., :both], theirs[..., :both], temperature, kind)
+    """T^2 times the divergence of two scores [rows, classes], summed over the rows."""
+    return kd_divergence(mine, theirs, temperature, kind)
 
 
 def kd_of_largest(mine: Tensor, theirs: Tensor, ids: Tensor, temperature: float, kind: str) -> Tensor:

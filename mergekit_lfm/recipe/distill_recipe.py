@@ -17,6 +17,7 @@ from mergekit_lfm.recipe.problems import Problem, attempt, problem_at
 from mergekit_lfm.recipe.tune_recipe import TrainingRecipe
 from mergekit_lfm.recipe.values import FOUND
 
+LEAST = {"distance": 2, "local": 1, "triplet": 3, "angle": 3}  # examples of a batch for a term about all of them
 ALIGNED = ("kd", "hard", "logits")  # terms that compare scores class by class
 HEATED = ("kd", "uld", "local")  # terms of predictions at a temperature
 
@@ -60,11 +61,11 @@ class DistillRecipe(TrainingRecipe):
 
     job: Literal["distill"]
     teachers: Annotated[tuple[TeacherEntry, ...], BeforeValidator(_as_teachers), Field(min_length=1)]
-    temperature: float = Field(default=2.0, gt=0, allow_inf_nan=False)
+    temperature: float = Field(default=2.0, ge=0.01, le=1000)
     divergence: Divergence = "forward"
     top_k: int | None = Field(default=None, strict=True, ge=1)
     layers: Annotated[tuple[tuple[Layer, Layer], ...], BeforeValidator(_as_layers)] = ()
-    cache: bool | str | None = None
+    cache: bool | Annotated[str, Field(min_length=1)] | None = None
 
     _teachers: tuple[FoundModel, ...] = PrivateAttr(default=())
 
@@ -107,6 +108,12 @@ class DistillRecipe(TrainingRecipe):
         if self.task == "masked_lm" and self.cache not in (None, False):
             expected = "false for masked_lm, whose masks are drawn anew in each step"
             yield problem_at("cache", FOUND, found=str(self.cache), expected=expected)
+        if "attention" in terms and any(0 in pair for pair in self.layers):
+            yield problem_at("layers", FOUND, found="0, the embeddings", expected="layers from 1 on, for attention")
+        least = max((LEAST[name] for name in self.together), default=1)
+        if self.batch_size < least:
+            expected = f"{least} or more for {', '.join(self.together)}"
+            yield problem_at("batch_size", FOUND, found=str(self.batch_size), expected=expected)
         if len({mine for mine, _ in self.layers}) < len(self.layers):
             yield problem_at("layers", FOUND, found="a layer of the student twice", expected="each once")
 
@@ -125,6 +132,9 @@ class DistillRecipe(TrainingRecipe):
             found = ", ".join(f"{first} to {last}" for first, last in ordered)
             expected = "classes from 0 on without a gap, each with one teacher"
             yield problem_at("teachers", FOUND, found=found, expected=expected)
+        if not self.terms.keys() & {*ALIGNED}:
+            expected = f"none without {' or '.join(ALIGNED)} in the loss"
+            yield problem_at("teachers", FOUND, found="classes", expected=expected)
         if self.top_k is not None:
             yield problem_at("top_k", FOUND, found=str(self.top_k), expected="none with teachers of some classes each")
 

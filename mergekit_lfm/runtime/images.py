@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import xxhash
 
 from mergekit_lfm.errors import FormatError, shorten
-from mergekit_lfm.runtime.lines import is_text, read_objects
-from mergekit_lfm.store.files import digest_file, open_file
+from mergekit_lfm.runtime.lines import first_line, is_text, read_objects
+from mergekit_lfm.store.files import digest_file
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
@@ -75,15 +75,7 @@ def _named(entry: Mapping[str, Any], folder: Path) -> list[Path]:
 
 def has_images(path: Path) -> bool:
     """Whether the first line of a file of JSON lines has an image."""
-    if path.suffix != ".jsonl":
-        return False
-    with open_file(path) as file:
-        first = next((line for line in file if line.strip()), b"")
-    try:
-        entry = json.loads(first)
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(entry, dict) and entry.get("image") is not None
+    return first_line(path).get("image") is not None
 
 
 def _read(entry: Mapping[str, Any], folder: Path) -> LabelledImage | str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from mergekit_lfm.errors import FormatError
-from mergekit_lfm.store.files import read_text
+from mergekit_lfm.store.files import open_file, read_text
 
 SHOWN_PROBLEMS = 10
 
@@ -37,6 +37,24 @@ def read_lines(path: Path, *, whole: bool) -> list[DataLine]:
     if problems:
         refuse(path, problems, 'an object {"text": ...} on each line, and a "label" from 0 on all lines or none')
     return parsed
+
+
+def first_line(path: Path) -> dict[str, Any]:
+    """The object on the first line of a .jsonl file that is not blank; {} for any other file or line."""
+    if path.suffix != ".jsonl":
+        return {}
+    with open_file(path) as file:
+        first = next((line for line in file if line.strip()), b"")
+    try:
+        entry = json.loads(first)
+    except (ValueError, RecursionError):
+        return {}
+    return entry if isinstance(entry, dict) else {}
+
+
+def has_answers(path: Path) -> bool:
+    """Whether a file has prompts with answers, or conversations, by its first line."""
+    return not {"prompt", "messages"}.isdisjoint(first_line(path))
 
 
 def read_objects(path: Path, read: Callable[[dict[str, Any], int], T | str], expected: str) -> list[T]:

@@ -143,17 +143,21 @@ class Pull(Hook):
 
 
 class Phases(Hook):
-    """Trains more or other parameters as training goes on. phases: (steps done from which on, names), in order."""
+    """Trains more or other parameters as training goes on. phases: (steps done from which on, names), in order.
+
+    Parameters that no phase names are trained all the time.
+    """
 
     def __init__(self, phases: Sequence[tuple[int, frozenset[str]]]) -> None:
         self.phases = tuple(phases)
+        self._named = frozenset[str]().union(*(names for _, names in self.phases))
 
     def before(self, step: int, parameters: Parameters) -> None:
         names = next(names for start, names in reversed(self.phases) if start <= step)
         for name, x in parameters.items():
-            x.requires_grad_(name in names)
-            if name not in names:
-                x.grad = None
+            if name in self._named:
+                x.requires_grad_(name in names)
+                x.grad = x.grad if name in names else None
 
 
 class Masks(Hook):

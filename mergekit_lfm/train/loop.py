@@ -196,6 +196,11 @@ def _step(
         tokens += _tokens(batch)
         count += terms.number
         value = terms.total
+        if terms.number and not value.requires_grad:
+            raise PlanError(
+                f"the loss of step {step + 1} depends on no parameter that is trained; train others, or choose other "
+                "terms of the loss, or other layers"
+            )
         if terms.number:
             (value / terms.number if whole else value).backward()  # type: ignore[no-untyped-call]
         total += float(value.detach())

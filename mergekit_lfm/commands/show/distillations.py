@@ -48,7 +48,9 @@ def done_text(outcome: Outcome[Tuned]) -> str:
     models = {**{f"teacher {name}": score for name, score in facts["teachers"].items()}}
     models |= {"student before": facts["before"], "student after": facts["after"]}
     rows = [(name, _score(score)) for name, score in models.items()]
-    if facts["recovered"] is not None:
+    if facts["recovered"] is None:
+        rows.append(("came back", "nothing was lacking: the student was as good as the best teacher before"))
+    else:
         rows.append(("came back", f"{facts['recovered']:.1%} of what the student lacked to the best teacher"))
     return f"{text}\n{table(rows)}"
 
