@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     for name, width, classes in (("teacher", 8, 3), ("student", 4, 3), ("other", 4, 2)):
         torch.manual_seed(len(name))
-        sizes = {"embedding_size": width, "hidden_sizes": [width, width], "depths": [1, 1], "layer_type": "basic"}
+        sizes: dict[str, Any] = {
+            "embedding_size": width,
+            "hidden_sizes": [width, width],
+            "depths": [1, 1],
+            "layer_type": "basic",
+        }
         config = ResNetConfig(**sizes, num_channels=3, num_labels=classes)
         ResNetForImageClassification(config).save_pretrained(folder / name)
     processor = {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 16},
