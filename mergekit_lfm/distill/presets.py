@@ -177,7 +177,7 @@ GENERATORS = (
         "DFAD's generator, and a student whose steps on new images must serve remembered ones as well",
         "generator",
         {"adversarial_mae": 1.0, "one_hot": 0.1, "balance": 1.0},
-        learning={"memory": "meta"},
+        learning={"divergence": "mae", "memory": "meta"},
     ),
     Preset(
         "robust",

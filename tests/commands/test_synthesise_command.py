@@ -24,9 +24,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "hidden_sizes": [width, width],
             "depths": [1, 1],
             "layer_type": "basic",
+            "num_labels": classes,
         }
-        config = ResNetConfig(**sizes, num_channels=3, num_labels=classes)
-        ResNetForImageClassification(ResNetConfig(**config)).save_pretrained(folder / name)
+        config = ResNetConfig(**sizes, num_channels=3)
+        ResNetForImageClassification(config).save_pretrained(folder / name)
     processor = {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 16},
                  "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.25, 0.5]}  # fmt: skip
     (folder / "teacher" / "preprocessor_config.json").write_text(json.dumps(processor))
@@ -42,6 +43,12 @@ def test_images_are_made_and_a_student_learns_from_them(
     assert made["shape"] == [3, 16, 16] and made["files"] == [out, str(tmp_path / "made.png")]
     judged = answer(run("eval", "teacher", "--task", "classification", "--data", out, "--json"))
     assert judged["models"][0]["mean"] == {"accuracy": 1.0}  # its own labels
+
+    gram = str(tmp_path / "gram.safetensors")
+    assert run("stats", "gram", "teacher", "--task", "classification", "--data", out, "-o", gram).exit_code == 0
+    for facts in (["--stats", gram], ["--data", out]):
+        again = ["--preset", "lopes", "--count", "4", "--rounds", "2", "-o", str(tmp_path / "again.npz"), "--overwrite"]
+        assert answer(run("synthesise", "teacher", *again, *facts, "--json"))["count"] == 4
 
     options = ["--preset", "dfq", "--rounds", "1", "-o", out, "--overwrite"]
     student = ["--student", "student", "--student-out", str(learned)]
