@@ -25,8 +25,8 @@ class Wanted:
 class Course:
     """How a student follows its teachers. weights: of `DISTILL_TERMS`. pairs: of layers, for each teacher.
 
-    shares: of the teachers, whose sum is 1. classes: of the student, first and last, that each teacher has. widths: of
-    the vocabulary that the student and each teacher have both, of which one may be padded; None for all.
+    shares: of the teachers, whose sum is 1. classes: of the student, first and last, that each teacher has. widths: the
+    length of the vocabulary that the student and each teacher share, as one may be padded; None for all.
     """
 
     task: str
