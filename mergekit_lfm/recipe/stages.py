@@ -63,7 +63,7 @@ def find_stages(documents: Sequence[object], label: str, text: str | None = None
     documents = [data for data, _ in split]
     if len(documents) == 1:
         return ()
-    _check(documents, label)
+    _check(documents, label, [index + 1 for _, index in split])
     datas = [data for data in documents if isinstance(data, Mapping)]
     names = [str(data.get("name") or "") for data in datas]
     named = {name: _without_name(data) for name, data in zip(names, datas, strict=True)}
@@ -87,10 +87,10 @@ def find_stages(documents: Sequence[object], label: str, text: str | None = None
     )
 
 
-def _check(documents: Sequence[object], label: str) -> None:
+def _check(documents: Sequence[object], label: str, numbers: Sequence[int]) -> None:
     """Raise PlanError for documents of another form, and for names that are missing or used twice."""
     problems, seen, nameless = list[str](), dict[str, int](), list[int]()
-    for number, data in enumerate(documents, 1):
+    for number, data in zip(numbers, documents, strict=True):
         if not isinstance(data, Mapping):
             words = FOUND.format(found=f"{data!r:.40}", expected="a mapping with merge_method and models, or with job")
             problems.append(f"document {number}: {words}")

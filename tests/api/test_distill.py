@@ -188,6 +188,39 @@ def test_a_recipe_merges_its_student() -> None:
     assert [each["input"] for each in lock["inputs"]] == ["llama", "llama-teacher1", "llama-teacher2"]
 
 
+@pytest.mark.usefixtures("here")
+def test_damaged_answers_are_asked_for_again() -> None:
+    how: dict[str, Any] = {"task": "lm", "cache": "cache", **LINE}
+    distill_model("llama", "llama-teacher1", "llama.jsonl", "whole", **how)
+    (file,) = Path("cache").rglob("answers-*")
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 0x40
+    file.write_bytes(content)
+    distill_model("llama", "llama-teacher1", "llama.jsonl", "out", **how)
+    assert open_checkpoint("out").content == open_checkpoint("whole").content
+
+
+@pytest.mark.usefixtures("here")
+def test_a_padded_vocabulary_and_a_large_top_k_change_nothing() -> None:
+    """A teacher whose vocabulary has more words than the student's, and the largest scores of as many as there are."""
+    config = json.loads(Path("llama-teacher1/config.json").read_text())
+    tensors, size = load_file("llama-teacher1/model.safetensors"), config["vocab_size"]
+    shutil.copytree("llama-teacher1", "padded")
+    wide = {n: torch.cat([x, 9 * torch.ones(8, x.shape[1])]) if size in x.shape else x for n, x in tensors.items()}
+    save_file(wide, "padded/model.safetensors", metadata={"format": "pt"})
+    Path("padded/config.json").write_text(json.dumps({**config, "vocab_size": size + 8}))
+    losses = [
+        distill_model("llama", teacher, "llama.jsonl", f"out{i}", task="lm", top_k=top_k, loss=loss, **LINE).result.loss
+        for i, (teacher, top_k, loss) in enumerate(
+            (teacher, top_k, loss)
+            for loss in ({"kd": 1.0}, {"hard": 1.0})
+            for teacher, top_k in (("llama-teacher1", None), ("padded", None), ("padded", size + 100))
+        )
+    ]
+    assert losses[1:3] == pytest.approx([losses[0]] * 2, rel=1e-4)
+    assert losses[4:] == pytest.approx([losses[3]] * 2, rel=1e-4)
+
+
 HEALED = """
 name: whole
 merge_method: linear
@@ -286,6 +319,8 @@ def test_teachers_larger_together_than_the_memory_are_asked_one_after_the_other(
         (["--top-k", "3", "--loss", "logits=1"], "logits"),
         (["--top-k", "3", "--loss", "kd=1", "--loss", "uld=1"], "none with uld"),
         (["--no-cache", "--cache", "x"], "found --cache and --no-cache"),
+        (["--cache", "llama-teacher1/answers"], "expected a folder of its own"),
+        (["--loss", "attention=1", "--layer", "0=0"], "layers from 1 on, for attention"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_before_any_work(here: Path, arguments: list[str], message: str) -> None:
@@ -302,6 +337,10 @@ def test_teachers_that_do_not_fit_are_refused() -> None:
     labels = {str(i): f"LABEL_{i}" for i in range(2)}
     config |= {"id2label": labels, "label2id": {v: int(k) for k, v in labels.items()}}
     Path("bert-teacher2/config.json").write_text(json.dumps(config))
+    wrong = ["--loss", "triplet=1", "--batch-size", "2", "--teacher", "bert-teacher1"]
+    assert "3 or more for triplet" in refusal(run(*command, *wrong))
+    nothing = ["--loss", "hint=1", "--train", "*classifier*", "--teacher", "bert-teacher1", "--threads", "1"]
+    assert "depends on no parameter that is trained" in refusal(run(*command, *nothing))
     assert "bert-teacher2 has 2 classes, expected 3" in refusal(run(*command, "--teacher", "bert-teacher2"))
     tokenizer = json.loads(Path("llama-teacher2/tokenizer.json").read_text())
     vocabulary = tokenizer["model"]["vocab"]
