@@ -279,7 +279,7 @@ def test_phases_and_masks_train_the_parts_they_name_alone() -> None:
     seen, before = [], {name: x.detach().clone() for name, x in model.named_parameters()}
     phases = Phases([(0, frozenset({"second.weight"})), (2, frozenset({"first.weight"}))])
     fit(model, data(), squares, Options(steps=2, batch_size=5, learning_rate=0.1), hooks=[phases, Watch()])
-    assert rest and [{*each} for each in seen] == [{*rest, "second.weight"}] * 2  # those that no phase names are trained all the time
+    assert rest and [{*each} for each in seen] == [{*rest, "second.weight"}] * 2  # unnamed ones are always trained
     model = Net()
     mask = torch.tensor([[1.0, 0, 0, 1, 0]])
     start = model.first.weight.detach().clone()
