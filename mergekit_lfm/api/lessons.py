@@ -137,7 +137,11 @@ def learn(
     if recipe.is_cached and current_group().count > 1:
         raise PlanError("several processes ask the teachers in each step; set cache to false (--no-cache)")
     numbers = sorted({i for k in range(options.steps) for i in examples.step(k, options.batch_size, options.seed)})
-    judge = None if recipe.dev_file is None else judge_data(recipe.dev_file.path, recipe.task, recipe.window, None)
+    judge = (
+        None
+        if recipe.dev_file is None
+        else judge_data(planned.path_of(recipe.dev_file), recipe.task, recipe.window, None)
+    )
     teachers, scores = list[Teacher](), dict[str, Any]()
     for number, (entry, source) in enumerate(zip(recipe.teachers, sources, strict=True)):
         loaded = load_model(source, recipe.task, device=planned.device)
