@@ -317,7 +317,7 @@ def test_a_folder_that_is_not_ours_is_not_written_to() -> None:
 
 @pytest.mark.slow
 def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(here: Path) -> None:
-    arguments = ["tune", "llama", "--data", "llama.jsonl", "--task", "lm", "--steps", "300", "--threads", "1", "-q"]
+    arguments = ["tune", "llama", "--data", "llama.jsonl", "--task", "lm", "--steps", "200", "--threads", "1", "-q"]
 
     def finish(out: str) -> str:
         with start(here, *arguments, "-o", out) as process:
