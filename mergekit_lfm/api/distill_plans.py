@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -64,7 +64,7 @@ class PlannedDistillation(PlannedTuning):
 
     def _shared_width(self, teacher: Checkpoint) -> int | None:
         """The words that the student and a teacher have both, where one vocabulary is longer than the other."""
-        if self.recipe.task not in ("lm", "masked_lm", "seq2seq") or "uld" in self.distillation.terms:
+        if self.recipe.task not in ("lm", "masked_lm", "seq2seq"):
             return None
         sizes = [_text_config(model.config).get("vocab_size") for model in (self.source, teacher)]
         known = [size for size in sizes if isinstance(size, int)]
@@ -91,8 +91,9 @@ def plan_distillation(recipe: DistillRecipe, out: Path, *, device: str | None = 
     planned = plan_tuning(recipe, out, device=device)
     teachers = tuple(open_found(found) for found in recipe.found_teachers)
     made = PlannedDistillation(planned.recipe, planned.out, planned.source, planned.device, teachers)
+    _check_student(made)
     for number, teacher in enumerate(teachers):
-        _check_fit(made, number, teacher)
+        _check_teacher(made, number, teacher)
     _ = made.course
     _check_cache(made)
     return made
@@ -111,34 +112,47 @@ def _check_cache(planned: PlannedDistillation) -> None:
             raise PlanError(f"cache: {cache} is in {place}, expected a folder of its own; choose another")
 
 
-def _check_fit(planned: PlannedDistillation, number: int, teacher: Checkpoint) -> None:
-    """Raise PlanError if a config shows that a student cannot follow a teacher."""
+def _check_student(planned: PlannedDistillation) -> None:
+    """Raise PlanError if the student has other classes than the teachers together, or not the layers that are named."""
+    recipe, labels = planned.distillation, labels_of(planned.source.config)
+    last = max((entry.classes[1] for entry in recipe.teachers if entry.classes is not None), default=None)
+    if last is not None and labels not in (None, last + 1):
+        raise PlanError(
+            f"the teachers' classes are 0 to {last}, and {recipe.model} has {labels}; expected as many. Make a student "
+            f"with them by `mergekit-lfm head {recipe.model} --labels {last + 1}`"
+        )
+    _check_layers(planned.source, recipe.model, [mine for mine, _ in recipe.layers])
+
+
+def _check_layers(model: Checkpoint, name: str, layers: Sequence[int]) -> None:
+    count = _find_depth(_text_config(model.config))
+    wrong = [layer for layer in layers if count is not None and layer > count]
+    if wrong:
+        raise PlanError(f"layers: found {wrong[0]}, and {name} has {count} layers; expected 0 to {count}")
+
+
+def _check_teacher(planned: PlannedDistillation, number: int, teacher: Checkpoint) -> None:
+    """Raise PlanError if the configs show that the student cannot follow a teacher."""
     recipe, entry = planned.distillation, planned.distillation.teachers[number]
-    mine, theirs = (_text_config(x.config) for x in (planned.source, teacher))
-    aligned, where = [name for name in ALIGNED if name in recipe.terms], f"teachers[{number}]"
-    labels = [labels_of(x.config) for x in (planned.source, teacher)]
+    _check_layers(teacher, entry.model, [theirs for _, theirs in recipe.layers])
+    models = (planned.source, teacher)
+    aligned, labels = [name for name in ALIGNED if name in recipe.terms], [labels_of(x.config) for x in models]
     if recipe.task == "classification" and aligned and None not in labels:
-        if entry.classes is not None:
-            wanted, found = entry.classes[1] - entry.classes[0] + 1, f"classes {entry.classes[0]} to {entry.classes[1]}"
+        if entry.classes is None:
+            wanted, found = labels[0], "all classes of the student"
         else:
-            wanted, found = labels[0] or 0, "all classes of the student"
+            wanted, found = entry.classes[1] - entry.classes[0] + 1, f"classes {entry.classes[0]} to {entry.classes[1]}"
         if wanted != labels[1]:
             raise PlanError(
-                f"{where}: {entry.model} has {labels[1]} classes, expected {wanted}, for {found}; give its `classes`, "
-                "or use terms that compare vectors, as triplet, in place of " + " and ".join(aligned)
+                f"teachers[{number}]: {entry.model} has {labels[1]} classes, expected {wanted}, for {found}; give its "
+                "`classes`, or use terms that compare vectors, as triplet, in place of " + " and ".join(aligned)
             )
-    last = max((entry.classes[1] for entry in recipe.teachers if entry.classes is not None), default=None)
-    if last is not None and labels[0] not in (None, last + 1):
+    heads = [_text_config(x.config).get("num_attention_heads") for x in models]
+    if "attention" in recipe.terms and None not in heads and heads[0] != heads[1]:
         raise PlanError(
-            f"the teachers' classes are 0 to {last}, and {recipe.model} has {labels[0]}; expected as many. Make a "
-            f"student with them by `mergekit-lfm head {recipe.model} --labels {last + 1}`"
+            f"attention: {recipe.model} has {heads[0]} heads in a layer and {entry.model} {heads[1]}; expected as "
+            "many. Leave attention out of the loss"
         )
-    for side, config in ((0, mine), (1, theirs)):
-        count = _find_depth(config)
-        wrong = [pair[side] for pair in recipe.layers if count is not None and pair[side] > count]
-        if wrong:
-            named = entry.model if side else recipe.model
-            raise PlanError(f"layers: found {wrong[0]}, and {named} has {count} layers; expected 0 to {count}")
 
 
 def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

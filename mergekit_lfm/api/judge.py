@@ -173,11 +173,7 @@ def judge_data(
     from mergekit_lfm.runtime.images import has_images
     from mergekit_lfm.runtime.lines import has_answers
 
-    if task == "lm" and has_images(file):
-        if stride is not None:
-            raise PlanError(f"{file}: stride is for texts, and these have images; leave it out")
-        return partial(token_loss, data=file, window=window)
-    if task == "lm" and has_answers(file):
+    if task == "lm" and (has_images(file) or has_answers(file)):
         if stride is not None:
             raise PlanError(f"{file}: stride is for texts, and these are answers; leave it out")
         return partial(token_loss, data=file, window=window)

@@ -24,6 +24,7 @@ from mergekit_lfm.distill.watch import show_attention
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.machine.progress import Progress
 from mergekit_lfm.recipe.distill_recipe import DistillRecipe
+from mergekit_lfm.runtime.lines import has_answers
 from mergekit_lfm.runtime.load import Loaded, load_model
 from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.train.examples import Change, Examples, seed_of
@@ -46,7 +47,8 @@ Judge = Callable[[Loaded], Any]
 class Taught:
     """The answers of teachers about the data of a training.
 
-    scores: of each teacher on the development set, by its name; judge: what gives such a score, None without a file.
+    scores: of the teachers on the development set, by their names, without those that cannot be compared with the
+    student; judge: what gives such a score, None without a file.
     """
 
     planned: PlannedTuning
@@ -64,12 +66,8 @@ class Taught:
         recipe, model = self.planned.recipe, loaded.model
         numbered = [{**item, NUMBER: torch.tensor(number)} for number, item in enumerate(examples.items)]
         examples = replace(examples, items=numbered, change=None if examples.change is None else _Keep(examples.change))
-        follow, device, options = (
-            Follow(self.course, self.teachers),
-            next(model.parameters()).device,
-            recipe.options,
-        )
-        first = examples.step(0, options.batch_size, options.seed)[: max(2, len(self.teachers))]
+        follow, device, options = Follow(self.course, self.teachers), next(model.parameters()).device, recipe.options
+        first = examples.step(0, options.batch_size, options.seed)[:2]  # which show the widths
         batch = {name: x.to(device) for name, x in examples.batch(first).items()}
         follow.build(model, batch, seed_of(options.seed, "beside"))
         self.before = None if self.judge is None else self.judge(loaded)
@@ -99,6 +97,8 @@ class Taught:
 
 def recovered(teachers: Sequence[Any], before: Any, after: Any) -> float | None:
     """The share of what a student lacked to the best of its teachers that came back; None if it lacked nothing."""
+    if not teachers:
+        return None
     name, more = COMPARED[type(before).__name__]
     sign = 1 if more else -1
     best, first, last = (sign * x for x in (_best(teachers, name, sign), getattr(before, name), getattr(after, name)))
@@ -151,10 +151,11 @@ def learn(
             other = examples
         else:
             _check_places(entry.model, planned, examples, other)
-        if judge is not None and entry.classes is None and _has_classes_of(planned, source):
+        if judge is not None and entry.classes is None and _is_comparable(planned, course, source):
             scores[entry.model] = judge(loaded)
+        width = None if "uld" in course.weights else course.widths[number]
         temperature = 1.0 if recipe.top_k is None else recipe.temperature
-        reading = Reading(recipe.task, course.wanted(number), recipe.top_k, temperature, course.widths[number])
+        reading = Reading(recipe.task, course.wanted(number), recipe.top_k, temperature, width)
         if reading.wanted.attentions:
             show_attention(loaded.model)
         if recipe.is_cached:
@@ -172,16 +173,21 @@ def learn(
                 kept.fill(loaded.model, reading, other, numbers, tell)
             teachers.append(kept)
         else:
-            teachers.append(Live(loaded.model, reading, None if course.by_tokens else other))
+            teachers.append(Live(loaded.model, reading, None if recipe.task == "masked_lm" else other))
         del loaded
         gc.collect()
-    return Taught(planned, course, teachers, scores, judge if scores else None)
+    return Taught(planned, course, teachers, scores, judge)
 
 
-def _has_classes_of(planned: PlannedTuning, teacher: Checkpoint) -> bool:
-    """Whether a teacher has the student's classes, so that it is judged on the same data."""
-    same = labels_of(planned.source.config) == labels_of(teacher.config)
-    return same or planned.recipe.task != "classification"
+def _is_comparable(planned: PlannedTuning, course: Course, teacher: Checkpoint) -> bool:
+    """Whether a teacher's score on the development set compares with the student's.
+
+    It does not for other classes, nor where losses are per token of another tokenizer, as of answers.
+    """
+    dev = planned.recipe.dev_file
+    if planned.recipe.task == "classification":
+        return labels_of(planned.source.config) == labels_of(teacher.config)
+    return course.by_tokens or dev is None or not has_answers(planned.path_of(dev))
 
 
 def _check_reading(teacher: str, planned: PlannedTuning, own: Examples, other: Examples) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mergekit_lfm.api.arguments import StrPath, expand
 from mergekit_lfm.api.outcome import Outcome, warn_of
+from mergekit_lfm.api.stats import set_threads
 from mergekit_lfm.api.tune_data import TuneData, read_all
 from mergekit_lfm.api.tune_plans import ANSWERS, OPTIONS, Lessons, PlannedTuning, plan_tuning
 from mergekit_lfm.api.tune_prompts import check_prompt, leave_room
@@ -35,6 +36,7 @@ from mergekit_lfm.train.losses import LOSSES
 from mergekit_lfm.train.processes import Group, joined
 from mergekit_lfm.train.state import METRICS
 from mergekit_lfm.train.terms import build_loss
+from mergekit_lfm.train.texts import lengthen_for
 from mergekit_lfm.tune.heads import normalise_head
 from mergekit_lfm.tune.phases import select_parts
 from mergekit_lfm.tune.work import Prepared, TuneWork
@@ -122,7 +124,7 @@ def tune_planned(
     if there:
         return Outcome(out, _known(planned), request.digest, True, warn_of(planned.notices), time.monotonic() - started)
     _check_training(planned.training)
-    with _threads(threads):
+    with set_threads(threads):
         tuned, findings = _tune(planned, progress)
     warnings = warn_of([*planned.notices, *findings])
     return Outcome(out, tuned, request.digest, False, warnings, time.monotonic() - started)
@@ -158,8 +160,8 @@ class _Ready(NamedTuple):
     size: int
 
 
-def _make_ready(planned: PlannedTuning) -> _Ready:
-    """Load the model and the data, and check that they go together with the method."""
+def _make_ready(planned: PlannedTuning, data: TuneData | None = None) -> _Ready:
+    """Load the model and the data, and check that they go together with the method. data: if they were read before."""
     recipe, method, options = planned.recipe, planned.recipe.declaration, planned.recipe.options
     loaded = load_model(planned.source, method.loads or recipe.task, device=planned.device)
     loaded = replace(loaded, task=recipe.task)
@@ -184,7 +186,10 @@ def _make_ready(planned: PlannedTuning) -> _Ready:
     check_places(prepared, subject, planned.source)
     check_adapter(planned, prepared)
     check_prompt(recipe, prepared)
-    data = read_all(leave_room(recipe, loaded, prepared.virtual), planned)
+    if data is None:
+        data = read_all(leave_room(recipe, loaded, prepared.virtual), planned)
+    else:
+        lengthen_for(loaded, [data.examples])  # which sets the token of padding in the model's config
     decay = max([options.weight_decay, *(group.weight_decay or 0.0 for group in options.groups)])
     if decay and not prepared.decays:
         raise PlanError(
@@ -204,12 +209,12 @@ def _tune(planned: PlannedTuning, progress: Progress) -> tuple[Tuned, list[str]]
     with joined(planned.device) as group, _writing(training, group):
         if group.count > 1 and planned.recipe.compares_batches:
             raise PlanError("the loss is about all examples of a batch at once; start one process")
-        examples = ready.data.examples
+        data = ready.data
         if planned.is_taught_before:
             del ready  # so that no two models are in memory at a time
-        lessons = planned.learn(examples, progress)
+        lessons = planned.learn(data.examples, progress)
         if planned.is_taught_before:
-            ready = _make_ready(planned)
+            ready = _make_ready(planned, data)
         return _train(planned, ready, lessons, group, SILENCE if group.rank else progress)
 
 
@@ -287,14 +292,3 @@ def _writing(folder: Path, group: Group) -> Iterator[None]:
     finally:
         with suppress(OSError):
             folder.rmdir()
-
-
-@contextmanager
-def _threads(threads: int | None) -> Iterator[None]:
-    """Let torch use so many threads meanwhile; None leaves their number."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -14,7 +14,7 @@ from mergekit_lfm.commands.shell import Command
 from mergekit_lfm.commands.training import data_options, loss_option, training_options
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.machine.launch import rank
-from mergekit_lfm.recipe.distill_terms import DISTILL_TERMS, KEPT, Divergence
+from mergekit_lfm.recipe.distill_terms import DISTILL_TERMS, KEPT, KdDivergence
 from mergekit_lfm.recipe.registry import TUNE_METHODS
 
 
@@ -75,7 +75,7 @@ Examples:
 @click.option("--temperature", type=click.FloatRange(0, min_open=True), help="Of kd, uld and local. [default: 2]")
 @click.option(
     "--divergence",
-    type=click.Choice(get_args(Divergence)),
+    type=click.Choice(get_args(KdDivergence)),
     help="For kd: forward is KL(teacher, student), reverse the other way, js of both to their mean. [default: forward]",
 )
 @click.option(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mergekit_lfm.recipe.distill_terms import DISTILL_TERMS
@@ -49,6 +49,14 @@ class Course:
         attended = tuple(layer for layer in layers if layer) if "attentions" in reads else ()
         states = tuple(layers) if "states" in reads else ()
         return Wanted(scores, "features" in reads, states, attended)
+
+    @property
+    def shown(self) -> Wanted:
+        """The parts that the student shows in a step: without those that it is only checked by beforehand."""
+        reads = {name: DISTILL_TERMS[name].reads for name in self.weights if name not in ("local", "lit")}
+        whole = self.wanted(None)
+        features, states = "features" in reads.values(), whole.states if "states" in reads.values() else ()
+        return replace(whole, features=features, states=states)
 
     @property
     def by_tokens(self) -> bool:

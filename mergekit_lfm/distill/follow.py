@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from mergekit_lfm.distill import terms
 from mergekit_lfm.distill.blocks import fed, padded, unpadded
 from mergekit_lfm.distill.course import Course, Wanted
+from mergekit_lfm.distill.divergences import kd_divergence
 from mergekit_lfm.distill.spans import pair_parts
 from mergekit_lfm.distill.teachers import IDS, NUMBER, Teacher
 from mergekit_lfm.distill.watch import (
     ATTENTION,
+    BESIDE,
     FEATURES,
     PLACES,
     SCORES,
@@ -31,7 +33,6 @@ from mergekit_lfm.recipe.distill_terms import DISTILL_TERMS
 from mergekit_lfm.train.examples import Batch
 from mergekit_lfm.train.losses import LOSSES, Said, Terms
 
-BESIDE = "distillation"  # the name in a student of what is trained beside it
 ROWS = {"hint": terms.squares, "embed": terms.embed, "attention": terms.attention}
 TOGETHER = {"distance": terms.distance, "angle": terms.angle, "triplet": terms.triplet}
 
@@ -54,7 +55,7 @@ class Follow:
         with torch.random.fork_rng([]), torch.no_grad():
             torch.manual_seed(seed)
             device = next(student.parameters()).device
-            mine = self._watch(student, batch)[1]
+            mine = self._watch(student, batch, self.course.wanted(None))[1]
             for number, teacher in enumerate(self.teachers):
                 theirs = teacher.about(batch)
                 for name, key, own, other in self._compared(number):
@@ -72,7 +73,7 @@ class Follow:
                 "Choose layers with as many places"
             )
         narrow, wide = mine.shape[-1], theirs.shape[-1]
-        if narrow != wide and (DISTILL_TERMS[name].same or name == "attention"):
+        if narrow != wide and DISTILL_TERMS[name].same:
             raise PlanError(f"{name}: the student's width is {narrow} and the teacher's {wide}; expected the same")
         if name == "vid":
             self.beside[key] = Bound(narrow, wide)
@@ -91,16 +92,17 @@ class Follow:
                     if (mine and theirs) or reads == "states":
                         yield name, f"{name}-{number}-{mine}", part.format(mine), part.format(theirs)
 
-    def _watch(self, student: nn.Module, batch: Batch) -> tuple[Any, dict[str, Part]]:
+    def _watch(self, student: nn.Module, batch: Batch, wanted: Wanted) -> tuple[Any, dict[str, Part]]:
         plain = {name: x for name, x in batch.items() if name != NUMBER}
-        return watch(student, self.course.task, plain, self.course.wanted(None))
+        return watch(student, self.course.task, plain, wanted)
 
     def __call__(self, student: nn.Module, batch: Batch) -> Terms:
         """The loss; in evaluation that of the task itself."""
         plain, task = {name: x for name, x in batch.items() if name not in (NUMBER, PLACES)}, self.course.task
         if not student.training:
             return LOSSES[task](student, plain)
-        output, mine = self._watch(student, batch)
+        shown = self.course.shown
+        output, mine = self._watch(student, batch, shown) if self.course.weights.keys() - {"lit"} else (None, {})
         targets = targets_of(task, plain)
         said = [teacher.about(batch) for teacher in self.teachers]
         total = torch.zeros((), device=next(student.parameters()).device)
@@ -138,13 +140,14 @@ class Follow:
 
     def _by_score(self, name: str, scores: Tensor, seen: Seen) -> Tensor:
         course, theirs, ids = self.course, seen[SCORES].values, seen.get(IDS)
+        theirs = theirs if ids is not None else theirs[:, : scores.shape[-1]]
         if name == "hard":
             likely = theirs.argmax(-1) if ids is None else ids.values[:, 0]
             return nn.functional.cross_entropy(scores, likely, reduction="sum")
         if name == "logits":
             return terms.squares(scores, theirs).sum()
         if ids is None:
-            return terms.kd(scores, theirs, course.temperature, course.divergence)
+            return kd_divergence(scores, theirs, course.temperature, course.divergence)
         return terms.kd_of_largest(scores, theirs, ids.values, course.temperature, course.divergence)
 
     def _by_places(self, mine: Seen, said: Sequence[Seen], targets: Sequence[int]) -> Tensor:

@@ -6,9 +6,9 @@ the same bytes. A file of a teacher holds its answers about a part of the exampl
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Protocol
 
@@ -30,9 +30,10 @@ from mergekit_lfm.store.tensors import read_header
 from mergekit_lfm.train.examples import Batch, Examples
 
 ANSWERS = Kind("answers of a teacher", "mergekit-lfm distill", "remove it, and it is made again")
-FILE = "answers-{:05}.safetensors"
+FILE = "answers-{}.safetensors"  # by a digest of the numbers, so that runs side by side write files of their own
 PATTERN = "answers-*.safetensors"
 LARGEST = 64_000_000  # bytes of a file, about
+OPEN = 32  # files at a time
 FIRST = 8  # examples by which the size of all is estimated
 IDS = "ids"
 NUMBER = "example_ids"  # the name in a batch of the examples' numbers
@@ -90,7 +91,7 @@ def share_of_rest(logs: Tensor, ids: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Live:
-    """A teacher in memory. examples: as it reads them itself, None for one that reads them as the student does."""
+    """A teacher in memory. examples: as it reads them itself; None where each batch has them made anew, as by masks."""
 
     model: nn.Module
     reading: Reading
@@ -141,16 +142,18 @@ class Kept:
     def _read(self, number: int) -> dict[str, Part]:
         if number not in self._files:
             raise FormatError(f"{self.folder} has nothing about example {number} any more; run the same command again")
-        tensors = self._files[number].read(number)
+        tensors = self._open(self._files[number]).read(number)
         return {name: Part(x.to(self.device), (len(x),)) for name, x in tensors.items()}
 
     @cached_property
-    def _files(self) -> dict[int, Answers]:
+    def _files(self) -> dict[int, Path]:
         """The file of each example."""
-        found = dict[int, Answers]()
-        for path, numbers in self._read_headers():
-            found |= dict.fromkeys(numbers, Answers(path))
-        return found
+        return {number: path for path, numbers in self._read_headers() for number in numbers}
+
+    @cached_property
+    def _open(self) -> Callable[[Path], Answers]:
+        """Opens a file, and keeps some open."""
+        return lru_cache(OPEN)(Answers)
 
     def _remove_damaged(self) -> None:
         """Remove files of this key whose content is not as it was written, so that it is made again."""
@@ -183,18 +186,19 @@ class Kept:
         self._remove_damaged()
         there = {number for _, some in self._read_headers() for number in some}
         left, count = [number for number in numbers if number not in there], len(numbers)
-        tensors, size, held = dict[str, Tensor](), 0, list[int]()
+        tensors, size, whole, written, held = dict[str, Tensor](), 0, 0, 0, list[int]()
         for done, number in enumerate(left, 1):
             row = {name: x.to(self.device) for name, x in examples.batch([number]).items()}
             said = {f"{number}/{name}": part.values.cpu() for name, part in reading.ask(model, row).items()}
             tensors |= said
             held.append(number)
-            size += sum(x.nbytes for x in said.values())
+            own = sum(x.nbytes for x in said.values())
+            size, whole = size + own, whole + own
             if done == min(FIRST, len(left)):
-                self._check_room(size // done * len(left))
+                self._check_room(whole * len(left) // done - written)
             if size >= LARGEST or done == len(left):
                 self._save(tensors, held)
-                tensors, size, held = {}, 0, []
+                tensors, size, written, held = {}, 0, written + size, []
             tell(count - len(left) + done, count)
         self.__dict__.pop("_files", None)
 
@@ -207,10 +211,10 @@ class Kept:
             )
 
     def _save(self, tensors: Mapping[str, Tensor], numbers: list[int]) -> None:
-        free = next(i for i in range(1, 100_000) if not (self.folder / FILE.format(i)).exists())
+        place = self.folder / FILE.format(xxhash.xxh3_64_hexdigest(repr(numbers).encode()))
         specs = [spec_of(name, x) for name, x in tensors.items()]
         metadata = ANSWERS.encode({"key": self.key, "numbers": numbers, "digest": digest_of(tensors)})
-        save_tensors(self.folder / FILE.format(free), specs, tensors.__getitem__, metadata)
+        save_tensors(place, specs, tensors.__getitem__, metadata)
 
 
 def digest_of(tensors: Mapping[str, Tensor]) -> str:

@@ -14,13 +14,8 @@ from mergekit_lfm.train.losses import widen
 LEAST = 1e-6  # of a variance, as a share of 1
 
 
-def kd(mine: Tensor, theirs: Tensor, temperature: float, kind: str) -> Tensor:
-    """T^2 times the divergence of two scores [rows, classes], summed over the rows."""
-    return kd_divergence(mine, theirs, temperature, kind)
-
-
 def kd_of_largest(mine: Tensor, theirs: Tensor, ids: Tensor, temperature: float, kind: str) -> Tensor:
-    """The same by the teacher's largest scores, and all others as one class.
+    """`kd_divergence` by the teacher's largest scores, and all others as one class.
 
     theirs: ln p [rows, k + 1] at the temperature, the last of the rest; ids [rows, k]: the classes of the others.
     """

@@ -20,6 +20,7 @@ from mergekit_lfm.runtime.load import logits, run
 from mergekit_lfm.train.examples import IGNORED, Batch
 from mergekit_lfm.train.losses import Said, pool, widen
 
+BESIDE = "distillation"  # the name in a student of the maps that are trained beside it
 SCORES, FEATURES = "scores", "features"
 STATE, ATTENTION = "state/{}", "attention/{}"
 PLACES = "places"  # of tokens in the texts of their example
@@ -121,7 +122,8 @@ def head_of(model: nn.Module) -> nn.Module:
     """The last layer of a classifier. Raises PlanError if it is not a linear one."""
     config: Any = getattr(model, "config", None)
     count = getattr(config, "num_labels", None)
-    linear = [x for x in model.modules() if isinstance(x, nn.Linear) and count in (None, x.out_features)]
+    own = [x for name, x in model.named_modules() if BESIDE not in name.split(".")]
+    linear = [x for x in own if isinstance(x, nn.Linear) and count in (None, x.out_features)]
     if not linear:
         raise PlanError(
             f"{type(model).__name__} has no linear layer for its {count} classes, whose inputs are its vectors; leave "

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, PrivateAttr
 
 from mergekit_lfm.methods.kinds import TuneMethod
-from mergekit_lfm.recipe.distill_terms import DEFAULTS, DISTILL_TERMS, Divergence, check_distill_terms
+from mergekit_lfm.recipe.distill_terms import DEFAULTS, DISTILL_TERMS, KdDivergence, check_distill_terms
 from mergekit_lfm.recipe.files import FoundModel, Where, find_reference
 from mergekit_lfm.recipe.form import Reference, Strict
 from mergekit_lfm.recipe.problems import Problem, attempt, problem_at
@@ -62,7 +62,7 @@ class DistillRecipe(TrainingRecipe):
     job: Literal["distill"]
     teachers: Annotated[tuple[TeacherEntry, ...], BeforeValidator(_as_teachers), Field(min_length=1)]
     temperature: float = Field(default=2.0, ge=0.01, le=1000)
-    divergence: Divergence = "forward"
+    divergence: KdDivergence = "forward"
     top_k: int | None = Field(default=None, strict=True, ge=1)
     layers: Annotated[tuple[tuple[Layer, Layer], ...], BeforeValidator(_as_layers)] = ()
     cache: bool | Annotated[str, Field(min_length=1)] | None = None
@@ -74,9 +74,6 @@ class DistillRecipe(TrainingRecipe):
         if method.makes in ("prompt", "mixture", "template") or method.tasks or method.name == "adamix":
             expected = "a method that trains a model, a patch, or one adapter"
             yield problem_at("method", FOUND, found=method.name, expected=expected)
-        if self.together and self.accumulate > 1:
-            expected = f"1 for {', '.join(self.together)}, which compare all examples of a batch"
-            yield problem_at("accumulate", FOUND, found=str(self.accumulate), expected=expected)
 
     def _read_more(self, where: Where) -> Iterable[Problem]:
         found = list[FoundModel]()

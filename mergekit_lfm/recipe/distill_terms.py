@@ -15,7 +15,7 @@ from mergekit_lfm.runtime.tasks import TUNE_TASKS
 
 Reads = Literal["scores", "features", "states", "attentions", "labels"]
 
-Divergence = Literal["forward", "reverse", "js"]  # of `kd`
+KdDivergence = Literal["forward", "reverse", "js"]
 
 SCORED = ("lm", "classification", "masked_lm", "seq2seq")
 VECTORS = ("classification", "embedding")

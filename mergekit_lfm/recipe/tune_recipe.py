@@ -149,11 +149,11 @@ class TrainingRecipe(JobForm):
             problems.append(
                 problem_at("evaluate_every", FOUND, found=str(self.evaluate_every), expected="`dev` beside it")
             )
-        if self.task == "embedding" and self.batch_size < 2:
-            expected = "2 or more for embedding, whose loss compares the texts of a batch"
+        if self.compares_batches and self.batch_size < 2:
+            expected = "2 or more for a loss that compares the examples of a batch"
             problems.append(problem_at("batch_size", FOUND, found=str(self.batch_size), expected=expected))
-        if self.task == "embedding" and self.accumulate > 1:
-            expected = "1 for embedding, whose loss is about all texts of a batch at once"
+        if self.compares_batches and self.accumulate > 1:
+            expected = "1 for a loss that is about all examples of a batch at once"
             problems.append(problem_at("accumulate", FOUND, found=str(self.accumulate), expected=expected))
         if self.patience is not None and (self.dev is None or self.evaluate_every is None):
             expected = "`dev` and `evaluate_every` beside it"

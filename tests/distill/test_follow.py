@@ -14,6 +14,7 @@ from torch import Tensor
 from mergekit_lfm.distill import terms
 from mergekit_lfm.distill.blocks import fed
 from mergekit_lfm.distill.course import Course, Wanted, even_pairs
+from mergekit_lfm.distill.divergences import kd_divergence
 from mergekit_lfm.distill.follow import Follow
 from mergekit_lfm.distill.teachers import NUMBER, Live, Reading, largest, rows_of
 from mergekit_lfm.distill.watch import PLACES, SCORES, STATE, Part, show_attention, watch
@@ -39,7 +40,7 @@ def test_the_largest_scores_and_the_rest_are_all_scores() -> None:
     mine, theirs = 3 * torch.randn(2, 6, 5, dtype=torch.float64)
     for kind in ("forward", "reverse", "js"):
         top, ids = largest(theirs, 4, 2.0)
-        whole = terms.kd(mine, theirs, 2.0, kind)
+        whole = kd_divergence(mine, theirs, 2.0, kind)
         assert float(terms.kd_of_largest(mine, top, ids, 2.0, kind)) == pytest.approx(float(whole), rel=1e-12)
     top, ids = largest(theirs, 2, 2.0)
     p, q, total = (theirs / 2).softmax(-1), (mine / 2).softmax(-1), 0.0
@@ -247,9 +248,9 @@ def test_teachers_of_some_classes_are_compared_among_those_if_there_are_labels(l
     course = Course("classification", weights, [(), ()], [0.25, 0.75], 2.0, "forward", [(2, 4), (0, 1)])
     labels = torch.tensor([0, 4, 2, 1])
     found = Follow(course, [_Fixed(high), _Fixed(low)])(student.train(), {"input": x, "labels": labels})
-    apart = 0.25 * terms.kd(mine[:, 2:], high, 2.0, "forward") + 0.75 * terms.kd(mine[:, :2], low, 2.0, "forward")
+    apart = 0.25 * kd_divergence(mine[:, 2:], high, 2.0) + 0.75 * kd_divergence(mine[:, :2], low, 2.0)
     if labelled:
         expected = 0.5 * apart + torch.nn.functional.cross_entropy(mine, labels, reduction="sum")
     else:
-        expected = 0.5 * terms.kd(mine, torch.cat([low, high], 1), 2.0, "forward")
+        expected = 0.5 * kd_divergence(mine, torch.cat([low, high], 1), 2.0, "forward")
     torch.testing.assert_close(found.total, expected, rtol=1e-12, atol=0)

@@ -45,12 +45,12 @@ def done_text(outcome: Outcome[Tuned]) -> str:
     text = tunings.done_text(outcome, besides=("teachers", "before", "after", "recovered"))
     if "after" not in facts or outcome.already_there:
         return text
-    models = {**{f"teacher {name}": score for name, score in facts["teachers"].items()}}
+    models = {f"teacher {name}": score for name, score in facts["teachers"].items()}
     models |= {"student before": facts["before"], "student after": facts["after"]}
     rows = [(name, _score(score)) for name, score in models.items()]
-    if facts["recovered"] is None:
+    if facts["teachers"] and facts["recovered"] is None:
         rows.append(("came back", "nothing was lacking: the student was as good as the best teacher before"))
-    else:
+    elif facts["teachers"]:
         rows.append(("came back", f"{facts['recovered']:.1%} of what the student lacked to the best teacher"))
     return f"{text}\n{table(rows)}"
 
