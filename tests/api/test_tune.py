@@ -275,8 +275,8 @@ def test_the_same_request_again_does_nothing_another_is_refused() -> None:
         (["llama", "--data", "image.npz", "--task", "lm"], "arrays are for classifiers"),
         (["llama", "--data", "half.jsonl", "--task", "lm"], "line 1: half a character"),
         (["encoder", "--data", "pair.jsonl", "--task", "embedding"], "found one pair, expected two or more"),
-        (["encoder", "--data", "encoder.jsonl", "--task", "embedding", "--accumulate", "2"], "1 for a loss that is about all"),
-        (["encoder", "--data", "encoder.jsonl", "--task", "embedding", "--batch-size", "1"], "2 or more for a loss that compares"),
+        (["encoder", "--data", "encoder.jsonl", "--task", "embedding", "--accumulate", "2"], "expected 1 for a loss"),
+        (["encoder", "--data", "encoder.jsonl", "--task", "embedding", "--batch-size", "1"], "2 or more for a loss"),
         (["llama", "--data", "llama.jsonl", "--task", "lm", "--method", "lora", "--rank", "99"], "at most 32"),
         (["llama", "--data", "llama.jsonl", "--task", "lm", "--method", "lora", "--targets", " ,"], "names of modules"),
         (
