@@ -92,6 +92,8 @@ def synthesise(
     if row.family == "generator":
         assert student is not None
         return _by_generator(teacher, student, row, shape, given, (low, high), making, study, seed, tell)
+    if study.memory != "none":
+        raise PlanError(f"found the memory {study.memory!r}; {row.name} has all its images at hand. Leave it out")
     count, steps = count or COUNT, student_steps or STUDENT_STEPS
     classes, learner = last_linear(teacher).out_features, None
     if student is not None:

@@ -83,6 +83,8 @@ def test_arguments_that_a_family_does_not_read_are_refused() -> None:
         ("dfnd", {"inversion": {"stps": 1}}, "dfnd does not read inversion"),
         ("deepinversion", {"inversion": {"stps": 1}}, "did you mean steps"),
         ("dfnd", {"learning": {"batchsize": 1}}, "did you mean batch_size"),
+        ("deepinversion", {"learning": {"memory": "replay"}}, "found the memory 'replay'"),
+        ("cmi", {"learning": {"memory": "replay"}}, "learned latents with the memory"),
     ]
     for name, arguments, words in cases:
         with pytest.raises(PlanError, match=words):
